@@ -80,11 +80,11 @@ def measure(folder: Path, config: RunConfig, rounds: int) -> int:
     import torch.distributed as dist
 
     from megatron_sov.checkpoint.save import Companions, Saved, Saver
-    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.optimizer.optimizer import Optimizer
 
-    place = world.join(ParallelConfig())
-    model = build(config.model, config.parallel, config.train)
+    place = world.join_world(ParallelConfig())
+    model = build_model(config.model, config.parallel, config.train)
     load.initialise(model, config.model, 1)
     optimizer = Optimizer(model, config.optim)
     for block in optimizer.state_shards():
@@ -128,7 +128,7 @@ def measure(folder: Path, config: RunConfig, rounds: int) -> int:
     if place.is_main:
         (folder / "seconds.json").write_text(json.dumps({"bytes": num_bytes, "seconds": seconds}))
     dist.barrier()
-    world.leave()
+    world.leave_world()
     return 0
 
 
@@ -152,7 +152,7 @@ def main() -> int:
     cpu_shims.prepare_megatron()
     config = config_of(args.megabytes * 1e6)
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-        code = launcher.launch(lambda: measure(Path(folder), config, args.rounds), args.nproc, 1)
+        code = launcher.launch_ranks(lambda: measure(Path(folder), config, args.rounds), args.nproc, 1)
         if code:
             return code
         found = json.loads((Path(folder) / "seconds.json").read_text())

@@ -20,7 +20,7 @@ import torch
 from megatron_sov.base.artifacts import FileRecord
 from megatron_sov.checkpoint.sharded_tensors import MAX_FILE_BYTES, RANKS_PER_FOLDER, Index, TensorWriter
 from megatron_sov.engine.model.local_shards import LocalShard
-from megatron_sov.engine.parallel.device import Arena, num_bytes, on_gpu
+from megatron_sov.engine.parallel.device import PinnedArena, count_bytes, on_gpu
 
 MAX_WRITERS = 4
 """Limit of threads that hash and write."""
@@ -75,8 +75,8 @@ class Snapshot:
         blocks_by_id = {_identify_block(part, b): b for part, blocks in owned.items() for b in blocks}
         # Reuse the memory of the previous checkpoint; allocate only for blocks that are new or changed dtype.
         missing = {key: b for key, b in blocks_by_id.items() if key not in self._memory}
-        arena = Arena(sum(num_bytes(b.data) for b in missing.values()))
-        self._memory = {key: self._memory[key] if key in self._memory else arena.like(b.data)
+        arena = PinnedArena(sum(count_bytes(b.data) for b in missing.values()))
+        self._memory = {key: self._memory[key] if key in self._memory else arena.allocate_like(b.data)
                         for key, b in blocks_by_id.items()}
         for key, block in blocks_by_id.items():
             # On a GPU, all copies are queued before the synchronize below.
@@ -125,16 +125,16 @@ def _identify_block(part: str, block: LocalShard) -> tuple[Any, ...]:
 def _split_into_files(blocks: list[LocalShard]) -> list[list[LocalShard]]:
     """Group blocks into files: one file per thread if they reach `MIN_FILE_BYTES`, none above
     `MAX_FILE_BYTES`."""
-    total_bytes = sum(num_bytes(b.data) for b in blocks)
+    total_bytes = sum(count_bytes(b.data) for b in blocks)
     limit_bytes = min(MAX_FILE_BYTES, max(MIN_FILE_BYTES, -(-total_bytes // num_writers())))
     files: list[list[LocalShard]] = []
     size_bytes = limit_bytes  # so that the first block opens a file
     for block in blocks:
-        if size_bytes + num_bytes(block.data) > limit_bytes:
+        if size_bytes + count_bytes(block.data) > limit_bytes:
             files.append([])
             size_bytes = 0
         files[-1].append(block)
-        size_bytes += num_bytes(block.data)
+        size_bytes += count_bytes(block.data)
     return files
 
 

@@ -23,9 +23,9 @@ from megatron_sov.base.figures import format_size
 from megatron_sov.convert import ParityCheck
 from megatron_sov.convert.hf_export import Proof
 from megatron_sov.convert.sources import Weights
-from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
+from megatron_sov.engine.decode.forward_only import DocumentBatch, ForwardModel
 from megatron_sov.engine.parallel import launcher
-from megatron_sov.engine.parallel.device import local_device
+from megatron_sov.engine.parallel.device import get_local_device
 from megatron_sov.eval.heldout import rows_of
 from megatron_sov.infer.engines.libraries import load_hf
 from megatron_sov.infer.engines.load import Loaded, run_forward_model
@@ -109,7 +109,7 @@ def _checks(policy: ForwardModel, hf: Any, prompts: Sequence[Sequence[int]]) -> 
     difference = _Difference()
     limit_tokens = max(LOGITS_BYTES // (4 * policy.model.vocab_size), max(map(len, prompts)))
     for row in rows_of([len(p) for p in prompts], limit_tokens):
-        batch = Inputs([prompts[i] for i in row], local_device())
+        batch = DocumentBatch([prompts[i] for i in row], get_local_device())
         ours = policy.logits(batch, torch.arange(sum(len(prompts[i]) for i in row)))
         if hf is None:
             continue
@@ -203,7 +203,7 @@ def _same_weights(checkpoint: Weights, folder: Weights) -> Iterator[tuple[Path, 
             yield narrow, folder.path
     elif wider < 0:
         with tempfile.TemporaryDirectory(prefix="sov-export-") as parent:
-            if launcher.apart(lambda: convert.to_hf(checkpoint.path, Path(parent) / "hf")):
+            if launcher.run_in_fork(lambda: convert.to_hf(checkpoint.path, Path(parent) / "hf")):
                 raise SystemExit(ExitCode.CRASH)
             yield checkpoint.path, Path(parent) / "hf"
     else:

@@ -29,7 +29,7 @@ from megatron_sov.base.sealed import seal_damage, seal_file, write_sealed
 from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model.logprobs import Head
 from megatron_sov.engine.parallel import collectives
-from megatron_sov.engine.parallel.world import ParallelWorld, on_each, on_main
+from megatron_sov.engine.parallel.world import ParallelWorld, run_on_each_rank, run_on_main
 from megatron_sov.eval.heldout import row_losses
 from megatron_sov.infer.engines.load import run_forward_model
 from megatron_sov.infer.engines.target import Target
@@ -142,16 +142,16 @@ def write_logprobs(model: RunningLogprobs, documents: Documents, passed: int, se
             os.fsync(opened)
 
     with contextlib.ExitStack() as building:
-        temporary = on_main(world, partial(_make_numbers, building, file, unasked,
-                                           int(_starts(documents, chosen)[-1])))
+        temporary = run_on_main(world, partial(_make_numbers, building, file, unasked,
+                                               int(_starts(documents, chosen)[-1])))
         opened = os.open(temporary, os.O_WRONLY)
         try:
             _place_numbers(documents, chosen, seq_len, rows_per_batch * world.dp_size * MICRO_BATCHES,
                            of_rows, partial(put, opened))
-            on_each(partial(end, opened))
+            run_on_each_rank(partial(end, opened))
         finally:
             os.close(opened)
-        on_main(world, partial(_seal_numbers, building, temporary, of))
+        run_on_main(world, partial(_seal_numbers, building, temporary, of))
 
 
 def _make_numbers(building: contextlib.ExitStack, file: Path, unasked: int, asked: int) -> Path:
@@ -175,7 +175,7 @@ def document_logprobs_hf(model: Any, documents: Documents, chosen: range, seq_le
     numbers = np.zeros(_starts(documents, chosen)[-1], np.float32)
     _place_numbers(documents, chosen, seq_len, 1, lambda rows: (
         -row_losses(model, sample_row(OrderedSample(0, row), documents, seq_len)) for row in rows),
-        partial(_put, numbers))
+                   partial(_put, numbers))
     return numbers
 
 
@@ -447,16 +447,16 @@ class Reference:
 
     def _fill(self, model: RunningLogprobs, rows_per_batch: int) -> tuple[int, int]:
         # The identity is written before the first part, whose checksum includes it.
-        on_main(model.world, self._open)
+        run_on_main(model.world, self._open)
         # One list for all: whoever saw another one would leave the others in a collective.
-        todo, num_tokens = on_main(model.world, self._missing), 0
+        todo, num_tokens = run_on_main(model.world, self._missing), 0
         with work_bar("reference", len(todo), "part", model.world.is_main) as bar:
             for name, part in todo:
                 parts = self._parts[name]
                 numbers = document_logprobs(model, parts.documents, parts.range_of(part), self._max_tokens,
                                             rows_per_batch)
-                on_main(model.world, partial(write_sealed, parts.file(part), numbers.tobytes(),
-                                             parts.of(part)))
+                run_on_main(model.world, partial(write_sealed, parts.file(part), numbers.tobytes(),
+                                                 parts.of(part)))
                 num_tokens += len(numbers)
                 bar.update(1)
         return len(todo), num_tokens

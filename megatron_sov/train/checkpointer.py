@@ -23,11 +23,11 @@ from megatron_sov.checkpoint.writer import TensorFile
 from megatron_sov.convert.hf_import import GENERATION_CONFIG, copy_carried_fields
 from megatron_sov.convert.sources import open_shards
 from megatron_sov.engine.model.language_model import LanguageModel
-from megatron_sov.engine.model.local_shards import local_shards
+from megatron_sov.engine.model.local_shards import list_local_shards
 from megatron_sov.engine.optimizer.optimizer import Optimizer
 from megatron_sov.engine.parallel import collectives
 from megatron_sov.engine.parallel.values import sum_dict
-from megatron_sov.engine.parallel.world import ParallelWorld, on_main
+from megatron_sov.engine.parallel.world import ParallelWorld, run_on_main
 from megatron_sov.model.config import AudioEncoderConfig, ModelConfig, RunConfig, VisionEncoderConfig
 from megatron_sov.model.families.encoders import AUDIO, ENCODER, VISION, encoder_tensors
 from megatron_sov.model.pretrained import CONFIG, listed, read_json
@@ -62,12 +62,12 @@ def newest_sound(folder: RunFolder, place: ParallelWorld, not_after: int = ANY_S
     A damaged one is set aside, loudly, for the one before.
     """
     # one process looks: on a network file system the others may still see an older listing
-    while ((newest := on_main(place, lambda: checkpoints.latest_not_after(folder.checkpoints, not_after)))
+    while ((newest := run_on_main(place, lambda: checkpoints.latest_not_after(folder.checkpoints, not_after)))
            is not None):
         problem = load.damage(newest)
         if problem is None:
             return Path(newest)
-        on_main(place, partial(_set_aside, folder, newest, problem))
+        run_on_main(place, partial(_set_aside, folder, newest, problem))
     return None
 
 
@@ -127,7 +127,7 @@ def start_encoders(model: LanguageModel, config: RunConfig) -> None:
         if not folder:
             continue
         files, found = encoder_in(Path(folder), prefix, config.model)
-        blocks = [block for block in local_shards(model) if block.key in found]
+        blocks = [block for block in list_local_shards(model) if block.key in found]
         with agreement():
             for block in blocks:
                 name = found[block.key]

@@ -20,7 +20,7 @@ def parts(layout: dict[str, Any], precision: str = "fp32", vocab_size: int = 96)
     from megatron_sov.engine.optimizer.optimizer import Optimizer
     from megatron_sov.engine.parallel import world
 
-    world.leave()
+    world.leave_world()
     config, model = tiny_model("tiny-k-exaone", f"model.vocab_size={vocab_size}",
                                f"train.precision={precision}", layout=layout)
     optimizer = Optimizer(model, config.optim)
@@ -33,9 +33,9 @@ def fill(model: Any, optimizer: Any) -> None:
     import torch
 
     from megatron_sov.checkpoint.load import normals
-    from megatron_sov.engine.model.local_shards import local_shards
+    from megatron_sov.engine.model.local_shards import list_local_shards
 
-    for block in [*local_shards(model), *optimizer.state_shards()]:
+    for block in [*list_local_shards(model), *optimizer.state_shards()]:
         whole = normals(9, block.key, 0, math.prod(block.global_shape)).reshape(block.global_shape)
         sizes = (1,) * (len(block.offset) - block.data.dim()) + tuple(block.data.shape)  # one expert, say
         own = tuple(slice(a, a + n) for a, n in zip(block.offset, sizes, strict=True))
@@ -70,7 +70,7 @@ def continued(path: str) -> dict[str, Any]:
     import torch
 
     from megatron_sov.checkpoint import load
-    from megatron_sov.engine.model.local_shards import local_shards
+    from megatron_sov.engine.model.local_shards import list_local_shards
 
     def update(model: Any, optimizer: Any, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -81,7 +81,7 @@ def continued(path: str) -> dict[str, Any]:
 
     def everything(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
         return {f"{b.key}@{b.offset}": b.data.clone()
-                for b in [*local_shards(model), *optimizer.state_shards()]}
+                for b in [*list_local_shards(model), *optimizer.state_shards()]}
 
     model, optimizer = parts({}, "bf16")
     for name, buffer in model.named_buffers():
@@ -116,9 +116,10 @@ def test_any_layout_reads_what_another_wrote_to_the_bit_and_goes_on(ranks, job, 
     names = [tmp_path / n for n in ("written", "split", "alone")]
     layouts = [(4, ALL), (1, {})]
     (goes_on,), _, *results = ranks(job(__file__, "continued", 1, {"path": str(tmp_path / "step-1")}),
-                        job(__file__, "written", 2, {"layout": {"ep": 2}, "path": str(names[0])}),
-                        *(job(__file__, "copied", n, {"layout": layout, "source": str(a), "target": str(b)})
-                          for (n, layout), a, b in zip(layouts, names, names[1:], strict=False)))
+                                    job(__file__, "written", 2, {"layout": {"ep": 2}, "path": str(names[0])}),
+                                    *(job(__file__, "copied", n,
+                                          {"layout": layout, "source": str(a), "target": str(b)})
+                                      for (n, layout), a, b in zip(layouts, names, names[1:], strict=False)))
     assert all(r == {"updates": 7, "state": {"step": 7, "tokens": 70}} for result in results for r in result)
     assert read_manifest(names[0]).content == {"step": 7, "tokens": 70, "parts": ["model", "optimizer"]}
     for part, count in (("model", 40), ("optimizer", 80)):

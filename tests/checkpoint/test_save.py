@@ -220,7 +220,7 @@ def gathered(everywhere: bool) -> dict[str, Any]:
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig
 
-    rank = world.join(ParallelConfig()).rank
+    rank = world.join_world(ParallelConfig()).rank
     whole = torch.arange(30.0).reshape(2, 3, 5)
     cuts = {0: [((0, 0, 0), (2, 1, 5)), ((1, 1, 0), (1, 2, 4))],
             1: [((0, 1, 0), (1, 2, 5)), ((1, 1, 4), (1, 2, 1))]}
@@ -238,7 +238,7 @@ def gathered(everywhere: bool) -> dict[str, Any]:
     next(first)
     first.close()  # on both: what is left is gathered all the same, or the processes would lose step
     again = gatherer.gather("lonely")
-    world.leave()
+    world.leave_world()
     return {"shapes": gatherer.shapes(), "again": None if again is None else again.tolist(),
             "found": {key: None if t is None else [str(t.dtype), t.tolist()] for key, t in found.items()}}
 

@@ -21,7 +21,7 @@ from megatron_sov import convert
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert.hf_export import to_hf
 from megatron_sov.convert.hf_import import ids_beside
-from megatron_sov.engine.decode.forward_only import Inputs
+from megatron_sov.engine.decode.forward_only import DocumentBatch
 from megatron_sov.engine.parallel import world
 from megatron_sov.infer.engines.load import load_forward_model
 from megatron_sov.infer.engines.target import Target
@@ -48,7 +48,8 @@ def test_companions_travel(solar_dir: Path, tmp_path: Path) -> None:
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 2)
 
 
-@pytest.mark.parametrize("content", ["", "hello", "[1]", '{"a": 1', "version https://git-lfs.github.com/spec/v1"])
+@pytest.mark.parametrize("content",
+                         ["", "hello", "[1]", '{"a": 1', "version https://git-lfs.github.com/spec/v1"])
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
 def test_a_damaged_companion_is_refused_by_its_own_name(name: str, content: str, solar_dir: Path,
                                                         tmp_path: Path) -> None:
@@ -237,13 +238,13 @@ def ours(checkpoint: Path, ids: list[int], records: dict[str, np.ndarray]) -> to
     for kind, encoder in pads.items():
         places = np.flatnonzero(np.isin(ids, encoder.placeholder_ids))
         inputs[kind] = take_records(places, np.arange(len(places)), records[kind], encoder.slots)
-    world.join(config.parallel)
+    world.join_world(config.parallel)
     try:
-        row = Inputs([ids], torch.device("cpu"))
+        row = DocumentBatch([ids], torch.device("cpu"))
         row.inputs = dataclasses.replace(row.inputs, encoder_inputs=inputs)
         return load_forward_model(checkpoint, config).logits(row, torch.arange(len(ids)))
     finally:
-        world.leave()
+        world.leave_world()
 
 
 @pytest.mark.deep

@@ -36,8 +36,8 @@ def saved(recipe: str, settings: list[str], folder: str) -> dict[str, Any]:
     from megatron_sov.convert import export_weights
     from megatron_sov.engine.decode.forward_only import ForwardModel
     from megatron_sov.engine.model.chunk import ModelInputs
-    from megatron_sov.engine.model.language_model import build
-    from megatron_sov.engine.model.local_shards import local_shards
+    from megatron_sov.engine.model.language_model import build_model
+    from megatron_sov.engine.model.local_shards import list_local_shards
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import apply_settings
     from megatron_sov.train.objectives.microbatch import MicroBatch
@@ -45,13 +45,13 @@ def saved(recipe: str, settings: list[str], folder: str) -> dict[str, Any]:
     config = apply_settings(recipes.get(recipe), [*SIZES, *settings])
     frozen = apply_settings(config, ["lora.rank=0"])
     base, adapter, n = Path(folder) / "base", Path(folder) / "adapter", len(TOKENS)
-    world.join(config.parallel)
-    model = build(config.model, config.parallel, config.train)
+    world.join_world(config.parallel)
+    model = build_model(config.model, config.parallel, config.train)
     load.initialise(model, config.model, 1)
     load.save(base, model, None, {"step": 0, "tokens": 0}, frozen.to_dict(), None)
-    model = build(config.model, config.parallel, config.train, lora=config.lora)
+    model = build_model(config.model, config.parallel, config.train, lora=config.lora)
     load.load_model(base, model)
-    for block in local_shards(model):
+    for block in list_local_shards(model):
         if block.key.startswith("adapter."):
             # the same numbers on every rank that has a replica of the block
             generator = torch.Generator().manual_seed(zlib.crc32(f"{block.key} {block.offset}".encode()))
@@ -67,7 +67,7 @@ def saved(recipe: str, settings: list[str], folder: str) -> dict[str, Any]:
     live = dict(export_weights(model))
     if live:  # rank 0 receives the tensors
         torch.save({"logits": logits, "live": live}, Path(folder) / "live.pt")
-    world.leave()
+    world.leave_world()
     return {}
 
 

@@ -29,7 +29,7 @@ def play() -> dict[str, Any]:
     from megatron_sov.infer.turns import EnginePolicy, with_policy
     from megatron_sov.model.config import ParallelConfig
 
-    world.join(ParallelConfig())
+    world.join_world(ParallelConfig())
     engine = Echo()
 
     def work(policy: Any) -> list[Any]:
@@ -37,7 +37,7 @@ def play() -> dict[str, Any]:
                 for asked in (([[1, 2], [3]], 2, [7, 8]), ([[4]], 1, [9]))]
 
     result = with_policy(EnginePolicy(engine, Sampling(seed=5), StopRule((9,))), work)
-    world.leave()
+    world.leave_world()
     return {"result": result, "asked": engine.asked}
 
 
@@ -56,7 +56,7 @@ def fail() -> list[str]:
         policy.sample([[1]], 1, [1])
         raise UserError("the task is too long")
 
-    world.join(ParallelConfig())
+    world.join_world(ParallelConfig())
     told = []
     for engine, work in ((Echo(), bad_task), (Refusing(), bad_task)):
         try:
@@ -64,7 +64,7 @@ def fail() -> list[str]:
         except UserError as e:
             told.append(str(e))
     told.append(with_policy(EnginePolicy(Echo(), Sampling(seed=5), StopRule((9,))), lambda policy: "goes on"))
-    world.leave()
+    world.leave_world()
     return told
 
 

@@ -183,7 +183,7 @@ def written(folder: str, case: str) -> dict[str, Any]:
 
     from megatron_sov.base.artifacts import read_manifest
     from megatron_sov.checkpoint import load
-    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.optimizer.optimizer import Optimizer
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig
@@ -191,8 +191,8 @@ def written(folder: str, case: str) -> dict[str, Any]:
 
     recipe, settings, layout = CASES[case]
     config, parallel = apply_settings(recipes.get(recipe), list(settings)), ParallelConfig(**layout)
-    world.join(parallel)
-    model = build(config.model, parallel, config.train, config.gpu, lora=config.lora)
+    world.join_world(parallel)
+    model = build_model(config.model, parallel, config.train, config.gpu, lora=config.lora)
     load.initialise(model, config.model, 1)
     if config.lora.on:
         model.adapter_base = AdapterBase(Path("nowhere"), "0" * 64)

@@ -130,7 +130,7 @@ def synced(run: str) -> dict[str, Any]:
     waiting.save(TrainState(4, 88, 0.5))
     waiting.finish()
     copied = [bool(c._saver._snapshot._memory) for c in (checkpointer, waiting)]
-    world.leave()
+    world.leave_world()
     return {"told": told, "done": [done.step, done.tokens, done.wall_s], "went on": went_on, "copied": copied,
             "resumed": [part.value for part in parts.values()]}
 
@@ -186,7 +186,7 @@ class Run:
         self.events = SimpleNamespace(
             write=lambda event, **fields: self.told.append({"event": event, **fields}))
         monkeypatch.setattr(loop, "newest_sound", self.newest_sound)
-        monkeypatch.setattr(loop, "on_main", lambda place, action: action())
+        monkeypatch.setattr(loop, "run_on_main", lambda place, action: action())
         monkeypatch.setattr(loop.checkpoints, "drop_after", self.drop_after)
 
     def newest_sound(self, folder: Any, place: Any, not_after: int) -> Path | None:

@@ -29,7 +29,7 @@ from megatron_sov.bench.lm.results import EvaluatedModel
 from megatron_sov.bench.lm.settings import Settings
 from megatron_sov.chat.folder import TOKENIZER_JSON
 from megatron_sov.chat.marks import text_decoder
-from megatron_sov.engine.parallel.device import inference_precision
+from megatron_sov.engine.parallel.device import choose_inference_precision
 from megatron_sov.infer.asking import check_engine, stop_ids
 from megatron_sov.infer.engine import MEGATRON, TRANSFORMERS
 from megatron_sov.infer.engines.target import Target, find_target
@@ -89,7 +89,7 @@ def subject_of(target: str, settings: Settings, whole: bool = True) -> Subject:
     running = LocalEvaluation(found, engine, tuple(settings.settings), settings.nproc,
                               Batching(settings.batch_size), ends, special, decode)
     return Subject(model, {"model": digest, "engine": engine, "settings": how, "ends": list(ends),
-                           "precision": inference_precision()}, tokenizer, max_length, running)
+                           "precision": choose_inference_precision()}, tokenizer, max_length, running)
 
 
 def _tokens(target: Target, chat: bool) -> tuple[Any, tuple[int, ...], dict[str, int]]:

@@ -166,7 +166,7 @@ def _engine(args: RlGenerateOptions, start: Target, rollout: RolloutConfig,
 def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: PromptList,
            start: Target, engine_name: str, environment: AskedEnvironment | None) -> dict[str, Any] | None:
     """Load the policy and write; None on other processes than the first."""
-    from megatron_sov.engine.parallel.world import on_first
+    from megatron_sov.engine.parallel.world import run_on_first
     from megatron_sov.infer.engines.server_engine import ServerEngine
     from megatron_sov.post.rl.generate import Further, Missing, PieceQueue, Take, run_policies, write_rounds
     from megatron_sov.post.rl.publish import further_pieces, is_published
@@ -189,7 +189,7 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: P
 
     def work(engine: Engine, take: Take) -> dict[str, Any]:
         create = partial(RolloutStore.create_for, args.store, folder, start.vocab_size)
-        on_first(lambda: list_set_aside(create().path, aside))  # made by one, before all open it
+        run_on_first(lambda: list_set_aside(create().path, aside))  # made by one, before all open it
         store = create()
         missing = Missing(store, Claims(store.claims, rollout.lease_s), prompts, rollout, rounds, policy_of,
                           # in the key: rows that were written otherwise are not taken for these

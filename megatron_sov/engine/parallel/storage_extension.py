@@ -26,7 +26,7 @@ import torch
 
 from megatron_sov.base.artifacts import new_file
 from megatron_sov.base.errors import UserError, first_line
-from megatron_sov.engine.parallel.world import on_each
+from megatron_sov.engine.parallel.world import run_on_each_rank
 
 NAME = "share_storage_ext"
 RECOMPUTED_BY_EXTENSION = {"layernorm", "moe_act"}
@@ -58,7 +58,7 @@ def load_storage_extension(recompute_modules: Collection[str] | None) -> None:
         if size == 1 or os.environ.get("LOCAL_RANK", "0") == "0":
             _compile(file, random._SHARE_STORAGE_SRC, f"gpu.recompute_modules = {sorted(needed)}")
 
-    on_each(compile_on_first)
+    run_on_each_rank(compile_on_first)
     random._share_storage_ext = _load(file)
 
 

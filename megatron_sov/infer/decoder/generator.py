@@ -27,11 +27,12 @@ import torch.distributed as dist
 
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.convert.live_import import LiveImport
-from megatron_sov.engine.decode.cached_decoder import CachedDecoder, DecodeOutput, over_shares, share_place
+from megatron_sov.engine.decode.cached_decoder import (
+    CachedDecoder, DecodeOutput, all_reduce_replicas, get_replica_rank)
 from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model.cache_rows import CacheSize, CacheSpan
 from megatron_sov.engine.parallel import collectives
-from megatron_sov.engine.parallel.values import pack, unpack
+from megatron_sov.engine.parallel.values import flatten_tensors, unflatten_tensors
 from megatron_sov.infer.decoder.continuation import Continuation, RowItem, keep_routes
 from megatron_sov.infer.decoder.sampling import accepted_by_chance, accepted_greedily, draw, probabilities
 from megatron_sov.infer.request import (
@@ -83,7 +84,7 @@ class Decoding:
         read on any of them."""
         items = self._next_row()
         # A process without work takes part in the row: the others may share experts with it.
-        row_tokens = self._decoder.common_row_tokens(sum(len(i.span.tokens) for i in items))
+        row_tokens = self._decoder.agree_row_tokens(sum(len(i.span.tokens) for i in items))
         if not row_tokens:
             return False
         read = self._decoder.read([i.span for i in items], row_tokens)
@@ -95,7 +96,7 @@ class Decoding:
         chosen = [i for i in items if i.places]
         written = self._choose_tokens(read, chosen)
         self._move_on(items, written)
-        if self._num_drafts and (items or self._decoder.predicts_together):
+        if self._num_drafts and (items or self._decoder.mtp_is_collective):
             self._draft(read, items)
         # From the last slot down: vacating moves the last sequence, which must not have ended.
         for slot in [i.span.slot for i in reversed(chosen) if i.sequence.has_ended]:
@@ -261,7 +262,7 @@ class Decoding:
             # row index of token n - 2, the last one that has a follower; the span began at token `past`
             places = [i.start + len(i.sequence.tokens) - 2 - i.span.past for i in going]
             guesses: list[torch.Tensor] = []
-            together = self._decoder.predicts_together and self._decoder.any_has(len(going))
+            together = self._decoder.mtp_is_collective and self._decoder.any_replica_has(len(going))
             for depth in range(self._num_drafts if going or together else 0):
                 if depth:
                     # To look further ahead the layer reads its own states: a row of one token for each
@@ -370,7 +371,7 @@ class MegatronEngine:
         numbers = range(len(prompts)) if streams is None else streams
         limits = bounds.limits if bounds else [sampling.max_new_tokens] * len(prompts)
         stop = stop or StopRule()
-        rank, size = share_place()
+        rank, size = get_replica_rank()
         # Dealt out in turn, so that processes differ by at most one sequence.
         mine = [Continuation(i, list(map(int, prompts[i])), len(prompts[i]), limits[i],
                              sampling, stop, numbers[i], encoder_inputs[i] if encoder_inputs else None)
@@ -382,18 +383,19 @@ class MegatronEngine:
         with CachedDecoder(self._model, cache, with_routes=sampling.with_routes) as decoder:
             run = Decoding(decoder, cache, self._batching.prefill_tokens, mine, sampling.num_drafts)
             # One process's clock decides: if each asked its own, some would leave a row that others wait in.
-            while run.iterate() and not (bounds and collectives.broadcast_from_first(bounds.should_stop())):
+            while run.iterate() and not (bounds and collectives.broadcast_flag(bounds.should_stop())):
                 continue
         own: list[Written] = [([], []) for _ in prompts]
         for sequence in mine:
             own[sequence.index] = sequence.tokens[sequence.prompt_tokens:], sequence.logprobs
         # Tables of one width can be summed.
-        most = over_shares(torch.tensor([max(len(tokens) for tokens, _ in own) if own else 0]),
-                           dist.ReduceOp.MAX)
+        most = all_reduce_replicas(torch.tensor([max(len(tokens) for tokens, _ in own) if own else 0]),
+                                   dist.ReduceOp.MAX)
         # a sequence is on one process, and zeros on the others: the sums are its tokens
         told = {"written": table_of(own, int(most[0])), "drafted": torch.tensor(run.drafted),
                 "accepted": torch.tensor(run.accepted)}
-        total = unpack(over_shares(pack(told)), {name: tuple(value.shape) for name, value in told.items()})
+        total = unflatten_tensors(all_reduce_replicas(flatten_tensors(told)),
+                                  {name: tuple(value.shape) for name, value in told.items()})
         written = pieces_of(total["written"])
         lengths = [len(prompt) + len(tokens) for prompt, (tokens, _) in zip(prompts, written, strict=True)]
         return Generated.of(written, sampling, stop, version, int(total["drafted"]), int(total["accepted"]),
@@ -424,6 +426,6 @@ def _gathered_routes(mine: Sequence[Continuation], lengths: Sequence[int],
         if index in own:
             routes = own[index].all_routes(shape)
             sent = torch.from_numpy(routes.reshape(len(routes), -1).view(np.uint8))
-        rows = over_shares(sent).numpy().view(shape.dtype)
+        rows = all_reduce_replicas(sent).numpy().view(shape.dtype)
         found.append(rows.reshape(length - 1, shape.layers, shape.top_k))
     return found

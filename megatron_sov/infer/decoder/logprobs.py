@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron_sov.engine.decode.cached_decoder import CachedDecoder, DecodeOutput, over_shares, share_place
+from megatron_sov.engine.decode.cached_decoder import (
+    CachedDecoder, DecodeOutput, all_reduce_replicas, get_replica_rank)
 from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model.cache_rows import CacheSize, CacheSpan
 from megatron_sov.infer.request import Batching
@@ -50,7 +51,7 @@ def answer_logprobs(model: ForwardModel, questions: Sequence[Question], batching
         batching: what bounds memory.
         advance: is told how many questions were done.
     """
-    bounds, (rank, size) = batching or Batching(), share_place()
+    bounds, (rank, size) = batching or Batching(), get_replica_rank()
     # of what is read the last token of an answer is no part
     longest = max(len(q.prompt) + len(answer) for q in questions for answer in q.answers)
     # one slot holds the prompt, which answers are copied from
@@ -65,7 +66,7 @@ def answer_logprobs(model: ForwardModel, questions: Sequence[Question], batching
         while True:
             # A process that is done reads empty rows until all are.
             step = next(steps, _Step([]))
-            row_tokens = decoder.common_row_tokens(sum(len(span.tokens) for span in step.spans))
+            row_tokens = decoder.agree_row_tokens(sum(len(span.tokens) for span in step.spans))
             if not row_tokens:
                 break
             read = decoder.read(step.spans, row_tokens)
@@ -75,7 +76,7 @@ def answer_logprobs(model: ForwardModel, questions: Sequence[Question], batching
                 done = step.answers[-1][0]
                 advance(size)
         found = decoder.agree(found)
-    table = over_shares(found).tolist()
+    table = all_reduce_replicas(found).tolist()
     return [[row[:len(answer)] for row, answer in zip(of, q.answers, strict=False)]
             for of, q in zip(table, questions, strict=True)]
 

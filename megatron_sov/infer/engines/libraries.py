@@ -20,7 +20,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert.sources import check_whole_model, refuse_damaged_export, tensors_left_out
-from megatron_sov.engine.parallel.device import PRECISION, inference_precision
+from megatron_sov.engine.parallel.device import PRECISION, choose_inference_precision
 from megatron_sov.infer.decoder.sampling import seed_of
 from megatron_sov.infer.engines.target import report_precision
 from megatron_sov.infer.request import (
@@ -40,7 +40,7 @@ PASS_TOKENS = 1024
 def load_configured_hf(folder: Path, settings: Sequence[str] = (), option: str = "--set") -> Any:
     """Return transformers' model as `load_hf`, in the precision of `settings` (`train.precision=NAME`, which
     `option` gives); `UserError` if there is none of that name."""
-    precision = [inference_precision(), *(setting.partition("=")[2] for setting in settings)][-1]
+    precision = [choose_inference_precision(), *(setting.partition("=")[2] for setting in settings)][-1]
     if precision not in PRECISION:
         raise UserError(f"{option} {settings[-1]}: must be one of {', '.join(PRECISION)}")
     report_precision(folder, "transformers", precision)
@@ -54,7 +54,7 @@ def load_hf(folder: Path, dtype: torch.dtype | None = None) -> Any:
     Raises:
         UserError: transformers cannot load the folder, or would make up a part of the weights.
     """
-    dtype = dtype or PRECISION[inference_precision()]
+    dtype = dtype or PRECISION[choose_inference_precision()]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     refuse_damaged_export(folder)
     options = {"dtype": dtype, **low_bit_options(folder)}

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_sov.base.errors import UserError
 from megatron_sov.checkpoint import load
 from megatron_sov.engine.decode.forward_only import ForwardModel
-from megatron_sov.engine.model.language_model import build_configured
+from megatron_sov.engine.model.language_model import build_run_model
 from megatron_sov.engine.parallel import launcher, world
 from megatron_sov.infer.engines.target import Target, as_checkpoint, inference_config, report_precision
 from megatron_sov.model.config import RunConfig
@@ -47,7 +47,7 @@ def load_forward_model(path: Path, config: RunConfig) -> ForwardModel:
     gpu = replace(config.gpu, recompute_modules=(), offload_modules=())
     # in bf16: what is exported, and there are no masters of weights in 8 bits here
     train = replace(config.train, fp8_weights=False)
-    model = build_configured(replace(config, train=train), gpu)
+    model = build_run_model(replace(config, train=train), gpu)
     load.load_model(path, model)
     return ForwardModel(model, config.train.head_chunk_tokens)
 
@@ -75,7 +75,7 @@ def run_forward_model(target: Target, settings: Sequence[str], nproc: int | None
         report_precision(target.path, "megatron", config.train.precision)
 
         def rank() -> int:
-            place = world.join(config.parallel)
+            place = world.join_world(config.parallel)
             try:
                 value = work(Loaded(load_forward_model(path, config), config, place))
                 # Ranks are processes of their own, so the result comes back as a file.
@@ -84,10 +84,10 @@ def run_forward_model(target: Target, settings: Sequence[str], nproc: int | None
                 # Nobody leaves the group while the first one still works or writes.
                 dist.barrier()
             finally:
-                world.leave()
+                world.leave_world()
             return 0
 
-        code = launcher.launch(rank, nproc, config.train.num_threads)
+        code = launcher.launch_ranks(rank, nproc, config.train.num_threads)
         if code != 0:
             raise SystemExit(code)
         if not is_first():

@@ -18,7 +18,7 @@ from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.engine.parallel import launcher
-from megatron_sov.engine.parallel.device import inference_precision, on_gpu
+from megatron_sov.engine.parallel.device import choose_inference_precision, on_gpu
 from megatron_sov.model.config import ModelConfig, ParallelConfig, RunConfig, apply_settings
 from megatron_sov.model.families.adapters import identity
 from megatron_sov.model.families.family import text_config
@@ -122,7 +122,7 @@ def as_checkpoint(target: Target) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="sov-target-") as folder:
         out = Path(folder) / "checkpoint"
         # In a process of its own, whose memory is free again before the model is loaded.
-        code = launcher.apart(lambda: convert.from_hf(target.path, out))
+        code = launcher.run_in_fork(lambda: convert.from_hf(target.path, out))
         if code:
             raise SystemExit(code)
         yield out
@@ -139,7 +139,7 @@ def inference_config(checkpoint: Path, settings: Sequence[str], nproc: int | Non
     """
     made_with = settings_of(checkpoint)
     # One process: the layout of the training run does not matter here.
-    train = dataclasses.replace(made_with.train, precision=inference_precision(), num_threads=0,
+    train = dataclasses.replace(made_with.train, precision=choose_inference_precision(), num_threads=0,
                                 deterministic=False)
     config = apply_settings(dataclasses.replace(made_with, parallel=ParallelConfig(), train=train), settings,
                             option)

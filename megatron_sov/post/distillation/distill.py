@@ -22,8 +22,8 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model.divergence import (
-    Divergence, SeveralTeachers, Teacher, TeacherStates, TeacherTopK)
-from megatron_sov.engine.model.logprobs import Head, head_of
+    Divergence, Teacher, TeachersByToken, TeacherStates, TeacherTopK)
+from megatron_sov.engine.model.logprobs import Head, build_head
 from megatron_sov.engine.parallel import collectives, context
 from megatron_sov.engine.parallel.device import to_device
 from megatron_sov.engine.parallel.world import ParallelWorld
@@ -130,7 +130,7 @@ class KeptTeacher:
         # A checksum reads the whole file, so each process takes its share; then all name the same one.
         own = range(world.rank, len(files), world.size)
         damaged = next((i + 1 for i in own if file_damage(*files[i])), 0)
-        for number in collectives.of_all_ranks(float(damaged)):
+        for number in collectives.gather_numbers(float(damaged)):
             if number:
                 raise UserError(f"{file_damage(*files[int(number) - 1])}; make the states again with "
                                 "`megatron-sov distill states`")
@@ -141,7 +141,7 @@ class KeptTeacher:
 
     def at(self, batch: MicroBatch, head: Head, split: str = "train") -> Teacher:
         """As `RunTeacher.at`."""
-        pieces = context.pieces(len(batch.labels))
+        pieces = context.get_local_pieces(len(batch.labels))
         if self._asked.top_k:
             ids, logprobs = unpacked(self._rows(batch.origins, pieces, split))
             # Above 0 the teacher says nothing: `heard` gives no weight, and 0 keeps it finite.
@@ -155,7 +155,7 @@ class KeptTeacher:
         owners = torch.zeros(sum(end - first for first, end in pieces), dtype=torch.int64)
         for here, source, _, _, _ in _shared(batch.origins, pieces):
             owners[here] = found.index(self._kind_of[source])
-        return SeveralTeachers(owners, teachers)
+        return TeachersByToken(owners, teachers)
 
     def heard(self, batch: MicroBatch, split: str = "train") -> torch.Tensor:
         """As `RunTeacher.heard`: nothing where its tokens do not begin with the student's."""
@@ -268,7 +268,7 @@ class LiveTeacher:
         def rows(hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
             if not top_k:
                 return whole_states(hidden[0], model)
-            ids, logprobs = head.most_probable(hidden[0], top_k, self.divergence.temperature)
+            ids, logprobs = head.find_most_probable(hidden[0], top_k, self.divergence.temperature)
             return torch.cat([ids.to(logprobs.dtype), logprobs], 1)
 
         # routes that are replayed are the student's
@@ -281,10 +281,10 @@ class LiveTeacher:
     def at(self, batch: MicroBatch, head: Head, split: str = "train") -> Teacher:
         """As `RunTeacher.at`."""
         assert batch.said is not None and self._model is not None, "it has not read the micro-batch"
-        said = context.local(batch.said)
+        said = context.select_local(batch.said)
         if top_k := self._asked.top_k:
             return TeacherTopK(said[:, :top_k].long(), said[:, top_k:], self._asked.keep_remainder)
-        weight = head_of(self._model.model, self._model.head_chunk_tokens).weight
+        weight = build_head(self._model.model, self._model.head_chunk_tokens).weight
         return TeacherStates(said, weight, self._config.model.logits_softcap)
 
     def heard(self, batch: MicroBatch, split: str = "train") -> torch.Tensor:

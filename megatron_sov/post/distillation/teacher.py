@@ -24,12 +24,12 @@ from megatron_sov.base.artifacts import FileRecord, new_file, read_manifest, ref
 from megatron_sov.base.digests import BLAKE3, Digest, file_digest
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.vocabulary import refuse_other_tokens
-from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
-from megatron_sov.engine.model.language_model import states_for_head
+from megatron_sov.engine.decode.forward_only import DocumentBatch, ForwardModel
+from megatron_sov.engine.model.language_model import prepare_head_input
 from megatron_sov.engine.model.logprobs import Head
 from megatron_sov.engine.parallel import collectives, context
-from megatron_sov.engine.parallel.device import local_device, release_unused
-from megatron_sov.engine.parallel.world import ParallelWorld, on_main
+from megatron_sov.engine.parallel.device import get_local_device, release_gpu_memory
+from megatron_sov.engine.parallel.world import ParallelWorld, run_on_main
 from megatron_sov.eval.heldout import ROW_TOKENS, rows_of
 from megatron_sov.infer.engines.load import Loaded, run_forward_model
 from megatron_sov.infer.engines.target import Target
@@ -55,9 +55,10 @@ class ArtifactOnRanks:
 
 
 @contextlib.contextmanager
-def artifact_on_ranks(world: ParallelWorld, opened: Callable[[],
-                                                             contextlib.AbstractContextManager[ResumableArtifact]]
-                      ) -> Iterator[ArtifactOnRanks]:
+def artifact_on_ranks(
+        world: ParallelWorld,
+        opened: Callable[[], contextlib.AbstractContextManager[ResumableArtifact]]
+        ) -> Iterator[ArtifactOnRanks]:
     """Give an artifact that the first rank opens; called by all together."""
     with contextlib.ExitStack() as held:
         own: list[ResumableArtifact] = []
@@ -67,9 +68,9 @@ def artifact_on_ranks(world: ParallelWorld, opened: Callable[[],
             own.append(held.enter_context(opened()))
             return str(own[0].path), list(own[0].finished)
 
-        folder, finished = on_main(world, begin)
+        folder, finished = run_on_main(world, begin)
         yield ArtifactOnRanks(Path(folder), frozenset(finished),
-                              lambda do: on_main(world, lambda: do(own[0])))
+                              lambda do: run_on_main(world, lambda: do(own[0])))
 
 
 FORMATS = ("text", "chat", "preference", "prompt")
@@ -139,7 +140,7 @@ def read_documents(reading: TeacherReading, out: Path, settings: Sequence[str], 
             return len(missing)
 
     run_forward_model(reading.target, settings, nproc, work)
-    release_unused()  # a rank of torchrun or Slurm may be a student's next
+    release_gpu_memory()  # a rank of torchrun or Slurm may be a student's next
 
 
 def weights_digest(target: Target) -> str:
@@ -274,7 +275,7 @@ def _read_parts(loaded: Loaded, documents: _Documents, parts: Sequence[StatesPar
     Where experts are spread over data-parallel ranks, these run in step: each gets as many rows as the one
     with the most, the last of padding alone.
     """
-    device, mine, kept = local_device(), loaded.world.dp_rank, documents.reading.kept
+    device, mine, kept = get_local_device(), loaded.world.dp_rank, documents.reading.kept
     read = [documents.of(part) for part in parts]
     lengths = [[len(ids) for ids in of_part] for of_part, _ in read]
     rows = [rows_of(of_part, ROW_TOKENS) for of_part in lengths]
@@ -284,16 +285,16 @@ def _read_parts(loaded: Loaded, documents: _Documents, parts: Sequence[StatesPar
     part = parts[mine] if mine < len(parts) else None
     own_rows = rows[mine] if part else []
     micro_batches = [] if part is None else [
-        Inputs([read[mine][0][i] for i in row], device, longest) for row in own_rows]
+        DocumentBatch([read[mine][0][i] for i in row], device, longest) for row in own_rows]
     # Padding up to the rank with the most rows, and for ranks without a part.
-    micro_batches += [Inputs([[0]], device, longest)] * (max(map(len, rows)) - len(own_rows))
+    micro_batches += [DocumentBatch([[0]], device, longest)] * (max(map(len, rows)) - len(own_rows))
     # of a row in other tokens more is kept, since several of them may be one of the student's
     asked = min(2 * kept.top_k, documents.reading.target.vocab_size) if kept.translated else kept.top_k
 
-    def kept_rows(hidden: list[torch.Tensor], head: Head, batch: Inputs) -> torch.Tensor:
+    def kept_rows(hidden: list[torch.Tensor], head: Head, batch: DocumentBatch) -> torch.Tensor:
         if not kept.top_k:
             return whole_states(hidden[0], loaded.policy).to("cpu", DTYPES[kept.dtype])
-        found = packed(*head.most_probable(hidden[0], asked, kept.temperature)).cpu()
+        found = packed(*head.find_most_probable(hidden[0], asked, kept.temperature)).cpu()
         if not kept.translated:
             return found
         # The teacher's own next token, which may not be among the most probable.
@@ -315,7 +316,7 @@ def _read_parts(loaded: Loaded, documents: _Documents, parts: Sequence[StatesPar
 
 def whole_states(hidden: torch.Tensor, model: ForwardModel) -> torch.Tensor:
     """Return [n, H'] the states of all tokens of a row, as the output head takes them."""
-    return context.gather(states_for_head(hidden, model.config))
+    return context.gather_row(prepare_head_input(hidden, model.config))
 
 
 def _write(file: Path, states: list[torch.Tensor]) -> None:

@@ -27,10 +27,10 @@ from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.sealed import seal_damage
 from megatron_sov.checkpoint import load
-from megatron_sov.engine.model.local_shards import local_shards
+from megatron_sov.engine.model.local_shards import list_local_shards
 from megatron_sov.engine.parallel import collectives
 from megatron_sov.engine.parallel.values import sum_dict
-from megatron_sov.engine.parallel.world import on_each, on_main
+from megatron_sov.engine.parallel.world import run_on_each_rank, run_on_main
 from megatron_sov.infer.decoder.generator import MegatronEngine
 from megatron_sov.infer.request import Batching
 from megatron_sov.judge.rewards.reward import Result
@@ -101,12 +101,12 @@ class TrainerColumns:
         if opened.documents is None:
             return {}
         if REFERENCE in self.names:
-            on_main(view.world, partial(
+            run_on_main(view.world, partial(
                 _refuse_other, opened.path.with_name(REFERENCE_NOTE), {"sha256": self.reference_sha256},
                 "the run's divergence is from a model of {begun}, and --from is of {given}; resume --from "
                 "the one that it began with"))
         if TEACHER in self.names:
-            on_main(view.world, partial(
+            run_on_main(view.world, partial(
                 _refuse_other, opened.path.with_name(TEACHERS_NOTE), identity_of(self.teachers),
                 "the run's teachers are {begun}, and those of the command {given}; resume with the ones that "
                 "it began with"))
@@ -123,8 +123,8 @@ class TrainerColumns:
             return np.broadcast_to(np.float32(np.nan), count)
         # At the first step the live weights begin the round; later only the file has their numbers.
         is_anew = is_first and name == OLD
-        of = on_main(view.world, partial(self._of, opened, name))
-        damage = None if is_anew else on_main(view.world, partial(seal_damage, file, of))
+        of = run_on_main(view.world, partial(self._of, opened, name))
+        damage = None if is_anew else run_on_main(view.world, partial(seal_damage, file, of))
         if is_anew or damage:
             # The weights that could compute it again are gone.
             if damage and name == OLD:
@@ -214,7 +214,7 @@ def with_weights_of(start: Path, view: FeedView, compute: Callable[[], None]) ->
     model = view.policy.model
     # What is put aside must be the newest weights, and no gather may write over those that are loaded.
     model.finish_param_gather()
-    blocks = list(local_shards(model))
+    blocks = list(list_local_shards(model))
     aside, base = [block.data.clone() for block in blocks], model.adapter_base
     try:
         for block in blocks:
@@ -226,7 +226,7 @@ def with_weights_of(start: Path, view: FeedView, compute: Callable[[], None]) ->
         for block, data in zip(blocks, aside, strict=True):
             # After a failure too: the optimizer's state belongs to these weights.
             block.data.copy_(data)
-        model.finish_writing()
+        model.requantize_weights()
         model.adapter_base = base
 
 
@@ -361,16 +361,17 @@ class RoundFeed:
     def _open(self, view: FeedView, number: int, *, is_first: bool, waited_s: float) -> None:
         seq_len = view.config.data.phases[0].seq_len
         read = partial(self.rounds.read, number, seq_len, self.rollout.steps_per_round)
-        on_each(partial(self.rounds.verify, number))  # what is wrong with it, everyone hears
-        on_main(view.world, lambda: read() and None)
+        run_on_each_rank(partial(self.rounds.verify, number))  # what is wrong with it, everyone hears
+        run_on_main(view.world, lambda: read() and None)
         opened = read()
         # One process decides: all pass over the same steps, or a collective would wait for ever.
-        opened = replace(opened, idle=on_main(view.world, partial(self._idle_steps, view, number, opened)))
+        opened = replace(opened,
+                         idle=run_on_main(view.world, partial(self._idle_steps, view, number, opened)))
         made = self.columns.of_round(view, number, opened, is_first=is_first)
         self._pass_over_idle(view, number, opened)
         # Opened last: a failure before leaves the data order as it was.
         self.rounds.open(number, replace(opened, beside=made))
-        self.policies.begin(view.step, on_main(view.world, partial(files_sha256, opened.path)))
+        self.policies.begin(view.step, run_on_main(view.world, partial(files_sha256, opened.path)))
         if view.world.is_main:
             content = read_manifest(opened.path).content
             apart = reverse_kl(opened, made[TEACHER]) if TEACHER in made else {}
@@ -380,7 +381,7 @@ class RoundFeed:
             self._figures, self.meters = {}, meters_of_round(content)
             self._tell_rewards(view, number, content)
         if self.store is not None:
-            on_main(view.world, partial(self._tell_samples, view, self.store, number, opened.path))
+            run_on_main(view.world, partial(self._tell_samples, view, self.store, number, opened.path))
 
     def _tell_rewards(self, view: FeedView, number: int, content: Mapping[str, Any]) -> None:
         """Print the pass rate of the start before the first step, and warn of the first of several rounds of
@@ -482,7 +483,7 @@ class Producer:
         begin_s, self._policy = time.monotonic(), policy
         rounds = range(number, min(number + self.rollout.max_staleness, self.rollout.rounds) + 1)
         # made by one, before all open it
-        on_main(view.world, lambda: list_set_aside(self.store().path, self.aside))
+        run_on_main(view.world, lambda: list_set_aside(self.store().path, self.aside))
         told: dict[str, float] = {}
         if self.servers is None:
             engine = MegatronEngine(view.policy, self.batching)
@@ -493,9 +494,10 @@ class Producer:
         else:
             told = self._write_by_servers(self.servers, view, rounds, policy, asked_to_stop)
         written_s = time.monotonic()
-        on_main(view.world, lambda: self._begin_judging(rounds if self.servers is None else rounds[:1], view))
+        run_on_main(view.world,
+                    lambda: self._begin_judging(rounds if self.servers is None else rounds[:1], view))
         # part by part: there is a limit to how long the others wait for a message
-        while on_main(view.world, lambda: not asked_to_stop() and self._judge_part()):
+        while run_on_main(view.world, lambda: not asked_to_stop() and self._judge_part()):
             view.checkpointer.advance()
         return {"write_s": written_s - begin_s, "judge_s": time.monotonic() - written_s, **told}
 
@@ -503,12 +505,13 @@ class Producer:
                           asked_to_stop: Callable[[], bool]) -> dict[str, float]:
         """Have the first of some rounds written, and the others begun; returns figures for its event."""
         assert isinstance(self.writer, (ResponseSource, Episodes)), "it asks no servers"
-        while on_main(view.world, lambda: not asked_to_stop() and servers.is_opening(STEP_S)):
+        while run_on_main(view.world, lambda: not asked_to_stop() and servers.is_opening(STEP_S)):
             view.checkpointer.advance()
-        if not on_main(view.world, lambda: servers.is_open):
+        if not run_on_main(view.world, lambda: servers.is_open):
             return {}
         servers.push(view, policy)
-        on_main(view.world, lambda: self._queue(servers, rounds, asked_to_stop).begin(rounds, asked_to_stop))
+        run_on_main(view.world,
+                    lambda: self._queue(servers, rounds, asked_to_stop).begin(rounds, asked_to_stop))
         # while the servers write: nothing is published before
         servers.check(view, policy, self.writer.ids_of(round_prompts(self.prompts, self.rollout,
                                                                      rounds[0])[0]))
@@ -517,9 +520,9 @@ class Producer:
             requests = self._queue(servers, rounds, asked_to_stop)
             return requests.advance(STEP_S, lambda: requests.desk.missing.is_open(rounds[0]))
 
-        while on_main(view.world, step):
+        while run_on_main(view.world, step):
             view.checkpointer.advance()
-        return dict(on_main(view.world, lambda: servers.meters))
+        return dict(run_on_main(view.world, lambda: servers.meters))
 
     def _queue(self, servers: LiveServers, rounds: range, asked_to_stop: Callable[[], bool]) -> ResponseQueue:
         if self._requests is None:

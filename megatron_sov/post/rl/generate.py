@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from megatron_sov import convert
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.checkpoint import load
-from megatron_sov.engine.parallel.world import on_first
+from megatron_sov.engine.parallel.world import run_on_first
 from megatron_sov.infer.decoder.generator import MegatronEngine
 from megatron_sov.infer.engine import MEGATRON, Engine, run_engine
 from megatron_sov.infer.engines.load import Loaded, run_forward_model
@@ -451,8 +451,8 @@ def write_rounds(engine: Engine, take: Take, held: Policy, writer: Writer, desk:
     """Write what is missing until nothing is; called by all processes of the engine together, as `between`
     is, behind what was written together."""
     with work_bar("write", desk.missing.num_pieces, "piece", is_first()) as bar:
-        while (attempts := on_first(desk.next)) is not None:
-            on_first(lambda: bar.update(desk.missing.num_done - bar.n))
+        while (attempts := run_on_first(desk.next)) is not None:
+            run_on_first(lambda: bar.update(desk.missing.num_done - bar.n))
             if isinstance(attempts, str):
                 continue
             try:
@@ -461,12 +461,12 @@ def write_rounds(engine: Engine, take: Take, held: Policy, writer: Writer, desk:
                     take(attempts[0].policy)
                     held = attempts[0].policy
                 rows = writer.write(engine, attempts, desk.gives_way)
-                on_first(partial(desk.publish, attempts, rows or []))
+                run_on_first(partial(desk.publish, attempts, rows or []))
             finally:
                 # After a failure too: a claim that stays would hold other jobs up until its lease ends.
                 desk.missing.leave()
             between()
-    summary: dict[str, Any] = on_first(lambda: desk.summary)
+    summary: dict[str, Any] = run_on_first(lambda: desk.summary)
     return summary
 
 
@@ -508,8 +508,9 @@ def run_policies(name: str, start: Target, work: Callable[[Engine, Take], Any], 
         return run_forward_model(start, list(settings), nproc, on_ranks, option)
     return run_engine(name, start, lambda engine: work(
         engine, lambda policy: engine.update(_tensors_of(policy), policy.step)),
-        longest=longest, batching=batching, settings=settings, option=option, with_routes=with_routes,
-        places=places)
+                      longest=longest, batching=batching, settings=settings, option=option,
+                      with_routes=with_routes,
+                      places=places)
 
 
 def _load(policy: Policy, loaded: Loaded, engine: MegatronEngine) -> None:

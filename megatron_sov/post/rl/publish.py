@@ -28,7 +28,7 @@ from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.sealed import read_json, write_json
 from megatron_sov.base.settings import by_name
 from megatron_sov.chat.vocabulary import TOKENIZER_JSON, tokenizer_digest
-from megatron_sov.engine.parallel.world import on_each, on_first
+from megatron_sov.engine.parallel.world import run_on_each_rank, run_on_first
 from megatron_sov.model.config import RunConfig
 from megatron_sov.post.rl.advantages import (
     LEARNS as KEPT, Group, group_advantages, has_advantage, step_advantages)
@@ -125,20 +125,20 @@ class Publisher:
                 temperature, or the disk is full.
         """
         with contextlib.ExitStack() as building:
-            begun = on_first(partial(self._begin, number))
+            begun = run_on_first(partial(self._begin, number))
             if isinstance(begun, str):
                 return begun
             source = self._source(number, begun)
-            shares = on_each(partial(self._gather, source, begun))
-            planned = on_first(partial(self._plan, source, begun, shares, building))
+            shares = run_on_each_rank(partial(self._gather, source, begun))
+            planned = run_on_first(partial(self._plan, source, begun, shares, building))
             if isinstance(planned, str):
                 return planned
             writer = self._writer
-            found = on_each(lambda rank, size: [writer.write(planned.folder, shard)
-                                                for shard in planned.shards[rank::size]])
+            found = run_on_each_rank(lambda rank, size: [writer.write(planned.folder, shard)
+                                                         for shard in planned.shards[rank::size]])
             # by rank, each of which had every n-th one
             written = [found[i % len(found)][i // len(found)] for i in range(len(planned.shards))]
-            on_first(partial(self._complete, planned, written, building))
+            run_on_first(partial(self._complete, planned, written, building))
         return ""
 
     def _begin(self, number: int) -> str | _Begun:

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert import export_weights, to_hf
-from megatron_sov.engine.parallel.world import on_main
+from megatron_sov.engine.parallel.world import run_on_main
 from megatron_sov.infer.decoder.logprobs import Question, answer_logprobs
 from megatron_sov.infer.engines.server_engine import ServerEngine, ServerPlaces, serving_engine
 from megatron_sov.infer.engines.server_process import EngineServers
@@ -417,7 +417,7 @@ class LiveServers:
             UserError: the servers do not take them.
         """
         began_s = time.monotonic()
-        if on_main(view.world, lambda: self._held != policy.step):
+        if run_on_main(view.world, lambda: self._held != policy.step):
             self._send(view, policy)
         self.meters = {"push_s": time.monotonic() - began_s}
 
@@ -436,7 +436,7 @@ class LiveServers:
         text = list(known[:KNOWN_TOKENS])
         if len(text) > 1:
             [[own]] = answer_logprobs(view.policy, [Question(text[:1], [text[1:]])])
-            on_main(view.world, lambda: self._compare(text, own, policy))
+            run_on_main(view.world, lambda: self._compare(text, own, policy))
 
     def close(self) -> None:
         self._over.set()  # whoever waits for a server at an address waits for half an hour
@@ -458,7 +458,7 @@ class LiveServers:
         else:
             for _ in weights:  # takes part in gathering, and is given nothing
                 pass
-        on_main(view.world, partial(_raise, problem))
+        run_on_main(view.world, partial(_raise, problem))
 
     def _compare(self, text: Sequence[int], own: Sequence[float], policy: Policy) -> None:
         assert self.engine is not None, "the servers are not open"

@@ -23,7 +23,7 @@ import numpy as np
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import seal_damage, write_sealed
-from megatron_sov.engine.parallel.world import on_main
+from megatron_sov.engine.parallel.world import run_on_main
 from megatron_sov.model.modality import EncoderInputs, banks_of, inputs_of
 from megatron_sov.post.policy import REVERSE_KL
 from megatron_sov.post.reference import write_logprobs
@@ -105,7 +105,7 @@ def write_teachers(view: FeedView, teachers: Sequence[ScoringTeacher], opened: R
         if not len(chosen):
             continue
         part, part_of = file.with_suffix(f".{place}{file.suffix}"), f"{of} {teacher.domain}"
-        if on_main(view.world, partial(seal_damage, part, part_of)):
+        if run_on_main(view.world, partial(seal_damage, part, part_of)):
             own = _ChosenDocuments(opened.documents, chosen)
             if teacher.checkpoint is None:
                 _ask_servers(view, teacher, own, part, part_of)
@@ -114,7 +114,7 @@ def write_teachers(view: FeedView, teachers: Sequence[ScoringTeacher], opened: R
                     write_logprobs, view, own, 0, view.config.data.phases[0].seq_len,
                     view.config.train.micro_batch_size, part, part_of))
         parts.append((chosen, part))
-    on_main(view.world, partial(_join, opened.starts, parts, file, of))
+    run_on_main(view.world, partial(_join, opened.starts, parts, file, of))
 
 
 def _owners(opened: Round, teachers: Sequence[ScoringTeacher]) -> np.ndarray:
@@ -204,9 +204,9 @@ def _ask_servers(view: FeedView, teacher: ScoringTeacher, documents: Documents, 
 
     try:
         # in steps: there is a limit to how long the others wait for a message
-        while on_main(view.world, step):
+        while run_on_main(view.world, step):
             view.checkpointer.advance()
-        on_main(view.world, lambda: write_sealed(file, begun[0].numbers.tobytes(), of))
+        run_on_main(view.world, lambda: write_sealed(file, begun[0].numbers.tobytes(), of))
     finally:
         for asking in begun:
             asking.close()

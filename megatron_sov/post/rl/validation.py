@@ -18,7 +18,7 @@ from statistics import fmean
 from typing import Any, Protocol
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.parallel.world import on_main
+from megatron_sov.engine.parallel.world import run_on_main
 from megatron_sov.eval.pass_at_k import JudgedItem
 from megatron_sov.model.config import RolloutConfig
 from megatron_sov.post.rl.responses import key_digest
@@ -212,12 +212,12 @@ class Validation:
         """
         # with the first round, due or not: nothing is trained whose curve would be of two sets
         if not self._is_read:
-            on_main(view.world, self._read_told)
+            run_on_main(view.world, self._read_told)
             self._is_read = True
-        if not self._is_due(number) or on_main(view.world, partial(self._is_told, view.step)):
+        if not self._is_due(number) or run_on_main(view.world, partial(self._is_told, view.step)):
             return None
         seconds = self.asking.produce(view, number, policy, asked_to_stop)
-        told: str | None = on_main(view.world, partial(self._tell, view, number, seconds))
+        told: str | None = run_on_main(view.world, partial(self._tell, view, number, seconds))
         return told
 
     def _is_due(self, number: int) -> bool:

@@ -31,7 +31,7 @@ SETTINGS = ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "
 def continuations(layout: dict[str, Any], *, full: bool = False, pieces: bool = False,
                   family: str = "k-exaone", settings: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return what a drawn model writes, in several ways, on this process."""
-    from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
+    from megatron_sov.engine.decode.forward_only import DocumentBatch, ForwardModel
     from megatron_sov.engine.parallel import world
     from megatron_sov.infer import request
     from megatron_sov.infer.decoder.generator import MegatronEngine
@@ -69,7 +69,7 @@ def continuations(layout: dict[str, Any], *, full: bool = False, pieces: bool = 
                                  stop=StopRule((found["end"],)))
         found["alone"] = {i: write([PROMPTS[i]], warm, streams=[i])[0] for i in ALONE}
         found |= _repeated(policy, warm, routed)
-        row = [Inputs([[*p, *c]], torch.device("cpu")) for p, c in zip(PROMPTS, greedy, strict=True)]
+        row = [DocumentBatch([[*p, *c]], torch.device("cpu")) for p, c in zip(PROMPTS, greedy, strict=True)]
         model.config.routing_step.record = record = {}
         found["full"] = [policy.logits(r, torch.arange(len(p) - 1, len(p) + NEW - 1)).argmax(-1).tolist()
                          for p, r in zip(PROMPTS, row, strict=True)]
@@ -82,7 +82,7 @@ def continuations(layout: dict[str, Any], *, full: bool = False, pieces: bool = 
         found["one slot"] = write(PROMPTS, Sampling(NEW))
     found["as before"] = model.training and attention == [
         type(m.core_attention).__name__ for m in model.modules() if hasattr(m, "core_attention")]
-    world.leave()
+    world.leave_world()
     return found
 
 
@@ -145,7 +145,7 @@ def check_ways(found: dict[str, Any]) -> None:
 @pytest.mark.essential
 @pytest.mark.parametrize("names", [
     ["TP2+SP x CP2, EP4"], pytest.param(["PP2 VPP2", "EP2, experts by gathering"], marks=pytest.mark.deep)],
-    ids=["all kinds", "gathering"])
+                         ids=["all kinds", "gathering"])
 def test_every_way_and_every_layout_write_the_same(ranks, job, names: list[str]) -> None:
     alone, *others = ranks(
         job(__file__, "continuations", 1, {"layout": {}, "full": True, "pieces": True}),
@@ -173,8 +173,8 @@ def logprobs_of(layout: dict[str, Any], family: str, chosen: list[str]) -> dict[
     from megatron_sov import recipes
     from megatron_sov.checkpoint import load
     from megatron_sov.convert import export_weights
-    from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
-    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.decode.forward_only import DocumentBatch, ForwardModel
+    from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.parallel import collectives, world
     from megatron_sov.infer.decoder.generator import MegatronEngine
     from megatron_sov.infer.request import Batching, Sampling, StopRule
@@ -182,14 +182,14 @@ def logprobs_of(layout: dict[str, Any], family: str, chosen: list[str]) -> dict[
 
     parallel = ParallelConfig(**layout)
     config = apply_settings(recipes.get(f"tiny-{family}"), [*FAMILIES[family], "train.precision=fp32"])
-    world.join(parallel)
-    model = build(config.model, parallel, config.train)
+    world.join_world(parallel)
+    model = build_model(config.model, parallel, config.train)
     load.initialise(model, config.model, 1)
     policy = ForwardModel(model, 7)
 
     def trainers(row: list[int], temperature: float) -> torch.Tensor:
         """Log-probability of each token of a row but the first."""
-        batch = Inputs([row], torch.device("cpu"))
+        batch = DocumentBatch([row], torch.device("cpu"))
         if temperature not in (0, 1):
             logits = policy.logits(batch, torch.arange(len(row) - 1)).double() / temperature
             return logits.log_softmax(-1)[torch.arange(len(row) - 1), torch.tensor(row[1:])]
@@ -216,7 +216,7 @@ def logprobs_of(layout: dict[str, Any], family: str, chosen: list[str]) -> dict[
             "drafted": Sampling(NEW, num_drafts=drafts),
             "drafted T 1": Sampling(NEW, 1.0, seed=3, num_drafts=drafts)}
     found = {name: furthest(ways[name]) for name in chosen}
-    other = build(config.model, parallel, config.train)
+    other = build_model(config.model, parallel, config.train)
     load.initialise(other, config.model, 2)
     engine = MegatronEngine(ForwardModel(other, 7))
     versions = []
@@ -225,7 +225,7 @@ def logprobs_of(layout: dict[str, Any], family: str, chosen: list[str]) -> dict[
         written = engine.generate(FEW, ways["T 1"], stop=StopRule((50,)))
         versions.append((written.version, written.continuations == found["T 1"]["tokens"]))
     found["updated"] = versions
-    world.leave()
+    world.leave_world()
     return found
 
 
@@ -278,7 +278,7 @@ def test_greedy_text_is_that_of_transformers(family: str, hf_models: dict[str, P
     expected = [model.generate(input_ids=torch.tensor([p]), max_new_tokens=24, do_sample=False,
                                pad_token_id=0)[0].tolist() for p in PROMPTS]
     expected = [e[len(p):] for e, p in zip(expected, PROMPTS, strict=True)]
-    world.join(ParallelConfig())
+    world.join_world(ParallelConfig())
     try:
         policy = load_forward_model(imported[family], inference_config(imported[family], [], 1))
         engine = MegatronEngine(policy)
@@ -291,4 +291,4 @@ def test_greedy_text_is_that_of_transformers(family: str, hf_models: dict[str, P
             engine.generate(PROMPTS, Sampling(4, num_drafts=1))
         assert engine.generate([], Sampling(4)).continuations == []
     finally:
-        world.leave()
+        world.leave_world()

@@ -42,7 +42,7 @@ def view(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(feed, "POLL_S", (0.01, 0.01))
     monkeypatch.setattr(feed, "sum_dict", lambda values, over: values)
-    monkeypatch.setattr(feed, "on_main", lambda world, action: action())
+    monkeypatch.setattr(feed, "run_on_main", lambda world, action: action())
 
     def write_logprobs(model: Any, documents: Any, passed: int, seq_len: int, rows: int, file: Path, of: str,
                        *rest: Any) -> None:

@@ -202,7 +202,7 @@ def test_validations_ask_the_servers_that_training_has_at_work(
     pushed: list[int] = []
     monkeypatch.setattr(servers, "push", lambda view, policy: pushed.append(policy.step))
     monkeypatch.setattr(servers, "check", lambda *_: None)
-    monkeypatch.setattr(feed, "on_main", lambda world, work: work())
+    monkeypatch.setattr(feed, "run_on_main", lambda world, work: work())
 
     def producer(prompts: PromptList, rollout: RolloutConfig, store: RolloutStore) -> feed.Producer:
         source = ResponseSource(Numbers(), rollout, "vllm", True, {})  # type: ignore[arg-type]
@@ -238,7 +238,7 @@ def test_servers_of_others_are_given_the_weights_of_the_start_too(
     monkeypatch.setattr(requests, "find_target", lambda path: SimpleNamespace(path=path, is_hf=True))
     monkeypatch.setattr(requests, "serving_engine", lambda *args, **kwargs: nullcontext(engine))
     monkeypatch.setattr(requests, "export_weights", lambda model: iter(()))
-    monkeypatch.setattr(requests, "on_main", lambda world, work: work())
+    monkeypatch.setattr(requests, "run_on_main", lambda world, work: work())
     servers = LiveServers("vllm", tmp_path, ServerPlaces(tmp_path, urls), EngineServers(), 8, VOCAB,
                           with_routes=False)
     while servers.is_opening(1.0):
