@@ -176,7 +176,7 @@ def test_a_kill_while_deleting_leaves_no_torn_checkpoint_under_its_name(
     monkeypatch.setattr(checkpoints.shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         prune(run / "checkpoints", 2)
-    monkeypatch.restore_biases()
+    monkeypatch.undo()
     assert {p.name for p in (run / "checkpoints").glob("step-*")} == {"step-10", "step-100"}
     clear_leftovers(run / "checkpoints")
     assert len(list((run / "checkpoints").iterdir())) == 2

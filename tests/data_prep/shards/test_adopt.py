@@ -44,7 +44,7 @@ def built(prefix: Path, documents: list[list[list[int]]], dtype: Any = np.uint16
     for sequences in documents:
         builder.add_document(torch.tensor([id_ for ids in sequences for id_ in ids]),
                              [len(ids) for ids in sequences])
-    builder.finalize_gradients(f"{prefix}.idx")
+    builder.finalize(f"{prefix}.idx")
     return prefix
 
 

@@ -103,7 +103,7 @@ def test_files_equal_those_of_megatrons_own_builder(tmp_path: Path) -> None:
     builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.int32)
     for document in documents:
         builder.add_document(np.array(document), [len(document)])
-    builder.finalize_gradients(str(tmp_path / "theirs.idx"))
+    builder.finalize(str(tmp_path / "theirs.idx"))
     for suffix in ("bin", "idx"):
         assert (tmp_path / f"ours.{suffix}").read_bytes() == (tmp_path / f"theirs.{suffix}").read_bytes()
 

@@ -82,5 +82,5 @@ def test_on_gpus_16_bit_alone_takes_transformer_engine(monkeypatch: pytest.Monke
         monkeypatch.setattr(specs, "find_transformer_engine_error", lambda: "")
         assert specs.uses_transformer_engine(torch.bfloat16)
     finally:
-        monkeypatch.restore_biases()
+        monkeypatch.undo()
         specs.find_transformer_engine_error.cache_clear()

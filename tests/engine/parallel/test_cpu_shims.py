@@ -95,8 +95,8 @@ def look():
 
 cpu_shims.prepare_megatron()
 before = look()
-cpu_shims.mend()
-cpu_shims.mend()
+cpu_shims.patch_defects()
+cpu_shims.patch_defects()
 print(json.dumps([before, look(), config.sequence_parallel]))
 """
 

@@ -78,7 +78,7 @@ def test_missing_tools_and_failed_compilations_are_named(
     monkeypatch.setattr(cpp_extension, "load_inline", fail)
     with pytest.raises(UserError, match=r"modules = \['layernorm'\].*fatal error: Python.h.*python3-dev"):
         load_storage_extension(["layernorm"])
-    monkeypatch.restore_biases()
+    monkeypatch.undo()
     monkeypatch.setattr(library, "_share_storage_ext", None)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(Path("absent").absolute()))
     monkeypatch.setenv("PATH", "/nowhere")

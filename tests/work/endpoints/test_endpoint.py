@@ -232,5 +232,5 @@ def test_how_long_to_wait_may_be_a_date(text: str | None, low: float, high: floa
     try:
         assert low <= seconds(text) <= high
     finally:
-        monkeypatch.restore_biases()
+        monkeypatch.undo()
         time.tzset()

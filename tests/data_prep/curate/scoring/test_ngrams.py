@@ -37,7 +37,7 @@ def rows_of_scikit_learn(ngrams: Ngrams, texts: list[str]) -> np.ndarray:
     hashing = HashingVectorizer(analyzer="word", token_pattern=r"[^ ]+", lowercase=False, norm=None,
                                 ngram_range=(1, ngrams.settings.max_ngram), n_features=ngrams.width,
                                 alternate_sign=False)
-    found = TfidfTransformer(use_idf=False, sublinear_tf=True).fit_transform(hashing.run_depth(joined))
+    found = TfidfTransformer(use_idf=False, sublinear_tf=True).fit_transform(hashing.transform(joined))
     return np.asarray(found.toarray())
 
 
