@@ -128,7 +128,7 @@ def measure(folder: Path, config: RunConfig, rounds: int) -> int:
     if place.is_main:
         (folder / "seconds.json").write_text(json.dumps({"bytes": num_bytes, "seconds": seconds}))
     dist.barrier()
-    world.leave()
+    world.leave_world()
     return 0
 
 
@@ -152,7 +152,7 @@ def main() -> int:
     cpu_shims.prepare_megatron()
     config = config_of(args.megabytes * 1e6)
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-        code = launcher.launch(lambda: measure(Path(folder), config, args.rounds), args.nproc, 1)
+        code = launcher.launch_ranks(lambda: measure(Path(folder), config, args.rounds), args.nproc, 1)
         if code:
             return code
         found = json.loads((Path(folder) / "seconds.json").read_text())

@@ -79,24 +79,24 @@ def ours(base: Path, config: RunConfig, tokens: Any) -> tuple[Way, Any, Any]:
     """Return our way, its model and its optimizer."""
     from megatron_sov.checkpoint import load
     from megatron_sov.engine.decode import forward_only
-    from megatron_sov.engine.decode.forward_only import Inputs
+    from megatron_sov.engine.decode.forward_only import DocumentBatch
     from megatron_sov.engine.model.expert_load import ExpertLoad
-    from megatron_sov.engine.model.language_model import build
-    from megatron_sov.engine.model.logprobs import head_of
+    from megatron_sov.engine.model.language_model import build_model
+    from megatron_sov.engine.model.logprobs import build_head
     from megatron_sov.engine.optimizer.optimizer import Optimizer
-    from megatron_sov.engine.parallel.device import local_device
+    from megatron_sov.engine.parallel.device import get_local_device
 
     model = build(config.model, config.parallel, config.train, config.gpu, config.lora)
     load.initialize_weights(model, config.model, 1)
     load.load_model(base, model)
     optimizer = Optimizer(model, config.optim)
-    model.config.finalize_model_grads_func = ExpertLoad(model).finalize
-    batch = type("Batch", (), {"inputs": Inputs([tokens[:-1].tolist()], local_device()).inputs})
+    model.config.finalize_model_grads_func = ExpertLoad(model).finalize_gradients
+    batch = type("Batch", (), {"inputs": DocumentBatch([tokens[:-1].tolist()], get_local_device()).inputs})
 
     def loss(hidden: Any, _: Any) -> tuple[Any, Any]:
         import torch
 
-        sums, _ = head_of(model, TOKENS).cross_entropy(hidden, tokens[1:], {"lm": torch.ones(TOKENS)})
+        sums, _ = build_head(model, TOKENS).cross_entropy(hidden, tokens[1:], {"lm": torch.ones(TOKENS)})
         return sums["lm"] / TOKENS, sums["lm"].detach() / TOKENS
 
     def step() -> float:
@@ -153,11 +153,11 @@ def measure(turns: int) -> None:
     from megatron_sov import convert
     from megatron_sov.checkpoint import load
     from megatron_sov.convert.peft import to_peft
-    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.model.language_model import build_model
 
     full = apply_settings(recipes.get("tiny-qwen3"), SIZES)
     adapted = apply_settings(full, [f"lora.rank={RANK}", f"lora.alpha={ALPHA}"])
-    world.join(full.parallel)
+    world.join_world(full.parallel)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = build(full.model, full.parallel, full.train)
@@ -188,7 +188,7 @@ def measure(turns: int) -> None:
         print(f"\ncheckpoint with the optimizer's state: LoRA {sizes['LoRA'] / MIB:.2f} MiB, full "
               f"{sizes['full'] / MIB:.2f} MiB ({sizes['full'] / sizes['LoRA']:.1f} times as much); PEFT's "
               f"folder {folder_bytes(folder / 'peft') / MIB:.2f} MiB, without such state")
-    world.leave()
+    world.leave_world()
 
 
 def table(ways: dict[str, Way], turns: int) -> None:
@@ -222,7 +222,7 @@ def main() -> None:
     cpu_shims.prepare_megatron()
     print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the start), "
           f"Python {platform.python_version()}", flush=True)
-    sys.exit(launcher.launch(lambda: measure(args.turns), 1, num_threads=1))
+    sys.exit(launcher.launch_ranks(lambda: measure(args.turns), 1, num_threads=1))
 
 
 if __name__ == "__main__":

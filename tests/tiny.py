@@ -20,7 +20,7 @@ def tiny_model(recipe: str, *settings: str, layout: dict[str, Any] | None = None
     """Runs inside a rank: join the world at a layout, else at that of the settings; return the config and its
     model with the initial weights of a seed."""
     from megatron_sov.checkpoint import load
-    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.parallel import world
 
     config = apply_settings(recipes.get(recipe), [*SIZES, *settings])
@@ -44,6 +44,6 @@ def tiny_trainer(data: str, *settings: str, run: str | Path = "not-written", rec
     from megatron_sov.train.trainer import Trainer
 
     config = apply_settings(recipes.get(recipe), [*RUN, *settings])
-    place = place or world.join(config.parallel)
+    place = place or world.join_world(config.parallel)
     return Trainer(config, place, RunFolder(Path(run)), open_sources({data: 1.0}, config.model.vocab_size),
                    LanguageModelling, faults=parse([faults] if faults else [], place.size))

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sov.engine.model.local_shards import LocalShard
-from megatron_sov.engine.parallel.device import local_device
+from megatron_sov.engine.parallel.device import get_local_device
 from megatron_sov.engine.parallel.values import gather_objects
 
 
@@ -63,7 +63,7 @@ class TensorGatherer:
         receives = self._everywhere or self._rank == 0
         owners = self._places[key]
         first = next(iter(owners.values()))[0]
-        whole = (torch.empty(first.global_shape, dtype=first.dtype, device=local_device())
+        whole = (torch.empty(first.global_shape, dtype=first.dtype, device=get_local_device())
                  if receives else None)
         # All processes visit the owners in the same order, so sends and receives pair up without tags.
         for owner, places in owners.items():
@@ -84,7 +84,7 @@ class TensorGatherer:
             share = torch.cat([block.data.detach().flatten() for block in self._local_shards[key]])
         elif self._everywhere or self._rank == 0:
             num_elements = sum(torch.Size(place.shape).numel() for place in places)
-            share = torch.empty(num_elements, dtype=places[0].dtype, device=local_device())
+            share = torch.empty(num_elements, dtype=places[0].dtype, device=get_local_device())
         if self._everywhere:
             assert share is not None, "every process sends or receives"
             dist.broadcast(share, src=owner)

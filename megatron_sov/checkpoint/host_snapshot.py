@@ -20,7 +20,7 @@ import torch
 from megatron_sov.base.artifacts import FileRecord
 from megatron_sov.checkpoint.sharded_tensors import MAX_FILE_BYTES, RANKS_PER_FOLDER, Index, TensorWriter
 from megatron_sov.engine.model.local_shards import LocalShard
-from megatron_sov.engine.parallel.device import Arena, num_bytes, on_gpu
+from megatron_sov.engine.parallel.device import PinnedArena, count_bytes, on_gpu
 
 MAX_WRITERS = 4
 """Limit of threads that hash and write."""
@@ -76,8 +76,8 @@ class HostSnapshot:
         blocks_by_id = {_identify_block(part, b): b for part, blocks in owned.items() for b in blocks}
         # Reuse the memory of the previous checkpoint; allocate only for blocks that are new or changed dtype.
         missing = {key: b for key, b in blocks_by_id.items() if key not in self._memory}
-        arena = Arena(sum(num_bytes(b.data) for b in missing.values()))
-        self._memory = {key: self._memory[key] if key in self._memory else arena.like(b.data)
+        arena = PinnedArena(sum(count_bytes(b.data) for b in missing.values()))
+        self._memory = {key: self._memory[key] if key in self._memory else arena.allocate_like(b.data)
                         for key, b in blocks_by_id.items()}
         for key, block in blocks_by_id.items():
             # On a GPU, all copies are queued before the synchronize below.
@@ -131,11 +131,11 @@ def _split_into_files(blocks: list[LocalShard]) -> list[list[LocalShard]]:
     files: list[list[LocalShard]] = []
     size_bytes = limit_bytes  # so that the first block opens a file
     for block in blocks:
-        if size_bytes + num_bytes(block.data) > limit_bytes:
+        if size_bytes + count_bytes(block.data) > limit_bytes:
             files.append([])
             size_bytes = 0
         files[-1].append(block)
-        size_bytes += num_bytes(block.data)
+        size_bytes += count_bytes(block.data)
     return files
 
 

@@ -27,7 +27,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.checkpoint.save import CheckpointMetadata, CheckpointSaver
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.engine.model.language_model import LanguageModel
-from megatron_sov.engine.model.local_shards import LocalShard, local_shards
+from megatron_sov.engine.model.local_shards import LocalShard, list_local_shards
 from megatron_sov.engine.optimizer.optimizer import Optimizer
 from megatron_sov.engine.parallel.values import gather_objects
 from megatron_sov.model.config import ModelConfig
@@ -178,7 +178,7 @@ def compute_fixed_values(rule: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def _generate_values(parts: Iterator[_InitPart], seed: int,
-                num_threads: int) -> Iterator[tuple[_InitPart, torch.Tensor]]:
+                     num_threads: int) -> Iterator[tuple[_InitPart, torch.Tensor]]:
     """Yield each part with its values, computed ahead by threads (numpy releases the GIL)."""
     with ThreadPoolExecutor(num_threads) as pool:
         queue: deque[tuple[_InitPart, Future[torch.Tensor]]] = deque()
@@ -206,7 +206,7 @@ def initialize_weights(model: LanguageModel, config: ModelConfig, seed: int, *,
     stds = {STANDARD: 1.0, NORMAL: config.init_std,
             RESIDUAL: config.init_std / math.sqrt(2 * config.num_layers)}
     random_blocks = []
-    for block in local_shards(model):
+    for block in list_local_shards(model):
         if not block.key.startswith(only):
             continue
         rule = find_init_rule(block.key)
@@ -307,7 +307,7 @@ def load_model(path: Path, model: LanguageModel, *, new_encoders: bool = False) 
         check_weights(frozen)
         _load_part(frozen, MODEL, model, new_encoders)
         _load_part(path, ADAPTER, model)
-    model.finish_writing()
+    model.requantize_weights()
     if model.lora.on:
         model.adapter_base = base or checkpoints.AdapterBase.from_checkpoint(path)
     if model.lora.dora and base is None:
@@ -327,7 +327,7 @@ def _check_adapter_settings(path: Path, model: LanguageModel) -> None:
 
 def _load_part(path: Path, part: str, model: LanguageModel, new_encoders: bool = False) -> None:
     reader = TensorReader(path, part)
-    blocks = [b for b in local_shards(model) if b.key.startswith(PREFIX) == (part == ADAPTER)]
+    blocks = [b for b in list_local_shards(model) if b.key.startswith(PREFIX) == (part == ADAPTER)]
     if new_encoders:
         stored_keys = set(reader.keys())
         # An encoder without any tensor in the checkpoint is new and keeps its initial weights.
@@ -350,7 +350,7 @@ def load_optimizer(path: Path, optimizer: Optimizer, num_updates: int) -> None:
     reader = TensorReader(path, "optimizer")
     with raise_on_all_ranks():
         _copy_blocks(path, reader, list(optimizer.state_shards()))
-    optimizer.model.finish_writing()
+    optimizer.model.requantize_weights()
     optimizer.restore_updates(num_updates)
 
 

@@ -29,7 +29,7 @@ from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.checkpoint.host_snapshot import INDICES, HostSnapshot, SnapshotRecord
 from megatron_sov.checkpoint.sharded_tensors import write_index
 from megatron_sov.engine.model.language_model import LanguageModel
-from megatron_sov.engine.model.local_shards import LocalShard, local_shards
+from megatron_sov.engine.model.local_shards import LocalShard, list_local_shards
 from megatron_sov.engine.optimizer.optimizer import Optimizer
 from megatron_sov.engine.parallel import collectives
 from megatron_sov.engine.parallel.values import broadcast_object, gather_objects, sum_dict
@@ -290,11 +290,11 @@ def _collect_weights(model: LanguageModel) -> dict[str, list[LocalShard]]:
         UserError: the frozen weights are not from a checkpoint.
     """
     if not model.lora.on:
-        return {MODEL: local_shards(model, rounded=True)}
+        return {MODEL: list_local_shards(model, rounded=True)}
     if model.adapter_base is None:
         raise UserError(f"lora.rank = {model.lora.rank}: the frozen weights are not from a checkpoint, so "
                         "the adapter would be unusable; start --from a checkpoint")
-    return {ADAPTER: [block for block in local_shards(model) if block.key.startswith(PREFIX)]}
+    return {ADAPTER: [block for block in list_local_shards(model) if block.key.startswith(PREFIX)]}
 
 
 def _publish_checkpoint(writing: _PendingSave, parts: list[str], state: str, companions: CheckpointMetadata,

@@ -16,8 +16,8 @@ from megatron_sov.convert.dtypes import KEEP, check_dtype_name, choose_export_dt
 from megatron_sov.convert.peft import get_merged_dtype, merge_adapter
 from megatron_sov.convert.sources import check_shapes, check_whole_model
 from megatron_sov.engine.model.language_model import LanguageModel
-from megatron_sov.engine.model.local_shards import LocalShard, local_shards
-from megatron_sov.engine.parallel.device import local_device
+from megatron_sov.engine.model.local_shards import LocalShard, list_local_shards
+from megatron_sov.engine.parallel.device import get_local_device
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.adapters import find_adapted_modules, find_adapter_places
 from megatron_sov.model.families.weights import Link
@@ -122,7 +122,7 @@ class LiveImport:
         self._links_by_name = {name: link for link in links for name in link.hf_names}
         self._shapes = {name: shape for link in links for name, shape in link.hf_shapes().items()}
         shards: dict[tuple[str, int], list[LocalShard]] = {}
-        for shard in local_shards(model):
+        for shard in list_local_shards(model):
             shards.setdefault(_get_group(shard.key, shard.offset), []).append(shard)
         self._extents: dict[str, tuple[int, ...]] = {}
         """Hugging Face name -> extent in the global tensor, for tensors that are consecutive rows of their
@@ -157,7 +157,7 @@ class LiveImport:
                 continue
             link = self._links_by_name[name]
             parts = pending.setdefault(link.hf_names, {})
-            parts[name] = tensor.to(local_device())
+            parts[name] = tensor.to(get_local_device())
             if len(parts) == len(link.hf_names):
                 parts = pending.pop(link.hf_names)
                 if regions := self._regions[link.hf_names[0]]:  # empty without a local shard

@@ -22,7 +22,7 @@ from megatron_sov.base.figures import format_size
 from megatron_sov.convert import ParityCheck
 from megatron_sov.convert.hf_export import ConversionProof
 from megatron_sov.convert.sources import Weights
-from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
+from megatron_sov.engine.decode.forward_only import DocumentBatch, ForwardModel
 from megatron_sov.engine.parallel import launcher
 from megatron_sov.engine.parallel.device import local_device
 from megatron_sov.eval.heldout_loss import group_into_rows
@@ -201,7 +201,7 @@ def _match_precision(checkpoint: Weights, folder: Weights) -> Iterator[tuple[Pat
             yield narrow, folder.path
     elif wider < 0:
         with tempfile.TemporaryDirectory(prefix="sov-export-") as parent:
-            if launcher.apart(lambda: convert.to_hf(checkpoint.path, Path(parent) / "hf")):
+            if launcher.run_in_fork(lambda: convert.to_hf(checkpoint.path, Path(parent) / "hf")):
                 raise SystemExit(ExitCode.CRASH)
             yield checkpoint.path, Path(parent) / "hf"
     else:

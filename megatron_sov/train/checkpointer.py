@@ -23,11 +23,11 @@ from megatron_sov.checkpoint.save import CheckpointMetadata, CheckpointSaver, Sa
 from megatron_sov.convert.hf_import import GENERATION_CONFIG, copy_carried_fields
 from megatron_sov.convert.sources import open_shards
 from megatron_sov.engine.model.language_model import LanguageModel
-from megatron_sov.engine.model.local_shards import local_shards
+from megatron_sov.engine.model.local_shards import list_local_shards
 from megatron_sov.engine.optimizer.optimizer import Optimizer
 from megatron_sov.engine.parallel import collectives
 from megatron_sov.engine.parallel.values import sum_dict
-from megatron_sov.engine.parallel.world import ParallelWorld, on_main
+from megatron_sov.engine.parallel.world import ParallelWorld, run_on_main
 from megatron_sov.model.config import AudioEncoderConfig, ModelConfig, RunConfig, VisionEncoderConfig
 from megatron_sov.model.families.encoders import AUDIO, ENCODER, VISION, encoder_shapes
 from megatron_sov.model.pretrained import CONFIG, format_names, read_json
@@ -68,7 +68,7 @@ def newest_sound(folder: RunFolder, place: ParallelWorld, not_after: int = ANY_S
         problem = load.find_damage(newest)
         if problem is None:
             return Path(newest)
-        on_main(place, partial(_set_aside, folder, newest, problem))
+        run_on_main(place, partial(_set_aside, folder, newest, problem))
     return None
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.engine.model import replica_checks
 from megatron_sov.engine.parallel.values import gather_objects
-from megatron_sov.engine.parallel.world import on_main
+from megatron_sov.engine.parallel.world import run_on_main
 from megatron_sov.runs import checkpoints
 from megatron_sov.train.checkpointer import newest_sound
 from megatron_sov.train.computation import OwnPart
@@ -79,10 +79,10 @@ def _find(trainer: Trainer, batch: GlobalBatch, learned: GlobalBatch | None) -> 
     first = computation.own
     again = computation.own_part(batch, trainer.objective, step)
     # cheapest and surest first: other bits from the same input can only be the machine
-    if ranks := replica_checks.ranks_where(first != again):
+    if ranks := replica_checks.gather_ranks_where(first != again):
         return _named("process", ranks, "gave other numbers when it computed the step again: its machine is "
                                         "at fault, and neither the data nor the optimisation")
-    if ranks := replica_checks.differing_replicas(trainer.model):
+    if ranks := replica_checks.find_differing_replicas(trainer.model):
         return _named("weights", ranks, "holds other weights than its replicas: a bit of its memory changed")
     if trainer.config.parallel.overlap_grad_reduce and not _same_norm(trainer, batch):
         return Attribution("process", "the gradient norm is another one when the step is computed again: a "
@@ -113,7 +113,7 @@ def _figures(trainer: Trainer, batch: GlobalBatch) -> tuple[float, float]:
     sums = trainer.computation.sums(batch, trainer.objective, trainer.step)
     # computed and refused: nothing is updated, and only the norm is wanted
     norm = trainer.optimizer.step(0.0, lambda _: False)
-    trainer.expert_load.undo()
+    trainer.expert_load.restore_biases()
     return trainer.loss_of(sums, batch)[0], norm
 
 
@@ -123,12 +123,12 @@ def _same_norm(trainer: Trainer, batch: GlobalBatch) -> bool:
     norm = _figures(trainer, batch)[1]
     differs = trainer.world.is_main and norm != refusal.grad_norm and not (
         math.isnan(norm) and math.isnan(refusal.grad_norm))
-    return not replica_checks.ranks_where(differs)
+    return not replica_checks.gather_ranks_where(differs)
 
 
 def _is_unusual(trainer: Trainer, batch: GlobalBatch) -> bool:
     loss, norm = _figures(trainer, batch)
-    return bool(replica_checks.ranks_where(trainer.guards.step_guard.was_unusual(loss, norm)))
+    return bool(replica_checks.gather_ranks_where(trainer.guards.step_guard.was_unusual(loss, norm)))
 
 
 def _worst_documents(trainer: Trainer, batch: GlobalBatch, own: OwnPart) -> tuple[str, ...]:

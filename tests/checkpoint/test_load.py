@@ -20,7 +20,7 @@ def parts(layout: dict[str, Any], precision: str = "fp32", vocab_size: int = 96)
     from megatron_sov.engine.optimizer.optimizer import Optimizer
     from megatron_sov.engine.parallel import world
 
-    world.leave()
+    world.leave_world()
     config, model = tiny_model("tiny-k-exaone", f"model.vocab_size={vocab_size}",
                                f"train.precision={precision}", layout=layout)
     optimizer = Optimizer(model, config.optim)
@@ -69,7 +69,7 @@ def continued(path: str) -> dict[str, Any]:
     import torch
 
     from megatron_sov.checkpoint import load
-    from megatron_sov.engine.model.local_shards import local_shards
+    from megatron_sov.engine.model.local_shards import list_local_shards
 
     def update(model: Any, optimizer: Any, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -80,7 +80,7 @@ def continued(path: str) -> dict[str, Any]:
 
     def everything(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
         return {f"{b.key}@{b.offset}": b.data.clone()
-                for b in [*local_shards(model), *optimizer.state_shards()]}
+                for b in [*list_local_shards(model), *optimizer.state_shards()]}
 
     model, optimizer = parts({}, "bf16")
     for name, buffer in model.named_buffers():
@@ -115,9 +115,10 @@ def test_checkpoint_is_bit_equal_across_layouts_and_resumes(ranks, job, tmp_path
     names = [tmp_path / n for n in ("written", "split", "alone")]
     layouts = [(4, ALL), (1, {})]
     (goes_on,), _, *results = ranks(job(__file__, "continued", 1, {"path": str(tmp_path / "step-1")}),
-                        job(__file__, "written", 2, {"layout": {"ep": 2}, "path": str(names[0])}),
-                        *(job(__file__, "copied", n, {"layout": layout, "source": str(a), "target": str(b)})
-                          for (n, layout), a, b in zip(layouts, names, names[1:], strict=False)))
+                                    job(__file__, "written", 2, {"layout": {"ep": 2}, "path": str(names[0])}),
+                                    *(job(__file__, "copied", n,
+                                          {"layout": layout, "source": str(a), "target": str(b)})
+                                      for (n, layout), a, b in zip(layouts, names, names[1:], strict=False)))
     assert all(r == {"updates": 7, "state": {"step": 7, "tokens": 70}} for result in results for r in result)
     assert read_manifest(names[0]).content == {"step": 7, "tokens": 70, "parts": ["model", "optimizer"]}
     for part, count in (("model", 40), ("optimizer", 80)):

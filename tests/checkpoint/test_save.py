@@ -219,7 +219,7 @@ def gathered(everywhere: bool) -> dict[str, Any]:
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig
 
-    rank = world.join(ParallelConfig()).rank
+    rank = world.join_world(ParallelConfig()).rank
     whole = torch.arange(30.0).reshape(2, 3, 5)
     cuts = {0: [((0, 0, 0), (2, 1, 5)), ((1, 1, 0), (1, 2, 4))],
             1: [((0, 1, 0), (1, 2, 5)), ((1, 1, 4), (1, 2, 1))]}

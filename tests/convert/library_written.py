@@ -46,7 +46,7 @@ def written(out: str, name: str, layout: dict[str, int], metadata: dict[str, boo
     from megatron_sov.engine.parallel.world import join, leave
     from megatron_sov.model.config import ParallelConfig
 
-    join(ParallelConfig(**layout))
+    join_world(ParallelConfig(**layout))
     torch.manual_seed(7)
     model = _model(MODELS[name], layout)
     logits = _logits(model)
@@ -54,7 +54,7 @@ def written(out: str, name: str, layout: dict[str, int], metadata: dict[str, boo
            "iteration": 12, "checkpoint_version": 3.0}, Path(out) / "iter_0000012")
     if dist.get_rank() == 0:
         (Path(out) / "latest_checkpointed_iteration.txt").write_text("12")
-    leave()
+    leave_world()
     return [float(x) for x in logits.flatten()]
 
 

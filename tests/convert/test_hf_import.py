@@ -236,13 +236,13 @@ def ours(checkpoint: Path, ids: list[int], records: dict[str, np.ndarray]) -> to
     for kind, encoder in pads.items():
         places = np.flatnonzero(np.isin(ids, encoder.placeholder_ids))
         inputs[kind] = take_records(places, np.arange(len(places)), records[kind], encoder.slots)
-    world.join(config.parallel)
+    world.join_world(config.parallel)
     try:
-        row = Inputs([ids], torch.device("cpu"))
+        row = DocumentBatch([ids], torch.device("cpu"))
         row.inputs = dataclasses.replace(row.inputs, encoder_inputs=inputs)
         return load_forward_model(checkpoint, config).logits(row, torch.arange(len(ids)))
     finally:
-        world.leave()
+        world.leave_world()
 
 
 @pytest.mark.deep

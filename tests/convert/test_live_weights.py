@@ -42,13 +42,13 @@ def exported(recipe: str, precision: str, layout: dict[str, Any], path: str) -> 
     from megatron_sov import recipes
     from megatron_sov.checkpoint import load
     from megatron_sov.convert import export_weights
-    from megatron_sov.engine.model.local_shards import local_shards
+    from megatron_sov.engine.model.local_shards import list_local_shards
     from megatron_sov.engine.parallel import world
 
     experts = ["model.num_experts=4"] if recipes.get(recipe).model.num_experts else []
     config, model = tiny_model(recipe, "model.vocab_size=95", *experts, f"train.precision={precision}",
                                layout=layout)
-    for block in local_shards(model):
+    for block in list_local_shards(model):
         if block.key.endswith("expert_bias"):
             block.data.copy_(torch.arange(block.data.numel()) / 7)
     load.save_checkpoint(Path(path), model, None, {"step": 1, "tokens": 1}, config.to_dict(), None)
@@ -64,7 +64,7 @@ def exported(recipe: str, precision: str, layout: dict[str, Any], path: str) -> 
             parameter.zero_()
     result["own memory"] = {name: bits(t) for name, t in kept.items()} == result["everywhere"]
     dist.barrier()
-    world.leave()
+    world.leave_world()
     return result
 
 
@@ -84,7 +84,7 @@ def test_live_export_equals_file_export(ranks, job, tmp_path: Path,
     results = ranks(*(job(__file__, "exported", LAYOUTS[name][0], {
         "recipe": recipe, "precision": precision, "layout": LAYOUTS[name][1],
         "path": str(tmp_path / f"{recipe}-{name}")})
-        for recipe, precision, name in cases))
+                      for recipe, precision, name in cases))
     for (recipe, _, name), per_rank in zip(cases, results, strict=True):
         convert.to_hf(tmp_path / f"{recipe}-{name}", tmp_path / f"{recipe}-{name}-hf")
         written = {key: bits(t)
@@ -108,7 +108,7 @@ def test_live_export_equals_file_export(ranks, job, tmp_path: Path,
 
 
 TAKEN_IN = [("tiny-k-exaone", 2, {"tp": 2, "sp": True}, "fp32"), ("tiny-solar-open", 2, {"ep": 2}, "bf16"),
-           ("tiny-qwen2", 2, {"pp": 2}, "fp32"), ("tiny-k-exaone", 2, {"pp": 2, "vpp": 2}, "bf16")]
+            ("tiny-qwen2", 2, {"pp": 2}, "fp32"), ("tiny-k-exaone", 2, {"pp": 2, "vpp": 2}, "bf16")]
 """tiny-qwen2's head is its embedding, of which each end of a pipeline has a copy."""
 
 
@@ -121,8 +121,8 @@ def taken_in(recipe: str, layout: dict[str, Any], precision: str) -> dict[str, A
     from megatron_sov.checkpoint import load
     from megatron_sov.convert import export_weights, import_weights
     from megatron_sov.convert.live_import import LiveImport
-    from megatron_sov.engine.model.language_model import build
-    from megatron_sov.engine.model.local_shards import local_shards
+    from megatron_sov.engine.model.language_model import build_model
+    from megatron_sov.engine.model.local_shards import list_local_shards
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig, apply_settings
 
@@ -130,23 +130,23 @@ def taken_in(recipe: str, layout: dict[str, Any], precision: str) -> dict[str, A
     if recipes.get(recipe).model.num_experts:
         sizes += ["model.expert_ffn_dim=16", "model.num_experts=4"]
     config = apply_settings(recipes.get(recipe), [*sizes, f"train.precision={precision}"])
-    world.join(ParallelConfig(**layout))
+    world.join_world(ParallelConfig(**layout))
     models = []
     for seed in (1, 2):
         models.append(build(config.model, ParallelConfig(**layout), config.train))
         load.initialize_weights(models[-1], config.model, seed)
     source, target = models
-    for block in local_shards(source):
+    for block in list_local_shards(source):
         if block.key.endswith("expert_bias"):
             block.data.copy_(torch.arange(block.data.numel()) / 7)
 
     def same() -> list[bool]:
         return [torch.equal(a.data, b.data)
-                for a, b in zip(local_shards(source), local_shards(target), strict=True)]
+                for a, b in zip(list_local_shards(source), list_local_shards(target), strict=True)]
 
     @torch.no_grad()
     def drift() -> None:
-        for block in local_shards(source):  # copies of one block drift alike
+        for block in list_local_shards(source):  # copies of one block drift alike
             torch.manual_seed(zlib.crc32(repr((block.key, block.offset)).encode()))
             block.data.add_(torch.randn(block.data.shape).to(block.data), alpha=1e-4)
 
@@ -167,7 +167,7 @@ def taken_in(recipe: str, layout: dict[str, Any], precision: str) -> dict[str, A
             import_weights(target, iter(spoilt))
         except UserError as e:
             result["refused"].append(str(e))
-    world.leave()
+    world.leave_world()
     return result
 
 

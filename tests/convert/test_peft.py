@@ -37,8 +37,8 @@ def saved(recipe: str, settings: list[str], folder: str) -> dict[str, Any]:
     from megatron_sov.convert import export_weights
     from megatron_sov.engine.decode.forward_only import ForwardModel
     from megatron_sov.engine.model.chunk import ModelInputs
-    from megatron_sov.engine.model.language_model import build
-    from megatron_sov.engine.model.local_shards import local_shards
+    from megatron_sov.engine.model.language_model import build_model
+    from megatron_sov.engine.model.local_shards import list_local_shards
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import apply_settings
     from megatron_sov.train.objectives.microbatch import MicroBatch
@@ -52,7 +52,7 @@ def saved(recipe: str, settings: list[str], folder: str) -> dict[str, Any]:
     load.save_checkpoint(base, model, None, {"step": 0, "tokens": 0}, frozen.to_dict(), None)
     model = build(config.model, config.parallel, config.train, lora=config.lora)
     load.load_model(base, model)
-    for block in local_shards(model):
+    for block in list_local_shards(model):
         if block.key.startswith("adapter."):
             # the same numbers on every rank that has a replica of the block
             generator = torch.Generator().manual_seed(zlib.crc32(f"{block.key} {block.offset}".encode()))
@@ -68,7 +68,7 @@ def saved(recipe: str, settings: list[str], folder: str) -> dict[str, Any]:
     live = dict(export_weights(model))
     if live:  # rank 0 receives the tensors
         torch.save({"logits": logits, "live": live}, Path(folder) / "live.pt")
-    world.leave()
+    world.leave_world()
     return {}
 
 

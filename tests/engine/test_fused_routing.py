@@ -58,7 +58,7 @@ def compare(score: str, norm: bool, top_k: int, biased: bool) -> dict[str, Any]:
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     from megatron_sov import recipes
-    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.parallel import world
     from megatron_sov.engine.router import BalancedRouter
     from megatron_sov.model.config import ParallelConfig, apply_settings
@@ -68,8 +68,8 @@ def compare(score: str, norm: bool, top_k: int, biased: bool) -> dict[str, Any]:
         f"model.router_score={score}", f"model.router_bias={str(biased).lower()}",
         f"model.norm_topk_prob={str(norm).lower()}",
         "model.routed_scaling_factor=2.5", "model.seq_aux_loss_coeff=0.3"])
-    world.join(ParallelConfig())
-    model = build(config.model, ParallelConfig(), config.train)
+    world.join_world(ParallelConfig())
+    model = build_model(config.model, ParallelConfig(), config.train)
     router = next(m for m in model.modules() if isinstance(m, BalancedRouter))
     step = model.config.routing_step
     step.seq_len, step.num_sequences = SEQ_LEN, TOKENS // SEQ_LEN

@@ -45,7 +45,7 @@ def tables() -> list[list[Any]]:
         assert mask.dtype == torch.bool and mask[0].tolist() == [False, False, False, True]
         for layer in (4, 5):
             told = table.decode_routes(mask.T, layer)
-            found.append([told.there.tolist(), told.experts[:2].tolist()])
+            found.append([told.is_recorded.tolist(), told.experts[:2].tolist()])
     return found
 
 
@@ -118,8 +118,8 @@ def steps(layout: dict[str, Any], settings: list[str], recorded: str, *, records
     from megatron_sov.engine.decode import forward_only
     from megatron_sov.engine.model.chunk import ModelInputs
     from megatron_sov.engine.model.expert_load import ExpertLoad
-    from megatron_sov.engine.model.logprobs import head_of
-    from megatron_sov.engine.model.replica_checks import gradients
+    from megatron_sov.engine.model.logprobs import build_head
+    from megatron_sov.engine.model.replica_checks import list_gradients
     from megatron_sov.engine.optimizer.optimizer import Optimizer
     from megatron_sov.engine.parallel import collectives, world
 
@@ -131,7 +131,7 @@ def steps(layout: dict[str, Any], settings: list[str], recorded: str, *, records
 
     config, model = tiny_model("tiny-k-exaone", *SETTINGS, *settings, layout=layout)
     optimizer, load = Optimizer(model, config.optim, gpu=config.gpu), ExpertLoad(model)
-    model.config.finalize_model_grads_func = load.finalize
+    model.config.finalize_model_grads_func = load.finalize_gradients
     step = model.config.routing_step
     step.seq_len, step.num_sequences = 16, 2 * ROWS
     for module in model.modules():
@@ -147,12 +147,12 @@ def steps(layout: dict[str, Any], settings: list[str], recorded: str, *, records
         rows.append(Row(inputs, torch.randint(96, (ROW_TOKENS,), generator=generator), (~padding).double()))
 
     def loss(hidden: torch.Tensor, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
-        head = head_of(model, 7)
+        head = build_head(model, 7)
         total = -sum((head.logprobs(h, row.labels) * row.weights).sum()
                      for h in hidden.chunk(1 + config.model.num_mtp_layers))
         return total / 121, total.detach().double()
 
-    dp_rank, dp_size = collectives.data_place()
+    dp_rank, dp_size = collectives.get_data_rank()
 
     def taken(routes: Any) -> tuple[float, torch.Tensor]:
         mine = [dataclasses.replace(r, inputs=dataclasses.replace(r.inputs, routes=found))
@@ -160,10 +160,10 @@ def steps(layout: dict[str, Any], settings: list[str], recorded: str, *, records
         optimizer.zero_grad()
         step.aux_loss = {}
         parts = forward_only.run_pipeline(optimizer.wrapped, mine, loss, ROW_TOKENS, forward_only=False)
-        load.undo()
+        load.restore_biases()
         local = torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
         return (float(collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local))),
-                torch.cat([g.flatten().clone() for g in gradients(model)]))
+                torch.cat([g.flatten().clone() for g in list_gradients(model)]))
 
     layers = config.model.num_moe_layers()
     if records:
@@ -176,7 +176,7 @@ def steps(layout: dict[str, Any], settings: list[str], recorded: str, *, records
         step.record = None
     again = taken(list(np.load(recorded)))
     drawn = taken([None, *(drawn_routes(ROW_TOKENS, layers, i) for i in range(1, ROWS))])
-    world.leave()
+    world.leave_world()
     return {"losses": [live[0], again[0], drawn[0]], "layers": layers,
             "norms": [float(x[1].norm()) for x in (live, again, drawn)],
             "same": live[0] == again[0] and live[1].equal(again[1])}

@@ -25,7 +25,7 @@ def route(layout: dict[str, Any], padding: list[int], *, other_padding: bool = F
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     from megatron_sov import recipes
-    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.parallel import context, world
     from megatron_sov.engine.router import BalancedRouter
     from megatron_sov.model.config import ParallelConfig, apply_settings
@@ -33,8 +33,8 @@ def route(layout: dict[str, Any], padding: list[int], *, other_padding: bool = F
     config = apply_settings(recipes.get("tiny-solar-open"), [
         f"model.num_experts={EXPERTS}", f"model.num_experts_per_token={TOP_K}",
         f"model.routed_scaling_factor={FACTOR}", f"model.seq_aux_loss_coeff={COEFF}", "model.num_layers=1"])
-    world.join(ParallelConfig(**layout))
-    model = build(config.model, ParallelConfig(**layout), config.train)
+    world.join_world(ParallelConfig(**layout))
+    model = build_model(config.model, ParallelConfig(**layout), config.train)
     router = next(m for m in model.modules() if isinstance(m, BalancedRouter))
     step = model.config.routing_step
     step.seq_len, step.num_sequences = SEQ_LEN, SEQUENCES
@@ -44,7 +44,7 @@ def route(layout: dict[str, Any], padding: list[int], *, other_padding: bool = F
     if other_padding:
         logits[mask] = 50.0
     router.expert_bias.copy_(bias)
-    mine = context.row_index(len(logits), layout.get("sp", False), logits.device)
+    mine = context.compute_row_index(len(logits), layout.get("sp", False), logits.device)
     local = logits[mine].clone().requires_grad_()
     with torch.no_grad():  # the first pass of recomputation counts no tokens
         router.routing(local[:, None], mask[mine][:, None])
@@ -61,14 +61,14 @@ def gate_bf16() -> dict[str, Any]:
     import torch
 
     from megatron_sov import recipes
-    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.parallel import world
     from megatron_sov.engine.router import BalancedRouter
     from megatron_sov.model.config import ParallelConfig, apply_settings
 
     config = apply_settings(recipes.get("tiny-solar-open"), ["train.precision=bf16", "model.num_layers=1"])
-    world.join(ParallelConfig())
-    model = build(config.model, ParallelConfig(), config.train)
+    world.join_world(ParallelConfig())
+    model = build_model(config.model, ParallelConfig(), config.train)
     router = next(m for m in model.modules() if isinstance(m, BalancedRouter))
     generator = torch.Generator().manual_seed(3)
     router.weight.data.copy_(torch.randn(router.weight.shape, generator=generator) * 0.1)
@@ -140,18 +140,18 @@ def grouped_choices() -> list[Any]:
     from transformers.models.solar_open.modeling_solar_open import SolarOpenConfig, SolarOpenTopkRouter
 
     from megatron_sov import recipes
-    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.parallel import world
     from megatron_sov.engine.router import BalancedRouter
     from megatron_sov.model.config import ParallelConfig, apply_settings
 
-    world.join(ParallelConfig())
+    world.join_world(ParallelConfig())
     found, generator = [], torch.Generator().manual_seed(5)
     for groups, kept, chosen in ((4, 2, 3), (2, 1, 4), (8, 3, 5)):
         config = apply_settings(recipes.get("tiny-solar-open"), [
             "model.num_experts=16", f"model.num_experts_per_token={chosen}",
             f"model.num_expert_groups={groups}", f"model.num_groups_per_token={kept}"])
-        router = next(m for m in build(config.model, ParallelConfig(), config.train).modules()
+        router = next(m for m in build_model(config.model, ParallelConfig(), config.train).modules()
                       if isinstance(m, BalancedRouter)).eval()
         hidden, weight = (torch.randn(n, config.model.hidden_size, generator=generator) for n in (200, 16))
         theirs = SolarOpenTopkRouter(SolarOpenConfig(

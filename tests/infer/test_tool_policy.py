@@ -29,7 +29,7 @@ def play() -> dict[str, Any]:
     from megatron_sov.infer.tool_policy import EnginePolicy, run_with_policy
     from megatron_sov.model.config import ParallelConfig
 
-    world.join(ParallelConfig())
+    world.join_world(ParallelConfig())
     engine = Echo()
 
     def work(policy: Any) -> list[Any]:
@@ -56,7 +56,7 @@ def fail() -> list[str]:
         policy.sample([[1]], 1, [1])
         raise UserError("the task is too long")
 
-    world.join(ParallelConfig())
+    world.join_world(ParallelConfig())
     told = []
     for engine, work in ((Echo(), bad_task), (Refusing(), bad_task)):
         try:

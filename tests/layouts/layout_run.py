@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron_sov import recipes
 from megatron_sov.checkpoint import load
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
-from megatron_sov.engine.model.local_shards import local_shards
+from megatron_sov.engine.model.local_shards import list_local_shards
 from megatron_sov.engine.parallel import world
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.post.sft import SupervisedFineTuning
@@ -78,7 +78,7 @@ def small_config(recipe: str, settings: list[str], paths: list[str], objective: 
 
 
 def _trainer(config: RunConfig, run: str = "not-written") -> Trainer:
-    place = world.join(config.parallel)
+    place = world.join_world(config.parallel)
     config.check(place.size)
     factory = LanguageModelling if config.objective.name == "lm" else SupervisedFineTuning
     sources = open_sources(config.data.paths, config.model.vocab_size)
@@ -115,7 +115,7 @@ def one_batch(recipe: str, settings: list[str], paths: list[str], objective: str
             parameter.copy_(parameter.main_grad)
     load.save_checkpoint(Path(out) / "gradients", trainer.model, None, state, config.to_dict(),
               tokenizer_folder(trainer.sources))
-    world.leave()
+    world.leave_world()
     return {"losses": losses, "loss": sum(trainer.objective.coefficients[t] * v for t, v in losses.items()),
             "micro_batches": [{"bounds": m.inputs.cu_seqlens.tolist(), "padding": m.inputs.padding.tolist(),
                                "tokens": m.inputs.tokens.tolist(), "labels": m.labels.tolist(),
@@ -143,7 +143,7 @@ def compared(recipe: str, settings: list[str], paths: list[str], reference: str,
     result |= {"continued": [_step(trainer) for _ in range(num_steps - half)],
                "continued apart": _apart(trainer, trainer.folder.checkpoint(num_steps))}
     trainer.close()
-    world.leave()
+    world.leave_world()
     return result
 
 
@@ -159,7 +159,7 @@ def _apart(trainer: Trainer, path: Path) -> dict[str, float]:
     """Return the largest differences of weights and optimizer state to a checkpoint, relative to each
     tensor's largest value."""
     largest_differences = {}
-    for part, blocks in (("model", local_shards(trainer.model)),
+    for part, blocks in (("model", list_local_shards(trainer.model)),
                          ("optimizer", trainer.optimizer.state_shards())):
         differences = []
         for block in blocks:
@@ -192,7 +192,7 @@ def deferred(settings: list[str], paths: list[str]) -> dict[str, Any]:
     result = {"losses": losses, "heldout": heldout, "updated": updated, "evaluated": evaluated,
               "ended": _digest(trainer.model), "groups": len(groups), "on their way": reductions_in_flight,
               "place": trainer.world.dp_rank}
-    world.leave()
+    world.leave_world()
     return result
 
 

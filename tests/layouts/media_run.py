@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from megatron_sov import recipes
 from megatron_sov.checkpoint import load
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
-from megatron_sov.engine.model.local_shards import local_shards
+from megatron_sov.engine.model.local_shards import list_local_shards
 from megatron_sov.engine.parallel import world
 from megatron_sov.model.config import apply_settings
 from megatron_sov.model.modality import PICTURES, SOUNDS, EncoderInput, EncoderInputs, take_records
@@ -100,7 +100,7 @@ def trainer(recipe: str, settings: list[str], run: str = "not-written") -> Train
     documents = Documents()
     source = Source("media", None, "text", {}, {"train": int(documents.lengths.sum()), "heldout": 0}, 1.0,
                     made=documents, banks=documents.banks)
-    place = world.join(config.parallel)
+    place = world.join_world(config.parallel)
     config.check(place.size)
     return Trainer(config, place, RunFolder(Path(run)), [source], LanguageModelling)
 
@@ -120,8 +120,8 @@ def one_batch(recipe: str, settings: list[str], out: str) -> dict[str, Any]:
         for parameter in found.model.parameters():
             gradient = getattr(parameter, "main_grad", None)
             parameter.copy_(torch.zeros_like(parameter) if gradient is None else gradient)
-    load.save_checkpoint(Path(out) / "gradients", found.model, None, state, config.to_dict(), None)
-    world.leave()
+    load.save(Path(out) / "gradients", found.model, None, state, config.to_dict(), None)
+    world.leave_world()
     return {"losses": {t: total / batch.targets[t] for t, total in sums.terms.items()},
             "meters": sums.meters, "frozen": frozen, "moments": moments,
             "micro_batches": [{"bounds": m.inputs.cu_seqlens.tolist(), "tokens": m.inputs.tokens.tolist(),
@@ -137,7 +137,7 @@ def _step(found: Trainer) -> dict[str, Any]:
     """Train a step; return its loss and a hash of weights and optimizer state."""
     loss = found.update().loss
     digest = hashlib.sha256()
-    for block in (*local_shards(found.model), *found.optimizer.state_shards()):
+    for block in (*list_local_shards(found.model), *found.optimizer.state_shards()):
         digest.update(block.key.encode() + block.data.detach().contiguous().numpy().tobytes())
     return {"loss": loss, "held": digest.hexdigest()}
 
@@ -150,7 +150,7 @@ def trained(settings: list[str], run: str) -> list[dict[str, Any]]:
     found.save()
     found.checkpointer.finish()
     steps.append(_step(found))
-    world.leave()
+    world.leave_world()
     return steps
 
 
@@ -159,7 +159,7 @@ def continued(settings: list[str], run: str) -> dict[str, Any]:
     found = trainer("tiny-qwen3", settings)
     found.resume(RunFolder(Path(run)).checkpoint(1))
     step = _step(found)
-    world.leave()
+    world.leave_world()
     return step
 
 
@@ -170,15 +170,14 @@ def started(plain: str, encoder: str) -> dict[str, list[str]]:
     PLAIN is the checkpoint, which is written first.
     """
     first = trainer("tiny-qwen3", ["model.vision=null", "model.audio=null"])
-    load.save_checkpoint(Path(plain), first.model, None, {"step": 0, "tokens": 0}, first.config.to_dict(),
-                         None)
-    world.leave()
+    load.save(Path(plain), first.model, None, {"step": 0, "tokens": 0}, first.config.to_dict(), None)
+    world.leave_world()
     found = trainer("tiny-qwen3", ["train.seed=2", f"media.vision_from={encoder}"])
     found.start_from(Path(plain))
     reader, stored = TensorReader(Path(plain), "model"), load_file(Path(encoder) / "model.safetensors")
     known = set(reader.keys())
     result: dict[str, list[str]] = {"checkpoint": [], "folder": [], "neither": []}
-    for block in local_shards(found.model):
+    for block in list_local_shards(found.model):
         name = block.key.removeprefix("vision.encoder.")
         same = [tensor for tensor_name, tensor in stored.items() if tensor_name.endswith(name)]
         if block.key in known:
@@ -188,5 +187,5 @@ def started(plain: str, encoder: str) -> dict[str, list[str]]:
             result["folder"].append(block.key)
         else:
             result["neither"].append(block.key)
-    world.leave()
+    world.leave_world()
     return result

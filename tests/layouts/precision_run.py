@@ -61,7 +61,7 @@ def dtypes(recipe: str, settings: list[str], data: str) -> dict[str, Any]:
     for block in built.optimizer.state_shards():
         record_dtype(block.key.split("/")[0], block.data)
     gradients = sum(p.numel() for p in built.model.parameters())
-    world.leave()
+    world.leave_world()
     return {"dtypes": {name: sorted(kinds) for name, kinds in dtypes_by_name.items()},
             "reduced": seen.reduced, "gradients": gradients, "loss": result.loss}
 
@@ -90,7 +90,7 @@ def bits(built: Trainer) -> str:
 
 def repeatable(settings: list[str], data: str, threads: int) -> dict[str, Any]:
     """Return losses and bits of two deterministic steps, with sizes that keep several threads busy."""
-    device.switch_on()
+    device.enable_determinism()
     torch.set_num_threads(threads)
     built = trainer("tiny-solar-open", [
         "model.hidden_size=128", "model.head_dim=32", "model.expert_ffn_dim=128", "model.num_layers=1",
@@ -101,5 +101,5 @@ def repeatable(settings: list[str], data: str, threads: int) -> dict[str, Any]:
     result = {"losses": losses, "bits": bits(built), "threads": torch.get_num_threads(),
               "torch": torch.are_deterministic_algorithms_enabled(),
               "library": built.model.config.deterministic_mode}
-    world.leave()
+    world.leave_world()
     return result

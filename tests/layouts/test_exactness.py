@@ -191,29 +191,29 @@ def run(names: list[str], layout: dict[str, Any], folder: str, label: str,
 
     from megatron_sov.base.artifacts import read_manifest
     from megatron_sov.checkpoint import load
-    from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
-    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.decode.forward_only import DocumentBatch, ForwardModel
+    from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig, apply_settings, from_dict
     from megatron_sov.model.recipes.requested import load_plugins
 
     load_plugins(plugins)
-    place = world.join(ParallelConfig(**layout))
+    place = world.join_world(ParallelConfig(**layout))
     for name in names:
         source = Path(folder) / name / "ckpt"
         config = apply_settings(from_dict(read_manifest(source, "checkpoint").settings),
                                 ["train.precision=fp32"])
-        model = build(config.model, ParallelConfig(**layout), config.train)
+        model = build_model(config.model, ParallelConfig(**layout), config.train)
         load.load_model(source, model)
-        row = Inputs(documents(config.model.vocab_size), torch.device("cpu"))
+        row = DocumentBatch(documents(config.model.vocab_size), torch.device("cpu"))
         logits = ForwardModel(model, 100).logits(row, torch.arange(BEFORE, BEFORE + LENGTH))
         out = Path(folder) / name / label
         if place.is_main:
             out.mkdir()
             save_file({"logits": logits.contiguous()}, out / "logits.safetensors")
         torch.distributed.barrier()
-        load.save_checkpoint(out / "ckpt", model, None, {"step": 0, "tokens": 0}, config.to_dict(), None)
-    world.leave()
+        load.save(out / "ckpt", model, None, {"step": 0, "tokens": 0}, config.to_dict(), None)
+    world.leave_world()
 
 
 def fits(config: dict[str, Any], layout: dict[str, Any]) -> bool:

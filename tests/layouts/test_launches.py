@@ -24,7 +24,7 @@ PER_MICRO_BATCH = {"data_objective.py:prepare": 1, "data_objective.py:_mtp_targe
 """Copies per row of counts that are already on the host, see test_data_batches.py."""
 PER_STEP = {"values.py:sum_dict": 2, "trainer.py:update": 1, "computation.py:sums": 5,
             "collectives.py:all_reduce_dp": 2, "collectives.py:all_reduce_world": 1,
-            "collectives.py:broadcast_from_last_stage": 1, "optimizer.py:_grad_norm": 1}
+            "collectives.py:broadcast_from_last_stage": 1, "optimizer.py:_compute_grad_norm": 1}
 """Sums over processes, losses and the gradient norm."""
 
 
@@ -70,7 +70,7 @@ def step(recipe: str, settings: list[str], data: str) -> dict[str, Any]:
         for name in FETCHES:
             patched.setattr(torch.Tensor, name, _counted(fetches, getattr(torch.Tensor, name)))
         trainer.update()
-    world.leave()
+    world.leave_world()
     return {"operations": seen.count, "fetches": fetches, "routed_layers": config.model.num_moe_layers(),
             "micro_batches": config.train.global_batch_size // config.train.micro_batch_size}
 

@@ -183,7 +183,7 @@ def written(folder: str, case: str) -> dict[str, Any]:
 
     from megatron_sov.base.artifacts import read_manifest
     from megatron_sov.checkpoint import load
-    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.optimizer.optimizer import Optimizer
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig

@@ -67,7 +67,7 @@ def _trained(recipe: str, settings: list[str], path: str, steps: int, quantises:
     alone = _digest(p.main_grad for p in trainer.model.parameters())
     weights = _digest([*trainer.model.parameters(), *trainer.model.buffers()])
     operators.replay = replay
-    world.leave()
+    world.leave_world()
     return {"steps": found, "alone": alone, "weights": weights, "padding": padding[0]}
 
 

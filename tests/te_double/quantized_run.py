@@ -16,7 +16,7 @@ from megatron_sov import recipes
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.convert import export_weights
 from megatron_sov.engine.model import language_model, replica_checks
-from megatron_sov.engine.model.quantized_weights import is_quantized, raw_data
+from megatron_sov.engine.model.quantized_weights import get_raw_data, is_quantized
 from megatron_sov.engine.optimizer.adamw import HostAdamW
 from megatron_sov.engine.parallel import cpu_shims, device, world
 from megatron_sov.model.config import RunConfig, apply_settings
@@ -115,7 +115,7 @@ def each(cases: list[tuple[str, list[str]]], path: str) -> list[dict[str, Any]]:
         again[0] = 0
         loss = trainer.update().loss
         found.append({"loss": loss, "weights": _digest(trainer), "products": _products(), "again": again[0]})
-        world.leave()
+        world.leave_world()
     return found
 
 
@@ -138,13 +138,13 @@ def _products() -> dict[str, int]:
 def losses(recipe: str, settings: list[str], path: str, steps: int) -> dict[str, Any]:
     """Train; return the losses and the products of the first step."""
     if "train.deterministic=true" in settings:
-        device.switch_on()
+        device.enable_determinism()
     trainer = _trainer(recipe, settings, path)
     _products()
     first = trainer.update().loss
     products = _products()
     taken = [first, *(trainer.update().loss for _ in range(steps - 1))]
-    world.leave()
+    world.leave_world()
     return {"losses": taken, "products": products}
 
 
@@ -159,8 +159,8 @@ def continued(recipe: str, settings: list[str], path: str, run: str) -> dict[str
     found["saved"] = _saved(trainer.folder.checkpoint(2))
     found["exported"] = hashlib.sha256(b"".join(
         name.encode() + _bytes(tensor) for name, tensor in export_weights(trainer.model))).hexdigest()
-    found["differing"] = replica_checks.differing_replicas(trainer.model)
-    found["in 8 bits"] = sum(raw_data(p).numel() for p in trainer.model.parameters() if is_quantized(p))
+    found["differing"] = replica_checks.find_differing_replicas(trainer.model)
+    found["in 8 bits"] = sum(get_raw_data(p).numel() for p in trainer.model.parameters() if is_quantized(p))
     _products()
     found["heldout"] = {name: result.loss for name, result in trainer.evaluate().items()}
     found["products of the evaluation"] = _products()
@@ -170,7 +170,7 @@ def continued(recipe: str, settings: list[str], path: str, run: str) -> dict[str
     found["resumed"] = [trainer.update().loss for _ in range(2)]
     found["resumed ends"] = _digest(trainer)
     trainer.close()
-    world.leave()
+    world.leave_world()
     return found
 
 
@@ -204,7 +204,7 @@ def placed(cases: list[tuple[str, list[str]]], path: str, run: str, *, sends: bo
             trainer.resume(trainer.folder.checkpoint(1))
             trainer.update()
             trainer.close()
-            world.leave()
+            world.leave_world()
         found.append(mode.marked)
     return found
 
@@ -235,7 +235,7 @@ def moments(recipe: str, settings: list[str], path: str, before: str) -> dict[st
             # another summation order may change the last bit of a bf16 value
             wrong += int(((new[name].float() - expected).abs() > 2 ** -8 * expected.abs() + 1e-30).sum())
         dtypes |= {f"{name} {str(t.dtype).removeprefix('torch.')}" for name, t in new.items()}
-    world.leave()
+    world.leave_world()
     sizes = [(shard.main.numel(), isinstance(shard.inner, HostAdamW)) for shard in trainer.optimizer.shards]
     return {"wrong": wrong, "dtypes": sorted(dtypes), "loss": loss,
             "on the host": sum(n for n, there in sizes if there) / sum(n for n, _ in sizes)}
@@ -256,13 +256,13 @@ def quantises_weights(recipe: str, settings: list[str], path: str) -> list[bool]
     trainer.update()
     trainer.evaluate()
     trainer.update()
-    world.leave()
+    world.leave_world()
     return told
 
 
 def _digest(trainer: Trainer) -> str:
     """Hash this process's weights."""
-    return hashlib.sha256(b"".join(_bytes(raw_data(p)) for p in trainer.model.parameters())).hexdigest()
+    return hashlib.sha256(b"".join(_bytes(get_raw_data(p)) for p in trainer.model.parameters())).hexdigest()
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

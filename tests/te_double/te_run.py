@@ -23,7 +23,7 @@ def one_step(recipe: str, settings: list[str], paths: list[str]) -> dict[str, An
     trainer.update()
     modules = Counter(type(m).__name__ for m in trainer.model.modules())
     optimizers = {type(o.optimizer).__name__ for o in trainer.optimizer.library.chained_optimizers}
-    world.leave()
+    world.leave_world()
     return {"modules": modules, "optimizers": sorted(optimizers),
             "products": {f"{kind} {recipe}".strip(): count for (kind, recipe), count in COUNTS.items()}}
 
@@ -45,7 +45,7 @@ def recorded_calls(recipe: str, settings: list[str], paths: list[str]) -> list[l
             _replace_everywhere(found, _recorder(found, (name, None), calls, bound=False))
     trainer = layout_run._trainer(layout_run.small_config(recipe, settings, paths, "lm"))
     trainer.update()
-    world.leave()
+    world.leave_world()
     return sorted(map(list, calls), key=str)
 
 
@@ -55,15 +55,15 @@ def experts_without_tokens() -> list[Any]:
     import torch
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
-    from megatron_sov.engine.model.language_model import build_configured
+    from megatron_sov.engine.model.language_model import build_run_model
     from megatron_sov.model import recipes
     from megatron_sov.model.config import apply_settings
 
     config = apply_settings(recipes.get("tiny-solar-open"), [
         "train.precision=bf16", "model.num_layers=2", "model.num_experts=4", "model.num_experts_per_token=2",
         "parallel.ep=2", "parallel.expert_dispatcher=allgather", "gpu.grad_accumulation_fusion=off"])
-    world.join(config.parallel)
-    model = build_configured(config)
+    world.join_world(config.parallel)
+    model = build_run_model(config)
     layer: Any = next(m for m in model.modules() if isinstance(m, MoELayer)).eval()
     for weight in layer.parameters():
         torch.nn.init.normal_(weight, std=0.1)
@@ -74,7 +74,7 @@ def experts_without_tokens() -> list[Any]:
         y = layer(x)[0]
         y.float().square().sum().backward()
         found.append((y, x.grad))
-    world.leave()
+    world.leave_world()
     return [float((a - b).abs().max() / b.abs().max()) for a, b in zip(*found, strict=True)]
 
 

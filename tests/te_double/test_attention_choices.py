@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.engine.model.attention import PackedDocuments, pack
-from megatron_sov.engine.model.attention_kernels import keep_attention_decisions
+from megatron_sov.engine.model.attention import PackedDocuments, pack_documents
+from megatron_sov.engine.model.attention_kernels import cache_attention_decisions
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +45,8 @@ def test_decisions_about_attention_are_kept_for_each_window_and_length(
     monkeypatch.setattr(utils, "get_attention_backend",
                         lambda call: te.backends.choose(call, te.machine.CHIP))
     if keeps:
-        keep_attention_decisions(utils)
-        keep_attention_decisions(utils)  # by each model that is built
+        cache_attention_decisions(utils)
+        cache_attention_decisions(utils)  # by each model that is built
     q, bound = draw_states(), torch.tensor([0, 5, 6, 15, 16], dtype=torch.int32)
     attention = te.pytorch.DotProductAttention(4, 8, attn_mask_type="padding_causal", qkv_format="thd")
     te.backends.CHOSEN.clear()
@@ -66,7 +66,7 @@ def test_one_decision_about_attention_serves_rows_of_many_documents(te: Any) -> 
     te.backends.CHOSEN.clear()
     for lengths in ((4, 4, 4, 3, 1), (4, 4, 4, 2, 1, 1), (4, 3, 3, 2, 2, 1, 1), (3, 3, 2, 2, 2, 2, 1, 1)):
         bound = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        packed = pack(bound, max(lengths), 16, own=False)
+        packed = pack_documents(bound, max(lengths), 16, own=False)
         out = attention(q, q, q, cu_seqlens_q=packed.cu_seqlens_q, cu_seqlens_kv=packed.cu_seqlens_kv,
                         max_seqlen_q=packed.max_seqlen_q)
         whole = [torch.nn.functional.scaled_dot_product_attention(*[x.transpose(0, 1).float()] * 3,
@@ -83,7 +83,7 @@ def test_the_unfused_attention_gets_no_more_than_a_row_has(te: Any) -> None:
     bound = torch.tensor([0, 5, 10, 15], dtype=torch.int32)
     sizes = []
     for bucketed in (True, False):
-        packed = pack(bound, 5, 15, own=False, bucketed=bucketed)
+        packed = pack_documents(bound, 5, 15, own=False, bucketed=bucketed)
         sizes.append((len(packed.cu_seqlens_q) - 1, packed.max_seqlen_q))
         again = PackedDocuments(bounds=bound, longest_tokens=5, row_tokens=15, bucketed=bucketed).whole
         assert (len(again.cu_seqlens_q) - 1, again.max_seqlen_q) == sizes[-1]

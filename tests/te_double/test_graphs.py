@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.engine.model import graphs
-from megatron_sov.engine.model.specs import OwnLayer
+from megatron_sov.engine.model.specs import BlockOutputLayer
 from megatron_sov.engine.router import RoutingStep
 
 RUN = str(Path(__file__).with_name("graph_run.py"))
@@ -64,8 +64,9 @@ def test_losses_counts_biases_and_weights_have_the_bits_of_a_run_without(
 
 def test_what_is_overridden_is_the_librarys() -> None:
     """A method with another name would never be called, and the padding mask would be dropped silently."""
-    ours = {name for name, value in vars(graphs.graphed(OwnLayer)).items() if callable(value)}
-    assert len(ours) == 5 and all(hasattr(OwnLayer, name) for name in ours)
+    ours = {name for name, value in vars(graphs.build_graphed_layer(BlockOutputLayer)).items()
+            if callable(value)}
+    assert len(ours) == 5 and all(hasattr(BlockOutputLayer, name) for name in ours)
 
 
 def test_graphs_serve_the_passes_that_they_were_captured_of(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +85,7 @@ def test_graphs_serve_the_passes_that_they_were_captured_of(monkeypatch: pytest.
         config=SimpleNamespace(routing_step=step, cuda_graph_impl="transformer_engine")), [], None)
     monkeypatch.setattr(graphs.parallel_state, "get_pipeline_model_parallel_world_size", lambda: 2)
     monkeypatch.setattr(found, "_capture", lambda *sizes: captures.append(sizes))
-    layer = graphs.graphed(Layer)()
+    layer = graphs.build_graphed_layer(Layer)()
     served = []
     for count, whole in ((4, True), (1, False), (4, True), (8, True)):
         found.prepare(64, 32, count, whole=whole)

@@ -130,7 +130,7 @@ def synced(run: str) -> dict[str, Any]:
     waiting.save(TrainState(4, 88, 0.5))
     waiting.finish()
     copied = [bool(c._saver._snapshot._memory) for c in (checkpointer, waiting)]
-    world.leave()
+    world.leave_world()
     return {"told": told, "done": [done.step, done.tokens, done.wall_s], "went on": went_on, "copied": copied,
             "resumed": [part.value for part in parts.values()]}
 

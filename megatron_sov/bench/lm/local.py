@@ -22,9 +22,9 @@ import torch
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.bench.lm.answers import Answer, Answers, AnswerScore, Request, Write, readings
-from megatron_sov.engine.decode.forward_only import Inputs
+from megatron_sov.engine.decode.forward_only import DocumentBatch
 from megatron_sov.engine.model.chunk import ModelInputs
-from megatron_sov.engine.model.language_model import states_for_head
+from megatron_sov.engine.model.language_model import prepare_head_input
 from megatron_sov.engine.model.logprobs import Head
 from megatron_sov.engine.parallel import collectives, context
 from megatron_sov.engine.parallel.device import local_device
@@ -95,7 +95,7 @@ def answer_locally(running: LocalEvaluation, requests: Sequence[Request], kept: 
                                           lambda: flag.reason is not None)
                 return engine.generate(prompts, sampling, bounds=bounds, **more)
 
-            model = _Model(generate, partial(of_forward_model, loaded), collectives.data_place()[1])
+            model = _Model(generate, partial(of_forward_model, loaded), collectives.get_data_rank()[1])
             return _answer(model, running, broadcast_object(requests),
                            kept if loaded.world.is_main else None, flag)
 
@@ -122,7 +122,7 @@ def _answer(model: _Model, running: LocalEvaluation, requests: Sequence[Request]
     Returns:
         Whether it was asked to stop before all were answered.
     """
-    from megatron_sov.engine.parallel.world import on_first
+    from megatron_sov.engine.parallel.world import run_on_first
 
     # All processes cut the same chunks from the same requests; the first one says which is next.
     chunks = list(chunks_of(requests, model.num_shares, running.batching))
@@ -145,7 +145,7 @@ def _answer(model: _Model, running: LocalEvaluation, requests: Sequence[Request]
     if kept is not None:
         print(f"asked {num_answered:,} requests with {num_read:,} tokens in "
               f"{time.monotonic() - begin_s:.1f} s", file=sys.stderr)
-    return bool(on_first(lambda: flag.reason is not None))
+    return bool(run_on_first(lambda: flag.reason is not None))
 
 
 def num_tokens(request: Request) -> int:
@@ -247,7 +247,7 @@ class _ItemRow:
     """A row of documents with what is asked at their ends."""
 
     def __init__(self, groups: Sequence[Group], min_tokens: int) -> None:
-        batch = Inputs([group[0].read for group in groups] or [[0]], local_device(), min_tokens)
+        batch = DocumentBatch([group[0].read for group in groups] or [[0]], get_local_device(), min_tokens)
         self.inputs: ModelInputs = batch.inputs
         self.groups = groups
         self.ends: list[int] = (batch.ends + 1).tolist()
@@ -262,10 +262,10 @@ def _row_values(hidden: list[torch.Tensor], head: Head, row: _ItemRow) -> torch.
     ends = row.ends[:len(row.groups)]
     places = torch.cat([torch.arange(end - max(len(s.continuation) for s in group), end)
                         for group, end in zip(row.groups, ends, strict=True)])
-    states = states_for_head(hidden[0], head.config)
+    states = prepare_head_input(hidden[0], head.config)
     best = torch.zeros(len(row.inputs.tokens), dtype=torch.int64)
     # Once for all variants: the most probable token does not depend on what is judged.
-    best[places] = head.top_tokens(context.pick(states, places)).cpu()
+    best[places] = head.top_tokens(context.gather_positions(states, places)).cpu()
     number = [0, *accumulate(map(len, row.groups))]
     # documents that are judged twice and more, such as choices of one token, take the head as often
     # The first score of every document, then the second one of those that have two, and so on.

@@ -91,7 +91,7 @@ def subject_of(target: str, settings: Settings, whole: bool = True) -> Subject:
     running = LocalEvaluation(found, engine, tuple(settings.settings), settings.nproc,
                               Batching(settings.batch_size), ends, special, decode)
     return Subject(model, {"model": digest, "engine": engine, "settings": how, "ends": list(ends),
-                           "precision": inference_precision()}, tokenizer, max_length, running)
+                           "precision": choose_inference_precision()}, tokenizer, max_length, running)
 
 
 def _tokens(target: Target, chat: bool) -> tuple[Any, tuple[int, ...], dict[str, int]]:

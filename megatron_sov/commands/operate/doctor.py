@@ -248,10 +248,10 @@ def quantization_checks() -> Iterator[MachineCheck]:
     if not _has_gpu():
         yield MachineCheck("train.fp8", "missing", "none of its recipes: there is no GPU here")
         return
-    from megatron_sov.engine.parallel.device import lacking_fp8
+    from megatron_sov.engine.parallel.device import find_fp8_problems
 
     try:
-        reasons = lacking_fp8()
+        reasons = find_fp8_problems()
     except Exception:  # transformer_engine_checks says what is wrong with it, and how to mend that
         yield MachineCheck("train.fp8", "missing", "none of its recipes: Transformer Engine does not work")
         return
@@ -279,9 +279,9 @@ def deep_ep_checks() -> Iterator[MachineCheck]:
     if absent := _absent("DeepEP", "deep_ep", DEEP_EP_REMEDY):
         yield absent
         return
-    from megatron_sov.engine.parallel.device import DEEP_EP_NAMES, lacking_deep_ep
+    from megatron_sov.engine.parallel.device import DEEP_EP_NAMES, find_deep_ep_problem
 
-    reasons = {dispatcher: lacking_deep_ep(dispatcher) for dispatcher in DEEP_EP_NAMES}
+    reasons = {dispatcher: find_deep_ep_problem(dispatcher) for dispatcher in DEEP_EP_NAMES}
     yield MachineCheck("DeepEP", "warning" if all(reasons.values()) else "ok", _there_and_not(reasons),
                        DEEP_EP_REMEDY if any(reasons.values()) else "")
 
@@ -292,9 +292,9 @@ def linear_attention_checks() -> Iterator[MachineCheck]:
     if absent := _absent(name, "fla", remedy):
         yield absent
         return
-    from megatron_sov.engine.parallel.device import lacking_fla
+    from megatron_sov.engine.parallel.device import find_fla_problem
 
-    reason = lacking_fla()
+    reason = find_fla_problem()
     yield MachineCheck(name, "warning" if reason else "ok", _there_and_not({"Kimi Delta Attention": reason}),
                        remedy if reason else "")
 

@@ -167,7 +167,7 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: P
            start: Target, *, engine_name: str, environment: AskedEnvironment | None
            ) -> dict[str, Any] | None:
     """Load the policy and write; None on other processes than the first."""
-    from megatron_sov.engine.parallel.world import on_first
+    from megatron_sov.engine.parallel.world import run_on_first
     from megatron_sov.infer.engines.server_engine import ServerEngine
     from megatron_sov.post.rl.generate.pieces import FurtherPieces, PendingPieces, PieceQueue
     from megatron_sov.post.rl.generate.requests import build_requests, write_by_requests

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_sov.engine.model.language_model import LanguageModel
-from megatron_sov.engine.optimizer.state_shards import StateShard, pieces, shard_blocks
+from megatron_sov.engine.optimizer.state_shards import StateShard, iter_pieces, iter_shard_blocks
 from megatron_sov.engine.parallel import values
-from megatron_sov.engine.parallel.device import local_device, to_device
+from megatron_sov.engine.parallel.device import get_local_device, to_device
 from megatron_sov.engine.parallel.values import gather_objects
 from megatron_sov.model.config import OptimConfig
 
@@ -39,7 +39,7 @@ class Matrix:
         return self.rows * self.columns * min(self.rows, self.columns)
 
 
-def parts(matrix: Matrix, config: Any) -> list[torch.Tensor]:
+def split_matrix(matrix: Matrix, config: Any) -> list[torch.Tensor]:
     """Return the row indices [count] of each part that is orthogonalized separately.
 
     A fused QKV weight holds the rows of queries, key and value for each query group; the first weight of a
@@ -61,7 +61,7 @@ def parts(matrix: Matrix, config: Any) -> list[torch.Tensor]:
     return [rows]
 
 
-def orthogonalise(update: torch.Tensor, steps: int, coefficients: tuple[float, float, float]) -> torch.Tensor:
+def orthogonalize(update: torch.Tensor, steps: int, coefficients: tuple[float, float, float]) -> torch.Tensor:
     """Approximate U V^T for an update [rows, columns] = U S V^T by Newton-Schulz iterations in its dtype.
 
     Same operations in the same order as torch.optim.Muon, which always uses bfloat16; after Keller Jordan,
@@ -77,7 +77,7 @@ def orthogonalise(update: torch.Tensor, steps: int, coefficients: tuple[float, f
     return x.T if tall else x
 
 
-def update_scale(kind: str, rows: int, columns: int) -> float:
+def compute_update_scale(kind: str, rows: int, columns: int) -> float:
     """Return the factor on the orthogonal update of a matrix with `rows` outputs and `columns` inputs.
 
     Args:
@@ -172,10 +172,10 @@ class MatrixExchange:
             dtype: dtype of the messages.
         """
         for exchange_round in self._rounds:
-            sent = [_join((read(n) for n in numbers if self._places[n].owned), dtype)
+            sent = [_concatenate((read(n) for n in numbers if self._places[n].owned), dtype)
                     for numbers in exchange_round.sent]
             counts = [sum(p.size for p in peer_places if p.owned) for peer_places in exchange_round.computed]
-            received = self._send(sent, counts)
+            received = self._exchange_tensors(sent, counts)
             matrices: dict[Matrix, torch.Tensor] = {}
             for peer_places, flat in zip(exchange_round.computed, received, strict=True):
                 # only one replica of a piece is sent; every replica receives the result and keeps equal bits
@@ -184,26 +184,27 @@ class MatrixExchange:
                     matrix_key = place.matrix
                     if matrix_key not in matrices:
                         matrices[matrix_key] = torch.empty(matrix_key.rows, matrix_key.columns, dtype=dtype,
-                                                           device=local_device())
+                                                           device=get_local_device())
                     place.slice_of(matrices[matrix_key]).copy_(part.view(place.shape))
             results = {matrix: compute(matrix, matrix_data) for matrix, matrix_data in matrices.items()}
-            returned = [_join((p.slice_of(results[p.matrix]) for p in peer_places), dtype)
+            returned = [_concatenate((p.slice_of(results[p.matrix]) for p in peer_places), dtype)
                         for peer_places in exchange_round.computed]
-            counts = [self._size(numbers) for numbers in exchange_round.sent]
-            for numbers, flat in zip(exchange_round.sent, self._send(returned, counts), strict=True):
+            counts = [self._count_elements(numbers) for numbers in exchange_round.sent]
+            for numbers, flat in zip(exchange_round.sent, self._exchange_tensors(returned, counts),
+                                     strict=True):
                 places = [self._places[n] for n in numbers]
                 for n, place, part in zip(numbers, places, flat.split([p.size for p in places]), strict=True):
                     write(n, part.view(place.shape))
 
-    def _size(self, numbers: Iterable[int]) -> int:
+    def _count_elements(self, numbers: Iterable[int]) -> int:
         return sum(self._places[n].size for n in numbers)
 
-    def _send(self, to_each: list[torch.Tensor], counts: list[int]) -> list[torch.Tensor]:
+    def _exchange_tensors(self, to_each: list[torch.Tensor], counts: list[int]) -> list[torch.Tensor]:
         """Send a flat tensor to each process; return the tensors received, `counts` elements from each."""
         if len(to_each) == 1:
             return to_each
         dtype, item = to_each[0].dtype, to_each[0].element_size()
-        received = torch.empty(sum(counts), dtype=dtype, device=local_device())
+        received = torch.empty(sum(counts), dtype=dtype, device=get_local_device())
         # as bytes: some backends do not support every dtype
         dist.all_to_all_single(received.view(torch.uint8), torch.cat(to_each).view(torch.uint8),
                                [item * n for n in counts], [item * len(t) for t in to_each],
@@ -211,9 +212,10 @@ class MatrixExchange:
         return list(received.split(counts))
 
 
-def _join(tensors: Iterable[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+def _concatenate(tensors: Iterable[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """Concatenate all elements; the result may be empty."""
-    return torch.cat([torch.empty(0, dtype=dtype, device=local_device()), *(t.flatten() for t in tensors)])
+    return torch.cat([torch.empty(0, dtype=dtype, device=get_local_device()),
+                      *(t.flatten() for t in tensors)])
 
 
 MOMENTUM = "momentum"
@@ -259,10 +261,10 @@ class Muon:
         self._config, self._model, self._dtype = config, model.config, model.config.params_dtype
         self._pieces: list[_MatrixPiece] = []
         self._places: list[MatrixPlace] = []
-        for block, shard in shard_blocks(model, shards):
+        for block, shard in iter_shard_blocks(model, shards):
             flat = shard.main.detach().view(-1)
             matrix = Matrix(block.key, block.offset[:-2], *block.global_shape[-2:])
-            for piece in pieces(block, shard, flat):
+            for piece in iter_pieces(block, shard, flat):
                 shape = (piece.data.shape[0], piece.data.shape[1])
                 self._pieces.append(_MatrixPiece(shard,
                                                  int(piece.data.storage_offset() - flat.storage_offset()),
@@ -286,9 +288,10 @@ class Muon:
                 # as in torch.optim.Muon: m = mu m + (1 - mu) g, and weight decay before the update
                 state[MOMENTUM].lerp_(main.grad, 1 - self._config.muon_momentum)
                 main.mul_(1 - group["lr"] * group["weight_decay"])
-        self._exchange.run(self._direction, self._orthogonal, self._move, self._dtype)
+        self._exchange.run(self._compute_direction, self._orthogonalize_matrix, self._apply_update,
+                           self._dtype)
 
-    def _direction(self, number: int) -> torch.Tensor:
+    def _compute_direction(self, number: int) -> torch.Tensor:
         """Return a piece's update before orthogonalization: momentum, or Nesterov's combination."""
         piece = self._pieces[number]
         main = piece.shard.main
@@ -298,36 +301,37 @@ class Muon:
         assert main.grad is not None, "gradients are taken before the step"
         return piece.slice_of(main.grad).lerp(momentum, self._config.muon_momentum).to(self._dtype)
 
-    def _orthogonal(self, matrix: Matrix, update: torch.Tensor) -> torch.Tensor:
+    def _orthogonalize_matrix(self, matrix: Matrix, update: torch.Tensor) -> torch.Tensor:
         """Return the orthogonalized update of a matrix, part by part."""
         result = torch.empty_like(update)
-        for rows in self._rows(matrix):
-            result[rows] = orthogonalise(update[rows], self._config.muon_ns_steps,
+        for rows in self._get_part_rows(matrix):
+            result[rows] = orthogonalize(update[rows], self._config.muon_ns_steps,
                                          self._config.muon_ns_coefficients)
         return result
 
-    def _move(self, number: int, update: torch.Tensor) -> None:
+    def _apply_update(self, number: int, update: torch.Tensor) -> None:
         piece, place = self._pieces[number], self._places[number]
         main = piece.shard.main
-        scale = self._scale(place.matrix)[place.row:place.row + place.shape[0], None].to(main.dtype)
+        scale = self._get_row_scales(place.matrix)[place.row:place.row + place.shape[0], None].to(main.dtype)
         piece.slice_of(main.detach()).add_(update.to(main.dtype) * scale, alpha=-self._lr[id(main)])
 
-    def _rows(self, matrix: Matrix) -> list[torch.Tensor]:
+    def _get_part_rows(self, matrix: Matrix) -> list[torch.Tensor]:
         if matrix not in self._parts:
-            self._parts[matrix] = [to_device(rows, local_device()) for rows in parts(matrix, self._model)]
+            self._parts[matrix] = [to_device(rows, get_local_device())
+                                   for rows in split_matrix(matrix, self._model)]
         return self._parts[matrix]
 
-    def _scale(self, matrix: Matrix) -> torch.Tensor:
+    def _get_row_scales(self, matrix: Matrix) -> torch.Tensor:
         """Return the factor of every row, [rows] float64."""
         if matrix not in self._scales:
-            scale = torch.empty(matrix.rows, dtype=torch.float64, device=local_device())
-            for rows in self._rows(matrix):
-                scale[rows] = update_scale(self._config.muon_scale, len(rows), matrix.columns)
+            scale = torch.empty(matrix.rows, dtype=torch.float64, device=get_local_device())
+            for rows in self._get_part_rows(matrix):
+                scale[rows] = compute_update_scale(self._config.muon_scale, len(rows), matrix.columns)
             self._scales[matrix] = scale
         return self._scales[matrix]
 
 
-def holders(is_expert: bool, zero1: bool) -> dist.ProcessGroup:
+def get_matrix_group(is_expert: bool, zero1: bool) -> dist.ProcessGroup:
     """Return the processes that together hold all parts of the local matrices. Collective over the world.
 
     For tensor-parallel experts (`parallel.etp`) under ZeRO-1 the library has no such group; it is created

@@ -18,8 +18,8 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_sov.engine.model.language_model import LanguageModel
-from megatron_sov.engine.model.local_shards import LocalShard, ParameterLookup, declared_blocks
-from megatron_sov.engine.optimizer.adamw import HostAdamW, wait
+from megatron_sov.engine.model.local_shards import LocalShard, ParameterLookup, list_declared_blocks
+from megatron_sov.engine.optimizer.adamw import HostAdamW, wait_for_copies
 
 Rectangle = tuple[tuple[int, ...], tuple[int, ...]]
 """(index of the first element, extent per axis)."""
@@ -30,7 +30,7 @@ MASTER = "master"
 
 
 
-def flat_ranges(shape: Sequence[int], start: int, stop: int) -> Iterator[Rectangle]:
+def iter_rectangles(shape: Sequence[int], start: int, stop: int) -> Iterator[Rectangle]:
     """Cut the elements [start, stop) of a row-major tensor into at most 2 * axes - 1 rectangles.
 
     Rectangles come in element order: end of a row, whole rows, beginning of a row, and so on for inner axes.
@@ -42,23 +42,23 @@ def flat_ranges(shape: Sequence[int], start: int, stop: int) -> Iterator[Rectang
     (first, head), (last, tail) = divmod(start, row), divmod(stop, row)
     # range inside one row: recurse with one axis less
     if head and first == last:
-        yield from _in_row(shape, first, head, tail)
+        yield from _iter_row_rectangles(shape, first, head, tail)
         return
     if head:
-        yield from _in_row(shape, first, head, row)
+        yield from _iter_row_rectangles(shape, first, head, row)
         first += 1
     if first < last:
         yield (first,) + (0,) * (len(shape) - 1), (last - first, *shape[1:])
     if tail:
-        yield from _in_row(shape, last, 0, tail)
+        yield from _iter_row_rectangles(shape, last, 0, tail)
 
 
-def _in_row(shape: Sequence[int], index: int, start: int, stop: int) -> Iterator[Rectangle]:
-    for place, extent in flat_ranges(shape[1:], start, stop):
+def _iter_row_rectangles(shape: Sequence[int], index: int, start: int, stop: int) -> Iterator[Rectangle]:
+    for place, extent in iter_rectangles(shape[1:], start, stop):
         yield (index, *place), (1, *extent)
 
 
-class Inner(Protocol):
+class ShardOptimizer(Protocol):
     """Interface of the optimizers that update shards: AdamW or Muon."""
 
     param_groups: list[dict[str, Any]]
@@ -81,7 +81,7 @@ class StateShard:
     main: torch.Tensor
     """Contiguous tensor that the optimizer updates: the parameter's own memory, or a float32 master
     weight."""
-    inner: Inner
+    inner: ShardOptimizer
     """Optimizer that updates `main` and holds its state."""
     exclusive: bool
     """True (ZeRO-1): no other data-parallel process updates these elements."""
@@ -107,7 +107,7 @@ class StateShard:
         return {name: tensor.detach().view(-1) for name, tensor in tensors.items()}
 
 
-def shards(optimizer: Any) -> list[StateShard]:
+def list_shards(optimizer: Any) -> list[StateShard]:
     """Return the shards of a library optimizer (dense parameters and routed experts have separate
     optimizers).
 
@@ -115,10 +115,11 @@ def shards(optimizer: Any) -> list[StateShard]:
     """
     if optimizer.optimizer is None:
         return []
-    return list(_ranges(optimizer) if isinstance(optimizer, DistributedOptimizer) else _wholes(optimizer))
+    return list(_iter_ranges(optimizer) if isinstance(optimizer, DistributedOptimizer)
+                else _iter_parameters(optimizer))
 
 
-def _ranges(optimizer: DistributedOptimizer) -> Iterator[StateShard]:
+def _iter_ranges(optimizer: DistributedOptimizer) -> Iterator[StateShard]:
     """Yield ranges of parameters in this process's part of the library's buffers (ZeRO-1)."""
     for models, mains in ((optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups),
                           (optimizer.model_fp32_groups, optimizer.shard_fp32_groups)):
@@ -128,7 +129,7 @@ def _ranges(optimizer: DistributedOptimizer) -> Iterator[StateShard]:
                 yield StateShard(parameter, start, main, optimizer.optimizer, exclusive=True)
 
 
-def _wholes(optimizer: Any) -> Iterator[StateShard]:
+def _iter_parameters(optimizer: Any) -> Iterator[StateShard]:
     """Yield whole parameters of an optimizer that repeats the update on every data-parallel process."""
     model_of = {}
     low_groups, high_groups = (getattr(optimizer, "float16_groups", []),
@@ -140,7 +141,7 @@ def _wholes(optimizer: Any) -> Iterator[StateShard]:
             yield StateShard(model_of.get(id(main), main), 0, main, optimizer.optimizer, exclusive=False)
 
 
-def take_gradients(shards: Iterable[StateShard]) -> None:
+def assign_gradients(shards: Iterable[StateShard]) -> None:
     """Set `grad` of every shard to its part of the reduced gradients.
 
     As in the library, gradients reduced in bf16 are converted to float32 first.
@@ -155,11 +156,11 @@ def take_gradients(shards: Iterable[StateShard]) -> None:
         else:
             shard.main.grad = gradient.view(shard.main.shape).to(shard.main.dtype)
     if to_host:
-        wait()
+        wait_for_copies()
 
 
-class _AnyFloat:
-    """Context manager, see `any_float`."""
+class _AllowFloat64:
+    """Context manager, see `allow_float64`."""
 
     def __init__(self) -> None:
         self._num_inside = 0
@@ -185,33 +186,33 @@ class _AnyFloat:
             torch.Tensor.type = self._named  # type: ignore[method-assign]
 
 
-any_float = _AnyFloat()
+allow_float64 = _AllowFloat64()
 """`with any_float:` Megatron-Core also creates the distributed optimizer for float64; the library knows three
 dtypes by type name."""
 
 
-def shard_blocks(model: LanguageModel, shards: Iterable[StateShard]) -> Iterator[tuple[LocalShard,
-                                                                                       StateShard]]:
+def iter_shard_blocks(model: LanguageModel, shards: Iterable[StateShard]) -> Iterator[tuple[LocalShard,
+                                                                                            StateShard]]:
     """Yield (block, shard) for every block that this process updates, completely or in part."""
     of_parameter = {id(shard.parameter): shard for shard in shards}
     lookup = ParameterLookup(model)
-    for block in declared_blocks(model):
+    for block in list_declared_blocks(model):
         shard = of_parameter.get(id(lookup.find_parameter(block)))
         if shard is not None:
             yield block, shard
 
 
-def state_shards(model: LanguageModel, shards: Iterable[StateShard]) -> Iterator[LocalShard]:
+def iter_state_shards(model: LanguageModel, shards: Iterable[StateShard]) -> Iterator[LocalShard]:
     """Yield the local optimizer state, named `exp_avg/KEY`, `exp_avg_sq/KEY`, `momentum/KEY` and
     `master/KEY`.
     """
-    for block, shard in shard_blocks(model, shards):
+    for block, shard in iter_shard_blocks(model, shards):
         for name, flat in shard.state().items():
-            for piece in pieces(block, shard, flat):
+            for piece in iter_pieces(block, shard, flat):
                 yield dataclasses.replace(piece, key=f"{name}/{block.key}")
 
 
-def pieces(block: LocalShard, shard: StateShard, flat: torch.Tensor) -> Iterator[LocalShard]:
+def iter_pieces(block: LocalShard, shard: StateShard, flat: torch.Tensor) -> Iterator[LocalShard]:
     """Yield the parts of `flat` [shard elements] that belong to `block`, as `LocalShard` objects."""
     if not block.data.is_contiguous():
         raise ValueError(f"{block.key}: its block is not a contiguous part of the parameter, "
@@ -222,7 +223,7 @@ def pieces(block: LocalShard, shard: StateShard, flat: torch.Tensor) -> Iterator
     leading = len(block.global_shape) - block.data.dim()
     # under ZeRO-1 the updating process writes the elements; otherwise replica 0 writes
     replica = (*block.replica[:-1], 0) if shard.exclusive else block.replica
-    for place, extent in flat_ranges(block.data.shape, start - first, stop - first):
+    for place, extent in iter_rectangles(block.data.shape, start - first, stop - first):
         count = math.prod(extent)
         inner = (o + p for o, p in zip(block.offset[leading:], place, strict=True))
         begin = start - shard.start
@@ -231,7 +232,7 @@ def pieces(block: LocalShard, shard: StateShard, flat: torch.Tensor) -> Iterator
         start += count
 
 
-def set_updates(shards: Iterable[StateShard], num_updates: int) -> None:
+def set_update_count(shards: Iterable[StateShard], num_updates: int) -> None:
     """Set the number of updates in the state, for AdamW's bias correction.
 
     Each parameter gets its own counter: the library's loading shares one tensor among all parameters, which
@@ -246,7 +247,7 @@ def set_updates(shards: Iterable[StateShard], num_updates: int) -> None:
                 group["step"] = num_updates
 
 
-def _counts_per_parameter(inner: Inner) -> bool:
+def _counts_per_parameter(inner: ShardOptimizer) -> bool:
     """Return whether the optimizer counts updates per parameter (torch) or per group (Transformer Engine,
     Apex).
     """

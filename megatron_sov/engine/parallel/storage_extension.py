@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 
-from megatron_sov.base.artifacts import create_file
-from megatron_sov.base.errors import UserError, first_error_line
-from megatron_sov.engine.parallel.world import on_each
+from megatron_sov.base.artifacts import new_file
+from megatron_sov.base.errors import UserError, first_line
+from megatron_sov.engine.parallel.world import run_on_each_rank
 
 NAME = "share_storage_ext"
 RECOMPUTED_BY_EXTENSION = {"layernorm", "moe_act"}
@@ -59,13 +59,8 @@ def load_storage_extension(recompute_modules: Collection[str] | None) -> None:
         if size == 1 or os.environ.get("LOCAL_RANK", "0") == "0":
             _compile(file, random._SHARE_STORAGE_SRC, f"gpu.recompute_modules = {sorted(needed)}")
 
-    on_each(compile_on_first)
-    try:
-        random._share_storage_ext = _load(file)
-    except (ImportError, OSError) as e:
-        raise UserError(f"{file}: cannot be loaded ({first_error_line(e)}), and the first process of this "
-                        "node compiled it; set TORCH_EXTENSIONS_DIR to a folder that all processes of a node "
-                        "share") from e
+    run_on_each_rank(compile_on_first)
+    random._share_storage_ext = _load(file)
 
 
 def extension_file(source: str) -> Path:

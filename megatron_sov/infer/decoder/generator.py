@@ -26,7 +26,8 @@ import torch.distributed as dist
 
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.convert.live_import import LiveImport
-from megatron_sov.engine.decode.cached_decoder import CachedDecoder, DecodeOutput, over_shares, share_place
+from megatron_sov.engine.decode.cached_decoder import (
+    CachedDecoder, DecodeOutput, all_reduce_replicas, get_replica_rank)
 from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model.cache_rows import CacheSize, CacheSpan
 from megatron_sov.engine.parallel import collectives

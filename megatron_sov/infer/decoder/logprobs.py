@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron_sov.engine.decode.cached_decoder import CachedDecoder, DecodeOutput, over_shares, share_place
+from megatron_sov.engine.decode.cached_decoder import (
+    CachedDecoder, DecodeOutput, all_reduce_replicas, get_replica_rank)
 from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model.cache_rows import CacheSize, CacheSpan
 from megatron_sov.infer.request import Batching
@@ -67,7 +68,7 @@ def compute_answer_logprobs(model: ForwardModel, questions: Sequence[AnswerChoic
         while True:
             # A process that is done runs empty rows until all processes are done.
             step = next(steps, _Step([]))
-            row_tokens = decoder.common_row_tokens(sum(len(span.tokens) for span in step.spans))
+            row_tokens = decoder.agree_row_tokens(sum(len(span.tokens) for span in step.spans))
             if not row_tokens:
                 break
             read = decoder.read(step.spans, row_tokens)

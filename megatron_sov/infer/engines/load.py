@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_sov.base.errors import UserError
 from megatron_sov.checkpoint import load
 from megatron_sov.engine.decode.forward_only import ForwardModel
-from megatron_sov.engine.model.language_model import build_configured
+from megatron_sov.engine.model.language_model import build_run_model
 from megatron_sov.engine.parallel import launcher, world
 from megatron_sov.infer.engines.target import (
     Target, build_inference_config, open_as_checkpoint, report_precision)
@@ -47,7 +47,7 @@ def load_forward_model(path: Path, config: RunConfig) -> ForwardModel:
     gpu = replace(config.gpu, recompute_modules=(), offload_modules=())
     # Load exported bf16 weights, without 8-bit weights and their masters.
     train = replace(config.train, fp8_weights=False)
-    model = build_configured(replace(config, train=train), gpu)
+    model = build_run_model(replace(config, train=train), gpu)
     load.load_model(path, model)
     return ForwardModel(model, config.train.head_chunk_tokens)
 
@@ -75,7 +75,7 @@ def run_forward_model(target: Target, settings: Sequence[str], nproc: int | None
         report_precision(target.path, "megatron", config.train.precision)
 
         def rank() -> int:
-            place = world.join(config.parallel)
+            place = world.join_world(config.parallel)
             try:
                 value = work(LoadedModel(load_forward_model(path, config), config, place))
                 # The ranks are other processes: return the result in a file.
@@ -84,10 +84,10 @@ def run_forward_model(target: Target, settings: Sequence[str], nproc: int | None
                 # All ranks stay in the group until the first rank has written.
                 dist.barrier()
             finally:
-                world.leave()
+                world.leave_world()
             return 0
 
-        code = launcher.launch(rank, nproc, config.train.num_threads)
+        code = launcher.launch_ranks(rank, nproc, config.train.num_threads)
         if code != 0:
             raise SystemExit(code)
         if not is_first_rank():

@@ -21,7 +21,7 @@ from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.engine.parallel import launcher
-from megatron_sov.engine.parallel.device import inference_precision, on_gpu
+from megatron_sov.engine.parallel.device import choose_inference_precision, on_gpu
 from megatron_sov.model.config import ModelConfig, ParallelConfig, RunConfig, apply_settings
 from megatron_sov.model.families.adapters import adapter_identity
 from megatron_sov.model.families.family import extract_text_config

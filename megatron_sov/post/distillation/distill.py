@@ -21,8 +21,8 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model.divergence import (
-    Divergence, SeveralTeachers, Teacher, TeacherStates, TeacherTopK)
-from megatron_sov.engine.model.logprobs import Head, head_of
+    Divergence, Teacher, TeachersByToken, TeacherStates, TeacherTopK)
+from megatron_sov.engine.model.logprobs import Head, build_head
 from megatron_sov.engine.parallel import collectives, context
 from megatron_sov.engine.parallel.device import to_device
 from megatron_sov.engine.parallel.world import ParallelWorld
@@ -274,7 +274,7 @@ class LiveTeacher:
         def compute_outputs(hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
             if not top_k:
                 return whole_states(hidden[0], model)
-            ids, logprobs = head.most_probable(hidden[0], top_k, self.divergence.temperature)
+            ids, logprobs = head.find_most_probable(hidden[0], top_k, self.divergence.temperature)
             return torch.cat([ids.to(logprobs.dtype), logprobs], 1)
 
         # Replayed expert routes belong to the student.

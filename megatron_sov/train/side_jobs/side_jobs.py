@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from megatron_sov.base.artifacts import MANIFEST, read_manifest, translate_disk_errors
 from megatron_sov.base.errors import warn
-from megatron_sov.engine.parallel.device import on_gpu, record_for_nsys
+from megatron_sov.engine.parallel.device import on_gpu, toggle_nsys_recording
 from megatron_sov.model.config import GpuConfig, RunConfig, TrainConfig
 from megatron_sov.model.families import supported as models
 from megatron_sov.runs.checkpoints import (
@@ -75,7 +75,7 @@ class Profiling:
             return
         if self._for_nsys:
             self._records = True
-            record_for_nsys(on=True)
+            toggle_nsys_recording(on=True)
         else:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu() else [])]
             self._profile, self._began_at = profile(activities=activities, record_shapes=True), step
@@ -89,7 +89,7 @@ class Profiling:
     def _write(self, step: int) -> None:
         if self._records:
             self._records = False
-            record_for_nsys(on=False)
+            toggle_nsys_recording(on=False)
             return
         assert self._profile is not None
         self._profile.stop()

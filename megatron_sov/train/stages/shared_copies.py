@@ -50,7 +50,7 @@ def convert_start(start: Path, run: Path) -> Path:
         seen.mkdir(parents=True, exist_ok=True)
         with critical_section(seen):  # of two runs that begin at once the second finds the copy of the first
             if not (copy / MANIFEST).is_file():
-                if code := launcher.apart(lambda: convert.from_hf(start, copy, redo=True)):
+                if code := launcher.run_in_fork(lambda: convert.from_hf(start, copy, redo=True)):
                     raise SystemExit(code)
                 if _stamp(start) != stamp:
                     shutil.rmtree(copy)

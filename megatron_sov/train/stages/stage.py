@@ -20,10 +20,10 @@ from megatron_sov.base.artifacts import manifest_sha256
 from megatron_sov.base.errors import ExitCode, GateFailed, StopRequested, UserError, warn
 from megatron_sov.chat.vocabulary import check_same_tokens, read_tokenizer
 from megatron_sov.engine.model import gpu_settings, specs
-from megatron_sov.engine.model.gpu_settings import refuse_without_chip
+from megatron_sov.engine.model.gpu_settings import check_fp8_support
 from megatron_sov.engine.parallel import device, launcher, world
 from megatron_sov.engine.parallel.device import on_gpu
-from megatron_sov.engine.parallel.world import on_main
+from megatron_sov.engine.parallel.world import run_on_main
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.pretrained import is_hf_folder
@@ -146,8 +146,8 @@ def _run_ranks(stage: Stage, data: _Data, begin: _Begin, nproc: int | None) -> b
                               lambda: checkpoints.latest_checkpoint(stage.folder.checkpoints),
                               partial(_note_restart, stage.folder, begin), partial(_note_giving_up, stage))
     try:
-        code = launcher.launch(lambda: _rank(stage, data, begin), nproc, stage.config.train.num_threads,
-                               restarts)
+        code = launcher.launch_ranks(lambda: _rank(stage, data, begin), nproc, stage.config.train.num_threads,
+                                     restarts)
     except KeyboardInterrupt:  # the second one; before the folder holds the run there is nothing to resume
         if not begin.declared[0]:
             raise
@@ -323,7 +323,8 @@ def _note_giving_up(stage: Stage, code: int, cause: str) -> None:
     """Say that the processes are not started again."""
     limit, newest = stage.config.train.max_restarts, checkpoints.latest_checkpoint(stage.folder.checkpoints)
     text = (f"{cause}, and train.max_restarts = {limit} " + ("starts in a row have left no new checkpoint"
-            if limit else "lets no process start again") + "; find the cause above, and go on with --resume")
+                                                             if limit else "lets no process start again")
+            + "; find the cause above, and go on with --resume")
     print(f"error: {text}", file=sys.stderr, flush=True)
     if (stage.folder.path / EVENTS).is_file():
         RunEvents(stage.folder.path).add(
@@ -333,7 +334,7 @@ def _note_giving_up(stage: Stage, code: int, cause: str) -> None:
 def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
     stop = StopFlag()
     if stage.config.train.deterministic:
-        device.switch_on()
+        device.enable_determinism()
     if on_gpu():
         device.set_variables(stage.config)
     latest = checkpoints.latest_checkpoint(stage.folder.checkpoints)
@@ -344,15 +345,15 @@ def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
     trainer: Trainer | None = None
     try:
         te = specs.uses_transformer_engine(specs.PRECISION[stage.config.train.precision])
-        on_main(place, lambda: gpu_settings.refuse(stage.config, te))
-        on_main(place, lambda: refuse_without_chip(stage.config.train, te))
-        on_main(place, lambda: _lock(stage, lock, begin))
+        run_on_main(place, lambda: gpu_settings.check_gpu_settings(stage.config, te))
+        run_on_main(place, lambda: check_fp8_support(stage.config.train, te))
+        run_on_main(place, lambda: _lock(stage, lock, begin))
         newest = _own_checkpoint(stage, place)
         trainer = Trainer(stage.config, place, stage.folder, data.sources, stage.objective, stage.gate,
                           stage.faults, begin.time_s, data.planned,
                           initial_weights=newest is None and stage.start_from is None, feed=stage.feed)
         resumed = _restore(stage, trainer, newest)
-        on_main(place, lambda: _open(stage, trainer, begin))
+        run_on_main(place, lambda: _open(stage, trainer, begin))
         with stop.answered_by(trainer.answer_stop) if place.is_main else contextlib.nullcontext():
             if stage.before is not None and not resumed:
                 stage.before(trainer)
@@ -378,7 +379,7 @@ def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
             stage.folder.remove_if_empty()
     # nobody leaves while rank 0 still works: the end of a process breaks the connections of all
     dist.barrier()
-    world.leave()
+    world.leave_world()
     return 0
 
 
@@ -388,7 +389,7 @@ def _bytes_of_own_gpu(config: RunConfig) -> int:
     Raises:
         UserError: no such GPU has so much, or the host too little for all of its ranks.
     """
-    gpu = device.kind() if on_gpu() else None
+    gpu = device.get_gpu() if on_gpu() else None
     refuse_on_this_node(config, gpu)
     if gpu is None:
         return 0

@@ -64,31 +64,31 @@ class Learning:
     def __init__(self, config: Any, seed: int = 1) -> None:
         from megatron_sov.checkpoint import load
         from megatron_sov.engine.model.expert_load import ExpertLoad
-        from megatron_sov.engine.model.language_model import build
+        from megatron_sov.engine.model.language_model import build_model
         from megatron_sov.engine.optimizer.optimizer import Optimizer
 
         self.config = config
-        self.model = build(config.model, config.parallel, config.train, config.gpu, config.lora)
-        load.initialize_weights(self.model, config.model, seed)
+        self.model = build_model(config.model, config.parallel, config.train, config.gpu, config.lora)
+        load.initialise(self.model, config.model, seed)
         if config.lora.dora:
             for chunk in self.model.chunks:
                 chunk.adapters.set_magnitudes(chunk)
         self.optimizer = Optimizer(self.model, config.optim, config.parallel)
-        self.model.config.finalize_model_grads_func = ExpertLoad(self.model).finalize
+        self.model.config.finalize_model_grads_func = ExpertLoad(self.model).finalize_gradients
 
     def gradients(self) -> float:
         """Compute the gradients of all rows; return the loss on the last stage."""
         import torch
 
         from megatron_sov.engine.decode import forward_only
-        from megatron_sov.engine.model.logprobs import head_of
+        from megatron_sov.engine.model.logprobs import build_head
 
         routing = self.model.config.routing_step
         routing.seq_len, routing.num_sequences, routing.aux_loss = ROW_TOKENS, ROWS, {}
 
         def loss(hidden: torch.Tensor, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
             trunk = hidden.chunk(1 + self.config.model.num_mtp_layers)[0]
-            sums, _ = head_of(self.model, 16).cross_entropy(trunk, batch.labels, {"lm": batch.weights})
+            sums, _ = build_head(self.model, 16).cross_entropy(trunk, batch.labels, {"lm": batch.weights})
             total = sums["lm"] / (ROWS * ROW_TOKENS)
             return total, total.detach()
 
@@ -100,33 +100,33 @@ class Learning:
 
     def tensors(self, prefix: str = "adapter.") -> dict[str, Any]:
         """Gather whole tensors as nested lists on rank 0."""
-        from megatron_sov.checkpoint.gather import TensorGatherer
-        from megatron_sov.engine.model.local_shards import local_shards
+        from megatron_sov.checkpoint.gather import Gatherer
+        from megatron_sov.engine.model.local_shards import list_local_shards
 
-        gatherer = TensorGatherer([b for b in local_shards(self.model) if b.key.startswith(prefix)])
-        whole = {key: gatherer.gather(key) for key in gatherer.get_shapes()}
+        gatherer = Gatherer([b for b in list_local_shards(self.model) if b.key.startswith(prefix)])
+        whole = {key: gatherer.gather(key) for key in gatherer.shapes()}
         return {key: t.tolist() for key, t in whole.items() if t is not None}
 
 
 def trained(recipe: str, layout: dict[str, Any], settings: list[str]) -> dict[str, Any]:
     """Train three steps; return the adapter, its norms, and the frozen tensors that changed."""
-    from megatron_sov.engine.model.local_shards import local_shards
+    from megatron_sov.engine.model.local_shards import list_local_shards
     from megatron_sov.engine.parallel import world
 
     config = config_of(recipe, layout, settings)
-    world.join(config.parallel)
+    world.join_world(config.parallel)
     learning = Learning(config)
-    frozen = {(b.key, b.offset): b.data.clone() for b in local_shards(learning.model)
+    frozen = {(b.key, b.offset): b.data.clone() for b in list_local_shards(learning.model)
               if not b.key.startswith("adapter.")}
     norms = []
     for _ in range(3):
         learning.gradients()
         norms.append(learning.optimizer.step(0.02))
-    changed = [b.key for b in local_shards(learning.model)
+    changed = [b.key for b in list_local_shards(learning.model)
                if (b.key, b.offset) in frozen and not b.data.equal(frozen[b.key, b.offset])]
     state = sum(b.data.numel() for b in learning.optimizer.state_shards())
     found = {"adapter": learning.tensors(), "norms": norms, "changed": changed, "state": state}
-    world.leave()
+    world.leave_world()
     return found
 
 
@@ -134,13 +134,13 @@ def full_gradients(recipe: str, settings: list[str]) -> dict[str, Any]:
     """Return the first gradients of B, and the gradients of the adapted weights under full training."""
     import torch
 
-    from megatron_sov.engine.model.local_shards import ParameterLookup, local_shards
+    from megatron_sov.engine.model.local_shards import ParameterLookup, list_local_shards
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.families.adapters import A, B, find_adapted_modules
 
     config = config_of(recipe, {}, settings)
     full = config_of(recipe, {}, [*settings, "lora.rank=0"])
-    world.join(config.parallel)
+    world.join_world(config.parallel)
     found: dict[str, dict[str, torch.Tensor]] = {}
     values: dict[str, torch.Tensor] = {}
     losses = []
@@ -149,7 +149,7 @@ def full_gradients(recipe: str, settings: list[str]) -> dict[str, Any]:
         losses.append(learning.gradients())
         lookup = ParameterLookup(learning.model)
         gradients: dict[str, Any] = {}
-        for block in local_shards(learning.model):
+        for block in list_local_shards(learning.model):
             parameter = lookup.find_parameter(block)
             if parameter is None or not parameter.requires_grad:
                 continue
@@ -173,7 +173,7 @@ def full_gradients(recipe: str, settings: list[str]) -> dict[str, Any]:
         worst = max(worst, float((got - expected).abs().max() / expected.abs().max()))
         grew = max(grew, float(found["adapter"][of.key(A)].abs().max()))
         compared.append(of.name)
-    world.leave()
+    world.leave_world()
     return {"worst": worst, "losses": losses, "compared": compared, "of A": grew}
 
 
@@ -202,16 +202,16 @@ def wrong_lengths() -> dict[str, int]:
     from megatron_sov.engine.parallel import world
 
     config = config_of("tiny-qwen2", {}, ["lora.dora=true", "train.precision=bf16"])
-    world.join(config.parallel)
+    world.join_world(config.parallel)
     learning = Learning(config)
     found = {"wrong": 0, "all": 0}
     for module in learning.model.modules():
         for hook in module._forward_hooks.values():
             if isinstance(adapter := getattr(hook, "adapter", None), LinearAdapter):
                 right = torch.linalg.vector_norm(module.weight.double(), dim=1).bfloat16()
-                found["wrong"] += int((adapter.row_lengths(module.weight) != right).sum())
+                found["wrong"] += int((adapter.compute_row_lengths(module.weight) != right).sum())
                 found["all"] += len(right)
-    world.leave()
+    world.leave_world()
     return found
 
 

@@ -42,7 +42,7 @@ def attend(cp: int, rows: list[tuple[str, int, int]]) -> list[dict[str, Any]]:
     from megatron_sov.engine.parallel import context, world
     from megatron_sov.model.config import ParallelConfig
 
-    world.join(ParallelConfig(cp=cp))
+    world.join_world(ParallelConfig(cp=cp))
     config = TransformerConfig(num_layers=1, hidden_size=HEADS * DIM, num_attention_heads=HEADS)
     results = []
     for lengths, window, attention.QUERY_BLOCK in rows:
@@ -52,27 +52,27 @@ def attend(cp: int, rows: list[tuple[str, int, int]]) -> list[dict[str, Any]]:
         generator = torch.Generator().manual_seed(0)
         row = [torch.randn(total, heads, DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS)]
         upstream = torch.randn(total, HEADS * DIM, generator=generator)
-        packed = attention.pack(torch.cat([torch.zeros(1), documents.cumsum(0)]).to(torch.int32),
-                                int(documents.max()), total)
+        packed = attention.pack_documents(torch.cat([torch.zeros(1), documents.cumsum(0)]).to(torch.int32),
+                                          int(documents.max()), total)
 
         document = torch.repeat_interleave(torch.arange(len(documents)), documents)
         exact = [t.double().requires_grad_() for t in row]
         expected = _dense(exact, document, window)
         expected.backward(upstream.double())
 
-        inputs = [context.local(t).clone().requires_grad_() for t in row]
+        inputs = [context.select_local(t).clone().requires_grad_() for t in row]
         out = layer(*inputs, None, packed_seq_params=packed)
-        watched = context.local(torch.isin(document, torch.arange(len(documents))[WATCHED]))
-        leaks = torch.autograd.grad(out, inputs, context.local(upstream) * watched[:, None],
+        watched = context.select_local(torch.isin(document, torch.arange(len(documents))[WATCHED]))
+        leaks = torch.autograd.grad(out, inputs, context.select_local(upstream) * watched[:, None],
                                     retain_graph=True)
-        out.backward(context.local(upstream))
+        out.backward(context.select_local(upstream))
         results.append({
-            "output": float((out - context.local(expected)).abs().max()),
-            "gradients": max(float((a.grad - context.local(b.grad)).abs().max())
+            "output": float((out - context.select_local(expected)).abs().max()),
+            "gradients": max(float((a.grad - context.select_local(b.grad)).abs().max())
                              for a, b in zip(inputs, exact, strict=True)),
             "leak": max(float((g.abs() * ~watched[:, None, None]).max()) for g in leaks),
             "watched": max(float(g.abs().max()) for g in leaks)})
-    world.leave()
+    world.leave_world()
     return results
 
 
@@ -99,7 +99,7 @@ def kept_bytes() -> list[int]:
     lengths."""
     import torch
 
-    from megatron_sov.engine.model.attention import attend as attend_one
+    from megatron_sov.engine.model.attention import attend_document as attend_one
 
     found = []
     for length in (2048, 8192):
@@ -132,5 +132,5 @@ def test_the_librarys_attention_is_told_few_different_lengths(longest: int, tabl
     prepare_megatron()
     from megatron_sov.engine.model import attention
 
-    packed = attention.pack(torch.tensor([0, longest, 100]), longest, 100, own=False)
+    packed = attention.pack_documents(torch.tensor([0, longest, 100]), longest, 100, own=False)
     assert packed.max_seqlen_q == packed.max_seqlen_kv == tabled

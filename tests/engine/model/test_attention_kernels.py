@@ -18,7 +18,7 @@ from megatron_sov.base.settings import SettingsError
 from megatron_sov.engine.model import attention_kernels, gpu_settings
 from megatron_sov.model.config import apply_settings
 
-ASKED: Any = attention_kernels._asked
+ASKED: Any = attention_kernels._query_backends
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def rejecting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[set[int], b
         name += part
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     sys.modules[name].__dict__["utils"] = utils
-    monkeypatch.setattr(attention_kernels, "_asked", asked := functools.cache(ASKED.__wrapped__))
+    monkeypatch.setattr(attention_kernels, "_query_backends", asked := functools.cache(ASKED.__wrapped__))
     for module in (attention_kernels, gpu_settings):
         monkeypatch.setattr(module, "on_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
@@ -62,11 +62,11 @@ def test_auto_is_our_attention_where_transformer_engine_has_no_kernel_for_packed
     rejecting(rejected, flash)
     config = apply_settings(recipes.get("tiny-k-exaone"), [
         "train.precision=bf16", "model.sliding_window_tokens=128"])
-    assert gpu_settings.resolve_auto(config, te=True)["attention"] == attention
+    assert gpu_settings.resolve_auto_settings(config, te=True)["attention"] == attention
     fused = apply_settings(config, ["gpu.attention=fused"])
     if rejected:
         with pytest.raises(SettingsError, match="4 heads of 32"):
-            gpu_settings.refuse(fused, te=True)  # as before a run
+            gpu_settings.check_gpu_settings(fused, te=True)  # as before a run
     else:
-        gpu_settings.refuse(fused, te=True)
+        gpu_settings.check_gpu_settings(fused, te=True)
     assert not caplog.records, "what it says is for us"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_sov.engine.model.specs import bound_gates
+from megatron_sov.engine.model.specs import clamp_gates
 from megatron_sov.model import recipes
 
 
@@ -34,7 +34,7 @@ def test_bounds_come_behind_adapters_in_layers_that_have_one() -> None:
                           for part in (*layer.mlp.experts, layer.mlp.shared_experts)]
     for linear in linears:  # the adapter's addition
         linear.register_forward_hook(lambda module, inputs, outputs: (outputs[0] * 3, outputs[1]))
-    bound_gates(SimpleNamespace(decoder=SimpleNamespace(layers=layers)), model)
+    clamp_gates(SimpleNamespace(decoder=SimpleNamespace(layers=layers)), model)
 
     given = torch.tensor([[-4.0, 4.0, -4.0, 1.0]])  # two gates, two up projections
 

@@ -20,8 +20,8 @@ def layers_built() -> dict[str, Any]:
     from megatron_sov.model.config import ParallelConfig, apply_settings
 
     config = apply_settings(recipes.get("tiny-k-exaone"), ["model.mtp_experts=true"])
-    world.join(ParallelConfig())
-    model, (chunk,) = config.model, language_model.build_configured(config).chunks
+    world.join_world(ParallelConfig())
+    model, (chunk,) = config.model, language_model.build_run_model(config).chunks
     layers = [*chunk.decoder.layers, chunk.mtp.layers[0].transformer_layer]
     found = [{"number": layer.layer_number, "attention": layer.self_attention.layer_number,
               "router": layer.mlp.router.layer_number if layer.is_moe_layer else None,
@@ -39,7 +39,7 @@ def layers_built() -> dict[str, Any]:
         language_model.check_layers(chunk, 0)
     refusals.append(str(told.value))
     with mock.patch.object(specs, "BalancedRouter", TopKRouter), pytest.raises(RuntimeError) as told:
-        language_model.build_configured(config)
+        language_model.build_run_model(config)
     return {"found": found, "wanted": wanted, "stands_still": stands_still, "kinds": kinds,
             "parameters": [n for n, _ in chunk.named_parameters() if n.startswith("mtp.")],
             "prefix": prefixed == {f"model.{name}" for name in names},
@@ -73,7 +73,7 @@ def heads() -> list[Any]:
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig
 
-    world.join(ParallelConfig())
+    world.join_world(ParallelConfig())
     config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1,
                                use_cpu_initialization=True, perform_initialization=False,
                                gradient_accumulation_fusion=True)
@@ -92,13 +92,13 @@ def heads() -> list[Any]:
 def built_head() -> list[Any]:
     """Return the type of a model's output head."""
     from megatron_sov import recipes
-    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig
 
     config = recipes.get("tiny-qwen3")
-    world.join(ParallelConfig())
-    return [type(build(config.model, ParallelConfig(), config.train).chunks[0].output_layer).__name__]
+    world.join_world(ParallelConfig())
+    return [type(build_model(config.model, ParallelConfig(), config.train).chunks[0].output_layer).__name__]
 
 
 @pytest.mark.distributed

@@ -23,9 +23,9 @@ CHUNKING = Chunking(CHUNK, VOCABULARY)
 
 @pytest.fixture(autouse=True)
 def alone(one_rank: None) -> Iterator[None]:
-    world.join(ParallelConfig())
+    world.join_world(ParallelConfig())
     yield
-    world.leave()
+    world.leave_world()
 
 
 class Products(TorchDispatchMode):
@@ -135,7 +135,7 @@ def test_the_heads_gradient_is_summed_in_float32_under_bf16(
         way: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With 256 chunks of equal sign, a bf16 sum loses later chunks: 8 bits drop terms below 1/256 of the sum.
     In float32 the sum is as close to float64 as bf16 logits allow."""
-    monkeypatch.setattr(chunked_head, "ROWS_OF_PRODUCT", 16)
+    monkeypatch.setattr(chunked_head, "PRODUCT_ROWS", 16)
     random = torch.Generator().manual_seed(0)
     n = 2048
     bf16 = ((torch.randn(n, HIDDEN, generator=random) * 0.1 + 1).bfloat16().requires_grad_(),

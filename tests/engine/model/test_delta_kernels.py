@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megatron_sov.engine.model import delta_rule
-from megatron_sov.engine.model.delta_rule import chunk_documents, in_chunks
+from megatron_sov.engine.model.delta_rule import apply_delta_rule, chunk_documents
 from megatron_sov.engine.parallel.device import FLA_KERNEL
 from tests import releases
 from tests.engine.model.test_delta_rule import HEADS, VALUES, R, drawn
@@ -69,15 +69,15 @@ def plain_kernel(fla: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                                scale=given["scale"])[0]
                           for a, b in itertools.pairwise(bounds)], 1), None
 
-    monkeypatch.setattr(delta_rule, "_fla_kernel", lambda: kernel)
+    monkeypatch.setattr(delta_rule, "_load_fla_kernel", lambda: kernel)
 
 
 @pytest.mark.usefixtures("plain_kernel")
 def test_what_is_asked_for_and_its_gradients_are_those_of_torch() -> None:
     rows = [drawn(TOKENS, torch.float32) for _ in range(2)]
     chunks = chunk_documents(DOCUMENTS, torch.device("cpu"))
-    found = delta_rule.by_kernels(*rows[0], chunks=chunks, dtype=torch.float32)
-    expected, _ = in_chunks(*rows[1], chunks=chunks)
+    found = delta_rule.apply_fused_delta_rule(*rows[0], chunks=chunks, dtype=torch.float32)
+    expected, _ = apply_delta_rule(*rows[1], chunks=chunks)
 
     assert found.shape == (TOKENS - 30, HEADS, R, VALUES)
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=2e-5)
@@ -91,7 +91,7 @@ def test_what_is_asked_for_and_its_gradients_are_those_of_torch() -> None:
 def test_products_are_in_the_models_precision_and_decays_and_rates_are_not() -> None:
     row = [t.detach() for t in drawn(TOKENS, torch.float32)]
     chunks = chunk_documents(DOCUMENTS, torch.device("cpu"))
-    exact, rounded = (delta_rule.by_kernels(*row, chunks=chunks, dtype=dtype)
+    exact, rounded = (delta_rule.apply_fused_delta_rule(*row, chunks=chunks, dtype=dtype)
                       for dtype in (torch.float32, torch.bfloat16))
 
     assert rounded.dtype == torch.float32

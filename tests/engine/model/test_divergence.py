@@ -104,9 +104,9 @@ def score(kind: str, beta: float, temperature: float = 1.0, dtype: str = "float6
 
 @pytest.fixture
 def alone(one_rank: None) -> Iterator[None]:
-    world.join(ParallelConfig())
+    world.join_world(ParallelConfig())
     yield
-    world.leave()
+    world.leave_world()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])

@@ -18,8 +18,8 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.engine.model import attention_kernels, gpu_settings
 from megatron_sov.engine.model.gpu_settings import (
-    FUSIONS, Here, expert_settings, gradient_settings, in_bf16, keep_ends_in_bf16, library_settings,
-    moment_settings, refuse_without_chip, transformer_settings)
+    FUSIONS, KernelContext, check_fp8_support, disable_quantization, expert_settings, fp8_settings,
+    gradient_settings, keep_ends_in_bf16, moment_settings, transformer_settings)
 from megatron_sov.engine.parallel import device
 from megatron_sov.model.config import GpuConfig, RunConfig, TrainConfig, apply_settings
 
@@ -27,17 +27,17 @@ from megatron_sov.model.config import GpuConfig, RunConfig, TrainConfig, apply_s
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Transformer Engine, which is not installed, reports a kernel for every query."""
-    monkeypatch.setattr(attention_kernels, "_asked", lambda *asked: (False, ""))
+    monkeypatch.setattr(attention_kernels, "_query_backends", lambda *asked: (False, ""))
 
 
 # FP8: library settings, refusals before the start, checkpoints of experts
 
 def test_each_recipe_has_the_librarys_names() -> None:
-    assert library_settings(TrainConfig()) == {}
-    assert library_settings(TrainConfig(fp8="blockwise", fp8_bf16_layers_at_end=2)) == {
+    assert fp8_settings(TrainConfig()) == {}
+    assert fp8_settings(TrainConfig(fp8="blockwise", fp8_bf16_layers_at_end=2)) == {
         "fp8": "e4m3", "fp8_recipe": "blockwise", "fp8_param": False,
         "moe_router_padding_for_quantization": False}
-    fp4 = library_settings(TrainConfig(fp8="nvfp4", fp8_pad_routed_tokens=True))
+    fp4 = fp8_settings(TrainConfig(fp8="nvfp4", fp8_pad_routed_tokens=True))
     assert (fp4["fp4"], fp4["fp4_recipe"]) == ("e2m1", "nvfp4")
     assert fp4["moe_router_padding_for_quantization"] and "fp8" not in fp4
 
@@ -73,11 +73,11 @@ def chip(monkeypatch: pytest.MonkeyPatch, has: set[str]) -> None:
 
 def test_a_chip_that_cannot_is_told_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     chip(monkeypatch, {"tensorwise", "blockwise"})  # as on Hopper
-    refuse_without_chip(TrainConfig(fp8="blockwise"), serves=True)
+    check_fp8_support(TrainConfig(fp8="blockwise"), serves=True)
     for fp8 in ("mxfp8", "nvfp4"):
         with pytest.raises(UserError, match=f"{fp8} cannot run on this GPU .*10.0 or higher required.*"
                                             "tensorwise or blockwise or none"):
-            refuse_without_chip(TrainConfig(fp8=fp8), serves=True)
+            check_fp8_support(TrainConfig(fp8=fp8), serves=True)
 
 
 def test_a_cpu_is_refused_before_anything_starts(run_command, packed_data, tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_cpu_is_refused_before_anything_starts(run_command, packed_data, tmp_p
 
 def test_what_is_only_read_is_not_quantised() -> None:
     config = SimpleNamespace(fp8="e4m3", fp4=None, moe_router_padding_for_quantization=True)
-    with pytest.raises(KeyError), in_bf16(config):
+    with pytest.raises(KeyError), disable_quantization(config):
         assert (config.fp8, config.fp4, config.moe_router_padding_for_quantization) == (None, None, False)
         raise KeyError
     assert (config.fp8, config.fp4, config.moe_router_padding_for_quantization) == ("e4m3", None, True)
@@ -146,7 +146,7 @@ def config_with(changes: list[str]) -> RunConfig:
 
 def fields(config: RunConfig, te: bool) -> dict[str, Any]:
     """Return the library's fields of a config, with or without Transformer Engine."""
-    here = Here(te, config.model, config.parallel)
+    here = KernelContext(te, config.model, config.parallel)
     found = (transformer_settings(config.gpu, config.train, here) | expert_settings(config.gpu, here)
              | gradient_settings(config.gpu, config.parallel, bf16=True) | moment_settings(config.gpu))
     return found | {"attention_backend": found["attention_backend"].name}
@@ -196,30 +196,30 @@ def test_kernels_of_linear_attention_serve_where_they_import_and_bits_need_not_r
         monkeypatch: pytest.MonkeyPatch) -> None:
     def serve(*changes: str, te: bool = True) -> bool:
         config = apply_settings(recipes.get("tiny-solar-open2"), ["train.precision=bf16", *changes])
-        return bool(gpu_settings.resolve_auto(config, te)["linear_attention"])
+        return bool(gpu_settings.resolve_auto_settings(config, te)["linear_attention"])
 
     fla = apply_settings(recipes.get("tiny-solar-open2"), ["train.precision=bf16",
                                                            "gpu.linear_attention=fla"])
     assert not serve(), "it is not installed here"
     with pytest.raises(SettingsError, match=r"attention does not serve \(Module.*fla"):
-        gpu_settings.refuse(fla, te=True)
-    monkeypatch.setattr(gpu_settings, "lacking_fla", lambda: "")
+        gpu_settings.check_gpu_settings(fla, te=True)
+    monkeypatch.setattr(gpu_settings, "find_fla_problem", lambda: "")
     assert serve() and not serve(te=False)
     assert not serve("gpu.linear_attention=torch") and not serve("train.deterministic=true")
     monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
-    gpu_settings.refuse(fla, te=True)
+    gpu_settings.check_gpu_settings(fla, te=True)
 
 
 def test_keys_that_are_too_wide_for_the_kernels_are_read_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels assert key heads of at most 256 channels."""
-    monkeypatch.setattr(gpu_settings, "lacking_fla", lambda: "")
+    monkeypatch.setattr(gpu_settings, "find_fla_problem", lambda: "")
     monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
     for width, serves in ((256, True), (512, False)):
         config = apply_settings(recipes.get("tiny-solar-open2"), [
             "train.precision=bf16", f"model.linear_attention.key_head_dim={width}"])
-        assert gpu_settings.resolve_auto(config, te=True)["linear_attention"] == serves
+        assert gpu_settings.resolve_auto_settings(config, te=True)["linear_attention"] == serves
     with pytest.raises(SettingsError, match="up to 256 channels"):
-        gpu_settings.refuse(apply_settings(config, ["gpu.linear_attention=fla"]), te=True)
+        gpu_settings.check_gpu_settings(apply_settings(config, ["gpu.linear_attention=fla"]), te=True)
 
 
 @pytest.mark.parametrize(("version", "told"), [
@@ -232,11 +232,11 @@ def test_older_kernels_do_not_serve(
     (tmp_path / "fla/ops/__init__.py").write_text("")
     (tmp_path / "fla/__init__.py").write_text(f"__version__ = {version!r}\n" if version else "")
     monkeypatch.syspath_prepend(str(tmp_path))
-    device.lacking_fla.cache_clear()
+    device.find_fla_problem.cache_clear()
     try:
-        assert device.lacking_fla().startswith(told) and bool(device.lacking_fla()) == bool(told)
+        assert device.find_fla_problem().startswith(told) and bool(device.find_fla_problem()) == bool(told)
     finally:
-        device.lacking_fla.cache_clear()
+        device.find_fla_problem.cache_clear()
         for name in [name for name in sys.modules if name.partition(".")[0] == "fla"]:
             del sys.modules[name]
 
@@ -244,12 +244,13 @@ def test_older_kernels_do_not_serve(
 def test_a_run_tells_what_auto_came_to() -> None:
     fused: dict[str, Any] = {fusion.setting: fusion.setting != "router_fusion" for fusion in FUSIONS}
     fused["linear_attention"] = False
-    assert gpu_settings.resolve_auto(config_with([]), te=True) == fused | {"attention": "auto"}
-    assert gpu_settings.resolve_auto(config_with(["parallel.cp=2"]), te=True) == fused | {
+    assert gpu_settings.resolve_auto_settings(config_with([]), te=True) == fused | {"attention": "auto"}
+    assert gpu_settings.resolve_auto_settings(config_with(["parallel.cp=2"]), te=True) == fused | {
         "rope_fusion": False, "attention": "local"}
-    exchanged = gpu_settings.resolve_auto(config_with(["parallel.cp=2", "gpu.attention=fused"]), te=True)
+    exchanged = gpu_settings.resolve_auto_settings(config_with(["parallel.cp=2", "gpu.attention=fused"]),
+                                                   te=True)
     assert exchanged["attention"] == "fused", "over whole rows of half the heads"
-    assert set(gpu_settings.resolve_auto(config_with([]), te=False).values()) == {False, "local"}
+    assert set(gpu_settings.resolve_auto_settings(config_with([]), te=False).values()) == {False, "local"}
 
 
 @pytest.mark.parametrize(("changes", "te", "environment", "keys"), [
@@ -284,21 +285,21 @@ def test_what_cannot_be_here_is_refused(changes: str, te: bool, environment: dic
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError) as refused:
-        gpu_settings.refuse(config_with(changes.split()), te)
+        gpu_settings.check_gpu_settings(config_with(changes.split()), te)
     assert [key for _, key in refused.value.codes] == keys.split()
 
 
 def test_overlapped_passes_that_free_what_layers_in_bf16_need_are_refused(
         monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_settings, "lacking_deep_ep", lambda name: "")
+    monkeypatch.setattr(gpu_settings, "find_deep_ep_problem", lambda name: "")
     monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
     for name in gpu_settings.TE_ATTENTION_VARIABLES.values():
         monkeypatch.delenv(name, raising=False)
     asked = ["parallel.ep=2", "parallel.expert_overlap=micro_batches", "train.fp8=mxfp8",
              "parallel.expert_dispatcher=hybridep"]
-    gpu_settings.refuse(config_with(asked), te=True)
+    gpu_settings.check_gpu_settings(config_with(asked), te=True)
     with pytest.raises(UserError, match=r"parallel\.expert_overlap = .*micro_batches"):
-        gpu_settings.refuse(config_with([*asked, "train.fp8_bf16_layers_at_end=1"]), te=True)
+        gpu_settings.check_gpu_settings(config_with([*asked, "train.fp8_bf16_layers_at_end=1"]), te=True)
 
 
 @pytest.mark.parametrize(("says", "told"), [
@@ -314,16 +315,16 @@ def test_a_deep_ep_that_does_not_serve_is_told_in_its_own_words(
     (package / "utils.py").write_text("class EventHandle: pass\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
-    device.lacking_deep_ep.cache_clear()
+    device.find_deep_ep_problem.cache_clear()
     try:
         with pytest.raises(UserError, match=rf"expert_dispatcher .* DeepEP does not import \({told}.*; "
                                             r"install the commit that containers/install\.sh names"):
-            gpu_settings.refuse(config_with(["parallel.expert_dispatcher=deepep"]), te=True)
+            gpu_settings.check_gpu_settings(config_with(["parallel.expert_dispatcher=deepep"]), te=True)
         device.hide_broken_deep_ep()  # otherwise importing the library fails
         with pytest.raises(ImportError):
             from deep_ep.utils import EventOverlap  # noqa: F401
     finally:
-        device.lacking_deep_ep.cache_clear()
+        device.find_deep_ep_problem.cache_clear()
         for name in ("deep_ep", "deep_ep.utils"):
             sys.modules.pop(name, None)
 
@@ -347,22 +348,22 @@ def test_attention_that_cannot_be_fused_is_our_own(capability: tuple[int, int], 
     for name in gpu_settings.TE_ATTENTION_VARIABLES.values():
         monkeypatch.delenv(name, raising=False)
     config = config_with(changes.split())
-    assert gpu_settings.resolve_auto(config, te=True)["attention"] == ("local" if own else "auto")
-    gpu_settings.refuse(config, te=True)
+    assert gpu_settings.resolve_auto_settings(config, te=True)["attention"] == ("local" if own else "auto")
+    gpu_settings.check_gpu_settings(config, te=True)
     fused = config_with([*changes.split(), "gpu.attention=fused"])
     if not why:
-        return gpu_settings.refuse(fused, te=True)
+        return gpu_settings.check_gpu_settings(fused, te=True)
     with pytest.raises(UserError, match=f'gpu.attention = "fused" cannot be.*{why}'):
-        gpu_settings.refuse(fused, te=True)
+        gpu_settings.check_gpu_settings(fused, te=True)
 
 
 def test_routing_that_the_kernels_do_not_compute_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core.extensions import transformer_engine
 
     monkeypatch.setattr(transformer_engine, "fused_topk_with_score_function", lambda: None)
-    gpu_settings.refuse(config_with(["gpu.router_fusion=on"]), te=True)
+    gpu_settings.check_gpu_settings(config_with(["gpu.router_fusion=on"]), te=True)
     one = "model.num_experts_per_token=1"
     assert [fields(config_with(asked), te=True)["moe_router_fusion"]
             for asked in ([], [one], ["gpu.router_fusion=off"])] == [True, False, False]
     with pytest.raises(UserError, match=r"model\.num_experts_per_token = 1"):
-        gpu_settings.refuse(config_with(["gpu.router_fusion=on", one]), te=True)
+        gpu_settings.check_gpu_settings(config_with(["gpu.router_fusion=on", one]), te=True)

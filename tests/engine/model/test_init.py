@@ -35,19 +35,19 @@ def initial(recipe: str, layout: dict[str, Any], folder: str, *, reference: bool
 
     from megatron_sov import recipes
     from megatron_sov.checkpoint import load
-    from megatron_sov.engine.model.language_model import build
-    from megatron_sov.engine.model.local_shards import local_shards
+    from megatron_sov.engine.model.language_model import build_model
+    from megatron_sov.engine.model.local_shards import list_local_shards
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig, apply_settings
 
     config = apply_settings(recipes.get(recipe), SETTINGS)
-    world.join(ParallelConfig(**layout))
-    model = build(config.model, ParallelConfig(**layout), config.train)
+    world.join_world(ParallelConfig(**layout))
+    model = build_model(config.model, ParallelConfig(**layout), config.train)
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
-    load.initialize_weights(model, config.model, 11)
-    local = local_shards(model)
+    load.initialise(model, config.model, 11)
+    local = list_local_shards(model)
     file = Path(folder) / f"{recipe}.safetensors"
     if reference:
         whole: dict[str, torch.Tensor] = {}
@@ -72,12 +72,12 @@ def with_threads(num_threads: int) -> dict[str, Any]:
 
     from megatron_sov import recipes
     from megatron_sov.checkpoint import load
-    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig, apply_settings
 
     config = apply_settings(recipes.get("tiny-k-exaone"), SETTINGS)
-    world.join(ParallelConfig())
+    world.join_world(ParallelConfig())
     torch.set_num_threads(num_threads)
     threads, normals = set(), load.generate_normals
     calls, meeting = itertools.count(), threading.Barrier(num_threads)
@@ -88,9 +88,9 @@ def with_threads(num_threads: int) -> dict[str, Any]:
             meeting.wait(600)  # otherwise one fast thread might generate all
         return normals(*args)
 
-    load.generate_normals, load._CHUNK = noted, 1000
-    model = build(config.model, ParallelConfig(), config.train)
-    load.initialize_weights(model, config.model, 11)
+    load.normals, load._CHUNK = noted, 1000
+    model = build_model(config.model, ParallelConfig(), config.train)
+    load.initialise(model, config.model, 11)
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
     return {"digest": digest, "threads": len(threads)}
 

@@ -13,9 +13,9 @@ from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
 prepare_megatron()
 
-from megatron_sov.engine.model.attention import SharedPrompts, pack  # noqa: E402
-from megatron_sov.engine.model.cache_rows import CacheSize, CacheSpan, read_row  # noqa: E402
-from megatron_sov.engine.model.linear_attention import KeptState, LinearAttention  # noqa: E402
+from megatron_sov.engine.model.attention import SharedPrompts, pack_documents  # noqa: E402
+from megatron_sov.engine.model.cache_rows import CacheSize, CacheSpan, pack_spans  # noqa: E402
+from megatron_sov.engine.model.linear_attention import LinearAttention, RecurrentCache  # noqa: E402
 from megatron_sov.engine.parallel import context  # noqa: E402
 from megatron_sov.model.config import LinearAttentionConfig  # noqa: E402
 from megatron_sov.plan.footprint.activations import Tokens, _linear_attention  # noqa: E402
@@ -38,7 +38,7 @@ class Plain(torch.nn.Linear):
 @pytest.fixture(params=[OF_KIMI, OF_SOLAR], ids=["Kimi", "Solar Open 2"])
 def layer(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> LinearAttention:
     """A float64 layer of one process with random weights."""
-    monkeypatch.setattr(context, "size", lambda: 1)
+    monkeypatch.setattr(context, "get_cp_size", lambda: 1)
     return made(request.param)
 
 
@@ -60,12 +60,13 @@ def states(tokens: int = TOKENS) -> torch.Tensor:
 
 
 def row(bounds: list[int]) -> Any:
-    return pack(torch.tensor(bounds, dtype=torch.int32), max(bounds), bounds[-1], host_bounds=bounds)
+    return pack_documents(torch.tensor(bounds, dtype=torch.int32), max(bounds), bounds[-1],
+                          host_bounds=bounds)
 
 
 @pytest.fixture
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(context, "size", lambda: 1)
+    monkeypatch.setattr(context, "get_cp_size", lambda: 1)
 
 
 def by_kind(rows: torch.Tensor, widths: tuple[int, ...]) -> list[torch.Tensor]:
@@ -139,7 +140,7 @@ def test_answers_that_share_a_prompt_are_whole_documents(layer: LinearAttention)
     source = torch.cat([torch.arange(73), torch.arange(70), torch.arange(73, 78)])
     shared = SharedPrompts(source, [(0, 0, 73), (73, 143, 148)], torch.zeros(148, dtype=torch.bool))
     bounds = torch.tensor([0, 73, 148], dtype=torch.int32)
-    found = layer(x, packed_seq_params=pack(bounds, 75, 148, shared=shared))[0]
+    found = layer(x, packed_seq_params=pack_documents(bounds, 75, 148, shared=shared))[0]
     whole = layer(x[source], packed_seq_params=row([0, 73, 148]))[0]
     torch.testing.assert_close(found, torch.cat([whole[:73], whole[143:]]), atol=1e-13, rtol=1e-12)
 
@@ -147,7 +148,7 @@ def test_answers_that_share_a_prompt_are_whole_documents(layer: LinearAttention)
 def read(layer: LinearAttention, x: torch.Tensor, spans: list[tuple[int, int, int]]) -> torch.Tensor:
     """Read spans (slot, past, end) of sequences with hidden states x; return their outputs."""
     tokens = [CacheSpan(slot, past, [0] * (end - past)) for slot, past, end in spans]
-    packed = read_row(tokens, sum(end - past for _, past, end in spans) + 2, torch.device("cpu")).packed
+    packed = pack_spans(tokens, sum(end - past for _, past, end in spans) + 2, torch.device("cpu")).packed
     inputs = torch.cat([*(x[past:end] for _, past, end in spans), x[:2]])  # two padding tokens
     return layer(inputs, packed_seq_params=packed)[0][:-2]
 
@@ -157,7 +158,7 @@ def read(layer: LinearAttention, x: torch.Tensor, spans: list[tuple[int, int, in
 def test_spans_and_tokens_one_by_one_are_one_pass(layer: LinearAttention, step_tokens: int) -> None:
     x = states()
     expected = layer(x, packed_seq_params=row([0, TOKENS]))[0]
-    layer.state_cache = kept = KeptState(CacheSize(3, TOKENS, step_tokens), layer)
+    layer.state_cache = kept = RecurrentCache(CacheSize(3, TOKENS, step_tokens), layer)
     wrong = -states()  # drafts to roll back
     close = {"atol": 1e-12, "rtol": 1e-10}
     torch.testing.assert_close(read(layer, x, [(0, 0, 5), (1, 0, 80)]),

@@ -16,18 +16,18 @@ def full_size(recipe: str) -> dict[str, Any]:
     import torch
 
     from megatron_sov import recipes
-    from megatron_sov.engine.model.language_model import build
-    from megatron_sov.engine.model.local_shards import local_shards
+    from megatron_sov.engine.model.language_model import build_model
+    from megatron_sov.engine.model.local_shards import list_local_shards
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig, apply_settings
     from megatron_sov.model.families import supported as models
 
     config = apply_settings(recipes.get(recipe), [f"model.num_layers={LAYERS}"])
-    world.join(ParallelConfig())
+    world.join_world(ParallelConfig())
     with torch.device("meta"):
-        model = build(config.model, ParallelConfig(), config.train)
+        model = build_model(config.model, ParallelConfig(), config.train)
     found: dict[str, list[Any]] = {}
-    for block in local_shards(model):
+    for block in list_local_shards(model):
         tensor = found.setdefault(block.key, [0, list(block.global_shape), str(block.data.dtype)])
         tensor[0] += block.data.numel()
     expected: dict[str, list[Any]] = {}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_sov import recipes
-from megatron_sov.engine.model.rotary import frequencies
+from megatron_sov.engine.model.rotary import compute_frequencies
 from megatron_sov.model.config import apply_settings
 
 YARN = 'model.yarn={"factor": 4.0, "original_max_position_tokens": 512}'
@@ -17,14 +17,14 @@ YARN = 'model.yarn={"factor": 4.0, "original_max_position_tokens": 512}'
 
 def angles(precision: str, changes: list[str]) -> list[list[float]]:
     """Return [positions, channels] of the library's embedding in a model of this precision."""
-    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig
 
     config = apply_settings(recipes.get("tiny-solar-open"),
                             [*changes, f"train.precision={precision}", "model.num_layers=1"])
-    world.join(ParallelConfig())
-    embedding = build(config.model, ParallelConfig(), config.train).chunks[0].rotary_pos_emb
+    world.join_world(ParallelConfig())
+    embedding = build_model(config.model, ParallelConfig(), config.train).chunks[0].rotary_pos_emb
     found = embedding(4096)
     found = found[0] if isinstance(found, tuple) else found
     return found[[0, 1, 7, 4095], 0, 0].tolist()
@@ -35,7 +35,7 @@ def test_float64_models_rotate_by_float64_angles(ranks: Any, job: Any) -> None:
     results = ranks(*(job(__file__, "angles", 1, {"precision": p, "changes": c}) for c in ([], [YARN])
                       for p in ("fp64", "fp32")))
     for changes, (fp64,), (fp32,) in (([], *results[:2]), ([YARN], *results[2:])):
-        exact = frequencies(apply_settings(recipes.get("tiny-solar-open"), changes).model)
+        exact = compute_frequencies(apply_settings(recipes.get("tiny-solar-open"), changes).model)
         expected = torch.tensor([0.0, 1.0, 7.0, 4095.0], dtype=torch.float64)[:, None] * exact.repeat(2)
         assert torch.allclose(torch.tensor(fp64, dtype=torch.float64), expected, rtol=1e-14, atol=0)
         assert torch.allclose(torch.tensor(fp32, dtype=torch.float64), expected, rtol=1e-6, atol=0)
@@ -44,13 +44,13 @@ def test_float64_models_rotate_by_float64_angles(ranks: Any, job: Any) -> None:
 
 def shapes(recipe: str) -> list[int]:
     """Return the shape of a model's rotary table for a row of 4,096 tokens."""
-    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig
 
     config = apply_settings(recipes.get(recipe), ["train.precision=fp64"])
-    world.join(ParallelConfig())
-    found = build(config.model, ParallelConfig(), config.train).chunks[0].rotary_pos_emb(4096)
+    world.join_world(ParallelConfig())
+    found = build_model(config.model, ParallelConfig(), config.train).chunks[0].rotary_pos_emb(4096)
     return list((found[0] if isinstance(found, tuple) else found).shape)
 
 
@@ -76,7 +76,7 @@ def test_the_formula_is_the_one_of_transformers(yarn: dict[str, Any] | None) -> 
     theirs = SolarOpenRotaryEmbedding(SolarOpenConfig(
         head_dim=model.head_dim, hidden_size=model.hidden_size, num_attention_heads=model.num_heads,
         rope_parameters=rope, max_position_embeddings=4096))
-    assert torch.allclose(theirs.inv_freq.double(), frequencies(model), rtol=1e-6, atol=0)
+    assert torch.allclose(theirs.inv_freq.double(), compute_frequencies(model), rtol=1e-6, atol=0)
 
 
 def scales(recipe: str) -> dict[str, Any]:
@@ -87,15 +87,15 @@ def scales(recipe: str) -> dict[str, Any]:
 
     from megatron_sov.engine.model import kv_cache, specs
     from megatron_sov.engine.model.cache_rows import CacheSize
-    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig
 
     config = apply_settings(recipes.get(recipe), [YARN, "model.num_layers=4"])
-    world.join(ParallelConfig())
-    model = build(config.model, ParallelConfig(), config.train)
+    world.join_world(ParallelConfig())
+    model = build_model(config.model, ParallelConfig(), config.train)
     layers = [m.core_attention for m in model.modules() if hasattr(m, "core_attention")]
-    with kv_cache.keep(model, CacheSize(1, 8)) as keeping:
+    with kv_cache.use_kv_cache(model, CacheSize(1, 8)) as keeping:
         kept = [layer.softmax_scale for layer in keeping]
     specs.uses_transformer_engine = lambda dtype: True
     # the library checks for the attribute
@@ -105,7 +105,7 @@ def scales(recipe: str) -> dict[str, Any]:
                                        "fused_sort_chunks_by_index_with_probs"))):
         for name in names:
             setattr(module, name, print)
-    fused = specs.transformer_config(config.model, ParallelConfig(), config.train)
+    fused = specs.build_transformer_config(config.model, ParallelConfig(), config.train)
     return {"layers": [layer.softmax_scale for layer in layers], "kept": kept,
             "fused": fused.apply_rope_fusion, "given to all": fused.softmax_scale,
             "on cosine and sine": yarn_rotary_pos_embedding._yarn_get_concentration_factor_from_config(fused)}
@@ -138,7 +138,7 @@ def rotations() -> dict[str, Any]:
 
     from megatron.core.models.common.embeddings import rope_utils
 
-    from megatron_sov.engine.model.rotary import rotate_by_token
+    from megatron_sov.engine.model.rotary import patch_packed_rotation
 
     class Alone:
         """A process group of one."""
@@ -147,10 +147,10 @@ def rotations() -> dict[str, Any]:
         rank = staticmethod(lambda: 0)
 
     theirs = rope_utils._apply_rotary_pos_emb_thd
-    rotate_by_token()
+    patch_packed_rotation()
     ours = rope_utils._apply_rotary_pos_emb_thd
     states = torch.randn(12, 3, 8, generator=torch.Generator().manual_seed(0))
-    angles_by_position = torch.arange(7.0)[:, None, None, None] * frequencies(
+    angles_by_position = torch.arange(7.0)[:, None, None, None] * compute_frequencies(
         recipes.get("tiny-solar-open").model).float()[:4].repeat(2)
     positions = torch.cat([torch.arange(n) for n in (5, 7)])
     expected = theirs(states, torch.tensor([0, 5, 12]), angles_by_position, cp_group=Alone)
@@ -177,7 +177,7 @@ def test_a_rotation_has_the_librarys_bits(head_dim: int, dtype: torch.dtype) -> 
     prepare_without_gpu()
     from megatron.core.models.common.embeddings import rope_utils
 
-    from megatron_sov.engine.model.rotary import _rotate
+    from megatron_sov.engine.model.rotary import _rotate_rows
 
     generator = torch.Generator().manual_seed(5)
     angles = torch.rand(9, 1, 1, 16, generator=generator) * 40
@@ -186,7 +186,7 @@ def test_a_rotation_has_the_librarys_bits(head_dim: int, dtype: torch.dtype) -> 
         values, upstream = (torch.randn(9, 3, head_dim, generator=generator).to(dtype) for _ in range(2))
         values.requires_grad_()
         expected = rope_utils._apply_rotary_pos_emb_bshd(values[:, None], angles)[:, 0]
-        found = _rotate(values, bounds, angles)
+        found = _rotate_rows(values, bounds, angles)
         assert torch.equal(found, expected)
         ours, = torch.autograd.grad(found, values, upstream)
         theirs, = torch.autograd.grad(expected, values, upstream)

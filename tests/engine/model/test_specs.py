@@ -20,10 +20,10 @@ def settings(recipe: str, changes: list[str]) -> dict[str, Any]:
     from megatron_sov.model.config import ParallelConfig, apply_settings
 
     config = apply_settings(recipes.get(recipe), changes)
-    library = specs.transformer_config(config.model, ParallelConfig(), config.train)
-    layers = specs.layer_specs(library, config.model)
+    library = specs.build_transformer_config(config.model, ParallelConfig(), config.train)
+    layers = specs.build_layer_specs(library, config.model)
     if config.model.num_mtp_layers:
-        layers.append(specs.mtp_layer_spec(library, config.model))
+        layers.append(specs.build_mtp_layer_spec(library, config.model))
     routers = [getattr(get_submodules(s.submodules.mlp), "router", None) for s in layers]
     names = ("window_attn_skip_freq", "no_rope_freq", "window_size", "moe_layer_freq", "qk_layernorm",
              "moe_router_topk_scaling_factor", "moe_shared_expert_intermediate_size",
@@ -73,14 +73,14 @@ def test_on_gpus_16_bit_alone_takes_transformer_engine(monkeypatch: pytest.Monke
         "raise OSError('libcublas.so.13: cannot open shared object file')")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(specs, "on_gpu", lambda: True)
-    specs.transformer_engine_error.cache_clear()
+    specs.find_transformer_engine_error.cache_clear()
     try:
         with pytest.raises(UserError, match=r"^train\.precision = bf16"):
             specs.uses_transformer_engine(torch.bfloat16)
         for dtype in (torch.float32, torch.float64):
             assert not specs.uses_transformer_engine(dtype)
-        monkeypatch.setattr(specs, "transformer_engine_error", lambda: "")
+        monkeypatch.setattr(specs, "find_transformer_engine_error", lambda: "")
         assert specs.uses_transformer_engine(torch.bfloat16)
     finally:
         monkeypatch.undo()
-        specs.transformer_engine_error.cache_clear()
+        specs.find_transformer_engine_error.cache_clear()

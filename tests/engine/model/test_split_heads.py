@@ -41,7 +41,7 @@ def of_a_split_head(layout: dict[str, Any], chunk_tokens: int, cap: float | None
     from megatron_sov.engine.parallel import context, world
     from megatron_sov.model.config import ParallelConfig
 
-    world.join(ParallelConfig(**layout))
+    world.join_world(ParallelConfig(**layout))
     tp, sp, tensors = layout.get("tp", 1), layout.get("sp", False), whole()
     rows = -(-divergences.VOCABULARY // tp)
     first_row = parallel_state.get_tensor_model_parallel_rank() * rows
@@ -51,8 +51,8 @@ def of_a_split_head(layout: dict[str, Any], chunk_tokens: int, cap: float | None
         return padded[first_row:first_row + rows].clone()
 
     device = torch.device("cpu")
-    local = context.row_index(divergences.TOKENS, False, device)
-    places = context.row_index(divergences.TOKENS, sp, device)
+    local = context.compute_row_index(divergences.TOKENS, False, device)
+    places = context.compute_row_index(divergences.TOKENS, sp, device)
     top = teacher_logprobs(tensors, cap)[local].topk(divergences.K)
     teachers = {"states": TeacherStates(tensors["teacher states"][local], own(
                     tensors["teacher weight"], tensors["teacher states"]), cap),
@@ -79,7 +79,7 @@ def of_a_split_head(layout: dict[str, Any], chunk_tokens: int, cap: float | None
                        "weight": weight.grad.tolist()}
     found["logits"] = head.logits(tensors["states"]).tolist()
     found["best"] = head.top_tokens(tensors["states"]).tolist()
-    found["most probable"] = [t.tolist() for t in head.most_probable(
+    found["most probable"] = [t.tolist() for t in head.find_most_probable(
         tensors["states"][places, None], 3, TEMPERATURE)]
     return found
 

@@ -80,7 +80,7 @@ def attend(cp: int, signature: str) -> list[dict[str, Any]]:
         return globals()[signature](*args, **kwargs)
 
     counted.__signature__ = inspect.signature(globals()[signature])  # type: ignore[attr-defined]
-    attention.serves = lambda query: True
+    attention.supports_varlen = lambda query: True
     kernel.varlen_attn = counted
     return [*test_attention.attend(cp, CASES), {"calls": calls}]
 
@@ -105,8 +105,8 @@ def test_bounds_are_sent_once_for_a_row_and_window(monkeypatch: pytest.MonkeyPat
     # the third of four processes: tokens 16 to 24 and 40 to 48 of 64, documents of 20 and 44 tokens
     packed = attention.PackedDocuments(bounds=torch.tensor([0, 20, 64]),
                                        spans=[[(0, 16, 20), (20, 20, 24)], [(20, 40, 48)]])
-    whole, sliding = packed.bounds_within(0), packed.bounds_within(5)
-    assert packed.bounds_within(0) is whole and packed.bounds_within(5) is sliding and len(sent) == 2
+    whole, sliding = packed.get_piece_bounds(0), packed.get_piece_bounds(5)
+    assert packed.get_piece_bounds(0) is whole and packed.get_piece_bounds(5) is sliding and len(sent) == 2
     assert [(b.queries.tolist(), b.keys.tolist(), b.max_queries, b.max_keys) for b in whole] == [
         ([0, 4, 8], [0, 20, 24], 4, 20), ([0, 8], [0, 28], 8, 28)]
     assert [(b.queries.tolist(), b.keys.tolist(), b.max_queries, b.max_keys) for b in sliding] == [
@@ -118,7 +118,7 @@ def test_it_serves_16_bits_on_a_gpu_alone() -> None:
         from types import SimpleNamespace
         return SimpleNamespace(is_cuda=device == "cuda", dtype=dtype, shape=(7, 2, size))
 
-    assert attention.serves(heads("cuda", torch.bfloat16, 128))
+    assert attention.supports_varlen(heads("cuda", torch.bfloat16, 128))
     for other in (("cpu", torch.bfloat16, 128), ("cuda", torch.float32, 128), ("cuda", torch.bfloat16, 12),
                   ("cuda", torch.bfloat16, 264)):
-        assert not attention.serves(heads(*other)), other
+        assert not attention.supports_varlen(heads(*other)), other

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.engine.optimizer.adamw import CpuAdamW, HostAdamW, split
+from megatron_sov.engine.optimizer.adamw import CpuAdamW, HostAdamW, split_groups
 
 
 def groups_of(*sizes: int) -> list[dict[str, Any]]:
@@ -49,7 +49,7 @@ def test_steps_are_the_formulas() -> None:
 def test_a_share_is_of_elements_and_never_less(share: float, moved: list[int]) -> None:
     groups = groups_of(40, 30, 20, 10)
     mains = sorted((m for group in groups for m in group["params"]), key=len, reverse=True)
-    stays, moves = split(groups, mains, share)
+    stays, moves = split_groups(groups, mains, share)
     assert sorted((len(m) for group in moves for m in group["params"]), reverse=True) == moved
     for side in (stays, moves):
         assert all(group["params"] for group in side), "no group is empty"

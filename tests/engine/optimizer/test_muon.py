@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.optim._muon import _zeropower_via_newtonschulz
 
-from megatron_sov.engine.optimizer.muon import orthogonalise, update_scale
+from megatron_sov.engine.optimizer.muon import compute_update_scale, orthogonalize
 from tests.tiny import tiny_model
 
 STEPS, LR = 3, 0.02
@@ -38,10 +38,10 @@ def put_gradients(optimizer: Any, model: Any, seed: int) -> None:
     """Write this process's parts of all gradients, as if reduced over data-parallel processes."""
     import torch
 
-    from megatron_sov.engine.model.local_shards import ParameterLookup, local_shards
+    from megatron_sov.engine.model.local_shards import ParameterLookup, list_local_shards
 
     lookup = ParameterLookup(model)
-    for block in local_shards(model):
+    for block in list_local_shards(model):
         parameter = lookup.find_parameter(block)
         if parameter is None:
             continue
@@ -59,10 +59,10 @@ def gathered(model: Any, optimizer: Any) -> dict[str, Any]:
 
     import torch
 
-    from megatron_sov.checkpoint.gather import TensorGatherer
-    from megatron_sov.engine.model.local_shards import local_shards
+    from megatron_sov.checkpoint.gather import Gatherer
+    from megatron_sov.engine.model.local_shards import list_local_shards
 
-    blocks = local_shards(model)
+    blocks = list_local_shards(model)
     if model.config.params_dtype == torch.bfloat16:
         blocks = [dataclasses.replace(b, key=b.key.removeprefix("master/")) for b in optimizer.state_shards()
                   if b.key.startswith("master/")]
@@ -160,7 +160,7 @@ def updates(settings: list[str], seed: int) -> dict[str, Any]:
             apart[key] = max(apart.get(key, 0.0), float((now[key].to(full) - theirs.detach()).abs().max()))
             moved[key] = float((now[key].to(full) - start[key].to(full)).abs().max())
     kinds = sorted({block.key.split("/")[0] for block in optimizer.state_shards()})
-    world.leave()
+    world.leave_world()
     return {"apart": apart, "moved": moved, "kinds": kinds}
 
 
@@ -213,17 +213,18 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 def test_the_update_is_torchs_bit_for_bit(shape: tuple[int, int]) -> None:
     update = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     low = update.bfloat16()
-    assert orthogonalise(low, 5, COEFFICIENTS).equal(
+    assert orthogonalize(low, 5, COEFFICIENTS).equal(
         _zeropower_via_newtonschulz(update, COEFFICIENTS, 5, 1e-7))
     # torch's algorithm without its rounding to bfloat16
     with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):
-        assert orthogonalise(update, 5, COEFFICIENTS).equal(
+        assert orthogonalize(update, 5, COEFFICIENTS).equal(
             _zeropower_via_newtonschulz(update, COEFFICIENTS, 5, 1e-7))
 
 
 def test_scales_are_those_of_the_papers() -> None:
     orthogonal = torch.linalg.qr(torch.randn(200, 50, dtype=torch.float64)).Q
-    assert ((update_scale("match_rms_adamw", 200, 50) * orthogonal).square().mean().sqrt()
+    assert ((compute_update_scale("match_rms_adamw", 200, 50) * orthogonal).square().mean().sqrt()
             == pytest.approx(0.2))
-    assert update_scale("original", 200, 50) == update_scale("spectral", 200, 50) == 2.0
-    assert update_scale("original", 50, 200) == 1.0 and update_scale("spectral", 50, 200) == math.sqrt(0.25)
+    assert compute_update_scale("original", 200, 50) == compute_update_scale("spectral", 200, 50) == 2.0
+    assert compute_update_scale("original", 50,
+                                200) == 1.0 and compute_update_scale("spectral", 50, 200) == math.sqrt(0.25)

@@ -60,7 +60,7 @@ def zero1_layouts() -> list[Any]:
     def wrapped(changes: dict[str, Any]) -> tuple[list[Any], bool]:
         messages, parallel = list[str](), dataclasses.replace(config.parallel, zero1=True, **changes)
         with mock.patch.object(library, "log_single_rank", lambda logger, level, said: messages.append(said)):
-            (chunk,) = parameter_groups.wrap(model, parallel)
+            (chunk,) = parameter_groups.wrap_chunks(model, parallel)
         places = [[[*part.param_index_map.values()], part.bucket_indices]
                   for part in chunk.full_param_layout.layouts.values()]
         return places, any("full_param_layout not provided" in said for said in messages)
@@ -105,13 +105,13 @@ def grouped(settings: list[str]) -> dict[str, float]:
     difference."""
     import torch
 
-    from megatron_sov.engine.model.local_shards import ParameterLookup, local_shards
+    from megatron_sov.engine.model.local_shards import ParameterLookup, list_local_shards
     from megatron_sov.engine.optimizer.optimizer import Optimizer
 
     config, model = tiny_model("tiny-k-exaone", *SMALL, *settings)
     optimizer = Optimizer(model, config.optim, config.parallel)
     lookup = ParameterLookup(model)
-    key_of = {id(lookup.find_parameter(block)): block.key for block in local_shards(model)}
+    key_of = {id(lookup.find_parameter(block)): block.key for block in list_local_shards(model)}
     parameters = list(model.parameters())
     copies = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
     groups = []
@@ -135,7 +135,7 @@ def grouped(settings: list[str]) -> dict[str, float]:
 def rules_of(settings: list[str]) -> list[Any]:
     """Return algorithm, factor, weight decay and frozen flag of some tensors."""
     from megatron_sov import recipes
-    from megatron_sov.engine.optimizer.parameter_groups import rule_for
+    from megatron_sov.engine.optimizer.parameter_groups import find_rule
     from megatron_sov.model.config import apply_settings
 
     config = apply_settings(recipes.get("tiny-k-exaone"), [*SMALL, *settings]).optim
@@ -143,7 +143,7 @@ def rules_of(settings: list[str]) -> list[Any]:
                "decoder.layers.1.self_attention.linear_qkv.weight": 2,
                "decoder.layers.1.pre_mlp_layernorm.weight": 1, "embedding.word_embeddings.weight": 2,
                "output_layer.weight": 2}
-    rules = [rule_for(config, key, dim) for key, dim in tensors.items()]
+    rules = [find_rule(config, key, dim) for key, dim in tensors.items()]
     return [[r.algorithm, r.lr_scale, r.weight_decay, r.frozen] for r in rules]
 
 
@@ -151,16 +151,16 @@ def refusals(settings: list[list[str]]) -> list[str]:
     """Return the optimizer's errors for invalid settings."""
     from megatron_sov import recipes
     from megatron_sov.base.errors import UserError
-    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.optimizer.optimizer import Optimizer
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import apply_settings
 
     found = []
     base = apply_settings(recipes.get("tiny-k-exaone"), [*SMALL, "parallel.pp=2"])
-    world.join(base.parallel)
+    world.join_world(base.parallel)
     for wrong in settings:
-        model = build(base.model, base.parallel, base.train)
+        model = build_model(base.model, base.parallel, base.train)
         try:
             Optimizer(model, apply_settings(base, wrong).optim, base.parallel)
         except UserError as e:
@@ -195,11 +195,11 @@ def test_a_process_with_nothing_to_update_has_nothing_to_offload() -> None:
     """With few trained parameters, the range of some ZeRO-1 processes is padding only."""
     import torch
 
-    from megatron_sov.engine.optimizer.parameter_groups import arrange
+    from megatron_sov.engine.optimizer.parameter_groups import assign_shards
     from megatron_sov.model.config import OptimConfig
 
     adam = torch.optim.AdamW([{"params": [], "is_expert_parallel": False}])
     library: Any = SimpleNamespace(chained_optimizers=[SimpleNamespace(optimizer=adam)])
     model: Any = None
-    assert arrange(library, model, {}, OptimConfig(), zero1=True, on_host=0.5) == []
+    assert assign_shards(library, model, {}, OptimConfig(), zero1=True, on_host=0.5) == []
     assert library.chained_optimizers[0].optimizer is adam and adam.param_groups == []

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from megatron_sov.engine.optimizer.state_shards import flat_ranges
+from megatron_sov.engine.optimizer.state_shards import iter_rectangles
 from tests.tiny import tiny_model
 
 
@@ -20,7 +20,7 @@ def counted(fused: bool) -> dict[str, Any]:
     import torch
     from torch.optim import AdamW, Optimizer
 
-    from megatron_sov.engine.optimizer.state_shards import set_updates, shards
+    from megatron_sov.engine.optimizer.state_shards import list_shards, set_update_count
 
     class Fused(Optimizer):
         """Counts as transformer_engine.pytorch.optimizers.FusedAdam does: in the group, from the first update
@@ -32,8 +32,8 @@ def counted(fused: bool) -> dict[str, Any]:
 
     parameters = [torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(4))]
     library = Library(Fused(parameters, {"lr": 0.1}) if fused else AdamW(parameters, lr=0.1))
-    made = [sorted(s.state()) for s in shards(library)]
-    set_updates(shards(library), 5)
+    made = [sorted(s.state()) for s in list_shards(library)]
+    set_update_count(list_shards(library), 5)
     states = [library.optimizer.state[p] for p in parameters]
     own = [s["step"] for s in states if "step" in s]
     if not fused:
@@ -106,7 +106,7 @@ def test_a_range_of_elements_is_a_few_rectangles_in_the_order_of_the_elements(sh
     start = data.draw(st.integers(0, size))
     stop = data.draw(st.integers(start, size))
     numbers = np.arange(size).reshape(shape)
-    found = list(flat_ranges(shape, start, stop))
+    found = list(iter_rectangles(shape, start, stop))
     taken = [numbers[tuple(slice(o, o + n) for o, n in zip(place, extent, strict=True))].ravel()
              for place, extent in found]
     assert np.concatenate([*taken, np.empty(0, int)]).tolist() == list(range(start, stop))
@@ -117,18 +117,18 @@ def test_a_range_of_elements_is_a_few_rectangles_in_the_order_of_the_elements(sh
 def test_processes_that_take_turns_change_the_names_of_types_once() -> None:
     import torch
 
-    from megatron_sov.engine.optimizer.state_shards import any_float
+    from megatron_sov.engine.optimizer.state_shards import allow_float64
     from megatron_sov.engine.parallel import cpu_shims
     from megatron_sov.engine.parallel.simulated_world import SimulatedRanks
     from megatron_sov.model.config import ParallelConfig
 
     cpu_shims.prepare_without_gpu()
-    cpu_shims.mend()
+    cpu_shims.patch_defects()
     before, number = torch.Tensor.type, torch.zeros(1, dtype=torch.float64)
     own_names = number.type()
 
     def named(_: Any) -> list[Any]:
-        with any_float:
+        with allow_float64:
             found = [torch.Tensor.type]
             torch.distributed.barrier()
             return [*found, torch.Tensor.type, number.type()]

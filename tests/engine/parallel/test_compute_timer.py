@@ -28,7 +28,7 @@ def measured(folder: str) -> list[Any]:
             found.append([event, fields])
 
     found: list[Any] = []
-    place = world.join(ParallelConfig())
+    place = world.join_world(ParallelConfig())
     stragglers = Stragglers(GuardConfig(straggler_every_steps=2, straggler_ratio=1.05))
     clock = stragglers.clock
     assert clock is not None
@@ -52,7 +52,7 @@ def measured(folder: str) -> list[Any]:
         steps_s.append(time.perf_counter() - begun_s)
         seconds.append(clock.seconds())
         stragglers.report(step, Events())  # type: ignore[arg-type]
-    world.leave()
+    world.leave_world()
     return [seconds, steps_s, collectives_s, found]
 
 

@@ -17,22 +17,25 @@ def cut(cp: int, tp: int) -> dict[str, Any]:
     from megatron_sov.engine.parallel import context, world
     from megatron_sov.model.config import ParallelConfig
 
-    world.join(ParallelConfig(cp=cp, tp=tp, sp=tp > 1))
+    world.join_world(ParallelConfig(cp=cp, tp=tp, sp=tp > 1))
     row = torch.arange(TOKENS)
     weights = torch.arange(1.0, TOKENS + 1)[:, None] * torch.tensor([1.0, -2.0])
-    alike = context.local(row[:, None] * torch.ones(2)).requires_grad_()
-    gathered = context.gather(alike)
+    alike = context.select_local(row[:, None] * torch.ones(2)).requires_grad_()
+    gathered = context.gather_row(alike)
     (gathered * weights).sum().backward()
-    keys = context.local(row[:, None] * torch.ones(2)).requires_grad_()
+    keys = context.select_local(row[:, None] * torch.ones(2)).requires_grad_()
     rank = parallel_state.get_context_parallel_rank()
     (context.gather_keys(keys) * weights * (rank + 1)).sum().backward()
     assert alike.grad is not None and keys.grad is not None
-    return {"held": context.local(row).tolist(), "pieces": context.pieces(TOKENS),
-            "multiple": context.row_multiple(),
-            "index": context.row_index(TOKENS, tp > 1, row.device).tolist(), "row": gathered[:, 0].tolist(),
+    return {"held": context.select_local(row).tolist(), "pieces": context.get_local_pieces(TOKENS),
+            "multiple": context.get_row_multiple(),
+            "index": context.compute_row_index(TOKENS, tp > 1, row.device).tolist(),
+            "row": gathered[:, 0].tolist(),
             "grad": alike.grad[:, 1].tolist(), "keys_grad": keys.grad[:, 0].tolist(),
-            "picked": context.pick(context.local(row * 10), torch.tensor([15, 0, 7, 7, 8])).tolist(),
-            "picked_states": context.pick(context.local(weights), torch.tensor([3, 12]))[:, 1].tolist()}
+            "picked": context.gather_positions(context.select_local(row * 10),
+                                               torch.tensor([15, 0, 7, 7, 8])).tolist(),
+            "picked_states": context.gather_positions(context.select_local(weights),
+                                                      torch.tensor([3, 12]))[:, 1].tolist()}
 
 
 @pytest.mark.distributed

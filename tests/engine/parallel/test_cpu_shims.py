@@ -17,7 +17,7 @@ def opened() -> dict:
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     from megatron_sov.engine.parallel import cpu_shims
-    from megatron_sov.engine.parallel.device import local_device, on_gpu
+    from megatron_sov.engine.parallel.device import get_local_device, on_gpu
 
     before = torch.zeros
     cpu_shims.prepare_megatron()
@@ -30,7 +30,7 @@ def opened() -> dict:
     asked = (torch.zeros(1, device="cuda"), torch.tensor([1], device="cuda:0"), torch.ones(1).cuda(),
              torch.ones(1).to("cuda"), torch.empty(1, pin_memory=True),
              torch.ones(1, device=torch.cuda.current_device()))
-    return {"once": torch.zeros is before, "device": str(local_device()), "on_gpu": on_gpu(),
+    return {"once": torch.zeros is before, "device": str(get_local_device()), "on_gpu": on_gpu(),
             "landed": [str(t.device) for t in asked], "meta": str(torch.zeros(1, device="meta").device),
             "type": torch.ones(1).type(), "cast": str(torch.ones(1).type(torch.int64).dtype),
             "marked": norm.weight.sequence_parallel, "flag": config.sequence_parallel,
@@ -50,9 +50,9 @@ def marks() -> dict[str, list[str]]:
     from megatron_sov.model.config import ParallelConfig
 
     config = recipes.get("tiny-solar-open")
-    world.join(ParallelConfig())
+    world.join_world(ParallelConfig())
     with mock.patch.object(language_model, "mark_parameters"):
-        network = language_model.build(config.model, ParallelConfig(), config.train)
+        network = language_model.build_model(config.model, ParallelConfig(), config.train)
     named = list(network.named_parameters())
     return {"expert": [n for n, p in named if ".mlp.experts." in n and getattr(p, "allreduce", True)],
             "split": [n for n, p in named if "linear" in n and not hasattr(p, "tensor_model_parallel")]}
@@ -95,8 +95,8 @@ def look():
 
 cpu_shims.prepare_megatron()
 before = look()
-cpu_shims.mend()
-cpu_shims.mend()
+cpu_shims.patch_defects()
+cpu_shims.patch_defects()
 print(json.dumps([before, look(), config.sequence_parallel]))
 """
 

@@ -19,7 +19,7 @@ import pytest
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import load_plugin
 from megatron_sov.engine.parallel import launcher
-from megatron_sov.engine.parallel.launcher import plan_file, read_plan
+from megatron_sov.engine.parallel.launcher import read_plan, write_plan_file
 from megatron_sov.train.data.token_shards import ShardChain, numbers, open_sources
 from megatron_sov.train.stopping import stoppable
 
@@ -27,7 +27,7 @@ from megatron_sov.train.stopping import stoppable
 
 def passed_on(value: Any) -> Any:
     """Return the value that a new process would unpickle."""
-    with plan_file(lambda: value, 1) as plan:
+    with write_plan_file(lambda: value, 1) as plan:
         return read_plan(os.dup(plan))()
 
 
@@ -48,7 +48,7 @@ def test_code_that_a_person_named_is_run_again_as_it_was(tmp_path: Path) -> None
     file.write_text("class Own:\n    number = 7\n")
     value = load_plugin(f"{file}:Own").value()
     assert passed_on(value).number == 7
-    with plan_file(lambda: value, 1) as plan:
+    with write_plan_file(lambda: value, 1) as plan:
         file.write_text("class Own:\n    number = 8\n")
         with pytest.raises(UserError, match=r"own\.py: has changed"):
             read_plan(os.dup(plan))
@@ -195,4 +195,4 @@ def test_ranks_share_the_cores_unless_the_environment_names_their_threads(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if said is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", said)
-    assert launcher._threads(count) == threads
+    assert launcher._count_threads(count) == threads

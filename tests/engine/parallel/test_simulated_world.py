@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sov.engine.parallel import cpu_shims
-from megatron_sov.engine.parallel.simulated_messages import CallSite, Standstill
+from megatron_sov.engine.parallel.simulated_messages import CallSite, Deadlock
 from megatron_sov.engine.parallel.simulated_world import SimulatedRanks
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import ParallelConfig
@@ -91,7 +91,7 @@ def test_a_standstill_is_told_with_who_waits_for_what() -> None:
         if place.rank:
             dist.all_reduce(torch.ones(1))
 
-    with pytest.raises(Standstill, match="2 of 3 processes"):
+    with pytest.raises(Deadlock, match="2 of 3 processes"):
         SimulatedRanks(3).run(ParallelConfig(), waits)
 
 
@@ -102,7 +102,7 @@ def test_two_calls_that_do_not_belong_together_are_told() -> None:
         else:
             dist.all_reduce(torch.ones(1))
 
-    with pytest.raises(Standstill, match="rank 1 calls barrier"):
+    with pytest.raises(Deadlock, match="rank 1 calls barrier"):
         SimulatedRanks(2).run(ParallelConfig(), differ)
 
 
@@ -132,9 +132,9 @@ def test_what_nobody_takes_is_told() -> None:
         if place.rank == 0:
             dist.all_reduce(torch.ones(1), async_op=True)
 
-    with pytest.raises(Standstill, match="rank 0 of WORLD"):
+    with pytest.raises(Deadlock, match="rank 0 of WORLD"):
         SimulatedRanks(2).run(ParallelConfig(), send_only)
-    with pytest.raises(Standstill, match="allreduce SUM over WORLD"):
+    with pytest.raises(Deadlock, match="allreduce SUM over WORLD"):
         SimulatedRanks(2).run(ParallelConfig(), call_without_waiting)
 
 
@@ -150,7 +150,7 @@ def test_numbers_that_are_not_as_many_or_of_another_kind_are_told(
     call: Callable[[torch.Tensor, bool], None], other: torch.Tensor,
 ) -> None:
     """torch's copy would broadcast and convert them."""
-    with pytest.raises(Standstill, match="call pass different"):
+    with pytest.raises(Deadlock, match="call pass different"):
         SimulatedRanks(2).run(ParallelConfig(), lambda place: call(
             torch.zeros(4) if place.rank == 0 else other.clone(), place.rank == 0))
 
@@ -159,5 +159,5 @@ def test_numbers_that_are_not_as_many_or_of_another_kind_are_told(
     lambda mine, rank: dist.all_reduce(mine, [dist.ReduceOp.SUM, dist.ReduceOp.MAX][rank]),
     lambda mine, rank: dist.broadcast(mine, rank)])
 def test_another_reduction_or_another_sender_is_told(call: Callable[[torch.Tensor, int], None]) -> None:
-    with pytest.raises(Standstill, match=r"(allreduce MAX|broadcast from 1)"):
+    with pytest.raises(Deadlock, match=r"(allreduce MAX|broadcast from 1)"):
         SimulatedRanks(2).run(ParallelConfig(), lambda place: call(torch.zeros(4), place.rank))

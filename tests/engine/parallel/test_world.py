@@ -13,9 +13,9 @@ def place(layout: dict[str, int]) -> list[int | bool]:
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig
 
-    world.join(ParallelConfig(pp=2))
-    world.leave()
-    w = world.join(ParallelConfig(**layout))
+    world.join_world(ParallelConfig(pp=2))
+    world.leave_world()
+    w = world.join_world(ParallelConfig(**layout))
     return [w.rank, w.size, w.dp_rank, w.dp_size, w.first_stage, w.last_stage, w.is_main]
 
 
@@ -30,7 +30,7 @@ def test_what_one_join_leaves_in_a_store_the_next_does_not_meet(monkeypatch: pyt
     monkeypatch.delenv(world.STORE_PORT, raising=False)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(kept, 0, 1)]))
-    first, second = (world._rendezvous(0, 1, datetime.timedelta(seconds=1)) for _ in range(2))
+    first, second = (world._create_rendezvous(0, 1, datetime.timedelta(seconds=1)) for _ in range(2))
     assert (first.add("gpu/one", 1), second.add("gpu/one", 1)) == (1, 1)
 
 
@@ -62,12 +62,12 @@ def joining(timeout_s: float) -> list[Any]:
         asked.append([given["create_gloo_process_groups"], given["distributed_timeout_minutes"]])
         raise Asked
 
-    with (mock.patch.object(world, "on_gpu", lambda: True), mock.patch.object(world, "take_gpu", take),
+    with (mock.patch.object(world, "on_gpu", lambda: True), mock.patch.object(world, "select_gpu", take),
           mock.patch.object(world.dist, "init_process_group", lambda backend, **given: asked.append(
               [backend, "device_id" in given, given["timeout"].total_seconds()])),
           mock.patch.object(world.dist, "get_world_size", lambda: 1),
           mock.patch.object(parallel_state, "initialize_model_parallel", groups), pytest.raises(Asked)):
-        world.join(ParallelConfig(timeout_s=timeout_s), 7)
+        world.join_world(ParallelConfig(timeout_s=timeout_s), 7)
     return asked
 
 
@@ -92,10 +92,10 @@ def joined(num_ranks: int, layout: dict[str, int], places: list[int]) -> list[An
         dist.init_process_group("fake", rank=place, world_size=num_ranks, store=FakeStore())
         with (mock.patch.dict("os.environ", RANK=str(place), WORLD_SIZE=str(num_ranks)),
               mock.patch.object(dist, "new_group", wraps=dist.new_group) as made):
-            world.join(ParallelConfig(**layout))
+            world.join_world(ParallelConfig(**layout))
         taken = sum(place in call.kwargs["ranks"] for call in made.call_args_list)
         found.append([taken, members_by_name()])
-        world.leave()
+        world.leave_world()
     return found
 
 
@@ -145,7 +145,7 @@ def on_main(fail: bool) -> list[Any]:
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig
 
-    place = world.join(ParallelConfig())
+    place = world.join_world(ParallelConfig())
     asked: list[int] = []
 
     def action() -> str:
@@ -155,10 +155,10 @@ def on_main(fail: bool) -> list[Any]:
         return "answer"
 
     try:
-        seen = world.on_main(place, action)
+        seen = world.run_on_main(place, action)
     except UserError as e:
         seen = f"refused: {e}"
-    world.leave()
+    world.leave_world()
     return [seen, asked]
 
 

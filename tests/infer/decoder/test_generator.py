@@ -69,7 +69,7 @@ def continuations(layout: dict[str, Any], *, full: bool = False, pieces: bool = 
                                  stop=StopRule((found["end"],)))
         found["alone"] = {i: write([PROMPTS[i]], warm, streams=[i])[0] for i in ALONE}
         found |= _repeated(policy, warm, routed)
-        row = [Inputs([[*p, *c]], torch.device("cpu")) for p, c in zip(PROMPTS, greedy, strict=True)]
+        row = [DocumentBatch([[*p, *c]], torch.device("cpu")) for p, c in zip(PROMPTS, greedy, strict=True)]
         model.config.routing_step.record = record = {}
         found["full"] = [policy.logits(r, torch.arange(len(p) - 1, len(p) + NEW - 1)).argmax(-1).tolist()
                          for p, r in zip(PROMPTS, row, strict=True)]
@@ -82,7 +82,7 @@ def continuations(layout: dict[str, Any], *, full: bool = False, pieces: bool = 
         found["one slot"] = write(PROMPTS, Sampling(NEW))
     found["as before"] = model.training and attention == [
         type(m.core_attention).__name__ for m in model.modules() if hasattr(m, "core_attention")]
-    world.leave()
+    world.leave_world()
     return found
 
 
@@ -173,8 +173,8 @@ def logprobs_of(layout: dict[str, Any], family: str, chosen: list[str]) -> dict[
     from megatron_sov import recipes
     from megatron_sov.checkpoint import load
     from megatron_sov.convert import export_weights
-    from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
-    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.decode.forward_only import DocumentBatch, ForwardModel
+    from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.parallel import collectives, world
     from megatron_sov.infer.decoder.generator import MegatronEngine
     from megatron_sov.infer.request import Batching, Sampling, StopRule
@@ -225,7 +225,7 @@ def logprobs_of(layout: dict[str, Any], family: str, chosen: list[str]) -> dict[
         written = engine.generate(FEW, ways["T 1"], stop=StopRule((50,)))
         versions.append((written.version, written.continuations == found["T 1"]["tokens"]))
     found["updated"] = versions
-    world.leave()
+    world.leave_world()
     return found
 
 
@@ -278,7 +278,7 @@ def test_greedy_text_equals_transformers(family: str, hf_models: dict[str, Path]
     expected = [model.generate(input_ids=torch.tensor([p]), max_new_tokens=24, do_sample=False,
                                pad_token_id=0)[0].tolist() for p in PROMPTS]
     expected = [e[len(p):] for e, p in zip(expected, PROMPTS, strict=True)]
-    world.join(ParallelConfig())
+    world.join_world(ParallelConfig())
     try:
         policy = load_forward_model(imported[family], build_inference_config(imported[family], [], 1))
         engine = MegatronEngine(policy)
@@ -291,4 +291,4 @@ def test_greedy_text_equals_transformers(family: str, hf_models: dict[str, Path]
             engine.generate(PROMPTS, Sampling(4, num_drafts=1))
         assert engine.generate([], Sampling(4)).continuations == []
     finally:
-        world.leave()
+        world.leave_world()

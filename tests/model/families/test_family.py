@@ -261,14 +261,14 @@ def test_llamas_scaling_means_the_same_frequencies_in_transformers() -> None:
     from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    from megatron_sov.engine.model.rotary import frequencies
+    from megatron_sov.engine.model.rotary import compute_frequencies
 
     model = replace(recipes.get("llama-3.1-8b").model, llama3_rope=Llama3RopeConfig(32.0, 2.0, 8.0, 4096))
     config = hf_config(model)
     assert models.get_family("llama").from_hf_config(config) == model
     theirs, attention_factor = ROPE_INIT_FUNCTIONS["llama3"](AutoConfig.for_model(**config), "cpu")
     assert attention_factor == 1.0
-    assert frequencies(model).tolist() == pytest.approx(theirs.tolist(), rel=1e-5)
+    assert compute_frequencies(model).tolist() == pytest.approx(theirs.tolist(), rel=1e-5)
     with pytest.raises(UserError, match="rope_type 'llama3' lacks 'low_freq_factor'"):
         models.get_family("llama").from_hf_config(config | {"rope_parameters": {
             "rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4}})

@@ -152,12 +152,13 @@ def test_yarns_factor_is_in_the_scale_of_the_softmax_as_in_transformers() -> Non
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
         DeepseekV3Attention, DeepseekV3RotaryEmbedding)
 
-    from megatron_sov.engine.model.rotary import frequencies, softmax_scale
+    from megatron_sov.engine.model.rotary import compute_frequencies, compute_softmax_scale
 
     config = latent_config_of(rope_parameters=YARN)
     model, theirs = read_latent(config), AutoConfig.for_model(**config)
     assert model.yarn == YarnConfig(40.0, 4096, mscale=0.7)
-    assert softmax_scale(model, "full_attention") == pytest.approx(DeepseekV3Attention(theirs, 0).scaling)
+    assert compute_softmax_scale(model,
+                                 "full_attention") == pytest.approx(DeepseekV3Attention(theirs, 0).scaling)
     rotary = DeepseekV3RotaryEmbedding(theirs)
     assert rotary.attention_scaling == 1.0, "cosine and sine have no factor"
     assert rotary.inv_freq.tolist() == pytest.approx(frequencies(model).tolist(), rel=1e-6)

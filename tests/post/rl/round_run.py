@@ -39,7 +39,7 @@ def config_of(settings: list[str]) -> RunConfig:
 def curve(settings: list[str], folder: str) -> list[dict[str, Any]]:
     """Train the rounds that are published in FOLDER/rounds; return each step's numbers."""
     config = config_of(settings)
-    place = world.join(config.parallel)
+    place = world.join_world(config.parallel)
     config.check(place.size)
     objective = (round_objective_of if config.policy.learns_preferences else objective_of)(config)
     # what a layout computes itself stands beside the rounds: each has rounds of its own
@@ -67,7 +67,7 @@ def curve(settings: list[str], folder: str) -> list[dict[str, Any]]:
                       # those of the round are the event's, which the first process writes
                       **{f"meter {name}": value for name, value in result.meters.items()
                          if name not in feed.meters}})
-    world.leave()
+    world.leave_world()
     return taken
 
 

@@ -50,7 +50,7 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Round:
     manifest = SimpleNamespace(content={"document_domains": DOMAINS})
     monkeypatch.setattr(teachers, "read_manifest", lambda path: manifest)
     monkeypatch.setattr(teachers, "BACKOFF_S", (0.001, 0.001))
-    monkeypatch.setattr(teachers, "on_main", lambda world, action: action())
+    monkeypatch.setattr(teachers, "run_on_main", lambda world, action: action())
     documents: Any = Told()
     return Round(tmp_path / "0001", documents, (range(5),), {}, np.array([0, *np.cumsum(LENGTHS)]))
 

@@ -47,7 +47,7 @@ def store(tmp_path: Path) -> RolloutStore:
 def view(monkeypatch: pytest.MonkeyPatch) -> Any:
     from megatron_sov.post.rl import validation
 
-    monkeypatch.setattr(validation, "on_main", lambda world, action: action())
+    monkeypatch.setattr(validation, "run_on_main", lambda world, action: action())
     told: list[tuple[str, dict[str, Any]]] = []
     return SimpleNamespace(step=0, world=None, told=told, events=SimpleNamespace(
         write=lambda name, **fields: told.append((name, fields))))

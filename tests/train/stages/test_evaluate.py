@@ -126,10 +126,10 @@ def losses_of_turns(data: str) -> dict[str, Any]:
 
     head = SimpleNamespace(logprobs=lambda hidden, labels: -(labels % 7).float())
     policy: Any = SimpleNamespace(map=lambda batches, work: [work([None], head, batch) for batch in batches])
-    place = world.join(ParallelConfig())
+    place = world.join_world(ParallelConfig())
     evaluator = HeldoutEvaluator(open_sources({data: 1.0}, 368), None, 48, 2, 10**6, place)
     found = {name: asdict(result) for name, result in evaluator.run(policy).items()}
-    world.leave()
+    world.leave_world()
     return found
 
 
@@ -224,7 +224,7 @@ def first_losses(data: str) -> dict[str, Any]:
         steps = [trainer.update() for _ in range(2)]
         losses.append([[step.loss.hex(), step.grad_norm.hex()] for step in steps if step is not None])
         trainer.close()
-        world.leave()
+        world.leave_world()
     return {"losses": losses, "same_state": same_state}
 
 

@@ -47,7 +47,7 @@ def converted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return 0
 
     monkeypatch.setattr(convert, "from_hf", from_hf)
-    monkeypatch.setattr(launcher, "apart", apart)
+    monkeypatch.setattr(launcher, "run_in_fork", apart)
     return made
 
 
@@ -118,12 +118,12 @@ def test_a_conversion_that_fails_leaves_no_copy(start: Path, tmp_path: Path, con
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "runs/a"
     with monkeypatch.context() as failing:
-        failing.setattr(launcher, "apart", lambda work: 2)
+        failing.setattr(launcher, "run_in_fork", lambda work: 2)
         with pytest.raises(SystemExit):
             convert_start(start, run)
     assert find_copy(start, run) is None and converted == []
     with monkeypatch.context() as changing:
-        changing.setattr(launcher, "apart", lambda work: (work(), write_in_place(start), 0)[-1])
+        changing.setattr(launcher, "run_in_fork", lambda work: (work(), write_in_place(start), 0)[-1])
         with pytest.raises(UserError, match="my-model: its files changed"):
             convert_start(start, run)
     assert not list((tmp_path / "runs/.from-hf").glob("my-model-*")) and find_copy(start, run) is None

@@ -112,7 +112,7 @@ def test_mistakes_are_found_before_a_hugging_face_folder_is_converted(
     def convert(*_: object) -> int:
         raise AssertionError("converted")
 
-    monkeypatch.setattr(launcher, "apart", convert)
+    monkeypatch.setattr(launcher, "run_in_fork", convert)
     start = ("--data", f"{data}/a", "--from", str(hf_models["solar_open"]))
     for arguments, message in {
         ("tiny-qwen3", *start): "is a solar_open model, recipe tiny-qwen3 is for qwen3; .*tiny-solar-open",
