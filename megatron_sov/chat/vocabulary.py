@@ -62,7 +62,7 @@ def read_tokenizer(tokenizer: Path) -> TokenizerFile:
         added = {token["id"]: _canonicalize(token) for token in raw.get("added_tokens") or []}
         texts = [*names.items(), *((id_, token["content"]) for id_, token in added.items())]
         if not all(type(token) is int and isinstance(text, str) for token, text in texts):
-            raise ValueError("an id is no number, or a token is no text")
+            raise ValueError("ids must be integers and tokens must be strings")
         return TokenizerFile({token: name for token, name in names.items() if token not in added}, added,
                              [*_flatten_steps(raw.get("pre_tokenizer")), *_flatten_steps(raw.get("decoder"))],
                              _canonical_fields(raw),
