@@ -62,7 +62,7 @@ def test_odd_opening_is_reported() -> None:
     ends = "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>"
     odd = ChatTemplate(shown + ends + "<thinks>{% endif %}", "", "", "tok")
     said = find_odd_opening(odd)
-    assert said is not None and "behind '<user>a<assistant><thinks>', and shows one behind '<u" in said
+    assert said is not None and "with '<user>a<assistant><thinks>', but shows responses after '<u" in said
     assert find_odd_opening(ChatTemplate(shown + ends + "<no thoughts>{% endif %}", "", "", "tok")) is None
     assert find_odd_opening(ChatTemplate("{{ raise_exception('no') }}", "", "", "tok")) is None
 

@@ -334,8 +334,7 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, wait
     texts = texts_of(config)
     policies = RunPolicies(args.run, build_start_policy(start), config.rollout, fixed_settings(config) | {
         "train.steps": config.train.steps,
-        "data": {text.name: hash_checkpoint_files(text.artifact) for text in texts
-                 if text.artifact is not None}})
+        "data": {text.name: hash_checkpoint_files(text.artifact) for text in texts if text.artifact}})
     publisher = Publisher(config, args.run / ROUNDS, args.store, parsed.prompts, parsed.reward_version,
                           tokenizer, policies.is_own, {} if producer is None else producer.writer.chosen_by)
     # rounds that were published from another store would be trained as if they were of this one
