@@ -66,7 +66,8 @@ def test_other_identity_is_rejected_unless_redo(
         raise AssertionError("it is refused")
     assert str(raised.value) == (
         f"{out}: {work_folder(out)} holds unfinished work of another command: 1 problem; repeat the same "
-        f"command to resume, discard the work (--redo, or megatron-sov inspect {out} --clear), or name another output\n"
+        f"command to resume, discard the work (--redo, or megatron-sov inspect {out} --clear), or name "
+        "another output\n"
         "  sampling.seed was 1, and is 2")
     assert list_finished_items(out, ASKED) == {0}
     with open_journal(out, "score", ASKED, redo=True) as journal:  # the same: there is nothing to do anew

@@ -35,7 +35,8 @@ def test_finished_files_are_reused_for_equal_plan(tmp_path: Path) -> None:
         return before
 
     assert (attempt(1), attempt(1), attempt(1, UserError)) == ([], ["a", "b"], ["a", "b"])
-    with pytest.raises(UserError, match=r"another command: .* discard the work .--redo.*\n  p was 1, and is 2"), \
+    message = r"another command: .* discard the work .--redo.*\n  p was 1, and is 2"
+    with pytest.raises(UserError, match=message), \
             resumable_artifact(out, "kind", "sov make", {"p": 2}):
         raise AssertionError("unreachable")
     assert (attempt(1), attempt(2, redo=True), attempt(2, redo=True)) == (["a", "b"], [], ["a", "b"])
