@@ -247,7 +247,7 @@ class ChatEncoder:
         return next((mark for mark in THOUGHT_MARKS if end.endswith(mark)), "")
 
     def added_ids(self) -> dict[str, int]:
-        """Return text -> id for `added_tokens` in tokenizer.json, special or not."""
+        """Return text -> id for `added_tokens` in `tokenizer.json`, special or not."""
         return {token.content: id_ for id_, token in self._with_special.get_added_tokens_decoder().items()}
 
     def find_call_form(self, template_kwargs: Mapping[str, Any] | None = None) -> tuple[CallForm | None, str]:

@@ -192,7 +192,7 @@ def build_text_decoder(tokenizer: Path, end_ids: Collection[int], plain: Callabl
     marks.
 
     Args:
-        tokenizer: tokenizer.json.
+        tokenizer: `tokenizer.json`.
         end_ids: tokens that end a response; a final one is dropped.
         plain: decoder that skips special tokens.
     """

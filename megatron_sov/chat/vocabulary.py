@@ -35,7 +35,7 @@ INEFFECTIVE_DECODER_FIELDS = INEFFECTIVE_FIELDS | {"ByteLevel": {"trim_offsets",
 
 @dataclass(frozen=True)
 class TokenizerFile:
-    """Content of a tokenizer.json in canonical form."""
+    """Content of a `tokenizer.json` in canonical form."""
 
     ordinary: dict[int, str]
     """Id -> token, without added tokens."""
@@ -50,7 +50,7 @@ class TokenizerFile:
 
 
 def read_tokenizer(tokenizer: Path) -> TokenizerFile:
-    """Read the tokenizer.json of a folder; raises `UserError` if invalid."""
+    """Read the `tokenizer.json` of a folder; raises `UserError` if invalid."""
     file = tokenizer / TOKENIZER_JSON
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
@@ -94,7 +94,7 @@ def _canonical_fields(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _canonicalize(value: Any, idle: dict[str, set[str]] = INEFFECTIVE_FIELDS) -> Any:
-    """Normalize a part of a tokenizer.json: drop ineffective, empty and false fields, add implied
+    """Normalize a part of a `tokenizer.json`: drop ineffective, empty and false fields, add implied
     defaults."""
     if isinstance(value, list):
         return [_canonicalize(part, idle) for part in value]
@@ -149,7 +149,7 @@ def check_same_tokens(data: Path | None, weights: Path) -> None:
     differently.
 
     Compares ordinary tokens; added tokens may be renamed (reserved ids in chat templates), and either side
-    may have more. Both paths are tokenizer folders; without tokenizer.json nothing is compared.
+    may have more. Both paths are tokenizer folders; without `tokenizer.json` nothing is compared.
     """
     if data is None or not (weights / TOKENIZER_JSON).is_file():
         return
@@ -166,7 +166,7 @@ def check_same_tokens(data: Path | None, weights: Path) -> None:
 def check_same_tokenizer(first: Path, other: Path, remedy: str) -> None:
     """Raise `UserError` if two folders differ in tokenizer or chat format; the message ends with `remedy`.
 
-    Without tokenizer.json nothing is compared.
+    Without `tokenizer.json` nothing is compared.
     """
     if not all((folder / TOKENIZER_JSON).is_file() for folder in (first, other)):
         return
