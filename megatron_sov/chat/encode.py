@@ -43,6 +43,10 @@ SAMPLE_CALL: dict[str, Any] = {"type": "function",
 CALL_PROBE = Conversation((Message("user", "a"), Message("assistant", "", tool_calls=(SAMPLE_CALL,)),
                            Message("tool", "c")))
 """Probe chat for a template's tool calls and end token (Solar Open ends calls with a separate token)."""
+_NAME = re.compile(r"[\w.-]{1,64}")
+"""Valid function name."""
+_USER_MESSAGE, _ASSISTANT_MESSAGE = Message("user", "a"), Message("assistant", "b")
+_REMEDY = "take a model whose chat template knows tools, such as Qwen3's"
 
 
 @dataclass(frozen=True)
@@ -197,9 +201,9 @@ class ChatEncoder:
             if spelled is None:
                 return split_at_turns(self._template, chat, learned, self._end_texts, awaits_response), chat
             raise BadRecord("special_token", f"spells the special token {spelled!r}, which would become one: "
-                                             f"where the chat template of {self._template.where} shows "
-                                             "messages otherwise than they are, or with thoughts and calls, "
-                                             "the contents cannot be told from it") from error
+                                             f"where the chat template of {self._template.where} "
+                                             "changes messages or adds thoughts and calls, contents cannot "
+                                             "be located in its text") from error
 
     def _find_special_token(self, texts: Iterable[str], allowed: Collection[int] = ()) -> str | None:
         """Return the first special token in texts outside `allowed`, or None."""
@@ -243,7 +247,7 @@ class ChatEncoder:
         return next((mark for mark in THOUGHT_MARKS if end.endswith(mark)), "")
 
     def added_ids(self) -> dict[str, int]:
-        """Return text -> id for `added_tokens` in tokenizer.json, special or not."""
+        """Return text -> id for `added_tokens` in `tokenizer.json`, special or not."""
         return {token.content: id_ for id_, token in self._with_special.get_added_tokens_decoder().items()}
 
     def find_call_form(self, template_kwargs: Mapping[str, Any] | None = None) -> tuple[CallForm | None, str]:
@@ -434,12 +438,6 @@ def _contains_result(text: str, rendered: str) -> bool:
     """Return whether a rendered text contains a result verbatim or as a JSON string."""
     spellings = (text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1])
     return any(spelling in rendered for spelling in spellings)
-
-
-_NAME = re.compile(r"[\w.-]{1,64}")
-"""Valid function name."""
-_USER_MESSAGE, _ASSISTANT_MESSAGE = Message("user", "a"), Message("assistant", "b")
-_REMEDY = "take a model whose chat template knows tools, such as Qwen3's"
 
 
 class TurnEncoder:

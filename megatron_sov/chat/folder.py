@@ -20,7 +20,7 @@ SPECIAL_JSON = "special_tokens_map.json"
 
 
 def open_tokenizer(folder: Path) -> Tokenizer:
-    """Load a folder's tokenizer.json.
+    """Load a folder's `tokenizer.json`.
 
     Raises:
         UserError: the file is unreadable.
@@ -35,7 +35,7 @@ def open_tokenizer(folder: Path) -> Tokenizer:
 
 
 def read_chat_encoder(folder: Path, inline: InlineTokens | None = None) -> ChatEncoder | None:
-    """Load the chat encoder of a folder; None without chat template or tokenizer.json.
+    """Load the chat encoder of a folder; None without chat template or `tokenizer.json`.
 
     Args:
         folder: tokenizer or model folder.

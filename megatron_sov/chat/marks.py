@@ -45,6 +45,30 @@ THOUGHT_MARKS = (BEGIN_THOUGHTS, "<|think|>")
 """Marks with which a template may open thoughts."""
 
 _JOINER = "\u2060"
+_CALL_MARKS = ("<|tool_call:begin|>", "<｜tool▁call▁begin｜>", "<|tool_call_begin|>")
+_THOUGHTS = re.compile(r"<\|think\|>(.*?)(<\|end\|>(?:<\|begin\|>\w*)?|\Z)", re.DOTALL)
+_FRAMES = re.compile(
+    r"<\|end\|>(?:<\|begin\|>\w*)?|<\|begin\|>assistant|<\|content\|>|<\|tool_calls\|>|<\|flush\|>|<\|calls\|>"
+    r"|<｜tool▁calls▁(?:begin|end)｜>|<\|tool_calls?_section_(?:begin|end)\|>")
+_FIRST_MARK = re.compile("|".join(re.escape(mark) for mark in (
+    BEGIN_CALL, "<|think|>", "<|content|>", "<|tool_calls|>", "<|tool_call:begin|>",
+    *_DEEPSEEK[:2], *_KIMI[:2], "<|tool_call_section_begin|>", PYTHON_TAG)))
+_SECTIONS = ("<|tool_calls|>", _DEEPSEEK[0], _KIMI[0], "<|tool_call_section_begin|>")
+"""Marks at the start of call sections."""
+_FOREIGN_MARKS: dict[str, re.Pattern[str]] = {}
+"""First mark of a turn -> pattern of foreign marks, which count as text."""
+_BARE_CALL = re.compile(r'\s*\{\s*"(?:type"\s*:\s*"function"\s*,\s*")?name"\s*:')
+KIND = "kind"
+"""Token table column: learning kind per token."""
+KIND_NONE, KIND_THOUGHT, KIND_CALL, KIND_ANSWER = 0, 1, 2, 3
+"""Learning kinds: outside learned turns, or a part of a turn."""
+KINDS = {"thought": KIND_THOUGHT, "call": KIND_CALL, "answer": KIND_ANSWER}
+"""Name in events and reports -> kind."""
+_END_TAG = re.compile(r"\s*(?:<[^<>\s]{1,60}>|\[/?[A-Z_]{1,60}\])")
+# a template may have opened the thoughts before the turn
+_THOUGHT = (f"(?P<thought>\\A(?:(?!{BEGIN_THOUGHTS}).)*?{END_THOUGHTS}|"
+            f"{BEGIN_THOUGHTS}.*?(?:{END_THOUGHTS}|\\Z))")
+_CALL = f"(?P<call>{BEGIN_CALL}.*?(?:{END_CALL}|\\Z))"
 
 
 def _build_mark_pattern(marks: Collection[str], more: str = f"{_JOINER}*") -> re.Pattern[str]:
@@ -80,18 +104,6 @@ _CALLS = tuple((re.compile(begin, re.DOTALL), end) for begin, end in (
     (r"<\|tool_call_begin\|>\s*(?:functions\.)?(?P<name>[^<:\s]+)(?::\d+)?\s*<\|tool_call_argument_begin\|>",
      "<|tool_call_end|>")))
 """Pattern of a call up to the arguments, and the end mark."""
-_CALL_MARKS = ("<|tool_call:begin|>", "<｜tool▁call▁begin｜>", "<|tool_call_begin|>")
-_THOUGHTS = re.compile(r"<\|think\|>(.*?)(<\|end\|>(?:<\|begin\|>\w*)?|\Z)", re.DOTALL)
-_FRAMES = re.compile(
-    r"<\|end\|>(?:<\|begin\|>\w*)?|<\|begin\|>assistant|<\|content\|>|<\|tool_calls\|>|<\|flush\|>|<\|calls\|>"
-    r"|<｜tool▁calls▁(?:begin|end)｜>|<\|tool_calls?_section_(?:begin|end)\|>")
-_FIRST_MARK = re.compile("|".join(re.escape(mark) for mark in (
-    BEGIN_CALL, "<|think|>", "<|content|>", "<|tool_calls|>", "<|tool_call:begin|>",
-    *_DEEPSEEK[:2], *_KIMI[:2], "<|tool_call_section_begin|>", PYTHON_TAG)))
-_SECTIONS = ("<|tool_calls|>", _DEEPSEEK[0], _KIMI[0], "<|tool_call_section_begin|>")
-"""Marks at the start of call sections."""
-_FOREIGN_MARKS: dict[str, re.Pattern[str]] = {}
-"""First mark of a turn -> pattern of foreign marks, which count as text."""
 for _family in (_SOLAR, _DEEPSEEK, _KIMI, (PYTHON_TAG,)):
     # DeepSeek and Kimi use Hermes' thought marks
     _own = {*_family, *(_HERMES[:2] if _family in (_DEEPSEEK, _KIMI) else ())}
@@ -138,9 +150,6 @@ def to_hermes_form(text: str, *, in_thoughts: bool = False, form: CallForm | Non
     return "".join([*spans, _convert_outside_thoughts(text[place:])])
 
 
-_BARE_CALL = re.compile(r'\s*\{\s*"(?:type"\s*:\s*"function"\s*,\s*")?name"\s*:')
-
-
 def _is_bare_call(text: str) -> bool:
     """Return whether a turn without marks is a Llama 3 call, complete or malformed, rather than a JSON
     answer."""
@@ -183,7 +192,7 @@ def build_text_decoder(tokenizer: Path, end_ids: Collection[int], plain: Callabl
     marks.
 
     Args:
-        tokenizer: tokenizer.json.
+        tokenizer: `tokenizer.json`.
         end_ids: tokens that end a response; a final one is dropped.
         plain: decoder that skips special tokens.
     """
@@ -234,19 +243,6 @@ def build_marks_decoder(added: Mapping[str, int], end_ids: Collection[int], plai
         return "".join(parts)
 
     return decode
-
-
-KIND = "kind"
-"""Token table column: learning kind per token."""
-KIND_NONE, KIND_THOUGHT, KIND_CALL, KIND_ANSWER = 0, 1, 2, 3
-"""Learning kinds: outside learned turns, or a part of a turn."""
-KINDS = {"thought": KIND_THOUGHT, "call": KIND_CALL, "answer": KIND_ANSWER}
-"""Name in events and reports -> kind."""
-_END_TAG = re.compile(r"\s*(?:<[^<>\s]{1,60}>|\[/?[A-Z_]{1,60}\])")
-# a template may have opened the thoughts before the turn
-_THOUGHT = (f"(?P<thought>\\A(?:(?!{BEGIN_THOUGHTS}).)*?{END_THOUGHTS}|"
-            f"{BEGIN_THOUGHTS}.*?(?:{END_THOUGHTS}|\\Z))")
-_CALL = f"(?P<call>{BEGIN_CALL}.*?(?:{END_CALL}|\\Z))"
 
 
 def classify_turn(text: str, message: Message) -> bytes:

@@ -20,6 +20,26 @@ MEDIA = "media"
 """Field in a tokenizer's manifest: kind -> first id and block size."""
 AUDIO, IMAGE, VIDEO = "audio", "image", "video"
 """Media kinds; video has no discrete tokens."""
+MIME = ("<|mime_start|>", "<|mime_end|>")
+"""Around the JSON description of an item."""
+AUDIO_AUX, VIDEO_AUX = (("<|audio_aux_start|>", "<|audio_aux_end|>"),
+                        ("<|video_aux_start|>", "<|video_aux_end|>"))
+"""Around the sentence with the duration of audio or video."""
+DISCRETE_IMAGE = ("<|discrete_image_start|>", "<|discrete_image_end|>")
+DISCRETE_AUDIO = ("<|discrete_audio_start|>", "<|discrete_audio_end|>")
+"""Around codebook tokens."""
+CONTINUOUS_IMAGE, CONTINUOUS_AUDIO, CONTINUOUS_VIDEO = (
+    ("<|image_start|>", "<|image_end|>"), ("<|audio_start|>", "<|audio_end|>"),
+    ("<|video_start|>", "<|video_end|>"))
+"""Around continuous-feature placeholders."""
+IMAGE_PAD, AUDIO_PAD, VIDEO_PAD = "<|IMAGE_PAD|>", "<|AUDIO_PAD|>", "<|VIDEO_PAD|>"
+"""Placeholders, one per continuous feature."""
+END_OF_LINE, END_OF_FRAME = "<|vision_eol|>", "<|vision_eof|>"
+"""After each row of a discrete image, and after the last row."""
+_HALF = ((1, 1), (1, 2), (3, 4), (3, 5), (4, 5), (6, 9), (9, 16))
+DIGITS = {AUDIO: 4, IMAGE: 5}
+"""Zero-padded digits in a codebook token."""
+_NAMES = {AUDIO: "audio", IMAGE: "vision"}
 
 
 @dataclass(frozen=True)
@@ -57,28 +77,8 @@ def read_blocks(record: Any, where: str) -> dict[str, VocabularyBlock]:
                         "again with `sov-tokenizer media`") from None
 
 
-MIME = ("<|mime_start|>", "<|mime_end|>")
-"""Around the JSON description of an item."""
-AUDIO_AUX, VIDEO_AUX = (("<|audio_aux_start|>", "<|audio_aux_end|>"),
-                        ("<|video_aux_start|>", "<|video_aux_end|>"))
-"""Around the sentence with the duration of audio or video."""
-DISCRETE_IMAGE = ("<|discrete_image_start|>", "<|discrete_image_end|>")
-DISCRETE_AUDIO = ("<|discrete_audio_start|>", "<|discrete_audio_end|>")
-"""Around codebook tokens."""
-CONTINUOUS_IMAGE, CONTINUOUS_AUDIO, CONTINUOUS_VIDEO = (
-    ("<|image_start|>", "<|image_end|>"), ("<|audio_start|>", "<|audio_end|>"),
-    ("<|video_start|>", "<|video_end|>"))
-"""Around continuous-feature placeholders."""
-IMAGE_PAD, AUDIO_PAD, VIDEO_PAD = "<|IMAGE_PAD|>", "<|AUDIO_PAD|>", "<|VIDEO_PAD|>"
-"""Placeholders, one per continuous feature."""
-END_OF_LINE, END_OF_FRAME = "<|vision_eol|>", "<|vision_eof|>"
-"""After each row of a discrete image, and after the last row."""
-_HALF = ((1, 1), (1, 2), (3, 4), (3, 5), (4, 5), (6, 9), (9, 16))
 RATIOS = (*_HALF, *((h, w) for w, h in _HALF if w != h))
 """Width:height ratios of the published image decoder (decoder/vision/track_b/serve.py)."""
-DIGITS = {AUDIO: 4, IMAGE: 5}
-"""Zero-padded digits in a codebook token."""
-_NAMES = {AUDIO: "audio", IMAGE: "vision"}
 _ENTRY = {kind: re.compile(rf"<\|{name}(\d{{{DIGITS[kind]},}})\|>") for kind, name in _NAMES.items()}
 
 

@@ -41,6 +41,12 @@ PACKING_DATE = datetime(2026, 1, 1)
 """Date passed to templates during packing, for reproducible output."""
 BEGIN, END = "\ue002", "\ue003"
 """Marks around generation blocks if `marks_generation` is set."""
+_MARK = "\ue000{}\ue001"
+_MARKS = re.compile("\ue000(\\d+)\ue001")
+_GENERATED = re.compile(f"({BEGIN}|{END})")
+MAX_CACHED_CONTEXT = 10_000
+"""Maximum characters of tools and variables for caching generation prompts; longer ones would fill the
+memory."""
 
 
 class _Generation(Extension):
@@ -165,14 +171,6 @@ def _describe_error(error: BaseException) -> str:
 
 def _raise_template_error(message: str) -> None:
     raise TemplateError(message)
-
-
-_MARK = "\ue000{}\ue001"
-_MARKS = re.compile("\ue000(\\d+)\ue001")
-_GENERATED = re.compile(f"({BEGIN}|{END})")
-MAX_CACHED_CONTEXT = 10_000
-"""Maximum characters of tools and variables for caching generation prompts; longer ones would fill the
-memory."""
 
 
 @dataclass(frozen=True)
@@ -411,7 +409,7 @@ def _find_prefix_span(template: ChatTemplate, conversation: Conversation, number
     # templates that drop earlier thoughts change the prefix of later turns
     if not text.startswith(prompt):
         raise BadRecord("template", f"is shown by the chat template of {template.where} with turn "
-                                    f"{number + 1} behind another text than a model is asked for it with; "
+                                    f"{number + 1} after a text that differs from its generation prompt; "
                                     "mark its earlier turns \"train\": false, give each turn a chat of its "
                                     "own, or change the template")
     header = _find_header(template, conversation, number, prompt)
@@ -467,5 +465,5 @@ def find_odd_opening(template: ChatTemplate) -> str | None:
     prompt_text = "".join(s.text for s in prompt)
     if prompt_text == text_before:
         return None
-    return (f"{template.where}: its chat template asks for a response behind {prompt_text[-40:]!r}, and "
-            f"shows one behind {text_before[-40:]!r}: what is trained on chats is asked behind other tokens")
+    return (f"{template.where}: its chat template prompts for a response with {prompt_text[-40:]!r}, but "
+            f"shows responses after {text_before[-40:]!r}: prompts differ between training and inference")

@@ -183,8 +183,8 @@ def _parse_call(text: str, start: int, last_end: int, form: CallForm | None
     if not text.startswith(END_CALL, end):
         # If an end tag follows anywhere, the object is wrong; otherwise the turn was cut off.
         if last_end >= end:
-            return _report_bad_json(text, start, ValueError("more stands behind the object"))
-        return BadCall("unclosed", f"a tool call has no {END_CALL} behind its object"), end
+            return _report_bad_json(text, start, ValueError("text follows the object"))
+        return BadCall("unclosed", f"a tool call has no {END_CALL} after its object"), end
     return _build_call(value, form), end + len(END_CALL)
 
 
@@ -224,7 +224,7 @@ def _report_bad_json(text: str, start: int, error: Exception) -> tuple[BadCall, 
     if end < 0:
         return BadCall("unclosed", f"a tool call has no {END_CALL} and no JSON object"), len(text)
     reason = "it is nested too deep" if isinstance(error, (RecursionError, BadRecord)) else str(error)[:100]
-    return (BadCall("json", f"what stands between {BEGIN_CALL} and {END_CALL} is not one JSON object "
+    return (BadCall("json", f"the text between {BEGIN_CALL} and {END_CALL} is not a JSON object "
                             f"({reason})"), end + len(END_CALL))
 
 
@@ -245,7 +245,7 @@ def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     object_ = dict(pairs)
     # Python keeps the last of two equal keys; the intended one is unknown
     if len(object_) != len(pairs):
-        raise ValueError("a name stands twice in an object")
+        raise ValueError("an object has a key twice")
     return object_
 
 

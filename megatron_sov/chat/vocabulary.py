@@ -35,7 +35,7 @@ INEFFECTIVE_DECODER_FIELDS = INEFFECTIVE_FIELDS | {"ByteLevel": {"trim_offsets",
 
 @dataclass(frozen=True)
 class TokenizerFile:
-    """Content of a tokenizer.json in canonical form."""
+    """Content of a `tokenizer.json` in canonical form."""
 
     ordinary: dict[int, str]
     """Id -> token, without added tokens."""
@@ -50,7 +50,7 @@ class TokenizerFile:
 
 
 def read_tokenizer(tokenizer: Path) -> TokenizerFile:
-    """Read the tokenizer.json of a folder; raises `UserError` if invalid."""
+    """Read the `tokenizer.json` of a folder; raises `UserError` if invalid."""
     file = tokenizer / TOKENIZER_JSON
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
@@ -62,7 +62,7 @@ def read_tokenizer(tokenizer: Path) -> TokenizerFile:
         added = {token["id"]: _canonicalize(token) for token in raw.get("added_tokens") or []}
         texts = [*names.items(), *((id_, token["content"]) for id_, token in added.items())]
         if not all(type(token) is int and isinstance(text, str) for token, text in texts):
-            raise ValueError("an id is no number, or a token is no text")
+            raise ValueError("ids must be integers and tokens must be strings")
         return TokenizerFile({token: name for token, name in names.items() if token not in added}, added,
                              [*_flatten_steps(raw.get("pre_tokenizer")), *_flatten_steps(raw.get("decoder"))],
                              _canonical_fields(raw),
@@ -94,7 +94,7 @@ def _canonical_fields(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _canonicalize(value: Any, idle: dict[str, set[str]] = INEFFECTIVE_FIELDS) -> Any:
-    """Normalize a part of a tokenizer.json: drop ineffective, empty and false fields, add implied
+    """Normalize a part of a `tokenizer.json`: drop ineffective, empty and false fields, add implied
     defaults."""
     if isinstance(value, list):
         return [_canonicalize(part, idle) for part in value]
@@ -149,7 +149,7 @@ def check_same_tokens(data: Path | None, weights: Path) -> None:
     differently.
 
     Compares ordinary tokens; added tokens may be renamed (reserved ids in chat templates), and either side
-    may have more. Both paths are tokenizer folders; without tokenizer.json nothing is compared.
+    may have more. Both paths are tokenizer folders; without `tokenizer.json` nothing is compared.
     """
     if data is None or not (weights / TOKENIZER_JSON).is_file():
         return
@@ -166,7 +166,7 @@ def check_same_tokens(data: Path | None, weights: Path) -> None:
 def check_same_tokenizer(first: Path, other: Path, remedy: str) -> None:
     """Raise `UserError` if two folders differ in tokenizer or chat format; the message ends with `remedy`.
 
-    Without tokenizer.json nothing is compared.
+    Without `tokenizer.json` nothing is compared.
     """
     if not all((folder / TOKENIZER_JSON).is_file() for folder in (first, other)):
         return

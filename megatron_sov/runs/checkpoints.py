@@ -237,7 +237,8 @@ def check_run_folder(path: Path) -> None:
         raise UserError(f"{path}: is a checkpoint of the run {path.parent.parent}; pass {path.parent.parent}")
     check_folder_kind(path, (RUN,), "a run")
     if not (path / EVENTS).is_file():
-        raise UserError(f"{path}: holds no {EVENTS}, so it is no run folder; pass the folder given to --run")
+        raise UserError(f"{path}: contains no {EVENTS}, so it is not a run folder; "
+                        "pass the folder given to --run")
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -411,8 +412,8 @@ def find_damage(path: Path, *, rank: int = 0, size: int = 1, weights_only: bool 
         except OSError as e:
             # EIO means lost bytes. Other errors (permissions, unmounted disk) say nothing about the file.
             if e.errno != errno.EIO:
-                raise UserError(f"{path / name}: cannot be read ({e.strerror}); see to it that it can, "
-                                "and start again") from e
+                raise UserError(f"{path / name}: cannot be read ({e.strerror}); make the file "
+                                "readable and start again") from e
             problem = f"{path / name}: cannot be read ({e.strerror})"
         if problem is not None:
             return problem

@@ -199,7 +199,7 @@ def _format_facts(path: Path, facts: Mapping[str, Any]) -> Iterator[str]:
         # an artifact newer than the work may continue it
         state = "kept" if facts.get("created_s", 0.0) >= work["changed_s"] else "unfinished"
         yield (f"{path}: {state} work of `{work['made_by']}` in {work['folder']}: {work['num_done']:,} "
-               f"pieces, {work['size_bytes']:,} bytes, last changed {changed}; the same command goes on, "
+               f"pieces, {work['size_bytes']:,} bytes, last changed {changed}; the same command resumes, "
                "--clear deletes it")
         for name, value in work["identity"].items():
             yield f"  identity.{name}: {_shorten_value(value)}"

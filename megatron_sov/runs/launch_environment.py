@@ -12,6 +12,10 @@ from megatron_sov.base.errors import UserError
 
 STARTTIME_FIELD = 22
 """1-based field in /proc/PID/stat: clock ticks between boot and process start."""
+COMMAND_VARIABLE = "MEGATRON_SOV_COMMAND"
+"""Environment variable with the arguments after `megatron-sov` in JSON, inherited by child processes."""
+MAX_LOCAL_RANKS = 4096
+"""Maximum --nproc; larger values are typing errors."""
 
 
 def process_started_s() -> float:
@@ -31,10 +35,6 @@ def process_started_s() -> float:
     return psutil.Process().create_time()
 
 
-COMMAND_VARIABLE = "MEGATRON_SOV_COMMAND"
-"""Environment variable with the arguments after `megatron-sov` in JSON, inherited by child processes."""
-
-
 def export_command(words: Sequence[str]) -> None:
     """Store the command's arguments in `COMMAND_VARIABLE` for `typed_command`, also in child processes."""
     # Arguments may contain bytes outside UTF-8, or a zero byte if no shell started the process.
@@ -45,10 +45,6 @@ def typed_command() -> list[str] | None:
     """Return the arguments after `megatron-sov`, or None in a process without command line."""
     arguments_json = os.environ.get(COMMAND_VARIABLE)
     return None if arguments_json is None else list(json.loads(arguments_json))
-
-
-MAX_LOCAL_RANKS = 4096
-"""Maximum --nproc; larger values are typing errors."""
 
 
 def num_ranks(nproc: int | None) -> int:

@@ -22,6 +22,8 @@ HASHED_SETTINGS = ("reward_version",)
 """Hashed settings; messages do not suggest options for hashes."""
 TRAINED_GROUPS = "learns"
 """Field in a round's manifest: counts trained groups."""
+FEED_STATE = "feed"
+"""Field in `state.json` for `RunPolicies.state`."""
 
 
 def record_or_check_settings(folder: Path, file: Path, settings: dict[str, Any], option: str,
@@ -73,10 +75,6 @@ def _has_other_files(folder: Path, known: Collection[Path]) -> bool:
         if path.is_file() and path not in known and not is_hidden:
             return True
     return False
-
-
-FEED_STATE = "feed"
-"""Field in `state.json` for `RunPolicies.state`."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Chats as ids and types, against what transformers gives a model that is asked."""
+"""Ids and types of chats, compared with transformers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BARE = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, which joins white space, and a space with the word behind it."""
+    """Byte-level BPE: merges white space, and a space with the following word."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     found = Tokenizer(models.BPE())
@@ -42,15 +42,15 @@ def encoder(tokenizer: PreTrainedTokenizerFast, template: str) -> ChatEncoder:
     return ChatEncoder(ChatTemplate(template, "[BOS]", "[EOS]", "tok"), tokenizer.backend_tokenizer)
 
 
-def asked(tokenizer: PreTrainedTokenizerFast, template: str, *messages: tuple[str, str]) -> list[int]:
-    """Return the ids of a prompt as transformers makes them."""
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, template: str, *messages: tuple[str, str]) -> list[int]:
+    """Encode a prompt with transformers."""
     return list(tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in messages],
                                               chat_template=template, add_generation_prompt=True,
                                               tokenize=True, return_dict=False))
 
 
-def learned(tokenizer: PreTrainedTokenizerFast, template: str,
-            *messages: tuple[str, str]) -> tuple[str, bool]:
+def learned_text(tokenizer: PreTrainedTokenizerFast, template: str,
+                 *messages: tuple[str, str]) -> tuple[str, bool]:
     chat = encoder(tokenizer, template).encode(Conversation.of(*messages))
     ids = [i for i, t in zip(chat.ids, chat.types, strict=True) if t == TYPE_RESPONSE]
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False), chat.is_open
@@ -61,7 +61,7 @@ def learned(tokenizer: PreTrainedTokenizerFast, template: str,
 def test_prompt_ids_equal_inference_ids(tokenizer: PreTrainedTokenizerFast, template: str,
                                         content: str) -> None:
     ours = encoder(tokenizer, template).encode(Conversation.of(("user", content)), awaits_response=True)
-    theirs = asked(tokenizer, template, ("user", content))
+    theirs = encode_prompt(tokenizer, template, ("user", content))
     assert ours.ids == theirs
     trained = encoder(tokenizer, template).encode(Conversation.of(("user", content), ("assistant", "there")))
     assert trained.ids[:len(theirs)] == theirs and trained.types[:len(theirs)].count(TYPE_RESPONSE) == 0
@@ -71,24 +71,24 @@ def test_prompt_ids_equal_inference_ids(tokenizer: PreTrainedTokenizerFast, temp
     (PLAIN, "hello", False), (CHATML, "hello", True), (CHATML, "\n\nhello", False), (SPACED, "hello", True)])
 def test_later_turn_follows_inference_prompt(
         tokenizer: PreTrainedTokenizerFast, template: str, response: str, fits: bool) -> None:
-    """Where the whole text would join a response with what stands before it, the chat is refused."""
+    """Chats whose response would merge with preceding text are refused."""
     turns = (("user", "hello"), ("assistant", response), ("user", "there"))
     if not fits:
         with pytest.raises(BadRecord, match=r"has a response .* that joins the template's"):
             encoder(tokenizer, template).encode(Conversation.of(*turns, ("assistant", "hello")))
         return
-    theirs = asked(tokenizer, template, *turns)
+    theirs = encode_prompt(tokenizer, template, *turns)
     ours = encoder(tokenizer, template).encode(Conversation.of(*turns, ("assistant", "hello")))
     assert ours.ids[:len(theirs)] == theirs
 
 
 def test_end_of_turn_is_learned(tokenizer: PreTrainedTokenizerFast) -> None:
     turns = (("user", "hi"), ("assistant", "hello"), ("user", "yo"), ("assistant", "there"))
-    assert learned(tokenizer, CHATML, *turns) == ("hello[EOS]there[EOS]", False)
-    assert learned(tokenizer, SPACED, *turns) == ("hello [EOS]there [EOS]", False)
-    assert learned(tokenizer, BARE, *turns[:2]) == ("hello", True), "whatever is put behind it ends it"
-    assert learned(tokenizer, PLAIN, *turns[:2]) == ("hello\n", True)
-    assert learned(tokenizer, CHATML, *turns[:3]) == ("hello[EOS]", False)
+    assert learned_text(tokenizer, CHATML, *turns) == ("hello[EOS]there[EOS]", False)
+    assert learned_text(tokenizer, SPACED, *turns) == ("hello [EOS]there [EOS]", False)
+    assert learned_text(tokenizer, BARE, *turns[:2]) == ("hello", True), "whatever is put behind it ends it"
+    assert learned_text(tokenizer, PLAIN, *turns[:2]) == ("hello\n", True)
+    assert learned_text(tokenizer, CHATML, *turns[:3]) == ("hello[EOS]", False)
 
 
 def test_special_tokens_in_contents_are_ordinary_text(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -134,7 +134,7 @@ AGENT = Conversation((Message("user", " hi "), Message("assistant", "", "hm", CA
                       Message("assistant", "there", "so")))
 
 
-def learned_of(tokenizer: PreTrainedTokenizerFast, template: str, chat: Conversation) -> str:
+def learned_texts(tokenizer: PreTrainedTokenizerFast, template: str, chat: Conversation) -> str:
     encoded = encoder(tokenizer, template).encode(chat)
     theirs = tokenizer.apply_chat_template([m.to_dict() for m in chat.messages], chat_template=template,
                                            tokenize=True, return_dict=False)
@@ -144,10 +144,10 @@ def learned_of(tokenizer: PreTrainedTokenizerFast, template: str, chat: Conversa
 
 
 def test_thoughts_and_calls_are_learned_as_rendered(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert learned_of(tokenizer, THINKS, AGENT) == (
+    assert learned_texts(tokenizer, THINKS, AGENT) == (
         '<think>hm</think><call>add {"a": 1}</call>[EOS]<think>so</think>there[EOS]')
     plain = Conversation.of(("user", "hi"), ("assistant", "there"))
-    assert learned_of(tokenizer, THINKS, plain) == "<think></think>there[EOS]", (
+    assert learned_texts(tokenizer, THINKS, plain) == "<think></think>there[EOS]", (
         "a model is asked without the empty thoughts, so it has to write them")
 
 
@@ -169,7 +169,7 @@ def test_only_marked_turns_are_learned(tokenizer: PreTrainedTokenizerFast) -> No
     first = replace(AGENT.messages[1], is_learned=False)
     chat = replace(AGENT, messages=(AGENT.messages[0], first, *AGENT.messages[2:]))
     for template in (THINKS, FORGETS):
-        assert learned_of(tokenizer, template, chat) == "<think>so</think>there[EOS]"
+        assert learned_texts(tokenizer, template, chat) == "<think>so</think>there[EOS]"
 
 
 def test_generation_blocks_locate_turns(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -178,9 +178,9 @@ def test_generation_blocks_locate_turns(tokenizer: PreTrainedTokenizerFast) -> N
         encoder(tokenizer, BLOCKS).encode(chat)
     shouts = Conversation.of(("user", "hi"), ("assistant", "HELLO"), ("user", "yo"), ("assistant", "THERE"))
     trims = BLOCKS.replace("upper", "trim")
-    assert learned_of(tokenizer, trims, shouts) == "HELLO[EOS]THERE[EOS]"
+    assert learned_texts(tokenizer, trims, shouts) == "HELLO[EOS]THERE[EOS]"
     spaced = Conversation.of(("user", "hi"), ("assistant", " HELLO "))
-    assert learned_of(tokenizer, trims, spaced) == "HELLO[EOS]"
+    assert learned_texts(tokenizer, trims, spaced) == "HELLO[EOS]"
 
 
 @pytest.mark.parametrize(("template", "chat", "says"), [
@@ -208,10 +208,10 @@ def test_turn_without_position_is_rejected(tokenizer: PreTrainedTokenizerFast, t
 
 
 def test_chat_may_begin_with_assistant(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Though a template does not ask for a response behind no message at all."""
+    """The template has no generation prompt without messages."""
     strict = "{% if not messages %}{{ raise_exception('no messages') }}{% endif %}" + CHATML
     turns = (("assistant", "hello"), ("user", "yo"), ("assistant", "there"))
-    assert learned(tokenizer, strict, *turns) == ("hello[EOS]there[EOS]", False)
+    assert learned_text(tokenizer, strict, *turns) == ("hello[EOS]there[EOS]", False)
 
 
 def test_overlapping_turns_are_rejected(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -225,20 +225,20 @@ def test_overlapping_turns_are_rejected(tokenizer: PreTrainedTokenizerFast) -> N
 
 def test_turn_header_without_generation_prompt_is_not_learned(
         tokenizer: PreTrainedTokenizerFast) -> None:
-    """Nor where a content is trimmed, so that its turn is found by prefixes and not by marks."""
+    """Trimmed contents, located by prefixes instead of marks."""
     trims = SPACED.replace("m.content }} ", "m.content | trim }}")
     for content in ("hello", " hello"):
-        assert learned(tokenizer, trims, ("user", "hi"), ("assistant", content)) == ("hello[EOS]", False)
+        assert learned_text(tokenizer, trims, ("user", "hi"), ("assistant", content)) == ("hello[EOS]", False)
 
 
 QWEN3 = (Path(__file__).parent / "qwen3.jinja").read_text()
-"""As Qwen has published it: thoughts are shown of the last turns alone, and read from contents too."""
+"""Qwen's published template: shows thoughts in the last turns only, and parses thoughts in contents."""
 THOUGHTS = ["<think>\nb\n</think>\n\nc", "<think>b</think>c", "\n<think>\n  b\n\n</think>\n\n\nc ",
             "<think>\n\n</think>\n\nc", "<think></think>c", "<think>\nb\n</think>\n\n    return 42",
             "<think>a\n\nb 안녕</think>\n\nc\n\n```py\nx\n```", "<think>\n<b> 1 < 2\n</think>c <think> d"]
 
 
-def user_and(*answers: Message) -> Conversation:
+def user_then(*answers: Message) -> Conversation:
     return Conversation(tuple(m for i, answer in enumerate(answers) for m in (
         Message("user", f"q{i}"), answer)))
 
@@ -249,11 +249,12 @@ def test_thoughts_in_content_are_learned_as_thoughts(tokenizer: PreTrainedTokeni
     thoughts, said = content.split("<think>", 1)[1].split("</think>", 1)
     apart = Message("assistant", said.lstrip("\n"), thoughts.strip("\n"))
     whole, encode = Message("assistant", content), encoder(tokenizer, QWEN3).encode
-    assert learned_of(tokenizer, QWEN3, user_and(whole)).count("<think>") == 1 + content.count("<think> d")
+    assert learned_texts(tokenizer, QWEN3,
+                         user_then(whole)).count("<think>") == 1 + content.count("<think> d")
     for before in ((), (whole,), (whole, Message("assistant", "no thought"))):
         unlearned = [replace(m, is_learned=False) for m in before]
         expected = [replace(m, is_learned=False) for m in ((apart,) if before else ())] + unlearned[1:]
-        ours, theirs = encode(user_and(*unlearned, whole)), encode(user_and(*expected, apart))
+        ours, theirs = encode(user_then(*unlearned, whole)), encode(user_then(*expected, apart))
         assert (ours.ids, ours.kinds, ours.is_open) == (theirs.ids, theirs.kinds, theirs.is_open)
 
 
@@ -263,9 +264,9 @@ def test_thoughts_in_content_are_learned_as_thoughts(tokenizer: PreTrainedTokeni
 @pytest.mark.parametrize("content", THOUGHTS[:4])
 def test_templates_receive_contents_unchanged(tokenizer: PreTrainedTokenizerFast,
                                               template: str, content: str) -> None:
-    """Other white space than that of the content would be another text than transformers shows."""
-    chat = user_and(Message("assistant", content.strip()))
-    assert content.strip() in learned_of(tokenizer, template, chat)
+    """The rendered white space must equal transformers' text."""
+    chat = user_then(Message("assistant", content.strip()))
+    assert content.strip() in learned_texts(tokenizer, template, chat)
 
 
 @pytest.mark.parametrize("dropped", ["<think>b</think>c", "b\n</think>\n\nc",
@@ -274,11 +275,11 @@ def test_unlearned_turn_may_lose_thoughts(tokenizer: PreTrainedTokenizerFast,
                                           dropped: str) -> None:
     r1 = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
     cuts = CHATML.replace("m.content", "m.content.split('</think>')[-1] | replace('c', '')")
-    chat = user_and(Message("assistant", dropped, is_learned=False), Message("assistant", "d"))
+    chat = user_then(Message("assistant", dropped, is_learned=False), Message("assistant", "d"))
     for template in (QWEN3, r1):
-        assert "d" in learned_of(tokenizer, template, chat)
+        assert "d" in learned_texts(tokenizer, template, chat)
     with pytest.raises(BadRecord, match="does not show"):
-        encoder(tokenizer, r1).encode(user_and(Message("assistant", dropped)))
+        encoder(tokenizer, r1).encode(user_then(Message("assistant", dropped)))
     with pytest.raises(BadRecord, match="does not show as it is: 2"):
         encoder(tokenizer, cuts).encode(chat)
 

@@ -1,5 +1,4 @@
-"""What families write around thoughts and calls, as their released templates and servers have it, and the
-text of a response."""
+"""Marks of released model families around thoughts and calls, and decoded responses."""
 
 from __future__ import annotations
 
@@ -123,7 +122,7 @@ def tokenizer(name: str, *more: str) -> Any:
 
 @pytest.fixture(scope="module", params=["k-exaone", "solar-open"])
 def decode(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Return a preset's name, what encodes a text, and what decodes a response."""
+    """Return a preset's name, its encoder and its response decoder."""
     made = tokenizer(request.param)
     file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     made.save(str(file))

@@ -1,5 +1,5 @@
-"""One conversation as pack, serve, generate, chat and reinforcement learning render it, and as transformers'
-`apply_chat_template` does: the same text everywhere."""
+"""pack, serve, generate, chat and RL render a conversation exactly
+like transformers' `apply_chat_template`."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def parts(*texts: str) -> list[dict[str, str]]:
 SENT = [say("developer", "Be short."), say("user", parts("How is it", "in 서울? 🐻"), name=None),
         say("assistant", None, reasoning_content="I look\n  it up.", tool_calls=calls(json.dumps(ARGUMENTS)),
             refusal=None, annotations=[]), say("tool", parts("cold"), tool_call_id="c1")]
-"""As a client sends it."""
+"""The conversation in a client's request."""
 SHOWN = [say("system", "Be short."), say("user", "How is it\nin 서울? 🐻"),
          say("assistant", "", reasoning_content="I look\n  it up.", tool_calls=calls(ARGUMENTS)),
          say("tool", "cold", tool_call_id="c1")]
-"""As transformers takes it."""
+"""The conversation for transformers."""
 ANSWER = say("assistant", "    indented", reasoning_content="So: cold.")
 
 
@@ -70,7 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shown(folder: Path) -> Any:
-    """Return `shown(messages)`: the text that transformers gives a model that is asked."""
+    """Return a function that renders messages with transformers."""
     loaded = PreTrainedTokenizerFast.from_pretrained(folder)
 
     def render(messages: list[dict[str, Any]], asks: bool = True, tools: Any = TOOLS) -> str:

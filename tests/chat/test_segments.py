@@ -1,4 +1,4 @@
-"""Conversations in segments: what is the template's and what is a message's."""
+"""Segments of rendered conversations: template text and message contents."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_sov.chat.template import (
     ChatSegment, ChatTemplate, Segments, find_odd_opening, split_at_contents)
 
 
-def around(template: ChatTemplate, *turns: tuple[str, str]) -> Segments:
+def split_segments(template: ChatTemplate, *turns: tuple[str, str]) -> Segments:
     return split_at_contents(template, Conversation.of(*turns))
 
 
@@ -23,7 +23,7 @@ FORM = ChatTemplate("{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% e
 
 
 def test_template_and_content_pieces_alternate() -> None:
-    assert around(FORM, ("user", "hi"), ("assistant", "yo")) == [
+    assert split_segments(FORM, ("user", "hi"), ("assistant", "yo")) == [
         ChatSegment("<user>", None), ChatSegment("hi", 0), ChatSegment("</><assistant>", None),
         ChatSegment("yo", 1), ChatSegment("</></s>", None)]
 
@@ -32,7 +32,7 @@ def test_template_and_content_pieces_alternate() -> None:
 @settings(max_examples=40)
 @given(st.lists(st.tuples(st.sampled_from(["user", "assistant"]), st.text()), min_size=1, max_size=12))
 def test_template_sees_no_contents(messages: list[tuple[str, str]]) -> None:
-    pieces = around(FORM, *messages)
+    pieces = split_segments(FORM, *messages)
     assert [p.text for p in pieces if p.message is not None] == [content for _, content in messages]
     assert ("".join(p.text for p in pieces if p.message is None)
             == "".join(f"<{role}></>" for role, _ in messages) + "</s>")
@@ -40,7 +40,7 @@ def test_template_sees_no_contents(messages: list[tuple[str, str]]) -> None:
 
 @pytest.mark.parametrize("content", ["{{ 7 * 7 }}", "{% raw %}", "\ue0000\ue001", "<user>"])
 def test_hostile_content_remains_content(content: str) -> None:
-    assert around(FORM, ("user", content))[1] == ChatSegment(content, 0)
+    assert split_segments(FORM, ("user", content))[1] == ChatSegment(content, 0)
 
 
 def test_templates_that_drop_or_refuse_messages_are_rejected() -> None:
@@ -49,10 +49,10 @@ def test_templates_that_drop_or_refuse_messages_are_rejected() -> None:
                 "%}{% endfor %}")
     drops = ChatTemplate(template, "", "", "tok")
     with pytest.raises(BadRecord, match=r"is not shown by the chat template of tok with each message once"):
-        around(drops, *chat)
+        split_segments(drops, *chat)
     refuses = ChatTemplate("{{ raise_exception('no system role') }}", "", "", "tok")
     with pytest.raises(BadRecord, match=r"refused by the chat template of tok \(no system role\)"):
-        around(refuses, *chat)
+        split_segments(refuses, *chat)
     with pytest.raises(UserError, match="is not valid Jinja"):
         ChatTemplate("{% for", "", "", "tok")
 
@@ -62,7 +62,7 @@ def test_odd_opening_is_reported() -> None:
     ends = "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>"
     odd = ChatTemplate(shown + ends + "<thinks>{% endif %}", "", "", "tok")
     said = find_odd_opening(odd)
-    assert said is not None and "behind '<user>a<assistant><thinks>', and shows one behind '<u" in said
+    assert said is not None and "with '<user>a<assistant><thinks>', but shows responses after '<u" in said
     assert find_odd_opening(ChatTemplate(shown + ends + "<no thoughts>{% endif %}", "", "", "tok")) is None
     assert find_odd_opening(ChatTemplate("{{ raise_exception('no') }}", "", "", "tok")) is None
 
@@ -85,13 +85,14 @@ TURNS = "{% for m in messages %}<{{ m.role }}>CONTENT</>{% endfor %}"
     ("{{ m.content }}{% if 'x' in m.content %}!{% endif %}", "x", True),
 ])
 def test_changed_content_is_rejected(shows: str, content: str, refused: bool) -> None:
-    """Trained on as it is, a model would be asked with another text."""
+    """Training and inference prompts would differ."""
     template = ChatTemplate(TURNS.replace("CONTENT", shows), "", "", "tok")
     if refused:
         with pytest.raises(BadRecord, match="is changed by the chat template of tok"):
-            around(template, ("user", "hi"), ("assistant", content))
+            split_segments(template, ("user", "hi"), ("assistant", content))
     else:
-        assert [p.text for p in around(template, ("user", "hi"), ("assistant", content))][3] == content
+        assert [p.text for p in split_segments(template, ("user", "hi"),
+                                               ("assistant", content))][3] == content
 
 
 # What a turn thinks, calls and answers, in the shapes of templates that models have.
@@ -102,7 +103,7 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 
 
 def parts(text: str, message: Message) -> list[tuple[str, str]]:
-    """Return the runs of one kind: its letter and text."""
+    """Return (kind letter, text) per run of equal kinds."""
     kinds = classify_turn(text, message)
     runs = groupby(zip(text, kinds, strict=True), key=lambda one: LETTER[one[1]])
     return [(letter, "".join(char for char, _ in run)) for letter, run in runs]
@@ -154,7 +155,7 @@ def test_content_may_spell_thoughts_and_calls(expected: list[tuple[str, str]]) -
 
 
 def test_quoted_marks_are_part_of_answer() -> None:
-    """Where it has thoughts and calls of its own."""
+    """Messages with separate thoughts and calls."""
     message = said("The mark is <think>, and <tool_call>.", "hm", 1)
     expected = [("t", "<think>hm</think>"), ("a", message.content), ("c", "<tool_call>add</tool_call>")]
     assert parts("".join(text for _, text in expected), message) == expected

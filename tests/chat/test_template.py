@@ -1,4 +1,4 @@
-"""Chat templates rendered as transformers renders them, in a sandbox and in bounds."""
+"""Chat templates: same text as transformers, sandbox, resource limits."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from megatron_sov.chat.template import ChatTemplate
 from megatron_sov.chat.tool_calls import BadCall, ToolCall, WrittenTurn, parse_turn
 
 
-def shown(template: str, *turns: tuple[str, str]) -> str:
+def render_text(template: str, *turns: tuple[str, str]) -> str:
     return ChatTemplate(template, "", "", "tok").render(Conversation.of(*turns))
 
 
 def test_templates_run_in_sandbox() -> None:
     with pytest.raises(BadRecord, match="refused by the chat template"):
-        shown("{{ ''.__class__.__mro__[1].__subclasses__() }}", ("user", "a"))
+        render_text("{{ ''.__class__.__mro__[1].__subclasses__() }}", ("user", "a"))
 
 
 @pytest.mark.parametrize(("template", "says"), [
@@ -38,7 +38,7 @@ def test_templates_run_in_sandbox() -> None:
 def test_templates_have_functions_of_transformers(template: str, says: str) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    ours = shown(template, ("user", "hi"))
+    ours = render_text(template, ("user", "hi"))
     (theirs,), _ = render_jinja_template(conversations=[[{"role": "user", "content": "hi"}]],
                                          chat_template=template)
     assert ours == theirs == says
@@ -57,7 +57,7 @@ def test_failing_or_endless_templates_raise_bad_record(template: str, says: str,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_sov.chat.template.CPU_S", 0.2)
     with pytest.raises(BadRecord, match=says):
-        shown(template, ("user", "a"))
+        render_text(template, ("user", "a"))
 
 
 # Bounds around foreign code, and that they are gone behind it.
@@ -201,7 +201,7 @@ def test_unclosed_call_is_malformed(text: str) -> None:
     "<tool_call>{}", "<tool_call>x</tool_call>\n", '<tool_call>["</tool_call>', "<tool_call>{}x</tool_call>",
     '<tool_call>{"name": "f", "arguments": {"x": "' + "a" * 3000 + '\\u00e4"}}</tool_call>'])
 def test_parsing_takes_linear_time(part: str) -> None:
-    """Where each of them looked at all that follows, the first three would take 2 to 8 s."""
+    """With quadratic parsing the first three would take 2 to 8 s."""
     num_parts = 500_000 // len(part)
     began_s = time.process_time()
     calls = parse_turn(part * num_parts).calls

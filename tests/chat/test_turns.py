@@ -1,5 +1,5 @@
-"""A conversation that grows turn by turn has the ids that transformers gives the whole of it, as long as a
-model writes as its tokenizer would."""
+"""Turn-by-turn encoding gives transformers' ids of the whole conversation if the model
+writes canonical tokens."""
 
 from __future__ import annotations
 

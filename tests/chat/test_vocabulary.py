@@ -150,7 +150,7 @@ def rewritten(source: Path, target: Path, change: Callable[[dict[str, Any]], Any
 
 
 def behaviour(folder: Path) -> list[Any]:
-    """Return ids and texts of the probes by the library that reads such files."""
+    """Return ids and texts of the probes from the `tokenizers` library."""
     found = Tokenizer.from_file(str(folder / "tokenizer.json"))
     found.no_padding()
     found.no_truncation()

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are found, and which stay when it is pruned."""
+"""Finding, checking and pruning checkpoints."""
 
 from __future__ import annotations
 
@@ -116,8 +116,7 @@ def test_delete_leftovers_keeps_checkpoints(run: Path) -> None:
        st.integers(0, 7))
 def test_prune_agrees_with_brute_force(tmp_path_factory, steps: set[int], torn: set[int], keep: int,
                                        every: int) -> None:
-    """Newest `keep` of the complete ones, multiples of `every`,
-    and everything that is no complete checkpoint."""
+    """Newest `keep` complete checkpoints, multiples of `every`, and all incomplete folders."""
     folder = tmp_path_factory.mktemp("run")
     for step in steps:
         (folder / f"step-{step}").mkdir()
@@ -185,8 +184,8 @@ def test_kill_during_deletion_leaves_no_partial_checkpoint(
     assert len(list((run / "checkpoints").iterdir())) == 2
 
 
-def folder_of(path: Path, kind: str) -> Path:
-    """Return a folder of a kind, as far as it can be told from its files."""
+def create_kind_folder(path: Path, kind: str) -> Path:
+    """Create a folder with the files of an artifact kind."""
     files = {"run": ["events.jsonl", "config.json"], "hf_model": ["config.json", "model.safetensors"],
              "peft_adapter": ["adapter_config.json", "adapter_model.safetensors"]}
     if kind in files:
@@ -228,7 +227,7 @@ def test_unknown_folder_error_describes_content(command: str, tmp_path: Path
 def test_other_folder_kind_error_names_command(command: str, tmp_path: Path) -> None:
     kinds, call = COMMANDS[command]
     for kind in sorted(set(KIND_CONSUMERS) - set(kinds)):
-        folder = folder_of(tmp_path / kind, kind)
+        folder = create_kind_folder(tmp_path / kind, kind)
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(UserError, match=rf"{kind}: is {KIND_CONSUMERS[kind][0]}, not an? .*; ."):
             call(folder, tmp_path / "out")

@@ -56,7 +56,7 @@ def test_visible_gpus_follow_cuda_visible_devices(machine: Path, monkeypatch: py
 
 
 def test_gpu_fault_is_reported(machine: Path) -> None:
-    """A field that this driver does not know says nothing."""
+    """A field unknown to the driver is ignored."""
     assert find_gpu_fault("GPU-aa") == ""
     assert find_gpu_fault("GPU-bb") == "3 uncorrected memory errors (ECC)"
 

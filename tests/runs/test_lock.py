@@ -1,4 +1,4 @@
-"""One living run in a folder; a killed one does not bar the way."""
+"""A folder admits a single living run; killed runs release the lock."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write_record(run: Path, **changed: Any) -> None:
     (run / LOCK).write_text(json.dumps(record | changed))
 
 
-def take(run: Path) -> None:
+def acquire_lock(run: Path) -> None:
     held = RunLock(run)
     held.acquire()
     held.release()
@@ -43,14 +43,14 @@ def test_lock_error_names_living_holder(tmp_path: Path) -> None:
                        match=rf"held by a living run \(process {os.getpid()} on {socket.gethostname()}\)"):
         RunLock(tmp_path).acquire()
     held.release()
-    take(tmp_path)
+    acquire_lock(tmp_path)
 
 
 def test_dead_local_holder_frees_lock_at_once(tmp_path: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     child.wait()
     write_record(tmp_path, pid=child.pid)
-    take(tmp_path)
+    acquire_lock(tmp_path)
 
 
 def test_zombie_holder_frees_lock(tmp_path: Path) -> None:
@@ -59,12 +59,12 @@ def test_zombie_holder_frees_lock(tmp_path: Path) -> None:
         while zombie.status() != psutil.STATUS_ZOMBIE:
             time.sleep(0.001)
         write_record(tmp_path, pid=child.pid, started_s=zombie.create_time())
-        take(tmp_path)
+        acquire_lock(tmp_path)
 
 
 def test_reused_pid_does_not_hold_lock(tmp_path: Path) -> None:
     write_record(tmp_path, started_s=psutil.Process().create_time() - 3600)
-    take(tmp_path)
+    acquire_lock(tmp_path)
 
 
 def test_clock_correction_does_not_free_lock(tmp_path: Path) -> None:
@@ -76,12 +76,12 @@ def test_clock_correction_does_not_free_lock(tmp_path: Path) -> None:
 ELSEWHERE: list[dict[str, Any]] = [
     {"host": "elsewhere"}, {"process_table": "the same boot, another namespace"},
     {"pid": 2 ** 22 + 1, "process_table": "the same boot, another namespace"}]
-"""Same host name, same process number, another namespace: it may live, or not."""
+"""Same host name and pid in a different namespace: unknown state."""
 
 
 @pytest.fixture
 def life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
-    """What a holder from elsewhere does while somebody watches it; a second passes at each look."""
+    """Actions of a remote holder during the wait; each look takes a second."""
     now_s = itertools.count()
     monkeypatch.setattr(lock.time, "monotonic", lambda: float(next(now_s)))
 
@@ -102,14 +102,14 @@ def test_remote_holder_keeps_lock_while_heartbeats_arrive(
         RunLock(tmp_path).acquire()
     assert "waiting up to 60 s for its heartbeat" in capsys.readouterr().err
     life(lambda: None)
-    take(tmp_path)  # whatever the clocks say: a whole lease has passed on this one
+    acquire_lock(tmp_path)  # whatever the clocks say: a whole lease has passed on this one
 
 
 def test_lock_released_while_waiting_is_acquired(
         tmp_path: Path, life: Callable[[Callable[[], object]], None]) -> None:
     write_record(tmp_path, host="elsewhere")
     life((tmp_path / LOCK).unlink)
-    take(tmp_path)
+    acquire_lock(tmp_path)
 
 
 def test_remote_holder_is_judged_by_file_time(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_containers_with_equal_host_names_differ(tmp_path: Path) -> None:
                                      '{"host": "a", "pid": "x", "started_s": 1}'])
 def test_damaged_lock_is_free(tmp_path: Path, content: str) -> None:
     (tmp_path / LOCK).write_text(content)
-    take(tmp_path)
+    acquire_lock(tmp_path)
 
 
 def test_holder_writes_heartbeats(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_concurrent_starts_give_single_holder(tmp_path: Path) -> None:
 
 def test_earlier_restart_of_slurm_job_does_not_hold_lock(tmp_path: Path,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slurm gave up that start's nodes; without it the lease of a node that died would have to run out."""
+    """Slurm has released the earlier start's nodes, so the lease need not expire."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     for job, restart in (("7", 1), ("7", 2), ("8", 0)):
@@ -200,4 +200,4 @@ def test_earlier_restart_of_slurm_job_does_not_hold_lock(tmp_path: Path,
         with pytest.raises(UserError, match="held by a living run"):
             RunLock(tmp_path).acquire()
     write_record(tmp_path, host="elsewhere", slurm_job="7", slurm_restart=0)
-    take(tmp_path)
+    acquire_lock(tmp_path)

@@ -22,40 +22,11 @@ from megatron_sov.base.errors import UserError
 
 EVAL_LM_EVENT = "eval_lm"
 _SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-def build_score_events(results: Mapping[str, Any], step: int | None, output: Path) -> list[dict[str, Any]]:
-    """Build the `eval_lm` events for each metric in a results file.
-
-    Args:
-        results: content of the results file.
-        step: optimizer step of the evaluated model, None if unknown.
-        output: path of the results file.
-
-    Raises:
-        UserError: the file contains other results or is damaged.
-    """
-    try:
-        return [{"step": step, "model_hash": results["model"]["hash"], "task": name,
-                 "task_hash": task["task_hash"], "metric": metric["name"], "filter": metric["filter"],
-                 "k": metric["k"], "value": metric["value"],
-                 "interval": metric["interval"] and list(metric["interval"]), "items": task["items"],
-                 "failed": task["failed"], "at_limit": task["at_limit"], "sampling": task["sampling"],
-                 "mode": task["mode"], "contamination": None,
-                 "output": str(output.absolute())}
-                for name, task in results["tasks"].items() for metric in task["metrics"]]
-    except (KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{output}: holds no results of `megatron-sov eval lm`, or is damaged ({e!r:.200}); "
-                        "evaluate again") from None
-
-
-def is_score_recorded(event: Mapping[str, Any], known: list[dict[str, Any]]) -> bool:
-    """Return whether the run's events already contain a score, ignoring the path of its results file."""
-    fields = {name: value for name, value in event.items() if name != "output"}
-    return any(fields.items() <= recorded.items() for recorded in known)
-
-
 EVENTS = "events.jsonl"
+MAX_NUMBER, MAX_TIME_S = 1e100, 1e11
+"""Limits for plausible values: squares of larger numbers overflow, larger times have no calendar date."""
+READ_BYTES = 1 << 16
+LONGEST_LINE_BYTES = 1 << 20
 
 
 class EventLog:
@@ -154,10 +125,6 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
     if not _is_step(record.get("step")):
         return None
     return _SHAPES.get(record["event"], _COMMON_SHAPE).check(record)
-
-
-MAX_NUMBER, MAX_TIME_S = 1e100, 1e11
-"""Limits for plausible values: squares of larger numbers overflow, larger times have no calendar date."""
 
 
 def _is_number(value: Any) -> bool:
@@ -287,10 +254,6 @@ _COMMON_SHAPE = _Shape(_COMMON_FIELDS)
 _SHAPES = {event: _Shape(_COMMON_FIELDS | fields) for event, fields in _FIELDS.items()}
 
 
-READ_BYTES = 1 << 16
-LONGEST_LINE_BYTES = 1 << 20
-
-
 class GrowingFile:
     """Reads complete lines of a growing file; starts over when the file is replaced or truncated.
 
@@ -347,3 +310,34 @@ def final_step_events(events: list[dict[str, Any]], event: str = "step") -> list
     # Later dict entries replace earlier ones.
     by_step = {e["step"]: e for e in events if e["event"] == event and e.get("step") is not None}
     return [by_step[s] for s in sorted(by_step)]
+
+
+def build_score_events(results: Mapping[str, Any], step: int | None, output: Path) -> list[dict[str, Any]]:
+    """Build the `eval_lm` events for each metric in a results file.
+
+    Args:
+        results: content of the results file.
+        step: optimizer step of the evaluated model, None if unknown.
+        output: path of the results file.
+
+    Raises:
+        UserError: the file contains other results or is damaged.
+    """
+    try:
+        return [{"step": step, "model_hash": results["model"]["hash"], "task": name,
+                 "task_hash": task["task_hash"], "metric": metric["name"], "filter": metric["filter"],
+                 "k": metric["k"], "value": metric["value"],
+                 "interval": metric["interval"] and list(metric["interval"]), "items": task["items"],
+                 "failed": task["failed"], "at_limit": task["at_limit"], "sampling": task["sampling"],
+                 "mode": task["mode"], "contamination": None,
+                 "output": str(output.absolute())}
+                for name, task in results["tasks"].items() for metric in task["metrics"]]
+    except (KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{output}: holds no results of `megatron-sov eval lm`, or is damaged ({e!r:.200}); "
+                        "evaluate again") from None
+
+
+def is_score_recorded(event: Mapping[str, Any], known: list[dict[str, Any]]) -> bool:
+    """Return whether the run's events already contain a score, ignoring the path of its results file."""
+    fields = {name: value for name, value in event.items() if name != "output"}
+    return any(fields.items() <= recorded.items() for recorded in known)

@@ -6,6 +6,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+NumberFormat = str | Callable[[float], str]
+"""A format specification or a function that formats a float."""
+
 
 def parse_number(value: Any) -> float:
     """Convert an event field to float; missing and invalid values give NaN. Accepts "nan" and "inf"."""
@@ -19,10 +22,6 @@ def parse_whole_number(value: Any) -> int:
     """Convert an event field to int; missing and invalid values give 0."""
     parsed = parse_number(value)
     return int(parsed) if math.isfinite(parsed) else 0
-
-
-NumberFormat = str | Callable[[float], str]
-"""A format specification or a function that formats a float."""
 
 
 def field_formatter(name: str, form: NumberFormat = "",

@@ -16,6 +16,18 @@ from megatron_sov.runs.obs.figures import parse_number, parse_whole_number
 
 UNFINISHED = "ended without a word (killed, or still running)"
 COMPLETE = "complete"
+MAX_WARM_UP_STEPS, WARM_UP_SHARE = 10, 0.2
+"""Warm-up steps to ignore after a start (compilation, caches, connections): a number and a maximum share."""
+INCIDENT_NAMES = {"skip": "step not learned", "attribution": "why it was not learned",
+                  "rollback": "weights taken back", "restart": "started again",
+                  "hang": "hang", "sdc": "silent corruption", "alarm": "alarm", "fault": "fault on purpose",
+                  "damaged_checkpoint": "damaged checkpoint", "failure": "ended by an error"}
+"""Incident event -> name in reports."""
+SKIPPED_BY_SETTING, NO_GRADIENT = INTENDED_SKIPS = ("data.skip_steps", "no advantages and no other gradient")
+"""Intended skip reasons: `data.skip_steps`, and RL rounds without gradient."""
+EVENT_TEXTS = {"run_start": "the run starts from step {resumed_from}, with {num_ranks} rank(s)",
+        "stop": "the run stops: {reason}", "run_end": "the run is complete"}
+"""Event -> text for events without a `text` field."""
 
 
 @dataclass
@@ -72,10 +84,6 @@ class Attempts:
             last.outcome = str(event.get("text") or "restarted").partition(";")[0]
         elif kind == "run_end":
             last.outcome = COMPLETE
-
-
-MAX_WARM_UP_STEPS, WARM_UP_SHARE = 10, 0.2
-"""Warm-up steps to ignore after a start (compilation, caches, connections): a number and a maximum share."""
 
 
 @dataclass
@@ -143,15 +151,6 @@ class StepTimings:
         stretch.times_s.append(seconds)
 
 
-INCIDENT_NAMES = {"skip": "step not learned", "attribution": "why it was not learned",
-                  "rollback": "weights taken back", "restart": "started again",
-                  "hang": "hang", "sdc": "silent corruption", "alarm": "alarm", "fault": "fault on purpose",
-                  "damaged_checkpoint": "damaged checkpoint", "failure": "ended by an error"}
-"""Incident event -> name in reports."""
-SKIPPED_BY_SETTING, NO_GRADIENT = INTENDED_SKIPS = ("data.skip_steps", "no advantages and no other gradient")
-"""Intended skip reasons: `data.skip_steps`, and RL rounds without gradient."""
-
-
 def is_incident(event: dict[str, Any]) -> bool:
     """Return whether an event reports an incident; intentionally skipped steps do not count."""
     return event["event"] in INCIDENT_NAMES and event.get("reason") not in INTENDED_SKIPS
@@ -172,11 +171,6 @@ def describe_incident(event: dict[str, Any]) -> str:
     if kind == "damaged_checkpoint":
         return f"{event.get('reason', '')}; set aside as {event.get('renamed_to', '')}"
     return str(event.get("text", ""))
-
-
-EVENT_TEXTS = {"run_start": "the run starts from step {resumed_from}, with {num_ranks} rank(s)",
-        "stop": "the run stops: {reason}", "run_end": "the run is complete"}
-"""Event -> text for events without a `text` field."""
 
 
 def describe_event(event: dict[str, Any]) -> str | None:

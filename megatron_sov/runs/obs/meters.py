@@ -17,6 +17,9 @@ from megatron_sov.runs.obs.figures import parse_number, parse_whole_number
 from megatron_sov.runs.obs.validation import VALIDATION
 
 Better = Literal["higher", "lower", ""]
+NATS = ("nats per token", "nats")
+MEAN_STEPS = 10
+"""Number of steps averaged in a closing line."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,6 @@ class Meter:
         return f"{number} {self.unit}".rstrip()
 
 
-NATS = ("nats per token", "nats")
 LOSS = Meter("loss", better="lower", unit="nats per token")
 
 
@@ -134,10 +136,6 @@ class HeldoutFigures:
         if losses:
             parts.append(f"held-out loss {', '.join(losses)}")
         return ", ".join(parts)
-
-
-MEAN_STEPS = 10
-"""Number of steps averaged in a closing line."""
 
 
 def format_recent_means(events: Iterable[Mapping[str, Any]], headline: Sequence[Meter]) -> str:

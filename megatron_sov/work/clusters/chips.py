@@ -19,6 +19,7 @@ INFINIBAND_LATENCY_S = 3.7e-6
 """Latency of a small message between two nodes over InfiniBand across leaves (same table)."""
 PRECISIONS = ("bf16", "fp8", "fp4")
 """Precisions of tensor core products, widest first."""
+_aliases: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,6 @@ def _normalize_name(name: str) -> str:
     return re.sub(r"[^a-z0-9]|nvidia|amd|instinct", "", name.lower())
 
 
-_aliases: dict[str, str] = {}
 CHIPS = _read_chips()
 """Name in cluster profiles and recommended layouts -> GPU."""
 

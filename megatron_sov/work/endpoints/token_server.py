@@ -206,7 +206,7 @@ def check_answers(answers: list[TokenAnswer], expected: int, where: str) -> list
         BadAnswer: wrong number or inconsistent fields.
     """
     if len(answers) != expected:
-        raise BadAnswer(f"{where}: told {len(answers)} answers, and was asked for {expected}")
+        raise BadAnswer(f"{where}: returned {len(answers)} answers instead of {expected}")
     for answer in answers:
         _check_answer(answer, where)
     return answers
@@ -215,8 +215,8 @@ def check_answers(answers: list[TokenAnswer], expected: int, where: str) -> list
 def _check_answer(answer: TokenAnswer, where: str) -> None:
     count = len(answer.tokens)
     if len(answer.logprobs) != count:
-        raise BadAnswer(f"{where}: told {count} tokens and {len(answer.logprobs)} log-probabilities; one "
-                        "belongs to each")
+        raise BadAnswer(f"{where}: returned {count} tokens but {len(answer.logprobs)} "
+                        "log-probabilities")
     # negated comparison would accept NaN
     if not all(logprob > NO_LOGPROB for logprob in answer.logprobs):
         raise BadAnswer(f"{where}: drew a token to which it gives no probability: its model computes no "
@@ -229,8 +229,8 @@ def _check_answer(answer: TokenAnswer, where: str) -> None:
     # spans must be contiguous, ascending and cover all tokens
     is_contiguous = [span.start for span in answer.versions] == [0, *ends[:-1]] and ends[-1] == count
     if not is_contiguous or ends != sorted(ends) or ends[0] < 0:
-        raise BadAnswer(f"{where}: told versions of {[(s.start, s.end) for s in answer.versions]}, and wrote "
-                        f"{count} tokens")
+        raise BadAnswer(f"{where}: returned versions for tokens "
+                        f"{[(s.start, s.end) for s in answer.versions]} but {count} tokens")
 
 
 def parse_version(value: Any) -> int:
@@ -249,7 +249,7 @@ def check_token_ids(values: Iterable[Any]) -> list[int]:
     """
     ids = list(values)
     if invalid := [value for value in ids if type(value) is not int or not 0 <= value < _INT32]:
-        raise ValueError(f"{str(invalid[0])[:40]!r} is no token id")
+        raise ValueError(f"{str(invalid[0])[:40]!r} is not a token id")
     return ids
 
 

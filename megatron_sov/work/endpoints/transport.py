@@ -20,6 +20,11 @@ from megatron_sov.base.settings import ProblemCode, SettingsProblem
 from megatron_sov.work.endpoints.answers import (
     BadAnswer, RequestRefused, find_permanent_refusal, read_error_text)
 
+MAX_BODY_BYTES = 8 << 20
+KEEPALIVE_S = 2.0
+"""Keep-alive time of idle connections: uvicorn servers (vLLM, SGLang) close after 5 s, and a request sent at
+that moment fails."""
+
 
 def is_url(text: str) -> bool:
     return text.startswith(("http://", "https://"))
@@ -49,12 +54,6 @@ def find_address_problems(field: str, text: str, key_field: str) -> list[Setting
         rules.append("holds a key or a query, which would come into files; put the key into the "
                      f"environment and name its variable with {key_field}")
     return [SettingsProblem(ProblemCode.RULE, field, rule) for rule in rules]
-
-
-MAX_BODY_BYTES = 8 << 20
-KEEPALIVE_S = 2.0
-"""Keep-alive time of idle connections: uvicorn servers (vLLM, SGLang) close after 5 s, and a request sent at
-that moment fails."""
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,11 @@ SAFE_VARIABLE_PREFIXES = ("LC_", "PYTHON", "XDG_", "OMP_", "MKL_", "OPENBLAS_", 
 """Prefixes of further allowed variables."""
 FOREIGN_VARIABLES = ("HOME", "LOGNAME", "PATH", "SHELL", "TERM", "USER")
 """Variables passed to third-party programs."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Signals with the meaning "save and stop", forwarded to ranks. Slurm sends SIGUSR1 before the time limit."""
+MAX_MEMORY_BYTES = 4 << 30
+"""Default limit of address space."""
+_PR_SET_PDEATHSIG = 1
 
 
 def foreign_environment(more: Iterable[str] = ()) -> dict[str, str]:
@@ -57,13 +62,6 @@ def remove_unsafe_variables(more: Iterable[str] = ()) -> None:
     for name in [*os.environ]:
         if name not in allowed and not name.startswith(SAFE_VARIABLE_PREFIXES):
             del os.environ[name]
-
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""Signals with the meaning "save and stop", forwarded to ranks. Slurm sends SIGUSR1 before the time limit."""
-MAX_MEMORY_BYTES = 4 << 30
-"""Default limit of address space."""
-_PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int) -> None:

@@ -27,6 +27,9 @@ QUEUED_PER_THREAD = 2
 """Queued items per thread; small to limit read-ahead."""
 _POLL_S = 0.5
 """Interval between checks for a stop request."""
+WAITING_PER_WORKER = 4
+"""Queued items per worker; enough to keep workers busy."""
+LOST_WORKER = "a worker process was ended from outside (for want of memory?)"
 
 
 class StopSignal:
@@ -73,9 +76,9 @@ class StopSignal:
         name = signal.Signals(number).name
         # not print: the signal may have interrupted a print
         with contextlib.suppress(OSError):
-            os.write(2, f"\nstopping after the work under way, which is saved; {name} again: leave now, the "
-                        "same command goes on from what is saved\n".encode())
-        self.ask(f"{name} came; the same command goes on")
+            os.write(2, f"\nstopping after the running work is saved; send {name} again to exit now. The "
+                        "same command resumes from the saved work\n".encode())
+        self.ask(f"received {name}; the same command resumes")
 
 
 def map_in_threads(do: Callable[[Work], Result], items: Iterable[Work], threads: int,
@@ -129,9 +132,6 @@ def _yield_finished(pending: set[Future[Result]], stop: StopSignal) -> Iterator[
 
 _work: Callable[[Any], Any]
 """Function applied to items in the worker process, returned by `build`."""
-WAITING_PER_WORKER = 4
-"""Queued items per worker; enough to keep workers busy."""
-LOST_WORKER = "a worker process was ended from outside (for want of memory?)"
 
 
 class WorkerLost(UserError):

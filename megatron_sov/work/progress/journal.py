@@ -27,24 +27,6 @@ from megatron_sov.base.documents.rows import changed_values
 from megatron_sov.base.errors import UserError, format_problems
 from megatron_sov.work.progress.locks import LOCK, lock_folder
 
-
-def work_folder(output: Path) -> Path:
-    """Return `.OUTPUT.work`, which holds completed work until the output exists."""
-    return output.with_name(f".{output.name}.work")
-
-
-def slurm_folder(output: Path) -> Path:
-    """Return `.OUTPUT.slurm`, the folder for Slurm logs, which remains after the work."""
-    return output.with_name(f".{output.name}.slurm")
-
-
-def delete_work(output: Path) -> None:
-    """Rename and delete the work folder of a finished output; a kill leaves no partial work under the old
-    name."""
-    # `new_artifact` deletes folders with this name after a kill
-    delete_folder(work_folder(output), output.with_name(f".{output.name}.tmp-{os.getpid()}"))
-
-
 JOB, RECORDS = "job.json", "records"
 PARTS = "[0-9a-f][0-9a-f]/*"
 """Pattern of part folders, which are named by a hash."""
@@ -128,6 +110,23 @@ class Journal:
             self._file.close()
 
 
+def work_folder(output: Path) -> Path:
+    """Return `.OUTPUT.work`, which holds completed work until the output exists."""
+    return output.with_name(f".{output.name}.work")
+
+
+def slurm_folder(output: Path) -> Path:
+    """Return `.OUTPUT.slurm`, the folder for Slurm logs, which remains after the work."""
+    return output.with_name(f".{output.name}.slurm")
+
+
+def delete_work(output: Path) -> None:
+    """Rename and delete the work folder of a finished output; a kill leaves no partial work under the old
+    name."""
+    # `new_artifact` deletes folders with this name after a kill
+    delete_folder(work_folder(output), output.with_name(f".{output.name}.tmp-{os.getpid()}"))
+
+
 @contextlib.contextmanager
 def open_journal(output: Path, made_by: str, identity: Mapping[str, Any], *, redo: bool = False
                  ) -> Iterator[Journal]:
@@ -174,7 +173,7 @@ def lock_work_folder(output: Path, made_by: str, identity: Mapping[str, Any],
         if recorded != current and not redo and (changed := _find_differences(folder, recorded, current)):
             raise UserError(format_problems(
                 f"{output}: {folder} holds unfinished work of another command", changed,
-                f"ask for the same to go on, begin anew ({REDO}, or megatron-sov inspect "
+                f"repeat the same command to resume, discard the work ({REDO}, or megatron-sov inspect "
                 f"{shlex.quote(str(output))} --clear), or name another output"))
         try:
             if recorded != current:

@@ -33,6 +33,12 @@ from megatron_sov.base.errors import UserError, warn
 
 CLOCK_TOLERANCE_S = 5.0
 """Tolerance between two readings of a process's start time, for clock corrections in between."""
+POLL_S = 5.0
+"""Interval between attempts to find available work."""
+RENEWALS = 4
+"""Heartbeats per lease; late heartbeats do not lose the claim."""
+LOCK = ".lock"
+"""File locked in place of the folder on file systems that only lock files."""
 
 
 def process_identity() -> dict[str, Any]:
@@ -79,12 +85,6 @@ def _own_process(pid: int) -> dict[str, Any]:
     import psutil
 
     return {"pid": pid, "started_s": psutil.Process(pid).create_time()}
-
-
-POLL_S = 5.0
-"""Interval between attempts to find available work."""
-RENEWALS = 4
-"""Heartbeats per lease; late heartbeats do not lose the claim."""
 
 
 @dataclass(frozen=True)
@@ -286,10 +286,6 @@ def _read_claim(content: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return told if isinstance(told, dict) else {}
-
-
-LOCK = ".lock"
-"""File locked in place of the folder on file systems that only lock files."""
 
 
 @contextlib.contextmanager

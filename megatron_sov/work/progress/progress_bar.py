@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 SHOWN_AFTER_S = 2.0
 """Delay in seconds before a bar appears."""
+LINE_EVERY_S = 10.0
+"""Minimum seconds between lines in a log file, since steps may take milliseconds."""
 
 
 def create_bar(title: str, total: int, unit: str, visible: bool = True) -> tqdm[Never]:
@@ -29,10 +31,6 @@ def create_bar(title: str, total: int, unit: str, visible: bool = True) -> tqdm[
     # disable=None: tqdm appears on a terminal only
     return tqdm(total=total, desc=title, unit=unit, unit_scale=True, delay=SHOWN_AFTER_S,
                 disable=None if visible else True)
-
-
-LINE_EVERY_S = 10.0
-"""Minimum seconds between lines in a log file, since steps may take milliseconds."""
 
 
 class ProgressBar:

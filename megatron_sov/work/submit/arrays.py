@@ -39,6 +39,8 @@ MAX_RESTARTS = 20
 DEFAULT_MAX_ARRAY = 1001
 _NOT_IN_SCRIPTS = re.compile(r"""[\s%\\"'$`;&|<>()*?\[\]{}!#~]""")
 """Characters with special meaning in Slurm's log names or in scripts."""
+Work = Callable[[int], object]
+"""Work of an array: called with each task number."""
 
 
 def load_array_profile(options: ClusterOptions) -> ClusterProfile:
@@ -90,10 +92,6 @@ def check_no_active_jobs(output: Path) -> None:
     if living:
         raise UserError(f"{output}: {jobs.describe(living)} work in this folder; pass --cluster to see how "
                         f"far they are, or `scancel` them")
-
-
-Work = Callable[[int], object]
-"""Work of an array: called with each task number."""
 
 
 class TaskFailed(Exception):

@@ -102,8 +102,8 @@ def _check_columns(file: Path, opened: parquet.ParquetFile, schema: pa.Schema) -
     for leaf in leaves:
         if (leaf.path_in_schema in schema.names and schema.field(leaf.path_in_schema).type != pa.string()
                 and leaf.physical_type == "BYTE_ARRAY" and leaf.has_dictionary_page):
-            raise UserError(f"{file}: column {leaf.path_in_schema!r} repeats its values by a dictionary, in "
-                            "which little stands for much; the store did not write it")
+            raise UserError(f"{file}: column {leaf.path_in_schema!r} is dictionary-encoded, so a small "
+                            "file could expand to any size; the store did not write it")
 
 
 def _leaf_bytes(leaf: Any) -> int:

@@ -207,7 +207,7 @@ class Table(Generic[P]):
     def part_path(self, name: str, version: str = "") -> Path:
         """Return the folder of a part or of a version's columns, published or not."""
         if self.key_of(name) is None:
-            raise ValueError(f"{name!r} is no name of a part ({self.EXAMPLE} is one)")
+            raise ValueError(f"{name!r} is not a part name (example: {self.EXAMPLE})")
         return self._version_folder(version) / name
 
     def _version_folder(self, version: str) -> Path:
@@ -271,8 +271,8 @@ class Table(Generic[P]):
     def _open_part(self, path: Path, kind: str) -> P:
         key = self.key_of(path.name)
         if key is None:
-            raise UserError(f"{path}: is no part of the store, whose names are as {self.EXAMPLE}; move it "
-                            "away")
+            raise UserError(f"{path}: is not a part of the store (part names look like "
+                            f"{self.EXAMPLE}); move it away")
         manifest = read_manifest(path, kind)
         if problem := self._find_problem(path, manifest):
             raise UserError(f"{path}: {problem}; {_REBUILD_HINT}")

@@ -1,4 +1,4 @@
-"""Run events: exact numbers, whole lines, and what a killed process leaves behind."""
+"""Run events: exact numbers, complete lines, and files of killed processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import given, strategies as st
 from megatron_sov.runs.obs.events import EVENTS, EventLog, final_step_events, read_events
 
 
-def bits(x: float) -> bytes:
+def float_bits(x: float) -> bytes:
     return struct.pack("<d", x)
 
 
@@ -26,7 +26,7 @@ def test_events_round_trip_exactly(values: list[float], text: str) -> None:
         log.write("step", step=1, numbers=values, note=text)
         log.close()
         (event,) = read_events(path)
-    assert [bits(x) for x in event["numbers"]] == [bits(x) for x in values]
+    assert [float_bits(x) for x in event["numbers"]] == [float_bits(x) for x in values]
     assert event["note"] == text
 
 

@@ -1,4 +1,4 @@
-"""Trackers write what their own libraries read back, and never end a run."""
+"""Trackers write readable files and never stop a run."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def test_invalid_profile_field_is_reported(tmp_path: Path, text: str, code: str,
 
 
 def test_time_limit_needs_no_quotes(tmp_path: Path) -> None:
-    """YAML 1.1 would read it as 7200."""
+    """YAML 1.1 would parse the time as 7200."""
     file = tmp_path / "mine.yaml"
     file.write_text('description: x\naccount: ""\ntime_limit: 2:00:00')
     assert cluster.load_profile(str(file)).time_limit == "2:00:00"

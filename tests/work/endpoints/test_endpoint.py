@@ -1,4 +1,4 @@
-"""What an endpoint may do to a client: packed, endless, dripping answers; two threads with one question."""
+"""Hostile endpoints (compressed, endless, slow answers) and concurrent equal requests."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ASKED = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tok
 
 
 class Hostile(BaseHTTPRequestHandler):
-    """Answers with what its server has as `way`."""
+    """Answers according to the server's `way`."""
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["content-length"]))

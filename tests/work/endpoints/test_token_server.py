@@ -138,11 +138,11 @@ def test_incomplete_answer_is_rejected(choice: dict[str, Any], told: str) -> Non
 
 
 @pytest.mark.parametrize(("answer", "told"), [
-    (TokenAnswer([1, 2], [-1.0], "stop"), "2 tokens and 1 log-probabilities"),
+    (TokenAnswer([1, 2], [-1.0], "stop"), "2 tokens but 1 log-probabilities"),
     (TokenAnswer([1], [-1.0], "repetition"), "'repetition'"),
     (TokenAnswer([1, 2], [-1.0, -9999.0], "stop"), "gives no probability"),
     (TokenAnswer([1, 2], [float("nan"), -1.0], "stop"), "gives no probability"),
-    (TokenAnswer([1, 2], [-1.0, -1.0], "stop", (VersionSpan(1, 0, 1),)), "wrote 2 tokens"),
+    (TokenAnswer([1, 2], [-1.0, -1.0], "stop", (VersionSpan(1, 0, 1),)), "but 2 tokens"),
     (TokenAnswer([1, 2], [-1.0, -1.0], "stop", (VersionSpan(1, 0, 1), VersionSpan(2, 0, 2))), "versions")])
 def test_inconsistent_answer_is_rejected(answer: TokenAnswer, told: str) -> None:
     with pytest.raises(BadAnswer, match=told):
@@ -150,7 +150,7 @@ def test_inconsistent_answer_is_rejected(answer: TokenAnswer, told: str) -> None
 
 
 def test_wrong_number_of_answers_is_rejected() -> None:
-    with pytest.raises(BadAnswer, match="told 1 answers, and was asked for 2"):
+    with pytest.raises(BadAnswer, match="returned 1 answers instead of 2"):
         check_answers([TokenAnswer([1], [-1.0], "stop")], 2, "http://here")
 
 

@@ -1,4 +1,4 @@
-"""Work beside training gives way, ignores what is meant for the run, and ends with it."""
+"""Background processes: low priority, ignored stop signals, end with the parent."""
 
 from __future__ import annotations
 

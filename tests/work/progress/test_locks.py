@@ -1,4 +1,4 @@
-"""One process at a time holds a folder, and one that is gone by then is held by nobody."""
+"""Folder locks and claims across processes."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_lock_file_replaces_unlockable_folder(tmp_path: Path,
 
 
 class Clock:
-    """A clock of one job, which the test moves."""
+    """A clock set by the test."""
 
     def __init__(self) -> None:
         self.now_s = 1000.0
@@ -120,7 +120,7 @@ class Clock:
         return self.now_s
 
 
-def take(claims: Claims, name: str = "a") -> Claim:
+def take_claim(claims: Claims, name: str = "a") -> Claim:
     """Take a claim that is free."""
     claim = claims.take(name)
     assert claim is not None
@@ -129,11 +129,11 @@ def take(claims: Claims, name: str = "a") -> Claim:
 
 def test_claim_lasts_until_release(tmp_path: Path) -> None:
     first, second = Claims(tmp_path, 60), Claims(tmp_path, 60)
-    claim = take(first)
+    claim = take_claim(first)
     assert second.take("a") is None and first.take("a") is None
-    take(second, "b")
+    take_claim(second, "b")
     claim.release()
-    taken = take(second)
+    taken = take_claim(second)
     assert not claim.renew() and taken.renew()
     assert [(h.name, h.pid, h.is_released) for h in list_holders(tmp_path)] == [
         ("a", os.getpid(), False), ("b", os.getpid(), False)]
@@ -141,12 +141,12 @@ def test_claim_lasts_until_release(tmp_path: Path) -> None:
 
 def test_claim_without_heartbeat_expires(tmp_path: Path) -> None:
     clock = Clock()
-    dead, other = take(Claims(tmp_path, 60)), Claims(tmp_path, 60, clock)
+    dead, other = take_claim(Claims(tmp_path, 60)), Claims(tmp_path, 60, clock)
     assert other.take("a") is None  # the lease runs from the first look
     clock.now_s += 59
     assert other.take("a") is None
     clock.now_s += 1
-    taken = take(other)
+    taken = take_claim(other)
     assert not dead.renew() and taken.renew()
     dead.release()  # what it says no longer counts
     assert Claims(tmp_path, 60).take("a") is None and taken.renew()
@@ -154,15 +154,15 @@ def test_claim_without_heartbeat_expires(tmp_path: Path) -> None:
 
 def test_claim_of_dead_local_process_is_free_at_once(tmp_path: Path) -> None:
     def die() -> None:
-        take(Claims(tmp_path, 60))
+        take_claim(Claims(tmp_path, 60))
         os._exit(0)
 
     holder = multiprocessing.get_context("fork").Process(target=die)
     holder.start()
     holder.join()
-    assert take(Claims(tmp_path, 60)).renew()
+    assert take_claim(Claims(tmp_path, 60)).renew()
     # of a process on another machine the number means nothing here
-    take(Claims(tmp_path, 60), "b")
+    take_claim(Claims(tmp_path, 60), "b")
     file = tmp_path / "b/1.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"host": "another", "pid": holder.pid}))
     assert Claims(tmp_path, 60).take("b") is None
@@ -170,20 +170,20 @@ def test_claim_of_dead_local_process_is_free_at_once(tmp_path: Path) -> None:
 
 def test_claim_may_be_dead_until_heartbeat(tmp_path: Path) -> None:
     clock = Clock()
-    living, other = take(Claims(tmp_path, 60)), Claims(tmp_path, 60, clock)
-    dead = take(Claims(tmp_path, 60), "dead")
+    living, other = take_claim(Claims(tmp_path, 60)), Claims(tmp_path, 60, clock)
+    dead = take_claim(Claims(tmp_path, 60), "dead")
     assert not other.may_be_dead("a")  # nobody asked for it
     assert other.take("a") is None and other.take("dead") is None
     assert other.may_be_dead("a") and other.may_be_dead("dead")
     assert living.renew() and other.take("a") is None and other.take("dead") is None
     assert not other.may_be_dead("a") and other.may_be_dead("dead")
     clock.now_s += 60
-    assert take(other, "dead").renew() and not dead.renew() and not other.may_be_dead("dead")
+    assert take_claim(other, "dead").renew() and not dead.renew() and not other.may_be_dead("dead")
 
 
 def test_heartbeat_is_change_of_content(tmp_path: Path) -> None:
     clock = Clock()
-    living, other = take(Claims(tmp_path, 60)), Claims(tmp_path, 60, clock)
+    living, other = take_claim(Claims(tmp_path, 60)), Claims(tmp_path, 60, clock)
     for _ in range(4):
         assert other.take("a") is None
         assert living.renew()
@@ -201,11 +201,11 @@ def test_empty_claim_file_expires(tmp_path: Path) -> None:
     assert other.take("a") is None
     assert [(h.host, h.pid) for h in list_holders(tmp_path)] == [("", 0)]
     clock.now_s += 60
-    assert take(other).renew()
+    assert take_claim(other).renew()
 
 
 def test_deleted_claim_is_lost(tmp_path: Path) -> None:
-    claim = take(Claims(tmp_path, 60))
+    claim = take_claim(Claims(tmp_path, 60))
     (tmp_path / "a/1.json").unlink()
     (tmp_path / "a").rmdir()
     assert not claim.renew()
@@ -215,7 +215,7 @@ def test_deleted_claim_is_lost(tmp_path: Path) -> None:
 
 def test_renewal_thread_writes_heartbeats(tmp_path: Path) -> None:
     # a lease of another length may be watched: the thread has its own
-    claim, other = take(Claims(tmp_path, 0.04)), Claims(tmp_path, 60)
+    claim, other = take_claim(Claims(tmp_path, 0.04)), Claims(tmp_path, 60)
     with claim.renew_while_open():
         before = (tmp_path / "a/1.json").read_bytes()
         deadline_s = time.monotonic() + 600
@@ -223,11 +223,11 @@ def test_renewal_thread_writes_heartbeats(tmp_path: Path) -> None:
             time.sleep(0.01)
         assert (tmp_path / "a/1.json").read_bytes() != before
         assert other.take("a") is None
-    assert take(other).renew()
+    assert take_claim(other).renew()
 
 
 def take_all(number: int, folder: Path, log: Path, names: list[str], started: Any) -> None:
-    """Take all claims at the same moment as others do, and die with them: those of the dead are free.
+    """Take all claims concurrently with other processes, then die: the claims become free.
 
     Args:
         number: of the process.

@@ -17,7 +17,7 @@ from megatron_sov.work.progress.progress_bar import ProgressBar, create_bar as b
 
 
 class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
+    """A stream with `isatty() == True`."""
 
     def isatty(self) -> bool:
         return True
@@ -25,7 +25,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A clock that stands until the test moves it."""
+    """A clock set by the test."""
     now = [1000.0]
     monkeypatch.setattr(progress_bar.time, "monotonic", lambda: now[0])
     return now

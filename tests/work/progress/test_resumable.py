@@ -1,4 +1,4 @@
-"""Artifacts that are made file by file: what is finished stays, through kills and errors."""
+"""Resumable artifacts and parts: finished files survive kills and errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_finished_files_are_reused_for_equal_plan(tmp_path: Path) -> None:
     out, work = tmp_path / "out", work_folder(tmp_path / "out")
 
     def attempt(plan: int, end: type[BaseException] = KeyboardInterrupt, *, redo: bool = False) -> list[str]:
-        """Finish files "a" and "b" and end so; return what was there before."""
+        """Finish files "a" and "b", then raise `end`; return the files finished before."""
         with pytest.raises(end, match="no"), \
                 resumable_artifact(out, "kind", "sov make", {"p": plan}, redo=redo) as artifact:
             before = sorted(artifact.finished)
@@ -35,7 +35,8 @@ def test_finished_files_are_reused_for_equal_plan(tmp_path: Path) -> None:
         return before
 
     assert (attempt(1), attempt(1), attempt(1, UserError)) == ([], ["a", "b"], ["a", "b"])
-    with pytest.raises(UserError, match=r"another command: .* begin anew .--redo.*\n  p was 1, and is 2"), \
+    message = r"another command: .* discard the work .--redo.*\n  p was 1, and is 2"
+    with pytest.raises(UserError, match=message), \
             resumable_artifact(out, "kind", "sov make", {"p": 2}):
         raise AssertionError("unreachable")
     assert (attempt(1), attempt(2, redo=True), attempt(2, redo=True)) == (["a", "b"], [], ["a", "b"])
@@ -76,8 +77,8 @@ def test_fingerprint_detects_rewritten_file(tmp_path: Path) -> None:
     assert fingerprint_folder(tmp_path) != before
 
 
-def make(output: Path, keys: list[str], made_by: str = "sov-data pack") -> list[str]:
-    """Make parts, and die; return those that were there."""
+def build_parts(output: Path, keys: list[str], made_by: str = "sov-data pack") -> list[str]:
+    """Build parts, then raise; return the parts found at the start."""
     with pytest.raises(KeyboardInterrupt), open_parts(output, made_by) as work:
         there = [key for key in keys if part_folder(work, key).is_dir()]
         for key in keys:
@@ -88,7 +89,7 @@ def make(output: Path, keys: list[str], made_by: str = "sov-data pack") -> list[
 
 def test_matching_parts_are_reused(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert (make(out, ["ab1", "cd2"]), make(out, ["cd2", "ef3"])) == ([], ["cd2"])
+    assert (build_parts(out, ["ab1", "cd2"]), build_parts(out, ["cd2", "ef3"])) == ([], ["cd2"])
     assert read_job(work_folder(out)) == {"made_by": "sov-data pack", "num_done": 3,
                                           "identity": {"command": "sov-data pack"}}
     begin_parts(out, "sov-data pack")  # for jobs of a cluster
@@ -98,7 +99,7 @@ def test_matching_parts_are_reused(tmp_path: Path) -> None:
 
 
 def test_parts_of_other_commands_are_kept(tmp_path: Path) -> None:
-    make(tmp_path / "out", ["ab1"])
+    build_parts(tmp_path / "out", ["ab1"])
     with (pytest.raises(UserError, match=r"out: .* unfinished work of another command: .*inspect .* --clear"
                                          r"(.|\n)*command was .sov-data pack., and is .sov-tokenizer train."),
           open_parts(tmp_path / "out", "sov-tokenizer train")):
@@ -107,7 +108,8 @@ def test_parts_of_other_commands_are_kept(tmp_path: Path) -> None:
     with (pytest.raises(UserError, match=r"it contains .ab. but no readable job.json"),
           open_parts(tmp_path / "old", "sov-data pack")):
         raise AssertionError("unreachable")
-    assert make(tmp_path / "out", ["ab1"]) == ["ab1"] and (work_folder(tmp_path / "old") / "ab/ab1").is_dir()
+    assert build_parts(tmp_path / "out",
+                       ["ab1"]) == ["ab1"] and (work_folder(tmp_path / "old") / "ab/ab1").is_dir()
 
 
 def refused(output: Path) -> str:

@@ -1,4 +1,4 @@
-"""A job on a real Ray cluster of two nodes: the bytes of one process; a node that is lost loses nothing."""
+"""Jobs on a real Ray cluster with two nodes: same bytes as a single process, no lost items."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def mapped(cluster: Any, output: str, *rows: dict[str, Any], workers: int = 2) -> int:
+def run_map(cluster: Any, output: str, *rows: dict[str, Any], workers: int = 2) -> int:
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     where = ["--ray", cluster.address] if cluster else []
     return main(["map", "rows.jsonl", "mine.py:Step", "--output", output, "--workers", str(workers), *where])
@@ -57,8 +57,8 @@ def nodes() -> set[str]:
     return {line.split()[1] for line in Path("nodes").read_text().split("\n") if line}
 
 
-def once(has_come: Callable[[], bool], do: Callable[[], None]) -> Thread:
-    """Do something as soon as the step has told, by its file, that something has come."""
+def run_when_started(has_come: Callable[[], bool], do: Callable[[], None]) -> Thread:
+    """Run an action when the step's marker file appears."""
 
     def wait() -> None:
         while not Path("nodes").exists() or not has_come():
@@ -74,13 +74,13 @@ def once(has_come: Callable[[], bool], do: Callable[[], None]) -> Thread:
 def test_two_nodes_give_output_of_single_process(cluster: Any, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"n": n, "until": "both"} for n in range(200)]
     Path("both").touch()
-    assert mapped(None, "here", *rows, workers=1) == 0
+    assert run_map(None, "here", *rows, workers=1) == 0
     for name in ("nodes", "both"):
         Path(name).unlink()
-    once(lambda: len(nodes()) == 2, Path("both").touch)  # what the first node has begun waits for the second
-    assert mapped(cluster, "there", *rows, workers=5) == 0  # more than there are cores: they wait for ever
+    run_when_started(lambda: len(nodes()) == 2, Path("both").touch)  # tasks on the first node wait
+    assert run_map(cluster, "there", *rows, workers=5) == 0  # more than there are cores: they wait for ever
     assert Path("there/rows.jsonl").read_bytes() == Path("here/rows.jsonl").read_bytes()
-    assert mapped(cluster, "bad", *rows[:100], {"n": "bad"}, workers=1) == 2
+    assert run_map(cluster, "bad", *rows[:100], {"n": "bad"}, workers=1) == 2
     error = capsys.readouterr().err
     assert "line 101: " in error and "ZeroDivisionError" in error and "Traceback" not in error
 
@@ -93,9 +93,9 @@ def test_lost_node_loses_no_items(cluster: Any) -> None:
         cluster.remove_node(node, allow_graceful=False)
         Path("lost").touch()
 
-    thread = once(lambda: node.node_id in nodes(), lose)
+    thread = run_when_started(lambda: node.node_id in nodes(), lose)
     rows = [{"n": n, "until": "lost"} for n in range(400)]  # each node waits with what it has begun
-    assert mapped(cluster, "out", *rows, workers=3) == 0
+    assert run_map(cluster, "out", *rows, workers=3) == 0
     thread.join(0)
     assert not thread.is_alive(), "the node was lost while it worked"
     made = Path("out/rows.jsonl").read_text().split("\n")[:-1]
@@ -115,7 +115,7 @@ def test_missing_cluster_raises_user_error(capsys: pytest.CaptureFixture[str],
 
 
 class SlowFirst:
-    """What is asked of Ray: of what is under way, the newest is done first."""
+    """Ray double: the newest pending task finishes first."""
 
     exceptions = ray.exceptions
 
