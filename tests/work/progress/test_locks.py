@@ -62,8 +62,8 @@ def test_one_that_its_holder_removes_before_it_is_opened_is_not_held(
 
 def test_a_folder_is_held_as_long_as_its_process_lives(tmp_path: Path) -> None:
     program = """import os, sys
-from megatron_sov.base.artifacts import holds
-print(holds(os.open(sys.argv[1], os.O_RDONLY)), flush=True)
+from megatron_sov.base.artifacts import try_lock
+print(try_lock(os.open(sys.argv[1], os.O_RDONLY)), flush=True)
 sys.stdin.read()
 """
     with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], text=True, stdin=subprocess.PIPE,
