@@ -31,9 +31,9 @@ HASH = """
 import sys
 from pathlib import Path
 sys.path[:0] = sys.argv[2].split(":")
-from megatron_sov.base.digests import file_digest
+from megatron_sov.base.digests import hash_file
 for file in Path(sys.argv[1]).rglob("*"):
-    file.is_file() and file_digest(file)
+    file.is_file() and hash_file(file)
 """
 IDLE = "import megatron_sov.convert.hf_export, megatron_sov.convert.hf_import"
 CONVERT = """

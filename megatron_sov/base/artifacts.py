@@ -123,7 +123,7 @@ def create_file(path: Path, *, create_parents: bool = False) -> Iterator[Path]:
     Raises:
         UserError: the disk is full or the folder is not writable.
     """
-    temporary = _temporary(path)
+    temporary = _get_temporary_path(path)
     with translate_disk_errors(path):
         if create_parents:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,7 +149,7 @@ def create_folder(path: Path, *, first_stays: bool = False) -> Iterator[Path]:
     Raises:
         UserError: the disk is full or the folder is not writable.
     """
-    temporary = _temporary(path)
+    temporary = _get_temporary_path(path)
     with translate_disk_errors(path):
         try:
             shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process with the same PID
@@ -197,7 +197,7 @@ def get_final_name(name: str) -> str:
     return match[1] if match else name
 
 
-def _temporary(path: Path) -> Path:
+def _get_temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp-{os.uname().nodename}-{os.getpid()}")
 
 
@@ -257,10 +257,10 @@ def translate_disk_errors(path: Path) -> Iterator[None]:
 
 def format_json(value: Any) -> str:
     """Serialise dataclasses and plain values as indented JSON; floats keep all their bits."""
-    return json.dumps(value, indent=1, ensure_ascii=False, default=_plain) + "\n"
+    return json.dumps(value, indent=1, ensure_ascii=False, default=_to_plain) + "\n"
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     if isinstance(value, Path):
@@ -269,7 +269,7 @@ def _plain(value: Any) -> Any:
 
 
 class ArtifactWriter:
-    """An artifact under construction; obtained from `new_artifact`."""
+    """An artifact under construction; obtained from `create_artifact`."""
 
     def __init__(self, path: Path, kind: str) -> None:
         self.path = path
@@ -334,7 +334,7 @@ def create_artifact(path: str | Path, kind: str, *, overwrite: bool = False) -> 
         clear_leftovers(path)
         check_output_folder(path, kind, overwrite)
         # clear leftovers before creating this folder, which would look like one
-        with _hold_new_folder(temporary, path):
+        with _create_locked_folder(temporary, path):
             try:
                 writer = ArtifactWriter(temporary, kind)
                 yield writer
@@ -345,7 +345,7 @@ def create_artifact(path: str | Path, kind: str, *, overwrite: bool = False) -> 
 
 
 @contextlib.contextmanager
-def _hold_new_folder(temporary: Path, path: Path) -> Iterator[None]:
+def _create_locked_folder(temporary: Path, path: Path) -> Iterator[None]:
     """Create and lock a temporary folder, so that no other process takes it for a leftover: the PID in its
     name means nothing in another container or on another machine."""
     try:
@@ -400,16 +400,16 @@ def clear_leftovers(path: Path) -> None:
     name = glob.escape(path.name)
     for leftover in sorted([*path.parent.glob(f".{name}.tmp-*"), *path.parent.glob(f".{name}.old-*")]):
         stem, _, pid = leftover.name.rpartition("-")
-        if not pid.isdigit() or not _is_left(leftover, int(pid)):
+        if not pid.isdigit() or not _is_leftover(leftover, int(pid)):
             continue
-        # `publish` was killed between its two renames: the old artifact is the only copy
+        # `publish_folder` was killed between its two renames: the old artifact is the only copy
         if stem.endswith(".old") and not path.exists():
             os.rename(leftover, path)
         else:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _is_left(folder: Path, pid: int) -> bool:
+def _is_leftover(folder: Path, pid: int) -> bool:
     """Return whether no process works in a temporary folder (named after the PID of its creator) any more."""
     # the lock is more reliable than the PID, which may belong to another container or machine
     locked = is_locked(folder)
@@ -505,15 +505,15 @@ def find_input(path: str, sha256: str, owner: Path,
         path: the path recorded by the artifact or run.
         sha256: hash of the input's manifest.
         owner: the artifact or run built from the input.
-        other_paths: manifest hash -> folder, for inputs at none of `places_of`.
+        other_paths: manifest hash -> folder, for inputs at none of `list_input_paths`.
     """
     for candidate in list_input_paths(path, owner):
-        if _hash_at(candidate) == sha256:
+        if _hash_manifest_at(candidate) == sha256:
             return candidate
     return (other_paths or {}).get(sha256)
 
 
-def _hash_at(path: Path) -> str:
+def _hash_manifest_at(path: Path) -> str:
     try:
         return manifest_sha256(path) if (path / MANIFEST).is_file() else ""
     except (OSError, ValueError):  # not a valid path on this machine
@@ -541,7 +541,7 @@ def trace_origins(path: Path, manifest: Manifest, seen: Set[str] = frozenset()) 
         place = find_input(item["path"], sha256, path)
         below: list[dict[str, Any]] = []
         if place is None:
-            state = "changed since" if _hash_at(Path(item["path"])) else "not here"
+            state = "changed since" if _hash_manifest_at(Path(item["path"])) else "not here"
         # one corpus may be an input of many artifacts: list its inputs once, or the tree grows without bound
         elif sha256 in seen:
             state = "as above"
@@ -549,16 +549,16 @@ def trace_origins(path: Path, manifest: Manifest, seen: Set[str] = frozenset()) 
             state = "here"
             if len(seen) < MAX_ORIGINS:
                 below = trace_origins(place, read_manifest(place), seen | {sha256})
-        seen |= {sha256, *_hashes(below)}
+        seen |= {sha256, *_iter_hashes(below)}
         origins.append({"kind": item["kind"], "path": str(place or item["path"]), "manifest_sha256": sha256,
                         "state": state, "made_from": below})
     return origins
 
 
-def _hashes(origins: list[dict[str, Any]]) -> Iterator[str]:
+def _iter_hashes(origins: list[dict[str, Any]]) -> Iterator[str]:
     for origin in origins:
         yield origin["manifest_sha256"]
-        yield from _hashes(origin["made_from"])
+        yield from _iter_hashes(origin["made_from"])
 
 
 def manifest_sha256(path: str | Path) -> str:
@@ -580,13 +580,13 @@ def find_damaged_files(path: str | Path, names: Iterable[str] | None = None, wor
 
     records = read_manifest(path).files
 
-    def check_one(name: str) -> str | None:
+    def check_file(name: str) -> str | None:
         sentence = find_file_damage(Path(path) / name, records[name])
         on_checked(records[name].size_bytes)
         return sentence
 
     with ThreadPoolExecutor(workers) as pool:
-        sentences = pool.map(check_one, records if names is None else names)
+        sentences = pool.map(check_file, records if names is None else names)
         return [sentence for sentence in sentences if sentence]
 
 

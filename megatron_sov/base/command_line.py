@@ -232,10 +232,10 @@ class Command:
         child._module, child._command = self.module, self
 
     def load(self) -> Any:
-        return _load(self.module)
+        return _import_reference(self.module)
 
 
-def _load(reference: str) -> Any:
+def _import_reference(reference: str) -> Any:
     # not `pkgutil.resolve_name`: for a missing module it reports a missing attribute of the package
     module, _, name = reference.partition(":")
     imported = importlib.import_module(module)
@@ -253,7 +253,7 @@ class CommandParser(Parser):
         # emptied first: a second call would declare every option twice
         module, self._module = self._module, ""
         if module:
-            _load(module).add_arguments(self)
+            _import_reference(module).add_arguments(self)
             if self._command is not None:
                 append_examples(self, self._command, self.prog.split()[0])
 

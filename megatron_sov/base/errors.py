@@ -184,7 +184,7 @@ def suggest_spelling(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for a misspelling of a name in `known`, or an empty string.
 
     The two names have the same digits and differ in case, separators and at most one letter. Names that are
-    only similar (`nearest`) do not count.
+    only similar (`suggest_name`) do not count.
     """
     for other in known:
         first, second = (re.sub(r"[\W_]", "", text.lower()) for text in (name, other))
@@ -225,7 +225,7 @@ def fix_missing(path: str | os.PathLike[str], *, is_bare: bool = False, is_data:
 
     Args:
         path: the missing path, as typed.
-        is_bare: as in `download`.
+        is_bare: as in `suggest_download`.
         is_data: whether the path names a dataset.
     """
     text = os.fspath(path)

@@ -37,14 +37,15 @@ RUN_AGAIN = "delete it and run the command again"
 
 
 def seal_bytes(data: bytes, owner: str = "") -> bytes:
-    """Return `data` with its checksum in place of the last `PLACE`; without `PLACE`, append the seal.
+    """Return `data` with its checksum in place of the last `SEAL_PLACEHOLDER`; without `SEAL_PLACEHOLDER`,
+    append the seal.
 
     Args:
         data: the bytes to seal.
         owner: identity of the owner, hashed but not stored: a file copied from another owner fails its check
             (same meaning in the whole module).
     """
-    # the last occurrence: the text of a row may contain `PLACE`
+    # the last occurrence: the text of a row may contain `SEAL_PLACEHOLDER`
     head, mark, tail = data.rpartition(SEAL_PLACEHOLDER.encode())
     if not mark:
         head, tail = data, b""
@@ -52,7 +53,8 @@ def seal_bytes(data: bytes, owner: str = "") -> bytes:
 
 
 def seal_file(file: Path, owner: str = "") -> str:
-    """Write the checksum of a complete file over its last `PLACE` or after its last byte; return it."""
+    """Write the checksum of a complete file over its last `SEAL_PLACEHOLDER` or after its last byte; return
+    it."""
     with open(file, "r+b") as f:
         start = _find_mark(f, SEAL_PLACEHOLDER.encode())
         if start is None:
@@ -103,7 +105,7 @@ def find_seal_damage(file: Path, owner: str = "", *, is_required: bool = True,
 def check_seal(file: Path, remedy: str = RUN_AGAIN, owner: str = "", *, is_required: bool = True,
                seal: str | None = None) -> None:
     """Raise `UserError` if a file is damaged; `remedy` is the fix in its message. Other arguments as
-    `seal_damage`.
+    `find_seal_damage`.
 
     Raises:
         OSError: the file cannot be read.
@@ -201,7 +203,7 @@ def write_sealed_json(file: Path, value: Any, owner: str = "") -> None:
 
 
 def read_sealed_json(file: Path, remedy: str = RUN_AGAIN, owner: str = "", *, seal: str | None = None) -> Any:
-    """Return the value written by `write_json`.
+    """Return the value written by `write_sealed_json`.
 
     Raises:
         UserError: the file is missing, unreadable or damaged.
@@ -215,7 +217,8 @@ def read_sealed_json(file: Path, remedy: str = RUN_AGAIN, owner: str = "", *, se
 
 
 def try_read_sealed_json(file: Path, owner: str = "") -> Any:
-    """Return the value written by `write_json`, or None if the file is missing or damaged (for caches)."""
+    """Return the value written by `write_sealed_json`, or None if the file is missing or damaged (for
+    caches)."""
     with suppress(UserError):
         return read_sealed_json(file, owner=owner)
     return None
@@ -253,7 +256,7 @@ def open_sealed_parquet(file: Path, remedy: str = RUN_AGAIN, *, is_required: boo
         file: the file.
         remedy: the fix in the error message.
         is_required: refuse a file without a seal; files written by a pipeline always have one.
-        seal: as in `seal_damage`.
+        seal: as in `find_seal_damage`.
         options: of `pyarrow.parquet.ParquetFile`.
 
     Raises:

@@ -170,7 +170,7 @@ class HfWeights:
             known_config = {name: value for name, value in self.config.items() if name != FIELD}
             if ignored_fields := family.find_ignored_fields(known_config):
                 field_names = [name for item in family.config for name in item.names]
-                # `find_misspelt` returns "" or "; HINT".
+                # `suggest_spelling` returns "" or "; HINT".
                 hints = {name: suggest_spelling(name, field_names)[2:] for name in ignored_fields}
                 fields = ", ".join(f"{name} ({hint})" if hint else name for name, hint in hints.items())
                 self.notes.append(f"{CONFIG}: fields without effect on the computation, which to-hf writes "

@@ -72,7 +72,7 @@ def test_killed_writer_leaves_no_artifact_and_leftovers_are_cleared(
         tmp_path: Path) -> None:
     path = tmp_path / "a"
     killed_in_the_middle("""
-        with artifacts.new_artifact(path, "tokens") as writer:
+        with artifacts.create_artifact(path, "tokens") as writer:
             (writer.path / "data.bin").write_text("half")
             print("now", flush=True)
             time.sleep(60)
@@ -92,7 +92,7 @@ def test_artifact_moved_aside_by_killed_process_is_restored(tmp_path: Path) -> N
             print("now", flush=True)
             time.sleep(60)
         os.rename = stop_after
-        with artifacts.new_artifact(path, "tokens", overwrite=True):
+        with artifacts.create_artifact(path, "tokens", overwrite=True):
             pass
     """, path)
     assert not path.exists()
@@ -146,7 +146,7 @@ def test_folder_locked_from_another_container_is_kept(tmp_path: Path, number: st
 from pathlib import Path
 from megatron_sov.base import artifacts
 artifacts.os.getpid = lambda: int(sys.argv[2])
-with artifacts.new_artifact(Path(sys.argv[1]), "tokens") as writer:
+with artifacts.create_artifact(Path(sys.argv[1]), "tokens") as writer:
     print("now", flush=True)
     sys.stdin.read()
     (writer.path / "data.bin").write_text("theirs")

@@ -101,7 +101,7 @@ def adversarial_texts(raw: dict[str, Any]) -> Iterator[str]:
     # tokens next to each other, and tokens at the beginning of words
     yield from (separator.join(spelled) for separator in ("", " "))
     for separator in ("a", " "):
-        yield separator.join(_characters())
+        yield separator.join(_iter_characters())
     for unit in (" ", "\n", "\t", " \n", "\r\n", "a", "가", "1", "!", "\u3000", "e\u0301", "\u1100\u1161",
                  "'s", "'S", "\u017f", "\ufeff"):
         yield from (f"x{unit * n}y" for n in (1, 2, 3, 31, 1000))
@@ -109,7 +109,7 @@ def adversarial_texts(raw: dict[str, Any]) -> Iterator[str]:
     yield "".join(f" {quote}{letters}" for quote in "'\u2019" for letters in endings)
 
 
-def _characters() -> Iterator[str]:
+def _iter_characters() -> Iterator[str]:
     """Yield characters of all Unicode blocks; from large uniform blocks only samples."""
     for code in range(0x20000):
         # Han, Hangul, private use, Tangut: blocks of uniform characters

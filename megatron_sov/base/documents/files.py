@@ -294,20 +294,20 @@ def has_word(name: str, words: Iterable[str]) -> bool:
 def is_records(name: str) -> bool:
     """Return whether a file's name is one of records; caches of `map` and `filter` in a saved dataset are
     not."""
-    suffix = _ending(name)
+    suffix = _get_ending(name)
     return suffix in RECORD_SUFFIXES and not (suffix in ARROW_SUFFIXES
                                               and name.rpartition("/")[2].startswith("cache-"))
 
 
 def _is_text(name: str) -> bool:
-    return _ending(name) in TEXT_SUFFIXES - JSONL_SUFFIXES
+    return _get_ending(name) in TEXT_SUFFIXES - JSONL_SUFFIXES
 
 
 def _is_json(name: str) -> bool:
-    return _ending(name) == JSON_SUFFIX
+    return _get_ending(name) == JSON_SUFFIX
 
 
-def _ending(name: str) -> str:
+def _get_ending(name: str) -> str:
     """Return a name's ending in lower case, without the ending of a compression."""
     path = Path(name)
     suffix = path.suffix.lower()
@@ -387,13 +387,13 @@ def spans_of(file: Path, span_bytes: int = SPAN_BYTES, *, read_as: str = "") -> 
                          max(size_bytes, 1) if size_bytes <= WHOLE_FILE_BYTES else DOCUMENT_BYTES, size_bytes)
         suffix = read_as or whole.suffix
         if suffix == PARQUET_SUFFIX:
-            yield from _row_groups(whole, span_bytes)
+            yield from _iter_row_groups(whole, span_bytes)
         elif (whole.compression or suffix == JSON_SUFFIX or suffix in ARROW_SUFFIXES
               or size_bytes <= max(span_bytes, WHOLE_FILE_BYTES)):
             yield whole
         else:
             # each span begins at a record or document, so that processes can read them independently
-            starts = list(_starts(whole, span_bytes, suffix))
+            starts = list(_iter_starts(whole, span_bytes, suffix))
             for start, stop in zip(starts, [*starts[1:], size_bytes], strict=True):
                 yield FileSpan(file, start, stop, whole.document_bytes, stop - start)
     except OSError as e:
@@ -401,7 +401,7 @@ def spans_of(file: Path, span_bytes: int = SPAN_BYTES, *, read_as: str = "") -> 
                         "check the path and its permissions") from e
 
 
-def _starts(whole: FileSpan, span_bytes: int, suffix: str) -> Iterator[int]:
+def _iter_starts(whole: FileSpan, span_bytes: int, suffix: str) -> Iterator[int]:
     """Yield the start offsets of spans: at lines of JSONL, after blank lines of text."""
     start = 0
     with open(whole.file, "rb") as f:
@@ -420,7 +420,7 @@ def _starts(whole: FileSpan, span_bytes: int, suffix: str) -> Iterator[int]:
                 return
 
 
-def _row_groups(whole: FileSpan, span_bytes: int) -> Iterator[FileSpan]:
+def _iter_row_groups(whole: FileSpan, span_bytes: int) -> Iterator[FileSpan]:
     """Yield ranges of row groups; a damaged file is one span, whose reader reports the damage."""
     try:
         metadata = open_parquet(whole.file).metadata

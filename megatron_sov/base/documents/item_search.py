@@ -263,13 +263,13 @@ class ItemSearch:
         runs: dict[int, list[int]] = defaultdict(list)
         self._whole: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
         for number, item in enumerate(items):
-            self._add(number, find_units(item.text), runs)
+            self._index_item(number, find_units(item.text), runs)
             if (other := plain(item.text)) and (not self.too_short or self.too_short[-1] != number):
-                self._add(number, find_units(other.text), runs)
+                self._index_item(number, find_units(other.text), runs)
         self._owners = runs
         self._runs, self._beginnings = _Keys(list(runs)), _Keys(list(self._whole))
 
-    def _add(self, number: int, units: Units, runs: dict[int, list[int]]) -> None:
+    def _index_item(self, number: int, units: Units, runs: dict[int, list[int]]) -> None:
         """Index one form of an item."""
         if units.size >= self.ngram * TWELFTHS:
             # record an item once per run, even if the run occurs twice or in both forms

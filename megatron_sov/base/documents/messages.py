@@ -104,16 +104,16 @@ class Conversation:
     def beside(self) -> tuple[str, ...]:
         """Return all strings of a record except the messages' contents: in tools, variables and names."""
         other = [value for message in self.messages for _, value in message.other]
-        return tuple(_strings([*self.tools, dict(self.template_kwargs), *other]))
+        return tuple(_iter_strings([*self.tools, dict(self.template_kwargs), *other]))
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _iter_strings(value: Any) -> Iterator[str]:
     """Yield all strings in a JSON value, including keys, which a template may print."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, (dict, list, tuple)):
         for part in (*value, *value.values()) if isinstance(value, dict) else value:
-            yield from _strings(part)
+            yield from _iter_strings(part)
 
 
 def refuse_deep(value: Any, levels: int = MOST_LEVELS) -> None:
@@ -145,7 +145,7 @@ def read_messages(messages: Any, name: str) -> Messages:
         raise BadRecord("fields", f"'{name}' must be {alternative}a non-empty list of objects with 'role' "
                                   "and 'content'")
     parsed = tuple(_parse_message(message, f"{name}[{i}]") for i, message in enumerate(messages))
-    _check_tools(parsed, name)
+    _check_tool_results(parsed, name)
     return parsed
 
 
@@ -322,7 +322,7 @@ def _parse_json(value: Any, where: str) -> Any:
     return parsed
 
 
-def _check_tools(messages: Sequence[Message], name: str) -> None:
+def _check_tool_results(messages: Sequence[Message], name: str) -> None:
     """Refuse tool results without a call, results of another call, and calls without results before a later
     turn."""
     open_calls: list[dict[str, Any]] = []

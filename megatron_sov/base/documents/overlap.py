@@ -108,25 +108,25 @@ def find_units(text: str) -> Units:
         codes = np.frombuffer(text.lower().encode("ascii"), np.uint8).astype(np.uint32)
     else:
         folded = unicodedata.normalize("NFKC", text)
-        codes = _code_points(folded)
-        fold_flags = unit_scan.fold_case(codes, _folds(), _classes())
+        codes = _to_code_points(folded)
+        fold_flags = unit_scan.fold_case(codes, _get_folds(), _get_classes())
         # a letter that folds to several (such as ß) changes indices: fold the text itself
         if fold_flags & 2:
             folded = fold(text)
-            codes = _code_points(folded)
+            codes = _to_code_points(folded)
         if fold_flags & 1:
             # remove invisible characters first: inside a word they must not split it
-            places = np.flatnonzero(_classes()[codes] != unit_scan.IGNORED)
+            places = np.flatnonzero(_get_classes()[codes] != unit_scan.IGNORED)
             codes = codes[places]
     count = len(codes)
     hashes, sizes = np.empty(count, np.uint64), np.empty(count, np.uint8)
     begins, ends = np.empty(count, np.int64), np.empty(count, np.int64)
     # the arrays have room for one unit per character; cut them to the number of units
-    count = unit_scan.scan(codes, _classes(), _commands(), hashes, sizes, begins, ends)
+    count = unit_scan.scan(codes, _get_classes(), _hash_commands(), hashes, sizes, begins, ends)
     return Units(folded, places, hashes[:count], sizes[:count], begins[:count], ends[:count])
 
 
-def _code_points(text: str) -> NDArray[np.uint32]:
+def _to_code_points(text: str) -> NDArray[np.uint32]:
     return np.frombuffer(bytearray(text.encode("utf-32-le", errors="surrogatepass")), np.uint32)
 
 
@@ -134,7 +134,7 @@ def units(text: str) -> list[str]:
     """Return the units of a text as strings, without ignored characters."""
     from megatron_sov.base.documents import unit_scan
 
-    parsed, classes, strings = find_units(text), _classes(), list[str]()
+    parsed, classes, strings = find_units(text), _get_classes(), list[str]()
     passed_over = (unit_scan.SEPARATOR, unit_scan.IGNORED)
     for i in range(len(parsed.hashes)):
         start, stop = parsed.span(i, i + 1)
@@ -156,7 +156,7 @@ def stretch_hashes(ids: NDArray[np.uint64], begins: NDArray[np.int64], ends: NDA
     With prefix sums ``S`` of ``ids[k] B^-k`` modulo 2^64, the polynomial of a stretch is
     ``B^(end-1) (S[end] - S[begin])``: the cost does not depend on the stretch's length.
     """
-    powers, inverses = _powers(len(ids))
+    powers, inverses = _get_powers(len(ids))
     sums = np.zeros(len(ids) + 1, np.uint64)
     # uint64 wraps around, which is the modulus
     np.cumsum(ids * inverses, out=sums[1:])
@@ -174,7 +174,7 @@ def window_hashes(tokens: NDArray[Any], window: int) -> NDArray[np.uint64]:
     return stretch_hashes(tokens.astype(np.uint64) + np.uint64(1), begins, begins + window)
 
 
-def _powers(count: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+def _get_powers(count: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
     """Return at least `count` powers of the base and of its inverse."""
     if count > _MAX_CACHED_POWERS:
         return _compute_powers(count)
@@ -196,7 +196,7 @@ _get_cached_powers = lru_cache(maxsize=9)(_compute_powers)
 
 
 @lru_cache(maxsize=1)
-def _classes() -> NDArray[np.uint8]:
+def _get_classes() -> NDArray[np.uint8]:
     """Return the class of each code point (classes of `unit_scan`)."""
     from megatron_sov.base.documents import unit_scan
 
@@ -220,7 +220,7 @@ def _classes() -> NDArray[np.uint8]:
 
 
 @lru_cache(maxsize=1)
-def _folds() -> NDArray[np.uint32]:
+def _get_folds() -> NDArray[np.uint32]:
     """Return the case-folded code point of each code point; `unit_scan.MANY` if there are several."""
     from megatron_sov.base.documents import unit_scan
 
@@ -232,7 +232,7 @@ def _folds() -> NDArray[np.uint32]:
 
 
 @lru_cache(maxsize=1)
-def _commands() -> NDArray[np.uint64]:
+def _hash_commands() -> NDArray[np.uint64]:
     from megatron_sov.base.documents import unit_scan
 
-    return np.sort(np.array([unit_scan.word_hash(_code_points(name)) for name in _COMMANDS], np.uint64))
+    return np.sort(np.array([unit_scan.word_hash(_to_code_points(name)) for name in _COMMANDS], np.uint64))

@@ -228,32 +228,33 @@ class CountedSpan:
         try:
             if span.suffix == PARQUET_SUFFIX:
                 file = open_parquet(span.file)
-                columns = _columns(file.schema_arrow.names, self.reading)
-                yield from self._rows(_batches(file, range(span.start, span.stop), columns), columns)
+                columns = _choose_columns(file.schema_arrow.names, self.reading)
+                yield from self._iter_rows(_iter_batches(file, range(span.start, span.stop), columns),
+                                           columns)
             elif span.suffix in ARROW_SUFFIXES:
                 with arrow_batches(span.file) as (names, batches):
-                    columns = _columns(names, self.reading)
-                    yield from self._rows(_slices(batches), columns)
+                    columns = _choose_columns(names, self.reading)
+                    yield from self._iter_rows(_iter_slices(batches), columns)
             else:
-                with _open(span) as f:
-                    yield from self._of_bytes(f)
+                with _open_span(span) as f:
+                    yield from self._read_bytes(f)
         except BadRecord as e:
             yield e
         except OSError as e:
             raise UserError(f"{span.file}: cannot be read ({e.strerror or e}); "
                             "check the path and its permissions") from e
 
-    def _of_bytes(self, f: IO[bytes]) -> Iterator[Document | BadRecord]:
+    def _read_bytes(self, f: IO[bytes]) -> Iterator[Document | BadRecord]:
         if self.span.suffix in JSONL_SUFFIXES:
-            return self._lines(f)
+            return self._iter_lines(f)
         if self.span.suffix != JSON_SUFFIX:
-            return self._pieces(f)
+            return self._iter_pieces(f)
         # open the file again: a compressed stream cannot seek back
-        with _open(self.span) as beginning:
+        with _open_span(self.span) as beginning:
             head = _read_guarded(beginning.read, _BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
-        return self._items(f) if head.startswith(b"[") else self._lines(f)
+        return self._iter_items(f) if head.startswith(b"[") else self._iter_lines(f)
 
-    def _items(self, f: IO[bytes]) -> Iterator[Document | BadRecord]:
+    def _iter_items(self, f: IO[bytes]) -> Iterator[Document | BadRecord]:
         for item in json_items(lambda size: _read_guarded(f.read, size), self.reading.max_document_bytes):
             self.num_lines += 1
             try:
@@ -264,7 +265,7 @@ class CountedSpan:
             except BadRecord as e:
                 yield _at_line(e, self.num_lines, b"")
 
-    def _lines(self, f: IO[bytes]) -> Iterator[Document | BadRecord]:
+    def _iter_lines(self, f: IO[bytes]) -> Iterator[Document | BadRecord]:
         limit = self.reading.max_document_bytes
         # a compressed file is one span, and its size does not limit the length of its text
         remaining = float("inf") if self.span.compression else self.span.stop - self.span.start
@@ -287,7 +288,7 @@ class CountedSpan:
                 except BadRecord as e:
                     yield _at_line(e, self.num_lines, line)
 
-    def _pieces(self, f: IO[bytes]) -> Iterator[Document | BadRecord]:
+    def _iter_pieces(self, f: IO[bytes]) -> Iterator[Document | BadRecord]:
         span = self.span
         if span.suffix in TABLE_SUFFIXES and span.start == 0:
             self._refuse_table()
@@ -301,12 +302,12 @@ class CountedSpan:
         position = span.start
         # endings that do not declare the content: JSON data would be trained on as text
         is_vague = span.suffix in (".txt", ".text") or span.suffix not in TEXT_SUFFIXES
-        blocks = _blocks(f, None if span.compression else span.stop - span.start)
+        blocks = _iter_blocks(f, None if span.compression else span.stop - span.start)
         limit_bytes = span.document_bytes
         if span.compression:  # the size is only known after decompression
-            first = b"".join(_until(blocks, WHOLE_FILE_BYTES))
+            first = b"".join(_take_blocks(blocks, WHOLE_FILE_BYTES))
             limit_bytes = max(len(first), 1) if len(first) <= WHOLE_FILE_BYTES else DOCUMENT_BYTES
-            blocks = _chain(first, blocks)
+            blocks = _prepend_block(first, blocks)
         for piece in cut_at_blank_lines(blocks, min(limit_bytes, self.reading.max_document_bytes)):
             # `position` counts bytes of the file including the mark: messages show offsets in the file
             raw = piece.removeprefix(BYTE_ORDER_MARK) if position == 0 else piece
@@ -317,12 +318,12 @@ class CountedSpan:
                 text = decode(raw, position + len(piece) - len(raw))
                 if not text.strip():
                     raise BadRecord("empty", f"holds no text at offset {position}")
-                yield from self._documents_of(text)
+                yield from self._iter_documents(text)
             except BadRecord as e:
                 yield _at_line(e, 0, raw)
             position += len(piece)
 
-    def _documents_of(self, text: str) -> Iterator[Document]:
+    def _iter_documents(self, text: str) -> Iterator[Document]:
         if not self.reading.by_line:
             yield Document(str(self.span.file), text)
             return
@@ -334,7 +335,7 @@ class CountedSpan:
 
     def _refuse_table(self) -> None:
         """Refuse a table in plain text, which has no column types: lists in its cells are not JSON."""
-        with _open(self.span) as f:
+        with _open_span(self.span) as f:
             head = _read_guarded(f.readline, _BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK)
         cells = head.decode(errors="replace").split(TABLE_SUFFIXES[self.span.suffix])
         names = [name.strip().strip('"') for name in cells]
@@ -344,7 +345,7 @@ class CountedSpan:
             raise BadRecord("table", f"is a table (columns: {', '.join(names)[:200]}); save it as Parquet or "
                                      "JSON lines, e.g. with to_parquet or to_json of `datasets`")
 
-    def _rows(self, batches: Iterator[Any], columns: list[str]) -> Iterator[Document | BadRecord]:
+    def _iter_rows(self, batches: Iterator[Any], columns: list[str]) -> Iterator[Document | BadRecord]:
         # columns of a reward keep their nulls
         padded = {*DIALOGUE, *(name for target, sources in self.reading.renames if target in DIALOGUE
                                for name in sources)}
@@ -352,7 +353,7 @@ class CountedSpan:
             for i in range(batch.num_rows):
                 self.num_lines += 1
                 try:
-                    record = {name: _value(batch.column(name)[i], name in padded) for name in columns}
+                    record = {name: _convert_value(batch.column(name)[i], name in padded) for name in columns}
                     yield self.parse(record, f"{self.span.file}:{self.num_lines}", self.num_lines,
                                      self.reading)
                 except BadRecord as e:
@@ -363,7 +364,7 @@ def _at_line(bad: BadRecord, line: int, raw: bytes) -> BadRecord:
     return BadRecord(bad.code, bad.reason, line, raw[:KEPT_BYTES])
 
 
-def _open(span: FileSpan) -> IO[bytes]:
+def _open_span(span: FileSpan) -> IO[bytes]:
     f = open_bytes(span.file, span.compression)
     if not span.compression:
         f.seek(span.start)
@@ -383,7 +384,7 @@ def _read_guarded(read: Callable[[int], bytes], size: int) -> bytes:
                                      "fetch the file again") from None
 
 
-def _blocks(f: IO[bytes], remaining: int | None) -> Iterator[bytes]:
+def _iter_blocks(f: IO[bytes], remaining: int | None) -> Iterator[bytes]:
     """Yield up to `remaining` bytes of a stream (None: all) in blocks."""
     while ((size := _BLOCK_BYTES if remaining is None else min(_BLOCK_BYTES, remaining))
            and (block := _read_guarded(f.read, size))):
@@ -391,7 +392,7 @@ def _blocks(f: IO[bytes], remaining: int | None) -> Iterator[bytes]:
         yield block
 
 
-def _until(blocks: Iterator[bytes], limit_bytes: int) -> Iterator[bytes]:
+def _take_blocks(blocks: Iterator[bytes], limit_bytes: int) -> Iterator[bytes]:
     """Yield blocks until their total size exceeds `limit_bytes`."""
     size_bytes = 0
     while size_bytes <= limit_bytes and (block := next(blocks, b"")):
@@ -399,12 +400,12 @@ def _until(blocks: Iterator[bytes], limit_bytes: int) -> Iterator[bytes]:
         yield block
 
 
-def _chain(first: bytes, blocks: Iterator[bytes]) -> Iterator[bytes]:
+def _prepend_block(first: bytes, blocks: Iterator[bytes]) -> Iterator[bytes]:
     yield first
     yield from blocks
 
 
-def _columns(names: list[str], reading: RecordReading) -> list[str]:
+def _choose_columns(names: list[str], reading: RecordReading) -> list[str]:
     """Return the columns to read: all columns for prompts, otherwise the fields of the kind.
 
     Raises:
@@ -425,13 +426,13 @@ def _columns(names: list[str], reading: RecordReading) -> list[str]:
     return [name for name in names if name in needed]
 
 
-def _slices(batches: Iterator[Any]) -> Iterator[Any]:
+def _iter_slices(batches: Iterator[Any]) -> Iterator[Any]:
     for batch in batches:
         for start in range(0, batch.num_rows, _ROWS):
             yield batch.slice(start, _ROWS)
 
 
-def _batches(file: Any, row_groups: range, columns: list[str]) -> Iterator[Any]:
+def _iter_batches(file: Any, row_groups: range, columns: list[str]) -> Iterator[Any]:
     """Yield rows in batches of at most `_ROWS` rows and about `_ROWS_BYTES`."""
     import pyarrow
 
@@ -447,7 +448,7 @@ def _batches(file: Any, row_groups: range, columns: list[str]) -> Iterator[Any]:
                                    "fetch it again") from None
 
 
-def _value(scalar: Any, is_padded: bool) -> Any:
+def _convert_value(scalar: Any, is_padded: bool) -> Any:
     try:
         value = scalar.as_py()
     except UnicodeDecodeError as e:

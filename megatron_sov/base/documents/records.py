@@ -46,7 +46,7 @@ def read_columns(record: Mapping[str, Any], names: Iterable[str],
     Raises:
         BadRecord: a field is missing or malformed.
     """
-    return {name: _numbers(record, name, num_sequences) for name in names}
+    return {name: _read_numbers(record, name, num_sequences) for name in names}
 
 
 def read_bucket(record: Mapping[str, Any], field: str) -> str:
@@ -99,7 +99,7 @@ def _require_field(record: Mapping[str, Any], name: str, option: str) -> Any:
     return record[name]
 
 
-def _numbers(record: Mapping[str, Any], name: str, num_sequences: int) -> tuple[float, ...]:
+def _read_numbers(record: Mapping[str, Any], name: str, num_sequences: int) -> tuple[float, ...]:
     value = _require_field(record, name, "--column")
     values = value if isinstance(value, list) else [value] * num_sequences
     if len(values) != num_sequences or not all(map(is_float32, values)):
@@ -505,7 +505,7 @@ def _parse_preference(record: dict[str, Any]) -> dict[str, Messages]:
     if chosen == rejected and DESIRABLE not in record:
         raise BadRecord("no_preference",
                         "has the same text as 'chosen' and as 'rejected'; there is nothing to prefer")
-    if DESIRABLE not in record and (tied := _tied_scores(record)):
+    if DESIRABLE not in record and (tied := _find_tied_scores(record)):
         raise BadRecord("no_preference", f"has equal scores of both sides ({', '.join(tied)}); there is "
                                          "nothing to prefer")
     for side, messages in (("chosen", chosen), ("rejected", rejected)):
@@ -515,7 +515,7 @@ def _parse_preference(record: dict[str, Any]) -> dict[str, Messages]:
     return {"messages": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def _tied_scores(record: dict[str, Any]) -> list[str]:
+def _find_tied_scores(record: dict[str, Any]) -> list[str]:
     """Return the scores of a pair as "field = value" if both sides have scores and all are equal, else []."""
     pairs = [(name, other) for name in record if _SCORE.search(name)
              if (other := name.replace("chosen", "rejected")) in record and other != name]

@@ -478,8 +478,10 @@ def _add_companions(made: _Rewrite) -> None:
 
 
 def nearest_option(option: str, options: Sequence[str]) -> str:
-    """Return what `nearest` says of an option, if at most a fifth of the letters differ: a word that is only
-    similar is another thing."""
+    """Suggest the nearest option as `suggest_name` does, if at most a fifth of the letters differ.
+
+    An option that is only similar means another thing.
+    """
     close = suggest_name(option, options)
     share = difflib.SequenceMatcher(None, option, close.split("'")[1]).ratio() if close else 0.0
     return close if share >= MIN_SIMILARITY else ""

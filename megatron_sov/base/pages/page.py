@@ -168,13 +168,13 @@ def render_page(kicker: str, title: str, subtitle: str, chapters: list[Chapter],
         nothing: placeholder in a chapter without sections.
         now_s: Unix time shown as the creation time; None: now.
     """
-    page_js = _resource("page.js")
-    return _templates().get_template("page.html.j2").render(
+    page_js = _read_resource("page.js")
+    return _load_templates().get_template("page.html.j2").render(
         kicker=kicker, title=title, subtitle=subtitle, verdict=verdict, nothing=nothing,
         chapters=[_add_anchors(chapter, f"{anchor}-{i}") for i, chapter in enumerate(chapters, 1)],
         opening=opening, overview=overview, overview_anchor=f"{anchor}s",
-        css=_resource("colours.css") + _resource("page.css"), page_js=page_js,
-        script_hashes=_csp_hash(page_js),
+        css=_read_resource("colours.css") + _read_resource("page.css"), page_js=page_js,
+        script_hashes=_hash_for_csp(page_js),
         version=__version__, written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now_s)),
     )
 
@@ -185,19 +185,19 @@ def render_chat() -> str:
     Its content security policy allows its own script and style, and requests to its own server. Model output
     is inserted as text.
     """
-    css, js = _resource("colours.css") + _resource("chat.css"), _resource("chat.js")
-    return _templates().get_template("chat.html.j2").render(
-        css=css, js=js, style_hash=_csp_hash(css), script_hash=_csp_hash(js),
+    css, js = _read_resource("colours.css") + _read_resource("chat.css"), _read_resource("chat.js")
+    return _load_templates().get_template("chat.html.j2").render(
+        css=css, js=js, style_hash=_hash_for_csp(css), script_hash=_hash_for_csp(js),
         version=__version__)
 
 
 @lru_cache(maxsize=1)
-def _templates() -> jinja2.Environment:
+def _load_templates() -> jinja2.Environment:
     import jinja2
 
     # StrictUndefined: a misspelt name in a template raises an error instead of leaving a gap
     return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
-                              finalize=_escape_value, loader=jinja2.FunctionLoader(_resource))
+                              finalize=_escape_value, loader=jinja2.FunctionLoader(_read_resource))
 
 
 def _escape_value(value: object) -> object:
@@ -212,10 +212,10 @@ def _add_anchors(chapter: Chapter, anchor: str) -> dict[str, object]:
             "parts": parts}
 
 
-def _resource(name: str) -> str:
+def _read_resource(name: str) -> str:
     return importlib.resources.files("megatron_sov.base.pages").joinpath("templates", name).read_text(
         encoding="utf-8")
 
 
-def _csp_hash(script: str) -> str:
+def _hash_for_csp(script: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"

@@ -79,14 +79,14 @@ class Scale:
     def ticks(self) -> list[tuple[float, str]]:
         """Return (fraction of the axis, label) of each tick."""
         if self._axis.is_log:
-            values = _log_ticks(self._low, self._high)
-            return [(self.to_fraction(value), _tick_text(value, value / 10)) for value in values]
+            values = _list_log_ticks(self._low, self._high)
+            return [(self.to_fraction(value), _format_tick(value, value / 10)) for value in values]
         step = round_step((self._high - self._low) / MAX_TICKS)
         first, last = math.ceil(self._low / step - 1e-9), math.floor(self._high / step + 1e-9)
         # multiply instead of adding steps, which would accumulate rounding errors
         values = [i * step for i in range(first, last + 1)]
         factor, unit = (100, " %") if self._axis.is_share else (1, "")
-        return [(self.to_fraction(value), _tick_text(value * factor, step * factor) + unit)
+        return [(self.to_fraction(value), _format_tick(value * factor, step * factor) + unit)
                 for value in values]
 
 
@@ -96,7 +96,7 @@ def round_step(least: float) -> float:
     return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= least * (1 - 1e-9))
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
+def _list_log_ticks(low: float, high: float) -> list[float]:
     """Return 1, 2 and 5 times powers of ten within a range of logarithms; only powers if the range is
     wide."""
     exponents = range(math.floor(low), math.ceil(high) + 1)
@@ -106,7 +106,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
             if low - 1e-9 <= math.log10(factor) + exponent <= high + 1e-9]
 
 
-def _tick_text(value: float, step: float) -> str:
+def _format_tick(value: float, step: float) -> str:
     if abs(value) >= 10_000 and step * 200 >= abs(value):
         return format_count(value)
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
@@ -144,7 +144,7 @@ class LinePlot:
     def draw(self) -> Markup:
         """Return the chart as HTML."""
         ends = [end for series in self.series for interval in series.intervals for end in interval]
-        across = Scale(self.x, self._x_values())
+        across = Scale(self.x, self._list_x_values())
         up = Scale(self.y, [*(y for series in self.series for y in series.y), *ends], 0.04)
         grid = "".join(f"M0 {GRID - round(GRID * at)}h{GRID}" for at, _ in up.ticks())
         parts = [Markup('<path class="lines" d="{}"/>').format(grid)]
@@ -174,11 +174,11 @@ class LinePlot:
             '<svg viewBox="0 0 {grid} {grid}" preserveAspectRatio="none">{}</svg>{}{}{}</div>'
             '<p class="axis below">{}</p>{}{}').format(
             Markup(" named") if self.bands else "", escape_controls(self.y.title), self.height_px,
-            0.64 * widest + 0.8, Markup("").join(parts), _labels("up", "bottom", y_ticks),
-            _labels("across", "left", across.ticks()), Markup("").join(names), escape_controls(self.x.title),
-            key, draw_legend(legend) if len(legend) > 1 else "", grid=GRID)
+            0.64 * widest + 0.8, Markup("").join(parts), _draw_labels("up", "bottom", y_ticks),
+            _draw_labels("across", "left", across.ticks()), Markup("").join(names),
+            escape_controls(self.x.title), key, draw_legend(legend) if len(legend) > 1 else "", grid=GRID)
 
-    def _x_values(self) -> list[float]:
+    def _list_x_values(self) -> list[float]:
         values = [x for series in self.series for x in series.x]
         return values + [end for _, *ends in self.bands for end in ends]
 
@@ -193,9 +193,9 @@ def _draw_series(series: Series, across: Scale, up: Scale) -> list[Markup]:
         for (x, _), (low, high) in zip(points, series.intervals, strict=False)]
     if points:
         parts.append(Markup('<path {} d="{}"><title>{}</title></path>').format(
-            style, _path(points), _summary(series)))
+            style, _draw_path(points), _format_summary(series)))
     if len(points) <= MAX_NOTED_DOTS:
-        dots = [Markup('<path d="M{} {}h0"><title>{}</title></path>').format(x, y, _note(series, i))
+        dots = [Markup('<path d="M{} {}h0"><title>{}</title></path>').format(x, y, _format_note(series, i))
                 for i, (x, y) in enumerate(points)]
         parts.append(Markup('<g class="dots" style="--c:{}">{}</g>').format(
             series.colour, Markup("").join(dots)))
@@ -205,7 +205,7 @@ def _draw_series(series: Series, across: Scale, up: Scale) -> list[Markup]:
     return parts
 
 
-def _path(points: Sequence[tuple[int, int]]) -> str:
+def _draw_path(points: Sequence[tuple[int, int]]) -> str:
     """Format points as an SVG path of relative steps, which are shorter than absolute coordinates."""
     words = [f"M{points[0][0]} {points[0][1]}"]
     for (x0, y0), (x1, y1) in pairwise(points):
@@ -214,7 +214,7 @@ def _path(points: Sequence[tuple[int, int]]) -> str:
     return "".join(words)
 
 
-def _note(series: Series, i: int) -> str:
+def _format_note(series: Series, i: int) -> str:
     interval = ""
     if i < len(series.intervals):
         low, high = series.intervals[i]
@@ -223,12 +223,12 @@ def _note(series: Series, i: int) -> str:
                            f"{format_value(series.x[i], 8)}")
 
 
-def _summary(series: Series) -> str:
+def _format_summary(series: Series) -> str:
     return escape_controls(f"{series.name}: {format_value(series.y[0])} to {format_value(series.y[-1])}, "
                    f"lowest {format_value(min(series.y))}, highest {format_value(max(series.y))}")
 
 
-def _labels(name: str, side: str, ticks: Sequence[tuple[float, str]]) -> Markup:
+def _draw_labels(name: str, side: str, ticks: Sequence[tuple[float, str]]) -> Markup:
     spans = (Markup('<span style="{}:{:.1f}%">{}</span>').format(Markup(side), 100 * position, text)
              for position, text in ticks)
     return Markup('<div class="{}">{}</div>').format(Markup(name), Markup("").join(spans))
@@ -267,8 +267,9 @@ class HeatMap:
             for j, value in enumerate(row):
                 if math.isfinite(value):
                     left, right = round(j * width), round((j + 1) * width)
-                    shades.setdefault(self._shade(value), []).append(f"M{left} {i}h{right - left}v1H{left}z")
-        parts = [Markup('<path d="{}" fill="{}"/>').format("".join(cells), _shade_colour(shade))
+                    shades.setdefault(self._choose_shade(value),
+                                      []).append(f"M{left} {i}h{right - left}v1H{left}z")
+        parts = [Markup('<path d="{}" fill="{}"/>').format("".join(cells), _mix_colour(shade))
                  for shade, cells in sorted(shades.items())]
         height_px = CELL_PX * len(self.rows)
         rows = [((i + 0.5) / len(self.rows), escape_controls(row)) for i, row in enumerate(self.rows)]
@@ -278,32 +279,33 @@ class HeatMap:
             '<svg viewBox="0 0 {} {}" preserveAspectRatio="none">{}</svg>{}{}{}</div>'
             '<p class="axis below">{}</p>').format(
             escape_controls(self.row_title), height_px, 0.64 * widest + 0.8, GRID, len(self.rows),
-            Markup("").join(parts), self._texts(), _labels("up", "top", rows),
-            _labels("across", "left", self._column_labels()), escape_controls(self.column_title))
+            Markup("").join(parts), self._draw_texts(), _draw_labels("up", "top", rows),
+            _draw_labels("across", "left", self._list_column_labels()), escape_controls(self.column_title))
 
-    def _shade(self, value: float) -> int:
+    def _choose_shade(self, value: float) -> int:
         share = (value - self.low) / (self.high - self.low) if self.high > self.low else 1.0
         return round(SHADES * min(1.0, max(0.0, share)))
 
-    def _texts(self) -> Markup:
+    def _draw_texts(self) -> Markup:
         """Return the texts and notes of all cells as HTML."""
         spans = []
         for i, row in enumerate(self.values if self.shown or self.notes else ()):
             for j, value in enumerate(row):
                 text = self.shown[i][j] if self.shown else ""
                 note = self.notes[i][j] if self.notes else ""
-                tone = "strong" if self._shade(value if math.isfinite(value) else 0) > SHADES / 2 else "weak"
+                tone = "strong" if self._choose_shade(value if math.isfinite(value)
+                                                      else 0) > SHADES / 2 else "weak"
                 spans.append(Markup('<span class="{}" title="{}" style="left:{:.2f}%;top:{:.2f}%;width:{:.2f}'
                                     '%">{}</span>').format(
                     Markup(tone), escape_controls(note), 100 * j / len(self.columns),
                     100 * i / len(self.rows), 100 / len(self.columns), escape_controls(text)))
         return Markup('<div class="cells">{}</div>').format(Markup("").join(spans))
 
-    def _column_labels(self) -> list[tuple[float, str]]:
+    def _list_column_labels(self) -> list[tuple[float, str]]:
         every = -(-len(self.columns) // (2 * MAX_TICKS))
         return [((j + 0.5) / len(self.columns), escape_controls(name))
                 for j, name in enumerate(self.columns) if j % every == 0]
 
 
-def _shade_colour(shade: int) -> str:
+def _mix_colour(shade: int) -> str:
     return f"color-mix(in srgb, var(--heat1) {100 * shade / SHADES:.0f}%, var(--heat0))"

@@ -68,7 +68,7 @@ def load_plugin(reference: str) -> LoadedPlugin:
         raise UserError(f"{reference}: must have the form FILE.py:NAME or MODULE:NAME")
     if place.endswith(".py") or "/" in place:
         path = Path(os.path.abspath(place))
-        module, digest = _execute(path)
+        module, digest = _execute_file(path)
         loaded = LoadedPlugin(None, name, f"{path}:{name}",
                              {path.name: digest, **_hash_sibling_modules(path)})
     else:
@@ -86,8 +86,8 @@ def call_plugin(reference: str, action: Callable[[], Any]) -> Any:
     Raises:
         UserError: the function fails; names the line.
     """
-    file = _file_of(reference)
-    with report_plugin_errors(str(file or reference)), _importing_from(file.parent if file else None):
+    file = _get_reference_file(reference)
+    with report_plugin_errors(str(file or reference)), _allow_imports_from(file.parent if file else None):
         return action()
 
 
@@ -101,7 +101,7 @@ def hash_module_files(module: ModuleType) -> dict[str, str]:
     root = Path(sys.modules[top].__file__ or main).parent
     files = [m.__file__ for name, m in sorted(sys.modules.items())
              if name.partition(".")[0] == top and _has_file(m)]
-    return {os.path.relpath(file, root): _sha256(Path(file))
+    return {os.path.relpath(file, root): _hash_source(Path(file))
             for file in dict.fromkeys([main, *files]) if file}
 
 
@@ -109,7 +109,7 @@ _executed: dict[Path, tuple[str, ModuleType]] = {}
 """Executed files: path -> hash of the executed bytes, and their module."""
 
 
-def _execute(path: Path) -> tuple[ModuleType, str]:
+def _execute_file(path: Path) -> tuple[ModuleType, str]:
     """Execute a file unless it is unchanged since its last execution; return its module and the file's
     hash."""
     try:
@@ -128,7 +128,7 @@ def _execute(path: Path) -> tuple[ModuleType, str]:
     sys.modules[module.__name__] = module
     try:
         # not `importlib`: it may use an outdated .pyc, and the hash would belong to other code
-        with report_plugin_errors(str(path)), _importing_from(path.parent):
+        with report_plugin_errors(str(path)), _allow_imports_from(path.parent):
             exec(compile(source, str(path), "exec", dont_inherit=True), vars(module))
     except BaseException:
         del sys.modules[module.__name__]
@@ -149,7 +149,7 @@ def execute_files(files: Mapping[Path, str]) -> None:
         UserError: a file fails or has changed.
     """
     for path, digest in files.items():
-        if _execute(path)[1] != digest:
+        if _execute_file(path)[1] != digest:
             raise UserError(f"{path}: has changed since this command began; run it again")
 
 
@@ -182,7 +182,7 @@ def report_plugin_errors(where: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _importing_from(folder: Path | None) -> Iterator[None]:
+def _allow_imports_from(folder: Path | None) -> Iterator[None]:
     """Temporarily append a folder to the import path.
 
     Only temporarily: later optional imports of the framework must not search a user's folder.
@@ -199,7 +199,7 @@ def _importing_from(folder: Path | None) -> Iterator[None]:
         sys.path.remove(str(folder))
 
 
-def _file_of(reference: str) -> Path | None:
+def _get_reference_file(reference: str) -> Path | None:
     """Return the file of FILE.py:NAME; None for MODULE:NAME."""
     place = reference.rpartition(":")[0]
     return Path(os.path.abspath(place)) if place.endswith(".py") or "/" in place else None
@@ -219,7 +219,7 @@ def _hash_sibling_modules(path: Path) -> dict[str, str]:
             continue
         file = Path(str(module.__file__))
         if file != path and file not in _executed:
-            hashes[os.path.relpath(file, path.parent)] = _sha256(file)
+            hashes[os.path.relpath(file, path.parent)] = _hash_source(file)
     return hashes
 
 
@@ -235,7 +235,7 @@ def _has_file(module: Any) -> bool:
     return isinstance(getattr(module, "__file__", None), str)
 
 
-def _sha256(path: Path) -> str:
+def _hash_source(path: Path) -> str:
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as e:

@@ -199,7 +199,8 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
     nearness = {name: i for i in reversed(range(len(classes)))
                 for name in inspect.get_annotations(classes[i])}
     # the class's own options come before inherited ones; positional arguments keep their order
-    for option in sorted(_fields(cls), key=lambda item: -1 if item.is_positional else nearness[item.path[0]]):
+    for option in sorted(_iter_options(cls), key=lambda item: -1 if item.is_positional
+                         else nearness[item.path[0]]):
         heading = option.flag.group
         into = groups.get(heading) or groups.setdefault(heading, parser.add_argument_group(heading))
         shown = option.help + _format_default(option)
@@ -209,7 +210,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
                                        action="store_false" if option.default is True else "store_true")
         else:
             action = into.add_argument(*([] if option.is_positional else [option.key]), dest=option.dest,
-                                       help=shown, metavar=_metavar(option), **_arity(option))
+                                       help=shown, metavar=_choose_metavar(option), **_choose_arity(option))
             # choices for shell completion; `read_options` checks them
             action.choices = tuple(map(str, get_args(option.hint))) or None
         # `Parser._check_value` leaves values to `read_options`, which reports all mistakes at once
@@ -222,11 +223,11 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
 
 def _has_derived_dry_run(cls: Any) -> bool:
     """Return whether `--dry-run` derives from the options: the command writes and declares no `--dry-run`."""
-    fields = list(_fields(cls))
+    fields = list(_iter_options(cls))
     return any(option.is_written for option in fields) and not any(option.key == DRY_RUN for option in fields)
 
 
-def _arity(option: _Option) -> dict[str, Any]:
+def _choose_arity(option: _Option) -> dict[str, Any]:
     if option.is_positional:
         if option.repeats:
             return {"nargs": "+" if option.is_required else "*", "default": argparse.SUPPRESS}
@@ -238,7 +239,7 @@ def _arity(option: _Option) -> dict[str, Any]:
     return {"required": option.is_required, "default": argparse.SUPPRESS, **(many if option.repeats else {})}
 
 
-def _metavar(option: _Option) -> str:
+def _choose_metavar(option: _Option) -> str:
     if option.is_positional:
         return option.flag.value or option.flag.name
     if option.flag.value:
@@ -271,7 +272,7 @@ def read_options(cls: type[S], args: argparse.Namespace) -> S:
     raw: dict[str, Any] = {}
     problems: list[SettingsProblem] = []
     names: dict[str, str] = {}
-    for option in _fields(cls):
+    for option in _iter_options(cls):
         names[option.dest] = option.key
         # SUPPRESS: an option that was not typed has no attribute, so the class's default applies
         if not hasattr(args, option.dest):
@@ -312,7 +313,7 @@ def _end_dry_run(settings: Any, raw: Mapping[str, Any]) -> list[SettingsProblem]
     outputs: list[Path] = []
     changed: list[tuple[str, Any]] = []
     problems: list[SettingsProblem] = []
-    for option in _fields(type(settings)):
+    for option in _iter_options(type(settings)):
         value = settings
         for name in option.path:
             value = getattr(value, name)
@@ -324,7 +325,7 @@ def _end_dry_run(settings: Any, raw: Mapping[str, Any]) -> list[SettingsProblem]
             problems += [SettingsProblem(ProblemCode.FILE, option.dest, "does not exist", path,
                                          "check the path")
                          for path in paths if not path.exists()]
-        elif _is_in(raw, option.path):
+        elif _has_path(raw, option.path):
             changed.append((option.key, "" if option.hint is bool else value))
     if problems:
         return problems
@@ -332,7 +333,7 @@ def _end_dry_run(settings: Any, raw: Mapping[str, Any]) -> list[SettingsProblem]
                                 overwrite=bool(getattr(settings, "overwrite", False))))
 
 
-def _is_in(raw: Any, path: tuple[str, ...]) -> bool:
+def _has_path(raw: Any, path: tuple[str, ...]) -> bool:
     for name in path:
         if not isinstance(raw, dict) or name not in raw:
             return False
@@ -430,7 +431,7 @@ def _use_option_name(problem: SettingsProblem, names: Mapping[str, str]) -> Sett
                                other=names.get(other, problem.other))
 
 
-def _fields(cls: Any, above: tuple[str, ...] = ()) -> Iterator[_Option]:
+def _iter_options(cls: Any, above: tuple[str, ...] = ()) -> Iterator[_Option]:
     """Yield the options of a settings class and of its nested settings classes."""
     hints, docs = get_field_hints(cls), get_field_help(cls)
     for field in dataclasses.fields(cls):
@@ -443,11 +444,11 @@ def _fields(cls: Any, above: tuple[str, ...] = ()) -> Iterator[_Option]:
             # options show the nested class's own defaults; another factory's defaults would be lost silently
             if is_made and cast(Any, field.default_factory) is not hint:
                 raise TypeError(f"{cls.__name__}.{field.name}: the defaults are those of {hint}")
-            yield from _fields(hint, path)
+            yield from _iter_options(hint, path)
             continue
         yield _Option(path, flag, hint, repeats, field.default,
                      field.default is dataclasses.MISSING and not is_made,
-                     docs.get(field.name) or _as_help(flag.help))
+                     docs.get(field.name) or _format_help(flag.help))
 
 
 def _unwrap_hint(hint: Any) -> tuple[Flag, Any, bool]:
@@ -467,7 +468,7 @@ def _unwrap_hint(hint: Any) -> tuple[Flag, Any, bool]:
 
 
 @cache
-def _module_docs(module: str) -> dict[str, dict[str, str]]:
+def _parse_docstrings(module: str) -> dict[str, dict[str, str]]:
     """Return class -> field -> docstring under the field, parsed from a module's source."""
     # Python does not keep docstrings under fields at run time
     source = inspect.getsource(sys.modules[module])
@@ -489,15 +490,15 @@ def get_field_docstrings(cls: type) -> dict[str, str]:
     texts: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if dataclasses.is_dataclass(base):
-            texts |= _module_docs(base.__module__)[base.__name__]
+            texts |= _parse_docstrings(base.__module__)[base.__name__]
     return texts
 
 
 def get_field_help(cls: type) -> dict[str, str]:
     """Return field -> help text for argparse."""
-    return {name: _as_help(text) for name, text in get_field_docstrings(cls).items()}
+    return {name: _format_help(text) for name, text in get_field_docstrings(cls).items()}
 
 
-def _as_help(text: str) -> str:
+def _format_help(text: str) -> str:
     """Remove the full stop and escape "%" for argparse."""
     return text.removesuffix(".").replace("%", "%%")

@@ -112,7 +112,7 @@ def find_broken_rules(settings: Any, prefix: str, *rules: tuple[bool, str, str] 
         prefix: precedes the keys in the problems, e.g. "optim"; may be empty.
         rules: (holds, dotted key, rule) or (holds, dotted key, rule, fix).
     """
-    problems = [SettingsProblem(ProblemCode.RULE, key, rule, _value(settings, key), "".join(way_out))
+    problems = [SettingsProblem(ProblemCode.RULE, key, rule, _get_value(settings, key), "".join(way_out))
              for holds, key, rule, *way_out in rules if not holds]
     return [problem.with_prefix(prefix) for problem in problems] if prefix else problems
 
@@ -131,7 +131,7 @@ def use_option_names(problems: Sequence[SettingsProblem], **options: str) -> lis
             for problem in problems]
 
 
-def _value(settings: Any, key: str) -> Any:
+def _get_value(settings: Any, key: str) -> Any:
     for part in key.split("."):
         settings = settings[int(part)] if part.isdecimal() else getattr(settings, part)
     return settings
@@ -308,7 +308,7 @@ def choice_from(known: Callable[[], Collection[str]]) -> Bound:
     return Bound(find_breach)
 
 
-def _repeated(values: Collection[Any]) -> Violation | None:
+def _find_repeated(values: Collection[Any]) -> Violation | None:
     repeated = [value for value, count in Counter(values).items() if count > 1]
     return (ProblemCode.BOUND, f"has {format_setting(repeated[0])} twice",
             "name it once") if repeated else None
@@ -316,7 +316,7 @@ def _repeated(values: Collection[Any]) -> Violation | None:
 
 NotBlank = Annotated[str, Bound(lambda text: None if text.strip() else (ProblemCode.BOUND,
                                                                         "must not be empty", ""))]
-UNIQUE_ITEMS = Bound(_repeated)
+UNIQUE_ITEMS = Bound(_find_repeated)
 """Bound of a list: every item occurs once."""
 ASCENDING_PAIR = Bound(lambda pair: None if pair[0] <= pair[1] else (
     ProblemCode.BOUND, "must have the lower number first", ""))

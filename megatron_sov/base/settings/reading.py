@@ -71,11 +71,11 @@ def parse_settings(cls: type[S], raw: object, where: str, *,
         # only valid fields: rules compare values and rely on their types
         problems = find_rule_problems(settings)
     if problems:
-        raise SettingsError(where, [dataclasses.replace(p, line=_line(p.key, lines)) for p in problems])
+        raise SettingsError(where, [dataclasses.replace(p, line=_find_line(p.key, lines)) for p in problems])
     return cast(S, settings)
 
 
-def _line(key: str, lines: Mapping[tuple[str | int, ...], int] | None) -> int:
+def _find_line(key: str, lines: Mapping[tuple[str | int, ...], int] | None) -> int:
     """Return the line of a key, or the line of the nearest enclosing value."""
     place = split_key(key)
     while lines and place and place not in lines:
@@ -99,15 +99,15 @@ def try_parse_settings(cls: type[S], raw: object, instead: KeyHint = no_hint) ->
         return None, [SettingsProblem(ProblemCode.TYPE, "", "must be an object of settings", raw)]
     try:
         # strict JSON converts lists to tuples and text to paths, and nothing else
-        text = json.dumps(raw, default=_as_fields)
-        return _adapter(cast(Any, cls)).validate_json(text, strict=True, extra="forbid"), []
+        text = json.dumps(raw, default=_convert_dataclass)
+        return _get_adapter(cast(Any, cls)).validate_json(text, strict=True, extra="forbid"), []
     except ValidationError as e:
-        return None, _in_order(cls, explain_validation_error(cls, e, instead))
+        return None, _sort_by_field(cls, explain_validation_error(cls, e, instead))
     except (TypeError, ValueError, RecursionError) as e:
         return None, [SettingsProblem(ProblemCode.TYPE, "", f"holds a value that JSON does not have ({e})")]
 
 
-def _as_fields(value: Any) -> dict[str, Any]:
+def _convert_dataclass(value: Any) -> dict[str, Any]:
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         raise TypeError(f"{type(value).__name__}")
     return dataclasses.asdict(value)
@@ -128,7 +128,7 @@ def find_rule_problems(settings: Any) -> list[SettingsProblem]:
         return own
     # nested settings first: their problems may cause problems of the outer settings
     problems = [problem for field in dataclasses.fields(settings)
-             for problem in _rules_inside(field.name, getattr(settings, field.name, None))]
+             for problem in _find_inner_problems(field.name, getattr(settings, field.name, None))]
     try:
         hints = get_field_hints(cast(Any, type(settings)))
     except (NameError, TypeError):  # a user's class annotates a field with an unknown type
@@ -138,10 +138,10 @@ def find_rule_problems(settings: Any) -> list[SettingsProblem]:
             if isinstance(relation, Relation) and (problem := relation.find_problem(settings, name)):
                 problems.append(problem)
     problems += own
-    return _in_order(type(settings), [p for i, p in enumerate(problems) if p not in problems[:i]])
+    return _sort_by_field(type(settings), [p for i, p in enumerate(problems) if p not in problems[:i]])
 
 
-def _rules_inside(name: str, value: Any) -> list[SettingsProblem]:
+def _find_inner_problems(name: str, value: Any) -> list[SettingsProblem]:
     """Return violated rules of settings in a field's value, single or in a collection."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         # problems of an item in a collection get the item's index or key
@@ -152,7 +152,7 @@ def _rules_inside(name: str, value: Any) -> list[SettingsProblem]:
         items = value.items()
     elif isinstance(value, (tuple, list)):
         items = enumerate(value)
-    return [problem for key, item in items for problem in _rules_inside(f"{name}.{key}", item)]
+    return [problem for key, item in items for problem in _find_inner_problems(f"{name}.{key}", item)]
 
 
 def find_all_problems(settings: Any) -> list[SettingsProblem]:
@@ -160,7 +160,7 @@ def find_all_problems(settings: Any) -> list[SettingsProblem]:
     return find_declaration_problems(settings) or find_rule_problems(settings)
 
 
-def _declared_types(made: Any) -> dict[str, Any]:
+def _get_declared_types(made: Any) -> dict[str, Any]:
     """Return the types of a class's `__init__` or fields; empty if a type's name is unknown."""
     # try the fields too: a dataclass's `__init__` does not know names from its base class's module
     for declared in (vars(made).get("__init__", made), made):
@@ -187,12 +187,12 @@ def parse_arguments(made: Any, given: Mapping[str, Any], where: str, *, prefix: 
 
     accepted = {name: p for name, p in [*inspect.signature(made).parameters.items()][num_ours:]
              if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    hints = _declared_types(made)
+    hints = _get_declared_types(made)
     arguments: dict[str, Any] = {}
     problems = [unknown_key_problem(name, accepted) for name in given if name not in accepted]
     for name, parameter in accepted.items():
         if name not in given:
-            problems += [_missing(name)] if parameter.default is parameter.empty else []
+            problems += [_missing_problem(name)] if parameter.default is parameter.empty else []
             continue
         try:
             text = json.dumps(given[name])
@@ -217,7 +217,7 @@ def explain_validation_error(cls: Any, error: Any, instead: KeyHint = no_hint) -
         if item["type"] == "too_short" and any(
                 other["loc"] != path and other["loc"][:len(path)] == path for other in errors):
             continue
-        problem = _problem(cls, item, instead)
+        problem = _convert_error(cls, item, instead)
         earlier = problems.get(problem.key)
         if earlier is None:
             problems[problem.key] = problem
@@ -231,9 +231,9 @@ def explain_validation_error(cls: Any, error: Any, instead: KeyHint = no_hint) -
             if problem.code != ProblemCode.MISSING or f"did you mean '{problem.key}'?" not in hints]
 
 
-def _problem(cls: Any, error: Any, instead: KeyHint) -> SettingsProblem:
+def _convert_error(cls: Any, error: Any, instead: KeyHint) -> SettingsProblem:
     kind, ctx = error["type"], error.get("ctx", {})
-    place, hint = _place(cls, error["loc"])
+    place, hint = _locate_error(cls, error["loc"])
     key = ".".join(map(str, place))
     value = error.get("input", UNSET)
     # a key has no value of its own; never show secrets or the whole file
@@ -245,12 +245,13 @@ def _problem(cls: Any, error: Any, instead: KeyHint) -> SettingsProblem:
         fields = list_fields(cast(Any, hint)) if dataclasses.is_dataclass(hint) else ()
         return unknown_key_problem(key, fields, instead(key))
     if kind in _MISSING:
-        return _missing(key)
+        return _missing_problem(key)
     if kind in ("literal_error", "enum"):
-        known = [word for word in _choices(hint) if isinstance(word, str)]
-        close, meant = "", ""
+        known = [word for word in _list_choices(hint) if isinstance(word, str)]
+        close = ""
         if isinstance(value, str):
-            close = (was_removed(value) or _other_case(value, known) or _foreign(key, value)
+            close = (was_removed(value) or _suggest_lower_case(value, known)
+                     or _suggest_equivalent(key, value)
                      or suggest_name(value, known))
         return SettingsProblem(ProblemCode.CHOICE, key, f"must be {ctx.get('expected', 'another word')}",
                                value, close.removeprefix("; "), value_to_write=meant)
@@ -260,7 +261,7 @@ def _problem(cls: Any, error: Any, instead: KeyHint) -> SettingsProblem:
     if kind == "less_than" and ctx["lt"] == float("inf"):
         kind = "finite_number"
     if kind in _BOUNDS:
-        shown = {name: _number(number) for name, number in ctx.items()}
+        shown = {name: _format_number(number) for name, number in ctx.items()}
         return SettingsProblem(ProblemCode.BOUND, key, _BOUNDS[kind].format(**shown), value)
     for begin, rule in _TYPES.items():
         if kind.startswith(f"{begin}_"):
@@ -272,12 +273,12 @@ def _problem(cls: Any, error: Any, instead: KeyHint) -> SettingsProblem:
     return SettingsProblem(code, key, rule, value)
 
 
-def _other_case(value: str, known: Collection[str]) -> str:
+def _suggest_lower_case(value: str, known: Collection[str]) -> str:
     """Suggest the lower-case spelling if it is one of the choices."""
     return f"; write {value.lower()}" if value.lower() in known else ""
 
 
-def _foreign(key: str, value: str) -> str:
+def _suggest_equivalent(key: str, value: str) -> str:
     """Suggest our equivalent of another program's value: a value, a setting, a note or a command; "":
     unknown."""
     if equivalent := table()["values"].get(key, {}).get(value.lower()):
@@ -331,7 +332,7 @@ def _suggest_numbers(expected: str, text: str, key: str) -> list[str]:
     return []
 
 
-def _number(value: Any) -> str:
+def _format_number(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
@@ -352,17 +353,17 @@ def unknown_key_problem(key: str, known: Iterable[str], instead: str = "") -> Se
         f"there are {', '.join(names[:30])}" if names else "there are none"))
 
 
-def _missing(key: str) -> SettingsProblem:
+def _missing_problem(key: str) -> SettingsProblem:
     return SettingsProblem(ProblemCode.MISSING, key, "is missing", way_out="it has no default; set it")
 
 
-def _place(cls: Any, loc: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any]:
+def _locate_error(cls: Any, loc: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any]:
     """Return the path of a pydantic error without names of union members, and the type declared at this path.
 
     For an unknown key, the type is the enclosing class.
     """
     place: list[Any] = []
-    hint = _inside(cls)
+    hint = _strip_bounds(cls)
     # pydantic inserts names of union members between the keys; walking along the types distinguishes them
     for i, part in enumerate(loc):
         if dataclasses.is_dataclass(hint):
@@ -379,28 +380,28 @@ def _place(cls: Any, loc: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any]:
     return tuple(place), hint
 
 
-def _choices(hint: Any) -> tuple[Any, ...]:
+def _list_choices(hint: Any) -> tuple[Any, ...]:
     from typing import Literal
 
     if get_origin(hint) is Literal:
         return get_args(hint)
-    return tuple(choice for inner in get_args(hint) for choice in _choices(inner))
+    return tuple(choice for inner in get_args(hint) for choice in _list_choices(inner))
 
 
 def get_inner_hint(hint: Any, part: Any) -> Any:
     """Return the type of a field, an item or a value inside a type; None if unknown."""
     if dataclasses.is_dataclass(hint):
-        return _inside(get_field_hints(cast(Any, hint)).get(part))
+        return _strip_bounds(get_field_hints(cast(Any, hint)).get(part))
     args = get_args(hint)
     if get_origin(hint) is dict or get_origin(hint) is Mapping:
-        return _inside(args[1])
+        return _strip_bounds(args[1])
     if get_origin(hint) is tuple and len(args) > 1 and args[1] is not Ellipsis:
         at = int(part) if str(part).isdecimal() else 0
-        return _inside(args[at] if at < len(args) else None)
-    return _inside(args[0]) if args else None
+        return _strip_bounds(args[at] if at < len(args) else None)
+    return _strip_bounds(args[0]) if args else None
 
 
-def _inside(hint: Any) -> Any:
+def _strip_bounds(hint: Any) -> Any:
     """Remove bounds from a type; of a union, return the member that has fields or items."""
     from types import UnionType
     from typing import Union
@@ -408,7 +409,7 @@ def _inside(hint: Any) -> Any:
     if get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
     if get_origin(hint) in (Union, UnionType):
-        inner = (_inside(part) for part in get_args(hint))
+        inner = (_strip_bounds(part) for part in get_args(hint))
         return next((part for part in inner
                      if dataclasses.is_dataclass(part) or get_origin(part) in (tuple, list, dict)), hint)
     return hint
@@ -427,14 +428,14 @@ def list_fields(cls: Any) -> tuple[str, ...]:
 
 
 @cache
-def _adapter(cls: Any) -> Any:
+def _get_adapter(cls: Any) -> Any:
     """Return the pydantic adapter of a class (cached: building it takes longer than all checks of a run)."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(cls)
 
 
-def _in_order(cls: Any, problems: list[SettingsProblem]) -> list[SettingsProblem]:
+def _sort_by_field(cls: Any, problems: list[SettingsProblem]) -> list[SettingsProblem]:
     """Sort problems by field order, unknown keys last."""
     def position(problem: SettingsProblem) -> tuple[float, ...]:
         positions, hint = [], cls

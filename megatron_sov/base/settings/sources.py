@@ -61,7 +61,7 @@ def read_settings_file(cls: type[S], file: Path, where: str = "", *, rules: bool
         cls: a frozen dataclass.
         file: the file.
         where: beginning of error messages, e.g. "--cluster big.yaml"; "": the file's path.
-        rules: whether to check rules between settings, as in `read`.
+        rules: whether to check rules between settings, as in `parse_settings`.
 
     Raises:
         SettingsError: all problems with their lines.
@@ -71,7 +71,7 @@ def read_settings_file(cls: type[S], file: Path, where: str = "", *, rules: bool
 
 
 def parse_settings_yaml(cls: type[S], text: str, where: str, *, rules: bool = True) -> S:
-    """Parse settings from a YAML or JSON document; see `read_file`."""
+    """Parse settings from a YAML or JSON document; see `read_settings_file`."""
     located = parse_located_yaml(text)
     if located.problems:
         raise SettingsError(where, located.problems)
@@ -105,7 +105,7 @@ def _refuse_file(where: str, rule: str, way_out: str, line: int = 0) -> Settings
 
 
 @cache
-def _loader() -> Any:
+def _build_loader() -> Any:
     """Return PyYAML's safe loader extended by numbers such as 2e9 and 10.8e12, which are text in YAML 1.1."""
     import yaml  # not at the top: command-line parsers start without it
 
@@ -115,11 +115,11 @@ def _loader() -> Any:
     # YAML 1.1 requires a point and a sign in the exponent; users write 2e9
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
     Loader.add_implicit_resolver("tag:yaml.org,2002:int", WHOLE, list("-+0"))
-    Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+    Loader.add_constructor("tag:yaml.org,2002:int", _parse_integer)
     return Loader
 
 
-def _whole_number(loader: Any, node: Any) -> int | str:
+def _parse_integer(loader: Any, node: Any) -> int | str:
     """Parse an integer as decimal: YAML 1.1 reads 010 as 8 and 1:30 as 90."""
     text = loader.construct_scalar(node).replace("_", "").lower()
     return node.value if ":" in text else int(text, BASES.get(text.lstrip("-+")[:2], 10))
@@ -129,7 +129,7 @@ def parse_located_yaml(text: str) -> LocatedDocument:
     """Parse a YAML or JSON document to plain values; tags that create objects are problems."""
     repeated_keys: list[str] = []
 
-    def as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         mapping = dict(pairs)
         counts = Counter(key for key, _ in pairs)
         repeated_keys.extend(key for key, count in counts.items() if count > 1)
@@ -139,7 +139,7 @@ def parse_located_yaml(text: str) -> LocatedDocument:
     if text.lstrip().startswith(("{", "[")):
         # the JSON parser: YAML differs in tabs, surrogate pairs and limits
         with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(text, parse_float=_number, object_pairs_hook=as_object)
+            value = json.loads(text, parse_float=_parse_number, object_pairs_hook=build_object)
     if value is UNSET:
         return _read_yaml(text)
     # the YAML parser provides the lines; it rejects tabs and misreads surrogate pairs such as \ud83d\ude00
@@ -151,7 +151,7 @@ def parse_located_yaml(text: str) -> LocatedDocument:
     return located
 
 
-def _number(text: str) -> float:
+def _parse_number(text: str) -> float:
     """Parse a float; with an exponent, whole values become integers (users write token counts as 2e9)."""
     value = float(text)
     return int(value) if EXPONENT.match(text) and value.is_integer() else value
@@ -162,12 +162,12 @@ def _read_yaml(text: str) -> LocatedDocument:
 
     located = LocatedDocument()
     # an empty loader for `dispose` below, if the constructor fails on the text
-    loader = _loader()("")
+    loader = _build_loader()("")
     try:
-        loader = _loader()(text)
+        loader = _build_loader()(text)
         node = loader.get_single_node()
         if node is not None:
-            located.value = _Reading(loader, located).convert(node, (), 0)
+            located.value = _NodeConverter(loader, located).convert(node, (), 0)
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
         message = e.problem or e.context or ""
@@ -186,7 +186,7 @@ def _read_yaml(text: str) -> LocatedDocument:
     return located
 
 
-class _Reading:
+class _NodeConverter:
     """Converts a document's nodes to plain values, expanding aliases at each use."""
 
     def __init__(self, loader: Any, found: LocatedDocument) -> None:
@@ -203,12 +203,12 @@ class _Reading:
             if depth > MAX_DEPTH:
                 limit = f"it is nested more than {MAX_DEPTH} deep"
             raise yaml.MarkedYAMLError(problem=limit, problem_mark=node.start_mark)
-        # `_mapping` replaces this line with the line of the key
+        # `_convert_mapping` replaces this line with the line of the key
         self.found.lines.setdefault(place, line)
         if isinstance(node, yaml.SequenceNode):
             return [self.convert(child, (*place, i), depth + 1) for i, child in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode):
-            return self._mapping(node, place, depth)
+            return self._convert_mapping(node, place, depth)
         try:
             value = self.loader.construct_object(node)
         except (yaml.YAMLError, ValueError, OverflowError, LookupError, AttributeError, TypeError):
@@ -217,11 +217,11 @@ class _Reading:
                          "write text, numbers, true or false")
             return None
         if isinstance(value, float) and EXPONENT.match(node.value):
-            return _number(node.value)
+            return _parse_number(node.value)
         # dates and similar values stay text
         return value if value is None or isinstance(value, (str, int, float, bool)) else node.value
 
-    def _mapping(self, node: Any, place: Place, depth: int) -> dict[str, Any]:
+    def _convert_mapping(self, node: Any, place: Place, depth: int) -> dict[str, Any]:
         import yaml
 
         mapping: dict[str, Any] = {}
@@ -251,8 +251,8 @@ class _Reading:
         self.found.problems.append(SettingsProblem(ProblemCode.TYPE, key, rule, way_out=way_out, line=line))
 
 
-_WORDS = {"True": True, "False": False, "None": None}
-_MAX_WHOLE = 1e19
+_PYTHON_WORDS = {"True": True, "False": False, "None": None}
+_MAX_INTEGER = 1e19
 
 
 def parse_changes(given: Iterable[str], option: str = "--set") -> dict[str, Any]:
@@ -296,9 +296,9 @@ def parse_value(text: str) -> Any:
     except (ValueError, RecursionError):
         if text.startswith(("{", "[", '"')):
             raise
-        return _WORDS.get(text, text)
+        return _PYTHON_WORDS.get(text, text)
     # users write token counts as 1e9
-    is_integer = isinstance(value, float) and value.is_integer() and abs(value) < _MAX_WHOLE
+    is_integer = isinstance(value, float) and value.is_integer() and abs(value) < _MAX_INTEGER
     return int(value) if is_integer else value
 
 
@@ -347,14 +347,14 @@ def assign_values(settings: Any, given: Mapping[str, Any], option: str, instead:
         SettingsError: lists all unknown keys.
     """
     raw = to_plain_values(settings)
-    results = [_assign(type(settings), raw, key, value, instead) for key, value in given.items()]
+    results = [_assign_value(type(settings), raw, key, value, instead) for key, value in given.items()]
     problems = [problem for problem in results if problem]
     if problems:
         raise SettingsError(option, problems)
     return raw
 
 
-def _assign(cls: Any, raw: Any, key: str, value: Any, instead: KeyHint) -> SettingsProblem | None:
+def _assign_value(cls: Any, raw: Any, key: str, value: Any, instead: KeyHint) -> SettingsProblem | None:
     """Assign one value inside plain settings `raw` of class `cls`; return the problem of its key, if any."""
     parts, node, hint = key.split("."), raw, cls
     for depth, part in enumerate(parts):

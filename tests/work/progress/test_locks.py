@@ -62,8 +62,8 @@ def test_folder_removed_before_opening_is_not_locked(
 
 def test_folder_lock_ends_with_process(tmp_path: Path) -> None:
     program = """import os, sys
-from megatron_sov.base.artifacts import holds
-print(holds(os.open(sys.argv[1], os.O_RDONLY)), flush=True)
+from megatron_sov.base.artifacts import try_lock
+print(try_lock(os.open(sys.argv[1], os.O_RDONLY)), flush=True)
 sys.stdin.read()
 """
     with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], text=True, stdin=subprocess.PIPE,
