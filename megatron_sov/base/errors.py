@@ -215,6 +215,10 @@ def download(path: str | os.PathLike[str], is_bare: bool = False) -> str:
             f"{name}` where there is a network, and pass {name}")
 
 
+MIN_MISSPELT = 3
+"""Letters of a name that may be a misspelt one."""
+
+
 def fix_missing(path: str | os.PathLike[str], *, is_bare: bool = False, is_data: bool = False) -> Fix | None:
     """Return the fix for a path that does not exist: a folder or file next to it with nearly the same name,
     else the download of what the path names on the Hugging Face hub; None: neither.
@@ -226,7 +230,8 @@ def fix_missing(path: str | os.PathLike[str], *, is_bare: bool = False, is_data:
     """
     text = os.fspath(path)
     folder, name = os.path.split(text)
-    names = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+    is_long = len(name) >= MIN_MISSPELT
+    names = os.listdir(folder or ".") if is_long and os.path.isdir(folder or ".") else []
     if close := find_misspelt(name, (one for one in names if one != name and not one.startswith("."))):
         return Fix(words={text: os.path.join(folder, close.split("'")[1])})
     hint = download_dataset(text) if is_data else download(text, is_bare)

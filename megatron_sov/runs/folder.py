@@ -1,10 +1,11 @@
-"""The folder of a training run: paths, settings, completion state, recorded command, and checks
-before a start."""
+"""The folder of a training run: paths, settings, completion state, recorded command, and checks before a
+start."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import shlex
@@ -13,59 +14,60 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.artifacts import MANIFEST, atomic_write, disk_errors, to_json
-from megatron_sov.base.errors import UserError, fix_missing
+from megatron_sov.base.errors import Fix, UserError, fix_missing
 from megatron_sov.base.outputs import refuse_unwritable
 from megatron_sov.model.config import OptimConfig, RolloutConfig, RunConfig, from_dict
 from megatron_sov.model.config.post_training import BETAS
 from megatron_sov.model.families.adapters import adapter_identity
-from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, refuse_no_run
-from megatron_sov.runs.launch_environment import is_first, num_ranks, typed_command, under_launcher
-from megatron_sov.runs.lock import LOCK, living_holder
+from megatron_sov.runs.checkpoints import CHECKPOINTS_FOLDER, check_run_folder
+from megatron_sov.runs.launch_environment import has_launcher, is_first_rank, num_ranks, typed_command
+from megatron_sov.runs.lock import LOCK, find_living_holder
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 
 CONFIG, COMPLETION, FAILURE, STAGES, JOBS = ("config.json", "complete.json", "gate_failed.json",
                                              "stages", "slurm")
 COMMAND = "command.json"
-"""File with the command line of the last start, for `megatron-sov resume`."""
-CHANGED = "settings"
-"""Event: the run continues with other settings or another command."""
-WATCHED = ("obs", "evaluate")
+"""File with the last start's command line, for `megatron-sov resume`."""
+SETTINGS_CHANGED = "settings"
+"""Event: settings or command differ from the previous start."""
+MONITORING_GROUPS = ("obs", "evaluate")
 """Settings groups for monitoring; they do not affect training."""
 ATTEMPTS, SUBMISSIONS = "attempts.jsonl", "jobs.jsonl"
 """Files in a folder of Slurm jobs: attempts with their exit states, and submissions."""
-HELD = "awaiting_gate.json"
-"""Completion manifest of a stage whose final gate has not finished."""
+AWAITING_GATE = "awaiting_gate.json"
+"""Completion manifest for a stage with an unfinished final gate."""
 GATE = "gate"
-"""Results of a forgetting gate; written before the run's config.json."""
+"""Forgetting gate results; written before the run's config.json."""
 DATA, TOKENIZER = "data", "tokenizer"
 """Token shards packed from the text files of --data, and their tokenizer."""
 ROUNDS = "rounds"
-"""Training documents of each round of `megatron-sov rl train`."""
+"""Training documents per round (`megatron-sov rl train`)."""
 FAULTS = "faults"
 """One file per injected fault; may exist before the run's config.json."""
 REFERENCE = "reference"
 """Reference log-probabilities; remain if a run is refused before its first step."""
 AVERAGE = "average"
-"""Average of the newest checkpoints of a complete run."""
+"""Average over a complete run's newest checkpoints."""
 VALIDATION = "validation"
 """Rollout store with responses to held-out prompts (`megatron-sov rl run --validation`)."""
 EXPORTS, EVALUATIONS = "exports", "evaluations"
 """Hugging Face exports during training, and their evaluation results."""
-OPTIM = tuple(f.name for f in dataclasses.fields(OptimConfig) if f.name != "rewarm")
-ROLLOUT = tuple(f.name for f in dataclasses.fields(RolloutConfig)
+FIXED_OPTIM_SETTINGS = tuple(f.name for f in dataclasses.fields(OptimConfig) if f.name != "rewarm")
+FIXED_ROLLOUT_SETTINGS = tuple(f.name for f in dataclasses.fields(RolloutConfig)
                 if f.name not in ("rounds", "max_staleness", "deadline_s", "lease_s", "keep_rounds")
                 # validation settings do not change training
                 and not f.name.startswith(VALIDATION))
-FIXED: dict[str, tuple[str, ...] | None] = {"model": None, "objective": None, "optim": OPTIM,
+FIXED_SETTINGS: dict[str, tuple[str, ...] | None] = {"model": None, "objective": None,
+                                                     "optim": FIXED_OPTIM_SETTINGS,
                                             "train": ("seed", "precision", "hidden_dropout"),
                                              "data": ("packing", "over_long"), "lora": None,
                                              "preference": None, "distillation": None, "policy": None,
-                                             "rollout": ROLLOUT}
-"""Settings group -> settings that a resumed run must not change (None: all)."""
-MOST_SETTINGS = 8
-"""Maximum number of settings that an error message lists as --set options."""
-LONGEST_VALUES = 160
-"""Maximum total length of the old and new value in an event, in characters."""
+                                             "rollout": FIXED_ROLLOUT_SETTINGS}
+"""Settings group -> settings fixed on resume; None fixes the whole group."""
+MAX_LISTED_SETTINGS = 8
+"""Maximum --set options in an error message."""
+MAX_LISTED_CHARS = 160
+"""Maximum length in characters for old plus new value in an event."""
 
 class RunFolder:
     """Paths and state files in `RUN/`."""
@@ -75,36 +77,34 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / CHECKPOINTS_OF_A_RUN
+        return self.path / CHECKPOINTS_FOLDER
 
     def checkpoint(self, step: int) -> Path:
-        """Return the folder of `step-N`."""
         return self.checkpoints / f"step-{step}"
 
     def completion(self) -> dict[str, Any] | None:
-        """Read `complete.json` of a finished stage, or return None."""
+        """Read a finished stage's `complete.json`, or return None."""
         file = self.path / COMPLETION
         if not file.is_file():
             return None
-        return _declared(file)
+        return _read_completion(file)
 
     def complete(self, content: dict[str, Any]) -> None:
         atomic_write(self.path / COMPLETION, to_json(content))
 
-    def hold(self, content: dict[str, Any]) -> None:
-        """Write `awaiting_gate.json`, the content for `complete` after the last checkpoint
-        passes its gate."""
-        atomic_write(self.path / HELD, to_json(content))
+    def mark_awaiting_gate(self, content: dict[str, Any]) -> None:
+        """Write `awaiting_gate.json`, the content for `complete` after the last checkpoint passes its
+        gate."""
+        atomic_write(self.path / AWAITING_GATE, to_json(content))
 
     def held(self) -> dict[str, Any] | None:
-        file = self.path / HELD
-        return _declared(file) if file.is_file() else None
+        file = self.path / AWAITING_GATE
+        return _read_completion(file) if file.is_file() else None
 
     def release(self) -> None:
-        (self.path / HELD).unlink(missing_ok=True)
+        (self.path / AWAITING_GATE).unlink(missing_ok=True)
 
-    def fail(self, failure: str) -> None:
-        """Write `gate_failed.json`."""
+    def mark_gate_failed(self, failure: str) -> None:
         atomic_write(self.path / FAILURE, to_json({"failure": failure}))
 
     def failure(self) -> str | None:
@@ -112,10 +112,10 @@ class RunFolder:
         file = self.path / FAILURE
         return str(json.loads(file.read_text(encoding="utf-8"))["failure"]) if file.is_file() else None
 
-    def forget_failure(self) -> None:
+    def clear_gate_failure(self) -> None:
         """Delete `gate_failed.json` and `awaiting_gate.json` before training continues."""
-        if is_first():
-            # Only rank 0: other ranks might delete files that rank 0 has written since.
+        if is_first_rank():
+            # Only rank 0: a later rank might delete new files of rank 0.
             (self.path / FAILURE).unlink(missing_ok=True)
             self.release()
 
@@ -135,26 +135,26 @@ class RunFolder:
                             "restore it or choose another --run") from None
 
     def enter(self, config: RunConfig, resume: bool) -> None:
-        """Check that training with `config` may start in this folder, without changing files.
+        """Check whether training with `config` may start in the folder; changes no files.
 
         Raises:
-            UserError: the folder contains another artifact, an unexpected run, a run with
-                other fixed settings, or a complete run with fewer steps.
+            UserError: the folder contains another artifact, an unexpected run, a run with other fixed
+                settings, or a complete run with fewer steps.
         """
-        earlier = self.refuse_taken(resume)
+        earlier = self.check_available(resume)
         if earlier is None:
             if resume:
                 self._refuse_misspelt()
             return
         # Code first: a changed recipe file explains changed settings, not the reverse.
-        refuse_changed_code(self.path, earlier, config)
+        check_code_unchanged(self.path, earlier, config)
         # Only settings that change the mathematics are fixed; layout, lengths and intervals may change.
-        changed = _changed(_comparable(earlier), _comparable(config))
+        changed = _changed_fixed_settings(_comparable_settings(earlier), _comparable_settings(config))
         if changed:
             descriptions = [f"{name} = {old}, now it is {new}" for name, old, new in changed]
             arguments = [shlex.quote(f"{name}={old if isinstance(old, str) else json.dumps(old)}")
                          for name, old, _ in changed]
-            if len(arguments) <= MOST_SETTINGS:
+            if len(arguments) <= MAX_LISTED_SETTINGS:
                 options = " ".join(f"--set {argument}" for argument in arguments)
             else:
                 options = f"--config {shlex.quote(str(self.path / CONFIG))} in the recipe's place"
@@ -167,10 +167,15 @@ class RunFolder:
             raise UserError(f"{self.path}: is complete at step {completion['step']}, and train.steps = "
                             f"{config.num_steps()} asks for more; start a new --run --from it")
 
+    def _next_free(self) -> Path:
+        """Return the first of RUN-2, RUN-3, ... that does not exist."""
+        return next(path for n in itertools.count(2)
+                    if not (path := self.path.with_name(f"{self.path.name}-{n}")).exists())
+
     def _refuse_misspelt(self) -> None:
         """Refuse --resume of a folder that holds no run, next to a run with nearly the same name.  Jobs pass
         --resume at their first start, too."""
-        if under_launcher() or "SLURM_JOB_ID" in os.environ:
+        if has_launcher() or "SLURM_JOB_ID" in os.environ:
             return
         fix = fix_missing(self.path)
         other = Path(fix.words[str(self.path)]) if fix and not fix.before else None
@@ -178,7 +183,7 @@ class RunFolder:
             raise UserError(f"--run {self.path}: holds no run to resume; {other} does (without --resume a "
                             "new run begins)", fix)
 
-    def refuse_taken(self, resume: bool) -> RunConfig | None:
+    def check_available(self, resume: bool) -> RunConfig | None:
         """Return the settings of the run in the folder, or None if the folder is free.
 
         Raises:
@@ -188,7 +193,7 @@ class RunFolder:
         nearest = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
         if not nearest.is_dir():
             raise UserError(f"{nearest}: is a file; --run needs a folder")
-        if is_first():  # one rank is enough
+        if is_first_rank():  # one rank is enough
             refuse_unwritable(nearest, f"--run {self.path}")
         earlier = self.config()
         if earlier is None:
@@ -203,11 +208,11 @@ class RunFolder:
             return None
         if not resume:
             raise UserError(f"{self.path}: already holds a run of {earlier.recipe}; "
-                            "pass --resume to continue it, or choose another --run")
+                            "pass --resume to continue it, or choose another --run",
+                            Fix(options=("--run", str(self._next_free()))))
         return earlier
 
-    def has_begun(self) -> bool:
-        """Return whether the folder contains a run or the stages of a run."""
+    def has_started(self) -> bool:
         return any((self.path / name).exists() for name in (CONFIG, STAGES))
 
     def create(self) -> None:
@@ -215,22 +220,22 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
 
     def declare(self, config: RunConfig, step: int = 0) -> None:
-        """Write the resolved `config.json`, which marks the folder as a run.
+        """Write the resolved `config.json`; from then on the folder is a run.
 
         Args:
             config: the run's settings.
             step: optimizer steps before this start.
         """
-        self._tell_change(config, step)
+        self._record_settings_change(config, step)
         # Write config.json before creating checkpoints/: after a kill in between, --resume still works.
         atomic_write(self.path / CONFIG, to_json(config.to_dict()))
         record_command(self.path)
         with disk_errors(self.path):
             self.checkpoints.mkdir(exist_ok=True)
 
-    def _tell_change(self, config: RunConfig, step: int) -> None:
-        """Record the previous settings and command as an event, because both files are about
-        to be replaced."""
+    def _record_settings_change(self, config: RunConfig, step: int) -> None:
+        """Record the previous settings and command as an event, because both files are about to be
+        replaced."""
         before = self.config()
         if before is None or not (self.path / EVENTS).is_file():
             return
@@ -238,17 +243,18 @@ class RunFolder:
         command_file, words, earlier = self.path / COMMAND, typed_command(), None
         if words is not None and command_file.is_file():
             recorded = command_file.read_text(encoding="utf-8")
-            earlier = json.loads(recorded) if recorded != _command_now(words) else None
+            earlier = json.loads(recorded) if recorded != _format_command(words) else None
         if changes or earlier is not None:
-            text = {"text": "; ".join(tell_changes(changes))} if changes else {}
-            RunEvents(self.path).add(CHANGED, step=step, was=changes, command=earlier, **text)
+            text = {"text": "; ".join(describe_changes(changes))} if changes else {}
+            RunEvents(self.path).add(SETTINGS_CHANGED, step=step, was=changes, command=earlier, **text)
 
     def remove_unstarted(self) -> None:
-        """Delete the files of a run that was refused before its first step."""
+        """After a refused start, delete the run's files if no step was trained."""
         events = self.path / EVENTS
-        # Each condition means that another process uses the folder, or that it contains results.
-        if living_holder(self.path) or self.completion() is not None or any(self.checkpoints.glob("*")) or (
-                events.is_file() and any(event.get("step", 0) for event in read_events(events))):
+        # A used folder has a living holder or contains results.
+        has_steps = events.is_file() and any(event.get("step", 0) for event in read_events(events))
+        is_used = has_steps or self.completion() is not None or any(self.checkpoints.glob("*"))
+        if is_used or find_living_holder(self.path):
             return
         with contextlib.suppress(OSError):
             for file in (events, self.path / CONFIG, self.path / COMMAND):
@@ -258,7 +264,6 @@ class RunFolder:
             self.path.rmdir()
 
     def remove_if_empty(self) -> None:
-        """Delete the folder if it contains no files."""
         with contextlib.suppress(OSError):
             self.path.rmdir()
 
@@ -267,31 +272,27 @@ def record_command(run: Path) -> None:
     """Write `command.json` if a command line started this process."""
     if (words := typed_command()) is not None:
         # ASCII escapes: arguments may contain bytes outside UTF-8.
-        atomic_write(run / COMMAND, _command_now(words))
+        atomic_write(run / COMMAND, _format_command(words))
 
 
-def _command_now(words: Sequence[str]) -> str:
+def _format_command(words: Sequence[str]) -> str:
     return json.dumps({"words": words, "folder": os.getcwd(), "processes": num_ranks(None)}, indent=1) + "\n"
 
 
 @dataclasses.dataclass(frozen=True)
 class TypedCommand:
-    """Content of `command.json`."""
-
     words: tuple[str, ...]
     """Arguments after `megatron-sov`."""
     folder: Path
-    """Working directory of the command."""
     processes: int
-    """Number of ranks."""
 
     @staticmethod
-    def of(raw: Mapping[str, Any]) -> TypedCommand:
+    def from_dict(raw: Mapping[str, Any]) -> TypedCommand:
         return TypedCommand(tuple(map(str, raw["words"])), Path(raw["folder"]), int(raw["processes"]))
 
 
 def read_command(run: Path) -> TypedCommand:
-    """Read `command.json` of a run, or of its latest stage.
+    """Read a run's `command.json`, or the latest stage's.
 
     Raises:
         UserError: no run, a run started from Python or by an earlier version, or a damaged file.
@@ -302,17 +303,17 @@ def read_command(run: Path) -> TypedCommand:
             if not run.exists():
                 raise UserError(f"{run}: does not exist; pass the folder of a training command's --run "
                                 "(`megatron-sov status FOLDER` lists the runs in a folder)")
-            refuse_no_run(run)
+            check_run_folder(run)
         raise UserError(f"{run}: has no {COMMAND}: no command line of this version began it; type the whole "
                         "command again with --resume")
     try:
-        return TypedCommand.of(json.loads(files[-1].read_text(encoding="utf-8")))
+        return TypedCommand.from_dict(json.loads(files[-1].read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
         raise UserError(f"{files[-1]}: is damaged ({str(e)[:200]}); type the whole command again with "
                         "--resume") from None
 
 
-def refuse_changed_code(run: Path, before: RunConfig, now: RunConfig) -> None:
+def check_code_unchanged(run: Path, before: RunConfig, now: RunConfig) -> None:
     """Check that user code (recipes, rewards, objectives) still has the hashes of the run's start.
 
     Raises:
@@ -336,7 +337,7 @@ def refuse_changed_code(run: Path, before: RunConfig, now: RunConfig) -> None:
                                 "--run --from its checkpoint")
 
 
-def _declared(file: Path) -> dict[str, Any]:
+def _read_completion(file: Path) -> dict[str, Any]:
     """Read a completion manifest and check its `step` and `gate`.
 
     Raises:
@@ -352,9 +353,9 @@ def _declared(file: Path) -> dict[str, Any]:
     return manifest
 
 
-def _comparable(config: RunConfig) -> dict[str, Any]:
-    """Return settings in comparable form: equal adapters have equal entries, and unused new
-    defaults are removed."""
+def _comparable_settings(config: RunConfig) -> dict[str, Any]:
+    """Return settings in comparable form: equal adapters have equal entries, and unused new defaults are
+    removed."""
     # `all-linear` equals the list of modules it expands to.
     settings = config.to_dict() | {"lora": adapter_identity(config.lora, config.model)}
     has_beta = config.preference.method in BETAS
@@ -367,15 +368,15 @@ def _comparable(config: RunConfig) -> dict[str, Any]:
 
 def fixed_settings(config: RunConfig) -> dict[str, Any]:
     """Return settings that change the trained weights and therefore stay fixed on resume."""
-    settings = _comparable(config)
+    settings = _comparable_settings(config)
     return {f"{part}.{name}": settings[part][name]
-            for part, names in FIXED.items() for name in names or settings[part]}
+            for part, names in FIXED_SETTINGS.items() for name in names or settings[part]}
 
 
-def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Return name, old and new value for each changed setting in `FIXED`."""
+def _changed_fixed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Return name, old and new value for each changed setting in `FIXED_SETTINGS`."""
     changes = []
-    for part, names in FIXED.items():
+    for part, names in FIXED_SETTINGS.items():
         for name in names or before[part]:
             old = before[part][name]
             new = now[part].get(name, old)
@@ -385,11 +386,11 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any
 
 
 def changed_settings(before: RunConfig, now: RunConfig) -> dict[str, list[Any]]:
-    """Return setting name -> [old, new] for each difference outside the `WATCHED` groups."""
+    """Return setting name -> [old, new] for each difference outside the `MONITORING_GROUPS` groups."""
     old_groups, new_groups = before.to_dict(), now.to_dict()
     changes: dict[str, list[Any]] = {}
     for part, value in old_groups.items():
-        if part in WATCHED:
+        if part in MONITORING_GROUPS:
             continue
         if isinstance(value, dict):
             pairs = {f"{part}.{key}": [old, new_groups[part][key]] for key, old in value.items()}
@@ -399,14 +400,13 @@ def changed_settings(before: RunConfig, now: RunConfig) -> dict[str, list[Any]]:
     return changes
 
 
-def tell_changes(changes: Mapping[str, Sequence[Any]]) -> list[str]:
-    """Format each change from `changed_settings` as a sentence."""
-    return [f"{name} was {old}, is {new}" if len(f"{old}{new}") <= LONGEST_VALUES else
+def describe_changes(changes: Mapping[str, Sequence[Any]]) -> list[str]:
+    return [f"{name} was {old}, is {new}" if len(f"{old}{new}") <= MAX_LISTED_CHARS else
             f"{name} has changed" for name, (old, new) in changes.items()]
 
 
 class RunEvents:
-    """Appends events to an existing run's `events.jsonl`; with `run=None` it drops them."""
+    """Event log for an existing run; with `run=None`, `add` does nothing."""
 
     def __init__(self, run: Path | None) -> None:
         """Check that the folder contains a run.
@@ -431,21 +431,21 @@ class RunEvents:
         log.close()
 
 
-def submitted_jobs(records: Path) -> list[str]:
+def list_submitted_jobs(records: Path) -> list[str]:
     """Return the Slurm job numbers in `jobs.jsonl`, in submission order."""
     return [str(r["job"]) for r in read_events(records / SUBMISSIONS) if r["event"] == "submitted"]
 
 
-def last_words(records: Path, number: str) -> str:
-    """Return the last line in the logs of a Slurm job ("" without logs), for jobs that
-    recorded no attempt."""
+def read_last_log_line(records: Path, number: str) -> str:
+    """Return the last line in the logs of a Slurm job ("" without logs), for jobs that recorded no
+    attempt."""
     logs = [file for pattern in (f"{number}.log", f"{number}_*.log")
             for file in sorted(records.glob(pattern))]
-    text = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in logs).strip()
-    return text.splitlines()[-1].strip().removeprefix("job: ") if text else ""
+    shown = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in logs).strip()
+    return shown.splitlines()[-1].strip().removeprefix("job: ") if shown else ""
 
 
-def resumed_settings(run: Path) -> RunConfig | None:
-    """Return the settings of a run or of its first stage, or None."""
+def read_started_settings(run: Path) -> RunConfig | None:
+    """Return the settings from a run or its first stage, or None."""
     folders = (run, *sorted((run / STAGES).glob("*")))
     return next((config for folder in folders if (config := RunFolder(folder).config())), None)

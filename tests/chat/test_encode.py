@@ -58,8 +58,8 @@ def learned(tokenizer: PreTrainedTokenizerFast, template: str,
 
 @pytest.mark.parametrize("template", [PLAIN, CHATML], ids=["plain", "chatml"])
 @pytest.mark.parametrize("content", ["hello", "  hello \n", "\nhello", "", "hello\n\n", "안녕"])
-def test_a_prompt_has_the_ids_that_a_model_is_asked_with(tokenizer: PreTrainedTokenizerFast, template: str,
-                                                         content: str) -> None:
+def test_prompt_ids_equal_inference_ids(tokenizer: PreTrainedTokenizerFast, template: str,
+                                        content: str) -> None:
     ours = encoder(tokenizer, template).encode(Conversation.of(("user", content)), awaits_response=True)
     theirs = asked(tokenizer, template, ("user", content))
     assert ours.ids == theirs
@@ -69,7 +69,7 @@ def test_a_prompt_has_the_ids_that_a_model_is_asked_with(tokenizer: PreTrainedTo
 
 @pytest.mark.parametrize(("template", "response", "fits"), [
     (PLAIN, "hello", False), (CHATML, "hello", True), (CHATML, "\n\nhello", False), (SPACED, "hello", True)])
-def test_a_later_turn_is_trained_behind_what_a_model_is_asked_with(
+def test_later_turn_follows_inference_prompt(
         tokenizer: PreTrainedTokenizerFast, template: str, response: str, fits: bool) -> None:
     """Where the whole text would join a response with what stands before it, the chat is refused."""
     turns = (("user", "hello"), ("assistant", response), ("user", "there"))
@@ -82,7 +82,7 @@ def test_a_later_turn_is_trained_behind_what_a_model_is_asked_with(
     assert ours.ids[:len(theirs)] == theirs
 
 
-def test_the_end_of_a_turn_is_learned(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_end_of_turn_is_learned(tokenizer: PreTrainedTokenizerFast) -> None:
     turns = (("user", "hi"), ("assistant", "hello"), ("user", "yo"), ("assistant", "there"))
     assert learned(tokenizer, CHATML, *turns) == ("hello[EOS]there[EOS]", False)
     assert learned(tokenizer, SPACED, *turns) == ("hello [EOS]there [EOS]", False)
@@ -91,13 +91,13 @@ def test_the_end_of_a_turn_is_learned(tokenizer: PreTrainedTokenizerFast) -> Non
     assert learned(tokenizer, CHATML, *turns[:3]) == ("hello[EOS]", False)
 
 
-def test_special_tokens_in_contents_are_text(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_special_tokens_in_contents_are_ordinary_text(tokenizer: PreTrainedTokenizerFast) -> None:
     chat = encoder(tokenizer, CHATML).encode(Conversation.of(("user", "[EOS]"), ("assistant", "a[BOS]b")))
     assert chat.ids.count(1) == chat.ids.count(2) == 2
     assert tokenizer.decode(chat.ids) == "[BOS]user\n[EOS][EOS]\n[BOS]assistant\na[BOS]b[EOS]\n"
 
 
-def test_turns_end_with_these_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_end_tokens_of_turns(tokenizer: PreTrainedTokenizerFast) -> None:
     assert encoder(tokenizer, CHATML).end_ids() == encoder(tokenizer, SPACED).end_ids() == (2,)
     assert encoder(tokenizer, PLAIN).end_ids() == ()
     opened = ("{% for m in messages %}{{ '[BOS]' if m.role == 'user' else '[PAD]' }}{{ m.content }}"
@@ -106,7 +106,7 @@ def test_turns_end_with_these_tokens(tokenizer: PreTrainedTokenizerFast) -> None
     assert encoder(tokenizer, "{{ raise_exception('no') }}").end_ids() == ()
 
 
-def test_a_token_that_takes_spaces_is_not_passed_over(tmp_path: Path) -> None:
+def test_token_absorbing_spaces_is_rejected(tmp_path: Path) -> None:
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
     letters = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -143,7 +143,7 @@ def learned_of(tokenizer: PreTrainedTokenizerFast, template: str, chat: Conversa
     return str(tokenizer.decode(ids))
 
 
-def test_thoughts_and_calls_are_learned_as_they_are_shown(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_thoughts_and_calls_are_learned_as_rendered(tokenizer: PreTrainedTokenizerFast) -> None:
     assert learned_of(tokenizer, THINKS, AGENT) == (
         '<think>hm</think><call>add {"a": 1}</call>[EOS]<think>so</think>there[EOS]')
     plain = Conversation.of(("user", "hi"), ("assistant", "there"))
@@ -151,7 +151,7 @@ def test_thoughts_and_calls_are_learned_as_they_are_shown(tokenizer: PreTrainedT
         "a model is asked without the empty thoughts, so it has to write them")
 
 
-def test_learned_tokens_are_told_apart_by_what_they_say(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_learned_tokens_have_kinds(tokenizer: PreTrainedTokenizerFast) -> None:
     def said(template: str, chat: Conversation) -> dict[str, str]:
         encoded = encoder(tokenizer, template).encode(chat)
         assert [k != KIND_NONE for k in encoded.kinds] == [t == TYPE_RESPONSE for t in encoded.types]
@@ -165,14 +165,14 @@ def test_learned_tokens_are_told_apart_by_what_they_say(tokenizer: PreTrainedTok
     assert said(BARE, spelled) == {"thought": "<think>y</think>", "call": "", "answer": "z"}
 
 
-def test_only_turns_that_are_marked_so_are_learned(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_only_marked_turns_are_learned(tokenizer: PreTrainedTokenizerFast) -> None:
     first = replace(AGENT.messages[1], is_learned=False)
     chat = replace(AGENT, messages=(AGENT.messages[0], first, *AGENT.messages[2:]))
     for template in (THINKS, FORGETS):
         assert learned_of(tokenizer, template, chat) == "<think>so</think>there[EOS]"
 
 
-def test_generation_blocks_say_where_turns_stand(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_generation_blocks_locate_turns(tokenizer: PreTrainedTokenizerFast) -> None:
     chat = Conversation.of(("user", "hi"), ("assistant", "hello"), ("user", "yo"), ("assistant", "there"))
     with pytest.raises(BadRecord, match="does not show as it is: 2"):
         encoder(tokenizer, BLOCKS).encode(chat)
@@ -201,20 +201,20 @@ def test_generation_blocks_say_where_turns_stand(tokenizer: PreTrainedTokenizerF
                               Message("tool", "3"))),
      "has content in message 2"),
 ])
-def test_a_turn_that_cannot_be_found_is_refused(tokenizer: PreTrainedTokenizerFast, template: str,
-                                                chat: Conversation, says: str) -> None:
+def test_turn_without_position_is_rejected(tokenizer: PreTrainedTokenizerFast, template: str,
+                                           chat: Conversation, says: str) -> None:
     with pytest.raises(BadRecord, match=says):
         encoder(tokenizer, template).encode(chat)
 
 
-def test_a_chat_may_begin_with_the_assistant(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_chat_may_begin_with_assistant(tokenizer: PreTrainedTokenizerFast) -> None:
     """Though a template does not ask for a response behind no message at all."""
     strict = "{% if not messages %}{{ raise_exception('no messages') }}{% endif %}" + CHATML
     turns = (("assistant", "hello"), ("user", "yo"), ("assistant", "there"))
     assert learned(tokenizer, strict, *turns) == ("hello[EOS]there[EOS]", False)
 
 
-def test_turns_that_overlap_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_overlapping_turns_are_rejected(tokenizer: PreTrainedTokenizerFast) -> None:
     """Asked for a second turn in a row, a model would not see the end of the first, which is shown."""
     closes = ("{% for m in messages %}{{ m.content | trim }}"
               "{% if not (loop.last and add_generation_prompt) %}[EOS]{% endif %}{% endfor %}")
@@ -223,7 +223,7 @@ def test_turns_that_overlap_are_refused(tokenizer: PreTrainedTokenizerFast) -> N
         encoder(tokenizer, closes).encode(chat)
 
 
-def test_the_header_of_a_turn_is_not_learned_where_a_template_knows_no_asking(
+def test_turn_header_without_generation_prompt_is_not_learned(
         tokenizer: PreTrainedTokenizerFast) -> None:
     """Nor where a content is trimmed, so that its turn is found by prefixes and not by marks."""
     trims = SPACED.replace("m.content }} ", "m.content | trim }}")
@@ -244,8 +244,8 @@ def user_and(*answers: Message) -> Conversation:
 
 
 @pytest.mark.parametrize("content", THOUGHTS)
-def test_thoughts_in_a_content_are_learned_as_thoughts_of_their_own(tokenizer: PreTrainedTokenizerFast,
-                                                                    content: str) -> None:
+def test_thoughts_in_content_are_learned_as_thoughts(tokenizer: PreTrainedTokenizerFast,
+                                                     content: str) -> None:
     thoughts, said = content.split("<think>", 1)[1].split("</think>", 1)
     apart = Message("assistant", said.lstrip("\n"), thoughts.strip("\n"))
     whole, encode = Message("assistant", content), encoder(tokenizer, QWEN3).encode
@@ -261,8 +261,8 @@ def test_thoughts_in_a_content_are_learned_as_thoughts_of_their_own(tokenizer: P
     CHATML, BARE, THINKS, CHATML.replace("{{ m.content", "{% if m.reasoning_content %}<think>\n"
                                          "{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content")])
 @pytest.mark.parametrize("content", THOUGHTS[:4])
-def test_templates_that_show_contents_as_they_are_get_them_so(tokenizer: PreTrainedTokenizerFast,
-                                                              template: str, content: str) -> None:
+def test_templates_receive_contents_unchanged(tokenizer: PreTrainedTokenizerFast,
+                                              template: str, content: str) -> None:
     """Other white space than that of the content would be another text than transformers shows."""
     chat = user_and(Message("assistant", content.strip()))
     assert content.strip() in learned_of(tokenizer, template, chat)
@@ -270,8 +270,8 @@ def test_templates_that_show_contents_as_they_are_get_them_so(tokenizer: PreTrai
 
 @pytest.mark.parametrize("dropped", ["<think>b</think>c", "b\n</think>\n\nc",
                                      "<think>b</think><think>x</think>c"])
-def test_a_turn_that_is_not_learned_may_lose_its_thoughts(tokenizer: PreTrainedTokenizerFast,
-                                                          dropped: str) -> None:
+def test_unlearned_turn_may_lose_thoughts(tokenizer: PreTrainedTokenizerFast,
+                                          dropped: str) -> None:
     r1 = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
     cuts = CHATML.replace("m.content", "m.content.split('</think>')[-1] | replace('c', '')")
     chat = user_and(Message("assistant", dropped, is_learned=False), Message("assistant", "d"))
@@ -289,7 +289,7 @@ FULL = "{% for m in messages %}[BOS]{{ m.role }}\n" \
        "{% endfor %}{% if add_generation_prompt %}[BOS]assistant\n{% endif %}"
 
 
-def test_the_chat_on_the_page_teaches_its_thought_its_call_and_its_answer(
+def test_docs_chat_has_thought_call_and_answer(
         tokenizer: PreTrainedTokenizerFast) -> None:
     (example,) = blocks(page_text("chats.md"), "json")
     document = parse_record(json.loads(example), "chats.md", 1, RecordReading("chat"))

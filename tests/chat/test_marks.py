@@ -12,10 +12,11 @@ import pytest
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import ChatEncoder, TurnEncoder
 from megatron_sov.chat.marks import (
-    BEGINS_OF_THOUGHTS, FAMILIES, MARKS, as_written, marks_decoder, plain_form, quoted, text_decoder,
-    with_opening)
+    FAMILIES, MARKS, THOUGHT_MARKS, build_marks_decoder, build_text_decoder, prepend_mark, quote_marks,
+    to_hermes_form, unquote_marks)
 from megatron_sov.chat.template import ChatTemplate
-from megatron_sov.chat.tool_calls import BadCall, ServedTurn, ToolCall, WrittenTurn, parse_turn, whole_turn
+from megatron_sov.chat.tool_calls import (
+    BadCall, ServedTurn, ToolCall, WrittenTurn, parse_served_turn, parse_turn)
 from megatron_sov.judge.rewards.reward import content_of, text_of
 from megatron_sov.serve.replies import turn_so_far
 from tokenizer.presets import PRESETS
@@ -66,10 +67,10 @@ TURNS = {
 
 
 @pytest.mark.parametrize(("text", "thoughts", "content", "calls"), TURNS.values(), ids=TURNS)
-def test_a_turn_says_thinks_and_calls_the_same_in_every_family(
+def test_turn_parses_equally_in_every_family(
         text: str, thoughts: str, content: str, calls: tuple[ToolCall, ...]) -> None:
     assert parse_turn(text) == WrittenTurn(content, calls)
-    whole = whole_turn(text, in_thoughts=False, tools=SHOWN)
+    whole = parse_served_turn(text, in_thoughts=False, tools=SHOWN)
     assert (whole.thoughts, whole.content.strip(), whole.calls) == (thoughts, content, calls)
     told = ServedTurn("", "")
     for end in range(len(text) + 1):  # as it is served while it is written
@@ -77,7 +78,7 @@ def test_a_turn_says_thinks_and_calls_the_same_in_every_family(
         assert turn.thoughts.startswith(told.thoughts) and turn.content.startswith(told.content), text[:end]
         told = turn
     assert whole.thoughts.startswith(told.thoughts) and whole.content.startswith(told.content)
-    assert plain_form(plain_form(text)) == plain_form(text)
+    assert to_hermes_form(to_hermes_form(text)) == to_hermes_form(text)
     assert ("<think>" in text_of({"response": text}, "response")) == bool(thoughts)
 
 
@@ -86,26 +87,26 @@ def test_a_turn_says_thinks_and_calls_the_same_in_every_family(
     (solar("f", '{"a": 1} and more'), "json"), ("<|tool_call:begin|>x<|tool_call:end|>", "unclosed"),
     (solar("", "{"), "json"), ("<|tool_calls_section_begin|><|tool_call_begin|>f:0 {}", "unclosed"),
 ])
-def test_what_is_nearly_a_call_is_none_and_no_answer(text: str, code: str) -> None:
+def test_malformed_call_is_neither_call_nor_answer(text: str, code: str) -> None:
     (call,) = parse_turn(text).calls
     assert isinstance(call, BadCall) and call.code == code
 
 
-def test_a_call_in_thoughts_is_a_thought_and_thoughts_may_have_no_end() -> None:
+def test_call_inside_thoughts_is_thought() -> None:
     inside = f"<|think|>{solar('f', '{}')}<|end|><|begin|>assistant<|content|>no"
     assert parse_turn(inside) == WrittenTurn("no", ())
     assert parse_turn(f"<|think|>{solar('f', '{}')}") == WrittenTurn("", ())
     assert parse_turn("so<|end|><|begin|>assistant<|content|>4", in_thoughts=True) == WrittenTurn("4", ())
     for text in ("a < b", "a <|end|> b", "<|im_end|>", "<|begin|>"):
-        assert plain_form(text) == text, "no marks of its own"
+        assert to_hermes_form(text) == text, "no marks of its own"
 
 
-def test_long_texts_of_marks_take_no_square_of_their_length() -> None:
+def test_long_texts_of_marks_take_linear_time() -> None:
     for part in ("<|think|>", "<|tool_call:begin|>", "<|tool_call:begin|>x<|tool_call:name|>",
                  "<|content|><|end|>", "<|tool_call_begin|> ",
                  "<｜tool▁call▁begin｜>a"):
         for text in (part * 5_000, part + " " * 100_000, "<|content|>" + part + "a" * 100_000):
-            plain_form(text)
+            to_hermes_form(text)
 
 
 def tokenizer(name: str, *more: str) -> Any:
@@ -126,12 +127,12 @@ def decode(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     made = tokenizer(request.param)
     file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     made.save(str(file))
-    found = text_decoder(file, [made.token_to_id(PRESETS[request.param].eos_token)],
-                         lambda ids: str(made.decode(ids, skip_special_tokens=True)))
+    found = build_text_decoder(file, [made.token_to_id(PRESETS[request.param].eos_token)],
+                               lambda ids: str(made.decode(ids, skip_special_tokens=True)))
     return request.param, lambda text: made.encode(text).ids, found
 
 
-def test_text_of_a_response_keeps_marks_and_drops_what_ends_and_frames_turns(decode: Any) -> None:
+def test_response_text_contains_marks_without_frames(decode: Any) -> None:
     name, encode, text_of_ids = decode
     end, pad = PRESETS[name].eos_token, PRESETS[name].pad_token
     told = {"k-exaone": '<think>I guess 7.</think>The answer is 8.<tool_call>{"name": "f"}</tool_call>',
@@ -144,12 +145,12 @@ def test_text_of_a_response_keeps_marks_and_drops_what_ends_and_frames_turns(dec
     assert response.startswith("<think>I guess 7.</think>The answer is 8.<tool_call>")
     # what `judge.hide_thinking`, `code` and the verifiers read, also where the template has opened thoughts
     assert content_of({"response": text_of_ids(encode(told))}) == "The answer is 8."
-    opened = BEGINS_OF_THOUGHTS[name == "solar-open"]
+    opened = THOUGHT_MARKS[name == "solar-open"]
     cut = text_of_ids(encode(told)).removeprefix(opened).partition("7.")[0]
-    assert content_of({"response": with_opening(cut, opened)}) == "" != content_of({"response": cut})
+    assert content_of({"response": prepend_mark(cut, opened)}) == "" != content_of({"response": cut})
 
 
-def test_no_two_families_begin_with_the_same_mark() -> None:
+def test_first_marks_of_families_differ() -> None:
     firsts = [family[0] for family in FAMILIES]
     assert all(sum(first in family for family in FAMILIES) == 1 for first in firsts)
 
@@ -170,7 +171,7 @@ XML = ("<tool_call><function={{ c.function.name }}>{% for k, v in c.function.arg
 LLAMA = '{"name": "{{ c.function.name }}", "parameters": {{ c.function.arguments | tojson }}}'
 
 
-def test_a_template_whose_calls_are_not_read_is_refused_and_its_ends_are_known() -> None:
+def test_template_with_unknown_call_form_is_rejected() -> None:
     made = tokenizer("solar-open")
 
     def turns(call: str) -> TurnEncoder:
@@ -197,7 +198,7 @@ HOW: dict[str, tuple[tuple[str, ...], str, str]] = {  # special tokens, before w
                              "<|think|>HERE<|end|><|begin|>assistant<|content|>",
                              f"<|end|><|begin|>assistant<|tool_calls|>{solar('g', '{}')}"),
     "deepseek v3": (FAMILIES[2], "", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function"
-                    "<｜tool▁sep｜>g\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>"),
+                                     "<｜tool▁sep｜>g\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>"),
     "deepseek r1": ((*THINKS, *FAMILIES[2]), "<think>HERE</think>", "<｜tool▁calls▁begin｜>"
                     "<｜tool▁call▁begin｜>g<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>"),
     "kimi": ((*THINKS, *FAMILIES[3]), "<think>HERE</think>", "<|tool_calls_section_begin|><|tool_call_begin|>"
@@ -206,7 +207,7 @@ HOW: dict[str, tuple[tuple[str, ...], str, str]] = {  # special tokens, before w
 
 
 @pytest.mark.parametrize("family", HOW)
-def test_calls_are_those_of_tokens_and_quoted_marks_stay_as_written(family: str) -> None:
+def test_calls_come_from_mark_tokens_only(family: str) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     special, before, call = HOW[family]
@@ -217,7 +218,7 @@ def test_calls_are_those_of_tokens_and_quoted_marks_stay_as_written(family: str)
     typed = Tokenizer.from_str(made.to_str())
     typed.encode_special_tokens = True
     added = {token.content: id_ for id_, token in made.get_added_tokens_decoder().items()}
-    decode = marks_decoder(added, [], lambda ids: str(made.decode(ids, skip_special_tokens=False)))
+    decode = build_marks_decoder(added, [], lambda ids: str(made.decode(ids, skip_special_tokens=False)))
     random = Random(family)
     for _ in range(150):
         said, thought = ("".join(random.choices(ALPHABET, k=random.randrange(9))) for _ in range(2))
@@ -228,11 +229,11 @@ def test_calls_are_those_of_tokens_and_quoted_marks_stay_as_written(family: str)
         ids = (made.encode(begun).ids + (typed.encode(thought).ids if begun else []) + made.encode(rest).ids
                + typed.encode(f"a{said}b").ids + made.encode(call * num_calls).ids)
         text = decode(ids)
-        assert as_written(quoted(said)) == said and not found_marks(quoted(said))
+        assert unquote_marks(quote_marks(said)) == said and not found_marks(quote_marks(said))
         turn = parse_turn(text)
         assert turn == WrittenTurn(f"a{said}b", (ToolCall("g", {}),) * num_calls), (said, thought, text)
-        assert plain_form(plain_form(text)) == plain_form(text)
-        whole = whole_turn(text, in_thoughts=False, tools=SHOWN)
+        assert to_hermes_form(to_hermes_form(text)) == to_hermes_form(text)
+        whole = parse_served_turn(text, in_thoughts=False, tools=SHOWN)
         assert (whole.content.strip(), whole.calls) == (turn.content, turn.calls)
         assert whole.thoughts == (thought.strip("\n") if begun else "")
 
@@ -241,7 +242,7 @@ def found_marks(text: str) -> list[str]:
     return [mark for mark in MARKS if mark in text]
 
 
-def test_a_turn_without_tokens_has_the_form_of_its_first_mark() -> None:
+def test_first_mark_determines_form_of_turn() -> None:
     quote = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
     assert parse_turn(f"<|content|>It says {quote}</think>.").calls == ()
     assert parse_turn(f"<|content|>It says {quote}</think>.").content == f"It says {quote}</think>."

@@ -92,7 +92,7 @@ def line(tmp_path: Path) -> Path:
     return file
 
 
-def test_the_templates_text_has_the_nulls(shown: Any) -> None:
+def test_rendered_text_contains_nulls(shown: Any) -> None:
     text = shown(SHOWN)
     for written in ('"unit": null', '"days": [null, 1], "more": {"deep": null}', '"default": null',
                     '"strict": null', "서울? 🐻", "<think>\nI look\n  it up.\n</think>"):

@@ -9,19 +9,20 @@ from hypothesis import given, settings, strategies as st
 
 from megatron_sov.base.documents import BadRecord, Conversation, Message
 from megatron_sov.base.errors import UserError
-from megatron_sov.chat.marks import KIND_ANSWER, KIND_CALL, KIND_THOUGHT, kinds_of_turn
-from megatron_sov.chat.template import ChatSegment, ChatTemplate, Segments, around_contents, odd_opening
+from megatron_sov.chat.marks import KIND_ANSWER, KIND_CALL, KIND_THOUGHT, classify_turn
+from megatron_sov.chat.template import (
+    ChatSegment, ChatTemplate, Segments, find_odd_opening, split_at_contents)
 
 
 def around(template: ChatTemplate, *turns: tuple[str, str]) -> Segments:
-    return around_contents(template, Conversation.of(*turns))
+    return split_at_contents(template, Conversation.of(*turns))
 
 
 FORM = ChatTemplate("{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}{{ eos_token }}",
                     "<s>", "</s>", "tok")
 
 
-def test_pieces_alternate() -> None:
+def test_template_and_content_pieces_alternate() -> None:
     assert around(FORM, ("user", "hi"), ("assistant", "yo")) == [
         ChatSegment("<user>", None), ChatSegment("hi", 0), ChatSegment("</><assistant>", None),
         ChatSegment("yo", 1), ChatSegment("</></s>", None)]
@@ -30,7 +31,7 @@ def test_pieces_alternate() -> None:
 @pytest.mark.deep
 @settings(max_examples=40)
 @given(st.lists(st.tuples(st.sampled_from(["user", "assistant"]), st.text()), min_size=1, max_size=12))
-def test_no_content_reaches_the_template(messages: list[tuple[str, str]]) -> None:
+def test_template_sees_no_contents(messages: list[tuple[str, str]]) -> None:
     pieces = around(FORM, *messages)
     assert [p.text for p in pieces if p.message is not None] == [content for _, content in messages]
     assert ("".join(p.text for p in pieces if p.message is None)
@@ -38,11 +39,11 @@ def test_no_content_reaches_the_template(messages: list[tuple[str, str]]) -> Non
 
 
 @pytest.mark.parametrize("content", ["{{ 7 * 7 }}", "{% raw %}", "\ue0000\ue001", "<user>"])
-def test_hostile_content_stays_content(content: str) -> None:
+def test_hostile_content_remains_content(content: str) -> None:
     assert around(FORM, ("user", content))[1] == ChatSegment(content, 0)
 
 
-def test_templates_that_drop_or_refuse_messages() -> None:
+def test_templates_that_drop_or_refuse_messages_are_rejected() -> None:
     chat = (("system", "be kind"), ("user", "hi"))
     template = ("{% for m in messages %}{% if m['role'] != 'system' %}{{ m['content'] }}{% endif "
                 "%}{% endfor %}")
@@ -56,20 +57,21 @@ def test_templates_that_drop_or_refuse_messages() -> None:
         ChatTemplate("{% for", "", "", "tok")
 
 
-def test_another_text_before_a_response_than_before_those_trained_on_is_told() -> None:
+def test_odd_opening_is_reported() -> None:
     shown = "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}<no thoughts>{% endif %}"
     ends = "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>"
     odd = ChatTemplate(shown + ends + "<thinks>{% endif %}", "", "", "tok")
-    said = odd_opening(odd)
+    said = find_odd_opening(odd)
     assert said is not None and "behind '<user>a<assistant><thinks>', and shows one behind '<u" in said
-    assert odd_opening(ChatTemplate(shown + ends + "<no thoughts>{% endif %}", "", "", "tok")) is None
-    assert odd_opening(ChatTemplate("{{ raise_exception('no') }}", "", "", "tok")) is None
+    assert find_odd_opening(ChatTemplate(shown + ends + "<no thoughts>{% endif %}", "", "", "tok")) is None
+    assert find_odd_opening(ChatTemplate("{{ raise_exception('no') }}", "", "", "tok")) is None
 
 
-def test_a_prompt_ends_where_the_response_begins() -> None:
+def test_prompt_ends_at_response() -> None:
     form = ChatTemplate("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
-                    "{% if add_generation_prompt %}<assistant>{% endif %}", "", "", "tok")
-    assert [p.text for p in around_contents(form, Conversation.of(("user", "hi")), awaits_response=True)] == [
+                        "{% if add_generation_prompt %}<assistant>{% endif %}", "", "", "tok")
+    assert [p.text for p in split_at_contents(form, Conversation.of(("user", "hi")),
+                                              awaits_response=True)] == [
         "<user>", "hi", "<assistant>"]
 
 
@@ -82,7 +84,7 @@ TURNS = "{% for m in messages %}<{{ m.role }}>CONTENT</>{% endfor %}"
     ("{{ m.content.split('</think>')[-1] }}", "yes", False),
     ("{{ m.content }}{% if 'x' in m.content %}!{% endif %}", "x", True),
 ])
-def test_a_content_that_is_shown_otherwise_is_refused(shows: str, content: str, refused: bool) -> None:
+def test_changed_content_is_rejected(shows: str, content: str, refused: bool) -> None:
     """Trained on as it is, a model would be asked with another text."""
     template = ChatTemplate(TURNS.replace("CONTENT", shows), "", "", "tok")
     if refused:
@@ -101,7 +103,7 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 
 def parts(text: str, message: Message) -> list[tuple[str, str]]:
     """Return the runs of one kind: its letter and text."""
-    kinds = kinds_of_turn(text, message)
+    kinds = classify_turn(text, message)
     runs = groupby(zip(text, kinds, strict=True), key=lambda one: LETTER[one[1]])
     return [(letter, "".join(char for char, _ in run)) for letter, run in runs]
 
@@ -132,7 +134,7 @@ def said(content: str = "", reasoning: str = "", calls: int = 0) -> Message:
     (said("hm, yes", "hm"), [("t", "hm"), ("a", " hm, yes")]),
     (said("<b>yes</b>", "hm"), [("t", "<think>hm</think>"), ("a", "<b>yes</b>")]),
 ])
-def test_marks_count_with_what_they_open_and_ends_with_what_they_end(
+def test_marks_belong_to_their_parts(
         message: Message, expected: list[tuple[str, str]]) -> None:
     assert parts("".join(text for _, text in expected), message) == expected
 
@@ -146,22 +148,22 @@ def test_marks_count_with_what_they_open_and_ends_with_what_they_end(
     [("t", "<think>a</think>"), ("c", "<tool_call>{}</tool_call>")],
     [("a", "b "), ("t", "<think>a<tool_call></tool_call></think>"), ("a", "c")],
     [("c", '<tool_call>{"a": "<think>"}</tool_call>'), ("a", "c</think>")]])
-def test_a_content_may_spell_its_thoughts_and_calls(expected: list[tuple[str, str]]) -> None:
+def test_content_may_spell_thoughts_and_calls(expected: list[tuple[str, str]]) -> None:
     text = "".join(part for _, part in expected)
     assert parts(text, said(text)) == expected
 
 
-def test_marks_that_a_message_talks_about_are_no_parts_of_their_own() -> None:
+def test_quoted_marks_are_part_of_answer() -> None:
     """Where it has thoughts and calls of its own."""
     message = said("The mark is <think>, and <tool_call>.", "hm", 1)
     expected = [("t", "<think>hm</think>"), ("a", message.content), ("c", "<tool_call>add</tool_call>")]
     assert parts("".join(text for _, text in expected), message) == expected
 
 
-def test_a_turn_of_nothing_has_no_kinds() -> None:
-    assert kinds_of_turn("", said("")) == b""
+def test_empty_turn_has_no_kinds() -> None:
+    assert classify_turn("", said("")) == b""
 
 
-def test_long_contents_take_no_more_than_their_length() -> None:
+def test_kinds_of_long_contents_take_linear_time() -> None:
     text = "<tool_call></tool_call>" * 2_000 + "<think>" * 50_000
     assert parts(text, said(text))[1] == ("t", "<think>" * 50_000)

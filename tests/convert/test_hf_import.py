@@ -30,7 +30,7 @@ from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.modality import PICTURES, SOUNDS, take_records
 from megatron_sov.model.recipes import get
 from megatron_sov.omni.modality import processor_files
-from megatron_sov.runs.checkpoints import settings_of
+from megatron_sov.runs.checkpoints import read_checkpoint_settings
 from tests.omni_model import NUM_PICTURE_TOKENS, save_omni_model
 
 
@@ -48,7 +48,8 @@ def test_companions_travel(solar_dir: Path, tmp_path: Path) -> None:
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 2)
 
 
-@pytest.mark.parametrize("content", ["", "hello", "[1]", '{"a": 1', "version https://git-lfs.github.com/spec/v1"])
+@pytest.mark.parametrize("content", ["", "hello", "[1]", '{"a": 1',
+                                     "version https://git-lfs.github.com/spec/v1"])
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
 def test_a_damaged_companion_is_refused_by_its_own_name(name: str, content: str, solar_dir: Path,
                                                         tmp_path: Path) -> None:
@@ -230,7 +231,7 @@ PAGE = (Path(__file__).parents[2] / "docs/omni.md").read_text(encoding="utf-8")
 
 def ours(checkpoint: Path, ids: list[int], records: dict[str, np.ndarray]) -> torch.Tensor:
     """Return the logits of a row in which all placeholders of a kind stand for records in order."""
-    config = settings_of(checkpoint)
+    config = read_checkpoint_settings(checkpoint)
     assert config.model.vision is not None and config.model.audio is not None
     pads = {PICTURES: config.model.vision, SOUNDS: config.model.audio}
     inputs = {}

@@ -210,7 +210,7 @@ def test_the_base_is_named_as_it_was_converted(tmp_path: Path) -> None:
     for content, name in (({"imported_from": "Qwen/Qwen3-8B"}, "Qwen/Qwen3-8B"), ({}, "RUN")):
         with new_artifact(step, "checkpoint", overwrite=True) as artifact:
             artifact.content = content
-        assert base_name_of(tmp_path, AdapterBase.of(step)) == name
+        assert base_name_of(tmp_path, AdapterBase.from_checkpoint(step)) == name
     assert base_name_of(tmp_path, lost) == "gone"
 
 

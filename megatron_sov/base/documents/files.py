@@ -17,8 +17,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn, cast
 from megatron_sov.base import sealed
 from megatron_sov.base.artifacts import MANIFEST, read_manifest
 from megatron_sov.base.documents.records import BadRecord
-from megatron_sov.base.errors import (
-    UserError, download_dataset, first_line, fix_missing, visible)
+from megatron_sov.base.errors import UserError, download_dataset, first_line, fix_missing, visible
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
 
-from megatron_sov.base.errors import UserError, find_misspelt, how_to_install, nearest
+from megatron_sov.base.errors import Fix, UserError, find_misspelt, how_to_install, nearest
 from megatron_sov.base.hints.removed import was_removed
 from megatron_sov.base.plugins.loading import Kind, LoadedPlugin, PluginCode, is_reference, load, telling
 from megatron_sov.base.settings import SettingsError, read_arguments, rules_of
@@ -137,7 +137,9 @@ class Registry(Generic[T]):
         """
         if name in self._known:
             return self._known[name].value
-        raise UserError(self._unknown(name, recorded))
+        close = nearest(name, [*self._built_in, *self._known])
+        raise UserError(self._unknown(name, recorded),
+                        Fix(words={name: close.split("'")[1]}) if close else None)
 
     def code(self, name: str) -> PluginCode | None:
         """Return the record of something that `load` or `get` has found; None for what is built in."""

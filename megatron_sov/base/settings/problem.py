@@ -61,6 +61,8 @@ class SettingsProblem:
     """The fix, if the rule does not say it."""
     line: int = 0
     """Line in the file, from 1; 0: unknown."""
+    value_to_write: str = ""
+    """Value in place of the wrong one, as a user types it."""
     fix: str | Fix = ""
     """Setting, `key=value`, with which the rule holds; or another change of the command line."""
     other: str = ""
@@ -146,7 +148,7 @@ class SettingsError(UserError):
             problems: at least one.
         """
         self.where, self.problems = where, tuple(problems)
-        fix = _join_fixes([problem.fix for problem in problems])
+        fix = _join_fixes([problem.fix or _fix_value(problem) for problem in problems])
         if len(problems) == 1:
             line = f", line {problems[0].line}" if problems[0].line else ""
             super().__init__((f"{where}{line}: " if where else "") + problems[0].sentence, fix)
@@ -159,6 +161,13 @@ class SettingsError(UserError):
     @property
     def codes(self) -> list[tuple[str, str]]:
         return [(str(problem.code), problem.key) for problem in self.problems]
+
+
+def _fix_value(problem: SettingsProblem) -> str | Fix:
+    key, value = problem.key, problem.value_to_write
+    if not value or key.startswith("--"):
+        return Fix(options=(key, value)) if value else ""
+    return f"{key}={value}" if "." in key else ""
 
 
 def _join_fixes(fixes: Sequence[str | Fix]) -> Fix | None:

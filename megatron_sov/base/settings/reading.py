@@ -244,12 +244,16 @@ def _problem(cls: Any, error: Any, instead: Instead) -> SettingsProblem:
         return _missing(key)
     if kind in ("literal_error", "enum"):
         known = [word for word in _choices(hint) if isinstance(word, str)]
-        close = ""
+        close, meant = "", ""
         if isinstance(value, str):
             close = (was_removed(value) or _other_case(value, known) or _foreign(key, value)
                      or nearest(value, known))
+            words = re.findall(r"[\w.-]+", value.lower())
+            guess = nearest(value, known).split("'")
+            ours = (value.lower(), table()["values"].get(key, {}).get(value.lower(), ""), *guess[1:2])
+            meant = next((word for word in ours if words and word in known), "")
         return SettingsProblem(ProblemCode.CHOICE, key, f"must be {ctx.get('expected', 'another word')}",
-                               value, close.removeprefix("; "))
+                               value, close.removeprefix("; "), value_to_write=meant)
     if kind == "bound":
         return SettingsProblem(ProblemCode(ctx["code"]), key, ctx["rule"], value, ctx["way_out"])
     # `Lt(math.inf)` declares finite numbers
@@ -260,7 +264,9 @@ def _problem(cls: Any, error: Any, instead: Instead) -> SettingsProblem:
         return SettingsProblem(ProblemCode.BOUND, key, _BOUNDS[kind].format(**shown), value)
     for begin, rule in _TYPES.items():
         if kind.startswith(f"{begin}_"):
-            return SettingsProblem(ProblemCode.TYPE, key, rule, value, _suggest_value(begin, value, key))
+            numbers = _suggest_numbers(begin, value.strip(), key) if isinstance(value, str) else []
+            return SettingsProblem(ProblemCode.TYPE, key, rule, value, _suggest_value(begin, value, key),
+                                   value_to_write="".join(numbers[:1]))
     rule = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     code = ProblemCode.RULE if kind in ("value_error", "assertion_error") else ProblemCode.TYPE
     return SettingsProblem(code, key, rule, value)
@@ -286,8 +292,11 @@ def _suggest_value(expected: str, value: Any, key: str) -> str:
     """Suggest how to write a value of a wrong type; `expected` is a key of `_TYPES`."""
     if value is None:
         return "give it a value, or leave it out"
-    if isinstance(value, str) and (suggestion := _suggest_number(expected, value.strip(), key)):
-        return suggestion
+    if isinstance(value, str) and (numbers := _suggest_numbers(expected, value.strip(), key)):
+        return f"write {' or '.join(numbers)}"
+    if expected == "float" and isinstance(value, str) and (match := _SHORT_NUMBER.fullmatch(value)) and (
+            not float(match[1])):
+        return "a shell reads $5 as a variable; write e.g. 50000"
     if expected == "int" and isinstance(value, float) and 0 < value < 1 and "steps" in key:
         return f"{value:g} of 1000 steps are {value * 1000:.0f}"
     if expected == "string" and isinstance(value, bool):
@@ -302,22 +311,24 @@ def _suggest_value(expected: str, value: Any, key: str) -> str:
     return ""
 
 
-def _suggest_number(expected: str, text: str, key: str) -> str:
-    """Suggest the plain number for 8k, 2B, $5, 10 % or 3d."""
+def _suggest_numbers(expected: str, text: str, key: str) -> list[str]:
+    """Return the plain numbers that 8k, 2B, $5, 10 %, 0,1 or 3d may mean, the likeliest first."""
     if expected == "int" and (match := _SHORT_NUMBER.fullmatch(text)):
         number = float(match[1]) * _THOUSANDS[match[2].lower()]
-        return f"write {number:.0f}" + (f" or {float(match[1]) * 1024:.0f}" if match[2] in "kK" else "")
+        return [f"{number:.0f}", *([f"{float(match[1]) * 1024:.0f}"] if match[2] in "kK" else ())]
     if expected != "float":
-        return ""
+        return []
     if match := _SHORT_NUMBER.fullmatch(text.lstrip("$")):
         number = float(match[1]) * _THOUSANDS[match[2].lower()]
-        return f"write {number:.0f}" if number else "a shell reads $5 as a variable; write e.g. 50000"
+        return [f"{number:.0f}"] if number else []
     if match := _PERCENT.fullmatch(text):
-        return f"write {float(match[1]) / 100:g}"
+        return [f"{float(match[1]) / 100:g}"]
+    if re.fullmatch(r"\d+,\d+", text):
+        return [text.replace(",", ".")]
     if key.endswith(("days", "hours")) and (match := _SPAN.fullmatch(text.lower())):
         hours = float(match[1]) * _HOURS[match[2]]
-        return f"write {hours if key.endswith('hours') else hours / 24:g}"
-    return ""
+        return [f"{hours if key.endswith('hours') else hours / 24:g}"]
+    return []
 
 
 def _number(value: Any) -> str:

@@ -20,7 +20,7 @@ from megatron_sov.post.rl.reward import (
     ENVIRONMENT, NO_REWARD, JudgingJob, RewardSummary, judging, reward_version)
 from megatron_sov.rollouts.prompts import rounds_between
 from megatron_sov.work.progress.locks import Claims
-from megatron_sov.work.progress.progress_bar import work_bar
+from megatron_sov.work.progress.progress_bar import create_bar
 
 if TYPE_CHECKING:
     from megatron_sov.rollouts.store import RolloutStore
@@ -67,7 +67,7 @@ def run_reward(args: argparse.Namespace) -> int:
     with judging(options.reward, options.reward_set, options.workers) as judge:
         job = JudgingJob(store, Claims(store.claims, options.lease), version, judge, rounds,
                          {"reward": options.reward, "settings": list(options.reward_set)}, options.wait)
-        with work_bar("judge", sum(part.num_rows for part in job.missing()), "response") as bar:
+        with create_bar("judge", sum(part.num_rows for part in job.missing()), "response") as bar:
             job.progress = bar.update
             summary = job.run()
     return _tell_judged(options, version, summary)

@@ -97,7 +97,6 @@ class ParallelConfig:
         def reject(key: str, rule: str, way_out: str = "", fix: str = "") -> None:
             problems.append(SettingsProblem(ProblemCode.RULE, f"parallel.{key}", rule, getattr(self, key),
                                             way_out, fix=fix))
-
         for name in ("num_heads", "num_kv_heads"):
             value = getattr(model, name)
             if value % self.tp:

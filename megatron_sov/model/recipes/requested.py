@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-from megatron_sov.base.errors import UserError, download, nearest
+from megatron_sov.base.errors import Fix, UserError, download, nearest
 from megatron_sov.base.plugins.loading import is_reference, load
 from megatron_sov.base.plugins.registry import Registry
 from megatron_sov.base.settings import (
@@ -271,10 +271,10 @@ def request_training(args: TrainingOptions, objective: BuiltIn, *, needs_data: b
     request = request_recipe(args, of_model)
     if needs_data and not args.data and not request.base.data.paths:
         raise UserError("--data: is missing; pass a file of chats, pairs or text, or a folder made by "
-                        "`sov-data pack`")
+                        "`sov-data pack`", Fix(options=("--data", "DIR")))
     learned = request.base.objective
-    before = lengthens and request.base.extend.stages and not request.from_file
-    if learned.name == "lm" or before:  # "lm" is the default of recipes without an objective
+    has_stages = lengthens and request.base.extend.stages and not request.from_file
+    if learned.name == "lm" or has_stages:  # "lm" is the default of recipes without an objective
         learned = dataclasses.replace(learned, name=objective)
     flags = ("train.deterministic=true",) if args.deterministic else ()
     return dataclasses.replace(request, base=dataclasses.replace(request.base, objective=learned),

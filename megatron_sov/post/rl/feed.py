@@ -52,9 +52,9 @@ from megatron_sov.rollouts.prompts import PromptList, SetAside, list_set_aside, 
 from megatron_sov.rollouts.rows import Rollout
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs import checkpoints
-from megatron_sov.runs.checkpoints import files_sha256
+from megatron_sov.runs.checkpoints import hash_checkpoint_files
 from megatron_sov.runs.folder import ROUNDS, RunFolder
-from megatron_sov.runs.rounds import Policy, RunPolicies, may_write
+from megatron_sov.runs.rounds import Policy, RunPolicies, can_generate_round
 from megatron_sov.train.data.requirements import replayed_routes
 from megatron_sov.train.data.rounds import ADVANTAGE, Round, RoundDocuments
 from megatron_sov.train.stages.feed import FeedView
@@ -150,7 +150,7 @@ class TrainerColumns:
         are not the policy."""
         models = {REFERENCE: self.reference_sha256,
                   TEACHER: json.dumps(identity_of(self.teachers), sort_keys=True)}
-        return f"{files_sha256(opened.path)} {name} {models.get(name, '')}"
+        return f"{hash_checkpoint_files(opened.path)} {name} {models.get(name, '')}"
 
 
 def _refuse_other(file: Path, given: Mapping[str, str], told: str) -> None:
@@ -179,7 +179,8 @@ def _short(models: Mapping[str, str]) -> str:
 def _way_back(opened: Round) -> str:
     run = RunFolder(opened.path.parents[1])
     # Published rounds are trained again from whatever checkpoint there is, or from the start.
-    before = checkpoints.latest_not_after(run.checkpoints, (int(opened.path.name) - 1) * len(opened.steps))
+    before = checkpoints.latest_checkpoint_until(run.checkpoints,
+                                                 (int(opened.path.name) - 1) * len(opened.steps))
     which = "all checkpoints" if before is None else f"the checkpoints behind {before.name}"
     return f"delete {which} in {run.checkpoints}, and give the same command with --resume"
 
@@ -195,7 +196,7 @@ def columns_of_run(config: RunConfig, needed: Collection[str], start: Path,
     return TrainerColumns(tuple(name for name in needed if name in (OLD, REFERENCE, TEACHER)),
                           temperature, replayed_routes(config),
                           partial(with_weights_of, start),
-                          files_sha256(start) if REFERENCE in needed else "", tuple(teachers))
+                          hash_checkpoint_files(start) if REFERENCE in needed else "", tuple(teachers))
 
 
 @torch.no_grad()
@@ -370,7 +371,7 @@ class RoundFeed:
         self._pass_over_idle(view, number, opened)
         # Opened last: a failure before leaves the data order as it was.
         self.rounds.open(number, replace(opened, beside=made))
-        self.policies.begin(view.step, on_main(view.world, partial(files_sha256, opened.path)))
+        self.policies.begin(view.step, on_main(view.world, partial(hash_checkpoint_files, opened.path)))
         if view.world.is_main:
             content = read_manifest(opened.path).content
             apart = reverse_kl(opened, made[TEACHER]) if TEACHER in made else {}
@@ -539,7 +540,9 @@ class Producer:
     def _policy_of(self, number: int) -> Policy | None:
         """Return the policy that the run is, where it may write a round."""
         policy = self._policy
-        return policy if policy is not None and may_write(policy.step, number, self.rollout) else None
+        if policy is None or not can_generate_round(policy.step, number, self.rollout):
+            return None
+        return policy
 
     def _desk(self, rounds: range, asked_to_stop: Callable[[], bool]) -> PieceQueue:
         store = self.store()

@@ -17,8 +17,8 @@ from megatron_sov.post.policy import GROUPS_LEARNING, RESPONSE_TOKENS, REWARD
 from megatron_sov.rollouts.prompts import PromptPiece
 from megatron_sov.rollouts.rows import LENGTH, NOT_WRITTEN, UNFINISHED, Key, RolloutPart, later
 from megatron_sov.rollouts.store import RolloutStore, keys_of, problems_of
-from megatron_sov.runs.rounds import LEARNS
-from megatron_sov.work.tables.parquet import texts_of
+from megatron_sov.runs.rounds import TRAINED_GROUPS
+from megatron_sov.work.tables.parquet import read_strings
 
 LIGHT = ("versions", "finish_reason")
 """Columns that say what is there and how long it is."""
@@ -71,7 +71,7 @@ def facts_of(store: RolloutStore, part: RolloutPart) -> tuple[list[RolloutFacts]
     sums = totals[ends] - totals[ends - num_tokens]
     places = np.append(np.flatnonzero(is_written), 0)  # a row that nobody wrote may be the last
     first = np.where(num_written > 0, np.append(versions, 0)[places[before[ends - num_tokens]]], 0)
-    rows = zip(keys_of(table), table["attempt"].to_pylist(), texts_of(table["finish_reason"]),
+    rows = zip(keys_of(table), table["attempt"].to_pylist(), read_strings(table["finish_reason"]),
                num_tokens.tolist(), num_written.tolist(), first.tolist(), sums.tolist(), strict=True)
     facts = [RolloutFacts(key, attempt, reason, tokens, written, version, total, part.name, i)
              for i, (key, attempt, reason, tokens, written, version, total) in enumerate(rows)]
@@ -288,7 +288,7 @@ class RoundOfStore:
         unwritten = [piece for piece in range(count) if piece not in written]
         if unwritten:
             return f"{len(unwritten)} of {count} pieces are not written yet, the first is {unwritten[0]}"
-        unjudged = [part.name for part in parts if not self.store.has(part.name, self.reward_version)]
+        unjudged = [part.name for part in parts if not self.store.has_part(part.name, self.reward_version)]
         if unjudged:
             return (f"{len(unjudged)} of {len(parts)} parts are not judged yet by reward version "
                     f"{self.reward_version[:12]}, the first is {unjudged[0]}")
@@ -371,7 +371,7 @@ def meters_of_round(content: Mapping[str, Any]) -> dict[str, float]:
     found = {REWARD: means.get("reward"), RESPONSE_TOKENS: means.get("response_tokens")}
     count = sum(groups.values())
     if count:
-        found[GROUPS_LEARNING] = groups.get(LEARNS, 0) / count
+        found[GROUPS_LEARNING] = groups.get(TRAINED_GROUPS, 0) / count
     return {name: float(value) for name, value in found.items() if value is not None}
 
 
@@ -390,11 +390,11 @@ def doubt_of_round(content: Mapping[str, Any], *, is_first: bool) -> str:
     """
     groups, rate = content.get("groups") or {}, (content.get("means") or {}).get(PASS_RATE)
     count = sum(groups.values())
-    share = groups.get(LEARNS, 0) / count if count else 1.0
+    share = groups.get(TRAINED_GROUPS, 0) / count if count else 1.0
     is_far = rate is not None and not FAR_RATES[0] < rate < FAR_RATES[1]
     if share >= (HALF if is_first and is_far else FEW_LEARN):
         return ""
-    told = f"{groups.get(LEARNS, 0):,} of {count:,} groups learn ({describe_groups(groups)})"
+    told = f"{groups.get(TRAINED_GROUPS, 0):,} of {count:,} groups learn ({describe_groups(groups)})"
     if rate is None:
         return f"{told}; the others have responses of equal worth, or too few"
     measured = "`sov-data difficulty` measures pass rates and selects by them"

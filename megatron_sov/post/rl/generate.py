@@ -32,11 +32,11 @@ from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.rollouts.prompts import PromptList, PromptPiece, round_pieces
 from megatron_sov.rollouts.rows import UNFINISHED, AskedPrompt, Rollout
 from megatron_sov.rollouts.store import RolloutStore
-from megatron_sov.runs.checkpoints import adapter_base
-from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.runs.checkpoints import read_adapter_base
+from megatron_sov.runs.launch_environment import is_first_rank
 from megatron_sov.runs.rounds import Policy
-from megatron_sov.work.progress.locks import POLL_S, Claims, Patience
-from megatron_sov.work.progress.progress_bar import work_bar
+from megatron_sov.work.progress.locks import POLL_S, Claims, IdleTimeout
+from megatron_sov.work.progress.progress_bar import create_bar
 from megatron_sov.work.tables.table import AlreadyPublished
 
 
@@ -292,7 +292,7 @@ class Missing:
         """Return whether an attempt at a piece is missing, and note which."""
         known = self._known.setdefault(piece.part(), _ClaimedPiece())
         # Up to the first attempt that is not there: the one before says what is unfinished.
-        while self._store.has(name := piece.part(known.number)):
+        while self._store.has_part(name := piece.part(known.number)):
             rows = self._store.read_rollouts(name, ("finish_reason", "versions"))
             self._refuse_others(piece, known.number, rows)
             if all(row.finish_reason != UNFINISHED for row in rows):
@@ -333,12 +333,12 @@ class Missing:
         if claim is None:
             self._refused.append(name)
             return None
-        if self._store.has(name):  # by another job, since we looked
+        if self._store.has_part(name):  # by another job, since we looked
             claim.release()
             self._taken[name] = piece.part()
             return None
         # Renewed until `leave`: a piece may take longer than a lease.
-        self._held.setdefault(name, contextlib.ExitStack()).enter_context(claim.renewing())
+        self._held.setdefault(name, contextlib.ExitStack()).enter_context(claim.renew_while_open())
         known.taken_by = policy.step
         self._taken[name] = piece.part()
         begun = self._unfinished(piece.part(known.number - 1)) if known.number else ()
@@ -381,7 +381,7 @@ class PieceQueue:
     watched in any case."""
     provenance: Mapping[str, Any]
     """What stands in the parts' manifests."""
-    patience: Patience = field(default_factory=Patience)
+    patience: IdleTimeout = field(default_factory=IdleTimeout)
     asked_to_stop: Callable[[], bool] = lambda: False
     """Whether to begin nothing more."""
     summary: dict[str, Any] = field(default_factory=lambda: {
@@ -450,7 +450,7 @@ def write_rounds(engine: Engine, take: Take, held: Policy, writer: Writer, desk:
                  between: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Write what is missing until nothing is; called by all processes of the engine together, as `between`
     is, behind what was written together."""
-    with work_bar("write", desk.missing.num_pieces, "piece", is_first()) as bar:
+    with create_bar("write", desk.missing.num_pieces, "piece", is_first_rank()) as bar:
         while (attempts := on_first(desk.next)) is not None:
             on_first(lambda: bar.update(desk.missing.num_done - bar.n))
             if isinstance(attempts, str):
@@ -515,7 +515,7 @@ def run_policies(name: str, start: Target, work: Callable[[Engine, Take], Any], 
 def _load(policy: Policy, loaded: Loaded, engine: MegatronEngine) -> None:
     """Read a checkpoint into the live model, each process its own part."""
     model = loaded.policy.model
-    if adapter_base(policy.path) is not None and not model.lora.on:
+    if read_adapter_base(policy.path) is not None and not model.lora.on:
         # the run trains an adapter, and what it starts from has none: weights with the adapter inside
         engine.update(_tensors_of(policy), policy.step)
         return

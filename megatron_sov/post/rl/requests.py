@@ -41,7 +41,7 @@ from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Rollout
 from megatron_sov.runs.rounds import Policy
 from megatron_sov.train.stages.feed import FeedView
 from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer, TokenRequest
-from megatron_sov.work.progress.progress_bar import work_bar
+from megatron_sov.work.progress.progress_bar import create_bar
 
 STEP_S = 5.0
 """Of writing between two looks at what else is to be done: other processes wait for a message meanwhile."""
@@ -143,7 +143,7 @@ class ResponseRequests:
             routes = self._engine.routes_of(answer, read)
         return self._source.grown(row, attempt, WrittenTokens(
             written, answer.logprobs[:len(written)], reason,
-            answer.version_of_each(len(written), attempt.policy.step), routes))
+            answer.token_versions(len(written), attempt.policy.step), routes))
 
 
 class EpisodeRequests:
@@ -342,7 +342,7 @@ def write_by_requests(requests: RowRequests, take: Take, desk: PieceQueue, room:
     """Write what is missing until nothing is, by checkpoints as they come; returns what `desk.summary`
     says."""
     queue = ResponseQueue(requests, desk, take, room)
-    with work_bar("write", desk.missing.num_pieces, "piece") as bar:
+    with create_bar("write", desk.missing.num_pieces, "piece") as bar:
         try:
             while queue.advance(STEP_S, lambda: True):
                 bar.update(desk.missing.num_done - bar.n)

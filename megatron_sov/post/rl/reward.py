@@ -19,7 +19,7 @@ from megatron_sov.judge.rewards.scoring import ScoringTally, judges_groups, runn
 from megatron_sov.rollouts.prompts import RolloutPrompt
 from megatron_sov.rollouts.rows import (
     JUDGED, LAST_TURN, UNFINISHED, RewardRow, Rollout, RolloutPart, may_grow, not_written)
-from megatron_sov.work.progress.locks import Claims, Patience
+from megatron_sov.work.progress.locks import Claims, IdleTimeout
 from megatron_sov.work.tables.table import AlreadyPublished
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class JudgingJob:
     """How long to wait at least where other jobs have claimed what is left."""
     progress: Callable[[int], object] = lambda count: None
     """Is told how many more responses are judged."""
-    patience: Patience = field(default_factory=Patience)
+    patience: IdleTimeout = field(default_factory=IdleTimeout)
     summary: RewardSummary = field(default_factory=RewardSummary)
     _parts: list[RolloutPart] = field(default_factory=list)
     _looked_at: deque[RolloutPart] | None = None
@@ -191,7 +191,7 @@ class JudgingJob:
             if self._take(part):
                 self._has_judged, self.patience.waited_s = True, 0.0
                 return True
-            self._refused.append(self.store.claim_of(part.name, self.version))
+            self._refused.append(self.store.claim_name(part.name, self.version))
         self._looked_at = None
         # What was judged took time, in which more may have come: look at once.
         return self._has_judged or self._waits()
@@ -210,15 +210,15 @@ class JudgingJob:
     def missing(self) -> list[RolloutPart]:
         rounds = [None] if self.rounds is None else self.rounds
         self._parts = [part for number in rounds for part in self.store.parts(number)]
-        return [part for part in self._parts if not self.store.has(part.name, self.version)]
+        return [part for part in self._parts if not self.store.has_part(part.name, self.version)]
 
     def _take(self, part: RolloutPart) -> bool:
-        claim = self.claims.take(self.store.claim_of(part.name, self.version))
+        claim = self.claims.take(self.store.claim_name(part.name, self.version))
         if claim is None:
             return False
-        with claim.renewing():
+        with claim.renew_while_open():
             # Another job may have judged it between the look and the claim.
-            if not self.store.has(part.name, self.version):
+            if not self.store.has_part(part.name, self.version):
                 self._judge(part)
         return True
 

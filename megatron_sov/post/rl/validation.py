@@ -27,7 +27,7 @@ from megatron_sov.rollouts.prompts import PromptList, sampling_digest
 from megatron_sov.rollouts.rows import RewardRow, Rollout, domain_of
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.obs.events import EVENTS, read_events
-from megatron_sov.runs.obs.validation import OF_ROUND, RESPONSES, VALIDATION, told_validation
+from megatron_sov.runs.obs.validation import RESPONSES, ROUND_SAMPLES, VALIDATION, format_validation
 from megatron_sov.runs.rounds import Policy
 from megatron_sov.train.stages.feed import FeedView
 
@@ -47,7 +47,7 @@ class SampledRounds:
     num_rounds: int
     """Of the run."""
 
-    def tell(self, view: FeedView, store: RolloutStore, number: int, version: str, of: str = OF_ROUND
+    def tell(self, view: FeedView, store: RolloutStore, number: int, version: str, of: str = ROUND_SAMPLES
              ) -> None:
         """Tell samples of a round, where it is one of those that are told: the first of each prompt.
 
@@ -248,7 +248,7 @@ class Validation:
                     f"{figures['num_samples']:,} of {self.num_responses:,} responses are judged")
         # samples first: a kill between the two tells them again, and no figure is missing
         self.samples.tell(view, store, number, version, VALIDATION)
-        view.events.write(VALIDATION, step=view.step, round=number, text=told_validation(figures),
+        view.events.write(VALIDATION, step=view.step, round=number, text=format_validation(figures),
                           measured_by=dict(self.measured_by), **figures, **seconds)
         self._told.add(view.step)
         return None

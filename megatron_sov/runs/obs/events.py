@@ -1,8 +1,7 @@
-"""Event log of a run: `events.jsonl` with one JSON object per line.
+"""Event log: `events.jsonl` in the run folder, one JSON object per line.
 
-Each line contains `event` and `time_s` (Unix time), usually `step`. Floats use their shortest
-exact decimal form
-and read back bit for bit. Reports, `status` and trackers read this file.
+Each line contains `event` and `time_s` (Unix time), usually `step`. Floats use their shortest exact decimal
+form and read back bit for bit. Reports, `status` and trackers read this file.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from typing import Any
 from megatron_sov.base.artifacts import disk_errors
 from megatron_sov.base.errors import UserError
 
-EVENT = "eval_lm"
+EVAL_LM_EVENT = "eval_lm"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def score_events(results: Mapping[str, Any], step: int | None, output: Path) -> list[dict[str, Any]]:
+def build_score_events(results: Mapping[str, Any], step: int | None, output: Path) -> list[dict[str, Any]]:
     """Build the `eval_lm` events for each metric in a results file.
 
     Args:
@@ -50,17 +49,17 @@ def score_events(results: Mapping[str, Any], step: int | None, output: Path) -> 
                         "evaluate again") from None
 
 
-def is_recorded(event: Mapping[str, Any], known: list[dict[str, Any]]) -> bool:
+def is_score_recorded(event: Mapping[str, Any], known: list[dict[str, Any]]) -> bool:
     """Return whether the run's events already contain a score, ignoring the path of its results file."""
     fields = {name: value for name, value in event.items() if name != "output"}
-    return any(fields.items() <= other.items() for other in known)
+    return any(fields.items() <= recorded.items() for recorded in known)
 
 
 EVENTS = "events.jsonl"
 
 
 class EventLog:
-    """Appends events to `events.jsonl`; with `path=None` it drops them.
+    """Writer for `events.jsonl`; with `path=None`, `write` does nothing.
 
     Args:
         path: the file.
@@ -74,7 +73,7 @@ class EventLog:
         if path is not None:
             with disk_errors(path):
                 # Keep an incomplete last line: readers skip it, and the log never deletes bytes.
-                _end_last_line(path)
+                _terminate_last_line(path)
                 self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (open for the life of the run)
 
     @property
@@ -91,14 +90,14 @@ class EventLog:
         with self._turn:
             if self._file is None:
                 return
-            record = {"event": event, "time_s": time.time(), **_finite(fields)}
+            record = {"event": event, "time_s": time.time(), **_encode_nonfinite(fields)}
             with disk_errors(Path(self._file.name)):
                 # json formats floats by repr, the shortest text with the same bits.
                 line = json.dumps(record, ensure_ascii=False)
                 # File names outside UTF-8 contain lone surrogates, which need ASCII escapes.
                 self._file.write((line if _SURROGATE.search(line) is None else json.dumps(record)) + "\n")
-                # Flush, not fsync: a killed process loses nothing, and steps do not wait for the
-                # disk. `close` syncs.
+                # Flush, not fsync: a killed process loses nothing, and steps do not wait for the disk.
+                # `close` syncs.
                 self._file.flush()
             if self._listener is not None:
                 self._listener(record)
@@ -112,19 +111,19 @@ class EventLog:
                 file.close()
 
 
-def _finite(value: Any) -> Any:
+def _encode_nonfinite(value: Any) -> Any:
     """Replace NaN and infinities by strings, because bare `NaN` is invalid JSON."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: _encode_nonfinite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [_encode_nonfinite(v) for v in value]
     return value
 
 
-def _end_last_line(path: Path) -> None:
-    """Terminate the incomplete last line of a killed process, so that the next event starts on a new line."""
+def _terminate_last_line(path: Path) -> None:
+    """Terminate an incomplete last line (killed process) with a newline."""
     if path.exists() and path.stat().st_size:
         with open(path, "rb+") as f:
             # Read only the last byte; the file may be long.
@@ -144,7 +143,7 @@ def read_events(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def parse_event(line: bytes) -> dict[str, Any] | None:
-    """Parse a line as an event without its invalid fields; return None for other lines."""
+    """Parse an event and drop invalid fields; return None for invalid lines."""
     try:
         record = json.loads(line.decode(errors="replace"))
     # RecursionError: deeply nested brackets
@@ -154,7 +153,7 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
         return None
     if not _is_step(record.get("step")):
         return None
-    return _SHAPES.get(record["event"], _OTHER).check(record)
+    return _SHAPES.get(record["event"], _COMMON_SHAPE).check(record)
 
 
 MAX_NUMBER, MAX_TIME_S = 1e100, 1e11
@@ -163,7 +162,7 @@ MAX_NUMBER, MAX_TIME_S = 1e100, 1e11
 
 def _is_number(value: Any) -> bool:
     if isinstance(value, str):
-        return value in ("nan", "inf", "-inf")  # as `_finite` spells them
+        return value in ("nan", "inf", "-inf")  # written by `_encode_nonfinite`
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER
 
 
@@ -181,14 +180,14 @@ class _Number:
 @dataclass(frozen=True)
 class _Whole:
     def check(self, value: Any) -> Any:
-        is_whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
-        return value if is_whole else None
+        is_valid = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
+        return value if is_valid else None
 
 
 @dataclass(frozen=True)
 class _Pair:
     def check(self, value: Any) -> Any:
-        """Return an interval as [low, high], else None."""
+        """Return an interval [low, high], else None."""
         return value if isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)) else None
 
 
@@ -226,7 +225,7 @@ class _Any:
 
 @dataclass(frozen=True)
 class _Shape:
-    """A dict with typed fields; `check` drops fields of wrong types."""
+    """A dict with typed fields; `check` drops wrong types."""
 
     fields: Mapping[str, Any]
     needs: tuple[str, ...] = ()
@@ -254,7 +253,7 @@ _CELL = _Shape({"length_tokens": _COUNT, "depth": _N, "correct": _N, "samples": 
                 "interval"))
 _HELDOUT = _Mapping(_Shape({"loss": _N, "bits_per_byte": _N, "tokens": _COUNT, "turns": _Mapping(_Any()),
                             "kinds": _Mapping(_Any())}))
-_EVERY: dict[str, Any] = {"time_s": _Number(0, MAX_TIME_S)}
+_COMMON_FIELDS: dict[str, Any] = {"time_s": _Number(0, MAX_TIME_S)}
 _FIELDS: dict[str, dict[str, Any]] = {
     "step": dict.fromkeys((
         "loss", "grad_norm", "lr", "step_time_s", "tokens_per_s", "max_violation", "padding_share", "mfu",
@@ -283,9 +282,9 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "conversion": {"checks": _List(_Mapping(_Any()))},
     "checkpoint": {"save_s": _N, "stall_s": _N},
 }
-"""Event -> types of the fields that readers use in computations."""
-_OTHER = _Shape(_EVERY)
-_SHAPES = {event: _Shape(_EVERY | fields) for event, fields in _FIELDS.items()}
+"""Event -> field types for fields used in computations."""
+_COMMON_SHAPE = _Shape(_COMMON_FIELDS)
+_SHAPES = {event: _Shape(_COMMON_FIELDS | fields) for event, fields in _FIELDS.items()}
 
 
 READ_BYTES = 1 << 16
@@ -307,15 +306,15 @@ class GrowingFile:
         self.generation = 0
         """Number of restarts from the beginning."""
 
-    def lines(self, whole: bool = False) -> Iterator[bytes]:
+    def lines(self, include_unterminated: bool = False) -> Iterator[bytes]:
         """Yield complete lines since the previous call.
 
         Args:
-            whole: also yield an unterminated last line.
+            include_unterminated: also yield an unterminated last line.
         """
         try:
             with open(self._path, "rb") as f:
-                self._begin(os.fstat(f.fileno()))
+                self._detect_replacement(os.fstat(f.fileno()))
                 f.seek(self._offset)
                 while block := f.read(READ_BYTES):
                     self._offset += len(block)
@@ -327,11 +326,11 @@ class GrowingFile:
                         self._rest = b""
         except OSError:  # deleted, like the log of a finished export
             return
-        if whole and self._rest:
+        if include_unterminated and self._rest:
             rest, self._rest = self._rest, b""
             yield rest
 
-    def _begin(self, status: os.stat_result) -> None:
+    def _detect_replacement(self, status: os.stat_result) -> None:
         identity = status.st_dev, status.st_ino
         if self._identity not in (None, identity) or status.st_size < self._offset:
             self._offset, self._rest, self.generation = 0, b"", self.generation + 1
@@ -343,9 +342,8 @@ def _is_step(step: Any) -> bool:
     return step is None or (isinstance(step, int) and abs(step) < 1 << 63)
 
 
-def final_steps(events: list[dict[str, Any]], event: str = "step") -> list[dict[str, Any]]:
-    """Return events of one kind sorted by step; a step repeated after a restart appears once, with
-    its last event."""
+def final_step_events(events: list[dict[str, Any]], event: str = "step") -> list[dict[str, Any]]:
+    """Return the events of a kind sorted by step; for repeated steps, the last event."""
     # Later dict entries replace earlier ones.
     by_step = {e["step"]: e for e in events if e["event"] == event and e.get("step") is not None}
     return [by_step[s] for s in sorted(by_step)]

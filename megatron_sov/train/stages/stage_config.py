@@ -4,6 +4,7 @@ until --from is read."""
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,14 +18,16 @@ from megatron_sov.base.settings import AtLeastOne, Flag, SettingsError
 from megatron_sov.model import recipes
 from megatron_sov.model.config import ModelConfig, RunConfig, parse_data_paths, split_weight
 from megatron_sov.model.config.data import split_source_name
+from megatron_sov.model.families.count import num_params
 from megatron_sov.model.objectives import COMMAND_FORMATS
 from megatron_sov.model.pretrained import find_hub_name, is_hf_folder
-from megatron_sov.model.recipes.requested import (
+from megatron_sov.model.recipes.request_recipe import (
     BuiltIn, RecipeOptions, RecipeRequest, TrainingOptions, request_recipe, request_training)
 from megatron_sov.model.recipes.stage_defaults import Stage, build_base_config
-from megatron_sov.runs.checkpoints import IMPORTED, find_checkpoint, refuse_missing, settings_of
-from megatron_sov.runs.folder import RunFolder, resumed_settings
-from megatron_sov.runs.gpu_driver import visible_gpus
+from megatron_sov.runs.checkpoints import (
+    IMPORTED_RECIPE, check_model_path, find_checkpoint, read_checkpoint_settings)
+from megatron_sov.runs.folder import RunFolder, read_started_settings
+from megatron_sov.runs.gpu_driver import list_visible_gpus
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.guards.fault_injection import STATES, Fault, parse
 from megatron_sov.train.stages.packed_files import (
@@ -188,7 +191,7 @@ def stage_request(args: StageOptions, objective: BuiltIn, *, needs_data: bool = 
     packing = _packing_of(args, objective)
     shards = parse_data_paths([text for text in args.data if text not in packing.arguments])
     asked = request_training(args, objective, needs_data=needs_data, lengthens=lengthens,
-                             resumed=resumed_settings(args.run) if args.resume else None,
+                             resumed=read_started_settings(args.run) if args.resume else None,
                              of_model=args.model_settings(None if lengthens else objective))
     base = asked.base
     if packing.files:
@@ -213,10 +216,15 @@ def _propose_recipe(start_from: Path) -> None:
     from megatron_sov import convert
 
     start = find_start(start_from)
-    family = (convert.open_weights(start).model if is_hf_folder(start) else settings_of(start).model).family
-    if known := recipes.find_family_recipes(family):
+    model = convert.open_weights(start).model if is_hf_folder(start) else read_checkpoint_settings(start).model
+    configs = [recipes.get(name) for name in recipes.find_family_recipes(model.family)]
+    known = [config for config in configs if config.objective.name == "lm" and not config.extend.stages]
+    size = num_params(model).total
+    known.sort(key=lambda config: (abs(math.log(num_params(config.model).total / size)), len(config.recipe)))
+    if known:
         raise UserError("RECIPE: is missing; steps, batches and learning rate come from a recipe of the "
-                        f"model's family, {family}: {', '.join(known)}", Fix(arguments=(known[-1],)))
+                        f"model's family, {model.family}: {', '.join(config.recipe for config in known[:4])}",
+                        Fix(arguments=(known[0].recipe,)))
 
 
 def _packing_of(args: StageOptions, objective: BuiltIn) -> FilePacking:
@@ -236,7 +244,7 @@ def _packing_of(args: StageOptions, objective: BuiltIn) -> FilePacking:
     tokenizer = Path()
     if files:
         tokenizer = _tokenizer_for(args, files[0])
-        RunFolder(args.run).refuse_taken(args.resume)
+        RunFolder(args.run).check_available(args.resume)
     return FilePacking(args.run, files, tokenizer, args.dry_run)
 
 
@@ -288,11 +296,11 @@ def _settings_of_model(start_from: Path, stage: Stage, has_gpus: bool | None = N
     if is_hf_folder(start):
         from megatron_sov import convert
 
-        on_gpu = bool(visible_gpus()) if has_gpus is None else has_gpus
+        on_gpu = bool(list_visible_gpus()) if has_gpus is None else has_gpus
         return build_base_config(find_hub_name(start), convert.open_weights(start).model,
                              "bf16" if on_gpu else "fp32", stage)
-    settings = settings_of(start)
-    name = find_hub_name(start_from) if settings.recipe == IMPORTED else settings.recipe
+    settings = read_checkpoint_settings(start)
+    name = find_hub_name(start_from) if settings.recipe == IMPORTED_RECIPE else settings.recipe
     return build_base_config(name, settings.model, settings.train.precision, stage, settings.lora)
 
 
@@ -308,7 +316,7 @@ def _model_of(start_from: Path, asked: RecipeRequest) -> ModelConfig:
 
         model = convert.open_weights(start).model
     else:
-        model = settings_of(start).model
+        model = read_checkpoint_settings(start).model
     family = asked.base.model.family
     for setting in asked.settings:  # the last one counts
         key, _, value = setting.partition("=")
@@ -329,7 +337,7 @@ def find_start(start_from: Path) -> Path:
     Raises:
         UserError: it is neither, and no run with a checkpoint.
     """
-    refuse_missing(start_from, "--from ")
+    check_model_path(start_from, "--from ")
     return start_from if is_hf_folder(start_from) else find_checkpoint(start_from)
 
 

@@ -28,7 +28,7 @@ class Gpu:
     name: str
     """Marketing name, or CUDA's device name."""
     memory_bytes: int
-    """Memory as reported by CUDA, which is below the nominal size."""
+    """Memory reported by CUDA, below the nominal size."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Chip(Gpu):
     fp4_flops_per_s: float
     """Dense FP4 peak; 0 if unsupported."""
     nvlink_bytes_per_s: float
-    """NVLink (or Infinity Fabric) bandwidth to the domain's other GPUs in total, one direction."""
+    """NVLink (or Infinity Fabric) bandwidth of a GPU, one direction."""
     nvlink_domain: int
     """Number of GPUs connected by NVLink."""
     network_bytes_per_s: float
@@ -87,10 +87,11 @@ class Chip(Gpu):
         peak = {"bf16": self.bf16_flops_per_s, "fp8": self.fp8_flops_per_s, "fp4": self.fp4_flops_per_s}
         if not peak.get(precision):
             supported = [name for name in PRECISIONS if peak[name]]
-            others = [chip.key for chip in CHIPS.values() if getattr(chip, f"{precision}_flops_per_s", 0)]
+            alternatives = [chip.key for chip in CHIPS.values()
+                            if getattr(chip, f"{precision}_flops_per_s", 0)]
             raise UserError(f"{precision} on {self.name}: is not supported by its tensor cores (they support "
                             f"{' and '.join(supported)}); plan with {supported[-1]}"
-                            + (f", or with one of {', '.join(others)}" if others else ""))
+                            + (f", or with one of {', '.join(alternatives)}" if alternatives else ""))
         return peak[precision]
 
 
@@ -110,12 +111,11 @@ class Links:
     """Latency of a small message between domains."""
 
 
-def _read() -> dict[str, Chip]:
-    """Read the packaged table and its aliases."""
+def _read_chips() -> dict[str, Chip]:
     text = importlib.resources.files("slurm").joinpath("chips.yaml").read_text(encoding="utf-8")
     rows: dict[str, dict[str, Any]] = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     # map every spelling to a key: the table's, the vendor's, CUDA's
-    _aliases.update({_folded(name): key for key, row in rows.items()
+    _aliases.update({_normalize_name(name): key for key, row in rows.items()
                      for name in (key, row["name"], *row["aliases"])})
     chips: dict[str, Chip] = {}
     for key, row in rows.items():
@@ -131,36 +131,36 @@ def _read() -> dict[str, Chip]:
     return chips
 
 
-def _folded(name: str) -> str:
+def _normalize_name(name: str) -> str:
     """Normalize a GPU name: lower case, letters and digits only, without the vendor."""
     return re.sub(r"[^a-z0-9]|nvidia|amd|instinct", "", name.lower())
 
 
 _aliases: dict[str, str] = {}
-CHIPS = _read()
+CHIPS = _read_chips()
 """Name in cluster profiles and recommended layouts -> GPU."""
 
 
-def chip(name: str) -> Chip:
-    """Return a chip by key, name or alias in any spelling.
+def find_chip(name: str) -> Chip:
+    """Return the `Chip` with a key, name or alias, ignoring case and punctuation.
 
     Raises:
         UserError: unknown name; the message suggests the nearest.
     """
-    known_chip = of_device(name)
-    if known_chip is None:
+    match = find_device_chip(name)
+    if match is None:
         raise UserError(f"GPU {name!r}: is not in the table{nearest(name.lower(), CHIPS)} "
                         f"(GPUs: {', '.join(sorted(CHIPS))})")
-    return known_chip
+    return match
 
 
-def of_device(name: str) -> Chip | None:
-    """Return the chip for CUDA's device name, or None if the table lacks it (such as PCIe variants)."""
-    key = _aliases.get(_folded(name))
+def find_device_chip(name: str) -> Chip | None:
+    """Return the `Chip` for CUDA's device name; None for unknown devices, e.g. PCIe variants."""
+    key = _aliases.get(_normalize_name(name))
     return CHIPS[key] if key else None
 
 
 def default_links(chip: Chip) -> Links:
-    """Return the links of the vendor's own servers: NVLink within a domain, an InfiniBand adapter per GPU."""
+    """Return the `Links` of the vendor's servers: NVLink within a domain, an InfiniBand adapter per GPU."""
     return Links(chip.nvlink_domain, chip.nvlink_bytes_per_s, chip.network_bytes_per_s,
                  INSIDE_LATENCY_S, INFINIBAND_LATENCY_S)

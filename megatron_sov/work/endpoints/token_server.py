@@ -1,8 +1,7 @@
 """Interface of HTTP inference engines that accept and return token ids.
 
-No text is exchanged: training uses exactly the sampled ids, with their log-probabilities and the
-version of the
-weights that generated each token.
+No text is exchanged: training uses exactly the sampled ids, with their log-probabilities and the version of
+the weights that generated each token.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from megatron_sov.work.endpoints.answers import BadAnswer, NeverAnswered, reason_of
+from megatron_sov.work.endpoints.answers import BadAnswer, RequestRefused, read_error_text
 from megatron_sov.work.endpoints.transport import Transport
 
 if TYPE_CHECKING:
@@ -21,11 +20,11 @@ if TYPE_CHECKING:
 
 STOP, LENGTH, ABORTED = "stop", "length", "abort"
 """Finish reasons: a stop token, the length limit, an abort request."""
-LOADED = 0
-"""Version of the weights loaded at the engine's start, which may have any name."""
-CONTROL_S = 600.0
+INITIAL_VERSION = 0
+"""Version number for the weights loaded at the engine's start."""
+CONTROL_TIMEOUT_S = 600.0
 """Timeout of control requests; answers have their own."""
-LOOK_S = 10.0
+STATUS_TIMEOUT_S = 10.0
 """Timeout of status requests."""
 _INT32 = 1 << 31
 """Exclusive upper limit of int32 values in rollouts."""
@@ -49,18 +48,16 @@ class TokenRequest:
     """0: no limit."""
     top_p: float = 1.0
     stop_ids: tuple[int, ...] = ()
-    """Token ids that end an answer and are included as its last token."""
+    """Token ids at which an answer ends, inclusive."""
     with_routes: bool = False
     """Return the expert routes of tokens."""
     count: int = 1
     """Answers per prompt; must be 1 at temperature 0."""
     others: tuple[Sequence[int], ...] = ()
-    """Further prompts. Weights must not change during such a request, because its answers do
-    not report versions."""
+    """Further prompts; weights must not change meanwhile, because multi-prompt answers report no versions."""
 
     @property
     def prompts(self) -> list[list[int]]:
-        """All prompts in order."""
         return [list(ids) for ids in (self.ids, *self.others)]
 
     @property
@@ -81,8 +78,6 @@ class VersionSpan:
 
 @dataclass(frozen=True)
 class TokenAnswer:
-    """Generated continuation of a prompt."""
-
     tokens: list[int]
     logprobs: list[float]
     """Log-probability per token under the sampling distribution."""
@@ -93,9 +88,9 @@ class TokenAnswer:
     routes: np.ndarray | None = field(default=None, compare=False)
     """Expert indices, shape [prompt and answer tokens, layers, experts per token]."""
 
-    def version_of_each(self, count: int, otherwise: int) -> list[int]:
-        """Return the weights version of the first `count` tokens; `otherwise` if the engine does
-        not report it."""
+    def token_versions(self, count: int, otherwise: int) -> list[int]:
+        """Return the weights version of the first `count` tokens; `otherwise` if the engine does not report
+        it."""
         versions = [otherwise] * count
         for span in self.versions:
             versions[span.start:span.end] = [span.version] * (min(span.end, count) - span.start)
@@ -105,23 +100,22 @@ class TokenAnswer:
 class TokenServer(Protocol):
     """An inference engine at an address; methods are thread-safe.
 
-    Methods raise `TimeoutError`, `BadAnswer` for unusable replies (`is_away` if unreachable),
-    or `NeverAnswered` for
-    permanent refusals.
+    Methods raise `TimeoutError`, `BadAnswer` for unusable replies (`is_away` if unreachable), or
+    `RequestRefused` for permanent refusals.
     """
 
     url: str
 
     def write(self, request: TokenRequest) -> list[TokenAnswer]:
-        """Generate all requested answers; blocks until the last has ended."""
+        """Generate `request.num_answers` answers; blocks until the last has ended."""
         ...
 
     def score(self, ids: Sequence[int]) -> list[float]:
-        """Return the log-probability of each token except the first, at temperature 1."""
+        """Return the log-probabilities of `ids[1:]` at temperature 1."""
         ...
 
     def abort(self, requests: Sequence[TokenRequest]) -> None:
-        """Abort requests; their answers return with the tokens so far."""
+        """Abort requests; blocked `write` calls return the partial answers."""
         ...
 
     def pause(self) -> None:
@@ -162,32 +156,33 @@ class ServerCalls:
 
     def ask(self, path: str, payload: Mapping[str, Any]) -> Any:
         """Send a request with the long timeout `answer_s`; return its JSON."""
-        return self._read(path, self._within(self._answer_s).post(payload, path[1:]))
+        return self._parse_response(path, self._get_transport(self._answer_s).post(payload, path[1:]))
 
     def tell(self, path: str, payload: Mapping[str, Any] | None = None) -> Any:
         """Send a control request; return its JSON."""
-        return self._read(path, self._within(CONTROL_S).post(payload or {}, path[1:]))
+        return self._parse_response(path,
+                                    self._get_transport(CONTROL_TIMEOUT_S).post(payload or {}, path[1:]))
 
     def look(self, path: str) -> Any:
         """Fetch a status path; return its JSON."""
-        return self._read(path, self._within(LOOK_S).get(path[1:]))
+        return self._parse_response(path, self._get_transport(STATUS_TIMEOUT_S).get(path[1:]))
 
     def is_there(self, path: str) -> bool:
         """Return whether a path answers with status 200."""
         try:
-            return self._within(LOOK_S).get(path[1:]).status == 200
+            return self._get_transport(STATUS_TIMEOUT_S).get(path[1:]).status == 200
         except (BadAnswer, TimeoutError):
             return False
 
-    def _within(self, limit_s: float) -> Transport:
-        """Return the transport for a timeout; all paths share its connections."""
+    def _get_transport(self, limit_s: float) -> Transport:
+        """Return the `Transport` for a timeout, shared by the paths."""
         with self._lock:
             if limit_s not in self._opened:
                 self._opened[limit_s] = Transport(f"{self.url}/", self._key_env, limit_s,
                                                   max_bytes=MAX_ANSWER_BYTES)
             return self._opened[limit_s]
 
-    def _read(self, path: str, response: Any) -> Any:
+    def _parse_response(self, path: str, response: Any) -> Any:
         if response.status == 200:
             try:
                 return json.loads(response.body) if response.body.strip() else None
@@ -196,22 +191,22 @@ class ServerCalls:
             except ValueError:
                 # some servers answer control requests in plain text
                 return response.body.decode(errors="replace")
-        reason = reason_of(response.body) or "without a reason"
+        reason = read_error_text(response.body) or "without a reason"
         message = f"{self.url}{path} answered HTTP {response.status}: {reason}"
         if response.status in (400, 404, 413, 422):
-            raise NeverAnswered(message)
+            raise RequestRefused(message)
         # an engine whose worker has died answers 500 until it is restarted
-        raise BadAnswer(message, is_away=response.status >= 500)
+        raise BadAnswer(message, is_unavailable=response.status >= 500)
 
 
-def check_answers(answers: list[TokenAnswer], asked: int, where: str) -> list[TokenAnswer]:
+def check_answers(answers: list[TokenAnswer], expected: int, where: str) -> list[TokenAnswer]:
     """Check number and consistency of answers; return them.
 
     Raises:
         BadAnswer: wrong number or inconsistent fields.
     """
-    if len(answers) != asked:
-        raise BadAnswer(f"{where}: told {len(answers)} answers, and was asked for {asked}")
+    if len(answers) != expected:
+        raise BadAnswer(f"{where}: told {len(answers)} answers, and was asked for {expected}")
     for answer in answers:
         _check_answer(answer, where)
     return answers
@@ -238,15 +233,15 @@ def _check_answer(answer: TokenAnswer, where: str) -> None:
                         f"{count} tokens")
 
 
-def version_of(value: Any) -> int:
-    """Parse the weights version from a server; names of initial weights give `LOADED`."""
-    version = int(value) if isinstance(value, (int, str)) and str(value).isdigit() else LOADED
+def parse_version(value: Any) -> int:
+    """Parse a weights version; names of initial weights give `INITIAL_VERSION`."""
+    version = int(value) if isinstance(value, (int, str)) and str(value).isdigit() else INITIAL_VERSION
     if version >= _INT32:
         raise ValueError("a version of the weights that is too large")
     return version
 
 
-def whole_ids(values: Iterable[Any]) -> list[int]:
+def check_token_ids(values: Iterable[Any]) -> list[int]:
     """Check that values are int token ids; fractions are not rounded.
 
     Raises:
@@ -258,7 +253,7 @@ def whole_ids(values: Iterable[Any]) -> list[int]:
     return ids
 
 
-class AnswerReading:
+class AnswerParsing:
     """Context that converts exceptions while parsing an answer to `BadAnswer`; servers may send anything."""
 
     def __init__(self, url: str) -> None:

@@ -1,4 +1,4 @@
-"""Low-priority background processes that end with their parent."""
+"""Low-priority background processes, ended together with the parent process."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from pathlib import Path
 import psutil
 
 from megatron_sov.work.clusters.client import environment_outside_jobs
-from megatron_sov.work.processes.children import FORWARDED, die_with_parent
+from megatron_sov.work.processes.children import STOP_SIGNALS, die_with_parent
 
 LOWEST_PRIORITY = 19
-OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def humble_environment() -> dict[str, str]:
-    """Return this process's environment without rank and Slurm job variables, for one thread and no GPU."""
-    variables = {k: v for k, v in environment_outside_jobs().items() if k not in OF_A_RANK}
+def background_environment() -> dict[str, str]:
+    """Return the environment without rank and Slurm variables, with OMP_NUM_THREADS=1 and no GPU."""
+    variables = {k: v for k, v in environment_outside_jobs().items() if k not in RANK_VARIABLES}
     return variables | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def be_humble(parent: int) -> None:
+def enter_background(parent: int) -> None:
     """Take the lowest CPU and IO priority, end with `parent`, and ignore the signals that stop training."""
     die_with_parent(parent)
-    for number in FORWARDED:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     os.nice(LOWEST_PRIORITY)
     if sys.platform == "linux":
@@ -53,21 +53,18 @@ class BackgroundProcess:
             # start through this module: preexec_fn is unsafe in a multithreaded process
             self._process = subprocess.Popen([sys.executable, "-m", __name__, str(os.getpid()), *command],
                                              stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                                             env=humble_environment())
+                                             env=background_environment())
 
     @property
     def took_s(self) -> float:
-        """Seconds since the start."""
         return time.monotonic() - self.began_s
 
     @property
     def exit_code(self) -> int | None:
-        """Exit code, or None while running."""
         return self._process.poll()
 
     @property
     def last_words(self) -> str:
-        """Last line in the log, such as an error message."""
         lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[1:]
         return (lines[-1].removeprefix("error: ") if lines
                 else f"its process ended with {self._process.returncode}")
@@ -78,5 +75,5 @@ class BackgroundProcess:
 
 
 if __name__ == "__main__":
-    be_humble(int(sys.argv[1]))
+    enter_background(int(sys.argv[1]))
     os.execv(sys.argv[2], sys.argv[2:])  # priorities and signal settings survive exec

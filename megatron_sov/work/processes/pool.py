@@ -15,7 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from megatron_sov.base.errors import ExitCode, StopRequested, UserError
-from megatron_sov.work.processes.children import FORWARDED
+from megatron_sov.work.processes.children import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from concurrent.futures import ProcessPoolExecutor
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 Work = TypeVar("Work")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-AHEAD = 2
-"""Queued items per thread; small, so that little is read ahead."""
-_LOOK_S = 0.5
+QUEUED_PER_THREAD = 2
+"""Queued items per thread; small to limit read-ahead."""
+_POLL_S = 0.5
 """Interval between checks for a stop request."""
 
 
@@ -38,14 +38,13 @@ class StopSignal:
         """Reason of the request; empty without request."""
 
     @contextlib.contextmanager
-    def at_signals(self) -> Iterator[None]:
-        """Request a stop on SIGTERM, SIGINT or SIGUSR1 during the block; a repeated signal
-        ends the process."""
-        handlers = {number: signal.getsignal(number) for number in FORWARDED}
+    def stop_on_signals(self) -> Iterator[None]:
+        """Request a stop on `STOP_SIGNALS` during the block; a repeated signal ends the process."""
+        handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         # keep signals ignored that nohup ignores
         handlers = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
         for number in handlers:
-            signal.signal(number, self._note)
+            signal.signal(number, self._handle_signal)
         try:
             yield
         finally:
@@ -68,7 +67,7 @@ class StopSignal:
         self._event.wait(seconds)
         self.check()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         # a second signal ends the process immediately
         signal.signal(number, signal.SIG_DFL)
         name = signal.Signals(number).name
@@ -79,8 +78,8 @@ class StopSignal:
         self.ask(f"{name} came; the same command goes on")
 
 
-def in_threads(do: Callable[[Work], Result], items: Iterable[Work], threads: int,
-               stop: StopSignal | None = None) -> Generator[Result, None, None]:
+def map_in_threads(do: Callable[[Work], Result], items: Iterable[Work], threads: int,
+                   stop: StopSignal | None = None) -> Generator[Result, None, None]:
     """Apply `do` to items in threads; yield results on completion.
 
     After the first failure or a stop request no item starts, running items finish and are yielded, then the
@@ -103,7 +102,7 @@ def in_threads(do: Callable[[Work], Result], items: Iterable[Work], threads: int
             for item in items:
                 pending.add(pool.submit(do, item))
                 # bound the queue: items may come from a long stream
-                if len(pending) >= AHEAD * threads:
+                if len(pending) >= QUEUED_PER_THREAD * threads:
                     yield from _yield_finished(pending, stop)
             while pending:
                 yield from _yield_finished(pending, stop)
@@ -121,7 +120,7 @@ def in_threads(do: Callable[[Work], Result], items: Iterable[Work], threads: int
 
 
 def _yield_finished(pending: set[Future[Result]], stop: StopSignal) -> Iterator[Result]:
-    finished, _ = wait(pending, _LOOK_S, FIRST_COMPLETED)
+    finished, _ = wait(pending, _POLL_S, FIRST_COMPLETED)
     stop.check()
     for future in finished:
         pending.discard(future)
@@ -129,10 +128,10 @@ def _yield_finished(pending: set[Future[Result]], stop: StopSignal) -> Iterator[
 
 
 _work: Callable[[Any], Any]
-"""Function of this worker process, applied to each item."""
+"""Function applied to items in the worker process, returned by `build`."""
 WAITING_PER_WORKER = 4
-"""Queued items per worker, so that no worker waits for input."""
-LOST = "a worker process was ended from outside (for want of memory?)"
+"""Queued items per worker; enough to keep workers busy."""
+LOST_WORKER = "a worker process was ended from outside (for want of memory?)"
 
 
 class WorkerLost(UserError):
@@ -147,8 +146,8 @@ class WorkerPool(Generic[Item, Result]):
         """Configure the pool without starting processes.
 
         Args:
-            build: module-level function; called once per process with `arguments`, returns the
-                function for items.
+            build: module-level function; called once per process with `arguments`, returns the function for
+                items.
             arguments: picklable values.
             workers: number of processes.
         """
@@ -197,8 +196,8 @@ class WorkerPool(Generic[Item, Result]):
         try:
             for item in chain(first, remaining):
                 # a pool starts its processes in submit; they inherit the signal mask
-                with _without_interrupts():
-                    pending.append(self._pool.submit(_do, item))
+                with _block_interrupts():
+                    pending.append(self._pool.submit(_apply_work, item))
                 # in input order: a slow item delays later results, so bound their number
                 while pending and (pending[0].done()
                                    or len(pending) >= WAITING_PER_WORKER * self._workers):
@@ -206,12 +205,12 @@ class WorkerPool(Generic[Item, Result]):
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool:
-            raise WorkerLost(f"{LOST}; run the same command again, with fewer --workers: what is done is kept"
-                             ) from None
+            raise WorkerLost(f"{LOST_WORKER}; run the same command again with fewer --workers: finished work "
+                             "is kept") from None
 
 
-def in_processes(build: Callable[..., Callable[[Item], Result]], arguments: tuple[Any, ...],
-                 items: Iterable[Item], workers: int) -> Generator[Result, None, None]:
+def map_in_processes(build: Callable[..., Callable[[Item], Result]], arguments: tuple[Any, ...],
+                     items: Iterable[Item], workers: int) -> Generator[Result, None, None]:
     """Yield the result for each item in order; see `WorkerPool`."""
     pool = WorkerPool(build, arguments, workers)
     try:
@@ -221,8 +220,8 @@ def in_processes(build: Callable[..., Callable[[Item], Result]], arguments: tupl
 
 
 @contextlib.contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Block SIGINT in processes started here: on Ctrl-C only this process reacts, and ends them."""
+def _block_interrupts() -> Iterator[None]:
+    """Block SIGINT in workers started during the block: on Ctrl-C the main process ends the workers."""
     previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -239,12 +238,12 @@ def _start_worker(build: Callable[..., Callable[[Any], Any]], arguments: tuple[A
 
 
 def _end_with_parent() -> None:
-    """End this worker when its parent has died, so that a killed command leaves no waiting workers."""
+    """End the worker process when the parent process has died."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
     os._exit(ExitCode.CRASH)
 
 
-def _do(item: Any) -> Any:
+def _apply_work(item: Any) -> Any:
     return _work(item)

@@ -1,8 +1,7 @@
-"""Outputs built from parts, so that a killed command resumes without repeating finished parts.
+"""Outputs built from parts: a killed command resumes without repeating finished parts.
 
-Parts are folders named by a hash of everything they depend on: the same command, or a command with
-more input or
-other settings, reuses matching parts and builds the rest.
+Parts are folders named by a hash of everything they depend on: the same command, or a command with more input
+or other settings, reuses matching parts and builds the rest.
 
 An artifact built file by file has a journal in its work folder with size and hash of each synced file, and a
 folder `content/` that becomes the output by renaming.
@@ -23,7 +22,7 @@ from megatron_sov.base.artifacts import (
 from megatron_sov.base.outputs import behind_links
 from megatron_sov.version import __version__
 from megatron_sov.work.progress.journal import (
-    Journal, begin_journal, begun, delete_work, open_journal, work_folder)
+    Journal, begin_journal, delete_work, lock_work_folder, open_journal, work_folder)
 
 CONTENT = "content"
 
@@ -81,7 +80,7 @@ def resumable_artifact(path: Path, kind: str, made_by: str, plan: dict[str, Any]
         path.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(path)
         refuse_existing(path, kind, overwrite)
-        # another version may write other bytes for the same plan
+        # different versions may write different bytes for the same plan
         identity = {"kind": kind, "version": __version__, **plan}
         with open_journal(path, made_by, identity, redo=redo) as journal:
             content = journal.folder / CONTENT
@@ -98,21 +97,21 @@ def part_folder(work: Path, key: str) -> Path:
     return work / key[:2] / key
 
 
-def make_part(work: Path, key: str, told_in: str, make: Callable[[Path], object]) -> tuple[Path, bool]:
-    """Return a part's folder, and whether this call built it.
+def build_part(work: Path, key: str, marker: str, build: Callable[[Path], object]) -> tuple[Path, bool]:
+    """Return a part's folder, and whether the call built the part.
 
     Args:
         work: folder of all parts.
         key: hash of everything the part depends on.
-        told_in: name of a file in every complete part.
-        make: fills a new folder.
+        marker: name of a file in every complete part.
+        build: fills a new folder.
     """
     folder = part_folder(work, key)
-    if (folder / told_in).is_file():
+    if (folder / marker).is_file():
         return folder, False
     # if two jobs build the same part, the first stays: equal keys give equal parts
     with new_folder(folder, first_stays=True) as temporary:
-        make(temporary)
+        build(temporary)
     return folder, True
 
 
@@ -125,15 +124,15 @@ def open_parts(output: Path, made_by: str) -> Iterator[Path]:
         made_by: command line, for messages.
 
     Raises:
-        UserError: another process holds the folder, it belongs to another command, or the disk
-            is not writable.
+        UserError: another process holds the folder, it belongs to another command, or the disk is not
+            writable.
     """
-    with begun(output, made_by, {"command": made_by}):
+    with lock_work_folder(output, made_by, {"command": made_by}):
         # delete after success only: after an error the next attempt reuses the parts
         yield work_folder(output)
         delete_work(output)
 
 
 def begin_parts(output: Path, made_by: str) -> None:
-    """Create the parts folder of an output for jobs that build some parts; see `open_parts`."""
+    """Create the parts folder of an output before jobs build parts in parallel; see `open_parts`."""
     begin_journal(output, made_by, {"command": made_by})

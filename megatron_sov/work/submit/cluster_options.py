@@ -1,4 +1,4 @@
-"""Command-line options for submission to a cluster; separate from `arrays` so that `--help` stays fast."""
+"""Command-line options for submission to a cluster; separate from `arrays` for a fast `--help`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ class ClusterOptions:
     """Options for submitting a run."""
 
     cluster: Annotated[str, Flag(value="PROFILE")] = ""
-    """Submit the run to Slurm: a cluster profile that comes with the package, or a YAML file of
-    your own."""
+    """Submit the run to Slurm: a cluster profile that comes with the package, or a YAML file of your own."""
     account: Annotated[str | None, Flag(value="NAME"), only_with("cluster")] = None
     """Slurm account, where the profile names none."""
     partition: Annotated[str | None, Flag(value="NAME"), only_with("cluster")] = None

@@ -51,7 +51,7 @@ def view(monkeypatch: pytest.MonkeyPatch) -> Any:
         write_sealed(file, numbers.tobytes(), of)
 
     monkeypatch.setattr(feed, "write_logprobs", write_logprobs)
-    monkeypatch.setattr(feed, "files_sha256", lambda path: path.name)
+    monkeypatch.setattr(feed, "hash_checkpoint_files", lambda path: path.name)
     manifest = SimpleNamespace(content={"groups": {"learns": 1}})
     monkeypatch.setattr(feed, "read_manifest", lambda path: manifest)
     events: list[tuple[str, dict[str, Any]]] = []

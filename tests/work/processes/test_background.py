@@ -17,8 +17,8 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.processes import children
-from megatron_sov.work.processes.background import LOWEST_PRIORITY, humble_environment
-from megatron_sov.work.processes.pool import in_processes
+from megatron_sov.work.processes.background import LOWEST_PRIORITY, background_environment
+from megatron_sov.work.processes.pool import map_in_processes
 
 PARENT = """
 import sys, time
@@ -41,8 +41,8 @@ time.sleep(600)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a child that ends with its parent is Linux's")
-def test_it_has_the_lowest_priority_and_ends_with_its_parent(tmp_path: Path,
-                                                             ends: Callable[[int], bool]) -> None:
+def test_background_process_has_lowest_priority_and_ends_with_parent(tmp_path: Path,
+                                                                     ends: Callable[[int], bool]) -> None:
     parent = subprocess.Popen([sys.executable, "-c", PARENT, CHILD, str(tmp_path / "state")])
 
     def wait_for(name: str) -> None:
@@ -62,12 +62,12 @@ def test_it_has_the_lowest_priority_and_ends_with_its_parent(tmp_path: Path,
     assert ends(state["pid"])
 
 
-def test_it_does_not_take_itself_for_a_rank_or_a_part_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_background_environment_has_no_rank_or_job(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "SLURM_JOB_ID", "SBATCH_PARTITION", "MASTER_PORT"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("KEPT", "yes")
     monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
-    environment = humble_environment()
+    environment = background_environment()
     assert {"RANK", "SLURM_JOB_ID", "SBATCH_PARTITION", "MASTER_PORT"} & set(environment) == set()
     assert environment["SLURM_CONF"] == "/etc/slurm.conf"  # it says where Slurm is, not which job this is
     assert (environment["KEPT"], environment["CUDA_VISIBLE_DEVICES"]) == ("yes", "")
@@ -97,7 +97,8 @@ while number != signal.SIGINT and not asked:
 """
 
 
-def test_its_code_is_returned_and_a_stop_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+def test_run_command_returns_exit_code_and_forwards_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                         capfd
                                                       ) -> None:
     (tmp_path / "child.py").write_text(COMMAND)
     monkeypatch.chdir(tmp_path)
@@ -121,15 +122,16 @@ def test_its_code_is_returned_and_a_stop_is_passed_on(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_results_come_in_order(workers: int) -> None:
+def test_pool_yields_results_in_order(workers: int) -> None:
     items = ["b", "a", *"xyz" * 10]
-    assert list(in_processes(operator.methodcaller, ("upper",), items, workers)) == [i.upper() for i in items]
-    assert list(in_processes(operator.methodcaller, ("upper",), [], workers)) == []
+    assert list(map_in_processes(operator.methodcaller, ("upper",), items, workers)) == [i.upper()
+                                                                                         for i in items]
+    assert list(map_in_processes(operator.methodcaller, ("upper",), [], workers)) == []
 
 
-def test_mistakes_come_through_and_ended_workers_are_said() -> None:
+def test_pool_reports_errors_and_killed_workers() -> None:
     with pytest.raises(AttributeError, match="no attribute 'index'"):
-        list(in_processes(operator.methodcaller, ("index", "a"), ["a", 1], 2))
+        list(map_in_processes(operator.methodcaller, ("index", "a"), ["a", 1], 2))
     ends_its_worker = [0, 0, signal.SIGKILL, *[0] * 40]  # signal 0 does nothing
     with pytest.raises(UserError, match="run the same command again"):
-        list(in_processes(functools.partial, (signal.raise_signal,), ends_its_worker, 2))
+        list(map_in_processes(functools.partial, (signal.raise_signal,), ends_its_worker, 2))

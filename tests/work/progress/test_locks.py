@@ -18,22 +18,22 @@ from megatron_sov.base import artifacts
 from megatron_sov.base.artifacts import is_held, new_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.progress import locks
-from megatron_sov.work.progress.locks import Claim, Claims, holders, holding
+from megatron_sov.work.progress.locks import Claim, Claims, list_holders, lock_folder
 from megatron_sov.work.progress.resumable import resumable_artifact
 
 
-def test_a_folder_is_held_until_the_end(tmp_path: Path) -> None:
+def test_folder_lock_lasts_until_end_of_block(tmp_path: Path) -> None:
     folder, output = tmp_path / "deep/.out", tmp_path / "out"
-    with holding(folder, output), pytest.raises(UserError) as raised, holding(folder, output):
+    with lock_folder(folder, output), pytest.raises(UserError) as raised, lock_folder(folder, output):
         raise AssertionError("two hold it")
     assert str(raised.value) == (f"{output}: is being written by another process ({folder} is "
                                  "held); wait for it, or name another output")
-    with holding(folder, output):
+    with lock_folder(folder, output):
         assert folder.is_dir()
 
 
 @pytest.mark.parametrize("another_one", [False, True])
-def test_one_that_its_holder_removes_before_it_is_held_is_not_held(
+def test_folder_removed_before_locking_is_not_locked(
         another_one: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / ".out"
 
@@ -44,11 +44,11 @@ def test_one_that_its_holder_removes_before_it_is_held_is_not_held(
         return True
 
     monkeypatch.setattr(locks, "holds", holds)
-    with pytest.raises(UserError, match="another process"), holding(folder, tmp_path / "out"):
+    with pytest.raises(UserError, match="another process"), lock_folder(folder, tmp_path / "out"):
         raise AssertionError("two hold the output")
 
 
-def test_one_that_its_holder_removes_before_it_is_opened_is_not_held(
+def test_folder_removed_before_opening_is_not_locked(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(path: Path, flags: int) -> int:
         path.rmdir()
@@ -56,11 +56,11 @@ def test_one_that_its_holder_removes_before_it_is_opened_is_not_held(
 
     monkeypatch.setattr(os, "open", opened)
     with pytest.raises(UserError, match="being written by another process"), \
-            holding(tmp_path / ".out", tmp_path / "out"):
+            lock_folder(tmp_path / ".out", tmp_path / "out"):
         raise AssertionError("nobody holds what is gone")
 
 
-def test_a_folder_is_held_as_long_as_its_process_lives(tmp_path: Path) -> None:
+def test_folder_lock_ends_with_process(tmp_path: Path) -> None:
     program = """import os, sys
 from megatron_sov.base.artifacts import holds
 print(holds(os.open(sys.argv[1], os.O_RDONLY)), flush=True)
@@ -75,8 +75,8 @@ sys.stdin.read()
     assert not is_held(tmp_path / "missing")
 
 
-def test_where_a_file_system_knows_no_locks_the_work_goes_on(tmp_path: Path,
-                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_system_without_locks_is_tolerated(tmp_path: Path,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(fd: int, operation: int) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
@@ -95,18 +95,18 @@ def test_where_a_file_system_knows_no_locks_the_work_goes_on(tmp_path: Path,
     assert other.is_dir()
 
 
-def test_where_folders_cannot_be_locked_a_file_in_them_is(tmp_path: Path,
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_file_replaces_unlockable_folder(tmp_path: Path,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
     real = artifacts.holds
 
     def holds_files(fd: int) -> bool | None:  # as NFS does
         return None if os.path.isdir(f"/proc/self/fd/{fd}") else real(fd)
 
     monkeypatch.setattr(locks, "holds", holds_files)
-    with (holding(tmp_path / "a", "a"), pytest.raises(UserError, match="is held"),
-          holding(tmp_path / "a", "a")):
+    with (lock_folder(tmp_path / "a", "a"), pytest.raises(UserError, match="is held"),
+          lock_folder(tmp_path / "a", "a")):
         raise AssertionError("two hold it")
-    with holding(tmp_path / "a", "a"):
+    with lock_folder(tmp_path / "a", "a"):
         assert os.listdir(tmp_path / "a") == [".lock"]
 
 
@@ -127,7 +127,7 @@ def take(claims: Claims, name: str = "a") -> Claim:
     return claim
 
 
-def test_a_claim_is_held_until_it_is_given_back(tmp_path: Path) -> None:
+def test_claim_lasts_until_release(tmp_path: Path) -> None:
     first, second = Claims(tmp_path, 60), Claims(tmp_path, 60)
     claim = take(first)
     assert second.take("a") is None and first.take("a") is None
@@ -135,11 +135,11 @@ def test_a_claim_is_held_until_it_is_given_back(tmp_path: Path) -> None:
     claim.release()
     taken = take(second)
     assert not claim.renew() and taken.renew()
-    assert [(h.name, h.pid, h.is_released) for h in holders(tmp_path)] == [
+    assert [(h.name, h.pid, h.is_released) for h in list_holders(tmp_path)] == [
         ("a", os.getpid(), False), ("b", os.getpid(), False)]
 
 
-def test_a_claim_without_a_sign_of_life_is_taken_over_after_a_lease(tmp_path: Path) -> None:
+def test_claim_without_heartbeat_expires(tmp_path: Path) -> None:
     clock = Clock()
     dead, other = take(Claims(tmp_path, 60)), Claims(tmp_path, 60, clock)
     assert other.take("a") is None  # the lease runs from the first look
@@ -152,7 +152,7 @@ def test_a_claim_without_a_sign_of_life_is_taken_over_after_a_lease(tmp_path: Pa
     assert Claims(tmp_path, 60).take("a") is None and taken.renew()
 
 
-def test_who_died_on_this_machine_is_taken_over_at_once(tmp_path: Path) -> None:
+def test_claim_of_dead_local_process_is_free_at_once(tmp_path: Path) -> None:
     def die() -> None:
         take(Claims(tmp_path, 60))
         os._exit(0)
@@ -168,7 +168,7 @@ def test_who_died_on_this_machine_is_taken_over_at_once(tmp_path: Path) -> None:
     assert Claims(tmp_path, 60).take("b") is None
 
 
-def test_a_claim_may_be_a_dead_jobs_until_it_shows_a_sign_of_life(tmp_path: Path) -> None:
+def test_claim_may_be_dead_until_heartbeat(tmp_path: Path) -> None:
     clock = Clock()
     living, other = take(Claims(tmp_path, 60)), Claims(tmp_path, 60, clock)
     dead = take(Claims(tmp_path, 60), "dead")
@@ -181,7 +181,7 @@ def test_a_claim_may_be_a_dead_jobs_until_it_shows_a_sign_of_life(tmp_path: Path
     assert take(other, "dead").renew() and not dead.renew() and not other.may_be_dead("dead")
 
 
-def test_a_sign_of_life_is_a_change_and_no_time(tmp_path: Path) -> None:
+def test_heartbeat_is_change_of_content(tmp_path: Path) -> None:
     clock = Clock()
     living, other = take(Claims(tmp_path, 60)), Claims(tmp_path, 60, clock)
     for _ in range(4):
@@ -193,18 +193,18 @@ def test_a_sign_of_life_is_a_change_and_no_time(tmp_path: Path) -> None:
     assert other.take("a") is None
 
 
-def test_who_died_before_it_wrote_is_taken_over_as_well(tmp_path: Path) -> None:
+def test_empty_claim_file_expires(tmp_path: Path) -> None:
     clock = Clock()
     (tmp_path / "a").mkdir()
     (tmp_path / "a/1.json").write_bytes(b'{"beat":')
     other = Claims(tmp_path, 60, clock)
     assert other.take("a") is None
-    assert [(h.host, h.pid) for h in holders(tmp_path)] == [("", 0)]
+    assert [(h.host, h.pid) for h in list_holders(tmp_path)] == [("", 0)]
     clock.now_s += 60
     assert take(other).renew()
 
 
-def test_a_claim_that_is_cleared_away_is_lost(tmp_path: Path) -> None:
+def test_deleted_claim_is_lost(tmp_path: Path) -> None:
     claim = take(Claims(tmp_path, 60))
     (tmp_path / "a/1.json").unlink()
     (tmp_path / "a").rmdir()
@@ -213,10 +213,10 @@ def test_a_claim_that_is_cleared_away_is_lost(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_thread_shows_signs_of_life(tmp_path: Path) -> None:
+def test_renewal_thread_writes_heartbeats(tmp_path: Path) -> None:
     # a lease of another length may be watched: the thread has its own
     claim, other = take(Claims(tmp_path, 0.04)), Claims(tmp_path, 60)
-    with claim.renewing():
+    with claim.renew_while_open():
         before = (tmp_path / "a/1.json").read_bytes()
         deadline_s = time.monotonic() + 600
         while (tmp_path / "a/1.json").read_bytes() == before and time.monotonic() < deadline_s:
@@ -248,7 +248,7 @@ def take_all(number: int, folder: Path, log: Path, names: list[str], started: An
 
 @pytest.mark.deep
 @pytest.mark.distributed
-def test_of_many_processes_one_takes_and_one_takes_over(tmp_path: Path) -> None:
+def test_single_process_wins_claim_and_takeover(tmp_path: Path) -> None:
     names, fork = [f"piece-{i}" for i in range(40)], multiprocessing.get_context("fork")
     for holder in (1, 2, 3):
         log, started = tmp_path / f"{holder}.log", fork.Barrier(4)

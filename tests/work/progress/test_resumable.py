@@ -19,7 +19,7 @@ from megatron_sov.work.progress.resumable import (
     CONTENT, begin_parts, open_parts, part_folder, resumable_artifact)
 
 
-def test_what_is_finished_stays_for_the_same_plan(tmp_path: Path) -> None:
+def test_finished_files_are_reused_for_equal_plan(tmp_path: Path) -> None:
     out, work = tmp_path / "out", work_folder(tmp_path / "out")
 
     def attempt(plan: int, end: type[BaseException] = KeyboardInterrupt, *, redo: bool = False) -> list[str]:
@@ -49,7 +49,7 @@ def test_what_is_finished_stays_for_the_same_plan(tmp_path: Path) -> None:
     assert damaged.startswith(f"{out / 'a'}: ") and os.listdir(tmp_path) == ["out"]
 
 
-def test_two_processes_do_not_make_one_artifact(tmp_path: Path) -> None:
+def test_concurrent_builds_of_artifact_are_rejected(tmp_path: Path) -> None:
     code = ("import sys, time; from pathlib import Path\n"
             "from megatron_sov.work.progress.resumable import resumable_artifact\n"
             "with resumable_artifact(Path(sys.argv[1]), 'kind', 'sov make', {}):\n"
@@ -69,7 +69,7 @@ def test_two_processes_do_not_make_one_artifact(tmp_path: Path) -> None:
     assert (tmp_path / "out/f").exists()
 
 
-def test_a_fingerprint_tells_a_file_that_was_written_again(tmp_path: Path) -> None:
+def test_fingerprint_detects_rewritten_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     before = fingerprint(tmp_path)
     os.utime(tmp_path / "file", ns=(1, 1))
@@ -86,7 +86,7 @@ def make(output: Path, keys: list[str], made_by: str = "sov-data pack") -> list[
     return there
 
 
-def test_what_fits_is_taken_whatever_else_is_asked_for(tmp_path: Path) -> None:
+def test_matching_parts_are_reused(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert (make(out, ["ab1", "cd2"]), make(out, ["cd2", "ef3"])) == ([], ["cd2"])
     assert read_job(work_folder(out)) == {"made_by": "sov-data pack", "num_done": 3,
@@ -97,14 +97,14 @@ def test_what_fits_is_taken_whatever_else_is_asked_for(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_parts_of_another_command_or_of_an_earlier_version_stay(tmp_path: Path) -> None:
+def test_parts_of_other_commands_are_kept(tmp_path: Path) -> None:
     make(tmp_path / "out", ["ab1"])
     with (pytest.raises(UserError, match=r"out: .* unfinished work of another command: .*inspect .* --clear"
-                        r"(.|\n)*command was .sov-data pack., and is .sov-tokenizer train."),
+                                         r"(.|\n)*command was .sov-data pack., and is .sov-tokenizer train."),
           open_parts(tmp_path / "out", "sov-tokenizer train")):
         raise AssertionError("unreachable")
     (work_folder(tmp_path / "old") / "ab" / "ab1").mkdir(parents=True)
-    with (pytest.raises(UserError, match=r"it has .ab., and no job.json tells"),
+    with (pytest.raises(UserError, match=r"it contains .ab. but no readable job.json"),
           open_parts(tmp_path / "old", "sov-data pack")):
         raise AssertionError("unreachable")
     assert make(tmp_path / "out", ["ab1"]) == ["ab1"] and (work_folder(tmp_path / "old") / "ab/ab1").is_dir()
@@ -118,7 +118,7 @@ def refused(output: Path) -> str:
         return str(e)
 
 
-def test_one_process_makes_parts_at_a_time(tmp_path: Path) -> None:
+def test_concurrent_part_builds_are_rejected(tmp_path: Path) -> None:
     with open_parts(tmp_path / "out", "sov-data pack"), \
             multiprocessing.get_context("spawn").Pool(1) as other:
         assert "is being written by another process" in other.apply(refused, (tmp_path / "out",))

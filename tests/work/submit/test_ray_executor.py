@@ -15,7 +15,7 @@ import ray
 
 from megatron_sov.cli import main
 from megatron_sov.commands.map import STEPS
-from megatron_sov.work.submit import on_ray
+from megatron_sov.work.submit import ray_executor
 from tests.work.ray_nodes import STORE_BYTES, two_nodes
 
 STEP = """
@@ -71,7 +71,7 @@ def once(has_come: Callable[[], bool], do: Callable[[], None]) -> Thread:
 
 @pytest.mark.deep  # the test below has nodes, too
 @pytest.mark.distributed
-def test_two_nodes_do_what_one_process_does(cluster: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_nodes_give_output_of_single_process(cluster: Any, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"n": n, "until": "both"} for n in range(200)]
     Path("both").touch()
     assert mapped(None, "here", *rows, workers=1) == 0
@@ -86,7 +86,7 @@ def test_two_nodes_do_what_one_process_does(cluster: Any, capsys: pytest.Capture
 
 
 @pytest.mark.distributed
-def test_a_node_that_is_lost_loses_nothing(cluster: Any) -> None:
+def test_lost_node_loses_no_items(cluster: Any) -> None:
     node = cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
 
     def lose() -> None:
@@ -103,8 +103,8 @@ def test_a_node_that_is_lost_loses_nothing(cluster: Any) -> None:
 
 
 @pytest.mark.distributed
-def test_a_cluster_that_is_not_there_is_one_sentence(capsys: pytest.CaptureFixture[str],
-                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_cluster_raises_user_error(capsys: pytest.CaptureFixture[str],
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
     Path("rows.jsonl").write_text('{"n": 1}\n')
     monkeypatch.setenv("RAY_ADDRESS", "")
     words = ["map", "rows.jsonl", "mine.py:Step", "--output", "out", "--ray", "nonsense"]
@@ -127,9 +127,9 @@ class SlowFirst:
         return str(reference).encode()
 
 
-def test_an_item_that_holds_all_others_up_and_ends_last_is_no_end() -> None:
+def test_slow_item_does_not_end_iteration() -> None:
     actor = SimpleNamespace(is_there=SimpleNamespace(remote=object),
                             do=SimpleNamespace(remote=lambda item: f"done {item}"))
-    processes = on_ray._Processes(SlowFirst(), lambda: actor, 2)
-    assert list(on_ray._done(processes, enumerate(range(40)))) == [
+    processes = ray_executor._RayProcesses(SlowFirst(), lambda: actor, 2)
+    assert list(ray_executor._iter_records(processes, enumerate(range(40)))) == [
         (number, f"done {number}".encode()) for number in range(40)]

@@ -1,8 +1,7 @@
 """Execute items in processes of a Ray cluster, for sites without Slurm and for steps that hold GPUs.
 
-Ray schedules: each process requests a core and GPUs and receives items once placed. The command
-alone writes the
-journal. A process lost with its node is restarted elsewhere, and its item is repeated.
+Ray schedules: each process requests a core and GPUs and receives items once placed. The command alone writes
+the journal. A process lost with its node is restarted elsewhere, and its item is repeated.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from megatron_sov.work.processes.pool import WAITING_PER_WORKER
 from megatron_sov.work.progress.jobs import Executor, Numbered, Work
 
 MAX_LOSSES = 3
-"""Lost processes per item after which the item counts as the cause."""
+"""Maximum lost processes per item; beyond, the item counts as the cause."""
 
 
-def on_ray(build: Callable[..., Callable[[Work], bytes]], arguments: tuple[Any, ...], workers: int,
-           address: str, *, gpus: float = 0.0) -> Executor[Work]:
-    """Return an executor that runs items on a Ray cluster.
+def ray_executor(build: Callable[..., Callable[[Work], bytes]], arguments: tuple[Any, ...], workers: int,
+                 address: str, *, gpus: float = 0.0) -> Executor[Work]:
+    """Return an executor with Ray actors on a cluster.
 
     Args:
         build: see `pool.WorkerPool`; its module must be importable on all nodes.
@@ -35,19 +34,19 @@ def on_ray(build: Callable[..., Callable[[Work], bytes]], arguments: tuple[Any, 
         gpus: GPUs per process, possibly fractional.
     """
     def execute(items: Numbered[Work]) -> Iterator[tuple[int, bytes]]:
-        ray = _connected(address)
+        ray = _connect_ray(address)
         try:
-            kind = ray.remote(num_cpus=1, num_gpus=gpus)(_Worker)
-            processes = _Processes(ray, lambda: kind.remote(build, arguments), workers)
-            yield from _done(processes, items)
+            kind = ray.remote(num_cpus=1, num_gpus=gpus)(_RayWorker)
+            processes = _RayProcesses(ray, lambda: kind.remote(build, arguments), workers)
+            yield from _iter_records(processes, items)
         finally:
-            ray.shutdown()  # ends the processes, as does the end of this process
+            ray.shutdown()  # ends the actors
 
     return execute
 
 
-class _Worker:
-    """Ray actor; builds its function with the first item, so that build errors are reported with an item."""
+class _RayWorker:
+    """Ray actor. The first item triggers `build`, and build errors surface as `RayTaskError`."""
 
     def __init__(self, build: Callable[..., Callable[[Any], bytes]], arguments: tuple[Any, ...]) -> None:
         self._build, self._arguments = build, arguments
@@ -62,7 +61,7 @@ class _Worker:
         return self._do(item)
 
 
-def _connected(address: str) -> Any:
+def _connect_ray(address: str) -> Any:
     """Return the `ray` module, connected to the cluster."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
@@ -84,8 +83,6 @@ def _connected(address: str) -> Any:
 
 @dataclass(eq=False)
 class _RayTask:
-    """An item with its record after completion."""
-
     number: int
     item: Any
     record: bytes | None = None
@@ -93,10 +90,9 @@ class _RayTask:
     """Number of processes lost while working on the item."""
 
 
-class _Processes:
-    """Processes of a command. A lost process is replaced and its item goes to the next free process:
-    with Ray's own
-    restarts, the item would wait for a slot that the other processes occupy."""
+class _RayProcesses:
+    """The command's Ray actors. A lost actor is replaced, and the next free actor repeats the lost item: with
+    Ray's own restarts the item would wait for an occupied slot."""
 
     def __init__(self, ray: Any, start: Callable[[], Any], workers: int) -> None:
         self._ray, self._start, self.most = ray, start, WAITING_PER_WORKER * workers
@@ -105,9 +101,9 @@ class _Processes:
         self._idle: list[Any] = []
         self._lost: deque[_RayTask] = deque()
         for _ in range(workers):
-            self._begin_one()
+            self._start_process()
 
-    def _begin_one(self) -> None:
+    def _start_process(self) -> None:
         actor = self._start()
         self._starting[actor.is_there.remote()] = actor
 
@@ -117,7 +113,6 @@ class _Processes:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no process is busy or starting."""
         return not self._working and not self._starting
 
     def give(self, task: _RayTask) -> None:
@@ -126,7 +121,7 @@ class _Processes:
 
     def wait(self) -> None:
         """Wait until a process has started, finished its item, or died; requeue items of dead processes."""
-        # one event at a time: starts and items share the wait, and the tables tell them apart
+        # wait for a single event: a start in `_starting` or a record in `_working`
         (reference,), _ = self._ray.wait([*self._working, *self._starting], num_returns=1)
         actor, task = self._working.pop(reference, (self._starting.pop(reference, None), None))
         try:
@@ -142,7 +137,7 @@ class _Processes:
                     raise UserError(f"{MAX_LOSSES} processes were lost with the same item, the last one so: "
                                     f"{told_in_a_line(e)}; see Ray's logs of it") from None
                 self._lost.append(task)
-            self._begin_one()
+            self._start_process()
         else:
             if task is not None:
                 task.record = bytes(record)
@@ -151,8 +146,7 @@ class _Processes:
             self.give(self._lost.popleft())
 
 
-def _done(processes: _Processes, items: Numbered[Any]) -> Iterator[tuple[int, bytes]]:
-    """Yield records in item order."""
+def _iter_records(processes: _RayProcesses, items: Numbered[Any]) -> Iterator[tuple[int, bytes]]:
     remaining = iter(items)
     order: deque[_RayTask] = deque()
     is_exhausted = False

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_sov.work.processes.keeper import NOT_STARTED, KeptCommand
+from megatron_sov.work.processes.supervisor import NOT_STARTED, SupervisedCommand
 
 # children as engines have them: one of the command's group, one that left it and lost its parent
 TREE = """
@@ -29,8 +29,8 @@ time.sleep(600)
 """
 OWNER = """
 import os, sys, time
-from megatron_sov.work.processes.keeper import KeptCommand
-kept = KeptCommand([sys.executable, "-c", sys.argv[1]], os.environ, sys.stderr)
+from megatron_sov.work.processes.supervisor import SupervisedCommand
+kept = SupervisedCommand([sys.executable, "-c", sys.argv[1]], os.environ, sys.stderr)
 time.sleep(600)
 """
 
@@ -50,9 +50,9 @@ def until(is_so: Any) -> None:
         time.sleep(0.01)
 
 
-def kept(program: str) -> KeptCommand:
+def kept(program: str) -> SupervisedCommand:
     with open("log", "wb") as out:
-        return KeptCommand([sys.executable, "-c", program], os.environ, out)
+        return SupervisedCommand([sys.executable, "-c", program], os.environ, out)
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_all_processes_end_with_a_killed_owner() -> None:
+def test_all_processes_end_with_killed_owner() -> None:
     owner = subprocess.Popen([sys.executable, "-c", OWNER, TREE])
     pids = told()
     owner.kill()
@@ -68,7 +68,7 @@ def test_all_processes_end_with_a_killed_owner() -> None:
     until(lambda: not any(map(psutil.pid_exists, pids)))
 
 
-def test_a_command_that_is_killed_takes_all_with_it() -> None:
+def test_killed_command_ends_descendants() -> None:
     command = kept(TREE)
     pids = told()
     os.kill(pids[0], signal.SIGKILL)
@@ -76,7 +76,7 @@ def test_a_command_that_is_killed_takes_all_with_it() -> None:
     assert not any(map(psutil.pid_exists, pids))
 
 
-def test_a_command_is_let_go_on_with_its_end_while_there_is_patience() -> None:
+def test_command_may_clean_up_within_patience() -> None:
     # the command ends at once when it is asked, its child a little later
     command = kept("""
 import signal, subprocess, sys, time
@@ -90,9 +90,9 @@ time.sleep(600)
     command.end()
 
 
-def test_a_command_that_there_is_not_is_told() -> None:
+def test_missing_program_is_reported() -> None:
     with open("log", "wb") as out:
-        command = KeptCommand(["/no/program"], os.environ, out)
+        command = SupervisedCommand(["/no/program"], os.environ, out)
     until(lambda: not command.is_alive)
     assert command._keeper.returncode == NOT_STARTED
     assert Path("log").read_text() == "/no/program: No such file or directory\n"
