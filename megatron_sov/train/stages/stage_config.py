@@ -216,7 +216,8 @@ def _propose_recipe(start_from: Path) -> None:
     from megatron_sov import convert
 
     start = find_start(start_from)
-    model = convert.open_weights(start).model if is_hf_folder(start) else read_checkpoint_settings(start).model
+    is_hf = is_hf_folder(start)
+    model = convert.open_weights(start).model if is_hf else read_checkpoint_settings(start).model
     configs = [recipes.get(name) for name in recipes.find_family_recipes(model.family)]
     known = [config for config in configs if config.objective.name == "lm" and not config.extend.stages]
     size = num_params(model).total
