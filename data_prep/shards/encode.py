@@ -24,7 +24,7 @@ from megatron_sov.base.errors import Fix, UserError, fix_missing
 from megatron_sov.chat.encode import ChatEncoder
 from megatron_sov.chat.marks import KIND_ANSWER, KIND_NONE
 from megatron_sov.chat.template import ChatTemplate, find_odd_opening
-from megatron_sov.model.load_modality import FeatureTokens, MediaEncoding, load_modality
+from megatron_sov.model.modality import FeatureTokens, MediaEncoding, load_modality
 
 LONGEST_WHITESPACE_CHARS = 10_000
 """tiktoken's regular expression overflows its stack on a far longer run;

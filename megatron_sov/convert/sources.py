@@ -162,7 +162,7 @@ class HfWeights:
             self._stored = _stored_tensors(self._shards, config)
             """Hugging Face name -> stored tensor."""
             if text_inside is not None:
-                text_names, self.left_out = text_inside.names(self._stored)
+                text_names, self.left_out = text_inside.map_tensor_names(self._stored)
                 if self.left_out:
                     self.notes.append(f"the {len(self.left_out)} tensors of the image encoder ("
                                       f"{self.left_out[0]}, ...) are not converted")

@@ -101,7 +101,7 @@ NESTED_TEXT_MODELS = {
 def extract_text_config(config: dict[str, Any]) -> dict[str, Any]:
     """Return the config of the text model: the nested config for multimodal folders, else `config`."""
     inside = NESTED_TEXT_MODELS.get(str(config.get("model_type")))
-    return config if inside is None else inside.config(config)
+    return config if inside is None else inside.extract_config(config)
 
 
 

@@ -148,7 +148,7 @@ class RecipeRequest:
         if problems := find_inert(config, sorted(requested_keys), facts):
             raise SettingsError("", problems)
 
-    def resolve_config(self, defaults: Sequence[str] = (), own: Sequence[str] = ()) -> RunConfig:
+    def config(self, defaults: Sequence[str] = (), own: Sequence[str] = ()) -> RunConfig:
         """Return the resolved settings, and record the code they name.
 
         Args:

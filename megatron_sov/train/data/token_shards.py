@@ -24,7 +24,7 @@ from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.chat.marks import KIND
 from megatron_sov.chat.vocabulary import find_difference
 from megatron_sov.model.config.data import split_source_name
-from megatron_sov.model.load_modality import NO_BANKS, Banks, EncoderInputs, load_modality, read_banks
+from megatron_sov.model.modality import NO_BANKS, Banks, EncoderInputs, load_modality, read_banks
 from megatron_sov.runs.launch_environment import is_first_rank
 from megatron_sov.train.data.described import check_described
 
