@@ -1,4 +1,4 @@
-"""Training objectives of a run: built-in objectives, and plug-ins from a user's file."""
+"""A run's training objectives: built-in objectives, and plug-ins from a user's file."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def get_factory(config: RunConfig, built_in: Factory) -> Factory:
 
 @dataclass(frozen=True)
 class PluginFactory:
-    """Factory of an objective from a plug-in, with the class's data requirements."""
+    """Factory for a plug-in objective, with the class's data requirements."""
 
     name: str
     """`objective.name`."""

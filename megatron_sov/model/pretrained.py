@@ -1,4 +1,4 @@
-"""Weight files of Hugging Face folders, and loading them with transformers or diffusers.
+"""Weight files in Hugging Face folders, and loading them with transformers or diffusers.
 
 These libraries initialise missing tensors at random and ignore unknown tensors. Commands load models through
 this module, which rejects both.
@@ -229,7 +229,7 @@ def find_low_bit_options(folder: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _silence_library(library: str) -> Iterator[None]:
-    """Suppress a library's messages about a folder, and progress bars outside of terminals."""
+    """Suppress a library's messages about a folder, and progress bars outside terminals."""
     logging = importlib.import_module(f"{library}.utils.logging")
     before = logging.get_verbosity()
     logging.set_verbosity_error()

@@ -240,7 +240,7 @@ def _infer_groups(stated: Stated) -> dict[str, Any]:
 
 
 def _count_dense_layers(frequency: Any, num_layers: int) -> int:
-    """Return the number of leading dense layers."""
+    """Count leading dense layers."""
     if isinstance(frequency, str):
         frequency = _parse_list(frequency)
     if isinstance(frequency, int):
@@ -351,7 +351,7 @@ def _find_mismatches(name: str, fields: Mapping[str, Any]) -> list[str]:
 
 
 MAX_BYTES = 8 << 20
-"""Limit of a Bridge YAML file; a run's whole configuration has about 100 kB."""
+"""Limit for a Bridge YAML file; a run's whole configuration has about 100 kB."""
 
 
 def read_sections(file: Path) -> dict[str, dict[str, Any]]:

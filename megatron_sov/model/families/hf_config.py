@@ -20,11 +20,11 @@ from megatron_sov.model.families.hf_layers import SlidingLayers
 SMALLEST_SCALE = 1e-9
 """Smallest attention scale that Gemma's integer field can express."""
 REQUIRED = object()
-"""Default of fields that a config.json must have."""
+"""Default for fields that a config.json must have."""
 
 
 class ConfigItem(Protocol):
-    """An entry of a config map."""
+    """A config map entry."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -233,7 +233,7 @@ class AttentionScale:
 
     hf: str
     scalar: int = 0
-    """Gemma: default of the field, whose inverse square root is the factor. 0: the field is the factor."""
+    """Gemma: default for the field, whose inverse square root is the factor. 0: the field is the factor."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -320,7 +320,7 @@ class LogitsSoftCap:
 
 @dataclass(frozen=True)
 class TwoThetas:
-    """RoPE of global and of sliding layers: `rope_parameters` per kind of layer, or the older `rope_theta`,
+    """RoPE in global and in sliding layers: `rope_parameters` per kind of layer, or the older `rope_theta`,
     `rope_local_base_freq` and `rope_scaling` (for global layers)."""
 
     names: tuple[str, ...] = ("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq")

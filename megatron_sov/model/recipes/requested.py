@@ -104,7 +104,7 @@ class RecipeRequest:
     """Settings requested on the command line, before they are resolved."""
 
     base: RunConfig
-    """Settings of the recipe or of --config."""
+    """Settings from the recipe or from --config."""
     settings: tuple[str, ...]
     """--set values, with code replaced by registered names."""
     from_file: bool
@@ -112,7 +112,7 @@ class RecipeRequest:
     is_model_only: bool = False
     """Whether `base` is the model of --from with stage defaults (no recipe)."""
     trains_by: BuiltIn | None = None
-    """Objective of a training command; None for other commands."""
+    """A training command's objective; None for other commands."""
     layered: frozenset[str] = frozenset()
     """Settings named in --config files."""
     changed: frozenset[str] = frozenset()
@@ -367,7 +367,7 @@ def _read_whole_config(file: ConfigLayer) -> RunConfig:
 
 
 def _iter_leaves(cls: Any, value: Any, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield (place, value) of each setting in a file; lists, and tables of names, are single values."""
+    """Yield (place, value) for each setting in a file; lists and name tables are single values."""
     if not dataclasses.is_dataclass(cls) or not isinstance(value, dict):
         yield place, value
         return
