@@ -18,10 +18,10 @@ from megatron_sov.base.settings import AtLeastOne, Flag, SettingsError
 from megatron_sov.model import recipes
 from megatron_sov.model.config import ModelConfig, RunConfig, parse_data_paths, split_weight
 from megatron_sov.model.config.data import split_source_name
-from megatron_sov.model.families.count import num_params
+from megatron_sov.model.families.count import count_params
 from megatron_sov.model.objectives import COMMAND_FORMATS
 from megatron_sov.model.pretrained import find_hub_name, is_hf_folder
-from megatron_sov.model.recipes.request_recipe import (
+from megatron_sov.model.recipes.requested import (
     BuiltIn, RecipeOptions, RecipeRequest, TrainingOptions, request_recipe, request_training)
 from megatron_sov.model.recipes.stage_defaults import Stage, build_base_config
 from megatron_sov.runs.checkpoints import (
@@ -220,8 +220,8 @@ def _propose_recipe(start_from: Path) -> None:
     model = convert.open_weights(start).model if is_hf else read_checkpoint_settings(start).model
     configs = [recipes.get(name) for name in recipes.find_family_recipes(model.family)]
     known = [config for config in configs if config.objective.name == "lm" and not config.extend.stages]
-    size = num_params(model).total
-    known.sort(key=lambda config: (abs(math.log(num_params(config.model).total / size)), len(config.recipe)))
+    size = count_params(model).total
+    known.sort(key=lambda config: (abs(math.log(count_params(config.model).total / size)), len(config.recipe)))
     if known:
         raise UserError("RECIPE: is missing; steps, batches and learning rate come from a recipe of the "
                         f"model's family, {model.family}: {', '.join(config.recipe for config in known[:4])}",
