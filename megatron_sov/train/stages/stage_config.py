@@ -221,7 +221,8 @@ def _propose_recipe(start_from: Path) -> None:
     configs = [recipes.get(name) for name in recipes.find_family_recipes(model.family)]
     known = [config for config in configs if config.objective.name == "lm" and not config.extend.stages]
     size = count_params(model).total
-    known.sort(key=lambda config: (abs(math.log(count_params(config.model).total / size)), len(config.recipe)))
+    known.sort(key=lambda config: (abs(math.log(count_params(config.model).total / size)),
+                                   len(config.recipe)))
     if known:
         raise UserError("RECIPE: is missing; steps, batches and learning rate come from a recipe of the "
                         f"model's family, {model.family}: {', '.join(config.recipe for config in known[:4])}",
