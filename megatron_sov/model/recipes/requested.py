@@ -51,7 +51,7 @@ class RecipeOptions(PluginOptions):
     """Recipe and settings."""
 
     recipe: Annotated[str | None, Flag("RECIPE")] = None
-    """Recipe name (`megatron-sov recipes` lists all), or your own FILE.py:FUNCTION. Optional for sft, prefer,
+    """Recipe name (`megatron-sov recipes` lists them), or your own FILE.py:FUNCTION. Optional for sft, prefer,
     distill and rl: they take the model from --from."""
     configs: Annotated[tuple[Path, ...], Flag("--config", "FILE")] = ()
     """YAML or JSON file with settings: some settings, applied to RECIPE or to the recipe named in the file,
@@ -199,8 +199,8 @@ def request_recipe(args: RecipeOptions, of_model: Callable[[], RunConfig] | None
     elif args.recipe is None and not named:
         if files:
             raise UserError(f"{files[0].where}: names no recipe; add a line `recipe: NAME` "
-                            "(`megatron-sov recipes` lists all), or pass RECIPE too")
-        raise UserError("RECIPE: is missing; name a recipe (`megatron-sov recipes` lists all), or pass "
+                            "(`megatron-sov recipes` lists them), or pass RECIPE too")
+        raise UserError("RECIPE: is missing; name a recipe (`megatron-sov recipes` lists them), or pass "
                         "--config FILE with a recipe in it")
     elif args.recipe is None and is_whole:
         base, files = _read_whole_config(files[0]), files[1:]
@@ -286,11 +286,11 @@ def request_training(args: TrainingOptions, objective: BuiltIn, *, needs_data: b
 def _load_recipe(recipe: str) -> RunConfig:
     if "=" in recipe and not is_reference(recipe):
         raise UserError(f"{recipe}: is a setting in the place of RECIPE; write --set {shlex.quote(recipe)}, "
-                        "and name a recipe (`megatron-sov recipes` lists all)")
+                        "and name a recipe (`megatron-sov recipes` lists them)")
     if download(recipe) and ":" not in recipe:
         close = nearest(recipe.rpartition("/")[2].lower(), recipes.names())
         raise UserError(f"{recipe}: is a model name on the Hugging Face hub, not a recipe{close} "
-                        "(`megatron-sov recipes` lists all); pass weights by --from HF_DIR")
+                        "(`megatron-sov recipes` lists them); pass weights by --from HF_DIR")
     name = recipes.RECIPE_PLUGINS.load(recipe) if is_reference(recipe) else recipe
     config, code = recipes.get(name), recipes.RECIPE_PLUGINS.code(name)
     if code is None:
