@@ -82,8 +82,8 @@ def check_command(config: RunConfig, command_objective: str) -> None:
             raise UserError(f"objective.name = {name}: this command trains with {command_objective!r}; "
                             f"leave the setting out, or use `megatron-sov {BUILT_IN[name]}`")
         return
-    formats, brought = PluginFactory(name, OBJECTIVE_PLUGINS.get(name),
-                                     config).formats, COMMAND_FORMATS[command_objective]
+    formats = PluginFactory(name, OBJECTIVE_PLUGINS.get(name), config).formats
+    brought = COMMAND_FORMATS[command_objective]
     if not set(formats) & set(brought):
         commands = [BUILT_IN[other] for other, found in COMMAND_FORMATS.items() if set(formats) & set(found)]
         raise UserError(f"objective.name = {name}: learns from {', '.join(formats)}, and this command brings "

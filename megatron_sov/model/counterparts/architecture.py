@@ -31,9 +31,10 @@ RENAMED = {
     "rotary_base": "rope_theta",
 }
 """Megatron name -> our name, for settings with equal meaning."""
-MEGATRON_DEFAULTS = {"add_qkv_bias": False, "qk_layernorm": False,
-                     "share_embeddings_and_output_weights": True,
-          "rotary_base": 10_000, "layernorm_epsilon": 1e-5, "init_method_std": 0.02}
+MEGATRON_DEFAULTS = {
+    "add_qkv_bias": False, "qk_layernorm": False, "share_embeddings_and_output_weights": True,
+    "rotary_base": 10_000, "layernorm_epsilon": 1e-5, "init_method_std": 0.02,
+}
 """Megatron's defaults."""
 EXPERT_NAMES = {
     "num_moe_experts": "num_experts", "moe_router_topk": "num_experts_per_token",
@@ -136,10 +137,10 @@ def infer_architecture(stated: Stated, family: str = "",
     fields |= overrides_known
     # Families with experts are skipped for dense models, although their number of experts could be 0.
     names = [family] if family else [
-        name for name, one in models.FAMILIES.items()
-        if (fields["num_experts"] or one.structure.get("num_experts") == 0)
+        name for name, candidate in models.FAMILIES.items()
+        if (fields["num_experts"] or candidate.structure.get("num_experts") == 0)
         # Families with a fixed uncommon value, such as output norms, need a setting that says so.
-        and all(field in fields or one.structure.get(field, plain) == plain
+        and all(field in fields or candidate.structure.get(field, plain) == plain
                 for field, plain in COMMON_VALUES.items())]
     fitting = {name: model for name in names if (model := _build_model(name, fields)) is not None}
     # If several families can express the model, prefer families with the fewest optional features.
@@ -164,8 +165,8 @@ def infer_model_fields(stated: Stated) -> tuple[dict[str, Any], list[str]]:
                 for name, allowed in SUPPORTED_VALUES.items() if name in stated
                 and not _is_supported(stated[name], allowed)]
     fields = {ours: MEGATRON_DEFAULTS.get(theirs) if stated.get(theirs) is None else stated[theirs]
-              for theirs,
-              ours in RENAMED.items() if theirs in MEGATRON_DEFAULTS or stated.get(theirs) is not None}
+              for theirs, ours in RENAMED.items()
+              if theirs in MEGATRON_DEFAULTS or stated.get(theirs) is not None}
     parts = (_infer_attention, _infer_feed_forward, _infer_positions, _infer_pattern, _infer_prediction)
     for part in parts:
         try:

@@ -118,8 +118,8 @@ def find_adapted_modules(model: ModelConfig, lora: LoraConfig) -> list[AdaptedMo
 
 def count_adapter_params(model: ModelConfig, lora: LoraConfig) -> int:
     """Count adapter parameters, all trained."""
-    return sum(math.prod(shape) for of in find_adapted_modules(model, lora)
-                                                               for shape in of.shapes(lora).values())
+    return sum(math.prod(shape) for module in find_adapted_modules(model, lora)
+               for shape in module.shapes(lora).values())
 
 
 def _iter_adapted_modules(model: ModelConfig, lora: LoraConfig) -> Iterator[AdaptedModule]:
@@ -180,9 +180,9 @@ def find_adapter_places(model: ModelConfig, lora: LoraConfig) -> dict[str, Adapt
     """Return Hugging Face weight name -> adapter place, for all adapted weights."""
     adapter_places: dict[str, AdapterPlace] = {}
     # The weight map has a link per expert, an adapter has a module per stack: match them by Megatron key.
-    stacks = {of.link.key: of for of in find_adapted_modules(model, lora) if of.num_experts}
-    adapter_places |= {of.link.hf_names[of.part]: AdapterPlace(of, 0, 0)
-              for of in find_adapted_modules(model, lora) if not of.num_experts}
+    stacks = {module.link.key: module for module in find_adapted_modules(model, lora) if module.num_experts}
+    adapter_places |= {module.link.hf_names[module.part]: AdapterPlace(module, 0, 0)
+                       for module in find_adapted_modules(model, lora) if not module.num_experts}
     for link in models.get_family(model.family).links(model) if stacks else ():
         if link.key in stacks:
             adapter_places |= {name: AdapterPlace(stacks[link.key], link.offset[0], half)

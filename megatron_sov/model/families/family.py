@@ -237,8 +237,8 @@ class Family:
         """Return every property of `model` that the family cannot express; single values must be within
         bounds."""
         # A field that the config map cannot write must have its common value, or exports would lose it.
-        fixed = {name: value for name,
-                 value in COMMON_VALUES.items() if name not in self.varies} | self.structure
+        fixed = {name: value for name, value in COMMON_VALUES.items() if name not in self.varies}
+        fixed |= self.structure
         p = find_broken(model, "model", *(
             (getattr(model, name) == value, name, f"must be {show(value)} in family '{self.name}'")
             for name, value in fixed.items()), (
@@ -286,8 +286,8 @@ class Family:
         lost = []
         for name in sorted(find_computed_fields(model)):
             value = getattr(model, name)
-            if _normalize_value(name, read_back.get(name, defaults[name]),
-                                model) != _normalize_value(name, value, model):
+            found = _normalize_value(name, read_back.get(name, defaults[name]), model)
+            if found != _normalize_value(name, value, model):
                 lost.append(f"model.{name} = {value!r} (reads back as {read_back.get(name, 'nothing')!r})")
         if lost:
             raise UserError(f"model family {self.name!r}: its config.json would describe another model than "

@@ -204,8 +204,9 @@ class LeadingDenseLayers:
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Count dense layers; `UserError` if two spellings disagree."""
-        leading: Callable[[Any], list[bool]] = lambda count: [i < count  # noqa: E731
-                                                              for i in range(_read_num_layers(config))]
+        def leading(count: Any) -> list[bool]:
+            return [i < count for i in range(_read_num_layers(config))]
+
         spellings: dict[str, Callable[[Any], list[bool]]] = {
             "mlp_layer_types": lambda kinds: [kind != "sparse" for kind in kinds],
             "is_moe_layer": lambda flags: [not flag for flag in flags],
@@ -268,7 +269,7 @@ class HfPredictionLayer:
                            "mtp_layer_types", num_layers)
         window = _find_main_window(config, 0)[0] if "L" in letters else 0
         windows = config.get("mtp_sliding_windows", [window] * num_layers)
-        if any((found or 0) != window for found in windows):
+        if any((mtp_window or 0) != window for mtp_window in windows):
             raise UserError(f"config.json: mtp_sliding_windows = {windows}, but only {window} is supported: "
                             "the trunk's window for a sliding prediction layer, 0 for a global one")
         steps = config.get("mtp_num_speculative_steps", num_layers)

@@ -402,14 +402,14 @@ def build_links(sections: Sequence[WeightSection], model: ModelConfig) -> list[L
     # In layer order, so a streaming converter holds the tensors of one layer at a time.
     order = ([(s, layer) for layer in (None, *range(model.num_layers)) for s in trunk]
              + [(s, layer) for layer in (None, model.num_layers) for s in prediction])
-    all_links = [x for s,
-                 layer in order if layer in s.layers(model) for x in _iter_section_links(s, model, layer)]
+    model_links = [link for section, layer in order if layer in section.layers(model)
+                   for link in _iter_section_links(section, model, layer)]
     # A repeated name would overwrite a tensor during export.
-    hf_names = [name for link in all_links for name in link.hf_names]
-    blocks = [(link.key, link.offset) for link in all_links]
+    hf_names = [name for link in model_links for name in link.hf_names]
+    blocks = [(link.key, link.offset) for link in model_links]
     if len(set(hf_names)) != len(hf_names) or len(set(blocks)) != len(blocks):
         raise ValueError(f"the weight map of {model.family} names a tensor twice")
-    return all_links
+    return model_links
 
 
 def _iter_section_links(section: WeightSection, model: ModelConfig,

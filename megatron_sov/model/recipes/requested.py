@@ -51,7 +51,7 @@ class RecipeOptions(PluginOptions):
     """Recipe and settings."""
 
     recipe: Annotated[str | None, Flag("RECIPE")] = None
-    """Recipe name (`megatron-sov recipes` lists them), or your own FILE.py:FUNCTION. Optional for sft, prefer,
+    """Recipe name (`megatron-sov recipes` lists all), or your own FILE.py:FUNCTION. Optional for sft, prefer,
     distill and rl: they take the model from --from."""
     configs: Annotated[tuple[Path, ...], Flag("--config", "FILE")] = ()
     """YAML or JSON file with settings: some settings, applied to RECIPE or to the recipe named in the file,
