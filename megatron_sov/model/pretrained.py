@@ -76,7 +76,7 @@ def find_weight_files(folder: Path) -> dict[str, list[str]]:
     read = INDEX if (folder / INDEX).is_file() else SINGLE_FILE
     named = read_json(folder / CONFIG).get(OTHER_WEIGHTS, read) if (folder / CONFIG).is_file() else read
     if named not in (read, None):
-        raise UserError(f"{folder / CONFIG}: with {OTHER_WEIGHTS} = {named!r} transformers reads that file, "
+        raise UserError(f"{folder / CONFIG}: {OTHER_WEIGHTS} = {named!r} makes transformers read that file, "
                         f"and other programs read {read}; remove the key, and rename the intended weights to "
                         f"{SINGLE_FILE}")
     if not (folder / read).is_file():
