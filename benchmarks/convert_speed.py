@@ -55,7 +55,7 @@ folder, size_bytes = Path(sys.argv[1]), float(sys.argv[2])
 big = recipes.get("solar-open-102b").model
 model = dataclasses.replace(big, hidden_size=2048, num_heads=16, num_kv_heads=4, num_experts=64,
                             expert_ffn_dim=640, num_layers=1, vocab_size=65536)
-family = models.get(model.family)
+family = models.get_family(model.family)
 def specs(model):
     return [TensorSpec(name, shape, torch.float32 if link.fp32 else torch.bfloat16)
             for link in family.links(model) for name, shape in link.hf_shapes().items()]

@@ -189,8 +189,8 @@ class HfWeights:
         self._exclude_tensors([name for name in self._stored if name not in self._shapes
                                   and RECOMPUTED.fullmatch(name)], f"programs compute them from {CONFIG}")
         shapes = {name: stored.shape for name, stored in self._stored.items()}
-        self.copies = {name: other for name,
-                       other in family.find_copies(self.model).items() if name in shapes}
+        self.copies = {name: other for name, other in family.find_copies(self.model).items()
+                       if name in shapes}
         """Duplicated tensors in the folder -> originals (see `hf_import.check_copies`)."""
         copy_shapes = {name: self._shapes[other] for name, other in self.copies.items()}
         expected = self._shapes | copy_shapes

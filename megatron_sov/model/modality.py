@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 PICTURES, SOUNDS = "pictures", "sounds"
 """Kinds of records; a bank holds a single kind."""
 ENCODERS = {PICTURES: "vision", SOUNDS: "audio"}
-"""Kind of record -> field of `ModelConfig` with its encoder."""
+"""Record kind -> encoder field in `ModelConfig`."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def select_placeholders(part: EncoderInput, which: np.ndarray, places: np.ndarra
 
 
 def join_inputs(parts: Iterable[tuple[int, EncoderInputs | None]]) -> dict[str, EncoderInput]:
-    """Join the inputs of parts of a row, given as (row index of the part's first token, inputs)."""
+    """Join the inputs for parts in a row, given as (row index of the part's first token, inputs)."""
     by_kind: dict[str, list[tuple[int, EncoderInput]]] = {}
     for first, inputs in parts:
         for kind, part in (inputs or {}).items():
@@ -88,7 +88,7 @@ def _join_kind(parts: list[tuple[int, EncoderInput]]) -> EncoderInput:
 
 
 def slice_inputs(inputs: EncoderInputs | None, start: int, count: int) -> dict[str, EncoderInput]:
-    """Return the inputs of `count` tokens from `start`, with positions relative to `start`."""
+    """Return the inputs for `count` tokens from `start`, with positions relative to `start`."""
     sliced = {}
     for kind, part in (inputs or {}).items():
         inside = (part.places >= start) & (part.places < start + count)
@@ -109,7 +109,7 @@ def hash_inputs(inputs: EncoderInputs) -> bytes:
 
 
 Banks = Mapping[str, Any]
-"""Kind -> description of a source's media bank, as the implementation of `Modality` defines it."""
+"""Kind -> description of a source's media bank, as defined by the `Modality` implementation."""
 NO_BANKS: Banks = {}
 
 
@@ -120,7 +120,7 @@ def get_banks(documents: Any) -> Banks:
 
 
 def get_encoder_inputs(documents: Any, document: int, start: int, count: int) -> EncoderInputs:
-    """Return the encoder inputs of `count` tokens of a document, with positions relative to `start`."""
+    """Return the encoder inputs for `count` tokens in a document, with positions relative to `start`."""
     if not get_banks(documents):
         return {}
     inputs: EncoderInputs = documents.encoder_inputs(document, start, count)

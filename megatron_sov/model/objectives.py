@@ -1,4 +1,4 @@
-"""Training objectives of a run: built-in objectives, and plug-ins from a user's file."""
+"""A run's training objectives: built-in objectives, and plug-ins from a user's file."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def check_command(config: RunConfig, command_objective: str) -> None:
             raise UserError(f"objective.name = {name}: this command trains with {command_objective!r}; "
                             f"leave the setting out, or use `megatron-sov {BUILT_IN[name]}`")
         return
-    formats, brought = PluginFactory(name, OBJECTIVE_PLUGINS.get(name),
-                                     config).formats, COMMAND_FORMATS[command_objective]
+    formats = PluginFactory(name, OBJECTIVE_PLUGINS.get(name), config).formats
+    brought = COMMAND_FORMATS[command_objective]
     if not set(formats) & set(brought):
         commands = [BUILT_IN[other] for other, found in COMMAND_FORMATS.items() if set(formats) & set(found)]
         raise UserError(f"objective.name = {name}: learns from {', '.join(formats)}, and this command brings "
@@ -103,7 +103,7 @@ def get_factory(config: RunConfig, built_in: Factory) -> Factory:
 
 @dataclass(frozen=True)
 class PluginFactory:
-    """Factory of an objective from a plug-in, with the class's data requirements."""
+    """Factory for a plug-in objective, with the class's data requirements."""
 
     name: str
     """`objective.name`."""

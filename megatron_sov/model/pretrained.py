@@ -1,4 +1,4 @@
-"""Weight files of Hugging Face folders, and loading them with transformers or diffusers.
+"""Weight files in Hugging Face folders, and loading them with transformers or diffusers.
 
 These libraries initialise missing tensors at random and ignore unknown tensors. Commands load models through
 this module, which rejects both.
@@ -76,7 +76,7 @@ def find_weight_files(folder: Path) -> dict[str, list[str]]:
     read = INDEX if (folder / INDEX).is_file() else SINGLE_FILE
     named = read_json(folder / CONFIG).get(OTHER_WEIGHTS, read) if (folder / CONFIG).is_file() else read
     if named not in (read, None):
-        raise UserError(f"{folder / CONFIG}: with {OTHER_WEIGHTS} = {named!r} transformers reads that file, "
+        raise UserError(f"{folder / CONFIG}: {OTHER_WEIGHTS} = {named!r} makes transformers read that file, "
                         f"and other programs read {read}; remove the key, and rename the intended weights to "
                         f"{SINGLE_FILE}")
     if not (folder / read).is_file():
@@ -229,7 +229,7 @@ def find_low_bit_options(folder: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _silence_library(library: str) -> Iterator[None]:
-    """Suppress a library's messages about a folder, and progress bars outside of terminals."""
+    """Suppress a library's messages about a folder, and progress bars outside terminals."""
     logging = importlib.import_module(f"{library}.utils.logging")
     before = logging.get_verbosity()
     logging.set_verbosity_error()

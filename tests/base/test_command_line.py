@@ -88,7 +88,7 @@ def test_defect_keeps_traceback() -> None:
     ("recipes tiny-solar-open train.steps=3 'data.phases.0.blend={\"a b\": 1}'",
      "train.steps=3: every setting needs a --set of its own; write --set train.steps=3 "
      "--set 'data.phases.0.blend={\"a b\": 1}'"),
-    ("recipes train.steps=3", "train.steps=3: stands where the recipe does; write --set train.steps=3"),
+    ("recipes train.steps=3", "train.steps=3: is a setting in the place of RECIPE; write --set"),
     ("eval ppl t --data d train.steps=3", "write --set train.steps=3"),
     ("pretrain tiny-solar-open --run r more", "megatron-sov pretrain: more: nothing takes this (--help"),
     ("pretrain tiny-solar-open --run r --resmue", "nothing takes this; did you mean '--resume'?"),

@@ -377,7 +377,7 @@ def part(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:
 
 
 @pytest.mark.parametrize(("change", "expected"), [
-    (lambda config: config.pop("text_config"), "text_config = None, but a folder of Gemma3ForConditional"),
+    (lambda config: config.pop("text_config"), "text_config = None must hold the text model's"),
     (lambda config: config.update(architectures=["Gemma3ForSequenceClassification"]),
      r"architectures = \['Gemma3ForSequenceClassification'\], but model_type 'gemma3' is Gemma3ForCond"),
     (part("model_type", "llama"), "text_config.model_type = 'llama', but only 'gemma3_text' is read"),
@@ -385,7 +385,7 @@ def part(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:
     (part("tie_word_embeddings", [True]), r"tie_word_embeddings = True, and \[True\] in text_config"),
     (part("attn_logit_softcapping", 50.0), r"attn_logit_softcapping = 50\.0, but only None is supported"),
     (part("intermediate_size", 25), r"its tensors do not match the model: .* of another shape"),
-    (part("is_causal", False), r"is_causal = False \(transformers reads it, and it is not supported here\)"),
+    (part("is_causal", False), r"is_causal = False \(read by transformers, but not supported\)"),
 ])
 def test_unsupported_multimodal_folders_raise_user_error(seeing: Path,
                                                          change: Callable[[dict[str, Any]], Any],

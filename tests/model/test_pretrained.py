@@ -87,7 +87,7 @@ def test_a_model_that_this_transformers_has_no_class_of_is_told_from_a_damaged_o
     folder = shutil.copytree(models["lm"], tmp_path / "new")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "of_next_year"}))
-    with pytest.raises(UserError, match=r"config.json's model_type = 'of_next_year'") as e:
+    with pytest.raises(UserError, match=r"no class for model_type = 'of_next_year'") as e:
         load_hf(folder)
     assert "restore" not in str(e.value)
     (folder / "config.json").write_text(json.dumps(config | {"hidden_size": "wide"}))
@@ -124,7 +124,7 @@ def twice(folder: Path) -> None:
 
 FILES = {
     "two sets": (twice, "holds model.safetensors and model.safetensors.index.json, which names other files"),
-    "adapter": (lambda d: (d / "adapter_config.json").write_text("{}"), "holds adapter_config.json beside"),
+    "adapter": (lambda d: (d / "adapter_config.json").write_text("{}"), "holds adapter_config.json next to"),
     "lost shard": (lambda d: next(iter(sorted(d.glob("model-*.safetensors")))).unlink(), "it should hold"),
     "in two shards": (lambda d: edit(d, lambda t: t.update({"model.norm.weight": torch.ones(16)}),
                                      min(d.glob("model-*.safetensors")).name), "holds as well"),
@@ -154,7 +154,7 @@ def test_other_formats_beside_are_not_read(models: dict[str, Path], tmp_path: Pa
         {"weight_map": dict.fromkeys(names, "model.safetensors")}))
     assert find_weight_files(folder) == {"model.safetensors": names}
     load_hf(folder)
-    assert convert.open_weights(folder).names()
+    assert convert.open_weights(folder).list_names()
 
 
 @pytest.mark.parametrize("named", ["other.safetensors", "sub/other.safetensors.index.json", 5])

@@ -1,4 +1,4 @@
-"""Settings of a training run, as frozen dataclasses (no torch).
+"""Training run settings, as frozen dataclasses (no torch).
 
 Reading a config (JSON, `--set key=value`) checks types and bounds of single values. `RunConfig.problems()`
 returns every violated rule between settings; `RunConfig.check()` raises `SettingsError` for both.

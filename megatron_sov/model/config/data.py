@@ -1,4 +1,4 @@
-"""Settings of training data: sources, curriculum phases and packing."""
+"""Training data settings: sources, curriculum phases and packing."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class PhaseConfig:
         "min_lr schedule": is_set(".lr")}
 
     name: str
-    """Name of the phase in events.jsonl and in the report."""
+    """Phase name in events.jsonl and in the report."""
     tokens: Tokens = 0
     """Token budget. 0: the phase's length follows from `share`. Give a budget to all phases or to none."""
     share: AboveZero = 1.0
@@ -88,7 +88,7 @@ class DataConfig:
     concatenate documents and cut at sample ends. Conversations always stay whole, and a pair shares a sample
     (see `over_long`)."""
     over_long: Literal["cut", "drop", "refuse"] = "cut"
-    """Handling of conversations and pairs longer than a sample. cut: truncate at the end (a pair's longer
+    """Action for conversations and pairs longer than a sample. cut: truncate at the end (a pair's longer
     response first); drop: leave them out; refuse: stop before training starts."""
     phases: Annotated[tuple[PhaseConfig, ...], MinLen(1)] = (PhaseConfig("main"),)
     """Curriculum phases in order."""
@@ -100,7 +100,7 @@ class DataConfig:
     prefetch_steps: Annotated[NotNegativeInt, Le(10_000)] = 2
     """Batches prepared ahead in a background thread. 0: prepare each batch when it is needed."""
     heldout_tokens: NotNegativeInt = 65536
-    """Maximum number of held-out tokens per source in an evaluation."""
+    """Maximum held-out tokens per source in an evaluation."""
 
     def max_seq_len(self) -> int:
         """Return the longest sample length of all phases, in tokens."""
@@ -151,7 +151,7 @@ def find_ramp_changes(train: TrainConfig, phase: PhaseConfig) -> list[int]:
 
 
 def phase_steps(data: DataConfig, train: TrainConfig) -> list[int]:
-    """Return the number of optimizer steps of each phase.
+    """Return the optimizer steps for each phase.
 
     If `train.steps` is set, phases divide it; otherwise each phase lasts until its token budget (or its share
     of `train.tokens`) is spent, with the smaller batches of the ramp counted.
@@ -171,7 +171,7 @@ def phase_steps(data: DataConfig, train: TrainConfig) -> list[int]:
 
 
 def phase_tokens(data: DataConfig, train: TrainConfig) -> list[int]:
-    """Return the tokens of each phase: its budget, else its steps at the full batch size."""
+    """Return the tokens for each phase: its budget, else its steps at the full batch size."""
     return [phase.tokens or steps * (phase.global_batch_size or train.global_batch_size) * phase.seq_len
             for phase, steps in zip(data.phases, phase_steps(data, train), strict=True)]
 

@@ -1,4 +1,4 @@
-"""Architecture of image and audio encoders, and the choice between frozen and trained encoder weights."""
+"""Image and audio encoder architecture, and the choice between frozen and trained encoder weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """Mean and standard deviation per RGB channel, from CLIP; Qwen2.5-VL uses the same values."""
 MAX_FEATURES = 1 << 20
-"""Limit of features per image or audio clip."""
+"""Limit for features per image or audio clip."""
 Size = Annotated[int, Ge(1), Le(10_000_000)]
 
 
@@ -32,13 +32,13 @@ class VisionEncoderConfig:
     patch_size: Size = 14
     """Patch side in pixels."""
     hidden_size: Size = 1280
-    """Width of the encoder's layers."""
+    """Encoder width."""
     num_layers: Size = 32
     """Encoder layers."""
     num_heads: Size = 16
     """Attention heads per layer."""
     ffn_dim: Size = 3456
-    """Inner width of feed-forward networks."""
+    """Inner feed-forward width."""
     merge_size: Size = 2
     """qwen2_5_vl: side, in patches, of the square merged into one feature."""
     temporal_patch_size: Size = 2
@@ -64,12 +64,12 @@ class VisionEncoderConfig:
 
     @property
     def record_shape(self) -> tuple[int, ...]:
-        """Shape of an image in a media bank, uint8 [channels, height, width]."""
+        """Image shape in a media bank, uint8 [channels, height, width]."""
         return (3, self.image_size, self.image_size)
 
     @property
     def feature_size(self) -> int:
-        """Width of a feature before the adapter."""
+        """Feature width before the adapter."""
         return self.out_hidden_size if self.kind == "qwen2_5_vl" else self.hidden_size
 
     @property
@@ -106,17 +106,17 @@ class AudioEncoderConfig:
     placeholder_ids: tuple[NotNegativeInt, ...] = ()
     """Token ids replaced by one feature each."""
     num_mels: Size = 128
-    """Mel bands of the spectrogram."""
+    """Mel bands in the spectrogram."""
     num_frames: Size = 3000
     """Spectrogram frames per clip; 100 frames per second for 16 kHz audio with a hop of 160 samples."""
     hidden_size: Size = 1280
-    """Width of the encoder's layers."""
+    """Encoder width."""
     num_layers: Size = 32
     """Encoder layers."""
     num_heads: Size = 20
     """Attention heads per layer."""
     ffn_dim: Size = 5120
-    """Inner width of feed-forward networks."""
+    """Inner feed-forward width."""
     adapter: Literal["linear", "mlp"] = "mlp"
     """Projection from features to `model.hidden_size`. linear: one matrix; mlp: two matrices with GELU in
     between."""
@@ -142,12 +142,12 @@ class AudioEncoderConfig:
 
     @property
     def record_shape(self) -> tuple[int, ...]:
-        """Shape of a clip in a media bank, float16 [mel bands, frames]."""
+        """Clip shape in a media bank, float16 [mel bands, frames]."""
         return (self.num_mels, self.num_frames)
 
     @property
     def feature_size(self) -> int:
-        """Width of a feature before the adapter."""
+        """Feature width before the adapter."""
         return self.hidden_size
 
     @property

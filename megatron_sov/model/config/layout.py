@@ -14,8 +14,7 @@ from megatron_sov.model.config.model import ModelConfig
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Parallel layout of the model. The data parallel size is the number of processes divided by
-    `tp * pp * cp`."""
+    """Parallel layout. The data parallel size is the number of processes divided by `tp * pp * cp`."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
         "bucket_params": is_set(".overlap_grad_reduce"),
@@ -86,7 +85,7 @@ class ParallelConfig:
 
     @property
     def row_multiple(self) -> int:
-        """Divisor of every row length in tokens. With context parallelism each process gets an early and a
+        """Divisor for every row length in tokens. With context parallelism each process gets an early and a
         late piece of a row, so causal attention costs every process the same."""
         return self.tp * 2 * self.cp if self.cp > 1 else self.tp
 

@@ -21,7 +21,7 @@ Target = Literal["all-linear", "q_proj", "k_proj", "v_proj", "o_proj", "b_proj",
                  "g_a_proj", "g_b_proj", "g_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj",
                  "gate_proj", "up_proj", "down_proj", "experts", "lm_head", "embed_tokens"]
 TARGETS: tuple[str, ...] = get_args(Target)
-"""Values of `lora.targets`: transformers' module names, and groups of modules."""
+"""Values for `lora.targets`: transformers' module names, and groups of modules."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class LoraConfig:
     rank: NotNegativeInt = 0
     """Rank of A and B. 0: LoRA is off and all weights are trained."""
     alpha: AboveZero = 16.0
-    """Scale of the update: alpha / `rank`."""
+    """Update scale: alpha / `rank`."""
     targets: Annotated[tuple[Target, ...], MinLen(1)] = ("all-linear",)
     """Adapted modules. Attention: q_proj, k_proj, v_proj, o_proj; Kimi Delta Attention: b_proj, f_a_proj,
     f_b_proj, g_a_proj, g_b_proj; output gate of Solar Open 2: g_proj; latent attention: q_a_proj, q_b_proj,
@@ -43,7 +43,7 @@ class LoraConfig:
     all routed experts, with separate matrices per expert; lm_head; embed_tokens; all-linear: every module of
     the model except lm_head and embed_tokens."""
     dora: bool = False
-    """Also train the magnitude of each row of adapted matrices (DoRA); not available for routed experts,
+    """Also train the magnitude of each row in adapted matrices (DoRA); not available for routed experts,
     lm_head and embed_tokens."""
 
     @property

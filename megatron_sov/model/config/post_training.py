@@ -1,4 +1,4 @@
-"""Settings of post-training losses: distillation, preferences, and reinforcement learning from a policy's
+"""Settings for post-training losses: distillation, preferences, and reinforcement learning from a policy's
 rollouts."""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_sov.model.config.learning import has_objective, has_objective_or_m
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """Distillation loss of objective `distill`."""
+    """Distillation loss for objective `distill`."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
         "": has_objective_or_method("distill", "gkd"),
@@ -49,14 +49,14 @@ PreferenceMethod = Literal["dpo", "ipo", "dpo-norm", "simpo", "orpo", "kto", "si
 REFERENCE_METHODS = ("dpo", "ipo", "dpo-norm", "kto")
 """Methods that compare the policy with a reference model."""
 BETAS = {"dpo": 0.1, "ipo": 0.1, "dpo-norm": 5.0, "simpo": 2.0, "orpo": 0.1, "kto": 0.1}
-"""Method -> default of `preference.beta`."""
+"""Method -> default for `preference.beta`."""
 SMOOTHING_METHODS = ("dpo", "dpo-norm", "simpo")
 """Methods with label smoothing."""
 
 
 @dataclass(frozen=True)
 class PreferenceConfig:
-    """Preference loss of objective `preference`."""
+    """Preference loss for objective `preference`."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
         "": has_objective_or_method("preference", "preference"),
@@ -80,10 +80,10 @@ class PreferenceConfig:
     """simpo: target margin of the chosen response, in units of beta times log-probability per token (the
     authors use 0.3 to 5)."""
     desirable_weight: NotNegative = 1.0
-    """kto: weight of good responses. The paper recommends total weights (number times weight) of good to bad
-    between 1:1 and 4:3."""
+    """kto: weight for good responses. The paper recommends total weights (number times weight) for good to
+    bad between 1:1 and 4:3."""
     undesirable_weight: NotNegative = 1.0
-    """kto: weight of bad responses."""
+    """kto: weight for bad responses."""
     label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0
     """dpo, dpo-norm, simpo: assumed share of pairs with swapped labels (arXiv 2305.18290, appendix)."""
     chosen_coeff: NotNegative = 0.0
@@ -113,14 +113,14 @@ class RolloutConfig:
     """Responses per prompt: the group size."""
     steps_per_round: AtLeastOne = 1
     """Optimizer steps per round, each on a part of the round's groups. 1: on-policy; more: off-policy, with
-    importance ratios against the policy at the start of the round."""
+    importance ratios against the policy at the round's start."""
     max_staleness: NotNegativeInt = 0
     """Maximum lag, in rounds, of the policy that generates a round. 0: generation waits until the previous
     round is trained."""
     temperature: AboveZero = 1.0
     """Sampling temperature; the trainer divides logits by it, too."""
     top_p: Annotated[float, Gt(0), Le(1)] = 1.0
-    """Nucleus sampling: sample from the smallest set of tokens with this probability. Values below 1 need
+    """Nucleus sampling: sample from the smallest token set with this probability. Values below 1 need
     `policy.method` = gkd or preference, because other methods compare whole distributions."""
     max_new_tokens: AtLeastOne = 1024
     """Maximum response length in tokens; with tools, over all turns and tool results together."""
@@ -141,7 +141,7 @@ class RolloutConfig:
     field `target_tokens`, if present."""
     budget_text: str = ""
     """Text at the start of a response that states the requested length, with {tokens} for the number; counts
-    as part of the prompt. Empty: the length is not stated."""
+    towards the prompt. Empty: the length is not stated."""
     seed: NotNegativeInt = 0
     """Random seed for prompt order and sampling."""
     validation_every_rounds: NotNegativeInt = 10
@@ -226,7 +226,7 @@ class PolicyParts:
 
 
 _PPO = {"clip_low": 0.2, "clip_high": 0.2}
-"""Clip bounds of PPO (arXiv 1707.06347, section 6.1), also used by implementations of GRPO."""
+"""PPO's clip bounds (arXiv 1707.06347, section 6.1), also used in GRPO implementations."""
 _DROP_EQUAL_GROUPS: dict[str, Any] = {"all_wrong": "drop", "all_right": "drop"}
 _LAPO: dict[str, Any] = {
     "aggregation": "sequence", "kl": "k3", "kl_coeff": 1e-4, "kl_weighted": False, **_PPO}
@@ -269,7 +269,7 @@ OVERLONG_SHARES = {"dapo": 0.2}
 """Method -> `overlong_buffer_tokens` as a share of `rollout.max_new_tokens`: 4,096 of 20,480 tokens (arXiv
 2503.14476, section 4.1)."""
 TOKEN_TRUNCATE_HIGH = 2.0
-"""Default of `correction_high` for token_truncate, from "Your efficient RL framework secretly brings you
+"""`correction_high` for token_truncate if not set, from "Your efficient RL framework secretly brings you
 off-policy RL training" (Yao et al. 2025). token_truncate is the default correction because on-policy steps
 need no extra forward pass and no response is dropped."""
 NUMBER_PARTS = (("clip_low", ("clip", "ratio")), ("clip_high", ("clip", "ratio")), ("kl_coeff", ("kl",)),
@@ -289,7 +289,7 @@ def _draw_event(event: str, share: float) -> bool:
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """Policy loss of objective `policy`. `method` selects a set of parts; parts you set yourself take
+    """Policy loss for objective `policy`. `method` selects a set of parts; parts you set yourself take
     precedence (table in docs/policy_methods.md)."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
@@ -318,9 +318,8 @@ class PolicyConfig:
     of rewards), preference (`preference` loss on the best and worst response of each group, or on all
     responses with preference.method = grouper)."""
     ratio: Ratio | None = None
-    """Importance ratio between the current policy and the policy at the start of the round, both computed by
-    the trainer. token: one ratio per token; sequence: one per response, the geometric mean over its
-    tokens."""
+    """Importance ratio between the current policy and the policy at the round's start, both computed by the
+    trainer. token: one ratio per token; sequence: one per response, the geometric mean over its tokens."""
     clip: Clip | None = None
     """two_sided: the smaller of ratio x advantage and clipped ratio x advantage; cispo: log-probabilities
     weighted by the ratio, which is capped at 1 + `clip_high` and has no gradient; none: ratio x advantage."""
@@ -333,40 +332,40 @@ class PolicyConfig:
     leave_one_out: reward - mean of the group's other rewards; pass_at_k: a response's contribution to the
     best of `pkpo_k` responses; range: rewards scaled to -1 (group minimum) .. 1 (group maximum); none: 0."""
     normalise_over_batch: bool | None = None
-    """Normalise advantages to mean 0 and standard deviation 1 over all responses of an optimizer step."""
+    """Normalise advantages to mean 0 and standard deviation 1 over all responses in an optimizer step."""
     aggregation: Aggregation | None = None
     """token: mean over the step's tokens; sequence: mean over responses of per-response token means;
     constant: sum over tokens divided by responses x `rollout.max_new_tokens`."""
     kl: Kl | None = None
-    """KL divergence from the model at the start of the run. k1, k3: per-token estimators; sequence:
-    cumulative over whole responses."""
+    """KL divergence from the model at the run's start. k1, k3: per-token estimators; sequence: cumulative
+    over whole responses."""
     kl_coeff: NotNegative | None = None
     """Weight of the KL divergence. 0: none."""
     kl_weighted: bool | None = None
     """k3: multiply by the importance ratio, which makes the gradient that of the policy's KL divergence from
     the reference even off-policy (arXiv 2512.02556, section 3.1)."""
     mgpo_lambda: NotNegative | None = None
-    """Emphasis on groups with half of the responses right: advantages are multiplied by exp(-lambda D), where
-    D is the divergence of the share of right responses from 1/2 (arXiv 2511.06221). 0: off."""
+    """Emphasis on groups with half the responses right: advantages are multiplied by exp(-lambda D), where D
+    is the divergence between the share of right responses and 1/2 (arXiv 2511.06221). 0: off."""
     pkpo_k: NotNegativeInt | None = None
-    """pass_at_k: k, the number of responses of which the best counts."""
+    """pass_at_k: k; the best among k responses counts."""
     length_reward: LengthReward | None = None
     """Length reward for right responses. around_right: bonus near the lengths of the group's right responses;
     target: bonus near the prompt's `target_tokens`; budget: replaces the reward by the reward of the
     response's budget (`rollout.budgets_tokens`), reduced beyond the budget."""
     length_reward_coeff: NotNegative | None = None
-    """around_right, target: maximum bonus; budget: reward of a budget of 0 tokens."""
+    """around_right, target: maximum bonus; budget: reward for a budget with 0 tokens."""
     length_width_tokens: AboveZero | None = None
-    """around_right: tokens outside of the range of right lengths over which the bonus falls to 0; target:
-    standard deviation of the bonus in tokens."""
+    """around_right: tokens outside the right lengths' range over which the bonus falls to 0; target: the
+    bonus's standard deviation, in tokens."""
     all_wrong: Kept | None = None
-    """Handling of groups with equal rewards below `right_from`. drop: leave them out; keep: train on them
-    with `all_wrong_reward`."""
+    """Action for groups with equal rewards below `right_from`. drop: leave them out; keep: train on them with
+    `all_wrong_reward`."""
     all_wrong_reward: Annotated[float, Gt(-math.inf), Le(0)] | None = None
     """keep: value added to the zero advantages of all-wrong groups before normalisation over the batch; a
     small negative number, or 0."""
     all_right: Kept | None = None
-    """Handling of groups with equal rewards of at least `right_from`. drop: leave them out; keep: their
+    """Action for groups with equal rewards at or above `right_from`. drop: leave them out; keep: their
     advantages are 0, and they count in means and in the KL divergence."""
     max_gen_batches: AtLeastOne | None = None
     """Replace dropped groups by groups for further prompts, until `rollout.prompts_per_round` groups remain,
@@ -378,7 +377,7 @@ class PolicyConfig:
     (arXiv 2503.14476, equation 13). 0: no penalty; null: a fifth of `rollout.max_new_tokens` for dapo, else
     0."""
     overlong_penalty: NotNegative = 1.0
-    """Penalty subtracted from the reward of a response of maximum length."""
+    """Penalty subtracted from the reward for a response with maximum length."""
     mask_truncated: bool = False
     """Exclude truncated responses (`rollout.max_new_tokens` reached) from the loss; their rewards still count
     in the group mean."""
@@ -386,17 +385,17 @@ class PolicyConfig:
     """Correction for generation engines with other log-probabilities than the trainer, and for stale
     policies: multiply the loss by the probability ratio trainer / engine, per token or per response.
     truncate: clamp the ratio between `correction_low` and `correction_high`; mask: set the loss to 0 outside
-    of these bounds; none: no correction."""
+    these bounds; none: no correction."""
     correction_low: NotNegative = 0.0
-    """Lower bound of the correction ratio."""
+    """Lower bound on the correction ratio."""
     correction_high: AboveZero | None = None
-    """Upper bound of the correction ratio. null: 2 for token_truncate (Yao et al. 2025); other corrections
+    """Upper bound on the correction ratio. null: 2 for token_truncate (Yao et al. 2025); other corrections
     need a value."""
     geo_reject_high: Annotated[float, Gt(1), Lt(math.inf)] | None = None
     """Reject responses whose geometric mean of trainer / engine ratios is above this or below
     `geo_reject_low`, with any `correction`. null: reject none."""
     geo_reject_low: Annotated[float, Ge(0), Lt(1)] | None = None
-    """Lower bound of the geometric mean. null: 1 / `geo_reject_high`."""
+    """Lower bound on the geometric mean. null: 1 / `geo_reject_high`."""
     knowledge_coeff: NotNegative | None = None
     """Weight of an auxiliary cross-entropy on --data text, averaged over the text's tokens (arXiv
     2601.18129). 0: none."""
@@ -406,14 +405,14 @@ class PolicyConfig:
     """Text sequences in such a step."""
     opd_coeff: NotNegative | None = None
     """Weight of on-policy distillation: adds coefficient x (teacher log-probability - policy log-probability
-    at the start of the round) to each token's advantage, a per-token reverse KL to the teacher (--teacher,
+    at the round's start) to each token's advantage, a per-token reverse KL to the teacher (--teacher,
     --teacher-url). 0: no teacher."""
     on_policy_share: Annotated[float, Gt(0), Le(1)] = 1.0
     """gkd: probability that a round uses the policy's own responses; otherwise its steps learn from --data,
     in batches of `train.global_batch_size`."""
     reference: Literal["round", "run"] = "round"
-    """preference: reference model of dpo, ipo and dpo-norm. round: model at the start of the round, so every
-    round can move as far again; run: model at the start of the run."""
+    """preference: reference model for dpo, ipo and dpo-norm. round: model at the round's start, so every
+    round can move as far again; run: model at the run's start."""
     keep_unfinished: bool = False
     """preference: allow truncated responses as chosen responses."""
     share_prompts: bool = True
@@ -424,7 +423,7 @@ class PolicyConfig:
 
     @cached_property
     def parts(self) -> PolicyParts:
-        """Parts of the method, with overrides of the run; settings must have no problems."""
+        """The method's parts with the run's overrides; settings must have no problems."""
         return PolicyParts(**{name: value for name, value in self._resolve().items() if value is not None})
 
     @property
@@ -433,7 +432,7 @@ class PolicyConfig:
 
     @property
     def correction_bound(self) -> float:
-        """Upper bound of the correction ratio; settings must have no problems."""
+        """Upper bound on the correction ratio; settings must have no problems."""
         return TOKEN_TRUNCATE_HIGH if self.correction_high is None else self.correction_high
 
     @property
@@ -445,7 +444,7 @@ class PolicyConfig:
         return 1 / high if self.geo_reject_low is None else self.geo_reject_low, high
 
     def overlong_buffer(self, max_new_tokens: int) -> int:
-        """Return the number of last tokens with a length penalty; 0: no penalty.
+        """Count the last tokens with a length penalty; 0: no penalty.
 
         Args:
             max_new_tokens: maximum response length.

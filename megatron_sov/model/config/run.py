@@ -62,9 +62,9 @@ class ObjectiveConfig:
     """sft: unit with equal weight in the loss. token: every response token; turn: mean over every assistant
     turn; sample: mean over every conversation."""
     audio_weight: NotNegative = 1.0
-    """lm, sft: loss weight of tokens in `model.audio_tokens`; text tokens have weight 1."""
+    """lm, sft: loss weight for tokens in `model.audio_tokens`; text tokens have weight 1."""
     image_weight: NotNegative = 1.0
-    """lm, sft: loss weight of tokens in `model.image_tokens`."""
+    """lm, sft: loss weight for tokens in `model.image_tokens`."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments for your own objective."""
 
@@ -82,7 +82,7 @@ class RunConfig:
     """
 
     recipe: str
-    """Name of the recipe."""
+    """Recipe name."""
     model: ModelConfig
     """Model architecture."""
     parallel: ParallelConfig = ParallelConfig()
@@ -96,13 +96,13 @@ class RunConfig:
     objective: ObjectiveConfig = ObjectiveConfig()
     """Training objective."""
     preference: PreferenceConfig = PreferenceConfig()
-    """Preference loss of objective `preference`."""
+    """Preference loss for objective `preference`."""
     distillation: DistillationConfig = DistillationConfig()
-    """Distillation loss of objective `distill`."""
+    """Distillation loss for objective `distill`."""
     rollout: RolloutConfig = RolloutConfig()
     """Rollouts of reinforcement learning."""
     policy: PolicyConfig = PolicyConfig()
-    """Policy loss of objective `policy`."""
+    """Policy loss for objective `policy`."""
     needle: NeedleConfig = NeedleConfig()
     """Needle test of `extend`."""
     extend: ExtendConfig = ExtendConfig()
@@ -118,7 +118,7 @@ class RunConfig:
     lora: LoraConfig = LoraConfig()
     """Low-rank adaptation of a frozen model."""
     media: MediaConfig = MediaConfig()
-    """Training of image and audio encoders."""
+    """Image and audio encoder training."""
     code: tuple[PluginCode, ...] = ()
     """Your own code named by other settings; written by the command."""
 
@@ -250,7 +250,7 @@ class RunConfig:
              f"set it to at most {limit}; `megatron-sov extend` trains a model on longer texts"))]
 
     def _batch_problems(self, num_ranks: int) -> list[SettingsProblem]:
-        """Check the batch sizes of all phases and of the ramp, and the number of steps."""
+        """Check batch sizes in all phases and in the ramp, and the number of steps."""
         t = self.train
         dp = num_ranks // self.parallel.ranks_per_replica
         unit = t.micro_batch_size * dp
@@ -359,12 +359,12 @@ def _suggest_setting(key: str) -> str:
 
 @cache
 def setting_names() -> tuple[str, ...]:
-    """Return the dotted names of all settings in field order, without settings of list items."""
+    """Return the dotted names of all settings in field order, without list items."""
     return tuple(name for name, _, _ in iter_settings(RunConfig) if ".0." not in name)
 
 
 def iter_settings(cls: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
-    """Yield (dotted name, class of the field, whether nested settings follow) for all settings of `cls`.
+    """Yield (dotted name, the field's class, whether nested settings follow) for all settings in `cls`.
 
     Nested settings follow an optional group, and a list (settings of item 0).
     """
@@ -414,7 +414,7 @@ def correct_setting(word: str, groups: Sequence[str] = ()) -> str:
 
 
 def is_setting(word: str) -> bool:
-    """Return whether `word` is the dotted name of a setting or of a group."""
+    """Return whether `word` is a setting's or group's dotted name."""
     names = setting_names()
     return bool(word in names or re.search(r"\.\d+(\.|$)", word)) or any(
         name.startswith(f"{word}.") or ("." in name and word.startswith(f"{name}.")) for name in names)

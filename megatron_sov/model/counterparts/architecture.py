@@ -31,9 +31,10 @@ RENAMED = {
     "rotary_base": "rope_theta",
 }
 """Megatron name -> our name, for settings with equal meaning."""
-MEGATRON_DEFAULTS = {"add_qkv_bias": False, "qk_layernorm": False,
-                     "share_embeddings_and_output_weights": True,
-          "rotary_base": 10_000, "layernorm_epsilon": 1e-5, "init_method_std": 0.02}
+MEGATRON_DEFAULTS = {
+    "add_qkv_bias": False, "qk_layernorm": False, "share_embeddings_and_output_weights": True,
+    "rotary_base": 10_000, "layernorm_epsilon": 1e-5, "init_method_std": 0.02,
+}
 """Megatron's defaults."""
 EXPERT_NAMES = {
     "num_moe_experts": "num_experts", "moe_router_topk": "num_experts_per_token",
@@ -55,17 +56,17 @@ SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "moe_apply_probs_on_input": (False,), "moe_expert_capacity_factor": (None,), "mrope_section": (None,),
 }
 """Megatron name -> values for which the model is supported."""
-COMBINED_NAMES = ("num_query_groups", "kv_channels", "ffn_hidden_size", "moe_ffn_hidden_size",
-                  "moe_layer_freq",
-           "moe_shared_expert_intermediate_size", "moe_router_topk_scaling_factor",
-           "moe_router_pre_softmax", "moe_router_load_balancing_type", "moe_aux_loss_coeff", "window_size",
-           "window_attn_skip_freq", "no_rope_freq", "rope_scaling", "rope_scaling_factor",
-           "seq_len_interpolation_factor", "mtp_num_layers",
-           "mtp_loss_scaling_factor", "vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by",
-           "should_pad_vocab", "seq_length", "max_position_embeddings", "yarn_rotary_scaling_factor",
-           "yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow", "yarn_mscale",
-           "yarn_mscale_all_dim", "mtp_enabled",
-           "group_query_attention", "moe_router_num_groups", "moe_router_group_topk")
+COMBINED_NAMES = (
+    "num_query_groups", "kv_channels", "ffn_hidden_size", "moe_ffn_hidden_size", "moe_layer_freq",
+    "moe_shared_expert_intermediate_size", "moe_router_topk_scaling_factor", "moe_router_pre_softmax",
+    "moe_router_load_balancing_type", "moe_aux_loss_coeff", "window_size", "window_attn_skip_freq",
+    "no_rope_freq", "rope_scaling", "rope_scaling_factor", "seq_len_interpolation_factor", "mtp_num_layers",
+    "mtp_loss_scaling_factor", "vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by",
+    "should_pad_vocab", "seq_length", "max_position_embeddings", "yarn_rotary_scaling_factor",
+    "yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow", "yarn_mscale",
+    "yarn_mscale_all_dim", "mtp_enabled", "group_query_attention", "moe_router_num_groups",
+    "moe_router_group_topk",
+)
 """Megatron names read in combination with others."""
 KNOWN_NAMES = frozenset({*RENAMED, *EXPERT_NAMES, *SUPPORTED_VALUES, *COMBINED_NAMES})
 MAX_COUNT = 1 << 53
@@ -136,10 +137,10 @@ def infer_architecture(stated: Stated, family: str = "",
     fields |= overrides_known
     # Families with experts are skipped for dense models, although their number of experts could be 0.
     names = [family] if family else [
-        name for name, one in models.FAMILIES.items()
-        if (fields["num_experts"] or one.structure.get("num_experts") == 0)
+        name for name, candidate in models.FAMILIES.items()
+        if (fields["num_experts"] or candidate.structure.get("num_experts") == 0)
         # Families with a fixed uncommon value, such as output norms, need a setting that says so.
-        and all(field in fields or one.structure.get(field, plain) == plain
+        and all(field in fields or candidate.structure.get(field, plain) == plain
                 for field, plain in COMMON_VALUES.items())]
     fitting = {name: model for name in names if (model := _build_model(name, fields)) is not None}
     # If several families can express the model, prefer families with the fewest optional features.
@@ -164,8 +165,8 @@ def infer_model_fields(stated: Stated) -> tuple[dict[str, Any], list[str]]:
                 for name, allowed in SUPPORTED_VALUES.items() if name in stated
                 and not _is_supported(stated[name], allowed)]
     fields = {ours: MEGATRON_DEFAULTS.get(theirs) if stated.get(theirs) is None else stated[theirs]
-              for theirs,
-              ours in RENAMED.items() if theirs in MEGATRON_DEFAULTS or stated.get(theirs) is not None}
+              for theirs, ours in RENAMED.items()
+              if theirs in MEGATRON_DEFAULTS or stated.get(theirs) is not None}
     parts = (_infer_attention, _infer_feed_forward, _infer_positions, _infer_pattern, _infer_prediction)
     for part in parts:
         try:
@@ -240,7 +241,7 @@ def _infer_groups(stated: Stated) -> dict[str, Any]:
 
 
 def _count_dense_layers(frequency: Any, num_layers: int) -> int:
-    """Return the number of leading dense layers."""
+    """Count leading dense layers."""
     if isinstance(frequency, str):
         frequency = _parse_list(frequency)
     if isinstance(frequency, int):
@@ -351,7 +352,7 @@ def _find_mismatches(name: str, fields: Mapping[str, Any]) -> list[str]:
 
 
 MAX_BYTES = 8 << 20
-"""Limit of a Bridge YAML file; a run's whole configuration has about 100 kB."""
+"""Limit for a Bridge YAML file; a run's whole configuration has about 100 kB."""
 
 
 def read_sections(file: Path) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Tensors of a LoRA adapter: names, shapes, and their places in Megatron-Core tensors.
+"""LoRA adapter tensors: names, shapes, and their places in Megatron-Core tensors.
 
 Tensors are named after the Hugging Face modules they adapt, as in PEFT. Routed experts are adapted as
 transformers stores them, in two stacks per layer: an expert has a single A and B for gate and up projections
@@ -20,7 +20,7 @@ from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.weights import Experts, Link
 
 PREFIX = "adapter."
-"""Prefix of all adapter tensors in checkpoints."""
+"""Prefix for all adapter tensors in checkpoints."""
 A, B, MAGNITUDE = "lora_A", "lora_B", "magnitude"
 _TRUNK = "decoder.layers."
 _STACK = ".experts.experts."
@@ -34,19 +34,19 @@ class AdaptedModule:
     """Module name in transformers: `model.layers.0.self_attn.q_proj`,
     `model.layers.0.mlp.experts.down_proj`."""
     link: Link
-    """Block of the Megatron-Core tensor with the module's weight; for experts, the block of expert 0."""
+    """Megatron-Core block with the module's weight; for experts, expert 0's block."""
     part: int
     """Index of the weight among the link's Hugging Face tensors; 0 for experts."""
     num_experts: int
-    """Number of stacked experts; 0 for other modules."""
+    """Stacked experts; 0 for other modules."""
     out_features: int
-    """Rows of the weight (for experts, of a single expert's weight)."""
+    """Rows in the weight (for experts, in a single expert's weight)."""
     in_features: int
-    """Columns of the weight."""
+    """Columns in the weight."""
 
     @property
     def linear(self) -> str:
-        """Name of the Megatron-Core module, with the layer's global index."""
+        """Megatron-Core module name, with the layer's global index."""
         return self.link.key.removesuffix(".weight")
 
     @property
@@ -117,9 +117,9 @@ def find_adapted_modules(model: ModelConfig, lora: LoraConfig) -> list[AdaptedMo
 
 
 def count_adapter_params(model: ModelConfig, lora: LoraConfig) -> int:
-    """Return the number of adapter parameters, all trained."""
-    return sum(math.prod(shape) for of in find_adapted_modules(model, lora)
-                                                               for shape in of.shapes(lora).values())
+    """Count adapter parameters, all trained."""
+    return sum(math.prod(shape) for module in find_adapted_modules(model, lora)
+               for shape in module.shapes(lora).values())
 
 
 def _iter_adapted_modules(model: ModelConfig, lora: LoraConfig) -> Iterator[AdaptedModule]:
@@ -147,7 +147,7 @@ def to_memory_name(name: str, family: str) -> str:
 
 
 def _expert_stack(link: Link, family: str) -> AdaptedModule:
-    """Return the stack of experts for the link of expert 0."""
+    """Return the expert stack for expert 0's link."""
     folder = to_memory_name(link.hf_names[0].partition(".experts.0.")[0], family) + ".experts"
     name = "gate_up_proj" if len(link.hf_names) > 1 else "down_proj"
     return AdaptedModule(f"{folder}.{name}", link, 0, link.shape[0], *link.block_shape)
@@ -180,9 +180,9 @@ def find_adapter_places(model: ModelConfig, lora: LoraConfig) -> dict[str, Adapt
     """Return Hugging Face weight name -> adapter place, for all adapted weights."""
     adapter_places: dict[str, AdapterPlace] = {}
     # The weight map has a link per expert, an adapter has a module per stack: match them by Megatron key.
-    stacks = {of.link.key: of for of in find_adapted_modules(model, lora) if of.num_experts}
-    adapter_places |= {of.link.hf_names[of.part]: AdapterPlace(of, 0, 0)
-              for of in find_adapted_modules(model, lora) if not of.num_experts}
+    stacks = {module.link.key: module for module in find_adapted_modules(model, lora) if module.num_experts}
+    adapter_places |= {module.link.hf_names[module.part]: AdapterPlace(module, 0, 0)
+                       for module in find_adapted_modules(model, lora) if not module.num_experts}
     for link in models.get_family(model.family).links(model) if stacks else ():
         if link.key in stacks:
             adapter_places |= {name: AdapterPlace(stacks[link.key], link.offset[0], half)

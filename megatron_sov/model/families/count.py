@@ -34,15 +34,15 @@ class LayerWeight:
     """A tensor that occurs in several layers."""
 
     key: str
-    """Name of the Megatron tensor; {l} stands for the layer index."""
+    """Megatron tensor name; {l} stands for the layer index."""
     shape: tuple[int, ...]
     """Global shape; for experts the shape for one expert."""
     layers: Sequence[int | None]
-    """Transformer layers with this tensor; [None] for tensors outside of layers."""
+    """Transformer layers with this tensor; [None] for tensors outside layers."""
     predicts: bool
     """Whether prediction layers have this tensor."""
     num_experts: int
-    """Routed experts with a copy of this tensor; 0 outside of experts."""
+    """Routed experts with this tensor; 0 outside experts."""
     is_buffer: bool
     """Whether the tensor has no gradient (the router's selection bias)."""
 
@@ -104,8 +104,7 @@ def _active_elements(weight: LayerWeight, model: ModelConfig) -> int:
 
 
 def count_multiplied_weights(model: ModelConfig) -> int:
-    """Return the number of weights that multiply a token: projections, feed-forward networks, routers, output
-    heads."""
+    """Count the weights that multiply a token: projections, feed-forward networks, routers, output heads."""
     # Every application of a prediction layer applies the output head, too. The embedding is a look-up.
     heads = (1 + model.num_predictions) * model.vocab_size * model.hidden_size
     return heads + sum(

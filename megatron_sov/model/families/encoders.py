@@ -16,7 +16,7 @@ from megatron_sov.model.families.weights import Layout, Link
 
 VISION, AUDIO = "vision.", "audio."
 PREFIXES = (VISION, AUDIO)
-"""Prefixes of all encoder tensors."""
+"""Prefixes for all encoder tensors."""
 ENCODER, ADAPTER, COMPRESSOR = "encoder.", "adapter.", "compressor."
 HF_PREFIXES = {
     VISION + ENCODER: "model.vision_model.", VISION + ADAPTER: "model.mm_projector.",
@@ -60,7 +60,7 @@ def is_frozen(key: str, media: MediaConfig) -> bool:
 
 
 def encoder_links(model: ModelConfig) -> list[Link]:
-    """Return the links of all encoder tensors to Hugging Face names."""
+    """Return links from all encoder tensors to Hugging Face names."""
     return [Link(key, shape, (0,) * len(shape), (encoder_hf_name(key, model),),
                  Layout(shape, 0, (shape[0],), 1),
                  fp32=False)

@@ -28,13 +28,13 @@ class NestedTextModel:
     """A text model inside a multimodal Hugging Face folder, which is read as the text model alone."""
 
     hf_class: str
-    """Transformers class of the folder."""
+    """Transformers class for the folder."""
     family: str
-    """Family of the text model."""
+    """Text model family."""
     renamed: tuple[tuple[str, str], ...]
     """(prefix of a text tensor in the folder, prefix in the family)."""
     others: tuple[str, ...]
-    """Prefixes of all other tensors."""
+    """Prefixes for all other tensors."""
     defaults: dict[str, Any]
     """Transformers' defaults for fields of `text_config` that the family requires."""
 
@@ -119,7 +119,7 @@ HARMLESS_FIELDS: dict[str, Any] = {
     "output_attentions": False, "output_hidden_states": False, "partial_rotary_factor": 1.0}
 """Fields that transformers reads for all families -> the value (or `ANY_VALUE`) without effect on logits."""
 FOREIGN_PREFIXES = ("_", "transformers.js_", "unsloth_")
-"""Prefixes of fields that other programs write for their own use."""
+"""Prefixes for fields that other programs write for their own use."""
 
 
 @cache
@@ -143,16 +143,16 @@ COMMON_CONFIG: tuple[ConfigItem, ...] = (
     Fixed("attention_dropout", 0.0),
     Encoders(), FOLDER_FIELDS,
 )
-"""Config items of all families."""
+"""Config items for all families."""
 DECODER_CONFIG: tuple[ConfigItem, ...] = (*COMMON_CONFIG, Fixed("hidden_act", "silu"))
-"""Config items of most families."""
+"""Config items for most families."""
 KV_HEADS = Renamed("num_key_value_heads", "num_kv_heads")
 """A required field, because transformers has a different default in each family."""
 EXPERTS_CONFIG: tuple[ConfigItem, ...] = (
     Renamed("num_experts_per_tok", "num_experts_per_token", 8),
     Renamed("moe_intermediate_size", "expert_ffn_dim"), Fixed("attention_bias", False, written=False),
 )
-"""Config items of families with experts."""
+"""Config items for families with experts."""
 DEEPSEEK_ROUTER_CONFIG: tuple[ConfigItem, ...] = (
     Fixed("norm_topk_prob", True),
     Renamed("n_group", "num_expert_groups", 1), Renamed("topk_group", "num_groups_per_token", 1),
@@ -191,7 +191,7 @@ class TokenIds:
 
 @dataclass(frozen=True)
 class Family:
-    """Declaration of a model family."""
+    """Model family declaration."""
 
     name: str
     """`model_type` in transformers."""
@@ -221,7 +221,7 @@ class Family:
     None: the class follows the file."""
 
     def links(self, model: ModelConfig) -> list[Link]:
-        """Return the links of all tensors of `model` to Hugging Face tensors."""
+        """Return links from all tensors in `model` to Hugging Face tensors."""
         return build_links(self.weights, model) + encoder_links(model)
 
     def find_copies(self, model: ModelConfig) -> dict[str, str]:
@@ -238,10 +238,10 @@ class Family:
         """Return every property of `model` that the family cannot express; single values must be within
         bounds."""
         # A field that the config map cannot write must have its common value, or exports would lose it.
-        fixed = {name: value for name,
-                 value in COMMON_VALUES.items() if name not in self.varies} | self.structure
-        p = find_broken_rules(model, "model", *(
-            (getattr(model, name) == value, name, f"must be {format_setting(value)} in family '{self.name}'")
+        fixed = {name: value for name, value in COMMON_VALUES.items() if name not in self.varies}
+        fixed |= self.structure
+        p = find_broken(model, "model", *(
+            (getattr(model, name) == value, name, f"must be {show(value)} in family '{self.name}'")
             for name, value in fixed.items()), (
                 not self.needs_shared_expert or model.num_shared_experts >= 1, "num_shared_experts",
                 f"must be at least 1 in family '{self.name}'"))
@@ -264,7 +264,7 @@ class Family:
             raise SettingsError(f"model of family '{self.name}'", problems)
 
     def to_hf_config(self, model: ModelConfig, dtype: str, tokens: TokenIds) -> dict[str, Any]:
-        """Return the content of config.json.
+        """Return config.json's content.
 
         Args:
             model: architecture.
@@ -287,8 +287,8 @@ class Family:
         lost = []
         for name in sorted(find_computed_fields(model)):
             value = getattr(model, name)
-            if _normalize_value(name, read_back.get(name, defaults[name]),
-                                model) != _normalize_value(name, value, model):
+            found = _normalize_value(name, read_back.get(name, defaults[name]), model)
+            if found != _normalize_value(name, value, model):
                 lost.append(f"model.{name} = {value!r} (reads back as {read_back.get(name, 'nothing')!r})")
         if lost:
             raise UserError(f"model family {self.name!r}: its config.json would describe another model than "
@@ -430,7 +430,7 @@ def _drop_fields(config: dict[str, Any], names: Iterable[str]) -> dict[str, Any]
 
 
 def _count_layers_after_trunk(num_layers: Any, tensor_names: list[str]) -> int:
-    """Return the number of consecutive layers stored after layer `num_layers - 1`.
+    """Count consecutive layers stored after layer `num_layers - 1`.
 
     Folders saved by transformers drop these layers, although config.json still counts them.
     """

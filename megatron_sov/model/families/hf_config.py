@@ -20,11 +20,11 @@ from megatron_sov.model.families.hf_layers import SlidingLayers
 SMALLEST_SCALE = 1e-9
 """Smallest attention scale that Gemma's integer field can express."""
 REQUIRED = object()
-"""Default of fields that a config.json must have."""
+"""Default for fields that a config.json must have."""
 
 
 class ConfigItem(Protocol):
-    """An entry of a config map."""
+    """A config map entry."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -62,12 +62,12 @@ class Renamed:
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the `ModelConfig` field; `UserError` if a required field is absent or two names disagree."""
         # Older and newer names may both be present, with equal values.
-        found = {name: config[name] for name in self.names if name in config}
-        if len(set(found.values())) > 1:
-            raise UserError(f"config.json: {' and '.join(f'{n} = {v}' for n, v in found.items())} disagree; "
-                            "remove one of them")
-        if found:
-            return {self.model: next(iter(found.values()))}
+        values = {name: config[name] for name in self.names if name in config}
+        if len(set(values.values())) > 1:
+            pairs = " and ".join(f"{name} = {value}" for name, value in values.items())
+            raise UserError(f"config.json: {pairs} disagree; remove one of them")
+        if values:
+            return {self.model: next(iter(values.values()))}
         if self.default is REQUIRED:
             raise UserError(f"config.json: lacks '{self.hf}'; add it (it becomes model.{self.model})")
         return {self.model: self.default(config) if callable(self.default) else self.default}
@@ -168,7 +168,7 @@ class Rope:
                             f"{spellings[1]} disagree; remove one of them")
         # Remove every known parameter from a copy; the rest is rejected below.
         rope = dict(spellings[0]) if spellings else {}
-        thetas = [found["rope_theta"] for found in (rope, config) if "rope_theta" in found]
+        thetas = [source["rope_theta"] for source in (rope, config) if "rope_theta" in source]
         if thetas[1:] and thetas[0] != thetas[1]:
             raise UserError(f"config.json: rope_theta = {thetas[1]}, and {thetas[0]} in rope_parameters; "
                             "make them agree")
@@ -233,7 +233,7 @@ class AttentionScale:
 
     hf: str
     scalar: int = 0
-    """Gemma: default of the field, whose inverse square root is the factor. 0: the field is the factor."""
+    """Gemma: default for the field, whose inverse square root is the factor. 0: the field is the factor."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -320,7 +320,7 @@ class LogitsSoftCap:
 
 @dataclass(frozen=True)
 class TwoThetas:
-    """RoPE of global and of sliding layers: `rope_parameters` per kind of layer, or the older `rope_theta`,
+    """RoPE in global and in sliding layers: `rope_parameters` per kind of layer, or the older `rope_theta`,
     `rope_local_base_freq` and `rope_scaling` (for global layers)."""
 
     names: tuple[str, ...] = ("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq")

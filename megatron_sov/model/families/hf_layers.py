@@ -144,7 +144,7 @@ class SlidingSwitch:
 
 @dataclass(frozen=True)
 class RotatingWindows:
-    """Layers of EXAONE 4: only sliding layers use RoPE, unless no layer slides (`sliding_window` is null)."""
+    """Layers in EXAONE 4: only sliding layers use RoPE, unless no layer slides (`sliding_window` is null)."""
 
     names: tuple[str, ...] = ("layer_types", "sliding_window", "sliding_window_pattern")
     null_tells: tuple[str, ...] = ("sliding_window",)
@@ -180,7 +180,7 @@ class RotatingWindows:
 
 
 def _count_dense_layers(config: dict[str, Any], dense: list[bool], what: str) -> dict[str, Any]:
-    """Return the number of dense layers; `UserError` unless all dense layers come first."""
+    """Count dense layers; `UserError` unless all dense layers come first."""
     num_layers = _read_num_layers(config)
     if len(dense) != num_layers or dense != sorted(dense, reverse=True):
         raise UserError(f"config.json: {what} must name dense layers first and layers with experts after, "
@@ -203,9 +203,10 @@ class LeadingDenseLayers:
             "dense" if i < model.num_dense_layers else "sparse" for i in range(model.num_layers)]}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the number of dense layers; `UserError` if two spellings disagree."""
-        leading: Callable[[Any], list[bool]] = lambda count: [i < count  # noqa: E731
-                                                              for i in range(_read_num_layers(config))]
+        """Count dense layers; `UserError` if two spellings disagree."""
+        def leading(count: Any) -> list[bool]:
+            return [i < count for i in range(_read_num_layers(config))]
+
         spellings: dict[str, Callable[[Any], list[bool]]] = {
             "mlp_layer_types": lambda kinds: [kind != "sparse" for kind in kinds],
             "is_moe_layer": lambda flags: [not flag for flag in flags],
@@ -234,7 +235,7 @@ class SparseSteps:
         return {"mlp_only_layers": list(range(model.num_dense_layers)), "decoder_sparse_step": 1}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the number of leading dense layers."""
+        """Count leading dense layers."""
         listed, step = config.get("mlp_only_layers", []), config.get("decoder_sparse_step", 1)
         dense = [i in listed or (i + 1) % step != 0 for i in range(_read_num_layers(config))]
         return _count_dense_layers(config, dense, "mlp_only_layers and decoder_sparse_step")
@@ -268,7 +269,7 @@ class HfPredictionLayer:
                            "mtp_layer_types", num_layers)
         window = _find_main_window(config, 0)[0] if "L" in letters else 0
         windows = config.get("mtp_sliding_windows", [window] * num_layers)
-        if any((found or 0) != window for found in windows):
+        if any((mtp_window or 0) != window for mtp_window in windows):
             raise UserError(f"config.json: mtp_sliding_windows = {windows}, but only {window} is supported: "
                             "the trunk's window for a sliding prediction layer, 0 for a global one")
         steps = config.get("mtp_num_speculative_steps", num_layers)

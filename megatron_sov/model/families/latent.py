@@ -1,4 +1,4 @@
-"""Weights and config items of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), and
+"""Weights and config items for multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), and
 the family `deepseek_v3`."""
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class HeadRows:
         return tuple(name for name, _ in self.hf)
 
     def layout(self, model: ModelConfig) -> Layout:
-        """Return the division of [heads, rows of a head, columns]."""
+        """Return the division of [heads, rows per head, columns]."""
         linear = get_linear_attention(model)
         lengths = tuple(linear.projected[kind] for _, kind in self.hf)
         return Layout((linear.num_key_heads, sum(lengths), *resolve_shape(self.columns, model)), 1, lengths,
@@ -45,7 +45,7 @@ class TapRows(HeadRows):
     columns: str = ""
 
     def layout(self, model: ModelConfig) -> Layout:
-        """Return the division of [heads, channels of a head, 1, taps]."""
+        """Return the division of [heads, channels per head, 1, taps]."""
         layout = super().layout(model)
         return replace(layout, view=(*layout.view, 1, get_linear_attention(model).conv_taps))
 
@@ -134,8 +134,8 @@ def read_delta_sizes(model: ModelConfig, *, negative: bool) -> tuple[int, int, i
 
 @dataclass(frozen=True)
 class SolarLayers:
-    """Layer types and sizes of Solar Open 2: layers with softmax attention, and Kimi Delta Attention in the
-    others. Programs read either of two lists, so exports write both."""
+    """Solar Open 2's layer types and sizes: layers with softmax attention, and Kimi Delta Attention in the
+    others. Programs read one list or the other, so exports write both."""
 
     sizes: tuple[str, ...] = ("num_heads", "head_dim", "short_conv_kernel_size")
     """Fields of `linear_attn_config`."""

@@ -81,7 +81,7 @@ def _check_letters(letters: str, where: str) -> None:
 
 @dataclass(frozen=True)
 class Layout:
-    """Division of a block of a Megatron tensor into Hugging Face tensors."""
+    """Division of a Megatron tensor's block into Hugging Face tensors."""
 
     view: tuple[int, ...]
     """Shape in which the block is viewed."""
@@ -90,7 +90,7 @@ class Layout:
     lengths: tuple[int, ...]
     """Length of each Hugging Face tensor along `axis`; the sum is the axis length."""
     merged: int
-    """Number of leading axes of the view that are one axis in stored tensors."""
+    """Leading axes in the view that are one axis in stored tensors."""
 
     def stored(self, length: int) -> tuple[int, ...]:
         """Return the stored shape of a part with `length` along the divided axis."""
@@ -124,13 +124,13 @@ class WeightEntry(Protocol):
 
     @property
     def megatron(self) -> str:
-        """Name of the Megatron tensor."""
+        """Megatron tensor name."""
     @property
     def hf_names(self) -> tuple[str, ...]:
-        """Names of the Hugging Face tensors, in the order of `layout`'s parts."""
+        """Hugging Face tensor names, in the order in `layout`."""
     @property
     def fp32(self) -> bool:
-        """Whether the tensor is float32 in a model of any dtype."""
+        """Whether the tensor is float32 regardless of the model's dtype."""
     def layout(self, model: ModelConfig) -> Layout:
         """Return the division of the Megatron tensor (for experts, of a single expert's block)."""
 
@@ -143,7 +143,7 @@ class Same:
     hf: str
     shape: str
     fp32: bool = False
-    """Whether the tensor is float32 in a model of any dtype."""
+    """Whether the tensor is float32 regardless of the model's dtype."""
 
     def __post_init__(self) -> None:
         _check_letters(self.shape, self.megatron)
@@ -177,7 +177,7 @@ class Reshaped(Same):
     """A Hugging Face tensor equal to a Megatron tensor except for its shape."""
 
     hf_shape: str = ""
-    """Shape of the Hugging Face tensor, in letters."""
+    """Hugging Face tensor shape, in letters."""
 
     def layout(self, model: ModelConfig) -> Layout:
         shape = resolve_shape(self.shape, model)
@@ -186,13 +186,13 @@ class Reshaped(Same):
 
 @dataclass(frozen=True)
 class GateUp:
-    """Rows of the gate projection, then of the up projection, in a single Megatron tensor."""
+    """Gate projection rows, then up projection rows, in a single Megatron tensor."""
 
     megatron: str
     gate: str
     up: str
     shape: str
-    """Shape of the gate tensor and of the up tensor, in letters."""
+    """Shape for gate and up tensors, in letters."""
     fp32: bool = False
 
     def __post_init__(self) -> None:
@@ -275,14 +275,14 @@ class WeightSection:
 
     where: Literal["once", "untied", "mtp", "mtp layer behind", "every layer", "dense layers", "moe layers",
                    "layers with norms behind", "linear layers", "other layers"]
-    """Layers with these entries. once: outside of layers; untied: once, without `tied_embeddings`; mtp: once,
+    """Layers with these entries. once: outside layers; untied: once, without `tied_embeddings`; mtp: once,
     with multi-token prediction; mtp layer behind: multi-token prediction that Hugging Face counts as an
     additional layer; layers with norms behind: every layer, with `block_norms` = post or both; linear layers,
     other layers: with and without linear attention."""
     megatron: str
-    """Prefix of Megatron names. "{l}" stands for the layer index, except in "mtp layer behind"."""
+    """Prefix for Megatron names. "{l}" stands for the layer index, except in "mtp layer behind"."""
     hf: str
-    """Prefix of Hugging Face names; "{l}" stands for the layer index."""
+    """Prefix for Hugging Face names; "{l}" stands for the layer index."""
     entries: tuple[WeightEntry, ...]
     when: str = ""
     """Field or property of `ModelConfig` that must be true for the section to apply; "" for no condition."""
@@ -311,8 +311,7 @@ class WeightSection:
                 raise ValueError(f"section {self.megatron!r} <-> {self.hf!r}: names {', '.join(twice)} twice")
 
     def layers(self, model: ModelConfig) -> Sequence[int | None]:
-        """Return the layers with this section by Hugging Face index; [None] for a section outside of
-        layers."""
+        """Return the layers with this section by Hugging Face index; [None] for a section outside layers."""
         if self.when and not getattr(model, self.when):
             return []
         # Dense layers come first, then layers with experts (DeepSeek-V3).
@@ -336,7 +335,7 @@ class Link:
     """A block of a model's Megatron tensor, and its Hugging Face tensors."""
 
     key: str
-    """Name of the Megatron tensor."""
+    """Megatron tensor name."""
     shape: tuple[int, ...]
     """Global shape of the Megatron tensor."""
     offset: tuple[int, ...]
@@ -347,12 +346,12 @@ class Link:
 
     @property
     def block_shape(self) -> tuple[int, ...]:
-        """Shape of the block; for experts without the leading axis."""
+        """Block shape; for experts without the leading axis."""
         return self.layout.block
 
     @property
     def extent(self) -> tuple[int, ...]:
-        """Shape of the block with as many axes as the global tensor."""
+        """Block shape with as many axes as the global tensor."""
         # An expert's block has length 1 along the leading axis of the stacked tensor.
         return (1,) * (len(self.shape) - len(self.block_shape)) + self.block_shape
 
@@ -392,7 +391,7 @@ class Link:
 
 
 def build_links(sections: Sequence[WeightSection], model: ModelConfig) -> list[Link]:
-    """Return the links of all tensors of `model`: tensors outside of layers, layers in order, multi-token
+    """Return links for all tensors in `model`: tensors outside layers, layers in order, multi-token
     prediction.
 
     Raises:
@@ -403,14 +402,14 @@ def build_links(sections: Sequence[WeightSection], model: ModelConfig) -> list[L
     # In layer order, so a streaming converter holds the tensors of one layer at a time.
     order = ([(s, layer) for layer in (None, *range(model.num_layers)) for s in trunk]
              + [(s, layer) for layer in (None, model.num_layers) for s in prediction])
-    all_links = [x for s,
-                 layer in order if layer in s.layers(model) for x in _iter_section_links(s, model, layer)]
+    model_links = [link for section, layer in order if layer in section.layers(model)
+                   for link in _iter_section_links(section, model, layer)]
     # A repeated name would overwrite a tensor during export.
-    hf_names = [name for link in all_links for name in link.hf_names]
-    blocks = [(link.key, link.offset) for link in all_links]
+    hf_names = [name for link in model_links for name in link.hf_names]
+    blocks = [(link.key, link.offset) for link in model_links]
     if len(set(hf_names)) != len(hf_names) or len(set(blocks)) != len(blocks):
         raise ValueError(f"the weight map of {model.family} names a tensor twice")
-    return all_links
+    return model_links
 
 
 def _iter_section_links(section: WeightSection, model: ModelConfig,
@@ -501,7 +500,7 @@ def router_bias_entry(hf_name: str) -> Same:
 
 
 DEEPSEEK_EXPERTS = (*ROUTED_EXPERTS, *SHARED_EXPERTS, router_bias_entry("mlp.gate.e_score_correction_bias"))
-"""Mixture-of-experts block of DeepSeek-V3."""
+"""DeepSeek-V3's mixture-of-experts block."""
 
 
 def trunk_section(where: Literal["every layer", "dense layers", "moe layers", "layers with norms behind",
@@ -546,4 +545,4 @@ def prediction_layer_section(*parts: tuple[WeightEntry, ...], when: str = "") ->
 PLAIN_DECODER = (
     *EMBEDDINGS_AND_HEAD, trunk_section("every layer", ATTENTION), trunk_section("dense layers", DENSE_FFN),
     trunk_section("moe layers", ROUTED_EXPERTS, SHARED_EXPERTS), *prediction_sections(ATTENTION, DENSE_FFN))
-"""Sections of a model without a family, for tables of published runs."""
+"""Sections for a model without a family, for published run tables."""

@@ -27,7 +27,7 @@ class Recipe:
     build: Callable[[], RunConfig]
     """Function that returns the config, with `recipe` set to the recipe's name."""
     sources: Sources = field(default_factory=dict)
-    """Sources of values; {} for a user's recipe."""
+    """Sources for values; {} for a user's recipe."""
 
 
 RECIPES: dict[str, Recipe] = {
@@ -131,7 +131,7 @@ SEQ_LEN, WIDTH, HEAD_DIM = 256, 128, 32
 TINY_LAYERS = 6
 """Layers of tiny models without a repeating layer pattern."""
 TINY_SOURCE = ours("a size for two CPU cores, and what goes with it")
-"""Source of all values that `shrink_recipe` changes; other values keep the full-size recipe's source."""
+"""Source for all values that `shrink_recipe` changes; other values keep the full-size recipe's source."""
 
 
 def shrink_recipe(name: str, run: RunConfig) -> RunConfig:
@@ -253,7 +253,7 @@ def _shrink_extension(extend: ExtendConfig) -> ExtendConfig:
 
 
 def _shrink_stage(stage: ExtendStageConfig, seq_len: int) -> ExtendStageConfig:
-    """Return `stage` at length `seq_len` with its parts, independent of source names."""
+    """Return `stage` at length `seq_len` with its parts, without source names."""
     return replace(
         stage, seq_len=seq_len, steps=20, max_steps=40, tokens=0, global_batch_size=0, blend={},
         yarn_original_tokens=seq_len // 2 if stage.yarn_original_tokens else 0,
@@ -261,7 +261,7 @@ def _shrink_stage(stage: ExtendStageConfig, seq_len: int) -> ExtendStageConfig:
 
 
 def _shrink_phase(phase: PhaseConfig, seq_len: int) -> PhaseConfig:
-    """Return `phase` with its share of the run, independent of source names."""
+    """Return `phase` with its share of the run, without source names."""
     return replace(phase, tokens=0, share=phase.tokens or phase.share, blend={}, seq_len=seq_len,
                    global_batch_size=0, lr=0.0, min_lr=0.0, rewarm_steps=0)
 
@@ -282,7 +282,7 @@ def find_family_recipes(family: str) -> list[str]:
 
 
 def get(name: str) -> RunConfig:
-    """Return the config of recipe `name`: built-in, from an installed package, or from the command line.
+    """Return the config for recipe `name`: built-in, from an installed package, or from the command line.
 
     Tiny recipes also have long names, such as `tiny-solar-open-102b`.
 
@@ -294,7 +294,7 @@ def get(name: str) -> RunConfig:
 
 
 def sources(name: str) -> Sources:
-    """Return the sources of a recipe's values; {} if its author gave none.
+    """Return the sources for a recipe's values; {} if its author gave none.
 
     Raises:
         UserError: unknown recipe; the message names the nearest and lists all.

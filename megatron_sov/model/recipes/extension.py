@@ -1,4 +1,4 @@
-"""Changes of model, curriculum and batch size for a longer context."""
+"""Changes in model, curriculum and batch size for a longer context."""
 
 from __future__ import annotations
 

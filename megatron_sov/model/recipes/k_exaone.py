@@ -38,7 +38,7 @@ PHASES = (
 
 def _stage(name: str, seq_len: int, batch_size: int, long_share: float,
            rehearsal_share: float) -> ExtendStageConfig:
-    """Return a stage of the extension: long documents, rehearsal, and synthetic reasoning as the rest."""
+    """Return an extension stage: long documents, rehearsal, and synthetic reasoning as the rest."""
     rehearsal = {"web-high/8192": 70.0, "korean/8192": 20.0, "needle/8192": 10.0}
     return ExtendStageConfig(
         name, seq_len=seq_len, steps=1000, max_steps=2000, global_batch_size=batch_size,
@@ -77,7 +77,7 @@ def k_exaone_236b() -> RunConfig:
 
 
 def k_exaone_236b_extend() -> RunConfig:
-    """Return the gated extension 8K -> 32K -> 256K of the pretrained model, for `extend`."""
+    """Return the gated extension 8K -> 32K -> 256K for the pretrained model, for `extend`."""
     run = k_exaone_236b()
     optim = OptimConfig(name="muon", lr=3e-5, min_lr=3e-6, schedule="cosine", warmup_steps=100,
                         weight_decay=0.1)
@@ -90,7 +90,7 @@ def k_exaone_236b_extend() -> RunConfig:
 
 
 def k_exaone_236b_sft() -> RunConfig:
-    """Return fine-tuning of the extended model, for `sft`: conversations, and tasks with simulated tools."""
+    """Return fine-tuning after the extension, for `sft`: conversations, and tasks with simulated tools."""
     run = k_exaone_236b()
     return replace(
         run, recipe="k-exaone-236b-sft", parallel=replace(run.parallel, pp=4, cp=4, ep=8),

@@ -25,8 +25,8 @@ AUDIO, IMAGE = IdBlock(128_606, 6_561), IdBlock(135_168, 65_536)
 
 
 def _placeholders(first_block_id: int, *names: str) -> tuple[int, ...]:
-    """Return the ids of media marks, which `sov-tokenizer media` places right before the first block of media
-    tokens."""
+    """Return the media mark ids, which `sov-tokenizer media` places right before the first media token
+    block."""
     return tuple(first_block_id - len(MARKS) + MARKS.index(name) for name in names)
 
 
@@ -218,7 +218,7 @@ TRAINING_SOURCES: Sources = {
     "train.micro_batch_size": ours("memory"),
     "train.recompute": ours("memory"),
 }
-"""Sources of training settings, which differ from the published models' own training."""
+"""Sources for training settings, which differ from the published models' own training."""
 
 
 def moe_sources(released: str) -> Sources:

@@ -38,7 +38,7 @@ def _run(recipe: str, base: RunConfig, values: Values) -> RunConfig:
 
 
 def _sources(base: Sources, values: Values) -> Sources:
-    """Return the sources of such a recipe."""
+    """Return the sources for such a recipe."""
     return derive_sources(base, {
         **{key: source for key, (_, source) in values.items()},
         "data.phases.*": DEFAULT,

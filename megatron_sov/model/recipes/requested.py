@@ -104,7 +104,7 @@ class RecipeRequest:
     """Settings requested on the command line, before they are resolved."""
 
     base: RunConfig
-    """Settings of the recipe or of --config."""
+    """Settings from the recipe or from --config."""
     settings: tuple[str, ...]
     """--set values, with code replaced by registered names."""
     from_file: bool
@@ -112,7 +112,7 @@ class RecipeRequest:
     is_model_only: bool = False
     """Whether `base` is the model of --from with stage defaults (no recipe)."""
     trains_by: BuiltIn | None = None
-    """Objective of a training command; None for other commands."""
+    """A training command's objective; None for other commands."""
     layered: frozenset[str] = frozenset()
     """Settings named in --config files."""
     changed: frozenset[str] = frozenset()
@@ -148,7 +148,7 @@ class RecipeRequest:
         if problems := find_inert_settings(config, sorted(requested_keys), facts):
             raise SettingsError("", problems)
 
-    def resolve_config(self, defaults: Sequence[str] = (), own: Sequence[str] = ()) -> RunConfig:
+    def config(self, defaults: Sequence[str] = (), own: Sequence[str] = ()) -> RunConfig:
         """Return the resolved settings, and record the code they name.
 
         Args:
@@ -199,8 +199,8 @@ def request_recipe(args: RecipeOptions, of_model: Callable[[], RunConfig] | None
     elif args.recipe is None and not named:
         if files:
             raise UserError(f"{files[0].where}: names no recipe; add a line `recipe: NAME` "
-                            "(`megatron-sov recipes` lists all), or pass RECIPE too")
-        raise UserError("RECIPE: is missing; name a recipe (`megatron-sov recipes` lists all), or pass "
+                            "(`megatron-sov recipes` lists them), or pass RECIPE too")
+        raise UserError("RECIPE: is missing; name a recipe (`megatron-sov recipes` lists them), or pass "
                         "--config FILE with a recipe in it")
     elif args.recipe is None and is_whole:
         base, files = _read_whole_config(files[0]), files[1:]
@@ -274,8 +274,8 @@ def request_training(args: TrainingOptions, objective: BuiltIn, *, needs_data: b
         raise UserError("--data: is missing; pass a file of chats, pairs or text, or a folder made by "
                         "`sov-data pack`", Fix(options=("--data", "DIR")))
     learned = request.base.objective
-    before = lengthens and request.base.extend.stages and not request.from_file
-    if learned.name == "lm" or before:  # "lm" is the default of recipes without an objective
+    has_stages = lengthens and request.base.extend.stages and not request.from_file
+    if learned.name == "lm" or has_stages:  # "lm" is the default of recipes without an objective
         learned = dataclasses.replace(learned, name=objective)
     flags = ("train.deterministic=true",) if args.deterministic else ()
     return dataclasses.replace(request, base=dataclasses.replace(request.base, objective=learned),
@@ -287,11 +287,11 @@ def request_training(args: TrainingOptions, objective: BuiltIn, *, needs_data: b
 def _load_recipe(recipe: str) -> RunConfig:
     if "=" in recipe and not is_reference(recipe):
         raise UserError(f"{recipe}: is a setting in the place of RECIPE; write --set {shlex.quote(recipe)}, "
-                        "and name a recipe (`megatron-sov recipes` lists all)")
-    if suggest_download(recipe) and ":" not in recipe:
-        close = suggest_name(recipe.rpartition("/")[2].lower(), recipes.names())
+                        "and name a recipe (`megatron-sov recipes` lists them)")
+    if download(recipe) and ":" not in recipe:
+        close = nearest(recipe.rpartition("/")[2].lower(), recipes.names())
         raise UserError(f"{recipe}: is a model name on the Hugging Face hub, not a recipe{close} "
-                        "(`megatron-sov recipes` lists all); pass weights by --from HF_DIR")
+                        "(`megatron-sov recipes` lists them); pass weights by --from HF_DIR")
     name = recipes.RECIPE_PLUGINS.load(recipe) if is_reference(recipe) else recipe
     config, code = recipes.get(name), recipes.RECIPE_PLUGINS.code(name)
     if code is None:
@@ -368,7 +368,7 @@ def _read_whole_config(file: ConfigLayer) -> RunConfig:
 
 
 def _iter_leaves(cls: Any, value: Any, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield (place, value) of each setting in a file; lists, and tables of names, are single values."""
+    """Yield (place, value) for each setting in a file; lists and name tables are single values."""
     if not dataclasses.is_dataclass(cls) or not isinstance(value, dict):
         yield place, value
         return

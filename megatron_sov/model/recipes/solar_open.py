@@ -49,7 +49,7 @@ MID_TRAINING = (
 
 def _stage(name: str, seq_len: int, batch_size: int, long_share: float, rehearsal_share: float,
            yarn_factor: float, yarn_original_tokens: int = 0) -> ExtendStageConfig:
-    """Return a stage of the extension: long documents, phase 2.C's data, and trajectories as the rest."""
+    """Return an extension stage: long documents, phase 2.C's data, and trajectories as the rest."""
     rehearsal = {"web-l3/4096": 20.0, "korean/4096": 12.0, "synthetic/4096": 58.0, "needle/4096": 10.0}
     return ExtendStageConfig(
         name, seq_len=seq_len, steps=1000, max_steps=2000, global_batch_size=batch_size,
@@ -64,8 +64,8 @@ STAGES = (_stage("32k", 32768, 1440, 0.4, 0.3, yarn_factor=1),
 
 
 def model() -> ModelConfig:
-    """Return the architecture at the start of pretraining: 48 mixture-of-experts layers, global attention,
-    RoPE without scaling."""
+    """Return the architecture before pretraining: 48 mixture-of-experts layers, global attention, RoPE
+    without scaling."""
     return ModelConfig(
         family="solar_open", vocab_size=196608, hidden_size=4096, num_layers=48, num_heads=64, num_kv_heads=8,
         head_dim=128, num_experts=128, num_experts_per_token=8, num_shared_experts=1, expert_ffn_dim=1280,
@@ -104,7 +104,7 @@ def solar_open_102b_mid() -> RunConfig:
 
 
 def solar_open_102b_extend() -> RunConfig:
-    """Return the gated extension 4K -> 32K -> 100K of the pretrained model, for `extend`."""
+    """Return the gated extension 4K -> 32K -> 100K for the pretrained model, for `extend`."""
     run = solar_open_102b()
     optim = replace(run.optim, lr=5e-5, schedule="linear", warmup_steps=100)
     return replace(
@@ -117,7 +117,7 @@ def solar_open_102b_extend() -> RunConfig:
 
 
 def solar_open_102b_sft() -> RunConfig:
-    """Return fine-tuning of the extended model, for `sft`: reasoning of medium difficulty, simulated agents,
+    """Return fine-tuning after the extension, for `sft`: reasoning with medium difficulty, simulated agents,
     Korean knowledge, safety."""
     run = solar_open_102b()
     return replace(
@@ -247,7 +247,7 @@ PHASES_2 = (
 
 def _stage_2(name: str, seq_len: int, batch_size: int, long_share: float,
              rehearsal_share: float) -> ExtendStageConfig:
-    """Return a stage of the extension: long documents, rehearsal, and agent trajectories as the rest."""
+    """Return an extension stage: long documents, rehearsal, and agent trajectories as the rest."""
     rehearsal = {"web/8192": 60.0, "korean/8192": 20.0, "japanese/8192": 10.0, "needle/8192": 10.0}
     return ExtendStageConfig(
         name, seq_len=seq_len, steps=1000, max_steps=2000, global_batch_size=batch_size,
@@ -260,7 +260,7 @@ STAGES_2 = (_stage_2("64k", 65536, 512, 0.4, 0.3), _stage_2("256k", 262144, 128,
 
 
 def model_2() -> ModelConfig:
-    """Return the architecture: blocks of one layer with gated softmax attention and three with Kimi Delta
+    """Return the architecture: blocks with one layer with gated softmax attention and three with Kimi Delta
     Attention, no positions, 8 of 320 experts in every layer."""
     return ModelConfig(
         family="solar_open2", vocab_size=196608, hidden_size=4096, num_layers=48, num_heads=64,

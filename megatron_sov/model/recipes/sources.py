@@ -1,4 +1,4 @@
-"""Sources of a recipe's values: a table from setting to source."""
+"""Sources for a recipe's values: a table from setting to source."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Kind = Literal["published", "config.json", "ours", "yours", "default"]
 
 @dataclass(frozen=True)
 class ValueSource:
-    """Source of a value."""
+    """Source for a value."""
 
     kind: Kind
     """published: a paper, report, or its authors' code; config.json: the released Hugging Face config; ours:

@@ -1,4 +1,4 @@
-"""Defaults of post-training stages, with sources, for settings that neither command line nor recipe sets (no
+"""Post-training stage defaults, with sources, for settings that neither command line nor recipe sets (no
 torch).
 
 The architecture comes from --from. Learning rate, schedule and epochs come from this table, by stage and
@@ -16,7 +16,7 @@ from megatron_sov.model.config import LoraConfig, ModelConfig, OptimConfig, RunC
 
 Stage = Literal["sft", "preference", "distill", "policy"]
 COMMANDS: dict[str, str] = {"sft": "sft", "preference": "prefer", "distill": "distill", "policy": "rl"}
-"""Objective of a stage -> name of the stage in messages."""
+"""Stage objective -> stage name in messages."""
 MAX_DEFAULT_EPOCHS = 20.0
 """Maximum passes over the data unless the user sets the length."""
 MAX_RATE_RATIO = 5.0
@@ -31,14 +31,14 @@ class Rate:
 
     lr: float
     source: str
-    """Source of the value."""
+    """Source for the value."""
     from_params: float = 0.0
     """Smallest number of parameters it applies to; the last matching rate is used."""
 
 
 @dataclass(frozen=True)
 class StageDefaults:
-    """Defaults of a stage."""
+    """Stage defaults."""
 
     rates: tuple[Rate, ...]
     """Learning rates by model size, ascending."""
@@ -52,7 +52,7 @@ class StageDefaults:
     batch_size: int
     """Maximum samples per step; small data sets get fewer."""
     source: str
-    """Source of epochs, schedule, warm-up and batch size."""
+    """Source for epochs, schedule, warm-up and batch size."""
 
     def rate(self, num_params: float, *, lora: bool) -> Rate:
         """Return the learning rate for a model with `num_params` parameters."""
@@ -86,7 +86,7 @@ DEFAULTS: dict[str, StageDefaults] = {
 
 
 def find_stage_defaults(config: RunConfig, stage: Stage) -> StageDefaults:
-    """Return the defaults of a stage with the method in `config`."""
+    """Return stage defaults for the method in `config`."""
     if stage == "policy" and config.policy.learns_preferences:
         stage = "preference"
     return DEFAULTS.get(f"{stage}.{config.preference.method}", DEFAULTS[stage])

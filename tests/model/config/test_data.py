@@ -107,15 +107,15 @@ def test_policies_stay_as_long_as_a_generator_may_ask_for_them() -> None:
 
 
 def test_rows_that_do_not_hold_a_response_are_refused() -> None:
-    with pytest.raises(UserError, match="20 = 30; make"):
+    with pytest.raises(UserError, match="20 = 30 tokens; make"):
         add_rounds(asked("data.phases.0.seq_len=29"))
     with pytest.raises(UserError, match="seq_len = 64:"):
         add_rounds(asked("data.phases.0.seq_len=64", "rollout.max_new_tokens=4090",
                           "model.max_position_tokens=4096"))
-    with pytest.raises(UserError, match=r"rollout.rounds = 0: there"):
+    with pytest.raises(UserError, match=r"rollout.rounds = 0: nothing"):
         add_rounds(asked("rollout.rounds=0"))
 
 
 def test_a_rate_of_the_phase_is_not_passed_over_in_silence() -> None:
-    with pytest.raises(UserError, match=r"0.001 and .*follow"):
+    with pytest.raises(UserError, match=r"0.001 and .*rounds use optim.lr"):
         add_rounds(asked("data.phases.0.lr=1e-3"))

@@ -156,15 +156,15 @@ def test_a_family_that_leaves_out_a_setting_is_refused_when_it_is_loaded() -> No
     rope = next(item for item in models.get_family("qwen3").config if isinstance(item, Rope))
     assert without(KV_HEADS).find_undefined_fields() == ["num_kv_heads"]
     assert "rope_theta" in without(rope).find_undefined_fields()
-    with pytest.raises(UserError, match=r"my.py:QWEN: says nothing"):
+    with pytest.raises(UserError, match=r"my.py:QWEN: does not define"):
         models.FAMILY_PLUGINS.add(LoadedPlugin(without(KV_HEADS), "QWEN", "my.py:QWEN", {}))
 
 
 def test_a_config_json_that_describes_another_model_is_not_written() -> None:
     model = replace(recipes.get("tiny-qwen3").model, family="qwen3_own")
     assert without().to_hf_config(model, "bfloat16", TokenIds())["num_key_value_heads"] == model.num_kv_heads
-    with pytest.raises(UserError, match=rf"'qwen3_own': its config.json would describe another model than "
-                                        rf"num_kv_heads = {model.num_kv_heads} \(reads back as 'nothing'\)"):
+    with pytest.raises(UserError, match=rf"'qwen3_own': .* another model than model.num_kv_heads = "
+                                        rf"{model.num_kv_heads} \(reads back as 'nothing'\)"):
         without(KV_HEADS).to_hf_config(model, "bfloat16", TokenIds())
     swapped = replace(without(KV_HEADS), config=(
         *without(KV_HEADS).config, Renamed("num_key_value_heads", "num_heads")))

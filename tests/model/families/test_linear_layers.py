@@ -85,7 +85,7 @@ def test_sizes_of_solar_open_2_are_said_in_a_part_or_follow_from_its_heads() -> 
     ({"layer_types": ["linear_attention"] * 8}, "no layer has softmax attention"),
     ({"linear_attn_config": PART | {"num_kv_heads": 2}}, "num_kv_heads = 2, but only null or num_heads = 6"),
     ({"kda_allow_neg_eigval": "false"}, "kda_allow_neg_eigval = 'false' must be true or false"),
-    ({"linear_attn_config": {"num_heads": 6}}, "it needs num_heads, head_dim, short_conv_kernel_size alone"),
+    ({"linear_attn_config": {"num_heads": 6}}, "exactly num_heads, head_dim, short_conv_kernel_size"),
     ({"num_hidden_layers": 10**9}, "count its zeros")])
 def test_layers_of_solar_open_2_that_are_not_understood(said: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):

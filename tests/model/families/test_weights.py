@@ -114,7 +114,7 @@ def test_every_link_of_every_recipe_inverts_on_meta_and_covers_its_tensor() -> N
     (lambda: WeightSection("once", "decoder.{l}.", "model.", ()),
      "neither prefix may have the placeholder {l}"),
     (lambda: WeightSection("once", "", "", (Same("a", "b.{e}", "H"),)), "an expert's in Experts"),
-    (lambda: WeightSection("once", "", "", (Same("a", "b", "H"), Same("c", "b", "H"))), "b stand twice"),
+    (lambda: WeightSection("once", "", "", (Same("a", "b", "H"), Same("c", "b", "H"))), "names b twice"),
 ])
 def test_a_wrong_declaration_fails_when_it_is_made(declare, message: str) -> None:
     with pytest.raises(ValueError) as e:

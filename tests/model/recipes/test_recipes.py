@@ -165,7 +165,7 @@ def test_typhoon_s_is_fine_tuned_as_the_authors_script_does() -> None:
 def test_unknown_recipe_names_the_nearest_and_the_list() -> None:
     with pytest.raises(UserError, match=r"did you mean 'solar-open-102b' or") as e:
         get("solar-open-102")
-    assert "`megatron-sov recipes` lists all" in str(e.value) and len(str(e.value)) < 200
+    assert "`megatron-sov recipes` lists them" in str(e.value) and len(str(e.value)) < 200
 
 
 # Every value that a recipe sets says where it comes from, truly as far as it can be looked up.

@@ -136,7 +136,7 @@ def test_recipes_that_are_none(site: Path, argument: str, message: str) -> None:
 
 @pytest.mark.parametrize(("setting", "message"), [
     ("model.family=family.py:WRONG",
-     r"structure and training hold settings of the model, which has no 'qk_nrom'; did you mean"),
+     r"structure and training name unknown settings of the model: 'qk_nrom'; did you mean"),
     ("model.family=family.py:SPACED", r"is called 'my family'; its name must be transformers' model_type"),
     ("model.family=objective.py:Halved", r"objective.py:Halved: is a type; a model family is a"),
     ("objective.name=family.py:MINE",

@@ -173,7 +173,7 @@ def test_a_file_is_packed_before_its_job_also_in_a_chain(tmp_path: Path, monkeyp
     Path("runs/base").mkdir(parents=True)
     work = work_of("sft", ["tiny-solar-open", "--data", given, "--from", "runs/base", "--run", "runs/a"],
                    COMMANDS)
-    with pytest.raises(UserError, match=r"is a file, and token shards are read; pass a folder made by "
+    with pytest.raises(UserError, match=r"is a file, not a folder of token shards; pass a folder made by "
                                         r"`sov-data pack --tokenizer DIR --input chats.jsonl --output "):
         check_inputs(work, {tmp_path / "runs/base"} if promised else set())
 

@@ -73,10 +73,10 @@ def test_a_recipe_is_lengthened_before_it_is_tuned(data: Path) -> None:
     arguments = parsed("tiny-vibethinker", "--data", f"{data}/a")
     assert recipes.get("tiny-vibethinker").objective.name == "sft"
     assert request_training(arguments, "lm", lengthens=True).config().objective.name == "lm"
-    with pytest.raises(UserError, match="this command trains by 'lm'"):
+    with pytest.raises(UserError, match="this command trains with 'lm'"):
         request_training(arguments, "lm").config()
     tuned = parsed("tiny-typhoon-s", "--data", f"{data}/a")  # which has no stages
-    with pytest.raises(UserError, match="this command trains by 'lm'"):
+    with pytest.raises(UserError, match="this command trains with 'lm'"):
         request_training(tuned, "lm", lengthens=True).config()
 
 
@@ -92,7 +92,7 @@ def test_the_data_of_a_config_must_still_be_there(data: Path) -> None:
 @pytest.mark.parametrize(("recipe", "setting", "message"), [
     ("tiny-solar", "train.steps=1", "recipe 'tiny-solar': does not exist; did you mean 'tiny-solar-open'"),
     ("tiny-solar-open", "objective.name=sft",
-     "objective.name = sft: this command trains by 'lm'.*`megatron-sov sft`"),
+     "objective.name = sft: this command trains with 'lm'.*`megatron-sov sft`"),
     ("tiny-solar-open", "objective.name=ml", "objective 'ml': does not exist; did you mean 'lm'"),
     ("tiny-solar-open", "objective.options.gamma=2",
      "objective.options.gamma = 2 has no effect with objective.name = \"lm\""),
