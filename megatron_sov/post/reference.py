@@ -377,8 +377,7 @@ def write_logprobs(model: RunningLogprobs, documents: Documents, file: Path, ide
     chosen = range(num_skipped, len(documents.lengths))
     first_number = int(_starts(documents, range(num_skipped))[-1])
     writes = world.last_stage and collectives.is_first_of_row()
-    # Errors are raised after all rows: other processes would wait in a collective forever.
-    problems: list[OSError] = []
+    problems: list[OSError] = []  # raised after all rows: the other processes are in a collective
 
     def score_rows(rows: list[Row]) -> Iterator[np.ndarray | None]:
         filled, size = _pad_rows(world, rows, rows_per_batch)
@@ -457,17 +456,7 @@ def _starts(documents: Documents, chosen: range) -> np.ndarray:
 def _place_numbers(documents: Documents, chosen: range, seq_len: int, at_a_time: int, *,
                    score_rows: Callable[[list[Row]], Iterable[np.ndarray | None]],
                    put: Callable[[int, np.ndarray], None]) -> None:
-    """Pack documents into rows, score the rows, and store the numbers of each document.
-
-    Args:
-        documents: documents of a split.
-        chosen: indices of the scored documents.
-        seq_len: tokens of a row.
-        at_a_time: limit of the rows of a call of `score_rows`.
-        score_rows: rows -> log p(label) of each position, [seq_len] for each row, None for rows of another
-            process; padding rows may follow.
-        put: called with an offset and the numbers to store there.
-    """
+    """Pack documents into rows, score the rows, and store the numbers of each document."""
     starts = _starts(documents, chosen)
     lengths = np.diff(starts)
     # A document of one token has no label.

@@ -294,7 +294,7 @@ FOREIGN = [
     (with_column("sample", [0, None], pa.int32()), "column 'sample' has places without a value"),
     (with_column("response", ["a", None]), "column 'response' has places without a value"),
     (with_column("record", ["{}", "[" * 100_000]), "JSON that is nested too deep"),
-    (with_column("record", ["{}", "[]"]), r"'\[\]' is no JSON object"),
+    (with_column("record", ["{}", "[]"]), r"'\[\]' is not a JSON object"),
     (with_column("record", ["{}", "{"]), "a row does not fit the store"),
     (with_column("record", ["{}", '{"a": ' + "9" * 5000 + "}"]), "a row does not fit the store"),
     (with_column("response", pa.array([b"a", b"\xff"]).view(pa.string())), "is damaged"),
