@@ -38,7 +38,7 @@ import psutil
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.rollouts.inspection import check
 from megatron_sov.rollouts.store import RolloutStore
-from megatron_sov.runs.checkpoints import damage
+from megatron_sov.runs.checkpoints import find_damage
 from megatron_sov.runs.obs.events import EVENTS, read_events
 
 ROOT = Path(__file__).parents[1]
@@ -122,7 +122,7 @@ def hash_run(run: Path) -> dict[str, str]:
     """
     hashes = {}
     for path in sorted((run / "checkpoints").iterdir()):
-        if (problem := damage(path)) is not None:
+        if (problem := find_damage(path)) is not None:
             raise SystemExit(f"{problem}: not whole")
         hashes |= {f"{path.name}/{name}": record.digest for name, record in read_manifest(path).files.items()
                    if name != "state.json"}

@@ -29,7 +29,7 @@ from megatron_sov.chat.tool_calls import ServedTurn, ToolCall
 from megatron_sov.judge.tools.environment import EpisodeLimits
 from megatron_sov.judge.tools.host import EnvironmentHost
 from megatron_sov.judge.tools.registry import order
-from megatron_sov.work.processes.children import variables_for_foreign
+from megatron_sov.work.processes.children import foreign_environment
 
 SUM = '''
 import verifiers.v1 as vf
@@ -244,7 +244,7 @@ def theirs(library: Library, config: Path, task: int, turns: Sequence[Turn]) -> 
         [bin_ / "vf-eval", "@", config, "--no-push", "--no-rich", "--model", "m", "--client.base-url",
          f"http://127.0.0.1:{port}/v1", "--client.api-key-var", "NONE", "--select.include.idx", str(task),
          "-n", "1", "--output-dir", out], check=True, stdout=subprocess.DEVNULL,
-        env=variables_for_foreign(["SSL_CERT_FILE", "NLTK_DATA"]) | {
+        env=foreign_environment(["SSL_CERT_FILE", "NLTK_DATA"]) | {
             "PYTHONPATH": str(library.folder), "PATH": f"{bin_}:{os.environ['PATH']}"})
     loop.call_soon_threadsafe(loop.stop)
     (traces,) = out.rglob("traces.jsonl")

@@ -20,7 +20,7 @@ from megatron_sov.base.artifacts import read_manifest, to_json
 from megatron_sov.base.errors import ExitCode, GateFailed, StopRequested, UserError
 from megatron_sov.model.config import RunConfig
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.runs.obs.events import EVENTS, final_steps, read_events
+from megatron_sov.runs.obs.events import EVENTS, final_step_events, read_events
 from megatron_sov.work.processes.children import start_command
 
 AnyPath = str | Path
@@ -206,7 +206,7 @@ def read_meters(run: AnyPath, *, frame: bool = False) -> Any:
         UserError: there is no such run, or `frame` is asked for and pandas is not installed.
     """
     rows = [{**_plain(event), **(event.get("losses") or {}), **(event.get("meters") or {})}
-            for event in final_steps(_events(run))]
+            for event in final_step_events(_events(run))]
     return _table(rows, frame=frame)
 
 

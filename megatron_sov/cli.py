@@ -19,7 +19,7 @@ from megatron_sov.base.hints.commands import command_comes_first, unknown_comman
 from megatron_sov.base.hints.lines import propose_line
 from megatron_sov.base.hints.removed import check_command
 from megatron_sov.commands import COMMANDS
-from megatron_sov.runs.launch_environment import note_command, process_started_s, under_launcher
+from megatron_sov.runs.launch_environment import export_command, has_launcher, process_started_s
 
 PROGRAM = "megatron-sov"
 
@@ -78,7 +78,7 @@ def run_command(argv: list[str], began_s: float) -> int:
     try:
         return _run_once(argv, began_s)
     except UserError as e:
-        if e.fix is None or under_launcher():
+        if e.fix is None or has_launcher():
             raise
         raise propose_line(PROGRAM, argv, e, partial(_run_once, began_s=began_s, only_checks=True)) from None
 
@@ -117,7 +117,7 @@ def _run_once(argv: list[str], began_s: float, only_checks: bool = False) -> int
     args = sub.parse_args(rest)
     if only_checks and "--dry-run" not in rest:
         return ExitCode.OK
-    note_command(argv)
+    export_command(argv)
     return int(module.run(args))
 
 

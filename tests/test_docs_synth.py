@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.cli import main
-from megatron_sov.work.progress.journal import records_by_item, work_folder
+from megatron_sov.work.progress.journal import iter_records_by_item, work_folder
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from synthesis.endpoint import ScriptedEndpoint, serving
@@ -49,7 +49,7 @@ def test_the_first_run_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     output = tmp_path / "work/rewritten"
     assert main(["inspect", str(output)]) == 0
     assert "kept work of `sov-data synth`" in capsys.readouterr().out
-    (_, record), = records_by_item(work_folder(output))
+    (_, record), = iter_records_by_item(work_folder(output))
     samples = json.loads(record)["samples"]
     lines = [line for name in ("kept", "rejected")
              for line in (output / f"{name}.jsonl").read_text().splitlines()]

@@ -17,7 +17,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
     Flag, NotNegativeInt, ProblemCode, SettingsProblem, command_of, only_with, read_options)
 from megatron_sov.chat.media_tokens import (
-    AUDIO, DIGITS, IMAGE, MARKS, MEDIA, VocabularyBlock, describe_blocks, entry)
+    AUDIO, DIGITS, IMAGE, MARKS, MEDIA, VocabularyBlock, codebook_token, describe_blocks)
 from megatron_sov.model.pretrained import CONFIG, read_json
 
 FILLER = "<|reserved_media_{}|>"
@@ -59,7 +59,7 @@ def laid_out(asked: MediaTokens, known: Collection[str], num_ids: int) -> tuple[
     Raises:
         UserError: there are codebook entries already, or an id that was asked for is taken.
     """
-    if taken := next((entry(kind, 0) for kind in (AUDIO, IMAGE) if entry(kind, 0) in known), None):
+    if taken := next((codebook_token(kind, 0) for kind in (AUDIO, IMAGE) if codebook_token(kind, 0) in known), None):
         raise UserError(f"{taken} is a token already: this tokenizer has tokens of media; take the one "
                         "that it was made of")
     words = [mark for mark in MARKS if mark not in known]
@@ -79,7 +79,7 @@ def laid_out(asked: MediaTokens, known: Collection[str], num_ids: int) -> tuple[
         words = [*words, *fillers] if blocks else [*fillers, *words]
         num_fillers += gap
         blocks.append(VocabularyBlock(kind, num_ids + len(words), size))
-        words += [entry(kind, i) for i in range(size)]
+        words += [codebook_token(kind, i) for i in range(size)]
     return words, blocks
 
 

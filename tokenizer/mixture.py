@@ -27,7 +27,7 @@ from megatron_sov.base.documents import (
     BadRecord, Document, FileSpan, RecordReading, cut_at_blank_lines, list_files, plan_units, read_documents,
     read_span)
 from megatron_sov.base.errors import UserError, nearest
-from megatron_sov.work.processes.pool import in_processes
+from megatron_sov.work.processes.pool import map_in_processes
 
 PIECE_BYTES = 20_000
 NUM_BUCKETS = 1 << 16
@@ -319,7 +319,7 @@ def look_through(groups: list[SourceGroup], units: list[CountUnit], work: Path, 
         return _sizes(groups, documents, buckets)
 
     def found() -> Iterator[UnitSizes]:
-        for unit, sizes in zip(units, in_processes(_looker, (), units, workers), strict=True):
+        for unit, sizes in zip(units, map_in_processes(_looker, (), units, workers), strict=True):
             progress(unit.size_bytes)
             yield sizes
 

@@ -248,10 +248,10 @@ def report(shared: Shared, found: dict[int, dict[str, Any]], tops: dict[str, tup
 
 def copied(shared: Shared, seed: int, told: dict[str, Any]) -> float:
     """Return the share of drawn pictures that are, token for token, in the training data."""
-    from megatron_sov.chat.media_tokens import IMAGE, entries
+    from megatron_sov.chat.media_tokens import IMAGE, parse_codebook_tokens
 
     corpus = shared.work / f"seed-{seed}/corpus"
-    known = {tuple(entries(IMAGE, line)) for file in corpus.glob("*.jsonl")
+    known = {tuple(parse_codebook_tokens(IMAGE, line)) for file in corpus.glob("*.jsonl")
              for line in file.read_text().splitlines()}  # no conversation has two pictures
     drawn = [tuple(tokens) for sample in told["text-image"]["samples"]
              for tokens in sample["tokens"]["image"]]

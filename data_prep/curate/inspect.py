@@ -16,7 +16,7 @@ from megatron_sov.base.artifacts import damaged_files
 from megatron_sov.base.errors import UserError, visible
 from megatron_sov.base.figures import format_size
 from megatron_sov.base.settings import Flag, add_options, read_options
-from megatron_sov.runs.inspecting import ArtifactKind, LookOptions, look
+from megatron_sov.runs.inspection import ArtifactKind, InspectionOptions, inspect_path
 
 CORPUS, SUMMARY, PIPELINE = "corpus", "summary.json", "pipeline.json"
 MAX_SUMMARY_BYTES = 256 * 2**20
@@ -26,7 +26,7 @@ SAMPLE_CHARS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataInspectOptions(LookOptions):
+class DataInspectOptions(InspectionOptions):
     """Say what something is, from what it was made, and some of its rows."""
 
     data: Annotated[Path, Flag("PATH")]
@@ -46,7 +46,7 @@ def run(typed: argparse.Namespace) -> int:
     # `decontaminate`, `difficulty grade` and others write corpora too, without steps.
     if any((args.data / name).exists() for name in (SUMMARY, PIPELINE)):
         kinds[CORPUS] = ArtifactKind(steps_table, damaged_files, dropped_samples)
-    look(args.data, args, kinds)
+    inspect_path(args.data, args, kinds)
     return 0
 
 

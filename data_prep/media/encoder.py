@@ -22,7 +22,7 @@ from megatron_sov.base.documents.shard_files import FEATURES
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, Bound, Breach, Flag, ProblemCode, SettingsProblem, num_cores, only_with)
-from megatron_sov.chat.media_tokens import AUDIO, IMAGE, VIDEO, spelled
+from megatron_sov.chat.media_tokens import AUDIO, IMAGE, VIDEO, find_media_token
 from megatron_sov.model.modality import PICTURES, SOUNDS
 from megatron_sov.omni.media.banks import BankShape
 from megatron_sov.omni.media.items import discrete_audio, discrete_image
@@ -502,6 +502,6 @@ def _part(part: Any, where: str) -> MessagePart:
 
 
 def _refuse_marks(values: list[Any]) -> None:
-    if mark := spelled(json.dumps(values, ensure_ascii=False)):
+    if mark := find_media_token(json.dumps(values, ensure_ascii=False)):
         raise BadRecord("mark", f"spells {mark!r}, which is a token of media; remove it: media are named by "
                                 "their paths alone")

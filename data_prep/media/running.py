@@ -39,10 +39,10 @@ from megatron_sov.model.modality import PICTURES, SOUNDS
 from megatron_sov.omni.media.banks import KINDS, BankShape, open_bank
 from megatron_sov.omni.media.items import MediaItem, drawing_call
 from megatron_sov.work.progress.journal import slurm_folder, work_folder
-from megatron_sov.work.progress.progress_bar import work_bar
-from megatron_sov.work.progress.resumable import begin_parts, make_part, open_parts, part_folder
+from megatron_sov.work.progress.progress_bar import create_bar
+from megatron_sov.work.progress.resumable import begin_parts, build_part, open_parts, part_folder
 from megatron_sov.work.submit.arrays import (
-    FINISH_CPUS, SharedWork, profile_of, refuse_living, refuse_many_restarts, submit_shares)
+    FINISH_CPUS, SharedWork, check_no_active_jobs, check_restarts, load_array_profile, submit_shares)
 
 RECORDS_PER_UNIT = 128
 MOST_LINE_BYTES = 64 << 20
@@ -202,7 +202,7 @@ class MediaUnitEncoder:
         Raises:
             UserError: a record or a medium is bad, and that is to stop it; or the disk refuses.
         """
-        make_part(self._work, unit.key(self.identity), SUMMARY, partial(self._write, unit))
+        build_part(self._work, unit.key(self.identity), SUMMARY, partial(self._write, unit))
 
     def _write(self, unit: MediaUnit, folder: Path) -> None:
         # Codecs load for long: a command that finds all units done opens none.
@@ -282,7 +282,7 @@ def run_here(asked: EncodeMediaOptions) -> None:
     """
     units = _ready(asked)
     with open_parts(asked.output, MADE_BY):
-        refuse_living(slurm_folder(asked.output))
+        check_no_active_jobs(slurm_folder(asked.output))
         _encode(asked, units, shows=True)
         _finish(asked, units)
 
@@ -303,7 +303,7 @@ def submit(asked: EncodeMediaOptions, num_workers: int) -> None:
                        audio_tokenizer=sounds and sounds.absolute())
     asked = replace(asked, output=asked.output.absolute(), settings=settings,
                     input=tuple(path.absolute() for path in asked.input))
-    profile = profile_of(asked)
+    profile = load_array_profile(asked)
     if (asked.output / MANIFEST).is_file() and not asked.overwrite:
         read_manifest(asked.output, MEDIA_CORPUS)
         print(f"{asked.output}: complete from before")
@@ -321,7 +321,7 @@ def submit(asked: EncodeMediaOptions, num_workers: int) -> None:
 
 def encode_share(asked: EncodeMediaOptions, num_workers: int, task: int) -> None:
     """Encode every `num_workers`-th unit, as a job of the array does."""
-    refuse_many_restarts("sov-data encode-media", "take more --workers")
+    check_restarts("sov-data encode-media", "take more --workers")
     # Every n-th, and not the n-th part: neighbours in a file take about as long.
     _encode(asked, list(plan(_files(asked.input)))[task::num_workers], shows=False)
 
@@ -371,7 +371,7 @@ def _ready(asked: EncodeMediaOptions) -> list[MediaUnit]:
 
 def _encode(asked: EncodeMediaOptions, units: list[MediaUnit], *, shows: bool) -> None:
     with (MediaUnitEncoder(asked.settings, work_folder(asked.output), asked.threads) as encoder,
-          work_bar("encoding", len(units), "unit", shows) as bar):
+          create_bar("encoding", len(units), "unit", shows) as bar):
         for unit in units:
             encoder.encode(unit)
             bar.update(1)

@@ -24,7 +24,7 @@ from megatron_sov.base.documents.shard_files import DTYPE_CODES, HEADER, MAGIC, 
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.settings import (
     AtLeastOne, Flag, Fraction, ProblemCode, SettingsProblem, add_options, read_options)
-from megatron_sov.work.progress.progress_bar import work_bar
+from megatron_sov.work.progress.progress_bar import create_bar
 
 BATCH_DOCUMENTS = 512
 SAMPLES, SAMPLE_TOKENS, SHOWN_CHARS = 64, 512, 160
@@ -76,7 +76,7 @@ def survey(name: str, prefix: Path, split: IndexedSplit, encoder: Encoder, eod: 
     hashes = np.zeros(len(split.lengths_tokens), np.uint64)
     sizes_bytes = np.zeros(len(split.lengths_tokens), np.int64)
     done = 0
-    with work_bar("reading", len(split.tokens), "token") as bar:
+    with create_bar("reading", len(split.tokens), "token") as bar:
         for batch in _batches(split):
             # The hash is that of the text, as `pack` makes it: the same documents are held out.
             texts = encoder.decode_batch([ids[:-1] if ends_with_eos else ids for ids in batch])
@@ -316,7 +316,7 @@ def _write(pairs: list[Pair], encoder: Encoder, args: AdoptOptions) -> None:
     content = read_manifest(args.tokenizer).content
     with new_artifact(args.output, KIND, overwrite=args.overwrite) as artifact:
         records = []
-        with work_bar("writing", sum(len(pair.split.tokens) for pair in pairs), "token") as bar:
+        with create_bar("writing", sum(len(pair.split.tokens) for pair in pairs), "token") as bar:
             for pair in pairs:
                 splits = (_linked(pair, artifact.path) if args.link else
                           _copied(pair, artifact.path, dtype, rule, args.shard_tokens))

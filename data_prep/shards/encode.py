@@ -23,7 +23,7 @@ from megatron_sov.base.documents.shard_files import NO_FEATURE
 from megatron_sov.base.errors import Fix, UserError, fix_missing
 from megatron_sov.chat.encode import ChatEncoder
 from megatron_sov.chat.marks import KIND_ANSWER, KIND_NONE
-from megatron_sov.chat.template import ChatTemplate, odd_opening
+from megatron_sov.chat.template import ChatTemplate, find_odd_opening
 from megatron_sov.model.modality import FeatureTokens, MediaEncoding, modality
 
 LONGEST_WHITESPACE_CHARS = 10_000
@@ -169,7 +169,7 @@ class Encoder:
         if self.settings.bos == "start" and self.bos_id is None:
             raise UserError(f"--bos start: the tokenizer {folder} has no bos_token; use --bos none")
         self._fast = FastBpe(self.file, self.plain) if self.settings.fast else None
-        self.odd_opening = partial(odd_opening, chat_template)
+        self.odd_opening = partial(find_odd_opening, chat_template)
         encoding = self.settings.media
         self.feature_tokens = (modality().feature_tokens(self._with_special, encoding)
                                if encoding is not None else None)

@@ -45,7 +45,7 @@ from megatron_sov.base.errors import Fix, UserError, warn
 from megatron_sov.base.settings import (
     AtLeastOne, Flag, Fraction, ProblemCode, SettingsError, SettingsProblem, add_options, name_options,
     num_cores, problems_of, read_options)
-from megatron_sov.work.progress.progress_bar import work_bar
+from megatron_sov.work.progress.progress_bar import create_bar
 from megatron_sov.work.progress.resumable import open_parts
 
 if TYPE_CHECKING:
@@ -373,7 +373,7 @@ def _encode(sources: list[PackSource], units: list[tuple[PackSource, Unit]], set
                for source in sources}
     kept = 0
     total_bytes = sum(span.size_bytes for _, unit in units for span in unit)
-    with work_bar("encoding", total_bytes, "B") as bar:
+    with create_bar("encoding", total_bytes, "B") as bar:
         records = encode_units([unit for _, unit in units], settings, work, workers)
         for (source, unit), record in zip(units, records, strict=True):
             encoded[source.name].units.append((unit, record))

@@ -19,8 +19,8 @@ from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Flag, add_options, read_options
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
-from megatron_sov.chat.media_tokens import name_of
-from megatron_sov.work.progress.progress_bar import work_bar
+from megatron_sov.chat.media_tokens import display_name
+from megatron_sov.work.progress.progress_bar import create_bar
 
 _BLOCK_ITEMS = 1 << 22
 _BAR_CHARS = 40
@@ -60,7 +60,7 @@ def statistics(data: Path) -> dict[str, Any]:
     special = _added_tokens(data / "tokenizer" / TOKENIZER_JSON)
     used = np.zeros(content["vocab_size"], np.int64)
     sources = {}
-    with work_bar("counting", num_tokens(content), "token") as bar:
+    with create_bar("counting", num_tokens(content), "token") as bar:
         for source in content["sources"]:
             lengths, counts, types = _counts(data, content, source, bar.update)
             used += counts
@@ -117,7 +117,7 @@ def _occurring(special: dict[int, str], counts: np.ndarray) -> dict[str, int]:
     found: Counter[str] = Counter()
     for id_, token in sorted(special.items()):
         if id_ < len(counts) and counts[id_]:
-            found[name_of(token)] += int(counts[id_])
+            found[display_name(token)] += int(counts[id_])
     return dict(found)
 
 

@@ -28,9 +28,9 @@ from megatron_sov.base.documents.files import PARQUET_SUFFIX, open_parquet
 from megatron_sov.base.documents.reading import CountedSpan
 from megatron_sov.base.documents.shard_files import FEATURES
 from megatron_sov.base.errors import UserError
-from megatron_sov.chat.media_tokens import SPELLED
-from megatron_sov.work.processes.pool import in_processes
-from megatron_sov.work.progress.resumable import make_part, part_folder
+from megatron_sov.chat.media_tokens import MEDIA_TOKEN
+from megatron_sov.work.processes.pool import map_in_processes
+from megatron_sov.work.progress.resumable import build_part, part_folder
 
 Unit = tuple[FileSpan, ...]
 RECORD = "record.json"
@@ -101,7 +101,7 @@ class UnitEncoder:
         """
         key = unit_key(unit, self.settings)
         # The record is written last, and the folder gets its name by a rename.
-        folder, is_new = make_part(self.work, key, RECORD, partial(self._write, unit, key))
+        folder, is_new = build_part(self.work, key, RECORD, partial(self._write, unit, key))
         raw = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         return UnitRecord(**{**raw, "num_lines": tuple(raw["num_lines"]), "encoded_now": is_new})
 
@@ -221,7 +221,7 @@ class _UnitWriter:
 
 def _sizes_bytes(document: Document) -> list[int]:
     if document.media is not None:  # of what people wrote: bytes of media would be of another kind
-        return [sum(len(SPELLED.sub("", text).encode()) for text in document.texts())]
+        return [sum(len(MEDIA_TOKEN.sub("", text).encode()) for text in document.texts())]
     if document.kind != "preference":
         return [sum(len(text.encode()) for text in document.texts())]
     return [sum(len(text.encode()) for message in (*document.messages, *side) for text in message.texts())
@@ -337,7 +337,7 @@ def encode_units(units: list[Unit], settings: UnitSettings, work: Path,
     Raises:
         UserError: a file cannot be read, the disk refuses, or a worker was ended from outside.
     """
-    yield from in_processes(_unit_encoder, (settings, work), units, workers)
+    yield from map_in_processes(_unit_encoder, (settings, work), units, workers)
 
 
 def _unit_encoder(settings: UnitSettings, work: Path) -> Callable[[Unit], UnitRecord]:

@@ -19,7 +19,7 @@ from megatron_sov.base.documents.shard_files import FEATURES, OF_DOCUMENTS, ROUT
 from megatron_sov.base.errors import UserError, list_problems
 from megatron_sov.base.settings import Flag, add_options, read_options
 from megatron_sov.chat.marks import KIND_NONE, KINDS
-from megatron_sov.work.progress.progress_bar import work_bar
+from megatron_sov.work.progress.progress_bar import create_bar
 
 _BLOCK_ITEMS = 1 << 22
 SIDECAR_VALUES = {"loss": (0.0, 1.0), "type": (0, 1, 2), "kind": (KIND_NONE, *KINDS.values())}
@@ -64,11 +64,11 @@ def check(data: Path) -> tuple[list[str], list[str]]:
     """
     manifest = read_tokens_manifest(data)
     content, notes = manifest.content, []
-    with work_bar("hashing", sum(record.size_bytes for record in manifest.files.values()), "B") as bar:
+    with create_bar("hashing", sum(record.size_bytes for record in manifest.files.values()), "B") as bar:
         problems = damaged_files(data, done=bar.update)
     # Eight bytes a document: a list of Python's integers would take several times as much.
     hashes: dict[str, array[int]] = {split: array("Q") for split in SPLITS}
-    with work_bar("reading", num_tokens(content), "token") as bar:
+    with create_bar("reading", num_tokens(content), "token") as bar:
         for shard in shards_of(data, content):
             try:
                 opened = shard.open()

@@ -14,7 +14,7 @@ from data_prep.synth.generator import GeneratedSample, GeneratorItem, Kind, Samp
 from megatron_sov.base.artifacts import to_json
 from megatron_sov.base.documents.rows import finite, no_constant
 from megatron_sov.base.errors import UserError, first_line
-from megatron_sov.work.progress.journal import JOB, records_by_item, work_folder
+from megatron_sov.work.progress.journal import JOB, iter_records_by_item, work_folder
 
 RUN, ANSWERS = "run.json", "answers.sqlite"
 # A model may move, and so may names of files: identities and digests decide instead.
@@ -140,7 +140,7 @@ def refuse_without_records(output: Path) -> None:
 def read_finished(output: Path) -> Iterator[FinishedItem]:
     """Yield all finished items, in the order of the input, whenever they were finished."""
     seen: set[str] = set()
-    for _, record in records_by_item(work_folder(output)):
+    for _, record in iter_records_by_item(work_folder(output)):
         found = FinishedItem.read(record)
         # an item may be on record twice, when two writers have made it; the first record counts
         if found.item["id"] not in seen:

@@ -21,7 +21,7 @@ from data_prep.synth.replies import NoReply, NoUsableReply, Reply, fault_of, rea
 from data_prep.synth.templates import PromptTemplate, read_prompts
 from megatron_sov.base.digests import file_digest
 from megatron_sov.judge.rewards.judge import fenced_messages, grade_in, sound
-from megatron_sov.work.endpoints.answers import BadAnswer, EndpointUnavailable, NeverAnswered
+from megatron_sov.work.endpoints.answers import BadAnswer, EndpointUnavailable, RequestRefused
 
 Temperature = Annotated[float, Ge(0), Le(2)]
 """Of a model that writes."""
@@ -250,7 +250,7 @@ class Ask:
         key = door.key(payload)
         try:
             return door.ask(payload, lambda raw: read_reply(raw, key, request.get("tools", ())))
-        except NeverAnswered as e:
+        except RequestRefused as e:
             raise NoUsableReply(str(e)) from None
         except Exception as e:
             # A bad answer or a timeout concerns this item, an endpoint that is gone the whole run. It is kept

@@ -16,11 +16,11 @@ from data_prep.synth.generator import Door, Role, T
 from data_prep.synth.options import MaxTokensField, SynthOptions
 from megatron_sov.base.errors import StopRequested, UserError, download
 from megatron_sov.base.settings import ProblemCode, SettingsProblem
-from megatron_sov.work.endpoints.answers import BadAnswer, EndpointUnavailable, NeverAnswered
+from megatron_sov.work.endpoints.answers import BadAnswer, EndpointUnavailable, RequestRefused
 from megatron_sov.work.endpoints.cache import EndpointCache, Usage
 from megatron_sov.work.endpoints.endpoint import Endpoint, EndpointLimits
-from megatron_sov.work.endpoints.local_server import serving
-from megatron_sov.work.endpoints.transport import address_problems, is_address
+from megatron_sov.work.endpoints.local_server import serve_model
+from megatron_sov.work.endpoints.transport import find_address_problems, is_url
 from megatron_sov.work.processes.pool import StopSignal
 
 BACKOFF_S = 1.0
@@ -48,7 +48,7 @@ class Model:
 
     @property
     def is_local(self) -> bool:
-        return not is_address(self.engine)
+        return not is_url(self.engine)
 
     @property
     def name(self) -> str:
@@ -64,7 +64,7 @@ class Model:
         where, name = self.options
         p: list[SettingsProblem] = []
         if not self.is_local:
-            p += address_problems(where, self.engine, f"{where.replace('engine', 'api-key-env')}")
+            p += find_address_problems(where, self.engine, f"{where.replace('engine', 'api-key-env')}")
             if not self.model:
                 p.append(SettingsProblem(ProblemCode.RULE, name, "say which model of the endpoint is asked"))
         elif "://" in self.engine:
@@ -151,7 +151,7 @@ class EndpointDoor:
             began_s = time.monotonic()
             try:
                 return self._endpoint.ask(payload, read)
-            except NeverAnswered:
+            except RequestRefused:
                 raise
             except (BadAnswer, TimeoutError) as e:
                 # one request that fails is one item's; an endpoint that answers no thread for so long is away
@@ -172,7 +172,7 @@ def opened(writer: Model, judge: Model, options: SynthOptions, cache: EndpointCa
         for model in dict.fromkeys((writer, judge)):
             url, name, key = model.engine.rstrip("/"), model.name, ""
             if model.is_local:
-                served = stack.enter_context(serving(
+                served = stack.enter_context(serve_model(
                     Path(model.engine).resolve(),
                     f"--engine {model.engine}: `megatron-sov serve` did not start: ",
                     sleep=stop.sleep))
@@ -182,9 +182,9 @@ def opened(writer: Model, judge: Model, options: SynthOptions, cache: EndpointCa
             endpoint = Endpoint(f"{url}/chat/completions", model.key_env,
                                 EndpointLimits(options.timeout, options.max_attempts, BACKOFF_S, 0.0, 0.0,
                                                0.0, 0.0, patience_s),
-                                cache, known_as=model.identity(), gate=budget, sleep=stop.sleep,
-                                told=lambda sentence: print(sentence, flush=True), key=key,
-                                sent=model.sent,
+                                cache, cache_name=model.identity(), gate=budget, sleep=stop.sleep,
+                                report=lambda sentence: print(sentence, flush=True), key=key,
+                                transform=model.sent,
                                 accepted_models=None if model.is_local else options.accept_model)
             doors[model] = EndpointDoor(endpoint, name, slots, stop, patience_s)
         yield {"writer": doors[writer], "judge": doors[judge]}

@@ -9,10 +9,10 @@ from typing import Any
 
 from megatron_sov.base.documents.messages import BadRecord, refuse_deep
 from megatron_sov.base.documents.rows import finite, no_constant
-from megatron_sov.chat.marks import BEGIN_THOUGHTS, END_THOUGHTS, as_written, plain_form
+from megatron_sov.chat.marks import BEGIN_THOUGHTS, END_THOUGHTS, to_hermes_form, unquote_marks
 from megatron_sov.chat.tool_calls import BadCall, parse_turn
 from megatron_sov.judge.rewards.surface import loop_at_end
-from megatron_sov.work.endpoints.answers import BadAnswer, answering_model
+from megatron_sov.work.endpoints.answers import BadAnswer, read_model_name
 
 MIN_LOOP_REPEATS = 8
 MIN_LOOP_CHARS = 200
@@ -81,7 +81,7 @@ def read_reply(answer: Any, key: str = "", tools: Sequence[dict[str, Any]] = ())
         calls = [_malformed("", call.reason) if isinstance(call, BadCall)
                  else {"name": call.name, "arguments": call.arguments} for call in turn.calls]
     return Reply(text, thinking, tuple(calls), choices[0].get("finish_reason") == "length", key,
-                 answering_model(answer))
+                 read_model_name(answer))
 
 
 def fault_of(reply: Reply) -> str:
@@ -101,16 +101,16 @@ def fault_of(reply: Reply) -> str:
 
 def _split(content: str) -> tuple[str, str]:
     """Return text and thoughts: thoughts end at the first end tag; without one they reach to the end."""
-    text = plain_form(content).strip()
+    text = to_hermes_form(content).strip()
     begins = text.startswith(BEGIN_THOUGHTS)
     before, end, behind = text.partition(END_THOUGHTS)
     # The opening tag may be missing: some chat templates write it into the prompt. One that comes later in
     # the text is a quotation, and the text has no thoughts.
     if end and (begins or BEGIN_THOUGHTS not in before):
-        return as_written(behind).strip(), as_written(before.removeprefix(BEGIN_THOUGHTS)).strip()
+        return unquote_marks(behind).strip(), unquote_marks(before.removeprefix(BEGIN_THOUGHTS)).strip()
     if begins:
-        return "", as_written(text.removeprefix(BEGIN_THOUGHTS)).strip()
-    return as_written(text), ""
+        return "", unquote_marks(text.removeprefix(BEGIN_THOUGHTS)).strip()
+    return unquote_marks(text), ""
 
 
 def _call(said: Any) -> dict[str, Any]:

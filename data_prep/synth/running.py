@@ -37,10 +37,11 @@ from megatron_sov.base.settings import (
     ProblemCode, SettingsError, SettingsProblem, as_problem, num_cores, parse_nested, read)
 from megatron_sov.work.endpoints.answers import EndpointUnavailable
 from megatron_sov.work.endpoints.cache import EndpointCache
-from megatron_sov.work.endpoints.transport import missing_libraries
-from megatron_sov.work.processes.pool import StopSignal, in_threads
-from megatron_sov.work.progress.journal import Journal, begun, delete_work, differences, work_folder
-from megatron_sov.work.progress.locks import holding
+from megatron_sov.work.endpoints.transport import find_missing_libraries
+from megatron_sov.work.processes.pool import StopSignal, map_in_threads
+from megatron_sov.work.progress.journal import (
+    Journal, delete_work, describe_differences, lock_work_folder, work_folder)
+from megatron_sov.work.progress.locks import lock_folder
 
 MADE_BY = "sov-data synth"
 MIN_TOLD_S, MAX_TOLD_S = 10.0, 900.0
@@ -92,10 +93,10 @@ def run_synth(options: SynthOptions) -> ExitCode:
     output, work = run.output, work_folder(run.output)
     if options.redo and work.is_dir():
         # under the lock, since another command may still work on these records
-        with holding(work, output):
+        with lock_folder(work, output):
             delete_work(output)
     # `begun` refuses a folder that was begun with other settings, before anything is asked or written
-    with begun(output, MADE_BY, run.record.deciding()):
+    with lock_work_folder(output, MADE_BY, run.record.deciding()):
         # the input is read to its end first: a damaged one leaves run.json as it was
         tally = open_items(run)
         with disk_errors(output):
@@ -124,7 +125,7 @@ def open_run(options: SynthOptions) -> SynthRun:
         raise UserError(f"sov-data synth {options.generator}: {' and '.join(missing)} "
                         f"{'is' if len(missing) == 1 else 'are'} needed (--help lists what it takes)")
     writer, judge = models_of(options)
-    if problems := [*map(as_problem, missing_libraries()),
+    if problems := [*map(as_problem, find_missing_libraries()),
                     *(SettingsProblem(ProblemCode.FILE, "--input", "does not exist", path, "check the path")
                       for path in options.input if not path.exists()),
                     *check_problems(options.checks),
@@ -202,7 +203,7 @@ def _check_folder(output: Path, record: SynthRunRecord, redo: bool) -> None:
         raise UserError(f"--output {output}: exists and is no folder of `sov-data synth`; choose another one")
     # where the records were cleared, or the folder was moved without them
     if not redo and not work_folder(output).is_dir() and (
-            changed := differences(read_run(output).deciding(), record.deciding())):
+            changed := describe_differences(read_run(output).deciding(), record.deciding())):
         raise UserError(list_problems(
             f"--output {output}: was made with other settings", changed,
             "name another folder, or pass --redo: its items are made again, and answers that still fit cost "
@@ -294,13 +295,13 @@ def make_items(run: SynthRun, tally: RunningTally) -> None:
     told_s = began_s
     try:
         # Draws have a pool of their own: items wait for them, and could fill all threads of one pool.
-        with (stop.at_signals(), ThreadPoolExecutor(options.threads) as drawers,
+        with (stop.stop_on_signals(), ThreadPoolExecutor(options.threads) as drawers,
               opened(run.writer, run.judge, options, cache,
                      Budget(options.max_tokens_total, cache.usage(), stop), stop) as doors):
             maker = ItemMaker(run, doors, drawers, stop)
             # numbers are counted over the whole input, so that a number means the same item in every command
             items = ((number, item) for number, item in run.items() if item.id in tally.todo)
-            with contextlib.closing(in_threads(maker.make, items, options.threads, stop)) as outcomes:
+            with contextlib.closing(map_in_threads(maker.make, items, options.threads, stop)) as outcomes:
                 for number, item, outcome in outcomes:
                     if isinstance(outcome, Exception):
                         tally.note_failure(item, outcome)

@@ -24,8 +24,8 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.bench.lm.results import Contamination, Results
 from megatron_sov.bench.score_differences import ScoredItem, is_mean, values_of
 from megatron_sov.chat.folder import open_tokenizer
-from megatron_sov.work.processes.pool import in_processes
-from megatron_sov.work.progress.progress_bar import work_bar
+from megatron_sov.work.processes.pool import map_in_processes
+from megatron_sov.work.progress.progress_bar import create_bar
 
 MIN_WORDS = 5
 """An item of fewer words is not looked for: it says too little."""
@@ -82,8 +82,8 @@ def check(scored: ScoredItem, data: Sequence[Path], reading: RecordReading, work
     units = list_units(data)
     found: dict[tuple[str, str, str], ItemHit] = {}
     num_documents = 0
-    with work_bar("searching", len(units), "part", shows) as bar:
-        for hits, count in in_processes(searching, (texts, reading), units, workers):
+    with create_bar("searching", len(units), "part", shows) as bar:
+        for hits, count in map_in_processes(searching, (texts, reading), units, workers):
             num_documents += count
             for hit in hits:
                 # Parts come in order, so the first place is the same with any number of workers.

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from megatron_sov.base.documents import BadRecord, Conversation, Message
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.marks import (
-    BEGIN_CALL, BEGINS_OF_THOUGHTS, END_CALL, KIND_ANSWER, KIND_NONE, CallForm, kinds_of_turn, marks_decoder)
+    BEGIN_CALL, END_CALL, KIND_ANSWER, KIND_NONE, THOUGHT_MARKS, CallForm, build_marks_decoder, classify_turn)
 from megatron_sov.chat.tool_calls import FORMS, ToolCall, parse_turn
 
 if TYPE_CHECKING:
@@ -30,18 +30,18 @@ TYPE_TEXT, TYPE_PROMPT, TYPE_RESPONSE = 0, 1, 2
 """What a token is: plain text, part of a prompt (template, system, user, tools),
 or of a response to learn."""
 # a table for `bytes.translate`: kind 0 is a prompt, every other kind a response
-_TYPE_OF_KIND = bytes([TYPE_PROMPT, *[TYPE_RESPONSE] * 255])
-SPLIT_TEXTS = 4096
+_KIND_TO_TYPE = bytes([TYPE_PROMPT, *[TYPE_RESPONSE] * 255])
+SPLIT_CACHE_SIZE = 4096
 """Pieces of templates that are remembered, split at their special tokens."""
-SHORT_TEXT = 1000
+MAX_CACHED_CHARS = 1000
 """Characters of a piece that is remembered; longer ones hold messages."""
-MOST_IDS_OF_A_MARK = 16
+MAX_MARK_TOKENS = 16
 """`<think>` with the blanks behind it, where it is no token of its own."""
 PROBES = (Conversation.of(("user", "a"), ("assistant", "b")),
           Conversation.of(("user", "a"), ("assistant", "b"), ("user", "c")))
 """Chats that show how a template ends the turn of an assistant: at the end, and before another turn."""
-CALL: dict[str, Any] = {"type": "function", "function": {"name": "probe_call", "arguments": {"number": 7}}}
-CALL_PROBE = Conversation((Message("user", "a"), Message("assistant", "", tool_calls=(CALL,)),
+SAMPLE_CALL: dict[str, Any] = {"type": "function", "function": {"name": "probe_call", "arguments": {"number": 7}}}
+CALL_PROBE = Conversation((Message("user", "a"), Message("assistant", "", tool_calls=(SAMPLE_CALL,)),
                            Message("tool", "c")))
 """One that shows how it writes and ends calls of tools: by a token of their own in Solar Open."""
 
@@ -58,7 +58,7 @@ class EncodedChat:
 
     @property
     def types(self) -> bytes:
-        return bytes(self.kinds.translate(_TYPE_OF_KIND))
+        return bytes(self.kinds.translate(_KIND_TO_TYPE))
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class _ChatPart:
     kinds: bytes
     """Of each character, or of the special token."""
     begins_response: bool = False
-    is_asked_again: bool = False
+    is_repeated_in_prompt: bool = False
     """Whether it is a response that a model sees again when it is asked for a later turn."""
 
 
@@ -86,7 +86,7 @@ class InlineTokens(Protocol):
         ...
 
 
-class _Joined(BadRecord):
+class _JointTokenError(BadRecord):
     """A response that other ids begin when it is asked again than when it is written."""
 
 
@@ -122,7 +122,7 @@ class ChatEncoder:
         # such tokens swallow white space around them, so that pieces encoded apart differ from the whole text
         self._takes_spaces = any(t.lstrip or t.rstrip or t.single_word for t in special.values())
         # the template's own texts are few and come again in every chat
-        self._split = lru_cache(SPLIT_TEXTS)(self._split_at_special)
+        self._split = lru_cache(SPLIT_CACHE_SIZE)(self._split_at_special)
 
     def __reduce__(self) -> tuple[Any, ...]:  # what is kept of earlier texts stays in its process
         own = None if self._encode_plain == self._plain_ids else self._encode_plain
@@ -145,39 +145,39 @@ class ChatEncoder:
                 that is asked with the earlier turns would see other ids than these.
         """
         # not above: it imports Jinja, which no help needs
-        from megatron_sov.chat.template import around_contents
+        from megatron_sov.chat.template import split_at_contents
 
         wanted = {i for i, m in enumerate(chat.messages)
                   if i >= num_prompt and m.role == "assistant" and m.is_learned}
-        self._check_beside(chat)
+        self._check_extra_texts(chat)
         try:
-            return self._encode_segments(*self._segments(chat, wanted, awaits_response), wanted)
-        except _Joined as joined:
+            return self._encode_segments(*self._split_segments(chat, wanted, awaits_response), wanted)
+        except _JointTokenError as joined:
             # with the template's own text before it left to the template, as `odd_opening` tells
             try:
-                segments = around_contents(self._template, chat, awaits_response)
+                segments = split_at_contents(self._template, chat, awaits_response)
             except BadRecord:
                 raise joined from None
             return self._encode_segments(segments, chat, wanted)
 
-    def _check_beside(self, chat: Conversation) -> None:
+    def _check_extra_texts(self, chat: Conversation) -> None:
         """Refuse a chat whose tools, variables or names would bring special tokens into the template's
         text."""
         beside = "\n".join(chat.beside())
-        if beside and (spelled := self._spelled([beside])):
+        if beside and (spelled := self._find_special_token([beside])):
             raise BadRecord("special_token", f"spells the special token {spelled!r} in its tools, its "
                                              "chat_template_kwargs or a name, where it would become one; "
                                              "remove it")
 
     def _encode_segments(self, segments: Segments, chat: Conversation, wanted: set[int]) -> EncodedChat:
-        parts, is_open = self._parts(segments, chat, wanted)
+        parts, is_open = self._split_parts(segments, chat, wanted)
         ids: list[int] = []
         kinds = bytearray()
         before: Run = []
-        for run in _runs(parts):
+        for run in _group_runs(parts):
             new_ids, new_kinds = self._encode_run(run)
             # a special token before the response keeps the two apart by itself
-            if run[0].is_asked_again and before and before[0].special is None:
+            if run[0].is_repeated_in_prompt and before and before[0].special is None:
                 self._check_joint(before, run, new_ids)
             ids += new_ids
             kinds += new_kinds
@@ -186,27 +186,27 @@ class ChatEncoder:
             self._check_spaces(segments, chat, ids)
         return EncodedChat(ids, kinds, is_open)
 
-    def _segments(self, chat: Conversation, wanted: set[int], awaits_response: bool
+    def _split_segments(self, chat: Conversation, wanted: set[int], awaits_response: bool
                   ) -> tuple[Segments, Conversation]:
         """Return a conversation's segments, and the conversation with thoughts where they were found."""
-        from megatron_sov.chat.template import around_contents, around_turns, separate_thoughts
+        from megatron_sov.chat.template import separate_thoughts, split_at_contents, split_at_turns
 
         try:
-            return around_contents(self._template, chat, awaits_response, wanted), chat
+            return split_at_contents(self._template, chat, awaits_response, wanted), chat
         except BadRecord as marked:
             if (separated := separate_thoughts(self._template, chat, awaits_response)) is not chat:
-                return self._segments(separated, wanted, awaits_response)
+                return self._split_segments(separated, wanted, awaits_response)
             # prefixes find turns in the text alone, so a content must not spell what could end a turn there
             means: Collection[int] = self._inline.ids if self._inline else ()
-            spelled = self._spelled((text for message in chat.messages for text in message.texts()), means)
+            spelled = self._find_special_token((text for message in chat.messages for text in message.texts()), means)
             if spelled is None:
-                return around_turns(self._template, chat, wanted, self._ends, awaits_response), chat
+                return split_at_turns(self._template, chat, wanted, self._end_texts, awaits_response), chat
             raise BadRecord("special_token", f"spells the special token {spelled!r}, which would become one: "
                                              f"where the chat template of {self._template.where} shows "
                                              "messages otherwise than they are, or with thoughts and calls, "
                                              "the contents cannot be told from it") from marked
 
-    def _spelled(self, texts: Iterable[str], allowed: Collection[int] = ()) -> str | None:
+    def _find_special_token(self, texts: Iterable[str], allowed: Collection[int] = ()) -> str | None:
         """Return the first special token that texts spell, besides those that are allowed; None: none."""
         for text in texts:
             ids = self._with_special.encode(text, add_special_tokens=False).ids
@@ -216,14 +216,14 @@ class ChatEncoder:
         return None
 
     @cached_property
-    def _ends(self) -> tuple[str, ...]:
-        return tuple(self._special[id_] for id_ in self._answer_ends())
+    def _end_texts(self) -> tuple[str, ...]:
+        return tuple(self._special[id_] for id_ in self._find_end_tokens())
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._with_special.decode(list(ids), skip_special_tokens=False)
         return text
 
-    def text_behind(self, before: Conversation, chat: Conversation) -> str:
+    def text_after_turn(self, before: Conversation, chat: Conversation) -> str:
         """Return what the template shows of a chat behind the end of the last turn of its beginning, up to
         where a model is asked; nothing where that cannot be told.
 
@@ -243,14 +243,14 @@ class ChatEncoder:
     def opened_thoughts(self, asked: Sequence[int]) -> str:
         """Return the mark in which what a model is asked with ends, where it begins its thoughts; else
         nothing."""
-        end = self.decode(asked[-MOST_IDS_OF_A_MARK:]).rstrip()
-        return next((mark for mark in BEGINS_OF_THOUGHTS if end.endswith(mark)), "")
+        end = self.decode(asked[-MAX_MARK_TOKENS:]).rstrip()
+        return next((mark for mark in THOUGHT_MARKS if end.endswith(mark)), "")
 
     def added_ids(self) -> dict[str, int]:
         """Return the ids of added tokens, special or not, by how they are spelled."""
         return {token.content: id_ for id_, token in self._with_special.get_added_tokens_decoder().items()}
 
-    def form_of_calls(self, template_kwargs: Mapping[str, Any] | None = None) -> tuple[CallForm | None, str]:
+    def find_call_form(self, template_kwargs: Mapping[str, Any] | None = None) -> tuple[CallForm | None, str]:
         """Return in which form the template writes calls of tools, and how it shows one.
 
         The form is the first in which the call that the template is given is read back; None where it is read
@@ -269,10 +269,10 @@ class ChatEncoder:
                 shown = self._template.render(chat)
             except BadRecord:
                 return None, ""
-            form = _form_in(shown)
+            form = _find_form(shown)
             return form, shown if form else ""
-        seen = said if CALL["function"]["name"] in said else shown
-        return (_form_in(seen), seen) if CALL["function"]["name"] in seen else (None, "")
+        seen = said if SAMPLE_CALL["function"]["name"] in said else shown
+        return (_find_form(seen), seen) if SAMPLE_CALL["function"]["name"] in seen else (None, "")
 
     def special_texts(self) -> tuple[str, ...]:
         return tuple(self._special.values())
@@ -282,7 +282,7 @@ class ChatEncoder:
         chat, at its end, and behind calls of tools; none where it shows no such chat, or ends turns with
         text."""
         # a dict and not a set: the first one is what `TurnEncoder.encode` writes
-        found = dict.fromkeys(self._answer_ends())
+        found = dict.fromkeys(self._find_end_tokens())
         try:
             encoded = self.encode(CALL_PROBE)
         except BadRecord:
@@ -292,22 +292,22 @@ class ChatEncoder:
             found[encoded.ids[last]] = None
         return tuple(found)
 
-    def _answer_ends(self) -> tuple[int, ...]:
-        from megatron_sov.chat.template import around_contents
+    def _find_end_tokens(self) -> tuple[int, ...]:
+        from megatron_sov.chat.template import split_at_contents
 
         found: dict[int, None] = {}
         # the probes' contents are single letters, so every special token in a learned part is the template's
         for chat in PROBES:
             try:
-                segments = around_contents(self._template, chat)
+                segments = split_at_contents(self._template, chat)
             except BadRecord:
                 continue
-            parts, _ = self._parts(segments, chat, {1})
+            parts, _ = self._split_parts(segments, chat, {1})
             found |= {p.special: None for p in parts
                       if p.special is not None and p.kinds[0] != KIND_NONE}
         return tuple(found)
 
-    def _parts(self, segments: Segments, chat: Conversation, wanted: set[int]) -> tuple[list[_ChatPart],
+    def _split_parts(self, segments: Segments, chat: Conversation, wanted: set[int]) -> tuple[list[_ChatPart],
                                                                                         bool]:
         """Return a chat as texts and special tokens, and whether it ends in an open response."""
         parts: list[_ChatPart] = []
@@ -320,7 +320,7 @@ class ChatEncoder:
             begins = learned[i] and not (i and learned[i - 1] and segments[i - 1].message == segment.message)
             kinds = bytes(len(segment.text))
             if segment.message is not None and learned[i]:
-                kinds = kinds_of_turn(segment.text, chat.messages[segment.message])
+                kinds = classify_turn(segment.text, chat.messages[segment.message])
             # a whole turn as the template shows it: special tokens in it are the template's and are meant
             if segment.is_turn:
                 split, place = self._split_at_special(segment.text), 0
@@ -332,7 +332,7 @@ class ChatEncoder:
                 continue
             if segment.message is not None:
                 place = 0
-                for n, (text, special) in enumerate(self._pieces(segment.text)):
+                for n, (text, special) in enumerate(self._split_content(segment.text)):
                     first = begins and n == 0
                     parts.append(_ChatPart(text, special, kinds[place:place + len(text)], first,
                                            first and later and special is None))
@@ -340,17 +340,17 @@ class ChatEncoder:
                 # a content has no end of its own; the template's text after it may bring one
                 is_open = learned[i]
                 continue
-            split = (self._split if len(segment.text) < SHORT_TEXT else self._split_at_special)(segment.text)
+            split = (self._split if len(segment.text) < MAX_CACHED_CHARS else self._split_at_special)(segment.text)
             # a turn that already has its end is not given what the template writes behind it
             ends_here = i > 0 and learned[i - 1] and (is_open or not segments[i - 1].is_turn)
-            end = _end_of_turn(split, i == last) if ends_here else 0
+            end = _find_turn_end(split, i == last) if ends_here else 0
             ended = (parts[-1].kinds[-1:] or bytes([KIND_ANSWER])) if end else b""
             parts += [_ChatPart(text, special, (ended if n < end else bytes([KIND_NONE])) * len(text))
                       for n, (text, special) in enumerate(split)]
             is_open = is_open and all(special is None for _, special in split[:end])
         return parts, is_open
 
-    def _pieces(self, text: str) -> list[tuple[str, int | None]]:
+    def _split_content(self, text: str) -> list[tuple[str, int | None]]:
         return [(text, None)] if self._inline is None else self._inline.split(text)
 
     def _encode_run(self, run: Run) -> tuple[list[int], bytes]:
@@ -374,14 +374,14 @@ class ChatEncoder:
         # asked again, the prompt and the response are one text; written, the prompt was encoded alone
         text = "".join(p.text for p in before)
         if self._encode_plain(text + "".join(p.text for p in run)) != self._encode_plain(text) + ids:
-            raise _Joined("template", f"has a response ({run[0].text[:20]!r}...) that joins the template's "
+            raise _JointTokenError("template", f"has a response ({run[0].text[:20]!r}...) that joins the template's "
                                         f"{text[-20:]!r} before it in one token when it is asked again, and "
                                         "does not when it is written; remove the white space it begins "
                                         "with, or let the template put a special token there")
 
     def _check_spaces(self, segments: Segments, chat: Conversation, ids: list[int]) -> None:
         """Refuse a chat whose white space a special token takes when the whole text is encoded."""
-        if self._spelled(text for message in chat.messages for text in message.texts()):
+        if self._find_special_token(text for message in chat.messages for text in message.texts()):
             return
         if self._with_special.encode("".join(s.text for s in segments), add_special_tokens=False).ids != ids:
             raise BadRecord("template", "has white space that a special token of this tokenizer takes when a "
@@ -405,7 +405,7 @@ class ChatEncoder:
         return ids
 
 
-def _end_of_turn(split: tuple[tuple[str, int | None], ...], is_last: bool) -> int:
+def _find_turn_end(split: tuple[tuple[str, int | None], ...], is_last: bool) -> int:
     """Return how many parts of what the template writes behind a response end its turn."""
     first = next((n for n, (_, special) in enumerate(split) if special is not None), None)
     if first is None:
@@ -413,12 +413,12 @@ def _end_of_turn(split: tuple[tuple[str, int | None], ...], is_last: bool) -> in
     return first + 1 if is_last or not "".join(text for text, _ in split[:first]).strip() else 0
 
 
-def _form_in(text: str) -> CallForm | None:
-    call = ToolCall(**CALL["function"])
+def _find_form(text: str) -> CallForm | None:
+    call = ToolCall(**SAMPLE_CALL["function"])
     return next((form for form in FORMS if call in parse_turn(text, form=form).calls), None)
 
 
-def _runs(parts: list[_ChatPart]) -> Iterator[Run]:
+def _group_runs(parts: list[_ChatPart]) -> Iterator[Run]:
     """Yield texts that stand together, up to where a response begins, and special tokens one by one."""
     run: Run = []
     for part in parts:
@@ -432,7 +432,7 @@ def _runs(parts: list[_ChatPart]) -> Iterator[Run]:
 
 _NAME = re.compile(r"[\w.-]{1,64}")
 """Of a function."""
-_ASKED, _SAID = Message("user", "a"), Message("assistant", "b")
+_USER_MESSAGE, _ASSISTANT_MESSAGE = Message("user", "a"), Message("assistant", "b")
 _REMEDY = "take a model whose chat template knows tools, such as Qwen3's"
 
 
@@ -464,8 +464,8 @@ class TurnEncoder:
             raise UserError(f"{where}: its chat template ends no turn with a special token, so nothing tells "
                             f"where a turn ends; {_REMEDY}")
         # both raise now, at the start of a run, what would else meet the first conversation with tools
-        self.behind_turn(["c"])
-        self.call_form, shown = encoder.form_of_calls(self._template_kwargs)
+        self.encode_after_turn(["c"])
+        self.call_form, shown = encoder.find_call_form(self._template_kwargs)
         """In which the model is to call tools; None: its template shows none, and any form is read."""
         if shown and self.call_form is None:  # its calls would be taken for answers
             raise UserError(f"{where}: its chat template writes calls of tools in a form that is not "
@@ -473,7 +473,7 @@ class TurnEncoder:
         added = encoder.added_ids()
         # a tokenizer of another family has no tokens for what the template writes as text: it is meant
         meant = [mark for mark in (BEGIN_CALL, END_CALL) if mark in shown and mark not in added]
-        self._text = marks_decoder(added, self.end_ids, encoder.decode, meant)
+        self._text = build_marks_decoder(added, self.end_ids, encoder.decode, meant)
 
     def opening(self, chat: Conversation) -> list[int]:
         """Return the ids with which a model is asked first.
@@ -484,7 +484,7 @@ class TurnEncoder:
         asked = replace(chat, template_kwargs={**chat.template_kwargs, **self._template_kwargs})
         return self._encoder.encode(asked, awaits_response=True).ids
 
-    def behind_turn(self, results: Sequence[str], names: Sequence[str] = (),
+    def encode_after_turn(self, results: Sequence[str], names: Sequence[str] = (),
                     user: str | None = None) -> list[int]:
         """Return the ids behind the end of a model's turn: results of tools, what a user says, and the
         opening of the next one.
@@ -503,13 +503,13 @@ class TurnEncoder:
         said = (() if user is None else (Message("user", user),))
         behind = (*(Message("tool", result) for result in results), *said)
         try:
-            encoded = self._encoded(behind)
+            encoded = self._encode_messages(behind)
         except BadRecord:
-            plain = tuple(replace(message, content=self._plain(message.content)) for message in behind)
+            plain = tuple(replace(message, content=self._break_special_tokens(message.content)) for message in behind)
             try:
-                encoded = self._encoded(plain)
+                encoded = self._encode_messages(plain)
             except BadRecord as e:
-                found = self._rendered(plain, names or ["unknown"] * len(results))
+                found = self._encode_rendered(plain, names or ["unknown"] * len(results))
                 if found is None:
                     raise UserError(f"{self._where}: its chat template shows no results of tools (a "
                                     f"conversation with one {e.reason}); {_REMEDY}") from None
@@ -521,11 +521,11 @@ class TurnEncoder:
                             f"result ends; {_REMEDY}")
         return encoded.ids[end:]
 
-    def _encoded(self, behind: tuple[Message, ...]) -> EncodedChat:
-        chat = Conversation((_ASKED, _SAID, *behind), (), self._template_kwargs)
+    def _encode_messages(self, behind: tuple[Message, ...]) -> EncodedChat:
+        chat = Conversation((_USER_MESSAGE, _ASSISTANT_MESSAGE, *behind), (), self._template_kwargs)
         return self._encoder.encode(chat, awaits_response=True)
 
-    def _rendered(self, messages: tuple[Message, ...], names: Sequence[str]) -> list[int] | None:
+    def _encode_rendered(self, messages: tuple[Message, ...], names: Sequence[str]) -> list[int] | None:
         """Return what stands behind a turn, of a template that shows results as JSON (Llama 3), or only
         behind a turn that has called their functions; None where it shows none.
 
@@ -536,11 +536,11 @@ class TurnEncoder:
         calls = tuple({"type": "function", "function": {"name": name if _NAME.fullmatch(name) else "unknown",
                                                         "arguments": {}}}
                       for name in names)
-        for said in (_SAID, Message("assistant", "", tool_calls=calls)):
-            before = Conversation((_ASKED, said), (), self._template_kwargs)
+        for said in (_ASSISTANT_MESSAGE, Message("assistant", "", tool_calls=calls)):
+            before = Conversation((_USER_MESSAGE, said), (), self._template_kwargs)
             behind = replace(before, messages=(*before.messages, *messages))
             try:
-                shown = self._encoder.text_behind(before, behind)
+                shown = self._encoder.text_after_turn(before, behind)
             except BadRecord:
                 continue
             texts = [message.content for message in messages]
@@ -550,7 +550,7 @@ class TurnEncoder:
                 return self._encoder.encode_text(shown)
         return None
 
-    def _plain(self, result: str) -> str:
+    def _break_special_tokens(self, result: str) -> str:
         # a blank after the first character: the text reads the same and is no special token any more
         for special in self._encoder.special_texts():
             result = result.replace(special, f"{special[0]} {special[1:]}")

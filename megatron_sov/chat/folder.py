@@ -14,7 +14,7 @@ from megatron_sov.chat.encode import ChatEncoder, InlineTokens
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-TOKENIZER_JSON, CONFIG_JSON, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+TOKENIZER_JSON, CONFIG_JSON, TEMPLATE_FILE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 SPECIAL_JSON = "special_tokens_map.json"
 """Where older folders keep bos and eos."""
 
@@ -51,48 +51,48 @@ def read_chat_encoder(folder: Path, inline: InlineTokens | None = None) -> ChatE
     tokenizer_file = folder / TOKENIZER_JSON
     if not tokenizer_file.is_file():
         return None
-    config = _config(folder)
+    config = _read_config(folder)
     try:
-        template = _template(folder, config)
+        template = _read_template(folder, config)
         if not template:
             return None
         tokenizer = Tokenizer.from_file(str(tokenizer_file))
     except Exception as e:  # the binding raises a bare Exception
         raise UserError(f"{folder}: its tokenizer cannot be read ({e}); restore it from its source") from None
     # a missing token is an empty text: templates add it to strings
-    bos, eos = (_text(config.get(name)) for name in ("bos_token", "eos_token"))
+    bos, eos = (_token_text(config.get(name)) for name in ("bos_token", "eos_token"))
     return ChatEncoder(ChatTemplate(template, bos, eos, str(folder), datetime.now()), tokenizer,
                        inline=inline)
 
 
-def chat_form(folder: Path) -> dict[str, Any]:
+def read_chat_fields(folder: Path) -> dict[str, Any]:
     """Return what the files beside a tokenizer.json say of its chats, each under its file and field; "": it
     is not said.
 
     Raises:
         UserError: a file cannot be read.
     """
-    config = _config(folder)
-    return {**{f"{CONFIG_JSON}: {name}": _text(config.get(name)) for name in ("bos_token", "eos_token")},
-            f"{TEMPLATE} (or chat_template in {CONFIG_JSON})": chat_template(folder)}
+    config = _read_config(folder)
+    return {**{f"{CONFIG_JSON}: {name}": _token_text(config.get(name)) for name in ("bos_token", "eos_token")},
+            f"{TEMPLATE_FILE} (or chat_template in {CONFIG_JSON})": read_chat_template(folder)}
 
 
-def special_text(folder: Path, name: str) -> str:
+def read_special_token(folder: Path, name: str) -> str:
     """Return the text of a special token ("eos_token") by the files beside a tokenizer.json; "": none."""
-    text = _text(_config(folder).get(name))
+    text = _token_text(_read_config(folder).get(name))
     return text if isinstance(text, str) else ""
 
 
-def chat_template(folder: Path) -> str:
+def read_chat_template(folder: Path) -> str:
     """Return the default chat template of a folder; "": it has none.
 
     Raises:
         UserError: a file cannot be read.
     """
-    return _template(folder, _config(folder)) or ""
+    return _read_template(folder, _read_config(folder)) or ""
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> dict[str, Any]:
     config: dict[str, Any] = {}
     try:
         for file in (folder / SPECIAL_JSON, folder / CONFIG_JSON):  # what the second one says counts
@@ -102,12 +102,12 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _template(folder: Path, config: dict[str, Any]) -> Any:
-    return ((folder / TEMPLATE).read_text(encoding="utf-8") if (folder / TEMPLATE).is_file()
-            else _default(config.get("chat_template")))
+def _read_template(folder: Path, config: dict[str, Any]) -> Any:
+    return ((folder / TEMPLATE_FILE).read_text(encoding="utf-8") if (folder / TEMPLATE_FILE).is_file()
+            else _select_default_template(config.get("chat_template")))
 
 
-def _default(template: Any) -> Any:
+def _select_default_template(template: Any) -> Any:
     """Return the template called default where there are several, as a list of names and templates."""
     if isinstance(template, list):
         # transformers keeps several templates as a list of names and templates
@@ -115,6 +115,6 @@ def _default(template: Any) -> Any:
     return template
 
 
-def _text(token: Any) -> str:
+def _token_text(token: Any) -> str:
     """Return a special token's text, which may be spelled as an object."""
     return (token.get("content") if isinstance(token, dict) else token) or ""

@@ -13,12 +13,12 @@ from types import FrameType
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
-class TemplateTooLong(Exception):
+class TemplateTimeout(Exception):
     """The code took more CPU time than it is given."""
 
 
 @contextmanager
-def bounded(cpu_s: float, memory_bytes: int) -> Iterator[None]:
+def limit_resources(cpu_s: float, memory_bytes: int) -> Iterator[None]:
     """Run Python code with a bound on its CPU time and on what the process's address space may grow by.
 
     Both are enforced by the kernel, and for the main thread alone, since only that gets signals;
@@ -35,7 +35,7 @@ def bounded(cpu_s: float, memory_bytes: int) -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = _address_space_bytes() + memory_bytes
     # time of the processor and not of the clock: a busy machine must not fail a template
-    before = signal.signal(signal.SIGVTALRM, _stop)
+    before = signal.signal(signal.SIGVTALRM, _raise_timeout)
     # Again and again: what is raised inside of a `__del__` or a callback of the garbage collector is lost.
     signal.setitimer(signal.ITIMER_VIRTUAL, cpu_s, cpu_s)
     if soft == resource.RLIM_INFINITY or limit < soft:
@@ -53,5 +53,5 @@ def _address_space_bytes() -> int:
         return int(file.read().split()[0]) * PAGE_BYTES
 
 
-def _stop(signum: int, frame: FrameType | None) -> None:
-    raise TemplateTooLong
+def _raise_timeout(signum: int, frame: FrameType | None) -> None:
+    raise TemplateTimeout

@@ -39,36 +39,36 @@ _KIMI = tuple(f"<|tool_{name}|>" for name in (
 FAMILIES = (_HERMES, _SOLAR, _DEEPSEEK, _KIMI)
 """Marks of each, the first of which no other family has."""
 MARKS = (*dict.fromkeys(mark for family in FAMILIES for mark in family), PYTHON_TAG)
-BEGINS_OF_THOUGHTS = (BEGIN_THOUGHTS, "<|think|>")
+THOUGHT_MARKS = (BEGIN_THOUGHTS, "<|think|>")
 """With which a template may open them."""
 
 _JOINER = "\u2060"
 
 
-def _quoting(marks: Collection[str], more: str = f"{_JOINER}*") -> re.Pattern[str]:
+def _build_mark_pattern(marks: Collection[str], more: str = f"{_JOINER}*") -> re.Pattern[str]:
     """Return what finds marks, quoted ones too: a quote of a quote is another text than a quote."""
     return re.compile(f"<(?={more}(?:{'|'.join(re.escape(mark[1:]) for mark in marks)}))")
 
 
 # the look-ahead leaves the mark itself unmatched, so that only `<` is replaced
-_ALL_MARKS = _quoting(MARKS)
+_ALL_MARKS = _build_mark_pattern(MARKS)
 _QUOTED = re.compile(_ALL_MARKS.pattern.replace("(?=", f"{_JOINER}(?=", 1))
 
 
-def quoted(text: str, marks: re.Pattern[str] = _ALL_MARKS) -> str:
+def quote_marks(text: str, marks: re.Pattern[str] = _ALL_MARKS) -> str:
     """Return a text whose marks are no marks; `as_written` gives it back."""
     return marks.sub(f"<{_JOINER}", text)
 
 
-def as_written(text: str) -> str:
+def unquote_marks(text: str) -> str:
     """Return a text with the marks that it quotes as the model wrote them."""
     return _QUOTED.sub("<", text) if _JOINER in text else text
 
 
-def with_opening(text: str, opened: str) -> str:
+def prepend_mark(text: str, mark: str) -> str:
     """Return a turn with the mark of the thoughts that the template has opened before it, without which the
-    text alone does not show that it begins with thoughts; `opened`: that mark, empty: it has opened none."""
-    return text if text.lstrip().startswith(opened) else opened + text
+    text alone does not show that it begins with thoughts; `mark`: that mark, empty: it has opened none."""
+    return text if text.lstrip().startswith(mark) else mark + text
 
 
 _CALLS = tuple((re.compile(begin, re.DOTALL), end) for begin, end in (
@@ -79,26 +79,26 @@ _CALLS = tuple((re.compile(begin, re.DOTALL), end) for begin, end in (
     (r"<\|tool_call_begin\|>\s*(?:functions\.)?(?P<name>[^<:\s]+)(?::\d+)?\s*<\|tool_call_argument_begin\|>",
      "<|tool_call_end|>")))
 """How a call begins, up to its arguments, and what ends it."""
-_BROKEN = ("<|tool_call:begin|>", "<｜tool▁call▁begin｜>", "<|tool_call_begin|>")
+_CALL_MARKS = ("<|tool_call:begin|>", "<｜tool▁call▁begin｜>", "<|tool_call_begin|>")
 _THOUGHTS = re.compile(r"<\|think\|>(.*?)(<\|end\|>(?:<\|begin\|>\w*)?|\Z)", re.DOTALL)
 _FRAMES = re.compile(
     r"<\|end\|>(?:<\|begin\|>\w*)?|<\|begin\|>assistant|<\|content\|>|<\|tool_calls\|>|<\|flush\|>|<\|calls\|>"
     r"|<｜tool▁calls▁(?:begin|end)｜>|<\|tool_calls?_section_(?:begin|end)\|>")
-_FIRST = re.compile("|".join(re.escape(mark) for mark in (
+_FIRST_MARK = re.compile("|".join(re.escape(mark) for mark in (
     BEGIN_CALL, "<|think|>", "<|content|>", "<|tool_calls|>", "<|tool_call:begin|>",
     *_DEEPSEEK[:2], *_KIMI[:2], "<|tool_call_section_begin|>", PYTHON_TAG)))
 _SECTIONS = ("<|tool_calls|>", _DEEPSEEK[0], _KIMI[0], "<|tool_call_section_begin|>")
 """What opens calls."""
-_TEXT_IN: dict[str, re.Pattern[str]] = {}
+_FOREIGN_MARKS: dict[str, re.Pattern[str]] = {}
 """Mark -> what is text in a turn of its form: the marks of other families."""
 for _family in (_SOLAR, _DEEPSEEK, _KIMI, (PYTHON_TAG,)):
     # DeepSeek and Kimi write thoughts as Hermes does
     _own = {*_family, *(_HERMES[:2] if _family in (_DEEPSEEK, _KIMI) else ())}
-    _TEXT_IN |= dict.fromkeys(_family, _quoting([mark for mark in MARKS if mark not in _own], ""))
-_FOREIGN = _quoting([mark for mark in MARKS if mark not in _HERMES], "")
+    _FOREIGN_MARKS |= dict.fromkeys(_family, _build_mark_pattern([mark for mark in MARKS if mark not in _own], ""))
+_FOREIGN = _build_mark_pattern([mark for mark in MARKS if mark not in _HERMES], "")
 
 
-def plain_form(text: str, *, in_thoughts: bool = False, form: CallForm | None = None) -> str:
+def to_hermes_form(text: str, *, in_thoughts: bool = False, form: CallForm | None = None) -> str:
     """Return a model's turn with its thoughts and calls in Hermes' form; a text without another family's
     marks stays as it is.  What is no whole call stays none, and marks of Hermes' form in another family's
     turn are text.
@@ -109,7 +109,7 @@ def plain_form(text: str, *, in_thoughts: bool = False, form: CallForm | None = 
         form: of calls; None: that of the text's marks.
     """
     if form == LLAMA and _is_bare_call(text):
-        return f"{BEGIN_CALL}{quoted(text)}{END_CALL}"
+        return f"{BEGIN_CALL}{quote_marks(text)}{END_CALL}"
     # Solar's template wrote the opening mark into the prompt; the turn begins after it
     if in_thoughts and "<|think|>" not in text and "<|begin|>" in text:
         text = f"<|think|>{text}"
@@ -118,22 +118,22 @@ def plain_form(text: str, *, in_thoughts: bool = False, form: CallForm | None = 
         # thoughts in Hermes' form are ready; only what follows them may have another family's form
         place = text.find(END_THOUGHTS)
         place = len(text) if place < 0 else place + len(END_THOUGHTS)
-    first = _FIRST.search(text, place)
+    first = _FIRST_MARK.search(text, place)
     if first is None or first[0] == BEGIN_CALL:  # a turn has the form of its first mark
         return text
     # a mark of another family in this turn was typed, not meant: it must not open anything below
-    text = text[:place] + quoted(text[place:], _TEXT_IN[first[0]])
+    text = text[:place] + quote_marks(text[place:], _FOREIGN_MARKS[first[0]])
     if first[0] == PYTHON_TAG:  # the call reaches to the end of the turn
         tag = text.index(PYTHON_TAG, place)
-        return f"{text[:tag]}{BEGIN_CALL}{quoted(text[tag + len(PYTHON_TAG):])}{END_CALL}"
+        return f"{text[:tag]}{BEGIN_CALL}{quote_marks(text[tag + len(PYTHON_TAG):])}{END_CALL}"
     spans = [text[:place]]
     for thoughts in _THOUGHTS.finditer(text):
         if thoughts.start() < place:
             continue
-        spans += [_outside(text[place:thoughts.start()]), BEGIN_THOUGHTS, quoted(thoughts[1], _FOREIGN),
+        spans += [_convert_outside_thoughts(text[place:thoughts.start()]), BEGIN_THOUGHTS, quote_marks(thoughts[1], _FOREIGN),
                   END_THOUGHTS if thoughts[2] or thoughts.end() < len(text) else ""]
         place = thoughts.end()
-    return "".join([*spans, _outside(text[place:])])
+    return "".join([*spans, _convert_outside_thoughts(text[place:])])
 
 
 _BARE_CALL = re.compile(r'\s*\{\s*"(?:type"\s*:\s*"function"\s*,\s*")?name"\s*:')
@@ -150,7 +150,7 @@ def _is_bare_call(text: str) -> bool:
         return True
 
 
-def _outside(text: str) -> str:
+def _convert_outside_thoughts(text: str) -> str:
     """Return what stands outside of thoughts, calls in Hermes' form, frames of turns left out."""
     found, place = [], 0
     begins = [(match, end) for pattern, end in _CALLS for match in pattern.finditer(text)]
@@ -162,20 +162,20 @@ def _outside(text: str) -> str:
         is_whole = stop >= 0
         inside = text[match.end():stop if stop >= 0 else len(text)].strip().removesuffix("```").strip()
         name = json.dumps(match["name"].strip(), ensure_ascii=False)
-        inside = quoted(inside, _FOREIGN) or ("{}" if is_whole else "")
-        found += [_without_frames(text[place:match.start()]), f'{BEGIN_CALL}{{"name": {name}, "arguments": ',
+        inside = quote_marks(inside, _FOREIGN) or ("{}" if is_whole else "")
+        found += [_remove_frames(text[place:match.start()]), f'{BEGIN_CALL}{{"name": {name}, "arguments": ',
                   f"{inside}}}{END_CALL}" if is_whole else inside]
         place = stop + len(end) if stop >= 0 else len(text)
-    return "".join([*found, _without_frames(text[place:])])
+    return "".join([*found, _remove_frames(text[place:])])
 
 
-def _without_frames(text: str) -> str:
-    for mark in _BROKEN:  # begins as a call and is none
+def _remove_frames(text: str) -> str:
+    for mark in _CALL_MARKS:  # begins as a call and is none
         text = text.replace(mark, BEGIN_CALL)
-    return quoted(_FRAMES.sub("", text), _FOREIGN)
+    return quote_marks(_FRAMES.sub("", text), _FOREIGN)
 
 
-def text_decoder(tokenizer: Path, end_ids: Collection[int], plain: Callable[[list[int]], str]
+def build_text_decoder(tokenizer: Path, end_ids: Collection[int], plain: Callable[[list[int]], str]
                  ) -> Callable[[list[int]], str]:
     """Return the one function that makes a response's text of its tokens: without special tokens, such as
     those that end and frame turns, but with the marks of thoughts and calls, whether they are special or not.
@@ -187,11 +187,11 @@ def text_decoder(tokenizer: Path, end_ids: Collection[int], plain: Callable[[lis
     """
     spelled: dict[str, Any] = json.loads(tokenizer.read_text(encoding="utf-8"))
     ids = {str(token["content"]): int(token["id"]) for token in spelled.get("added_tokens", [])}
-    return marks_decoder(ids, end_ids, plain)
+    return build_marks_decoder(ids, end_ids, plain)
 
 
-def marks_decoder(added: Mapping[str, int], end_ids: Collection[int], plain: Callable[[list[int]], str],
-                  meant: Collection[str] = ()) -> Callable[[list[int]], str]:
+def build_marks_decoder(added: Mapping[str, int], end_ids: Collection[int], plain: Callable[[list[int]], str],
+                  intended_marks: Collection[str] = ()) -> Callable[[list[int]], str]:
     """Return what makes a turn's text of its tokens, in which a mark that is written in ordinary tokens is
     quoted wherever the tokenizer has tokens for such marks.
 
@@ -199,7 +199,7 @@ def marks_decoder(added: Mapping[str, int], end_ids: Collection[int], plain: Cal
         added: the tokenizer's added tokens, special or not -> id.
         end_ids: tokens that end a turn; the last one is left out of the text.
         plain: decodes tokens that are no marks.
-        meant: marks that are meant in ordinary tokens, whatever the tokenizer has tokens for.
+        intended_marks: marks that are meant in ordinary tokens, whatever the tokenizer has tokens for.
     """
     # a family is there when the tokenizer has its first or last mark as a token
     has = [family for family in FAMILIES if family[0] in added or family[-1] in added]
@@ -211,11 +211,11 @@ def marks_decoder(added: Mapping[str, int], end_ids: Collection[int], plain: Cal
         text_marks |= set(_HERMES[2:])
     if BEGIN_THOUGHTS in added or _SOLAR in has:
         text_marks |= set(_HERMES[:2])
-    text_marks -= set(meant)
-    quotable, ends = _quoting([mark for mark in MARKS if mark in text_marks]), frozenset(end_ids)
+    text_marks -= set(intended_marks)
+    quotable, ends = _build_mark_pattern([mark for mark in MARKS if mark in text_marks]), frozenset(end_ids)
     # in the section of calls that a token opens, the marks of its family that have no token are in text
     own = {mark for family in has for mark in family if mark not in added}
-    in_calls = _quoting([mark for mark in MARKS if mark in text_marks - own])
+    in_calls = _build_mark_pattern([mark for mark in MARKS if mark in text_marks - own])
 
     def decode(tokens: list[int]) -> str:
         whole = list(tokens[:-1] if tokens and tokens[-1] in ends else tokens)
@@ -223,7 +223,7 @@ def marks_decoder(added: Mapping[str, int], end_ids: Collection[int], plain: Cal
         parts, start, marks = [], 0, quotable
         for place in [*(n for n, id_ in enumerate(whole) if id_ in shown), len(whole)]:
             if place > start:
-                parts.append(quoted(plain(whole[start:place]), marks))
+                parts.append(quote_marks(plain(whole[start:place]), marks))
             if place < len(whole):
                 parts.append(shown[whole[place]])
                 marks = in_calls if parts[-1] in _SECTIONS else quotable
@@ -246,7 +246,7 @@ _THOUGHT = (f"(?P<thought>\\A(?:(?!{BEGIN_THOUGHTS}).)*?{END_THOUGHTS}|"
 _CALL = f"(?P<call>{BEGIN_CALL}.*?(?:{END_CALL}|\\Z))"
 
 
-def kinds_of_turn(text: str, message: Message) -> bytes:
+def classify_turn(text: str, message: Message) -> bytes:
     """Return the kind of each character of a learned turn.
 
     Opening marks count with what they open, and what ends a part counts with it: the tag behind the thoughts
@@ -258,16 +258,16 @@ def kinds_of_turn(text: str, message: Message) -> bytes:
         message: what it shows.
     """
     # stripped, since templates trim what they show; searched in order, since one text may occur twice
-    answer = _end_of_thoughts(text, message.reasoning.strip())
+    answer = _find_thoughts_end(text, message.reasoning.strip())
     content = message.content.strip()
     place = text.find(content, answer)
-    calls = _begin_of_calls(text, message, place + len(content) if place >= 0 else answer)
+    calls = _find_calls_begin(text, message, place + len(content) if place >= 0 else answer)
     said = text[answer:calls]
-    return (bytes([KIND_THOUGHT]) * answer + _spelled(said, message)
+    return (bytes([KIND_THOUGHT]) * answer + _classify_text(said, message)
             + bytes([KIND_CALL]) * (len(text) - answer - len(said)))
 
 
-def _end_of_thoughts(text: str, thoughts: str) -> int:
+def _find_thoughts_end(text: str, thoughts: str) -> int:
     """Return where a turn goes on behind its thoughts and the tag that ends them; 0 where it shows none."""
     begin = text.find(thoughts) if thoughts else -1
     if begin < 0:
@@ -277,14 +277,14 @@ def _end_of_thoughts(text: str, thoughts: str) -> int:
     return tag.end() if tag else end
 
 
-def _begin_of_calls(text: str, message: Message, behind: int) -> int:
+def _find_calls_begin(text: str, message: Message, start: int) -> int:
     """Return where the calls of a turn begin: behind what it says; its end where it has none, or they are
     not shown there."""
     names = [call["function"]["name"] for call in message.tool_calls]
-    return behind if names and text.find(names[0], behind) >= 0 else len(text)
+    return start if names and text.find(names[0], start) >= 0 else len(text)
 
 
-def _spelled(said: str, message: Message) -> bytes:
+def _classify_text(said: str, message: Message) -> bytes:
     """Return the kinds of what is said, in which a message without thoughts or calls of its own may spell
     them; a call inside of thoughts is a thought, and the other way round."""
     found = bytearray([KIND_ANSWER]) * len(said)

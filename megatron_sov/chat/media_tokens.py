@@ -83,38 +83,38 @@ _NAMES = {AUDIO: "audio", IMAGE: "vision"}
 _ENTRY = {kind: re.compile(rf"<\|{name}(\d{{{DIGITS[kind]},}})\|>") for kind, name in _NAMES.items()}
 
 
-def entry(kind: str, number: int) -> str:
+def codebook_token(kind: str, number: int) -> str:
     """Return the token of a codebook entry; `kind`: AUDIO or IMAGE."""
     return f"<|{_NAMES[kind]}{number:0{DIGITS[kind]}d}|>"
 
 
-def entries(kind: str, text: str) -> list[int]:
+def parse_codebook_tokens(kind: str, text: str) -> list[int]:
     """Return the numbers of the codebook entries that a text spells, in order."""
     return [int(number) for number in _ENTRY[kind].findall(text)]
 
 
-def name_of(token: str) -> str:
+def display_name(token: str) -> str:
     """Return what a token is told as: an entry of a codebook as `<|vision...|>`, any other as it is."""
     kind = next((kind for kind, pattern in _ENTRY.items() if pattern.fullmatch(token)), None)
     return f"<|{_NAMES[kind]}...|>" if kind else token
 
 
-def ratio(width: int, height: int) -> str:
+def ratio_token(width: int, height: int) -> str:
     return f"<|vision_ratio_{width}:{height}|>"
 
 
 # the order gives ids to tokens of new vocabularies: add at the end, never in between
 MARKS = (*MIME, *AUDIO_AUX, *VIDEO_AUX, *DISCRETE_IMAGE, *DISCRETE_AUDIO, *CONTINUOUS_IMAGE,
          *CONTINUOUS_AUDIO, *CONTINUOUS_VIDEO, IMAGE_PAD, AUDIO_PAD, VIDEO_PAD,
-         *(ratio(w, h) for w, h in RATIOS), END_OF_LINE, END_OF_FRAME)
+         *(ratio_token(w, h) for w, h in RATIOS), END_OF_LINE, END_OF_FRAME)
 """All tokens of media that are no codebook entries, in the order in which a vocabulary gets them."""
 # longest first: a mark may be the beginning of another one
-SPELLED = re.compile("|".join([*map(re.escape, sorted(MARKS, key=len, reverse=True)),
+MEDIA_TOKEN = re.compile("|".join([*map(re.escape, sorted(MARKS, key=len, reverse=True)),
                                *(pattern.pattern.replace("(", "(?:") for pattern in _ENTRY.values())]))
 """Finds any token of media in a text."""
 
 
-def spelled(text: str) -> str:
+def find_media_token(text: str) -> str:
     """Return the first token of media that a text spells, or an empty string."""
-    found = SPELLED.search(text)
+    found = MEDIA_TOKEN.search(text)
     return found.group() if found else ""

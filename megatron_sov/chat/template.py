@@ -31,7 +31,7 @@ from jinja2.utils import Namespace
 
 from megatron_sov.base.documents import BadRecord, Conversation, Message
 from megatron_sov.base.errors import UserError
-from megatron_sov.chat.limits import TemplateTooLong, bounded
+from megatron_sov.chat.limits import TemplateTimeout, limit_resources
 from megatron_sov.chat.marks import BEGIN_THOUGHTS, END_THOUGHTS
 from megatron_sov.chat.tool_calls import split_thoughts
 
@@ -95,12 +95,12 @@ class ChatTemplate:
         Raises:
             UserError: it is not a Jinja template.
         """
-        self._made_of = template, bos_token, eos_token, where, today
+        self._arguments = template, bos_token, eos_token, where, today
         # the settings of transformers' `apply_chat_template`: other ones give other white space
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                     extensions=[_Generation, loopcontrols])
         environment.filters["tojson"] = _to_json
-        environment.globals |= {"raise_exception": _refuse, "namespace": _Namespace,
+        environment.globals |= {"raise_exception": _raise_template_error, "namespace": _Namespace,
                                 "dict": lambda *given, **named: dict(*given, **named)}
         self.where = where
         """Names it in messages."""
@@ -110,14 +110,14 @@ class ChatTemplate:
                             "keep the one that is meant as a string")
         try:
             # compiling runs constant expressions of the template, which can be as large as any
-            with bounded(CPU_S, MEMORY_BYTES):
+            with limit_resources(CPU_S, MEMORY_BYTES):
                 self._template = environment.from_string(template)
         except Exception as e:
-            raise UserError(f"{where}: its chat_template is not valid Jinja ({_reason(e)}); "
+            raise UserError(f"{where}: its chat_template is not valid Jinja ({_describe_error(e)}); "
                             "mend the template") from None
 
     def __reduce__(self) -> tuple[Any, ...]:  # compiled anew
-        return ChatTemplate, self._made_of
+        return ChatTemplate, self._arguments
 
     def render(self, conversation: Conversation, awaits_response: bool = False, *,
                contents: Sequence[str] | None = None, marks_generation: bool = False) -> str:
@@ -139,14 +139,14 @@ class ChatTemplate:
         given: dict[str, Any] = {**conversation.template_kwargs, **self._globals,
                                  "tools": list(conversation.tools) or None, "documents": None}
         try:
-            with bounded(CPU_S, MEMORY_BYTES):
+            with limit_resources(CPU_S, MEMORY_BYTES):
                 return self._template.render(messages=turns, add_generation_prompt=awaits_response,
                                              marks_generation=marks_generation, **given)
         except TemplateError as e:
             raise BadRecord("template", f"is refused by the chat template of {self.where} ({e}); "
                                         "change its roles") from None
         except Exception as e:  # whatever the template's own code does
-            raise BadRecord("template", f"makes the chat template of {self.where} fail ({_reason(e)}); "
+            raise BadRecord("template", f"makes the chat template of {self.where} fail ({_describe_error(e)}); "
                                         "mend the template") from None
 
 
@@ -157,22 +157,22 @@ def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None,
                       sort_keys=sort_keys)
 
 
-def _reason(error: BaseException) -> str:
-    if isinstance(error, TemplateTooLong):
+def _describe_error(error: BaseException) -> str:
+    if isinstance(error, TemplateTimeout):
         return f"it took more than {CPU_S:g} s"
     if isinstance(error, MemoryError):
         return f"it asked for more than {MEMORY_BYTES >> 20} MiB"
     return f"{type(error).__name__}: {error}" if not isinstance(error, TemplateError) else str(error)
 
 
-def _refuse(message: str) -> None:
+def _raise_template_error(message: str) -> None:
     raise TemplateError(message)
 
 
 _MARK = "\ue000{}\ue001"
 _MARKS = re.compile("\ue000(\\d+)\ue001")
 _GENERATED = re.compile(f"({BEGIN}|{END})")
-SHORT_BESIDE = 10_000
+MAX_CACHED_CONTEXT = 10_000
 """Characters of tools and variables with which it is remembered how a template asks: longer ones would fill
 the memory."""
 
@@ -192,7 +192,7 @@ class ChatSegment:
 Segments = list[ChatSegment]
 
 
-def around_contents(template: ChatTemplate, conversation: Conversation, awaits_response: bool = False,
+def split_at_contents(template: ChatTemplate, conversation: Conversation, awaits_response: bool = False,
                     learned: Collection[int] = ()) -> Segments:
     """Return the segments of a conversation by marks, one for each message's content.
 
@@ -233,10 +233,10 @@ def around_contents(template: ChatTemplate, conversation: Conversation, awaits_r
     if start != len(shown):
         raise BadRecord("template", f"is changed by the chat template of {template.where}, which adds text "
                                     "for these contents")
-    return list(_with_openings(template, conversation, segments, learned)) if learned else segments
+    return list(_assign_openings(template, conversation, segments, learned)) if learned else segments
 
 
-def _with_openings(template: ChatTemplate, conversation: Conversation, segments: Segments,
+def _assign_openings(template: ChatTemplate, conversation: Conversation, segments: Segments,
                    learned: Collection[int]) -> Iterator[ChatSegment]:
     """Yield segments, with what stands between the text that asks for a learned turn and its content as the
     turn's own."""
@@ -245,7 +245,7 @@ def _with_openings(template: ChatTemplate, conversation: Conversation, segments:
     roles = tuple(m.role for m in conversation.messages)
     for segment, following in zip(segments, [*segments[1:], None], strict=True):
         if segment.message is None and following is not None and following.message in learned:
-            ask: Callable[..., str] = _asked_with if len(beside) < SHORT_BESIDE else _asked_with.__wrapped__
+            ask: Callable[..., str] = _generation_prompt if len(beside) < MAX_CACHED_CONTEXT else _generation_prompt.__wrapped__
             asked = ask(template, roles[:following.message], beside)
             # what the template shows before a content and does not write when it asks is the model's to write
             if asked and segment.text.startswith(asked) and segment.text != asked:
@@ -256,10 +256,10 @@ def _with_openings(template: ChatTemplate, conversation: Conversation, segments:
 
 
 @lru_cache(maxsize=1024)
-def _asked_with(template: ChatTemplate, roles: tuple[str, ...], beside: str) -> str:
+def _generation_prompt(template: ChatTemplate, roles: tuple[str, ...], context: str) -> str:
     """Return what the template writes behind the last of some messages when it asks for a response; nothing
     where it knows no asking, or refuses to ask behind these (none, say)."""
-    tools, kwargs = json.loads(beside)
+    tools, kwargs = json.loads(context)
     marks = [_MARK.format(i) for i in range(len(roles))]
     prompt = Conversation(tuple(Message(role) for role in roles), tuple(tools), kwargs)
     try:
@@ -301,7 +301,7 @@ def _separate_thoughts(message: Message) -> Message:
     return replace(message, reasoning=thoughts, content=said)
 
 
-def around_turns(template: ChatTemplate, conversation: Conversation, learned: Collection[int],
+def split_at_turns(template: ChatTemplate, conversation: Conversation, learned: Collection[int],
                  ends: Sequence[str], awaits_response: bool = False) -> Segments:
     """Return the segments of a conversation by generation blocks or by prefixes, one for each learned turn.
 
@@ -317,14 +317,14 @@ def around_turns(template: ChatTemplate, conversation: Conversation, learned: Co
     """
     text = template.render(conversation, awaits_response)
     # a prompt that the template drops or changes would be trained on without a word
-    _refuse_hidden(template, conversation, text, learned)
-    spans = _generated(template, conversation, awaits_response, text, ends)
+    _check_contents_shown(template, conversation, text, learned)
+    spans = _find_generation_spans(template, conversation, awaits_response, text, ends)
     if spans is None:
-        spans = {i: _by_prefix(template, conversation, i, text, ends) for i in sorted(learned)}
+        spans = {i: _find_prefix_span(template, conversation, i, text, ends) for i in sorted(learned)}
     segments, start = [], 0
     for i in sorted(learned):
         first, end = spans[i]
-        _refuse_dropped(template, conversation.messages[i], i, text[first:end])
+        _check_turn_complete(template, conversation.messages[i], i, text[first:end])
         segments += [ChatSegment(text[start:first], None), ChatSegment(text[first:end], i, is_turn=True)]
         start = end
     segments = [s for s in (*segments, ChatSegment(text[start:], None)) if s.text]
@@ -335,7 +335,7 @@ def around_turns(template: ChatTemplate, conversation: Conversation, learned: Co
     return segments
 
 
-def _refuse_hidden(template: ChatTemplate, conversation: Conversation, text: str,
+def _check_contents_shown(template: ChatTemplate, conversation: Conversation, text: str,
                    learned: Collection[int]) -> None:
     """Refuse a conversation of which a message's content is not shown, or not in order.  A turn that is not
     learned may lose the thoughts in its content."""
@@ -351,18 +351,18 @@ def _refuse_hidden(template: ChatTemplate, conversation: Conversation, text: str
         place = found + len(content)
 
 
-def _refuse_dropped(template: ChatTemplate, message: Message, number: int, turn: str) -> None:
+def _check_turn_complete(template: ChatTemplate, message: Message, number: int, turn: str) -> None:
     """Refuse a learned turn of which the template leaves out the thoughts, the content or a call."""
     names = [call["function"]["name"] for call in message.tool_calls]
-    for what, pieces in (("thoughts", [message.reasoning.strip()]), ("content", [message.content.strip()]),
+    for part, pieces in (("thoughts", [message.reasoning.strip()]), ("content", [message.content.strip()]),
                          ("calls", names)):
-        if not _in_order(pieces, turn):
-            raise BadRecord("template", f"has {what} in message {number + 1} that the chat template of "
+        if not _contains_in_order(pieces, turn):
+            raise BadRecord("template", f"has {part} in message {number + 1} that the chat template of "
                                         f"{template.where} does not show there; mark the message \"train\": "
-                                        f"false, or remove its {what}")
+                                        f"false, or remove its {part}")
 
 
-def _in_order(pieces: Sequence[str], text: str) -> bool:
+def _contains_in_order(pieces: Sequence[str], text: str) -> bool:
     """Return whether a text has pieces one after another: two calls may be of one function."""
     place = 0
     for piece in pieces:
@@ -373,7 +373,7 @@ def _in_order(pieces: Sequence[str], text: str) -> bool:
     return True
 
 
-def _generated(template: ChatTemplate, conversation: Conversation, awaits_response: bool, text: str,
+def _find_generation_spans(template: ChatTemplate, conversation: Conversation, awaits_response: bool, text: str,
                ends: Sequence[str]) -> dict[int, tuple[int, int]] | None:
     """Return where each assistant's turn stands, by generation blocks; None where each has not its own."""
     parts = _GENERATED.split(template.render(conversation, awaits_response, marks_generation=True))
@@ -385,11 +385,11 @@ def _generated(template: ChatTemplate, conversation: Conversation, awaits_respon
     for part in parts[:-1:2]:
         start += len(part)
         places.append(start)
-    return {i: (_begun(template, conversation, i, text, *places[2 * n:2 * n + 2]),
-                _trimmed(text, places[2 * n], places[2 * n + 1], ends)) for n, i in enumerate(turns)}
+    return {i: (_find_turn_begin(template, conversation, i, text, *places[2 * n:2 * n + 2]),
+                _find_turn_end(text, places[2 * n], places[2 * n + 1], ends)) for n, i in enumerate(turns)}
 
 
-def _begun(template: ChatTemplate, conversation: Conversation, number: int, text: str, begin: int,
+def _find_turn_begin(template: ChatTemplate, conversation: Conversation, number: int, text: str, begin: int,
            end: int) -> int:
     """Return where a turn begins: where a model is asked for it, if that is inside of its block."""
     try:
@@ -400,13 +400,13 @@ def _begun(template: ChatTemplate, conversation: Conversation, number: int, text
     return len(asked) if begin < len(asked) < end and text.startswith(asked) else begin
 
 
-def _trimmed(text: str, begin: int, end: int, ends: Sequence[str]) -> int:
+def _find_turn_end(text: str, begin: int, end: int, ends: Sequence[str]) -> int:
     """Return where a turn ends: at its special token, though its block holds white space behind it."""
     said = text[begin:end].rstrip()
     return begin + len(said) if said.endswith(tuple(ends)) and ends else end
 
 
-def _by_prefix(template: ChatTemplate, conversation: Conversation, number: int, text: str,
+def _find_prefix_span(template: ChatTemplate, conversation: Conversation, number: int, text: str,
                ends: Sequence[str]) -> tuple[int, int]:
     """Return where the turn of message `number` stands: from where a model is asked for it to its end."""
     messages = conversation.messages
@@ -417,7 +417,7 @@ def _by_prefix(template: ChatTemplate, conversation: Conversation, number: int, 
                                     f"{number + 1} behind another text than a model is asked for it with; "
                                     "mark its earlier turns \"train\": false, give each turn a chat of its "
                                     "own, or change the template")
-    header = _unasked_header(template, conversation, number, asked)
+    header = _find_header(template, conversation, number, asked)
     begin = len(asked) + (len(header) if text.startswith(header, len(asked)) else 0)
     shown = template.render(replace(conversation, messages=messages[:number + 1]))
     # the last end after the turn's beginning: special tokens inside, of calls say, come before it
@@ -432,14 +432,14 @@ def _by_prefix(template: ChatTemplate, conversation: Conversation, number: int, 
     return begin, end
 
 
-def _unasked_header(template: ChatTemplate, conversation: Conversation, number: int, asked: str) -> str:
+def _find_header(template: ChatTemplate, conversation: Conversation, number: int, asked: str) -> str:
     """Return what the template writes between a prompt and a response that is a content alone, where it knows
     no asking (`add_generation_prompt`): no more of a response is learned then than by marks."""
     if asked != template.render(replace(conversation, messages=conversation.messages[:number])):
         return ""
     plain = tuple(Message(m.role, "a") for m in conversation.messages[:number + 1])
     try:
-        prompt, shown = (around_contents(template, replace(conversation, messages=messages))
+        prompt, shown = (split_at_contents(template, replace(conversation, messages=messages))
                          for messages in (plain[:number], plain))
     except BadRecord:
         return ""
@@ -453,15 +453,15 @@ def _text_before(segments: Segments, number: int) -> str:
     return "".join(s.text for s in itertools.takewhile(lambda s: s.message != number, segments))
 
 
-def odd_opening(template: ChatTemplate) -> str | None:
+def find_odd_opening(template: ChatTemplate) -> str | None:
     """Return a sentence where a model is asked behind another text than it is trained behind: the template
     opens an assistant's turn (`add_generation_prompt`) otherwise than it shows one; else None.
 
     A model of thoughts may mean that (it is asked to think, and shown without), so it is no error.
     """
     try:
-        asked = around_contents(template, Conversation.of(("user", "a")), awaits_response=True)
-        shown = around_contents(template, Conversation.of(("user", "a"), ("assistant", "b")))
+        asked = split_at_contents(template, Conversation.of(("user", "a")), awaits_response=True)
+        shown = split_at_contents(template, Conversation.of(("user", "a"), ("assistant", "b")))
     except BadRecord:  # no such chats: what the data has is checked one by one
         return None
     before = _text_before(shown, 1)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from megatron_sov.base.documents.messages import BadRecord, refuse_deep
 from megatron_sov.base.documents.rows import finite, no_constant
 from megatron_sov.chat.marks import (
-    BEGIN_CALL, BEGIN_THOUGHTS, END_CALL, END_THOUGHTS, LLAMA, CallForm, as_written, plain_form)
+    BEGIN_CALL, BEGIN_THOUGHTS, END_CALL, END_THOUGHTS, LLAMA, CallForm, to_hermes_form, unquote_marks)
 
 Fault = Literal["json", "form", "unclosed"]
 FORMS: dict[CallForm, str] = {
@@ -72,20 +72,20 @@ def parse_turn(text: str, *, in_thoughts: bool = False, form: CallForm | None = 
         form: of calls; None: whichever marks show.
     """
     # one form for all families, so that what follows knows one pair of marks
-    text = plain_form(text, in_thoughts=in_thoughts, form=form)
-    place, last_end = _first_place(text, in_thoughts), text.rfind(END_CALL)
+    text = to_hermes_form(text, in_thoughts=in_thoughts, form=form)
+    place, last_end = _skip_opened_thoughts(text, in_thoughts), text.rfind(END_CALL)
     said: list[str] = []
     calls: list[ToolCall | BadCall] = []
     while mark := _MARK.search(text, place):
         said.append(text[place:mark.start()])
         if mark[0] == BEGIN_CALL:
-            call, place = _call(text, mark.end(), last_end, form)
+            call, place = _parse_call(text, mark.end(), last_end, form)
             calls.append(call)
         else:
-            place = _behind_thoughts(text, mark.end())
+            place = _skip_thoughts(text, mark.end())
     said.append(text[place:])
     # indentation stays: an answer may be code
-    return WrittenTurn(as_written("".join(said)).lstrip("\n").rstrip(), tuple(calls))
+    return WrittenTurn(unquote_marks("".join(said)).lstrip("\n").rstrip(), tuple(calls))
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,12 @@ class ServedTurn:
     """What it calls."""
 
     @classmethod
-    def of(cls, told: Mapping[str, Any]) -> ServedTurn:
+    def from_dict(cls, told: Mapping[str, Any]) -> ServedTurn:
         """Return a turn out of plain values, as `asdict` gives them."""
         return cls(told["thoughts"], told["content"], tuple(ToolCall(**call) for call in told["calls"]))
 
 
-def whole_turn(text: str, in_thoughts: bool, tools: Sequence[Mapping[str, Any]],
+def parse_served_turn(text: str, in_thoughts: bool, tools: Sequence[Mapping[str, Any]],
                form: CallForm | None = None) -> ServedTurn:
     """Return what a turn that has ended says.
 
@@ -119,23 +119,23 @@ def whole_turn(text: str, in_thoughts: bool, tools: Sequence[Mapping[str, Any]],
         tools: that could be called, as OpenAI describes functions; without any no calls are looked for.
         form: of calls; None: whichever marks show.
     """
-    text = plain_form(text, in_thoughts=in_thoughts, form=form if tools else None)
+    text = to_hermes_form(text, in_thoughts=in_thoughts, form=form if tools else None)
     thoughts, said = split_thoughts(text, in_thoughts)
     # Text before the first call stays text.
     place = said.find(BEGIN_CALL) if tools else -1
     if place < 0:
-        return served_turn(thoughts, said)
+        return build_served_turn(thoughts, said)
     behind = parse_turn(said[place:], form=form)
     calls = tuple(call for call in behind.calls if isinstance(call, ToolCall))
     if not calls or any(isinstance(call, BadCall) for call in behind.calls):
-        return served_turn(thoughts, said)
+        return build_served_turn(thoughts, said)
     more = f"\n{behind.content}" if behind.content else ""
-    return served_turn(thoughts, said[:place].rstrip(), calls, more)
+    return build_served_turn(thoughts, said[:place].rstrip(), calls, more)
 
 
-def served_turn(thoughts: str, said: str, calls: tuple[ToolCall, ...] = (), more: str = "") -> ServedTurn:
-    """Return a turn whose quoted marks are as the model wrote them; `more` is taken as it is."""
-    return ServedTurn(as_written(thoughts), as_written(said) + more, calls)
+def build_served_turn(thoughts: str, content: str, calls: tuple[ToolCall, ...] = (), suffix: str = "") -> ServedTurn:
+    """Return a turn whose quoted marks are as the model wrote them; `suffix` is taken as it is."""
+    return ServedTurn(unquote_marks(thoughts), unquote_marks(content) + suffix, calls)
 
 
 def split_thoughts(text: str, in_thoughts: bool) -> tuple[str, str]:
@@ -154,20 +154,20 @@ def split_thoughts(text: str, in_thoughts: bool) -> tuple[str, str]:
     return thoughts.strip("\n"), said.lstrip("\n")
 
 
-def _first_place(text: str, in_thoughts: bool) -> int:
+def _skip_opened_thoughts(text: str, in_thoughts: bool) -> int:
     """Return where a turn goes on behind thoughts that it does not open itself."""
     end, begin = text.find(END_THOUGHTS), text.find(BEGIN_THOUGHTS)
     if in_thoughts or (end >= 0 and not 0 <= begin < end):
-        return _behind_thoughts(text, 0)
+        return _skip_thoughts(text, 0)
     return 0
 
 
-def _behind_thoughts(text: str, start: int) -> int:
+def _skip_thoughts(text: str, start: int) -> int:
     end = text.find(END_THOUGHTS, start)
     return len(text) if end < 0 else end + len(END_THOUGHTS)
 
 
-def _call(text: str, start: int, last_end: int, form: CallForm | None) -> tuple[ToolCall | BadCall, int]:
+def _parse_call(text: str, start: int, last_end: int, form: CallForm | None) -> tuple[ToolCall | BadCall, int]:
     """Return the call whose opening tag ends at `start`, and where the text goes on behind it.
 
     Args:
@@ -179,30 +179,30 @@ def _call(text: str, start: int, last_end: int, form: CallForm | None) -> tuple[
     while start < len(text) and text[start] in _SPACE:
         start += 1
     try:
-        value, end = _value(text, start)
+        value, end = _decode_value(text, start)
         # the marks inside arguments were quoted; their value is what the model wrote
-        if (inside := as_written(text[start:end])) != text[start:end]:
-            value, _ = _value(inside, 0)
-        _refuse_unfit(value)
+        if (inside := unquote_marks(text[start:end])) != text[start:end]:
+            value, _ = _decode_value(inside, 0)
+        _check_value(value)
     except (ValueError, RecursionError, BadRecord) as e:
-        return _no_json(text, start, e)
+        return _report_bad_json(text, start, e)
     while end < len(text) and text[end] in _SPACE:
         end += 1
     if not text.startswith(END_CALL, end):
         # an end tag follows somewhere, so the object itself is wrong; without one the turn was cut off
         if last_end >= end:
-            return _no_json(text, start, ValueError("more stands behind the object"))
+            return _report_bad_json(text, start, ValueError("more stands behind the object"))
         return BadCall("unclosed", f"a tool call has no {END_CALL} behind its object"), end
-    return _checked(value, form), end + len(END_CALL)
+    return _build_call(value, form), end + len(END_CALL)
 
 
-def _refuse_unfit(value: Any) -> None:
+def _check_value(value: Any) -> None:
     """Raise `BadRecord` or `ValueError` for what cannot be handed on."""
     refuse_deep(value)  # what is made of it goes through functions that call themselves more than JSON's
     json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
 
 
-def _value(text: str, start: int) -> tuple[Any, int]:
+def _decode_value(text: str, start: int) -> tuple[Any, int]:
     """Return the JSON value that begins at a place, and where it ends; raises as `JSONDecoder.raw_decode`.
 
     It is read from a piece that grows: where it is malformed json counts the lines of all that it is given,
@@ -226,7 +226,7 @@ def _value(text: str, start: int) -> tuple[Any, int]:
         num_chars *= 2
 
 
-def _no_json(text: str, start: int, error: Exception) -> tuple[BadCall, int]:
+def _report_bad_json(text: str, start: int, error: Exception) -> tuple[BadCall, int]:
     """Return that there is no JSON, and where the call that should hold it ends."""
     end = text.find(END_CALL, start)
     if end < 0:
@@ -236,7 +236,7 @@ def _no_json(text: str, start: int, error: Exception) -> tuple[BadCall, int]:
                             f"({said})"), end + len(END_CALL))
 
 
-def _checked(value: Any, form: CallForm | None) -> ToolCall | BadCall:
+def _build_call(value: Any, form: CallForm | None) -> ToolCall | BadCall:
     # where the form is not known, the object shows it
     word = "parameters" if form == LLAMA or (
         form is None and isinstance(value, dict) and "parameters" in value) else "arguments"
@@ -249,7 +249,7 @@ def _checked(value: Any, form: CallForm | None) -> ToolCall | BadCall:
     return ToolCall(value["name"], value[word])
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     # Python keeps the last of two equal names; which one was meant is unknown
     if len(found) != len(pairs):
@@ -257,4 +257,4 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=no_constant, parse_float=finite)
+_DECODER = json.JSONDecoder(object_pairs_hook=_build_object, parse_constant=no_constant, parse_float=finite)

@@ -17,19 +17,19 @@ from typing import Any
 
 from megatron_sov.base.digests import SHA256, file_digest
 from megatron_sov.base.errors import UserError
-from megatron_sov.chat.folder import TOKENIZER_JSON, chat_form
+from megatron_sov.chat.folder import TOKENIZER_JSON, read_chat_fields
 
 CANONICAL = "tokenizer-v1"
 """Prefix of the digest of a tokenizer's canonical form."""
-IMPLIED: dict[str, dict[str, Any]] = {
+IMPLIED_FIELDS: dict[str, dict[str, Any]] = {
     "ByteLevel": {"use_regex": True}, "Metaspace": {"prepend_scheme": "always", "split": True},
     "Punctuation": {"behavior": "Isolated"}}
 """Type of a step -> fields that older files leave out, with the values that `tokenizers` assumes."""
 FALSE_IS_NOT_NULL = ("strip_accents",)
 """Fields whose null has `tokenizers` decide by another field: null strips accents of a text in lower case."""
-IDLE = {"ByteLevel": {"trim_offsets"}, "Metaspace": {"str_rep", "add_prefix_space"}}
+INEFFECTIVE_FIELDS = {"ByteLevel": {"trim_offsets"}, "Metaspace": {"str_rep", "add_prefix_space"}}
 """Type of a step -> fields that change no id: they move offsets, or repeat another field."""
-IDLE_IN_DECODERS = IDLE | {"ByteLevel": {"trim_offsets", "add_prefix_space", "use_regex"}}
+INEFFECTIVE_DECODER_FIELDS = INEFFECTIVE_FIELDS | {"ByteLevel": {"trim_offsets", "add_prefix_space", "use_regex"}}
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class TokenizerFile:
     """Id -> text ("content") and the flags that are on, of an added token; special ones stand for no text."""
     parts: list[dict[str, Any]]
     """Pre-tokenizers and decoders as they stand in the file, those inside of a sequence one by one."""
-    cutting: dict[str, Any]
+    splitting: dict[str, Any]
     """Fields of the model, normalizer and pre-tokenizer, which split a text into tokens."""
     decoder: Any
     """Step from tokens to text."""
@@ -58,28 +58,28 @@ def read_tokenizer(tokenizer: Path) -> TokenizerFile:
             names = dict(enumerate(piece for piece, _ in vocabulary))
         else:
             names = {token: name for name, token in vocabulary.items()}
-        added = {token["id"]: _canonical(token) for token in raw.get("added_tokens") or []}
+        added = {token["id"]: _canonicalize(token) for token in raw.get("added_tokens") or []}
         texts = [*names.items(), *((id_, token["content"]) for id_, token in added.items())]
         if not all(type(token) is int and isinstance(text, str) for token, text in texts):
             raise ValueError("an id is no number, or a token is no text")
         return TokenizerFile({token: name for token, name in names.items() if token not in added}, added,
-                             [*_steps(raw.get("pre_tokenizer")), *_steps(raw.get("decoder"))],
-                             _cutting(raw), _canonical(raw.get("decoder"), IDLE_IN_DECODERS))
+                             [*_flatten_steps(raw.get("pre_tokenizer")), *_flatten_steps(raw.get("decoder"))],
+                             _canonical_fields(raw), _canonicalize(raw.get("decoder"), INEFFECTIVE_DECODER_FIELDS))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, struct.error,
             RecursionError) as e:
         raise UserError(f"{file}: cannot be read as a tokenizer ({e!r}); restore it from its "
                         "source") from None
 
 
-def _steps(part: Any) -> list[dict[str, Any]]:
+def _flatten_steps(part: Any) -> list[dict[str, Any]]:
     if not isinstance(part, dict):
         return []
     inner = [*(part.get("pretokenizers") or []), *(part.get("decoders") or [])]
-    return [part, *(step for one in inner for step in _steps(one))]
+    return [part, *(step for one in inner for step in _flatten_steps(one))]
 
 
-def _cutting(raw: dict[str, Any]) -> dict[str, Any]:
-    model = _canonical({"type": "BPE", **raw["model"], "vocab": None})
+def _canonical_fields(raw: dict[str, Any]) -> dict[str, Any]:
+    model = _canonicalize({"type": "BPE", **raw["model"], "vocab": None})
     vocabulary = raw["model"]["vocab"]
     if isinstance(vocabulary, list):  # unigram
         # in the precision that sentencepiece has: `tokenizers` may write a double with another last digit
@@ -87,19 +87,19 @@ def _cutting(raw: dict[str, Any]) -> dict[str, Any]:
         model["scores"] = list(struct.unpack(f"{len(scores)}f", struct.pack(f"{len(scores)}f", *scores)))
     if "merges" in model:  # older files join the two tokens by a space
         model["merges"] = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    steps = {name: _canonical(raw.get(name)) for name in ("normalizer", "pre_tokenizer")}
+    steps = {name: _canonicalize(raw.get(name)) for name in ("normalizer", "pre_tokenizer")}
     return model | {name: step for name, step in steps.items() if step}
 
 
-def _canonical(value: Any, idle: dict[str, set[str]] = IDLE) -> Any:
+def _canonicalize(value: Any, idle: dict[str, set[str]] = INEFFECTIVE_FIELDS) -> Any:
     """Return a part of a tokenizer.json without fields that are idle, empty or off, which some writers leave
     out, and with those that older files imply."""
     if isinstance(value, list):
-        return [_canonical(part, idle) for part in value]
+        return [_canonicalize(part, idle) for part in value]
     if not isinstance(value, dict):
         return value
     kind = str(value.get("type"))
-    found = {name: _canonical(part, idle) for name, part in (IMPLIED.get(kind, {}) | value).items()
+    found = {name: _canonicalize(part, idle) for name, part in (IMPLIED_FIELDS.get(kind, {}) | value).items()
              if name not in idle.get(kind, ())}
     return {name: part for name, part in found.items()
             if not (part is None or part in ("", [], {})
@@ -109,10 +109,10 @@ def _canonical(value: Any, idle: dict[str, set[str]] = IDLE) -> Any:
 def tokenizer_digest(tokenizer: Path) -> str:
     """Return the identity of a folder's tokenizer, the digest of its canonical form; raises as
     `read_tokenizer`."""
-    return _canonical_digest(tokenizer, digest_of_bytes(tokenizer))
+    return _canonical_digest(tokenizer, hash_tokenizer_file(tokenizer))
 
 
-def digest_of_bytes(tokenizer: Path) -> str:
+def hash_tokenizer_file(tokenizer: Path) -> str:
     """Return the digest of a tokenizer.json as it lies on the disk."""
     if not (tokenizer / TOKENIZER_JSON).is_file():
         raise UserError(f"{tokenizer / TOKENIZER_JSON}: cannot be read as a tokenizer: it is not there")
@@ -123,7 +123,7 @@ def digest_of_bytes(tokenizer: Path) -> str:
 def _canonical_digest(tokenizer: Path, content: str) -> str:
     """Return `tokenizer_digest` of a file whose bytes have the digest `content`."""
     read = read_tokenizer(tokenizer)
-    form = [sorted(read.ordinary.items()), sorted(read.added.items()), read.cutting, read.decoder]
+    form = [sorted(read.ordinary.items()), sorted(read.added.items()), read.splitting, read.decoder]
     return f"{CANONICAL}:{hashlib.sha256(json.dumps(form, sort_keys=True).encode()).hexdigest()}"
 
 
@@ -132,16 +132,16 @@ def find_difference(folder: Path, other: Path) -> str | None:
     for file in (folder / TOKENIZER_JSON, other / TOKENIZER_JSON):
         if not file.is_file():
             return f"{file} is not there"
-    if any(digest(folder) == digest(other) for digest in (digest_of_bytes, tokenizer_digest)):
+    if any(digest(folder) == digest(other) for digest in (hash_tokenizer_file, tokenizer_digest)):
         return None
     ours, theirs = read_tokenizer(folder), read_tokenizer(other)
     differing = list(dict(ours.ordinary.items() ^ theirs.ordinary.items()))
     beside = [{"added_tokens": file.added, "decoder": file.decoder} for file in (ours, theirs)]
-    return _difference_of_ids(folder, other, differing, ours, theirs) or _difference_of_fields(
-        folder, other, ours.cutting | beside[0], theirs.cutting | beside[1])
+    return _describe_id_difference(folder, other, differing, ours, theirs) or _describe_field_difference(
+        folder, other, ours.splitting | beside[0], theirs.splitting | beside[1])
 
 
-def refuse_other_tokens(data: Path | None, weights: Path) -> None:
+def check_same_tokens(data: Path | None, weights: Path) -> None:
     """Raise `UserError` where ids of data mean other tokens than those that a checkpoint's embeddings were
     trained on, or where the text was cut into tokens otherwise.
 
@@ -153,27 +153,27 @@ def refuse_other_tokens(data: Path | None, weights: Path) -> None:
     ours, theirs = read_tokenizer(data), read_tokenizer(weights)
     # an id that one side lacks is no contradiction: it may have a longer vocabulary
     differing = [i for i, name in ours.ordinary.items() if theirs.ordinary.get(i, name) != name]
-    if problem := _difference_of_ids(data, weights, differing, ours, theirs) or _difference_of_fields(
-            data, weights, ours.cutting, theirs.cutting):
+    if problem := _describe_id_difference(data, weights, differing, ours, theirs) or _describe_field_difference(
+            data, weights, ours.splitting, theirs.splitting):
         raise UserError(f"{problem}; pack the data with the checkpoint's tokenizer")
 
 
-def refuse_other_tokenizer(one: Path, other: Path, remedy: str) -> None:
+def check_same_tokenizer(one: Path, other: Path, remedy: str) -> None:
     """Raise `UserError` where the tokenizer or the form of chats of `other` is not that of `one`; the message
     names the field, and ends with `remedy`. Without a tokenizer.json nothing can be compared."""
     if not all((folder / TOKENIZER_JSON).is_file() for folder in (one, other)):
         return
     problem = find_difference(other, one)
     if problem is None:
-        its = chat_form(one)
-        differing = [name for name, value in chat_form(other).items() if its[name] != value]
+        its = read_chat_fields(one)
+        differing = [name for name, value in read_chat_fields(other).items() if its[name] != value]
         if not differing:
             return
         problem = f"{other}: {differing[0]} differs from that of {one}"
     raise UserError(f"{problem}; {remedy}")
 
 
-def _difference_of_ids(folder: Path, other: Path, differing: list[int], ours: TokenizerFile,
+def _describe_id_difference(folder: Path, other: Path, differing: list[int], ours: TokenizerFile,
                        theirs: TokenizerFile) -> str | None:
     if not differing:
         return None
@@ -182,21 +182,21 @@ def _difference_of_ids(folder: Path, other: Path, differing: list[int], ours: To
             f"{ours.ordinary.get(token)!r} here, {theirs.ordinary.get(token)!r} there)")
 
 
-def _difference_of_fields(folder: Path, other: Path, ours: dict[str, Any], theirs: dict[str, Any]
+def _describe_field_difference(folder: Path, other: Path, ours: dict[str, Any], theirs: dict[str, Any]
                           ) -> str | None:
     for name in {**ours, **theirs}:
-        if (mine := ours.get(name)) != (its := theirs.get(name)):
+        if (left := ours.get(name)) != (right := theirs.get(name)):
             effect = "ids have another text" if name == "decoder" else "the same text has other ids"
             return (f"{folder / TOKENIZER_JSON}: its {name} differs from that of {other} "
-                    f"({_first_difference(mine, its)}), so {effect}")
+                    f"({_describe_first_difference(left, right)}), so {effect}")
     return None
 
 
-def _first_difference(mine: Any, its: Any, place: str = "") -> str:
+def _describe_first_difference(left: Any, right: Any, place: str = "") -> str:
     """Return where two JSON values first differ, and the two values there."""
-    if isinstance(mine, list) and isinstance(its, list):
-        mine, its = dict(enumerate(mine)), dict(enumerate(its))
-    if not isinstance(mine, dict) or not isinstance(its, dict):
-        return f"{place}{mine!r:.80} here, {its!r:.80} there"
-    key = next(key for key in {**mine, **its} if mine.get(key) != its.get(key))
-    return _first_difference(mine.get(key), its.get(key), f"{place}{key}: ")
+    if isinstance(left, list) and isinstance(right, list):
+        left, right = dict(enumerate(left)), dict(enumerate(right))
+    if not isinstance(left, dict) or not isinstance(right, dict):
+        return f"{place}{left!r:.80} here, {right!r:.80} there"
+    key = next(key for key in {**left, **right} if left.get(key) != right.get(key))
+    return _describe_first_difference(left.get(key), right.get(key), f"{place}{key}: ")

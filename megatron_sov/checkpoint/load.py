@@ -262,7 +262,7 @@ def damage(path: Path, *, weights_only: bool = False) -> str | None:
     """Check the files of a checkpoint, a share per process; return the first problem or None (collective)."""
     problem: str | None = None
     with agreement():
-        problem = checkpoints.damage(path, rank=dist.get_rank(), size=dist.get_world_size(),
+        problem = checkpoints.find_damage(path, rank=dist.get_rank(), size=dist.get_world_size(),
                                      weights_only=weights_only)
     return next((p for p in gather_objects(problem) if p is not None), None)
 
@@ -275,7 +275,7 @@ def check(path: Path) -> None:
     """
     problem = damage(path, weights_only=True)
     if problem is not None:
-        raise UserError(f"{problem}; {checkpoints.instead_of(path)}")
+        raise UserError(f"{problem}; {checkpoints.suggest_replacement(path)}")
 
 
 @torch.no_grad()
@@ -294,7 +294,7 @@ def load_model(path: Path, model: LanguageModel, *, new_encoders: bool = False) 
         UserError: on every process: keys or shapes differ from the model, a file is damaged, the base of an
             adapter is missing, or the model has no adapter for an adapter checkpoint.
     """
-    base = checkpoints.adapter_base(path)
+    base = checkpoints.read_adapter_base(path)
     if base is None:
         _load_part(path, MODEL, model, new_encoders)
     elif not model.lora.on:
@@ -303,7 +303,7 @@ def load_model(path: Path, model: LanguageModel, *, new_encoders: bool = False) 
     else:
         with agreement():
             _check_adapter_settings(path, model)
-            frozen = checkpoints.found_base(path, base)
+            frozen = checkpoints.find_adapter_base(path, base)
         check(frozen)
         _load_part(frozen, MODEL, model, new_encoders)
         _load_part(path, ADAPTER, model)
@@ -318,7 +318,7 @@ def load_model(path: Path, model: LanguageModel, *, new_encoders: bool = False) 
 def _check_adapter_settings(path: Path, model: LanguageModel) -> None:
     """Raise `UserError` if the adapter was trained with other LoRA settings, such as another alpha."""
     ours = identity(model.lora, model.architecture)
-    for name, theirs in identity(checkpoints.settings_of(path).lora, model.architecture).items():
+    for name, theirs in identity(checkpoints.read_checkpoint_settings(path).lora, model.architecture).items():
         if theirs != ours[name]:
             raise UserError(f"{path}: is an adapter with lora.{name} = {theirs}, not {ours[name]}; "
                             "use the setting that it was made with")
@@ -376,4 +376,4 @@ def _check_keys(path: Path, model_keys: set[str], stored_keys: set[str]) -> None
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    return dict(json.loads((path / checkpoints.STATE).read_text(encoding="utf-8")))
+    return dict(json.loads((path / checkpoints.STATE_FILE).read_text(encoding="utf-8")))

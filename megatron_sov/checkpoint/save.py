@@ -34,7 +34,8 @@ from megatron_sov.engine.optimizer.optimizer import Optimizer
 from megatron_sov.engine.parallel import collectives
 from megatron_sov.engine.parallel.values import broadcast_object, gather_objects, sum_dict
 from megatron_sov.model.families.adapters import PREFIX
-from megatron_sov.runs.checkpoints import ADAPTER, BASE, KIND, MODEL, STATE, AdapterBase, temporary
+from megatron_sov.runs.checkpoints import (
+    ADAPTER, BASE, CHECKPOINT_KIND, MODEL, STATE_FILE, AdapterBase, temporary_folder)
 
 SAVE_TIMEOUT_S = 1800.0
 _LOOK_EVERY_S = 0.02
@@ -131,7 +132,7 @@ class Saver:
         """
         # The snapshot reuses the memory of the previous checkpoint.
         self.finish()
-        writing = _PendingSave(path, temporary(path, self._token), companions.state["step"], time.monotonic())
+        writing = _PendingSave(path, temporary_folder(path, self._token), companions.state["step"], time.monotonic())
         sources = _collect_weights(model) | ({"optimizer": optimizer.state_shards()} if optimizer else {})
         # Serialize now: the loop changes these values while the thread writes.
         parts, state, base = list(sources), to_json(companions.state), model.adapter_base
@@ -141,7 +142,7 @@ class Saver:
         def write_files() -> None:
             with _convert_os_errors(path, rank):
                 if rank == 0:
-                    refuse_existing(path, KIND, overwrite=False)
+                    refuse_existing(path, CHECKPOINT_KIND, overwrite=False)
                 writing.folder.mkdir(parents=True, exist_ok=True)
                 self._snapshot.write(writing.folder, rank)
 
@@ -306,8 +307,8 @@ def _publish_checkpoint(writing: _PendingSave, parts: list[str], state: str, com
         shutil.copytree(companions.tokenizer, folder / "tokenizer", ignore=shutil.ignore_patterns(MANIFEST))
         for name, content in companions.beside.items():
             atomic_write(folder / "tokenizer" / name, content)
-    atomic_write(folder / STATE, state)
-    artifact = ArtifactWriter(folder, KIND)
+    atomic_write(folder / STATE_FILE, state)
+    artifact = ArtifactWriter(folder, CHECKPOINT_KIND)
     # Files were hashed while they were written; they are not read again.
     artifact.known_files = {name: record for w in written for name, record in w.files.items()}
     artifact.content = {"step": companions.state["step"], "tokens": companions.state["tokens"],

@@ -10,11 +10,11 @@ from typing import Annotated
 
 from megatron_sov.base.errors import ExitCode
 from megatron_sov.base.settings import Flag, add_options, read_options
-from megatron_sov.runs.inspecting import STORE, ArtifactKind, LookOptions, look
+from megatron_sov.runs.inspection import STORE, ArtifactKind, InspectionOptions, inspect_path
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectOptions(LookOptions):
+class InspectOptions(InspectionOptions):
     """Say what a folder or file is, from what it was made, how far unfinished work on it is, and some of its
     rows."""
 
@@ -35,5 +35,5 @@ add_arguments = partial(add_options, cls=InspectOptions)
 def run(args: argparse.Namespace) -> int:
     options = read_options(InspectOptions, args)
     store = ArtifactKind(lambda path: _store_kind().lines(path), lambda path: _store_kind().problems(path))
-    look(options.path, options, {STORE: store})
+    inspect_path(options.path, options, {STORE: store})
     return ExitCode.OK

@@ -22,12 +22,12 @@ from megatron_sov.base.settings import (
     AtLeastOne, Flag, NotNegative, ProblemCode, SettingsProblem, add_options, num_cores, only_with,
     parse_nested, read_options)
 from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
-from megatron_sov.work.processes.pool import in_threads
-from megatron_sov.work.progress.jobs import Executor, Job, in_workers, run_job, run_share
-from megatron_sov.work.progress.journal import Journal, begin_journal, done_items, slurm_folder
-from megatron_sov.work.progress.progress_bar import work_bar
+from megatron_sov.work.processes.pool import map_in_threads
+from megatron_sov.work.progress.jobs import Executor, Job, run_job, run_share, worker_executor
+from megatron_sov.work.progress.journal import Journal, begin_journal, list_done_items, slurm_folder
+from megatron_sov.work.progress.progress_bar import create_bar
 from megatron_sov.work.submit.arrays import (
-    ClusterOptions, SharedWork, profile_of, refuse_living, refuse_many_restarts, submit_shares)
+    ClusterOptions, SharedWork, check_no_active_jobs, check_restarts, load_array_profile, submit_shares)
 
 KIND, ROWS, FAILED = "rows", "rows.jsonl", "failed.jsonl"
 BATCH_ROWS = 64
@@ -105,10 +105,10 @@ class MapOrder:
     def _executor(self, workers: int) -> Executor[Batch]:
         arguments = self.step, self.options.skip_failures, self.options.threads
         if self.options.ray:
-            from megatron_sov.work.submit.on_ray import on_ray
+            from megatron_sov.work.submit.ray_executor import ray_executor
 
-            return on_ray(_stepper, arguments, workers, self.options.ray, gpus=self.options.gpus)
-        return in_workers(_stepper, arguments, workers)
+            return ray_executor(_stepper, arguments, workers, self.options.ray, gpus=self.options.gpus)
+        return worker_executor(_stepper, arguments, workers)
 
     def publish(self, journal: Journal) -> None:
         """Write the artifact, and say what it holds."""
@@ -143,7 +143,7 @@ class MapShare:
 
     def __call__(self, task: int) -> None:
         # a class that kills its process would be started again and again by Slurm
-        refuse_many_restarts("megatron-sov map", "take more --workers")
+        check_restarts("megatron-sov map", "take more --workers")
         run_share(self.order.job(1), task, self.num_shares)
 
 
@@ -180,8 +180,8 @@ def run(args: argparse.Namespace) -> int:
         _submit(order)
         return ExitCode.OK
     # jobs that work on it already would do the same rows again
-    refuse_living(slurm_folder(options.output))
-    with work_bar("map", num_rows, "row") as bar:
+    check_no_active_jobs(slurm_folder(options.output))
+    with create_bar("map", num_rows, "row") as bar:
         run_job(order.job(options.workers, lambda batch: bar.update(len(batch))), redo=options.redo)
     return ExitCode.OK
 
@@ -219,7 +219,7 @@ def _stepper(asked: PluginOrder, skip_failures: bool, threads: int) -> Callable[
         return lambda batch: b"".join(map(do, batch))
     # threads end in any order; line numbers bring the rows back into that of the input
     return lambda batch: b"".join(record for _, record in sorted(
-        in_threads(lambda line: (line[0], do(line)), batch, threads)))
+        map_in_threads(lambda line: (line[0], do(line)), batch, threads)))
 
 
 def _lines_of(made: Any) -> list[bytes]:
@@ -237,13 +237,13 @@ def _submit(order: MapOrder) -> None:
     # jobs run in folders of their own
     options = replace(order.options, output=order.options.output.absolute(),
                       rows=order.options.rows.absolute())
-    order, profile = replace(order, options=options), profile_of(options)
+    order, profile = replace(order, options=options), load_array_profile(options)
     if (options.output / MANIFEST).is_file() and not options.overwrite:
         print(f"{options.output}: complete from before")
         return
     job = order.job(1)
     submit_shares(options.output, SharedWork(
         SHARES, to_json(job.identity), -(-order.num_rows // BATCH_ROWS), "batches",
-        num_done=lambda: len(done_items(job.output, job.identity)),
+        num_done=lambda: len(list_done_items(job.output, job.identity)),
         begin=lambda: begin_journal(job.output, job.made_by, job.identity, redo=options.redo),
         share=partial(MapShare, order), finish=MapFinish(order)), profile, options.workers)

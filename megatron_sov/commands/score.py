@@ -19,7 +19,7 @@ from megatron_sov.base.settings import AtLeastOne, Flag, add_options, num_cores,
 from megatron_sov.commands.shared_options import RedoOptions
 from megatron_sov.judge.rewards.registry import BUILT_IN, make, order
 from megatron_sov.judge.rewards.scoring import ScoringSummary, score_file
-from megatron_sov.work.progress.progress_bar import work_bar
+from megatron_sov.work.progress.progress_bar import create_bar
 
 REWARDS = f"{', '.join(BUILT_IN)}, or a class of your own, FILE.py:NAME"
 RewardName = Annotated[str, Flag(value="NAME", help=REWARDS)]
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     if options.output.exists() and options.input.exists() and options.output.samefile(options.input):
         raise UserError(f"--output {options.output}: is the --input; name another file")
     num_rows = check_rows(options.input)
-    with work_bar("score", num_rows, "row") as bar:
+    with create_bar("score", num_rows, "row") as bar:
         summary = score_file(asked, made, options.input, options.output, options.workers, bar.update,
                              redo=options.redo)
     tell(summary, num_rows, options.reward, made.version, options.output)

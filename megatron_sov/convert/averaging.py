@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from megatron_sov.base.artifacts import MANIFEST, FileRecord, manifest_sha256, read_manifest, refuse_existing
 from megatron_sov.base.errors import UserError
-from megatron_sov.chat.vocabulary import refuse_other_tokenizer
+from megatron_sov.chat.vocabulary import check_same_tokenizer
 from megatron_sov.checkpoint.sharded_tensors import block_name, write_index
 from megatron_sov.checkpoint.writer import TensorSpec
 from megatron_sov.convert.dtypes import KEEP, check_space, convert_tensor
@@ -34,8 +34,8 @@ from megatron_sov.model.config.train import AVERAGES
 from megatron_sov.model.families.family import OF_TRAINING
 from megatron_sov.model.families.weights import Link
 from megatron_sov.runs.checkpoints import (
-    CHECKPOINTS_OF_A_RUN, IMPORTED, KIND, MERGED, adapter_base, complete, find_checkpoint, refuse_missing,
-    settings_of, step_of)
+    CHECKPOINT_KIND, CHECKPOINTS_FOLDER, IMPORTED_RECIPE, MERGED, check_model_path, checkpoint_step,
+    find_checkpoint, list_complete, read_adapter_base, read_checkpoint_settings)
 from megatron_sov.work.progress.resumable import resumable_artifact
 
 OpenCheckpoint = CheckpointWeights | AdaptedWeights
@@ -79,7 +79,7 @@ def write_derived(out: Path, what: str, derived: Derived, plan: Mapping[str, Any
     """
     files, links = dict(derived.files), dict(derived.links)
     full_plan = {**plan, "files": digest_of(files)}
-    with resumable_artifact(out, KIND, f"megatron-sov convert {what}", full_plan, overwrite=overwrite,
+    with resumable_artifact(out, CHECKPOINT_KIND, f"megatron-sov convert {what}", full_plan, overwrite=overwrite,
                             redo=redo) as artifact, ExitStack() as stack, tqdm(
                 total=len(links), desc=what, unit="block", disable=None) as bar:
         missing = {name: blocks for name, blocks in files.items() if name not in artifact.finished}
@@ -141,10 +141,10 @@ def choose_checkpoints(run: Path, last: int | None, steps: Sequence[int | None] 
     Raises:
         UserError: there are fewer than two checkpoints, or fewer than `last`.
     """
-    refuse_missing(run)
+    check_model_path(run)
     first, end = steps
-    checkpoints = [path for path in complete(run / CHECKPOINTS_OF_A_RUN)
-             if (first is None or step_of(path) >= first) and (end is None or step_of(path) <= end)]
+    checkpoints = [path for path in list_complete(run / CHECKPOINTS_FOLDER)
+             if (first is None or checkpoint_step(path) >= first) and (end is None or checkpoint_step(path) <= end)]
     bounds = ""
     if first is not None or end is not None:
         bounds = f" between steps {first or 0} and {'the last' if end is None else end}"
@@ -183,7 +183,7 @@ def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, worke
             differ, a checkpoint is damaged, or the disk is full.
     """
     out = Path(out)
-    refuse_existing(out, KIND, overwrite)
+    refuse_existing(out, CHECKPOINT_KIND, overwrite)
     paths = [_find_start(path) for path, _ in checkpoints]
     if len(paths) < fewest:
         raise UserError(f"{', '.join(map(str, paths)) or 'no checkpoint'}: a mean needs at least two "
@@ -192,14 +192,14 @@ def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, worke
     sources = [checkpoint_weights(path) for path in paths]
     links = {block_name(link.key, link.offset): link for link in sources[0].links}
     files = planned_files(links, sources[0].dtype, KEEP)
-    merged = [{"path": str(path), "step": read_manifest(path, KIND).content.get("step", 0),
+    merged = [{"path": str(path), "step": read_manifest(path, CHECKPOINT_KIND).content.get("step", 0),
                "weight": weight,
                "manifest_sha256": manifest_sha256(path)} for path, weight in zip(paths, weights, strict=True)]
     derived = Derived(
         sources, links, files,
         lambda spec: mean_block(sources, weights, links[spec.name], spec.dtype),
         lambda spec: links[spec.name].hf_names,
-        dataclasses.replace(settings_of(paths[0]), recipe=IMPORTED, lora=LoraConfig()),
+        dataclasses.replace(read_checkpoint_settings(paths[0]), recipe=IMPORTED_RECIPE, lora=LoraConfig()),
         {"step": max(m["step"] for m in merged), MERGED: merged, **copy_carried_fields(paths[0])})
     write_derived(out, "average", derived, {"merged": merged}, workers=workers, overwrite=overwrite,
                   redo=redo)
@@ -250,7 +250,7 @@ def _iter_slabs(link: Link) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]
 
 
 def _find_start(path: Path) -> Path:
-    refuse_missing(path)
+    check_model_path(path)
     return find_checkpoint(path)
 
 
@@ -267,17 +267,17 @@ def _check_weights(paths: Sequence[Path], weights: Sequence[float]) -> list[floa
 
 def _check_compatible(first: Path, path: Path) -> None:
     """Raise `UserError` if architecture, tokenizer or base differ."""
-    first_model, other_model = settings_of(first).model, settings_of(path).model
+    first_model, other_model = read_checkpoint_settings(first).model, read_checkpoint_settings(path).model
     for name, value, other_value in _iter_differences(first_model, other_model):
         raise UserError(f"{path}: has model.{name} = {other_value}, but {first} has {value}; only "
                         "checkpoints of one architecture can be averaged")
-    bases = [adapter_base(p) for p in (first, path)]
+    bases = [read_adapter_base(p) for p in (first, path)]
     digests = [None if base is None else base.sha256 for base in bases]
     if digests[0] != digests[1]:
         contents = ["all weights" if base is None else f"an adapter of {base.path}" for base in bases]
         raise UserError(f"{path}: contains {contents[1]}, but {first} contains {contents[0]}; convert "
                         "adapters to full checkpoints first (`megatron-sov convert to-hf`, then `from-hf`)")
-    refuse_other_tokenizer(first / "tokenizer", path / "tokenizer",
+    check_same_tokenizer(first / "tokenizer", path / "tokenizer",
                            "only checkpoints with the same tokenizer can be averaged")
 
 

@@ -37,9 +37,11 @@ from megatron_sov.model.modality import modality
 from megatron_sov.model.objectives import BUILT_IN
 from megatron_sov.model.pretrained import (
     CONFIG, INDEX, SINGLE_FILE, listed, load_and_compare, low_bit_options)
-from megatron_sov.runs.checkpoints import HF_MODEL, KIND as CHECKPOINT, RUN, refuse_other_kind, settings_of
+from megatron_sov.runs.checkpoints import (
+    CHECKPOINT_KIND as CHECKPOINT, HF_MODEL, RUN, check_folder_kind, read_checkpoint_settings)
 from megatron_sov.version import __version__
 from megatron_sov.work.progress.resumable import ResumableArtifact, resumable_artifact
+
 
 # Verification: two folders hold the same model, and transformers loads an export. Tensors are compared one at
 # a time under their Hugging Face names; if dtypes differ, both tensors are rounded to the narrower dtype.
@@ -364,7 +366,7 @@ def _iter_provenance(source: Path) -> Iterator[str]:
 
 
 def _check_order(checkpoint: Path, dtype: str, max_shard_bytes: int) -> None:
-    refuse_other_kind(checkpoint, (CHECKPOINT, RUN), "a checkpoint or a run")
+    check_folder_kind(checkpoint, (CHECKPOINT, RUN), "a checkpoint or a run")
     check_dtype_name(dtype)
     if max_shard_bytes <= 0:
         raise UserError(f"--max-shard-bytes {max_shard_bytes}: must be positive")
@@ -391,7 +393,7 @@ def _build_processors(source: Weights, checkpoint: Path) -> dict[str, dict[str, 
     if not source.model.is_multimodal:
         return {}
     return modality().processor_files(source.model, checkpoint / "tokenizer",
-                                      settings_of(checkpoint).data.paths)
+                                      read_checkpoint_settings(checkpoint).data.paths)
 
 
 def _write_companions(folder: Path, files: dict[str, list[TensorSpec]], json_files: dict[str, dict[str, Any]],

@@ -21,7 +21,8 @@ from megatron_sov.base.artifacts import (
 from megatron_sov.base.digests import fingerprint
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.outputs import refuse_link_outside
-from megatron_sov.chat.folder import CONFIG_JSON, TEMPLATE, TOKENIZER_JSON, read_chat_encoder, special_text
+from megatron_sov.chat.folder import (
+    CONFIG_JSON, TEMPLATE_FILE, TOKENIZER_JSON, read_chat_encoder, read_special_token)
 from megatron_sov.chat.vocabulary import read_tokenizer
 from megatron_sov.checkpoint.assembling import StoredBlock
 from megatron_sov.checkpoint.sharded_tensors import (
@@ -37,8 +38,10 @@ from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.families.weights import Link
 from megatron_sov.model.pretrained import CONFIG, DAMAGED_HF, hub_name, listed, read_json
 from megatron_sov.runs.checkpoints import (
-    ADAPTER, HF_MODEL, IMPORTED, KIND, SOURCE, instead_of, refuse_missing, refuse_other_kind)
+    ADAPTER, CHECKPOINT_KIND, HF_MODEL, IMPORTED_RECIPE, SOURCE, check_folder_kind, check_model_path,
+    suggest_replacement)
 from megatron_sov.work.progress.resumable import resumable_artifact
+
 
 # Duplicated tensors: Hugging Face folders store embedding and head of a prediction layer a second time. A
 # checkpoint stores each once.
@@ -179,7 +182,7 @@ def _check_folder(weights: Weights, workers: int, base: SourceCheck | None) -> I
                        if part not in (PART, ADAPTER))
         damage = {name: pool.submit(file_damage, path / name, record)
                  for name, record in manifest.files.items() if not name.startswith(other_parts)}
-        remedy = instead_of(path) if manifest.kind == KIND else DAMAGED_HF
+        remedy = suggest_replacement(path) if manifest.kind == CHECKPOINT_KIND else DAMAGED_HF
     check = SourceCheck(weights, damage, remedy, base)
     try:
         yield check
@@ -231,7 +234,7 @@ def carry(source: Path, target: Path, tokens: TokenIds) -> None:
 
 def move_chat_template(folder: Path) -> None:
     """Move the chat template from tokenizer_config.json to its own file, as transformers 5 does."""
-    config_file, template_file = folder / CONFIG_JSON, folder / TEMPLATE
+    config_file, template_file = folder / CONFIG_JSON, folder / TEMPLATE_FILE
     config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
     template = config.pop("chat_template", None)
     # A list has several named templates, which transformers reads from tokenizer_config.json.
@@ -301,7 +304,7 @@ def ids_beside(folder: Path) -> TokenIds:
 
 def _ids_of_texts(folder: Path, names: list[str]) -> dict[str, int]:
     """Return the ids of the special tokens that tokenizer_config.json names by text."""
-    texts = {name: text for name in names if (text := special_text(folder, f"{name}_token"))}
+    texts = {name: text for name in names if (text := read_special_token(folder, f"{name}_token"))}
     if not texts or not (folder / TOKENIZER_JSON).is_file():
         return {}
     tokenizer = read_tokenizer(folder)
@@ -348,9 +351,9 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
     """
     hf_dir, out = Path(hf_dir), Path(out)
     check_dtype_name(dtype)
-    refuse_existing(out, KIND, overwrite)
-    refuse_missing(hf_dir)
-    refuse_other_kind(hf_dir, (HF_MODEL,), "a Hugging Face folder")
+    refuse_existing(out, CHECKPOINT_KIND, overwrite)
+    check_model_path(hf_dir)
+    check_folder_kind(hf_dir, (HF_MODEL,), "a Hugging Face folder")
     if not (hf_dir / CONFIG).is_file():
         raise UserError(f"{hf_dir}: has no {CONFIG}, so it is not a Hugging Face folder; "
                         "pass the folder that holds the model")
@@ -406,7 +409,7 @@ def write_imported(out: Path, source: Imported, dtype: str, *, workers: int, ove
     files = planned_files(links, weights.dtype, dtype)
     plan = {"from": fingerprint(folder), "dtype": dtype, "model": dataclasses.asdict(weights.model),
             "files": digest_of(files)}
-    with resumable_artifact(out, KIND, f"megatron-sov convert {source.what}", plan, overwrite=overwrite,
+    with resumable_artifact(out, CHECKPOINT_KIND, f"megatron-sov convert {source.what}", plan, overwrite=overwrite,
                             redo=redo) as artifact, \
             tqdm(total=len(links), desc=source.what, unit="block", disable=None) as bar:
         missing = {name: blocks for name, blocks in files.items() if name not in artifact.finished}
@@ -434,7 +437,7 @@ def write_imported(out: Path, source: Imported, dtype: str, *, workers: int, ove
             carry(source.tokenizer, artifact.path / "tokenizer", source.tokens)
         artifact.writer.content = {"step": 0, "parts": [PART], "tokens": 0, **source.content}
         code = models.OWN.code(weights.model.family)
-        artifact.writer.settings = RunConfig(IMPORTED, weights.model, code=(code,) if code else ()).to_dict()
+        artifact.writer.settings = RunConfig(IMPORTED_RECIPE, weights.model, code=(code,) if code else ()).to_dict()
 
 
 def planned_files(links: dict[str, Link], dtype_of: Callable[[str], torch.dtype],

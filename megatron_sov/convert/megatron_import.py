@@ -32,8 +32,7 @@ from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.families.weights import Link
 from megatron_sov.model.pretrained import listed, read_json
-from megatron_sov.runs.checkpoints import KIND
-
+from megatron_sov.runs.checkpoints import CHECKPOINT_KIND
 
 METADATA, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -417,7 +416,7 @@ def from_megatron(folder: str | Path, out: str | Path, dtype: str = KEEP, *, fam
     """
     out = Path(out)
     check_dtype_name(dtype)
-    refuse_existing(out, KIND, overwrite)
+    refuse_existing(out, CHECKPOINT_KIND, overwrite)
     iteration_folder = find_iteration(Path(folder))
     settings, iteration = _read_model_settings(iteration_folder)
     try:

@@ -26,9 +26,9 @@ from megatron_sov.model.families.adapters import (
     MAGNITUDE, A, Adapted, AdapterPlace, B, adaptable, adapted, adapted_modules, places)
 from megatron_sov.model.pretrained import CONFIG as HF_CONFIG, DAMAGED_HF, read_json
 from megatron_sov.runs.checkpoints import (
-    ADAPTER, BASE, CHECKPOINTS_OF_A_RUN, IMPORTED, KIND, PEFT_ADAPTER, RUN, SOURCE, AdapterBase, adapter_base,
-    damage, found_base, instead_of, keep_as_base, refuse_missing, refuse_no_model, refuse_other_kind,
-    settings_of)
+    ADAPTER, BASE, CHECKPOINT_KIND, CHECKPOINTS_FOLDER, IMPORTED_RECIPE, PEFT_ADAPTER, RUN, SOURCE,
+    AdapterBase, check_folder_kind, check_model_folder, check_model_path, find_adapter_base, find_damage,
+    protect_adapter_base, read_adapter_base, read_checkpoint_settings, suggest_replacement)
 
 # Names, shapes and settings of PEFT (0.21.2). The factors A and B of a linear layer have the layer's name.
 # Stacked experts are parameters, not layers: PEFT wraps their module twice, with gate and up projections
@@ -229,8 +229,8 @@ class AdaptedWeights:
     """Tensors of an adapter's base with the adapter merged; all in `merged_dtype`."""
 
     def __init__(self, path: Path, base: AdapterBase) -> None:
-        self.path, self.base = path, CheckpointWeights(found_base(path, base))
-        settings = settings_of(path)
+        self.path, self.base = path, CheckpointWeights(find_adapter_base(path, base))
+        settings = read_checkpoint_settings(path)
         self.model, self.links, self.lora = settings.model, self.base.links, settings.lora
         self._places, self._thread_state = places(self.model, self.lora), threading.local()
         self.reader = TensorReader(path, ADAPTER)
@@ -308,7 +308,7 @@ def checkpoint_weights(path: Path) -> CheckpointWeights | AdaptedWeights:
     Raises:
         UserError: tensors do not match the model, or the base is missing.
     """
-    base = adapter_base(path)
+    base = read_adapter_base(path)
     return CheckpointWeights(path) if base is None else AdaptedWeights(path, base)
 
 
@@ -346,16 +346,16 @@ def to_peft(checkpoint: str | Path, out: str | Path, *, base_name: str | None = 
     Raises:
         UserError: `checkpoint` is not an adapter or is damaged, or PEFT does not support the adapter.
     """
-    refuse_other_kind(Path(checkpoint), (KIND, RUN), "an adapter's checkpoint or a run")
+    check_folder_kind(Path(checkpoint), (CHECKPOINT_KIND, RUN), "an adapter's checkpoint or a run")
     checkpoint = newest_of_run(Path(checkpoint))
-    base = adapter_base(checkpoint)
+    base = read_adapter_base(checkpoint)
     if base is None:
         raise UserError(f"{checkpoint}: contains all weights, not an adapter; use `megatron-sov convert "
                         "to-hf`")
-    settings = settings_of(checkpoint)
+    settings = read_checkpoint_settings(checkpoint)
     config = peft_config(settings.model, settings.lora, base_name or base_name_of(checkpoint, base))
-    if problem := damage(checkpoint, weights_only=True):
-        raise UserError(f"{problem}; {instead_of(checkpoint)}")
+    if problem := find_damage(checkpoint, weights_only=True):
+        raise UserError(f"{problem}; {suggest_replacement(checkpoint)}")
     reader = TensorReader(checkpoint, ADAPTER)
     reader.check_complete()
     factors = {peft_name(module, tensor): (module, tensor)
@@ -383,12 +383,12 @@ def to_peft(checkpoint: str | Path, out: str | Path, *, base_name: str | None = 
 def base_name_of(checkpoint: Path, base: AdapterBase) -> str:
     """Return the name of the imported base model, otherwise the name of its run or folder."""
     try:
-        name = read_manifest(found_base(checkpoint, base), KIND).content.get(SOURCE)
+        name = read_manifest(find_adapter_base(checkpoint, base), CHECKPOINT_KIND).content.get(SOURCE)
     except UserError:  # the adapter can be exported without its base
         name = None
     if isinstance(name, str):
         return name
-    return (base.path.parent.parent if base.path.parent.name == CHECKPOINTS_OF_A_RUN else base.path).name
+    return (base.path.parent.parent if base.path.parent.name == CHECKPOINTS_FOLDER else base.path).name
 
 
 def from_peft(peft_dir: str | Path, out: str | Path, base: str | Path, *, overwrite: bool = False) -> None:
@@ -404,15 +404,15 @@ def from_peft(peft_dir: str | Path, out: str | Path, base: str | Path, *, overwr
         UserError: the adapter is not supported, or does not match the base.
     """
     peft_dir = Path(peft_dir)
-    refuse_other_kind(peft_dir, (PEFT_ADAPTER,), "a PEFT adapter")
+    check_folder_kind(peft_dir, (PEFT_ADAPTER,), "a PEFT adapter")
     base = newest_of_run(Path(base))
     for file in (CONFIG, WEIGHTS):
         if not (peft_dir / file).is_file():
             raise UserError(f"{peft_dir}: has no {file}, so it is not a PEFT adapter in safetensors format; "
                             "pass a folder written by `save_pretrained`")
-    refuse_missing(base)
-    refuse_other_kind(base, (KIND,), "a checkpoint or a run")
-    if adapter_base(base) is not None:
+    check_model_path(base)
+    check_folder_kind(base, (CHECKPOINT_KIND,), "a checkpoint or a run")
+    if read_adapter_base(base) is not None:
         raise UserError(f"--base {base}: is an adapter itself; pass the checkpoint of its base model")
     model = CheckpointWeights(base).model
     if (peft_dir / MANIFEST).is_file() and (problems := damaged_files(peft_dir)):
@@ -423,9 +423,9 @@ def from_peft(peft_dir: str | Path, out: str | Path, base: str | Path, *, overwr
     lora = lora_of(read_json(peft_dir / CONFIG), names, model, peft_dir)
     _check_frozen_weights(weights, frozen, CheckpointWeights(base))
     modules = adapted_modules(model, lora)
-    settings = settings_of(base)
-    keep_as_base(base.resolve())
-    with new_artifact(out, KIND, overwrite=overwrite) as artifact:
+    settings = read_checkpoint_settings(base)
+    protect_adapter_base(base.resolve())
+    with new_artifact(out, CHECKPOINT_KIND, overwrite=overwrite) as artifact:
         writer = TensorWriter(artifact.path, ADAPTER)
         for module in modules:
             for tensor in _list_factors(lora.dora):
@@ -440,7 +440,7 @@ def from_peft(peft_dir: str | Path, out: str | Path, base: str | Path, *, overwr
                             ignore=shutil.ignore_patterns(MANIFEST))
         artifact.add_input(base)
         artifact.content = {"step": 0, "tokens": 0, "parts": [ADAPTER], BASE: AdapterBase.of(base).to_dict()}
-        artifact.settings = dataclasses.replace(settings, recipe=IMPORTED, lora=lora).to_dict()
+        artifact.settings = dataclasses.replace(settings, recipe=IMPORTED_RECIPE, lora=lora).to_dict()
 
 
 def _list_factors(dora: bool) -> tuple[str, ...]:
@@ -474,9 +474,9 @@ def open_weights(path: str | Path) -> Weights:
     Raises:
         UserError: `path` is none of these, or tensors do not match the model.
     """
-    refuse_missing(Path(path))
+    check_model_path(Path(path))
     path = newest_of_run(Path(path))
-    refuse_no_model(path)
+    check_model_folder(path)
     if (path / HF_CONFIG).is_file():
         return HfWeights(path)
     return checkpoint_weights(path)

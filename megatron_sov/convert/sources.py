@@ -28,7 +28,7 @@ from megatron_sov.model.families.weights import Link
 from megatron_sov.model.pretrained import (
     CONFIG, DAMAGED_HF, EMBEDDING, HEAD, RECOMPUTED, is_hf_folder as is_hf_folder, listed, read_json,
     tensor_files)
-from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, find_checkpoint, settings_of
+from megatron_sov.runs.checkpoints import CHECKPOINTS_FOLDER, find_checkpoint, read_checkpoint_settings
 
 HASHED_AT_A_TIME = 4
 PART = "model"
@@ -128,7 +128,7 @@ class Weights(Protocol):
 
 def newest_of_run(path: Path) -> Path:
     """Return the newest checkpoint if `path` is the folder of a run, otherwise `path`."""
-    return find_checkpoint(path) if (path / CHECKPOINTS_OF_A_RUN).is_dir() else path
+    return find_checkpoint(path) if (path / CHECKPOINTS_FOLDER).is_dir() else path
 
 
 def check_exact(where: object, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]],
@@ -285,7 +285,7 @@ class CheckpointWeights:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        settings = settings_of(path)
+        settings = read_checkpoint_settings(path)
         self.model = settings.model
         self.links = models.get(self.model.family, settings.code).links(self.model)
         self._reader = TensorReader(path, PART)

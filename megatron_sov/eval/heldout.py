@@ -17,7 +17,7 @@ import torch
 
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
-from megatron_sov.chat.vocabulary import refuse_other_tokens
+from megatron_sov.chat.vocabulary import check_same_tokens
 from megatron_sov.infer.engines.load import Loaded
 from megatron_sov.model.config.data import named_shards
 from megatron_sov.model.modality import check_encoders
@@ -27,7 +27,7 @@ from megatron_sov.train.data.token_bytes import token_bytes
 from megatron_sov.train.data.token_shards import TEXTS, Documents, Source, open_sources, tokenizer_folder
 from megatron_sov.train.stages.evaluate import (
     PARTS, SUMS, HeldoutEvaluator, HeldoutLoss, heldout_row, result_of)
-from megatron_sov.work.progress.progress_bar import work_bar
+from megatron_sov.work.progress.progress_bar import create_bar
 
 ROW_TOKENS = 8192
 """Tokens of a row, unless one document alone is longer."""
@@ -99,7 +99,7 @@ def open_heldout(paths: dict[str, float], seq_len: int, max_tokens: int, *,
         raise UserError(f"--data {', '.join(paths)}: none of its held-out tokens is learned (prompts alone), "
                         "so there is nothing to judge by; look at them with `sov-data sample`")
     if model_tokenizer is not None:
-        refuse_other_tokens(tokenizer_folder(sources), model_tokenizer)
+        check_same_tokens(tokenizer_folder(sources), model_tokenizer)
     return data
 
 
@@ -112,7 +112,7 @@ def evaluate_rows(data: HeldoutData, losses_of: Callable[[PackedRow], np.ndarray
     """
     results = {}
     sizes = data.bytes_of_token(data.vocab_size)
-    with work_bar("judging", data.num_rows, "row") as bar:
+    with create_bar("judging", data.num_rows, "row") as bar:
         for index, source in data.judged():
             sums = dict.fromkeys(SUMS, 0.0)
             for row in data.rows(index):
@@ -138,7 +138,7 @@ def evaluate_forward_model(loaded: Loaded, data: HeldoutData) -> dict[str, Heldo
     sizes = data.bytes_of_token(loaded.config.model.vocab_size)
     evaluator = HeldoutEvaluator(data.sources, sizes, data.seq_len, rows, data.max_tokens, loaded.world)
     shows = loaded.world.rank == loaded.world.size - 1  # of the last pipeline stage, whatever the layout
-    with work_bar("judging", evaluator.num_micro_batches, "row", shows) as bar:
+    with create_bar("judging", evaluator.num_micro_batches, "row", shows) as bar:
         return evaluator.run(loaded.policy, done=bar.update)
 
 

@@ -15,10 +15,10 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AtLeastOne, Flag, SettingsError
 from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder
 from megatron_sov.chat.folder import TOKENIZER_JSON, read_chat_encoder
-from megatron_sov.chat.marks import text_decoder, with_opening
+from megatron_sov.chat.marks import build_text_decoder, prepend_mark
 from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, PRECISION_KEY, SERVED, TRANSFORMERS, ChosenEngine
 from megatron_sov.infer.request import Generated
-from megatron_sov.work.endpoints.transport import address_problems
+from megatron_sov.work.endpoints.transport import find_address_problems
 
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.server_engine import ServerPlaces
@@ -121,7 +121,7 @@ class ServerOptions:
         from megatron_sov.infer.engines.server_engine import ServerPlaces
 
         for url in self.engine_url:
-            if problems := address_problems("--engine-url", url, "the environment"):
+            if problems := find_address_problems("--engine-url", url, "the environment"):
                 raise SettingsError("", problems)
         return ServerPlaces(run / "engines", self.engine_url, self.engine_python)
 
@@ -141,7 +141,7 @@ class SamplingRequest:
 
     def response(self, number: int, text: str) -> str:
         """Return what a model wrote to a prompt as a text that stands by itself."""
-        return with_opening(text, self.opened[number])
+        return prepend_mark(text, self.opened[number])
 
     @property
     def longest(self) -> int:
@@ -180,7 +180,7 @@ class Asker:
         """Of conversations; None: prompts are texts."""
         self.end_ids = stop_ids(target, eos, encoder)
         """Tokens that end an answer."""
-        self._decode = text_decoder(target.tokenizer_folder / TOKENIZER_JSON, self.end_ids,
+        self._decode = build_text_decoder(target.tokenizer_folder / TOKENIZER_JSON, self.end_ids,
                                     lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))
 
     def ask(self, prompts: Sequence[str | Conversation]) -> list[list[int]]:

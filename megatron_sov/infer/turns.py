@@ -13,7 +13,8 @@ import torch.distributed as dist
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import TurnEncoder
-from megatron_sov.chat.folder import CONFIG_JSON, SPECIAL_JSON, TEMPLATE, TOKENIZER_JSON, read_chat_encoder
+from megatron_sov.chat.folder import (
+    CONFIG_JSON, SPECIAL_JSON, TEMPLATE_FILE, TOKENIZER_JSON, read_chat_encoder)
 from megatron_sov.engine.parallel.values import broadcast_object
 from megatron_sov.infer.asking import check_engine, check_length, stop_ids
 from megatron_sov.infer.engine import Engine, EngineName, engine_for, run_engine
@@ -102,7 +103,7 @@ def _sample_along(policy: EnginePolicy) -> None:
 
 def chat_digests(folder: Path) -> dict[str, str]:
     """Return the digests of the files that say how a folder's chats become ids, by their names."""
-    files = [folder / name for name in (TOKENIZER_JSON, CONFIG_JSON, TEMPLATE, SPECIAL_JSON)]
+    files = [folder / name for name in (TOKENIZER_JSON, CONFIG_JSON, TEMPLATE_FILE, SPECIAL_JSON)]
     return {file.name: file_digest(file) for file in files if file.is_file()}
 
 

@@ -150,10 +150,10 @@ def processor_files(model: ModelConfig, tokenizer: Path,
                                 (AUDIO, model.audio_tokens, marks.DISCRETE_AUDIO)):
         if block is not None:
             media[f"{kind}_tokens"] = {
-                "first": block.first, "size": block.size, "first_token": marks.entry(kind, 0),
+                "first": block.first, "size": block.size, "first_token": marks.codebook_token(kind, 0),
                 "marks": list(around),
                 **({"end_of_line": marks.END_OF_LINE, "end_of_frame": marks.END_OF_FRAME,
-                    "ratios": [marks.ratio(w, h) for w, h in marks.RATIOS]} if kind == IMAGE else {}),
+                    "ratios": [marks.ratio_token(w, h) for w, h in marks.RATIOS]} if kind == IMAGE else {}),
                 "codecs": sorted(codecs.get(kind, ()))}
     if not media:
         return {}

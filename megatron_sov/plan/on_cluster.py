@@ -28,8 +28,8 @@ from megatron_sov.plan.search.sweep import (
 from megatron_sov.plan.speed.parameters import Parameters
 from megatron_sov.schedules import Schedule
 from megatron_sov.work.clusters.chips import Chip
-from megatron_sov.work.clusters.units import GIB, SECONDS_OF_A_DAY
-from megatron_sov.work.progress.progress_bar import work_bar
+from megatron_sov.work.clusters.units import GIB, SECONDS_PER_DAY
+from megatron_sov.work.progress.progress_bar import create_bar
 
 LEAST_SHOWN_SHARE = 0.0005
 """Items of memory that one line has no place for are smaller."""
@@ -127,14 +127,14 @@ class PlacedPlan:
 
     def _uncertainty(self) -> str:
         """Return the sentence on how wrong the time may be."""
-        seconds = totals(self.quotes).days * SECONDS_OF_A_DAY
+        seconds = totals(self.quotes).days * SECONDS_PER_DAY
         low, high = seconds / (1 + UNSEEN_ERROR), seconds * (1 + UNSEEN_ERROR)
         return (f"In nine of ten cases the time is {format_days(low)} to {format_days(high)} "
                 "(docs/plan_speed.md).")
 
 
 def _time_and_cost(total: QuoteTotals) -> str:
-    return f"{format_days(total.days * SECONDS_OF_A_DAY)}, {format_money(total.cost_usd)}"
+    return f"{format_days(total.days * SECONDS_PER_DAY)}, {format_money(total.cost_usd)}"
 
 
 def _gpus(machines: Machines) -> str:
@@ -219,7 +219,7 @@ def searched(request: RecipeRequest, machines: Machines, recipe: Sequence[str],
     config = request.config()
     fixed = {setting.partition("=")[0] for setting in request.settings}
     prices.links  # noqa: B018  # told before the search, not in its middle
-    with work_bar("layouts", num_layouts(config, prices, fixed), "layout") as bar:
+    with create_bar("layouts", num_layouts(config, prices, fixed), "layout") as bar:
         found = search(config, prices, fixed, bar.update)
     if not found.best:
         raise UserError(_fits_nowhere(config, prices, found, fixed))
@@ -354,7 +354,7 @@ def budget_rows(requests: Mapping[str, RecipeRequest], machines: Machines, days:
     if machines.chip is None:
         raise UserError(f"--cluster {machines.cluster}: {_unknown(machines)}")
     rows = []
-    with work_bar("recipes", len(requests), "recipe") as bar:
+    with create_bar("recipes", len(requests), "recipe") as bar:
         for name, request in requests.items():
             rows.append(_budget_row(name, request, machines, days, usd, learned))
             bar.update()
@@ -388,7 +388,7 @@ def budget_text(rows: Sequence[BudgetRow], machines: Machines) -> str:
             continue
         cells.append([row.recipe, format_count(row.num_params), format_count(row.num_active_params),
                       format_count(row.tokens), format_value(row.tokens / row.num_params, 3),
-                      format_days(row.days * SECONDS_OF_A_DAY), format_money(row.cost_usd),
+                      format_days(row.days * SECONDS_PER_DAY), format_money(row.cost_usd),
                       gib(totals(row.plan.quotes).peak_memory_bytes)])
         layouts.append(name(own_choice(row.plan.config)))
     title = f"Tokens within the budget on {_gpus(machines)} ({gib(machines.limit_bytes)} GiB usable per GPU)"

@@ -21,7 +21,7 @@ from megatron_sov.model.families.count import TABLES, layer_weights
 from megatron_sov.model.families.encoders import encoder_tensors
 from megatron_sov.plan.footprint.held import BF16_BYTES, FLOAT32_BYTES, ITEM_BYTES, stage_params
 from megatron_sov.work.clusters.cluster import ClusterProfile
-from megatron_sov.work.clusters.units import HOURS_OF_A_DAY, SECONDS_OF_A_YEAR, SECONDS_OF_AN_HOUR
+from megatron_sov.work.clusters.units import HOURS_PER_DAY, SECONDS_PER_HOUR, SECONDS_PER_YEAR
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Conditions:
 
 def conditions(profile: ClusterProfile, num_gpus: int, interval_s: float, stall_s: float,
                write_s: float) -> Conditions:
-    return Conditions(profile.failures_per_gpu_year * num_gpus / SECONDS_OF_A_YEAR,
+    return Conditions(profile.failures_per_gpu_year * num_gpus / SECONDS_PER_YEAR,
                       profile.restart_s, interval_s, stall_s, write_s)
 
 
@@ -283,7 +283,7 @@ class Cost:
 
     @property
     def days(self) -> float:
-        return self.hours / HOURS_OF_A_DAY
+        return self.hours / HOURS_PER_DAY
 
 
 def cost(train_s: float, num_gpus: int, profile: ClusterProfile, effective_share: float = 1.0) -> Cost:
@@ -299,7 +299,7 @@ def cost(train_s: float, num_gpus: int, profile: ClusterProfile, effective_share
         UserError: the profile does not say which GPUs it has.
     """
     chip = profile.chip
-    hours = train_s / effective_share / SECONDS_OF_AN_HOUR
+    hours = train_s / effective_share / SECONDS_PER_HOUR
     gpu_hours = hours * num_gpus
     price = chip.price
     note = (f"{price.typical:.2f} USD for a GPU and hour, typical price of {price.date}, "

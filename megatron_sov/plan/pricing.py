@@ -22,7 +22,7 @@ from megatron_sov.schedules import Schedule
 from megatron_sov.work.clusters import cluster
 from megatron_sov.work.clusters.chips import CHIPS, Chip, Links
 from megatron_sov.work.clusters.cluster import ClusterProfile
-from megatron_sov.work.clusters.units import SECONDS_OF_AN_HOUR
+from megatron_sov.work.clusters.units import SECONDS_PER_HOUR
 
 MAX_NODES = 1_000_000
 """More than anybody has; a number beyond is a slip of the finger."""
@@ -50,7 +50,7 @@ class Machines:
             UserError: the profile does not say it.
         """
         try:
-            return cluster.links(self.profile, self.num_ranks)
+            return cluster.compute_links(self.profile, self.num_ranks)
         except UserError as e:
             raise UserError(f"--cluster {self.cluster}: {e}") from None
 
@@ -73,7 +73,7 @@ def machines(name: str, nodes: int | None) -> Machines:
     if not 1 <= number <= MAX_NODES:
         raise UserError(f"--nodes {number}: must be at least 1"
                         + (f" and at most {MAX_NODES:,}" if number > 1 else ""))
-    return Machines(name, cluster.load(name, needs_account=False), number)
+    return Machines(name, cluster.load_profile(name, needs_account=False), number)
 
 
 # The stages of a run that are priced apart: phases of its curriculum, or the stages of its extension.
@@ -270,7 +270,7 @@ def quote(stage: RunStage, pricing: Pricing) -> Quote:
         seconds=step.components,
         bubble_share=step.bubble_s / step.total_s, imbalance=work.imbalance,
         tokens_per_s_per_gpu=step.tokens_per_s_per_gpu, tflops_per_gpu=step.tflops_per_gpu, mfu=step.mfu,
-        hours=train_s / SECONDS_OF_AN_HOUR, effective_share=kept.effective_share,
+        hours=train_s / SECONDS_PER_HOUR, effective_share=kept.effective_share,
         energy_kwh=paid.energy_kwh, cost_usd=paid.usd, cost_range_usd=(paid.usd_low, paid.usd_high),
         checkpoint=Checkpoint(kept.checkpoint_bytes, kept.stall_s + kept.write_s, kept.stall_s,
                               kept.interval_s, kept.interval_steps),

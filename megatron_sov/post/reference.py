@@ -37,7 +37,7 @@ from megatron_sov.infer.engines.target import Target
 from megatron_sov.model.config import RunConfig, layout_settings
 from megatron_sov.model.families.adapters import PREFIX
 from megatron_sov.model.modality import EncoderInputs, banks_of, inputs_of
-from megatron_sov.runs.checkpoints import files_sha256
+from megatron_sov.runs.checkpoints import hash_checkpoint_files
 from megatron_sov.runs.folder import REFERENCE
 from megatron_sov.train.data.order import OrderedSample
 from megatron_sov.train.data.rows import join_rows, rows_per_micro_batch, sample_row
@@ -46,7 +46,7 @@ from megatron_sov.train.data.token_shards import Documents, Source
 from megatron_sov.train.objectives.microbatch import MicroBatch, from_row
 from megatron_sov.train.stages.feed import FeedView
 from megatron_sov.train.stages.gate import GateView
-from megatron_sov.work.progress.progress_bar import work_bar
+from megatron_sov.work.progress.progress_bar import create_bar
 
 MICRO_BATCHES = 8
 """Micro-batches of a process that run through the model at a time."""
@@ -85,7 +85,7 @@ class Reference:
         """
         self._folder, self._max_tokens = run / REFERENCE, max_tokens
         self._identity: dict[str, Any] = {
-            "reference_sha256": files_sha256(start), "max_tokens": max_tokens,
+            "reference_sha256": hash_checkpoint_files(start), "max_tokens": max_tokens,
             "data_sha256": {s.name: manifest_sha256(s.artifact) for s in sources if s.artifact is not None}}
         self._parts = {s.name: ReferenceParts(self._folder, s.name, s.shard("train")) for s in sources}
         self.sources = tuple(dataclasses.replace(
@@ -161,7 +161,7 @@ class Reference:
         on_main(model.world, self._open)
         # Rank 0 decides: processes with different lists would wait in a collective forever.
         todo, num_tokens = on_main(model.world, self._missing), 0
-        with work_bar("reference", len(todo), "part", model.world.is_main) as bar:
+        with create_bar("reference", len(todo), "part", model.world.is_main) as bar:
             for name, part in todo:
                 parts = self._parts[name]
                 numbers = document_logprobs(model, parts.documents, parts.range_of(part), self._max_tokens,

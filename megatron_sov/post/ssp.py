@@ -26,7 +26,7 @@ from megatron_sov.convert.sources import is_hf_folder
 from megatron_sov.eval.pass_at_k import JudgedItem, pass_at_k, read_judged_parts
 from megatron_sov.eval.statistics import difference_interval
 from megatron_sov.runs.checkpoints import (
-    CHECKPOINTS_OF_A_RUN, KIND, MERGED, complete, find_checkpoint, refuse_missing)
+    CHECKPOINT_KIND, CHECKPOINTS_FOLDER, MERGED, check_model_path, find_checkpoint, list_complete)
 
 TABLE_KIND = "ssp_probe"
 ASKED, PROBLEMS, CHECKPOINTS, TABLE, RESULTS = ("asked.json", "problems.jsonl", "checkpoints", "table",
@@ -118,7 +118,7 @@ class ProbedCheckpoint:
     @property
     def name(self) -> str:
         path = self.path
-        is_of_run = path.parent.name == CHECKPOINTS_OF_A_RUN
+        is_of_run = path.parent.name == CHECKPOINTS_FOLDER
         return f"{path.parent.parent.name}/{path.name}" if is_of_run else path.name
 
     def folder(self, probe: Path) -> Path:
@@ -144,9 +144,9 @@ def candidates_of(paths: Sequence[Path]) -> list[ProbedCheckpoint]:
     """
     candidates: dict[Path, ProbedCheckpoint] = {}
     for path in paths:
-        refuse_missing(path)
-        folder = path / CHECKPOINTS_OF_A_RUN
-        checkpoints = complete(folder) if folder.is_dir() else []
+        check_model_path(path)
+        folder = path / CHECKPOINTS_FOLDER
+        checkpoints = list_complete(folder) if folder.is_dir() else []
         if not checkpoints:
             checkpoints = [path if is_hf_folder(path) else find_checkpoint(path)]
         for checkpoint in checkpoints:
@@ -156,7 +156,7 @@ def candidates_of(paths: Sequence[Path]) -> list[ProbedCheckpoint]:
 
 
 def _read_candidate(path: Path) -> ProbedCheckpoint:
-    is_merged = not is_hf_folder(path) and MERGED in read_manifest(path, KIND).content
+    is_merged = not is_hf_folder(path) and MERGED in read_manifest(path, CHECKPOINT_KIND).content
     return ProbedCheckpoint(path, is_merged)
 
 

@@ -36,11 +36,11 @@ from megatron_sov.engine.parallel.simulated_world import SimulatedRanks
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import ParallelConfig, RunConfig
 from megatron_sov.proof.miniature import Miniature, miniature
-from megatron_sov.runs.checkpoints import KIND, MODEL
+from megatron_sov.runs.checkpoints import CHECKPOINT_KIND, MODEL
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.data.token_shards import open_sources
 from megatron_sov.train.trainer import Trainer
-from megatron_sov.work.progress.progress_bar import work_bar
+from megatron_sov.work.progress.progress_bar import create_bar
 
 STEPS = 2
 """The second shows that what the first has left, weights and counters, is what all continue with."""
@@ -167,7 +167,7 @@ def _compare(small: Miniature, whole: Whole, meddle: Meddle | None) -> Verdict:
 
     ranks.watch = noted
     # of one folder hundreds of processes would each read the index
-    with (work_bar("prove", small.num_ranks * (STEPS + 1), "step of a process") as bar,
+    with (create_bar("prove", small.num_ranks * (STEPS + 1), "step of a process") as bar,
           mock.patch.object(load, "TensorReader", functools.cache(TensorReader)),
           tempfile.TemporaryDirectory(prefix="layout-", dir=small.folder) as folder):
         comparing.done = bar.update
@@ -461,7 +461,7 @@ def _write(trainer: Trainer, place: ParallelWorld, folder: Path) -> None:
         written = [WrittenSnapshot.read(folder, rank) for rank in range(place.size)]
         for part in (MODEL, _OPTIMIZER):
             write_index(folder, part, [index for one in written for index in one.indices[part]])
-        artifact = ArtifactWriter(folder, KIND)
+        artifact = ArtifactWriter(folder, CHECKPOINT_KIND)
         artifact.known_files = {name: record for one in written for name, record in one.files.items()}
         artifact.content = {"step": trainer.optimizer.num_updates, "parts": [MODEL, _OPTIMIZER]}
         artifact.complete()

@@ -14,9 +14,9 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.figures import format_size
 from megatron_sov.rollouts.rows import UNFINISHED, Key, Rollout, RolloutPart
 from megatron_sov.rollouts.store import RolloutStore
-from megatron_sov.runs.inspecting import ArtifactKind
-from megatron_sov.work.progress.locks import holders
-from megatron_sov.work.progress.progress_bar import work_bar
+from megatron_sov.runs.inspection import ArtifactKind
+from megatron_sov.work.progress.locks import list_holders
+from megatron_sov.work.progress.progress_bar import create_bar
 
 _ROW = np.dtype([("key", "<u8", 2), ("attempt", np.int32), ("is_unfinished", bool),
                  ("part", np.int32), ("row", np.int32)])
@@ -127,9 +127,9 @@ def listed(store: RolloutStore) -> Iterator[str]:
     for part in parts:
         yield (f"{part.name:<33} {part.num_rows:>9,} rows {format_size(part.file.stat().st_size):>9}  "
                f"{when(part.created_s)}  judged by {', '.join(judged.get(part.name, [])) or 'none'}"
-               + (f", {part.num_kept_out:,} rows kept out" if part.num_kept_out else ""))
+               + (f", {part.num_excluded:,} rows kept out" if part.num_excluded else ""))
     yield f"{store.path}: {len(parts):,} parts, {sum(part.num_rows for part in parts):,} rows"
-    for holder in holders(store.claims):
+    for holder in list_holders(store.claims):
         if holder.is_released:
             continue
         where = f"process {holder.pid} on {holder.host or 'a machine that it does not name'}"
@@ -155,7 +155,7 @@ def when(time_s: float) -> str:
 
 def checked(store: RolloutStore) -> StoreCheck:
     """Check a store with a progress bar."""
-    with work_bar("read", len(list((store.path / store.ROWS).iterdir())), "part") as bar:
+    with create_bar("read", len(list((store.path / store.ROWS).iterdir())), "part") as bar:
         return check(store, bar.update)
 
 

@@ -29,7 +29,7 @@ from megatron_sov.base.errors import UserError, list_problems, warn
 from megatron_sov.base.sealed import read_json, write_json
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.rollouts.rows import part_name
-from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.runs.launch_environment import is_first_rank
 
 if TYPE_CHECKING:
     import numpy as np
@@ -272,7 +272,7 @@ def _iter_records(path: Path, renames: Renames, option: str) -> Iterator[tuple[s
 
 def _warn_once(option: str, sentence: str) -> None:
     """Warn on the first process."""
-    if is_first():
+    if is_first_rank():
         warn(f"{option} {sentence}")
 
 

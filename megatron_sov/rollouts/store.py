@@ -24,7 +24,7 @@ from megatron_sov.base.errors import UserError, warn
 from megatron_sov.chat.vocabulary import tokenizer_digest
 from megatron_sov.rollouts.rows import (
     JUDGED, NOT_WRITTEN, Key, RewardRow, Rollout, RolloutPart, later, numbers_in, part_name)
-from megatron_sov.work.tables.parquet import MAKE_AGAIN, arrays_of, lists, texts_of
+from megatron_sov.work.tables.parquet import REBUILD_HINT, build_list_column, read_arrays, read_strings
 from megatron_sov.work.tables.table import AlreadyPublished, Table
 
 
@@ -70,7 +70,7 @@ def rollouts_table(rows: Sequence[Rollout], vocab_size: int) -> pa.Table:
     Raises:
         ValueError: JSON cannot hold a record or an outcome, or routes have another dtype.
     """
-    lists_of = {name: lists([getattr(row, name) for row in rows], dtype) for name, dtype in _ARRAYS.items()}
+    lists_of = {name: build_list_column([getattr(row, name) for row in rows], dtype) for name, dtype in _ARRAYS.items()}
     columns = _key_columns([row.key for row in rows]) | lists_of
     columns |= {name: [getattr(row, name) for row in rows]
                 for name in ("round", "attempt", "finish_reason", "temperature", "engine", "began_s",
@@ -150,7 +150,7 @@ def keys_of(table: pa.Table) -> list[Key]:
 
 def problems_of(table: pa.Table) -> list[str]:
     """Return the problem of each row that was found when it was written; empty for sound rows."""
-    return [str(text) for text in texts_of(table["problem"])]
+    return [str(text) for text in read_strings(table["problem"])]
 
 
 def rewards_table(rows: Sequence[RewardRow]) -> pa.Table:
@@ -246,9 +246,9 @@ def _array_of(buffer: Any, layers: int, top_k: int, width: int) -> np.ndarray:
 def _values(table: pa.Table, name: str) -> list[Any]:
     column = table[name]
     if pa.types.is_dictionary(column.type):
-        texts = texts_of(column)
+        texts = read_strings(column)
         return _from_json(texts) if name in ("record", "outcome", "components") else texts
-    return arrays_of(column) if pa.types.is_list(column.type) else column.to_pylist()
+    return read_arrays(column) if pa.types.is_list(column.type) else column.to_pylist()
 
 
 def _from_json(texts: Sequence[str | None]) -> list[Any]:
@@ -298,10 +298,10 @@ class RolloutStore(Table[RolloutPart]):
     2048
     """
 
-    WHAT, HEAD, ROWS, ADDED, VERSION = "rollout store", "store.json", "rollouts", "rewards", "reward_version"
+    NOUN, HEAD, ROWS, ADDED, VERSION = "rollout store", "store.json", "rollouts", "rewards", "reward_version"
     CLAIM, FIRST, EXAMPLE, PART = "reward", "round", part_name(1, 0), RolloutPart
     IDENTITY = {"tokenizer": str, "vocab_size": int}
-    MADE_BY = "pass a folder that `megatron-sov rl run` or `rl generate` wrote"
+    CREATE_HINT = "pass a folder that `megatron-sov rl run` or `rl generate` wrote"
     REPEATED, SPLIT = REPEATED, SPLIT
     key_of = staticmethod(numbers_in)
 
@@ -422,10 +422,10 @@ class RolloutStore(Table[RolloutPart]):
         for i, row in enumerate(rows):
             if row.reward_version != version:
                 raise UserError(f"{part.file}: row {i} is of reward version {row.reward_version!r}, not "
-                                f"{version!r}; {MAKE_AGAIN}")
+                                f"{version!r}; {REBUILD_HINT}")
             if row.reward is not None and not math.isfinite(row.reward):
                 raise UserError(f"{part.file}: row {i} has a reward of {row.reward}, which is not finite; "
-                                f"{MAKE_AGAIN}")
+                                f"{REBUILD_HINT}")
         return rows
 
     def judgements(self, version: str, parts: Sequence[RolloutPart]) -> Judgements:

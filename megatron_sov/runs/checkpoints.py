@@ -27,11 +27,11 @@ from megatron_sov.model.config import RunConfig, from_dict
 from megatron_sov.model.pretrained import ADAPTER_CONFIG, CONFIG, is_hf_folder
 from megatron_sov.runs.obs.events import EVENTS
 
-KIND = "checkpoint"
-CHECKPOINTS_OF_A_RUN = "checkpoints"
-IMPORTED = "from-hf"
+CHECKPOINT_KIND = "checkpoint"
+CHECKPOINTS_FOLDER = "checkpoints"
+IMPORTED_RECIPE = "from-hf"
 """Recipe name in the settings of a converted Hugging Face model."""
-STATE = "state.json"
+STATE_FILE = "state.json"
 MODEL, ADAPTER = "model", "adapter"
 """Parts of a checkpoint: all weights, or the weights of an adapter alone."""
 BASE = "base"
@@ -40,14 +40,14 @@ SOURCE = "imported_from"
 """Manifest field: the name of the Hugging Face model before conversion."""
 MERGED = "merged"
 """Manifest field: the averaged checkpoints with their weights."""
-KEPT = "base-of-adapters.txt"
+ADAPTER_BASE_MARKER = "base-of-adapters.txt"
 """File in a checkpoint that adapters use as base; `prune` skips a checkpoint with this file."""
 WRITING, DELETING, DAMAGED = ".writing-", ".deleting-", "damaged-"
 RUN, HF_MODEL, PEFT_ADAPTER = "run", "hf_model", "peft_adapter"
 """Other folder kinds that commands accept."""
-TAKEN_BY = {
+KIND_CONSUMERS = {
     RUN: ("a run", "`megatron-sov report` shows it, `convert to-hf` exports its newest checkpoint"),
-    KIND: ("a checkpoint", "`megatron-sov convert to-hf` exports it, `generate` and `eval` take it as it "
+    CHECKPOINT_KIND: ("a checkpoint", "`megatron-sov convert to-hf` exports it, `generate` and `eval` take it as it "
                            "is, `resume` takes the folder of its run"),
     HF_MODEL: ("a Hugging Face folder", "`megatron-sov convert from-hf {path} {name}-checkpoint` makes a "
                                         "checkpoint of it, `generate` and `eval` take it as it is"),
@@ -58,31 +58,31 @@ TAKEN_BY = {
     "corpus": ("a corpus", "`sov-data pack --input` takes it"),
     "codec": ("a codec", "`sov-data encode-media --codec` takes it")}
 """Folder kind -> name in messages, and the commands that accept a folder with this `path` and `name`."""
-FOUND_AT = {RUN: "the folder given to --run", KIND: "RUN/checkpoints/step-N",
+KIND_LOCATIONS = {RUN: "the folder given to --run", CHECKPOINT_KIND: "RUN/checkpoints/step-N",
             HF_MODEL: "a folder with config.json and *.safetensors", PEFT_ADAPTER: "what PEFT has saved"}
 """Folder kind -> description of the expected folder."""
-NO_CHECKPOINTS = (".gguf", ".ggml", ".nemo", ".onnx", ".pt", ".pth", ".ckpt")
+FOREIGN_MODEL_SUFFIXES = (".gguf", ".ggml", ".nemo", ".onnx", ".pt", ".pth", ".ckpt")
 """Suffixes of whole-model files from other programs."""
-_TAKEN_BY_COMMAND = {(RUN, (HF_MODEL,)): "convert to-hf", (KIND, (HF_MODEL,)): "convert to-hf",
+_TAKEN_BY_COMMAND = {(RUN, (HF_MODEL,)): "convert to-hf", (CHECKPOINT_KIND, (HF_MODEL,)): "convert to-hf",
                      (PEFT_ADAPTER, (HF_MODEL,)): "convert from-peft",
-                     (HF_MODEL, (KIND, RUN)): "convert from-hf", (HF_MODEL, (RUN, KIND)): "convert from-hf"}
+                     (HF_MODEL, (CHECKPOINT_KIND, RUN)): "convert from-hf", (HF_MODEL, (RUN, CHECKPOINT_KIND)): "convert from-hf"}
 """Kind of a folder and the kinds that a command takes -> the command that converts in the other direction."""
 TOKENIZER = "tokenizer.json"
-TEXTS = (".txt", ".jsonl", ".parquet", ".jsonl.gz", ".jsonl.zst", ".html", ".csv")
+TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet", ".jsonl.gz", ".jsonl.zst", ".html", ".csv")
 """Suffixes of text files."""
-TAKEN_BACK = "taken-back-"
+ROLLED_BACK = "taken-back-"
 """Name prefix for a checkpoint after a rollback, if adapters use it as base."""
-NOT_WEIGHTS = ("optimizer/", "optimizer.index.json")
+OPTIMIZER_FILES = ("optimizer/", "optimizer.index.json")
 """Prefixes of file names that inference does not need."""
 
 
-def temporary(path: Path, token: str) -> Path:
+def temporary_folder(path: Path, token: str) -> Path:
     """Return the folder in which to build checkpoint `path`; a random `token` separates it from remains of
     killed processes."""
     return path.with_name(f"{WRITING}{path.name}-{token}")
 
 
-def clear_leftovers(folder: Path) -> None:
+def delete_leftovers(folder: Path) -> None:
     """Delete half-written and half-deleted folders of killed processes. The caller must hold
     the run's lock."""
     # These folders have no manifest. Only the lock holder knows that no living process still writes to them.
@@ -91,21 +91,21 @@ def clear_leftovers(folder: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def latest(folder: Path) -> Path | None:
+def latest_checkpoint(folder: Path) -> Path | None:
     """Return the newest `step-N` in a `checkpoints` folder, damaged or not, or None."""
     # Compare step numbers: copies and restored backups have other modification times.
-    steps = _steps(folder)
+    steps = _numbered_checkpoints(folder)
     return steps[-1][1] if steps else None
 
 
-def latest_not_after(folder: Path, step: int) -> Path | None:
+def latest_checkpoint_until(folder: Path, step: int) -> Path | None:
     """Return the newest `step-N` with N <= `step`, damaged or not, or None."""
     # `_steps` sorts ascending: the last match is the newest.
-    candidates = [path for number, path in _steps(folder) if number <= step]
+    candidates = [path for number, path in _numbered_checkpoints(folder) if number <= step]
     return candidates[-1] if candidates else None
 
 
-def drop_after(folder: Path, step: int) -> None:
+def delete_checkpoints_after(folder: Path, step: int) -> None:
     """Delete checkpoints after `step`, newest first, when a rollback discards their weights.
 
     If adapters use a checkpoint as base, rename it with prefix `TAKEN_BACK`: the run does not resume
@@ -113,46 +113,46 @@ def drop_after(folder: Path, step: int) -> None:
     `found_base` still finds it.
     """
     # Newest first: if the process dies midway, the run can still resume from the newest remaining checkpoint.
-    for number, path in reversed(_steps(folder)):
-        if number > step and (path / KEPT).exists():
-            renamed = _set_apart(path, TAKEN_BACK)
+    for number, path in reversed(_numbered_checkpoints(folder)):
+        if number > step and (path / ADAPTER_BASE_MARKER).exists():
+            renamed = _rename_with_prefix(path, ROLLED_BACK)
             warn(f"{path}: the run rolled back past this checkpoint, and an adapter needs it; "
                  f"renamed to {renamed.name}")
         elif number > step:
-            _delete(path)
+            _delete_checkpoint(path)
 
 
-def _delete(path: Path) -> None:
+def _delete_checkpoint(path: Path) -> None:
     """Rename a checkpoint, then delete its files: a killed process leaves no partial `step-N`."""
     # Renaming is atomic; deleting thousands of files is not. The random token avoids names
     # of earlier remains.
     delete_folder(path, path.with_name(f"{DELETING}{path.name}-{secrets.token_hex(4)}"))
 
 
-def step_of(checkpoint: Path) -> int:
+def checkpoint_step(checkpoint: Path) -> int:
     """Return the optimizer step in the name of a `step-N` checkpoint."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def _steps(folder: Path) -> list[tuple[int, Path]]:
+def _numbered_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(p.name[5:]), p) for p in folder.glob("step-*") if p.name[5:].isdigit())
 
 
-def complete(folder: Path) -> list[Path]:
+def list_complete(folder: Path) -> list[Path]:
     """Return the checkpoints with a manifest, oldest first."""
-    return [path for _, path in _steps(folder) if (path / MANIFEST).is_file()]
+    return [path for _, path in _numbered_checkpoints(folder) if (path / MANIFEST).is_file()]
 
 
-def refuse_missing(path: Path, option: str = "") -> None:
+def check_model_path(path: Path, option: str = "") -> None:
     """Raise `UserError` if `path` is no folder; suggest existing checkpoints or a download. Runs
     before torch loads."""
     if not path.is_dir():
         problem = "is no folder" if path.exists() else "does not exist"
-        entries = path.parent.glob("*") if path.parent.name == CHECKPOINTS_OF_A_RUN else ()
+        entries = path.parent.glob("*") if path.parent.name == CHECKPOINTS_FOLDER else ()
         if siblings := sorted(folder.name for folder in entries):
             raise UserError(f"{option}{path}: {problem}; "
                             f"the run's checkpoints are {', '.join(siblings)[:500]}")
-        if path.suffix in NO_CHECKPOINTS:
+        if path.suffix in FOREIGN_MODEL_SUFFIXES:
             raise UserError(f"{option}{path}: {problem}: {path.suffix} is not read; download the original, "
                             "whose weights are *.safetensors: hf download OWNER/NAME --local-dir NAME, and "
                             f"pass {option}NAME")
@@ -163,7 +163,7 @@ def refuse_missing(path: Path, option: str = "") -> None:
                         f"folder{download(path)}", fix_missing(path))
 
 
-def refuse_other_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
+def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
     """Raise `UserError` if a folder contains another artifact than the command accepts; name
     a fitting command.
 
@@ -181,34 +181,34 @@ def refuse_other_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
         kind = PEFT_ADAPTER
     else:
         kind = read_manifest(path).kind if (path / MANIFEST).is_file() else ""
-    if kind in TAKEN_BY and kind not in kinds:
-        description, advice = TAKEN_BY[kind]
+    if kind in KIND_CONSUMERS and kind not in kinds:
+        description, advice = KIND_CONSUMERS[kind]
         command = _TAKEN_BY_COMMAND.get((kind, tuple(kinds)), "")
         raise UserError(f"{path}: is {description}, not {wanted}; {advice.format(path=path, name=path.name)}",
                         Fix(command=command) if command else None)
     if not kind:
         check_folder(path)
-    if not kind and RUN in kinds and (runs := runs_below(path)):
+    if not kind and RUN in kinds and (runs := find_runs(path)):
         raise UserError(f"{path}: is not {wanted}; it holds the runs {', '.join(map(str, runs))}: pass one "
                         "of them")
-    is_run = (path / CHECKPOINTS_OF_A_RUN).exists() or (KIND not in kinds and (path / CONFIG).exists())
-    if not kind and path.is_dir() and not is_run and (contents := _nothing_known(path)):
+    is_run = (path / CHECKPOINTS_FOLDER).exists() or (CHECKPOINT_KIND not in kinds and (path / CONFIG).exists())
+    if not kind and path.is_dir() and not is_run and (contents := _describe_unknown_folder(path)):
         description, advice = contents
-        expected = " or ".join(FOUND_AT[kind] for kind in kinds)
+        expected = " or ".join(KIND_LOCATIONS[kind] for kind in kinds)
         raise UserError(f"{path}: {description}, so it is not {wanted}; {advice}pass {expected}")
 
 
-def runs_below(path: Path) -> list[Path]:
+def find_runs(path: Path) -> list[Path]:
     """Return the run folders one or two levels down, sorted by name."""
     return sorted(file.parent for pattern in ("*", "*/*") for file in path.glob(f"{pattern}/{EVENTS}"))
 
 
-def refuse_no_model(path: Path) -> None:
+def check_model_folder(path: Path) -> None:
     """Raise `UserError` if a folder contains neither checkpoint, run nor Hugging Face model."""
-    refuse_other_kind(path, (RUN, KIND, HF_MODEL), "a checkpoint, a run or a Hugging Face folder")
+    check_folder_kind(path, (RUN, CHECKPOINT_KIND, HF_MODEL), "a checkpoint, a run or a Hugging Face folder")
 
 
-def _nothing_known(path: Path) -> tuple[str, str] | None:
+def _describe_unknown_folder(path: Path) -> tuple[str, str] | None:
     """Describe the files in an unrecognized folder and name the command that accepts them ("" if none does).
 
     Returns None if the folder has only subfolders, because a model may be in a subfolder.
@@ -219,7 +219,7 @@ def _nothing_known(path: Path) -> tuple[str, str] | None:
         return None if any(path.iterdir()) else ("is empty", "")
     if TOKENIZER in names:
         return f"is a tokenizer without a model ({TOKENIZER})", "`sov-tokenizer import` takes it; "
-    text_files = [name for name in names if name.endswith(TEXTS)]
+    text_files = [name for name in names if name.endswith(TEXT_SUFFIXES)]
     count_text = f" and {len(names) - 1} more" if len(names) > 1 else " alone"
     if text_files:
         return f"holds text ({text_files[0]}{count_text})", "`sov-data pack --input` takes it; "
@@ -232,12 +232,12 @@ def _nothing_known(path: Path) -> tuple[str, str] | None:
     return f"holds {names[0]}{count_text}, and neither a model nor an artifact", ""
 
 
-def refuse_no_run(path: Path) -> None:
+def check_run_folder(path: Path) -> None:
     """Raise `UserError` if a folder has no `events.jsonl`."""
     run = path.absolute().parent.parent
-    if path.absolute().parent.name == CHECKPOINTS_OF_A_RUN and (run / EVENTS).is_file():
+    if path.absolute().parent.name == CHECKPOINTS_FOLDER and (run / EVENTS).is_file():
         raise UserError(f"{path}: is a checkpoint of the run {path.parent.parent}; pass {path.parent.parent}")
-    refuse_other_kind(path, (RUN,), "a run")
+    check_folder_kind(path, (RUN,), "a run")
     if not (path / EVENTS).is_file():
         raise UserError(f"{path}: holds no {EVENTS}, so it is no run folder; pass the folder given to --run")
 
@@ -248,28 +248,28 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         UserError: `path` is neither, or the manifest is damaged.
     """
-    if not (path / CHECKPOINTS_OF_A_RUN).is_dir():
-        refuse_other_kind(path, (KIND, RUN), "a checkpoint or a run")
-        read_manifest(path, KIND)
+    if not (path / CHECKPOINTS_FOLDER).is_dir():
+        check_folder_kind(path, (CHECKPOINT_KIND, RUN), "a checkpoint or a run")
+        read_manifest(path, CHECKPOINT_KIND)
         return path
     # If the newest checkpoint is damaged, raise: an older one would silently measure or export other weights.
-    newest = latest(path / CHECKPOINTS_OF_A_RUN)
+    newest = latest_checkpoint(path / CHECKPOINTS_FOLDER)
     if newest is None:
         raise UserError(f"{path}: this run has no complete checkpoint yet")
-    problem = manifest_damage(newest)
+    problem = find_manifest_damage(newest)
     if problem is not None:
-        raise UserError(f"{problem}; {instead_of(newest)}")
+        raise UserError(f"{problem}; {suggest_replacement(newest)}")
     return newest
 
 
-def settings_of(path: Path) -> RunConfig:
+def read_checkpoint_settings(path: Path) -> RunConfig:
     """Read a checkpoint's settings and check its model config.
 
     Raises:
         UserError: the manifest is damaged or its settings are invalid.
     """
     # Read the manifest, not RUN/config.json: the run's settings may have changed since.
-    raw = read_manifest(path, KIND).settings
+    raw = read_manifest(path, CHECKPOINT_KIND).settings
     try:
         settings = from_dict(raw)
         problems = [problem.sentence for problem in settings.model.problems()]
@@ -277,7 +277,7 @@ def settings_of(path: Path) -> RunConfig:
         problems = [" ".join(str(e).split())]
     if problems:
         raise UserError(f"{path / MANIFEST}: its settings cannot be used ({'; '.join(problems)}); "
-                        f"{instead_of(path)}")
+                        f"{suggest_replacement(path)}")
     return settings
 
 
@@ -294,21 +294,21 @@ class AdapterBase:
         return {"path": str(self.path), "sha256": self.sha256}
 
     @staticmethod
-    def of(path: Path) -> AdapterBase:
+    def from_checkpoint(path: Path) -> AdapterBase:
         return AdapterBase(path.resolve(), manifest_sha256(path))
 
 
-def adapter_base(path: Path) -> AdapterBase | None:
+def read_adapter_base(path: Path) -> AdapterBase | None:
     """Read the base that an adapter checkpoint names, or None for a checkpoint with all weights.
 
     Raises:
         UserError: the manifest is damaged.
     """
-    record = read_manifest(path, KIND).content.get(BASE)
+    record = read_manifest(path, CHECKPOINT_KIND).content.get(BASE)
     return None if record is None else AdapterBase(Path(record["path"]), record["sha256"])
 
 
-def found_base(path: Path, base: AdapterBase) -> Path:
+def find_adapter_base(path: Path, base: AdapterBase) -> Path:
     """Find the folder of an adapter's base by manifest hash.
 
     Args:
@@ -319,7 +319,7 @@ def found_base(path: Path, base: AdapterBase) -> Path:
         UserError: the folder is missing or contains another checkpoint.
     """
     # A rollback renames bases (`drop_after`), so the folder may have moved; the hash identifies it.
-    renamed = base.path.parent.glob(f"{TAKEN_BACK}{base.path.name}*")
+    renamed = base.path.parent.glob(f"{ROLLED_BACK}{base.path.name}*")
     candidates = [folder for folder in (base.path, *sorted(renamed)) if (folder / MANIFEST).is_file()]
     for candidate in candidates:
         if manifest_sha256(candidate) == base.sha256:
@@ -332,22 +332,22 @@ def found_base(path: Path, base: AdapterBase) -> Path:
                     "a copy")
 
 
-def keep_as_base(base: Path) -> None:
+def protect_adapter_base(base: Path) -> None:
     """Write `base-of-adapters.txt` into the adapter's base, so that its run does not prune it.
 
     Only checkpoints inside a run need it. If the folder is read-only, warn.
     """
-    if base.parent.name != CHECKPOINTS_OF_A_RUN or (base / KEPT).exists():
+    if base.parent.name != CHECKPOINTS_FOLDER or (base / ADAPTER_BASE_MARKER).exists():
         return
     try:
-        atomic_write(base / KEPT, "An adapter stands on this checkpoint, so its run does not prune it.\n"
+        atomic_write(base / ADAPTER_BASE_MARKER, "An adapter stands on this checkpoint, so its run does not prune it.\n"
                                   "When no adapter needs it any more, delete this file.\n")
     except (OSError, UserError) as e:
         warn(f"{base}: an adapter needs this checkpoint, and the note for its run cannot be written ({e}); "
              "make sure that train.keep_checkpoints does not delete it")
 
 
-def files_sha256(start: Path) -> str:
+def hash_checkpoint_files(start: Path) -> str:
     """Hash the file digests in a checkpoint's (or token folder's) manifest.
 
     Repeated conversion of a Hugging Face folder gives the same hash: creation time does not count.
@@ -361,36 +361,36 @@ def files_sha256(start: Path) -> str:
     return hashlib.sha256(to_json(facts).encode()).hexdigest()
 
 
-def trained_tokens(path: Path) -> int:
+def read_trained_tokens(path: Path) -> int:
     """Return the longest training context in tokens, including earlier stages; imported models
     state their own.
 
     Raises:
         UserError: `state.json` is damaged.
     """
-    settings = settings_of(path)
-    if settings.recipe == IMPORTED:
+    settings = read_checkpoint_settings(path)
+    if settings.recipe == IMPORTED_RECIPE:
         return settings.model.max_position_tokens
     try:
-        num_tokens = int(json.loads((path / STATE).read_text(encoding="utf-8")).get("trained_tokens", 0))
+        num_tokens = int(json.loads((path / STATE_FILE).read_text(encoding="utf-8")).get("trained_tokens", 0))
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f"{path / STATE}: is damaged ({e}); {instead_of(path)}") from None
+        raise UserError(f"{path / STATE_FILE}: is damaged ({e}); {suggest_replacement(path)}") from None
     # Earlier versions did not write trained_tokens.
     return num_tokens or max(phase.seq_len for phase in settings.data.phases)
 
 
-def manifest_damage(path: Path) -> str | None:
+def find_manifest_damage(path: Path) -> str | None:
     """Return a sentence if a checkpoint's manifest is missing or damaged, else None."""
     if not (path / MANIFEST).is_file():
         return f"{path / MANIFEST}: is missing"
     try:
-        read_manifest(path, KIND)
+        read_manifest(path, CHECKPOINT_KIND)
     except UserError as e:
         return str(e).partition(";")[0]
     return None
 
 
-def damage(path: Path, *, rank: int = 0, size: int = 1, weights_only: bool = False) -> str | None:
+def find_damage(path: Path, *, rank: int = 0, size: int = 1, weights_only: bool = False) -> str | None:
     """Return a sentence about the first missing or changed file in a checkpoint, else None.
 
     Args:
@@ -400,12 +400,12 @@ def damage(path: Path, *, rank: int = 0, size: int = 1, weights_only: bool = Fal
     Raises:
         UserError: a file cannot be read for a reason other than a disk error (EIO).
     """
-    problem = manifest_damage(path)
+    problem = find_manifest_damage(path)
     if problem is not None:
         return problem
-    files = read_manifest(path, KIND).files
+    files = read_manifest(path, CHECKPOINT_KIND).files
     # Sorted, so that all ranks split the same list and exactly one rank hashes each file.
-    names = sorted(name for name in files if not (weights_only and name.startswith(NOT_WEIGHTS)))
+    names = sorted(name for name in files if not (weights_only and name.startswith(OPTIMIZER_FILES)))
     for name in names[rank::size]:
         try:
             problem = file_damage(path / name, files[name])
@@ -420,21 +420,21 @@ def damage(path: Path, *, rank: int = 0, size: int = 1, weights_only: bool = Fal
     return None
 
 
-def instead_of(path: Path) -> str:
+def suggest_replacement(path: Path) -> str:
     """Suggest a replacement for a damaged checkpoint: the previous sound one, or a copy."""
     step = path.name[5:]
-    earlier = [p for number, p in _steps(path.parent)
-              if step.isdigit() and number < int(step) and manifest_damage(p) is None]
+    earlier = [p for number, p in _numbered_checkpoints(path.parent)
+              if step.isdigit() and number < int(step) and find_manifest_damage(p) is None]
     return (f"use the checkpoint before it, {earlier[-1]}" if earlier
             else "there is no checkpoint before it; restore it from a copy")
 
 
-def set_aside(path: Path) -> Path:
+def rename_damaged_checkpoint(path: Path) -> Path:
     """Rename a damaged checkpoint to `damaged-step-N`; return the new path."""
-    return _set_apart(path, DAMAGED)
+    return _rename_with_prefix(path, DAMAGED)
 
 
-def _set_apart(path: Path, prefix: str) -> Path:
+def _rename_with_prefix(path: Path, prefix: str) -> Path:
     """Rename a checkpoint to an unused name with a prefix; return the new path."""
     renamed = path.with_name(prefix + path.name)
     # The same step may have been damaged before: os.rename fails on a filled folder and replaces
@@ -448,20 +448,20 @@ def _set_apart(path: Path, prefix: str) -> Path:
     return renamed
 
 
-def refuse_lost(folder: Path) -> None:
+def check_sound_checkpoint_exists(folder: Path) -> None:
     """Raise `UserError` if all checkpoints of a run are damaged."""
     # Restarting from step 0 would look like a fresh run with the old run's events in its folder.
     damaged = sorted(p.name for p in folder.glob(f"{DAMAGED}*"))
-    if damaged and not _steps(folder):
+    if damaged and not _numbered_checkpoints(folder):
         raise UserError(f"{folder}: no sound checkpoint is left ({', '.join(damaged)}); "
                         "restore one from a copy as step-N, or start a new --run")
 
 
-def prune(folder: Path, keep: int, keep_every_steps: int = 0) -> None:
+def prune_checkpoints(folder: Path, keep: int, keep_every_steps: int = 0) -> None:
     """Delete complete checkpoints except the newest `keep` (0 keeps all), multiples
     of `keep_every_steps`, and
     bases of adapters."""
     # Ignore incomplete checkpoints: they would displace a sound one from the newest `keep`.
-    for path in complete(folder)[:-keep] if keep else []:
-        if not (keep_every_steps and step_of(path) % keep_every_steps == 0) and not (path / KEPT).exists():
-            _delete(path)
+    for path in list_complete(folder)[:-keep] if keep else []:
+        if not (keep_every_steps and checkpoint_step(path) % keep_every_steps == 0) and not (path / ADAPTER_BASE_MARKER).exists():
+            _delete_checkpoint(path)

@@ -18,22 +18,22 @@ from megatron_sov.base.outputs import refuse_unwritable
 from megatron_sov.model.config import OptimConfig, RolloutConfig, RunConfig, from_dict
 from megatron_sov.model.config.post_training import BETAS
 from megatron_sov.model.families.adapters import identity
-from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, refuse_no_run
-from megatron_sov.runs.launch_environment import is_first, num_ranks, typed_command, under_launcher
-from megatron_sov.runs.lock import LOCK, living_holder
+from megatron_sov.runs.checkpoints import CHECKPOINTS_FOLDER, check_run_folder
+from megatron_sov.runs.launch_environment import has_launcher, is_first_rank, num_ranks, typed_command
+from megatron_sov.runs.lock import LOCK, find_living_holder
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 
 CONFIG, COMPLETION, FAILURE, STAGES, JOBS = ("config.json", "complete.json", "gate_failed.json",
                                              "stages", "slurm")
 COMMAND = "command.json"
 """File with the command line of the last start, for `megatron-sov resume`."""
-CHANGED = "settings"
+SETTINGS_CHANGED = "settings"
 """Event: the run continues with other settings or another command."""
-WATCHED = ("obs", "evaluate")
+MONITORING_GROUPS = ("obs", "evaluate")
 """Settings groups for monitoring; they do not affect training."""
 ATTEMPTS, SUBMISSIONS = "attempts.jsonl", "jobs.jsonl"
 """Files in a folder of Slurm jobs: attempts with their exit states, and submissions."""
-HELD = "awaiting_gate.json"
+AWAITING_GATE = "awaiting_gate.json"
 """Completion manifest of a stage whose final gate has not finished."""
 GATE = "gate"
 """Results of a forgetting gate; written before the run's config.json."""
@@ -51,20 +51,20 @@ VALIDATION = "validation"
 """Rollout store with responses to held-out prompts (`megatron-sov rl run --validation`)."""
 EXPORTS, EVALUATIONS = "exports", "evaluations"
 """Hugging Face exports during training, and their evaluation results."""
-OPTIM = tuple(f.name for f in dataclasses.fields(OptimConfig) if f.name != "rewarm")
-ROLLOUT = tuple(f.name for f in dataclasses.fields(RolloutConfig)
+FIXED_OPTIM_SETTINGS = tuple(f.name for f in dataclasses.fields(OptimConfig) if f.name != "rewarm")
+FIXED_ROLLOUT_SETTINGS = tuple(f.name for f in dataclasses.fields(RolloutConfig)
                 if f.name not in ("rounds", "max_staleness", "deadline_s", "lease_s", "keep_rounds")
                 # validation settings do not change training
                 and not f.name.startswith(VALIDATION))
-FIXED: dict[str, tuple[str, ...] | None] = {"model": None, "objective": None, "optim": OPTIM,
+FIXED_SETTINGS: dict[str, tuple[str, ...] | None] = {"model": None, "objective": None, "optim": FIXED_OPTIM_SETTINGS,
                                             "train": ("seed", "precision", "hidden_dropout"),
                                              "data": ("packing", "over_long"), "lora": None,
                                              "preference": None, "distillation": None, "policy": None,
-                                             "rollout": ROLLOUT}
+                                             "rollout": FIXED_ROLLOUT_SETTINGS}
 """Settings group -> settings that a resumed run must not change (None: all)."""
-MOST_SETTINGS = 8
+MAX_LISTED_SETTINGS = 8
 """Maximum number of settings that an error message lists as --set options."""
-LONGEST_VALUES = 160
+MAX_LISTED_CHARS = 160
 """Maximum total length of the old and new value in an event, in characters."""
 
 class RunFolder:
@@ -75,7 +75,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / CHECKPOINTS_OF_A_RUN
+        return self.path / CHECKPOINTS_FOLDER
 
     def checkpoint(self, step: int) -> Path:
         """Return the folder of `step-N`."""
@@ -86,24 +86,24 @@ class RunFolder:
         file = self.path / COMPLETION
         if not file.is_file():
             return None
-        return _declared(file)
+        return _read_completion(file)
 
     def complete(self, content: dict[str, Any]) -> None:
         atomic_write(self.path / COMPLETION, to_json(content))
 
-    def hold(self, content: dict[str, Any]) -> None:
+    def mark_awaiting_gate(self, content: dict[str, Any]) -> None:
         """Write `awaiting_gate.json`, the content for `complete` after the last checkpoint
         passes its gate."""
-        atomic_write(self.path / HELD, to_json(content))
+        atomic_write(self.path / AWAITING_GATE, to_json(content))
 
     def held(self) -> dict[str, Any] | None:
-        file = self.path / HELD
-        return _declared(file) if file.is_file() else None
+        file = self.path / AWAITING_GATE
+        return _read_completion(file) if file.is_file() else None
 
     def release(self) -> None:
-        (self.path / HELD).unlink(missing_ok=True)
+        (self.path / AWAITING_GATE).unlink(missing_ok=True)
 
-    def fail(self, failure: str) -> None:
+    def mark_gate_failed(self, failure: str) -> None:
         """Write `gate_failed.json`."""
         atomic_write(self.path / FAILURE, to_json({"failure": failure}))
 
@@ -112,9 +112,9 @@ class RunFolder:
         file = self.path / FAILURE
         return str(json.loads(file.read_text(encoding="utf-8"))["failure"]) if file.is_file() else None
 
-    def forget_failure(self) -> None:
+    def clear_gate_failure(self) -> None:
         """Delete `gate_failed.json` and `awaiting_gate.json` before training continues."""
-        if is_first():
+        if is_first_rank():
             # Only rank 0: other ranks might delete files that rank 0 has written since.
             (self.path / FAILURE).unlink(missing_ok=True)
             self.release()
@@ -141,20 +141,20 @@ class RunFolder:
             UserError: the folder contains another artifact, an unexpected run, a run with
                 other fixed settings, or a complete run with fewer steps.
         """
-        earlier = self.refuse_taken(resume)
+        earlier = self.check_available(resume)
         if earlier is None:
             if resume:
                 self._refuse_misspelt()
             return
         # Code first: a changed recipe file explains changed settings, not the reverse.
-        refuse_changed_code(self.path, earlier, config)
+        check_code_unchanged(self.path, earlier, config)
         # Only settings that change the mathematics are fixed; layout, lengths and intervals may change.
-        changed = _changed(_comparable(earlier), _comparable(config))
+        changed = _changed_fixed_settings(_comparable_settings(earlier), _comparable_settings(config))
         if changed:
             descriptions = [f"{name} = {old}, now it is {new}" for name, old, new in changed]
             arguments = [shlex.quote(f"{name}={old if isinstance(old, str) else json.dumps(old)}")
                          for name, old, _ in changed]
-            if len(arguments) <= MOST_SETTINGS:
+            if len(arguments) <= MAX_LISTED_SETTINGS:
                 options = " ".join(f"--set {argument}" for argument in arguments)
             else:
                 options = f"--config {shlex.quote(str(self.path / CONFIG))} in the recipe's place"
@@ -170,7 +170,7 @@ class RunFolder:
     def _refuse_misspelt(self) -> None:
         """Refuse --resume of a folder that holds no run, next to a run with nearly the same name.  Jobs pass
         --resume at their first start, too."""
-        if under_launcher() or "SLURM_JOB_ID" in os.environ:
+        if has_launcher() or "SLURM_JOB_ID" in os.environ:
             return
         fix = fix_missing(self.path)
         other = Path(fix.words[str(self.path)]) if fix and not fix.before else None
@@ -178,7 +178,7 @@ class RunFolder:
             raise UserError(f"--run {self.path}: holds no run to resume; {other} does (without --resume a "
                             "new run begins)", fix)
 
-    def refuse_taken(self, resume: bool) -> RunConfig | None:
+    def check_available(self, resume: bool) -> RunConfig | None:
         """Return the settings of the run in the folder, or None if the folder is free.
 
         Raises:
@@ -188,7 +188,7 @@ class RunFolder:
         nearest = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
         if not nearest.is_dir():
             raise UserError(f"{nearest}: is a file; --run needs a folder")
-        if is_first():  # one rank is enough
+        if is_first_rank():  # one rank is enough
             refuse_unwritable(nearest, f"--run {self.path}")
         earlier = self.config()
         if earlier is None:
@@ -206,7 +206,7 @@ class RunFolder:
                             "pass --resume to continue it, or choose another --run")
         return earlier
 
-    def has_begun(self) -> bool:
+    def has_started(self) -> bool:
         """Return whether the folder contains a run or the stages of a run."""
         return any((self.path / name).exists() for name in (CONFIG, STAGES))
 
@@ -221,14 +221,14 @@ class RunFolder:
             config: the run's settings.
             step: optimizer steps before this start.
         """
-        self._tell_change(config, step)
+        self._record_settings_change(config, step)
         # Write config.json before creating checkpoints/: after a kill in between, --resume still works.
         atomic_write(self.path / CONFIG, to_json(config.to_dict()))
         record_command(self.path)
         with disk_errors(self.path):
             self.checkpoints.mkdir(exist_ok=True)
 
-    def _tell_change(self, config: RunConfig, step: int) -> None:
+    def _record_settings_change(self, config: RunConfig, step: int) -> None:
         """Record the previous settings and command as an event, because both files are about
         to be replaced."""
         before = self.config()
@@ -238,16 +238,16 @@ class RunFolder:
         command_file, words, earlier = self.path / COMMAND, typed_command(), None
         if words is not None and command_file.is_file():
             recorded = command_file.read_text(encoding="utf-8")
-            earlier = json.loads(recorded) if recorded != _command_now(words) else None
+            earlier = json.loads(recorded) if recorded != _format_command(words) else None
         if changes or earlier is not None:
-            text = {"text": "; ".join(tell_changes(changes))} if changes else {}
-            RunEvents(self.path).add(CHANGED, step=step, was=changes, command=earlier, **text)
+            text = {"text": "; ".join(describe_changes(changes))} if changes else {}
+            RunEvents(self.path).add(SETTINGS_CHANGED, step=step, was=changes, command=earlier, **text)
 
     def remove_unstarted(self) -> None:
         """Delete the files of a run that was refused before its first step."""
         events = self.path / EVENTS
         # Each condition means that another process uses the folder, or that it contains results.
-        if living_holder(self.path) or self.completion() is not None or any(self.checkpoints.glob("*")) or (
+        if find_living_holder(self.path) or self.completion() is not None or any(self.checkpoints.glob("*")) or (
                 events.is_file() and any(event.get("step", 0) for event in read_events(events))):
             return
         with contextlib.suppress(OSError):
@@ -267,10 +267,10 @@ def record_command(run: Path) -> None:
     """Write `command.json` if a command line started this process."""
     if (words := typed_command()) is not None:
         # ASCII escapes: arguments may contain bytes outside UTF-8.
-        atomic_write(run / COMMAND, _command_now(words))
+        atomic_write(run / COMMAND, _format_command(words))
 
 
-def _command_now(words: Sequence[str]) -> str:
+def _format_command(words: Sequence[str]) -> str:
     return json.dumps({"words": words, "folder": os.getcwd(), "processes": num_ranks(None)}, indent=1) + "\n"
 
 
@@ -286,7 +286,7 @@ class TypedCommand:
     """Number of ranks."""
 
     @staticmethod
-    def of(raw: Mapping[str, Any]) -> TypedCommand:
+    def from_dict(raw: Mapping[str, Any]) -> TypedCommand:
         return TypedCommand(tuple(map(str, raw["words"])), Path(raw["folder"]), int(raw["processes"]))
 
 
@@ -302,7 +302,7 @@ def read_command(run: Path) -> TypedCommand:
             if not run.exists():
                 raise UserError(f"{run}: does not exist; pass the folder of a training command's --run "
                                 "(`megatron-sov status FOLDER` lists the runs in a folder)")
-            refuse_no_run(run)
+            check_run_folder(run)
         raise UserError(f"{run}: has no {COMMAND}: no command line of this version began it; type the whole "
                         "command again with --resume")
     try:
@@ -312,7 +312,7 @@ def read_command(run: Path) -> TypedCommand:
                         "--resume") from None
 
 
-def refuse_changed_code(run: Path, before: RunConfig, now: RunConfig) -> None:
+def check_code_unchanged(run: Path, before: RunConfig, now: RunConfig) -> None:
     """Check that user code (recipes, rewards, objectives) still has the hashes of the run's start.
 
     Raises:
@@ -336,7 +336,7 @@ def refuse_changed_code(run: Path, before: RunConfig, now: RunConfig) -> None:
                                 "--run --from its checkpoint")
 
 
-def _declared(file: Path) -> dict[str, Any]:
+def _read_completion(file: Path) -> dict[str, Any]:
     """Read a completion manifest and check its `step` and `gate`.
 
     Raises:
@@ -352,7 +352,7 @@ def _declared(file: Path) -> dict[str, Any]:
     return manifest
 
 
-def _comparable(config: RunConfig) -> dict[str, Any]:
+def _comparable_settings(config: RunConfig) -> dict[str, Any]:
     """Return settings in comparable form: equal adapters have equal entries, and unused new
     defaults are removed."""
     # `all-linear` equals the list of modules it expands to.
@@ -367,15 +367,15 @@ def _comparable(config: RunConfig) -> dict[str, Any]:
 
 def fixed_settings(config: RunConfig) -> dict[str, Any]:
     """Return settings that change the trained weights and therefore stay fixed on resume."""
-    settings = _comparable(config)
+    settings = _comparable_settings(config)
     return {f"{part}.{name}": settings[part][name]
-            for part, names in FIXED.items() for name in names or settings[part]}
+            for part, names in FIXED_SETTINGS.items() for name in names or settings[part]}
 
 
-def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+def _changed_fixed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Return name, old and new value for each changed setting in `FIXED`."""
     changes = []
-    for part, names in FIXED.items():
+    for part, names in FIXED_SETTINGS.items():
         for name in names or before[part]:
             old = before[part][name]
             new = now[part].get(name, old)
@@ -389,7 +389,7 @@ def changed_settings(before: RunConfig, now: RunConfig) -> dict[str, list[Any]]:
     old_groups, new_groups = before.to_dict(), now.to_dict()
     changes: dict[str, list[Any]] = {}
     for part, value in old_groups.items():
-        if part in WATCHED:
+        if part in MONITORING_GROUPS:
             continue
         if isinstance(value, dict):
             pairs = {f"{part}.{key}": [old, new_groups[part][key]] for key, old in value.items()}
@@ -399,9 +399,9 @@ def changed_settings(before: RunConfig, now: RunConfig) -> dict[str, list[Any]]:
     return changes
 
 
-def tell_changes(changes: Mapping[str, Sequence[Any]]) -> list[str]:
+def describe_changes(changes: Mapping[str, Sequence[Any]]) -> list[str]:
     """Format each change from `changed_settings` as a sentence."""
-    return [f"{name} was {old}, is {new}" if len(f"{old}{new}") <= LONGEST_VALUES else
+    return [f"{name} was {old}, is {new}" if len(f"{old}{new}") <= MAX_LISTED_CHARS else
             f"{name} has changed" for name, (old, new) in changes.items()]
 
 
@@ -431,12 +431,12 @@ class RunEvents:
         log.close()
 
 
-def submitted_jobs(records: Path) -> list[str]:
+def list_submitted_jobs(records: Path) -> list[str]:
     """Return the Slurm job numbers in `jobs.jsonl`, in submission order."""
     return [str(r["job"]) for r in read_events(records / SUBMISSIONS) if r["event"] == "submitted"]
 
 
-def last_words(records: Path, number: str) -> str:
+def read_last_log_line(records: Path, number: str) -> str:
     """Return the last line in the logs of a Slurm job ("" without logs), for jobs that
     recorded no attempt."""
     logs = [file for pattern in (f"{number}.log", f"{number}_*.log")
@@ -445,7 +445,7 @@ def last_words(records: Path, number: str) -> str:
     return text.splitlines()[-1].strip().removeprefix("job: ") if text else ""
 
 
-def resumed_settings(run: Path) -> RunConfig | None:
+def read_started_settings(run: Path) -> RunConfig | None:
     """Return the settings of a run or of its first stage, or None."""
     folders = (run, *sorted((run / STAGES).glob("*")))
     return next((config for folder in folders if (config := RunFolder(folder).config())), None)

@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import dataclass
 
 _FIELDS = "index,uuid,name,memory.total,memory.used"
-_ILLNESSES = {
+_FAULT_FIELDS = {
     "ecc.errors.uncorrected.volatile.total": "uncorrected memory errors (ECC)",
     "clocks_throttle_reasons.hw_slowdown": "a hardware slowdown (heat or lack of power)",
     "clocks_throttle_reasons.sw_thermal_slowdown": "a slowdown by its driver for heat",
@@ -18,7 +18,7 @@ _TIMEOUT_S = 120
 
 
 @dataclass(frozen=True)
-class SeenGpu:
+class VisibleGpu:
     """Index, name and memory of a GPU from `nvidia-smi`."""
 
     index: int
@@ -30,12 +30,12 @@ class SeenGpu:
     """Memory used by processes of all users."""
 
 
-def visible_gpus() -> list[SeenGpu]:
+def list_visible_gpus() -> list[VisibleGpu]:
     """Return the GPUs in CUDA_VISIBLE_DEVICES; empty without `nvidia-smi`."""
     gpus = []
-    for index, uuid, name, total, used in _query(_FIELDS):
+    for index, uuid, name, total, used in _query_nvidia_smi(_FIELDS):
         if index.isdigit() and total.isdigit() and used.isdigit():
-            gpus.append(SeenGpu(int(index), uuid, name, int(total) << 20, int(used) << 20))
+            gpus.append(VisibleGpu(int(index), uuid, name, int(total) << 20, int(used) << 20))
     device_list = os.environ.get("CUDA_VISIBLE_DEVICES")
     if device_list is None:
         return gpus
@@ -46,16 +46,16 @@ def visible_gpus() -> list[SeenGpu]:
     return visible
 
 
-def illness(uuid: str) -> str:
+def find_gpu_fault(uuid: str) -> str:
     """Return the fault that `nvidia-smi` reports for a GPU, or ""."""
-    for field, text in _ILLNESSES.items():
-        for gpu_uuid, value in _query(f"uuid,{field}"):
+    for field, text in _FAULT_FIELDS.items():
+        for gpu_uuid, value in _query_nvidia_smi(f"uuid,{field}"):
             if gpu_uuid == uuid and (value == "Active" or (value.isdigit() and int(value))):
                 return f"{value} {text}" if value.isdigit() else text
     return ""
 
 
-def _query(fields: str) -> list[list[str]]:
+def _query_nvidia_smi(fields: str) -> list[list[str]]:
     """Return the values of `fields` per GPU; empty if `nvidia-smi` is missing, fails or hangs."""
     if shutil.which("nvidia-smi") is None:
         return []

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from megatron_sov.base.errors import UserError
 
-STARTTIME = 22
+STARTTIME_FIELD = 22
 """1-based field in /proc/PID/stat: clock ticks between boot and process start."""
 
 
@@ -24,7 +24,7 @@ def process_started_s() -> float:
     if sys.platform == "linux":
         with open("/proc/self/stat", encoding="utf-8", errors="replace") as f:
             after_name = f.read().rpartition(")")[2].split()  # the name, field 2, may hold anything
-        started_s = int(after_name[STARTTIME - 3]) / os.sysconf("SC_CLK_TCK")
+        started_s = int(after_name[STARTTIME_FIELD - 3]) / os.sysconf("SC_CLK_TCK")
         return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - started_s)
     import psutil
 
@@ -35,7 +35,7 @@ COMMAND_VARIABLE = "MEGATRON_SOV_COMMAND"
 """Environment variable with the arguments after `megatron-sov` as JSON; child processes inherit it."""
 
 
-def note_command(words: Sequence[str]) -> None:
+def export_command(words: Sequence[str]) -> None:
     """Store the command's arguments in the environment for this process and its children."""
     # Arguments may contain bytes outside UTF-8, or a zero byte if no shell started the process.
     os.environ[COMMAND_VARIABLE] = json.dumps(list(words))
@@ -47,7 +47,7 @@ def typed_command() -> list[str] | None:
     return None if arguments_json is None else list(json.loads(arguments_json))
 
 
-MOST_LOCAL_RANKS = 4096
+MAX_LOCAL_RANKS = 4096
 """Upper limit of --nproc; larger values are typing errors."""
 
 
@@ -55,21 +55,21 @@ def num_ranks(nproc: int | None) -> int:
     """Return the number of ranks: WORLD_SIZE under torchrun or Slurm, else `nproc` (default 1)."""
     if nproc is not None and nproc < 1:
         raise UserError(f"--nproc {nproc}: must be at least 1")
-    if nproc is not None and nproc > MOST_LOCAL_RANKS:
-        raise UserError(f"--nproc {nproc}: must be at most {MOST_LOCAL_RANKS:,}")
-    return int(os.environ["WORLD_SIZE"]) if under_launcher() else nproc or 1
+    if nproc is not None and nproc > MAX_LOCAL_RANKS:
+        raise UserError(f"--nproc {nproc}: must be at most {MAX_LOCAL_RANKS:,}")
+    return int(os.environ["WORLD_SIZE"]) if has_launcher() else nproc or 1
 
 
-def is_first() -> bool:
+def is_first_rank() -> bool:
     """Return whether this process is rank 0 or has no rank; needs no process group."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def own_gpu_index(num_gpus: int) -> int:
+def local_gpu_index(num_gpus: int) -> int:
     """Return this rank's index among the GPUs that it can see."""
     return int(os.environ.get("LOCAL_RANK", "0")) % num_gpus
 
 
-def under_launcher() -> bool:
+def has_launcher() -> bool:
     """Return whether torchrun or Slurm started this process as a rank."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ

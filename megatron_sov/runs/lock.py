@@ -21,7 +21,7 @@ from typing import Any
 
 from megatron_sov.base.artifacts import atomic_write, disk_errors
 from megatron_sov.base.errors import ExitCode, UserError, warn
-from megatron_sov.work.progress.locks import has_ended, identity, in_turn
+from megatron_sov.work.progress.locks import critical_section, has_ended, process_identity
 
 LOCK = "lock.json"
 LEASE_S = 60.0
@@ -38,7 +38,7 @@ class RunLock:
         self._lease_s, self._beat = lease_s, 0
         self._token = uuid.uuid4().hex
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._renew, daemon=True)
+        self._thread = threading.Thread(target=self._renew_lease, daemon=True)
 
     def acquire(self) -> None:
         """Write `lock.json` and start the heartbeat.
@@ -47,12 +47,12 @@ class RunLock:
             UserError: a living run holds the lock, or the folder is not writable.
         """
         # One critical section: two starters that both find a dead holder must not both write.
-        with disk_errors(self._file), in_turn(self._file.parent):
-            record = recorded_holder(self._file.parent)
-            if record is not None and self._is_held(record):
+        with disk_errors(self._file), critical_section(self._file.parent):
+            record = read_lock(self._file.parent)
+            if record is not None and self._has_living_holder(record):
                 raise UserError(f"{self._file.parent}: is held by a living run (process {record['pid']} on "
                                 f"{record['host']}); wait for it, stop it, or choose another --run")
-            atomic_write(self._file, self._record())
+            atomic_write(self._file, self._format_record())
         self._thread.start()
 
     def release(self) -> None:
@@ -60,19 +60,19 @@ class RunLock:
             self._stop.set()
             self._thread.join()
             # After a takeover the file belongs to the other run.
-            if not self._is_lost():
+            if not self._is_taken_over():
                 self._file.unlink(missing_ok=True)
 
-    def _record(self) -> str:
+    def _format_record(self) -> str:
         # Each record differs from the previous, so a watcher needs no clock comparison.
         self._beat += 1
-        return json.dumps({**identity(), "beat": self._beat, "token": self._token, **_slurm_job()})
+        return json.dumps({**process_identity(), "beat": self._beat, "token": self._token, **_slurm_job()})
 
-    def _is_held(self, record: dict[str, Any]) -> bool:
+    def _has_living_holder(self, record: dict[str, Any]) -> bool:
         """Return whether the process in `record` is alive; if it cannot be looked up, wait
         for a heartbeat."""
         # The local process table is exact and fast; watching takes up to a minute.
-        if (lives := _lives(record)) is not None:
+        if (lives := _is_alive(record)) is not None:
             return lives
         print(f"{self._file.parent}: was last locked by process {record['pid']} on {record['host']}, which "
               f"cannot be looked up from here; waiting up to {self._lease_s:g} s for its heartbeat",
@@ -81,30 +81,30 @@ class RunLock:
         end_s = time.monotonic() + self._lease_s
         while time.monotonic() < end_s:
             time.sleep(self._lease_s / 100)
-            if (latest := recorded_holder(self._file.parent)) != record:
+            if (latest := read_lock(self._file.parent)) != record:
                 return latest is not None  # None: the lock was released
         return False
 
-    def _renew(self) -> None:
+    def _renew_lease(self) -> None:
         # Several heartbeats per lease: one slow write on a shared disk does not lose the lock.
         while not self._stop.wait(self._lease_s / RENEWALS):
             try:
-                if self._is_lost():
+                if self._is_taken_over():
                     print(f"error: {self._file.parent}: another run took this folder after "
                           f"{self._lease_s:g} s without a heartbeat from this run; exiting",
                           file=sys.stderr, flush=True)
                     # Two runs must not write into one folder, not even a last checkpoint.
                     os._exit(ExitCode.CRASH)
-                atomic_write(self._file, self._record())
+                atomic_write(self._file, self._format_record())
             except (UserError, OSError) as e:  # later heartbeats may still renew the lease
                 warn(f"{self._file}: cannot write the heartbeat ({e})")
 
-    def _is_lost(self) -> bool:
-        record = recorded_holder(self._file.parent)
+    def _is_taken_over(self) -> bool:
+        record = read_lock(self._file.parent)
         return record is not None and record["token"] != self._token
 
 
-def recorded_holder(run: Path) -> dict[str, Any] | None:
+def read_lock(run: Path) -> dict[str, Any] | None:
     """Read `lock.json`, or return None without a valid lock.
 
     Fields: host, pid, started_s, beat (heartbeat counter), token (random, unique per holder), process_table
@@ -119,7 +119,7 @@ def recorded_holder(run: Path) -> dict[str, Any] | None:
         return None
 
 
-def forget(run: Path) -> None:
+def delete_lock(run: Path) -> None:
     """Delete `lock.json` of a holder that the caller knows to be dead."""
     with disk_errors(run):
         (run / LOCK).unlink(missing_ok=True)
@@ -131,22 +131,22 @@ def _slurm_job() -> dict[str, Any]:
     return {"slurm_job": job, "slurm_restart": int(os.environ.get("SLURM_RESTART_COUNT") or 0)} if job else {}
 
 
-def living_holder(run: Path) -> dict[str, Any] | None:
+def find_living_holder(run: Path) -> dict[str, Any] | None:
     """Return the record of a lock holder that seems alive, or None.
 
     For display only: if the process cannot be looked up, compare the file's time with this machine's clock.
     """
-    record = recorded_holder(run)
+    record = read_lock(run)
     if record is None:
         return None
-    lives = _lives(record)
+    lives = _is_alive(record)
     if lives is None:
         with contextlib.suppress(FileNotFoundError):
             lives = time.time() - (run / LOCK).stat().st_mtime < LEASE_S
     return record if lives else None
 
 
-def _lives(record: dict[str, Any]) -> bool | None:
+def _is_alive(record: dict[str, Any]) -> bool | None:
     """Return whether the process in `record` is alive, or None if it cannot be looked up from here.
 
     Slurm restarts a job only after releasing the nodes of its previous start, so earlier restarts are dead.

@@ -18,14 +18,14 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import RolloutConfig
 from megatron_sov.runs import checkpoints
 
-NOT_TYPED = ("reward_version",)
+HASHED_SETTINGS = ("reward_version",)
 """Settings that are hashes, which messages do not suggest as options."""
-LEARNS = "learns"
+TRAINED_GROUPS = "learns"
 """Field in a round's manifest: name for the count of trained groups."""
 
 
-def enter_rounds(folder: Path, file: Path, asked: dict[str, Any], option: str, what: str = "rounds",
-                 made_anew: Collection[Path] = ()) -> None:
+def record_or_check_settings(folder: Path, file: Path, settings: dict[str, Any], option: str, noun: str = "rounds",
+                 rewritten_files: Collection[Path] = ()) -> None:
     """Write a rounds folder's settings to `file`, or check that they equal the recorded settings.
 
     While the folder contains no results, settings may still change.
@@ -33,10 +33,10 @@ def enter_rounds(folder: Path, file: Path, asked: dict[str, Any], option: str, w
     Args:
         folder: the rounds folder.
         file: the settings file inside the folder.
-        asked: settings of this command, as JSON values.
+        settings: settings of this command, as JSON values.
         option: command-line option of the folder, for messages.
-        what: noun for the folder's content, for messages.
-        made_anew: files that every command rewrites; they do not count as results.
+        noun: noun for the folder's content, for messages.
+        rewritten_files: files that every command rewrites; they do not count as results.
 
     Raises:
         UserError: the recorded settings differ, the file is damaged, or the folder contains other files.
@@ -44,28 +44,28 @@ def enter_rounds(folder: Path, file: Path, asked: dict[str, Any], option: str, w
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{option} {folder}: is a file; choose another one")
     # Without results no setting can contradict anything.
-    if not _holds_more(folder, {file, *made_anew}):
-        write_output(file, to_json(asked))
+    if not _has_other_files(folder, {file, *rewritten_files}):
+        write_output(file, to_json(settings))
         return
     if not file.is_file():
-        raise UserError(f"{folder}: is not empty and holds no {what}; choose another {option}")
+        raise UserError(f"{folder}: is not empty and holds no {noun}; choose another {option}")
     try:
         recorded = dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as e:
         raise UserError(f"{file}: is damaged ({e}); restore it, or choose another {option}") from None
-    current = json.loads(to_json(asked))  # JSON turns tuples into lists, as in the file
+    current = json.loads(to_json(settings))  # JSON turns tuples into lists, as in the file
     changed = {name: value for name, value in current.items() if recorded.get(name) != value}
     if changed:
         descriptions = [f"{name} = {recorded.get(name)}, now it is {value}"
                         for name, value in changed.items()]
         arguments = [f"--{name.replace('_', '-')} {shlex.quote(str(recorded[name]))}" for name in changed
-                     if type(recorded.get(name)) in (int, float, str) and name not in NOT_TYPED]
+                     if type(recorded.get(name)) in (int, float, str) and name not in HASHED_SETTINGS]
         hint = f" ({' '.join(arguments)})" if arguments else ""
-        raise UserError(f"{folder}: its {what} were begun with {'; '.join(descriptions)}; "
+        raise UserError(f"{folder}: its {noun} were begun with {'; '.join(descriptions)}; "
                         f"resume with the same{hint}, or choose another {option}")
 
 
-def _holds_more(folder: Path, known: Collection[Path]) -> bool:
+def _has_other_files(folder: Path, known: Collection[Path]) -> bool:
     """Return whether a folder contains files beyond `known`; hidden files are incomplete and do not count."""
     for path in folder.rglob("*"):
         is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
@@ -74,7 +74,7 @@ def _holds_more(folder: Path, known: Collection[Path]) -> bool:
     return False
 
 
-FEED = "feed"
+FEED_STATE = "feed"
 """Field in a checkpoint's `state.json` with the state of `RunPolicies`."""
 
 
@@ -90,7 +90,7 @@ class Policy:
     """Digest that identifies the policy in rollout stores."""
 
 
-def policy_of_round(run: Path, start: Path, number: int, rollout: RolloutConfig) -> Policy | None:
+def find_round_policy(run: Path, start: Path, number: int, rollout: RolloutConfig) -> Policy | None:
     """Return the newest end-of-round checkpoint if it may generate a round, else None.
 
     Newer policies than necessary are allowed: unfinished responses in an old round come from
@@ -102,22 +102,22 @@ def policy_of_round(run: Path, start: Path, number: int, rollout: RolloutConfig)
         number: round number, from 1.
         rollout: the run's rollout settings.
     """
-    folder = run / checkpoints.CHECKPOINTS_OF_A_RUN
-    newest = checkpoints.latest(folder)
+    folder = run / checkpoints.CHECKPOINTS_FOLDER
+    newest = checkpoints.latest_checkpoint(folder)
     # Policies are counted in whole rounds: skip checkpoints in the middle of a round.
-    while newest is not None and checkpoints.step_of(newest) % rollout.steps_per_round:
-        newest = checkpoints.latest_not_after(folder, checkpoints.step_of(newest) - 1)
-    step = 0 if newest is None else checkpoints.step_of(newest)
-    if not may_write(step, number, rollout):
+    while newest is not None and checkpoints.checkpoint_step(newest) % rollout.steps_per_round:
+        newest = checkpoints.latest_checkpoint_until(folder, checkpoints.checkpoint_step(newest) - 1)
+    step = 0 if newest is None else checkpoints.checkpoint_step(newest)
+    if not can_generate_round(step, number, rollout):
         return None
-    return policy_of_start(start) if newest is None else Policy(newest, step, _sha256_of_checkpoint(newest))
+    return build_start_policy(start) if newest is None else Policy(newest, step, _hash_checkpoint_policy(newest))
 
 
-def policy_of_start(start: Path) -> Policy:
-    return Policy(start, 0, checkpoints.files_sha256(start))
+def build_start_policy(start: Path) -> Policy:
+    return Policy(start, 0, checkpoints.hash_checkpoint_files(start))
 
 
-def may_write(step: int, number: int, rollout: RolloutConfig) -> bool:
+def can_generate_round(step: int, number: int, rollout: RolloutConfig) -> bool:
     """Return whether the policy after `step` is at most `rollout.max_staleness` rounds older than
     the round needs."""
     return step // rollout.steps_per_round >= number - 1 - rollout.max_staleness
@@ -147,7 +147,7 @@ class RunPolicies:
     def at(self, step: int) -> Policy:
         """Return the policy after the last step of a round."""
         if step not in self._recent:
-            self._recent[step] = self._sha256(step)
+            self._recent[step] = self._hash_policy(step)
             self._recent = dict([*self._recent.items()][-1 - self.rollout.max_staleness:])
         return Policy(self.run, step, self._recent[step]) if step else self.start
 
@@ -164,7 +164,7 @@ class RunPolicies:
         """
         # In the middle of a round the digest came from the checkpoint.
         if not step % self.rollout.steps_per_round:
-            self._trained = _digest(self.at(step).sha256, documents_sha256, to_json(dict(self.settings)))
+            self._trained = _hash_texts(self.at(step).sha256, documents_sha256, to_json(dict(self.settings)))
 
     def state(self) -> dict[str, Any]:
         """Return JSON values for the checkpoint."""
@@ -175,25 +175,25 @@ class RunPolicies:
         self._trained = str(state["trained"])
         self._recent = {int(step): str(sha256) for step, sha256 in state["recent"]}
 
-    def _sha256(self, step: int) -> str:
-        return _digest(self._trained, str(step)) if step else self.start.sha256
+    def _hash_policy(self, step: int) -> str:
+        return _hash_texts(self._trained, str(step)) if step else self.start.sha256
 
 
-def _sha256_of_checkpoint(path: Path) -> str:
+def _hash_checkpoint_policy(path: Path) -> str:
     """Return the digest of a checkpoint's policy.
 
     Raises:
         UserError: `state.json` is damaged.
     """
-    file = path / checkpoints.STATE
+    file = path / checkpoints.STATE_FILE
     try:
-        state = json.loads(file.read_text(encoding="utf-8")).get(FEED)
+        state = json.loads(file.read_text(encoding="utf-8")).get(FEED_STATE)
         if not state:  # checkpoint of another command, without rounds
             return manifest_sha256(path)
-        return _digest(str(state["trained"]), str(checkpoints.step_of(path)))
+        return _hash_texts(str(state["trained"]), str(checkpoints.checkpoint_step(path)))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise UserError(f"{file}: is damaged ({type(e).__name__}: {e}); restore it from a copy") from None
 
 
-def _digest(*texts: str) -> str:
+def _hash_texts(*texts: str) -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()

@@ -23,8 +23,8 @@ from typing import Protocol
 
 from megatron_sov.sandbox import restrictions, system_calls as sc
 from megatron_sov.sandbox.program import Limits
-from megatron_sov.work.processes.channel import receive, send
-from megatron_sov.work.processes.watch import Watch
+from megatron_sov.work.processes.channel import receive_message, send_message
+from megatron_sov.work.processes.process_tree import ProcessTree
 
 MAX_ENTRIES = 10_000
 """Files and folders that are counted."""
@@ -143,7 +143,7 @@ class Enclosure(Protocol):
     """Made in the server's process, which its template is a fork of; used for one program at a time."""
 
     name: str
-    watch: Watch
+    watch: ProcessTree
     """Of the processes below the template."""
 
     def prepare(self) -> str:
@@ -206,7 +206,7 @@ class Landlocked(Enclosure):
         # a user that nobody else has: the kernel's count of processes is then this sandbox's alone
         self._uid = _free_uid()
         sc.drop_bounding_set()  # the server runs no other program, and its children inherit this
-        self.watch = Watch(os.getpid(), forks=True)
+        self.watch = ProcessTree(os.getpid(), forks=True)
         self._parent, self._folder = folder, ""
         os.chmod(folder, 0o711 if self._uid else 0o700)  # to be passed, not listed
         self._tasks_of_user = 0
@@ -330,10 +330,10 @@ class Namespaces(Enclosure):
         except OSError as e:
             raise EnclosureUnavailable(f"namespaces are not allowed ({e.strerror or e})") from None
         # a map of more than one user has to be written from outside of the namespace
-        send(channel, {"map": os.getpid()})
-        if error := receive(channel)["error"]:
+        send_message(channel, {"map": os.getpid()})
+        if error := receive_message(channel)["error"]:
             raise EnclosureUnavailable(f"users cannot be mapped ({error})")
-        self.watch = Watch(_become_first_process(), forks=True)
+        self.watch = ProcessTree(_become_first_process(), forks=True)
         self._own_processes = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         try:
             _build_view(readable)

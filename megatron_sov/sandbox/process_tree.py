@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import IO, NoReturn
 
 from megatron_sov.sandbox import system_calls as sc
-from megatron_sov.work.processes.keeper import kill_below
+from megatron_sov.work.processes.supervisor import kill_descendants
 
 
 class ProcessTree:
@@ -91,6 +91,6 @@ def _keep(pid: int, until: int) -> NoReturn:
         for fd in (until, ended):
             watched.register(fd, select.POLLIN)
         watched.poll()
-        kill_below()
+        kill_descendants()
     finally:
         os._exit(0)

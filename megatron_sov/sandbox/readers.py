@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.documents import BadRecord
-from megatron_sov.work.processes.channel import send
+from megatron_sov.work.processes.channel import send_message
 from megatron_sov.work.processes.children import start_interpreter
 
 START_LIMIT_S = 120.0
@@ -76,7 +76,7 @@ class KeptReader:
                                         [json.dumps(self._path)], _VARIABLES)
         self.channel = self._child.channel
         self.channel.settimeout(START_LIMIT_S)
-        send(self.channel, {"readable": [root, *self._path], **limits})
+        send_message(self.channel, {"readable": [root, *self._path], **limits})
 
     @property
     def is_worn(self) -> bool:

@@ -24,9 +24,9 @@ from megatron_sov.sandbox.enclosures import EnclosureUnavailable, identity_maps,
 from megatron_sov.sandbox.program import Limits, Outcome, Program
 from megatron_sov.sandbox.restrictions import folders_of
 from megatron_sov.sandbox.supervise import MAX_STARVED_S, START_LIMIT_S, Ends, SupervisedProgram, supervise
-from megatron_sov.work.processes.channel import receive, send
+from megatron_sov.work.processes.channel import receive_message, send_message
 from megatron_sov.work.processes.children import Child, start_interpreter
-from megatron_sov.work.processes.watch import Watch
+from megatron_sov.work.processes.process_tree import ProcessTree
 
 ENCLOSURES = ("namespaces", "landlock")
 """What the kernel may give, the stronger one first."""
@@ -246,14 +246,14 @@ class Worker:
                 raise
 
     def _begin(self, channel: socket.socket) -> None:
-        send(channel, self._order)
+        send_message(channel, self._order)
         while True:
-            told = receive(channel)
+            told = receive_message(channel)
             if "enclosure" in told:
                 return
             if "unavailable" in told:
                 raise EnclosureUnavailable(told["unavailable"])
-            send(channel, {"error": _map_users(told["map"])})
+            send_message(channel, {"error": _map_users(told["map"])})
 
     def run(self, program: Program, limits: Limits, command: tuple[str, ...] | None) -> Outcome:
         """Return what becomes of a program; a server that fails is replaced for the next one.
@@ -279,8 +279,8 @@ class Worker:
         channel = self._child.channel
         # longer than anything the server itself waits for: passing it means that the server hangs
         channel.settimeout(START_LIMIT_S + limits.wall_s + MAX_STARVED_S + _ANSWER_LIMIT_S)
-        send(channel, request)
-        return Outcome(**receive(channel))
+        send_message(channel, request)
+        return Outcome(**receive_message(channel))
 
     def stop(self) -> None:
         """End the server with all that it runs."""
@@ -358,7 +358,7 @@ def _supervised(parts: list[str], folder: str, given: bytes, limits: Limits) -> 
         _, status, used = os.wait4(process.pid, 0)
         return status, used.ru_utime + used.ru_stime
 
-    watch = Watch(process.pid)
+    watch = ProcessTree(process.pid)
     try:
         return supervise(SupervisedProgram(process.pid, Ends(feed, out_read, error_read), given, limits,
                                            kill=kill, wait=wait, totals=watch.totals))

@@ -38,7 +38,7 @@ from megatron_sov.sandbox.enclosures import Enclosure, EnclosureUnavailable, Lan
 from megatron_sov.sandbox.program import Limits, Outcome
 from megatron_sov.sandbox.restrictions import limit
 from megatron_sov.sandbox.supervise import Ends, Gone, SupervisedProgram, supervise
-from megatron_sov.work.processes.channel import receive, send
+from megatron_sov.work.processes.channel import receive_message, send_message
 
 READY = b"."
 """What is told before the program begins; anything else is why it cannot."""
@@ -260,21 +260,21 @@ def main(channel_fd: int, root: str) -> None:
                    if name.partition(".")[0] == "megatron_sov"}
     be_as_programs()
     with socket.socket(fileno=channel_fd) as channel:
-        order = receive(channel)
+        order = receive_message(channel)
         sys.meta_path.append(PackageFinder(order["packages"]))
         try:
             enclosure = _enclosure(order, channel)
         except EnclosureUnavailable as e:
-            send(channel, {"unavailable": str(e)})
+            send_message(channel, {"unavailable": str(e)})
             return
         gc.collect()
         gc.freeze()  # the collector of a child would copy every page that it looks at
         gc.disable()
         template = Template(enclosure)
-        send(channel, {"enclosure": enclosure.name})
+        send_message(channel, {"enclosure": enclosure.name})
         try:
             while True:
-                send(channel, dataclasses.asdict(_run(enclosure, template, receive(channel), channel)))
+                send_message(channel, dataclasses.asdict(_run(enclosure, template, receive_message(channel), channel)))
         except (EOFError, OSError, Gone):
             return
         finally:

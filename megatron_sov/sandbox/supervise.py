@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from megatron_sov.sandbox.program import Limits, Outcome, Status
-from megatron_sov.work.processes.watch import OwnTime, ProcessTotals
+from megatron_sov.work.processes.process_tree import ProcessTotals, WorkingTime
 
 LOOK_EVERY_S = 0.05
 """At what all processes of a program take together."""
@@ -92,7 +92,7 @@ class _Supervisor:
         if subject.hangup is not None:
             self._poll.register(subject.hangup, select.POLLIN)
         self._began_s = time.monotonic()
-        self._time = OwnTime(subject.totals, LOOK_EVERY_S)
+        self._time = WorkingTime(subject.totals, LOOK_EVERY_S)
         self._ended = False
         self._passed: tuple[Status, str] | None = None
         """The limit that it has passed, and what to say about it."""

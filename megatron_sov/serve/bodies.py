@@ -17,7 +17,7 @@ from megatron_sov.base.documents.messages import MESSAGE_FIELDS, read_beside, re
 from megatron_sov.base.documents.rows import finite, no_constant
 from megatron_sov.base.errors import UserError, nearest
 from megatron_sov.chat.folder import open_tokenizer, read_chat_encoder
-from megatron_sov.chat.marks import as_written
+from megatron_sov.chat.marks import unquote_marks
 from megatron_sov.infer.asking import Asker
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.infer.request import Sampling
@@ -310,7 +310,7 @@ class BodyReader:
         self._plain = Asker(target, chat=False)
         self._chat = Asker(target, chat=True) if read_chat_encoder(folder) is not None else None
         encoder = None if self._chat is None else self._chat.encoder
-        self.call_form = None if encoder is None else encoder.form_of_calls()[0]
+        self.call_form = None if encoder is None else encoder.find_call_form()[0]
         """In which the model calls tools; None: its template does not say."""
         self._tokenizer = open_tokenizer(folder)
         self._special = {token.content: id_ for id_, token
@@ -358,7 +358,7 @@ class BodyReader:
         """Return what gives the text of an answer (`chat.marks.text_decoder`)."""
         if question.is_chat and self._chat is not None:
             return self._chat.decode
-        return lambda ids: as_written(self._plain.decode(ids))
+        return lambda ids: unquote_marks(self._plain.decode(ids))
 
     def _limit(self, question: ServedQuestion, prompt_tokens: int, field: str) -> int:
         # Without a limit of the client's, the answer may fill what the prompt leaves.

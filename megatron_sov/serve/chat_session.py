@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.infer.request import STOP
-from megatron_sov.work.endpoints.answers import BadAnswer, NeverAnswered, decoded, reason_of
+from megatron_sov.work.endpoints.answers import BadAnswer, RequestRefused, parse_json_answer, read_error_text
 from megatron_sov.work.endpoints.transport import Transport
 
 ANSWER_LIMIT_S = 3600.0
@@ -44,8 +44,8 @@ def model_at(url: str, key_env: str, name: str = "", key: str = "") -> ChatModel
     try:
         came = Transport(f"{url}/models", key_env, 60.0, key).get()
         if came.status != 200:
-            raise BadAnswer(reason_of(came.body) or f"it answered HTTP {came.status}")
-        cards = {str(card["id"]): card for card in decoded(came.body)["data"]}
+            raise BadAnswer(read_error_text(came.body) or f"it answered HTTP {came.status}")
+        cards = {str(card["id"]): card for card in parse_json_answer(came.body)["data"]}
     except (BadAnswer, TimeoutError, LookupError, TypeError) as e:
         raise UserError(f"{url}: the models cannot be listed ({e}); look at the address and the "
                         "key") from None
@@ -177,7 +177,7 @@ class ChatSession:
                     for choice in part.get("choices") or []:
                         yield choice.get("delta") or {}, choice.get("finish_reason")
                 return
-            except NeverAnswered:
+            except RequestRefused:
                 if self._first >= len(self.turns) - 1:
                     raise
                 self._first += 1

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_sov.chat.marks import (
-    BEGIN_CALL, BEGIN_THOUGHTS, END_THOUGHTS, FAMILIES, LLAMA, PYTHON_TAG, CallForm, plain_form)
-from megatron_sov.chat.tool_calls import ServedTurn, ToolCall, served_turn, split_thoughts, whole_turn
+    BEGIN_CALL, BEGIN_THOUGHTS, END_THOUGHTS, FAMILIES, LLAMA, PYTHON_TAG, CallForm, to_hermes_form)
+from megatron_sov.chat.tool_calls import (
+    ServedTurn, ToolCall, build_served_turn, parse_served_turn, split_thoughts)
 from megatron_sov.infer.request import STOP, StopRule
 from megatron_sov.serve.bodies import BodyReader, ServedQuestion
 from megatron_sov.serve.scheduler import Begun
@@ -31,7 +32,7 @@ def turn_so_far(text: str, in_thoughts: bool, tools: Sequence[dict[str, Any]],
     # What may be the beginning of a mark is held back until the next token decides.
     marks = (END_THOUGHTS, BEGIN_CALL) if has_tools else (END_THOUGHTS,)
     sure = text[:len(text) - max(_begun_turn(text, mark) for mark in _OTHERS)]
-    text = plain_form(sure, in_thoughts=in_thoughts)
+    text = to_hermes_form(sure, in_thoughts=in_thoughts)
     has_tools = has_tools or text != sure  # what a call becomes shows at its end alone
     text = text[:len(text) - max(_begun_turn(text, mark) for mark in marks)]
     # It may still turn out to be thoughts, so nothing is sure.
@@ -40,7 +41,7 @@ def turn_so_far(text: str, in_thoughts: bool, tools: Sequence[dict[str, Any]],
     thoughts, said = split_thoughts(text, in_thoughts)
     if has_tools:
         said = said.partition(BEGIN_CALL)[0].rstrip()
-    return served_turn(thoughts, said)
+    return build_served_turn(thoughts, said)
 
 
 def _begun_turn(text: str, mark: str) -> int:
@@ -170,7 +171,7 @@ class ServedReply:
         if writing.reason is None:
             return turn_so_far(writing.sure_text(), self._begun.in_thoughts, self._question.tools,
                                self._reader.call_form)
-        return whole_turn(writing.text(), self._begun.in_thoughts, self._question.tools,
+        return parse_served_turn(writing.text(), self._begun.in_thoughts, self._question.tools,
                           self._reader.call_form)
 
     # streams

@@ -31,7 +31,7 @@ from megatron_sov.infer.engines.libraries import load_configured_hf, refuse_unca
 from megatron_sov.infer.engines.live import continue_live
 from megatron_sov.infer.engines.load import Loaded, run_forward_model
 from megatron_sov.infer.engines.target import Target
-from megatron_sov.runs.launch_environment import is_first, num_ranks
+from megatron_sov.runs.launch_environment import is_first_rank, num_ranks
 from megatron_sov.serve.bodies import (
     BodyReader, RefusedRequest, ServedQuestion, chat_question, completion_question)
 from megatron_sov.serve.replies import DONE, ServedReply, event
@@ -39,7 +39,7 @@ from megatron_sov.serve.scheduler import RETRY_S, Begun, Clerk, RequestQueue, Ti
 from megatron_sov.serve.settings import DEFAULT_LENGTH_TOKENS, ServeSettings
 from megatron_sov.serve.transformers_batching import continue_transformers
 from megatron_sov.train.stopping import StopFlag
-from megatron_sov.work.progress.locks import has_ended, identity
+from megatron_sov.work.progress.locks import has_ended, process_identity
 
 MAX_BODY_BYTES = 8 << 20
 BODY_S, TAKES_S, IDLE_S = 60.0, 60.0, 75.0
@@ -288,7 +288,7 @@ def serve(target: Target, settings: ServeSettings, layout: Sequence[str], nproc:
     longest = _longest(target, settings)
     reader = BodyReader(target, longest)
     flag = StopFlag()
-    if settings.address_file is not None and is_first():
+    if settings.address_file is not None and is_first_rank():
         settings.address_file.unlink(missing_ok=True)  # of a server that was killed
 
     def on_ranks(loaded: Loaded) -> None:
@@ -370,7 +370,7 @@ class Parent:
             return
         try:
             # With the time of its start: another process may get the number later.
-            self._record = identity() | {"pid": pid, "started_s": psutil.Process(pid).create_time()}
+            self._record = process_identity() | {"pid": pid, "started_s": psutil.Process(pid).create_time()}
         except psutil.Error:
             raise UserError(f"--parent-pid {pid}: there is no such process; start the server from one that "
                             "lives") from None

@@ -14,7 +14,7 @@ import torch
 from megatron_sov.base.artifacts import MANIFEST, manifest_sha256, to_json
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.chat.folder import (
-    CONFIG_JSON, TEMPLATE, TOKENIZER_JSON, chat_form, chat_template, special_text)
+    CONFIG_JSON, TEMPLATE_FILE, TOKENIZER_JSON, read_chat_fields, read_chat_template, read_special_token)
 from megatron_sov.chat.vocabulary import find_difference
 from megatron_sov.checkpoint import load
 from megatron_sov.checkpoint.load import agreement
@@ -32,7 +32,7 @@ from megatron_sov.model.config import AudioEncoderConfig, ModelConfig, RunConfig
 from megatron_sov.model.families.encoders import AUDIO, ENCODER, VISION, encoder_tensors
 from megatron_sov.model.pretrained import CONFIG, listed, read_json
 from megatron_sov.runs import checkpoints
-from megatron_sov.runs.checkpoints import refuse_missing
+from megatron_sov.runs.checkpoints import check_model_path
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.obs.events import EVENTS, EventLog
 from megatron_sov.train.data.token_shards import Source, tokenizer_folder
@@ -62,7 +62,7 @@ def newest_sound(folder: RunFolder, place: ParallelWorld, not_after: int = ANY_S
     A damaged one is set aside, loudly, for the one before.
     """
     # one process looks: on a network file system the others may still see an older listing
-    while ((newest := on_main(place, lambda: checkpoints.latest_not_after(folder.checkpoints, not_after)))
+    while ((newest := on_main(place, lambda: checkpoints.latest_checkpoint_until(folder.checkpoints, not_after)))
            is not None):
         problem = load.damage(newest)
         if problem is None:
@@ -72,12 +72,12 @@ def newest_sound(folder: RunFolder, place: ParallelWorld, not_after: int = ANY_S
 
 
 def _set_aside(folder: RunFolder, damaged: Path, problem: str) -> None:
-    aside = checkpoints.set_aside(damaged)
+    aside = checkpoints.rename_damaged_checkpoint(damaged)
     text = (f"{problem}; {damaged.name} is renamed to {aside.name}, and the run goes on from the "
             "checkpoint before it")
     # a log of its own: when a run starts its records are not open yet
     events = EventLog(folder.path / EVENTS)
-    warn(text, events.write, step=checkpoints.step_of(damaged))
+    warn(text, events.write, step=checkpoints.checkpoint_step(damaged))
     events.write("damaged_checkpoint", path=f"{folder.checkpoints.name}/{damaged.name}", reason=problem,
                  renamed_to=f"{folder.checkpoints.name}/{aside.name}")
     events.close()
@@ -85,9 +85,9 @@ def _set_aside(folder: RunFolder, damaged: Path, problem: str) -> None:
 
 def refuse_other_base(newest: Path, start_from: Path) -> None:
     """Raise `UserError` where an adapter's run would go on beside other frozen weights."""
-    base = checkpoints.adapter_base(newest)
+    base = checkpoints.read_adapter_base(newest)
     if base is not None:
-        start = checkpoints.adapter_base(start_from) or checkpoints.AdapterBase.of(start_from)
+        start = checkpoints.read_adapter_base(start_from) or checkpoints.AdapterBase.of(start_from)
         if start.sha256 != base.sha256:
             raise UserError(f"--from {start_from}: is another model than {base.path}, beside which {newest} "
                             "was trained; resume with that, or start a new --run")
@@ -146,7 +146,7 @@ def encoder_in(folder: Path, prefix: str,
     Raises:
         UserError: the folder holds no such encoder, several of them, or one of other sizes.
     """
-    refuse_missing(folder)
+    check_model_path(folder)
     setting = f"media.{prefix[:-1]}_from = {str(folder)!r}"
     encoder = model.vision if prefix == VISION else model.audio
     assert encoder is not None  # by `RunConfig.problems`
@@ -195,19 +195,19 @@ def _read_companions(start: Path, data: Path) -> dict[str, bytes]:
         return {}
     files = {file.name: file.read_bytes() for file in sorted(start.iterdir())
              if file.is_file() and file.name not in (TOKENIZER_JSON, MANIFEST)}
-    if chat_form(data) == chat_form(start):
+    if read_chat_fields(data) == read_chat_fields(start):
         return files
     config, defaults = (read_json(start / name) if name in files else {} for name in (
         CONFIG_JSON, GENERATION_CONFIG))
     for name in ("bos_token", "eos_token"):
-        text = special_text(data, name)
-        if text and text != special_text(start, name):
+        text = read_special_token(data, name)
+        if text and text != read_special_token(start, name):
             config[name] = text
             defaults.pop(f"{name}_id", None)
-    template = chat_template(data)
-    if template and template != chat_template(start):
+    template = read_chat_template(data)
+    if template and template != read_chat_template(start):
         config["chat_template"] = template
-        files.pop(TEMPLATE, None)
+        files.pop(TEMPLATE_FILE, None)
     changed = {CONFIG_JSON: config, **({GENERATION_CONFIG: defaults} if GENERATION_CONFIG in files else {})}
     return files | {name: to_json(content).encode() for name, content in changed.items()}
 
@@ -266,7 +266,7 @@ class Checkpointer:
                           Companions(state, self._config.to_dict(), self._tokenizer, self._beside,
                                      self._carried),
                           # behind the rename: a crash while the new one is written must leave the one before
-                          then=lambda: checkpoints.prune(folder, settings.keep_checkpoints,
+                          then=lambda: checkpoints.prune_checkpoints(folder, settings.keep_checkpoints,
                                                          settings.keep_every_steps),
                           waits=not settings.async_save)
 
@@ -340,7 +340,7 @@ class Checkpointer:
                 part.restore(state[name])
         if data_too:
             self._batches.restore(state["order"])
-        return TrainState(state["step"], state["tokens"], state["wall_s"], checkpoints.trained_tokens(path))
+        return TrainState(state["step"], state["tokens"], state["wall_s"], checkpoints.read_trained_tokens(path))
 
     def _load_model(self, path: Path, *, new_encoders: bool = False) -> None:
         # read now: a checkpoint that the run goes on from may be pruned before the next one is written

@@ -178,7 +178,7 @@ def rollback(trainer: Trainer) -> None:
     trainer.batches.ledger.pass_over(back_to, now)
     guard.rollbacks = [*rollbacks, {"at": now, "to": back_to}]
     # checkpoints behind the target have weights of the refused stretch: a resume must not find one
-    on_main(trainer.world, lambda: checkpoints.drop_after(trainer.folder.checkpoints, back_to))
+    on_main(trainer.world, lambda: checkpoints.delete_checkpoints_after(trainer.folder.checkpoints, back_to))
     text = (f"steps {now - refused + 1} to {now} were refused in a row ({refusal.reason}): "
             f"weights and optimizer are those of step {back_to} again, and the samples of steps "
             f"{back_to + 1} to {now} are passed over")
@@ -189,7 +189,7 @@ def rollback(trainer: Trainer) -> None:
 def _target(trainer: Trainer, last_good: int) -> Path | None:
     """Return the newest sound checkpoint whose weights have not been returned to already, up to a step."""
     while (found := newest_sound(trainer.folder, trainer.world, last_good)) is not None:
-        step = checkpoints.step_of(found)
+        step = checkpoints.checkpoint_step(found)
         # a step is known from both ends: the checkpoint that was returned to, and the one that was taken
         # right after, which has the same weights
         tried = [r for r in trainer.guards.step_guard.rollbacks if step in (r["at"], r["to"])]

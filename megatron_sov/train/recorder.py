@@ -25,10 +25,10 @@ from megatron_sov.engine.parallel.device import on_gpu
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families.count import num_params, train_flops_per_token
-from megatron_sov.runs.checkpoints import KIND
+from megatron_sov.runs.checkpoints import CHECKPOINT_KIND
 from megatron_sov.runs.obs.events import EVENTS, EventLog
-from megatron_sov.runs.obs.history import BY_SETTING, NO_GRADIENT
-from megatron_sov.runs.obs.meters import LOSS, Meter, headline_fields, told_step
+from megatron_sov.runs.obs.history import NO_GRADIENT, SKIPPED_BY_SETTING
+from megatron_sov.runs.obs.meters import LOSS, Meter, build_headline_fields, format_step
 from megatron_sov.runs.obs.routing import max_violation
 from megatron_sov.runs.obs.trackers import Trackers
 from megatron_sov.train.checkpointer import TrainState
@@ -36,7 +36,7 @@ from megatron_sov.train.data.ledger import LedgerEntry
 from megatron_sov.train.data.token_shards import Source, as_input, provenance
 from megatron_sov.train.guards.step_guard import Refusal
 from megatron_sov.train.stages.evaluate import HeldoutLoss
-from megatron_sov.work.clusters.chips import of_device
+from megatron_sov.work.clusters.chips import find_device_chip
 from megatron_sov.work.progress.progress_bar import ProgressBar
 
 
@@ -92,7 +92,7 @@ sheet's figure with sparsity."""
 
 def peak_tflops(device_name: str) -> float | None:
     """Return the dense peak of a GPU in bf16, TFLOP/s, by CUDA's name for it; None: it is not known."""
-    chip = of_device(device_name)
+    chip = find_device_chip(device_name)
     return chip.bf16_flops_per_s / 1e12 if chip else CARD_TFLOPS.get(device_name)
 
 
@@ -186,8 +186,8 @@ class Recorder:
               num_active_params=count.active, num_steps=self._num_steps, resumed_from=step,
               began_s=self._began_s, on_gpu=on_gpu(),
               gpu=gpu_settings.resolve_auto(config, te),
-              **headline_fields(self.headline, comparable=self._comparable),
-              inputs=[*provenance(sources), *([] if start is None else [as_input(KIND, start)]), *besides],
+              **build_headline_fields(self.headline, comparable=self._comparable),
+              inputs=[*provenance(sources), *([] if start is None else [as_input(CHECKPOINT_KIND, start)]), *besides],
               machine={"host": platform.node(), "device": device_name(), "python": platform.python_version(),
                        "torch": torch.__version__, "threads": torch.get_num_threads()})
         for entry in entries:
@@ -228,7 +228,7 @@ class Recorder:
                 **{f"meter/{name}": v for name, v in result.meters.items()}})
         if self._progress is not None:
             event = {"loss": result.loss, "losses": result.losses, **meters}
-            self._progress.update(done.step, told_step(event, self.headline, comparable=self._comparable),
+            self._progress.update(done.step, format_step(event, self.headline, comparable=self._comparable),
                                   tokens_per_s)
 
     def passed_over(self, step: int, meters: Mapping[str, float]) -> None:
@@ -240,7 +240,7 @@ class Recorder:
             meters: of its round.
         """
         is_asked = any(first <= step <= last for first, last in self._config.data.skip_steps)
-        self.events.write("skip", step=step, reason=BY_SETTING if is_asked else NO_GRADIENT,
+        self.events.write("skip", step=step, reason=SKIPPED_BY_SETTING if is_asked else NO_GRADIENT,
                           **({"meters": dict(meters)} if meters else {}))
         if self._trackers is not None and meters:
             self._trackers.log_step(step, {f"meter/{name}": value for name, value in meters.items()})

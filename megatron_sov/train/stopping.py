@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 from megatron_sov.base.figures import format_duration
-from megatron_sov.work.processes.children import FORWARDED
+from megatron_sov.work.processes.children import STOP_SIGNALS
 
 TIMED = 20
 """Last pieces of work of a kind whose times predict that of the next one."""
@@ -25,7 +25,7 @@ class StopFlag:
     def __init__(self) -> None:
         self.reason: str | None = None
         """Name of the last signal that asked for it; None: nobody asked this process."""
-        for number in FORWARDED:
+        for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
     def __reduce__(self) -> tuple[type[StopFlag], tuple[()]]:  # in a new process it is asked for itself
@@ -48,7 +48,7 @@ class StopFlag:
 
         def wait() -> None:
             while number := os.read(read, 1):
-                if number[0] in FORWARDED:
+                if number[0] in STOP_SIGNALS:
                     answer(signal.Signals(number[0]).name)
                     return
 
@@ -66,7 +66,7 @@ class StopFlag:
 @contextlib.contextmanager
 def stoppable() -> Iterator[StopFlag]:
     """Give what remembers signals that ask for a stop, and put back what they did before."""
-    before = {number: signal.getsignal(number) for number in FORWARDED}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
         yield StopFlag()
     finally:

@@ -35,7 +35,7 @@ from megatron_sov.model.families.encoders import PREFIXES as ENCODERS
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.obs.events import EventLog
-from megatron_sov.runs.rounds import FEED
+from megatron_sov.runs.rounds import FEED_STATE
 from megatron_sov.schedules import Schedule
 from megatron_sov.train.checkpointer import Checkpointer, TrainState, start_encoders
 from megatron_sov.train.computation import Computation, StepSums
@@ -100,7 +100,7 @@ class Trainer:
         self.guards = Guards(config.guards, world, folder.path, faults, self.recorder.hang,
                              losses_compare=is_comparable(self.objective))
         parts: dict[str, Any] = {"guard": self.guards.step_guard, **parts_of(self.objective)}
-        parts |= {name: part for name, part in (("gate", gate), (FEED, feed)) if part is not None}
+        parts |= {name: part for name, part in (("gate", gate), (FEED_STATE, feed)) if part is not None}
         self.checkpointer = Checkpointer(
             config, folder, sources, self.model, self.optimizer, self.batches, parts, self._note_saved)
         self.computation = Computation(config, self.model, self.optimizer, self.expert_load, len(sources),
@@ -179,7 +179,7 @@ class Trainer:
         self.checkpointer.load_weights(path)
         start_encoders(self.model, self.config)
         self.optimizer.sync_master_weights()
-        self.state.trained_tokens = checkpoints.trained_tokens(path)
+        self.state.trained_tokens = checkpoints.read_trained_tokens(path)
         self._started_from = path
 
     def rollback_to(self, path: Path) -> int:
@@ -206,9 +206,9 @@ class Trainer:
         Ctrl-C loses; called on rank 0 from another thread."""
         text = f"stopping after {self.work.text()}, then saving"
         if signal_name == "SIGINT" and STORE_PORT in os.environ:  # else another launcher answers the second
-            newest = checkpoints.latest(self.folder.checkpoints)
+            newest = checkpoints.latest_checkpoint(self.folder.checkpoints)
             kept = ("there is no checkpoint yet" if newest is None
-                    else f"last checkpoint is step {checkpoints.step_of(newest)}")
+                    else f"last checkpoint is step {checkpoints.checkpoint_step(newest)}")
             text += f"; Ctrl-C again: leave now, {kept}"
         # The cursor may stand behind a progress bar.
         print(f"\n{text}\n", end="", file=sys.stderr, flush=True)
@@ -317,7 +317,7 @@ class Trainer:
         step = self.step
         if not self.config.guards.skip:
             self.checkpointer.finish()
-            newest = checkpoints.latest(self.folder.checkpoints)
+            newest = checkpoints.latest_checkpoint(self.folder.checkpoints)
             start = (f"--run --from {newest}, the last checkpoint" if newest
                      else "--run, since there is no checkpoint yet")
             raise UserError(f"step {step}: the loss is {refusal.loss:g} and the gradient norm "

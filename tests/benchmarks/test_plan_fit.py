@@ -12,7 +12,7 @@ from megatron_sov import recipes
 from megatron_sov.plan.speed.parameters import Parameters, default
 from megatron_sov.plan.speed.step import step_time
 from megatron_sov.plan.speed.workload import Workload, of_model
-from megatron_sov.work.clusters.chips import chip, default_links
+from megatron_sov.work.clusters.chips import default_links, find_chip
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from plan_fit import PRIORS, Prior, Sample, error, fit
@@ -33,7 +33,7 @@ def test_hidden_parameters_are_found() -> None:
     hidden = deepcopy(vars(default()))
     hidden["product_fraction"]["ampere"]["bf16"], hidden["hbm_fraction"] = 0.65, 0.6
     truth = Parameters(**hidden)
-    a100 = chip("a100")
+    a100 = find_chip("a100")
     samples = []
     for name in ("llama-3.1-8b", "exaone-4.0-1.2b", "qwen2-1.5b", "qwen3-4b", "qwen3-8b", "gemma-3-1b"):
         for seq_len in (512, 2048):

@@ -12,10 +12,11 @@ import pytest
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import ChatEncoder, TurnEncoder
 from megatron_sov.chat.marks import (
-    BEGINS_OF_THOUGHTS, FAMILIES, MARKS, as_written, marks_decoder, plain_form, quoted, text_decoder,
-    with_opening)
+    FAMILIES, MARKS, THOUGHT_MARKS, build_marks_decoder, build_text_decoder, prepend_mark, quote_marks,
+    to_hermes_form, unquote_marks)
 from megatron_sov.chat.template import ChatTemplate
-from megatron_sov.chat.tool_calls import BadCall, ServedTurn, ToolCall, WrittenTurn, parse_turn, whole_turn
+from megatron_sov.chat.tool_calls import (
+    BadCall, ServedTurn, ToolCall, WrittenTurn, parse_served_turn, parse_turn)
 from megatron_sov.judge.rewards.reward import content_of, text_of
 from megatron_sov.serve.replies import turn_so_far
 from tokenizer.presets import PRESETS
@@ -69,7 +70,7 @@ TURNS = {
 def test_a_turn_says_thinks_and_calls_the_same_in_every_family(
         text: str, thoughts: str, content: str, calls: tuple[ToolCall, ...]) -> None:
     assert parse_turn(text) == WrittenTurn(content, calls)
-    whole = whole_turn(text, in_thoughts=False, tools=SHOWN)
+    whole = parse_served_turn(text, in_thoughts=False, tools=SHOWN)
     assert (whole.thoughts, whole.content.strip(), whole.calls) == (thoughts, content, calls)
     told = ServedTurn("", "")
     for end in range(len(text) + 1):  # as it is served while it is written
@@ -77,7 +78,7 @@ def test_a_turn_says_thinks_and_calls_the_same_in_every_family(
         assert turn.thoughts.startswith(told.thoughts) and turn.content.startswith(told.content), text[:end]
         told = turn
     assert whole.thoughts.startswith(told.thoughts) and whole.content.startswith(told.content)
-    assert plain_form(plain_form(text)) == plain_form(text)
+    assert to_hermes_form(to_hermes_form(text)) == to_hermes_form(text)
     assert ("<think>" in text_of({"response": text}, "response")) == bool(thoughts)
 
 
@@ -97,7 +98,7 @@ def test_a_call_in_thoughts_is_a_thought_and_thoughts_may_have_no_end() -> None:
     assert parse_turn(f"<|think|>{solar('f', '{}')}") == WrittenTurn("", ())
     assert parse_turn("so<|end|><|begin|>assistant<|content|>4", in_thoughts=True) == WrittenTurn("4", ())
     for text in ("a < b", "a <|end|> b", "<|im_end|>", "<|begin|>"):
-        assert plain_form(text) == text, "no marks of its own"
+        assert to_hermes_form(text) == text, "no marks of its own"
 
 
 def test_long_texts_of_marks_take_no_square_of_their_length() -> None:
@@ -105,7 +106,7 @@ def test_long_texts_of_marks_take_no_square_of_their_length() -> None:
                  "<|content|><|end|>", "<|tool_call_begin|> ",
                  "<｜tool▁call▁begin｜>a"):
         for text in (part * 5_000, part + " " * 100_000, "<|content|>" + part + "a" * 100_000):
-            plain_form(text)
+            to_hermes_form(text)
 
 
 def tokenizer(name: str, *more: str) -> Any:
@@ -126,7 +127,7 @@ def decode(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     made = tokenizer(request.param)
     file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     made.save(str(file))
-    found = text_decoder(file, [made.token_to_id(PRESETS[request.param].eos_token)],
+    found = build_text_decoder(file, [made.token_to_id(PRESETS[request.param].eos_token)],
                          lambda ids: str(made.decode(ids, skip_special_tokens=True)))
     return request.param, lambda text: made.encode(text).ids, found
 
@@ -144,9 +145,9 @@ def test_text_of_a_response_keeps_marks_and_drops_what_ends_and_frames_turns(dec
     assert response.startswith("<think>I guess 7.</think>The answer is 8.<tool_call>")
     # what `judge.hide_thinking`, `code` and the verifiers read, also where the template has opened thoughts
     assert content_of({"response": text_of_ids(encode(told))}) == "The answer is 8."
-    opened = BEGINS_OF_THOUGHTS[name == "solar-open"]
+    opened = THOUGHT_MARKS[name == "solar-open"]
     cut = text_of_ids(encode(told)).removeprefix(opened).partition("7.")[0]
-    assert content_of({"response": with_opening(cut, opened)}) == "" != content_of({"response": cut})
+    assert content_of({"response": prepend_mark(cut, opened)}) == "" != content_of({"response": cut})
 
 
 def test_no_two_families_begin_with_the_same_mark() -> None:
@@ -217,7 +218,7 @@ def test_calls_are_those_of_tokens_and_quoted_marks_stay_as_written(family: str)
     typed = Tokenizer.from_str(made.to_str())
     typed.encode_special_tokens = True
     added = {token.content: id_ for id_, token in made.get_added_tokens_decoder().items()}
-    decode = marks_decoder(added, [], lambda ids: str(made.decode(ids, skip_special_tokens=False)))
+    decode = build_marks_decoder(added, [], lambda ids: str(made.decode(ids, skip_special_tokens=False)))
     random = Random(family)
     for _ in range(150):
         said, thought = ("".join(random.choices(ALPHABET, k=random.randrange(9))) for _ in range(2))
@@ -228,11 +229,11 @@ def test_calls_are_those_of_tokens_and_quoted_marks_stay_as_written(family: str)
         ids = (made.encode(begun).ids + (typed.encode(thought).ids if begun else []) + made.encode(rest).ids
                + typed.encode(f"a{said}b").ids + made.encode(call * num_calls).ids)
         text = decode(ids)
-        assert as_written(quoted(said)) == said and not found_marks(quoted(said))
+        assert unquote_marks(quote_marks(said)) == said and not found_marks(quote_marks(said))
         turn = parse_turn(text)
         assert turn == WrittenTurn(f"a{said}b", (ToolCall("g", {}),) * num_calls), (said, thought, text)
-        assert plain_form(plain_form(text)) == plain_form(text)
-        whole = whole_turn(text, in_thoughts=False, tools=SHOWN)
+        assert to_hermes_form(to_hermes_form(text)) == to_hermes_form(text)
+        whole = parse_served_turn(text, in_thoughts=False, tools=SHOWN)
         assert (whole.content.strip(), whole.calls) == (turn.content, turn.calls)
         assert whole.thoughts == (thought.strip("\n") if begun else "")
 

@@ -9,12 +9,13 @@ from hypothesis import given, settings, strategies as st
 
 from megatron_sov.base.documents import BadRecord, Conversation, Message
 from megatron_sov.base.errors import UserError
-from megatron_sov.chat.marks import KIND_ANSWER, KIND_CALL, KIND_THOUGHT, kinds_of_turn
-from megatron_sov.chat.template import ChatSegment, ChatTemplate, Segments, around_contents, odd_opening
+from megatron_sov.chat.marks import KIND_ANSWER, KIND_CALL, KIND_THOUGHT, classify_turn
+from megatron_sov.chat.template import (
+    ChatSegment, ChatTemplate, Segments, find_odd_opening, split_at_contents)
 
 
 def around(template: ChatTemplate, *turns: tuple[str, str]) -> Segments:
-    return around_contents(template, Conversation.of(*turns))
+    return split_at_contents(template, Conversation.of(*turns))
 
 
 FORM = ChatTemplate("{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}{{ eos_token }}",
@@ -60,16 +61,16 @@ def test_another_text_before_a_response_than_before_those_trained_on_is_told() -
     shown = "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}<no thoughts>{% endif %}"
     ends = "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>"
     odd = ChatTemplate(shown + ends + "<thinks>{% endif %}", "", "", "tok")
-    said = odd_opening(odd)
+    said = find_odd_opening(odd)
     assert said is not None and "behind '<user>a<assistant><thinks>', and shows one behind '<u" in said
-    assert odd_opening(ChatTemplate(shown + ends + "<no thoughts>{% endif %}", "", "", "tok")) is None
-    assert odd_opening(ChatTemplate("{{ raise_exception('no') }}", "", "", "tok")) is None
+    assert find_odd_opening(ChatTemplate(shown + ends + "<no thoughts>{% endif %}", "", "", "tok")) is None
+    assert find_odd_opening(ChatTemplate("{{ raise_exception('no') }}", "", "", "tok")) is None
 
 
 def test_a_prompt_ends_where_the_response_begins() -> None:
     form = ChatTemplate("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
                     "{% if add_generation_prompt %}<assistant>{% endif %}", "", "", "tok")
-    assert [p.text for p in around_contents(form, Conversation.of(("user", "hi")), awaits_response=True)] == [
+    assert [p.text for p in split_at_contents(form, Conversation.of(("user", "hi")), awaits_response=True)] == [
         "<user>", "hi", "<assistant>"]
 
 
@@ -101,7 +102,7 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 
 def parts(text: str, message: Message) -> list[tuple[str, str]]:
     """Return the runs of one kind: its letter and text."""
-    kinds = kinds_of_turn(text, message)
+    kinds = classify_turn(text, message)
     runs = groupby(zip(text, kinds, strict=True), key=lambda one: LETTER[one[1]])
     return [(letter, "".join(char for char, _ in run)) for letter, run in runs]
 
@@ -159,7 +160,7 @@ def test_marks_that_a_message_talks_about_are_no_parts_of_their_own() -> None:
 
 
 def test_a_turn_of_nothing_has_no_kinds() -> None:
-    assert kinds_of_turn("", said("")) == b""
+    assert classify_turn("", said("")) == b""
 
 
 def test_long_contents_take_no_more_than_their_length() -> None:

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from megatron_sov.base.documents import BadRecord, Conversation
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.folder import open_tokenizer, read_chat_encoder
-from megatron_sov.chat.limits import TemplateTooLong, bounded
+from megatron_sov.chat.limits import TemplateTimeout, limit_resources
 from megatron_sov.chat.template import ChatTemplate
 from megatron_sov.chat.tool_calls import BadCall, ToolCall, WrittenTurn, parse_turn
 
@@ -65,10 +65,10 @@ def test_templates_that_fail_or_do_not_end_cost_a_sentence(template: str, says: 
 
 def test_time_and_memory_are_bounded_inside_and_free_outside() -> None:
     before = resource.getrlimit(resource.RLIMIT_AS)
-    with pytest.raises(TemplateTooLong), bounded(0.05, 1 << 30):
+    with pytest.raises(TemplateTimeout), limit_resources(0.05, 1 << 30):
         while True:
             pass
-    with pytest.raises(MemoryError), bounded(5, 16 << 20):
+    with pytest.raises(MemoryError), limit_resources(5, 16 << 20):
         bytearray(64 << 20)
     assert resource.getrlimit(resource.RLIMIT_AS) == before
     assert len(bytearray(64 << 20)) == 64 << 20
@@ -81,7 +81,7 @@ def test_what_swallows_the_end_is_ended_again() -> None:
             while True:
                 pass
 
-    with pytest.raises(TemplateTooLong), bounded(0.05, 1 << 30):
+    with pytest.raises(TemplateTimeout), limit_resources(0.05, 1 << 30):
         Swallows()
         while True:
             pass
@@ -91,7 +91,7 @@ def test_other_threads_go_without() -> None:
     done = []
 
     def work() -> None:
-        with bounded(0.0, 0):
+        with limit_resources(0.0, 0):
             done.append(1)
 
     thread = threading.Thread(target=work)

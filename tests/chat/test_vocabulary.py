@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.vocabulary import (
-    find_difference, read_tokenizer, refuse_other_tokenizer, refuse_other_tokens, tokenizer_digest)
+    check_same_tokenizer, check_same_tokens, find_difference, read_tokenizer, tokenizer_digest)
 from megatron_sov.train.data.token_bytes import token_bytes
 from tokenizer.cli import main as sov_tokenizer
 
@@ -40,8 +40,8 @@ def test_equal_longer_and_renamed_special_tokens_pass(tmp_path: Path) -> None:
                                  ("longer", ["one", "two", "three"], "<end>"),
                                  ("renamed", ["one", "two"], "<stop>")):
         other = tokenizer(tmp_path / name, words, special)
-        refuse_other_tokens(data, other)
-        refuse_other_tokens(other, data)
+        check_same_tokens(data, other)
+        check_same_tokens(other, data)
 
 
 def test_an_id_with_two_meanings_is_refused(tmp_path: Path) -> None:
@@ -49,13 +49,13 @@ def test_an_id_with_two_meanings_is_refused(tmp_path: Path) -> None:
                      tokenizer(tmp_path / "weights", ["one", "drei"]))
     with pytest.raises(UserError, match=r"1 ids mean other tokens than in .*weights \(e.g. 1: "
                                         r"'two' here, 'drei' there\)"):
-        refuse_other_tokens(data, weights)
+        check_same_tokens(data, weights)
 
 
 def test_without_a_tokenizer_on_one_side_nothing_is_compared(tmp_path: Path) -> None:
     data = tokenizer(tmp_path / "data", ["one"])
-    refuse_other_tokens(None, data)
-    refuse_other_tokens(data, tmp_path)
+    check_same_tokens(None, data)
+    check_same_tokens(data, tmp_path)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"model": {}}'])
@@ -109,17 +109,17 @@ def test_text_that_is_cut_otherwise_is_refused(field: str, bpe: Path, tmp_path: 
     other = changed(shutil.copytree(bpe, tmp_path / "other"), "tokenizer.json", CUTS[field])
     expected = rf"other/tokenizer.json: its {field} differs from that of .*, so the same text has other ids; "
     with pytest.raises(UserError, match=f"{expected}pack the data"):
-        refuse_other_tokens(other, bpe)
+        check_same_tokens(other, bpe)
     with pytest.raises(UserError, match=f"{expected}choose"):
-        refuse_other_tokenizer(bpe, other, "choose")
+        check_same_tokenizer(bpe, other, "choose")
 
 
 @pytest.mark.parametrize("where", BESIDE)
 def test_one_tokenizer_means_the_form_of_chats_as_well(where: str, bpe: Path, tmp_path: Path) -> None:
     other = BESIDE[where](shutil.copytree(bpe, tmp_path / "other"))
-    refuse_other_tokens(other, bpe)
+    check_same_tokens(other, bpe)
     with pytest.raises(UserError, match=f"other{where} differs from that of .*; choose"):
-        refuse_other_tokenizer(bpe, other, "choose")
+        check_same_tokenizer(bpe, other, "choose")
 
 
 # One identity of a tokenizer, against what `tokenizers` encodes and decodes.

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.runs.checkpoints import KEPT
+from megatron_sov.runs.checkpoints import ADAPTER_BASE_MARKER
 
 SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.expert_ffn_dim=16",
          'data.phases=[{"name": "main", "seq_len": 32}]', "train.global_batch_size=4",
@@ -40,7 +40,7 @@ def test_an_adapter_is_trained_resumed_and_merged(packed_data: Any, tmp_path: Pa
     done = command(run, "--from", str(base), settings=LORA)
     assert done.returncode == 0, done.stderr
 
-    assert (base / "checkpoints" / "step-1" / KEPT).is_file(), "its run does not prune it"
+    assert (base / "checkpoints" / "step-1" / ADAPTER_BASE_MARKER).is_file(), "its run does not prune it"
 
     last = run / "checkpoints" / "step-4"
     size = sum(p.stat().st_size for p in last.rglob("*.safetensors"))

@@ -167,7 +167,7 @@ def test_a_moving_average_over_many_checkpoints_has_these_weights() -> None:
 
 def test_a_window_of_steps_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = [tmp_path / f"step-{n}" for n in (10, 20, 30, 40)]
-    monkeypatch.setattr(averaging, "complete", lambda folder: steps)
+    monkeypatch.setattr(averaging, "list_complete", lambda folder: steps)
     assert choose_checkpoints(tmp_path, None, (20, None)) == [(p, 1.0) for p in steps[1:]]
     assert choose_checkpoints(tmp_path, 2, (None, 30), "linear") == [(steps[1], 1.0), (steps[2], 2.0)]
     assert choose_checkpoints(tmp_path, 3, kind="ema", decay=0.5) == [

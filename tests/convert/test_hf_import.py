@@ -30,7 +30,7 @@ from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.modality import PICTURES, SOUNDS, take_records
 from megatron_sov.model.recipes import get
 from megatron_sov.omni.modality import processor_files
-from megatron_sov.runs.checkpoints import settings_of
+from megatron_sov.runs.checkpoints import read_checkpoint_settings
 from tests.omni_model import NUM_PICTURE_TOKENS, save_omni_model
 
 
@@ -230,7 +230,7 @@ PAGE = (Path(__file__).parents[2] / "docs/omni.md").read_text(encoding="utf-8")
 
 def ours(checkpoint: Path, ids: list[int], records: dict[str, np.ndarray]) -> torch.Tensor:
     """Return the logits of a row in which all placeholders of a kind stand for records in order."""
-    config = settings_of(checkpoint)
+    config = read_checkpoint_settings(checkpoint)
     assert config.model.vision is not None and config.model.audio is not None
     pads = {PICTURES: config.model.vision, SOUNDS: config.model.audio}
     inputs = {}

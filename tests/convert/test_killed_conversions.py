@@ -17,7 +17,7 @@ from megatron_sov import convert
 from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert import hf_import
-from megatron_sov.work.progress.journal import items_on_record, work_folder
+from megatron_sov.work.progress.journal import list_recorded_items, work_folder
 from megatron_sov.work.progress.resumable import CONTENT
 
 FILE_BYTES = 6_000
@@ -76,7 +76,7 @@ def test_a_killed_conversion_goes_on_to_the_same_bytes(solar_dir: Path, tmp_path
         for action, _, out, _ in jobs:
             assert killer.stdout.readline() == f"{int(signal.SIGKILL)}\n"
             assert not Path(out).exists()
-            finished[action].append(set(map(str, items_on_record(work_folder(Path(out))))))
+            finished[action].append(set(map(str, list_recorded_items(work_folder(Path(out))))))
             killer.stdin.write("go on\n")
             killer.stdin.flush()
     real = hf_import.write_file

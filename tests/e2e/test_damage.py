@@ -12,7 +12,7 @@ import pytest
 
 from megatron_sov.base.artifacts import MANIFEST, read_manifest
 from megatron_sov.cli import main
-from megatron_sov.runs.checkpoints import damage
+from megatron_sov.runs.checkpoints import find_damage
 from megatron_sov.runs.obs.events import read_events
 
 STEPS = 8
@@ -113,11 +113,11 @@ def test_every_damage_to_every_file_is_found(kept: Path, tmp_path: Path) -> None
         for spoil in DAMAGES:
             content = (path / name).read_bytes()
             spoil(path / name)
-            problem = damage(path)
+            problem = find_damage(path)
             assert problem is not None and problem.startswith(f"{path / name}: "), (
                 name, spoil.__name__, problem)
             (path / name).write_bytes(content)
-    assert damage(path) is None
+    assert find_damage(path) is None
 
 
 @pytest.mark.parametrize("command",

@@ -14,7 +14,7 @@ import pytest
 from megatron_sov.cli import main
 from megatron_sov.commands.operate.run_state import read_state
 from megatron_sov.runs.folder import FAULTS
-from megatron_sov.runs.lock import recorded_holder
+from megatron_sov.runs.lock import read_lock
 from megatron_sov.runs.obs.events import EVENTS, read_events
 
 SETTINGS = ("train.steps=8", "train.checkpoint_every_steps=2", "train.async_save=false")
@@ -31,7 +31,7 @@ def is_slow(run: Path) -> bool:
 
 def interrupt(run: Path) -> None:
     """Send SIGINT to the launcher of a run's processes."""
-    holder = recorded_holder(run)
+    holder = read_lock(run)
     assert holder is not None, run
     os.kill(psutil.Process(holder["pid"]).ppid(), signal.SIGINT)
 

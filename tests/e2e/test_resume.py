@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
-from megatron_sov.runs.lock import living_holder
-from megatron_sov.runs.obs.events import final_steps, read_events
+from megatron_sov.runs.lock import find_living_holder
+from megatron_sov.runs.obs.events import final_step_events, read_events
 
 STEPS = 30
 SETTINGS = (f"train.steps={STEPS}", "train.checkpoint_every_steps=5", "train.keep_checkpoints=0",
@@ -30,7 +30,7 @@ def steps_of(run: Path) -> list[dict[str, Any]]:
     timed = ("time_s", "step_time_s", "tokens_per_s", "tokens_per_s_per_process", "tflops_per_process",
              "peak_memory_bytes")
     return [{k: v for k, v in e.items() if k not in timed}
-            for e in final_steps(list(read_events(run / "events.jsonl")))]
+            for e in final_step_events(list(read_events(run / "events.jsonl")))]
 
 
 def last_step(run: Path) -> int:
@@ -76,7 +76,7 @@ def test_stopped_killed_and_continued_equals_uninterrupted(
     os.kill(psutil.Process(rank_zero).ppid(), signal.SIGKILL)
     run.wait(timeout=600)
     assert (broken / "lock.json").exists()
-    while living_holder(broken) is not None:  # a rank that waits for a processor has not heard of it yet
+    while find_living_holder(broken) is not None:  # a rank that waits for a processor has not heard of it yet
         time.sleep(0.05)
 
     # nothing is typed again: settings, data and the number of processes are in the folder
@@ -107,7 +107,7 @@ def run_and_kill(data: str, folder: str) -> dict[str, Any]:
     from megatron_sov.checkpoint.host_snapshot import Snapshot
     from megatron_sov.engine.parallel.world import STORE_PORT
     from megatron_sov.model.config import apply_settings
-    from megatron_sov.runs.checkpoints import damage
+    from megatron_sov.runs.checkpoints import find_damage
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.runs.obs.events import read_events
     from megatron_sov.train.objectives.data_objective import LanguageModelling
@@ -150,7 +150,7 @@ def run_and_kill(data: str, folder: str) -> dict[str, Any]:
         os.waitpid(child, 0)
         psutil.wait_procs(ranks, timeout=600)
         left.append(len(list(checkpoints.glob(".*"))))
-        found.extend(p for p in map(damage, checkpoints.glob("step-*")) if p is not None)
+        found.extend(p for p in map(find_damage, checkpoints.glob("step-*")) if p is not None)
 
     def holder() -> int:
         try:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from torch.distributed import run as torchrun
 
-from megatron_sov.runs.obs.events import final_steps, read_events
+from megatron_sov.runs.obs.events import final_step_events, read_events
 from tests.pages_typed import blocks, page_text
 
 STEPS = 6
@@ -61,7 +61,7 @@ def test_without_the_two_dashes_torchrun_takes_our_option_for_its_own(
 
 def losses(run: Path) -> list[tuple[int, float, float]]:
     return [(e["step"], e["loss"], e["grad_norm"])
-            for e in final_steps(list(read_events(run / "events.jsonl")))]
+            for e in final_step_events(list(read_events(run / "events.jsonl")))]
 
 
 @pytest.mark.deep

@@ -94,7 +94,7 @@ def test_no_checkpoint_begins_before_the_last_is_written() -> None:
 # How a run of a recipe is kept going on a profile.
 
 
-H100 = cluster.load("h100", needs_account=False)
+H100 = cluster.load_profile("h100", needs_account=False)
 SOLAR = recipes.get("solar-open-102b")
 
 

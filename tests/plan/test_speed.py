@@ -14,12 +14,12 @@ from megatron_sov.plan.speed.parameters import default
 from megatron_sov.plan.speed.step import beside_layers, router_s, step_time
 from megatron_sov.plan.speed.traffic import held_params, messages
 from megatron_sov.plan.speed.workload import Block, ModelShape, Workload, of_run
-from megatron_sov.work.clusters.chips import CHIPS, chip, default_links
+from megatron_sov.work.clusters.chips import CHIPS, default_links, find_chip
 from tests.plan.published import published_shapes
 
 LLAMA = published_shapes()["llama3-8b"]
 QWEN = published_shapes()["qwen3-30b-a3b"]
-H100 = chip("h100")
+H100 = find_chip("h100")
 
 
 def workload(**settings: object) -> Workload:
@@ -91,7 +91,7 @@ def test_no_run_is_faster_than_its_peak() -> None:
     (workload(tuned=False), workload()),
     (workload(overlap_grad_reduce=False), workload()),
     (workload(), workload(precision="fp8")),
-    (workload(), workload(chip=chip("b200"))),
+    (workload(), workload(chip=find_chip("b200"))),
     (workload(), workload(document_tokens=512)),
     (workload(), workload(objective="lora")),
     (workload(tp=16, sp=True), workload(tp=8, sp=True)),
@@ -153,7 +153,7 @@ def test_the_slowest_stage_of_a_pipeline_whose_layers_are_known() -> None:
 
 def test_a_chip_without_the_precision_is_refused() -> None:
     with pytest.raises(UserError, match="fp8 on A100-80GB: is not supported by its tensor cores"):
-        step_time(workload(chip=chip("a100"), precision="fp8"))
+        step_time(workload(chip=find_chip("a100"), precision="fp8"))
 
 
 def test_what_stands_beside_layers_is_what_an_uneven_pipeline_makes_up_for() -> None:

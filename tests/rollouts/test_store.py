@@ -70,17 +70,17 @@ def store(tmp_path: Path) -> RolloutStore:
 
 def test_a_part_is_written_and_read(store: RolloutStore, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, name = [rollout(0), rollout(1, outcome={"reward": 1.0})], part_name(1, 3)
-    assert not store.has(name)
+    assert not store.has_part(name)
     store.add_rollouts(name, rows, {"job": 7})
-    assert store.has(name) and (store.path / "rollouts/round-0001-piece-0003").is_dir()
+    assert store.has_part(name) and (store.path / "rollouts/round-0001-piece-0003").is_dir()
     assert [bits(row) for row in store.read_rollouts(name)] == [bits(row) for row in rows]
     (part,) = store.parts()
-    assert (part.round, part.piece, part.attempt, part.num_rows, part.num_kept_out) == (1, 3, 0, 2, 0)
+    assert (part.round, part.piece, part.attempt, part.num_rows, part.num_excluded) == (1, 3, 0, 2, 0)
     assert part.provenance == {"job": 7}
     store.add_rewards("v1" * 8, name, [judged(row) for row in rows])
     assert store.read_rewards("v1" * 8, name) == [judged(row) for row in rows]
-    assert store.versions() == ["v1v1v1v1v1v1"] and store.has(name, "v1" * 8)
-    assert not store.has(name, "v2" * 8)
+    assert store.versions() == ["v1v1v1v1v1v1"] and store.has_part(name, "v1" * 8)
+    assert not store.has_part(name, "v2" * 8)
     opened, own = list[str](), store.part
     monkeypatch.setattr(store, "part", lambda name, version="": opened.append(version) or own(name, version))
     assert store.judgements("v1" * 8, [part]) == {(row.key, 0): judged(row) for row in rows}
@@ -185,7 +185,7 @@ def test_a_row_with_a_problem_is_kept_out_and_counted(changes: dict[str, Any], s
     store.add_rollouts(NAME, [rollout(0), rollout(1, **changes)], {})
     for _ in range(2):
         assert [row.key.sample for row in store.read_rollouts(NAME)] == [0]
-    assert store.parts()[0].num_kept_out == 1
+    assert store.parts()[0].num_excluded == 1
     warning = f"1 of 2 rows break a rule and are skipped; the first is row 1: {sentence}"
     assert capsys.readouterr().err.count(warning) == 1
 
@@ -371,7 +371,7 @@ def test_a_manifest_that_is_none_of_a_part_keeps_it_out(
         assert store.parts() == []
     assert capsys.readouterr().err.count(f"skipped: {store.path}/rollouts/{NAME}: ") == 1
     with pytest.raises(UserError, match=sentence):
-        store.has(NAME)
+        store.has_part(NAME)
 
 
 def test_a_part_without_a_manifest_or_of_another_kind_is_kept_out(store: RolloutStore) -> None:
@@ -379,7 +379,7 @@ def test_a_part_without_a_manifest_or_of_another_kind_is_kept_out(store: Rollout
     folder.mkdir()
     (folder / "manifest.json").write_text(to_json(Manifest("tokens", {})))
     with pytest.raises(UserError, match="'rollouts' artifact is needed"):
-        store.has(NAME)
+        store.has_part(NAME)
     (folder / "manifest.json").unlink()
     (folder / "other").write_text("")
     assert store.parts() == []

@@ -15,8 +15,10 @@ from megatron_sov.infer.engines.target import find_target
 from megatron_sov.publish.report.run_data import read_run
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.checkpoints import (
-    KEPT, KIND, TAKEN_BY, AdapterBase, clear_leftovers, damage, drop_after, find_checkpoint, found_base,
-    instead_of, keep_as_base, latest, prune, refuse_lost, set_aside, settings_of)
+    ADAPTER_BASE_MARKER, CHECKPOINT_KIND, KIND_CONSUMERS, AdapterBase, check_sound_checkpoint_exists,
+    delete_checkpoints_after, delete_leftovers, find_adapter_base, find_checkpoint, find_damage,
+    latest_checkpoint, protect_adapter_base, prune_checkpoints, read_checkpoint_settings,
+    rename_damaged_checkpoint, suggest_replacement)
 
 
 @pytest.fixture
@@ -30,11 +32,11 @@ def run(tmp_path: Path) -> Path:
 
 def test_the_newest_counts_and_a_torn_one_is_named_with_the_one_before(run: Path) -> None:
     newest = run / "checkpoints" / "step-100"
-    assert latest(run / "checkpoints") == find_checkpoint(run) == find_checkpoint(newest) == newest
+    assert latest_checkpoint(run / "checkpoints") == find_checkpoint(run) == find_checkpoint(newest) == newest
     (run / "checkpoints" / "step-200").mkdir()  # without a manifest
     with pytest.raises(UserError, match=r"checkpoint before it, .*/step-100$"):
         find_checkpoint(run)
-    assert latest(run / "checkpoints") == run / "checkpoints" / "step-200"
+    assert latest_checkpoint(run / "checkpoints") == run / "checkpoints" / "step-200"
 
 
 def test_a_run_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -49,17 +51,17 @@ def test_a_file_that_is_not_what_was_written_is_named(run: Path) -> None:
         for name in ("state.json", "optimizer.index.json", "model/a", "model/b"):
             (artifact.path / name).parent.mkdir(exist_ok=True)
             (artifact.path / name).write_text(name)
-    assert damage(path) is None and damage(run / "checkpoints/step-5") is None
+    assert find_damage(path) is None and find_damage(run / "checkpoints/step-5") is None
     (path / "optimizer.index.json").write_text("optimizer.inDex.json")
-    assert damage(path) == f"{path}/optimizer.index.json: its content differs from the hash in the manifest"
-    assert damage(path, weights_only=True) is None
+    assert find_damage(path) == f"{path}/optimizer.index.json: its content differs from the hash in the manifest"
+    assert find_damage(path, weights_only=True) is None
     (path / "model/b").unlink()
-    assert [damage(path, rank=r, size=2, weights_only=True) for r in range(2)] == [
+    assert [find_damage(path, rank=r, size=2, weights_only=True) for r in range(2)] == [
         None, f"{path}/model/b: is missing"]
-    assert instead_of(path) == f"use the checkpoint before it, {run / 'checkpoints/step-5'}"
-    assert (instead_of(run / "checkpoints/step-5")
+    assert suggest_replacement(path) == f"use the checkpoint before it, {run / 'checkpoints/step-5'}"
+    assert (suggest_replacement(run / "checkpoints/step-5")
             == "there is no checkpoint before it; restore it from a copy")
-    assert damage(run / "nowhere") == f"{run}/nowhere/manifest.json: is missing"
+    assert find_damage(run / "nowhere") == f"{run}/nowhere/manifest.json: is missing"
 
 
 @pytest.mark.parametrize(("name", "value", "said"), [
@@ -71,33 +73,33 @@ def test_settings_that_make_no_model_are_one_sentence(name: str, value: object, 
                                                       tmp_path: Path) -> None:
     raw = recipes.get("tiny-solar-open").to_dict()
     raw["model"][name] = value
-    with new_artifact(tmp_path / "step-1", KIND) as artifact:
+    with new_artifact(tmp_path / "step-1", CHECKPOINT_KIND) as artifact:
         artifact.settings = raw
     with pytest.raises(UserError) as e:
-        settings_of(tmp_path / "step-1")
+        read_checkpoint_settings(tmp_path / "step-1")
     assert "manifest.json: its settings cannot be used" in str(e.value) and said in str(e.value)
 
 
 @pytest.mark.parametrize("raw", [{}, {"recipe": "x", "model": None}, {"recipe": "x", "model": []}], ids=str)
 def test_settings_of_another_kind_are_one_sentence(raw: dict[str, object], tmp_path: Path) -> None:
-    with new_artifact(tmp_path / "step-1", KIND) as artifact:
+    with new_artifact(tmp_path / "step-1", CHECKPOINT_KIND) as artifact:
         artifact.settings = raw
     with pytest.raises(UserError, match="its settings cannot be used"):
-        settings_of(tmp_path / "step-1")
+        read_checkpoint_settings(tmp_path / "step-1")
 
 
 def test_damaged_ones_are_set_aside_and_never_taken_for_a_beginning(run: Path) -> None:
     folder = run / "checkpoints"
-    assert set_aside(folder / "step-100").name == "damaged-step-100"
+    assert rename_damaged_checkpoint(folder / "step-100").name == "damaged-step-100"
     (folder / "step-100").mkdir()
-    assert set_aside(folder / "step-100").name.startswith("damaged-step-100-")
-    assert latest(folder) == folder / "step-10"
-    refuse_lost(folder)
+    assert rename_damaged_checkpoint(folder / "step-100").name.startswith("damaged-step-100-")
+    assert latest_checkpoint(folder) == folder / "step-10"
+    check_sound_checkpoint_exists(folder)
     for step in (5, 10):
-        set_aside(folder / f"step-{step}")
-    assert latest(folder) is None and len(list(folder.iterdir())) == 4
+        rename_damaged_checkpoint(folder / f"step-{step}")
+    assert latest_checkpoint(folder) is None and len(list(folder.iterdir())) == 4
     with pytest.raises(UserError, match=r"left .damaged-step-10, damaged-step-100.*restore"):
-        refuse_lost(folder)
+        check_sound_checkpoint_exists(folder)
 
 
 def test_leftovers_of_killed_processes_go_and_checkpoints_stay(run: Path) -> None:
@@ -105,7 +107,7 @@ def test_leftovers_of_killed_processes_go_and_checkpoints_stay(run: Path) -> Non
     before = sorted(folder.iterdir())
     for name in (".writing-step-200-1f", ".deleting-step-1-2e", ".try-ab"):
         (folder / name / "model").mkdir(parents=True)
-    clear_leftovers(folder)
+    delete_leftovers(folder)
     assert sorted(folder.iterdir()) == before
 
 
@@ -122,7 +124,7 @@ def test_what_stays_is_what_brute_force_keeps(tmp_path_factory, steps: set[int],
             (folder / f"step-{step}" / "manifest.json").write_text("{}")
     (folder / ".writing-step-41-aa").mkdir()
     (folder / "damaged-step-1").mkdir()
-    prune(folder, keep, every)
+    prune_checkpoints(folder, keep, every)
     complete = steps - torn
     expected = {s for s in steps if s in torn or keep == 0 or sum(o > s for o in complete) < keep
                 or (every and s % every == 0)}
@@ -132,39 +134,39 @@ def test_what_stays_is_what_brute_force_keeps(tmp_path_factory, steps: set[int],
 
 def test_what_an_adapter_stands_on_is_not_pruned(run: Path, tmp_path: Path) -> None:
     folder = run / "checkpoints"
-    keep_as_base(folder / "step-5")
-    prune(folder, 1)
+    protect_adapter_base(folder / "step-5")
+    prune_checkpoints(folder, 1)
     assert {p.name for p in folder.iterdir()} == {"step-5", "step-100"}
-    assert damage(folder / "step-5") is None
-    (folder / "step-5" / KEPT).unlink()
-    prune(folder, 1)
+    assert find_damage(folder / "step-5") is None
+    (folder / "step-5" / ADAPTER_BASE_MARKER).unlink()
+    prune_checkpoints(folder, 1)
     assert {p.name for p in folder.iterdir()} == {"step-100"}
-    with new_artifact(tmp_path / "imported", KIND):
+    with new_artifact(tmp_path / "imported", CHECKPOINT_KIND):
         pass
-    keep_as_base(tmp_path / "imported")
-    assert not (tmp_path / "imported" / KEPT).exists(), "nothing prunes it"
+    protect_adapter_base(tmp_path / "imported")
+    assert not (tmp_path / "imported" / ADAPTER_BASE_MARKER).exists(), "nothing prunes it"
 
 
 def test_weights_that_are_taken_back_stay_for_the_adapters_that_stand_on_them(run: Path) -> None:
     folder = run / "checkpoints"
     base = AdapterBase.of(folder / "step-100")
-    keep_as_base(folder / "step-100")
-    drop_after(folder, 5)
+    protect_adapter_base(folder / "step-100")
+    delete_checkpoints_after(folder, 5)
     assert {p.name for p in folder.iterdir()} == {"step-5", "taken-back-step-100"}
-    assert latest(folder) == folder / "step-5", "the run goes on from what is good"
+    assert latest_checkpoint(folder) == folder / "step-5", "the run goes on from what is good"
     adapter = folder.parent / "adapter"
-    assert found_base(adapter, base) == folder / "taken-back-step-100"
+    assert find_adapter_base(adapter, base) == folder / "taken-back-step-100"
     with new_artifact(folder / "step-100", "checkpoint") as again:  # the run comes by once more
         again.content = {"step": 100}
-    assert found_base(adapter, base) == folder / "taken-back-step-100"
-    assert found_base(adapter, AdapterBase.of(folder / "step-100")) == folder / "step-100"
-    keep_as_base(folder / "step-100")
-    drop_after(folder, 5)
+    assert find_adapter_base(adapter, base) == folder / "taken-back-step-100"
+    assert find_adapter_base(adapter, AdapterBase.of(folder / "step-100")) == folder / "step-100"
+    protect_adapter_base(folder / "step-100")
+    delete_checkpoints_after(folder, 5)
     assert len(list(folder.glob("taken-back-step-100*"))) == 2
     with pytest.raises(UserError, match="has become another checkpoint since"):
-        found_base(adapter, AdapterBase(base.path, "0" * 64))
+        find_adapter_base(adapter, AdapterBase(base.path, "0" * 64))
     with pytest.raises(UserError, match="which is not there"):
-        found_base(adapter, AdapterBase(folder / "step-7", base.sha256))
+        find_adapter_base(adapter, AdapterBase(folder / "step-7", base.sha256))
 
 
 def test_a_kill_while_deleting_leaves_no_torn_checkpoint_under_its_name(
@@ -175,10 +177,10 @@ def test_a_kill_while_deleting_leaves_no_torn_checkpoint_under_its_name(
 
     monkeypatch.setattr(checkpoints.shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        prune(run / "checkpoints", 2)
+        prune_checkpoints(run / "checkpoints", 2)
     monkeypatch.undo()
     assert {p.name for p in (run / "checkpoints").glob("step-*")} == {"step-10", "step-100"}
-    clear_leftovers(run / "checkpoints")
+    delete_leftovers(run / "checkpoints")
     assert len(list((run / "checkpoints").iterdir())) == 2
 
 
@@ -224,9 +226,9 @@ def test_a_folder_of_nothing_known_is_told_what_it_holds_and_what_to_pass(comman
 @pytest.mark.parametrize("command", COMMANDS)
 def test_another_kind_of_folder_is_told_what_it_is_and_what_takes_it(command: str, tmp_path: Path) -> None:
     kinds, call = COMMANDS[command]
-    for kind in sorted(set(TAKEN_BY) - set(kinds)):
+    for kind in sorted(set(KIND_CONSUMERS) - set(kinds)):
         folder = folder_of(tmp_path / kind, kind)
         before = sorted(tmp_path.rglob("*"))
-        with pytest.raises(UserError, match=rf"{kind}: is {TAKEN_BY[kind][0]}, not an? .*; ."):
+        with pytest.raises(UserError, match=rf"{kind}: is {KIND_CONSUMERS[kind][0]}, not an? .*; ."):
             call(folder, tmp_path / "out")
         assert sorted(tmp_path.rglob("*")) == before

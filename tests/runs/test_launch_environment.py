@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.runs.gpu_driver import illness, visible_gpus
-from megatron_sov.runs.launch_environment import num_ranks, under_launcher
+from megatron_sov.runs.gpu_driver import find_gpu_fault, list_visible_gpus
+from megatron_sov.runs.launch_environment import has_launcher, num_ranks
 
 
 def test_the_environment_decides_where_a_launcher_set_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "8")  # alone it says nothing: some clusters export it everywhere
-    assert (num_ranks(None), num_ranks(3), under_launcher()) == (1, 3, False)
+    assert (num_ranks(None), num_ranks(3), has_launcher()) == (1, 3, False)
     monkeypatch.setenv("RANK", "5")
-    assert (num_ranks(None), num_ranks(3), under_launcher()) == (8, 8, True)
+    assert (num_ranks(None), num_ranks(3), has_launcher()) == (8, 8, True)
     with pytest.raises(UserError, match="--nproc 0: must be"):
         num_ranks(0)
     with pytest.raises(UserError, match=r"--nproc 9{39}:"):
@@ -48,19 +48,19 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_gpus_are_those_that_cuda_may_see(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [(g.index, g.uuid, g.memory_bytes >> 20, g.used_bytes >> 20) for g in visible_gpus()] == [
+    assert [(g.index, g.uuid, g.memory_bytes >> 20, g.used_bytes >> 20) for g in list_visible_gpus()] == [
         (0, "GPU-aa", 81559, 4), (1, "GPU-bb", 81559, 70000)]
     for chosen, uuids in (("1", ["GPU-bb"]), ("1,0", ["GPU-bb", "GPU-aa"]), ("GPU-a", ["GPU-aa"]), ("", [])):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
-        assert [g.uuid for g in visible_gpus()] == uuids
+        assert [g.uuid for g in list_visible_gpus()] == uuids
 
 
 def test_an_ill_gpu_says_what_it_has(machine: Path) -> None:
     """A field that this driver does not know says nothing."""
-    assert illness("GPU-aa") == ""
-    assert illness("GPU-bb") == "3 uncorrected memory errors (ECC)"
+    assert find_gpu_fault("GPU-aa") == ""
+    assert find_gpu_fault("GPU-bb") == "3 uncorrected memory errors (ECC)"
 
 
 def test_without_the_program_nothing_is_known(machine: Path) -> None:
     (machine / "nvidia-smi").unlink()
-    assert visible_gpus() == [] and illness("GPU-aa") == ""
+    assert list_visible_gpus() == [] and find_gpu_fault("GPU-aa") == ""

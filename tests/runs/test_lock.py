@@ -18,7 +18,7 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.runs import lock
-from megatron_sov.runs.lock import LOCK, RunLock, living_holder
+from megatron_sov.runs.lock import LOCK, RunLock, find_living_holder
 from megatron_sov.work.progress.locks import process_table
 
 
@@ -114,9 +114,9 @@ def test_a_lock_that_is_given_back_meanwhile_is_taken(
 
 def test_the_clock_of_the_disk_tells_people_whether_a_holder_elsewhere_lives(tmp_path: Path) -> None:
     write_record(tmp_path, host="elsewhere")
-    assert living_holder(tmp_path) is not None
+    assert find_living_holder(tmp_path) is not None
     os.utime(tmp_path / LOCK, (1, 1))
-    assert living_holder(tmp_path) is None
+    assert find_living_holder(tmp_path) is None
 
 
 @pytest.mark.skipif(subprocess.run(["unshare", "-pf", "--mount-proc", "true"], capture_output=True,

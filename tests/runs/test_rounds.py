@@ -11,7 +11,8 @@ import pytest
 from megatron_sov.base.artifacts import new_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import RolloutConfig
-from megatron_sov.runs.rounds import Policy, RunPolicies, enter_rounds, policy_of_round, policy_of_start
+from megatron_sov.runs.rounds import (
+    Policy, RunPolicies, build_start_policy, find_round_policy, record_or_check_settings)
 
 
 def test_what_is_done_holds_rounds_to_what_they_were_begun_with(tmp_path: Path) -> None:
@@ -20,7 +21,7 @@ def test_what_is_done_holds_rounds_to_what_they_were_begun_with(tmp_path: Path) 
 
     def enter(samples: int) -> None:
         # an option that repeats is a tuple, which the note has as a list
-        enter_rounds(folder, note, {"samples": samples, "from": "base", "reward_set": ("a=1",)}, "--run")
+        record_or_check_settings(folder, note, {"samples": samples, "from": "base", "reward_set": ("a=1",)}, "--run")
 
     enter(4)
     (folder / "rounds/.answers.work").mkdir()
@@ -37,14 +38,14 @@ def test_what_is_done_holds_rounds_to_what_they_were_begun_with(tmp_path: Path) 
     with pytest.raises(UserError, match="rounds; choose another --run"):
         enter(8)
     with pytest.raises(UserError, match=r"--run .*answers:"):
-        enter_rounds(folder / "rounds/answers", folder / "rounds/answers/rounds.json", {}, "--run")
+        record_or_check_settings(folder / "rounds/answers", folder / "rounds/answers/rounds.json", {}, "--run")
 
 
 def test_files_that_each_command_makes_are_nothing_that_was_done(tmp_path: Path) -> None:
     folder, made = tmp_path / "probe", tmp_path / "probe/problems.jsonl"
 
     def enter(k: int) -> None:
-        enter_rounds(folder, folder / "asked.json", {"k": k}, "--output", "answers", {made})
+        record_or_check_settings(folder, folder / "asked.json", {"k": k}, "--output", "answers", {made})
 
     enter(4)
     made.touch()
@@ -67,10 +68,10 @@ def checkpoint(path: Path, **state: Any) -> Path:
 def test_the_newest_end_of_a_round_writes_it_if_it_is_not_too_old(tmp_path: Path) -> None:
     start, run = checkpoint(tmp_path / "start"), tmp_path / "run"
     rollout = RolloutConfig(steps_per_round=2)
-    first = policy_of_start(start)
-    assert policy_of_round(run, start, 1, rollout) == first  # there is no run yet
-    assert policy_of_round(run, start, 2, rollout) is None
-    assert policy_of_round(run, start, 2, RolloutConfig(steps_per_round=2, max_staleness=1)) == first
+    first = build_start_policy(start)
+    assert find_round_policy(run, start, 1, rollout) == first  # there is no run yet
+    assert find_round_policy(run, start, 2, rollout) is None
+    assert find_round_policy(run, start, 2, RolloutConfig(steps_per_round=2, max_staleness=1)) == first
 
     policies = run_of(run, start)
     expected = trained(policies, range(1, 4))
@@ -80,12 +81,12 @@ def test_the_newest_end_of_a_round_writes_it_if_it_is_not_too_old(tmp_path: Path
     trained(policies, range(1, 3))
     steps[4] = checkpoint(run / "checkpoints/step-4", feed=policies.state())
     newest = Policy(steps[4], 4, expected[2].sha256)  # 5 lies inside of a round
-    assert [policy_of_round(run, start, number, rollout) for number in (1, 3, 4)] == [newest, newest, None]
+    assert [find_round_policy(run, start, number, rollout) for number in (1, 3, 4)] == [newest, newest, None]
 
 
 def run_of(run: Path, start: Path, **settings: Any) -> RunPolicies:
     rollout = RolloutConfig(steps_per_round=2, max_staleness=1)
-    return RunPolicies(run, policy_of_start(start), rollout, settings)
+    return RunPolicies(run, build_start_policy(start), rollout, settings)
 
 
 def trained(policies: RunPolicies, rounds: range) -> list[Policy]:
@@ -102,7 +103,7 @@ def test_a_run_is_known_by_what_it_was_trained_on_and_goes_on_as_the_same_from_a
     start, run = checkpoint(tmp_path / "start"), tmp_path / "run"
     whole = run_of(run, start, lr=1)
     expected = trained(whole, range(1, 6))
-    assert expected[0] == policy_of_start(start) and len({policy.sha256 for policy in expected}) == 5
+    assert expected[0] == build_start_policy(start) and len({policy.sha256 for policy in expected}) == 5
     assert [(policy.path, policy.step) for policy in expected[1:]] == [(run, 2 * n) for n in range(1, 5)]
     assert trained(run_of(tmp_path / "elsewhere", start, lr=1), range(1, 3))[1].sha256 == expected[1].sha256
     assert trained(run_of(run, start, lr=2), range(1, 3))[1].sha256 != expected[1].sha256
@@ -120,7 +121,7 @@ def test_a_run_is_known_by_what_it_was_trained_on_and_goes_on_as_the_same_from_a
         assert [again.is_own(p.step, p.sha256) for p in expected[3:]] == [True, True]
         assert not again.is_own(6, expected[1].sha256) and again.is_own(2, "pruned long ago")
     # jobs beside it know the checkpoint by the same
-    assert policy_of_round(run, start, 3, RolloutConfig(steps_per_round=2)) == Policy(
+    assert find_round_policy(run, start, 3, RolloutConfig(steps_per_round=2)) == Policy(
         run / "checkpoints/step-4", 4, expected[2].sha256)
 
 

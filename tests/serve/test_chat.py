@@ -25,7 +25,7 @@ from synthesis.endpoint import ScriptedEndpoint, serving
 
 from megatron_sov.cli import main
 from megatron_sov.serve.chat_session import ChatSession, model_at
-from megatron_sov.work.endpoints.answers import NeverAnswered
+from megatron_sov.work.endpoints.answers import RequestRefused
 from tests.pages_typed import ROOT, commands_of
 
 PAGE = (ROOT / "docs/chat.md").read_text()
@@ -96,7 +96,7 @@ def test_oldest_turns_are_left_out_where_the_context_ends(endpoint: ScriptedEndp
     assert "note the conversation is longer than the model's context: the 2 oldest turns are left out" in (
         screen.lines)
     endpoint.next = ["too long"] * 9
-    with pytest.raises(NeverAnswered, match="longer than the model's context"):
+    with pytest.raises(RequestRefused, match="longer than the model's context"):
         session.ask("e", screen)
     assert [turn.user for turn in session.turns] == ["a", "b", "c", "d"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_sov.chat.tool_calls import ServedTurn, ToolCall, whole_turn
+from megatron_sov.chat.tool_calls import ServedTurn, ToolCall, parse_served_turn
 from megatron_sov.serve.replies import turn_so_far
 
 ADD = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
@@ -38,16 +38,16 @@ TURNS = {
 @pytest.mark.parametrize(("text", "in_thoughts", "expected"), TURNS.values(), ids=TURNS)
 def test_a_turn_that_is_being_written_is_the_beginning_of_the_whole(text: str, in_thoughts: bool,
                                                                     expected: ServedTurn) -> None:
-    assert whole_turn(text, in_thoughts, TOOLS) == expected
+    assert parse_served_turn(text, in_thoughts, TOOLS) == expected
     for tools in (TOOLS, []):
         told = ServedTurn("", "")
         for end in range(len(text) + 1):
             turn = turn_so_far(text[:end], in_thoughts, tools)
             assert turn.thoughts.startswith(told.thoughts) and turn.content.startswith(told.content)
             told = turn
-        whole = whole_turn(text, in_thoughts, tools)
+        whole = parse_served_turn(text, in_thoughts, tools)
         assert whole.thoughts.startswith(told.thoughts) and whole.content.startswith(told.content)
 
 
 def test_without_tools_a_call_is_text() -> None:
-    assert whole_turn(f"I say {ADD}", False, []) == ServedTurn("", f"I say {ADD}")
+    assert parse_served_turn(f"I say {ADD}", False, []) == ServedTurn("", f"I say {ADD}")

@@ -21,7 +21,7 @@ import pytest
 from megatron_sov.cli import main
 from megatron_sov.infer.engines.target import find_target
 from megatron_sov.serve.bodies import BodyReader, completion_question
-from megatron_sov.work.processes.children import FORWARDED
+from megatron_sov.work.processes.children import STOP_SIGNALS
 from tests.pages_typed import ROOT, commands_of
 
 WARM = ["--temperature", "0.9", "--top-p", "0.95", "--top-k", "50"]
@@ -209,7 +209,7 @@ def test_the_page_shows_a_client_that_gets_an_answer(server: Any, written: Any) 
     (["--max-batch", "0", "--port", "70000"], "command line: 2 problems")])
 def test_a_mistake_is_one_sentence(options: list[str], said: str, one_rank: None, imported: dict[str, Path],
                                    capsys: Any) -> None:
-    before = {number: signal.getsignal(number) for number in FORWARDED}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
         code = main(["serve", str(imported["solar_open"]), *options])
     except SystemExit as e:  # of a rank, which has said why

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from megatron_sov.base.artifacts import damaged_files, new_artifact, read_manifest, sha256_file
 from megatron_sov.chat.media_tokens import (
-    AUDIO, AUDIO_PAD, IMAGE, IMAGE_PAD, MARKS, VIDEO_PAD, VocabularyBlock, entry, read_blocks)
+    AUDIO, AUDIO_PAD, IMAGE, IMAGE_PAD, MARKS, VIDEO_PAD, VocabularyBlock, codebook_token, read_blocks)
 from megatron_sov.model.recipes import get
 from tokenizer.cli import main
 from tokenizer.media import MediaTokens, laid_out
@@ -47,7 +47,7 @@ def test_text_keeps_its_ids_and_blocks_follow(plain: Path, tmp_path: Path,
     old, new = (Tokenizer.from_file(str(folder / "tokenizer.json")) for folder in (plain, tmp_path / "omni"))
     text = "The other man in there."
     assert old.encode(text).ids == new.encode(text).ids
-    assert new.encode(entry(AUDIO, 4) + entry(IMAGE, 6)).ids == [first + 4, first + 11]
+    assert new.encode(codebook_token(AUDIO, 4) + codebook_token(IMAGE, 6)).ids == [first + 4, first + 11]
     loaded = AutoTokenizer.from_pretrained(tmp_path / "omni")
     assert loaded.convert_tokens_to_ids("<|IMAGE_PAD|>") == new.token_to_id("<|IMAGE_PAD|>")
     assert not damaged_files(tmp_path / "omni")

@@ -20,7 +20,7 @@ from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.model.families.count import train_flops_per_token
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.runs.obs.history import NO_GRADIENT, is_incident
-from megatron_sov.runs.obs.meters import Meter, recent_means
+from megatron_sov.runs.obs.meters import Meter, format_recent_means
 from megatron_sov.train.checkpointer import TrainState
 from megatron_sov.train.data.ledger import LedgerEntry
 from megatron_sov.train.guards.step_guard import Refusal
@@ -118,7 +118,7 @@ def test_every_word_is_an_event_of_its_own(tmp_path: Path, capsys: pytest.Captur
     assert passed_over == {"event": "skip", "step": 2, "reason": "data.skip_steps"}
     assert (no_gradient["reason"], no_gradient["meters"]) == (NO_GRADIENT, {"reward": 1.0})
     assert [is_incident(e) for e in (passed_over, no_gradient, refused)] == [False, False, True]
-    assert recent_means(events, [Meter("reward"), Meter("loss")]) == "reward 1, loss 2.5 (one step)"
+    assert format_recent_means(events, [Meter("reward"), Meter("loss")]) == "reward 1, loss 2.5 (one step)"
     assert refused["ranks"] == [1]
     assert (load["layers"], load["load"]) == ([2, 3], [[0.75, 0.25], [0.5, 0.5]])
     assert next(e["path"] for e in events if e["event"] == "checkpoint") == "checkpoints/step-4"

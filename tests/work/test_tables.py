@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.work.tables.table import Table, TablePart, clear
+from megatron_sov.work.tables.table import Table, TablePart, delete_folders
 
 WORDS = pa.schema([pa.field("word", pa.string(), nullable=False)])
 LENGTHS = pa.schema([pa.field("length", pa.int32(), nullable=False)])
@@ -17,8 +17,8 @@ LENGTHS = pa.schema([pa.field("length", pa.int32(), nullable=False)])
 class Words(Table[TablePart]):
     """Words of files, and how long they are."""
 
-    WHAT, HEAD, ROWS, ADDED, VERSION, CLAIM = "word table", "words.json", "words", "lengths", "by", "length"
-    FIRST, EXAMPLE, MADE_BY, PART = "file", "7", "make one", TablePart
+    NOUN, HEAD, ROWS, ADDED, VERSION, CLAIM = "word table", "words.json", "words", "lengths", "by", "length"
+    FIRST, EXAMPLE, CREATE_HINT, PART = "file", "7", "make one", TablePart
     IDENTITY, REPEATED, SPLIT = {"language": str}, ("word",), ()
 
     @staticmethod
@@ -44,7 +44,7 @@ def test_rows_and_added_columns_of_a_declared_table(tmp_path: Path) -> None:
     assert table.read(table.part("10"), WORDS)["word"].to_pylist() == ["a", "bc"]
     assert table.read(table.part("2"), WORDS)["word"].to_pylist() == ["d"]
     assert table.read(table.part("10", "counter-v1"), LENGTHS)["length"].to_pylist() == [1, 2]
-    assert table.has("10", "counter-v1") and not table.has("2", "counter-v1")
+    assert table.has_part("10", "counter-v1") and not table.has_part("2", "counter-v1")
     with pytest.raises(UserError, match="whose first 12 characters are those of 'counter-v1-xb'"):
         Words(table.path, {"language": "ko"}).publish("7", "counter-v1-xa", lengths, {})
         table.part("7", "counter-v1-xb")
@@ -55,8 +55,8 @@ def test_rows_and_added_columns_of_a_declared_table(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-5] + b"x" + file.read_bytes()[-4:])
     with pytest.raises(UserError, match=r"words\.parquet: its content differs"):
         table.read(table.part("10"), WORDS)
-    (table.claims / table.claim_of("2")).mkdir()
+    (table.claims / table.claim_name("2")).mkdir()
     assert [item.why for item in table.clearable(firsts=[10])] == [
         "of file 10", "of file 10", "what it claims is done"]
-    clear(table.clearable(["counter-v1"], firsts=[10]))
+    delete_folders(table.clearable(["counter-v1"], firsts=[10]))
     assert [part.name for part in table.parts()] == ["2"] and not list(table.claims.iterdir())

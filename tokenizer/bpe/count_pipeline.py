@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from megatron_sov.base.artifacts import atomic_write, new_file
 from megatron_sov.base.errors import UserError
-from megatron_sov.work.processes.pool import in_processes
+from megatron_sov.work.processes.pool import map_in_processes
 from tokenizer.bpe.counting import NUM_PARTS, WordCounter, WordTable, gather_words
 from tokenizer.bpe.merging import JoinRule, LowestPieces
 from tokenizer.bpe.split_pattern import Splitter
@@ -95,7 +95,7 @@ def count_units(units: list[CountUnit], settings: CountSettings, work: Path, wor
     # memory is bounded for all workers together, and a worker needs some words to make progress at all
     limit_words = max(limit_bytes // max(min(workers, len(units)), 1) // WORD_BYTES, LEAST_WORDS)
     splitter = Splitter(settings.preset, settings.pattern)  # made once, not by every worker
-    yield from in_processes(_counter, (settings, splitter, work, limit_words), units, workers)
+    yield from map_in_processes(_counter, (settings, splitter, work, limit_words), units, workers)
 
 
 def _counter(settings: CountSettings, splitter: Splitter, work: Path,

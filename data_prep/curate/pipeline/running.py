@@ -24,11 +24,11 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.outputs import refuse_nowhere
 from megatron_sov.base.sealed import read_json
 from megatron_sov.work.clusters.cluster import ClusterProfile
-from megatron_sov.work.processes.pool import LOST, WorkerLost, WorkerPool
-from megatron_sov.work.progress.locks import holding
+from megatron_sov.work.processes.pool import LOST_WORKER, WorkerLost, WorkerPool
+from megatron_sov.work.progress.locks import lock_folder
 from megatron_sov.work.submit.arrays import (
-    FINISH, FINISH_CPUS, Arrays, ClusterOptions, Jobs, TaskFailed, profile_of, refuse_living,
-    refuse_many_restarts, refuse_unquotable, tell_failures)
+    FINISH, FINISH_CPUS, Arrays, ClusterOptions, Jobs, TaskFailed, check_no_active_jobs, check_quotable,
+    check_restarts, load_array_profile, print_failures)
 
 MAX_NAMED = 8
 """Tasks that are told where a worker was lost."""
@@ -92,8 +92,8 @@ def run_pipeline(plan: PipelinePlan, output: Path, workers: int) -> None:
         UserError: the user's data, settings or disk are in the way; what is done stays.
     """
     # One run at a time in a folder: here by the lock, on a cluster by the jobs that are alive.
-    with holding(output, output), disk_errors(output):
-        refuse_living(output)
+    with lock_folder(output, output), disk_errors(output):
+        check_no_active_jobs(output)
         if is_complete(plan, output):
             print(f"{output}: complete from before")
             return
@@ -108,7 +108,7 @@ def judge_documents(plan: PipelinePlan, output: Path, workers: int) -> None:
     Raises:
         UserError: as `run_pipeline`.
     """
-    with holding(output, output), disk_errors(output):
+    with lock_folder(output, output), disk_errors(output):
         _do_stages(plan, begin(plan, output), output, workers,
                    [stage for stage in stages(plan) if stage.kind != OUTPUT])
 
@@ -143,7 +143,7 @@ def _do_stage(pool: WorkerPool[tuple[PipelineStage, Task], None], stage: Pipelin
     except WorkerLost:
         named = ", ".join(f"{number} of source {source}" for source, number in islice(under_way, MAX_NAMED))
         more = f" and {len(under_way) - MAX_NAMED} more" if len(under_way) > MAX_NAMED else ""
-        raise UserError(f"step {stage.kind}: {LOST} while tasks were done of which these are not: {named}"
+        raise UserError(f"step {stage.kind}: {LOST_WORKER} while tasks were done of which these are not: {named}"
                         f"{more}; take fewer --workers or smaller shard_bytes, and run the command again"
                         ) from None
 
@@ -216,12 +216,12 @@ def _many(count: int, what: str) -> str:
 
 
 def do_share(plan_file: Path, output: Path, stage: PipelineStage, todo: Sequence[Task], task: int) -> None:
-    refuse_many_restarts(f"step {stage.kind}", "take smaller shard_bytes")
+    check_restarts(f"step {stage.kind}", "take smaller shard_bytes")
     do_task(plan_file, output, stage, todo[task])
 
 
 def finish_run(plan_file: Path, output: Path, task: int) -> None:
-    refuse_many_restarts("finish", "leave `pack` out and pack by `sov-data pack` in parts")
+    check_restarts("finish", "leave `pack` out and pack by `sov-data pack` in parts")
     finish(PipelinePlan.read(plan_file), output, len(os.sched_getaffinity(0)))
 
 
@@ -238,12 +238,12 @@ def submit_pipeline(pipeline: Pipeline, output: Path, where: ClusterOptions) -> 
             another plan are at work.
     """
     output = output.absolute()
-    refuse_unquotable(output)
-    profile = profile_of(where)
+    check_quotable(output)
+    profile = load_array_profile(where)
     output.mkdir(parents=True, exist_ok=True)
-    with holding(output, output):
+    with lock_folder(output, output):
         before = Jobs.read(output)
-        living = before.living()
+        living = before.list_active()
         plan = make_plan(pipeline, output)
         if is_complete(plan, output):
             print(f"{output}: complete from before")
@@ -258,7 +258,7 @@ def submit_pipeline(pipeline: Pipeline, output: Path, where: ClusterOptions) -> 
             return
         for sentence in plan.list_passed_over():
             print(sentence)
-        tell_failures(output, [*(stage.name for stage in stages(plan)), FINISH])
+        print_failures(output, [*(stage.name for stage in stages(plan)), FINISH])
         _submit_run(plan, output, profile)
 
 

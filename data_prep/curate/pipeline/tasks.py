@@ -37,7 +37,7 @@ from data_prep.shards.shard_damage import place_in_run, way_out
 from megatron_sov.base.artifacts import disk_errors, new_file, new_folder
 from megatron_sov.base.errors import UserError, visible
 from megatron_sov.base.sealed import PLACE, SEAL, seal_file, seal_of, write_json
-from megatron_sov.work.tables.parquet import TableFile, read_groups
+from megatron_sov.work.tables.parquet import TableFile, iter_row_groups
 
 GROUP_BYTES, GROUP_ROWS = 8 << 20, 1000
 """A group of rows is closed when its text, or its rows, have become so many."""
@@ -67,7 +67,7 @@ def groups(source: str, files: Sequence[Path], seals: Sequence[str] = ()) -> Ite
     Raises:
         UserError: a file is missing, damaged, or of another shard.
     """
-    yield from (_rows(source, tables) for tables in read_groups(files, seals or [None] * len(files), way_out))
+    yield from (_rows(source, tables) for tables in iter_row_groups(files, seals or [None] * len(files), way_out))
 
 
 def _rows(source: str, tables: list[pa.Table]) -> list[LayerRow | None]:

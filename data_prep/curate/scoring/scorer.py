@@ -24,7 +24,7 @@ from megatron_sov.base.artifacts import (
     MANIFEST, damaged_files, new_artifact, read_manifest, refuse_existing, sha256_file, to_json)
 from megatron_sov.base.errors import UserError, how_to_install
 from megatron_sov.base.settings import Finite, ProblemCode, SettingsProblem, read
-from megatron_sov.work.progress.progress_bar import work_bar
+from megatron_sov.work.progress.progress_bar import create_bar
 
 ARTIFACT = "scorer"
 SETTINGS_FILE, WEIGHTS_FILE = "scorer.json", "weights.safetensors"
@@ -278,7 +278,7 @@ def train(settings: TrainSettings, output: Path, *, overwrite: bool = False) -> 
     parts = split(labels)
     with new_artifact(output, ARTIFACT, overwrite=overwrite) as artifact:
         features = Ngrams(settings.features)
-        with work_bar("reading texts", len(parts.fit) + len(parts.calibration), "text") as bar:
+        with create_bar("reading texts", len(parts.fit) + len(parts.calibration), "text") as bar:
             matrices = [_rows(features, bar_of(part, bar)) for part in (parts.fit, parts.calibration)]
         fitted = fit(settings.kind, matrices[0], values(parts.fit), matrices[1], values(parts.calibration))
         found = ScorerSettings(settings.kind, settings.features, fitted.bias, fitted.slope, fitted.offset)
@@ -303,7 +303,7 @@ def check(model: Path, labels: Path) -> tuple[Kind, dict[str, Any]]:
         raise UserError(problems[0])
     scorer = load_scorer(model)
     found, _ = read_labels(labels, scorer.kind, scorer.settings.features.max_chars)
-    with work_bar("scoring", len(found), "text") as bar:
+    with create_bar("scoring", len(found), "text") as bar:
         scores = np.array([scorer.score(item.text) for item in bar_of(found, bar)])
     return scorer.kind, judge(scorer.kind, found, scores)
 

@@ -16,7 +16,7 @@ from data_prep.curate.sources.source import Broken, Raw
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.errors import UserError, told_in_a_line
 from megatron_sov.sandbox.restrictions import enclose_reader
-from megatron_sov.work.processes.channel import receive, send
+from megatron_sov.work.processes.channel import receive_message, send_message
 
 MAX_ERROR_CHARS = 300
 MAX_DEPTH = 2000
@@ -27,12 +27,12 @@ def main(fd: int) -> None:
     """Read what is asked for over a socket until the other side has gone."""
     channel = socket.socket(fileno=fd)
     try:
-        order = receive(channel)
+        order = receive_message(channel)
         # Limits before the first byte of a stranger's file is read; none can be taken back.
         sys.setrecursionlimit(MAX_DEPTH)
         enclose_reader(order["readable"], order["memory_bytes"])
         while True:
-            asked = receive(channel)
+            asked = receive_message(channel)
             reader = reader_class(asked["job"]["piece"]["format"])
             _read(channel, reader.items(job := job_of(asked["job"], reader.Options)), job, asked["skip"])
     except (EOFError, _ReaderGone):
@@ -45,7 +45,7 @@ class _ReaderGone(Exception):
 
 def _tell(channel: socket.socket, message: dict[str, object]) -> None:
     try:
-        send(channel, message)
+        send_message(channel, message)
     except OSError as e:
         raise _ReaderGone from e
 

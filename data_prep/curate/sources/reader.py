@@ -16,7 +16,7 @@ from megatron_sov.base.documents.files import is_hidden, passed_over, walk_files
 from megatron_sov.base.errors import UserError, visible
 from megatron_sov.base.settings import read
 from megatron_sov.sandbox.readers import KeptReader, Wording
-from megatron_sov.work.processes.channel import receive, send
+from megatron_sov.work.processes.channel import receive_message, send_message
 
 
 def source_files(source: SourceSettings, wanted: Callable[[str], bool],
@@ -211,10 +211,10 @@ class _Process(KeptReader):
         # least.
         most_bytes = _MESSAGE_FACTOR * limits.document_bytes + (1 << 20)
         with self.asking() as channel:
-            send(channel, {"job": job_message(job), "skip": skip})
+            send_message(channel, {"job": job_message(job), "skip": skip})
             while True:
                 self.wait_again()
-                message = receive(channel, most_bytes)
+                message = receive_message(channel, most_bytes)
                 if "end" in message:
                     return
                 if "at" in message:

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.artifacts import disk_errors
-from megatron_sov.work.progress.journal import Journal, later_records
-from megatron_sov.work.progress.locks import taking
+from megatron_sov.work.progress.journal import Journal, iter_later_records
+from megatron_sov.work.progress.locks import try_lock_folder
 
 Answer = dict[str, float | bool | str | None]
 """What came back: of a `AnswerScore` `logprob` and `greedy`, of a `Write` `text` and `finish_reason`."""
@@ -137,7 +137,7 @@ class Answers(dict[str, Answer]):
 
     def reread(self) -> None:
         """Take in what has been written since, by this process or others."""
-        self.update((str(key), json.loads(answer)) for key, answer in later_records(self.folder, self._ends))
+        self.update((str(key), json.loads(answer)) for key, answer in iter_later_records(self.folder, self._ends))
 
     def close(self) -> None:
         if self._journal is not None:
@@ -162,7 +162,7 @@ class Answers(dict[str, Answer]):
                 continue
             name = hashlib.sha256("".join(request.key for request in chunk).encode()).hexdigest()[:24]
             # Named by the requests: other evaluations that ask for the same chunk take turns.
-            with taking(self.folder / "asking" / name) as is_ours:
+            with try_lock_folder(self.folder / "asking" / name) as is_ours:
                 self.reread()  # whoever held it before may have answered
                 if is_ours and (places := self._places(chunk)):
                     yield number, places

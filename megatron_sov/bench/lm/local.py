@@ -34,7 +34,7 @@ from megatron_sov.infer.engines.load import Loaded, run_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.infer.request import LENGTH, STOP, Batching, Bounds, Generated, Sampling, StopRule, Tokens
 from megatron_sov.train.stopping import StopFlag
-from megatron_sov.work.progress.progress_bar import work_bar
+from megatron_sov.work.progress.progress_bar import create_bar
 
 CHUNK_ROWS, CHUNK_BATCHES = 4, 4
 """Rows of tokens that are read for likelihoods, and batches of sequences, that a chunk has at most for each
@@ -131,7 +131,7 @@ def _answer(model: _Model, running: LocalEvaluation, requests: Sequence[Request]
             answers = stack.enter_context(contextlib.closing(Answers(kept)))
             deal = stack.enter_context(contextlib.closing(
                 answers.deal(chunks, lambda: flag.reason is not None)))
-        bar = stack.enter_context(work_bar("ask", len(requests), "request", kept is not None))
+        bar = stack.enter_context(create_bar("ask", len(requests), "request", kept is not None))
         while (step := on_first(lambda: next(deal, None))) is not None:
             asked = [chunks[step[0]][i] for i in step[1]]
             found = _chunk_answers(model, running, asked, flag) if asked else {}

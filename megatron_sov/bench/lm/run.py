@@ -25,10 +25,11 @@ from megatron_sov.bench.lm.results import DEFAULT, ResultItem, Results, write_re
 from megatron_sov.bench.lm.settings import Settings
 from megatron_sov.bench.lm.tasks import LoadedTasks, load_tasks
 from megatron_sov.runs.folder import RunEvents
-from megatron_sov.runs.launch_environment import is_first, under_launcher
-from megatron_sov.runs.obs.events import EVENT, EVENTS, is_recorded, read_events, score_events
+from megatron_sov.runs.launch_environment import has_launcher, is_first_rank
+from megatron_sov.runs.obs.events import (
+    EVAL_LM_EVENT, EVENTS, build_score_events, is_score_recorded, read_events)
 from megatron_sov.train.stopping import StopFlag, stoppable
-from megatron_sov.work.progress.locks import taking
+from megatron_sov.work.progress.locks import try_lock_folder
 
 if TYPE_CHECKING:
     from megatron_sov.bench.lm.scoring import BuiltTask
@@ -64,7 +65,7 @@ def evaluate(target: str, tasks: Sequence[str], settings: Settings) -> Results |
     events = RunEvents(settings.run)
     private = offline(settings.sources.allow_download, settings.cache_folder)
     with stoppable() as flag:
-        if not is_first():
+        if not is_first_rank():
             _run_only(target, settings, flag)
             return None
         try:
@@ -179,7 +180,7 @@ def _ask(subject: Subject, requests: Sequence[Request], answers: Answers, flag: 
         print(f"{len(requests) - len(left):,} of {len(requests):,} requests were answered before, and are "
               "kept", file=sys.stderr)
     stopped = flag.reason is not None
-    if under_launcher() or (left and not stopped):  # other processes wait to be told
+    if has_launcher() or (left and not stopped):  # other processes wait to be told
         stopped = answer_locally(subject.running, requests, answers.folder, flag)
         # `answer_locally` wrote them into the folder, and so did other jobs; this mapping knows none of them
         answers.reread()
@@ -194,11 +195,11 @@ def _tell(events: RunEvents, settings: Settings, results: Results) -> None:
     if settings.run is None:
         return
     step = results.model.step if results.model.step is not None else events.last_step()
-    known = [event for event in read_events(settings.run / EVENTS) if event["event"] == EVENT]
-    for event in score_events(asdict(results), step, settings.output):
+    known = [event for event in read_events(settings.run / EVENTS) if event["event"] == EVAL_LM_EVENT]
+    for event in build_score_events(asdict(results), step, settings.output):
         # jobs of an array all come here, and a command may be given again
-        if not is_recorded(event, known):
-            events.add(EVENT, **event)
+        if not is_score_recorded(event, known):
+            events.add(EVAL_LM_EVENT, **event)
 
 
 @contextlib.contextmanager
@@ -206,7 +207,7 @@ def _joining(settings: Settings) -> Iterator[None]:
     """Hold the output while it is written: jobs of an array all come here, in no order, with the same."""
     folder = settings.output.with_name(f".{settings.output.name}.joining")
     for _ in range(JOIN_ATTEMPTS):
-        with taking(folder) as is_ours:
+        with try_lock_folder(folder) as is_ours:
             if is_ours:
                 yield
                 return

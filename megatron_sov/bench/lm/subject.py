@@ -28,14 +28,14 @@ from megatron_sov.bench.lm.local import LocalEvaluation
 from megatron_sov.bench.lm.results import EvaluatedModel
 from megatron_sov.bench.lm.settings import Settings
 from megatron_sov.chat.folder import TOKENIZER_JSON
-from megatron_sov.chat.marks import text_decoder
+from megatron_sov.chat.marks import build_text_decoder
 from megatron_sov.engine.parallel.device import inference_precision
 from megatron_sov.infer.asking import check_engine, stop_ids
 from megatron_sov.infer.engine import MEGATRON, TRANSFORMERS
 from megatron_sov.infer.engines.target import Target, find_target
 from megatron_sov.infer.request import Batching
-from megatron_sov.runs.checkpoints import refuse_missing
-from megatron_sov.work.endpoints.transport import is_address
+from megatron_sov.runs.checkpoints import check_model_path
+from megatron_sov.work.endpoints.transport import is_url
 
 UNKNOWN_LENGTH = 2048
 """Longest sequence where a folder says none, as in lm-eval."""
@@ -65,11 +65,11 @@ def subject_of(target: str, settings: Settings, whole: bool = True) -> Subject:
     Raises:
         UserError: there is no such model, or it cannot be asked like this.
     """
-    if is_address(target):
+    if is_url(target):
         raise UserError(f"{target}: `eval lm` runs checkpoints and Hugging Face folders; ask an endpoint "
                         "with lm-eval's own command: lm_eval --model local-chat-completions --model_args "
                         "base_url=URL,model=NAME")
-    refuse_missing(Path(target))
+    check_model_path(Path(target))
     found = find_target(Path(target))
     engine = settings.engine or (TRANSFORMERS if found.is_hf and not settings.settings
                                  and settings.nproc is None else MEGATRON)
@@ -84,7 +84,7 @@ def subject_of(target: str, settings: Settings, whole: bool = True) -> Subject:
                            found.step, str(settings.run) if settings.run else None)
     # layouts agree up to rounding, so that answers are shared among them
     how = sorted(setting for setting in settings.settings if not setting.startswith("parallel."))
-    decode = text_decoder(found.tokenizer_folder / TOKENIZER_JSON, ends,
+    decode = build_text_decoder(found.tokenizer_folder / TOKENIZER_JSON, ends,
                           lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)))
     running = LocalEvaluation(found, engine, tuple(settings.settings), settings.nproc,
                               Batching(settings.batch_size), ends, special, decode)

@@ -22,7 +22,7 @@ from megatron_sov.base.errors import UserError, list_problems
 from megatron_sov.base.plugins.loading import is_reference
 from megatron_sov.base.settings import AtLeastOne, Bound, Breach, Finite, ProblemCode, num_cores, one_of, read
 from megatron_sov.bench.suites.scorers import ROW_MAKERS, SCORERS
-from megatron_sov.chat.marks import plain_form
+from megatron_sov.chat.marks import to_hermes_form
 from megatron_sov.eval.pass_at_k import PromptCounts, majority_at_k, pass_at_k
 from megatron_sov.judge.rewards import patterns, registry
 from megatron_sov.judge.rewards.answers import last_boxed, normalized
@@ -281,7 +281,7 @@ def make_row(judging: Judging, doc: Mapping[str, Any], answer: str) -> Row | Res
 
 def without_thoughts(text: str, mode: str) -> str:
     """Return what a model says behind its thoughts; nothing where they do not end."""
-    text = plain_form(text)
+    text = to_hermes_form(text)
     _, mark, said = text.rpartition(THINKING_END)
     if mark:
         return said.strip()

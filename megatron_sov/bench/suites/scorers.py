@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
 
-from megatron_sov.chat.marks import as_written
+from megatron_sov.chat.marks import unquote_marks
 from megatron_sov.judge.rewards.reward import Refused, Row, Score, text_of, told_short
 
 
@@ -38,7 +38,7 @@ class Copied:
         Raises:
             Refused: the row has no prefix or answer.
         """
-        response = as_written(text_of(row, "response"))
+        response = unquote_marks(text_of(row, "response"))
         answer, prefix = text_of(row, "answer"), text_of(row, "prefix")
         if not response.startswith(prefix):
             return Score(0.0, {"prefix": False})

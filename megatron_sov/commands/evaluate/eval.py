@@ -15,8 +15,8 @@ from megatron_sov.commands.evaluate.task import (
 from megatron_sov.commands.shared_options import ModelPath, step_of
 from megatron_sov.infer.request import RankOptions
 from megatron_sov.model.config import Language, NeedleConfig, NeedleKind, data_paths
-from megatron_sov.runs.launch_environment import is_first
-from megatron_sov.work.progress.progress_bar import work_bar
+from megatron_sov.runs.launch_environment import is_first_rank
+from megatron_sov.work.progress.progress_bar import create_bar
 
 if TYPE_CHECKING:
     from megatron_sov.eval.needle.suite import NeedleSuite
@@ -104,7 +104,7 @@ def _needle(args: NeedleOptions) -> int:
     suite = suite_of(args, target)
 
     def judged(engine: Engine) -> dict[str, Any]:
-        with work_bar("judging", suite.num_examples, "example", is_first()) as bar:
+        with create_bar("judging", suite.num_examples, "example", is_first_rank()) as bar:
             return run_suite(suite, engine, bar.update).to_dict()
 
     found = measure_target(args, target, lambda loaded: judged(MegatronEngine(loaded.policy)),
@@ -134,13 +134,13 @@ def suite_of(args: NeedleOptions, target: Target) -> NeedleSuite:
     Raises:
         UserError: there is no text, it does not fit the model, or the numbers make no test.
     """
-    from megatron_sov.chat.vocabulary import refuse_other_tokens
+    from megatron_sov.chat.vocabulary import check_same_tokens
     from megatron_sov.eval.needle.suite import make_suite
     from megatron_sov.eval.needle.text import open_haystacks
     from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
 
     sources = open_sources(data_paths(args.data), target.vocab_size or sys.maxsize, is_fixed=True)
-    refuse_other_tokens(tokenizer_folder(sources), target.tokenizer_folder)
+    check_same_tokens(tokenizer_folder(sources), target.tokenizer_folder)
     config = _config(args, target.config.needle if target.config else NeedleConfig())
     haystacks = open_haystacks(sources, "heldout", target.tokenizer_folder, languages=config.languages,
                                told=dict(map(_source_language, args.language)))

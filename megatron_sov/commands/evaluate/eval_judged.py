@@ -36,12 +36,12 @@ from megatron_sov.infer.request import (
 from megatron_sov.judge.rewards.registry import MadeReward, make, order
 from megatron_sov.judge.rewards.scoring import score_file
 from megatron_sov.model.config import data_paths
-from megatron_sov.runs.checkpoints import refuse_missing
+from megatron_sov.runs.checkpoints import check_model_path
 from megatron_sov.runs.folder import RunEvents
-from megatron_sov.runs.launch_environment import is_first
-from megatron_sov.work.progress.jobs import Job, here, run_job
-from megatron_sov.work.progress.journal import done_items, work_folder
-from megatron_sov.work.progress.progress_bar import work_bar
+from megatron_sov.runs.launch_environment import is_first_rank
+from megatron_sov.work.progress.jobs import Job, local_executor, run_job
+from megatron_sov.work.progress.journal import list_done_items, work_folder
+from megatron_sov.work.progress.progress_bar import create_bar
 
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target
@@ -159,10 +159,10 @@ def run_passk(args: EvalPasskOptions) -> int:
         UserError: what is asked for contradicts itself, bad rows, or nothing can be written there.
     """
     events = RunEvents(args.run)
-    refuse_missing(args.target)
+    check_model_path(args.target)
     # Everything that can be refused is refused before a model is loaded.
     plan = _checked(args)
-    if not is_first():  # of a torchrun, or of ranks that run this command again
+    if not is_first_rank():  # of a torchrun, or of ranks that run this command again
         _sample(plan)
         return ExitCode.OK
     from megatron_sov.work.progress.resumable import resumable_artifact
@@ -201,7 +201,7 @@ def _sample(plan: _Plan) -> Path:
     """Return the file with all responses, of which an engine writes what is not there yet."""
     args, target, file, identity = plan.args, plan.target, plan.sampled_file, plan.responses
     # read before the file is looked for, see below
-    done = done_items(file, identity)
+    done = list_done_items(file, identity)
     if file.exists():  # asked behind what is done: the first process may publish in between
         return file
     rows = [dict(row) for _, row in read_rows(args.input, field=PROMPT)]
@@ -221,23 +221,23 @@ def _sample(plan: _Plan) -> Path:
             assert engine is not None
             return _responses(args, rows, asked, prompts, engine)
 
-        if not is_first():  # of the ranks of a model: the first one keeps what all say
+        if not is_first_rank():  # of the ranks of a model: the first one keeps what all say
             for prompts in (prompts for number, prompts in enumerate(calls) if number not in done):
                 ask(prompts)
             return
-        with work_bar("sample", len(rows) * args.samples, "response") as bar:
+        with create_bar("sample", len(rows) * args.samples, "response") as bar:
             run_job(Job(made_by="megatron-sov eval passk", output=file, identity=identity, items=calls,
-                        do=here(ask), sink=lambda journal: journal.write_to(file),
+                        do=local_executor(ask), sink=lambda journal: journal.write_payloads(file),
                         done=lambda prompts: bar.update(len(prompts) * args.samples)))
 
-    if done and is_first():
+    if done and is_first_rank():
         num_done = sum(len(calls[int(number)]) for number in done) * args.samples
         print(f"{num_done:,} responses were sampled by an earlier command and are kept", file=sys.stderr)
     # an engine is loaded only where something is left to ask
     if len(done) < len(calls):
         run_engine(plan.engine, target, work, longest=longest, batching=Batching(args.batch_size),
                    settings=args.settings, nproc=args.nproc)
-    elif is_first():  # else no process has anything to ask, and the first one publishes
+    elif is_first_rank():  # else no process has anything to ask, and the first one publishes
         work(None)
     return file
 
@@ -274,7 +274,7 @@ def _judge(plan: _Plan, responses: Path, folder: Path) -> dict[str, Any]:
     from megatron_sov.eval.pass_at_k import read_judged
 
     scored = folder.parent / "scored.jsonl"
-    with work_bar("score", check_rows(responses, "--input"), "row") as bar:
+    with create_bar("score", check_rows(responses, "--input"), "row") as bar:
         summary = score_file(plan.order, plan.reward, responses, scored, plan.args.workers, bar.update,
                              redo=True)  # what was judged otherwise is of no use
     for told in summary.tally.told:
@@ -295,7 +295,7 @@ class PairsOptions(HeldoutOptions, OutOptions, RankOptions):
 
 def run_pairs(args: PairsOptions) -> int:
     events = begin_task(args, args.target, out=args.out)
-    from megatron_sov.chat.vocabulary import refuse_other_tokens
+    from megatron_sov.chat.vocabulary import check_same_tokens
     from megatron_sov.eval.heldout import rows_per_batch
     from megatron_sov.infer.engines.target import find_target
     from megatron_sov.post.preference import CHOSEN_LIKELIER, HELDOUT_PAIRS, measure_pairs
@@ -305,7 +305,7 @@ def run_pairs(args: PairsOptions) -> int:
     target = find_target(args.target)
     seq_len = args.seq_len or target.trained_tokens
     sources = open_sources(data_paths(args.data), target.vocab_size, ("preference",))
-    refuse_other_tokens(tokenizer_folder(sources), target.tokenizer_folder)
+    check_same_tokens(tokenizer_folder(sources), target.tokenizer_folder)
     if not any(s.num_tokens.get("heldout") for s in sources):
         raise UserError(f"--data {', '.join(args.data)}: holds no pairs out, so there is nothing to judge "
                         "by; pack with --heldout 0.02")

@@ -20,7 +20,7 @@ from megatron_sov.commands.models.generate import (
 from megatron_sov.commands.shared_options import ModelPath, RecordOptions, step_of
 from megatron_sov.eval.statistics import mean_interval, wilson_interval
 from megatron_sov.infer.request import Batching, BatchSize, RankOptions
-from megatron_sov.runs.checkpoints import refuse_missing
+from megatron_sov.runs.checkpoints import check_model_path
 from megatron_sov.runs.folder import RunEvents
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def run_media(args: EvalMediaOptions) -> int:
         UserError: bad rows, a pair without a codec or judge, or media that cannot be read.
     """
     events = RunEvents(args.run)
-    refuse_missing(args.target)
+    check_model_path(args.target)
     asked = [_rows_of(item) for item in args.data]
     check_output("--output", args.output)
     judges = _judges(args, {PAIRS[name][1] for name, _ in asked})

@@ -16,7 +16,7 @@ from megatron_sov.base.settings import AtLeastOne, Flag
 from megatron_sov.commands.shared_options import RecordOptions
 from megatron_sov.infer.engine import PRECISION_KEY
 from megatron_sov.infer.request import RankOptions
-from megatron_sov.runs.checkpoints import refuse_missing
+from megatron_sov.runs.checkpoints import check_model_path
 from megatron_sov.runs.folder import RunEvents
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def begin_task(args: RecordOptions, *models: Path, out: Path | None = None) -> R
     events = RunEvents(args.run)
     check_output("--output", out)
     for model in models:
-        refuse_missing(model)
+        check_model_path(model)
     from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()

@@ -18,12 +18,12 @@ from megatron_sov.commands.models.serve import ServeOptions
 from megatron_sov.commands.shared_options import AnyTarget, words_of
 from megatron_sov.infer.request import RankOptions, SampleSeed, Temperature, TopP
 from megatron_sov.model.recipes.requested import PluginOptions
-from megatron_sov.runs.checkpoints import refuse_missing, refuse_no_model
+from megatron_sov.runs.checkpoints import check_model_folder, check_model_path
 from megatron_sov.serve.chat_session import ChatModel, ChatSession, ChatTurn, model_at
 from megatron_sov.serve.settings import ServeSettings
 from megatron_sov.work.endpoints.answers import BadAnswer
-from megatron_sov.work.endpoints.local_server import serving
-from megatron_sov.work.endpoints.transport import address_problems, is_address, missing_libraries
+from megatron_sov.work.endpoints.local_server import serve_model
+from megatron_sov.work.endpoints.transport import find_address_problems, find_missing_libraries, is_url
 
 HELP = """/think  show the thoughts of the last answer
 /clear  begin a new conversation
@@ -62,8 +62,8 @@ class ChatOptions(PluginOptions, RankOptions):
         """Return an address that cannot be asked."""
         if not self.target:
             return [SettingsProblem(ProblemCode.TYPE, "target", "is empty, where a model is to be named")]
-        return (list(address_problems("target", self.target.rstrip("/"), "--api-key-env"))
-                if is_address(self.target) else [])
+        return (list(find_address_problems("target", self.target.rstrip("/"), "--api-key-env"))
+                if is_url(self.target) else [])
 
 
 add_arguments = partial(add_options, cls=ChatOptions)
@@ -72,10 +72,10 @@ add_arguments = partial(add_options, cls=ChatOptions)
 def run(args: argparse.Namespace) -> int:
     """Talk until the input ends."""
     options = read_options(ChatOptions, args)
-    if not is_address(options.target):
-        refuse_missing(Path(options.target))
-        refuse_no_model(Path(options.target))
-    if missing := missing_libraries():
+    if not is_url(options.target):
+        check_model_path(Path(options.target))
+        check_model_folder(Path(options.target))
+    if missing := find_missing_libraries():
         raise UserError(missing[0])
     with _model(options) as model:
         given = {"temperature": options.sampling.temperature, "top_p": options.sampling.top_p,
@@ -97,7 +97,7 @@ def _longest(options: ChatOptions, model: ChatModel) -> dict[str, int]:
 @contextlib.contextmanager
 def _model(options: ChatOptions) -> Iterator[ChatModel]:
     """Give the model; one of this machine runs until the context ends."""
-    if is_address(options.target):
+    if is_url(options.target):
         yield model_at(options.target.rstrip("/"), options.api_key_env, options.model or "")
         return
     folder = Path(options.target)
@@ -105,7 +105,7 @@ def _model(options: ChatOptions) -> Iterator[ChatModel]:
     words = words_of(ServeOptions(target=folder, nproc=options.nproc, settings=options.settings,
                                   plugins=options.plugins,
                                   serving=ServeSettings(max_length_tokens=options.max_length)))
-    with serving(folder, "", options=words[1:]) as server:
+    with serve_model(folder, "", options=words[1:]) as server:
         yield model_at(server.url, "", server.model, server.key)
 
 

@@ -29,9 +29,9 @@ from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.config.train import AverageKind
 from megatron_sov.model.families.count import num_params
 from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
-from megatron_sov.runs.checkpoints import HF_MODEL, KIND, RUN, refuse_missing, refuse_other_kind
+from megatron_sov.runs.checkpoints import CHECKPOINT_KIND, HF_MODEL, RUN, check_folder_kind, check_model_path
 from megatron_sov.runs.folder import RunEvents
-from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.runs.launch_environment import is_first_rank
 
 # What the actions of `megatron-sov convert` take.
 
@@ -217,14 +217,14 @@ def model_settings(settings: Sequence[str]) -> dict[str, Any]:
 def _begin(args: PluginOptions, *models: Path) -> None:
     """Refuse models that are missing, and run the code that --plugin names."""
     for model in models:
-        refuse_missing(model)
+        check_model_path(model)
     load_plugins(args.plugins)
 
 
 def _from_hf(args: FromHfOptions) -> int:
     _begin(args, args.hf_dir)
     # before torch, which takes seconds to load
-    refuse_other_kind(args.hf_dir, (HF_MODEL,), "a Hugging Face folder")
+    check_folder_kind(args.hf_dir, (HF_MODEL,), "a Hugging Face folder")
     from megatron_sov import convert
 
     convert.from_hf(args.hf_dir, args.out, args.dtype, workers=args.workers,
@@ -235,7 +235,7 @@ def _from_hf(args: FromHfOptions) -> int:
 
 def _to_hf(args: ToHfOptions) -> int:
     _begin(args, args.checkpoint)
-    refuse_other_kind(args.checkpoint, (KIND, RUN), "a checkpoint or a run")
+    check_folder_kind(args.checkpoint, (CHECKPOINT_KIND, RUN), "a checkpoint or a run")
     from megatron_sov import convert
 
     convert.to_hf(args.checkpoint, args.out, args.dtype, max_shard_bytes=args.max_shard_bytes,
@@ -294,7 +294,7 @@ def _verify(args: VerifyOptions) -> int:
     logits = LogitsProof([], {"not compared": "--no-load"}) if args.no_load else prove_logits(
         args.a, args.b, args.lengths, args.settings, args.nproc)
     # the ranks were there for the logits: files are compared by one process
-    if not is_first():
+    if not is_first_rank():
         return ExitCode.OK
     weights = convert.verify(args.a, args.b, load=not args.no_load, workers=args.workers)
     checks = [*weights.checks, *logits.checks]

@@ -27,7 +27,7 @@ from megatron_sov.infer.asking import (
 from megatron_sov.infer.engine import MEGATRON, ChosenEngine, Engine, engine_for, run_engine
 from megatron_sov.infer.request import Batching, Generated, RankOptions, Sampling, StopRule, WholeSampling
 from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
-from megatron_sov.runs.checkpoints import refuse_missing
+from megatron_sov.runs.checkpoints import check_model_path
 from megatron_sov.runs.folder import RunEvents
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def run(args: argparse.Namespace) -> int:
     # samples are copies of the prompt: each continuation has random numbers of its own
     prompts = [prompt for prompt in read_prompts(options.prompt, options.prompts)
                for _ in range(options.samples)]
-    refuse_missing(options.target)
+    check_model_path(options.target)
     check_output("--output", options.output)
     events = RunEvents(options.run)
 
@@ -255,7 +255,7 @@ def _run_with_media(args: GenerateOptions) -> int:
     # paths below one root, as rows of `eval media` have them
     parts: list[dict[str, Any]] = [{"type": kind, "path": str(Path(os.path.abspath(file)).relative_to(root))}
                                    for kind, file in files]
-    refuse_missing(args.target)
+    check_model_path(args.target)
     from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()

@@ -15,7 +15,7 @@ from megatron_sov.base.settings import Flag, ProblemCode, SettingsProblem, add_o
 from megatron_sov.commands.shared_options import ModelPath
 from megatron_sov.infer.request import RankOptions
 from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
-from megatron_sov.runs.checkpoints import refuse_missing, refuse_no_model
+from megatron_sov.runs.checkpoints import check_model_folder, check_model_path
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.serve.settings import ServeSettings
 
@@ -60,8 +60,8 @@ def run(args: argparse.Namespace) -> int:
                                    api_key=_key(options.api_key_env))
     # refuses a wrong --nproc before a model is read
     num_ranks(options.nproc)
-    refuse_missing(options.target)
-    refuse_no_model(options.target)
+    check_model_path(options.target)
+    check_model_folder(options.target)
     check_output("--address-file", settings.address_file)
 
     from megatron_sov.engine.parallel.cpu_shims import prepare_megatron

@@ -11,7 +11,7 @@ from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.documents import KINDS
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.figures import format_count, format_days, format_money, format_value
-from megatron_sov.chat.vocabulary import refuse_other_tokens
+from megatron_sov.chat.vocabulary import check_same_tokens
 from megatron_sov.model.config import RunConfig, apply_settings, data_paths
 from megatron_sov.model.objectives import FORMATS, LEARNS_FROM
 from megatron_sov.operate.slurm.stages import StageWork, path_of
@@ -24,8 +24,8 @@ from megatron_sov.train.stages.feasibility import count_epochs, count_tokens, re
 from megatron_sov.train.stages.packed_files import find_files, fix_by_packing
 from megatron_sov.train.stages.stage_config import find_start, tokenizer_of
 from megatron_sov.train.stages.stage_defaults import complete_stage
-from megatron_sov.work.clusters.cluster import ClusterProfile, time_limit_s
-from megatron_sov.work.clusters.units import SECONDS_OF_A_DAY
+from megatron_sov.work.clusters.cluster import ClusterProfile, parse_time_limit
+from megatron_sov.work.clusters.units import SECONDS_PER_DAY
 
 
 def check_data(work: StageWork) -> StageWork:
@@ -56,7 +56,7 @@ def check_data(work: StageWork) -> StageWork:
         config = complete_stage(asked, config, stage, work.num_ranks or None).config
     refuse_unfit_data(asked, config, sources, is_initial=is_initial)
     if work.start_from is not None and work.start_from.exists():
-        refuse_other_tokens(tokenizer_folder(sources), tokenizer_of(find_start(work.start_from)))
+        check_same_tokens(tokenizer_folder(sources), tokenizer_of(find_start(work.start_from)))
     has_epochs = not config.rollout.rounds and not config.extend.stages
     return dataclasses.replace(
         work, config=dataclasses.replace(
@@ -106,7 +106,7 @@ def summarize(prepared: Prepared) -> list[str]:
         return [*lines, _data_line(work, config)]
     total = totals(found)
     read = f"tokens    {format_count(total.tokens)}" if config.extend.stages else _data_line(work, config)
-    return [*lines, read, f"time      {format_days(total.days * SECONDS_OF_A_DAY)}, "
+    return [*lines, read, f"time      {format_days(total.days * SECONDS_PER_DAY)}, "
             f"{format_value(total.gpu_hours, 3)} GPU-hours, predicted (docs/plan_speed.md)",
             f"cost      {_cost(total)}", f"jobs      {_jobs(total, profile, job.time_limit)}"]
 
@@ -136,6 +136,6 @@ def _cost(total: QuoteTotals) -> str:
 
 def _jobs(total: QuoteTotals, profile: ClusterProfile, time_limit: str) -> str:
     """Return how often a job is requeued until the work is done."""
-    work_s = time_limit_s(time_limit) - profile.signal_lead_s
-    requeues = max(0, math.ceil(total.days * SECONDS_OF_A_DAY / work_s) - 1)
+    work_s = parse_time_limit(time_limit) - profile.signal_lead_s
+    requeues = max(0, math.ceil(total.days * SECONDS_PER_DAY / work_s) - 1)
     return f"{requeues:,} requeue{'' if requeues == 1 else 's'} at the time limit {time_limit}"

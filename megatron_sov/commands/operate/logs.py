@@ -23,8 +23,8 @@ from typing import Annotated
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Flag, NotNegativeInt, add_options, read_options
 from megatron_sov.runs.obs.events import EVENTS, GrowingFile, parse_event
-from megatron_sov.runs.obs.figures import number
-from megatron_sov.runs.obs.history import tell
+from megatron_sov.runs.obs.figures import parse_number
+from megatron_sov.runs.obs.history import describe_event
 
 JOB_LOGS = "slurm"
 OF_A_RANK = re.compile(r"rank-0*(\d+)\.(?:log|txt)$")
@@ -100,10 +100,10 @@ def _who(file: Path) -> str:
 def _told(raw: bytes) -> str | None:
     """Return what a line of the events says to people, or None: most are for programs."""
     event = parse_event(raw)
-    words = None if event is None else tell(event)
+    words = None if event is None else describe_event(event)
     if event is None or words is None:
         return None
-    when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(number(event.get("time_s") or 0)))
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(parse_number(event.get("time_s") or 0)))
     return f"{when} UTC step {event.get('step', event.get('resumed_from', 0))}: {words}"
 
 

@@ -40,7 +40,7 @@ QUANTIZATION = "quantization_config"
 
 CLUSTER = ("Price the run on the GPUs of this cluster: take the layout that is recommended for them, where "
            "no parallel.* is set, and tell memory, speed, days and cost "
-           f"({', '.join(cluster.names())}, or a YAML file of your own).")
+           f"({', '.join(cluster.list_profiles())}, or a YAML file of your own).")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,14 +140,14 @@ def _base_of(start_from: Path, stage: Stage) -> RunConfig:
     from megatron_sov.model.families import supported as families
     from megatron_sov.model.families.family import text_config
     from megatron_sov.model.pretrained import CONFIG, hub_name, read_json
-    from megatron_sov.runs.checkpoints import IMPORTED, settings_of
+    from megatron_sov.runs.checkpoints import IMPORTED_RECIPE, read_checkpoint_settings
     from megatron_sov.train.stages.stage_config import find_start
 
     # the folder of a run has a config.json too, without the type of a Hugging Face model
     fields = read_json(start_from / CONFIG) if (start_from / CONFIG).is_file() else {}
     if "model_type" not in fields:
-        settings = settings_of(find_start(start_from))
-        name = hub_name(start_from) if settings.recipe == IMPORTED else settings.recipe
+        settings = read_checkpoint_settings(find_start(start_from))
+        name = hub_name(start_from) if settings.recipe == IMPORTED_RECIPE else settings.recipe
         return base_of_model(name, settings.model, "bf16", stage, settings.lora)
     try:
         fields = text_config(fields)
@@ -166,7 +166,7 @@ def _completed(args: PlanOptions, asked: RecipeRequest, stage: Stage) -> RecipeR
     """
     from megatron_sov.model.objectives import LEARNS_FROM
     from megatron_sov.plan.pricing import machines
-    from megatron_sov.runs.launch_environment import MOST_LOCAL_RANKS
+    from megatron_sov.runs.launch_environment import MAX_LOCAL_RANKS
     from megatron_sov.train.data.token_shards import open_sources
     from megatron_sov.train.stages.stage_config import check_chats
     from megatron_sov.train.stages.stage_defaults import complete_stage
@@ -179,7 +179,7 @@ def _completed(args: PlanOptions, asked: RecipeRequest, stage: Stage) -> RecipeR
         if stage == "sft":
             check_chats(config, sources)
         num_gpus = (machines(args.cluster, args.nodes).num_ranks if args.cluster else args.nproc) or 1
-        config = complete_stage(asked, config, stage, min(num_gpus, MOST_LOCAL_RANKS)).config
+        config = complete_stage(asked, config, stage, min(num_gpus, MAX_LOCAL_RANKS)).config
         return dataclasses.replace(asked, base=config)
     if not said & {"train.steps", "train.tokens"}:
         raise UserError(f"--from {args.start_from}: nothing says how long the stage is; pass --data DIR made "

@@ -18,14 +18,16 @@ from megatron_sov.base.figures import format_count, format_duration
 from megatron_sov.model import objectives
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.recipes.extension import PHASE
-from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, RUN, latest, refuse_other_kind, step_of
+from megatron_sov.runs.checkpoints import (
+    CHECKPOINTS_FOLDER, RUN, check_folder_kind, checkpoint_step, latest_checkpoint)
 from megatron_sov.runs.folder import (
-    ATTEMPTS, COMPLETION, CONFIG, JOBS, ROUNDS, STAGES, SUBMISSIONS, RunFolder, last_words, submitted_jobs)
-from megatron_sov.runs.lock import living_holder
+    ATTEMPTS, COMPLETION, CONFIG, JOBS, ROUNDS, STAGES, SUBMISSIONS, RunFolder, list_submitted_jobs,
+    read_last_log_line)
+from megatron_sov.runs.lock import find_living_holder
 from megatron_sov.runs.obs.events import EVENTS, read_events
-from megatron_sov.runs.obs.figures import number, whole_number
-from megatron_sov.runs.obs.history import COMPLETE, KINDS, UNFINISHED, Attempt, Attempts, is_incident
-from megatron_sov.runs.obs.meters import HeldoutFigures, headline_of_start, told_step
+from megatron_sov.runs.obs.figures import parse_number, parse_whole_number
+from megatron_sov.runs.obs.history import COMPLETE, INCIDENT_NAMES, UNFINISHED, Attempt, Attempts, is_incident
+from megatron_sov.runs.obs.meters import HeldoutFigures, format_step, read_headline
 from megatron_sov.work.clusters import client
 
 SUBMITTED = f"{JOBS}/{SUBMISSIONS}"
@@ -48,11 +50,11 @@ def explain(run: Path, attempts: list[Attempt]) -> None:
     """Give attempts that ended without a word, or by a signal,
     the reason that their job's script recorded."""
     # what the job's script knows: a rank that was killed cannot say why
-    ends = [(number(r.get("time_s")), str(r.get("outcome")), str(r.get("reason")))
+    ends = [(parse_number(r.get("time_s")), str(r.get("outcome")), str(r.get("reason")))
             for r in read_events(run / JOBS / ATTEMPTS) if r["event"] == "end"]
     for i, attempt in enumerate(attempts):
-        began_s = number(attempt.start.get("time_s"))
-        after_s = number(attempts[i + 1].start.get("time_s")) if i + 1 < len(attempts) else float("inf")
+        began_s = parse_number(attempt.start.get("time_s"))
+        after_s = parse_number(attempts[i + 1].start.get("time_s")) if i + 1 < len(attempts) else float("inf")
         # the last end between this start and the next one is this attempt's
         for outcome, reason in [words for time_s, *words in ends if began_s <= time_s < after_s][-1:]:
             # the run's own words go first: a process that was killed could write none
@@ -65,8 +67,8 @@ def explain(run: Path, attempts: list[Attempt]) -> None:
 def why_not_begun(run: Path) -> str:
     """Return how the last job of a run ended that never came to training, as its log says;
     empty where it has none."""
-    jobs = submitted_jobs(run / JOBS)
-    words = last_words(run / JOBS, jobs[-1]) if jobs else ""
+    jobs = list_submitted_jobs(run / JOBS)
+    words = read_last_log_line(run / JOBS, jobs[-1]) if jobs else ""
     return f"job {jobs[-1]}: {words}" if words else ""
 
 
@@ -74,7 +76,7 @@ def living_job(run: Path) -> str:
     """Return which job of a run waits or runs, in words; empty where there is none,
     or Slurm does not answer."""
     try:
-        states = client.states(submitted_jobs(run / JOBS))
+        states = client.read_active_states(list_submitted_jobs(run / JOBS))
     # a status has to work on machines without Slurm
     except UserError:
         return ""
@@ -154,7 +156,7 @@ def find_runs(path: Path) -> list[Path]:
                         for file in path.glob("/".join(["*"] * depth + [name]))
                         if _is_run(p := file.parents[name.count("/")])})
     if not found:
-        refuse_other_kind(path, (RUN,), "a run")
+        check_folder_kind(path, (RUN,), "a run")
         raise UserError(f"{path}: holds no run ({CONFIG} and {EVENTS}), nor do the folders in it; "
                         "pass the folder of a training command's --run, or one that holds such folders")
     return found
@@ -182,7 +184,7 @@ class RunStateReader:
         self._attempts = Attempts()
         self._recent: deque[tuple[int, float, float, float]] = deque(maxlen=RECENT_STEPS)
         self._last_s = math.nan
-        self._meters, self._is_comparable = headline_of_start({})
+        self._meters, self._is_comparable = read_headline({})
         self._heldout = HeldoutFigures()
 
     def add(self, event: dict[str, Any]) -> None:
@@ -190,25 +192,25 @@ class RunStateReader:
         state = self._so_far
         self._attempts.add(event)
         self._heldout.add(event)
-        self._last_s = number(event.get("time_s"))
+        self._last_s = parse_number(event.get("time_s"))
         if event["event"] == "run_start":
             # speeds of an earlier start say nothing about this one
             self._recent.clear()
             state.recipe = str(event.get("recipe") or state.recipe)
-            state.num_steps = whole_number(event.get("num_steps")) or state.num_steps
-            state.step = whole_number(event.get("resumed_from"))
-            self._meters, self._is_comparable = headline_of_start(event)
+            state.num_steps = parse_whole_number(event.get("num_steps")) or state.num_steps
+            state.step = parse_whole_number(event.get("resumed_from"))
+            self._meters, self._is_comparable = read_headline(event)
         elif event["event"] == "step" and event.get("step") is not None:
             # of the last steps alone: the speed of now, whatever the curriculum did before
-            self._recent.append((whole_number(event["step"]), self._last_s, number(event.get("tokens_per_s")),
-                                 number(event.get("step_time_s"))))
-            state.step, state.loss = whole_number(event["step"]), number(event.get("loss"))
-            state.told = told_step(event, self._meters, comparable=self._is_comparable)
+            self._recent.append((parse_whole_number(event["step"]), self._last_s, parse_number(event.get("tokens_per_s")),
+                                 parse_number(event.get("step_time_s"))))
+            state.step, state.loss = parse_whole_number(event["step"]), parse_number(event.get("loss"))
+            state.told = format_step(event, self._meters, comparable=self._is_comparable)
             state.headline |= {m.name: m.value(event) for m in self._meters if math.isfinite(m.value(event))}
-            state.tokens, state.phase = whole_number(event.get("tokens")), str(event.get("phase") or "")
+            state.tokens, state.phase = parse_whole_number(event.get("tokens")), str(event.get("phase") or "")
         elif event["event"] == "skip" and "meters" in event:  # a round of which no group learns
-            state.step = whole_number(event["step"])
-            state.told = told_step(event, self._meters, comparable=False)
+            state.step = parse_whole_number(event["step"])
+            state.told = format_step(event, self._meters, comparable=False)
             state.headline |= {m.name: m.value(event) for m in self._meters if math.isfinite(m.value(event))}
         elif event["event"] == "eval":
             state.heldout_bits_per_byte = _overall_bits_per_byte(event.get("heldout"))
@@ -263,8 +265,8 @@ class RunStateReader:
 def _overall_bits_per_byte(heldout: Any) -> float:
     """Return all bits over all bytes of an evaluation's sources; NaN if a source lacks a figure."""
     sources = [row for row in heldout.values() if isinstance(row, dict)] if isinstance(heldout, dict) else []
-    bits = [number(row.get("loss")) * number(row.get("tokens")) for row in sources]
-    num_bytes = [b / per_byte if (per_byte := number(row.get("bits_per_byte"))) > 0 else math.nan
+    bits = [parse_number(row.get("loss")) * parse_number(row.get("tokens")) for row in sources]
+    num_bytes = [b / per_byte if (per_byte := parse_number(row.get("bits_per_byte"))) > 0 else math.nan
                  for b, row in zip(bits, sources, strict=True)]
     return sum(bits) / sum(num_bytes) if sum(num_bytes) > 0 else math.nan
 
@@ -285,14 +287,14 @@ def _extends(path: Path, config: RunConfig) -> bool:
 
 def _start(attempt: Attempt) -> Start:
     start = attempt.start
-    return Start(number(start.get("time_s")), whole_number(start.get("resumed_from")), attempt.last_step,
-                 whole_number(start.get("num_ranks")), attempt.outcome)
+    return Start(parse_number(start.get("time_s")), parse_whole_number(start.get("resumed_from")), attempt.last_step,
+                 parse_whole_number(start.get("num_ranks")), attempt.outcome)
 
 
 def _judge(state: RunState, attempts: list[Attempt], recent: deque[tuple[int, float, float, float]],
            now_s: float) -> None:
     """Say whether the run lives, and if not, why."""
-    folder, holder = RunFolder(state.path), living_holder(state.path)
+    folder, holder = RunFolder(state.path), find_living_holder(state.path)
     outcome = attempts[-1].outcome if attempts else ""
     if holder is not None:
         step_times_s = [row[3] for row in recent if math.isfinite(row[3])]
@@ -341,9 +343,9 @@ def _speed(state: RunState, recent: deque[tuple[int, float, float, float]],
 
 
 def _find_checkpoint(state: RunState, now_s: float) -> None:
-    newest = latest(state.path / CHECKPOINTS_OF_A_RUN)
+    newest = latest_checkpoint(state.path / CHECKPOINTS_FOLDER)
     if newest is not None:
-        state.checkpoint, state.checkpoint_step = f"{CHECKPOINTS_OF_A_RUN}/{newest.name}", step_of(newest)
+        state.checkpoint, state.checkpoint_step = f"{CHECKPOINTS_FOLDER}/{newest.name}", checkpoint_step(newest)
         state.checkpoint_age_s = now_s - newest.stat().st_mtime
 
 
@@ -361,7 +363,7 @@ def in_full(state: RunState) -> str:
         left = f", {format_duration(state.eta_s)} left" if math.isfinite(state.eta_s) else ""
         lines.append(f"  speed       {state.tokens_per_s:,.0f} tokens/s{left}")
     lines.append(f"  checkpoint  {state.checkpoint or 'none yet'}{_ago(',', state.checkpoint_age_s)}")
-    counted = {"warning": state.warnings, **{KINDS[kind]: count for kind, count in state.incidents.items()}}
+    counted = {"warning": state.warnings, **{INCIDENT_NAMES[kind]: count for kind, count in state.incidents.items()}}
     if told := ", ".join(f"{count:,} x {name}" for name, count in counted.items() if count):
         lines.append(f"  incidents   {told} (megatron-sov logs {shlex.quote(str(state.path))})")
     return "\n".join([*lines, *_starts(state)])

@@ -99,22 +99,22 @@ def follow_run(run: Path) -> int:
 
 def _event_line(event: dict[str, Any], reader: RunStateReader) -> str | None:
     """Return an event in words; None of events that are for programs."""
-    from megatron_sov.runs.obs.figures import number
-    from megatron_sov.runs.obs.history import tell
+    from megatron_sov.runs.obs.figures import parse_number
+    from megatron_sov.runs.obs.history import describe_event
 
-    words = tell(event)
+    words = describe_event(event)
     if event["event"] == "step":
         words = reader.progress()
     elif event["event"] == "eval":
         heldout = event.get("heldout")
-        losses = [f"{name} {number(found.get('loss')):.4f}" for name, found in heldout.items()
+        losses = [f"{name} {parse_number(found.get('loss')):.4f}" for name, found in heldout.items()
                   if isinstance(found, dict)] if isinstance(heldout, dict) else []
         words = f"held-out loss {', '.join(losses)}"
     elif event["event"] == "checkpoint":
         words = f"saved {event.get('path')}"
     if words is None:
         return None
-    time_s = number(event.get("time_s"))
+    time_s = parse_number(event.get("time_s"))
     clock = time.strftime("%H:%M:%S", time.localtime(time_s)) if 0 <= time_s < MAX_TIME_S else "--:--:--"
     return f"{clock}  {words}"
 

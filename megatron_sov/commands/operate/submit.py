@@ -32,7 +32,7 @@ from megatron_sov.model.config import apply_settings
 from megatron_sov.operate.slurm import submission
 from megatron_sov.operate.slurm.stages import STAGES, Commands, SubmitOptions, check_inputs, check_stage
 from megatron_sov.operate.slurm.submission import READY_ROOT, ReadySubmission
-from megatron_sov.runs.folder import ATTEMPTS, last_words
+from megatron_sov.runs.folder import ATTEMPTS, read_last_log_line
 from megatron_sov.runs.obs.events import read_events
 from megatron_sov.work.clusters import client, cluster
 
@@ -115,7 +115,7 @@ def work_folder() -> str:
 
 def chain_names() -> list[str]:
     """Return the names of the chains that come with the package."""
-    return [*cluster.shipped("chains")]
+    return [*cluster.list_packaged_files("chains")]
 
 
 def read_chain(name: str) -> ChainConfig:
@@ -126,7 +126,7 @@ def read_chain(name: str) -> ChainConfig:
             one after the other.
     """
     if name in chain_names():
-        text = cluster.shipped("chains")[name].read_text(encoding="utf-8")
+        text = cluster.list_packaged_files("chains")[name].read_text(encoding="utf-8")
     elif Path(name).is_file():
         text = read_text(Path(name), name)
     else:
@@ -202,7 +202,7 @@ def submit_chain(chain: str, options: SubmitOptions, commands: Commands) -> int:
     state_file = _state_file(chain)
     before = Submitted(**json.loads(state_file.read_text(encoding="utf-8")) if state_file.is_file() else {})
     if before.jobs:
-        living = client.states([number for numbers in before.jobs.values() for number in numbers])
+        living = client.read_active_states([number for numbers in before.jobs.values() for number in numbers])
         for link in links:
             print(f"{link.name}: {_state(link, before, living)}")
         # a second copy of a job would write into the same folders
@@ -244,7 +244,7 @@ def _submit(links: list[ChainLink], before: Submitted, state_file: Path) -> None
             atomic_write(state_file, to_json(Submitted(now.time_s, before.jobs | now.jobs)))
     except UserError:
         # jobs that wait for one that was never submitted would wait for ever
-        client.cancel([number for numbers in now.jobs.values() for number in numbers])
+        client.cancel_jobs([number for numbers in now.jobs.values() for number in numbers])
         raise
 
 
@@ -263,7 +263,7 @@ def _state(link: ChainLink, before: Submitted, living: dict[str, str]) -> str:
             if r["event"] == "end" and r["time_s"] >= before.time_s and r["outcome"] != "complete"]
     if ends:
         return f"not complete, its job ended by: {ends[-1]['outcome']}, {ends[-1]['reason']}"
-    if said := [argv for number in numbers if (argv := last_words(records, number))]:
+    if said := [argv for number in numbers if (argv := read_last_log_line(records, number))]:
         return f"not complete, its job ended before it began its work: {said[-1]}"
     return (f"not complete, its job {' and '.join(numbers) or '(none)'} never began: "
             "an earlier stage failed, or it was cancelled")
@@ -311,11 +311,11 @@ def _request(config: ChainConfig, stage: ChainStage, options: SubmitOptions, nee
     chosen = stage.cluster or options.cluster or config.cluster
     if not chosen:
         raise UserError("names no cluster; add a line `cluster: PROFILE` to the file, or pass --cluster")
-    profile = cluster.load(chosen, account=options.account, partition=options.partition,
+    profile = cluster.load_profile(chosen, account=options.account, partition=options.partition,
                            needs_account=ready is None)
     return submission.SubmitRequest(
         stage.stage, stage.argv(READY_ROOT if ready else None), profile, stage.nodes, stage.min_nodes or None,
-        cluster.settings_by_nodes(stage.nodes_set), stage.array, needs,
+        cluster.parse_node_settings(stage.nodes_set), stage.array, needs,
         stage.time_limit or options.time_limit, ready, chosen, stage.engine_nodes)
 
 
@@ -438,10 +438,10 @@ def _stage(stage: str, argv: list[str], options: SubmitOptions) -> int:
         raise UserError(f"--scripts {options.scripts}: belongs to a chain; "
                         "--dry-run prints the script of a stage")
     check_stage(stage)
-    profile = cluster.load(_cluster_name(options, stage, argv), account=options.account,
+    profile = cluster.load_profile(_cluster_name(options, stage, argv), account=options.account,
                            partition=options.partition)
     request = submission.SubmitRequest(stage, tuple(argv), profile, options.nodes or 1, options.min_nodes,
-                                       cluster.settings_by_nodes(options.nodes_set), options.array,
+                                       cluster.parse_node_settings(options.nodes_set), options.array,
                                        time_limit=options.time_limit, cluster=_cluster_name(options),
                                        engine_nodes=options.engine_nodes)
     prepared = submission.prepare(request, COMMANDS, check_data)
@@ -509,7 +509,7 @@ def _cluster_name(options: SubmitOptions, stage: str = "", argv: Sequence[str] =
     arguments too, e.g. options of sbatch."""
     if options.cluster is not None:
         return options.cluster
-    sentence = (f"--cluster: is missing; pass one of {', '.join(cluster.names())}, or a YAML file of your own"
+    sentence = (f"--cluster: is missing; pass one of {', '.join(cluster.list_profiles())}, or a YAML file of your own"
                 + "; --account NAME if your Slurm asks for one" * (options.account is None)
                 + "; --nodes N (default 1)" * (options.nodes is None)
                 + "; --partition and --time replace the profile's")

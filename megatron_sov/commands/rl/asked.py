@@ -12,7 +12,7 @@ from megatron_sov.base.documents.layouts import parse_renames
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.base.settings import Flag, change, not_with, only_with, parse_nested
-from megatron_sov.chat.folder import chat_form, read_chat_encoder
+from megatron_sov.chat.folder import read_chat_encoder, read_chat_fields
 from megatron_sov.chat.vocabulary import tokenizer_digest
 from megatron_sov.infer.asking import check_length
 from megatron_sov.infer.request import Batching, BatchSize
@@ -22,7 +22,7 @@ from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.rollouts.prompts import (
     SET_ASIDE, PromptList, SetAside, asked_too, read_prompts, sampling_digest, set_aside)
-from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.runs.launch_environment import is_first_rank
 
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target
@@ -81,7 +81,7 @@ class PromptOptions:
 def kept(given: str, prompts: PromptList, aside: SetAside, store: Path) -> PromptList:
     """Return the prompts of a file that are asked, and print the account of the file; `given`: option and
     file."""
-    if is_first():
+    if is_first_rank():
         listed = f"; {store / SET_ASIDE} lists them" if aside.rows else ""
         print(f"{given}: {aside.account.describe()}{listed}", file=sys.stderr)
     return prompts.without(aside.too_long)
@@ -107,7 +107,7 @@ def read_heldout(file: Path, renames: Sequence[str], trained: PromptList, *, is_
                 f"{', ...' if len(known) > MAX_TOLD else ''})")
         if len(known) == len(found):
             raise UserError(f"{told}; give prompts that --prompts does not have")
-        if is_first():
+        if is_first_rank():
             warn(f"{told}; they are left out of the validation")
     return replace(found.without(prompt.id for prompt in known), num_trained=len(known))
 
@@ -193,7 +193,7 @@ def source_of(args: AskingOptions, config: RunConfig, prompts: PromptList, start
                         "first, or continue the prompts as they are with --plain")
     asker = Asker(start, not args.plain)
     chosen_by: dict[str, Any] = {"plain": args.plain, "chat": {
-        "tokenizer": tokenizer_digest(folder), "form": sampling_digest(chat_form(folder))}}
+        "tokenizer": tokenizer_digest(folder), "form": sampling_digest(read_chat_fields(folder))}}
     if environment is None:
         responses = ResponseSource(asker, rollout, engine_name, args.plain, chosen_by,
                                    with_routes=config.policy.router_replay)

@@ -20,7 +20,7 @@ from megatron_sov.post.rl.reward import (
     ENVIRONMENT, NO_REWARD, JudgingJob, RewardSummary, judging, reward_version)
 from megatron_sov.rollouts.prompts import rounds_between
 from megatron_sov.work.progress.locks import Claims
-from megatron_sov.work.progress.progress_bar import work_bar
+from megatron_sov.work.progress.progress_bar import create_bar
 
 if TYPE_CHECKING:
     from megatron_sov.rollouts.store import RolloutStore
@@ -69,7 +69,7 @@ def run_reward(args: argparse.Namespace) -> int:
             store=store, claims=Claims(store.claims, options.lease), version=version, judge=judge,
             rounds=rounds, wait_s=options.wait,
             provenance={"reward": options.reward, "settings": list(options.reward_set)})
-        with work_bar("judge", sum(part.num_rows for part in job.find_unjudged()), "response") as bar:
+        with create_bar("judge", sum(part.num_rows for part in job.find_unjudged()), "response") as bar:
             job.progress = bar.update
             summary = job.run()
     return _tell_judged(options, version, summary)

@@ -61,7 +61,7 @@ def _show(args: StoreShowOptions) -> int:
     from megatron_sov.rollouts.inspection import judged_by
 
     store = open_store(args.store)
-    if store.key_of(args.part) is None or not store.has(args.part):
+    if store.key_of(args.part) is None or not store.has_part(args.part):
         raise UserError(f"PART {args.part!r}: {args.store} has no such part (`megatron-sov inspect` "
                         "lists them)")
     rows, problems = store.read_all(args.part)
@@ -111,7 +111,7 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
 
 
 def _gc(args: StoreGcOptions) -> int:
-    from megatron_sov.work.tables.table import clear
+    from megatron_sov.work.tables.table import delete_folders
 
     store = open_store(args.store)
     folders = store.versions()
@@ -123,7 +123,7 @@ def _gc(args: StoreGcOptions) -> int:
     # responses cannot be written again by another command: they need a second word
     waits = args.rounds is not None and not args.yes
     if not waits:
-        clear(found)
+        delete_folders(found)
     for item in found:
         print(visible(f"{'would delete' if waits else 'deleted'} {item.path} "
                       f"({format_size(item.size_bytes)}): "

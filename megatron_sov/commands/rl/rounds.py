@@ -34,10 +34,10 @@ from megatron_sov.model.objectives import factory
 from megatron_sov.model.recipes.requested import RecipeOptions
 from megatron_sov.post.rl.reward import ENVIRONMENT, RewardJudge, refuse_unjudged, reward_version
 from megatron_sov.rollouts.prompts import PromptList, list_set_aside, round_prompts, rounds_between
-from megatron_sov.runs.checkpoints import files_sha256, refuse_missing
-from megatron_sov.runs.folder import ROLLOUT, ROUNDS, VALIDATION, RunFolder, fixed_settings
-from megatron_sov.runs.launch_environment import is_first
-from megatron_sov.runs.rounds import RunPolicies, policy_of_round, policy_of_start
+from megatron_sov.runs.checkpoints import check_model_path, hash_checkpoint_files
+from megatron_sov.runs.folder import FIXED_ROLLOUT_SETTINGS, ROUNDS, VALIDATION, RunFolder, fixed_settings
+from megatron_sov.runs.launch_environment import is_first_rank
+from megatron_sov.runs.rounds import RunPolicies, build_start_policy, find_round_policy
 from megatron_sov.train.stages.stage_config import ParsedStage, parse_stage, request_with_model, tokenizer_of
 from megatron_sov.work.progress.locks import Claims
 
@@ -101,7 +101,7 @@ def run_generate(args: argparse.Namespace) -> int:
         UserError: the settings, prompts or start cannot be used, or the store is another one's.
     """
     options = read_options(RlGenerateOptions, args)
-    refuse_missing(options.start_from, "--from ")
+    check_model_path(options.start_from, "--from ")
     prompts = options.read(is_asked=options.environment is None)
     config = _config(options, len(prompts))
     rollout = config.rollout
@@ -148,7 +148,7 @@ def _other_settings(run: Path, rollout: RolloutConfig) -> list[str]:
         return []
     # rounds, staleness, deadline and lease are not among them: a resumed run may change these as well
     return [f"rollout.{name} = {getattr(rollout, name)}: --run {run} trains with "
-            f"{getattr(trained.rollout, name)}; give the same" for name in ROLLOUT
+            f"{getattr(trained.rollout, name)}; give the same" for name in FIXED_ROLLOUT_SETTINGS
             if getattr(rollout, name) != getattr(trained.rollout, name)]
 
 
@@ -180,14 +180,14 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: P
     source, aside = source_of(args, config, prompts, start, engine_name=engine_name, environment=environment)
     prompts = args.kept(prompts, aside, args.store)
     round_prompts(prompts, rollout, rounds[0])  # which refuses too few of them
-    policy_of = partial(policy_of_round, args.run, start.path, rollout=rollout)
+    policy_of = partial(find_round_policy, args.run, start.path, rollout=rollout)
     further: FurtherPieces | None = None
     if config.policy.parts.max_gen_batches > 1:
         # the trainer knows which groups learn: until it has published a round, this one may grow
         def further(number: int) -> tuple[int, bool]:
             return further_pieces(args.run / ROUNDS, number), is_published(args.run / ROUNDS, number)
     # the policy that the engine begins with; later ones are loaded as checkpoints appear
-    held = policy_of_start(start.path)
+    held = build_start_policy(start.path)
 
     settings = StoreSettings(args.store, folder, start.vocab_size)
     # how rows were written goes into the parts' provenance
@@ -332,9 +332,9 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, *, w
     tokenizer = tokenizer_of(start)
     refuse_no_tokenizer(args.start_from, tokenizer)
     texts = texts_of(config)
-    policies = RunPolicies(args.run, policy_of_start(start), config.rollout, fixed_settings(config) | {
+    policies = RunPolicies(args.run, build_start_policy(start), config.rollout, fixed_settings(config) | {
         "train.steps": config.train.steps,
-        "data": {text.name: files_sha256(text.artifact) for text in texts if text.artifact is not None}})
+        "data": {text.name: hash_checkpoint_files(text.artifact) for text in texts if text.artifact is not None}})
     publisher = Publisher(
         config=config, rounds=args.run / ROUNDS, store=args.store, prompts=parsed.prompts,
         reward_version=parsed.reward_version, tokenizer=tokenizer, is_own=policies.is_own,
@@ -407,7 +407,7 @@ def run_rl(options: RlRunOptions, began_s: float) -> int:
     if is_complete(options, "policy"):
         return ExitCode.OK
     # before anything is written; the first process has the servers
-    if options.engine != MEGATRON and is_first():
+    if options.engine != MEGATRON and is_first_rank():
         from megatron_sov.infer.engines.server_process import refuse_no_engine
 
         refuse_no_engine(options.engine, options.engine_url, options.engine_python)

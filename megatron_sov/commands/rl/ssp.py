@@ -24,12 +24,12 @@ from megatron_sov.infer.request import RankOptions
 from megatron_sov.judge.rewards.registry import make, order
 from megatron_sov.model.config import weighted_path
 from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
-from megatron_sov.runs.checkpoints import refuse_missing
+from megatron_sov.runs.checkpoints import check_model_path
 from megatron_sov.runs.folder import RunEvents
-from megatron_sov.runs.launch_environment import under_launcher
-from megatron_sov.runs.rounds import enter_rounds
+from megatron_sov.runs.launch_environment import has_launcher
+from megatron_sov.runs.rounds import record_or_check_settings
 from megatron_sov.work.processes.children import run_command
-from megatron_sov.work.progress.progress_bar import work_bar
+from megatron_sov.work.progress.progress_bar import create_bar
 
 if TYPE_CHECKING:
     from megatron_sov.post.ssp import ProbedCheckpoint
@@ -69,7 +69,7 @@ def run_probe(typed: argparse.Namespace) -> int:
     from megatron_sov.post import ssp
 
     candidates = ssp.candidates_of(args.checkpoints)
-    enter_rounds(args.output, args.output / ssp.ASKED, _asked(args, domains), "--output", "answers",
+    record_or_check_settings(args.output, args.output / ssp.ASKED, _asked(args, domains), "--output", "answers",
                  {args.output / ssp.PROBLEMS})
     # also those of earlier commands in this folder: the table is of all
     known = ssp.known_candidates(args.output, candidates)
@@ -82,14 +82,14 @@ def run_probe(typed: argparse.Namespace) -> int:
         for words in commands:
             print(shlex.join(["megatron-sov", *words]))
         return ExitCode.OK
-    if commands and under_launcher():
+    if commands and has_launcher():
         raise UserError("ssp probe: starts a process of its own for each checkpoint; under torchrun or Slurm "
                         "give the commands that --dry-run prints, then this one alone")
     for number, (candidate, words) in enumerate(zip(missing, commands, strict=True), 1):
         print(f"checkpoint {number} of {len(missing)}: {candidate.name}", file=sys.stderr, flush=True)
         if (code := run_command(["megatron_sov", *words], "the same command goes on")) != ExitCode.OK:
             return code
-    with work_bar("estimate", len(known), "checkpoint") as bar:
+    with create_bar("estimate", len(known), "checkpoint") as bar:
         content = ssp.write_table(args.output, known, args.k, args.right_from)
         bar.update(len(known))
     events.add("ssp_probe", step=events.last_step(), output=str(args.output), reward=args.reward,
@@ -117,7 +117,7 @@ def _checked(args: SspProbeOptions) -> dict[str, Path]:
         domains |= found
     make(order(args.reward, parse_nested(args.reward_set, "--reward-set")))
     for path in args.checkpoints:
-        refuse_missing(path)
+        check_model_path(path)
     for file in domains.values():
         check_rows(file, "--problems", PROMPT)
     return domains

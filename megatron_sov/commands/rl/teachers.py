@@ -14,7 +14,7 @@ from megatron_sov.model.config.post_training import PolicyConfig
 from megatron_sov.post.rl.reward import NO_REWARD
 from megatron_sov.rollouts.prompts import PromptList
 from megatron_sov.rollouts.rows import domain_of
-from megatron_sov.runs.checkpoints import files_sha256, refuse_missing
+from megatron_sov.runs.checkpoints import check_model_path, hash_checkpoint_files
 from megatron_sov.runs.launch_environment import num_ranks
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def teachers_of(args: ScoringTeacherOptions, config: RunConfig, tokenizer: Path
         if option == "--teacher":
             target = _target_of(place)
             _refuse_other_model(place, target, config, tokenizer)
-            found.append(ScoringTeacher(domain, target.path, files_sha256(target.path)))
+            found.append(ScoringTeacher(domain, target.path, hash_checkpoint_files(target.path)))
     return tuple(sorted(found, key=lambda teacher: teacher.domain))
 
 
@@ -139,7 +139,7 @@ def live_teacher_of(args: ScoringTeacherOptions, config: RunConfig, tokenizer: P
 def _target_of(place: str) -> Target:
     from megatron_sov.infer.engines.target import find_target
 
-    refuse_missing(Path(place), "--teacher ")
+    check_model_path(Path(place), "--teacher ")
     return find_target(Path(place))
 
 

@@ -20,9 +20,9 @@ from megatron_sov.judge.tools.environment import LIMITS, EpisodeLimits
 from megatron_sov.judge.tools.episode import Episode, lines_in, row_of
 from megatron_sov.judge.tools.playing import EpisodeTable, ToolPolicy, identity_of, play, summary_of
 from megatron_sov.judge.tools.registry import BUILT_IN, OWN, digest_of, make, order, tasks_of
-from megatron_sov.runs.checkpoints import refuse_missing
+from megatron_sov.runs.checkpoints import check_model_path
 from megatron_sov.work.progress.journal import open_journal
-from megatron_sov.work.progress.progress_bar import work_bar
+from megatron_sov.work.progress.progress_bar import create_bar
 
 KIND = "episodes"
 """Of the artifact that `run` writes."""
@@ -76,7 +76,7 @@ def _run(args: ToolsRunOptions) -> int:
     environment, version = make(asked)
     limits = change(LIMITS[args.limits], args.changes, "--limit")
     tasks = tasks_of(environment, args.environment, args.tasks)
-    refuse_missing(args.target)
+    check_model_path(args.target)
     refuse_existing(args.output, KIND, args.overwrite)
 
     from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
@@ -97,7 +97,7 @@ def _run(args: ToolsRunOptions) -> int:
 
     def played(policy: ToolPolicy) -> dict[str, Any]:
         with (open_journal(args.output, "megatron-sov tools run", identity, redo=args.redo) as journal,
-              work_bar("play", len(tasks), "episode") as bar):
+              create_bar("play", len(tasks), "episode") as bar):
             episodes = play(tasks, policy, table, lines_in(journal), bar.update)
             return _publish(args, episodes, encoder, limits, identity)
 

@@ -21,8 +21,8 @@ from megatron_sov.model.config import DistillationConfig, RunConfig, data_paths
 from megatron_sov.model.config.data import named_shards
 from megatron_sov.model.objectives import factory
 from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
-from megatron_sov.runs.checkpoints import refuse_missing
-from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.runs.checkpoints import check_model_path
+from megatron_sov.runs.launch_environment import is_first_rank
 from megatron_sov.train.stages.stage_config import parse_stage, tokenizer_of
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def run_states(typed: argparse.Namespace) -> int:
     """
     args = read_options(DistillStatesOptions, typed)
     load_plugins(args.plugins)
-    refuse_missing(args.teacher)
+    check_model_path(args.teacher)
     from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
@@ -79,7 +79,7 @@ def run_states(typed: argparse.Namespace) -> int:
     reading = TeacherReading(find_target(args.teacher), data_paths(args.data), kept=kept)
     read_documents(reading, args.output, args.settings, args.nproc, overwrite=args.overwrite,
                    redo=args.redo)
-    if is_first():
+    if is_first_rank():
         manifest = read_manifest(args.output, KIND)
         size_bytes = sum(record.size_bytes for record in manifest.files.values())
         what = (f"with the {args.top_k:,} most probable ones behind each" if args.top_k
@@ -140,7 +140,7 @@ def run(typed: argparse.Namespace) -> int:
     gate = gate_of(args, parsed.config, parsed.start)
     readers = _readers_of(args, parsed.config.data.paths)
 
-    from megatron_sov.chat.vocabulary import refuse_other_tokens
+    from megatron_sov.chat.vocabulary import check_same_tokens
     from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
     from megatron_sov.train.data.token_shards import as_input, open_sources, tokenizer_folder
 
@@ -157,7 +157,7 @@ def run(typed: argparse.Namespace) -> int:
     sources = open_sources(config.data.paths, config.model.vocab_size, formats_of(made))
     _refuse_views(config, sources)
     if parsed.start is not None:
-        refuse_other_tokens(tokenizer_folder(sources), tokenizer_of(parsed.start))
+        check_same_tokens(tokenizer_folder(sources), tokenizer_of(parsed.start))
     states: list[Path] = []
     # a complete run needs no states any more: they may have been deleted
     if folder.completion() is None:
@@ -190,9 +190,9 @@ def _refuse_no_teacher(args: DistillOptions) -> None:
         raise UserError("--teacher: is missing; name whose distributions are learned, or, where it has read "
                         "the data, what it said (--states)")
     for given in args.teacher:
-        refuse_missing(Path(named_shards(given)[1]), "--teacher ")
+        check_model_path(Path(named_shards(given)[1]), "--teacher ")
     for path in () if args.teacher else args.states:
-        refuse_missing(path, "--states ")
+        check_model_path(path, "--states ")
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ def _make_states(args: DistillOptions, reader: _DataReader, teacher: Path, confi
         raise UserError(f"--states {', '.join(map(str, missing))}: are not there; make all but one of them "
                         "by `megatron-sov distill states`")
     made = [path for path in reader.states if path not in missing]
-    if is_first():  # to hash a teacher's files takes a while
+    if is_first_rank():  # to hash a teacher's files takes a while
         _refuse_other_teacher(teacher, target, made)
     data = _not_read(reader.data, made)
     if missing and data:

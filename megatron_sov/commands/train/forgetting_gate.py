@@ -19,7 +19,7 @@ from megatron_sov.bench.score_differences import (
     FORGOTTEN, NOT_KNOWN, NOT_PROVEN, Forgetting, judge, read_scored)
 from megatron_sov.commands.evaluate.benchmarks import EvalLmOptions, run_lm
 from megatron_sov.runs.folder import GATE, RunEvents
-from megatron_sov.runs.launch_environment import is_first, under_launcher
+from megatron_sov.runs.launch_environment import has_launcher, is_first_rank
 from megatron_sov.work.processes.children import run_command
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class ForgettingGate:
     def judge(self, checkpoint: Path) -> EndVerdict | None:
         """Evaluate the last checkpoint, and compare; None on other processes than the first."""
         self._evaluate(checkpoint, "last", ["--run", str(self.run)])
-        if not is_first():
+        if not is_first_rank():
             return None
         from megatron_sov.train.stages.gate import EndVerdict
 
@@ -103,7 +103,7 @@ class ForgettingGate:
         # the same words for both models: a figure of another mode or prompt could not be compared
         words = [*self._words(target, when), *more]
         # the ranks are there already; else a command of its own starts them
-        if under_launcher():
+        if has_launcher():
             code = run_lm(_eval_options(words))
         else:
             print(f"forgetting gate: evaluates {target}", file=sys.stderr, flush=True)

@@ -18,7 +18,8 @@ from megatron_sov.commands.train.gate_options import (
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import WITH_REFERENCE, PreferenceMethod
 from megatron_sov.model.objectives import factory
-from megatron_sov.runs.checkpoints import KIND, RUN, find_checkpoint, refuse_missing, refuse_other_kind
+from megatron_sov.runs.checkpoints import (
+    CHECKPOINT_KIND, RUN, check_folder_kind, check_model_path, find_checkpoint)
 from megatron_sov.train.stages.stage_config import ParsedStage, parse_stage
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def run(typed: argparse.Namespace) -> int:
     if is_complete(args, "preference"):
         return 0
     if args.reference is not None and args.reference.is_dir():
-        refuse_other_kind(args.reference, (RUN, KIND), "a checkpoint or a run")
+        check_folder_kind(args.reference, (RUN, CHECKPOINT_KIND), "a checkpoint or a run")
     parsed = parse_stage(args, "preference")
     refuse_unknown_benchmarks(parsed.config)
     if not args.dry_run:
@@ -119,7 +120,7 @@ def _fixed_reference(path: Path | None, config: RunConfig) -> Path | None:
     if config.preference.method not in WITH_REFERENCE:
         raise UserError(f"--reference {path}: preference.method = {config.preference.method} compares with "
                         "no reference; leave it out")
-    refuse_missing(path, "--reference ")
+    check_model_path(path, "--reference ")
     return find_checkpoint(path)
 
 
@@ -130,7 +131,7 @@ def _reference(args: PreferOptions, parsed: ParsedStage, sources: tuple[Source, 
     Raises:
         UserError: the folder may not be entered, holds another reference, or one that lacks what is needed.
     """
-    from megatron_sov.chat.vocabulary import refuse_other_tokens
+    from megatron_sov.chat.vocabulary import check_same_tokens
     from megatron_sov.post.preference import heldout_documents
     from megatron_sov.post.reference import Reference
     from megatron_sov.runs import checkpoints
@@ -142,11 +143,11 @@ def _reference(args: PreferOptions, parsed: ParsedStage, sources: tuple[Source, 
     reference = Reference(args.run, fixed or parsed.start, sources, config.data.max_seq_len(),
                           {source.name: heldout_documents(source) for source in pairs})
     if fixed is not None:
-        refuse_other_tokens(tokenizer_folder(list(sources)), fixed / "tokenizer")
+        check_same_tokens(tokenizer_folder(list(sources)), fixed / "tokenizer")
         folder.enter(config, args.resume)
         if not args.dry_run:
             reference.make_apart(fixed, config, args.nproc)
     # a run that goes on must compare with the same reference as before
-    elif checkpoints.latest(folder.checkpoints) is not None:
+    elif checkpoints.latest_checkpoint(folder.checkpoints) is not None:
         reference.refuse_changed()
     return reference

@@ -22,7 +22,7 @@ from megatron_sov.base.settings import read_options
 from megatron_sov.commands import COMMANDS
 from megatron_sov.commands.shared_options import words_of
 from megatron_sov.runs.folder import CONFIG, RunFolder, TypedCommand, read_command
-from megatron_sov.runs.launch_environment import is_first, note_command, under_launcher
+from megatron_sov.runs.launch_environment import export_command, has_launcher, is_first_rank
 from megatron_sov.train.stages.stage_config import StageOptions
 
 
@@ -47,9 +47,9 @@ def run(typed: argparse.Namespace) -> int:
     goes_on = in_folder(options, folder, began)
     refuse_unsaid_code(folder, began, words_of(goes_on), typed.arguments)
     words = [*words_of(dataclasses.replace(goes_on, plugins=())), *typed.arguments]
-    if enter_folder(began) and is_first():
+    if enter_folder(began) and is_first_rank():
         print(f"resume: paths are read from {began.folder}, where the run was begun")
-    if is_first():
+    if is_first_rank():
         print(f"resume: megatron-sov {name} {shlex.join(words)}", flush=True)
         for change in option_changes(options, options_of_words(parser, words)):
             print(f"resume: {change}", flush=True)
@@ -77,7 +77,7 @@ def enter_folder(began: TypedCommand) -> bool:
 
 def run_words(name: str, parser: Parser, words: list[str], began_s: float) -> int:
     """Run a command by its words, as if they had been typed; returns its exit code."""
-    note_command([*name.split(), *words])
+    export_command([*name.split(), *words])
     arguments = parser.parse_args(words)
     arguments.began_s = began_s
     return int(COMMANDS[name].load().run(arguments))
@@ -144,7 +144,7 @@ def options_of_words(parser: Parser, words: list[str]) -> Any:
 def in_folder(options: Any, folder: Path, began: TypedCommand) -> Any:
     """Return the options with the run where it lies now, and settings and data from its config.json where it
     has one of its own: a run of stages is planned again from what was typed."""
-    nproc = None if under_launcher() else options.nproc or (began.processes if began.processes > 1 else None)
+    nproc = None if has_launcher() else options.nproc or (began.processes if began.processes > 1 else None)
     options = dataclasses.replace(options, run=folder, resume=True, nproc=nproc, dry_run=False,
                                   inject=(), until=None)
     if not (folder / CONFIG).is_file():

@@ -18,8 +18,8 @@ import torch.distributed as dist
 
 from megatron_sov.base.errors import UserError, first_line, told_in_a_line
 from megatron_sov.model.config import RunConfig
-from megatron_sov.runs.gpu_driver import visible_gpus
-from megatron_sov.runs.launch_environment import own_gpu_index
+from megatron_sov.runs.gpu_driver import list_visible_gpus
+from megatron_sov.runs.launch_environment import local_gpu_index
 from megatron_sov.work.clusters.chips import Gpu
 from megatron_sov.work.clusters.units import GIB
 
@@ -106,7 +106,7 @@ def set_variables(config: RunConfig) -> None:
     Raises:
         UserError: the environment conflicts with a setting.
     """
-    gpus = visible_gpus()
+    gpus = list_visible_gpus()
     for name, value in _variables.items():
         if os.environ.get(name) == value:
             del os.environ[name]
@@ -213,7 +213,7 @@ def num_bytes(tensor: torch.Tensor) -> int:
 
 def kind() -> Gpu:
     """Return the model and memory of this process's GPU."""
-    properties = torch.cuda.get_device_properties(own_gpu_index(torch.cuda.device_count()))
+    properties = torch.cuda.get_device_properties(local_gpu_index(torch.cuda.device_count()))
     return Gpu(properties.name, properties.total_memory)
 
 
@@ -231,7 +231,7 @@ def take_gpu(store: dist.Store, rank: int, size: int, needs_bytes: int,
     Raises:
         UserError: on every rank, if a GPU cannot be used, is shared by two ranks or lacks memory.
     """
-    device, uuid, problem = torch.device("cuda", own_gpu_index(torch.cuda.device_count())), "", ""
+    device, uuid, problem = torch.device("cuda", local_gpu_index(torch.cuda.device_count())), "", ""
     try:
         torch.cuda.set_device(device)
         properties = torch.cuda.get_device_properties(device)

@@ -31,8 +31,8 @@ from megatron_sov.engine.parallel import cpu_shims
 from megatron_sov.engine.parallel.device import on_gpu
 from megatron_sov.engine.parallel.world import LOCALHOST, STORE_PORT
 from megatron_sov.model.families import supported as models
-from megatron_sov.runs.launch_environment import is_first, num_ranks, under_launcher
-from megatron_sov.work.processes.children import FORWARDED, die_with_parent
+from megatron_sov.runs.launch_environment import has_launcher, is_first_rank, num_ranks
+from megatron_sov.work.processes.children import STOP_SIGNALS, die_with_parent
 
 # Work of a rank that is a new process: the launcher pickles it to an unnamed file, open only in the launcher
 # and its ranks, so that no other process can have written the pickle.
@@ -134,7 +134,7 @@ def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0,
         KeyboardInterrupt: after a second SIGINT, or after one before the ranks handled signals.
     """
     cpu_shims.prepare_megatron()
-    if under_launcher():
+    if has_launcher():
         if num_threads:
             torch.set_num_threads(num_threads)
         return _rank_code(main)
@@ -164,7 +164,7 @@ def apart(work: Callable[[], Any]) -> int:
     Under torchrun or Slurm this process runs it itself.
     """
     cpu_shims.prepare_megatron()
-    return _rank_code(work) if under_launcher() else _round(work, 1, new_processes=False).code
+    return _rank_code(work) if has_launcher() else _round(work, 1, new_processes=False).code
 
 
 def _threads(count: int) -> int:
@@ -202,7 +202,7 @@ def _round(main: Callable[[], Any], count: int, *, new_processes: bool) -> _Outc
     port = door.getsockname()[1]
     environment = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), STORE_PORT: str(port)}
     with plan_file(main, torch.get_num_threads()) if new_processes else contextlib.nullcontext() as plan:
-        signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until `_wait` can pass them on
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until `_wait` can pass them on
         children = [_fork(main, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, door, plan)
                     for rank in range(count)]
     # The launcher holds the store in memory: it survives every rank and does not depend on disk space. Its
@@ -230,7 +230,7 @@ def _fork(main: Callable[[], Any], environment: dict[str, str], door: socket.soc
         os.environ.update(environment)
         if plan is not None:  # the new process stays bound to its parent; signals wait until work begins
             _become_new_process(plan)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return main()
 
     _end_with(start_rank)
@@ -252,7 +252,7 @@ def be_rank(plan: int) -> NoReturn:
     """
     def start_rank() -> Any:
         main = read_plan(plan)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return main()
 
     _end_with(start_rank)
@@ -302,7 +302,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def _fails_first() -> bool:
     """Return whether this rank failed first; the others only lose connections or repeat the error."""
     if not dist.is_initialized():
-        return is_first()
+        return is_first_rank()
     try:
         return bool(dist.distributed_c10d._get_default_store().add("failed_ranks", 1) == 1)
     except RuntimeError:  # the rank that held the store is gone
@@ -326,8 +326,8 @@ def _wait(children: list[int]) -> _Outcome:
         outcome.asked_to_stop = True
         _send(list(alive), number)
 
-    previous = {s: signal.signal(s, forward) for s in FORWARDED}
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+    previous = {s: signal.signal(s, forward) for s in STOP_SIGNALS}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     try:
         while alive:
             child, status = os.waitpid(-1, os.WNOHANG)

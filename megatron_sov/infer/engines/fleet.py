@@ -21,7 +21,7 @@ from queue import SimpleQueue
 from typing import Protocol
 
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.work.endpoints.answers import BadAnswer, NeverAnswered
+from megatron_sov.work.endpoints.answers import BadAnswer, RequestRefused
 from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer, TokenRequest, TokenServer
 
 LOOK_S = 1.0
@@ -376,7 +376,7 @@ class Fleet:
             server.pause()
             server.update(held.files, held.version)
             server.resume()
-        except NeverAnswered as e:
+        except RequestRefused as e:
             if "HTTP 404" not in str(e):  # where it has the routes, it may take them after another start
                 raise
             raise UserError(f"{server.url}: takes no other weights ({e}); name a server that was started as "
@@ -411,9 +411,9 @@ class Fleet:
         server = member.server
         try:
             if server is None:
-                raise BadAnswer("it is gone", is_away=True)
+                raise BadAnswer("it is gone", is_unavailable=True)
             answers = server.write(task.request)
-        except NeverAnswered as e:
+        except RequestRefused as e:
             self._answer(member, task, UserError(f"the engine refuses a request: {e}"))
         except (BadAnswer, TimeoutError) as e:
             self._take_back(member, task, e)

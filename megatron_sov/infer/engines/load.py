@@ -20,7 +20,7 @@ from megatron_sov.engine.model.language_model import build_configured
 from megatron_sov.engine.parallel import launcher, world
 from megatron_sov.infer.engines.target import Target, as_checkpoint, inference_config, report_precision
 from megatron_sov.model.config import RunConfig
-from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.runs.launch_environment import is_first_rank
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def run_forward_model(target: Target, settings: Sequence[str], nproc: int | None
         code = launcher.launch(rank, nproc, config.train.num_threads)
         if code != 0:
             raise SystemExit(code)
-        if not is_first():
+        if not is_first_rank():
             return None
         return json.loads(result.read_text(encoding="utf-8"))
 

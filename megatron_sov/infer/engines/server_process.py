@@ -21,12 +21,12 @@ from annotated_types import Gt, Le
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AboveZero, AtLeastOne, ProblemCode, SettingsProblem
 from megatron_sov.infer import vllm_worker
-from megatron_sov.runs.launch_environment import own_gpu_index
+from megatron_sov.runs.launch_environment import local_gpu_index
 from megatron_sov.work.endpoints.token_server import TokenServer
-from megatron_sov.work.endpoints.transport import missing_libraries
+from megatron_sov.work.endpoints.transport import find_missing_libraries
 from megatron_sov.work.endpoints.vllm_server import VLLM, SendFiles, VllmServer
 from megatron_sov.work.processes.children import start_command
-from megatron_sov.work.processes.keeper import KeptCommand
+from megatron_sov.work.processes.supervisor import SupervisedCommand
 
 ENGINE_PYTHON = "SOV_ENGINE_PYTHON"
 """Variable of the environment: the interpreter that has the engine, whose libraries are other versions."""
@@ -139,7 +139,7 @@ class EngineServers:
         from megatron_sov.infer.vllm_worker.sov_weight_group import send_files
 
         # threads have a current GPU of their own, which is not this process's
-        return partial(send_files, device=f"cuda:{own_gpu_index(torch.cuda.device_count())}" if on_gpu()
+        return partial(send_files, device=f"cuda:{local_gpu_index(torch.cuda.device_count())}" if on_gpu()
                        else "cpu")
 
     def devices_of(self, number: int) -> str | None:
@@ -163,7 +163,7 @@ def refuse_no_engine(engine: str, urls: Sequence[str], python: Path | None) -> N
     Raises:
         UserError: a library that asks servers is missing, or the interpreter is none or has no such engine.
     """
-    if missing := missing_libraries():
+    if missing := find_missing_libraries():
         raise UserError(f"--engine {engine}: {missing[0]}")
     if urls:
         return
@@ -205,7 +205,7 @@ class OwnServer:
         self._with_routes = with_routes
         self._command = list(command) or [_interpreter(python), *self._program.words]
         self.log = logs / f"engine-{number}.log"
-        self._kept: KeptCommand | None = None
+        self._kept: SupervisedCommand | None = None
         self._lock = threading.Lock()
         self._is_over = False
 
@@ -221,7 +221,7 @@ class OwnServer:
         with open(self.log, "ab") as out, self._lock:
             if self._is_over:
                 return None
-            self._kept = KeptCommand(self.words(port), self._environment(), out)
+            self._kept = SupervisedCommand(self.words(port), self._environment(), out)
         server = self._program.connect(f"http://127.0.0.1:{port}", self._settings)
         ends_s = time.monotonic() + self._settings.start_s
         while not server.is_healthy():

@@ -24,8 +24,9 @@ from megatron_sov.model.families.adapters import identity
 from megatron_sov.model.families.family import text_config
 from megatron_sov.model.pretrained import CONFIG, weight_files
 from megatron_sov.runs.checkpoints import (
-    CHECKPOINTS_OF_A_RUN, IMPORTED, KIND, find_checkpoint, refuse_missing, refuse_no_model, settings_of)
-from megatron_sov.runs.launch_environment import is_first, num_ranks
+    CHECKPOINT_KIND, CHECKPOINTS_FOLDER, IMPORTED_RECIPE, check_model_folder, check_model_path,
+    find_checkpoint, read_checkpoint_settings)
+from megatron_sov.runs.launch_environment import is_first_rank, num_ranks
 
 HF_SEQ_LEN = 4096
 """Context, in tokens, in which a Hugging Face model is judged unless told:
@@ -50,13 +51,13 @@ class Target:
     def config(self) -> RunConfig | None:
         """The settings that a checkpoint was trained with;
         None where nothing tells them (imported models)."""
-        config = None if self.is_hf else settings_of(self.path)
-        return None if config is None or config.recipe == IMPORTED else config
+        config = None if self.is_hf else read_checkpoint_settings(self.path)
+        return None if config is None or config.recipe == IMPORTED_RECIPE else config
 
     @property
     def model(self) -> ModelConfig:
         """The architecture; `UserError` for a Hugging Face folder of a family that we do not know."""
-        return convert.open_weights(self.path).model if self.is_hf else settings_of(self.path).model
+        return convert.open_weights(self.path).model if self.is_hf else read_checkpoint_settings(self.path).model
 
     @property
     def vocab_size(self) -> int:
@@ -66,7 +67,7 @@ class Target:
     @property
     def step(self) -> int | None:
         """Optimizer steps of a checkpoint; None where the folder does not tell."""
-        return None if self.is_hf else int(read_manifest(self.path, KIND).content["step"])
+        return None if self.is_hf else int(read_manifest(self.path, CHECKPOINT_KIND).content["step"])
 
     @property
     def max_tokens(self) -> float:
@@ -104,11 +105,11 @@ def find_target(path: Path) -> Target:
     Raises:
         UserError: it is neither a checkpoint, a run with one, nor a Hugging Face folder.
     """
-    refuse_missing(path)
+    check_model_path(path)
     if convert.is_hf_folder(path):
         return Target(path, True)
-    refuse_no_model(path)
-    if (path / CONFIG).is_file() and not (path / CHECKPOINTS_OF_A_RUN).is_dir():
+    check_model_folder(path)
+    if (path / CONFIG).is_file() and not (path / CHECKPOINTS_FOLDER).is_dir():
         weight_files(path)  # which says what it lacks
     return Target(find_checkpoint(path), False)
 
@@ -137,7 +138,7 @@ def inference_config(checkpoint: Path, settings: Sequence[str], nproc: int | Non
         UserError: a setting does not exist or asks for other adapters, or the layout does not fit the model
             and the number of processes.
     """
-    made_with = settings_of(checkpoint)
+    made_with = read_checkpoint_settings(checkpoint)
     # One process: the layout of the training run does not matter here.
     train = dataclasses.replace(made_with.train, precision=inference_precision(), num_threads=0,
                                 deterministic=False)
@@ -156,6 +157,6 @@ def inference_config(checkpoint: Path, settings: Sequence[str], nproc: int | Non
 
 def report_precision(path: Path, engine: str, precision: str) -> None:
     """Print on standard error which engine runs a model, in which precision and on which device."""
-    if is_first():
+    if is_first_rank():
         print(f"{path}: runs in {engine} with {precision} on {'a GPU' if on_gpu() else 'the CPU'}",
               file=sys.stderr, flush=True)

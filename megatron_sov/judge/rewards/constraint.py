@@ -23,7 +23,7 @@ from annotated_types import Ge, Le
 
 from megatron_sov.base.errors import UserError, told_in_a_line
 from megatron_sov.base.settings import Bound, ProblemCode, Share
-from megatron_sov.chat.marks import as_written
+from megatron_sov.chat.marks import unquote_marks
 from megatron_sov.judge.rewards import check_program
 from megatron_sov.judge.rewards.reward import (
     OPERATION, Refused, Row, Score, content_of, short, text_of, told_short)
@@ -234,7 +234,7 @@ class Constraint:
             Refused: there are no functions, or one is none.
             TimeoutError: the machine was too busy.
         """
-        response = content_of(row) if self.hide_thinking else as_written(text_of(row, "response"))
+        response = content_of(row) if self.hide_thinking else unquote_marks(text_of(row, "response"))
         if len(response) > MAX_TEXT_CHARS:
             raise Refused(f"response has {len(response):,} characters; at most {MAX_TEXT_CHARS:,} are "
                           "checked")

@@ -14,7 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 from megatron_sov.base.errors import UserError, how_to_install, nearest, told_in_a_line
-from megatron_sov.chat.marks import as_written
+from megatron_sov.chat.marks import unquote_marks
 from megatron_sov.judge.rewards.reward import Refused, Row, Score, text_of, told_short
 
 MAX_CHARS = 400_000
@@ -58,7 +58,7 @@ class IfEval:
             Refused: an instruction is unknown, has wrong arguments, or needs data that are not installed.
         """
         # Thoughts and calls as the model wrote them: the checks read the whole text.
-        response = as_written(text_of(row, "response"))
+        response = unquote_marks(text_of(row, "response"))
         if len(response) > MAX_CHARS:
             raise Refused(f"response has {len(response):,} characters; at most {MAX_CHARS:,} are checked")
         instructions = read_instructions(row)

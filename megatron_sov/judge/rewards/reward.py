@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from megatron_sov.base.errors import UserError, told_in_a_line
-from megatron_sov.chat.marks import plain_form
+from megatron_sov.chat.marks import to_hermes_form
 from megatron_sov.chat.tool_calls import parse_turn
 
 Row = Mapping[str, Any]
@@ -101,7 +101,7 @@ def text_of(row: Row, name: str) -> str:
     if not isinstance(value, str):
         raise Refused(f"{name} = {told_short(value)} must be text" if name in row else f"has no {name!r}")
     # one form for all families, so that a reward need not know each family's marks
-    return plain_form(value) if name == "response" else value
+    return to_hermes_form(value) if name == "response" else value
 
 
 def content_of(row: Row) -> str:

@@ -21,9 +21,9 @@ from megatron_sov.base.plugins.registry import PluginOrder
 from megatron_sov.judge.rewards.composed import ComposedRunner, Runner
 from megatron_sov.judge.rewards.registry import BUILT_IN, NOT_JUDGED, MadeReward, build
 from megatron_sov.judge.rewards.reward import REWARDS, Result, Reward, Row, agreeing, checked, judged
-from megatron_sov.work.processes.children import MAX_MEMORY_BYTES, forget_other_variables, limit_memory
-from megatron_sov.work.processes.workers import Answer, Lost, Workers
-from megatron_sov.work.progress.jobs import Job, here, run_job
+from megatron_sov.work.processes.children import MAX_MEMORY_BYTES, limit_memory, remove_unsafe_variables
+from megatron_sov.work.processes.workers import Answer, LostAnswer, Workers
+from megatron_sov.work.progress.jobs import Job, local_executor, run_job
 
 TIME_LIMIT_S = 30.0
 """Per row, where a reward has no setting `time_limit_s`."""
@@ -146,7 +146,7 @@ class ProcessRunner(Runner):
         # `waiting` grows while answers come: a row goes back into it at most twice
         limit_s = self._time_limit_s * max((len(row) for row in rows if isinstance(row, list)), default=1)
         for i, answer in self._workers.answers(waiting, limit_s):
-            result = self._lost(answer.exit_code, limit_s) if isinstance(answer, Lost) else Result(**answer)
+            result = self._lost(answer.exit_code, limit_s) if isinstance(answer, LostAnswer) else Result(**answer)
             # the second answer for a suspect is the one to its control response
             if i in suspects:
                 results[i] = _blamed(suspects[i], result)
@@ -156,7 +156,7 @@ class ProcessRunner(Runner):
                 waiting.append((i, ({**rows[i], "response": self._control}, False)))
             # the clock alone ran out: a busy machine is no fault of the response, so the row gets one more
             # chance
-            elif answer == Lost(None) and self._control is not None and i not in late:
+            elif answer == LostAnswer(None) and self._control is not None and i not in late:
                 late.add(i)
                 waiting.append((i, (dict(rows[i]), False)))
             else:
@@ -185,7 +185,7 @@ def _blamed(suspect: Result, control: Result) -> Result:
 
 def _judge(asked: PluginOrder, variables: Sequence[str], cpu_limit_s: float) -> Answer:
     # keys of the user's environment do not reach code of a user's file
-    forget_other_variables(variables)
+    remove_unsafe_variables(variables)
     reward = build(asked)
     # before memory is limited: loading a model may need more than judging with it
     if hasattr(reward, "prepare"):
@@ -306,12 +306,12 @@ def score_file(asked: PluginOrder, made: MadeReward, source: Path, output: Path,
                 row: dict[str, Any] = json.loads(raw)
                 summary.tally.add(row["reward"], row["status"], row["reason"], f"line {line}")
 
-        run_job(Job(made_by="megatron-sov score", output=output, items=batches, do=here(score),
+        run_job(Job(made_by="megatron-sov score", output=output, items=batches, do=local_executor(score),
                     identity={"input": file_digest(source), "reward": asked.name,
                               # another reward, input or batch size would mix with what a killed run left, so
                               # it is refused
                               "reward_version": made.version, "batch_rows": BATCH_ROWS},
-                    sink=lambda journal: journal.write_to(output), known=count,
+                    sink=lambda journal: journal.write_payloads(output), known=count,
                     done=lambda batch: progress(len(batch))), redo=redo)
     return summary
 

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from megatron_sov.base.documents import BadRecord, Conversation, Message
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import TurnEncoder
-from megatron_sov.chat.marks import CallForm, with_opening
-from megatron_sov.chat.tool_calls import BadCall, ServedTurn, ToolCall, WrittenTurn, parse_turn, whole_turn
+from megatron_sov.chat.marks import CallForm, prepend_mark
+from megatron_sov.chat.tool_calls import (
+    BadCall, ServedTurn, ToolCall, WrittenTurn, parse_served_turn, parse_turn)
 from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.judge.tools.environment import (
     INFRASTRUCTURE, EpisodeLimits, InfrastructureFault, Observation, Task, cut)
@@ -82,12 +83,12 @@ class EpisodeTurn:
 
     def served(self, tools: Sequence[dict[str, Any]]) -> ServedTurn:
         """Return it as a server would give it to a client; raises nothing: a malformed call is text."""
-        return whole_turn(self.whole_text, False, tools, self.form)
+        return parse_served_turn(self.whole_text, False, tools, self.form)
 
     @property
     def whole_text(self) -> str:
         """Return it as a text that stands by itself."""
-        return with_opening(self.text, self.opened)
+        return prepend_mark(self.text, self.opened)
 
 
 @dataclass
@@ -208,7 +209,7 @@ def take_turn(episode: Episode, written: GeneratedTurn, host: EnvironmentHost, e
     turn = with_calls(turn, episode, host, limits)
     if turn.end:
         return turn
-    behind = encoder.behind_turn([call["text"] for call in turn.calls], [call["name"] for call in turn.calls],
+    behind = encoder.encode_after_turn([call["text"] for call in turn.calls], [call["name"] for call in turn.calls],
                                  turn.reply)
     # a token at least has to be left for the model
     if len(behind) >= left:

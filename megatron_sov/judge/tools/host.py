@@ -21,7 +21,7 @@ from megatron_sov.judge.tools.environment import (
     cut, unknown)
 from megatron_sov.judge.tools.registry import BUILT_IN, build
 from megatron_sov.work.processes.children import MAX_MEMORY_BYTES, limit_memory
-from megatron_sov.work.processes.workers import START_LIMIT_S, Answer, Lost, Workers
+from megatron_sov.work.processes.workers import START_LIMIT_S, Answer, LostAnswer, Workers
 
 _MORE_BYTES = 64 << 20
 """An answer's size beside the state's."""
@@ -182,7 +182,7 @@ class EnvironmentHost:
     def _ask(self, what: str, timeout_s: float, **request: Any) -> dict[str, Any]:
         """Return what the process answers; it is ended where it does not."""
         ((_, answer),) = self._workers.answers(deque([(what, {"what": what, **request})]), timeout_s)
-        if isinstance(answer, Lost):
+        if isinstance(answer, LostAnswer):
             raise (_HostGone("timeout", f"took longer than {timeout_s:g} s") if answer.exit_code is None
                    else _HostGone("ended", "ended its process"))
         return dict(answer)

@@ -19,7 +19,7 @@ from torch import nn
 from megatron_sov.base.artifacts import refuse_existing
 from megatron_sov.base.errors import UserError, told_in_a_line
 from megatron_sov.base.settings import ProblemCode, SettingsError, SettingsProblem, problems_of
-from megatron_sov.chat.limits import TemplateTooLong, bounded
+from megatron_sov.chat.limits import TemplateTimeout, limit_resources
 from megatron_sov.omni.codecs.folder import KIND, codec_class, save_codec
 from megatron_sov.omni.codecs.ta_tok import ta_tok_state
 
@@ -192,10 +192,10 @@ def _read(file: Path, inside: str) -> Tensors:
                 own = [name for name in names if name.startswith(inside)] or names
                 return {name.removeprefix(inside): opened.get_tensor(name) for name in own}
         _refuse_inflated(file)
-        with bounded(_LOADING_S, _LOADING_BYTES + _LOADING_COPIES * file.stat().st_size):
+        with limit_resources(_LOADING_S, _LOADING_BYTES + _LOADING_COPIES * file.stat().st_size):
             # torch's restricted unpickler runs no code of the file; time and memory are bounded around it
             raw = torch.load(file, map_location="cpu", weights_only=True)
-    except (TemplateTooLong, MemoryError):
+    except (TemplateTimeout, MemoryError):
         raise UserError(f"{file}: takes more memory or time to read than weights of its size can need; pass "
                         "them as safetensors") from None
     except Exception as e:  # what is no pickle of tensors raises as it likes

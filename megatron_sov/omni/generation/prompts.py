@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.chat.media_tokens import AUDIO, IMAGE, VIDEO, VocabularyBlock, spelled
+from megatron_sov.chat.media_tokens import AUDIO, IMAGE, VIDEO, VocabularyBlock, find_media_token
 from megatron_sov.infer.asking import Asker
 from megatron_sov.model.config import AudioEncoderConfig, VisionEncoderConfig
 from megatron_sov.model.modality import (
@@ -138,7 +138,7 @@ class ShownMedia:
         for part in parts:
             kind = part.get("type")
             if kind == "text" and isinstance(part.get("text"), str):
-                if mark := spelled(part["text"]):
+                if mark := find_media_token(part["text"]):
                     raise UserError(f"{where}: its text spells {mark!r}, which is a token of media; remove "
                                     "it: media are named by their paths alone")
                 said.append(part["text"])

@@ -89,7 +89,7 @@ class MarkIds:
             return tuple(found for found in map(id_of, names) if found is not None)
 
         ratios = {found: ratio for ratio in spelling.RATIOS
-                  if (found := id_of(spelling.ratio(*ratio))) is not None}
+                  if (found := id_of(spelling.ratio_token(*ratio))) is not None}
         return MarkIds(known(spelling.DISCRETE_IMAGE), known(spelling.DISCRETE_AUDIO),
                        frozenset(known((spelling.END_OF_LINE, spelling.END_OF_FRAME))), ratios)
 
@@ -412,7 +412,7 @@ class BlockRules:
         return "", ()
 
     def _in_picture(self, inside: Sequence[int]) -> list[int]:
-        names = [spelling.ratio(width, height) for width, height in spelling.RATIOS]
+        names = [spelling.ratio_token(width, height) for width, height in spelling.RATIOS]
         ratios = [self.ids[name] for name in names if name in self.ids]
         if ratios and not inside:
             return ratios

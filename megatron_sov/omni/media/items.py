@@ -21,8 +21,8 @@ from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.shard_files import NO_FEATURE
 from megatron_sov.chat.media_tokens import (
     AUDIO, AUDIO_AUX, AUDIO_PAD, CONTINUOUS_AUDIO, CONTINUOUS_IMAGE, CONTINUOUS_VIDEO, DISCRETE_AUDIO,
-    DISCRETE_IMAGE, END_OF_FRAME, END_OF_LINE, IMAGE, IMAGE_PAD, MIME, RATIOS, SPELLED, VIDEO, VIDEO_AUX,
-    VIDEO_PAD, entry, ratio)
+    DISCRETE_IMAGE, END_OF_FRAME, END_OF_LINE, IMAGE, IMAGE_PAD, MEDIA_TOKEN, MIME, RATIOS, VIDEO, VIDEO_AUX,
+    VIDEO_PAD, codebook_token, ratio_token)
 from megatron_sov.model.modality import PICTURES, SOUNDS, MediaEncoding, Rows
 from megatron_sov.omni.media.banks import KINDS
 
@@ -85,15 +85,15 @@ def discrete_image(numbers: Sequence[int], columns: int, width: int, height: int
         width: of the picture before it was made square, in pixels.
         height: likewise.
     """
-    rows = ["".join(entry(IMAGE, n) for n in numbers[i:i + columns]) + END_OF_LINE
+    rows = ["".join(codebook_token(IMAGE, n) for n in numbers[i:i + columns]) + END_OF_LINE
             for i in range(0, len(numbers), columns)]
-    return f"{DISCRETE_IMAGE[0]}{ratio(*nearest_ratio(width, height))}{''.join(rows)}{END_OF_FRAME}" \
+    return f"{DISCRETE_IMAGE[0]}{ratio_token(*nearest_ratio(width, height))}{''.join(rows)}{END_OF_FRAME}" \
            f"{DISCRETE_IMAGE[1]}"
 
 
 def discrete_audio(numbers: Sequence[int]) -> str:
     """Return the discrete block of a sound."""
-    return f"{DISCRETE_AUDIO[0]}{''.join(entry(AUDIO, n) for n in numbers)}{DISCRETE_AUDIO[1]}"
+    return f"{DISCRETE_AUDIO[0]}{''.join(codebook_token(AUDIO, n) for n in numbers)}{DISCRETE_AUDIO[1]}"
 
 
 def drawing_call(block: str) -> dict[str, object]:
@@ -120,7 +120,7 @@ class MediaVocabulary:
     def __init__(self, tokenizer: Tokenizer, encoding: MediaEncoding) -> None:
         """`tokenizer`: one that `sov-tokenizer media` wrote."""
         self._id_of = {token.content: id_ for id_, token in tokenizer.get_added_tokens_decoder().items()
-                       if SPELLED.fullmatch(token.content)}
+                       if MEDIA_TOKEN.fullmatch(token.content)}
         self.ids = frozenset(self._id_of.values())
         self._slots = dict(encoding.slots)
 
@@ -132,7 +132,7 @@ class MediaVocabulary:
         """
         found: list[tuple[str, int | None]] = []
         start = 0
-        for match in SPELLED.finditer(text):
+        for match in MEDIA_TOKEN.finditer(text):
             id_ = self._id_of.get(match.group())
             if id_ is None:
                 raise BadRecord("media_token", f"has {match.group()}, and the tokenizer has no such token; "
@@ -155,7 +155,7 @@ class MediaVocabulary:
         Raises:
             BadRecord: some are not.
         """
-        wanted = sum(1 for text in texts for _ in SPELLED.finditer(text))
+        wanted = sum(1 for text in texts for _ in MEDIA_TOKEN.finditer(text))
         if (found := sum(1 for id_ in ids if id_ in self.ids)) != wanted:
             raise BadRecord("media_lost", f"has {wanted} tokens of media, and {found} behind the chat "
                                           "template, which leaves out or respells calls; encode media with "

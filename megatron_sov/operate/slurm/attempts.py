@@ -28,9 +28,9 @@ from megatron_sov.base.command_line import Parser
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.settings import Flag, add_options, read_options
 from megatron_sov.operate.slurm.node_report import Report
-from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN
+from megatron_sov.runs.checkpoints import CHECKPOINTS_FOLDER
 from megatron_sov.runs.folder import ATTEMPTS, FAILURE, ROUNDS
-from megatron_sov.runs.lock import forget, recorded_holder
+from megatron_sov.runs.lock import delete_lock, read_lock
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 
 
@@ -385,7 +385,7 @@ def begin(job: AttemptedJob, queue: str) -> str:
 
 
 def _saved(job: AttemptedJob) -> str:
-    if (job.options.target / CHECKPOINTS_OF_A_RUN).is_dir():
+    if (job.options.target / CHECKPOINTS_FOLDER).is_dir():
         return f"step {_saved_steps(job.options.target)}"
     count = job.progress()
     return f"{count} files" if count else "nothing"
@@ -399,14 +399,14 @@ def _held_by_another(job: AttemptedJob, queue: str) -> str | None:
     if job.number not in states:
         return None
     for folder in (job.options.target, *job.options.target.glob("stages/*")):
-        holder = recorded_holder(folder)
+        holder = read_lock(folder)
         # a lock without a Slurm job is of a run started by hand, whose process may live
         if holder is None or not holder["slurm_job"] or holder["slurm_job"] == job.number:
             continue
         state = states.get(holder["slurm_job"])
         # Slurm does not know the holder any more, so it cannot come back
         if state is None:
-            forget(folder)
+            delete_lock(folder)
         elif state == "COMPLETING":
             return WAIT
         else:

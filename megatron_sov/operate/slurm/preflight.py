@@ -24,8 +24,8 @@ from megatron_sov.base.artifacts import atomic_write, to_json
 from megatron_sov.base.errors import told_in_a_line
 from megatron_sov.base.settings import AboveZero, Flag, add_options, read_options
 from megatron_sov.operate.slurm.node_report import Report
-from megatron_sov.runs.gpu_driver import illness, visible_gpus
-from megatron_sov.runs.launch_environment import own_gpu_index
+from megatron_sov.runs.gpu_driver import find_gpu_fault, list_visible_gpus
+from megatron_sov.runs.launch_environment import local_gpu_index
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +59,7 @@ def look_alone(report: Report, scratch: Path, transformer_engine: bool = False) 
             importlib.import_module("transformer_engine.pytorch")
         except Exception as e:  # it fails in many ways: missing libraries, wrong CUDA
             report.transformer_engine_error = told_in_a_line(e)
-    device = torch.device("cuda", own_gpu_index(report.num_gpus)) if report.num_gpus else torch.device("cpu")
+    device = torch.device("cuda", local_gpu_index(report.num_gpus)) if report.num_gpus else torch.device("cpu")
     size, dtype = MATMUL_SIZE[device.type], torch.bfloat16 if device.type == "cuda" else torch.float32
     # small whole numbers: their sums are exact, so all healthy ranks get the same checksum
     generator = torch.Generator().manual_seed(0)
@@ -94,11 +94,11 @@ def timed_product(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, float
 
 def _look_at_gpu(report: Report) -> None:
     """Fill in what the driver says of this rank's GPU, before anything of ours is on it."""
-    seen = visible_gpus()
+    seen = list_visible_gpus()
     if len(seen) == report.num_gpus:  # else nobody can tell which one it is
-        gpu = seen[own_gpu_index(report.num_gpus)]
+        gpu = seen[local_gpu_index(report.num_gpus)]
         report.gpu_uuid, report.gpu_used_bytes = gpu.uuid, gpu.used_bytes
-        report.gpu_illness = illness(gpu.uuid)
+        report.gpu_illness = find_gpu_fault(gpu.uuid)
 
 
 def look_together(report: Report, timeout_s: float) -> None:
@@ -107,7 +107,7 @@ def look_together(report: Report, timeout_s: float) -> None:
     import torch.distributed as dist
 
     kind = "cuda" if report.num_gpus else "cpu"
-    device = torch.device("cuda", own_gpu_index(report.num_gpus)) if kind == "cuda" else torch.device("cpu")
+    device = torch.device("cuda", local_gpu_index(report.num_gpus)) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo",

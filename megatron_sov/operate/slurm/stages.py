@@ -29,7 +29,7 @@ from megatron_sov.plan.calibration.fitting import fits, refuse_on_nodes, refuse_
 from megatron_sov.plan.pricing import Machines
 from megatron_sov.plan.search.default import choose_layout, leaves_layout_open
 from megatron_sov.plan.search.recommended import says_layout
-from megatron_sov.runs.folder import COMPLETION, JOBS, resumed_settings
+from megatron_sov.runs.folder import COMPLETION, JOBS, read_started_settings
 from megatron_sov.work.clusters import cluster
 from megatron_sov.work.clusters.chips import CHIPS
 from megatron_sov.work.clusters.cluster import ClusterProfile
@@ -38,7 +38,7 @@ Commands = Mapping[str, Callable[[argparse.ArgumentParser], None]]
 """Stage -> what declares the arguments of its command to a parser;
 for every stage of `megatron-sov` itself."""
 
-PROFILES = f"{', '.join(cluster.names())}, or a YAML file of your own"
+PROFILES = f"{', '.join(cluster.list_profiles())}, or a YAML file of your own"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,7 +271,7 @@ def _training(stage: str, arguments: list[str], args: Any, has_gpus: bool | None
     request = training_request(args, objective, needs_data=not has_rounds, lengthens=stage == "extend",
                                of_model=args.model_settings(None if stage == "extend" else objective,
                                                             has_gpus),
-                               resumed=resumed_settings(args.run) if args.resume else None)
+                               resumed=read_started_settings(args.run) if args.resume else None)
     config = with_rounds(request.config()) if has_rounds else request.config()
     run = args.run.absolute()
     # a job may start several times; without --resume its second start would refuse its own run

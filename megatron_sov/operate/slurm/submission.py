@@ -24,11 +24,11 @@ from megatron_sov.base.command_line import Parser
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import apply_settings
 from megatron_sov.operate.slurm.stages import ENGINE_SET, Commands, StageWork, fitting_nodes, work_of
-from megatron_sov.runs.folder import SUBMISSIONS, submitted_jobs
+from megatron_sov.runs.folder import SUBMISSIONS, list_submitted_jobs
 from megatron_sov.runs.obs.events import EventLog
 from megatron_sov.version import OUR_PACKAGES
 from megatron_sov.work.clusters import client, cluster
-from megatron_sov.work.clusters.cluster import ClusterProfile, time_limit_s
+from megatron_sov.work.clusters.cluster import ClusterProfile, parse_time_limit
 
 if TYPE_CHECKING:
     import jinja2
@@ -329,7 +329,7 @@ def _check_side_jobs(work: StageWork) -> None:
     if (work.config is not None and work.config.evaluate.background.tasks
             and work.config.evaluate.background.where == "slurm"):
         try:
-            cluster.load(work.config.evaluate.background.cluster)
+            cluster.load_profile(work.config.evaluate.background.cluster)
         except UserError as e:
             raise UserError(f"evaluate.background.cluster = {work.config.evaluate.background.cluster}: "
                             f"the jobs beside the run would be refused ({e})") from None
@@ -344,10 +344,10 @@ def _time_limit(request: SubmitRequest, work: StageWork) -> str:
     """
     # the tighter of the stage's and the profile's, by their length and not as text
     defaults = [limit for limit in (work.kind.time_limit, request.profile.time_limit) if limit]
-    limit = request.time_limit if request.time_limit is not None else min(defaults, key=time_limit_s)
+    limit = request.time_limit if request.time_limit is not None else min(defaults, key=parse_time_limit)
     lead_s = request.profile.signal_lead_s
-    if time_limit_s(limit) <= lead_s + SIGNAL_TOLERANCE_S:
-        raise UserError(f"time limit {limit!r}: is {time_limit_s(limit):g} s, and the job is asked to save "
+    if parse_time_limit(limit) <= lead_s + SIGNAL_TOLERANCE_S:
+        raise UserError(f"time limit {limit!r}: is {parse_time_limit(limit):g} s, and the job is asked to save "
                         f"signal_lead_s = {lead_s} before it ends, by Slurm up to {SIGNAL_TOLERANCE_S} s "
                         "earlier, so no work would be done; pass a longer --time, or a profile with a "
                         "shorter signal_lead_s")
@@ -396,7 +396,7 @@ def check(prepared: Prepared) -> None:
     for text in prepared.texts:
         client.check_script(text)
     # two jobs of one stage would work in the same folder
-    living = client.states(submitted_jobs(prepared.work.records))
+    living = client.read_active_states(list_submitted_jobs(prepared.work.records))
     if living:
         number, state = next(iter(living.items()))
         raise UserError(f"{prepared.work.target}: its job {number} is {state.lower()}; "
@@ -429,12 +429,12 @@ def submit(prepared: Prepared, after: list[str]) -> list[str]:
             atomic_write(job.script, text)
             atomic_write(job.script.with_suffix(".json"), to_json(_settings(job)))
             # logged at once: a kill between two submissions leaves no job that nobody knows of
-            numbers.append(client.submit(job.script, after=numbers[-1:] or after))
+            numbers.append(client.submit_script(job.script, after=numbers[-1:] or after))
             log.write("submitted", job=numbers[-1], stage=job.work.stage, script=job.script.name,
                       nodes=max(job.layouts), after=numbers[-2:-1] or after)
     except UserError:
         # all or none: parts without what joins them would be work for nothing
-        client.cancel(numbers)
+        client.cancel_jobs(numbers)
         raise
     finally:
         log.close()

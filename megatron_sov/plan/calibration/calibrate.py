@@ -23,10 +23,10 @@ from megatron_sov.plan.speed.step import step_time
 from megatron_sov.plan.speed.workload import of_run
 from megatron_sov.runs.folder import CONFIG, RunFolder
 from megatron_sov.runs.obs.events import EVENTS, read_events
-from megatron_sov.runs.obs.figures import number
-from megatron_sov.runs.obs.history import MeasuredStretch, Stretches
+from megatron_sov.runs.obs.figures import parse_number
+from megatron_sov.runs.obs.history import StepTiming, StepTimings
 from megatron_sov.work.clusters import cluster
-from megatron_sov.work.clusters.chips import CHIPS, Chip, Links, default_links, of_device
+from megatron_sov.work.clusters.chips import CHIPS, Chip, Links, default_links, find_device_chip
 
 MOST = 10**9
 """Of processes, tokens of a sample, samples and seconds of a step: no run has more."""
@@ -82,7 +82,7 @@ def _of_run(run: Path) -> list[CalibrationPoint]:
         raise UserError(f"--calibrate {run}: its steps (objective {config.objective.name}) wait for what "
                         "other jobs write, and say nothing of speed; pass runs of pretrain, extend, sft or "
                         "prefer")
-    collected = Stretches()
+    collected = StepTimings()
     for event in read_events(run / EVENTS):
         collected.add(event)
     enough = [s for s in collected.all if len(s.warm_times_s()) >= LEAST_STEPS]
@@ -95,7 +95,7 @@ def _of_run(run: Path) -> list[CalibrationPoint]:
     return _merged(found)
 
 
-def _observation(run: Path, config: RunConfig, stretch: MeasuredStretch) -> CalibrationPoint:
+def _observation(run: Path, config: RunConfig, stretch: StepTiming) -> CalibrationPoint:
     """Return what one stretch has shown.
 
     Raises:
@@ -109,15 +109,15 @@ def _observation(run: Path, config: RunConfig, stretch: MeasuredStretch) -> Cali
     if not stretch.start.get("on_gpu"):
         raise UserError(f"--calibrate {run}: ran on processors ({device}), and plan prices GPUs; leave it "
                         "out")
-    known = of_device(device)
+    known = find_device_chip(device)
     if known is None:
         raise UserError(f"--calibrate {run}: {device!r} is in no table of GPUs ({', '.join(sorted(CHIPS))}); "
                         "leave it out")
     layout = _layout(run, config, stretch.start.get("layout"))
-    num_ranks = number(stretch.start.get("num_ranks"))
+    num_ranks = parse_number(stretch.start.get("num_ranks"))
     counts = (num_ranks, stretch.seq_len, stretch.global_batch_size)
     possible = all(1 <= n <= MOST for n in counts)
-    step_s = stretch.typical_s()
+    step_s = stretch.median_s()
     if not LEAST_STEP_S <= step_s <= MOST:
         raise UserError(f"--calibrate {run}: its {EVENTS} tells of steps of {step_s:.3g} s, which no run "
                         "has; leave it out")
@@ -286,9 +286,9 @@ def links_of(chip: Chip, num_ranks: int) -> Links:
     name = os.environ.get(CLUSTER, "")
     if name:
         try:
-            profile = cluster.load(name, needs_account=False)
+            profile = cluster.load_profile(name, needs_account=False)
             if profile.chip.key == chip.key:
-                return cluster.links(profile, num_ranks)
+                return cluster.compute_links(profile, num_ranks)
         except UserError as e:
             warn(f"{CLUSTER}={name}: {e}; links of {chip.name} are taken as their maker builds servers")
     return default_links(chip)

@@ -20,8 +20,8 @@ from megatron_sov.plan.footprint.activations import kinds
 from megatron_sov.plan.footprint.held import chunk_layers
 from megatron_sov.plan.footprint.memory import Account, account
 from megatron_sov.plan.footprint.states import StageBuffers, StatePlace, states_of
-from megatron_sov.runs.gpu_driver import visible_gpus
-from megatron_sov.runs.launch_environment import num_ranks, under_launcher
+from megatron_sov.runs.gpu_driver import list_visible_gpus
+from megatron_sov.runs.launch_environment import has_launcher, num_ranks
 from megatron_sov.work.clusters.chips import Gpu
 from megatron_sov.work.clusters.units import GIB
 
@@ -226,9 +226,9 @@ def refuse_on_this_machine(config: RunConfig, nproc: int | None) -> None:
     Raises:
         UserError: what the run needs, and what there is.
     """
-    if under_launcher():
+    if has_launcher():
         return
-    count, gpus = num_ranks(nproc), visible_gpus()
+    count, gpus = num_ranks(nproc), list_visible_gpus()
     for gpu in gpus[:count]:
         refuse_too_large(config, count, Gpu(gpu.name, gpu.memory_bytes))
     if gpus or os.path.exists(DRIVER_FILE):

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_sov.base.figures import (
     format_count, format_days, format_duration, format_energy, format_money, format_seconds, format_share,
     format_size)
-from megatron_sov.work.clusters.units import GIB, HOURS_OF_A_DAY, SECONDS_OF_A_DAY
+from megatron_sov.work.clusters.units import GIB, HOURS_PER_DAY, SECONDS_PER_DAY
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,11 @@ class Quote:
     @property
     def days(self) -> float:
         """Days by the calendar, failures counted in."""
-        return self.hours / HOURS_OF_A_DAY / self.effective_share
+        return self.hours / HOURS_PER_DAY / self.effective_share
 
     @property
     def gpu_hours(self) -> float:
-        return self.days * HOURS_OF_A_DAY * self.num_gpus
+        return self.days * HOURS_PER_DAY * self.num_gpus
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def totals(quotes: Sequence[Quote]) -> QuoteTotals:
         tokens=sum(q.tokens for q in quotes), days=days, gpu_hours=sum(q.gpu_hours for q in quotes),
         energy_kwh=sum(q.energy_kwh for q in quotes), cost_usd=sum(q.cost_usd for q in quotes),
         cost_range_usd=(sum(low for low, _ in ranges), sum(high for _, high in ranges)),
-        effective_share=(sum(q.hours for q in quotes) / HOURS_OF_A_DAY / days if days else 1.0),
+        effective_share=(sum(q.hours for q in quotes) / HOURS_PER_DAY / days if days else 1.0),
         peak_memory_bytes=max(q.memory.total_bytes for q in quotes))
 
 
@@ -180,12 +180,12 @@ def stages(quotes: Sequence[Quote]) -> QuoteTable:
     rows = [[q.name, f"{q.seq_len:,}", f"{q.global_batch_size:,}", format_count(q.tokens),
              format_seconds(q.step_s),
              f"{q.tokens_per_s_per_gpu:,.0f}", format_share(q.mfu),
-             format_days(q.days * SECONDS_OF_A_DAY), format_count(q.gpu_hours), format_energy(q.energy_kwh),
+             format_days(q.days * SECONDS_PER_DAY), format_count(q.gpu_hours), format_energy(q.energy_kwh),
              format_money(q.cost_usd)] for q in quotes]
     if len(quotes) > 1:
         t = totals(quotes)
         rows.append(["total", "", "", format_count(t.tokens), "", "", "",
-                     format_days(t.days * SECONDS_OF_A_DAY), format_count(t.gpu_hours),
+                     format_days(t.days * SECONDS_PER_DAY), format_count(t.gpu_hours),
                      format_energy(t.energy_kwh), format_money(t.cost_usd)])
     return QuoteTable("What it takes", head, rows)
 

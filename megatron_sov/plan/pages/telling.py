@@ -18,7 +18,7 @@ from megatron_sov.plan.pricing import Machines
 from megatron_sov.plan.search.space import AXES, LayoutChoice, as_dict
 from megatron_sov.plan.search.sweep import Sweep, SweepResult, SweepSearch
 from megatron_sov.schedules import Schedule
-from megatron_sov.work.clusters.units import HOURS_OF_A_DAY, SECONDS_OF_AN_HOUR
+from megatron_sov.work.clusters.units import HOURS_PER_DAY, SECONDS_PER_HOUR
 
 EVENLY = 12
 """Steps of the table that lie evenly over the run, beside those at which something changes."""
@@ -143,7 +143,7 @@ class PlanText:
             for sweep, found in zip(self.search.sweeps, self.search.found(one.choice), strict=True):
                 assert found is not None, one.choice
                 row += [format_seconds(found.step_s), f"{self.speed(sweep, found):,.0f}"]
-            rows.append([*row, f"{one.seconds / SECONDS_OF_AN_HOUR / HOURS_OF_A_DAY:,.1f}"])
+            rows.append([*row, f"{one.seconds / SECONDS_PER_HOUR / HOURS_PER_DAY:,.1f}"])
         return QuoteTable("Layouts, fastest first", [*head, "days"], rows)
 
     def speed(self, sweep: Sweep, found: SweepResult) -> float:

@@ -32,7 +32,7 @@ from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import DistillationConfig
 from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFiles, unpacked
 from megatron_sov.post.distillation.teacher import weights_digest, whole_states
-from megatron_sov.runs.checkpoints import settings_of
+from megatron_sov.runs.checkpoints import read_checkpoint_settings
 from megatron_sov.runs.obs.meters import Meter
 from megatron_sov.train.data.order import OrderedSample
 from megatron_sov.train.data.requirements import NeededColumn
@@ -221,7 +221,7 @@ class LiveTeacher:
             UserError: the teacher has another vocabulary size, reads shorter rows, or does not fit the
                 layout.
         """
-        asked, theirs = config.distillation, settings_of(checkpoint)
+        asked, theirs = config.distillation, read_checkpoint_settings(checkpoint)
         self.teacher = weights_digest(Target(checkpoint, False))
         self.divergence = Divergence(asked.beta, asked.temperature)
         self._path, self._asked = checkpoint, asked

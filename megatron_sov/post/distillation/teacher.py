@@ -23,7 +23,7 @@ from megatron_sov import convert
 from megatron_sov.base.artifacts import FileRecord, new_file, read_manifest, refuse_existing, to_json
 from megatron_sov.base.digests import BLAKE3, Digest, file_digest
 from megatron_sov.base.errors import UserError
-from megatron_sov.chat.vocabulary import refuse_other_tokens
+from megatron_sov.chat.vocabulary import check_same_tokens
 from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
 from megatron_sov.engine.model.language_model import states_for_head
 from megatron_sov.engine.model.logprobs import Head
@@ -36,8 +36,8 @@ from megatron_sov.infer.engines.target import Target
 from megatron_sov.post.distillation.state_files import (
     DTYPES, HEAD, HEAD_WEIGHT, KIND, Kept, StatesPart, content_of, lengths_of, packed, parts_of, unpacked)
 from megatron_sov.post.distillation.translation import TokenTranslation, TranslatedStates
-from megatron_sov.runs.checkpoints import ADAPTER, KIND as CHECKPOINT, MODEL, adapter_base
-from megatron_sov.runs.launch_environment import is_first, num_ranks
+from megatron_sov.runs.checkpoints import ADAPTER, CHECKPOINT_KIND as CHECKPOINT, MODEL, read_adapter_base
+from megatron_sov.runs.launch_environment import is_first_rank, num_ranks
 from megatron_sov.train.data.token_shards import Source, open_sources, provenance, tokenizer_folder
 from megatron_sov.work.progress.resumable import ResumableArtifact, resumable_artifact
 
@@ -77,13 +77,13 @@ def read_documents(reading: TeacherReading, out: Path, settings: Sequence[str], 
             read.
     """
     _check_kept(reading)
-    if is_first():  # checked before a large model is loaded
+    if is_first_rank():  # checked before a large model is loaded
         refuse_existing(out, KIND, overwrite)
     translated = reading.kept.translated
     # The vocabulary of a translated teacher does not bound the ids of the data.
     sources = open_sources(reading.data, sys.maxsize if translated else reading.target.vocab_size, FORMATS)
     if not translated:
-        refuse_other_tokens(tokenizer_folder(sources), reading.target.tokenizer_folder)
+        check_same_tokens(tokenizer_folder(sources), reading.target.tokenizer_folder)
     translation = _build_translation(reading, sources)
     parts = parts_of(sources, reading.splits, reading.part_tokens)
     # The layout changes the last digits at most, so a killed job may continue at another layout.
@@ -147,7 +147,7 @@ def weights_digest(target: Target) -> str:
         model: dict[str, Any] = {p.name: file_digest(p) for p in target.path.glob("*.safetensors")}
         model["config.json"] = file_digest(target.path / "config.json")
     else:
-        manifest, base = read_manifest(target.path, CHECKPOINT), adapter_base(target.path)
+        manifest, base = read_manifest(target.path, CHECKPOINT), read_adapter_base(target.path)
         model = {name: record.digest for name, record in manifest.files.items()
                  if name.startswith((MODEL, ADAPTER))}
         model |= {f"settings.{name}": manifest.settings.get(name) for name in ("model", "lora")}

@@ -23,8 +23,8 @@ from megatron_sov.infer.engines.target import Target
 from megatron_sov.model.config import GateConfig, RunConfig
 from megatron_sov.post.extend.stages import (
     Decontamination, PlannedStage, refuse_contaminated, search_contamination)
-from megatron_sov.runs.checkpoints import find_checkpoint, latest
-from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.runs.checkpoints import find_checkpoint, latest_checkpoint
+from megatron_sov.runs.launch_environment import is_first_rank
 from megatron_sov.train.data.token_shards import TEXTS, Source, open_sources, tokenizer_folder
 from megatron_sov.train.data.views import SHORT
 from megatron_sov.train.guards.fault_injection import Fault
@@ -343,7 +343,7 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
                       sources=needles.data, extra_sources=needles.sources, before=needles.before,
                       after=needles.after, end_gate=judge, faults=faults, dry_run=dry_run)
         if planned.config.extend.gate.every_steps and not dry_run:
-            fresh = latest(planned.folder.checkpoints) is None
+            fresh = latest_checkpoint(planned.folder.checkpoints) is None
             if fresh and start_loss is None:
                 # A resumed stage has the loss in the state of its gate.
                 start_loss = loss_of_checkpoint(
@@ -365,7 +365,7 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
 def _gate(planned: PlannedStage, needles: Needles, short: HeldoutData, start_loss: float | None) -> StageGate:
     config: RunConfig = planned.config
     settings = config.extend.gate
-    if (text := asks_too_little(config)) and is_first():
+    if (text := asks_too_little(config)) and is_first_rank():
         warn(f"{planned.folder.path.name}: {text}")
     clean = search_contamination(list(needles.suite.questions()), [*needles.data, *needles.sources],
                                  settings.scan_tokens)

@@ -26,7 +26,7 @@ from megatron_sov.post.policy import OLD, REFERENCE, TEACHER
 from megatron_sov.post.reference import run_with_weights, write_logprobs
 from megatron_sov.post.rl.teachers import ScoringTeacher, identity_of, write_teachers
 from megatron_sov.runs import checkpoints
-from megatron_sov.runs.checkpoints import files_sha256
+from megatron_sov.runs.checkpoints import hash_checkpoint_files
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.data.requirements import replayed_routes
 from megatron_sov.train.data.rounds import Round
@@ -126,7 +126,7 @@ class TrainerColumns:
         than the policy."""
         models = {REFERENCE: self.reference_sha256,
                   TEACHER: json.dumps(identity_of(self.teachers), sort_keys=True)}
-        return f"{files_sha256(opened.path)} {name} {models.get(name, '')}"
+        return f"{hash_checkpoint_files(opened.path)} {name} {models.get(name, '')}"
 
 
 def _check_models(file: Path, given: Mapping[str, str], message: str) -> None:
@@ -155,7 +155,7 @@ def _abbreviate(models: Mapping[str, str]) -> str:
 def _describe_fix(opened: Round) -> str:
     run = RunFolder(opened.path.parents[1])
     # Published rounds can be trained again from any earlier checkpoint, or from the start.
-    earlier = checkpoints.latest_not_after(run.checkpoints, (int(opened.path.name) - 1) * len(opened.steps))
+    earlier = checkpoints.latest_checkpoint_until(run.checkpoints, (int(opened.path.name) - 1) * len(opened.steps))
     which = "all checkpoints" if earlier is None else f"the checkpoints after {earlier.name}"
     return f"delete {which} in {run.checkpoints}, and give the same command with --resume"
 
@@ -172,4 +172,4 @@ def columns_of_run(config: RunConfig, needed: Collection[str], start: Path,
     return TrainerColumns(
         names=tuple(name for name in needed if name in (OLD, REFERENCE, TEACHER)),
         temperature=temperature, routes=replayed_routes(config), start=start,
-        reference_sha256=files_sha256(start) if REFERENCE in needed else "", teachers=tuple(teachers))
+        reference_sha256=hash_checkpoint_files(start) if REFERENCE in needed else "", teachers=tuple(teachers))

@@ -19,7 +19,7 @@ from megatron_sov.judge.rewards.scoring import ScoringTally, judges_groups, runn
 from megatron_sov.rollouts.prompts import RolloutPrompt
 from megatron_sov.rollouts.rows import (
     JUDGED, LAST_TURN, UNFINISHED, RewardRow, Rollout, RolloutPart, may_grow, not_written)
-from megatron_sov.work.progress.locks import Claims, Patience
+from megatron_sov.work.progress.locks import Claims, IdleTimeout
 from megatron_sov.work.tables.table import AlreadyPublished
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class JudgingJob:
     """How long to wait at least for parts that other jobs have claimed."""
     progress: Callable[[int], object] = lambda count: None
     """Called with the number of judged responses."""
-    patience: Patience = field(default_factory=Patience)
+    patience: IdleTimeout = field(default_factory=IdleTimeout)
     summary: RewardSummary = field(default_factory=RewardSummary)
     _parts: list[RolloutPart] = field(default_factory=list)
     _pending: deque[RolloutPart] | None = None
@@ -101,7 +101,7 @@ class JudgingJob:
             if self._judge_claimed(part):
                 self._has_judged, self.patience.waited_s = True, 0.0
                 return True
-            self._refused.append(self.store.claim_of(part.name, self.version))
+            self._refused.append(self.store.claim_name(part.name, self.version))
         self._pending = None
         # Judging took time in which more parts may have come: look again at once.
         return self._has_judged or self._wait()
@@ -109,7 +109,7 @@ class JudgingJob:
     def find_unjudged(self) -> list[RolloutPart]:
         rounds = [None] if self.rounds is None else self.rounds
         self._parts = [part for number in rounds for part in self.store.parts(number)]
-        return [part for part in self._parts if not self.store.has(part.name, self.version)]
+        return [part for part in self._parts if not self.store.has_part(part.name, self.version)]
 
     def _wait(self) -> bool:
         """Wait for a moment; return False if the wait time has passed."""
@@ -124,12 +124,12 @@ class JudgingJob:
 
     def _judge_claimed(self, part: RolloutPart) -> bool:
         """Claim and judge a part; return False if another job has claimed it."""
-        claim = self.claims.take(self.store.claim_of(part.name, self.version))
+        claim = self.claims.take(self.store.claim_name(part.name, self.version))
         if claim is None:
             return False
-        with claim.renewing():
+        with claim.renew_while_open():
             # Another job may have judged it between the lookup and the claim.
-            if not self.store.has(part.name, self.version):
+            if not self.store.has_part(part.name, self.version):
                 self._judge_part(part)
         return True
 

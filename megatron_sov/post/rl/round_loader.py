@@ -20,7 +20,7 @@ from megatron_sov.post.rl.publish.metrics import PASS_RATE, describe_groups, fin
 from megatron_sov.post.rl.teachers import reverse_kl
 from megatron_sov.post.rl.validation import SampledRounds
 from megatron_sov.rollouts.store import RolloutStore
-from megatron_sov.runs.checkpoints import files_sha256
+from megatron_sov.runs.checkpoints import hash_checkpoint_files
 from megatron_sov.train.data.rounds import ADVANTAGE, Round, RoundDocuments
 from megatron_sov.train.stages.feed import FeedView
 
@@ -80,7 +80,7 @@ class RoundLoader:
         self._skip_idle_steps(view, number, opened)
         # Opened last, so that a failure leaves the data order unchanged.
         self.documents.open(number, replace(opened, beside=columns))
-        digest = on_main(view.world, partial(files_sha256, opened.path))
+        digest = on_main(view.world, partial(hash_checkpoint_files, opened.path))
         meters: Mapping[str, float] = {}
         if view.world.is_main:
             content = read_manifest(opened.path).content

@@ -30,7 +30,7 @@ from megatron_sov.post.reference import run_with_weights, write_logprobs
 from megatron_sov.train.data.rounds import BEHAVIOUR, DOMAINS, Round
 from megatron_sov.train.data.token_shards import Documents
 from megatron_sov.train.stages.feed import FeedView
-from megatron_sov.work.endpoints.answers import BadAnswer, NeverAnswered
+from megatron_sov.work.endpoints.answers import BadAnswer, RequestRefused
 from megatron_sov.work.endpoints.vllm_server import VllmServer
 
 REQUESTS = 32
@@ -249,7 +249,7 @@ class _ScoringRequests:
             server = self._servers[(document + attempt) % len(self._servers)]
             try:
                 return _check_scores(server.score(ids), len(ids) - 1, server.url)
-            except NeverAnswered as e:
+            except RequestRefused as e:
                 raise UserError(f"--teacher-url {server.url}: refuses {len(ids)} tokens: {e}; it needs the "
                                 "student's tokenizer and room for rollout.max_prompt_tokens + "
                                 "rollout.max_new_tokens") from None

@@ -29,7 +29,7 @@ from megatron_sov.rollouts.prompts import PromptList, sampling_digest
 from megatron_sov.rollouts.rows import RewardRow, Rollout, domain_of
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.obs.events import EVENTS, read_events
-from megatron_sov.runs.obs.validation import OF_ROUND, RESPONSES, VALIDATION, told_validation
+from megatron_sov.runs.obs.validation import RESPONSES, ROUND_SAMPLES, VALIDATION, format_validation
 from megatron_sov.runs.rounds import Policy
 from megatron_sov.train.stages.feed import FeedView
 
@@ -116,7 +116,7 @@ class Validation:
                     f"{figures['num_samples']:,} of {self.num_responses:,} responses are judged")
         # Samples first: a kill between the two events repeats the samples and loses no figure.
         self.samples.record(view, store, number, version, VALIDATION)
-        view.events.write(VALIDATION, step=view.step, round=number, text=told_validation(figures),
+        view.events.write(VALIDATION, step=view.step, round=number, text=format_validation(figures),
                           measured_by=dict(self.measured_by), **figures, **seconds)
         self._recorded_steps.add(view.step)
         return None
@@ -195,7 +195,7 @@ class SampledRounds:
     num_rounds: int
     """Rounds of the run."""
 
-    def record(self, view: FeedView, store: RolloutStore, number: int, version: str, kind: str = OF_ROUND
+    def record(self, view: FeedView, store: RolloutStore, number: int, version: str, kind: str = ROUND_SAMPLES
                ) -> None:
         """Record the first response to each of some prompts of a round, if the round is among the recorded
         ones."""

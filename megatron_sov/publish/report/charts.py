@@ -16,7 +16,7 @@ from megatron_sov.base.pages.plots import Axis, HeatMap, LinePlot, Series, colou
 from megatron_sov.publish.report.run_data import Run
 from megatron_sov.publish.report.steps import (
     Curve, curves, downsample, moving_mean, needle_curves, pair_curves)
-from megatron_sov.runs.obs.figures import number
+from megatron_sov.runs.obs.figures import parse_number
 from megatron_sov.work.clusters.units import GIB
 
 PER_TOKEN = "nats per token"
@@ -256,8 +256,8 @@ def needle_charts(needle: dict[str, Any]) -> list[Chart]:
 
 
 def _needle_chart(cells: list[dict[str, Any]], caption: str) -> Chart:
-    fewest = int(min(number(c["samples"]) for c in cells))
-    score = float(np.mean([number(c["correct"]) / number(c["samples"]) for c in cells]))
+    fewest = int(min(parse_number(c["samples"]) for c in cells))
+    score = float(np.mean([parse_number(c["correct"]) / parse_number(c["samples"]) for c in cells]))
     return Chart(needle_map(cells), f"{caption}, {fewest:,} samples a cell; {format_share(score)} right.")
 
 
@@ -270,11 +270,11 @@ def needle_map(cells: list[dict[str, Any]]) -> HeatMap:
     shown, notes = ([[""] * len(lengths) for _ in depths] for _ in range(2))
     for cell in cells:
         row, column = depths.index(float(cell["depth"])), lengths.index(int(cell["length_tokens"]))
-        correct, samples = number(cell["correct"]), number(cell["samples"])
-        low, high = (number(end) for end in cell["interval"])
+        correct, samples = parse_number(cell["correct"]), parse_number(cell["samples"])
+        low, high = (parse_number(end) for end in cell["interval"])
         shares[row][column] = correct / samples
         shown[row][column] = format_share(correct / samples)
         notes[row][column] = (f"{correct:.0f} of {samples:.0f} right, 95 % interval {format_share(low)} to "
-                              f"{format_share(high)}; {number(cell['distractors']):,.0f} other needles")
+                              f"{format_share(high)}; {parse_number(cell['distractors']):,.0f} other needles")
     return HeatMap([format_share(depth) for depth in depths], [f"{n:,}" for n in lengths], shares, 0.0, 1.0,
                    "depth of the needle", "context (tokens)", shown=shown, notes=notes)

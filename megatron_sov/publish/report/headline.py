@@ -11,8 +11,8 @@ from megatron_sov.base.pages.page import PageTable
 from megatron_sov.publish.report.charts import PER_TOKEN, loss_unit
 from megatron_sov.publish.report.run_data import Heldout, Run
 from megatron_sov.publish.report.steps import Curve, last_value
-from megatron_sov.runs.obs.figures import number
-from megatron_sov.runs.obs.meters import LOSS, Meter, headline_of_start
+from megatron_sov.runs.obs.figures import parse_number
+from megatron_sov.runs.obs.meters import LOSS, Meter, read_headline
 
 HIGHER, LOWER = "higher", "lower"
 
@@ -21,7 +21,7 @@ def headlines(run: Run) -> list[tuple[Meter, Curve]]:
     """Return a run's headline meters that it has measured, with their curves: those that its start names; the
     loss where there are none."""
     declared = run.start("headline")
-    meters = headline_of_start({"headline": declared})[0] if declared else ()
+    meters = read_headline({"headline": declared})[0] if declared else ()
     found = [(meter, curve) for meter in meters if meter != LOSS
              and (curve := column(run, meter.name)) is not None and len(curve.finite().steps)]
     if found:
@@ -101,7 +101,7 @@ def _meter_gains(run: Run) -> Iterator[list[str]]:
         kind, _, field = meter.heldout.partition(".")
         of_source: dict[str, list[float]] = {}
         for event in run.of(kind) if kind else ():
-            of_source.setdefault(str(event.get("source")), []).append(number(event.get(field)))
+            of_source.setdefault(str(event.get("source")), []).append(parse_number(event.get(field)))
         for name, values in of_source.items():
             of = f" of {name}" if len(of_source) > 1 else ""
             yield _row(f"held-out {meter.title}{of}", values, meter.text, rule)
@@ -110,7 +110,7 @@ def _meter_gains(run: Run) -> Iterator[list[str]]:
 
 
 def _needle_gains(run: Run) -> Iterator[list[str]]:
-    scores = [number(needle.get("score")) for needle in run.needles if needle.get("cells")]
+    scores = [parse_number(needle.get("score")) for needle in run.needles if needle.get("cells")]
     if scores:
         yield _row("needles found", scores, format_share, "higher is better")
 
@@ -118,7 +118,7 @@ def _needle_gains(run: Run) -> Iterator[list[str]]:
 def _rewards(run: Run) -> Iterator[list[str]]:
     """Return the newest mean of each reward that judged the run's responses."""
     for reward, event in {str(event.get("reward")): event for event in run.of("score")}.items():
-        mean = number(event.get("mean_reward"))
+        mean = parse_number(event.get("mean_reward"))
         if math.isfinite(mean):
-            yield _row(f"mean reward of {number(event.get('scored')):,.0f} responses", [mean],
+            yield _row(f"mean reward of {parse_number(event.get('scored')):,.0f} responses", [mean],
                        "{:.3g}".format, f"reward {reward}")

@@ -17,9 +17,9 @@ from megatron_sov.base.pages.page import Chart, PageTable, tables
 from megatron_sov.base.pages.plots import Axis, LinePlot, Series, colour
 from megatron_sov.publish.report.headline import heldout_text
 from megatron_sov.publish.report.run_data import Run
-from megatron_sov.runs.obs.figures import Form, number, of_field, whole_number
+from megatron_sov.runs.obs.figures import NumberFormat, field_formatter, parse_number, parse_whole_number
 from megatron_sov.runs.obs.history import COMPLETE
-from megatron_sov.runs.rounds import LEARNS
+from megatron_sov.runs.rounds import TRAINED_GROUPS
 
 MAX_CURVES = 12
 """Curves of a chart of rounds at most, those with the most responses."""
@@ -30,7 +30,7 @@ VERDICTS = {True: Markup('<span class="good">passed</span>'),
 NOT_SET = "no gate set"
 SENTENCE_END = re.compile(r"[.!?。！？][\"'”’`)\]]*$")
 Event = dict[str, Any]
-_STEP = of_field("step", ",.0f", "–")
+_STEP = field_formatter("step", ",.0f", "–")
 
 
 def verdict(check: Event) -> Markup:
@@ -41,7 +41,7 @@ def verdict(check: Event) -> Markup:
 
 
 def _accuracies(check: Event) -> list[float]:
-    return [number(row.get("accuracy")) for row in check.get("rows") or []]
+    return [parse_number(row.get("accuracy")) for row in check.get("rows") or []]
 
 
 def verdict_table(runs: list[Run]) -> list[PageTable]:
@@ -88,10 +88,10 @@ def gate(run: Run) -> list[list[str]]:
     if not run.gate_checks:
         return []
     check = run.gate_checks[-1]
-    loss, limit = number(check.get("loss")), number(check.get("loss_limit"))
+    loss, limit = parse_number(check.get("loss")), parse_number(check.get("loss_limit"))
     found = f"short-context loss {loss:.3f}, limit {limit:.3f}; step {int(check.get('step') or 0):,}"
     if accuracies := _accuracies(check):
-        needed = format_share(number(check.get("threshold")))
+        needed = format_share(parse_number(check.get("threshold")))
         found = f"needles {format_share(min(accuracies))}, {needed} needed; {found}"
     return [["Gate", verdict(check), f"{run.name}: {found}"]]
 
@@ -108,7 +108,7 @@ def _forgetting(run: Run) -> list[list[str]]:
     if unproven:
         found += f", {unproven} not proven"
     return [["Forgetting", VERDICTS[bool(event.get("passed"))],
-             f"{run.name}: {found}; tolerance {number(event.get('tolerance')):g}"]]
+             f"{run.name}: {found}; tolerance {parse_number(event.get('tolerance')):g}"]]
 
 
 def _stages(runs: list[Run]) -> list[list[str]]:
@@ -131,7 +131,7 @@ def _needle_row(run: Run) -> list[list[str]]:
         return []
     longest = max(int(cell["length_tokens"]) for cell in found[-1]["cells"])
     return [["Needles", NOT_SET,
-             f"{run.name}: {format_share(number(found[-1].get('score')))} found, up to {longest:,} tokens"]]
+             f"{run.name}: {format_share(parse_number(found[-1].get('score')))} found, up to {longest:,} tokens"]]
 
 
 def _exports(run: Run) -> list[list[str]]:
@@ -162,18 +162,18 @@ def passk_charts(run: Run) -> list[Chart]:
 def passk_tables(run: Run) -> list[PageTable]:
     """Return what the responses to each set of prompts were."""
     def share(event: Event, at: int) -> str:
-        return f"{format_share(number(event['pass_at_k'][at]['value']))} (k = {event['pass_at_k'][at]['k']})"
+        return f"{format_share(parse_number(event['pass_at_k'][at]['value']))} (k = {event['pass_at_k'][at]['k']})"
 
     def of(cell: Callable[[Event], str]) -> Callable[[tuple[str, Event]], str]:
         return lambda named: cell(named[1])
 
     return tables(_passk_events(run), {"prompts, reward": lambda named: named[0], **{
         head: of(cell) for head, cell in {
-            "step": _STEP, "prompts": of_field("num_prompts", ",.0f"),
-            "responses": of_field("num_samples", ",.0f"),
-            "without a reward": of_field("num_unscored", ",.0f"),
+            "step": _STEP, "prompts": field_formatter("num_prompts", ",.0f"),
+            "responses": field_formatter("num_samples", ",.0f"),
+            "without a reward": field_formatter("num_unscored", ",.0f"),
             "pass@k": lambda e: share(e, 0), "at most": lambda e: share(e, -1),
-            "mean reward": of_field("mean_reward", ".4f"),
+            "mean reward": field_formatter("mean_reward", ".4f"),
             "sampling": lambda e: "temperature {temperature}, top-p {top_p}, seed {seed}".format_map(
                 e["sampling"]) if e.get("sampling") else "sampled elsewhere"}.items()}})
 
@@ -183,12 +183,12 @@ def _passk_chart(event: Event, name: str) -> Chart:
     for name_of_field, label in (("pass_at_k", "pass@k"), ("maj_at_k", "maj@k")):
         rows = [r for r in event.get(name_of_field) or [] if len(r.get("interval") or ()) == 2]
         if rows:
-            series.append(Series(label, [number(r["k"]) for r in rows], [number(r["value"]) for r in rows],
+            series.append(Series(label, [parse_number(r["k"]) for r in rows], [parse_number(r["value"]) for r in rows],
                                  colour(len(series)), intervals=[
-                (number(r["interval"][0]), number(r["interval"][1])) for r in rows]))
+                (parse_number(r["interval"][0]), parse_number(r["interval"][1])) for r in rows]))
     return Chart(LinePlot(series, Axis("k", is_log=True), Axis("share of prompts", low=0.0, is_share=True)),
                  f"{name}, step {_STEP(event)}: 95 % intervals over "
-                 f"{whole_number(event.get('num_prompts')):,} prompts.")
+                 f"{parse_whole_number(event.get('num_prompts')):,} prompts.")
 
 
 def round_charts(run: Run) -> list[Chart]:
@@ -202,14 +202,14 @@ def round_charts(run: Run) -> list[Chart]:
                      "Mean length of responses, in tokens that the policy wrote."),
         _round_chart(rounds, {"truncated": _values(means, "truncated")}, "share",
                      "Share of responses that were as long as allowed and did not end."),
-        _round_chart(rounds, {reason: np.array([number(c.get("groups", {}).get(reason, 0)) for c in rounds])
+        _round_chart(rounds, {reason: np.array([parse_number(c.get("groups", {}).get(reason, 0)) for c in rounds])
                               for reason in _reasons(rounds)}, "groups",
                      "What became of each group of responses.")]
     return [c for c in charts if c is not None]
 
 
 def _values(means: Sequence[dict[str, Any]], name: str) -> np.ndarray:
-    return np.array([number(m.get(name)) for m in means])
+    return np.array([parse_number(m.get(name)) for m in means])
 
 
 def _of_names(means: Sequence[dict[str, Any]], field: str,
@@ -220,7 +220,7 @@ def _of_names(means: Sequence[dict[str, Any]], field: str,
         for name in m.get(field) or {}:
             counts[name] = counts.get(name, 0) + 1
     kept = sorted(counts, key=lambda name: (-counts[name], name))[:MAX_CURVES]
-    return {name: np.array([number(of((m.get(field) or {}).get(name))) for m in means]) for name in kept}
+    return {name: np.array([parse_number(of((m.get(field) or {}).get(name))) for m in means]) for name in kept}
 
 
 def _reasons(rounds: Sequence[dict[str, Any]]) -> list[str]:
@@ -230,7 +230,7 @@ def _reasons(rounds: Sequence[dict[str, Any]]) -> list[str]:
 def _round_chart(rounds: Sequence[dict[str, Any]], curves: dict[str, np.ndarray], title: str,
                  caption: str) -> Chart | None:
     """Draw curves over rounds; None where there is nothing to draw."""
-    at = np.array([int(number(content["round"])) for content in rounds], np.int32)
+    at = np.array([int(parse_number(content["round"])) for content in rounds], np.int32)
     series = []
     for i, (name, values) in enumerate(curves.items()):
         known = np.isfinite(values)
@@ -242,19 +242,19 @@ def _round_chart(rounds: Sequence[dict[str, Any]], curves: dict[str, np.ndarray]
 def round_tables(run: Run) -> list[PageTable]:
     """Return a row for each of the newest rounds."""
     def counts(of: Event | None, *, but: str = "") -> str:
-        return ", ".join(f"{name} {number(count):,.0f}" for name, count in sorted((of or {}).items())
+        return ", ".join(f"{name} {parse_number(count):,.0f}" for name, count in sorted((of or {}).items())
                          if name != but) or "–"
 
-    def mean(name: str, form: Form) -> Callable[[Event], str]:
-        return lambda c: of_field(name, form, "–")(c["means"])
+    def mean(name: str, form: NumberFormat) -> Callable[[Event], str]:
+        return lambda c: field_formatter(name, form, "–")(c["means"])
 
     return tables(run.rounds[-MAX_ROUNDS:], {
-        "round": of_field("round", ",.0f"), "judged responses": mean("responses", ",.0f"),
+        "round": field_formatter("round", ",.0f"), "judged responses": mean("responses", ",.0f"),
         "mean reward": mean("reward", ".4f"), "pass rate": mean("pass_rate", format_share),
         "mean tokens": mean("response_tokens", ",.1f"),
         "did not end": mean("truncated", format_share),
-        "groups that learn": lambda c: f"{number((c.get('groups') or {}).get(LEARNS, 0)):,.0f}",
-        "groups that do not": lambda c: counts(c.get("groups"), but=LEARNS),
+        "groups that learn": lambda c: f"{parse_number((c.get('groups') or {}).get(TRAINED_GROUPS, 0)):,.0f}",
+        "groups that do not": lambda c: counts(c.get("groups"), but=TRAINED_GROUPS),
         "without a reward": lambda c: counts(c.get("unjudged"))})
 
 
@@ -308,7 +308,7 @@ def scores_of(events: Iterable[dict[str, Any]]) -> list[ReportedScore]:
                str(event.get("model_hash")))
         # taken out first: among scores of one step the newest then stands last
         found.pop(key, None)
-        found[key] = ReportedScore(key[0], metric, step, number(event.get("value")),
+        found[key] = ReportedScore(key[0], metric, step, parse_number(event.get("value")),
                                    _interval(event.get("interval")), event)
     order = {name: i for i, name in enumerate(dict.fromkeys((s.task, s.metric) for s in found.values()))}
     return sorted(found.values(), key=lambda s: (order[s.task, s.metric], -1 if s.step is None else s.step))
@@ -327,14 +327,14 @@ def metric_of(event: dict[str, Any]) -> str:
 def _interval(value: Any) -> tuple[float, float] | None:
     if not isinstance(value, list) or len(value) != 2:
         return None
-    low, high = number(value[0]), number(value[1])
+    low, high = parse_number(value[0]), parse_number(value[1])
     return (low, high) if math.isfinite(low) and math.isfinite(high) else None
 
 
 def score_tables(run: Run) -> list[PageTable]:
     """Return the score of the last checkpoint for each task and metric."""
     def count(name: str) -> Callable[[ReportedScore], str]:
-        return lambda s: "–" if math.isnan(n := number(s.event.get(name))) else f"{n:,.0f}"
+        return lambda s: "–" if math.isnan(n := parse_number(s.event.get(name))) else f"{n:,.0f}"
 
     newest = {(s.task, s.metric): s for s in scores_of(run.scores)}
     return tables(newest.values(), {

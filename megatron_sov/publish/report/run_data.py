@@ -18,20 +18,20 @@ from megatron_sov.base.artifacts import MANIFEST, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.publish.report.steps import (
     Curve, ExportEvaluation, StepTable, read_evaluations, sorted_curve, untold_scores)
-from megatron_sov.runs.checkpoints import refuse_no_run
+from megatron_sov.runs.checkpoints import check_run_folder
 from megatron_sov.runs.folder import ROUNDS
-from megatron_sov.runs.obs.events import EVENTS, final_steps, read_events
-from megatron_sov.runs.obs.figures import number
-from megatron_sov.runs.obs.history import KINDS, Attempt, Attempts, is_incident
+from megatron_sov.runs.obs.events import EVENTS, final_step_events, read_events
+from megatron_sov.runs.obs.figures import parse_number
+from megatron_sov.runs.obs.history import INCIDENT_NAMES, Attempt, Attempts, is_incident
 from megatron_sov.runs.obs.validation import RESPONSES, VALIDATION
-from megatron_sov.runs.rounds import LEARNS
+from megatron_sov.runs.rounds import TRAINED_GROUPS
 
 CONFIG = "config.json"
 LEARNING_GROUPS = "learning_groups"
 """Name of the curve of the share of a round's groups that are trained."""
 KEPT = ("eval", "needle", "passk", "gate", "conversion", "checkpoint", "warning",
         "heldout_pairs", "heldout_divergence", "round", VALIDATION, "eval_lm", "forgetting_gate", "score",
-        *KINDS)
+        *INCIDENT_NAMES)
 """Events that are kept whole; there are few of them and they are small."""
 
 
@@ -115,7 +115,7 @@ def read_run(path: Path) -> Run:
     Raises:
         UserError: it is no run folder (it has no events), or its config.json is damaged.
     """
-    refuse_no_run(path)
+    check_run_folder(path)
     steps, attempts = StepTable(), Attempts()
     # what is shown is kept, everything else is forgotten
     kept: dict[str, list[dict[str, Any]]] = {name: [] for name in KEPT}
@@ -138,12 +138,12 @@ def read_run(path: Path) -> Run:
         path.resolve().name, _read_config(path / CONFIG), attempts.all,
         curves=steps.curves() | {"rounds": round_curves(kept["round"])}, phases=steps.phases(),
         heldout=_heldout(evals), overall_bits_per_byte=_overall_bits_per_byte(evals),
-        incidents=sorted((e for kind in KINDS for e in kept[kind] if is_incident(e)),
-                         key=lambda e: number(e.get("time_s"))),
-        gate_checks=final_steps(kept["gate"], "gate"), events=kept,
+        incidents=sorted((e for kind in INCIDENT_NAMES for e in kept[kind] if is_incident(e)),
+                         key=lambda e: parse_number(e.get("time_s"))),
+        gate_checks=final_step_events(kept["gate"], "gate"), events=kept,
         needles=_last_of_each_when(kept["needle"]), rounds=read_rounds(path),
         scores=kept["eval_lm"] + untold_scores(evaluations, kept["eval_lm"]), evaluations=evaluations,
-        responses=responses, samples=samples, checkpoints=final_steps(kept["checkpoint"], "checkpoint"))
+        responses=responses, samples=samples, checkpoints=final_step_events(kept["checkpoint"], "checkpoint"))
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -174,8 +174,8 @@ def _heldout(evals: list[dict[str, Any]]) -> dict[str, Heldout]:
     for name in names:
         rows = [(int(e["step"]), e["heldout"][name]) for e in evals if name in e.get("heldout", {})]
         at = np.array([step for step, _ in rows], dtype=np.int64)
-        loss = np.array([number(row.get("loss")) for _, row in rows])
-        bits_per_byte = np.array([number(row.get("bits_per_byte")) for _, row in rows])
+        loss = np.array([parse_number(row.get("loss")) for _, row in rows])
+        bits_per_byte = np.array([parse_number(row.get("bits_per_byte")) for _, row in rows])
         found[name] = Heldout(Curve(name, at, loss), Curve(name, at, bits_per_byte),
                               int(rows[-1][1].get("tokens") or 0), any(row.get("turns") for _, row in rows))
     return found
@@ -188,8 +188,8 @@ def _overall_bits_per_byte(evals: list[dict[str, Any]]) -> Curve | None:
     for event in evals:
         bits = num_bytes = 0.0
         for row in event.get("heldout", {}).values():
-            source_bits = number(row.get("loss")) * number(row.get("tokens")) / math.log(2)
-            per_byte = number(row.get("bits_per_byte"))
+            source_bits = parse_number(row.get("loss")) * parse_number(row.get("tokens")) / math.log(2)
+            per_byte = parse_number(row.get("bits_per_byte"))
             # a source without bytes per token has no share in the sum
             if math.isfinite(source_bits) and math.isfinite(per_byte) and per_byte > 0:
                 bits += source_bits
@@ -208,10 +208,10 @@ def round_curves(rounds: list[dict[str, Any]]) -> dict[str, Curve]:
         means = {name: value for name, value in told.items()
                  if not isinstance(value, dict)} if isinstance(told, dict) else {}
         if isinstance(groups, dict) and groups:
-            means[LEARNING_GROUPS] = number(groups.get(LEARNS, 0)) / max(1.0, sum(map(number,
+            means[LEARNING_GROUPS] = parse_number(groups.get(TRAINED_GROUPS, 0)) / max(1.0, sum(map(parse_number,
                                                                                       groups.values())))
         for name, value in means.items():
-            values.setdefault(name, {})[step] = number(value)
+            values.setdefault(name, {})[step] = parse_number(value)
     return {name: sorted_curve(name, of_step) for name, of_step in values.items()}
 
 
@@ -232,4 +232,4 @@ def read_rounds(run: Path) -> list[dict[str, Any]]:
             continue
         if isinstance(content.get("means"), dict) and "round" in content:
             found.append(content)
-    return sorted(found, key=lambda content: number(content["round"]))
+    return sorted(found, key=lambda content: parse_number(content["round"]))

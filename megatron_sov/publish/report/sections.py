@@ -19,8 +19,8 @@ from megatron_sov.publish.report.judgements import (
 from megatron_sov.publish.report.run_data import Run
 from megatron_sov.publish.report.steps import last_value
 from megatron_sov.publish.report.validations import sample_tables, validation_charts, validation_tables
-from megatron_sov.runs.obs.figures import number, of_field
-from megatron_sov.runs.obs.history import KINDS, describe
+from megatron_sov.runs.obs.figures import field_formatter, parse_number
+from megatron_sov.runs.obs.history import INCIDENT_NAMES, describe_incident
 
 MAX_ROWS = 200
 MAX_SAMPLES = 24
@@ -32,12 +32,12 @@ MAX_SAMPLE_CHARACTERS = 2000
 
 def _warning_tables(run: Run) -> list[PageTable]:
     return tables(run.of("warning")[-MAX_ROWS:], {
-        "step": lambda w: f"{int(w.get('step') or 0):,}", "warning": of_field("text", none="")})
+        "step": lambda w: f"{int(w.get('step') or 0):,}", "warning": field_formatter("text", none="")})
 
 
 def _incident_tables(run: Run) -> list[PageTable]:
     """Return one row for each incident in the order of time."""
-    rows = [[f"{int(e.get('step') or 0):,}", KINDS[e["event"]], describe(e)]
+    rows = [[f"{int(e.get('step') or 0):,}", INCIDENT_NAMES[e["event"]], describe_incident(e)]
             for e in run.incidents[:MAX_ROWS]]
     if len(run.incidents) > MAX_ROWS:
         rows.append(["", "", f"… and {len(run.incidents) - MAX_ROWS:,} more in the run's events"])
@@ -74,7 +74,7 @@ def key_figures(run: Run) -> list[tuple[str, str, str]]:
     for needle in run.needles[-1:]:
         if needle.get("cells"):
             longest = max(int(c["length_tokens"]) for c in needle["cells"])
-            found.append(("Needle score", format_share(number(needle.get("score"))),
+            found.append(("Needle score", format_share(parse_number(needle.get("score"))),
                           f"up to {longest:,} tokens"))
     return found
 
@@ -100,10 +100,10 @@ def _heldout_tables(run: Run) -> list[PageTable]:
 
 
 def _checkpoint_tables(run: Run) -> list[PageTable]:
-    save_s = [number(c["save_s"]) for c in run.checkpoints if c.get("save_s") is not None]
+    save_s = [parse_number(c["save_s"]) for c in run.checkpoints if c.get("save_s") is not None]
     if not save_s:
         return []
-    stall_s = [number(c.get("stall_s", c["save_s"])) for c in run.checkpoints if c.get("save_s") is not None]
+    stall_s = [parse_number(c.get("stall_s", c["save_s"])) for c in run.checkpoints if c.get("save_s") is not None]
     row = [f"{len(save_s):,}", f"{int(run.checkpoints[-1]['step']):,}",
            format_duration(float(np.mean(save_s))), format_duration(max(save_s)),
            format_duration(float(np.mean(stall_s)))]

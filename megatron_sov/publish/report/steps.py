@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.runs.folder import EVALUATIONS
-from megatron_sov.runs.obs.events import is_recorded, score_events
-from megatron_sov.runs.obs.figures import number
+from megatron_sov.runs.obs.events import build_score_events, is_score_recorded
+from megatron_sov.runs.obs.figures import parse_number
 
 SCALARS = ("loss", "grad_norm", "lr", "tokens", "step_time_s", "tokens_per_s", "max_violation",
            "padding_share", "tflops_per_process", "mfu", "peak_memory_bytes", "reserved_memory_bytes")
@@ -80,7 +80,7 @@ class StepTable:
             column = self._columns[key] = (array("q"), array("d"))
         # the row and not the step: which row of a repeated step counts is known at the end
         column[0].append(row)
-        column[1].append(number(value))
+        column[1].append(parse_number(value))
 
     def curves(self) -> dict[str, dict[str, Curve]]:
         """Return group -> name -> curve; the group of plain fields (loss, lr, ...) is ""."""
@@ -193,7 +193,7 @@ def read_evaluations(run: Path) -> list[ExportEvaluation]:
         scores: list[dict[str, Any]] = []
         if name[2] == "lm" and not failure:
             try:
-                scores = score_events(figures, step, file)
+                scores = build_score_events(figures, step, file)
             except UserError as e:
                 figures, failure = {}, str(e)
         found.append(ExportEvaluation(step, name[2], figures, failure, tuple(scores)))
@@ -207,7 +207,7 @@ def untold_scores(evaluations: list[ExportEvaluation], told: list[dict[str, Any]
         evaluations: of a run.
         told: its `eval_lm` events.
     """
-    return [score for one in evaluations for score in one.scores if not is_recorded(score, told)]
+    return [score for one in evaluations for score in one.scores if not is_score_recorded(score, told)]
 
 
 def curves(evaluations: list[ExportEvaluation], field: str) -> list[Curve]:
@@ -216,7 +216,7 @@ def curves(evaluations: list[ExportEvaluation], field: str) -> list[Curve]:
     for one in evaluations:
         if one.task == "ppl":
             for source, row in one.figures.items():
-                values.setdefault(source, {})[one.step] = number(
+                values.setdefault(source, {})[one.step] = parse_number(
                     row.get(field) if isinstance(row, dict) else None)
     return [sorted_curve(source, by_step) for source, by_step in values.items()]
 
@@ -227,7 +227,7 @@ def needle_curves(evaluations: list[ExportEvaluation]) -> list[Curve]:
     for one in evaluations:
         for cell in one.figures.get("cells") or [] if one.task == "needle" else []:
             name = f"{cell.get('kind')}, {cell.get('language')}"
-            share = 100 * number(cell.get("correct")) / max(1.0, number(cell.get("samples")))
+            share = 100 * parse_number(cell.get("correct")) / max(1.0, parse_number(cell.get("samples")))
             rights.setdefault(name, {}).setdefault(one.step, []).append(share)
     return [sorted_curve(name, {step: float(np.mean(shares)) for step, shares in by_step.items()})
             for name, by_step in rights.items()]
@@ -239,7 +239,7 @@ def pair_curves(evaluations: list[ExportEvaluation]) -> list[Curve]:
     values: dict[str, dict[int, float]] = {}
     for one in evaluations:
         for source, row in one.figures.items() if one.task == "pairs" else ():
-            share = number(row.get("chosen_likelier") if isinstance(row, dict) else None)
+            share = parse_number(row.get("chosen_likelier") if isinstance(row, dict) else None)
             values.setdefault(source, {})[one.step] = 100 * share
     return [sorted_curve(source, by_step) for source, by_step in values.items()]
 

@@ -11,9 +11,10 @@ from megatron_sov.base.pages.page import Chart, PageTable, tables
 from megatron_sov.publish.report.charts import DrawnLine, draw_lines
 from megatron_sov.publish.report.run_data import Run
 from megatron_sov.publish.report.steps import Curve, sorted_curve
-from megatron_sov.runs.obs.events import final_steps
-from megatron_sov.runs.obs.figures import number, of_field
-from megatron_sov.runs.obs.validation import COLUMNS, VALIDATION, curves_of, pass_at, table_of
+from megatron_sov.runs.obs.events import final_step_events
+from megatron_sov.runs.obs.figures import field_formatter, parse_number
+from megatron_sov.runs.obs.validation import (
+    RESPONSE_COLUMNS, VALIDATION, extract_curves, read_pass_at_k, response_rows)
 
 MAX_LINES = 8
 """Of a chart."""
@@ -27,8 +28,8 @@ REWARD, LENGTH, TRUNCATED, PASS, COMPONENT, DOMAIN = (
 def validation_curves(run: Run) -> dict[str, Curve]:
     """Return the curves of a run's validations over its steps."""
     found: dict[str, dict[int, float]] = {}
-    for event in final_steps(run.of(VALIDATION), VALIDATION):
-        for name, value in curves_of(event).items():
+    for event in final_step_events(run.of(VALIDATION), VALIDATION):
+        for name, value in extract_curves(event).items():
             found.setdefault(name, {})[int(event["step"])] = value
     return {name: sorted_curve(name, by_step) for name, by_step in found.items()}
 
@@ -64,28 +65,28 @@ def _title(name: str) -> str:
 
 def validation_tables(run: Run) -> list[PageTable]:
     """Return a row for each of the newest validations, and one for each domain of the last."""
-    events = final_steps(run.of(VALIDATION), VALIDATION)
+    events = final_step_events(run.of(VALIDATION), VALIDATION)
     if not events:
         return []
     return tables(events[-MAX_VALIDATIONS:], {
-        "step": of_field("step", ",.0f"), "prompts": of_field("num_prompts", ",.0f"),
-        "responses": of_field("num_samples", ",.0f"), "mean reward": of_field("reward", ".4f", "–"),
-        "pass@k (95 %)": _told_passes, "mean tokens": of_field("response_tokens", ",.1f"),
-        "did not end": of_field("truncated", format_share)})
+        "step": field_formatter("step", ",.0f"), "prompts": field_formatter("num_prompts", ",.0f"),
+        "responses": field_formatter("num_samples", ",.0f"), "mean reward": field_formatter("reward", ".4f", "–"),
+        "pass@k (95 %)": _told_passes, "mean tokens": field_formatter("response_tokens", ",.1f"),
+        "did not end": field_formatter("truncated", format_share)})
 
 
 def _told_passes(figures: dict[str, Any]) -> str:
-    ends = {int(number(one.get("k"))): one.get("interval") or [0, 0]
+    ends = {int(parse_number(one.get("k"))): one.get("interval") or [0, 0]
             for one in figures.get("pass_at_k") or []}
-    shown = {k: [format_share(number(one)) for one in (value, *ends[k][:2])]
-             for k, value in pass_at(figures).items()}
+    shown = {k: [format_share(parse_number(one)) for one in (value, *ends[k][:2])]
+             for k, value in read_pass_at_k(figures).items()}
     return "; ".join(f"{k}: {value} ({low} to {high})" for k, (value, low, high) in shown.items()) or "–"
 
 
 def sample_tables(run: Run) -> list[PageTable]:
     """Return samples of the newest round, and of the newest validation."""
     return [PageTable([f"{name} ({event['of']} at step {int(event['step']):,})" if not i else name
-                       for i, name in enumerate(COLUMNS)],
+                       for i, name in enumerate(RESPONSE_COLUMNS)],
                       [["–" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
-                        for cell in row] for row in table_of(event)])
+                        for cell in row] for row in response_rows(event)])
             for event in run.responses.values()]

@@ -21,11 +21,11 @@ from typing import Any
 from megatron_sov.base.artifacts import disk_errors
 from megatron_sov.base.errors import UserError
 
-EVENT = "eval_lm"
+EVAL_LM_EVENT = "eval_lm"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def score_events(results: Mapping[str, Any], step: int | None, output: Path) -> list[dict[str, Any]]:
+def build_score_events(results: Mapping[str, Any], step: int | None, output: Path) -> list[dict[str, Any]]:
     """Build the `eval_lm` events for each metric in a results file.
 
     Args:
@@ -50,7 +50,7 @@ def score_events(results: Mapping[str, Any], step: int | None, output: Path) -> 
                         "evaluate again") from None
 
 
-def is_recorded(event: Mapping[str, Any], known: list[dict[str, Any]]) -> bool:
+def is_score_recorded(event: Mapping[str, Any], known: list[dict[str, Any]]) -> bool:
     """Return whether the run's events already contain a score, ignoring the path of its results file."""
     fields = {name: value for name, value in event.items() if name != "output"}
     return any(fields.items() <= other.items() for other in known)
@@ -74,7 +74,7 @@ class EventLog:
         if path is not None:
             with disk_errors(path):
                 # Keep an incomplete last line: readers skip it, and the log never deletes bytes.
-                _end_last_line(path)
+                _terminate_last_line(path)
                 self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (open for the life of the run)
 
     @property
@@ -91,7 +91,7 @@ class EventLog:
         with self._turn:
             if self._file is None:
                 return
-            record = {"event": event, "time_s": time.time(), **_finite(fields)}
+            record = {"event": event, "time_s": time.time(), **_encode_nonfinite(fields)}
             with disk_errors(Path(self._file.name)):
                 # json formats floats by repr, the shortest text with the same bits.
                 line = json.dumps(record, ensure_ascii=False)
@@ -112,18 +112,18 @@ class EventLog:
                 file.close()
 
 
-def _finite(value: Any) -> Any:
+def _encode_nonfinite(value: Any) -> Any:
     """Replace NaN and infinities by strings, because bare `NaN` is invalid JSON."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: _encode_nonfinite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [_encode_nonfinite(v) for v in value]
     return value
 
 
-def _end_last_line(path: Path) -> None:
+def _terminate_last_line(path: Path) -> None:
     """Terminate the incomplete last line of a killed process, so that the next event starts on a new line."""
     if path.exists() and path.stat().st_size:
         with open(path, "rb+") as f:
@@ -154,7 +154,7 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
         return None
     if not _is_step(record.get("step")):
         return None
-    return _SHAPES.get(record["event"], _OTHER).check(record)
+    return _SHAPES.get(record["event"], _COMMON_SHAPE).check(record)
 
 
 MAX_NUMBER, MAX_TIME_S = 1e100, 1e11
@@ -254,7 +254,7 @@ _CELL = _Shape({"length_tokens": _COUNT, "depth": _N, "correct": _N, "samples": 
                 "interval"))
 _HELDOUT = _Mapping(_Shape({"loss": _N, "bits_per_byte": _N, "tokens": _COUNT, "turns": _Mapping(_Any()),
                             "kinds": _Mapping(_Any())}))
-_EVERY: dict[str, Any] = {"time_s": _Number(0, MAX_TIME_S)}
+_COMMON_FIELDS: dict[str, Any] = {"time_s": _Number(0, MAX_TIME_S)}
 _FIELDS: dict[str, dict[str, Any]] = {
     "step": dict.fromkeys((
         "loss", "grad_norm", "lr", "step_time_s", "tokens_per_s", "max_violation", "padding_share", "mfu",
@@ -284,8 +284,8 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "checkpoint": {"save_s": _N, "stall_s": _N},
 }
 """Event -> types of the fields that readers use in computations."""
-_OTHER = _Shape(_EVERY)
-_SHAPES = {event: _Shape(_EVERY | fields) for event, fields in _FIELDS.items()}
+_COMMON_SHAPE = _Shape(_COMMON_FIELDS)
+_SHAPES = {event: _Shape(_COMMON_FIELDS | fields) for event, fields in _FIELDS.items()}
 
 
 READ_BYTES = 1 << 16
@@ -307,15 +307,15 @@ class GrowingFile:
         self.generation = 0
         """Number of restarts from the beginning."""
 
-    def lines(self, whole: bool = False) -> Iterator[bytes]:
+    def lines(self, include_unterminated: bool = False) -> Iterator[bytes]:
         """Yield complete lines since the previous call.
 
         Args:
-            whole: also yield an unterminated last line.
+            include_unterminated: also yield an unterminated last line.
         """
         try:
             with open(self._path, "rb") as f:
-                self._begin(os.fstat(f.fileno()))
+                self._detect_replacement(os.fstat(f.fileno()))
                 f.seek(self._offset)
                 while block := f.read(READ_BYTES):
                     self._offset += len(block)
@@ -327,11 +327,11 @@ class GrowingFile:
                         self._rest = b""
         except OSError:  # deleted, like the log of a finished export
             return
-        if whole and self._rest:
+        if include_unterminated and self._rest:
             rest, self._rest = self._rest, b""
             yield rest
 
-    def _begin(self, status: os.stat_result) -> None:
+    def _detect_replacement(self, status: os.stat_result) -> None:
         identity = status.st_dev, status.st_ino
         if self._identity not in (None, identity) or status.st_size < self._offset:
             self._offset, self._rest, self.generation = 0, b"", self.generation + 1
@@ -343,7 +343,7 @@ def _is_step(step: Any) -> bool:
     return step is None or (isinstance(step, int) and abs(step) < 1 << 63)
 
 
-def final_steps(events: list[dict[str, Any]], event: str = "step") -> list[dict[str, Any]]:
+def final_step_events(events: list[dict[str, Any]], event: str = "step") -> list[dict[str, Any]]:
     """Return events of one kind sorted by step; a step repeated after a restart appears once, with
     its last event."""
     # Later dict entries replace earlier ones.

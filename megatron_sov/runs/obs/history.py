@@ -12,7 +12,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_sov.runs.obs.figures import number, whole_number
+from megatron_sov.runs.obs.figures import parse_number, parse_whole_number
 
 UNFINISHED = "ended without a word (killed, or still running)"
 COMPLETE = "complete"
@@ -33,7 +33,7 @@ class Attempt:
 
     def wall_s(self) -> float:
         """Return the seconds from start to end, or to the last event of an unfinished attempt."""
-        return max(0.0, self.last_time_s - number(self.start.get("time_s")))
+        return max(0.0, self.last_time_s - parse_number(self.start.get("time_s")))
 
 
 class Attempts:
@@ -57,9 +57,9 @@ class Attempts:
         # A conversion days later must not lengthen a finished attempt.
         if last is None or last.outcome != UNFINISHED:
             return
-        last.last_time_s = number(event.get("time_s"))
+        last.last_time_s = parse_number(event.get("time_s"))
         if kind in ("step", "run_end", "stop") and event.get("step") is not None:
-            last.last_step = whole_number(event["step"])
+            last.last_step = parse_whole_number(event["step"])
         if kind == "resume":
             last.resume_reason = str(event.get("reason") or "")
         elif kind == "stopping":
@@ -81,7 +81,7 @@ MAX_WARM_UP_STEPS, WARM_UP_SHARE = 10, 0.2
 
 
 @dataclass
-class MeasuredStretch:
+class StepTiming:
     """Timed steps with the same phase, batch size and process start."""
 
     start: dict[str, Any]
@@ -105,17 +105,17 @@ class MeasuredStretch:
         num_warm_up = 0 if self.follows else min(MAX_WARM_UP_STEPS, int(WARM_UP_SHARE * len(sound)))
         return sound[num_warm_up:]
 
-    def typical_s(self) -> float:
+    def median_s(self) -> float:
         """Return the median step time in seconds, robust against stalls; NaN without steps."""
         times_s = self.warm_times_s()
         return statistics.median(times_s) if times_s else math.nan
 
 
-class Stretches:
+class StepTimings:
     """Collects a run's stretches from its events in order."""
 
     def __init__(self) -> None:
-        self.all: list[MeasuredStretch] = []
+        self.all: list[StepTiming] = []
         self._start: dict[str, Any] | None = None
         self._entries: list[tuple[int, dict[str, Any]]] = []
         self._last: dict[str, Any] | None = None
@@ -126,9 +126,9 @@ class Stretches:
         if event["event"] == "run_start":
             self._start, self._entries, self._last = event, [], None
         elif event["event"] == "phase" and self._start is not None:
-            self._entries.append((whole_number(event.get("step")), event))
-        elif event["event"] == "step" and whole_number(event.get("step")) and self._start is not None:
-            self._add_step(self._start, whole_number(event["step"]), number(event.get("step_time_s")))
+            self._entries.append((parse_whole_number(event.get("step")), event))
+        elif event["event"] == "step" and parse_whole_number(event.get("step")) and self._start is not None:
+            self._add_step(self._start, parse_whole_number(event["step"]), parse_number(event.get("step_time_s")))
 
     def _add_step(self, start: dict[str, Any], step: int, seconds: float) -> None:
         # Steps are 1-based; a phase event names its 0-based first step.
@@ -139,29 +139,29 @@ class Stretches:
         # Compare by identity: two phases with equal fields remain two stretches.
         if phase is not self._last:
             follows, self._last = self._last is not None, phase
-            self.all.append(MeasuredStretch(
-                start, str(phase.get("name") or ""), whole_number(phase.get("seq_len")),
-                whole_number(phase.get("global_batch_size")), step, follows=follows))
+            self.all.append(StepTiming(
+                start, str(phase.get("name") or ""), parse_whole_number(phase.get("seq_len")),
+                parse_whole_number(phase.get("global_batch_size")), step, follows=follows))
         stretch = self.all[-1]
         stretch.last_step = step
         stretch.times_s.append(seconds)
 
 
-KINDS = {"skip": "step not learned", "attribution": "why it was not learned",
+INCIDENT_NAMES = {"skip": "step not learned", "attribution": "why it was not learned",
          "rollback": "weights taken back", "restart": "started again",
          "hang": "hang", "sdc": "silent corruption", "alarm": "alarm", "fault": "fault on purpose",
          "damaged_checkpoint": "damaged checkpoint", "failure": "ended by an error"}
 """Incident event -> name in reports."""
-BY_SETTING, NO_GRADIENT = PASSED_OVER = ("data.skip_steps", "no advantages and no other gradient")
+SKIPPED_BY_SETTING, NO_GRADIENT = INTENDED_SKIPS = ("data.skip_steps", "no advantages and no other gradient")
 """Skip reasons that count as no incident: named in the settings, or an RL round without any gradient."""
 
 
 def is_incident(event: dict[str, Any]) -> bool:
     """Return whether an event reports an incident; intentionally skipped steps do not count."""
-    return event["event"] in KINDS and event.get("reason") not in PASSED_OVER
+    return event["event"] in INCIDENT_NAMES and event.get("reason") not in INTENDED_SKIPS
 
 
-def describe(event: dict[str, Any]) -> str:
+def describe_incident(event: dict[str, Any]) -> str:
     """Format an incident event as text."""
     kind = event["event"]
     if kind == "skip":
@@ -179,17 +179,17 @@ def describe(event: dict[str, Any]) -> str:
     return str(event.get("text", ""))
 
 
-TOLD = {"run_start": "the run starts from step {resumed_from}, with {num_ranks} rank(s)",
+EVENT_TEXTS = {"run_start": "the run starts from step {resumed_from}, with {num_ranks} rank(s)",
         "stop": "the run stops: {reason}", "run_end": "the run is complete"}
 """Event -> text for events without a `text` field."""
 
 
-def tell(event: dict[str, Any]) -> str | None:
+def describe_event(event: dict[str, Any]) -> str | None:
     """Format an event for people, or return None for events that only programs read."""
     kind = event["event"]
-    text = describe(event) if is_incident(event) else event.get("text") or event.get("error")
+    text = describe_incident(event) if is_incident(event) else event.get("text") or event.get("error")
     if text is not None:
-        return f"{KINDS.get(kind, kind)}: {text}"
+        return f"{INCIDENT_NAMES.get(kind, kind)}: {text}"
     # Old events may lack fields, and formatting a log line must not fail.
     fields = {"reason": "no reason given", "num_ranks": "?", "resumed_from": 0, **event}
-    return TOLD[kind].format_map(fields) if kind in TOLD else None
+    return EVENT_TEXTS[kind].format_map(fields) if kind in EVENT_TEXTS else None

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any, Literal
 
-from megatron_sov.runs.obs.figures import number, whole_number
+from megatron_sov.runs.obs.figures import parse_number, parse_whole_number
 from megatron_sov.runs.obs.validation import VALIDATION
 
 Better = Literal["higher", "lower", ""]
@@ -44,7 +44,7 @@ class Meter:
         """Return the meter's value in a `step` event, or NaN."""
         for part in (event.get("meters"), event.get("losses"), event):
             if isinstance(part, Mapping) and self.name in part:
-                return number(part[self.name])
+                return parse_number(part[self.name])
         return math.nan
 
     def text(self, value: float) -> str:
@@ -61,12 +61,12 @@ NATS = ("nats per token", "nats")
 LOSS = Meter("loss", better="lower", unit="nats per token")
 
 
-def headline_fields(headline: Sequence[Meter], *, comparable: bool) -> dict[str, Any]:
+def build_headline_fields(headline: Sequence[Meter], *, comparable: bool) -> dict[str, Any]:
     """Build the `run_start` fields that record an objective's meters."""
     return {"headline": [asdict(meter) for meter in headline], "comparable_loss": comparable}
 
 
-def headline_of_start(start: Mapping[str, Any]) -> tuple[tuple[Meter, ...], bool]:
+def read_headline(start: Mapping[str, Any]) -> tuple[tuple[Meter, ...], bool]:
     """Return the meters in a `run_start` event, and whether to display its loss; older runs have
     only a loss."""
     try:
@@ -76,14 +76,14 @@ def headline_of_start(start: Mapping[str, Any]) -> tuple[tuple[Meter, ...], bool
     return meters, bool(start.get("comparable_loss", True))
 
 
-def told_step(event: Mapping[str, Any], headline: Sequence[Meter], *, comparable: bool) -> str:
+def format_step(event: Mapping[str, Any], headline: Sequence[Meter], *, comparable: bool) -> str:
     """Format a step's meters, e.g. "reward 0.98, length 41 tokens"; empty without values.
 
     Append the loss if it is comparable (or no meter has a value) and no meter already shows it.
     """
     values = [(meter, meter.value(event)) for meter in headline]
     parts = [f"{meter.title} {meter.text(value)}" for meter, value in values if not math.isnan(value)]
-    loss = number(event.get("loss"))
+    loss = parse_number(event.get("loss"))
     if not math.isnan(loss) and loss not in [value for _, value in values] and (comparable or not parts):
         parts.append(f"loss {loss:.4f}")
     return ", ".join(parts)
@@ -106,7 +106,7 @@ class HeldoutFigures:
                     continue
                 evaluations = self._losses.setdefault(source, [])
                 # Keep the first and the last evaluation.
-                evaluations[1:] = [(whole_number(event.get("step")), figures)]
+                evaluations[1:] = [(parse_whole_number(event.get("step")), figures)]
         elif (kind := str(event["event"])) == VALIDATION or kind.startswith("heldout_"):
             self._by_kind.setdefault(kind, {}).setdefault(str(event.get("source", "")), []).append(event)
 
@@ -124,16 +124,16 @@ class HeldoutFigures:
             for source, events in sources.items():
                 title = f"held-out {meter.title}{f' of {source}' if len(sources) > 1 else ''}"
                 # A later `eval pairs --run` without reference records no numbers.
-                values = [value for event in events if math.isfinite(value := number(event.get(name)))]
-                parts += [_change(meter, title, values)] if values else []
+                values = [value for event in events if math.isfinite(value := parse_number(event.get(name)))]
+                parts += [_format_change(meter, title, values)] if values else []
         losses = []
         for source, evaluations in self._losses.items():
             (step, first), (_, last) = evaluations[0], evaluations[-1]
             same_data = step == 0 and first.get("tokens") == last.get("tokens")
             figures = [first, last] if same_data else [last]
-            values = [number(entry.get("loss")) for entry in figures]
+            values = [parse_number(entry.get("loss")) for entry in figures]
             if has_loss(source):
-                change = _change(LOSS, source, values[:len(evaluations)])
+                change = _format_change(LOSS, source, values[:len(evaluations)])
                 losses.append(change.removesuffix(f" {LOSS.unit}"))
         if losses:
             parts.append(f"held-out loss {', '.join(losses)}")
@@ -144,7 +144,7 @@ MEAN_STEPS = 10
 """Number of steps in the mean of a closing line."""
 
 
-def recent_means(events: Iterable[Mapping[str, Any]], headline: Sequence[Meter]) -> str:
+def format_recent_means(events: Iterable[Mapping[str, Any]], headline: Sequence[Meter]) -> str:
     """Format the meters' means over the last steps, e.g. "reward 0.97, loss 2.5 (mean of the last 10 steps)".
 
     Args:
@@ -169,7 +169,7 @@ def _has_meters(event: Mapping[str, Any]) -> bool:
     return event["event"] == "step" or (event["event"] == "skip" and "meters" in event)
 
 
-def _change(meter: Meter, title: str, values: Sequence[float]) -> str:
+def _format_change(meter: Meter, title: str, values: Sequence[float]) -> str:
     first, last = meter.text(values[0]), meter.text(values[-1])
     if meter.unit and meter.unit != "share":
         first = first.removesuffix(f" {meter.unit}")  # the unit follows the second value

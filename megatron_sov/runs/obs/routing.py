@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-Counts = npt.NDArray[np.float64]
+ExpertLoads = npt.NDArray[np.float64]
 """Tokens or token shares per expert, shape [layers, experts]."""
 
 
-def max_violation(load: Counts) -> npt.NDArray[np.float64]:
+def max_violation(load: ExpertLoads) -> npt.NDArray[np.float64]:
     """Return MaxVio per layer (arXiv 2408.15664): maximum expert load / mean load - 1; 0 means balance."""
     return np.asarray(load.max(axis=1) / load.mean(axis=1) - 1)
 
 
-def load_entropy(load: Counts) -> npt.NDArray[np.float64]:
+def load_entropy(load: ExpertLoads) -> npt.NDArray[np.float64]:
     """Return the load entropy per layer divided by ``ln(experts)``: 1 for uniform load, 0 for
     a single expert."""
     if load.shape[1] < 2:
@@ -24,6 +24,6 @@ def load_entropy(load: Counts) -> npt.NDArray[np.float64]:
     return np.asarray(-(share * logs).sum(axis=1) / np.log(load.shape[1]))
 
 
-def num_dead(load: Counts) -> npt.NDArray[np.int64]:
+def count_dead_experts(load: ExpertLoads) -> npt.NDArray[np.int64]:
     """Return the number of experts without tokens, per layer."""
     return np.asarray((load == 0).sum(axis=1), dtype=np.int64)

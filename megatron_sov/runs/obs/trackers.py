@@ -18,7 +18,8 @@ import numpy as np
 from megatron_sov.base.artifacts import atomic_write
 from megatron_sov.base.errors import UserError, how_to_install, warn
 from megatron_sov.model.config import ObsConfig
-from megatron_sov.runs.obs.validation import COLUMNS, RESPONSES, VALIDATION, curves_of, table_of
+from megatron_sov.runs.obs.validation import (
+    RESPONSE_COLUMNS, RESPONSES, VALIDATION, extract_curves, response_rows)
 
 WANDB_ID = "wandb-id"
 """File in the run folder with the Weights & Biases run id, so that a resumed run continues
@@ -47,7 +48,7 @@ class _TensorBoard:
     name = "TensorBoard"
 
     def __init__(self, run_dir: Path) -> None:
-        summary = _require("tensorboard.summary", "obs.tensorboard", "tensorboard")
+        summary = _import_package("tensorboard.summary", "obs.tensorboard", "tensorboard")
         self._folder = run_dir / "tensorboard"
         self._writer = summary.Writer(str(self._folder))
         self._samples: Any = None
@@ -59,12 +60,12 @@ class _TensorBoard:
     def log_table(self, step: int, name: str, rows: Sequence[Sequence[Any]]) -> None:
         if self._samples is None:
             # TensorBoard reads only the newest event file in a folder, so samples need their own folder.
-            files = _require("tensorboard.summary.writer.event_file_writer", "obs.tensorboard", "tensorboard")
+            files = _import_package("tensorboard.summary.writer.event_file_writer", "obs.tensorboard", "tensorboard")
             self._samples = files.EventFileWriter(str(self._folder / "samples"))
-        texts = _require("tensorboard.plugins.text.summary_v2", "obs.tensorboard", "tensorboard")
-        event = _require("tensorboard.compat.proto.event_pb2", "obs.tensorboard", "tensorboard")
+        texts = _import_package("tensorboard.plugins.text.summary_v2", "obs.tensorboard", "tensorboard")
+        event = _import_package("tensorboard.compat.proto.event_pb2", "obs.tensorboard", "tensorboard")
         # TensorBoard renders Markdown; indent the text so that it appears verbatim.
-        cells = [COLUMNS, *([f"    {_text(cell)}".replace("\n", "\n    ") for cell in row] for row in rows)]
+        cells = [RESPONSE_COLUMNS, *([f"    {_format_cell(cell)}".replace("\n", "\n    ") for cell in row] for row in rows)]
         self._samples.add_event(event.Event(step=step, wall_time=time.time(), summary=texts.text_pb(
             f"samples/{name}", np.array(cells, dtype=object))))
 
@@ -80,7 +81,7 @@ class _Wandb:
     name = "Weights & Biases"
 
     def __init__(self, run_dir: Path, project: str, run_config_dict: dict[str, Any]) -> None:
-        wandb = _require("wandb", "obs.wandb", "wandb")
+        wandb = _import_package("wandb", "obs.wandb", "wandb")
         id_file = run_dir / WANDB_ID
         if not id_file.exists():
             atomic_write(id_file, secrets.token_hex(8))
@@ -95,8 +96,8 @@ class _Wandb:
         self._run.log({"step": step, **values})
 
     def log_table(self, step: int, name: str, rows: Sequence[Sequence[Any]]) -> None:
-        table = _require("wandb", "obs.wandb", "wandb").Table(
-            columns=list(COLUMNS), data=[[_text(cell) for cell in row] for row in rows])
+        table = _import_package("wandb", "obs.wandb", "wandb").Table(
+            columns=list(RESPONSE_COLUMNS), data=[[_format_cell(cell) for cell in row] for row in rows])
         self._run.log({"step": step, f"samples/{name}": table})
 
     def close(self) -> None:
@@ -104,11 +105,11 @@ class _Wandb:
         self._run.finish()
 
 
-def _text(cell: Any) -> str:
+def _format_cell(cell: Any) -> str:
     return "" if cell is None else str(cell)
 
 
-def _require(module: str, setting: str, package: str, extra: str = "trackers") -> Any:
+def _import_package(module: str, setting: str, package: str, extra: str = "trackers") -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as e:
@@ -133,44 +134,44 @@ class Trackers:
     def __init__(self, config: ObsConfig, run_dir: Path, run_config_dict: dict[str, Any]) -> None:
         self._active: list[Tracker] = []
         if config.tensorboard:
-            self._start(_TensorBoard.name, lambda: _TensorBoard(run_dir))
+            self._start_tracker(_TensorBoard.name, lambda: _TensorBoard(run_dir))
         if config.wandb:
-            self._start(_Wandb.name, lambda: _Wandb(run_dir, config.wandb_project, run_config_dict))
+            self._start_tracker(_Wandb.name, lambda: _Wandb(run_dir, config.wandb_project, run_config_dict))
 
     def log_step(self, step: int, values: dict[str, float]) -> None:
         """Send the metrics of one optimizer step, e.g. ``{"loss": 2.1, "learning_rate": 1e-4}``."""
-        self._each(lambda tracker: tracker.log_step(step, values))
+        self._call_each(lambda tracker: tracker.log_step(step, values))
 
     def observe(self, event: dict[str, Any]) -> None:
         """Send the content of an RL event: validation metrics, or a table of sampled responses."""
         if event["event"] == VALIDATION:
             self.log_step(event["step"], {f"{VALIDATION}/{name}": value
-                                          for name, value in curves_of(event).items()})
+                                          for name, value in extract_curves(event).items()})
         elif event["event"] == RESPONSES:
-            self._each(lambda tracker: tracker.log_table(event["step"], event["of"], table_of(event)))
+            self._call_each(lambda tracker: tracker.log_table(event["step"], event["of"], response_rows(event)))
 
     def close(self) -> None:
         """Send pending data and close all trackers."""
-        self._each(lambda tracker: tracker.close())
+        self._call_each(lambda tracker: tracker.close())
         self._active = []
 
-    def _start(self, name: str, create: Callable[[], Tracker]) -> None:
+    def _start_tracker(self, name: str, create: Callable[[], Tracker]) -> None:
         try:
             self._active.append(create())
         except UserError:
             raise
         except Exception as e:  # a missing network or login must not stop a requeued run
-            _warn(name, e)
+            _warn_failure(name, e)
 
-    def _each(self, action: Callable[[Tracker], None]) -> None:
+    def _call_each(self, action: Callable[[Tracker], None]) -> None:
         for tracker in list(self._active):
             try:
                 action(tracker)
             except Exception as e:  # tracker libraries may raise anything
                 self._active.remove(tracker)
-                _warn(tracker.name, e)
+                _warn_failure(tracker.name, e)
 
 
-def _warn(name: str, error: Exception) -> None:
+def _warn_failure(name: str, error: Exception) -> None:
     message = _PASSWORD.sub("//...@", f"{type(error).__name__}: {error}")  # URLs may contain passwords
     warn(f"{name} failed ({message}); the run continues without it")

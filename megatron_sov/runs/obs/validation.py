@@ -8,37 +8,37 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_sov.runs.obs.figures import number
+from megatron_sov.runs.obs.figures import parse_number
 
 VALIDATION, RESPONSES = "validation", "responses"
 """Event names."""
-OF_ROUND = "round"
+ROUND_SAMPLES = "round"
 """Value of field `of` for training samples; validation samples have `validation`."""
-COLUMNS = ("prompt", "response", "reward", "components", "tokens", "ended")
+RESPONSE_COLUMNS = ("prompt", "response", "reward", "components", "tokens", "ended")
 """Columns of a table of sampled responses."""
 
 
-def curves_of(event: Mapping[str, Any]) -> dict[str, float]:
+def extract_curves(event: Mapping[str, Any]) -> dict[str, float]:
     """Return curve name -> finite value for a validation event."""
-    curves = {name: number(event.get(name)) for name in ("reward", "response_tokens", "truncated")}
-    curves |= {f"pass_at_{k}": value for k, value in pass_at(event).items()}
-    curves |= {f"component/{name}": number(value) for name, value in _mapping(event, "components").items()}
-    for domain, figures in _mapping(event, "domains").items():
-        curves[f"domain/{domain}/reward"] = number(figures.get("reward"))
-        curves |= {f"domain/{domain}/pass_at_{k}": value for k, value in pass_at(figures).items()}
+    curves = {name: parse_number(event.get(name)) for name in ("reward", "response_tokens", "truncated")}
+    curves |= {f"pass_at_{k}": value for k, value in read_pass_at_k(event).items()}
+    curves |= {f"component/{name}": parse_number(value) for name, value in _read_mapping(event, "components").items()}
+    for domain, figures in _read_mapping(event, "domains").items():
+        curves[f"domain/{domain}/reward"] = parse_number(figures.get("reward"))
+        curves |= {f"domain/{domain}/pass_at_{k}": value for k, value in read_pass_at_k(figures).items()}
     return {name: value for name, value in curves.items() if math.isfinite(value)}
 
 
-def pass_at(figures: Mapping[str, Any]) -> dict[int, float]:
+def read_pass_at_k(figures: Mapping[str, Any]) -> dict[int, float]:
     """Return k -> pass@k for a validation event or one of its domains."""
     estimates = figures.get("pass_at_k") or []
-    return {int(number(estimate.get("k"))): number(estimate.get("value")) for estimate in estimates}
+    return {int(parse_number(estimate.get("k"))): parse_number(estimate.get("value")) for estimate in estimates}
 
 
-def told_validation(figures: Mapping[str, Any]) -> str:
+def format_validation(figures: Mapping[str, Any]) -> str:
     """Format a validation event as a short text."""
     reward = figures.get("reward")
-    shares = pass_at(figures)
+    shares = read_pass_at_k(figures)
     parts = ["no response has a reward" if reward is None else f"held-out reward {reward:.4g}",
              *(f"pass@{k} {value:.1%}" for k, value in shares.items() if k in (1, max(shares)))]
     count = figures["num_prompts"]
@@ -46,13 +46,13 @@ def told_validation(figures: Mapping[str, Any]) -> str:
             f"prompt{'' if count == 1 else 's'})")
 
 
-def table_of(event: Mapping[str, Any]) -> list[list[Any]]:
+def response_rows(event: Mapping[str, Any]) -> list[list[Any]]:
     """Return table rows with columns `COLUMNS` from an event's sampled responses."""
     return [[str(row.get("prompt") or ""), str(row.get("response") or ""), row.get("reward"),
              json.dumps(row.get("components") or {}, ensure_ascii=False), row.get("tokens"),
              str(row.get("ended") or "")] for row in event.get("rows") or []]
 
 
-def _mapping(event: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _read_mapping(event: Mapping[str, Any], name: str) -> dict[str, Any]:
     value = event.get(name)
     return dict(value) if isinstance(value, Mapping) else {}

@@ -25,7 +25,7 @@ from megatron_sov.chat.marks import KIND
 from megatron_sov.chat.vocabulary import find_difference
 from megatron_sov.model.config.data import named_shards
 from megatron_sov.model.modality import NO_BANKS, Banks, EncoderInputs, modality, read_banks
-from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.runs.launch_environment import is_first_rank
 from megatron_sov.train.data.described import check_described
 
 # Files of a token shard by memory maps: Megatron-Core's index, and flat files of numbers beside it.
@@ -180,7 +180,7 @@ def warn_of_other_splits(contents: dict[str, dict[str, Any]]) -> None:
     for kind in sorted({s["format"] for content in contents.values() for s in content["sources"]}):
         rules = {path: content.get("heldout") for path, content in contents.items()
                  if any(s["format"] == kind for s in content["sources"])}
-        if any(rule != next(iter(rules.values())) for rule in rules.values()) and is_first():
+        if any(rule != next(iter(rules.values())) for rule in rules.values()) and is_first_rank():
             warn(f"--data {', '.join(rules)}: documents were held out by different rules, so one may train "
                  "on what another is judged by; `sov-data mix` joins them, and looks")
 

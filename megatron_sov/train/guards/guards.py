@@ -211,7 +211,7 @@ class RoutingMonitor:
         spread = (biases[layers].max(dim=1).values - biases[layers].min(dim=1).values).numpy()
         names = (layers + 1).tolist()
         events.write("routing", step=step, layers=names, max_violation=routing.max_violation(counts).tolist(),
-                     entropy=entropy.tolist(), dead=routing.num_dead(counts).tolist(),
+                     entropy=entropy.tolist(), dead=routing.count_dead_experts(counts).tolist(),
                      bias_spread=spread.tolist())
         # in no checkpoint: after a resume experts have to be idle for as many records again
         before = np.zeros_like(counts, np.int64) if self._idle is None else self._idle

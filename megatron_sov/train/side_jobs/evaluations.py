@@ -23,7 +23,7 @@ from megatron_sov.base.errors import ExitCode, UserError, warn
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.evaluate import EvalTask, LmEvalConfig
 from megatron_sov.runs.folder import EVALUATIONS, EXPORTS
-from megatron_sov.runs.obs.events import EVENT, score_events
+from megatron_sov.runs.obs.events import EVAL_LM_EVENT, build_score_events
 from megatron_sov.train.data.token_shards import TEXTS, Source
 from megatron_sov.work.processes.background import BackgroundProcess
 
@@ -192,7 +192,7 @@ class Evaluations:
             return
         shutil.rmtree(_answers_of(self._result(job)), ignore_errors=True)
         for score in scores:
-            self._record(EVENT, **score)
+            self._record(EVAL_LM_EVENT, **score)
         self._file(job, ".log").unlink(missing_ok=True)
         self._record("evaluation", step=job.step, task=job.task, path=f"{EVALUATIONS}/{job.name}.json",
                      took_s=took_s)
@@ -234,7 +234,7 @@ def _scores_of(file: Path, step: int) -> list[dict[str, Any]]:
         found = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{file}: cannot be read ({e})") from None
-    return score_events(found, step, file)
+    return build_score_events(found, step, file)
 
 
 def _answers_of(result: Path) -> Path:

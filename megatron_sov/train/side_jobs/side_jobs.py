@@ -21,7 +21,8 @@ from megatron_sov.base.errors import warn
 from megatron_sov.engine.parallel.device import on_gpu, record_for_nsys
 from megatron_sov.model.config import GpuConfig, RunConfig, TrainConfig
 from megatron_sov.model.families import supported as models
-from megatron_sov.runs.checkpoints import ADAPTER, CHECKPOINTS_OF_A_RUN, MODEL, latest, step_of
+from megatron_sov.runs.checkpoints import (
+    ADAPTER, CHECKPOINTS_FOLDER, MODEL, checkpoint_step, latest_checkpoint)
 from megatron_sov.runs.folder import AVERAGE, EXPORTS
 from megatron_sov.train.side_jobs.evaluations import Evaluations
 from megatron_sov.work.processes.background import BackgroundProcess
@@ -123,13 +124,13 @@ def make_average(run: Path, train: TrainConfig, record: Callable[..., None]) -> 
         train: says what is averaged; nothing where `average_last` is 0.
         record: writes an event: `record(name, **fields)`.
     """
-    newest = latest(run / CHECKPOINTS_OF_A_RUN)
+    newest = latest_checkpoint(run / CHECKPOINTS_FOLDER)
     if not train.average_last or newest is None or (run / AVERAGE / MANIFEST).is_file():
         return
     command = ["convert", "average", str(run), str(run / AVERAGE), "--last", str(train.average_last),
                "--weights", train.average_weights, "--decay", str(train.average_decay)]
     command += [word for reference in models.OWN.named() for word in ("--plugin", reference)]
-    step = step_of(newest)
+    step = checkpoint_step(newest)
     try:
         process = BackgroundProcess([sys.executable, "-m", "megatron_sov", *command], run / LOG)
     except OSError as e:

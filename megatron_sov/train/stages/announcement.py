@@ -14,7 +14,7 @@ from megatron_sov.model.families.adapters import adapter_params
 from megatron_sov.model.families.count import num_params
 from megatron_sov.plan.footprint.memory import Account, account
 from megatron_sov.runs.obs.events import EVENTS, read_events
-from megatron_sov.runs.obs.meters import HeldoutFigures, Meter, recent_means
+from megatron_sov.runs.obs.meters import HeldoutFigures, Meter, format_recent_means
 from megatron_sov.train.checkpointer import TrainState
 from megatron_sov.train.data.ledger import LedgerEntry, over_long
 from megatron_sov.train.data.token_shards import Source
@@ -122,7 +122,7 @@ def summary(run: Path, checkpoint: Path, done: TrainState, wall_s: float, config
             heldout.add(event)
             yield event
 
-    means = recent_means(collect_heldout(), headline)  # reads all events, once for both figures
+    means = format_recent_means(collect_heldout(), headline)  # reads all events, once for both figures
     then = "\n              megatron-sov "
     adapter = f"{then}convert to-peft {words} PEFT_DIR" if config.lora.on else ""
     minutes, seconds = divmod(round(wall_s), 60)

@@ -15,12 +15,12 @@ from megatron_sov.model.families.count import num_params, train_flops_per_token
 from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.model.recipes.stage_defaults import MOST_EPOCHS, Stage, refuse_pretraining_rate
 from megatron_sov.plan.calibration.fitting import refuse_on_this_machine
-from megatron_sov.runs.gpu_driver import visible_gpus
-from megatron_sov.runs.launch_environment import num_ranks, under_launcher
+from megatron_sov.runs.gpu_driver import list_visible_gpus
+from megatron_sov.runs.launch_environment import has_launcher, num_ranks
 from megatron_sov.train.data.token_shards import Source
 from megatron_sov.train.stages.stage_defaults import epoch_samples, open_all_sources, said_settings
-from megatron_sov.work.clusters.chips import of_device
-from megatron_sov.work.clusters.units import SECONDS_OF_AN_HOUR
+from megatron_sov.work.clusters.chips import find_device_chip
+from megatron_sov.work.clusters.units import SECONDS_PER_HOUR
 
 CONSENTS = ("train.steps", "train.epochs")
 """Settings by which a user agrees to many epochs; a budget of tokens is none, since it names no data."""
@@ -57,7 +57,7 @@ def refuse_unfit(asked: RecipeRequest, config: RunConfig, stage: Stage | None, n
     if config.data.paths:
         refuse_unfit_data(asked, config, open_all_sources(config), is_initial=is_initial)
     refuse_on_this_machine(config, nproc)
-    if stage not in (None, "policy") and not under_launcher() and not dry_run:
+    if stage not in (None, "policy") and not has_launcher() and not dry_run:
         _refuse_days(config, num_ranks(nproc))
 
 
@@ -142,15 +142,15 @@ def _refuse_days(config: RunConfig, count: int) -> None:
 
 def least_hours(config: RunConfig, count: int) -> float:
     """Return the hours that a run's arithmetic takes at least on `count` processes of this machine."""
-    gpus = visible_gpus()
-    chip = of_device(gpus[0].name) if gpus else None
+    gpus = list_visible_gpus()
+    chip = find_device_chip(gpus[0].name) if gpus else None
     if gpus and chip is None:
         return 0.0
     speed = (count * GPU_SHARE * chip.bf16_flops_per_s if chip
              else len(os.sched_getaffinity(0)) * CPU_FLOPS_PER_S)
     flops = sum(train_flops_per_token(config.model, seq_len) * tokens
                 for seq_len, tokens in _tokens_by_length(config).items())
-    return flops / speed / SECONDS_OF_AN_HOUR
+    return flops / speed / SECONDS_PER_HOUR
 
 
 def _tokens_by_length(config: RunConfig) -> Mapping[int, float]:

@@ -11,7 +11,7 @@ from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig
 from megatron_sov.runs.folder import RunEvents, RunFolder
-from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.runs.launch_environment import is_first_rank
 from megatron_sov.runs.obs.events import EventLog
 
 
@@ -117,12 +117,12 @@ def conclude(folder: RunFolder, gate: EndGate | None) -> None:
     if gate is None or held is None:
         return
     verdict = gate.judge(folder.path / held["checkpoint"])
-    if verdict is None or not is_first():
+    if verdict is None or not is_first_rank():
         return
     if verdict.failure is None:
         folder.complete({**held, **verdict.completion})
     else:
         RunEvents(folder.path).add("gate_failed", step=held["step"], text=verdict.failure)
-        folder.fail(verdict.failure)
+        folder.mark_gate_failed(verdict.failure)
     # last: a crash before this line has the checkpoint judged again, or finds the verdict on the disk
     folder.release()

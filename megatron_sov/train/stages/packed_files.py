@@ -28,10 +28,10 @@ from megatron_sov.base.errors import Fix, UserError, warn
 from megatron_sov.model.config import weighted_path
 from megatron_sov.model.config.data import named_shards
 from megatron_sov.runs.folder import DATA, TOKENIZER, RunFolder, record_command
-from megatron_sov.runs.launch_environment import is_first, num_ranks
+from megatron_sov.runs.launch_environment import is_first_rank, num_ranks
 from megatron_sov.train.stages.shared_copies import digest_tokenizer
 from megatron_sov.work.processes.children import run_command
-from megatron_sov.work.progress.locks import in_turn
+from megatron_sov.work.progress.locks import critical_section
 
 HELDOUT_SHARE = 0.02
 """Expected share of a file's documents that measure the held-out loss, chosen by the hash of their text."""
@@ -157,7 +157,7 @@ class FilePacking:
         packed = {named.argument: named.packed_argument(self.run) for named in self.files}
         if not stale:
             return packed
-        if RunFolder(self.run).has_begun():
+        if RunFolder(self.run).has_started():
             self._refuse_changed(stale, records)
         for folder in (self.run / TOKENIZER, *(named.shards(self.run) for named in stale)):
             _refuse_foreign(folder, self.run)
@@ -175,7 +175,7 @@ class FilePacking:
         if not self.dry_run:  # from here on `megatron-sov resume RUN` continues after a kill
             record_command(self.run)
         print("\n".join(["packing --data; by hand it would be:", *map(shlex.join, commands)]), flush=True)
-        with in_turn(target / DATA):
+        with critical_section(target / DATA):
             self._import(target)
             for named in stale:
                 if named.recorded(target) != records[named]:  # another process was faster
@@ -229,7 +229,7 @@ def warn_of_changed_files(run: Path, folders: Iterable[str]) -> None:
         shards = Path(named_shards(path)[1])
         record = _read_record(shards) if shards.absolute().parent == (run / DATA).absolute() else {}
         file = Path(record.get("file", ""))
-        if file.is_file() and file_digest(file) != record.get("digest") and is_first():
+        if file.is_file() and file_digest(file) != record.get("digest") and is_first_rank():
             warn(f"{file}: has changed since {run} packed it; the run continues with {shards}")
 
 

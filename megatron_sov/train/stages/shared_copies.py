@@ -17,7 +17,7 @@ from megatron_sov.base.artifacts import MANIFEST, atomic_write, disk_errors, to_
 from megatron_sov.base.digests import file_digest
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.pretrained import hub_name, is_hf_folder
-from megatron_sov.work.progress.locks import in_turn
+from megatron_sov.work.progress.locks import critical_section
 
 SHARED, SEEN = ".from-hf", "seen"
 WEIGHTS = (".bin", ".safetensors")
@@ -48,7 +48,7 @@ def convert_start(start: Path, run: Path) -> Path:
     seen = copy.parent / SEEN / copy.name
     with disk_errors(seen):
         seen.mkdir(parents=True, exist_ok=True)
-        with in_turn(seen):  # of two runs that begin at once the second finds the copy of the first
+        with critical_section(seen):  # of two runs that begin at once the second finds the copy of the first
             if not (copy / MANIFEST).is_file():
                 if code := launcher.apart(lambda: convert.from_hf(start, copy, redo=True)):
                     raise SystemExit(code)

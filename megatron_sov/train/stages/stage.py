@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from megatron_sov.base.artifacts import manifest_sha256
 from megatron_sov.base.errors import ExitCode, GateFailed, StopRequested, UserError, warn
-from megatron_sov.chat.vocabulary import read_tokenizer, refuse_other_tokens
+from megatron_sov.chat.vocabulary import check_same_tokens, read_tokenizer
 from megatron_sov.engine.model import gpu_settings, specs
 from megatron_sov.engine.model.gpu_settings import refuse_without_chip
 from megatron_sov.engine.parallel import device, launcher, world
@@ -31,7 +31,7 @@ from megatron_sov.plan.calibration.fitting import (
     fullest, refuse_on_this_machine, refuse_on_this_node, refuse_too_large)
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import STAGES, RunEvents, RunFolder
-from megatron_sov.runs.launch_environment import is_first, num_ranks, under_launcher
+from megatron_sov.runs.launch_environment import has_launcher, is_first_rank, num_ranks
 from megatron_sov.runs.lock import RunLock
 from megatron_sov.runs.obs.events import EVENTS
 from megatron_sov.schedules import changed_schedule
@@ -132,18 +132,18 @@ def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> 
     if stage.dry_run:
         _tell(stage, data, num_ranks(nproc))
         return True
-    if stage.notes and is_first():
+    if stage.notes and is_first_rank():
         print(_defaults(stage), file=sys.stderr, flush=True)
     return _run_ranks(stage, data, begin, nproc)
 
 
 def _run_ranks(stage: Stage, data: _Data, begin: _Begin, nproc: int | None) -> bool:
     """Start the processes of a stage and wait for their end; returns and raises what `run_stage` does."""
-    stage.folder.forget_failure()
+    stage.folder.clear_gate_failure()
     if stage.end_gate is not None:
         stage.end_gate.begin()
     restarts = launcher.Restarts(stage.config.train.max_restarts,
-                              lambda: checkpoints.latest(stage.folder.checkpoints),
+                              lambda: checkpoints.latest_checkpoint(stage.folder.checkpoints),
                               partial(_note_restart, stage.folder, begin), partial(_note_giving_up, stage))
     try:
         code = launcher.launch(lambda: _rank(stage, data, begin), nproc, stage.config.train.num_threads,
@@ -164,8 +164,8 @@ def _run_ranks(stage: Stage, data: _Data, begin: _Begin, nproc: int | None) -> b
         _finish_side_jobs(stage.folder, stage.config)
         return True
     failure = stage.folder.failure()
-    if under_launcher():
-        if failure is not None and is_first():
+    if has_launcher():
+        if failure is not None and is_first_rank():
             print(f"gate: {stage.folder.path}: {failure}", file=sys.stderr, flush=True)
         return False
     if failure is not None:
@@ -175,8 +175,8 @@ def _run_ranks(stage: Stage, data: _Data, begin: _Begin, nproc: int | None) -> b
 
 def _way_on(folder: RunFolder) -> str:
     """Return the step of a run's last checkpoint and the command that continues the run."""
-    newest = checkpoints.latest(folder.checkpoints)
-    step = "no checkpoint yet" if newest is None else f"last checkpoint: step {checkpoints.step_of(newest)}"
+    newest = checkpoints.latest_checkpoint(folder.checkpoints)
+    step = "no checkpoint yet" if newest is None else f"last checkpoint: step {checkpoints.checkpoint_step(newest)}"
     # A stage of an extension is continued with the whole run.
     run = folder.path.parents[1] if folder.path.parent.name == STAGES else folder.path
     return f"{step}; continue with: megatron-sov resume {shlex.quote(str(run))}"
@@ -185,7 +185,7 @@ def _way_on(folder: RunFolder) -> str:
 def tell_complete(folder: RunFolder, config: RunConfig, completion: dict[str, Any], gate: str | None, *,
                   dry_run: bool) -> None:
     """Say that a run is complete, and, but in a dry run, make what it has begun beside its steps."""
-    if is_first():
+    if is_first_rank():
         print(f"{folder.path}: is complete at step {completion['step']}")
         if gate is not None and gate not in completion:
             warn(f"{folder.path}: was complete before a gate was asked for, and is not judged")
@@ -195,10 +195,10 @@ def tell_complete(folder: RunFolder, config: RunConfig, completion: dict[str, An
 
 def _tell(stage: Stage, data: _Data, count: int) -> None:
     """Print what `count` processes would do."""
-    if not is_first():
+    if not is_first_rank():
         return
-    newest = checkpoints.latest(stage.folder.checkpoints)
-    steps = range(checkpoints.step_of(newest) if newest else 0, stage.config.num_steps())
+    newest = checkpoints.latest_checkpoint(stage.folder.checkpoints)
+    steps = range(checkpoints.checkpoint_step(newest) if newest else 0, stage.config.num_steps())
     if stage.notes:
         print(_defaults(stage))
     print(banner(stage.config, count, stage.folder.path, steps, data.planned, data.sources,
@@ -217,12 +217,12 @@ def _defaults(stage: Stage) -> str:
 
 def _check_start(stage: Stage, data: _Data) -> None:
     """Raise `UserError` where a run cannot start from what it is to start from."""
-    newest = checkpoints.latest(stage.folder.checkpoints)
-    if stage.until is not None and newest is not None and checkpoints.step_of(newest) >= stage.until:
-        raise UserError(f"--until {stage.until}: the run is at step {checkpoints.step_of(newest)} already; "
+    newest = checkpoints.latest_checkpoint(stage.folder.checkpoints)
+    if stage.until is not None and newest is not None and checkpoints.checkpoint_step(newest) >= stage.until:
+        raise UserError(f"--until {stage.until}: the run is at step {checkpoints.checkpoint_step(newest)} already; "
                         "name a later step")
     if (start := newest or stage.start_from) is not None:
-        refuse_other_tokens(tokenizer_folder(data.sources), tokenizer_of(start))
+        check_same_tokens(tokenizer_folder(data.sources), tokenizer_of(start))
     elif stage.config.lora.on:
         raise UserError(f"lora.rank = {stage.config.lora.rank}: adapters are trained beside a model that "
                         "exists; name it by --from")
@@ -245,7 +245,7 @@ def _open_data(stage: Stage) -> _Data:
                                     formats_of(stage.objective)))
     refuse_unjudged(stage.config, packed)
     chats = [s.name for s in packed if s.is_chat]
-    if chats and stage.config.objective.name == "lm" and is_first():
+    if chats and stage.config.objective.name == "lm" and is_first_rank():
         warn(f"{', '.join(chats)}: holds conversations, of which the answers alone are learned; "
              "`megatron-sov sft` is made for them")
     tokenizer = tokenizer_folder(list(packed))
@@ -268,7 +268,7 @@ def _open_data(stage: Stage) -> _Data:
 def _finish_side_jobs(folder: RunFolder, config: RunConfig) -> None:
     """Make the exports that a complete run has begun, and judge them; no rank waits in a
     collective any more."""
-    if is_first():
+    if is_first_rank():
         SideJobs(folder.path, config, RunEvents(folder.path).add).wait()
 
 
@@ -306,10 +306,10 @@ def _byte_for_ranks() -> int:
 def _note_restart(folder: RunFolder, begin: _Begin, code: int, cause: str) -> None:
     """Say that the processes are started again; they hold no records at that moment."""
     begin.time_s, begin.goes_on = time.time(), True
-    newest = checkpoints.latest(folder.checkpoints)
+    newest = checkpoints.latest_checkpoint(folder.checkpoints)
     text = f"{cause}; all processes are started again, from {newest.name if newest else 'the beginning'}"
     warn(text)
-    event = {"step": checkpoints.step_of(newest) if newest else 0, "exit_code": code, "text": text}
+    event = {"step": checkpoints.checkpoint_step(newest) if newest else 0, "exit_code": code, "text": text}
     if not (folder.path / EVENTS).is_file():  # it ended before the run had begun
         begin.restarts.append(event)
         return
@@ -319,13 +319,13 @@ def _note_restart(folder: RunFolder, begin: _Begin, code: int, cause: str) -> No
 
 def _note_giving_up(stage: Stage, code: int, cause: str) -> None:
     """Say that the processes are not started again."""
-    limit, newest = stage.config.train.max_restarts, checkpoints.latest(stage.folder.checkpoints)
+    limit, newest = stage.config.train.max_restarts, checkpoints.latest_checkpoint(stage.folder.checkpoints)
     text = (f"{cause}, and train.max_restarts = {limit} " + ("starts in a row have left no new checkpoint"
             if limit else "lets no process start again") + "; find the cause above, and go on with --resume")
     print(f"error: {text}", file=sys.stderr, flush=True)
     if (stage.folder.path / EVENTS).is_file():
         RunEvents(stage.folder.path).add(
-            "failure", step=checkpoints.step_of(newest) if newest else 0, exit_code=code, text=text)
+            "failure", step=checkpoints.checkpoint_step(newest) if newest else 0, exit_code=code, text=text)
 
 
 def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
@@ -334,9 +334,9 @@ def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
         device.switch_on()
     if on_gpu():
         device.set_variables(stage.config)
-    latest = checkpoints.latest(stage.folder.checkpoints)
+    latest = checkpoints.latest_checkpoint(stage.folder.checkpoints)
     faults = Faults(stage.faults, stage.folder.path, int(os.environ["RANK"]))
-    faults.trigger("start", checkpoints.step_of(latest) if latest else 0)
+    faults.trigger("start", checkpoints.checkpoint_step(latest) if latest else 0)
     place = world.join(stage.config.parallel, _bytes_of_own_gpu(stage.config))
     lock = RunLock(stage.folder.path) if place.is_main else None
     trainer: Trainer | None = None
@@ -405,10 +405,10 @@ def _lock(stage: Stage, lock: RunLock | None, begin: _Begin) -> None:
 def _own_checkpoint(stage: Stage, place: world.ParallelWorld) -> Path | None:
     """Return the newest sound checkpoint of the run, from which it goes on; None: it has none yet."""
     folder = stage.folder.checkpoints
-    on_main(place, lambda: checkpoints.clear_leftovers(folder))
+    on_main(place, lambda: checkpoints.delete_leftovers(folder))
     newest = newest_sound(stage.folder, place)
     if newest is None:
-        on_main(place, lambda: checkpoints.refuse_lost(folder))
+        on_main(place, lambda: checkpoints.check_sound_checkpoint_exists(folder))
     return newest
 
 
@@ -416,12 +416,12 @@ def _restore(stage: Stage, trainer: Trainer, newest: Path | None) -> bool:
     """Load what the run starts from; returns whether it goes on from a checkpoint of its own."""
     start = newest or stage.start_from
     if stage.config.lora.on and start is not None:  # before it is read: its run may be pruning
-        on_main(trainer.world, lambda: checkpoints.keep_as_base(
-            (checkpoints.adapter_base(start) or checkpoints.AdapterBase.of(start)).path))
+        on_main(trainer.world, lambda: checkpoints.protect_adapter_base(
+            (checkpoints.read_adapter_base(start) or checkpoints.AdapterBase.of(start)).path))
     if newest is not None:
         if stage.start_from is not None:
             refuse_other_base(newest, stage.start_from)
-        trainer.guards.faults.trigger("load", checkpoints.step_of(newest))
+        trainer.guards.faults.trigger("load", checkpoints.checkpoint_step(newest))
         trainer.resume(newest)
         _tell_changes(stage, trainer)
         return True
@@ -451,12 +451,12 @@ def _finish(stage: Stage, trainer: Trainer) -> None:
     if stage.gate is not None and not stage.gate.passed:
         failure = stage.gate.failure()
         trainer.recorder.gate_failed(trainer.step, failure)
-        on_main(trainer.world, lambda: stage.folder.fail(failure))
+        on_main(trainer.world, lambda: stage.folder.mark_gate_failed(failure))
         return
     extra = stage.after(trainer) if stage.after is not None else {}
     last = stage.folder.checkpoint(trainer.step)
     # with a gate at the end the completion manifest waits for its verdict: chains look at that file alone
-    end = stage.folder.complete if stage.end_gate is None else stage.folder.hold
+    end = stage.folder.complete if stage.end_gate is None else stage.folder.mark_awaiting_gate
     on_main(trainer.world, lambda: end({
         "step": trainer.step, "tokens": trainer.state.tokens, "wall_s": trainer.wall_s(),
         "checkpoint": f"{stage.folder.checkpoints.name}/{last.name}",

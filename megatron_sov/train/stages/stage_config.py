@@ -22,9 +22,10 @@ from megatron_sov.model.pretrained import hub_name, is_hf_folder
 from megatron_sov.model.recipes.requested import (
     BuiltIn, RecipeOptions, RecipeRequest, TrainingOptions, requested, training_request)
 from megatron_sov.model.recipes.stage_defaults import Stage, base_of_model
-from megatron_sov.runs.checkpoints import IMPORTED, find_checkpoint, refuse_missing, settings_of
-from megatron_sov.runs.folder import RunFolder, resumed_settings
-from megatron_sov.runs.gpu_driver import visible_gpus
+from megatron_sov.runs.checkpoints import (
+    IMPORTED_RECIPE, check_model_path, find_checkpoint, read_checkpoint_settings)
+from megatron_sov.runs.folder import RunFolder, read_started_settings
+from megatron_sov.runs.gpu_driver import list_visible_gpus
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.guards.fault_injection import STATES, Fault, parse
 from megatron_sov.train.stages.packed_files import (
@@ -188,7 +189,7 @@ def stage_request(args: StageOptions, objective: BuiltIn, *, needs_data: bool = 
     packing = _packing_of(args, objective)
     shards = data_paths([text for text in args.data if text not in packing.arguments])
     asked = training_request(args, objective, needs_data=needs_data, lengthens=lengthens,
-                             resumed=resumed_settings(args.run) if args.resume else None,
+                             resumed=read_started_settings(args.run) if args.resume else None,
                              of_model=args.model_settings(None if lengthens else objective))
     base = asked.base
     if packing.files:
@@ -213,7 +214,7 @@ def _propose_recipe(start_from: Path) -> None:
     from megatron_sov import convert
 
     start = find_start(start_from)
-    family = (convert.open_weights(start).model if is_hf_folder(start) else settings_of(start).model).family
+    family = (convert.open_weights(start).model if is_hf_folder(start) else read_checkpoint_settings(start).model).family
     if known := recipes.of_family(family):
         raise UserError("RECIPE: is missing; steps, batches and learning rate come from a recipe of the "
                         f"model's family, {family}: {', '.join(known)}", Fix(arguments=(known[-1],)))
@@ -236,7 +237,7 @@ def _packing_of(args: StageOptions, objective: BuiltIn) -> FilePacking:
     tokenizer = Path()
     if files:
         tokenizer = _tokenizer_for(args, files[0])
-        RunFolder(args.run).refuse_taken(args.resume)
+        RunFolder(args.run).check_available(args.resume)
     return FilePacking(args.run, files, tokenizer, args.dry_run)
 
 
@@ -288,11 +289,11 @@ def _settings_of_model(start_from: Path, stage: Stage, has_gpus: bool | None = N
     if is_hf_folder(start):
         from megatron_sov import convert
 
-        on_gpu = bool(visible_gpus()) if has_gpus is None else has_gpus
+        on_gpu = bool(list_visible_gpus()) if has_gpus is None else has_gpus
         return base_of_model(hub_name(start), convert.open_weights(start).model,
                              "bf16" if on_gpu else "fp32", stage)
-    settings = settings_of(start)
-    name = hub_name(start_from) if settings.recipe == IMPORTED else settings.recipe
+    settings = read_checkpoint_settings(start)
+    name = hub_name(start_from) if settings.recipe == IMPORTED_RECIPE else settings.recipe
     return base_of_model(name, settings.model, settings.train.precision, stage, settings.lora)
 
 
@@ -308,7 +309,7 @@ def _model_of(start_from: Path, asked: RecipeRequest) -> ModelConfig:
 
         model = convert.open_weights(start).model
     else:
-        model = settings_of(start).model
+        model = read_checkpoint_settings(start).model
     family = asked.base.model.family
     for setting in asked.settings:  # the last one counts
         key, _, value = setting.partition("=")
@@ -328,7 +329,7 @@ def find_start(start_from: Path) -> Path:
     Raises:
         UserError: it is neither, and no run with a checkpoint.
     """
-    refuse_missing(start_from, "--from ")
+    check_model_path(start_from, "--from ")
     return start_from if is_hf_folder(start_from) else find_checkpoint(start_from)
 
 

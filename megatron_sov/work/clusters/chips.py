@@ -87,10 +87,10 @@ class Chip(Gpu):
         peak = {"bf16": self.bf16_flops_per_s, "fp8": self.fp8_flops_per_s, "fp4": self.fp4_flops_per_s}
         if not peak.get(precision):
             supported = [name for name in PRECISIONS if peak[name]]
-            others = [chip.key for chip in CHIPS.values() if getattr(chip, f"{precision}_flops_per_s", 0)]
+            alternatives = [chip.key for chip in CHIPS.values() if getattr(chip, f"{precision}_flops_per_s", 0)]
             raise UserError(f"{precision} on {self.name}: is not supported by its tensor cores (they support "
                             f"{' and '.join(supported)}); plan with {supported[-1]}"
-                            + (f", or with one of {', '.join(others)}" if others else ""))
+                            + (f", or with one of {', '.join(alternatives)}" if alternatives else ""))
         return peak[precision]
 
 
@@ -110,12 +110,12 @@ class Links:
     """Latency of a small message between domains."""
 
 
-def _read() -> dict[str, Chip]:
+def _read_chips() -> dict[str, Chip]:
     """Read the packaged table and its aliases."""
     text = importlib.resources.files("slurm").joinpath("chips.yaml").read_text(encoding="utf-8")
     rows: dict[str, dict[str, Any]] = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     # map every spelling to a key: the table's, the vendor's, CUDA's
-    _aliases.update({_folded(name): key for key, row in rows.items()
+    _aliases.update({_normalize_name(name): key for key, row in rows.items()
                      for name in (key, row["name"], *row["aliases"])})
     chips: dict[str, Chip] = {}
     for key, row in rows.items():
@@ -131,32 +131,32 @@ def _read() -> dict[str, Chip]:
     return chips
 
 
-def _folded(name: str) -> str:
+def _normalize_name(name: str) -> str:
     """Normalize a GPU name: lower case, letters and digits only, without the vendor."""
     return re.sub(r"[^a-z0-9]|nvidia|amd|instinct", "", name.lower())
 
 
 _aliases: dict[str, str] = {}
-CHIPS = _read()
+CHIPS = _read_chips()
 """Name in cluster profiles and recommended layouts -> GPU."""
 
 
-def chip(name: str) -> Chip:
+def find_chip(name: str) -> Chip:
     """Return a chip by key, name or alias in any spelling.
 
     Raises:
         UserError: unknown name; the message suggests the nearest.
     """
-    known_chip = of_device(name)
+    known_chip = find_device_chip(name)
     if known_chip is None:
         raise UserError(f"GPU {name!r}: is not in the table{nearest(name.lower(), CHIPS)} "
                         f"(GPUs: {', '.join(sorted(CHIPS))})")
     return known_chip
 
 
-def of_device(name: str) -> Chip | None:
+def find_device_chip(name: str) -> Chip | None:
     """Return the chip for CUDA's device name, or None if the table lacks it (such as PCIe variants)."""
-    key = _aliases.get(_folded(name))
+    key = _aliases.get(_normalize_name(name))
     return CHIPS[key] if key else None
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from megatron_sov.base.errors import UserError, nearest
 
 TIMEOUT_S = 60
-LIVING = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING", "STOPPED"}
-OF_A_JOB = ("SLURM_", "SBATCH_")
+ACTIVE_STATES = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING", "STOPPED"}
+JOB_VARIABLE_PREFIXES = ("SLURM_", "SBATCH_")
 THIS_JOB = '"${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"'
 """Shell word that names the running job, or the running task of an array. In a task SLURM_JOB_ID
 may equal the
 array's number, with which `scontrol` and `squeue` would act on all tasks."""
-WHERE_SLURM_IS = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SBATCH_CLUSTERS", "SLURM_JWT")
+CLIENT_VARIABLES = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SBATCH_CLUSTERS", "SLURM_JWT")
 
 
 def environment_outside_jobs() -> dict[str, str]:
@@ -25,10 +25,10 @@ def environment_outside_jobs() -> dict[str, str]:
     sbatch prefers SBATCH_ACCOUNT to the script's account; inside an allocation variables such as
     SLURM_MEM_PER_CPU are inherited and conflict with the job's own options.
     """
-    return {k: v for k, v in os.environ.items() if k in WHERE_SLURM_IS or not k.startswith(OF_A_JOB)}
+    return {k: v for k, v in os.environ.items() if k in CLIENT_VARIABLES or not k.startswith(JOB_VARIABLE_PREFIXES)}
 
 
-def ask(program: str, *arguments: str, script: str | None = None) -> subprocess.CompletedProcess[str]:
+def run_slurm_program(program: str, *arguments: str, script: str | None = None) -> subprocess.CompletedProcess[str]:
     """Run a Slurm program.
 
     Raises:
@@ -48,9 +48,9 @@ def ask(program: str, *arguments: str, script: str | None = None) -> subprocess.
 
 def check_partition(partition: str) -> None:
     """Raise `UserError` if Slurm has no such partition; "" means the default."""
-    result = ask("sinfo", "--noheader", "--format=%R")
+    result = run_slurm_program("sinfo", "--noheader", "--format=%R")
     if result.returncode:
-        raise UserError(f"sinfo: {reason(result.stderr)}; see to it that Slurm's controller can be reached")
+        raise UserError(f"sinfo: {format_error(result.stderr)}; see to it that Slurm's controller can be reached")
     known = sorted(set(result.stdout.split()))
     if partition and partition not in known:
         raise UserError(f"partition {partition!r}: does not exist here{nearest(partition, known)} "
@@ -60,13 +60,13 @@ def check_partition(partition: str) -> None:
 
 def check_script(text: str) -> None:
     """Raise `UserError` if Slurm would refuse a script; submits nothing."""
-    result = ask("sbatch", "--test-only", script=text)
+    result = run_slurm_program("sbatch", "--test-only", script=text)
     if result.returncode:
-        raise UserError(f"Slurm refuses the job: {reason(result.stderr)}; "
+        raise UserError(f"Slurm refuses the job: {format_error(result.stderr)}; "
                         "change the profile or the arguments of submit")
 
 
-def submit(script: Path, *, after: list[str]) -> str:
+def submit_script(script: Path, *, after: list[str]) -> str:
     """Submit a script and return the job's number.
 
     Args:
@@ -77,30 +77,30 @@ def submit(script: Path, *, after: list[str]) -> str:
         UserError: Slurm refuses the script.
     """
     depends = [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
-    result = ask("sbatch", "--parsable", *depends, str(script))
+    result = run_slurm_program("sbatch", "--parsable", *depends, str(script))
     if result.returncode:
-        raise UserError(f"Slurm refuses {script}: {reason(result.stderr)}")
+        raise UserError(f"Slurm refuses {script}: {format_error(result.stderr)}")
     return result.stdout.strip().split(";")[0]
 
 
-def states(jobs: list[str]) -> dict[str, str]:
+def read_active_states(jobs: list[str]) -> dict[str, str]:
     """Return job number -> state for waiting and running jobs; for an array, the state of any task."""
     if not jobs:
         return {}
     # squeue fails if a job is long gone
-    result = ask("squeue", "--noheader", "--format=%F %T", f"--jobs={','.join(jobs)}")
+    result = run_slurm_program("squeue", "--noheader", "--format=%F %T", f"--jobs={','.join(jobs)}")
     # %F is the array's number in each task's line: the last listed task counts
     rows = [line.split() for line in result.stdout.splitlines()]
     job_states = {row[0]: row[1] for row in rows if len(row) == 2}
-    return {number: state for number, state in job_states.items() if state in LIVING}
+    return {number: state for number, state in job_states.items() if state in ACTIVE_STATES}
 
 
-def cancel(jobs: list[str]) -> None:
+def cancel_jobs(jobs: list[str]) -> None:
     if jobs:
-        ask("scancel", *jobs)
+        run_slurm_program("scancel", *jobs)
 
 
-def reason(text: str) -> str:
+def format_error(text: str) -> str:
     """Return a Slurm program's error text on one line without prefixes."""
     lines = [re.sub(r"^\w+: (error: )?", "", line).strip() for line in text.splitlines() if line.strip()]
     return "; ".join(dict.fromkeys(lines)) or "it gives no reason"

@@ -20,11 +20,11 @@ from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, Bound, Breach, NotNegative, NotNegativeInt, ProblemCode, SettingsError,
     SettingsProblem, find_broken, read_text, read_yaml, rules_of)
 from megatron_sov.work.clusters.chips import (
-    CHIPS, INFINIBAND_LATENCY_S, INSIDE_LATENCY_S, Chip, Links, of_device)
+    CHIPS, INFINIBAND_LATENCY_S, INSIDE_LATENCY_S, Chip, Links, find_device_chip)
 
-SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|PRIVATE_KEY)S?$", re.IGNORECASE)
+SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|PRIVATE_KEY)S?$", re.IGNORECASE)
 """Pattern of variable names whose values must not appear in scripts."""
-VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 TIME_LIMIT = re.compile(r"(?P<d>\d+)-(?P<dh>\d+)(:(?P<dm>\d+)(:(?P<ds>\d+))?)?"
                         r"|((?P<h>\d+):(?=\d+:))?(?P<m>\d+)(:(?P<s>\d+))?")
 """Time formats of sbatch: with days, or hours:minutes:seconds, minutes:seconds, minutes."""
@@ -34,39 +34,39 @@ MEMORY_SHIFTS = {"K": 10, "": 20, "M": 20, "G": 30, "T": 40}
 """Unit -> power of two in bytes; without unit, megabytes."""
 LARGEST_SERVER = 8
 """GPUs per server; larger NVLink domains span nodes."""
-MOST = 1_000_000_000
+MAX_AMOUNT = 1_000_000_000
 """Upper bound of prices, powers, rates and times in a profile."""
 MAX_SIGNAL_LEAD_S = 65535
 """Maximum of sbatch's --signal."""
-Amount = Annotated[float, Ge(0), Le(MOST)]
+Amount = Annotated[float, Ge(0), Le(MAX_AMOUNT)]
 
 
-def _no_chip(key: str) -> Breach | None:
+def _check_chip(key: str) -> Breach | None:
     if not key or key in CHIPS:
         return None
-    known = of_device(key)  # known under another spelling
+    known = find_device_chip(key)  # known under another spelling
     suggestion = f"; did you mean {known.key!r}?" if known else nearest(key.lower(), CHIPS)
     rule = f"must be one of {', '.join(sorted(CHIPS))}, or empty for another kind"
     return ProblemCode.CHOICE, rule, suggestion[2:]
 
 
-def _no_variable(name: str) -> Breach | None:
-    return None if VARIABLE.fullmatch(name) else (ProblemCode.BOUND, "is not a name of a variable", "")
+def _check_variable_name(name: str) -> Breach | None:
+    return None if VARIABLE_NAME.fullmatch(name) else (ProblemCode.BOUND, "is not a name of a variable", "")
 
 
-def _secret(name: str) -> Breach | None:
+def _check_not_secret(name: str) -> Breach | None:
     return (ProblemCode.BOUND, "looks like the name of a secret, which must not stand in a script",
-            "export it in the shell that submits: jobs inherit that") if SECRET.search(name) else None
+            "export it in the shell that submits: jobs inherit that") if SECRET_NAME.search(name) else None
 
 
-def _no_absolute_path(path: str) -> Breach | None:
+def _check_absolute_path(path: str) -> Breach | None:
     return (ProblemCode.BOUND, "must begin with /, for it is taken as it stands",
             "where a variable names the folder, leave it out and export TMPDIR in a line of setup"
             ) if path and not path.startswith("/") else None
 
 
-KnownChip = Annotated[str, Bound(_no_chip)]
-VariableName = Annotated[str, Bound(_no_variable)]
+KnownChip = Annotated[str, Bound(_check_chip)]
+VariableName = Annotated[str, Bound(_check_variable_name)]
 
 
 @dataclass(frozen=True)
@@ -143,18 +143,18 @@ class ClusterProfile:
     """Environment modules to load."""
     setup: tuple[str, ...] = ()
     """Shell lines to run first, verbatim."""
-    environment: dict[Annotated[VariableName, Bound(_secret)], str] = dataclasses.field(default_factory=dict)
+    environment: dict[Annotated[VariableName, Bound(_check_not_secret)], str] = dataclasses.field(default_factory=dict)
     """Environment variables for all ranks, such as NCCL settings. Never secrets."""
     container: ContainerConfig = ContainerConfig()
     """Container for a job's Python."""
     python: str = ""
     """Python program on the nodes or in the container; empty: the login node's, or python3 in a container."""
-    scratch: Annotated[str, Bound(_no_absolute_path)] = ""
+    scratch: Annotated[str, Bound(_check_absolute_path)] = ""
     """Folder on each node's local disk for temporary files and compiled kernels, created if missing; empty:
     default."""
     preflight: PreflightConfig = PreflightConfig()
     """Node checks before each start."""
-    nvlink_domain: Annotated[int, Ge(0), Le(MOST)] = 0
+    nvlink_domain: Annotated[int, Ge(0), Le(MAX_AMOUNT)] = 0
     """Number of GPUs connected by NVLink; 0: a node's GPUs, or 72 for an NVL72."""
     network_gbits_per_gpu: Amount = 0.0
     """Network bandwidth per GPU to other nodes, one direction, Gb/s; 0: unknown, and `plan` does not estimate
@@ -167,7 +167,7 @@ class ClusterProfile:
     estimate checkpoint times. NVIDIA's SuperPOD reference for H100: 20 per 32 nodes, enhanced 62."""
     price_per_gpu_hour: Amount = 0.0
     """Price of a GPU hour in USD, all included; 0: the chip's typical price, as a range."""
-    pue: Annotated[float, Ge(1), Le(MOST)] = 1.3
+    pue: Annotated[float, Ge(1), Le(MAX_AMOUNT)] = 1.3
     """Power usage effectiveness: energy of the site divided by energy of its computers. Meta 1.08, average
     1.56 (Uptime Institute survey 2024); good new sites lie between."""
     node_power_w: Amount = 0.0
@@ -232,7 +232,7 @@ class ClusterProfile:
              "name an image, or set kind to none"))
 
 
-def links(profile: ClusterProfile, num_gpus: int) -> Links:
+def compute_links(profile: ClusterProfile, num_gpus: int) -> Links:
     """Return the interconnects for a run.
 
     Args:
@@ -256,18 +256,18 @@ def links(profile: ClusterProfile, num_gpus: int) -> Links:
                  profile.network_latency_us * 1e-6)
 
 
-def shipped(folder: str) -> dict[str, Traversable]:
+def list_packaged_files(folder: str) -> dict[str, Traversable]:
     """Return name -> packaged YAML file in `slurm/clusters` or `slurm/chains`."""
     files = importlib.resources.files("slurm").joinpath(folder).iterdir()
     return {file.name.removesuffix(".yaml"): file for file in sorted(files, key=lambda file: file.name)
             if file.name.endswith(".yaml")}
 
 
-def names() -> list[str]:
-    return [*shipped("clusters")]
+def list_profiles() -> list[str]:
+    return [*list_packaged_files("clusters")]
 
 
-def time_limit_s(text: str) -> float:
+def parse_time_limit(text: str) -> float:
     """Parse a time limit in any sbatch format; return seconds, infinity for no limit.
 
     Raises:
@@ -284,14 +284,14 @@ def time_limit_s(text: str) -> float:
     return sum(int(match[name] or 0) * seconds for name, seconds in units.items()) or math.inf
 
 
-def settings_by_nodes(given: Sequence[str]) -> dict[int, tuple[str, ...]]:
+def parse_node_settings(arguments: Sequence[str]) -> dict[int, tuple[str, ...]]:
     """Parse N:key=value arguments into number of nodes -> settings.
 
     Raises:
         UserError: an argument has another form.
     """
     settings: dict[int, tuple[str, ...]] = {}
-    for text in given:
+    for text in arguments:
         count, colon, setting = text.partition(":")
         if not colon or not count.isdigit() or "=" not in setting:
             raise UserError(f"--nodes-set {text}: must have the form N:key=value, e.g. 2:parallel.ep=2")
@@ -299,7 +299,7 @@ def settings_by_nodes(given: Sequence[str]) -> dict[int, tuple[str, ...]]:
     return settings
 
 
-def load(name: str, *, account: str | None = None, partition: str | None = None,
+def load_profile(name: str, *, account: str | None = None, partition: str | None = None,
          needs_account: bool = True) -> ClusterProfile:
     """Load a packaged profile or a YAML file.
 
@@ -315,13 +315,13 @@ def load(name: str, *, account: str | None = None, partition: str | None = None,
     if name.endswith((".yaml", ".yml")):
         file = Path(name)
         if not file.is_file():
-            raise UserError(f"--cluster {name}: does not exist; pass a file, or one of {', '.join(names())}")
+            raise UserError(f"--cluster {name}: does not exist; pass a file, or one of {', '.join(list_profiles())}")
         text = read_text(file, f"--cluster {name}")
-    elif name in names():
-        text = shipped("clusters")[name].read_text(encoding="utf-8")
+    elif name in list_profiles():
+        text = list_packaged_files("clusters")[name].read_text(encoding="utf-8")
     else:
-        raise UserError(f"--cluster {name}: there is no such profile{nearest(name, names())} (profiles: "
-                        f"{', '.join(names())}; your own: a path that ends with .yaml)")
+        raise UserError(f"--cluster {name}: there is no such profile{nearest(name, list_profiles())} (profiles: "
+                        f"{', '.join(list_profiles())}; your own: a path that ends with .yaml)")
     # check rules only after applying account and partition
     profile = read_yaml(ClusterProfile, text, f"--cluster {name}", rules=False)
     profile = dataclasses.replace(profile, account=profile.account if account is None else account,

@@ -13,20 +13,20 @@ MAX_WAIT_S = 60.0
 """Maximum wait between attempts, regardless of Retry-After."""
 MAX_LEVELS = 200
 """Maximum nesting depth of an answer's JSON; deeper values can be parsed but not serialized again."""
-NEVER = {
+PERMANENT_REFUSALS = {
     "longer than the model's context": ("context_length_exceeded", "maximum context length", "max_model_len",
                                           "maximum model length", "model's context length",
                                           "exceed_context_size"),
     "against the endpoint's policy": ("content_filter", "content_policy_violation"),
 }
 """Reason for a permanent refusal -> phrases in error bodies from OpenAI, vLLM, SGLang and llama.cpp."""
-NO_TOOLS = ("--enable-auto-tool-choice", "does not support tools", "requires --jinja")
+NO_TOOLS_PHRASES = ("--enable-auto-tool-choice", "does not support tools", "requires --jinja")
 """Phrases from vLLM, Ollama and llama.cpp servers without tool calling."""
-MAX_TOLD_CHARS = 200
+MAX_REASON_CHARS = 200
 """Maximum length of an endpoint's error text in messages."""
 
 
-def answering_model(answer: Any) -> str:
+def read_model_name(answer: Any) -> str:
     """Return the model name in an endpoint's answer, or ""."""
     name = answer.get("model") if isinstance(answer, dict) else None
     return name if isinstance(name, str) else ""
@@ -35,22 +35,22 @@ def answering_model(answer: Any) -> str:
 class BadAnswer(Exception):
     """The endpoint's reply is unusable; another attempt may succeed."""
 
-    def __init__(self, said: str, wait_s: float = 0.0, is_away: bool = False) -> None:
+    def __init__(self, message: str, wait_s: float = 0.0, is_unavailable: bool = False) -> None:
         """Store the message, the requested wait in seconds, and whether the endpoint is
         unreachable or overloaded."""
-        super().__init__(said)
-        self.wait_s, self.is_away = wait_s, is_away
+        super().__init__(message)
+        self.wait_s, self.is_unavailable = wait_s, is_unavailable
 
 
 class EndpointUnavailable(BadAnswer):
     """The endpoint was unreachable or overloaded for longer than the limit."""
 
 
-class NeverAnswered(BadAnswer):
+class RequestRefused(BadAnswer):
     """The endpoint refuses the request permanently: too long, or against its policy."""
 
 
-def decoded(body: bytes) -> Any:
+def parse_json_answer(body: bytes) -> Any:
     """Parse an answer's JSON; raises BadAnswer if invalid or nested beyond `MAX_LEVELS`."""
     try:
         content = json.loads(body)
@@ -67,26 +67,26 @@ def decoded(body: bytes) -> Any:
     raise BadAnswer(f"the endpoint sent JSON of more than {MAX_LEVELS} levels")
 
 
-def why_never(body: bytes) -> str:
+def find_permanent_refusal(body: bytes) -> str:
     """Return the reason for a permanent refusal in an error body, or ""."""
     text = body[:10_000].decode("utf-8", "replace")
-    return next((why for why, words in NEVER.items() if any(word in text for word in words)), "")
+    return next((why for why, words in PERMANENT_REFUSALS.items() if any(word in text for word in words)), "")
 
 
-def reason_of(body: bytes, secret: str = "") -> str:
+def read_error_text(body: bytes, secret: str = "") -> str:
     """Return the error text in OpenAI's, vLLM's or SGLang's format on one line, with the API key masked."""
     with contextlib.suppress(BadAnswer):
-        error = decoded(body)
+        error = parse_json_answer(body)
         error = error.get("error", error) if isinstance(error, dict) else None
         message = error.get("message") if isinstance(error, dict) else error
         if isinstance(message, str):
             # the text goes to the terminal and may quote the key
             line = "".join(char if char.isprintable() else " " for char in message)
-            return " ".join((line.replace(secret, "...") if secret else line).split())[:MAX_TOLD_CHARS]
+            return " ".join((line.replace(secret, "...") if secret else line).split())[:MAX_REASON_CHARS]
     return ""
 
 
-def seconds(text: str | None) -> float:
+def parse_retry_after(text: str | None) -> float:
     """Parse a Retry-After header (seconds or a date); 0 if invalid."""
     try:
         wait_s = float(text or 0)
@@ -100,7 +100,7 @@ def seconds(text: str | None) -> float:
     return min(max(wait_s, 0.0), MAX_WAIT_S) if wait_s == wait_s else 0.0
 
 
-def told_tokens(answer: Any) -> tuple[int, int] | None:
+def read_usage(answer: Any) -> tuple[int, int] | None:
     """Return (prompt tokens, completion tokens) from an answer's usage, or None."""
     usage = answer.get("usage") if isinstance(answer, dict) else None
     if not isinstance(usage, dict):
@@ -113,7 +113,7 @@ def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**9
 
 
-def only(answer: Any, name: str) -> dict[str, Any]:
+def get_single_item(answer: Any, name: str) -> dict[str, Any]:
     """Return the single item of list `name` in an answer; raises BadAnswer for another number of items."""
     items = answer.get(name) if isinstance(answer, dict) else None
     if not isinstance(items, list) or len(items) != 1 or not isinstance(items[0], dict):

@@ -63,7 +63,7 @@ class EndpointCache:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def get(self, key: str) -> Any | None:
-        rows = self._do("SELECT answer FROM answers WHERE key = ?", (key,))
+        rows = self._execute("SELECT answer FROM answers WHERE key = ?", (key,))
         if rows:
             try:
                 return json.loads(rows[0][0])
@@ -83,7 +83,7 @@ class EndpointCache:
             answer: the answer to cache; None for failures.
         """
         request = (time.time(), key, outcome, usage.input_tokens, usage.output_tokens, usage.cost, wall_s)
-        with self._refuse_errors(), self._lock, self._connection:
+        with self._convert_errors(), self._lock, self._connection:
             # take the write lock first: two processes that start with reads would deadlock
             self._connection.execute("BEGIN IMMEDIATE")
             if answer is not None:
@@ -92,27 +92,27 @@ class EndpointCache:
             self._connection.execute("INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?, ?)", request)
 
     def keys(self) -> set[str]:
-        return {row[0] for row in self._do("SELECT key FROM answers", ())}
+        return {row[0] for row in self._execute("SELECT key FROM answers", ())}
 
     def cost(self) -> float:
-        return float(self._do("SELECT coalesce(sum(cost), 0) FROM requests", ())[0][0])
+        return float(self._execute("SELECT coalesce(sum(cost), 0) FROM requests", ())[0][0])
 
     def usage(self) -> Usage:
-        return Usage(*self._do("SELECT coalesce(sum(input_tokens), 0), coalesce(sum(output_tokens), 0), "
+        return Usage(*self._execute("SELECT coalesce(sum(input_tokens), 0), coalesce(sum(output_tokens), 0), "
                                "coalesce(sum(cost), 0.0) FROM requests", ())[0])
 
     def num_requests(self) -> int:
-        return int(self._do("SELECT count(*) FROM requests", ())[0][0])
+        return int(self._execute("SELECT count(*) FROM requests", ())[0][0])
 
     def close(self) -> None:
         self._connection.close()
 
-    def _do(self, statement: str, values: tuple[Any, ...]) -> list[Any]:
-        with self._refuse_errors(), self._lock:
+    def _execute(self, statement: str, values: tuple[Any, ...]) -> list[Any]:
+        with self._convert_errors(), self._lock:
             return self._connection.execute(statement, values).fetchall()
 
     @contextlib.contextmanager
-    def _refuse_errors(self) -> Iterator[None]:
+    def _convert_errors(self) -> Iterator[None]:
         try:
             yield
         except sqlite3.Error as e:

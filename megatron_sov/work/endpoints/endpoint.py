@@ -15,20 +15,20 @@ from typing import Any, Protocol, TypeVar
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.endpoints.answers import (
-    MAX_WAIT_S, NO_TOOLS, BadAnswer, EndpointUnavailable, NeverAnswered, answering_model, decoded, reason_of,
-    seconds, told_tokens, why_never)
+    MAX_WAIT_S, NO_TOOLS_PHRASES, BadAnswer, EndpointUnavailable, RequestRefused, find_permanent_refusal,
+    parse_json_answer, parse_retry_after, read_error_text, read_model_name, read_usage)
 from megatron_sov.work.endpoints.cache import EndpointCache, Usage
 from megatron_sov.work.endpoints.transport import Transport
 
 T = TypeVar("T")
-AWAY = frozenset([429, 502, 503, 504, 529])
+UNAVAILABLE_STATUSES = frozenset([429, 502, 503, 504, 529])
 """HTTP status codes of an overloaded or unreachable endpoint."""
-RETRIED = AWAY | {408, 409, 425, 500}
-HOPELESS = {401: "the key is not accepted", 402: "the account has no money", 403: "access is denied",
+RETRIED_STATUSES = UNAVAILABLE_STATUSES | {408, 409, 425, 500}
+FATAL_STATUSES = {401: "the key is not accepted", 402: "the account has no money", 403: "access is denied",
             404: "there is no such address or model"}
 """Errors that affect every request: the command stops, and resumes when run again."""
-REFUSED = frozenset([400, 413, 422])
-TOLD_S = 5.0
+REFUSED_STATUSES = frozenset([400, 413, 422])
+REPORT_AFTER_S = 5.0
 """Shorter waits are not reported."""
 
 
@@ -96,21 +96,21 @@ class Endpoint:
     """
 
     def __init__(self, url: str, key_env: str, limits: EndpointLimits, cache: EndpointCache, *,
-                 known_as: str = "",
+                 cache_name: str = "",
                  gate: RateGate | None = None, sleep: Callable[[float], object] = time.sleep,
-                 told: Callable[[str], object] = lambda sentence: None, key: str = "",
-                 sent: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+                 report: Callable[[str], object] = lambda sentence: None, key: str = "",
+                 transform: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
                  accepted_models: Collection[str] | None = None) -> None:
         self._url, self._key_env, self._limits, self._cache = url, key_env, limits, cache
-        self._known_as, self._gate, self._sleep = known_as or url, gate or OpenGate(), sleep
+        self._known_as, self._gate, self._sleep = cache_name or url, gate or OpenGate(), sleep
         self._transport = Transport(url, key_env, limits.timeout_s, key)
-        self._sent = sent
+        self._sent = transform
         self._lock = threading.Lock()
         self._next_s = 0.0
         self._asking: dict[str, tuple[threading.Lock, int]] = {}
         self.answered_s = time.monotonic()
         """Time of the last answer (or creation), by the monotonic clock."""
-        self._told, self._told_s = told, float("-inf")
+        self._told, self._told_s = report, float("-inf")
         self._accepted_models = accepted_models
         self._names: set[str] = set()
 
@@ -136,15 +136,15 @@ class Endpoint:
             UserError: no request can succeed, or the cost limit is reached.
         """
         key = self.key(payload)
-        with self._alone(key):
+        with self._lock_request(key):
             cached = self._cache.get(key)
-            if cached is not None and self._other_model(payload, cached) is None:
+            if cached is not None and self._find_substitute_model(payload, cached) is None:
                 with contextlib.suppress(BadAnswer):  # cached by other code
                     return read(cached)
             return self._ask_until_answered(payload, key, read)
 
     @contextlib.contextmanager
-    def _alone(self, key: str) -> Iterator[None]:
+    def _lock_request(self, key: str) -> Iterator[None]:
         """Lock a request key, so that a single thread requests an answer and the others find it
         in the cache."""
         with self._lock:
@@ -166,11 +166,11 @@ class Endpoint:
             attempt += 1
             self._wait_for_turn()
             try:
-                answer = self._attempt(payload, key, read)
-            except NeverAnswered:
+                answer = self._send_request(payload, key, read)
+            except RequestRefused:
                 raise
             except (TimeoutError, BadAnswer) as e:
-                is_away = getattr(e, "is_away", False)
+                is_away = getattr(e, "is_unavailable", False)
                 # patience counts from the endpoint's last answer to any request
                 if attempt >= limits.max_attempts:
                     waited_s = time.monotonic() - max(began_s, self.answered_s)
@@ -179,18 +179,18 @@ class Endpoint:
                     if waited_s >= limits.patience_s:
                         raise EndpointUnavailable(f"{self._url}: {e}, for {waited_s:.0f} s") from None
                 if is_away:
-                    self._tell(str(e))
+                    self._report_wait(str(e))
                 # jitter, so that threads that failed together do not retry together
                 wait_s = limits.backoff_s * 2 ** min(attempt - 1, 20) * random.uniform(0.5, 1.0)
                 self._sleep(min(max(wait_s, getattr(e, "wait_s", 0.0)), MAX_WAIT_S))
             else:
                 return answer
 
-    def _other_model(self, payload: Mapping[str, Any], answer: Any) -> str | None:
+    def _find_substitute_model(self, payload: Mapping[str, Any], answer: Any) -> str | None:
         """Return the model that answered, if it is neither requested nor accepted."""
         if self._accepted_models is None:
             return None
-        name = answering_model(answer)
+        name = read_model_name(answer)
         return None if name in ("", payload.get("model"), *self._accepted_models) else name
 
     def _check_model(self, payload: Mapping[str, Any], answer: Any) -> None:
@@ -199,10 +199,10 @@ class Endpoint:
         Raises:
             UserError: `accepted_models` do not contain it.
         """
-        name, requested = answering_model(answer), payload.get("model")
+        name, requested = read_model_name(answer), payload.get("model")
         if name in ("", requested) or not isinstance(requested, str):
             return
-        if self._other_model(payload, answer) is not None:
+        if self._find_substitute_model(payload, answer) is not None:
             raise UserError(f"{self._url}: was asked for model {requested!r}, and {name[:200]!r} answered; "
                             "its answer is not used. Run the same command again when the endpoint serves "
                             f"{requested!r}, or pass --accept-model {shlex.quote(name[:200])} to use the "
@@ -214,10 +214,10 @@ class Endpoint:
         self._told(f"{self._url}: was asked for model {requested!r}, and {name[:200]!r} answers; the answers "
                    "are recorded with that name")
 
-    def _tell(self, why: str) -> None:
+    def _report_wait(self, why: str) -> None:
         """Report a wait once, when the endpoint has not answered any request for `TOLD_S`."""
         with self._lock:
-            if time.monotonic() - self.answered_s < TOLD_S or self._told_s > self.answered_s:
+            if time.monotonic() - self.answered_s < REPORT_AFTER_S or self._told_s > self.answered_s:
                 return
             self._told_s = time.monotonic()
         self._told(f"{self._url}: {why}; waiting up to {self._limits.patience_s:.0f} s for it")
@@ -241,19 +241,19 @@ class Endpoint:
             self._next_s = turn_s + 60 / limits.requests_per_minute
         self._sleep(turn_s - now_s)
 
-    def _attempt(self, payload: Mapping[str, Any], key: str, read: Callable[[Any], T]) -> T:
+    def _send_request(self, payload: Mapping[str, Any], key: str, read: Callable[[Any], T]) -> T:
         """Send a request and return `read` applied to its answer; log and cache both in one transaction."""
-        most = self._most(payload)
+        most = self._max_usage(payload)
         # a budget reserves the worst case before sending; `leave` corrects it
         self._gate.enter(most)
         outcome, usage, answer, began_s = "no answer", Usage(0, 0, 0.0), None, time.monotonic()
         try:
             response = self._transport.post(self._sent(payload))
             outcome = str(response.status)
-            self._refuse(response.status, response.headers.get("retry-after"), response.body)
+            self._check_status(response.status, response.headers.get("retry-after"), response.body)
             usage = most  # also if the answer was truncated in transit
-            content = decoded(response.body)
-            usage = self._billed(content, most)
+            content = parse_json_answer(response.body)
+            usage = self._read_billing(content, most)
             self._check_model(payload, content)
             try:
                 result = read(content)
@@ -273,35 +273,35 @@ class Endpoint:
             finally:
                 self._gate.leave(most, usage)
 
-    def _refuse(self, status: int, retry_after: str | None, body: bytes) -> None:
+    def _check_status(self, status: int, retry_after: str | None, body: bytes) -> None:
         """Raise for a status other than 200."""
-        if status in HOPELESS:
-            raise UserError(f"{self._url}: {HOPELESS[status]} (HTTP {status}); check the address, the "
+        if status in FATAL_STATUSES:
+            raise UserError(f"{self._url}: {FATAL_STATUSES[status]} (HTTP {status}); check the address, the "
                             f"model and the key in {self._key_env}, and run the same command again")
-        if status in RETRIED:
-            raise BadAnswer(f"the endpoint answered HTTP {status}", seconds(retry_after), status in AWAY)
-        if status in REFUSED and (why := why_never(body)):
-            raise NeverAnswered(f"the request is {why} (HTTP {status})")
-        reason = reason_of(body, os.environ.get(self._key_env, "")) if status in REFUSED else ""
-        if any(word in reason for word in NO_TOOLS):
+        if status in RETRIED_STATUSES:
+            raise BadAnswer(f"the endpoint answered HTTP {status}", parse_retry_after(retry_after), status in UNAVAILABLE_STATUSES)
+        if status in REFUSED_STATUSES and (why := find_permanent_refusal(body)):
+            raise RequestRefused(f"the request is {why} (HTTP {status})")
+        reason = read_error_text(body, os.environ.get(self._key_env, "")) if status in REFUSED_STATUSES else ""
+        if any(word in reason for word in NO_TOOLS_PHRASES):
             raise UserError(f"{self._url}: is not set up for calls of tools (HTTP {status}); start vLLM with "
                             "--enable-auto-tool-choice --tool-call-parser NAME (hermes for Qwen), llama.cpp "
                             "with --jinja, or ask another model, and run the same command again")
         if status != 200:
             raise BadAnswer(f"the endpoint answered HTTP {status}" + (f": {reason}" if reason else ""))
 
-    def _most(self, payload: Mapping[str, Any]) -> Usage:
+    def _max_usage(self, payload: Mapping[str, Any]) -> Usage:
         """Return the maximum billing of a request: a token has at least one byte."""
         num_completion = payload.get("max_completion_tokens") or payload.get("max_tokens") or 0
         num_prompt = len(json.dumps(payload, ensure_ascii=False).encode("utf-8", "surrogatepass"))
-        return self._usage(num_prompt, num_completion if isinstance(num_completion, int) else 0)
+        return self._compute_usage(num_prompt, num_completion if isinstance(num_completion, int) else 0)
 
-    def _billed(self, answer: Any, most: Usage) -> Usage:
+    def _read_billing(self, answer: Any, most: Usage) -> Usage:
         """Return an answer's billing, or the maximum `most` if the answer states no usage."""
-        counts = told_tokens(answer)
-        return most if counts is None else self._usage(*counts)
+        counts = read_usage(answer)
+        return most if counts is None else self._compute_usage(*counts)
 
-    def _usage(self, num_prompt: int, num_completion: int) -> Usage:
+    def _compute_usage(self, num_prompt: int, num_completion: int) -> Usage:
         limits = self._limits
         cost = (num_prompt * limits.input_price + num_completion * limits.output_price) / 1e6
         return Usage(num_prompt, num_completion, cost)

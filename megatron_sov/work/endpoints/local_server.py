@@ -21,7 +21,7 @@ KEY_ENV = "SOV_SERVE_KEY"
 """Environment variable of the server process only; no other process needs the key."""
 STOP_S = 30.0
 """Seconds for finishing answers before the server is killed."""
-_LOOK_S, _SILENCE_S = 0.05, 10.0
+_POLL_S, _ANNOUNCE_AFTER_S = 0.05, 10.0
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class LocalServer:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, problem: str, *, options: Sequence[str] = (),
+def serve_model(folder: Path, problem: str, *, options: Sequence[str] = (),
             sleep: Callable[[float], object] = time.sleep, program: Sequence[str] = ()
             ) -> Iterator[LocalServer]:
     """Serve a checkpoint or Hugging Face folder during the context, by a child that ends with this process.
@@ -65,12 +65,12 @@ def serving(folder: Path, problem: str, *, options: Sequence[str] = (),
             child = start_command(command, environment=os.environ | {KEY_ENV: key}, stdout=out, stderr=out,
                                   own_group=True)
         try:
-            yield LocalServer(*_answering(child, address, log, problem, sleep), key)
+            yield LocalServer(*_wait_until_ready(child, address, log, problem, sleep), key)
         finally:
             end_commands([child], STOP_S)
 
 
-def _answering(child: subprocess.Popen[bytes], address: Path, log: Path, problem: str,
+def _wait_until_ready(child: subprocess.Popen[bytes], address: Path, log: Path, problem: str,
                sleep: Callable[[float], object]) -> tuple[str, str]:
     """Wait until the child has written its address file; return URL and model name."""
     began_s, is_announced = time.monotonic(), False
@@ -80,9 +80,9 @@ def _answering(child: subprocess.Popen[bytes], address: Path, log: Path, problem
             lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             message = lines[-1].removeprefix("error: ") if lines else f"it ended with {child.returncode}"
             raise UserError(f"{problem}{message}")
-        if not is_announced and time.monotonic() - began_s > _SILENCE_S:
+        if not is_announced and time.monotonic() - began_s > _ANNOUNCE_AFTER_S:
             print("the model is still being loaded", file=sys.stderr, flush=True)
             is_announced = True
-        sleep(_LOOK_S)
+        sleep(_POLL_S)
     content = json.loads(address.read_text(encoding="utf-8"))
     return content["url"], content["model"]

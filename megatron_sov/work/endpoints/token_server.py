@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from megatron_sov.work.endpoints.answers import BadAnswer, NeverAnswered, reason_of
+from megatron_sov.work.endpoints.answers import BadAnswer, RequestRefused, read_error_text
 from megatron_sov.work.endpoints.transport import Transport
 
 if TYPE_CHECKING:
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 STOP, LENGTH, ABORTED = "stop", "length", "abort"
 """Finish reasons: a stop token, the length limit, an abort request."""
-LOADED = 0
+INITIAL_VERSION = 0
 """Version of the weights loaded at the engine's start, which may have any name."""
-CONTROL_S = 600.0
+CONTROL_TIMEOUT_S = 600.0
 """Timeout of control requests; answers have their own."""
-LOOK_S = 10.0
+STATUS_TIMEOUT_S = 10.0
 """Timeout of status requests."""
 _INT32 = 1 << 31
 """Exclusive upper limit of int32 values in rollouts."""
@@ -93,7 +93,7 @@ class TokenAnswer:
     routes: np.ndarray | None = field(default=None, compare=False)
     """Expert indices, shape [prompt and answer tokens, layers, experts per token]."""
 
-    def version_of_each(self, count: int, otherwise: int) -> list[int]:
+    def token_versions(self, count: int, otherwise: int) -> list[int]:
         """Return the weights version of the first `count` tokens; `otherwise` if the engine does
         not report it."""
         versions = [otherwise] * count
@@ -162,24 +162,24 @@ class ServerCalls:
 
     def ask(self, path: str, payload: Mapping[str, Any]) -> Any:
         """Send a request with the long timeout `answer_s`; return its JSON."""
-        return self._read(path, self._within(self._answer_s).post(payload, path[1:]))
+        return self._parse_response(path, self._get_transport(self._answer_s).post(payload, path[1:]))
 
     def tell(self, path: str, payload: Mapping[str, Any] | None = None) -> Any:
         """Send a control request; return its JSON."""
-        return self._read(path, self._within(CONTROL_S).post(payload or {}, path[1:]))
+        return self._parse_response(path, self._get_transport(CONTROL_TIMEOUT_S).post(payload or {}, path[1:]))
 
     def look(self, path: str) -> Any:
         """Fetch a status path; return its JSON."""
-        return self._read(path, self._within(LOOK_S).get(path[1:]))
+        return self._parse_response(path, self._get_transport(STATUS_TIMEOUT_S).get(path[1:]))
 
     def is_there(self, path: str) -> bool:
         """Return whether a path answers with status 200."""
         try:
-            return self._within(LOOK_S).get(path[1:]).status == 200
+            return self._get_transport(STATUS_TIMEOUT_S).get(path[1:]).status == 200
         except (BadAnswer, TimeoutError):
             return False
 
-    def _within(self, limit_s: float) -> Transport:
+    def _get_transport(self, limit_s: float) -> Transport:
         """Return the transport for a timeout; all paths share its connections."""
         with self._lock:
             if limit_s not in self._opened:
@@ -187,7 +187,7 @@ class ServerCalls:
                                                   max_bytes=MAX_ANSWER_BYTES)
             return self._opened[limit_s]
 
-    def _read(self, path: str, response: Any) -> Any:
+    def _parse_response(self, path: str, response: Any) -> Any:
         if response.status == 200:
             try:
                 return json.loads(response.body) if response.body.strip() else None
@@ -196,22 +196,22 @@ class ServerCalls:
             except ValueError:
                 # some servers answer control requests in plain text
                 return response.body.decode(errors="replace")
-        reason = reason_of(response.body) or "without a reason"
+        reason = read_error_text(response.body) or "without a reason"
         message = f"{self.url}{path} answered HTTP {response.status}: {reason}"
         if response.status in (400, 404, 413, 422):
-            raise NeverAnswered(message)
+            raise RequestRefused(message)
         # an engine whose worker has died answers 500 until it is restarted
-        raise BadAnswer(message, is_away=response.status >= 500)
+        raise BadAnswer(message, is_unavailable=response.status >= 500)
 
 
-def check_answers(answers: list[TokenAnswer], asked: int, where: str) -> list[TokenAnswer]:
+def check_answers(answers: list[TokenAnswer], expected: int, where: str) -> list[TokenAnswer]:
     """Check number and consistency of answers; return them.
 
     Raises:
         BadAnswer: wrong number or inconsistent fields.
     """
-    if len(answers) != asked:
-        raise BadAnswer(f"{where}: told {len(answers)} answers, and was asked for {asked}")
+    if len(answers) != expected:
+        raise BadAnswer(f"{where}: told {len(answers)} answers, and was asked for {expected}")
     for answer in answers:
         _check_answer(answer, where)
     return answers
@@ -238,15 +238,15 @@ def _check_answer(answer: TokenAnswer, where: str) -> None:
                         f"{count} tokens")
 
 
-def version_of(value: Any) -> int:
+def parse_version(value: Any) -> int:
     """Parse the weights version from a server; names of initial weights give `LOADED`."""
-    version = int(value) if isinstance(value, (int, str)) and str(value).isdigit() else LOADED
+    version = int(value) if isinstance(value, (int, str)) and str(value).isdigit() else INITIAL_VERSION
     if version >= _INT32:
         raise ValueError("a version of the weights that is too large")
     return version
 
 
-def whole_ids(values: Iterable[Any]) -> list[int]:
+def check_token_ids(values: Iterable[Any]) -> list[int]:
     """Check that values are int token ids; fractions are not rounded.
 
     Raises:
@@ -258,7 +258,7 @@ def whole_ids(values: Iterable[Any]) -> list[int]:
     return ids
 
 
-class AnswerReading:
+class AnswerParsing:
     """Context that converts exceptions while parsing an answer to `BadAnswer`; servers may send anything."""
 
     def __init__(self, url: str) -> None:

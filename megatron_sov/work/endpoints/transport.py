@@ -17,14 +17,15 @@ from urllib.parse import urlsplit
 
 from megatron_sov.base.errors import how_to_install
 from megatron_sov.base.settings import ProblemCode, SettingsProblem
-from megatron_sov.work.endpoints.answers import BadAnswer, NeverAnswered, reason_of, why_never
+from megatron_sov.work.endpoints.answers import (
+    BadAnswer, RequestRefused, find_permanent_refusal, read_error_text)
 
 
-def is_address(text: str) -> bool:
+def is_url(text: str) -> bool:
     return text.startswith(("http://", "https://"))
 
 
-def address_problems(field: str, text: str, key_field: str) -> list[SettingsProblem]:
+def find_address_problems(field: str, text: str, key_field: str) -> list[SettingsProblem]:
     """Return problems of an address up to `/v1`, without quoting it because it may contain a key.
 
     Args:
@@ -51,14 +52,14 @@ def address_problems(field: str, text: str, key_field: str) -> list[SettingsProb
 
 
 MAX_BODY_BYTES = 8 << 20
-KEPT_S = 2.0
+KEEPALIVE_S = 2.0
 """Keep-alive time of idle connections: uvicorn servers (vLLM, SGLang) close after 5 s, and a request
 sent at that
 moment fails."""
 
 
 @dataclass(frozen=True)
-class Answered:
+class HttpResponse:
     """HTTP response."""
 
     status: int
@@ -67,7 +68,7 @@ class Answered:
     body: bytes
 
 
-def missing_libraries() -> list[str]:
+def find_missing_libraries() -> list[str]:
     """Return a sentence per required library that is not installed."""
     return [f"{name} is not installed; {how_to_install('judge')}" for name in ("openai", "httpx")
             if importlib.util.find_spec(name) is None]
@@ -94,7 +95,7 @@ class Transport:
         self._lock = threading.Lock()
         self._client: Any = None
 
-    def post(self, payload: Mapping[str, Any], path: str = "") -> Answered:
+    def post(self, payload: Mapping[str, Any], path: str = "") -> HttpResponse:
         """Send a POST request; return the response with any status.
 
         Args:
@@ -105,11 +106,11 @@ class Transport:
             TimeoutError: timeout.
             BadAnswer: no connection, or the response is too large.
         """
-        return self._send("post", payload, path)
+        return self._send_request("post", payload, path)
 
-    def get(self, path: str = "") -> Answered:
+    def get(self, path: str = "") -> HttpResponse:
         """Send a GET request to the address or a path; raises like `post`."""
-        return self._send("get", None, path)
+        return self._send_request("get", None, path)
 
     def stream(self, payload: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         """Yield the objects of a streamed answer; closing the iterator closes the connection.
@@ -123,55 +124,55 @@ class Transport:
         import openai
 
         try:
-            opened: openai.Stream[Any] = self._opened().post(
+            opened: openai.Stream[Any] = self._get_client().post(
                 f"/{self._path}", body=dict(payload) | {"stream": True}, cast_to=object, stream=True,
-                stream_cls=openai.Stream[Any], options={"headers": self._headers()})
+                stream_cls=openai.Stream[Any], options={"headers": self._build_headers()})
             with opened:
                 for part in opened:
                     if isinstance(part, Mapping):
                         yield part
         except openai.APIStatusError as e:
             body = e.response.content
-            message = reason_of(body, self._secret) or f"HTTP {e.status_code}"
-            if why := why_never(body):
-                raise NeverAnswered(f"the request is {why} ({message})") from None
+            message = read_error_text(body, self._secret) or f"HTTP {e.status_code}"
+            if why := find_permanent_refusal(body):
+                raise RequestRefused(f"the request is {why} ({message})") from None
             raise BadAnswer(f"the endpoint refuses ({message})") from None
         except openai.APIError as e:
             if isinstance(e, openai.APIConnectionError):
-                raise self._failure(e) from None
+                raise self._convert_error(e) from None
             # an error in place of the next part
             raise BadAnswer(f"the endpoint broke off ({' '.join(str(e.message).split())[:200]})") from None
         except (openai.OpenAIError, httpx.HTTPError, httpx.InvalidURL) as e:
-            raise self._failure(e) from None
+            raise self._convert_error(e) from None
 
     @property
     def _secret(self) -> str:
         return self._key or (os.environ.get(self._key_env, "") if self._key_env else "")
 
-    def _headers(self) -> dict[str, Any]:
+    def _build_headers(self) -> dict[str, Any]:
         import openai
 
         # no compression: limits count compressed bytes, and little can expand to much
         return {"Accept-Encoding": "identity",
                 "Authorization": f"Bearer {self._secret}" if self._secret else openai.Omit()}
 
-    def _send(self, method: str, payload: Mapping[str, Any] | None, path: str) -> Answered:
+    def _send_request(self, method: str, payload: Mapping[str, Any] | None, path: str) -> HttpResponse:
         import httpx
         import openai
 
-        arguments: dict[str, Any] = {"cast_to": httpx.Response, "options": {"headers": self._headers()}}
+        arguments: dict[str, Any] = {"cast_to": httpx.Response, "options": {"headers": self._build_headers()}}
         if payload is not None:
             arguments["body"] = dict(payload)
         try:
-            response = getattr(self._opened(), method)(f"/{self._path}{path}", **arguments)
+            response = getattr(self._get_client(), method)(f"/{self._path}{path}", **arguments)
         except openai.APIStatusError as e:
             response = e.response
         except (openai.OpenAIError, httpx.HTTPError, httpx.InvalidURL) as e:
-            raise self._failure(e) from None
-        return Answered(response.status_code,
+            raise self._convert_error(e) from None
+        return HttpResponse(response.status_code,
                         {name.lower(): value for name, value in response.headers.items()}, response.content)
 
-    def _failure(self, error: Exception) -> Exception:
+    def _convert_error(self, error: Exception) -> Exception:
         """Convert an exception for a request without response."""
         import httpx
         import openai
@@ -179,11 +180,11 @@ class Transport:
         if isinstance(error, (openai.APITimeoutError, httpx.TimeoutException)):
             return TimeoutError(f"the endpoint took longer than {self._timeout_s:g} s")
         cause = error.__cause__ or error
-        if isinstance(cause, _unbounded()):
+        if isinstance(cause, _decoding_error_class()):
             return BadAnswer(str(cause))
-        return BadAnswer(f"the connection failed ({type(cause).__name__})", is_away=True)
+        return BadAnswer(f"the connection failed ({type(cause).__name__})", is_unavailable=True)
 
-    def _opened(self) -> Any:
+    def _get_client(self) -> Any:
         """Return the openai client, created once, over an httpx client with our limits."""
         import httpx
         import openai
@@ -191,38 +192,38 @@ class Transport:
         with self._lock:
             if self._client is None:
                 http = httpx.Client(timeout=self._timeout_s,
-                                    limits=httpx.Limits(max_connections=None, keepalive_expiry=KEPT_S),
+                                    limits=httpx.Limits(max_connections=None, keepalive_expiry=KEEPALIVE_S),
                                     # loading certificates is slow, and plain HTTP needs none
                                     verify=self._is_secure,
                                     # a proxy would resolve localhost as its own machine
                                     trust_env=not self._is_here,
-                                    event_hooks={"request": [self._begin],
-                                                 "response": [partial(_bound, self._max_bytes)]})
+                                    event_hooks={"request": [self._set_deadline],
+                                                 "response": [partial(_limit_response, self._max_bytes)]})
                 self._client = openai.OpenAI(base_url=self._base, api_key="none", max_retries=0,
                                              timeout=self._timeout_s, http_client=http)  # type: ignore[arg-type]
             return self._client
 
-    def _begin(self, request: Any) -> None:
+    def _set_deadline(self, request: Any) -> None:
         # httpx limits single reads: an answer arriving byte by byte would never time out
         request.extensions["until_s"] = time.monotonic() + self._timeout_s
 
 
-def _bound(max_bytes: int, response: Any) -> None:
+def _limit_response(max_bytes: int, response: Any) -> None:
     """Limit a response to `max_bytes`; refuse compressed ones, which may expand to any size."""
     if response.headers.get("content-encoding", "identity") != "identity":
         response.close()
-        raise _unbounded()("the endpoint sent a packed answer, which was not asked for",
+        raise _decoding_error_class()("the endpoint sent a packed answer, which was not asked for",
                            request=response.request)
-    response.stream = _bounded_stream(response, max_bytes)
+    response.stream = _limit_stream(response, max_bytes)
 
 
-def _unbounded() -> Any:
+def _decoding_error_class() -> Any:
     import httpx
 
     return httpx.DecodingError
 
 
-def _bounded_stream(response: Any, max_bytes: int) -> Any:
+def _limit_stream(response: Any, max_bytes: int) -> Any:
     import httpx
 
     inner, request = response.stream, response.request
@@ -235,7 +236,7 @@ def _bounded_stream(response: Any, max_bytes: int) -> Any:
             for block in inner:
                 size_bytes += len(block)
                 if size_bytes > max_bytes:
-                    raise _unbounded()(f"the endpoint sent more than {max_bytes >> 20} MiB",
+                    raise _decoding_error_class()(f"the endpoint sent more than {max_bytes >> 20} MiB",
                                        request=request)
                 if time.monotonic() > request.extensions["until_s"]:
                     raise httpx.ReadTimeout("the request has taken its time", request=request)

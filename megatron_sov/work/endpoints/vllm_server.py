@@ -10,17 +10,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_sov.base.errors import first_line
-from megatron_sov.work.endpoints.answers import BadAnswer, NeverAnswered
+from megatron_sov.work.endpoints.answers import BadAnswer, RequestRefused
 from megatron_sov.work.endpoints.token_server import (
-    AnswerReading, ServerCalls, TokenAnswer, TokenRequest, VersionSpan, check_answers, version_of, whole_ids)
+    AnswerParsing, ServerCalls, TokenAnswer, TokenRequest, VersionSpan, check_answers, check_token_ids,
+    parse_version)
 
 if TYPE_CHECKING:
     import numpy as np
 
 VLLM = "vllm"
 """Name of the engine in settings."""
-WRITE = "/inference/v1/generate"
-COMPLETIONS = "/v1/completions"
+GENERATE_PATH = "/inference/v1/generate"
+COMPLETIONS_PATH = "/v1/completions"
 """Route of every vLLM server; reports neither weight versions nor routes of prompt tokens."""
 SendFiles = Callable[[Sequence[str], str, int, Callable[[Mapping[str, Any]], Any]], None]
 """Sends the tensors in files to a server's workers: (files, address, number of workers, call
@@ -42,7 +43,7 @@ class VllmServer:
                  ) -> None:
         self._calls = ServerCalls(url, key_env, answer_s)
         self.url = self._calls.url
-        self._path, self._model, self._send = WRITE, "", send
+        self._path, self._model, self._send = GENERATE_PATH, "", send
 
     def write(self, request: TokenRequest) -> list[TokenAnswer]:
         """Generate answers, see `TokenServer`."""
@@ -50,41 +51,41 @@ class VllmServer:
         sampling = {"max_tokens": request.max_new_tokens, "temperature": request.temperature,
                     "top_p": request.top_p, "top_k": request.top_k or -1, "logprobs": 0, "ignore_eos": True,
                     "stop_token_ids": list(request.stop_ids), "detokenize": False, "n": request.count}
-        if self._path == WRITE and not request.others:  # the route accepts a single prompt
+        if self._path == GENERATE_PATH and not request.others:  # the route accepts a single prompt
             try:
-                reply = self._calls.ask(WRITE, {"request_id": request.name, "token_ids": list(request.ids),
+                reply = self._calls.ask(GENERATE_PATH, {"request_id": request.name, "token_ids": list(request.ids),
                                                 "sampling_params": sampling, "model": self._model or None})
-                return check_answers(_read_tokens(reply, self.url), request.num_answers, self.url)
-            except NeverAnswered as e:
+                return check_answers(_parse_choices(reply, self.url), request.num_answers, self.url)
+            except RequestRefused as e:
                 # servers without --enable-scale-out lack the route
                 if "HTTP 404" not in str(e):
                     raise
-                self._path = COMPLETIONS
-        return check_answers(self._completions(request, sampling), request.num_answers, self.url)
+                self._path = COMPLETIONS_PATH
+        return check_answers(self._request_completions(request, sampling), request.num_answers, self.url)
 
     def score(self, ids: Sequence[int]) -> list[float]:
         """Compute log-probabilities of given tokens, see `TokenServer`."""
-        if self._path == WRITE:
+        if self._path == GENERATE_PATH:
             try:
-                reply = self._calls.ask(WRITE, {
+                reply = self._calls.ask(GENERATE_PATH, {
                     "request_id": uuid.uuid4().hex, "token_ids": list(ids),
                     # own cache salt: cached tokens have no log-probabilities
                     "cache_salt": uuid.uuid4().hex,
                     "sampling_params": {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0,
                                         "ignore_eos": True, "detokenize": False}})
-            except NeverAnswered as e:
+            except RequestRefused as e:
                 if "HTTP 404" not in str(e):
                     raise
-                self._path = COMPLETIONS
+                self._path = COMPLETIONS_PATH
             else:
-                with AnswerReading(self.url):
+                with AnswerParsing(self.url):
                     return [float(place[str(token)]["logprob"])
                             for place, token in zip(reply["prompt_logprobs"][1:], ids[1:], strict=True)]
         # completions echo the prompt followed by one new token
-        reply = self._calls.ask(COMPLETIONS, {"prompt": list(ids), "model": self._named(), "max_tokens": 1,
+        reply = self._calls.ask(COMPLETIONS_PATH, {"prompt": list(ids), "model": self._get_model_name(), "max_tokens": 1,
                                               "temperature": 1.0, "echo": True, "logprobs": 0,
                                               "request_id": uuid.uuid4().hex})
-        with AnswerReading(self.url):
+        with AnswerParsing(self.url):
             return [float(value) for value in reply["choices"][0]["logprobs"]["token_logprobs"][1:len(ids)]]
 
     def abort(self, requests: Sequence[TokenRequest]) -> None:
@@ -106,7 +107,7 @@ class VllmServer:
         if self._send is None:
             self._calls.tell("/update_weights", {"update_info": {"files": list(files)}})
         else:
-            self._bring(files, self._send)
+            self._transfer_weights(files, self._send)
         self._calls.tell("/finish_weight_update", {"weight_version": str(version)})
 
     def resume(self) -> None:
@@ -131,55 +132,55 @@ class VllmServer:
             self._calls.tell("/finish_weight_update")
             self._calls.tell("/start_weight_update")
 
-    def _bring(self, files: Sequence[str], send: SendFiles) -> None:
+    def _transfer_weights(self, files: Sequence[str], send: SendFiles) -> None:
         reply = self._calls.look("/get_world_size")
-        with AnswerReading(self.url):
+        with AnswerParsing(self.url):
             num_workers = int(reply["world_size"])
         try:
             send(files, self.url, num_workers,
                  lambda group: self._calls.tell("/update_weights", {"update_info": {"group": dict(group)}}))
         except (RuntimeError, OSError) as e:
             raise BadAnswer(f"{self.url}: the weights did not arrive ({first_line(e)})",
-                            is_away=True) from None
+                            is_unavailable=True) from None
 
-    def _completions(self, request: TokenRequest, sampling: Mapping[str, Any]) -> list[TokenAnswer]:
+    def _request_completions(self, request: TokenRequest, sampling: Mapping[str, Any]) -> list[TokenAnswer]:
         # send ids instead of text: our servers have no tokenizer
         body = dict(sampling) | {"prompt": request.prompts if request.others else list(request.ids),
-                                 "model": self._named(), "return_token_ids": True,
+                                 "model": self._get_model_name(), "return_token_ids": True,
                                  "return_tokens_as_token_ids": True, "request_id": request.name}
         body.pop("detokenize")
-        reply = self._calls.ask(COMPLETIONS, body)
-        with AnswerReading(self.url):
-            return [TokenAnswer(whole_ids(choice["token_ids"]),
+        reply = self._calls.ask(COMPLETIONS_PATH, body)
+        with AnswerParsing(self.url):
+            return [TokenAnswer(check_token_ids(choice["token_ids"]),
                                 [float(value) for value in choice["logprobs"]["token_logprobs"]],
                                 str(choice["finish_reason"])) for choice in reply["choices"]]
 
-    def _named(self) -> str:
+    def _get_model_name(self) -> str:
         """Return the name of the server's model."""
         if not self._model:
             reply = self._calls.look("/v1/models")
-            with AnswerReading(self.url):
+            with AnswerParsing(self.url):
                 self._model = str(reply["data"][0]["id"])
         return self._model
 
 
-def _read_tokens(reply: Any, url: str) -> list[TokenAnswer]:
+def _parse_choices(reply: Any, url: str) -> list[TokenAnswer]:
     """Parse the choices from `/inference/v1/generate`."""
-    with AnswerReading(url):
-        return [_read_choice(choice) for choice in reply["choices"]]
+    with AnswerParsing(url):
+        return [_parse_choice(choice) for choice in reply["choices"]]
 
 
-def _read_choice(choice: Mapping[str, Any]) -> TokenAnswer:
-    tokens = whole_ids(choice["token_ids"] or [])
+def _parse_choice(choice: Mapping[str, Any]) -> TokenAnswer:
+    tokens = check_token_ids(choice["token_ids"] or [])
     # an aborted request that had not started reports no log-probabilities
     logprobs = (choice.get("logprobs") or {"content": []})["content"]
-    spans = tuple(VersionSpan(version_of(span["version"]), int(span["start"]), int(span["end"]))
+    spans = tuple(VersionSpan(parse_version(span["version"]), int(span["start"]), int(span["end"]))
                   for span in choice.get("weight_versions") or [])
     return TokenAnswer(tokens, [float(place["logprob"]) for place in logprobs], str(choice["finish_reason"]),
-                       spans if tokens else (), _routes(choice.get("routed_experts")))
+                       spans if tokens else (), _decode_routes(choice.get("routed_experts")))
 
 
-def _routes(encoded: str | None) -> np.ndarray | None:
+def _decode_routes(encoded: str | None) -> np.ndarray | None:
     """Decode a base64 .npy array without unpickling."""
     import numpy as np
 

@@ -13,22 +13,22 @@ from pathlib import Path
 import psutil
 
 from megatron_sov.work.clusters.client import environment_outside_jobs
-from megatron_sov.work.processes.children import FORWARDED, die_with_parent
+from megatron_sov.work.processes.children import STOP_SIGNALS, die_with_parent
 
 LOWEST_PRIORITY = 19
-OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def humble_environment() -> dict[str, str]:
+def background_environment() -> dict[str, str]:
     """Return this process's environment without rank and Slurm job variables, for one thread and no GPU."""
-    variables = {k: v for k, v in environment_outside_jobs().items() if k not in OF_A_RANK}
+    variables = {k: v for k, v in environment_outside_jobs().items() if k not in RANK_VARIABLES}
     return variables | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def be_humble(parent: int) -> None:
+def enter_background(parent: int) -> None:
     """Take the lowest CPU and IO priority, end with `parent`, and ignore the signals that stop training."""
     die_with_parent(parent)
-    for number in FORWARDED:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     os.nice(LOWEST_PRIORITY)
     if sys.platform == "linux":
@@ -53,7 +53,7 @@ class BackgroundProcess:
             # start through this module: preexec_fn is unsafe in a multithreaded process
             self._process = subprocess.Popen([sys.executable, "-m", __name__, str(os.getpid()), *command],
                                              stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                                             env=humble_environment())
+                                             env=background_environment())
 
     @property
     def took_s(self) -> float:
@@ -78,5 +78,5 @@ class BackgroundProcess:
 
 
 if __name__ == "__main__":
-    be_humble(int(sys.argv[1]))
+    enter_background(int(sys.argv[1]))
     os.execv(sys.argv[2], sys.argv[2:])  # priorities and signal settings survive exec

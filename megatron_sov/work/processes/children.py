@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from megatron_sov.base.errors import ExitCode
 
-KEPT_VARIABLES = frozenset((
+SAFE_VARIABLES = frozenset((
     "PATH", "HOME", "USER", "LOGNAME", "SHELL", "PWD", "TMPDIR", "TEMP", "TMP", "TZ", "TERM", "LANG",
     "LANGUAGE", "LD_LIBRARY_PATH", "LD_PRELOAD", "VIRTUAL_ENV", "CONDA_PREFIX",
     "TOKENIZERS_PARALLELISM", "NLTK_DATA", "SSL_CERT_FILE", "SSL_CERT_DIR", "no_proxy", "NO_PROXY",
@@ -31,37 +31,37 @@ KEPT_VARIABLES = frozenset((
 """Environment variables for processes that judge or run model outputs: technical variables, no API
 keys. A verifier
 cannot leak a key it never had."""
-BEGINNINGS_OF_VARIABLES = ("LC_", "PYTHON", "XDG_", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "CUDA_", "CUBLAS_",
+SAFE_VARIABLE_PREFIXES = ("LC_", "PYTHON", "XDG_", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "CUDA_", "CUBLAS_",
                            "TORCH_", "TRITON_", "COVERAGE_", "COV_CORE_")
 """Prefixes of further allowed variables."""
-VARIABLES_OF_FOREIGN = ("HOME", "LOGNAME", "PATH", "SHELL", "TERM", "USER")
+FOREIGN_VARIABLES = ("HOME", "LOGNAME", "PATH", "SHELL", "TERM", "USER")
 """Variables passed to third-party programs."""
 
 
-def variables_for_foreign(more: Iterable[str] = ()) -> dict[str, str]:
+def foreign_environment(more: Iterable[str] = ()) -> dict[str, str]:
     """Return the environment for a third-party program.
 
     Args:
         more: further variable names from the settings.
     """
     # skip values that an old shell would execute as functions; names in `more` are passed anyway
-    names = [name for name in VARIABLES_OF_FOREIGN if not os.environ.get(name, "").startswith("()")]
+    names = [name for name in FOREIGN_VARIABLES if not os.environ.get(name, "").startswith("()")]
     return {name: os.environ[name] for name in (*names, *more) if name in os.environ}
 
 
-def forget_other_variables(more: Iterable[str] = ()) -> None:
+def remove_unsafe_variables(more: Iterable[str] = ()) -> None:
     """Remove all variables from this process's environment except technical ones.
 
     Args:
         more: further variable names to keep, from the reward.
     """
-    allowed = KEPT_VARIABLES.union(more)
+    allowed = SAFE_VARIABLES.union(more)
     for name in [*os.environ]:
-        if name not in allowed and not name.startswith(BEGINNINGS_OF_VARIABLES):
+        if name not in allowed and not name.startswith(SAFE_VARIABLE_PREFIXES):
             del os.environ[name]
 
 
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Signals that request a stop; the launcher forwards them to its ranks. Slurm sends SIGUSR1 before the time
 limit."""
 MAX_MEMORY_BYTES = 4 << 30
@@ -71,13 +71,13 @@ _PR_SET_PDEATHSIG = 1
 
 def die_with_parent(parent: int) -> None:
     """Let Linux kill this process when its parent dies, so that a killed run leaves no processes."""
-    be_killed_with_parent()
+    set_parent_death_signal()
     # if the parent died before prctl took effect, no signal comes
     if sys.platform == "linux" and os.getppid() != parent:
         os._exit(ExitCode.CRASH)
 
 
-def be_killed_with_parent() -> None:
+def set_parent_death_signal() -> None:
     """Call PR_SET_PDEATHSIG in a fork whose parent is known to be alive."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -105,7 +105,7 @@ class Child:
         """
         self.channel, self._wait = channel, wait
         # finalize instead of __del__: it also runs at interpreter exit and references no attribute
-        self._end = weakref.finalize(self, _end, channel, kill, wait, patience_s, os.getpid())
+        self._end = weakref.finalize(self, _end_child, channel, kill, wait, patience_s, os.getpid())
 
     def exit_code(self, within_s: float) -> int | None:
         """Return the exit code, or None if the process is still running after `within_s` seconds."""
@@ -115,7 +115,7 @@ class Child:
         self._end()
 
 
-def _end(channel: socket.socket, kill: Callable[[], None], wait: Callable[[float | None], int | None],
+def _end_child(channel: socket.socket, kill: Callable[[], None], wait: Callable[[float | None], int | None],
          patience_s: float, owner: int) -> None:
     channel.close()
     if os.getpid() != owner:  # in a fork of the owner
@@ -146,10 +146,10 @@ def start_interpreter(command: Sequence[str], arguments: Sequence[str], variable
             [*command, str(theirs.fileno()), *arguments], env=environment, cwd="/",
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, pass_fds=[theirs.fileno()],
             start_new_session=True)
-    return Child(ours, process.kill, partial(_waited, process), patience_s)
+    return Child(ours, process.kill, partial(_wait_for_exit, process), patience_s)
 
 
-def _waited(process: subprocess.Popen[bytes], within_s: float | None) -> int | None:
+def _wait_for_exit(process: subprocess.Popen[bytes], within_s: float | None) -> int | None:
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(within_s)
     return process.returncode
@@ -192,7 +192,7 @@ def end_commands(commands: Sequence[subprocess.Popen[Any]], wait_s: float) -> No
             command.wait()
 
 
-def run_command(argv: list[str], go_on_by: str) -> int:
+def run_command(argv: list[str], resume_hint: str) -> int:
     """Run `python -m ARGV` and return its exit code, or STOPPED if this process received a stop signal.
 
     Stop signals are forwarded to the command, which saves its state; the command ends with this
@@ -201,7 +201,7 @@ def run_command(argv: list[str], go_on_by: str) -> int:
 
     Args:
         argv: module and arguments.
-        go_on_by: hint on how to continue after a stop.
+        resume_hint: hint on how to continue after a stop.
     """
     child = start_command([sys.executable, "-m", *argv], ends_with_this=True)
     stop_requested = False
@@ -213,13 +213,13 @@ def run_command(argv: list[str], go_on_by: str) -> int:
             child.send_signal(number)
 
     # the command saves and ends; this process only waits
-    previous = {number: signal.signal(number, forward) for number in FORWARDED}
+    previous = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
     try:
         code = child.wait()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
     if stop_requested:
-        print(f"stopped; {go_on_by}", file=sys.stderr, flush=True)
+        print(f"stopped; {resume_hint}", file=sys.stderr, flush=True)
         return ExitCode.STOPPED
     return code if code >= 0 else 128 - code

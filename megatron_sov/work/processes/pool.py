@@ -15,7 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from megatron_sov.base.errors import ExitCode, StopRequested, UserError
-from megatron_sov.work.processes.children import FORWARDED
+from megatron_sov.work.processes.children import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from concurrent.futures import ProcessPoolExecutor
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 Work = TypeVar("Work")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-AHEAD = 2
+QUEUED_PER_THREAD = 2
 """Queued items per thread; small, so that little is read ahead."""
-_LOOK_S = 0.5
+_POLL_S = 0.5
 """Interval between checks for a stop request."""
 
 
@@ -38,14 +38,14 @@ class StopSignal:
         """Reason of the request; empty without request."""
 
     @contextlib.contextmanager
-    def at_signals(self) -> Iterator[None]:
+    def stop_on_signals(self) -> Iterator[None]:
         """Request a stop on SIGTERM, SIGINT or SIGUSR1 during the block; a repeated signal
         ends the process."""
-        handlers = {number: signal.getsignal(number) for number in FORWARDED}
+        handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         # keep signals ignored that nohup ignores
         handlers = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
         for number in handlers:
-            signal.signal(number, self._note)
+            signal.signal(number, self._handle_signal)
         try:
             yield
         finally:
@@ -68,7 +68,7 @@ class StopSignal:
         self._event.wait(seconds)
         self.check()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         # a second signal ends the process immediately
         signal.signal(number, signal.SIG_DFL)
         name = signal.Signals(number).name
@@ -79,7 +79,7 @@ class StopSignal:
         self.ask(f"{name} came; the same command goes on")
 
 
-def in_threads(do: Callable[[Work], Result], items: Iterable[Work], threads: int,
+def map_in_threads(do: Callable[[Work], Result], items: Iterable[Work], threads: int,
                stop: StopSignal | None = None) -> Generator[Result, None, None]:
     """Apply `do` to items in threads; yield results on completion.
 
@@ -103,7 +103,7 @@ def in_threads(do: Callable[[Work], Result], items: Iterable[Work], threads: int
             for item in items:
                 pending.add(pool.submit(do, item))
                 # bound the queue: items may come from a long stream
-                if len(pending) >= AHEAD * threads:
+                if len(pending) >= QUEUED_PER_THREAD * threads:
                     yield from _yield_finished(pending, stop)
             while pending:
                 yield from _yield_finished(pending, stop)
@@ -121,7 +121,7 @@ def in_threads(do: Callable[[Work], Result], items: Iterable[Work], threads: int
 
 
 def _yield_finished(pending: set[Future[Result]], stop: StopSignal) -> Iterator[Result]:
-    finished, _ = wait(pending, _LOOK_S, FIRST_COMPLETED)
+    finished, _ = wait(pending, _POLL_S, FIRST_COMPLETED)
     stop.check()
     for future in finished:
         pending.discard(future)
@@ -132,7 +132,7 @@ _work: Callable[[Any], Any]
 """Function of this worker process, applied to each item."""
 WAITING_PER_WORKER = 4
 """Queued items per worker, so that no worker waits for input."""
-LOST = "a worker process was ended from outside (for want of memory?)"
+LOST_WORKER = "a worker process was ended from outside (for want of memory?)"
 
 
 class WorkerLost(UserError):
@@ -197,8 +197,8 @@ class WorkerPool(Generic[Item, Result]):
         try:
             for item in chain(first, remaining):
                 # a pool starts its processes in submit; they inherit the signal mask
-                with _without_interrupts():
-                    pending.append(self._pool.submit(_do, item))
+                with _block_interrupts():
+                    pending.append(self._pool.submit(_apply_work, item))
                 # in input order: a slow item delays later results, so bound their number
                 while pending and (pending[0].done()
                                    or len(pending) >= WAITING_PER_WORKER * self._workers):
@@ -206,11 +206,11 @@ class WorkerPool(Generic[Item, Result]):
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool:
-            raise WorkerLost(f"{LOST}; run the same command again, with fewer --workers: what is done is kept"
+            raise WorkerLost(f"{LOST_WORKER}; run the same command again, with fewer --workers: what is done is kept"
                              ) from None
 
 
-def in_processes(build: Callable[..., Callable[[Item], Result]], arguments: tuple[Any, ...],
+def map_in_processes(build: Callable[..., Callable[[Item], Result]], arguments: tuple[Any, ...],
                  items: Iterable[Item], workers: int) -> Generator[Result, None, None]:
     """Yield the result for each item in order; see `WorkerPool`."""
     pool = WorkerPool(build, arguments, workers)
@@ -221,7 +221,7 @@ def in_processes(build: Callable[..., Callable[[Item], Result]], arguments: tupl
 
 
 @contextlib.contextmanager
-def _without_interrupts() -> Iterator[None]:
+def _block_interrupts() -> Iterator[None]:
     """Block SIGINT in processes started here: on Ctrl-C only this process reacts, and ends them."""
     previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -246,5 +246,5 @@ def _end_with_parent() -> None:
     os._exit(ExitCode.CRASH)
 
 
-def _do(item: Any) -> Any:
+def _apply_work(item: Any) -> Any:
     return _work(item)

@@ -20,17 +20,17 @@ from multiprocessing import connection, forkserver
 from typing import Any, TypeVar
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.work.processes.channel import receive, send
-from megatron_sov.work.processes.children import Child, be_killed_with_parent
-from megatron_sov.work.processes.watch import OwnTime, Watch
+from megatron_sov.work.processes.channel import receive_message, send_message
+from megatron_sov.work.processes.children import Child, set_parent_death_signal
+from megatron_sov.work.processes.process_tree import ProcessTree, WorkingTime
 
-LOOK_EVERY_S = 0.25
+CHECK_EVERY_S = 0.25
 """Interval between resource checks of a busy worker."""
 START_LIMIT_S = 120.0
 """Limit for importing modules and building the answer function."""
 END_LIMIT_S = 60.0
 """Limit for the kernel to report a worker's exit code."""
-QUICK_S, MOST_AT_ONCE = 0.01, 64
+FAST_REQUEST_S, MAX_BATCH_REQUESTS = 0.01, 64
 """Requests faster than `QUICK_S` are sent in batches of up to `MOST_AT_ONCE`, because a round trip
 takes longer than
 the work."""
@@ -41,7 +41,7 @@ Answer = Callable[[Any, Callable[[], None]], Any]
 """Answers a request: called with the request and a function that restarts its time limit; returns JSON."""
 
 
-class _Fork(Child):
+class _WorkerProcess(Child):
     """A worker process."""
 
     def __init__(self, make: Callable[..., Answer], arguments: tuple[object, ...],
@@ -50,7 +50,7 @@ class _Fork(Child):
         with theirs:
             # the fork server has no threads: a fork of this process could inherit a held lock
             process = multiprocessing.get_context("forkserver").Process(
-                target=_begin, args=(theirs, make, arguments), daemon=not may_start_processes)
+                target=_run_worker, args=(theirs, make, arguments), daemon=not may_start_processes)
             process.start()
 
         def wait(within_s: float | None) -> int | None:
@@ -60,8 +60,8 @@ class _Fork(Child):
         super().__init__(ours, process.kill, wait)
         ours.settimeout(START_LIMIT_S)  # for the rest of a started message
         assert process.pid is not None
-        self._watch = Watch(process.pid)
-        self._time = OwnTime(self._watch.totals, LOOK_EVERY_S)
+        self._watch = ProcessTree(process.pid)
+        self._time = WorkingTime(self._watch.totals, CHECK_EVERY_S)
         """Working time without waiting for a CPU."""
         self.limit_s = START_LIMIT_S
         self.is_ready = False
@@ -84,17 +84,17 @@ class _Fork(Child):
         self.limit_s, self._num_given, self._given_s = limit_s, len(requests), time.monotonic()
         self.begin_again()
         with contextlib.suppress(OSError):  # the worker has just ended; the next poll reports it
-            send(self.channel, [request for _, request in requests])
+            send_message(self.channel, [request for _, request in requests])
 
-    def take_answered(self) -> Any:
+    def pop_answered(self) -> Any:
         """Remove the answered request from the queue; return its key."""
         key, _ = self.given.popleft()
         if self.given:
             # skip reading totals: earlier answers in the batch took little time
             self._time.begin()
         else:
-            is_quick = time.monotonic() - self._given_s <= QUICK_S * self._num_given
-            self.most = min(2 * self.most, MOST_AT_ONCE) if is_quick else 1
+            is_quick = time.monotonic() - self._given_s <= FAST_REQUEST_S * self._num_given
+            self.most = min(2 * self.most, MAX_BATCH_REQUESTS) if is_quick else 1
         return key
 
     def is_late(self) -> bool:
@@ -103,7 +103,7 @@ class _Fork(Child):
         if now_s >= self._time.look_at_s:
             self._time.look(now_s)
         # a worker that has answered meanwhile is not late
-        return self._time.own_s(now_s) >= self.limit_s and not connection.wait([self.channel], 0)
+        return self._time.working_s(now_s) >= self.limit_s and not connection.wait([self.channel], 0)
 
     def end(self) -> None:
         super().end()
@@ -111,7 +111,7 @@ class _Fork(Child):
 
 
 @dataclass(frozen=True)
-class Lost:
+class LostAnswer:
     """Result of a request whose worker ended without answer."""
 
     exit_code: int | None
@@ -142,7 +142,7 @@ class Workers:
         """
         self._name, self._make, self._arguments, self._num = name, make, arguments, num
         self._most_bytes, self._may_start_processes = most_bytes, may_start_processes
-        self._workers: list[_Fork] = []
+        self._workers: list[_WorkerProcess] = []
         # All workers share a server: it imports modules known before its start; later ones are
         # imported per fork.
         _PRELOADED.update(dict.fromkeys([__name__, make.__module__, *modules]))
@@ -160,42 +160,42 @@ class Workers:
         """
         try:
             while waiting or any(worker.given for worker in self._workers):
-                self._hand_out(waiting, limit_s)
+                self._send_requests(waiting, limit_s)
                 busy = [worker for worker in self._workers if worker.given or not worker.is_ready]
                 # sleep until a message arrives or a worker's resources are due for a check
                 remaining_s = min(worker.look_at_s for worker in busy) - time.monotonic()
                 ready_channels = connection.wait([worker.channel for worker in busy], max(remaining_s, 0.0))
                 for worker in busy:
                     if worker.channel in ready_channels or worker.is_late():
-                        for answer in self._taken(worker, worker.channel in ready_channels):
-                            key = worker.take_answered()
-                            if isinstance(answer, Lost):  # requeue the other requests in the batch
+                        for answer in self._receive_answers(worker, worker.channel in ready_channels):
+                            key = worker.pop_answered()
+                            if isinstance(answer, LostAnswer):  # requeue the other requests in the batch
                                 waiting.extendleft(reversed(worker.given))
                             yield key, answer
         finally:
             # a busy worker would send its answer to the next caller
             for worker in [worker for worker in self._workers if worker.given]:
-                self._end(worker)
+                self._stop_worker(worker)
 
-    def _hand_out(self, waiting: deque[tuple[Key, Any]], limit_s: float) -> None:
+    def _send_requests(self, waiting: deque[tuple[Key, Any]], limit_s: float) -> None:
         wanted = len(waiting) + sum(bool(worker.given) for worker in self._workers)
         while len(self._workers) < min(self._num, wanted):
-            self._workers.append(_Fork(self._make, self._arguments, self._may_start_processes))
+            self._workers.append(_WorkerProcess(self._make, self._arguments, self._may_start_processes))
         for worker in self._workers:
             if waiting and worker.is_ready and not worker.given:
                 count = min(worker.most, -(-len(waiting) // self._num))
                 worker.give([waiting.popleft() for _ in range(count)], limit_s)
 
-    def _taken(self, worker: _Fork, has_sent: bool) -> list[Any]:
+    def _receive_answers(self, worker: _WorkerProcess, has_sent: bool) -> list[Any]:
         """Return a worker's answer as [answer], or [] if it continues."""
         code: int | None = None
         try:
             if has_sent:
-                kind, value = receive(worker.channel, self._most_bytes)
+                kind, value = receive_message(worker.channel, self._most_bytes)
                 if kind == "answer":
                     return [value]
                 if kind == "problem":
-                    self._end(worker)
+                    self._stop_worker(worker)
                     raise UserError(value)
                 # "ready" or "again": restart the time limit
                 worker.is_ready = True
@@ -207,30 +207,30 @@ class Workers:
             code = worker.exit_code(END_LIMIT_S) or 0
         except (ValueError, TypeError):  # invalid or oversized answer
             code = -signal.SIGKILL
-        self._end(worker)
+        self._stop_worker(worker)
         if worker.is_ready:
-            return [Lost(code)]
+            return [LostAnswer(code)]
         if code is None:
             raise UserError(f"a process of {self._name} has not started within {START_LIMIT_S:g} s; "
                             "give the machine less to do, or look at what it does when it is made")
         raise UserError(f"a process of {self._name} ended while it started (exit code {code}); see what it "
                         "wrote above")
 
-    def _end(self, worker: _Fork) -> None:
+    def _stop_worker(self, worker: _WorkerProcess) -> None:
         self._workers.remove(worker)
         worker.end()
 
     def end(self) -> None:
         for worker in [*self._workers]:
-            self._end(worker)
+            self._stop_worker(worker)
 
 
-def _begin(channel: socket.socket, make: Callable[..., Answer], arguments: tuple[object, ...]) -> None:
+def _run_worker(channel: socket.socket, make: Callable[..., Answer], arguments: tuple[object, ...]) -> None:
     """Serve until the fork server ends, which ends with the command; ignore Ctrl-C, because the
     command ends its
     workers itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    be_killed_with_parent()
+    set_parent_death_signal()
     # The fork server ends when nobody holds this pipe open. A worker that inherits the pipe would
     # keep both alive
     # after the command is killed.
@@ -238,18 +238,18 @@ def _begin(channel: socket.socket, make: Callable[..., Answer], arguments: tuple
     if shared._forkserver_alive_fd is not None:
         os.close(shared._forkserver_alive_fd)
         shared._forkserver_alive_fd = None
-    serve(channel, make, arguments)
+    serve_requests(channel, make, arguments)
 
 
-def serve(channel: socket.socket, make: Callable[..., Answer], arguments: tuple[object, ...]) -> None:
+def serve_requests(channel: socket.socket, make: Callable[..., Answer], arguments: tuple[object, ...]) -> None:
     """Answer requests until the other side closes the channel."""
     with contextlib.suppress(EOFError, ConnectionError):
         try:
             answer = make(*arguments)
-            send(channel, ("ready", ""))
+            send_message(channel, ("ready", ""))
             while True:
-                for request in receive(channel):
+                for request in receive_message(channel):
                     # answer one by one: if the process dies, the first unanswered request is the cause
-                    send(channel, ("answer", answer(request, lambda: send(channel, ("again", "")))))
+                    send_message(channel, ("answer", answer(request, lambda: send_message(channel, ("again", "")))))
         except UserError as e:
-            send(channel, ("problem", str(e)))
+            send_message(channel, ("problem", str(e)))

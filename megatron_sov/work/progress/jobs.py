@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from megatron_sov.work.processes.pool import in_processes
+from megatron_sov.work.processes.pool import map_in_processes
 from megatron_sov.work.progress.journal import Journal, open_journal, work_folder
 
 Work = TypeVar("Work")
@@ -90,7 +90,7 @@ def run_share(job: Job[Work], share: int, num_shares: int) -> None:
         journal.close()
 
 
-def here(do: Callable[[Work], bytes]) -> Executor[Work]:
+def local_executor(do: Callable[[Work], bytes]) -> Executor[Work]:
     """Return an executor that runs items one by one in this process."""
     def execute(items: Numbered[Work]) -> Iterator[tuple[int, bytes]]:
         for number, item in items:
@@ -99,7 +99,7 @@ def here(do: Callable[[Work], bytes]) -> Executor[Work]:
     return execute
 
 
-def in_workers(build: Callable[..., Callable[[Work], bytes]], arguments: tuple[Any, ...], workers: int
+def worker_executor(build: Callable[..., Callable[[Work], bytes]], arguments: tuple[Any, ...], workers: int
                ) -> Executor[Work]:
     """Return an executor that runs items in local processes, see `pool.WorkerPool`."""
     def execute(items: Numbered[Work]) -> Iterator[tuple[int, bytes]]:
@@ -110,7 +110,7 @@ def in_workers(build: Callable[..., Callable[[Work], bytes]], arguments: tuple[A
                 numbers.append(number)
                 yield item
 
-        for record in in_processes(build, arguments, given(), workers):
+        for record in map_in_processes(build, arguments, given(), workers):
             yield numbers.popleft(), record
 
     return execute

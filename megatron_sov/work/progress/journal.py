@@ -24,7 +24,7 @@ from typing import IO, Any
 from megatron_sov.base.artifacts import atomic_write, delete_folder, disk_errors, new_file, to_json
 from megatron_sov.base.documents.rows import changed_values
 from megatron_sov.base.errors import UserError, list_problems
-from megatron_sov.work.progress.locks import LOCK, holding
+from megatron_sov.work.progress.locks import LOCK, lock_folder
 
 
 def work_folder(output: Path) -> Path:
@@ -84,8 +84,8 @@ class Journal:
         """Items that have a record."""
         own_file = folder / (f"{RECORDS}-{writer}" if writer else RECORDS)
         size_bytes = 0
-        for file in _files(folder):
-            for item, _, end in _records(file):
+        for file in _record_files(folder):
+            for item, _, end in _iter_records(file):
                 self.done.add(item)
                 size_bytes = end if file == own_file else size_bytes
         # Truncate an incomplete last record, or readers could not reach later records.
@@ -113,10 +113,10 @@ class Journal:
 
     def records(self) -> Iterator[tuple[Item, bytes]]:
         """Yield records in order of writing; with several writers, sorted by item."""
-        for item, payload, _ in heapq.merge(*map(_records, _files(self.folder)), key=_item_of):
+        for item, payload, _ in heapq.merge(*map(_iter_records, _record_files(self.folder)), key=_get_item):
             yield item, payload
 
-    def write_to(self, file: Path) -> None:
+    def write_payloads(self, file: Path) -> None:
         """Write all payloads in sequence to a file, which appears when complete."""
         with new_file(file) as temporary, open(temporary, "wb") as f:
             for _, payload in self.records():
@@ -144,45 +144,45 @@ def open_journal(output: Path, made_by: str, identity: Mapping[str, Any], *, red
         UserError: another process holds the journal, it has another identity, or the disk is not writable.
     """
     folder = work_folder(output)
-    with begun(output, made_by, identity, redo):
+    with lock_work_folder(output, made_by, identity, redo):
         journal = Journal(folder)
         try:
             yield journal
         finally:
             journal.close()
-        _delete(folder)
+        _delete_folder(folder)
 
 
 def begin_journal(output: Path, made_by: str, identity: Mapping[str, Any], *, redo: bool = False) -> None:
     """Create an output's journal for jobs that compute shares; see `open_journal` for
     arguments and errors."""
-    with begun(output, made_by, identity, redo):
+    with lock_work_folder(output, made_by, identity, redo):
         return
 
 
 @contextlib.contextmanager
-def begun(output: Path, made_by: str, identity: Mapping[str, Any], redo: bool = False) -> Iterator[None]:
+def lock_work_folder(output: Path, made_by: str, identity: Mapping[str, Any], redo: bool = False) -> Iterator[None]:
     """Lock an output's work folder and write or check its `job.json`; see `open_journal`.
 
     If an exception escapes and the folder contains no records, delete it.
     """
     folder = work_folder(output)
     current = json.loads(to_json(dict(identity)))  # JSON turns tuples into lists, as in the file
-    with holding(folder, output):
+    with lock_folder(folder, output):
         _, recorded = _read_job_file(folder)
         # records of different settings must not mix
-        if recorded != current and not redo and (changed := _differing_work(folder, recorded, current)):
+        if recorded != current and not redo and (changed := _find_differences(folder, recorded, current)):
             raise UserError(list_problems(
                 f"{output}: {folder} holds unfinished work of another command", changed,
                 f"ask for the same to go on, begin anew ({REDO}, or megatron-sov inspect "
                 f"{shlex.quote(str(output))} --clear), or name another output"))
         try:
             if recorded != current:
-                _begin(folder, made_by, current)
+                _write_job_file(folder, made_by, current)
             yield
         except BaseException:
             if folder.is_dir() and not _has_work(folder):
-                _delete(folder)
+                _delete_folder(folder)
             raise
 
 
@@ -195,22 +195,22 @@ def _read_job_file(folder: Path) -> tuple[str, dict[str, Any] | None]:
         return "a command", None
 
 
-def _differing_work(folder: Path, recorded: dict[str, Any] | None, current: dict[str, Any]) -> list[str]:
+def _find_differences(folder: Path, recorded: dict[str, Any] | None, current: dict[str, Any]) -> list[str]:
     """Return differences between recorded and requested identity, or [] without recorded work."""
     if recorded is not None:
-        return differences(recorded, current) if _has_work(folder) else []
+        return describe_differences(recorded, current) if _has_work(folder) else []
     others = sorted({file.name for file in folder.iterdir()} - {JOB, LOCK})
     return [f"it contains {others[0]!r} but no readable {JOB}, so its command is unknown"] if others else []
 
 
-def _begin(folder: Path, made_by: str, identity: dict[str, Any]) -> None:
+def _write_job_file(folder: Path, made_by: str, identity: dict[str, Any]) -> None:
     with disk_errors(folder):
-        _empty(folder)
+        _empty_folder(folder)
         atomic_write(folder / JOB, to_json({"format_version": FORMAT_VERSION, "made_by": made_by,
                                             "identity": identity}))
 
 
-def _empty(folder: Path) -> None:
+def _empty_folder(folder: Path) -> None:
     """Delete a folder's content, `JOB` last, so that `JOB` still describes the rest after a kill."""
     for file in sorted(folder.iterdir(), key=lambda file: file.name == JOB):
         if file.is_file():
@@ -219,46 +219,46 @@ def _empty(folder: Path) -> None:
             shutil.rmtree(file)
 
 
-def _delete(folder: Path) -> None:
+def _delete_folder(folder: Path) -> None:
     with contextlib.suppress(OSError):
-        _empty(folder)
+        _empty_folder(folder)
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def done_items(output: Path, identity: Mapping[str, Any]) -> set[Item]:
+def list_done_items(output: Path, identity: Mapping[str, Any]) -> set[Item]:
     """Return the items with records for this identity; read-only."""
     folder = work_folder(output)
     _, recorded = _read_job_file(folder)
-    return items_on_record(folder) if recorded == json.loads(to_json(dict(identity))) else set()
+    return list_recorded_items(folder) if recorded == json.loads(to_json(dict(identity))) else set()
 
 
-def items_on_record(folder: Path) -> set[Item]:
+def list_recorded_items(folder: Path) -> set[Item]:
     """Return the items in a journal, even while writers append."""
-    return {item for file in _files(folder) for item, _, _ in _records(file)}
+    return {item for file in _record_files(folder) for item, _, _ in _iter_records(file)}
 
 
-def records_by_item(folder: Path) -> Iterator[tuple[Item, bytes]]:
+def iter_records_by_item(folder: Path) -> Iterator[tuple[Item, bytes]]:
     """Yield a journal's records sorted by item, reading one at a time."""
     # Sort positions instead of records: the output may exceed memory.
     places: list[tuple[Any, int, int]] = []
-    files = _files(folder)
+    files = _record_files(folder)
     for number, file in enumerate(files):
         start = 0
-        for item, _, end in _records(file):
+        for item, _, end in _iter_records(file):
             places.append((item, number, start))
             start = end
     for _, number, start in sorted(places):
         with open(files[number], "rb") as f:  # reopened: writers may outnumber file handles
             f.seek(start)
-            record = _next_record(f)
+            record = _read_record(f)
         assert record is not None, f"{files[number]} has changed"
         yield record
 
 
-def later_records(folder: Path, ends: dict[Path, int]) -> Iterator[tuple[Item, bytes]]:
+def iter_later_records(folder: Path, ends: dict[Path, int]) -> Iterator[tuple[Item, bytes]]:
     """Yield records added since the byte offsets in `ends` (file -> offset), and advance the offsets."""
-    for file in _files(folder):
-        for item, payload, end in _records(file, ends.get(file, 0)):
+    for file in _record_files(folder):
+        for item, payload, end in _iter_records(file, ends.get(file, 0)):
             ends[file] = end
             yield item, payload
 
@@ -267,42 +267,42 @@ def read_job(folder: Path) -> dict[str, Any]:
     """Return made_by, identity and num_done (completed items) of an unfinished work folder."""
     made_by, identity = _read_job_file(folder)
     return {"made_by": made_by, "identity": identity or {},
-            "num_done": len(items_on_record(folder)) + sum(1 for _ in folder.glob(PARTS))
+            "num_done": len(list_recorded_items(folder)) + sum(1 for _ in folder.glob(PARTS))
             + sum(read_job(inside)["num_done"] for inside in folder.glob(".*.work"))}
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Describe each value that differs between two identities, up to `MAX_DIFFERENCES`."""
     lines = [f"{name} was {old}, and is {new}" for name, old, new in changed_values(before, now)]
     more = len(lines) - MAX_DIFFERENCES
     return [*lines[:MAX_DIFFERENCES], f"and {more:,} more"] if more > 0 else lines
 
 
-def _files(folder: Path) -> list[Path]:
+def _record_files(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"{RECORDS}*"))
 
 
 def _has_work(folder: Path) -> bool:
     """Return whether a folder contains records, parts, job files or nested work."""
-    known_files = {JOB, LOCK, *(file.name for file in _files(folder))}
-    return (any(next(_records(file), None) is not None for file in _files(folder))
+    known_files = {JOB, LOCK, *(file.name for file in _record_files(folder))}
+    return (any(next(_iter_records(file), None) is not None for file in _record_files(folder))
             or any(file.is_file() and file.name not in known_files for file in folder.iterdir())
             or any(folder.glob(PARTS)) or any(map(_has_work, folder.glob(".*.work"))))
 
 
-def _records(file: Path, begin: int = 0) -> Iterator[tuple[Item, bytes, int]]:
+def _iter_records(file: Path, begin: int = 0) -> Iterator[tuple[Item, bytes, int]]:
     """Yield (item, payload, end offset) for each complete record in a file."""
     with open(file, "rb") as f:
         f.seek(begin)
-        while (record := _next_record(f)) is not None:
+        while (record := _read_record(f)) is not None:
             yield *record, f.tell()
 
 
-def _item_of(record: tuple[Item, bytes, int]) -> Any:
+def _get_item(record: tuple[Item, bytes, int]) -> Any:
     return record[0]
 
 
-def _next_record(f: IO[bytes]) -> tuple[Item, bytes] | None:
+def _read_record(f: IO[bytes]) -> tuple[Item, bytes] | None:
     """Read the next record, or return None at the end or at an incomplete record."""
     header = f.readline(_MAX_HEADER_BYTES)
     try:

@@ -36,9 +36,9 @@ CLOCK_TOLERANCE_S = 5.0
 """Tolerance between two readings of a process's start time, for clock corrections in between."""
 
 
-def identity() -> dict[str, Any]:
+def process_identity() -> dict[str, Any]:
     """Return host, process_table (namespace of the pid), pid and started_s, which identify this process."""
-    return {"host": socket.gethostname(), "process_table": process_table(), **_process_here(os.getpid())}
+    return {"host": socket.gethostname(), "process_table": process_table(), **_own_process(os.getpid())}
 
 
 def has_ended(record: Mapping[str, Any]) -> bool | None:
@@ -75,7 +75,7 @@ def process_table() -> str:
 
 
 @cache
-def _process_here(pid: int) -> dict[str, Any]:
+def _own_process(pid: int) -> dict[str, Any]:
     """Return pid and start time; cached per pid because forks differ."""
     import psutil
 
@@ -107,7 +107,7 @@ class Holder:
 
 
 @dataclass
-class Patience:
+class IdleTimeout:
     """Waits for available work up to a limit."""
 
     sleep: Callable[[float], object] = time.sleep
@@ -159,10 +159,10 @@ class Claims:
             try:
                 # Exclusive creation of file n + 1 (O_EXCL) is the whole protocol; no lock is needed.
                 number = _last_number(self._folder / name)
-                if number and not self._is_free(name, number):
+                if number and not self._is_available(name, number):
                     return None
                 self._watched.discard(name)
-                file = _file(self._folder, name, number + 1)
+                file = _claim_file(self._folder, name, number + 1)
                 os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
             except (FileExistsError, FileNotFoundError):  # another job was faster, or the item is done
                 return None
@@ -173,11 +173,11 @@ class Claims:
         so keep watching."""
         return name in self._watched
 
-    def _is_free(self, name: str, number: int) -> bool:
+    def _is_available(self, name: str, number: int) -> bool:
         """Return whether a claim's last holder released it, has ended, or missed a whole
         lease of heartbeats."""
         try:
-            content = _file(self._folder, name, number).read_bytes()
+            content = _claim_file(self._folder, name, number).read_bytes()
         except FileNotFoundError:
             return False
         record = _read_claim(content)
@@ -209,7 +209,7 @@ class Claim:
         Raises:
             UserError: the folder is not writable.
         """
-        return self._write(is_released=False)
+        return self._write_state(is_released=False)
 
     def release(self) -> None:
         """Release the claim after finished or failed work.
@@ -217,13 +217,13 @@ class Claim:
         Raises:
             UserError: the folder is not writable.
         """
-        self._write(is_released=True)
+        self._write_state(is_released=True)
 
     @contextlib.contextmanager
-    def renewing(self) -> Iterator[Claim]:
+    def renew_while_open(self) -> Iterator[Claim]:
         """Write heartbeats from a thread during the block, then release the claim."""
         stop = threading.Event()
-        thread = threading.Thread(target=self._renew, args=(stop,), daemon=True)
+        thread = threading.Thread(target=self._renew_periodically, args=(stop,), daemon=True)
         thread.start()
         try:
             yield self
@@ -232,7 +232,7 @@ class Claim:
             thread.join()
             self.release()
 
-    def _renew(self, stop: threading.Event) -> None:
+    def _renew_periodically(self, stop: threading.Event) -> None:
         while not stop.wait(self._lease_s / RENEWALS):
             try:
                 if not self.renew():
@@ -240,10 +240,10 @@ class Claim:
             except (UserError, OSError) as e:  # later heartbeats may still renew the lease
                 warn(f"{self._folder / self.name}: the claim could not be renewed ({e})")
 
-    def _write(self, is_released: bool) -> bool:
+    def _write_state(self, is_released: bool) -> bool:
         """Write the claim file; return whether this job still held the claim."""
-        file = _file(self._folder, self.name, self._number)
-        next_file = _file(self._folder, self.name, self._number + 1)
+        file = _claim_file(self._folder, self.name, self._number)
+        next_file = _claim_file(self._folder, self.name, self._number + 1)
         with self._lock:
             # if file n + 1 exists, another job took over; rewriting file n would change nothing
             if self._is_over or not file.exists() or next_file.exists():
@@ -251,7 +251,7 @@ class Claim:
                 return False
             self._beat += 1
             self._is_over = is_released
-            record = {**identity(), "beat": self._beat, "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
+            record = {**process_identity(), "beat": self._beat, "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
                       "is_released": is_released}
             try:
                 atomic_write(file, json.dumps(record))
@@ -260,13 +260,13 @@ class Claim:
             return not self._is_over
 
 
-def holders(folder: Path) -> list[Holder]:
+def list_holders(folder: Path) -> list[Holder]:
     """Return the last holder of each claim in a folder, sorted by name."""
     last_holders = []
     for name in sorted(os.listdir(folder)):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # deleted, or foreign
             if number := _last_number(folder / name):
-                file = _file(folder, name, number)
+                file = _claim_file(folder, name, number)
                 record = _read_claim(file.read_bytes())
                 pid = record.get("pid")
                 last_holders.append(Holder(
@@ -275,7 +275,7 @@ def holders(folder: Path) -> list[Holder]:
     return last_holders
 
 
-def _file(folder: Path, name: str, number: int) -> Path:
+def _claim_file(folder: Path, name: str, number: int) -> Path:
     return folder / name / f"{number}.json"
 
 
@@ -299,31 +299,31 @@ LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def holding(folder: Path, said: str | Path) -> Iterator[None]:
+def lock_folder(folder: Path, label: str | Path) -> Iterator[None]:
     """Create a folder if missing and lock it during the block.
 
     Args:
         folder: the folder.
-        said: name for messages: an option with its value, or a path.
+        label: name for messages: an option with its value, or a path.
 
     Raises:
         UserError: another process holds the lock, or the folder cannot be created.
     """
-    with _trying(folder) as is_ours:
+    with _attempt_lock(folder) as is_ours:
         if not is_ours:
-            raise UserError(f"{said}: is being written by another process ({folder} is held); wait for it, "
+            raise UserError(f"{label}: is being written by another process ({folder} is held); wait for it, "
                             "or name another output")
         yield
 
 
 @contextlib.contextmanager
-def taking(folder: Path) -> Iterator[bool]:
+def try_lock_folder(folder: Path) -> Iterator[bool]:
     """Lock a folder that exists only while locked; yield whether this block holds the lock.
 
     Raises:
         UserError: the folder cannot be created.
     """
-    with _trying(folder) as is_ours:
+    with _attempt_lock(folder) as is_ours:
         try:
             yield is_ours
         finally:
@@ -332,15 +332,15 @@ def taking(folder: Path) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def _trying(folder: Path) -> Iterator[bool]:
+def _attempt_lock(folder: Path) -> Iterator[bool]:
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         # closing the files releases the lock, also after an exception
-        yield _hold(folder, stack)
+        yield _lock_until_close(folder, stack)
 
 
-def _hold(folder: Path, stack: contextlib.ExitStack) -> bool:
+def _lock_until_close(folder: Path, stack: contextlib.ExitStack) -> bool:
     """Lock a folder until `stack` closes; return whether that succeeded."""
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -358,7 +358,7 @@ def _hold(folder: Path, stack: contextlib.ExitStack) -> bool:
 
 
 @contextlib.contextmanager
-def in_turn(folder: Path) -> Iterator[None]:
+def critical_section(folder: Path) -> Iterator[None]:
     """Enter a critical section per folder across processes; without lock support, enter anyway."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

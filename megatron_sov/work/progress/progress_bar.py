@@ -12,24 +12,24 @@ from typing import TYPE_CHECKING, Never, TextIO
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-BEGINS_AFTER_S = 2.0
+SHOWN_AFTER_S = 2.0
 """Work shorter than this shows no bar."""
 
 
-def work_bar(title: str, total: int, unit: str, shows: bool = True) -> tqdm[Never]:
+def create_bar(title: str, total: int, unit: str, visible: bool = True) -> tqdm[Never]:
     """Return a bar for use as a context; `update(n)` advances it by n parts.
 
     Args:
         title: one word for the activity.
         total: number of parts.
         unit: noun for a part; large counts are abbreviated.
-        shows: False on ranks that should stay silent.
+        visible: False on ranks that should stay silent.
     """
     from tqdm import tqdm
 
     # disable=None: tqdm appears on a terminal only
-    return tqdm(total=total, desc=title, unit=unit, unit_scale=True, delay=BEGINS_AFTER_S,
-                disable=None if shows else True)
+    return tqdm(total=total, desc=title, unit=unit, unit_scale=True, delay=SHOWN_AFTER_S,
+                disable=None if visible else True)
 
 
 LINE_EVERY_S = 10.0
@@ -58,10 +58,10 @@ class ProgressBar:
             self._bar = tqdm(total=total_steps, initial=first_step, desc=label, unit="step",
                              dynamic_ncols=True, file=self._stream)
 
-    def update(self, step: int, told: str, tokens_per_s: float) -> None:
+    def update(self, step: int, metrics_text: str, tokens_per_s: float) -> None:
         """Display step `step` with its metrics text and the tokens per second of all ranks."""
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{told}, {tokens_per_s:,.0f} tokens/s", refresh=False)
+            self._bar.set_postfix_str(f"{metrics_text}, {tokens_per_s:,.0f} tokens/s", refresh=False)
             self._bar.update(step - self._bar.n)
             return
         from tqdm import tqdm
@@ -71,7 +71,7 @@ class ProgressBar:
         num_steps = step - self._first_step
         step_s = (now_s - self._start_s) / num_steps if num_steps > 0 else 0.0
         remaining_s = step_s * (self._total_steps - step)
-        self._line = (f"{self._label}: step {step}/{self._total_steps}, {told}, {tokens_per_s:,.0f} "
+        self._line = (f"{self._label}: step {step}/{self._total_steps}, {metrics_text}, {tokens_per_s:,.0f} "
                       f"tokens/s, {tqdm.format_interval(remaining_s)} left")
         if now_s - self._last_line_s >= LINE_EVERY_S:
             self._write_line(now_s)

@@ -23,7 +23,7 @@ from megatron_sov.base.artifacts import (
 from megatron_sov.base.outputs import behind_links
 from megatron_sov.version import __version__
 from megatron_sov.work.progress.journal import (
-    Journal, begin_journal, begun, delete_work, open_journal, work_folder)
+    Journal, begin_journal, delete_work, lock_work_folder, open_journal, work_folder)
 
 CONTENT = "content"
 
@@ -98,21 +98,21 @@ def part_folder(work: Path, key: str) -> Path:
     return work / key[:2] / key
 
 
-def make_part(work: Path, key: str, told_in: str, make: Callable[[Path], object]) -> tuple[Path, bool]:
+def build_part(work: Path, key: str, marker: str, build: Callable[[Path], object]) -> tuple[Path, bool]:
     """Return a part's folder, and whether this call built it.
 
     Args:
         work: folder of all parts.
         key: hash of everything the part depends on.
-        told_in: name of a file in every complete part.
-        make: fills a new folder.
+        marker: name of a file in every complete part.
+        build: fills a new folder.
     """
     folder = part_folder(work, key)
-    if (folder / told_in).is_file():
+    if (folder / marker).is_file():
         return folder, False
     # if two jobs build the same part, the first stays: equal keys give equal parts
     with new_folder(folder, first_stays=True) as temporary:
-        make(temporary)
+        build(temporary)
     return folder, True
 
 
@@ -128,7 +128,7 @@ def open_parts(output: Path, made_by: str) -> Iterator[Path]:
         UserError: another process holds the folder, it belongs to another command, or the disk
             is not writable.
     """
-    with begun(output, made_by, {"command": made_by}):
+    with lock_work_folder(output, made_by, {"command": made_by}):
         # delete after success only: after an error the next attempt reuses the parts
         yield work_folder(output)
         delete_work(output)

@@ -25,11 +25,11 @@ from megatron_sov.base.sealed import read_json, try_read_json, write_json
 from megatron_sov.work.clusters import client, cluster
 from megatron_sov.work.clusters.cluster import ClusterProfile
 from megatron_sov.work.progress.journal import slurm_folder
-from megatron_sov.work.progress.locks import holding
+from megatron_sov.work.progress.locks import lock_folder
 from megatron_sov.work.submit.cluster_options import ClusterOptions
 
-JOBS = "slurm/jobs.json"
-WORK, FAILED, SCRIPT = "work.pickle", "failed", "job.sbatch"
+JOBS_FILE = "slurm/jobs.json"
+WORK_FILE, FAILED_FOLDER, SCRIPT_FILE = "work.pickle", "failed", "job.sbatch"
 FINISH = "finish"
 """Name of a command's last array."""
 FINISH_CPUS = 16
@@ -41,13 +41,13 @@ _NOT_IN_SCRIPTS = re.compile(r"""[\s%\\"'$`;&|<>()*?\[\]{}!#~]""")
 """Characters with special meaning in Slurm's log names or in scripts."""
 
 
-def profile_of(options: ClusterOptions) -> ClusterProfile:
+def load_array_profile(options: ClusterOptions) -> ClusterProfile:
     """Load the profile for a command's jobs.
 
     Raises:
         UserError: the profile is invalid, or arrays do not support its container.
     """
-    profile = cluster.load(options.cluster, account=options.account, partition=options.partition)
+    profile = cluster.load_profile(options.cluster, account=options.account, partition=options.partition)
     if profile.container.kind == "enroot":
         raise UserError("container.kind = enroot: is not supported for job arrays; use pyxis, apptainer or "
                         "none")
@@ -65,26 +65,26 @@ class Jobs:
 
     @staticmethod
     def read(output: Path) -> Jobs:
-        content = try_read_json(output / JOBS) or {}
+        content = try_read_json(output / JOBS_FILE) or {}
         return Jobs(content.get("address", ""), content.get("numbers", {}))
 
     def write(self, output: Path) -> None:
-        (output / JOBS).parent.mkdir(parents=True, exist_ok=True)
-        write_json(output / JOBS, asdict(self))
+        (output / JOBS_FILE).parent.mkdir(parents=True, exist_ok=True)
+        write_json(output / JOBS_FILE, asdict(self))
 
-    def living(self) -> list[str]:
-        return sorted(client.states(list(self.numbers.values())))
+    def list_active(self) -> list[str]:
+        return sorted(client.read_active_states(list(self.numbers.values())))
 
     def describe(self, living: Sequence[str]) -> str:
         return "Slurm's jobs " + ", ".join(living)
 
 
-def refuse_living(output: Path) -> None:
+def check_no_active_jobs(output: Path) -> None:
     """Raise `UserError` if known jobs are running in a run folder."""
     jobs = Jobs.read(output)
     try:
         # without Slurm's programs on this machine, allow the command
-        living = jobs.living()
+        living = jobs.list_active()
     except UserError:  # no Slurm here
         return
     if living:
@@ -100,27 +100,27 @@ class TaskFailed(Exception):
     """A programming error in a task; the message contains its traceback."""
 
 
-def refuse_unquotable(output: Path) -> None:
+def check_quotable(output: Path) -> None:
     """Raise `UserError` if a run folder's path has characters that job scripts cannot contain."""
     if match := _NOT_IN_SCRIPTS.search(str(output)):
         raise UserError(f"--output {output}: {match[0]!r} cannot appear in the scripts of Slurm jobs; "
                         "choose a folder without blanks and shell characters")
 
 
-def refuse_many_restarts(what: str, way: str) -> None:
+def check_restarts(subject: str, hint: str) -> None:
     """Raise `UserError` if Slurm has requeued this job more than `MAX_RESTARTS` times."""
     if int(os.environ.get("SLURM_RESTART_COUNT", "0")) > MAX_RESTARTS:
-        raise UserError(f"{what}: this job has been requeued {MAX_RESTARTS} times and is not done; give it a "
-                        f"longer time limit, or {way}")
+        raise UserError(f"{subject}: this job has been requeued {MAX_RESTARTS} times and is not done; give it a "
+                        f"longer time limit, or {hint}")
 
 
 @contextlib.contextmanager
-def keeping_failure(logs: Path, task: int) -> Iterator[None]:
+def record_failure(logs: Path, task: int) -> Iterator[None]:
     """Write a task's exception to `LOGS/failed` for a later command; ignore disk errors while doing so."""
     try:
         yield
     except Exception as e:
-        failed = logs / FAILED / f"{task:05d}.json"
+        failed = logs / FAILED_FOLDER / f"{task:05d}.json"
         with contextlib.suppress(OSError, UserError):
             failed.parent.mkdir(exist_ok=True)
             write_json(failed, {"is_user_error": isinstance(e, UserError), "sentence": str(e),
@@ -128,7 +128,7 @@ def keeping_failure(logs: Path, task: int) -> Iterator[None]:
         raise
 
 
-def tell_failures(folder: Path, names: Sequence[str]) -> None:
+def print_failures(folder: Path, names: Sequence[str]) -> None:
     """Print the failure that stopped the jobs of an earlier command.
 
     Args:
@@ -136,11 +136,11 @@ def tell_failures(folder: Path, names: Sequence[str]) -> None:
         names: array names in order; report the first failed array.
     """
     for logs in (folder / "logs" / name for name in names):
-        failures = [read_json(file) for file in sorted((logs / FAILED).glob("*.json"))]
+        failures = [read_json(file) for file in sorted((logs / FAILED_FOLDER).glob("*.json"))]
         if failures:
             defects = [failure for failure in failures if not failure["is_user_error"]]
             first = defects[0] if defects else failures[0]
-            more = f" (and {len(failures) - 1} other tasks: {logs / FAILED})" if len(failures) > 1 else ""
+            more = f" (and {len(failures) - 1} other tasks: {logs / FAILED_FOLDER})" if len(failures) > 1 else ""
             text = first["sentence"] if first["is_user_error"] else first["trace"]
             print(f"the jobs before were stopped by: {text.strip()}{more}")
             return
@@ -173,7 +173,7 @@ class Arrays:
 
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
         if failure is not None:
-            client.cancel(list(self.jobs.numbers.values()))
+            client.cancel_jobs(list(self.jobs.numbers.values()))
 
     def note(self, name: str, number: str) -> None:
         """Record a job that no later array waits for."""
@@ -202,7 +202,7 @@ class Arrays:
         shutil.rmtree(logs, ignore_errors=True)
         with disk_errors(logs):
             (logs / "slurm_logs").mkdir(parents=True)
-            (logs / WORK).write_bytes(pickle.dumps((work, num_tasks)))
+            (logs / WORK_FILE).write_bytes(pickle.dumps((work, num_tasks)))
         array.number = array.submit(profile)
         self.note(name, array.number)
         self._before = array
@@ -235,14 +235,14 @@ class _Array:
             "time": profile.time_limit, "account": profile.account, "qos": profile.qos,
             "constraint": profile.constraint, "output": f"{self.logs}/slurm_logs/%A_%a.out",
             "signal": f"B:USR1@{profile.signal_lead_s}"}
-        script = self.logs / SCRIPT
+        script = self.logs / SCRIPT_FILE
         with disk_errors(self.logs):
             script.write_text("\n".join([
                 "#!/bin/bash", *(f"#SBATCH --{name}={value}" for name, value in options.items() if value),
-                "#SBATCH --requeue", *_environment(profile),
-                *_call(profile, self.logs, self.cpus, self.tasks_per_job)]))
+                "#SBATCH --requeue", *_environment_lines(profile),
+                *_step_lines(profile, self.logs, self.cpus, self.tasks_per_job)]))
         client.check_script(script.read_text())
-        return client.submit(script, after=[self.before.number] if self.before else [])
+        return client.submit_script(script, after=[self.before.number] if self.before else [])
 
 
 @dataclass(frozen=True)
@@ -276,16 +276,16 @@ def submit_shares(output: Path, shared: SharedWork, profile: ClusterProfile,
     Raises:
         UserError: problems with the output, the work or the cluster.
     """
-    refuse_unquotable(output)
+    check_quotable(output)
     slurm = slurm_folder(output)
-    with holding(slurm, output), disk_errors(slurm):
+    with lock_folder(slurm, output), disk_errors(slurm):
         jobs = Jobs.read(slurm)
-        if living := jobs.living():
+        if living := jobs.list_active():
             print(f"{output}: {jobs.describe(living)} are at work; {shared.num_done():,} of "
                   f"{shared.num_items:,} {shared.unit} are done")
             return
         shared.begin()
-        tell_failures(slurm, (shared.name, FINISH))
+        print_failures(slurm, (shared.name, FINISH))
         # at most one task per item
         num_tasks = min(most_tasks, shared.num_items - shared.num_done())
         with Arrays(slurm, shared.address, profile) as arrays:
@@ -297,12 +297,12 @@ def submit_shares(output: Path, shared: SharedWork, profile: ClusterProfile,
 
 
 def _max_array_size() -> int:
-    output = client.ask("scontrol", "show", "config").stdout
+    output = client.run_slurm_program("scontrol", "show", "config").stdout
     match = re.search(r"MaxArraySize\s*=\s*(\d+)", output)
     return max(1, int(match[1]) - 1 if match else DEFAULT_MAX_ARRAY - 1)
 
 
-def _environment(profile: ClusterProfile) -> Iterator[str]:
+def _environment_lines(profile: ClusterProfile) -> Iterator[str]:
     yield from profile.setup
     if profile.modules:
         yield f"module load {shlex.join(profile.modules)}"
@@ -314,7 +314,7 @@ def _environment(profile: ClusterProfile) -> Iterator[str]:
     yield f"export PYTHONPATH={shlex.quote(str(code))} OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1"
 
 
-def _call(profile: ClusterProfile, logs: Path, cpus: int, tasks_per_job: int) -> Iterator[str]:
+def _step_lines(profile: ClusterProfile, logs: Path, cpus: int, tasks_per_job: int) -> Iterator[str]:
     """Yield shell lines that run the job step and requeue the job before its time limit.
 
     The shell requeues, because a container may lack `scontrol`.

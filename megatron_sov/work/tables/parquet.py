@@ -23,19 +23,19 @@ MAX_BYTES = 4 << 30
 """Maximum memory for a file's columns: a few kilobytes on disk can encode any number of equal values."""
 _WIDTHS = {"INT32": 4, "INT64": 8, "FLOAT": 4, "DOUBLE": 8}
 """Parquet physical type -> bytes per value."""
-_SMALLER = "make parts smaller (of rollouts: rollout.piece_prompts)"
-MAKE_AGAIN = "restore it from a copy, or delete its folder to have it made again"
+_SMALLER_PARTS = "make parts smaller (of rollouts: rollout.piece_prompts)"
+REBUILD_HINT = "restore it from a copy, or delete its folder to have it made again"
 
 
 @contextlib.contextmanager
-def refused_damage(file: Path, way: str) -> Iterator[None]:
-    """Turn pyarrow's errors about a foreign or damaged file into a `UserError` that ends with hint `way`."""
+def report_damage(file: Path, hint: str) -> Iterator[None]:
+    """Turn pyarrow's errors about a foreign or damaged file into a `UserError` that ends with hint `hint`."""
     try:
         yield
     except FileNotFoundError:
-        raise UserError(f"{file}: cannot be read (it is not there); {way}") from None
+        raise UserError(f"{file}: cannot be read (it is not there); {hint}") from None
     except (pa.ArrowException, OSError, ValueError, IndexError) as e:
-        raise UserError(f"{file}: is damaged, or no Parquet file ({first_line(e)}); {way}") from None
+        raise UserError(f"{file}: is damaged, or no Parquet file ({first_line(e)}); {hint}") from None
 
 
 def write_table(file: Path, table: pa.Table, dictionary: Sequence[str], split: Sequence[str]) -> None:
@@ -53,9 +53,9 @@ def write_table(file: Path, table: pa.Table, dictionary: Sequence[str], split: S
                             write_statistics=False, store_schema=True)
 
 
-def table_problem(table: pa.Table) -> str:
+def find_table_problem(table: pa.Table) -> str:
     """Return a sentence if a table exceeds the limits for reading, else ""."""
-    return _too_large(table.num_rows, table.nbytes)
+    return _find_excess(table.num_rows, table.nbytes)
 
 
 def read_table(file: Path, schema: pa.Schema) -> pa.Table:
@@ -69,10 +69,10 @@ def read_table(file: Path, schema: pa.Schema) -> pa.Table:
         UserError: the file is damaged, too large, not Parquet, or lacks a column.
     """
     texts = [field.name for field in schema if field.type == pa.string()]
-    with refused_damage(file, MAKE_AGAIN):
+    with report_damage(file, REBUILD_HINT):
         # check the footer before reading any column
         with parquet.ParquetFile(file) as plain:
-            _check(file, plain, schema)
+            _check_columns(file, plain, schema)
             with parquet.ParquetFile(file, metadata=plain.metadata, read_dictionary=texts) as opened:
                 table = opened.read(schema.names, use_threads=False)
         # offsets and lengths inside the columns are untrusted too
@@ -83,7 +83,7 @@ def read_table(file: Path, schema: pa.Schema) -> pa.Table:
     return table
 
 
-def _check(file: Path, opened: parquet.ParquetFile, schema: pa.Schema) -> None:
+def _check_columns(file: Path, opened: parquet.ParquetFile, schema: pa.Schema) -> None:
     """Raise `UserError` if a file lacks columns or declares more data than the limits."""
     file_schema = opened.schema_arrow
     for field in schema:
@@ -95,8 +95,8 @@ def _check(file: Path, opened: parquet.ParquetFile, schema: pa.Schema) -> None:
                             f"{field.type}; the store did not write it")
     row_groups = [opened.metadata.row_group(i) for i in range(opened.num_row_groups)]
     leaves = [group.column(k) for group in row_groups for k in range(group.num_columns)]
-    size_bytes = sum(_bytes_of(leaf) for leaf in leaves if leaf.path_in_schema.split(".")[0] in schema.names)
-    if problem := _too_large(opened.metadata.num_rows, size_bytes):
+    size_bytes = sum(_leaf_bytes(leaf) for leaf in leaves if leaf.path_in_schema.split(".")[0] in schema.names)
+    if problem := _find_excess(opened.metadata.num_rows, size_bytes):
         raise UserError(f"{file}: {problem}")
     for leaf in leaves:
         if (leaf.path_in_schema in schema.names and schema.field(leaf.path_in_schema).type != pa.string()
@@ -105,22 +105,22 @@ def _check(file: Path, opened: parquet.ParquetFile, schema: pa.Schema) -> None:
                             "which little stands for much; the store did not write it")
 
 
-def _bytes_of(leaf: Any) -> int:
+def _leaf_bytes(leaf: Any) -> int:
     """Return a leaf column's size in memory; dictionary strings count once per distinct value."""
     # numbers take their width regardless of packing; strings and bytes their unpacked size
     width = _WIDTHS.get(leaf.physical_type)
     return int(leaf.total_uncompressed_size if width is None else leaf.num_values * width)
 
 
-def _too_large(rows: int, size_bytes: int) -> str:
+def _find_excess(rows: int, size_bytes: int) -> str:
     if rows > MAX_ROWS:
-        return f"has {rows:,} rows, at most {MAX_ROWS:,}; {_SMALLER}"
+        return f"has {rows:,} rows, at most {MAX_ROWS:,}; {_SMALLER_PARTS}"
     if size_bytes > MAX_BYTES:
-        return f"takes {size_bytes / 2**30:.1f} GiB in memory, at most {MAX_BYTES / 2**30:g}; {_SMALLER}"
+        return f"takes {size_bytes / 2**30:.1f} GiB in memory, at most {MAX_BYTES / 2**30:g}; {_SMALLER_PARTS}"
     return ""
 
 
-def texts_of(column: pa.ChunkedArray) -> list[str | None]:
+def read_strings(column: pa.ChunkedArray) -> list[str | None]:
     """Return a string column as list; equal strings share an object.
 
     Raises:
@@ -134,7 +134,7 @@ def texts_of(column: pa.ChunkedArray) -> list[str | None]:
     return texts
 
 
-def arrays_of(column: pa.ChunkedArray) -> list[np.ndarray]:
+def read_arrays(column: pa.ChunkedArray) -> list[np.ndarray]:
     """Return each row's list as a read-only view."""
     arrays: list[np.ndarray] = []
     for chunk in column.chunks:
@@ -144,7 +144,7 @@ def arrays_of(column: pa.ChunkedArray) -> list[np.ndarray]:
     return arrays
 
 
-def lists(values: Sequence[np.ndarray], dtype: Any) -> pa.ListArray:
+def build_list_column(values: Sequence[np.ndarray], dtype: Any) -> pa.ListArray:
     """Build a list column from an array per row.
 
     Raises:
@@ -152,7 +152,7 @@ def lists(values: Sequence[np.ndarray], dtype: Any) -> pa.ListArray:
     """
     ends = np.zeros(len(values) + 1, np.int64)
     np.cumsum(np.fromiter(map(len, values), np.int64, len(values)), out=ends[1:])
-    if problem := _too_large(0, int(ends[-1]) * np.dtype(dtype).itemsize):
+    if problem := _find_excess(0, int(ends[-1]) * np.dtype(dtype).itemsize):
         raise ValueError(problem)
     flat = (np.concatenate(values, dtype=dtype, casting="unsafe") if len(values) else np.zeros(0, dtype))
     field = pa.field("element", pa.from_numpy_dtype(dtype), nullable=False)
@@ -210,28 +210,28 @@ class TableFile:
             self.close()
 
 
-def read_groups(files: Sequence[Path], seals: Sequence[str | None], way: Callable[[Path], str]
+def iter_row_groups(files: Sequence[Path], seals: Sequence[str | None], hint: Callable[[Path], str]
                 ) -> Iterator[list[pa.Table]]:
     """Yield the row groups of a file together with those of files that later jobs added as columns.
 
     Args:
         files: `TableFile` paths: the first file, then files with further columns for the same rows.
         seals: required checksum per file; None accepts the file's own.
-        way: returns the hint for a damaged file.
+        hint: returns the hint for a damaged file.
 
     Raises:
         UserError: a file is missing, damaged, or has another number of rows.
     """
     opened = []
     for file, seal in zip(files, seals, strict=True):
-        with refused_damage(file, way(file)):
-            opened.append(open_parquet(file, way(file), is_required=True, seal=seal))
+        with report_damage(file, hint(file)):
+            opened.append(open_parquet(file, hint(file), is_required=True, seal=seal))
     for i in range(opened[0].num_row_groups):
         group: list[pa.Table] = []
         for file, parquet_file in zip(files, opened, strict=True):
-            with refused_damage(file, way(file)):
+            with report_damage(file, hint(file)):
                 group.append(parquet_file.read_row_group(i, use_threads=False))
             if group[-1].num_rows != group[0].num_rows:
                 raise UserError(f"{file}: has {group[-1].num_rows} rows where {files[0]} has "
-                                f"{group[0].num_rows}; {way(file)}")
+                                f"{group[0].num_rows}; {hint(file)}")
         yield group

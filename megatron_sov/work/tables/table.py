@@ -40,8 +40,8 @@ VERSION_CHARS = 12
 """Length of a version in its folder's name."""
 LEFTOVER_S = 3600.0
 """Seconds without change after which a temporary folder counts as left by a killed job."""
-KEPT_OUT = "num_kept_out"
-_MAKE_AGAIN = "restore it from a copy, or delete it to have it made again"
+EXCLUDED_FIELD = "num_kept_out"
+_REBUILD_HINT = "restore it from a copy, or delete it to have it made again"
 
 
 class AlreadyPublished(UserError):
@@ -60,7 +60,7 @@ class TablePart:
     """Numbers in the part's name, see `Table.key_of`."""
     num_rows: int
     """Number of rows, including excluded ones."""
-    num_kept_out: int
+    num_excluded: int
     """Rows with a problem, which readers skip."""
     manifest_sha256: str
     """Hash of the manifest, which identifies the whole part."""
@@ -77,7 +77,7 @@ class TablePart:
 
 
 @dataclass(frozen=True)
-class Clearable:
+class DeletableFolder:
     """A folder that may be deleted, with the reason."""
 
     path: Path
@@ -91,7 +91,7 @@ P = TypeVar("P", bound=TablePart)
 class Table(Generic[P]):
     """An existing table, from `open` or `create` of a subclass that declares its content."""
 
-    WHAT: ClassVar[str]
+    NOUN: ClassVar[str]
     """Noun for messages."""
     HEAD: ClassVar[str]
     """Name of the file with values shared by all parts."""
@@ -108,7 +108,7 @@ class Table(Generic[P]):
     """Example of a part's name."""
     FIRST: ClassVar[str]
     """Noun for the first number in a part's name."""
-    MADE_BY: ClassVar[str]
+    CREATE_HINT: ClassVar[str]
     """Hint for a missing table."""
     REPEATED: ClassVar[Collection[str]]
     """Leaf columns with repeated values."""
@@ -150,7 +150,7 @@ class Table(Generic[P]):
             if mistyped := [name for name, kind in cls.IDENTITY.items() if type(identity[name]) is not kind]:
                 raise ValueError(f"{mistyped[0]} = {identity[mistyped[0]]!r}")
         except (FileNotFoundError, NotADirectoryError):
-            raise UserError(f"{path}: is no {cls.WHAT} (it has no {cls.HEAD}); {cls.MADE_BY}") from None
+            raise UserError(f"{path}: is no {cls.NOUN} (it has no {cls.HEAD}); {cls.CREATE_HINT}") from None
         except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise UserError(f"{file}: is damaged ({e}); restore it from a copy") from None
         for name in (cls.ROWS, cls.ADDED, CLAIMS):  # copying may have dropped empty folders
@@ -172,15 +172,15 @@ class Table(Generic[P]):
         path, expected = Path(path), dict(zip(cls.IDENTITY, identity, strict=True))
         refuse_nowhere(path)
         if not (path / cls.HEAD).is_file():
-            cls._make(path, expected)
+            cls._create_folder(path, expected)
         table = cls.open(path)
         if table.identity != expected:
-            raise UserError(f"{path}: is a {cls.WHAT} of {cls.tell(table.identity)}, and this is of "
+            raise UserError(f"{path}: is a {cls.NOUN} of {cls.tell(table.identity)}, and this is of "
                             f"{cls.tell(expected)}; choose another store")
         return table
 
     @classmethod
-    def _make(cls, path: Path, identity: Mapping[str, Any]) -> None:
+    def _create_folder(cls, path: Path, identity: Mapping[str, Any]) -> None:
         """Create an empty table, unless another process is faster."""
         # Build under a temporary name: if several processes create the table, a single rename succeeds.
         temporary = path.with_name(f".{path.name}.new-{uuid.uuid4().hex}")
@@ -196,7 +196,7 @@ class Table(Generic[P]):
                 if (path / cls.HEAD).is_file():
                     return
                 if e.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                    raise UserError(f"{path}: is not empty and no {cls.WHAT}; choose another folder"
+                    raise UserError(f"{path}: is not empty and no {cls.NOUN}; choose another folder"
                                     ) from None
                 raise
             finally:
@@ -206,7 +206,7 @@ class Table(Generic[P]):
     def claims(self) -> Path:
         return self.path / CLAIMS
 
-    def claim_of(self, name: str, version: str = "") -> str:
+    def claim_name(self, name: str, version: str = "") -> str:
         """Return the claim name for a part, or for a version's columns of the part."""
         return f"{self.CLAIM}-{version[:VERSION_CHARS]}-{name}" if version else name
 
@@ -214,14 +214,14 @@ class Table(Generic[P]):
         """Return the folder of a part or of a version's columns, published or not."""
         if self.key_of(name) is None:
             raise ValueError(f"{name!r} is no name of a part ({self.EXAMPLE} is one)")
-        return self._folder(version) / name
+        return self._version_folder(version) / name
 
-    def _folder(self, version: str) -> Path:
+    def _version_folder(self, version: str) -> Path:
         if not re.fullmatch(r"[\w-]*", version):
             raise ValueError(f"version {version!r}: must be of letters, digits, '_' and '-'")
         return self.path / self.ADDED / version[:VERSION_CHARS] if version else self.path / self.ROWS
 
-    def has(self, name: str, version: str = "") -> bool:
+    def has_part(self, name: str, version: str = "") -> bool:
         """Return whether a part, or a version's columns for it, is published.
 
         Raises:
@@ -237,7 +237,7 @@ class Table(Generic[P]):
         """
         path = self.part_path(name, version)
         # folder names truncate versions, manifests do not: two versions may share a folder name
-        part = self._opened(path, self.ADDED if version else self.ROWS)
+        part = self._open_part(path, self.ADDED if version else self.ROWS)
         if part.version != version:
             raise UserError(f"{path}: is of {self.VERSION.replace('_', ' ')} {part.version!r}, whose first "
                             f"{VERSION_CHARS} characters are those of {version!r}; change that one's "
@@ -257,14 +257,14 @@ class Table(Generic[P]):
             version: version of added columns or its folder's name; "": the rows.
             refused: called with a message per damaged part; None: warn once.
         """
-        folder, kind = self._folder(version), self.ADDED if version else self.ROWS
+        folder, kind = self._version_folder(version), self.ADDED if version else self.ROWS
         names = [name for name in os.listdir(folder) if not name.startswith(".")] if folder.is_dir() else []
         parts = []
         for key, name in sorted((self.key_of(name) or (), name) for name in names):
             if key and first not in (None, key[0]):
                 continue
             try:
-                parts.append(self._opened(folder / name, kind))
+                parts.append(self._open_part(folder / name, kind))
             except UserError as e:
                 (refused or self._warn_once)(str(e))
         return parts
@@ -274,21 +274,21 @@ class Table(Generic[P]):
             self._told.add(problem)
             warn(f"skipped: {problem}")
 
-    def _opened(self, path: Path, kind: str) -> P:
+    def _open_part(self, path: Path, kind: str) -> P:
         key = self.key_of(path.name)
         if key is None:
             raise UserError(f"{path}: is no part of the store, whose names are as {self.EXAMPLE}; move it "
                             "away")
         manifest = read_manifest(path, kind)
-        if problem := self._problem(path, manifest):
-            raise UserError(f"{path}: {problem}; {_MAKE_AGAIN}")
+        if problem := self._find_problem(path, manifest):
+            raise UserError(f"{path}: {problem}; {_REBUILD_HINT}")
         content = manifest.content
-        part: P = self.PART(path.name, path, kind, key, content["num_rows"], content.get(KEPT_OUT, 0),
+        part: P = self.PART(path.name, path, kind, key, content["num_rows"], content.get(EXCLUDED_FIELD, 0),
                               manifest_sha256(path), manifest.created_s, manifest.settings,
                               content.get(self.VERSION, ""))
         return part
 
-    def _problem(self, path: Path, manifest: Manifest) -> str:
+    def _find_problem(self, path: Path, manifest: Manifest) -> str:
         """Return a problem visible in a part's manifest or file size, or ""."""
         content, name, table = manifest.content, f"{manifest.kind}.parquet", manifest.content.get("store")
         # a part copied from another store would silently enter training
@@ -297,9 +297,9 @@ class Table(Generic[P]):
             return f"belongs to another store ({owner}; this one: {self.tell(self.identity)})"
         if list(manifest.files) != [name]:
             return f"has the files {', '.join(manifest.files) or 'none'}, must have {name} alone"
-        counts = [content.get("num_rows"), content.get(KEPT_OUT, 0)]
+        counts = [content.get("num_rows"), content.get(EXCLUDED_FIELD, 0)]
         if not all(type(count) is int and count >= 0 for count in counts):
-            return f"{MANIFEST} has num_rows = {counts[0]!r} and {KEPT_OUT} = {counts[1]!r}"
+            return f"{MANIFEST} has num_rows = {counts[0]!r} and {EXCLUDED_FIELD} = {counts[1]!r}"
         if not isinstance(content.get(self.VERSION, ""), str):
             return f"{MANIFEST} has no text as {self.VERSION}"
         file = path / name
@@ -327,7 +327,7 @@ class Table(Generic[P]):
         return table
 
     def publish(self, name: str, version: str, table: pa.Table, provenance: Mapping[str, Any],
-                num_kept_out: int | None = None) -> bool:
+                num_excluded: int | None = None) -> bool:
         """Publish a part; return False if another job published the same name first.
 
         Args:
@@ -335,15 +335,15 @@ class Table(Generic[P]):
             version: version of added columns; "": rows.
             table: the rows.
             provenance: description of the writing program, as JSON values.
-            num_kept_out: number of rows with a problem.
+            num_excluded: number of rows with a problem.
 
         Raises:
             UserError: too many rows, or the disk is not writable; no files remain.
         """
-        from megatron_sov.work.tables.parquet import table_problem, write_table
+        from megatron_sov.work.tables.parquet import find_table_problem, write_table
 
         path, kind = self.part_path(name, version), self.ADDED if version else self.ROWS
-        if problem := table_problem(table):
+        if problem := find_table_problem(table):
             raise UserError(f"{path}: {problem}")
         # a unique temporary name: two writers on any machines only meet in the final rename
         temporary = path.with_name(f".{path.name}.new-{uuid.uuid4().hex}")
@@ -356,7 +356,7 @@ class Table(Generic[P]):
                     write_table(artifact.path / f"{kind}.parquet", table, repeated, split)
                     artifact.content = {
                         "num_rows": table.num_rows,
-                        **({self.VERSION: version} if version else {KEPT_OUT: num_kept_out or 0}),
+                        **({self.VERSION: version} if version else {EXCLUDED_FIELD: num_excluded or 0}),
                         "store": self.identity}
                     artifact.settings = dict(provenance)
                 return rename_unless_taken(temporary, path)
@@ -365,7 +365,7 @@ class Table(Generic[P]):
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
 
-    def clearable(self, versions: Collection[str] = (), firsts: Collection[int] = ()) -> list[Clearable]:
+    def clearable(self, versions: Collection[str] = (), firsts: Collection[int] = ()) -> list[DeletableFolder]:
         """Return folders that may be deleted: leftovers of killed jobs, claims on finished
         work, selected parts.
 
@@ -375,34 +375,34 @@ class Table(Generic[P]):
         """
         folders = {version[:VERSION_CHARS] for version in versions} & set(self.versions())
         clearables = []
-        for path, why in self._clearable(folders, firsts):
+        for path, why in self._iter_deletable(folders, firsts):
             size_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-            clearables.append(Clearable(path, why, size_bytes))
+            clearables.append(DeletableFolder(path, why, size_bytes))
         return clearables
 
-    def _clearable(self, folders: set[str], firsts: Collection[int]) -> Iterator[tuple[Path, str]]:
+    def _iter_deletable(self, folders: set[str], firsts: Collection[int]) -> Iterator[tuple[Path, str]]:
         remaining_versions = ["", *(folder for folder in self.versions() if folder not in folders)]
-        for folder in (self.path / self.ADDED, self.claims, *map(self._folder, remaining_versions)):
+        for folder in (self.path / self.ADDED, self.claims, *map(self._version_folder, remaining_versions)):
             for path in sorted(folder.iterdir()):
-                if path.name.startswith(".") and _is_left(path):
+                if path.name.startswith(".") and _is_abandoned(path):
                     yield path, "a killed job left it"
         # claims on published parts are useless
         finished_claims = set()
         for version in remaining_versions:
-            for path in sorted(self._folder(version).iterdir()):
+            for path in sorted(self._version_folder(version).iterdir()):
                 if (path / MANIFEST).is_file():
-                    finished_claims.add(self.claim_of(path.name, version))
+                    finished_claims.add(self.claim_name(path.name, version))
                 key = self.key_of(path.name)
                 if key is not None and key[0] in firsts:
                     yield path, f"of {self.FIRST} {key[0]}"
         for version in folders:
-            finished_claims |= {self.claim_of(path.name, version) for path in self._folder(version).iterdir()}
-            yield self._folder(version), "of that version"
+            finished_claims |= {self.claim_name(path.name, version) for path in self._version_folder(version).iterdir()}
+            yield self._version_folder(version), "of that version"
         yield from ((path, "what it claims is done") for path in sorted(self.claims.iterdir())
                     if path.name in finished_claims)
 
 
-def clear(found: Collection[Clearable]) -> None:
+def delete_folders(found: Collection[DeletableFolder]) -> None:
     """Delete folders, renaming each to a hidden name first.
 
     Raises:
@@ -414,7 +414,7 @@ def clear(found: Collection[Clearable]) -> None:
             delete_folder(item.path, hidden)
 
 
-def _is_left(folder: Path) -> bool:
+def _is_abandoned(folder: Path) -> bool:
     """Return whether a temporary folder seems abandoned: unlocked, and unchanged for `LEFTOVER_S`.
 
     File systems without locks leave only the time of the last change.

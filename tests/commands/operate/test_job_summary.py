@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_sov import cli
-from megatron_sov.work.clusters.cluster import time_limit_s
+from megatron_sov.work.clusters.cluster import parse_time_limit
 
 H100 = ("--cluster", "h100", "--account", "a", "--dry-run")
 FITS = ("--set", "model.vocab_size=368")
@@ -61,7 +61,7 @@ def test_requeues_follow_from_days_and_time_limit(tmp_path: Path, capsys: Any, l
     assert code == 0 and tokens.endswith("; the data are not packed yet")
     amount, unit = time.split()[2:4]
     days = float(amount) / {"hours,": 24, "days,": 1, "hour,": 24, "day,": 1}[unit]
-    expected = days * 86400 / (time_limit_s(limit) - 600) - 1
+    expected = days * 86400 / (parse_time_limit(limit) - 600) - 1
     assert float(jobs.split()[2].replace(",", "")) == pytest.approx(max(0, expected), abs=1.5, rel=0.01)
 
 

@@ -23,7 +23,7 @@ from megatron_sov.model.config import RolloutConfig
 from megatron_sov.rollouts.rows import Rollout
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.obs.events import read_events
-from megatron_sov.runs.rounds import Policy, policy_of_round
+from megatron_sov.runs.rounds import Policy, find_round_policy
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks/learning"))
 from tasks import Exact
@@ -212,10 +212,10 @@ def test_another_reward_judges_what_is_there_and_another_run_learns_from_it(
     assert [e["step"] for e in events(folder / "trained", "checkpoint")] == [2, 4, 6]
     begun = {row.versions[row.is_written][0]: row.key.policy for row in rows(folder / "whole-store")}
     rollout = RolloutConfig(steps_per_round=2, max_staleness=1)
-    found = policy_of_round(folder / "trained", folder / "none", 4, rollout)
+    found = find_round_policy(folder / "trained", folder / "none", 4, rollout)
     assert found is not None and found.step == 6 and set(begun) == {0, 2, 4}
     shutil.rmtree(found.path)
-    assert policy_of_round(folder / "trained", folder / "none", 4, rollout) == Policy(
+    assert find_round_policy(folder / "trained", folder / "none", 4, rollout) == Policy(
         folder / "trained/checkpoints/step-4", 4, begun[4])
 
 

@@ -21,7 +21,7 @@ from megatron_sov.cli import main
 from megatron_sov.commands.rl.teachers import _refuse_other_model
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.runs.obs.events import read_events
-from megatron_sov.runs.obs.meters import headline_of_start, told_step
+from megatron_sov.runs.obs.meters import format_step, read_headline
 from megatron_sov.train.data.token_shards import open_sources
 from tests.token_servers import VllmDouble
 
@@ -120,8 +120,8 @@ def test_each_token_is_worth_what_its_teacher_gives_it_more_than_the_student(
     told, step = events(whole, "round")[0], events(whole, "step")[0]
     # --reward none: there is no reward of 0 to tell, and what the run is after is told in its place
     assert "reward" not in told["means"] and "reward" not in step["meters"]
-    headline, _ = headline_of_start(events(whole, "run_start")[0])
-    assert told_step(step, headline, comparable=False).startswith("KL to the teacher ")
+    headline, _ = read_headline(events(whole, "run_start")[0])
+    assert format_step(step, headline, comparable=False).startswith("KL to the teacher ")
     assert told["reverse_kl"] == pytest.approx(-np.concatenate(advantages).mean(), abs=2e-5)
     for domain, apart in told["reverse_kl_domains"].items():
         own = np.concatenate([a for a, name in zip(advantages, domains, strict=True) if name == domain])

@@ -18,7 +18,7 @@ from megatron_sov.model.config import RolloutConfig
 from megatron_sov.rollouts.prompts import read_prompts
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.obs.events import read_events
-from megatron_sov.runs.rounds import policy_of_round
+from megatron_sov.runs.rounds import find_round_policy
 
 ROLLOUT = RolloutConfig(rounds=3, prompts_per_round=4, samples_per_prompt=4, steps_per_round=2,
                         piece_prompts=2, max_new_tokens=12, max_prompt_tokens=6, temperature=0.8)
@@ -103,7 +103,7 @@ def test_rounds_that_come_later_and_a_kill_change_no_bit(undisturbed: Path, roun
     events = list(read_events(rounds.folder / "disturbed/events.jsonl"))
     assert [e["step"] for e in events if e["event"] == "restart"] == [3]
     assert "round 3 is not there yet: 2 of 2 pieces are not written yet" in json.dumps(events[-1])
-    policy = policy_of_round(rounds.folder / "disturbed", rounds.start, 3, ROLLOUT)
+    policy = find_round_policy(rounds.folder / "disturbed", rounds.start, 3, ROLLOUT)
     assert policy is not None and policy.step == 4
     rounds.store("later", range(3, 4))
     done = run_command(*rounds.command(later, "disturbed", *settings, "--resume"))

@@ -17,7 +17,7 @@ from megatron_sov.commands.rl.rounds import chosen_rounds
 from megatron_sov.rollouts.prompts import read_prompts
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.runs.rounds import policy_of_start
+from megatron_sov.runs.rounds import build_start_policy
 
 # a temperature at which a sample is the most probable token
 ROLLOUT = ("rollout.rounds=2", "rollout.prompts_per_round=2", "rollout.samples_per_prompt=2",
@@ -55,7 +55,7 @@ def test_two_policies_write_two_rounds_and_a_reward_judges_them(
     store = RolloutStore.open(tmp_path / "store")
     prompts = {p.id: p for p in read_prompts(tmp_path / "prompts.jsonl")}
     # the second is of no run that knows policies: it is known by its manifest
-    for number, checkpoint, sha256 in ((1, first, policy_of_start(first).sha256),
+    for number, checkpoint, sha256 in ((1, first, build_start_policy(first).sha256),
                                        (2, second, manifest_sha256(second))):
         rows = [row for part in store.parts(number) for row in store.read_rollouts(part.name)]
         assert len(rows) == 4 and {row.key.policy for row in rows} == {sha256}

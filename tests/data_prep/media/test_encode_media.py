@@ -16,11 +16,11 @@ from data_prep.media.encoder import CHAT, TEXT, MediaRecordEncoder, parse_record
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.errors import ExitCode
-from megatron_sov.chat.media_tokens import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD, entries
+from megatron_sov.chat.media_tokens import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD, parse_codebook_tokens
 from megatron_sov.model.modality import PICTURES, SOUNDS
 from megatron_sov.omni.media.banks import open_bank, read_shapes
 from megatron_sov.work.clusters import client
-from megatron_sov.work.submit.arrays import WORK, Jobs
+from megatron_sov.work.submit.arrays import WORK_FILE, Jobs
 from tests.data_prep.media.chats import Encode, shown
 
 
@@ -38,12 +38,12 @@ def test_media_become_tokens_and_rows(encode: Encode, tmp_path: Path) -> None:
                    shown(("video", "moving.gif"))]) == 0
     first, second, third = records(tmp_path / "corpus")
     user = first["messages"][0]["content"]
-    assert entries("image", user) == [7] * 4 and user.count(IMAGE_PAD) == 3 and user.endswith("\nWhat?")
+    assert parse_codebook_tokens("image", user) == [7] * 4 and user.count(IMAGE_PAD) == 3 and user.endswith("\nWhat?")
     assert first["media"] == {"pictures": [[0, 3]]}
     user = second["messages"][0]["content"]
     # 1.5 s in pieces of 0.5 s for the codec and of 1 s, 5 slots each, for the encoder
-    assert entries("audio", user) == [4] * 15 and user.count(AUDIO_PAD) == 5 + 3
-    assert entries("image", user) == [0] * 4 + [7] * 4 and '"image_01"' in user
+    assert parse_codebook_tokens("audio", user) == [4] * 15 and user.count(AUDIO_PAD) == 5 + 3
+    assert parse_codebook_tokens("image", user) == [0] * 4 + [7] * 4 and '"image_01"' in user
     # the twin has the light picture's content, and shares its row
     assert second["media"] == {"pictures": [[1, 3], [0, 3]], "sounds": [[0, 5], [1, 3]]}
     assert third["messages"][0]["content"].count(VIDEO_PAD) == 6
@@ -74,11 +74,11 @@ def test_an_assistant_draws_by_a_call_and_speaks_in_its_text(encode: Encode, tmp
     assert said["content"] == "Here:\n<|discrete_audio_start|><|audio0007|><|discrete_audio_end|>"
     call = said["tool_calls"][0]["function"]
     assert call["name"] == "t2i_model_generation"
-    assert entries("image", call["arguments"]["discrete_image_token"]) == [7] * 4
+    assert parse_codebook_tokens("image", call["arguments"]["discrete_image_token"]) == [7] * 4
     assert records(tmp_path / "corpus")[0]["media"] == {}
     assert encode([shown(("text", "Draw."), answer=answer)], "--drawn", "content", output="two") == 0
     said = records(tmp_path / "two")[0]["messages"][1]
-    assert "tool_calls" not in said and entries("image", said["content"]) == [7] * 4
+    assert "tool_calls" not in said and parse_codebook_tokens("image", said["content"]) == [7] * 4
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(encode: Encode, tmp_path: Path,
@@ -189,15 +189,15 @@ def noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ..
     found: list[tuple[Any, ...]] = []
 
     def submit(script: Path, *, after: list[str]) -> str:
-        found.append((*pickle.loads((script.parent / WORK).read_bytes()), after, script.parent))
+        found.append((*pickle.loads((script.parent / WORK_FILE).read_bytes()), after, script.parent))
         return str(100 + len(found))
 
-    monkeypatch.setattr(client, "submit", submit)
+    monkeypatch.setattr(client, "submit_script", submit)
     monkeypatch.setattr(client, "check_script", lambda text: None)
-    monkeypatch.setattr(client, "ask", lambda *words: SimpleNamespace(stdout=""))
+    monkeypatch.setattr(client, "run_slurm_program", lambda *words: SimpleNamespace(stdout=""))
     monkeypatch.setattr(client, "check_partition", lambda name: None)
-    monkeypatch.setattr(client, "states", lambda numbers: {})
-    monkeypatch.setattr(running, "refuse_many_restarts", lambda *words: None)
+    monkeypatch.setattr(client, "read_active_states", lambda numbers: {})
+    monkeypatch.setattr(running, "check_restarts", lambda *words: None)
     (tmp_path / "profile.yaml").write_text(PROFILE)
     return found
 

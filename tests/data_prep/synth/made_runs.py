@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.work.endpoints.cache import EndpointCache, Usage
-from megatron_sov.work.progress.journal import Journal, begun, work_folder
+from megatron_sov.work.progress.journal import Journal, lock_work_folder, work_folder
 
 RUN = {"generator": "facts", "version": 2, "kind": "text", "model": "writer-7b", "judge": "judge-70b",
        "settings": {"count": 1}, "inputs": []}
@@ -37,7 +37,7 @@ def made_run(output: Path, items: Sequence[Sequence[Mapping[str, Any]]], **run: 
     """Write a folder whose items have these samples; item i is called i0, i1, ..."""
     output.mkdir(parents=True, exist_ok=True)
     (output / "run.json").write_text(json.dumps({**RUN, **run}))
-    with begun(output, "sov-data synth", {}):
+    with lock_work_folder(output, "sov-data synth", {}):
         add_records(output, [(i, {
             "item": {"id": f"i{i}", "source": "notes", "licence": "CC-BY-4.0" if i else "", "digest": ""},
             "samples": list(samples), "asked": [f"key{i}"], "unusable": ""})

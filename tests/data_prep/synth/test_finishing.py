@@ -22,7 +22,7 @@ from megatron_sov.base.artifacts import damaged_files, manifest_sha256, read_man
 from megatron_sov.base.documents import RecordReading, read_documents
 from megatron_sov.base.errors import UserError
 from megatron_sov.rollouts.prompts import read_prompts
-from megatron_sov.work.progress.journal import begun, records_by_item, work_folder
+from megatron_sov.work.progress.journal import iter_records_by_item, lock_work_folder, work_folder
 
 LEAKED = "Which keeper of the seven lighthouses painted the northern door green before the storm of 1911?"
 GERMAN = ("Das ist ein ganz anderer Text über einen Garten, in dem viele Rosen und noch mehr Unkraut stehen, "
@@ -120,9 +120,9 @@ def test_the_order_in_which_items_were_finished_leaves_the_same_bytes(texts: Pat
     again = copied_run(texts, tmp_path / "again")
     before = {file.name: file.read_bytes() for file in again.glob("*.jsonl")}
     work = work_folder(again)
-    records = [(number, json.loads(record)) for number, record in records_by_item(work)]
+    records = [(number, json.loads(record)) for number, record in iter_records_by_item(work)]
     shutil.rmtree(work)
-    with begun(again, "sov-data synth", {}):  # as items were finished by other workers
+    with lock_work_folder(again, "sov-data synth", {}):  # as items were finished by other workers
         add_records(again, records[:4][::-1], "1")
         add_records(again, records[4:][::-1], "0")
     (again / "kept.jsonl").write_text("half of")

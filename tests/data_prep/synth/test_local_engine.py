@@ -14,7 +14,7 @@ import pytest
 
 from data_prep.synth.models import identity_of
 from megatron_sov.base.errors import StopRequested, UserError
-from megatron_sov.work.endpoints.local_server import KEY_ENV, serving
+from megatron_sov.work.endpoints.local_server import KEY_ENV, serve_model
 from megatron_sov.work.processes.pool import StopSignal
 
 SERVER = """import json, os, sys
@@ -53,7 +53,7 @@ def servers(folder: Path) -> list[psutil.Process]:
 
 
 def test_a_folder_is_served_with_a_key_and_ends_with_the_context(model: Path, tmp_path: Path) -> None:
-    with serving(model, "x: ", program=program(tmp_path, SERVER)) as served:
+    with serve_model(model, "x: ", program=program(tmp_path, SERVER)) as served:
         assert served.model == "my-model" and served.url.startswith("http://127.0.0.1:")
         (child,) = servers(tmp_path)
         assert served.key not in " ".join(child.cmdline()) + repr(served), "which all users see"
@@ -68,7 +68,7 @@ def test_a_folder_is_served_with_a_key_and_ends_with_the_context(model: Path, tm
 def test_a_server_that_does_not_start_says_why(model: Path, tmp_path: Path) -> None:
     words = program(tmp_path, "import sys; print('loading'); sys.exit('error: config.json: is no model')")
     with pytest.raises(UserError, match=r"^x: config\.json: is no model"), \
-            serving(model, "x: ", program=words):
+            serve_model(model, "x: ", program=words):
         pass
 
 
@@ -76,7 +76,7 @@ def test_a_run_that_is_asked_to_stop_does_not_wait_for_a_model_to_load(model: Pa
     stop = StopSignal()
     threading.Timer(0.3, stop.ask, ["enough"]).start()
     with pytest.raises(StopRequested, match="enough"), \
-            serving(model, "x: ", sleep=stop.sleep,
+            serve_model(model, "x: ", sleep=stop.sleep,
                     program=program(tmp_path, "import time; time.sleep(3600)")):
         pass
     assert not servers(tmp_path)

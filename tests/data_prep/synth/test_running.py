@@ -31,7 +31,7 @@ from data_prep.synth.candidates import FinishedItem
 from data_prep.synth.generator import Ask, GeneratedSample, GeneratorItem, SampleVerdict, writable
 from data_prep.synth.running import make_generator
 from megatron_sov.work.endpoints.cache import EndpointCache
-from megatron_sov.work.progress.journal import records_by_item, work_folder
+from megatron_sov.work.progress.journal import iter_records_by_item, work_folder
 
 KEY = "sk-very-secret-0123456789"
 FINISH = finishing.finish
@@ -76,7 +76,7 @@ class Run:
                 for sample in line["samples"] if all(verdict["passed"] for verdict in sample["verdicts"])]
 
     def candidates(self) -> list[dict[str, Any]]:
-        return [json.loads(record) for _, record in records_by_item(work_folder(self.output))]
+        return [json.loads(record) for _, record in iter_records_by_item(work_folder(self.output))]
 
 
 @pytest.fixture

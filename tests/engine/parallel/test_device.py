@@ -234,7 +234,7 @@ def test_variables_suit_layout_and_chip_and_the_environment_wins(monkeypatch: py
     assert of(hopper, "gpu.nccl_user_buffers=on")["NCCL_NVLS_ENABLE"] == "1"
     assert of(hopper, 'gpu.cuda_graphs=["moe_router"]')["NCCL_GRAPH_REGISTER"] == "0"
 
-    monkeypatch.setattr(own_gpu, "visible_gpus", lambda: [SimpleNamespace(name=hopper)])
+    monkeypatch.setattr(own_gpu, "list_visible_gpus", lambda: [SimpleNamespace(name=hopper)])
     for name in of(hopper, *passes):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")

@@ -21,9 +21,9 @@ from megatron_sov.judge.rewards import scoring as room
 from megatron_sov.judge.rewards.registry import make, order
 from megatron_sov.judge.rewards.scoring import BATCH_ROWS, ProcessRunner, score_file
 from megatron_sov.work.processes import workers
-from megatron_sov.work.processes.channel import send
-from megatron_sov.work.processes.children import forget_other_variables
-from megatron_sov.work.processes.workers import serve
+from megatron_sov.work.processes.channel import send_message
+from megatron_sov.work.processes.children import remove_unsafe_variables
+from megatron_sov.work.processes.workers import serve_requests
 
 CODE = '''
 import itertools, os, time
@@ -99,16 +99,16 @@ def test_what_goes_wrong_costs_its_row_alone(runner) -> None:
 def test_quick_rows_travel_together_and_one_that_ends_its_process_costs_no_other(
         runner, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[int] = []
-    monkeypatch.setattr(workers, "send", lambda channel, asked: (sent.append(len(asked)),
-                                                                send(channel, asked)))
-    monkeypatch.setattr(workers, "QUICK_S", 60.0)
+    monkeypatch.setattr(workers, "send_message", lambda channel, asked: (sent.append(len(asked)),
+                                                                send_message(channel, asked)))
+    monkeypatch.setattr(workers, "FAST_REQUEST_S", 60.0)
     with runner(workers=1) as running:
         found = running.score(rows(*map(str, range(40)), "die", *map(str, range(41, 60))))
     assert [r.reward for r in found] == [*range(40), None, *range(41, 60)]
     # row 40 is of the 32 behind the first 31; those that were behind it go to another process
     assert sent == [1, 2, 4, 8, 16, 29, 1, 2, 4, 8, 4]
     sent.clear()
-    monkeypatch.setattr(workers, "QUICK_S", -1.0)
+    monkeypatch.setattr(workers, "FAST_REQUEST_S", -1.0)
     with runner(workers=1) as running:
         running.score(rows("1", "2", "3"))
     assert sent == [1, 1, 1]
@@ -165,7 +165,7 @@ def test_a_reward_sees_the_variables_that_programs_need_and_those_that_it_asks_f
 def test_the_order_of_gpus_stays_since_their_numbers_mean_it(monkeypatch: pytest.MonkeyPatch) -> None:
     had = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "3", "HF_TOKEN": "secret"}
     monkeypatch.setattr(os, "environ", dict(had))
-    forget_other_variables()
+    remove_unsafe_variables()
     assert os.environ.keys() == had.keys() - {"HF_TOKEN"}
 
 
@@ -216,9 +216,9 @@ def test_a_process_whose_command_has_ended_ends_without_a_traceback(
         if is_early:
             command.close()
         else:
-            send(command, [({"response": "1"}, True)])
+            send_message(command, [({"response": "1"}, True)])
             own.shutdown(socket.SHUT_WR)
-        serve(own, room._judge, (order(f"{tmp_path}/does.py:Does", {}), (), 1.0))
+        serve_requests(own, room._judge, (order(f"{tmp_path}/does.py:Does", {}), (), 1.0))
     command.close()
 
 

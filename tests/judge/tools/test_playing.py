@@ -137,7 +137,7 @@ def test_a_user_answers_behind_turns_whose_tokens_stay_as_they_are(tmp_path: Pat
     # what the model wrote lies in the ids as it was, and behind it what the template makes of the rest
     assert [episode.ids[start:end] for start, end in episode.spans] == [encoder.encode(text) for text in said]
     assert episode.ids[:episode.spans[1][0]] == [*episode.prompt, *encoder.encode(said[0]),
-                                                 *encoder.behind_turn([], user="Not two.")]
+                                                 *encoder.encode_after_turn([], user="Not two.")]
     assert json.loads(episode.turns[1].state)["turns"] == [["hm", "two", []], ["", "", ["add", "add"]]]
 
 

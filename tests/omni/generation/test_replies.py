@@ -18,7 +18,7 @@ from PIL import Image
 from megatron_sov import cli
 from megatron_sov.base.artifacts import new_artifact
 from megatron_sov.base.errors import UserError
-from megatron_sov.chat.media_tokens import AUDIO, IMAGE, MARKS, VocabularyBlock, entry
+from megatron_sov.chat.media_tokens import AUDIO, IMAGE, MARKS, VocabularyBlock, codebook_token
 from megatron_sov.omni.generation import replies
 from megatron_sov.omni.generation.replies import BlockRules, MarkIds, parts_of
 from tests.omni_model import save_codecs, save_omni_model
@@ -29,11 +29,11 @@ ASK = ("generate {0}/model --image {0}/seven.png --audio {0}/word.wav --prompt W
        "--max-new-tokens 45 --json --temperature 1 --out-image {0}/{1} --image-decoder {0}/pictures "
        "--out-audio {0}/{1} --vocoder {0}/sounds")
 GRID = 2
-NAMES = ["a", "b", "<end>", *MARKS, *(entry(AUDIO, i) for i in range(5)),
-         *(entry(IMAGE, i) for i in range(6))]
+NAMES = ["a", "b", "<end>", *MARKS, *(codebook_token(AUDIO, i) for i in range(5)),
+         *(codebook_token(IMAGE, i) for i in range(6))]
 IDS = {name: i for i, name in enumerate(NAMES)}
-BLOCKS = {AUDIO: VocabularyBlock(AUDIO, IDS[entry(AUDIO, 0)], 5),
-          IMAGE: VocabularyBlock(IMAGE, IDS[entry(IMAGE, 0)], 6)}
+BLOCKS = {AUDIO: VocabularyBlock(AUDIO, IDS[codebook_token(AUDIO, 0)], 5),
+          IMAGE: VocabularyBlock(IMAGE, IDS[codebook_token(IMAGE, 0)], 6)}
 ROW = rf"(<\|vision\d+\|>){{{GRID}}}<\|vision_eol\|>"
 PICTURE = (r"<\|discrete_image_start\|><\|vision_ratio_\d+:\d+\|>"
            rf"({ROW}){{{GRID}}}<\|vision_eof\|><\|discrete_image_end\|>")
@@ -156,10 +156,10 @@ def test_whatever_is_allowed_is_well_formed(seed: int) -> None:
 
 def test_every_well_formed_reply_is_allowed() -> None:
     """No token of it is ruled out: the rules forbid nothing else."""
-    picture = ["<|discrete_image_start|>", "<|vision_ratio_9:16|>", entry(IMAGE, 0), entry(IMAGE, 5),
-               "<|vision_eol|>", entry(IMAGE, 3), entry(IMAGE, 3), "<|vision_eol|>", "<|vision_eof|>",
+    picture = ["<|discrete_image_start|>", "<|vision_ratio_9:16|>", codebook_token(IMAGE, 0), codebook_token(IMAGE, 5),
+               "<|vision_eol|>", codebook_token(IMAGE, 3), codebook_token(IMAGE, 3), "<|vision_eol|>", "<|vision_eof|>",
                "<|discrete_image_end|>"]
-    speech = ["<|discrete_audio_start|>", entry(AUDIO, 4), entry(AUDIO, 0), "<|discrete_audio_end|>"]
+    speech = ["<|discrete_audio_start|>", codebook_token(AUDIO, 4), codebook_token(AUDIO, 0), "<|discrete_audio_end|>"]
     reply = [IDS[name] for name in ["a", *picture, *speech, "b", *speech, *picture, "<end>"]]
     for place, token in enumerate(reply):
         assert rules().allowed(reply[:place])[token], NAMES[token]

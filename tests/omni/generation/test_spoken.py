@@ -18,8 +18,8 @@ def _ids(text: str) -> list[int]:
     """Tokenize a text of the words, marks and entries."""
     ids = []
     while text:
-        word = next((w for w in WORDS if text.startswith(w)), None) or spelling.spelled(text)
-        numbers = {kind: spelling.entries(kind, word) for kind in (AUDIO, IMAGE)}
+        word = next((w for w in WORDS if text.startswith(w)), None) or spelling.find_media_token(text)
+        numbers = {kind: spelling.parse_codebook_tokens(kind, word) for kind in (AUDIO, IMAGE)}
         ids.append(WORDS.index(word) if word in WORDS else
                    next(block.first + numbers[block.kind][0] for block in BLOCKS if numbers[block.kind]))
         text = text[len(word):]

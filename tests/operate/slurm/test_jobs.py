@@ -17,7 +17,7 @@ from megatron_sov import cli, recipes
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.commands.operate.logs import log_files
 from megatron_sov.model.config import apply_settings
-from megatron_sov.runs.obs.events import final_steps, read_events
+from megatron_sov.runs.obs.events import final_step_events, read_events
 from megatron_sov.train.side_jobs.evaluations import Evaluations
 
 STEPS = {False: 75, True: 100}
@@ -30,7 +30,7 @@ def pretrain(packed: Any, run: Path, small: tuple[str, ...], *more: str) -> list
 
 
 def steps(run: Path) -> list[dict[str, Any]]:
-    return final_steps(list(read_events(run / "events.jsonl")))
+    return final_step_events(list(read_events(run / "events.jsonl")))
 
 
 def ends(records: Path) -> list[dict[str, Any]]:

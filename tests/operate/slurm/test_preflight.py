@@ -18,7 +18,7 @@ from megatron_sov.operate.slurm import preflight
 from megatron_sov.operate.slurm.attempts import sick_nodes
 from megatron_sov.operate.slurm.node_report import Report
 from megatron_sov.operate.slurm.preflight import timed_product
-from megatron_sov.runs.gpu_driver import SeenGpu
+from megatron_sov.runs.gpu_driver import VisibleGpu
 from megatron_sov.work.clusters.cluster import PreflightConfig
 
 LIMITS = {**asdict(PreflightConfig()), "num_gpus": 8, "ranks_per_node": 1}
@@ -96,9 +96,9 @@ def test_a_product_on_a_gpu_is_timed_by_the_gpu(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_rank_tells_what_its_driver_says_and_whether_transformer_engine_imports(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "visible_gpus", lambda: [SeenGpu(0, "a", "H100", 79 << 30, 0),
-                                                            SeenGpu(1, "b", "H100", 79 << 30, 5 << 30)])
-    monkeypatch.setattr(preflight, "illness", lambda uuid: f"cold in {uuid}")
+    monkeypatch.setattr(preflight, "list_visible_gpus", lambda: [VisibleGpu(0, "a", "H100", 79 << 30, 0),
+                                                            VisibleGpu(1, "b", "H100", 79 << 30, 5 << 30)])
+    monkeypatch.setattr(preflight, "find_gpu_fault", lambda uuid: f"cold in {uuid}")
     monkeypatch.setenv("LOCAL_RANK", "1")
     report = Report("n1", 1, num_gpus=2)
     preflight._look_at_gpu(report)

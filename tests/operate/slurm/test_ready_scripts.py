@@ -29,7 +29,7 @@ from megatron_sov.commands.operate.submit import COMMANDS, chain_names, read_cha
 from megatron_sov.operate.slurm.stages import STAGES, work_of
 from megatron_sov.plan.calibration.fitting import fullest
 from megatron_sov.post.rl.reward import reward_version
-from megatron_sov.runs.obs.events import final_steps, read_events
+from megatron_sov.runs.obs.events import final_step_events, read_events
 from megatron_sov.work.clusters import cluster as cluster_profiles
 from megatron_sov.work.clusters.units import GIB
 from tokenizer.cli import COMMANDS as TOKENIZER_COMMANDS
@@ -112,7 +112,7 @@ def test_scripts_are_what_their_chain_gives(name: str, tmp_path: Path,
 @pytest.mark.parametrize("name", BIG)
 def test_notes_tell_the_memory_of_the_account(name: str) -> None:
     chain = read_chain(name)
-    profile = cluster_profiles.load(chain.cluster, needs_account=False)
+    profile = cluster_profiles.load_profile(chain.cluster, needs_account=False)
     for stage in chain.stages:
         if STAGES[stage.stage].ranks:
             config = work_of(stage.stage, shlex.split(stage.arguments), COMMANDS).config
@@ -274,7 +274,7 @@ def test_the_scripts_of_a_tiny_recipe_run_to_their_end(name: str, last: str, clu
     assert set(trained) <= set(jobs)
     for run in trained:
         events = list(read_events(work / {"rl-run": "rl"}.get(run, run) / "events.jsonl"))
-        assert [e["step"] for e in final_steps(events)] == [1, 2], run
+        assert [e["step"] for e in final_step_events(events)] == [1, 2], run
         started = next(e["num_ranks"] for e in events if e["event"] == "run_start")
         assert started == (2 if run == "pretrain" else 1), run
     pretrain, records = jobs["pretrain"], work / "pretrain/slurm"

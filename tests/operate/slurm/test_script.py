@@ -19,7 +19,7 @@ from megatron_sov.operate.slurm.stages import STAGES
 from megatron_sov.operate.slurm.submission import Prepared, SubmitRequest, prepare
 from megatron_sov.work.clusters import client, cluster
 from megatron_sov.work.clusters.cluster import ClusterProfile, ContainerConfig
-from megatron_sov.work.submit.arrays import _call
+from megatron_sov.work.submit.arrays import _step_lines
 
 PAGE = Path(__file__).parents[3] / "docs/slurm.md"
 TRAIN = ("--data", "tokens", "--run", "runs/a b", "--set", "train.steps=5", "--set",
@@ -79,12 +79,12 @@ WHOLE = ("h100", "local")
 
 @pytest.mark.parametrize(("name", "asked"), [
     *(pytest.param(name, EACH, id=name, marks=() if name in WHOLE else pytest.mark.deep)
-      for name in cluster.names()),
+      for name in cluster.list_profiles()),
     *(pytest.param(name, EACH[-1:], id=f"{name}, training")
-      for name in cluster.names() if name not in WHOLE)])
+      for name in cluster.list_profiles() if name not in WHOLE)])
 def test_a_real_slurm_takes_every_template(site: Path, name: str,
                                            asked: tuple[tuple[str, dict[str, Any]], ...]) -> None:
-    profile = dataclasses.replace(cluster.load(name, account="me"), account="me" if name != "local" else "")
+    profile = dataclasses.replace(cluster.load_profile(name, account="me"), account="me" if name != "local" else "")
     texts = [text for stage, request in asked
              for text in prepared(stage, ARGUMENTS[stage], profile, **request).texts]
     for text in texts:
@@ -96,7 +96,7 @@ def test_a_real_slurm_takes_every_template(site: Path, name: str,
                          [*itertools.product(("pretrain", "data"), ("apptainer", "enroot", "pyxis"))])
 def test_python_runs_in_the_container(stage: str, kind: Any) -> None:
     box = ContainerConfig(kind, "/images/my image.sif", ("/shared", "/raid:/scratch"))
-    profile = dataclasses.replace(cluster.load("h100", account="me"), container=box,
+    profile = dataclasses.replace(cluster.load_profile("h100", account="me"), container=box,
                                   environment={"NCCL_DEBUG": "WARN"})
     text = script(stage, profile)
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
@@ -116,7 +116,7 @@ def test_python_runs_in_the_container(stage: str, kind: Any) -> None:
 def test_what_is_asked_for_wins_over_the_stage_and_the_stage_over_a_longer_profile() -> None:
     def limit(stage: str, name: str, **request: Any) -> str:
         found = re.search(r"^#SBATCH --time=(.*)$",
-                          script(stage, cluster.load(name, account="me"), **request), re.MULTILINE)
+                          script(stage, cluster.load_profile(name, account="me"), **request), re.MULTILINE)
         assert found is not None
         return found[1]
 
@@ -127,7 +127,7 @@ def test_what_is_asked_for_wins_over_the_stage_and_the_stage_over_a_longer_profi
 
 @pytest.mark.parametrize(("stage", "loads"), [*itertools.product(("pretrain", "data"), ("true", "false"))])
 def test_the_clusters_own_lines_may_name_variables_that_are_not_set(stage: str, loads: str) -> None:
-    profile = dataclasses.replace(cluster.load("h100", account="me"), setup=('echo "$UNSET_BY_ALL"',),
+    profile = dataclasses.replace(cluster.load_profile("h100", account="me"), setup=('echo "$UNSET_BY_ALL"',),
                                   modules=("cuda/13.0",))
     head = script(stage, profile).partition("# -- where things are")[0]
     shell = f"module() {{ {loads}; }}\n{head}\necho went on; echo $UNSET_BY_ALL; echo not reached"
@@ -140,7 +140,7 @@ def test_the_clusters_own_lines_may_name_variables_that_are_not_set(stage: str, 
 
 
 def test_jobs_that_share_a_store_are_an_array_of_one_command() -> None:
-    profile = cluster.load("h100", account="me")
+    profile = cluster.load_profile("h100", account="me")
     ((text,), (alone,)) = (prepared("rl-generate", ARGUMENTS["rl-generate"], profile, array=count).texts
                            for count in (3, 0))
     assert "#SBATCH --array=0-2" in text and "#SBATCH --array" not in alone
@@ -159,7 +159,7 @@ def test_jobs_that_share_a_store_are_an_array_of_one_command() -> None:
 
 @pytest.mark.parametrize("stage", ["rl-run", "rl-train"])
 def test_rounds_are_trained_by_ranks_that_go_on_where_they_were(stage: str) -> None:
-    (text,), work = (found := prepared(stage, ARGUMENTS[stage], cluster.load("h100", account="me"))).texts, \
+    (text,), work = (found := prepared(stage, ARGUMENTS[stage], cluster.load_profile("h100", account="me"))).texts, \
         found.work
     assert words_of(text) == ["-m", "megatron_sov", *stage.split("-"), *ARGUMENTS[stage], "--resume"]
     assert "#SBATCH --ntasks-per-node=8" in text and work.done == Path("runs/b/complete.json").absolute()
@@ -167,20 +167,20 @@ def test_rounds_are_trained_by_ranks_that_go_on_where_they_were(stage: str) -> N
     assert work.config is not None and [p.name for p in work.config.data.phases] == [
         "round-0001", "round-0002", "round-0003"]
     with pytest.raises(UserError, match=r"rollout\.rounds = 0: nothing to train"):
-        prepared(stage, (*ARGUMENTS[stage], "--set", "rollout.rounds=0"), cluster.load("h100", account="me"))
+        prepared(stage, (*ARGUMENTS[stage], "--set", "rollout.rounds=0"), cluster.load_profile("h100", account="me"))
 
 
 def test_what_a_user_types_reaches_the_program_unchanged(tmp_path: Path) -> None:
     words = ("tiny-solar-open", "--data", NASTY, "--run", str(tmp_path / "a b'c"),
              "--set", 'data.phases=[{"name": "$x", "seq_len": 8}]')
-    text = prepared("pretrain", words, cluster.load("local")).texts[0]
+    text = prepared("pretrain", words, cluster.load_profile("local")).texts[0]
     assert words_of(text) == ["-m", "megatron_sov", "pretrain", *words, "--resume"]
 
 
 def test_a_profile_is_quoted_too(site: Path, cluster: Any) -> None:
-    from megatron_sov.work.clusters.cluster import load
+    from megatron_sov.work.clusters.cluster import load_profile
 
-    profile = dataclasses.replace(load("local"), environment={"X": NASTY}, modules=(NASTY,), scratch=NASTY)
+    profile = dataclasses.replace(load_profile("local"), environment={"X": NASTY}, modules=(NASTY,), scratch=NASTY)
     text = script("pretrain", profile)
     (line,) = [line for line in text.splitlines() if line.startswith("export X=")]
     assert subprocess.run(["bash", "-c", f'{line}; printf "%s" "$X"'], capture_output=True, text=True,
@@ -191,9 +191,9 @@ def test_a_profile_is_quoted_too(site: Path, cluster: Any) -> None:
 def test_slurm_reads_odd_paths_as_they_are(site: Path, cluster: Any) -> None:
     folder = site / "it's \"odd\" $HOME & `co`"
     work = ("pack", "--tokenizer", "t", "--input", "i", "--output", str(folder / "tokens"))
-    from megatron_sov.work.clusters.cluster import load
+    from megatron_sov.work.clusters.cluster import load_profile
 
-    header = [line for line in prepared("data", work, load("local")).texts[0].splitlines()
+    header = [line for line in prepared("data", work, load_profile("local")).texts[0].splitlines()
               if line.startswith("#SBATCH")]
     folder.mkdir()
     (folder / "tokens.slurm").mkdir()
@@ -205,16 +205,16 @@ def test_slurm_reads_odd_paths_as_they_are(site: Path, cluster: Any) -> None:
 
 def test_a_path_that_slurm_would_rewrite_is_refused() -> None:
     with pytest.raises(UserError, match="placeholder"):
-        prepared("pretrain", ("tiny-solar-open", "--data", "d", "--run", "runs/100%j"), cluster.load("local"))
+        prepared("pretrain", ("tiny-solar-open", "--data", "d", "--run", "runs/100%j"), cluster.load_profile("local"))
 
 
 def test_no_secret_of_the_submitter_stands_in_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "hush-hush")
-    assert "hush-hush" not in script("pretrain", cluster.load("local"))
+    assert "hush-hush" not in script("pretrain", cluster.load_profile("local"))
 
 
 def test_settings_change_with_the_number_of_nodes() -> None:
-    profile = dataclasses.replace(cluster.load("local"), ranks_per_node=1)
+    profile = dataclasses.replace(cluster.load_profile("local"), ranks_per_node=1)
     text = script("pretrain", profile, "--set", "parallel.ep=4", nodes=4, least=1,
                   settings={2: ("parallel.ep=2",), 1: ("parallel.ep=1",)})
     assert "#SBATCH --nodes=1-4\n" in text
@@ -250,9 +250,9 @@ def test_a_task_of_an_array_requeues_itself_alone(tmp_path: Path, variables: dic
         subprocess.run(["bash", "-uc", lines], env=environment, check=False, capture_output=True, timeout=60)
         return calls.read_text().splitlines()
 
-    (trap,) = [line for line in _call(cluster.load("local"), tmp_path, 1, 1) if line.startswith("trap")]
+    (trap,) = [line for line in _step_lines(cluster.load_profile("local"), tmp_path, 1, 1) if line.startswith("trap")]
     assert run_lines(f"{trap}\nkill -USR1 $$\ntrue") == [f"scontrol requeue {name}"]
-    text = script("data", cluster.load("local"), array=2)
+    text = script("data", cluster.load_profile("local"), array=2)
     answer = text[text.index("answer() {"):text.index("# -- signals")].replace("sleep 300", "true")
     assert run_lines(f"{answer}\nanswer 'requeue n2,n3'") == [
         f"scontrol requeue {name}", f"scontrol update JobId={name} ExcNodeList=n2,n3"]
@@ -264,7 +264,7 @@ def test_a_task_of_an_array_requeues_itself_alone(tmp_path: Path, variables: dic
 def test_the_first_node_is_where_ranks_meet_by_its_address_where_its_name_does_not_resolve(
     tmp_path: Path, resolves: bool, address: str,
 ) -> None:
-    text = script("pretrain", cluster.load("local"))
+    text = script("pretrain", cluster.load_profile("local"))
     lines = text[text.index("MASTER_ADDR=${nodes%%,*}"):text.index("MASTER_PORT=")]
     answer = 'echo "NodeName=$3 Arch=x86_64"; echo "   NodeAddr=10.0.0.7 NodeHostName=n7"'
     (tmp_path / "scontrol").write_text(f"#!/bin/bash\n{answer}\n")
@@ -278,7 +278,7 @@ def test_the_first_node_is_where_ranks_meet_by_its_address_where_its_name_does_n
 
 def test_ranks_make_the_scratch_folder_that_slurm_did_not_find(tmp_path: Path) -> None:
     """Slurm gives a rank /tmp where the folder of TMPDIR is not on its node, before the rank can make it."""
-    profile = dataclasses.replace(cluster.load("h100", account="me"),
+    profile = dataclasses.replace(cluster.load_profile("h100", account="me"),
                                   scratch=str(tmp_path / "no such/folder"))
     text = script("pretrain", profile)
     (as_rank,) = re.findall(r"^as_rank='.*?'$", text, re.MULTILINE | re.DOTALL)
@@ -291,7 +291,7 @@ def test_ranks_make_the_scratch_folder_that_slurm_did_not_find(tmp_path: Path) -
 
 
 def test_engine_servers_have_whole_nodes_of_their_own(site: Path) -> None:
-    profile = cluster.load("h100", account="me")
+    profile = cluster.load_profile("h100", account="me")
     vllm = ("--engine", "vllm", "--engine-set", "tp=4")
     text = script("rl-run", profile, *vllm, nodes=2, engine_nodes=2)
     assert "#SBATCH --nodes=4" in text and "tail -n 2" in text and "i < 2" in text

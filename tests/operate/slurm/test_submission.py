@@ -19,10 +19,10 @@ from megatron_sov.operate.slurm import submission
 from megatron_sov.operate.slurm.stages import check_inputs, work_of
 from megatron_sov.plan.pricing import Machines
 from megatron_sov.plan.search.default import find_layout
-from megatron_sov.runs.folder import submitted_jobs
+from megatron_sov.runs.folder import list_submitted_jobs
 from megatron_sov.work.clusters import client
 from megatron_sov.work.clusters.client import environment_outside_jobs
-from megatron_sov.work.clusters.cluster import load
+from megatron_sov.work.clusters.cluster import load_profile
 
 PACK = ("pack", "--tokenizer", "t", "--input", "a=x.jsonl", "--input=b.jsonl", "--workers", "2", "--input",
         "c", "--output", "out")
@@ -31,7 +31,7 @@ PACK = ("pack", "--tokenizer", "t", "--input", "a=x.jsonl", "--input=b.jsonl", "
 def test_an_array_shares_the_inputs_and_a_second_job_joins_the_parts(tmp_path: Path,
                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    parts, join = submission.prepare(submission.SubmitRequest("data", PACK, load("local"), array=2),
+    parts, join = submission.prepare(submission.SubmitRequest("data", PACK, load_profile("local"), array=2),
                                      COMMANDS).jobs
     assert parts.array_inputs == ("a=x.jsonl", "b.jsonl", "c")
     assert parts.work.arguments == ("pack", "--tokenizer", "t", "--workers", "2")
@@ -45,7 +45,7 @@ SOLAR = ("solar-open-102b", "--data", "tokens", "--run", "run")
 
 def layouts(*more: str, nodes: int = 64, **request: Any) -> dict[int, tuple[str, ...]]:
     """Return the settings by number of nodes that a submission to H100s gets."""
-    profile = load("h100", account="me")
+    profile = load_profile("h100", account="me")
     asked = submission.SubmitRequest("pretrain", (*SOLAR, *more), profile, nodes, **request)
     return submission.prepare(asked, COMMANDS).jobs[0].layouts
 
@@ -53,7 +53,7 @@ def layouts(*more: str, nodes: int = 64, **request: Any) -> dict[int, tuple[str,
 @pytest.mark.deep
 def test_a_run_gets_the_layout_that_a_search_finds_for_its_gpus() -> None:
     """A user who has other kernels gets another layout; a layout that the user set stays."""
-    found = find_layout(recipes.get("solar-open-102b"), Machines("h100", load("h100", account="me"), 64))
+    found = find_layout(recipes.get("solar-open-102b"), Machines("h100", load_profile("h100", account="me"), 64))
     assert found is not None and "parallel.expert_dispatcher=hybridep" in found.settings
     assert layouts()[64] == found.settings
     portable = layouts("--set", "parallel.expert_dispatcher=alltoall", "--set", "gpu.attention=local")[64]
@@ -61,7 +61,7 @@ def test_a_run_gets_the_layout_that_a_search_finds_for_its_gpus() -> None:
     assert layouts("--set", "parallel.pp=8") == {64: ()}
     assert layouts(settings={64: ("parallel.pp=4", "train.micro_batch_size=3")}) == {
         64: ("parallel.pp=4", "train.micro_batch_size=3")}
-    script = submission.prepare(submission.SubmitRequest("pretrain", SOLAR, load("h100", account="me"), 64),
+    script = submission.prepare(submission.SubmitRequest("pretrain", SOLAR, load_profile("h100", account="me"), 64),
                                 COMMANDS).jobs[0]
     stages = next(setting for setting in found.settings if setting.startswith("parallel.pp="))
     assert script.asks_for.startswith("Asks for 64 x 8 GPUs; layout: ")
@@ -71,7 +71,7 @@ def test_a_run_gets_the_layout_that_a_search_finds_for_its_gpus() -> None:
 @pytest.mark.deep
 def test_a_job_that_loses_nodes_keeps_its_layout_while_that_fits() -> None:
     config = recipes.get("qwen3-8b")
-    profile = load("h100", account="me")
+    profile = load_profile("h100", account="me")
     asked = submission.SubmitRequest("pretrain", ("qwen3-8b", *SOLAR[1:]), profile, 4, least=1)
     found = submission.prepare(asked, COMMANDS).jobs[0].layouts
     assert {1, 2, 4} <= set(found) and found[2] == found[4]
@@ -83,14 +83,14 @@ def test_a_layout_that_does_not_fit_the_gpus_is_refused_with_one_that_does() -> 
     with pytest.raises(UserError, match=r"needs 111\.3 GiB on each process .* the nearest layout that fits: "
                                         r"--set parallel\.pp=2$"):
         layouts("--set", "parallel.ep=8", "--set", "train.fp8=none", nodes=60)
-    other = dataclasses.replace(load("h100", account="me"), gpu="")
+    other = dataclasses.replace(load_profile("h100", account="me"), gpu="")
     asked = submission.SubmitRequest("pretrain", (*SOLAR, "--set", "parallel.ep=8"), other, 60)
     assert submission.prepare(asked, COMMANDS).jobs[0].layouts == {60: ()}
 
 
 def test_a_task_takes_every_nth_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    text = submission.prepare(submission.SubmitRequest("data", PACK, load("local"), array=2),
+    text = submission.prepare(submission.SubmitRequest("data", PACK, load_profile("local"), array=2),
                               COMMANDS).texts[0]
     block = text[text.index("inputs=("):text.index("run_step \"$attempt/srun.log\"")]
 
@@ -104,9 +104,9 @@ def test_a_task_takes_every_nth_input(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_job_runs_the_code_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "submit", lambda script, after: "17")
+    monkeypatch.setattr(client, "submit_script", lambda script, after: "17")
     words = ("to-hf", str(tmp_path / "run"), str(tmp_path / "hf"))
-    prepared = submission.prepare(submission.SubmitRequest("convert", words, load("local")), COMMANDS)
+    prepared = submission.prepare(submission.SubmitRequest("convert", words, load_profile("local")), COMMANDS)
     assert submission.submit(prepared, []) == ["17"]
     assert submission.submit(prepared, []) == ["17"], "the same code is not copied twice"
     (code,) = (tmp_path / "hf.slurm").glob("code-*")
@@ -118,13 +118,13 @@ def test_a_job_runs_the_code_as_it_was(tmp_path: Path, monkeypatch: pytest.Monke
     assert done.stdout.split() == [f"{code}/{file}" for file in files]
     assert ((code / "slurm/templates/header.sbatch.j2").is_file()
             and (code / "slurm/clusters/local.yaml").is_file())
-    assert submitted_jobs(tmp_path / "hf.slurm") == ["17", "17"]
+    assert list_submitted_jobs(tmp_path / "hf.slurm") == ["17", "17"]
 
 
 def test_code_that_changes_while_it_is_copied_is_not_submitted(tmp_path: Path,
                                                                monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("to-hf", "run", str(tmp_path / "hf"))
-    prepared = submission.prepare(submission.SubmitRequest("convert", words, load("local")), COMMANDS)
+    prepared = submission.prepare(submission.SubmitRequest("convert", words, load_profile("local")), COMMANDS)
     copies = submission.shutil.copyfile
     monkeypatch.setattr(submission.shutil, "copyfile", lambda a, b: copies(a, b) and b.write_text("#")
                         if b.name == "cli.py" else copies(a, b))
@@ -189,7 +189,7 @@ def test_a_file_is_packed_before_its_job_also_in_a_chain(tmp_path: Path, monkeyp
     ("", "it gives no reason"),
 ])
 def test_the_reason_is_one_line(text: str, said: str) -> None:
-    assert client.reason(text) == said
+    assert client.format_error(text) == said
 
 
 def test_neither_the_shell_nor_its_allocation_overrules_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,20 +204,20 @@ def test_only_living_jobs_have_a_state(site: Path, cluster: Any) -> None:
     held = cluster.sbatch("--hold", "--output=/dev/null", "--wrap=true")
     ended = cluster.sbatch("--output=/dev/null", "--wrap=true")
     cluster.wait(ended)
-    assert client.states([held, ended, "999999"]) == {held: "PENDING"}
-    client.cancel([held])
-    assert client.states([held]) == {}
-    assert client.states([]) == {}
+    assert client.read_active_states([held, ended, "999999"]) == {held: "PENDING"}
+    client.cancel_jobs([held])
+    assert client.read_active_states([held]) == {}
+    assert client.read_active_states([]) == {}
 
 
 def test_a_job_after_one_that_failed_is_taken_away(site: Path, cluster: Any) -> None:
     failing = cluster.sbatch("--hold", "--output=/dev/null", "--wrap=exit 3")
     (site / "next.sh").write_text("#!/bin/bash\n#SBATCH --output=/dev/null\ntrue\n")
-    follower = client.submit(site / "next.sh", after=[failing])
+    follower = client.submit_script(site / "next.sh", after=[failing])
     cluster.run("scontrol", "release", failing)
     assert cluster.wait(follower)["JobState"] == "CANCELLED"
     with pytest.raises(UserError, match=r"Slurm refuses .*: Unable to open file"):
-        client.submit(site / "none.sh", after=[])
+        client.submit_script(site / "none.sh", after=[])
 
 
 def test_a_dry_run_among_the_arguments_of_a_chains_stage_is_refused() -> None:

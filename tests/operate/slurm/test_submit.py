@@ -190,8 +190,8 @@ def test_what_the_page_shows_makes_scripts(site: Path, capsys: pytest.CaptureFix
 
 
 def test_the_profile_on_the_page_is_sound(site: Path) -> None:
-    from megatron_sov.work.clusters.cluster import load
+    from megatron_sov.work.clusters.cluster import load_profile
 
     (profile,) = (block for block in blocks(PAGE, "yaml") if "partition:" in block)
     (site / "mine.yaml").write_text(profile)
-    assert load("mine.yaml").container.kind == "apptainer"
+    assert load_profile("mine.yaml").container.kind == "apptainer"

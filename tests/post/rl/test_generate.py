@@ -22,7 +22,7 @@ from megatron_sov.rollouts.prompts import PromptList, PromptPiece, read_prompts,
 from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Rollout, later
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.rounds import Policy
-from megatron_sov.work.progress.locks import Claims, Patience
+from megatron_sov.work.progress.locks import Claims, IdleTimeout
 
 END = 5
 ROLLOUT = RolloutConfig(rounds=3, prompts_per_round=4, samples_per_prompt=2, piece_prompts=2,
@@ -374,7 +374,7 @@ def test_two_jobs_share_the_pieces_and_the_first_of_two_stays(tmp_path: Path, pr
         for claim in (tmp_path / "store/claims").glob("*/1.json"):  # a sign of life
             claim.write_text(json.dumps({"beat": len(slept)}))
 
-    one, two = (Job(tmp_path / "store", prompts, lambda: 2, wait_s=7.0, patience=Patience(sleep))
+    one, two = (Job(tmp_path / "store", prompts, lambda: 2, wait_s=7.0, patience=IdleTimeout(sleep))
                 for _ in range(2))
     [attempt] = one.pending.claim_attempts()
     assert attempt.name == "round-0001-piece-0000"

@@ -164,7 +164,7 @@ def test_servers_of_a_run_have_all_work_there_is_before_nobody_looks(
 
 def test_a_round_asks_a_server_for_no_more_than_it_needs(desks: Callable[..., Desk],
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport, "KEPT_S", 60.0)  # a busy machine may stand still for longer than that
+    monkeypatch.setattr(transport, "KEEPALIVE_S", 60.0)  # a busy machine may stand still for longer than that
     keeper, now_s = DoubleKeeper(), [0.0]
     desk = desks([keeper], replace(ROLLOUT, piece_prompts=3))
     # the clock stands still: what waited between two rounds would wait for ever

@@ -14,7 +14,7 @@ from megatron_sov.judge.rewards.reward import Result, judged
 from megatron_sov.post.rl.reward import ENVIRONMENT, JudgingJob, build_record, judging, reward_version
 from megatron_sov.rollouts.rows import STOP, UNFINISHED, AskedPrompt, Key, RewardRow, Rollout
 from megatron_sov.rollouts.store import RolloutStore
-from megatron_sov.work.progress.locks import Claims, Patience
+from megatron_sov.work.progress.locks import Claims, IdleTimeout
 
 SETTINGS = ["language=ko"]
 
@@ -85,10 +85,10 @@ def test_what_another_job_has_claimed_is_waited_for(store: RolloutStore) -> None
         assert claim.renew()
 
     script = Script()
-    assert job(store, script, wait_s=6.0, patience=Patience(sleep)).run().left == 1
+    assert job(store, script, wait_s=6.0, patience=IdleTimeout(sleep)).run().left == 1
     assert slept == [5.0, 1.0] and script.seen == ["가a"]
-    assert job(store, script, patience=Patience(sleep)).run().left == 1
-    assert job(store, script, claimed_wait_s=3.0, patience=Patience(sleep)).run().left == 1
+    assert job(store, script, patience=IdleTimeout(sleep)).run().left == 1
+    assert job(store, script, claimed_wait_s=3.0, patience=IdleTimeout(sleep)).run().left == 1
     assert slept[2:] == [5.0, 3.0], "until a sign of life is seen, and as long as it was told"
     claim.release()
     assert job(store, script).run().left == 0
@@ -103,7 +103,7 @@ def test_what_a_killed_job_has_claimed_is_judged_by_the_next(store: RolloutStore
         now_s += pause_s
 
     claims = Claims(store.claims, 60, lambda: now_s)
-    summary = job(store, Script(), claims=claims, patience=Patience(sleep)).run()
+    summary = job(store, Script(), claims=claims, patience=IdleTimeout(sleep)).run()
     assert (summary.parts, summary.left, now_s) == (2, 0, 60.0)
 
 
@@ -117,7 +117,7 @@ def test_who_writes_is_waited_for_to_the_end_and_told_where_it_does_not_come(tmp
 
     def waited(rounds: range | None = None, wait_s: float = 12.0) -> tuple[str, list[float]]:
         slept: list[float] = []
-        summary = job(store, Script(), rounds=rounds, wait_s=wait_s, patience=Patience(slept.append)).run()
+        summary = job(store, Script(), rounds=rounds, wait_s=wait_s, patience=IdleTimeout(slept.append)).run()
         return summary.waited_for, slept
 
     whole = [5.0, 5.0, 2.0]

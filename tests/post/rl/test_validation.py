@@ -153,12 +153,12 @@ def test_a_validation_that_was_stopped_ends_the_run_and_is_not_told(store: Rollo
 
 def test_without_a_reward_lengths_are_told(tmp_path: Path, store: RolloutStore) -> None:
     from megatron_sov.post.rl.validation import compute_figures
-    from megatron_sov.runs.obs.validation import curves_of, told_validation
+    from megatron_sov.runs.obs.validation import extract_curves, format_validation
 
     failed = [RewardRow(row.key, 0, "other", None, "failed", {}) for row in
               store.read_rollouts(part_name(1, 1))]
     store.add_rewards("other", part_name(1, 1), failed, {})
     figures = compute_figures(store, 1, "other", 1.0)
     assert (figures["num_samples"], figures["reward"], figures["pass_at_k"]) == (2, None, [])
-    assert curves_of(figures) == {"response_tokens": 2.5, "truncated": 0.5}
-    assert told_validation(figures) == "no response has a reward (2 responses to 1 prompt)"
+    assert extract_curves(figures) == {"response_tokens": 2.5, "truncated": 0.5}
+    assert format_validation(figures) == "no response has a reward (2 responses to 1 prompt)"

@@ -18,7 +18,7 @@ from megatron_sov.publish.report.charts import MAX_POINTS, heldout_charts, loss_
 from megatron_sov.publish.report.page import render
 from megatron_sov.publish.report.run_data import read_run
 from megatron_sov.publish.report.steps import Curve, StepTable, downsample, moving_mean
-from megatron_sov.runs.obs.events import EVENTS, EventLog, final_steps, parse_event, read_events
+from megatron_sov.runs.obs.events import EVENTS, EventLog, final_step_events, parse_event, read_events
 
 
 def names(chart: Chart) -> list[str]:
@@ -89,7 +89,7 @@ def test_the_last_of_a_repeated_step_counts_as_in_final_steps(events: list[dict]
     for event in events:
         table.add(event)
     curves = table.curves()
-    final = final_steps(events)
+    final = final_step_events(events)
     if final:
         loss = curves[""]["loss"]
         assert loss.steps.tolist() == [e["step"] for e in final]

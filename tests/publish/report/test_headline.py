@@ -13,7 +13,7 @@ from megatron_sov.publish.report.headline import gains, headlines
 from megatron_sov.publish.report.page import render
 from megatron_sov.publish.report.run_data import read_run
 from megatron_sov.runs.obs.events import EVENTS, EventLog
-from megatron_sov.runs.obs.meters import LOSS, Meter, headline_fields
+from megatron_sov.runs.obs.meters import LOSS, Meter, build_headline_fields
 
 
 def write(folder: Path, objective: str, **start: Any) -> Path:
@@ -41,7 +41,7 @@ PAIRS = (Meter("pairs_right", "pairs right", "share", "higher"), Meter("margin",
     ("policy", (), ["policy loss"]), ("obj.py:Mine", (), ["loss of obj.py:Mine"])])
 def test_an_objective_is_judged_by_what_it_is_after(
         objective: str, declared: tuple[Meter, ...], titles: list[str], tmp_path: Path) -> None:
-    start = headline_fields(declared, comparable=objective == "lm") if declared else {}
+    start = build_headline_fields(declared, comparable=objective == "lm") if declared else {}
     run = read_run(write(tmp_path / "run", objective, **start))
     assert [meter.title for meter, _ in headlines(run)] == titles
     page = render([run])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, strategies as st
 
-from megatron_sov.runs.obs.events import EVENTS, EventLog, final_steps, read_events
+from megatron_sov.runs.obs.events import EVENTS, EventLog, final_step_events, read_events
 
 
 def bits(x: float) -> bytes:
@@ -90,8 +90,8 @@ def test_of_a_step_done_again_after_a_restart_the_last_one_counts() -> None:
     events = [{"event": "step", "step": s, "loss": loss}
               for s, loss in [(1, 5.0), (2, 4.0), (3, 3.0), (2, 4.5)]]
     events += [{"event": "eval", "step": 2, "loss": 9.0}, {"event": "step"}, {"event": "step", "step": None}]
-    assert [(e["step"], e["loss"]) for e in final_steps(events)] == [(1, 5.0), (2, 4.5), (3, 3.0)]
-    assert [e["loss"] for e in final_steps(events, "eval")] == [9.0]
+    assert [(e["step"], e["loss"]) for e in final_step_events(events)] == [(1, 5.0), (2, 4.5), (3, 3.0)]
+    assert [e["loss"] for e in final_step_events(events, "eval")] == [9.0]
 
 
 def test_steps_that_are_no_whole_numbers_are_passed_over(tmp_path: Path) -> None:

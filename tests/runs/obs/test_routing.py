@@ -7,13 +7,13 @@ import math
 import numpy as np
 import pytest
 
-from megatron_sov.runs.obs.routing import load_entropy, max_violation, num_dead
+from megatron_sov.runs.obs.routing import count_dead_experts, load_entropy, max_violation
 
 
 def test_a_layer_is_judged_by_its_busiest_expert_its_spread_and_its_idle_ones() -> None:
     load = np.array([[2.0, 2.0, 2.0, 2.0], [8.0, 0.0, 0.0, 0.0], [4.0, 2.0, 2.0, 0.0]])
     assert max_violation(load) == pytest.approx([0, 8 / 2 - 1, 4 / 2 - 1])
-    assert num_dead(load).tolist() == [0, 3, 1]
+    assert count_dead_experts(load).tolist() == [0, 3, 1]
     third = -(0.5 * math.log(0.5) + 2 * 0.25 * math.log(0.25)) / math.log(4)
     assert load_entropy(load) == pytest.approx([1, 0, third])
     assert load_entropy(10 * load) == pytest.approx([1, 0, third]), "shares or counts"

@@ -57,7 +57,7 @@ def test_many_epochs_are_refused_until_they_are_said(packed_data: Any) -> None:
 
 def test_days_are_refused_until_they_are_said(packed_data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feasibility, "CPU_FLOPS_PER_S", 1.0)
-    monkeypatch.setattr(feasibility, "visible_gpus", list)
+    monkeypatch.setattr(feasibility, "list_visible_gpus", list)
     asked = request([packed_data.chats])
     config, _ = completed(asked)
     hours = least_hours(config, 1)
@@ -151,7 +151,7 @@ def test_memory_of_a_machine_without_gpus(monkeypatch: pytest.MonkeyPatch, setti
     pp = config.parallel.pp
     needs = sum(account(config, count, stage, 256).states for stage in range(pp)) * count // pp
     memory = SimpleNamespace(total=int(needs / fitting.USABLE_HOST_SHARE) + 2)
-    monkeypatch.setattr(fitting, "visible_gpus", list)
+    monkeypatch.setattr(fitting, "list_visible_gpus", list)
     monkeypatch.setattr(fitting, "DRIVER_FILE", "/dev/none")
     monkeypatch.setattr(fitting.psutil, "virtual_memory", lambda: memory)
     fitting.refuse_on_this_machine(config, count)

@@ -132,7 +132,7 @@ def test_a_killed_packing_continues_with_what_is_missing(
     monkeypatch.setattr(packed_files, "run_command", killed)
     with pytest.raises(KeyboardInterrupt):
         pack(run, *data)
-    assert RunFolder(run).refuse_taken(resume=False) is None, "the same command may enter"
+    assert RunFolder(run).check_available(resume=False) is None, "the same command may enter"
     monkeypatch.setattr(packed_files, "run_command", whole)
     assert pack(run, *data) == ["runs/a/data/a", "runs/a/data/b"]
     assert [words[1] for words in commands] == ["import", "pack", "pack"], "nothing is made twice"
@@ -202,11 +202,11 @@ def test_a_folder_of_the_users_own_is_not_taken_for_a_run(run: Path) -> None:
     write("project/data/chats.jsonl", CHAT)
     Path("project/tokenizer").mkdir()
     with pytest.raises(UserError, match="project: is not empty"):
-        RunFolder(Path("project")).refuse_taken(resume=False)
+        RunFolder(Path("project")).check_available(resume=False)
     Path("project/tokenizer").rmdir()
     with new_artifact(Path("project/tokenizer"), "tokenizer"):
         pass
-    RunFolder(Path("project")).refuse_taken(resume=False)  # as the printed commands leave it
+    RunFolder(Path("project")).check_available(resume=False)  # as the printed commands leave it
 
 
 @pytest.mark.parametrize("theirs", ["data/chats.json", "data/chats/notes.txt", "tokenizer/notes.txt",

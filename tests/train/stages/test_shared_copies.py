@@ -15,7 +15,7 @@ from megatron_sov import convert
 from megatron_sov.base.artifacts import MANIFEST, new_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.parallel import launcher
-from megatron_sov.runs.checkpoints import KIND
+from megatron_sov.runs.checkpoints import CHECKPOINT_KIND
 from megatron_sov.train.stages.shared_copies import convert_start, find_copy
 from megatron_sov.train.stages.stage_config import refuse_many_converters
 
@@ -37,7 +37,7 @@ def converted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
 
     def from_hf(folder: Path, out: Path, *, redo: bool) -> None:
-        with new_artifact(out, KIND) as artifact:
+        with new_artifact(out, CHECKPOINT_KIND) as artifact:
             time.sleep(0.05)
             made.append((folder / "model.safetensors").read_text())
             (artifact.path / "weights").write_text(made[-1])

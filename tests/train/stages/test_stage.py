@@ -21,7 +21,7 @@ from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.plan.calibration import fitting
 from megatron_sov.plan.calibration.fitting import USABLE_SHARE, fullest
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.runs.gpu_driver import SeenGpu
+from megatron_sov.runs.gpu_driver import VisibleGpu
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.train.data.ledger import plan
 from megatron_sov.train.data.token_shards import open_sources
@@ -98,8 +98,8 @@ def test_what_the_gpus_have_no_room_for_is_refused_before_anything_is_started(
         stage: Callable[..., Stage], launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the launcher, from what the driver says; it starts no CUDA."""
     lacks_zero1 = int(fullest(stage().config, 2)[1].total / USABLE_SHARE) - 1
-    seen = [SeenGpu(i, f"GPU-{i}", "NVIDIA Tiny", size, 0) for i, size in enumerate((40 << 30, lacks_zero1))]
-    monkeypatch.setattr(fitting, "visible_gpus", lambda: seen)
+    seen = [VisibleGpu(i, f"GPU-{i}", "NVIDIA Tiny", size, 0) for i, size in enumerate((40 << 30, lacks_zero1))]
+    monkeypatch.setattr(fitting, "list_visible_gpus", lambda: seen)
     with pytest.raises(UserError, match=r"fits: --set parallel\.zero1=true$"):
         run_stage(stage(), 2)
     assert launcher.calls == 0 and not stage().folder.path.exists()
@@ -215,7 +215,7 @@ def test_a_gate_that_did_not_pass_is_an_error_and_is_forgotten_by_the_next_start
     def fails(main: Callable[[], int], restarts: Restarts) -> int:
         seen.append(ready.folder.failure())
         open_run(ready)
-        ready.folder.fail("7 of 9 needles found")
+        ready.folder.mark_gate_failed("7 of 9 needles found")
         return 0
 
     launcher.does = fails
@@ -235,7 +235,7 @@ def test_under_a_launcher_ranks_leave_in_peace_and_the_first_says_why(
     assert not run_stage(ready, None), "it was stopped"
     assert capsys.readouterr().err == ""
     open_run(ready)
-    launcher.does = lambda main, restarts: ready.folder.fail("too few") or 0
+    launcher.does = lambda main, restarts: ready.folder.mark_gate_failed("too few") or 0
     assert not run_stage(ready, None)
     assert capsys.readouterr().err == said.format(run=ready.folder.path)
 
@@ -321,7 +321,7 @@ def test_a_stage_is_complete_when_its_last_checkpoint_has_passed(
 
     def trains(main: Callable[[], int], restarts: Restarts) -> int:
         open_run(made)
-        made.folder.hold({"step": 4, "checkpoint": "checkpoints/step-4"})
+        made.folder.mark_awaiting_gate({"step": 4, "checkpoint": "checkpoints/step-4"})
         return 0
 
     launcher.does = lambda main, restarts: 0  # it was asked to stop

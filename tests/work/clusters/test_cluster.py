@@ -11,21 +11,21 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.plan.search.recommended import RECOMMENDED
 from megatron_sov.work.clusters import cluster
-from megatron_sov.work.clusters.chips import CHIPS, chip, default_links, of_device
+from megatron_sov.work.clusters.chips import CHIPS, default_links, find_chip, find_device_chip
 from megatron_sov.work.clusters.units import GIB
 
 
 def test_nine_profiles_come_with_the_package() -> None:
-    assert cluster.names() == ["a100", "b200", "b300", "gb200", "gb300", "h100", "h200", "local", "one-node"]
-    for name in cluster.names():
-        profile = cluster.load(name, account="me")
+    assert cluster.list_profiles() == ["a100", "b200", "b300", "gb200", "gb300", "h100", "h200", "local", "one-node"]
+    for name in cluster.list_profiles():
+        profile = cluster.load_profile(name, account="me")
         assert profile.problems() == [] and len(profile.description) > 20
 
 
 def test_options_win_over_the_profile() -> None:
-    profile = cluster.load("h100", account="me", partition="long")
+    profile = cluster.load_profile("h100", account="me", partition="long")
     assert (profile.account, profile.partition) == ("me", "long")
-    assert cluster.load("local", account=None, partition=None).account == ""
+    assert cluster.load_profile("local", account=None, partition=None).account == ""
     assert (profile.tasks_per_node, profile.cpus_per_task) == (8, 14)
 
 
@@ -47,7 +47,7 @@ def test_a_mistake_is_named(tmp_path: Path, text: str, code: str, key: str) -> N
     file = tmp_path / "mine.yaml"
     file.write_text("\n".join(["description: x", *([] if "account" in text else ['account: ""']), text]))
     with pytest.raises(SettingsError) as e:
-        cluster.load(str(file))
+        cluster.load_profile(str(file))
     assert e.value.codes == [(code, key)]
     assert str(e.value).startswith(f"--cluster {file}")
     assert "\n" not in str(e.value) and "abc" not in str(e.value)
@@ -57,14 +57,14 @@ def test_a_time_needs_no_quotes(tmp_path: Path) -> None:
     """YAML 1.1 would read it as 7200."""
     file = tmp_path / "mine.yaml"
     file.write_text('description: x\naccount: ""\ntime_limit: 2:00:00')
-    assert cluster.load(str(file)).time_limit == "2:00:00"
+    assert cluster.load_profile(str(file)).time_limit == "2:00:00"
 
 
 def test_another_spelling_of_a_gpu_is_answered_with_its_key(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text('description: x\naccount: ""\ngpu: H100-80GB')
     with pytest.raises(SettingsError, match=r"must be one of a100, .*; did you mean 'h100'\?"):
-        cluster.load(str(file))
+        cluster.load_profile(str(file))
 
 
 @pytest.mark.parametrize(("text", "seconds"), [  # the forms of sbatch's manual
@@ -72,53 +72,53 @@ def test_another_spelling_of_a_gpu_is_answered_with_its_key(tmp_path: Path) -> N
     ("1-12:30:15", 131415), ("0", float("inf")), ("UNLIMITED", float("inf")),
 ])
 def test_a_time_limit_is_read_as_slurm_reads_it(text: str, seconds: float) -> None:
-    assert cluster.time_limit_s(text) == seconds
+    assert cluster.parse_time_limit(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["soon", "", "1:2:3:4", "-5", "1.5", "2h", "1-"])
 def test_what_is_no_time_limit_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="must be minutes, H:MM:SS or D-HH:MM:SS"):
-        cluster.time_limit_s(text)
+        cluster.parse_time_limit(text)
 
 
 def test_a_profile_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match=r"mine.yaml: is not valid UTF-8 \(byte 0 is 0xff\)"):
-        cluster.load(str(tmp_path / "mine.yaml"))
+        cluster.load_profile(str(tmp_path / "mine.yaml"))
 
 
 def test_an_unknown_profile_is_answered_with_the_nearest() -> None:
     with pytest.raises(UserError, match=r"--cluster h10: there is no such profile; did you mean 'h100'\?"):
-        cluster.load("h10")
+        cluster.load_profile("h10")
     with pytest.raises(UserError, match=r"--cluster nowhere.yaml: does not exist"):
-        cluster.load("nowhere.yaml")
+        cluster.load_profile("nowhere.yaml")
 
 
 def test_links_of_a_profile() -> None:
-    h100 = cluster.load("h100", needs_account=False)
-    found = cluster.links(h100, 512)
+    h100 = cluster.load_profile("h100", needs_account=False)
+    found = cluster.compute_links(h100, 512)
     assert (found.domain, found.inside_bytes_per_s, found.between_bytes_per_s) == (8, 450e9, 50e9)
-    assert cluster.links(cluster.load("gb200", needs_account=False), 512).domain == 72
+    assert cluster.compute_links(cluster.load_profile("gb200", needs_account=False), 512).domain == 72
     # half a server has half of its GPUs in a domain, unless the profile says otherwise
-    assert cluster.links(replace(h100, gpus_per_node=4), 512).domain == 4
-    assert cluster.links(replace(h100, gpus_per_node=4, nvlink_domain=8), 512).domain == 8
+    assert cluster.compute_links(replace(h100, gpus_per_node=4), 512).domain == 4
+    assert cluster.compute_links(replace(h100, gpus_per_node=4, nvlink_domain=8), 512).domain == 8
 
 
 def test_missing_links_are_asked_for_where_they_are_needed() -> None:
-    silent = replace(cluster.load("h100", needs_account=False), network_gbits_per_gpu=0.0)
-    assert cluster.links(silent, 8).between_bytes_per_s == 0
+    silent = replace(cluster.load_profile("h100", needs_account=False), network_gbits_per_gpu=0.0)
+    assert cluster.compute_links(silent, 8).between_bytes_per_s == 0
     with pytest.raises(UserError, match=r"^network_gbits_per_gpu is missing in the profile, and 16 GPUs are "
                                         r"more than the 8 that NVLink joins; set it \(H100-80GB in servers "
                                         r"of its maker: 400\), or plan with at most 8 GPUs$"):
-        cluster.links(silent, 16)
+        cluster.compute_links(silent, 16)
     for name, lacks in (("one-node", "gpu is empty"), ("local", "gpus_per_node is 0")):
         with pytest.raises(UserError, match=f"{lacks} in the profile, .* take a profile with gpu set to one "
                                             "of a100, "):
-            cluster.links(cluster.load(name, needs_account=False), 1)
+            cluster.compute_links(cluster.load_profile(name, needs_account=False), 1)
 
 
 def test_power_of_a_gpu_is_its_share_of_the_node() -> None:
-    h100 = cluster.load("h100", needs_account=False)
+    h100 = cluster.load_profile("h100", needs_account=False)
     assert h100.power_per_gpu_w == 10_200 / 8
     assert replace(h100, node_power_w=8000).power_per_gpu_w == 1000
 
@@ -161,13 +161,13 @@ def test_figures_of_datasheets() -> None:
     ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA B300 SXM6 AC", "b300"),
     ("H100-96GB(HBM2e500W)", "h100-96"), ("AMD Instinct MI300X", "mi300x")])
 def test_a_chip_is_found_by_any_of_its_names(written: str, key: str) -> None:
-    assert chip(written) is CHIPS[key] and hash(CHIPS[key]) == hash(replace(CHIPS[key]))
+    assert find_chip(written) is CHIPS[key] and hash(CHIPS[key]) == hash(replace(CHIPS[key]))
 
 
 def test_other_chips_are_not_guessed() -> None:
-    assert of_device("NVIDIA H100 PCIe") is of_device("NVIDIA GeForce RTX 4090") is of_device("") is None
+    assert find_device_chip("NVIDIA H100 PCIe") is find_device_chip("NVIDIA GeForce RTX 4090") is find_device_chip("") is None
     with pytest.raises(UserError, match=r"'H10': is not in the table; did you mean 'h100'\? \(GPUs: a100"):
-        chip("H10")
+        find_chip("H10")
 
 
 def test_a_precision_that_a_chip_has_not_is_refused_with_what_works() -> None:
@@ -186,10 +186,10 @@ def test_layouts_are_recommended_for_chips_of_the_table() -> None:
 
 
 def test_a_shipped_profile_has_the_links_of_the_makers_servers() -> None:
-    for name in set(CHIPS) & set(cluster.names()):
-        profile = cluster.load(name, needs_account=False)
+    for name in set(CHIPS) & set(cluster.list_profiles()):
+        profile = cluster.load_profile(name, needs_account=False)
         expected = default_links(CHIPS[name])
-        found = cluster.links(profile, 1024)
+        found = cluster.compute_links(profile, 1024)
         # the one for H200 is a cluster with RoCE
         assert replace(found, between_latency_s=0) == replace(expected, between_latency_s=0)
         assert found.between_latency_s == pytest.approx(5.6e-6 if name == "h200" else 3.7e-6)

@@ -21,7 +21,7 @@ from synthesis.endpoint import ScriptedEndpoint, serving
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.endpoints import transport
 from megatron_sov.work.endpoints.answers import (
-    BadAnswer, EndpointUnavailable, NeverAnswered, decoded, seconds)
+    BadAnswer, EndpointUnavailable, RequestRefused, parse_json_answer, parse_retry_after)
 from megatron_sov.work.endpoints.cache import EndpointCache, Usage
 from megatron_sov.work.endpoints.endpoint import Endpoint, EndpointLimits
 from megatron_sov.work.endpoints.transport import Transport
@@ -127,8 +127,8 @@ def test_an_answer_that_cannot_be_read_is_billed_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("levels", [250, 900, 100_000])
 def test_an_answer_of_more_levels_than_can_be_kept_is_none(levels: int) -> None:
     with pytest.raises(BadAnswer):
-        decoded(b"[" * levels + b"]" * levels)
-    assert decoded(b"[" * 150 + b"]" * 150)
+        parse_json_answer(b"[" * levels + b"]" * levels)
+    assert parse_json_answer(b"[" * 150 + b"]" * 150)
 
 
 def test_a_kept_answer_that_is_damaged_is_told(tmp_path: Path) -> None:
@@ -154,11 +154,11 @@ def test_patience_goes_on_beyond_attempts_while_an_endpoint_is_full_and_ends(tmp
 
 
 REFUSALS = {  # as these servers word them
-    "vLLM, long": ("This model's maximum context length is 4096 tokens.", NeverAnswered, "is longer than"),
+    "vLLM, long": ("This model's maximum context length is 4096 tokens.", RequestRefused, "is longer than"),
     "vLLM, longer": ("The decoder prompt (length 9000) is longer than the maximum model length of 8192.",
-                     NeverAnswered, "longer than the model's context"),
+                     RequestRefused, "longer than the model's context"),
     "SGLang, long": ("The input (9000 tokens) is longer than the model's context length (8192 tokens).",
-                     NeverAnswered, "longer than the model's context"),
+                     RequestRefused, "longer than the model's context"),
     "vLLM, tools": ('"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set',
                     UserError, "not set up for calls of tools"),
     "llama.cpp, tools": ("tools param requires --jinja flag", UserError, "not set up for calls of tools"),
@@ -180,8 +180,8 @@ def test_what_a_refusal_says_is_told_and_what_never_helps_is_not_tried(
 def test_a_name_may_stand_for_the_address_in_what_answers_are_kept_by(tmp_path: Path) -> None:
     cache = EndpointCache(tmp_path / "a")
     with serving(ScriptedEndpoint(lambda request: "yes")) as server:
-        Endpoint(f"{server.url}/chat/completions", "", LIMITS, cache, known_as="m").ask(ASKED, lambda raw: 1)
-    moved = Endpoint("http://127.0.0.1:9/v1/chat/completions", "", LIMITS, cache, known_as="m")
+        Endpoint(f"{server.url}/chat/completions", "", LIMITS, cache, cache_name="m").ask(ASKED, lambda raw: 1)
+    moved = Endpoint("http://127.0.0.1:9/v1/chat/completions", "", LIMITS, cache, cache_name="m")
     assert moved.ask(ASKED, lambda raw: raw["choices"][0]["message"]["content"]) == "yes"
 
 
@@ -189,13 +189,13 @@ def test_waiting_for_an_endpoint_that_is_away_is_told_once(monkeypatch: pytest.M
                                                            tmp_path: Path) -> None:
     from megatron_sov.work.endpoints import endpoint as asking
 
-    monkeypatch.setattr(asking, "TOLD_S", 0.0)
+    monkeypatch.setattr(asking, "REPORT_AFTER_S", 0.0)
     told: list[str] = []
     cache = EndpointCache(tmp_path / "answers.sqlite")
     with serving(ScriptedEndpoint(lambda request: "hi")) as server:
         server.next = ["503"] * 4
         limits = EndpointLimits(5.0, 3, 0.001, 0.0, 0.0, 1.0, 2.0, 60.0)
-        made = Endpoint(f"{server.url}/chat/completions", "", limits, cache, told=told.append)
+        made = Endpoint(f"{server.url}/chat/completions", "", limits, cache, report=told.append)
         assert made.ask(ASKED, lambda answer: answer)["choices"]
     cache.close()
     assert told == [f"{server.url}/chat/completions: the endpoint answered HTTP 503; waiting up to 60 s for "
@@ -205,13 +205,13 @@ def test_waiting_for_an_endpoint_that_is_away_is_told_once(monkeypatch: pytest.M
 def test_the_model_that_really_answers_is_reported_once(tmp_path: Path) -> None:
     told: list[str] = []
     endpoint = Endpoint("http://127.0.0.1:9/v1/completions", "", LIMITS, EndpointCache(tmp_path / "a"),
-                        told=told.append)
+                        report=told.append)
     for name in ("m", "other", "other", None, 3):
         endpoint._check_model(ASKED, {"model": name})
     assert told == ["http://127.0.0.1:9/v1/completions: was asked for model 'm', and 'other' answers; the "
                     "answers are recorded with that name"]
     strict = Endpoint("http://127.0.0.1:9/v1/completions", "", LIMITS, EndpointCache(tmp_path / "a"),
-                      told=told.append, accepted_models=("other",))
+                      report=told.append, accepted_models=("other",))
     for name in ("m", "", "other", None, 3):
         strict._check_model(ASKED, {"model": name})
     with pytest.raises(UserError, match=r"'third' answered; its answer is not used.* --accept-model third"):
@@ -230,7 +230,7 @@ def test_how_long_to_wait_may_be_a_date(text: str | None, low: float, high: floa
     monkeypatch.setenv("TZ", "KST-9")
     time.tzset()
     try:
-        assert low <= seconds(text) <= high
+        assert low <= parse_retry_after(text) <= high
     finally:
         monkeypatch.undo()
         time.tzset()

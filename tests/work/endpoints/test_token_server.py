@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from megatron_sov.work.endpoints import transport
-from megatron_sov.work.endpoints.answers import BadAnswer, NeverAnswered
+from megatron_sov.work.endpoints.answers import BadAnswer, RequestRefused
 from megatron_sov.work.endpoints.token_server import (
     ServerCalls, TokenAnswer, TokenRequest, VersionSpan, check_answers)
-from megatron_sov.work.endpoints.transport import Answered
-from megatron_sov.work.endpoints.vllm_server import VllmServer, _read_tokens
+from megatron_sov.work.endpoints.transport import HttpResponse
+from megatron_sov.work.endpoints.vllm_server import VllmServer, _parse_choices
 from tests.token_servers import VllmDouble, token_at
 
 PROMPT = [5, 6, 7]
@@ -96,7 +96,7 @@ def test_some_answers_are_asked_for_at_once(double: VllmDouble, route: str) -> N
     answers = server.write(TokenRequest("a", PROMPT, 4, count=3))
     assert [answer.tokens for answer in answers] == [words(4)] * 3 and len(double.asked) == 1
     double.places = 2
-    with pytest.raises(NeverAnswered, match="at most 2, got 3"):
+    with pytest.raises(RequestRefused, match="at most 2, got 3"):
         server.write(TokenRequest("b", PROMPT, 4, count=3))
 
 
@@ -120,13 +120,13 @@ def test_a_server_without_the_route_of_tokens_is_asked_by_completions(double: Vl
 
 def test_what_is_no_answer_is_told_apart_from_what_never_will_be(double: VllmDouble) -> None:
     double.refuses = lambda path: path != "/health"
-    with pytest.raises(NeverAnswered, match=r"/pause.* answered HTTP 404: Not Found"):
+    with pytest.raises(RequestRefused, match=r"/pause.* answered HTTP 404: Not Found"):
         VllmServer(double.url).pause()
     double.is_dead = True
     server = VllmServer(double.url)
     with pytest.raises(BadAnswer, match="HTTP 500: EngineCore") as told:
         server.write(TokenRequest("a", PROMPT, 4))
-    assert told.value.is_away and not server.is_healthy()
+    assert told.value.is_unavailable and not server.is_healthy()
 
 
 @pytest.mark.parametrize(("choice", "told"), [
@@ -134,7 +134,7 @@ def test_what_is_no_answer_is_told_apart_from_what_never_will_be(double: VllmDou
     ({"token_ids": [1], "finish_reason": "stop", "logprobs": {"content": [{}]}}, "KeyError: 'logprob'")])
 def test_an_answer_that_lacks_something_is_none(choice: dict[str, Any], told: str) -> None:
     with pytest.raises(BadAnswer, match=told):
-        _read_tokens({"choices": [choice]}, "http://here")
+        _parse_choices({"choices": [choice]}, "http://here")
 
 
 @pytest.mark.parametrize(("answer", "told"), [
@@ -162,10 +162,10 @@ def test_routes_are_an_array_and_never_unpickled() -> None:
                              "routed_experts": base64.b64encode(out.getvalue()).decode()}]}
 
     routes = np.arange(12).reshape(3, 2, 2)
-    [found] = _read_tokens(answer(routes), "http://here")
+    [found] = _parse_choices(answer(routes), "http://here")
     assert found.routes is not None and (found.routes == routes).all()
     with pytest.raises(BadAnswer, match="allow_pickle=False"):
-        _read_tokens(answer(np.array([{}], object)), "http://here")
+        _parse_choices(answer(np.array([{}], object)), "http://here")
 
 
 def test_a_connection_that_the_other_end_may_hang_up_is_not_used_again(
@@ -175,7 +175,7 @@ def test_a_connection_that_the_other_end_may_hang_up_is_not_used_again(
     monkeypatch.setattr(double, "_answer", lambda handler, body: (
         places.append(handler.client_address), answer(handler, body)))
     for kept_s, connections in ((30.0, 1), (0.02, 2)):
-        monkeypatch.setattr(transport, "KEPT_S", kept_s)
+        monkeypatch.setattr(transport, "KEEPALIVE_S", kept_s)
         places.clear()
         calls = transport.Transport(f"{double.url}/v1/models", "", 20)
         assert calls.get().status == 200
@@ -200,11 +200,11 @@ def _npy(save: Any, *parts: Any) -> str:
     {"weight_versions": [{"version": 1, "start": 0, "end": -1}, {"version": 2, "start": -1, "end": 2}]}])
 def test_what_no_server_should_send_is_no_answer(lie: dict[str, Any]) -> None:
     told = {"token_ids": [5, 6], "logprobs": {"content": [{"logprob": -1.0}] * 2}, "finish_reason": "stop"}
-    check_answers(_read_tokens({"choices": [told]}, "http://x"), 1, "http://x")
+    check_answers(_parse_choices({"choices": [told]}, "http://x"), 1, "http://x")
     with pytest.raises(BadAnswer, match="http://x"):
-        check_answers(_read_tokens({"choices": [told | lie]}, "http://x"), 1, "http://x")
+        check_answers(_parse_choices({"choices": [told | lie]}, "http://x"), 1, "http://x")
 
 
 def test_json_that_is_nested_too_deep_is_no_answer() -> None:
     with pytest.raises(BadAnswer, match="http://x/p: answered JSON that is nested too deep"):
-        ServerCalls("http://x", "", 1.0)._read("/p", Answered(200, {}, b"[" * 200_000))
+        ServerCalls("http://x", "", 1.0)._read("/p", HttpResponse(200, {}, b"[" * 200_000))

@@ -17,8 +17,8 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.processes import children
-from megatron_sov.work.processes.background import LOWEST_PRIORITY, humble_environment
-from megatron_sov.work.processes.pool import in_processes
+from megatron_sov.work.processes.background import LOWEST_PRIORITY, background_environment
+from megatron_sov.work.processes.pool import map_in_processes
 
 PARENT = """
 import sys, time
@@ -67,7 +67,7 @@ def test_it_does_not_take_itself_for_a_rank_or_a_part_of_a_job(monkeypatch: pyte
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("KEPT", "yes")
     monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
-    environment = humble_environment()
+    environment = background_environment()
     assert {"RANK", "SLURM_JOB_ID", "SBATCH_PARTITION", "MASTER_PORT"} & set(environment) == set()
     assert environment["SLURM_CONF"] == "/etc/slurm.conf"  # it says where Slurm is, not which job this is
     assert (environment["KEPT"], environment["CUDA_VISIBLE_DEVICES"]) == ("yes", "")
@@ -123,13 +123,13 @@ def test_its_code_is_returned_and_a_stop_is_passed_on(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("workers", [1, 2])
 def test_results_come_in_order(workers: int) -> None:
     items = ["b", "a", *"xyz" * 10]
-    assert list(in_processes(operator.methodcaller, ("upper",), items, workers)) == [i.upper() for i in items]
-    assert list(in_processes(operator.methodcaller, ("upper",), [], workers)) == []
+    assert list(map_in_processes(operator.methodcaller, ("upper",), items, workers)) == [i.upper() for i in items]
+    assert list(map_in_processes(operator.methodcaller, ("upper",), [], workers)) == []
 
 
 def test_mistakes_come_through_and_ended_workers_are_said() -> None:
     with pytest.raises(AttributeError, match="no attribute 'index'"):
-        list(in_processes(operator.methodcaller, ("index", "a"), ["a", 1], 2))
+        list(map_in_processes(operator.methodcaller, ("index", "a"), ["a", 1], 2))
     ends_its_worker = [0, 0, signal.SIGKILL, *[0] * 40]  # signal 0 does nothing
     with pytest.raises(UserError, match="run the same command again"):
-        list(in_processes(functools.partial, (signal.raise_signal,), ends_its_worker, 2))
+        list(map_in_processes(functools.partial, (signal.raise_signal,), ends_its_worker, 2))

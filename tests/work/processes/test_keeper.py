@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_sov.work.processes.keeper import NOT_STARTED, KeptCommand
+from megatron_sov.work.processes.supervisor import NOT_STARTED, SupervisedCommand
 
 # children as engines have them: one of the command's group, one that left it and lost its parent
 TREE = """
@@ -29,7 +29,7 @@ time.sleep(600)
 """
 OWNER = """
 import os, sys, time
-from megatron_sov.work.processes.keeper import KeptCommand
+from megatron_sov.work.processes.supervisor import KeptCommand
 kept = KeptCommand([sys.executable, "-c", sys.argv[1]], os.environ, sys.stderr)
 time.sleep(600)
 """
@@ -50,9 +50,9 @@ def until(is_so: Any) -> None:
         time.sleep(0.01)
 
 
-def kept(program: str) -> KeptCommand:
+def kept(program: str) -> SupervisedCommand:
     with open("log", "wb") as out:
-        return KeptCommand([sys.executable, "-c", program], os.environ, out)
+        return SupervisedCommand([sys.executable, "-c", program], os.environ, out)
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +92,7 @@ time.sleep(600)
 
 def test_a_command_that_there_is_not_is_told() -> None:
     with open("log", "wb") as out:
-        command = KeptCommand(["/no/program"], os.environ, out)
+        command = SupervisedCommand(["/no/program"], os.environ, out)
     until(lambda: not command.is_alive)
     assert command._keeper.returncode == NOT_STARTED
     assert Path("log").read_text() == "/no/program: No such file or directory\n"

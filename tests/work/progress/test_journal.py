@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.work.progress.jobs import Executor, Job, here, in_workers, run_job, run_share
-from megatron_sov.work.progress.journal import JOB, RECORDS, done_items, open_journal, read_job, work_folder
+from megatron_sov.work.progress.jobs import Executor, Job, local_executor, run_job, run_share, worker_executor
+from megatron_sov.work.progress.journal import (
+    JOB, RECORDS, list_done_items, open_journal, read_job, work_folder)
 
 ASKED = {"stop": ("\n",), "sampling": {"top_p": 1.0, "seed": 1}}
 
@@ -37,12 +38,12 @@ def test_whole_records_are_kept_and_what_a_kill_left_of_one_is_not(torn: bytes, 
     begin(out, (0, b"a\nb\n"), ("key", b""))
     with open(work_folder(out) / RECORDS, "ab") as f:
         f.write(torn)
-    assert done_items(out, ASKED) == {0, "key"}
+    assert list_done_items(out, ASKED) == {0, "key"}
     with open_journal(out, "score", ASKED) as journal:
         assert journal.done == {0, "key"}
         journal.add([(2, b"c\n"), (0, b"d")])
         assert [*journal.records()] == [(0, b"a\nb\n"), ("key", b""), (2, b"c\n"), (0, b"d")]
-        journal.write_to(out)
+        journal.write_payloads(out)
     assert out.read_bytes() == b"a\nb\nc\nd"
     assert os.listdir(tmp_path) == [out.name]
 
@@ -52,7 +53,7 @@ def test_every_beginning_of_a_journal_is_a_journal(tmp_path: Path) -> None:
     found = []
     for size_bytes in range(len(whole) + 1):
         (work_folder(tmp_path / "a") / RECORDS).write_bytes(whole[:size_bytes])
-        found.append(len(done_items(tmp_path / "a", ASKED)))
+        found.append(len(list_done_items(tmp_path / "a", ASKED)))
     assert found == sorted(found) and set(found) == set(range(10))
 
 
@@ -60,14 +61,14 @@ def test_work_of_another_command_is_refused_with_what_differs_unless_it_is_to_be
         tmp_path: Path) -> None:
     out, other = tmp_path / "out", {**ASKED, "sampling": {"top_p": 1.0, "seed": 2}}
     begin(out, (0, b""))
-    assert done_items(out, other) == set()
+    assert list_done_items(out, other) == set()
     with pytest.raises(UserError) as raised, open_journal(out, "score", other):
         raise AssertionError("it is refused")
     assert str(raised.value) == (
         f"{out}: {work_folder(out)} holds unfinished work of another command: 1 problem; ask for the same to "
         f"go on, begin anew (--redo, or megatron-sov inspect {out} --clear), or name another output\n"
         "  sampling.seed was 1, and is 2")
-    assert done_items(out, ASKED) == {0}
+    assert list_done_items(out, ASKED) == {0}
     with open_journal(out, "score", ASKED, redo=True) as journal:  # the same: there is nothing to do anew
         assert journal.done == {0}
     begin(out, (0, b""))
@@ -131,7 +132,7 @@ def squares(log: Path, until: int) -> Callable[[int], bytes]:
 
 def job(folder: Path, do: Executor[int], **more: Callable[..., object]) -> Job[int]:
     return Job(made_by="square", output=folder / "out", identity={"of": "numbers"}, items=range(20), do=do,
-               sink=lambda journal: journal.write_to(folder / "out"), **more)
+               sink=lambda journal: journal.write_payloads(folder / "out"), **more)
 
 
 @pytest.mark.deep
@@ -140,7 +141,7 @@ def test_a_job_that_failed_goes_on_behind_what_is_done(workers: int, tmp_path: P
     log = tmp_path / "log"
 
     def executor(until: int) -> Executor[int]:
-        return in_workers(squares, (log, until), workers) if workers else here(squares(log, until))
+        return worker_executor(squares, (log, until), workers) if workers else local_executor(squares(log, until))
 
     with pytest.raises(UserError, match="this far"):
         run_job(job(tmp_path, executor(11)))
@@ -155,13 +156,13 @@ def test_a_job_that_failed_goes_on_behind_what_is_done(workers: int, tmp_path: P
 
 def test_shares_of_several_processes_become_one_output(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    job_ = job(tmp_path, here(squares(log, 7)))
+    job_ = job(tmp_path, local_executor(squares(log, 7)))
     with pytest.raises(KeyboardInterrupt), open_journal(job_.output, "square", job_.identity):
         for share in range(3):
             with contextlib.suppress(UserError):  # the second fails at 7
                 run_share(job_, share, 3)
         raise KeyboardInterrupt  # the command that submits them ends before the output is there
-    rest = job(tmp_path, here(squares(log, -1)))
+    rest = job(tmp_path, local_executor(squares(log, -1)))
     run_share(rest, 0, 2)  # the next command cuts it otherwise
     run_job(rest)
     assert (tmp_path / "out").read_text() == "".join(f"{n * n}\n" for n in range(20))
@@ -177,6 +178,6 @@ def test_items_are_read_as_they_are_needed(tmp_path: Path) -> None:
             yield n
 
     waiting = []
-    for number, _ in in_workers(squares, (tmp_path / "log", -1), 2)(enumerate(items())):
+    for number, _ in worker_executor(squares, (tmp_path / "log", -1), 2)(enumerate(items())):
         waiting.append(len(read) - number)
     assert max(waiting) <= 10

@@ -18,17 +18,17 @@ from megatron_sov.base import artifacts
 from megatron_sov.base.artifacts import is_held, new_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.progress import locks
-from megatron_sov.work.progress.locks import Claim, Claims, holders, holding
+from megatron_sov.work.progress.locks import Claim, Claims, list_holders, lock_folder
 from megatron_sov.work.progress.resumable import resumable_artifact
 
 
 def test_a_folder_is_held_until_the_end(tmp_path: Path) -> None:
     folder, output = tmp_path / "deep/.out", tmp_path / "out"
-    with holding(folder, output), pytest.raises(UserError) as raised, holding(folder, output):
+    with lock_folder(folder, output), pytest.raises(UserError) as raised, lock_folder(folder, output):
         raise AssertionError("two hold it")
     assert str(raised.value) == (f"{output}: is being written by another process ({folder} is "
                                  "held); wait for it, or name another output")
-    with holding(folder, output):
+    with lock_folder(folder, output):
         assert folder.is_dir()
 
 
@@ -44,7 +44,7 @@ def test_one_that_its_holder_removes_before_it_is_held_is_not_held(
         return True
 
     monkeypatch.setattr(locks, "holds", holds)
-    with pytest.raises(UserError, match="another process"), holding(folder, tmp_path / "out"):
+    with pytest.raises(UserError, match="another process"), lock_folder(folder, tmp_path / "out"):
         raise AssertionError("two hold the output")
 
 
@@ -56,7 +56,7 @@ def test_one_that_its_holder_removes_before_it_is_opened_is_not_held(
 
     monkeypatch.setattr(os, "open", opened)
     with pytest.raises(UserError, match="being written by another process"), \
-            holding(tmp_path / ".out", tmp_path / "out"):
+            lock_folder(tmp_path / ".out", tmp_path / "out"):
         raise AssertionError("nobody holds what is gone")
 
 
@@ -103,10 +103,10 @@ def test_where_folders_cannot_be_locked_a_file_in_them_is(tmp_path: Path,
         return None if os.path.isdir(f"/proc/self/fd/{fd}") else real(fd)
 
     monkeypatch.setattr(locks, "holds", holds_files)
-    with (holding(tmp_path / "a", "a"), pytest.raises(UserError, match="is held"),
-          holding(tmp_path / "a", "a")):
+    with (lock_folder(tmp_path / "a", "a"), pytest.raises(UserError, match="is held"),
+          lock_folder(tmp_path / "a", "a")):
         raise AssertionError("two hold it")
-    with holding(tmp_path / "a", "a"):
+    with lock_folder(tmp_path / "a", "a"):
         assert os.listdir(tmp_path / "a") == [".lock"]
 
 
@@ -135,7 +135,7 @@ def test_a_claim_is_held_until_it_is_given_back(tmp_path: Path) -> None:
     claim.release()
     taken = take(second)
     assert not claim.renew() and taken.renew()
-    assert [(h.name, h.pid, h.is_released) for h in holders(tmp_path)] == [
+    assert [(h.name, h.pid, h.is_released) for h in list_holders(tmp_path)] == [
         ("a", os.getpid(), False), ("b", os.getpid(), False)]
 
 
@@ -199,7 +199,7 @@ def test_who_died_before_it_wrote_is_taken_over_as_well(tmp_path: Path) -> None:
     (tmp_path / "a/1.json").write_bytes(b'{"beat":')
     other = Claims(tmp_path, 60, clock)
     assert other.take("a") is None
-    assert [(h.host, h.pid) for h in holders(tmp_path)] == [("", 0)]
+    assert [(h.host, h.pid) for h in list_holders(tmp_path)] == [("", 0)]
     clock.now_s += 60
     assert take(other).renew()
 
@@ -216,7 +216,7 @@ def test_a_claim_that_is_cleared_away_is_lost(tmp_path: Path) -> None:
 def test_a_thread_shows_signs_of_life(tmp_path: Path) -> None:
     # a lease of another length may be watched: the thread has its own
     claim, other = take(Claims(tmp_path, 0.04)), Claims(tmp_path, 60)
-    with claim.renewing():
+    with claim.renew_while_open():
         before = (tmp_path / "a/1.json").read_bytes()
         deadline_s = time.monotonic() + 600
         while (tmp_path / "a/1.json").read_bytes() == before and time.monotonic() < deadline_s:

@@ -11,9 +11,9 @@ import pytest
 from megatron_sov.base.errors import warn
 from megatron_sov.base.figures import format_value
 from megatron_sov.runs.obs.events import EventLog, read_events
-from megatron_sov.runs.obs.figures import number
+from megatron_sov.runs.obs.figures import parse_number
 from megatron_sov.work.progress import progress_bar
-from megatron_sov.work.progress.progress_bar import ProgressBar, work_bar as bar_of
+from megatron_sov.work.progress.progress_bar import ProgressBar, create_bar as bar_of
 
 
 class Terminal(io.StringIO):
@@ -36,7 +36,7 @@ def test_a_log_gets_a_line_every_ten_seconds_and_the_last_state(clock: list[floa
     bar = ProgressBar(100, 0, "pretrain", stream=log)
     for step in range(1, 101):
         clock[0] += 0.3  # 30 s for all
-        bar.update(step, told=f"loss {5.0 - step / 100:.4f}", tokens_per_s=12345.6)
+        bar.update(step, metrics_text=f"loss {5.0 - step / 100:.4f}", tokens_per_s=12345.6)
     bar.close()
     lines = log.getvalue().splitlines()
     # 66 steps x 0.3 s = 19.8 s
@@ -49,15 +49,15 @@ def test_time_left_after_a_resume_counts_own_steps_only(clock: list[float]) -> N
     log = io.StringIO()
     bar = ProgressBar(1000, 900, "pretrain", stream=log)
     clock[0] += 20
-    bar.update(910, told="loss nan", tokens_per_s=1.0)
+    bar.update(910, metrics_text="loss nan", tokens_per_s=1.0)
     assert log.getvalue() == "pretrain: step 910/1000, loss nan, 1 tokens/s, 03:00 left\n"  # 90 steps x 2 s
 
 
 def test_a_terminal_gets_a_bar_that_starts_where_the_run_resumes() -> None:
     screen = Terminal()
     bar = ProgressBar(40, 10, "pretrain", stream=screen)
-    bar.update(20, told="loss 2.5000", tokens_per_s=4096)
-    bar.update(40, told="loss 2.2500", tokens_per_s=4096)
+    bar.update(20, metrics_text="loss 2.5000", tokens_per_s=4096)
+    bar.update(40, metrics_text="loss 2.2500", tokens_per_s=4096)
     bar.close()
     assert "10/40" in screen.getvalue()
     last = screen.getvalue().rsplit("\r", 1)[-1]
@@ -78,7 +78,7 @@ def test_closing_before_the_first_step_writes_nothing() -> None:
     (0.0, True, io.StringIO(), False)], ids=["terminal", "a moment", "another process", "log file"])
 def test_who_looks_on_sees_how_far_it_is(delay_s: float, shows: bool, screen: io.StringIO, seen: bool,
                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress_bar, "BEGINS_AFTER_S", delay_s)
+    monkeypatch.setattr(progress_bar, "SHOWN_AFTER_S", delay_s)
     monkeypatch.setattr("sys.stderr", screen)
     with bar_of("hashing", 2_000_000, "B", shows) as bar:
         bar.update(2_000_000)
@@ -86,8 +86,8 @@ def test_who_looks_on_sees_how_far_it_is(delay_s: float, shows: bool, screen: io
 
 
 def test_what_is_no_number_is_none() -> None:
-    assert number("inf") == math.inf and number("1.5") == 1.5
-    assert [format_value(number(value)) for value in (None, "x", "nan", 2)] == ["–", "–", "–", "2"]
+    assert parse_number("inf") == math.inf and parse_number("1.5") == 1.5
+    assert [format_value(parse_number(value)) for value in (None, "x", "nan", 2)] == ["–", "–", "–", "2"]
 
 
 # A warning is one line for people, and an event where a run keeps events.

@@ -15,7 +15,7 @@ import ray
 
 from megatron_sov.cli import main
 from megatron_sov.commands.map import STEPS
-from megatron_sov.work.submit import on_ray
+from megatron_sov.work.submit import ray_executor
 from tests.work.ray_nodes import STORE_BYTES, two_nodes
 
 STEP = """
@@ -130,6 +130,6 @@ class SlowFirst:
 def test_an_item_that_holds_all_others_up_and_ends_last_is_no_end() -> None:
     actor = SimpleNamespace(is_there=SimpleNamespace(remote=object),
                             do=SimpleNamespace(remote=lambda item: f"done {item}"))
-    processes = on_ray._Processes(SlowFirst(), lambda: actor, 2)
-    assert list(on_ray._done(processes, enumerate(range(40)))) == [
+    processes = ray_executor._RayProcesses(SlowFirst(), lambda: actor, 2)
+    assert list(ray_executor._iter_records(processes, enumerate(range(40)))) == [
         (number, f"done {number}".encode()) for number in range(40)]

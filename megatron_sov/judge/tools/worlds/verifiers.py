@@ -30,7 +30,7 @@ from megatron_sov.judge.rewards.reward import Score, short
 from megatron_sov.judge.rewards.version import code_of
 from megatron_sov.judge.tools.environment import InfrastructureFault, Observation, Task, TurnReply, World
 from megatron_sov.sandbox.process_tree import ProcessTree
-from megatron_sov.work.processes.children import variables_for_foreign
+from megatron_sov.work.processes.children import foreign_environment
 
 MAX_LINE_BYTES = 256 << 20
 """Of a message of the library's process."""
@@ -168,7 +168,7 @@ class Verifiers(World):
         if self._bridge is not None:
             return
         program, folder = shutil.which(self.python) or self.python, str(Path(self.config).resolve().parent)
-        variables = variables_for_foreign(self.env)
+        variables = foreign_environment(self.env)
         # programs of the library's own Python first, such as uv
         path = os.pathsep.join((str(Path(program).absolute().parent), variables.get("PATH", os.defpath)))
         bridge = Path(__file__).with_name("verifiers_bridge.py")

@@ -15,7 +15,7 @@ from megatron_sov.base.errors import told_in_a_line
 from megatron_sov.omni.media.reading.kinds import (
     MediaLimits, PictureRequest, VideoFrames, read_picture, read_sound, read_video)
 from megatron_sov.sandbox.restrictions import enclose_reader
-from megatron_sov.work.processes.channel import receive, send
+from megatron_sov.work.processes.channel import receive_message, send_message
 
 MAX_ERROR_CHARS = 300
 
@@ -24,17 +24,17 @@ def main(fd: int) -> None:
     """Answer until the other side has gone."""
     channel = socket.socket(fileno=fd)
     try:
-        order = receive(channel)
+        order = receive_message(channel)
         limits = MediaLimits(**order["limits"])
         # before the first medium: a decoder that it deceives can neither write nor reach a network
         enclose_reader(order["readable"], limits.memory_bytes)
         while True:
-            asked = receive(channel)
+            asked = receive_message(channel)
             # processor time, since a slow disk is no fault of the medium; the signal ends this process
             signal.setitimer(signal.ITIMER_PROF, limits.time_s)
             header, arrays = _answer(asked, limits)
             signal.setitimer(signal.ITIMER_PROF, 0)
-            send(channel, header)
+            send_message(channel, header)
             for array in arrays:
                 channel.sendall(array.data.cast("B"))
     except (EOFError, OSError):

@@ -17,7 +17,7 @@ import numpy as np
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.omni.media.reading.kinds import MediaLimits, VideoFrames
 from megatron_sov.sandbox.readers import KeptReader, ReaderEnded, Wording
-from megatron_sov.work.processes.channel import receive, send
+from megatron_sov.work.processes.channel import receive_message, send_message
 
 
 def place_of(root: Path, path: str) -> Path:
@@ -157,8 +157,8 @@ class _Child(KeptReader):
             BadRecord: it cannot be decoded; `ReaderEnded`: and the process has gone, or is not to be trusted.
         """
         with self.asking() as channel:
-            send(channel, message)
-            header = receive(channel, MOST_HEADER_BYTES)
+            send_message(channel, message)
+            header = receive_message(channel, MOST_HEADER_BYTES)
             if "bad" in header:
                 raise BadRecord(str(header["bad"]), str(header["reason"]))
             shapes = [tuple(int(n) for n in shape) for shape, _ in header["arrays"]]

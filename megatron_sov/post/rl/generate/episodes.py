@@ -290,7 +290,7 @@ class EpisodePlayer:
         if self._sampling.with_routes:
             routes = self._engine.routes_of(answer, len(episode.ids) + len(ids) - 1)
         turn = episode.grow(GeneratedTurn(ids, answer.logprobs[:len(ids)],
-                                          answer.version_of_each(len(ids), running.version), routes))
+                                          answer.token_versions(len(ids), running.version), routes))
         is_whole = answer.reason != ABORTED or bool(set(turn.ids[-1:]) & set(self._end_ids))
         if not is_whole and len(turn.ids) < left_of(episode, self._table.limits):
             episode.begun = turn if turn.ids else None

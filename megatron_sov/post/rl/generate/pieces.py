@@ -21,7 +21,7 @@ from megatron_sov.rollouts.prompts import PromptList, PromptPiece, round_pieces
 from megatron_sov.rollouts.rows import UNFINISHED, AskedPrompt, Rollout
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.rounds import Policy
-from megatron_sov.work.progress.locks import POLL_S, Claims, Patience
+from megatron_sov.work.progress.locks import POLL_S, Claims, IdleTimeout
 from megatron_sov.work.tables.table import AlreadyPublished
 
 LOOKUPS_PER_CLAIM = 64
@@ -274,7 +274,7 @@ class PendingPieces:
         """Return whether a piece needs another attempt, and record its number."""
         state = self._states.setdefault(piece.part(), _PieceState())
         # The last published attempt says which rows are unfinished.
-        while self._store.has(name := piece.part(state.next_attempt)):
+        while self._store.has_part(name := piece.part(state.next_attempt)):
             rows = self._store.read_rollouts(name, ("finish_reason", "versions"))
             self._check_rows(piece, state.next_attempt, rows)
             if all(row.finish_reason != UNFINISHED for row in rows):
@@ -313,12 +313,12 @@ class PendingPieces:
         if claim is None:
             self._refused.append(name)
             return None
-        if self._store.has(name):  # another job published it since the lookup
+        if self._store.has_part(name):  # another job published it since the lookup
             claim.release()
             self._claimed_pieces[name] = piece.part()
             return None
         # Renewed until `release`: a piece may take longer than a lease.
-        self._held.setdefault(name, contextlib.ExitStack()).enter_context(claim.renewing())
+        self._held.setdefault(name, contextlib.ExitStack()).enter_context(claim.renew_while_open())
         state.claimed_step = policy.step
         self._claimed_pieces[name] = piece.part()
         unfinished: tuple[Rollout, ...] = ()
@@ -339,7 +339,7 @@ class PieceQueue:
     anyway."""
     provenance: Mapping[str, Any]
     """Fields of the parts' manifests."""
-    patience: Patience = field(default_factory=Patience)
+    patience: IdleTimeout = field(default_factory=IdleTimeout)
     asked_to_stop: Callable[[], bool] = lambda: False
     """Whether to begin no further attempt."""
     summary: dict[str, Any] = field(default_factory=lambda: {

@@ -32,10 +32,10 @@ from megatron_sov.post.rl.generate.servers import LiveServers
 from megatron_sov.post.rl.generate.writers import GenerationSettings, LoadPolicy, RolloutSource
 from megatron_sov.rollouts.prompts import round_prompts
 from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Rollout
-from megatron_sov.runs.rounds import Policy, may_write
+from megatron_sov.runs.rounds import Policy, can_generate_round
 from megatron_sov.train.stages.feed import FeedView
 from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer, TokenRequest
-from megatron_sov.work.progress.progress_bar import work_bar
+from megatron_sov.work.progress.progress_bar import create_bar
 
 SLICE_S = 5.0
 """Seconds of generation between two collectives: the other processes wait for a message meanwhile."""
@@ -97,7 +97,7 @@ class RequestWriter:
     def _find_policy(self, number: int) -> Policy | None:
         """Return the live policy if it may write round `number`."""
         policy = self._policy
-        if policy is None or not may_write(policy.step, number, self.settings.rollout):
+        if policy is None or not can_generate_round(policy.step, number, self.settings.rollout):
             return None
         return policy
 
@@ -106,7 +106,7 @@ def write_by_requests(requests: RowRequests, pieces: PieceQueue, room: int, load
                       ) -> dict[str, Any]:
     """Generate all pending pieces by checkpoints as they appear; return `pieces.summary`."""
     queue = RequestQueue(requests=requests, pieces=pieces, load_policy=load_policy, room=room)
-    with work_bar("write", pieces.pending.num_pieces, "piece") as bar:
+    with create_bar("write", pieces.pending.num_pieces, "piece") as bar:
         try:
             while queue.advance(SLICE_S, lambda: True):
                 bar.update(pieces.pending.num_complete - bar.n)
@@ -216,7 +216,7 @@ class ResponseRequests:
             routes = self._engine.routes_of(answer, num_read)
         return self._source.append_tokens(row, attempt, GeneratedTokens(
             tokens, answer.logprobs[:len(tokens)], reason,
-            answer.version_of_each(len(tokens), attempt.policy.step), routes))
+            answer.token_versions(len(tokens), attempt.policy.step), routes))
 
 
 class EpisodeRequests:

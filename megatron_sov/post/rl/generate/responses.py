@@ -12,7 +12,7 @@ import numpy as np
 from megatron_sov.base.documents import BadRecord, Conversation
 from megatron_sov.base.documents.shard_files import joined_routes
 from megatron_sov.base.errors import UserError
-from megatron_sov.chat.marks import with_opening
+from megatron_sov.chat.marks import prepend_mark
 from megatron_sov.infer.asking import Asker
 from megatron_sov.infer.engine import Engine
 from megatron_sov.infer.request import Bounds, Generated, Sampling, StopRule
@@ -136,7 +136,7 @@ class ResponseSource:
             # Rounding may leave log p of a certain token slightly above 0.
             logprobs=np.concatenate([row.logprobs, np.minimum(np.array(more.logprobs, np.float32), 0)]),
             versions=np.concatenate([row.versions, np.array(more.versions, np.int32)]),
-            response=with_opening(self.asker.decode(tokens.tolist()),
+            response=prepend_mark(self.asker.decode(tokens.tolist()),
                                   self.asker.opened_thoughts(row.prompt_tokens.tolist())),
             routes=joined_routes(row.routes, more.routes, len(row.prompt_tokens) + len(tokens) - 1))
 

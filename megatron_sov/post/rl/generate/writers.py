@@ -25,13 +25,13 @@ from megatron_sov.post.rl.publish.publisher import further_pieces
 from megatron_sov.rollouts.prompts import PromptList, SetAside
 from megatron_sov.rollouts.rows import Rollout
 from megatron_sov.rollouts.store import StoreSettings
-from megatron_sov.runs.checkpoints import adapter_base
+from megatron_sov.runs.checkpoints import read_adapter_base
 from megatron_sov.runs.folder import ROUNDS
-from megatron_sov.runs.launch_environment import is_first
-from megatron_sov.runs.rounds import Policy, may_write
+from megatron_sov.runs.launch_environment import is_first_rank
+from megatron_sov.runs.rounds import Policy, can_generate_round
 from megatron_sov.train.stages.feed import FeedView
 from megatron_sov.work.progress.locks import Claims
-from megatron_sov.work.progress.progress_bar import work_bar
+from megatron_sov.work.progress.progress_bar import create_bar
 
 LoadPolicy = Callable[[Policy], None]
 """Loads another policy into the engine; all of its processes call it together."""
@@ -137,7 +137,7 @@ class RowWriter:
         engine.update(None, policy.step)
 
         def find_policy(number: int) -> Policy | None:
-            return policy if may_write(policy.step, number, rollout) else None
+            return policy if can_generate_round(policy.step, number, rollout) else None
 
         queue = self.settings.build_queue(rounds, find_policy, asked_to_stop)
         write_batches(engine, self.settings.source, queue, loaded=policy,
@@ -164,7 +164,7 @@ def write_batches(engine: Engine, source: RolloutSource, queue: PieceQueue, *, l
     Returns:
         `queue.summary`.
     """
-    with work_bar("write", queue.pending.num_pieces, "piece", is_first()) as bar:
+    with create_bar("write", queue.pending.num_pieces, "piece", is_first_rank()) as bar:
         while (attempts := on_first(queue.next_attempts)) is not None:
             on_first(lambda: bar.update(queue.pending.num_complete - bar.n))
             if isinstance(attempts, str):
@@ -239,7 +239,7 @@ def run_policies(engine: EngineSettings, start: Target, work: Callable[[Engine, 
 def _load_checkpoint(policy: Policy, loaded: Loaded, engine: MegatronEngine) -> None:
     """Load a checkpoint into the live model; each process reads its own shard."""
     model = loaded.policy.model
-    if adapter_base(policy.path) is not None and not model.lora.on:
+    if read_adapter_base(policy.path) is not None and not model.lora.on:
         # The run trains an adapter and its base has none: use the weights with the adapter merged.
         engine.update(_read_tensors(policy), policy.step)
         return

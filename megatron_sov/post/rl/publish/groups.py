@@ -14,7 +14,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.rollouts.prompts import PromptPiece
 from megatron_sov.rollouts.rows import LENGTH, NOT_WRITTEN, UNFINISHED, Key, RolloutPart, later
 from megatron_sov.rollouts.store import Judgements, RolloutStore, keys_of, problems_of
-from megatron_sov.work.tables.parquet import texts_of
+from megatron_sov.work.tables.parquet import read_strings
 
 FACT_COLUMNS = ("versions", "finish_reason")
 """Columns of `RolloutFacts`."""
@@ -235,7 +235,7 @@ class RoundOfStore:
         unwritten = [piece for piece in range(count) if piece not in written]
         if unwritten:
             return f"{len(unwritten)} of {count} pieces are not written yet, the first is {unwritten[0]}"
-        unjudged = [part.name for part in parts if not self.store.has(part.name, self.reward_version)]
+        unjudged = [part.name for part in parts if not self.store.has_part(part.name, self.reward_version)]
         if unjudged:
             return (f"{len(unjudged)} of {len(parts)} parts are not judged yet by reward version "
                     f"{self.reward_version[:12]}, the first is {unjudged[0]}")
@@ -297,7 +297,7 @@ def read_facts(store: RolloutStore, part: RolloutPart) -> tuple[list[RolloutFact
     sums = version_sums[ends] - version_sums[starts]
     written_places = np.append(np.flatnonzero(is_written), 0)  # the last row may have no generated token
     first = np.where(num_written > 0, np.append(versions, 0)[written_places[written_before[starts]]], 0)
-    columns = zip(keys_of(table), table["attempt"].to_pylist(), texts_of(table["finish_reason"]),
+    columns = zip(keys_of(table), table["attempt"].to_pylist(), read_strings(table["finish_reason"]),
                   zip(num_tokens.tolist(), num_written.tolist(), first.tolist(), sums.tolist(), strict=True),
                   strict=True)
     facts = []

@@ -11,7 +11,7 @@ import numpy as np
 from megatron_sov.model.config import RolloutConfig
 from megatron_sov.post.policy import GROUPS_LEARNING, RESPONSE_TOKENS, REWARD
 from megatron_sov.post.rl.publish.groups import Gathered
-from megatron_sov.runs.rounds import LEARNS
+from megatron_sov.runs.rounds import TRAINED_GROUPS
 
 PASS_RATE = "pass_rate"
 """Mean of a round: share of responses whose reward is at least `policy.right_from`."""
@@ -62,7 +62,7 @@ def round_meters(content: Mapping[str, Any]) -> dict[str, float]:
     meters = {REWARD: means.get("reward"), RESPONSE_TOKENS: means.get("response_tokens")}
     count = sum(groups.values())
     if count:
-        meters[GROUPS_LEARNING] = groups.get(LEARNS, 0) / count
+        meters[GROUPS_LEARNING] = groups.get(TRAINED_GROUPS, 0) / count
     return {name: float(value) for name, value in meters.items() if value is not None}
 
 
@@ -81,11 +81,11 @@ def find_round_problem(content: Mapping[str, Any], *, is_first: bool) -> str:
     """
     groups, rate = content.get("groups") or {}, (content.get("means") or {}).get(PASS_RATE)
     count = sum(groups.values())
-    share = groups.get(LEARNS, 0) / count if count else 1.0
+    share = groups.get(TRAINED_GROUPS, 0) / count if count else 1.0
     is_extreme = rate is not None and not EXTREME_RATES[0] < rate < EXTREME_RATES[1]
     if share >= (MIN_LEARNING_EXTREME if is_first and is_extreme else MIN_LEARNING):
         return ""
-    summary = f"{groups.get(LEARNS, 0):,} of {count:,} groups learn ({describe_groups(groups)})"
+    summary = f"{groups.get(TRAINED_GROUPS, 0):,} of {count:,} groups learn ({describe_groups(groups)})"
     if rate is None:
         return f"{summary}; the others have responses of equal worth, or too few"
     measured = "`sov-data difficulty` measures pass rates and selects by them"

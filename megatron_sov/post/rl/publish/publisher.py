@@ -41,7 +41,7 @@ from megatron_sov.rollouts.prompts import PromptList, budget_of, round_pieces, s
 from megatron_sov.rollouts.rows import LENGTH, Key, RolloutPart, domain_of
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs import checkpoints
-from megatron_sov.runs.rounds import LEARNS
+from megatron_sov.runs.rounds import TRAINED_GROUPS
 from megatron_sov.train.data.described import source_record
 from megatron_sov.train.data.requirements import replayed_routes
 from megatron_sov.train.data.rounds import ADVANTAGE, DOMAINS, SHARE, SOURCE, folder_of_round
@@ -225,8 +225,8 @@ class Publisher:
     def _prune(self, number: int) -> None:
         """Delete tokens and columns of old rounds that no resume needs; the store can rebuild them. The
         manifests remain, as the record of each round."""
-        folder = self.rounds.parent / checkpoints.CHECKPOINTS_OF_A_RUN
-        oldest = min(map(checkpoints.step_of, checkpoints.complete(folder)), default=0)
+        folder = self.rounds.parent / checkpoints.CHECKPOINTS_FOLDER
+        oldest = min(map(checkpoints.checkpoint_step, checkpoints.list_complete(folder)), default=0)
         rollout = self.config.rollout
         for old in range(1, min(oldest // rollout.steps_per_round + 1, number - rollout.keep_rounds)):
             round_ = folder_of_round(self.rounds, old)
@@ -401,7 +401,7 @@ class Publisher:
                 advantages[place], is_trained[place] = group.advantages, rows["order"][place] >= 0
                 trained = advantages[place][is_trained[place]]
                 learns = has_advantage(trained) or not self.config.policy.learns_from_rewards
-                reasons[LEARNS if learns else NO_ADVANTAGE] += 1
+                reasons[TRAINED_GROUPS if learns else NO_ADVANTAGE] += 1
                 num_documents += len(trained)
             first_document = sum(steps[-1]) if steps else 0
             steps.append([first_document, num_documents - first_document])

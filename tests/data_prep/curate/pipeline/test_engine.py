@@ -24,9 +24,9 @@ from data_prep.curate.pipeline.running import do_share, finish_run
 from data_prep.curate.pipeline.tasks import PipelineStage
 from megatron_sov.base.artifacts import is_held
 from megatron_sov.base.errors import UserError
-from megatron_sov.work.progress.locks import holding
+from megatron_sov.work.progress.locks import lock_folder
 from megatron_sov.work.submit import array_job
-from megatron_sov.work.submit.arrays import MAX_RESTARTS, WORK, Jobs
+from megatron_sov.work.submit.arrays import MAX_RESTARTS, WORK_FILE, Jobs
 from tests.data_prep.curate.pipeline.test_running import contents
 
 OWN = """import dataclasses, os, pathlib
@@ -145,7 +145,7 @@ def test_a_disk_too_full_for_a_note_is_a_sentence(raw: Path, monkeypatch: pytest
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(UserError, match="a sentence"), arrays.keeping_failure(raw / "nowhere", 0):
+    with pytest.raises(UserError, match="a sentence"), arrays.record_failure(raw / "nowhere", 0):
         raise UserError("a sentence")
     monkeypatch.setattr(pipeline_file.step_class("shorten"), "outcomes", full)
     assert cli.main(command(raw, "--workers", "1")) == 2
@@ -155,7 +155,7 @@ def test_a_disk_too_full_for_a_note_is_a_sentence(raw: Path, monkeypatch: pytest
 
 def test_two_commands_do_not_share_a_folder(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (raw / "out/plans").mkdir(parents=True)
-    with holding(raw / "out", "out"):
+    with lock_folder(raw / "out", "out"):
         assert cli.main(command(raw)) == 2
     assert "is being written by another process" in capsys.readouterr().err
 
@@ -238,7 +238,7 @@ def test_a_job_that_is_requeued_for_ever_is_stopped_and_told(tmp_path: Path, is_
     plan = tmp_path / "plan.json"
     work = (partial(finish_run, plan, tmp_path) if is_last else
             partial(do_share, plan, tmp_path, PipelineStage(0, "parse"), ()))
-    (tmp_path / WORK).write_bytes(pickle.dumps((work, 1)))
+    (tmp_path / WORK_FILE).write_bytes(pickle.dumps((work, 1)))
     with pytest.raises(UserError, match="requeued 20 times"):
         run_job(tmp_path, monkeypatch)
     assert "requeued" in json.loads((tmp_path / "failed/00000.json").read_text())["sentence"]

@@ -24,7 +24,7 @@ class ProcessTotals:
     """Whether any process runs or waits for a CPU."""
 
 
-class Watch:
+class ProcessTree:
     """Reads the resource totals of a process tree.
 
     Args:
@@ -40,7 +40,7 @@ class Watch:
 
     def follow_child(self) -> None:
         """Switch to the root's only child, which forks programs from now on."""
-        ((self._root,), _) = self._children(self._root)
+        ((self._root,), _) = self._read_children(self._root)
         self._base_bytes = self._resident_bytes(self._root)
 
     def close(self) -> None:
@@ -49,7 +49,7 @@ class Watch:
     def totals(self) -> ProcessTotals:
         """Return the totals over all current processes."""
         totals = ProcessTotals()
-        queue = self._children(self._root)[0] if self._forks else [self._root]
+        queue = self._read_children(self._root)[0] if self._forks else [self._root]
         # a process reparented during the walk must not count twice
         visited: set[int] = set()
         while queue:
@@ -58,10 +58,10 @@ class Watch:
                 continue
             visited.add(pid)
             try:
-                children, threads = self._children(pid)
-                fields = self._fields(f"{pid}/stat")
+                children, threads = self._read_children(pid)
+                fields = self._read_stat(f"{pid}/stat")
                 totals.runnable = totals.runnable or fields[0] == "R" or any(
-                    self._runs(pid, thread) for thread in threads[1:])
+                    self._is_running(pid, thread) for thread in threads[1:])
                 # utime and stime, own and of reaped children
                 totals.cpu_s += sum(map(int, fields[11:15])) / _TICKS_PER_S
                 totals.memory_bytes += max(0, self._resident_bytes(pid) - self._base_bytes)
@@ -71,7 +71,7 @@ class Watch:
             queue += children
         return totals
 
-    def _children(self, pid: int) -> tuple[list[int], list[str]]:
+    def _read_children(self, pid: int) -> tuple[list[int], list[str]]:
         """Return a process's children and threads, main thread first."""
         try:
             fd = os.open(f"{pid}/task", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._proc)
@@ -84,27 +84,27 @@ class Watch:
         children: list[int] = []
         for thread in threads:
             try:
-                children += map(int, self._read(f"{pid}/task/{thread}/children").split())
+                children += map(int, self._read_proc_file(f"{pid}/task/{thread}/children").split())
             except OSError:
                 continue
         return children, threads
 
-    def _runs(self, pid: int, thread: str) -> bool:
+    def _is_running(self, pid: int, thread: str) -> bool:
         try:
-            return self._fields(f"{pid}/task/{thread}/stat")[0] == "R"
+            return self._read_stat(f"{pid}/task/{thread}/stat")[0] == "R"
         except (OSError, IndexError):  # the thread has just ended
             return False
 
-    def _fields(self, path: str) -> list[str]:
+    def _read_stat(self, path: str) -> list[str]:
         """Return the fields of a `stat` file from the third on (state, ppid, ...); the name
         before may contain
         spaces and brackets."""
-        return self._read(path).rpartition(")")[2].split()
+        return self._read_proc_file(path).rpartition(")")[2].split()
 
     def _resident_bytes(self, pid: int) -> int:
-        return int(self._read(f"{pid}/statm").split()[1]) * _PAGE_BYTES
+        return int(self._read_proc_file(f"{pid}/statm").split()[1]) * _PAGE_BYTES
 
-    def _read(self, path: str) -> str:
+    def _read_proc_file(self, path: str) -> str:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._proc)
         try:
             return os.read(fd, 1 << 16).decode(errors="replace")
@@ -112,7 +112,7 @@ class Watch:
             os.close(fd)
 
 
-class OwnTime:
+class WorkingTime:
     """Wall time of a program without the time it waits for a CPU, so that limits hold on a busy machine.
 
     Args:
@@ -141,7 +141,7 @@ class OwnTime:
         """Time of the next `look`, by the monotonic clock."""
         return self._looked_s + self._every_s
 
-    def own_s(self, now_s: float) -> float:
+    def working_s(self, now_s: float) -> float:
         return now_s - self._began_s - self.starved_s
 
     def look(self, now_s: float) -> ProcessTotals:

@@ -18,7 +18,7 @@ from megatron_sov.base.hints.removed import check_folder, check_kind
 from megatron_sov.base.settings import NotNegativeInt
 from megatron_sov.runs.obs.events import EVENTS
 from megatron_sov.work.progress.journal import delete_work, read_job, work_folder
-from megatron_sov.work.progress.locks import holding
+from megatron_sov.work.progress.locks import lock_folder
 
 MAX_CHARS = 160
 """Maximum displayed length of a value or row."""
@@ -31,7 +31,7 @@ STORE = "rollout store"
 
 
 @dataclass(frozen=True, kw_only=True)
-class LookOptions:
+class InspectionOptions:
     """Options of the inspect command."""
 
     rows: NotNegativeInt = 3
@@ -56,7 +56,7 @@ class ArtifactKind:
     """Return the first N rows. None: read them from the artifact's row files."""
 
 
-def look(path: Path, options: LookOptions, kinds: Mapping[str, ArtifactKind]) -> None:
+def inspect_path(path: Path, options: InspectionOptions, kinds: Mapping[str, ArtifactKind]) -> None:
     """Print information about a path.
 
     Args:
@@ -68,7 +68,7 @@ def look(path: Path, options: LookOptions, kinds: Mapping[str, ArtifactKind]) ->
         UserError: the path does not exist, or megatron-sov did not create it.
         GateFailed: `verify` found problems.
     """
-    facts = {**_of_artifact(path), **_unfinished(path), **_of_others(path)}
+    facts = {**_describe_artifact(path), **_describe_unfinished_work(path), **_describe_path(path)}
     artifact = next((folder for folder in path.parents if (folder / MANIFEST).is_file()), None)
     if not facts and artifact is not None and path.exists():
         raise UserError(f"{path}: is part of {artifact}; pass {artifact}")
@@ -79,23 +79,23 @@ def look(path: Path, options: LookOptions, kinds: Mapping[str, ArtifactKind]) ->
     kind = kinds.get(facts.get("kind", ""))
     # Read everything before printing: a damaged part gives an error instead of half a page.
     summary = [] if kind is None else list(kind.lines(path))
-    read_rows = kind.rows if kind is not None and kind.rows is not None else _rows
+    read_rows = kind.rows if kind is not None and kind.rows is not None else _read_rows
     rows = list(read_rows(path, options.rows)) if options.rows else []
     if options.json:
         print(json.dumps({"path": str(path), **facts, "rows": rows}, indent=1, ensure_ascii=False))
     else:
-        first, *more = _lines(path, facts)
+        first, *more = _format_facts(path, facts)
         for line in [first, *(f"  {line}" for line in summary), *more,
-                     *(f"  row {n}: {_short(row)}" for n, row in enumerate(rows, 1))]:
+                     *(f"  row {n}: {_shorten_value(row)}" for n, row in enumerate(rows, 1))]:
             print(visible(line))
     stream = sys.stderr if options.json else sys.stdout
     if options.clear:
-        print(visible(_clear(path)), file=stream)
+        print(visible(_clear_unfinished_work(path)), file=stream)
     if options.verify:
-        print(visible(_verify(path, facts, kind)), file=stream)
+        print(visible(_verify_artifact(path, facts, kind)), file=stream)
 
 
-def _verify(path: Path, facts: Mapping[str, Any], kind: ArtifactKind | None) -> str:
+def _verify_artifact(path: Path, facts: Mapping[str, Any], kind: ArtifactKind | None) -> str:
     """Return a success message.
 
     Raises:
@@ -110,7 +110,7 @@ def _verify(path: Path, facts: Mapping[str, Any], kind: ArtifactKind | None) -> 
                           f"sound as {facts['kind']}")
 
 
-def _of_artifact(path: Path) -> dict[str, Any]:
+def _describe_artifact(path: Path) -> dict[str, Any]:
     """Return the fields of a manifest, or {} without manifest."""
     if not (path / MANIFEST).is_file():
         return {}
@@ -127,7 +127,7 @@ def _of_artifact(path: Path) -> dict[str, Any]:
             "made_from": origins_of(path, manifest)}
 
 
-def _unfinished(path: Path) -> dict[str, Any]:
+def _describe_unfinished_work(path: Path) -> dict[str, Any]:
     """Return the state of unfinished work on an output, or {}."""
     work = work_folder(path)
     if not work.is_dir():
@@ -138,7 +138,7 @@ def _unfinished(path: Path) -> dict[str, Any]:
         "changed_s": max((file.stat().st_mtime for file in files), default=work.stat().st_mtime)}}
 
 
-def _of_others(path: Path) -> dict[str, Any]:
+def _describe_path(path: Path) -> dict[str, Any]:
     """Return the kind of a path without manifest, or {}."""
     if (path / MANIFEST).is_file():
         return {}
@@ -154,7 +154,7 @@ def _of_others(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _rows(path: Path, count: int) -> Iterator[Any]:
+def _read_rows(path: Path, count: int) -> Iterator[Any]:
     """Yield the first rows of a row file, or of the first row file in a folder."""
     files = [path]
     if path.is_dir():
@@ -181,7 +181,7 @@ def _rows(path: Path, count: int) -> Iterator[Any]:
                     yield line.decode(errors="replace")
 
 
-def _lines(path: Path, facts: Mapping[str, Any]) -> Iterator[str]:
+def _format_facts(path: Path, facts: Mapping[str, Any]) -> Iterator[str]:
     size = f", {facts['size_bytes']:,} bytes" if "size_bytes" in facts else ""
     if "created_s" in facts:
         created = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(facts["created_s"]))
@@ -191,8 +191,8 @@ def _lines(path: Path, facts: Mapping[str, Any]) -> Iterator[str]:
         yield f"{path}: {facts['kind']}{rows}{size}" + (f"; see `{facts['more']}`" if "more" in facts else "")
     for part in ("content", "settings"):
         for name, value in facts.get(part, {}).items():
-            yield f"  {part}.{name}: {_short(value)}"
-    yield from _tree(facts.get("made_from", []), 1)
+            yield f"  {part}.{name}: {_shorten_value(value)}"
+    yield from _format_origins(facts.get("made_from", []), 1)
     if work := facts.get("unfinished"):
         changed = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(work["changed_s"]))
         # an artifact newer than the work may continue it
@@ -201,25 +201,25 @@ def _lines(path: Path, facts: Mapping[str, Any]) -> Iterator[str]:
                f"pieces, {work['size_bytes']:,} bytes, last changed {changed}; the same command goes on, "
                "--clear deletes it")
         for name, value in work["identity"].items():
-            yield f"  identity.{name}: {_short(value)}"
+            yield f"  identity.{name}: {_shorten_value(value)}"
 
 
-def _tree(origins: list[dict[str, Any]], depth: int) -> Iterator[str]:
+def _format_origins(origins: list[dict[str, Any]], depth: int) -> Iterator[str]:
     for origin in origins:
         yield f"{'  ' * depth}made from {origin['kind']} {origin['path']} ({origin['state']})"
-        yield from _tree(origin["made_from"], depth + 1)
+        yield from _format_origins(origin["made_from"], depth + 1)
 
 
-def _short(value: Any) -> str:
+def _shorten_value(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= MAX_CHARS else f"{text[:MAX_CHARS]}... ({len(text):,} characters)"
 
 
-def _clear(path: Path) -> str:
+def _clear_unfinished_work(path: Path) -> str:
     work = work_folder(path)
     if not work.is_dir():
         raise UserError(f"--clear: no work on {path} is unfinished")
     # Hold the work's lock, so that no running command loses its files.
-    with holding(work, path), disk_errors(work):
+    with lock_folder(work, path), disk_errors(work):
         delete_work(path)
     return f"{path}: its unfinished work is deleted"

@@ -23,7 +23,7 @@ MAX_LOSSES = 3
 """Lost processes per item after which the item counts as the cause."""
 
 
-def on_ray(build: Callable[..., Callable[[Work], bytes]], arguments: tuple[Any, ...], workers: int,
+def ray_executor(build: Callable[..., Callable[[Work], bytes]], arguments: tuple[Any, ...], workers: int,
            address: str, *, gpus: float = 0.0) -> Executor[Work]:
     """Return an executor that runs items on a Ray cluster.
 
@@ -35,18 +35,18 @@ def on_ray(build: Callable[..., Callable[[Work], bytes]], arguments: tuple[Any, 
         gpus: GPUs per process, possibly fractional.
     """
     def execute(items: Numbered[Work]) -> Iterator[tuple[int, bytes]]:
-        ray = _connected(address)
+        ray = _connect_ray(address)
         try:
-            kind = ray.remote(num_cpus=1, num_gpus=gpus)(_Worker)
-            processes = _Processes(ray, lambda: kind.remote(build, arguments), workers)
-            yield from _done(processes, items)
+            kind = ray.remote(num_cpus=1, num_gpus=gpus)(_RayWorker)
+            processes = _RayProcesses(ray, lambda: kind.remote(build, arguments), workers)
+            yield from _iter_records(processes, items)
         finally:
             ray.shutdown()  # ends the processes, as does the end of this process
 
     return execute
 
 
-class _Worker:
+class _RayWorker:
     """Ray actor; builds its function with the first item, so that build errors are reported with an item."""
 
     def __init__(self, build: Callable[..., Callable[[Any], bytes]], arguments: tuple[Any, ...]) -> None:
@@ -62,7 +62,7 @@ class _Worker:
         return self._do(item)
 
 
-def _connected(address: str) -> Any:
+def _connect_ray(address: str) -> Any:
     """Return the `ray` module, connected to the cluster."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
@@ -93,7 +93,7 @@ class _RayTask:
     """Number of processes lost while working on the item."""
 
 
-class _Processes:
+class _RayProcesses:
     """Processes of a command. A lost process is replaced and its item goes to the next free process:
     with Ray's own
     restarts, the item would wait for a slot that the other processes occupy."""
@@ -105,9 +105,9 @@ class _Processes:
         self._idle: list[Any] = []
         self._lost: deque[_RayTask] = deque()
         for _ in range(workers):
-            self._begin_one()
+            self._start_process()
 
-    def _begin_one(self) -> None:
+    def _start_process(self) -> None:
         actor = self._start()
         self._starting[actor.is_there.remote()] = actor
 
@@ -142,7 +142,7 @@ class _Processes:
                     raise UserError(f"{MAX_LOSSES} processes were lost with the same item, the last one so: "
                                     f"{told_in_a_line(e)}; see Ray's logs of it") from None
                 self._lost.append(task)
-            self._begin_one()
+            self._start_process()
         else:
             if task is not None:
                 task.record = bytes(record)
@@ -151,7 +151,7 @@ class _Processes:
             self.give(self._lost.popleft())
 
 
-def _done(processes: _Processes, items: Numbered[Any]) -> Iterator[tuple[int, bytes]]:
+def _iter_records(processes: _RayProcesses, items: Numbered[Any]) -> Iterator[tuple[int, bytes]]:
     """Yield records in item order."""
     remaining = iter(items)
     order: deque[_RayTask] = deque()

@@ -26,11 +26,11 @@ from megatron_sov.work.processes.children import start_command
 NOT_STARTED = 127
 """Exit code for a missing program, as in a shell."""
 _PR_SET_CHILD_SUBREAPER = 36
-_AGAIN_S = 0.005
-_LOOK_MS = 20
+_RETRY_S = 0.005
+_POLL_MS = 20
 
 
-class KeptCommand:
+class SupervisedCommand:
     """A running command with its descendants; ends when this object is garbage collected."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], output: IO[Any]) -> None:
@@ -68,16 +68,16 @@ class KeptCommand:
         self._keeper.wait()
 
 
-def kill_below() -> None:
+def kill_descendants() -> None:
     """Kill all descendants: orphans of killed children become children of this process."""
-    while children := _children():
+    while children := _list_children():
         for child in children:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
-        time.sleep(_AGAIN_S)
+        time.sleep(_RETRY_S)
 
 
-def _children() -> list[int]:
+def _list_children() -> list[int]:
     """Reap ended children and return the living ones."""
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
@@ -85,7 +85,7 @@ def _children() -> list[int]:
     return [*map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())]
 
 
-def _keep(until: int, command: Sequence[str]) -> int:
+def _supervise_command(until: int, command: Sequence[str]) -> int:
     """Run a command until it ends or `until` is closed, then kill its descendants.
 
     Args:
@@ -118,11 +118,11 @@ def _keep(until: int, command: Sequence[str]) -> int:
         # let children remove their shared memory
         watched = select.poll()
         watched.register(until, select.POLLIN)
-        while _children() and not watched.poll(_LOOK_MS):
+        while _list_children() and not watched.poll(_POLL_MS):
             pass
-    kill_below()
+    kill_descendants()
     return 128 + signal.SIGKILL if code is None else code if code >= 0 else 128 - code
 
 
 if __name__ == "__main__":
-    sys.exit(_keep(int(sys.argv[1]), sys.argv[2:]))
+    sys.exit(_supervise_command(int(sys.argv[1]), sys.argv[2:]))
