@@ -70,7 +70,8 @@ def rollouts_table(rows: Sequence[Rollout], vocab_size: int) -> pa.Table:
     Raises:
         ValueError: JSON cannot hold a record or an outcome, or routes have another dtype.
     """
-    lists_of = {name: build_list_column([getattr(row, name) for row in rows], dtype) for name, dtype in _ARRAYS.items()}
+    lists_of = {name: build_list_column([getattr(row, name) for row in rows], dtype)
+                for name, dtype in _ARRAYS.items()}
     columns = _key_columns([row.key for row in rows]) | lists_of
     columns |= {name: [getattr(row, name) for row in rows]
                 for name in ("round", "attempt", "finish_reason", "temperature", "engine", "began_s",

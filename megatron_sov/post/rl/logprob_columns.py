@@ -155,7 +155,8 @@ def _abbreviate(models: Mapping[str, str]) -> str:
 def _describe_fix(opened: Round) -> str:
     run = RunFolder(opened.path.parents[1])
     # Published rounds can be trained again from any earlier checkpoint, or from the start.
-    earlier = checkpoints.latest_checkpoint_until(run.checkpoints, (int(opened.path.name) - 1) * len(opened.steps))
+    first_step = (int(opened.path.name) - 1) * len(opened.steps)
+    earlier = checkpoints.latest_checkpoint_until(run.checkpoints, first_step)
     which = "all checkpoints" if earlier is None else f"the checkpoints after {earlier.name}"
     return f"delete {which} in {run.checkpoints}, and give the same command with --resume"
 
@@ -172,4 +173,5 @@ def columns_of_run(config: RunConfig, needed: Collection[str], start: Path,
     return TrainerColumns(
         names=tuple(name for name in needed if name in (OLD, REFERENCE, TEACHER)),
         temperature=temperature, routes=replayed_routes(config), start=start,
-        reference_sha256=hash_checkpoint_files(start) if REFERENCE in needed else "", teachers=tuple(teachers))
+        reference_sha256=hash_checkpoint_files(start) if REFERENCE in needed else "",
+        teachers=tuple(teachers))
