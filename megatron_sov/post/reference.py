@@ -37,7 +37,7 @@ from megatron_sov.infer.engines.load import run_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.model.config import RunConfig, layout_settings
 from megatron_sov.model.families.adapters import PREFIX
-from megatron_sov.model.modality import EncoderInputs, get_banks, get_encoder_inputs
+from megatron_sov.model.modality import EncoderInputs, banks_of, inputs_of
 from megatron_sov.runs.checkpoints import hash_checkpoint_files
 from megatron_sov.runs.folder import REFERENCE
 from megatron_sov.train.data.order import OrderedSample
@@ -161,7 +161,7 @@ class Reference:
         # The identity is written before the first part, whose checksum includes it.
         on_main(model.world, self._open)
         # Rank 0 decides: processes with different lists would wait in a collective forever.
-        todo, num_tokens = on_main(model.world, self._find_missing), 0
+        todo, num_tokens = on_main(model.world, self._missing), 0
         with create_bar("reference", len(todo), "part", model.world.is_main) as bar:
             for name, part in todo:
                 parts = self._parts[name]
@@ -378,8 +378,7 @@ def write_logprobs(model: RunningLogprobs, documents: Documents, file: Path, ide
     chosen = range(num_skipped, len(documents.lengths))
     first_number = int(_starts(documents, range(num_skipped))[-1])
     writes = world.last_stage and collectives.is_first_of_row()
-    # Errors are raised after all rows: other processes would wait in a collective forever.
-    problems: list[OSError] = []
+    problems: list[OSError] = []  # raised after all rows: the other processes are in a collective
 
     def score_rows(rows: list[Row]) -> Iterator[np.ndarray | None]:
         filled, size = _pad_rows(world, rows, rows_per_batch)
@@ -458,17 +457,7 @@ def _starts(documents: Documents, chosen: range) -> np.ndarray:
 def _place_numbers(documents: Documents, chosen: range, seq_len: int, at_a_time: int, *,
                    score_rows: Callable[[list[Row]], Iterable[np.ndarray | None]],
                    put: Callable[[int, np.ndarray], None]) -> None:
-    """Pack documents into rows, score the rows, and store the numbers of each document.
-
-    Args:
-        documents: documents of a split.
-        chosen: indices of the scored documents.
-        seq_len: tokens of a row.
-        at_a_time: limit of the rows of a call of `score_rows`.
-        score_rows: rows -> log p(label) of each position, [seq_len] for each row, None for rows of another
-            process; padding rows may follow.
-        put: called with an offset and the numbers to store there.
-    """
+    """Pack documents into rows, score the rows, and store the numbers of each document."""
     starts = _starts(documents, chosen)
     lengths = np.diff(starts)
     # A document of one token has no label.

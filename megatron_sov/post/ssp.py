@@ -161,12 +161,7 @@ def _read_candidate(path: Path) -> ProbedCheckpoint:
 
 
 def write_problems(probe: Path, domains: Mapping[str, Path]) -> Path:
-    """Write the problems of all domains into the folder of the probe, and return the file.
-
-    Args:
-        probe: the folder.
-        domains: domain -> file, checked by `check_rows`.
-    """
+    """Write the problems of all domains into the folder of the probe, and return the file."""
     lines = [json.dumps({**row, DOMAIN: domain}) + "\n" for domain, file in domains.items()
              for _, row in read_rows(file, "--problems", "prompt")]
     write_atomically(probe / PROBLEMS, "".join(lines))

@@ -367,11 +367,6 @@ def round_prompts(prompts: PromptList, rollout: RolloutConfig, number: int) -> P
     Each epoch is a permutation. A round may continue in the next epoch; its prompts come later there, so that
     no round contains a prompt twice.
 
-    Args:
-        prompts: all prompts of the file.
-        rollout: seed and number of prompts.
-        number: of the round, from 1.
-
     Raises:
         UserError: the file has fewer prompts than a round.
     """
@@ -503,15 +498,7 @@ def sampling_digest(settings: Mapping[str, Any]) -> str:
 
 
 def stream_of(round: int, prompt: str, sample: int, attempt: int = 0, turn: int = 0) -> int:
-    """Return the random stream of a response, which together with the seed determines its samples.
-
-    Args:
-        round: of the response.
-        prompt: its id.
-        sample: index in its group.
-        attempt: number of the continuation.
-        turn: turn of an episode.
-    """
+    """Return the random stream of a response, which together with the seed determines its samples."""
     return int(_hash([round, prompt, sample, attempt, turn], STREAM_DIGITS), 16)
 
 

@@ -96,11 +96,7 @@ class Rollout:
         return list(zip(edges[0::2].tolist(), edges[1::2].tolist(), strict=True))
 
     def problems(self, vocab_size: int) -> list[str]:
-        """Return a sentence for each broken rule; a row with problems is not trained on.
-
-        Args:
-            vocab_size: upper bound of token ids.
-        """
+        """Return a sentence for each broken rule; a row with problems is not trained on."""
         import numpy as np
 
         n, written = len(self.tokens), self.is_written

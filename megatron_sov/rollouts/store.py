@@ -67,10 +67,6 @@ NAMES = (*_ARRAYS, *_OTHERS)
 def rollouts_table(rows: Sequence[Rollout], vocab_size: int) -> pa.Table:
     """Convert rows to columns.
 
-    Args:
-        rows: the rows.
-        vocab_size: upper bound of token ids.
-
     Raises:
         ValueError: JSON cannot hold a record or an outcome, or routes have another dtype.
     """
@@ -97,12 +93,7 @@ def rollouts_table(rows: Sequence[Rollout], vocab_size: int) -> pa.Table:
 
 def all_sound(table: pa.Table, vocab_size: int) -> bool:
     """Return whether all rows satisfy the rules of `Rollout.problems`, checked by a few numpy operations: one
-    by one the checks take longer than writing the rows. False for tables with routes.
-
-    Args:
-        table: with at least the columns `RULES`.
-        vocab_size: upper bound of token ids.
-    """
+    by one the checks take longer than writing the rows. False for tables with routes."""
     column = {name: table[name].combine_chunks() for name in _ARRAYS}
     flat = {name: array.flatten().to_numpy() for name, array in column.items()}
     lengths = {name: array.value_lengths().to_numpy() for name, array in column.items()}
@@ -356,12 +347,6 @@ class RolloutStore(Table[RolloutPart]):
                     provenance: Mapping[str, Any] | None = None) -> None:
         """Publish the rewards of a part's rows.
 
-        Args:
-            version: of the reward, equal to that of each row.
-            name: of the part of rollouts.
-            rows: one for each judged row.
-            provenance: JSON values about the job.
-
         Raises:
             AlreadyPublished: the rewards exist with other rows, which stay.
             UserError: the rows cannot be written.
@@ -422,11 +407,6 @@ class RolloutStore(Table[RolloutPart]):
 
     def read_rewards(self, version: str, name: str, rollouts: RolloutPart | None = None) -> list[RewardRow]:
         """Return the rewards of a part's rows.
-
-        Args:
-            version: of the reward.
-            name: of the part.
-            rollouts: the part; None: its manifest is read.
 
         Raises:
             UserError: the rewards do not exist, are damaged, or judge rows that were replaced.

@@ -185,7 +185,7 @@ def test_a_row_with_a_problem_is_kept_out_and_counted(changes: dict[str, Any], s
     store.add_rollouts(NAME, [rollout(0), rollout(1, **changes)], {})
     for _ in range(2):
         assert [row.key.sample for row in store.read_rollouts(NAME)] == [0]
-    assert store.parts()[0].num_kept_out == 1
+    assert store.parts()[0].num_excluded == 1
     warning = f"1 of 2 rows break a rule and are skipped; the first is row 1: {sentence}"
     assert capsys.readouterr().err.count(warning) == 1
 
@@ -294,7 +294,7 @@ FOREIGN = [
     (with_column("sample", [0, None], pa.int32()), "column 'sample' has places without a value"),
     (with_column("response", ["a", None]), "column 'response' has places without a value"),
     (with_column("record", ["{}", "[" * 100_000]), "JSON that is nested too deep"),
-    (with_column("record", ["{}", "[]"]), r"'\[\]' is no JSON object"),
+    (with_column("record", ["{}", "[]"]), r"'\[\]' is not a JSON object"),
     (with_column("record", ["{}", "{"]), "a row does not fit the store"),
     (with_column("record", ["{}", '{"a": ' + "9" * 5000 + "}"]), "a row does not fit the store"),
     (with_column("response", pa.array([b"a", b"\xff"]).view(pa.string())), "is damaged"),

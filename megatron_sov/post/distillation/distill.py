@@ -95,12 +95,6 @@ class KeptTeacher:
                  vocab_size: int) -> None:
         """Check the outputs against the settings.
 
-        Args:
-            folders: artifacts of teacher outputs.
-            asked: the settings.
-            sources: sources of the run.
-            vocab_size: vocabulary size of the student.
-
         Raises:
             UserError: an artifact has other outputs or another vocabulary, or lacks a source.
         """
@@ -222,11 +216,6 @@ class LiveTeacher:
 
     def __init__(self, checkpoint: Path, config: RunConfig, num_ranks: int) -> None:
         """Check the teacher against the run.
-
-        Args:
-            checkpoint: checkpoint of the teacher.
-            config: settings of the run.
-            num_ranks: processes of the run.
 
         Raises:
             UserError: the teacher has another vocabulary size, reads shorter rows, or does not fit the

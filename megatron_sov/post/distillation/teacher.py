@@ -79,7 +79,7 @@ def read_documents(reading: TeacherReading, out: Path, settings: Sequence[str], 
     """
     _check_kept(reading)
     if is_first_rank():  # checked before a large model is loaded
-        check_output_folder(out, KIND, overwrite)
+        refuse_existing(out, KIND, overwrite)
     translated = reading.kept.translated
     # The vocabulary of a translated teacher does not bound the ids of the data.
     sources = open_sources(reading.data, sys.maxsize if translated else reading.target.vocab_size, FORMATS)

@@ -77,12 +77,6 @@ class TokenTranslation:
     def __init__(self, student: Path, teacher: Path, vocab_size: int, teacher_vocab_size: int) -> None:
         """Read both tokenizers.
 
-        Args:
-            student: folder of the data's tokenizer.
-            teacher: folder of the teacher's.
-            vocab_size: the data's token ids.
-            teacher_vocab_size: the teacher's.
-
         Raises:
             UserError: a tokenizer.json cannot be read.
         """

@@ -1,6 +1,4 @@
-"""Runs the stages of an extension one after the other; each starts from the one before,
-when that is complete.
-"""
+"""Runs the stages of a context extension, each from the checkpoint of the previous complete stage."""
 
 from __future__ import annotations
 
@@ -38,30 +36,28 @@ from megatron_sov.train.stages.stage import Stage, run_stage
 from megatron_sov.train.stages.stage_config import tokenizer_of
 from megatron_sov.train.trainer import ObjectiveFactory
 
-# Needles in an extension: documents that teach retrieval beside the data, and the test before and after.
 
 @dataclass(frozen=True)
 class Needles:
-    """What an extension trains on beside its data, and what it is judged by."""
+    """Needle documents of an extension: training documents, and the retrieval test before and after."""
 
     suite: NeedleSuite
-    """Held-out text, keys and values kept for tests."""
+    """The test: held-out text, and keys and values reserved for tests."""
     data: tuple[Source, ...]
     """The packed data, open."""
     sources: tuple[Source, ...]
-    """Documents for training; none where `needle.train_share` is 0 and no blend names them."""
+    """Training documents; empty if `needle.train_share` is 0 and no blend names them."""
 
     def before(self, run: GateView) -> None:
-        """Judge the model as it will be trained: with stretched rotations,
-        if it gets them, before any step."""
+        """Test the model before the first step, with the rotary embedding of the stage."""
         self.record(run, "before", self.measure(run))
 
     def after(self, run: GateView) -> dict[str, Any]:
-        """Judge the trained model; returns what joins the completion manifest."""
+        """Test the trained model; return fields of the completion manifest."""
         return {"needle": self.record(run, "after", self.measure(run))}
 
     def measure(self, run: GateView) -> NeedleResult:
-        """Judge the model as it is; called by all processes together."""
+        """Test the current model; called by all processes together."""
         return run_suite(self.suite, MegatronEngine(run.policy))
 
     def record(self, run: GateView, when: str, result: NeedleResult) -> dict[str, Any]:
@@ -72,21 +68,20 @@ class Needles:
 
 
 def make_needles(config: RunConfig, start: Path, formats: tuple[str, ...] = TEXTS) -> Needles:
-    """Return test and training documents for an extension.
+    """Build test and training documents of an extension.
 
     Args:
         config: resolved settings.
-        start: the checkpoint, or Hugging Face folder, it starts from, whose tokenizer serves where none
-            travels with the data.
-        formats: of data that is learned from; needles are hidden in text alone.
+        start: checkpoint or Hugging Face folder of the start; its tokenizer is used if the data have none.
+        formats: data formats of the objective; needles are hidden in text alone.
 
     Raises:
-        UserError: the data holds no text to train on or to test by, or the settings make no test.
+        UserError: the data have no text for training or tests, or the settings define no test.
     """
     needle = config.needle
     data = open_sources(config.data.paths, config.model.vocab_size, formats)
     if SOURCE_NAME in (s.name for s in data):
-        raise UserError(f"--data: a source named {SOURCE_NAME!r} is kept for documents made on the fly; "
+        raise UserError(f"--data: a source named {SOURCE_NAME!r} is reserved for documents made on the fly; "
                         "pack that text under another name (--input NAME=PATH)")
     tokenizer = tokenizer_folder(data) or tokenizer_of(start)
     suite = build_suite(needle, open_haystacks(data, "heldout", tokenizer, languages=needle.languages))
@@ -101,8 +96,8 @@ def make_needles(config: RunConfig, start: Path, formats: tuple[str, ...] = TEXT
 
 
 def _document_lengths(config: RunConfig) -> dict[str, int]:
-    """Return source -> tokens of its documents: `needle`, as long as the longest phase,
-    and `needle/N` where a blend has it.
+    """Return source -> document length in tokens: `needle`, as long as the longest phase, and `needle/N` if a
+    blend has it.
 
     Raises:
         UserError: N is not a number.
@@ -115,33 +110,29 @@ def _document_lengths(config: RunConfig) -> dict[str, int]:
         base, mark, number = name.partition(SHORT)
         if base == SOURCE_NAME and mark:
             if not number.isdecimal() or int(number) < 1:
-                raise UserError(f"data.phases blend {name!r}: after the {SHORT} stands a number of tokens, "
+                raise UserError(f"data.phases blend {name!r}: write a number of tokens after {SHORT}, "
                                 f"e.g. {base}{SHORT}4096")
             lengths[name] = int(number)
     return lengths
 
 
 def with_needles_in_blends(config: RunConfig) -> RunConfig:
-    """Return `config` with the share of needle documents in every blend that is spelled out and
-    does not name them."""
+    """Add the share of needle documents to every explicit blend that does not name them."""
     share = config.needle.train_share
     if share == 0:
         return config
-    phases = tuple(
-        # share / (1 - share) of the rest makes `share` of the whole.
-        dataclasses.replace(p, blend={**p.blend, SOURCE_NAME: sum(p.blend.values()) * share / (1 - share)})
-        if p.blend and SOURCE_NAME not in p.blend else p for p in config.data.phases)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, phases=phases))
+    phases = []
+    for phase in config.data.phases:
+        if phase.blend and SOURCE_NAME not in phase.blend:
+            # share / (1 - share) of the other weights is `share` of the sum.
+            weight = sum(phase.blend.values()) * share / (1 - share)
+            phase = dataclasses.replace(phase, blend={**phase.blend, SOURCE_NAME: weight})
+        phases.append(phase)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, phases=tuple(phases)))
 
-
-# The gate of an extension stage: needle retrieval at all lengths and depths,
-# with the short context as good as it was.
-#
-# Every process comes to the same verdict: needle answers and held-out losses are the same on all of them.
 
 def short_context(config: RunConfig, trained_tokens: int, formats: tuple[str, ...]) -> HeldoutData:
-    """Return the held-out documents by which the short context is judged: rows as long as what was
-    trained on before, of data of these formats."""
+    """Open the held-out documents of the short-context check, in rows of the earlier training length."""
     return open_heldout(config.data.paths, trained_tokens, config.data.heldout_tokens,
                         model_vocab_size=config.model.vocab_size, formats=formats)
 
@@ -153,32 +144,38 @@ def mean_loss(losses: dict[str, HeldoutLoss]) -> float:
 
 
 def loss_of_checkpoint(start: Path, short: HeldoutData, config: RunConfig, nproc: int | None) -> float | None:
-    """Return a checkpoint's loss on the short context as it is: its own rotations, not those of the stage.
+    """Return the loss of a checkpoint on the short context, with its own rotary embedding instead of the
+    stage's.
 
     Returns:
-        Nats per token; None on other processes than the first of a torchrun or Slurm job.
+        Nats per token; None on processes of a torchrun or Slurm job other than the first.
     """
-    layout = [f"parallel.{name}={value}" for name, value in config.to_dict()["parallel"].items()]
-    found: float | None = run_forward_model(Target(start, False),
-                                            [*layout, f"train.precision={config.train.precision}"], nproc,
-                                            lambda loaded: mean_loss(evaluate_forward_model(loaded, short)))
-    return found
+    settings = [f"parallel.{name}={value}" for name, value in config.to_dict()["parallel"].items()]
+    settings.append(f"train.precision={config.train.precision}")
+    loss: float | None = run_forward_model(
+        Target(start, False), settings, nproc,
+        lambda loaded: mean_loss(evaluate_forward_model(loaded, short)))
+    return loss
 
 
 class StageGate:
-    """A `train.stages.gate.Gate` that judges needles and the short context."""
+    """Gate of an extension stage: needle retrieval at all lengths and depths, without loss of the short
+    context.
+
+    Answers and held-out losses are equal on all processes, so every process reaches the same verdict.
+    """
 
     def __init__(self, settings: GateConfig, needles: Needles, short: HeldoutData, start_loss: float | None,
                  min_steps: int, clean: Decontamination) -> None:
-        """Make a gate that has seen nothing.
+        """Start without checks.
 
         Args:
-            settings: threshold, tolerance, rhythm.
+            settings: threshold, tolerance, interval.
             needles: the test.
-            short: held-out text cut as short as before.
-            start_loss: loss on it before the first stage, nats per token; the first process must know it.
+            short: held-out rows of the earlier length.
+            start_loss: loss on `short` before the first stage, nats per token; required on the first process.
             min_steps: steps before the gate may end the stage.
-            clean: what the search of the training text found.
+            clean: result of the contamination search.
         """
         self.passed = False
         self._settings, self._needles, self._short, self._clean = settings, needles, short, clean
@@ -187,12 +184,12 @@ class StageGate:
         self._result: dict[str, Any] | None = None
 
     def begin(self, run: GateView) -> None:
-        """Record what was searched, and judge the model as it is before the first step."""
+        """Record the contamination search, and test the model before the first step."""
         run.events.write("decontamination", step=run.step, **self._clean.fields())
         self._measure(run)
 
     def check(self, run: GateView) -> None:
-        """Judge the model every `every_steps` steps and after the last one."""
+        """Test the model every `every_steps` steps and after the last step."""
         step = run.step
         if step % self._settings.every_steps == 0 or step == run.num_steps or step == self._min_steps:
             self._measure(run)
@@ -200,13 +197,13 @@ class StageGate:
     def _measure(self, run: GateView) -> None:
         step = run.step
         result = self._needles.measure(run)
-        losses = evaluate_forward_model(LoadedModel(run.policy, run.config, run.world), self._short)
-        known = self._start_loss if run.world.is_main and self._start_loss is not None else 0.0
-        # Known to the first process alone; 0 from all others makes the sum its value everywhere.
+        losses = evaluate_forward_model(Loaded(run.policy, run.config, run.world), self._short)
+        # The first process knows the loss; zeros of the others make the sum its value everywhere.
+        own = self._start_loss if run.world.is_main and self._start_loss is not None else 0.0
         start_loss = self._start_loss = float(collectives.all_reduce_world(
-            torch.tensor([known], dtype=torch.float64)))
-        verdict = decide(result.cells, mean_loss(losses), start_loss, self._settings)
-        # A stage that passes at once must still train for the length that it was planned for.
+            torch.tensor([own], dtype=torch.float64)))
+        verdict = decide_verdict(result.cells, mean_loss(losses), start_loss, self._settings)
+        # A stage that passes early still trains for its planned steps.
         self.passed = verdict.passed and step >= self._min_steps
         self._checks.append({"step": step, "passed": self.passed, "failures": verdict.lines()})
         run.events.write("gate", step=step, passed=self.passed, start_loss=start_loss,
@@ -217,10 +214,10 @@ class StageGate:
         elif run.finished:
             self._result = self._needles.record(run, "after", result)
         if run.world.is_main:
-            said = "passes" if verdict.passed else "does not pass\n  " + "\n  ".join(verdict.lines())
-            early = (f", and the stage goes on to step {self._min_steps}"
-                     if verdict.passed and not self.passed else "")
-            print(f"gate at step {step} {said}{early}", flush=True)
+            outcome = "passes" if verdict.passed else "does not pass\n  " + "\n  ".join(verdict.lines())
+            if verdict.passed and not self.passed:
+                outcome += f", and the stage goes on to step {self._min_steps}"
+            print(f"gate at step {step} {outcome}", flush=True)
 
     def failure(self) -> str:
         last = self._checks[-1]
@@ -238,7 +235,7 @@ class StageGate:
                 "result": self._result}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave; a stage that was given up is judged anew with more steps."""
+        """Continue from `state`; a stage whose gate failed is tested again with more steps."""
         self.passed, self._start_loss, self._checks = (state["passed"], state["start_loss"],
                                                        list(state["checks"]))
         self._result = state["result"]
@@ -246,18 +243,18 @@ class StageGate:
 
 @dataclass(frozen=True)
 class GateVerdict:
-    """What one check of the gate found."""
+    """Result of one check of the gate."""
 
     failing_cells: list[Cell]
-    """Cells whose whole confidence interval lies below the threshold."""
+    """Cells whose whole confidence interval is below the threshold."""
     failing_rows: list[dict[str, Any]]
-    """Rows (kind, language, length) whose accuracy over all depths lies below it."""
+    """Rows (kind, language, length) whose accuracy over all depths is below the threshold."""
     loss: float
     """Held-out loss on the short context, nats per token."""
     loss_limit: float
-    """What it may be."""
+    """Limit of `loss`."""
     threshold: float
-    """Accuracy asked for."""
+    """Required accuracy."""
     rows: list[dict[str, Any]] = field(default_factory=list)
     """Accuracy of every row."""
 
@@ -269,34 +266,33 @@ class GateVerdict:
         return {**asdict(self), "judged": self.passed}
 
     def lines(self) -> list[str]:
-        """Return what failed, a line each."""
-        said = [f"{_place(r)}: {r['correct']} of {r['samples']} right over all depths = {r['accuracy']:.1%}, "
-                f"below {self.threshold:.0%}" for r in self.failing_rows]
-        said += [f"{_place(asdict(c))}, depth {c.depth:.0%}: {c.correct} of {c.samples} right, "
+        """Describe the failures, one line each."""
+        lines = [f"{_describe_row(r)}: {r['correct']} of {r['samples']} right over all depths = "
+                 f"{r['accuracy']:.1%}, below {self.threshold:.0%}" for r in self.failing_rows]
+        lines += [f"{_describe_row(asdict(c))}, depth {c.depth:.0%}: {c.correct} of {c.samples} right, "
                  f"interval {c.interval[0]:.1%} to {c.interval[1]:.1%}, below {self.threshold:.0%}"
                  for c in self.failing_cells]
-        # Written so that NaN fails.
-        if not self.loss <= self.loss_limit:  # a loss that is no number is no pass
-            said.append(f"short context: held-out loss {self.loss:.4f} nats per token, "
+        if not self.loss <= self.loss_limit:  # written so that NaN fails
+            lines.append(f"short context: held-out loss {self.loss:.4f} nats per token, "
                         f"above {self.loss_limit:.4f}")
-        return said
+        return lines
 
 
-def _place(cell: dict[str, Any]) -> str:
+def _describe_row(cell: dict[str, Any]) -> str:
     return f"{cell['kind']}, {cell['language']}, {cell['length_tokens']:,} tokens"
 
 
-def decide(cells: Sequence[Cell], loss: float, start_loss: float, gate: GateConfig) -> GateVerdict:
-    """Return the verdict.
+def decide_verdict(cells: Sequence[Cell], loss: float, start_loss: float, gate: GateConfig) -> GateVerdict:
+    """Return the verdict of a check.
 
-    A cell of 20 samples cannot prove 90 %: one that is right 97 % of the time misses two or more in 12 % of
-    all tests.  So a single cell fails where its whole interval lies below the threshold, and the samples of a
-    row together must reach it.
+    A cell of 20 samples cannot prove 90 %: a model that is right 97 % of the time misses two or more in 12 %
+    of all tests. So a cell fails if its whole interval is below the threshold, and all samples of a row
+    together must reach it.
 
     Args:
-        cells: the test's cells.
+        cells: cells of the test.
         loss: held-out loss on the short context, nats per token.
-        start_loss: the same before the first stage.
+        start_loss: `loss` before the first stage.
         gate: threshold and tolerance.
     """
     rows: dict[tuple[str, str, int], list[int]] = {}
@@ -308,7 +304,6 @@ def decide(cells: Sequence[Cell], loss: float, start_loss: float, gate: GateConf
         {"kind": kind, "language": language, "length_tokens": length, "correct": correct, "samples": samples,
          "accuracy": correct / samples} for (kind, language, length), (correct, samples) in rows.items()]
     return GateVerdict(
-        # A cell fails only if its whole interval is too low; see above.
         failing_cells=[c for c in cells if c.interval[1] < gate.min_accuracy],
         failing_rows=[r for r in described if r["accuracy"] < gate.min_accuracy],
         loss=loss, loss_limit=start_loss + gate.loss_tolerance_nats, threshold=gate.min_accuracy,
@@ -318,31 +313,31 @@ def decide(cells: Sequence[Cell], loss: float, start_loss: float, gate: GateConf
 def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFactory, nproc: int | None,
                resume: bool, began_s: float, faults: tuple[Fault, ...] = (),
                end_gate: EndGate | None = None, *, dry_run: bool = False) -> None:
-    """Run all stages; under a launcher it returns where one of them is not complete, else it raises.
+    """Run all stages. If a stage is not complete, return under a launcher and raise otherwise.
 
     Args:
-        stages: as planned.
-        start: the checkpoint that the first one starts from, and by whose short-context loss all are judged.
-        objective: what is learned.
+        stages: the planned stages.
+        start: checkpoint of the start, whose short-context loss is the limit of all stages.
+        objective: factory of the objective.
         nproc: local processes.
-        resume: whether folders may hold the runs already.
-        began_s: Unix time at which the work on the first stage that is not complete began.
-        faults: what is to come on purpose, once in each stage.
-        end_gate: judges the last stage's last checkpoint.
-        dry_run: check and tell of each stage, and run none; its gate's search of the data is left out.
+        resume: whether folders may contain the runs already.
+        began_s: Unix time at which the work on the first incomplete stage began.
+        faults: injected faults, once in each stage.
+        end_gate: gate of the last checkpoint.
+        dry_run: check and describe each stage without running it or searching its data.
 
     Raises:
-        UserError: settings, data or a folder do not allow it.
-        GateFailed: a stage's gate has not passed within its steps.
-        StopRequested: it was asked to stop, and everything is saved.
+        UserError: settings, data or a folder do not allow a stage.
+        GateFailed: the gate of a stage did not pass within its steps.
+        StopRequested: the run was asked to stop, and everything is saved.
     """
     first, formats = start, formats_of(objective)
     prepared = [make_needles(stage.config, start, formats) for stage in stages]
     start_loss: float | None = None
-    # With one stage the gate begins right away in it.
+    # With one stage the gate begins inside the stage.
     begins = len(stages) > 1 and stages[0].folder.completion() is None and not dry_run
     if end_gate is not None and begins:
-        end_gate.begin()  # what is wrong with it is told before all stages, not before the last one
+        end_gate.begin()  # its mistakes show before the first stage
     for planned, needles in zip(stages, prepared, strict=True):
         judge = end_gate if planned is stages[-1] else None
         stage = Stage(with_needles_in_blends(planned.config), planned.folder, objective, start, resume,
@@ -351,7 +346,7 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
         if planned.config.extend.gate.every_steps and not dry_run:
             fresh = latest_checkpoint(planned.folder.checkpoints) is None
             if fresh and start_loss is None:
-                # Only for a stage without a checkpoint: a resumed one has the number in its gate's state.
+                # A resumed stage has the loss in the state of its gate.
                 start_loss = loss_of_checkpoint(
                     first, short_context(planned.config, Target(first, False).trained_tokens, formats),
                     planned.config, nproc)
@@ -364,7 +359,7 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
         if not run_stage(stage, nproc, began_s):
             return
         if not was_complete:
-            began_s = time.time()  # with it begins the work on the next one
+            began_s = time.time()  # the next stage begins
         start = planned.folder.path if dry_run else find_checkpoint(planned.folder.path)
 
 
@@ -380,8 +375,7 @@ def _gate(planned: PlannedStage, needles: Needles, short: HeldoutData, start_los
 
 
 def asks_too_little(config: RunConfig) -> str | None:
-    """Return a sentence where a gate's needles do not reach the length of its stage,
-    as only a setting can have it."""
+    """Return a warning if settings make the gate's needles shorter than its stage, otherwise None."""
     longest, wanted = max(config.needle.lengths_tokens), max(phase.seq_len for phase in config.data.phases)
     if longest >= wanted:
         return None

@@ -169,7 +169,7 @@ def planned_stages(request: RecipeRequest, start_from: Path, run: Path, nproc: i
     start, model = find_target(start_from), request.base.model
     # The trained length of all earlier runs: fine-tuning on short chats does not shorten it.
     trained_tokens = model.max_position_tokens if start.is_hf else checkpoints.read_trained_tokens(start.path)
-    wanted = request.resolve_config([] if request.from_file else [phase_setting(2 * trained_tokens)])
+    wanted = request.config([] if request.from_file else [phase_setting(2 * trained_tokens)])
     if not wanted.extend.stages:
         _refuse_shorter("data.phases", wanted.data.max_seq_len(), start, trained_tokens)
         config = _resolve_single_stage(request, trained_tokens, wanted, nproc)

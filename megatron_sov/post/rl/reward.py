@@ -210,12 +210,6 @@ def reward_version(name: str, settings: Sequence[str]) -> str:
 def refuse_unjudged(name: str, settings: Sequence[str], prompts: Iterable[RolloutPrompt], given: str) -> None:
     """Refuse prompts if all of them lack a field that the reward needs.
 
-    Args:
-        name: see `reward_version`.
-        settings: settings of the reward.
-        prompts: prompts of the first round.
-        given: option and file of the prompts.
-
     Raises:
         UserError: every prompt lacks a field.
     """

@@ -84,13 +84,6 @@ str
                    ) -> None:
     """Write log p(label) by the teachers for each token of a round; called by all processes together.
 
-    Args:
-        view: the run.
-        teachers: one for each domain.
-        opened: the round.
-        file: sealed file of float32.
-        identity: text that the checksum covers.
-
     Raises:
         UserError: a domain has no teacher, a server rejects a response or does not answer, or the disk is
             full.

@@ -140,14 +140,7 @@ def digest_conditions(*, prompts: PromptList, reward_version: str, rollout: Roll
 
 
 def compute_figures(store: RolloutStore, number: int, version: str, right_from: float) -> dict[str, Any]:
-    """Return the figures of a validation, over all prompts and for each domain.
-
-    Args:
-        store: responses and rewards.
-        number: of the round in the store.
-        version: of the reward.
-        right_from: smallest reward of a right response.
-    """
+    """Return the figures of a validation, over all prompts and for each domain."""
     total, domains, is_judged = _Tally(), defaultdict[str, _Tally](_Tally), version != NO_REWARD
     for parts, rows, _ in store.pieces(store.parts(number), _COLUMNS):
         judgements = store.judgements(version, parts)
@@ -205,15 +198,7 @@ class SampledRounds:
     def record(self, view: FeedView, store: RolloutStore, number: int, version: str, kind: str = ROUND_SAMPLES
                ) -> None:
         """Record the first response to each of some prompts of a round, if the round is among the recorded
-        ones.
-
-        Args:
-            view: the run, whose events are written.
-            store: the responses.
-            number: of the round, from 1.
-            version: of the reward, or a prefix of it.
-            kind: field `of` of the event.
-        """
+        ones."""
         every = -(-self.num_rounds // MAX_TABLES)
         if not self.num_rows or ((number - 1) % every and number != self.num_rounds):
             return

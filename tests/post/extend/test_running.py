@@ -23,7 +23,7 @@ from megatron_sov.model.config import GateConfig, NeedleKind, PhaseConfig, RunCo
 from megatron_sov.model.recipes import get
 from megatron_sov.post.extend import running
 from megatron_sov.post.extend.running import (
-    StageGate, asks_too_little, decide, make_needles, mean_loss, run_stages, with_needles_in_blends)
+    StageGate, asks_too_little, decide_verdict, make_needles, mean_loss, run_stages, with_needles_in_blends)
 from megatron_sov.train.stages.evaluate import HeldoutLoss
 
 # A stage's gate: when it looks, what it takes for a pass, and what it leaves in events,
@@ -185,7 +185,7 @@ def cells(*correct: int, samples: int = 20, length: int = 512, kind: NeedleKind 
 ])
 def test_a_row_reaches_the_threshold_and_no_cell_lies_below_it_for_sure(correct: tuple[int, ...], rows: int,
                                                                         single: int) -> None:
-    verdict = decide(cells(*correct), 2.0, 2.0, GATE)
+    verdict = decide_verdict(cells(*correct), 2.0, 2.0, GATE)
     assert (len(verdict.failing_rows), len(verdict.failing_cells)) == (rows, single)
     assert verdict.passed == (not rows and not single)
     assert len(verdict.lines()) == rows + single
@@ -194,7 +194,7 @@ def test_a_row_reaches_the_threshold_and_no_cell_lies_below_it_for_sure(correct:
 def test_every_length_and_kind_is_a_row_of_its_own() -> None:
     good, bad = (cells(20, 20, 20, 20, 20),
                  cells(20, 20, 15, 15, 15, length=2048) + cells(17, 17, 17, 17, 17, kind="multi-key"))
-    verdict = decide(good + bad, 2.0, 2.0, GATE)
+    verdict = decide_verdict(good + bad, 2.0, 2.0, GATE)
     assert [(r["kind"], r["length_tokens"], r["correct"]) for r in verdict.failing_rows] == [
         ("single", 2048, 85), ("multi-key", 512, 85)]
     assert ("single, english, 2,048 tokens: 85 of 100 right over all depths = 85.0%, below 90%"

@@ -109,7 +109,7 @@ def test_what_is_no_probability_is_no_answer() -> None:
     from megatron_sov.post.rl.teachers import _check_scores
     from megatron_sov.work.endpoints.answers import BadAnswer
 
-    with pytest.raises(BadAnswer, match="and tells 2, 1"):
+    with pytest.raises(BadAnswer, match="and returned 2, 1"):
         _check_scores([-1.0, float("-inf")], 2, "http://a")
-    with pytest.raises(BadAnswer, match="tell 3 log-probabilities"):
+    with pytest.raises(BadAnswer, match="return 3 log-probabilities"):
         _check_scores([-1.0], 3, "http://a")

@@ -98,10 +98,6 @@ class LiveServers:
     def push(self, view: FeedView, policy: Policy) -> None:
         """Send the live weights to the servers; called by all processes together.
 
-        Args:
-            view: the run, whose model is the policy.
-            policy: identity of the live weights.
-
         Raises:
             UserError: the servers reject the weights.
         """
