@@ -80,11 +80,11 @@ def measure(folder: Path, config: RunConfig, rounds: int) -> int:
     import torch.distributed as dist
 
     from megatron_sov.checkpoint.save import CheckpointMetadata, CheckpointSaver, SavedCheckpoint
-    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.optimizer.optimizer import Optimizer
 
-    place = world.join(ParallelConfig())
-    model = build(config.model, config.parallel, config.train)
+    place = world.join_world(ParallelConfig())
+    model = build_model(config.model, config.parallel, config.train)
     load.initialize_weights(model, config.model, 1)
     optimizer = Optimizer(model, config.optim)
     for block in optimizer.state_shards():

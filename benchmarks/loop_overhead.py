@@ -102,7 +102,7 @@ def same_model_step(config: RunConfig, place: world.ParallelWorld, source: Sourc
     from megatron_sov.engine.model.logprobs import build_head
     from megatron_sov.engine.optimizer.optimizer import Optimizer
 
-    model = build(config.model, config.parallel, config.train)
+    model = build_model(config.model, config.parallel, config.train)
     load.initialize_weights(model, config.model, config.train.seed)
     optimizer = Optimizer(model, config.optim)
     model.config.finalize_model_grads_func = ExpertLoad(model).finalize_gradients

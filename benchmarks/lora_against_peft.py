@@ -86,7 +86,7 @@ def ours(base: Path, config: RunConfig, tokens: Any) -> tuple[Way, Any, Any]:
     from megatron_sov.engine.optimizer.optimizer import Optimizer
     from megatron_sov.engine.parallel.device import get_local_device
 
-    model = build(config.model, config.parallel, config.train, config.gpu, config.lora)
+    model = build_model(config.model, config.parallel, config.train, config.gpu, config.lora)
     load.initialize_weights(model, config.model, 1)
     load.load_model(base, model)
     optimizer = Optimizer(model, config.optim)
@@ -160,7 +160,7 @@ def measure(turns: int) -> None:
     world.join_world(full.parallel)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = build(full.model, full.parallel, full.train)
+        model = build_model(full.model, full.parallel, full.train)
         load.initialize_weights(model, full.model, 1)
         load.save_checkpoint(folder / "base", model, None, {"step": 0, "tokens": 0}, full.to_dict(), None)
         convert.to_hf(folder / "base", folder / "hf")

@@ -57,7 +57,7 @@ def save_omni_model(path: Path, plain_tokenizer: Path, settings: tuple[str, ...]
           for name in ("first", "size")), *settings])
     world.join_world(config.parallel)
     try:
-        model = build_configured(config)
+        model = build_run_model(config)
         load.initialize_weights(model, config.model, 1)
         if likes:
             with torch.no_grad():  # states all point one way, and so do the rows of what it likes

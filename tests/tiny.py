@@ -26,8 +26,8 @@ def tiny_model(recipe: str, *settings: str, layout: dict[str, Any] | None = None
     config = apply_settings(recipes.get(recipe), [*SIZES, *settings])
     if layout is not None:
         config = replace(config, parallel=ParallelConfig(**layout))
-    world.join(config.parallel)
-    model = build(config.model, config.parallel, config.train, config.gpu)
+    world.join_world(config.parallel)
+    model = build_model(config.model, config.parallel, config.train, config.gpu)
     load.initialize_weights(model, config.model, seed)
     return config, model
 

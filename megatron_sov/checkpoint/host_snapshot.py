@@ -126,7 +126,7 @@ def _identify_block(part: str, block: LocalShard) -> tuple[Any, ...]:
 def _split_into_files(blocks: list[LocalShard]) -> list[list[LocalShard]]:
     """Group blocks into files: one file per thread if they reach `MIN_FILE_BYTES`, none above
     `MAX_FILE_BYTES`."""
-    total_bytes = sum(num_bytes(b.data) for b in blocks)
+    total_bytes = sum(count_bytes(b.data) for b in blocks)
     limit_bytes = min(MAX_FILE_BYTES, max(MIN_FILE_BYTES, -(-total_bytes // count_writers())))
     files: list[list[LocalShard]] = []
     size_bytes = limit_bytes  # so that the first block opens a file

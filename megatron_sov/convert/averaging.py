@@ -194,7 +194,7 @@ def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, worke
     sources = [open_checkpoint_weights(path) for path in paths]
     links = {format_block_name(link.key, link.offset): link for link in sources[0].links}
     files = plan_files(links, sources[0].get_dtype, KEEP)
-    merged = [{"path": str(path), "step": read_manifest(path, KIND).content.get("step", 0),
+    merged = [{"path": str(path), "step": read_manifest(path, CHECKPOINT_KIND).content.get("step", 0),
                "weight": weight,
                "manifest_sha256": manifest_sha256(path)} for path, weight in zip(paths, weights, strict=True)]
     derived = DerivedCheckpoint(

@@ -408,7 +408,7 @@ def write_imported(out: Path, source: ImportSource, dtype: str, *, workers: int,
     weights, folder = source.weights, source.weights.path
     links = {format_block_name(link.key, link.offset): link for link in weights.links}
     files = plan_files(links, weights.get_dtype, dtype)
-    plan = {"from": fingerprint(folder), "dtype": dtype, "model": dataclasses.asdict(weights.model),
+    plan = {"from": fingerprint_folder(folder), "dtype": dtype, "model": dataclasses.asdict(weights.model),
             "files": hash_file_plan(files)}
     with resumable_artifact(out, CHECKPOINT_KIND, f"megatron-sov convert {source.command}", plan,
                             overwrite=overwrite, redo=redo) as artifact, \

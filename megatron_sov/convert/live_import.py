@@ -55,7 +55,7 @@ def export_weights(model: LanguageModel, dtype: str = KEEP, *,
     adapters: dict[str, dict[str, tuple[int, ...]]] = {}
     for module in find_adapted_modules(model.architecture, model.lora):
         adapters[module.link.key] = adapters.get(module.link.key, {}) | module.shapes(model.lora)
-    gatherer = TensorGatherer(local_shards(model, rounded=True), everywhere=everywhere)
+    gatherer = TensorGatherer(list_local_shards(model, rounded=True), everywhere=everywhere)
     expected = {link.key: link.shape for link in links}
     for shapes in adapters.values():
         expected |= shapes

@@ -16,9 +16,9 @@ import torch
 
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
-from megatron_sov.chat.vocabulary import refuse_other_tokens
+from megatron_sov.chat.vocabulary import check_same_tokens
 from megatron_sov.infer.engines.load import LoadedModel
-from megatron_sov.model.config.data import named_shards
+from megatron_sov.model.config.data import split_source_name
 from megatron_sov.model.modality import check_encoders
 from megatron_sov.train.data.order import OrderedSample
 from megatron_sov.train.data.rows import PackedRow, heldout_samples

@@ -24,12 +24,12 @@ from megatron_sov.convert.hf_export import ConversionProof
 from megatron_sov.convert.sources import Weights
 from megatron_sov.engine.decode.forward_only import DocumentBatch, ForwardModel
 from megatron_sov.engine.parallel import launcher
-from megatron_sov.engine.parallel.device import local_device
+from megatron_sov.engine.parallel.device import get_local_device
 from megatron_sov.eval.heldout_loss import group_into_rows
 from megatron_sov.infer.engines.load import LoadedModel, run_forward_model
 from megatron_sov.infer.engines.target import Target, open_as_checkpoint
 from megatron_sov.infer.engines.transformers_engine import load_hf
-from megatron_sov.model.families.count import num_params
+from megatron_sov.model.families.count import count_params
 from megatron_sov.version import __version__
 
 MAX_DIFFERENCE = 1e-4
@@ -108,7 +108,7 @@ def _compare_documents(policy: ForwardModel, hf: Any, prompts: Sequence[Sequence
     difference = _Difference()
     limit_tokens = max(LOGITS_BYTES // (4 * policy.model.vocab_size), max(map(len, prompts)))
     for row in group_into_rows([len(p) for p in prompts], limit_tokens):
-        batch = Inputs([prompts[i] for i in row], local_device())
+        batch = DocumentBatch([prompts[i] for i in row], get_local_device())
         ours = policy.logits(batch, torch.arange(sum(len(prompts[i]) for i in row)))
         if hf is None:
             continue

@@ -14,11 +14,11 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AtLeastOne, Flag, SettingsError
 from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder
 from megatron_sov.chat.folder import TOKENIZER_JSON, read_chat_encoder
-from megatron_sov.chat.marks import text_decoder, with_opening
+from megatron_sov.chat.marks import build_text_decoder, prepend_mark
 from megatron_sov.infer.engine import (
     ENGINE_SET, MEGATRON, PRECISION_KEY, SERVER_ENGINES, TRANSFORMERS, ChosenEngine)
 from megatron_sov.infer.request import GenerationResult
-from megatron_sov.work.endpoints.transport import address_problems
+from megatron_sov.work.endpoints.transport import find_address_problems
 
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.server_engine import ServerLocations

@@ -190,7 +190,7 @@ def placed(request: RecipeRequest, machines: Machines,
     Raises:
         UserError: it breaks a rule, does not fit, or its profile does not say what `plan` has to know.
     """
-    config, settings = request.resolve_config(), list(request.settings)
+    config, settings = request.config(), list(request.settings)
     prices, default = pricing(machines, learned), None
     if leaves_layout_open(request):
         chosen, default = choose_layout(config, machines, settings, learned)
@@ -216,7 +216,7 @@ def searched(request: RecipeRequest, machines: Machines, recipe: Sequence[str],
     prices = pricing(machines, learned)
     if prices is None:
         raise UserError(f"--sweep with --cluster {machines.cluster}: {_unknown(machines)}")
-    config = request.resolve_config()
+    config = request.config()
     fixed = {setting.partition("=")[0] for setting in request.settings}
     prices.links  # noqa: B018  # told before the search, not in its middle
     with create_bar("layouts", num_layouts(config, prices, fixed), "layout") as bar:

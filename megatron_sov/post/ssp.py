@@ -50,10 +50,10 @@ class MeasuredCheckpoint:
     """k -> problem -> pass@k; problems with fewer than k scored samples are left out."""
 
     @staticmethod
-    def of(checkpoint: str, domain: str, judged: JudgedItem, ks: Sequence[int]) -> MeasuredCheckpoint:
+    def of(checkpoint: str, domain: str, judged: ScoredResponses, ks: Sequence[int]) -> MeasuredCheckpoint:
         solved: dict[int, dict[str, float]] = {}
         for k in ks:
-            solved[k] = {problem: pass_at_k(counts.num_scored, counts.num_right, k)
+            solved[k] = {problem: compute_pass_at_k(counts.num_scored, counts.num_right, k)
                          for problem, counts in judged.prompts.items() if counts.num_scored >= k}
         return MeasuredCheckpoint(checkpoint, domain, judged.figures(ks), solved)
 
@@ -104,7 +104,7 @@ def _compare(one: MeasuredCheckpoint, other: MeasuredCheckpoint, k: int) -> tupl
                    if problem in other.solved[k]]
     if not differences:
         return 0.0, (-1.0, 1.0)
-    return fmean(differences), difference_interval(differences)
+    return fmean(differences), compute_difference_interval(differences)
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def _measure(probe: Path, candidate: ProbedCheckpoint, ks: Sequence[int],
     if problems := find_damaged_files(candidate.folder(probe)):
         raise UserError(f"{problems[0]}; delete {candidate.folder(probe)}, and the same command makes "
                         "it again")
-    parts = read_judged_parts(candidate.folder(probe) / SAMPLES, DOMAIN, PROBLEM, right_from)
+    parts = read_scored_parts(candidate.folder(probe) / SAMPLES, DOMAIN, PROBLEM, right_from)
     for domain, judged in parts.items():
         try:
             yield MeasuredCheckpoint.of(candidate.name, domain, judged, ks)

@@ -453,7 +453,7 @@ def _write(trainer: Trainer, place: ParallelWorld, folder: Path) -> None:
         ValueError: an element of a tensor is written by nobody, or by several.
     """
     snapshot = HostSnapshot()
-    snapshot.copy_blocks({MODEL: local_shards(trainer.model, rounded=True),
+    snapshot.copy_blocks({MODEL: list_local_shards(trainer.model, rounded=True),
                    _OPTIMIZER: trainer.optimizer.state_shards()}, tensors_change=False)
     snapshot.write(folder, place.rank)
     torch.distributed.barrier()

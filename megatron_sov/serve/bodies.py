@@ -18,7 +18,6 @@ from megatron_sov.base.documents.rows import finite, no_constant
 from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.chat.folder import open_tokenizer, read_chat_encoder
 from megatron_sov.chat.marks import unquote_marks
-from megatron_sov.infer.asking import Asker
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.infer.prompts import PromptEncoder
 from megatron_sov.infer.request import Sampling

@@ -30,6 +30,7 @@ from megatron_sov.infer.engine import PRECISION_KEY
 from megatron_sov.infer.engines.live_generation import generate_live
 from megatron_sov.infer.engines.load import LoadedModel, run_forward_model
 from megatron_sov.infer.engines.target import Target
+from megatron_sov.infer.engines.transformers_engine import check_cache_support, load_configured_hf
 from megatron_sov.runs.launch_environment import is_first_rank, num_ranks
 from megatron_sov.serve.bodies import (
     BodyReader, RefusedRequest, ServedQuestion, chat_question, completion_question)

@@ -62,7 +62,7 @@ def newest_sound(folder: RunFolder, place: ParallelWorld, not_after: int = ANY_S
     A damaged one is set aside, loudly, for the one before.
     """
     # one process looks: on a network file system the others may still see an older listing
-    while ((newest := on_main(
+    while ((newest := run_on_main(
             place, lambda: checkpoints.latest_checkpoint_until(folder.checkpoints, not_after)))
            is not None):
         problem = load.find_damage(newest)
@@ -129,7 +129,7 @@ def start_encoders(model: LanguageModel, config: RunConfig) -> None:
         if not folder:
             continue
         files, found = encoder_in(Path(folder), prefix, config.model)
-        blocks = [block for block in local_shards(model) if block.key in found]
+        blocks = [block for block in list_local_shards(model) if block.key in found]
         with raise_on_all_ranks():
             for block in blocks:
                 name = found[block.key]

@@ -179,7 +179,8 @@ def rollback(trainer: Trainer) -> None:
     trainer.batches.ledger.pass_over(back_to, now)
     guard.rollbacks = [*rollbacks, {"at": now, "to": back_to}]
     # checkpoints behind the target have weights of the refused stretch: a resume must not find one
-    on_main(trainer.world, lambda: checkpoints.delete_checkpoints_after(trainer.folder.checkpoints, back_to))
+    folder = trainer.folder.checkpoints
+    run_on_main(trainer.world, lambda: checkpoints.delete_checkpoints_after(folder, back_to))
     text = (f"steps {now - refused + 1} to {now} were refused in a row ({refusal.reason}): "
             f"weights and optimizer are those of step {back_to} again, and the samples of steps "
             f"{back_to + 1} to {now} are passed over")

@@ -185,7 +185,7 @@ class Recorder:
               layout={**asdict(config.parallel), "dp": self._world.dp_size}, num_params=count.total,
               num_active_params=count.active, num_steps=self._num_steps, resumed_from=step,
               began_s=self._began_s, on_gpu=on_gpu(),
-              gpu=gpu_settings.resolve_auto(config, te),
+              gpu=gpu_settings.resolve_auto_settings(config, te),
               **build_headline_fields(self.headline, comparable=self._comparable),
               inputs=[*provenance(sources), *([] if start is None else [as_input(CHECKPOINT_KIND, start)]),
                       *besides],

@@ -33,9 +33,9 @@ def fill(model: Any, optimizer: Any) -> None:
     import torch
 
     from megatron_sov.checkpoint.load import generate_normals
-    from megatron_sov.engine.model.local_shards import local_shards
+    from megatron_sov.engine.model.local_shards import list_local_shards
 
-    for block in [*local_shards(model), *optimizer.state_shards()]:
+    for block in [*list_local_shards(model), *optimizer.state_shards()]:
         whole = generate_normals(9, block.key, 0, math.prod(block.global_shape)).reshape(block.global_shape)
         sizes = (1,) * (len(block.offset) - block.data.dim()) + tuple(block.data.shape)  # one expert, say
         own = tuple(slice(a, a + n) for a, n in zip(block.offset, sizes, strict=True))

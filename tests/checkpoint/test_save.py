@@ -237,7 +237,7 @@ def gathered(everywhere: bool) -> dict[str, Any]:
     next(first)
     first.close()  # on both: what is left is gathered all the same, or the processes would lose step
     again = gatherer.gather("lonely")
-    world.leave()
+    world.leave_world()
     return {"shapes": gatherer.get_shapes(), "again": None if again is None else again.tolist(),
             "found": {key: None if t is None else [str(t.dtype), t.tolist()] for key, t in found.items()}}
 

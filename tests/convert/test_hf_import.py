@@ -21,7 +21,7 @@ from megatron_sov import convert
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert.hf_export import to_hf
 from megatron_sov.convert.hf_import import read_token_ids
-from megatron_sov.engine.decode.forward_only import Inputs
+from megatron_sov.engine.decode.forward_only import DocumentBatch
 from megatron_sov.engine.parallel import world
 from megatron_sov.infer.engines.load import load_forward_model
 from megatron_sov.infer.engines.target import Target

@@ -133,7 +133,7 @@ def taken_in(recipe: str, layout: dict[str, Any], precision: str) -> dict[str, A
     world.join_world(ParallelConfig(**layout))
     models = []
     for seed in (1, 2):
-        models.append(build(config.model, ParallelConfig(**layout), config.train))
+        models.append(build_model(config.model, ParallelConfig(**layout), config.train))
         load.initialize_weights(models[-1], config.model, seed)
     source, target = models
     for block in list_local_shards(source):

@@ -46,11 +46,11 @@ def saved(recipe: str, settings: list[str], folder: str) -> dict[str, Any]:
     config = apply_settings(recipes.get(recipe), [*SIZES, *settings])
     frozen = apply_settings(config, ["lora.rank=0"])
     base, adapter, n = Path(folder) / "base", Path(folder) / "adapter", len(TOKENS)
-    world.join(config.parallel)
-    model = build(config.model, config.parallel, config.train)
+    world.join_world(config.parallel)
+    model = build_model(config.model, config.parallel, config.train)
     load.initialize_weights(model, config.model, 1)
     load.save_checkpoint(base, model, None, {"step": 0, "tokens": 0}, frozen.to_dict(), None)
-    model = build(config.model, config.parallel, config.train, lora=config.lora)
+    model = build_model(config.model, config.parallel, config.train, lora=config.lora)
     load.load_model(base, model)
     for block in list_local_shards(model):
         if block.key.startswith("adapter."):

@@ -58,7 +58,7 @@ def written_twice(layout: dict[str, Any], names: list[str]) -> list[Any]:
     world.join_world(parallel)
     for recipe in names:
         config = apply_settings(recipes.get(recipe), [*SETTINGS, *RECIPES[recipe]])
-        model = build(config.model, parallel, config.train, lora=config.lora)
+        model = build_model(config.model, parallel, config.train, lora=config.lora)
         load.initialize_weights(model, config.model, 1)
         with torch.no_grad():
             for factors in (m for m in model.modules() if isinstance(m, AdapterFactors)):

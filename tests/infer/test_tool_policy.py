@@ -37,7 +37,7 @@ def play() -> dict[str, Any]:
                 for asked in (([[1, 2], [3]], 2, [7, 8]), ([[4]], 1, [9]))]
 
     result = run_with_policy(EnginePolicy(engine, Sampling(seed=5), StopRule((9,))), work)
-    world.leave()
+    world.leave_world()
     return {"result": result, "asked": engine.asked}
 
 
@@ -65,7 +65,7 @@ def fail() -> list[str]:
             told.append(str(e))
     policy = EnginePolicy(Echo(), Sampling(seed=5), StopRule((9,)))
     told.append(run_with_policy(policy, lambda policy: "goes on"))
-    world.leave()
+    world.leave_world()
     return told
 
 

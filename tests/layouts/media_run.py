@@ -120,7 +120,7 @@ def one_batch(recipe: str, settings: list[str], out: str) -> dict[str, Any]:
         for parameter in found.model.parameters():
             gradient = getattr(parameter, "main_grad", None)
             parameter.copy_(torch.zeros_like(parameter) if gradient is None else gradient)
-    load.save(Path(out) / "gradients", found.model, None, state, config.to_dict(), None)
+    load.save_checkpoint(Path(out) / "gradients", found.model, None, state, config.to_dict(), None)
     world.leave_world()
     return {"losses": {t: total / batch.targets[t] for t, total in sums.terms.items()},
             "meters": sums.meters, "frozen": frozen, "moments": moments,
@@ -170,7 +170,8 @@ def started(plain: str, encoder: str) -> dict[str, list[str]]:
     PLAIN is the checkpoint, which is written first.
     """
     first = trainer("tiny-qwen3", ["model.vision=null", "model.audio=null"])
-    load.save(Path(plain), first.model, None, {"step": 0, "tokens": 0}, first.config.to_dict(), None)
+    load.save_checkpoint(Path(plain), first.model, None, {"step": 0, "tokens": 0}, first.config.to_dict(),
+                         None)
     world.leave_world()
     found = trainer("tiny-qwen3", ["train.seed=2", f"media.vision_from={encoder}"])
     found.start_from(Path(plain))

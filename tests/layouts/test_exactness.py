@@ -212,7 +212,7 @@ def run(names: list[str], layout: dict[str, Any], folder: str, label: str,
             out.mkdir()
             save_file({"logits": logits.contiguous()}, out / "logits.safetensors")
         torch.distributed.barrier()
-        load.save(out / "ckpt", model, None, {"step": 0, "tokens": 0}, config.to_dict(), None)
+        load.save_checkpoint(out / "ckpt", model, None, {"step": 0, "tokens": 0}, config.to_dict(), None)
     world.leave_world()
 
 

@@ -20,7 +20,7 @@ from transformers import (
 
 from megatron_sov import convert
 from megatron_sov.base.errors import UserError
-from megatron_sov.infer.engines.libraries import load_hf
+from megatron_sov.infer.engines.transformers_engine import load_hf
 from megatron_sov.model.pretrained import find_weight_files, load_pretrained
 
 SIZES: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1,

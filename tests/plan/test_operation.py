@@ -191,8 +191,8 @@ def written(folder: str, case: str) -> dict[str, Any]:
 
     recipe, settings, layout = CASES[case]
     config, parallel = apply_settings(recipes.get(recipe), list(settings)), ParallelConfig(**layout)
-    world.join(parallel)
-    model = build(config.model, parallel, config.train, config.gpu, lora=config.lora)
+    world.join_world(parallel)
+    model = build_model(config.model, parallel, config.train, config.gpu, lora=config.lora)
     load.initialize_weights(model, config.model, 1)
     if config.lora.on:
         model.adapter_base = AdapterBase(Path("nowhere"), "0" * 64)

@@ -61,7 +61,7 @@ def test_rewritten_files_do_not_count_as_results(tmp_path: Path) -> None:
 
 
 def write_checkpoint(path: Path, **state: Any) -> Path:
-    with new_artifact(path, "checkpoint") as artifact:
+    with create_artifact(path, "checkpoint") as artifact:
         artifact.content = {"step": path.name}
         (artifact.path / "state.json").write_text(json.dumps({"name": path.name, **state}))
     return path

@@ -248,11 +248,14 @@ def _convert_error(cls: Any, error: Any, instead: KeyHint) -> SettingsProblem:
         return _missing_problem(key)
     if kind in ("literal_error", "enum"):
         known = [word for word in _list_choices(hint) if isinstance(word, str)]
-        close = ""
+        close, meant = "", ""
         if isinstance(value, str):
             close = (was_removed(value) or _suggest_lower_case(value, known)
-                     or _suggest_equivalent(key, value)
-                     or suggest_name(value, known))
+                     or _suggest_equivalent(key, value) or suggest_name(value, known))
+            words = re.findall(r"[\w.-]+", value.lower())
+            guess = suggest_name(value, known).split("'")
+            ours = (value.lower(), table()["values"].get(key, {}).get(value.lower(), ""), *guess[1:2])
+            meant = next((word for word in ours if words and word in known), "")
         return SettingsProblem(ProblemCode.CHOICE, key, f"must be {ctx.get('expected', 'another word')}",
                                value, close.removeprefix("; "), value_to_write=meant)
     if kind == "bound":

@@ -27,7 +27,7 @@ from megatron_sov.engine.model.chunk import ModelInputs
 from megatron_sov.engine.model.language_model import prepare_head_input
 from megatron_sov.engine.model.logprobs import Head
 from megatron_sov.engine.parallel import collectives, context
-from megatron_sov.engine.parallel.device import local_device
+from megatron_sov.engine.parallel.device import get_local_device
 from megatron_sov.eval.heldout_loss import ROW_TOKENS, group_into_rows
 from megatron_sov.infer.engine import MEGATRON, SERVER_ENGINES, run_with_engine
 from megatron_sov.infer.engines.load import LoadedModel, run_forward_model
@@ -134,7 +134,7 @@ def _answer(model: _Model, running: LocalEvaluation, requests: Sequence[Request]
             deal = stack.enter_context(contextlib.closing(
                 answers.deal(chunks, lambda: flag.reason is not None)))
         bar = stack.enter_context(create_bar("ask", len(requests), "request", kept is not None))
-        while (step := on_first(lambda: next(deal, None))) is not None:
+        while (step := run_on_first(lambda: next(deal, None))) is not None:
             asked = [chunks[step[0]][i] for i in step[1]]
             found = _chunk_answers(model, running, asked, flag) if asked else {}
             num_read, num_answered = num_read + sum(map(num_tokens, asked)), num_answered + len(found)
@@ -200,7 +200,7 @@ def _chunk_answers(model: _Model, running: LocalEvaluation, chunk: Sequence[Requ
 
 def of_forward_model(loaded: LoadedModel, groups: Sequence[Group]) -> dict[str, Answer]:
     """Return the answers to groups of scores, on every process; called by all of them together."""
-    dp_rank, dp_size = collectives.data_place()
+    dp_rank, dp_size = collectives.get_data_rank()
     lengths = [len(group[0].read) for group in groups]
     rows: list[list[Group]] = [[groups[i] for i in row] for row in group_into_rows(lengths)]
     rows += [[]] * (-len(rows) % dp_size)  # processes that share experts must run forward equally often

@@ -31,7 +31,7 @@ from megatron_sov.bench.lm.results import EvaluatedModel
 from megatron_sov.bench.lm.settings import Settings
 from megatron_sov.chat.folder import TOKENIZER_JSON
 from megatron_sov.chat.marks import build_text_decoder
-from megatron_sov.engine.parallel.device import inference_precision
+from megatron_sov.engine.parallel.device import choose_inference_precision
 from megatron_sov.infer.engine import MEGATRON, TRANSFORMERS
 from megatron_sov.infer.engines.target import Target, find_target
 from megatron_sov.infer.prompts import check_engine, read_stop_ids

@@ -24,7 +24,7 @@ from megatron_sov.base.settings import (
     AtLeastOne, Bound, Finite, ProblemCode, Violation, choice_from, count_cores, parse_settings)
 from megatron_sov.bench.suites.scorers import ROW_MAKERS, SCORERS
 from megatron_sov.chat.marks import to_hermes_form
-from megatron_sov.eval.pass_at_k import PromptCounts, majority_at_k, pass_at_k
+from megatron_sov.eval.pass_at_k import PromptCounts, compute_majority_at_k, compute_pass_at_k
 from megatron_sov.judge.rewards import patterns, registry
 from megatron_sov.judge.rewards.answers import last_boxed, normalized
 from megatron_sov.judge.rewards.reward import Refused, Result, Row, Score, checked, judged

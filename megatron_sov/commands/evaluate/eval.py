@@ -135,7 +135,7 @@ def suite_of(args: NeedleOptions, target: Target) -> NeedleSuite:
         UserError: there is no text, it does not fit the model, or the numbers make no test.
     """
     from megatron_sov.chat.vocabulary import check_same_tokens
-    from megatron_sov.eval.needle.suite import make_suite
+    from megatron_sov.eval.needle.suite import build_suite
     from megatron_sov.eval.needle.text import open_haystacks
     from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
 

@@ -180,7 +180,7 @@ def run_passk(args: EvalPasskOptions) -> int:
     from megatron_sov.eval.pass_at_k import format_table
 
     print(format_json(figures).rstrip() if args.json
-          else f"{table(figures)}\n{args.output}: reward {plan.order.name} {plan.reward.version}")
+          else f"{format_table(figures)}\n{args.output}: reward {plan.order.name} {plan.reward.version}")
     return ExitCode.OK
 
 
@@ -279,7 +279,7 @@ def _judge(plan: _Plan, responses: Path, folder: Path) -> dict[str, Any]:
                              redo=True)  # what was judged otherwise is of no use
     for told in summary.tally.told:
         print(escape_controls(told), file=sys.stderr)
-    figures = read_judged(scored, PROMPT_INDEX, plan.args.right_from).figures(plan.args.k)
+    figures = read_scored_responses(scored, PROMPT_INDEX, plan.args.right_from).figures(plan.args.k)
     # within the artifact under way, so nothing half-written is visible
     os.replace(scored, folder / SAMPLES)
     (folder / RESULTS).write_text(format_json({**plan.whole, **figures}), encoding="utf-8")
@@ -296,7 +296,7 @@ class PairsOptions(HeldoutOptions, OutOptions, RankOptions):
 def run_pairs(args: PairsOptions) -> int:
     events = begin_task(args, args.target, out=args.out)
     from megatron_sov.chat.vocabulary import check_same_tokens
-    from megatron_sov.eval.heldout import rows_per_batch
+    from megatron_sov.eval.heldout_loss import compute_rows_per_batch
     from megatron_sov.infer.engines.target import find_target
     from megatron_sov.post.preference import CHOSEN_LIKELIER, HELDOUT_PAIRS, measure_pairs
     from megatron_sov.post.reference import document_logprobs, document_logprobs_hf

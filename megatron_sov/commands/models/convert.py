@@ -300,7 +300,7 @@ def _verify(args: VerifyOptions) -> int:
     checks = [*weights.checks, *logits.checks]
     passed = all(check.passed for check in checks)
     if args.card:
-        write_output(args.card, format_json(card(args.a, args.b, weights, logits)))
+        write_output(args.card, format_json(build_card(args.a, args.b, weights, logits)))
     events.add("conversion", target=f"{args.a} and {args.b}",
                checks=[dataclasses.asdict(check) for check in checks])
     if args.json:

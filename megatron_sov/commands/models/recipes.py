@@ -63,7 +63,7 @@ def run(typed: argparse.Namespace) -> int:
         print(listing(args.tiny))
         return 0
     asked = request_recipe(args)
-    config = asked.resolve_config()
+    config = asked.config()
     if args.json:
         print(format_json(config), end="")
     elif args.yaml:

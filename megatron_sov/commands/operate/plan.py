@@ -171,7 +171,7 @@ def _completed(args: PlanOptions, asked: RecipeRequest, stage: Stage) -> RecipeR
     from megatron_sov.train.stages.stage_config import check_chats
     from megatron_sov.train.stages.stage_defaults import complete_stage
 
-    config = asked.resolve_config()
+    config = asked.config()
     said = {setting.partition("=")[0] for setting in asked.settings}
     if config.data.paths:
         sources = open_sources(config.data.paths, config.model.vocab_size, COMMAND_FORMATS[stage],
@@ -243,7 +243,7 @@ def _prove(args: PlanOptions, request: RecipeRequest) -> int:
         where = machines(args.cluster, args.nodes)
         config, num_ranks = placed(request, where).config, where.num_ranks
     else:
-        config = request.resolve_config()
+        config = request.config()
         num_ranks = args.nproc or math.lcm(config.parallel.ranks_per_replica,
                                            config.parallel.ranks_per_expert_replica)
     small, verdict = prove_run(config, num_ranks)
@@ -256,7 +256,7 @@ def _schedule(args: PlanOptions, request: RecipeRequest) -> int:
     from megatron_sov.plan.on_cluster import memory_lines
     from megatron_sov.plan.pages import telling
 
-    config = request.resolve_config()
+    config = request.config()
     # the fewest processes that are whole replicas of the trunk and of the experts
     num_ranks = args.nproc or math.lcm(config.parallel.ranks_per_replica,
                                        config.parallel.ranks_per_expert_replica)

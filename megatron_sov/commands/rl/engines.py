@@ -104,8 +104,8 @@ def run_engines(args: argparse.Namespace) -> int:
 
     check_engine_program(options.engine, (), options.engine_python)
     asked = request_with_model(options, options.start_from, "policy")
-    config = complete_stage(asked, asked.resolve_config(), "policy", None, 0).config
-    settings = server_settings(options.engine, options.engine_set, ENGINE_SET)
+    config = complete_stage(asked, asked.config(), "policy", None, 0).config
+    settings = parse_server_settings(options.engine, options.engine_set, ENGINE_SET)
     places, host = options.places(options.run), socket.gethostname()
     is_over = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

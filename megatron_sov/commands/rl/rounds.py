@@ -132,7 +132,7 @@ def _config(args: RlGenerateOptions, num_prompts: int) -> RunConfig:
 
     asked = request_with_model(args, args.start_from, "policy")
     # as `rl train` completes them, or the two would count rounds otherwise
-    config = complete_stage(asked, asked.resolve_config(), "policy", None, num_prompts).config
+    config = complete_stage(asked, asked.config(), "policy", None, num_prompts).config
     problems = [*map(str, config.rollout.problems()), *_other_settings(args.run, config.rollout)]
     if problems:
         raise UserError(format_problems("rl generate", problems))
@@ -194,7 +194,7 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: P
     provenance = {"engine": engine_name, "settings": list(args.engine_set), "environment": args.environment}
 
     def work(engine: Engine, load_policy: LoadPolicy) -> dict[str, Any]:
-        on_first(lambda: list_set_aside(settings.open().path, aside))  # made by one, before all open it
+        run_on_first(lambda: list_set_aside(settings.open().path, aside))  # made by one, before all open it
         store = settings.open()
         pending = PendingPieces(
             store=store, claims=Claims(store.claims, rollout.lease_s), prompts=prompts, rollout=rollout,
@@ -211,7 +211,7 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: P
         name=engine_name, longest=longest_of(rollout, environment), batching=Batching(args.batch_size),
         settings=args.engine_set, nproc=args.nproc, option=ENGINE_SET,
         with_routes=config.policy.router_replay,
-        places=None if engine_name not in SERVED else args.places(args.run))
+        places=None if engine_name not in SERVER_ENGINES else args.places(args.run))
     summary: dict[str, Any] | None = run_policies(engine, start, work)
     return summary
 
@@ -409,7 +409,7 @@ def run_rl(options: RlRunOptions, began_s: float) -> int:
         return ExitCode.OK
     # before anything is written; the first process has the servers
     if options.engine != MEGATRON and is_first_rank():
-        from megatron_sov.infer.engines.server_process import refuse_no_engine
+        from megatron_sov.infer.engines.server_process import check_engine_program
 
         check_engine_program(options.engine, options.engine_url, options.engine_python)
     _run(options, parse_rounds(options, is_asked=options.environment is None), began_s)
@@ -498,13 +498,13 @@ def _writer(args: RlRunOptions, settings: GenerationSettings, servers: LiveServe
 def _live_servers(args: RlRunOptions, config: RunConfig, start: Target) -> LiveServers | None:
     if args.engine == MEGATRON:
         return None
-    from megatron_sov.infer.engines.server_engine import server_settings
+    from megatron_sov.infer.engines.server_engine import parse_server_settings
     from megatron_sov.post.rl.generate.servers import LiveServers, ServerSettings
 
     # a Hugging Face folder is what the servers load; of a checkpoint they get one
     return LiveServers(ServerSettings(
         engine=args.engine, start=args.start_from, places=args.places(args.run),
-        servers=server_settings(args.engine, args.engine_set, ENGINE_SET),
+        servers=parse_server_settings(args.engine, args.engine_set, ENGINE_SET),
         longest=longest_of(config.rollout, None), vocab_size=start.vocab_size,
         with_routes=config.policy.router_replay))
 

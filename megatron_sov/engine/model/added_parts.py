@@ -154,7 +154,7 @@ class LinearAdapter(torch.nn.Module):
             parts[factors.of.part] = factors
         return parts
 
-    def _split_layout(self, first: Adapted) -> tuple[list[int], int, list[int]]:
+    def _split_layout(self, first: AdaptedModule) -> tuple[list[int], int, list[int]]:
         """Return the fused weight's local rows as axes, the axis that concatenates modules, and the modules'
         extents on that axis (`families.weights.Layout`)."""
         cut = self._group.size() if self._column else 1
@@ -281,12 +281,12 @@ class LinearAdapter(torch.nn.Module):
         return torch.addmm(weight, b, a, alpha=self.scale)  # allocates one matrix instead of three
 
 
-def is_column_parallel(of: Adapted) -> bool:
+def is_column_parallel(of: AdaptedModule) -> bool:
     """Return whether the weight is split by rows (column-parallel layer)."""
     return of.linear.endswith(COLUMN_PARALLEL)
 
 
-def is_row_parallel(of: Adapted) -> bool:
+def is_row_parallel(of: AdaptedModule) -> bool:
     """Return whether the weight is split by columns (row-parallel layer)."""
     return not of.linear.endswith((*COLUMN_PARALLEL, REPLICATED))
 
@@ -375,7 +375,7 @@ class Adapters(torch.nn.Module):
             self.head = LinearAdapter(by_linear[OUTPUT_HEAD], lora, chunk.config,
                                       rows=len(chunk.output_layer.weight))
 
-    def _attach_adapters(self, layer: Any, path: str, modules: list[Adapted], lora: LoraConfig,
+    def _attach_adapters(self, layer: Any, path: str, modules: list[AdaptedModule], lora: LoraConfig,
                          config: Any) -> None:
         """Attach adapters to one linear layer, or to the same linear layer of each local expert."""
         def create_adapter(expert: int | None = None) -> LinearAdapter:

@@ -300,7 +300,7 @@ def check_gpu_settings(config: RunConfig, te: bool) -> None:
     dispatcher = config.parallel.expert_dispatcher
     routes = gpu.router_fusion == "on" and te and config.model.num_moe_layers() > 0
     router_problem = router.find_fusion_problem(config.model) if routes else ""
-    problems = find_broken(
+    problems = find_broken_rules(
         gpu, "gpu",
         *((getattr(gpu, fusion.setting) != "on" or fusion.value(gpu, context), fusion.setting,
            "has nothing to do in this model and layout" if te else NEEDS_TE, "leave it out")

@@ -181,7 +181,7 @@ class LanguageModel(torch.nn.ModuleList):
 
 
 def build_model(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
-                gpu: GpuConfig = AUTO, lora: LoraConfig = NO_ADAPTERS,
+                gpu: GpuConfig = DEFAULT_GPU, lora: LoraConfig = NO_ADAPTERS,
                 encoder_training: MediaConfig = ENCODER_TRAINING) -> LanguageModel:
     """Build the local part of the model, with uninitialized weights."""
     config = build_transformer_config(model, parallel, train, gpu)

@@ -86,7 +86,7 @@ class LinearAttention(MegatronModule):
         self.in_proj = self._build_projection(projections[0], config.hidden_size,
                                               sizes.num_key_heads * sum(sizes.projected), "fc1")
         dtype = config.params_dtype
-        self.conv1d = WeightModule((self.heads * sizes.convolved, 1, sizes.conv_taps), dtype)
+        self.conv1d = WeightModule((self.heads * sizes.convolved_channels, 1, sizes.conv_taps), dtype)
         self.dt_bias, self.A_log = (torch.nn.Parameter(torch.empty(size, dtype=dtype))
                                     for size in (self.heads * sizes.key_head_dim, self.heads))
         self.out_norm = WeightModule((sizes.value_head_dim,), dtype)
@@ -165,8 +165,8 @@ class LinearAttention(MegatronModule):
             inputs = context.exchange_tokens(inputs)
         elif packed.shared is not None:
             inputs = inputs.index_select(0, packed.shared.source)
-        convolved = inputs[..., :self.sizes.convolved]
-        gates = inputs[..., self.sizes.convolved:]
+        convolved = inputs[..., :self.sizes.convolved_channels]
+        gates = inputs[..., self.sizes.convolved_channels:]
         local_heads = context.get_local_heads(inputs.shape[1]) if is_split else slice(None)
         wide = self.get_convolution_weight(local_heads)
         mixed = apply_short_convolution(convolved.flatten(1).to(wide.dtype), wide, packed.chunks.positions)

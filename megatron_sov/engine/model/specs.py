@@ -13,7 +13,7 @@ from megatron.core.transformer.spec_utils import get_submodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.nn.functional import dropout, gelu, rms_norm, silu
 
-from megatron_sov.base.errors import UserError, told_in_a_line
+from megatron_sov.base.errors import UserError, format_error
 from megatron_sov.engine.model.attention_kernels import cache_attention_decisions
 from megatron_sov.engine.model.gpu_settings import (
     OVERLAP_FIELDS, KernelContext, exchanges_heads, expert_settings, fp8_settings, keep_ends_in_bf16,
@@ -157,7 +157,7 @@ def uses_transformer_engine(dtype: torch.dtype) -> bool:
 
 
 def build_transformer_config(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
-                             gpu: GpuConfig = AUTO) -> Any:
+                             gpu: GpuConfig = DEFAULT_GPU) -> Any:
     """Build the library's `TransformerConfig` from model, layout, training and GPU settings."""
     dtype = PRECISION[train.precision]
     te = uses_transformer_engine(dtype)

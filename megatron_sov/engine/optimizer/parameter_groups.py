@@ -29,7 +29,7 @@ from megatron_sov.model.families.adapters import PREFIX
 from megatron_sov.model.families.encoders import is_frozen, is_position_table
 
 
-def wrap_chunks(model: LanguageModel, parallel: ParallelConfig, gpu: GpuConfig = AUTO) -> list[Any]:
+def wrap_chunks(model: LanguageModel, parallel: ParallelConfig, gpu: GpuConfig = DEFAULT_GPU) -> list[Any]:
     """Wrap every chunk in the data-parallel wrapper and set the schedules' communication hooks.
 
     Gradients are plain sums over processes. With ZeRO-1 the parameters move to one buffer per dtype.

@@ -164,7 +164,7 @@ def run_in_fork(work: Callable[[], Any]) -> int:
     Under torchrun or Slurm this process runs it itself.
     """
     cpu_shims.prepare_megatron()
-    return _run_rank(work) if under_launcher() else _run_round(work, 1, new_processes=False).code
+    return _run_rank(work) if has_launcher() else _run_round(work, 1, new_processes=False).code
 
 
 def _count_threads(count: int) -> int:
@@ -203,7 +203,7 @@ def _run_round(main: Callable[[], Any], count: int, *, new_processes: bool) -> _
     environment = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), STORE_PORT: str(port)}
     with write_plan_file(main,
                          torch.get_num_threads()) if new_processes else contextlib.nullcontext() as plan:
-        signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until `_wait` can pass them on
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until `_wait` can pass them on
         children = [_fork_rank(main, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, door, plan)
                     for rank in range(count)]
     # The launcher holds the store in memory: it survives every rank and does not depend on disk space. Its

@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
-from megatron_sov.base.artifacts import new_file
-from megatron_sov.base.errors import UserError, first_line
+from megatron_sov.base.artifacts import create_file
+from megatron_sov.base.errors import UserError, first_error_line
 from megatron_sov.engine.parallel.world import run_on_each_rank
 
 NAME = "share_storage_ext"

@@ -31,7 +31,7 @@ from megatron_sov.engine.decode.cached_decoder import (
 from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model.cache_rows import CacheSize, CacheSpan
 from megatron_sov.engine.parallel import collectives
-from megatron_sov.engine.parallel.values import pack, unpack
+from megatron_sov.engine.parallel.values import flatten_tensors, unflatten_tensors
 from megatron_sov.infer.decoder.continuation import Continuation, RowItem, record_routes
 from megatron_sov.infer.decoder.sampling import (
     accept_sampled_drafts, compute_probabilities, count_greedy_matches, draw_tokens)
@@ -83,7 +83,7 @@ class DecodingBatch:
         """Run one row on all processes (collective); return whether any process had tokens to read."""
         items = self._next_row()
         # A process without sequences still takes part in the row: other processes may need its experts.
-        row_tokens = self._decoder.common_row_tokens(sum(len(i.span.tokens) for i in items))
+        row_tokens = self._decoder.agree_row_tokens(sum(len(i.span.tokens) for i in items))
         if not row_tokens:
             return False
         output = self._decoder.read([i.span for i in items], row_tokens)
@@ -96,7 +96,7 @@ class DecodingBatch:
         chosen = [i for i in items if i.places]
         written = self._choose_tokens(output, chosen)
         self._move_on(items, written)
-        if self._num_drafts and (items or self._decoder.predicts_together):
+        if self._num_drafts and (items or self._decoder.mtp_is_collective):
             self._draft_tokens(output, items)
         # From the last slot down: `_free_slot` moves the last sequence, which must be unfinished.
         for slot in [i.span.slot for i in reversed(chosen) if i.sequence.has_ended]:
@@ -266,7 +266,7 @@ class DecodingBatch:
             # `past`.
             places = [i.start + len(i.sequence.tokens) - 2 - i.span.past for i in active]
             guesses: list[torch.Tensor] = []
-            drafts_jointly = self._decoder.predicts_together and self._decoder.any_has(len(active))
+            drafts_jointly = self._decoder.mtp_is_collective and self._decoder.any_replica_has(len(active))
             for depth in range(self._num_drafts if active or drafts_jointly else 0):
                 if depth:
                     # For further drafts the layer reads its own states: one token per sequence, one position
@@ -372,32 +372,34 @@ class MegatronEngine:
         numbers = range(len(prompts)) if streams is None else streams
         limits = bounds.limits if bounds else [sampling.max_new_tokens] * len(prompts)
         stop = stop or StopRule()
-        rank, size = share_place()
+        rank, size = get_replica_rank()
         # Round-robin: processes differ by at most one sequence.
         sequences = [Continuation(i, list(map(int, prompts[i])), len(prompts[i]), limits[i],
                                   sampling, stop, numbers[i], encoder_inputs[i] if encoder_inputs else None)
                      for i in range(rank, len(prompts), size)]
         # The cache fits the sequences of this process.
         longest = max((s.prompt_tokens + s.limit for s in sequences), default=sampling.max_new_tokens)
-        slots = self._batching.slots(len(sequences), longest, self._model.model.architecture.count_state_tokens())
+        state_tokens = self._model.model.architecture.count_state_tokens()
+        slots = self._batching.slots(len(sequences), longest, state_tokens)
         cache = CacheSize(slots, longest, 1 + sampling.num_drafts)
         with CachedDecoder(self._model, cache, with_routes=sampling.with_routes) as decoder:
             run = DecodingBatch(decoder, cache, self._batching.prefill_tokens, sequences, sampling.num_drafts)
             # The first process decides when to stop: independent decisions would leave other processes in a
             # row.
             while run.decode_row() and not (bounds
-                                            and collectives.broadcast_from_first(bounds.should_stop())):
+                                            and collectives.broadcast_flag(bounds.should_stop())):
                 continue
         local_written: list[ScoredTokens] = [([], []) for _ in prompts]
         for sequence in sequences:
             local_written[sequence.index] = sequence.tokens[sequence.prompt_tokens:], sequence.logprobs
         # All processes need the same table width for the sum.
         num_local_tokens = max(len(tokens) for tokens, _ in local_written) if local_written else 0
-        width = int(over_shares(torch.tensor([num_local_tokens]), dist.ReduceOp.MAX)[0])
+        width = int(all_reduce_replicas(torch.tensor([num_local_tokens]), dist.ReduceOp.MAX)[0])
         # Each sequence is on one process and zero on the others, so the sum is its tokens.
         local = {"written": pack_tokens(local_written, width), "drafted": torch.tensor(run.drafted),
                  "accepted": torch.tensor(run.accepted)}
-        totals = unpack(over_shares(pack(local)), {name: tuple(value.shape) for name, value in local.items()})
+        shapes = {name: tuple(value.shape) for name, value in local.items()}
+        totals = unflatten_tensors(all_reduce_replicas(flatten_tensors(local)), shapes)
         written = unpack_tokens(totals["written"])
         lengths = [len(prompt) + len(tokens) for prompt, (tokens, _) in zip(prompts, written, strict=True)]
         routes = None if shape is None else _gather_routes(sequences, lengths, shape)
@@ -429,6 +431,6 @@ def _gather_routes(sequences: Sequence[Continuation], lengths: Sequence[int],
         if index in by_index:
             routes = by_index[index].join_routes(shape)
             route_bytes = torch.from_numpy(routes.reshape(len(routes), -1).view(np.uint8))
-        rows = over_shares(route_bytes).numpy().view(shape.dtype)
+        rows = all_reduce_replicas(route_bytes).numpy().view(shape.dtype)
         all_routes.append(rows.reshape(length - 1, shape.layers, shape.top_k))
     return all_routes

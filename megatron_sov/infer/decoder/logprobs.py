@@ -52,7 +52,7 @@ def compute_answer_logprobs(model: ForwardModel, questions: Sequence[AnswerChoic
         batching: memory limits.
         advance: called with the number of completed questions.
     """
-    bounds, (rank, size) = batching or Batching(), share_place()
+    bounds, (rank, size) = batching or Batching(), get_replica_rank()
     # The last token of an answer is not read.
     longest = max(len(q.prompt) + len(answer) for q in questions for answer in q.answers)
     # One slot holds the prompt, which is copied for its answers.
@@ -78,7 +78,7 @@ def compute_answer_logprobs(model: ForwardModel, questions: Sequence[AnswerChoic
                 last_done = step.answers[-1][0]
                 advance(size)
         logprobs = decoder.agree(logprobs)
-    table = over_shares(logprobs).tolist()
+    table = all_reduce_replicas(logprobs).tolist()
     return [[row[:len(answer)] for row, answer in zip(rows, q.answers, strict=False)]
             for rows, q in zip(table, questions, strict=True)]
 

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from megatron_sov.engine.decode.cached_decoder import CachedDecoder, over_shares, share_place
+from megatron_sov.engine.decode.cached_decoder import CachedDecoder, all_reduce_replicas, get_replica_rank
 from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model.cache_rows import CacheSize
 from megatron_sov.engine.parallel.values import broadcast_object
@@ -121,7 +121,7 @@ class _Live:
 
     def __init__(self, decoding: DecodingBatch, num_slots: int) -> None:
         self._decoding, self._num_slots = decoding, num_slots
-        self._rank, self._size = share_place()
+        self._rank, self._size = get_replica_rank()
         self._sequences: dict[int, _LiveSequence] = {}
         self._written: dict[int, int] = {}
 
@@ -172,7 +172,7 @@ class _Live:
             if place.continuation is not None and len(place.continuation.logprobs) > self._written[number]:
                 bits = torch.tensor([place.continuation.logprobs[-1]], dtype=torch.float64).view(torch.int64)
                 decode_row[:] = torch.tensor([1, place.continuation.tokens[-1], int(bits[0])])
-        table = over_shares(table)
+        table = all_reduce_replicas(table)
         logprobs = table[:, 2].contiguous().view(torch.float64).tolist()
         # Count 0: the sequence waits, or its prompt is still being read.
         written = {number: (token, logprob) for number, (count, token, _), logprob in zip(

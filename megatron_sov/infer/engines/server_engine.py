@@ -61,7 +61,7 @@ def parse_server_settings(engine: str, settings: Sequence[str], option: str) -> 
     Raises:
         UserError: a setting does not exist, is not supported by the engine, or contradicts another setting.
     """
-    servers = change(EngineServers(), list(settings), option)
+    servers = apply_changes(EngineServers(), list(settings), option)
     if problems := servers.problems() + servers.find_engine_problems(engine):
         raise SettingsError(option, problems)
     return servers

@@ -123,7 +123,7 @@ def open_as_checkpoint(target: Target) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="sov-target-") as folder:
         out = Path(folder) / "checkpoint"
         # In a subprocess, so that its memory is freed before the model is loaded.
-        code = launcher.apart(lambda: convert.from_hf(target.path, out))
+        code = launcher.run_in_fork(lambda: convert.from_hf(target.path, out))
         if code:
             raise SystemExit(code)
         yield out
@@ -146,7 +146,7 @@ def build_inference_config(checkpoint: Path, settings: Sequence[str], nproc: int
     """
     trained_config = read_checkpoint_settings(checkpoint)
     # The layout of the training run does not matter for inference.
-    train = dataclasses.replace(trained_config.train, precision=inference_precision(), num_threads=0,
+    train = dataclasses.replace(trained_config.train, precision=choose_inference_precision(), num_threads=0,
                                 deterministic=False)
     config = dataclasses.replace(trained_config, parallel=ParallelConfig(), train=train)
     config = apply_settings(config, settings, option)

@@ -20,13 +20,13 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert.sources import check_export, check_whole_model, list_ignored_prefixes
-from megatron_sov.engine.parallel.device import PRECISION, inference_precision
+from megatron_sov.engine.parallel.device import PRECISION, choose_inference_precision
 from megatron_sov.infer.decoder.sampling import derive_seed
 from megatron_sov.infer.engines.target import report_precision
 from megatron_sov.infer.request import (
     Batching, GenerationResult, NamedTensors, Sampling, StopRule, Tokens, WeightVersion, check_no_drafts,
     check_no_routes, check_no_rules)
-from megatron_sov.model.pretrained import load_pretrained, low_bit_options
+from megatron_sov.model.pretrained import find_low_bit_options, load_pretrained
 
 PAGE_TOKENS = 16
 """Tokens per page of transformers' cache."""
@@ -43,7 +43,7 @@ def load_configured_hf(folder: Path, settings: Sequence[str] = (), option: str =
     Raises:
         UserError: the precision does not exist.
     """
-    precision = [inference_precision(), *(setting.partition("=")[2] for setting in settings)][-1]
+    precision = [choose_inference_precision(), *(setting.partition("=")[2] for setting in settings)][-1]
     if precision not in PRECISION:
         raise UserError(f"{option} {settings[-1]}: must be one of {', '.join(PRECISION)}")
     report_precision(folder, "transformers", precision)
@@ -60,7 +60,7 @@ def load_hf(folder: Path, dtype: torch.dtype | None = None) -> Any:
     Raises:
         UserError: transformers cannot load the folder, or would initialize missing weights.
     """
-    dtype = dtype or PRECISION[inference_precision()]
+    dtype = dtype or PRECISION[choose_inference_precision()]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_export(folder)
     options = {"dtype": dtype, **find_low_bit_options(folder)}

@@ -240,8 +240,8 @@ class Family:
         # A field that the config map cannot write must have its common value, or exports would lose it.
         fixed = {name: value for name, value in COMMON_VALUES.items() if name not in self.varies}
         fixed |= self.structure
-        p = find_broken(model, "model", *(
-            (getattr(model, name) == value, name, f"must be {show(value)} in family '{self.name}'")
+        p = find_broken_rules(model, "model", *(
+            (getattr(model, name) == value, name, f"must be {format_setting(value)} in family '{self.name}'")
             for name, value in fixed.items()), (
                 not self.needs_shared_expert or model.num_shared_experts >= 1, "num_shared_experts",
                 f"must be at least 1 in family '{self.name}'"))

@@ -288,8 +288,8 @@ def _load_recipe(recipe: str) -> RunConfig:
     if "=" in recipe and not is_reference(recipe):
         raise UserError(f"{recipe}: is a setting in the place of RECIPE; write --set {shlex.quote(recipe)}, "
                         "and name a recipe (`megatron-sov recipes` lists them)")
-    if download(recipe) and ":" not in recipe:
-        close = nearest(recipe.rpartition("/")[2].lower(), recipes.names())
+    if suggest_download(recipe) and ":" not in recipe:
+        close = suggest_name(recipe.rpartition("/")[2].lower(), recipes.names())
         raise UserError(f"{recipe}: is a model name on the Hugging Face hub, not a recipe{close} "
                         "(`megatron-sov recipes` lists them); pass weights by --from HF_DIR")
     name = recipes.RECIPE_PLUGINS.load(recipe) if is_reference(recipe) else recipe

@@ -15,7 +15,7 @@ import numpy as np
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.chat.media_tokens import AUDIO, IMAGE, VIDEO, VocabularyBlock, find_media_token
-from megatron_sov.infer.asking import Asker
+from megatron_sov.infer.prompts import PromptEncoder
 from megatron_sov.model.config import AudioEncoderConfig, VisionEncoderConfig
 from megatron_sov.model.modality import (
     ENCODERS, PICTURES, SOUNDS, EncoderInputs, FeatureTokens, MediaEncoding, take_records)

@@ -273,7 +273,7 @@ def _training(stage: str, arguments: list[str], args: Any, has_gpus: bool | None
                                of_model=args.model_settings(None if stage == "extend" else objective,
                                                             has_gpus),
                                resumed=read_started_settings(args.run) if args.resume else None)
-    config = add_rounds(request.resolve_config()) if has_rounds else request.resolve_config()
+    config = add_rounds(request.config()) if has_rounds else request.config()
     run = args.run.absolute()
     # a job may start several times; without --resume its second start would refuse its own run
     argv = arguments if args.resume else [*arguments, "--resume"]

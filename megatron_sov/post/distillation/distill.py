@@ -126,7 +126,7 @@ class KeptTeacher:
         # Checksums read whole files, so each process verifies its share; all raise the same error.
         own = range(world.rank, len(files), world.size)
         damaged = next((i + 1 for i in own if find_file_damage(*files[i])), 0)
-        for number in collectives.of_all_ranks(float(damaged)):
+        for number in collectives.gather_numbers(float(damaged)):
             if number:
                 raise UserError(f"{find_file_damage(*files[int(number) - 1])}; make the states again with "
                                 "`megatron-sov distill states`")
@@ -137,7 +137,7 @@ class KeptTeacher:
 
     def at(self, batch: MicroBatch, head: Head, split: str = "train") -> Teacher:
         """See `RunTeacher.at`."""
-        pieces = context.pieces(len(batch.labels))
+        pieces = context.get_local_pieces(len(batch.labels))
         if self._asked.top_k:
             ids, logprobs = unpacked(self._read_rows(batch.origins, pieces, split))
             # A positive log-probability marks a missing output: `heard` gives it no weight, and 0 stays
@@ -153,7 +153,7 @@ class KeptTeacher:
         owners = torch.zeros(sum(end - first for first, end in pieces), dtype=torch.int64)
         for here, source, _, _, _ in _iter_overlaps(batch.origins, pieces):
             owners[here] = kinds.index(self._kind_of[source])
-        return SeveralTeachers(owners, teachers)
+        return TeachersByToken(owners, teachers)
 
     def heard(self, batch: MicroBatch, split: str = "train") -> torch.Tensor:
         """Return 0 for labels at which the teacher's tokens are not aligned; see `RunTeacher.heard`."""
@@ -277,10 +277,10 @@ class LiveTeacher:
     def at(self, batch: MicroBatch, head: Head, split: str = "train") -> Teacher:
         """See `RunTeacher.at`."""
         assert batch.said is not None and self._model is not None, "the teacher has not read the micro-batch"
-        outputs = context.local(batch.said)
+        outputs = context.select_local(batch.said)
         if top_k := self._asked.top_k:
             return TeacherTopK(outputs[:, :top_k].long(), outputs[:, top_k:], self._asked.keep_remainder)
-        weight = head_of(self._model.model, self._model.head_chunk_tokens).weight
+        weight = build_head(self._model.model, self._model.head_chunk_tokens).weight
         return TeacherStates(outputs, weight, self._config.model.logits_softcap)
 
     def heard(self, batch: MicroBatch, split: str = "train") -> torch.Tensor:

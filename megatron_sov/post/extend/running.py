@@ -197,7 +197,7 @@ class StageGate:
     def _measure(self, run: GateView) -> None:
         step = run.step
         result = self._needles.measure(run)
-        losses = evaluate_forward_model(Loaded(run.policy, run.config, run.world), self._short)
+        losses = evaluate_forward_model(LoadedModel(run.policy, run.config, run.world), self._short)
         # The first process knows the loss; zeros of the others make the sum its value everywhere.
         own = self._start_loss if run.world.is_main and self._start_loss is not None else 0.0
         start_loss = self._start_loss = float(collectives.all_reduce_world(

@@ -214,8 +214,8 @@ def _resolve_single_stage(request: RecipeRequest, trained_tokens: int, wanted: R
                              trained_tokens, new_tokens, _samples_per_rank(wanted, nproc))
     # Settings of an earlier run are resolved already, except for the architecture of the checkpoint.
     if request.from_file:
-        return request.resolve_config([s for s in longer if s.startswith("model.")])
-    return request.resolve_config([phase_setting(2 * trained_tokens), *longer])
+        return request.config([s for s in longer if s.startswith("model.")])
+    return request.config([phase_setting(2 * trained_tokens), *longer])
 
 
 def _resolve_stage(request: RecipeRequest, stage: ExtendStageConfig, model: ModelConfig,
@@ -228,10 +228,10 @@ def _resolve_stage(request: RecipeRequest, stage: ExtendStageConfig, model: Mode
         own.append(f"train.global_batch_size={stage.global_batch_size}")
     if stage.lr:
         own += [f"optim.lr={stage.lr}"]
-    first = request.resolve_config(own=own)
+    first = request.config(own=own)
     longer = length_settings(request.base, model, trained_tokens, stage.seq_len,
                              _samples_per_rank(first, nproc))
-    config = request.resolve_config(longer, own)
+    config = request.config(longer, own)
     size = config.train.global_batch_size
     # In this order: steps of the stage, its tokens, steps of the run.
     min_steps = stage.steps or math.ceil(stage.tokens / (size * stage.seq_len)) or config.num_steps()

@@ -142,7 +142,7 @@ def _run_ranks(stage: Stage, data: _Data, begin: _Begin, nproc: int | None) -> b
     stage.folder.clear_gate_failure()
     if stage.end_gate is not None:
         stage.end_gate.begin()
-    restarts = launcher.Restarts(stage.config.train.max_restarts,
+    restarts = launcher.RestartPolicy(stage.config.train.max_restarts,
                               lambda: checkpoints.latest_checkpoint(stage.folder.checkpoints),
                               partial(_note_restart, stage.folder, begin), partial(_note_giving_up, stage))
     try:
@@ -336,11 +336,11 @@ def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
     if stage.config.train.deterministic:
         device.enable_determinism()
     if on_gpu():
-        device.set_variables(stage.config)
+        device.set_run_variables(stage.config)
     latest = checkpoints.latest_checkpoint(stage.folder.checkpoints)
     faults = Faults(stage.faults, stage.folder.path, int(os.environ["RANK"]))
     faults.trigger("start", checkpoints.checkpoint_step(latest) if latest else 0)
-    place = world.join(stage.config.parallel, _bytes_of_own_gpu(stage.config))
+    place = world.join_world(stage.config.parallel, _bytes_of_own_gpu(stage.config))
     lock = RunLock(stage.folder.path) if place.is_main else None
     trainer: Trainer | None = None
     try:
@@ -408,10 +408,10 @@ def _lock(stage: Stage, lock: RunLock | None, begin: _Begin) -> None:
 def _own_checkpoint(stage: Stage, place: world.ParallelWorld) -> Path | None:
     """Return the newest sound checkpoint of the run, from which it goes on; None: it has none yet."""
     folder = stage.folder.checkpoints
-    on_main(place, lambda: checkpoints.delete_leftovers(folder))
+    run_on_main(place, lambda: checkpoints.delete_leftovers(folder))
     newest = newest_sound(stage.folder, place)
     if newest is None:
-        on_main(place, lambda: checkpoints.check_sound_checkpoint_exists(folder))
+        run_on_main(place, lambda: checkpoints.check_sound_checkpoint_exists(folder))
     return newest
 
 
@@ -419,7 +419,7 @@ def _restore(stage: Stage, trainer: Trainer, newest: Path | None) -> bool:
     """Load what the run starts from; returns whether it goes on from a checkpoint of its own."""
     start = newest or stage.start_from
     if stage.config.lora.on and start is not None:  # before it is read: its run may be pruning
-        on_main(trainer.world, lambda: checkpoints.protect_adapter_base(
+        run_on_main(trainer.world, lambda: checkpoints.protect_adapter_base(
             (checkpoints.read_adapter_base(start) or checkpoints.AdapterBase.from_checkpoint(start)).path))
     if newest is not None:
         if stage.start_from is not None:
@@ -454,13 +454,13 @@ def _finish(stage: Stage, trainer: Trainer) -> None:
     if stage.gate is not None and not stage.gate.passed:
         failure = stage.gate.failure()
         trainer.recorder.gate_failed(trainer.step, failure)
-        on_main(trainer.world, lambda: stage.folder.mark_gate_failed(failure))
+        run_on_main(trainer.world, lambda: stage.folder.mark_gate_failed(failure))
         return
     extra = stage.after(trainer) if stage.after is not None else {}
     last = stage.folder.checkpoint(trainer.step)
     # with a gate at the end the completion manifest waits for its verdict: chains look at that file alone
     end = stage.folder.complete if stage.end_gate is None else stage.folder.mark_awaiting_gate
-    on_main(trainer.world, lambda: end({
+    run_on_main(trainer.world, lambda: end({
         "step": trainer.step, "tokens": trainer.state.tokens, "wall_s": trainer.wall_s(),
         "checkpoint": f"{stage.folder.checkpoints.name}/{last.name}",
         "checkpoint_sha256": manifest_sha256(last), **extra}))

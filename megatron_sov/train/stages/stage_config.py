@@ -121,7 +121,7 @@ def parse_stage(args: StageOptions, objective: BuiltIn, *, needs_data: bool = Tr
 
     asked = stage_request(args, objective, needs_data=needs_data)
     stage: Stage | None = None if objective == "lm" else objective
-    mixed = with_mixed_phases(asked.resolve_config(), asked.base)
+    mixed = with_mixed_phases(asked.config(), asked.base)
     decides = {"validation": args.validation} if hasattr(args, "validation") else {}
     if formats := _refuse_data(args, mixed):
         decides["data"] = formats
@@ -195,7 +195,7 @@ def stage_request(args: StageOptions, objective: BuiltIn, *, needs_data: bool = 
                              of_model=args.model_settings(None if lengthens else objective))
     base = asked.base
     if packing.files:
-        config = asked.resolve_config()  # mistakes in the settings are named before anything is packed
+        config = asked.config()  # mistakes in the settings are named before anything is packed
         is_length_set = any(key.startswith("data.phases") for key in asked.said)
         if asked.is_model_only and is_length_set and (problems := config.position_problems()):
             raise SettingsError(f"recipe {config.recipe}", problems)
@@ -206,7 +206,7 @@ def stage_request(args: StageOptions, objective: BuiltIn, *, needs_data: bool = 
         warn_of_changed_files(args.run, () if shards else paths)
     base = dataclasses.replace(base, data=dataclasses.replace(base.data, paths=paths))
     if args.start_from is not None and not asked.is_model_only:
-        asked.resolve_config()  # mistakes in the settings are told before torch is imported for the checkpoint
+        asked.config()  # reports mistakes in the settings before torch is imported for the checkpoint
         base = dataclasses.replace(base, model=_model_of(args.start_from, asked))
     return dataclasses.replace(asked, base=base)
 

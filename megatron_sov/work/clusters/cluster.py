@@ -60,7 +60,7 @@ def _check_not_secret(name: str) -> Violation | None:
             "export it in the shell that submits: jobs inherit that") if SECRET_NAME.search(name) else None
 
 
-def _check_absolute_path(path: str) -> Breach | None:
+def _check_absolute_path(path: str) -> Violation | None:
     return (ProblemCode.BOUND, "must begin with /, because it is used verbatim",
             "where a variable names the folder, leave it out and export TMPDIR in a line of setup"
             ) if path and not path.startswith("/") else None

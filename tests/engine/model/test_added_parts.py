@@ -69,7 +69,7 @@ class Learning:
 
         self.config = config
         self.model = build_model(config.model, config.parallel, config.train, config.gpu, config.lora)
-        load.initialise(self.model, config.model, seed)
+        load.initialize_weights(self.model, config.model, seed)
         if config.lora.dora:
             for chunk in self.model.chunks:
                 chunk.adapters.set_magnitudes(chunk)
@@ -100,10 +100,10 @@ class Learning:
 
     def tensors(self, prefix: str = "adapter.") -> dict[str, Any]:
         """Gather whole tensors as nested lists on rank 0."""
-        from megatron_sov.checkpoint.gather import Gatherer
+        from megatron_sov.checkpoint.gather import TensorGatherer
         from megatron_sov.engine.model.local_shards import list_local_shards
 
-        gatherer = Gatherer([b for b in list_local_shards(self.model) if b.key.startswith(prefix)])
+        gatherer = TensorGatherer([b for b in list_local_shards(self.model) if b.key.startswith(prefix)])
         whole = {key: gatherer.gather(key) for key in gatherer.shapes()}
         return {key: t.tolist() for key, t in whole.items() if t is not None}
 

@@ -46,7 +46,7 @@ def initial(recipe: str, layout: dict[str, Any], folder: str, *, reference: bool
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
-    load.initialise(model, config.model, 11)
+    load.initialize_weights(model, config.model, 11)
     local = list_local_shards(model)
     file = Path(folder) / f"{recipe}.safetensors"
     if reference:
@@ -88,9 +88,9 @@ def with_threads(num_threads: int) -> dict[str, Any]:
             meeting.wait(600)  # otherwise one fast thread might generate all
         return normals(*args)
 
-    load.normals, load._CHUNK = noted, 1000
+    load.generate_normals, load._CHUNK = noted, 1000
     model = build_model(config.model, ParallelConfig(), config.train)
-    load.initialise(model, config.model, 11)
+    load.initialize_weights(model, config.model, 11)
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
     return {"digest": digest, "threads": len(threads)}
 

@@ -48,7 +48,7 @@ def replicas(layout: dict[str, int], flipped_on: list[int], expert: bool) -> lis
     config = apply_settings(recipes.get("tiny-solar-open"), ["model.vocab_size=368", "model.num_layers=1"])
     place = world.join_world(ParallelConfig(**layout))
     model = build_model(config.model, ParallelConfig(**layout), config.train)
-    load.initialise(model, config.model, 1)
+    load.initialize_weights(model, config.model, 1)
     found = [replica_checks.find_differing_replicas(model)]
     if place.rank in flipped_on:
         replica_checks.flip_bit(next(p for p in model.parameters()

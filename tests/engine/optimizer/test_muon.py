@@ -59,7 +59,7 @@ def gathered(model: Any, optimizer: Any) -> dict[str, Any]:
 
     import torch
 
-    from megatron_sov.checkpoint.gather import Gatherer
+    from megatron_sov.checkpoint.gather import TensorGatherer
     from megatron_sov.engine.model.local_shards import list_local_shards
 
     blocks = list_local_shards(model)

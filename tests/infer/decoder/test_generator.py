@@ -30,7 +30,7 @@ SETTINGS = ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "
 def continuations(layout: dict[str, Any], *, full: bool = False, pieces: bool = False,
                   family: str = "k-exaone", settings: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return the continuations of a random model, computed in several ways, on this process."""
-    from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
+    from megatron_sov.engine.decode.forward_only import DocumentBatch, ForwardModel
     from megatron_sov.engine.parallel import world
     from megatron_sov.infer import request
     from megatron_sov.infer.decoder.generator import MegatronEngine
@@ -182,14 +182,14 @@ def logprobs_of(layout: dict[str, Any], family: str, chosen: list[str]) -> dict[
 
     parallel = ParallelConfig(**layout)
     config = apply_settings(recipes.get(f"tiny-{family}"), [*FAMILIES[family], "train.precision=fp32"])
-    world.join(parallel)
-    model = build(config.model, parallel, config.train)
+    world.join_world(parallel)
+    model = build_model(config.model, parallel, config.train)
     load.initialize_weights(model, config.model, 1)
     policy = ForwardModel(model, 7)
 
     def trainers(row: list[int], temperature: float) -> torch.Tensor:
         """Return the log-probability of each token of a row except the first."""
-        batch = Inputs([row], torch.device("cpu"))
+        batch = DocumentBatch([row], torch.device("cpu"))
         if temperature not in (0, 1):
             logits = policy.logits(batch, torch.arange(len(row) - 1)).double() / temperature
             return logits.log_softmax(-1)[torch.arange(len(row) - 1), torch.tensor(row[1:])]
@@ -216,7 +216,7 @@ def logprobs_of(layout: dict[str, Any], family: str, chosen: list[str]) -> dict[
             "drafted": Sampling(NEW, num_drafts=drafts),
             "drafted T 1": Sampling(NEW, 1.0, seed=3, num_drafts=drafts)}
     found = {name: furthest(ways[name]) for name in chosen}
-    other = build(config.model, parallel, config.train)
+    other = build_model(config.model, parallel, config.train)
     load.initialize_weights(other, config.model, 2)
     engine = MegatronEngine(ForwardModel(other, 7))
     versions = []

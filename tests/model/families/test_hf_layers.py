@@ -161,7 +161,7 @@ def test_yarns_factor_is_in_the_scale_of_the_softmax_as_in_transformers() -> Non
                                  "full_attention") == pytest.approx(DeepseekV3Attention(theirs, 0).scaling)
     rotary = DeepseekV3RotaryEmbedding(theirs)
     assert rotary.attention_scaling == 1.0, "cosine and sine have no factor"
-    assert rotary.inv_freq.tolist() == pytest.approx(frequencies(model).tolist(), rel=1e-6)
+    assert rotary.inv_freq.tolist() == pytest.approx(compute_frequencies(model).tolist(), rel=1e-6)
     assert read_latent(models.get_family("deepseek_v3").to_hf_config(model, "float32", TokenIds())) == model
 
 

@@ -74,9 +74,9 @@ def curve(settings: list[str], folder: str) -> list[dict[str, Any]]:
 def publish(settings: list[str], rounds: str, store: str, prompts: str, tokenizer: str, version: str) -> str:
     """Publish the first round, a piece a shard; return what it lacks."""
     config = config_of(settings)
-    world.join(ParallelConfig())
+    world.join_world(ParallelConfig())
     shards.SHARD_TOKENS = 1
     told = Publisher(config=config, rounds=Path(rounds), store=Path(store), tokenizer=Path(tokenizer),
                      prompts=read_prompts(Path(prompts)), reward_version=version).publish(1)
-    world.leave()
+    world.leave_world()
     return told

@@ -41,7 +41,7 @@ ROLLOUT = RolloutConfig(rounds=2, prompts_per_round=3, samples_per_prompt=2, pie
 
 def settings_of(folder: Path, urls: tuple[str, ...] = (), servers: EngineServers | None = None
                 ) -> ServerSettings:
-    return ServerSettings(engine="vllm", start=folder, places=ServerPlaces(folder, urls), longest=8,
+    return ServerSettings(engine="vllm", start=folder, places=ServerLocations(folder, urls), longest=8,
                           servers=servers or EngineServers(), vocab_size=VOCAB, with_routes=False)
 
 

@@ -31,7 +31,7 @@ def evaluation(data: str, out: str | None, cp: int = 1, recipe: str = "tiny-sola
     if out is not None:
         load.save_checkpoint(Path(out), trainer.model, None, {"step": 0, "tokens": 0},
                              trainer.config.to_dict(), tokenizer_folder(trainer.sources))
-    world.leave()
+    world.leave_world()
     return results
 
 

@@ -27,7 +27,7 @@ from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.sealed import read_sealed_json, write_sealed_json
 from megatron_sov.base.settings import iter_leaves
 from megatron_sov.chat.vocabulary import TOKENIZER_JSON, tokenizer_digest
-from megatron_sov.engine.parallel.world import on_each, on_first
+from megatron_sov.engine.parallel.world import run_on_each_rank, run_on_first
 from megatron_sov.model.config import RunConfig
 from megatron_sov.post.rl.publish.advantages import (
     LEARNS as GROUP_LEARNS, GroupAdvantages, group_advantages, has_advantage, step_advantages)
@@ -92,21 +92,21 @@ class Publisher:
                 temperature, or the disk is full.
         """
         with contextlib.ExitStack() as building:
-            inputs = on_first(partial(self._find_inputs, number))
+            inputs = run_on_first(partial(self._find_inputs, number))
             if isinstance(inputs, str):
                 return inputs
             source = self._open_round(number, inputs)
-            shares = on_each(partial(self._gather, source, inputs))
-            plan = on_first(partial(self._plan, source, inputs, shares, building))
+            shares = run_on_each_rank(partial(self._gather, source, inputs))
+            plan = run_on_first(partial(self._plan, source, inputs, shares, building))
             if isinstance(plan, str):
                 return plan
             writer = self._writer
-            written_of_rank = on_each(lambda rank, size: [writer.write(plan.folder, shard)
+            written_of_rank = run_on_each_rank(lambda rank, size: [writer.write(plan.folder, shard)
                                                           for shard in plan.shards[rank::size]])
             # Rank r wrote the shards r, r + size, ...
             num_ranks = len(written_of_rank)
             written = [written_of_rank[i % num_ranks][i // num_ranks] for i in range(len(plan.shards))]
-            on_first(partial(self._complete, plan, written, building))
+            run_on_first(partial(self._complete, plan, written, building))
         return ""
 
     def check_store(self) -> None:
