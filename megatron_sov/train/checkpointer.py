@@ -269,7 +269,7 @@ class Checkpointer:
                           CheckpointMetadata(state, self._config.to_dict(), self._tokenizer, self._beside,
                                      self._carried),
                           # behind the rename: a crash while the new one is written must leave the one before
-                          then=lambda: checkpoints.prune_checkpoints(folder, settings.keep_checkpoints,
+                          on_complete=lambda: checkpoints.prune_checkpoints(folder, settings.keep_checkpoints,
                                                          settings.keep_every_steps),
                           wait=not settings.async_save)
 
