@@ -331,7 +331,7 @@ def test_a_small_file_that_stands_for_much_is_not_read(store: RolloutStore,
     bombs = {
         "has 51 rows, at most 50": (rollouts_table([rollout()] * 51, 100), False),
         "takes 0.0 GiB in memory": (big.set_column(at, big.schema.field(at), lists), True),
-        "repeats its values by a dictionary": (routes, True)}
+        "is dictionary-encoded": (routes, True)}
     for sentence, (table, dictionary) in bombs.items():
         foreign(store, table, dictionary)
         assert (store.path / "rollouts" / NAME / "rollouts.parquet").stat().st_size < 20_000

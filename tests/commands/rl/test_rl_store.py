@@ -132,7 +132,7 @@ BREAKS = {
                     ["rollouts.parquet has 4 bytes, must have"] * 2),
     "a rewards' flipped bit": (lambda s: flip(file_of(s, f"rewards/{VERSION[:12]}")),
                                ["rewards.parquet: its content differs"]),
-    "a stranger": (lambda s: (s.path / "rollouts/notes").mkdir(), ["rollouts/notes: is no part of the"]),
+    "a stranger": (lambda s: (s.path / "rollouts/notes").mkdir(), ["rollouts/notes: is not a part of the"]),
     "a key twice": (lambda s: add(s, part_name(2, 0), rollout("p0", 0)),
                     [r"round-0002-piece-0000/rollouts.parquet: row 0 has the key and the attempt of .*"
                      r"round-0001-piece-0000/rollouts.parquet: row 0$"]),

@@ -207,7 +207,7 @@ def test_needles_and_samples_are_the_newest(tmp_path: Path) -> None:
 
 
 def test_what_is_no_run_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no events.jsonl.*--run"):
+    with pytest.raises(UserError, match=r"contains no events.jsonl.*--run"):
         read_run(tmp_path / "missing")
     (tmp_path / "events.jsonl").touch()
     (tmp_path / "config.json").write_text('{"recipe": ')
