@@ -1,1 +1,1 @@
-"""What a model is, before anything computes: settings, families and their weight maps, recipes."""
+"""Run settings, model families with their weight maps, and recipes (no torch)."""

@@ -364,14 +364,12 @@ def setting_names() -> tuple[str, ...]:
 
 
 def iter_settings(cls: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
-    """Yield (dotted name, the field's class, whether nested settings follow) for all settings in `cls`.
-
-    Nested settings follow an optional group, and a list (settings of item 0).
-    """
-    hints = get_field_hints(cls)
-    for field_name in list_fields(cls):
-        name, inner = f"{prefix}{field_name}", get_inner_hint(cls, field_name)
-        items = get_inner_hint(inner, "0")
+    """Yield (dotted name, the field's class, whether nested settings follow), with settings in optional
+    groups and in lists (item 0) after the group or list."""
+    hints = hints_of(cls)
+    for field_name in fields_of(cls):
+        name, inner = f"{prefix}{field_name}", hint_below(cls, field_name)
+        items = hint_below(inner, "0")
         if dataclasses.is_dataclass(inner):
             if type(None) in get_args(hints[field_name]):  # an optional group can itself be set to null
                 yield name, cls, True
@@ -384,12 +382,11 @@ def iter_settings(cls: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]
 
 
 def find_settings(word: str, groups: Sequence[str] = ()) -> list[str]:
-    """Return the settings that a word without a group may mean, such as "lr".
-
-    Names known from other programs come first, else settings with this last part, shallow names first.
+    """Return the settings that a word without a group may mean: names known from other programs, else
+    settings with this last part, shallow names first.
 
     Args:
-        word: a setting's last part, or another program's name.
+        word: a setting's last part, or another program's name, such as "lr".
         groups: groups to sort first, e.g. "preference".
     """
     names = list(dict.fromkeys(setting.partition("=")[0] for setting in settings_called(word)))
@@ -467,10 +464,8 @@ def _scale_phase_tokens(raw: dict[str, Any], previous: RunConfig, changes: Mappi
 
 
 def _scale_min_lr(raw: dict[str, Any], previous: OptimConfig, changes: Mapping[str, Any]) -> None:
-    """Scale `optim.min_lr` with a changed `optim.lr` or schedule, if it is not set itself.
-
-    The ratio is the recipe's, or that of `OptimConfig` if the recipe's schedule is constant.
-    """
+    """Scale `optim.min_lr` with a changed `optim.lr` or schedule, by the recipe's ratio (for a constant
+    schedule, by that of `OptimConfig`)."""
     optim = raw["optim"]
     # `from_dict` rejects an invalid learning rate later.
     lr: Any = optim.get("lr") if isinstance(optim, dict) else None
@@ -554,11 +549,9 @@ def parse_data_paths(data: Sequence[str]) -> dict[str, float]:
     return paths
 
 
-
 def add_rounds(config: RunConfig) -> RunConfig:
-    """Return `config` with one phase per round of reinforcement learning.
-
-    `train.steps` follows from `rollout`, and the row length from the first phase. Idempotent.
+    """Return `config` with one phase per round; `train.steps` follows from `rollout`, the row length from the
+    first phase.
 
     Raises:
         UserError: no rounds, a row too short for the longest response, or a phase with its own learning rate.

@@ -1,1 +1,1 @@
-"""Model families: one small declaration each, and what they are made of."""
+"""Model families: declarations that map weights and config of a model to a Hugging Face folder."""
