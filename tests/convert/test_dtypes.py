@@ -20,7 +20,7 @@ def test_non_finite_value_is_found_at_any_position(dtype: torch.dtype, bad: floa
         tensor = torch.randn(1023).to(dtype)
         tensor[place] = bad
         with pytest.raises(UserError,
-                           match=f"source: w holds {'NaN' if bad != bad else 'infinity'} .1 of 1023 values"):
+                           match=f"source: w contains {'NaN' if bad != bad else 'infinity'} .1 of 1023 values"):
             convert_tensor(tensor, dtype, Path("source"), "w")
 
 
