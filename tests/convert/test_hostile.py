@@ -196,7 +196,8 @@ def _saved(value: Any) -> bytes:
     (_archive(b"\x80\x02]q\x00." + b"\0" * 70_000), "does not describe a tensor"),
     (_archive(b"\x80\x02]q\x00." + b"\0" * 2_000_000), "a member list of more"),
     (_archive(pickle.dumps([0] * 9000, 2), zipfile.ZIP_DEFLATED), "is compressed"),
-    (b"\0" * 3_000_000 + b"PK\5\6" + struct.pack("<4H2IH", 0, 0, 9, 9, 2_999_999, 0, 0), "a member list of more"),
+    (b"\0" * 3_000_000 + b"PK\5\6" + struct.pack("<4H2IH", 0, 0, 9, 9, 2_999_999, 0, 0),
+     "a member list of more"),
     (b"PK\5\6" + b"\xff" * 40, "not a torch.save archive"), (b"", "not a torch.save archive"),
 ])
 def test_malformed_stored_tensor_is_rejected(raw: bytes, sentence: str, tmp_path: Path) -> None:
@@ -260,9 +261,11 @@ def _of_backend(said: str) -> Callable[[Path], None]:
     (_index(_stored(relative_path="other.distcp")), "is missing"),
     (_index(lambda index: index.state_dict_metadata.pop(KEY)), "1 missing (decoder.final_layernorm.weight)"),
     (_link_outside, "is a link to"),
-    (_of_backend('{"sharded_backend": "zarr", "sharded_backend_version": 1}'), "'zarr' version 1 is not supported"
+    (_of_backend('{"sharded_backend": "zarr", "sharded_backend_version": 1}'),
+     "'zarr' version 1 is not supported"
                                                                                ""),
-    (_of_backend('{"sharded_backend": "torch_dist", "sharded_backend_version": 9}'), "version 9 is not supported"),
+    (_of_backend('{"sharded_backend": "torch_dist", "sharded_backend_version": 9}'),
+     "version 9 is not supported"),
     (lambda folder: (folder / "mp_rank_00").mkdir(parents=True), "files of single ranks"),
     (lambda folder: folder.mkdir(), "it is not a torch_dist checkpoint"),
 ])

@@ -300,7 +300,8 @@ def test_merge_rounds_once_to_the_written_dtype(case: str, tmp_path: Path,
     for dtype, spacing in SPACING.items():
         convert.to_hf(tmp_path / "adapter", tmp_path / dtype, dtype)
         warning = capfd.readouterr().err
-        assert ("of the adapter's own update; pass --dtype float32 to keep" in warning) == (dtype != "float32")
+        is_warned = "of the adapter's own update; pass --dtype float32 to keep" in warning
+        assert is_warned == (dtype != "float32")
         written = tensors_of(tmp_path / dtype)
         assert written.keys() == reference.keys()
         for name, tensor in written.items():
