@@ -111,20 +111,20 @@ def test_incompatible_checkpoints_are_not_averaged(experts: list[Path], solar_di
                                                    tmp_path: Path) -> None:
     convert.from_hf(solar_dir, tmp_path / "solar")
     refused("a mean needs at least two checkpoints", experts[0])
-    refused("model.family = solar_open, and .* has exaone_moe", experts[0], tmp_path / "solar")
+    refused("model.family = solar_open, but .* has exaone_moe", experts[0], tmp_path / "solar")
     shutil.copytree(experts[1], tmp_path / "renamed")
     other = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "b": 2}, unk_token="b"))
     other.save(str(tmp_path / "renamed/tokenizer/tokenizer.json"))
     refused("1 ids mean other tokens than in .*2: 'b' here, 'a' there", experts[0], tmp_path / "renamed")
     shutil.copytree(experts[1], tmp_path / "template")
     (tmp_path / "template/tokenizer/chat_template.jinja").write_text("{{ messages }}")
-    refused(r"template/tokenizer: chat_template.jinja .* differs from that of .*; only checkpoints of one "
-            "tokenizer can be averaged", experts[0], tmp_path / "template")
+    refused(r"template/tokenizer: chat_template.jinja .* differs from that of .*; only checkpoints with the "
+            "same tokenizer can be averaged", experts[0], tmp_path / "template")
     settings = read_manifest(experts[1]).settings
     with create_artifact(tmp_path / "adapter", "checkpoint") as artifact:
         artifact.content = {"step": 0, "base": {"path": str(experts[0]), "sha256": "0" * 64}}
         artifact.settings = settings
-    refused("holds an adapter of .*, and .* all weights", experts[0], tmp_path / "adapter")
+    refused("contains an adapter of .*, but .* contains all weights", experts[0], tmp_path / "adapter")
     with pytest.raises(UserError, match="its weight -1 must"):
         convert.average([(experts[0], 1.0), (experts[1], -1.0)], tmp_path / "never")
 
@@ -176,6 +176,6 @@ def test_choose_checkpoints_in_a_window_of_steps(tmp_path: Path, monkeypatch: py
     for arguments, sentence in (
             ((5,), r"--last 5: must be at least 2 and at most 4, the number of complete checkpoints of \S+$"),
             ((None, (35, None)), "has 1 complete checkpoints between steps 35 and the last, but a mean"),
-            ((None, (None, None), "ema", 0.0), "--decay 0.0: must lie above 0")):
+            ((None, (None, None), "ema", 0.0), "--decay 0.0: must be above 0")):
         with pytest.raises(UserError, match=sentence):
             choose_checkpoints(tmp_path, *arguments)  # type: ignore[arg-type]

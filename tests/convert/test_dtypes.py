@@ -19,8 +19,8 @@ def test_non_finite_value_is_found_at_any_position(dtype: torch.dtype, bad: floa
     for place in (0, 7, 31, 200, 1022):  # wherever it falls in the vectors that a processor takes at a time
         tensor = torch.randn(1023).to(dtype)
         tensor[place] = bad
-        with pytest.raises(UserError,
-                           match=f"source: w holds {'NaN' if bad != bad else 'infinity'} .1 of 1023 values"):
+        kind = "NaN" if bad != bad else "infinity"
+        with pytest.raises(UserError, match=f"source: w contains {kind} .1 of 1023 values"):
             convert_tensor(tensor, dtype, Path("source"), "w")
 
 

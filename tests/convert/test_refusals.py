@@ -223,7 +223,7 @@ def test_full_disk_during_writing_is_reported(action: str, sound: dict[str, Path
     def full(fd: int, raw: memoryview) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(safetensors_files, "_write", full)
+    monkeypatch.setattr(safetensors_files, "_write_bytes", full)
     with pytest.raises(UserError, match="device; free some space"):
         getattr(convert, action)(sound["hf" if action == "from_hf" else "ckpt"], tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -191,7 +191,7 @@ def test_equal_tied_head_is_not_converted(tmp_path: Path, capsys: pytest.Capture
     expected = load_file(folder / "model.safetensors")
     edit_tensors(folder, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
     back = round_trip(folder, tmp_path)
-    assert f"left out: {HEAD} (config.json ties it to {EMBEDDING}, which" in capsys.readouterr().err
+    assert f"not converted: {HEAD} (config.json ties it to {EMBEDDING}, which" in capsys.readouterr().err
     assert load_file(back / "model.safetensors").keys() == expected.keys()
     assert torch.equal(logits_of(back), logits_of(folder))
 

@@ -67,7 +67,7 @@ def test_result_has_finish_reasons_and_version() -> None:
     found = GenerationResult.of(written, Sampling(2, 0.7), stop, 4)
     assert found.finish_reasons == ["stop", "length", "length"]
     assert (found.temperature, found.version) == (0.7, 4)
-    with pytest.raises(ValueError, match="engine wrote 2 tokens"):
+    with pytest.raises(ValueError, match="engine returned 2 tokens"):
         GenerationResult.of([([1, 9], [-0.5])], Sampling(2), stop, 4)
 
 
