@@ -160,7 +160,7 @@ class Reference:
         # The identity is written before the first part, whose checksum includes it.
         on_main(model.world, self._open)
         # Rank 0 decides: processes with different lists would wait in a collective forever.
-        todo, num_tokens = on_main(model.world, self._missing), 0
+        todo, num_tokens = on_main(model.world, self._find_missing), 0
         with create_bar("reference", len(todo), "part", model.world.is_main) as bar:
             for name, part in todo:
                 parts = self._parts[name]

@@ -61,7 +61,7 @@ class MeasuredCheckpoint:
         return fmean(self.solved[k].values())
 
     def row(self, ks: Sequence[int]) -> dict[str, Any]:
-        row = {"checkpoint": self.checkpoint, "domain": self.domain}
+        row: dict[str, Any] = {"checkpoint": self.checkpoint, "domain": self.domain}
         for name in ("num_prompts", "num_unscored", "mean_reward", "share_at_limit"):
             row[name] = self.figures.get(name)
         return {**row, "pass_at_k": [e for e in self.figures["pass_at_k"] if e["k"] in ks]}
