@@ -13,7 +13,7 @@ DISTRIBUTED = runpy.run_path(str(ROOT / "megatron_sov/version.py"))
 DATA_FILES = ("j2", "css", "js", "json", "jsonl", "yaml", "sh", "sbatch", "md")
 
 INSTALL_REQUIRES = [
-    "torch>=2.6",
+    "torch>=2.11,<2.15",  # tried: 2.11 on a GPU, 2.13 of the lock, first losses and engine tests on 2.14
     "megatron-core==0.19.2",  # Python 3.11: docs/install.md
     "numpy",
     "cloudpickle",

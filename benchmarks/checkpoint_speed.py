@@ -27,11 +27,11 @@ from pathlib import Path
 
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import read_manifest
-from megatron_sov.base.digests import file_digest
+from megatron_sov.base.digests import hash_file
 from megatron_sov.checkpoint import load
 from megatron_sov.engine.parallel import cpu_shims, launcher, world
 from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
-from megatron_sov.model.families.count import num_params
+from megatron_sov.model.families.count import count_params
 
 BYTES_PER_PARAMETER = 12
 """Weight and two moments in float32."""
@@ -46,7 +46,7 @@ def config_of(num_bytes: float) -> RunConfig:
     config = apply_settings(recipes.get("tiny-solar-open"), [
         "train.precision=fp32", "model.vocab_size=8192", "model.hidden_size=256", "model.num_layers=4"])
     width = 64
-    while num_params(config.model).total * BYTES_PER_PARAMETER < num_bytes:
+    while count_params(config.model).total * BYTES_PER_PARAMETER < num_bytes:
         width += 64
         config = apply_settings(config, [f"model.expert_ffn_dim={width}"])
     return config
@@ -61,7 +61,7 @@ def copy(source: Path, target: Path, name: str) -> None:
         os.fsync(fd)
         os.close(fd)
     for file in files if "blake3" in name else ():
-        file_digest(file)
+        hash_file(file)
     if "openssl" in name:
         subprocess.run(["openssl", "dgst", "-sha256", *map(str, files)], check=True,
                        stdout=subprocess.DEVNULL)
@@ -79,20 +79,20 @@ def measure(folder: Path, config: RunConfig, rounds: int) -> int:
     import torch
     import torch.distributed as dist
 
-    from megatron_sov.checkpoint.save import Companions, Saved, Saver
-    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.checkpoint.save import CheckpointMetadata, CheckpointSaver, SavedCheckpoint
+    from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.optimizer.optimizer import Optimizer
 
-    place = world.join(ParallelConfig())
-    model = build(config.model, config.parallel, config.train)
-    load.initialise(model, config.model, 1)
+    place = world.join_world(ParallelConfig())
+    model = build_model(config.model, config.parallel, config.train)
+    load.initialize_weights(model, config.model, 1)
     optimizer = Optimizer(model, config.optim)
     for block in optimizer.state_shards():
         with torch.no_grad():
             block.data.normal_()
-    saved = list[Saved]()
-    saver, waiting = Saver(saved.append), Saver(saved.append)  # a run has one of them
-    companions = Companions({"step": 1, "tokens": 1, "num_updates": 1}, {}, None)
+    saved = list[SavedCheckpoint]()
+    saver, waiting = CheckpointSaver(saved.append), CheckpointSaver(saved.append)  # a run has one of them
+    companions = CheckpointMetadata({"step": 1, "tokens": 1, "num_updates": 1}, {}, None)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in MEASURES}
 
     def timed(name: str, action: Callable[[], object]) -> None:
@@ -106,7 +106,7 @@ def measure(folder: Path, config: RunConfig, rounds: int) -> int:
         saver.begin(folder / name, model, optimizer, companions)
 
     def save_waiting(name: str) -> None:
-        waiting.begin(folder / name, model, optimizer, companions, waits=True)
+        waiting.begin(folder / name, model, optimizer, companions, wait=True)
         waiting.finish()
 
     begin("step-0")  # takes the memory, which later ones have
@@ -121,14 +121,14 @@ def measure(folder: Path, config: RunConfig, rounds: int) -> int:
         timed(SAVE, lambda: save_waiting("step-1"))
         timed(STALL, lambda: begin("step-2"))
         saver.finish()
-        timed(CHECK, lambda: load.damage(path))
+        timed(CHECK, lambda: load.find_damage(path))
         timed(LOAD, lambda: (load.load_model(path, model), load.load_optimizer(path, optimizer, 1)))
         for old in ("step-1", "step-2") if place.is_main else ():
             shutil.rmtree(folder / old)
     if place.is_main:
         (folder / "seconds.json").write_text(json.dumps({"bytes": num_bytes, "seconds": seconds}))
     dist.barrier()
-    world.leave()
+    world.leave_world()
     return 0
 
 
@@ -152,7 +152,7 @@ def main() -> int:
     cpu_shims.prepare_megatron()
     config = config_of(args.megabytes * 1e6)
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-        code = launcher.launch(lambda: measure(Path(folder), config, args.rounds), args.nproc, 1)
+        code = launcher.launch_ranks(lambda: measure(Path(folder), config, args.rounds), args.nproc, 1)
         if code:
             return code
         found = json.loads((Path(folder) / "seconds.json").read_text())

@@ -31,9 +31,9 @@ HASH = """
 import sys
 from pathlib import Path
 sys.path[:0] = sys.argv[2].split(":")
-from megatron_sov.base.digests import file_digest
+from megatron_sov.base.digests import hash_file
 for file in Path(sys.argv[1]).rglob("*"):
-    file.is_file() and file_digest(file)
+    file.is_file() and hash_file(file)
 """
 IDLE = "import megatron_sov.convert.hf_export, megatron_sov.convert.hf_import"
 CONVERT = """
@@ -48,14 +48,14 @@ from pathlib import Path
 import torch
 from megatron_sov import convert, recipes
 from megatron_sov.convert.hf_import import plan_shards, write_files
-from megatron_sov.checkpoint.writer import TensorSpec
+from megatron_sov.checkpoint.safetensors_files import TensorSpec
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
 folder, size_bytes = Path(sys.argv[1]), float(sys.argv[2])
 big = recipes.get("solar-open-102b").model
 model = dataclasses.replace(big, hidden_size=2048, num_heads=16, num_kv_heads=4, num_experts=64,
                             expert_ffn_dim=640, num_layers=1, vocab_size=65536)
-family = models.get(model.family)
+family = models.get_family(model.family)
 def specs(model):
     return [TensorSpec(name, shape, torch.float32 if link.fp32 else torch.bfloat16)
             for link in family.links(model) for name, shape in link.hf_shapes().items()]

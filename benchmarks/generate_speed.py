@@ -72,7 +72,7 @@ def main() -> None:
         f"model.vocab_size={VOCAB}", f"model.num_layers={args.layers}", "model.mtp_loss_coeff=0.3",
         f"train.steps={args.steps}", "train.tokens=0", "train.global_batch_size=8",
         "train.micro_batch_size=8", 'data.phases=[{"name": "sentences", "seq_len": 128}]'])
-    place = world.join(config.parallel)
+    place = world.join_world(config.parallel)
     with tempfile.TemporaryDirectory() as folder:
         documents = write_text(Path(folder) / "text")
         source = Source("sentences", None, "text", {}, {"train": documents.size}, 1.0,
@@ -94,7 +94,7 @@ def main() -> None:
                 _compare(lambda k, p=prompts, s=sampling: engine.generate(
                     p, replace(s, num_drafts=k)),  # type: ignore[misc]
                          args.rounds, batch, "greedy" if sampling.temperature == 0 else "T 0.8, p 0.95")
-    world.leave()
+    world.leave_world()
 
 
 def _compare(run, rounds: int, batch: int, label: str) -> None:  # type: ignore[no-untyped-def]

@@ -152,7 +152,7 @@ def over_another_group(at: Any) -> Iterator[list[int]]:
     real, moved = simulated_world.SimulatedGroup._call, list[int]()
 
     def call(group: Any, kind: str, part: Any, work: Any) -> Any:
-        if simulated_messages.site_of(kind, group._description) == at:
+        if simulated_messages.find_call_site(kind, group._description) == at:
             for other in distributed_c10d._world.pg_map:
                 if other.size() == group.size() and other._members != group._members:
                     moved.append(group._rank)

@@ -82,7 +82,7 @@ def step(config: RunConfig, folder: Path) -> None:
     from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 
-    place = world.join(config.parallel)
+    place = world.join_world(config.parallel)
     tokens = config.data.phases[0].seq_len
     before, start = resident_bytes("VmRSS"), time.perf_counter()
     source = Source("long", None, "text", {}, {"train": 2 * tokens}, 1.0,
@@ -93,7 +93,7 @@ def step(config: RunConfig, folder: Path) -> None:
     grown, seconds = resident_bytes("VmHWM") - before, time.perf_counter() - start
     np.save(folder / f"{place.rank}.npy", np.array([before, grown, seconds, result.loss]))
     trainer.close()
-    world.leave()
+    world.leave_world()
 
 
 def measured(config: RunConfig) -> tuple[float, float, float, float]:
@@ -104,7 +104,7 @@ def measured(config: RunConfig) -> tuple[float, float, float, float]:
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if code := launcher.launch(lambda: step(config, folder), NPROC, num_threads=1):
+        if code := launcher.launch_ranks(lambda: step(config, folder), NPROC, num_threads=1):
             raise SystemExit(code)
         rows = [np.load(folder / f"{rank}.npy") for rank in range(NPROC)]
     before, grown, seconds, loss = max(rows, key=lambda row: row[1]).tolist()

@@ -98,21 +98,21 @@ def same_model_step(config: RunConfig, place: world.ParallelWorld, source: Sourc
     from megatron_sov.checkpoint import load
     from megatron_sov.engine.decode import forward_only
     from megatron_sov.engine.model.expert_load import ExpertLoad
-    from megatron_sov.engine.model.language_model import build
-    from megatron_sov.engine.model.logprobs import head_of
+    from megatron_sov.engine.model.language_model import build_model
+    from megatron_sov.engine.model.logprobs import build_head
     from megatron_sov.engine.optimizer.optimizer import Optimizer
 
-    model = build(config.model, config.parallel, config.train)
-    load.initialise(model, config.model, config.train.seed)
+    model = build_model(config.model, config.parallel, config.train)
+    load.initialize_weights(model, config.model, config.train.seed)
     optimizer = Optimizer(model, config.optim)
-    model.config.finalize_model_grads_func = ExpertLoad(model).finalize
+    model.config.finalize_model_grads_func = ExpertLoad(model).finalize_gradients
     ready = itertools.cycle(ready_batches(config, place, source))
     num_sequences = config.train.global_batch_size
     routing = model.config.routing_step
     routing.seq_len, routing.num_sequences = SEQ_LEN, num_sequences
 
     def loss(hidden: Any, batch: Any) -> tuple[Any, Any]:
-        head = head_of(model, config.train.head_chunk_tokens)
+        head = build_head(model, config.train.head_chunk_tokens)
         sums, _ = head.cross_entropy(hidden, batch.labels, {"lm": batch.weights})
         total = sums["lm"] / (num_sequences * SEQ_LEN)
         return total, total.detach()
@@ -140,10 +140,10 @@ def stock_step(config: RunConfig, place: world.ParallelWorld) -> Callable[[], No
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_sov.engine.model.specs import transformer_config
+    from megatron_sov.engine.model.specs import build_transformer_config
     from megatron_sov.engine.parallel.collectives import all_reduce_dp
 
-    library = transformer_config(config.model, config.parallel, config.train)
+    library = build_transformer_config(config.model, config.parallel, config.train)
     spec = get_gpt_decoder_block_spec(library, use_transformer_engine=False, normalization="RMSNorm")
     model = GPTModel(library, spec, VOCAB_SIZE, SEQ_LEN, position_embedding_type="rope")
     generator = torch.Generator().manual_seed(place.rank)
@@ -225,7 +225,7 @@ def measure_transformers(turns: int, folder: Path, kind: str) -> None:
         *SETTINGS[:1], "model.hidden_size=320", "model.num_layers=6", "model.num_heads=5",
         "model.head_dim=64", *SETTINGS[4:5], "train.global_batch_size=2", "train.micro_batch_size=2",
         *SETTINGS[7:], "train.precision=fp32", *sizes])
-    place = world.join(config.parallel)
+    place = world.join_world(config.parallel)
     source = Source("web", None, "text", {}, {"train": NUM_DOCUMENTS * DOCUMENT_TOKENS}, 1.0,
                     ShardChain([folder / "train"]))
     steps = {"ours": our_step(config, place, source, folder / kind),
@@ -238,7 +238,7 @@ def measure_transformers(turns: int, folder: Path, kind: str) -> None:
             step()
             if turn >= WARMUP_TURNS:
                 taken[name].append(time.process_time() - began)
-    world.leave()
+    world.leave_world()
     ratios = {name: statistics.median(a / b for a, b in zip(taken[name], taken["transformers"], strict=True))
               for name in ("ours", "same")}
     figures = "".join(f"{name}: {1e3 * statistics.median(t):8.1f} CPU ms a step   "
@@ -250,7 +250,7 @@ def measure_transformers(turns: int, folder: Path, kind: str) -> None:
 def measure(turns: int, folder: Path) -> None:
     """Take turns and print a table; runs on every rank."""
     config = apply_settings(recipes.get("tiny-solar-open"), SETTINGS)
-    place = world.join(config.parallel)
+    place = world.join_world(config.parallel)
     source = Source("web", None, "text", {}, {"train": NUM_DOCUMENTS * DOCUMENT_TOKENS}, 1.0,
                     ShardChain([folder / "train"]))
     steps = {"ours": our_step(config, place, source, folder), "same": same_model_step(config, place, source),
@@ -264,7 +264,7 @@ def measure(turns: int, folder: Path) -> None:
             if turn >= WARMUP_TURNS:
                 times[name].append(time.perf_counter() - start)
                 cpu_times[name].append(time.process_time() - cpu_start)
-    world.leave()
+    world.leave_world()
     if place.is_main:
         print(f"\n{place.size} process(es), {turns} steps of {config.train.global_batch_size} x "
               f"{SEQ_LEN} tokens each")
@@ -292,7 +292,7 @@ def on_one_and_more(measure: Callable[[int, Path], None], description: str | Non
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             write_shard(folder)
-            if launcher.launch(lambda folder=folder: measure(args.turns, folder), nproc, num_threads=1):
+            if launcher.launch_ranks(lambda folder=folder: measure(args.turns, folder), nproc, num_threads=1):
                 sys.exit(1)
 
 
@@ -306,7 +306,8 @@ def beside_transformers(turns: int) -> None:
         folder = Path(name)
         write_shard(folder)
         for kind in BESIDE:
-            if launcher.launch(lambda kind=kind: measure_transformers(turns, folder, kind), 1, num_threads=1):
+            if launcher.launch_ranks(lambda kind=kind: measure_transformers(turns, folder, kind), 1,
+                                     num_threads=1):
                 sys.exit(1)
 
 

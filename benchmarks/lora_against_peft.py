@@ -79,24 +79,24 @@ def ours(base: Path, config: RunConfig, tokens: Any) -> tuple[Way, Any, Any]:
     """Return our way, its model and its optimizer."""
     from megatron_sov.checkpoint import load
     from megatron_sov.engine.decode import forward_only
-    from megatron_sov.engine.decode.forward_only import Inputs
+    from megatron_sov.engine.decode.forward_only import DocumentBatch
     from megatron_sov.engine.model.expert_load import ExpertLoad
-    from megatron_sov.engine.model.language_model import build
-    from megatron_sov.engine.model.logprobs import head_of
+    from megatron_sov.engine.model.language_model import build_model
+    from megatron_sov.engine.model.logprobs import build_head
     from megatron_sov.engine.optimizer.optimizer import Optimizer
-    from megatron_sov.engine.parallel.device import local_device
+    from megatron_sov.engine.parallel.device import get_local_device
 
-    model = build(config.model, config.parallel, config.train, config.gpu, config.lora)
-    load.initialise(model, config.model, 1)
+    model = build_model(config.model, config.parallel, config.train, config.gpu, config.lora)
+    load.initialize_weights(model, config.model, 1)
     load.load_model(base, model)
     optimizer = Optimizer(model, config.optim)
-    model.config.finalize_model_grads_func = ExpertLoad(model).finalize
-    batch = type("Batch", (), {"inputs": Inputs([tokens[:-1].tolist()], local_device()).inputs})
+    model.config.finalize_model_grads_func = ExpertLoad(model).finalize_gradients
+    batch = type("Batch", (), {"inputs": DocumentBatch([tokens[:-1].tolist()], get_local_device()).inputs})
 
     def loss(hidden: Any, _: Any) -> tuple[Any, Any]:
         import torch
 
-        sums, _ = head_of(model, TOKENS).cross_entropy(hidden, tokens[1:], {"lm": torch.ones(TOKENS)})
+        sums, _ = build_head(model, TOKENS).cross_entropy(hidden, tokens[1:], {"lm": torch.ones(TOKENS)})
         return sums["lm"] / TOKENS, sums["lm"].detach() / TOKENS
 
     def step() -> float:
@@ -153,22 +153,23 @@ def measure(turns: int) -> None:
     from megatron_sov import convert
     from megatron_sov.checkpoint import load
     from megatron_sov.convert.peft import to_peft
-    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.model.language_model import build_model
 
     full = apply_settings(recipes.get("tiny-qwen3"), SIZES)
     adapted = apply_settings(full, [f"lora.rank={RANK}", f"lora.alpha={ALPHA}"])
-    world.join(full.parallel)
+    world.join_world(full.parallel)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = build(full.model, full.parallel, full.train)
-        load.initialise(model, full.model, 1)
-        load.save(folder / "base", model, None, {"step": 0, "tokens": 0}, full.to_dict(), None)
+        model = build_model(full.model, full.parallel, full.train)
+        load.initialize_weights(model, full.model, 1)
+        load.save_checkpoint(folder / "base", model, None, {"step": 0, "tokens": 0}, full.to_dict(), None)
         convert.to_hf(folder / "base", folder / "hf")
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(full.model.vocab_size, (TOKENS + 1,), generator=generator)
         lora, lora_model, lora_optimizer = ours(folder / "base", adapted, tokens)
         whole, whole_model, whole_optimizer = ours(folder / "base", full, tokens)
-        load.save(folder / "begin", lora_model, None, {"step": 0, "tokens": 0}, adapted.to_dict(), None)
+        load.save_checkpoint(folder / "begin", lora_model, None, {"step": 0, "tokens": 0},
+                             adapted.to_dict(), None)
         to_peft(folder / "begin", folder / "peft")
 
         def loaded() -> Any:
@@ -181,12 +182,13 @@ def measure(turns: int) -> None:
         sizes = {}
         for kind, its_model, optimizer, config in (("LoRA", lora_model, lora_optimizer, adapted),
                                                    ("full", whole_model, whole_optimizer, full)):
-            load.save(folder / kind, its_model, optimizer, {"step": 1, "tokens": 1}, config.to_dict(), None)
+            load.save_checkpoint(folder / kind, its_model, optimizer, {"step": 1, "tokens": 1},
+                                 config.to_dict(), None)
             sizes[kind] = folder_bytes(folder / kind)
         print(f"\ncheckpoint with the optimizer's state: LoRA {sizes['LoRA'] / MIB:.2f} MiB, full "
               f"{sizes['full'] / MIB:.2f} MiB ({sizes['full'] / sizes['LoRA']:.1f} times as much); PEFT's "
               f"folder {folder_bytes(folder / 'peft') / MIB:.2f} MiB, without such state")
-    world.leave()
+    world.leave_world()
 
 
 def table(ways: dict[str, Way], turns: int) -> None:
@@ -220,7 +222,7 @@ def main() -> None:
     cpu_shims.prepare_megatron()
     print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the start), "
           f"Python {platform.python_version()}", flush=True)
-    sys.exit(launcher.launch(lambda: measure(args.turns), 1, num_threads=1))
+    sys.exit(launcher.launch_ranks(lambda: measure(args.turns), 1, num_threads=1))
 
 
 if __name__ == "__main__":

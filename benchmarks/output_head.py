@@ -36,7 +36,7 @@ def measure(way: str, tokens: int, chunk_tokens: int, dtype: str) -> None:
     from megatron_sov.engine.model.logprobs import Head
     from megatron_sov.model.config import ParallelConfig
 
-    world.join(ParallelConfig())
+    world.join_world(ParallelConfig())
     random = torch.Generator().manual_seed(0)
     weight = (0.02 * torch.randn(VOCAB_SIZE, HIDDEN, generator=random)).to(getattr(torch, dtype))
     hidden = torch.randn(tokens, 1, HIDDEN, generator=random).to(weight.dtype)
@@ -56,7 +56,7 @@ def measure(way: str, tokens: int, chunk_tokens: int, dtype: str) -> None:
     print(f"{way:<12}{dtype:<10}{tokens:>7}{chunk_tokens if way != 'library' else tokens:>7}"
           f"{min(cpu_ms):>9.0f}{statistics.median(cpu_ms):>9.0f}{grown_mib:>10.0f}   "
           + " ".join(f"{value:.6g}" for value in found), flush=True)
-    world.leave()
+    world.leave_world()
 
 
 def summed(way: str, head: Any, hidden: Any, labels: Any) -> Any:
@@ -81,8 +81,8 @@ def main() -> None:
           "loss, gradient norms (hidden, weight)", flush=True)
     for tokens, chunk_tokens, dtype in CASES:
         for way in WAYS:
-            if launcher.launch(lambda w=way, t=tokens, c=chunk_tokens, d=dtype: measure(w, t, c, d), 1,
-                            num_threads=1):
+            if launcher.launch_ranks(lambda w=way, t=tokens, c=chunk_tokens, d=dtype: measure(w, t, c, d), 1,
+                                     num_threads=1):
                 sys.exit(1)
 
 

@@ -160,7 +160,7 @@ def saved_bytes(config: RunConfig, folder: Path) -> tuple[int, int]:
     from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 
-    place = world.join(config.parallel)
+    place = world.join_world(config.parallel)
     tokens = config.data.phases[0].seq_len
     source = Source("long", None, "text", {}, {"train": 2 * tokens * config.train.global_batch_size}, 1.0,
                     made=OneDocument(tokens, config.model.vocab_size))
@@ -170,7 +170,7 @@ def saved_bytes(config: RunConfig, folder: Path) -> tuple[int, int]:
         trainer.update()
     found = parallel_state.get_pipeline_model_parallel_rank(), counter.most
     trainer.close()
-    world.leave()
+    world.leave_world()
     return found
 
 
@@ -191,7 +191,7 @@ def measured(case: Case) -> list[tuple[int, int]]:
             (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
             return 0
 
-        if code := launcher.launch(rank, case.nproc, num_threads=1):
+        if code := launcher.launch_ranks(rank, case.nproc, num_threads=1):
             raise SystemExit(code)
         return [tuple(json.loads((folder / f"{r}.json").read_text())) for r in range(case.nproc)]
 

@@ -32,8 +32,8 @@ from megatron_sov.plan.footprint.states import StageBuffers, StatePlace, States
 
 DOUBLE = Path(__file__).parents[1] / "tests" / "te_double"
 PATTERNS = ("*router.weight", "embedding.*", "decoder.layers.0.*", "*experts.linear_fc2.weight",
-"*norm.weight",
-            "*.linear_qkv.weight", "output_layer.weight")
+            "*norm.weight",
+                        "*.linear_qkv.weight", "output_layer.weight")
 """Names of parameters that are frozen, or that AdamW updates beside Muon."""
 TARGETS = ("all-linear", "q_proj", "o_proj", "experts", "lm_head", "embed_tokens", "gate_proj", "down_proj")
 LARGEST = 4096
@@ -158,12 +158,12 @@ def said(layout: Drawn, stage: int, place: StatePlace) -> States:
 def compared(numbers: list[int], seed: int) -> list[dict[str, object]]:
     """Return what is built and what is said, for each layout; needs a process that has not imported
     megatron's groups yet."""
-    from megatron_sov.engine.optimizer.meta import build_on_meta
+    from megatron_sov.engine.optimizer.meta import count_process_memory
 
     rows = []
     for number in numbers:
         layout = draw(number, seed)
-        made = build_on_meta(layout.config, layout.num_ranks, layout.rank)
+        made = count_process_memory(layout.config, layout.num_ranks, layout.rank)
         rows.append({"number": number, "built": dataclasses.asdict(made.states), "said": dataclasses.asdict(
             said(layout, made.stage, made.place)), "stage": made.stage})
     return rows
@@ -181,7 +181,7 @@ def worker(numbers: list[int], seed: int, double: bool) -> None:
 
     if double:
         specs.on_gpu = lambda: True
-        specs.transformer_engine_serves = lambda dtype: True
+        specs.needs_transformer_engine = lambda dtype: True
     for number in numbers:
         print(json.dumps(compared([number], seed)[0]), flush=True)
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from plan_fit import PRIORS, Sample, error, fit
 
-from megatron_sov.base.artifacts import to_json, write_output
+from megatron_sov.base.artifacts import format_json, write_output
 from megatron_sov.plan.speed.parameters import Parameters, default
 from megatron_sov.plan.speed.workload import ModelShape, Workload
 from megatron_sov.work.clusters.chips import default_links, find_chip
@@ -205,7 +205,7 @@ def write(p: Parameters, count: int, inside: Mapping[int, float], errors: Mappin
               for name, found in (("fitted", inside), ("source_left_out", errors))}
     provenance = {"script": "benchmarks/plan_calibration.py", "data": "benchmarks/data/published_runs.jsonl",
                   "rows": count, "median_error": median}
-    write_output(PACKAGED, to_json({"parameters": _rounded(vars(p)), "provenance": provenance}) + "\n")
+    write_output(PACKAGED, format_json({"parameters": _rounded(vars(p)), "provenance": provenance}) + "\n")
 
 
 def _rounded(found: object) -> object:

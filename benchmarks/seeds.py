@@ -6,14 +6,14 @@ import math
 from collections.abc import Sequence
 from statistics import fmean, stdev
 
-from megatron_sov.eval.statistics import CONFIDENCE, student_quantile
+from megatron_sov.eval.statistics import CONFIDENCE, compute_student_quantile
 
 
 def half_width(values: Sequence[float]) -> float:
     """Return half of the interval of Student's t around the mean of seeds; NaN of a single one."""
     if len(values) < 2:
         return math.nan
-    quantile = student_quantile((1 + CONFIDENCE) / 2, len(values) - 1)
+    quantile = compute_student_quantile((1 + CONFIDENCE) / 2, len(values) - 1)
     return quantile * stdev(values) / math.sqrt(len(values))
 
 

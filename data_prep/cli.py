@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from megatron_sov.base.command_line import Command, Parser, parser_of, run_program
+from megatron_sov.base.command_line import Command, Parser, build_program_parser, run_program
 
 DOCUMENTS, RESPONSES, SHARDS, LOOK = (
     "from raw documents", "prompts and responses", "token shards", "look and check")
@@ -103,7 +103,7 @@ COMMANDS = {
 
 
 def build_parser() -> Parser:
-    return parser_of("sov-data", "Prepare text for training.", COMMANDS)
+    return build_program_parser("sov-data", "Prepare text for training.", COMMANDS)
 
 
 def main(argv: list[str] | None = None) -> int:

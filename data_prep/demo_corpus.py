@@ -23,7 +23,7 @@ from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
-from megatron_sov.base.artifacts import new_artifact, refuse_existing
+from megatron_sov.base.artifacts import check_output_folder, create_artifact
 from megatron_sov.base.documents import cut_text, list_files, read_documents
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Flag, add_options, read_options
@@ -366,7 +366,7 @@ def gather(output: Path, *, user: Path | None = None, overwrite: bool = False) -
     Raises:
         UserError: `user` cannot be read or holds no text, or the output may not be replaced.
     """
-    refuse_existing(output, KIND, overwrite)
+    check_output_folder(output, KIND, overwrite)
     library = stdlib_files()
     sources = {name: read_source(file) for name, file in [*library, *package_files()]}
     found = [d for name, source in sources.items() for d in docstrings(name, source)]
@@ -386,7 +386,7 @@ def gather(output: Path, *, user: Path | None = None, overwrite: bool = False) -
     records["chat"] = chats(found)
     records["judged"] = judged(records["chat"])
     records["benchmarks/code-switching/test"] = asked(records["chat"])
-    with new_artifact(output, KIND, overwrite=overwrite) as artifact:
+    with create_artifact(output, KIND, overwrite=overwrite) as artifact:
         for name, lines in records.items():
             file = artifact.path / f"{name}.jsonl"
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from megatron_sov.base.errors import how_to_install
+from megatron_sov.base.errors import format_install_command
 
 
 def require(what: str, *libraries: str, extra: str = "data") -> list[str]:
@@ -14,7 +14,7 @@ def require(what: str, *libraries: str, extra: str = "data") -> list[str]:
         return []
     are = "is" if len(missing) == 1 else "are"
     return [f"{what} needs {' and '.join(missing)}, which {are} not installed; "
-            f"{how_to_install(extra)}"]
+            f"{format_install_command(extra)}"]
 
 
 def _is_there(library: str) -> bool:

@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from annotated_types import Gt, Lt
 
-from megatron_sov.base.artifacts import atomic_write
+from megatron_sov.base.artifacts import write_atomically
 from megatron_sov.base.settings import Bound
-from megatron_sov.base.settings.options import field_texts
+from megatron_sov.base.settings.options import get_field_docstrings
 from megatron_sov.model.config import RunConfig
 
 PAGE = Path(__file__).parent / "config.md"
@@ -85,7 +85,7 @@ def acting(cls: type, name: str, path: str) -> str:
 def sections(cls: type, path: str, title: str) -> Iterator[str]:
     """Yield one table of a class's settings, then the tables of the classes that it holds;
     `path` ends with a dot."""
-    docs, hints = field_texts(cls), get_type_hints(cls, include_extras=True)
+    docs, hints = get_field_docstrings(cls), get_type_hints(cls, include_extras=True)
     rows, tables = [], []
     for field in dataclasses.fields(cls):
         key, annotation = path + field.name, spelled(hints[field.name])
@@ -112,4 +112,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    atomic_write(PAGE, page())
+    write_atomically(PAGE, page())

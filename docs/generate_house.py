@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 from types import ModuleType
 
-from megatron_sov.base.artifacts import atomic_write
+from megatron_sov.base.artifacts import write_atomically
 
 ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "docs/pictures/house.svg"
@@ -118,4 +118,4 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["--counts"]:
         print(counts())
     else:
-        atomic_write(PICTURE, page())
+        write_atomically(PICTURE, page())

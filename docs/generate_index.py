@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from megatron_sov.base.artifacts import atomic_write
+from megatron_sov.base.artifacts import write_atomically
 
 DOCS = Path(__file__).parent
 PAGE = DOCS / "llms.txt"
@@ -38,5 +38,5 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    atomic_write(PAGE, page())
+    write_atomically(PAGE, page())
     print(PAGE)

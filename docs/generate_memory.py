@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_sov import recipes
-from megatron_sov.base.artifacts import atomic_write
+from megatron_sov.base.artifacts import write_atomically
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.plan.footprint.held import BF16_BYTES, FLOAT32_BYTES
 from megatron_sov.plan.footprint.memory import account
@@ -93,7 +93,7 @@ def kv_bytes(shape: ModelShape, tokens: int) -> float:
              else 2 * shape.num_kv_heads * shape.head_dim)
     kept = ((shape.num_attention_layers - shape.num_window_layers) * tokens
             + sum(layers * min(tokens, window) for window, layers in shape.windowed))
-    states = 0 if shape.linear is None else shape.num_linear_layers * shape.linear.kept_size
+    states = 0 if shape.linear is None else shape.num_linear_layers * shape.linear.cached_size
     return kept * width * BF16_BYTES + states * FLOAT32_BYTES
 
 
@@ -111,4 +111,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    atomic_write(PAGE, page())
+    write_atomically(PAGE, page())

@@ -8,8 +8,8 @@ import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_sov.base.artifacts import atomic_write
-from megatron_sov.base.command_line import PROGRAMS, parser_with_all
+from megatron_sov.base.artifacts import write_atomically
+from megatron_sov.base.command_line import PROGRAMS, build_full_parser
 
 PAGE = Path(__file__).parent / "options.md"
 HEAD = """# Commands and their options
@@ -86,11 +86,11 @@ def _in_cell(text: str) -> str:
 def page() -> str:
     """Return the whole page."""
     tables = [line for program in PROGRAMS for line in listed(program)]
-    made = [line for program in PROGRAMS for command in commands(parser_with_all(program))
+    made = [line for program in PROGRAMS for command in commands(build_full_parser(program))
             for line in section(command)]
     return "\n".join([HEAD, *tables, *made]).rstrip() + "\n"
 
 
 if __name__ == "__main__":
-    atomic_write(PAGE, page().encode())
+    write_atomically(PAGE, page().encode())
     print(PAGE)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 
-from megatron_sov.base.artifacts import atomic_write
+from megatron_sov.base.artifacts import write_atomically
 from megatron_sov.commands.models.recipes import summary
 from megatron_sov.model.recipes import RECIPES, TINY, get, sources
-from megatron_sov.model.recipes.sources import DEFAULT, ValueSource, in_effect
+from megatron_sov.model.recipes.sources import DEFAULT, ValueSource, select_used
 from megatron_sov.plan.search import recommended
 from megatron_sov.plan.search.recommended import RECOMMENDED
 from megatron_sov.work.clusters.chips import CHIPS
@@ -129,7 +129,7 @@ def overview() -> str:
 def table(name: str) -> str:
     """Return the sources of one recipe, each with all settings that it gives."""
     keys: dict[ValueSource, list[str]] = {}
-    for key, source in in_effect(get(name), sources(name)).items():
+    for key, source in select_used(get(name), sources(name)).items():
         if source != DEFAULT:
             keys.setdefault(source, []).append(f"`{key}`")
     rows = "".join(f"| {', '.join(found)} | {source.kind} | {source.where} |\n"
@@ -158,4 +158,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    atomic_write(PAGE, page())
+    write_atomically(PAGE, page())

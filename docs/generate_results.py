@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from megatron_sov.base.artifacts import atomic_write
+from megatron_sov.base.artifacts import write_atomically
 
 PAGE = Path(__file__).parent / "results.md"
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
@@ -59,4 +59,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    atomic_write(PAGE, page())
+    write_atomically(PAGE, page())

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.artifacts import read_manifest, to_json
+from megatron_sov.base.artifacts import format_json, read_manifest
 from megatron_sov.base.errors import ExitCode, GateFailed, StopRequested, UserError
 from megatron_sov.model.config import RunConfig
 from megatron_sov.runs.folder import RunFolder
@@ -58,7 +58,7 @@ def pretrain(config: RunConfig, data: Mapping[AnyPath, float] | Iterable[AnyPath
     weights = dict(data) if isinstance(data, Mapping) else dict.fromkeys(data, 1.0)
     with tempfile.TemporaryDirectory(prefix="sov-config-") as folder:
         file = Path(folder) / "config.json"
-        file.write_text(to_json(config.to_dict()), encoding="utf-8")
+        file.write_text(format_json(config.to_dict()), encoding="utf-8")
         words = ["pretrain", "--config", str(file), "--run", str(run)]
         words += [word for path, weight in weights.items() for word in ("--data", f"{path}:{float(weight)}")]
         words += _plugins(plugins) + ([] if nproc is None else ["--nproc", str(nproc)])

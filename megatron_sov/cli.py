@@ -13,7 +13,8 @@ from functools import partial
 from typing import Any
 
 from megatron_sov.base.command_line import (
-    HelpText, Parser, end_help, exit_code, fill_commands, list_commands, parser_of, version_of)
+    HelpText, Parser, append_examples, build_program_parser, exit_code, format_command_list, format_version,
+    import_commands)
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.hints.commands import command_comes_first, unknown_command
 from megatron_sov.base.hints.lines import propose_line
@@ -31,13 +32,13 @@ def help_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM, usage=f"{PROGRAM} COMMAND ...", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train your own language model, from raw text to a Hugging Face folder.",
-        epilog=f"{list_commands(texts, groups)}\n\n{PROGRAM} COMMAND --help explains one of them and shows "
-               "examples.\n"
+        epilog=f"{format_command_list(texts, groups)}\n\n{PROGRAM} COMMAND --help explains one of them and "
+               "shows examples.\n"
                "exit codes: 0 complete, 2 your input needs a change, 3 a gate did not pass, 75 stopped with "
                "everything saved,\n"
                "76 a step hung, 77 a process gave wrong bits",
     )
-    parser.add_argument("--version", action="version", version=version_of(PROGRAM))
+    parser.add_argument("--version", action="version", version=format_version(PROGRAM))
     parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
@@ -45,12 +46,12 @@ def help_parser() -> argparse.ArgumentParser:
 
 def build_parser() -> Parser:
     """Return the parser of all commands, those of two words below their first."""
-    parser = parser_of(PROGRAM, "Train your own language model.",
+    parser = build_program_parser(PROGRAM, "Train your own language model.",
                        {name: command for name, command in COMMANDS.items() if " " not in name})
     top = _sub_commands(parser)
     for first in dict.fromkeys(name.split()[0] for name in COMMANDS if " " in name):
         group = top.choices[first] if first in top.choices else top.add_parser(first, help=f"{first} COMMAND")
-        fill_commands(group)
+        import_commands(group)
         below = _sub_commands(group)
         if below is None:
             below = group.add_subparsers(metavar="COMMAND", parser_class=type(group))
@@ -94,7 +95,7 @@ def _run_once(argv: list[str], began_s: float, only_checks: bool = False) -> int
         raise command_comes_first(PROGRAM, argv, COMMANDS)
     name, rest = named(argv)
     if name == "--version":
-        print(version_of(PROGRAM))
+        print(format_version(PROGRAM))
         return ExitCode.OK
     check_command(PROGRAM, argv)
     children = children_of(name)
@@ -106,10 +107,10 @@ def _run_once(argv: list[str], began_s: float, only_checks: bool = False) -> int
     module = command.load()
     sub = Parser(prog=f"{PROGRAM} {name}", description=command.help, formatter_class=HelpText)
     module.add_arguments(sub)
-    end_help(sub, command, PROGRAM)
+    append_examples(sub, command, PROGRAM)
     if children:
         heading = f"{name} COMMAND, each with a --help of its own"
-        listed = list_commands(children, dict.fromkeys(children, heading))
+        listed = format_command_list(children, dict.fromkeys(children, heading))
         sub.epilog = "\n\n".join(filter(None, (listed, sub.epilog)))
     sub.set_defaults(began_s=began_s)
     if only_checks and "--dry-run" in sub._option_string_actions:
@@ -139,7 +140,7 @@ def _run_group(name: str, children: dict[str, str], rest: list[str]) -> int:
         raise unknown_command(f"{PROGRAM} {name}", rest[0], list(children), rest[1:])
     argparse.ArgumentParser(prog=f"{PROGRAM} {name}", usage=f"{PROGRAM} {name} COMMAND ...",
                             formatter_class=argparse.RawDescriptionHelpFormatter,
-                            epilog=list_commands(children, dict.fromkeys(
+                            epilog=format_command_list(children, dict.fromkeys(
                                 children, "COMMAND, each with a --help of its own"))).print_help()
     return ExitCode.OK if rest else ExitCode.USER_ERROR
 

@@ -116,7 +116,7 @@ class Schedule:
         # A phase of no steps has no stretch: a step belongs to one phase.
         found = {start for start, end in zip(self._starts, ends, strict=True) if start < end}
         for phase, start, end in zip(self.phases, self._starts, ends, strict=True):
-            found |= {s for s in data.ramp_changes(self._train, phase) if start < s < end}
+            found |= {s for s in data.find_ramp_changes(self._train, phase) if start < s < end}
         return sorted(found)
 
     def stretch(self, step: int) -> Stretch:

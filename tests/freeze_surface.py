@@ -23,7 +23,7 @@ SETTINGS = re.compile(r"(Config|Settings|Options|Training|Profile|Parts|Limits|S
 
 def options(program: str) -> Iterator[str]:
     """Yield a line for each argument of a program's commands."""
-    from megatron_sov.base.command_line import parser_with_all
+    from megatron_sov.base.command_line import build_full_parser
 
     def below(parser: argparse.ArgumentParser) -> Iterator[str]:
         for action in parser._actions:
@@ -36,7 +36,7 @@ def options(program: str) -> Iterator[str]:
                 needed = " required" if action.required and action.option_strings else ""
                 yield f"{parser.prog} {name}{choices}{needed} = {_shown(_default(action))}"
 
-    yield from below(parser_with_all(program))
+    yield from below(build_full_parser(program))
 
 
 def _default(action: argparse.Action) -> object:

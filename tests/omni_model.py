@@ -39,7 +39,7 @@ def save_omni_model(path: Path, plain_tokenizer: Path, settings: tuple[str, ...]
 
     prepare_megatron()
     from megatron_sov.checkpoint import load
-    from megatron_sov.engine.model.language_model import build_configured
+    from megatron_sov.engine.model.language_model import build_run_model
     from megatron_sov.engine.parallel import world
 
     tokenizer = path.with_name(f"{path.name}-tokenizer")
@@ -55,15 +55,15 @@ def save_omni_model(path: Path, plain_tokenizer: Path, settings: tuple[str, ...]
         f"model.audio.placeholder_ids=[{ids['AUDIO']}]",
         *(f"model.{kind}_tokens.{name}={block[name]}" for kind, block in blocks.items()
           for name in ("first", "size")), *settings])
-    world.join(config.parallel)
+    world.join_world(config.parallel)
     try:
-        model = build_configured(config)
-        load.initialise(model, config.model, 1)
+        model = build_run_model(config)
+        load.initialize_weights(model, config.model, 1)
         if likes:
             with torch.no_grad():  # states all point one way, and so do the rows of what it likes
                 model.chunks[0].embedding.word_embeddings.weight.add_(1.0)
                 for name in likes:
                     model.chunks[0].output_layer.weight[words.token_to_id(name)] = 0.2
-        load.save(path, model, None, {"step": 1, "tokens": 0}, config.to_dict(), tokenizer)
+        load.save_checkpoint(path, model, None, {"step": 1, "tokens": 0}, config.to_dict(), tokenizer)
     finally:
-        world.leave()
+        world.leave_world()

@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_sov import cli
 from megatron_sov.base.command_line import Parser
-from megatron_sov.base.settings import options_of
+from megatron_sov.base.settings import read_command_options
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -126,11 +126,11 @@ def parse(line: str) -> Any:
     """Read a command as the program itself would, up to its own work."""
     program, *argv = shlex.split(line, comments=True)
     if program != "megatron-sov":
-        return options_of(importlib.import_module(ENTRIES[program]).build_parser().parse_args(argv))
+        return read_command_options(importlib.import_module(ENTRIES[program]).build_parser().parse_args(argv))
     name, rest = cli.named(argv)
     parser = Parser(prog=f"megatron-sov {name}")
     cli.COMMANDS[name].load().add_arguments(parser)
-    return options_of(parser.parse_args(rest))
+    return read_command_options(parser.parse_args(rest))
 
 
 def unheld(line: str) -> str:

@@ -103,7 +103,7 @@ def run_jobs(jobs_file: Path) -> int:
             (jobs_file.parent / f"{number}-{os.environ['RANK']}.json").write_text(json.dumps(result))
             return 0
 
-        code = launcher.launch(rank, job["nproc"], num_threads=1)
+        code = launcher.launch_ranks(rank, job["nproc"], num_threads=1)
         if code:
             return code
     return 0
@@ -199,7 +199,7 @@ def warm(doubles: list[str]) -> None:
 
     if of_te:
         specs.on_gpu = lambda: True
-        specs.transformer_engine_serves = lambda dtype: True
+        specs.needs_transformer_engine = lambda dtype: True
         from megatron_sov.engine.parallel.storage_extension import load_storage_extension
         load_storage_extension(["layernorm"])  # compiles 27 s, once per home folder
     elif not doubles:

@@ -11,7 +11,7 @@ import pytest
 from data_prep.cli import build_parser as sov_data
 from megatron_sov import cli, recipes
 from megatron_sov.base.command_line import Parser
-from megatron_sov.base.settings import find_inert, options_of
+from megatron_sov.base.settings import find_inert_settings, read_command_options
 from megatron_sov.commands import COMMANDS
 from megatron_sov.judge.rewards.surface import Format
 from megatron_sov.model.config import apply_settings
@@ -69,11 +69,11 @@ def test_every_command_is_one_that_its_program_knows(tmp_path: Path, sources: li
             parser = Parser()
             command, rest = cli.named([name, *rest])
             COMMANDS[command].load().add_arguments(parser)
-            args = options_of(parser.parse_args(rest))
+            args = read_command_options(parser.parse_args(rest))
             if hasattr(args, "recipe"):
                 config = apply_settings(recipes.get(args.recipe), args.settings)
                 keys = [setting.partition("=")[0] for setting in args.settings]
                 if name in ("pretrain", "extend"):  # the objectives of others are not in their recipes
-                    assert not find_inert(config, keys, {"command": name}), stage.name
+                    assert not find_inert_settings(config, keys, {"command": name}), stage.name
         elif program != sys.executable:
             {"sov-data": sov_data, "sov-tokenizer": sov_tokenizer}[program]().parse_args([name, *rest])

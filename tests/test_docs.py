@@ -20,9 +20,9 @@ from megatron_sov import cli, recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import is_reference
 from megatron_sov.model.config import ParallelConfig, apply_settings
-from megatron_sov.model.families.count import num_params
-from megatron_sov.model.recipes.requested import BuiltIn, training_request
-from megatron_sov.model.recipes.stage_defaults import base_of_model, refuse_pretraining_rate
+from megatron_sov.model.families.count import count_params
+from megatron_sov.model.recipes.requested import BuiltIn, request_training
+from megatron_sov.model.recipes.stage_defaults import build_base_config, refuse_pretraining_rate
 from tests.pages_typed import (
     ENTRIES, PAGES, ROOT, SKILLS, TYPED, commands_of, lines_of, name_of, parse, shell_blocks, unheld)
 
@@ -64,15 +64,15 @@ def test_every_setting_on_a_page_is_one_that_the_recipe_takes(line: str) -> None
     if args.recipe is None and args.configs:
         return
     model = recipes.get("tiny-solar-open").model  # in the place of --from
-    asked = training_request(
+    asked = request_training(
         args, trains_by, needs_data=False, lengthens=command == "extend",
-        of_model=None if stage is None else lambda: base_of_model("model", model, "fp32", stage))
+        of_model=None if stage is None else lambda: build_base_config("model", model, "fp32", stage))
     options = {"preference.method": getattr(args, "method", None),
                "distillation.top_k": getattr(args, "top_k", None)}
     config = asked.config(own=[f"{key}={value}" for key, value in options.items() if value is not None])
     if stage is not None and args.recipe is not None and recipes.get(args.recipe).objective.name == "lm" \
             and not any(setting.startswith("optim.lr=") for setting in args.settings):
-        refuse_pretraining_rate(config, stage, num_params(config.model).total)
+        refuse_pretraining_rate(config, stage, count_params(config.model).total)
     layout = config.parallel
     assert config.problems(args.nproc or math.lcm(layout.tp * layout.pp * layout.cp,
                                                   layout.etp * layout.ep * layout.pp)) == []

@@ -20,7 +20,7 @@ from data_prep import demo_corpus
 from data_prep.curate.pipeline.step import STEPS, step_class
 from data_prep.curate.scoring.labels import HIGHEST
 from megatron_sov.base.artifacts import read_manifest
-from megatron_sov.base.settings import problems_of
+from megatron_sov.base.settings import find_all_problems
 from tests.data_prep.curate.scoring.planted import planted, write_lines
 from tests.pages_typed import blocks, page_text, shell_lines
 
@@ -139,7 +139,7 @@ def test_what_the_page_on_scoring_shows_runs(tmp_path: Path, monkeypatch: pytest
         ((kind, settings),) = entry.items()
         step = step_class(kind)
         made = step.Settings(**{k: Path(v) if k == "model" else v for k, v in settings.items()})
-        assert problems_of(made) == [], kind
+        assert find_all_problems(made) == [], kind
         step(made)
 
 
@@ -173,7 +173,7 @@ def test_the_steps_that_the_pages_show_have_these_settings(benchmarked: Path, pa
             ((kind, settings),) = step.items()
             if "benchmarks" in settings:
                 settings["benchmarks"] = tuple(map(Path, settings["benchmarks"]))
-            assert problems_of(step_class(kind).Settings(**settings)) == []
+            assert find_all_problems(step_class(kind).Settings(**settings)) == []
 
 
 def test_the_commands_that_the_page_shows_run(benchmarked: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from megatron_sov.base.hints import removed
 from megatron_sov.cli import main
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.families import supported as models
-from megatron_sov.model.families.count import num_params
+from megatron_sov.model.families.count import count_params
 from megatron_sov.model.families.family import TokenIds
 from tests.layouts import test_exactness as exactness
 from tests.model.families.test_family import PUBLISHED, of_prediction, our_tensors, transformers_tensors
@@ -40,7 +40,7 @@ def reference_of(name: str) -> str:
     found = HEADER.match(FILES[name].read_text())
     assert found, name
     reference = str(ROOT / found[2])
-    assert models.OWN.load(reference) == name
+    assert models.FAMILY_PLUGINS.load(reference) == name
     return reference
 
 
@@ -115,7 +115,7 @@ def test_bits_and_logits_are_those_of_transformers(family: str, ranks: Any, job:
 
 def recipe_model(family: str) -> ModelConfig:
     """Return the model of the file's recipe, whose family goes by its name."""
-    name = recipes.OWN.load(f"{reference_of(family).partition(':')[0]}:{RECIPES[family][0]}")
+    name = recipes.RECIPE_PLUGINS.load(f"{reference_of(family).partition(':')[0]}:{RECIPES[family][0]}")
     model = recipes.get(name).model
     assert model.family == Path(FILES[family]).name + ":" + family.upper()
     return replace(model, family=family)
@@ -131,13 +131,13 @@ def names_on_disk(name: str) -> str:
 def test_a_recipe_is_the_released_model(family: str) -> None:
     from transformers import AutoConfig
 
-    model, declared = recipe_model(family), models.get(family)
+    model, declared = recipe_model(family), models.get_family(family)
     _, released, trunk, prediction = RECIPES[family]
     assert declared.from_hf_config(PUBLISHED[released]) == model
     written = declared.to_hf_config(model, "bfloat16", TokenIds(1, [2, 24, 25], 0))
     theirs = AutoConfig.for_model(**written)
     assert declared.from_hf_config(json.loads(theirs.to_json_string())) == model
-    count = num_params(model)
+    count = count_params(model)
     assert (count.total, count.mtp) == (pytest.approx(trunk, rel=1e-3), pytest.approx(prediction, rel=1e-3))
 
 
@@ -169,7 +169,7 @@ def test_names_that_transformers_gives_dense_layers_are_read_too(tmp_path: Path)
 
 def test_a_share_of_rotated_channels_is_said_once(tmp_path: Path) -> None:
     reference_of("glm4_moe")
-    declared = models.get("glm4_moe")
+    declared = models.get_family("glm4_moe")
     config = declared.to_hf_config(recipe_model("glm4_moe"), "float32", TokenIds())
     with pytest.raises(UserError, match=r"partial_rotary_factor = 0\.25, and 0\.5 in rope_parameters"):
         declared.from_hf_config(config | {"partial_rotary_factor": 0.25})

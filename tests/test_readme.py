@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.artifacts import create_artifact
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -40,7 +40,7 @@ def block_under(heading: str) -> list[str]:
 def gather(folder: Path) -> None:
     """Write what `sov-data demo-corpus` would, in small."""
     modules = {"english": (textwrap,), "code": (inspect,)}
-    with new_artifact(folder, "corpus") as corpus:
+    with create_artifact(folder, "corpus") as corpus:
         for name, sources in modules.items():
             documents = [part for module in sources for part in inspect.getsource(module).split("\n\n")]
             (corpus.path / f"{name}.jsonl").write_text(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sov import cli
-from megatron_sov.base.command_line import PROGRAMS, parser_with_all
+from megatron_sov.base.command_line import PROGRAMS, build_full_parser
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.hints import words
 
@@ -35,7 +35,7 @@ def _options() -> dict[str, set[str]]:
     """Return option -> the commands that have it."""
     found: dict[str, set[str]] = {}
     for program in PROGRAMS:
-        for parser in _below(parser_with_all(program)):
+        for parser in _below(build_full_parser(program)):
             for option in parser._option_string_actions:
                 found.setdefault(option, set()).add(parser.prog.replace(" [RECIPE]", ""))
     return found
@@ -59,7 +59,7 @@ def test_one_help_text_is_of_one_option() -> None:
     """The same sentence under two names would be two names of one thing."""
     found: dict[str, set[str]] = {}
     for program in PROGRAMS:
-        for parser in _below(parser_with_all(program)):
+        for parser in _below(build_full_parser(program)):
             for action in parser._actions:
                 if len((action.help or "").split()) > 4 and action.option_strings:
                     found.setdefault(str(action.help), set()).add(action.option_strings[-1])

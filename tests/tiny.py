@@ -20,15 +20,15 @@ def tiny_model(recipe: str, *settings: str, layout: dict[str, Any] | None = None
     """Runs inside a rank: join the world at a layout, else at that of the settings; return the config and its
     model with the initial weights of a seed."""
     from megatron_sov.checkpoint import load
-    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.parallel import world
 
     config = apply_settings(recipes.get(recipe), [*SIZES, *settings])
     if layout is not None:
         config = replace(config, parallel=ParallelConfig(**layout))
-    world.join(config.parallel)
-    model = build(config.model, config.parallel, config.train, config.gpu)
-    load.initialise(model, config.model, seed)
+    world.join_world(config.parallel)
+    model = build_model(config.model, config.parallel, config.train, config.gpu)
+    load.initialize_weights(model, config.model, seed)
     return config, model
 
 
@@ -44,6 +44,6 @@ def tiny_trainer(data: str, *settings: str, run: str | Path = "not-written", rec
     from megatron_sov.train.trainer import Trainer
 
     config = apply_settings(recipes.get(recipe), [*RUN, *settings])
-    place = place or world.join(config.parallel)
+    place = place or world.join_world(config.parallel)
     return Trainer(config, place, RunFolder(Path(run)), open_sources({data: 1.0}, config.model.vocab_size),
                    LanguageModelling, faults=parse([faults] if faults else [], place.size))

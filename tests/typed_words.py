@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from megatron_sov.base.command_line import Parser
-from megatron_sov.base.settings import add_options, problems_of, read_options
+from megatron_sov.base.settings import add_options, find_all_problems, read_options
 
 S = TypeVar("S")
 
@@ -20,4 +20,4 @@ def typed(cls: type[S], words: Sequence[str]) -> S:
 
 def keys_of(settings: Any) -> list[str]:
     """Return the key of each problem of settings: their bounds, else the rules between them."""
-    return [problem.key for problem in problems_of(settings)]
+    return [problem.key for problem in find_all_problems(settings)]

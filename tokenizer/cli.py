@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from megatron_sov.base.command_line import Command, Parser, parser_of, run_program
+from megatron_sov.base.command_line import Command, Parser, build_program_parser, run_program
 
 TRAIN, MOVE, LOOK = "train and change", "import and export", "check"
 """Headings of the help."""
@@ -40,7 +40,7 @@ COMMANDS = {
 
 
 def build_parser() -> Parser:
-    return parser_of("sov-tokenizer", "Train tokenizers and look after them.", COMMANDS)
+    return build_program_parser("sov-tokenizer", "Train tokenizers and look after them.", COMMANDS)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,10 +12,10 @@ from typing import Annotated, Any
 from annotated_types import Le
 
 from megatron_sov.base.artifacts import (
-    damaged_files, new_artifact, read_manifest, refuse_existing, sha256_file, to_json)
+    check_output_folder, create_artifact, find_damaged_files, format_json, read_manifest, sha256_file)
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
-    Flag, NotNegativeInt, ProblemCode, SettingsProblem, command_of, only_with, read_options)
+    Flag, NotNegativeInt, ProblemCode, SettingsProblem, build_command, read_options, requires_field)
 from megatron_sov.chat.media_tokens import (
     AUDIO, DIGITS, IMAGE, MARKS, MEDIA, VocabularyBlock, codebook_token, describe_blocks)
 from megatron_sov.model.pretrained import CONFIG, read_json
@@ -36,9 +36,9 @@ class MediaTokens:
     """Entries of the codebook of sounds (HyperCLOVA X 8B Omni: 6561; default: none)."""
     image_tokens: Annotated[NotNegativeInt, Le(10 ** DIGITS[IMAGE])] = 0
     """Entries of the codebook of pictures (HyperCLOVA X 8B Omni: 65536; default: none)."""
-    audio_first: Annotated[int | None, Flag(value="ID"), only_with("audio_tokens")] = None
+    audio_first: Annotated[int | None, Flag(value="ID"), requires_field("audio_tokens")] = None
     """Id of the first sound; ids left free before it become reserved tokens (default: the next id)."""
-    image_first: Annotated[int | None, Flag(value="ID"), only_with("image_tokens")] = None
+    image_first: Annotated[int | None, Flag(value="ID"), requires_field("image_tokens")] = None
     """Id of the first picture, likewise."""
 
     def problems(self) -> list[SettingsProblem]:
@@ -59,7 +59,8 @@ def laid_out(asked: MediaTokens, known: Collection[str], num_ids: int) -> tuple[
     Raises:
         UserError: there are codebook entries already, or an id that was asked for is taken.
     """
-    if taken := next((codebook_token(kind, 0) for kind in (AUDIO, IMAGE) if codebook_token(kind, 0) in known), None):
+    first_tokens = (codebook_token(kind, 0) for kind in (AUDIO, IMAGE))
+    if taken := next((token for token in first_tokens if token in known), None):
         raise UserError(f"{taken} is a token already: this tokenizer has tokens of media; take the one "
                         "that it was made of")
     words = [mark for mark in MARKS if mark not in known]
@@ -166,17 +167,17 @@ def add_media(tokenizer: Path, output: Path, asked: MediaTokens, *, overwrite: b
     from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON
     from tokenizer.formats.reader import find_file, open_hf, opened
 
-    refuse_existing(output, TOKENIZER, overwrite)
+    check_output_folder(output, TOKENIZER, overwrite)
     manifest = read_manifest(tokenizer, TOKENIZER)
-    if problems := damaged_files(tokenizer):
+    if problems := find_damaged_files(tokenizer):
         raise UserError(f"{problems[0]}; train the tokenizer again or restore it from a copy")
     source = open_hf(find_file(tokenizer))
     extended = _extend_tokenizer(source, asked)
     config = read_json(tokenizer / CONFIG_JSON)
-    with new_artifact(output, TOKENIZER, overwrite=overwrite) as artifact:
+    with create_artifact(output, TOKENIZER, overwrite=overwrite) as artifact:
         text = opened(extended.raw, tokenizer).to_str()
         (artifact.path / TOKENIZER_JSON).write_text(text, encoding="utf-8")
-        (artifact.path / CONFIG_JSON).write_text(to_json(config), encoding="utf-8")
+        (artifact.path / CONFIG_JSON).write_text(format_json(config), encoding="utf-8")
         checked = _check_ids(artifact.path, source, extended)
         artifact.add_input(tokenizer, leaves=True)
         artifact.content = {**manifest.content,
@@ -227,4 +228,4 @@ def _tell(extended: _ExtendedTokenizer, checked: str, output: Path) -> None:
     print(f"wrote {output}")
 
 
-COMMAND = command_of(TokenizerMediaOptions, run_media)
+COMMAND = build_command(TokenizerMediaOptions, run_media)

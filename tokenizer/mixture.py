@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sov.base.artifacts import atomic_write
+from megatron_sov.base.artifacts import write_atomically
 from megatron_sov.base.documents import (
     BadRecord, Document, FileSpan, RecordReading, cut_at_blank_lines, list_files, plan_units, read_documents,
     read_span)
-from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.work.processes.pool import map_in_processes
 
 PIECE_BYTES = 20_000
@@ -136,7 +136,7 @@ def gather_groups(arguments: Sequence[str], mixture: str | None) -> list[SourceG
 def _weighted(groups: dict[str, SourceGroup], mixture: str) -> dict[str, SourceGroup]:
     """Give groups the weights of a published mixture."""
     if mixture not in MIXTURES:
-        raise UserError(f"--mixture {mixture!r}: does not exist{nearest(mixture, MIXTURES)} (mixtures: "
+        raise UserError(f"--mixture {mixture!r}: does not exist{suggest_name(mixture, MIXTURES)} (mixtures: "
                         f"{', '.join(MIXTURES)})")
     weights = MIXTURES[mixture]
     for group in groups.values():
@@ -327,7 +327,7 @@ def look_through(groups: list[SourceGroup], units: list[CountUnit], work: Path, 
     buffer = io.BytesIO()
     np.savez_compressed(buffer, documents=[sizes.num_documents for sizes in together],
                         buckets=[sizes.bucket_bytes for sizes in together])
-    atomic_write(file, buffer.getvalue())
+    write_atomically(file, buffer.getvalue())
     return together
 
 

@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, MinLen
 
-from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.base.settings import (
-    Bound, Breach, Fraction, NotNegativeInt, Place, ProblemCode, SettingsError, SettingsProblem, find_broken,
-    read, read_located, read_text)
+    Bound, Fraction, NotNegativeInt, Place, ProblemCode, SettingsError, SettingsProblem, Violation,
+    find_broken_rules, parse_located_yaml, parse_settings, read_settings_text)
 
 NUM_BYTES = 256
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -26,7 +26,7 @@ _DIGITS = {"single": r"\p{N}", "triples": r"\p{N}{1,3}", "runs": r"\p{N}+"}
 _WHITESPACE = {"runs": r"\s*[\r\n]+|\s+(?!\S)|\s+", "single": r"\s"}
 
 
-def _no_template(template: str) -> Breach | None:
+def _no_template(template: str) -> Violation | None:
     """Return what keeps a chat template from being one, by jinja as transformers sets it up."""
     from jinja2 import TemplateSyntaxError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -103,7 +103,7 @@ class Preset:
             if reserved.get(token, id_) != id_:
                 p.append(SettingsProblem(ProblemCode.RULE, key, "is the name of another reserved id", id_,
                                          "choose another name"))
-        return p + find_broken(
+        return p + find_broken_rules(
             self, "",
             *((getattr(self, name) in self.special_tokens, name, "must stand in special_tokens")
               for name in ("bos_token", "eos_token", "pad_token")),
@@ -179,19 +179,20 @@ def load_preset(name: str, file: Path | None) -> Preset:
                             "drop one of them")
         if name not in PRESETS:
             listed = ", ".join(f"{one} ({kind})" for one, kind in KINDS.items())
-            raise UserError(f"--preset {name!r}: does not exist{nearest(name, KINDS)} (presets: {listed})")
+            raise UserError(f"--preset {name!r}: does not exist{suggest_name(name, KINDS)} (presets: "
+                            f"{listed})")
         return PRESETS[name]
     if file is None:
         raise UserError(f"--preset {name}: needs --config FILE with the tokenizer's rules, JSON or YAML (see "
                         "docs/tokenizer.md)")
     where = f"--config {file}"
-    located = read_located(read_text(file, where))
+    located = parse_located_yaml(read_settings_text(file, where))
     if located.problems:
         raise SettingsError(where, located.problems)
     raw = located.value
     if isinstance(raw, dict):
         raw = {"name": CUSTOM, **_with_pattern(raw, where, located.lines)}
-    return read(Preset, raw, where, lines=located.lines)
+    return parse_settings(Preset, raw, where, lines=located.lines)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +219,7 @@ def _with_pattern(raw: dict[str, Any], where: str, lines: Mapping[Place, int]) -
                                                         "keep one of them")
                                         for key, value in given.items()])
         return raw
-    split = read(_Split, given, where, lines=lines)
+    split = parse_settings(_Split, given, where, lines=lines)
     punctuation = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
     word = r"[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*)+"
     pattern = "|".join((_CONTRACTIONS, word, _DIGITS[split.digits], punctuation,

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge
 
-from megatron_sov.base.artifacts import ArtifactWriter, new_artifact, refuse_existing, sha256_file, to_json
+from megatron_sov.base.artifacts import (
+    ArtifactWriter, check_output_folder, create_artifact, format_json, sha256_file)
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
-    AboveZero, AtLeastOne, Flag, Fraction, NotNegative, add_options, not_with, num_cores, read_options)
+    AboveZero, AtLeastOne, Flag, Fraction, NotNegative, add_options, count_cores, excludes_field,
+    read_options)
 from megatron_sov.work.progress.journal import work_folder
 from megatron_sov.work.progress.resumable import open_parts
 from tokenizer.bpe.segmenting import merged
@@ -61,7 +63,7 @@ class TokenizerTrainOptions:
     """Folder for the tokenizer."""
     superword_share: Annotated[Fraction | None, Flag(value="SHARE")] = None
     """Part of the vocabulary that spans words (default: the preset's; 0: plain BPE)."""
-    transition_size: Annotated[int | None, not_with("superword_share")] = None
+    transition_size: Annotated[int | None, excludes_field("superword_share")] = None
     """Ids before words join; merging then goes on across words and within them, as published, and how many
     superwords there will be depends on the text."""
     max_superword_words: Annotated[int, Ge(2)] | None = None
@@ -71,7 +73,7 @@ class TokenizerTrainOptions:
     max_memory_gb: Annotated[NotNegative | None, Flag(value="GB")] = None
     """Bound on memory; the rarest words are left out where they do not fit, and the manifest says so
     (default: counting goes through the disk, learning takes what the distinct words need)."""
-    workers: AtLeastOne = dataclasses.field(default_factory=num_cores)
+    workers: AtLeastOne = dataclasses.field(default_factory=count_cores)
     """Processes that read; the result does not depend on it (default: this machine's cores)."""
     overwrite: bool = False
     """Replace a tokenizer that is already there."""
@@ -85,7 +87,7 @@ def run(typed: argparse.Namespace) -> int:
     args = read_options(TokenizerTrainOptions, typed)
     preset = adjusted(load_preset(args.preset, args.config), args)
     groups = gather_groups(args.input, args.mixture)
-    refuse_existing(args.output, "tokenizer", args.overwrite)  # before the work, not after it
+    check_output_folder(args.output, "tokenizer", args.overwrite)  # before the work, not after it
     plan = make_plan(preset, args)
     train_tokenizer(plan, groups, args.output, overwrite=args.overwrite)
     return 0
@@ -162,7 +164,7 @@ def train_tokenizer(plan: CountPlan, groups: list[SourceGroup], output: Path, *,
             f"; {num_superwords:,} span words, {100 * num_superwords / plan.vocab_size:.2f} %"
             if num_superwords else ""))
         trained = finished(plan.preset, learned.vocabulary)
-        with new_artifact(output, "tokenizer", overwrite=overwrite) as artifact:
+        with create_artifact(output, "tokenizer", overwrite=overwrite) as artifact:
             _write(artifact, trained, plan, learned)
     print(f"wrote {output}")
 
@@ -173,7 +175,7 @@ def _write(artifact: ArtifactWriter, trained: Tokenizer, plan: CountPlan, learne
 
     preset = plan.preset
     trained.save(str(artifact.path / TOKENIZER_JSON), pretty=False)
-    (artifact.path / CONFIG_JSON).write_text(to_json(tokenizer_config(preset)), encoding="utf-8")
+    (artifact.path / CONFIG_JSON).write_text(format_json(tokenizer_config(preset)), encoding="utf-8")
     samples = learned.samples
     checked = check(trained, preset, learned.vocabulary, learned.stage_1_tokens, artifact.path,
                     list(samples.values()))

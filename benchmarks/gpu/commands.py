@@ -35,7 +35,7 @@ def install_double() -> None:
     from megatron_sov.engine.model import specs
 
     specs.on_gpu = lambda: True  # what configurations are made for
-    specs.transformer_engine_serves = lambda dtype: True
+    specs.needs_transformer_engine = lambda dtype: True
     from megatron_sov.engine.parallel.device import FP8_FUNCTIONS
     from tests.te_double.quantized_run import quantise_products
 

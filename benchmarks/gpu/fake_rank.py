@@ -37,7 +37,7 @@ ALLOWED = {
     "collectives.py:all_reduce_dp": "their sum over processes",
     "collectives.py:broadcast_from_last_stage": "their sum for the other stages",
     "collectives.py:to_comm_device": "the way there of both",
-    "optimizer.py:_grad_norm": "the norm of gradients, which the guard is asked about",
+    "optimizer.py:_compute_grad_norm": "the norm of gradients, which the guard is asked about",
     "cuda_graphs.py:_start_capturing": "all kernels, before graphs are captured",
     "cuda_graphs.py:_finish_capturing": "all kernels, behind that",
     "token_dispatcher.py:_maybe_dtoh_and_synchronize": "how many tokens go where, in each layer with experts",

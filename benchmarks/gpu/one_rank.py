@@ -16,7 +16,7 @@ import torch
 
 from megatron_sov.checkpoint import load
 from megatron_sov.engine.model.expert_load import ExpertLoad
-from megatron_sov.engine.model.language_model import build
+from megatron_sov.engine.model.language_model import build_model
 from megatron_sov.engine.optimizer.optimizer import Optimizer
 from megatron_sov.engine.parallel import world
 from megatron_sov.model.config import RunConfig
@@ -38,13 +38,13 @@ class OneRank:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": "0",
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29572"}
         self.config = config
-        self.world = world.join(config.parallel)
-        self.model = build(config.model, config.parallel, config.train, config.gpu)
+        self.world = world.join_world(config.parallel)
+        self.model = build_model(config.model, config.parallel, config.train, config.gpu)
         with patch.object(load, "_made_ahead", _made_there):
-            load.initialise(self.model, config.model, config.train.seed)
+            load.initialize_weights(self.model, config.model, config.train.seed)
         self.optimizer = Optimizer(self.model, config.optim, config.parallel, config.gpu)
         self.expert_load = ExpertLoad(self.model)
-        self.model.config.finalize_model_grads_func = self.expert_load.finalize
+        self.model.config.finalize_model_grads_func = self.expert_load.finalize_gradients
         context: Any = SimpleNamespace(config=config, batches=SimpleNamespace(num_sources=1))
         self.objective = LanguageModelling(context)
         self.computation = Computation(config, self.model, self.optimizer, self.expert_load, 1,

@@ -63,8 +63,8 @@ def by_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int
     from megatron_sov.engine.model import attention
 
     spans = [(a, a, b) for a, b in itertools.pairwise(bounds)]
-    [piece] = attention.piece_bounds([spans], window, q.device)
-    first = attention.first_keys(spans, window)
+    [piece] = attention.compute_piece_bounds([spans], window, q.device)
+    first = attention.find_first_keys(spans, window)
     keys, values = (torch.cat([t[start:end] for start, (_, _, end) in zip(first, spans, strict=True)])
                     for t in (k, v))
     return attention.attend_documents(q, keys, values, piece, q.shape[-1] ** -0.5, window)
@@ -72,18 +72,19 @@ def by_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int
 
 def linear(setting: Setting, bounds: list[int]) -> list[float]:
     """Return the relative errors of flash-linear-attention's output and gradients."""
-    from megatron_sov.engine.model.delta_rule import by_kernels, chunk_documents, in_chunks, normalised
+    from megatron_sov.engine.model.delta_rule import (
+        apply_delta_rule, apply_fused_delta_rule, chunk_documents, normalize_l2)
 
     torch.manual_seed(0)
     tokens, heads, width = bounds[-1], 4, 128
-    q, k = (normalised(torch.randn(tokens, heads, width)) for _ in range(2))
+    q, k = (normalize_l2(torch.randn(tokens, heads, width)) for _ in range(2))
     decays, rates = torch.rand(tokens, heads, 1, width), torch.rand(tokens, heads, 1)
     given = [t.to(setting.device) for t in (
         q * width ** -0.5, k, torch.randn(tokens, heads, 1, width), -0.3 * decays, rates)]
     chunks = chunk_documents([(a, a, b) for a, b in itertools.pairwise(bounds)], torch.device(setting.device))
     found, exact = ([t.clone().requires_grad_() for t in given] for _ in range(2))
-    ours = by_kernels(*found, chunks=chunks, dtype=torch.bfloat16)
-    theirs, _ = in_chunks(*exact, chunks=chunks)
+    ours = apply_fused_delta_rule(*found, chunks=chunks, dtype=torch.bfloat16)
+    theirs, _ = apply_delta_rule(*exact, chunks=chunks)
     seed = torch.randn_like(theirs)
     ours.backward(seed)
     theirs.backward(seed)
@@ -153,11 +154,11 @@ BROKEN = "broken: "
 
 def linear_cases(setting: Setting, num_tokens: int) -> Figures:
     """Yield the errors of linear attention, or why its kernel does not serve."""
-    from megatron_sov.engine.parallel.device import lacking_fla
+    from megatron_sov.engine.parallel.device import find_fla_problem
 
     for kind in DOCUMENTS:
         case = f"linear attention, documents: {kind}"
-        if reason := lacking_fla():
+        if reason := find_fla_problem():
             yield case, f"flash-linear-attention does not serve: {reason}"
             continue
         try:

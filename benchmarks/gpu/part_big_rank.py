@@ -83,7 +83,7 @@ def one(words: list[str], dry: bool) -> dict[str, Any]:
 
     from megatron_sov import recipes
     from megatron_sov.model.config import apply_settings
-    from megatron_sov.model.families.count import train_flops_per_token
+    from megatron_sov.model.families.count import compute_train_flops_per_token
     from megatron_sov.plan.footprint.memory import account
 
     recipe, num_ranks, rank, layout = place(dry)
@@ -95,7 +95,7 @@ def one(words: list[str], dry: bool) -> dict[str, Any]:
                           strict=True)
     seconds = min(times_s[2:])
     seq_len = config.data.phases[0].seq_len
-    flops = train_flops_per_token(config.model, seq_len) * seq_len * config.train.micro_batch_size
+    flops = compute_train_flops_per_token(config.model, seq_len) * seq_len * config.train.micro_batch_size
     # the account of the tokens that its experts got, which is no property of the layout
     routed = seq_len * config.train.micro_batch_size * config.model.num_experts_per_token
     imbalance = mirror.MOST["rows"] / routed
@@ -140,13 +140,13 @@ def cost(setting: Setting) -> Cost:
     """Return what the part does: memory of the size of the rank is filled, and steps are timed."""
     from megatron_sov import recipes
     from megatron_sov.model.config import apply_settings
-    from megatron_sov.model.families.count import train_flops_per_token
+    from megatron_sov.model.families.count import compute_train_flops_per_token
 
     recipe, _, _, layout = place(setting.dry)
     config = apply_settings(recipes.get(recipe), list(layout))
     seq_len, steps = config.data.phases[0].seq_len, len(LADDER) * (STEPS + 1)
     return Cost(starts=len(LADDER), steps=2 * steps,
-                flops=train_flops_per_token(config.model, seq_len) * seq_len * steps)
+                flops=compute_train_flops_per_token(config.model, seq_len) * seq_len * steps)
 
 
 def begun(names: list[str], dry: bool) -> Iterator[tuple[str, subprocess.Popen[str]]]:

@@ -22,9 +22,9 @@ DRY_LIMIT = 0.1
 
 def available(setting: Setting) -> dict[str, str]:
     """Return recipe -> why this chip has not got it; empty: it has."""
-    from megatron_sov.engine.parallel.device import lacking_fp8
+    from megatron_sov.engine.parallel.device import find_fp8_problems
 
-    return dict.fromkeys(RECIPES, "") if setting.dry else lacking_fp8()
+    return dict.fromkeys(RECIPES, "") if setting.dry else find_fp8_problems()
 
 
 def products(setting: Setting, fp8: str) -> dict[str, float]:

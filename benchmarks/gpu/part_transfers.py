@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from setting import Cost, Failed, Figures, Setting
 
-from megatron_sov.checkpoint.host_snapshot import Snapshot
+from megatron_sov.checkpoint.host_snapshot import HostSnapshot
 from megatron_sov.engine.model.local_shards import LocalShard
 
 TIMES = 3
@@ -28,11 +28,11 @@ def snapshot_rate(setting: Setting) -> dict[str, Any]:
     blocks = torch.empty(4, size // 16, dtype=torch.float32, device=setting.device).normal_()
     shards = [LocalShard(f"weight{i}", block, (len(block),), (0,), replica=(0, 0, 0))
               for i, block in enumerate(blocks)]
-    snapshot, seconds = Snapshot(), []
+    snapshot, seconds = HostSnapshot(), []
     for _ in range(TIMES):
         synchronize(setting)
         start = time.monotonic()
-        snapshot.take({"model": shards})
+        snapshot.copy_blocks({"model": shards})
         synchronize(setting)
         seconds.append(time.monotonic() - start)
     return {"bytes": size, "first GB/s": size / seconds[0] / 1e9, "then GB/s": size / min(seconds[1:]) / 1e9}

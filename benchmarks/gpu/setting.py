@@ -79,11 +79,12 @@ def training_flops(recipe: str, settings: Iterable[str], steps: int) -> float:
     """Return what so many steps of a recipe compute."""
     from megatron_sov import recipes
     from megatron_sov.model.config import apply_settings
-    from megatron_sov.model.families.count import train_flops_per_token
+    from megatron_sov.model.families.count import compute_train_flops_per_token
 
     config = apply_settings(recipes.get(recipe), list(settings))
     seq_len = config.data.phases[0].seq_len
-    return train_flops_per_token(config.model, seq_len) * seq_len * config.train.global_batch_size * steps
+    return compute_train_flops_per_token(config.model,
+                                         seq_len) * seq_len * config.train.global_batch_size * steps
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ from typing import Annotated, Any
 from data_prep.curate.pipeline.step import Doc, Step, StepOutcome, View
 from megatron_sov.base.documents import Document, LeftOut
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.plugins.loading import LoadedPlugin, load, telling
-from megatron_sov.base.plugins.registry import takes
-from megatron_sov.base.settings import Bound, Breach, ProblemCode, SettingsProblem
+from megatron_sov.base.plugins.loading import LoadedPlugin, load_plugin, report_plugin_errors
+from megatron_sov.base.plugins.registry import accepts_arguments
+from megatron_sov.base.settings import Bound, ProblemCode, SettingsProblem, Violation
 
 MAX_REASON_CHARS = 80
 
 
-def _no_function(function: Path) -> Breach | None:
+def _no_function(function: Path) -> Violation | None:
     return None if ".py:" in str(function) else (ProblemCode.BOUND, "must have the form FILE.py:FUNCTION", "")
 
 
@@ -28,8 +28,8 @@ def load_function(reference: str) -> LoadedPlugin:
     Raises:
         UserError: the file cannot be run, or the name is no function of one Document.
     """
-    loaded = load(reference)
-    if not callable(loaded.value) or not takes(loaded.value, ("document",)):
+    loaded = load_plugin(reference)
+    if not callable(loaded.value) or not accepts_arguments(loaded.value, ("document",)):
         raise UserError(f"{loaded.reference}: is {loaded.value!r}; a data step is a function of one Document "
                         "that returns a Document or LeftOut(reason)")
     return loaded
@@ -90,7 +90,7 @@ class CodeStep(Step):
     def _call(self, document: Document) -> StepOutcome:
         try:
             # An error in the user's code is reported with the line of their file.
-            with telling(self._reference.rpartition(":")[0]):
+            with report_plugin_errors(self._reference.rpartition(":")[0]):
                 made: Any = self._function(document)
         except UserError as e:
             raise UserError(f"{document.where}: data step {e}") from None

@@ -14,12 +14,12 @@ from tqdm import tqdm
 
 from data_prep.curate.decontamination.step import CONTEXT_CHARS, BenchmarkSearchSettings, find_hits
 from data_prep.json_lines import read_objects
-from megatron_sov.base.artifacts import ArtifactWriter, new_artifact, refuse_existing, to_json
+from megatron_sov.base.artifacts import ArtifactWriter, check_output_folder, create_artifact, format_json
 from megatron_sov.base.documents import BadRecord, Document, RecordReading
 from megatron_sov.base.documents.accounting import RecordAccount
 from megatron_sov.base.documents.item_search import ItemSearch
 from megatron_sov.base.documents.records import parse_record
-from megatron_sov.base.errors import UserError, visible
+from megatron_sov.base.errors import UserError, escape_controls
 from megatron_sov.base.settings import Flag, add_options, read_options
 
 DESCRIPTION = """Write the records of JSONL files that share no run of ten words, and no short item, with
@@ -80,14 +80,14 @@ def decontaminate(files: Sequence[Path], output: Path, wanted: BenchmarkSearchSe
             raise UserError(f"--input {name}: is no .jsonl file; `sov-data run` decontaminates other kinds "
                             "of files")
     # Refused before benchmarks are read and documents are searched, which may take hours.
-    refuse_existing(output, KIND, overwrite)
+    check_output_folder(output, KIND, overwrite)
     search = wanted.search()
     counts: dict[str, dict[str, int]] = {}
-    with new_artifact(output, KIND, overwrite=overwrite) as artifact:
+    with create_artifact(output, KIND, overwrite=overwrite) as artifact:
         hits: list[dict[str, Any]] = []
         for file in files:
             counts[file.name] = _write_kept(file, artifact, search, reading, hits)
-        (artifact.path / HITS).write_text(to_json(hits), encoding="utf-8")
+        (artifact.path / HITS).write_text(format_json(hits), encoding="utf-8")
         artifact.content = {"records": counts, "items": len(search.items),
                             "items_too_short": len(search.too_short), "hits": len(hits)}
         artifact.settings = {"benchmarks": wanted.benchmarks, "fields": wanted.fields, "ngram": wanted.ngram,
@@ -95,7 +95,7 @@ def decontaminate(files: Sequence[Path], output: Path, wanted: BenchmarkSearchSe
                              "inputs": files, "reading": reading}
     for name, became in counts.items():
         account = RecordAccount(became["read"], became["kept"], {"text of benchmarks": became["left_out"]})
-        print(f"{visible(name)}: {account.describe()}")
+        print(f"{escape_controls(name)}: {account.describe()}")
     print(f"{output / HITS}: {len(hits)} places with text of benchmarks; {len(search.too_short)} of "
           f"{len(search.items)} items are shorter than {wanted.min_words} words and were not looked for")
 

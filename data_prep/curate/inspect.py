@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from data_prep.shards.token_artifact import KIND as TOKENS, table
-from megatron_sov.base.artifacts import damaged_files
-from megatron_sov.base.errors import UserError, visible
+from megatron_sov.base.artifacts import find_damaged_files
+from megatron_sov.base.errors import UserError, escape_controls
 from megatron_sov.base.figures import format_size
 from megatron_sov.base.settings import Flag, add_options, read_options
 from megatron_sov.runs.inspection import ArtifactKind, InspectionOptions, inspect_path
@@ -45,7 +45,7 @@ def run(typed: argparse.Namespace) -> int:
     kinds = {TOKENS: ArtifactKind(table, _token_problems, _token_documents)}
     # `decontaminate`, `difficulty grade` and others write corpora too, without steps.
     if any((args.data / name).exists() for name in (SUMMARY, PIPELINE)):
-        kinds[CORPUS] = ArtifactKind(steps_table, damaged_files, dropped_samples)
+        kinds[CORPUS] = ArtifactKind(steps_table, find_damaged_files, dropped_samples)
     inspect_path(args.data, args, kinds)
     return 0
 
@@ -64,7 +64,8 @@ def steps_table(output: Path) -> Iterator[str]:
         if len(reasons) > MAX_REASONS:
             dropped += f", {len(reasons) - MAX_REASONS} more reasons"
         name = f"{step['number']:02d} {step['kind']}"
-        yield visible(f"{source:<16} {name:<24} {step['documents_in']:>12,} {step['documents_kept']:>12,} "
+        yield escape_controls(f"{source:<16} {name:<24} {step['documents_in']:>12,} "
+                              f"{step['documents_kept']:>12,} "
                       f"{step['documents_changed']:>12,} {format_size(step['bytes_kept']):>10}  {dropped}"
                       ).rstrip()
 
@@ -78,7 +79,7 @@ def dropped_samples(output: Path, count: int) -> Iterator[str]:
     for _, step in _steps(output):
         for sample in step["samples"]["dropped"][:count]:
             text = " ".join(sample["before"].split())[:SAMPLE_CHARS]
-            yield visible(f"{sample['id']}  {step['kind']}: {sample['reason']}: {text}")
+            yield escape_controls(f"{sample['id']}  {step['kind']}: {sample['reason']}: {text}")
 
 
 def _steps(output: Path) -> list[tuple[str, dict[str, Any]]]:

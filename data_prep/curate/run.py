@@ -9,7 +9,7 @@ from typing import Annotated
 
 from data_prep.curate.pipeline.step import STEPS
 from data_prep.curate.pipelines import READY
-from megatron_sov.base.settings import AtLeastOne, Flag, add_options, num_cores, read_options
+from megatron_sov.base.settings import AtLeastOne, Flag, add_options, count_cores, read_options
 from megatron_sov.work.submit.cluster_options import ClusterOptions
 
 DESCRIPTION = """Run a pipeline file: parse raw documents, filter, deduplicate, score and sort them. A killed
@@ -27,7 +27,7 @@ class DataRunOptions(ClusterOptions):
     """The pipeline file."""
     output: Annotated[Path, Flag(value="DIR")]
     """Folder of the run."""
-    workers: AtLeastOne = field(default_factory=num_cores)
+    workers: AtLeastOne = field(default_factory=count_cores)
     """Processes; the output does not depend on it (default: this machine's cores)."""
     dry_run: bool = False
     """Print what would be done, and what is done already; nothing is written."""

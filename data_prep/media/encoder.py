@@ -21,7 +21,7 @@ from megatron_sov.base.documents.messages import refuse_deep
 from megatron_sov.base.documents.shard_files import FEATURES
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
-    AboveZero, AtLeastOne, Bound, Breach, Flag, ProblemCode, SettingsProblem, num_cores, only_with)
+    AboveZero, AtLeastOne, Bound, Flag, ProblemCode, SettingsProblem, Violation, count_cores, requires_field)
 from megatron_sov.chat.media_tokens import AUDIO, IMAGE, VIDEO, find_media_token
 from megatron_sov.model.modality import PICTURES, SOUNDS
 from megatron_sov.omni.media.banks import BankShape
@@ -42,7 +42,7 @@ CALL, CONTENT = get_args(Drawn)
 
 def _numbers(names: str, *most: int) -> Bound:
     """Return the bound of a text such as 448:256, or of none: as many numbers as `most` has."""
-    def broken(text: str) -> Breach | None:
+    def broken(text: str) -> Violation | None:
         parts = text.split(":")
         fits = len(parts) == len(most) and all(
             part.isascii() and part.isdigit() and 1 <= int(part[:9]) <= limit
@@ -152,10 +152,10 @@ class EncodeMediaOptions(ClusterOptions):
     output: Annotated[Path, Flag(value="DIR")]
     """Folder for what is written."""
     settings: MediaSettings
-    threads: AtLeastOne = field(default_factory=num_cores)
+    threads: AtLeastOne = field(default_factory=count_cores)
     """Media that are decoded at a time, each by a process of its own; the output does not depend on it
     (default: this machine's cores)."""
-    workers: Annotated[AtLeastOne | None, only_with("cluster")] = None
+    workers: Annotated[AtLeastOne | None, requires_field("cluster")] = None
     """With --cluster: jobs that encode (default: 4)."""
     overwrite: bool = False
     """Replace what is already there."""

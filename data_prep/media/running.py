@@ -26,14 +26,14 @@ from data_prep.media.encoder import (
     CALL, STOP, TEXT, EncodeMediaOptions, MediaMessage, MediaRecord, MediaRecordEncoder, MediaSettings,
     Medium, MessagePart, UnitBanks, parse_record)
 from megatron_sov.base.artifacts import (
-    MANIFEST, manifest_sha256, new_artifact, read_manifest, refuse_existing, to_json)
+    MANIFEST, check_output_folder, create_artifact, format_json, manifest_sha256, read_manifest)
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.files import CORPUS_RECORDS, MEDIA_CORPUS
 from megatron_sov.base.documents.shard_files import FEATURES
-from megatron_sov.base.errors import UserError, visible
-from megatron_sov.base.outputs import refuse_nowhere
+from megatron_sov.base.errors import UserError, escape_controls
+from megatron_sov.base.outputs import check_creatable
 from megatron_sov.base.settings import (
-    ProblemCode, SettingsError, SettingsProblem, add_options, as_problem, read_options)
+    ProblemCode, SettingsError, SettingsProblem, add_options, read_options, to_problem)
 from megatron_sov.chat.media_tokens import AUDIO, IMAGE, VIDEO
 from megatron_sov.model.modality import PICTURES, SOUNDS
 from megatron_sov.omni.media.banks import KINDS, BankShape, open_bank
@@ -237,9 +237,9 @@ class MediaUnitEncoder:
                 counts.update(p.kind for p in record.media())
                 counts["records"] += 1
         (folder / BAD).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in bad))
-        (folder / ROWS).write_text(to_json({kind: banks.keys[kind] for kind in KINDS}))
+        (folder / ROWS).write_text(format_json({kind: banks.keys[kind] for kind in KINDS}))
         # Last: a folder with a summary is a unit that is done.
-        (folder / SUMMARY).write_text(to_json({"counts": counts, "kinds": sorted(kinds),
+        (folder / SUMMARY).write_text(format_json({"counts": counts, "kinds": sorted(kinds),
                                                "codebooks": self._encoder.codebooks()}))
 
     def _note(self, bad: list[dict[str, object]], unit: MediaUnit, number: int, medium: str,
@@ -252,7 +252,7 @@ class MediaUnitEncoder:
 
 
 def bad_medium(file: Path, line: int, medium: str, reason: str) -> UserError:
-    named = f" {visible(medium)}" if medium else ""
+    named = f" {escape_controls(medium)}" if medium else ""
     return UserError(f"{file}:{line}:{named} {reason} (--bad-media skip lists such records and goes on)")
 
 
@@ -353,7 +353,7 @@ def _ready(asked: EncodeMediaOptions) -> list[MediaUnit]:
     Raises:
         UserError: settings, paths or the output are.
     """
-    p = [*map(as_problem, require("it", "PIL", "soundfile", "scipy", extra="omni")),
+    p = [*map(to_problem, require("it", "PIL", "soundfile", "scipy", extra="omni")),
          *(SettingsProblem(ProblemCode.FILE, "--input", "does not exist", path, "check the path")
            for path in asked.input if not path.exists())]
     if not asked.settings.media_root.is_dir():
@@ -361,8 +361,8 @@ def _ready(asked: EncodeMediaOptions) -> list[MediaUnit]:
                                  "name the one that paths in the records begin from"))
     if p:
         raise SettingsError("", p)
-    refuse_existing(asked.output, MEDIA_CORPUS, asked.overwrite)
-    refuse_nowhere(asked.output)
+    check_output_folder(asked.output, MEDIA_CORPUS, asked.overwrite)
+    check_creatable(asked.output)
     units = list(plan(_files(asked.input)))
     if not units:
         raise UserError("--input: holds no records; write one JSON object per line")
@@ -385,7 +385,7 @@ def _finish(asked: EncodeMediaOptions, units: list[MediaUnit]) -> None:
     """
     settings, output = asked.settings, asked.output
     banks, work, identity = settings.banks(), work_folder(output), settings.identity()
-    with new_artifact(output, MEDIA_CORPUS, overwrite=asked.overwrite) as artifact, ExitStack() as stack:
+    with create_artifact(output, MEDIA_CORPUS, overwrite=asked.overwrite) as artifact, ExitStack() as stack:
         def opened(name: str, mode: str) -> Any:
             encoding = None if "b" in mode else "utf-8"
             return stack.enter_context(open(artifact.path / name, mode, encoding=encoding))

@@ -17,8 +17,9 @@ from annotated_types import Ge, Le, MaxLen, MinLen
 
 from data_prep.shards.token_artifact import TRAIN
 from data_prep.tags import is_chosen, tags_of
-from megatron_sov.base.errors import UserError, list_problems, nearest
-from megatron_sov.base.settings import Bound, Breach, NotBlank, ProblemCode, SettingsProblem, read_file
+from megatron_sov.base.errors import UserError, format_problems, suggest_name
+from megatron_sov.base.settings import (
+    Bound, NotBlank, ProblemCode, SettingsProblem, Violation, read_settings_file)
 
 SHIPPED = Path(__file__).parents[1] / "curate/pipelines/blends"
 """Blends that come with the framework, one file each."""
@@ -74,12 +75,12 @@ def find_blend(given: str) -> Path:
     if given in shipped and not Path(given).exists():
         return shipped[given]
     if not Path(given).is_file():
-        raise UserError(f"--blend {given}: is no file and no blend that is shipped{nearest(given, shipped)} "
-                        f"(shipped: {', '.join(shipped)})")
+        raise UserError(f"--blend {given}: is no file and no blend that is shipped"
+                        f"{suggest_name(given, shipped)} (shipped: {', '.join(shipped)})")
     return Path(given)
 
 
-def _no_patterns(value: Any) -> Breach | None:
+def _no_patterns(value: Any) -> Violation | None:
     patterns = value if isinstance(value, (list, tuple)) else [value]
     return None if patterns and all(isinstance(p, (str, int)) and str(p) for p in patterns) else (
         ProblemCode.BOUND, "must be a value of the tag, a pattern, or a list of them", "e.g. {level: L2}")
@@ -179,7 +180,7 @@ def read_blend(file: Path) -> Blend:
     Raises:
         SettingsError: it breaks rules; all mistakes are told, each with its line.
     """
-    found = read_file(BlendFile, file)
+    found = read_settings_file(BlendFile, file)
     return Blend(str(found.name or file.stem), tuple(phase.read() for phase in found.phases))
 
 
@@ -251,7 +252,7 @@ def allot(blend: Blend, sources: Sequence[dict[str, Any]], missing: Missing = "r
             scaled = num_tokens * part
         phases.append(_of_phase(phase, sources, missing, scaled, problems))
     if problems:
-        raise UserError(list_problems(f"blend {blend.name}", problems, _way_out(sources)))
+        raise UserError(format_problems(f"blend {blend.name}", problems, _way_out(sources)))
     return phases
 
 
@@ -350,6 +351,6 @@ def refuse_many_epochs(phases: Sequence[PhaseShares], sources: Sequence[dict[str
     problems = [f"source {name}: {count:.4g} epochs of its {available[name]:,} tokens"
                 for name, count in epochs(phases, sources).items() if count > max_epochs * (1 + ROUNDING)]
     if problems:
-        raise UserError(list_problems(
+        raise UserError(format_problems(
             f"--max-epochs {max_epochs:g}", problems,
             "pack more of them, lower their shares or the budget (--tokens), or pass a larger --max-epochs"))

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from data_prep.json_lines import read_objects
-from megatron_sov.base.artifacts import new_artifact, refuse_existing
+from megatron_sov.base.artifacts import check_output_folder, create_artifact
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.accounting import RecordTally
 from megatron_sov.base.documents.groups import are_equal, is_learned, places_in_group
@@ -118,10 +118,10 @@ def write_groups(files: Sequence[Path], output: Path, file: str,
     Raises:
         UserError: a record breaks a rule, or no group gives a record; nothing is written then.
     """
-    refuse_existing(output, KIND, overwrite)
+    check_output_folder(output, KIND, overwrite)
     tally = GroupTally()
     counts = tally.counts
-    with new_artifact(output, KIND, overwrite=overwrite) as artifact:
+    with create_artifact(output, KIND, overwrite=overwrite) as artifact:
         with open(artifact.path / file, "w", encoding="utf-8") as out:
             # One group is in memory at a time, and never a file.
             for group in (group for path in files for group in read_groups(path, tally)):

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from data_prep.json_lines import read_objects
-from megatron_sov.base.artifacts import new_artifact, refuse_existing
+from megatron_sov.base.artifacts import check_output_folder, create_artifact
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.accounting import RecordAccount, RecordTally
 from megatron_sov.base.documents.messages import read_messages
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
-    AtLeastOne, Bound, Breach, Flag, ProblemCode, SettingsError, Share, add_options, at_most, problems_of,
-    read_options)
+    AtLeastOne, Bound, Flag, ProblemCode, SettingsError, Share, Violation, add_options, at_most_field,
+    find_all_problems, read_options)
 
 KIND = "corpus"
 FILE = "trajectories.jsonl"
@@ -39,7 +39,7 @@ class Solution:
     """What was thought before."""
 
 
-def _no_number(heading: str) -> Breach | None:
+def _no_number(heading: str) -> Violation | None:
     return None if heading.count("{}") == 1 else (
         ProblemCode.BOUND, "must hold {} once, for the solution's number", "")
 
@@ -48,7 +48,7 @@ def _no_number(heading: str) -> Breach | None:
 class TrajectorySettings:
     """How documents are made."""
 
-    least: Annotated[AtLeastOne, at_most("most")] = 2
+    least: Annotated[AtLeastOne, at_most_field("most")] = 2
     """Leave out queries with fewer different solutions."""
     most: AtLeastOne = 5
     """Solutions of a document at most."""
@@ -97,12 +97,12 @@ def write_trajectories(files: Sequence[Path], output: Path, settings: Trajectory
         UserError: settings or a record break a rule, or no query has enough solutions;
             nothing is written then.
     """
-    if problems := problems_of(settings):
+    if problems := find_all_problems(settings):
         raise SettingsError("trajectories", problems)
-    refuse_existing(output, KIND, overwrite)
+    check_output_folder(output, KIND, overwrite)
     made = short = 0
     tally = RecordTally()
-    with new_artifact(output, KIND, overwrite=overwrite) as artifact:
+    with create_artifact(output, KIND, overwrite=overwrite) as artifact:
         with open(artifact.path / FILE, "w", encoding="utf-8") as out:
             queries = (query for path in files for query in read_queries(path, tally))
             for number, (query, offered) in enumerate(queries, 1):

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 from data_prep.responses.groups import (
     INPUT, KIND, NOT_ENDED, GroupOptions, GroupTally, ResponseGroup, read_groups)
-from megatron_sov.base.artifacts import new_artifact, refuse_existing
+from megatron_sov.base.artifacts import check_output_folder, create_artifact
 from megatron_sov.base.documents.records import DESIRABLE
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Flag, add_options, read_options
@@ -62,10 +62,10 @@ def write_unpaired(files: Sequence[Path], output: Path, good_from: float, *, kee
     Raises:
         UserError: a record breaks a rule, all have one prompt, or nothing is good; nothing is written then.
     """
-    refuse_existing(output, KIND, overwrite)
+    check_output_folder(output, KIND, overwrite)
     tally = GroupTally()
     counts = tally.counts
-    with new_artifact(output, KIND, overwrite=overwrite) as artifact:
+    with create_artifact(output, KIND, overwrite=overwrite) as artifact:
         with open(artifact.path / FILE, "w", encoding="utf-8") as out:
             found = (group for path in files for group in read_groups(path, tally))
             for group, others in _beside_another(found, files):
@@ -132,9 +132,8 @@ def _beside_another(groups: Iterable[ResponseGroup],
     yield from _one_by_one(first, last if last[0].prompt != first[0].prompt else before)
 
 
-def _one_by_one(run: list[ResponseGroup], other: list[ResponseGroup]) -> Iterator[tuple[ResponseGroup,
-                                                                                        list[list[dict[str,
-                                                                                                       Any]]]]]:
+def _one_by_one(run: list[ResponseGroup], other: list[ResponseGroup]
+                ) -> Iterator[tuple[ResponseGroup, list[list[dict[str, Any]]]]]:
     """Yield the groups of a prompt with responses to another one, in order and from the start again where
     these are fewer."""
     responses = [response for group in other for response in group.responses]

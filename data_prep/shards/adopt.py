@@ -18,7 +18,7 @@ from data_prep.shards.encode import Encoder
 from data_prep.shards.pack import PackSource, carry_tokenizer, parse_sources
 from data_prep.shards.token_artifact import (
     CONTENT_VERSION, HELDOUT, KIND, TRAIN, HeldoutRule, IndexedSplit, document_hash, token_dtype)
-from megatron_sov.base.artifacts import new_artifact, read_manifest, refuse_existing
+from megatron_sov.base.artifacts import check_output_folder, create_artifact, read_manifest
 from megatron_sov.base.documents import Document
 from megatron_sov.base.documents.shard_files import DTYPE_CODES, HEADER, MAGIC, VERSION, write_index
 from megatron_sov.base.errors import UserError, warn
@@ -275,7 +275,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(typed: argparse.Namespace) -> int:
     args = read_options(AdoptOptions, typed)
-    refuse_existing(args.output, KIND, args.overwrite)
+    check_output_folder(args.output, KIND, args.overwrite)
     sources = parse_sources([_without_ending(given) for given in args.pairs])
     encoder = Encoder(args.tokenizer)
     pairs = [_opened(source, encoder, args.eod) for source in sources]
@@ -314,7 +314,7 @@ def _write(pairs: list[Pair], encoder: Encoder, args: AdoptOptions) -> None:
     for pair in pairs:
         rule.keep_one(int(pair.surveyed.hashes.max()))
     content = read_manifest(args.tokenizer).content
-    with new_artifact(args.output, KIND, overwrite=args.overwrite) as artifact:
+    with create_artifact(args.output, KIND, overwrite=args.overwrite) as artifact:
         records = []
         with create_bar("writing", sum(len(pair.split.tokens) for pair in pairs), "token") as bar:
             for pair in pairs:

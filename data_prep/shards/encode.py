@@ -16,7 +16,7 @@ import tiktoken
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from megatron_sov.base.artifacts import MANIFEST, damaged_files, read_manifest
+from megatron_sov.base.artifacts import MANIFEST, find_damaged_files, read_manifest
 from megatron_sov.base.documents import BadRecord, Conversation, Document
 from megatron_sov.base.documents.byte_bpe import NotByteBpe, adversarial_texts, ranks, split_pattern
 from megatron_sov.base.documents.shard_files import NO_FEATURE
@@ -24,7 +24,7 @@ from megatron_sov.base.errors import Fix, UserError, fix_missing
 from megatron_sov.chat.encode import ChatEncoder
 from megatron_sov.chat.marks import KIND_ANSWER, KIND_NONE
 from megatron_sov.chat.template import ChatTemplate, find_odd_opening
-from megatron_sov.model.modality import FeatureTokens, MediaEncoding, modality
+from megatron_sov.model.modality import FeatureTokens, MediaEncoding, load_modality
 
 LONGEST_WHITESPACE_CHARS = 10_000
 """tiktoken's regular expression overflows its stack on a far longer run;
@@ -147,7 +147,7 @@ class Encoder:
             raise UserError(f"--tokenizer {folder}: {problem}", fix_foreign(folder))
         manifest = read_manifest(folder, "tokenizer")
         # Every id depends on these files: they are hashed before the first use.
-        if problems := damaged_files(folder):
+        if problems := find_damaged_files(folder):
             raise UserError(f"{problems[0]}; train the tokenizer again or restore it from a copy")
         self.settings = settings or EncodingSettings()
         self.vocab_size: int = manifest.content["vocab_size"]
@@ -171,7 +171,7 @@ class Encoder:
         self._fast = FastBpe(self.file, self.plain) if self.settings.fast else None
         self.odd_opening = partial(find_odd_opening, chat_template)
         encoding = self.settings.media
-        self.feature_tokens = (modality().feature_tokens(self._with_special, encoding)
+        self.feature_tokens = (load_modality().feature_tokens(self._with_special, encoding)
                                if encoding is not None else None)
         """Of pictures and sounds, which documents may spell; None: they are text."""
         self._chat = ChatEncoder(chat_template, self._with_special, self._fast.encode if self._fast else None,

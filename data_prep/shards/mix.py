@@ -21,11 +21,13 @@ from data_prep.mixture.blend_file import (
     Missing, PhaseShares, allot, find_blend, overall, read_blend, refuse_many_epochs, table)
 from data_prep.shards.encode import CONFIG_JSON, TOKENIZER_JSON
 from data_prep.shards.token_artifact import CONTENT_VERSION, KIND, TRAIN, read_tokens_manifest, refuse_overlap
-from megatron_sov.base.artifacts import ArtifactWriter, Manifest, new_artifact, refuse_existing, sha256_file
-from megatron_sov.base.digests import algorithm_of, file_digest
+from megatron_sov.base.artifacts import (
+    ArtifactWriter, Manifest, check_output_folder, create_artifact, sha256_file)
+from megatron_sov.base.digests import hash_file, parse_digest_algorithm
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
-    Flag, NotNegative, ProblemCode, SettingsError, SettingsProblem, add_options, problems_of, read_options)
+    Flag, NotNegative, ProblemCode, SettingsError, SettingsProblem, add_options, find_all_problems,
+    read_options)
 from megatron_sov.chat.vocabulary import find_difference
 
 SHARED_FIELDS = ("tokenizer_sha256", "vocab_size", "eos_id", "eod", "bos_id", "dtype")
@@ -163,14 +165,14 @@ def mix(parts: list[MixPart], output: Path, blend: BlendSettings | None = None, 
         UserError: parts that do not fit together, weights for some only, a blend that cannot be had, or an
             output that may not be replaced.
     """
-    refuse_existing(output, KIND, overwrite)
+    check_output_folder(output, KIND, overwrite)
     manifests = [read_tokens_manifest(part.path) for part in parts]
     # All that can be refused is refused before the first link.
     _check_fit(parts, manifests)
     phases = _allotted(manifests, blend)[0] if blend else []
     weights = overall(phases) if blend else _weights(parts, manifests)
     refuse_overlap([(part.path, manifest.content) for part, manifest in zip(parts, manifests, strict=True)])
-    with new_artifact(output, KIND, overwrite=overwrite) as artifact:
+    with create_artifact(output, KIND, overwrite=overwrite) as artifact:
         sources: list[dict[str, Any]] = []
         for part, manifest in zip(parts, manifests, strict=True):
             artifact.add_input(part.path)
@@ -181,7 +183,7 @@ def mix(parts: list[MixPart], output: Path, blend: BlendSettings | None = None, 
             record = manifests[0].files.get(name)
             known = record.digest if record is not None else "sha256:"
             # The copy is hashed, since it is what the mix will be read with.
-            if file_digest(artifact.path / name, algorithm_of(known)) != known:
+            if hash_file(artifact.path / name, parse_digest_algorithm(known)) != known:
                 raise UserError(f"{parts[0].path / name}: is damaged, its hash is not that of the manifest; "
                                 "pack the data again or restore it from a copy")
         shared = {field: manifests[0].content[field] for field in SHARED_FIELDS}
@@ -213,7 +215,7 @@ def _allotted(manifests: list[Manifest],
     Raises:
         UserError: a blend that cannot be had, or sources that would be repeated too often.
     """
-    if problems := problems_of(blend):
+    if problems := find_all_problems(blend):
         raise SettingsError("blend", problems)
     sources = [s for m in manifests for s in m.content["sources"]]
     phases = allot(read_blend(blend.file), sources, blend.missing, blend.num_tokens)
@@ -273,7 +275,7 @@ def _take(artifact: ArtifactWriter, path: Path, manifest: Manifest,
             target.parent.mkdir(parents=True, exist_ok=True)
             link_or_copy(path / name, target)
             # A link has the bytes of its source: their hash is known, and terabytes are not read.
-            artifact.known_files[name] = record
+            artifact.hashed_files[name] = record
     return [{**s, "weight": weights[s["name"]]} for s in sources]
 
 

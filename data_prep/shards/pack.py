@@ -32,7 +32,7 @@ from data_prep.shards.units import GROUP, Unit, UnitSettings, encode_units
 from data_prep.tags import (
     GivenTag, artifact_of, parse_tags, refuse_unknown_sources, source_tags, with_written)
 from megatron_sov.base.artifacts import (
-    ArtifactWriter, new_artifact, read_manifest, refuse_existing, sha256_file)
+    ArtifactWriter, check_output_folder, create_artifact, read_manifest, sha256_file)
 from megatron_sov.base.documents import (
     BadRecord, Document, FileSpan, RecordReading, list_files, plan_units, read_span)
 from megatron_sov.base.documents.accounting import RecordAccount
@@ -43,8 +43,8 @@ from megatron_sov.base.documents.records import column_problems
 from megatron_sov.base.documents.shard_files import FEATURES
 from megatron_sov.base.errors import Fix, UserError, warn
 from megatron_sov.base.settings import (
-    AtLeastOne, Flag, Fraction, ProblemCode, SettingsError, SettingsProblem, add_options, name_options,
-    num_cores, problems_of, read_options)
+    AtLeastOne, Flag, Fraction, ProblemCode, SettingsError, SettingsProblem, add_options, count_cores,
+    find_all_problems, read_options, use_option_names)
 from megatron_sov.work.progress.progress_bar import create_bar
 from megatron_sov.work.progress.resumable import open_parts
 
@@ -154,7 +154,7 @@ class PackOptions:
     """A longer record is a bad one."""
     shard_tokens: AtLeastOne = PackSettings.shard_tokens
     """Most tokens of one shard."""
-    workers: AtLeastOne = field(default_factory=num_cores)
+    workers: AtLeastOne = field(default_factory=count_cores)
     """Processes that encode; the output does not depend on it (default: this machine's cores)."""
     overwrite: bool = False
     """Replace token shards that are already there."""
@@ -236,13 +236,13 @@ def pack(tokenizer: Path, sources: list[PackSource], output: Path, settings: Pac
     settings = settings or PackSettings()
     origins = {source.name: found for source in sources if (found := artifact_of(source.path)) is not None}
     settings = replace(settings, tags=with_written(settings.tags, settings.reading.tags, origins))
-    if problems := problems_of(settings):
-        raise SettingsError("", name_options(problems, heldout_share="--heldout", columns="--column",
+    if problems := find_all_problems(settings):
+        raise SettingsError("", use_option_names(problems, heldout_share="--heldout", columns="--column",
                                               renames="--columns", by_line="--lines"))
     if workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1")
     # From here on what is cheap to find out comes before what takes time.
-    refuse_existing(output, KIND, overwrite)
+    check_output_folder(output, KIND, overwrite)
     refuse_unknown_sources(settings.tags, [source.name for source in sources])
     corpora = _media_corpora({source.name: source.path for source in sources}, settings.reading.kind)
     settings = replace(settings, reading=replace(settings.reading, media=corpora is not None))
@@ -260,7 +260,7 @@ def pack(tokenizer: Path, sources: list[PackSource], output: Path, settings: Pac
         if corpora and encoder.feature_tokens:
             for source in encoded:
                 source.banks = corpora.banks(source.name, encoder.feature_tokens)
-        with new_artifact(output, KIND, overwrite=overwrite) as artifact:
+        with create_artifact(output, KIND, overwrite=overwrite) as artifact:
             rule = HeldoutRule(settings.heldout_share)
             records, accounts = _write(artifact.path, encoded, unit_settings, work, settings, rule)
             artifact.content = {

@@ -13,7 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from data_prep.shards.token_artifact import PackedShard, read_tokens_manifest, shards_of
-from megatron_sov.base.errors import UserError, visible
+from megatron_sov.base.errors import UserError, escape_controls
 from megatron_sov.base.settings import AtLeastOne, Flag, add_options, read_options
 from megatron_sov.chat.folder import open_tokenizer
 
@@ -88,7 +88,7 @@ def _shown(shard: PackedShard, document: int, max_tokens: int, tokenizer: Tokeni
     runs = [(key, [id_ for _, id_ in group]) for key, group in groupby(pairs, key=lambda pair: pair[0])]
     text = "".join(f"{LEARNED[0]}{shown}{LEARNED[1]}" if key else shown
                    for key, run_ids in runs
-                   for shown in [visible(tokenizer.decode(run_ids, skip_special_tokens=False))])
+                   for shown in [escape_controls(tokenizer.decode(run_ids, skip_special_tokens=False))])
     side = {0: ", chosen", 1: ", rejected"}[document % 2] if shard.source["format"] == "preference" else ""
     cut = f", the first {max_tokens:,}" if length > max_tokens else ""
     return [f"== {shard.source['name']}/{shard.split}, document {document}{side}, {length:,} tokens{cut}",

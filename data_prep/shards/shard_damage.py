@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from megatron_sov.base.artifacts import final_name
+from megatron_sov.base.artifacts import get_final_name
 
 SHARED = "shared"
 """Folder of a run with what the passes of its steps have left, a folder for each step."""
@@ -17,7 +17,7 @@ def place_in_run(file: Path) -> str:
     for number, folder in enumerate(file.parents):
         if folder.name == SHARED:
             names = file.parts[-number - 1:]
-            return "/".join(map(final_name, names))
+            return "/".join(map(get_final_name, names))
     return ""
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from data_prep.shards.encode import TOKENIZER_JSON
 from data_prep.shards.token_artifact import SPLITS, num_tokens, read_tokens_manifest, shards_of
-from megatron_sov.base.artifacts import to_json
+from megatron_sov.base.artifacts import format_json
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Flag, add_options, read_options
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(typed: argparse.Namespace) -> int:
     args = read_options(DataStatsOptions, typed)
     found = statistics(args.data)
-    print(to_json(found) if args.json else "\n".join(_shown(found)))
+    print(format_json(found) if args.json else "\n".join(_shown(found)))
     return 0
 
 

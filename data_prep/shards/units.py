@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from data_prep.shards.encode import EncodedBatch, Encoder, EncodingSettings
 from data_prep.shards.token_artifact import document_hash
-from megatron_sov.base.artifacts import to_json
+from megatron_sov.base.artifacts import format_json
 from megatron_sov.base.documents import BadRecord, Document, FileSpan, RecordReading
 from megatron_sov.base.documents.files import PARQUET_SUFFIX, open_parquet
 from megatron_sov.base.documents.reading import CountedSpan
@@ -138,7 +138,7 @@ class _UnitWriter:
             file.close()
         # Without an error only: a unit with a record is complete.
         if kind is None:
-            (self._folder / RECORD).write_text(to_json(self.record()))
+            (self._folder / RECORD).write_text(format_json(self.record()))
 
     def record(self) -> UnitRecord:
         return UnitRecord(self._key, self._num_sequences, self._num_tokens, tuple(self._num_lines),

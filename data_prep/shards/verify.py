@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from data_prep.shards.token_artifact import (
     COLUMN_DTYPE, HELDOUT, SIDECARS, SPLITS, TRAIN, IndexedSplit, PackedShard, document_hashes, num_tokens,
     read_tokens_manifest, shards_of)
-from megatron_sov.base.artifacts import damaged_files
+from megatron_sov.base.artifacts import find_damaged_files
 from megatron_sov.base.documents.shard_files import FEATURES, OF_DOCUMENTS, ROUTES, WRITTEN, RouteShape
-from megatron_sov.base.errors import UserError, list_problems
+from megatron_sov.base.errors import UserError, format_problems
 from megatron_sov.base.settings import Flag, add_options, read_options
 from megatron_sov.chat.marks import KIND_NONE, KINDS
 from megatron_sov.work.progress.progress_bar import create_bar
@@ -48,7 +48,7 @@ def run(typed: argparse.Namespace) -> int:
     args = read_options(DataVerifyOptions, typed)
     problems, notes = check(args.data)
     if problems:
-        raise UserError(list_problems(str(args.data), problems,
+        raise UserError(format_problems(str(args.data), problems,
                                       "pack the data again or restore it from a copy"))
     print(f"{args.data}: sound")
     for note in notes:
@@ -65,7 +65,7 @@ def check(data: Path) -> tuple[list[str], list[str]]:
     manifest = read_tokens_manifest(data)
     content, notes = manifest.content, []
     with create_bar("hashing", sum(record.size_bytes for record in manifest.files.values()), "B") as bar:
-        problems = damaged_files(data, done=bar.update)
+        problems = find_damaged_files(data, on_checked=bar.update)
     # Eight bytes a document: a list of Python's integers would take several times as much.
     hashes: dict[str, array[int]] = {split: array("Q") for split in SPLITS}
     with create_bar("reading", num_tokens(content), "token") as bar:

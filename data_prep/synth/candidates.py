@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.synth.generator import GeneratedSample, GeneratorItem, Kind, SampleVerdict
-from megatron_sov.base.artifacts import to_json
+from megatron_sov.base.artifacts import format_json
 from megatron_sov.base.documents.rows import finite, no_constant
-from megatron_sov.base.errors import UserError, first_line
+from megatron_sov.base.errors import UserError, first_error_line
 from megatron_sov.work.progress.journal import JOB, iter_records_by_item, work_folder
 
 RUN, ANSWERS = "run.json", "answers.sqlite"
@@ -55,7 +55,7 @@ class SynthRunRecord:
     def deciding(self) -> dict[str, Any]:
         """Return what samples depend on, besides items and answers."""
         # through JSON, as run.json has it: a tuple and the list that is read back must be equal
-        told: dict[str, Any] = json.loads(to_json(asdict(self)))
+        told: dict[str, Any] = json.loads(format_json(asdict(self)))
         return {name: value for name, value in told.items() if name not in _NOT_DECIDING}
 
 
@@ -126,7 +126,8 @@ def read_run(output: Path) -> SynthRunRecord:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{file}: does not exist; pass a folder that `sov-data synth` wrote") from None
     except (ValueError, TypeError, RecursionError) as e:
-        raise UserError(f"{file}: is damaged ({first_line(e)[:200]}); run the same `sov-data synth` again"
+        raise UserError(f"{file}: is damaged ({first_error_line(e)[:200]}); run the same `sov-data synth` "
+                        "again"
                         ) from None
 
 

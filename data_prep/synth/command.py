@@ -9,7 +9,7 @@ from data_prep.synth.known import FILES, generator_class
 from data_prep.synth.options import SynthOptions
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import add_options, read_options
-from megatron_sov.base.settings.options import field_docs
+from megatron_sov.base.settings.options import get_field_help
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +38,7 @@ def _help(name: str) -> str:
 def _settings(name: str) -> list[str]:
     """Return a line for each setting of a generator: name, default and help."""
     cls = generator_class(name)
-    helps = cls.help_of_settings or field_docs(cls.Settings)
+    helps = cls.help_of_settings or get_field_help(cls.Settings)
     lines = [f"{name} (version {cls.version}): {cls.help}", f"prompts: {', '.join(sorted(cls.prompts()))}"]
     for one in dataclasses.fields(cls.Settings):
         default = (one.default if one.default_factory is dataclasses.MISSING else one.default_factory())

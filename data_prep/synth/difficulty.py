@@ -19,7 +19,8 @@ from typing import Annotated, Any
 
 from data_prep.json_lines import read_objects
 from data_prep.synth.problems import TEXT_FIELDS, problem_text
-from megatron_sov.base.artifacts import damaged_files, new_artifact, read_manifest, refuse_existing
+from megatron_sov.base.artifacts import (
+    check_output_folder, create_artifact, find_damaged_files, read_manifest)
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Actions, Flag, add_actions, run_action
 
@@ -118,7 +119,7 @@ def with_form(text: str) -> str:
 
 
 def _label(args: DifficultyLabelOptions) -> int:
-    refuse_existing(args.output, KIND, args.overwrite)
+    check_output_folder(args.output, KIND, args.overwrite)
     problems: dict[str, LabelledProblem] = {}
     names = _names(args.answers)
     for name, path in zip(names, args.answers, strict=True):
@@ -132,7 +133,7 @@ def _label(args: DifficultyLabelOptions) -> int:
     content: dict[str, Any] = {"num_problems": len(problems), "num_pairs": num_pairs,
                "configurations": {name: _figures(name, problems) for name in names},
                "judge_agrees": num_agreeing / num_told if num_told else None}
-    with new_artifact(args.output, KIND, overwrite=args.overwrite) as artifact:
+    with create_artifact(args.output, KIND, overwrite=args.overwrite) as artifact:
         with open(artifact.path / LABELS, "w", encoding="utf-8") as out:
             out.writelines(json.dumps(one.row(), ensure_ascii=False) + "\n" for one in problems.values())
         artifact.content = content
@@ -209,7 +210,7 @@ def _grade(args: DifficultyGradeOptions) -> int:
     _check_grading(args)
     grader = _Grader.load(args.model, args.labels)
     counts: dict[str, Counter[str]] = {bucket: Counter() for bucket in BUCKETS}
-    with new_artifact(args.output, GRADED, overwrite=args.overwrite) as artifact:
+    with create_artifact(args.output, GRADED, overwrite=args.overwrite) as artifact:
         for file in args.input:
             with open(artifact.path / file.name, "w", encoding="utf-8") as out:
                 for where, row in read_objects(file):
@@ -256,7 +257,7 @@ def _check_grading(args: DifficultyGradeOptions) -> None:
     for file in args.input:
         if file.suffix != ".jsonl":
             raise UserError(f"--input {file}: must be a .jsonl file")
-    refuse_existing(args.output, GRADED, args.overwrite)
+    check_output_folder(args.output, GRADED, args.overwrite)
 
 
 @dataclass(frozen=True)
@@ -278,7 +279,7 @@ class _Grader:
         measured: dict[str, float] = {}
         if labels is not None:
             read_manifest(labels, KIND)
-            if damage := damaged_files(labels):
+            if damage := find_damaged_files(labels):
                 raise UserError(f"{labels}: {damage[0]}; write the labels again")
             measured = {row["problem"]: row["pass_rate"] for _, row in read_objects(labels / LABELS)}
         return cls(scorer, measured)

@@ -18,7 +18,8 @@ from data_prep.synth.candidates import (
 from data_prep.synth.checks.judging import JudgedSample, judge_samples
 from data_prep.synth.checks.settings import check_problems
 from data_prep.tags import SYNTHESIS, artifact_of
-from megatron_sov.base.artifacts import MANIFEST, ArtifactWriter, atomic_write, disk_errors, new_file, to_json
+from megatron_sov.base.artifacts import (
+    MANIFEST, ArtifactWriter, create_file, format_json, translate_disk_errors, write_atomically)
 from megatron_sov.base.documents.accounting import RecordAccount
 from megatron_sov.base.documents.files import KEPT, REJECTED
 from megatron_sov.base.documents.rows import json_line
@@ -73,7 +74,7 @@ def finish(output: Path, checks: Path | None = None, workers: int = 1, *, is_com
     refuse_without_records(output)
     if problems := check_problems(checks):
         raise SettingsError("checks", problems)
-    with disk_errors(output):
+    with translate_disk_errors(output):
         # from here on files change: a kill must not leave a manifest that speaks for them
         (output / MANIFEST).unlink(missing_ok=True)
         judged = judge_samples(output, run, checks, workers)
@@ -84,7 +85,7 @@ def finish(output: Path, checks: Path | None = None, workers: int = 1, *, is_com
             "model": run.model, "judge": run.judge, "settings": dict(run.settings),
             "is_complete": is_complete, **tally.to_dict(), "steps": list(judged.steps),
             "costs": costs_of(output)}
-        atomic_write(output / SUMMARY, to_json(summary))
+        write_atomically(output / SUMMARY, format_json(summary))
         # last of all, since it hashes the files and says that they are whole
         if is_complete:
             _write_manifest(output, run, checks, tally)
@@ -126,7 +127,7 @@ def _write_rows(output: Path, run: SynthRunRecord, judged: JudgedSample, tally: 
     for leftover in (*output.glob(f".{KEPT}.tmp-*"), *output.glob(f".{REJECTED}.tmp-*")):
         leftover.unlink(missing_ok=True)
     with contextlib.ExitStack() as stack:
-        kept, rejected = (stack.enter_context(open(stack.enter_context(new_file(output / name)), "wb"))
+        kept, rejected = (stack.enter_context(open(stack.enter_context(create_file(output / name)), "wb"))
                           for name in (KEPT, REJECTED))
         for item in read_finished(output):
             tally.num_items += 1
@@ -168,7 +169,7 @@ def writers_of(run: SynthRunRecord, item: FinishedItem) -> str:
 def _write_manifest(output: Path, run: SynthRunRecord, checks: Path | None, tally: FinishingTally) -> None:
     writer = ArtifactWriter(output, SYNTHESIS)
     # answers stay out of the hashes: a later command adds to them
-    writer.leave_out = frozenset(path.name for path in output.iterdir()
+    writer.excluded_names = frozenset(path.name for path in output.iterdir()
                                  if path.name not in (KEPT, REJECTED, SUMMARY))
     writer.content = {
         "generator": run.generator, "generator_version": run.version, "kind": run.kind, "model": run.model,

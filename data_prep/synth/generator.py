@@ -19,7 +19,7 @@ from annotated_types import Ge, Le
 
 from data_prep.synth.replies import NoReply, NoUsableReply, Reply, fault_of, read_reply
 from data_prep.synth.templates import PromptTemplate, read_prompts
-from megatron_sov.base.digests import file_digest
+from megatron_sov.base.digests import hash_file
 from megatron_sov.judge.rewards.judge import fenced_messages, grade_in, sound
 from megatron_sov.work.endpoints.answers import BadAnswer, EndpointUnavailable, RequestRefused
 
@@ -321,7 +321,7 @@ class Generator(ABC):
     @classmethod
     def digests(cls) -> dict[str, str]:
         """Return name -> hash of the file with its prompts."""
-        return {cls.prompts_file.name: file_digest(cls.prompts_file)} if cls.prompts_file else {}
+        return {cls.prompts_file.name: hash_file(cls.prompts_file)} if cls.prompts_file else {}
 
     def files(self) -> Sequence[Path]:
         """Return files beside the input that samples depend on, such as the constraints of `autoif`."""

@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.base.hints.removed import was_removed
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def generator_class(name: str) -> type[Generator]:
         return _of_file(Path(name))
     if name in FILES:
         return _packaged(name)
-    raise UserError(f"{name}: is no generator{was_removed(name) or nearest(name, FILES)}; known are "
+    raise UserError(f"{name}: is no generator{was_removed(name) or suggest_name(name, FILES)}; known are "
                     f"{', '.join(FILES)}, and files that end with {' or '.join(ENDINGS)}")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from data_prep.synth.generator import Door, Role, T
 from data_prep.synth.options import MaxTokensField, SynthOptions
-from megatron_sov.base.errors import StopRequested, UserError, download
+from megatron_sov.base.errors import StopRequested, UserError, suggest_download
 from megatron_sov.base.settings import ProblemCode, SettingsProblem
 from megatron_sov.work.endpoints.answers import BadAnswer, EndpointUnavailable, RequestRefused
 from megatron_sov.work.endpoints.cache import EndpointCache, Usage
@@ -202,7 +202,7 @@ def identity_of(folder: Path, option: str = "--engine") -> str:
     """
     if not folder.is_dir():
         raise UserError(f"{option} {folder}: is neither an address (http://...) nor a folder of a model"
-                        f"{download(folder)}")
+                        f"{suggest_download(folder)}")
     digest = hashlib.sha256()
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     if not files:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from data_prep.json_lines import read_objects
 from data_prep.synth.problems import line_files
-from megatron_sov.base.artifacts import new_artifact, refuse_existing
+from megatron_sov.base.artifacts import check_output_folder, create_artifact
 from megatron_sov.base.documents.overlap import find_units
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Flag, add_options, read_options
@@ -45,7 +45,7 @@ def run(typed: argparse.Namespace) -> int:
         UserError: a line is no problem or cannot be read, or there is none.
     """
     args = read_options(ProbingSetsOptions, typed)
-    refuse_existing(args.output, KIND, args.overwrite)
+    check_output_folder(args.output, KIND, args.overwrite)
     found: dict[bytes, dict[str, str]] = {}
     num_lines = 0
     for where, row in (line for file in line_files(args.input) for line in read_objects(file)):
@@ -57,7 +57,7 @@ def run(typed: argparse.Namespace) -> int:
         raise UserError(f"{', '.join(map(str, args.input))}: has no problems; run `sov-data synth probes` "
                         "first")
     counts = Counter(problem["domain"] for problem in found.values())
-    with new_artifact(args.output, KIND, overwrite=args.overwrite) as artifact:
+    with create_artifact(args.output, KIND, overwrite=args.overwrite) as artifact:
         for domain in counts:
             with open(artifact.path / f"{domain}.jsonl", "w", encoding="utf-8") as out:
                 out.writelines(json.dumps(problem, ensure_ascii=False) + "\n" for problem in found.values()

@@ -27,14 +27,14 @@ from data_prep.synth.known import REMOVED, generator_class
 from data_prep.synth.models import Budget, Model, opened
 from data_prep.synth.options import SynthOptions
 from data_prep.synth.replies import NoReply, NoUsableReply
-from megatron_sov.base.artifacts import atomic_write, disk_errors, to_json
-from megatron_sov.base.digests import file_digest
+from megatron_sov.base.artifacts import format_json, translate_disk_errors, write_atomically
+from megatron_sov.base.digests import hash_file
 from megatron_sov.base.errors import (
-    ExitCode, StopRequested, UserError, list_problems, told_in_a_line, visible)
+    ExitCode, StopRequested, UserError, escape_controls, format_error, format_problems)
 from megatron_sov.base.hints.removed import was_removed
-from megatron_sov.base.outputs import refuse_nowhere
+from megatron_sov.base.outputs import check_creatable
 from megatron_sov.base.settings import (
-    ProblemCode, SettingsError, SettingsProblem, as_problem, num_cores, parse_nested, read)
+    ProblemCode, SettingsError, SettingsProblem, count_cores, parse_nested, parse_settings, to_problem)
 from megatron_sov.work.endpoints.answers import EndpointUnavailable
 from megatron_sov.work.endpoints.cache import EndpointCache
 from megatron_sov.work.endpoints.transport import find_missing_libraries
@@ -99,9 +99,9 @@ def run_synth(options: SynthOptions) -> ExitCode:
     with lock_work_folder(output, MADE_BY, run.record.deciding()):
         # the input is read to its end first: a damaged one leaves run.json as it was
         tally = open_items(run)
-        with disk_errors(output):
+        with translate_disk_errors(output):
             output.mkdir(parents=True, exist_ok=True)
-            atomic_write(output / RUN, to_json({**asdict(run.record),
+            write_atomically(output / RUN, format_json({**asdict(run.record),
                                                 "num_items": tally.num_items + len(tally.todo)}))
         if tally.todo:
             make_items(run, tally)
@@ -125,7 +125,7 @@ def open_run(options: SynthOptions) -> SynthRun:
         raise UserError(f"sov-data synth {options.generator}: {' and '.join(missing)} "
                         f"{'is' if len(missing) == 1 else 'are'} needed (--help lists what it takes)")
     writer, judge = models_of(options)
-    if problems := [*map(as_problem, find_missing_libraries()),
+    if problems := [*map(to_problem, find_missing_libraries()),
                     *(SettingsProblem(ProblemCode.FILE, "--input", "does not exist", path, "check the path")
                       for path in options.input if not path.exists()),
                     *check_problems(options.checks),
@@ -138,11 +138,11 @@ def open_run(options: SynthOptions) -> SynthRun:
     # all that samples depend on: a later command whose record differs in it is refused
     record = SynthRunRecord(
         generator=generator.name, version=generator.version, kind=generator.kind,
-        settings=json.loads(to_json(asdict(generator.settings))), inputs=tuple(map(str, options.input)),
+        settings=json.loads(format_json(asdict(generator.settings))), inputs=tuple(map(str, options.input)),
         model=writer.name, engine=writer.location, identity=writer.identity(),
         judge=judge.name, judge_engine=judge.location, judge_identity=judge.identity(),
         judge_max_tokens=options.judge_max_tokens, digests=generator.digests(),
-        files={str(file): file_digest(file) for file in generator.files()})
+        files={str(file): hash_file(file) for file in generator.files()})
     _check_folder(output, record, options.redo)
     return SynthRun(options, output, writer, judge, generator, record)
 
@@ -188,13 +188,13 @@ def make_generator(name: str, settings: Mapping[str, Any]) -> Generator:
     lists = {key for key, hint in hints.items() if get_origin(hint) is tuple}
     given = {key: value.split(",") if isinstance(value, str) and key in lists else value
              for key, value in settings.items()}
-    return cls(read(cls.Settings, given, f"generator {name}", instead=lambda key: was_removed(
+    return cls(parse_settings(cls.Settings, given, f"generator {name}", instead=lambda key: was_removed(
         f"{name}.{key}", REMOVED).removeprefix("; ")))
 
 
 def _check_folder(output: Path, record: SynthRunRecord, redo: bool) -> None:
     """Raise `UserError` where a run cannot have its folder."""
-    refuse_nowhere(output)
+    check_creatable(output)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file; name a folder")
     if not output.exists() or not any(output.iterdir()):
@@ -204,7 +204,7 @@ def _check_folder(output: Path, record: SynthRunRecord, redo: bool) -> None:
     # where the records were cleared, or the folder was moved without them
     if not redo and not work_folder(output).is_dir() and (
             changed := describe_differences(read_run(output).deciding(), record.deciding())):
-        raise UserError(list_problems(
+        raise UserError(format_problems(
             f"--output {output}: was made with other settings", changed,
             "name another folder, or pass --redo: its items are made again, and answers that still fit cost "
             "nothing"))
@@ -245,7 +245,7 @@ class RunningTally:
         # one odd item does not end the run; the command names it, and ends with 1
         if not self.defects:
             traceback.print_exception(error)
-        self.defects.append(f"{item.id}: {told_in_a_line(error)}")
+        self.defects.append(f"{item.id}: {format_error(error)}")
 
 
 def open_items(run: SynthRun) -> RunningTally:
@@ -272,7 +272,7 @@ def open_items(run: SynthRun) -> RunningTally:
                         "fit cost nothing")
     if twice:
         print(f"{len(twice):,} items have the id of an earlier one and are passed over, such as "
-              f"{visible(twice[0].id)} of {visible(twice[0].source)}", flush=True)
+              f"{escape_controls(twice[0].id)} of {escape_controls(twice[0].source)}", flush=True)
     print(f"{options.generator}: {num_items:,} items, {tally.num_items:,} done before; model "
           f"{run.writer.name}", flush=True)
     return tally
@@ -379,7 +379,7 @@ def finish_run(run: SynthRun, tally: RunningTally) -> ExitCode:
     from data_prep.synth import finishing  # imported late: it needs the whole pipeline
 
     # written with items missing too, so that finished ones can be looked at; then without a manifest
-    finishing.finish(run.output, run.options.checks, run.options.workers or num_cores(),
+    finishing.finish(run.output, run.options.checks, run.options.workers or count_cores(),
                      is_complete=not tally.num_unanswered and not tally.defects)
     if tally.defects:
         print(f"{len(tally.defects)} items ended in an error of the program, which is shown above, and are "

@@ -15,8 +15,8 @@ from jinja2 import StrictUndefined, Template, TemplateError, Undefined, meta, no
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from data_prep.synth.replies import NoReply
-from megatron_sov.base.errors import UserError, nearest
-from megatron_sov.base.settings import NotBlank, read_file
+from megatron_sov.base.errors import UserError, suggest_name
+from megatron_sov.base.settings import NotBlank, read_settings_file
 
 
 class PromptEnvironment(ImmutableSandboxedEnvironment):
@@ -74,8 +74,8 @@ def parse_template(text: str, environment: PromptEnvironment) -> tuple[nodes.Tem
 def unknown_names(names: Iterable[str], known: Iterable[str]) -> list[str]:
     """Return a sentence for each name that no field has."""
     known = sorted(set(known))
-    return [f"names {name!r}, which no setting, field or step before gives{nearest(name, known)}; there are "
-            f"{', '.join(known)}" for name in sorted(set(names) - set(known))]
+    return [f"names {name!r}, which no setting, field or step before gives{suggest_name(name, known)}; there "
+            f"are {', '.join(known)}" for name in sorted(set(names) - set(known))]
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def read_prompts(file: Path) -> dict[str, PromptTemplate]:
         UserError: the file cannot be used.
     """
     found = {}
-    for name, prompt in read_file(_PromptFile, file).prompts.items():
+    for name, prompt in read_settings_file(_PromptFile, file).prompts.items():
         try:
             found[f"{file.stem}/{name}"] = PromptTemplate.compile(f"{file.stem}/{name}", prompt)
         except BadTemplate as e:

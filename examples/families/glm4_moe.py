@@ -10,11 +10,11 @@ from megatron_sov.model.config import ModelConfig, ParallelConfig
 from megatron_sov.model.families.family import (
     DECODER_CONFIG, DEEPSEEK_ROUTER, DEEPSEEK_ROUTER_CONFIG, EXPERT_GROUPS, KV_HEADS)
 from megatron_sov.model.families.hf_config import Fixed, Renamed, Rope, hidden_over_heads
-from megatron_sov.model.families.hf_layers import LeadingDenseLayers, PredictionBehind
+from megatron_sov.model.families.hf_layers import LeadingDenseLayers, PredictionAfterTrunk
 from megatron_sov.model.families.weights import (
-    ATTENTION, COPIES_BEHIND, DEEPSEEK_EXPERTS, DENSE_FFN, EMBEDDINGS_AND_HEAD, PREDICTION_BEHIND, QK_NORM,
-    QKV_BIAS, inside_prediction, trunk)
-from megatron_sov.model.recipes.open_models import continued
+    ATTENTION, DEEPSEEK_EXPERTS, DENSE_FFN, EMBEDDINGS_AND_HEAD, PREDICTION_AFTER_TRUNK, PREDICTION_COPIES,
+    QK_NORM, QKV_BIAS, prediction_layer_section, trunk_section)
+from megatron_sov.model.recipes.open_models import continue_pretraining
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ GLM4_MOE = Family(
     hf_classes=("Glm4MoeForCausalLM",),
     weights=(
         *EMBEDDINGS_AND_HEAD,
-        trunk("every layer", ATTENTION),
-        trunk("every layer", QKV_BIAS, when="qkv_bias"),
-        trunk("every layer", QK_NORM, when="qk_norm"),
-        trunk("dense layers", DENSE_FFN),
-        trunk("moe layers", DEEPSEEK_EXPERTS),
-        PREDICTION_BEHIND, inside_prediction(ATTENTION, DEEPSEEK_EXPERTS),
-        inside_prediction(QKV_BIAS, when="qkv_bias"), inside_prediction(QK_NORM, when="qk_norm"),
+        trunk_section("every layer", ATTENTION),
+        trunk_section("every layer", QKV_BIAS, when="qkv_bias"),
+        trunk_section("every layer", QK_NORM, when="qk_norm"),
+        trunk_section("dense layers", DENSE_FFN),
+        trunk_section("moe layers", DEEPSEEK_EXPERTS),
+        PREDICTION_AFTER_TRUNK, prediction_layer_section(ATTENTION, DEEPSEEK_EXPERTS),
+        prediction_layer_section(QKV_BIAS, when="qkv_bias"), prediction_layer_section(QK_NORM, when="qk_norm"),
     ),
     config=(
         *DECODER_CONFIG, KV_HEADS, *DEEPSEEK_ROUTER_CONFIG, Fixed("tie_word_embeddings", False),
@@ -70,20 +70,20 @@ GLM4_MOE = Family(
         Renamed("head_dim", "head_dim", hidden_over_heads), Renamed("intermediate_size", "dense_ffn_dim"),
         Renamed("n_routed_experts", "num_experts", 128), Renamed("n_shared_experts", "num_shared_experts", 1),
         Renamed("routed_scaling_factor", "routed_scaling_factor", 1.0),
-        PartialRope(default_theta=10_000.0), LeadingDenseLayers(default=1), PredictionBehind(),
+        PartialRope(default_theta=10_000.0), LeadingDenseLayers(default=1), PredictionAfterTrunk(),
     ),
     structure={**DEEPSEEK_ROUTER, "attention_pattern": "G", "sliding_window_tokens": 0,
                "rope_on_global": True, "tied_embeddings": False},
     varies=("rope_share", "mtp_experts", *EXPERT_GROUPS),
     training={"router_bias_update_rate": 1e-3, "mtp_loss_coeff": 0.1},
     needs_shared_expert=True,
-    copies=COPIES_BEHIND,
+    copies=PREDICTION_COPIES,
 )
 
 
 def glm_4_5_air():
     """GLM-4.5-Air: 8 of 128 experts, one shared, one prediction layer with experts, 128K."""
-    return continued("glm-4.5-air", ModelConfig(
+    return continue_pretraining("glm-4.5-air", ModelConfig(
         family="glm4_moe.py:GLM4_MOE", vocab_size=151552, hidden_size=4096, num_layers=46, num_heads=96,
         num_kv_heads=8, head_dim=128, num_dense_layers=1, dense_ffn_dim=10944, num_experts=128,
         num_experts_per_token=8, num_shared_experts=1, expert_ffn_dim=1408, routed_scaling_factor=1.0,

@@ -11,12 +11,12 @@ from megatron_sov.model.families.family import DECODER_CONFIG, EXPERT_GROUPS, MA
 from megatron_sov.model.families.hf_config import Fixed, Renamed, Unused
 from megatron_sov.model.families.hf_layers import LeadingDenseLayers
 from megatron_sov.model.families.latent import (
-    LATENT_ATTENTION, QUERIES_OF_A_LATENT, STRUCTURE, WHOLE_QUERIES, LatentHeads)
+    DIRECT_QUERIES, LATENT_ATTENTION, LATENT_QUERIES, STRUCTURE, LatentHeads)
 from megatron_sov.model.families.linear_layers import (
-    KIMI_DELTA, count_layers, delta_sizes, layer_pattern, whole_number)
+    KIMI_DELTA, check_integer, count_layers, parse_layer_pattern, read_delta_sizes)
 from megatron_sov.model.families.weights import (
-    DENSE_FFN, EMBEDDINGS_AND_HEAD, Experts, GateUp, Same, router_bias, trunk)
-from megatron_sov.model.recipes.open_models import LATENT, continued
+    DENSE_FFN, EMBEDDINGS_AND_HEAD, Experts, GateUp, Same, router_bias_entry, trunk_section)
+from megatron_sov.model.recipes.open_models import LATENT, continue_pretraining
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class KimiLayers:
 
     def write(self, model):
         """Return both; `UserError` where heads differ, or gates have another rank."""
-        said, types = delta_sizes(model, negative=False), model.layer_types()
+        said, types = read_delta_sizes(model, negative=False), model.layer_types()
         lists = {name: [i + 1 for i, found in enumerate(types) if found == kind] for name, kind in self.lists}
         return {"linear_attn_config": lists | dict(zip(self.sizes, said, strict=True)), "layer_types": types,
                 **dict(zip(self.beside, said, strict=True))}
@@ -53,7 +53,7 @@ class KimiLayers:
             if config.get(other, inside) != inside:
                 raise UserError(f"config.json: linear_attn_config.{name} = {inside} and {other} = "
                                 f"{config[other]} disagree; remove the latter")
-            said.append(whole_number(f"linear_attn_config.{name}", inside))
+            said.append(check_integer(f"linear_attn_config.{name}", inside))
         lists = {kind: part.pop(name) for name, kind in self.lists if name in part}
         if part:
             raise UserError(f"config.json: linear_attn_config has {', '.join(part)}, which is not known")
@@ -74,14 +74,14 @@ class KimiLayers:
                                 f"name each of {count} layers once, counted from 1, as layer_types does "
                                 f"where it stands beside; they are {lists}")
             types = listed
-        return layer_pattern(types, count)
+        return parse_layer_pattern(types, count)
 
 
 BLOCK = "block_sparse_moe"
 EXPERTS = (
     Same("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", "H"),
     Same("mlp.router.weight", f"{BLOCK}.gate.weight", "E H"),
-    router_bias(f"{BLOCK}.gate.e_score_correction_bias"),
+    router_bias_entry(f"{BLOCK}.gate.e_score_correction_bias"),
     Experts(GateUp("mlp.experts.experts.linear_fc1.weight", f"{BLOCK}.experts.{{e}}.w1.weight",
                    f"{BLOCK}.experts.{{e}}.w3.weight", "I H")),
     Experts(Same("mlp.experts.experts.linear_fc2.weight", f"{BLOCK}.experts.{{e}}.w2.weight", "H I")),
@@ -94,11 +94,11 @@ KIMI_LINEAR = Family(
     name="kimi_linear",
     hf_classes=("KimiLinearForCausalLM",),
     weights=(
-        *EMBEDDINGS_AND_HEAD, trunk("linear layers", KIMI_DELTA),
-        trunk("other layers", LATENT_ATTENTION),
-        trunk("other layers", QUERIES_OF_A_LATENT, when="has_query_latent"),
-        trunk("other layers", WHOLE_QUERIES, when="has_whole_queries"),
-        trunk("dense layers", DENSE_FFN), trunk("moe layers", EXPERTS),
+        *EMBEDDINGS_AND_HEAD, trunk_section("linear layers", KIMI_DELTA),
+        trunk_section("other layers", LATENT_ATTENTION),
+        trunk_section("other layers", LATENT_QUERIES, when="has_query_latent"),
+        trunk_section("other layers", DIRECT_QUERIES, when="has_whole_queries"),
+        trunk_section("dense layers", DENSE_FFN), trunk_section("moe layers", EXPERTS),
     ),
     config=(
         *(item for item in DECODER_CONFIG if item is not MAX_POSITIONS),
@@ -115,7 +115,7 @@ KIMI_LINEAR = Family(
         Fixed("moe_renormalize", True), Fixed("norm_topk_prob", True, written=False),
         Fixed("moe_router_activation_func", "sigmoid"), Fixed("mla_use_nope", True),
         Fixed("moe_layer_freq", 1, written=False), Fixed("num_nextn_predict_layers", 0, written=False),
-        LatentHeads(heads_tell=False), KimiLayers(), LeadingDenseLayers(default=1),
+        LatentHeads(checks_head_dim=False), KimiLayers(), LeadingDenseLayers(default=1),
         # nothing rotates, and groups are chosen from where there are several
         Unused(("rope_theta", "rope_scaling", "rope_parameters", "use_grouped_topk", "topk_method",
                 "pretraining_tp")),
@@ -132,7 +132,7 @@ KIMI_LINEAR = Family(
 
 def kimi_linear_48b():
     """Kimi Linear 48B-A3B: 20 layers of 27 attend linearly, 8 of 256 experts, one shared, 1M."""
-    return continued("kimi-linear-48b", ModelConfig(
+    return continue_pretraining("kimi-linear-48b", ModelConfig(
         family="kimi_linear.py:KIMI_LINEAR", vocab_size=163840, hidden_size=2304, num_layers=27, num_heads=32,
         num_kv_heads=32, head_dim=192, latent_attention=replace(LATENT, q_lora_rank=None),
         linear_attention=LinearAttentionConfig(32, 32, 128, 128, 128),

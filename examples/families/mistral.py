@@ -8,7 +8,7 @@ from megatron_sov import Family
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.families.family import DECODER_CONFIG, KV_HEADS
 from megatron_sov.model.families.hf_config import Renamed, Rope, hidden_over_heads
-from megatron_sov.model.families.weights import ATTENTION, DENSE_FFN, EMBEDDINGS_AND_HEAD, trunk
+from megatron_sov.model.families.weights import ATTENTION, DENSE_FFN, EMBEDDINGS_AND_HEAD, trunk_section
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class OneWindow:
 MISTRAL = Family(
     name="mistral",
     hf_classes=("MistralForCausalLM",),
-    weights=(*EMBEDDINGS_AND_HEAD, trunk("every layer", ATTENTION, DENSE_FFN)),
+    weights=(*EMBEDDINGS_AND_HEAD, trunk_section("every layer", ATTENTION, DENSE_FFN)),
     config=(
         *DECODER_CONFIG, KV_HEADS, Renamed("intermediate_size", "dense_ffn_dim"),
         Renamed("head_dim", "head_dim", hidden_over_heads), Rope(default_theta=10_000.0),

@@ -9,8 +9,8 @@ from megatron_sov.model.config import ModelConfig, ParallelConfig
 from megatron_sov.model.families.family import DECODER_CONFIG, KV_HEADS
 from megatron_sov.model.families.hf_config import Fixed, Renamed, Rope, Unused, hidden_over_heads
 from megatron_sov.model.families.weights import (
-    ATTENTION, EMBEDDINGS_AND_HEAD, Experts, GateUp, Same, trunk)
-from megatron_sov.model.recipes.open_models import continued
+    ATTENTION, EMBEDDINGS_AND_HEAD, Experts, GateUp, Same, trunk_section)
+from megatron_sov.model.recipes.open_models import continue_pretraining
 
 # transformers computes the router's logits in the model's dtype, we in float32; they are the same for models
 # in float32
@@ -25,7 +25,7 @@ EXPERTS = (
 MIXTRAL = Family(
     name="mixtral",
     hf_classes=("MixtralForCausalLM",),
-    weights=(*EMBEDDINGS_AND_HEAD, trunk("every layer", ATTENTION, EXPERTS)),
+    weights=(*EMBEDDINGS_AND_HEAD, trunk_section("every layer", ATTENTION, EXPERTS)),
     config=(
         *DECODER_CONFIG, KV_HEADS, Renamed("intermediate_size", "expert_ffn_dim"),
         Renamed("head_dim", "head_dim", hidden_over_heads),
@@ -46,7 +46,7 @@ MIXTRAL = Family(
 
 def mixtral_8x7b():
     """Mixtral-8x7B: 2 of 8 experts in every layer, 32K."""
-    return continued("mixtral-8x7b", ModelConfig(
+    return continue_pretraining("mixtral-8x7b", ModelConfig(
         family="mixtral.py:MIXTRAL", vocab_size=32000, hidden_size=4096, num_layers=32, num_heads=32,
         num_kv_heads=8, head_dim=128, num_experts=8, num_experts_per_token=2, num_shared_experts=0,
         expert_ffn_dim=14336, router_score="softmax", router_bias=False, seq_aux_loss_coeff=2e-2,

@@ -1,1 +1,1 @@
-"""What every hall stands on: errors, files and their hashes, settings, plug-ins, texts, chats, pages."""
+"""Shared foundations: errors, artifacts and hashes, settings, plug-ins, documents, pages."""

@@ -22,14 +22,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.digests import SHA256, algorithm_of, file_digest
-from megatron_sov.base.errors import UserError, download
-from megatron_sov.base.outputs import behind_links, refuse_nowhere
+from megatron_sov.base.digests import SHA256, hash_file, parse_digest_algorithm
+from megatron_sov.base.errors import UserError, suggest_download
+from megatron_sov.base.outputs import check_creatable, resolve_link
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
 _TEMPORARY_NAME = re.compile(r"\.(.+)\.tmp-.+-\d+")
-MADE_BY = {"corpus": "`sov-data run` or `sov-data demo-corpus`",
+PRODUCERS = {"corpus": "`sov-data run` or `sov-data demo-corpus`",
            "tokenizer": "`sov-tokenizer train` or `sov-tokenizer import`",
            "tokens": "`sov-data pack` or `sov-data mix`",
            "scorer": "`sov-data scorer train`",
@@ -60,12 +60,12 @@ class FileRecord:
         Raises:
             ValueError, KeyError, TypeError, AttributeError: the entry is malformed.
         """
-        algorithm_of(raw["digest"])
+        parse_digest_algorithm(raw["digest"])
         return FileRecord(raw["digest"], raw["size_bytes"])
 
     @staticmethod
     def of(file: Path) -> FileRecord:
-        return FileRecord(file_digest(file), file.stat().st_size)
+        return FileRecord(hash_file(file), file.stat().st_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Manifest:
 
 
 def sha256_file(path: Path) -> str:
-    return file_digest(path, SHA256).removeprefix(f"{SHA256}:")
+    return hash_file(path, SHA256).removeprefix(f"{SHA256}:")
 
 
 def fsync_path(path: Path) -> None:
@@ -102,30 +102,30 @@ def fsync_path(path: Path) -> None:
         os.close(fd)
 
 
-def atomic_write(path: Path, data: str | bytes) -> None:
+def write_atomically(path: Path, data: str | bytes) -> None:
     """Replace the content of `path` atomically: readers see the old or the new bytes, never a mixture.
 
     Raises:
         UserError: the disk is full or the folder is not writable.
     """
-    with new_file(Path(path)) as temporary:
+    with create_file(Path(path)) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 @contextlib.contextmanager
-def new_file(path: Path, *, makes_parents: bool = False) -> Iterator[Path]:
+def create_file(path: Path, *, create_parents: bool = False) -> Iterator[Path]:
     """Yield a temporary path next to `path`; on success, sync the file and rename it to `path`.
 
     Args:
         path: the final file; an existing one is replaced.
-        makes_parents: create missing parent folders.
+        create_parents: create missing parent folders.
 
     Raises:
         UserError: the disk is full or the folder is not writable.
     """
-    temporary = _temporary(path)
-    with disk_errors(path):
-        if makes_parents:
+    temporary = _get_temporary_path(path)
+    with translate_disk_errors(path):
+        if create_parents:
             path.parent.mkdir(parents=True, exist_ok=True)
         try:
             # sync before the rename: after a power cut `path` holds the old file or the whole new one
@@ -139,7 +139,7 @@ def new_file(path: Path, *, makes_parents: bool = False) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path, *, first_stays: bool = False) -> Iterator[Path]:
+def create_folder(path: Path, *, first_stays: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder next to `path`; on success, sync its files and rename it to `path`.
 
     Args:
@@ -149,8 +149,8 @@ def new_folder(path: Path, *, first_stays: bool = False) -> Iterator[Path]:
     Raises:
         UserError: the disk is full or the folder is not writable.
     """
-    temporary = _temporary(path)
-    with disk_errors(path):
+    temporary = _get_temporary_path(path)
+    with translate_disk_errors(path):
         try:
             shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process with the same PID
             temporary.mkdir(parents=True)
@@ -161,7 +161,7 @@ def new_folder(path: Path, *, first_stays: bool = False) -> Iterator[Path]:
             if first_stays:
                 rename_unless_taken(temporary, path)
             else:
-                publish(temporary, path)
+                publish_folder(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -191,13 +191,13 @@ def delete_folder(path: Path, hidden: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
-def final_name(name: str) -> str:
+def get_final_name(name: str) -> str:
     """Return the final name of a temporary file or folder; other names are returned unchanged."""
     match = _TEMPORARY_NAME.fullmatch(name)
     return match[1] if match else name
 
 
-def _temporary(path: Path) -> Path:
+def _get_temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp-{os.uname().nodename}-{os.getpid()}")
 
 
@@ -207,12 +207,12 @@ def write_output(path: Path, data: str | bytes) -> None:
     Raises:
         UserError: the disk is full or a folder is not writable.
     """
-    with disk_errors(path):
+    with translate_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, data)
+    write_atomically(path, data)
 
 
-def holds(fd: int) -> bool | None:
+def try_lock(fd: int) -> bool | None:
     """Try to lock an open file or folder until it is closed; return False if another process holds the lock.
 
     None: unknown, because the file system has no such locks (Lustre mounted without `flock`, NFS folders).
@@ -227,21 +227,21 @@ def holds(fd: int) -> bool | None:
     return True
 
 
-def is_held(folder: Path) -> bool | None:
+def is_locked(folder: Path) -> bool | None:
     """Return whether any process (also on another machine) locks a folder; None if unknown."""
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:  # the folder is gone, or `folder` is a file
         return False
     try:
-        is_free = holds(fd)
+        is_free = try_lock(fd)
         return None if is_free is None else not is_free
     finally:
         os.close(fd)
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
+def translate_disk_errors(path: Path) -> Iterator[None]:
     """Turn a full disk, a missing permission or a read-only file system into a `UserError` about `path`."""
     try:
         yield
@@ -255,12 +255,12 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def to_json(value: Any) -> str:
+def format_json(value: Any) -> str:
     """Serialise dataclasses and plain values as indented JSON; floats keep all their bits."""
-    return json.dumps(value, indent=1, ensure_ascii=False, default=_plain) + "\n"
+    return json.dumps(value, indent=1, ensure_ascii=False, default=_to_plain) + "\n"
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     if isinstance(value, Path):
@@ -269,7 +269,7 @@ def _plain(value: Any) -> Any:
 
 
 class ArtifactWriter:
-    """An artifact under construction; obtained from `new_artifact`."""
+    """An artifact under construction; obtained from `create_artifact`."""
 
     def __init__(self, path: Path, kind: str) -> None:
         self.path = path
@@ -278,9 +278,9 @@ class ArtifactWriter:
         self.content: dict[str, Any] = {}
         self.settings: dict[str, Any] = {}
         self.inputs: list[dict[str, str]] = []
-        self.known_files: dict[str, FileRecord] = {}
+        self.hashed_files: dict[str, FileRecord] = {}
         """Files with a digest computed while writing; `complete` hashes all others."""
-        self.leave_out: frozenset[str] = frozenset()
+        self.excluded_names: frozenset[str] = frozenset()
         """Names directly inside the folder that the artifact excludes."""
 
     def add_input(self, path: Path, *, leaves: bool = False) -> None:
@@ -291,9 +291,9 @@ class ArtifactWriter:
 
     def complete(self) -> None:
         """Hash and sync every file, then write the manifest (still in the temporary folder)."""
-        files = dict(self.known_files)
+        files = dict(self.hashed_files)
         # sorted: manifests list files in the same order on every file system
-        top_level = [p for p in sorted(self.path.iterdir()) if p.name not in self.leave_out]
+        top_level = [p for p in sorted(self.path.iterdir()) if p.name not in self.excluded_names]
         entries = [p for top in top_level for p in ([top, *top.rglob("*")] if top.is_dir() else [top])]
         for file in sorted(p for p in entries if p.is_file()):
             name = file.relative_to(self.path).as_posix()
@@ -305,8 +305,8 @@ class ArtifactWriter:
         # `sha256` is the last field, so the last run of zeros in the text is its value
         manifest = Manifest(self.kind, self.content, self.settings, self.inputs, files, time.time(),
                             sha256=_NO_HASH)
-        head, _, tail = to_json(manifest).rpartition(_NO_HASH)
-        atomic_write(self.path / MANIFEST, head + _hash_around(head.encode(), tail.encode()) + tail)
+        head, _, tail = format_json(manifest).rpartition(_NO_HASH)
+        write_atomically(self.path / MANIFEST, head + _hash_around(head.encode(), tail.encode()) + tail)
 
 
 def _hash_around(head: bytes, tail: bytes) -> str:
@@ -314,7 +314,7 @@ def _hash_around(head: bytes, tail: bytes) -> str:
 
 
 @contextlib.contextmanager
-def new_artifact(path: str | Path, kind: str, *, overwrite: bool = False) -> Iterator[ArtifactWriter]:
+def create_artifact(path: str | Path, kind: str, *, overwrite: bool = False) -> Iterator[ArtifactWriter]:
     """Build an artifact in a temporary folder next to `path`; `path` appears only when complete.
 
     Args:
@@ -326,26 +326,26 @@ def new_artifact(path: str | Path, kind: str, *, overwrite: bool = False) -> Ite
         UserError: `path` exists and must not be replaced, or the disk is full or not writable.
     """
     # the temporary folder must be on the final folder's disk: renames do not cross disks
-    path = behind_links(Path(path))
-    refuse_nowhere(path)
+    path = resolve_link(Path(path))
+    check_creatable(path)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with disk_errors(path):
+    with translate_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(path)
-        refuse_existing(path, kind, overwrite)
+        check_output_folder(path, kind, overwrite)
         # clear leftovers before creating this folder, which would look like one
-        with _hold_new_folder(temporary, path):
+        with _create_locked_folder(temporary, path):
             try:
                 writer = ArtifactWriter(temporary, kind)
                 yield writer
                 writer.complete()
-                publish(temporary, path)
+                publish_folder(temporary, path)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _hold_new_folder(temporary: Path, path: Path) -> Iterator[None]:
+def _create_locked_folder(temporary: Path, path: Path) -> Iterator[None]:
     """Create and lock a temporary folder, so that no other process takes it for a leftover: the PID in its
     name means nothing in another container or on another machine."""
     try:
@@ -355,13 +355,13 @@ def _hold_new_folder(temporary: Path, path: Path) -> Iterator[None]:
                         f"or delete {temporary} if it is what a killed one left") from None
     fd = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        holds(fd)
+        try_lock(fd)
         yield
     finally:
         os.close(fd)
 
 
-def publish(temporary: Path, path: Path) -> None:
+def publish_folder(temporary: Path, path: Path) -> None:
     """Rename a complete folder to its final name; an existing artifact is first moved aside, then deleted."""
     old = None
     if path.exists():
@@ -375,13 +375,13 @@ def publish(temporary: Path, path: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def refuse_existing(path: Path, kind: str, overwrite: bool) -> None:
+def check_output_folder(path: Path, kind: str, overwrite: bool) -> None:
     """Raise `UserError` if `path` cannot become an output folder.
 
     Without `overwrite`, `path` must not exist or be empty. With it, only an artifact of `kind` is replaced.
     """
-    is_link, path = os.path.islink(path), behind_links(path)
-    refuse_nowhere(path)
+    is_link, path = os.path.islink(path), resolve_link(path)
+    check_creatable(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         if path.is_dir() and not is_link:
             path.rmdir()
@@ -400,19 +400,19 @@ def clear_leftovers(path: Path) -> None:
     name = glob.escape(path.name)
     for leftover in sorted([*path.parent.glob(f".{name}.tmp-*"), *path.parent.glob(f".{name}.old-*")]):
         stem, _, pid = leftover.name.rpartition("-")
-        if not pid.isdigit() or not _is_left(leftover, int(pid)):
+        if not pid.isdigit() or not _is_leftover(leftover, int(pid)):
             continue
-        # `publish` was killed between its two renames: the old artifact is the only copy
+        # `publish_folder` was killed between its two renames: the old artifact is the only copy
         if stem.endswith(".old") and not path.exists():
             os.rename(leftover, path)
         else:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _is_left(folder: Path, pid: int) -> bool:
+def _is_leftover(folder: Path, pid: int) -> bool:
     """Return whether no process works in a temporary folder (named after the PID of its creator) any more."""
     # the lock is more reliable than the PID, which may belong to another container or machine
-    locked = is_held(folder)
+    locked = is_locked(folder)
     if pid == os.getpid():  # an earlier start of this container, or a process in another one
         return locked is False
     return not locked and _has_ended(pid)
@@ -454,15 +454,16 @@ def read_manifest(path: str | Path, kind: str | None = None) -> Manifest:
         expected = f"a '{kind}' artifact" if kind else "an artifact"
         if not Path(path).exists():
             raise UserError(f"{path}: does not exist, so it is not {expected}; check the path"
-                            f"{download(path)}") from None
+                            f"{suggest_download(path)}") from None
         raise UserError(f"{path}: has no {MANIFEST}, so it is not {expected}; "
-                        f"pass the folder that {MADE_BY.get(kind or '', 'the earlier step')} wrote") from None
+                        f"pass the folder that {PRODUCERS.get(kind or '', 'the earlier step')} "
+                        "wrote") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as e:
         raise UserError(f"{file}: is damaged ({e}); make the artifact again or restore "
                         "it from a copy") from None
     if kind is not None and manifest.kind != kind:
         raise UserError(f"{path}: is a '{manifest.kind}' artifact where a '{kind}' artifact is needed; "
-                        f"pass the folder that {MADE_BY.get(kind, 'the earlier step')} wrote")
+                        f"pass the folder that {PRODUCERS.get(kind, 'the earlier step')} wrote")
     return manifest
 
 
@@ -470,7 +471,7 @@ def _is_inside(name: str) -> bool:
     return bool(name) and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
-def inputs_of(path: Path, manifest: Manifest) -> list[dict[str, str]]:
+def parse_inputs(path: Path, manifest: Manifest) -> list[dict[str, str]]:
     """Return `kind`, `path` and `manifest_sha256` of each input artifact.
 
     Raises:
@@ -486,7 +487,7 @@ def inputs_of(path: Path, manifest: Manifest) -> list[dict[str, str]]:
     return inputs
 
 
-def places_of(path: str, by: Path) -> list[Path]:
+def list_input_paths(path: str, by: Path) -> list[Path]:
     """List the paths where an input may exist now: `path` itself, or next to `by` if both were moved.
 
     `by` is the artifact or run built from the input. Next to it, an input may have its relative path, its
@@ -496,29 +497,30 @@ def places_of(path: str, by: Path) -> list[Path]:
             by.parent / Path(*Path(path).parts[-3:])]
 
 
-def find_input(path: str, sha256: str, by: Path, elsewhere: Mapping[str, Path] | None = None) -> Path | None:
+def find_input(path: str, sha256: str, owner: Path,
+               other_paths: Mapping[str, Path] | None = None) -> Path | None:
     """Return the current path of an input whose manifest is unchanged, else None.
 
     Args:
         path: the path recorded by the artifact or run.
         sha256: hash of the input's manifest.
-        by: the artifact or run built from the input.
-        elsewhere: manifest hash -> folder, for inputs at none of `places_of`.
+        owner: the artifact or run built from the input.
+        other_paths: manifest hash -> folder, for inputs at none of `list_input_paths`.
     """
-    for candidate in places_of(path, by):
-        if _hash_at(candidate) == sha256:
+    for candidate in list_input_paths(path, owner):
+        if _hash_manifest_at(candidate) == sha256:
             return candidate
-    return (elsewhere or {}).get(sha256)
+    return (other_paths or {}).get(sha256)
 
 
-def _hash_at(path: Path) -> str:
+def _hash_manifest_at(path: Path) -> str:
     try:
         return manifest_sha256(path) if (path / MANIFEST).is_file() else ""
     except (OSError, ValueError):  # not a valid path on this machine
         return ""
 
 
-def origins_of(path: Path, manifest: Manifest, seen: Set[str] = frozenset()) -> list[dict[str, Any]]:
+def trace_origins(path: Path, manifest: Manifest, seen: Set[str] = frozenset()) -> list[dict[str, Any]]:
     """Return an artifact's inputs and, recursively, their inputs as far as they still exist.
 
     Args:
@@ -534,29 +536,29 @@ def origins_of(path: Path, manifest: Manifest, seen: Set[str] = frozenset()) -> 
         UserError: a manifest among the inputs is damaged.
     """
     origins, seen = list[dict[str, Any]](), set(seen)
-    for item in inputs_of(path, manifest):
+    for item in parse_inputs(path, manifest):
         sha256 = item["manifest_sha256"]
         place = find_input(item["path"], sha256, path)
         below: list[dict[str, Any]] = []
         if place is None:
-            state = "changed since" if _hash_at(Path(item["path"])) else "not here"
+            state = "changed since" if _hash_manifest_at(Path(item["path"])) else "not here"
         # one corpus may be an input of many artifacts: list its inputs once, or the tree grows without bound
         elif sha256 in seen:
             state = "as above"
         else:
             state = "here"
             if len(seen) < MAX_ORIGINS:
-                below = origins_of(place, read_manifest(place), seen | {sha256})
-        seen |= {sha256, *_hashes(below)}
+                below = trace_origins(place, read_manifest(place), seen | {sha256})
+        seen |= {sha256, *_iter_hashes(below)}
         origins.append({"kind": item["kind"], "path": str(place or item["path"]), "manifest_sha256": sha256,
                         "state": state, "made_from": below})
     return origins
 
 
-def _hashes(origins: list[dict[str, Any]]) -> Iterator[str]:
+def _iter_hashes(origins: list[dict[str, Any]]) -> Iterator[str]:
     for origin in origins:
         yield origin["manifest_sha256"]
-        yield from _hashes(origin["made_from"])
+        yield from _iter_hashes(origin["made_from"])
 
 
 def manifest_sha256(path: str | Path) -> str:
@@ -564,35 +566,35 @@ def manifest_sha256(path: str | Path) -> str:
     return sha256_file(Path(path) / MANIFEST)
 
 
-def damaged_files(path: str | Path, names: Iterable[str] | None = None, workers: int = 1,
-                  done: Callable[[int], object] = lambda size_bytes: None) -> list[str]:
+def find_damaged_files(path: str | Path, names: Iterable[str] | None = None, workers: int = 1,
+                  on_checked: Callable[[int], object] = lambda size_bytes: None) -> list[str]:
     """Return one sentence for each file that is missing or differs from the manifest.
 
     Args:
         path: the artifact.
         names: the files to check; None: all.
         workers: number of hashing threads.
-        done: called with each checked file's size in bytes, from any thread.
+        on_checked: called with each checked file's size in bytes, from any thread.
     """
     from concurrent.futures import ThreadPoolExecutor
 
     records = read_manifest(path).files
 
-    def check_one(name: str) -> str | None:
-        sentence = file_damage(Path(path) / name, records[name])
-        done(records[name].size_bytes)
+    def check_file(name: str) -> str | None:
+        sentence = find_file_damage(Path(path) / name, records[name])
+        on_checked(records[name].size_bytes)
         return sentence
 
     with ThreadPoolExecutor(workers) as pool:
-        sentences = pool.map(check_one, records if names is None else names)
+        sentences = pool.map(check_file, records if names is None else names)
         return [sentence for sentence in sentences if sentence]
 
 
-def file_damage(file: Path, record: FileRecord) -> str | None:
+def find_file_damage(file: Path, record: FileRecord) -> str | None:
     if not file.is_file():
         return f"{file}: is missing"
     if file.stat().st_size != record.size_bytes:
         return f"{file}: has {file.stat().st_size} bytes, the manifest says {record.size_bytes}"
-    if file_digest(file, algorithm_of(record.digest)) != record.digest:
+    if hash_file(file, parse_digest_algorithm(record.digest)) != record.digest:
         return f"{file}: its content differs from the hash in the manifest"
     return None

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_sov.base.errors import (
-    DryRun, ExitCode, Fix, GateFailed, StopRequested, UserError, to_exit_code, visible)
+    DryRun, ExitCode, Fix, GateFailed, StopRequested, UserError, escape_controls, to_exit_code)
 from megatron_sov.base.hints.commands import unknown_command
 from megatron_sov.base.hints.lines import join_sentences, propose_line
 from megatron_sov.base.hints.missing import missing_words, text_option
@@ -35,7 +35,7 @@ MAX_PATH_CHARS = 300
 """Characters of a path in a message; file systems allow more than a screen holds."""
 
 
-def version_of(program: str) -> str:
+def format_version(program: str) -> str:
     return f"{program} {__version__}"
 
 
@@ -112,7 +112,7 @@ class Parser(argparse.ArgumentParser):
                 sentences.append(e.sentence)
                 words = shlex.split(e.fix.line) if e.fix else []
                 program = self.prog.split()
-                if words[:len(program)] != program:  # another command is meant, or none
+                if words[:len(program)] != program:  # a fix for another program, or no fix
                     raise UserError(join_sentences(sentences), e.fix) from None
                 if words[len(program):] == typed:
                     break
@@ -166,7 +166,7 @@ def _parse_path(text: str) -> Path:
 
 
 def _list_options(parser: Parser) -> list[str]:
-    """Return the options of a parser and its sub-commands; of a program only those of the typed command.
+    """Return the options of a parser and its sub-commands; of a program only the typed command's.
 
     Listing a command's options imports the command.
     """
@@ -174,26 +174,26 @@ def _list_options(parser: Parser) -> list[str]:
     if parser.listing:
         parsers = [child for action in parser._actions if isinstance(action, argparse._SubParsersAction)
                    for child in action.choices.values() if not getattr(child, "_module", "")]
-    commands = [command for top in parsers for command in fill_commands(top)]
+    commands = [command for top in parsers for command in import_commands(top)]
     return [option for command in commands for option in command._option_string_actions]
 
 
-def fill_commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+def import_commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
     """Import all commands below a parser; return the parser and the parsers of all its commands."""
     if isinstance(parser, CommandParser):
-        parser.fill()
+        parser.import_command()
     parsers = [parser]
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for child in action.choices.values():
-                parsers += fill_commands(child)
+                parsers += import_commands(child)
     return parsers
 
 
-def parser_with_all(program: str) -> Parser:
+def build_full_parser(program: str) -> Parser:
     """Return the parser of one of `PROGRAMS` with the arguments of every command."""
     parser: Parser = importlib.import_module(PROGRAMS[program]).build_parser()
-    fill_commands(parser)
+    import_commands(parser)
     return parser
 
 
@@ -213,7 +213,7 @@ class Command:
     examples: tuple[str, ...] = ()
     """Command lines for its help, without the program's name."""
 
-    def ending(self, program: str, words: str = "") -> str:
+    def format_help_ending(self, program: str, words: str = "") -> str:
         """Format examples and page for the end of the help.
 
         Args:
@@ -232,10 +232,10 @@ class Command:
         child._module, child._command = self.module, self
 
     def load(self) -> Any:
-        return _load(self.module)
+        return _import_reference(self.module)
 
 
-def _load(reference: str) -> Any:
+def _import_reference(reference: str) -> Any:
     # not `pkgutil.resolve_name`: for a missing module it reports a missing attribute of the package
     module, _, name = reference.partition(":")
     imported = importlib.import_module(module)
@@ -248,21 +248,21 @@ class CommandParser(Parser):
     _module = ""
     _command: Command | None = None
 
-    def fill(self) -> None:
+    def import_command(self) -> None:
         """Import the command's module and add its arguments, once."""
         # emptied first: a second call would declare every option twice
         module, self._module = self._module, ""
         if module:
-            _load(module).add_arguments(self)
+            _import_reference(module).add_arguments(self)
             if self._command is not None:
-                end_help(self, self._command, self.prog.split()[0])
+                append_examples(self, self._command, self.prog.split()[0])
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        self.fill()
+        self.import_command()
         return super().parse_known_args(args if args is None else self._update_words(args), namespace)
 
 
-def end_help(parser: argparse.ArgumentParser, command: Command, program: str) -> None:
+def append_examples(parser: argparse.ArgumentParser, command: Command, program: str) -> None:
     """Append examples and page to the help of a command and of its actions."""
     if isinstance(parser, CommandParser) and parser._module and parser._command is not None:
         # not imported yet: `fill` appends its own examples and page, or the enclosing command's
@@ -271,15 +271,15 @@ def end_help(parser: argparse.ArgumentParser, command: Command, program: str) ->
         return
     words = parser.prog.removeprefix(program).strip()
     epilog = textwrap.fill(" ".join((parser.epilog or "").split()), 100)
-    parser.epilog = "\n\n".join(filter(None, (epilog, command.ending(program, words)))) or None
+    parser.epilog = "\n\n".join(filter(None, (epilog, command.format_help_ending(program, words)))) or None
     parser.formatter_class = HelpText
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for child in action.choices.values():
-                end_help(child, command, program)
+                append_examples(child, command, program)
 
 
-def list_commands(commands: Mapping[str, str], groups: Mapping[str, str]) -> str:
+def format_command_list(commands: Mapping[str, str], groups: Mapping[str, str]) -> str:
     """Format one line per command, under the headings of their groups.
 
     Args:
@@ -296,12 +296,12 @@ def list_commands(commands: Mapping[str, str], groups: Mapping[str, str]) -> str
     return "\n".join(lines).rstrip()
 
 
-def parser_of(program: str, description: str, commands: Mapping[str, Command]) -> Parser:
+def build_program_parser(program: str, description: str, commands: Mapping[str, Command]) -> Parser:
     """Build the parser of a program; a command is imported when its arguments are parsed."""
     parser = Parser(prog=program, description=description)
-    parser.listing = list_commands({name: c.help for name, c in commands.items()},
+    parser.listing = format_command_list({name: c.help for name, c in commands.items()},
                                    {name: c.group for name, c in commands.items()})
-    parser.add_argument("--version", action="version", version=version_of(program))
+    parser.add_argument("--version", action="version", version=format_version(program))
     actions = parser.add_subparsers(dest="command", required=True, metavar="COMMAND",
                                     parser_class=CommandParser)
     for name, command in commands.items():
@@ -389,7 +389,7 @@ def _escape_controls(message: str) -> str:
     """Escape control characters: names and contents of files may come from strangers."""
     if message.replace("\n", "").isprintable():
         return message
-    return visible(message)
+    return escape_controls(message)
 
 
 def _drop_output() -> None:

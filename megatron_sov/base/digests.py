@@ -42,7 +42,7 @@ class Digest:
         return f"{self._algorithm}:{self._hash.hexdigest()}"
 
 
-def file_digest(path: Path, algorithm: str = BLAKE3) -> str:
+def hash_file(path: Path, algorithm: str = BLAKE3) -> str:
     # one unbuffered read buffer: no copy between the file and the hash
     digest, block = Digest(algorithm), memoryview(bytearray(_BLOCK_BYTES))
     with open(path, "rb", buffering=0) as f:
@@ -51,7 +51,7 @@ def file_digest(path: Path, algorithm: str = BLAKE3) -> str:
     return digest.text()
 
 
-def algorithm_of(digest: str) -> str:
+def parse_digest_algorithm(digest: str) -> str:
     """Return the algorithm name in a digest.
 
     Raises:
@@ -63,7 +63,7 @@ def algorithm_of(digest: str) -> str:
     return algorithm
 
 
-def fingerprint(folder: Path) -> list[list[Any]]:
+def fingerprint_folder(folder: Path) -> list[list[Any]]:
     """Return relative path, size and mtime (ns) of every file below `folder`, without reading contents."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     return [[file.relative_to(folder).as_posix(), file.stat().st_size, file.stat().st_mtime_ns]

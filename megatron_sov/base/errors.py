@@ -22,16 +22,16 @@ rename windows, bidirectional controls reorder the displayed text, and lone surr
 UTF-8."""
 
 
-def visible(text: str) -> str:
+def escape_controls(text: str) -> str:
     """Escape control characters (except line feed and tab) and bidirectional controls in `text`."""
     return text.translate(_ESCAPES)
 
 
-Record = Callable[..., None]
+EventRecorder = Callable[..., None]
 """Signature of `EventLog.write`: `record(name, **fields)` writes one event."""
 
 
-def warn(text: str, record: Record | None = None, event: str = "warning", **fields: Any) -> None:
+def warn(text: str, record: EventRecorder | None = None, event: str = "warning", **fields: Any) -> None:
     """Print `warning: TEXT` to stderr and record an event with the same text.
 
     Args:
@@ -80,24 +80,24 @@ def to_exit_code(code: object) -> int:
 
 @dataclass(frozen=True)
 class Fix:
-    """How a command line is mended.  The message that it belongs to says why."""
+    """A correction of the typed command line; the message of its `UserError` says why."""
 
     line: str = ""
-    """The whole line, program first; the other fields are empty then."""
+    """The whole corrected line with the program; all other fields stay empty."""
     command: str = ""
-    """Command in place of the typed one: `"prefer"`, `"convert to-hf"`."""
+    """Replaces the typed command: `"prefer"`, `"convert to-hf"`."""
     prefix: str = ""
-    """Word before the command: `"submit"`."""
+    """Word to insert before the command: `"submit"`."""
     arguments: tuple[str, ...] = ()
     """Positional arguments to add after the command."""
     options: tuple[str, ...] = ()
-    """Options with their values, in place of typed ones or added: `("--set", "train.epochs=3")`."""
+    """Options and values to add or replace: `("--set", "train.epochs=3")`."""
     left_out: tuple[str, ...] = ()
-    """Typed words to leave out."""
+    """Typed words to remove."""
     words: Mapping[str, str] = field(default_factory=dict)
-    """Typed word, or a part of it that is a path -> the word in its place."""
+    """Typed word, or a path in it -> replacement."""
     before: tuple[str, ...] = ()
-    """Commands to run before the line."""
+    """Commands to run first."""
 
 
 class UserError(Exception):
@@ -115,7 +115,7 @@ class UserError(Exception):
     """
 
     def __init__(self, sentence: str = "", fix: Fix | None = None) -> None:
-        """Keep the sentence, and how the command line is mended; a whole line ends the message."""
+        """Create the message: `sentence`, followed by `fix.line` if the fix is a whole line."""
         self.sentence, self.fix = sentence, fix
         super().__init__(f"{sentence}; write\n  {fix.line}" if fix and fix.line else sentence)
 
@@ -136,19 +136,19 @@ class SilentCorruption(Exception):
     """A rank computed or stored wrong bits; ranks exit with `ExitCode.CORRUPTION`."""
 
 
-def told_in_a_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"
+def format_error(error: BaseException) -> str:
+    return f"{type(error).__name__}: {first_error_line(error)}"
 
 
-def first_line(error: BaseException) -> str:
+def first_error_line(error: BaseException) -> str:
     """Return the first line of the error's text; some errors have no text or start with an empty line."""
     return (str(error).strip() or "no further details").splitlines()[0]
 
 
-def list_problems(what: str, problems: Sequence[str], way_out: str = "") -> str:
+def format_problems(subject: str, problems: Sequence[str], remedy: str = "") -> str:
     """Format a list of problems: ``"WHAT: 2 problems; WAY_OUT"``, then one indented line per problem."""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return "\n".join([f"{what}: {count}{way_out and f'; {way_out}'}",
+    return "\n".join([f"{subject}: {count}{remedy and f'; {remedy}'}",
                       *(f"  {problem}" for problem in problems)])
 
 
@@ -156,7 +156,7 @@ MIN_SIMILARITY = 0.65
 """Lowest `SequenceMatcher.ratio` of a suggestion; words below it are unrelated, such as days and data."""
 
 
-def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+def suggest_name(name: str, known: Iterable[str], prefix: str = "") -> str:
     """Return ``"; did you mean 'x'?"`` for the name in `known` closest to `name`, or an empty string.
 
     `prefix` precedes the suggested name in the sentence.
@@ -180,11 +180,11 @@ def _has_same_number(name: str, other: str) -> bool:
     return longer.startswith(shorter)
 
 
-def find_misspelt(name: str, known: Iterable[str]) -> str:
+def suggest_spelling(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for a misspelling of a name in `known`, or an empty string.
 
     The two names have the same digits and differ in case, separators and at most one letter. Names that are
-    only similar (`nearest`) do not count.
+    only similar (`suggest_name`) do not count.
     """
     for other in known:
         first, second = (re.sub(r"[\W_]", "", text.lower()) for text in (name, other))
@@ -195,7 +195,7 @@ def find_misspelt(name: str, known: Iterable[str]) -> str:
     return ""
 
 
-def download(path: str | os.PathLike[str], is_bare: bool = False) -> str:
+def suggest_download(path: str | os.PathLike[str], is_bare: bool = False) -> str:
     """Return the end of an error message about a missing path that may name a Hugging Face model.
 
     Args:
@@ -215,28 +215,33 @@ def download(path: str | os.PathLike[str], is_bare: bool = False) -> str:
             f"{name}` where there is a network, and pass {name}")
 
 
+MIN_MISSPELT = 3
+"""Letters of a name that may be a misspelt one."""
+
+
 def fix_missing(path: str | os.PathLike[str], *, is_bare: bool = False, is_data: bool = False) -> Fix | None:
-    """Return the fix for a path that does not exist: a folder or file next to it with nearly the same name,
-    else the download of what the path names on the Hugging Face hub; None: neither.
+    """Return the fix for a missing path: a neighbour with a similar name, a download from the Hugging Face
+    hub, or None.
 
     Args:
-        path: as it was typed.
-        is_bare: see `download`.
-        is_data: whether it would be a dataset.
+        path: the missing path, as typed.
+        is_bare: as in `suggest_download`.
+        is_data: whether the path names a dataset.
     """
     text = os.fspath(path)
     folder, name = os.path.split(text)
     names = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
-    if close := find_misspelt(name, (one for one in names if one != name and not one.startswith("."))):
+    neighbours = (other for other in names if other != name and not other.startswith("."))
+    if close := suggest_spelling(name, neighbours):
         return Fix(words={text: os.path.join(folder, close.split("'")[1])})
-    hint = download_dataset(text) if is_data else download(text, is_bare)
+    hint = suggest_dataset_download(text) if is_data else suggest_download(text, is_bare)
     if not hint:
         return None
     kind = " --repo-type dataset" if is_data else ""
     return Fix(words={text: name}, before=(f"hf download {text}{kind} --local-dir {shlex.quote(name)}",))
 
 
-def download_dataset(path: str | os.PathLike[str]) -> str:
+def suggest_dataset_download(path: str | os.PathLike[str]) -> str:
     """Return the end of an error message about missing data that may name a Hugging Face dataset.
 
     The text holds the download command; an empty string means that `path` cannot be a dataset name.
@@ -248,7 +253,7 @@ def download_dataset(path: str | os.PathLike[str]) -> str:
             f"{os.fspath(path)} --repo-type dataset --local-dir {match[1]}")
 
 
-def how_to_install(extra: str, options: str = "") -> str:
+def format_install_command(extra: str, options: str = "") -> str:
     """Return the pip command that installs one of the package's extras.
 
     A checkout is reinstalled with the extra and `constraints.txt`. Next to an installed wheel, pip installs

@@ -17,23 +17,23 @@ NO_VALUE = "–"
 
 def format_count(count: float) -> str:
     """Format a number of parameters, tokens or operations: 8.19 B, 102.7 B, 1 T, 412."""
-    return _scale(count, COUNT_UNITS, whole_below=1e3, hundreds_digits=4)
+    return _format_scaled(count, COUNT_UNITS, whole_below=1e3, hundreds_digits=4)
 
 
 def format_size(num_bytes: float) -> str:
     """Format the size of files and messages in powers of 1000: 1.52 GB, 12 kB, 999 B."""
-    text = _scale(num_bytes, SIZE_UNITS, whole_below=1e3)
+    text = _format_scaled(num_bytes, SIZE_UNITS, whole_below=1e3)
     return text if text[-1].isalpha() else f"{text} B"
 
 
 def format_memory(num_bytes: float) -> str:
     """Format memory of a GPU or a host in powers of 1024: 38.6 GiB, 512 MiB, 0 GiB."""
-    return _scale(num_bytes, MEMORY_UNITS) if num_bytes else "0 GiB"
+    return _format_scaled(num_bytes, MEMORY_UNITS) if num_bytes else "0 GiB"
 
 
 def format_seconds(seconds: float) -> str:
-    """Format the time of one step or of a part of it: 1.52 s, 31 ms, 4 us, 0 s."""
-    return _scale(seconds, SECOND_UNITS) if seconds else "0 s"
+    """Format the duration of a step or phase: 1.52 s, 31 ms, 4 us, 0 s."""
+    return _format_scaled(seconds, SECOND_UNITS) if seconds else "0 s"
 
 
 def format_duration(seconds: float) -> str:
@@ -59,13 +59,13 @@ def format_days(seconds: float) -> str:
 def format_money(dollars: float) -> str:
     """Format an amount of US dollars: $4.21, $12,300, $4.21 M."""
     if dollars >= 999_999.5:
-        return f"${_scale(dollars, COUNT_UNITS)}"
+        return f"${_format_scaled(dollars, COUNT_UNITS)}"
     return f"${dollars:,.0f}" if dollars >= 9.995 else f"${dollars:.2f}"
 
 
 def format_energy(kwh: float) -> str:
     """Format energy in kilowatt-hours: 830 kWh, 2.31 GWh."""
-    return _scale(kwh, ENERGY_UNITS) if kwh else "0 kWh"
+    return _format_scaled(kwh, ENERGY_UNITS) if kwh else "0 kWh"
 
 
 def format_share(share: float) -> str:
@@ -87,7 +87,7 @@ def format_value(value: float, digits: int = 4) -> str:
     return f"{value:,.0f}"
 
 
-def _scale(value: float, units: Sequence[tuple[float, str]], whole_below: float = 0.0,
+def _format_scaled(value: float, units: Sequence[tuple[float, str]], whole_below: float = 0.0,
            hundreds_digits: int = 3) -> str:
     """Divide `value` by the largest unit that leaves at least 1 after rounding, and append the unit's name.
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from megatron_sov.base.errors import UserError
 
-TRYING = ".try-"
+PROBE_PREFIX = ".try-"
 """Name prefix of an empty folder created for a moment to test write access."""
-RECORDS_OF_A_RUN = ("config.json", "events.jsonl")
+RUN_RECORDS = ("config.json", "events.jsonl")
 """Files of a training run's folder; a run cannot recreate them."""
 
 
@@ -30,7 +30,7 @@ def check_output(option: str, path: Path | None) -> None:
                         "choose another path")
     _refuse_place(path, f"{option} {path}")
     real = Path(os.path.realpath(path))
-    if real.name in RECORDS_OF_A_RUN and all(os.path.isfile(real.parent / name) for name in RECORDS_OF_A_RUN):
+    if real.name in RUN_RECORDS and all(os.path.isfile(real.parent / name) for name in RUN_RECORDS):
         raise UserError(f"{option} {path}: is a record of the run {real.parent}, which would be replaced; "
                         "choose another path")
 
@@ -47,7 +47,7 @@ def check_page(option: str, path: Path | None) -> None:
                         "print it from a browser for other formats")
 
 
-def refuse_input(option: str, path: Path, *inputs: Path) -> None:
+def refuse_input_as_output(option: str, path: Path, *inputs: Path) -> None:
     """Check that an output does not overwrite one of its inputs.
 
     Raises:
@@ -58,7 +58,7 @@ def refuse_input(option: str, path: Path, *inputs: Path) -> None:
             raise UserError(f"{option} {path}: is {source} itself, which is read; choose another path")
 
 
-def refuse_nowhere(path: Path) -> None:
+def check_creatable(path: Path) -> None:
     """Raise `UserError` if no folder can be created at `path`.
 
     Reasons: ``.``, ``..`` and ``/`` have no name of their own, a parent is a file, or a parent is not
@@ -69,7 +69,7 @@ def refuse_nowhere(path: Path) -> None:
     _refuse_place(path, str(path))
 
 
-def behind_links(path: Path) -> Path:
+def resolve_link(path: Path) -> Path:
     """Return the target folder if `path` is a link, else `path`; an artifact replaces the target, not the
     link.
 
@@ -85,7 +85,7 @@ def behind_links(path: Path) -> Path:
     return target
 
 
-def refuse_link_outside(folder: Path, file: Path) -> None:
+def refuse_outside_link(folder: Path, file: Path) -> None:
     """Refuse a link that leads out of a foreign folder: copying would hand on another file of this machine.
 
     Links inside the folder, and from a snapshot in Hugging Face's cache to its blobs, are allowed.
@@ -114,7 +114,7 @@ def refuse_unwritable(folder: Path, subject: str) -> None:
         except OSError as e:
             if e.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
                 raise
-            os.rmdir(tempfile.mkdtemp(prefix=TRYING, dir=folder))
+            os.rmdir(tempfile.mkdtemp(prefix=PROBE_PREFIX, dir=folder))
     except OSError as e:
         raise UserError(f"{subject}: nothing can be made in {folder} ({os.strerror(e.errno or 0)}); choose a "
                         "folder that you may write to") from None

@@ -16,14 +16,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.artifacts import atomic_write
+from megatron_sov.base.artifacts import write_atomically
 from megatron_sov.base.digests import Digest
 from megatron_sov.base.errors import UserError
 
 SEAL = "seal"
 """JSON key and Parquet metadata key of the seal."""
 _MARK, _ZEROS = b"sealed:blake3:", b"0" * 64
-PLACE = (_MARK + _ZEROS).decode()
+SEAL_PLACEHOLDER = (_MARK + _ZEROS).decode()
 """Placeholder for a seal: mark and zeros."""
 _TAIL_BYTES = 1 << 16
 """Number of bytes at the end of a file that are searched for the seal."""
@@ -36,62 +36,65 @@ _SETTLED_S = 1.0
 RUN_AGAIN = "delete it and run the command again"
 
 
-def sealed(data: bytes, of: str = "") -> bytes:
-    """Return `data` with its checksum in place of the last `PLACE`; without `PLACE`, append the seal.
+def seal_bytes(data: bytes, owner: str = "") -> bytes:
+    """Return `data` with its checksum in place of the last `SEAL_PLACEHOLDER`; without `SEAL_PLACEHOLDER`,
+    append the seal.
 
     Args:
         data: the bytes to seal.
-        of: identity of the owner, hashed but not stored: a file copied from another owner fails its check
+        owner: identity of the owner, hashed but not stored: a file copied from another owner fails its check
             (same meaning in the whole module).
     """
-    # the last occurrence: the text of a row may contain `PLACE`
-    head, mark, tail = data.rpartition(PLACE.encode())
+    # the last occurrence: the text of a row may contain `SEAL_PLACEHOLDER`
+    head, mark, tail = data.rpartition(SEAL_PLACEHOLDER.encode())
     if not mark:
         head, tail = data, b""
-    return head + _MARK + _hash_parts([head, _MARK + _ZEROS, tail], of) + tail
+    return head + _MARK + _hash_parts([head, _MARK + _ZEROS, tail], owner) + tail
 
 
-def seal_file(file: Path, of: str = "") -> str:
-    """Write the checksum of a complete file over its last `PLACE` or after its last byte; return it."""
+def seal_file(file: Path, owner: str = "") -> str:
+    """Write the checksum of a complete file over its last `SEAL_PLACEHOLDER` or after its last byte; return
+    it."""
     with open(file, "r+b") as f:
-        start = _find_mark(f, PLACE.encode())
+        start = _find_mark(f, SEAL_PLACEHOLDER.encode())
         if start is None:
             start = f.seek(0, os.SEEK_END)
-            f.write(PLACE.encode())
+            f.write(SEAL_PLACEHOLDER.encode())
         # the seal still holds zeros here
-        digest = _hash_around_seal(f, start, of)
+        digest = _hash_around_seal(f, start, owner)
         f.seek(start + len(_MARK))
         f.write(digest)
     return digest.decode()
 
 
-def write_sealed(file: Path, data: bytes, of: str = "") -> None:
+def write_sealed(file: Path, data: bytes, owner: str = "") -> None:
     """Write `data` followed by a seal; memory maps find the data at offset 0.
 
     Raises:
         UserError: the disk is full or the folder is not writable.
     """
-    atomic_write(file, data + _MARK + _hash_parts([data, PLACE.encode()], of))
+    write_atomically(file, data + _MARK + _hash_parts([data, SEAL_PLACEHOLDER.encode()], owner))
 
 
-def seal_of(file: Path) -> str:
+def read_seal(file: Path) -> str:
     """Return the checksum stored in a file without verifying it; "" if the file has no seal."""
     with open(file, "rb") as f:
         return _read_seal(f, _find_mark(f, _MARK)).decode("ascii", "replace")
 
 
-def seal_damage(file: Path, of: str = "", *, is_required: bool = True, seal: str | None = None) -> str | None:
+def find_seal_damage(file: Path, owner: str = "", *, is_required: bool = True,
+                     seal: str | None = None) -> str | None:
     """Return one sentence if a file is missing or damaged, else None; unchanged files are read once per
     process.
 
     Args:
         file: the file.
-        of: identity of the owner.
+        owner: identity of the owner.
         is_required: whether a missing seal counts as damage.
         seal: the expected checksum, as recorded in another file; None: unknown.
     """
     try:
-        check_seal(file, "", of, is_required=is_required, seal=seal)
+        check_seal(file, "", owner, is_required=is_required, seal=seal)
     except OSError as e:
         return f"{file}: cannot be read ({os.strerror(e.errno or 0)})"
     except UserError as e:
@@ -99,10 +102,10 @@ def seal_damage(file: Path, of: str = "", *, is_required: bool = True, seal: str
     return None
 
 
-def check_seal(file: Path, way: str = RUN_AGAIN, of: str = "", *, is_required: bool = True,
+def check_seal(file: Path, remedy: str = RUN_AGAIN, owner: str = "", *, is_required: bool = True,
                seal: str | None = None) -> None:
-    """Raise `UserError` if a file is damaged; `way` is the fix in its message. Other arguments as
-    `seal_damage`.
+    """Raise `UserError` if a file is damaged; `remedy` is the fix in its message. Other arguments as
+    `find_seal_damage`.
 
     Raises:
         OSError: the file cannot be read.
@@ -112,24 +115,24 @@ def check_seal(file: Path, way: str = RUN_AGAIN, of: str = "", *, is_required: b
     version = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
     is_settled = time.time_ns() - stat.st_ctime_ns > _SETTLED_S * 1e9
     # do not cache a fresh result: the next change may have the same change time
-    is_sealed = (_is_sealed if is_settled else _is_sealed.__wrapped__)(os.fspath(file), version, of)
+    is_sealed = (_is_sealed if is_settled else _is_sealed.__wrapped__)(os.fspath(file), version, owner)
     damage = ""
     if is_sealed is False:
-        damage = f"is damaged{' or belongs elsewhere' if of else ''} (it differs from its own checksum)"
+        damage = f"is damaged{' or belongs elsewhere' if owner else ''} (it differs from its own checksum)"
     elif is_sealed is None and (is_required or seal is not None):
         damage = "is damaged (it has no checksum of its own)"
-    elif seal is not None and seal_of(file) != seal:
+    elif seal is not None and read_seal(file) != seal:
         damage = "is not the file that was written here (its checksum is another one)"
     if damage:
-        raise UserError(f"{file}: {damage}; {way}")
+        raise UserError(f"{file}: {damage}; {remedy}")
 
 
 @lru_cache(maxsize=1 << 16)
-def _is_sealed(file: str, mark: tuple[int, ...], of: str) -> bool | None:
+def _is_sealed(file: str, mark: tuple[int, ...], owner: str) -> bool | None:
     """Return whether a file matches its seal; None: no seal. `mark` is part of the cache key only."""
     with open(file, "rb") as f:
         start = _find_mark(f, _MARK)
-        return None if start is None else _read_seal(f, start) == _hash_around_seal(f, start, of)
+        return None if start is None else _read_seal(f, start) == _hash_around_seal(f, start, owner)
 
 
 def _read_seal(f: Any, start: int | None) -> bytes:
@@ -155,102 +158,105 @@ def _find_mark(f: Any, mark: bytes) -> int | None:
     index = f.read().rfind(key + mark)
     # `key` is empty except in Parquet
     start = begin + index + len(key)
-    return None if index < 0 or start + len(PLACE) > size else start
+    return None if index < 0 or start + len(SEAL_PLACEHOLDER) > size else start
 
 
-def _hash_around_seal(f: Any, start: int, of: str) -> bytes:
+def _hash_around_seal(f: Any, start: int, owner: str) -> bytes:
     """Return the checksum of a file with zeros in its seal, which begins at offset `start`."""
-    digest = _begin_digest(of)
+    digest = _begin_digest(owner)
     f.seek(0)
     remaining = start
     while remaining and (block := f.read(min(remaining, _BLOCK_BYTES))):
         digest.update(block)
         remaining -= len(block)
-    digest.update(PLACE.encode())
-    f.seek(start + len(PLACE))
+    digest.update(SEAL_PLACEHOLDER.encode())
+    f.seek(start + len(SEAL_PLACEHOLDER))
     while block := f.read(_BLOCK_BYTES):
         digest.update(block)
     return digest.text().partition(":")[2].encode()
 
 
-def _begin_digest(of: str) -> Digest:
+def _begin_digest(owner: str) -> Digest:
     digest = Digest()
-    if of:
-        digest.update(f"{of}\0".encode("utf-8", "surrogateescape"))
+    if owner:
+        digest.update(f"{owner}\0".encode("utf-8", "surrogateescape"))
     return digest
 
 
-def _hash_parts(parts: Sequence[bytes], of: str) -> bytes:
-    digest = _begin_digest(of)
+def _hash_parts(parts: Sequence[bytes], owner: str) -> bytes:
+    digest = _begin_digest(owner)
     for part in parts:
         digest.update(part)
     return digest.text().partition(":")[2].encode()
 
 
-def write_json(file: Path, value: Any, of: str = "") -> None:
+def write_sealed_json(file: Path, value: Any, owner: str = "") -> None:
     """Write a JSON value with its seal: objects get the key "seal", other values go under "content".
 
     Objects that have one of these two keys also go under "content".
     """
     # flat if possible: other programs find the keys at the top level
     is_flat = isinstance(value, dict) and not {SEAL, "content"} & value.keys()
-    whole = {**value, SEAL: PLACE} if is_flat else {"content": value, SEAL: PLACE}
+    whole = {**value, SEAL: SEAL_PLACEHOLDER} if is_flat else {"content": value, SEAL: SEAL_PLACEHOLDER}
     # ASCII only: file names may hold bytes that are not valid UTF-8
-    atomic_write(file, sealed((json.dumps(whole, indent=1) + "\n").encode(), of))
+    write_atomically(file, seal_bytes((json.dumps(whole, indent=1) + "\n").encode(), owner))
 
 
-def read_json(file: Path, way: str = RUN_AGAIN, of: str = "", *, seal: str | None = None) -> Any:
-    """Return the value written by `write_json`.
+def read_sealed_json(file: Path, remedy: str = RUN_AGAIN, owner: str = "", *, seal: str | None = None) -> Any:
+    """Return the value written by `write_sealed_json`.
 
     Raises:
         UserError: the file is missing, unreadable or damaged.
     """
     try:
-        value = json.loads(_read_checked(file, way, of, seal))
+        value = json.loads(_read_checked(file, remedy, owner, seal))
         del value[SEAL]
     except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise UserError(f"{file}: is damaged ({e}); {way}") from None
+        raise UserError(f"{file}: is damaged ({e}); {remedy}") from None
     return value["content"] if value.keys() == {"content"} else value
 
 
-def try_read_json(file: Path, of: str = "") -> Any:
-    """Return the value written by `write_json`, or None if the file is missing or damaged (for caches)."""
+def try_read_sealed_json(file: Path, owner: str = "") -> Any:
+    """Return the value written by `write_sealed_json`, or None if the file is missing or damaged (for
+    caches)."""
     with suppress(UserError):
-        return read_json(file, of=of)
+        return read_sealed_json(file, owner=owner)
     return None
 
 
-def read_lines(file: Path, way: str = RUN_AGAIN, of: str = "", *, seal: str | None = None) -> list[bytes]:
+def read_sealed_lines(file: Path, remedy: str = RUN_AGAIN, owner: str = "", *,
+                      seal: str | None = None) -> list[bytes]:
     """Return the lines of a sealed JSONL file without the seal's line.
 
     Raises:
         UserError: the file is missing, unreadable or damaged.
     """
-    return [line + b"\n" for line in _read_checked(file, way, of, seal).split(b"\n")[:-2]]
+    return [line + b"\n" for line in _read_checked(file, remedy, owner, seal).split(b"\n")[:-2]]
 
 
-def _read_checked(file: Path, way: str, of: str, seal: str | None = None) -> bytes:
+def _read_checked(file: Path, remedy: str, owner: str, seal: str | None = None) -> bytes:
     try:
-        check_seal(file, way, of, seal=seal)
+        check_seal(file, remedy, owner, seal=seal)
         return file.read_bytes()
     except OSError as e:
-        raise UserError(f"{file}: cannot be read ({e.strerror or e}); {way}") from None
+        raise UserError(f"{file}: cannot be read ({e.strerror or e}); {remedy}") from None
 
 
 def seal_parquet(writer: Any) -> None:
     """Reserve space for a seal in a Parquet footer under construction; `seal_file` fills it afterwards."""
-    writer.add_key_value_metadata({SEAL: PLACE})
+    writer.add_key_value_metadata({SEAL: SEAL_PLACEHOLDER})
 
 
-def open_parquet(file: Path, way: str = RUN_AGAIN, *, is_required: bool = False, seal: str | None = None,
+def open_sealed_parquet(file: Path, remedy: str = RUN_AGAIN, *, is_required: bool = False,
+                        seal: str | None = None,
                  **options: Any) -> Any:
     """Check the seal of a Parquet file, and open it with pyarrow.
 
     Args:
         file: the file.
-        way: the fix in the error message.
+        remedy: the fix in the error message.
         is_required: refuse a file without a seal; files written by a pipeline always have one.
-        seal: as in `seal_damage`.
+        seal: as in `find_seal_damage`.
         options: of `pyarrow.parquet.ParquetFile`.
 
     Raises:
@@ -259,5 +265,5 @@ def open_parquet(file: Path, way: str = RUN_AGAIN, *, is_required: bool = False,
     """
     from pyarrow import parquet
 
-    check_seal(file, way, is_required=is_required, seal=seal)
+    check_seal(file, remedy, is_required=is_required, seal=seal)
     return parquet.ParquetFile(file, page_checksum_verification=True, **options)

@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.errors import UserError, list_problems
+from megatron_sov.base.errors import UserError, format_problems
 from megatron_sov.bench.lm.results import (
     Metric, ResultItem, Results, TaskScores, aligned, read_items, read_results, score_name)
-from megatron_sov.eval.statistics import CONFIDENCE, paired_difference
+from megatron_sov.eval.statistics import CONFIDENCE, estimate_difference
 
 TIED, BETTER, WORSE, UNKNOWN = "not told apart", "better", "worse", "not known"
 SAME = ("task_hash", "output_type", "num_fewshot", "mode", "judge", "limit")
@@ -126,7 +126,7 @@ def differences(before: ScoredItem, after: ScoredItem, tasks: Sequence[str] = ()
         *find_other_measures(name, before.results.tasks[name], after.results.tasks[name]),
         *_other_items(name, before, after))]
     if problems:
-        raise UserError(list_problems(f"{before.path} and {after.path}", problems,
+        raise UserError(format_problems(f"{before.path} and {after.path}", problems,
                                       "evaluate both in the same way, or name other --tasks"))
     return [_difference(name, metric, before, after, confidence)
             for name in chosen for metric in before.results.tasks[name].metrics]
@@ -184,7 +184,7 @@ def _difference(task: str, metric: Metric, before: ScoredItem, after: ScoredItem
                           None if first is None or second is None else second - first,
                           None, None, len(both), 0, left_out, note)
     clusters = [before.items[task][item].cluster for item in both]
-    found = paired_difference([was[item] for item in both], [now[item] for item in both],
+    found = estimate_difference([was[item] for item in both], [now[item] for item in both],
                               # A tuple, so that a cluster's name never equals an item's.
                               [item if cluster is None else ("cluster", cluster)
                                for item, cluster in zip(both, clusters, strict=True)], confidence)

@@ -1,1 +1,1 @@
-"""Conversations as a tokenizer's own template frames them: text, ids, and which of them are learned."""
+"""Chat templates, tool calls, special tokens and tokenizer identity."""

@@ -1,9 +1,8 @@
-"""Conversations as token ids and types: the ids that a model is asked with, and which of them it learns.
+"""Encode conversations as token ids and learning kinds.
 
-What the template writes and what a content says is encoded together wherever no special token stands
-between them, as the whole text is when a model is asked; only a response begins a text of its own, because
-the prompt before it was encoded when there was no response yet.  Special tokens come from the template
-alone: spelled out in a content they are ordinary text.
+Template text and contents are encoded together between special tokens, as in inference. A response starts its
+own text, because the prompt was encoded before the response existed. Special tokens come only from the
+template: a content that spells a special token encodes it as ordinary text.
 """
 
 from __future__ import annotations
@@ -27,34 +26,36 @@ if TYPE_CHECKING:
     from megatron_sov.chat.template import ChatTemplate, Segments
 
 TYPE_TEXT, TYPE_PROMPT, TYPE_RESPONSE = 0, 1, 2
-"""What a token is: plain text, part of a prompt (template, system, user, tools),
-or of a response to learn."""
-# a table for `bytes.translate`: kind 0 is a prompt, every other kind a response
+"""Token types: plain text, prompt (template, system, user, tools), response to learn."""
+# table for `bytes.translate`: kind 0 is a prompt, every other kind a response
 _KIND_TO_TYPE = bytes([TYPE_PROMPT, *[TYPE_RESPONSE] * 255])
 SPLIT_CACHE_SIZE = 4096
-"""Pieces of templates that are remembered, split at their special tokens."""
+"""Cache size: template texts split at their special tokens."""
 MAX_CACHED_CHARS = 1000
-"""Characters of a piece that is remembered; longer ones hold messages."""
+"""Maximum length in characters of a cached template text; longer texts contain messages."""
 MAX_MARK_TOKENS = 16
-"""`<think>` with the blanks behind it, where it is no token of its own."""
+"""Maximum length of `<think>` with following blanks in tokens, if the tokenizer has no token for it."""
 PROBES = (Conversation.of(("user", "a"), ("assistant", "b")),
           Conversation.of(("user", "a"), ("assistant", "b"), ("user", "c")))
-"""Chats that show how a template ends the turn of an assistant: at the end, and before another turn."""
-SAMPLE_CALL: dict[str, Any] = {"type": "function", "function": {"name": "probe_call", "arguments": {"number": 7}}}
+"""Probe chats for a template's end of assistant turns: at the end, and before a user turn."""
+SAMPLE_CALL: dict[str, Any] = {"type": "function",
+                               "function": {"name": "probe_call", "arguments": {"number": 7}}}
 CALL_PROBE = Conversation((Message("user", "a"), Message("assistant", "", tool_calls=(SAMPLE_CALL,)),
                            Message("tool", "c")))
-"""One that shows how it writes and ends calls of tools: by a token of their own in Solar Open."""
+"""Probe chat for a template's tool calls and end token (Solar Open ends calls with a separate token)."""
+_NAME = re.compile(r"[\w.-]{1,64}")
+"""Valid function name."""
+_USER_MESSAGE, _ASSISTANT_MESSAGE = Message("user", "a"), Message("assistant", "b")
+_REMEDY = "take a model whose chat template knows tools, such as Qwen3's"
 
 
 @dataclass(frozen=True)
 class EncodedChat:
-    """A conversation as tokens."""
-
     ids: list[int]
     kinds: bytearray
-    """What each is learned as (`chat.marks`); `KIND_NONE`: it is part of a prompt."""
+    """Learning kind per token (`chat.marks`); `KIND_NONE` marks prompt tokens."""
     is_open: bool
-    """Whether it ends in a response that no special token has ended: what is put behind it ends it."""
+    """Whether the conversation ends in a response without final special token, which later text must end."""
 
     @property
     def types(self) -> bytes:
@@ -63,151 +64,149 @@ class EncodedChat:
 
 @dataclass(frozen=True)
 class _ChatPart:
-    """Ordinary text, or one special token."""
+    """Ordinary text, or a single special token."""
 
     text: str
     special: int | None
     kinds: bytes
-    """Of each character, or of the special token."""
+    """Kind of each character."""
     begins_response: bool = False
     is_repeated_in_prompt: bool = False
-    """Whether it is a response that a model sees again when it is asked for a later turn."""
+    """Whether the part belongs to a response repeated in a later prompt."""
 
 
 class InlineTokens(Protocol):
-    """Special tokens that are meant where a content spells them, such as those of pictures and sounds."""
+    """Special tokens allowed in contents, e.g. image and audio tokens."""
 
     @property
     def ids(self) -> frozenset[int]:
         ...
 
     def split(self, text: str) -> list[tuple[str, int | None]]:
-        """Return a content as ordinary texts and such tokens with their ids, in order; never nothing."""
+        """Split a content into (text, None) and (token text, token id) pieces; never empty."""
         ...
 
 
 class _JointTokenError(BadRecord):
-    """A response that other ids begin when it is asked again than when it is written."""
+    """A response merges with template text into a different first token in later prompts."""
 
 
 Run = list[_ChatPart]
-"""Texts that are encoded as one, or one special token."""
+"""Texts to encode as a unit, or a single special token."""
 
 
 class ChatEncoder:
-    """A tokenizer with its chat template."""
+    """Encodes conversations with a tokenizer and its chat template."""
 
     def __init__(self, template: ChatTemplate, tokenizer: Tokenizer,
                  encode_plain: Callable[[str], list[int]] | None = None,
                  inline: InlineTokens | None = None) -> None:
-        """Take both.
-
-        Args:
-            template: of this tokenizer.
+        """Args:
+            template: chat template of the tokenizer.
             tokenizer: finds special tokens in text.
-            encode_plain: gives the ids of ordinary text, in which special tokens are text, where something is
-                faster than the tokenizer itself.
-            inline: special tokens that contents may spell and then mean; None: none.
+            encode_plain: faster encoder of ordinary text without special tokens; default: the tokenizer.
+            inline: special tokens that contents may contain; None: none.
         """
         from tokenizers import Tokenizer
 
         self._inline = inline
         self._template, self._with_special = template, tokenizer
-        # a copy of its own, since the switch below changes the tokenizer for all who hold it
+        # private copy: `encode_special_tokens` would change the tokenizer for other users
         self._plain = Tokenizer.from_str(tokenizer.to_str())
         self._plain.encode_special_tokens = True
         self._encode_plain = encode_plain or self._plain_ids
         special = {id_: token for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         self._special = {id_: token.content for id_, token in special.items()}
-        # such tokens swallow white space around them, so that pieces encoded apart differ from the whole text
+        # Such tokens absorb surrounding white space, so texts encoded separately differ from the whole text.
         self._takes_spaces = any(t.lstrip or t.rstrip or t.single_word for t in special.values())
-        # the template's own texts are few and come again in every chat
+        # template texts are few and recur in every chat
         self._split = lru_cache(SPLIT_CACHE_SIZE)(self._split_at_special)
 
-    def __reduce__(self) -> tuple[Any, ...]:  # what is kept of earlier texts stays in its process
-        own = None if self._encode_plain == self._plain_ids else self._encode_plain
-        return ChatEncoder, (self._template, self._with_special, own, self._inline)
+    def __reduce__(self) -> tuple[Any, ...]:  # pickle without caches
+        encode_plain = None if self._encode_plain == self._plain_ids else self._encode_plain
+        return ChatEncoder, (self._template, self._with_special, encode_plain, self._inline)
 
     def encode(self, chat: Conversation, num_prompt: int = 0, awaits_response: bool = False) -> EncodedChat:
-        """Return a conversation as tokens.
+        """Encode a conversation.
 
-        A response is an assistant's turn (its thoughts, content and calls as the template shows them) and
-        what the template ends it with: white space and a special token, or, behind the last message, all up
-        to the first special token.
+        A response consists of an assistant turn (thoughts, content and calls as shown by the template) and
+        its end: white space plus a special token, or after the last message all text up to the first special
+        token.
 
         Args:
             chat: the conversation.
-            num_prompt: so many messages are the prompt, whoever speaks.
-            awaits_response: open the assistant's turn at the end.
+            num_prompt: number of leading messages that belong to the prompt regardless of role.
+            awaits_response: open an assistant turn at the end.
 
         Raises:
-            BadRecord: the template refuses the chat or does not show where a learned turn stands, or a model
-                that is asked with the earlier turns would see other ids than these.
+            BadRecord: the template refuses the chat or hides the position of a learned turn, or a model
+                prompted with earlier turns would see other ids.
         """
-        # not above: it imports Jinja, which no help needs
+        # imported late: --help does not need Jinja
         from megatron_sov.chat.template import split_at_contents
 
-        wanted = {i for i, m in enumerate(chat.messages)
-                  if i >= num_prompt and m.role == "assistant" and m.is_learned}
+        learned = {i for i, m in enumerate(chat.messages)
+                   if i >= num_prompt and m.role == "assistant" and m.is_learned}
         self._check_extra_texts(chat)
         try:
-            return self._encode_segments(*self._split_segments(chat, wanted, awaits_response), wanted)
+            return self._encode_segments(*self._split_segments(chat, learned, awaits_response), learned)
         except _JointTokenError as joined:
-            # with the template's own text before it left to the template, as `odd_opening` tells
+            # leave the template's text before the response to the template, see `find_odd_opening`
             try:
                 segments = split_at_contents(self._template, chat, awaits_response)
             except BadRecord:
                 raise joined from None
-            return self._encode_segments(segments, chat, wanted)
+            return self._encode_segments(segments, chat, learned)
 
     def _check_extra_texts(self, chat: Conversation) -> None:
-        """Refuse a chat whose tools, variables or names would bring special tokens into the template's
+        """Raise `BadRecord` if tools, variables or names would insert special tokens into the template's
         text."""
-        beside = "\n".join(chat.beside())
-        if beside and (spelled := self._find_special_token([beside])):
+        extra_text = "\n".join(chat.beside())
+        if extra_text and (spelled := self._find_special_token([extra_text])):
             raise BadRecord("special_token", f"spells the special token {spelled!r} in its tools, its "
                                              "chat_template_kwargs or a name, where it would become one; "
                                              "remove it")
 
-    def _encode_segments(self, segments: Segments, chat: Conversation, wanted: set[int]) -> EncodedChat:
-        parts, is_open = self._split_parts(segments, chat, wanted)
+    def _encode_segments(self, segments: Segments, chat: Conversation, learned: set[int]) -> EncodedChat:
+        parts, is_open = self._split_parts(segments, chat, learned)
         ids: list[int] = []
         kinds = bytearray()
-        before: Run = []
+        previous: Run = []
         for run in _group_runs(parts):
             new_ids, new_kinds = self._encode_run(run)
-            # a special token before the response keeps the two apart by itself
-            if run[0].is_repeated_in_prompt and before and before[0].special is None:
-                self._check_joint(before, run, new_ids)
+            # a preceding special token separates the texts
+            if run[0].is_repeated_in_prompt and previous and previous[0].special is None:
+                self._check_joint(previous, run, new_ids)
             ids += new_ids
             kinds += new_kinds
-            before = run
+            previous = run
         if self._takes_spaces:
             self._check_spaces(segments, chat, ids)
         return EncodedChat(ids, kinds, is_open)
 
-    def _split_segments(self, chat: Conversation, wanted: set[int], awaits_response: bool
+    def _split_segments(self, chat: Conversation, learned: set[int], awaits_response: bool
                   ) -> tuple[Segments, Conversation]:
-        """Return a conversation's segments, and the conversation with thoughts where they were found."""
+        """Return a conversation's segments, and the conversation with thoughts separated from contents."""
         from megatron_sov.chat.template import separate_thoughts, split_at_contents, split_at_turns
 
         try:
-            return split_at_contents(self._template, chat, awaits_response, wanted), chat
-        except BadRecord as marked:
+            return split_at_contents(self._template, chat, awaits_response, learned), chat
+        except BadRecord as error:
             if (separated := separate_thoughts(self._template, chat, awaits_response)) is not chat:
-                return self._split_segments(separated, wanted, awaits_response)
-            # prefixes find turns in the text alone, so a content must not spell what could end a turn there
-            means: Collection[int] = self._inline.ids if self._inline else ()
-            spelled = self._find_special_token((text for message in chat.messages for text in message.texts()), means)
+                return self._split_segments(separated, learned, awaits_response)
+            # prefixes locate turns by text alone, so contents must not spell a turn's end
+            allowed: Collection[int] = self._inline.ids if self._inline else ()
+            spelled = self._find_special_token((text for message in chat.messages
+                                                for text in message.texts()), allowed)
             if spelled is None:
-                return split_at_turns(self._template, chat, wanted, self._end_texts, awaits_response), chat
+                return split_at_turns(self._template, chat, learned, self._end_texts, awaits_response), chat
             raise BadRecord("special_token", f"spells the special token {spelled!r}, which would become one: "
-                                             f"where the chat template of {self._template.where} shows "
-                                             "messages otherwise than they are, or with thoughts and calls, "
-                                             "the contents cannot be told from it") from marked
+                                             f"where the chat template of {self._template.where} "
+                                             "changes messages or adds thoughts and calls, contents cannot "
+                                             "be located in its text") from error
 
     def _find_special_token(self, texts: Iterable[str], allowed: Collection[int] = ()) -> str | None:
-        """Return the first special token that texts spell, besides those that are allowed; None: none."""
+        """Return the first special token in texts outside `allowed`, or None."""
         for text in texts:
             ids = self._with_special.encode(text, add_special_tokens=False).ids
             for id_ in ids:
@@ -224,104 +223,106 @@ class ChatEncoder:
         return text
 
     def text_after_turn(self, before: Conversation, chat: Conversation) -> str:
-        """Return what the template shows of a chat behind the end of the last turn of its beginning, up to
-        where a model is asked; nothing where that cannot be told.
+        """Return the template's text of `chat` after the last turn end in `before`, up to the generation
+        prompt.
+
+        Returns "" if the position is unknown.
 
         Raises:
-            BadRecord: the template refuses one of them.
+            BadRecord: the template refuses a conversation.
         """
-        begun, whole = self._template.render(before), self._template.render(chat, awaits_response=True)
+        prefix, full_text = self._template.render(before), self._template.render(chat, awaits_response=True)
         ends = [self._special[id_] for id_ in self.end_ids()]
-        cut = max((begun.rfind(end) + len(end) for end in ends if end in begun), default=0)
-        return whole[cut:] if cut and whole.startswith(begun[:cut]) else ""
+        cut = max((prefix.rfind(end) + len(end) for end in ends if end in prefix), default=0)
+        return full_text[cut:] if cut and full_text.startswith(prefix[:cut]) else ""
 
     def encode_text(self, text: str) -> list[int]:
-        """Return the ids of a text in which special tokens that are spelled out are meant."""
+        """Encode a text, interpreting spelled special tokens as special."""
         ids: list[int] = self._with_special.encode(text, add_special_tokens=False).ids
         return ids
 
     def opened_thoughts(self, asked: Sequence[int]) -> str:
-        """Return the mark in which what a model is asked with ends, where it begins its thoughts; else
-        nothing."""
+        """Return the thought mark (`<think>`) at the end of a prompt, or ""."""
         end = self.decode(asked[-MAX_MARK_TOKENS:]).rstrip()
         return next((mark for mark in THOUGHT_MARKS if end.endswith(mark)), "")
 
     def added_ids(self) -> dict[str, int]:
-        """Return the ids of added tokens, special or not, by how they are spelled."""
+        """Return text -> id for `added_tokens` in `tokenizer.json`, special or not."""
         return {token.content: id_ for id_, token in self._with_special.get_added_tokens_decoder().items()}
 
     def find_call_form(self, template_kwargs: Mapping[str, Any] | None = None) -> tuple[CallForm | None, str]:
-        """Return in which form the template writes calls of tools, and how it shows one.
+        """Return the template's tool call form, and the text of a sample call.
 
-        The form is the first in which the call that the template is given is read back; None where it is read
-        in none, and where the template shows no calls (which it then shows as nothing).
+        The form is the first that parses the sample call back. It is None if none does, or if the template
+        ignores calls, in which case the text is empty.
         """
         chat = replace(CALL_PROBE, template_kwargs=dict(template_kwargs or {}))
         try:
             encoded = self.encode(chat)
-            # the whole text: with contents that cannot be told from it, a template's calls may be no response
-            shown = self.decode(encoded.ids)
+            # Use the whole text: if contents cannot be located in it, calls may lie outside the response.
+            full_text = self.decode(encoded.ids)
             ids = [i for i, kind in zip(encoded.ids, encoded.types, strict=True) if kind == TYPE_RESPONSE]
-            said = self.decode(ids[:-1] if ids and ids[-1] in self.end_ids() else ids)
+            response = self.decode(ids[:-1] if ids and ids[-1] in self.end_ids() else ids)
         except BadRecord:
-            # one that shows an earlier turn otherwise than it was written may show its call all the same
+            # a template that shows earlier turns differently may still show its call
             try:
-                shown = self._template.render(chat)
+                full_text = self._template.render(chat)
             except BadRecord:
                 return None, ""
-            form = _find_form(shown)
-            return form, shown if form else ""
-        seen = said if SAMPLE_CALL["function"]["name"] in said else shown
-        return (_find_form(seen), seen) if SAMPLE_CALL["function"]["name"] in seen else (None, "")
+            form = _find_form(full_text)
+            return form, full_text if form else ""
+        visible = response if SAMPLE_CALL["function"]["name"] in response else full_text
+        return (_find_form(visible), visible) if SAMPLE_CALL["function"]["name"] in visible else (None, "")
 
     def special_texts(self) -> tuple[str, ...]:
         return tuple(self._special.values())
 
     def end_ids(self) -> tuple[int, ...]:
-        """Return the special tokens with which the template ends an assistant's turn, in the middle of a
-        chat, at its end, and behind calls of tools; none where it shows no such chat, or ends turns with
-        text."""
-        # a dict and not a set: the first one is what `TurnEncoder.encode` writes
-        found = dict.fromkeys(self._find_end_tokens())
+        """Return the end tokens of assistant turns: within a chat, at the end, and after tool calls.
+
+        Empty if the template refuses such chats or ends turns with text.
+        """
+        # a dict keeps order: `TurnEncoder.encode` writes the first id
+        end_tokens = dict.fromkeys(self._find_end_tokens())
         try:
             encoded = self.encode(CALL_PROBE)
         except BadRecord:
-            return tuple(found)
+            return tuple(end_tokens)
         last = encoded.types.rfind(bytes([TYPE_RESPONSE]))
-        if found and last >= 0 and encoded.ids[last] in self._special:
-            found[encoded.ids[last]] = None
-        return tuple(found)
+        if end_tokens and last >= 0 and encoded.ids[last] in self._special:
+            end_tokens[encoded.ids[last]] = None
+        return tuple(end_tokens)
 
     def _find_end_tokens(self) -> tuple[int, ...]:
         from megatron_sov.chat.template import split_at_contents
 
-        found: dict[int, None] = {}
-        # the probes' contents are single letters, so every special token in a learned part is the template's
+        end_tokens: dict[int, None] = {}
+        # probe contents are single letters, so special tokens in a learned part come from the template
         for chat in PROBES:
             try:
                 segments = split_at_contents(self._template, chat)
             except BadRecord:
                 continue
             parts, _ = self._split_parts(segments, chat, {1})
-            found |= {p.special: None for p in parts
-                      if p.special is not None and p.kinds[0] != KIND_NONE}
-        return tuple(found)
+            end_tokens |= {p.special: None for p in parts
+                           if p.special is not None and p.kinds[0] != KIND_NONE}
+        return tuple(end_tokens)
 
-    def _split_parts(self, segments: Segments, chat: Conversation, wanted: set[int]) -> tuple[list[_ChatPart],
-                                                                                        bool]:
-        """Return a chat as texts and special tokens, and whether it ends in an open response."""
+    def _split_parts(self, segments: Segments, chat: Conversation, learned_messages: set[int]
+               ) -> tuple[list[_ChatPart], bool]:
+        """Split a chat into texts and special tokens; return whether it ends in an open response."""
         parts: list[_ChatPart] = []
-        learned = [s.message in wanted for s in segments]
+        learned = [s.message in learned_messages for s in segments]
         last, is_open = len(segments) - 1, False
         last_message = max((i for i, s in enumerate(segments) if s.message is not None), default=-1)
         for i, segment in enumerate(segments):
             later = i < last_message
-            # one turn may be two segments, an opening and a content; only the first begins a text of its own
+            # A turn may be two segments, an opening and a content; only the first starts its own text.
             begins = learned[i] and not (i and learned[i - 1] and segments[i - 1].message == segment.message)
             kinds = bytes(len(segment.text))
             if segment.message is not None and learned[i]:
                 kinds = classify_turn(segment.text, chat.messages[segment.message])
-            # a whole turn as the template shows it: special tokens in it are the template's and are meant
+            # a complete turn from the template: its special tokens are real
             if segment.is_turn:
                 split, place = self._split_at_special(segment.text), 0
                 for n, (text, special) in enumerate(split):
@@ -337,13 +338,14 @@ class ChatEncoder:
                     parts.append(_ChatPart(text, special, kinds[place:place + len(text)], first,
                                            first and later and special is None))
                     place += len(text)
-                # a content has no end of its own; the template's text after it may bring one
+                # a content has no end token; the following template text may contain an end
                 is_open = learned[i]
                 continue
-            split = (self._split if len(segment.text) < MAX_CACHED_CHARS else self._split_at_special)(segment.text)
-            # a turn that already has its end is not given what the template writes behind it
-            ends_here = i > 0 and learned[i - 1] and (is_open or not segments[i - 1].is_turn)
-            end = _find_turn_end(split, i == last) if ends_here else 0
+            split = (self._split if len(segment.text) < MAX_CACHED_CHARS
+                     else self._split_at_special)(segment.text)
+            # a turn that already contains its end does not receive the template's following text
+            follows_response = i > 0 and learned[i - 1] and (is_open or not segments[i - 1].is_turn)
+            end = _find_turn_end(split, i == last) if follows_response else 0
             ended = (parts[-1].kinds[-1:] or bytes([KIND_ANSWER])) if end else b""
             parts += [_ChatPart(text, special, (ended if n < end else bytes([KIND_NONE])) * len(text))
                       for n, (text, special) in enumerate(split)]
@@ -356,31 +358,33 @@ class ChatEncoder:
     def _encode_run(self, run: Run) -> tuple[list[int], bytes]:
         if run[0].special is not None:
             return [run[0].special], run[0].kinds[:1]
-        # texts of the template and of a content are joined before encoding: tokens may reach over the border,
-        # as they do when the model is asked with the whole text
+        # Join template and content text before encoding: tokens may cross the border, as in the whole prompt.
         text, kinds = "".join(p.text for p in run), b"".join(p.kinds for p in run)
-        # one kind for all: the fast encoder, which gives no offsets, is enough
-        if len(found := set(kinds)) <= 1:
+        # a single kind: use the fast encoder, which returns no offsets
+        if len(distinct_kinds := set(kinds)) <= 1:
             ids = self._encode_plain(text)
-            return ids, bytes(found or {KIND_NONE}) * len(ids)
+            return ids, bytes(distinct_kinds or {KIND_NONE}) * len(ids)
         encoding = self._plain.encode(text, add_special_tokens=False)
-        # a token that reaches over an end counts with what it begins, and with a response rather than not
+        # a token across a border takes the kind of its first learned character
         return encoding.ids, bytes((kinds[start:max(end, start + 1)].lstrip(bytes([KIND_NONE]))
                                     or bytes([KIND_NONE]))[0] for start, end in encoding.offsets)
 
-    def _check_joint(self, before: Run, run: Run, ids: list[int]) -> None:
-        """Refuse a response whose first token would be another one together with what the template writes
-        before it: later turns would be trained behind other ids than a model is asked with."""
-        # asked again, the prompt and the response are one text; written, the prompt was encoded alone
-        text = "".join(p.text for p in before)
+    def _check_joint(self, previous: Run, run: Run, ids: list[int]) -> None:
+        """Raise `_JointTokenError` if the response's first token would merge with preceding template text.
+
+        Later turns would then be trained after other ids than the model sees in inference.
+        """
+        # in a later prompt both are one text; in generation the prompt was encoded alone
+        text = "".join(p.text for p in previous)
         if self._encode_plain(text + "".join(p.text for p in run)) != self._encode_plain(text) + ids:
-            raise _JointTokenError("template", f"has a response ({run[0].text[:20]!r}...) that joins the template's "
-                                        f"{text[-20:]!r} before it in one token when it is asked again, and "
-                                        "does not when it is written; remove the white space it begins "
-                                        "with, or let the template put a special token there")
+            raise _JointTokenError("template",
+                                   f"has a response ({run[0].text[:20]!r}...) that joins the template's "
+                                   f"{text[-20:]!r} before it in one token when it is asked again, and "
+                                   "does not when it is written; remove the white space it begins "
+                                   "with, or let the template put a special token there")
 
     def _check_spaces(self, segments: Segments, chat: Conversation, ids: list[int]) -> None:
-        """Refuse a chat whose white space a special token takes when the whole text is encoded."""
+        """Raise `BadRecord` if a special token absorbs white space when the whole text is encoded."""
         if self._find_special_token(text for message in chat.messages for text in message.texts()):
             return
         if self._with_special.encode("".join(s.text for s in segments), add_special_tokens=False).ids != ids:
@@ -388,17 +392,17 @@ class ChatEncoder:
                                         "model is asked; strip the contents")
 
     def _split_at_special(self, text: str) -> tuple[tuple[str, int | None], ...]:
-        """Return a template's text as ordinary texts and special tokens with their texts, in order."""
-        found: list[tuple[str, int | None]] = []
-        # offsets count characters of the text; what is between two special tokens is ordinary
+        """Split a template's text into ordinary texts and special tokens with ids."""
+        pieces: list[tuple[str, int | None]] = []
+        # offsets count characters; text between special tokens is ordinary
         start = 0
         encoding = self._with_special.encode(text, add_special_tokens=False)
         for id_, (first, end) in zip(encoding.ids, encoding.offsets, strict=True):
             if id_ in self._special:
-                found += [(text[start:first], None)] if start < first else []
-                found.append((text[first:end], id_))
+                pieces += [(text[start:first], None)] if start < first else []
+                pieces.append((text[first:end], id_))
                 start = end
-        return tuple(found + ([(text[start:], None)] if start < len(text) else []))
+        return tuple(pieces + ([(text[start:], None)] if start < len(text) else []))
 
     def _plain_ids(self, text: str) -> list[int]:
         ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
@@ -406,7 +410,7 @@ class ChatEncoder:
 
 
 def _find_turn_end(split: tuple[tuple[str, int | None], ...], is_last: bool) -> int:
-    """Return how many parts of what the template writes behind a response end its turn."""
+    """Return how many leading parts of the template text after a response belong to the turn."""
     first = next((n for n, (_, special) in enumerate(split) if special is not None), None)
     if first is None:
         return len(split) if is_last else 0
@@ -419,7 +423,7 @@ def _find_form(text: str) -> CallForm | None:
 
 
 def _group_runs(parts: list[_ChatPart]) -> Iterator[Run]:
-    """Yield texts that stand together, up to where a response begins, and special tokens one by one."""
+    """Yield groups of adjacent texts, split at responses, and separate special tokens."""
     run: Run = []
     for part in parts:
         if run and (part.special is not None or part.begins_response or run[0].special is not None):
@@ -430,128 +434,127 @@ def _group_runs(parts: list[_ChatPart]) -> Iterator[Run]:
         yield run
 
 
-_NAME = re.compile(r"[\w.-]{1,64}")
-"""Of a function."""
-_USER_MESSAGE, _ASSISTANT_MESSAGE = Message("user", "a"), Message("assistant", "b")
-_REMEDY = "take a model whose chat template knows tools, such as Qwen3's"
+def _contains_result(text: str, rendered: str) -> bool:
+    """Return whether a rendered text contains a result verbatim or as a JSON string."""
+    spellings = (text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1])
+    return any(spelling in rendered for spelling in spellings)
 
 
 class TurnEncoder:
-    """A chat encoder for conversations with tools, which grow turn by turn: what a model wrote is kept as it
-    is, and what the template puts behind it is appended.
+    """Encodes conversations with tools turn by turn: keeps the model's token ids and appends the template's
+    text.
 
-    Encoding the whole conversation again for each turn would give a model other ids than it wrote (many texts
-    have several spellings in tokens), and train it on tokens that it never sampled.
+    Encoding the whole conversation again would replace the model's ids (many texts have several
+    tokenizations) and train on tokens that were never sampled.
     """
 
     def __init__(self, encoder: ChatEncoder, where: str,
                  template_kwargs: Mapping[str, Any] | None = None) -> None:
-        """Take the encoder of a model.
+        """Check the template and find its call form.
 
         Args:
-            encoder: of its tokenizer and template.
-            where: names it in messages.
-            template_kwargs: variables of the template, such as `enable_thinking`.
+            encoder: encoder of the model's tokenizer and template.
+            where: name of the model in messages.
+            template_kwargs: template variables, such as `enable_thinking`.
 
         Raises:
-            UserError: its template ends no turn with a special token, or shows no results of tools.
+            UserError: the template ends no turn with a special token, or shows no tool results.
         """
         self._encoder, self._where = encoder, where
         self._template_kwargs = dict(template_kwargs or {})
         self.end_ids = encoder.end_ids()
-        """Special tokens with which a model ends its turn."""
+        """Special tokens that end a model's turn."""
         if not self.end_ids:
             raise UserError(f"{where}: its chat template ends no turn with a special token, so nothing tells "
                             f"where a turn ends; {_REMEDY}")
-        # both raise now, at the start of a run, what would else meet the first conversation with tools
+        # fail now, at the start of a run, instead of in the first conversation with tools
         self.encode_after_turn(["c"])
-        self.call_form, shown = encoder.find_call_form(self._template_kwargs)
-        """In which the model is to call tools; None: its template shows none, and any form is read."""
-        if shown and self.call_form is None:  # its calls would be taken for answers
+        self.call_form, call_text = encoder.find_call_form(self._template_kwargs)
+        """Form of tool calls; None: no calls in the template, parse every form."""
+        if call_text and self.call_form is None:  # calls would be mistaken for answers
             raise UserError(f"{where}: its chat template writes calls of tools in a form that is not "
-                            f"read here ({shown.strip()[:80]!r}); {_REMEDY}")
+                            f"read here ({call_text.strip()[:80]!r}); {_REMEDY}")
         added = encoder.added_ids()
-        # a tokenizer of another family has no tokens for what the template writes as text: it is meant
-        meant = [mark for mark in (BEGIN_CALL, END_CALL) if mark in shown and mark not in added]
-        self._text = build_marks_decoder(added, self.end_ids, encoder.decode, meant)
+        # If the tokenizer (of another family) has no tokens for the template's marks, text marks count.
+        text_marks = [mark for mark in (BEGIN_CALL, END_CALL) if mark in call_text and mark not in added]
+        self._text = build_marks_decoder(added, self.end_ids, encoder.decode, text_marks)
 
     def opening(self, chat: Conversation) -> list[int]:
-        """Return the ids with which a model is asked first.
+        """Encode the first prompt for the model.
 
         Raises:
             BadRecord: the template refuses the conversation.
         """
-        asked = replace(chat, template_kwargs={**chat.template_kwargs, **self._template_kwargs})
-        return self._encoder.encode(asked, awaits_response=True).ids
+        prompt = replace(chat, template_kwargs={**chat.template_kwargs, **self._template_kwargs})
+        return self._encoder.encode(prompt, awaits_response=True).ids
 
     def encode_after_turn(self, results: Sequence[str], names: Sequence[str] = (),
-                    user: str | None = None) -> list[int]:
-        """Return the ids behind the end of a model's turn: results of tools, what a user says, and the
-        opening of the next one.
+                          user: str | None = None) -> list[int]:
+        """Encode the text after a model's turn: tool results, a user message and the next generation prompt.
 
-        Special tokens that a result spells out are text; where the template does not let them be told from
-        its own, a space breaks them.
+        Special tokens spelled by a result remain text; if the template mixes both, a space breaks them.
 
         Args:
-            results: in the order of the calls.
-            names: of the functions that were called, which some templates show beside results.
-            user: said behind the results; None: nothing.
+            results: results in the order of calls.
+            names: function names of the calls, which some templates show with results.
+            user: user message after the results; None: none.
 
         Raises:
-            UserError: the template does not show results of tools.
+            UserError: the template does not show tool results.
         """
-        said = (() if user is None else (Message("user", user),))
-        behind = (*(Message("tool", result) for result in results), *said)
+        user_messages = (() if user is None else (Message("user", user),))
+        following = (*(Message("tool", result) for result in results), *user_messages)
         try:
-            encoded = self._encode_messages(behind)
+            encoded = self._encode_messages(following)
         except BadRecord:
-            plain = tuple(replace(message, content=self._break_special_tokens(message.content)) for message in behind)
+            plain = tuple(replace(message, content=self._break_special_tokens(message.content))
+                          for message in following)
             try:
                 encoded = self._encode_messages(plain)
             except BadRecord as e:
-                found = self._encode_rendered(plain, names or ["unknown"] * len(results))
-                if found is None:
+                rendered_ids = self._encode_rendered(plain, names or ["unknown"] * len(results))
+                if rendered_ids is None:
                     raise UserError(f"{self._where}: its chat template shows no results of tools (a "
                                     f"conversation with one {e.reason}); {_REMEDY}") from None
-                return found
-        # the last learned token is the end of the assistant's turn; the rest is results and the next opening
+                return rendered_ids
+        # the last learned token ends the assistant turn; results and the next opening follow
         end = encoded.types.rfind(bytes([TYPE_RESPONSE])) + 1
         if not end or encoded.ids[end - 1] not in self.end_ids or end == len(encoded.ids):
             raise UserError(f"{self._where}: its chat template does not show where a turn before a tool's "
                             f"result ends; {_REMEDY}")
         return encoded.ids[end:]
 
-    def _encode_messages(self, behind: tuple[Message, ...]) -> EncodedChat:
-        chat = Conversation((_USER_MESSAGE, _ASSISTANT_MESSAGE, *behind), (), self._template_kwargs)
+    def _encode_messages(self, following: tuple[Message, ...]) -> EncodedChat:
+        chat = Conversation((_USER_MESSAGE, _ASSISTANT_MESSAGE, *following), (), self._template_kwargs)
         return self._encoder.encode(chat, awaits_response=True)
 
     def _encode_rendered(self, messages: tuple[Message, ...], names: Sequence[str]) -> list[int] | None:
-        """Return what stands behind a turn, of a template that shows results as JSON (Llama 3), or only
-        behind a turn that has called their functions; None where it shows none.
+        """Encode messages for templates with JSON results (Llama 3) or with results only after calls.
 
         Args:
-            messages: which spell no special tokens, for in the template's text they would become some.
-            names: of the results' functions; what a model wrote may be no name.
+            messages: messages without special tokens, which would become real in the template's text.
+            names: function names from the model, possibly invalid.
+
+        Returns:
+            The ids after the turn, or None if the template shows no results.
         """
         calls = tuple({"type": "function", "function": {"name": name if _NAME.fullmatch(name) else "unknown",
                                                         "arguments": {}}}
                       for name in names)
-        for said in (_ASSISTANT_MESSAGE, Message("assistant", "", tool_calls=calls)):
-            before = Conversation((_USER_MESSAGE, said), (), self._template_kwargs)
-            behind = replace(before, messages=(*before.messages, *messages))
+        for turn in (_ASSISTANT_MESSAGE, Message("assistant", "", tool_calls=calls)):
+            prefix = Conversation((_USER_MESSAGE, turn), (), self._template_kwargs)
+            extended = replace(prefix, messages=(*prefix.messages, *messages))
             try:
-                shown = self._encoder.text_after_turn(before, behind)
+                rendered = self._encoder.text_after_turn(prefix, extended)
             except BadRecord:
                 continue
             texts = [message.content for message in messages]
-            if shown and all(any(said in shown for said in (
-                    text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]))
-                    for text in texts):
-                return self._encoder.encode_text(shown)
+            if rendered and all(_contains_result(text, rendered) for text in texts):
+                return self._encoder.encode_text(rendered)
         return None
 
     def _break_special_tokens(self, result: str) -> str:
-        # a blank after the first character: the text reads the same and is no special token any more
+        # a blank after the first character keeps the text readable and breaks the special token
         for special in self._encoder.special_texts():
             result = result.replace(special, f"{special[0]} {special[1:]}")
         return result.strip()
@@ -560,13 +563,12 @@ class TurnEncoder:
         return self._encoder.opened_thoughts(asked)
 
     def text(self, written: Sequence[int]) -> str:
-        """Return what a model wrote, without the token that ends its turn."""
+        """Decode a model's turn without the end token."""
         return self._text(list(written))
 
     def encode(self, text: str) -> list[int]:
-        """Return a text as a turn of a model, with the token that ends it."""
+        """Encode a text followed by the end token `end_ids[0]`."""
         return [*self._encoder.encode_text(text), self.end_ids[0]]
 
     def differs(self, written: Sequence[int]) -> bool:
-        """Return whether the text of what a model wrote has other ids when it is encoded again."""
         return self._encoder.encode_text(self._encoder.decode(written)) != list(written)

@@ -1,5 +1,5 @@
-"""The chat form of a folder with a tokenizer: a Hugging Face folder, a checkpoint's `tokenizer/`,
-or a tokenizer artifact."""
+"""Read tokenizer and chat template from a Hugging Face folder, a checkpoint's `tokenizer/` or a tokenizer
+artifact."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 TOKENIZER_JSON, CONFIG_JSON, TEMPLATE_FILE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 SPECIAL_JSON = "special_tokens_map.json"
-"""Where older folders keep bos and eos."""
+"""File for bos and eos tokens in older folders."""
 
 
 def open_tokenizer(folder: Path) -> Tokenizer:
-    """Return what encodes and decodes by a folder's tokenizer.json.
+    """Load a folder's `tokenizer.json`.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file is unreadable.
     """
     from tokenizers import Tokenizer
 
@@ -35,14 +35,14 @@ def open_tokenizer(folder: Path) -> Tokenizer:
 
 
 def read_chat_encoder(folder: Path, inline: InlineTokens | None = None) -> ChatEncoder | None:
-    """Return the encoder of a folder's chats; None where it has no chat template or no tokenizer.json.
+    """Load the chat encoder of a folder; None without chat template or `tokenizer.json`.
 
     Args:
-        folder: of a tokenizer or a model.
-        inline: special tokens that contents may spell and then mean; None: none.
+        folder: tokenizer or model folder.
+        inline: special tokens that contents may contain; None: none.
 
     Raises:
-        UserError: a file cannot be read, or the template is no Jinja.
+        UserError: a file is unreadable, or the template is invalid Jinja.
     """
     from tokenizers import Tokenizer
 
@@ -59,35 +59,35 @@ def read_chat_encoder(folder: Path, inline: InlineTokens | None = None) -> ChatE
         tokenizer = Tokenizer.from_file(str(tokenizer_file))
     except Exception as e:  # the binding raises a bare Exception
         raise UserError(f"{folder}: its tokenizer cannot be read ({e}); restore it from its source") from None
-    # a missing token is an empty text: templates add it to strings
+    # a missing token becomes "", because templates concatenate it with strings
     bos, eos = (_token_text(config.get(name)) for name in ("bos_token", "eos_token"))
     return ChatEncoder(ChatTemplate(template, bos, eos, str(folder), datetime.now()), tokenizer,
                        inline=inline)
 
 
 def read_chat_fields(folder: Path) -> dict[str, Any]:
-    """Return what the files beside a tokenizer.json say of its chats, each under its file and field; "": it
-    is not said.
+    """Return "file: field" -> value for bos token, eos token and chat template; "" for missing fields.
 
     Raises:
-        UserError: a file cannot be read.
+        UserError: a file is unreadable.
     """
     config = _read_config(folder)
-    return {**{f"{CONFIG_JSON}: {name}": _token_text(config.get(name)) for name in ("bos_token", "eos_token")},
+    return {**{f"{CONFIG_JSON}: {name}": _token_text(config.get(name))
+               for name in ("bos_token", "eos_token")},
             f"{TEMPLATE_FILE} (or chat_template in {CONFIG_JSON})": read_chat_template(folder)}
 
 
 def read_special_token(folder: Path, name: str) -> str:
-    """Return the text of a special token ("eos_token") by the files beside a tokenizer.json; "": none."""
+    """Return the text of special token `name` ("eos_token") from `tokenizer_config.json`, or ""."""
     text = _token_text(_read_config(folder).get(name))
     return text if isinstance(text, str) else ""
 
 
 def read_chat_template(folder: Path) -> str:
-    """Return the default chat template of a folder; "": it has none.
+    """Return a folder's default chat template, or "".
 
     Raises:
-        UserError: a file cannot be read.
+        UserError: a file is unreadable.
     """
     return _read_template(folder, _read_config(folder)) or ""
 
@@ -95,7 +95,7 @@ def read_chat_template(folder: Path) -> str:
 def _read_config(folder: Path) -> dict[str, Any]:
     config: dict[str, Any] = {}
     try:
-        for file in (folder / SPECIAL_JSON, folder / CONFIG_JSON):  # what the second one says counts
+        for file in (folder / SPECIAL_JSON, folder / CONFIG_JSON):  # the second takes precedence
             config |= json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (OSError, ValueError, TypeError, RecursionError) as e:
         raise UserError(f"{folder}: its tokenizer cannot be read ({e}); restore it from its source") from None
@@ -108,13 +108,12 @@ def _read_template(folder: Path, config: dict[str, Any]) -> Any:
 
 
 def _select_default_template(template: Any) -> Any:
-    """Return the template called default where there are several, as a list of names and templates."""
+    """Return the template named default from a list of named templates, or the template itself."""
     if isinstance(template, list):
-        # transformers keeps several templates as a list of names and templates
         return next((t.get("template") for t in template if t.get("name") == "default"), None)
     return template
 
 
 def _token_text(token: Any) -> str:
-    """Return a special token's text, which may be spelled as an object."""
+    """Return a special token's text from a string or an object."""
     return (token.get("content") if isinstance(token, dict) else token) or ""

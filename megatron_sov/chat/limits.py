@@ -1,4 +1,4 @@
-"""Bounds of time and memory around code that a foreign file brings along, such as a chat template."""
+"""CPU time and memory limits for untrusted code, e.g. chat templates."""
 
 from __future__ import annotations
 
@@ -14,29 +14,28 @@ PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 class TemplateTimeout(Exception):
-    """The code took more CPU time than it is given."""
+    """The code exceeded its CPU time."""
 
 
 @contextmanager
 def limit_resources(cpu_s: float, memory_bytes: int) -> Iterator[None]:
-    """Run Python code with a bound on its CPU time and on what the process's address space may grow by.
+    """Limit CPU time and address space growth of the block.
 
-    Both are enforced by the kernel, and for the main thread alone, since only that gets signals;
-    in other threads nothing is bounded.
+    The kernel enforces both through signals, which only reach the main thread: other threads are unlimited.
 
     Raises:
-        TooLong: it took more than `cpu_s` seconds of CPU time.
-        MemoryError: it asked for more memory.
+        TemplateTimeout: more than `cpu_s` seconds of CPU time.
+        MemoryError: more memory.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    # the limit is on all of the address space, so what is there already is added to what the code may take
+    # RLIMIT_AS covers the whole address space, so add the current size
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = _address_space_bytes() + memory_bytes
-    # time of the processor and not of the clock: a busy machine must not fail a template
-    before = signal.signal(signal.SIGVTALRM, _raise_timeout)
-    # Again and again: what is raised inside of a `__del__` or a callback of the garbage collector is lost.
+    # CPU time instead of wall time: a busy machine must not fail a template
+    previous_handler = signal.signal(signal.SIGVTALRM, _raise_timeout)
+    # Repeat the signal: exceptions inside `__del__` or garbage collection callbacks are lost.
     signal.setitimer(signal.ITIMER_VIRTUAL, cpu_s, cpu_s)
     if soft == resource.RLIM_INFINITY or limit < soft:
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
@@ -44,7 +43,7 @@ def limit_resources(cpu_s: float, memory_bytes: int) -> Iterator[None]:
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
+        signal.signal(signal.SIGVTALRM, previous_handler)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 

@@ -1,11 +1,10 @@
-"""Tokens of media: how a text spells them, and which ids of a vocabulary they have.
+"""Tokens for images, audio and video: spelling, and ids in a vocabulary.
 
-The spelling is that of HyperCLOVA X 8B Omni: marks and placeholders as in the chat template of its serving
-code (github NAVER-Cloud-HyperCLOVA-X/OmniServe, omni_chainer/tests/chat_template/track_b), codebook entries
-as its released model code names them (`<|vision00000|>` to `<|vision65535|>`, `<|audio0000|>`).
+The spelling follows HyperCLOVA X 8B Omni: marks and placeholders from the chat template in its serving code
+(github NAVER-Cloud-HyperCLOVA-X/OmniServe, omni_chainer/tests/chat_template/track_b), codebook tokens from
+its released model code (`<|vision00000|>` to `<|vision65535|>`, `<|audio0000|>`).
 
-A text's tokens come first; each kind of medium has a block of ids behind them, and token `i` of its codebook
-is id `first + i`.
+Text tokens come first; each medium has a block of ids after them: codebook index `i` has id `first + i`.
 """
 
 from __future__ import annotations
@@ -18,25 +17,45 @@ from typing import Any
 from megatron_sov.base.errors import UserError
 
 MEDIA = "media"
-"""Field of a tokenizer's manifest: kind -> first id and size of its block."""
+"""Field in a tokenizer's manifest: kind -> first id and block size."""
 AUDIO, IMAGE, VIDEO = "audio", "image", "video"
-"""Kinds of media; a video has no discrete tokens."""
+"""Media kinds; video has no discrete tokens."""
+MIME = ("<|mime_start|>", "<|mime_end|>")
+"""Around the JSON description of an item."""
+AUDIO_AUX, VIDEO_AUX = (("<|audio_aux_start|>", "<|audio_aux_end|>"),
+                        ("<|video_aux_start|>", "<|video_aux_end|>"))
+"""Around the sentence with the duration of audio or video."""
+DISCRETE_IMAGE = ("<|discrete_image_start|>", "<|discrete_image_end|>")
+DISCRETE_AUDIO = ("<|discrete_audio_start|>", "<|discrete_audio_end|>")
+"""Around codebook tokens."""
+CONTINUOUS_IMAGE, CONTINUOUS_AUDIO, CONTINUOUS_VIDEO = (
+    ("<|image_start|>", "<|image_end|>"), ("<|audio_start|>", "<|audio_end|>"),
+    ("<|video_start|>", "<|video_end|>"))
+"""Around continuous-feature placeholders."""
+IMAGE_PAD, AUDIO_PAD, VIDEO_PAD = "<|IMAGE_PAD|>", "<|AUDIO_PAD|>", "<|VIDEO_PAD|>"
+"""Placeholders, one per continuous feature."""
+END_OF_LINE, END_OF_FRAME = "<|vision_eol|>", "<|vision_eof|>"
+"""After each row of a discrete image, and after the last row."""
+_HALF = ((1, 1), (1, 2), (3, 4), (3, 5), (4, 5), (6, 9), (9, 16))
+DIGITS = {AUDIO: 4, IMAGE: 5}
+"""Zero-padded digits in a codebook token."""
+_NAMES = {AUDIO: "audio", IMAGE: "vision"}
 
 
 @dataclass(frozen=True)
 class VocabularyBlock:
-    """The ids of one codebook."""
+    """Token id range for a codebook."""
 
     kind: str
     """`AUDIO` or `IMAGE`."""
     first: int
-    """Id of its token 0."""
+    """Id of codebook index 0."""
     size: int
-    """Tokens of its codebook."""
+    """Codebook size."""
 
     @property
     def end(self) -> int:
-        """The id behind its last one."""
+        """Exclusive end of the id range."""
         return self.first + self.size
 
 
@@ -45,10 +64,10 @@ def describe_blocks(blocks: Iterable[VocabularyBlock]) -> dict[str, dict[str, in
 
 
 def read_blocks(record: Any, where: str) -> dict[str, VocabularyBlock]:
-    """Return kind -> block, as `describe_blocks` wrote them; nothing where there is no record.
+    """Parse blocks written by `describe_blocks` into kind -> block; {} without record.
 
     Raises:
-        UserError: it is no such record; `where` names it.
+        UserError: the record is invalid; `where` names its file.
     """
     try:
         return {kind: VocabularyBlock(kind, int(record[kind]["first"]), int(record[kind]["size"]))
@@ -58,43 +77,23 @@ def read_blocks(record: Any, where: str) -> dict[str, VocabularyBlock]:
                         "again with `sov-tokenizer media`") from None
 
 
-MIME = ("<|mime_start|>", "<|mime_end|>")
-"""Around the JSON that says what an item is."""
-AUDIO_AUX, VIDEO_AUX = (("<|audio_aux_start|>", "<|audio_aux_end|>"),
-                        ("<|video_aux_start|>", "<|video_aux_end|>"))
-"""Around the sentence that tells how long a sound or a video is."""
-DISCRETE_IMAGE = ("<|discrete_image_start|>", "<|discrete_image_end|>")
-DISCRETE_AUDIO = ("<|discrete_audio_start|>", "<|discrete_audio_end|>")
-"""Around tokens of a codebook."""
-CONTINUOUS_IMAGE, CONTINUOUS_AUDIO, CONTINUOUS_VIDEO = (
-    ("<|image_start|>", "<|image_end|>"), ("<|audio_start|>", "<|audio_end|>"),
-    ("<|video_start|>", "<|video_end|>"))
-"""Around placeholders of continuous features."""
-IMAGE_PAD, AUDIO_PAD, VIDEO_PAD = "<|IMAGE_PAD|>", "<|AUDIO_PAD|>", "<|VIDEO_PAD|>"
-"""Placeholders: one stands for one feature."""
-END_OF_LINE, END_OF_FRAME = "<|vision_eol|>", "<|vision_eof|>"
-"""Behind each row of a discrete picture, and behind its last one."""
-_HALF = ((1, 1), (1, 2), (3, 4), (3, 5), (4, 5), (6, 9), (9, 16))
 RATIOS = (*_HALF, *((h, w) for w, h in _HALF if w != h))
-"""Width to height, as the published picture decoder knows them (decoder/vision/track_b/serve.py)."""
-DIGITS = {AUDIO: 4, IMAGE: 5}
-"""Digits of a codebook entry's number, with zeros in front."""
-_NAMES = {AUDIO: "audio", IMAGE: "vision"}
+"""Width:height ratios of the published image decoder (decoder/vision/track_b/serve.py)."""
 _ENTRY = {kind: re.compile(rf"<\|{name}(\d{{{DIGITS[kind]},}})\|>") for kind, name in _NAMES.items()}
 
 
 def codebook_token(kind: str, number: int) -> str:
-    """Return the token of a codebook entry; `kind`: AUDIO or IMAGE."""
+    """Return the token text of a codebook index; `kind`: AUDIO or IMAGE."""
     return f"<|{_NAMES[kind]}{number:0{DIGITS[kind]}d}|>"
 
 
 def parse_codebook_tokens(kind: str, text: str) -> list[int]:
-    """Return the numbers of the codebook entries that a text spells, in order."""
+    """Return the codebook indices in a text, in order."""
     return [int(number) for number in _ENTRY[kind].findall(text)]
 
 
 def display_name(token: str) -> str:
-    """Return what a token is told as: an entry of a codebook as `<|vision...|>`, any other as it is."""
+    """Return a token's name for messages; codebook tokens are abbreviated to `<|vision...|>`."""
     kind = next((kind for kind, pattern in _ENTRY.items() if pattern.fullmatch(token)), None)
     return f"<|{_NAMES[kind]}...|>" if kind else token
 
@@ -103,18 +102,17 @@ def ratio_token(width: int, height: int) -> str:
     return f"<|vision_ratio_{width}:{height}|>"
 
 
-# the order gives ids to tokens of new vocabularies: add at the end, never in between
+# the order determines ids in new vocabularies: append only
 MARKS = (*MIME, *AUDIO_AUX, *VIDEO_AUX, *DISCRETE_IMAGE, *DISCRETE_AUDIO, *CONTINUOUS_IMAGE,
          *CONTINUOUS_AUDIO, *CONTINUOUS_VIDEO, IMAGE_PAD, AUDIO_PAD, VIDEO_PAD,
          *(ratio_token(w, h) for w, h in RATIOS), END_OF_LINE, END_OF_FRAME)
-"""All tokens of media that are no codebook entries, in the order in which a vocabulary gets them."""
-# longest first: a mark may be the beginning of another one
+"""All media tokens except codebook tokens, in vocabulary order."""
+# longest first, because a mark may be a prefix of another
 MEDIA_TOKEN = re.compile("|".join([*map(re.escape, sorted(MARKS, key=len, reverse=True)),
-                               *(pattern.pattern.replace("(", "(?:") for pattern in _ENTRY.values())]))
-"""Finds any token of media in a text."""
+                                   *(pattern.pattern.replace("(", "(?:") for pattern in _ENTRY.values())]))
+"""Pattern of any media token."""
 
 
 def find_media_token(text: str) -> str:
-    """Return the first token of media that a text spells, or an empty string."""
-    found = MEDIA_TOKEN.search(text)
-    return found.group() if found else ""
+    match = MEDIA_TOKEN.search(text)
+    return match.group() if match else ""

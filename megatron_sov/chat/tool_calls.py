@@ -1,7 +1,7 @@
-"""Calls of tools in what a model wrote, in the form of its chat template: see `FORMS`.
+"""Parse tool calls in model output, in the form of the model's chat template; see `FORMS`.
 
-Read strictly: what is nearly a call is told apart from a call and from a text without one, so that a model
-is told what was wrong with it and a count of such turns can be kept.
+Parsing is strict: malformed calls are reported separately from calls and from plain text, so that the model
+can be informed and such turns counted.
 """
 
 from __future__ import annotations
@@ -21,141 +21,132 @@ Fault = Literal["json", "form", "unclosed"]
 FORMS: dict[CallForm, str] = {
     "marked": '{"name": ..., "arguments": {...}}',
     LLAMA: '{"name": ..., "parameters": {...}}'}
-"""What stands between `<tool_call>` and `</tool_call>`.  marked: Hermes' form, and all that `chat.marks`
-makes one of (Solar Open, DeepSeek, Kimi K2).  Llama 3's calls have no marks: all of the turn is the call."""
+"""Call form -> JSON between `<tool_call>` and `</tool_call>`. marked: Hermes' form, and forms converted by
+`to_hermes_form` (Solar Open, DeepSeek, Kimi K2). Llama 3 calls have no marks: the whole turn is the call."""
 _SPACE = " \t\r\n"
 _MARK = re.compile(f"{BEGIN_CALL}|{BEGIN_THOUGHTS}")
 _PIECE_CHARS = 1024
-"""Of a text, in which its JSON is looked for first."""
+"""Initial window in characters for parsing JSON."""
 _WORD_CHARS = 16
-"""More than the longest word or escape of JSON: an error nearer to the end may come from the cut."""
+"""More than the longest JSON word or escape: errors closer to the window's end may come from truncation."""
 
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call as a model wrote it; whether there is such a tool is another question."""
+    """A call by the model; the tool may not exist."""
 
     name: str
     arguments: dict[str, Any]
-    """Name -> JSON value."""
 
 
 @dataclass(frozen=True)
 class BadCall:
-    """Something that begins as a call and is none."""
-
     code: Fault
-    """json: what stands inside is no JSON; form: it is, and no object of a name and arguments; unclosed:
-    nothing ends it."""
+    """json: invalid JSON inside the marks; form: JSON without exactly a name and arguments; unclosed: no end
+    mark."""
     reason: str
-    """One sentence for the model."""
+    """Explanation for the model."""
 
 
 @dataclass(frozen=True)
 class WrittenTurn:
-    """A model's turn."""
-
     content: str
-    """What it says, without thoughts and calls."""
+    """Text without thoughts and calls."""
     calls: tuple[ToolCall | BadCall, ...]
 
 
 def parse_turn(text: str, *, in_thoughts: bool = False, form: CallForm | None = None) -> WrittenTurn:
-    """Return what a model's turn says and calls; calls inside of thoughts are thoughts.
+    """Parse a model's turn; calls inside thoughts are thoughts.
 
-    The first `</think>` ends the thoughts that a turn begins with, as in the reasoning parsers of vLLM and
-    SGLang that serve the model later; thoughts without an end reach to the end of the turn.
+    The first `</think>` ends thoughts at the start, as in the reasoning parsers of vLLM and SGLang; thoughts
+    without end extend to the end of the turn.
 
     Args:
-        text: of the turn.
-        in_thoughts: the template has opened thoughts before it.
-        form: of calls; None: whichever marks show.
+        text: text of the turn.
+        in_thoughts: the template has opened thoughts before the turn.
+        form: call form; None: decided by the marks.
     """
-    # one form for all families, so that what follows knows one pair of marks
+    # convert to Hermes' form: parsing handles a single pair of marks
     text = to_hermes_form(text, in_thoughts=in_thoughts, form=form)
     place, last_end = _skip_opened_thoughts(text, in_thoughts), text.rfind(END_CALL)
-    said: list[str] = []
+    texts: list[str] = []
     calls: list[ToolCall | BadCall] = []
     while mark := _MARK.search(text, place):
-        said.append(text[place:mark.start()])
+        texts.append(text[place:mark.start()])
         if mark[0] == BEGIN_CALL:
             call, place = _parse_call(text, mark.end(), last_end, form)
             calls.append(call)
         else:
             place = _skip_thoughts(text, mark.end())
-    said.append(text[place:])
-    # indentation stays: an answer may be code
-    return WrittenTurn(unquote_marks("".join(said)).lstrip("\n").rstrip(), tuple(calls))
+    texts.append(text[place:])
+    # keep indentation: an answer may be code
+    return WrittenTurn(unquote_marks("".join(texts)).lstrip("\n").rstrip(), tuple(calls))
 
 
 @dataclass(frozen=True)
 class ServedTurn:
-    """A turn, or as much of it as is sure."""
+    """A turn for API clients, complete or partial."""
 
     thoughts: str
-    """What it thinks before it speaks."""
     content: str
-    """What it says."""
     calls: tuple[ToolCall, ...] = ()
-    """What it calls."""
 
     @classmethod
-    def from_dict(cls, told: Mapping[str, Any]) -> ServedTurn:
-        """Return a turn out of plain values, as `asdict` gives them."""
-        return cls(told["thoughts"], told["content"], tuple(ToolCall(**call) for call in told["calls"]))
+    def from_dict(cls, fields: Mapping[str, Any]) -> ServedTurn:
+        return cls(fields["thoughts"], fields["content"], tuple(ToolCall(**call) for call in fields["calls"]))
 
 
 def parse_served_turn(text: str, in_thoughts: bool, tools: Sequence[Mapping[str, Any]],
-               form: CallForm | None = None) -> ServedTurn:
-    """Return what a turn that has ended says.
+                      form: CallForm | None = None) -> ServedTurn:
+    """Parse a finished turn for an API client.
 
-    Thoughts are what stands between `<think>` at its beginning and the first `</think>`; without that they
-    reach to its end.  Where one of its calls is malformed none is told, and the text stays as it was written,
-    for the client to see.
+    Thoughts lie between `<think>` at the beginning and the first `</think>`, or extend to the end. If any
+    call is malformed, return no calls and leave the text as written, so that the client sees it.
 
     Args:
-        text: of the turn.
-        in_thoughts: the template has opened thoughts before it.
-        tools: that could be called, as OpenAI describes functions; without any no calls are looked for.
-        form: of calls; None: whichever marks show.
+        text: text of the turn.
+        in_thoughts: the template has opened thoughts before the turn.
+        tools: available functions in OpenAI's format; without any, calls are not parsed.
+        form: call form; None: decided by the marks.
     """
     text = to_hermes_form(text, in_thoughts=in_thoughts, form=form if tools else None)
-    thoughts, said = split_thoughts(text, in_thoughts)
-    # Text before the first call stays text.
-    place = said.find(BEGIN_CALL) if tools else -1
+    thoughts, rest = split_thoughts(text, in_thoughts)
+    # text before the first call remains content
+    place = rest.find(BEGIN_CALL) if tools else -1
     if place < 0:
-        return build_served_turn(thoughts, said)
-    behind = parse_turn(said[place:], form=form)
-    calls = tuple(call for call in behind.calls if isinstance(call, ToolCall))
-    if not calls or any(isinstance(call, BadCall) for call in behind.calls):
-        return build_served_turn(thoughts, said)
-    more = f"\n{behind.content}" if behind.content else ""
-    return build_served_turn(thoughts, said[:place].rstrip(), calls, more)
+        return build_served_turn(thoughts, rest)
+    parsed = parse_turn(rest[place:], form=form)
+    calls = tuple(call for call in parsed.calls if isinstance(call, ToolCall))
+    if not calls or any(isinstance(call, BadCall) for call in parsed.calls):
+        return build_served_turn(thoughts, rest)
+    suffix = f"\n{parsed.content}" if parsed.content else ""
+    return build_served_turn(thoughts, rest[:place].rstrip(), calls, suffix)
 
 
-def build_served_turn(thoughts: str, content: str, calls: tuple[ToolCall, ...] = (), suffix: str = "") -> ServedTurn:
-    """Return a turn whose quoted marks are as the model wrote them; `suffix` is taken as it is."""
+def build_served_turn(thoughts: str, content: str, calls: tuple[ToolCall, ...] = (),
+                      suffix: str = "") -> ServedTurn:
+    """Build a turn, restoring quoted marks; `suffix` is appended verbatim."""
     return ServedTurn(unquote_marks(thoughts), unquote_marks(content) + suffix, calls)
 
 
 def split_thoughts(text: str, in_thoughts: bool) -> tuple[str, str]:
-    """Split the thoughts that a turn begins with from the content after them.
+    """Split a turn into leading thoughts and content.
 
-    Line feeds around thoughts are the template's and belong to neither; other white space, such as the
-    indentation of code, stays.
+    Newlines around thoughts come from the template and are dropped; other white space, such as code
+    indentation, is kept.
     """
-    begun = text.lstrip()
-    # a model may open its thoughts again where the template has done so
-    if begun.startswith(BEGIN_THOUGHTS):
-        text = begun.removeprefix(BEGIN_THOUGHTS)
+    stripped = text.lstrip()
+    # a model may repeat the mark that the template has opened
+    if stripped.startswith(BEGIN_THOUGHTS):
+        text = stripped.removeprefix(BEGIN_THOUGHTS)
     elif not in_thoughts:
         return "", text
-    thoughts, _, said = text.partition(END_THOUGHTS)
-    return thoughts.strip("\n"), said.lstrip("\n")
+    thoughts, _, rest = text.partition(END_THOUGHTS)
+    return thoughts.strip("\n"), rest.lstrip("\n")
 
 
 def _skip_opened_thoughts(text: str, in_thoughts: bool) -> int:
-    """Return where a turn goes on behind thoughts that it does not open itself."""
+    """Return the index after thoughts that the template opened."""
     end, begin = text.find(END_THOUGHTS), text.find(BEGIN_THOUGHTS)
     if in_thoughts or (end >= 0 and not 0 <= begin < end):
         return _skip_thoughts(text, 0)
@@ -167,20 +158,21 @@ def _skip_thoughts(text: str, start: int) -> int:
     return len(text) if end < 0 else end + len(END_THOUGHTS)
 
 
-def _parse_call(text: str, start: int, last_end: int, form: CallForm | None) -> tuple[ToolCall | BadCall, int]:
-    """Return the call whose opening tag ends at `start`, and where the text goes on behind it.
+def _parse_call(text: str, start: int, last_end: int, form: CallForm | None
+                ) -> tuple[ToolCall | BadCall, int]:
+    """Parse the call after an opening tag at `start`; return (call, end index).
 
     Args:
-        text: of the turn.
-        start: behind the tag.
-        last_end: place of the text's last closing tag; -1: it has none.
-        form: as of `parse_turn`.
+        text: text of the turn.
+        start: index after the tag.
+        last_end: index of the last closing tag; -1: none.
+        form: see `parse_turn`.
     """
     while start < len(text) and text[start] in _SPACE:
         start += 1
     try:
         value, end = _decode_value(text, start)
-        # the marks inside arguments were quoted; their value is what the model wrote
+        # restore quoted marks inside arguments
         if (inside := unquote_marks(text[start:end])) != text[start:end]:
             value, _ = _decode_value(inside, 0)
         _check_value(value)
@@ -189,34 +181,34 @@ def _parse_call(text: str, start: int, last_end: int, form: CallForm | None) -> 
     while end < len(text) and text[end] in _SPACE:
         end += 1
     if not text.startswith(END_CALL, end):
-        # an end tag follows somewhere, so the object itself is wrong; without one the turn was cut off
+        # If an end tag follows anywhere, the object is wrong; otherwise the turn was cut off.
         if last_end >= end:
-            return _report_bad_json(text, start, ValueError("more stands behind the object"))
-        return BadCall("unclosed", f"a tool call has no {END_CALL} behind its object"), end
+            return _report_bad_json(text, start, ValueError("text follows the object"))
+        return BadCall("unclosed", f"a tool call has no {END_CALL} after its object"), end
     return _build_call(value, form), end + len(END_CALL)
 
 
 def _check_value(value: Any) -> None:
-    """Raise `BadRecord` or `ValueError` for what cannot be handed on."""
-    refuse_deep(value)  # what is made of it goes through functions that call themselves more than JSON's
-    json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    """Raise `BadRecord` or `ValueError` for values that cannot be processed further."""
+    refuse_deep(value)  # later functions recurse deeper than the JSON parser
+    json.dumps(value, ensure_ascii=False).encode()  # lone surrogates are invalid text
 
 
 def _decode_value(text: str, start: int) -> tuple[Any, int]:
-    """Return the JSON value that begins at a place, and where it ends; raises as `JSONDecoder.raw_decode`.
+    """Decode the JSON value at `start`; return (value, end index). Raises like `JSONDecoder.raw_decode`.
 
-    It is read from a piece that grows: where it is malformed json counts the lines of all that it is given,
-    so that many malformed calls in one long text would take the square of its length.
+    Decode a growing window: on errors json counts the lines of its whole input, so that many malformed calls
+    in a long text would take quadratic time.
     """
     num_chars = _PIECE_CHARS
     while True:
         piece, is_rest = text[start:start + num_chars], start + num_chars >= len(text)
         try:
             value, end = _DECODER.raw_decode(piece)
-            if is_rest or end < len(piece):  # a number may go on
+            if is_rest or end < len(piece):  # a number at the end may continue
                 return value, start + end
         except json.JSONDecodeError as e:
-            # an error well before the end of the piece will not go away with more text
+            # an error well before the window's end persists with more text
             is_sure = not e.msg.startswith("Unterminated string") and e.pos < len(piece) - _WORD_CHARS
             if is_rest or is_sure:
                 raise
@@ -227,22 +219,22 @@ def _decode_value(text: str, start: int) -> tuple[Any, int]:
 
 
 def _report_bad_json(text: str, start: int, error: Exception) -> tuple[BadCall, int]:
-    """Return that there is no JSON, and where the call that should hold it ends."""
+    """Return a `BadCall` for missing JSON, and the index after the call."""
     end = text.find(END_CALL, start)
     if end < 0:
         return BadCall("unclosed", f"a tool call has no {END_CALL} and no JSON object"), len(text)
-    said = "it is nested too deep" if isinstance(error, (RecursionError, BadRecord)) else str(error)[:100]
-    return (BadCall("json", f"what stands between {BEGIN_CALL} and {END_CALL} is not one JSON object "
-                            f"({said})"), end + len(END_CALL))
+    reason = "it is nested too deep" if isinstance(error, (RecursionError, BadRecord)) else str(error)[:100]
+    return (BadCall("json", f"the text between {BEGIN_CALL} and {END_CALL} is not a JSON object "
+                            f"({reason})"), end + len(END_CALL))
 
 
 def _build_call(value: Any, form: CallForm | None) -> ToolCall | BadCall:
-    # where the form is not known, the object shows it
+    # infer the key from the object if the form is unknown
     word = "parameters" if form == LLAMA or (
         form is None and isinstance(value, dict) and "parameters" in value) else "arguments"
-    # Llama 3 may say that it is a function, as its tools are described
-    is_told = word == "parameters" and isinstance(value, dict) and value.get("type") == "function"
-    if not isinstance(value, dict) or set(value) != {"name", word, *(("type",) if is_told else ())}:
+    # Llama 3 may include "type": "function"
+    has_type = word == "parameters" and isinstance(value, dict) and value.get("type") == "function"
+    if not isinstance(value, dict) or set(value) != {"name", word, *(("type",) if has_type else ())}:
         return BadCall("form", f'a tool call must be a JSON object with "name" and "{word}" and nothing else')
     if not isinstance(value["name"], str) or not isinstance(value[word], dict):
         return BadCall("form", f'in a tool call "name" must be a string and "{word}" an object')
@@ -250,11 +242,11 @@ def _build_call(value: Any, form: CallForm | None) -> ToolCall | BadCall:
 
 
 def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    # Python keeps the last of two equal names; which one was meant is unknown
-    if len(found) != len(pairs):
-        raise ValueError("a name stands twice in an object")
-    return found
+    object_ = dict(pairs)
+    # Python keeps the last of two equal keys; the intended one is unknown
+    if len(object_) != len(pairs):
+        raise ValueError("an object has a key twice")
+    return object_
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_build_object, parse_constant=no_constant, parse_float=finite)

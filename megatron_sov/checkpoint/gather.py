@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_sov.engine.model.local_shards import LocalShard
-from megatron_sov.engine.parallel.device import local_device
+from megatron_sov.engine.parallel.device import get_local_device
 from megatron_sov.engine.parallel.values import gather_objects
 
 
 @dataclass(frozen=True)
-class _GatherPlace:
+class _BlockPosition:
     """Position of a block in its global tensor."""
 
     key: str
@@ -28,7 +28,7 @@ class _GatherPlace:
         return tuple(slice(o, o + n) for o, n in zip(self.offset, self.shape, strict=True))
 
 
-class Gatherer:
+class TensorGatherer:
     """Gathers global tensors from the blocks of all processes. Every method is collective.
 
     Args:
@@ -43,14 +43,14 @@ class Gatherer:
             # Replicas are skipped: each element must arrive exactly once.
             if block.owned:
                 self._local_shards.setdefault(block.key, []).append(block)
-        places = [_GatherPlace(b.key, b.global_shape, b.offset, b.shape, b.data.dtype)
+        places = [_BlockPosition(b.key, b.global_shape, b.offset, b.shape, b.data.dtype)
                   for shards in self._local_shards.values() for b in shards]
-        self._places: dict[str, dict[int, list[_GatherPlace]]] = {}
+        self._places: dict[str, dict[int, list[_BlockPosition]]] = {}
         for owner, remote in enumerate(gather_objects(places)):
             for place in remote:
                 self._places.setdefault(place.key, {}).setdefault(owner, []).append(place)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def get_shapes(self) -> dict[str, tuple[int, ...]]:
         return {key: next(iter(owners.values()))[0].global_shape for key, owners in self._places.items()}
 
     @torch.no_grad()
@@ -63,7 +63,7 @@ class Gatherer:
         receives = self._everywhere or self._rank == 0
         owners = self._places[key]
         first = next(iter(owners.values()))[0]
-        whole = (torch.empty(first.global_shape, dtype=first.dtype, device=local_device())
+        whole = (torch.empty(first.global_shape, dtype=first.dtype, device=get_local_device())
                  if receives else None)
         # All processes visit the owners in the same order, so sends and receives pair up without tags.
         for owner, places in owners.items():
@@ -77,14 +77,14 @@ class Gatherer:
                 start += part.numel()
         return whole
 
-    def _send_share(self, key: str, owner: int, places: list[_GatherPlace]) -> torch.Tensor | None:
+    def _send_share(self, key: str, owner: int, places: list[_BlockPosition]) -> torch.Tensor | None:
         """Send the share of `owner` to the receiving ranks; returns the flat share on these ranks."""
         share: torch.Tensor | None = None
         if self._rank == owner:
             share = torch.cat([block.data.detach().flatten() for block in self._local_shards[key]])
         elif self._everywhere or self._rank == 0:
             num_elements = sum(torch.Size(place.shape).numel() for place in places)
-            share = torch.empty(num_elements, dtype=places[0].dtype, device=local_device())
+            share = torch.empty(num_elements, dtype=places[0].dtype, device=get_local_device())
         if self._everywhere:
             assert share is not None, "every process sends or receives"
             dist.broadcast(share, src=owner)
@@ -96,7 +96,8 @@ class Gatherer:
         return share
 
 
-def in_order(gatherer: Gatherer, keys: Sequence[str]) -> Generator[tuple[str, torch.Tensor | None]]:
+def iter_gathered(gatherer: TensorGatherer,
+                  keys: Sequence[str]) -> Generator[tuple[str, torch.Tensor | None]]:
     """Yield (key, tensor). If the caller stops early, the remaining tensors are still gathered."""
     left = iter(keys)
     try:

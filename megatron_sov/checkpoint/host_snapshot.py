@@ -20,7 +20,7 @@ import torch
 from megatron_sov.base.artifacts import FileRecord
 from megatron_sov.checkpoint.sharded_tensors import MAX_FILE_BYTES, RANKS_PER_FOLDER, Index, TensorWriter
 from megatron_sov.engine.model.local_shards import LocalShard
-from megatron_sov.engine.parallel.device import Arena, num_bytes, on_gpu
+from megatron_sov.engine.parallel.device import PinnedArena, count_bytes, on_gpu
 
 MAX_WRITERS = 4
 """Limit of threads that hash and write."""
@@ -34,7 +34,7 @@ complete."""
 
 
 @dataclasses.dataclass(frozen=True)
-class WrittenSnapshot:
+class SnapshotRecord:
     """Indices and files that one process wrote for a checkpoint."""
 
     indices: dict[str, list[Index]]
@@ -47,36 +47,37 @@ class WrittenSnapshot:
         return folder / INDICES / f"{rank // RANKS_PER_FOLDER:05d}" / f"rank-{rank:05d}.json"
 
     @staticmethod
-    def read(folder: Path, rank: int) -> WrittenSnapshot:
-        raw = json.loads(WrittenSnapshot.file(folder, rank).read_text(encoding="utf-8"))
-        return WrittenSnapshot(raw["indices"],
+    def read(folder: Path, rank: int) -> SnapshotRecord:
+        raw = json.loads(SnapshotRecord.file(folder, rank).read_text(encoding="utf-8"))
+        return SnapshotRecord(raw["indices"],
                                {name: FileRecord.read(record) for name, record in raw["files"].items()})
 
 
-class Snapshot:
+class HostSnapshot:
     """Host copy of the blocks that this process owns."""
 
     def __init__(self) -> None:
         self._memory: dict[tuple[Any, ...], torch.Tensor] = {}
         self._parts: dict[str, list[LocalShard]] = {}
 
-    def take(self, sources: Mapping[str, Iterable[LocalShard]], *, changes: bool = True) -> None:
+    def copy_blocks(self, sources: Mapping[str, Iterable[LocalShard]], *,
+                    tensors_change: bool = True) -> None:
         """Copy the owned blocks; afterwards the live tensors may change.
 
         Args:
             sources: part -> blocks.
-            changes: False promises that live tensors do not change until `write` has returned. Tensors in
-                host memory are then written without a copy.
+            tensors_change: False promises that live tensors do not change until `write` has returned. Tensors
+                in host memory are then written without a copy.
         """
         owned = {part: [b for b in blocks if b.owned] for part, blocks in sources.items()}
-        if not changes and not on_gpu():
+        if not tensors_change and not on_gpu():
             self._memory, self._parts = {}, owned
             return
         blocks_by_id = {_identify_block(part, b): b for part, blocks in owned.items() for b in blocks}
         # Reuse the memory of the previous checkpoint; allocate only for blocks that are new or changed dtype.
         missing = {key: b for key, b in blocks_by_id.items() if key not in self._memory}
-        arena = Arena(sum(num_bytes(b.data) for b in missing.values()))
-        self._memory = {key: self._memory[key] if key in self._memory else arena.like(b.data)
+        arena = PinnedArena(sum(count_bytes(b.data) for b in missing.values()))
+        self._memory = {key: self._memory[key] if key in self._memory else arena.allocate_like(b.data)
                         for key, b in blocks_by_id.items()}
         for key, block in blocks_by_id.items():
             # On a GPU, all copies are queued before the synchronize below.
@@ -105,16 +106,16 @@ class Snapshot:
             written.append((part, writer, writer.finish()))
 
         run_in_threads([lambda args=file: write_blocks(*args) for file in files],  # type: ignore[misc]
-                       num_writers())
+                       count_writers())
         indices = {part: [index for file_part, _, index in written if file_part == part]
                    for part in self._parts}
         records = {name: record for _, writer, _ in written for name, record in writer.files.items()}
-        file = WrittenSnapshot.file(folder, rank)
+        file = SnapshotRecord.file(folder, rank)
         file.parent.mkdir(parents=True, exist_ok=True)
         # Written last and renamed atomically: if this file exists, all files of the rank are complete.
         unfinished = file.with_suffix(".part")
         # `vars` instead of `asdict`, which would copy every index entry.
-        unfinished.write_text(json.dumps(vars(WrittenSnapshot(indices, records)), default=vars))
+        unfinished.write_text(json.dumps(vars(SnapshotRecord(indices, records)), default=vars))
         os.replace(unfinished, file)
 
 
@@ -125,20 +126,20 @@ def _identify_block(part: str, block: LocalShard) -> tuple[Any, ...]:
 def _split_into_files(blocks: list[LocalShard]) -> list[list[LocalShard]]:
     """Group blocks into files: one file per thread if they reach `MIN_FILE_BYTES`, none above
     `MAX_FILE_BYTES`."""
-    total_bytes = sum(num_bytes(b.data) for b in blocks)
-    limit_bytes = min(MAX_FILE_BYTES, max(MIN_FILE_BYTES, -(-total_bytes // num_writers())))
+    total_bytes = sum(count_bytes(b.data) for b in blocks)
+    limit_bytes = min(MAX_FILE_BYTES, max(MIN_FILE_BYTES, -(-total_bytes // count_writers())))
     files: list[list[LocalShard]] = []
     size_bytes = limit_bytes  # so that the first block opens a file
     for block in blocks:
-        if size_bytes + num_bytes(block.data) > limit_bytes:
+        if size_bytes + count_bytes(block.data) > limit_bytes:
             files.append([])
             size_bytes = 0
         files[-1].append(block)
-        size_bytes += num_bytes(block.data)
+        size_bytes += count_bytes(block.data)
     return files
 
 
-def num_writers() -> int:
+def count_writers() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return min(MAX_WRITERS, WRITERS_PER_CORE * share)

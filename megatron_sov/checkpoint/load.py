@@ -24,14 +24,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.checkpoint.save import Companions, Saver
+from megatron_sov.checkpoint.save import CheckpointMetadata, CheckpointSaver
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.engine.model.language_model import LanguageModel
-from megatron_sov.engine.model.local_shards import LocalShard, local_shards
+from megatron_sov.engine.model.local_shards import LocalShard, list_local_shards
 from megatron_sov.engine.optimizer.optimizer import Optimizer
 from megatron_sov.engine.parallel.values import gather_objects
 from megatron_sov.model.config import ModelConfig
-from megatron_sov.model.families.adapters import PREFIX, identity
+from megatron_sov.model.families.adapters import PREFIX, adapter_identity
 from megatron_sov.model.families.encoders import PREFIXES as ENCODERS, is_encoder
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.checkpoints import ADAPTER, MODEL
@@ -80,7 +80,7 @@ _PER_COUNTER = 8
 """Normals per Philox counter step: four 64-bit words, with two 32-bit halves each."""
 
 
-def rule_for(key: str) -> str:
+def find_init_rule(key: str) -> str:
     """Return the initial distribution of tensor `key`.
 
     Raises:
@@ -95,7 +95,7 @@ def rule_for(key: str) -> str:
     return matches[0]
 
 
-def normals(seed: int, key: str, start: int, count: int) -> np.ndarray:
+def generate_normals(seed: int, key: str, start: int, count: int) -> np.ndarray:
     """Generate the standard normals `start` to `start + count` of the stream (seed, key); float32 [count].
 
     Box-Muller transform of 32-bit uniforms: a counter step yields a fixed number of values, so a range can be
@@ -136,7 +136,7 @@ class _InitPart:
     def draw_values(self, seed: int) -> torch.Tensor:
         """Return the initial values for `target`, float32."""
         count = len(self.target)
-        rows = normals(seed, self.key, self.start, count * self.columns).reshape(count, self.columns)
+        rows = generate_normals(seed, self.key, self.start, count * self.columns).reshape(count, self.columns)
         return torch.from_numpy(rows[:, self.local_columns] * np.float32(self.std))
 
 
@@ -155,7 +155,7 @@ def _split_rows(block: LocalShard, std: float) -> Iterator[_InitPart]:
                         slice(column0, column0 + target.shape[1]), target[row:row + step], std)
 
 
-def make_fixed(rule: str, shape: tuple[int, ...]) -> torch.Tensor:
+def compute_fixed_values(rule: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Return deterministic initial values, float64.
 
     Args:
@@ -178,7 +178,7 @@ def make_fixed(rule: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def _generate_values(parts: Iterator[_InitPart], seed: int,
-                num_threads: int) -> Iterator[tuple[_InitPart, torch.Tensor]]:
+                     num_threads: int) -> Iterator[tuple[_InitPart, torch.Tensor]]:
     """Yield each part with its values, computed ahead by threads (numpy releases the GIL)."""
     with ThreadPoolExecutor(num_threads) as pool:
         queue: deque[tuple[_InitPart, Future[torch.Tensor]]] = deque()
@@ -193,7 +193,7 @@ def _generate_values(parts: Iterator[_InitPart], seed: int,
 
 
 @torch.no_grad()
-def initialise(model: LanguageModel, config: ModelConfig, seed: int, *,
+def initialize_weights(model: LanguageModel, config: ModelConfig, seed: int, *,
                only: str | tuple[str, ...] = "") -> None:
     """Set the initial weights and buffers of this process, with `torch.get_num_threads()` threads.
 
@@ -206,17 +206,17 @@ def initialise(model: LanguageModel, config: ModelConfig, seed: int, *,
     stds = {STANDARD: 1.0, NORMAL: config.init_std,
             RESIDUAL: config.init_std / math.sqrt(2 * config.num_layers)}
     random_blocks = []
-    for block in local_shards(model):
+    for block in list_local_shards(model):
         if not block.key.startswith(only):
             continue
-        rule = rule_for(block.key)
+        rule = find_init_rule(block.key)
         if rule == ADAPTER_INPUT:
             random_blocks.append((block, 1 / math.sqrt(3 * block.global_shape[-1])))
         elif rule == FAN_IN:
             random_blocks.append((block, 1 / math.sqrt(math.prod(block.global_shape[1:]))))
         elif rule in (SINUSOIDS, STEPS, DECAYS, EVEN_DECAYS):
             local = tuple(slice(start, start + n) for start, n in zip(block.offset, block.shape, strict=True))
-            block.data.copy_(make_fixed(rule, block.global_shape)[local])
+            block.data.copy_(compute_fixed_values(rule, block.global_shape)[local])
         elif rule in stds:
             random_blocks.append((block, stds[rule]))
         else:
@@ -227,7 +227,7 @@ def initialise(model: LanguageModel, config: ModelConfig, seed: int, *,
         part.target.copy_(values)
 
 
-def save(path: Path, model: LanguageModel, optimizer: Optimizer | None, state: dict[str, Any],
+def save_checkpoint(path: Path, model: LanguageModel, optimizer: Optimizer | None, state: dict[str, Any],
          settings: dict[str, Any], tokenizer: Path | None) -> None:
     """Save one checkpoint and wait until it is complete (collective). Runs use a `Saver` instead.
 
@@ -240,13 +240,13 @@ def save(path: Path, model: LanguageModel, optimizer: Optimizer | None, state: d
     Raises:
         UserError: on every process, if a process could not write; `path` is then not created.
     """
-    saver = Saver()
-    saver.begin(path, model, optimizer, Companions(state, settings, tokenizer), waits=True)
+    saver = CheckpointSaver()
+    saver.begin(path, model, optimizer, CheckpointMetadata(state, settings, tokenizer), wait=True)
     saver.finish()
 
 
 @contextlib.contextmanager
-def agreement() -> Iterator[None]:
+def raise_on_all_ranks() -> Iterator[None]:
     """Raise an exception of the `with` block on every process, if one process raises (collective)."""
     error: Exception | None = None
     try:
@@ -258,22 +258,22 @@ def agreement() -> Iterator[None]:
         raise errors[0]
 
 
-def damage(path: Path, *, weights_only: bool = False) -> str | None:
+def find_damage(path: Path, *, weights_only: bool = False) -> str | None:
     """Check the files of a checkpoint, a share per process; return the first problem or None (collective)."""
     problem: str | None = None
-    with agreement():
+    with raise_on_all_ranks():
         problem = checkpoints.find_damage(path, rank=dist.get_rank(), size=dist.get_world_size(),
                                      weights_only=weights_only)
     return next((p for p in gather_objects(problem) if p is not None), None)
 
 
-def check(path: Path) -> None:
+def check_weights(path: Path) -> None:
     """Check the weight files of a checkpoint against its manifest, a share per process (collective).
 
     Raises:
         UserError: on every process, naming the first damaged file and the newest sound checkpoint.
     """
-    problem = damage(path, weights_only=True)
+    problem = find_damage(path, weights_only=True)
     if problem is not None:
         raise UserError(f"{problem}; {checkpoints.suggest_replacement(path)}")
 
@@ -301,15 +301,15 @@ def load_model(path: Path, model: LanguageModel, *, new_encoders: bool = False) 
         raise UserError(f"{path}: is an adapter, and lora.rank is 0; use its lora settings, or merge it with "
                         "`megatron-sov convert to-hf`")
     else:
-        with agreement():
+        with raise_on_all_ranks():
             _check_adapter_settings(path, model)
             frozen = checkpoints.find_adapter_base(path, base)
-        check(frozen)
+        check_weights(frozen)
         _load_part(frozen, MODEL, model, new_encoders)
         _load_part(path, ADAPTER, model)
-    model.finish_writing()
+    model.requantize_weights()
     if model.lora.on:
-        model.adapter_base = base or checkpoints.AdapterBase.of(path)
+        model.adapter_base = base or checkpoints.AdapterBase.from_checkpoint(path)
     if model.lora.dora and base is None:
         for chunk in model.chunks:
             chunk.adapters.set_magnitudes(chunk)
@@ -317,8 +317,9 @@ def load_model(path: Path, model: LanguageModel, *, new_encoders: bool = False) 
 
 def _check_adapter_settings(path: Path, model: LanguageModel) -> None:
     """Raise `UserError` if the adapter was trained with other LoRA settings, such as another alpha."""
-    ours = identity(model.lora, model.architecture)
-    for name, theirs in identity(checkpoints.read_checkpoint_settings(path).lora, model.architecture).items():
+    ours = adapter_identity(model.lora, model.architecture)
+    trained = checkpoints.read_checkpoint_settings(path).lora
+    for name, theirs in adapter_identity(trained, model.architecture).items():
         if theirs != ours[name]:
             raise UserError(f"{path}: is an adapter with lora.{name} = {theirs}, not {ours[name]}; "
                             "use the setting that it was made with")
@@ -326,7 +327,7 @@ def _check_adapter_settings(path: Path, model: LanguageModel) -> None:
 
 def _load_part(path: Path, part: str, model: LanguageModel, new_encoders: bool = False) -> None:
     reader = TensorReader(path, part)
-    blocks = [b for b in local_shards(model) if b.key.startswith(PREFIX) == (part == ADAPTER)]
+    blocks = [b for b in list_local_shards(model) if b.key.startswith(PREFIX) == (part == ADAPTER)]
     if new_encoders:
         stored_keys = set(reader.keys())
         # An encoder without any tensor in the checkpoint is new and keeps its initial weights.
@@ -335,7 +336,7 @@ def _load_part(path: Path, part: str, model: LanguageModel, new_encoders: bool =
     local_keys = {b.key for b in blocks}
     model_keys: set[str] = set().union(*gather_objects(local_keys))
     _check_keys(path, model_keys, set(reader.keys()))
-    with agreement():
+    with raise_on_all_ranks():
         _copy_blocks(path, reader, blocks)
 
 
@@ -347,9 +348,9 @@ def load_optimizer(path: Path, optimizer: Optimizer, num_updates: int) -> None:
         UserError: on every process: the checkpoint has no optimizer state, or a file is damaged.
     """
     reader = TensorReader(path, "optimizer")
-    with agreement():
+    with raise_on_all_ranks():
         _copy_blocks(path, reader, list(optimizer.state_shards()))
-    optimizer.model.finish_writing()
+    optimizer.model.requantize_weights()
     optimizer.restore_updates(num_updates)
 
 

@@ -24,12 +24,12 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_sov.base.artifacts import (
-    MANIFEST, ArtifactWriter, atomic_write, publish, refuse_existing, to_json)
+    MANIFEST, ArtifactWriter, check_output_folder, format_json, publish_folder, write_atomically)
 from megatron_sov.base.errors import ExitCode, UserError
-from megatron_sov.checkpoint.host_snapshot import INDICES, Snapshot, WrittenSnapshot
+from megatron_sov.checkpoint.host_snapshot import INDICES, HostSnapshot, SnapshotRecord
 from megatron_sov.checkpoint.sharded_tensors import write_index
 from megatron_sov.engine.model.language_model import LanguageModel
-from megatron_sov.engine.model.local_shards import LocalShard, local_shards
+from megatron_sov.engine.model.local_shards import LocalShard, list_local_shards
 from megatron_sov.engine.optimizer.optimizer import Optimizer
 from megatron_sov.engine.parallel import collectives
 from megatron_sov.engine.parallel.values import broadcast_object, gather_objects, sum_dict
@@ -41,16 +41,16 @@ SAVE_TIMEOUT_S = 1800.0
 _LOOK_EVERY_S = 0.02
 PROGRESS = ("written", "completed", "failed", "late")
 """Counters of the save in progress, summed over processes at the end of each step (see `Saver.progress`)."""
-FINISH_WITHIN_S = 60.0
+FINISH_TIMEOUT_S = 60.0
 """Time for a pending checkpoint to complete after an error has ended the training."""
-STILL_S = 1.0
+IDLE_LIMIT_S = 1.0
 """Time without a new byte after which other processes are assumed dead."""
-LEAVE_WITHIN_S = 30.0
+EXIT_TIMEOUT_S = 30.0
 """Time to exit normally when a file system hangs; then the process is ended with `os._exit`."""
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedCheckpoint:
     """A completed checkpoint."""
 
     path: Path
@@ -64,7 +64,7 @@ class Saved:
 
 
 @dataclass(frozen=True)
-class Companions:
+class CheckpointMetadata:
     """Files and metadata of a checkpoint in addition to its tensors; equal on every process."""
 
     state: dict[str, Any]
@@ -73,7 +73,7 @@ class Companions:
     """Config of the run."""
     tokenizer: Path | None
     """Tokenizer folder to copy."""
-    beside: Mapping[str, bytes] = field(default_factory=dict)
+    tokenizer_files: Mapping[str, bytes] = field(default_factory=dict)
     """File name -> content: files that replace or extend those of the tokenizer folder."""
     content: Mapping[str, Any] = field(default_factory=dict)
     """Additional manifest entries."""
@@ -104,19 +104,20 @@ class _PendingSave:
         self.thread.start()
 
 
-class Saver:
+class CheckpointSaver:
     """Writes the checkpoints of a run, one at a time. All methods except `progress` are collective."""
 
-    def __init__(self, on_saved: Callable[[Saved], None] | None = None,
+    def __init__(self, on_saved: Callable[[SavedCheckpoint], None] | None = None,
                  timeout_s: float = SAVE_TIMEOUT_S) -> None:
         self._on_saved, self._timeout_s = on_saved, timeout_s
-        self._snapshot = Snapshot()
+        self._snapshot = HostSnapshot()
         self._writing: _PendingSave | None = None
         # All ranks need the same name for the temporary folder, different from that of an earlier killed run.
         self._token = broadcast_object(secrets.token_hex(4))
 
-    def begin(self, path: Path, model: LanguageModel, optimizer: Optimizer | None, companions: Companions,
-              then: Callable[[], None] | None = None, *, waits: bool = False) -> None:
+    def begin(self, path: Path, model: LanguageModel, optimizer: Optimizer | None,
+              companions: CheckpointMetadata, on_complete: Callable[[], None] | None = None, *,
+              wait: bool = False) -> None:
         """Copy the blocks of this process and start writing; first waits for the previous checkpoint.
 
         Args:
@@ -124,33 +125,34 @@ class Saver:
             model: source of the weights.
             optimizer: source of moments and master weights; None saves weights only.
             companions: metadata and additional files.
-            then: called on a thread of rank 0 after completion.
-            waits: True promises that `finish` runs before any tensor changes, so that a CPU needs no copy.
+            on_complete: called on a thread of rank 0 after completion.
+            wait: True promises that `finish` runs before any tensor changes, so that a CPU needs no copy.
 
         Raises:
             UserError: the previous checkpoint failed.
         """
         # The snapshot reuses the memory of the previous checkpoint.
         self.finish()
-        writing = _PendingSave(path, temporary_folder(path, self._token), companions.state["step"], time.monotonic())
+        writing = _PendingSave(path, temporary_folder(path, self._token), companions.state["step"],
+                               time.monotonic())
         sources = _collect_weights(model) | ({"optimizer": optimizer.state_shards()} if optimizer else {})
         # Serialize now: the loop changes these values while the thread writes.
-        parts, state, base = list(sources), to_json(companions.state), model.adapter_base
-        self._snapshot.take(sources, changes=not waits)
+        parts, state, base = list(sources), format_json(companions.state), model.adapter_base
+        self._snapshot.copy_blocks(sources, tensors_change=not wait)
         rank = dist.get_rank()
 
         def write_files() -> None:
             with _convert_os_errors(path, rank):
                 if rank == 0:
-                    refuse_existing(path, CHECKPOINT_KIND, overwrite=False)
+                    check_output_folder(path, CHECKPOINT_KIND, overwrite=False)
                 writing.folder.mkdir(parents=True, exist_ok=True)
                 self._snapshot.write(writing.folder, rank)
 
         def publish_files() -> None:
             with _convert_os_errors(path, rank):
                 _publish_checkpoint(writing, parts, state, companions, base)
-                if then is not None:
-                    then()
+                if on_complete is not None:
+                    on_complete()
 
         writing.complete = publish_files
         writing.stall_s = time.monotonic() - writing.began_s
@@ -191,7 +193,7 @@ class Saver:
         elif completed:
             self._writing = None
             if self._on_saved is not None:
-                self._on_saved(Saved(w.path, w.step, w.stall_s, time.monotonic() - w.began_s))
+                self._on_saved(SavedCheckpoint(w.path, w.step, w.stall_s, time.monotonic() - w.began_s))
         # All files of all ranks are on disk: rank 0 may merge the indices and rename the folder.
         elif written == dist.get_world_size() and dist.get_rank() == 0 and not w.completing:
             w.completing = True
@@ -221,13 +223,13 @@ class Saver:
         w, self._writing = self._writing, None
         if w is None:
             return
-        end_s = time.monotonic() + FINISH_WITHIN_S
-        w.thread.join(FINISH_WITHIN_S)
+        end_s = time.monotonic() + FINISH_TIMEOUT_S
+        w.thread.join(FINISH_TIMEOUT_S)
         if dist.get_rank() == 0 and w.written and not w.completing and _wait_for_ranks(w.folder, end_s):
             w.start_thread(w.complete, lambda: setattr(w, "completed", True))
             w.thread.join(max(0.0, end_s - time.monotonic()))
         if w.completed and self._on_saved is not None:
-            self._on_saved(Saved(w.path, w.step, w.stall_s, time.monotonic() - w.began_s))
+            self._on_saved(SavedCheckpoint(w.path, w.step, w.stall_s, time.monotonic() - w.began_s))
 
     def _abort_save(self, w: _PendingSave) -> None:
         """Delete the temporary folder and raise the first error on every process; no rank may still be
@@ -241,7 +243,7 @@ class Saver:
         hanging = [rank for rank, late in enumerate(gather_objects(w.late)) if late]
         self._writing = None
         # A normal exit may hang in the same file system.
-        end = threading.Timer(LEAVE_WITHIN_S, os._exit, (ExitCode.USER_ERROR,))
+        end = threading.Timer(EXIT_TIMEOUT_S, os._exit, (ExitCode.USER_ERROR,))
         end.daemon = True
         end.start()
         raise UserError(f"{w.path}: rank{'s' if len(hanging) > 1 else ''} {', '.join(map(str, hanging))} did "
@@ -253,11 +255,11 @@ def _wait_for_ranks(folder: Path, end_s: float) -> bool:
     """Wait until every rank has written its `WrittenSnapshot`; False if files stop growing or time is
     over."""
     size, grew_s = -1, time.monotonic()
-    while not all(WrittenSnapshot.file(folder, rank).is_file() for rank in range(dist.get_world_size())):
+    while not all(SnapshotRecord.file(folder, rank).is_file() for rank in range(dist.get_world_size())):
         now_s = time.monotonic()
         if (found := _count_bytes(folder)) != size:
             size, grew_s = found, now_s
-        if now_s - grew_s > STILL_S or now_s > end_s:
+        if now_s - grew_s > IDLE_LIMIT_S or now_s > end_s:
             return False
         time.sleep(0.1)
     return True
@@ -288,33 +290,33 @@ def _collect_weights(model: LanguageModel) -> dict[str, list[LocalShard]]:
         UserError: the frozen weights are not from a checkpoint.
     """
     if not model.lora.on:
-        return {MODEL: local_shards(model, rounded=True)}
+        return {MODEL: list_local_shards(model, rounded=True)}
     if model.adapter_base is None:
         raise UserError(f"lora.rank = {model.lora.rank}: the frozen weights are not from a checkpoint, so "
                         "the adapter would be unusable; start --from a checkpoint")
-    return {ADAPTER: [block for block in local_shards(model) if block.key.startswith(PREFIX)]}
+    return {ADAPTER: [block for block in list_local_shards(model) if block.key.startswith(PREFIX)]}
 
 
-def _publish_checkpoint(writing: _PendingSave, parts: list[str], state: str, companions: Companions,
+def _publish_checkpoint(writing: _PendingSave, parts: list[str], state: str, companions: CheckpointMetadata,
                         base: AdapterBase | None) -> None:
     """Merge the indices of all processes, add companion files and the manifest, and publish the folder."""
     folder = writing.folder
-    written = [WrittenSnapshot.read(folder, rank) for rank in range(dist.get_world_size())]
+    written = [SnapshotRecord.read(folder, rank) for rank in range(dist.get_world_size())]
     for part in parts:
         write_index(folder, part, [index for w in written for index in w.indices[part]])
     shutil.rmtree(folder / INDICES)
     if companions.tokenizer is not None:
         shutil.copytree(companions.tokenizer, folder / "tokenizer", ignore=shutil.ignore_patterns(MANIFEST))
-        for name, content in companions.beside.items():
-            atomic_write(folder / "tokenizer" / name, content)
-    atomic_write(folder / STATE_FILE, state)
+        for name, content in companions.tokenizer_files.items():
+            write_atomically(folder / "tokenizer" / name, content)
+    write_atomically(folder / STATE_FILE, state)
     artifact = ArtifactWriter(folder, CHECKPOINT_KIND)
     # Files were hashed while they were written; they are not read again.
-    artifact.known_files = {name: record for w in written for name, record in w.files.items()}
+    artifact.hashed_files = {name: record for w in written for name, record in w.files.items()}
     artifact.content = {"step": companions.state["step"], "tokens": companions.state["tokens"],
                         "parts": parts, **({BASE: base.to_dict()} if base is not None else {}),
                         **companions.content}
     artifact.settings = companions.settings
     artifact.complete()
     # The rename is the commit: until now no folder has the name of the checkpoint.
-    publish(folder, writing.path)
+    publish_folder(folder, writing.path)

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from megatron_sov.base.artifacts import FileRecord, atomic_write
+from megatron_sov.base.artifacts import FileRecord, write_atomically
 from megatron_sov.base.errors import UserError
-from megatron_sov.checkpoint.assembling import Assembled, StoredBlock, owners
-from megatron_sov.checkpoint.writer import TensorFile, TensorSpec, write_file
+from megatron_sov.checkpoint.safetensors_files import TensorFile, TensorSpec, write_tensors
+from megatron_sov.checkpoint.stored_tensors import StoredBlock, StoredTensors, count_owners
 
 MAX_FILE_BYTES = 4 << 30
 RANKS_PER_FOLDER = 256
@@ -33,17 +33,18 @@ _DTYPES = {str(d).removeprefix("torch."): d
 Index = dict[str, dict[str, Any]]
 
 
-def file_name(part: str, rank: int, number: int) -> str:
+def format_file_name(part: str, rank: int, number: int) -> str:
     """Return the path, relative to the checkpoint folder, of file `number` that `rank` writes for `part`."""
     return f"{part}/{rank // RANKS_PER_FOLDER:05d}/rank-{rank:05d}-{number:05d}.safetensors"
 
 
-def block_name(key: str, offset: Sequence[int]) -> str:
+def format_block_name(key: str, offset: Sequence[int]) -> str:
     """Return the name, inside a safetensors file, for the block of tensor `key` at `offset`."""
     return f"{key}@{','.join(map(str, offset))}"
 
 
-def add_block(index: Index, key: str, dtype: torch.dtype, shape: Sequence[int], piece: StoredBlock) -> None:
+def add_index_entry(index: Index, key: str, dtype: torch.dtype, shape: Sequence[int],
+                    piece: StoredBlock) -> None:
     """Append the block `piece` to the `index` entry of tensor `key` (`shape`: global)."""
     entry = index.setdefault(key, {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape),
                                    "pieces": []})
@@ -76,15 +77,16 @@ class TensorWriter:
         size_bytes = block.numel() * block.element_size()
         if self._pending and self._pending_bytes + size_bytes > MAX_FILE_BYTES:
             self.flush()
-        name = block_name(key, start)
+        name = format_block_name(key, start)
         if name in self._pending:
             raise ValueError(f"{name}: the same block was added twice")
         self._pending[name] = block.detach().cpu().contiguous()
         self._pending_bytes += size_bytes
-        add_block(self._index, key, block.dtype, shape, StoredBlock(self._next_file(), name, start, extent))
+        add_index_entry(self._index, key, block.dtype, shape,
+                        StoredBlock(self._next_file(), name, start, extent))
 
     def _next_file(self) -> str:
-        return file_name(self.part, self.rank, self._number)
+        return format_file_name(self.part, self.rank, self._number)
 
     def flush(self) -> None:
         """Write the buffered blocks to a file and sync it.
@@ -97,7 +99,7 @@ class TensorWriter:
             path.parent.mkdir(parents=True, exist_ok=True)
             specs = [TensorSpec(name, tuple(t.shape), t.dtype) for name, t in self._pending.items()]
             pending = self._pending
-            self.files[self._next_file()] = write_file(path, specs, lambda spec: pending[spec.name])
+            self.files[self._next_file()] = write_tensors(path, specs, lambda spec: pending[spec.name])
             self._pending, self._pending_bytes = {}, 0
             self._number += 1
 
@@ -124,30 +126,30 @@ def write_index(folder: Path, part: str, indices: Sequence[Index]) -> None:
             total["pieces"] += entry["pieces"]
     for key, entry in merged.items():
         # Check before writing: an incomplete checkpoint must not get an index.
-        num_owners = owners(entry["shape"], entry["pieces"])
+        num_owners = count_owners(entry["shape"], entry["pieces"])
         if (num_owners != 1).any():
             raise ValueError(f"{key}: elements of the tensor {entry['shape']} are covered by "
                              f"{num_owners.min()} to {num_owners.max()} blocks, each must be covered by 1")
-    atomic_write(folder / f"{part}.index.json", json.dumps(merged))
+    write_atomically(folder / f"{part}.index.json", json.dumps(merged))
 
 
-def _sizes(value: Any) -> tuple[int, ...]:
+def _parse_sizes(value: Any) -> tuple[int, ...]:
     """Convert a JSON list to a tuple of sizes; raises ValueError for other values."""
     if not isinstance(value, list) or not all(type(n) is int and n >= 0 for n in value):
         raise ValueError(f"{str(value)[:80]} is not a list of sizes")
     return tuple(value)
 
 
-def _read_piece(raw: Any, axes: int) -> StoredBlock:
+def _parse_piece(raw: Any, axes: int) -> StoredBlock:
     """Convert a JSON object to a block with `axes` axes; raises ValueError, KeyError or TypeError."""
-    block = StoredBlock(raw["file"], raw["name"], _sizes(raw["offset"]), _sizes(raw["shape"]))
+    block = StoredBlock(raw["file"], raw["name"], _parse_sizes(raw["offset"]), _parse_sizes(raw["shape"]))
     if not (isinstance(block.file, str) and isinstance(block.name, str)
             and len(block.offset) == len(block.shape) == axes):
         raise ValueError(f"{str(raw)[:200]} is not a piece of a tensor with {axes} axes")
     return block
 
 
-class TensorReader(Assembled):
+class TensorReader(StoredTensors):
     """Reads blocks of the tensors in one part of a checkpoint."""
 
     def __init__(self, folder: str | Path, part: str = "model") -> None:
@@ -156,10 +158,10 @@ class TensorReader(Assembled):
         file = self.folder / f"{part}.index.json"
         try:
             raw = json.loads(file.read_text(encoding="utf-8"))
-            shapes = {k: _sizes(e["shape"]) for k, e in raw.items()}
+            shapes = {k: _parse_sizes(e["shape"]) for k, e in raw.items()}
             dtypes = {k: _DTYPES[e["dtype"]] for k, e in raw.items()}
-            pieces = {k: [_read_piece(p, len(shapes[k])) for p in e["pieces"]] for k, e in raw.items()}
-            _refuse_foreign_paths(file, pieces)
+            pieces = {k: [_parse_piece(p, len(shapes[k])) for p in e["pieces"]] for k, e in raw.items()}
+            _check_paths(file, pieces)
         except FileNotFoundError:
             raise UserError(f"{self.folder}: has no {part}.index.json, "
                             f"so it holds no '{part}' tensors") from None
@@ -182,7 +184,7 @@ class TensorReader(Assembled):
         return file.read(piece.name, block[missing_axes:]).reshape(tuple(s.stop - s.start for s in block))
 
 
-def _refuse_foreign_paths(index: Path, pieces: Mapping[str, Sequence[StoredBlock]]) -> None:
+def _check_paths(index: Path, pieces: Mapping[str, Sequence[StoredBlock]]) -> None:
     """Raise `UserError` if a piece points to a file outside the checkpoint folder."""
     for key, blocks in pieces.items():
         for piece in blocks:

@@ -10,21 +10,22 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
-from megatron_sov.base.artifacts import MANIFEST, new_artifact, read_manifest, refuse_existing, to_json
-from megatron_sov.base.digests import file_digest
+from megatron_sov.base.artifacts import (
+    MANIFEST, check_output_folder, create_artifact, format_json, read_manifest)
+from megatron_sov.base.digests import hash_file
 from megatron_sov.base.documents.rows import check_rows, json_line, parse_row, read_lines
-from megatron_sov.base.errors import ExitCode, UserError, told_in_a_line
-from megatron_sov.base.outputs import refuse_nowhere
+from megatron_sov.base.errors import ExitCode, UserError, format_error
+from megatron_sov.base.outputs import check_creatable
 from megatron_sov.base.plugins import registry
 from megatron_sov.base.plugins.loading import LoadedPlugin
-from megatron_sov.base.plugins.registry import PluginOrder, Registry, check_methods
+from megatron_sov.base.plugins.registry import PluginRequest, Registry, check_methods
 from megatron_sov.base.settings import (
-    AtLeastOne, Flag, NotNegative, ProblemCode, SettingsProblem, add_options, num_cores, only_with,
-    parse_nested, read_options)
+    AtLeastOne, Flag, NotNegative, ProblemCode, SettingsProblem, add_options, count_cores, parse_nested,
+    read_options, requires_field)
 from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
 from megatron_sov.work.processes.pool import map_in_threads
 from megatron_sov.work.progress.jobs import Executor, Job, run_job, run_share, worker_executor
-from megatron_sov.work.progress.journal import Journal, begin_journal, list_done_items, slurm_folder
+from megatron_sov.work.progress.journal import Journal, begin_journal, list_finished_items, slurm_folder
 from megatron_sov.work.progress.progress_bar import create_bar
 from megatron_sov.work.submit.arrays import (
     ClusterOptions, SharedWork, check_no_active_jobs, check_restarts, load_array_profile, submit_shares)
@@ -51,13 +52,13 @@ class MapOptions(RedoOptions, OverwriteOptions, ClusterOptions):
     """Folder to make: rows.jsonl, in the order of the input."""
     settings: Annotated[tuple[str, ...], Flag("--set", "key=value")] = ()
     """An argument of the class; may be repeated."""
-    workers: AtLeastOne = field(default_factory=num_cores)
+    workers: AtLeastOne = field(default_factory=count_cores)
     """Processes (default: one for each core); with --cluster: jobs of the array; with --ray: at most."""
     threads: AtLeastOne = 1
     """Rows at a time in each process, for a class that waits for an endpoint."""
     ray: Annotated[str, Flag(value="ADDRESS")] = ""
     """Do it on a Ray cluster: HOST:PORT of its head, or auto on one of its nodes."""
-    gpus: Annotated[NotNegative, only_with("ray")] = 0.0
+    gpus: Annotated[NotNegative, requires_field("ray")] = 0.0
     """GPUs of each process, or a part of one."""
     skip_failures: bool = False
     """List rows of which the class fails in failed.jsonl, and go on."""
@@ -88,7 +89,7 @@ class MapOrder:
     """What a command was asked for: a job from which any process makes the same."""
 
     options: MapOptions
-    step: PluginOrder
+    step: PluginRequest
     input_digest: str
     num_rows: int
     """Of the input."""
@@ -113,7 +114,7 @@ class MapOrder:
     def publish(self, journal: Journal) -> None:
         """Write the artifact, and say what it holds."""
         options, counts = self.options, {"num_rows": 0, "num_failed": 0}
-        with new_artifact(options.output, KIND, overwrite=options.overwrite) as artifact:
+        with create_artifact(options.output, KIND, overwrite=options.overwrite) as artifact:
             # a record's lines begin with the file that they belong to
             files = {b"+": artifact.path / ROWS, b"-": artifact.path / FAILED}
             with open(files[b"+"], "wb") as made, open(files[b"-"], "wb") as failed:
@@ -167,15 +168,15 @@ def run(args: argparse.Namespace) -> int:
     options = read_options(MapOptions, args)
     if options.rows.is_dir():
         read_manifest(options.rows, KIND)
-    asked = registry.ordered(options.step, parse_nested(options.settings), {}, STEPS)
+    asked = registry.request_plugin(options.step, parse_nested(options.settings), {}, STEPS)
     # built once before any work: a bad argument is told here and not by each worker
-    registry.build(asked, {}, STEPS)
+    registry.build_plugin(asked, {}, STEPS)
     num_rows = check_rows(options.file, "ROWS", "")
     # a complete output is told by `_submit`; whoever works here must not write over it
     if not (options.cluster and (options.output / MANIFEST).is_file()):
-        refuse_existing(options.output, KIND, options.overwrite)
-    refuse_nowhere(options.output)
-    order = MapOrder(options, asked, file_digest(options.file), num_rows)
+        check_output_folder(options.output, KIND, options.overwrite)
+    check_creatable(options.output)
+    order = MapOrder(options, asked, hash_file(options.file), num_rows)
     if options.cluster:
         _submit(order)
         return ExitCode.OK
@@ -192,11 +193,11 @@ def _batches(file: Path) -> Iterator[Batch]:
         yield batch
 
 
-def _stepper(asked: PluginOrder, skip_failures: bool, threads: int) -> Callable[[Batch], bytes]:
+def _stepper(asked: PluginRequest, skip_failures: bool, threads: int) -> Callable[[Batch], bytes]:
     """Return what makes a record of a batch: a line for each row that came of it, behind "+", and for each
     that failed, behind "-"."""
     # in the worker: a class of the user's own need not be picklable
-    step = registry.build(asked, {}, STEPS).value
+    step = registry.build_plugin(asked, {}, STEPS).value
 
     def do(line: tuple[int, bytes]) -> bytes:
         number, raw = line
@@ -211,9 +212,9 @@ def _stepper(asked: PluginOrder, skip_failures: bool, threads: int) -> Callable[
         # a step that ends the process would end all of them, and tell of a success
         except (Exception, SystemExit, GeneratorExit) as e:
             if not skip_failures:
-                raise UserError(f"line {number}: {asked.reference} fails ({told_in_a_line(e)}); mend it, "
+                raise UserError(f"line {number}: {asked.reference} fails ({format_error(e)}); mend it, "
                                 "or pass --skip-failures to list such rows and go on") from None
-            return b"-" + json_line({"line": number, "error": told_in_a_line(e), "row": row})
+            return b"-" + json_line({"line": number, "error": format_error(e), "row": row})
 
     if threads == 1:
         return lambda batch: b"".join(map(do, batch))
@@ -243,7 +244,7 @@ def _submit(order: MapOrder) -> None:
         return
     job = order.job(1)
     submit_shares(options.output, SharedWork(
-        SHARES, to_json(job.identity), -(-order.num_rows // BATCH_ROWS), "batches",
-        num_done=lambda: len(list_done_items(job.output, job.identity)),
+        SHARES, format_json(job.identity), -(-order.num_rows // BATCH_ROWS), "batches",
+        num_done=lambda: len(list_finished_items(job.output, job.identity)),
         begin=lambda: begin_journal(job.output, job.made_by, job.identity, redo=options.redo),
         share=partial(MapShare, order), finish=MapFinish(order)), profile, options.workers)

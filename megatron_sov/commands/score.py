@@ -13,9 +13,9 @@ from typing import Annotated
 
 from megatron_sov.base.documents.accounting import RecordAccount
 from megatron_sov.base.documents.rows import check_rows, read_rows
-from megatron_sov.base.errors import ExitCode, GateFailed, UserError, visible
-from megatron_sov.base.outputs import check_output, refuse_input
-from megatron_sov.base.settings import AtLeastOne, Flag, add_options, num_cores, parse_nested, read_options
+from megatron_sov.base.errors import ExitCode, GateFailed, UserError, escape_controls
+from megatron_sov.base.outputs import check_output, refuse_input_as_output
+from megatron_sov.base.settings import AtLeastOne, Flag, add_options, count_cores, parse_nested, read_options
 from megatron_sov.commands.shared_options import RedoOptions
 from megatron_sov.judge.rewards.registry import BUILT_IN, make, order
 from megatron_sov.judge.rewards.scoring import ScoringSummary, score_file
@@ -31,7 +31,7 @@ RewardSet = Annotated[tuple[str, ...], Flag(value="key=value",
 class JudgeOptions:
     """How much is judged at a time."""
 
-    workers: AtLeastOne = field(default_factory=num_cores)
+    workers: AtLeastOne = field(default_factory=count_cores)
     """Processes that judge (default: one for each core)."""
 
 
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     # before the first row: judging takes hours, and a missing folder is known now
     check_output("--output", options.output)
     if options.run is not None:
-        refuse_input("--output", options.output, options.run / EVENTS)
+        refuse_input_as_output("--output", options.output, options.run / EVENTS)
     if options.output.exists() and options.input.exists() and options.output.samefile(options.input):
         raise UserError(f"--output {options.output}: is the --input; name another file")
     num_rows = check_rows(options.input)
@@ -103,7 +103,7 @@ def tell(summary: ScoringSummary, num_rows: int, name: str, version: str, output
     if summary.num_kept:
         print(f"{summary.num_kept:,} rows were scored by an earlier command and are kept")
     for text in summary.tally.told:
-        print(visible(text), file=sys.stderr)
+        print(escape_controls(text), file=sys.stderr)
     tally = summary.tally
     others = {status: count for status, count in tally.statuses.items() if status != "scored"}
     account = RecordAccount(num_rows, tally.statuses["scored"], others, "rows", "scored")

@@ -19,19 +19,20 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_sov.base.artifacts import MANIFEST, FileRecord, manifest_sha256, read_manifest, refuse_existing
+from megatron_sov.base.artifacts import (
+    MANIFEST, FileRecord, check_output_folder, manifest_sha256, read_manifest)
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.vocabulary import check_same_tokenizer
-from megatron_sov.checkpoint.sharded_tensors import block_name, write_index
-from megatron_sov.checkpoint.writer import TensorSpec
+from megatron_sov.checkpoint.safetensors_files import TensorSpec
+from megatron_sov.checkpoint.sharded_tensors import format_block_name, write_index
 from megatron_sov.convert.dtypes import KEEP, check_space, convert_tensor
 from megatron_sov.convert.hf_import import (
-    checked_source, copy_carried_fields, digest_of, index_of, planned_files, write_files)
-from megatron_sov.convert.peft import AdaptedWeights, add_inputs, checkpoint_weights
+    build_index, copy_carried_fields, hash_file_plan, plan_files, verify_source, write_files)
+from megatron_sov.convert.peft import AdaptedWeights, open_checkpoint_weights, record_inputs
 from megatron_sov.convert.sources import PART, CheckpointWeights
 from megatron_sov.model.config import LoraConfig, ModelConfig, RunConfig
 from megatron_sov.model.config.train import AVERAGES
-from megatron_sov.model.families.family import OF_TRAINING
+from megatron_sov.model.families.family import TRAINING_FIELDS
 from megatron_sov.model.families.weights import Link
 from megatron_sov.runs.checkpoints import (
     CHECKPOINT_KIND, CHECKPOINTS_FOLDER, IMPORTED_RECIPE, MERGED, check_model_path, checkpoint_step,
@@ -42,7 +43,7 @@ OpenCheckpoint = CheckpointWeights | AdaptedWeights
 
 
 @dataclass(frozen=True)
-class Derived:
+class DerivedCheckpoint:
     """A checkpoint computed from other checkpoints."""
 
     sources: Sequence[OpenCheckpoint]
@@ -53,7 +54,7 @@ class Derived:
     """File name -> blocks."""
     block: Callable[[TensorSpec], torch.Tensor]
     """Computes a block."""
-    needs: Callable[[TensorSpec], Iterable[str]]
+    source_names: Callable[[TensorSpec], Iterable[str]]
     """Hugging Face names of the source tensors of a block."""
     settings: RunConfig
     """Config of the new checkpoint."""
@@ -61,13 +62,13 @@ class Derived:
     """Manifest content of the new checkpoint."""
 
 
-def write_derived(out: Path, what: str, derived: Derived, plan: Mapping[str, Any], *, workers: int,
-                  overwrite: bool, redo: bool) -> None:
+def write_derived(out: Path, command: str, derived: DerivedCheckpoint, plan: Mapping[str, Any], *,
+                  workers: int, overwrite: bool, redo: bool) -> None:
     """Write a checkpoint (part `model`); it appears when complete.
 
     Args:
         out: checkpoint to write.
-        what: command name, for the progress bar.
+        command: command name, for the progress bar.
         derived: sources and computation.
         plan: determines, together with the files, all bytes of the checkpoint.
         workers: files written at a time.
@@ -78,10 +79,10 @@ def write_derived(out: Path, what: str, derived: Derived, plan: Mapping[str, Any
         UserError: a source is damaged, other work on `out` is unfinished, or the disk is full.
     """
     files, links = dict(derived.files), dict(derived.links)
-    full_plan = {**plan, "files": digest_of(files)}
-    with resumable_artifact(out, CHECKPOINT_KIND, f"megatron-sov convert {what}", full_plan, overwrite=overwrite,
-                            redo=redo) as artifact, ExitStack() as stack, tqdm(
-                total=len(links), desc=what, unit="block", disable=None) as bar:
+    full_plan = {**plan, "files": hash_file_plan(files)}
+    with resumable_artifact(out, CHECKPOINT_KIND, f"megatron-sov convert {command}", full_plan,
+                            overwrite=overwrite, redo=redo) as artifact, ExitStack() as stack, tqdm(
+                total=len(links), desc=command, unit="block", disable=None) as bar:
         missing = {name: blocks for name, blocks in files.items() if name not in artifact.finished}
         check_space(out, sum(spec.size_bytes for blocks in missing.values() for spec in blocks))
         bar.update(len(links) - sum(map(len, missing.values())))
@@ -91,27 +92,27 @@ def write_derived(out: Path, what: str, derived: Derived, plan: Mapping[str, Any
             bar.update()
             return block
 
-        checks = [stack.enter_context(checked_source(source, workers)) for source in derived.sources]
+        checks = [stack.enter_context(verify_source(source, workers)) for source in derived.sources]
 
         def finish(name: str, record: FileRecord) -> None:
             for check in checks:
                 # Verify before the file counts as finished: a resumed command trusts finished files.
-                check.require(hf_name for spec in files[name] for hf_name in derived.needs(spec))
+                check.wait_for(hf_name for spec in files[name] for hf_name in derived.source_names(spec))
             artifact.finish(name, record)
 
         write_files(artifact.path, missing, read, workers, finish)
-        write_index(artifact.path, PART, [index_of(files, links)])
+        write_index(artifact.path, PART, [build_index(files, links)])
         tokenizer = derived.sources[0].path / "tokenizer"
         if tokenizer.is_dir():
             shutil.copytree(tokenizer, artifact.path / "tokenizer", dirs_exist_ok=True,
                             ignore=shutil.ignore_patterns(MANIFEST))
         for source in derived.sources:
-            add_inputs(artifact.writer, source)
+            record_inputs(artifact.writer, source)
         artifact.writer.content = {"parts": [PART], "tokens": 0, **derived.content}
         artifact.writer.settings = derived.settings.to_dict()
 
 
-def weights_of(count: int, kind: str, decay: float) -> list[float]:
+def compute_weights(count: int, kind: str, decay: float) -> list[float]:
     """Return the averaging weights of checkpoints, oldest first.
 
     Args:
@@ -144,7 +145,8 @@ def choose_checkpoints(run: Path, last: int | None, steps: Sequence[int | None] 
     check_model_path(run)
     first, end = steps
     checkpoints = [path for path in list_complete(run / CHECKPOINTS_FOLDER)
-             if (first is None or checkpoint_step(path) >= first) and (end is None or checkpoint_step(path) <= end)]
+             if (first is None or checkpoint_step(path) >= first)
+             and (end is None or checkpoint_step(path) <= end)]
     bounds = ""
     if first is not None or end is not None:
         bounds = f" between steps {first or 0} and {'the last' if end is None else end}"
@@ -159,15 +161,15 @@ def choose_checkpoints(run: Path, last: int | None, steps: Sequence[int | None] 
     if not 0 < decay <= 1:
         raise UserError(f"--decay {decay}: must be above 0 and at most 1")
     checkpoints = checkpoints[-(last or 0):]
-    return list(zip(checkpoints, weights_of(len(checkpoints), kind, decay), strict=True))
+    return list(zip(checkpoints, compute_weights(len(checkpoints), kind, decay), strict=True))
 
 
-SLAB_ELEMENTS = 1 << 20
+MAX_SLAB_ELEMENTS = 1 << 20
 """Elements of a tensor that are averaged at a time."""
 
 
 def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, workers: int = 1,
-            overwrite: bool = False, redo: bool = False, fewest: int = 2) -> None:
+            overwrite: bool = False, redo: bool = False, min_checkpoints: int = 2) -> None:
     """Write the weighted mean of checkpoints, sum w x / sum w, as a checkpoint (part `model`).
 
     Args:
@@ -176,28 +178,28 @@ def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, worke
         workers: files written at a time, each with two tensors in memory.
         overwrite: replace an existing checkpoint.
         redo: start over if unfinished work with other arguments exists.
-        fewest: minimum number of checkpoints; 1 if an automatic choice may select a single checkpoint.
+        min_checkpoints: minimum number of checkpoints; 1 if an automatic choice may select one checkpoint.
 
     Raises:
         UserError: there are too few checkpoints, a weight is not positive, architectures, tokenizers or bases
             differ, a checkpoint is damaged, or the disk is full.
     """
     out = Path(out)
-    refuse_existing(out, CHECKPOINT_KIND, overwrite)
+    check_output_folder(out, CHECKPOINT_KIND, overwrite)
     paths = [_find_start(path) for path, _ in checkpoints]
-    if len(paths) < fewest:
+    if len(paths) < min_checkpoints:
         raise UserError(f"{', '.join(map(str, paths)) or 'no checkpoint'}: a mean needs at least two "
                         "checkpoints; pass another checkpoint")
     weights = _check_weights(paths, [weight for _, weight in checkpoints])
-    sources = [checkpoint_weights(path) for path in paths]
-    links = {block_name(link.key, link.offset): link for link in sources[0].links}
-    files = planned_files(links, sources[0].dtype, KEEP)
+    sources = [open_checkpoint_weights(path) for path in paths]
+    links = {format_block_name(link.key, link.offset): link for link in sources[0].links}
+    files = plan_files(links, sources[0].get_dtype, KEEP)
     merged = [{"path": str(path), "step": read_manifest(path, CHECKPOINT_KIND).content.get("step", 0),
                "weight": weight,
                "manifest_sha256": manifest_sha256(path)} for path, weight in zip(paths, weights, strict=True)]
-    derived = Derived(
+    derived = DerivedCheckpoint(
         sources, links, files,
-        lambda spec: mean_block(sources, weights, links[spec.name], spec.dtype),
+        lambda spec: average_block(sources, weights, links[spec.name], spec.dtype),
         lambda spec: links[spec.name].hf_names,
         dataclasses.replace(read_checkpoint_settings(paths[0]), recipe=IMPORTED_RECIPE, lora=LoraConfig()),
         {"step": max(m["step"] for m in merged), MERGED: merged, **copy_carried_fields(paths[0])})
@@ -205,7 +207,7 @@ def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, worke
                   redo=redo)
 
 
-def mean_block(sources: Sequence[OpenCheckpoint], weights: Sequence[float], link: Link,
+def average_block(sources: Sequence[OpenCheckpoint], weights: Sequence[float], link: Link,
                dtype: torch.dtype) -> torch.Tensor:
     """Compute the mean of one block."""
     if any(isinstance(source, AdaptedWeights) for source in sources):
@@ -242,7 +244,7 @@ def _compute_mean(tensors: Iterable[torch.Tensor], weights: Sequence[float]) -> 
 def _iter_slabs(link: Link) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Split a block into slabs; yield their offsets and extents in the global tensor, in order."""
     axis = next((i for i, n in enumerate(link.extent) if n > 1), len(link.extent) - 1)
-    step = max(1, SLAB_ELEMENTS // math.prod(link.extent[axis + 1:]))
+    step = max(1, MAX_SLAB_ELEMENTS // math.prod(link.extent[axis + 1:]))
     for low in range(0, link.extent[axis], step):
         rows = min(step, link.extent[axis] - low)
         yield ((*link.offset[:axis], link.offset[axis] + low, *link.offset[axis + 1:]),
@@ -284,5 +286,5 @@ def _check_compatible(first: Path, path: Path) -> None:
 def _iter_differences(first: ModelConfig, other: ModelConfig) -> Iterator[tuple[str, Any, Any]]:
     for field in dataclasses.fields(first):
         pair = getattr(first, field.name), getattr(other, field.name)
-        if pair[0] != pair[1] and field.name not in OF_TRAINING:
+        if pair[0] != pair[1] and field.name not in TRAINING_FIELDS:
             yield field.name, *pair

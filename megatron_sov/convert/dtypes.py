@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.base.figures import format_size
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
@@ -18,23 +18,23 @@ KEEP = "keep"
 def check_dtype_name(dtype: str) -> None:
     """Raise `UserError` if `--dtype` is neither a dtype nor "keep"."""
     if dtype not in (KEEP, *DTYPES):
-        raise UserError(f"--dtype {dtype!r}: does not exist{nearest(dtype, DTYPES)} (dtypes: "
+        raise UserError(f"--dtype {dtype!r}: does not exist{suggest_name(dtype, DTYPES)} (dtypes: "
                         f"{', '.join(DTYPES)}, {KEEP})")
 
 
-def planned_dtype(dtype: str, fp32: bool, own: torch.dtype) -> torch.dtype:
+def choose_dtype(dtype: str, fp32: bool, stored_dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of a tensor in a checkpoint; `fp32` tensors are always float32."""
-    return torch.float32 if fp32 else DTYPES.get(dtype, own)
+    return torch.float32 if fp32 else DTYPES.get(dtype, stored_dtype)
 
 
-def exported_dtype(dtype: str, fp32: bool, own: torch.dtype) -> torch.dtype:
+def choose_export_dtype(dtype: str, fp32: bool, stored_dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of a tensor in an export; float64 only on request, because few programs read it."""
-    return planned_dtype(dtype, fp32, torch.float32 if own == torch.float64 else own)
+    return choose_dtype(dtype, fp32, torch.float32 if stored_dtype == torch.float64 else stored_dtype)
 
 
 def convert_tensor(tensor: torch.Tensor, dtype: torch.dtype, path: Path, name: str,
-                   instead: str = "use --dtype bfloat16 or keep") -> torch.Tensor:
-    """Cast a tensor to `dtype`; `instead` is the advice in the overflow message.
+                   fix: str = "use --dtype bfloat16 or keep") -> torch.Tensor:
+    """Cast a tensor to `dtype`; `fix` is the advice in the overflow message.
 
     Raises:
         UserError: `tensor` has NaN or infinity, or a value overflows `dtype` (float16: above 65504).
@@ -47,7 +47,7 @@ def convert_tensor(tensor: torch.Tensor, dtype: torch.dtype, path: Path, name: s
     if result is not tensor and not _is_finite(result):
         largest, kind = tensor.abs().max().item(), str(dtype).removeprefix("torch.")
         raise UserError(f"{name}: its largest value {largest:g} does not fit {kind} "
-                        f"({torch.finfo(dtype).max:g}); {instead}")
+                        f"({torch.finfo(dtype).max:g}); {fix}")
     return result
 
 

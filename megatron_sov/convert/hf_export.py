@@ -15,28 +15,29 @@ import torch
 from tqdm import tqdm
 
 from megatron_sov.base.artifacts import (
-    MANIFEST, FileRecord, atomic_write, damaged_files, manifest_sha256, origins_of, read_manifest,
-    refuse_existing, to_json)
-from megatron_sov.base.digests import fingerprint
+    MANIFEST, FileRecord, check_output_folder, find_damaged_files, format_json, manifest_sha256,
+    read_manifest, trace_origins, write_atomically)
+from megatron_sov.base.digests import fingerprint_folder
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.figures import format_size
-from megatron_sov.base.pages.markdown import md
-from megatron_sov.checkpoint.writer import TensorSpec
+from megatron_sov.base.pages.markdown import escape_md
+from megatron_sov.checkpoint.safetensors_files import TensorSpec
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
-from megatron_sov.convert.dtypes import KEEP, check_dtype_name, check_space, convert_tensor, exported_dtype
+from megatron_sov.convert.dtypes import (
+    KEEP, check_dtype_name, check_space, choose_export_dtype, convert_tensor)
 from megatron_sov.convert.hf_import import (
-    CARRIED_FIELDS, carry, check_copies, checked_source, copies_of, copy_carried_fields, differing_copies,
-    digest_of, generation_ids, ids_as_list, ids_beside, move_chat_template, plan_shards, split_conflict,
-    with_turn_ends, write_files)
-from megatron_sov.convert.peft import AdaptedWeights, UpdateRounding, add_inputs, open_weights
+    CARRIED_FIELDS, add_turn_ends, check_copies, copy_carried_fields, copy_companions,
+    describe_split_conflict, find_differing_copies, get_duplicates, hash_file_plan, move_chat_template,
+    plan_shards, read_generation_ids, read_token_ids, to_id_list, verify_source, write_files)
+from megatron_sov.convert.peft import AdaptedWeights, UpdateRounding, open_weights, record_inputs
 from megatron_sov.convert.sources import (
-    HfWeights, Weights, check_dtypes, has_same_bits, newest_of_run, tensors_left_out)
+    HfWeights, Weights, check_dtypes, has_same_bits, list_ignored_prefixes, resolve_run)
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
-from megatron_sov.model.modality import modality
+from megatron_sov.model.modality import load_modality
 from megatron_sov.model.objectives import BUILT_IN
 from megatron_sov.model.pretrained import (
-    CONFIG, INDEX, SINGLE_FILE, listed, load_and_compare, low_bit_options)
+    CONFIG, INDEX, SINGLE_FILE, find_low_bit_options, format_names, load_and_compare)
 from megatron_sov.runs.checkpoints import (
     CHECKPOINT_KIND as CHECKPOINT, HF_MODEL, RUN, check_folder_kind, read_checkpoint_settings)
 from megatron_sov.version import __version__
@@ -62,7 +63,7 @@ class ParityCheck:
 
 
 def _check_none(name: str, items: list[str]) -> ParityCheck:
-    return ParityCheck(name, len(items), 0, not items, listed(items))
+    return ParityCheck(name, len(items), 0, not items, format_names(items))
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class TensorRecord:
 
 
 @dataclass(frozen=True)
-class Proof:
+class ConversionProof:
     """Result of a comparison."""
 
     checks: list[ParityCheck]
@@ -95,7 +96,8 @@ class Proof:
         return all(check.passed for check in self.checks)
 
 
-def verify(a: str | Path, b: str | Path, *, load: bool = True, workers: int = DEFAULT_WORKERS) -> Proof:
+def verify(a: str | Path, b: str | Path, *, load: bool = True,
+           workers: int = DEFAULT_WORKERS) -> ConversionProof:
     """Compare the weights of two models, each a checkpoint or a Hugging Face folder.
 
     Args:
@@ -111,24 +113,24 @@ def verify(a: str | Path, b: str | Path, *, load: bool = True, workers: int = DE
     first, second = (UpdateRounding(side) for side in sides)
     checks = [
         _check_none(f"{side.path}: files that differ from the manifest",
-                    damaged_files(side.path, workers=workers))
+                    find_damaged_files(side.path, workers=workers))
         for side in sides if (side.path / MANIFEST).is_file()]
     checks.append(_check_none("config fields that differ", _differing_fields(*sides)))
     checks.append(_check_none("special token ids that differ", _differing_ids(*sides)))
     records = _compare_all(sides, (first, second), workers)
-    checks += _tensor_checks(sides[0], sides[1], records, first.describe() or second.describe())
-    checks += [_check_none(f"{side.path}: copies that differ", differing_copies(side))
+    checks += _tensor_checks(sides[0], sides[1], records, first.format_loss() or second.format_loss())
+    checks += [_check_none(f"{side.path}: copies that differ", find_differing_copies(side))
                for side in sides if isinstance(side, HfWeights) and side.copies]
     if load:
         for side in sides:
             if isinstance(side, HfWeights):
                 checks += _loading_checks(side)
-    return Proof(checks, records)
+    return ConversionProof(checks, records)
 
 
 def _differing_fields(a: Weights, b: Weights) -> list[str]:
     """Compare the config.json of both models; settings that only affect training do not count."""
-    a_config, b_config = (models.get(side.model.family).to_hf_config(side.model, "any", TokenIds())
+    a_config, b_config = (models.get_family(side.model.family).to_hf_config(side.model, "any", TokenIds())
                   for side in (a, b))
     return [f"{name} ({a_config.get(name)} and {b_config.get(name)})"
             for name in {**a_config, **b_config} if a_config.get(name) != b_config.get(name)]
@@ -139,8 +141,8 @@ def _differing_ids(a: Weights, b: Weights) -> list[str]:
     sides = []
     for side in (a, b):
         folder = side.path if isinstance(side, HfWeights) else side.path / "tokenizer"
-        sides.append(vars(generation_ids(folder)))
-    pairs = {name: [ids_as_list(ids[name]) for ids in sides] for name in sides[0]}
+        sides.append(vars(read_generation_ids(folder)))
+    pairs = {name: [to_id_list(ids[name]) for ids in sides] for name in sides[0]}
     return [f"{name} ({a_ids} and {b_ids})" for name, (a_ids, b_ids) in pairs.items()
             if set(a_ids) != set(b_ids)]
 
@@ -165,8 +167,8 @@ def _compare_all(sides: Sequence[Weights], roundings: Sequence[UpdateRounding], 
 
     def compare_tensor(name: str) -> TensorRecord:
         a_tensor, b_tensor = a.read(name), b.read(name)
-        roundings[0].add(name, a_tensor, b.get_dtype(name))
-        roundings[1].add(name, b_tensor, a.get_dtype(name))
+        roundings[0].measure_weight(name, a_tensor, b.get_dtype(name))
+        roundings[1].measure_weight(name, b_tensor, a.get_dtype(name))
         return _compare_tensors(a_tensor, b_tensor)
 
     with ThreadPoolExecutor(workers) as pool:
@@ -204,8 +206,8 @@ def _loading_checks(side: HfWeights) -> list[ParityCheck]:
     from transformers import AutoModelForCausalLM
 
     try:
-        _, keys = load_and_compare(AutoModelForCausalLM, side.path, left_out=tensors_left_out(side.path),
-                                    **{"dtype": "auto", **low_bit_options(side.path)})
+        _, keys = load_and_compare(AutoModelForCausalLM, side.path, left_out=list_ignored_prefixes(side.path),
+                                    **{"dtype": "auto", **find_low_bit_options(side.path)})
     except UserError as e:
         return [ParityCheck(f"{side.path}: transformers loads it", 1, 0, False, str(e))]
     return [_check_none(f"{side.path}: transformers reports keys {kind}", names)
@@ -243,37 +245,38 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
         UserError: the checkpoint is damaged, the family cannot express the model, a value is not finite or
             overflows `dtype`, the disk is full, or other work on `out` is unfinished.
     """
-    _check_order(Path(checkpoint), dtype, max_shard_bytes)
-    checkpoint, out = newest_of_run(Path(checkpoint)), Path(out)
-    refuse_existing(out, KIND, overwrite)
+    _check_arguments(Path(checkpoint), dtype, max_shard_bytes)
+    checkpoint, out = resolve_run(Path(checkpoint)), Path(out)
+    check_output_folder(out, KIND, overwrite)
     source = open_weights(checkpoint)
     check_dtypes(source)
-    copies = copies_of(source)
-    specs = planned_tensors(source, dtype, copies)
-    files = planned_files(specs, max_shard_bytes)
+    copies = get_duplicates(source)
+    specs = plan_tensors(source, dtype, copies)
+    files = plan_export_files(specs, max_shard_bytes)
     source_names = {spec.name: spec.name for spec in specs} | copies
     companions, tokens = _find_companions(source)
-    family = models.get(source.model.family)
+    family = models.get_family(source.model.family)
     written_dtype = str(specs[0].dtype).removeprefix("torch.")
     config = _carried_fields(source) | family.to_hf_config(source.model, written_dtype, tokens)
     json_files = {CONFIG: config, **_build_processors(source, checkpoint)}
     settings = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
     has_manifest = (checkpoint / MANIFEST).is_file()  # foreign Hugging Face folders have none
-    plan = {"from": fingerprint(checkpoint), "manifest": manifest_sha256(checkpoint) if has_manifest else "",
-            **settings, "files": digest_of(files)}
+    plan = {"from": fingerprint_folder(checkpoint),
+            "manifest": manifest_sha256(checkpoint) if has_manifest else "",
+            **settings, "files": hash_file_plan(files)}
     with resumable_artifact(out, KIND, "megatron-sov convert to-hf", plan, overwrite=overwrite,
                             redo=redo) as artifact:
         _write_tensors(artifact, source, files, source_names, workers)
         _write_companions(artifact.path, files, json_files, companions, tokens)
         if has_manifest:
-            add_inputs(artifact.writer, source, leaves=True)
+            record_inputs(artifact.writer, source, leaves=True)
         artifact.writer.content = {
             "family": source.model.family, "num_tensors": sum(map(len, files.values())),
             "dtype": config["dtype"],
             "num_parameters": sum(math.prod(spec.shape) for spec in specs if spec.name not in copies)}
         artifact.writer.settings = settings
     _write_readme(out, checkpoint)
-    if conflict := split_conflict(out, family.reader_split):
+    if conflict := describe_split_conflict(out, family.reader_split):
         warn(conflict)
 
 
@@ -291,17 +294,17 @@ def _write_tensors(artifact: ResumableArtifact, source: Weights, files: dict[str
             name = source_names[spec.name]
             source_tensor = source.read(name)
             tensor = convert_tensor(source_tensor, spec.dtype, source.path, spec.name)
-            rounding.add(name, source_tensor, spec.dtype)
+            rounding.measure_weight(name, source_tensor, spec.dtype)
             bar.update()
             return tensor
 
-        with checked_source(source, workers) as check:
+        with verify_source(source, workers) as check:
             def finish(name: str, record: FileRecord) -> None:
-                check.require(source_names[spec.name] for spec in files[name])
+                check.wait_for(source_names[spec.name] for spec in files[name])
                 artifact.finish(name, record)
 
             write_files(artifact.path, missing, read, workers, finish)
-    if loss := rounding.describe():
+    if loss := rounding.format_loss():
         warn(f"{source.path}: {loss}; pass --dtype float32 to keep the trained values")
 
 
@@ -318,8 +321,8 @@ def _find_companions(source: Weights) -> tuple[Path, TokenIds]:
     """Return the tokenizer folder and the special token ids."""
     if isinstance(source, HfWeights):
         check_copies(source)
-        return source.path, ids_beside(source.path)
-    return source.path / "tokenizer", ids_beside(source.path / "tokenizer")
+        return source.path, read_token_ids(source.path)
+    return source.path / "tokenizer", read_token_ids(source.path / "tokenizer")
 
 
 def _write_readme(export: Path, source: Path) -> None:
@@ -329,7 +332,7 @@ def _write_readme(export: Path, source: Path) -> None:
     # Folder names are left out: the same model must give the same bytes.
     content = read_manifest(export).content
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["megatron-sov"])
-    title = md(content["family"])
+    title = escape_md(content["family"])
     lines = [f"{content['num_parameters']:,} parameters in {content['dtype']}, trained with megatron-sov "
              f"{__version__}.", "", "```python",
              "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
@@ -338,7 +341,7 @@ def _write_readme(export: Path, source: Path) -> None:
     if (source / MANIFEST).is_file():
         lines += ["", "## Provenance", "", *_iter_provenance(source)]
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title} model\n\n" + "\n".join(lines) + "\n")
-    atomic_write(export / README, str(card).encode())
+    write_atomically(export / README, str(card).encode())
 
 
 def _iter_provenance(source: Path) -> Iterator[str]:
@@ -348,39 +351,39 @@ def _iter_provenance(source: Path) -> Iterator[str]:
     settings = manifest.settings
     objective = settings.get("objective")
     stage = BUILT_IN.get(objective.get("name", "") if isinstance(objective, dict) else "", "pretrain")
-    yield f"- recipe {md(str(settings.get('recipe', 'unknown')))}, stage {md(stage)}"
+    yield f"- recipe {escape_md(str(settings.get('recipe', 'unknown')))}, stage {escape_md(stage)}"
     counts = [f"{name} {manifest.content[name]:,}" for name in ("step", "tokens")
               if type(manifest.content.get(name)) is int]
     yield f"- checkpoint {manifest_sha256(source)[:16]}" + (f": {', '.join(counts)}" if counts else "")
-    queue = [(1, origin) for origin in origins_of(source, manifest)]
+    queue = [(1, origin) for origin in trace_origins(source, manifest)]
     while queue:
         depth, origin = queue.pop(0)
         indent = "  " * depth
-        yield f"{indent}- made from {md(origin['kind'])} {origin['manifest_sha256'][:16]}"
+        yield f"{indent}- made from {escape_md(origin['kind'])} {origin['manifest_sha256'][:16]}"
         queue = [(depth + 1, parent) for parent in origin["made_from"]] + queue
         if origin["kind"] == "tokens" and origin["state"] == "here":
             for part in read_manifest(origin["path"]).content.get("sources", []):
                 split = part["splits"]["train"]
-                yield (f"{indent}  - source {md(part['name'])}: {split['num_documents']:,} documents, "
+                yield (f"{indent}  - source {escape_md(part['name'])}: {split['num_documents']:,} documents, "
                        f"{split['num_tokens']:,} tokens")
 
 
-def _check_order(checkpoint: Path, dtype: str, max_shard_bytes: int) -> None:
+def _check_arguments(checkpoint: Path, dtype: str, max_shard_bytes: int) -> None:
     check_folder_kind(checkpoint, (CHECKPOINT, RUN), "a checkpoint or a run")
     check_dtype_name(dtype)
     if max_shard_bytes <= 0:
         raise UserError(f"--max-shard-bytes {max_shard_bytes}: must be positive")
 
 
-def planned_tensors(source: Weights, dtype: str, copies: Mapping[str, str]) -> list[TensorSpec]:
+def plan_tensors(source: Weights, dtype: str, copies: Mapping[str, str]) -> list[TensorSpec]:
     """Return the tensors to export; duplicated tensors come last."""
-    specs = {name: TensorSpec(name, shape, exported_dtype(dtype, link.fp32, source.get_dtype(name)))
+    specs = {name: TensorSpec(name, shape, choose_export_dtype(dtype, link.fp32, source.get_dtype(name)))
              for link in source.links for name, shape in link.hf_shapes().items()}
     specs |= {name: replace(specs[original], name=name) for name, original in copies.items()}
     return list(specs.values())
 
 
-def planned_files(specs: list[TensorSpec], max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
+def plan_export_files(specs: list[TensorSpec], max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
     """Return file name -> tensors."""
     shards = plan_shards(specs, max_shard_bytes)
     if len(shards) == 1:
@@ -392,20 +395,20 @@ def _build_processors(source: Weights, checkpoint: Path) -> dict[str, dict[str, 
     """Return file name -> content of processor configs for multimodal models; {} for text models."""
     if not source.model.is_multimodal:
         return {}
-    return modality().processor_files(source.model, checkpoint / "tokenizer",
+    return load_modality().processor_files(source.model, checkpoint / "tokenizer",
                                       read_checkpoint_settings(checkpoint).data.paths)
 
 
 def _write_companions(folder: Path, files: dict[str, list[TensorSpec]], json_files: dict[str, dict[str, Any]],
                       tokenizer: Path, tokens: TokenIds) -> None:
     """Write tokenizer, chat template, JSON files and, for several shards, the index of tensors."""
-    carry(tokenizer, folder, with_turn_ends(tokenizer, tokens))
+    copy_companions(tokenizer, folder, add_turn_ends(tokenizer, tokens))
     move_chat_template(folder)
     for name, content in json_files.items():
-        atomic_write(folder / name, to_json(content))
+        write_atomically(folder / name, format_json(content))
     if SINGLE_FILE in files:
         return
     weight_map = {spec.name: name for name, tensors in files.items() for spec in tensors}
     size_bytes = sum(spec.size_bytes for tensors in files.values() for spec in tensors)
-    atomic_write(folder / INDEX, to_json({"metadata": {"total_size": size_bytes},
+    write_atomically(folder / INDEX, format_json({"metadata": {"total_size": size_bytes},
                                           "weight_map": dict(sorted(weight_map.items()))}))

@@ -17,26 +17,26 @@ import torch
 from tqdm import tqdm
 
 from megatron_sov.base.artifacts import (
-    MANIFEST, FileRecord, atomic_write, file_damage, read_manifest, refuse_existing, to_json)
-from megatron_sov.base.digests import fingerprint
+    MANIFEST, FileRecord, check_output_folder, find_file_damage, format_json, read_manifest, write_atomically)
+from megatron_sov.base.digests import fingerprint_folder
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.base.outputs import refuse_link_outside
+from megatron_sov.base.outputs import refuse_outside_link
 from megatron_sov.chat.folder import (
     CONFIG_JSON, TEMPLATE_FILE, TOKENIZER_JSON, read_chat_encoder, read_special_token)
 from megatron_sov.chat.vocabulary import read_tokenizer
-from megatron_sov.checkpoint.assembling import StoredBlock
+from megatron_sov.checkpoint.safetensors_files import TensorSource, TensorSpec, write_tensors
 from megatron_sov.checkpoint.sharded_tensors import (
-    MAX_FILE_BYTES, Index, add_block, block_name, file_name, write_index)
-from megatron_sov.checkpoint.writer import Reader, TensorSpec, write_file
+    MAX_FILE_BYTES, Index, add_index_entry, format_block_name, format_file_name, write_index)
+from megatron_sov.checkpoint.stored_tensors import StoredBlock
 from megatron_sov.convert import DEFAULT_WORKERS
-from megatron_sov.convert.dtypes import KEEP, check_dtype_name, check_space, convert_tensor, planned_dtype
+from megatron_sov.convert.dtypes import KEEP, check_dtype_name, check_space, choose_dtype, convert_tensor
 from megatron_sov.convert.peft import AdaptedWeights
 from megatron_sov.convert.sources import PART, HfWeights, Weights, check_dtypes, has_same_bits
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.families.weights import Link
-from megatron_sov.model.pretrained import CONFIG, DAMAGED_HF, hub_name, listed, read_json
+from megatron_sov.model.pretrained import CONFIG, DAMAGED_HF, find_hub_name, format_names, read_json
 from megatron_sov.runs.checkpoints import (
     ADAPTER, CHECKPOINT_KIND, HF_MODEL, IMPORTED_RECIPE, SOURCE, check_folder_kind, check_model_path,
     suggest_replacement)
@@ -45,12 +45,12 @@ from megatron_sov.work.progress.resumable import resumable_artifact
 
 # Duplicated tensors: Hugging Face folders store embedding and head of a prediction layer a second time. A
 # checkpoint stores each once.
-def copies_of(weights: Weights) -> dict[str, str]:
+def get_duplicates(weights: Weights) -> dict[str, str]:
     """Return name -> original for all tensors that an export stores twice."""
-    return models.get(weights.model.family).copies_in(weights.model)
+    return models.get_family(weights.model.family).find_copies(weights.model)
 
 
-def differing_copies(folder: HfWeights) -> list[str]:
+def find_differing_copies(folder: HfWeights) -> list[str]:
     """Return the duplicated tensors of `folder` that differ from their original in a bit or dtype."""
     return [name for name, other in folder.copies.items() if not has_same_bits(folder.read(name),
                                                                               folder.read(other))]
@@ -58,7 +58,7 @@ def differing_copies(folder: HfWeights) -> list[str]:
 
 def check_copies(folder: HfWeights) -> None:
     """Raise `UserError` if a duplicated tensor differs: our models share embedding and head."""
-    if differing := differing_copies(folder):
+    if differing := find_differing_copies(folder):
         name = differing[0]
         raise UserError(f"{folder.path}: {name} differs from {folder.copies[name]}, but a prediction layer "
                         "has no embedding or head of its own here; save the model with equal tensors")
@@ -79,13 +79,13 @@ def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int) -> list[list[
     return shards
 
 
-def digest_of(files: Mapping[str, list[TensorSpec]]) -> str:
+def hash_file_plan(files: Mapping[str, list[TensorSpec]]) -> str:
     """Hash the tensor names of each file, to recognize an unfinished conversion with the same plan."""
     names = json.dumps([[file, [spec.name for spec in specs]] for file, specs in files.items()])
     return hashlib.sha256(names.encode()).hexdigest()[:16]
 
 
-def write_files(folder: Path, files: dict[str, list[TensorSpec]], read: Reader, workers: int,
+def write_files(folder: Path, files: dict[str, list[TensorSpec]], read: TensorSource, workers: int,
                 finish: Callable[[str, FileRecord], None]) -> None:
     """Write the planned files, `workers` at a time; the order of writing changes no byte.
 
@@ -103,7 +103,7 @@ def write_files(folder: Path, files: dict[str, list[TensorSpec]], read: Reader, 
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(1) as reader:
-            record = write_file(path, files[name], read, reader)
+            record = write_tensors(path, files[name], read, reader)
         finish(name, record)
 
     threads = torch.get_num_threads()
@@ -126,7 +126,7 @@ class SourceCheck:
                  base: SourceCheck | None) -> None:
         self._weights, self._damage, self._remedy, self._base = weights, damage, remedy, base
 
-    def require(self, names: Iterable[str]) -> None:
+    def wait_for(self, names: Iterable[str]) -> None:
         """Wait until the files of the given Hugging Face tensors are verified.
 
         Raises:
@@ -134,11 +134,11 @@ class SourceCheck:
         """
         names = list(names)
         if self._base is not None:
-            self._base.require(names)
+            self._base.wait_for(names)
         files = {file for name in names for file in self._weights.list_files(name)}
         self._refuse_damage(file for file in self._damage if file in files)
 
-    def require_all(self) -> None:
+    def wait_for_all(self) -> None:
         """Wait until all files are verified; raises `UserError` like `require`."""
         self._refuse_damage(self._damage)
 
@@ -146,11 +146,12 @@ class SourceCheck:
         for file in files:
             if problem := self._damage[file].result():
                 names = self._weights.list_keys_in(file)
-                raise UserError(f"{problem}{f' (it holds {listed(names)})' if names else ''}; {self._remedy}")
+                holds = f" (it holds {format_names(names)})" if names else ""
+                raise UserError(f"{problem}{holds}; {self._remedy}")
 
 
 @contextlib.contextmanager
-def checked_source(weights: Weights, workers: int) -> Iterator[SourceCheck]:
+def verify_source(weights: Weights, workers: int) -> Iterator[SourceCheck]:
     """Verify source files (without parts such as the optimizer) against their manifest during the `with`
     block.
 
@@ -163,7 +164,7 @@ def checked_source(weights: Weights, workers: int) -> Iterator[SourceCheck]:
             be a consequence of the damage.
     """
     if isinstance(weights, AdaptedWeights):
-        with checked_source(weights.base, workers) as base, _check_folder(weights, workers, base) as check:
+        with verify_source(weights.base, workers) as base, _check_folder(weights, workers, base) as check:
             yield check
     else:
         with _check_folder(weights, workers, None) as check:
@@ -180,16 +181,16 @@ def _check_folder(weights: Weights, workers: int, base: SourceCheck | None) -> I
         manifest = read_manifest(path)
         other_parts = tuple(f"{part}/" for part in manifest.content.get("parts", [])
                        if part not in (PART, ADAPTER))
-        damage = {name: pool.submit(file_damage, path / name, record)
+        damage = {name: pool.submit(find_file_damage, path / name, record)
                  for name, record in manifest.files.items() if not name.startswith(other_parts)}
         remedy = suggest_replacement(path) if manifest.kind == CHECKPOINT_KIND else DAMAGED_HF
     check = SourceCheck(weights, damage, remedy, base)
     try:
         yield check
-        check.require_all()
+        check.wait_for_all()
     # A damaged file may have caused the exception; its message names the remedy.
     except Exception:
-        check.require_all()
+        check.wait_for_all()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
@@ -214,7 +215,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 """Files to copy; other files, such as code, are not copied."""
 
 
-def carry(source: Path, target: Path, tokens: TokenIds) -> None:
+def copy_companions(source: Path, target: Path, tokens: TokenIds) -> None:
     """Copy the companion files, and add missing `tokens` to generation_config.json.
 
     If generation_config.json exists, `generate` of transformers reads token ids from no other file.
@@ -222,14 +223,14 @@ def carry(source: Path, target: Path, tokens: TokenIds) -> None:
     target.mkdir(exist_ok=True)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
-            refuse_link_outside(source, source / name)
+            refuse_outside_link(source, source / name)
             shutil.copyfile(source / name, target / name)
-    defaults = _read_if_there(target / GENERATION_CONFIG)
-    present = ids_in(defaults)
+    defaults = _read_optional_json(target / GENERATION_CONFIG)
+    present = parse_token_ids(defaults)
     missing = {f"{name}_token_id": value for name, value in vars(tokens).items()
-               if not set(ids_as_list(value)) <= set(ids_as_list(getattr(present, name)))}
+               if not set(to_id_list(value)) <= set(to_id_list(getattr(present, name)))}
     if missing:
-        atomic_write(target / GENERATION_CONFIG, to_json(defaults | missing))
+        write_atomically(target / GENERATION_CONFIG, format_json(defaults | missing))
 
 
 def move_chat_template(folder: Path) -> None:
@@ -241,11 +242,11 @@ def move_chat_template(folder: Path) -> None:
     if not isinstance(template, str):
         return
     if not template_file.exists():
-        atomic_write(template_file, template.encode())
-    atomic_write(config_file, to_json(config))
+        write_atomically(template_file, template.encode())
+    write_atomically(config_file, format_json(config))
 
 
-def with_turn_ends(folder: Path, tokens: TokenIds) -> TokenIds:
+def add_turn_ends(folder: Path, tokens: TokenIds) -> TokenIds:
     """Add the ids that end an assistant turn in the chat template of `folder` to `tokens.eos`.
 
     Inference engines stop at any id of `eos`.
@@ -255,22 +256,22 @@ def with_turn_ends(folder: Path, tokens: TokenIds) -> TokenIds:
     except UserError as e:
         warn(f"{e}; generation stops at eos alone")
         chat = None
-    stop_ids = ids_as_list(tokens.eos)
+    stop_ids = to_id_list(tokens.eos)
     if chat is not None:
         stop_ids += [id_ for id_ in chat.end_ids() if id_ not in stop_ids]
     return replace(tokens, eos=stop_ids if len(stop_ids) > 1 else next(iter(stop_ids), None))
 
 
-def generation_ids(folder: Path) -> TokenIds:
+def read_generation_ids(folder: Path) -> TokenIds:
     """Return the token ids for generation_config.json: those of `ids_beside`, and the ends of turns.
 
     Raises:
         UserError: see `ids_beside`.
     """
-    return with_turn_ends(folder, ids_beside(folder))
+    return add_turn_ends(folder, read_token_ids(folder))
 
 
-def ids_in(config: dict[str, Any]) -> TokenIds:
+def parse_token_ids(config: dict[str, Any]) -> TokenIds:
     """Read the token ids of config.json or generation_config.json; invalid values are ignored."""
     ids_by_name: dict[str, Any] = {}
     for name in ("bos", "eos", "pad"):
@@ -281,28 +282,28 @@ def ids_in(config: dict[str, Any]) -> TokenIds:
     return TokenIds(**ids_by_name)
 
 
-def ids_as_list(ids: int | list[int] | None) -> list[int]:
+def to_id_list(ids: int | list[int] | None) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
-def ids_beside(folder: Path) -> TokenIds:
+def read_token_ids(folder: Path) -> TokenIds:
     """Read the token ids of a folder. The first file with an id wins: generation_config.json, config.json,
     its `text_config`, the special tokens of the tokenizer.
 
     Raises:
         UserError: a file is damaged, or `eos_token` is not in the tokenizer.
     """
-    config = _read_if_there(folder / CONFIG)
+    config = _read_optional_json(folder / CONFIG)
     text_part = config.get("text_config")
     ids: dict[str, Any] = {}
-    defaults = _read_if_there(folder / GENERATION_CONFIG)
+    defaults = _read_optional_json(folder / GENERATION_CONFIG)
     for source in (defaults, config, text_part if isinstance(text_part, dict) else {}):
-        ids |= {name: value for name, value in vars(ids_in(source)).items() if ids.get(name) is None}
+        ids |= {name: value for name, value in vars(parse_token_ids(source)).items() if ids.get(name) is None}
     missing = [name for name, value in ids.items() if value is None]
-    return TokenIds(**ids | _ids_of_texts(folder, missing))
+    return TokenIds(**ids | _find_special_ids(folder, missing))
 
 
-def _ids_of_texts(folder: Path, names: list[str]) -> dict[str, int]:
+def _find_special_ids(folder: Path, names: list[str]) -> dict[str, int]:
     """Return the ids of the special tokens that tokenizer_config.json names by text."""
     texts = {name: text for name in names if (text := read_special_token(folder, f"{name}_token"))}
     if not texts or not (folder / TOKENIZER_JSON).is_file():
@@ -316,7 +317,7 @@ def _ids_of_texts(folder: Path, names: list[str]) -> dict[str, int]:
     return {name: ids[text] for name, text in texts.items() if text in ids}
 
 
-def split_conflict(folder: Path, split: str | None) -> str | None:
+def describe_split_conflict(folder: Path, split: str | None) -> str | None:
     """Return a warning if tokenizer.json splits text unlike `split`, which transformers uses for this
     family."""
     tokenizer_file = folder / "tokenizer.json"
@@ -329,7 +330,7 @@ def split_conflict(folder: Path, split: str | None) -> str | None:
             "load it with PreTrainedTokenizerFast.from_pretrained")
 
 
-def _read_if_there(path: Path) -> dict[str, Any]:
+def _read_optional_json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
@@ -351,7 +352,7 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
     """
     hf_dir, out = Path(hf_dir), Path(out)
     check_dtype_name(dtype)
-    refuse_existing(out, CHECKPOINT_KIND, overwrite)
+    check_output_folder(out, CHECKPOINT_KIND, overwrite)
     check_model_path(hf_dir)
     check_folder_kind(hf_dir, (HF_MODEL,), "a Hugging Face folder")
     if not (hf_dir / CONFIG).is_file():
@@ -360,25 +361,25 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
     for name in TOKENIZER_FILES:
         # Check now; later errors would blame the copy in the checkpoint.
         if name.endswith(".json"):
-            refuse_link_outside(hf_dir, hf_dir / name)
-            _read_if_there(hf_dir / name)
+            refuse_outside_link(hf_dir, hf_dir / name)
+            _read_optional_json(hf_dir / name)
     source = HfWeights(hf_dir)
     check_dtypes(source)
     for note in source.notes:
         warn(f"{hf_dir}: {note}")
     check_copies(source)
-    content = {SOURCE: hub_name(hf_dir)} | ({CARRIED_FIELDS: source.carried} if source.carried else {})
-    write_imported(out, Imported(source, "from-hf", hf_dir, ids_beside(hf_dir), content), dtype,
+    content = {SOURCE: find_hub_name(hf_dir)} | ({CARRIED_FIELDS: source.carried} if source.carried else {})
+    write_imported(out, ImportSource(source, "from-hf", hf_dir, read_token_ids(hf_dir), content), dtype,
                    workers=workers, overwrite=overwrite, redo=redo)
 
 
 @dataclass(frozen=True)
-class Imported:
+class ImportSource:
     """Source of a checkpoint: weights under Hugging Face names and companion files."""
 
     weights: Weights
     """Source of the tensors; its folder and the dtype determine every byte of the checkpoint."""
-    what: str
+    command: str
     """Command name for messages and the progress bar."""
     tokenizer: Path | None
     """Tokenizer folder."""
@@ -388,7 +389,7 @@ class Imported:
     """Additional manifest entries."""
 
 
-def write_imported(out: Path, source: Imported, dtype: str, *, workers: int, overwrite: bool,
+def write_imported(out: Path, source: ImportSource, dtype: str, *, workers: int, overwrite: bool,
                    redo: bool) -> None:
     """Write a checkpoint (part `model`, step 0); it appears when complete.
 
@@ -405,13 +406,13 @@ def write_imported(out: Path, source: Imported, dtype: str, *, workers: int, ove
             unfinished.
     """
     weights, folder = source.weights, source.weights.path
-    links = {block_name(link.key, link.offset): link for link in weights.links}
-    files = planned_files(links, weights.dtype, dtype)
-    plan = {"from": fingerprint(folder), "dtype": dtype, "model": dataclasses.asdict(weights.model),
-            "files": digest_of(files)}
-    with resumable_artifact(out, CHECKPOINT_KIND, f"megatron-sov convert {source.what}", plan, overwrite=overwrite,
-                            redo=redo) as artifact, \
-            tqdm(total=len(links), desc=source.what, unit="block", disable=None) as bar:
+    links = {format_block_name(link.key, link.offset): link for link in weights.links}
+    files = plan_files(links, weights.get_dtype, dtype)
+    plan = {"from": fingerprint_folder(folder), "dtype": dtype, "model": dataclasses.asdict(weights.model),
+            "files": hash_file_plan(files)}
+    with resumable_artifact(out, CHECKPOINT_KIND, f"megatron-sov convert {source.command}", plan,
+                            overwrite=overwrite, redo=redo) as artifact, \
+            tqdm(total=len(links), desc=source.command, unit="block", disable=None) as bar:
         missing = {name: blocks for name, blocks in files.items() if name not in artifact.finished}
         check_space(out, sum(spec.size_bytes for blocks in missing.values() for spec in blocks))
         bar.update(len(links) - sum(map(len, missing.values())))
@@ -424,23 +425,24 @@ def write_imported(out: Path, source: Imported, dtype: str, *, workers: int, ove
             bar.update()
             return block
 
-        with checked_source(weights, workers) as check:
+        with verify_source(weights, workers) as check:
             def finish(name: str, record: FileRecord) -> None:
-                check.require(hf_name for spec in files[name] for hf_name in links[spec.name].hf_names)
+                check.wait_for(hf_name for spec in files[name] for hf_name in links[spec.name].hf_names)
                 artifact.finish(name, record)
 
             write_files(artifact.path, missing, read, workers, finish)
         if (folder / MANIFEST).is_file():
             artifact.writer.add_input(folder)
-        write_index(artifact.path, PART, [index_of(files, links)])
+        write_index(artifact.path, PART, [build_index(files, links)])
         if source.tokenizer is not None:
-            carry(source.tokenizer, artifact.path / "tokenizer", source.tokens)
+            copy_companions(source.tokenizer, artifact.path / "tokenizer", source.tokens)
         artifact.writer.content = {"step": 0, "parts": [PART], "tokens": 0, **source.content}
-        code = models.OWN.code(weights.model.family)
-        artifact.writer.settings = RunConfig(IMPORTED_RECIPE, weights.model, code=(code,) if code else ()).to_dict()
+        code = models.FAMILY_PLUGINS.code(weights.model.family)
+        codes = (code,) if code else ()
+        artifact.writer.settings = RunConfig(IMPORTED_RECIPE, weights.model, code=codes).to_dict()
 
 
-def planned_files(links: dict[str, Link], dtype_of: Callable[[str], torch.dtype],
+def plan_files(links: dict[str, Link], dtype_of: Callable[[str], torch.dtype],
                   dtype: str) -> dict[str, list[TensorSpec]]:
     """Return file name -> blocks of the checkpoint.
 
@@ -450,17 +452,17 @@ def planned_files(links: dict[str, Link], dtype_of: Callable[[str], torch.dtype]
         dtype: see `from_hf`.
     """
     specs = [
-        TensorSpec(name, link.block_shape, planned_dtype(dtype, link.fp32, dtype_of(link.hf_names[0])))
+        TensorSpec(name, link.block_shape, choose_dtype(dtype, link.fp32, dtype_of(link.hf_names[0])))
         for name, link in links.items()]
-    return {file_name(PART, 0, i): shard for i, shard in enumerate(plan_shards(specs, MAX_FILE_BYTES))}
+    return {format_file_name(PART, 0, i): shard for i, shard in enumerate(plan_shards(specs, MAX_FILE_BYTES))}
 
 
-def index_of(files: dict[str, list[TensorSpec]], links: dict[str, Link]) -> Index:
+def build_index(files: dict[str, list[TensorSpec]], links: dict[str, Link]) -> Index:
     """Return the index for the blocks of `planned_files`."""
     index: Index = {}
     for file, blocks in files.items():
         for spec in blocks:
             link = links[spec.name]
-            add_block(index, link.key, spec.dtype, link.shape,
+            add_index_entry(index, link.key, spec.dtype, link.shape,
                       StoredBlock(file, spec.name, link.offset, link.extent))
     return index

@@ -28,7 +28,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.figures import format_size
 from megatron_sov.sandbox.restrictions import limit
 
-MAX_SHOWN_CHARS = 80
+MAX_NAME_CHARS = 80
 """Limit for a name in an error message."""
 _CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _ARGUMENTS = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "SHORT_BINUNICODE", "BINUNICODE",
@@ -45,7 +45,7 @@ class Name:
     name: str
 
     def __str__(self) -> str:
-        return f"{self.module}.{self.name}"[:MAX_SHOWN_CHARS]
+        return f"{self.module}.{self.name}"[:MAX_NAME_CHARS]
 
 
 class Items(list[tuple[Any, Any]]):
@@ -74,7 +74,7 @@ class _Mark:
     """Mark on the stack."""
 
 
-def read(raw: bytes, allowed: Callable[[Name], bool]) -> Any:
+def parse_pickle(raw: bytes, allowed: Callable[[Name], bool]) -> Any:
     """Parse a pickle; raises ValueError if it is truncated, or has a forbidden name or opcode."""
     machine = _Machine(allowed)
     for opcode, argument, position in pickletools.genops(raw):
@@ -197,14 +197,14 @@ class _Machine:
         target.state = state
 
 
-def fields(value: Any, *names: Name) -> dict[str, Any]:
+def get_attributes(value: Any, *names: Name) -> dict[str, Any]:
     """Return the attributes of an object of one of the named classes; raises ValueError for other values."""
     if not (isinstance(value, InertCall) and value.name in names):
         raise ValueError(f"a {names[0].name} is needed instead of {_describe_type(value)}")
-    return text_keys(value.state if value.state is not None else Items())
+    return to_text_dict(value.state if value.state is not None else Items())
 
 
-def text_keys(value: Any) -> dict[str, Any]:
+def to_text_dict(value: Any) -> dict[str, Any]:
     """Convert pairs with unique text keys to a dict; raises ValueError for other values."""
     if not isinstance(value, Items) or not all(isinstance(key, str) for key, _ in value):
         raise ValueError(f"a dict with text keys is needed instead of {_describe_type(value)}")
@@ -261,17 +261,17 @@ _CODECS = Name("_codecs", "encode")
 """Used by pickle protocol 2 for bytes."""
 
 
-def in_index(name: Name) -> bool:
+def is_index_name(name: Name) -> bool:
     """Return whether a name is allowed in the index."""
     return name in _INDEX
 
 
-def in_tensor(name: Name) -> bool:
+def is_tensor_name(name: Name) -> bool:
     """Return whether a name is allowed in the header of a stored tensor."""
     return name in STORAGES or name in (REBUILT, PARAMETER, ORDERED)
 
 
-def in_settings(name: Name) -> bool:
+def is_settings_name(name: Name) -> bool:
     """Return whether a name is allowed in the settings of a checkpoint."""
     return (name in (NAMESPACE, ORDERED, _CODECS, MEMBER) or name.module.split(".")[0] in _SETTINGS_PACKAGES
             or (name.module in ("builtins", "__builtin__") and name.name in _PLAIN)
@@ -286,7 +286,7 @@ MAX_SIZE = 1 << 48
 """Limit of an axis, offset or file size."""
 COMMON_STATE = "common_state/shard_0_1"
 """Key of the settings, which megatron-core stores among the tensors since version 0.19."""
-OF_TRAINING = ("optimizer.", "chained_", "opt_param_scheduler", "rng_state", "rerun_state_machine")
+TRAINING_PREFIXES = ("optimizer.", "chained_", "opt_param_scheduler", "rng_state", "rerun_state_machine")
 """Key prefixes of training state, which is not imported."""
 Index = dict[str, Any]
 """JSON object. `tensors`: key -> [dtype, shape, pieces], with a piece [file, start, length, offset, shape];
@@ -298,15 +298,15 @@ def read_index(raw: bytes) -> Index:
     """Parse an index; raises ValueError if it contains other objects than tensor metadata, or invalid
     offsets."""
     try:
-        metadata = fields(read(raw, in_index), METADATA, MCORE_METADATA)
-        entries = text_keys(metadata["state_dict_metadata"])
+        metadata = get_attributes(parse_pickle(raw, is_index_name), METADATA, MCORE_METADATA)
+        entries = to_text_dict(metadata["state_dict_metadata"])
         stored = _read_stored(metadata["storage_data"])
         tensors: dict[str, Any] = {}
         num_objects = num_skipped = 0
         for key, value in entries.items():
             if isinstance(value, InertCall) and value.name == BYTES:
                 num_objects += 1
-            elif key.startswith(OF_TRAINING):
+            elif key.startswith(TRAINING_PREFIXES):
                 num_skipped += 1
             else:
                 tensors[key] = _parse_tensor(key, value, stored)
@@ -322,14 +322,14 @@ def _read_stored(value: Any) -> dict[tuple[str, tuple[int, ...]], list[Any]]:
         raise ValueError("it does not list stored tensors")
     places = {}
     for place, info in value:
-        index_entry = fields(place, PLACE)
+        index_entry = get_attributes(place, PLACE)
         if not isinstance(index_entry["fqn"], str):
             raise ValueError("a stored block has no key")
         is_settings = index_entry["fqn"] == COMMON_STATE
         if index_entry.get("offset") is None and not is_settings:  # an object, or an unsharded tensor
             continue
         key = (index_entry["fqn"], () if is_settings else _parse_sizes(index_entry["offset"]))
-        stored = fields(info, STORED)
+        stored = get_attributes(info, STORED)
         if stored.get("transform_descriptors"):
             raise ValueError(f"{index_entry['fqn'][:200]}: is compressed or transformed, which is not "
                              "supported")
@@ -341,14 +341,14 @@ def _read_stored(value: Any) -> dict[tuple[str, tuple[int, ...]], list[Any]]:
 
 
 def _parse_tensor(key: str, value: Any, stored: dict[tuple[str, tuple[int, ...]], list[Any]]) -> list[Any]:
-    tensor = fields(value, TENSOR)
+    tensor = get_attributes(value, TENSOR)
     shape, chunks = _parse_sizes(tensor["size"]), tensor["chunks"]
     dtype = _parse_dtype(tensor["properties"])
     if type(chunks) is not list or not chunks:
         raise ValueError(f"{key[:200]}: has no list of blocks")
     pieces = []
     for chunk in chunks:
-        part = fields(chunk, CHUNK)
+        part = get_attributes(chunk, CHUNK)
         offset, extent = _parse_sizes(part["offsets"]), _parse_sizes(part["sizes"])
         if not len(shape) == len(offset) == len(extent) or any(
                 o + n > size for o, n, size in zip(offset, extent, shape, strict=True)):
@@ -413,10 +413,10 @@ MAX_DEPTH = 6
 
 def read_settings(raw: bytes) -> dict[str, Any]:
     """Return `args` and `iteration` of a common.pt as JSON values; raises ValueError for a malformed file."""
-    header = TorchArchive(io.BytesIO(raw), in_settings).header
-    settings = text_keys(header[0] if type(header) is list and len(header) == 1 else header)
+    header = TorchArchive(io.BytesIO(raw), is_settings_name).header
+    settings = to_text_dict(header[0] if type(header) is list and len(header) == 1 else header)
     converter = _JsonConverter()
-    args = fields(settings["args"], NAMESPACE) if "args" in settings else {}
+    args = get_attributes(settings["args"], NAMESPACE) if "args" in settings else {}
     return {"args": {name: converter.convert(value, 0) for name, value in args.items()},
             "iteration": converter.convert(settings.get("iteration"), 0)}
 
@@ -456,7 +456,7 @@ _LOCAL_HEADER_BYTES = 30
 class TorchArchive:
     """A `torch.save` file; `header` is its parsed pickle."""
 
-    def __init__(self, file: Any, allowed: Callable[[Name], bool] = in_tensor) -> None:
+    def __init__(self, file: Any, allowed: Callable[[Name], bool] = is_tensor_name) -> None:
         """Parse the header; raises ValueError for a malformed file or a forbidden name."""
         self._file, self._size_bytes = file, file.seek(0, io.SEEK_END)
         try:
@@ -470,11 +470,11 @@ class TorchArchive:
                     raise ValueError(f"its archive has no header, or a header above {MAX_HEADER_BYTES} bytes")
                 if order is not None and archive.read(order) != b"little":
                     raise ValueError("its bytes are big-endian")
-                self.header = read(archive.read(header), allowed)
+                self.header = parse_pickle(archive.read(header), allowed)
         except (zipfile.BadZipFile, NotImplementedError, EOFError) as e:
             raise ValueError(f"it is not a torch.save archive ({e}) in the format since torch 1.6") from None
 
-    def find(self, value: Any) -> tuple[str, tuple[int, ...], int, int]:
+    def locate_tensor(self, value: Any) -> tuple[str, tuple[int, ...], int, int]:
         """Return (dtype, shape, first byte, size in bytes) of a contiguous tensor in the header.
 
         Raises:
@@ -525,11 +525,12 @@ _CODE = ("import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
          "from megatron_sov.convert.inert_pickle import main; main(sys.argv[1])")
 
 
-def read_apart(what: str, path: Path, start: int = 0, length_bytes: int | None = None) -> dict[str, Any]:
+def read_in_subprocess(reader: str, path: Path, start: int = 0, length_bytes: int | None = None) -> dict[str,
+                       Any]:
     """Parse a file of a checkpoint in a subprocess.
 
     Args:
-        what: key of `READERS`.
+        reader: key of `READERS`.
         path: the file.
         start: offset of the first byte.
         length_bytes: number of bytes; None reads to the end.
@@ -546,7 +547,7 @@ def read_apart(what: str, path: Path, start: int = 0, length_bytes: int | None =
         raise UserError(f"{path}: has {format_size(size_bytes)}, but at most {format_size(MAX_FILE_BYTES)} "
                         f"are supported; {REMEDY}")
     time_s = BASE_TIME_S + size_bytes // BYTES_PER_S
-    request = json.dumps({"what": what, "path": str(path.absolute()), "start": start,
+    request = json.dumps({"what": reader, "path": str(path.absolute()), "start": start,
                         "size_bytes": size_bytes,
                         "memory_bytes": BASE_MEMORY_BYTES + MEMORY_PER_BYTE * size_bytes, "time_s": time_s})
     paths = json.dumps([os.path.abspath(entry) for entry in sys.path if entry])

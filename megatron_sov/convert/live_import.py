@@ -11,16 +11,17 @@ from dataclasses import dataclass
 import torch
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.checkpoint.gather import Gatherer, in_order
-from megatron_sov.convert.dtypes import KEEP, check_dtype_name, exported_dtype
-from megatron_sov.convert.peft import merge_adapter, merged_dtype
-from megatron_sov.convert.sources import check_exact, check_whole_model
+from megatron_sov.checkpoint.gather import TensorGatherer, iter_gathered
+from megatron_sov.convert.dtypes import KEEP, check_dtype_name, choose_export_dtype
+from megatron_sov.convert.peft import get_merged_dtype, merge_adapter
+from megatron_sov.convert.sources import check_shapes, check_whole_model
 from megatron_sov.engine.model.language_model import LanguageModel
-from megatron_sov.engine.model.local_shards import LocalShard, local_shards
-from megatron_sov.engine.parallel.device import local_device
+from megatron_sov.engine.model.local_shards import LocalShard, list_local_shards
+from megatron_sov.engine.parallel.device import get_local_device
 from megatron_sov.model.families import supported as models
-from megatron_sov.model.families.adapters import adapted_modules, places
+from megatron_sov.model.families.adapters import find_adapted_modules, find_adapter_places
 from megatron_sov.model.families.weights import Link
+
 
 def export_weights(model: LanguageModel, dtype: str = KEEP, *,
                    everywhere: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
@@ -47,21 +48,21 @@ def export_weights(model: LanguageModel, dtype: str = KEEP, *,
             unknown.
     """
     check_dtype_name(dtype)
-    links = models.get(model.architecture.family).links(model.architecture)
+    links = models.get_family(model.architecture.family).links(model.architecture)
     by_key: dict[str, list[Link]] = {}
     for link in links:
         by_key.setdefault(link.key, []).append(link)
     adapters: dict[str, dict[str, tuple[int, ...]]] = {}
-    for module in adapted_modules(model.architecture, model.lora):
+    for module in find_adapted_modules(model.architecture, model.lora):
         adapters[module.link.key] = adapters.get(module.link.key, {}) | module.shapes(model.lora)
-    gatherer = Gatherer(local_shards(model, rounded=True), everywhere=everywhere)
+    gatherer = TensorGatherer(list_local_shards(model, rounded=True), everywhere=everywhere)
     expected = {link.key: link.shape for link in links}
     for shapes in adapters.values():
         expected |= shapes
-    check_exact("the running model", gatherer.shapes(), expected, "correct the weight map of its family")
+    check_shapes("the running model", gatherer.get_shapes(), expected, "correct the weight map of its family")
     # Adapter factors come directly before the weight that they change.
-    tensors = in_order(gatherer, [k for key in by_key for k in (*adapters.get(key, ()), key)])
-    adapted_places = places(model.architecture, model.lora)
+    tensors = iter_gathered(gatherer, [k for key in by_key for k in (*adapters.get(key, ()), key)])
+    adapted_places = find_adapter_places(model.architecture, model.lora)
     factors: dict[str, torch.Tensor] = {}
     try:
         for key, whole in tensors:
@@ -71,8 +72,8 @@ def export_weights(model: LanguageModel, dtype: str = KEEP, *,
                 factors[key] = whole
                 continue
             for link in by_key[key]:
-                model_dtype = merged_dtype(whole.dtype) if model.lora.on else whole.dtype
-                target = exported_dtype(dtype, link.fp32, model_dtype)
+                model_dtype = get_merged_dtype(whole.dtype) if model.lora.on else whole.dtype
+                target = choose_export_dtype(dtype, link.fp32, model_dtype)
                 for name, tensor in _split_block(link, whole):
                     yield name, (merge_adapter(tensor, adapted_places[name], factors, model.lora)
                                  if name in adapted_places else tensor).to(target)
@@ -116,12 +117,12 @@ class LiveImport:
             raise UserError(f"lora.rank = {model.lora.rank}: imported weights are merged with their adapter, "
                             "and this model would apply its own in addition; import into a model without "
                             "adapter (lora.rank=0)")
-        links = models.get(model.architecture.family).links(model.architecture)
+        links = models.get_family(model.architecture.family).links(model.architecture)
         self._model = model
         self._links_by_name = {name: link for link in links for name in link.hf_names}
         self._shapes = {name: shape for link in links for name, shape in link.hf_shapes().items()}
         shards: dict[tuple[str, int], list[LocalShard]] = {}
-        for shard in local_shards(model):
+        for shard in list_local_shards(model):
             shards.setdefault(_get_group(shard.key, shard.offset), []).append(shard)
         self._extents: dict[str, tuple[int, ...]] = {}
         """Hugging Face name -> extent in the global tensor, for tensors that are consecutive rows of their
@@ -138,7 +139,7 @@ class LiveImport:
                 self._regions[link.hf_names[0]] = _find_regions(local, link.offset, link.extent)
 
     @torch.no_grad()
-    def whole(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def import_all(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Import every tensor of the model; interleaved tensors are buffered until their block is complete.
 
         Args:
@@ -156,7 +157,7 @@ class LiveImport:
                 continue
             link = self._links_by_name[name]
             parts = pending.setdefault(link.hf_names, {})
-            parts[name] = tensor.to(local_device())
+            parts[name] = tensor.to(get_local_device())
             if len(parts) == len(link.hf_names):
                 parts = pending.pop(link.hf_names)
                 if regions := self._regions[link.hf_names[0]]:  # empty without a local shard
@@ -165,7 +166,7 @@ class LiveImport:
 
 def import_weights(model: LanguageModel, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Import every tensor of a model once, see `LiveImport`."""
-    LiveImport(model).whole(weights)
+    LiveImport(model).import_all(weights)
 
 
 def _get_group(key: str, offset: tuple[int, ...]) -> tuple[str, int]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.checkpoint.writer import SAFETENSORS_DTYPES, TensorFile
+from megatron_sov.checkpoint.safetensors_files import SAFETENSORS_DTYPES, TensorFile
 
 FIELD = "quantization_config"
 EIGHT_BITS = "F8_E4M3"
@@ -106,7 +106,8 @@ FP8_TENSOR = LowBitFormat(
 
 # Low-bit weights of a folder, found and checked from headers.
 
-def low_bit_weights(config: Mapping[str, Any], shards: Mapping[str, TensorFile]) -> dict[str, LowBitWeight]:
+def find_low_bit_weights(config: Mapping[str, Any], shards: Mapping[str, TensorFile]) -> dict[str,
+                         LowBitWeight]:
     """Return name -> weight for the FP8 weights of a folder; {} without `quantization_config`.
 
     Args:

@@ -15,23 +15,24 @@ from typing import Any
 
 import torch
 
-from megatron_sov.base.artifacts import refuse_existing
+from megatron_sov.base.artifacts import check_output_folder
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.outputs import refuse_link_outside
-from megatron_sov.checkpoint.assembling import Assembled, StoredBlock
-from megatron_sov.checkpoint.writer import read_block
+from megatron_sov.base.outputs import refuse_outside_link
+from megatron_sov.checkpoint.safetensors_files import read_block
+from megatron_sov.checkpoint.stored_tensors import StoredBlock, StoredTensors
 from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.dtypes import KEEP, check_dtype_name
-from megatron_sov.convert.hf_import import Imported, write_imported
-from megatron_sov.convert.inert_pickle import TorchArchive, read_apart
-from megatron_sov.convert.sources import check_dtypes, check_exact
+from megatron_sov.convert.hf_import import ImportSource, write_imported
+from megatron_sov.convert.inert_pickle import TorchArchive, read_in_subprocess
+from megatron_sov.convert.sources import check_dtypes, check_shapes
 from megatron_sov.engine.model.language_model import VOCABULARY_WEIGHTS
 from megatron_sov.model.config import ModelConfig
-from megatron_sov.model.counterparts.architecture import architecture, of_arguments, read_sections
+from megatron_sov.model.counterparts.architecture import (
+    infer_architecture, normalize_arguments, read_sections)
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.families.weights import Link
-from megatron_sov.model.pretrained import listed, read_json
+from megatron_sov.model.pretrained import format_names, read_json
 from megatron_sov.runs.checkpoints import CHECKPOINT_KIND
 
 METADATA, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
@@ -58,7 +59,7 @@ def find_iteration(folder: Path) -> Path:
     return iteration_folder
 
 
-def iteration_of(folder: Path) -> int | None:
+def parse_iteration(folder: Path) -> int | None:
     number = re.fullmatch(r"iter_(\d{7,12})", folder.name)
     return int(number[1]) if number else None
 
@@ -76,7 +77,7 @@ def _find_newest(folder: Path) -> Path:
         if not names:
             return folder
         raise UserError(f"{folder}: has no {TRACKER} with the newest iteration; pass one of its checkpoints "
-                        f"({listed(names)})")
+                        f"({format_names(names)})")
     with open(tracker, encoding="utf-8", errors="replace") as f:
         iteration = f.read(MAX_TRACKER_BYTES).strip()
     if not re.fullmatch(r"\d{1,12}|release", iteration):
@@ -135,7 +136,7 @@ def find_tensor(path: Path, start: int, length_bytes: int) -> DistTensor:
         if start + length_bytes > os.fstat(file.fileno()).st_size:
             raise ValueError("the file ends before it does")
         archive = TorchArchive(_TensorWindow(file, start, length_bytes))
-        dtype, shape, first, _ = archive.find(archive.header)
+        dtype, shape, first, _ = archive.locate_tensor(archive.header)
     return DistTensor(path, start + first, shape, getattr(torch, dtype))
 
 
@@ -197,13 +198,13 @@ class DistSource:
 
     key: str
     """Megatron's key."""
-    lead: tuple[int, ...]
+    leading_indices: tuple[int, ...]
     """Indices along the leading axes that only Megatron's tensor has."""
-    drops_expert: bool = False
+    has_one_expert: bool = False
     """Megatron's tensor has one expert and no expert axis."""
 
 
-def sources(key: str, expert: int | None, stored_keys: Collection[str]) -> list[DistSource] | None:
+def find_block_sources(key: str, expert: int | None, stored_keys: Collection[str]) -> list[DistSource] | None:
     """Return the sources of a tensor or expert: one, or two halves of a gated matrix; None if there are none.
 
     Args:
@@ -232,13 +233,13 @@ def _iter_candidates(key: str, expert: int | None) -> Iterator[tuple[str, tuple[
                 yield form.replace(_EXPERTS, f"{_EXPERTS}{expert}.", 1), lead, True
 
 
-class TorchDistTensors(Assembled):
+class TorchDistTensors(StoredTensors):
     """Tensors of a `torch_dist` checkpoint under Megatron's keys."""
 
     def __init__(self, folder: Path) -> None:
         """Read the index; raises `UserError` if it is damaged or contains forbidden names."""
         self.folder = folder
-        index = read_apart("index", folder / METADATA)
+        index = read_in_subprocess("index", folder / METADATA)
         self.num_skipped: int = index["num_skipped"]
         """Number of optimizer tensors."""
         tensors: dict[str, Any] = index["tensors"]
@@ -253,8 +254,8 @@ class TorchDistTensors(Assembled):
         for file in {piece[0] for _, _, pieces in tensors.values() for piece in pieces}:
             if not (folder / file).is_file():
                 raise UserError(f"{folder / file}: is missing; according to the index it contains "
-                                f"{listed(self.list_keys_in(file))}; {REMEDY}")
-            refuse_link_outside(folder, folder / file)
+                                f"{format_names(self.list_keys_in(file))}; {REMEDY}")
+            refuse_outside_link(folder, folder / file)
         self._find = functools.lru_cache(_CACHED_HEADERS)(self._find_uncached)
 
     def read_slice(self, key: str, piece: StoredBlock, block: tuple[slice, ...]) -> torch.Tensor:
@@ -286,7 +287,7 @@ class TorchDistWeights:
 
     def __init__(self, path: Path, model: ModelConfig) -> None:
         self.path, self.model = path, model
-        self.links = models.get(model.family).links(model)
+        self.links = models.get_family(model.family).links(model)
         self.tensors = TorchDistTensors(path)
         self._links_by_name = {name: link for link in self.links for name in link.hf_names}
         self._sources = self._match_tensors()
@@ -323,13 +324,13 @@ class TorchDistWeights:
         parts = []
         for source in self._get_sources(link):
             offset, extent = link.offset, link.extent
-            if source.drops_expert:
+            if source.has_one_expert:
                 offset, extent = offset[1:], extent[1:]
             if len(self._get_sources(link)) > 1:  # gate or up rows
                 axis = len(extent) - len(link.block_shape)
                 extent = (*extent[:axis], extent[axis] // 2, *extent[axis + 1:])
-            parts.append(self.tensors.read(source.key, (*source.lead, *offset),
-                                           (*(1,) * len(source.lead), *extent)))
+            parts.append(self.tensors.read(source.key, (*source.leading_indices, *offset),
+                                           (*(1,) * len(source.leading_indices), *extent)))
         rows = [part.reshape(-1, *link.block_shape[1:]) for part in parts]
         joined = rows[0] if len(rows) == 1 else torch.cat(rows)
         return joined.reshape(link.block_shape)
@@ -341,7 +342,7 @@ class TorchDistWeights:
         expected: dict[str, tuple[int, ...]] = {}
         for link in self.links:
             expert = link.offset[0] if _EXPERTS in link.key else None
-            block_sources = sources(link.key, expert, stored_keys)
+            block_sources = find_block_sources(link.key, expert, stored_keys)
             if block_sources is None:
                 missing[link.key] = link.shape
                 continue
@@ -352,19 +353,19 @@ class TorchDistWeights:
         for key in VOCABULARY_WEIGHTS:  # Megatron pads rows to a multiple that depends on the layout
             if key in expected and key in shapes and shapes[key][0] >= expected[key][0]:
                 expected[key] = (shapes[key][0], *expected[key][1:])
-        check_exact(self.path, shapes, expected | missing,
+        check_shapes(self.path, shapes, expected | missing,
                     "compare the settings with those of the training, and correct them with --set")
         return matched
 
     def _get_stored_shape(self, link: Link, source: DistSource, parts: int) -> tuple[int, ...]:
-        shape = link.shape[1:] if source.drops_expert else link.shape
+        shape = link.shape[1:] if source.has_one_expert else link.shape
         if parts > 1:
             axis = len(shape) - len(link.block_shape)
             shape = (*shape[:axis], shape[axis] // 2, *shape[axis + 1:])
-        return (*(self.model.num_layers,) * len(source.lead), *shape)
+        return (*(self.model.num_layers,) * len(source.leading_indices), *shape)
 
 
-def num_padded_rows(weights: TorchDistWeights) -> int:
+def count_padded_rows(weights: TorchDistWeights) -> int:
     """Return the number of vocabulary rows without a token id."""
     return max((weights.tensors.get_shape(key)[0] - weights.model.vocab_size
                 for key in _list_vocabulary_keys(weights.tensors.keys())), default=0)
@@ -416,25 +417,25 @@ def from_megatron(folder: str | Path, out: str | Path, dtype: str = KEEP, *, fam
     """
     out = Path(out)
     check_dtype_name(dtype)
-    refuse_existing(out, CHECKPOINT_KIND, overwrite)
+    check_output_folder(out, CHECKPOINT_KIND, overwrite)
     iteration_folder = find_iteration(Path(folder))
     settings, iteration = _read_model_settings(iteration_folder)
     try:
-        model = architecture(settings, family, overrides)
+        model = infer_architecture(settings, family, overrides)
     except UserError as e:
         raise UserError(f"{iteration_folder}: {e}") from None
     weights = TorchDistWeights(iteration_folder, model)
     check_dtypes(weights)
     index_sha256 = hashlib.sha256((iteration_folder / METADATA).read_bytes()).hexdigest()
     origin = {"path": str(iteration_folder), "iteration": iteration, "index_sha256": index_sha256}
-    source = Imported(weights, "from-megatron", tokenizer, TokenIds(), {FROM_MEGATRON: origin})
+    source = ImportSource(weights, "from-megatron", tokenizer, TokenIds(), {FROM_MEGATRON: origin})
     write_imported(out, source, dtype, workers=workers, overwrite=overwrite, redo=redo)
-    return ImportReport(iteration, num_padded_rows(weights), weights.tensors.num_skipped, model)
+    return ImportReport(iteration, count_padded_rows(weights), weights.tensors.num_skipped, model)
 
 
 def _read_model_settings(folder: Path) -> tuple[dict[str, Any], int | None]:
     """Return the model settings in a checkpoint, and its iteration."""
-    iteration = iteration_of(folder)
+    iteration = parse_iteration(folder)
     if (folder / RUN_CONFIG).is_file():
         model = read_sections(folder / RUN_CONFIG).get("model")
         if model is None:
@@ -442,11 +443,11 @@ def _read_model_settings(folder: Path) -> tuple[dict[str, Any], int | None]:
                             "restore it from its source")
         return model, iteration
     if (folder / COMMON).is_file():
-        settings = read_apart("settings", folder / COMMON)
-    elif place := read_apart("index", folder / METADATA)["settings"]:
+        settings = read_in_subprocess("settings", folder / COMMON)
+    elif place := read_in_subprocess("index", folder / METADATA)["settings"]:
         file, start, length_bytes = place
-        settings = read_apart("settings", folder / file, start, length_bytes)
+        settings = read_in_subprocess("settings", folder / file, start, length_bytes)
     else:
         return {}, iteration
     stored_iteration = settings["iteration"] if isinstance(settings["iteration"], int) else None
-    return of_arguments(settings["args"]), iteration if stored_iteration is None else stored_iteration
+    return normalize_arguments(settings["args"]), iteration if stored_iteration is None else stored_iteration

@@ -13,17 +13,19 @@ from typing import Any
 import torch
 
 from megatron_sov.base.artifacts import (
-    MANIFEST, ArtifactWriter, atomic_write, damaged_files, new_artifact, read_manifest, to_json)
+    MANIFEST, ArtifactWriter, create_artifact, find_damaged_files, format_json, read_manifest,
+    write_atomically)
 from megatron_sov.base.errors import UserError, warn
+from megatron_sov.checkpoint.safetensors_files import TensorFile, TensorSpec, write_tensors
 from megatron_sov.checkpoint.sharded_tensors import TensorReader, TensorWriter, write_index
-from megatron_sov.checkpoint.writer import TensorFile, TensorSpec, write_file
 from megatron_sov.convert.dtypes import convert_tensor
 from megatron_sov.convert.sources import (
-    FLOATS, CheckpointWeights, HfWeights, Weights, check_exact, newest_of_run)
+    FLOATS, CheckpointWeights, HfWeights, Weights, check_shapes, resolve_run)
 from megatron_sov.model.config import LoraConfig, ModelConfig
 from megatron_sov.model.config.lora import EMBEDDING, EXPERTS, FEED_FORWARD, HEAD, TARGETS
 from megatron_sov.model.families.adapters import (
-    MAGNITUDE, A, Adapted, AdapterPlace, B, adaptable, adapted, adapted_modules, places)
+    MAGNITUDE, A, AdaptedModule, AdapterPlace, B, find_adaptable_modules, find_adapted_modules,
+    find_adapter_places, resolve_targets)
 from megatron_sov.model.pretrained import CONFIG as HF_CONFIG, DAMAGED_HF, read_json
 from megatron_sov.runs.checkpoints import (
     ADAPTER, BASE, CHECKPOINT_KIND, CHECKPOINTS_FOLDER, IMPORTED_RECIPE, PEFT_ADAPTER, RUN, SOURCE,
@@ -55,7 +57,7 @@ _UNCHANGED_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mi
 it."""
 
 
-def peft_name(module: Adapted, tensor: str) -> str:
+def format_peft_name(module: AdaptedModule, tensor: str) -> str:
     """Return PEFT's name for tensor `A`, `B` or `MAGNITUDE` of a module."""
     folder = module.name
     if is_embedding(module):
@@ -65,17 +67,17 @@ def peft_name(module: Adapted, tensor: str) -> str:
     return f"{_PREFIX}{folder}{_SUFFIXES[tensor]}"
 
 
-def is_embedding(module: Adapted) -> bool:
+def is_embedding(module: AdaptedModule) -> bool:
     return module.name.endswith(f".{EMBEDDING}")
 
 
-def frozen_copies(names: Iterable[str]) -> dict[str, str]:
+def find_frozen_copies(names: Iterable[str]) -> dict[str, str]:
     """Return PEFT name -> base name for frozen weights that a PEFT folder contains."""
     return {name: name.removeprefix(_PREFIX).removesuffix(_FROZEN) + ".weight" for name in names
             if name.endswith((f"{HEAD}{_FROZEN}", f"{EMBEDDING}{_FROZEN}"))}
 
 
-def to_peft_shape(module: Adapted, tensor: str, value: torch.Tensor) -> torch.Tensor:
+def to_peft_shape(module: AdaptedModule, tensor: str, value: torch.Tensor) -> torch.Tensor:
     """Convert one of our adapter tensors to its PEFT layout; inverse of `from_peft_shape`."""
     if is_embedding(module):
         return value.T
@@ -87,7 +89,8 @@ def to_peft_shape(module: Adapted, tensor: str, value: torch.Tensor) -> torch.Te
     return stacked.permute(1, 2, 0).reshape(module.out_features, -1)
 
 
-def from_peft_shape(module: Adapted, tensor: str, value: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+def from_peft_shape(module: AdaptedModule, tensor: str, value: torch.Tensor,
+                    shape: Sequence[int]) -> torch.Tensor:
     """Convert a PEFT tensor to our layout with `shape`; inverse of `to_peft_shape`."""
     if is_embedding(module):
         return value.T.contiguous()
@@ -96,7 +99,7 @@ def from_peft_shape(module: Adapted, tensor: str, value: torch.Tensor, shape: Se
     return value.reshape(*shape).contiguous()
 
 
-def peft_config(model: ModelConfig, lora: LoraConfig, base_name: str) -> dict[str, Any]:
+def build_peft_config(model: ModelConfig, lora: LoraConfig, base_name: str) -> dict[str, Any]:
     """Return the content of adapter_config.json.
 
     Raises:
@@ -104,7 +107,7 @@ def peft_config(model: ModelConfig, lora: LoraConfig, base_name: str) -> dict[st
     """
     modules: set[str] = set()
     parameters: set[str] = set()
-    for module in adapted_modules(model, lora):
+    for module in find_adapted_modules(model, lora):
         kind = module.name.rpartition(".")[2]
         name_in_layer = module.name.removeprefix("model.layers.").partition(".")[2]
         if module.num_experts:
@@ -124,7 +127,8 @@ def peft_config(model: ModelConfig, lora: LoraConfig, base_name: str) -> dict[st
             "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "init_lora_weights": True}
 
 
-def lora_of(config: dict[str, Any], names: Sequence[str], model: ModelConfig, where: object) -> LoraConfig:
+def parse_lora_config(config: dict[str, Any], names: Sequence[str], model: ModelConfig,
+                      where: object) -> LoraConfig:
     """Convert the settings of a PEFT adapter.
 
     Args:
@@ -163,13 +167,13 @@ def _find_targets(names: set[str], model: ModelConfig, dora: bool, where: object
     """Return the targets that the tensor names adapt; each target must be adapted in all layers."""
     names_by_target: dict[str, set[str]] = {}
     tables = (HEAD, EMBEDDING)
-    target_names: Any = adaptable(model)
+    target_names: Any = find_adaptable_modules(model)
     all_targets = LoraConfig(1, 1.0, tuple(
         t for t in target_names if t not in tables or not (model.tied_embeddings or dora)))
-    for module in adapted_modules(model, all_targets):
+    for module in find_adapted_modules(model, all_targets):
         target = EXPERTS if module.num_experts else module.name.rpartition(".")[2]
         names_by_target.setdefault(target, set()).update(
-            peft_name(module, tensor) for tensor in ((A, B, MAGNITUDE) if dora else (A, B)))
+            format_peft_name(module, tensor) for tensor in ((A, B, MAGNITUDE) if dora else (A, B)))
     unknown = sorted(names - {name for tensors in names_by_target.values() for name in tensors})
     vocabulary = [name for name in unknown if any(target in name for target in tables)]
     if vocabulary and model.tied_embeddings:
@@ -195,7 +199,7 @@ def _find_targets(names: set[str], model: ModelConfig, dora: bool, where: object
 
 # The merged model of an adapter checkpoint: W + alpha / rank * B A.
 
-def merged_dtype(dtype: torch.dtype) -> torch.dtype:
+def get_merged_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of merged weights: float32, or a wider base dtype.
 
     Updates are smaller than the bfloat16 spacing of most weights, so a bfloat16 sum would drop them (12 % of
@@ -214,7 +218,7 @@ def merge_adapter(weight: torch.Tensor, place: AdapterPlace, tensors: dict[str, 
         tensors: key -> adapter tensor of the module.
         lora: rank, alpha and DoRA.
     """
-    wide = merged_dtype(weight.dtype)
+    wide = get_merged_dtype(weight.dtype)
     a, b = (t.to(wide) for t in place.update(tensors))
     total = weight.to(wide) + lora.alpha / lora.rank * (b @ a)
     magnitude = tensors.get(place.of.key(MAGNITUDE))
@@ -232,15 +236,15 @@ class AdaptedWeights:
         self.path, self.base = path, CheckpointWeights(find_adapter_base(path, base))
         settings = read_checkpoint_settings(path)
         self.model, self.links, self.lora = settings.model, self.base.links, settings.lora
-        self._places, self._thread_state = places(self.model, self.lora), threading.local()
+        self._places, self._thread_state = find_adapter_places(self.model, self.lora), threading.local()
         self.reader = TensorReader(path, ADAPTER)
         """Reader for the adapter tensors."""
         expected: dict[str, tuple[int, ...]] = {}
-        for module in adapted_modules(self.model, self.lora):
+        for module in find_adapted_modules(self.model, self.lora):
             expected |= module.shapes(self.lora)
         shapes = {key: self.reader.get_shape(key)
                  for key in self.reader.keys()}  # noqa: SIM118  (a method of the reader, not a dict)
-        check_exact(path, shapes, expected, "the checkpoint is damaged or of another version")
+        check_shapes(path, shapes, expected, "the checkpoint is damaged or of another version")
         self.reader.check_complete()
 
     def list_names(self) -> list[str]:
@@ -248,7 +252,7 @@ class AdaptedWeights:
 
     def get_dtype(self, name: str) -> torch.dtype:
         # Applies to all weights: config.json names one dtype, and programs cast to it.
-        return merged_dtype(self.base.get_dtype(name))
+        return get_merged_dtype(self.base.get_dtype(name))
 
     def list_keys_in(self, file: str) -> list[str]:
         """Return the adapter keys with a block in `file`."""
@@ -266,14 +270,14 @@ class AdaptedWeights:
             return weight.to(self.get_dtype(name))
         module = self._places[name].of
         # Experts of a layer come from the same stacked factors: keep the last factors per thread.
-        last: tuple[Adapted, dict[str, torch.Tensor]] | None = getattr(self._thread_state, "last", None)
+        last: tuple[AdaptedModule, dict[str, torch.Tensor]] | None = getattr(self._thread_state, "last", None)
         if last is None or last[0] is not module:
             self._thread_state.last = None
             factors = {key: self.reader.read(key) for key in module.shapes(self.lora)}
             last = self._thread_state.last = (module, factors)
         return merge_adapter(weight, self._places[name], last[1], self.lora)
 
-    def update(self, name: str, merged: torch.Tensor) -> torch.Tensor | None:
+    def compute_update(self, name: str, merged: torch.Tensor) -> torch.Tensor | None:
         """Return the adapter's change of a weight that `read` returned as `merged`; None without adapter."""
         return merged - self.base.read(name).to(merged.dtype) if name in self._places else None
 
@@ -286,23 +290,23 @@ class UpdateRounding:
         self._squares: list[tuple[float, float]] = []
         """(squared norm of the rounding error, squared norm of the update) of each rounded weight."""
 
-    def add(self, name: str, merged: torch.Tensor, dtype: torch.dtype) -> None:
+    def measure_weight(self, name: str, merged: torch.Tensor, dtype: torch.dtype) -> None:
         """Measure the rounding of weight `merged` to `dtype`."""
         if not isinstance(self._weights, AdaptedWeights) or dtype.itemsize >= merged.dtype.itemsize:
             return
-        if (update := self._weights.update(name, merged)) is not None:
+        if (update := self._weights.compute_update(name, merged)) is not None:
             error = merged.double() - merged.to(dtype).double()
             self._squares.append((float(error.square().sum()), float(update.double().square().sum())))
             self._dtype = str(dtype).removeprefix("torch.")
 
-    def describe(self) -> str:
+    def format_loss(self) -> str:
         """Return the relative error as text; "" if no adapted weight was rounded."""
         errors, updates = (sum(squares[part] for squares in self._squares) for part in (0, 1))
         return (f"rounding to {self._dtype} changes the adapted weights by {math.sqrt(errors / updates):.0%} "
                 "of the adapter's own update") if updates else ""
 
 
-def checkpoint_weights(path: Path) -> CheckpointWeights | AdaptedWeights:
+def open_checkpoint_weights(path: Path) -> CheckpointWeights | AdaptedWeights:
     """Open a checkpoint; adapters are merged into their base.
 
     Raises:
@@ -312,7 +316,7 @@ def checkpoint_weights(path: Path) -> CheckpointWeights | AdaptedWeights:
     return CheckpointWeights(path) if base is None else AdaptedWeights(path, base)
 
 
-def add_inputs(writer: ArtifactWriter, weights: Weights, *, leaves: bool = False) -> None:
+def record_inputs(writer: ArtifactWriter, weights: Weights, *, leaves: bool = False) -> None:
     """Record a checkpoint and, for adapters, the base as inputs of an artifact
     (`ArtifactWriter.add_input`)."""
     writer.add_input(weights.path, leaves=leaves)
@@ -320,15 +324,15 @@ def add_inputs(writer: ArtifactWriter, weights: Weights, *, leaves: bool = False
         writer.add_input(weights.base.path, leaves=leaves)
 
 
-def adapter_facts(weights: Any) -> dict[str, Any]:
+def describe_adapter(weights: Any) -> dict[str, Any]:
     """Return the facts that `inspect` prints about an adapter; {} for other weights."""
     if not isinstance(weights, AdaptedWeights):
         return {}
     lora = weights.lora
-    count = sum(math.prod(shape) for module in adapted_modules(weights.model, lora)
+    count = sum(math.prod(shape) for module in find_adapted_modules(weights.model, lora)
                 for shape in module.shapes(lora).values())
     return {"adapter": f"{'DoRA' if lora.dora else 'LoRA'}, rank {lora.rank}, alpha {lora.alpha:g}, of "
-                       f"{', '.join(sorted(adapted(lora, weights.model)))}",
+                       f"{', '.join(sorted(resolve_targets(lora, weights.model)))}",
             "adapter_parameters": count, "base": str(weights.base.path)}
 
 
@@ -347,19 +351,19 @@ def to_peft(checkpoint: str | Path, out: str | Path, *, base_name: str | None = 
         UserError: `checkpoint` is not an adapter or is damaged, or PEFT does not support the adapter.
     """
     check_folder_kind(Path(checkpoint), (CHECKPOINT_KIND, RUN), "an adapter's checkpoint or a run")
-    checkpoint = newest_of_run(Path(checkpoint))
+    checkpoint = resolve_run(Path(checkpoint))
     base = read_adapter_base(checkpoint)
     if base is None:
         raise UserError(f"{checkpoint}: contains all weights, not an adapter; use `megatron-sov convert "
                         "to-hf`")
     settings = read_checkpoint_settings(checkpoint)
-    config = peft_config(settings.model, settings.lora, base_name or base_name_of(checkpoint, base))
+    config = build_peft_config(settings.model, settings.lora, base_name or get_base_name(checkpoint, base))
     if problem := find_damage(checkpoint, weights_only=True):
         raise UserError(f"{problem}; {suggest_replacement(checkpoint)}")
     reader = TensorReader(checkpoint, ADAPTER)
     reader.check_complete()
-    factors = {peft_name(module, tensor): (module, tensor)
-               for module in adapted_modules(settings.model, settings.lora)
+    factors = {format_peft_name(module, tensor): (module, tensor)
+               for module in find_adapted_modules(settings.model, settings.lora)
                for tensor in _list_factors(settings.lora.dora)}
 
     def read(name: str) -> torch.Tensor:
@@ -370,17 +374,17 @@ def to_peft(checkpoint: str | Path, out: str | Path, *, base_name: str | None = 
         name = config["base_model_name_or_path"]
         warn(f"{Path(out) / CONFIG}: base_model_name_or_path = {name!r}, the local name of the base; PEFT "
              "loads the base by this name, so pass --base-name if it has another name on the Hub")
-    with new_artifact(out, PEFT_ADAPTER, overwrite=overwrite) as artifact:
+    with create_artifact(out, PEFT_ADAPTER, overwrite=overwrite) as artifact:
         specs = [TensorSpec(name, tuple(read(name).shape), reader.get_dtype(module.key(tensor)))
                  for name, (module, tensor) in sorted(factors.items())]
-        write_file(artifact.path / WEIGHTS, specs,
+        write_tensors(artifact.path / WEIGHTS, specs,
                    lambda spec: convert_tensor(read(spec.name), spec.dtype, checkpoint, spec.name))
-        atomic_write(artifact.path / CONFIG, to_json(config))
+        write_atomically(artifact.path / CONFIG, format_json(config))
         artifact.add_input(checkpoint, leaves=True)
         artifact.content = {"family": settings.model.family, "num_tensors": len(specs)}
 
 
-def base_name_of(checkpoint: Path, base: AdapterBase) -> str:
+def get_base_name(checkpoint: Path, base: AdapterBase) -> str:
     """Return the name of the imported base model, otherwise the name of its run or folder."""
     try:
         name = read_manifest(find_adapter_base(checkpoint, base), CHECKPOINT_KIND).content.get(SOURCE)
@@ -405,7 +409,7 @@ def from_peft(peft_dir: str | Path, out: str | Path, base: str | Path, *, overwr
     """
     peft_dir = Path(peft_dir)
     check_folder_kind(peft_dir, (PEFT_ADAPTER,), "a PEFT adapter")
-    base = newest_of_run(Path(base))
+    base = resolve_run(Path(base))
     for file in (CONFIG, WEIGHTS):
         if not (peft_dir / file).is_file():
             raise UserError(f"{peft_dir}: has no {file}, so it is not a PEFT adapter in safetensors format; "
@@ -415,17 +419,17 @@ def from_peft(peft_dir: str | Path, out: str | Path, base: str | Path, *, overwr
     if read_adapter_base(base) is not None:
         raise UserError(f"--base {base}: is an adapter itself; pass the checkpoint of its base model")
     model = CheckpointWeights(base).model
-    if (peft_dir / MANIFEST).is_file() and (problems := damaged_files(peft_dir)):
+    if (peft_dir / MANIFEST).is_file() and (problems := find_damaged_files(peft_dir)):
         raise UserError(f"{problems[0]}; {DAMAGED_HF}")
     weights = TensorFile(peft_dir / WEIGHTS, DAMAGED_HF)
-    frozen = frozen_copies(weights.entries)
+    frozen = find_frozen_copies(weights.entries)
     names = [name for name in weights.entries if name not in frozen]
-    lora = lora_of(read_json(peft_dir / CONFIG), names, model, peft_dir)
+    lora = parse_lora_config(read_json(peft_dir / CONFIG), names, model, peft_dir)
     _check_frozen_weights(weights, frozen, CheckpointWeights(base))
-    modules = adapted_modules(model, lora)
+    modules = find_adapted_modules(model, lora)
     settings = read_checkpoint_settings(base)
     protect_adapter_base(base.resolve())
-    with new_artifact(out, CHECKPOINT_KIND, overwrite=overwrite) as artifact:
+    with create_artifact(out, CHECKPOINT_KIND, overwrite=overwrite) as artifact:
         writer = TensorWriter(artifact.path, ADAPTER)
         for module in modules:
             for tensor in _list_factors(lora.dora):
@@ -434,12 +438,13 @@ def from_peft(peft_dir: str | Path, out: str | Path, base: str | Path, *, overwr
                 value = _read_factor(weights, module, tensor, shape)
                 writer.add(key, from_peft_shape(module, tensor, value, shape))
         write_index(artifact.path, ADAPTER, [writer.finish()])
-        artifact.known_files |= writer.files
+        artifact.hashed_files |= writer.files
         if (base / "tokenizer").is_dir():
             shutil.copytree(base / "tokenizer", artifact.path / "tokenizer",
                             ignore=shutil.ignore_patterns(MANIFEST))
         artifact.add_input(base)
-        artifact.content = {"step": 0, "tokens": 0, "parts": [ADAPTER], BASE: AdapterBase.of(base).to_dict()}
+        artifact.content = {"step": 0, "tokens": 0, "parts": [ADAPTER],
+                            BASE: AdapterBase.from_checkpoint(base).to_dict()}
         artifact.settings = dataclasses.replace(settings, recipe=IMPORTED_RECIPE, lora=lora).to_dict()
 
 
@@ -457,9 +462,10 @@ def _check_frozen_weights(weights: TensorFile, frozen: dict[str, str], base: Che
                             "PEFT, and convert the merged model")
 
 
-def _read_factor(weights: TensorFile, module: Adapted, tensor: str, shape: tuple[int, ...]) -> torch.Tensor:
+def _read_factor(weights: TensorFile, module: AdaptedModule, tensor: str,
+                 shape: tuple[int, ...]) -> torch.Tensor:
     """Read a tensor of a PEFT folder, and check its dtype and shape."""
-    name = peft_name(module, tensor)
+    name = format_peft_name(module, tensor)
     value = weights.read(name)
     expected = tuple(to_peft_shape(module, tensor, torch.empty(shape, device="meta")).shape)
     if value.dtype not in FLOATS or tuple(value.shape) != expected:
@@ -475,8 +481,8 @@ def open_weights(path: str | Path) -> Weights:
         UserError: `path` is none of these, or tensors do not match the model.
     """
     check_model_path(Path(path))
-    path = newest_of_run(Path(path))
+    path = resolve_run(Path(path))
     check_model_folder(path)
     if (path / HF_CONFIG).is_file():
         return HfWeights(path)
-    return checkpoint_weights(path)
+    return open_checkpoint_weights(path)

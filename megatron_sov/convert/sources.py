@@ -15,19 +15,19 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from megatron_sov.base.artifacts import MANIFEST, damaged_files, read_manifest
-from megatron_sov.base.errors import UserError, find_misspelt
+from megatron_sov.base.artifacts import MANIFEST, find_damaged_files, read_manifest
+from megatron_sov.base.errors import UserError, suggest_spelling
+from megatron_sov.checkpoint.safetensors_files import TensorFile
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
-from megatron_sov.checkpoint.writer import TensorFile
-from megatron_sov.convert.low_bit import FIELD, low_bit_weights
+from megatron_sov.convert.low_bit import FIELD, find_low_bit_weights
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.families import supported as models
-from megatron_sov.model.families.family import TEXT_INSIDE, text_config
+from megatron_sov.model.families.family import NESTED_TEXT_MODELS, extract_text_config
 from megatron_sov.model.families.hf_layers import MAX_LAYERS, PREDICTION_NAMES
 from megatron_sov.model.families.weights import Link
 from megatron_sov.model.pretrained import (
-    CONFIG, DAMAGED_HF, EMBEDDING, HEAD, RECOMPUTED, is_hf_folder as is_hf_folder, listed, read_json,
-    tensor_files)
+    CONFIG, DAMAGED_HF, EMBEDDING, HEAD, RECOMPUTED, find_tensor_files, format_names,
+    is_hf_folder as is_hf_folder, read_json)
 from megatron_sov.runs.checkpoints import CHECKPOINTS_FOLDER, find_checkpoint, read_checkpoint_settings
 
 HASHED_AT_A_TIME = 4
@@ -126,19 +126,19 @@ class Weights(Protocol):
         """Read one tensor."""
 
 
-def newest_of_run(path: Path) -> Path:
+def resolve_run(path: Path) -> Path:
     """Return the newest checkpoint if `path` is the folder of a run, otherwise `path`."""
     return find_checkpoint(path) if (path / CHECKPOINTS_FOLDER).is_dir() else path
 
 
-def check_exact(where: object, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]],
+def check_shapes(where: object, actual: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]],
                 remedy: str) -> None:
     """Raise `UserError` with all missing and unexpected tensors and those with a wrong shape."""
-    missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected]
-    shapes = [f"{name} {list(found[name])} instead of {list(shape)}"
-              for name, shape in expected.items() if name in found and found[name] != shape]
-    problems = [f"{len(names)} {problem} ({listed(names)})" for problem, names in (
+    missing = [name for name in expected if name not in actual]
+    unexpected = [name for name in actual if name not in expected]
+    shapes = [f"{name} {list(actual[name])} instead of {list(shape)}"
+              for name, shape in expected.items() if name in actual and actual[name] != shape]
+    problems = [f"{len(names)} {problem} ({format_names(names)})" for problem, names in (
         ("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)) if names]
     if problems:
         raise UserError(f"{where}: its tensors do not match the model: {'; '.join(problems)}; {remedy}")
@@ -151,31 +151,31 @@ class HfWeights:
         self.path = path
         config = read_json(path / CONFIG)
         self._shards = open_shards(path)
-        self.left_out: list[str] = []
+        self.encoder_tensors: list[str] = []
         """Tensors of image and audio encoders."""
         self.notes: list[str] = []
         """Warnings about ignored fields and tensors."""
-        text_inside = TEXT_INSIDE.get(str(config.get("model_type")))
+        text_inside = NESTED_TEXT_MODELS.get(str(config.get("model_type")))
         try:
-            self.config = text_config(config)
-            family = models.get(str(self.config.get("model_type")))
+            self.config = extract_text_config(config)
+            family = models.get_family(str(self.config.get("model_type")))
             self._stored = _stored_tensors(self._shards, config)
             """Hugging Face name -> stored tensor."""
             if text_inside is not None:
-                text_names, self.left_out = text_inside.names(self._stored)
-                if self.left_out:
-                    self.notes.append(f"the {len(self.left_out)} tensors of the image encoder ("
-                                      f"{self.left_out[0]}, ...) are not converted")
+                text_names, self.encoder_tensors = text_inside.map_tensor_names(self._stored)
+                if self.encoder_tensors:
+                    self.notes.append(f"the {len(self.encoder_tensors)} tensors of the image encoder ("
+                                      f"{self.encoder_tensors[0]}, ...) are not converted")
                 self._stored = {name: self._stored[other] for name, other in text_names.items()}
             known_config = {name: value for name, value in self.config.items() if name != FIELD}
-            if ignored_fields := family.find_passed_over(known_config):
+            if ignored_fields := family.find_ignored_fields(known_config):
                 field_names = [name for item in family.config for name in item.names]
-                # `find_misspelt` returns "" or "; HINT".
-                hints = {name: find_misspelt(name, field_names)[2:] for name in ignored_fields}
+                # `suggest_spelling` returns "" or "; HINT".
+                hints = {name: suggest_spelling(name, field_names)[2:] for name in ignored_fields}
                 fields = ", ".join(f"{name} ({hint})" if hint else name for name, hint in hints.items())
                 self.notes.append(f"{CONFIG}: fields without effect on the computation, which to-hf writes "
                                   f"unchanged: {fields}")
-            self.carried = family.find_carried(known_config)
+            self.carried = family.find_carried_fields(known_config)
             """Fields of config.json that are copied to exports."""
             self.model = family.from_hf_config(known_config, self._stored)
             if self.model.tied_embeddings and not self._tie_head():
@@ -189,7 +189,8 @@ class HfWeights:
         self._exclude_tensors([name for name in self._stored if name not in self._shapes
                                   and RECOMPUTED.fullmatch(name)], f"programs compute them from {CONFIG}")
         shapes = {name: stored.shape for name, stored in self._stored.items()}
-        self.copies = {name: other for name, other in family.copies_in(self.model).items() if name in shapes}
+        self.copies = {name: other for name, other in family.find_copies(self.model).items()
+                       if name in shapes}
         """Duplicated tensors in the folder -> originals (see `hf_import.check_copies`)."""
         copy_shapes = {name: self._shapes[other] for name, other in self.copies.items()}
         expected = self._shapes | copy_shapes
@@ -198,13 +199,13 @@ class HfWeights:
             remedy = f"correct {CONFIG}, or remove the unexpected tensors if no program reads them"
         if expected.keys() - shapes:
             remedy = f"correct {CONFIG} if the model has no such tensors, otherwise {DAMAGED_HF}"
-        check_exact(path, shapes, expected, remedy)
+        check_shapes(path, shapes, expected, remedy)
 
     def _exclude_tensors(self, names: Iterable[str], reason: str) -> None:
         """Remove tensors that need no conversion, and add a note."""
         removed = [name for name in names if self._stored.pop(name, None)]
         if removed:
-            self.notes.append(f"tensors that are not converted: {listed(removed)} ({reason})")
+            self.notes.append(f"tensors that are not converted: {format_names(removed)} ({reason})")
 
     def _tie_head(self) -> bool:
         """Remove the head if it equals the embedding; return False if `tie_word_embeddings` must be ignored.
@@ -254,7 +255,7 @@ def has_same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _stored_tensors(shards: dict[str, TensorFile], config: dict[str, Any]) -> dict[str, StoredTensor]:
     """Return name -> stored tensor for all files; raises `UserError` for an unknown storage format."""
-    low_bit: dict[str, StoredTensor] = {**low_bit_weights(config, shards)}
+    low_bit: dict[str, StoredTensor] = {**find_low_bit_weights(config, shards)}
     parts = {part for tensor in low_bit.values() for part in tensor.parts}
     return {name: FileTensor(file, name) for name, file in shards.items() if name not in parts} | low_bit
 
@@ -287,12 +288,12 @@ class CheckpointWeights:
         self.path = path
         settings = read_checkpoint_settings(path)
         self.model = settings.model
-        self.links = models.get(self.model.family, settings.code).links(self.model)
+        self.links = models.get_family(self.model.family, settings.code).links(self.model)
         self._reader = TensorReader(path, PART)
         self._links_by_name = {name: link for link in self.links for name in link.hf_names}
         shapes = {key: self._reader.get_shape(key)
                  for key in self._reader.keys()}  # noqa: SIM118  (a method of the reader, not a dict)
-        check_exact(path, shapes, {link.key: link.shape for link in self.links},
+        check_shapes(path, shapes, {link.key: link.shape for link in self.links},
                     "the checkpoint is damaged or of another version")
         self._reader.check_complete()
         self._thread_state = threading.local()
@@ -356,10 +357,10 @@ def open_shards(path: Path) -> dict[str, TensorFile]:
         files[file.name] = TensorFile(file, remedy)
         return files[file.name].entries
 
-    return {name: files[file] for name, file in tensor_files(path, read_names).items()}
+    return {name: files[file] for name, file in find_tensor_files(path, read_names).items()}
 
 
-def tensors_left_out(folder: Path) -> tuple[str, ...]:
+def list_ignored_prefixes(folder: Path) -> tuple[str, ...]:
     """Return name prefixes of tensors in `folder` that transformers' language model class ignores.
 
     These are prediction layers after the last layer (transformers knows them for published sizes only) and,
@@ -367,11 +368,11 @@ def tensors_left_out(folder: Path) -> tuple[str, ...]:
     """
     config = read_json(folder / CONFIG)
     model_type = str(config.get("model_type"))
-    prefixes = TEXT_INSIDE[model_type].others if model_type in TEXT_INSIDE else ()
+    prefixes = NESTED_TEXT_MODELS[model_type].others if model_type in NESTED_TEXT_MODELS else ()
     layers, num_predictions = config.get("num_hidden_layers"), config.get(PREDICTION_NAMES[0])
     try:
         if not isinstance(num_predictions, int):
-            num_predictions = int(models.get(model_type).predicts_behind())
+            num_predictions = int(models.get_family(model_type).has_mtp_after_trunk())
     except UserError:  # a family of transformers that is unknown here
         num_predictions = 0
     if not isinstance(layers, int) or not 0 <= num_predictions <= MAX_LAYERS:
@@ -379,7 +380,7 @@ def tensors_left_out(folder: Path) -> tuple[str, ...]:
     return (*prefixes, *(f"model.layers.{layers + i}." for i in range(num_predictions)))
 
 
-def refuse_damaged_export(folder: Path) -> None:
+def check_export(folder: Path) -> None:
     """Raise `UserError` if weight files of our own export differ from its manifest.
 
     Files that users edit, such as templates and generation defaults, are not checked.
@@ -387,15 +388,15 @@ def refuse_damaged_export(folder: Path) -> None:
     if not (folder / MANIFEST).is_file() or "format_version" not in read_json(folder / MANIFEST):
         return
     weights = [name for name in read_manifest(folder).files if name.endswith(".safetensors")]
-    if problems := damaged_files(folder, weights, HASHED_AT_A_TIME):
+    if problems := find_damaged_files(folder, weights, HASHED_AT_A_TIME):
         raise UserError(f"{problems[0]}; {DAMAGED_HF}")
 
 
 
-WHERE = "the weights to take in"
+IMPORTED_WEIGHTS = "the weights to take in"
 
 
-class Shaped(Protocol):
+class HasShape(Protocol):
     """A tensor, or a message that announces a tensor."""
 
     @property
@@ -404,7 +405,7 @@ class Shaped(Protocol):
         ...
 
 
-_Tensor = TypeVar("_Tensor", bound=Shaped)
+_Tensor = TypeVar("_Tensor", bound=HasShape)
 
 
 def check_whole_model(weights: Iterable[tuple[str, _Tensor]], shapes: Mapping[str, tuple[int, ...]],
@@ -425,10 +426,10 @@ def check_whole_model(weights: Iterable[tuple[str, _Tensor]], shapes: Mapping[st
         if name not in shapes and any(re.search(pattern, name) for pattern in ignored):
             continue
         if name in seen:
-            raise UserError(f"{WHERE}: {name} is given twice; give each tensor once")
+            raise UserError(f"{IMPORTED_WEIGHTS}: {name} is given twice; give each tensor once")
         seen[name] = tuple(tensor.shape)
         if shapes.get(name) != seen[name]:
-            check_exact(WHERE, {name: seen[name]}, {n: s for n, s in shapes.items() if n == name},
+            check_shapes(IMPORTED_WEIGHTS, {name: seen[name]}, {n: s for n, s in shapes.items() if n == name},
                         "take a model of the same family and sizes")
         yield name, tensor
-    check_exact(WHERE, seen, dict(shapes), "give every tensor of the model")
+    check_shapes(IMPORTED_WEIGHTS, seen, dict(shapes), "give every tensor of the model")

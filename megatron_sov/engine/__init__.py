@@ -8,8 +8,8 @@ from typing import Any
 
 os.environ.setdefault("NO_VCS_VERSION", "1")  # otherwise the library reads a commit from this repository
 
-# The library imports the kernels of its paged expert stash unconditionally. They need triton, which only
-# torch's CUDA builds include, and no setting here uses them.
+# Megatron-Core always imports the kernels of the paged expert stash. The kernels need triton, which only
+# torch's CUDA builds include; no setting of this project uses them.
 if importlib.util.find_spec("triton") is None:
     _absent: Any = types.ModuleType("megatron.core.transformer.moe.ops.paged_stash")
     _absent.GLOBAL_BLOCK_SIZE = _absent.paged_stash_copy_kernel = _absent.paged_stash_pop_kernel = None

@@ -24,7 +24,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 
 from megatron_sov.engine.model.attention import SharedPrompts
 from megatron_sov.engine.parallel import context
-from megatron_sov.engine.parallel.device import local_device, to_device
+from megatron_sov.engine.parallel.device import get_local_device, to_device
 from megatron_sov.model.config import ModelConfig
 
 # Route replay: routers look up the experts of each token in one table per step.
@@ -35,17 +35,17 @@ from megatron_sov.model.config import ModelConfig
 # bool. A counter per router, as in the library's `RouterReplay`, would fail with interleaved pipelines or
 # out-of-order recomputation.
 
-WIDE_MARK = -1
+UINT16_MARK = -1
 """65535 as int16: torch can index int16 tensors but not uint16."""
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordedRoutes:
     """Recorded routes of local tokens in one layer."""
 
     experts: torch.Tensor
     """[tokens, top_k] int64; arbitrary values for tokens without a record."""
-    there: torch.Tensor
+    is_recorded: torch.Tensor
     """[tokens] bool: whether the table has a record for the token."""
 
 
@@ -60,12 +60,12 @@ class RouteTable:
             first_layer: the library's number (from 1) of the first MoE layer.
         """
         self._first_layer = first_layer
-        self._mark = np.iinfo(np.uint8).max if routes.dtype == np.uint8 else WIDE_MARK
+        self._mark = np.iinfo(np.uint8).max if routes.dtype == np.uint8 else UINT16_MARK
         indexable = routes if routes.dtype == np.uint8 else routes.view(np.int16)
-        self._experts = to_device(torch.from_numpy(np.ascontiguousarray(indexable)), local_device())
+        self._experts = to_device(torch.from_numpy(np.ascontiguousarray(indexable)), get_local_device())
         self._num_bits = max(1, (len(routes) - 1).bit_length())
 
-    def mask(self, padding: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    def encode_mask(self, padding: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Encode table indices into a padding mask.
 
         Args:
@@ -78,13 +78,13 @@ class RouteTable:
         bits = torch.arange(self._num_bits, device=places.device)[:, None]
         return torch.cat([padding[None], (places >> bits) & 1 == 1])
 
-    def find(self, mask: torch.Tensor, layer: int) -> Recorded:
+    def decode_routes(self, mask: torch.Tensor, layer: int) -> RecordedRoutes:
         """Decode the indices from a mask [tokens, 1 + bits] bool and return the tokens' records."""
         bits = torch.arange(self._num_bits, device=mask.device)
         # padding has arbitrary indices and is masked below
         places = (mask[:, 1:].long() << bits).sum(dim=1)
         experts = self._experts[places, layer - self._first_layer]
-        return Recorded(experts.long(), (experts[:, 0] != self._mark) & ~mask[:, 0])
+        return RecordedRoutes(experts.long(), (experts[:, 0] != self._mark) & ~mask[:, 0])
 
 
 @contextlib.contextmanager
@@ -118,26 +118,26 @@ def replay_routes(config: Any, rows: Sequence[np.ndarray | None]) -> Iterator[li
 # bits may differ from the score. A group's score is the sum of its best K / (chosen groups) experts, equal to
 # the router's sum of two if K is twice the number of chosen groups.
 
-def problem(model: ModelConfig) -> str:
+def find_fusion_problem(model: ModelConfig) -> str:
     """Return why the kernels cannot route this model, or ""."""
     from megatron.core.extensions import transformer_engine as te
 
     if te.fused_topk_with_score_function is None:
         return ("needs the routing kernels of Transformer Engine 2.7 or newer, and the one here has none; "
                 "install a newer one, or leave it out")
-    if not _formula_serves(model.router_score, model.norm_topk_prob, model.num_experts_per_token):
+    if not _matches_formula(model.router_score, model.norm_topk_prob, model.num_experts_per_token):
         return (f"does not go with model.norm_topk_prob = {model.norm_topk_prob} and "
                 f"model.num_experts_per_token = {model.num_experts_per_token}: the kernels divide several "
                 "sigmoid weights by their sum, and never a single one; leave it out")
-    if model.num_expert_groups > 1 and not _groups_serve(model.num_experts_per_token,
-                                                         model.num_groups_per_token):
+    if model.num_expert_groups > 1 and not _matches_group_score(model.num_experts_per_token,
+                                                                model.num_groups_per_token):
         return (f"does not go with model.num_experts_per_token = {model.num_experts_per_token} and "
                 f"model.num_groups_per_token = {model.num_groups_per_token}: of a group the kernels add up "
                 "as many scores as experts are chosen in a kept one, and the router two; leave it out")
     return ""
 
 
-def serves(config: Any, logits: torch.Tensor) -> bool:
+def uses_fused_routing(config: Any, logits: torch.Tensor) -> bool:
     """Return whether to use the kernels: `moe_router_fusion` is on, they exist and compute the same
     routing."""
     from megatron.core.extensions import transformer_engine as te
@@ -146,25 +146,25 @@ def serves(config: Any, logits: torch.Tensor) -> bool:
         return False
     if logits.dtype == torch.float64:
         return False
-    if config.moe_router_num_groups is not None and not _groups_serve(config.moe_router_topk,
-                                                                      config.moe_router_group_topk):
+    if config.moe_router_num_groups is not None and not _matches_group_score(config.moe_router_topk,
+                                                                             config.moe_router_group_topk):
         return False
-    return _formula_serves(config.moe_router_score_function, config.norm_topk_prob, config.moe_router_topk)
+    return _matches_formula(config.moe_router_score_function, config.norm_topk_prob, config.moe_router_topk)
 
 
-def _formula_serves(score: str, normalised: bool, num_chosen: int) -> bool:
+def _matches_formula(score: str, normalised: bool, num_chosen: int) -> bool:
     """Return whether the kernels compute the router's weights: a softmax with or without normalization, a
     single sigmoid weight without, several sigmoid weights with it."""
     return score == "softmax" or normalised == (num_chosen > 1)
 
 
-def _groups_serve(num_chosen: int, num_groups: int) -> bool:
+def _matches_group_score(num_chosen: int, num_groups: int) -> bool:
     """Return whether the kernels compute group scores as the router does, as a sum of two."""
     return num_chosen // num_groups == 2
 
 
-def choose(config: Any, logits: torch.Tensor,
-           bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def choose_experts_fused(config: Any, logits: torch.Tensor,
+                         bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return weights [tokens, experts] (zero if not chosen) and the choice [tokens, experts] bool."""
     from megatron.core.extensions import transformer_engine as te
 
@@ -179,7 +179,7 @@ def choose(config: Any, logits: torch.Tensor,
     return weights, chosen.clone() if config.moe_router_padding_for_quantization else chosen
 
 
-def balancing_scores(config: Any, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def compute_balancing_scores(config: Any, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scores [tokens, experts] that sum to 1, and the top K [tokens, experts] bool."""
     from megatron.core.extensions import transformer_engine as te
 
@@ -195,7 +195,7 @@ EPSILON = 1e-20
 
 @dataclass
 class RoutingStep:
-    """State of the current optimizer step that all routers of a process share.
+    """State of the current optimizer step, shared by the process's routers.
 
     The config holds it as `routing_step`. Inputs are constant within a step, so recomputation in the backward
     pass sees the values of the forward pass.
@@ -227,11 +227,11 @@ class RoutingStep:
         their capture."""
         self.seq_len = seq_len
         if not isinstance(self.num_sequences, torch.Tensor):
-            self.num_sequences = torch.empty((), dtype=torch.float32, device=local_device())
+            self.num_sequences = torch.empty((), dtype=torch.float32, device=get_local_device())
         self.num_sequences.fill_(num_sequences)
-        self.forget_losses()
+        self.reset_losses()
 
-    def forget_losses(self) -> None:
+    def reset_losses(self) -> None:
         for loss in self.aux_loss.values():
             loss.zero_()
 
@@ -241,7 +241,7 @@ class RoutingStep:
         return self.table is None and self.shared is None and self.record is None
 
 
-def let_routes_go() -> None:
+def patch_dispatcher_combine() -> None:
     """Make the all-to-all dispatcher free a micro-batch's routes after the combine.
 
     Megatron-Core keeps the routes, and with them the router's graph, until the layer's next forward pass.
@@ -249,14 +249,14 @@ def let_routes_go() -> None:
     4,096 tokens and hidden size 4,096 the backward pass leaves 1.9 GB more. Test:
     `test_router.py::test_a_pass_leaves_no_routes_and_so_no_inputs_of_recomputed_layers`.
     """
-    MoEAlltoAllTokenDispatcher.combine_postprocess = _combined
+    MoEAlltoAllTokenDispatcher.combine_postprocess = _combine_and_free_routes
 
 
-_combine = MoEAlltoAllTokenDispatcher.combine_postprocess
+_original_combine = MoEAlltoAllTokenDispatcher.combine_postprocess
 
 
-def _combined(dispatcher: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-    output: torch.Tensor = _combine(dispatcher, *args, **kwargs)
+def _combine_and_free_routes(dispatcher: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    output: torch.Tensor = _original_combine(dispatcher, *args, **kwargs)
     # a graph replay does not set the weights again, and the library reads their dtype
     dispatcher.probs = dispatcher.probs.new_empty(0)
     dispatcher.routing_map = dispatcher.reversed_local_input_permutation_mapping = None
@@ -275,7 +275,7 @@ class BalancedRouter(TopKRouter):
         super().__init__(config, pg_collection, **kwargs)
         if self.local_tokens_per_expert is None:  # the library counts only for a selection bias
             del self.local_tokens_per_expert
-            zeros = torch.zeros(config.num_moe_experts, dtype=torch.float32, device=local_device())
+            zeros = torch.zeros(config.num_moe_experts, dtype=torch.float32, device=get_local_device())
             self.register_buffer("local_tokens_per_expert", zeros, persistent=False)
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
@@ -304,8 +304,8 @@ class BalancedRouter(TopKRouter):
             padding_mask = self.config.routing_step.padding.T
         mask = None if padding_mask is None else padding_mask.reshape(len(logits), -1)
         valid = None if mask is None else ~mask[:, 0]
-        recorded = self._recorded(mask)
-        probs, routing_map = self._choose(logits, recorded)
+        recorded = self._find_recorded(mask)
+        probs, routing_map = self._choose_experts(logits, recorded)
         # a recomputed layer runs forward twice, first without gradients: only the second pass counts tokens
         learns = self.training and torch.is_grad_enabled()
         if learns or self.config.routing_step.counts_evaluation:
@@ -313,20 +313,20 @@ class BalancedRouter(TopKRouter):
             if shared is not None:
                 valid = ~shared.padding
             if learns:
-                probs = self._with_balancing_loss(probs, logits, valid, recorded)
-            self._count_tokens(_of_documents(routing_map, shared), valid)
+                probs = self._attach_balancing_loss(probs, logits, valid, recorded)
+            self._count_tokens(_expand_documents(routing_map, shared), valid)
         return probs, routing_map
 
-    def _recorded(self, mask: torch.Tensor | None) -> Recorded | None:
+    def _find_recorded(self, mask: torch.Tensor | None) -> RecordedRoutes | None:
         """Return the recorded routes in this layer for a mask [tokens, ...], or None without indices."""
         table = self.config.routing_step.table
         if table is None or mask is None or mask.shape[1] == 1:
             return None
         layer: Any = self.layer_number
-        return table.find(mask, layer)
+        return table.decode_routes(mask, layer)
 
-    def _choose(self, logits: torch.Tensor,
-                recorded: Recorded | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _choose_experts(self, logits: torch.Tensor,
+                        recorded: RecordedRoutes | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return weights and choice of the top K experts by score plus bias (arXiv 2412.19437, eq. 12-16), or
         of the recorded experts; weights use the scores without bias.
 
@@ -337,16 +337,17 @@ class BalancedRouter(TopKRouter):
         """
         record = self.config.routing_step.record
         # the kernels neither replay nor return the experts' order
-        if recorded is None and record is None and serves(self.config, logits):
-            return choose(self.config, logits, self.expert_bias)
-        scores = self._scores(logits)
+        if recorded is None and record is None and uses_fused_routing(self.config, logits):
+            return choose_experts_fused(self.config, logits, self.expert_bias)
+        scores = self._compute_scores(logits)
         biased = scores if self.expert_bias is None else scores + self.expert_bias
         groups, num_kept_groups = self.config.moe_router_num_groups, self.config.moe_router_group_topk
-        _, chosen = torch.topk(biased if groups is None else _within_groups(biased, groups, num_kept_groups),
+        _, chosen = torch.topk(biased if groups is None
+                               else _limit_to_groups(biased, groups, num_kept_groups),
                                self.topk, dim=1)
         if recorded is not None:
             # tokens without a record keep the router's choice
-            chosen = torch.where(recorded.there[:, None], recorded.experts, chosen)
+            chosen = torch.where(recorded.is_recorded[:, None], recorded.experts, chosen)
         if record is not None:
             layer: Any = self.layer_number
             record.setdefault(layer, []).append(chosen.detach())
@@ -358,7 +359,7 @@ class BalancedRouter(TopKRouter):
                                                  weights * self.config.moe_router_topk_scaling_factor)
         return probs, torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True)
 
-    def _scores(self, logits: torch.Tensor) -> torch.Tensor:
+    def _compute_scores(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.softmax(dim=-1) if self.score_function == "softmax" else logits.sigmoid()
 
     def _count_tokens(self, routing_map: torch.Tensor, valid: torch.Tensor | None) -> None:
@@ -366,16 +367,16 @@ class BalancedRouter(TopKRouter):
             chosen = routing_map if valid is None else routing_map & valid[:, None]
             self.local_tokens_per_expert += chosen.sum(dim=0)
 
-    def _with_balancing_loss(self, probs: torch.Tensor, logits: torch.Tensor, valid: torch.Tensor | None,
-                             recorded: Recorded | None) -> torch.Tensor:
+    def _attach_balancing_loss(self, probs: torch.Tensor, logits: torch.Tensor, valid: torch.Tensor | None,
+                               recorded: RecordedRoutes | None) -> torch.Tensor:
         coeff = self.get_aux_loss_coeff("seq_aux_loss")
         step: RoutingStep = self.config.routing_step
         if coeff == 0:
             return probs
         if valid is None:
             valid = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-        row, num_rows = self._rows(len(valid), step, logits.device)
-        scores, counts = self._normalised(logits, valid, row, num_rows, recorded)
+        row, num_rows = self._get_sequence_index(len(valid), step, logits.device)
+        scores, counts = self._compute_balancing_terms(logits, valid, row, num_rows, recorded)
         scores = scores * valid[:, None]
         tokens = scores.new_zeros(num_rows).index_add_(0, row, valid.to(scores.dtype))
         if self.tp_cp_group.size() > 1:
@@ -395,8 +396,9 @@ class BalancedRouter(TopKRouter):
         step.aux_loss[layer] += loss.detach()
         return MoEAuxLossAutoScaler.apply(probs, loss)
 
-    def _normalised(self, logits: torch.Tensor, valid: torch.Tensor, row: torch.Tensor, num_rows: int,
-                    recorded: Recorded | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _compute_balancing_terms(self, logits: torch.Tensor, valid: torch.Tensor, row: torch.Tensor,
+                                 num_rows: int,
+                                 recorded: RecordedRoutes | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scores [tokens, experts] that sum to 1, and counts [sequences, experts] of local tokens with
         the expert in their top K.
 
@@ -406,34 +408,35 @@ class BalancedRouter(TopKRouter):
         experts = logits.shape[1]
         is_choice = self.expert_bias is None and self.config.moe_router_num_groups is None
         replayed = recorded if is_choice else None
-        if replayed is None and serves(self.config, logits):
-            scores, chosen = (_of_documents(found, self.config.routing_step.shared)
-                              for found in balancing_scores(self.config, logits))
+        if replayed is None and uses_fused_routing(self.config, logits):
+            scores, chosen = (_expand_documents(found, self.config.routing_step.shared)
+                              for found in compute_balancing_scores(self.config, logits))
             counted = (chosen & valid[:, None]).to(scores.dtype)
             return scores, scores.new_zeros(num_rows, experts).index_add_(0, row, counted)
-        scores = self._scores(logits)
+        scores = self._compute_scores(logits)
         scores = scores / (scores.sum(dim=-1, keepdim=True) + EPSILON)  # no effect after a softmax
         top = scores.topk(self.topk, dim=-1).indices
         if replayed is not None:
-            top = torch.where(replayed.there[:, None], replayed.experts, top)
-        scores, top = (_of_documents(found, self.config.routing_step.shared) for found in (scores, top))
+            top = torch.where(replayed.is_recorded[:, None], replayed.experts, top)
+        scores, top = (_expand_documents(found, self.config.routing_step.shared) for found in (scores, top))
         # one scatter-add for all sequences: bin = sequence * experts + expert
         bins = row[:, None] * experts + top
         counted = valid[:, None].expand(bins.shape).to(scores.dtype)
         counts = scores.new_zeros(num_rows * experts).index_add_(0, bins.flatten(), counted.flatten())
         return scores, counts.view(num_rows, experts)
 
-    def _rows(self, num_tokens: int, step: RoutingStep, device: torch.device) -> tuple[torch.Tensor, int]:
+    def _get_sequence_index(self, num_tokens: int, step: RoutingStep,
+                            device: torch.device) -> tuple[torch.Tensor, int]:
         """Return the sequence index of each local token, and the number of sequences in the micro-batch."""
-        split = context.size() * (self.tp_group.size() if self.config.sequence_parallel else 1)
+        split = context.get_cp_size() * (self.tp_group.size() if self.config.sequence_parallel else 1)
         key = num_tokens, step.seq_len
         if key not in step.rows:
-            step.rows[key] = context.row_index(num_tokens * split, self.config.sequence_parallel,
-                                               device) // step.seq_len
+            step.rows[key] = context.compute_row_index(num_tokens * split, self.config.sequence_parallel,
+                                                       device) // step.seq_len
         return step.rows[key], max(1, num_tokens * split // step.seq_len)
 
 
-def _within_groups(scores: torch.Tensor, num_groups: int, num_kept: int) -> torch.Tensor:
+def _limit_to_groups(scores: torch.Tensor, num_groups: int, num_kept: int) -> torch.Tensor:
     """Set scores [tokens, experts] outside each token's best groups to -inf (node-limited routing).
 
     A group's score is the sum of its two best experts (DeepSeek-V3, arXiv 2412.19437, section 2.1.2; the
@@ -444,6 +447,6 @@ def _within_groups(scores: torch.Tensor, num_groups: int, num_kept: int) -> torc
     return grouped.masked_fill(is_outside[..., None], -torch.inf).flatten(1)
 
 
-def _of_documents(numbers: torch.Tensor, shared: SharedPrompts | None) -> torch.Tensor:
+def _expand_documents(numbers: torch.Tensor, shared: SharedPrompts | None) -> torch.Tensor:
     """Expand values [tokens, ...] so that shared prompt tokens appear once per document."""
     return numbers if shared is None else numbers[shared.source]

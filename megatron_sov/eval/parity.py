@@ -1,5 +1,4 @@
-"""The proof that our model is transformers' model: equal logits for equal tokens,
-documents packed here and alone there; and the card that says what was compared, how, and with what result."""
+"""Prove that our model equals transformers' model: compare logits, and write a verification card."""
 
 from __future__ import annotations
 
@@ -21,115 +20,114 @@ from megatron_sov.base.artifacts import MANIFEST, manifest_sha256
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.figures import format_size
 from megatron_sov.convert import ParityCheck
-from megatron_sov.convert.hf_export import Proof
+from megatron_sov.convert.hf_export import ConversionProof
 from megatron_sov.convert.sources import Weights
-from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
+from megatron_sov.engine.decode.forward_only import DocumentBatch, ForwardModel
 from megatron_sov.engine.parallel import launcher
-from megatron_sov.engine.parallel.device import local_device
-from megatron_sov.eval.heldout import rows_of
-from megatron_sov.infer.engines.libraries import load_hf
-from megatron_sov.infer.engines.load import Loaded, run_forward_model
-from megatron_sov.infer.engines.target import Target, as_checkpoint
-from megatron_sov.model.families.count import num_params
+from megatron_sov.engine.parallel.device import get_local_device
+from megatron_sov.eval.heldout_loss import group_into_rows
+from megatron_sov.infer.engines.load import LoadedModel, run_forward_model
+from megatron_sov.infer.engines.target import Target, open_as_checkpoint
+from megatron_sov.infer.engines.transformers_engine import load_hf
+from megatron_sov.model.families.count import count_params
 from megatron_sov.version import __version__
 
 MAX_DIFFERENCE = 1e-4
-"""Largest difference of a logit, relative to the largest logit (or to 1, if that is smaller)."""
+"""Largest difference of a logit, relative to the largest logit or 1, whichever is larger."""
 LOGITS_BYTES = 1 << 30
-"""Logits that are held at a time on either side."""
+"""Size of the logits in memory on each side."""
 
 
 def compare_logits(checkpoint: Path, hf_dir: Path, prompts: Sequence[Sequence[int]], *,
                    settings: Sequence[str] = (), nproc: int | None = None) -> list[ParityCheck]:
-    """Compare a checkpoint's logits with those of transformers on a Hugging Face folder, in fp32.
+    """Compare the logits of a checkpoint and of transformers, in fp32.
 
     Args:
-        checkpoint: a checkpoint folder.
-        hf_dir: a Hugging Face folder; the whole model must fit into memory.
-        prompts: token ids of each document; ours packed into rows, transformers' one by one.
+        checkpoint: checkpoint folder.
+        hf_dir: Hugging Face folder; the whole model must fit into memory.
+        prompts: token ids of each document; packed into rows on our side, one at a time in transformers.
         settings: layout of our side, e.g. ``parallel.ep=2``.
         nproc: processes of our side.
 
     Returns:
-        The checks, passed or not; none on other processes than the first of a torchrun or Slurm job.
+        All checks, passed or failed; none on processes other than the first of a torchrun or Slurm job.
 
     Raises:
-        UserError: either side cannot be loaded.
+        UserError: a model cannot be loaded.
     """
-    def work(loaded: Loaded) -> list[dict[str, Any]]:
-        # One process has both sides; the others take part in our forward pass alone.
+    def compare(loaded: LoadedModel) -> list[dict[str, Any]]:
+        # One process runs both sides; the others only take part in our forward pass.
         hf = load_hf(hf_dir, torch.float32) if loaded.world.is_main else None
-        return [asdict(c) for c in _checks(loaded.policy, hf, prompts)]
+        return [asdict(c) for c in _compare_documents(loaded.policy, hf, prompts)]
 
-    found = run_forward_model(Target(checkpoint, False), ["train.precision=fp32", *settings], nproc, work)
-    return [ParityCheck(**c) for c in found or []]
+    settings = ["train.precision=fp32", *settings]
+    results = run_forward_model(Target(checkpoint, False), settings, nproc, compare)
+    return [ParityCheck(**c) for c in results or []]
 
 
-def random_prompts(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> list[list[int]]:
-    """Return documents of random tokens: they visit rows of the embedding and experts that
-    text seldom meets."""
+def draw_random_prompts(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> list[list[int]]:
+    """Return documents of random tokens, which use rare tokens and experts."""
     generator = np.random.Generator(np.random.Philox(seed))
     return [generator.integers(0, vocab_size, n).tolist() for n in lengths]
 
 
 class _Difference:
-    """The difference of two models' logits over documents."""
+    """Largest difference of two models' logits over documents."""
 
     def __init__(self) -> None:
-        self._largest, self._scale, self._other, self._compared, self._worst = 0.0, 1.0, 0, 0, ""
+        self._largest, self._scale, self._num_different, self._num_compared, self._worst = 0.0, 1.0, 0, 0, ""
 
-    def add(self, document: int, ours: torch.Tensor, reference: torch.Tensor) -> None:
-        """Take in logits [tokens, vocabulary] of one document.
+    def add_document(self, document: int, ours: torch.Tensor, reference: torch.Tensor) -> None:
+        """Compare the logits [tokens, vocabulary] of one document.
 
         Raises:
-            UserError: the two models have other vocabularies.
+            UserError: the vocabulary sizes differ.
         """
         if ours.shape != reference.shape:
             raise UserError(f"the models have {ours.shape[-1]} and {reference.shape[-1]} token ids, so their "
                             "logits cannot be compared; pass two forms of one model")
-        # NaN counts as infinite: max would pass over it.
+        # NaN counts as infinite, because `max` may ignore it.
         difference = float((ours - reference).abs().nan_to_num(nan=math.inf).max())
         self._scale = max(self._scale, float(reference.abs().max()))
         if difference > self._largest:
             self._largest, self._worst = difference, f"document {document} of {len(reference)} tokens"
-        self._other += _clearly_different(ours, reference)
-        self._compared += len(reference)
+        self._num_different += _count_different_tokens(ours, reference)
+        self._num_compared += len(reference)
 
-    def checks(self) -> list[ParityCheck]:
-        """Return the largest difference of a logit, and the number of greedy tokens that differ."""
-        # Rounding grows with the logits, so the limit does.
+    def build_checks(self) -> list[ParityCheck]:
+        """Return the checks of the largest difference and of the greedy tokens."""
+        # Rounding errors grow with the logits.
         limit = MAX_DIFFERENCE * self._scale
         return [ParityCheck("largest difference of a logit", self._largest, limit, self._largest <= limit,
-                            self._worst), ParityCheck("greedy tokens that differ", self._other, 0,
-                                                      self._other == 0, f"of {self._compared}")]
+                            self._worst), ParityCheck("greedy tokens that differ", self._num_different, 0,
+                                                      self._num_different == 0, f"of {self._num_compared}")]
 
 
-def _checks(policy: ForwardModel, hf: Any, prompts: Sequence[Sequence[int]]) -> list[ParityCheck]:
-    """Return the checks on the process that has transformers' model, nothing of meaning elsewhere."""
+def _compare_documents(policy: ForwardModel, hf: Any, prompts: Sequence[Sequence[int]]) -> list[ParityCheck]:
+    """Run both models on all documents; the result is only valid on the process with `hf`."""
     difference = _Difference()
     limit_tokens = max(LOGITS_BYTES // (4 * policy.model.vocab_size), max(map(len, prompts)))
-    for row in rows_of([len(p) for p in prompts], limit_tokens):
-        batch = Inputs([prompts[i] for i in row], local_device())
+    for row in group_into_rows([len(p) for p in prompts], limit_tokens):
+        batch = DocumentBatch([prompts[i] for i in row], get_local_device())
         ours = policy.logits(batch, torch.arange(sum(len(prompts[i]) for i in row)))
         if hf is None:
             continue
-        for i, mine in zip(row, ours.split([len(prompts[i]) for i in row]), strict=True):
-            difference.add(i, mine, _hf_logits(hf, prompts[i]))
-    return difference.checks()
+        for i, our_logits in zip(row, ours.split([len(prompts[i]) for i in row]), strict=True):
+            difference.add_document(i, our_logits, _compute_hf_logits(hf, prompts[i]))
+    return difference.build_checks()
 
 
 @torch.no_grad()
-def _hf_logits(model: Any, prompt: Sequence[int]) -> torch.Tensor:
+def _compute_hf_logits(model: Any, prompt: Sequence[int]) -> torch.Tensor:
     ids = torch.tensor([list(prompt)], device=model.device)
     logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0].float().cpu()
     return logits
 
 
-def _clearly_different(ours: torch.Tensor, reference: torch.Tensor) -> int:
-    """Count positions with another most probable token, unless transformers' best two are as
-    close as rounding."""
+def _count_different_tokens(ours: torch.Tensor, reference: torch.Tensor) -> int:
+    """Count positions with another greedy token, except where transformers' best two logits nearly tie."""
     best = reference.topk(2, dim=-1).values
-    # Each of the two logits may be off by the limit, hence twice.
+        # Each of the two logits may be off by the limit, hence the factor 2.
     clear = best[:, 0] - best[:, 1] > 2 * MAX_DIFFERENCE * max(1.0, float(reference.abs().max()))
     return int(((ours.argmax(-1) != reference.argmax(-1)) & clear).sum())
 
@@ -140,37 +138,36 @@ SEED = 0
 @dataclass(frozen=True)
 class LogitsProof:
     checks: list[ParityCheck]
-    """Empty where the logits were not compared."""
+    """Empty if the logits were not compared."""
     method: dict[str, Any] = field(default_factory=dict)
-    """For the card: prompts, precision, who ran each side; or why nothing was run."""
+    """Method for the card: prompts, precision and programs, or the reason for no comparison."""
 
 
 def prove_logits(a: Path, b: Path, lengths: Sequence[int], settings: Sequence[str] = (),
                  nproc: int | None = None) -> LogitsProof:
-    """Run both sides on the same random prompts, in float32, and compare their logits.
+    """Compare the logits of two models on random prompts, in float32.
 
-    A checkpoint is run by megatron-core, a Hugging Face folder by transformers.  Where one side is stored in
-    a wider dtype, both run with the narrower one's weights (the weights themselves are compared by
-    `convert.verify`): the wider one is converted for the while.
+    megatron-core runs the checkpoint, transformers the Hugging Face folder. If the dtypes of the weights
+    differ, the wider side is temporarily converted to the narrower dtype; `convert.verify` compares the
+    weights themselves.
 
     Args:
         a: checkpoint or Hugging Face folder.
-        b: the other.
-        lengths: tokens of each prompt; those that the model cannot take are left out.
+        b: checkpoint or Hugging Face folder.
+        lengths: tokens of each prompt; lengths beyond the model's context are skipped.
         settings: layout of the checkpoint's side, e.g. ``parallel.ep=2``.
         nproc: processes of the checkpoint's side.
 
     Returns:
-        The checks and how they were made; no checks on other processes than the first of a
-        torchrun or Slurm job.
+        Checks and method; no checks on processes other than the first of a torchrun or Slurm job.
 
     Raises:
-        UserError: a side cannot be opened or is too large to be run here.
+        UserError: a model cannot be opened, or is too large to run here.
     """
     sides = [convert.open_weights(a), convert.open_weights(b)]
     checkpoints = [side for side in sides if not convert.is_hf_folder(side.path)]
     folders = [side for side in sides if convert.is_hf_folder(side.path)]
-    # One program on both sides proves nothing about the conversion.
+    # Running the same program on both sides would prove nothing about the conversion.
     if len(checkpoints) == 2:
         return LogitsProof([], {"not compared": "both sides are checkpoints, run by one program: "
                                                 "equal weights, equal logits"})
@@ -178,62 +175,61 @@ def prove_logits(a: Path, b: Path, lengths: Sequence[int], settings: Sequence[st
         return LogitsProof([], {"not compared": "both sides are Hugging Face folders, run by one program: "
                                                 "equal weights, equal logits"})
     _check_memory(sides)
-    fitting = [n for n in lengths if n <= sides[0].model.max_position_tokens]
-    prompts = random_prompts(fitting, min(side.model.vocab_size for side in sides), SEED)
-    method = {"prompts": {"lengths": fitting, "tokens": "random", "seed": SEED}, "precision": "float32",
+    prompt_lengths = [n for n in lengths if n <= sides[0].model.max_position_tokens]
+    prompts = draw_random_prompts(prompt_lengths, min(side.model.vocab_size for side in sides), SEED)
+    method = {"prompts": {"lengths": prompt_lengths, "tokens": "random", "seed": SEED},
+              "precision": "float32",
               "largest difference allowed": f"{MAX_DIFFERENCE} of the largest logit, or of 1",
               "run by": {str(side.path): "transformers" if side in folders else "megatron-core"
                          for side in sides}}
-    with _same_weights(checkpoints[0], folders[0]) as (checkpoint, folder):
+    with _match_precision(checkpoints[0], folders[0]) as (checkpoint, folder):
         checks = compare_logits(checkpoint, folder, prompts, settings=settings, nproc=nproc)
         if (checkpoint, folder) != (checkpoints[0].path, folders[0].path):
-            narrower = min(sides, key=_bits)
+            narrower = min(sides, key=_get_bits)
             method["weights"] = f"of the narrower side, {narrower.path}"
-            told = f"weights of both in {str(_dtype(narrower)).removeprefix('torch.')}"
-            checks = [replace(check, detail=f"{check.detail}, {told}".removeprefix(", ")) for check in checks]
+            note = f"weights of both in {str(_get_dtype(narrower)).removeprefix('torch.')}"
+            checks = [replace(check, detail=f"{check.detail}, {note}".removeprefix(", ")) for check in checks]
         return LogitsProof(checks, method)
 
 
 @contextmanager
-def _same_weights(checkpoint: Weights, folder: Weights) -> Iterator[tuple[Path, Path]]:
-    """Give both sides with weights of one precision, the narrower one's."""
-    wider = _bits(checkpoint) - _bits(folder)
+def _match_precision(checkpoint: Weights, folder: Weights) -> Iterator[tuple[Path, Path]]:
+    """Yield both models with weights of the same precision, that of the narrower side."""
+    wider = _get_bits(checkpoint) - _get_bits(folder)
     if wider > 0:
-        with as_checkpoint(Target(folder.path, True)) as narrow:
+        with open_as_checkpoint(Target(folder.path, True)) as narrow:
             yield narrow, folder.path
     elif wider < 0:
         with tempfile.TemporaryDirectory(prefix="sov-export-") as parent:
-            if launcher.apart(lambda: convert.to_hf(checkpoint.path, Path(parent) / "hf")):
+            if launcher.run_in_fork(lambda: convert.to_hf(checkpoint.path, Path(parent) / "hf")):
                 raise SystemExit(ExitCode.CRASH)
             yield checkpoint.path, Path(parent) / "hf"
     else:
         yield checkpoint.path, folder.path
 
 
-def _bits(side: Weights) -> int:
-    """Return how wide a side's weights are."""
-    return 8 * _dtype(side).itemsize
+def _get_bits(side: Weights) -> int:
+    return 8 * _get_dtype(side).itemsize
 
 
-def _dtype(side: Weights) -> torch.dtype:
+def _get_dtype(side: Weights) -> torch.dtype:
     return side.get_dtype(side.list_names()[0])
 
 
 def _check_memory(sides: Sequence[Weights]) -> None:
-    count = num_params(sides[0].model)
+    count = count_params(sides[0].model)
     needed_bytes = (count.total + count.mtp) * 4 * 2
     free_bytes = psutil.virtual_memory().available
     if needed_bytes > free_bytes:
         raise UserError(f"{sides[0].path}: running both sides in float32 takes {format_size(needed_bytes)}, "
-                        f"but {format_size(free_bytes)} are free; pass --no-load to compare the files alone")
+                        f"but {format_size(free_bytes)} are free; pass --no-load to compare files only")
 
 
-def card(a: Path, b: Path, weights: Proof, logits: LogitsProof) -> dict[str, Any]:
-    """Return the verification card: what was compared, the tolerances, versions, every figure,
-    every tensor's checksums."""
+def build_card(a: Path, b: Path, weights: ConversionProof, logits: LogitsProof) -> dict[str, Any]:
+    """Return the verification card: inputs, tolerances, versions, checks, and checksums of every tensor."""
     checks = [*weights.checks, *logits.checks]
     return {
-        "a": _identity(a), "b": _identity(b), "passed": all(check.passed for check in checks),
+        "a": _identify_model(a), "b": _identify_model(b), "passed": all(check.passed for check in checks),
         "checks": [{**vars(check), "value": check.value if math.isfinite(check.value) else str(check.value)}
                    for check in checks], "logits": logits.method,
         "weights": "every tensor under its Hugging Face name, bit by bit; "
@@ -244,7 +240,7 @@ def card(a: Path, b: Path, weights: Proof, logits: LogitsProof) -> dict[str, Any
     }
 
 
-def _identity(path: Path) -> dict[str, str]:
+def _identify_model(path: Path) -> dict[str, str]:
     path = convert.open_weights(path).path
     manifest = {"manifest_sha256": manifest_sha256(path)} if (path / MANIFEST).is_file() else {}
     return {"path": str(path), "kind": "hf_model" if convert.is_hf_folder(path) else "checkpoint", **manifest}

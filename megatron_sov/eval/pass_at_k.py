@@ -1,5 +1,5 @@
-"""pass@k and maj@k from n samples of each prompt, without bias, with intervals over prompts; and judged
-responses, gathered by prompt into these figures."""
+"""Estimate pass@k and maj@k without bias from n samples per prompt, with confidence intervals over
+prompts."""
 
 from __future__ import annotations
 
@@ -14,65 +14,65 @@ from statistics import fmean
 from typing import Any
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.eval.statistics import mean_interval
+from megatron_sov.eval.statistics import compute_mean_interval
 from megatron_sov.infer.request import LENGTH
 from megatron_sov.judge.rewards.answers import normalized
 
 
 @dataclass
 class PromptCounts:
-    """What became of the samples of one prompt."""
+    """Outcomes of the samples of one prompt."""
 
     num_right: int = 0
-    """Samples that the reward calls right."""
+    """Samples with a sufficient reward."""
     wrong: Counter[str] = field(default_factory=Counter)
-    """Final answer -> samples that give it, all wrong."""
+    """Wrong final answer -> number of samples."""
     num_silent: int = 0
-    """Wrong samples without a final answer: they vote for nothing."""
+    """Wrong samples without a final answer, which do not vote."""
     num_unscored: int = 0
-    """Samples without a reward; they are none of the n."""
+    """Samples without a reward, which are not counted in n."""
     reward_sum: float = 0.0
 
     @property
     def num_scored(self) -> int:
-        """The n of the estimators."""
+        """Number of samples n of the estimators."""
         return self.num_right + sum(self.wrong.values()) + self.num_silent
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """One figure over all prompts that have enough samples for it."""
+    """Estimate over all prompts with enough samples."""
 
     k: int
     value: float
     interval: tuple[float, float]
-    """95 %, over prompts: what other prompts of the same kind could give."""
+    """95 % confidence interval over prompts."""
     num_prompts: int
-    """Prompts with k scored samples or more."""
+    """Prompts with at least k scored samples."""
 
 
-def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
-    """Return the probability that of k samples, drawn from n without putting back, one at least is right.
+def compute_pass_at_k(num_samples: int, num_right: int, k: int) -> float:
+    """Return the probability that at least one of k samples, drawn without replacement from n, is right.
 
-    1 - C(n - c, k) / C(n, k): the unbiased estimator of Chen et al. (arXiv 2107.03374, equation 1), in whole
-    numbers up to the last division.
+    1 - C(n - c, k) / C(n, k), the unbiased estimator of Chen et al. (arXiv 2107.03374, equation 1).
 
     Raises:
-        ValueError: there are fewer than k samples, or more right ones than samples.
+        ValueError: there are fewer than k samples, or more right samples than samples.
     """
     if not 1 <= k <= num_samples or not 0 <= num_right <= num_samples:
         raise ValueError(f"pass@{k} of {num_right} right among {num_samples} samples has no meaning")
-    # Whole numbers: quotients of factorials as floats would overflow at a few hundred samples.
-    drawn = math.comb(num_samples, k)
-    return (drawn - math.comb(num_samples - num_right, k)) / drawn
+    # Integers: factorials as floats overflow at a few hundred samples.
+    num_draws = math.comb(num_samples, k)
+    return (num_draws - math.comb(num_samples - num_right, k)) / num_draws
 
 
-def majority_at_k(num_right: int, wrong: Mapping[str, int], num_silent: int, k: int) -> float:
-    """Return the probability that the most frequent final answer of k samples, drawn from all without putting
-    back, is right; of m answers that are equally frequent each is taken with probability 1 / m.
+def compute_majority_at_k(num_right: int, wrong: Mapping[str, int], num_silent: int, k: int) -> float:
+    """Return the probability that the most frequent final answer of k samples, drawn without replacement, is
+    right.
 
-    All draws are counted, as the coefficient of x^k of a product of one polynomial for each answer.  For a
-    right answers among the k, another answer may come up less than a times, or a times: then it ties.
+    A tie of m answers is broken uniformly. All draws are counted, as the coefficient of x^k in a product of
+    one polynomial per answer: given a right samples among k, another answer may occur less than a times, or a
+    times (a tie).
 
     Raises:
         ValueError: there are fewer than k samples.
@@ -81,77 +81,78 @@ def majority_at_k(num_right: int, wrong: Mapping[str, int], num_silent: int, k: 
     num_samples = num_right + num_silent + sum(wrong.values())
     if not 1 <= k <= num_samples:
         raise ValueError(f"maj@{k} of {num_samples} samples has no meaning")
-    won = Fraction(0)
-    # By how many of the k are right: the right answer wins where no wrong one has more votes.
+    num_won = Fraction(0)
+    # Sum over the number of right samples; the right answer wins if no wrong answer has more votes.
     for votes in range(1, min(num_right, k) + 1):
-        ways = _ways(sizes, num_silent, votes, k - votes)
-        won += math.comb(num_right, votes) * sum(Fraction(count, 1 + ties) for ties, count in ways.items())
-    return float(won / math.comb(num_samples, k))
+        draws = _count_draws(sizes, num_silent, votes, k - votes)
+        num_won += math.comb(num_right, votes) * sum(Fraction(count, 1 + ties)
+                                                     for ties, count in draws.items())
+    return float(num_won / math.comb(num_samples, k))
 
 
-def _ways(sizes: Mapping[int, int], num_silent: int, votes: int, draws: int) -> dict[int, int]:
-    """Return number of answers that tie -> ways to draw so many samples of wrong and silent ones of which no
-    answer has more than `votes`."""
-    # answers that are too rare to tie are drawn as silent ones are
-    free = num_silent + sum(size * count for size, count in sizes.items() if size < votes)
-    # [ties][drawn so far] -> ways
-    found = {0: [math.comb(free, drawn) for drawn in range(draws + 1)]}
+def _count_draws(sizes: Mapping[int, int], num_silent: int, votes: int, draws: int) -> dict[int, int]:
+    """Return number of tied answers -> ways to draw wrong and silent samples, no answer more than `votes`
+    times."""
+    # Answers that are too rare to tie count like silent samples.
+    num_free = num_silent + sum(size * count for size, count in sizes.items() if size < votes)
+    # draws_by_ties[ties][number drawn] = ways
+    draws_by_ties = {0: [math.comb(num_free, num_drawn) for num_drawn in range(draws + 1)]}
     for size in (size for size, count in sizes.items() if size >= votes for _ in range(count)):
-        grown: dict[int, list[int]] = {}
-        for ties, ways in found.items():
-            for taken in range(min(votes, draws) + 1):
-                now_tied = ties + 1 if taken == votes else ties
-                row = grown.setdefault(now_tied, [0] * (draws + 1))
-                choices = math.comb(size, taken)
-                # Answers that tie have taken `votes` each, so fewer cannot have been drawn.
-                for drawn in range(ties * votes, draws + 1 - taken):
-                    row[drawn + taken] += choices * ways[drawn]
-        found = grown
-    return {ties: ways[draws] for ties, ways in found.items()}
+        next_draws: dict[int, list[int]] = {}
+        for ties, ways in draws_by_ties.items():
+            for num_taken in range(min(votes, draws) + 1):
+                num_ties = ties + 1 if num_taken == votes else ties
+                row = next_draws.setdefault(num_ties, [0] * (draws + 1))
+                choices = math.comb(size, num_taken)
+                # Each tied answer has taken `votes` samples, so at least ties * votes are drawn.
+                for num_drawn in range(ties * votes, draws + 1 - num_taken):
+                    row[num_drawn + num_taken] += choices * ways[num_drawn]
+        draws_by_ties = next_draws
+    return {ties: ways[draws] for ties, ways in draws_by_ties.items()}
 
 
-def pass_estimates(prompts: Sequence[PromptCounts], ks: Sequence[int]) -> list[Estimate]:
-    return _estimates(ks, [{k: pass_at_k(p.num_scored, p.num_right, k) for k in ks if k <= p.num_scored}
-                           for p in prompts])
+def estimate_pass_at_k(prompts: Sequence[PromptCounts], ks: Sequence[int]) -> list[Estimate]:
+    return _estimate_all(ks, [{k: compute_pass_at_k(p.num_scored, p.num_right, k)
+                               for k in ks if k <= p.num_scored} for p in prompts])
 
 
-def majority_estimates(prompts: Sequence[PromptCounts], ks: Sequence[int]) -> list[Estimate]:
-    return _estimates(ks, [{k: majority_at_k(p.num_right, p.wrong, p.num_silent, k)
-                            for k in ks if k <= p.num_scored} for p in prompts])
+def estimate_majority_at_k(prompts: Sequence[PromptCounts], ks: Sequence[int]) -> list[Estimate]:
+    return _estimate_all(ks, [{k: compute_majority_at_k(p.num_right, p.wrong, p.num_silent, k)
+                               for k in ks if k <= p.num_scored} for p in prompts])
 
 
-def _estimates(ks: Sequence[int], by_prompt: Sequence[Mapping[int, float]]) -> list[Estimate]:
-    values = {k: [found[k] for found in by_prompt if k in found] for k in ks}
-    return [Estimate(k, fmean(shares), mean_interval(shares), len(shares))
+def _estimate_all(ks: Sequence[int], by_prompt: Sequence[Mapping[int, float]]) -> list[Estimate]:
+    values = {k: [shares_by_k[k] for shares_by_k in by_prompt if k in shares_by_k] for k in ks}
+    return [Estimate(k, fmean(shares), compute_mean_interval(shares), len(shares))
             for k, shares in values.items() if shares]
 
 
-def default_ks(num_samples: int) -> list[int]:
-    """Return 1, 2, 4, ... up to the number of samples, which is the last."""
+def choose_default_ks(num_samples: int) -> list[int]:
+    """Return 1, 2, 4, ... and the number of samples."""
     return sorted({*(1 << i for i in range(num_samples.bit_length()) if 1 << i <= num_samples), num_samples})
 
 
 EXTRACTED = "extracted"
-"""Component under which verifiers tell the final answer that they read; maj@k counts these."""
+"""Reward component with the final answer that a verifier extracted; maj@k counts these answers."""
 
 
 @dataclass
-class JudgedItem:
+class ScoredResponses:
     prompts: dict[str, PromptCounts] = field(default_factory=dict)
-    """What tells a prompt from others -> its counts, in the order of the file."""
+    """Prompt key -> counts, in file order."""
     statuses: Counter[str] = field(default_factory=Counter)
-    """Status of the reward -> responses."""
-    tells_answers: bool = False
-    """Whether the reward has told final answers."""
+    """Status of the reward -> number of responses."""
+    has_answers: bool = False
+    """The reward has extracted final answers."""
     reason: str = ""
-    """Why the first response without a reward has none, where it says."""
+    """Reason of the first response without a reward, if stated."""
     num_ended: int = 0
-    """Responses that say why they ended."""
+    """Responses with a finish reason."""
     num_at_limit: int = 0
-    """Those of them that did not end by themselves."""
+    """Responses that ended at the length limit."""
 
     def add(self, key: str, row: Mapping[str, Any], right_from: float) -> None:
-        """Count a row that `score` has written; rewards from `right_from` are right."""
+        """Count a row written by `score`; rewards of at least `right_from` are right."""
         counts = self.prompts.setdefault(key, PromptCounts())
         self.statuses[row["status"]] += 1
         if isinstance(row.get("finish_reason"), str):
@@ -162,9 +163,9 @@ class JudgedItem:
             self.reason = self.reason or str(row.get("reason") or "")
             return
         counts.reward_sum += row["reward"]
-        # Only rows with a reward vote: pass@k and maj@k are over the same samples.
-        told, answer = final_answer(row["components"])
-        self.tells_answers |= told
+        # Only rows with a reward vote, so that pass@k and maj@k use the same samples.
+        has_answer, answer = extract_final_answer(row["components"])
+        self.has_answers |= has_answer
         if row["reward"] >= right_from:
             counts.num_right += 1
         elif answer:
@@ -176,10 +177,10 @@ class JudgedItem:
         """Return pass@k, maj@k and the mean reward as JSON values.
 
         Args:
-            ks: sizes of the draws; none: 1, 2, 4, ... up to the fewest scored samples of a prompt.
+            ks: values of k; empty: 1, 2, 4, ... up to the smallest number of scored samples of a prompt.
 
         Raises:
-            UserError: no response has a reward, or no prompt has enough samples for one of the sizes.
+            UserError: no response has a reward, or no prompt has enough samples for the largest k.
         """
         scored = [p for p in self.prompts.values() if p.num_scored]
         if not scored:
@@ -188,63 +189,62 @@ class JudgedItem:
                             + (f"; the first because {self.reason}" if self.reason else ""))
         fewest, most = min(p.num_scored for p in scored), max(p.num_scored for p in scored)
         if any(k > most for k in ks):
-            raise UserError(f"--k {max(ks)}: no prompt has more than {most} scored samples; ask for fewer, "
-                            "or sample more")
-        # Up to the prompt with the fewest samples, so every figure is over all prompts.
-        ks = sorted(set(ks)) or default_ks(fewest)
+            raise UserError(f"--k {max(ks)}: no prompt has more than {most} scored samples; choose a smaller "
+                            "k, or sample more")
+        # Up to the smallest number of samples, so that every estimate is over all prompts.
+        ks = sorted(set(ks)) or choose_default_ks(fewest)
         prompts = list(self.prompts.values())
-        found: dict[str, Any] = {
+        result: dict[str, Any] = {
             "num_prompts": len(prompts), "num_samples": sum(self.statuses.values()),
             "statuses": dict(self.statuses), "num_unscored": sum(p.num_unscored for p in prompts),
             "num_right": sum(p.num_right for p in prompts),
             "mean_reward": fmean(p.reward_sum / p.num_scored for p in scored),
-            "pass_at_k": _plain(pass_estimates(prompts, ks))}
-        if self.tells_answers:
-            found["maj_at_k"] = _plain(majority_estimates(prompts, ks))
+            "pass_at_k": _to_json(estimate_pass_at_k(prompts, ks))}
+        if self.has_answers:
+            result["maj_at_k"] = _to_json(estimate_majority_at_k(prompts, ks))
         if self.num_ended:
-            found["share_at_limit"] = self.num_at_limit / self.num_ended
-        return found
+            result["share_at_limit"] = self.num_at_limit / self.num_ended
+        return result
 
 
-def _plain(estimates: Iterable[Estimate]) -> list[dict[str, Any]]:
+def _to_json(estimates: Iterable[Estimate]) -> list[dict[str, Any]]:
     return [{**asdict(e), "interval": list(e.interval)} for e in estimates]
 
 
-def final_answer(components: Mapping[str, Any]) -> tuple[bool, str]:
-    """Return whether a reward's components tell the final answer, its own or that of one of its parts, and
-    the answer without what tells no two answers apart; empty: the response has none."""
-    for told in (components, *(part for part in components.values() if isinstance(part, Mapping))):
-        if EXTRACTED in told:
-            return True, normalized(str(told[EXTRACTED] or ""))
+def extract_final_answer(components: Mapping[str, Any]) -> tuple[bool, str]:
+    """Return whether reward components (or one nested part) have an extracted answer, and the normalized
+    answer."""
+    for values in (components, *(part for part in components.values() if isinstance(part, Mapping))):
+        if EXTRACTED in values:
+            return True, normalized(str(values[EXTRACTED] or ""))
     return False, ""
 
 
-def read_judged(path: Path, group_by: str, right_from: float) -> JudgedItem:
-    """Return what became of the rows of a file that `score_file` has written.
+def read_scored_responses(path: Path, group_by: str, right_from: float) -> ScoredResponses:
+    """Count the rows of a file written by `score_file`.
 
     Args:
         path: the file.
-        group_by: field that the responses to one prompt have in common.
-        right_from: least reward of a right response.
+        group_by: field that identifies the prompt.
+        right_from: smallest reward of a right response.
     """
-    return read_judged_parts(path, None, group_by, right_from).get("", JudgedItem())
+    return read_scored_parts(path, None, group_by, right_from).get("", ScoredResponses())
 
 
-def read_judged_parts(path: Path, part_by: str | None, group_by: str, right_from: float) -> dict[str,
-                                                                                                 JudgedItem]:
-    """Return the same for each value of the field `part_by`, in the order of the file; None: all are "", one
-    part."""
-    parts: dict[str, JudgedItem] = {}
+def read_scored_parts(path: Path, part_by: str | None, group_by: str,
+                      right_from: float) -> dict[str, ScoredResponses]:
+    """Count rows for each value of the field `part_by`, in file order; None counts all rows under ""."""
+    parts: dict[str, ScoredResponses] = {}
     with open(path, "rb") as f:
         for line in f:
             row = json.loads(line)
             part = "" if part_by is None else str(row[part_by])
-            parts.setdefault(part, JudgedItem()).add(json.dumps(row[group_by], sort_keys=True), row,
+            parts.setdefault(part, ScoredResponses()).add(json.dumps(row[group_by], sort_keys=True), row,
                                                      right_from)
     return parts
 
 
-def table(figures: Mapping[str, Any]) -> str:
+def format_table(figures: Mapping[str, Any]) -> str:
     majority = {e["k"]: e for e in figures.get("maj_at_k", [])}
     head = f"{'k':>6}  {'pass@k':>8}  {'95 % interval':>17}"
     head += f"  {'maj@k':>8}  prompts" if majority else "  prompts"

@@ -1,5 +1,5 @@
-"""One interface to each program that runs a model: our own generator on Megatron-Core, transformers, servers
-of vLLM.  No torch here."""
+"""Interface of inference engines: our generator on Megatron-Core, transformers, and vLLM servers. No torch
+here."""
 
 from __future__ import annotations
 
@@ -7,109 +7,106 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_args
 
 from megatron_sov.base.settings import Flag
-from megatron_sov.infer.request import Batching, Generated, NamedTensors, Sampling, StopRule, Tokens
+from megatron_sov.infer.request import Batching, GenerationResult, NamedTensors, Sampling, StopRule, Tokens
 
 if TYPE_CHECKING:
-    from megatron_sov.infer.engines.server_engine import ServerPlaces
+    from megatron_sov.infer.engines.server_engine import ServerLocations
     from megatron_sov.infer.engines.target import Target
 
 EngineName = Literal["megatron", "transformers", "vllm"]
 MEGATRON, TRANSFORMERS, VLLM = ENGINES = get_args(EngineName)
-"""Engines by name: the first runs checkpoints at any layout, the others Hugging Face folders."""
-SERVED = (VLLM,)
-"""Those that are servers of their own."""
+"""Engine names: megatron runs checkpoints at any layout, the others run Hugging Face folders."""
+SERVER_ENGINES = (VLLM,)
+"""Engines that run as servers."""
 ChosenEngine = Annotated[EngineName | None, Flag(
     help="What runs the model (default: transformers for a Hugging Face folder)")]
 PRECISION_KEY = "train.precision"
-"""The setting that megatron and transformers share."""
+"""Setting of the engines megatron and transformers."""
 ENGINE_SET = "--engine-set"
-"""Gives layout and precision where --set gives something else."""
+"""Option for layout and precision in commands whose --set is for other settings."""
 
 
 class Engine(Protocol):
-    """A loaded model that continues prompts; where it runs on several processes, called by all together,
-    and all get the same."""
+    """A loaded model that continues prompts. Methods are collective, and return the same on all processes."""
 
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: StopRule | None = None,
-                 streams: Sequence[int] | None = None) -> Generated:
+                 streams: Sequence[int] | None = None) -> GenerationResult:
         """Continue prompts.
 
-        Greedy continuations are those of any other engine, up to rounding; samples follow the same
-        distribution, and are the same only for the same engine.
+        Greedy continuations agree between engines up to rounding. Samples of different engines follow the
+        same distribution, but differ.
 
         Args:
             prompts: token ids of each prompt, at least one.
-            sampling: how tokens are chosen.
-            stop: what ends a continuation early.
-            streams: number of each prompt's stream of random numbers, which with the seed decides its
-                samples; the prompt's place in the list unless given.
+            sampling: settings for choosing tokens.
+            stop: ends continuations early.
+            streams: random stream of each prompt, which determines its samples together with the seed;
+                default: the index of the prompt.
 
         Raises:
-            UserError: the sampling has no meaning, the last update failed, or routes are asked for and the
-                engine does not tell them.
+            UserError: invalid sampling settings, the last update failed, or the engine cannot return routes.
         """
         ...
 
     def update(self, weights: NamedTensors | None, version: int) -> None:
-        """Write with other weights from now on, without a file.
+        """Replace the weights in memory.
 
         Args:
-            weights: every tensor of the model under its Hugging Face name, once, as `convert.export_weights`
-                gives them; on each process that the engine runs on.  None: the engine's model is the one that
-                trains and has them already (megatron).
-            version: what `Generated.version` says of them.
+            weights: all tensors of the model under their Hugging Face names, on each process of the engine,
+                e.g. from `convert.export_weights`. None: the engine shares the trainer's model (megatron).
+            version: version for `Generated.version`.
 
         Raises:
-            UserError: they are not this model's; the engine refuses all work then, until an update succeeds.
+            UserError: the tensors do not match the model; the engine then refuses to generate until an update
+                succeeds.
         """
         ...
 
 
-def engine_for(target: Target) -> EngineName:
-    """Return the engine that runs a model where the user has chosen none."""
+def choose_engine(target: Target) -> EngineName:
+    """Return the default engine for a model."""
     return TRANSFORMERS if target.is_hf else MEGATRON
 
 
-def run_engine(name: str, target: Target, work: Callable[[Engine], Any], *, longest: int,
+def run_with_engine(name: str, target: Target, work: Callable[[Engine], Any], *, longest: int,
                batching: Batching | None = None, settings: Sequence[str] = (),
                nproc: int | None = None, option: str = "--set", with_routes: bool = False,
-               places: ServerPlaces | None = None) -> Any:
-    """Load a model into an engine, and return what some work with it gave.
+               places: ServerLocations | None = None) -> Any:
+    """Load a model into an engine, run `work` with it, and return the result.
 
     Args:
-        name: one of `ENGINES`; all but megatron need a Hugging Face folder.
-        target: the model.
-        work: is given the engine, on every process that it runs on; its result must be plain JSON values.
+        name: one of `ENGINES`; all except megatron need a Hugging Face folder.
+        target: model to load.
+        work: called with the engine on each of its processes; returns JSON values.
         longest: tokens of the longest sequence, prompt and continuation.
-        batching: what bounds memory.
-        settings: `key=value` changes of layout and precision (megatron), of precision (transformers), or of
-            servers.
+        batching: memory limits.
+        settings: `key=value` changes of layout and precision (megatron), precision (transformers) or servers.
         nproc: local processes (megatron).
-        option: that the settings are given by, for sentences.
-        with_routes: whether the work asks for routes, which servers must be started for.
-        places: where servers and their logs are; None: here, and their logs go with them.
+        option: option that gives the settings, for messages.
+        with_routes: start servers that return routes.
+        places: servers and their logs; None starts servers here and deletes their logs.
 
     Returns:
-        The result; None on other processes than the first of a torchrun or Slurm job.
+        The result; None on processes other than the first of a torchrun or Slurm job.
 
     Raises:
-        UserError: the engine is not installed, or cannot load the model.
-        SystemExit: a process failed, after it has said why.
+        UserError: the engine is not installed or cannot load the model.
+        SystemExit: a process failed and has reported its error.
     """
-    # Imported where they are run: commands read options without torch.
+    # Imported here, so that commands parse options without torch.
     if name == MEGATRON:
         from megatron_sov.infer.decoder.generator import MegatronEngine
         from megatron_sov.infer.engines.load import run_forward_model
 
         return run_forward_model(target, settings, nproc,
                                  lambda loaded: work(MegatronEngine(loaded.policy, batching)), option)
-    if name in SERVED:
-        from megatron_sov.infer.engines.server_engine import server_settings, serving_engine
+    if name in SERVER_ENGINES:
+        from megatron_sov.infer.engines.server_engine import open_server_engine, parse_server_settings
 
-        with serving_engine(name, target.path, target.vocab_size, longest,
-                            server_settings(name, settings, option), places,
+        with open_server_engine(name, target.path, target.vocab_size, longest,
+                            parse_server_settings(name, settings, option), places,
                             with_routes=with_routes) as engine:
             return work(engine)
-    from megatron_sov.infer.engines.libraries import HfEngine, load_configured_hf
+    from megatron_sov.infer.engines.transformers_engine import HfEngine, load_configured_hf
 
     return work(HfEngine(load_configured_hf(target.path, settings, option), batching))

@@ -1,8 +1,8 @@
-"""The one seam to models that read more than tokens.
+"""Interface between text training and multimodal code (`megatron_sov.omni`).
 
-The core carries `EncoderInputs` beside the tokens of a row: it joins, slices and hashes them, and never looks
-into a record.  What a picture or a sound is, is behind `Modality`, which the part `omni` implements and
-`modality` finds.  Data, training, conversion and generation of text never load it.
+Data, training, conversion and generation pass `EncoderInputs` along with token rows: they join, slice and
+hash inputs without reading records. Images and audio are decoded by an implementation of `Modality`, which
+`load_modality` imports on demand.
 """
 
 from __future__ import annotations
@@ -24,42 +24,39 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 PICTURES, SOUNDS = "pictures", "sounds"
-"""Kinds of records; a bank has records of one kind."""
+"""Kinds of records; a bank holds a single kind."""
 ENCODERS = {PICTURES: "vision", SOUNDS: "audio"}
-"""Kind -> the part of a model's settings that describes the encoder of its records."""
-
-
-# What a row of tokens has for encoders.
+"""Record kind -> encoder field in `ModelConfig`."""
 
 
 @dataclass(frozen=True)
 class EncoderInput:
-    """The records of one kind in a row of tokens, on the host, and where their features go."""
+    """Records of one kind in a token row, in host memory, and the placeholders their features replace."""
 
     places: np.ndarray
     """[k] int64, ascending: row index of each placeholder."""
     features: np.ndarray
-    """[k] int64: which feature replaces its embedding, as record * slots + slot."""
+    """[k] int64: feature for each placeholder, as record * slots + slot."""
     records: tuple[np.ndarray, ...]
-    """Raw pictures or spectrograms, those of the row alone: views of mapped banks, which are read by the
-    process that encodes them and by no other."""
+    """Raw images or spectrograms of this row: views of memory-mapped banks, read only by the process that
+    encodes them."""
     slots: int
-    """Features of a record."""
+    """Features per record."""
 
 
 EncoderInputs = Mapping[str, EncoderInput]
-"""Kind -> what a row has of it; a kind of which it has nothing is left out."""
+"""Kind -> input; kinds without records are left out."""
 
 
 def take_records(places: np.ndarray, numbers: np.ndarray, records: Sequence[np.ndarray] | np.ndarray,
                  slots: int) -> EncoderInput:
-    """Return a row's input, with those records of a bank that its placeholders name.
+    """Return a row's input with the records of a bank that its placeholders need.
 
     Args:
-        places: [k] of the placeholders, ascending.
-        numbers: [k] of their features in the bank.
+        places: [k] placeholder positions, ascending.
+        numbers: [k] feature numbers in the bank.
         records: the bank.
-        slots: features of a record.
+        slots: features per record.
     """
     rows, index = np.unique(numbers // slots, return_inverse=True)
     return EncoderInput(places.astype(np.int64), index * slots + numbers % slots,
@@ -67,20 +64,20 @@ def take_records(places: np.ndarray, numbers: np.ndarray, records: Sequence[np.n
 
 
 def select_placeholders(part: EncoderInput, which: np.ndarray, places: np.ndarray) -> EncoderInput:
-    """Return some of the placeholders with new places, and the records that they need."""
+    """Return selected placeholders at new positions, with the records they need."""
     return take_records(places, part.features[which], part.records, part.slots)
 
 
 def join_inputs(parts: Iterable[tuple[int, EncoderInputs | None]]) -> dict[str, EncoderInput]:
-    """Return the inputs of parts of a row: (row index of the part's first token, its inputs)."""
+    """Join the inputs for parts in a row, given as (row index of the part's first token, inputs)."""
     by_kind: dict[str, list[tuple[int, EncoderInput]]] = {}
     for first, inputs in parts:
         for kind, part in (inputs or {}).items():
             by_kind.setdefault(kind, []).append((first, part))
-    return {kind: _join(found) for kind, found in by_kind.items()}
+    return {kind: _join_kind(kind_parts) for kind, kind_parts in by_kind.items()}
 
 
-def _join(parts: list[tuple[int, EncoderInput]]) -> EncoderInput:
+def _join_kind(parts: list[tuple[int, EncoderInput]]) -> EncoderInput:
     if len(parts) == 1 and parts[0][0] == 0:
         return parts[0][1]
     starts = np.cumsum([0, *(len(part.records) for _, part in parts[:-1])])
@@ -91,17 +88,17 @@ def _join(parts: list[tuple[int, EncoderInput]]) -> EncoderInput:
 
 
 def slice_inputs(inputs: EncoderInputs | None, start: int, count: int) -> dict[str, EncoderInput]:
-    """Return the inputs of `count` tokens from `start` on, placed from the first of them."""
-    found = {}
+    """Return the inputs for `count` tokens from `start`, with positions relative to `start`."""
+    sliced = {}
     for kind, part in (inputs or {}).items():
         inside = (part.places >= start) & (part.places < start + count)
         if inside.any():
-            found[kind] = select_placeholders(part, inside, part.places[inside] - start)
-    return found
+            sliced[kind] = select_placeholders(part, inside, part.places[inside] - start)
+    return sliced
 
 
 def hash_inputs(inputs: EncoderInputs) -> bytes:
-    """Return a hash of the records and of their places; the same only for the same."""
+    """Return a hash of records and positions."""
     digest = hashlib.blake2b()
     for kind, part in sorted(inputs.items()):
         digest.update(f"{kind} {part.slots} {len(part.places)} {len(part.records)}\n".encode())
@@ -111,119 +108,114 @@ def hash_inputs(inputs: EncoderInputs) -> bytes:
     return digest.digest()
 
 
-# What documents have for encoders.
-
 Banks = Mapping[str, Any]
-"""Kind -> what the records of a source's bank are, in the terms of the part that reads them."""
+"""Kind -> description of a source's media bank, as defined by the `Modality` implementation."""
 NO_BANKS: Banks = {}
 
 
-def banks_of(documents: Any) -> Banks:
-    """Return the banks of documents; those that are made on the fly may know nothing of banks."""
-    found: Banks = getattr(documents, "banks", NO_BANKS)
-    return found
+def get_banks(documents: Any) -> Banks:
+    """Return the banks of documents; {} for documents without the attribute."""
+    banks: Banks = getattr(documents, "banks", NO_BANKS)
+    return banks
 
 
-def inputs_of(documents: Any, document: int, start: int, count: int) -> EncoderInputs:
-    """Return what some tokens have for encoders, placed from the first of them."""
-    if not banks_of(documents):
+def get_encoder_inputs(documents: Any, document: int, start: int, count: int) -> EncoderInputs:
+    """Return the encoder inputs for `count` tokens in a document, with positions relative to `start`."""
+    if not get_banks(documents):
         return {}
-    found: EncoderInputs = documents.encoder_inputs(document, start, count)
-    return found
+    inputs: EncoderInputs = documents.encoder_inputs(document, start, count)
+    return inputs
 
 
 def read_banks(record: Any, where: str) -> Banks:
-    """Return the banks that a source's record in a manifest describes.
+    """Return the banks described by a source's record in a manifest.
 
     Args:
-        record: what the manifest says of them; None: there are none.
-        where: names the source in a message.
+        record: the record; None: no banks.
+        where: name of the source for error messages.
 
     Raises:
-        UserError: it is no such record, or the part that reads banks is not installed.
+        UserError: the record is malformed, or the code that reads banks is not installed.
     """
-    return NO_BANKS if record is None else modality().read_banks(record, where)
+    return NO_BANKS if record is None else load_modality().read_banks(record, where)
 
 
 def check_encoders(model: ModelConfig, sources: Sequence[Any]) -> None:
-    """Check that a model can read the pictures and sounds of its data.
+    """Check that a model has encoders for the images and audio of its data.
 
     Raises:
-        UserError: it has no encoder of such records, or one of others; all of them at once.
+        UserError: encoders are missing or do not fit; the message names all sources.
     """
     if banks := {source.name: source.banks for source in sources if source.banks}:
-        modality().check_banks(model, banks)
-
-
-# The seam.
+        load_modality().check_banks(model, banks)
 
 
 class BankReader(Protocol):
-    """The banks of one token shard, open."""
+    """Open media banks of a token shard."""
 
     def inputs(self, tokens: np.ndarray, features: np.ndarray, where: str) -> EncoderInputs:
-        """Return what a stretch of the shard has for encoders, placed from its first token.
+        """Return the encoder inputs for a range of the shard, with positions relative to its first token.
 
         Args:
-            tokens: its ids.
-            features: what the shard's sidecar says of each (`shard_files.FEATURES`).
-            where: names the document in a message.
+            tokens: token ids.
+            features: the range of the shard's sidecar file (`shard_files.FEATURES`).
+            where: name of the document for error messages.
 
         Raises:
-            UserError: a placeholder names no feature, or one that the bank does not have.
+            UserError: a placeholder has no feature, or a feature that the bank does not have.
         """
         ...
 
 
 Rows = Mapping[str, Sequence[tuple[int, int]]]
-"""Kind -> row and used slots of each of a document's records, in the order of the placeholders."""
+"""Kind -> (bank row, used slots) of a document's records, in placeholder order."""
 
 
 @dataclass(frozen=True)
 class MediaEncoding:
-    """What ids of documents with pictures and sounds depend on besides the tokenizer."""
+    """Settings, besides the tokenizer, that determine the token ids of multimodal documents."""
 
     slots: tuple[tuple[str, int], ...] = ()
-    """Kind and features of its records."""
+    """(kind, features per record)."""
 
 
 class FeatureTokens(InlineTokens, Protocol):
-    """The tokens of pictures and sounds of a tokenizer, some of which are placeholders of features."""
+    """Image and audio tokens of a tokenizer; some are placeholders for features."""
 
     def placeholder_ids(self, kind: str) -> tuple[int, ...]:
-        """Return the tokens that a feature of a kind of record replaces."""
+        """Return the token ids that features of a kind replace."""
         ...
 
     def refuse_lost(self, ids: Sequence[int], texts: Sequence[str]) -> None:
-        """Refuse a document whose tokens are not all among its ids.
+        """Reject a document if encoding lost some of its media tokens.
 
         Raises:
-            BadRecord: some are not.
+            BadRecord: tokens are missing.
         """
         ...
 
     def numbers(self, ids: Sequence[int], rows: Rows) -> np.ndarray:
-        """Return the sidecar of a document's tokens (`shard_files.FEATURES`).
+        """Return the feature numbers of a document's tokens, for the sidecar file (`shard_files.FEATURES`).
 
         Raises:
-            BadRecord: placeholders and features are not as many.
+            BadRecord: the numbers of placeholders and features differ.
         """
         ...
 
 
 class Modality(Protocol):
-    """What the core asks of the part that knows pictures and sounds."""
+    """Multimodal operations that text code needs."""
 
     def read_banks(self, record: Any, where: str) -> Banks:
-        """Return the banks that a manifest's record describes.
+        """Return the banks described by a manifest record.
 
         Raises:
-            UserError: it is no such record; `where` names it.
+            UserError: the record is malformed; `where` names it.
         """
         ...
 
     def open_banks(self, prefix: Path, banks: Banks) -> BankReader:
-        """Open the banks of a token shard, whose files lie at `prefix`.
+        """Open the banks of the token shard at `prefix`.
 
         Raises:
             UserError: a file is damaged or missing.
@@ -231,30 +223,30 @@ class Modality(Protocol):
         ...
 
     def check_banks(self, model: ModelConfig, banks: Mapping[str, Banks]) -> None:
-        """Check that a model can read the banks of sources, by name.
+        """Check that a model has encoders for the banks of sources, by source name.
 
         Raises:
-            UserError: it has no encoder of such records, or one of others; all of them at once.
+            UserError: encoders are missing or do not fit; the message names all sources.
         """
         ...
 
     def encoder(self, config: VisionEncoderConfig | AudioEncoderConfig, hidden_size: int) -> Any:
-        """Return an `nn.Module` from raw records to features [records, slots, hidden_size]; of None, the
-        features of nothing.  Its `trains` tells whether anything of it learns."""
+        """Return an `nn.Module` from raw records to features [records, slots, hidden_size]; None gives no
+        features. Its `trains` is true if any parameter is trained."""
         ...
 
     def feature_tokens(self, tokenizer: Tokenizer, encoding: MediaEncoding) -> FeatureTokens:
-        """Return the tokens of pictures and sounds that a tokenizer has."""
+        """Return the image and audio tokens of a tokenizer."""
         ...
 
     def processor_files(self, model: ModelConfig, tokenizer: Path,
                         data: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """Return file -> content of what goes beside a model's weights in a Hugging Face folder.
+        """Return file name -> content of the processor files in a Hugging Face folder.
 
         Args:
-            model: the architecture.
-            tokenizer: its folder.
-            data: folders of the token shards that the model has learned from.
+            model: architecture.
+            tokenizer: tokenizer folder.
+            data: token shard folders of the model's training data.
 
         Raises:
             UserError: the tokenizer cannot be read.
@@ -266,7 +258,7 @@ PROVIDER = "megatron_sov.omni.modality"
 
 
 @cache
-def modality() -> Modality:
-    """Return the part that knows pictures and sounds."""
-    found: Modality = import_module(PROVIDER).Omni()
-    return found
+def load_modality() -> Modality:
+    """Import and return the implementation of `Modality`."""
+    implementation: Modality = import_module(PROVIDER).Omni()
+    return implementation

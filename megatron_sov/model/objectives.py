@@ -1,4 +1,4 @@
-"""Which objective a run learns by: a built-in one, or one of your own."""
+"""A run's training objectives: built-in objectives, and plug-ins from a user's file."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from megatron_sov.base.documents import KINDS, ROLLOUTS
 from megatron_sov.base.documents.records import column_problems
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import LoadedPlugin
-from megatron_sov.base.plugins.registry import Registry, check_methods, takes
-from megatron_sov.base.settings import read_arguments
+from megatron_sov.base.plugins.registry import Registry, accepts_arguments, check_methods
+from megatron_sov.base.settings import parse_arguments
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.learning import BUILT_IN
 
 Factory = Callable[[Any], Any]
-"""The run's `train.objectives.data_batches.ObjectiveContext` -> a `train.objectives.objective.Objective`."""
+"""`train.objectives.data_batches.ObjectiveContext` -> `train.objectives.objective.Objective`."""
 METHODS = {"collect": ("policy", "step"), "prepare": ("batch",), "loss": ("hidden", "head", "batch")}
-"""What an objective has to have: method -> what it is given (`train/objectives/objective.py`)."""
+"""Required method of an objective -> its arguments (`train/objectives/objective.py`)."""
 FORMATS = (*KINDS, ROLLOUTS)
-"""Formats of the sources that one may name in `formats`."""
-LEARNS_FROM = {"lm": ("text", "chat"), "sft": ("chat", "text"), "preference": ("preference", "chat"),
+"""Source formats that an objective may list in `formats`."""
+COMMAND_FORMATS = {"lm": ("text", "chat"), "sft": ("chat", "text"), "preference": ("preference", "chat"),
                "distill": ("text", "chat"), "policy": (ROLLOUTS,)}
-"""Built-in objective -> the formats of the data that its command brings."""
-MEMORY = {"state": (), "restore": ("state",)}
-"""What one with a memory has besides."""
+"""Built-in objective -> source formats that its command accepts."""
+STATE_METHODS = {"state": (), "restore": ("state",)}
+"""Methods of objectives with state -> their arguments."""
 
 
-def _check(loaded: LoadedPlugin) -> None:
+def _check_plugin(loaded: LoadedPlugin) -> None:
     check_methods(loaded.value, loaded.reference, "an objective", METHODS)
     if hasattr(loaded.value, "state") or hasattr(loaded.value, "restore"):
-        check_methods(loaded.value, loaded.reference, "an objective with a memory", MEMORY)
+        check_methods(loaded.value, loaded.reference, "an objective with a memory", STATE_METHODS)
     formats = getattr(loaded.value, "formats", FORMATS)
     if not isinstance(formats, tuple) or not formats or not set(formats) <= set(FORMATS):
         raise UserError(f"{loaded.reference}: `formats` is {formats!r}, must be a tuple of "
@@ -43,95 +43,96 @@ def _check(loaded: LoadedPlugin) -> None:
                         "NeededColumn(made_by)")
     if problems := column_problems(columns):
         raise UserError(f"{loaded.reference}: `columns`: {'; '.join(problems)}")
-    if not takes(loaded.value, ("context",)):
-        raise UserError(f"{loaded.reference}: is made by "
-                        f"{loaded.attribute}{inspect.signature(loaded.value)}; "
-                        f"an objective is made by {loaded.attribute}(context), with its own settings "
-                        "behind it, by name and with defaults")
+    if not accepts_arguments(loaded.value, ("context",)):
+        raise UserError(f"{loaded.reference}: has the signature "
+                        f"{loaded.attribute}{inspect.signature(loaded.value)}; an objective needs "
+                        f"{loaded.attribute}(context, *, setting=default, ...)")
 
 
-OWN: Registry[Callable[..., Any]] = Registry("objective", BUILT_IN, _check)
-"""Objectives that are not built in."""
+OBJECTIVE_PLUGINS: Registry[Callable[..., Any]] = Registry("objective", BUILT_IN, _check_plugin)
+"""Objectives from plug-ins."""
 
 
-def check(config: RunConfig) -> None:
-    """Check that the objective is known and takes `objective.options`, by the types that it declares.
+def check_objective(config: RunConfig) -> None:
+    """Check that the objective exists and that `objective.options` match its arguments.
 
     Raises:
-        UserError: it is not, or does not; every wrong option is named.
+        UserError: unknown objective, or wrong options (all are named).
     """
     name, options = config.objective.name, config.objective.options
     if name in BUILT_IN:
         return
-    made = OWN.get(name, config.code)
-    read_arguments(made, options, f"objective {name}", prefix="objective.options", num_ours=1)
+    made = OBJECTIVE_PLUGINS.get(name, config.code)
+    parse_arguments(made, options, f"objective {name}", prefix="objective.options", num_ours=1)
 
 
-def check_command(config: RunConfig, trains_by: str) -> None:
-    """Check that a command brings data of a format that the run's objective learns from.
+def check_command(config: RunConfig, command_objective: str) -> None:
+    """Check that a command accepts a source format that the run's objective learns from.
 
     Args:
-        config: the settings.
-        trains_by: the built-in objective of the command.
+        config: run settings.
+        command_objective: built-in objective of the command.
 
     Raises:
-        UserError: it does not.
+        UserError: objective and command do not match.
     """
     name = config.objective.name
     if name in BUILT_IN:
-        if name != trains_by:
-            raise UserError(f"objective.name = {name}: this command trains by {trains_by!r}; leave the "
-                            f"setting out, or use `megatron-sov {BUILT_IN[name]}`")
+        if name != command_objective:
+            raise UserError(f"objective.name = {name}: this command trains with {command_objective!r}; "
+                            f"leave the setting out, or use `megatron-sov {BUILT_IN[name]}`")
         return
-    formats, brought = OwnFactory(name, OWN.get(name), config).formats, LEARNS_FROM[trains_by]
+    formats = PluginFactory(name, OBJECTIVE_PLUGINS.get(name), config).formats
+    brought = COMMAND_FORMATS[command_objective]
     if not set(formats) & set(brought):
-        commands = [BUILT_IN[other] for other, found in LEARNS_FROM.items() if set(formats) & set(found)]
+        commands = [BUILT_IN[other] for other, found in COMMAND_FORMATS.items() if set(formats) & set(found)]
         raise UserError(f"objective.name = {name}: learns from {', '.join(formats)}, and this command brings "
                         f"{', '.join(brought)}; use `megatron-sov {'` or `megatron-sov '.join(commands)}`")
 
 
-def factory(config: RunConfig, built_in: Factory) -> Factory:
-    """Return what makes the run's objective.
+def get_factory(config: RunConfig, built_in: Factory) -> Factory:
+    """Return the factory of the run's objective.
 
     Args:
         config: resolved settings.
-        built_in: the command's own objective, for runs that name no other.
+        built_in: factory of the command's objective, used unless the run names a plug-in.
     """
     name = config.objective.name
-    return built_in if name in BUILT_IN else OwnFactory(name, OWN.get(name), config)
+    return built_in if name in BUILT_IN else PluginFactory(name, OBJECTIVE_PLUGINS.get(name), config)
 
 
 @dataclass(frozen=True)
-class OwnFactory:
-    """Makes an objective that is not built in; what its class says of the data is said here too."""
+class PluginFactory:
+    """Factory for a plug-in objective, with the class's data requirements."""
 
     name: str
-    """As the settings have it."""
-    made: Callable[..., Any]
-    """The class."""
+    """`objective.name`."""
+    objective_class: Callable[..., Any]
+    """Objective class."""
     config: RunConfig
-    """The run's settings, with those of its own in `objective.options`."""
+    """Run settings; `objective.options` has the class's keyword arguments."""
 
     @property
     def formats(self) -> tuple[str, ...]:
-        """See `train.objectives.objective.formats_of`."""
-        return tuple(getattr(self.made, "formats", ("text", "chat")))
+        """Source formats, see `train.objectives.objective.formats_of`."""
+        return tuple(getattr(self.objective_class, "formats", ("text", "chat")))
 
     @property
     def columns(self) -> Mapping[str, Any]:
-        """See `train.objectives.objective.columns_of`; a class that derives from a built-in one may need
-        columns by the settings, and has `columns_by(config)`."""
-        by = getattr(self.made, "columns_by", None)
-        found: Mapping[str, Any] = by(self.config) if by is not None else getattr(self.made, "columns", {})
-        return found
+        """Required columns, see `train.objectives.objective.columns_of`. A class that derives from a built-in
+        objective may define `columns_by(config)` for columns that depend on settings."""
+        columns_by = getattr(self.objective_class, "columns_by", None)
+        if columns_by is not None:
+            return columns_by(self.config)
+        return getattr(self.objective_class, "columns", {})
 
     def __call__(self, context: Any) -> Any:
-        """Return the objective.
+        """Create the objective.
 
         Raises:
-            UserError: it has no coefficients.
+            UserError: the objective has no `coefficients`.
         """
-        objective = self.made(context, **self.config.objective.options)
+        objective = self.objective_class(context, **self.config.objective.options)
         if not isinstance(getattr(objective, "coefficients", None), Mapping):
             raise UserError(f"objective {self.name}: has no `coefficients`, a dict of term -> its weight in "
                             "the loss; set it in __init__")

@@ -12,7 +12,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.figures import format_count, format_days, format_money, format_value
 from megatron_sov.model import recipes
 from megatron_sov.model.config import RunConfig, apply_settings
-from megatron_sov.model.families.count import num_params
+from megatron_sov.model.families.count import count_params
 from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.plan.calibration.fitting import (
     fullest, nearest, refuse_on_nodes, refuse_too_large, usable_bytes)
@@ -178,7 +178,7 @@ def length_source(request: RecipeRequest) -> str:
         if key in LENGTH_SETTINGS or (key.startswith("data.phases.") and key.endswith(".tokens")):
             return key
     epochs = request.base.train.epochs
-    if request.of_model and epochs:
+    if request.is_model_only and epochs:
         return f"{epochs:g} epoch{'' if epochs == 1 else 's'} of --data"
     return "the recipe's"
 
@@ -369,9 +369,9 @@ def _budget_row(name: str, request: RecipeRequest, machines: Machines, days: flo
     try:
         plan = placed(request, machines, learned)
     except UserError as e:
-        count = num_params(request.base.model)
+        count = count_params(request.base.model)
         return BudgetRow(name, count.total, count.active, None, str(e))
-    count = num_params(plan.config.model)
+    count = count_params(plan.config.model)
     total = totals(plan.quotes)
     share = min(limit / whole for limit, whole in ((days, total.days), (usd, total.cost_usd))
                 if limit is not None)

@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import LoraConfig, ModelConfig, OptimConfig, RunConfig
-from megatron_sov.model.families.adapters import adapted_modules
+from megatron_sov.model.families.adapters import find_adapted_modules
 from megatron_sov.model.families.count import TABLES, layer_weights
-from megatron_sov.model.families.encoders import encoder_tensors
+from megatron_sov.model.families.encoders import encoder_shapes
 from megatron_sov.plan.footprint.held import BF16_BYTES, FLOAT32_BYTES, ITEM_BYTES, stage_params
 from megatron_sov.work.clusters.cluster import ClusterProfile
 from megatron_sov.work.clusters.units import HOURS_PER_DAY, SECONDS_PER_HOUR, SECONDS_PER_YEAR
@@ -151,12 +151,12 @@ def _tensors(model: ModelConfig) -> list[_Tensor]:
     found = [_Tensor(weight.key.replace("{l}", str(layer)), weight.numel, len(weight.shape) == 2,
                      weight.is_buffer) for weight in layer_weights(model) for layer in weight.layers]
     return found + [_Tensor(key, math.prod(shape), len(shape) == 2)
-                    for key, shape in encoder_tensors(model).items()]
+                    for key, shape in encoder_shapes(model).items()]
 
 
 def _adapter(model: ModelConfig, lora: LoraConfig) -> list[_Tensor]:
     return [_Tensor(key, math.prod(shape), len(shape) == 2)
-            for of in adapted_modules(model, lora) for key, shape in of.shapes(lora).items()]
+            for of in find_adapted_modules(model, lora) for key, shape in of.shapes(lora).items()]
 
 
 def _algorithm(optim: OptimConfig, tensor: _Tensor) -> str:

@@ -9,8 +9,8 @@ from functools import cached_property
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import ExtendStageConfig, PhaseConfig, RunConfig
-from megatron_sov.model.config.post_training import WITH_REFERENCE
-from megatron_sov.model.recipes.extension import micro_batch_size
+from megatron_sov.model.config.post_training import REFERENCE_METHODS
+from megatron_sov.model.recipes.extension import find_micro_batch_size
 from megatron_sov.plan.calibration.fitting import fullest, usable_bytes
 from megatron_sov.plan.operation import Cost, Operation, cost, operation
 from megatron_sov.plan.pages.quote import Checkpoint, Quote, QuotedMemory
@@ -160,7 +160,7 @@ def _of_extension(config: RunConfig, stage: ExtendStageConfig, num_ranks: int,
         per_rank = max(1, size // max(1, num_ranks // max(1, config.parallel.ranks_per_replica)))
         # Rows of short samples are filled up to the tokens of the longest row, so memory stays the same.
         limit_tokens = config.train.micro_batch_size * config.data.max_seq_len()
-        train = replace(train, micro_batch_size=micro_batch_size(limit_tokens, stage.seq_len, per_rank))
+        train = replace(train, micro_batch_size=find_micro_batch_size(limit_tokens, stage.seq_len, per_rank))
     tokens = steps * size * stage.seq_len
     phase = PhaseConfig(stage.name, tokens=tokens, seq_len=stage.seq_len, global_batch_size=size)
     model = replace(config.model, max_position_tokens=max(config.model.max_position_tokens, stage.seq_len))
@@ -286,7 +286,7 @@ def _packing_notes(config: RunConfig, work: Workload) -> list[str]:
     name = config.objective.name
     if name == "distill":
         notes.append("The teacher's forward passes and output head are not priced.")
-    elif name == "preference" and config.preference.method in WITH_REFERENCE:
+    elif name == "preference" and config.preference.method in REFERENCE_METHODS:
         notes.append("The forward passes of the reference are not priced: about a quarter of these hours.")
     return notes
 

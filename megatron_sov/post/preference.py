@@ -29,7 +29,7 @@ from megatron_sov.engine.model.logprobs import Head
 from megatron_sov.engine.parallel import collectives
 from megatron_sov.engine.parallel.values import sum_dict
 from megatron_sov.model.config import RunConfig
-from megatron_sov.model.config.post_training import WITH_REFERENCE, PreferenceConfig
+from megatron_sov.model.config.post_training import REFERENCE_METHODS, PreferenceConfig
 from megatron_sov.post import policy, reference
 from megatron_sov.post.reference import document_logprobs
 from megatron_sov.post.sft import Responses, learned, responses_of
@@ -182,7 +182,7 @@ def pair_meters(asked: PreferenceConfig, values: torch.Tensor) -> dict[str, torc
         asked: the method and its strength.
         values: [2 P] from `compared_values`.
     """
-    strength = 1.0 if asked.method in ("simper", "orpo") else asked.strength
+    strength = 1.0 if asked.method in ("simper", "orpo") else asked.effective_beta
     rewards = strength * values
     margins = rewards[0::2] - rewards[1::2]
     return {PAIRS_RIGHT: (margins > 0).double() + (margins == 0).double() / 2, MARGIN: margins}
@@ -303,7 +303,7 @@ class PairLearning(DataObjective):
         self._asked = context.config.preference
         self.coefficients = {PREFERENCE: 1.0}
         if self._asked.method == "orpo":  # its eq. 6
-            self.coefficients = {PREFERENCE: self._asked.strength, CHOSEN: 1.0}
+            self.coefficients = {PREFERENCE: self._asked.effective_beta, CHOSEN: 1.0}
         if self._asked.chosen_coeff > 0:
             self.coefficients[CHOSEN] = self._asked.chosen_coeff
         self.coefficients |= self._mtp_coefficient
@@ -362,7 +362,7 @@ class PairLearning(DataObjective):
             return simper(chosen, rejected), means
         if asked.method == "orpo":
             return orpo(chosen, rejected), means
-        return simpo(chosen, rejected, asked.strength, asked.simpo_gamma, asked.label_smoothing), means
+        return simpo(chosen, rejected, asked.effective_beta, asked.simpo_gamma, asked.label_smoothing), means
 
 
 class PairLearningWithReference(PairLearning):
@@ -390,8 +390,8 @@ class PairLearningWithReference(PairLearning):
         """
         asked = self._asked
         if asked.method == "ipo":
-            return ipo(margins, asked.strength)
-        return dpo(margins, asked.strength, asked.label_smoothing)
+            return ipo(margins, asked.effective_beta)
+        return dpo(margins, asked.effective_beta, asked.label_smoothing)
 
 
 class GroupLearning(DataObjective):
@@ -439,7 +439,7 @@ def objective_of(config: RunConfig) -> type[PairLearning | GroupLearning | Unpai
         return UnpairedLearning
     if method == "grouper":
         return GroupLearning
-    return PairLearningWithReference if method in WITH_REFERENCE else PairLearning
+    return PairLearningWithReference if method in REFERENCE_METHODS else PairLearning
 
 
 def _restrict_weights(batch: MicroBatch, labels: torch.Tensor) -> MicroBatch:
@@ -481,11 +481,11 @@ class UnpairedLearning(PairLearning):
         # Even documents are the judged responses; odd documents are mismatched, for `_estimate_distance`.
         ratios = _log_ratios(responses, logprobs, batch)[0::2]
         desirable, whole = _is_desirable(responses, batch), responses.whole_pairs()
-        losses = kto(ratios, desirable, self._distance, beta=asked.strength,
+        losses = kto(ratios, desirable, self._distance, beta=asked.effective_beta,
                      desirable_weight=asked.desirable_weight, undesirable_weight=asked.undesirable_weight)
         terms = self._terms((losses * whole).sum(), logprobs, hidden, head,
                             self._cross_entropy_batch(batch, responses))
-        rewards, sides = asked.strength * ratios.detach(), (desirable.double(), (~desirable).double())
+        rewards, sides = asked.effective_beta * ratios.detach(), (desirable.double(), (~desirable).double())
         own = learned(batch) & responses.of_side(0)
         return LossSums(
             terms, _logged_losses(logprobs, batch, own, self._num_sources),
@@ -584,6 +584,6 @@ def round_objective_of(config: RunConfig) -> policy.PolicyObjective:
     columns: dict[str, NeededColumn] = {}
     if method == "grouper":
         kind, columns = RoundGroups, dict.fromkeys((ADVANTAGE, SHARE), needed)
-    elif method in WITH_REFERENCE:
+    elif method in REFERENCE_METHODS:
         kind, columns = RoundPairsWithReference, {_reference_column(config): needed}
     return policy.PolicyObjective((ROLLOUTS,), columns, kind)

@@ -21,22 +21,23 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from megatron_sov.base.artifacts import atomic_write, disk_errors, manifest_sha256, new_file, to_json
+from megatron_sov.base.artifacts import (
+    create_file, format_json, manifest_sha256, translate_disk_errors, write_atomically)
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.base.sealed import seal_damage, seal_file, write_sealed
+from megatron_sov.base.sealed import find_seal_damage, seal_file, write_sealed
 from megatron_sov.checkpoint import load
 from megatron_sov.engine.decode.forward_only import ForwardModel
-from megatron_sov.engine.model.local_shards import local_shards
+from megatron_sov.engine.model.local_shards import list_local_shards
 from megatron_sov.engine.model.logprobs import Head
 from megatron_sov.engine.parallel import collectives
-from megatron_sov.engine.parallel.world import ParallelWorld, on_each, on_main
-from megatron_sov.eval.heldout import row_losses
+from megatron_sov.engine.parallel.world import ParallelWorld, run_on_each_rank, run_on_main
+from megatron_sov.eval.heldout_loss import compute_row_losses
 from megatron_sov.infer.engines.load import run_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.model.config import RunConfig, layout_settings
 from megatron_sov.model.families.adapters import PREFIX
-from megatron_sov.model.modality import EncoderInputs, banks_of, inputs_of
+from megatron_sov.model.modality import EncoderInputs, get_banks, get_encoder_inputs
 from megatron_sov.runs.checkpoints import hash_checkpoint_files
 from megatron_sov.runs.folder import REFERENCE
 from megatron_sov.train.data.order import OrderedSample
@@ -158,15 +159,15 @@ class Reference:
 
     def _compute_missing(self, model: RunningLogprobs, rows_per_batch: int) -> tuple[int, int]:
         # The identity is written before the first part, whose checksum includes it.
-        on_main(model.world, self._open)
+        run_on_main(model.world, self._open)
         # Rank 0 decides: processes with different lists would wait in a collective forever.
-        todo, num_tokens = on_main(model.world, self._find_missing), 0
+        todo, num_tokens = run_on_main(model.world, self._find_missing), 0
         with create_bar("reference", len(todo), "part", model.world.is_main) as bar:
             for name, part in todo:
                 parts = self._parts[name]
                 numbers = document_logprobs(model, parts.documents, parts.range_of(part), self._max_tokens,
                                             rows_per_batch)
-                on_main(model.world, partial(write_sealed, parts.file(part), numbers.tobytes(),
+                run_on_main(model.world, partial(write_sealed, parts.file(part), numbers.tobytes(),
                                              parts.identify(part)))
                 num_tokens += len(numbers)
                 bar.update(1)
@@ -202,9 +203,9 @@ class Reference:
                 raise UserError(f"{file}: belongs to another reference, other data or other lengths of "
                                 "samples; delete the folder, and its files are computed again")
             return
-        with disk_errors(self._folder):
+        with translate_disk_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, to_json(self._identity))
+        write_atomically(file, format_json(self._identity))
 
     def _read_identity(self) -> dict[str, Any]:
         file = self._folder / IDENTITY
@@ -267,7 +268,7 @@ class ReferenceParts:
 
     def damage(self, part: int) -> str | None:
         """Return a sentence if the file of a part is missing or damaged, otherwise None."""
-        return seal_damage(self.file(part), self.identify(part))
+        return find_seal_damage(self.file(part), self.identify(part))
 
     def identify(self, part: int) -> str:
         """Return the text that the checksum of a part covers: reference, data and lengths of the folder."""
@@ -294,7 +295,7 @@ class WithReference:
         self._documents, self._parts = parts.documents, parts
         self.lengths, self.is_plain = parts.documents.lengths, parts.documents.is_plain
         self.columns = (*parts.documents.columns, COLUMN)
-        self.banks = banks_of(parts.documents)
+        self.banks = get_banks(parts.documents)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return WithReference, (self._parts,)
@@ -317,7 +318,7 @@ class WithReference:
         return self._documents.routes(document, start, count)
 
     def encoder_inputs(self, document: int, start: int, count: int) -> EncoderInputs:
-        return inputs_of(self._documents, document, start, count)
+        return get_encoder_inputs(self._documents, document, start, count)
 
 
 def document_logprobs(model: RunningLogprobs, documents: Documents, chosen: range, seq_len: int,
@@ -397,29 +398,29 @@ def write_logprobs(model: RunningLogprobs, documents: Documents, file: Path, ide
             problems.append(e)
 
     def end(opened: int, rank: int, size: int) -> None:
-        with disk_errors(file):
+        with translate_disk_errors(file):
             for problem in problems[:1]:
                 raise problem
             os.fsync(opened)
 
     with contextlib.ExitStack() as building:
-        temporary = on_main(world, partial(_create_file, building, file, first_number,
+        temporary = run_on_main(world, partial(_create_file, building, file, first_number,
                                            int(_starts(documents, chosen)[-1])))
         opened = os.open(temporary, os.O_WRONLY)
         try:
             _place_numbers(documents, chosen, seq_len, rows_per_batch * world.dp_size * MICRO_BATCHES,
                            score_rows=score_rows, put=partial(put, opened))
-            on_each(partial(end, opened))
+            run_on_each_rank(partial(end, opened))
         finally:
             os.close(opened)
-        on_main(world, partial(_seal_numbers, building, temporary, identity))
+        run_on_main(world, partial(_seal_numbers, building, temporary, identity))
 
 
 def _create_file(building: contextlib.ExitStack, file: Path, num_nan: int, num_zeros: int) -> Path:
     """Create a temporary file of NaN and zeros, which `building` renames to `file` at its end; return its
     path."""
-    temporary, block = building.enter_context(new_file(file)), np.full(1 << 20, np.nan, "<f4")
-    with disk_errors(file), open(temporary, "wb") as f:
+    temporary, block = building.enter_context(create_file(file)), np.full(1 << 20, np.nan, "<f4")
+    with translate_disk_errors(file), open(temporary, "wb") as f:
         for first in range(0, num_nan, len(block)):
             f.write(block[:num_nan - first].data)
         f.truncate(4 * (num_nan + num_zeros))
@@ -437,7 +438,7 @@ def document_logprobs_hf(model: Any, documents: Documents, chosen: range, seq_le
 
     def score_rows(rows: list[Row]) -> Iterator[np.ndarray]:
         for row in rows:
-            yield -row_losses(model, sample_row(OrderedSample(0, row), documents, seq_len))
+            yield -compute_row_losses(model, sample_row(OrderedSample(0, row), documents, seq_len))
 
     _place_numbers(documents, chosen, seq_len, 1, score_rows=score_rows, put=partial(_put, numbers))
     return numbers
@@ -514,7 +515,7 @@ def run_with_weights(start: Path, view: FeedView, compute: Callable[[], None]) -
     model = view.policy.model
     # The copy must hold the newest weights, and no gather may overwrite the loaded ones.
     model.finish_param_gather()
-    blocks = list(local_shards(model))
+    blocks = list(list_local_shards(model))
     saved, base = [block.data.clone() for block in blocks], model.adapter_base
     try:
         for block in blocks:
@@ -526,5 +527,5 @@ def run_with_weights(start: Path, view: FeedView, compute: Callable[[], None]) -
         for block, data in zip(blocks, saved, strict=True):
             # After a failure too: the optimizer state belongs to these weights.
             block.data.copy_(data)
-        model.finish_writing()
+        model.requantize_weights()
         model.adapter_base = base

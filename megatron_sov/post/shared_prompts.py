@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from megatron_sov.engine.model.attention import SharedPrompts, Span
-from megatron_sov.engine.model.gpu_settings import Here, own_attention_serves
+from megatron_sov.engine.model.gpu_settings import KernelContext, uses_document_attention
 from megatron_sov.engine.model.specs import PRECISION, uses_transformer_engine
 from megatron_sov.engine.parallel.device import to_device
 from megatron_sov.model.config import RunConfig
@@ -26,8 +26,9 @@ def why_not_shared(config: RunConfig) -> list[str]:
     """Return the settings that keep prompts from being shared, each with its reason; empty: prompts are
     shared."""
     reasons = config.why_prompts_not_shared()
-    place = Here(uses_transformer_engine(PRECISION[config.train.precision]), config.model, config.parallel)
-    if not own_attention_serves(place, config.gpu.attention, config.train.deterministic):
+    place = KernelContext(uses_transformer_engine(PRECISION[config.train.precision]), config.model,
+                          config.parallel)
+    if not uses_document_attention(place, config.gpu.attention, config.train.deterministic):
         reasons.append(f"gpu.attention = {config.gpu.attention}: Transformer Engine needs whole documents")
     return reasons
 
@@ -103,7 +104,7 @@ def _select_tokens(batch: MicroBatch, index: torch.Tensor, source: torch.Tensor,
         inputs, tokens=inputs.tokens[index], positions=inputs.positions[index],
         cu_seqlens=to_device(torch.tensor(bounds, dtype=torch.int32), inputs.tokens.device),
         padding=inputs.padding[index], host_bounds=bounds, shared=SharedPrompts(source, spans,
-        inputs.padding))
+                                                                                inputs.padding))
     return dataclasses.replace(
         batch, inputs=selected, labels=batch.labels[index], weights=batch.weights[index],
         types=batch.types[index], sources=batch.sources[index],

@@ -18,13 +18,13 @@ from statistics import fmean
 from typing import Any
 
 from megatron_sov.base.artifacts import (
-    MANIFEST, atomic_write, damaged_files, new_artifact, read_manifest, to_json)
-from megatron_sov.base.digests import fingerprint
+    MANIFEST, create_artifact, find_damaged_files, format_json, read_manifest, write_atomically)
+from megatron_sov.base.digests import fingerprint_folder
 from megatron_sov.base.documents.rows import read_rows
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert.sources import is_hf_folder
-from megatron_sov.eval.pass_at_k import JudgedItem, pass_at_k, read_judged_parts
-from megatron_sov.eval.statistics import difference_interval
+from megatron_sov.eval.pass_at_k import ScoredResponses, compute_pass_at_k, read_scored_parts
+from megatron_sov.eval.statistics import compute_difference_interval
 from megatron_sov.runs.checkpoints import (
     CHECKPOINT_KIND, CHECKPOINTS_FOLDER, MERGED, check_model_path, find_checkpoint, list_complete)
 
@@ -50,10 +50,10 @@ class MeasuredCheckpoint:
     """k -> problem -> pass@k; problems with fewer than k scored samples are left out."""
 
     @staticmethod
-    def of(checkpoint: str, domain: str, judged: JudgedItem, ks: Sequence[int]) -> MeasuredCheckpoint:
+    def of(checkpoint: str, domain: str, judged: ScoredResponses, ks: Sequence[int]) -> MeasuredCheckpoint:
         solved: dict[int, dict[str, float]] = {}
         for k in ks:
-            solved[k] = {problem: pass_at_k(counts.num_scored, counts.num_right, k)
+            solved[k] = {problem: compute_pass_at_k(counts.num_scored, counts.num_right, k)
                          for problem, counts in judged.prompts.items() if counts.num_scored >= k}
         return MeasuredCheckpoint(checkpoint, domain, judged.figures(ks), solved)
 
@@ -104,7 +104,7 @@ def _compare(one: MeasuredCheckpoint, other: MeasuredCheckpoint, k: int) -> tupl
                    if problem in other.solved[k]]
     if not differences:
         return 0.0, (-1.0, 1.0)
-    return fmean(differences), difference_interval(differences)
+    return fmean(differences), compute_difference_interval(differences)
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class ProbedCheckpoint:
             return False
         model = read_manifest(folder, "passk").settings.get("model")
         files = model.get("files") if isinstance(model, dict) else None
-        return not self.path.is_dir() or bool(files == fingerprint(self.path))
+        return not self.path.is_dir() or bool(files == fingerprint_folder(self.path))
 
 
 def candidates_of(paths: Sequence[Path]) -> list[ProbedCheckpoint]:
@@ -164,7 +164,7 @@ def write_problems(probe: Path, domains: Mapping[str, Path]) -> Path:
     """Write the problems of all domains into the folder of the probe, and return the file."""
     lines = [json.dumps({**row, DOMAIN: domain}) + "\n" for domain, file in domains.items()
              for _, row in read_rows(file, "--problems", "prompt")]
-    atomic_write(probe / PROBLEMS, "".join(lines))
+    write_atomically(probe / PROBLEMS, "".join(lines))
     return probe / PROBLEMS
 
 
@@ -214,8 +214,8 @@ def write_table(probe: Path, candidates: Sequence[ProbedCheckpoint], k: int, rig
         "checkpoints": [{"name": c.name, "path": str(c.path), "is_merged": c.is_merged} for c in candidates],
         "table": [m.row(ks) for m in measured.values()],
         "choice": [choice.row() for choice in choices], "merged": merged}
-    with new_artifact(probe / TABLE, TABLE_KIND, overwrite=True) as artifact:
-        atomic_write(artifact.path / RESULTS, to_json(content))
+    with create_artifact(probe / TABLE, TABLE_KIND, overwrite=True) as artifact:
+        write_atomically(artifact.path / RESULTS, format_json(content))
         artifact.content = content
         artifact.settings = dict(json.loads((probe / ASKED).read_text(encoding="utf-8")))
         for candidate in candidates:
@@ -225,10 +225,10 @@ def write_table(probe: Path, candidates: Sequence[ProbedCheckpoint], k: int, rig
 
 def _measure(probe: Path, candidate: ProbedCheckpoint, ks: Sequence[int],
              right_from: float) -> Iterator[MeasuredCheckpoint]:
-    if problems := damaged_files(candidate.folder(probe)):
+    if problems := find_damaged_files(candidate.folder(probe)):
         raise UserError(f"{problems[0]}; delete {candidate.folder(probe)}, and the same command makes "
                         "it again")
-    parts = read_judged_parts(candidate.folder(probe) / SAMPLES, DOMAIN, PROBLEM, right_from)
+    parts = read_scored_parts(candidate.folder(probe) / SAMPLES, DOMAIN, PROBLEM, right_from)
     for domain, judged in parts.items():
         try:
             yield MeasuredCheckpoint.of(candidate.name, domain, judged, ks)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.documents.records import DESIRABLE
 from megatron_sov.base.documents.shard_files import IndexedWriter
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE, TYPE_TEXT
@@ -65,7 +65,7 @@ def write_documents(folder: Path, config: RunConfig, seed: int = 0) -> None:
     longest = 15 if are_pairs else _LONGEST
     columns = dict.fromkeys((*OF_TOKENS, *OF_RESPONSES), "float32")
     counts = {"num_documents": NUM_DOCUMENTS, "num_tokens": 0, "num_bytes": 0}
-    with new_artifact(folder, "tokens") as artifact:
+    with create_artifact(folder, "tokens") as artifact:
         with IndexedWriter(artifact.path / SOURCE, "uint16",
                            {"loss": "float32", "type": "uint8", **columns}) as writer:
             for _ in range(NUM_DOCUMENTS):

@@ -149,7 +149,8 @@ def miniature(config: RunConfig, num_ranks: int, data: Path) -> Miniature:
     if m.layer_windows:
         given["model.layer_windows"] = [windows[window] for _, window in islice(cycle(kinds), sum(runs))]
     if m.swiglu_limits:  # so tight that numbers of this size meet it
-        given["model.swiglu_limits"] = [min(limit, 0.01) for limit in m.at_depth(sum(runs))["swiglu_limits"]]
+        given["model.swiglu_limits"] = [min(limit, 0.01)
+                                            for limit in m.fields_for_depth(sum(runs))["swiglu_limits"]]
     kept = [group for group in config.optim.groups if _is_played(group.pattern, sum(runs))]
     if len(kept) < len(config.optim.groups):
         given["optim.groups"] = [asdict(group) for group in kept]

@@ -26,12 +26,12 @@ import torch
 from megatron_sov.base.artifacts import ArtifactWriter
 from megatron_sov.base.errors import UserError
 from megatron_sov.checkpoint import load
-from megatron_sov.checkpoint.host_snapshot import Snapshot, WrittenSnapshot
+from megatron_sov.checkpoint.host_snapshot import HostSnapshot, SnapshotRecord
 from megatron_sov.checkpoint.sharded_tensors import TensorReader, write_index
-from megatron_sov.engine.model.local_shards import LocalShard, local_shards
-from megatron_sov.engine.model.observing import Observed, locate, observe
-from megatron_sov.engine.optimizer.state_shards import any_float
-from megatron_sov.engine.parallel.simulated_messages import CallSite, Meddle, Standstill, sends
+from megatron_sov.engine.model.local_shards import LocalShard, list_local_shards
+from megatron_sov.engine.model.observing import ModuleSums, locate_difference, observe_modules
+from megatron_sov.engine.optimizer.state_shards import allow_float64
+from megatron_sov.engine.parallel.simulated_messages import CallSite, Deadlock, MessageFault, is_sender_file
 from megatron_sov.engine.parallel.simulated_world import SimulatedRanks
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import ParallelConfig, RunConfig
@@ -71,7 +71,7 @@ class Whole:
     """Of each step."""
     tensors: list[dict[str, torch.Tensor]]
     """Of each step: weights and states of the optimizer, whole."""
-    observed: Observed
+    observed: ModuleSums
     checkpoint: Path
     """Folder with the tensors after the first step, beside the documents."""
 
@@ -117,7 +117,7 @@ def prove_run(config: RunConfig, num_ranks: int) -> tuple[Miniature, Verdict]:
         return small, prove(small)
 
 
-def prove(small: Miniature, meddle: Meddle | None = None, whole: Whole | None = None) -> Verdict:
+def prove(small: Miniature, meddle: MessageFault | None = None, whole: Whole | None = None) -> Verdict:
     """Play two steps of a run's layout in this process, and compare them with one process'.
 
     Must run in a process that is in no process group and that computes on no GPU, before or afterwards
@@ -133,7 +133,7 @@ def prove(small: Miniature, meddle: Meddle | None = None, whole: Whole | None = 
     """
     began_s = time.monotonic()
     # a backward pass stays in the thread of its process
-    with torch.autograd.set_multithreading_enabled(False), _one_thread(), any_float:
+    with torch.autograd.set_multithreading_enabled(False), _one_thread(), allow_float64:
         verdict = _compare(small, play_alone(small) if whole is None else whole, meddle)
     verdict.seconds = time.monotonic() - began_s
     return verdict
@@ -156,10 +156,10 @@ def play_alone(small: Miniature) -> Whole:
     return whole
 
 
-def _compare(small: Miniature, whole: Whole, meddle: Meddle | None) -> Verdict:
+def _compare(small: Miniature, whole: Whole, meddle: MessageFault | None) -> Verdict:
     ranks = SimulatedRanks(small.num_ranks, meddle)
     comparing = _Comparing(whole)
-    seen: dict[int, Observed] = {}
+    seen: dict[int, ModuleSums] = {}
 
     def noted(rank: int, site: CallSite) -> None:
         if rank in seen:
@@ -176,7 +176,7 @@ def _compare(small: Miniature, whole: Whole, meddle: Meddle | None) -> Verdict:
                 small.config, place, comparing, seen, Path(folder)))
             if not comparing.differs:
                 comparing.add_written(_tensors_in(Path(folder)))
-        except Standstill as e:
+        except Deadlock as e:
             return Verdict(STANDS, small.num_ranks, float("inf"), [str(e)])
         except UserError:
             raise
@@ -188,11 +188,11 @@ def _compare(small: Miniature, whole: Whole, meddle: Meddle | None) -> Verdict:
     return verdict
 
 
-def _play(config: RunConfig, place: ParallelWorld, comparing: _Comparing, seen: dict[int, Observed],
+def _play(config: RunConfig, place: ParallelWorld, comparing: _Comparing, seen: dict[int, ModuleSums],
           folder: Path) -> None:
     """Do a process's steps, and then leave and take a checkpoint."""
     trainer = _trainer(config, place)
-    own = seen[place.rank] = observe(trainer.model)
+    own = seen[place.rank] = observe_modules(trainer.model)
     try:
         for step in range(STEPS):
             own.begin(step + 1)
@@ -211,7 +211,7 @@ def _play(config: RunConfig, place: ParallelWorld, comparing: _Comparing, seen: 
         raise _StepFailed(str(e)) from e
 
 
-def _judged(small: Miniature, comparing: _Comparing, seen: Sequence[Observed]) -> Verdict:
+def _judged(small: Miniature, comparing: _Comparing, seen: Sequence[ModuleSums]) -> Verdict:
     """Return what a comparison has found, the first step that differs first, and in it what passes through
     modules."""
     whole, differing = comparing.whole, comparing.differing()
@@ -220,7 +220,7 @@ def _judged(small: Miniature, comparing: _Comparing, seen: Sequence[Observed]) -
                       if name.startswith(_LOSS)}
     for step in range(1, STEPS + 1):
         of_step = f"step {step}: "
-        modules, sites = locate(whole.observed, seen, step, TOLERANCE)
+        modules, sites = locate_difference(whole.observed, seen, step, TOLERANCE)
         if modules or any(place.startswith(of_step) for place in differing):
             verdict.places += [of_step + module for module in modules]
             verdict.sites = verdict.sites or sites
@@ -235,7 +235,7 @@ def _judged(small: Miniature, comparing: _Comparing, seen: Sequence[Observed]) -
 
 def _told_failure(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
-    last = next((frame for frame in reversed(frames) if sends(frame.filename)), frames[-1])
+    last = next((frame for frame in reversed(frames) if is_sender_file(frame.filename)), frames[-1])
     return f"{type(error).__name__}: {error} at {Path(last.filename).name}:{last.lineno} ({last.name})"
 
 
@@ -382,7 +382,7 @@ def _raise_to(largest: dict[Any, float], key: Any, value: float) -> None:
 
 def _play_whole(config: RunConfig, place: ParallelWorld, checkpoint: Path) -> Whole:
     trainer = _trainer(config, place)
-    observed = observe(trainer.model)
+    observed = observe_modules(trainer.model)
     numbers, tensors = [], []
     for step in range(STEPS):
         observed.begin(step + 1)
@@ -401,7 +401,7 @@ def _play_whole(config: RunConfig, place: ParallelWorld, checkpoint: Path) -> Wh
 
 
 def _held(trainer: Trainer) -> Iterator[tuple[str, LocalShard]]:
-    for block in local_shards(trainer.model):
+    for block in list_local_shards(trainer.model):
         yield f"weights/{block.key}", block
     for block in trainer.optimizer.state_shards():
         yield block.key, block
@@ -452,17 +452,17 @@ def _write(trainer: Trainer, place: ParallelWorld, folder: Path) -> None:
     Raises:
         ValueError: an element of a tensor is written by nobody, or by several.
     """
-    snapshot = Snapshot()
-    snapshot.take({MODEL: local_shards(trainer.model, rounded=True),
-                   _OPTIMIZER: trainer.optimizer.state_shards()}, changes=False)
+    snapshot = HostSnapshot()
+    snapshot.copy_blocks({MODEL: list_local_shards(trainer.model, rounded=True),
+                   _OPTIMIZER: trainer.optimizer.state_shards()}, tensors_change=False)
     snapshot.write(folder, place.rank)
     torch.distributed.barrier()
     if place.is_main:
-        written = [WrittenSnapshot.read(folder, rank) for rank in range(place.size)]
+        written = [SnapshotRecord.read(folder, rank) for rank in range(place.size)]
         for part in (MODEL, _OPTIMIZER):
             write_index(folder, part, [index for one in written for index in one.indices[part]])
         artifact = ArtifactWriter(folder, CHECKPOINT_KIND)
-        artifact.known_files = {name: record for one in written for name, record in one.files.items()}
+        artifact.hashed_files = {name: record for one in written for name, record in one.files.items()}
         artifact.content = {"step": trainer.optimizer.num_updates, "parts": [MODEL, _OPTIMIZER]}
         artifact.complete()
     torch.distributed.barrier()

@@ -16,7 +16,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, overload
 
-from megatron_sov.base.artifacts import disk_errors
+from megatron_sov.base.artifacts import translate_disk_errors
 from megatron_sov.base.digests import SHA256, Digest
 from megatron_sov.base.documents import BadRecord, Conversation
 from megatron_sov.base.documents.accounting import RecordAccount
@@ -25,8 +25,8 @@ from megatron_sov.base.documents.layouts import Renames, rename_fields
 from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.documents.records import RecordReading, parse_record
 from megatron_sov.base.documents.rows import check_rows, read_rows
-from megatron_sov.base.errors import UserError, list_problems, warn
-from megatron_sov.base.sealed import read_json, write_json
+from megatron_sov.base.errors import UserError, format_problems, warn
+from megatron_sov.base.sealed import read_sealed_json, write_sealed_json
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.rollouts.rows import part_name
 from megatron_sov.runs.launch_environment import is_first_rank
@@ -104,7 +104,7 @@ class PromptList(Sequence[RolloutPrompt]):
         """
         import numpy as np
 
-        with disk_errors(Path(tempfile.gettempdir())):
+        with translate_disk_errors(Path(tempfile.gettempdir())):
             # Open as long as the list lives.
             file = tempfile.TemporaryFile()  # noqa: SIM115
             numbers, starts = array("Q"), array("q", [0])
@@ -225,7 +225,7 @@ def read_prompts(path: Path, renames: Renames = (), option: str = OPTION, *, is_
     prompts = PromptList.of(_iter_prompts(path, renames, option, is_asked, problems), option)
     if problems:
         more = [f"and {len(problems) - MAX_TOLD} more"] if len(problems) > MAX_TOLD else []
-        raise UserError(list_problems(f"{option} {path}", [*problems[:MAX_TOLD], *more],
+        raise UserError(format_problems(f"{option} {path}", [*problems[:MAX_TOLD], *more],
                                       "correct or remove these rows"))
     if not prompts:
         raise UserError(f"{option} {path}: has no rows")
@@ -329,7 +329,7 @@ def list_set_aside(store: Path, aside: SetAside) -> None:
                             f"{OPTION} and rollout.max_prompt_tokens of its first command, or choose "
                             "another --store")
     elif aside.rows:
-        write_json(file, {"prompts": list(aside.rows)}, SET_ASIDE)
+        write_sealed_json(file, {"prompts": list(aside.rows)}, SET_ASIDE)
 
 
 def too_long_in(store: Path) -> set[str]:
@@ -337,7 +337,7 @@ def too_long_in(store: Path) -> set[str]:
     file = store / SET_ASIDE
     if not file.is_file():
         return set()
-    rows = read_json(file, "restore it from a copy", SET_ASIDE)["prompts"]
+    rows = read_sealed_json(file, "restore it from a copy", SET_ASIDE)["prompts"]
     return {row["id"] for row in rows if "id" in row}
 
 

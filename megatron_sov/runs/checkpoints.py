@@ -1,8 +1,7 @@
 """The `checkpoints` folder of a run: find, check, protect, rename and prune checkpoints, without torch.
 
-Entries of `RUN/checkpoints`: `step-N` (complete when written), `damaged-step-N` (renamed after
-a failed check),
-`.writing-*` (under construction), `.deleting-*` (deletion in progress).
+Entries of `RUN/checkpoints`: `step-N` (complete when written), `damaged-step-N` (renamed after a failed
+check), `.writing-*` (under construction), `.deleting-*` (deletion in progress).
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sov.base.artifacts import (
-    MANIFEST, atomic_write, delete_folder, disk_errors, file_damage, fsync_path, manifest_sha256,
-    read_manifest, to_json)
-from megatron_sov.base.errors import Fix, UserError, download, fix_missing, warn
+    MANIFEST, delete_folder, find_file_damage, format_json, fsync_path, manifest_sha256, read_manifest,
+    translate_disk_errors, write_atomically)
+from megatron_sov.base.errors import Fix, UserError, fix_missing, suggest_download, warn
 from megatron_sov.base.hints.removed import check_folder
-from megatron_sov.base.outputs import TRYING
+from megatron_sov.base.outputs import PROBE_PREFIX
 from megatron_sov.model.config import RunConfig, from_dict
 from megatron_sov.model.pretrained import ADAPTER_CONFIG, CONFIG, is_hf_folder
 from megatron_sov.runs.obs.events import EVENTS
@@ -30,25 +29,25 @@ from megatron_sov.runs.obs.events import EVENTS
 CHECKPOINT_KIND = "checkpoint"
 CHECKPOINTS_FOLDER = "checkpoints"
 IMPORTED_RECIPE = "from-hf"
-"""Recipe name in the settings of a converted Hugging Face model."""
+"""Recipe name for converted Hugging Face models."""
 STATE_FILE = "state.json"
 MODEL, ADAPTER = "model", "adapter"
-"""Parts of a checkpoint: all weights, or the weights of an adapter alone."""
+"""Checkpoint parts: full weights, or adapter weights alone."""
 BASE = "base"
-"""Manifest field: the checkpoint with the frozen weights of an adapter."""
+"""Manifest field: an adapter's base checkpoint with the frozen weights."""
 SOURCE = "imported_from"
-"""Manifest field: the name of the Hugging Face model before conversion."""
+"""Manifest field: the original Hugging Face model name."""
 MERGED = "merged"
 """Manifest field: the averaged checkpoints with their weights."""
 ADAPTER_BASE_MARKER = "base-of-adapters.txt"
-"""File in a checkpoint that adapters use as base; `prune` skips a checkpoint with this file."""
+"""Marker file in the base checkpoint of an adapter; `prune_checkpoints` skips marked checkpoints."""
 WRITING, DELETING, DAMAGED = ".writing-", ".deleting-", "damaged-"
 RUN, HF_MODEL, PEFT_ADAPTER = "run", "hf_model", "peft_adapter"
-"""Other folder kinds that commands accept."""
+"""Further folder kinds in command arguments."""
 KIND_CONSUMERS = {
     RUN: ("a run", "`megatron-sov report` shows it, `convert to-hf` exports its newest checkpoint"),
-    CHECKPOINT_KIND: ("a checkpoint", "`megatron-sov convert to-hf` exports it, `generate` and `eval` take it as it "
-                           "is, `resume` takes the folder of its run"),
+    CHECKPOINT_KIND: ("a checkpoint", "`megatron-sov convert to-hf` exports it, `generate` and `eval` take "
+                                      "it as it is, `resume` takes the folder of its run"),
     HF_MODEL: ("a Hugging Face folder", "`megatron-sov convert from-hf {path} {name}-checkpoint` makes a "
                                         "checkpoint of it, `generate` and `eval` take it as it is"),
     PEFT_ADAPTER: ("a PEFT adapter", "`megatron-sov convert from-peft` makes a checkpoint of it"),
@@ -57,36 +56,36 @@ KIND_CONSUMERS = {
     "tokenizer": ("a tokenizer", "`sov-data pack` takes it as --tokenizer"),
     "corpus": ("a corpus", "`sov-data pack --input` takes it"),
     "codec": ("a codec", "`sov-data encode-media --codec` takes it")}
-"""Folder kind -> name in messages, and the commands that accept a folder with this `path` and `name`."""
+"""Folder kind -> name in messages, and commands for a folder with `path` and `name`."""
 KIND_LOCATIONS = {RUN: "the folder given to --run", CHECKPOINT_KIND: "RUN/checkpoints/step-N",
             HF_MODEL: "a folder with config.json and *.safetensors", PEFT_ADAPTER: "what PEFT has saved"}
-"""Folder kind -> description of the expected folder."""
+"""Folder kind -> description for messages."""
 FOREIGN_MODEL_SUFFIXES = (".gguf", ".ggml", ".nemo", ".onnx", ".pt", ".pth", ".ckpt")
-"""Suffixes of whole-model files from other programs."""
+"""Suffixes: whole-model files from other programs."""
 _TAKEN_BY_COMMAND = {(RUN, (HF_MODEL,)): "convert to-hf", (CHECKPOINT_KIND, (HF_MODEL,)): "convert to-hf",
                      (PEFT_ADAPTER, (HF_MODEL,)): "convert from-peft",
-                     (HF_MODEL, (CHECKPOINT_KIND, RUN)): "convert from-hf", (HF_MODEL, (RUN, CHECKPOINT_KIND)): "convert from-hf"}
+                     (HF_MODEL, (CHECKPOINT_KIND, RUN)): "convert from-hf",
+                     (HF_MODEL, (RUN, CHECKPOINT_KIND)): "convert from-hf"}
 """Kind of a folder and the kinds that a command takes -> the command that converts in the other direction."""
 TOKENIZER = "tokenizer.json"
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet", ".jsonl.gz", ".jsonl.zst", ".html", ".csv")
-"""Suffixes of text files."""
+"""Text file suffixes."""
 ROLLED_BACK = "taken-back-"
-"""Name prefix for a checkpoint after a rollback, if adapters use it as base."""
+"""Name prefix for an adapter's base checkpoint after a rollback."""
 OPTIMIZER_FILES = ("optimizer/", "optimizer.index.json")
-"""Prefixes of file names that inference does not need."""
+"""File name prefixes for optimizer state."""
 
 
 def temporary_folder(path: Path, token: str) -> Path:
-    """Return the folder in which to build checkpoint `path`; a random `token` separates it from remains of
-    killed processes."""
+    """Return the build folder for checkpoint `path`; a random `token` avoids remains of killed processes."""
     return path.with_name(f"{WRITING}{path.name}-{token}")
 
 
 def delete_leftovers(folder: Path) -> None:
-    """Delete half-written and half-deleted folders of killed processes. The caller must hold
-    the run's lock."""
-    # These folders have no manifest. Only the lock holder knows that no living process still writes to them.
-    for prefix in (WRITING, DELETING, TRYING):
+    """Delete half-written and half-deleted folders of killed processes. The caller must hold the run's
+    lock."""
+    # The folders have no manifest. Only the lock holder knows that no living process uses them.
+    for prefix in (WRITING, DELETING, PROBE_PREFIX):
         for leftover in sorted(folder.glob(f"{prefix}*")):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -100,7 +99,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 def latest_checkpoint_until(folder: Path, step: int) -> Path | None:
     """Return the newest `step-N` with N <= `step`, damaged or not, or None."""
-    # `_steps` sorts ascending: the last match is the newest.
+    # `_numbered_checkpoints` sorts ascending: the last match is the newest.
     candidates = [path for number, path in _numbered_checkpoints(folder) if number <= step]
     return candidates[-1] if candidates else None
 
@@ -108,9 +107,8 @@ def latest_checkpoint_until(folder: Path, step: int) -> Path | None:
 def delete_checkpoints_after(folder: Path, step: int) -> None:
     """Delete checkpoints after `step`, newest first, when a rollback discards their weights.
 
-    If adapters use a checkpoint as base, rename it with prefix `TAKEN_BACK`: the run does not resume
-    from it and
-    `found_base` still finds it.
+    If adapters use a checkpoint as base, rename it with prefix `ROLLED_BACK`: the run does not resume from it
+    and `find_adapter_base` still finds it.
     """
     # Newest first: if the process dies midway, the run can still resume from the newest remaining checkpoint.
     for number, path in reversed(_numbered_checkpoints(folder)):
@@ -123,14 +121,14 @@ def delete_checkpoints_after(folder: Path, step: int) -> None:
 
 
 def _delete_checkpoint(path: Path) -> None:
-    """Rename a checkpoint, then delete its files: a killed process leaves no partial `step-N`."""
-    # Renaming is atomic; deleting thousands of files is not. The random token avoids names
-    # of earlier remains.
+    """Rename a checkpoint, then delete the files: a killed process leaves no partial `step-N`."""
+    # Renaming is atomic; deleting thousands of files is not. The random token avoids names of earlier
+    # remains.
     delete_folder(path, path.with_name(f"{DELETING}{path.name}-{secrets.token_hex(4)}"))
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """Return the optimizer step in the name of a `step-N` checkpoint."""
+    """Return the optimizer step N from a `step-N` path."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
@@ -144,8 +142,8 @@ def list_complete(folder: Path) -> list[Path]:
 
 
 def check_model_path(path: Path, option: str = "") -> None:
-    """Raise `UserError` if `path` is no folder; suggest existing checkpoints or a download. Runs
-    before torch loads."""
+    """Raise `UserError` if folder `path` is missing; suggest existing checkpoints or a download. Runs before
+    torch loads."""
     if not path.is_dir():
         problem = "is no folder" if path.exists() else "does not exist"
         entries = path.parent.glob("*") if path.parent.name == CHECKPOINTS_FOLDER else ()
@@ -160,16 +158,15 @@ def check_model_path(path: Path, option: str = "") -> None:
             raise UserError(f"{option}{path}: {problem}; pass its folder, {path.parent}",
                             Fix(words={str(path): str(path.parent)}))
         raise UserError(f"{option}{path}: {problem}; pass a checkpoint, a run or a Hugging Face "
-                        f"folder{download(path)}", fix_missing(path))
+                        f"folder{suggest_download(path)}", fix_missing(path))
 
 
 def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
-    """Raise `UserError` if a folder contains another artifact than the command accepts; name
-    a fitting command.
+    """Check the artifact kind of a folder; the error names a command for the kind found.
 
     Args:
         path: the folder. Missing or incomplete folders pass; the reader reports them later.
-        kinds: accepted keys of `TAKEN_BY`.
+        kinds: accepted keys of `KIND_CONSUMERS`.
         wanted: description of the accepted kinds for the message.
     """
     # Order matters: a run contains a config.json, and a converted folder may have a manifest next to it.
@@ -191,7 +188,8 @@ def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
     if not kind and RUN in kinds and (runs := find_runs(path)):
         raise UserError(f"{path}: is not {wanted}; it holds the runs {', '.join(map(str, runs))}: pass one "
                         "of them")
-    is_run = (path / CHECKPOINTS_FOLDER).exists() or (CHECKPOINT_KIND not in kinds and (path / CONFIG).exists())
+    has_config = CHECKPOINT_KIND not in kinds and (path / CONFIG).exists()
+    is_run = (path / CHECKPOINTS_FOLDER).exists() or has_config
     if not kind and path.is_dir() and not is_run and (contents := _describe_unknown_folder(path)):
         description, advice = contents
         expected = " or ".join(KIND_LOCATIONS[kind] for kind in kinds)
@@ -209,7 +207,7 @@ def check_model_folder(path: Path) -> None:
 
 
 def _describe_unknown_folder(path: Path) -> tuple[str, str] | None:
-    """Describe the files in an unrecognized folder and name the command that accepts them ("" if none does).
+    """Describe the files in an unrecognized folder and name a command for them, or "".
 
     Returns None if the folder has only subfolders, because a model may be in a subfolder.
     """
@@ -239,7 +237,8 @@ def check_run_folder(path: Path) -> None:
         raise UserError(f"{path}: is a checkpoint of the run {path.parent.parent}; pass {path.parent.parent}")
     check_folder_kind(path, (RUN,), "a run")
     if not (path / EVENTS).is_file():
-        raise UserError(f"{path}: holds no {EVENTS}, so it is no run folder; pass the folder given to --run")
+        raise UserError(f"{path}: contains no {EVENTS}, so it is not a run folder; "
+                        "pass the folder given to --run")
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -286,9 +285,8 @@ class AdapterBase:
     """Reference from an adapter checkpoint to the checkpoint with its frozen weights."""
 
     path: Path
-    """Folder of the base checkpoint."""
     sha256: str
-    """Hash of the base's manifest, which contains the hash of every file."""
+    """Hash of the base's manifest, which contains all file hashes."""
 
     def to_dict(self) -> dict[str, str]:
         return {"path": str(self.path), "sha256": self.sha256}
@@ -299,7 +297,7 @@ class AdapterBase:
 
 
 def read_adapter_base(path: Path) -> AdapterBase | None:
-    """Read the base that an adapter checkpoint names, or None for a checkpoint with all weights.
+    """Read the `AdapterBase` from an adapter checkpoint; None for full weights.
 
     Raises:
         UserError: the manifest is damaged.
@@ -309,7 +307,7 @@ def read_adapter_base(path: Path) -> AdapterBase | None:
 
 
 def find_adapter_base(path: Path, base: AdapterBase) -> Path:
-    """Find the folder of an adapter's base by manifest hash.
+    """Find an adapter's base folder by manifest hash.
 
     Args:
         path: the adapter's checkpoint, for messages.
@@ -318,7 +316,8 @@ def find_adapter_base(path: Path, base: AdapterBase) -> Path:
     Raises:
         UserError: the folder is missing or contains another checkpoint.
     """
-    # A rollback renames bases (`drop_after`), so the folder may have moved; the hash identifies it.
+    # A rollback renames bases (`delete_checkpoints_after`), so the folder may have moved; the hash identifies
+    # it.
     renamed = base.path.parent.glob(f"{ROLLED_BACK}{base.path.name}*")
     candidates = [folder for folder in (base.path, *sorted(renamed)) if (folder / MANIFEST).is_file()]
     for candidate in candidates:
@@ -333,15 +332,16 @@ def find_adapter_base(path: Path, base: AdapterBase) -> Path:
 
 
 def protect_adapter_base(base: Path) -> None:
-    """Write `base-of-adapters.txt` into the adapter's base, so that its run does not prune it.
+    """Write `base-of-adapters.txt` into an adapter's base to protect the checkpoint from pruning.
 
     Only checkpoints inside a run need it. If the folder is read-only, warn.
     """
     if base.parent.name != CHECKPOINTS_FOLDER or (base / ADAPTER_BASE_MARKER).exists():
         return
     try:
-        atomic_write(base / ADAPTER_BASE_MARKER, "An adapter stands on this checkpoint, so its run does not prune it.\n"
-                                  "When no adapter needs it any more, delete this file.\n")
+        write_atomically(base / ADAPTER_BASE_MARKER,
+                     "An adapter uses this checkpoint as base, so its run does not prune it.\n"
+                     "When no adapter needs it any more, delete this file.\n")
     except (OSError, UserError) as e:
         warn(f"{base}: an adapter needs this checkpoint, and the note for its run cannot be written ({e}); "
              "make sure that train.keep_checkpoints does not delete it")
@@ -350,20 +350,20 @@ def protect_adapter_base(base: Path) -> None:
 def hash_checkpoint_files(start: Path) -> str:
     """Hash the file digests in a checkpoint's (or token folder's) manifest.
 
-    Repeated conversion of a Hugging Face folder gives the same hash: creation time does not count.
-    A Hugging Face folder itself (dry run) gives "".
+    Repeated conversion of a Hugging Face folder gives the same hash: creation time does not count. A Hugging
+    Face folder itself (dry run) gives "".
     """
     if is_hf_folder(start):
         return ""
     manifest = read_manifest(start)
     facts = {"base": manifest.content.get(BASE, {}).get("sha256", ""),
              "files": {name: record.digest for name, record in sorted(manifest.files.items())}}
-    return hashlib.sha256(to_json(facts).encode()).hexdigest()
+    return hashlib.sha256(format_json(facts).encode()).hexdigest()
 
 
 def read_trained_tokens(path: Path) -> int:
-    """Return the longest training context in tokens, including earlier stages; imported models
-    state their own.
+    """Return the longest training context in tokens, including earlier stages; imported models state their
+    own.
 
     Raises:
         UserError: `state.json` is damaged.
@@ -404,16 +404,16 @@ def find_damage(path: Path, *, rank: int = 0, size: int = 1, weights_only: bool 
     if problem is not None:
         return problem
     files = read_manifest(path, CHECKPOINT_KIND).files
-    # Sorted, so that all ranks split the same list and exactly one rank hashes each file.
+    # Sorted: all ranks split the same list, and a file is hashed by exactly one rank.
     names = sorted(name for name in files if not (weights_only and name.startswith(OPTIMIZER_FILES)))
     for name in names[rank::size]:
         try:
-            problem = file_damage(path / name, files[name])
+            problem = find_file_damage(path / name, files[name])
         except OSError as e:
             # EIO means lost bytes. Other errors (permissions, unmounted disk) say nothing about the file.
             if e.errno != errno.EIO:
-                raise UserError(f"{path / name}: cannot be read ({e.strerror}); see to it that it can, "
-                                "and start again") from e
+                raise UserError(f"{path / name}: cannot be read ({e.strerror}); make the file "
+                                "readable and start again") from e
             problem = f"{path / name}: cannot be read ({e.strerror})"
         if problem is not None:
             return problem
@@ -424,7 +424,7 @@ def suggest_replacement(path: Path) -> str:
     """Suggest a replacement for a damaged checkpoint: the previous sound one, or a copy."""
     step = path.name[5:]
     earlier = [p for number, p in _numbered_checkpoints(path.parent)
-              if step.isdigit() and number < int(step) and find_manifest_damage(p) is None]
+               if step.isdigit() and number < int(step) and find_manifest_damage(p) is None]
     return (f"use the checkpoint before it, {earlier[-1]}" if earlier
             else "there is no checkpoint before it; restore it from a copy")
 
@@ -437,11 +437,11 @@ def rename_damaged_checkpoint(path: Path) -> Path:
 def _rename_with_prefix(path: Path, prefix: str) -> Path:
     """Rename a checkpoint to an unused name with a prefix; return the new path."""
     renamed = path.with_name(prefix + path.name)
-    # The same step may have been damaged before: os.rename fails on a filled folder and replaces
-    # an empty one.
+    # The same step may have been damaged before: os.rename fails on a filled folder and replaces an empty
+    # one.
     if renamed.exists():
         renamed = path.with_name(f"{prefix}{path.name}-{secrets.token_hex(4)}")
-    with disk_errors(path):
+    with translate_disk_errors(path):
         os.rename(path, renamed)
         # Without fsync a power failure may restore the old name, and the next start would load the damage.
         fsync_path(path.parent)
@@ -449,7 +449,7 @@ def _rename_with_prefix(path: Path, prefix: str) -> Path:
 
 
 def check_sound_checkpoint_exists(folder: Path) -> None:
-    """Raise `UserError` if all checkpoints of a run are damaged."""
+    """Raise `UserError` if a run has only damaged checkpoints."""
     # Restarting from step 0 would look like a fresh run with the old run's events in its folder.
     damaged = sorted(p.name for p in folder.glob(f"{DAMAGED}*"))
     if damaged and not _numbered_checkpoints(folder):
@@ -458,10 +458,10 @@ def check_sound_checkpoint_exists(folder: Path) -> None:
 
 
 def prune_checkpoints(folder: Path, keep: int, keep_every_steps: int = 0) -> None:
-    """Delete complete checkpoints except the newest `keep` (0 keeps all), multiples
-    of `keep_every_steps`, and
-    bases of adapters."""
+    """Delete complete checkpoints except the newest `keep` (0 keeps all), multiples of `keep_every_steps`,
+    and adapter bases."""
     # Ignore incomplete checkpoints: they would displace a sound one from the newest `keep`.
     for path in list_complete(folder)[:-keep] if keep else []:
-        if not (keep_every_steps and checkpoint_step(path) % keep_every_steps == 0) and not (path / ADAPTER_BASE_MARKER).exists():
+        is_multiple = keep_every_steps and checkpoint_step(path) % keep_every_steps == 0
+        if not is_multiple and not (path / ADAPTER_BASE_MARKER).exists():
             _delete_checkpoint(path)

@@ -1,10 +1,11 @@
-"""The folder of a training run: paths, settings, completion state, recorded command, and checks
-before a start."""
+"""The folder of a training run: paths, settings, completion state, recorded command, and checks before a
+start."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import shlex
@@ -12,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.artifacts import MANIFEST, atomic_write, disk_errors, to_json
-from megatron_sov.base.errors import UserError, fix_missing
+from megatron_sov.base.artifacts import MANIFEST, format_json, translate_disk_errors, write_atomically
+from megatron_sov.base.errors import Fix, UserError, fix_missing
 from megatron_sov.base.outputs import refuse_unwritable
 from megatron_sov.model.config import OptimConfig, RolloutConfig, RunConfig, from_dict
 from megatron_sov.model.config.post_training import BETAS
-from megatron_sov.model.families.adapters import identity
+from megatron_sov.model.families.adapters import adapter_identity
 from megatron_sov.runs.checkpoints import CHECKPOINTS_FOLDER, check_run_folder
 from megatron_sov.runs.launch_environment import has_launcher, is_first_rank, num_ranks, typed_command
 from megatron_sov.runs.lock import LOCK, find_living_holder
@@ -26,27 +27,27 @@ from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 CONFIG, COMPLETION, FAILURE, STAGES, JOBS = ("config.json", "complete.json", "gate_failed.json",
                                              "stages", "slurm")
 COMMAND = "command.json"
-"""File with the command line of the last start, for `megatron-sov resume`."""
+"""File with the last start's command line, for `megatron-sov resume`."""
 SETTINGS_CHANGED = "settings"
-"""Event: the run continues with other settings or another command."""
+"""Event: settings or command differ from the previous start."""
 MONITORING_GROUPS = ("obs", "evaluate")
 """Settings groups for monitoring; they do not affect training."""
 ATTEMPTS, SUBMISSIONS = "attempts.jsonl", "jobs.jsonl"
 """Files in a folder of Slurm jobs: attempts with their exit states, and submissions."""
 AWAITING_GATE = "awaiting_gate.json"
-"""Completion manifest of a stage whose final gate has not finished."""
+"""Completion manifest for a stage with an unfinished final gate."""
 GATE = "gate"
-"""Results of a forgetting gate; written before the run's config.json."""
+"""Forgetting gate results; written before the run's config.json."""
 DATA, TOKENIZER = "data", "tokenizer"
 """Token shards packed from the text files of --data, and their tokenizer."""
 ROUNDS = "rounds"
-"""Training documents of each round of `megatron-sov rl train`."""
+"""Training documents per round (`megatron-sov rl train`)."""
 FAULTS = "faults"
 """One file per injected fault; may exist before the run's config.json."""
 REFERENCE = "reference"
 """Reference log-probabilities; remain if a run is refused before its first step."""
 AVERAGE = "average"
-"""Average of the newest checkpoints of a complete run."""
+"""Average over a complete run's newest checkpoints."""
 VALIDATION = "validation"
 """Rollout store with responses to held-out prompts (`megatron-sov rl run --validation`)."""
 EXPORTS, EVALUATIONS = "exports", "evaluations"
@@ -56,16 +57,17 @@ FIXED_ROLLOUT_SETTINGS = tuple(f.name for f in dataclasses.fields(RolloutConfig)
                 if f.name not in ("rounds", "max_staleness", "deadline_s", "lease_s", "keep_rounds")
                 # validation settings do not change training
                 and not f.name.startswith(VALIDATION))
-FIXED_SETTINGS: dict[str, tuple[str, ...] | None] = {"model": None, "objective": None, "optim": FIXED_OPTIM_SETTINGS,
+FIXED_SETTINGS: dict[str, tuple[str, ...] | None] = {"model": None, "objective": None,
+                                                     "optim": FIXED_OPTIM_SETTINGS,
                                             "train": ("seed", "precision", "hidden_dropout"),
                                              "data": ("packing", "over_long"), "lora": None,
                                              "preference": None, "distillation": None, "policy": None,
                                              "rollout": FIXED_ROLLOUT_SETTINGS}
-"""Settings group -> settings that a resumed run must not change (None: all)."""
+"""Settings group -> settings fixed on resume; None fixes the whole group."""
 MAX_LISTED_SETTINGS = 8
-"""Maximum number of settings that an error message lists as --set options."""
+"""Maximum --set options in an error message."""
 MAX_LISTED_CHARS = 160
-"""Maximum total length of the old and new value in an event, in characters."""
+"""Maximum length in characters for old plus new value in an event."""
 
 class RunFolder:
     """Paths and state files in `RUN/`."""
@@ -78,23 +80,22 @@ class RunFolder:
         return self.path / CHECKPOINTS_FOLDER
 
     def checkpoint(self, step: int) -> Path:
-        """Return the folder of `step-N`."""
         return self.checkpoints / f"step-{step}"
 
     def completion(self) -> dict[str, Any] | None:
-        """Read `complete.json` of a finished stage, or return None."""
+        """Read a finished stage's `complete.json`, or return None."""
         file = self.path / COMPLETION
         if not file.is_file():
             return None
         return _read_completion(file)
 
     def complete(self, content: dict[str, Any]) -> None:
-        atomic_write(self.path / COMPLETION, to_json(content))
+        write_atomically(self.path / COMPLETION, format_json(content))
 
     def mark_awaiting_gate(self, content: dict[str, Any]) -> None:
-        """Write `awaiting_gate.json`, the content for `complete` after the last checkpoint
-        passes its gate."""
-        atomic_write(self.path / AWAITING_GATE, to_json(content))
+        """Write `awaiting_gate.json`, the content for `complete` after the last checkpoint passes its
+        gate."""
+        write_atomically(self.path / AWAITING_GATE, format_json(content))
 
     def held(self) -> dict[str, Any] | None:
         file = self.path / AWAITING_GATE
@@ -104,8 +105,7 @@ class RunFolder:
         (self.path / AWAITING_GATE).unlink(missing_ok=True)
 
     def mark_gate_failed(self, failure: str) -> None:
-        """Write `gate_failed.json`."""
-        atomic_write(self.path / FAILURE, to_json({"failure": failure}))
+        write_atomically(self.path / FAILURE, format_json({"failure": failure}))
 
     def failure(self) -> str | None:
         """Read the reason in `gate_failed.json`, or return None."""
@@ -115,7 +115,7 @@ class RunFolder:
     def clear_gate_failure(self) -> None:
         """Delete `gate_failed.json` and `awaiting_gate.json` before training continues."""
         if is_first_rank():
-            # Only rank 0: other ranks might delete files that rank 0 has written since.
+            # Only rank 0: a later rank might delete new files of rank 0.
             (self.path / FAILURE).unlink(missing_ok=True)
             self.release()
 
@@ -135,11 +135,11 @@ class RunFolder:
                             "restore it or choose another --run") from None
 
     def enter(self, config: RunConfig, resume: bool) -> None:
-        """Check that training with `config` may start in this folder, without changing files.
+        """Check whether training with `config` may start in the folder; changes no files.
 
         Raises:
-            UserError: the folder contains another artifact, an unexpected run, a run with
-                other fixed settings, or a complete run with fewer steps.
+            UserError: the folder contains another artifact, an unexpected run, a run with other fixed
+                settings, or a complete run with fewer steps.
         """
         earlier = self.check_available(resume)
         if earlier is None:
@@ -166,6 +166,11 @@ class RunFolder:
         if completion is not None and completion["step"] < config.num_steps() and not ended_early:
             raise UserError(f"{self.path}: is complete at step {completion['step']}, and train.steps = "
                             f"{config.num_steps()} asks for more; start a new --run --from it")
+
+    def _next_free(self) -> Path:
+        """Return the first of RUN-2, RUN-3, ... that does not exist."""
+        return next(path for n in itertools.count(2)
+                    if not (path := self.path.with_name(f"{self.path.name}-{n}")).exists())
 
     def _refuse_misspelt(self) -> None:
         """Refuse --resume of a folder that holds no run, next to a run with nearly the same name.  Jobs pass
@@ -203,19 +208,19 @@ class RunFolder:
             return None
         if not resume:
             raise UserError(f"{self.path}: already holds a run of {earlier.recipe}; "
-                            "pass --resume to continue it, or choose another --run")
+                            "pass --resume to continue it, or choose another --run",
+                            Fix(options=("--run", str(self._next_free()))))
         return earlier
 
     def has_started(self) -> bool:
-        """Return whether the folder contains a run or the stages of a run."""
         return any((self.path / name).exists() for name in (CONFIG, STAGES))
 
     def create(self) -> None:
-        with disk_errors(self.path):
+        with translate_disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
 
     def declare(self, config: RunConfig, step: int = 0) -> None:
-        """Write the resolved `config.json`, which marks the folder as a run.
+        """Write the resolved `config.json`; from then on the folder is a run.
 
         Args:
             config: the run's settings.
@@ -223,14 +228,14 @@ class RunFolder:
         """
         self._record_settings_change(config, step)
         # Write config.json before creating checkpoints/: after a kill in between, --resume still works.
-        atomic_write(self.path / CONFIG, to_json(config.to_dict()))
+        write_atomically(self.path / CONFIG, format_json(config.to_dict()))
         record_command(self.path)
-        with disk_errors(self.path):
+        with translate_disk_errors(self.path):
             self.checkpoints.mkdir(exist_ok=True)
 
     def _record_settings_change(self, config: RunConfig, step: int) -> None:
-        """Record the previous settings and command as an event, because both files are about
-        to be replaced."""
+        """Record the previous settings and command as an event, because both files are about to be
+        replaced."""
         before = self.config()
         if before is None or not (self.path / EVENTS).is_file():
             return
@@ -244,11 +249,12 @@ class RunFolder:
             RunEvents(self.path).add(SETTINGS_CHANGED, step=step, was=changes, command=earlier, **text)
 
     def remove_unstarted(self) -> None:
-        """Delete the files of a run that was refused before its first step."""
+        """After a refused start, delete the run's files if no step was trained."""
         events = self.path / EVENTS
-        # Each condition means that another process uses the folder, or that it contains results.
-        if find_living_holder(self.path) or self.completion() is not None or any(self.checkpoints.glob("*")) or (
-                events.is_file() and any(event.get("step", 0) for event in read_events(events))):
+        # A used folder has a living holder or contains results.
+        has_steps = events.is_file() and any(event.get("step", 0) for event in read_events(events))
+        is_used = has_steps or self.completion() is not None or any(self.checkpoints.glob("*"))
+        if is_used or find_living_holder(self.path):
             return
         with contextlib.suppress(OSError):
             for file in (events, self.path / CONFIG, self.path / COMMAND):
@@ -258,7 +264,6 @@ class RunFolder:
             self.path.rmdir()
 
     def remove_if_empty(self) -> None:
-        """Delete the folder if it contains no files."""
         with contextlib.suppress(OSError):
             self.path.rmdir()
 
@@ -267,7 +272,7 @@ def record_command(run: Path) -> None:
     """Write `command.json` if a command line started this process."""
     if (words := typed_command()) is not None:
         # ASCII escapes: arguments may contain bytes outside UTF-8.
-        atomic_write(run / COMMAND, _format_command(words))
+        write_atomically(run / COMMAND, _format_command(words))
 
 
 def _format_command(words: Sequence[str]) -> str:
@@ -276,14 +281,10 @@ def _format_command(words: Sequence[str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class TypedCommand:
-    """Content of `command.json`."""
-
     words: tuple[str, ...]
     """Arguments after `megatron-sov`."""
     folder: Path
-    """Working directory of the command."""
     processes: int
-    """Number of ranks."""
 
     @staticmethod
     def from_dict(raw: Mapping[str, Any]) -> TypedCommand:
@@ -291,7 +292,7 @@ class TypedCommand:
 
 
 def read_command(run: Path) -> TypedCommand:
-    """Read `command.json` of a run, or of its latest stage.
+    """Read a run's `command.json`, or the latest stage's.
 
     Raises:
         UserError: no run, a run started from Python or by an earlier version, or a damaged file.
@@ -306,7 +307,7 @@ def read_command(run: Path) -> TypedCommand:
         raise UserError(f"{run}: has no {COMMAND}: no command line of this version began it; type the whole "
                         "command again with --resume")
     try:
-        return TypedCommand.of(json.loads(files[-1].read_text(encoding="utf-8")))
+        return TypedCommand.from_dict(json.loads(files[-1].read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
         raise UserError(f"{files[-1]}: is damaged ({str(e)[:200]}); type the whole command again with "
                         "--resume") from None
@@ -353,12 +354,12 @@ def _read_completion(file: Path) -> dict[str, Any]:
 
 
 def _comparable_settings(config: RunConfig) -> dict[str, Any]:
-    """Return settings in comparable form: equal adapters have equal entries, and unused new
-    defaults are removed."""
+    """Return settings in comparable form: equal adapters have equal entries, and unused new defaults are
+    removed."""
     # `all-linear` equals the list of modules it expands to.
-    settings = config.to_dict() | {"lora": identity(config.lora, config.model)}
+    settings = config.to_dict() | {"lora": adapter_identity(config.lora, config.model)}
     has_beta = config.preference.method in BETAS
-    settings["preference"] |= {"beta": config.preference.strength if has_beta else None}
+    settings["preference"] |= {"beta": config.preference.effective_beta if has_beta else None}
     # The default correction changed between versions; only rounds use it.
     if not config.rollout.rounds:
         settings["policy"] |= {"correction": None}
@@ -373,7 +374,7 @@ def fixed_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def _changed_fixed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Return name, old and new value for each changed setting in `FIXED`."""
+    """Return name, old and new value for each changed setting in `FIXED_SETTINGS`."""
     changes = []
     for part, names in FIXED_SETTINGS.items():
         for name in names or before[part]:
@@ -385,7 +386,7 @@ def _changed_fixed_settings(before: dict[str, Any], now: dict[str, Any]) -> list
 
 
 def changed_settings(before: RunConfig, now: RunConfig) -> dict[str, list[Any]]:
-    """Return setting name -> [old, new] for each difference outside the `WATCHED` groups."""
+    """Return setting name -> [old, new] for each difference outside the `MONITORING_GROUPS` groups."""
     old_groups, new_groups = before.to_dict(), now.to_dict()
     changes: dict[str, list[Any]] = {}
     for part, value in old_groups.items():
@@ -400,13 +401,12 @@ def changed_settings(before: RunConfig, now: RunConfig) -> dict[str, list[Any]]:
 
 
 def describe_changes(changes: Mapping[str, Sequence[Any]]) -> list[str]:
-    """Format each change from `changed_settings` as a sentence."""
     return [f"{name} was {old}, is {new}" if len(f"{old}{new}") <= MAX_LISTED_CHARS else
             f"{name} has changed" for name, (old, new) in changes.items()]
 
 
 class RunEvents:
-    """Appends events to an existing run's `events.jsonl`; with `run=None` it drops them."""
+    """Event log for an existing run; with `run=None`, `add` does nothing."""
 
     def __init__(self, run: Path | None) -> None:
         """Check that the folder contains a run.
@@ -437,15 +437,15 @@ def list_submitted_jobs(records: Path) -> list[str]:
 
 
 def read_last_log_line(records: Path, number: str) -> str:
-    """Return the last line in the logs of a Slurm job ("" without logs), for jobs that
-    recorded no attempt."""
+    """Return the last line in the logs of a Slurm job ("" without logs), for jobs that recorded no
+    attempt."""
     logs = [file for pattern in (f"{number}.log", f"{number}_*.log")
             for file in sorted(records.glob(pattern))]
-    text = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in logs).strip()
-    return text.splitlines()[-1].strip().removeprefix("job: ") if text else ""
+    shown = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in logs).strip()
+    return shown.splitlines()[-1].strip().removeprefix("job: ") if shown else ""
 
 
 def read_started_settings(run: Path) -> RunConfig | None:
-    """Return the settings of a run or of its first stage, or None."""
+    """Return the settings from a run or its first stage, or None."""
     folders = (run, *sorted((run / STAGES).glob("*")))
     return next((config for folder in folders if (config := RunFolder(folder).config())), None)

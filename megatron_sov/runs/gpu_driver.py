@@ -13,21 +13,18 @@ _FAULT_FIELDS = {
     "clocks_throttle_reasons.hw_slowdown": "a hardware slowdown (heat or lack of power)",
     "clocks_throttle_reasons.sw_thermal_slowdown": "a slowdown by its driver for heat",
 }
-"""Field of `nvidia-smi --query-gpu` -> fault that a value other than 0, inactive or unknown means."""
+"""Field of `nvidia-smi --query-gpu` -> fault, reported for "Active" and positive values."""
 _TIMEOUT_S = 120
 
 
 @dataclass(frozen=True)
 class VisibleGpu:
-    """Index, name and memory of a GPU from `nvidia-smi`."""
-
     index: int
-    """Index in this machine."""
     uuid: str
     name: str
     memory_bytes: int
     used_bytes: int
-    """Memory used by processes of all users."""
+    """Memory used by any process."""
 
 
 def list_visible_gpus() -> list[VisibleGpu]:
@@ -62,7 +59,7 @@ def _query_nvidia_smi(fields: str) -> list[list[str]]:
     try:
         # A driver may hang after losing a GPU.
         result = subprocess.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"],
-                              capture_output=True, text=True, timeout=_TIMEOUT_S, check=True)
+                                capture_output=True, text=True, timeout=_TIMEOUT_S, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
     rows = [[value.strip() for value in line.split(",")] for line in result.stdout.splitlines()]

@@ -12,8 +12,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.artifacts import MANIFEST, damaged_files, disk_errors, origins_of, read_manifest
-from megatron_sov.base.errors import GateFailed, UserError, visible
+from megatron_sov.base.artifacts import (
+    MANIFEST, find_damaged_files, read_manifest, trace_origins, translate_disk_errors)
+from megatron_sov.base.errors import GateFailed, UserError, escape_controls
 from megatron_sov.base.hints.removed import check_folder, check_kind
 from megatron_sov.base.settings import NotNegativeInt
 from megatron_sov.runs.obs.events import EVENTS
@@ -21,18 +22,18 @@ from megatron_sov.work.progress.journal import delete_work, read_job, work_folde
 from megatron_sov.work.progress.locks import lock_folder
 
 MAX_CHARS = 160
-"""Maximum displayed length of a value or row."""
+"""Maximum characters per displayed value or row."""
 MAX_TIME_S = 1e11
-"""Upper limit of a plausible creation time."""
+"""Maximum plausible creation time."""
 MAX_PROBLEMS = 20
-"""Maximum number of problems in an error message."""
+"""Maximum problems in an error message."""
 ROW_FILES = ("*.jsonl", "*.parquet")
 STORE = "rollout store"
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectionOptions:
-    """Options of the inspect command."""
+    """Options for `inspect`."""
 
     rows: NotNegativeInt = 3
     """Rows to show."""
@@ -49,11 +50,11 @@ class ArtifactKind:
     """Display and verification functions for one artifact kind."""
 
     lines: Callable[[Path], Iterable[str]]
-    """Summary lines of the content."""
+    """Content summary lines."""
     problems: Callable[[Path], list[str]]
     """Problems in the content, including wrong hashes."""
     rows: Callable[[Path, int], Iterable[Any]] | None = None
-    """Return the first N rows. None: read them from the artifact's row files."""
+    """Return the first N rows. None: read `ROW_FILES`."""
 
 
 def inspect_path(path: Path, options: InspectionOptions, kinds: Mapping[str, ArtifactKind]) -> None:
@@ -87,12 +88,12 @@ def inspect_path(path: Path, options: InspectionOptions, kinds: Mapping[str, Art
         first, *more = _format_facts(path, facts)
         for line in [first, *(f"  {line}" for line in summary), *more,
                      *(f"  row {n}: {_shorten_value(row)}" for n, row in enumerate(rows, 1))]:
-            print(visible(line))
+            print(escape_controls(line))
     stream = sys.stderr if options.json else sys.stdout
     if options.clear:
-        print(visible(_clear_unfinished_work(path)), file=stream)
+        print(escape_controls(_clear_unfinished_work(path)), file=stream)
     if options.verify:
-        print(visible(_verify_artifact(path, facts, kind)), file=stream)
+        print(escape_controls(_verify_artifact(path, facts, kind)), file=stream)
 
 
 def _verify_artifact(path: Path, facts: Mapping[str, Any], kind: ArtifactKind | None) -> str:
@@ -103,15 +104,15 @@ def _verify_artifact(path: Path, facts: Mapping[str, Any], kind: ArtifactKind | 
     """
     if kind is None and not (path / MANIFEST).is_file():
         raise UserError(f"{path}: --verify has nothing to compare it with; it has no {MANIFEST}")
-    if problems := damaged_files(path) if kind is None else kind.problems(path):
+    if problems := find_damaged_files(path) if kind is None else kind.problems(path):
         rest = f"\n... and {len(problems) - MAX_PROBLEMS:,} more" if len(problems) > MAX_PROBLEMS else ""
-        raise GateFailed("\n".join(map(visible, problems[:MAX_PROBLEMS])) + rest)
+        raise GateFailed("\n".join(map(escape_controls, problems[:MAX_PROBLEMS])) + rest)
     return f"{path}: " + ("every file has the hash of its manifest" if kind is None else
                           f"sound as {facts['kind']}")
 
 
 def _describe_artifact(path: Path) -> dict[str, Any]:
-    """Return the fields of a manifest, or {} without manifest."""
+    """Return the manifest fields, or {} without manifest."""
     if not (path / MANIFEST).is_file():
         return {}
     manifest = read_manifest(path)
@@ -124,7 +125,7 @@ def _describe_artifact(path: Path) -> dict[str, Any]:
     return {"kind": manifest.kind, "created_s": manifest.created_s, "num_files": len(manifest.files),
             "size_bytes": sum(record.size_bytes for record in manifest.files.values()),
             "content": manifest.content, "settings": manifest.settings,
-            "made_from": origins_of(path, manifest)}
+            "made_from": trace_origins(path, manifest)}
 
 
 def _describe_unfinished_work(path: Path) -> dict[str, Any]:
@@ -155,7 +156,7 @@ def _describe_path(path: Path) -> dict[str, Any]:
 
 
 def _read_rows(path: Path, count: int) -> Iterator[Any]:
-    """Yield the first rows of a row file, or of the first row file in a folder."""
+    """Yield the first rows from a row file, or from the first row file in a folder."""
     files = [path]
     if path.is_dir():
         files = sorted(file for pattern in ROW_FILES for file in path.rglob(pattern)
@@ -198,7 +199,7 @@ def _format_facts(path: Path, facts: Mapping[str, Any]) -> Iterator[str]:
         # an artifact newer than the work may continue it
         state = "kept" if facts.get("created_s", 0.0) >= work["changed_s"] else "unfinished"
         yield (f"{path}: {state} work of `{work['made_by']}` in {work['folder']}: {work['num_done']:,} "
-               f"pieces, {work['size_bytes']:,} bytes, last changed {changed}; the same command goes on, "
+               f"pieces, {work['size_bytes']:,} bytes, last changed {changed}; the same command resumes, "
                "--clear deletes it")
         for name, value in work["identity"].items():
             yield f"  identity.{name}: {_shorten_value(value)}"
@@ -219,7 +220,7 @@ def _clear_unfinished_work(path: Path) -> str:
     work = work_folder(path)
     if not work.is_dir():
         raise UserError(f"--clear: no work on {path} is unfinished")
-    # Hold the work's lock, so that no running command loses its files.
-    with lock_folder(work, path), disk_errors(work):
+    # Hold the work's lock: a running command must not lose files.
+    with lock_folder(work, path), translate_disk_errors(work):
         delete_work(path)
     return f"{path}: its unfinished work is deleted"

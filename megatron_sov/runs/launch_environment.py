@@ -1,4 +1,4 @@
-"""Number of ranks, rank index, start time and typed command of this process, without torch."""
+"""Number of ranks, rank index, start time and typed command, available without torch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from megatron_sov.base.errors import UserError
 
 STARTTIME_FIELD = 22
 """1-based field in /proc/PID/stat: clock ticks between boot and process start."""
+COMMAND_VARIABLE = "MEGATRON_SOV_COMMAND"
+"""Environment variable with the arguments after `megatron-sov` in JSON, inherited by child processes."""
+MAX_LOCAL_RANKS = 4096
+"""Maximum --nproc; larger values are typing errors."""
 
 
 def process_started_s() -> float:
@@ -31,12 +35,8 @@ def process_started_s() -> float:
     return psutil.Process().create_time()
 
 
-COMMAND_VARIABLE = "MEGATRON_SOV_COMMAND"
-"""Environment variable with the arguments after `megatron-sov` as JSON; child processes inherit it."""
-
-
 def export_command(words: Sequence[str]) -> None:
-    """Store the command's arguments in the environment for this process and its children."""
+    """Store the command's arguments in `COMMAND_VARIABLE` for `typed_command`, also in child processes."""
     # Arguments may contain bytes outside UTF-8, or a zero byte if no shell started the process.
     os.environ[COMMAND_VARIABLE] = json.dumps(list(words))
 
@@ -45,10 +45,6 @@ def typed_command() -> list[str] | None:
     """Return the arguments after `megatron-sov`, or None in a process without command line."""
     arguments_json = os.environ.get(COMMAND_VARIABLE)
     return None if arguments_json is None else list(json.loads(arguments_json))
-
-
-MAX_LOCAL_RANKS = 4096
-"""Upper limit of --nproc; larger values are typing errors."""
 
 
 def num_ranks(nproc: int | None) -> int:
@@ -66,10 +62,10 @@ def is_first_rank() -> bool:
 
 
 def local_gpu_index(num_gpus: int) -> int:
-    """Return this rank's index among the GPUs that it can see."""
+    """Return the rank's GPU index, LOCAL_RANK modulo the visible GPUs."""
     return int(os.environ.get("LOCAL_RANK", "0")) % num_gpus
 
 
 def has_launcher() -> bool:
-    """Return whether torchrun or Slurm started this process as a rank."""
+    """Return whether torchrun or Slurm started the process (RANK and WORLD_SIZE exist)."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ

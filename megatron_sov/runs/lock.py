@@ -1,10 +1,9 @@
 """Lock of a run folder: `lock.json` admits one living process tree, and a killed run can continue.
 
-The holder increments a counter in `lock.json` as a heartbeat. If the holder's process can be looked
-up in this
-machine's process table, a dead holder frees the lock at once. On another machine or in
-another container, watch
-the file for one lease by this process's clock: clocks of different machines are never compared.
+The holder increments a counter in `lock.json` as a heartbeat. If the holder's process can be looked up in
+this machine's process table, a dead holder frees the lock at once. On another machine or in another
+container, watch the file for one lease by this process's clock: clocks of different machines are never
+compared.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.artifacts import atomic_write, disk_errors
+from megatron_sov.base.artifacts import translate_disk_errors, write_atomically
 from megatron_sov.base.errors import ExitCode, UserError, warn
 from megatron_sov.work.progress.locks import critical_section, has_ended, process_identity
 
@@ -27,7 +26,7 @@ LOCK = "lock.json"
 LEASE_S = 60.0
 """Seconds without a heartbeat after which an unreachable holder counts as dead."""
 RENEWALS = 4
-"""Heartbeats per lease, so that some may be late."""
+"""Heartbeats per lease; late heartbeats do not lose the lock."""
 
 
 class RunLock:
@@ -47,12 +46,12 @@ class RunLock:
             UserError: a living run holds the lock, or the folder is not writable.
         """
         # One critical section: two starters that both find a dead holder must not both write.
-        with disk_errors(self._file), critical_section(self._file.parent):
+        with translate_disk_errors(self._file), critical_section(self._file.parent):
             record = read_lock(self._file.parent)
             if record is not None and self._has_living_holder(record):
                 raise UserError(f"{self._file.parent}: is held by a living run (process {record['pid']} on "
                                 f"{record['host']}); wait for it, stop it, or choose another --run")
-            atomic_write(self._file, self._format_record())
+            write_atomically(self._file, self._format_record())
         self._thread.start()
 
     def release(self) -> None:
@@ -69,8 +68,8 @@ class RunLock:
         return json.dumps({**process_identity(), "beat": self._beat, "token": self._token, **_slurm_job()})
 
     def _has_living_holder(self, record: dict[str, Any]) -> bool:
-        """Return whether the process in `record` is alive; if it cannot be looked up, wait
-        for a heartbeat."""
+        """Return whether the process in `record` is alive; if it cannot be looked up, wait for a
+        heartbeat."""
         # The local process table is exact and fast; watching takes up to a minute.
         if (lives := _is_alive(record)) is not None:
             return lives
@@ -95,7 +94,7 @@ class RunLock:
                           file=sys.stderr, flush=True)
                     # Two runs must not write into one folder, not even a last checkpoint.
                     os._exit(ExitCode.CRASH)
-                atomic_write(self._file, self._format_record())
+                write_atomically(self._file, self._format_record())
             except (UserError, OSError) as e:  # later heartbeats may still renew the lease
                 warn(f"{self._file}: cannot write the heartbeat ({e})")
 
@@ -120,8 +119,8 @@ def read_lock(run: Path) -> dict[str, Any] | None:
 
 
 def delete_lock(run: Path) -> None:
-    """Delete `lock.json` of a holder that the caller knows to be dead."""
-    with disk_errors(run):
+    """Delete `lock.json` after the holder's death, which the caller has checked."""
+    with translate_disk_errors(run):
         (run / LOCK).unlink(missing_ok=True)
 
 
@@ -132,7 +131,7 @@ def _slurm_job() -> dict[str, Any]:
 
 
 def find_living_holder(run: Path) -> dict[str, Any] | None:
-    """Return the record of a lock holder that seems alive, or None.
+    """Return the `lock.json` record if the holder is probably alive, else None.
 
     For display only: if the process cannot be looked up, compare the file's time with this machine's clock.
     """
@@ -147,7 +146,7 @@ def find_living_holder(run: Path) -> dict[str, Any] | None:
 
 
 def _is_alive(record: dict[str, Any]) -> bool | None:
-    """Return whether the process in `record` is alive, or None if it cannot be looked up from here.
+    """Return whether the process in `record` is alive; None on other machines and containers.
 
     Slurm restarts a job only after releasing the nodes of its previous start, so earlier restarts are dead.
     """

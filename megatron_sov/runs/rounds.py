@@ -1,4 +1,4 @@
-"""RL rounds of a run: the recorded settings of a rounds folder, and the policy for each round's responses.
+"""RL rounds: recorded settings in a rounds folder, and the policy for each round's responses.
 
 No torch here.
 """
@@ -13,20 +13,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.artifacts import manifest_sha256, to_json, write_output
+from megatron_sov.base.artifacts import format_json, manifest_sha256, write_output
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import RolloutConfig
 from megatron_sov.runs import checkpoints
 
 HASHED_SETTINGS = ("reward_version",)
-"""Settings that are hashes, which messages do not suggest as options."""
+"""Hashed settings; messages do not suggest options for hashes."""
 TRAINED_GROUPS = "learns"
-"""Field in a round's manifest: name for the count of trained groups."""
+"""Field in a round's manifest: counts trained groups."""
+FEED_STATE = "feed"
+"""Field in `state.json` for `RunPolicies.state`."""
 
 
-def record_or_check_settings(folder: Path, file: Path, settings: dict[str, Any], option: str, noun: str = "rounds",
+def record_or_check_settings(folder: Path, file: Path, settings: dict[str, Any], option: str,
+                             noun: str = "rounds",
                  rewritten_files: Collection[Path] = ()) -> None:
-    """Write a rounds folder's settings to `file`, or check that they equal the recorded settings.
+    """Write a rounds folder's settings to `file`, or compare with the recorded settings.
 
     While the folder contains no results, settings may still change.
 
@@ -45,7 +48,7 @@ def record_or_check_settings(folder: Path, file: Path, settings: dict[str, Any],
         raise UserError(f"{option} {folder}: is a file; choose another one")
     # Without results no setting can contradict anything.
     if not _has_other_files(folder, {file, *rewritten_files}):
-        write_output(file, to_json(settings))
+        write_output(file, format_json(settings))
         return
     if not file.is_file():
         raise UserError(f"{folder}: is not empty and holds no {noun}; choose another {option}")
@@ -53,7 +56,7 @@ def record_or_check_settings(folder: Path, file: Path, settings: dict[str, Any],
         recorded = dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as e:
         raise UserError(f"{file}: is damaged ({e}); restore it, or choose another {option}") from None
-    current = json.loads(to_json(settings))  # JSON turns tuples into lists, as in the file
+    current = json.loads(format_json(settings))  # JSON turns tuples into lists, as in the file
     changed = {name: value for name, value in current.items() if recorded.get(name) != value}
     if changed:
         descriptions = [f"{name} = {recorded.get(name)}, now it is {value}"
@@ -74,10 +77,6 @@ def _has_other_files(folder: Path, known: Collection[Path]) -> bool:
     return False
 
 
-FEED_STATE = "feed"
-"""Field in a checkpoint's `state.json` with the state of `RunPolicies`."""
-
-
 @dataclass(frozen=True)
 class Policy:
     """Weights that generate responses."""
@@ -91,10 +90,10 @@ class Policy:
 
 
 def find_round_policy(run: Path, start: Path, number: int, rollout: RolloutConfig) -> Policy | None:
-    """Return the newest end-of-round checkpoint if it may generate a round, else None.
+    """Return the policy of the newest end-of-round checkpoint if fresh enough for a round, else None.
 
-    Newer policies than necessary are allowed: unfinished responses in an old round come from
-    the newest policy.
+    Newer policies than necessary are allowed: unfinished responses in an old round come from the newest
+    policy.
 
     Args:
         run: folder of `rl train`, which may not exist yet.
@@ -110,7 +109,9 @@ def find_round_policy(run: Path, start: Path, number: int, rollout: RolloutConfi
     step = 0 if newest is None else checkpoints.checkpoint_step(newest)
     if not can_generate_round(step, number, rollout):
         return None
-    return build_start_policy(start) if newest is None else Policy(newest, step, _hash_checkpoint_policy(newest))
+    if newest is None:
+        return build_start_policy(start)
+    return Policy(newest, step, _hash_checkpoint_policy(newest))
 
 
 def build_start_policy(start: Path) -> Policy:
@@ -118,19 +119,18 @@ def build_start_policy(start: Path) -> Policy:
 
 
 def can_generate_round(step: int, number: int, rollout: RolloutConfig) -> bool:
-    """Return whether the policy after `step` is at most `rollout.max_staleness` rounds older than
-    the round needs."""
+    """Return whether the policy after `step` is at most `rollout.max_staleness` rounds older than the round
+    needs."""
     return step // rollout.steps_per_round >= number - 1 - rollout.max_staleness
 
 
 @dataclass
 class RunPolicies:
-    """Digests of a run's policies, one policy per round; each process computes the same.
+    """Digests for a run's policies, a policy per round, equal on every rank.
 
-    A policy's digest covers the starting checkpoint, the settings that change training, and the
-    documents of all
-    rounds so far. It needs no checkpoint and no layout: after a rollback, training the published rounds again
-    gives the same policies.
+    A policy's digest covers the starting checkpoint, the settings that change training, and the documents of
+    all rounds so far. It needs no checkpoint and no layout: after a rollback, training the published rounds
+    again gives the same policies.
     """
 
     run: Path
@@ -138,9 +138,9 @@ class RunPolicies:
     """The policy before the first round."""
     rollout: RolloutConfig
     settings: Mapping[str, Any]
-    """Settings that change training, as JSON values."""
+    """Settings with an effect on training, in JSON values."""
     _trained: str = ""
-    """Digest of the start and of all rounds begun so far; "" before the first."""
+    """Digest over start and previous rounds; "" before the first round."""
     _recent: dict[int, str] = field(default_factory=dict)
     """Step -> digest, for policies that may have generated the next round."""
 
@@ -152,7 +152,7 @@ class RunPolicies:
         return Policy(self.run, step, self._recent[step]) if step else self.start
 
     def is_own(self, step: int, sha256: str) -> bool:
-        """Return whether a policy from `step` belongs to this run, as far as recent digests show."""
+        """Return whether a policy from `step` belongs to the run, judged by recent digests."""
         return sha256 in self._recent.values() or step < min(self._recent, default=0)
 
     def begin(self, step: int, documents_sha256: str) -> None:
@@ -164,14 +164,14 @@ class RunPolicies:
         """
         # In the middle of a round the digest came from the checkpoint.
         if not step % self.rollout.steps_per_round:
-            self._trained = _hash_texts(self.at(step).sha256, documents_sha256, to_json(dict(self.settings)))
+            settings = format_json(dict(self.settings))
+            self._trained = _hash_texts(self.at(step).sha256, documents_sha256, settings)
 
     def state(self) -> dict[str, Any]:
-        """Return JSON values for the checkpoint."""
+        """Return JSON values for `state.json`."""
         return {"trained": self._trained, "recent": [*self._recent.items()]}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Restore the values from `state`."""
         self._trained = str(state["trained"])
         self._recent = {int(step): str(sha256) for step, sha256 in state["recent"]}
 

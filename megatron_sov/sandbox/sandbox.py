@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from megatron_sov.base.errors import UserError, list_problems
+from megatron_sov.base.errors import UserError, format_problems
 from megatron_sov.sandbox.enclosures import EnclosureUnavailable, identity_maps, remove
 from megatron_sov.sandbox.program import Limits, Outcome, Program
 from megatron_sov.sandbox.restrictions import folders_of
@@ -70,7 +70,7 @@ class Sandbox:
                  command: Sequence[str] = (), languages: Mapping[str, Sequence[str]] = {}) -> None:
         problems = limits.problems() + _problems(enclosure, workers, command)
         if problems:
-            raise UserError(list_problems("sandbox", problems))
+            raise UserError(format_problems("sandbox", problems))
         self._limits, self._command = limits, tuple(command)
         known = {**LANGUAGES, **{name: tuple(parts) for name, parts in languages.items()}}
         self._languages = {name: parts for name, parts in known.items() if command or shutil.which(parts[0])}
@@ -108,7 +108,7 @@ class Sandbox:
             for worker in self._workers:
                 self._free.put(worker)
             return
-        raise UserError(list_problems("sandbox: this machine cannot enclose a program", reasons,
+        raise UserError(format_problems("sandbox: this machine cannot enclose a program", reasons,
                                       "allow one of them, or set `command` to one that encloses programs"))
 
     def __enter__(self) -> Self:
@@ -134,7 +134,7 @@ class Sandbox:
             UserError: a limit breaks a rule.
         """
         if limits is not None and (problems := limits.problems()):
-            raise UserError(list_problems("limits", problems))
+            raise UserError(format_problems("limits", problems))
         if self._closed:
             raise RuntimeError("this sandbox has been closed")
         reason = program.problem() or self._language_problem(program.language)

@@ -274,7 +274,8 @@ def main(channel_fd: int, root: str) -> None:
         send_message(channel, {"enclosure": enclosure.name})
         try:
             while True:
-                send_message(channel, dataclasses.asdict(_run(enclosure, template, receive_message(channel), channel)))
+                send_message(channel, dataclasses.asdict(_run(enclosure, template, receive_message(channel),
+                                                              channel)))
         except (EOFError, OSError, Gone):
             return
         finally:

@@ -15,11 +15,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 from megatron_sov.base.documents import BadRecord, Conversation
 from megatron_sov.base.documents.messages import MESSAGE_FIELDS, read_beside, read_messages, refuse_deep
 from megatron_sov.base.documents.rows import finite, no_constant
-from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.chat.folder import open_tokenizer, read_chat_encoder
 from megatron_sov.chat.marks import unquote_marks
-from megatron_sov.infer.asking import Asker
 from megatron_sov.infer.engines.target import Target
+from megatron_sov.infer.prompts import PromptEncoder
 from megatron_sov.infer.request import Sampling
 
 # What a server says where it does not answer: OpenAI's object of an error, with its HTTP status.
@@ -199,7 +199,7 @@ def chat_question(raw: bytes, model: str) -> ServedQuestion:
         if message.unread:
             unknown = message.unread[0][:200]
             raise RefusedRequest(400, f"messages[{number}] has {unknown!r}, which is not known"
-                                      f"{nearest(unknown, MESSAGE_FIELDS)}; leave it out", "messages")
+                                      f"{suggest_name(unknown, MESSAGE_FIELDS)}; leave it out", "messages")
     return body.question((chat,), body.max_completion_tokens or body.max_tokens)
 
 
@@ -250,7 +250,8 @@ def _check_body(kind: type[Any], fields: Mapping[str, Any], model: str) -> Any:
     if unknown := next((name for name in known if name not in kind.model_fields), ""):
         every = [*kind.model_fields, *NEUTRAL, *CHANGE_NOTHING]
         raise RefusedRequest(400,
-                             f"{unknown[:200]} is not known{nearest(unknown[:200], every)}; leave it out",
+                             f"{unknown[:200]} is not known{suggest_name(unknown[:200], every)}; leave it "
+                             "out",
                              unknown[:200])
     try:
         body = kind.model_validate(known)
@@ -307,8 +308,8 @@ class BodyReader:
         """
         folder = target.tokenizer_folder
         self._where, self._vocab_size, self._longest = folder, target.vocab_size, longest
-        self._plain = Asker(target, chat=False)
-        self._chat = Asker(target, chat=True) if read_chat_encoder(folder) is not None else None
+        self._plain = PromptEncoder(target, chat=False)
+        self._chat = PromptEncoder(target, chat=True) if read_chat_encoder(folder) is not None else None
         encoder = None if self._chat is None else self._chat.encoder
         self.call_form = None if encoder is None else encoder.find_call_form()[0]
         """In which the model calls tools; None: its template does not say."""
@@ -355,7 +356,7 @@ class BodyReader:
         return tuple(text for text in question.stops if text not in self._special)
 
     def decoder(self, question: ServedQuestion) -> Decode:
-        """Return what gives the text of an answer (`chat.marks.text_decoder`)."""
+        """Return what gives the text of an answer (`chat.marks.build_text_decoder`)."""
         if question.is_chat and self._chat is not None:
             return self._chat.decode
         return lambda ids: unquote_marks(self._plain.decode(ids))
@@ -372,7 +373,7 @@ class BodyReader:
         return wanted
 
 
-def _ids(asker: Asker, prompt: Conversation | str | tuple[int, ...]) -> list[int]:
+def _ids(asker: PromptEncoder, prompt: Conversation | str | tuple[int, ...]) -> list[int]:
     """Return a prompt in ids: with earlier answers as training has shown them, or, where the template leaves
     something of them out (earlier thoughts, say) and training would refuse them, as the template shows them.
 

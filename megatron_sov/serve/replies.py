@@ -23,8 +23,8 @@ _OTHERS = (*(mark for family in FAMILIES[1:] for mark in family), PYTHON_TAG)
 
 def turn_so_far(text: str, in_thoughts: bool, tools: Sequence[dict[str, Any]],
                 form: CallForm | None = None) -> ServedTurn:
-    """Return what is sure of a turn that is being written: the beginning of what `whole_turn` will say of
-    it, without calls."""
+    """Return what is sure of a turn that is being written: the beginning of the result of
+    `parse_served_turn`, without calls."""
     # Llama 3's calls have no mark: what they are shows at their end.
     if form == LLAMA and tools and text.lstrip()[:1] in ("{", ""):
         return ServedTurn("", "")
@@ -92,7 +92,7 @@ class ReplyWriting:
         self.reason = STOP if self._stop.ends(self.tokens) else reason
 
     def text(self) -> str:
-        return self._stop.cut_text(self._decode(self.tokens))
+        return self._stop.truncate_text(self._decode(self.tokens))
 
     def sure_text(self) -> str:
         """Return the beginning of the text that what comes will not change, while it is being written.
@@ -107,7 +107,7 @@ class ReplyWriting:
             self._text += behind[len(before):]
             self._first, self._shown = self._shown, len(self.tokens)
         held = max((_begun(self._text, stop) for stop in self._stop.texts), default=0)
-        return self._stop.cut_text(self._text[:len(self._text) - held])
+        return self._stop.truncate_text(self._text[:len(self._text) - held])
 
 
 def _begun(text: str, stop: str) -> int:

@@ -27,10 +27,10 @@ from megatron_sov.base.artifacts import write_output
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.pages.page import render_chat
 from megatron_sov.infer.engine import PRECISION_KEY
-from megatron_sov.infer.engines.libraries import load_configured_hf, refuse_uncached
-from megatron_sov.infer.engines.live import continue_live
-from megatron_sov.infer.engines.load import Loaded, run_forward_model
+from megatron_sov.infer.engines.live_generation import generate_live
+from megatron_sov.infer.engines.load import LoadedModel, run_forward_model
 from megatron_sov.infer.engines.target import Target
+from megatron_sov.infer.engines.transformers_engine import check_cache_support, load_configured_hf
 from megatron_sov.runs.launch_environment import is_first_rank, num_ranks
 from megatron_sov.serve.bodies import (
     BodyReader, RefusedRequest, ServedQuestion, chat_question, completion_question)
@@ -291,13 +291,13 @@ def serve(target: Target, settings: ServeSettings, layout: Sequence[str], nproc:
     if settings.address_file is not None and is_first_rank():
         settings.address_file.unlink(missing_ok=True)  # of a server that was killed
 
-    def on_ranks(loaded: Loaded) -> None:
+    def on_ranks(loaded: LoadedModel) -> None:
         if not loaded.world.is_main:
-            continue_live(loaded.policy, settings.batching, longest, None)
+            generate_live(loaded.policy, settings.batching, longest, None)
             return
         # One process takes requests; the others follow its orders.
         with office() as clerk:
-            continue_live(loaded.policy, settings.batching, longest, clerk)
+            generate_live(loaded.policy, settings.batching, longest, clerk)
 
     @contextlib.contextmanager
     def office() -> Iterator[Clerk]:
@@ -309,7 +309,7 @@ def serve(target: Target, settings: ServeSettings, layout: Sequence[str], nproc:
         run_forward_model(target, layout, nproc, on_ranks)
         return
     model = load_configured_hf(target.path, layout)
-    refuse_uncached(model.config, "serve a checkpoint that `megatron-sov convert from-hf` makes of it")
+    check_cache_support(model.config, "serve a checkpoint that `megatron-sov convert from-hf` makes of it")
     with office() as clerk:
         continue_transformers(model, settings.batching, longest, clerk)
 

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from megatron_sov.infer.engines.live import Joining, News, Orders
+from megatron_sov.infer.engines.live_generation import BatchChanges, NewSequence, TokenEvent
 from megatron_sov.serve.bodies import BodyReader, ReadBody, RefusedRequest, ServedQuestion
 
 # Where requests wait, between the thread of the server and the one that the model runs on.
@@ -186,12 +186,12 @@ class Clerk:
                  must_stop: Callable[[], bool]) -> None:
         self._desk, self._reader = desk, reader
         self._wants_stop, self._must_stop = wants_stop, must_stop
-        self._ready = deque[Joining]()
+        self._ready = deque[NewSequence]()
         self._under_way: dict[int, tuple[Ticket, int]] = {}
         self._next_number = 0
         self._deadline_s = float("inf")
 
-    def orders(self, num_free: int, is_idle: bool) -> Orders:
+    def orders(self, num_free: int, is_idle: bool) -> BatchChanges:
         """Return who joins and who leaves, see `Office`."""
         # First who leaves, so that no slot is given to an answer that nobody wants.
         leaving = self._leaving()
@@ -199,7 +199,7 @@ class Clerk:
             # Nothing new comes in; what waits and what is written has until the deadline.
             self._desk.close(CLOSING)
             self._deadline_s = time.monotonic() + DRAIN_S
-        joining: list[Joining] = []
+        joining: list[NewSequence] = []
         # Only while nothing runs: else the wait would hold up every answer under way.
         wait_s = WAIT_S if is_idle and self._desk.closed is None else 0.0
         while len(joining) < num_free:
@@ -213,10 +213,10 @@ class Clerk:
                                      and (idle or time.monotonic() > self._deadline_s))
         if ends:
             self._give_up()
-            return Orders(ends=True)
-        return Orders(joining, leaving)
+            return BatchChanges(ends=True)
+        return BatchChanges(joining, leaving)
 
-    def tell(self, news: Sequence[News]) -> None:
+    def tell(self, news: Sequence[TokenEvent]) -> None:
         """Tell clients what a row has brought, see `Office`."""
         told: list[tuple[Ticket, Event]] = []
         for one in news:
@@ -243,7 +243,7 @@ class Clerk:
         for place in range(question.num_sequences):
             prompt, choice = divmod(place, question.num_choices)
             sampling = replace(question.sampling, max_new_tokens=read.limits[prompt])
-            self._ready.append(Joining(self._next_number, read.prompts[prompt], sampling, choice,
+            self._ready.append(NewSequence(self._next_number, read.prompts[prompt], sampling, choice,
                                        read.end_ids))
             self._under_way[self._next_number] = (ticket, place)
             self._next_number += 1

@@ -19,10 +19,10 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProce
 from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessor, ContinuousBatchingLogitsProcessorList)
 
-from megatron_sov.infer.decoder.generator import distributions
-from megatron_sov.infer.decoder.sampling import draw
-from megatron_sov.infer.engines.libraries import PAGE_TOKENS, cache_sizes
-from megatron_sov.infer.engines.live import Joining, News, Office
+from megatron_sov.infer.decoder.generator import compute_distributions
+from megatron_sov.infer.decoder.sampling import draw_tokens
+from megatron_sov.infer.engines.live_generation import NewSequence, RequestSource, TokenEvent
+from megatron_sov.infer.engines.transformers_engine import PAGE_TOKENS, compute_cache_sizes
 from megatron_sov.infer.request import LENGTH, STOP, Batching
 
 WAIT_S = 0.1
@@ -33,7 +33,7 @@ WAIT_S = 0.1
 class _LiveRequest:
     """A sequence that transformers continues."""
 
-    joining: Joining
+    joining: NewSequence
     random: np.random.Generator
     """Its stream, as `Continuation.random`."""
     sampled: deque[float] = field(default_factory=deque)
@@ -64,8 +64,8 @@ class RequestSampler(ContinuousBatchingLogitsProcessor):
         tokens = scores.argmax(dim=-1)
         logprobs = torch.log_softmax(scores.double(), dim=-1).gather(1, tokens[:, None])[:, 0]
         if drawn := [row for row, sampling in enumerate(samplings) if sampling.temperature]:
-            shares = distributions(scores[drawn], [samplings[row] for row in drawn])
-            found = draw(shares, [self._requests[row].random.random() for row in drawn])
+            shares = compute_distributions(scores[drawn], [samplings[row] for row in drawn])
+            found = draw_tokens(shares, [self._requests[row].random.random() for row in drawn])
             tokens[drawn] = torch.tensor(found, device=tokens.device)
             logprobs[drawn] = shares.gather(1, tokens[drawn, None])[:, 0].log()
         for one, logprob in zip(self._requests, logprobs.tolist(), strict=True):
@@ -74,7 +74,7 @@ class RequestSampler(ContinuousBatchingLogitsProcessor):
 
 
 @torch.no_grad()
-def continue_transformers(model: Any, batching: Batching, longest: int, office: Office) -> None:
+def continue_transformers(model: Any, batching: Batching, longest: int, office: RequestSource) -> None:
     """Continue what the office asks for, until it orders the end.
 
     Args:
@@ -86,7 +86,7 @@ def continue_transformers(model: Any, batching: Batching, longest: int, office: 
     Raises:
         RuntimeError: transformers' thread ended, or gave up a request.
     """
-    slots, pages, pass_tokens = cache_sizes(batching.batch_size, longest, batching)
+    slots, pages, pass_tokens = compute_cache_sizes(batching.batch_size, longest, batching)
     # the sampler is called between the forward pass and the choice, in one order
     sizes = ContinuousBatchingConfig(
         page_size=PAGE_TOKENS, num_blocks=pages, max_requests_per_batch=slots, max_batch_tokens=pass_tokens,
@@ -110,7 +110,7 @@ def continue_transformers(model: Any, batching: Batching, longest: int, office: 
         manager.stop(hard_stop=True)
 
 
-def _join(manager: Any, joining: Joining) -> _LiveRequest:
+def _join(manager: Any, joining: NewSequence) -> _LiveRequest:
     sampling = joining.sampling
     random = np.random.Generator(np.random.Philox(key=[sampling.seed, joining.stream]))
     request = _LiveRequest(joining, random)
@@ -119,7 +119,7 @@ def _join(manager: Any, joining: Joining) -> _LiveRequest:
     return request
 
 
-def _next_tokens(manager: Any, live: dict[int, _LiveRequest]) -> list[News]:
+def _next_tokens(manager: Any, live: dict[int, _LiveRequest]) -> list[TokenEvent]:
     """Return the tokens that transformers has written; waits for some, and not for long."""
     outputs = [manager.get_result(timeout=WAIT_S)]
     while outputs[-1] is not None:
@@ -141,7 +141,7 @@ def _next_tokens(manager: Any, live: dict[int, _LiveRequest]) -> list[News]:
     return news
 
 
-def _news(number: int, request: _LiveRequest, token: int) -> News:
+def _news(number: int, request: _LiveRequest, token: int) -> TokenEvent:
     logprob = request.sampled.popleft()
     request.num_told += 1
     reason = None
@@ -149,4 +149,4 @@ def _news(number: int, request: _LiveRequest, token: int) -> News:
         reason = STOP
     elif request.num_told >= request.joining.sampling.max_new_tokens:
         reason = LENGTH
-    return News(number, token, logprob, reason)
+    return TokenEvent(number, token, logprob, reason)

@@ -11,26 +11,26 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_sov.base.artifacts import MANIFEST, manifest_sha256, to_json
+from megatron_sov.base.artifacts import MANIFEST, format_json, manifest_sha256
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.chat.folder import (
     CONFIG_JSON, TEMPLATE_FILE, TOKENIZER_JSON, read_chat_fields, read_chat_template, read_special_token)
 from megatron_sov.chat.vocabulary import find_difference
 from megatron_sov.checkpoint import load
-from megatron_sov.checkpoint.load import agreement
-from megatron_sov.checkpoint.save import Companions, Saved, Saver
-from megatron_sov.checkpoint.writer import TensorFile
+from megatron_sov.checkpoint.load import raise_on_all_ranks
+from megatron_sov.checkpoint.safetensors_files import TensorFile
+from megatron_sov.checkpoint.save import CheckpointMetadata, CheckpointSaver, SavedCheckpoint
 from megatron_sov.convert.hf_import import GENERATION_CONFIG, copy_carried_fields
 from megatron_sov.convert.sources import open_shards
 from megatron_sov.engine.model.language_model import LanguageModel
-from megatron_sov.engine.model.local_shards import local_shards
+from megatron_sov.engine.model.local_shards import list_local_shards
 from megatron_sov.engine.optimizer.optimizer import Optimizer
 from megatron_sov.engine.parallel import collectives
 from megatron_sov.engine.parallel.values import sum_dict
-from megatron_sov.engine.parallel.world import ParallelWorld, on_main
+from megatron_sov.engine.parallel.world import ParallelWorld, run_on_main
 from megatron_sov.model.config import AudioEncoderConfig, ModelConfig, RunConfig, VisionEncoderConfig
-from megatron_sov.model.families.encoders import AUDIO, ENCODER, VISION, encoder_tensors
-from megatron_sov.model.pretrained import CONFIG, listed, read_json
+from megatron_sov.model.families.encoders import AUDIO, ENCODER, VISION, encoder_shapes
+from megatron_sov.model.pretrained import CONFIG, format_names, read_json
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.checkpoints import check_model_path
 from megatron_sov.runs.folder import RunFolder
@@ -62,12 +62,13 @@ def newest_sound(folder: RunFolder, place: ParallelWorld, not_after: int = ANY_S
     A damaged one is set aside, loudly, for the one before.
     """
     # one process looks: on a network file system the others may still see an older listing
-    while ((newest := on_main(place, lambda: checkpoints.latest_checkpoint_until(folder.checkpoints, not_after)))
+    while ((newest := run_on_main(
+            place, lambda: checkpoints.latest_checkpoint_until(folder.checkpoints, not_after)))
            is not None):
-        problem = load.damage(newest)
+        problem = load.find_damage(newest)
         if problem is None:
             return Path(newest)
-        on_main(place, partial(_set_aside, folder, newest, problem))
+        run_on_main(place, partial(_set_aside, folder, newest, problem))
     return None
 
 
@@ -87,7 +88,8 @@ def refuse_other_base(newest: Path, start_from: Path) -> None:
     """Raise `UserError` where an adapter's run would go on beside other frozen weights."""
     base = checkpoints.read_adapter_base(newest)
     if base is not None:
-        start = checkpoints.read_adapter_base(start_from) or checkpoints.AdapterBase.of(start_from)
+        start = (checkpoints.read_adapter_base(start_from)
+                 or checkpoints.AdapterBase.from_checkpoint(start_from))
         if start.sha256 != base.sha256:
             raise UserError(f"--from {start_from}: is another model than {base.path}, beside which {newest} "
                             "was trained; resume with that, or start a new --run")
@@ -127,8 +129,8 @@ def start_encoders(model: LanguageModel, config: RunConfig) -> None:
         if not folder:
             continue
         files, found = encoder_in(Path(folder), prefix, config.model)
-        blocks = [block for block in local_shards(model) if block.key in found]
-        with agreement():
+        blocks = [block for block in list_local_shards(model) if block.key in found]
+        with raise_on_all_ranks():
             for block in blocks:
                 name = found[block.key]
                 block.data.copy_(files[name].read(name).reshape(block.data.shape))
@@ -151,7 +153,7 @@ def encoder_in(folder: Path, prefix: str,
     encoder = model.vision if prefix == VISION else model.audio
     assert encoder is not None  # by `RunConfig.problems`
     files = open_shards(folder)
-    wanted = {key: shape for key, shape in encoder_tensors(model).items() if key.startswith(prefix + ENCODER)}
+    wanted = {key: shape for key, shape in encoder_shapes(model).items() if key.startswith(prefix + ENCODER)}
     names = {key: key.removeprefix(prefix + ENCODER) for key in wanted}
     first = next(iter(names.values()))
     places = [name.removesuffix(first) for name in files if name == first or name.endswith("." + first)]
@@ -160,13 +162,14 @@ def encoder_in(folder: Path, prefix: str,
         lacking = [name for name in names.values() if not places or places[0] + name not in files]
         raise UserError(f"{setting}: holds {len(whole)} encoders of kind {encoder.kind!r} with "
                         f"{encoder.num_layers} layers, must hold one"
-                        f"{'' if whole else f' (it lacks {listed(lacking)})'}; compare its {CONFIG} with "
+                        f"{'' if whole else f' (it lacks {format_names(lacking)})'}; "
+                        f"compare its {CONFIG} with "
                         f"model.{prefix[:-1]}")
     found = {key: whole[0] + name for key, name in names.items()}
     others = [f"{name} {list(files[name].entries[name].shape)} instead of {list(wanted[key])}"
               for key, name in found.items() if tuple(files[name].entries[name].shape) != wanted[key]]
     if others:
-        raise UserError(f"{setting}: {listed(others)}; set the sizes of model.{prefix[:-1]} as its "
+        raise UserError(f"{setting}: {format_names(others)}; set the sizes of model.{prefix[:-1]} as its "
                         f"{CONFIG} has them")
     _refuse_other_sizes(folder, setting, encoder)
     return files, found
@@ -209,7 +212,7 @@ def _read_companions(start: Path, data: Path) -> dict[str, bytes]:
         config["chat_template"] = template
         files.pop(TEMPLATE_FILE, None)
     changed = {CONFIG_JSON: config, **({GENERATION_CONFIG: defaults} if GENERATION_CONFIG in files else {})}
-    return files | {name: to_json(content).encode() for name, content in changed.items()}
+    return files | {name: format_json(content).encode() for name, content in changed.items()}
 
 
 class Stateful(Protocol):
@@ -229,7 +232,7 @@ class Checkpointer:
 
     def __init__(self, config: RunConfig, folder: RunFolder, sources: list[Source], model: LanguageModel,
                  optimizer: Optimizer, batches: Stateful, parts: Mapping[str, Stateful],
-                 on_saved: Callable[[Saved], None]) -> None:
+                 on_saved: Callable[[SavedCheckpoint], None]) -> None:
         """Begin without a checkpoint.
 
         Args:
@@ -248,7 +251,7 @@ class Checkpointer:
         self._tokenizer = tokenizer_folder(sources)
         self._beside: dict[str, bytes] = {}
         self._carried: dict[str, Any] = {}
-        self._saver = Saver(on_saved, config.train.save_timeout_s)
+        self._saver = CheckpointSaver(on_saved, config.train.save_timeout_s)
 
     def save(self, done: TrainState) -> None:
         """Take a checkpoint, which is written in the background; waits for the one before.  Where
@@ -263,12 +266,12 @@ class Checkpointer:
                  "order": self._batches.state(), "data": self._data,
                  **{name: part.state() for name, part in self._parts.items()}}
         self._saver.begin(self._folder.checkpoint(done.step), self._model, self._optimizer,
-                          Companions(state, self._config.to_dict(), self._tokenizer, self._beside,
+                          CheckpointMetadata(state, self._config.to_dict(), self._tokenizer, self._beside,
                                      self._carried),
                           # behind the rename: a crash while the new one is written must leave the one before
                           then=lambda: checkpoints.prune_checkpoints(folder, settings.keep_checkpoints,
                                                          settings.keep_every_steps),
-                          waits=not settings.async_save)
+                          wait=not settings.async_save)
 
     def sync(self, stop: StopFlag) -> bool:
         """Do the all-reduce at the end of a step: who was asked to stop,
@@ -312,7 +315,7 @@ class Checkpointer:
         self._saver.finish_alone()
 
     def load_weights(self, path: Path) -> None:
-        load.check(path)
+        load.check_weights(path)
         self._load_model(path, new_encoders=True)
 
     def load(self, path: Path, *, data_too: bool = True) -> TrainState:
@@ -340,7 +343,8 @@ class Checkpointer:
                 part.restore(state[name])
         if data_too:
             self._batches.restore(state["order"])
-        return TrainState(state["step"], state["tokens"], state["wall_s"], checkpoints.read_trained_tokens(path))
+        return TrainState(state["step"], state["tokens"], state["wall_s"],
+                          checkpoints.read_trained_tokens(path))
 
     def _load_model(self, path: Path, *, new_encoders: bool = False) -> None:
         # read now: a checkpoint that the run goes on from may be pruned before the next one is written

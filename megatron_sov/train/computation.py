@@ -16,11 +16,11 @@ from megatron_sov.engine.model import replica_checks
 from megatron_sov.engine.model.expert_load import ExpertLoad
 from megatron_sov.engine.model.graphs import RouterGraphs
 from megatron_sov.engine.model.language_model import LanguageModel
-from megatron_sov.engine.model.logprobs import head_of
+from megatron_sov.engine.model.logprobs import build_head
 from megatron_sov.engine.optimizer.optimizer import Optimizer
 from megatron_sov.engine.parallel import collectives
-from megatron_sov.engine.parallel.rng import reseed
-from megatron_sov.engine.parallel.values import Shapes, pack, unpack
+from megatron_sov.engine.parallel.rng import seed_step
+from megatron_sov.engine.parallel.values import Shapes, flatten_tensors, unflatten_tensors
 from megatron_sov.model.config import RunConfig
 from megatron_sov.train.guards.fault_injection import Faults
 from megatron_sov.train.guards.guards import ComputeClock
@@ -102,8 +102,8 @@ class Computation:
         self.is_finite = bool(local.isfinite().all())
         # behind the finite check: these are counts, and the same on every stage
         local = torch.cat([local, _replayed(batch.micro_batches)])
-        total = unpack(collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local)),
-                       {**self._shapes(objective), ROUTES: (2,)})
+        total = unflatten_tensors(collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local)),
+                                  {**self._shapes(objective), ROUTES: (2,)})
         by_source = total.pop(BY_SOURCE)
         meters = torch.cat([total.pop(METERS), total.pop(ROUTES)[None]]).tolist()
         return StepSums({term: float(value) for term, value in total.items()}, by_source,
@@ -115,41 +115,42 @@ class Computation:
         each turn draws the same dropout."""
         # an interleaved schedule takes whole multiples of pp micro-batches
         count = self._config.parallel.pp if self._config.parallel.vpp > 1 else 1
-        reseed(self._config.train.seed, step - 1)
+        seed_step(self._config.train.seed, step - 1)
         self._unsynced(batch, batch.micro_batches[:count], objective)
         # the first turn is sound; a fault on purpose comes in a later one, so that the turns differ
         if turn:
             self._miscompute(step)
-        self._expert_load.forget()
-        reseed(self._config.train.seed, step - 1)
+        self._expert_load.reset_counts()
+        seed_step(self._config.train.seed, step - 1)
 
     def own_part(self, batch: GlobalBatch, objective: Objective, step: int) -> OwnPart:
         """Return what this process computes of a step (1-based), which is drawn as it was the first time."""
-        reseed(self._config.train.seed, step - 1)
+        seed_step(self._config.train.seed, step - 1)
         parts = self._unsynced(batch, batch.micro_batches, objective)
         own = self._own(parts, objective, self._checksum())
-        self._expert_load.forget()
+        self._expert_load.reset_counts()
         return own
 
     def _unsynced(self, batch: GlobalBatch, micro_batches: Sequence[MicroBatch],
                   objective: Objective) -> list[Any]:
-        with replica_checks.unsynced(self._model, self._optimizer.wrapped):
+        with replica_checks.disable_gradient_sync(self._model, self._optimizer.wrapped):
             return self._passes(batch, micro_batches, objective, 1.0)
 
     def _own(self, parts: list[Any], objective: Objective, gradients: int | None) -> OwnPart:
         if not parts:
             return OwnPart(torch.zeros(0, dtype=torch.float64), gradients)
         sums = torch.stack(parts).cpu()
-        by_source = torch.stack([unpack(part, self._shapes(objective))[BY_SOURCE] for part in sums])
+        by_source = torch.stack([unflatten_tensors(part, self._shapes(objective))[BY_SOURCE]
+                                 for part in sums])
         total, count = by_source.sum(1).unbind(1)
         return OwnPart(sums, gradients, tuple((total / count.clamp(min=1)).tolist()))
 
     def _miscompute(self, step: int) -> None:
         if (fault := self._faults.due("miscompute", "step", step)) is not None:
-            replica_checks.flip_bit(replica_checks.gradients(self._model)[0], fault.options.get("bit"))
+            replica_checks.flip_bit(replica_checks.list_gradients(self._model)[0], fault.options.get("bit"))
 
     def _checksum(self) -> int:
-        return int(replica_checks.checksum(replica_checks.gradients(self._model)))
+        return int(replica_checks.compute_checksum(replica_checks.list_gradients(self._model)))
 
     def _shapes(self, objective: Objective) -> Shapes:
         return {**dict.fromkeys(sorted(objective.coefficients), ()), BY_SOURCE: (self._num_sources, 2),
@@ -163,12 +164,13 @@ class Computation:
         terms, meters = sorted(objective.coefficients), meters_of(objective)
 
         def loss(hidden: torch.Tensor, micro_batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-            head = head_of(self._model, self._config.train.head_chunk_tokens)
+            head = build_head(self._model, self._config.train.head_chunk_tokens)
             sums = objective.loss(split_depths(hidden, self._config.model.num_predictions), head, micro_batch)
             # in float64 for the log; the graph keeps the dtype of the losses
             values = {term: sums.terms[term].detach().double() * factor for term in terms}
             total = total_loss(sums, objective.coefficients, micro_batch.denominators)
-            return total * factor, pack({**values, BY_SOURCE: sums.by_source, METERS: _meters(sums, meters)})
+            return total * factor, flatten_tensors({**values, BY_SOURCE: sums.by_source,
+                                                    METERS: _meters(sums, meters)})
 
         row_tokens = len(batch.micro_batches[0].inputs.tokens)
         self._graphs.prepare(row_tokens, batch.seq_len, len(micro_batches),

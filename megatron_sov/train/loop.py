@@ -14,7 +14,7 @@ from typing import Literal
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.engine.model import replica_checks
 from megatron_sov.engine.parallel.values import gather_objects
-from megatron_sov.engine.parallel.world import on_main
+from megatron_sov.engine.parallel.world import run_on_main
 from megatron_sov.runs import checkpoints
 from megatron_sov.train.checkpointer import newest_sound
 from megatron_sov.train.computation import OwnPart
@@ -79,10 +79,10 @@ def _find(trainer: Trainer, batch: GlobalBatch, learned: GlobalBatch | None) -> 
     first = computation.own
     again = computation.own_part(batch, trainer.objective, step)
     # cheapest and surest first: other bits from the same input can only be the machine
-    if ranks := replica_checks.ranks_where(first != again):
+    if ranks := replica_checks.gather_ranks_where(first != again):
         return _named("process", ranks, "gave other numbers when it computed the step again: its machine is "
                                         "at fault, and neither the data nor the optimisation")
-    if ranks := replica_checks.differing_replicas(trainer.model):
+    if ranks := replica_checks.find_differing_replicas(trainer.model):
         return _named("weights", ranks, "holds other weights than its replicas: a bit of its memory changed")
     if trainer.config.parallel.overlap_grad_reduce and not _same_norm(trainer, batch):
         return Attribution("process", "the gradient norm is another one when the step is computed again: a "
@@ -113,7 +113,7 @@ def _figures(trainer: Trainer, batch: GlobalBatch) -> tuple[float, float]:
     sums = trainer.computation.sums(batch, trainer.objective, trainer.step)
     # computed and refused: nothing is updated, and only the norm is wanted
     norm = trainer.optimizer.step(0.0, lambda _: False)
-    trainer.expert_load.undo()
+    trainer.expert_load.restore_biases()
     return trainer.loss_of(sums, batch)[0], norm
 
 
@@ -123,12 +123,12 @@ def _same_norm(trainer: Trainer, batch: GlobalBatch) -> bool:
     norm = _figures(trainer, batch)[1]
     differs = trainer.world.is_main and norm != refusal.grad_norm and not (
         math.isnan(norm) and math.isnan(refusal.grad_norm))
-    return not replica_checks.ranks_where(differs)
+    return not replica_checks.gather_ranks_where(differs)
 
 
 def _is_unusual(trainer: Trainer, batch: GlobalBatch) -> bool:
     loss, norm = _figures(trainer, batch)
-    return bool(replica_checks.ranks_where(trainer.guards.step_guard.was_unusual(loss, norm)))
+    return bool(replica_checks.gather_ranks_where(trainer.guards.step_guard.was_unusual(loss, norm)))
 
 
 def _worst_documents(trainer: Trainer, batch: GlobalBatch, own: OwnPart) -> tuple[str, ...]:
@@ -163,7 +163,8 @@ def rollback(trainer: Trainer) -> None:
     # taken before the load below, which gives the guard its memory of the checkpoint's time
     refusal, refused, rollbacks = guard.refusal, guard.in_a_row, guard.rollbacks
     assert refusal is not None, f"{refused} steps were refused, and none says why"
-    # one that is still being written may be the newest good one, and must not appear behind `drop_after`
+    # a checkpoint being written may be the newest good one, and must not appear after
+    # `delete_checkpoints_after`
     trainer.checkpointer.finish()
     target = _target(trainer, now - refused)
     if target is None:
@@ -178,7 +179,8 @@ def rollback(trainer: Trainer) -> None:
     trainer.batches.ledger.pass_over(back_to, now)
     guard.rollbacks = [*rollbacks, {"at": now, "to": back_to}]
     # checkpoints behind the target have weights of the refused stretch: a resume must not find one
-    on_main(trainer.world, lambda: checkpoints.delete_checkpoints_after(trainer.folder.checkpoints, back_to))
+    folder = trainer.folder.checkpoints
+    run_on_main(trainer.world, lambda: checkpoints.delete_checkpoints_after(folder, back_to))
     text = (f"steps {now - refused + 1} to {now} were refused in a row ({refusal.reason}): "
             f"weights and optimizer are those of step {back_to} again, and the samples of steps "
             f"{back_to + 1} to {now} are passed over")

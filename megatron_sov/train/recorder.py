@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 from megatron_sov.base.errors import warn
-from megatron_sov.checkpoint.save import Saved
+from megatron_sov.checkpoint.save import SavedCheckpoint
 from megatron_sov.engine.model import gpu_settings, specs
 from megatron_sov.engine.parallel.device import on_gpu
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig
-from megatron_sov.model.families.count import num_params, train_flops_per_token
+from megatron_sov.model.families.count import compute_train_flops_per_token, count_params
 from megatron_sov.runs.checkpoints import CHECKPOINT_KIND
 from megatron_sov.runs.obs.events import EVENTS, EventLog
 from megatron_sov.runs.obs.history import NO_GRADIENT, SKIPPED_BY_SETTING
@@ -113,7 +113,7 @@ class Efficiency:
             seconds: the step's time.
         """
         per_process = num_tokens / seconds / self._num_ranks
-        tflops = per_process * train_flops_per_token(self._model, seq_len) / 1e12
+        tflops = per_process * compute_train_flops_per_token(self._model, seq_len) / 1e12
         found = {"tokens_per_s_per_process": per_process, "tflops_per_process": tflops}
         if self._peak_tflops:
             found["mfu"] = tflops / self._peak_tflops
@@ -179,15 +179,16 @@ class Recorder:
         config, write = self._config, self.events.write
         if continued_from is not None:
             write("resume", step=step, reason=f"continued from {continued_from}")
-        count = num_params(config.model)
+        count = count_params(config.model)
         te = specs.uses_transformer_engine(specs.PRECISION[config.train.precision])
         write("run_start", recipe=config.recipe, num_ranks=self._world.size,
               layout={**asdict(config.parallel), "dp": self._world.dp_size}, num_params=count.total,
               num_active_params=count.active, num_steps=self._num_steps, resumed_from=step,
               began_s=self._began_s, on_gpu=on_gpu(),
-              gpu=gpu_settings.resolve_auto(config, te),
+              gpu=gpu_settings.resolve_auto_settings(config, te),
               **build_headline_fields(self.headline, comparable=self._comparable),
-              inputs=[*provenance(sources), *([] if start is None else [as_input(CHECKPOINT_KIND, start)]), *besides],
+              inputs=[*provenance(sources), *([] if start is None else [as_input(CHECKPOINT_KIND, start)]),
+                      *besides],
               machine={"host": platform.node(), "device": device_name(), "python": platform.python_version(),
                        "torch": torch.__version__, "threads": torch.get_num_threads()})
         for entry in entries:
@@ -289,7 +290,7 @@ class Recorder:
                           **({"over_long": over_long, "over_long_are": self._config.data.over_long}
                              if over_long else {}))
 
-    def saved(self, saved: Saved) -> None:
+    def saved(self, saved: SavedCheckpoint) -> None:
         self.events.write("checkpoint", step=saved.step, path=f"{saved.path.parent.name}/{saved.path.name}",
                           save_s=saved.save_s, stall_s=saved.stall_s)
 

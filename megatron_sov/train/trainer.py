@@ -18,15 +18,15 @@ import torch._dynamo  # torch would import it with the first optimizer: here, fo
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.checkpoint import load
-from megatron_sov.checkpoint.save import Saved
+from megatron_sov.checkpoint.save import SavedCheckpoint
 from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model import replica_checks
 from megatron_sov.engine.model.expert_load import ExpertLoad
-from megatron_sov.engine.model.language_model import LanguageModel, build_configured
-from megatron_sov.engine.model.quantized_weights import raw_data
+from megatron_sov.engine.model.language_model import LanguageModel, build_run_model
+from megatron_sov.engine.model.quantized_weights import get_raw_data
 from megatron_sov.engine.optimizer.optimizer import Optimizer
 from megatron_sov.engine.parallel import collectives
-from megatron_sov.engine.parallel.rng import reseed
+from megatron_sov.engine.parallel.rng import seed_step
 from megatron_sov.engine.parallel.storage_extension import load_storage_extension
 from megatron_sov.engine.parallel.world import STORE_PORT, ParallelWorld
 from megatron_sov.model.config import RunConfig
@@ -86,12 +86,12 @@ class Trainer:
         self._feed = feed
         self.schedule, self.state = Schedule(config), TrainState()
         self.num_steps = self.schedule.num_steps
-        self.model = build_configured(config)
+        self.model = build_run_model(config)
         load_storage_extension(self.model.config.recompute_modules)
         _begin(self.model, config, initial_weights)
         self.optimizer = Optimizer(self.model, config.optim, config.parallel, config.gpu)
         self.expert_load = ExpertLoad(self.model)
-        self.model.config.finalize_model_grads_func = self.expert_load.finalize
+        self.model.config.finalize_model_grads_func = self.expert_load.finalize_gradients
         self.policy = ForwardModel(self.model, config.train.head_chunk_tokens)
         self.batches = DataBatches(config, sources, world, planned, columns_of(objective))
         self.recorder = Recorder(config, world, self.num_steps, began_s)
@@ -255,7 +255,7 @@ class Trainer:
         step, guard = self.state.step, self.guards.step_guard
         # random numbers are a function of (seed, step): a resumed run draws what the run that was left alone
         # draws
-        reseed(self.config.train.seed, step)
+        seed_step(self.config.train.seed, step)
         guard.enter(step, self.batches.ledger)
         if self.batches.next_entry().skip:
             # drawn all the same, so that the steps behind it see what they would have seen
@@ -305,7 +305,7 @@ class Trainer:
         faults.tell(self.events)
         faults.trigger("step", step)
         if (fault := faults.due("bitflip", "step", step)) is not None:
-            replica_checks.flip_bit(raw_data(next(p for p in self.model.parameters() if p.dim() == 2)),
+            replica_checks.flip_bit(get_raw_data(next(p for p in self.model.parameters() if p.dim() == 2)),
                                     fault.options.get("bit"))
         if self.guards.sdc.probe_is_due(step):
             compute = partial(self.computation.own_gradients, batch, self.objective, step)
@@ -323,9 +323,10 @@ class Trainer:
             raise UserError(f"step {step}: the loss is {refusal.loss:g} and the gradient norm "
                             f"{refusal.grad_norm:g}; lower optim.lr = {self.config.optim.lr:g} and start a "
                             f"new {start}, or switch on guards.skip")
-        self.expert_load.undo()
+        self.expert_load.restore_biases()
         self.batches.ledger.pass_over(step - 1, step)
-        self.recorder.refused(step, refusal, replica_checks.ranks_where(not self.computation.is_finite))
+        self.recorder.refused(step, refusal,
+                              replica_checks.gather_ranks_where(not self.computation.is_finite))
         if self.config.guards.attribute:
             self.refused = batch
 
@@ -349,7 +350,7 @@ class Trainer:
                                                   self.batches.ledger.max_seq_len(), self.world)
 
         def counted(source: str, action: Callable[[], Any]) -> Any:
-            result, load = self.expert_load.during(action)
+            result, load = self.expert_load.count_during(action)
             self.recorder.expert_load(self.step, load, source=source)
             return result
 
@@ -362,14 +363,14 @@ class Trainer:
         """Take a checkpoint; it is written in the background, or at once where `train.async_save` is off."""
         # before anything is written: a checkpoint of corrupt weights would be the one to return to
         self.guards.sdc.compare(self.step, self.model, self.events)
-        self.recorder.memory(self.step, collectives.of_all_ranks(peak_memory()["peak_memory_bytes"]))
+        self.recorder.memory(self.step, collectives.gather_numbers(peak_memory()["peak_memory_bytes"]))
         self.checkpointer.save(replace(self.state, wall_s=self.wall_s()))
         self._saved_step = self.step
         self.guards.faults.trigger("save", self.step)
         if not self.config.train.async_save:
             self.checkpointer.finish()
 
-    def _note_saved(self, saved: Saved) -> None:
+    def _note_saved(self, saved: SavedCheckpoint) -> None:
         self.recorder.saved(saved)
         if self.guards.faults.due("corrupt-checkpoint", "save", saved.step):
             corrupt(saved.path)
@@ -399,7 +400,7 @@ class Trainer:
 
 def _begin(model: LanguageModel, config: RunConfig, initial_weights: bool) -> None:
     """Give a model its initial weights; without them those of new adapters and encoders alone."""
-    load.initialise(model, config.model, config.train.seed,
+    load.initialize_weights(model, config.model, config.train.seed,
                     only="" if initial_weights else (PREFIX, *ENCODERS))
     if initial_weights:
         start_encoders(model, config)

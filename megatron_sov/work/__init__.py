@@ -1,2 +1,2 @@
-"""Processes, locks, journals, endpoints, tables and cluster jobs. Other packages start
-no processes themselves."""
+"""Processes, locks, journals, endpoints, tables and cluster jobs. Other packages start no processes
+themselves."""

@@ -20,19 +20,19 @@ from blake3 import blake3
 
 from megatron_sov.base import artifacts
 from megatron_sov.base.artifacts import (
-    MANIFEST, FileRecord, atomic_write, damaged_files, manifest_sha256, new_artifact, read_manifest,
-    refuse_existing, sha256_file, to_json)
-from megatron_sov.base.digests import file_digest
+    MANIFEST, FileRecord, check_output_folder, create_artifact, find_damaged_files, format_json,
+    manifest_sha256, read_manifest, sha256_file, write_atomically)
+from megatron_sov.base.digests import hash_file
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import (
-    check_seal, read_json, seal_damage, seal_file, seal_of, write_json, write_sealed)
+    check_seal, find_seal_damage, read_seal, read_sealed_json, seal_file, write_sealed, write_sealed_json)
 
 BLAKE3_OF_ABC = "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85"
 """As in the test vectors of other implementations."""
 
 
 def build(path: Path, kind: str = "tokens", text: str = "hello", **options: Any) -> Path:
-    with new_artifact(path, kind, **options) as writer:
+    with create_artifact(path, kind, **options) as writer:
         writer.content["num_documents"] = 1
         writer.settings["seed"] = 7
         (writer.path / "sub").mkdir()
@@ -52,9 +52,9 @@ def killed_in_the_middle(body: str, path: Path) -> None:
     process.communicate()
 
 
-def test_an_artifact_holds_what_was_written_and_says_so(tmp_path: Path) -> None:
+def test_artifact_round_trip(tmp_path: Path) -> None:
     source = build(tmp_path / "source", "corpus")
-    with new_artifact(tmp_path / "deep/er/a", "tokens") as writer:
+    with create_artifact(tmp_path / "deep/er/a", "tokens") as writer:
         writer.content["num_tokens"] = 3
         writer.settings["seed"] = 7
         writer.add_input(source)
@@ -64,15 +64,15 @@ def test_an_artifact_holds_what_was_written_and_says_so(tmp_path: Path) -> None:
     assert manifest.files == {"data.bin": FileRecord(f"blake3:{BLAKE3_OF_ABC}", 3)}
     assert manifest.inputs == [{"kind": "corpus", "path": str(source),
                                 "manifest_sha256": manifest_sha256(source)}]
-    assert damaged_files(tmp_path / "deep/er/a") == []
+    assert find_damaged_files(tmp_path / "deep/er/a") == []
     assert [p.name for p in (tmp_path / "deep/er").iterdir()] == ["a"]
 
 
-def test_an_artifact_whose_process_is_killed_does_not_exist_and_its_remains_are_cleared(
+def test_killed_writer_leaves_no_artifact_and_leftovers_are_cleared(
         tmp_path: Path) -> None:
     path = tmp_path / "a"
     killed_in_the_middle("""
-        with artifacts.new_artifact(path, "tokens") as writer:
+        with artifacts.create_artifact(path, "tokens") as writer:
             (writer.path / "data.bin").write_text("half")
             print("now", flush=True)
             time.sleep(60)
@@ -83,7 +83,7 @@ def test_an_artifact_whose_process_is_killed_does_not_exist_and_its_remains_are_
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
-def test_an_artifact_that_a_killed_process_had_moved_out_of_the_way_comes_back(tmp_path: Path) -> None:
+def test_artifact_moved_aside_by_killed_process_is_restored(tmp_path: Path) -> None:
     path = build(tmp_path / "a", text="old")
     killed_in_the_middle("""
         rename = os.rename
@@ -92,7 +92,7 @@ def test_an_artifact_that_a_killed_process_had_moved_out_of_the_way_comes_back(t
             print("now", flush=True)
             time.sleep(60)
         os.rename = stop_after
-        with artifacts.new_artifact(path, "tokens", overwrite=True):
+        with artifacts.create_artifact(path, "tokens", overwrite=True):
             pass
     """, path)
     assert not path.exists()
@@ -102,14 +102,14 @@ def test_an_artifact_that_a_killed_process_had_moved_out_of_the_way_comes_back(t
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
-def test_the_folder_of_a_living_process_is_left_alone(tmp_path: Path) -> None:
+def test_folder_of_running_process_is_kept(tmp_path: Path) -> None:
     other = tmp_path / f".a.tmp-{os.getppid()}"
     other.mkdir()
     build(tmp_path / "a")
     assert other.exists()
 
 
-def test_the_folder_of_a_process_that_has_ended_is_cleared_even_if_its_parent_took_no_note(
+def test_folder_of_zombie_process_is_cleared(
         tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "pass"]) as child:
         while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
@@ -120,7 +120,7 @@ def test_the_folder_of_a_process_that_has_ended_is_cleared_even_if_its_parent_to
 
 
 @pytest.mark.parametrize("begun", [False, True])
-def test_what_a_killed_process_of_this_number_left_is_cleared(tmp_path: Path, begun: bool) -> None:
+def test_leftover_with_own_pid_is_cleared(tmp_path: Path, begun: bool) -> None:
     """In a container the first process has the number 1, every time that it is started."""
     old = build(tmp_path / "a", text="old")
     os.rename(old, tmp_path / f".a.old-{os.getpid()}")
@@ -136,7 +136,7 @@ def test_what_a_killed_process_of_this_number_left_is_cleared(tmp_path: Path, be
 
 
 @pytest.mark.parametrize("number", ["that of a process that has ended", "this process's own"])
-def test_what_a_process_of_another_container_works_on_is_left_alone(tmp_path: Path, number: str) -> None:
+def test_folder_locked_from_another_container_is_kept(tmp_path: Path, number: str) -> None:
     """Here its number is that of nobody, or of this process."""
     with subprocess.Popen([sys.executable, "-c", "pass"]) as child:
         child.wait()
@@ -146,7 +146,7 @@ def test_what_a_process_of_another_container_works_on_is_left_alone(tmp_path: Pa
 from pathlib import Path
 from megatron_sov.base import artifacts
 artifacts.os.getpid = lambda: int(sys.argv[2])
-with artifacts.new_artifact(Path(sys.argv[1]), "tokens") as writer:
+with artifacts.create_artifact(Path(sys.argv[1]), "tokens") as writer:
     print("now", flush=True)
     sys.stdin.read()
     (writer.path / "data.bin").write_text("theirs")
@@ -165,17 +165,17 @@ with artifacts.new_artifact(Path(sys.argv[1]), "tokens") as writer:
     assert other.returncode == 0 and (tmp_path / "a/data.bin").read_text() == "theirs"
 
 
-def test_an_exception_leaves_nothing_behind(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), new_artifact(tmp_path / "a", "tokens") as writer:
+def test_exception_removes_temporary_folder(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), create_artifact(tmp_path / "a", "tokens") as writer:
         (writer.path / "data.bin").write_text("half")
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
-def test_a_full_disk_is_one_sentence_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_full_disk_is_one_sentence_and_removes_temporary_folder(tmp_path: Path) -> None:
     with (pytest.raises(UserError, match="a: no space left on the device; free some"),
-          new_artifact(tmp_path / "a", "tokens")):
+          create_artifact(tmp_path / "a", "tokens")):
         Path("/dev/full").write_text("x")
     assert list(tmp_path.iterdir()) == []
 
@@ -184,18 +184,18 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_behind(tmp_path: Path) -
     (errno.ENOSPC, "no space left on the device"), (errno.EROFS, "cannot be written"),
     (errno.EACCES, "cannot be written"),
 ])
-def test_atomic_write_keeps_the_old_content_when_the_disk_refuses(
+def test_atomic_write_keeps_old_content_on_disk_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, sentence: str,
 ) -> None:
     path = tmp_path / "report.html"
-    atomic_write(path, "old")
+    write_atomically(path, "old")
 
     def refuse(fd: int) -> None:
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(UserError, match=rf"report\.html: {sentence}"):
-        atomic_write(path, "new")
+        write_atomically(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
@@ -203,38 +203,38 @@ def test_atomic_write_keeps_the_old_content_when_the_disk_refuses(
 @pytest.mark.parametrize(("path", "sentence"), [
     (".", "has no name of its own"), ("..", "has no name of its own"),
     ("file/x", "file is a file, so nothing can lie in it")])
-def test_where_no_artifact_can_lie_is_one_sentence(
+def test_impossible_artifact_paths_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, sentence: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=sentence):
-        refuse_existing(Path(path), "text", overwrite=True)
-    with pytest.raises(UserError, match=sentence), new_artifact(path, "text"):
+        check_output_folder(Path(path), "text", overwrite=True)
+    with pytest.raises(UserError, match=sentence), create_artifact(path, "text"):
         pytest.fail("it begins to be made")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_an_unexpected_disk_error_is_not_dressed_up(tmp_path: Path) -> None:
-    with pytest.raises(IsADirectoryError), new_artifact(tmp_path / "a", "tokens") as writer:
+def test_unexpected_disk_error_is_not_translated(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError), create_artifact(tmp_path / "a", "tokens") as writer:
         writer.path.write_text("a folder cannot be written like a file")
 
 
-def test_damage_is_named_file_by_file(tmp_path: Path) -> None:
-    with new_artifact(tmp_path / "a", "tokens") as writer:
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    with create_artifact(tmp_path / "a", "tokens") as writer:
         for name in ("flipped", "gone", "short", "whole"):
             (writer.path / name).write_text("content")
     (tmp_path / "a/flipped").write_text("cOntent")
     (tmp_path / "a/gone").unlink()
     (tmp_path / "a/short").write_text("cont")
-    assert damaged_files(tmp_path / "a") == [
+    assert find_damaged_files(tmp_path / "a") == [
         f"{tmp_path}/a/flipped: its content differs from the hash in the manifest",
         f"{tmp_path}/a/gone: is missing",
         f"{tmp_path}/a/short: has 4 bytes, the manifest says 7",
     ]
 
 
-def test_an_existing_artifact_is_replaced_only_on_request_and_only_by_its_own_kind(tmp_path: Path) -> None:
+def test_overwrite_replaces_only_same_kind(tmp_path: Path) -> None:
     path = build(tmp_path / "a", text="old")
     with pytest.raises(UserError, match="already exists; choose another output folder, or pass --overwrite"):
         build(path, text="new")
@@ -246,7 +246,7 @@ def test_an_existing_artifact_is_replaced_only_on_request_and_only_by_its_own_ki
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
-def test_foreign_folders_and_files_are_never_replaced(tmp_path: Path) -> None:
+def test_overwrite_refuses_foreign_folders(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home/thesis.txt").write_text("years of work")
     (tmp_path / "file").write_text("a file")
@@ -266,13 +266,13 @@ def rewritten(path: Path, **changes: Any) -> Path:
 
 @pytest.mark.parametrize("record", [{"digest": "md5:12", "size_bytes": 5}, {"digest": 3, "size_bytes": 5},
                                     {"size_bytes": 5}, {"digest": "", "size_bytes": 5}, []])
-def test_a_digest_that_nobody_can_check_is_damage(tmp_path: Path, record: Any) -> None:
+def test_unknown_digest_algorithm_is_damage(tmp_path: Path, record: Any) -> None:
     path = rewritten(build(tmp_path / "a"), files={"sub/data.bin": record})
     with pytest.raises(UserError, match=r"a/manifest\.json: is damaged \(.+\); make the artifact again"):
         read_manifest(path)
 
 
-def test_a_newer_format_is_refused_even_where_it_has_other_fields(tmp_path: Path) -> None:
+def test_newer_manifest_format_is_refused(tmp_path: Path) -> None:
     path = rewritten(build(tmp_path / "a"), format_version=artifacts.FORMAT_VERSION + 1, shards=[])
     with pytest.raises(UserError,
                        match="format_version 3 is newer than 2, the newest that this version reads; update"):
@@ -282,14 +282,14 @@ def test_a_newer_format_is_refused_even_where_it_has_other_fields(tmp_path: Path
 @pytest.mark.parametrize("text", [
     "", "{", "[]", "{}", "null", '{"files": {}, "format_version": "x"}', '{"files": 3, "format_version": 1}',
 ])
-def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
+def test_damaged_manifest_is_refused(tmp_path: Path, text: str) -> None:
     path = build(tmp_path / "a")
     (path / MANIFEST).write_text(text)
     with pytest.raises(UserError, match=r"a/manifest\.json: is damaged \(.+\); make the artifact again"):
         read_manifest(path)
 
 
-def test_a_manifest_knows_its_own_bytes(tmp_path: Path) -> None:
+def test_manifest_detects_changed_bytes(tmp_path: Path) -> None:
     """Any byte that is changed anywhere is noticed, also where the manifest still reads as one."""
     file = build(tmp_path / "a") / MANIFEST
     sound = file.read_bytes()
@@ -306,7 +306,7 @@ def test_a_manifest_knows_its_own_bytes(tmp_path: Path) -> None:
     assert read_manifest(rewritten(tmp_path / "a", kind="tokens")).sha256 == ""
 
 
-def test_what_is_not_the_artifact_that_is_needed_is_refused(tmp_path: Path) -> None:
+def test_wrong_artifact_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for name, says in (("nowhere", "does not exist"), ("file", "has no manifest.json")):
         with pytest.raises(UserError, match=f"{name}: {says}, so it is not a 'tokens' artifact"):
@@ -315,27 +315,27 @@ def test_what_is_not_the_artifact_that_is_needed_is_refused(tmp_path: Path) -> N
         read_manifest(build(tmp_path / "a"), "tokenizer")
 
 
-def test_hashes_agree_with_the_libraries_across_block_borders(tmp_path: Path) -> None:
+def test_file_hashes_match_libraries_across_blocks(tmp_path: Path) -> None:
     for size in (0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1):
         data = bytes(i % 251 for i in range(256)) * (size // 256 + 1)
         (tmp_path / "f").write_bytes(data[:size])
         assert sha256_file(tmp_path / "f") == hashlib.sha256(data[:size]).hexdigest()
-        assert file_digest(tmp_path / "f") == f"blake3:{blake3(data[:size]).hexdigest()}"
+        assert hash_file(tmp_path / "f") == f"blake3:{blake3(data[:size]).hexdigest()}"
 
 
-def test_json_of_dataclasses_and_paths(tmp_path: Path) -> None:
+def test_format_json_of_dataclasses_and_paths(tmp_path: Path) -> None:
     @dataclasses.dataclass
     class Point:
         x: float
         where: Path
 
-    assert json.loads(to_json({"p": Point(0.1, Path("a/b"))})) == {"p": {"x": 0.1, "where": "a/b"}}
+    assert json.loads(format_json({"p": Point(0.1, Path("a/b"))})) == {"p": {"x": 0.1, "where": "a/b"}}
     with pytest.raises(TypeError, match="set cannot be written as JSON"):
-        to_json({1, 2})
+        format_json({1, 2})
 
 
 @pytest.mark.parametrize("files", [{"../outside": 1}, {"/etc/passwd": 1}, {"": 1}, {"a/../../b": 1}])
-def test_a_manifest_names_no_file_outside_of_its_folder(tmp_path: Path, files: dict[str, int]) -> None:
+def test_manifest_refuses_files_outside_folder(tmp_path: Path, files: dict[str, int]) -> None:
     record = {"size_bytes": 1, "digest": f"blake3:{BLAKE3_OF_ABC}"}
     (tmp_path / "manifest.json").write_text(json.dumps({
         "format_version": 2, "kind": "tokens", "files": dict.fromkeys(files, record)}))
@@ -343,17 +343,17 @@ def test_a_manifest_names_no_file_outside_of_its_folder(tmp_path: Path, files: d
         read_manifest(tmp_path)
 
 
-def test_json_without_end_is_a_damaged_manifest(tmp_path: Path) -> None:
+def test_deeply_nested_manifest_is_damaged(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("[" * 200_000)
     with pytest.raises(UserError, match=r"manifest\.json: is damaged"):
         read_manifest(tmp_path)
 
 
-def test_an_output_behind_a_link_comes_to_lie_where_the_link_leads(tmp_path: Path) -> None:
+def test_linked_output_is_written_to_target(tmp_path: Path) -> None:
     """As where a folder is a link to a larger disk."""
     (tmp_path / "disk/real").mkdir(parents=True)
     (tmp_path / "out").symlink_to(tmp_path / "disk/real")
-    refuse_existing(tmp_path / "out", "tokens", overwrite=False)
+    check_output_folder(tmp_path / "out", "tokens", overwrite=False)
     build(tmp_path / "out")
     assert (tmp_path / "out").is_symlink() and read_manifest(tmp_path / "disk/real").kind == "tokens"
     with pytest.raises(UserError, match="already exists"):
@@ -363,41 +363,41 @@ def test_an_output_behind_a_link_comes_to_lie_where_the_link_leads(tmp_path: Pat
     assert sorted(p.name for p in (tmp_path / "disk").iterdir()) == ["real"]
     (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
     lost = tmp_path / "lost"
-    for refuse in (lambda: refuse_existing(lost, "tokens", overwrite=False), lambda: build(lost)):
+    for refuse in (lambda: check_output_folder(lost, "tokens", overwrite=False), lambda: build(lost)):
         with pytest.raises(UserError, match=r"lost: is a link to .*nowhere, which does not exist"):
             refuse()
 
 
-def test_a_sealed_file_is_what_was_written(tmp_path: Path) -> None:
+def test_sealed_file_round_trip(tmp_path: Path) -> None:
     file = tmp_path / "numbers.f32"
-    assert "cannot be read (No such file or directory)" in str(seal_damage(file))
+    assert "cannot be read (No such file or directory)" in str(find_seal_damage(file))
     for content in (b"", b"1234", bytes(range(256)) * 9):
         write_sealed(file, content)
         whole = file.read_bytes()
-        assert seal_damage(file) is None and whole.startswith(content)
+        assert find_seal_damage(file) is None and whole.startswith(content)
         for damaged in (*(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1:]
                           for place in {0, len(content) // 2, len(whole) - 1}), whole[:-1], whole + b"x"):
             file.write_bytes(damaged)
-            assert "is damaged (it " in str(seal_damage(file))
+            assert "is damaged (it " in str(find_seal_damage(file))
 
 
-def test_a_sound_file_of_something_else_is_none_of_this(tmp_path: Path) -> None:
+def test_seal_detects_file_of_another_owner(tmp_path: Path) -> None:
     file = tmp_path / "numbers.f32"
     write_sealed(file, b"1234", "round 1")
-    assert seal_damage(file, "round 1") is None
+    assert find_seal_damage(file, "round 1") is None
     for other in ("round 2", ""):
-        assert "differs from its own checksum" in str(seal_damage(file, other))
-    write_json(tmp_path / "a.json", {"a": 1}, "here")
-    assert read_json(tmp_path / "a.json", of="here") == {"a": 1}
+        assert "differs from its own checksum" in str(find_seal_damage(file, other))
+    write_sealed_json(tmp_path / "a.json", {"a": 1}, "here")
+    assert read_sealed_json(tmp_path / "a.json", owner="here") == {"a": 1}
     with pytest.raises(UserError, match=r"a.json: is damaged or belongs elsewhere .it differs"):
-        read_json(tmp_path / "a.json", of="there")
+        read_sealed_json(tmp_path / "a.json", owner="there")
 
 
-def test_an_older_sound_file_is_not_the_one_that_a_note_names(tmp_path: Path) -> None:
+def test_seal_detects_older_version(tmp_path: Path) -> None:
     file = tmp_path / "rows"
     file.write_bytes(b"older")
     older = seal_file(file)
-    assert seal_of(file) == older
+    assert read_seal(file) == older
     check_seal(file, seal=older)
     file.write_bytes(b"newer")
     newer = seal_file(file)

@@ -16,7 +16,8 @@ from megatron_sov import cli
 from megatron_sov.base import errors
 from megatron_sov.base.command_line import Parser, exit_code
 from megatron_sov.base.errors import (
-    ExitCode, GateFailed, StopRequested, UserError, download, how_to_install, list_problems, nearest)
+    ExitCode, GateFailed, StopRequested, UserError, format_install_command, format_problems, suggest_download,
+    suggest_name)
 from megatron_sov.operate.slurm.stages import work_of
 from megatron_sov.version import __version__
 from tokenizer.cli import build_parser as sov_tokenizer
@@ -25,7 +26,7 @@ ENTRIES = {"megatron-sov": "megatron_sov.cli", "sov-tokenizer": "tokenizer.cli",
 
 
 @pytest.mark.parametrize("program", ENTRIES)
-def test_every_program_tells_its_version(program: str) -> None:
+def test_version_of_each_program(program: str) -> None:
     done = subprocess.run([sys.executable, "-m", ENTRIES[program], "--version"], capture_output=True,
                           text=True, check=False, cwd=Path(__file__).parents[2])
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{program} {__version__}\n", "")
@@ -41,7 +42,7 @@ def test_every_program_tells_its_version(program: str) -> None:
     (OSError(36, "File name too long", "x" * 9999), 2, f"error: {'x' * 300}: cannot be used (File name too "
      "long); look at the path, its permissions and its disk\n"),
 ])
-def test_what_a_user_can_mend_is_one_message_and_a_code(
+def test_user_errors_become_message_and_exit_code(
     outcome: int | Exception, code: int, said: str, capsys: pytest.CaptureFixture[str],
 ) -> None:
     def action() -> int:
@@ -56,7 +57,7 @@ def test_what_a_user_can_mend_is_one_message_and_a_code(
 @pytest.mark.deep
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
 @pytest.mark.parametrize("buffered", ["", "1"])
-def test_output_that_finds_no_room_is_told_and_a_reader_that_has_seen_enough_is_no_error(
+def test_full_disk_is_reported_and_closed_pipe_is_not(
         buffered: str) -> None:
     def run(stdout: int) -> tuple[int, str]:
         done = subprocess.run([sys.executable, "-m", "megatron_sov", "recipes"], check=False, text=True,
@@ -74,7 +75,7 @@ def test_output_that_finds_no_room_is_told_and_a_reader_that_has_seen_enough_is_
     os.close(writing)
 
 
-def test_a_defect_keeps_its_traceback() -> None:
+def test_defect_keeps_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         exit_code(lambda: 1 // 0)
     with pytest.raises(OSError):
@@ -87,7 +88,7 @@ def test_a_defect_keeps_its_traceback() -> None:
     ("recipes tiny-solar-open train.steps=3 'data.phases.0.blend={\"a b\": 1}'",
      "train.steps=3: every setting needs a --set of its own; write --set train.steps=3 "
      "--set 'data.phases.0.blend={\"a b\": 1}'"),
-    ("recipes train.steps=3", "train.steps=3: stands where the recipe does; write --set train.steps=3"),
+    ("recipes train.steps=3", "train.steps=3: is a setting in the place of RECIPE; write --set"),
     ("eval ppl t --data d train.steps=3", "write --set train.steps=3"),
     ("pretrain tiny-solar-open --run r more", "megatron-sov pretrain: more: nothing takes this (--help"),
     ("pretrain tiny-solar-open --run r --resmue", "nothing takes this; did you mean '--resume'?"),
@@ -97,7 +98,7 @@ def test_a_defect_keeps_its_traceback() -> None:
     ("report '' --output c", "RUN: is empty, where a file or folder is to be named"),
     ("eval pll", "megatron-sov eval pll: does not exist; did you mean 'ppl'?"),
 ])
-def test_what_a_command_does_not_take_is_one_sentence(line: str, said: str,
+def test_unknown_words_become_one_sentence(line: str, said: str,
                                                       capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(shlex.split(line)) == 2
     error = capsys.readouterr().err
@@ -105,7 +106,7 @@ def test_what_a_command_does_not_take_is_one_sentence(line: str, said: str,
 
 
 @pytest.mark.parametrize("line", ["--input a b --input c", "--input a --input b --input c", "--input a b c"])
-def test_an_input_may_be_several_and_may_be_repeated(line: str) -> None:
+def test_repeated_input_options_accumulate(line: str) -> None:
     def inputs(program: Parser, words: str) -> list[str]:
         return [str(value) for value in program.parse_args(f"{words} {line} --output o".split()).input]
 
@@ -116,7 +117,7 @@ def test_an_input_may_be_several_and_may_be_repeated(line: str) -> None:
     assert [path.name for path in work.inputs] == ["a", "b", "c", "t"]
 
 
-def test_text_of_any_language_is_shown_in_any_locale() -> None:
+def test_any_text_prints_in_any_locale() -> None:
     """Old shells have no UTF-8, and names of files may be none."""
     text = "\ud55c\uad6d\uc5b4 \u0e44\u0e17\u0e22, half \udcff, \u2028"
     code = ("import sys; from megatron_sov.base.command_line import exit_code\n"
@@ -130,7 +131,7 @@ def test_text_of_any_language_is_shown_in_any_locale() -> None:
 
 
 @pytest.mark.parametrize(("code", "kept"), [(0, 0), (3, 3), (255, 255), (256, 1), (2 ** 70, 1), (-9, 1)])
-def test_no_failure_becomes_a_success_by_its_lowest_byte(code: int, kept: int) -> None:
+def test_exit_code_256_is_not_success(code: int, kept: int) -> None:
     assert exit_code(lambda: code) == kept
 
     def child_fails() -> int:
@@ -143,7 +144,7 @@ def test_no_failure_becomes_a_success_by_its_lowest_byte(code: int, kept: int) -
 
 @pytest.mark.parametrize(("said", "policy"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
 @pytest.mark.parametrize("program", ["megatron_sov", "data_prep", "tokenizer"])
-def test_openmp_threads_wait_passively_unless_the_environment_says_otherwise(
+def test_openmp_threads_wait_passively_by_default(
         program: str, said: str | None, policy: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     if said is not None:
@@ -156,46 +157,46 @@ def test_openmp_threads_wait_passively_unless_the_environment_says_otherwise(
     assert done.stdout.splitlines()[-1] == f"{policy} False"
 
 
-def test_exit_codes_stay_what_scripts_know() -> None:
+def test_exit_codes_are_stable() -> None:
     assert {code.name: int(code) for code in ExitCode} == {
         "OK": 0, "CRASH": 1, "USER_ERROR": 2, "GATE_FAILED": 3, "STOPPED": 75, "HANG": 76, "CORRUPTION": 77,
         "INTERRUPTED": 130}
     assert f"exit {ExitCode.STOPPED}" == "exit 75", "job scripts read it as a number"
 
 
-def test_problems_are_counted_and_listed() -> None:
-    assert list_problems("run.json", ["a = 1 is odd"]) == "run.json: 1 problem\n  a = 1 is odd"
-    assert list_problems("data", ["x", "y"], "pack it again") == "data: 2 problems; pack it again\n  x\n  y"
+def test_format_problems_counts_and_lists() -> None:
+    assert format_problems("run.json", ["a = 1 is odd"]) == "run.json: 1 problem\n  a = 1 is odd"
+    assert format_problems("data", ["x", "y"], "pack it again") == "data: 2 problems; pack it again\n  x\n  y"
 
 
-def test_the_nearest_name_is_proposed() -> None:
-    assert nearest("pretrian", ["pretrain", "extend"]) == "; did you mean 'pretrain'?"
-    assert nearest("zzz", ["pretrain", "extend"]) == ""
-    assert nearest("stepz", ["steps"], "train.") == "; did you mean 'train.steps'?"
+def test_suggest_nearest_name() -> None:
+    assert suggest_name("pretrian", ["pretrain", "extend"]) == "; did you mean 'pretrain'?"
+    assert suggest_name("zzz", ["pretrain", "extend"]) == ""
+    assert suggest_name("stepz", ["steps"], "train.") == "; did you mean 'train.steps'?"
 
 
-def test_what_may_be_a_name_on_the_hub_is_told_how_it_is_fetched(tmp_path: Path,
+def test_missing_hub_model_suggests_download(tmp_path: Path,
                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    assert "`hf download Qwen/Qwen3-8B --local-dir Qwen3-8B`" in download(Path("Qwen/Qwen3-8B"))
+    assert "`hf download Qwen/Qwen3-8B --local-dir Qwen3-8B`" in suggest_download(Path("Qwen/Qwen3-8B"))
     for path in ("runs/sft", "sft", "/org/name", "./org/name", "../name", "a/b/c", "org/", "-x/name"):
-        assert download(path) == "", path
+        assert suggest_download(path) == "", path
 
 
-def test_a_missing_package_is_installed_from_the_checkout_or_by_its_own_name(
+def test_install_command_for_checkout_and_wheel(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = Path(errors.__file__).parents[2]
     monkeypatch.setattr(sys, "executable", "/my env/python")
     pip = "'/my env/python' -m pip"
-    assert how_to_install("eval") == f"{pip} install -e '{root}[eval]' -c {root}/constraints.txt"
+    assert format_install_command("eval") == f"{pip} install -e '{root}[eval]' -c {root}/constraints.txt"
     # installed from a wheel
     monkeypatch.setattr(errors, "__file__", str(tmp_path / "megatron_sov/base/errors.py"))
     needs = ["torch>=2.6", 'lm-eval==0.4.13; extra == "eval"', "vllm; extra == 'rollout'",
              'te[a,b]>=2; python_version > "3" and extra == "evals"']
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: needs)
-    assert how_to_install("eval") == f"{pip} install lm-eval==0.4.13"
-    assert how_to_install("rollout") == f"{pip} install vllm"
-    assert how_to_install("evals", "--no-deps") == f"{pip} install --no-deps 'te[a,b]>=2'"
+    assert format_install_command("eval") == f"{pip} install lm-eval==0.4.13"
+    assert format_install_command("rollout") == f"{pip} install vllm"
+    assert format_install_command("evals", "--no-deps") == f"{pip} install --no-deps 'te[a,b]>=2'"
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: None)
-    assert how_to_install("eval") == "install the packages of the extra eval in setup.py"
+    assert format_install_command("eval") == "install the packages of the extra eval in setup.py"

@@ -20,7 +20,7 @@ from megatron_sov.base.figures import (
                                              (999_960_000, "1 B"),
     (8_190_735_360, "8.19 B"), (102_700_000_000, "102.7 B"), (999_960_000_000, "1 T"), (2e13, "20 T"),
     (1.5e15, "1,500 T"), (-8.19e9, "-8.19 B"), (math.nan, "–"), (math.inf, "inf")])
-def test_counts(count: float, text: str) -> None:
+def test_format_count(count: float, text: str) -> None:
     assert format_count(count) == text
 
 
@@ -30,7 +30,7 @@ def test_counts(count: float, text: str) -> None:
     (1 << 20, "1.05 MB", "1 MiB"), (999_700, "1 MB", "976 KiB"), (512 << 20, "537 MB", "512 MiB"),
     (1023.9 * 2**20, "1.07 GB", "1 GiB"), (75 << 30, "80.5 GB", "75 GiB"),
     (137 << 30, "147 GB", "137 GiB"), (3000 << 30, "3.22 TB", "3,000 GiB")])
-def test_sizes(num_bytes: float, size: str, memory: str) -> None:
+def test_format_size_and_memory(num_bytes: float, size: str, memory: str) -> None:
     assert (format_size(num_bytes), format_memory(num_bytes)) == (size, memory)
 
 
@@ -42,30 +42,30 @@ def test_sizes(num_bytes: float, size: str, memory: str) -> None:
     (4680, "4,680 s", "1 h 18 min", "1.3 hours"), (86400 * 3.17, "273,888 s", "3 d 4 h", "3.17 days"),
     (86400 * 43, "3,715,200 s", "43 d 0 h", "43 days"),
     (1188.9 * 86400, "102,720,960 s", "1188 d 21 h", "1,189 days")])
-def test_times(seconds: float, step: str, span: str, job: str) -> None:
+def test_format_times(seconds: float, step: str, span: str, job: str) -> None:
     assert (format_seconds(seconds), format_duration(seconds), format_days(seconds)) == (step, span, job)
 
 
 @pytest.mark.parametrize(("amount", "text"), [
     (0, "$0.00"), (4.214, "$4.21"), (9.996, "$10"), (244, "$244"), (12_300.4, "$12,300"),
     (999_999.6, "$1 M"), (4_210_000, "$4.21 M"), (1.2e9, "$1.2 B")])
-def test_money(amount: float, text: str) -> None:
+def test_format_money(amount: float, text: str) -> None:
     assert format_money(amount) == text
 
 
 @pytest.mark.parametrize(("share", "text"), [
     (0, "0 %"), (0.43, "43 %"), (0.227, "22.7 %"), (0.004, "0.4 %"), (1, "100 %"), (0.9999, "100 %"),
     (1.358, "136 %"), (12.5, "1,250 %"), (-0.034, "-3.4 %"), (math.nan, "–")])
-def test_shares(share: float, text: str) -> None:
+def test_format_share(share: float, text: str) -> None:
     assert format_share(share) == text
 
 
-def test_energy() -> None:
+def test_format_energy() -> None:
     assert [format_energy(kwh) for kwh in (0, 830, 999.7, 2_310_000)] == ["0 kWh", "830 kWh", "1 MWh",
                                                                           "2.31 GWh"]
 
 
-def test_no_form_writes_an_exponent_or_a_thousand_of_its_unit() -> None:
+def test_formats_never_print_exponents_or_thousands() -> None:
     draw = random.Random(0)
     for _ in range(5000):
         value = 10 ** draw.uniform(0, 14.9)

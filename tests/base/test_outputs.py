@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from data_prep.cli import main as sov_data
-from megatron_sov.base.artifacts import refuse_existing, write_output
+from megatron_sov.base.artifacts import check_output_folder, write_output
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.outputs import check_output, check_page, refuse_link_outside, refuse_unwritable
+from megatron_sov.base.outputs import check_output, check_page, refuse_outside_link, refuse_unwritable
 from megatron_sov.cli import main as megatron_sov
 from tokenizer.cli import main as sov_tokenizer
 
@@ -22,7 +22,7 @@ NOWHERE = "/proc/x"
 """A folder in which not even root makes anything, though nothing forbids it."""
 
 
-def test_where_a_file_cannot_lie_is_said_before_the_work(tmp_path: Path) -> None:
+def test_check_output_refuses_impossible_paths(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path, sentence in ((tmp_path, "is a folder; name the file"),
                            (tmp_path / "file/a/b", "file is a file, so nothing"),
@@ -33,16 +33,16 @@ def test_where_a_file_cannot_lie_is_said_before_the_work(tmp_path: Path) -> None
             check_output("--output", path)
     check_output("--output", tmp_path / "new/folders/page.html")
     with pytest.raises(UserError, match="File name too long"):
-        refuse_existing(tmp_path / ("a" * 999), "tokens", overwrite=True)
+        check_output_folder(tmp_path / ("a" * 999), "tokens", overwrite=True)
     with pytest.raises(UserError, match=r"udcff': is not valid UTF-8"):
-        refuse_existing(tmp_path / "\udcff", "tokens", overwrite=True)
+        check_output_folder(tmp_path / "\udcff", "tokens", overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     write_output(tmp_path / "new/folders/page.html", "x")
     assert (tmp_path / "new/folders/page.html").read_text() == "x"
 
 
 @pytest.mark.parametrize("nameless", [True, False])
-def test_trying_leaves_nothing(nameless: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_probe_leaves_nothing(nameless: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
 
     def make(prefix: str, dir: Path) -> str:
@@ -80,7 +80,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_refuses_a_place_where_nothing_can_be_made(
+def test_every_command_refuses_unwritable_output(
         name: str, packed_data: Any, capsys: pytest.CaptureFixture[str]) -> None:
     main, line = COMMANDS[name]
     text = packed_data.tokenizer.parent / "even.jsonl"
@@ -91,28 +91,28 @@ def test_every_command_refuses_a_place_where_nothing_can_be_made(
         assert why in error and len(error.splitlines()) == 1, error
 
 
-def test_links_out_of_a_foreign_folder_are_refused(tmp_path: Path) -> None:
+def test_links_out_of_foreign_folder_are_refused(tmp_path: Path) -> None:
     secret, folder = tmp_path / "secret.txt", tmp_path / "model"
     secret.write_text("secret")
     folder.mkdir()
     (folder / "own.txt").write_text("own")
     for name, target in (("inside.txt", "own.txt"), ("outside.txt", secret), ("up.txt", "../secret.txt")):
         (folder / name).symlink_to(target)
-    refuse_link_outside(folder, folder / "own.txt")
-    refuse_link_outside(folder, folder / "inside.txt")
+    refuse_outside_link(folder, folder / "own.txt")
+    refuse_outside_link(folder, folder / "inside.txt")
     for name in ("outside.txt", "up.txt"):
         with pytest.raises(UserError, match=f"{name}: is a link to .*secret.txt, outside of its folder"):
-            refuse_link_outside(folder, folder / name)
+            refuse_outside_link(folder, folder / name)
     snapshot, blobs = tmp_path / "models--a/snapshots/abc", tmp_path / "models--a/blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
     (blobs / "123").write_text("{}")
     (snapshot / "config.json").symlink_to("../../blobs/123")
-    refuse_link_outside(snapshot, snapshot / "config.json")
+    refuse_outside_link(snapshot, snapshot / "config.json")
 
 
 @pytest.mark.parametrize("name", ["a.pdf", "a", "a.json"])
-def test_a_page_is_named_as_html(name: str, tmp_path: Path) -> None:
+def test_page_requires_html_suffix(name: str, tmp_path: Path) -> None:
     check_page("--output", None)
     check_page("--output", tmp_path / "a.html")
     with pytest.raises(UserError, match=f"name it {tmp_path}/a.html"):

@@ -17,7 +17,7 @@ from megatron_sov.bench.lm.results import TaskSampling
 from megatron_sov.bench.score_differences import (
     FORGOTTEN, KEPT, NOT_PROVEN, Forgetting, differences, judge, read_scored, table)
 from megatron_sov.cli import main
-from megatron_sov.eval.statistics import paired_difference
+from megatron_sov.eval.statistics import estimate_difference
 
 Written = Callable[..., Path]
 
@@ -27,7 +27,7 @@ def test_pairs_are_items_of_one_name_and_clusters_are_theirs(written_scores: Wri
     first = written_scores(tmp_path / "a.json", before, clusters=clusters)
     second = written_scores(tmp_path / "b.json", after, clusters=clusters)
     found, = differences(read_scored(first), read_scored(second))
-    expected = paired_difference([1, 0, 0, 1, 0], [1, 1, 0, 1, 1], clusters[:5])
+    expected = estimate_difference([1, 0, 0, 1, 0], [1, 1, 0, 1, 1], clusters[:5])
     assert (found.before, found.after, found.value) == (0.4, 0.8, pytest.approx(0.4))
     assert (found.interval, found.standard_error) == (expected.interval, expected.standard_error)
     assert (found.items, found.clusters, found.left_out, found.verdict) == (5, 3, 1, "not told apart")
@@ -41,8 +41,8 @@ def test_a_loss_that_falls_is_a_better_one(written_scores: Written, tmp_path: Pa
     assert differences(read_scored(second), read_scored(first))[0].verdict == "worse"
 
 
-def test_a_figure_of_the_whole_corpus_has_no_interval_from_its_items(
-        written_scores: Written, tmp_path: Path) -> None:
+def test_a_figure_of_the_whole_corpus_has_no_interval_from_its_items(written_scores: Written,
+                                                                     tmp_path: Path) -> None:
     first = written_scores(tmp_path / "a.json", [2.0, 3.0], metric="loss", value=14.1)
     second = written_scores(tmp_path / "b.json", [2.5, 3.5], metric="loss", value=20.0)
     found, = differences(read_scored(first), read_scored(second))
@@ -56,16 +56,16 @@ def test_a_figure_of_the_whole_corpus_has_no_interval_from_its_items(
     ({"prompt_hash": "q"}, "its prompts are not the same"), ({"mode": "thinking"}, "mode"),
     ({"limit": 2}, "limit None is not 2"), ({"judge": "j"}, "judge None is not 'j'"),
 ])
-def test_what_was_measured_in_another_way_is_refused_by_name(
-        written_scores: Written, tmp_path: Path, changed: dict[str, Any], said: str) -> None:
+def test_what_was_measured_in_another_way_is_refused_by_name(written_scores: Written, tmp_path: Path,
+                                                             changed: dict[str, Any], said: str) -> None:
     first = written_scores(tmp_path / "a.json", [1.0, 0.0])
     second = written_scores(tmp_path / "b.json", [1.0, 0.0], **changed)
     with pytest.raises(UserError, match=said):
         differences(read_scored(first), read_scored(second))
 
 
-def test_sampling_must_agree_where_answers_are_written_and_seeds_may_differ(
-        written_scores: Written, tmp_path: Path) -> None:
+def test_sampling_must_agree_where_answers_are_written_and_seeds_may_differ(written_scores: Written,
+                                                                            tmp_path: Path) -> None:
     def of(name: str, **sampling: Any) -> Path:
         return written_scores(tmp_path / name, [1.0, 0.0], output_type="generate_until",
                        sampling=TaskSampling(**sampling))
@@ -112,8 +112,8 @@ def test_the_command_prints_a_table_or_json_and_refuses_in_a_sentence(
 @pytest.mark.parametrize(("changed", "said"), [
     ({"scores": {"acc": "x"}}, "scores.acc"), ({"scores": [1]}, "scores"), ({"item": 3}, "item"),
     ({"cluster": {"a": 1}}, "cluster"), ({"question": None}, "question"), ({"extra": 1}, "extra")])
-def test_items_of_others_with_values_of_another_type_are_refused(
-        written_scores: Written, tmp_path: Path, changed: dict[str, Any], said: str) -> None:
+def test_items_of_others_with_values_of_another_type_are_refused(written_scores: Written, tmp_path: Path,
+                                                                 changed: dict[str, Any], said: str) -> None:
     path = written_scores(tmp_path / "a.json", [1.0, 0.0])
     lines = (tmp_path / "a.items.jsonl").read_text().splitlines()
     text = "\n".join([lines[0], json.dumps(json.loads(lines[1]) | changed)]) + "\n"
@@ -137,8 +137,8 @@ def verdict(written_scores: Written, tmp_path: Path, before: list[float], after:
     (0, 20, 0.03, NOT_PROVEN), (2, 20, 0.03, NOT_PROVEN), (12, 20, 0.03, FORGOTTEN),
     (40, 400, 0.2, KEPT), (12, 400, 0.03, NOT_PROVEN),
 ])
-def test_few_items_prove_little_and_many_prove_much(
-        written_scores: Written, tmp_path: Path, lost: int, items: int, tolerance: float, word: str) -> None:
+def test_few_items_prove_little_and_many_prove_much(written_scores: Written, tmp_path: Path, lost: int,
+                                                    items: int, tolerance: float, word: str) -> None:
     found = verdict(written_scores, tmp_path, [1.0] * items, [0.0] * lost + [1.0] * (items - lost), tolerance)
     assert [task.word for task in found.tasks] == [word]
     assert found.passed == (word != FORGOTTEN)

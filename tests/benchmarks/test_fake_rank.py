@@ -41,13 +41,13 @@ def cases() -> None:
     found: dict[str, Any] = {name: fake_rank.tried(*case) for name, case in CASES.items()}
     found["counted"] = fake_rank.tried(*COUNTED)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(microbatch, "local_device", lambda: torch.device("cpu"))
+        patched.setattr(microbatch, "get_local_device", lambda: torch.device("cpu"))
         found["rows on the host"] = fake_rank.tried(*ONE_LAYER)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(microbatch, "to_device", lambda values, device: values.to(device))
         found["rows waited for"] = fake_rank.tried(*ONE_LAYER)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(graphs, "off_the_default_stream", lambda config: contextlib.nullcontext())
+        patched.setattr(graphs, "use_side_stream", lambda config: contextlib.nullcontext())
         found["the default stream"] = fake_rank.tried(*GRAPHS)
     print(json.dumps(found))
 

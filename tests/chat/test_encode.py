@@ -1,4 +1,4 @@
-"""Chats as ids and types, against what transformers gives a model that is asked."""
+"""Ids and types of chats, compared with transformers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BARE = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, which joins white space, and a space with the word behind it."""
+    """Byte-level BPE: merges white space, and a space with the following word."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     found = Tokenizer(models.BPE())
@@ -42,15 +42,15 @@ def encoder(tokenizer: PreTrainedTokenizerFast, template: str) -> ChatEncoder:
     return ChatEncoder(ChatTemplate(template, "[BOS]", "[EOS]", "tok"), tokenizer.backend_tokenizer)
 
 
-def asked(tokenizer: PreTrainedTokenizerFast, template: str, *messages: tuple[str, str]) -> list[int]:
-    """Return the ids of a prompt as transformers makes them."""
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, template: str, *messages: tuple[str, str]) -> list[int]:
+    """Encode a prompt with transformers."""
     return list(tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in messages],
                                               chat_template=template, add_generation_prompt=True,
                                               tokenize=True, return_dict=False))
 
 
-def learned(tokenizer: PreTrainedTokenizerFast, template: str,
-            *messages: tuple[str, str]) -> tuple[str, bool]:
+def learned_text(tokenizer: PreTrainedTokenizerFast, template: str,
+                 *messages: tuple[str, str]) -> tuple[str, bool]:
     chat = encoder(tokenizer, template).encode(Conversation.of(*messages))
     ids = [i for i, t in zip(chat.ids, chat.types, strict=True) if t == TYPE_RESPONSE]
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False), chat.is_open
@@ -58,10 +58,10 @@ def learned(tokenizer: PreTrainedTokenizerFast, template: str,
 
 @pytest.mark.parametrize("template", [PLAIN, CHATML], ids=["plain", "chatml"])
 @pytest.mark.parametrize("content", ["hello", "  hello \n", "\nhello", "", "hello\n\n", "안녕"])
-def test_a_prompt_has_the_ids_that_a_model_is_asked_with(tokenizer: PreTrainedTokenizerFast, template: str,
-                                                         content: str) -> None:
+def test_prompt_ids_equal_inference_ids(tokenizer: PreTrainedTokenizerFast, template: str,
+                                        content: str) -> None:
     ours = encoder(tokenizer, template).encode(Conversation.of(("user", content)), awaits_response=True)
-    theirs = asked(tokenizer, template, ("user", content))
+    theirs = encode_prompt(tokenizer, template, ("user", content))
     assert ours.ids == theirs
     trained = encoder(tokenizer, template).encode(Conversation.of(("user", content), ("assistant", "there")))
     assert trained.ids[:len(theirs)] == theirs and trained.types[:len(theirs)].count(TYPE_RESPONSE) == 0
@@ -69,35 +69,35 @@ def test_a_prompt_has_the_ids_that_a_model_is_asked_with(tokenizer: PreTrainedTo
 
 @pytest.mark.parametrize(("template", "response", "fits"), [
     (PLAIN, "hello", False), (CHATML, "hello", True), (CHATML, "\n\nhello", False), (SPACED, "hello", True)])
-def test_a_later_turn_is_trained_behind_what_a_model_is_asked_with(
+def test_later_turn_follows_inference_prompt(
         tokenizer: PreTrainedTokenizerFast, template: str, response: str, fits: bool) -> None:
-    """Where the whole text would join a response with what stands before it, the chat is refused."""
+    """Chats whose response would merge with preceding text are refused."""
     turns = (("user", "hello"), ("assistant", response), ("user", "there"))
     if not fits:
         with pytest.raises(BadRecord, match=r"has a response .* that joins the template's"):
             encoder(tokenizer, template).encode(Conversation.of(*turns, ("assistant", "hello")))
         return
-    theirs = asked(tokenizer, template, *turns)
+    theirs = encode_prompt(tokenizer, template, *turns)
     ours = encoder(tokenizer, template).encode(Conversation.of(*turns, ("assistant", "hello")))
     assert ours.ids[:len(theirs)] == theirs
 
 
-def test_the_end_of_a_turn_is_learned(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_end_of_turn_is_learned(tokenizer: PreTrainedTokenizerFast) -> None:
     turns = (("user", "hi"), ("assistant", "hello"), ("user", "yo"), ("assistant", "there"))
-    assert learned(tokenizer, CHATML, *turns) == ("hello[EOS]there[EOS]", False)
-    assert learned(tokenizer, SPACED, *turns) == ("hello [EOS]there [EOS]", False)
-    assert learned(tokenizer, BARE, *turns[:2]) == ("hello", True), "whatever is put behind it ends it"
-    assert learned(tokenizer, PLAIN, *turns[:2]) == ("hello\n", True)
-    assert learned(tokenizer, CHATML, *turns[:3]) == ("hello[EOS]", False)
+    assert learned_text(tokenizer, CHATML, *turns) == ("hello[EOS]there[EOS]", False)
+    assert learned_text(tokenizer, SPACED, *turns) == ("hello [EOS]there [EOS]", False)
+    assert learned_text(tokenizer, BARE, *turns[:2]) == ("hello", True), "whatever is put behind it ends it"
+    assert learned_text(tokenizer, PLAIN, *turns[:2]) == ("hello\n", True)
+    assert learned_text(tokenizer, CHATML, *turns[:3]) == ("hello[EOS]", False)
 
 
-def test_special_tokens_in_contents_are_text(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_special_tokens_in_contents_are_ordinary_text(tokenizer: PreTrainedTokenizerFast) -> None:
     chat = encoder(tokenizer, CHATML).encode(Conversation.of(("user", "[EOS]"), ("assistant", "a[BOS]b")))
     assert chat.ids.count(1) == chat.ids.count(2) == 2
     assert tokenizer.decode(chat.ids) == "[BOS]user\n[EOS][EOS]\n[BOS]assistant\na[BOS]b[EOS]\n"
 
 
-def test_turns_end_with_these_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_end_tokens_of_turns(tokenizer: PreTrainedTokenizerFast) -> None:
     assert encoder(tokenizer, CHATML).end_ids() == encoder(tokenizer, SPACED).end_ids() == (2,)
     assert encoder(tokenizer, PLAIN).end_ids() == ()
     opened = ("{% for m in messages %}{{ '[BOS]' if m.role == 'user' else '[PAD]' }}{{ m.content }}"
@@ -106,7 +106,7 @@ def test_turns_end_with_these_tokens(tokenizer: PreTrainedTokenizerFast) -> None
     assert encoder(tokenizer, "{{ raise_exception('no') }}").end_ids() == ()
 
 
-def test_a_token_that_takes_spaces_is_not_passed_over(tmp_path: Path) -> None:
+def test_token_absorbing_spaces_is_rejected(tmp_path: Path) -> None:
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
     letters = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -134,7 +134,7 @@ AGENT = Conversation((Message("user", " hi "), Message("assistant", "", "hm", CA
                       Message("assistant", "there", "so")))
 
 
-def learned_of(tokenizer: PreTrainedTokenizerFast, template: str, chat: Conversation) -> str:
+def learned_texts(tokenizer: PreTrainedTokenizerFast, template: str, chat: Conversation) -> str:
     encoded = encoder(tokenizer, template).encode(chat)
     theirs = tokenizer.apply_chat_template([m.to_dict() for m in chat.messages], chat_template=template,
                                            tokenize=True, return_dict=False)
@@ -143,15 +143,15 @@ def learned_of(tokenizer: PreTrainedTokenizerFast, template: str, chat: Conversa
     return str(tokenizer.decode(ids))
 
 
-def test_thoughts_and_calls_are_learned_as_they_are_shown(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert learned_of(tokenizer, THINKS, AGENT) == (
+def test_thoughts_and_calls_are_learned_as_rendered(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert learned_texts(tokenizer, THINKS, AGENT) == (
         '<think>hm</think><call>add {"a": 1}</call>[EOS]<think>so</think>there[EOS]')
     plain = Conversation.of(("user", "hi"), ("assistant", "there"))
-    assert learned_of(tokenizer, THINKS, plain) == "<think></think>there[EOS]", (
+    assert learned_texts(tokenizer, THINKS, plain) == "<think></think>there[EOS]", (
         "a model is asked without the empty thoughts, so it has to write them")
 
 
-def test_learned_tokens_are_told_apart_by_what_they_say(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_learned_tokens_have_kinds(tokenizer: PreTrainedTokenizerFast) -> None:
     def said(template: str, chat: Conversation) -> dict[str, str]:
         encoded = encoder(tokenizer, template).encode(chat)
         assert [k != KIND_NONE for k in encoded.kinds] == [t == TYPE_RESPONSE for t in encoded.types]
@@ -165,22 +165,22 @@ def test_learned_tokens_are_told_apart_by_what_they_say(tokenizer: PreTrainedTok
     assert said(BARE, spelled) == {"thought": "<think>y</think>", "call": "", "answer": "z"}
 
 
-def test_only_turns_that_are_marked_so_are_learned(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_only_marked_turns_are_learned(tokenizer: PreTrainedTokenizerFast) -> None:
     first = replace(AGENT.messages[1], is_learned=False)
     chat = replace(AGENT, messages=(AGENT.messages[0], first, *AGENT.messages[2:]))
     for template in (THINKS, FORGETS):
-        assert learned_of(tokenizer, template, chat) == "<think>so</think>there[EOS]"
+        assert learned_texts(tokenizer, template, chat) == "<think>so</think>there[EOS]"
 
 
-def test_generation_blocks_say_where_turns_stand(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_generation_blocks_locate_turns(tokenizer: PreTrainedTokenizerFast) -> None:
     chat = Conversation.of(("user", "hi"), ("assistant", "hello"), ("user", "yo"), ("assistant", "there"))
     with pytest.raises(BadRecord, match="does not show as it is: 2"):
         encoder(tokenizer, BLOCKS).encode(chat)
     shouts = Conversation.of(("user", "hi"), ("assistant", "HELLO"), ("user", "yo"), ("assistant", "THERE"))
     trims = BLOCKS.replace("upper", "trim")
-    assert learned_of(tokenizer, trims, shouts) == "HELLO[EOS]THERE[EOS]"
+    assert learned_texts(tokenizer, trims, shouts) == "HELLO[EOS]THERE[EOS]"
     spaced = Conversation.of(("user", "hi"), ("assistant", " HELLO "))
-    assert learned_of(tokenizer, trims, spaced) == "HELLO[EOS]"
+    assert learned_texts(tokenizer, trims, spaced) == "HELLO[EOS]"
 
 
 @pytest.mark.parametrize(("template", "chat", "says"), [
@@ -201,20 +201,20 @@ def test_generation_blocks_say_where_turns_stand(tokenizer: PreTrainedTokenizerF
                               Message("tool", "3"))),
      "has content in message 2"),
 ])
-def test_a_turn_that_cannot_be_found_is_refused(tokenizer: PreTrainedTokenizerFast, template: str,
-                                                chat: Conversation, says: str) -> None:
+def test_turn_without_position_is_rejected(tokenizer: PreTrainedTokenizerFast, template: str,
+                                           chat: Conversation, says: str) -> None:
     with pytest.raises(BadRecord, match=says):
         encoder(tokenizer, template).encode(chat)
 
 
-def test_a_chat_may_begin_with_the_assistant(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Though a template does not ask for a response behind no message at all."""
+def test_chat_may_begin_with_assistant(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The template has no generation prompt without messages."""
     strict = "{% if not messages %}{{ raise_exception('no messages') }}{% endif %}" + CHATML
     turns = (("assistant", "hello"), ("user", "yo"), ("assistant", "there"))
-    assert learned(tokenizer, strict, *turns) == ("hello[EOS]there[EOS]", False)
+    assert learned_text(tokenizer, strict, *turns) == ("hello[EOS]there[EOS]", False)
 
 
-def test_turns_that_overlap_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_overlapping_turns_are_rejected(tokenizer: PreTrainedTokenizerFast) -> None:
     """Asked for a second turn in a row, a model would not see the end of the first, which is shown."""
     closes = ("{% for m in messages %}{{ m.content | trim }}"
               "{% if not (loop.last and add_generation_prompt) %}[EOS]{% endif %}{% endfor %}")
@@ -223,37 +223,38 @@ def test_turns_that_overlap_are_refused(tokenizer: PreTrainedTokenizerFast) -> N
         encoder(tokenizer, closes).encode(chat)
 
 
-def test_the_header_of_a_turn_is_not_learned_where_a_template_knows_no_asking(
+def test_turn_header_without_generation_prompt_is_not_learned(
         tokenizer: PreTrainedTokenizerFast) -> None:
-    """Nor where a content is trimmed, so that its turn is found by prefixes and not by marks."""
+    """Trimmed contents, located by prefixes instead of marks."""
     trims = SPACED.replace("m.content }} ", "m.content | trim }}")
     for content in ("hello", " hello"):
-        assert learned(tokenizer, trims, ("user", "hi"), ("assistant", content)) == ("hello[EOS]", False)
+        assert learned_text(tokenizer, trims, ("user", "hi"), ("assistant", content)) == ("hello[EOS]", False)
 
 
 QWEN3 = (Path(__file__).parent / "qwen3.jinja").read_text()
-"""As Qwen has published it: thoughts are shown of the last turns alone, and read from contents too."""
+"""Qwen's published template: shows thoughts in the last turns only, and parses thoughts in contents."""
 THOUGHTS = ["<think>\nb\n</think>\n\nc", "<think>b</think>c", "\n<think>\n  b\n\n</think>\n\n\nc ",
             "<think>\n\n</think>\n\nc", "<think></think>c", "<think>\nb\n</think>\n\n    return 42",
             "<think>a\n\nb 안녕</think>\n\nc\n\n```py\nx\n```", "<think>\n<b> 1 < 2\n</think>c <think> d"]
 
 
-def user_and(*answers: Message) -> Conversation:
+def user_then(*answers: Message) -> Conversation:
     return Conversation(tuple(m for i, answer in enumerate(answers) for m in (
         Message("user", f"q{i}"), answer)))
 
 
 @pytest.mark.parametrize("content", THOUGHTS)
-def test_thoughts_in_a_content_are_learned_as_thoughts_of_their_own(tokenizer: PreTrainedTokenizerFast,
-                                                                    content: str) -> None:
+def test_thoughts_in_content_are_learned_as_thoughts(tokenizer: PreTrainedTokenizerFast,
+                                                     content: str) -> None:
     thoughts, said = content.split("<think>", 1)[1].split("</think>", 1)
     apart = Message("assistant", said.lstrip("\n"), thoughts.strip("\n"))
     whole, encode = Message("assistant", content), encoder(tokenizer, QWEN3).encode
-    assert learned_of(tokenizer, QWEN3, user_and(whole)).count("<think>") == 1 + content.count("<think> d")
+    assert learned_texts(tokenizer, QWEN3,
+                         user_then(whole)).count("<think>") == 1 + content.count("<think> d")
     for before in ((), (whole,), (whole, Message("assistant", "no thought"))):
         unlearned = [replace(m, is_learned=False) for m in before]
         expected = [replace(m, is_learned=False) for m in ((apart,) if before else ())] + unlearned[1:]
-        ours, theirs = encode(user_and(*unlearned, whole)), encode(user_and(*expected, apart))
+        ours, theirs = encode(user_then(*unlearned, whole)), encode(user_then(*expected, apart))
         assert (ours.ids, ours.kinds, ours.is_open) == (theirs.ids, theirs.kinds, theirs.is_open)
 
 
@@ -261,24 +262,24 @@ def test_thoughts_in_a_content_are_learned_as_thoughts_of_their_own(tokenizer: P
     CHATML, BARE, THINKS, CHATML.replace("{{ m.content", "{% if m.reasoning_content %}<think>\n"
                                          "{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content")])
 @pytest.mark.parametrize("content", THOUGHTS[:4])
-def test_templates_that_show_contents_as_they_are_get_them_so(tokenizer: PreTrainedTokenizerFast,
-                                                              template: str, content: str) -> None:
-    """Other white space than that of the content would be another text than transformers shows."""
-    chat = user_and(Message("assistant", content.strip()))
-    assert content.strip() in learned_of(tokenizer, template, chat)
+def test_templates_receive_contents_unchanged(tokenizer: PreTrainedTokenizerFast,
+                                              template: str, content: str) -> None:
+    """The rendered white space must equal transformers' text."""
+    chat = user_then(Message("assistant", content.strip()))
+    assert content.strip() in learned_texts(tokenizer, template, chat)
 
 
 @pytest.mark.parametrize("dropped", ["<think>b</think>c", "b\n</think>\n\nc",
                                      "<think>b</think><think>x</think>c"])
-def test_a_turn_that_is_not_learned_may_lose_its_thoughts(tokenizer: PreTrainedTokenizerFast,
-                                                          dropped: str) -> None:
+def test_unlearned_turn_may_lose_thoughts(tokenizer: PreTrainedTokenizerFast,
+                                          dropped: str) -> None:
     r1 = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
     cuts = CHATML.replace("m.content", "m.content.split('</think>')[-1] | replace('c', '')")
-    chat = user_and(Message("assistant", dropped, is_learned=False), Message("assistant", "d"))
+    chat = user_then(Message("assistant", dropped, is_learned=False), Message("assistant", "d"))
     for template in (QWEN3, r1):
-        assert "d" in learned_of(tokenizer, template, chat)
+        assert "d" in learned_texts(tokenizer, template, chat)
     with pytest.raises(BadRecord, match="does not show"):
-        encoder(tokenizer, r1).encode(user_and(Message("assistant", dropped)))
+        encoder(tokenizer, r1).encode(user_then(Message("assistant", dropped)))
     with pytest.raises(BadRecord, match="does not show as it is: 2"):
         encoder(tokenizer, cuts).encode(chat)
 
@@ -289,7 +290,7 @@ FULL = "{% for m in messages %}[BOS]{{ m.role }}\n" \
        "{% endfor %}{% if add_generation_prompt %}[BOS]assistant\n{% endif %}"
 
 
-def test_the_chat_on_the_page_teaches_its_thought_its_call_and_its_answer(
+def test_docs_chat_has_thought_call_and_answer(
         tokenizer: PreTrainedTokenizerFast) -> None:
     (example,) = blocks(page_text("chats.md"), "json")
     document = parse_record(json.loads(example), "chats.md", 1, RecordReading("chat"))

@@ -1,5 +1,4 @@
-"""What families write around thoughts and calls, as their released templates and servers have it, and the
-text of a response."""
+"""Marks of released model families around thoughts and calls, and decoded responses."""
 
 from __future__ import annotations
 
@@ -67,7 +66,7 @@ TURNS = {
 
 
 @pytest.mark.parametrize(("text", "thoughts", "content", "calls"), TURNS.values(), ids=TURNS)
-def test_a_turn_says_thinks_and_calls_the_same_in_every_family(
+def test_turn_parses_equally_in_every_family(
         text: str, thoughts: str, content: str, calls: tuple[ToolCall, ...]) -> None:
     assert parse_turn(text) == WrittenTurn(content, calls)
     whole = parse_served_turn(text, in_thoughts=False, tools=SHOWN)
@@ -87,12 +86,12 @@ def test_a_turn_says_thinks_and_calls_the_same_in_every_family(
     (solar("f", '{"a": 1} and more'), "json"), ("<|tool_call:begin|>x<|tool_call:end|>", "unclosed"),
     (solar("", "{"), "json"), ("<|tool_calls_section_begin|><|tool_call_begin|>f:0 {}", "unclosed"),
 ])
-def test_what_is_nearly_a_call_is_none_and_no_answer(text: str, code: str) -> None:
+def test_malformed_call_is_neither_call_nor_answer(text: str, code: str) -> None:
     (call,) = parse_turn(text).calls
     assert isinstance(call, BadCall) and call.code == code
 
 
-def test_a_call_in_thoughts_is_a_thought_and_thoughts_may_have_no_end() -> None:
+def test_call_inside_thoughts_is_thought() -> None:
     inside = f"<|think|>{solar('f', '{}')}<|end|><|begin|>assistant<|content|>no"
     assert parse_turn(inside) == WrittenTurn("no", ())
     assert parse_turn(f"<|think|>{solar('f', '{}')}") == WrittenTurn("", ())
@@ -101,7 +100,7 @@ def test_a_call_in_thoughts_is_a_thought_and_thoughts_may_have_no_end() -> None:
         assert to_hermes_form(text) == text, "no marks of its own"
 
 
-def test_long_texts_of_marks_take_no_square_of_their_length() -> None:
+def test_long_texts_of_marks_take_linear_time() -> None:
     for part in ("<|think|>", "<|tool_call:begin|>", "<|tool_call:begin|>x<|tool_call:name|>",
                  "<|content|><|end|>", "<|tool_call_begin|> ",
                  "<｜tool▁call▁begin｜>a"):
@@ -123,16 +122,16 @@ def tokenizer(name: str, *more: str) -> Any:
 
 @pytest.fixture(scope="module", params=["k-exaone", "solar-open"])
 def decode(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Return a preset's name, what encodes a text, and what decodes a response."""
+    """Return a preset's name, its encoder and its response decoder."""
     made = tokenizer(request.param)
     file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     made.save(str(file))
     found = build_text_decoder(file, [made.token_to_id(PRESETS[request.param].eos_token)],
-                         lambda ids: str(made.decode(ids, skip_special_tokens=True)))
+                               lambda ids: str(made.decode(ids, skip_special_tokens=True)))
     return request.param, lambda text: made.encode(text).ids, found
 
 
-def test_text_of_a_response_keeps_marks_and_drops_what_ends_and_frames_turns(decode: Any) -> None:
+def test_response_text_contains_marks_without_frames(decode: Any) -> None:
     name, encode, text_of_ids = decode
     end, pad = PRESETS[name].eos_token, PRESETS[name].pad_token
     told = {"k-exaone": '<think>I guess 7.</think>The answer is 8.<tool_call>{"name": "f"}</tool_call>',
@@ -150,7 +149,7 @@ def test_text_of_a_response_keeps_marks_and_drops_what_ends_and_frames_turns(dec
     assert content_of({"response": prepend_mark(cut, opened)}) == "" != content_of({"response": cut})
 
 
-def test_no_two_families_begin_with_the_same_mark() -> None:
+def test_first_marks_of_families_differ() -> None:
     firsts = [family[0] for family in FAMILIES]
     assert all(sum(first in family for family in FAMILIES) == 1 for first in firsts)
 
@@ -171,7 +170,7 @@ XML = ("<tool_call><function={{ c.function.name }}>{% for k, v in c.function.arg
 LLAMA = '{"name": "{{ c.function.name }}", "parameters": {{ c.function.arguments | tojson }}}'
 
 
-def test_a_template_whose_calls_are_not_read_is_refused_and_its_ends_are_known() -> None:
+def test_template_with_unknown_call_form_is_rejected() -> None:
     made = tokenizer("solar-open")
 
     def turns(call: str) -> TurnEncoder:
@@ -198,7 +197,7 @@ HOW: dict[str, tuple[tuple[str, ...], str, str]] = {  # special tokens, before w
                              "<|think|>HERE<|end|><|begin|>assistant<|content|>",
                              f"<|end|><|begin|>assistant<|tool_calls|>{solar('g', '{}')}"),
     "deepseek v3": (FAMILIES[2], "", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function"
-                    "<｜tool▁sep｜>g\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>"),
+                                     "<｜tool▁sep｜>g\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>"),
     "deepseek r1": ((*THINKS, *FAMILIES[2]), "<think>HERE</think>", "<｜tool▁calls▁begin｜>"
                     "<｜tool▁call▁begin｜>g<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>"),
     "kimi": ((*THINKS, *FAMILIES[3]), "<think>HERE</think>", "<|tool_calls_section_begin|><|tool_call_begin|>"
@@ -207,7 +206,7 @@ HOW: dict[str, tuple[tuple[str, ...], str, str]] = {  # special tokens, before w
 
 
 @pytest.mark.parametrize("family", HOW)
-def test_calls_are_those_of_tokens_and_quoted_marks_stay_as_written(family: str) -> None:
+def test_calls_come_from_mark_tokens_only(family: str) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     special, before, call = HOW[family]
@@ -242,7 +241,7 @@ def found_marks(text: str) -> list[str]:
     return [mark for mark in MARKS if mark in text]
 
 
-def test_a_turn_without_tokens_has_the_form_of_its_first_mark() -> None:
+def test_first_mark_determines_form_of_turn() -> None:
     quote = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
     assert parse_turn(f"<|content|>It says {quote}</think>.").calls == ()
     assert parse_turn(f"<|content|>It says {quote}</think>.").content == f"It says {quote}</think>."

@@ -1,5 +1,5 @@
-"""One conversation as pack, serve, generate, chat and reinforcement learning render it, and as transformers'
-`apply_chat_template` does: the same text everywhere."""
+"""pack, serve, generate, chat and RL render a conversation exactly
+like transformers' `apply_chat_template`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from data_prep.shards.encode import Encoder
 from megatron_sov.base.documents import Conversation, RecordReading, read_documents
 from megatron_sov.chat.encode import TurnEncoder
 from megatron_sov.chat.folder import read_chat_encoder
-from megatron_sov.infer.asking import Asker
+from megatron_sov.infer.prompts import PromptEncoder
 from megatron_sov.rollouts.prompts import read_prompts
 from megatron_sov.serve.bodies import BodyReader, chat_question
 from megatron_sov.serve.chat_session import ChatModel, ChatSession, ChatTurn
@@ -48,11 +48,11 @@ def parts(*texts: str) -> list[dict[str, str]]:
 SENT = [say("developer", "Be short."), say("user", parts("How is it", "in 서울? 🐻"), name=None),
         say("assistant", None, reasoning_content="I look\n  it up.", tool_calls=calls(json.dumps(ARGUMENTS)),
             refusal=None, annotations=[]), say("tool", parts("cold"), tool_call_id="c1")]
-"""As a client sends it."""
+"""The conversation in a client's request."""
 SHOWN = [say("system", "Be short."), say("user", "How is it\nin 서울? 🐻"),
          say("assistant", "", reasoning_content="I look\n  it up.", tool_calls=calls(ARGUMENTS)),
          say("tool", "cold", tool_call_id="c1")]
-"""As transformers takes it."""
+"""The conversation for transformers."""
 ANSWER = say("assistant", "    indented", reasoning_content="So: cold.")
 
 
@@ -70,7 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shown(folder: Path) -> Any:
-    """Return `shown(messages)`: the text that transformers gives a model that is asked."""
+    """Return a function that renders messages with transformers."""
     loaded = PreTrainedTokenizerFast.from_pretrained(folder)
 
     def render(messages: list[dict[str, Any]], asks: bool = True, tools: Any = TOOLS) -> str:
@@ -92,7 +92,7 @@ def line(tmp_path: Path) -> Path:
     return file
 
 
-def test_the_templates_text_has_the_nulls(shown: Any) -> None:
+def test_rendered_text_contains_nulls(shown: Any) -> None:
     text = shown(SHOWN)
     for written in ('"unit": null', '"days": [null, 1], "more": {"deep": null}', '"default": null',
                     '"strict": null', "서울? 🐻", "<think>\nI look\n  it up.\n</think>"):
@@ -113,12 +113,12 @@ def test_serve_shows_what_transformers_shows(target: Any, shown: Any) -> None:
     question = chat_question(json.dumps({"messages": SENT, "tools": TOOLS}).encode(), "m")
     reader = BodyReader(target, 10_000)
     [ids] = reader.read(question).prompts
-    assert Asker(target, chat=True)._tokenizer.decode(ids) == shown(SHOWN)
+    assert PromptEncoder(target, chat=True)._tokenizer.decode(ids) == shown(SHOWN)
 
 
 def test_generate_shows_what_transformers_shows(target: Any, shown: Any, line: Path) -> None:
     [prompt] = read_documents([line], RecordReading("prompt"))
-    asker = Asker(target, chat=True)
+    asker = PromptEncoder(target, chat=True)
     [ids] = asker.ask([prompt.conversation()])
     assert asker._tokenizer.decode(ids) == shown(SHOWN)
     [ids] = asker.ask([text := "서울? \n"])
@@ -150,6 +150,6 @@ def test_chat_sends_what_serve_shows_as_transformers_does(target: Any, shown: An
     question = chat_question(json.dumps(bodies[0]).encode(), "m")
     [chat] = question.prompts
     assert isinstance(chat, Conversation)
-    reader, asker = BodyReader(target, 10_000), Asker(target, chat=True)
+    reader, asker = BodyReader(target, 10_000), PromptEncoder(target, chat=True)
     assert asker._tokenizer.decode(reader.read(question).prompts[0]) == shown(
         [*SHOWN, ANSWER, say("user", "And now?")], tools=None)

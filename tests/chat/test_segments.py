@@ -1,4 +1,4 @@
-"""Conversations in segments: what is the template's and what is a message's."""
+"""Segments of rendered conversations: template text and message contents."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_sov.chat.template import (
     ChatSegment, ChatTemplate, Segments, find_odd_opening, split_at_contents)
 
 
-def around(template: ChatTemplate, *turns: tuple[str, str]) -> Segments:
+def split_segments(template: ChatTemplate, *turns: tuple[str, str]) -> Segments:
     return split_at_contents(template, Conversation.of(*turns))
 
 
@@ -22,8 +22,8 @@ FORM = ChatTemplate("{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% e
                     "<s>", "</s>", "tok")
 
 
-def test_pieces_alternate() -> None:
-    assert around(FORM, ("user", "hi"), ("assistant", "yo")) == [
+def test_template_and_content_pieces_alternate() -> None:
+    assert split_segments(FORM, ("user", "hi"), ("assistant", "yo")) == [
         ChatSegment("<user>", None), ChatSegment("hi", 0), ChatSegment("</><assistant>", None),
         ChatSegment("yo", 1), ChatSegment("</></s>", None)]
 
@@ -31,46 +31,47 @@ def test_pieces_alternate() -> None:
 @pytest.mark.deep
 @settings(max_examples=40)
 @given(st.lists(st.tuples(st.sampled_from(["user", "assistant"]), st.text()), min_size=1, max_size=12))
-def test_no_content_reaches_the_template(messages: list[tuple[str, str]]) -> None:
-    pieces = around(FORM, *messages)
+def test_template_sees_no_contents(messages: list[tuple[str, str]]) -> None:
+    pieces = split_segments(FORM, *messages)
     assert [p.text for p in pieces if p.message is not None] == [content for _, content in messages]
     assert ("".join(p.text for p in pieces if p.message is None)
             == "".join(f"<{role}></>" for role, _ in messages) + "</s>")
 
 
 @pytest.mark.parametrize("content", ["{{ 7 * 7 }}", "{% raw %}", "\ue0000\ue001", "<user>"])
-def test_hostile_content_stays_content(content: str) -> None:
-    assert around(FORM, ("user", content))[1] == ChatSegment(content, 0)
+def test_hostile_content_remains_content(content: str) -> None:
+    assert split_segments(FORM, ("user", content))[1] == ChatSegment(content, 0)
 
 
-def test_templates_that_drop_or_refuse_messages() -> None:
+def test_templates_that_drop_or_refuse_messages_are_rejected() -> None:
     chat = (("system", "be kind"), ("user", "hi"))
     template = ("{% for m in messages %}{% if m['role'] != 'system' %}{{ m['content'] }}{% endif "
                 "%}{% endfor %}")
     drops = ChatTemplate(template, "", "", "tok")
     with pytest.raises(BadRecord, match=r"is not shown by the chat template of tok with each message once"):
-        around(drops, *chat)
+        split_segments(drops, *chat)
     refuses = ChatTemplate("{{ raise_exception('no system role') }}", "", "", "tok")
     with pytest.raises(BadRecord, match=r"refused by the chat template of tok \(no system role\)"):
-        around(refuses, *chat)
+        split_segments(refuses, *chat)
     with pytest.raises(UserError, match="is not valid Jinja"):
         ChatTemplate("{% for", "", "", "tok")
 
 
-def test_another_text_before_a_response_than_before_those_trained_on_is_told() -> None:
+def test_odd_opening_is_reported() -> None:
     shown = "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}<no thoughts>{% endif %}"
     ends = "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>"
     odd = ChatTemplate(shown + ends + "<thinks>{% endif %}", "", "", "tok")
     said = find_odd_opening(odd)
-    assert said is not None and "behind '<user>a<assistant><thinks>', and shows one behind '<u" in said
+    assert said is not None and "with '<user>a<assistant><thinks>', but shows responses after '<u" in said
     assert find_odd_opening(ChatTemplate(shown + ends + "<no thoughts>{% endif %}", "", "", "tok")) is None
     assert find_odd_opening(ChatTemplate("{{ raise_exception('no') }}", "", "", "tok")) is None
 
 
-def test_a_prompt_ends_where_the_response_begins() -> None:
+def test_prompt_ends_at_response() -> None:
     form = ChatTemplate("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
-                    "{% if add_generation_prompt %}<assistant>{% endif %}", "", "", "tok")
-    assert [p.text for p in split_at_contents(form, Conversation.of(("user", "hi")), awaits_response=True)] == [
+                        "{% if add_generation_prompt %}<assistant>{% endif %}", "", "", "tok")
+    assert [p.text for p in split_at_contents(form, Conversation.of(("user", "hi")),
+                                              awaits_response=True)] == [
         "<user>", "hi", "<assistant>"]
 
 
@@ -83,14 +84,15 @@ TURNS = "{% for m in messages %}<{{ m.role }}>CONTENT</>{% endfor %}"
     ("{{ m.content.split('</think>')[-1] }}", "yes", False),
     ("{{ m.content }}{% if 'x' in m.content %}!{% endif %}", "x", True),
 ])
-def test_a_content_that_is_shown_otherwise_is_refused(shows: str, content: str, refused: bool) -> None:
-    """Trained on as it is, a model would be asked with another text."""
+def test_changed_content_is_rejected(shows: str, content: str, refused: bool) -> None:
+    """Training and inference prompts would differ."""
     template = ChatTemplate(TURNS.replace("CONTENT", shows), "", "", "tok")
     if refused:
         with pytest.raises(BadRecord, match="is changed by the chat template of tok"):
-            around(template, ("user", "hi"), ("assistant", content))
+            split_segments(template, ("user", "hi"), ("assistant", content))
     else:
-        assert [p.text for p in around(template, ("user", "hi"), ("assistant", content))][3] == content
+        assert [p.text for p in split_segments(template, ("user", "hi"),
+                                               ("assistant", content))][3] == content
 
 
 # What a turn thinks, calls and answers, in the shapes of templates that models have.
@@ -101,7 +103,7 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 
 
 def parts(text: str, message: Message) -> list[tuple[str, str]]:
-    """Return the runs of one kind: its letter and text."""
+    """Return (kind letter, text) per run of equal kinds."""
     kinds = classify_turn(text, message)
     runs = groupby(zip(text, kinds, strict=True), key=lambda one: LETTER[one[1]])
     return [(letter, "".join(char for char, _ in run)) for letter, run in runs]
@@ -133,7 +135,7 @@ def said(content: str = "", reasoning: str = "", calls: int = 0) -> Message:
     (said("hm, yes", "hm"), [("t", "hm"), ("a", " hm, yes")]),
     (said("<b>yes</b>", "hm"), [("t", "<think>hm</think>"), ("a", "<b>yes</b>")]),
 ])
-def test_marks_count_with_what_they_open_and_ends_with_what_they_end(
+def test_marks_belong_to_their_parts(
         message: Message, expected: list[tuple[str, str]]) -> None:
     assert parts("".join(text for _, text in expected), message) == expected
 
@@ -147,22 +149,22 @@ def test_marks_count_with_what_they_open_and_ends_with_what_they_end(
     [("t", "<think>a</think>"), ("c", "<tool_call>{}</tool_call>")],
     [("a", "b "), ("t", "<think>a<tool_call></tool_call></think>"), ("a", "c")],
     [("c", '<tool_call>{"a": "<think>"}</tool_call>'), ("a", "c</think>")]])
-def test_a_content_may_spell_its_thoughts_and_calls(expected: list[tuple[str, str]]) -> None:
+def test_content_may_spell_thoughts_and_calls(expected: list[tuple[str, str]]) -> None:
     text = "".join(part for _, part in expected)
     assert parts(text, said(text)) == expected
 
 
-def test_marks_that_a_message_talks_about_are_no_parts_of_their_own() -> None:
-    """Where it has thoughts and calls of its own."""
+def test_quoted_marks_are_part_of_answer() -> None:
+    """Messages with separate thoughts and calls."""
     message = said("The mark is <think>, and <tool_call>.", "hm", 1)
     expected = [("t", "<think>hm</think>"), ("a", message.content), ("c", "<tool_call>add</tool_call>")]
     assert parts("".join(text for _, text in expected), message) == expected
 
 
-def test_a_turn_of_nothing_has_no_kinds() -> None:
+def test_empty_turn_has_no_kinds() -> None:
     assert classify_turn("", said("")) == b""
 
 
-def test_long_contents_take_no_more_than_their_length() -> None:
+def test_kinds_of_long_contents_take_linear_time() -> None:
     text = "<tool_call></tool_call>" * 2_000 + "<think>" * 50_000
     assert parts(text, said(text))[1] == ("t", "<think>" * 50_000)

@@ -1,4 +1,4 @@
-"""Chat templates rendered as transformers renders them, in a sandbox and in bounds."""
+"""Chat templates: same text as transformers, sandbox, resource limits."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from megatron_sov.chat.template import ChatTemplate
 from megatron_sov.chat.tool_calls import BadCall, ToolCall, WrittenTurn, parse_turn
 
 
-def shown(template: str, *turns: tuple[str, str]) -> str:
+def render_text(template: str, *turns: tuple[str, str]) -> str:
     return ChatTemplate(template, "", "", "tok").render(Conversation.of(*turns))
 
 
-def test_templates_run_in_a_sandbox() -> None:
+def test_templates_run_in_sandbox() -> None:
     with pytest.raises(BadRecord, match="refused by the chat template"):
-        shown("{{ ''.__class__.__mro__[1].__subclasses__() }}", ("user", "a"))
+        render_text("{{ ''.__class__.__mro__[1].__subclasses__() }}", ("user", "a"))
 
 
 @pytest.mark.parametrize(("template", "says"), [
@@ -35,10 +35,10 @@ def test_templates_run_in_a_sandbox() -> None:
     ("{{ {'a': '<'} | tojson }}{{ messages[0].content }}", '{"a": "<"}hi'),
     ("{% set ns = namespace(n=1) %}{% set ns.n = ns.n + 1 %}{{ ns.n }}{{ messages[0].content }}", "2hi"),
 ])
-def test_templates_have_what_transformers_gives_them(template: str, says: str) -> None:
+def test_templates_have_functions_of_transformers(template: str, says: str) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    ours = shown(template, ("user", "hi"))
+    ours = render_text(template, ("user", "hi"))
     (theirs,), _ = render_jinja_template(conversations=[[{"role": "user", "content": "hi"}]],
                                          chat_template=template)
     assert ours == theirs == says
@@ -53,17 +53,17 @@ def test_templates_have_what_transformers_gives_them(template: str, says: str) -
     ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "took more than"),
     ("{% set ns = namespace(__class__=1) %}", "may not hold '__class__'"),
 ])
-def test_templates_that_fail_or_do_not_end_cost_a_sentence(template: str, says: str,
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_or_endless_templates_raise_bad_record(template: str, says: str,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_sov.chat.template.CPU_S", 0.2)
     with pytest.raises(BadRecord, match=says):
-        shown(template, ("user", "a"))
+        render_text(template, ("user", "a"))
 
 
 # Bounds around foreign code, and that they are gone behind it.
 
 
-def test_time_and_memory_are_bounded_inside_and_free_outside() -> None:
+def test_limits_apply_inside_block_only() -> None:
     before = resource.getrlimit(resource.RLIMIT_AS)
     with pytest.raises(TemplateTimeout), limit_resources(0.05, 1 << 30):
         while True:
@@ -75,7 +75,7 @@ def test_time_and_memory_are_bounded_inside_and_free_outside() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_what_swallows_the_end_is_ended_again() -> None:
+def test_swallowed_timeout_is_raised_again() -> None:
     class Swallows:
         def __del__(self) -> None:  # whatever is raised in here is lost, as in a callback of the collector
             while True:
@@ -87,7 +87,7 @@ def test_what_swallows_the_end_is_ended_again() -> None:
             pass
 
 
-def test_other_threads_go_without() -> None:
+def test_other_threads_have_no_limits() -> None:
     done = []
 
     def work() -> None:
@@ -123,7 +123,8 @@ def folder(tmp_path: Path) -> Path:
     (None, {"chat_template": [{"name": "tools", "template": "x"}, {"name": "default", "template": TEMPLATE}],
             "eos_token": "</s>"}),
 ])
-def test_every_spelling_is_read(folder: Path, template: str | None, config: dict[str, object]) -> None:
+def test_every_tokenizer_config_format_is_read(folder: Path, template: str | None,
+                                               config: dict[str, object]) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     if template is not None:
         (folder / "chat_template.jinja").write_text(template)
@@ -131,14 +132,14 @@ def test_every_spelling_is_read(folder: Path, template: str | None, config: dict
     assert encoder is not None and encoder.end_ids() == (256,)
 
 
-def test_special_tokens_may_stand_in_a_file_of_their_own(folder: Path) -> None:
+def test_special_tokens_map_is_read(folder: Path) -> None:
     (folder / "special_tokens_map.json").write_text('{"eos_token": "</s>"}')
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     encoder = read_chat_encoder(folder)
     assert encoder is not None and encoder.end_ids() == (256,)
 
 
-def test_a_folder_without_chats_has_none_and_a_broken_one_is_named(folder: Path) -> None:
+def test_damaged_tokenizer_folder_raises_user_error(folder: Path) -> None:
     assert read_chat_encoder(folder) is None
     for config in ("[" * 200_000, '{"chat_template": 5}', '{"chat_template": "{% for"}',
                    '{"chat_template": [5]}'):
@@ -159,7 +160,7 @@ def call(text: str) -> str:
     return f"<tool_call>{text}</tool_call>"
 
 
-def test_calls_are_read_in_order_and_what_is_said_around_them_stays() -> None:
+def test_calls_are_parsed_in_order_with_surrounding_text() -> None:
     turn = parse_turn('I look.\n<tool_call>\n{"name": "search", "arguments": {"query": "가"}}\n</tool_call>\n'
                       + call('{"arguments": {}, "name": "now"}') + " Wait.")
     assert turn.calls == (ToolCall("search", {"query": "가"}), ToolCall("now", {}))
@@ -168,7 +169,7 @@ def test_calls_are_read_in_order_and_what_is_said_around_them_stays() -> None:
 
 @pytest.mark.parametrize("arguments", [{"text": "a </tool_call> b <tool_call> c"}, {"n": [1, {"x": None}]},
                                        {"text": 'quote " and \\ and \n'}, {"n": 1e308}])
-def test_whatever_json_holds_comes_back(arguments: dict) -> None:
+def test_json_arguments_round_trip(arguments: dict) -> None:
     text = json.dumps({"name": "f", "arguments": arguments})
     assert parse_turn(call(text)).calls == (ToolCall("f", arguments),)
 
@@ -184,14 +185,14 @@ def test_whatever_json_holds_comes_back(arguments: dict) -> None:
     ("[]", "form"), ("1", "form"), ('{"name": "f"}', "form"), ('{"name": 1, "arguments": {}}', "form"),
     ('{"name": "f", "arguments": "{}"}', "form"), ('{"name": "f", "arguments": {}, "id": 1}', "form"),
 ])
-def test_what_is_nearly_a_call_is_told_and_what_follows_is_read(inside: str, code: str) -> None:
+def test_malformed_call_is_reported_and_parsing_continues(inside: str, code: str) -> None:
     bad, good = parse_turn(call(inside) + call('{"name": "g", "arguments": {}}')).calls
     assert isinstance(bad, BadCall) and bad.code == code and len(bad.reason) < 300
     assert good == ToolCall("g", {})
 
 
 @pytest.mark.parametrize("text", ['<tool_call>{"name": "f", "arguments": {}}', "<tool_call>{", "<tool_call>"])
-def test_a_call_that_does_not_end_is_none(text: str) -> None:
+def test_unclosed_call_is_malformed(text: str) -> None:
     (bad,) = parse_turn(text).calls
     assert isinstance(bad, BadCall) and bad.code == "unclosed"
 
@@ -199,8 +200,8 @@ def test_a_call_that_does_not_end_is_none(text: str) -> None:
 @pytest.mark.parametrize("part", [
     "<tool_call>{}", "<tool_call>x</tool_call>\n", '<tool_call>["</tool_call>', "<tool_call>{}x</tool_call>",
     '<tool_call>{"name": "f", "arguments": {"x": "' + "a" * 3000 + '\\u00e4"}}</tool_call>'])
-def test_reading_takes_time_by_the_length_of_a_turn(part: str) -> None:
-    """Where each of them looked at all that follows, the first three would take 2 to 8 s."""
+def test_parsing_takes_linear_time(part: str) -> None:
+    """With quadratic parsing the first three would take 2 to 8 s."""
     num_parts = 500_000 // len(part)
     began_s = time.process_time()
     calls = parse_turn(part * num_parts).calls
@@ -208,7 +209,7 @@ def test_reading_takes_time_by_the_length_of_a_turn(part: str) -> None:
 
 
 @pytest.mark.parametrize("num_chars", range(1000, 1050))
-def test_a_call_of_any_length_is_read(num_chars: int) -> None:
+def test_long_call_is_parsed(num_chars: int) -> None:
     for value in ("a" * num_chars, "\n\\\"" * (num_chars // 4),
                   ["x" * (num_chars - 9), 1e-5, -12345, True, None]):
         arguments = {"x": value}
@@ -222,11 +223,11 @@ def test_a_call_of_any_length_is_read(num_chars: int) -> None:
     ("<think>x</think> a ", " a"),
     ("  \n  a\n", "  \n  a"), ("\n \n", ""), ("<|think|>p<|end|><|begin|>assistant<|content|>  a", "  a"),
     (f"  a\n{call('{}')}", "  a")])
-def test_indentation_of_an_answer_stays(text: str, content: str) -> None:
+def test_indentation_of_answer_is_kept(text: str, content: str) -> None:
     assert parse_turn(text).content == content
 
 
-def test_no_call_is_made_in_thoughts_without_an_end() -> None:
+def test_call_in_unclosed_thoughts_is_ignored() -> None:
     made, thought = call('{"name": "f", "arguments": {}}'), call('{"name": "g", "arguments": {}}')
     assert parse_turn(thought, in_thoughts=True) == WrittenTurn("", ())
     assert parse_turn(f"a <tool_call> tag {thought}</think>b{made}", in_thoughts=True) == WrittenTurn(
@@ -237,7 +238,7 @@ def test_no_call_is_made_in_thoughts_without_an_end() -> None:
     assert between == WrittenTurn("bd", (ToolCall("f", {}), ToolCall("f", {})))
 
 
-def test_the_first_end_of_thoughts_counts_as_where_the_model_is_served() -> None:
+def test_first_end_mark_ends_thoughts() -> None:
     made = call('{"name": "f", "arguments": {}}')
     turn = parse_turn(f"a</think>b{made}c</think>d{made}")
     assert turn == WrittenTurn("bc</think>d", (ToolCall("f", {}), ToolCall("f", {})))

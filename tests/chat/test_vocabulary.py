@@ -14,7 +14,7 @@ import pytest
 import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_sov.base.digests import file_digest
+from megatron_sov.base.digests import hash_file
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.vocabulary import (
     check_same_tokenizer, check_same_tokens, find_difference, read_tokenizer, tokenizer_digest)
@@ -34,7 +34,7 @@ def test_ordinary_tokens_by_id(tmp_path: Path) -> None:
     assert read_tokenizer(tokenizer(tmp_path / "a", ["one", "two"])).ordinary == {0: "one", 1: "two"}
 
 
-def test_equal_longer_and_renamed_special_tokens_pass(tmp_path: Path) -> None:
+def test_equal_longer_and_renamed_vocabularies_are_accepted(tmp_path: Path) -> None:
     data = tokenizer(tmp_path / "data", ["one", "two"])
     for name, words, special in (("same", ["one", "two"], "<end>"),
                                  ("longer", ["one", "two", "three"], "<end>"),
@@ -44,7 +44,7 @@ def test_equal_longer_and_renamed_special_tokens_pass(tmp_path: Path) -> None:
         check_same_tokens(other, data)
 
 
-def test_an_id_with_two_meanings_is_refused(tmp_path: Path) -> None:
+def test_contradicting_ids_are_rejected(tmp_path: Path) -> None:
     data, weights = (tokenizer(tmp_path / "data", ["one", "two"]),
                      tokenizer(tmp_path / "weights", ["one", "drei"]))
     with pytest.raises(UserError, match=r"1 ids mean other tokens than in .*weights \(e.g. 1: "
@@ -52,14 +52,14 @@ def test_an_id_with_two_meanings_is_refused(tmp_path: Path) -> None:
         check_same_tokens(data, weights)
 
 
-def test_without_a_tokenizer_on_one_side_nothing_is_compared(tmp_path: Path) -> None:
+def test_missing_tokenizer_skips_comparison(tmp_path: Path) -> None:
     data = tokenizer(tmp_path / "data", ["one"])
     check_same_tokens(None, data)
     check_same_tokens(data, tmp_path)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"model": {}}'])
-def test_a_damaged_file_is_named(tmp_path: Path, content: str) -> None:
+def test_damaged_tokenizer_raises_user_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=r"tokenizer.json: cannot be read as a tokenizer"):
         read_tokenizer(tmp_path)
@@ -105,7 +105,7 @@ BESIDE: dict[str, Callable[[Path], Path]] = {
 
 
 @pytest.mark.parametrize("field", CUTS)
-def test_text_that_is_cut_otherwise_is_refused(field: str, bpe: Path, tmp_path: Path) -> None:
+def test_different_tokenization_is_rejected(field: str, bpe: Path, tmp_path: Path) -> None:
     other = changed(shutil.copytree(bpe, tmp_path / "other"), "tokenizer.json", CUTS[field])
     expected = rf"other/tokenizer.json: its {field} differs from that of .*, so the same text has other ids; "
     with pytest.raises(UserError, match=f"{expected}pack the data"):
@@ -115,7 +115,7 @@ def test_text_that_is_cut_otherwise_is_refused(field: str, bpe: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("where", BESIDE)
-def test_one_tokenizer_means_the_form_of_chats_as_well(where: str, bpe: Path, tmp_path: Path) -> None:
+def test_comparison_includes_chat_format(where: str, bpe: Path, tmp_path: Path) -> None:
     other = BESIDE[where](shutil.copytree(bpe, tmp_path / "other"))
     check_same_tokens(other, bpe)
     with pytest.raises(UserError, match=f"other{where} differs from that of .*; choose"):
@@ -150,7 +150,7 @@ def rewritten(source: Path, target: Path, change: Callable[[dict[str, Any]], Any
 
 
 def behaviour(folder: Path) -> list[Any]:
-    """Return ids and texts of the probes by the library that reads such files."""
+    """Return ids and texts of the probes from the `tokenizers` library."""
     found = Tokenizer.from_file(str(folder / "tokenizer.json"))
     found.no_padding()
     found.no_truncation()
@@ -222,15 +222,15 @@ OTHER: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_one_identity_whatever_the_file_looks_like(name: str, trained: Path, tmp_path: Path) -> None:
+def test_identity_ignores_file_layout(name: str, trained: Path, tmp_path: Path) -> None:
     other = rewritten(trained, tmp_path / "other", *SAME[name][:1], **SAME[name][1])
     assert behaviour(other) == behaviour(trained), "the library agrees"
-    assert file_digest(other / "tokenizer.json") != file_digest(trained / "tokenizer.json")
+    assert hash_file(other / "tokenizer.json") != hash_file(trained / "tokenizer.json")
     assert tokenizer_digest(other) == tokenizer_digest(trained) and find_difference(other, trained) is None
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_another_identity_is_named_by_its_first_difference(name: str, trained: Path, tmp_path: Path) -> None:
+def test_difference_names_first_field(name: str, trained: Path, tmp_path: Path) -> None:
     change, told = OTHER[name]
     other = rewritten(trained, tmp_path / "other", change)
     assert name == "regular expression" or behaviour(other) != behaviour(trained), "the library agrees"
@@ -262,7 +262,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_library_rewrites_a_file_without_another_identity(name: str, tmp_path: Path) -> None:
+def test_rewriting_by_library_keeps_identity(name: str, tmp_path: Path) -> None:
     """As `sov-tokenizer import` and `save_pretrained` do, also with the last digit of scores."""
     (tmp_path / "tokenizer.json").write_text(json.dumps(
         {"version": "1.0", "added_tokens": [], **MODELS[name]}))
@@ -272,7 +272,7 @@ def test_the_library_rewrites_a_file_without_another_identity(name: str, tmp_pat
 
 
 @pytest.mark.parametrize("lowercase", [True, False])
-def test_accents_that_stay_are_part_of_the_identity(lowercase: bool, tmp_path: Path) -> None:
+def test_identity_includes_strip_accents(lowercase: bool, tmp_path: Path) -> None:
     """null strips them of a text in lower case, false never does."""
     digests: dict[str, set[str]] = {}
     for strips in (None, False, True):
@@ -288,7 +288,7 @@ def test_accents_that_stay_are_part_of_the_identity(lowercase: bool, tmp_path: P
     assert len(digests) >= 2 and all(len(texts) == 1 for texts in digests.values())
 
 
-def test_an_id_of_unknown_text_is_part_of_the_identity(tmp_path: Path) -> None:
+def test_identity_includes_unknown_token(tmp_path: Path) -> None:
     for name, unknown in (("none", None), ("first", 0), ("second", 1)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "tokenizer.json").write_text(json.dumps({"model": {
@@ -296,7 +296,7 @@ def test_an_id_of_unknown_text_is_part_of_the_identity(tmp_path: Path) -> None:
     assert len({tokenizer_digest(tmp_path / name) for name in ("none", "first", "second")}) == 3
 
 
-def test_a_file_that_changes_is_read_again(trained: Path, tmp_path: Path) -> None:
+def test_changed_file_is_read_again(trained: Path, tmp_path: Path) -> None:
     folder = rewritten(trained, tmp_path / "other", lambda r: None)
     before = tokenizer_digest(folder)
     changed(folder, "tokenizer.json", swap_ids)
@@ -329,7 +329,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_bytes_of_a_text_are_the_sum_over_its_tokens(folder: Path) -> None:
+def test_text_bytes_are_sum_over_tokens(folder: Path) -> None:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     sizes = token_bytes(folder, 400)
     for text in (TEXT, "한 fox 한 fox", "🦊", "plain"):
@@ -339,7 +339,7 @@ def test_the_bytes_of_a_text_are_the_sum_over_its_tokens(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_pieces_of_sentencepiece_are_characters(kind: str, tmp_path: Path) -> None:
+def test_sentencepiece_pieces_are_characters(kind: str, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(f"{TEXT}\n{string.printable[:95]}\n{string.__doc__}\n" * 40)
     sentencepiece.SentencePieceTrainer.train(
         input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "tiny"), vocab_size=380,
@@ -355,7 +355,7 @@ def test_pieces_of_sentencepiece_are_characters(kind: str, tmp_path: Path) -> No
     assert sizes[tokenizer.token_to_id("<0x0A>")] == 1
 
 
-def test_special_and_unused_ids_stand_for_no_text(folder: Path) -> None:
+def test_special_and_unused_ids_have_no_text(folder: Path) -> None:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     sizes = token_bytes(folder, 400)
     assert sizes[tokenizer.token_to_id("<|end|>")] == 0
@@ -363,7 +363,7 @@ def test_special_and_unused_ids_stand_for_no_text(folder: Path) -> None:
     assert len(token_bytes(folder, 100)) == 100
 
 
-def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_invalid_tokenizer_file_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="cannot be read as a tokenizer"):
         token_bytes(tmp_path, 10)

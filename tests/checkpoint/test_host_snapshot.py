@@ -1,5 +1,4 @@
-"""A copy of blocks in host memory: written as it was taken, in memory that is used again,
-by several threads."""
+"""Host snapshots: independent copies, reused memory, and writing by several threads."""
 
 from __future__ import annotations
 
@@ -15,14 +14,13 @@ from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 prepare_megatron()
 from megatron_sov.base.artifacts import FileRecord  # noqa: E402
 from megatron_sov.checkpoint import host_snapshot  # noqa: E402
-from megatron_sov.checkpoint.host_snapshot import Snapshot, WrittenSnapshot, run_in_threads  # noqa: E402
+from megatron_sov.checkpoint.host_snapshot import HostSnapshot, SnapshotRecord, run_in_threads  # noqa: E402
 from megatron_sov.checkpoint.sharded_tensors import TensorReader, write_index  # noqa: E402
 from megatron_sov.engine.model.local_shards import LocalShard  # noqa: E402
 
 
 def blocks_of(whole: dict[str, torch.Tensor]) -> list[LocalShard]:
-    """Halves of each tensor's rows, of which both are owned, and once more a half that
-    another process owns."""
+    """Return two owned halves of each tensor, and one half that another process owns."""
     found = []
     for key, tensor in whole.items():
         middle = len(tensor) // 2
@@ -41,17 +39,17 @@ def tensors() -> dict[str, torch.Tensor]:
             "bias": torch.randn(5, generator=generator), "empty": torch.zeros(4, 0)}
 
 
-def test_what_was_taken_is_written_whatever_happens_to_the_live_tensors(
-        tmp_path: Path, tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_snapshot_is_independent_of_live_tensors(tmp_path: Path, tensors: dict[str, torch.Tensor],
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_snapshot, "MIN_FILE_BYTES", 1)
-    monkeypatch.setattr(host_snapshot, "num_writers", lambda: 3)
+    monkeypatch.setattr(host_snapshot, "count_writers", lambda: 3)
     before = {key: t.clone() for key, t in tensors.items()}
-    copy = Snapshot()
-    copy.take({"model": blocks_of(tensors)})
+    copy = HostSnapshot()
+    copy.copy_blocks({"model": blocks_of(tensors)})
     for tensor in tensors.values():
         tensor.zero_()
     copy.write(tmp_path, rank=300)
-    written = WrittenSnapshot.read(tmp_path, 300)
+    written = SnapshotRecord.read(tmp_path, 300)
     assert len(written.files) >= 3 and all(name.startswith("model/00001/rank-00300-")
                                            for name in written.files)
     write_index(tmp_path, "model", written.indices["model"])
@@ -63,25 +61,24 @@ def test_what_was_taken_is_written_whatever_happens_to_the_live_tensors(
         assert load_file(tmp_path / name), "the library reads it as well"
 
 
-def test_where_nothing_changes_meanwhile_the_tensors_themselves_are_written(
-        tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    copied, uncopied = Snapshot(), Snapshot()
-    copied.take({"model": blocks_of(tensors)})
-    uncopied.take({"model": blocks_of(tensors)}, changes=False)
+def test_unchanged_tensors_are_written_without_copy(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    copied, uncopied = HostSnapshot(), HostSnapshot()
+    copied.copy_blocks({"model": blocks_of(tensors)})
+    uncopied.copy_blocks({"model": blocks_of(tensors)}, tensors_change=False)
     assert copied._memory and not uncopied._memory
     files = []
     for snapshot, folder in ((copied, tmp_path / "copied"), (uncopied, tmp_path / "uncopied")):
         folder.mkdir()
         snapshot.write(folder, rank=0)
-        files.append({name: (folder / name).read_bytes() for name in WrittenSnapshot.read(folder, 0).files})
+        files.append({name: (folder / name).read_bytes() for name in SnapshotRecord.read(folder, 0).files})
     assert files[0] == files[1]
 
 
-def test_memory_is_kept_and_given_back_with_its_block(tensors: dict[str, torch.Tensor]) -> None:
-    copy = Snapshot()
+def test_snapshot_memory_is_reused_and_freed_with_its_block(tensors: dict[str, torch.Tensor]) -> None:
+    copy = HostSnapshot()
 
     def addresses(whole: dict[str, torch.Tensor]) -> dict[tuple[object, ...], int]:
-        copy.take({"model": blocks_of(whole)})
+        copy.copy_blocks({"model": blocks_of(whole)})
         return {key: t.data_ptr() for key, t in copy._memory.items()}
 
     first = addresses(tensors)
@@ -92,7 +89,7 @@ def test_memory_is_kept_and_given_back_with_its_block(tensors: dict[str, torch.T
     assert all(a[1] <= b[0] for a, b in pairwise(spans)), "no two blocks share memory"
 
 
-def test_the_first_failure_of_a_thread_is_raised_when_all_have_ended() -> None:
+def test_run_in_threads_raises_the_first_error_at_the_end() -> None:
     done: list[int] = []
 
     def fails() -> None:
@@ -105,8 +102,8 @@ def test_the_first_failure_of_a_thread_is_raised_when_all_have_ended() -> None:
     assert 99 not in done, "nothing is begun after a failure"
 
 
-def test_threads_share_the_cores_with_the_other_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writer_threads_share_cores_between_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_snapshot.os, "sched_getaffinity", lambda pid: range(16))
     for ranks, threads in (("1", 4), ("8", 4), ("16", 2), ("64", 2)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
-        assert host_snapshot.num_writers() == threads
+        assert host_snapshot.count_writers() == threads

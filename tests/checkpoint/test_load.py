@@ -1,4 +1,4 @@
-"""Checkpoints: written at one layout and read at another to the same bits; whole or not at all."""
+"""Checkpoints are bit-equal across layouts, and errors reach every process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def parts(layout: dict[str, Any], precision: str = "fp32", vocab_size: int = 96)
     from megatron_sov.engine.optimizer.optimizer import Optimizer
     from megatron_sov.engine.parallel import world
 
-    world.leave()
+    world.leave_world()
     config, model = tiny_model("tiny-k-exaone", f"model.vocab_size={vocab_size}",
                                f"train.precision={precision}", layout=layout)
     optimizer = Optimizer(model, config.optim)
@@ -29,14 +29,14 @@ def parts(layout: dict[str, Any], precision: str = "fp32", vocab_size: int = 96)
 
 
 def fill(model: Any, optimizer: Any) -> None:
-    """Give every number of weights and state a value that its name and place in the whole tensor decide."""
+    """Fill weights and optimizer state with values that depend on key and global index only."""
     import torch
 
-    from megatron_sov.checkpoint.load import normals
-    from megatron_sov.engine.model.local_shards import local_shards
+    from megatron_sov.checkpoint.load import generate_normals
+    from megatron_sov.engine.model.local_shards import list_local_shards
 
-    for block in [*local_shards(model), *optimizer.state_shards()]:
-        whole = normals(9, block.key, 0, math.prod(block.global_shape)).reshape(block.global_shape)
+    for block in [*list_local_shards(model), *optimizer.state_shards()]:
+        whole = generate_normals(9, block.key, 0, math.prod(block.global_shape)).reshape(block.global_shape)
         sizes = (1,) * (len(block.offset) - block.data.dim()) + tuple(block.data.shape)  # one expert, say
         own = tuple(slice(a, a + n) for a, n in zip(block.offset, sizes, strict=True))
         with torch.no_grad():
@@ -44,33 +44,32 @@ def fill(model: Any, optimizer: Any) -> None:
 
 
 def written(layout: dict[str, Any], path: str) -> None:
-    """Write a checkpoint with known numbers."""
+    """Write a checkpoint with known values."""
     from megatron_sov.checkpoint import load
 
     model, optimizer = parts(layout)
     fill(model, optimizer)
-    load.save(Path(path), model, optimizer, {"step": 7, "tokens": 70}, {"made": "here"}, None)
+    load.save_checkpoint(Path(path), model, optimizer, {"step": 7, "tokens": 70}, {"made": "here"}, None)
 
 
 def copied(layout: dict[str, Any], source: str, target: str) -> dict[str, Any]:
-    """Load a checkpoint at a layout and write it again from there."""
+    """Load a checkpoint at a layout and write it again."""
     from megatron_sov.checkpoint import load
 
     model, optimizer = parts(layout)
-    load.check(Path(source))
+    load.check_weights(Path(source))
     load.load_model(Path(source), model)
     load.load_optimizer(Path(source), optimizer, 7)
-    load.save(Path(target), model, optimizer, load.read_state(Path(source)), {}, None)
+    load.save_checkpoint(Path(target), model, optimizer, load.read_state(Path(source)), {}, None)
     return {"updates": optimizer.num_updates, "state": load.read_state(Path(target))}
 
 
 def continued(path: str) -> dict[str, Any]:
-    """In bf16: update, save, update again; then load into a new model and update that:
-    return whether they agree."""
+    """Update, save and update in bf16; then load into a new model and repeat the second update."""
     import torch
 
     from megatron_sov.checkpoint import load
-    from megatron_sov.engine.model.local_shards import local_shards
+    from megatron_sov.engine.model.local_shards import list_local_shards
 
     def update(model: Any, optimizer: Any, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -81,14 +80,14 @@ def continued(path: str) -> dict[str, Any]:
 
     def everything(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
         return {f"{b.key}@{b.offset}": b.data.clone()
-                for b in [*local_shards(model), *optimizer.state_shards()]}
+                for b in [*list_local_shards(model), *optimizer.state_shards()]}
 
     model, optimizer = parts({}, "bf16")
     for name, buffer in model.named_buffers():
         if name.endswith("expert_bias"):
             buffer.fill_(0.123456789)
     update(model, optimizer, 1)
-    load.save(Path(path), model, optimizer, {"step": 1, "tokens": 1}, {}, None)
+    load.save_checkpoint(Path(path), model, optimizer, {"step": 1, "tokens": 1}, {}, None)
     update(model, optimizer, 2)
     expected = everything(model, optimizer)
     model, optimizer = parts({}, "bf16")
@@ -109,23 +108,24 @@ def continued(path: str) -> dict[str, Any]:
 
 @pytest.mark.distributed
 @pytest.mark.essential
-def test_any_layout_reads_what_another_wrote_to_the_bit_and_goes_on(ranks, job, tmp_path: Path) -> None:
-    from megatron_sov.base.artifacts import damaged_files, read_manifest
+def test_checkpoint_is_bit_equal_across_layouts_and_resumes(ranks, job, tmp_path: Path) -> None:
+    from megatron_sov.base.artifacts import find_damaged_files, read_manifest
     from megatron_sov.checkpoint.sharded_tensors import TensorReader
 
     names = [tmp_path / n for n in ("written", "split", "alone")]
     layouts = [(4, ALL), (1, {})]
     (goes_on,), _, *results = ranks(job(__file__, "continued", 1, {"path": str(tmp_path / "step-1")}),
-                        job(__file__, "written", 2, {"layout": {"ep": 2}, "path": str(names[0])}),
-                        *(job(__file__, "copied", n, {"layout": layout, "source": str(a), "target": str(b)})
-                          for (n, layout), a, b in zip(layouts, names, names[1:], strict=False)))
+                                    job(__file__, "written", 2, {"layout": {"ep": 2}, "path": str(names[0])}),
+                                    *(job(__file__, "copied", n,
+                                          {"layout": layout, "source": str(a), "target": str(b)})
+                                      for (n, layout), a, b in zip(layouts, names, names[1:], strict=False)))
     assert all(r == {"updates": 7, "state": {"step": 7, "tokens": 70}} for result in results for r in result)
     assert read_manifest(names[0]).content == {"step": 7, "tokens": 70, "parts": ["model", "optimizer"]}
     for part, count in (("model", 40), ("optimizer", 80)):
         first = TensorReader(names[0], part)
         assert len(first.keys()) > count
         for name in names[1:]:
-            assert damaged_files(name) == []
+            assert find_damaged_files(name) == []
             other = TensorReader(name, part)
             assert sorted(other.keys()) == sorted(first.keys())
             for key in first.keys():  # noqa: SIM118  (a reader is no dict)
@@ -140,7 +140,7 @@ def test_any_layout_reads_what_another_wrote_to_the_bit_and_goes_on(ranks, job, 
 
 
 def failures(folder: str) -> dict[str, str]:
-    """Return what this process is told when saving or loading goes wrong somewhere."""
+    """Return the errors of this process for failed saves and loads."""
     import torch.distributed as dist
 
     from megatron_sov.base.errors import UserError
@@ -157,23 +157,23 @@ def failures(folder: str) -> dict[str, str]:
             said[name] = str(e)
 
     def save(path: Path) -> None:
-        load.save(path, model, optimizer, {"step": 1, "tokens": 1}, {}, None)
+        load.save_checkpoint(path, model, optimizer, {"step": 1, "tokens": 1}, {}, None)
 
-    path, original = Path(folder) / "step-1", sharded_tensors.write_file
+    path, original = Path(folder) / "step-1", sharded_tensors.write_tensors
 
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if dist.get_rank() == 1:
-        sharded_tensors.write_file = full
+        sharded_tensors.write_tensors = full
     told("full disk", lambda: save(path))
-    sharded_tensors.write_file = original
+    sharded_tensors.write_tensors = original
     said["left over"] = ",".join(sorted(p.name for p in Path(folder).iterdir()))
     dist.barrier()
     (Path(folder) / "foreign" / "notes").mkdir(parents=True, exist_ok=True)
     told("foreign", lambda: save(Path(folder) / "foreign"))
     save(path)
-    told("sound", lambda: load.check(path))
+    told("sound", lambda: load.check_weights(path))
     dist.barrier()
     if dist.get_rank() == 0:
         damaged = path / "model/00000/rank-00001-00000.safetensors"
@@ -181,7 +181,7 @@ def failures(folder: str) -> dict[str, str]:
         content[-1] ^= 1
         damaged.write_bytes(content)
     dist.barrier()
-    told("damaged", lambda: load.check(path))
+    told("damaged", lambda: load.check_weights(path))
     dist.barrier()
     if dist.get_rank() == 0:
         (path / "model/00000/rank-00001-00000.safetensors").unlink()
@@ -191,7 +191,7 @@ def failures(folder: str) -> dict[str, str]:
 
 
 def other_model(path: str) -> str:
-    """Return what is said when a checkpoint belongs to a larger vocabulary."""
+    """Return the error for a checkpoint with a larger vocabulary."""
     from megatron_sov.base.errors import UserError
     from megatron_sov.checkpoint import load
 
@@ -204,7 +204,7 @@ def other_model(path: str) -> str:
 
 
 @pytest.mark.distributed
-def test_where_one_process_fails_all_are_told(ranks, job, tmp_path: Path) -> None:
+def test_error_of_one_process_is_raised_on_all(ranks, job, tmp_path: Path) -> None:
     for name in ("failures", "sound"):
         (tmp_path / name).mkdir()
     failed, _, other = ranks(job(__file__, "failures", 2, {"folder": str(tmp_path / "failures")}),

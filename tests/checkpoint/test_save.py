@@ -1,5 +1,4 @@
-"""Checkpoints written beside the training: what was copied is what is written,
-and what goes wrong reaches every process."""
+"""Background saves write the copied values, and errors reach every process."""
 
 from __future__ import annotations
 
@@ -22,27 +21,26 @@ def parts(layout: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def beside_the_training(folder: str) -> dict[str, Any]:
-    """Save at once and in the background, the second time into files for several threads,
-    while the model changes."""
+    """Save synchronously, then in the background while the model changes."""
     import torch
 
     from megatron_sov.checkpoint import host_snapshot, load, sharded_tensors
-    from megatron_sov.checkpoint.save import Companions, Saved, Saver
+    from megatron_sov.checkpoint.save import CheckpointMetadata, CheckpointSaver, SavedCheckpoint
     from megatron_sov.engine.parallel.collectives import all_reduce_world
     from megatron_sov.engine.parallel.values import sum_dict
 
     model, optimizer = parts({"tp": 2, "sp": True})
-    at, saved, released = Path(folder), list[Saved](), threading.Event()
-    load.save(at / "step-1", model, optimizer, {"step": 1, "tokens": 1}, {}, None)
+    at, saved, released = Path(folder), list[SavedCheckpoint](), threading.Event()
+    load.save_checkpoint(at / "step-1", model, optimizer, {"step": 1, "tokens": 1}, {}, None)
 
-    def write_later(*arguments: Any, now: Any = sharded_tensors.write_file) -> Any:
+    def write_later(*arguments: Any, now: Any = sharded_tensors.write_tensors) -> Any:
         assert released.wait(600)
         return now(*arguments)
 
-    sharded_tensors.write_file, host_snapshot.MIN_FILE_BYTES, host_snapshot.num_writers = (
+    sharded_tensors.write_tensors, host_snapshot.MIN_FILE_BYTES, host_snapshot.count_writers = (
         write_later, 1, lambda: 3)
-    saver = Saver(saved.append)
-    saver.begin(at / "step-2", model, optimizer, Companions({"step": 2, "tokens": 1}, {}, None))
+    saver = CheckpointSaver(saved.append)
+    saver.begin(at / "step-2", model, optimizer, CheckpointMetadata({"step": 2, "tokens": 1}, {}, None))
     memory = {key: t.data_ptr() for key, t in saver._snapshot._memory.items()}
     with torch.no_grad():
         for parameter in model.parameters():
@@ -52,7 +50,7 @@ def beside_the_training(folder: str) -> dict[str, Any]:
     waiting = [p.name for p in at.iterdir() if p.name.startswith("step-2")]
     released.set()
     # waits for the one before
-    saver.begin(at / "step-3", model, None, Companions({"step": 3, "tokens": 1}, {}, None))
+    saver.begin(at / "step-3", model, None, CheckpointMetadata({"step": 3, "tokens": 1}, {}, None))
     reused = all(memory[key] == t.data_ptr() for key, t in saver._snapshot._memory.items())
     order = [(s.step, s.stall_s <= s.save_s) for s in saved]
     saver.finish()
@@ -60,56 +58,57 @@ def beside_the_training(folder: str) -> dict[str, Any]:
 
 
 def problems(folder: str) -> dict[str, Any]:
-    """Return what this process is told when a process cannot complete a checkpoint, hangs,
-    or finds the name taken."""
+    """Return the errors of this process if a process cannot complete a checkpoint, hangs, or the name is
+    taken."""
     import os
 
     import torch.distributed as dist
 
     from megatron_sov.base.errors import UserError
     from megatron_sov.checkpoint import save
-    from megatron_sov.checkpoint.host_snapshot import Snapshot
+    from megatron_sov.checkpoint.host_snapshot import HostSnapshot
 
     model, optimizer = parts({"ep": 2})
     at, rank, said = Path(folder), dist.get_rank(), {}
 
     def told(name: str, timeout_s: float = 600) -> None:
-        saver = save.Saver(timeout_s=timeout_s)
+        saver = save.CheckpointSaver(timeout_s=timeout_s)
         try:
-            saver.begin(at / "step-1", model, optimizer, save.Companions({"step": 1, "tokens": 1}, {}, None))
+            metadata = save.CheckpointMetadata({"step": 1, "tokens": 1}, {}, None)
+            saver.begin(at / "step-1", model, optimizer, metadata)
             saver.finish()
         except (UserError, ValueError) as e:
             said[name] = f"{type(e).__name__}: {e}"
         said[f"{name}: left"] = sorted(p.name for p in at.iterdir())
 
-    publish, write, index, end = save.publish, Snapshot.write, save.write_index, os._exit
+    publish, write, index, end = save.publish, HostSnapshot.write, save.write_index, os._exit
     save.publish = _no_room
     told("no room to complete")
-    save.publish = publish
+    save.publish_folder = publish
     save.write_index = _defect
     told("defect")
     save.write_index = index
-    Snapshot.write = _no_room if rank == 1 else write
+    HostSnapshot.write = _no_room if rank == 1 else write
     told("no room to write")
-    Snapshot.write = write
+    HostSnapshot.write = write
     told("sound")
     dist.barrier()
     told("taken")
     dist.barrier()
     left: list[int] = []
     gone = threading.Event()
-    os._exit, save.LEAVE_WITHIN_S = (lambda code: (left.append(code), gone.set())), 0.1
-    Snapshot.write = (lambda self, folder, rank: threading.Event().wait()) if rank == 1 else write
-    progress = save.Saver.progress
+    os._exit, save.EXIT_TIMEOUT_S = (lambda code: (left.append(code), gone.set())), 0.1
+    HostSnapshot.write = (lambda self, folder, rank: threading.Event().wait()) if rank == 1 else write
+    progress = save.CheckpointSaver.progress
 
-    def patiently(self: save.Saver) -> dict[str, float]:
+    def patiently(self: save.CheckpointSaver) -> dict[str, float]:
         limit_s, self._timeout_s = self._timeout_s, 600.0  # a busy machine may be slower than it
         found = progress(self)
         self._timeout_s = limit_s
         return found
 
     if rank == 0:
-        save.Saver.progress = patiently  # type: ignore[method-assign]
+        save.CheckpointSaver.progress = patiently  # type: ignore[method-assign]
     told("hangs", timeout_s=0.5)
     assert gone.wait(600)
     os._exit = end
@@ -117,34 +116,34 @@ def problems(folder: str) -> dict[str, Any]:
 
 
 def behind_an_error(folder: str) -> dict[str, Any]:
-    """Return what is there when every process has looked after its own part: where the other one is slower,
-    and where it never writes, for which nobody may wait."""
+    """Return the completed checkpoints after an error, with a slow process and with a process that never
+    writes."""
     import time
 
     import torch.distributed as dist
 
     from megatron_sov.checkpoint import save
-    from megatron_sov.checkpoint.host_snapshot import Snapshot
+    from megatron_sov.checkpoint.host_snapshot import HostSnapshot
 
     model, optimizer = parts({"ep": 2})
-    at, write, saved = Path(folder), Snapshot.write, list[str]()
+    at, write, saved = Path(folder), HostSnapshot.write, list[str]()
 
-    def slowly(self: Snapshot, folder: Path, rank: int) -> None:
+    def slowly(self: HostSnapshot, folder: Path, rank: int) -> None:
         time.sleep(0.5 * rank)
         write(self, folder, rank)
 
-    def never(self: Snapshot, folder: Path, rank: int) -> None:
+    def never(self: HostSnapshot, folder: Path, rank: int) -> None:
         if rank == 0:
             write(self, folder, rank)
         else:
             threading.Event().wait()
 
     for step, how, patience_s in ((1, slowly, 600.0), (2, never, 1.0)):
-        Snapshot.write = how  # type: ignore[method-assign]
-        save.FINISH_WITHIN_S = save.STILL_S = patience_s
-        saver = save.Saver(lambda found: saved.append(found.path.name))
+        HostSnapshot.write = how  # type: ignore[method-assign]
+        save.FINISH_TIMEOUT_S = save.IDLE_LIMIT_S = patience_s
+        saver = save.CheckpointSaver(lambda found: saved.append(found.path.name))
         saver.begin(at / f"step-{step}", model, optimizer,
-                    save.Companions({"step": step, "tokens": 1}, {}, None))
+                    save.CheckpointMetadata({"step": step, "tokens": 1}, {}, None))
         saver.finish_alone()
         saver.finish_alone()  # there is nothing more to do
         dist.barrier()
@@ -160,8 +159,8 @@ def _defect(*args: Any) -> None:
 
 
 @pytest.mark.distributed
-def test_the_copy_is_written_and_failures_reach_everyone(ranks: Any, job: Any, tmp_path: Path) -> None:
-    from megatron_sov.base.artifacts import damaged_files, read_manifest
+def test_background_save_writes_the_copy_and_reports_errors(ranks: Any, job: Any, tmp_path: Path) -> None:
+    from megatron_sov.base.artifacts import find_damaged_files, read_manifest
     from megatron_sov.checkpoint.sharded_tensors import TensorReader
 
     for name in ("beside", "problems"):
@@ -173,7 +172,7 @@ def test_the_copy_is_written_and_failures_reach_everyone(ranks: Any, job: Any, t
     at_once, later, changed = (tmp_path / "beside" / f"step-{n}" for n in (1, 2, 3))
     assert len(list((at_once / "model").rglob("*.safetensors"))) == 2 < 6 <= len(
         list((later / "model").rglob("*.safetensors")))
-    assert damaged_files(at_once) == damaged_files(later) == damaged_files(changed) == []
+    assert find_damaged_files(at_once) == find_damaged_files(later) == find_damaged_files(changed) == []
     assert not (later / "indices").exists() and sorted(p.name for p in (tmp_path / "beside").iterdir()) == [
         "step-1", "step-2", "step-3"]
     for part in ("model", "optimizer"):
@@ -200,11 +199,11 @@ def test_the_copy_is_written_and_failures_reach_everyone(ranks: Any, job: Any, t
 
 
 @pytest.mark.distributed
-def test_behind_an_error_what_all_have_written_becomes_complete(ranks: Any, job: Any, tmp_path: Path) -> None:
-    from megatron_sov.base.artifacts import damaged_files
+def test_finish_after_error_completes_written_checkpoints(ranks: Any, job: Any, tmp_path: Path) -> None:
+    from megatron_sov.base.artifacts import find_damaged_files
 
     (found,) = ranks(job(__file__, "behind_an_error", 2, {"folder": str(tmp_path)}))
-    assert [f["there"] for f in found] == [["step-1"]] * 2 and damaged_files(tmp_path / "step-1") == []
+    assert [f["there"] for f in found] == [["step-1"]] * 2 and find_damaged_files(tmp_path / "step-1") == []
     assert [f["saved"] for f in found] == [["step-1"], []], "rank 0 tells"
 
 
@@ -212,15 +211,15 @@ def test_behind_an_error_what_all_have_written_becomes_complete(ranks: Any, job:
 
 
 def gathered(everywhere: bool) -> dict[str, Any]:
-    """Gather two tensors of which the ranks own uneven parts; "lonely" lives on rank 1 alone."""
+    """Gather two tensors that the ranks own in uneven parts; only rank 1 has `lonely`."""
     import torch
 
-    from megatron_sov.checkpoint.gather import Gatherer, in_order
+    from megatron_sov.checkpoint.gather import TensorGatherer, iter_gathered
     from megatron_sov.engine.model.local_shards import LocalShard
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig
 
-    rank = world.join(ParallelConfig()).rank
+    rank = world.join_world(ParallelConfig()).rank
     whole = torch.arange(30.0).reshape(2, 3, 5)
     cuts = {0: [((0, 0, 0), (2, 1, 5)), ((1, 1, 0), (1, 2, 4))],
             1: [((0, 1, 0), (1, 2, 5)), ((1, 1, 4), (1, 2, 1))]}
@@ -232,19 +231,19 @@ def gathered(everywhere: bool) -> dict[str, Any]:
             blocks.append(LocalShard("spread", part, (2, 3, 5), offset, (int(rank != owner),)))
     if rank == 1:
         blocks.append(LocalShard("lonely", torch.full((4,), 7, dtype=torch.bfloat16), (4,), (0,), (0,)))
-    gatherer = Gatherer(blocks, everywhere=everywhere)
-    found = dict(in_order(gatherer, ["lonely", "spread"]))
-    first = in_order(gatherer, ["spread", "lonely", "spread"])
+    gatherer = TensorGatherer(blocks, everywhere=everywhere)
+    found = dict(iter_gathered(gatherer, ["lonely", "spread"]))
+    first = iter_gathered(gatherer, ["spread", "lonely", "spread"])
     next(first)
     first.close()  # on both: what is left is gathered all the same, or the processes would lose step
     again = gatherer.gather("lonely")
-    world.leave()
-    return {"shapes": gatherer.shapes(), "again": None if again is None else again.tolist(),
+    world.leave_world()
+    return {"shapes": gatherer.get_shapes(), "again": None if again is None else again.tolist(),
             "found": {key: None if t is None else [str(t.dtype), t.tolist()] for key, t in found.items()}}
 
 
 @pytest.mark.distributed
-def test_any_grid_becomes_the_tensor(ranks: Any, job: Any) -> None:
+def test_gather_assembles_blocks_of_any_grid(ranks: Any, job: Any) -> None:
     main_only, everywhere = ranks(job(__file__, "gathered", 2, {"everywhere": False}),
                                   job(__file__, "gathered", 2, {"everywhere": True}))
     spread = [[[float(15 * i + 5 * j + k) for k in range(5)] for j in range(3)] for i in range(2)]

@@ -1,5 +1,4 @@
-"""Tensors on disk: any grid of blocks is read back in any other, and what does not fit
-together is refused."""
+"""Sharded tensors: any grid of blocks is read in any other grid, and invalid indices are rejected."""
 
 from __future__ import annotations
 
@@ -18,8 +17,8 @@ from hypothesis import given, strategies as st
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.checkpoint import sharded_tensors
-from megatron_sov.checkpoint.assembling import owners
 from megatron_sov.checkpoint.sharded_tensors import TensorReader, TensorWriter, write_index
+from megatron_sov.checkpoint.stored_tensors import count_owners
 
 LocalShard = tuple[tuple[int, ...], tuple[int, ...]]
 """Offset and shape."""
@@ -27,8 +26,7 @@ LocalShard = tuple[tuple[int, ...], tuple[int, ...]]
 
 @st.composite
 def grids(draw: st.DrawFn) -> tuple[tuple[int, ...], list[LocalShard]]:
-    """A tensor's shape and blocks that cover it: cut anew inside each block,
-    so that most grids are irregular."""
+    """Draw a tensor shape and irregular blocks that cover it."""
     shape = tuple(draw(st.lists(st.integers(1, 7), min_size=1, max_size=3)))
     blocks: list[LocalShard] = [((0,) * len(shape), shape)]
     for _ in range(draw(st.integers(0, 4))):
@@ -56,8 +54,10 @@ def write(folder: Path, whole: torch.Tensor, blocks: list[LocalShard], num_ranks
 
 
 @given(grids(), st.sampled_from([torch.float32, torch.bfloat16, torch.int64]), st.integers(1, 3), st.data())
-def test_any_grid_is_read_in_any_block(tmp_path_factory, grid: tuple[tuple[int, ...], list[LocalShard]],
-                                       dtype: torch.dtype, num_ranks: int, data: st.DataObject) -> None:
+def test_reader_returns_any_block_of_any_grid(tmp_path_factory,
+                                              grid: tuple[tuple[int, ...], list[LocalShard]],
+                                              dtype: torch.dtype, num_ranks: int,
+                                              data: st.DataObject) -> None:
     shape, blocks = grid
     folder = tmp_path_factory.mktemp("grid")
     whole = torch.arange(math.prod(shape)).reshape(shape).to(dtype)
@@ -71,10 +71,10 @@ def test_any_grid_is_read_in_any_block(tmp_path_factory, grid: tuple[tuple[int, 
 
 
 @given(grids(), st.data())
-def test_gaps_and_overlaps_are_refused(tmp_path_factory, grid: tuple[tuple[int, ...], list[LocalShard]],
-                                       data: st.DataObject) -> None:
-    """Brute force over elements decides whether blocks that were shifted,
-    dropped or repeated still own each exactly once."""
+def test_write_index_rejects_gaps_and_overlaps(tmp_path_factory,
+                                               grid: tuple[tuple[int, ...], list[LocalShard]],
+                                               data: st.DataObject) -> None:
+    """Compare with a brute-force count of owners per element."""
     shape, blocks = grid
     i = data.draw(st.integers(0, len(blocks) - 1))
     offset, extent = blocks[i]
@@ -96,8 +96,8 @@ def test_gaps_and_overlaps_are_refused(tmp_path_factory, grid: tuple[tuple[int, 
             write_index(folder, "model", [index])
 
 
-def test_two_halves_that_overlap_and_leave_a_gap_are_refused(tmp_path: Path) -> None:
-    """As many elements as the tensor has, at two starts, and yet one is missing."""
+def test_write_index_rejects_a_gap_hidden_by_an_overlap(tmp_path: Path) -> None:
+    """The element count equals that of the tensor, but one element is missing."""
     writer = TensorWriter(tmp_path, "model")
     for start in (0, 1):
         writer.add("w", torch.zeros(2), (4,), (start,))
@@ -105,22 +105,22 @@ def test_two_halves_that_overlap_and_leave_a_gap_are_refused(tmp_path: Path) -> 
         write_index(tmp_path, "model", [writer.finish()])
 
 
-def test_blocks_upon_blocks_are_refused_before_all_are_counted() -> None:
-    """Counting each would take the square of their number: minutes here."""
+def test_many_overlapping_blocks_are_rejected_early() -> None:
+    """Counting all overlaps would take quadratic time: minutes here."""
     own = [{"offset": [i], "shape": [1]} for i in range(20_000)]
-    assert (owners([20_000], own) == 1).all()
+    assert (count_owners([20_000], own) == 1).all()
     with pytest.raises(ValueError, match="40000 blocks overlap"):
-        owners([20_000], own + [{"offset": [0], "shape": [20_000]}] * 20_000)
+        count_owners([20_000], own + [{"offset": [0], "shape": [20_000]}] * 20_000)
 
 
-def test_a_block_beyond_its_tensor_is_refused(tmp_path: Path) -> None:
+def test_block_outside_its_tensor_is_rejected(tmp_path: Path) -> None:
     writer = TensorWriter(tmp_path, "model")
     writer.add("w", torch.zeros(3), (4,), (2,))
     with pytest.raises(ValueError, match="reaches beyond"):
         write_index(tmp_path, "model", [writer.finish()])
 
 
-def test_processes_that_disagree_are_refused(tmp_path: Path) -> None:
+def test_different_dtypes_of_processes_are_rejected(tmp_path: Path) -> None:
     indices = []
     for rank, dtype in enumerate((torch.float32, torch.bfloat16)):
         writer = TensorWriter(tmp_path, "model", rank)
@@ -130,8 +130,8 @@ def test_processes_that_disagree_are_refused(tmp_path: Path) -> None:
         write_index(tmp_path, "model", indices)
 
 
-def test_large_parts_are_spread_over_files_and_none_stays_open(tmp_path: Path,
-                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_parts_use_several_files_and_close_them(tmp_path: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharded_tensors, "MAX_FILE_BYTES", 100)
     whole = torch.randn(10, 20)
     write(tmp_path, whole, [((r, 0), (1, 20)) for r in range(10)])
@@ -149,7 +149,7 @@ def damaged(folder: Path, change: Any) -> None:
     (folder / "model.index.json").write_text(json.dumps(index))
 
 
-def test_damage_is_one_sentence(tmp_path: Path) -> None:
+def test_damaged_checkpoint_raises_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no model\.index\.json"):
         TensorReader(tmp_path)
     write(tmp_path, torch.randn(6, 2), [((0, 0), (3, 2)), ((3, 0), (3, 2))])
@@ -175,7 +175,7 @@ def test_damage_is_one_sentence(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [[[]], [None, 2], ["6", 2], [6.0, 2], [True, 2], [-6, 2], [6], [6, 2, 1],
                                    {}, "62", 6, None, [10**30, 2]], ids=str)
 @pytest.mark.parametrize("place", ["shape", "offset", "tensor"])
-def test_sizes_of_another_kind_are_one_sentence(place: str, value: Any, tmp_path: Path) -> None:
+def test_invalid_sizes_in_index_raise_user_error(place: str, value: Any, tmp_path: Path) -> None:
     write(tmp_path, torch.randn(6, 2), [((0, 0), (3, 2)), ((3, 0), (3, 2))])
     damaged(tmp_path, lambda index: (index["w"] if place == "tensor" else index["w"]["pieces"][0]).update(
         {"shape" if place == "tensor" else place: value}))
@@ -185,14 +185,14 @@ def test_sizes_of_another_kind_are_one_sentence(place: str, value: Any, tmp_path
 
 @pytest.mark.parametrize("value", [5, None, ["x"], {}, "\0", "x" * 5000], ids=lambda v: str(v)[:8])
 @pytest.mark.parametrize("name", ["file", "name"])
-def test_names_of_another_kind_are_one_sentence(name: str, value: Any, tmp_path: Path) -> None:
+def test_invalid_names_in_index_raise_user_error(name: str, value: Any, tmp_path: Path) -> None:
     write(tmp_path, torch.randn(6, 2), [((0, 0), (6, 2))])
     damaged(tmp_path, lambda index: index["w"]["pieces"][0].update({name: value}))
     with pytest.raises(UserError, match=r"is damaged|cannot be read|the file lacks it"):
         TensorReader(tmp_path).read("w")
 
 
-def test_what_an_index_says_must_hold_in_the_files(tmp_path: Path) -> None:
+def test_index_must_match_its_files(tmp_path: Path) -> None:
     def refused(change: Any, call: Callable[[TensorReader], Any] = TensorReader.check_complete) -> str:
         write(tmp_path, torch.randn(6, 2), [((0, 0), (3, 2)), ((3, 0), (3, 2))])
         damaged(tmp_path, lambda index: change(index["w"]))

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.cli import main as data_main
-from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.cli import main
 from megatron_sov.rollouts.rows import part_name
 from megatron_sov.rollouts.store import RolloutStore
@@ -24,7 +24,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three artifacts, each made from the one before."""
     monkeypatch.chdir(tmp_path)
     for number, name in enumerate(("a", "b", "c")):
-        with new_artifact(Path(name), "rows") as artifact:
+        with create_artifact(Path(name), "rows") as artifact:
             (artifact.path / "rows.jsonl").write_text(f'{{"n": {number}}}\n{{"n": "\\u2028"}}\n')
             artifact.content, artifact.settings = {"num_rows": 2}, {"step": "x" * 1000}
             if number:
@@ -107,14 +107,14 @@ def test_an_empty_or_damaged_table_is_told(capsys: pytest.CaptureFixture[str]) -
     nothing = pa.table({"a": pa.array([], pa.int64())})
     for name, write in (("empty", lambda file: pq.write_table(nothing, file)),
                         ("bad", lambda file: file.write_bytes(b"PAR1 no table PAR1"))):
-        with new_artifact(Path(name), "corpus") as artifact:
+        with create_artifact(Path(name), "corpus") as artifact:
             write(artifact.path / "rows.parquet")
     assert "row 1" not in inspected(capsys, "empty")
     assert "rows.parquet cannot be read" in inspected(capsys, "bad")
 
 
 def test_origins_are_followed_once_and_found_where_all_was_moved(capsys: pytest.CaptureFixture[str]) -> None:
-    with new_artifact(Path("d"), "rows") as artifact:
+    with create_artifact(Path("d"), "rows") as artifact:
         artifact.add_input(Path("c"))
         artifact.add_input(Path("b"))
     told = inspected(capsys, "d").split("\n")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.base.artifacts import damaged_files, read_manifest
+from megatron_sov.base.artifacts import find_damaged_files, read_manifest
 from megatron_sov.cli import main
 from megatron_sov.commands.map import BATCH_ROWS, STEPS
 from megatron_sov.work.processes.pool import WAITING_PER_WORKER
@@ -71,7 +71,7 @@ def read(folder: str = "out", name: str = "rows.jsonl") -> list[dict[str, Any]]:
 def test_rows_come_out_in_order_behind_a_manifest_with_their_origin(capsys: pytest.CaptureFixture[str]
                                                                     ) -> None:
     assert mapped() == 0
-    assert read() == EXPECTED and not damaged_files("out") and sorted(os.listdir("out")) == [
+    assert read() == EXPECTED and not find_damaged_files("out") and sorted(os.listdir("out")) == [
         "manifest.json", "rows.jsonl"]
     assert "out: 400 rows in, 400 out" in capsys.readouterr().out
     manifest = read_manifest("out", "rows")

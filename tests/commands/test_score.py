@@ -113,13 +113,13 @@ def test_rows_of_which_none_has_a_reward_are_written_and_the_command_fails(
 
 @pytest.mark.parametrize(("lines", "said"), [
     (b'{"response": "a"}\n[1]\n{"response": 3}\n{}\n{"response": "a"', [
-        "line 2: is no JSON object, but a list", "line 3: response is of type int, and must be text",
-        "line 4: has no 'response'", "line 5: is no JSON"]),
-    (b'{"response": "a", "x": NaN}\n', ["line 1: is no JSON (NaN is no JSON)"]),
-    (b'{"response": "\xff"}\n', ["line 1: is no UTF-8"]), (b"[" * 100_000, ["line 1: is nested too deeply"]),
-    (b"x\n" * 12, ["line 10: is no JSON", "and 2 more"]), (b"\n\n", ["has no rows"]),
-    (b'{"response": "a", "n": ' + b"9" * 5000 + b"}\n", ["line 1: is no JSON"]),
-    (b'{"response": "a", "n": 1e999}\n', ["line 1: is no JSON (1e999 is more than a float holds)"]),
+        "line 2: is not a JSON object, but a list", "line 3: response is of type int, and must be text",
+        "line 4: has no 'response'", "line 5: is not JSON"]),
+    (b'{"response": "a", "x": NaN}\n', ["line 1: is not JSON (NaN is not JSON)"]),
+    (b'{"response": "\xff"}\n', ["line 1: is not UTF-8"]), (b"[" * 100_000, ["line 1: is nested too deeply"]),
+    (b"x\n" * 12, ["line 10: is not JSON", "and 2 more"]), (b"\n\n", ["has no rows"]),
+    (b'{"response": "a", "n": ' + b"9" * 5000 + b"}\n", ["line 1: is not JSON"]),
+    (b'{"response": "a", "n": 1e999}\n', ["line 1: is not JSON (1e999 is more than a float holds)"]),
     (b'{"response": "a", "n": ' + b"[" * 900 + b"]" * 900 + b"}\n", ["line 1: is nested more than 64"]),
 ])
 def test_bad_rows_are_named_by_line_and_nothing_is_written(lines: bytes, said: list[str],
@@ -148,7 +148,7 @@ def test_a_pipe_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     os.remove("rows.jsonl")
     os.mkfifo("rows.jsonl")
     assert score("--set", "language=ko") == 2
-    assert "is no regular file, and it is read more than once" in capsys.readouterr().err
+    assert "is not a regular file, and it is read more than once" in capsys.readouterr().err
 
 
 OWN_REWARD = '''

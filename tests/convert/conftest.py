@@ -1,5 +1,4 @@
-"""Tiny random models of both families, written by transformers itself: the reference that conversion
-is checked against."""
+"""Tiny random models of two families, written by transformers as the reference for conversion."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
 def _save(model, folder: Path) -> None:
-    """Save in bfloat16 with router biases that are not zero and stay float32, and with a tokenizer beside."""
+    """Save in bfloat16, with nonzero float32 router biases and a tokenizer."""
     model = model.to(torch.bfloat16)
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
@@ -46,8 +45,7 @@ def solar_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def exaone_dir(tmp_path_factory) -> Path:
-    """K-EXAONE's structure; transformers does not know the prediction layer,
-    so its tensors are added by hand."""
+    """K-EXAONE with a prediction layer, which transformers lacks, added by hand."""
     from transformers import ExaoneMoeConfig, ExaoneMoeForCausalLM
 
     torch.manual_seed(0)

@@ -1,7 +1,4 @@
-"""Models of the library's own classes, written by its own `torch_dist` writer: jobs for ranks.
-
-`GPTModel`, which upstream deprecated, is imported here for comparison alone: its checkpoints are converted.
-"""
+"""Models of Megatron-Core's own classes, saved by its `torch_dist` writer: jobs for ranks."""
 
 from __future__ import annotations
 
@@ -28,12 +25,12 @@ MODELS = {"llama": DENSE, "qwen3": {**DENSE, "qk_layernorm": True},
 
 
 def tokens() -> torch.Tensor:
-    """Return the text that logits are compared on."""
+    """Return the tokens for comparing logits."""
     return torch.randint(VOCAB_SIZE, (2, 24), generator=torch.Generator().manual_seed(3))
 
 
 def arguments(settings: dict[str, Any]) -> argparse.Namespace:
-    """Return what Megatron-LM would keep of a model's settings, in its words."""
+    """Return the settings that Megatron-LM would store for a model."""
     said = {name: value for name, value in settings.items()
             if name not in ("gated_linear_unit", "layernorm_epsilon", "num_moe_experts")}
     return argparse.Namespace(
@@ -45,11 +42,11 @@ def arguments(settings: dict[str, Any]) -> argparse.Namespace:
 
 
 def written(out: str, name: str, layout: dict[str, int], metadata: dict[str, bool]) -> list[float]:
-    """Write a model drawn at random as Megatron-LM does; returns its logits (of rank 0), flat."""
-    from megatron_sov.engine.parallel.world import join, leave
+    """Save a random model as Megatron-LM does; return the flat logits of rank 0."""
+    from megatron_sov.engine.parallel.world import join_world, leave_world
     from megatron_sov.model.config import ParallelConfig
 
-    join(ParallelConfig(**layout))
+    join_world(ParallelConfig(**layout))
     torch.manual_seed(7)
     model = _model(MODELS[name], layout)
     logits = _logits(model)
@@ -57,7 +54,7 @@ def written(out: str, name: str, layout: dict[str, int], metadata: dict[str, boo
            "iteration": 12, "checkpoint_version": 3.0}, Path(out) / "iter_0000012")
     if dist.get_rank() == 0:
         (Path(out) / "latest_checkpointed_iteration.txt").write_text("12")
-    leave()
+    leave_world()
     return [float(x) for x in logits.flatten()]
 
 

@@ -1,5 +1,4 @@
-"""A `torch_dist` checkpoint put together from torch's own classes, so that any part of it can be made wrong.
-"""
+"""A `torch_dist` checkpoint built from torch classes, so that any part can be damaged."""
 
 from __future__ import annotations
 
@@ -30,14 +29,14 @@ ARGS = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "num_query_
 
 
 def tensors() -> dict[str, torch.Tensor]:
-    """Return the model's tensors under Megatron's names."""
+    """Return the tensors of the model under Megatron's keys."""
     generator = torch.Generator().manual_seed(0)
     return {link.key: torch.randn(link.shape, generator=generator)
-            for link in models.get("llama").links(MODEL)}
+            for link in models.get_family("llama").links(MODEL)}
 
 
 def checkpoint(folder: Path) -> Metadata:
-    """Write a sound checkpoint, each tensor in one piece; returns its index."""
+    """Write a valid checkpoint, each tensor in one piece; return its index."""
     folder.mkdir(parents=True)
     state, stored, raw = {}, {}, io.BytesIO()
     for key, tensor in tensors().items():

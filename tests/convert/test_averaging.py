@@ -1,4 +1,4 @@
-"""The mean of checkpoints is, bit for bit, that of their tensors as torch computes it in float64."""
+"""The mean of checkpoints equals, bit for bit, the mean that torch computes in float64."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
 from megatron_sov import convert
-from megatron_sov.base.artifacts import damaged_files, manifest_sha256, new_artifact, read_manifest
+from megatron_sov.base.artifacts import create_artifact, find_damaged_files, manifest_sha256, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert import averaging
-from megatron_sov.convert.averaging import choose_checkpoints, weights_of
+from megatron_sov.convert.averaging import choose_checkpoints, compute_weights
 from megatron_sov.convert.peft import from_peft
 
 
 def written(folder: Path) -> dict[str, torch.Tensor]:
-    """A checkpoint's tensors under their Hugging Face names."""
+    """Return the tensors of a checkpoint under their Hugging Face names."""
     out = folder.with_name(f"{folder.name}-hf")
     convert.to_hf(folder, out)
     return load_file(out / "model.safetensors")
 
 
 def read_parts(experts: list[Path]) -> list[dict[str, torch.Tensor]]:
-    """The tensors that they were made from."""
+    """Return the source tensors."""
     return [load_file(path.with_name(f"hf-{path.name}") / "model.safetensors") for path in experts]
 
 
@@ -46,27 +46,27 @@ def experts(exaone_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
     return [folder / str(seed) for seed in range(3)]
 
 
-def test_equal_weights_are_the_plain_mean_bit_for_bit(experts: list[Path], tmp_path: Path,
-                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(averaging, "SLAB_ELEMENTS", 700)  # less than a matrix has, and no multiple of a row
+def test_equal_weights_give_the_bit_exact_mean(experts: list[Path], tmp_path: Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(averaging, "MAX_SLAB_ELEMENTS", 700)  # less than a matrix, not a multiple of a row
     convert.average([(path, 1.0) for path in experts], tmp_path / "merged")
     found, parts = written(tmp_path / "merged"), read_parts(experts)
     assert any("e_score_correction_bias" in name for name in found) and "mtp.fc.weight" in found
     for name, tensor in found.items():
         mean = torch.stack([part[name] for part in parts]).double().mean(dim=0)
         assert tensor.equal(mean.to(parts[0][name].dtype)), name
-    assert damaged_files(tmp_path / "merged") == []
+    assert find_damaged_files(tmp_path / "merged") == []
     manifest = read_manifest(tmp_path / "merged", "checkpoint")
     assert [m["manifest_sha256"] for m in manifest.content["merged"]] == list(map(manifest_sha256, experts))
     assert [i["path"] for i in manifest.inputs] == list(map(str, experts))
     assert (tmp_path / "merged/tokenizer/tokenizer.json").is_file()
 
 
-def test_weights_are_shares_of_their_sum_and_a_killed_merge_goes_on(
-        experts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_normalized_and_killed_averaging_resumes(experts: list[Path], tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     weights = [3.0, 0.5]
     monkeypatch.setattr("megatron_sov.convert.hf_import.MAX_FILE_BYTES", 100_000)
-    read, blocks = averaging.mean_block, 0
+    read, blocks = averaging.average_block, 0
 
     def killed(*arguments: object) -> torch.Tensor:
         nonlocal blocks
@@ -75,7 +75,7 @@ def test_weights_are_shares_of_their_sum_and_a_killed_merge_goes_on(
         return read(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(averaging, "mean_block", killed)
+        patched.setattr(averaging, "average_block", killed)
         with pytest.raises(KeyboardInterrupt):
             convert.average(list(zip(experts, weights, strict=False)), tmp_path / "merged")
     assert (tmp_path / ".merged.work/records").read_bytes()
@@ -87,7 +87,7 @@ def test_weights_are_shares_of_their_sum_and_a_killed_merge_goes_on(
 
 
 def adapter(folder: Path, base: Path, seed: int) -> Path:
-    """An adapter of the queries, through PEFT's format."""
+    """Write an adapter of the queries in PEFT's format."""
     generator, peft = torch.Generator().manual_seed(seed), folder / f"peft-{seed}"
     peft.mkdir()
     name = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
@@ -107,7 +107,8 @@ def refused(said: str, *paths: Path) -> None:
     assert not out.exists() and not out.with_name(".never.work").exists()
 
 
-def test_what_has_no_mean_is_refused(experts: list[Path], solar_dir: Path, tmp_path: Path) -> None:
+def test_incompatible_checkpoints_are_not_averaged(experts: list[Path], solar_dir: Path,
+                                                   tmp_path: Path) -> None:
     convert.from_hf(solar_dir, tmp_path / "solar")
     refused("a mean needs at least two checkpoints", experts[0])
     refused("model.family = solar_open, and .* has exaone_moe", experts[0], tmp_path / "solar")
@@ -120,7 +121,7 @@ def test_what_has_no_mean_is_refused(experts: list[Path], solar_dir: Path, tmp_p
     refused(r"template/tokenizer: chat_template.jinja .* differs from that of .*; only checkpoints of one "
             "tokenizer can be averaged", experts[0], tmp_path / "template")
     settings = read_manifest(experts[1]).settings
-    with new_artifact(tmp_path / "adapter", "checkpoint") as artifact:
+    with create_artifact(tmp_path / "adapter", "checkpoint") as artifact:
         artifact.content = {"step": 0, "base": {"path": str(experts[0]), "sha256": "0" * 64}}
         artifact.settings = settings
     refused("holds an adapter of .*, and .* all weights", experts[0], tmp_path / "adapter")
@@ -128,7 +129,7 @@ def test_what_has_no_mean_is_refused(experts: list[Path], solar_dir: Path, tmp_p
         convert.average([(experts[0], 1.0), (experts[1], -1.0)], tmp_path / "never")
 
 
-def test_a_damaged_source_leaves_nothing(experts: list[Path], tmp_path: Path) -> None:
+def test_damaged_source_writes_no_checkpoint(experts: list[Path], tmp_path: Path) -> None:
     shutil.copytree(experts[1], tmp_path / "damaged")
     (file,) = (tmp_path / "damaged/model").rglob("*.safetensors")
     with open(file, "r+b") as f:
@@ -137,8 +138,7 @@ def test_a_damaged_source_leaves_nothing(experts: list[Path], tmp_path: Path) ->
     refused("differs from the hash", experts[0], tmp_path / "damaged")
 
 
-def test_adapters_of_one_base_give_the_mean_of_the_models_that_they_make(solar_dir: Path,
-                                                                        tmp_path: Path) -> None:
+def test_adapters_are_averaged_as_merged_models(solar_dir: Path, tmp_path: Path) -> None:
     convert.from_hf(solar_dir, tmp_path / "base")
     paths = [adapter(tmp_path, tmp_path / "base", seed) for seed in range(2)]
     convert.average([(path, 1.0) for path in paths], tmp_path / "merged")
@@ -155,17 +155,18 @@ def test_adapters_of_one_base_give_the_mean_of_the_models_that_they_make(solar_d
 # Which of a run's checkpoints are averaged, and how much each counts.
 
 
-def test_a_moving_average_over_many_checkpoints_has_these_weights() -> None:
+def test_ema_weights_equal_a_moving_average() -> None:
     values, decay, moving = [float(i % 7) for i in range(60)], 0.8, 0.0
     for value in values:
         moving = decay * moving + (1 - decay) * value
-    weights = weights_of(len(values), "ema", decay)
+    weights = compute_weights(len(values), "ema", decay)
     mean = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
     assert mean == pytest.approx(moving, rel=1e-5)
-    assert weights_of(3, "uniform", decay) == [1, 1, 1] and weights_of(3, "linear", decay) == [1, 2, 3]
+    assert compute_weights(3, "uniform", decay) == [1, 1, 1]
+    assert compute_weights(3, "linear", decay) == [1, 2, 3]
 
 
-def test_a_window_of_steps_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choose_checkpoints_in_a_window_of_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = [tmp_path / f"step-{n}" for n in (10, 20, 30, 40)]
     monkeypatch.setattr(averaging, "list_complete", lambda folder: steps)
     assert choose_checkpoints(tmp_path, None, (20, None)) == [(p, 1.0) for p in steps[1:]]

@@ -15,7 +15,7 @@ prepare_megatron()
 PAGE = (Path(__file__).parents[2] / "docs/convert.md").read_text(encoding="utf-8")
 
 
-def test_what_the_page_shows_runs(exaone_dir: Path, one_rank: None, tmp_path: Path, monkeypatch) -> None:
+def test_commands_of_the_page_run(exaone_dir: Path, one_rank: None, tmp_path: Path, monkeypatch) -> None:
     shutil.copytree(exaone_dir, tmp_path / "my-model")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```(bash|python)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)

@@ -1,4 +1,4 @@
-"""Values on their way into files: checked, rounded once, and only where there is room."""
+"""Values are checked and rounded once, and a full disk is detected before writing."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.convert.dtypes import DTYPES, check_space, convert_tensor, exported_dtype, planned_dtype
+from megatron_sov.convert.dtypes import DTYPES, check_space, choose_dtype, choose_export_dtype, convert_tensor
 
 # One NaN or infinity anywhere is found, whatever the dtype; values that fit are converted as torch does it.
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_one_bad_value_anywhere_is_found(dtype: torch.dtype, bad: float) -> None:
+def test_non_finite_value_is_found_at_any_position(dtype: torch.dtype, bad: float) -> None:
     for place in (0, 7, 31, 200, 1022):  # wherever it falls in the vectors that a processor takes at a time
         tensor = torch.randn(1023).to(dtype)
         tensor[place] = bad
@@ -24,7 +24,7 @@ def test_one_bad_value_anywhere_is_found(dtype: torch.dtype, bad: float) -> None
             convert_tensor(tensor, dtype, Path("source"), "w")
 
 
-def test_finite_values_keep_their_bits_or_are_rounded_once() -> None:
+def test_finite_values_are_kept_or_rounded_once() -> None:
     for dtype in DTYPES.values():
         limits = torch.tensor([torch.finfo(dtype).max, torch.finfo(dtype).min, 0.0, -0.0], dtype=dtype)
         assert convert_tensor(limits, dtype, Path("source"), "w") is limits
@@ -36,14 +36,14 @@ def test_finite_values_keep_their_bits_or_are_rounded_once() -> None:
 
 
 def test_planned_dtypes() -> None:
-    assert planned_dtype("keep", False, torch.float64) == torch.float64
-    assert exported_dtype("keep", False, torch.float64) == torch.float32
-    assert exported_dtype("float64", False, torch.bfloat16) == torch.float64
-    assert (planned_dtype("bfloat16", True, torch.float32) == exported_dtype("keep", True, torch.float64)
+    assert choose_dtype("keep", False, torch.float64) == torch.float64
+    assert choose_export_dtype("keep", False, torch.float64) == torch.float32
+    assert choose_export_dtype("float64", False, torch.bfloat16) == torch.float64
+    assert (choose_dtype("bfloat16", True, torch.float32) == choose_export_dtype("keep", True, torch.float64)
             == torch.float32)
 
 
-def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_full_disk_is_detected_before_writing(tmp_path: Path) -> None:
     check_space(tmp_path / "out", 1)
     with pytest.raises(UserError, match="needs 1,000,000 TB,"):
         check_space(tmp_path / "out", 10**18)

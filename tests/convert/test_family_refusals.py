@@ -1,5 +1,4 @@
-"""What conversion refuses of families with norms behind blocks, factors and other parts of their own: by the
-tensor's or the field's name."""
+"""Conversion rejects unsupported tensors and fields of special families by name."""
 
 from __future__ import annotations
 
@@ -47,36 +46,37 @@ def say(**fields: Any) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
      "sliding_window = None, but layer_types names a sliding layer"),
     ("tiny-exaone4", say(layer_types=["full_attention"] * 2),
      "sliding_window = 32, but layer_types names no sliding layer"),
-    ("tiny-exaone4", say(attention_chunk_size=64), r"attention_chunk_size = 64 \(transformers reads it"),
+    ("tiny-exaone4", say(attention_chunk_size=64), r"attention_chunk_size = 64 \(read by transformers"),
     ("tiny-gemma3", drop("model.layers.0.pre_feedforward_layernorm.weight"),
      r"1 missing \(model\.layers\.0\.pre_feedforward_layernorm\.weight\)"),
     ("tiny-gemma3", say(attn_logit_softcapping=50.0), r"attn_logit_softcapping = 50\.0, but only None is"),
     ("tiny-gemma3", say(rope_scaling={"factor": 8.0, "rope_type": "linear"}),
      "rope_scaling = .*, and rope_parameters of full_attention = "),
     ("tiny-gemma3", say(rope_scaling={"factor": 8.0, "rope_type": "dynamic"}),
-     "rope_scaling = .*, but only rope_type 'default', and 'linear' with its factor, are supported"),
+     "rope_scaling = .*, but only rope_type 'default', and 'linear' with a factor, are supported"),
     ("tiny-gemma3", say(rope_parameters={"sliding_attention": {"rope_type": "linear", "factor": 8.0}}),
      "only global layers may be scaled"),
     ("tiny-gemma3", say(rope_parameters={"rope_type": "linear", "factor": 8.0}),
-     "rope_parameters has rope_type, factor, and this family has them for full_attention and sliding"),
+     "rope_parameters has rope_type, factor, and in this family only full_attention and sliding"),
     ("tiny-gemma3", say(final_logit_softcapping=0), "final_logit_softcapping = 0 must be a number greater"),
     ("tiny-gemma3", say(head_dim=0), r"model\.head_dim = 0 must be at least 1"),
     ("tiny-llama", say(rope_theta=5.0), r"rope_theta = 5\.0, and \d+\.0 in rope_parameters; make them ag"),
     ("tiny-llama", say(rope_parameters={"rope_type": "linear"}), "rope_type 'linear' lacks 'factor'"),
-    ("tiny-gemma3", say(rope_local_base_freq=5e3), "sliding_attention rotates by 10000.0 in rope_parameters"),
+    ("tiny-gemma3", say(rope_local_base_freq=5e3), "rope_theta of sliding_attention is 10000.0 in"),
     ("tiny-hyperclovax", drop(PERI), rf"1 missing \({PERI}\)"),
     ("tiny-hyperclovax", say(use_post_norm=False), r"4 unexpected \(model\.layers\.0\.post_norm1\.weight"),
     ("tiny-hyperclovax", say(use_post_norm=None), "use_post_norm = None must be true or false"),
-    ("tiny-hyperclovax", say(per_layer_config={"0": {}}), r"per_layer_config = .* \(transformers reads it"),
+    ("tiny-hyperclovax", say(per_layer_config={"0": {}}), r"per_layer_config = .* \(read by transformers"),
     ("tiny-hyperclovax", say(logit_scale=2.0), r"logit_scale = 2\.0, but only 1\.0 is supported"),
-    ("tiny-hyperclovax", say(attention_multiplier="x"), r"attention_multiplier = 'x' cannot be understood"),
+    ("tiny-hyperclovax", say(attention_multiplier="x"), r"attention_multiplier = 'x' cannot be read"),
 ])
-def test_folders_are_refused_by_name(recipe: str, damage: Callable[[dict[str, Any], dict[str, Any]], Any],
-                                     expected: str, tmp_path: Path) -> None:
+def test_unsupported_folders_name_the_tensor_or_field(recipe: str,
+                                                      damage: Callable[[dict[str, Any], dict[str, Any]], Any],
+                                                      expected: str, tmp_path: Path) -> None:
     model = apply_settings(recipes.get(recipe), SIZES).model
     if model.family.startswith("gemma"):
         model = replace(model, embedding_multiplier=math.sqrt(model.hidden_size))
-    family = models.get(model.family)
+    family = models.get_family(model.family)
     config = family.to_hf_config(model, "float32", TokenIds())
     tensors = {name: torch.ones(shape) for link in family.links(model)
                for name, shape in link.hf_shapes().items()}
@@ -91,16 +91,16 @@ def test_folders_are_refused_by_name(recipe: str, damage: Callable[[dict[str, An
 
 
 def behind(name: str, folder: Path, **config: Any) -> Path:
-    """Write a folder of two layers and a prediction layer without its tensor `name` ("": with all), whose
-    config says something else."""
+    """Write a folder with two layers and a prediction layer without tensor `name` ("": complete) and a
+    changed config."""
     model = apply_settings(recipes.get("tiny-deepseek-v3"), [
         "model.vocab_size=16", "model.hidden_size=8", "model.dense_ffn_dim=8", "model.num_layers=2",
         "model.num_dense_layers=1", "model.num_expert_groups=1", "model.num_groups_per_token=1",
         "model.expert_ffn_dim=8"]).model
-    family = models.get(model.family)
+    family = models.get_family(model.family)
     tensors = {key: torch.rand(shape, generator=torch.Generator().manual_seed(0))
                for link in family.links(model) for key, shape in link.hf_shapes().items()}
-    tensors |= {copy: tensors[other].clone() for copy, other in family.copies_in(model).items()}
+    tensors |= {copy: tensors[other].clone() for copy, other in family.find_copies(model).items()}
     tensors = {key: tensor for key, tensor in tensors.items() if not name or not key.startswith(name)}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(
@@ -109,8 +109,8 @@ def behind(name: str, folder: Path, **config: Any) -> Path:
     return folder
 
 
-def test_a_prediction_layer_behind_the_trunk_comes_back_to_the_bit(tmp_path: Path) -> None:
-    """With its copies of embedding and head, which are written even where they were not read."""
+def test_prediction_layer_round_trip_is_bit_exact(tmp_path: Path) -> None:
+    """Including its copies of embedding and head, which an export writes even if the import had none."""
     hf = behind("", tmp_path / "hf")
     expected = load_file(hf / "model.safetensors")
     assert "model.layers.2.mlp.experts.7.down_proj.weight" in expected
@@ -125,8 +125,8 @@ def test_a_prediction_layer_behind_the_trunk_comes_back_to_the_bit(tmp_path: Pat
     assert written["num_nextn_predict_layers"] == 1 and written["mtp_mlp_layer_types"] == ["sparse"]
 
 
-def test_what_tensors_say_of_a_prediction_layer_counts(tmp_path: Path) -> None:
-    """transformers drops such a layer, and says in what it saves that there is one."""
+def test_prediction_layer_is_detected_from_tensors(tmp_path: Path) -> None:
+    """transformers drops the layer, but its saved config still counts it."""
     without = behind("model.layers.2.", tmp_path / "without", num_nextn_predict_layers=1)
     assert not convert.open_weights(without).model.num_mtp_layers
     silent = behind("", tmp_path / "silent", num_nextn_predict_layers=0)
@@ -143,14 +143,14 @@ def test_what_tensors_say_of_a_prediction_layer_counts(tmp_path: Path) -> None:
     ("", {"n_group": 8}, "num_expert_groups = 8 must divide model.num_experts = 8 into groups of at least"),
     ("", {"n_group": 4, "num_experts_per_tok": 3}, "leaves 2 experts to choose from, fewer than model.num_"),
 ])
-def test_a_prediction_layer_behind_is_refused_by_name(missing: str, config: dict[str, Any], expected: str,
-                                                      tmp_path: Path) -> None:
+def test_unsupported_prediction_layer_is_named(missing: str, config: dict[str, Any], expected: str,
+                                               tmp_path: Path) -> None:
     folder = behind(missing, tmp_path / "hf", **config)
     with pytest.raises(UserError, match=expected):
         convert.from_hf(folder, tmp_path / "out")
 
 
-def test_a_copy_that_is_another_tensor_is_refused(tmp_path: Path) -> None:
+def test_differing_duplicate_is_rejected(tmp_path: Path) -> None:
     folder = behind("", tmp_path / "hf")
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.2.embed_tokens.weight"][3, 4] += 1
@@ -161,11 +161,11 @@ def test_a_copy_that_is_another_tensor_is_refused(tmp_path: Path) -> None:
             if not check.passed and "copies that differ" in check.name]
 
 
-def test_other_families_refuse_what_only_some_have() -> None:
+def test_families_reject_parts_of_other_families() -> None:
     run = recipes.get("tiny-llama")
     for setting in ("block_norms=both", "embedding_multiplier=2", "attention_multiplier=0.5",
                     "residual_multiplier=0.5", "logits_multiplier=2", "logits_softcap=30"):
         name = setting.partition("=")[0]
         model = apply_settings(run, [f"model.{setting}"]).model
-        with pytest.raises(UserError, match=rf"model\.{name} = .*: family 'llama' only knows"):
-            models.get("llama").check(model)
+        with pytest.raises(UserError, match=rf"model\.{name} = .*: must be .* in family 'llama'"):
+            models.get_family("llama").check(model)

@@ -1,4 +1,4 @@
-"""`verify` passes for the same model and says what differs otherwise."""
+"""`verify` passes for equal models, and reports differences."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from megatron_sov import convert
 from megatron_sov.base.artifacts import manifest_sha256
 from megatron_sov.cli import main
-from megatron_sov.convert.hf_export import Proof, TensorRecord
+from megatron_sov.convert.hf_export import ConversionProof, TensorRecord
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def pair(exaone_dir: Path, tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "ckpt", tmp_path / "hf"
 
 
-def failed(proof: Proof) -> dict[str, float]:
+def failed(proof: ConversionProof) -> dict[str, float]:
     checks = proof.checks
     assert all(check.passed == (check.value <= check.limit) for check in checks)
     return {check.name: check.value for check in checks if not check.passed}
@@ -42,7 +42,7 @@ def edit(folder: Path, name: str, value: torch.Tensor | None) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_all_three_folders_are_the_same_model(pair, exaone_dir: Path) -> None:
+def test_verify_accepts_all_forms_of_one_model(pair, exaone_dir: Path) -> None:
     checkpoint, hf = pair
     for a, b in ((checkpoint, hf), (exaone_dir, checkpoint), (hf, exaone_dir)):
         proof = convert.verify(a, b)
@@ -56,8 +56,8 @@ def test_all_three_folders_are_the_same_model(pair, exaone_dir: Path) -> None:
     assert proof.tensors == {}
 
 
-def test_an_export_is_complete_as_the_hub_expects_it(imported: dict[str, Path], tmp_path: Path,
-                                                     capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_has_all_files_for_the_hub(imported: dict[str, Path], tmp_path: Path,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "hf"
     convert.to_hf(imported["solar_open"], out)
     assert {"README.md", "config.json", "generation_config.json", "chat_template.jinja", "manifest.json",
@@ -85,7 +85,7 @@ def test_an_export_is_complete_as_the_hub_expects_it(imported: dict[str, Path], 
         file.read_text() for file in out.iterdir() if file.suffix in (".json", ".md"))
 
 
-def test_one_changed_weight_is_found_and_measured(pair) -> None:
+def test_verify_finds_and_measures_a_changed_weight(pair) -> None:
     checkpoint, hf = pair
     name = "model.layers.2.mlp.experts.6.up_proj.weight"
     weight = load_file(hf / "model.safetensors")[name]
@@ -99,12 +99,12 @@ def test_one_changed_weight_is_found_and_measured(pair) -> None:
                              "largest difference of a weight": pytest.approx(0.5, abs=2e-3)}
 
 
-def test_a_cast_copy_is_equal_after_rounding(pair, tmp_path: Path) -> None:
+def test_verify_accepts_a_cast_copy_after_rounding(pair, tmp_path: Path) -> None:
     convert.to_hf(pair[0], tmp_path / "wide", "float32")
     assert failed(convert.verify(pair[0], tmp_path / "wide", load=False)) == {}
 
 
-def test_another_setting_in_config_json_is_found(pair) -> None:
+def test_verify_finds_a_changed_config_field(pair) -> None:
     checkpoint, hf = pair
     config = json.loads((hf / "config.json").read_text())
     (hf / "config.json").write_text(json.dumps(config | {"routed_scaling_factor": 1.0}))
@@ -112,7 +112,7 @@ def test_another_setting_in_config_json_is_found(pair) -> None:
     assert found == {f"{hf}: files that differ from the manifest": 1, "config fields that differ": 1}
 
 
-def test_negative_zero_is_not_zero(solar_dir: Path, tmp_path: Path) -> None:
+def test_verify_distinguishes_negative_zero(solar_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(solar_dir, tmp_path / "b")
     edit(tmp_path / "b", "model.norm.weight",
          load_file(solar_dir / "model.safetensors")["model.norm.weight"] * 0)
@@ -123,7 +123,7 @@ def test_negative_zero_is_not_zero(solar_dir: Path, tmp_path: Path) -> None:
         "tensors whose values differ": 1}
 
 
-def test_inspect_counts_from_headers(pair, capsys) -> None:
+def test_inspect_counts_parameters_from_headers(pair, capsys) -> None:
     facts = []
     for folder in pair:
         assert main(["convert", "inspect", str(folder), "--json"]) == 0
@@ -139,9 +139,8 @@ def test_inspect_counts_from_headers(pair, capsys) -> None:
                                                           if "correction" not in name)
 
 
-def test_what_transformers_cannot_load_fails_a_check(solar_dir: Path,
-                                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever it raises, as for 8 bits where a package is not installed."""
+def test_verify_fails_if_transformers_cannot_load(solar_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For any exception, e.g. if a package for 8-bit weights is missing."""
     from transformers import AutoModelForCausalLM
 
     def lacks(*args: object, **kwargs: object) -> None:

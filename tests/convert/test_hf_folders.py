@@ -1,4 +1,4 @@
-"""Hugging Face folders: what from-hf and to-hf write, in which dtype, and what they do not overwrite."""
+"""Files and dtypes that from-hf and to-hf write, and outputs that they do not overwrite."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_checkpoint_is_complete(exaone_dir: Path, tmp_path: Path) -> None:
     assert torch.equal(reader.read("mtp.layers.0.eh_proj.weight"), hf["mtp.fc.weight"])
 
 
-def test_output_that_exists_is_kept(solar_dir: Path, tmp_path: Path) -> None:
+def test_existing_output_is_not_overwritten(solar_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("precious")
     with pytest.raises(UserError, match="already exists"):
@@ -98,7 +98,7 @@ def test_output_that_exists_is_kept(solar_dir: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_from_hf_casts_dtype_and_router_biases_stay_float32(hf_dir: Path, tmp_path: Path,
-                                                      dtype: torch.dtype) -> None:
+                                                            dtype: torch.dtype) -> None:
     convert.from_hf(hf_dir, tmp_path / "ckpt", str(dtype).removeprefix("torch."))
     convert.to_hf(tmp_path / "ckpt", tmp_path / "hf")
     found, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "hf", hf_dir))
@@ -107,7 +107,7 @@ def test_from_hf_casts_dtype_and_router_biases_stay_float32(hf_dir: Path, tmp_pa
         assert found[name].equal(tensor if "correction" in name else tensor.to(dtype)), name
 
 
-def test_routers_that_transformers_keeps_in_float32_come_back(solar_dir: Path, tmp_path: Path) -> None:
+def test_float32_routers_of_transformers_round_trip(solar_dir: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     routers = [f"model.layers.{layer}.mlp.gate.weight" for layer in (0, 1)]
@@ -128,13 +128,13 @@ def test_routers_that_transformers_keeps_in_float32_come_back(solar_dir: Path, t
                      {name: saved[name].bfloat16() for name in routers})
 
 
-def test_a_folder_with_all_experts_in_one_tensor_is_read_expert_by_expert(tmp_path: Path) -> None:
-    """As transformers has them in memory."""
+def test_stacked_experts_are_split_on_import(tmp_path: Path) -> None:
+    """The layout of transformers in memory."""
     model = replace(recipes.get("tiny-deepseek-v3").model, vocab_size=16, hidden_size=24, num_layers=3,
                     num_heads=2, num_kv_heads=2, head_dim=10, dense_ffn_dim=20, num_dense_layers=1,
                     num_experts=4, num_expert_groups=2, num_groups_per_token=1, expert_ffn_dim=6,
                     num_mtp_layers=0, latent_attention=LatentAttentionConfig(8, 6, 4, 6, 10))
-    family = models.get("deepseek_v3")
+    family = models.get_family("deepseek_v3")
     separate = {name: torch.randn(shape) / 8 for link in family.links(model)
                 for name, shape in link.hf_shapes().items()}
     stacked = {name: tensor for name, tensor in separate.items() if ".experts." not in name}

@@ -1,4 +1,4 @@
-"""Tokenizer, chat template and token ids travel with the weights; code does not."""
+"""Tokenizer, chat template and token ids are copied with the weights; code is not."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from transformers import GenerationConfig
 from megatron_sov import convert
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert.hf_export import to_hf
-from megatron_sov.convert.hf_import import ids_beside
-from megatron_sov.engine.decode.forward_only import Inputs
+from megatron_sov.convert.hf_import import read_token_ids
+from megatron_sov.engine.decode.forward_only import DocumentBatch
 from megatron_sov.engine.parallel import world
 from megatron_sov.infer.engines.load import load_forward_model
 from megatron_sov.infer.engines.target import Target
@@ -34,7 +34,7 @@ from megatron_sov.runs.checkpoints import read_checkpoint_settings
 from tests.omni_model import NUM_PICTURE_TOKENS, save_omni_model
 
 
-def test_companions_travel(solar_dir: Path, tmp_path: Path) -> None:
+def test_companion_files_are_copied(solar_dir: Path, tmp_path: Path) -> None:
     (source := tmp_path / "source").mkdir()
     for file in solar_dir.iterdir():
         shutil.copy(file, source)
@@ -48,10 +48,10 @@ def test_companions_travel(solar_dir: Path, tmp_path: Path) -> None:
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 2)
 
 
-@pytest.mark.parametrize("content", ["", "hello", "[1]", '{"a": 1', "version https://git-lfs.github.com/spec/v1"])
+@pytest.mark.parametrize("content", ["", "hello", "[1]", '{"a": 1',
+                                     "version https://git-lfs.github.com/spec/v1"])
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
-def test_a_damaged_companion_is_refused_by_its_own_name(name: str, content: str, solar_dir: Path,
-                                                        tmp_path: Path) -> None:
+def test_damaged_companion_file_is_named(name: str, content: str, solar_dir: Path, tmp_path: Path) -> None:
     source = shutil.copytree(solar_dir, tmp_path / "source")
     (source / name).write_text(content)
     with pytest.raises(UserError, match=f"source/{name}: .*; restore it from its source"):
@@ -59,7 +59,7 @@ def test_a_damaged_companion_is_refused_by_its_own_name(name: str, content: str,
     assert not (tmp_path / "ckpt").exists()
 
 
-def test_a_link_is_not_followed_out_of_a_foreign_folder(solar_dir: Path, tmp_path: Path) -> None:
+def test_links_to_outside_the_folder_are_rejected(solar_dir: Path, tmp_path: Path) -> None:
     source = shutil.copytree(solar_dir, tmp_path / "source")
     (tmp_path / "secret").write_text("secret")
     (source / "added_tokens.json").symlink_to("../secret")
@@ -68,8 +68,7 @@ def test_a_link_is_not_followed_out_of_a_foreign_folder(solar_dir: Path, tmp_pat
     assert not (tmp_path / "ckpt").exists()
 
 
-def test_token_ids_come_from_the_tokenizer_where_nothing_else_says_them(solar_dir: Path,
-                                                                        tmp_path: Path) -> None:
+def test_token_ids_fall_back_to_the_tokenizer(solar_dir: Path, tmp_path: Path) -> None:
     source = shutil.copytree(solar_dir, tmp_path / "source",
                              ignore=shutil.ignore_patterns("generation_config.json"))
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
@@ -80,7 +79,7 @@ def test_token_ids_come_from_the_tokenizer_where_nothing_else_says_them(solar_di
         "bos_token_id": 0, "eos_token_id": 1}
 
 
-def test_what_ends_a_turn_ends_generation(solar_dir: Path, tmp_path: Path) -> None:
+def test_turn_ends_are_stop_tokens_of_the_export(solar_dir: Path, tmp_path: Path) -> None:
     """Engines take their stop tokens from generation_config.json."""
     source = shutil.copytree(solar_dir, tmp_path / "source",
                              ignore=shutil.ignore_patterns("generation_config.json"))
@@ -130,14 +129,14 @@ NAMED: dict[str, tuple[dict[str, dict[str, Any]], TokenIds]] = {
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_each_special_id_is_of_the_first_file_that_has_it(name: str, tmp_path: Path) -> None:
-    """Where transformers' generate finds one it is that; where it finds none it would never stop."""
+def test_special_ids_come_from_the_first_file(name: str, tmp_path: Path) -> None:
+    """transformers' generate uses the same order of files; without an id it would never stop."""
     files, expected = NAMED[name]
     (tmp_path / "tokenizer.json").write_text(json.dumps({
         "added_tokens": [{"id": 7, "content": "<end>"}], "model": {"vocab": {"<s>": 0, "</s>": 1, "a": 2}}}))
     for file, content in files.items():
         (tmp_path / file).write_text(json.dumps(content))
-    found = ids_beside(tmp_path)
+    found = read_token_ids(tmp_path)
     assert found == expected
     if name != "values that are no ids" and {GENERATION, CONFIG} & set(files):
         used = (GenerationConfig.from_pretrained(tmp_path) if GENERATION in files
@@ -147,21 +146,21 @@ def test_each_special_id_is_of_the_first_file_that_has_it(name: str, tmp_path: P
             assert theirs in (None, [], value), token
 
 
-def test_a_special_token_without_an_id_is_refused_where_it_is_needed(tmp_path: Path) -> None:
+def test_unknown_eos_token_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
     (tmp_path / TEXTS).write_text('{"eos_token": "<gone>"}')
     with pytest.raises(UserError, match="eos_token = '<gone>'"):
-        ids_beside(tmp_path)
+        read_token_ids(tmp_path)
     (tmp_path / GENERATION).write_text('{"eos_token_id": 0}')
-    assert ids_beside(tmp_path) == TokenIds(eos=0)
+    assert read_token_ids(tmp_path) == TokenIds(eos=0)
     (tmp_path / TEXTS).write_text('{"bos_token": "a", "pad_token": "<unused>"}')
-    assert ids_beside(tmp_path) == TokenIds(bos=0, eos=0)
+    assert read_token_ids(tmp_path) == TokenIds(bos=0, eos=0)
 
 
 @pytest.mark.parametrize("defaults", [
     {"temperature": 0.6}, {"temperature": 0.6, "eos_token_id": None}, {}, None])
-def test_ids_that_generation_defaults_lack_come_back(defaults: dict[str, Any] | None, solar_dir: Path,
-                                                     tmp_path: Path) -> None:
+def test_missing_ids_are_added_to_generation_config(defaults: dict[str, Any] | None, solar_dir: Path,
+                                                    tmp_path: Path) -> None:
     source = shutil.copytree(solar_dir, tmp_path / "source", ignore=shutil.ignore_patterns(GENERATION))
     if defaults is not None:
         (source / GENERATION).write_text(json.dumps(defaults))
@@ -179,8 +178,8 @@ def test_ids_that_generation_defaults_lack_come_back(defaults: dict[str, Any] | 
     assert [check.detail for check in failed] == ["eos ([2] and [1])"]
 
 
-def test_what_ends_a_turn_is_added_to_the_defaults_of_a_base(solar_dir: Path, tmp_path: Path) -> None:
-    """As after fine-tuning of a base whose own defaults stop at its end of text alone."""
+def test_turn_ends_are_added_to_base_defaults(solar_dir: Path, tmp_path: Path) -> None:
+    """As after fine-tuning a base whose defaults stop at eos only."""
     source = shutil.copytree(solar_dir, tmp_path / "source")
     tokenizer = json.loads((source / "tokenizer.json").read_text())
     tokenizer["added_tokens"] = [{"id": 3, "content": "<end>", "single_word": False, "lstrip": False,
@@ -194,9 +193,9 @@ def test_what_ends_a_turn_is_added_to_the_defaults_of_a_base(solar_dir: Path, tm
     assert json.loads((tmp_path / "hf" / GENERATION).read_text()) == before | {"eos_token_id": [2, 3]}
 
 
-def test_a_tokenizer_that_transformers_would_read_otherwise_is_told(
-        solar_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """transformers splits the text of every qwen2 folder its own way."""
+def test_different_pre_tokenizer_is_warned_about(solar_dir: Path, tmp_path: Path,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers replaces the pre-tokenizer of every qwen2 folder."""
     from transformers import (
         AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer)
 
@@ -229,7 +228,7 @@ PAGE = (Path(__file__).parents[2] / "docs/omni.md").read_text(encoding="utf-8")
 
 
 def ours(checkpoint: Path, ids: list[int], records: dict[str, np.ndarray]) -> torch.Tensor:
-    """Return the logits of a row in which all placeholders of a kind stand for records in order."""
+    """Return the logits of a row whose placeholders of one kind stand for records in order."""
     config = read_checkpoint_settings(checkpoint)
     assert config.model.vision is not None and config.model.audio is not None
     pads = {PICTURES: config.model.vision, SOUNDS: config.model.audio}
@@ -237,18 +236,18 @@ def ours(checkpoint: Path, ids: list[int], records: dict[str, np.ndarray]) -> to
     for kind, encoder in pads.items():
         places = np.flatnonzero(np.isin(ids, encoder.placeholder_ids))
         inputs[kind] = take_records(places, np.arange(len(places)), records[kind], encoder.slots)
-    world.join(config.parallel)
+    world.join_world(config.parallel)
     try:
-        row = Inputs([ids], torch.device("cpu"))
+        row = DocumentBatch([ids], torch.device("cpu"))
         row.inputs = dataclasses.replace(row.inputs, encoder_inputs=inputs)
         return load_forward_model(checkpoint, config).logits(row, torch.arange(len(ids)))
     finally:
-        world.leave()
+        world.leave_world()
 
 
 @pytest.mark.deep
-def test_the_page_computes_what_the_model_computes(tmp_path: Path, packed_data: Any, one_rank: None,
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_multimodal_export_equals_our_model(tmp_path: Path, packed_data: Any, one_rank: None,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save_omni_model(tmp_path / "model", packed_data.tokenizer, ("model.init_std=0.1",))
     to_hf("model", "omni-hf")
@@ -277,7 +276,7 @@ def test_the_page_computes_what_the_model_computes(tmp_path: Path, packed_data: 
     assert all(any(name.startswith(prefix) for name in tensors) for prefix in prefixes)
 
 
-def test_other_kinds_have_their_own_classes(tmp_path: Path) -> None:
+def test_multimodal_export_has_processor_classes(tmp_path: Path) -> None:
     from transformers import AutoFeatureExtractor, AutoImageProcessor
 
     model = dataclasses.replace(get("tiny-qwen3").model, vision=VisionEncoderConfig(
@@ -331,7 +330,7 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def respelled(folder: Path, names: str, out: Path, change: Callable[[dict[str, Any]], Any] = bool) -> Path:
-    """Write the folder with its tensors named so, and its config.json changed."""
+    """Write the folder with renamed tensors and a changed config.json."""
     out.mkdir()
     tensors = {}
     for name, tensor in load_file(folder / "model.safetensors").items():
@@ -347,8 +346,8 @@ def respelled(folder: Path, names: str, out: Path, change: Callable[[dict[str, A
 
 
 @pytest.mark.parametrize("names", NAMES)
-def test_the_text_model_computes_what_it_computes_inside(seeing: Path, names: str, tmp_path: Path,
-                                                         capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_model_of_a_multimodal_folder_is_equal(seeing: Path, names: str, tmp_path: Path,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
     from transformers import AutoModelForCausalLM, Gemma3ForConditionalGeneration
 
     source = respelled(seeing, names, tmp_path / "hf")
@@ -378,7 +377,7 @@ def part(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:
 
 
 @pytest.mark.parametrize(("change", "expected"), [
-    (lambda config: config.pop("text_config"), "text_config = None, but a folder of Gemma3ForConditional"),
+    (lambda config: config.pop("text_config"), "text_config = None must hold the text model's"),
     (lambda config: config.update(architectures=["Gemma3ForSequenceClassification"]),
      r"architectures = \['Gemma3ForSequenceClassification'\], but model_type 'gemma3' is Gemma3ForCond"),
     (part("model_type", "llama"), "text_config.model_type = 'llama', but only 'gemma3_text' is read"),
@@ -386,17 +385,18 @@ def part(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:
     (part("tie_word_embeddings", [True]), r"tie_word_embeddings = True, and \[True\] in text_config"),
     (part("attn_logit_softcapping", 50.0), r"attn_logit_softcapping = 50\.0, but only None is supported"),
     (part("intermediate_size", 25), r"its tensors do not match the model: .* of another shape"),
-    (part("is_causal", False), r"is_causal = False \(transformers reads it, and it is not supported here\)"),
+    (part("is_causal", False), r"is_causal = False \(read by transformers, but not supported\)"),
 ])
-def test_other_folders_are_refused_in_one_sentence(seeing: Path, change: Callable[[dict[str, Any]], Any],
-                                                   expected: str, tmp_path: Path) -> None:
+def test_unsupported_multimodal_folders_raise_user_error(seeing: Path,
+                                                         change: Callable[[dict[str, Any]], Any],
+                                                         expected: str, tmp_path: Path) -> None:
     source = respelled(seeing, "as released", tmp_path / "hf", change)
     with pytest.raises(UserError, match=expected):
         convert.from_hf(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_tensor_that_is_there_twice_or_unknown_is_refused(seeing: Path, tmp_path: Path) -> None:
+def test_duplicate_and_unknown_tensors_are_rejected(seeing: Path, tmp_path: Path) -> None:
     source = respelled(seeing, "as released", tmp_path / "hf")
     tensors = load_file(source / "model.safetensors")
     norm = tensors["language_model.model.norm.weight"]

@@ -1,5 +1,4 @@
-"""Checkpoints that somebody has made to do harm are refused by one sentence; nothing of them runs, and
-nothing is written."""
+"""Malicious checkpoints raise one error; none of their code runs, and no output is written."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ from megatron_sov import convert
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
-from megatron_sov.convert.inert_pickle import read_apart, read_index, read_settings
+from megatron_sov.convert.inert_pickle import read_in_subprocess, read_index, read_settings
 from megatron_sov.convert.megatron_import import find_tensor
 from tests.convert import made_by_hand
 
@@ -45,7 +44,7 @@ def touch() -> str:
 
 
 def laughs(levels: int) -> Any:
-    """Return tuples that hold the one before twice: 2 ** levels values."""
+    """Return nested tuples, each with the previous tuple twice: 2 ** levels values."""
     found: Any = (1,)
     for _ in range(levels):
         found = (found, found)
@@ -53,7 +52,7 @@ def laughs(levels: int) -> Any:
 
 
 def nested(levels: int) -> bytes:
-    """Return a pickle of tuples inside one another."""
+    """Return a pickle of deeply nested tuples."""
     return b"\x80\x04)" + b"\x85" * levels + b"."
 
 
@@ -143,7 +142,7 @@ CHANGED: dict[str, tuple[Callable[[Any], None], str]] = {
 
 
 @pytest.mark.parametrize("name", IN_PLACE_OF_THE_INDEX)
-def test_what_is_no_index_is_refused(name: str) -> None:
+def test_malformed_index_is_rejected(name: str) -> None:
     value, sentence = IN_PLACE_OF_THE_INDEX[name]
     for protocol in (2, 4):
         with pytest.raises(ValueError, match=r".") as refused:
@@ -153,7 +152,7 @@ def test_what_is_no_index_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RAW)
-def test_bytes_that_are_no_pickle_of_an_index_are_refused(name: str) -> None:
+def test_malformed_pickle_is_rejected(name: str) -> None:
     raw, sentence = RAW[name]
     with pytest.raises(ValueError, match=r".") as refused:
         read_index(raw)
@@ -161,14 +160,14 @@ def test_bytes_that_are_no_pickle_of_an_index_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CHANGED)
-def test_an_index_with_a_wrong_part_is_refused(name: str, tmp_path: Path) -> None:
+def test_index_with_an_invalid_part_is_rejected(name: str, tmp_path: Path) -> None:
     change, sentence = CHANGED[name]
     with pytest.raises(ValueError, match=r".") as refused:
         read_index(in_index(change)(tmp_path / "from"))
     assert sentence in str(refused.value)
 
 
-def test_an_index_cut_anywhere_is_refused(tmp_path: Path) -> None:
+def test_truncated_index_is_rejected(tmp_path: Path) -> None:
     made_by_hand.checkpoint(tmp_path / "from")
     raw = (tmp_path / "from/.metadata").read_bytes()
     assert len(read_index(raw)["tensors"]) == 15
@@ -200,14 +199,14 @@ def _saved(value: Any) -> bytes:
     (b"\0" * 3_000_000 + b"PK\5\6" + struct.pack("<4H2IH", 0, 0, 9, 9, 2_999_999, 0, 0), "a list of more"),
     (b"PK\5\6" + b"\xff" * 40, "not a torch.save archive"), (b"", "not a torch.save archive"),
 ])
-def test_a_stored_tensor_that_is_none_is_refused(raw: bytes, sentence: str, tmp_path: Path) -> None:
+def test_malformed_stored_tensor_is_rejected(raw: bytes, sentence: str, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"before" + raw + b"behind")
     with pytest.raises(ValueError, match=r".") as refused:
         find_tensor(tmp_path / "x", 6, len(raw))
     assert sentence in str(refused.value) and not CANARY.exists()
 
 
-def test_settings_name_nothing_that_could_be_called() -> None:
+def test_settings_reject_callable_names() -> None:
     with pytest.raises(ValueError, match="system"):
         read_settings(_saved({"args": Calls(os.system, touch())}))
     with pytest.raises(ValueError, match="too many values"):
@@ -215,24 +214,24 @@ def test_settings_name_nothing_that_could_be_called() -> None:
     assert not CANARY.exists()
 
 
-def test_what_takes_too_much_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reader_process_has_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open(tmp_path / "x", "wb") as file:
         file.truncate(512 << 20)
     for name in ("BASE_MEMORY_BYTES", "MEMORY_PER_BYTE"):
         monkeypatch.setattr(f"megatron_sov.convert.inert_pickle.{name}", 0)
     with pytest.raises(UserError, match="takes more memory"):
-        read_apart("index", tmp_path / "x")
+        read_in_subprocess("index", tmp_path / "x")
 
 
 @pytest.mark.deep
-def test_what_is_said_fits_the_memory_of_the_process_that_reads(tmp_path: Path) -> None:
-    """A text of a megabyte, named a thousand times: a gigabyte of JSON out of one megabyte."""
+def test_reply_is_bounded_by_the_memory_limit(tmp_path: Path) -> None:
+    """A text of a megabyte, referenced a thousand times, would become a gigabyte of JSON."""
     long = "x" * (1 << 20)
     file = tmp_path / "common.pt"
     file.write_bytes(_saved({"args": made_by_hand.argparse.Namespace(a=[long] * 1000)}))
     assert file.stat().st_size < 2 << 20
     with pytest.raises(UserError, match="takes more memory"):
-        read_apart("settings", file)
+        read_in_subprocess("settings", file)
 
 
 def _link_outside(folder: Path) -> None:
@@ -267,8 +266,8 @@ def _of_backend(said: str) -> Callable[[Path], None]:
     (lambda folder: (folder / "mp_rank_00").mkdir(parents=True), "files of single ranks"),
     (lambda folder: folder.mkdir(), "it is not a torch_dist checkpoint"),
 ])
-def test_the_command_writes_nothing(made: Callable[[Path], None], sentence: str, tmp_path: Path,
-                                    capsys: pytest.CaptureFixture[str]) -> None:
+def test_hostile_checkpoint_writes_no_output(made: Callable[[Path], None], sentence: str, tmp_path: Path,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
     made(tmp_path / "from")
     before = sorted(p.name for p in tmp_path.iterdir())
     assert main(["convert", "from-megatron", str(tmp_path / "from"), str(tmp_path / "out")]) == 2
@@ -290,7 +289,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, bool]]] = {
 
 
 def logits(folder: Path) -> torch.Tensor:
-    """Return transformers' logits of the text that the library's were taken on."""
+    """Return transformers' logits for the same text as the library's."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
@@ -309,8 +308,8 @@ FURTHER = ("a name per layer, PP2", "experts, layers stacked, EP2")
 @pytest.mark.parametrize("names", [
     [name for name in CASES if name not in FURTHER], pytest.param(FURTHER, marks=pytest.mark.deep)],
     ids=["stacked and by name", "further"])
-def test_what_the_library_wrote_computes_the_same_in_transformers(
-        ranks: Any, job: Any, tmp_path: Path, names: Collection[str]) -> None:
+def test_imported_torch_dist_model_equals_transformers(ranks: Any, job: Any, tmp_path: Path,
+                                                       names: Collection[str]) -> None:
     cases = {name: CASES[name] for name in names}
     asked = [job(WRITTEN, "written", 2, {"out": str(tmp_path / case), "name": name, "layout": layout,
                                          "metadata": metadata})

@@ -20,7 +20,7 @@ from megatron_sov.model.families import supported as models
 
 prepare_megatron()
 
-from megatron_sov.eval.parity import compare_logits, random_prompts  # noqa: E402
+from megatron_sov.eval.parity import compare_logits, draw_random_prompts  # noqa: E402
 
 HUB: dict[str, dict[str, Any]] = {name: entry["config"] for name, entry in json.loads(
     Path(__file__).with_name("hub_configs.json").read_text()).items()}
@@ -45,7 +45,7 @@ SIZES = {
     "kv_lora_rank": 12, "q_lora_rank": 20, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10,
     "sliding_window": WINDOW, "initializer_range": 0.15}
 """Field -> its value in a tiny model, where a config has it and it is not null or 0."""
-PROMPTS = random_prompts([1, 3 * WINDOW, 100], VOCABULARY)
+PROMPTS = draw_random_prompts([1, 3 * WINDOW, 100], VOCABULARY)
 """Longer than a window, and than 64 positions, from which rotations are scaled."""
 OF_WEIGHTS = ("quantization_config", "num_nextn_predict_layers", "mtp_layer_types", "mtp_sliding_windows",
               "mtp_loss_scaling_factor", "mtp_share_layers", "mtp_num_speculative_steps")
@@ -53,7 +53,7 @@ OF_WEIGHTS = ("quantization_config", "num_nextn_predict_layers", "mtp_layer_type
 
 
 def shrink(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config with all its fields, and sizes of a tiny model; ratios of heads stay."""
+    """Return a config with all fields but the sizes of a tiny model; ratios of heads are kept."""
     small = {name: value for name, value in config.items() if name not in OF_WEIGHTS}
     small |= {name: size for name, size in SIZES.items() if config.get(name)}
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
@@ -77,7 +77,7 @@ def shrink(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(config: dict[str, Any], folder: Path) -> Path:
-    """Write a random model of a shrunk config as transformers does, with the config.json as it is."""
+    """Write a random model of a shrunk config as transformers does, with the config.json unchanged."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -95,8 +95,8 @@ def write(config: dict[str, Any], folder: Path) -> Path:
 
 
 def compare(name: str, tmp_path: Path) -> tuple[float, float, list[str]]:
-    """Import and export a shrunk model; return the largest difference of a logit, its limit, and the fields
-    that were passed over."""
+    """Import and export a shrunk model; return the largest logit difference, its limit, and the ignored
+    fields."""
     from transformers import AutoConfig
 
     config = shrink(CONFIGS[name])
@@ -105,8 +105,8 @@ def compare(name: str, tmp_path: Path) -> tuple[float, float, list[str]]:
     difference, greedy = compare_logits(tmp_path / "ckpt", folder, PROMPTS)
     convert.to_hf(tmp_path / "ckpt", tmp_path / "back")
     back = json.loads((tmp_path / "back/config.json").read_text())
-    family = models.get(config["model_type"])
-    carried, passed = family.find_carried(config), family.find_passed_over(config)
+    family = models.get_family(config["model_type"])
+    carried, passed = family.find_carried_fields(config), family.find_ignored_fields(config)
     assert {field: back[field] for field in carried} == carried
     assert back["architectures"] == [family.hf_classes[0]] and config["architectures"][0] in family.hf_classes
     # What items read and write may be said in another way.
@@ -120,20 +120,20 @@ def compare(name: str, tmp_path: Path) -> tuple[float, float, list[str]]:
     return difference.value, difference.limit, list(passed)
 
 
-def test_the_configs_are_those_of_many_models_and_say_where_they_come_from() -> None:
+def test_hub_configs_name_their_sources() -> None:
     entries = json.loads(Path(__file__).with_name("hub_configs.json").read_text())
     assert len(HUB) >= 40 and len(QUICK) >= 9
     assert sum(entry["from"] != "from memory" for entry in entries.values()) >= 20
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_config_of_a_public_model_is_read(name: str) -> None:
+def test_public_config_is_parsed(name: str) -> None:
     config = CONFIGS[name]
-    family = models.get(config["model_type"])
+    family = models.get_family(config["model_type"])
     model = family.from_hf_config(config)
     assert (model.num_layers, model.hidden_size) == (config["num_hidden_layers"], config["hidden_size"])
-    carried = family.find_carried(config)
-    assert family.find_passed_over(config).items() <= carried.items()
+    carried = family.find_carried_fields(config)
+    assert family.find_ignored_fields(config).items() <= carried.items()
     assert not {"auto_map", "dtype", "architectures"} & {*carried}
 
 
@@ -141,6 +141,6 @@ def test_the_config_of_a_public_model_is_read(name: str) -> None:
 @pytest.mark.parametrize("name", [
     *QUICK.values(),
     *(pytest.param(name, marks=pytest.mark.deep) for name in CONFIGS if name not in QUICK.values())])
-def test_a_public_model_computes_what_transformers_does(name: str, tmp_path: Path) -> None:
+def test_public_model_equals_transformers(name: str, tmp_path: Path) -> None:
     value, _, passed = compare(name, tmp_path)
     print(f"{name} | imported | {value:.1e} | {', '.join(passed) or '-'}")

@@ -1,5 +1,4 @@
-"""A killed conversion leaves nothing under its name, goes on where it was, and gives the bytes of an
-uninterrupted one."""
+"""A killed conversion leaves no output, resumes, and gives the bytes of an uninterrupted conversion."""
 
 from __future__ import annotations
 
@@ -49,7 +48,7 @@ and waits to be told to go on."""
 
 
 def content(folder: Path) -> dict[str, object]:
-    """Return the bytes of every file; of the manifest all but its time."""
+    """Return the bytes of every file, and the manifest without its time."""
     found: dict[str, object] = {p.relative_to(folder).as_posix(): p.read_bytes()
                                 for p in folder.rglob("*") if p.is_file()}
     found[MANIFEST] = {k: v for k, v in json.loads((folder / MANIFEST).read_text()).items()
@@ -63,8 +62,8 @@ def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.deep
-def test_a_killed_conversion_goes_on_to_the_same_bytes(solar_dir: Path, tmp_path: Path, small_files: None,
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_conversion_resumes_to_equal_bytes(solar_dir: Path, tmp_path: Path, small_files: None,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     convert.from_hf(solar_dir, tmp_path / "ckpt")
     sources = {"from_hf": solar_dir, "to_hf": tmp_path / "ckpt"}
     jobs = [(action, str(source), str(tmp_path / action), kill_after) for action, source in sources.items()
@@ -79,14 +78,14 @@ def test_a_killed_conversion_goes_on_to_the_same_bytes(solar_dir: Path, tmp_path
             finished[action].append(set(map(str, list_recorded_items(work_folder(Path(out))))))
             killer.stdin.write("go on\n")
             killer.stdin.flush()
-    real = hf_import.write_file
+    real = hf_import.write_tensors
     for action, source in sources.items():
         first, second = finished[action]
         assert first and first < second, "the second attempt went on from the first"
         out, written = tmp_path / action, []
         work = work_folder(out) / CONTENT
         (work / "half-written").write_text("stray")
-        monkeypatch.setattr(hf_import, "write_file",
+        monkeypatch.setattr(hf_import, "write_tensors",
                             lambda path, *rest, written=written: (written.append(path), real(path, *rest))[1])
         arguments = {} if action == "from_hf" else {"max_shard_bytes": FILE_BYTES}
         with pytest.raises(UserError, match=r".keep., and is .float64."):

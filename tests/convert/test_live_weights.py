@@ -1,4 +1,4 @@
-"""Weights of a live model: exported as to-hf would write them, and taken in by another, at every layout."""
+"""Weights of a live model: exports equal to-hf, and imports are the inverse, at every layout."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ def bits(tensor: Any) -> str:
 
 
 def exported(recipe: str, precision: str, layout: dict[str, Any], path: str) -> dict[str, Any]:
-    """Write a checkpoint and return what live export gives: to rank 0, everywhere, in another dtype,
-    and stopped early."""
+    """Write a checkpoint, and return live exports: to rank 0, to all ranks, in another dtype, and stopped
+    early."""
     import torch
     import torch.distributed as dist
 
     from megatron_sov import recipes
     from megatron_sov.checkpoint import load
     from megatron_sov.convert import export_weights
-    from megatron_sov.engine.model.local_shards import local_shards
+    from megatron_sov.engine.model.local_shards import list_local_shards
     from megatron_sov.engine.parallel import world
 
     experts = ["model.num_experts=4"] if recipes.get(recipe).model.num_experts else []
     config, model = tiny_model(recipe, "model.vocab_size=95", *experts, f"train.precision={precision}",
                                layout=layout)
-    for block in local_shards(model):
+    for block in list_local_shards(model):
         if block.key.endswith("expert_bias"):
             block.data.copy_(torch.arange(block.data.numel()) / 7)
-    load.save(Path(path), model, None, {"step": 1, "tokens": 1}, config.to_dict(), None)
+    load.save_checkpoint(Path(path), model, None, {"step": 1, "tokens": 1}, config.to_dict(), None)
     result = {"main": {name: bits(t) for name, t in export_weights(model)},
               "bf16": {name: str(t.dtype) for name, t in export_weights(model, "bfloat16")}}
     early = export_weights(model)
@@ -64,7 +64,7 @@ def exported(recipe: str, precision: str, layout: dict[str, Any], path: str) -> 
             parameter.zero_()
     result["own memory"] = {name: bits(t) for name, t in kept.items()} == result["everywhere"]
     dist.barrier()
-    world.leave()
+    world.leave_world()
     return result
 
 
@@ -74,7 +74,8 @@ def exported(recipe: str, precision: str, layout: dict[str, Any], path: str) -> 
     {"tiny-k-exaone": ("one", "EP2 x PP2 of two chunks", "TP2+SP x EP2 x PP2"), "tiny-qwen2": ("PP2",)},
     pytest.param({recipe: names for recipe, (_, names) in RECIPES.items()}, marks=pytest.mark.deep)],
     ids=["all at once", "each"])
-def test_live_export_is_file_export(ranks, job, tmp_path: Path, chosen: dict[str, tuple[str, ...]]) -> None:
+def test_live_export_equals_file_export(ranks, job, tmp_path: Path,
+                                        chosen: dict[str, tuple[str, ...]]) -> None:
     from safetensors.torch import load_file
 
     from megatron_sov import convert
@@ -83,7 +84,7 @@ def test_live_export_is_file_export(ranks, job, tmp_path: Path, chosen: dict[str
     results = ranks(*(job(__file__, "exported", LAYOUTS[name][0], {
         "recipe": recipe, "precision": precision, "layout": LAYOUTS[name][1],
         "path": str(tmp_path / f"{recipe}-{name}")})
-        for recipe, precision, name in cases))
+                      for recipe, precision, name in cases))
     for (recipe, _, name), per_rank in zip(cases, results, strict=True):
         convert.to_hf(tmp_path / f"{recipe}-{name}", tmp_path / f"{recipe}-{name}-hf")
         written = {key: bits(t)
@@ -107,12 +108,12 @@ def test_live_export_is_file_export(ranks, job, tmp_path: Path, chosen: dict[str
 
 
 TAKEN_IN = [("tiny-k-exaone", 2, {"tp": 2, "sp": True}, "fp32"), ("tiny-solar-open", 2, {"ep": 2}, "bf16"),
-           ("tiny-qwen2", 2, {"pp": 2}, "fp32"), ("tiny-k-exaone", 2, {"pp": 2, "vpp": 2}, "bf16")]
+            ("tiny-qwen2", 2, {"pp": 2}, "fp32"), ("tiny-k-exaone", 2, {"pp": 2, "vpp": 2}, "bf16")]
 """tiny-qwen2's head is its embedding, of which each end of a pipeline has a copy."""
 
 
 def taken_in(recipe: str, layout: dict[str, Any], precision: str) -> dict[str, Any]:
-    """Return what one model holds that has taken in another's tensors, and what it refuses."""
+    """Return the weights of a model after importing another model, and the errors of invalid imports."""
     import torch
 
     from megatron_sov import recipes
@@ -120,8 +121,8 @@ def taken_in(recipe: str, layout: dict[str, Any], precision: str) -> dict[str, A
     from megatron_sov.checkpoint import load
     from megatron_sov.convert import export_weights, import_weights
     from megatron_sov.convert.live_import import LiveImport
-    from megatron_sov.engine.model.language_model import build
-    from megatron_sov.engine.model.local_shards import local_shards
+    from megatron_sov.engine.model.language_model import build_model
+    from megatron_sov.engine.model.local_shards import list_local_shards
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig, apply_settings
 
@@ -129,33 +130,33 @@ def taken_in(recipe: str, layout: dict[str, Any], precision: str) -> dict[str, A
     if recipes.get(recipe).model.num_experts:
         sizes += ["model.expert_ffn_dim=16", "model.num_experts=4"]
     config = apply_settings(recipes.get(recipe), [*sizes, f"train.precision={precision}"])
-    world.join(ParallelConfig(**layout))
+    world.join_world(ParallelConfig(**layout))
     models = []
     for seed in (1, 2):
-        models.append(build(config.model, ParallelConfig(**layout), config.train))
-        load.initialise(models[-1], config.model, seed)
+        models.append(build_model(config.model, ParallelConfig(**layout), config.train))
+        load.initialize_weights(models[-1], config.model, seed)
     source, target = models
-    for block in local_shards(source):
+    for block in list_local_shards(source):
         if block.key.endswith("expert_bias"):
             block.data.copy_(torch.arange(block.data.numel()) / 7)
 
     def same() -> list[bool]:
         return [torch.equal(a.data, b.data)
-                for a, b in zip(local_shards(source), local_shards(target), strict=True)]
+                for a, b in zip(list_local_shards(source), list_local_shards(target), strict=True)]
 
     @torch.no_grad()
     def drift() -> None:
-        for block in local_shards(source):  # copies of one block drift alike
+        for block in list_local_shards(source):  # copies of one block drift alike
             torch.manual_seed(zlib.crc32(repr((block.key, block.offset)).encode()))
             block.data.add_(torch.randn(block.data.shape).to(block.data), alpha=1e-4)
 
     result: dict[str, Any] = {"before": all(same())}
     weights, way = dict(export_weights(source, everywhere=True)), LiveImport(target)
-    way.whole(weights.items())
+    way.import_all(weights.items())
     result["after"] = all(same())
     drift()
     result["drifted"] = all(same())
-    way.whole(export_weights(source, everywhere=True))
+    way.import_all(export_weights(source, everywhere=True))
     result["again"] = all(same())
     result["refused"] = []
     some = next(name for name in weights if "k_proj" in name)
@@ -166,13 +167,13 @@ def taken_in(recipe: str, layout: dict[str, Any], precision: str) -> dict[str, A
             import_weights(target, iter(spoilt))
         except UserError as e:
             result["refused"].append(str(e))
-    world.leave()
+    world.leave_world()
     return result
 
 
 @pytest.mark.essential
 @pytest.mark.distributed
-def test_a_model_takes_in_what_another_exports(ranks, job) -> None:
+def test_live_import_equals_live_export(ranks, job) -> None:
     found = ranks(*(job(__file__, "taken_in", n, {"recipe": recipe, "layout": x, "precision": precision})
                     for recipe, n, x, precision in TAKEN_IN))
     for where, per_rank in zip(TAKEN_IN, found, strict=True):
@@ -184,8 +185,8 @@ def test_a_model_takes_in_what_another_exports(ranks, job) -> None:
             assert "is given twice" in twice and "1 unexpected (model.odd)" in unknown
 
 
-def test_a_model_with_an_adapter_takes_nothing_in() -> None:
-    """What an export gives has its adapter inside: it would be added twice."""
+def test_live_import_rejects_a_model_with_adapter() -> None:
+    """Exports contain the merged adapter, which would be applied twice."""
     from types import SimpleNamespace
 
     from megatron_sov.base.errors import UserError

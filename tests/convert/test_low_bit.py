@@ -1,4 +1,4 @@
-"""FP8 of compressed-tensors is read as the product of numbers and scale, and other formats are refused."""
+"""FP8 weights of compressed-tensors are values times scale, and other formats are rejected."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ FIELD = {"quant_method": "compressed-tensors", "format": "float-quantized",
 
 
 def in_fp8(source: Path, folder: Path, field: Any = FIELD) -> dict[str, torch.Tensor]:
-    """Write a copy of a Hugging Face folder with its projections in FP8, one scale each; return the products
-    of numbers and scales."""
+    """Write a copy of a Hugging Face folder with FP8 projections, one scale each; return values times
+    scale."""
     folder.mkdir()
     tensors = {name: t for file in source.glob("*.safetensors") for name, t in load_file(file).items()}
     products = {}
@@ -37,7 +37,7 @@ def in_fp8(source: Path, folder: Path, field: Any = FIELD) -> dict[str, torch.Te
     return products
 
 
-def test_a_weight_is_the_product_of_its_numbers_and_its_scale(solar_dir: Path, tmp_path: Path) -> None:
+def test_fp8_weight_is_values_times_scale(solar_dir: Path, tmp_path: Path) -> None:
     products = in_fp8(solar_dir, tmp_path / "fp8")
     weights = HfWeights(tmp_path / "fp8")
     assert len(products) > 10 and weights.list_names() == HfWeights(solar_dir).list_names()
@@ -57,7 +57,7 @@ def test_a_weight_is_the_product_of_its_numbers_and_its_scale(solar_dir: Path, t
     FIELD | {"config_groups": {"g": {"weights": WEIGHTS | {"strategy": "channel"}}}},
     FIELD | {"config_groups": {"g": {"weights": WEIGHTS | {"num_bits": 4}}}},
     FIELD | {"config_groups": {"g": {"weights": None}}}])
-def test_other_formats_of_compressed_tensors_are_refused(field: Any, solar_dir: Path, tmp_path: Path) -> None:
+def test_other_compressed_tensors_formats_are_rejected(field: Any, solar_dir: Path, tmp_path: Path) -> None:
     in_fp8(solar_dir, tmp_path / "other", field)
     with pytest.raises(UserError, match="only supported compressed-tensors format is float-quantized"):
         HfWeights(tmp_path / "other")
@@ -69,8 +69,7 @@ def test_other_formats_of_compressed_tensors_are_refused(field: Any, solar_dir: 
     (lambda t, name: t.update({f"{name}_scale": torch.ones(2)}), r"_scale is F32 \[2\] and must be"),
     (lambda t, name: t.update({name: t[name].float()}), r"is F32 .* and must be"),
     (lambda t, name: t.update({name: t[name].flatten()}), r"must be F8_E4M3 \[0, 0\]")])
-def test_what_is_no_whole_weight_is_refused_by_name(change: Any, expected: str, solar_dir: Path,
-                                                    tmp_path: Path) -> None:
+def test_incomplete_fp8_weight_is_named(change: Any, expected: str, solar_dir: Path, tmp_path: Path) -> None:
     name = next(iter(in_fp8(solar_dir, tmp_path / "fp8")))
     file = tmp_path / "fp8/model.safetensors"
     tensors = load_file(file)

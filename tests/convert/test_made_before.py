@@ -1,5 +1,5 @@
-"""A run, an adapter and exports that were written with megatron-core 0.16.1: the run and the adapter
-continue to the losses that they had there, and the exports are written and read as they were."""
+"""Artifacts written with megatron-core 0.16.1: run and adapter continue with equal losses, exports are
+equal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RunCommand = Callable[..., Any]
 
 @pytest.fixture
 def made(tmp_path: Path) -> Path:
-    """A copy of all, in which the adapter names the base that lies beside it."""
+    """Copy all artifacts; the adapter names the base next to it."""
     shutil.copytree(MADE, tmp_path / "made")
     manifest = tmp_path / "made/lora/checkpoints/step-2/manifest.json"
     text = manifest.read_text()
@@ -34,7 +34,7 @@ def made(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_run_continues_as_it_did(name: str, made: Path, run_command: RunCommand) -> None:
+def test_old_run_continues_with_equal_losses(name: str, made: Path, run_command: RunCommand) -> None:
     base = ("--from", str(made / "run/checkpoints/step-2")) if name == "lora" else ()
     run_command("pretrain", "--run", str(made / name), *base, "--resume", "--config",
                 str(made / name / "config.json"), "--data", str(made / "text")).check_returncode()
@@ -43,7 +43,7 @@ def test_a_run_continues_as_it_did(name: str, made: Path, run_command: RunComman
     assert [losses[3], losses[4]] == pytest.approx(LOSSES[name], rel=1e-6)
 
 
-def test_exports_are_written_and_read_as_they_were(made: Path, run_command: RunCommand) -> None:
+def test_old_exports_are_equal_and_readable(made: Path, run_command: RunCommand) -> None:
     run, lora = made / "run/checkpoints/step-2", made / "lora/checkpoints/step-2"
     for words in (("to-hf", run, made / "hf-again"), ("to-peft", lora, made / "peft-again"),
                   ("from-hf", made / "hf", made / "imported"),

@@ -1,5 +1,5 @@
-"""An adapter in PEFT's format: PEFT loads ours, gives our logits, and comes back bit-equal; merged into the
-base it is the model that the adapted layers are."""
+"""Adapters in PEFT's format: PEFT loads ours with equal logits, the round trip is bit-exact, and merging is
+exact."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ import pytest
 import torch
 
 from megatron_sov import convert
-from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.convert.peft import (
-    CONFIG, WEIGHTS, base_name_of, from_peft, frozen_copies, lora_of, merge_adapter, open_weights, to_peft)
+    CONFIG, WEIGHTS, find_frozen_copies, from_peft, get_base_name, merge_adapter, open_weights,
+    parse_lora_config, to_peft)
 from megatron_sov.model.config import LoraConfig, apply_settings
-from megatron_sov.model.families.adapters import MAGNITUDE, A, B, places
-from megatron_sov.model.pretrained import hub_name
+from megatron_sov.model.families.adapters import MAGNITUDE, A, B, find_adapter_places
+from megatron_sov.model.pretrained import find_hub_name
 from megatron_sov.model.recipes import get
 from megatron_sov.runs.checkpoints import AdapterBase
 
@@ -30,14 +31,14 @@ TOKENS = [(7 * i + 3) % 95 for i in range(41)]
 
 
 def saved(recipe: str, settings: list[str], folder: str) -> dict[str, Any]:
-    """Write a base and an adapter of random numbers; return logits, and hashes of the live export."""
+    """Write a base and a random adapter; return logits and hashes of the live export."""
     from megatron_sov import recipes
     from megatron_sov.checkpoint import load
     from megatron_sov.convert import export_weights
     from megatron_sov.engine.decode.forward_only import ForwardModel
     from megatron_sov.engine.model.chunk import ModelInputs
-    from megatron_sov.engine.model.language_model import build
-    from megatron_sov.engine.model.local_shards import local_shards
+    from megatron_sov.engine.model.language_model import build_model
+    from megatron_sov.engine.model.local_shards import list_local_shards
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import apply_settings
     from megatron_sov.train.objectives.microbatch import MicroBatch
@@ -45,19 +46,19 @@ def saved(recipe: str, settings: list[str], folder: str) -> dict[str, Any]:
     config = apply_settings(recipes.get(recipe), [*SIZES, *settings])
     frozen = apply_settings(config, ["lora.rank=0"])
     base, adapter, n = Path(folder) / "base", Path(folder) / "adapter", len(TOKENS)
-    world.join(config.parallel)
-    model = build(config.model, config.parallel, config.train)
-    load.initialise(model, config.model, 1)
-    load.save(base, model, None, {"step": 0, "tokens": 0}, frozen.to_dict(), None)
-    model = build(config.model, config.parallel, config.train, lora=config.lora)
+    world.join_world(config.parallel)
+    model = build_model(config.model, config.parallel, config.train)
+    load.initialize_weights(model, config.model, 1)
+    load.save_checkpoint(base, model, None, {"step": 0, "tokens": 0}, frozen.to_dict(), None)
+    model = build_model(config.model, config.parallel, config.train, lora=config.lora)
     load.load_model(base, model)
-    for block in local_shards(model):
+    for block in list_local_shards(model):
         if block.key.startswith("adapter."):
             # the same numbers on every rank that has a replica of the block
             generator = torch.Generator().manual_seed(zlib.crc32(f"{block.key} {block.offset}".encode()))
             noise = torch.randn(block.data.shape, generator=generator) * 0.2
             block.data.copy_(block.data * (1 + noise) if block.key.endswith("magnitude") else noise)
-    load.save(adapter, model, None, {"step": 3, "tokens": 9}, config.to_dict(), None)
+    load.save_checkpoint(adapter, model, None, {"step": 3, "tokens": 9}, config.to_dict(), None)
     zeros = torch.zeros(n, dtype=torch.int64)
     inputs = ModelInputs(tokens=torch.tensor(TOKENS), positions=torch.arange(n), max_document_tokens=n,
                          cu_seqlens=torch.tensor([0, n], dtype=torch.int32),
@@ -67,7 +68,7 @@ def saved(recipe: str, settings: list[str], folder: str) -> dict[str, Any]:
     live = dict(export_weights(model))
     if live:  # rank 0 receives the tensors
         torch.save({"logits": logits, "live": live}, Path(folder) / "live.pt")
-    world.leave()
+    world.leave_world()
     return {}
 
 
@@ -90,7 +91,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
 @pytest.mark.usefixtures("solar_open2")
 @pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.deep] * (case == "DeepSeek-V3"))
                                   for case in CASES])
-def test_peft_loads_ours_and_ours_peft(case: str, ranks: Any, job: Any, tmp_path: Path) -> None:
+def test_adapter_round_trip_with_peft(case: str, ranks: Any, job: Any, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
@@ -123,7 +124,7 @@ def test_peft_loads_ours_and_ours_peft(case: str, ranks: Any, job: Any, tmp_path
 
     wrapped.save_pretrained(tmp_path / "again")
     saved = load_file(tmp_path / "again" / WEIGHTS)
-    frozen = frozen_copies(saved)
+    frozen = find_frozen_copies(saved)
     assert len(frozen) == (2 if case == "dense" else 0), "PEFT saves the weights of embedding and head, too"
     assert saved.keys() - frozen.keys() == load_file(tmp_path / "peft" / WEIGHTS).keys()
     from_peft(tmp_path / "again", tmp_path / "back", base)
@@ -138,8 +139,8 @@ def test_peft_loads_ours_and_ours_peft(case: str, ranks: Any, job: Any, tmp_path
 
 
 @pytest.mark.parametrize(("precision", "tp"), [("bf16", 1), ("bf16", 2), ("fp32", 2)])
-def test_live_merge_equals_merge_of_the_checkpoint(precision: str, tp: int, ranks: Any, job: Any,
-                                                   tmp_path: Path) -> None:
+def test_live_merge_equals_checkpoint_merge(precision: str, tp: int, ranks: Any, job: Any,
+                                            tmp_path: Path) -> None:
     settings = [f"train.precision={precision}", f"parallel.tp={tp}", "lora.alpha=0.01"]
     ranks(job(__file__, "saved", tp, {"recipe": "tiny-qwen3", "settings": settings, "folder": str(tmp_path)}))
     live = torch.load(tmp_path / "live.pt")["live"]
@@ -170,51 +171,53 @@ GOOD = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none"}
      "score.lora_A.weight (1 such tensors) is not an adapter"),
     ({}, [], "has no adapter tensors"),
 ])
-def test_what_we_have_no_like_of_is_refused(config: dict[str, Any], names: list[str], said: str) -> None:
+def test_unsupported_adapters_are_rejected(config: dict[str, Any], names: list[str], said: str) -> None:
     model = get("tiny-qwen3").model
     names = [name for name in names if ".layers." not in name or int(name.split(".")[4]) < model.num_layers]
     with pytest.raises(UserError) as refused:
-        lora_of({**GOOD, **config}, names, model, "here")
+        parse_lora_config({**GOOD, **config}, names, model, "here")
     assert said in str(refused.value) and str(refused.value).startswith("here: ")
 
 
-def test_an_adapter_of_one_side_of_a_tied_weight_is_refused_by_its_reason() -> None:
+def test_adapter_of_a_tied_weight_is_rejected() -> None:
     names = ["base_model.model.model.embed_tokens.lora_embedding_A"]
     with pytest.raises(UserError, match=r".*embed_tokens.* adapts"):
-        lora_of(GOOD, names, get("tiny-qwen2").model, "here")
+        parse_lora_config(GOOD, names, get("tiny-qwen2").model, "here")
 
 
-def test_dora_beside_a_head_of_its_own_is_read_and_dora_of_the_head_is_refused() -> None:
+def test_dora_of_the_head_is_rejected() -> None:
     model = get("tiny-qwen3").model
     folder = "base_model.model.model.layers.{}.self_attn.q_proj"
     ends = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
     names = [folder.format(i) + end for i in range(model.num_layers) for end in ends]
     assert not model.tied_embeddings
-    assert lora_of({**GOOD, "use_dora": True}, names, model, "") == LoraConfig(4, 8.0, ("q_proj",), True)
+    config = parse_lora_config({**GOOD, "use_dora": True}, names, model, "")
+    assert config == LoraConfig(4, 8.0, ("q_proj",), True)
     head = [f"base_model.model.lm_head{end}" for end in ends]
     with pytest.raises(UserError, match=r"lm_head.lora_A.weight under use_dora"):
-        lora_of({**GOOD, "use_dora": True}, names + head, model, "here")
+        parse_lora_config({**GOOD, "use_dora": True}, names + head, model, "here")
 
 
-def test_rank_stabilised_scaling_becomes_alpha() -> None:
+def test_rslora_is_converted_to_alpha() -> None:
     model = get("tiny-qwen3").model
     names = [name for name in NAMES if int(name.split(".")[4]) < model.num_layers]
-    assert lora_of({**GOOD, "use_rslora": True}, names, model, "") == LoraConfig(4, 16.0, ("q_proj",))
+    config = parse_lora_config({**GOOD, "use_rslora": True}, names, model, "")
+    assert config == LoraConfig(4, 16.0, ("q_proj",))
 
 
-def test_the_base_is_named_as_it_was_converted(tmp_path: Path) -> None:
-    """By its name on the hub where it lies in the hub's cache, of a run by the run's; never by a path."""
-    assert hub_name(Path("/root/.cache/hub/models--Qwen--Qwen3-8B/snapshots/12ab")) == "Qwen/Qwen3-8B"
-    assert hub_name(tmp_path / "mymodel") == "mymodel"
+def test_base_name_is_the_hub_or_run_name(tmp_path: Path) -> None:
+    """The Hub name for models in the Hub's cache, the run's name for runs, never a path."""
+    assert find_hub_name(Path("/root/.cache/hub/models--Qwen--Qwen3-8B/snapshots/12ab")) == "Qwen/Qwen3-8B"
+    assert find_hub_name(tmp_path / "mymodel") == "mymodel"
     step, lost = tmp_path / "RUN/checkpoints/step-3", AdapterBase(tmp_path / "gone/checkpoints/step-3", "0")
     for content, name in (({"imported_from": "Qwen/Qwen3-8B"}, "Qwen/Qwen3-8B"), ({}, "RUN")):
-        with new_artifact(step, "checkpoint", overwrite=True) as artifact:
+        with create_artifact(step, "checkpoint", overwrite=True) as artifact:
             artifact.content = content
-        assert base_name_of(tmp_path, AdapterBase.of(step)) == name
-    assert base_name_of(tmp_path, lost) == "gone"
+        assert get_base_name(tmp_path, AdapterBase.of(step)) == name
+    assert get_base_name(tmp_path, lost) == "gone"
 
 
-def test_a_folder_without_settings_is_refused(tmp_path: Path) -> None:
+def test_peft_folder_without_config_is_rejected(tmp_path: Path) -> None:
     (tmp_path / CONFIG).write_text(json.dumps(GOOD))
     with pytest.raises(UserError, match=f"has no {WEIGHTS}"):
         from_peft(tmp_path, tmp_path / "out", tmp_path)
@@ -223,10 +226,10 @@ def test_a_folder_without_settings_is_refused(tmp_path: Path) -> None:
 # An adapter inside its base's weights.
 
 
-def test_lengths_that_were_not_trained_leave_a_weight_as_it_is() -> None:
-    """In bf16 too, where a trained length is rounded and that of the row is not."""
+def test_untrained_dora_leaves_weights_unchanged() -> None:
+    """In bf16 too, where the stored magnitude is rounded and the row's length is not."""
     config = apply_settings(get("tiny-qwen2"), ["lora.rank=2", "lora.dora=true"])
-    place = places(config.model, config.lora)["model.layers.0.self_attn.q_proj.weight"]
+    place = find_adapter_places(config.model, config.lora)["model.layers.0.self_attn.q_proj.weight"]
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(place.of.out_features, place.of.in_features, generator=generator).bfloat16()
     tensors = {place.of.key(A): torch.randn(2, place.of.in_features, generator=generator).bfloat16(),
@@ -257,8 +260,8 @@ SPACING = {"float32": 2**-23, "bfloat16": 2**-8, "float16": 2**-11}
 
 
 def adapted_by_peft(folder: Path, kind: str, settings: dict[str, Any], dtype: torch.dtype) -> None:
-    """Write FOLDER/hf, a random model in `dtype`, FOLDER/peft, an adapter with updates below the spacing of
-    bfloat16, and FOLDER/reference, which PEFT merges in float32."""
+    """Write FOLDER/hf, a random model in `dtype`, FOLDER/peft, an adapter with updates below the bfloat16
+    spacing, and FOLDER/reference, merged by PEFT in float32."""
     import peft
     import transformers
 
@@ -287,8 +290,8 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("case", MERGES)
-def test_merge_into_bfloat16_base_rounds_once_to_written_dtype(
-        case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_merge_rounds_once_to_the_written_dtype(case: str, tmp_path: Path,
+                                                capfd: pytest.CaptureFixture[str]) -> None:
     kind, settings = MERGES[case]
     adapted_by_peft(tmp_path, kind, settings, torch.bfloat16)
     convert.from_hf(tmp_path / "hf", tmp_path / "base")
@@ -315,8 +318,7 @@ def test_merge_into_bfloat16_base_rounds_once_to_written_dtype(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_verify_accepts_own_export_and_names_rounding_of_the_update(
-        dtype: torch.dtype, tmp_path: Path) -> None:
+def test_verify_reports_rounding_of_the_update(dtype: torch.dtype, tmp_path: Path) -> None:
     adapted_by_peft(tmp_path, "Llama", {"target_modules": ["q_proj", "up_proj"]}, dtype)
     convert.from_hf(tmp_path / "hf", tmp_path / "base")
     from_peft(tmp_path / "peft", tmp_path / "adapter", tmp_path / "base")

@@ -1,4 +1,4 @@
-"""Published weights in eight and four bits, with the scales of their blocks."""
+"""Published FP8 weights with block scales."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def small() -> ModelConfig:
 
 
 def released(folder: Path, quantised: dict[str, Any] | None = RELEASED) -> dict[str, torch.Tensor]:
-    """Write a folder in 8 bits, and return the values that its weights stand for, in float32."""
+    """Write a folder in FP8, and return the values of its weights in float32."""
     model = small()
-    family, expected, stored = models.get(model.family), {}, {}
+    family, expected, stored = models.get_family(model.family), {}, {}
     draw = torch.Generator().manual_seed(3)
     for name, shape in ((n, s) for link in family.links(model) for n, s in link.hf_shapes().items()):
         wide = torch.randn(shape, generator=draw)
@@ -54,7 +54,7 @@ def released(folder: Path, quantised: dict[str, Any] | None = RELEASED) -> dict[
     return expected
 
 
-def test_weights_are_products_with_the_scales_of_their_blocks(tmp_path: Path) -> None:
+def test_fp8_weights_are_scaled_per_block(tmp_path: Path) -> None:
     expected = released(tmp_path / "hf")
     convert.from_hf(tmp_path / "hf", tmp_path / "checkpoint")
     convert.to_hf(tmp_path / "checkpoint", tmp_path / "back")
@@ -73,7 +73,7 @@ def test_weights_are_products_with_the_scales_of_their_blocks(tmp_path: Path) ->
     ("fp8", "must be an object"),
     (None, r"30 unexpected \(.*down_proj\.weight_scale_inv"),
 ])
-def test_other_quantisations_are_refused(quantised: Any, expected: str, tmp_path: Path) -> None:
+def test_other_quantizations_are_rejected(quantised: Any, expected: str, tmp_path: Path) -> None:
     released(tmp_path / "hf", quantised)
     with pytest.raises(UserError, match=expected):
         convert.from_hf(tmp_path / "hf", tmp_path / "out")
@@ -85,9 +85,9 @@ def test_other_quantisations_are_refused(quantised: Any, expected: str, tmp_path
     (lambda t: t.update({f"{ODD}_scale_inv": torch.ones(3, 2)}), r"F32 \[3, 2\] and must be F32 \[2, 3\]"),
     (lambda t: t.update({f"{ODD}_scale_inv": torch.ones(2, 3).half()}), r"is F16 \[2, 3\] and must be F32"),
     (lambda t: t.update({"lm_head.weight_scale_inv": torch.ones(1, 2)}), "is a scale without a tensor"),
-    (lambda t: t.update({f"{ODD}_scale_inv": torch.full((2, 3), float("inf"))}), "contains infinity|contains NaN"),
+    (lambda t: t.update({f"{ODD}_scale_inv": torch.full((2, 3), float("inf"))}), "contains (infinity|NaN)"),
 ])
-def test_scales_that_do_not_fit_are_refused_by_name(change: Any, expected: str, tmp_path: Path) -> None:
+def test_invalid_scales_are_named(change: Any, expected: str, tmp_path: Path) -> None:
     released(tmp_path / "hf")
     tensors = load_file(tmp_path / "hf/model.safetensors")
     change(tensors)

@@ -1,5 +1,4 @@
-"""Everything that conversion refuses, in both directions: by the tensor's name,
-and with nothing left behind."""
+"""Conversion rejects damaged inputs in both directions, by tensor name, and leaves no output."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from megatron_sov import convert
 from megatron_sov.base.artifacts import MANIFEST, FileRecord
 from megatron_sov.base.errors import UserError
-from megatron_sov.checkpoint import writer
+from megatron_sov.checkpoint import safetensors_files
 
 SHARD_BYTES = 20_000
 Tensors = dict[str, torch.Tensor]
@@ -27,7 +26,7 @@ Tensors = dict[str, torch.Tensor]
 
 @pytest.fixture(scope="module")
 def sound(solar_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder of several shards without a manifest, as published ones are, and a checkpoint."""
+    """A folder of several shards without a manifest, as published, and a checkpoint."""
     folder = tmp_path_factory.mktemp("sound")
     convert.from_hf(solar_dir, folder / "ckpt")
     convert.to_hf(folder / "ckpt", folder / "hf", max_shard_bytes=SHARD_BYTES)
@@ -48,7 +47,7 @@ def edit_json(file: Path, change: Callable[[Any], Any]) -> None:
 
 
 def in_shard(name: str, change: Callable[[Tensors], Any]) -> Callable[[Path], None]:
-    """Change the tensors of the file that holds `name`, and let the index say so."""
+    """Change the tensors in the file of `name`, and update the index."""
     def damage(folder: Path) -> None:
         file = file_of(folder, name)
         tensors = load_file(file)
@@ -119,7 +118,7 @@ def refused(call: Callable[[Path], None], out: Path) -> str:
 
 
 @pytest.mark.parametrize("case", HF)
-def test_hugging_face_folders(case: str, sound: dict[str, Path], tmp_path: Path) -> None:
+def test_damaged_hf_folders_are_rejected(case: str, sound: dict[str, Path], tmp_path: Path) -> None:
     damage, expected = HF[case]
     folder = shutil.copytree(sound["hf"], tmp_path / "bad")
     damage(folder)
@@ -132,7 +131,7 @@ def weights_of(folder: Path) -> Path:
 
 
 def in_file(change: Callable[[Tensors], Any]) -> Callable[[Path], None]:
-    """Change the tensors in the checkpoint's file; the hashes in the manifest follow."""
+    """Change the tensors of the checkpoint's file, and update the hashes of the manifest."""
     def damage(folder: Path) -> None:
         tensors = load_file(weights_of(folder))
         change(tensors)
@@ -203,14 +202,14 @@ CHECKPOINT = {
 
 
 @pytest.mark.parametrize("case", CHECKPOINT)
-def test_checkpoints(case: str, sound: dict[str, Path], tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_rejected(case: str, sound: dict[str, Path], tmp_path: Path) -> None:
     damage, expected = CHECKPOINT[case]
     folder = shutil.copytree(sound["ckpt"], tmp_path / "bad")
     damage(folder)
     assert re.search(expected, refused(lambda out: convert.to_hf(folder, out), tmp_path / "out"))
 
 
-def test_a_value_that_does_not_fit_the_dtype(sound: dict[str, Path], tmp_path: Path) -> None:
+def test_overflowing_value_is_rejected(sound: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(sound["ckpt"], tmp_path / "large")
     in_file(with_value(f"{ROUTER}@0,0", 1e6))(folder)
     message = refused(lambda out: convert.to_hf(folder, out, "float16"), tmp_path / "out")
@@ -219,12 +218,12 @@ def test_a_value_that_does_not_fit_the_dtype(sound: dict[str, Path], tmp_path: P
 
 
 @pytest.mark.parametrize("action", ["from_hf", "to_hf"])
-def test_a_disk_that_fills_up_under_a_writing_thread(action: str, sound: dict[str, Path], tmp_path: Path,
-                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_during_writing_is_reported(action: str, sound: dict[str, Path], tmp_path: Path,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
     def full(fd: int, raw: memoryview) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(writer, "_write", full)
+    monkeypatch.setattr(safetensors_files, "_write", full)
     with pytest.raises(UserError, match="device; free some space"):
         getattr(convert, action)(sound["hf" if action == "from_hf" else "ckpt"], tmp_path / "out")
     assert not list(tmp_path.iterdir())

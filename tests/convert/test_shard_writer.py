@@ -1,5 +1,4 @@
-"""The streaming writer: files that the safetensors library reads, within their size,
-with the hash of their bytes."""
+"""The streaming writer: files have the right size and hash, and the safetensors library reads them."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 
 from megatron_sov.base.artifacts import FileRecord
-from megatron_sov.checkpoint.writer import SAFETENSORS_DTYPES, TensorSpec
+from megatron_sov.checkpoint.safetensors_files import SAFETENSORS_DTYPES, TensorSpec
 from megatron_sov.convert.hf_import import plan_shards, write_files
 
 SPECS = st.lists(st.tuples(st.lists(st.integers(1, 5), min_size=1, max_size=3),
@@ -23,7 +22,7 @@ SPECS = st.lists(st.tuples(st.lists(st.integers(1, 5), min_size=1, max_size=3),
 
 @settings(max_examples=30, deadline=None)
 @given(SPECS, st.integers(1, 600))
-def test_the_library_reads_what_we_write(tmp_path_factory, shapes, max_shard_bytes: int) -> None:
+def test_safetensors_library_reads_our_shards(tmp_path_factory, shapes, max_shard_bytes: int) -> None:
     folder: Path = tmp_path_factory.mktemp("shards")
     specs = [TensorSpec(f"t{i}", tuple(shape), dtype) for i, (shape, dtype) in enumerate(shapes)]
     tensors = {spec.name: torch.randn(spec.shape).to(spec.dtype) for spec in specs}
@@ -46,9 +45,8 @@ def test_the_library_reads_what_we_write(tmp_path_factory, shapes, max_shard_byt
     assert all(found[name].dtype == t.dtype and torch.equal(found[name], t) for name, t in tensors.items())
 
 
-def test_memory_holds_one_tensor_of_each_file(tmp_path: Path) -> None:
-    """Forty tensors of one megabyte pass through while at most two of each file (one is written,
-    the next one read) are alive."""
+def test_writer_holds_at_most_two_tensors_per_file(tmp_path: Path) -> None:
+    """Of forty tensors of one megabyte, at most two per file are alive: one written, one read."""
     import weakref
 
     alive: list[weakref.ref] = []
@@ -68,7 +66,7 @@ def test_memory_holds_one_tensor_of_each_file(tmp_path: Path) -> None:
     assert most <= 4
 
 
-def test_a_tensor_stands_in_a_file_once_and_as_planned(tmp_path: Path) -> None:
+def test_writer_rejects_duplicate_and_unplanned_tensors(tmp_path: Path) -> None:
     spec = TensorSpec("t", (2,), torch.float32)
     with pytest.raises(ValueError, match="t: would be"):
         write_files(tmp_path, {"f": [TensorSpec("s", (1,), torch.float32), spec, spec]},

@@ -1,4 +1,4 @@
-"""Folders whose tensors or config are not exactly those of a supported model are refused by name."""
+"""Folders whose tensors or config do not match a supported model are rejected by name."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_sov import convert
-from megatron_sov.base.artifacts import MANIFEST, FileRecord, file_damage, new_artifact, read_manifest
+from megatron_sov.base.artifacts import MANIFEST, FileRecord, create_artifact, find_file_damage, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert import hf_import
-from megatron_sov.convert.hf_import import checked_source
+from megatron_sov.convert.hf_import import verify_source
 from megatron_sov.model.pretrained import load_pretrained
 from megatron_sov.work.progress.resumable import ResumableArtifact
 
@@ -42,13 +42,12 @@ def refused(hf_dir: Path, tmp_path: Path) -> str:
     return str(e.value)
 
 
-def test_a_prediction_layer_is_refused_where_the_family_has_none(solar_dir: Path, tmp_path: Path) -> None:
+def test_prediction_layer_of_another_family_is_rejected(solar_dir: Path, tmp_path: Path) -> None:
     bad = copy_with(solar_dir, tmp_path / "bad", lambda t: t.update({"mtp.norm.weight": torch.ones(32)}))
     assert "unexpected (mtp.norm.weight)" in refused(bad, tmp_path)
 
 
-def test_prediction_layer_is_found_by_its_tensors_where_the_config_is_silent(exaone_dir: Path,
-                                                                             tmp_path: Path) -> None:
+def test_prediction_layer_is_found_without_config_field(exaone_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(exaone_dir, tmp_path / "silent")
     set_config(tmp_path / "silent", num_nextn_predict_layers=None)
     assert convert.open_weights(tmp_path / "silent").model.num_mtp_layers == 1
@@ -56,7 +55,7 @@ def test_prediction_layer_is_found_by_its_tensors_where_the_config_is_silent(exa
 
 @pytest.mark.parametrize(("fields", "expected"), [
     ({"swiglu_limits": [7.0] * 4}, "swiglu_limits = .* for each of num_hidden_layers = 5 layers"),
-    ({"attention_chunk_size": 3}, r"attention_chunk_size = 3 \(transformers reads it, and it is not supp"),
+    ({"attention_chunk_size": 3}, r"attention_chunk_size = 3 \(read by transformers, but not supported"),
     ({"n_group": 3}, "model.num_expert_groups = 3 must divide model.num_experts = "),
     ({"hidden_act": "gelu"}, "hidden_act = 'gelu', but only 'silu'"),
     ({"tie_word_embeddings": True}, "tie_word_embeddings = True"),
@@ -74,16 +73,15 @@ def test_prediction_layer_is_found_by_its_tensors_where_the_config_is_silent(exa
     ({"model_type": "exaone_mo"}, r"did you mean 'exaone_moe'\?"),
     ({"architectures": ["ExaoneForCausalLM"]}, "make them agree"),
 ])
-def test_config_fields_that_we_would_not_honour_are_refused(exaone_dir: Path, tmp_path: Path, fields,
-                                                            expected: str) -> None:
+def test_unsupported_config_fields_are_rejected(exaone_dir: Path, tmp_path: Path, fields,
+                                                expected: str) -> None:
     shutil.copytree(exaone_dir, tmp_path / "bad")
     set_config(tmp_path / "bad", **fields)
     with pytest.raises(UserError, match=expected):
         convert.from_hf(tmp_path / "bad", tmp_path / "out")
 
 
-def test_fields_that_transformers_ignores_are_refused_unless_harmless(solar_dir: Path,
-                                                                      tmp_path: Path) -> None:
+def test_ignored_fields_are_rejected_unless_harmless(solar_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(solar_dir, tmp_path / "hf")
     set_config(tmp_path / "hf", first_k_dense_replace=0, intermediate_size=10240, partial_rotary_factor=1.0,
                rope_scaling=None)
@@ -92,12 +90,12 @@ def test_fields_that_transformers_ignores_are_refused_unless_harmless(solar_dir:
     assert "first_k_dense_replace = 1, but only 0" in refused(tmp_path / "hf", tmp_path)
 
 
-def test_folders_that_are_no_models(solar_dir: Path, tmp_path: Path) -> None:
+def test_folders_without_a_model_are_rejected(solar_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "is empty, so it is not a Hugging Face folder" in refused(tmp_path / "empty", tmp_path)
     shutil.copytree(solar_dir, tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
     (tmp_path / "pickled/pytorch_model.bin").write_bytes(b"")
-    assert "is a pickle, which is not read" in refused(tmp_path / "pickled", tmp_path)
+    assert "is a pickle, and pickles can run code" in refused(tmp_path / "pickled", tmp_path)
 
 
 # Tensors that older programs saved and none computes with, heads that are tied, and what a message advises.
@@ -144,8 +142,8 @@ def round_trip(folder: Path, tmp_path: Path) -> Path:
     "model.layers.1.self_attn.rotary_emb.sin_cached", "model.rotary_emb.inv_freq",
     "model.rotary_emb.original_inv_freq", "rope.freqs", "model.layers.0.attention.masked_bias",
     "model.layers.0.attn.bias", "model.layers.0.self_attn.masked_bias"])
-def test_tensors_that_programs_compute_themselves_are_left_out(name: str, tmp_path: Path,
-                                                               capsys: pytest.CaptureFixture[str]) -> None:
+def test_recomputed_tensors_are_not_converted(name: str, tmp_path: Path,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = tiny_folder(tmp_path / "hf")
@@ -153,7 +151,8 @@ def test_tensors_that_programs_compute_themselves_are_left_out(name: str, tmp_pa
     edit_tensors(folder, lambda tensors: tensors.update({name: torch.ones(4)}))
     back = round_trip(folder, tmp_path)
     error = capsys.readouterr().err
-    assert error.count("warning") == 1 and f"tensors that are not converted: {name} (programs compute" in error
+    assert error.count("warning") == 1
+    assert f"tensors that are not converted: {name} (programs compute" in error
     found = load_file(back / "model.safetensors")
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
     load_pretrained(AutoModelForCausalLM, folder)  # as commands that run a folder by transformers do
@@ -162,7 +161,7 @@ def test_tensors_that_programs_compute_themselves_are_left_out(name: str, tmp_pa
 @pytest.mark.parametrize("name", [
     "model.layers.0.self_attn.q_proj.bias", "model.layers.0.mlp.bias", "bias", "model.layers.0.attn.weight",
     "model.rotary_emb.inv_freq.weight", "model.layers.2.input_layernorm.weight"])
-def test_other_tensors_are_refused_and_removing_them_is_enough(name: str, tmp_path: Path) -> None:
+def test_unexpected_tensors_are_rejected_until_removed(name: str, tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "hf")
     edit_tensors(folder, lambda tensors: tensors.update({name: torch.ones(16)}))
     assert ("correct config.json, or remove the unexpected tensors if no program reads them"
@@ -171,12 +170,12 @@ def test_other_tensors_are_refused_and_removing_them_is_enough(name: str, tmp_pa
     convert.from_hf(folder, tmp_path / "out")
 
 
-def test_missing_tensors_and_other_sizes_get_advice_that_works(tmp_path: Path) -> None:
+def test_advice_for_missing_tensors_and_sizes_works(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "hf", tie_word_embeddings=False)
     whole = load_file(folder / "model.safetensors")
     edit_tensors(folder, lambda tensors: tensors.pop(HEAD))
     message = refused(folder, tmp_path)
-    assert "correct config.json if the model has no such tensors, otherwise copy or download it again" in message
+    assert "correct config.json if the model has no such tensors, otherwise copy or download it" in message
     set_config(folder, tie_word_embeddings=True)
     convert.from_hf(folder, tmp_path / "tied")
     set_config(folder, tie_word_embeddings=False)
@@ -187,7 +186,7 @@ def test_missing_tensors_and_other_sizes_get_advice_that_works(tmp_path: Path) -
     assert "correct the sizes in config.json" in message and "download" not in message
 
 
-def test_a_saved_copy_of_a_tied_head_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_equal_tied_head_is_not_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tiny_folder(tmp_path / "hf", tie_word_embeddings=True)
     expected = load_file(folder / "model.safetensors")
     edit_tensors(folder, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
@@ -198,8 +197,8 @@ def test_a_saved_copy_of_a_tied_head_is_left_out(tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
-def test_a_tied_head_of_other_values_is_a_head_of_its_own_as_in_transformers(
-        model_type: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_different_tied_head_is_converted_as_in_transformers(model_type: str, tmp_path: Path,
+                                                             capsys: pytest.CaptureFixture[str]) -> None:
     folder = tiny_folder(tmp_path / "hf", model_type, tie_word_embeddings=True)
     tied = logits_of(folder)
     edit_tensors(folder, lambda tensors: tensors.update({HEAD: torch.randn(64, 16)}))
@@ -214,7 +213,7 @@ def test_a_tied_head_of_other_values_is_a_head_of_its_own_as_in_transformers(
     assert "differ" not in capsys.readouterr().err
 
 
-def test_one_different_bit_makes_a_head_of_its_own(tmp_path: Path) -> None:
+def test_tied_head_with_one_changed_bit_is_converted(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "hf", tie_word_embeddings=True)
 
     def copy_but_one(tensors: dict[str, torch.Tensor]) -> None:
@@ -224,7 +223,7 @@ def test_one_different_bit_makes_a_head_of_its_own(tmp_path: Path) -> None:
     assert not convert.open_weights(edit_tensors(folder, copy_but_one)).model.tied_embeddings
 
 
-def test_a_tied_head_that_stands_alone_is_the_embedding_too(tmp_path: Path) -> None:
+def test_lone_tied_head_is_the_embedding(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "hf", tie_word_embeddings=True)
     expected = logits_of(folder)
     edit_tensors(folder, lambda tensors: tensors.update({HEAD: tensors.pop(EMBEDDING)}))
@@ -233,7 +232,7 @@ def test_a_tied_head_that_stands_alone_is_the_embedding_too(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_an_index_may_name_a_tied_head_that_no_file_holds(tied: bool, tmp_path: Path) -> None:
+def test_index_may_list_a_missing_tied_head(tied: bool, tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "hf", tie_word_embeddings=True)
     names = [*load_file(folder / "model.safetensors"), HEAD]
     (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
@@ -249,8 +248,8 @@ def test_an_index_may_name_a_tied_head_that_no_file_holds(tied: bool, tmp_path: 
     assert "disagrees with the files about model.gone" in refused(folder, tmp_path)
 
 
-def test_fields_that_are_passed_over_are_said_once_and_written_again(
-        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ignored_fields_are_warned_about_and_exported(tmp_path: Path,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
     folder = tiny_folder(tmp_path / "hf", pretraining_tp=2)
     fields = {"unsloth_fixed": True, "transformers.js_config": {"kv": [1]}, "num_hidden_layer": 3,
               "nothing": None}
@@ -273,7 +272,7 @@ def test_fields_that_are_passed_over_are_said_once_and_written_again(
 
 
 class Folder:
-    """Weights of which the files `a` and `b` hold one tensor each, `A` and `B`."""
+    """Weights in two files, `a` and `b`, with one tensor each, `A` and `B`."""
 
     def __init__(self, path: Path) -> None:
         self.path: Any = path
@@ -293,7 +292,7 @@ class Folder:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    with new_artifact(tmp_path / "weights", "hf_model") as artifact:
+    with create_artifact(tmp_path / "weights", "hf_model") as artifact:
         artifact.content = {"parts": ["model", "optimizer"]}
         (artifact.path / "optimizer").mkdir()
         for name in ("a", "b", "optimizer/o"):
@@ -301,57 +300,57 @@ def folder(tmp_path: Path) -> Folder:
     return Folder(tmp_path / "weights")
 
 
-def test_what_is_inside_does_not_wait_for_the_hashes(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conversion_runs_while_sources_are_hashed(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     begun = threading.Event()
 
     def later(file: Path, record: FileRecord) -> str | None:
         assert begun.wait(600)
-        return file_damage(file, record)
+        return find_file_damage(file, record)
 
     monkeypatch.setattr(hf_import, "file_damage", later)
-    with checked_source(folder, workers=1) as check:
+    with verify_source(folder, workers=1) as check:
         begun.set()
-        check.require(["A"])
+        check.wait_for(["A"])
 
 
-def test_only_what_was_made_of_damaged_files_is_refused(folder: Folder) -> None:
+def test_verification_rejects_only_damaged_files(folder: Folder) -> None:
     (folder.path / "b").write_text("B")
     with (pytest.raises(UserError, match="b: its content differs"),
-          checked_source(folder, workers=2) as check):
-        check.require(["A"])
+          verify_source(folder, workers=2) as check):
+        check.wait_for(["A"])
         with pytest.raises(UserError, match="b: its content differs"):
-            check.require(["A", "B"])
+            check.wait_for(["A", "B"])
 
 
-def test_damage_explains_what_else_goes_wrong(folder: Folder) -> None:
-    with pytest.raises(ZeroDivisionError), checked_source(folder, workers=2):
+def test_damage_replaces_other_errors(folder: Folder) -> None:
+    with pytest.raises(ZeroDivisionError), verify_source(folder, workers=2):
         raise ZeroDivisionError
     (folder.path / "a").unlink()
-    with pytest.raises(UserError, match="a: is missing"), checked_source(folder, workers=2):
+    with pytest.raises(UserError, match="a: is missing"), verify_source(folder, workers=2):
         raise ZeroDivisionError
 
 
-def test_other_parts_and_folders_without_a_manifest_are_not_looked_at(folder: Folder) -> None:
+def test_other_parts_and_unhashed_folders_are_not_verified(folder: Folder) -> None:
     (folder.path / "optimizer/o").write_text("?")
-    with checked_source(folder, workers=1):
+    with verify_source(folder, workers=1):
         pass
     (folder.path / MANIFEST).unlink()
     (folder.path / "a").unlink()
-    with checked_source(folder, workers=1) as check:
-        check.require(["A"])
+    with verify_source(folder, workers=1) as check:
+        check.wait_for(["A"])
 
 
-def test_an_export_counts_a_file_only_when_what_it_was_made_of_is_whole(
-        solar_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_finishes_a_file_after_its_sources_are_verified(solar_dir: Path, tmp_path: Path,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     written, counted, too_early = threading.Event(), threading.Event(), list[bool]()
 
     def after_the_writing(file: Path, record: FileRecord) -> str | None:
         if file.suffix == ".safetensors":
             assert written.wait(600)
             too_early.append(counted.wait(0.1))
-        return file_damage(file, record)
+        return find_file_damage(file, record)
 
-    def write(*arguments: Any, now: Any = hf_import.write_file) -> FileRecord:
+    def write(*arguments: Any, now: Any = hf_import.write_tensors) -> FileRecord:
         record: FileRecord = now(*arguments)
         written.set()
         return record
@@ -362,7 +361,7 @@ def test_an_export_counts_a_file_only_when_what_it_was_made_of_is_whole(
 
     convert.from_hf(solar_dir, tmp_path / "ckpt")
     monkeypatch.setattr(hf_import, "file_damage", after_the_writing)
-    monkeypatch.setattr(hf_import, "write_file", write)
+    monkeypatch.setattr(hf_import, "write_tensors", write)
     monkeypatch.setattr(ResumableArtifact, "finish", finish)
     convert.to_hf(tmp_path / "ckpt", tmp_path / "hf")
     assert counted.is_set() and too_early == [False]

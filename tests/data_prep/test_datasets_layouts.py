@@ -265,7 +265,7 @@ def test_columns_join_fields_and_refuse_what_is_not_there(tmp_path: Path) -> Non
                               ("prompt=ask+n,response=say", "has '4' in field 'n', must be a string"),
                               ("prompt", "'prompt' must be TARGET=FIELD"),
                               ("prompt=", "'prompt=' must be TARGET=FIELD"),
-                              ("question=ask", "'question' is no field of records; choose from prompt"),
+                              ("question=ask", "'question' is not a field of records; choose from prompt"),
                               ("text=ask", "is named by --text-field ask"),
                               ("prompt=ask,prompt=more", "named twice; join fields with")):
         with pytest.raises(UserError, match=re.escape(sentence)):

@@ -11,7 +11,7 @@ from pyarrow import parquet
 
 from data_prep.cli import main
 from data_prep.tags import GivenTag, artifact_of, is_chosen, parse_tags, source_tags, tags_of
-from megatron_sov.base.artifacts import new_artifact, read_manifest
+from megatron_sov.base.artifacts import create_artifact, read_manifest
 from megatron_sov.base.errors import UserError
 
 
@@ -83,7 +83,7 @@ def test_what_is_given_stands_above_what_is_read() -> None:
 
 def test_the_nearest_complete_artifact_counts(tmp_path: Path) -> None:
     for name, kind in (("corpus", "corpus"), ("other", "tokenizer")):
-        with new_artifact(tmp_path / name, kind) as artifact:
+        with create_artifact(tmp_path / name, kind) as artifact:
             (artifact.path / "text/web").mkdir(parents=True)
             (artifact.path / "text/web/a.txt").write_text("a")
     corpus = tmp_path / "corpus"

@@ -104,7 +104,7 @@ KILLED = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", 
 def run_and_kill(data: str, folder: str) -> dict[str, Any]:
     """Runs in a process that has imported everything: forks runs of two ranks, and kills all but the last."""
     from megatron_sov import recipes
-    from megatron_sov.checkpoint.host_snapshot import Snapshot
+    from megatron_sov.checkpoint.host_snapshot import HostSnapshot
     from megatron_sov.engine.parallel.world import STORE_PORT
     from megatron_sov.model.config import apply_settings
     from megatron_sov.runs.checkpoints import find_damage
@@ -170,8 +170,9 @@ def run_and_kill(data: str, folder: str) -> dict[str, Any]:
 
     def hangs() -> None:
         """Let rank 1 never end its writing; ranks are forked from here."""
-        now = Snapshot.write
-        Snapshot.write = lambda self, folder, rank: time.sleep(3600) if rank == 1 else now(self, folder, rank)
+        now = HostSnapshot.write
+        HostSnapshot.write = lambda self, folder, rank: (
+            time.sleep(3600) if rank == 1 else now(self, folder, rank))
 
     assert os.waitpid(started(whole), 0)[1] == 0
     limited = apply_settings(config, ["train.save_timeout_s=1"])

@@ -1,4 +1,4 @@
-"""Routing through a double of Transformer Engine's kernels, against the router's own formula."""
+"""Routing with a double of Transformer Engine's kernels against the router's own formula."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import pytest
 
 EXPERTS, TOKENS, SEQ_LEN = 8, 24, 8
 CASES = [
-    # score, divided by their sum, K, bias, whether the kernels compute the same
+    # score, normalization, K, bias, whether the kernels compute the same
     ("sigmoid", True, 2, True, True), ("sigmoid", True, 2, False, True), ("sigmoid", False, 1, True, True),
     ("softmax", True, 2, False, True), ("softmax", False, 2, False, True), ("softmax", True, 1, False, True),
-    # one sigmoid weight is never divided, several always are
+    # a single sigmoid weight is never normalized, several always are
     ("sigmoid", True, 1, True, False), ("sigmoid", False, 2, True, False),
 ]
 
 
 def _kernels(calls: list[str]) -> dict[str, Any]:
-    """Return doubles in plain torch of what the simple kernels of Transformer Engine compute."""
+    """Return plain torch doubles of Transformer Engine's simple kernels."""
     import torch
 
     def scores_of(logits: torch.Tensor, score_function: str) -> torch.Tensor:
@@ -52,13 +52,13 @@ def _kernels(calls: list[str]) -> dict[str, Any]:
 
 
 def compare(score: str, norm: bool, top_k: int, biased: bool) -> dict[str, Any]:
-    """Route by the router's own formula and by the doubles; return the differences."""
+    """Route by the router's formula and by the doubles; return the differences."""
     import torch
     from megatron.core.extensions import transformer_engine
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     from megatron_sov import recipes
-    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.parallel import world
     from megatron_sov.engine.router import BalancedRouter
     from megatron_sov.model.config import ParallelConfig, apply_settings
@@ -68,8 +68,8 @@ def compare(score: str, norm: bool, top_k: int, biased: bool) -> dict[str, Any]:
         f"model.router_score={score}", f"model.router_bias={str(biased).lower()}",
         f"model.norm_topk_prob={str(norm).lower()}",
         "model.routed_scaling_factor=2.5", "model.seq_aux_loss_coeff=0.3"])
-    world.join(ParallelConfig())
-    model = build(config.model, ParallelConfig(), config.train)
+    world.join_world(ParallelConfig())
+    model = build_model(config.model, ParallelConfig(), config.train)
     router = next(m for m in model.modules() if isinstance(m, BalancedRouter))
     step = model.config.routing_step
     step.seq_len, step.num_sequences = SEQ_LEN, TOKENS // SEQ_LEN

@@ -15,7 +15,7 @@ from tests import releases
 
 @pytest.mark.deep
 def test_the_engine_runs_on_the_newest_release() -> None:
-    """Its sources, for another Python or not, stand first on the path of the tests' processes."""
+    """Its sources come first on the import path of the test processes."""
     newest = releases.newest_version()
     if not newest or not releases.is_newer(newest, releases.locked_version()):
         pytest.skip(f"the index has no newer release than {releases.locked_version()}")

@@ -1,5 +1,4 @@
-"""Replayed routes: what a table says of tokens, what a router makes of it, and a whole step
-at every layout."""
+"""Replayed routes: table look-ups, routing with recorded experts, and a whole step at every layout."""
 
 from __future__ import annotations
 
@@ -16,11 +15,11 @@ SETTINGS = [f"model.num_experts={EXPERTS}", f"model.num_experts_per_token={TOP_K
             "model.seq_aux_loss_coeff=0.01", "model.init_std=0.3", "train.precision=fp64"]
 ROWS, ROW_TOKENS = 4, 32
 PADDED = 25
-"""Where padding begins in the last row."""
+"""First padding token of the last row."""
 
 
 def drawn_routes(num_tokens: int, layers: int, seed: int) -> np.ndarray:
-    """Return routes as no router would choose them; of one choice in eight it is not known."""
+    """Return random routes that no router would choose; one in eight is unknown."""
     from megatron_sov.base.documents.shard_files import RouteShape
 
     shape, random = RouteShape(layers, TOP_K, EXPERTS), np.random.default_rng(seed)
@@ -31,7 +30,7 @@ def drawn_routes(num_tokens: int, layers: int, seed: int) -> np.ndarray:
 
 
 def tables() -> list[list[Any]]:
-    """Return what tables of both types say of tokens that are looked up by their part of a mask."""
+    """Return look-ups in tables of both dtypes by parts of a mask."""
     import torch
 
     from megatron_sov.base.documents.shard_files import RouteShape
@@ -42,24 +41,23 @@ def tables() -> list[list[Any]]:
         routes = shape.absent(10)
         routes[3], routes[9] = [[5, 1], [39, 38]], [[0, shape.num_experts - 1], [2, 7]]
         table = RouteTable(routes, first_layer=4)
-        mask = table.mask(torch.tensor([False, False, False, True]), torch.tensor([9, 3, 0, 9]))
+        mask = table.encode_mask(torch.tensor([False, False, False, True]), torch.tensor([9, 3, 0, 9]))
         assert mask.dtype == torch.bool and mask[0].tolist() == [False, False, False, True]
         for layer in (4, 5):
-            told = table.find(mask.T, layer)
-            found.append([told.there.tolist(), told.experts[:2].tolist()])
+            told = table.decode_routes(mask.T, layer)
+            found.append([told.is_recorded.tolist(), told.experts[:2].tolist()])
     return found
 
 
 def test_a_table_tells_where_each_token_went_and_of_which_it_does_not_know(ranks, job) -> None:
-    there = [True, True, False, False]  # the third was not recorded, the fourth is padding
+    there = [True, True, False, False]  # the third is not recorded, the fourth is padding
     assert ranks(job(__file__, "tables"))[0][0] == [
         [there, [[0, 39], [5, 1]]], [there, [[2, 7], [39, 38]]],
         [there, [[0, 399], [5, 1]]], [there, [[2, 7], [39, 38]]]]
 
 
 def routed() -> dict[str, Any]:
-    """Return what a router without a selection bias does with recorded choices of a row,
-    and by formula."""
+    """Return the results of a router without selection bias for recorded routes, and by formula."""
     import torch
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
@@ -75,7 +73,7 @@ def routed() -> dict[str, Any]:
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     with replay_routes(model.config, [None, routes]) as firsts:
         assert firsts == [None, 0]
-        mask = step.table.mask(padding, torch.arange(SEQ_LEN)).T
+        mask = step.table.encode_mask(padding, torch.arange(SEQ_LEN)).T
         weights, chosen = router.routing(logits[:, None], mask)
         assert router.routing(logits[:, None], padding[:, None])[1].equal(
             torch.zeros_like(chosen).scatter(1, logits.topk(TOP_K).indices, True)), "no places, no routes"
@@ -87,7 +85,7 @@ def routed() -> dict[str, Any]:
     counts = torch.zeros(EXPERTS, dtype=torch.float64).index_add_(
         0, expected[:7].flatten(), torch.ones(14, dtype=torch.float64))
     loss = 0.01 * (counts * EXPERTS / TOP_K / 7 * scores[:7].mean(0)).sum()
-    # both passes were counted, and the second chose by itself
+    # both passes were counted; the second used the router's own choice
     live = torch.bincount(logits[:7].topk(TOP_K).indices.flatten(), minlength=EXPERTS)
     return {"weights": [weights.gather(1, expected).tolist(),
                         (taken / taken.sum(-1, keepdim=True)).tolist()],
@@ -107,10 +105,11 @@ def test_a_router_weighs_recorded_experts_by_live_scores_and_counts_and_balances
 
 
 def steps(layout: dict[str, Any], settings: list[str], recorded: str, *, records: bool = False) -> Any:
-    """Take the same step as routers choose, as one process recorded it, and along drawn routes.
+    """Take the same step with the routers' choice, with one process's recorded routes, and with random
+    routes.
 
     Returns:
-        Of each, the loss and the norm of the gradients; and whether the second is the first to the last bit.
+        Loss and gradient norm of each, and whether the first two have equal bits.
     """
     import dataclasses
 
@@ -119,8 +118,8 @@ def steps(layout: dict[str, Any], settings: list[str], recorded: str, *, records
     from megatron_sov.engine.decode import forward_only
     from megatron_sov.engine.model.chunk import ModelInputs
     from megatron_sov.engine.model.expert_load import ExpertLoad
-    from megatron_sov.engine.model.logprobs import head_of
-    from megatron_sov.engine.model.replica_checks import gradients
+    from megatron_sov.engine.model.logprobs import build_head
+    from megatron_sov.engine.model.replica_checks import list_gradients
     from megatron_sov.engine.optimizer.optimizer import Optimizer
     from megatron_sov.engine.parallel import collectives, world
 
@@ -132,7 +131,7 @@ def steps(layout: dict[str, Any], settings: list[str], recorded: str, *, records
 
     config, model = tiny_model("tiny-k-exaone", *SETTINGS, *settings, layout=layout)
     optimizer, load = Optimizer(model, config.optim, gpu=config.gpu), ExpertLoad(model)
-    model.config.finalize_model_grads_func = load.finalize
+    model.config.finalize_model_grads_func = load.finalize_gradients
     step = model.config.routing_step
     step.seq_len, step.num_sequences = 16, 2 * ROWS
     for module in model.modules():
@@ -148,12 +147,12 @@ def steps(layout: dict[str, Any], settings: list[str], recorded: str, *, records
         rows.append(Row(inputs, torch.randint(96, (ROW_TOKENS,), generator=generator), (~padding).double()))
 
     def loss(hidden: torch.Tensor, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
-        head = head_of(model, 7)
+        head = build_head(model, 7)
         total = -sum((head.logprobs(h, row.labels) * row.weights).sum()
                      for h in hidden.chunk(1 + config.model.num_mtp_layers))
         return total / 121, total.detach().double()
 
-    dp_rank, dp_size = collectives.data_place()
+    dp_rank, dp_size = collectives.get_data_rank()
 
     def taken(routes: Any) -> tuple[float, torch.Tensor]:
         mine = [dataclasses.replace(r, inputs=dataclasses.replace(r.inputs, routes=found))
@@ -161,10 +160,10 @@ def steps(layout: dict[str, Any], settings: list[str], recorded: str, *, records
         optimizer.zero_grad()
         step.aux_loss = {}
         parts = forward_only.run_pipeline(optimizer.wrapped, mine, loss, ROW_TOKENS, forward_only=False)
-        load.undo()
+        load.restore_biases()
         local = torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
         return (float(collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local))),
-                torch.cat([g.flatten().clone() for g in gradients(model)]))
+                torch.cat([g.flatten().clone() for g in list_gradients(model)]))
 
     layers = config.model.num_moe_layers()
     if records:
@@ -177,7 +176,7 @@ def steps(layout: dict[str, Any], settings: list[str], recorded: str, *, records
         step.record = None
     again = taken(list(np.load(recorded)))
     drawn = taken([None, *(drawn_routes(ROW_TOKENS, layers, i) for i in range(1, ROWS))])
-    world.leave()
+    world.leave_world()
     return {"losses": [live[0], again[0], drawn[0]], "layers": layers,
             "norms": [float(x[1].norm()) for x in (live, again, drawn)],
             "same": live[0] == again[0] and live[1].equal(again[1])}
@@ -215,7 +214,7 @@ def test_a_step_along_recorded_routes_is_the_step_itself_at_every_layout(
     for name, per_rank in zip(chosen, results, strict=True):
         for result in per_rank:
             assert result["same"], name
-            # wherever a token's place is read wrongly, drawn routes are others
+            # a wrong index would select other random routes
             assert result["losses"] == pytest.approx(alone["losses"], rel=1e-12), name
         if len(per_rank) == 1:
             assert per_rank[0]["norms"] == pytest.approx(alone["norms"], rel=1e-12), name

@@ -1,5 +1,4 @@
-"""Routing against plain formulas: choice and weights as in transformers, the balancing loss as in
-DeepSeek-V3's paper."""
+"""Routing against plain formulas: choice and weights as in transformers, balancing loss as in DeepSeek-V3."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ PADDING = [7, 22, 23]
 
 
 def whole() -> tuple[Any, Any, Any]:
-    """Return logits, selection bias, and the gradient that reaches the weights from above."""
+    """Return logits, selection bias, and the upstream gradient of the weights."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -26,7 +25,7 @@ def route(layout: dict[str, Any], padding: list[int], *, other_padding: bool = F
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     from megatron_sov import recipes
-    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.parallel import context, world
     from megatron_sov.engine.router import BalancedRouter
     from megatron_sov.model.config import ParallelConfig, apply_settings
@@ -34,8 +33,8 @@ def route(layout: dict[str, Any], padding: list[int], *, other_padding: bool = F
     config = apply_settings(recipes.get("tiny-solar-open"), [
         f"model.num_experts={EXPERTS}", f"model.num_experts_per_token={TOP_K}",
         f"model.routed_scaling_factor={FACTOR}", f"model.seq_aux_loss_coeff={COEFF}", "model.num_layers=1"])
-    world.join(ParallelConfig(**layout))
-    model = build(config.model, ParallelConfig(**layout), config.train)
+    world.join_world(ParallelConfig(**layout))
+    model = build_model(config.model, ParallelConfig(**layout), config.train)
     router = next(m for m in model.modules() if isinstance(m, BalancedRouter))
     step = model.config.routing_step
     step.seq_len, step.num_sequences = SEQ_LEN, SEQUENCES
@@ -45,9 +44,9 @@ def route(layout: dict[str, Any], padding: list[int], *, other_padding: bool = F
     if other_padding:
         logits[mask] = 50.0
     router.expert_bias.copy_(bias)
-    mine = context.row_index(len(logits), layout.get("sp", False), logits.device)
+    mine = context.compute_row_index(len(logits), layout.get("sp", False), logits.device)
     local = logits[mine].clone().requires_grad_()
-    with torch.no_grad():  # a first pass whose activations are not kept counts nothing
+    with torch.no_grad():  # the first pass of recomputation counts no tokens
         router.routing(local[:, None], mask[mine][:, None])
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     weights, chosen = router.routing(local[:, None], mask[mine][:, None])
@@ -58,18 +57,18 @@ def route(layout: dict[str, Any], padding: list[int], *, other_padding: bool = F
 
 
 def gate_bf16() -> dict[str, Any]:
-    """Return what the first router of a bf16 model makes of bf16 hidden states, before any choice."""
+    """Return the first router's logits for bf16 hidden states in a bf16 model."""
     import torch
 
     from megatron_sov import recipes
-    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.parallel import world
     from megatron_sov.engine.router import BalancedRouter
     from megatron_sov.model.config import ParallelConfig, apply_settings
 
     config = apply_settings(recipes.get("tiny-solar-open"), ["train.precision=bf16", "model.num_layers=1"])
-    world.join(ParallelConfig())
-    model = build(config.model, ParallelConfig(), config.train)
+    world.join_world(ParallelConfig())
+    model = build_model(config.model, ParallelConfig(), config.train)
     router = next(m for m in model.modules() if isinstance(m, BalancedRouter))
     generator = torch.Generator().manual_seed(3)
     router.weight.data.copy_(torch.randn(router.weight.shape, generator=generator) * 0.1)
@@ -81,7 +80,7 @@ def gate_bf16() -> dict[str, Any]:
 
 
 def left_by_a_pass() -> list[bool]:
-    """Return of all dispatchers whether they have no routes behind a recomputed pass."""
+    """Return for each dispatcher whether it holds no routes after a recomputed pass."""
     import torch
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
@@ -100,7 +99,7 @@ def left_by_a_pass() -> list[bool]:
 
 
 def expected(padding: list[int]) -> dict[str, Any]:
-    """Return the same by plain formulas in double precision."""
+    """Return the same by plain formulas in float64."""
     import torch
 
     logits, bias, upstream = (t.double() for t in whole())
@@ -114,7 +113,7 @@ def expected(padding: list[int]) -> dict[str, Any]:
     loss = torch.zeros((), dtype=torch.float64)
     for sequence in range(SEQUENCES):
         tokens = [t for t in valid if t // SEQ_LEN == sequence]
-        # the loss looks at the scores, not at the biased choice
+        # the loss uses the scores, not the biased choice
         top = scores[tokens].topk(TOP_K).indices.flatten().tolist()
         for expert in range(EXPERTS):
             frequency = EXPERTS / (TOP_K * len(tokens)) * top.count(expert)
@@ -126,7 +125,7 @@ def expected(padding: list[int]) -> dict[str, Any]:
 
 
 def joined(results: list[dict[str, Any]], name: str) -> Any:
-    """Return all processes' tokens as one tensor in the row's order, numbers in double precision."""
+    """Concatenate the tokens of all processes in row order, as float64."""
     import torch
 
     rows = {i: row for r in results for i, row in zip(r["index"], r[name], strict=True)}
@@ -135,24 +134,24 @@ def joined(results: list[dict[str, Any]], name: str) -> Any:
 
 
 def grouped_choices() -> list[Any]:
-    """Return [groups, kept groups, our weights, transformers' weights] of random scores, where biases are
-    large and groups of two."""
+    """Return [groups, chosen groups, our weights, transformers' weights] for random scores, with large biases
+    and groups of two experts."""
     import torch
     from transformers.models.solar_open.modeling_solar_open import SolarOpenConfig, SolarOpenTopkRouter
 
     from megatron_sov import recipes
-    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.parallel import world
     from megatron_sov.engine.router import BalancedRouter
     from megatron_sov.model.config import ParallelConfig, apply_settings
 
-    world.join(ParallelConfig())
+    world.join_world(ParallelConfig())
     found, generator = [], torch.Generator().manual_seed(5)
     for groups, kept, chosen in ((4, 2, 3), (2, 1, 4), (8, 3, 5)):
         config = apply_settings(recipes.get("tiny-solar-open"), [
             "model.num_experts=16", f"model.num_experts_per_token={chosen}",
             f"model.num_expert_groups={groups}", f"model.num_groups_per_token={kept}"])
-        router = next(m for m in build(config.model, ParallelConfig(), config.train).modules()
+        router = next(m for m in build_model(config.model, ParallelConfig(), config.train).modules()
                       if isinstance(m, BalancedRouter)).eval()
         hidden, weight = (torch.randn(n, config.model.hidden_size, generator=generator) for n in (200, 16))
         theirs = SolarOpenTopkRouter(SolarOpenConfig(
@@ -188,7 +187,7 @@ def test_routing_is_the_formula_at_every_layout_without_padding(ranks, job) -> N
         job(__file__, "route", 1, {"layout": {}, "padding": []}),
         job(__file__, "route", 1, {"layout": {}, "padding": PADDING}),
         job(__file__, "route", 1, {"layout": {}, "padding": PADDING, "other_padding": True}),
-        # the border lies inside the second sequence
+        # the boundary is inside the second sequence
         job(__file__, "route", 2, {"layout": sp, "padding": PADDING}),
         job(__file__, "route", 2, {"layout": {"cp": 2}, "padding": PADDING}),
         job(__file__, "route", 4, {"layout": sp | {"cp": 2}, "padding": PADDING}))

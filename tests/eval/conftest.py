@@ -1,4 +1,4 @@
-"""The small tokenizer's text as haystacks: its sources are code."""
+"""Haystacks of the small tokenizer's text; its sources are code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_sov.train.data.token_shards import open_sources
 
 @pytest.fixture(scope="session")
 def haystacks(token_shards: Path) -> dict[str, Haystack]:
-    """Split -> its text."""
+    """Return split -> haystack."""
     sources = open_sources({str(token_shards): 1.0}, 1024)
     found = {}
     for split in ("train", "heldout"):

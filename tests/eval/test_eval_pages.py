@@ -1,4 +1,4 @@
-"""Every command of docs/generate.md and of eval's pages runs, in order; what they say of suites is so."""
+"""Commands of docs/generate.md and the evaluation pages run in order, and the table of suites is correct."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def write_files(text: str, folder: Path) -> None:
 @pytest.mark.parametrize(("page", "count", "said"), [
     ("generate.md", 5, ""), ("eval.md", 8, ""), ("eval_lm.md", 2, r"task +metric +value .* at limit\n"),
     ("eval_suites.md", 1, r"aime24  avg@1 +0.0000")])
-def test_what_the_page_shows_runs(page: str, count: int, said: str, one_rank: None,
-                                  imported: dict[str, Path], hf_models: dict[str, Path], token_shards: Path,
-                                  tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+def test_commands_of_the_page_run(page: str, count: int, said: str, one_rank: None, imported: dict[str, Path],
+                                  hf_models: dict[str, Path], token_shards: Path, tmp_path: Path,
+                                  monkeypatch: pytest.MonkeyPatch,
                                   capsys: pytest.CaptureFixture[str]) -> None:
     folders = {"my-checkpoint": imported["solar_open"], "my-model": hf_models["solar_open"],
                "shards": token_shards}
@@ -60,7 +60,7 @@ def test_what_the_page_shows_runs(page: str, count: int, said: str, one_rank: No
         assert len(found["wrong"]) == wrong  # type: ignore[arg-type]
 
 
-def test_the_table_is_what_the_task_files_say() -> None:
+def test_table_of_the_page_matches_task_files() -> None:
     rows = re.findall(r"^\| `([\w-]+)` \| (.*?) \| (.*?) \| (.*?) \| (.*?) \|$", SUITES_PAGE, re.MULTILINE)
     told = {name: (suite, items, protocol) for name, suite, items, _, protocol in rows}
     tasks = {name: made.config for name, made in find([TaskFolder(SUITES, trusted=True)]).definitions.items()}
@@ -85,7 +85,7 @@ def _protocol(config: dict[str, Any]) -> str:
             f"{', '.join(judging.metric_names)}")
 
 
-def test_the_task_of_the_page_is_judged(tmp_path: Path) -> None:
+def test_task_of_the_page_runs(tmp_path: Path) -> None:
     write_files(SUITES_PAGE, tmp_path)
     (tmp_path / "capitals").mkdir()
     row = {"country": "Korea", "capital": "Seoul"}

@@ -1,5 +1,4 @@
-"""Our model is transformers' model: logits agree to rounding for both families,
-and a wrong detail is seen."""
+"""Logits agree with transformers up to rounding for two families, and wrong details are detected."""
 
 from __future__ import annotations
 
@@ -19,16 +18,16 @@ from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 
 prepare_megatron()
 
-from megatron_sov.eval.parity import compare_logits, prove_logits, random_prompts  # noqa: E402
+from megatron_sov.eval.parity import compare_logits, draw_random_prompts, prove_logits  # noqa: E402
 
 FAMILIES = ("solar_open", "exaone_moe")
-PROMPTS = random_prompts([1, 6, 40, 300, 17], 1024)
+PROMPTS = draw_random_prompts([1, 6, 40, 300, 17], 1024)
 """The fourth is longer than Solar's original context (256) and than K-EXAONE's window (8)."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_agree_for_packed_documents(family: str, imported: dict[str, Path], hf_models: dict[str, Path],
-                                            one_rank: None) -> None:
+                                           one_rank: None) -> None:
     difference, greedy = compare_logits(imported[family], hf_models[family], PROMPTS)
     assert difference.passed and greedy.passed
     assert difference.value < 1e-4
@@ -49,8 +48,8 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("family", "change"), WRONG, ids=lambda x: str(x)[:40])
-def test_a_wrong_detail_is_seen(family: str, change: dict, imported: dict[str, Path],
-                                hf_models: dict[str, Path], one_rank: None, tmp_path: Path) -> None:
+def test_wrong_detail_is_detected(family: str, change: dict, imported: dict[str, Path],
+                                  hf_models: dict[str, Path], one_rank: None, tmp_path: Path) -> None:
     other = shutil.copytree(hf_models[family], tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | change))
@@ -58,7 +57,7 @@ def test_a_wrong_detail_is_seen(family: str, change: dict, imported: dict[str, P
     assert not difference.passed and difference.value > 3 * difference.limit
 
 
-def test_models_of_other_vocabularies_are_not_compared() -> None:
+def test_different_vocabularies_are_rejected() -> None:
     from megatron_sov.eval.parity import _Difference
 
     with pytest.raises(UserError, match="have 10 and 12"):
@@ -77,8 +76,8 @@ def figures(a: Path, b: Path) -> tuple[dict[str, bool], dict[str, object]]:
 SAME = {"largest difference of a logit": True, "greedy tokens that differ": True}
 
 
-def test_both_sides_run_with_the_narrower_weights(imported: dict[str, Path], hf_models: dict[str, Path],
-                                                  one_rank: None, tmp_path: Path) -> None:
+def test_both_sides_use_the_narrower_dtype(imported: dict[str, Path], hf_models: dict[str, Path],
+                                           one_rank: None, tmp_path: Path) -> None:
     checkpoint, hf = imported["exaone_moe"], hf_models["exaone_moe"]
     found, method = figures(checkpoint, hf)
     assert found == SAME and "weights" not in method
@@ -96,9 +95,8 @@ def test_both_sides_run_with_the_narrower_weights(imported: dict[str, Path], hf_
     assert "equal weights, equal logits" in str(figures(checkpoint, tmp_path / "narrow"))
 
 
-def test_the_card_says_everything_and_the_run_hears_of_it(
-        imported: dict[str, Path], hf_models: dict[str, Path], one_rank: None, tmp_path: Path,
-        capsys: pytest.CaptureFixture[str]) -> None:
+def test_card_is_complete_and_recorded(imported: dict[str, Path], hf_models: dict[str, Path], one_rank: None,
+                                       tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint, hf = imported["solar_open"], shutil.copytree(hf_models["solar_open"], tmp_path / "hf")
     EventLog(tmp_path / EVENTS).close()
     command = ["convert", "verify", str(checkpoint), str(hf), "--lengths", "3", "30", "--card",

@@ -1,4 +1,4 @@
-"""Errors of means and of paired differences agree with numpy, scipy, a regression and with counting draws."""
+"""Standard errors and intervals agree with numpy, scipy, a regression, and exhaustive counts."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import pytest
 from scipy import stats
 
 from megatron_sov.eval.statistics import (
-    difference_interval, mean_interval, mean_of, paired_difference, student_quantile, wilson_interval)
+    compute_difference_interval, compute_mean_interval, compute_student_quantile, compute_wilson_interval,
+    estimate_difference, estimate_mean)
 
 
-def test_without_clusters_it_is_the_error_of_every_textbook() -> None:
+def test_standard_error_without_clusters() -> None:
     values = np.random.default_rng(0).normal(3, 2, 40)
-    found = mean_of(values.tolist())
+    found = estimate_mean(values.tolist())
     assert found.standard_error == pytest.approx(stats.sem(values), rel=1e-12)
     expected = stats.t.interval(0.95, 39, values.mean(), stats.sem(values))
     assert found.interval == pytest.approx(expected, rel=1e-6)
     assert (found.num_items, found.num_clusters) == (40, 40)
 
 
-def test_with_clusters_it_is_the_robust_error_of_a_regression_on_a_constant() -> None:
+def test_clustered_error_equals_robust_regression() -> None:
     """(X'X)^-1 sum_c X_c' r_c r_c' X_c (X'X)^-1 with G / (G - 1), as statsmodels has it for one column."""
     draw = np.random.default_rng(1)
     clusters = draw.integers(0, 12, 60)
@@ -33,41 +34,41 @@ def test_with_clusters_it_is_the_robust_error_of_a_regression_on_a_constant() ->
                  if (score := column[clusters == c].T @ residual[clusters == c]).size)
     bread = np.linalg.inv(column.T @ column)
     expected = float(np.sqrt(12 / 11 * (bread @ inside @ bread)[0, 0]))
-    found = mean_of(values.tolist(), clusters.tolist())
+    found = estimate_mean(values.tolist(), clusters.tolist())
     assert found.num_clusters == 12
     assert found.standard_error == pytest.approx(expected, rel=1e-12)
     assert found.standard_error > 1.3 * stats.sem(values)  # what a naive error leaves out
 
 
-def test_one_cluster_tells_nothing_about_others() -> None:
-    assert mean_of([-3.0, 5.0], ["a", "a"]).interval is None
-    assert mean_of([2.5]).standard_error is None
-    assert paired_difference([4.0], [2.0]).interval is None
-    assert mean_of([1.0, 0.0], ["a", "a"]).interval == pytest.approx((0.05462, 0.94538), abs=1e-5)
+def test_single_cluster_has_no_standard_error() -> None:
+    assert estimate_mean([-3.0, 5.0], ["a", "a"]).interval is None
+    assert estimate_mean([2.5]).standard_error is None
+    assert estimate_difference([4.0], [2.0]).interval is None
+    assert estimate_mean([1.0, 0.0], ["a", "a"]).interval == pytest.approx((0.05462, 0.94538), abs=1e-5)
 
 
-def test_a_paired_interval_is_that_of_bonett_and_price() -> None:
-    """Their equation, by the counts of a table of right and wrong."""
+def test_paired_interval_equals_bonett_and_price() -> None:
+    """Their equation, from the counts of a 2 x 2 table."""
     won, lost, both, neither = 9, 3, 20, 8
     before = [0.0] * won + [1.0] * lost + [1.0] * both + [0.0] * neither
     after = [1.0] * won + [0.0] * lost + [1.0] * both + [0.0] * neither
     n = len(before)
     p12, p21 = (won + 1) / (n + 2), (lost + 1) / (n + 2)
     half = stats.t.ppf(0.975, n + 1) * np.sqrt((p12 + p21 - (p12 - p21) ** 2) / (n + 2))
-    found = paired_difference(before, after)
+    found = estimate_difference(before, after)
     assert found.value == pytest.approx((won - lost) / n)
     assert found.interval == pytest.approx((p12 - p21 - half, p12 - p21 + half), rel=1e-5)
 
 
-def test_paired_intervals_of_right_and_wrong_hold_the_truth_for_every_rate_of_change() -> None:
-    """Counted over all tables of 20 items, not drawn."""
+def test_paired_intervals_have_coverage_at_every_rate() -> None:
+    """Counted over all tables of 20 items."""
     n = 20
     tables = [(won, lost) for won in range(n + 1) for lost in range(n + 1 - won)]
     intervals = {}
     for won, lost in tables:
         before = [0.0] * won + [1.0] * (n - won)
         after = [1.0] * won + [0.0] * lost + [1.0] * (n - won - lost)
-        intervals[won, lost] = paired_difference(before, after).interval
+        intervals[won, lost] = estimate_difference(before, after).interval
     for p_won, p_lost in ((0.02, 0.02), (0.1, 0.1), (0.05, 0.2), (0.3, 0.1), (0.0, 0.15), (0.4, 0.4)):
         probabilities = stats.multinomial(n, [p_won, p_lost, 1 - p_won - p_lost]).pmf(
             np.array([(won, lost, n - won - lost) for won, lost in tables]))
@@ -77,59 +78,59 @@ def test_paired_intervals_of_right_and_wrong_hold_the_truth_for_every_rate_of_ch
 
 
 @pytest.mark.parametrize("values", [[], [1.0, float("nan")]])
-def test_what_is_no_score_is_refused(values: list[float]) -> None:
+def test_invalid_scores_raise_value_error(values: list[float]) -> None:
     with pytest.raises(ValueError, match="finite scores"):
-        mean_of(values)
+        estimate_mean(values)
     with pytest.raises(ValueError, match="shorter"):
-        paired_difference([1.0, 0.0], [1.0])
+        estimate_difference([1.0, 0.0], [1.0])
 
 
 @pytest.mark.parametrize(("correct", "samples"), [(1, 20), (19, 20), (10, 20), (7, 100), (1, 2)])
-def test_the_ends_solve_the_score_equation(correct: int, samples: int) -> None:
+def test_wilson_ends_solve_the_score_equation(correct: int, samples: int) -> None:
     share = correct / samples
-    for end in wilson_interval(correct, samples):
+    for end in compute_wilson_interval(correct, samples):
         assert abs(share - end) == pytest.approx(1.959963984540054 * math.sqrt(end * (1 - end) / samples),
                                                  rel=1e-9)
 
 
-def test_nothing_and_everything_right_leave_one_end_open() -> None:
-    low, high = wilson_interval(0, 20)
+def test_wilson_interval_of_zero_and_all() -> None:
+    low, high = compute_wilson_interval(0, 20)
     assert low == 0 and high == pytest.approx(0.16113, abs=1e-5)
-    assert wilson_interval(20, 20) == (pytest.approx(1 - 0.16113, abs=1e-5), 1.0)
+    assert compute_wilson_interval(20, 20) == (pytest.approx(1 - 0.16113, abs=1e-5), 1.0)
 
 
-def test_it_holds_the_truth_in_about_95_of_100_draws() -> None:
+def test_wilson_interval_has_nominal_coverage() -> None:
     held = []
     for truth in (k / 50 for k in range(3, 48)):
         held.append(sum(math.comb(20, k) * truth**k * (1 - truth)**(20 - k) for k in range(21)
-                        if wilson_interval(k, 20)[0] <= truth <= wilson_interval(k, 20)[1]))
+                        if compute_wilson_interval(k, 20)[0] <= truth <= compute_wilson_interval(k, 20)[1]))
     assert 0.94 < sum(held) / len(held) < 0.97 and min(held) > 0.9
 
 
 @pytest.mark.parametrize(("correct", "samples"), [(0, 0), (3, 2), (-1, 5)])
-def test_what_is_no_share_is_refused(correct: int, samples: int) -> None:
-    with pytest.raises(ValueError, match=f"{correct} of {samples} is no share"):
-        wilson_interval(correct, samples)
+def test_invalid_counts_of_a_share_raise_value_error(correct: int, samples: int) -> None:
+    with pytest.raises(ValueError, match=f"{correct} of {samples} is not a share"):
+        compute_wilson_interval(correct, samples)
 
 
 @pytest.mark.parametrize(("freedom", "quantile"), [(1, 12.7062), (2, 4.30265), (5, 2.57058), (10, 2.22814),
                                                    (39, 2.02269), (120, 1.97993), (10_000, 1.95996)])
-def test_quantiles_of_students_t_are_those_of_the_tables(freedom: int, quantile: float) -> None:
-    assert student_quantile(0.975, freedom) == pytest.approx(quantile, rel=2e-5)
+def test_student_quantiles_equal_tables(freedom: int, quantile: float) -> None:
+    assert compute_student_quantile(0.975, freedom) == pytest.approx(quantile, rel=2e-5)
 
 
 @pytest.mark.parametrize("shares", [[], [1.5], [-0.1, 0.5]])
-def test_a_mean_of_what_is_no_share_is_refused(shares: list[float]) -> None:
+def test_mean_of_invalid_shares_raises_value_error(shares: list[float]) -> None:
     with pytest.raises(ValueError, match="shares from 0 to 1"):
-        mean_interval(shares)
+        compute_mean_interval(shares)
 
 
-def test_an_interval_of_differences_lies_around_their_mean_and_turns_with_their_sign() -> None:
+def test_difference_interval_is_centered_and_antisymmetric() -> None:
     shares = [0.5, -0.25, 0.75, 0.0, 0.25]
-    low, high = difference_interval(shares)
+    low, high = compute_difference_interval(shares)
     assert -1 <= low < fmean(shares) < high <= 1
-    assert difference_interval([-d for d in shares]) == pytest.approx((-high, -low))
+    assert compute_difference_interval([-d for d in shares]) == pytest.approx((-high, -low))
     # all or nothing is Wilson's own: 8 of 10 problems, of which one model alone solves each
-    assert difference_interval([1.0] * 8 + [-1.0] * 2) == pytest.approx(
-        tuple(2 * end - 1 for end in wilson_interval(8, 10)))
-    assert difference_interval([0.0] * 5)[0] < 0
+    assert compute_difference_interval([1.0] * 8 + [-1.0] * 2) == pytest.approx(
+        tuple(2 * end - 1 for end in compute_wilson_interval(8, 10)))
+    assert compute_difference_interval([0.0] * 5)[0] < 0

@@ -1,4 +1,4 @@
-"""One piece of work, whichever engine does it."""
+"""Work runs equally on every engine."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
 prepare_megatron()
 from megatron_sov.base.errors import UserError  # noqa: E402
-from megatron_sov.infer.asking import check_engine  # noqa: E402
-from megatron_sov.infer.engine import TRANSFORMERS, run_engine  # noqa: E402
+from megatron_sov.infer.engine import TRANSFORMERS, run_with_engine  # noqa: E402
 from megatron_sov.infer.engines.target import find_target  # noqa: E402
+from megatron_sov.infer.prompts import check_engine  # noqa: E402
 from megatron_sov.infer.request import Sampling  # noqa: E402
 
 PROMPTS = [[5, 9, 2, 70], [300], [8, 8, 8, 8]]
 
 
-def test_precision_of_transformers_is_set_as_that_of_megatron(hf_models: dict[str, Path]) -> None:
+def test_precision_setting_is_equal_for_both_engines(hf_models: dict[str, Path]) -> None:
     target = find_target(hf_models["solar_open"])
 
     def logprobs(*settings: str) -> Any:
-        return run_engine(TRANSFORMERS, target, lambda engine: engine.generate(
+        return run_with_engine(TRANSFORMERS, target, lambda engine: engine.generate(
             PROMPTS, Sampling(4)).logprobs, longest=16, settings=settings)
 
     check_engine(TRANSFORMERS, target, ["train.precision=bf16"], None)

@@ -1,4 +1,4 @@
-"""Every way that a layer can be made is generated from with the same tokens as a full forward pass."""
+"""Cached generation equals full forward passes for every kind of layer."""
 
 from __future__ import annotations
 
@@ -40,40 +40,40 @@ are cut as these; test_gradients.py has all that cut, against transformers."""
 
 
 def written_twice(layout: dict[str, Any], names: list[str]) -> list[Any]:
-    """Return, for each recipe, what is generated greedily with a cache, what full forward passes say, and
-    what is generated with drafts of a prediction layer, where there is one."""
+    """Return, for each recipe, greedy continuations with a cache, by full forward passes, and with drafts if
+    it has a prediction layer."""
     import torch
 
     from megatron_sov import recipes
     from megatron_sov.checkpoint import load
-    from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
-    from megatron_sov.engine.model.added_parts import Factors
-    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.decode.forward_only import DocumentBatch, ForwardModel
+    from megatron_sov.engine.model.added_parts import AdapterFactors
+    from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.parallel import world
     from megatron_sov.infer.decoder.generator import MegatronEngine
     from megatron_sov.infer.request import Batching, Sampling
     from megatron_sov.model.config import ParallelConfig, apply_settings
 
     parallel, found = ParallelConfig(**layout), []
-    world.join(parallel)
+    world.join_world(parallel)
     for recipe in names:
         config = apply_settings(recipes.get(recipe), [*SETTINGS, *RECIPES[recipe]])
-        model = build(config.model, parallel, config.train, lora=config.lora)
-        load.initialise(model, config.model, 1)
+        model = build_model(config.model, parallel, config.train, lora=config.lora)
+        load.initialize_weights(model, config.model, 1)
         with torch.no_grad():
-            for factors in (m for m in model.modules() if isinstance(m, Factors)):
+            for factors in (m for m in model.modules() if isinstance(m, AdapterFactors)):
                 factors.B.normal_(generator=torch.Generator().manual_seed(1))
         policy = ForwardModel(model, 50)
         engine = MegatronEngine(policy, Batching(2, 5))
         written = engine.generate(PROMPTS, Sampling(NEW)).continuations
         drafted = [engine.generate(PROMPTS, Sampling(NEW, num_drafts=2)).continuations
                    for _ in range(config.model.num_mtp_layers)]
-        full = [policy.logits(Inputs([[*p, *c]], torch.device("cpu")),
+        full = [policy.logits(DocumentBatch([[*p, *c]], torch.device("cpu")),
                               torch.arange(len(p) - 1, len(p) + NEW - 1)).argmax(-1).tolist()
                 for p, c in zip(PROMPTS, written, strict=True)]
         graphs = any(p.grad is not None for p in model.parameters())
         found.append([written, full, graphs, drafted])
-    world.leave()
+    world.leave_world()
     return found
 
 
@@ -83,8 +83,8 @@ def written_twice(layout: dict[str, Any], names: list[str]) -> list[Any]:
     ((), CUT_IN_ITS_OWN_WAY),
     pytest.param(FURTHER, ("tiny-k-exaone2",), marks=pytest.mark.deep)],
     ids=["caches of their own", "further"])
-def test_cached_generation_is_what_full_forward_passes_say(ranks: Any, job: Any, further: tuple[str, ...],
-                                                           cut: tuple[str, ...]) -> None:
+def test_cached_generation_equals_full_forward_passes(ranks: Any, job: Any, further: tuple[str, ...],
+                                                      cut: tuple[str, ...]) -> None:
     names = [*dict.fromkeys([*further, *cut, "tiny-deepseek-v3"])] if further else [
         name for name in RECIPES if name not in FURTHER]
     experts_of = ["tiny-deepseek-v3"]

@@ -1,4 +1,4 @@
-"""What is asked: values without a meaning, and what ends a continuation."""
+"""Sampling settings and stop rules."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.infer import request
-from megatron_sov.infer.request import Batching, Generated, Sampling, StopRule
+from megatron_sov.infer.request import Batching, GenerationResult, Sampling, StopRule
 
 
 class OddAlone:
-    """Rules of which tokens may stand next."""
+    """Rules that allow only odd tokens."""
 
     def allowed(self, written: Sequence[int]) -> np.ndarray:
         return np.arange(4) % 2 == 1
@@ -25,27 +25,27 @@ def decode(tokens: list[int]) -> str:
     return bytes(tokens).decode(errors="replace")
 
 
-def test_texts_end_a_continuation_wherever_tokens_cut_them() -> None:
+def test_stop_strings_match_across_token_boundaries() -> None:
     text = "그래요. END of it"
     tokens = list(text.encode())
     stop = StopRule(texts=("END", "요?"), decode=decode)
     cut = stop.cut(tokens)
     assert decode(cut) == "그래요. END"
     assert [stop.ends(tokens[:n]) for n in range(1, len(cut) + 1)] == [False] * (len(cut) - 1) + [True]
-    assert stop.cut_text(text) == "그래요. " and stop.cut_text("nothing") == "nothing"
+    assert stop.truncate_text(text) == "그래요. " and stop.truncate_text("nothing") == "nothing"
     assert stop.cut(tokens[:5]) == tokens[:5]
 
 
-def test_the_first_of_the_strings_cuts_the_text() -> None:
-    assert StopRule(texts=("c", "b")).cut_text("abcd") == "a"
+def test_text_is_truncated_at_the_first_stop_string() -> None:
+    assert StopRule(texts=("c", "b")).truncate_text("abcd") == "a"
 
 
-def test_tokens_end_a_continuation() -> None:
+def test_stop_tokens_end_a_continuation() -> None:
     assert StopRule((3, 4)).cut([1, 2, 4, 3]) == [1, 2, 4]
     assert StopRule().cut([1, 2]) == [1, 2]
 
 
-def test_memory_bounds_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_limit_bounds_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request, "CACHE_TOKENS", 100)
     batching = Batching(8)
     assert [batching.slots(20, longest) for longest in (10, 12, 30, 100, 1000)] == [8, 8, 3, 1, 1]
@@ -54,27 +54,27 @@ def test_memory_bounds_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"seed": -1}, {"rules": OddAlone(), "num_drafts": 1}])
-def test_an_engine_refuses_values_without_meaning(wrong: dict[str, Any]) -> None:
+def test_invalid_sampling_settings_are_rejected(wrong: dict[str, Any]) -> None:
     with pytest.raises(SettingsError) as e:
         Sampling(**wrong).check()
     assert [key for _, key in e.value.codes] == [list(wrong)[-1]]
     Sampling(rules=OddAlone()).check()
 
 
-def test_what_follows_from_what_was_asked_stands_beside_the_tokens() -> None:
+def test_result_has_finish_reasons_and_version() -> None:
     stop = StopRule((9,))
     written = [([1, 9], [-0.5, -0.25]), ([2, 3], [-1.0, -2.0]), ([], [])]
-    found = Generated.of(written, Sampling(2, 0.7), stop, 4)
+    found = GenerationResult.of(written, Sampling(2, 0.7), stop, 4)
     assert found.finish_reasons == ["stop", "length", "length"]
     assert (found.temperature, found.version) == (0.7, 4)
     with pytest.raises(ValueError, match="engine wrote 2 tokens"):
-        Generated.of([([1, 9], [-0.5])], Sampling(2), stop, 4)
+        GenerationResult.of([([1, 9], [-0.5])], Sampling(2), stop, 4)
 
 
 @pytest.mark.parametrize("part", [{"top_k": 5}, {"top_p": 0.9}])
-def test_samples_to_train_on_come_from_the_whole_distribution(part: dict[str, float]) -> None:
+def test_training_samples_reject_truncation(part: dict[str, float]) -> None:
     cut = Sampling(4, 0.7, for_training=True, **part)
-    with pytest.raises(UserError, match="samples that are trained"):
+    with pytest.raises(UserError, match="samples for training"):
         cut.check()
     Sampling(4, 0.7, **part).check()
     Sampling(4, 0.7, for_training=True).check()

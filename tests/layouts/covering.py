@@ -1,5 +1,5 @@
-"""Which layouts are tried: every single one, and products in which every pair of settings that
-can meet does meet."""
+"""Selects the layouts to test: every setting alone, and products that contain every possible pair of
+settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FACTORS: dict[str, tuple[str, ...]] = {
     "optimizer": ("", "ZeRO-1", "ZeRO-1 overlap"),
     "memory": ("", "recompute"),
 }
-"""Kind of parallelism -> what it can be; "" is none of it."""
+"""Factor -> its options; "" disables the factor."""
 SETTINGS = {
     "TP2": ("parallel.tp=2",), "TP2+SP": ("parallel.tp=2", "parallel.sp=true"),
     "PP2": ("parallel.pp=2",), "PP2 VPP2": ("parallel.pp=2", "parallel.vpp=2"), "CP2": ("parallel.cp=2",),
@@ -30,45 +30,44 @@ SETTINGS = {
                        "parallel.overlap_param_gather=true"), "recompute": ("train.recompute=true",),
 }
 MANDATORY = ("TP2+SP", "PP2", "CP2", "EP2", "", "ZeRO-1", "")
-"""Everything at once, on eight processes."""
+"""A product of almost all factors, on eight processes."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One choice for each factor."""
+    """One option per factor."""
 
     choice: tuple[str, ...]
-    """In the order of `FACTORS`."""
+    """Options in the order of `FACTORS`."""
 
     @property
     def name(self) -> str:
-        """What the table calls it."""
+        """Name in the table."""
         return " x ".join(part for part in self.choice if part) or "DP2"
 
     @property
     def num_ranks(self) -> int:
-        """The smallest number of processes at which the layout is what its name says."""
+        """Smallest number of processes at which every option has an effect."""
         tensor, pipeline, context, expert, expert_tensor, optimizer, _ = (2 if part else 1
                                                                           for part in self.choice)
         count = max(tensor * pipeline * context, expert * expert_tensor * pipeline)
-        if optimizer > 1:  # there must be something to share the optimizer's state with
+        if optimizer > 1:  # ZeRO-1 needs at least two data-parallel processes
             count = max(count, 2 * tensor * pipeline)
         return 2 if self.name == "DP2" else count
 
     @property
     def settings(self) -> list[str]:
-        """Arguments of --set."""
+        """Arguments of `--set`."""
         chosen = [s for part in self.choice if part for s in SETTINGS[part]]
         data_parallel = self.num_ranks // (2 ** sum(bool(part) for part in self.choice[:3]))
-        # two micro-batches of the eight samples, as many as there are pipeline stages;
-        # four where they are interleaved
+        # two micro-batches of the eight samples, one per pipeline stage; four with interleaved stages
         num_micro_batches = 4 if "VPP2" in self.name and data_parallel <= 2 else 2
         return [*chosen, f"train.micro_batch_size={8 // data_parallel // num_micro_batches}"]
 
 
 def _possible(choice: tuple[str, ...], experts: bool) -> bool:
-    """Return whether a choice (of the first factors) can be run: experts need SP beside TP,
-    and without them is no EP."""
+    """Return whether the first factors' options can run together: MoE models need SP with TP, dense models
+    have no EP."""
     parts = tuple(choice) + ("",) * (len(FACTORS) - len(choice))
     if parts[0] == "TP2" if experts else parts[3] or parts[4]:
         return False
@@ -76,45 +75,45 @@ def _possible(choice: tuple[str, ...], experts: bool) -> bool:
 
 
 def singles(experts: bool) -> list[Layout]:
-    """Return plain data parallelism and every setting alone."""
-    none = ("",) * len(FACTORS)
-    alone = [(*none[:i], part, *none[i + 1:]) for i, parts in enumerate(FACTORS.values())
-             for part in parts if part]
-    return [Layout(choice) for choice in [none, *alone] if _possible(choice, experts)]
+    """Return plain data parallelism and every option alone."""
+    defaults = ("",) * len(FACTORS)
+    single_choices = [(*defaults[:i], part, *defaults[i + 1:]) for i, parts in enumerate(FACTORS.values())
+                      for part in parts if part]
+    return [Layout(choice) for choice in [defaults, *single_choices] if _possible(choice, experts)]
 
 
 def products(experts: bool) -> list[Layout]:
-    """Return the mandatory product and a set of products that covers every possible pair of settings."""
-    found = [tuple(pair) for pair in AllPairs(list(FACTORS.values()),
-                                              filter_func=lambda row: _possible(tuple(row), experts))]
-    chosen = [Layout(c) for c in dict.fromkeys([MANDATORY, *found] if experts else found)
-              if sum(map(bool, c)) > 1]
-    every = sorted((Layout(c) for c in itertools.product(*FACTORS.values()) if _possible(c, experts)),
-                   key=lambda x: x.num_ranks)
-    # the greedy search leaves some out where choices exclude others
+    """Return the mandatory product, and products that cover every possible pair of options."""
+    covering_choices = [tuple(pair) for pair in AllPairs(
+        list(FACTORS.values()), filter_func=lambda row: _possible(tuple(row), experts))]
+    choices = [MANDATORY, *covering_choices] if experts else covering_choices
+    chosen = [Layout(c) for c in dict.fromkeys(choices) if sum(map(bool, c)) > 1]
+    all_layouts = sorted((Layout(c) for c in itertools.product(*FACTORS.values()) if _possible(c, experts)),
+                         key=lambda x: x.num_ranks)
+    # the greedy search misses pairs if some choices exclude others
     for pair in sorted(possible_pairs(experts) - pairs(chosen)):
         if pair not in pairs(chosen):
-            chosen.append(next(layout for layout in every if pair in pairs([layout])))
+            chosen.append(next(layout for layout in all_layouts if pair in pairs([layout])))
     return chosen
 
 
 def fewest(layouts: list[Layout], having: Callable[[Layout], set[Any]]) -> list[Layout]:
-    """Return few of the layouts that have together whatever any of them has:
-    the next is always one with most that is new, at the fewest processes."""
+    """Return a small subset of the layouts with the same union of `having`: greedily take the layout with
+    most new elements, at the fewest processes."""
     chosen: list[Layout] = []
-    left = set().union(*map(having, layouts))
-    while left:
-        chosen.append(max(layouts, key=lambda x: (len(having(x) & left), -x.num_ranks)))
-        left -= having(chosen[-1])
+    uncovered = set().union(*map(having, layouts))
+    while uncovered:
+        chosen.append(max(layouts, key=lambda x: (len(having(x) & uncovered), -x.num_ranks)))
+        uncovered -= having(chosen[-1])
     return chosen
 
 
 def pairs(layouts: list[Layout]) -> set[tuple[str, str]]:
-    """Return the pairs of settings that meet in any of the layouts."""
+    """Return the pairs of options that occur together in a layout."""
     return {pair for layout in layouts
             for pair in itertools.combinations([part for part in layout.choice if part], 2)}
 
 
 def possible_pairs(experts: bool) -> set[tuple[str, str]]:
-    """Return the pairs of settings that can meet, by trying all choices."""
+    """Return the pairs of options that can occur together, by enumeration."""
     return pairs([Layout(c) for c in itertools.product(*FACTORS.values()) if _possible(c, experts)])

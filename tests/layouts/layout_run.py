@@ -1,4 +1,5 @@
-"""Runs inside ranks: a real trainer's steps and gradients, as plain numbers and checkpoints."""
+"""Functions that run inside ranks: training steps and gradients of a real `Trainer`, as numbers and
+checkpoints."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from megatron_sov import recipes
 from megatron_sov.checkpoint import load
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
-from megatron_sov.engine.model.local_shards import local_shards
+from megatron_sov.engine.model.local_shards import list_local_shards
 from megatron_sov.engine.parallel import world
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.post.sft import SupervisedFineTuning
@@ -55,8 +56,8 @@ FAMILIES["tiny-solar-open2"] = (
 
 
 def maker() -> str:
-    """Return the innermost function of the project or the library on the stack; what has no name is part of
-    that in which it stands, as comprehensions are from Python 3.12 on."""
+    """Return `file:function` of the innermost frame in this project or Megatron-Core, without comprehensions
+    and lambdas."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
@@ -68,7 +69,7 @@ def maker() -> str:
 
 
 def small_config(recipe: str, settings: list[str], paths: list[str], objective: str) -> RunConfig:
-    """Return a recipe at a size of some thousand parameters with samples of 32 tokens; `settings` win."""
+    """Return a recipe with a few thousand parameters and samples of 32 tokens; `settings` take precedence."""
     base = recipes.get(recipe)
     phases = 'data.phases=[{"name": "main", "seq_len": 32}]'
     chosen = [*SMALL, *FAMILIES[recipe], f"objective.name={objective}", phases, *settings]
@@ -77,7 +78,7 @@ def small_config(recipe: str, settings: list[str], paths: list[str], objective: 
 
 
 def _trainer(config: RunConfig, run: str = "not-written") -> Trainer:
-    place = world.join(config.parallel)
+    place = world.join_world(config.parallel)
     config.check(place.size)
     factory = LanguageModelling if config.objective.name == "lm" else SupervisedFineTuning
     sources = open_sources(config.data.paths, config.model.vocab_size)
@@ -89,22 +90,22 @@ def _step(trainer: Trainer) -> dict[str, Any]:
     biases: list[Any] = [None] * trainer.world.size
     dist.all_gather_object(biases, {m.layer_number: m.expert_bias.tolist() for m in trainer.model.modules()
                                     if getattr(m, "expert_bias", None) is not None})
-    layers = {layer: bias for part in biases for layer, bias in part.items()}
+    router_biases = {layer: bias for part in biases for layer, bias in part.items()}
     return {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr, "tokens": result.num_tokens,
             **{f"term {name}": value for name, value in result.losses.items()},
             **{f"source {name}": value for name, value in result.losses_by_source.items()},
             **({"load": trainer.expert_load.gather().tolist()} if trainer.config.model.num_experts else {}),
-            **({"router bias": [layers[i] for i in sorted(layers)]} if layers else {})}
+            **({"router bias": [router_biases[i] for i in sorted(router_biases)]} if router_biases else {})}
 
 
 def one_batch(recipe: str, settings: list[str], paths: list[str], objective: str, out: str) -> dict[str, Any]:
-    """Return the loss of the first global batch and the batch itself;
-    OUT/weights and OUT/gradients are checkpoints."""
+    """Return the losses of the first global batch and the batch itself; write checkpoints `out`/weights and
+    `out`/gradients."""
     config = small_config(recipe, settings, paths, objective)
     trainer = _trainer(config)
-    # before the step, which moves router biases
+    # before the step, which updates router biases
     state = {"step": 0, "tokens": 0}
-    load.save(Path(out) / "weights", trainer.model, None, state, config.to_dict(),
+    load.save_checkpoint(Path(out) / "weights", trainer.model, None, state, config.to_dict(),
               tokenizer_folder(trainer.sources))
     batch = trainer.objective.prepare(trainer.objective.collect(trainer.policy, 0))
     sums = trainer.computation.sums(batch, trainer.objective, 1)
@@ -112,9 +113,9 @@ def one_batch(recipe: str, settings: list[str], paths: list[str], objective: str
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter.copy_(parameter.main_grad)
-    load.save(Path(out) / "gradients", trainer.model, None, state, config.to_dict(),
+    load.save_checkpoint(Path(out) / "gradients", trainer.model, None, state, config.to_dict(),
               tokenizer_folder(trainer.sources))
-    world.leave()
+    world.leave_world()
     return {"losses": losses, "loss": sum(trainer.objective.coefficients[t] * v for t, v in losses.items()),
             "micro_batches": [{"bounds": m.inputs.cu_seqlens.tolist(), "padding": m.inputs.padding.tolist(),
                                "tokens": m.inputs.tokens.tolist(), "labels": m.labels.tolist(),
@@ -124,10 +125,10 @@ def one_batch(recipe: str, settings: list[str], paths: list[str], objective: str
 
 def compared(recipe: str, settings: list[str], paths: list[str], reference: str, *,
              is_reference: bool, num_steps: int = 2) -> dict[str, Any]:
-    """Train some steps from scratch, and the second half once more from the reference's checkpoint;
-    the steps, and how far the ends are apart.
+    """Train from scratch, then repeat the second half from the reference's checkpoint; return the steps and
+    the largest differences to the reference's checkpoints.
 
-    REFERENCE is the run folder of the one process that everything is compared with, which is trained first.
+    `reference` is the run folder of the single process, which trains first.
     """
     trainer = _trainer(small_config(recipe, settings, paths, "lm"), reference)
     trainer.folder.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -137,51 +138,51 @@ def compared(recipe: str, settings: list[str], paths: list[str], reference: str,
         if is_reference and trainer.step in (half, num_steps):
             trainer.save()
     trainer.checkpointer.finish()
-    found = {"scratch": scratch, "scratch apart": _apart(trainer, trainer.folder.checkpoint(num_steps))}
+    result = {"scratch": scratch, "scratch apart": _apart(trainer, trainer.folder.checkpoint(num_steps))}
     trainer.resume(trainer.folder.checkpoint(half))
-    found |= {"continued": [_step(trainer) for _ in range(num_steps - half)],
-              "continued apart": _apart(trainer, trainer.folder.checkpoint(num_steps))}
+    result |= {"continued": [_step(trainer) for _ in range(num_steps - half)],
+               "continued apart": _apart(trainer, trainer.folder.checkpoint(num_steps))}
     trainer.close()
-    world.leave()
-    return found
+    world.leave_world()
+    return result
 
 
 @functools.cache
 def _tensors(path: Path, part: str) -> dict[str, tuple[torch.Tensor, float]]:
-    """Return a checkpoint's whole tensors, each with its largest value."""
+    """Return a checkpoint's tensors, each with its largest absolute value."""
     reader = TensorReader(path, part)
-    whole = {key: reader.read(key) for key in reader.keys()}  # noqa: SIM118  (a reader is no dict)
-    return {key: (tensor, max(float(tensor.abs().max()), 1e-12)) for key, tensor in whole.items()}
+    tensors = {key: reader.read(key) for key in reader.keys()}  # noqa: SIM118  (a reader is no dict)
+    return {key: (tensor, max(float(tensor.abs().max()), 1e-12)) for key, tensor in tensors.items()}
 
 
 def _apart(trainer: Trainer, path: Path) -> dict[str, float]:
-    """Return how far weights and optimizer state are at most from a checkpoint's,
-    beside each tensor's largest value."""
-    found = {}
-    for part, blocks in (("model", local_shards(trainer.model)),
+    """Return the largest differences of weights and optimizer state to a checkpoint, relative to each
+    tensor's largest value."""
+    largest_differences = {}
+    for part, blocks in (("model", list_local_shards(trainer.model)),
                          ("optimizer", trainer.optimizer.state_shards())):
-        apart = []
+        differences = []
         for block in blocks:
-            whole, largest = _tensors(path, part)[block.key]
-            expected = whole[tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))]
-            apart.append(float((expected.reshape(block.data.shape) - block.data).abs().max()) / largest)
-        found[part] = max(apart)
-    return found
+            tensor, largest = _tensors(path, part)[block.key]
+            expected = tensor[tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))]
+            differences.append(float((expected.reshape(block.data.shape) - block.data).abs().max()) / largest)
+        largest_differences[part] = max(differences)
+    return largest_differences
 
 
 def deferred(settings: list[str], paths: list[str]) -> dict[str, Any]:
-    """Train, evaluate, train on: what every process holds after an update and after the evaluation,
-    and what overlapped."""
+    """Train, evaluate, train: return weight hashes after updates and evaluation, and the number of overlapped
+    reductions."""
     trainer = _trainer(small_config("tiny-k-exaone", settings, paths, "lm"))
     groups = [g for chunk in trainer.optimizer.wrapped
               for g in chunk.bucket_groups + chunk.expert_parallel_bucket_groups]
-    finalize, on_its_way = trainer.model.config.finalize_model_grads_func, []
+    finalize, reductions_in_flight = trainer.model.config.finalize_model_grads_func, []
 
-    def observed(*args: Any, **kwargs: Any) -> None:
-        on_its_way.append(sum(g.grad_reduce_handle is not None for g in groups))
+    def count_reductions(*args: Any, **kwargs: Any) -> None:
+        reductions_in_flight.append(sum(g.grad_reduce_handle is not None for g in groups))
         finalize(*args, **kwargs)
 
-    trainer.model.config.finalize_model_grads_func = observed
+    trainer.model.config.finalize_model_grads_func = count_reductions
     losses = [trainer.update().loss for _ in range(2)]
     updated = _digest(trainer.model)
     heldout = {name: result.loss for name, result in trainer.evaluate().items()}
@@ -189,12 +190,12 @@ def deferred(settings: list[str], paths: list[str]) -> dict[str, Any]:
     losses += [trainer.update().loss for _ in range(2)]
     trainer.model.finish_param_gather()
     result = {"losses": losses, "heldout": heldout, "updated": updated, "evaluated": evaluated,
-              "ended": _digest(trainer.model), "groups": len(groups), "on their way": on_its_way,
+              "ended": _digest(trainer.model), "groups": len(groups), "on their way": reductions_in_flight,
               "place": trainer.world.dp_rank}
-    world.leave()
+    world.leave_world()
     return result
 
 
 def _digest(model: torch.nn.Module) -> str:
-    """Hash this process's weights as they lie in memory."""
+    """Hash this process's weights."""
     return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()

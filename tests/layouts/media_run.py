@@ -1,4 +1,4 @@
-"""Runs inside ranks: a step of a real trainer on rows with pictures and sounds, as plain numbers and
+"""Functions that run inside ranks: training steps on rows with images and audio, as numbers and
 checkpoints."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from megatron_sov import recipes
 from megatron_sov.checkpoint import load
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
-from megatron_sov.engine.model.local_shards import local_shards
+from megatron_sov.engine.model.local_shards import list_local_shards
 from megatron_sov.engine.parallel import world
 from megatron_sov.model.config import apply_settings
 from megatron_sov.model.modality import PICTURES, SOUNDS, EncoderInput, EncoderInputs, take_records
@@ -41,8 +41,8 @@ SMALL = ("model.vocab_size=96", "model.hidden_size=32", "model.num_heads=4", "mo
 
 
 class Documents:
-    """Documents of 5 to 40 tokens with pictures of 4 features and sounds of 3, some of them cut in two where
-    a sample ends; the last third are texts."""
+    """Documents of 5 to 40 tokens with images of 4 features and audio of 3; samples end inside some of them.
+    The last third is text only."""
 
     is_plain = False
     columns = ()
@@ -74,7 +74,7 @@ class Documents:
         return self.ids[document][start:start + count].astype(np.int64)
 
     def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return 0 for placeholders."""
+        """Return 0 for placeholders, else 1."""
         return (self.tokens(document, start, count) >= 10).astype(np.float32)
 
     def types(self, document: int, start: int, count: int) -> np.ndarray:
@@ -82,15 +82,15 @@ class Documents:
         return np.zeros(count, np.uint8)
 
     def encoder_inputs(self, document: int, start: int, count: int) -> EncoderInputs:
-        """Return the pictures and sounds of some tokens."""
+        """Return the images and audio of some tokens."""
         tokens, features = self.tokens(document, start, count), self.features[document][start:start + count]
-        found: dict[str, EncoderInput] = {}
+        inputs: dict[str, EncoderInput] = {}
         for kind, bank in self.banks.items():
-            mine = np.isin(tokens, bank.placeholder_ids)
-            if mine.any():
-                found[kind] = take_records(np.flatnonzero(mine), features[mine], self.records[kind],
-                                           bank.slots)
-        return found
+            is_placeholder = np.isin(tokens, bank.placeholder_ids)
+            if is_placeholder.any():
+                places = np.flatnonzero(is_placeholder)
+                inputs[kind] = take_records(places, features[is_placeholder], self.records[kind], bank.slots)
+        return inputs
 
 
 def trainer(recipe: str, settings: list[str], run: str = "not-written") -> Trainer:
@@ -100,28 +100,28 @@ def trainer(recipe: str, settings: list[str], run: str = "not-written") -> Train
     documents = Documents()
     source = Source("media", None, "text", {}, {"train": int(documents.lengths.sum()), "heldout": 0}, 1.0,
                     made=documents, banks=documents.banks)
-    place = world.join(config.parallel)
+    place = world.join_world(config.parallel)
     config.check(place.size)
     return Trainer(config, place, RunFolder(Path(run)), [source], LanguageModelling)
 
 
 def one_batch(recipe: str, settings: list[str], out: str) -> dict[str, Any]:
-    """Return the losses of the first global batch; OUT/weights and OUT/gradients are checkpoints."""
+    """Return the losses of the first global batch; write checkpoints `out`/weights and `out`/gradients."""
     found = trainer(recipe, settings)
     config, state = found.config, {"step": 0, "tokens": 0}
-    load.save(Path(out) / "weights", found.model, None, state, config.to_dict(), None)
+    load.save_checkpoint(Path(out) / "weights", found.model, None, state, config.to_dict(), None)
     batch = found.objective.prepare(found.objective.collect(found.policy, 0))
     sums = found.computation.sums(batch, found.objective, 1)
-    held = {id(p) for chunk in found.optimizer.wrapped for p in chunk.param_to_bucket_group}
+    trained_ids = {id(p) for chunk in found.optimizer.wrapped for p in chunk.param_to_bucket_group}
     frozen = [name for chunk in found.model.chunks for name, p in chunk.named_parameters()
-              if id(p) not in held]
+              if id(p) not in trained_ids]
     moments = sorted({b.key for b in found.optimizer.state_shards() if b.key.startswith("exp_avg/")})
     with torch.no_grad():
         for parameter in found.model.parameters():
             gradient = getattr(parameter, "main_grad", None)
             parameter.copy_(torch.zeros_like(parameter) if gradient is None else gradient)
-    load.save(Path(out) / "gradients", found.model, None, state, config.to_dict(), None)
-    world.leave()
+    load.save_checkpoint(Path(out) / "gradients", found.model, None, state, config.to_dict(), None)
+    world.leave_world()
     return {"losses": {t: total / batch.targets[t] for t, total in sums.terms.items()},
             "meters": sums.meters, "frozen": frozen, "moments": moments,
             "micro_batches": [{"bounds": m.inputs.cu_seqlens.tolist(), "tokens": m.inputs.tokens.tolist(),
@@ -134,32 +134,32 @@ def one_batch(recipe: str, settings: list[str], out: str) -> dict[str, Any]:
 
 
 def _step(found: Trainer) -> dict[str, Any]:
-    """Learn a step; return its loss, and what this process holds then."""
+    """Train a step; return its loss and a hash of weights and optimizer state."""
     loss = found.update().loss
-    held = hashlib.sha256()
-    for block in (*local_shards(found.model), *found.optimizer.state_shards()):
-        held.update(block.key.encode() + block.data.detach().contiguous().numpy().tobytes())
-    return {"loss": loss, "held": held.hexdigest()}
+    digest = hashlib.sha256()
+    for block in (*list_local_shards(found.model), *found.optimizer.state_shards()):
+        digest.update(block.key.encode() + block.data.detach().contiguous().numpy().tobytes())
+    return {"loss": loss, "held": digest.hexdigest()}
 
 
 def trained(settings: list[str], run: str) -> list[dict[str, Any]]:
-    """Train two steps, with a checkpoint behind the first."""
+    """Train two steps, with a checkpoint after the first."""
     found = trainer("tiny-qwen3", settings, run)
     found.folder.checkpoints.mkdir(parents=True, exist_ok=True)
     steps = [_step(found)]
     found.save()
     found.checkpointer.finish()
     steps.append(_step(found))
-    world.leave()
+    world.leave_world()
     return steps
 
 
 def continued(settings: list[str], run: str) -> dict[str, Any]:
-    """Train the second step behind the checkpoint of the first."""
+    """Train the second step from the checkpoint of the first."""
     found = trainer("tiny-qwen3", settings)
     found.resume(RunFolder(Path(run)).checkpoint(1))
     step = _step(found)
-    world.leave()
+    world.leave_world()
     return step
 
 
@@ -170,14 +170,15 @@ def started(plain: str, encoder: str) -> dict[str, list[str]]:
     PLAIN is the checkpoint, which is written first.
     """
     first = trainer("tiny-qwen3", ["model.vision=null", "model.audio=null"])
-    load.save(Path(plain), first.model, None, {"step": 0, "tokens": 0}, first.config.to_dict(), None)
-    world.leave()
+    load.save_checkpoint(Path(plain), first.model, None, {"step": 0, "tokens": 0}, first.config.to_dict(),
+                         None)
+    world.leave_world()
     found = trainer("tiny-qwen3", ["train.seed=2", f"media.vision_from={encoder}"])
     found.start_from(Path(plain))
     reader, stored = TensorReader(Path(plain), "model"), load_file(Path(encoder) / "model.safetensors")
     known = set(reader.keys())
     result: dict[str, list[str]] = {"checkpoint": [], "folder": [], "neither": []}
-    for block in local_shards(found.model):
+    for block in list_local_shards(found.model):
         name = block.key.removeprefix("vision.encoder.")
         same = [tensor for tensor_name, tensor in stored.items() if tensor_name.endswith(name)]
         if block.key in known:
@@ -187,5 +188,5 @@ def started(plain: str, encoder: str) -> dict[str, list[str]]:
             result["folder"].append(block.key)
         else:
             result["neither"].append(block.key)
-    world.leave()
+    world.leave_world()
     return result

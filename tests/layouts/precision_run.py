@@ -1,4 +1,4 @@
-"""Runs inside ranks: which dtypes a real trainer's steps are made of, and whether their bits come back."""
+"""Functions that run inside ranks: dtypes of a real training step, and its bits."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.layouts.layout_run import _trainer, small_config
 
 
 def trainer(recipe: str, settings: list[str], data: str, run: str = "not-written") -> Trainer:
-    """Return a trainer of a small model on the text of DATA."""
+    """Return a trainer of a small model on the texts in `data`."""
     return _trainer(small_config(recipe, settings, [data], "lm"), run)
 
 
 class Operations(TorchDispatchMode):
-    """Collects in which dtype how many numbers were summed over processes at a time."""
+    """Collects the largest number of elements per reduction over processes, by dtype."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,45 +40,46 @@ class Operations(TorchDispatchMode):
 
 
 def dtypes(recipe: str, settings: list[str], data: str) -> dict[str, Any]:
-    """Return what a step keeps and computes in which dtype."""
+    """Return the dtypes that a step stores and computes with."""
     built = trainer(recipe, settings, data)
-    found: dict[str, set[str]] = {}
+    dtypes_by_name: dict[str, set[str]] = {}
 
-    def note(name: str, tensor: torch.Tensor) -> None:
-        found.setdefault(name, set()).add(str(tensor.dtype))
+    def record_dtype(name: str, tensor: torch.Tensor) -> None:
+        dtypes_by_name.setdefault(name, set()).add(str(tensor.dtype))
 
     for router in (m for m in built.model.modules() if isinstance(m, BalancedRouter)):
-        router.register_forward_hook(lambda module, inputs, out: note("router weights", out[0]))
-        note("router bias", router.expert_bias)
-    with (Operations() as seen, _noted(BalancedRouter, "gating", lambda out: note("router logits", out)),
-          _noted(logprobs.Head, "cross_entropy", lambda out: note("losses", out[1]))):
+        router.register_forward_hook(lambda module, inputs, out: record_dtype("router weights", out[0]))
+        record_dtype("router bias", router.expert_bias)
+    with (Operations() as seen,
+          _noted(BalancedRouter, "gating", lambda out: record_dtype("router logits", out)),
+          _noted(logprobs.Head, "cross_entropy", lambda out: record_dtype("losses", out[1]))):
         result = built.update()
     assert result is not None
     for parameter in built.model.parameters():
-        note("weights", parameter)
-        note("gradients", parameter.main_grad)
+        record_dtype("weights", parameter)
+        record_dtype("gradients", parameter.main_grad)
     for block in built.optimizer.state_shards():
-        note(block.key.split("/")[0], block.data)
+        record_dtype(block.key.split("/")[0], block.data)
     gradients = sum(p.numel() for p in built.model.parameters())
-    world.leave()
-    return {"dtypes": {name: sorted(kinds) for name, kinds in found.items()}, "reduced": seen.reduced,
-            "gradients": gradients, "loss": result.loss}
+    world.leave_world()
+    return {"dtypes": {name: sorted(kinds) for name, kinds in dtypes_by_name.items()},
+            "reduced": seen.reduced, "gradients": gradients, "loss": result.loss}
 
 
-def _noted(cls: type, method: str, note: Any) -> Any:
-    """Return a context in which `note` sees what a method returns."""
-    plain = getattr(cls, method)
+def _noted(cls: type, method: str, record: Any) -> Any:
+    """Patch a method so that `record` receives its results."""
+    original = getattr(cls, method)
 
-    def watched(self: Any, *args: Any) -> Any:
-        out = plain(self, *args)
-        note(out)
+    def call_and_record(self: Any, *args: Any) -> Any:
+        out = original(self, *args)
+        record(out)
         return out
 
-    return mock.patch.object(cls, method, watched)
+    return mock.patch.object(cls, method, call_and_record)
 
 
 def bits(built: Trainer) -> str:
-    """Return a hash of every weight, buffer and state of the optimizer on this process."""
+    """Hash all weights, buffers and optimizer states of this process."""
     digest = hashlib.sha256()
     named = [*built.model.state_dict().items(), *((b.key, b.data) for b in built.optimizer.state_shards())]
     for name, tensor in named:
@@ -88,8 +89,8 @@ def bits(built: Trainer) -> str:
 
 
 def repeatable(settings: list[str], data: str, threads: int) -> dict[str, Any]:
-    """Return losses and bits of two deterministic steps, at sizes that keep several threads busy."""
-    device.switch_on()
+    """Return losses and bits of two deterministic steps, with sizes that keep several threads busy."""
+    device.enable_determinism()
     torch.set_num_threads(threads)
     built = trainer("tiny-solar-open", [
         "model.hidden_size=128", "model.head_dim=32", "model.expert_ffn_dim=128", "model.num_layers=1",
@@ -97,8 +98,8 @@ def repeatable(settings: list[str], data: str, threads: int) -> dict[str, Any]:
         "train.global_batch_size=4", "train.head_chunk_tokens=2048", "train.deterministic=true", *settings],
                     data)
     losses = [built.update().loss for _ in range(2)]  # type: ignore[union-attr]
-    found = {"losses": losses, "bits": bits(built), "threads": torch.get_num_threads(),
-             "torch": torch.are_deterministic_algorithms_enabled(),
-             "library": built.model.config.deterministic_mode}
-    world.leave()
-    return found
+    result = {"losses": losses, "bits": bits(built), "threads": torch.get_num_threads(),
+              "torch": torch.are_deterministic_algorithms_enabled(),
+              "library": built.model.config.deterministic_mode}
+    world.leave_world()
+    return result

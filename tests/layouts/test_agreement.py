@@ -1,11 +1,11 @@
-"""The table of docs/layout_agreement.md: at every layout a run gives the losses,
-gradient norms and weights of one process.
+"""The table of docs/layout_agreement.md: losses, gradient norms and weights at every layout equal one
+process's.
 
-In float64, so that what differs is a mistake and not the order of a sum.  Tried are the fewest products that
-have all settings, each with one of the two models with experts, which take turns; the dense model at the one
-product of what only it has.  `make deep` tries the fewest in which all pairs of settings meet.  Other
-families and objectives, parts of unequal size and other optimizers are proved in tests/proof.
-SOV_WRITE_TABLE=1 tries all rows of the page and renews it.
+Runs use float64, so that a difference means a mistake and not another summation order. `make test` runs the
+fewest products that contain every setting, alternating between the two MoE models, and the dense model at one
+product. `make deep` runs the fewest products that contain every pair of settings. Other families, objectives,
+uneven parts and optimizers are tested in tests/proof. SOV_WRITE_TABLE=1 runs all rows of the page and
+rewrites it.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ PAGE = Path(__file__).parents[2] / "docs/layout_agreement.md"
 
 WHOLE_TABLE = bool(os.environ.get("SOV_WRITE_TABLE"))
 MODELS: dict[str, tuple[str, list[str], bool]] = {
-    # which tensor parallelism pads
+    # a vocabulary that tensor parallelism pads
     "dense, tied embeddings": ("tiny-qwen3", ["model.vocab_size=369"], False),
     "experts, YaRN": ("tiny-solar-open", [], True),
     "experts, sliding windows, multi-token prediction": ("tiny-k-exaone", [], True),
 }
-"""Name in the table -> recipe, settings, whether it has experts.  All read rows of packed documents."""
+"""Name in the table -> recipe, settings, whether the model has experts. All read rows of packed documents."""
 ONLY_DENSE = {"TP2", "PP2"}
-"""Tensor parallelism without that of sequences, and tied embeddings on two stages."""
+"""Settings that only the dense model tests: TP without SP, and tied embeddings on two stages."""
 LIMITS = {"loss": 1e-12, "gradient norm": 1e-12, "weights": 2e-11, "other": 1e-12}
-"""Largest relative difference.  Where a gradient is all but zero, AdamW divides its last bits, some 1e-18, by
-eps = 1e-8: that moves a weight by 1e-10 of the learning rate, the only number that may exceed 1e-12."""
+"""Largest relative difference. For a gradient near zero AdamW divides its last bits, about 1e-18, by eps =
+1e-8: a weight then moves by 1e-10 of the learning rate, the only difference that may exceed 1e-12."""
 
 
 def _apart(ours: Any, theirs: Any) -> float:
@@ -45,17 +45,16 @@ def _apart(ours: Any, theirs: Any) -> float:
 
 def _differences(steps: list[dict[str, Any]], expected: list[dict[str, Any]],
                  apart: dict[str, float]) -> dict[str, float]:
-    """Return the largest differences of a run: of losses, of gradient norms,
-    of anything else in its steps, and at its end."""
+    """Return the largest differences of a run in loss, gradient norm, other step fields and final state."""
     assert len(steps) == len(expected) and all(a.keys() == b.keys()
                                                for a, b in zip(steps, expected, strict=True))
     names = {"loss": "loss", "grad_norm": "gradient norm"}
-    found = {"loss": 0.0, "gradient norm": 0.0, "other": apart["optimizer"], "weights": apart["model"]}
+    largest = {"loss": 0.0, "gradient norm": 0.0, "other": apart["optimizer"], "weights": apart["model"]}
     for ours, theirs in zip(steps, expected, strict=True):
-        for what, value in ours.items():
-            column = names.get(what, "other")
-            found[column] = max(found[column], _apart(value, theirs[what]))
-    return found
+        for field, value in ours.items():
+            column = names.get(field, "other")
+            largest[column] = max(largest[column], _apart(value, theirs[field]))
+    return largest
 
 
 def _layouts(experts: bool) -> list[Any]:
@@ -63,23 +62,23 @@ def _layouts(experts: bool) -> list[Any]:
 
 
 def _tried(model: str, *, all_pairs: bool) -> list[Any]:
-    """Return the layouts of the table's rows that are tried: with every setting, or every pair of them."""
+    """Return the layouts to run for a model: all settings, or all pairs of settings."""
     experts = MODELS[model][2]
     if WHOLE_TABLE:
         return _layouts(experts)
     products = covering.products(experts)
     if not experts:
         return [max((x for x in products if set(x.choice) >= ONLY_DENSE), key=lambda x: len(set(x.choice)))]
-    turn = [name for name in MODELS if MODELS[name][2]].index(model)
+    model_index = [name for name in MODELS if MODELS[name][2]].index(model)
     if all_pairs:
-        tried = dict.fromkeys([products[0], *covering.fewest(products, lambda x: covering.pairs([x]))])
+        selected = dict.fromkeys([products[0], *covering.fewest(products, lambda x: covering.pairs([x]))])
     else:
-        tried = dict.fromkeys(covering.fewest(products, lambda x: set(filter(None, x.choice))))
-    return [x for i, x in enumerate(tried) if i % 2 == turn]
+        selected = dict.fromkeys(covering.fewest(products, lambda x: set(filter(None, x.choice))))
+    return [x for i, x in enumerate(selected) if i % 2 == model_index]
 
 
 FIRST = "experts, YaRN"
-"""Model in `make test`, at one product of eight processes."""
+"""Model that `make test` runs, at one product of eight processes."""
 
 
 @pytest.mark.distributed
@@ -106,14 +105,14 @@ def test_every_layout_trains_as_one_process_does(ranks: Any, job: Any, packed_da
     for layout, per_rank in zip(layouts, others, strict=True):
         assert all(r["scratch"] == per_rank[0]["scratch"] for r in per_rank), (
             f"{layout.name}: processes report other numbers")
-        found = {}
+        differences = {}
         for start, steps in (("scratch", reference["scratch"]), ("continued", half)):
             apart = {part: max(r[f"{start} apart"][part] for r in per_rank)
                      for part in ("model", "optimizer")}
-            found[start] = _differences(per_rank[0][start], steps, apart)
-            problems += [f"{layout.name}, {start}: {what} differs by {value:.1e}"
-                         for what, value in found[start].items() if not value <= LIMITS[what]]
-        rows.append((layout, found))
+            differences[start] = _differences(per_rank[0][start], steps, apart)
+            problems += [f"{layout.name}, {start}: {column} differs by {value:.1e}"
+                         for column, value in differences[start].items() if not value <= LIMITS[column]]
+        rows.append((layout, differences))
     assert problems == [], "\n".join(problems)
     if WHOLE_TABLE and not all_pairs:
         _write(model, rows)
@@ -124,9 +123,9 @@ def _write(model: str, rows: list[tuple[Any, dict[str, dict[str, float]]]]) -> N
     lines = [f"## {model[0].upper()}{model[1:]}", "", "| Layout | Processes | Loss | Gradient norm | Weights "
                                                       "| Loss, continued | Gradient norm | Weights |",
              "|---|---|---|---|---|---|---|---|"]
-    for layout, found in rows:
-        cells = [f"{run[what]:.0e}" for run in found.values()
-                 for what in ("loss", "gradient norm", "weights")]
+    for layout, differences in rows:
+        cells = [f"{run[column]:.0e}" for run in differences.values()
+                 for column in ("loss", "gradient norm", "weights")]
         lines.append(f"| {layout.name} | {layout.num_ranks} | {' | '.join(cells)} |")
     text = PAGE.read_text(encoding="utf-8")
     before, _, rest = text.partition(lines[0] + "\n")
@@ -137,8 +136,8 @@ def _write(model: str, rows: list[tuple[Any, dict[str, dict[str, float]]]]) -> N
 def test_the_published_table_lists_every_layout() -> None:
     text = PAGE.read_text(encoding="utf-8")
     for model, (_, _, experts) in MODELS.items():
-        _, found, section = text.partition(f"## {model[0].upper()}{model[1:]}\n")
-        assert found, model
+        _, heading, section = text.partition(f"## {model[0].upper()}{model[1:]}\n")
+        assert heading, model
         table = section.partition("\n## ")[0].splitlines()
         rows = [line.split(" | ")
                 for line in table if line.startswith("| ") and not line.startswith("| Layout")]
@@ -151,24 +150,24 @@ def test_the_published_table_lists_every_layout() -> None:
 @pytest.mark.parametrize("all_pairs", [False, True])
 def test_every_setting_every_pair_and_everything_at_once_are_tried(all_pairs: bool) -> None:
     dense, *with_experts = (_tried(model, all_pairs=all_pairs) for model in MODELS)
-    tried = [x for layouts in with_experts for x in layouts]
+    selected = [x for layouts in with_experts for x in layouts]
     settings = {part for x in covering.singles(True) for part in x.choice}
-    assert {part for x in tried for part in x.choice} == settings and set(tried) <= set(_layouts(True))
+    assert {part for x in selected for part in x.choice} == settings and set(selected) <= set(_layouts(True))
     for layouts in with_experts:
         assert any(x.num_ranks == covering.MAX_RANKS for x in layouts)
     if all_pairs:
-        assert covering.pairs(tried) == covering.possible_pairs(True)
-        assert covering.MANDATORY in [x.choice for x in tried]
+        assert covering.pairs(selected) == covering.possible_pairs(True)
+        assert covering.MANDATORY in [x.choice for x in selected]
     (product,) = dense
     assert set(product.choice) > {*ONLY_DENSE, "CP2", "ZeRO-1"}
 
 
 @pytest.mark.parametrize("experts", [False, True])
 def test_all_settings_that_can_meet_do_meet(experts: bool) -> None:
-    tried = covering.products(experts)
-    assert covering.pairs(tried) == covering.possible_pairs(experts)
-    assert all(x.num_ranks <= covering.MAX_RANKS for x in tried)
-    assert not experts or tried[0].name == "TP2+SP x PP2 x CP2 x EP2 x ZeRO-1"
+    selected = covering.products(experts)
+    assert covering.pairs(selected) == covering.possible_pairs(experts)
+    assert all(x.num_ranks <= covering.MAX_RANKS for x in selected)
+    assert not experts or selected[0].name == "TP2+SP x PP2 x CP2 x EP2 x ZeRO-1"
 
 
 ZERO1 = ["parallel.zero1=true", "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true",
@@ -181,14 +180,14 @@ PP2 = ["parallel.pp=2", "parallel.vpp=2"]
     [("bf16", 2, [*ZERO1, "parallel.ep=2", "model.num_layers=3"])],
     pytest.param([("fp32", 2, PP2), ("bf16", 4, [*ZERO1, "parallel.tp=2", "parallel.sp=true",
                                                  "optim.name=muon"])], marks=pytest.mark.deep)],
-    ids=["experts", "stages, tensors"])
+                         ids=["experts", "stages, tensors"])
 def test_the_same_layout_continues_bit_for_bit(ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
                                                cases: list[Any]) -> None:
     common = {"recipe": "tiny-k-exaone", "paths": [str(packed_data.text)], "is_reference": True}
-    found = ranks(*(job(RUN, "compared", n, {
+    results = ranks(*(job(RUN, "compared", n, {
         **common, "settings": [f"train.precision={precision}", *layout],
         "reference": str(tmp_path / str(number))}) for number, (precision, n, layout) in enumerate(cases)))
-    for case, per_rank in zip(cases, found, strict=True):
-        for of_rank in per_rank:
-            assert of_rank["continued"] == of_rank["scratch"][1:], case
-            assert of_rank["continued apart"] == {"model": 0, "optimizer": 0}, case
+    for case, per_rank in zip(cases, results, strict=True):
+        for rank_result in per_rank:
+            assert rank_result["continued"] == rank_result["scratch"][1:], case
+            assert rank_result["continued apart"] == {"model": 0, "optimizer": 0}, case

@@ -1,5 +1,5 @@
-"""Odd random models of every family, made by transformers: their bits survive us at any layout,
-and their logits are ours."""
+"""Random models of every family with odd sizes, created by transformers: exports keep their bits at every
+layout, and logits equal transformers'."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import pytest
 from tests.layouts.k_exaone2_reference import as_released
 
 LENGTH, BEFORE = 160, 37
-"""Tokens of the document whose logits are compared, and of another one that stands before it in the row."""
+"""Tokens of the compared document, and of the document before it in the row."""
 MAX_DIFFERENCE = 1e-5
-"""Of the largest logit."""
+"""Tolerance relative to the largest logit."""
 SEEDS = range(3)
-"""One of each family, in turns, in `make test`; all in `make deep`."""
+"""`make test` runs one seed per family, `make deep` all."""
 SECOND = "k_exaone_2"
-"""K-EXAONE 2.0, of family exaone_moe: layers have windows and bounds of their own, and one predicts often."""
+"""K-EXAONE 2.0 (family exaone_moe): per-layer windows and limits, and one MTP layer applied several times."""
 WITH_STATES = ("kimi_linear", "solar_open2")
-"""Whose reference computes the rule in float32 whatever the dtype: its own noise is half of the bound."""
+"""Families whose reference computes the delta rule in float32, which alone causes half of the tolerance."""
 LAYOUTS = {
     "one": (1, {}),
     "TP2+SP": (2, {"tp": 2, "sp": True}),
@@ -32,8 +32,7 @@ LAYOUTS = {
 
 
 def odd_config(family: str, seed: int) -> dict[str, Any]:
-    """Return a config.json with sizes that nothing divides neatly;
-    choices of structure change with the seed."""
+    """Return a config.json with sizes that share few divisors; structure varies with the seed."""
     config, experts = odd_sizes(family, seed)
     kv_heads, heads = config["num_key_value_heads"], config["num_attention_heads"]
     layers = config["num_hidden_layers"]
@@ -107,8 +106,7 @@ def odd_config(family: str, seed: int) -> dict[str, Any]:
 
 
 def odd_sizes(family: str, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what the config.json of a family has in common with others, and what those with experts have in
-    addition."""
+    """Return the config.json fields common to all families, and the additional fields of MoE families."""
     draw = random.Random(f"{family} {seed}")
     kv_heads = (2, 1, 4)[seed]
     heads = kv_heads * draw.choice((1, 2, 3))
@@ -126,8 +124,8 @@ def odd_sizes(family: str, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def make(config: dict[str, Any], folder: Path, seed: int) -> None:
-    """Write a random model as transformers does, with every bias away from zero;
-    K-EXAONE's, GLM's and DeepSeek's prediction layers are added by hand."""
+    """Write a random transformers model with nonzero biases; MTP layers of K-EXAONE, GLM and DeepSeek are
+    added by hand."""
     import torch
     from safetensors.torch import load_file, save_file
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -137,13 +135,13 @@ def make(config: dict[str, Any], folder: Path, seed: int) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith(("bias", "norm.weight", "layernorm.weight", "norm1.weight",
                           "norm2.weight")):
-            # Gemma adds the 1 itself
-            centred = config["model_type"].startswith("gemma")
-            is_factor = name.endswith("weight") and not centred
+            # Gemma adds 1 to the weight
+            is_zero_centered = config["model_type"].startswith("gemma")
+            is_factor = name.endswith("weight") and not is_zero_centered
             tensor.data = torch.randn_like(tensor) * 0.3 + (1.0 if is_factor else 0.0)
-        if name.endswith(("A_log", "conv1d.weight")):  # states that last, and values of some size
+        if name.endswith(("A_log", "conv1d.weight")):  # slow decay, and values of visible size
             tensor.data = torch.randn_like(tensor) * 0.6 - (1.5 if name.endswith("A_log") else 0.0)
-    if seed == 1:  # in bfloat16, but for what transformers keeps in float32
+    if seed == 1:  # bfloat16, except tensors that transformers keeps in float32
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()
     model.save_pretrained(folder)
@@ -154,95 +152,99 @@ def make(config: dict[str, Any], folder: Path, seed: int) -> None:
         like_layer_0 = {n.replace("model.", "mtp."): torch.randn_like(t)
                         for n, t in tensors.items() if ".layers.0." in n}
         norm, hidden = tensors["model.norm.weight"], config["hidden_size"]
-        own = {f"mtp.{n}.weight": torch.randn_like(norm)
-               for n in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")}
+        norms = {f"mtp.{n}.weight": torch.randn_like(norm)
+                 for n in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")}
         fc = {"mtp.fc.weight": torch.randn(hidden, 2 * hidden).to(norm.dtype)}
-        save_file(tensors | like_layer_0 | own | fc, folder / "model.safetensors", metadata={"format": "pt"})
+        all_tensors = tensors | like_layer_0 | norms | fc
+        save_file(all_tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def add_layer_behind(folder: Path, num_layers: int) -> None:
-    """Add a prediction layer under the names of published folders: as the trunk's last one, and around it."""
+    """Add an MTP layer with the names of published folders: a copy of the last layer's shapes, and its
+    norms."""
     import torch
     from safetensors.torch import load_file, save_file
 
-    tensors, at = load_file(folder / "model.safetensors"), f"model.layers.{num_layers}."
+    tensors, prefix = load_file(folder / "model.safetensors"), f"model.layers.{num_layers}."
     last = f"model.layers.{num_layers - 1}."
-    like_last = {n.replace(last, at): torch.randn_like(t) for n, t in tensors.items() if n.startswith(last)}
+    like_last = {n.replace(last, prefix): torch.randn_like(t)
+                 for n, t in tensors.items() if n.startswith(last)}
     norm, embedding = tensors["model.norm.weight"], tensors["model.embed_tokens.weight"]
-    own = {f"{at}{n}.weight": torch.randn_like(norm) for n in ("enorm", "hnorm", "shared_head.norm")}
-    own[f"{at}eh_proj.weight"] = torch.randn(len(norm), 2 * len(norm)).to(norm.dtype)
-    copies = {f"{at}embed_tokens.weight": embedding.clone(),
-              f"{at}shared_head.head.weight": tensors["lm_head.weight"].clone()}
-    save_file(tensors | like_last | own | copies, folder / "model.safetensors", metadata={"format": "pt"})
+    norms = {f"{prefix}{n}.weight": torch.randn_like(norm) for n in ("enorm", "hnorm", "shared_head.norm")}
+    norms[f"{prefix}eh_proj.weight"] = torch.randn(len(norm), 2 * len(norm)).to(norm.dtype)
+    copies = {f"{prefix}embed_tokens.weight": embedding.clone(),
+              f"{prefix}shared_head.head.weight": tensors["lm_head.weight"].clone()}
+    save_file(tensors | like_last | norms | copies, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def documents(vocab_size: int) -> list[list[int]]:
-    """Return the document that stands before, and the one that is compared."""
+    """Return the first document of the row and the compared document."""
     draw = random.Random(7)
     return [[draw.randrange(vocab_size) for _ in range(n)] for n in (BEFORE, LENGTH)]
 
 
 def run(names: list[str], layout: dict[str, Any], folder: str, label: str,
         plugins: Sequence[str] = ()) -> None:
-    """Load each checkpoint, write its logits as transformers would see them,
-    and save it again from this layout."""
+    """Load each checkpoint, write its logits, and save it again from this layout."""
     import torch
     from safetensors.torch import save_file
 
     from megatron_sov.base.artifacts import read_manifest
     from megatron_sov.checkpoint import load
-    from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
-    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.decode.forward_only import DocumentBatch, ForwardModel
+    from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig, apply_settings, from_dict
     from megatron_sov.model.recipes.requested import load_plugins
 
     load_plugins(plugins)
-    place = world.join(ParallelConfig(**layout))
+    place = world.join_world(ParallelConfig(**layout))
     for name in names:
         source = Path(folder) / name / "ckpt"
         config = apply_settings(from_dict(read_manifest(source, "checkpoint").settings),
                                 ["train.precision=fp32"])
-        model = build(config.model, ParallelConfig(**layout), config.train)
+        model = build_model(config.model, ParallelConfig(**layout), config.train)
         load.load_model(source, model)
-        row = Inputs(documents(config.model.vocab_size), torch.device("cpu"))
+        row = DocumentBatch(documents(config.model.vocab_size), torch.device("cpu"))
         logits = ForwardModel(model, 100).logits(row, torch.arange(BEFORE, BEFORE + LENGTH))
         out = Path(folder) / name / label
         if place.is_main:
             out.mkdir()
             save_file({"logits": logits.contiguous()}, out / "logits.safetensors")
         torch.distributed.barrier()
-        load.save(out / "ckpt", model, None, {"step": 0, "tokens": 0}, config.to_dict(), None)
-    world.leave()
+        load.save_checkpoint(out / "ckpt", model, None, {"step": 0, "tokens": 0}, config.to_dict(), None)
+    world.leave_world()
 
 
 def fits(config: dict[str, Any], layout: dict[str, Any]) -> bool:
-    """Return whether the layout divides the model."""
+    """Return whether the layout divides the model's heads and experts."""
     experts = next((config[name] for name in ("num_experts", "n_routed_experts", "num_local_experts")
                     if name in config), 1)
     return (config["num_key_value_heads"] % layout.get("tp", 1) == 0 and experts % layout.get("ep", 1) == 0)
 
 
 def taking_turns(configs: dict[str, dict[str, Any]], most: int) -> dict[str, list[str]]:
-    """Return the models that each layout has: one process all of them, of the others at most so many of
-    those that fit, so that every family, of all seeds, meets every layout that divides it."""
-    at: dict[str, list[str]] = {layout: [] for layout in LAYOUTS}
+    """Distribute the models over the layouts: one process gets all models, other layouts at most `most` each,
+    so that every family meets every layout that divides it."""
+    models_by_layout: dict[str, list[str]] = {layout: [] for layout in LAYOUTS}
     on_eight = ("solar_open-0", "exaone_moe-1", "qwen3_moe-2")
-    at |= {"one": list(configs), "EP4 x PP2": [name for name in on_eight if name in configs]}
+    models_by_layout |= {"one": list(configs), "EP4 x PP2": [name for name in on_eight if name in configs]}
 
-    def met(layout: str, family: str) -> int:
-        return sum(n.rpartition("-")[0] == family for n in at[layout])
+    def count_family(layout: str, family: str) -> int:
+        return sum(n.rpartition("-")[0] == family for n in models_by_layout[layout])
 
     for name, config in configs.items():
         family = name.rpartition("-")[0]
         fitting = [x for x in ("TP2+SP", "EP2", "PP2") if fits(config, LAYOUTS[x][1])]
-        if len(at[turn := min(fitting, key=lambda x, family=family: (met(x, family), len(at[x])))]) < most:
-            at[turn].append(name)
-    return at
+        least_used = min(fitting, key=lambda x, family=family: (count_family(x, family),
+                                                                len(models_by_layout[x])))
+        if len(models_by_layout[least_used]) < most:
+            models_by_layout[least_used].append(name)
+    return models_by_layout
 
 
 def hf_logits(folder: Path) -> Any:
-    """Return transformers' logits [LENGTH, vocabulary] in fp32, the document alone."""
+    """Return transformers' logits [LENGTH, vocabulary] float32 for the document alone."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -254,14 +256,15 @@ def hf_logits(folder: Path) -> Any:
 
 
 def same_bits(a: Path, b: Path) -> bool:
-    """Return whether two Hugging Face folders hold the same tensors, bit by bit."""
+    """Return whether two Hugging Face folders contain tensors with equal bits."""
     import torch
     from safetensors.torch import load_file
 
-    one, other = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
-    return one.keys() == other.keys() and all(
-        t.dtype == other[n].dtype and torch.equal(t.view(torch.uint8), other[n].view(torch.uint8))
-        for n, t in one.items())
+    tensors, other_tensors = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    return tensors.keys() == other_tensors.keys() and all(
+        t.dtype == other_tensors[n].dtype
+        and torch.equal(t.view(torch.uint8), other_tensors[n].view(torch.uint8))
+        for n, t in tensors.items())
 
 
 @pytest.mark.essential
@@ -270,7 +273,7 @@ def same_bits(a: Path, b: Path) -> bool:
 @pytest.mark.parametrize("every_seed", [False, pytest.param(True, marks=pytest.mark.deep)])
 def test_bits_survive_every_layout_and_logits_are_those_of_transformers(
         ranks: Any, job: Any, tmp_path: Path, every_seed: bool) -> None:
-    """In `make test` each family once, most of them on one process: test_gradients.py has them on two."""
+    """`make test` runs each family once, mostly on one process; test_gradients.py uses two."""
     from megatron_sov import convert
     from megatron_sov.model.families import supported as models
 
@@ -281,18 +284,18 @@ def test_bits_survive_every_layout_and_logits_are_those_of_transformers(
         (tmp_path / name).mkdir()
         make(config, tmp_path / name / "hf", int(name[-1]))
         convert.from_hf(tmp_path / name / "hf", tmp_path / name / "ckpt")
-    at = taking_turns(configs, len(configs) if every_seed else 2)
-    assert all(at.values()) and len(at["one"]) == len(configs)
-    assert not every_seed or min(map(len, at.values())) == 3
+    models_by_layout = taking_turns(configs, len(configs) if every_seed else 2)
+    assert all(models_by_layout.values()) and len(models_by_layout["one"]) == len(configs)
+    assert not every_seed or min(map(len, models_by_layout.values())) == 3
     ranks(*(job(__file__, "run", nproc,
-                {"names": at[name], "layout": layout, "folder": str(tmp_path), "label": name})
+                {"names": models_by_layout[name], "layout": layout, "folder": str(tmp_path), "label": name})
             for name, (nproc, layout) in LAYOUTS.items()))
     for name in configs:
-        check_equal(tmp_path / name, [layout for layout, names in at.items() if name in names])
+        check_equal(tmp_path / name, [layout for layout, names in models_by_layout.items() if name in names])
 
 
 def check_equal(folder: Path, layouts: Iterable[str]) -> None:
-    """Compare logits and tensors of a model that `run` has had at these layouts with those of its folder."""
+    """Compare logits and exported tensors of a model at these layouts with transformers and its folder."""
     from safetensors.torch import load_file
 
     from megatron_sov import convert

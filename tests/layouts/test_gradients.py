@@ -1,8 +1,7 @@
-"""Loss and every gradient of a training step equal those of transformers' model classes,
-document by document.
+"""Loss and all gradients of a training step equal transformers', document by document.
 
-K-EXAONE's multi-token prediction layer, which transformers does not have, is written out here in plain torch;
-GLM's and DeepSeek's are read by transformers' `MtpModel`.
+K-EXAONE's MTP layer, which transformers lacks, is written here in plain torch; transformers' `MtpModel`
+computes GLM's and DeepSeek's.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from tests.layouts.k_exaone2_reference import as_released
 RUN = str(Path(__file__).with_name("layout_run.py"))
 SETTINGS = ["train.precision=fp32", "model.seq_aux_loss_coeff=0", "model.num_mtp_layers=0",
             "model.init_std=0.2", "train.global_batch_size=4", "train.micro_batch_size=4"]
-"""The reference knows no balancing loss; a large spread makes every detail matter."""
+"""The reference has no balancing loss; a large init_std makes every detail visible."""
 ADDED_UP = ["train.micro_batch_size=2"]
-"""Of two micro-batches, what no family does in its own way."""
+"""Two micro-batches, for features that do not depend on the family."""
 PREDICTION = ["model.num_mtp_layers=1", "model.mtp_loss_coeff=0.3"]
 SPLIT = ["parallel.tp=2", "parallel.sp=true"]
 CASES = {
@@ -41,12 +40,12 @@ CASES = {
     "solar sft": ("tiny-solar-open", "sft",
                   ["objective.text_coeff=0.3", 'data.phases=[{"name": "main", "seq_len": 64}]']),
 }
-"""Each has what is its own way back: windows and bounds, biases, chunks of linear attention, soft caps,
-groups, latents; what they have alike one of them has."""
+"""Each case covers a backward pass that differs between families: windows and limits, biases, chunks of
+linear attention, softcaps, expert groups, latent attention."""
 
 
 def _segments(result: dict[str, Any]) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield tokens, labels, weights and types of each part of a document in the batch, padding left out."""
+    """Yield tokens, labels, weights and types of each document part in the batch, without padding."""
     for m in result["micro_batches"]:
         for a, b in zip(m["bounds"], m["bounds"][1:], strict=False):
             if b > a and not m["padding"][a]:
@@ -55,14 +54,14 @@ def _segments(result: dict[str, Any]) -> Iterator[dict[str, torch.Tensor]]:
 
 def _predict(w: dict[str, torch.Tensor], config: dict[str, Any], hidden: torch.Tensor,
              next_embedding: torch.Tensor) -> torch.Tensor:
-    """Return the hidden states [n, H] of the prediction layer (DeepSeek-V3, arXiv 2412.19437, eq. 21-23;
-    names as published).
+    """Return hidden states [n, H] of the MTP layer (DeepSeek-V3, arXiv 2412.19437, eq. 21-23; published
+    names).
 
     Args:
-        w: the `mtp.*` tensors, without that prefix.
+        w: the `mtp.*` tensors, without the prefix.
         config: config.json.
-        hidden: [n, H] of the trunk after its last norm.
-        next_embedding: [n, H] embedding of the token that follows each place.
+        hidden: [n, H] hidden states of the trunk after the final norm.
+        next_embedding: [n, H] embeddings of the next tokens.
     """
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
         return rms_norm(x, x.shape[-1:], w[f"{name}.weight"], config["rms_norm_eps"])
@@ -78,7 +77,7 @@ def _predict(w: dict[str, torch.Tensor], config: dict[str, Any], hidden: torch.T
     v = heads(normed, "v")
     distance = torch.arange(n)[:, None] - torch.arange(n)
     visible = distance >= 0
-    if slides:  # only sliding layers rotate
+    if slides:  # only sliding layers apply rotary positions
         visible &= distance < config["mtp_sliding_windows"][0]
         angle = torch.outer(torch.arange(n),
                             config["rope_parameters"]["rope_theta"] ** (-torch.arange(0, dim, 2) / dim))
@@ -93,8 +92,8 @@ def _predict(w: dict[str, torch.Tensor], config: dict[str, Any], hidden: torch.T
 
 
 def _predictor(model: Any, weights: Path, num_layers: int) -> Any:
-    """Return transformers' own model of a prediction layer behind the trunk, read from the folder; None: it
-    has none.  The class names the layers of published sizes alone."""
+    """Return transformers' model of the MTP layer in the folder, or None. `MtpModel` knows the layer names of
+    published sizes only."""
     from transformers.modeling_layers import MtpModel
 
     if (not model.config.to_dict().get("num_nextn_predict_layers")
@@ -106,26 +105,26 @@ def _predictor(model: Any, weights: Path, num_layers: int) -> Any:
 
 def _gradients_behind(predictor: Any, num_layers: int, embedding: torch.Tensor,
                       head: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return a prediction layer's gradients under the names of a folder, copies included."""
-    at = f"model.layers.{num_layers}."
-    found = {f"{at}embed_tokens.weight": embedding, f"{at}shared_head.head.weight": head}
+    """Return the MTP layer's gradients with the names of a folder, copies included."""
+    prefix = f"model.layers.{num_layers}."
+    gradients = {f"{prefix}embed_tokens.weight": embedding, f"{prefix}shared_head.head.weight": head}
     for name, parameter in predictor.layers[0].named_parameters():
-        name = at + name.removeprefix("mtp_block.").replace("post_norm.", "shared_head.norm.")
+        name = prefix + name.removeprefix("mtp_block.").replace("post_norm.", "shared_head.norm.")
         if "gate_up_proj" in name:
             for e, (gate, up) in enumerate(parameter.grad.unflatten(1, (2, -1)).unbind()):
                 stem = name.replace("gate_up_proj", str(e))
-                found |= {f"{stem}.gate_proj.weight": gate, f"{stem}.up_proj.weight": up}
+                gradients |= {f"{stem}.gate_proj.weight": gate, f"{stem}.up_proj.weight": up}
         elif name.endswith("experts.down_proj"):
-            found |= {name.replace("down_proj", f"{e}.down_proj.weight"): down
-                      for e, down in enumerate(parameter.grad)}
+            gradients |= {name.replace("down_proj", f"{e}.down_proj.weight"): down
+                          for e, down in enumerate(parameter.grad)}
         else:
-            found[name] = parameter.grad
-    return {name: tensor.clone() for name, tensor in found.items()}
+            gradients[name] = parameter.grad
+    return {name: tensor.clone() for name, tensor in gradients.items()}
 
 
 def _reference(weights: Path, gradients: Path, result: dict[str, Any], objective: str) -> dict[str, float]:
-    """Run transformers on each segment alone; returns the losses and saves the model with gradients in
-    the weights' place."""
+    """Run transformers on each document part; return the losses and save a model with gradients as
+    weights."""
     from transformers import AutoModelForCausalLM
 
     model = as_released(AutoModelForCausalLM.from_pretrained(
@@ -143,7 +142,7 @@ def _reference(weights: Path, gradients: Path, result: dict[str, Any], objective
         if cap := getattr(model.config, "final_logit_softcapping", None):
             logits = cap * torch.tanh(logits / cap)
         losses = cross_entropy(logits, s["labels"], reduction="none")
-        # the label of a place is the token that follows it; the last place has nothing further to predict
+        # labels are the next tokens; the last position of a part has no second next token
         states = hidden
         depths = config.get("mtp_num_speculative_steps", int(bool(prediction or predictor)))
         for depth in range(1, 1 + depths):
@@ -151,13 +150,13 @@ def _reference(weights: Path, gradients: Path, result: dict[str, Any], objective
             states = _predict(prediction, config, states[:-1], model.model.embed_tokens(
                 ahead)) if prediction else predictor.forward_layer(
                     0, states[None, :-1], torch.arange(1, len(states))[None], None, input_ids=ahead[None])[0]
-            further = cross_entropy(model.lm_head(states), s["labels"][depth:], reduction="none")
-            predicted = predicted + (further * s["weights"][depth:]).sum()
+            mtp_losses = cross_entropy(model.lm_head(states), s["labels"][depth:], reduction="none")
+            predicted = predicted + (mtp_losses * s["weights"][depth:]).sum()
             num_predicted += float(s["weights"][depth:].sum())
         for kind in set(s["types"].tolist()):
-            chosen = s["weights"] * (s["types"] == kind)
-            sums[kind] = sums.get(kind, torch.zeros(())) + (losses * chosen).sum()
-            counts[kind] = counts.get(kind, 0.0) + float(chosen.sum())
+            weights_of_kind = s["weights"] * (s["types"] == kind)
+            sums[kind] = sums.get(kind, torch.zeros(())) + (losses * weights_of_kind).sum()
+            counts[kind] = counts.get(kind, 0.0) + float(weights_of_kind.sum())
     text, response = 0, 2
     terms = {"lm": sums[text] / counts[text]} if objective == "lm" else {
         "response": sums[response] / counts[response], "text": sums[text] / counts[text]}
@@ -165,13 +164,14 @@ def _reference(weights: Path, gradients: Path, result: dict[str, Any], objective
         terms["mtp"] = predicted / num_predicted
     sum({"text": 0.3, "mtp": 0.3}.get(name, 1.0) * term  # type: ignore[union-attr]
         for name, term in terms.items()).backward()
-    behind = _gradients_behind(predictor, config["num_hidden_layers"], model.model.embed_tokens.weight.grad,
-                               model.lm_head.weight.grad) if predictor else {}
+    mtp_gradients = _gradients_behind(
+        predictor, config["num_hidden_layers"], model.model.embed_tokens.weight.grad,
+        model.lm_head.weight.grad) if predictor else {}
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.grad if parameter.grad is not None else 0.0)
     model.save_pretrained(gradients)
-    save_file({f"mtp.{name}": tensor.grad for name, tensor in prediction.items()} | behind,
+    save_file({f"mtp.{name}": tensor.grad for name, tensor in prediction.items()} | mtp_gradients,
               gradients / "prediction.safetensors")
     return {name: term.item() for name, term in terms.items()}
 

@@ -1,7 +1,7 @@
-"""How many operations a training step starts, and what it fetches from the device.
+"""Limits the operations that a training step launches and the values that it copies from the device.
 
-A GPU is fast only while the host runs ahead of it: each operation costs the host some microseconds, and each
-number that is fetched costs a wait for everything that was started before.
+A GPU is busy only while the host runs ahead: each launch costs some microseconds, and each copy to the host
+waits for all previously launched operations.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ import pytest
 FETCHES = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
 SYNCING = ("aten.nonzero", "aten.masked_select", "aten.unique", "aten.bincount", "aten.repeat_interleave")
 OPERATIONS = {"tiny-solar-open": 820, "tiny-k-exaone": 880}
-"""Most operations of a further layer in a micro-batch, forward, backward and a share of the update, which on
-CPUs takes each parameter's whole vectors and its tail apart."""
+"""Limit of launches per additional layer and micro-batch: forward, backward and its share of the update; the
+CPU update processes whole vectors and remainders separately."""
 PER_ROUTED_LAYER = {"moe_utils.py:permute": 2, "moe_utils.py:sort_chunks_by_idxs": 6, "experts.py:forward": 1}
-"""What the library fetches in each layer with experts and micro-batch: how many tokens go where."""
+"""Copies by Megatron-Core per MoE layer and micro-batch: numbers of tokens per expert."""
 PER_MICRO_BATCH = {"data_objective.py:prepare": 1, "data_objective.py:_mtp_targets": 1,
                    "objective.py:with_denominators": 1}
-"""What is counted in each row, on the host: see test_data_batches.py."""
+"""Copies per row of counts that are already on the host, see test_data_batches.py."""
 PER_STEP = {"values.py:sum_dict": 2, "trainer.py:update": 1, "computation.py:sums": 5,
             "collectives.py:all_reduce_dp": 2, "collectives.py:all_reduce_world": 1,
-            "collectives.py:broadcast_from_last_stage": 1, "optimizer.py:_grad_norm": 1}
+            "collectives.py:broadcast_from_last_stage": 1, "optimizer.py:_compute_grad_norm": 1}
 """Sums over processes, losses and the gradient norm."""
 
 
 def _counted(fetches: Counter[str], method: Callable[..., Any]) -> Callable[..., Any]:
     from tests.layouts.layout_run import maker
 
-    def fetch(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def count_fetch(self: Any, *args: Any, **kwargs: Any) -> Any:
         fetches[maker()] += 1
         return method(self, *args, **kwargs)
 
-    return fetch
+    return count_fetch
 
 
 def step(recipe: str, settings: list[str], data: str) -> dict[str, Any]:
-    """Return what the second step of a training starts and fetches."""
+    """Return launches and copies of the second training step."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
@@ -50,7 +50,7 @@ def step(recipe: str, settings: list[str], data: str) -> dict[str, Any]:
     fetches: Counter[str] = Counter()
 
     class Operations(TorchDispatchMode):
-        """Counts operations, and those whose result has a size that the host must know."""
+        """Counts operations, and operations whose output size the host must know."""
 
         count = 0
 
@@ -70,7 +70,7 @@ def step(recipe: str, settings: list[str], data: str) -> dict[str, Any]:
         for name in FETCHES:
             patched.setattr(torch.Tensor, name, _counted(fetches, getattr(torch.Tensor, name)))
         trainer.update()
-    world.leave()
+    world.leave_world()
     return {"operations": seen.count, "fetches": fetches, "routed_layers": config.model.num_moe_layers(),
             "micro_batches": config.train.global_batch_size // config.train.micro_batch_size}
 
@@ -86,6 +86,6 @@ def test_a_step_starts_no_more_operations_and_fetches_no_more_numbers(
     assert (more["operations"] - fewer["operations"]) / (2 * count) <= OPERATIONS[recipe]
     limits = ({name: n * count * more["routed_layers"] for name, n in PER_ROUTED_LAYER.items()}
               | {name: n * count for name, n in PER_MICRO_BATCH.items()} | PER_STEP)
-    beyond = {name: n for name, n in more["fetches"].items()
+    excess = {name: n for name, n in more["fetches"].items()
               if n > limits.get(name, 0)}
-    assert beyond == {}, "these functions make the host wait for the device"
+    assert excess == {}, "these functions make the host wait for the device"

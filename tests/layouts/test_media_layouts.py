@@ -1,5 +1,5 @@
-"""Pictures and sounds over placeholders: every layout computes what one process computes, and that is what
-transformers' model computes when it is given the features."""
+"""Images and audio in place of placeholder tokens: every layout computes the results of one process, which
+equal transformers' model with the same features."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_sov.convert.hf_export import to_hf
 from megatron_sov.convert.hf_import import from_hf
 from megatron_sov.model.config import apply_settings
 from megatron_sov.model.config.encoders import CLIP_MEAN, CLIP_STD
-from megatron_sov.model.families.encoders import encoder_tensors
+from megatron_sov.model.families.encoders import encoder_shapes
 from tests.layouts.media_run import AUDIO, SMALL, VISION
 
 RUN = str(Path(__file__).with_name("media_run.py"))
@@ -36,18 +36,18 @@ LAYOUTS = {
     "TP2+SP x CP2 x EP2": ("tiny-qwen3-moe", 4, [*SP, "parallel.cp=2", "parallel.ep=2"]),
 }
 FIRST = "TP2+SP x CP2 x EP2"
-"""In `make test`."""
+"""Layout that `make test` runs."""
 
 
 def trained_config() -> Any:
-    """Return the settings of the tiny model."""
+    """Return the config of the tiny model."""
     return apply_settings(recipes.get("tiny-qwen3"), [
         f"model.vision={json.dumps(VISION)}", f"model.audio={json.dumps(AUDIO)}", *SMALL])
 
 
 def _apart(ours: Path, theirs: Path, part: str = "model") -> dict[str, float]:
-    """Return how far each tensor is from another's, beside its largest value; a key's bias has no gradient
-    but for the last bits of others."""
+    """Return each tensor's difference relative to its largest value; the gradient of a key bias is rounding
+    noise only."""
     a, b = TensorReader(ours, part), TensorReader(theirs, part)
     assert sorted(a.keys()) == sorted(b.keys())
     return {key: float((a.read(key) - b.read(key)).abs().max() / b.read(key).abs().max().clamp(min=1e-6))
@@ -58,24 +58,24 @@ def _apart(ours: Path, theirs: Path, part: str = "model") -> dict[str, float]:
 @pytest.mark.essential
 @pytest.mark.parametrize("names", [
     [FIRST], pytest.param([name for name in LAYOUTS if name != FIRST], marks=pytest.mark.deep)],
-    ids=["all at once", "further"])
+                         ids=["all at once", "further"])
 def test_layouts_agree_with_one_rank(ranks: Any, job: Any, tmp_path: Path, names: Collection[str]) -> None:
     def settings(recipe: str, layout: list[str]) -> list[str]:
         return [*FP64, *(EXPERTS if "moe" in recipe else []), *layout]
 
     layouts = {name: LAYOUTS[name] for name in names}
     one = {recipe: (recipe, 1, []) for recipe, _, _ in layouts.values()}
-    every = {**one, **layouts}
+    all_runs = {**one, **layouts}
     results = ranks(*(job(RUN, "one_batch", n, {"recipe": recipe, "settings": settings(recipe, layout),
                                                 "out": str(tmp_path / name)})
-                      for name, (recipe, n, layout) in every.items()))
+                      for name, (recipe, n, layout) in all_runs.items()))
     losses = {name: per_rank[0]["losses"] | per_rank[0]["meters"]
-              for name, per_rank in zip(every, results, strict=True)}
+              for name, per_rank in zip(all_runs, results, strict=True)}
     assert {"lm", "text_loss", "audio_loss", "image_loss"} <= set(losses[next(iter(one))])
     for name, (recipe, _, _) in layouts.items():
         assert losses[name] == pytest.approx(losses[recipe], rel=1e-12), name
-        apart = _apart(tmp_path / name / "gradients", tmp_path / recipe / "gradients")
-        assert max(apart.values()) < 1e-10, (name, {k: v for k, v in apart.items() if v > 1e-10})
+        differences = _apart(tmp_path / name / "gradients", tmp_path / recipe / "gradients")
+        assert max(differences.values()) < 1e-10, (name, {k: v for k, v in differences.items() if v > 1e-10})
     gradients = TensorReader(tmp_path / next(iter(one)) / "gradients", "model")
     for key in ("vision.encoder.embeddings.patch_embedding.weight", "audio.encoder.conv1.weight",
                 "audio.compressor.query_token", "vision.adapter.fc2.weight"):
@@ -89,23 +89,23 @@ def test_gradients_reach_encoders_exactly_when_they_are_trained(ranks: Any, job:
     results = ranks(*(job(RUN, "one_batch", 1, {
         "recipe": "tiny-qwen3", "out": str(tmp_path / name), "settings": [
             *FP64, f"media.train_encoders={encoders}", f"media.train_adapters={adapters}"]})
-        for name, (encoders, adapters) in cases.items()))
-    every = set(encoder_tensors(trained_config().model))
+                      for name, (encoders, adapters) in cases.items()))
+    all_tensors = set(encoder_shapes(trained_config().model))
     places = {"audio.encoder.embed_positions.weight"}
-    encoders = {key for key in every if ".encoder." in key}
-    expected = {"both": places, "adapters": encoders, "none": every}
+    encoders = {key for key in all_tensors if ".encoder." in key}
+    expected = {"both": places, "adapters": encoders, "none": all_tensors}
     for (name, frozen), (result,) in zip(expected.items(), results, strict=True):
         assert {key.removeprefix("encoders.") for key in result["frozen"]} == frozen, name
         moments = {key.removeprefix("exp_avg/") for key in result["moments"]}
-        assert moments & every == every - frozen, name
+        assert moments & all_tensors == all_tensors - frozen, name
         gradients = TensorReader(tmp_path / name / "gradients", "model")
-        assert {key for key in every if float(gradients.read(key).abs().max()) == 0} == frozen, name
+        assert {key for key in all_tensors if float(gradients.read(key).abs().max()) == 0} == frozen, name
 
 
 @pytest.mark.distributed
 @pytest.mark.essential
 def test_a_run_goes_on_bit_for_bit_and_at_another_layout(ranks: Any, job: Any, tmp_path: Path) -> None:
-    """With moments of encoders, from the checkpoint of two processes under ZeRO-1."""
+    """Includes the encoders' optimizer moments, from a checkpoint of two processes with ZeRO-1."""
     fp64 = [*FP64, "optim.name=muon"]
     one = [*fp64, *OVERLAP]
     first, same, other = ranks(
@@ -124,51 +124,52 @@ def test_a_run_starts_beside_a_model_without_encoders(ranks: Any, job: Any, tmp_
     SiglipVisionModel(SiglipVisionConfig(
         image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=24, vision_use_head=False)).save_pretrained(tmp_path / "vit")
-    ((found,),) = ranks(job(RUN, "started", 1, {"plain": str(tmp_path / "plain"),
-                                                "encoder": str(tmp_path / "vit")}))
-    every = set(encoder_tensors(trained_config().model))
-    assert not set(found["checkpoint"]) & every and len(found["checkpoint"]) > 20
-    assert set(found["folder"]) == {key for key in every if key.startswith("vision.encoder.")}
-    assert set(found["neither"]) == every - set(found["folder"])
+    ((tensors,),) = ranks(job(RUN, "started", 1, {"plain": str(tmp_path / "plain"),
+                                                  "encoder": str(tmp_path / "vit")}))
+    all_tensors = set(encoder_shapes(trained_config().model))
+    assert not set(tensors["checkpoint"]) & all_tensors and len(tensors["checkpoint"]) > 20
+    assert set(tensors["folder"]) == {key for key in all_tensors if key.startswith("vision.encoder.")}
+    assert set(tensors["neither"]) == all_tensors - set(tensors["folder"])
 
 
-# the same with transformers
+# comparison with transformers
 
 def scanned(x: torch.Tensor, w: dict[str, torch.Tensor], head_dim: int, state_size: int) -> torch.Tensor:
-    """Return what a Mamba-2 mixer makes of one sequence [n, width], token by token."""
+    """Compute a Mamba-2 mixer token by token on one sequence [n, width]."""
     heads = len(w["D"])
     inner = heads * head_dim
     gate, mixed, dt = (x @ w["in_proj.weight"].T).split([inner, inner + 2 * state_size, heads], -1)
-    before = torch.cat([mixed.new_zeros(3, mixed.shape[1]), mixed])
-    seen = torch.stack([before[i:i + 4] for i in range(len(x))])
-    mixed = silu((seen * w["conv1d.weight"][:, 0].T).sum(1) + w["conv1d.bias"])
+    padded = torch.cat([mixed.new_zeros(3, mixed.shape[1]), mixed])
+    windows = torch.stack([padded[i:i + 4] for i in range(len(x))])
+    mixed = silu((windows * w["conv1d.weight"][:, 0].T).sum(1) + w["conv1d.bias"])
     values, b, c = mixed.split([inner, state_size, state_size], -1)
     values, step = values.unflatten(-1, (heads, head_dim)), softplus(dt + w["dt_bias"])
-    state, found = x.new_zeros(heads, head_dim, state_size), []
+    state, outputs = x.new_zeros(heads, head_dim, state_size), []
     for t in range(len(x)):
-        kept = (-w["A_log"].exp() * step[t]).exp()
-        state = kept[:, None, None] * state + (step[t][:, None] * values[t])[..., None] * b[t]
-        found.append((state @ c[t] + w["D"][:, None] * values[t]).flatten())
-    y = rms_norm(torch.stack(found), (inner,), w["norm.weight"], 1e-5) * silu(gate)
+        decay = (-w["A_log"].exp() * step[t]).exp()
+        state = decay[:, None, None] * state + (step[t][:, None] * values[t])[..., None] * b[t]
+        outputs.append((state @ c[t] + w["D"][:, None] * values[t]).flatten())
+    y = rms_norm(torch.stack(outputs), (inner,), w["norm.weight"], 1e-5) * silu(gate)
     return y @ w["out_proj.weight"].T
 
 
 def compressed(features: torch.Tensor, w: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return one feature of each five of a record [n, hidden]."""
-    def of(prefix: str) -> dict[str, torch.Tensor]:
+    """Compress every five features of a record [n, hidden] to one."""
+    def select(prefix: str) -> dict[str, torch.Tensor]:
         return {name.removeprefix(prefix): t for name, t in w.items() if name.startswith(prefix)}
 
     chunks = linear(features, w["input_proj.weight"], w["input_proj.bias"]).unflatten(0, (-1, 5))
     rows = torch.cat([torch.cat([chunk, w["query_token"][None]]) for chunk in chunks])
     rows = layer_norm(rows, rows.shape[-1:], w["input_norm.weight"], w["input_norm.bias"], 1e-6)
-    block = of("model.layers.0.")
-    normed, read = rms_norm(rows, rows.shape[-1:], block["norm.weight"], 1e-5), []
+    block = select("model.layers.0.")
+    normed, compressed_rows = rms_norm(rows, rows.shape[-1:], block["norm.weight"], 1e-5), []
     for chunk in normed.split(6):
         query = chunk[5]
-        share = linear(query, block["weight_fc.weight"], block["weight_fc.bias"]).softmax(0)
+        attention = linear(query, block["weight_fc.weight"], block["weight_fc.bias"]).softmax(0)
         gate = linear(query, block["gate_fc.weight"], block["gate_fc.bias"]).sigmoid() * 0.98 + 0.01
-        read += [chunk[:5], ((share[:, None] * chunk[:5]).sum(0) * gate + query * (1 - gate))[None]]
-    out = scanned(torch.cat(read), of("model.layers.0.mixer."), 8, 4) + rows
+        summary = (attention[:, None] * chunk[:5]).sum(0) * gate + query * (1 - gate)
+        compressed_rows += [chunk[:5], summary[None]]
+    out = scanned(torch.cat(compressed_rows), select("model.layers.0.mixer."), 8, 4) + rows
     out = rms_norm(out, out.shape[-1:], w["model.norm_f.weight"], 1e-5)[5::6]
     return linear(out, w["output_proj.weight"], w["output_proj.bias"])
 
@@ -215,17 +216,17 @@ def test_losses_and_gradients_are_those_of_transformers(ranks: Any, job: Any, tm
             pixels = (records / 255 - torch.tensor(CLIP_MEAN).double()[:, None, None]) / torch.tensor(
                 CLIP_STD).double()[:, None, None]
             return mlp(vision(pixel_values=pixels).last_hidden_state, "mm_projector").flatten(0, 1)
-        heard = mlp(audio(records).last_hidden_state, "audio_projector")
+        audio_features = mlp(audio(records).last_hidden_state, "audio_projector")
         prefix = "model.video_audio_compressor."
-        own = {name.removeprefix(prefix): t for name, t in w.items() if name.startswith(prefix)}
-        return torch.cat([compressed(record, own) for record in heard])
+        compressor = {name.removeprefix(prefix): t for name, t in w.items() if name.startswith(prefix)}
+        return torch.cat([compressed(record, compressor) for record in audio_features])
 
     total, count = torch.zeros(()).double(), 0.0
     for m in result["micro_batches"]:
         embedded = model.model.embed_tokens(torch.tensor(m["tokens"]))
         for kind, part in m["media"].items():
-            over = features_of(kind, torch.tensor(part["records"], dtype=torch.float64))
-            embedded = embedded.index_copy(0, torch.tensor(part["places"]), over[part["features"]])
+            features = features_of(kind, torch.tensor(part["records"], dtype=torch.float64))
+            embedded = embedded.index_copy(0, torch.tensor(part["places"]), features[part["features"]])
         for first, end in zip(m["bounds"], m["bounds"][1:], strict=False):
             states = model.model(inputs_embeds=embedded[None, first:end], use_cache=False)
             weights = torch.tensor(m["weights"][first:end], dtype=torch.float64)
@@ -241,5 +242,5 @@ def test_losses_and_gradients_are_those_of_transformers(ranks: Any, job: Any, tm
     places = "model.audio_model.embed_positions.weight"
     assert set(ours) - set(theirs) == {places} | ({"lm_head.weight"} - set(theirs))
     for name, gradient in theirs.items():
-        apart = float((ours[name] - gradient).abs().max() / gradient.abs().max().clamp(min=1e-6))
-        assert apart < 1e-6, (name, apart)
+        difference = float((ours[name] - gradient).abs().max() / gradient.abs().max().clamp(min=1e-6))
+        assert difference < 1e-6, (name, difference)

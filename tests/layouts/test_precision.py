@@ -1,4 +1,4 @@
-"""What `train.precision` promises about dtypes, and `train.deterministic` about bits."""
+"""Dtypes under `train.precision`, and repeated bits under `train.deterministic`."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def test_bf16_keeps_master_weights_gradients_routing_and_loss_in_float32(ranks: 
         "weights": ["torch.bfloat16"], "gradients": single, "master": single, "exp_avg": single,
         "exp_avg_sq": single, "router logits": single, "router weights": single, "router bias": single,
         "losses": single}
-    # the data-parallel sum: experts' gradients and the others' travel in one buffer each
+    # data-parallel reduction: dense and expert gradients have one buffer each
     assert bf16["reduced"]["torch.float32"] > 0.4 * bf16["gradients"]
     assert "torch.bfloat16" not in bf16["reduced"]
     assert {k: v for k, v in fp64["dtypes"].items() if v != ["torch.float64"]} == {"router bias": single}
     assert abs(fp32["loss"] / fp64["loss"] - 1) < 1e-6
-    # bf16 has 8 bits: an error of 2^-9 in each of many roundings, most of which average out
+    # bf16 has 8 bits: errors of 2^-9 in many roundings, most of which average out
     assert 1e-6 < abs(bf16["loss"] / fp64["loss"] - 1) < 2**-9
 
 
@@ -39,10 +39,10 @@ def test_bf16_keeps_master_weights_gradients_routing_and_loss_in_float32(ranks: 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("nproc", "threads", "settings"), [
     (1, 2, []), pytest.param(2, 1, [*LAYOUT, "train.precision=bf16"], marks=pytest.mark.deep)],
-    ids=["threads", "layouts"])
+                         ids=["threads", "layouts"])
 def test_deterministic_runs_repeat_their_bits(ranks: Any, job: Any, packed_data: Any, nproc: int,
                                               threads: int, settings: list[str]) -> None:
-    once, again = ranks(*2 * [job(RUN, "repeatable", nproc, {
+    once, repeated = ranks(*2 * [job(RUN, "repeatable", nproc, {
         "settings": settings, "data": str(packed_data.text), "threads": threads})])
-    assert once == again
+    assert once == repeated
     assert once[0]["threads"] == threads and once[0]["torch"] and once[0]["library"]

@@ -22,7 +22,7 @@ def test_data_of_text_need_no_encoder(packed_data: Any) -> None:
     sources = open_sources({str(packed_data.text): 1.0}, model.vocab_size)
     seam.check_encoders(model, sources)
     documents = sources[0].shard("train")
-    assert len(documents.tokens(0, 0, 3)) == 3 and seam.inputs_of(documents, 0, 0, 3) == {}
+    assert len(documents.tokens(0, 0, 3)) == 3 and seam.get_encoder_inputs(documents, 0, 0, 3) == {}
     assert not model.is_multimodal
 
 
@@ -34,8 +34,9 @@ import {modules}
 print([name for name in sys.modules if name.startswith(("megatron_sov.omni", "data_prep.media"))])
 """
 CORE = ("megatron_sov.convert", "megatron_sov.train.trainer", "megatron_sov.infer.decoder.generator",
-        "megatron_sov.post.reference", "megatron_sov.eval.heldout", "megatron_sov.commands.models.generate",
-        "megatron_sov.commands.evaluate.eval", "data_prep.shards.pack", "data_prep.shards.verify")
+        "megatron_sov.post.reference", "megatron_sov.eval.heldout_loss",
+        "megatron_sov.commands.models.generate", "megatron_sov.commands.evaluate.eval",
+        "data_prep.shards.pack", "data_prep.shards.verify")
 
 
 @pytest.mark.deep

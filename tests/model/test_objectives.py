@@ -22,7 +22,7 @@ METHODS = """
 
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objectives.OWN, "_known", {})
+    monkeypatch.setattr(objectives.OBJECTIVE_PLUGINS, "_known", {})
 
 
 def config_of(name: str, **options: Any) -> RunConfig:
@@ -32,15 +32,15 @@ def config_of(name: str, **options: Any) -> RunConfig:
 
 def load(tmp_path: Path, text: str) -> str:
     (tmp_path / "mine.py").write_text(text)
-    return objectives.OWN.load(f"{tmp_path}/mine.py:Mine")
+    return objectives.OBJECTIVE_PLUGINS.load(f"{tmp_path}/mine.py:Mine")
 
 
 def test_the_built_in_one_is_the_commands(tmp_path: Path) -> None:
     def built_in(context: Any) -> Any: ...
 
     for name in objectives.BUILT_IN:
-        objectives.check(config_of(name))
-        assert objectives.factory(config_of(name), built_in) is built_in
+        objectives.check_objective(config_of(name))
+        assert objectives.get_factory(config_of(name), built_in) is built_in
 
 
 def test_its_settings_are_its_arguments(tmp_path: Path) -> None:
@@ -49,24 +49,24 @@ def test_its_settings_are_its_arguments(tmp_path: Path) -> None:
                           "        self.made = context, gamma, kind\n"
                           "        self.coefficients = {'x': 1.0}\n" + METHODS)
     config = config_of(name, gamma=3, kind=["any"])
-    objectives.check(config)
-    made: Any = objectives.factory(config, None)("context")  # type: ignore[arg-type]
+    objectives.check_objective(config)
+    made: Any = objectives.get_factory(config, None)("context")  # type: ignore[arg-type]
     assert made.made == ("context", 3, ["any"])
     with pytest.raises(UserError, match=r"'gamma'\?\n  objective.options.gamma"):
-        objectives.check(config_of(name, gama=1, gamma=None))
+        objectives.check_objective(config_of(name, gama=1, gamma=None))
 
 
 def test_types_that_are_known_to_checkers_alone_are_not_checked(tmp_path: Path) -> None:
     name = load(tmp_path, "from __future__ import annotations\nclass Mine:\n    def __init__(self, context: "
                           f"Context, size: Size = 1): ...\n{METHODS}")
-    objectives.check(config_of(name, size="anything"))
+    objectives.check_objective(config_of(name, size="anything"))
 
 
 @pytest.mark.parametrize(("text", "message"), [
     (f"class Mine:\n    def __init__(self, config, batches): ...\n{METHODS}",
-     r"is made by Mine\(config, batches\); an objective is made by Mine\(context\)"),
+     r"has the signature Mine\(config, batches\); an objective needs Mine\(context"),
     (f"class Mine:\n    def __init__(self, context, *, must): ...\n{METHODS}",
-     r"by name and with defaults"),
+     r"\(context, \*, setting=default"),
     ("class Mine:\n    def loss(self, hidden, head): ...",
      r"needs collect\(.*prepare\(.*loss\(self, hidden, head, batch\); it has loss\(self, hidden, head\)"),
     (f"class Mine:\n    formats = ('chat', 'film')\n    def __init__(self, context): ...\n{METHODS}",
@@ -87,7 +87,7 @@ def test_one_without_coefficients_says_so_when_it_is_made(tmp_path: Path) -> Non
     config = config_of(load(tmp_path,
                             f"class Mine:\n    def __init__(self, context): ...\n{METHODS}"))
     with pytest.raises(UserError, match="term -> its weight"):
-        objectives.factory(config, None)(None)  # type: ignore[arg-type]
+        objectives.get_factory(config, None)(None)  # type: ignore[arg-type]
 
 
 def test_what_it_reads_is_known_before_it_is_made(tmp_path: Path) -> None:
@@ -96,6 +96,6 @@ def test_what_it_reads_is_known_before_it_is_made(tmp_path: Path) -> None:
     name = load(tmp_path, "from megatron_sov import NeededColumn\nclass Mine:\n    formats = 'preference',\n"
                           "    columns = {'score': NeededColumn('sov-data pack --column score')}\n"
                           f"    def __init__(self, context): ...\n{METHODS}")
-    made_by = objectives.factory(config_of(name), None)  # type: ignore[arg-type]
+    made_by = objectives.get_factory(config_of(name), None)  # type: ignore[arg-type]
     assert formats_of(made_by) == ("preference",) and list(columns_of(made_by)) == ["score"]
     assert formats_of(lambda context: None) == ("text", "chat") and columns_of(lambda context: None) == {}

@@ -20,8 +20,8 @@ from transformers import (
 
 from megatron_sov import convert
 from megatron_sov.base.errors import UserError
-from megatron_sov.infer.engines.libraries import load_hf
-from megatron_sov.model.pretrained import load_pretrained, weight_files
+from megatron_sov.infer.engines.transformers_engine import load_hf
+from megatron_sov.model.pretrained import find_weight_files, load_pretrained
 
 SIZES: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1,
                          "num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 32}
@@ -82,12 +82,12 @@ def test_another_architectures_config_is_refused(models: dict[str, Path], tmp_pa
         load_hf(folder)
 
 
-def test_a_model_that_this_transformers_has_no_class_of_is_told_from_a_damaged_one(
-        models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_model_that_this_transformers_has_no_class_of_is_told_from_a_damaged_one(models: dict[str, Path],
+                                                                                   tmp_path: Path) -> None:
     folder = shutil.copytree(models["lm"], tmp_path / "new")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "of_next_year"}))
-    with pytest.raises(UserError, match=r"config.json's model_type = 'of_next_year'") as e:
+    with pytest.raises(UserError, match=r"no class for model_type = 'of_next_year'") as e:
         load_hf(folder)
     assert "restore" not in str(e.value)
     (folder / "config.json").write_text(json.dumps(config | {"hidden_size": "wide"}))
@@ -124,7 +124,7 @@ def twice(folder: Path) -> None:
 
 FILES = {
     "two sets": (twice, "holds model.safetensors and model.safetensors.index.json, which names other files"),
-    "adapter": (lambda d: (d / "adapter_config.json").write_text("{}"), "holds adapter_config.json beside"),
+    "adapter": (lambda d: (d / "adapter_config.json").write_text("{}"), "holds adapter_config.json next to"),
     "lost shard": (lambda d: next(iter(sorted(d.glob("model-*.safetensors")))).unlink(), "it should hold"),
     "in two shards": (lambda d: edit(d, lambda t: t.update({"model.norm.weight": torch.ones(16)}),
                                      min(d.glob("model-*.safetensors")).name), "holds as well"),
@@ -152,14 +152,14 @@ def test_other_formats_beside_are_not_read(models: dict[str, Path], tmp_path: Pa
     names = list(load_file(folder / "model.safetensors"))
     (folder / "model.safetensors.index.json").write_text(json.dumps(
         {"weight_map": dict.fromkeys(names, "model.safetensors")}))
-    assert weight_files(folder) == {"model.safetensors": names}
+    assert find_weight_files(folder) == {"model.safetensors": names}
     load_hf(folder)
-    assert convert.open_weights(folder).names()
+    assert convert.open_weights(folder).list_names()
 
 
 @pytest.mark.parametrize("named", ["other.safetensors", "sub/other.safetensors.index.json", 5])
 def test_a_config_that_names_another_file_of_weights_is_refused(named: Any, models: dict[str, Path],
-                                                               tmp_path: Path) -> None:
+                                                                tmp_path: Path) -> None:
     """transformers would read it, and the check of tensors the other one."""
     folder = Path(shutil.copytree(models["lm"], tmp_path / "lm"))
     shutil.copyfile(folder / "model.safetensors", folder / "other.safetensors")
@@ -169,6 +169,6 @@ def test_a_config_that_names_another_file_of_weights_is_refused(named: Any, mode
         (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": value}))
         load_hf(folder)
     (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": named}))
-    for read in (load_hf, weight_files, lambda folder: convert.from_hf(folder, tmp_path / "out")):
+    for read in (load_hf, find_weight_files, lambda folder: convert.from_hf(folder, tmp_path / "out")):
         with pytest.raises(UserError, match=r"config.json: transformers_weights"):
             read(folder)

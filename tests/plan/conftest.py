@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.base.artifacts import to_json
+from megatron_sov.base.artifacts import format_json
 from megatron_sov.model.config import RunConfig
 from megatron_sov.runs.obs.events import EVENTS, EventLog
 
@@ -25,7 +25,7 @@ def write_run(tmp_path: Path) -> WriteRun:
               num_steps: int = 20, on_gpu: bool = True, start: Mapping[str, Any] | None = None) -> Path:
         run = tmp_path / name
         run.mkdir()
-        (run / "config.json").write_text(to_json(config.to_dict()))
+        (run / "config.json").write_text(format_json(config.to_dict()))
         log = EventLog(run / EVENTS)
         told: dict[str, Any] = {"num_ranks": num_ranks, "layout": asdict(config.parallel) | {"dp": num_ranks},
                                 "on_gpu": on_gpu, "machine": {"device": device, "threads": 2}}

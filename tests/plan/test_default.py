@@ -74,6 +74,13 @@ def test_unknown_gpus_and_rounds_have_no_search(recipe: str, cluster: str) -> No
     assert find_layout(recipes.get(recipe), machines(cluster, 1)) is None
 
 
+def test_rounds_whose_own_layout_breaks_a_rule_get_one_that_keeps_it() -> None:
+    config, where = recipes.get("tiny-typhoon-s-opd"), machines("h100", 1)
+    found = find_layout(config, where)
+    assert config.problems(where.num_ranks) and found is not None
+    assert not apply_settings(config, list(found.settings)).problems(where.num_ranks)
+
+
 @pytest.mark.parametrize(("recipe", "settings", "from_file", "own", "open_"), [
     ("solar-open-102b", (), False, {}, True), ("qwen3-8b", (), False, {}, True),
     ("solar-open-102b", ("parallel.expert_dispatcher=alltoall",), False, {}, True),

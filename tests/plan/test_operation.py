@@ -183,7 +183,7 @@ def written(folder: str, case: str) -> dict[str, Any]:
 
     from megatron_sov.base.artifacts import read_manifest
     from megatron_sov.checkpoint import load
-    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.optimizer.optimizer import Optimizer
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig
@@ -191,14 +191,14 @@ def written(folder: str, case: str) -> dict[str, Any]:
 
     recipe, settings, layout = CASES[case]
     config, parallel = apply_settings(recipes.get(recipe), list(settings)), ParallelConfig(**layout)
-    world.join(parallel)
-    model = build(config.model, parallel, config.train, config.gpu, lora=config.lora)
-    load.initialise(model, config.model, 1)
+    world.join_world(parallel)
+    model = build_model(config.model, parallel, config.train, config.gpu, lora=config.lora)
+    load.initialize_weights(model, config.model, 1)
     if config.lora.on:
         model.adapter_base = AdapterBase(Path("nowhere"), "0" * 64)
     path = Path(folder) / "step-1"
-    load.save(path, model, Optimizer(model, config.optim, parallel, config.gpu), {"step": 1, "tokens": 1}, {},
-              None)
+    optimizer = Optimizer(model, config.optim, parallel, config.gpu)
+    load.save_checkpoint(path, model, optimizer, {"step": 1, "tokens": 1}, {}, None)
     if dist.get_rank():
         return {}
     sizes = {"float32": 4, "bfloat16": 2}

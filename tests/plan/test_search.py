@@ -262,7 +262,7 @@ def test_runs_of_very_different_lengths_are_not_proposed() -> None:
 def test_training_takes_what_is_proposed(pp: int, vpp: int, beside: float) -> None:
     parallel = ParallelConfig(pp=pp, vpp=vpp, pipeline_layout=uneven(48, pp, vpp, beside))
     assert parallel.pipeline_layout and parallel.problems(replace(MODEL, num_layers=48), pp) == []
-    of_stages = [len(parallel.layers_of_stage(stage, 48)) for stage in range(pp)]
+    of_stages = [len(parallel.stage_layers(stage, 48)) for stage in range(pp)]
     assert slowest(of_stages, beside) <= -(-48 // pp) + beside
 
 

@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_sov import recipes
 from megatron_sov.model.config import apply_settings
-from megatron_sov.model.families.count import TABLES, layer_weights, mean_keys, train_flops_per_token
+from megatron_sov.model.families.count import (
+    TABLES, compute_mean_keys, compute_train_flops_per_token, layer_weights)
 from megatron_sov.plan.speed import traffic
 from megatron_sov.plan.speed.parameters import default, of_json, read_parameters
 from megatron_sov.plan.speed.workload import Block, ModelShape, Workload, of_model, of_run
@@ -46,7 +47,8 @@ def test_a_recipes_shape_multiplies_what_its_weight_map_has(name: str) -> None:
                 model.num_mtp_layers if weight.predicts else len(weight.layers))
     assert +said == mapped
     for seq_len in (128, 4096, 262_144):
-        assert shape.train_flops_per_token(seq_len) == pytest.approx(train_flops_per_token(model, seq_len))
+        expected = compute_train_flops_per_token(model, seq_len)
+        assert shape.train_flops_per_token(seq_len) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("settings", "kernel", "exchanges"), [
@@ -117,7 +119,7 @@ def test_a_forward_pass_has_the_flops_that_torch_counts() -> None:
                     inner = functional.linear(x, torch.empty(2 * width, s.hidden_size))
                     functional.linear(inner[:, :width], torch.empty(s.hidden_size, width))
         functional.linear(x, torch.empty(s.vocab_size, s.hidden_size))
-    in_full = tokens - mean_keys(tokens, 0)
+    in_full = tokens - compute_mean_keys(tokens, 0)
     attention = s.num_layers * 4 * s.num_heads * s.head_dim * in_full
     assert (s.forward_flops_per_token(tokens) + attention) * tokens == counter.get_total_flops()
 

@@ -34,7 +34,7 @@ def kept_by_a_teacher() -> Callable[..., None]:
     import torch
     from safetensors.torch import save_file
 
-    from megatron_sov.base.artifacts import new_artifact
+    from megatron_sov.base.artifacts import create_artifact
     from megatron_sov.post.distillation import state_files
     from megatron_sov.train.data.token_shards import open_sources, provenance
 
@@ -44,7 +44,7 @@ def kept_by_a_teacher() -> Callable[..., None]:
         head = torch.randn(VOCABULARY, hidden, generator=random) / 4
         sources = open_sources({str(folder): 1.0 for folder in data}, VOCABULARY)
         parts = state_files.parts_of(sources, ("train", "heldout"), part_tokens)
-        with new_artifact(out, state_files.KIND) as artifact:
+        with create_artifact(out, state_files.KIND) as artifact:
             (artifact.path / "states").mkdir()
             for part in parts:
                 rows = torch.randn(part.num_tokens, hidden, generator=random)

@@ -90,7 +90,7 @@ def _trainer(settings: list[str], run: str, rollouts: Any = None) -> Any:
     from megatron_sov.train.trainer import Trainer
 
     config = small_config("tiny-k-exaone", [*SETTINGS, *settings], [], "policy")
-    place = world.join(config.parallel)
+    place = world.join_world(config.parallel)
     config.check(place.size)
     documents: Any = (rollouts or Rollouts(60), Texts())
     sources = [Source(name, None, name, {}, {"train": int(made.lengths.sum()), "heldout": 0}, share,
@@ -115,7 +115,7 @@ def curve(settings: list[str], run: str, *, write_out: bool) -> list[dict[str, A
         found = trainer.update()
         results.append({"loss": found.loss, "grad_norm": found.grad_norm, **found.losses, **found.meters})
     trainer.close()
-    world.leave()
+    world.leave_world()
     return results
 
 
@@ -123,7 +123,7 @@ def _written_out(model: Any, batch: Any) -> dict[str, float]:
     """Return the terms of a batch, each document passed through the model alone."""
     import torch
 
-    from megatron_sov.engine.decode.forward_only import Inputs
+    from megatron_sov.engine.decode.forward_only import DocumentBatch
 
     gained, divergences, texts = [], [], []
     for m in batch.micro_batches:
@@ -131,7 +131,7 @@ def _written_out(model: Any, batch: Any) -> dict[str, float]:
             if m.inputs.padding[first]:
                 continue
             ids, here = m.inputs.tokens[first:end].tolist(), slice(first, end)
-            logits = model.logits(Inputs([ids], torch.device("cpu")), torch.arange(len(ids))).double()
+            logits = model.logits(DocumentBatch([ids], torch.device("cpu")), torch.arange(len(ids))).double()
             at, labels = torch.arange(len(ids)), m.labels[here]
             if m.sources[first] == 1:
                 texts += (-logits.log_softmax(-1)[at, labels])[m.weights[here] > 0].tolist()
@@ -155,7 +155,7 @@ def _written_out(model: Any, batch: Any) -> dict[str, float]:
 
 @pytest.mark.distributed
 def test_terms_are_those_written_out_and_masked_steps_learn_nothing(ranks: Any, job: Any,
-                                                                   tmp_path: Path) -> None:
+                                                                    tmp_path: Path) -> None:
     (alone,), (masked,) = ranks(*(job(__file__, "curve", 1, {"settings": settings, "run": str(tmp_path),
                                                              "write_out": not settings})
                                   for settings in ([], ALL_MASKED)))

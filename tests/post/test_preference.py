@@ -34,7 +34,7 @@ def _trainer(settings: list[str], data: str, run: Path) -> Any:
     from megatron_sov.train.trainer import Trainer
 
     config = small_config("tiny-k-exaone", [*SETTINGS, *settings], [data], "preference")
-    place = world.join(config.parallel)
+    place = world.join_world(config.parallel)
     config.check(place.size)
     sources = open_sources(config.data.paths, config.model.vocab_size, ("preference",))
     # The data's manifest stands for that of a checkpoint.
@@ -71,7 +71,7 @@ def measured_of(trainer: Any, batch: Any) -> dict[str, float]:
     asked = trainer.config.preference
     (found,) = preference.measure_pairs(
         [source], lambda d, chosen: preference.document_logprobs(trainer, d, chosen, 128, 2), 128, asked,
-        (lambda source: numbers) if asked.method in preference.WITH_REFERENCE else None).values()
+        (lambda source: numbers) if asked.method in preference.REFERENCE_METHODS else None).values()
     return found
 
 
@@ -102,7 +102,7 @@ def written_out(data: str, run: str, methods: list[str]) -> list[dict[str, Any]]
     response passed through the model alone, in numpy."""
     import torch
 
-    from megatron_sov.engine.decode.forward_only import Inputs
+    from megatron_sov.engine.decode.forward_only import DocumentBatch
     from megatron_sov.engine.parallel import world
 
     def sums(policy: Any, batch: Any) -> list[tuple[float, int]]:
@@ -112,7 +112,7 @@ def written_out(data: str, run: str, methods: list[str]) -> list[dict[str, Any]]
             if batch.inputs.padding[first]:
                 continue
             ids = batch.inputs.tokens[first:end].tolist()
-            micro_batch = Inputs([ids], torch.device("cpu"))
+            micro_batch = DocumentBatch([ids], torch.device("cpu"))
             logits = policy.logits(micro_batch, torch.arange(len(ids))).double().log_softmax(-1)
             learned = (batch.types[first:end] == 2) & (batch.weights[first:end] > 0)
             picked = logits[torch.arange(len(ids)), batch.labels[first:end]][learned]
@@ -161,7 +161,7 @@ def written_out(data: str, run: str, methods: list[str]) -> list[dict[str, Any]]
                             (now[i][0], now[i + 1][0], then[i][0], then[i + 1][0], now[i][1], now[i + 1][1])
                             for i in range(0, len(now), 2)])})
         trainer.close()
-        world.leave()
+        world.leave_world()
     return results
 
 
@@ -187,7 +187,7 @@ def kto_written_out(policy: Any, batch: Any) -> tuple[float, float]:
     """Return loss and z_0 of a batch on one process, each response passed through the model alone."""
     import torch
 
-    from megatron_sov.engine.decode.forward_only import Inputs
+    from megatron_sov.engine.decode.forward_only import DocumentBatch
     from megatron_sov.post import reference
 
     ratios, good = [], []
@@ -196,7 +196,7 @@ def kto_written_out(policy: Any, batch: Any) -> tuple[float, float]:
             if m.inputs.padding[first]:
                 continue
             ids = m.inputs.tokens[first:end].tolist()
-            logits = policy.logits(Inputs([ids], torch.device("cpu")), torch.arange(len(ids))).double()
+            logits = policy.logits(DocumentBatch([ids], torch.device("cpu")), torch.arange(len(ids))).double()
             learned = (m.types[first:end] == 2) & (m.weights[first:end] > 0)
             own = logits.log_softmax(-1)[torch.arange(len(ids)), m.labels[first:end]][learned].sum()
             ratios.append(float(own - m.columns[reference.COLUMN][first:end].double()[learned].sum()))
@@ -223,7 +223,7 @@ def kto_curve(data: str, run: str) -> list[dict[str, Any]]:
     trainer.objective.collect = seen
     results = [trainer.update() for _ in range(STEPS)]
     trainer.close()
-    world.leave()
+    world.leave_world()
     return [{**r.losses, **r.meters, "by hand": found} for r, found in zip(results, expected, strict=True)]
 
 
@@ -236,7 +236,7 @@ def judged(packed_data: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "judged.jsonl").write_text("\n".join(json.dumps({
         "prompt": f"What is {i} plus {i % 7}?", "label": i % 3 > 0,
         "response": f"{i} plus {i % 7} is {i + i % 7}." if i % 3 else f"It is {i}, I am sure."})
-        for i in range(60)))
+                                                   for i in range(60)))
     assert sov_data(["unpaired", "--input", str(folder / "judged.jsonl"), "--output",
                      str(folder / "unpaired")]) == 0
     assert sov_data(["pack", "--tokenizer", str(packed_data.tokenizer), "--heldout", "0.2", "--workers", "1",

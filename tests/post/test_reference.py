@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_sov import recipes
-from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import write_sealed
 from megatron_sov.train.data.requirements import NeededColumn, refuse_without_columns
@@ -57,7 +57,7 @@ def test_numbers_of_measured_pairs_are_kept_like_those_of_samples(pairs: Path, t
 
 def start(folder: Path, weights: str) -> Path:
     """Return what stands for a checkpoint that was made just now."""
-    with new_artifact(folder, "checkpoint") as artifact:
+    with create_artifact(folder, "checkpoint") as artifact:
         (artifact.path / "model.safetensors").write_text(weights)
     return folder
 

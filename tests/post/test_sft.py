@@ -57,7 +57,7 @@ def terms(num_texts: int, swap_texts: bool) -> dict[str, Any]:
     from megatron_sov.engine.parallel import world
 
     config = config_of()
-    world.join(config.parallel)
+    world.join_world(config.parallel)
     row = join_rows([a_row(RESPONSE, 1)] + [a_row(TEXT, 3 if swap_texts else 2)] * num_texts)
     context: Any = SimpleNamespace(config=config, batches=SimpleNamespace(num_sources=2))
     objective = SupervisedFineTuning(context)
@@ -74,7 +74,7 @@ def terms(num_texts: int, swap_texts: bool) -> dict[str, Any]:
     logp = torch.log_softmax(hidden[..., 0, :] @ weight.detach().T, dim=-1)
     picked = [-logp[depth].gather(1, torch.from_numpy(np.roll(row.labels, -depth))[:, None])[:, 0]
               for depth in (0, 1)]
-    world.leave()
+    world.leave_world()
     return {"loss": loss.item(), "gradient": weight.grad.tolist(), "targets": dict(batch.targets),
             "tokens": batch.num_tokens,
             "terms": {name: value.item() / batch.targets[name] for name, value in sums.terms.items()},

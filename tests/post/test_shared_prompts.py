@@ -73,7 +73,7 @@ def curve(shares: bool, run: str) -> list[dict[str, Any]]:
     made: Any = Groups(60)
     source = Source(ROLLOUTS, None, ROLLOUTS, {}, {"train": int(made.lengths.sum()), "heldout": 0}, 1.0,
                     made=made, columns=made.columns)
-    trainer = Trainer(config, world.join(config.parallel), RunFolder(Path(run)), [source],
+    trainer = Trainer(config, world.join_world(config.parallel), RunFolder(Path(run)), [source],
                       objective_of(config))
     prepare, shares_of = trainer.objective.prepare, list[float]()
 
@@ -92,7 +92,7 @@ def curve(shares: bool, run: str) -> list[dict[str, Any]]:
                         **found.meters, "load": trainer.expert_load.gather().flatten().tolist(),
                         KEPT: shares_of[-1]})
     trainer.close()
-    world.leave()
+    world.leave_world()
     return results
 
 
@@ -106,7 +106,7 @@ def attention() -> list[float]:
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig
 
-    world.join(ParallelConfig())
+    world.join_world(ParallelConfig())
     config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4)
     kept = torch.cat([torch.arange(first, stop) for _, first, stop in SPANS])
     source = torch.arange(42)
@@ -123,14 +123,16 @@ def attention() -> list[float]:
         upstream = torch.randn(len(kept), 32, dtype=torch.float64, generator=generator)
         ours = [t.clone().requires_grad_() for t in row]
         shared = module.SharedPrompts(places, SPANS, torch.zeros(42, dtype=torch.bool))
-        out = layer(*ours, None, packed_seq_params=module.pack(bounds, 11, len(kept), shared=shared))
+        out = layer(*ours, None,
+                    packed_seq_params=module.pack_documents(bounds, 11, len(kept), shared=shared))
         out.backward(upstream)
         theirs = [t.clone().requires_grad_() for t in row]
-        whole = layer(*(t[places] for t in theirs), None, packed_seq_params=module.pack(bounds, 11, 42))
+        whole = layer(*(t[places] for t in theirs), None,
+                      packed_seq_params=module.pack_documents(bounds, 11, 42))
         whole[kept].backward(upstream)
         found.append(max(float((a - b).abs().max()) for a, b in [
             (out, whole[kept]), *((a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))]))
-    world.leave()
+    world.leave_world()
     return found
 
 

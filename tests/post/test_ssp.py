@@ -7,7 +7,7 @@ from itertools import combinations
 
 import pytest
 
-from megatron_sov.eval.pass_at_k import JudgedItem
+from megatron_sov.eval.pass_at_k import ScoredResponses
 from megatron_sov.post.ssp import MeasuredCheckpoint, choose, gain
 
 SAMPLES, K = 6, 3
@@ -15,7 +15,7 @@ SAMPLES, K = 6, 3
 
 def measured(checkpoint: str, num_right: list[int]) -> MeasuredCheckpoint:
     """A checkpoint that gives so many right answers of six to each problem."""
-    judged = JudgedItem()
+    judged = ScoredResponses()
     for problem, right in enumerate(num_right):
         for sample in range(SAMPLES):
             row = {"status": "scored", "reward": float(sample < right), "components": {}}

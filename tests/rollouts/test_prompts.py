@@ -48,7 +48,7 @@ def test_equal_lines_are_asked_once_and_broken_ones_named(tmp_path: Path) -> Non
         ("a", "line 1", ["line 3"]), ("b", "line 2", []), ("c", "line 4", [])]
     with pytest.raises(UserError, match="line 2: holds half"):
         read_prompts(file_with(tmp_path / "half.jsonl", '{"prompt": "a"}', r'{"prompt": "\ud800"}'))
-    with pytest.raises(UserError, match="line 2: is no JSON"):
+    with pytest.raises(UserError, match="line 2: is not JSON"):
         read_prompts(file_with(tmp_path / "broken.jsonl", '{"prompt": "a"}', "{"))
     with pytest.raises(UserError, match=r"JSON object$"):
         read_prompts(file_with(tmp_path / "empty.jsonl"))

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from pyarrow import parquet
 
-from megatron_sov.base.artifacts import Manifest, new_artifact, to_json
+from megatron_sov.base.artifacts import Manifest, create_artifact, format_json
 from megatron_sov.base.errors import UserError
 from megatron_sov.rollouts.rows import (
     JUDGED, NOT_WRITTEN, AskedPrompt, Key, RewardRow, Rollout, RolloutPart, not_written, numbers_in,
@@ -277,7 +277,7 @@ def test_of_many_writers_of_one_name_one_stays_whole(tmp_path: Path) -> None:
 
 def foreign(store: RolloutStore, table: pa.Table, dictionary: bool = False) -> None:
     """Leave a part as a stranger would, whose manifest is in order."""
-    with new_artifact(store.path / "rollouts" / NAME, "rollouts") as artifact:
+    with create_artifact(store.path / "rollouts" / NAME, "rollouts") as artifact:
         texts = [field.name for field in table.schema if field.type == pa.string()]
         parquet.write_table(table, artifact.path / "rollouts.parquet", use_dictionary=dictionary or texts)
         artifact.content = {"num_rows": table.num_rows, "store": store.identity}
@@ -363,7 +363,7 @@ MANIFESTS = [
 def test_a_manifest_that_is_none_of_a_part_keeps_it_out(
         content: dict[str, Any], files: dict[str, bytes], sentence: str, store: RolloutStore,
         capsys: pytest.CaptureFixture[str]) -> None:
-    with new_artifact(store.path / "rollouts" / NAME, "rollouts") as artifact:
+    with create_artifact(store.path / "rollouts" / NAME, "rollouts") as artifact:
         artifact.content = {**content, **({"store": store.identity} if "store" in content else {})}
         for name, data in files.items():
             (artifact.path / name).write_bytes(data)
@@ -377,7 +377,7 @@ def test_a_manifest_that_is_none_of_a_part_keeps_it_out(
 def test_a_part_without_a_manifest_or_of_another_kind_is_kept_out(store: RolloutStore) -> None:
     folder = store.path / "rollouts" / NAME
     folder.mkdir()
-    (folder / "manifest.json").write_text(to_json(Manifest("tokens", {})))
+    (folder / "manifest.json").write_text(format_json(Manifest("tokens", {})))
     with pytest.raises(UserError, match="'rollouts' artifact is needed"):
         store.has_part(NAME)
     (folder / "manifest.json").unlink()

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are found, and which stay when it is pruned."""
+"""Finding, checking and pruning checkpoints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from megatron_sov import convert, recipes
-from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert.peft import from_peft, open_weights, to_peft
 from megatron_sov.infer.engines.target import find_target
@@ -25,12 +25,12 @@ from megatron_sov.runs.checkpoints import (
 def run(tmp_path: Path) -> Path:
     """A run with checkpoints after 5, 10 and 100 steps."""
     for step in (5, 10, 100):
-        with new_artifact(tmp_path / "checkpoints" / f"step-{step}", "checkpoint"):
+        with create_artifact(tmp_path / "checkpoints" / f"step-{step}", "checkpoint"):
             continue
     return tmp_path
 
 
-def test_the_newest_counts_and_a_torn_one_is_named_with_the_one_before(run: Path) -> None:
+def test_damaged_newest_checkpoint_suggests_previous(run: Path) -> None:
     newest = run / "checkpoints" / "step-100"
     assert latest_checkpoint(run / "checkpoints") == find_checkpoint(run) == find_checkpoint(newest) == newest
     (run / "checkpoints" / "step-200").mkdir()  # without a manifest
@@ -39,21 +39,22 @@ def test_the_newest_counts_and_a_torn_one_is_named_with_the_one_before(run: Path
     assert latest_checkpoint(run / "checkpoints") == run / "checkpoints" / "step-200"
 
 
-def test_a_run_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_run_without_checkpoint_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="has no complete checkpoint yet"):
         find_checkpoint(tmp_path)
 
 
-def test_a_file_that_is_not_what_was_written_is_named(run: Path) -> None:
+def test_find_damage_names_changed_file(run: Path) -> None:
     path = run / "checkpoints/step-7"
-    with new_artifact(path, "checkpoint") as artifact:
+    with create_artifact(path, "checkpoint") as artifact:
         for name in ("state.json", "optimizer.index.json", "model/a", "model/b"):
             (artifact.path / name).parent.mkdir(exist_ok=True)
             (artifact.path / name).write_text(name)
     assert find_damage(path) is None and find_damage(run / "checkpoints/step-5") is None
     (path / "optimizer.index.json").write_text("optimizer.inDex.json")
-    assert find_damage(path) == f"{path}/optimizer.index.json: its content differs from the hash in the manifest"
+    assert find_damage(path) == (
+        f"{path}/optimizer.index.json: its content differs from the hash in the manifest")
     assert find_damage(path, weights_only=True) is None
     (path / "model/b").unlink()
     assert [find_damage(path, rank=r, size=2, weights_only=True) for r in range(2)] == [
@@ -69,11 +70,11 @@ def test_a_file_that_is_not_what_was_written_is_named(run: Path) -> None:
     ("num_layers", None, "model.num_layers = null"),
     ("no_such_field", 1, "model.no_such_field: no such setting"),
 ])
-def test_settings_that_make_no_model_are_one_sentence(name: str, value: object, said: str,
-                                                      tmp_path: Path) -> None:
+def test_invalid_model_settings_raise_user_error(name: str, value: object, said: str,
+                                                 tmp_path: Path) -> None:
     raw = recipes.get("tiny-solar-open").to_dict()
     raw["model"][name] = value
-    with new_artifact(tmp_path / "step-1", CHECKPOINT_KIND) as artifact:
+    with create_artifact(tmp_path / "step-1", CHECKPOINT_KIND) as artifact:
         artifact.settings = raw
     with pytest.raises(UserError) as e:
         read_checkpoint_settings(tmp_path / "step-1")
@@ -81,14 +82,14 @@ def test_settings_that_make_no_model_are_one_sentence(name: str, value: object, 
 
 
 @pytest.mark.parametrize("raw", [{}, {"recipe": "x", "model": None}, {"recipe": "x", "model": []}], ids=str)
-def test_settings_of_another_kind_are_one_sentence(raw: dict[str, object], tmp_path: Path) -> None:
-    with new_artifact(tmp_path / "step-1", CHECKPOINT_KIND) as artifact:
+def test_settings_of_other_artifacts_raise_user_error(raw: dict[str, object], tmp_path: Path) -> None:
+    with create_artifact(tmp_path / "step-1", CHECKPOINT_KIND) as artifact:
         artifact.settings = raw
     with pytest.raises(UserError, match="its settings cannot be used"):
         read_checkpoint_settings(tmp_path / "step-1")
 
 
-def test_damaged_ones_are_set_aside_and_never_taken_for_a_beginning(run: Path) -> None:
+def test_run_with_only_damaged_checkpoints_is_rejected(run: Path) -> None:
     folder = run / "checkpoints"
     assert rename_damaged_checkpoint(folder / "step-100").name == "damaged-step-100"
     (folder / "step-100").mkdir()
@@ -102,7 +103,7 @@ def test_damaged_ones_are_set_aside_and_never_taken_for_a_beginning(run: Path) -
         check_sound_checkpoint_exists(folder)
 
 
-def test_leftovers_of_killed_processes_go_and_checkpoints_stay(run: Path) -> None:
+def test_delete_leftovers_keeps_checkpoints(run: Path) -> None:
     folder = run / "checkpoints"
     before = sorted(folder.iterdir())
     for name in (".writing-step-200-1f", ".deleting-step-1-2e", ".try-ab"):
@@ -113,10 +114,9 @@ def test_leftovers_of_killed_processes_go_and_checkpoints_stay(run: Path) -> Non
 
 @given(st.sets(st.integers(1, 40), max_size=12), st.sets(st.integers(1, 40)), st.integers(0, 4),
        st.integers(0, 7))
-def test_what_stays_is_what_brute_force_keeps(tmp_path_factory, steps: set[int], torn: set[int], keep: int,
-                                              every: int) -> None:
-    """Newest `keep` of the complete ones, multiples of `every`,
-    and everything that is no complete checkpoint."""
+def test_prune_agrees_with_brute_force(tmp_path_factory, steps: set[int], torn: set[int], keep: int,
+                                       every: int) -> None:
+    """Newest `keep` complete checkpoints, multiples of `every`, and all incomplete folders."""
     folder = tmp_path_factory.mktemp("run")
     for step in steps:
         (folder / f"step-{step}").mkdir()
@@ -132,7 +132,7 @@ def test_what_stays_is_what_brute_force_keeps(tmp_path_factory, steps: set[int],
             == {f"step-{s}" for s in expected} | {".writing-step-41-aa", "damaged-step-1"})
 
 
-def test_what_an_adapter_stands_on_is_not_pruned(run: Path, tmp_path: Path) -> None:
+def test_prune_keeps_adapter_bases(run: Path, tmp_path: Path) -> None:
     folder = run / "checkpoints"
     protect_adapter_base(folder / "step-5")
     prune_checkpoints(folder, 1)
@@ -141,25 +141,25 @@ def test_what_an_adapter_stands_on_is_not_pruned(run: Path, tmp_path: Path) -> N
     (folder / "step-5" / ADAPTER_BASE_MARKER).unlink()
     prune_checkpoints(folder, 1)
     assert {p.name for p in folder.iterdir()} == {"step-100"}
-    with new_artifact(tmp_path / "imported", CHECKPOINT_KIND):
+    with create_artifact(tmp_path / "imported", CHECKPOINT_KIND):
         pass
     protect_adapter_base(tmp_path / "imported")
     assert not (tmp_path / "imported" / ADAPTER_BASE_MARKER).exists(), "nothing prunes it"
 
 
-def test_weights_that_are_taken_back_stay_for_the_adapters_that_stand_on_them(run: Path) -> None:
+def test_rollback_renames_adapter_bases(run: Path) -> None:
     folder = run / "checkpoints"
-    base = AdapterBase.of(folder / "step-100")
+    base = AdapterBase.from_checkpoint(folder / "step-100")
     protect_adapter_base(folder / "step-100")
     delete_checkpoints_after(folder, 5)
     assert {p.name for p in folder.iterdir()} == {"step-5", "taken-back-step-100"}
     assert latest_checkpoint(folder) == folder / "step-5", "the run goes on from what is good"
     adapter = folder.parent / "adapter"
     assert find_adapter_base(adapter, base) == folder / "taken-back-step-100"
-    with new_artifact(folder / "step-100", "checkpoint") as again:  # the run comes by once more
+    with create_artifact(folder / "step-100", "checkpoint") as again:  # the run comes by once more
         again.content = {"step": 100}
     assert find_adapter_base(adapter, base) == folder / "taken-back-step-100"
-    assert find_adapter_base(adapter, AdapterBase.of(folder / "step-100")) == folder / "step-100"
+    assert find_adapter_base(adapter, AdapterBase.from_checkpoint(folder / "step-100")) == folder / "step-100"
     protect_adapter_base(folder / "step-100")
     delete_checkpoints_after(folder, 5)
     assert len(list(folder.glob("taken-back-step-100*"))) == 2
@@ -169,7 +169,7 @@ def test_weights_that_are_taken_back_stay_for_the_adapters_that_stand_on_them(ru
         find_adapter_base(adapter, AdapterBase(folder / "step-7", base.sha256))
 
 
-def test_a_kill_while_deleting_leaves_no_torn_checkpoint_under_its_name(
+def test_kill_during_deletion_leaves_no_partial_checkpoint(
         run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(path: Path, **options: bool) -> None:
         (path / "manifest.json").unlink()
@@ -184,8 +184,8 @@ def test_a_kill_while_deleting_leaves_no_torn_checkpoint_under_its_name(
     assert len(list((run / "checkpoints").iterdir())) == 2
 
 
-def folder_of(path: Path, kind: str) -> Path:
-    """Return a folder of a kind, as far as it can be told from its files."""
+def create_kind_folder(path: Path, kind: str) -> Path:
+    """Create a folder with the files of an artifact kind."""
     files = {"run": ["events.jsonl", "config.json"], "hf_model": ["config.json", "model.safetensors"],
              "peft_adapter": ["adapter_config.json", "adapter_model.safetensors"]}
     if kind in files:
@@ -193,7 +193,7 @@ def folder_of(path: Path, kind: str) -> Path:
         for name in files[kind]:
             (path / name).touch()
     else:
-        with new_artifact(path, kind):
+        with create_artifact(path, kind):
             pass
     return path
 
@@ -212,7 +212,7 @@ UNKNOWN = {"empty": ((), "is empty"), "read": (("README.md",), "holds README.md 
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_folder_of_nothing_known_is_told_what_it_holds_and_what_to_pass(command: str, tmp_path: Path
+def test_unknown_folder_error_describes_content(command: str, tmp_path: Path
                                                                          ) -> None:
     for name, (files, said) in UNKNOWN.items():
         (tmp_path / name).mkdir()
@@ -224,10 +224,10 @@ def test_a_folder_of_nothing_known_is_told_what_it_holds_and_what_to_pass(comman
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_another_kind_of_folder_is_told_what_it_is_and_what_takes_it(command: str, tmp_path: Path) -> None:
+def test_other_folder_kind_error_names_command(command: str, tmp_path: Path) -> None:
     kinds, call = COMMANDS[command]
     for kind in sorted(set(KIND_CONSUMERS) - set(kinds)):
-        folder = folder_of(tmp_path / kind, kind)
+        folder = create_kind_folder(tmp_path / kind, kind)
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(UserError, match=rf"{kind}: is {KIND_CONSUMERS[kind][0]}, not an? .*; ."):
             call(folder, tmp_path / "out")

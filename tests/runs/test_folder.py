@@ -1,4 +1,4 @@
-"""Entering a run folder: what is refused, and that looking changes nothing."""
+"""Run folders: refused starts, and read-only checks."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 CONFIG_OF_RUN = recipes.get("tiny-solar-open")
 
 
-def started(path: Path, config: RunConfig = CONFIG_OF_RUN) -> RunFolder:
+def start_run(path: Path, config: RunConfig = CONFIG_OF_RUN) -> RunFolder:
     folder = RunFolder(path)
     folder.create()
     folder.declare(config)
     return folder
 
 
-def test_a_new_folder_is_entered_and_nothing_is_made(tmp_path: Path) -> None:
+def test_enter_accepts_new_folder_without_creating_files(tmp_path: Path) -> None:
     for resume in (False, True):
         RunFolder(tmp_path / "new").enter(CONFIG_OF_RUN, resume)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_start_left_is_no_obstacle(tmp_path: Path) -> None:
+def test_enter_accepts_files_of_killed_start(tmp_path: Path) -> None:
     (tmp_path / "lock.json").write_text("{}")
     (tmp_path / ".config.json.tmp-123").write_text("{")
     (tmp_path / "reference").mkdir()  # of a run that was refused before its first step
     RunFolder(tmp_path).enter(CONFIG_OF_RUN, resume=False)
 
 
-def test_foreign_folders_and_files_are_refused(tmp_path: Path) -> None:
+def test_enter_rejects_foreign_folders_and_files(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="empty and holds"):
         RunFolder(tmp_path).enter(CONFIG_OF_RUN, resume=True)
@@ -49,18 +49,18 @@ def test_foreign_folders_and_files_are_refused(tmp_path: Path) -> None:
         RunFolder(Path("/proc/x")).enter(CONFIG_OF_RUN, resume=False)
 
 
-def test_a_run_is_entered_again_only_by_resume(tmp_path: Path) -> None:
-    folder = started(tmp_path / "run")
+def test_existing_run_requires_resume(tmp_path: Path) -> None:
+    folder = start_run(tmp_path / "run")
     assert folder.config() == CONFIG_OF_RUN
     with pytest.raises(UserError, match="tiny-solar-open; pass --resume"):
         folder.enter(CONFIG_OF_RUN, resume=False)
     folder.enter(CONFIG_OF_RUN, resume=True)
 
 
-def test_a_start_tells_by_what_the_steps_before_it_were_made(tmp_path: Path,
-                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_start_records_previous_settings_and_command(tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(COMMAND_VARIABLE, json.dumps(["pretrain", "tiny-solar-open"]))
-    folder = started(tmp_path / "run")
+    folder = start_run(tmp_path / "run")
     EventLog(folder.path / EVENTS).close()
     folder.declare(CONFIG_OF_RUN, 3)
     assert list(read_events(folder.path / EVENTS)) == [], "nothing has changed"
@@ -77,23 +77,23 @@ def test_a_start_tells_by_what_the_steps_before_it_were_made(tmp_path: Path,
 
 @pytest.mark.parametrize("setting", ["model.num_layers=2", "optim.lr=0.1", "train.seed=7",
                                      "train.precision=bf16", "data.packing=concat"])
-def test_settings_that_make_another_run_are_refused(tmp_path: Path, setting: str) -> None:
-    folder = started(tmp_path / "run")
+def test_resume_rejects_changed_fixed_settings(tmp_path: Path, setting: str) -> None:
+    folder = start_run(tmp_path / "run")
     name, _, value = setting.partition("=")
     with pytest.raises(UserError, match=rf"was started with {name} = .*, now it is {value}"):
         folder.enter(apply_settings(CONFIG_OF_RUN, [setting]), resume=True)
 
 
-def test_run_of_earlier_defaults_is_resumed(tmp_path: Path) -> None:
+def test_resume_accepts_run_of_earlier_defaults(tmp_path: Path) -> None:
     before = apply_settings(CONFIG_OF_RUN, ["preference.beta=0.1", "policy.correction=none"])
-    folder = started(tmp_path / "run", before)
+    folder = start_run(tmp_path / "run", before)
     folder.enter(CONFIG_OF_RUN, resume=True)
     with pytest.raises(UserError, match=r"preference.beta = 0.1, now"):
         folder.enter(apply_settings(CONFIG_OF_RUN, ["preference.beta=0.2"]), resume=True)
 
 
-def test_all_differences_are_named_at_once(tmp_path: Path) -> None:
-    folder = started(tmp_path / "run")
+def test_error_lists_all_changed_settings(tmp_path: Path) -> None:
+    folder = start_run(tmp_path / "run")
     with pytest.raises(UserError, match=r"optim.lr = (.*), now .*; optim.min_lr = (.*), now .*; train.seed = "
                                         r"1234, now it is 1; resume with --set optim.lr=\1 --set "
                                         r"optim.min_lr=\2 --set train.seed=1234, or"):
@@ -103,26 +103,26 @@ def test_all_differences_are_named_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("setting",
                          ["parallel.ep=2", "train.micro_batch_size=1", "train.checkpoint_every_steps=7",
                           "train.steps=300", "optim.rewarm=[[100, 20]]"])
-def test_settings_of_the_machine_may_change(tmp_path: Path, setting: str) -> None:
-    started(tmp_path / "run").enter(apply_settings(CONFIG_OF_RUN, [setting]), resume=True)
+def test_resume_accepts_changed_machine_settings(tmp_path: Path, setting: str) -> None:
+    start_run(tmp_path / "run").enter(apply_settings(CONFIG_OF_RUN, [setting]), resume=True)
 
 
-def test_adapters_are_compared_by_what_they_adapt_however_that_is_spelled(tmp_path: Path) -> None:
+def test_adapter_targets_compare_equal_in_any_spelling(tmp_path: Path) -> None:
     def config(*targets: str, rank: int = 4) -> RunConfig:
         return apply_settings(CONFIG_OF_RUN, [f"lora.rank={rank}", f"lora.targets={json.dumps(targets)}"])
 
-    folder = started(tmp_path / "run", config("v_proj", "experts", "q_proj"))
+    folder = start_run(tmp_path / "run", config("v_proj", "experts", "q_proj"))
     folder.enter(config("q_proj", "q_proj", "v_proj", "experts"), resume=True)
     with pytest.raises(UserError, match=r"lora.targets = \['experts', 'q_proj'"):
         folder.enter(config("v_proj", "q_proj"), resume=True)
     with pytest.raises(UserError, match=r"lora.rank = 4, now"):
         folder.enter(config("q_proj", rank=0), resume=True)
-    every = started(tmp_path / "every", config("all-linear"))
+    every = start_run(tmp_path / "every", config("all-linear"))
     every.enter(config("down_proj", "all-linear", "q_proj"), resume=True)
 
 
-def test_a_complete_run_says_so_and_does_not_grow(tmp_path: Path) -> None:
-    folder = started(tmp_path / "run")
+def test_complete_run_rejects_more_steps(tmp_path: Path) -> None:
+    folder = start_run(tmp_path / "run")
     assert folder.completion() is None
     folder.complete({"step": 200})
     assert folder.completion() == {"step": 200}
@@ -134,8 +134,8 @@ def test_a_complete_run_says_so_and_does_not_grow(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"recipe": 3}', '{"step": [0]}',
                                      '{"step": 1, "gate": [1]}'])
-def test_damaged_files_are_named(tmp_path: Path, content: str) -> None:
-    folder = started(tmp_path / "run")
+def test_damaged_files_raise_user_error(tmp_path: Path, content: str) -> None:
+    folder = start_run(tmp_path / "run")
     (tmp_path / "run" / CONFIG).write_text(content)
     with pytest.raises(UserError, match=r"run/config.json: cannot be read"):
         folder.enter(CONFIG_OF_RUN, resume=True)
@@ -144,45 +144,46 @@ def test_damaged_files_are_named(tmp_path: Path, content: str) -> None:
         folder.completion()
 
 
-def test_an_unused_folder_is_taken_back_and_a_used_one_stays(tmp_path: Path) -> None:
+def test_remove_unstarted_keeps_used_folders(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.create()
     folder.remove_if_empty()
     assert not folder.path.exists()
-    started(tmp_path / "run").remove_if_empty()
+    start_run(tmp_path / "run").remove_if_empty()
     assert (tmp_path / "run" / CONFIG).is_file()
 
 
-def with_code(kind: str, files: dict[str, str], reference: str = "/home/me/mine.py:Mine") -> RunConfig:
+def config_with_code(kind: str, files: dict[str, str], reference: str = "/home/me/mine.py:Mine") -> RunConfig:
     code = PluginCode(kind, "mine", reference, files=files)  # type: ignore[arg-type]
     return dataclasses.replace(CONFIG_OF_RUN, code=(code,))
 
 
 @pytest.mark.parametrize("kind", ["recipe", "model family", "objective"])
-def test_a_run_whose_code_has_changed_is_refused_by_the_file(tmp_path: Path, kind: str) -> None:
+def test_resume_rejects_changed_user_code(tmp_path: Path, kind: str) -> None:
     files = {"mine.py": "a" * 64, "beside.py": "b" * 64}
-    folder = started(tmp_path / "run", with_code(kind, files))
-    folder.enter(with_code(kind, files), resume=True)
+    folder = start_run(tmp_path / "run", config_with_code(kind, files))
+    folder.enter(config_with_code(kind, files), resume=True)
     for changed in files:
         with pytest.raises(UserError, match=rf"was started with {kind} mine of /home/me/mine.py:Mine, "
                                             rf"and {changed} has changed since \(sha256 .{{12}}, "
                                             r"now c{12}\); put it back as it was") as e:
-            folder.enter(with_code(kind, files | {changed: "c" * 64}), resume=True)
+            folder.enter(config_with_code(kind, files | {changed: "c" * 64}), resume=True)
         assert ("pass --config" in str(e.value)) == (kind == "recipe")
 
 
-def test_code_that_was_moved_or_imports_more_by_now_is_the_same(tmp_path: Path) -> None:
-    folder = started(tmp_path / "run", with_code("objective", {"mine.py": "a" * 64}))
-    folder.enter(with_code("objective", {"renamed.py": "a" * 64, "new.py": "d" * 64},
-                           "/else/renamed.py:Mine"), resume=True)
+def test_resume_accepts_moved_user_code(tmp_path: Path) -> None:
+    folder = start_run(tmp_path / "run", config_with_code("objective", {"mine.py": "a" * 64}))
+    folder.enter(config_with_code("objective", {"renamed.py": "a" * 64, "new.py": "d" * 64},
+                                  "/else/renamed.py:Mine"), resume=True)
     with pytest.raises(UserError, match=r"mine.py has changed since"):
-        folder.enter(with_code("objective", {"other.py": "e" * 64}, "/else/other.py:Mine"), resume=True)
+        folder.enter(config_with_code("objective", {"other.py": "e" * 64}, "/else/other.py:Mine"),
+                     resume=True)
 
 
 # Events that are added to a run after it has ended.
 
 
-def test_events_join_those_of_the_run(tmp_path: Path) -> None:
+def test_run_events_append_to_run(tmp_path: Path) -> None:
     log = EventLog(tmp_path / EVENTS)
     for step in (1, 2, 3):
         log.write("step", step=step, loss=1.0)
@@ -194,7 +195,7 @@ def test_events_join_those_of_the_run(tmp_path: Path) -> None:
     assert [e["event"] for e in read_events(tmp_path / EVENTS)] == ["step"] * 3 + ["eval", "sample"]
 
 
-def test_without_a_run_nothing_is_written_and_a_wrong_folder_is_named(tmp_path: Path) -> None:
+def test_run_events_reject_folder_without_run(tmp_path: Path) -> None:
     none = RunEvents(None)
     none.add("sample", prompt="a")
     assert none.last_step() is None

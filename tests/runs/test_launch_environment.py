@@ -11,7 +11,7 @@ from megatron_sov.runs.gpu_driver import find_gpu_fault, list_visible_gpus
 from megatron_sov.runs.launch_environment import has_launcher, num_ranks
 
 
-def test_the_environment_decides_where_a_launcher_set_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launcher_environment_overrides_nproc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "8")  # alone it says nothing: some clusters export it everywhere
     assert (num_ranks(None), num_ranks(3), has_launcher()) == (1, 3, False)
@@ -47,7 +47,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_gpus_are_those_that_cuda_may_see(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_visible_gpus_follow_cuda_visible_devices(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(g.index, g.uuid, g.memory_bytes >> 20, g.used_bytes >> 20) for g in list_visible_gpus()] == [
         (0, "GPU-aa", 81559, 4), (1, "GPU-bb", 81559, 70000)]
     for chosen, uuids in (("1", ["GPU-bb"]), ("1,0", ["GPU-bb", "GPU-aa"]), ("GPU-a", ["GPU-aa"]), ("", [])):
@@ -55,12 +55,12 @@ def test_gpus_are_those_that_cuda_may_see(machine: Path, monkeypatch: pytest.Mon
         assert [g.uuid for g in list_visible_gpus()] == uuids
 
 
-def test_an_ill_gpu_says_what_it_has(machine: Path) -> None:
-    """A field that this driver does not know says nothing."""
+def test_gpu_fault_is_reported(machine: Path) -> None:
+    """A field unknown to the driver is ignored."""
     assert find_gpu_fault("GPU-aa") == ""
     assert find_gpu_fault("GPU-bb") == "3 uncorrected memory errors (ECC)"
 
 
-def test_without_the_program_nothing_is_known(machine: Path) -> None:
+def test_missing_nvidia_smi_gives_no_gpus(machine: Path) -> None:
     (machine / "nvidia-smi").unlink()
     assert list_visible_gpus() == [] and find_gpu_fault("GPU-aa") == ""

@@ -1,4 +1,4 @@
-"""One living run in a folder; a killed one does not bar the way."""
+"""A folder admits a single living run; killed runs release the lock."""
 
 from __future__ import annotations
 
@@ -29,45 +29,45 @@ def write_record(run: Path, **changed: Any) -> None:
     (run / LOCK).write_text(json.dumps(record | changed))
 
 
-def take(run: Path) -> None:
+def acquire_lock(run: Path) -> None:
     held = RunLock(run)
     held.acquire()
     held.release()
     assert not (run / LOCK).exists()
 
 
-def test_a_living_holder_is_named(tmp_path: Path) -> None:
+def test_lock_error_names_living_holder(tmp_path: Path) -> None:
     held = RunLock(tmp_path)
     held.acquire()
     with pytest.raises(UserError,
                        match=rf"held by a living run \(process {os.getpid()} on {socket.gethostname()}\)"):
         RunLock(tmp_path).acquire()
     held.release()
-    take(tmp_path)
+    acquire_lock(tmp_path)
 
 
-def test_a_dead_process_of_this_machine_frees_the_folder_at_once(tmp_path: Path) -> None:
+def test_dead_local_holder_frees_lock_at_once(tmp_path: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     child.wait()
     write_record(tmp_path, pid=child.pid)
-    take(tmp_path)
+    acquire_lock(tmp_path)
 
 
-def test_a_dead_process_that_no_parent_has_taken_note_of_frees_the_folder_too(tmp_path: Path) -> None:
+def test_zombie_holder_frees_lock(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "pass"]) as child:
         zombie = psutil.Process(child.pid)
         while zombie.status() != psutil.STATUS_ZOMBIE:
             time.sleep(0.001)
         write_record(tmp_path, pid=child.pid, started_s=zombie.create_time())
-        take(tmp_path)
+        acquire_lock(tmp_path)
 
 
-def test_another_process_with_the_dead_ones_number_does_not_count(tmp_path: Path) -> None:
+def test_reused_pid_does_not_hold_lock(tmp_path: Path) -> None:
     write_record(tmp_path, started_s=psutil.Process().create_time() - 3600)
-    take(tmp_path)
+    acquire_lock(tmp_path)
 
 
-def test_a_clock_that_was_corrected_does_not_kill_a_living_holder(tmp_path: Path) -> None:
+def test_clock_correction_does_not_free_lock(tmp_path: Path) -> None:
     write_record(tmp_path, started_s=psutil.Process().create_time() + 1)
     with pytest.raises(UserError, match="held by a living run"):
         RunLock(tmp_path).acquire()
@@ -76,12 +76,12 @@ def test_a_clock_that_was_corrected_does_not_kill_a_living_holder(tmp_path: Path
 ELSEWHERE: list[dict[str, Any]] = [
     {"host": "elsewhere"}, {"process_table": "the same boot, another namespace"},
     {"pid": 2 ** 22 + 1, "process_table": "the same boot, another namespace"}]
-"""Same host name, same process number, another namespace: it may live, or not."""
+"""Same host name and pid in a different namespace: unknown state."""
 
 
 @pytest.fixture
 def life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
-    """What a holder from elsewhere does while somebody watches it; a second passes at each look."""
+    """Actions of a remote holder during the wait; each look takes a second."""
     now_s = itertools.count()
     monkeypatch.setattr(lock.time, "monotonic", lambda: float(next(now_s)))
 
@@ -93,7 +93,7 @@ def life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[
 
 
 @pytest.mark.parametrize("elsewhere", ELSEWHERE)
-def test_a_holder_that_cannot_be_looked_up_holds_as_long_as_it_shows_life(
+def test_remote_holder_keeps_lock_while_heartbeats_arrive(
         tmp_path: Path, life: Callable[[Callable[[], object]], None], elsewhere: dict[str, Any],
         capsys: pytest.CaptureFixture[str]) -> None:
     write_record(tmp_path, **elsewhere)
@@ -102,17 +102,17 @@ def test_a_holder_that_cannot_be_looked_up_holds_as_long_as_it_shows_life(
         RunLock(tmp_path).acquire()
     assert "waiting up to 60 s for its heartbeat" in capsys.readouterr().err
     life(lambda: None)
-    take(tmp_path)  # whatever the clocks say: a whole lease has passed on this one
+    acquire_lock(tmp_path)  # whatever the clocks say: a whole lease has passed on this one
 
 
-def test_a_lock_that_is_given_back_meanwhile_is_taken(
+def test_lock_released_while_waiting_is_acquired(
         tmp_path: Path, life: Callable[[Callable[[], object]], None]) -> None:
     write_record(tmp_path, host="elsewhere")
     life((tmp_path / LOCK).unlink)
-    take(tmp_path)
+    acquire_lock(tmp_path)
 
 
-def test_the_clock_of_the_disk_tells_people_whether_a_holder_elsewhere_lives(tmp_path: Path) -> None:
+def test_remote_holder_is_judged_by_file_time(tmp_path: Path) -> None:
     write_record(tmp_path, host="elsewhere")
     assert find_living_holder(tmp_path) is not None
     os.utime(tmp_path / LOCK, (1, 1))
@@ -121,11 +121,11 @@ def test_the_clock_of_the_disk_tells_people_whether_a_holder_elsewhere_lives(tmp
 
 @pytest.mark.skipif(subprocess.run(["unshare", "-pf", "--mount-proc", "true"], capture_output=True,
                                    check=False).returncode != 0, reason="no right to make a namespace")
-def test_two_containers_of_one_host_name_are_two_holders(tmp_path: Path) -> None:
+def test_containers_with_equal_host_names_differ(tmp_path: Path) -> None:
     """Both are process 1 of their own namespace."""
     code = ("import sys, time; from pathlib import Path; from megatron_sov.runs.lock import RunLock\n"
             "lock = RunLock(Path(sys.argv[1]), 12); lock.acquire(); print('held', flush=True)\n"
-            "sys.stdin.readline(); print(lock._is_lost(), flush=True)")
+            "sys.stdin.readline(); print(lock._is_taken_over(), flush=True)")
     command = ["unshare", "-pf", "--mount-proc", "--kill-child", sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdin is not None and first.stdout is not None and first.stdout.readline() == "held\n"
@@ -138,12 +138,12 @@ def test_two_containers_of_one_host_name_are_two_holders(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("content", ["", "[]", "null", '{"host": 1}',
                                      '{"host": "a", "pid": "x", "started_s": 1}'])
-def test_a_damaged_lock_bars_nobody(tmp_path: Path, content: str) -> None:
+def test_damaged_lock_is_free(tmp_path: Path, content: str) -> None:
     (tmp_path / LOCK).write_text(content)
-    take(tmp_path)
+    acquire_lock(tmp_path)
 
 
-def test_signs_of_life_are_shown(tmp_path: Path) -> None:
+def test_holder_writes_heartbeats(tmp_path: Path) -> None:
     held = RunLock(tmp_path, lease_s=0.2)
     held.acquire()
     first = json.loads((tmp_path / LOCK).read_text())["beat"]
@@ -154,7 +154,7 @@ def test_signs_of_life_are_shown(tmp_path: Path) -> None:
     held.release()
 
 
-def test_a_holder_whose_folder_was_taken_ends_without_touching_it(tmp_path: Path) -> None:
+def test_holder_exits_after_takeover(tmp_path: Path) -> None:
     code = ("import sys, time; from pathlib import Path; from megatron_sov.runs.lock import RunLock\n"
             "RunLock(Path(sys.argv[1]), lease_s=0.2).acquire(); print('held', flush=True); time.sleep(600)")
     child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE,
@@ -168,7 +168,7 @@ def test_a_holder_whose_folder_was_taken_ends_without_touching_it(tmp_path: Path
     assert json.loads((tmp_path / LOCK).read_text())["host"] == "elsewhere"
 
 
-def test_two_starts_at_once_give_one_holder(tmp_path: Path) -> None:
+def test_concurrent_starts_give_single_holder(tmp_path: Path) -> None:
     write_record(tmp_path, pid=2 ** 22 + 1)  # no such process: both see a stale lock
     code = ("import sys, time; from pathlib import Path; from megatron_sov.base.errors import UserError\n"
             "from megatron_sov.runs.lock import RunLock\n"
@@ -190,9 +190,9 @@ def test_two_starts_at_once_give_one_holder(tmp_path: Path) -> None:
     assert sorted(answers) == ["held", "refused", "refused", "refused"]
 
 
-def test_the_start_before_of_the_same_slurm_job_does_not_bar_the_way(tmp_path: Path,
-                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slurm gave up that start's nodes; without it the lease of a node that died would have to run out."""
+def test_earlier_restart_of_slurm_job_does_not_hold_lock(tmp_path: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm has released the earlier start's nodes, so the lease need not expire."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     for job, restart in (("7", 1), ("7", 2), ("8", 0)):
@@ -200,4 +200,4 @@ def test_the_start_before_of_the_same_slurm_job_does_not_bar_the_way(tmp_path: P
         with pytest.raises(UserError, match="held by a living run"):
             RunLock(tmp_path).acquire()
     write_record(tmp_path, host="elsewhere", slurm_job="7", slurm_restart=0)
-    take(tmp_path)
+    acquire_lock(tmp_path)

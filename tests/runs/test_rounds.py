@@ -1,4 +1,4 @@
-"""Rounds that go on are asked for what they were begun with."""
+"""Resumed rounds require the recorded settings."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import RolloutConfig
 from megatron_sov.runs.rounds import (
     Policy, RunPolicies, build_start_policy, find_round_policy, record_or_check_settings)
 
 
-def test_what_is_done_holds_rounds_to_what_they_were_begun_with(tmp_path: Path) -> None:
+def test_rounds_with_results_reject_other_settings(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     note = folder / "rounds" / "rounds.json"
 
     def enter(samples: int) -> None:
         # an option that repeats is a tuple, which the note has as a list
-        record_or_check_settings(folder, note, {"samples": samples, "from": "base", "reward_set": ("a=1",)}, "--run")
+        record_or_check_settings(folder, note, {"samples": samples, "from": "base", "reward_set": ("a=1",)},
+                                 "--run")
 
     enter(4)
     (folder / "rounds/.answers.work").mkdir()
@@ -38,10 +39,11 @@ def test_what_is_done_holds_rounds_to_what_they_were_begun_with(tmp_path: Path) 
     with pytest.raises(UserError, match="rounds; choose another --run"):
         enter(8)
     with pytest.raises(UserError, match=r"--run .*answers:"):
-        record_or_check_settings(folder / "rounds/answers", folder / "rounds/answers/rounds.json", {}, "--run")
+        record_or_check_settings(folder / "rounds/answers", folder / "rounds/answers/rounds.json", {},
+                                 "--run")
 
 
-def test_files_that_each_command_makes_are_nothing_that_was_done(tmp_path: Path) -> None:
+def test_rewritten_files_do_not_count_as_results(tmp_path: Path) -> None:
     folder, made = tmp_path / "probe", tmp_path / "probe/problems.jsonl"
 
     def enter(k: int) -> None:
@@ -58,39 +60,39 @@ def test_files_that_each_command_makes_are_nothing_that_was_done(tmp_path: Path)
 # Which checkpoint writes a round.
 
 
-def checkpoint(path: Path, **state: Any) -> Path:
-    with new_artifact(path, "checkpoint") as artifact:
+def write_checkpoint(path: Path, **state: Any) -> Path:
+    with create_artifact(path, "checkpoint") as artifact:
         artifact.content = {"step": path.name}
         (artifact.path / "state.json").write_text(json.dumps({"name": path.name, **state}))
     return path
 
 
-def test_the_newest_end_of_a_round_writes_it_if_it_is_not_too_old(tmp_path: Path) -> None:
-    start, run = checkpoint(tmp_path / "start"), tmp_path / "run"
+def test_round_policy_respects_max_staleness(tmp_path: Path) -> None:
+    start, run = write_checkpoint(tmp_path / "start"), tmp_path / "run"
     rollout = RolloutConfig(steps_per_round=2)
     first = build_start_policy(start)
     assert find_round_policy(run, start, 1, rollout) == first  # there is no run yet
     assert find_round_policy(run, start, 2, rollout) is None
     assert find_round_policy(run, start, 2, RolloutConfig(steps_per_round=2, max_staleness=1)) == first
 
-    policies = run_of(run, start)
-    expected = trained(policies, range(1, 4))
-    steps = {step: checkpoint(run / "checkpoints" / f"step-{step}", feed={"trained": f"{step}"})
+    policies = create_policies(run, start)
+    expected = train_rounds(policies, range(1, 4))
+    steps = {step: write_checkpoint(run / "checkpoints" / f"step-{step}", feed={"trained": f"{step}"})
              for step in (2, 3, 5)}
-    policies = run_of(run, start)
-    trained(policies, range(1, 3))
-    steps[4] = checkpoint(run / "checkpoints/step-4", feed=policies.state())
+    policies = create_policies(run, start)
+    train_rounds(policies, range(1, 3))
+    steps[4] = write_checkpoint(run / "checkpoints/step-4", feed=policies.state())
     newest = Policy(steps[4], 4, expected[2].sha256)  # 5 lies inside of a round
     assert [find_round_policy(run, start, number, rollout) for number in (1, 3, 4)] == [newest, newest, None]
 
 
-def run_of(run: Path, start: Path, **settings: Any) -> RunPolicies:
+def create_policies(run: Path, start: Path, **settings: Any) -> RunPolicies:
     rollout = RolloutConfig(steps_per_round=2, max_staleness=1)
     return RunPolicies(run, build_start_policy(start), rollout, settings)
 
 
-def trained(policies: RunPolicies, rounds: range) -> list[Policy]:
-    """Have a run train rounds; returns the policies that begin them."""
+def train_rounds(policies: RunPolicies, rounds: range) -> list[Policy]:
+    """Train rounds; return the policy before each round."""
     found = []
     for number in rounds:
         found.append(policies.at(2 * number - 2))
@@ -98,25 +100,27 @@ def trained(policies: RunPolicies, rounds: range) -> list[Policy]:
     return found
 
 
-def test_a_run_is_known_by_what_it_was_trained_on_and_goes_on_as_the_same_from_any_checkpoint(
+def test_policy_digests_survive_resume_from_any_checkpoint(
         tmp_path: Path) -> None:
-    start, run = checkpoint(tmp_path / "start"), tmp_path / "run"
-    whole = run_of(run, start, lr=1)
-    expected = trained(whole, range(1, 6))
+    start, run = write_checkpoint(tmp_path / "start"), tmp_path / "run"
+    whole = create_policies(run, start, lr=1)
+    expected = train_rounds(whole, range(1, 6))
     assert expected[0] == build_start_policy(start) and len({policy.sha256 for policy in expected}) == 5
     assert [(policy.path, policy.step) for policy in expected[1:]] == [(run, 2 * n) for n in range(1, 5)]
-    assert trained(run_of(tmp_path / "elsewhere", start, lr=1), range(1, 3))[1].sha256 == expected[1].sha256
-    assert trained(run_of(run, start, lr=2), range(1, 3))[1].sha256 != expected[1].sha256
+    assert train_rounds(create_policies(tmp_path / "elsewhere", start, lr=1),
+                        range(1, 3))[1].sha256 == expected[1].sha256
+    assert train_rounds(create_policies(run, start, lr=2), range(1, 3))[1].sha256 != expected[1].sha256
     # a kill, and the checkpoints behind step 3, in the middle of round 2, and behind step 4
     for step in (3, 4):
-        before = run_of(run, start, lr=1)
-        trained(before, range(1, 3))
-        kept = checkpoint(run / "checkpoints" / f"step-{step}", feed=json.loads(json.dumps(before.state())))
-        again = run_of(run, start, lr=1)
+        before = create_policies(run, start, lr=1)
+        train_rounds(before, range(1, 3))
+        kept = write_checkpoint(run / "checkpoints" / f"step-{step}",
+                                feed=json.loads(json.dumps(before.state())))
+        again = create_policies(run, start, lr=1)
         again.restore(json.loads((kept / "state.json").read_text())["feed"])
         if step == 3:
             again.begin(3, "documents of round 2")
-        assert trained(again, range(3, 6)) == expected[2:]
+        assert train_rounds(again, range(3, 6)) == expected[2:]
         # who may have begun what is published next
         assert [again.is_own(p.step, p.sha256) for p in expected[3:]] == [True, True]
         assert not again.is_own(6, expected[1].sha256) and again.is_own(2, "pruned long ago")
@@ -125,12 +129,12 @@ def test_a_run_is_known_by_what_it_was_trained_on_and_goes_on_as_the_same_from_a
         run / "checkpoints/step-4", 4, expected[2].sha256)
 
 
-def test_weights_that_were_taken_back_are_another_policy(tmp_path: Path) -> None:
-    start = checkpoint(tmp_path / "start")
-    policies = run_of(tmp_path / "run", start)
-    before = trained(policies, range(1, 3))
+def test_rollback_gives_another_policy(tmp_path: Path) -> None:
+    start = write_checkpoint(tmp_path / "start")
+    policies = create_policies(tmp_path / "run", start)
+    before = train_rounds(policies, range(1, 3))
     kept = policies.state()
-    trained(policies, range(3, 5))
+    train_rounds(policies, range(3, 5))
     policies.restore(kept)
     assert policies.at(8).sha256 not in {policy.sha256 for policy in before}
-    assert policies.at(8).sha256 != run_of(tmp_path / "run", start).at(0).sha256
+    assert policies.at(8).sha256 != create_policies(tmp_path / "run", start).at(0).sha256

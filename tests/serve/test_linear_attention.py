@@ -24,14 +24,14 @@ def kept(longest: list[int]) -> list[dict[str, int]]:
         with CachedDecoder(ForwardModel(model, 50), CacheSize(2, tokens)) as decoder:
             for past, length in ((0, 7), (7, 1), (8, 1)):
                 spans = [CacheSpan(slot, past, [5] * length) for slot in range(2)]
-                decoder.read(spans, decoder.common_row_tokens(2 * length))
+                decoder.read(spans, decoder.agree_row_tokens(2 * length))
             sizes = {"linear": 0, "attention": 0}
             for layer in decoder._layers:
                 kind = "attention" if isinstance(layer, CachedAttention) else "linear"
                 tensors = layer.stored or () if isinstance(layer, CachedAttention) else vars(layer).values()
                 sizes[kind] += sum(t.numel() for t in tensors if isinstance(t, torch.Tensor))
             found.append(sizes)
-    world.leave()
+    world.leave_world()
     return found
 
 

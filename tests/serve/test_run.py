@@ -21,8 +21,8 @@ import httpx
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.infer.asking import Asker
-from megatron_sov.infer.engines.live import Joining, News
+from megatron_sov.infer.engines.live_generation import NewSequence, TokenEvent
+from megatron_sov.infer.prompts import PromptEncoder
 from megatron_sov.infer.request import STOP
 from megatron_sov.serve import run
 from megatron_sov.serve.bodies import BodyReader
@@ -67,7 +67,7 @@ class Model:
     rows: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(10**6))
     """Rows that it may read."""
     wants_stop: list[str] = field(default_factory=list)
-    joined: list[Joining] = field(default_factory=list)
+    joined: list[NewSequence] = field(default_factory=list)
     left: list[int] = field(default_factory=list)
 
     def run(self) -> None:
@@ -83,12 +83,12 @@ class Model:
             if not places:
                 continue
             self.rows.acquire()
-            news = [News(number, answer.pop(0), -0.5, None if answer else STOP)
+            news = [TokenEvent(number, answer.pop(0), -0.5, None if answer else STOP)
                     for number, answer in places.items()]
             self.clerk.tell(news)
             places = {number: answer for number, answer in places.items() if answer}
 
-    def answer(self, joining: Joining) -> list[int]:
+    def answer(self, joining: NewSequence) -> list[int]:
         """Return what is between the user's mark and the end of the turn, and that end."""
         tokenizer = self.reader._tokenizer
         said = tokenizer.decode(list(joining.prompt), skip_special_tokens=False)
@@ -377,7 +377,7 @@ def test_completions_end_where_the_folder_says(folder: Path, tmp_path: Path, fil
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     target: Any = SimpleNamespace(tokenizer_folder=tmp_path, path=tmp_path, is_hf=True, vocab_size=300)
-    asker = Asker(target, chat=False)
+    asker = PromptEncoder(target, chat=False)
     eos = asker._tokenizer.eos_token_id
     assert set(asker.end_ids) - {eos} == ends and eos in asker.end_ids
     assert asker.answer("a")[-1] == eos

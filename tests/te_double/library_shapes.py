@@ -1,8 +1,8 @@
-"""What libraries promise to those who call them, read from their Python sources: a contract holds names with
-their signatures, and this says where an installed library has another shape.
+"""Interfaces of libraries, parsed from their Python sources, and differences between a contract (names with
+signatures) and an installed library.
 
-Nothing is imported for that.  A signature is text such as "(inp, is_first_microbatch=None)": names, kinds and
-defaults, without annotations.
+Nothing is imported. A signature is text such as "(inp, is_first_microbatch=None)": names, kinds and defaults,
+without annotations.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 CONTRACT = Path(__file__).with_name("contract.json")
-"""Library -> its version and the shape of each name that megatron-core or this project uses of it; written by
+"""Library -> version and interface of each name that megatron-core or this project uses; written by
 tests/te_double/contract.py."""
 COMPUTED = "..."
-"""Stands for a default that is the result of a call or a condition."""
+"""Stands for a default computed by a call or condition."""
 
 _MARK = re.compile(r"\bis deprecated|^deprecated\b|deprecated\(|deprecated and will be", re.IGNORECASE)
 
 
 class Sources:
-    """Packages below one folder, as their sources say."""
+    """Sources of the packages in a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -42,15 +42,14 @@ class Sources:
         return next((f for f in (place / "__init__.py", place.with_suffix(".py")) if f.is_file()), None)
 
     def path_in_wheel(self, name: str) -> str:
-        """Return the path of a module's source file below the folder of the packages."""
+        """Return the path of a module's source file relative to the packages' folder."""
         file = self.file(name)
         assert file is not None, name
         return file.relative_to(self.folder).as_posix()
 
     def find(self, path: str, seen: set[str] | None = None) -> tuple[str, ast.AST] | None:
-        """Return the module that defines a dotted name, and the definition (of a module: itself); None:
-        there is no such name.  `seen` are names that were looked at on the way, since modules may import
-        from one another."""
+        """Return the defining module of a dotted name and its definition (for a module: the module), or None.
+        `seen` contains visited names, since modules may import from each other."""
         seen = set() if seen is None else seen
         if path in seen:
             return None
@@ -76,7 +75,7 @@ class Sources:
 
     def _imported(self, home: str, node: ast.ImportFrom, name: str,
                   seen: set[str]) -> tuple[str, ast.AST] | None:
-        """Follow an import; a name of a package that is not here is its import itself."""
+        """Follow an import; a name from a missing package is its own import statement."""
         if not node.level:
             origin = node.module or ""
         else:
@@ -89,8 +88,8 @@ class Sources:
 
     def methods(self, home: str, cls: ast.ClassDef,
                 below: tuple[ast.AST, ...] = ()) -> Iterator[tuple[str, ast.FunctionDef]]:
-        """Yield the methods of a class, then those of its bases, as far as they are here; `below` are classes
-        that inherit from it."""
+        """Yield the methods of a class, then of its bases with sources; `below` are classes that inherit from
+        it."""
         below = (*below, cls)
         for node in cls.body:
             if isinstance(node, ast.FunctionDef) and "overload" not in map(ast.unparse, node.decorator_list):
@@ -101,8 +100,8 @@ class Sources:
                 yield from self.methods(found[0], found[1], below)
 
     def fields(self, path: str, below: tuple[ast.AST, ...] = ()) -> dict[str, str]:
-        """Return a data class's fields with their defaults, those of its bases first; `below` are classes
-        that inherit from it."""
+        """Return a dataclass's fields with defaults, bases first; `below` are classes that inherit from
+        it."""
         found = self.find(path)
         assert found, path
         home, cls = found
@@ -120,13 +119,13 @@ class Sources:
 
 
 def _takes_from_namesake(module: ast.Module, name: str) -> bool:
-    """Return whether a package has, under a submodule's name, what it imports from there."""
+    """Return whether a package imports a name from its submodule of the same name."""
     return any(isinstance(node, ast.ImportFrom) and (node.module or "").rpartition(".")[2] == name
                and any((alias.asname or alias.name) == name for alias in node.names) for node in module.body)
 
 
 def _statements(module: ast.Module) -> Iterator[ast.stmt]:
-    """Yield what a module says, also inside of `if` and `try`."""
+    """Yield a module's statements, also inside `if` and `try`."""
     waiting: list[ast.stmt] = list(module.body)
     while waiting:
         node = waiting.pop(0)
@@ -137,7 +136,7 @@ def _statements(module: ast.Module) -> Iterator[ast.stmt]:
 
 
 def _from_pydantic(module: ast.Module | None) -> bool:
-    """Return whether a module's data classes are pydantic's, which drop arguments they have no field for."""
+    """Return whether a module uses pydantic's dataclasses, which ignore unknown arguments."""
     return any(isinstance(node, ast.ImportFrom) and node.module == "pydantic.dataclasses"
                for node in (module.body if module else []))
 
@@ -158,7 +157,7 @@ def _default(node: ast.expr) -> str:
 
 
 def signature(function: ast.FunctionDef, *, bound: bool) -> str:
-    """Return a function's signature; `bound`: without what a method is called on."""
+    """Return a function's signature; `bound`: without the first parameter of a method."""
     arguments = function.args
     static = any(ast.unparse(d) == "staticmethod" for d in function.decorator_list)
     positional = [*arguments.posonlyargs, *arguments.args]
@@ -178,16 +177,16 @@ def signature(function: ast.FunctionDef, *, bound: bool) -> str:
 
 
 def described(sources: Sources, path: str, *, private: bool = False) -> Any:
-    """Return what a dotted name is.
+    """Describe the object of a dotted name.
 
     Args:
-        sources: where it is looked for.
-        path: the name.
-        private: whether methods with an underscore matter, too: those that this project overrides.
+        sources: sources to search.
+        path: the dotted name.
+        private: include methods with an underscore, which this project overrides.
 
     Returns:
-        None (nothing), "module", "value", "extension" (of a compiled library), a function's signature, or a
-        class's methods with theirs.
+        None (missing), "module", "value", "extension" (compiled), a function's signature, or a class's
+        methods with signatures.
     """
     found = sources.find(path)
     if found is None:
@@ -217,7 +216,7 @@ def described(sources: Sources, path: str, *, private: bool = False) -> Any:
 
 
 def is_same(ours: str, theirs: str) -> bool:
-    """Return whether two signatures agree; a computed default agrees with any."""
+    """Return whether two signatures are equal; a computed default equals any."""
     split = [_parts(text) for text in (ours, theirs)]
     return len(split[0]) == len(split[1]) and all(
         a == b or (a.split("=")[0] == b.split("=")[0]
@@ -226,7 +225,7 @@ def is_same(ours: str, theirs: str) -> bool:
 
 
 def _parts(text: str) -> list[str]:
-    """Return the parameters of a signature, each with its default."""
+    """Split a signature into parameters with defaults."""
     parts: list[str] = []
     for piece in text[1:-1].split(", "):
         try:
@@ -238,8 +237,7 @@ def _parts(text: str) -> list[str]:
 
 
 def differences(symbols: dict[str, Any], sources: Sources) -> Iterator[str]:
-    """Yield where a library has another shape than a contract's symbols, in words; what it has beyond them is
-    no matter."""
+    """Yield descriptions of a library's differences from a contract; additional names do not matter."""
     for name, shape in symbols.items():
         if shape is None:
             continue
@@ -257,7 +255,7 @@ def differences(symbols: dict[str, Any], sources: Sources) -> Iterator[str]:
 
 
 def installed(package: str) -> Sources | None:
-    """Return the sources of an installed package; None: it is not here."""
+    """Return the sources of an installed package, or None."""
     spec = importlib.util.find_spec(package.partition(".")[0])
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -265,10 +263,10 @@ def installed(package: str) -> Sources | None:
 
 
 def deprecation(sources: Sources, path: str) -> str:
-    """Return the text by which a library marks a class or function as deprecated; "": it does not.
+    """Return the text that marks a class or function as deprecated, or "".
 
-    The mark is a decorator, the docstring, or a warning among the unconditional statements of the function,
-    of a class: of its `__init__`.
+    The mark may be a decorator, the docstring, or a warning in the unconditional statements of the function
+    (of a class: of `__init__`).
     """
     found = sources.find(path)
     if found is None or not isinstance(found[1], (ast.ClassDef, ast.FunctionDef)):

@@ -1,5 +1,5 @@
-"""Runs inside ranks whose models are made of Transformer Engine's modules, with operands of their products
-quantised by the reference quantisers."""
+"""Functions inside ranks: models of Transformer Engine modules with operands quantized by the reference
+quantizers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_sov import recipes
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.convert import export_weights
 from megatron_sov.engine.model import language_model, replica_checks
-from megatron_sov.engine.model.quantized_weights import is_quantized, raw_data
+from megatron_sov.engine.model.quantized_weights import get_raw_data, is_quantized
 from megatron_sov.engine.optimizer.adamw import HostAdamW
 from megatron_sov.engine.parallel import cpu_shims, device, world
 from megatron_sov.model.config import RunConfig, apply_settings
@@ -31,10 +31,10 @@ SMALL = ("model.vocab_size=368", "model.hidden_size=64", "model.num_heads=4", "m
          "model.head_dim=16", "model.expert_ffn_dim=32", "train.global_batch_size=2",
          "train.micro_batch_size=1", "train.steps=20", "optim.warmup_steps=2", "train.precision=bf16",
          'data.phases=[{"name": "main", "seq_len": 128}]')
-"""Sizes that every recipe takes."""
+"""Sizes that every recipe supports."""
 RECIPES = {"Float8CurrentScaling": "tensorwise", "Float8BlockScaling": "blockwise",
            "MXFP8BlockScaling": "mxfp8", "NVFP4BlockScaling": "nvfp4"}
-"""Name of a recipe's class -> that of the reference quantisers."""
+"""Name of a recipe class -> name of its reference quantizer."""
 DENSE = ("model.dense_ffn_dim=96",)
 FAMILIES = {"tiny-solar-open": ("model.num_layers=3",), "tiny-k-exaone": DENSE, "tiny-qwen2": DENSE,
             "tiny-qwen3": DENSE, "tiny-qwen3-moe": (),
@@ -44,14 +44,13 @@ FAMILIES = {"tiny-solar-open": ("model.num_layers=3",), "tiny-k-exaone": DENSE, 
 
 
 def config_of(recipe: str, settings: list[str], path: str) -> RunConfig:
-    """Return a recipe at a small size; `settings` win."""
+    """Return a small config of a recipe; `settings` take precedence."""
     return apply_settings(recipes.get(recipe), [*SMALL, *FAMILIES[recipe], f'data.paths={{"{path}": 1}}',
                                                 *settings])
 
 
 def quantise_products() -> None:
-    """Have the double quantise the operands of its products wherever a recipe is on, and accumulate as
-    Hopper does."""
+    """Make the double quantize the operands of its products under a recipe, and accumulate as Hopper does."""
     from transformer_engine.pytorch import gemm as products  # the double's own
     from transformer_engine.pytorch.recording import kernel
 
@@ -79,8 +78,8 @@ def quantise_products() -> None:
 
 
 def gather_one_by_one() -> None:
-    """Have the library gather its buffers of weights one after another: gloo takes those that are asked for
-    together to be of one dtype, and writes bytes of 8 bits over bf16 numbers."""
+    """Make Megatron-Core gather weight buffers one by one: gloo's coalesced gather requires one dtype, and
+    would write FP8 bytes over bf16 values."""
     from megatron.core.distributed import param_and_grad_buffer as buffers
 
     start = buffers._ParamAndGradBucketGroup.start_param_sync
@@ -97,8 +96,8 @@ def gather_one_by_one() -> None:
 
 
 def each(cases: list[tuple[str, list[str]]], path: str) -> list[dict[str, Any]]:
-    """Train a step for each (recipe, settings) in this process; return its loss, the hash of the weights
-    behind it, its products, and how many parts were computed again without a product."""
+    """Train a step for each (recipe, settings). Return its loss, a hash of the weights, the numbers of
+    products, and the number of recomputed parts without a product."""
     from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 
     quantise_products()
@@ -116,7 +115,7 @@ def each(cases: list[tuple[str, list[str]]], path: str) -> list[dict[str, Any]]:
         again[0] = 0
         loss = trainer.update().loss
         found.append({"loss": loss, "weights": _digest(trainer), "products": _products(), "again": again[0]})
-        world.leave()
+        world.leave_world()
     return found
 
 
@@ -127,31 +126,31 @@ def _trainer(recipe: str, settings: list[str], path: str, run: str = "not-writte
 
 
 def _products() -> dict[str, int]:
-    """Return how many products there were since the last call: "fprop Float8BlockScaling" -> number."""
+    """Return and reset the numbers of products, for example "fprop Float8BlockScaling" -> number."""
     from transformer_engine.pytorch.gemm import COUNTS  # the double's own
 
     found = {f"{kind} {name}".strip(): count for (kind, name), count in COUNTS.items()
-             if kind != "general"}  # the router's, which no recipe touches
+             if kind != "general"}  # the router's products, which no recipe changes
     COUNTS.clear()
     return found
 
 
 def losses(recipe: str, settings: list[str], path: str, steps: int) -> dict[str, Any]:
-    """Train; return the losses, and the products of the first step."""
+    """Train; return the losses and the products of the first step."""
     if "train.deterministic=true" in settings:
-        device.switch_on()
+        device.enable_determinism()
     trainer = _trainer(recipe, settings, path)
     _products()
     first = trainer.update().loss
     products = _products()
     taken = [first, *(trainer.update().loss for _ in range(steps - 1))]
-    world.leave()
+    world.leave_world()
     return {"losses": taken, "products": products}
 
 
 def continued(recipe: str, settings: list[str], path: str, run: str) -> dict[str, Any]:
-    """Train four steps with a checkpoint and an evaluation after the second, and again from there; what is
-    left of the model each time, and what was computed for the evaluation."""
+    """Train four steps with a checkpoint and an evaluation after the second, then again from the checkpoint.
+    Return the final hashes of both runs, and the evaluation's products."""
     trainer = _trainer(recipe, settings, path, run)
     trainer.folder.checkpoints.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {"straight": [trainer.update().loss for _ in range(2)]}
@@ -160,8 +159,8 @@ def continued(recipe: str, settings: list[str], path: str, run: str) -> dict[str
     found["saved"] = _saved(trainer.folder.checkpoint(2))
     found["exported"] = hashlib.sha256(b"".join(
         name.encode() + _bytes(tensor) for name, tensor in export_weights(trainer.model))).hexdigest()
-    found["differing"] = replica_checks.differing_replicas(trainer.model)
-    found["in 8 bits"] = sum(raw_data(p).numel() for p in trainer.model.parameters() if is_quantized(p))
+    found["differing"] = replica_checks.find_differing_replicas(trainer.model)
+    found["in 8 bits"] = sum(get_raw_data(p).numel() for p in trainer.model.parameters() if is_quantized(p))
     _products()
     found["heldout"] = {name: result.loss for name, result in trainer.evaluate().items()}
     found["products of the evaluation"] = _products()
@@ -171,15 +170,15 @@ def continued(recipe: str, settings: list[str], path: str, run: str) -> dict[str
     found["resumed"] = [trainer.update().loss for _ in range(2)]
     found["resumed ends"] = _digest(trainer)
     trainer.close()
-    world.leave()
+    world.leave_world()
     return found
 
 
 def placed(cases: list[tuple[str, list[str]]], path: str, run: str, *, sends: bool = True) -> list[Any]:
-    """Train with a checkpoint, an evaluation and a resumption for each (recipe, settings), where tensors that
-    would be in host memory are refused beside a GPU's; return how many there were, or what was refused.
+    """Train with a checkpoint, an evaluation and a resume for each (recipe, settings), and refuse host
+    tensors in GPU operations. Return the number of host tensors, or the refused operation.
 
-    Without SENDS, rows stay where they were read.
+    Without `sends`, rows stay in host memory.
     """
     from transformer_engine.pytorch import placement  # the double's own
 
@@ -205,14 +204,14 @@ def placed(cases: list[tuple[str, list[str]]], path: str, run: str, *, sends: bo
             trainer.resume(trainer.folder.checkpoint(1))
             trainer.update()
             trainer.close()
-            world.leave()
+            world.leave_world()
         found.append(mode.marked)
     return found
 
 
 def moments(recipe: str, settings: list[str], path: str, before: str) -> dict[str, Any]:
-    """Go on for a step from another run's checkpoint; return how many elements of the moments are not
-    torch's formula over the checkpoint's moments, rounded once, the dtypes, and which share is the host's."""
+    """Take a step from another run's checkpoint. Return the number of moment elements that differ from
+    torch's formula rounded once, the dtypes, and the share in host memory."""
     trainer = _trainer(recipe, settings, path)
     trainer.resume(Path(before))
     old = {(s.parameter, s.start): {n: t.clone() for n, t in s.state().items()}
@@ -233,18 +232,18 @@ def moments(recipe: str, settings: list[str], path: str, before: str) -> dict[st
         for name, beta, added in (("exp_avg", optim.beta1, gradient),
                                   ("exp_avg_sq", optim.beta2, gradient.square())):
             expected = beta * old[place][name].float() + (1 - beta) * added
-            # the last bit of a bf16 number may go either way where the sum was in another order
+            # another summation order may change the last bit of a bf16 value
             wrong += int(((new[name].float() - expected).abs() > 2 ** -8 * expected.abs() + 1e-30).sum())
         dtypes |= {f"{name} {str(t.dtype).removeprefix('torch.')}" for name, t in new.items()}
-    world.leave()
+    world.leave_world()
     sizes = [(shard.main.numel(), isinstance(shard.inner, HostAdamW)) for shard in trainer.optimizer.shards]
     return {"wrong": wrong, "dtypes": sorted(dtypes), "loss": loss,
             "on the host": sum(n for n, there in sizes if there) / sum(n for n, _ in sizes)}
 
 
 def quantises_weights(recipe: str, settings: list[str], path: str) -> list[bool]:
-    """Train two steps with an evaluation between them; whether the first linear layer was told in each
-    training pass to quantise its weight anew, and not to take what it keeps."""
+    """Train two steps with an evaluation between. Return for each training pass whether the first linear
+    layer was told to quantize its weight again."""
     trainer = _trainer(recipe, settings, path)
     told: list[bool] = []
 
@@ -257,13 +256,13 @@ def quantises_weights(recipe: str, settings: list[str], path: str) -> list[bool]
     trainer.update()
     trainer.evaluate()
     trainer.update()
-    world.leave()
+    world.leave_world()
     return told
 
 
 def _digest(trainer: Trainer) -> str:
-    """Hash this process's weights as they lie in memory."""
-    return hashlib.sha256(b"".join(_bytes(raw_data(p)) for p in trainer.model.parameters())).hexdigest()
+    """Hash this process's weights."""
+    return hashlib.sha256(b"".join(_bytes(get_raw_data(p)) for p in trainer.model.parameters())).hexdigest()
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
@@ -271,7 +270,7 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 
 def _saved(path: Path) -> dict[str, str]:
-    """Return the hash of every tensor of a checkpoint."""
+    """Return the hash of every tensor in a checkpoint."""
     readers = [TensorReader(path, part) for part in ("model", "optimizer")]
     return {key: hashlib.sha256(_bytes(reader.read(key))).hexdigest()
             for reader, keys in ((reader, reader.keys()) for reader in readers) for key in keys}

@@ -1,4 +1,4 @@
-"""Runs inside ranks whose models are made of Transformer Engine's modules, by its double."""
+"""Functions inside ranks: models of Transformer Engine modules, with the double."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.te_double.library_shapes import CONTRACT
 
 
 def one_step(recipe: str, settings: list[str], paths: list[str]) -> dict[str, Any]:
-    """Train one step; return how many modules of which kinds there are, and how many products they made."""
+    """Train one step; return the numbers of modules by kind and of products."""
     from transformer_engine.pytorch.gemm import COUNTS  # the double's own
 
     trainer = layout_run._trainer(layout_run.small_config(recipe, settings, paths, "lm"))
@@ -23,14 +23,14 @@ def one_step(recipe: str, settings: list[str], paths: list[str]) -> dict[str, An
     trainer.update()
     modules = Counter(type(m).__name__ for m in trainer.model.modules())
     optimizers = {type(o.optimizer).__name__ for o in trainer.optimizer.library.chained_optimizers}
-    world.leave()
+    world.leave_world()
     return {"modules": modules, "optimizers": sorted(optimizers),
             "products": {f"{kind} {recipe}".strip(): count for (kind, recipe), count in COUNTS.items()}}
 
 
 def recorded_calls(recipe: str, settings: list[str], paths: list[str]) -> list[list[Any]]:
     """Train one step; return every call of a name in the contract: [name, method or None, positional
-    arguments, names of the others]."""
+    arguments, keywords]."""
     contract = json.loads(CONTRACT.read_text())
     calls: set[tuple[Any, ...]] = set()
     for name, shape in contract["transformer_engine"]["symbols"].items():
@@ -45,25 +45,25 @@ def recorded_calls(recipe: str, settings: list[str], paths: list[str]) -> list[l
             _replace_everywhere(found, _recorder(found, (name, None), calls, bound=False))
     trainer = layout_run._trainer(layout_run.small_config(recipe, settings, paths, "lm"))
     trainer.update()
-    world.leave()
+    world.leave_world()
     return sorted(map(list, calls), key=str)
 
 
 def experts_without_tokens() -> list[Any]:
-    """Have all tokens go to the first process's experts; return whether fused permutations and the library's
-    own give the same: the largest difference of outputs and of gradients, beside the largest of them."""
+    """Route all tokens to the first process's experts. Return the largest differences of outputs and
+    gradients between fused permutations and the library's own, relative to the largest value."""
     import torch
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
-    from megatron_sov.engine.model.language_model import build_configured
+    from megatron_sov.engine.model.language_model import build_run_model
     from megatron_sov.model import recipes
     from megatron_sov.model.config import apply_settings
 
     config = apply_settings(recipes.get("tiny-solar-open"), [
         "train.precision=bf16", "model.num_layers=2", "model.num_experts=4", "model.num_experts_per_token=2",
         "parallel.ep=2", "parallel.expert_dispatcher=allgather", "gpu.grad_accumulation_fusion=off"])
-    world.join(config.parallel)
-    model = build_configured(config)
+    world.join_world(config.parallel)
+    model = build_run_model(config)
     layer: Any = next(m for m in model.modules() if isinstance(m, MoELayer)).eval()
     for weight in layer.parameters():
         torch.nn.init.normal_(weight, std=0.1)
@@ -74,7 +74,7 @@ def experts_without_tokens() -> list[Any]:
         y = layer(x)[0]
         y.float().square().sum().backward()
         found.append((y, x.grad))
-    world.leave()
+    world.leave_world()
     return [float((a - b).abs().max() / b.abs().max()) for a, b in zip(*found, strict=True)]
 
 
@@ -88,7 +88,7 @@ def _recorder(function: Any, name: tuple[str, str | None], calls: set[Any], *, b
 
 
 def _replace_everywhere(old: Any, new: Any) -> None:
-    """Put a function in another's place in all modules, which import it by name."""
+    """Replace a function in all modules that import it by name."""
     for module in list(sys.modules.values()):
         for name, value in list(vars(module).items()) if module else []:
             if value is old:

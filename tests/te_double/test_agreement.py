@@ -1,7 +1,7 @@
-"""Transformer Engine's branch of the library computes what the local one does, at every layout.
+"""Models of Transformer Engine modules compute the same as local models, at every layout.
 
-A double stands in for Transformer Engine: what is proven is how models are put together, split, wrapped,
-updated and saved with its modules, configured as on a GPU, and not the real one's kernels.
+A double replaces Transformer Engine: the tests cover assembly, splitting, wrapping, updates and checkpoints
+of models configured as on a GPU, not the real kernels.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FURTHER = {
     "PP2 VPP2 x EP2, passes overlapped": (4, [
         "parallel.pp=2", "parallel.vpp=2", "parallel.ep=2", "parallel.expert_overlap=micro_batches",
         "train.micro_batch_size=1"]),
-    # Transformer Engine's attention over whole rows of half the heads, of which keys have two
+    # Transformer Engine's attention over whole rows of half the heads; keys have two
     "CP2, exchanged, recomputed": (2, ["parallel.cp=2", "gpu.attention=unfused", "train.recompute=true"]),
     "CP2, recomputed": (2, ["parallel.cp=2", "train.recompute=true"]),
     "ETP2": (2, ["parallel.etp=2"]),
@@ -40,13 +40,14 @@ FP64 = ["train.precision=fp64"]
 
 
 def apart(ours: Any, theirs: Any) -> float:
-    """Return the largest difference beside the largest value."""
+    """Return the largest difference relative to the largest value."""
     a, b = np.array(ours), np.array(theirs)
     return float(np.abs(a - b).max(initial=0.0) / max(1e-3, np.abs(b).max(initial=0.0)))
 
 
 def differences(steps: list[dict[str, Any]], expected: list[dict[str, Any]]) -> dict[str, float]:
-    """Return how far losses, gradient norms, expert loads and router biases of two runs are apart at most."""
+    """Return the largest differences of losses, gradient norms, expert loads and router biases between two
+    runs."""
     assert len(steps) == len(expected)
     assert all(ours.keys() == theirs.keys() for ours, theirs in zip(steps, expected, strict=True))
     return {what: max(apart(ours[what], theirs[what]) for ours, theirs in zip(steps, expected, strict=True))
@@ -58,12 +59,12 @@ def test_models_are_made_of_its_modules(te_ranks: Any, job: Any, packed_data: An
     (found,), = te_ranks(job(TE_RUN, "one_step", 1, {
         "recipe": "tiny-k-exaone", "settings": ["model.num_layers=3", "model.num_experts=4"],
         "paths": [str(packed_data.text)]}))
-    # one dense layer, two of experts, and a dense one for multi-token prediction
+    # one dense layer, two MoE layers, and a dense MTP layer
     assert found["modules"]["TEDotProductAttention"] == 4
     assert found["modules"]["TEColumnParallelGroupedLinear"] == 2
     assert found["optimizers"] == ["FusedAdam"]
-    # attention and MLP have two products each, four experts two each; multi-token prediction joins states
-    # and embeddings; 4 micro-batches
+    # attention and MLP have two products each, four experts two each; the MTP layer projects states and
+    # embeddings; 4 micro-batches
     products = 4 * (2 * 4 + 2 * (2 + 4 * 2) + 2 * 2 + 1)
     assert found["products"] == {"fprop": products, "dgrad": products, "wgrad": products}
 
@@ -71,13 +72,13 @@ def test_models_are_made_of_its_modules(te_ranks: Any, job: Any, packed_data: An
 @pytest.mark.distributed
 def test_a_process_whose_experts_get_no_token_gives_zeros(te_ranks: Any, job: Any) -> None:
     (found,) = te_ranks(job(TE_RUN, "experts_without_tokens", 2, {}))
-    # one sums in float32 and rounds, the other in bf16
+    # one sums in float32 and rounds, the other sums in bf16
     assert all(output < 0.01 and gradient < 0.01 for output, gradient in found), found
 
 
 @pytest.mark.distributed
 def test_a_router_multiplies_in_transformer_engine(te_ranks: Any, job: Any, packed_data: Any) -> None:
-    """bf16 operands into float32 logits, and gradients of float32."""
+    """bf16 operands, float32 logits and float32 gradients."""
     (found,), = te_ranks(job(TE_RUN, "one_step", 1, {
         "recipe": "tiny-qwen3-moe", "paths": [str(packed_data.text)],
         "settings": ["train.precision=bf16", "model.num_layers=2", "model.num_experts=4"]}))
@@ -117,7 +118,7 @@ def test_every_layout_and_either_checkpoint(ranks: Any, te_ranks: Any, job: Any,
                     "continued moments": per_rank[0]["continued apart"]["optimizer"]})
         problems |= {f"{name}: {what}": value for what, value in found.items() if value > 1e-12}
         weights = max(per_rank[0][f"{part} apart"]["model"] for part in ("scratch", "continued"))
-        # where a gradient is all but zero, AdamW divides its last bits by eps = 1e-8
+        # for a gradient near zero AdamW divides its last bits by eps = 1e-8
         problems |= {f"{name}: weights": weights} if weights > 2e-11 else {}
     assert not problems
 

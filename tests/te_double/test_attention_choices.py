@@ -1,4 +1,4 @@
-"""Which attention Transformer Engine chooses for rows of documents, asked of its double."""
+"""Which attention Transformer Engine's double selects for rows of documents."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.engine.model.attention import PackedDocuments, pack
-from megatron_sov.engine.model.attention_kernels import keep_attention_decisions
+from megatron_sov.engine.model.attention import PackedDocuments, pack_documents
+from megatron_sov.engine.model.attention_kernels import cache_attention_decisions
 
 
 @pytest.fixture(scope="module")
 def te() -> Iterator[Any]:
-    """Give the double to this file alone: others ask whether Transformer Engine is installed."""
+    """Import the double for this file only: other tests check whether Transformer Engine is installed."""
     sys.path.insert(0, str(Path(__file__).parent))
     import transformer_engine
     from transformer_engine.pytorch import placement
@@ -31,22 +31,22 @@ def te() -> Iterator[Any]:
 
 
 def draw_states() -> torch.Tensor:
-    """Return normal numbers [16 tokens, 4 heads, 8 channels]."""
+    """Return normal values [16 tokens, 4 heads, 8 channels]."""
     return torch.randn(16, 4, 8, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(3))
 
 
 @pytest.mark.parametrize(("keeps", "decisions"), [(False, 7), (True, 3)])
 def test_decisions_about_attention_are_kept_for_each_window_and_length(
         te: Any, monkeypatch: pytest.MonkeyPatch, keeps: bool, decisions: int) -> None:
-    """The real library keeps one, and asks cuDNN again when documents, window or length change, as they do
-    at each layer of a model with both kinds of attention; other variables are another question."""
+    """The real library caches one decision and queries cuDNN again when documents, window or length change,
+    as between layers with different attention; other environment variables are a separate query."""
     from transformer_engine.pytorch.attention.dot_product_attention import utils
 
     monkeypatch.setattr(utils, "get_attention_backend",
                         lambda call: te.backends.choose(call, te.machine.CHIP))
     if keeps:
-        keep_attention_decisions(utils)
-        keep_attention_decisions(utils)  # by each model that is built
+        cache_attention_decisions(utils)
+        cache_attention_decisions(utils)  # by each model that is built
     q, bound = draw_states(), torch.tensor([0, 5, 6, 15, 16], dtype=torch.int32)
     attention = te.pytorch.DotProductAttention(4, 8, attn_mask_type="padding_causal", qkv_format="thd")
     te.backends.CHOSEN.clear()
@@ -60,13 +60,13 @@ def test_decisions_about_attention_are_kept_for_each_window_and_length(
 
 
 def test_one_decision_about_attention_serves_rows_of_many_documents(te: Any) -> None:
-    """Documents without tokens at the end of a row change nothing but what the decision is made by."""
+    """Empty documents at the end of a row change only the parameters of the decision."""
     q = draw_states()
     attention = te.pytorch.DotProductAttention(4, 8, attn_mask_type="padding_causal", qkv_format="thd")
     te.backends.CHOSEN.clear()
     for lengths in ((4, 4, 4, 3, 1), (4, 4, 4, 2, 1, 1), (4, 3, 3, 2, 2, 1, 1), (3, 3, 2, 2, 2, 2, 1, 1)):
         bound = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        packed = pack(bound, max(lengths), 16, own=False)
+        packed = pack_documents(bound, max(lengths), 16, own=False)
         out = attention(q, q, q, cu_seqlens_q=packed.cu_seqlens_q, cu_seqlens_kv=packed.cu_seqlens_kv,
                         max_seqlen_q=packed.max_seqlen_q)
         whole = [torch.nn.functional.scaled_dot_product_attention(*[x.transpose(0, 1).float()] * 3,
@@ -78,11 +78,12 @@ def test_one_decision_about_attention_serves_rows_of_many_documents(te: Any) -> 
 
 
 def test_the_unfused_attention_gets_no_more_than_a_row_has(te: Any) -> None:
-    """It makes scores of documents x longest x longest: an empty document costs as much as the longest."""
+    """It allocates scores of documents x longest x longest: an empty document costs as much as the
+    longest."""
     bound = torch.tensor([0, 5, 10, 15], dtype=torch.int32)
     sizes = []
     for bucketed in (True, False):
-        packed = pack(bound, 5, 15, own=False, bucketed=bucketed)
+        packed = pack_documents(bound, 5, 15, own=False, bucketed=bucketed)
         sizes.append((len(packed.cu_seqlens_q) - 1, packed.max_seqlen_q))
         again = PackedDocuments(bounds=bound, longest_tokens=5, row_tokens=15, bucketed=bucketed).whole
         assert (len(again.cu_seqlens_q) - 1, again.max_seqlen_q) == sizes[-1]

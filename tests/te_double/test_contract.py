@@ -1,4 +1,4 @@
-"""What is called has the shape that the real libraries have: contract.json holds theirs."""
+"""Calls match the interfaces of the real libraries in contract.json."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ NOT_DOUBLED = {
     "fp8.FP8GlobalStateManager.reduce_and_update_fp8_tensors",
     "fp8.FP8GlobalStateManager.set_skip_fp8_weight_update_tensor",
 }
-"""Names that megatron-core does without here: of inference, its own CUDA graphs, offload, delayed scaling and
-its own loss."""
+"""Names that megatron-core does not use here: inference, its own CUDA graphs, offloading, delayed scaling,
+its loss."""
 NOT_REACHED = {
     "constants.MXFP8_BLOCK_SCALING_SIZE", "constants.NVFP4_BLOCK_SCALING_SIZE",
     "distributed._NVFP4AllGatherAsyncHandle", "ep", "ep.EpBuffer", "ep._BOOTSTRAPPED", "ep.ep_bootstrap",
@@ -37,7 +37,7 @@ NOT_REACHED = {
     "utils.nvtx_range_pop", "utils.nvtx_range_push",
     "utils.round_up_to_nearest_multiple",
 }
-"""Of NCCL's expert dispatcher, grouped weights and other storages of them."""
+"""NCCL's expert dispatcher, and grouped weights with other storage."""
 
 REASONS = {
     "architecture": "no family of models here has it",
@@ -51,7 +51,7 @@ REASONS = {
     "sums": "gradients are sums that losses have divided already",
     "unserved": "a way to be faster or smaller that no setting offers",
 }
-"""Why fields of the library's configurations are left alone, as reviewed_fields.json says of each."""
+"""Reasons in reviewed_fields.json for leaving fields of the library's configs unset."""
 
 
 @pytest.mark.parametrize("name", sorted(TE))
@@ -64,7 +64,7 @@ def test_the_double_has_the_real_signatures(name: str) -> None:
         wrong = {method: (text, theirs.get(method)) for method, text in ours.items()
                  if method not in theirs or not is_same(text, theirs[method])}
         assert not wrong, "(the double's, the real one's)"
-    elif theirs != "extension":  # a compiled function: its C++ signature is in no Python source
+    elif theirs != "extension":  # compiled: no signature in Python sources
         assert theirs is not None, "the real library has no such name, and megatron-core goes another way"
         assert is_same(ours, theirs)
 
@@ -77,7 +77,7 @@ def test_calls_of_a_training_step_bind_to_the_real_signatures(te_ranks: Any, job
         "paths": [str(packed_data.text)]}))
     for name, method, positional, names in calls:
         text = TE[name] if method is None else TE[name][method]
-        if text != "extension":  # compiled: its C++ signature is in no Python source
+        if text != "extension":  # compiled: no signature in Python sources
             contract.parsed(text).bind(*[None] * positional, **dict.fromkeys(names))
     reached = {name.rpartition(".")[2] for name, *_ in calls}
     assert reached >= {"Linear", "LayerNormLinear", "GroupedLinear", "RMSNorm", "DotProductAttention",
@@ -108,7 +108,7 @@ def test_the_installed_megatron_core_has_the_contracts_shape() -> None:
 
 @pytest.mark.parametrize("config", contract.CONFIGS)
 def test_every_field_is_set_or_was_looked_at(config: str) -> None:
-    """A field of a new version may change what is trained, and one that is set is no longer left alone."""
+    """A new version's field may change training, and a field that is set must leave the list."""
     fields = set(THEIRS[contract.MEGATRON]["fields"][config])
     reviewed = json.loads(contract.REVIEWED.read_text())[config]
     by_us = contract.fields_set()
@@ -129,7 +129,7 @@ def test_our_calls_bind_to_the_real_signatures(part: str) -> None:
         if text and text.startswith("("):
             contract.parsed(text).bind(*[None] * by_place, **dict.fromkeys(keywords))
             bound += 1
-    # of vLLM its worker's module alone: how weights are read, and under which name
+    # for vLLM only the worker module: reading weights, and their names
     assert bound > (2 if part == contract.VLLM else 5)
 
 

@@ -1,7 +1,7 @@
-"""Training with CUDA graphs of routers gives the bits that it gives without.
+"""Training with CUDA graphs of routers has the same bits as without.
 
-The double's graphs replay what their capture ran, on the memory of the capture: a mask, a count or a number
-that is read from anywhere else gives other losses, and what waits for the GPU ends the capture.
+The double's graphs replay the operators of their capture on its memory: a mask, count or number read from
+another place changes the losses, and synchronization with the GPU ends the capture.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.engine.model import graphs
-from megatron_sov.engine.model.specs import OwnLayer
+from megatron_sov.engine.model.specs import BlockOutputLayer
 from megatron_sov.engine.router import RoutingStep
 
 RUN = str(Path(__file__).with_name("graph_run.py"))
@@ -22,14 +22,14 @@ RAMP = ("train.ramp_from_batch_size=4", "train.ramp_increment=4", "train.ramp_st
 PP2 = ("model.num_layers=4", "parallel.pp=2")
 KEPT = 'gpu.cuda_graphs=["moe_router"]'
 CASES: dict[str, tuple[str, int, tuple[str, ...], dict[str, Any], list[int]]] = {
-    # the number of sequences of a batch changes, and nothing is captured again
+    # the number of sequences changes without a new capture
     "larger batches": ("tiny-solar-open", 1, (*RAMP, "model.num_layers=3", "train.recompute=selective",
                                               'gpu.recompute_modules=["layernorm", "moe_act"]'), {},
                        [2 * 3 * n for n in (2, 4, 6)]),
     "interleaved stages": ("tiny-solar-open", 2, (
         *PP2, "parallel.vpp=2", "train.recompute=selective",
         'gpu.recompute_modules=["core_attn", "shared_experts"]'), {"steps": 2}, [2 * 2 * 4] * 2),
-    # the library asks the weights of the capture for their dtype
+    # the library reads the dtype of the captured weights
     "split experts": ("tiny-k-exaone", 2, ("model.num_layers=3", "parallel.tp=2", "parallel.sp=true",
                                            "parallel.etp=2"), {"steps": 2}, [2 * 2 * 4] * 2),
     "hidden sums and gathers": ("tiny-solar-open", 2, (
@@ -42,8 +42,8 @@ CASES: dict[str, tuple[str, int, tuple[str, ...], dict[str, Any], list[int]]] = 
                                       'gpu.recompute_modules=["layernorm"]'),
                {"quantises": True, "steps": 2}, [2 * 2 * 2] * 2),
 }
-"""Recipe, processes, settings, arguments of `both`, and passes that are replayed in each step on process 0:
-forward and backward, layers, micro-batches."""
+"""Recipe, processes, settings, arguments of `both`, and passes replayed per step on process 0: forward and
+backward, layers, micro-batches."""
 
 
 @pytest.mark.deep
@@ -63,14 +63,16 @@ def test_losses_counts_biases_and_weights_have_the_bits_of_a_run_without(
 
 
 def test_what_is_overridden_is_the_librarys() -> None:
-    """A method by another name would never be called, and the padding be dropped in silence."""
-    ours = {name for name, value in vars(graphs.graphed(OwnLayer)).items() if callable(value)}
-    assert len(ours) == 5 and all(hasattr(OwnLayer, name) for name in ours)
+    """A method with another name would never be called, and the padding mask would be dropped silently."""
+    ours = {name for name, value in vars(graphs.build_graphed_layer(BlockOutputLayer)).items()
+            if callable(value)}
+    assert len(ours) == 5 and all(hasattr(BlockOutputLayer, name) for name in ours)
 
 
 def test_graphs_serve_the_passes_that_they_were_captured_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part of a step, as probes compute, has other micro-batches in flight; what graphs do not read is in
-    no row."""
+    """A partial step, as probes compute, has other micro-batches in flight; data that graphs do not read is
+    in no row.
+    """
     step, captures = RoutingStep(), []
 
     class Layer:
@@ -83,7 +85,7 @@ def test_graphs_serve_the_passes_that_they_were_captured_of(monkeypatch: pytest.
         config=SimpleNamespace(routing_step=step, cuda_graph_impl="transformer_engine")), [], None)
     monkeypatch.setattr(graphs.parallel_state, "get_pipeline_model_parallel_world_size", lambda: 2)
     monkeypatch.setattr(found, "_capture", lambda *sizes: captures.append(sizes))
-    layer = graphs.graphed(Layer)()
+    layer = graphs.build_graphed_layer(Layer)()
     served = []
     for count, whole in ((4, True), (1, False), (4, True), (8, True)):
         found.prepare(64, 32, count, whole=whole)

@@ -1,5 +1,5 @@
-"""AdamW's moments in bf16, by the library's precision-aware optimizer over the double's FusedAdam,
-and a share of AdamW in host memory."""
+"""AdamW moments in bf16 with Megatron-Core's precision-aware optimizer over the double's FusedAdam, and a
+share of AdamW in host memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RUN = str(Path(__file__).with_name("quantized_run.py"))
 SETTINGS = {"fp32": "gpu.moment_dtype=fp32", "bf16": "gpu.moment_dtype=bf16",
             "host": "gpu.optimizer_offload=0.5"}
 CONTINUED = (("fp32", "bf16", "bfloat16"), ("bf16", "bf16", "bfloat16"), ("fp32", "host", "float32"))
-"""Run whose checkpoint is loaded, run that loads the checkpoint, and dtype of its moments."""
+"""Run with the loaded checkpoint, run that loads it, and dtype of the moments."""
 
 
 @pytest.mark.distributed
@@ -22,8 +22,8 @@ CONTINUED = (("fp32", "bf16", "bfloat16"), ("bf16", "bf16", "bfloat16"), ("fp32"
     (("bf16",), 1), pytest.param(tuple(SETTINGS), 2, marks=pytest.mark.deep)], ids=["bf16", "all"])
 def test_moments_in_bf16_are_exact_over_checkpoints(te_ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
                                                     names: tuple[str, ...], nproc: int) -> None:
-    """A resumed run has the bits of one that was not stopped, one in float32 can go on in bf16 or on the
-    host, and a step rounds the formula's moments once."""
+    """A resumed run has the bits of an uninterrupted one, a float32 run continues in bf16 or in host memory,
+    and a step rounds the formula's moments once."""
     common = ["parallel.zero1=true", "model.num_layers=2"]
     runs = {name: {"recipe": "tiny-k-exaone", "path": str(packed_data.text),
                    "settings": [*common, SETTINGS[name]]}
@@ -39,15 +39,15 @@ def test_moments_in_bf16_are_exact_over_checkpoints(te_ranks: Any, job: Any, pac
         for rank in te_ranks(job(RUN, "moments", nproc, {**runs[after], "before": folder}))[0]:
             assert rank["dtypes"] == [f"exp_avg {dtype}", f"exp_avg_sq {dtype}", "master float32"]
             assert rank["wrong"] == 0
-            # whole pieces of parameters, until it is half or more
+            # whole parameters, until half or more of the elements have moved
             assert 0.5 <= rank["on the host"] < 0.9 if after == "host" else rank["on the host"] == 0
 
 
 def _check_differences(wide: dict[str, Any], narrow: dict[str, Any], host: dict[str, Any]) -> None:
     """Compare losses of runs with moments in float32, in bf16 and in host memory."""
     assert narrow["straight ends"] != wide["straight ends"]
-    # sums of a host's optimizer are in another order, and bf16 weights round to one side or the other by that
+    # sums in host memory have another order, which may change the rounding of bf16 weights
     assert host["straight"] == pytest.approx(wide["straight"], rel=5e-4)
-    # AdamW's first step is a sign, whatever the dtype, up to rounding
+    # AdamW's first step is a sign for every dtype, up to rounding
     assert narrow["straight"][:2] == pytest.approx(wide["straight"][:2], rel=1e-4)
     assert narrow["straight"] == pytest.approx(wide["straight"], rel=1e-2)

@@ -1,5 +1,5 @@
-"""Training in 8 and 4 bits, as far as a CPU can show it: the library's own contexts choose what is quantised,
-Transformer Engine's double quantises it by the reference quantisers, and runs stay exact."""
+"""FP8 and FP4 training on a CPU: Megatron-Core's contexts choose the quantized products, the double quantizes
+with the reference quantizers, and runs repeat exactly."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ CLASSES = {"tensorwise": "Float8CurrentScaling", "blockwise": "Float8BlockScalin
            "mxfp8": "MXFP8BlockScaling", "nvfp4": "NVFP4BlockScaling"}
 EXPERTS, MICRO_BATCHES = 8, 2
 ATTENTION, MLP = 2, 2
-"""Linear layers: query-key-value and output; gate-and-up and down."""
+"""Linear layers: QKV and output projection; gate-and-up and down projection."""
 DENSE_LAYER = ATTENTION + MLP
 MOE_LAYER = ATTENTION + (EXPERTS + 1) * MLP
 """With a shared expert."""
 PREDICTION_LAYER = 1 + DENSE_LAYER
-"""Behind the projection of two states to one."""
+"""After the MTP projection of two states to one."""
 
 
 def of(kind: str, fp8: str) -> str:
-    """Return the name of the products of one kind, of a recipe or in bf16 ("")."""
+    """Return the name of the products of a kind, with a recipe or in bf16 ("")."""
     return f"{kind} {CLASSES.get(fp8, '')}".strip()
 
 
 @pytest.mark.distributed
 def test_which_products_are_quantised(te_ranks: Any, job: Any, packed_data: Any) -> None:
-    """All linear layers of the trunk but those that stay in bf16, forward and both backward; never norms,
-    router, attention, embedding or head, whose products are not Transformer Engine's linear layers."""
+    """All linear layers of the trunk except bf16 layers, forward and both backward products; never norms,
+    router, attention, embedding or head, which do not use Transformer Engine's linear layers."""
     cases = {("tiny-k-exaone", "blockwise"): (DENSE_LAYER, 2 * MOE_LAYER + PREDICTION_LAYER, MOE_LAYER),
              ("tiny-k-exaone", "nvfp4"): (DENSE_LAYER + PREDICTION_LAYER, 2 * MOE_LAYER, MOE_LAYER)}
     settings = ["train.fp8_bf16_layers_at_start=1", "train.fp8_bf16_layers_at_end=1"]
@@ -46,7 +46,7 @@ def test_which_products_are_quantised(te_ranks: Any, job: Any, packed_data: Any)
 @pytest.mark.parametrize("kinds", [("mxfp8",), pytest.param((*CLASSES,), marks=pytest.mark.deep)],
                          ids=["mxfp8", "all"])
 def test_losses_follow_bf16(te_ranks: Any, job: Any, packed_data: Any, kinds: tuple[str, ...]) -> None:
-    """Losses stay near those without 8 bits."""
+    """Losses stay close to bf16."""
     found = te_ranks(*(job(RUN, "losses", 1, {
         "recipe": "tiny-solar-open", "path": str(packed_data.text), "steps": 2,
         "settings": [f"train.fp8={fp8}", "model.num_layers=2"]}) for fp8 in ("none", *kinds)))
@@ -61,8 +61,8 @@ def test_losses_follow_bf16(te_ranks: Any, job: Any, packed_data: Any, kinds: tu
 @pytest.mark.parametrize("fp8", ["tensorwise", "nvfp4"])
 def test_a_resumed_run_has_the_same_bits(te_ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
                                          fp8: str) -> None:
-    """Experts are saved although their recipe keeps no state; an evaluation, of rows of any length, is not
-    quantised; stochastic rounding draws what it drew."""
+    """Experts are saved although their recipe has no state; evaluation with rows of any length is not
+    quantized; stochastic rounding draws the same numbers."""
     (found,), = te_ranks(job(RUN, "continued", 1, {
         "recipe": "tiny-k-exaone",
         "settings": [f"train.fp8={fp8}", "train.recompute=true", "model.num_layers=2"],
@@ -74,7 +74,7 @@ def test_a_resumed_run_has_the_same_bits(te_ranks: Any, job: Any, packed_data: A
 
 @pytest.mark.distributed
 def test_weights_are_quantised_anew_in_each_step(te_ranks: Any, job: Any, packed_data: Any) -> None:
-    """Transformer Engine keeps quantised weights until the library says that they have changed."""
+    """Transformer Engine reuses quantized weights until the library reports an update."""
     ((found,),) = te_ranks(job(RUN, "quantises_weights", 1, {
         "recipe": "tiny-solar-open", "path": str(packed_data.text),
         "settings": ["train.fp8=blockwise", "model.num_layers=2"]}))
@@ -91,7 +91,7 @@ def test_weights_are_quantised_anew_in_each_step(te_ranks: Any, job: Any, packed
     ids=["8 bits", "offloaded, gathered experts"])
 def test_what_a_gpu_computes_with_was_sent_to_it(te_ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
                                                  cases: list[tuple[str, list[str]]]) -> None:
-    """Tensors without a device, or read from numpy, are refused beside a GPU's, in kernels and by torch."""
+    """Host tensors, and tensors read from numpy, are refused in GPU kernels and torch operations."""
     quick = ["model.num_layers=2", "train.global_batch_size=1", "data.heldout_tokens=128"]
     arguments = {"cases": [(recipe, [*quick, *more]) for recipe, more in cases],
                  "path": str(packed_data.text), "run": str(tmp_path / "run")}

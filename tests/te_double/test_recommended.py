@@ -1,5 +1,5 @@
-"""Selective recomputation and overlapped shared experts, in bf16 and each recipe of low precision: what is
-computed again has the bits of what was kept."""
+"""Selective recomputation and overlapped shared experts, in bf16 and each FP8 recipe: recomputed activations
+have the bits of stored ones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _stored(settings: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _compared(te_ranks: Any, job: Any, path: Path, cases: list[tuple[str, tuple[str, ...]]]) -> None:
-    """Hold each case against the same without recomputation."""
+    """Compare each case with the same case without recomputation."""
     wanted = list(dict.fromkeys([*cases, *((recipe, _stored(settings)) for recipe, settings in cases)]))
     (found,), = te_ranks(job(RUN, "each", 1, {"cases": [(recipe, [*QUICK, *settings])
                                                         for recipe, settings in wanted], "path": str(path)}))
@@ -57,7 +57,7 @@ def test_selective_recomputation_beside_other_settings(te_ranks: Any, job: Any, 
 @pytest.mark.distributed
 def test_shared_experts_beside_the_messages_of_the_routed_ones(te_ranks: Any, job: Any,
                                                                packed_data: Any) -> None:
-    """They are added in another order."""
+    """Shared experts' outputs are added in another order."""
     (found,), = te_ranks(job(RUN, "each", 1, {"path": str(packed_data.text), "cases": [
         ("tiny-solar-open", [*QUICK, *SELECTIVE, "train.precision=fp64",
                              f"gpu.shared_expert_overlap={switch}"])

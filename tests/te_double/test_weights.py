@@ -1,5 +1,5 @@
-"""Weights that live in 8 bits (`train.fp8_weights`): what is learned, saved and exported is what it is with
-bf16 weights beside them, to the bit, since both ways quantise the same bf16 numbers."""
+"""FP8 weights (`train.fp8_weights`): training, checkpoints and exports have the same bits as with bf16
+weights, since both quantize the same bf16 values."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ OVERLAP = ["parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=t
     ids=["tensors and experts", "stages, further moments"])
 def test_losses_are_those_of_bf16_weights(te_ranks: Any, job: Any, packed_data: Any,
                                           cases: list[tuple[str, list[str]]]) -> None:
-    """Cut by tensors, experts, and stages, with gathers at once or beside the forward pass."""
+    """With tensor, expert and pipeline parallelism, and gathers at once or overlapped with the forward
+    pass."""
     found = te_ranks(*(job(RUN, "losses", 2, {"recipe": recipe, "path": str(packed_data.text), "steps": 2,
                                               "settings": [*settings, "parallel.zero1=true", *more]})
                        for recipe, settings in cases for more in ([], [IN_8_BITS])))
@@ -45,7 +46,7 @@ def test_losses_are_those_of_bf16_weights(te_ranks: Any, job: Any, packed_data: 
 def test_what_is_saved_and_exported_is_that_of_bf16_weights(
         te_ranks: Any, job: Any, packed_data: Any, tmp_path: Path, recipe: str, nproc: int,
         settings: list[str]) -> None:
-    """A checkpoint loads into any layout, with the setting and without, and a resumed run is exact."""
+    """A checkpoint loads at any layout, with and without the setting, and a resumed run is exact."""
     bf16, in_8_bits = te_ranks(*(job(RUN, "continued", nproc, {
         "recipe": recipe, "path": str(packed_data.text), "run": str(tmp_path / str(len(more))),
         "settings": [*settings, "parallel.zero1=true", "train.global_batch_size=4", *more]})
@@ -66,7 +67,7 @@ def test_what_is_saved_and_exported_is_that_of_bf16_weights(
     (["parallel.zero1=false", *(f"{s.partition('=')[0]}=false" for s in OVERLAP)],
      "needs parallel.zero1 = true"),
     (['optim.groups=[{"pattern": "*.layers.0.*", "frozen": true}]'], "frozen weight has no master"),
-    (['gpu.cuda_graphs=["moe_router"]'], "made anew"),
+    (['gpu.cuda_graphs=["moe_router"]'], "reallocated"),
     (["gpu.optimizer_offload=1"], "masters in host memory")])
 def test_what_does_not_go_with_it_is_refused(settings: list[str], said: str) -> None:
     config = apply_settings(recipes.get("solar-open-102b"), [

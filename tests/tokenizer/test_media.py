@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from megatron_sov.base.artifacts import damaged_files, new_artifact, read_manifest, sha256_file
+from megatron_sov.base.artifacts import create_artifact, find_damaged_files, read_manifest, sha256_file
 from megatron_sov.chat.media_tokens import (
     AUDIO, AUDIO_PAD, IMAGE, IMAGE_PAD, MARKS, VIDEO_PAD, VocabularyBlock, codebook_token, read_blocks)
 from megatron_sov.model.recipes import get
@@ -22,7 +22,7 @@ from tokenizer.media import MediaTokens, laid_out
 def plain(build, tmp_path: Path) -> Path:
     """A tokenizer artifact of 264 ids."""
     file = build() / "tokenizer.json"
-    with new_artifact(tmp_path / "text", "tokenizer") as artifact:
+    with create_artifact(tmp_path / "text", "tokenizer") as artifact:
         shutil.copy(file, artifact.path)
         (artifact.path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
         artifact.content = {"preset": "custom", "vocab_size": 264, "eos_id": 263,
@@ -50,7 +50,7 @@ def test_text_keeps_its_ids_and_blocks_follow(plain: Path, tmp_path: Path,
     assert new.encode(codebook_token(AUDIO, 4) + codebook_token(IMAGE, 6)).ids == [first + 4, first + 11]
     loaded = AutoTokenizer.from_pretrained(tmp_path / "omni")
     assert loaded.convert_tokens_to_ids("<|IMAGE_PAD|>") == new.token_to_id("<|IMAGE_PAD|>")
-    assert not damaged_files(tmp_path / "omni")
+    assert not find_damaged_files(tmp_path / "omni")
     assert run(tmp_path / "omni", "--image-tokens", 8, "--output", tmp_path / "more") == 2
     assert "is a token already" in capsys.readouterr().err
 

@@ -17,5 +17,5 @@ def alone(one_rank: None) -> Iterator[Any]:
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig
 
-    yield world.join(ParallelConfig())
-    world.leave()
+    yield world.join_world(ParallelConfig())
+    world.leave_world()

@@ -70,7 +70,7 @@ def test_a_process_whose_gradients_alone_are_others_is_named(make: Any,
 
     def once() -> None:
         if faults:
-            replica_checks.gradients(trainer.model)[0][0] = faults.pop()
+            replica_checks.list_gradients(trainer.model)[0][0] = faults.pop()
         sound()
 
     monkeypatch.setattr(trainer.expert_load, "before_sync", once)

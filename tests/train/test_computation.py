@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megatron_sov import recipes
-from megatron_sov.base.artifacts import new_artifact, read_manifest
+from megatron_sov.base.artifacts import create_artifact, read_manifest
 from megatron_sov.base.documents.shard_files import IndexedWriter
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import apply_settings
@@ -53,7 +53,7 @@ def flat(sums: Any) -> torch.Tensor:
 
 def gradients(model: Any) -> torch.Tensor:
     """Return copies of all gradients, as one vector."""
-    from megatron_sov.engine.model.replica_checks import gradients as of
+    from megatron_sov.engine.model.replica_checks import list_gradients as of
 
     return torch.cat([g.detach().flatten().clone() for g in of(model)])
 
@@ -112,7 +112,7 @@ def with_routes(data: Path, folder: Path, known: float) -> Path:
 
     shape = shape_of(apply_settings(recipes.get("tiny-solar-open"), SETTINGS).model)
     random, manifest = np.random.default_rng(0), read_manifest(data, "tokens")
-    with new_artifact(folder, "tokens") as artifact:
+    with create_artifact(folder, "tokens") as artifact:
         sources = open_sources({str(data): 1.0}, 368)
         for source, record in zip(sources, manifest.content["sources"], strict=True):
             for split in ("train", "heldout"):
@@ -170,7 +170,7 @@ def test_what_is_computed_twice_is_equal_though_dropout_draws_and_leaves_no_trac
         own.append(gradients(probed.model))
     assert torch.equal(own[0], own[1])
     probed_sums = flat(probed.computation.sums(probed.batch, probed.objective, 1))
-    rng.reseed(plain.seed, 0)
+    rng.seed_step(plain.seed, 0)
     assert torch.equal(flat(plain.computation.sums(plain.batch, plain.objective, 1)), probed_sums)
     assert torch.equal(gradients(plain.model), gradients(probed.model))
     assert torch.equal(plain.load(), probed.load()), "experts are counted once"

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from megatron_sov import recipes
-from megatron_sov.base.artifacts import manifest_sha256, new_artifact
-from megatron_sov.checkpoint.save import Saved
+from megatron_sov.base.artifacts import create_artifact, manifest_sha256
+from megatron_sov.checkpoint.save import SavedCheckpoint
 from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig, apply_settings
-from megatron_sov.model.families.count import train_flops_per_token
+from megatron_sov.model.families.count import compute_train_flops_per_token
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.runs.obs.history import NO_GRADIENT, is_incident
 from megatron_sov.runs.obs.meters import Meter, format_recent_means
@@ -32,7 +32,7 @@ from megatron_sov.train.stages.evaluate import HeldoutLoss
 def test_figures_of_a_step() -> None:
     config = apply_settings(recipes.get("tiny-solar-open"), ["gpu.peak_tflops=2.0"])
     found = Efficiency(config, num_ranks=4).figures(num_tokens=8000, seq_len=128, seconds=0.5)
-    tflops = 4000 * train_flops_per_token(config.model, 128) / 1e12
+    tflops = 4000 * compute_train_flops_per_token(config.model, 128) / 1e12
     assert found["tokens_per_s_per_process"] == 4000 and found["tflops_per_process"] == pytest.approx(tflops)
     assert found["mfu"] == pytest.approx(tflops / 2)
     assert 1e7 < found["peak_memory_bytes"] < 1e11 and "reserved_memory_bytes" not in found
@@ -83,7 +83,7 @@ def tell_all(r: Recorder) -> None:
     r.expert_load(4, LOAD)
     r.evaluated(4, {"web": HeldoutLoss(2.0, 1.0, 10)}, {"web": 128}, {"web": 130},
                 {"chat": 3})
-    r.saved(Saved(Path("run/checkpoints/step-4"), 4, 0.1, 0.2))
+    r.saved(SavedCheckpoint(Path("run/checkpoints/step-4"), 4, 0.1, 0.2))
     r.hang(5, {"loop.py, train": [0, 1]})
     r.gate_failed(6, "accuracy 0.1 is below 0.9")
     r.stopped(6, None)
@@ -92,7 +92,7 @@ def tell_all(r: Recorder) -> None:
 
 
 def test_a_start_names_the_checkpoint_that_it_starts_from(tmp_path: Path) -> None:
-    with new_artifact(tmp_path / "start", "checkpoint"):
+    with create_artifact(tmp_path / "start", "checkpoint"):
         pass
     r = recorder(tmp_path)
     r.begin(0, None, [], [LedgerEntry(0, "main", 32, 2, {"web": 1.0})], start=tmp_path / "start")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.base.artifacts import MANIFEST, new_artifact
+from megatron_sov.base.artifacts import MANIFEST, create_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.model.config import GuardConfig
@@ -27,7 +27,7 @@ def run(tmp_path: Path) -> RunFolder:
     """A run with checkpoints after 2, 4 and 6 steps."""
     folder = RunFolder(tmp_path / "run")
     for step in (2, 4, 6):
-        with new_artifact(folder.checkpoint(step), "checkpoint") as artifact:
+        with create_artifact(folder.checkpoint(step), "checkpoint") as artifact:
             (artifact.path / "state.json").write_text(f"{step} steps")
     return folder
 
@@ -130,7 +130,7 @@ def synced(run: str) -> dict[str, Any]:
     waiting.save(TrainState(4, 88, 0.5))
     waiting.finish()
     copied = [bool(c._saver._snapshot._memory) for c in (checkpointer, waiting)]
-    world.leave()
+    world.leave_world()
     return {"told": told, "done": [done.step, done.tokens, done.wall_s], "went on": went_on, "copied": copied,
             "resumed": [part.value for part in parts.values()]}
 

@@ -27,7 +27,7 @@ def refusals(data: str, run: str) -> dict[str, Any]:
         'data.phases=[{"name": "main", "seq_len": 32}]', "train.global_batch_size=2",
         "train.micro_batch_size=2", "train.steps=10", "guards.skip=false"])
     before = set(sys.modules)
-    place = world.join(config.parallel)
+    place = world.join_world(config.parallel)
     folder = RunFolder(Path(run))
     folder.create()
     folder.declare(config)
@@ -83,7 +83,7 @@ def refusals(data: str, run: str) -> dict[str, Any]:
     said["saved"] = sorted(p.name for p in folder.checkpoints.iterdir())
     trainer.close()
     again.close()
-    world.leave()
+    world.leave_world()
     return said
 
 

@@ -1,4 +1,4 @@
-"""A Ray cluster of two nodes on this machine; benchmarks use it too."""
+"""A local Ray cluster with two nodes, also for benchmarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A table of any rows: parts whose first publisher wins, columns that later jobs add, damage, what can go."""
+"""Tables: first publisher wins, added columns, damage, deletable folders."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ class Words(Table[TablePart]):
         return f"language {identity}"
 
 
-def words(*given: str) -> pa.Table:
+def build_table(*given: str) -> pa.Table:
     return pa.table({"word": pa.array(given)}, WORDS)
 
 
-def test_rows_and_added_columns_of_a_declared_table(tmp_path: Path) -> None:
+def test_rows_and_added_columns_of_table(tmp_path: Path) -> None:
     table = Words.create(tmp_path / "words", "ko")
-    assert table.publish("10", "", words("a", "bc"), {"job": 1}) and table.publish("2", "", words("d"), {})
-    assert not table.publish("2", "", words("other"), {})  # the first one stays
+    assert table.publish("10", "", build_table("a", "bc"), {"job": 1}) and table.publish("2", "",
+                                                                                         build_table("d"), {})
+    assert not table.publish("2", "", build_table("other"), {})  # the first one stays
     lengths = pa.table({"length": pa.array([1, 2], pa.int32())}, LENGTHS)
     assert table.publish("10", "counter-v1", lengths, {})
     assert [part.name for part in Words.open(table.path).parts()] == ["2", "10"]

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from megatron_sov.base.artifacts import atomic_write, new_file
+from megatron_sov.base.artifacts import create_file, write_atomically
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.processes.pool import map_in_processes
 from tokenizer.bpe.counting import NUM_PARTS, WordCounter, WordTable, gather_words
@@ -117,9 +117,9 @@ class _UnitCounter:
         record = file.with_suffix(".json")
         # the record is written behind the file: a kill between the two only costs a second count
         if not (record.exists() and file.exists()):
-            with new_file(file) as temporary:
+            with create_file(file) as temporary:
                 facts = self._count(unit, temporary)
-            atomic_write(record, json.dumps(facts, ensure_ascii=False))
+            write_atomically(record, json.dumps(facts, ensure_ascii=False))
         # read back also when just written, so a resumed run sees the same values as the first
         facts = json.loads(record.read_text(encoding="utf-8"))
         sizes = UnitSizes(facts["num_documents"], np.array(facts["buckets"], np.int64),

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sov.base.artifacts import disk_errors
+from megatron_sov.base.artifacts import translate_disk_errors
 from megatron_sov.base.documents.compiled import compiled
 from tokenizer.bpe.trainer import MAX_PLACES
 
@@ -361,7 +361,7 @@ def _sum_part(files: list[Path], part: int, work: Path) -> Path:
     summed = pa.Table.from_batches(batches).group_by("word", use_threads=False).aggregate([("count", "sum")])
     summed = summed.rename_columns({"count_sum": "count"}).combine_chunks()
     target = work / f"part-{part}.arrow"
-    with disk_errors(work), pa.ipc.new_file(str(target), summed.schema) as writer:
+    with translate_disk_errors(work), pa.ipc.new_file(str(target), summed.schema) as writer:
         writer.write_table(summed)
     return target
 

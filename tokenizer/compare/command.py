@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from tqdm import tqdm
 
-from megatron_sov.base.artifacts import to_json, write_output
+from megatron_sov.base.artifacts import format_json, write_output
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.pages.page import PageTable
@@ -174,7 +174,7 @@ def run(typed: argparse.Namespace) -> int:
     for name, facts in found["tokenizers"].items():
         print(f"{name}: {facts['vocab_size']:,} ids, {facts['mb_per_cpu_s']:.2f} MB per CPU second")
     if args.json is not None:
-        write_output(args.json, to_json(found))
+        write_output(args.json, format_json(found))
     return 0
 
 

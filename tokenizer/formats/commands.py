@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from megatron_sov.base.artifacts import (
-    ArtifactWriter, new_artifact, refuse_existing, sha256_file, to_json, write_output)
-from megatron_sov.base.errors import UserError, nearest
+    ArtifactWriter, check_output_folder, create_artifact, format_json, sha256_file, write_output)
+from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.base.outputs import check_output
-from megatron_sov.base.settings import Flag, command_of, read_options
+from megatron_sov.base.settings import Flag, build_command, read_options
 
 PRESET = "imported"
 """What the manifest says where it names the preset of a trained tokenizer."""
@@ -74,15 +74,15 @@ def import_tokenizer(path: Path, output: Path, *, rules: Path | None = None,
     from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON, config_json
     from tokenizer.formats.reader import open_foreign, opened
 
-    refuse_existing(output, "tokenizer", overwrite)
+    check_output_folder(output, "tokenizer", overwrite)
     source = open_foreign(path, rules)
     special = _special_tokens(source, {k: v for k, v in (named or {}).items() if v is not None})
-    with new_artifact(output, "tokenizer", overwrite=overwrite) as artifact:
+    with create_artifact(output, "tokenizer", overwrite=overwrite) as artifact:
         (artifact.path / TOKENIZER_JSON).write_text(opened(source.raw, source.file).to_str(),
                                                     encoding="utf-8")
         config = config_json(special["bos_token"], special["eos_token"], special["pad_token"],
                              source.chat_template)
-        (artifact.path / CONFIG_JSON).write_text(to_json(config), encoding="utf-8")
+        (artifact.path / CONFIG_JSON).write_text(format_json(config), encoding="utf-8")
         checked, ratios = _check(artifact.path, source, texts)
         _describe(artifact, source, special, checked, ratios)
     print(f"{source.file}: {checked}")
@@ -103,7 +103,7 @@ def _special_tokens(source: Any, named: dict[str, str]) -> dict[str, Any]:
     ids = ids_of(source.raw)
     for name, token in special.items():
         if token is not None and token not in ids:
-            raise UserError(f"{source.file}: {name} = {token!r} is no token of it{nearest(token, ids)}; "
+            raise UserError(f"{source.file}: {name} = {token!r} is no token of it{suggest_name(token, ids)}; "
                             f"pass another one by --{name.removesuffix('_token')}")
     if not special.get("eos_token"):
         known = [t["content"] for t in source.raw["added_tokens"]][:8]
@@ -183,7 +183,7 @@ def _describe(artifact: ArtifactWriter, source: Any, special: dict[str, Any], ch
                          "library": source.library}
 
 
-IMPORT = command_of(TokenizerImportOptions, run_import)
+IMPORT = build_command(TokenizerImportOptions, run_import)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +273,7 @@ def _tiktoken(source: Any, name: str) -> Made:
                             f"{special!r} in text")
     if rules.normalization:
         print(f"tiktoken takes text as it is: apply {rules.normalization} to it beforehand")
-    return [ranks_text(ranks), to_json(rules).encode()], encoder(ranks, rules)
+    return [ranks_text(ranks), format_json(rules).encode()], encoder(ranks, rules)
 
 
 def _sentencepiece(source: Any, name: str) -> Made:
@@ -287,4 +287,4 @@ def _sentencepiece(source: Any, name: str) -> Made:
     return [model], processor(model).encode
 
 
-EXPORT = command_of(TokenizerExportOptions, run_export)
+EXPORT = build_command(TokenizerExportOptions, run_export)

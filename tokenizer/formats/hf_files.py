@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from megatron_sov.base.errors import UserError, first_line
+from megatron_sov.base.errors import UserError, first_error_line
 from tokenizer.bpe.split_pattern import untrained
 from tokenizer.bpe.vocabulary import Vocabulary, spelled
 from tokenizer.presets import Preset
@@ -44,7 +44,7 @@ def no_panics(where: object) -> Iterator[None]:
     except BaseException as e:
         if type(e).__name__ != "PanicException":
             raise
-        raise UserError(f"{where}: the library that reads it gives up ({first_line(e)}); "
+        raise UserError(f"{where}: the library that reads it gives up ({first_error_line(e)}); "
                         "restore it from its source, or take another pattern") from None
 
 

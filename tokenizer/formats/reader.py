@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_sov.base.documents.byte_bpe import byte_characters
-from megatron_sov.base.errors import UserError, download, fix_missing
+from megatron_sov.base.errors import UserError, fix_missing, suggest_download
 from megatron_sov.model.pretrained import read_json
 from tokenizer.formats import sentencepiece_format, tiktoken_format
 from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON, no_panics, refuse_far_ids
@@ -68,7 +68,8 @@ def find_file(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise UserError(f"{path}: does not exist; pass {FORMS}{download(path, is_bare=not path.suffix)}",
+        raise UserError(f"{path}: does not exist; pass {FORMS}"
+                        f"{suggest_download(path, is_bare=not path.suffix)}",
                         fix_missing(path, is_bare=not path.suffix))
     if (path / TOKENIZER_JSON).is_file():
         return path / TOKENIZER_JSON

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from megatron_sov.base.documents.byte_bpe import merges
-from megatron_sov.base.errors import UserError, how_to_install
+from megatron_sov.base.errors import UserError, format_install_command
 from tokenizer.bpe.segmenting import merge_of
 from tokenizer.formats.hf_files import special_token
 
@@ -22,7 +22,7 @@ UNIGRAM, BPE = 1, 2
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 NEVER = -1e6
 """Score of pieces that text must not become, far below what any text costs otherwise."""
-_REMEDY = how_to_install("sentencepiece")
+_REMEDY = format_install_command("sentencepiece")
 _EDGES, _RUNS = r"\A +| +\z", " {2,}"
 _MODELS = {3: "word", 4: "char"}
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from markupsafe import Markup
 
-from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, render as render_page
+from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, render_page as render_page
 from tokenizer.formats.reader import Opened
 
 Verdict = Literal["good", "note", "bad"]

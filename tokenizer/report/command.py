@@ -14,8 +14,8 @@ from typing import Annotated
 
 import numpy as np
 
-from megatron_sov.base.artifacts import sha256_file, to_json, write_output
-from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.artifacts import format_json, sha256_file, write_output
+from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.base.outputs import check_output, check_page
 from megatron_sov.base.pages.page import PageTable
 from megatron_sov.base.settings import Flag, add_options, read_options
@@ -249,7 +249,7 @@ def run(typed: argparse.Namespace) -> int:
     args = read_options(TokenizerReportOptions, typed)
     for name in args.skip:
         if name not in CHECKS:
-            raise UserError(f"--skip {name}: is no check{nearest(name, CHECKS)} (checks: "
+            raise UserError(f"--skip {name}: is no check{suggest_name(name, CHECKS)} (checks: "
                             f"{', '.join(CHECKS)})")
     check_page("--output", args.output)
     check_output("--json", args.json)
@@ -263,6 +263,6 @@ def run(typed: argparse.Namespace) -> int:
                  for c in checks}
         facts = {"tokenizer": str(args.tokenizer), "library": opened.library,
                  "vocab_size": opened.vocab_size, "sha256": sha256_file(opened.file)}
-        write_output(args.json, to_json(facts | {"checks": found}))
+        write_output(args.json, format_json(facts | {"checks": found}))
     print(f"{args.output}: opens in any browser without a network")
     return 0

@@ -17,7 +17,7 @@ from data_prep.json_lines import read_objects
 from megatron_sov.base.documents.item_search import ItemSearch, SearchItem, plain
 from megatron_sov.base.documents.overlap import WORDS, Units, find_units, fold
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import AtLeastOne, Flag, ProblemCode, SettingsProblem, at_most
+from megatron_sov.base.settings import AtLeastOne, Flag, ProblemCode, SettingsProblem, at_most_field
 
 _CLUSTERS = regex.compile(r"\X")
 
@@ -211,7 +211,7 @@ class BenchmarkSearchSettings:
     ngram: Annotated[int, Ge(1), Le(1000)] = WORDS
     """Words in a row that a text may not share with an item; a character of Thai, Chinese or Japanese is a
     quarter of a word, a syllable of Korean a third."""
-    min_words: Annotated[AtLeastOne, at_most("ngram")] = 5
+    min_words: Annotated[AtLeastOne, at_most_field("ngram")] = 5
     """An item that is shorter than `ngram` is found as a whole, if it has at least so many words."""
 
     def search(self) -> ItemSearch:

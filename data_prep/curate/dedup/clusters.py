@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from data_prep.curate.dedup.work_files import (
     ROW_BITS, BucketWriter, Numbering, Records, Register, ranks, read_array, rows)
 from data_prep.curate.pipeline.step import View
-from megatron_sov.base.artifacts import new_file
+from megatron_sov.base.artifacts import create_file
 
 EDGE = np.dtype([("order", "<u8"), ("first", "<u8"), ("second", "<u8")])
 """A pair of similar documents: place of the first one in the order of documents, and the numbers of both."""
@@ -151,7 +151,7 @@ class Clusters:
 
     def write_dropped(self, path: Path) -> None:
         """Write the documents that go, in the order of `Numbering`, with a bucket for each rank."""
-        with new_file(path, makes_parents=True) as temporary:
+        with create_file(path, create_parents=True) as temporary:
             writer = BucketWriter(temporary, len(self._numbering.shards))
             for rank, places in self._nonzero(self._keepers):
                 dropped = np.empty(len(places), DROPPED)

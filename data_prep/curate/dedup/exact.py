@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from data_prep.curate.dedup.work_files import (
     Numbering, Records, Register, Slice, bucket_slice, parts_of, ranks, registered, write_buckets)
 from data_prep.curate.pipeline.step import KEPT, Doc, Pass, ShardRef, Step, StepOutcome, View
-from megatron_sov.base.artifacts import new_folder
+from megatron_sov.base.artifacts import create_folder
 from megatron_sov.base.documents.overlap import fold
 from megatron_sov.base.settings import AtLeastOne, Share
 
@@ -62,7 +62,7 @@ def write_surplus(files: list[Path], partition: int, folder: Path, max_documents
         max_documents: of a key that occurs in more documents, the first one alone keeps it.
     """
     slices = [bucket_slice(file, OCCURRENCE, partition) for file in files]
-    with new_folder(folder) as temporary:
+    with create_folder(folder) as temporary:
         for number, block in enumerate(_blocks(_surplus(_ranges(slices), max_documents))):
             # By document: the next pass reads what goes shard by shard.
             block = block[np.lexsort((block["key"], block["doc"]))]

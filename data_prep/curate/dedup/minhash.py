@@ -24,9 +24,9 @@ from data_prep.curate.dedup.work_files import (
     write_buckets)
 from data_prep.curate.pipeline.step import Doc, Pass, Step, StepOutcome, View
 from data_prep.shards.shard_damage import place_in_run, way_out
-from megatron_sov.base.artifacts import new_file, new_folder
+from megatron_sov.base.artifacts import create_file, create_folder
 from megatron_sov.base.documents.overlap import Units, find_units, stretch_hashes
-from megatron_sov.base.sealed import PLACE, check_seal, seal_file
+from megatron_sov.base.sealed import SEAL_PLACEHOLDER, check_seal, seal_file
 from megatron_sov.base.settings import AtLeastOne, NotNegativeInt, ProblemCode, SettingsProblem
 
 # Documents that have a band in common: found in memory that does not grow with the corpus.
@@ -250,7 +250,7 @@ class ShingleSets:
         check_seal(file, way_out(file), place_in_run(file))
         with open(file, "rb") as f:  # a copy on write: compiled loops take arrays that may be written to
             mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-        words = np.frombuffer(mapped, np.uint64, (len(mapped) - len(PLACE)) // np.uint64().nbytes)
+        words = np.frombuffer(mapped, np.uint64, (len(mapped) - len(SEAL_PLACEHOLDER)) // np.uint64().nbytes)
         # From the end: the number n of rows; before it n + 1 begins; before those n rows.
         places = 2 * int(words[-1]) + 2
         self.shingles: NDArray[np.uint64] = words[:-places]
@@ -264,7 +264,7 @@ class ShingleSets:
         """Write the sets of rows of a shard."""
         keep = set(wanted.tolist())
         begins = [0]
-        with new_file(file, makes_parents=True) as temporary, open(temporary, "wb") as f:
+        with create_file(file, create_parents=True) as temporary, open(temporary, "wb") as f:
             for batch in documents:
                 for document in batch:
                     if document.row in keep:
@@ -373,7 +373,7 @@ class MinhashDedup(Step):
 
     def _pair(self, view: View, task: int) -> None:
         files = [view.work / "bands" / f"{rank:06}" for rank in range(len(view.shards))]
-        with new_folder(view.work / "pairs" / f"{task:05}") as temporary:
+        with create_folder(view.work / "pairs" / f"{task:05}") as temporary:
             for number, (records, ones, others) in enumerate(
                     blocks_of_bands(files, DocumentOrder(view), task, self.settings.partitions)):
                 pairs = np.stack([records["doc"][ones], records["doc"][others]], axis=1)
@@ -396,7 +396,7 @@ class MinhashDedup(Step):
                        for side in block.T if len(side)]
             if lengths:
                 edges.append(order.edges(block, np.stack(lengths, axis=1)))
-        with new_folder(view.work / "similar" / f"{rank:06}") as temporary:
+        with create_folder(view.work / "similar" / f"{rank:06}") as temporary:
             save_array(temporary / "edges.npy", sorted_edges(np.concatenate(edges)))
 
     def _cluster(self, view: View, task: int) -> None:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from data_prep.curate.pipeline.step import Doc, ShardRef, View
 from data_prep.shards.shard_damage import place_in_run, way_out
-from megatron_sov.base.artifacts import new_file
+from megatron_sov.base.artifacts import create_file
 from megatron_sov.base.digests import Digest
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import check_seal, seal_file
@@ -35,7 +35,7 @@ _BLOCK_BYTES = 1 << 20
 
 def write_array(path: Path, array: NDArray[Any]) -> None:
     """Write an array as .npy, on the disk behind it."""
-    with new_file(path, makes_parents=True) as temporary:
+    with create_file(path, create_parents=True) as temporary:
         save_array(temporary, array)
 
 
@@ -81,7 +81,7 @@ def write_buckets(path: Path, records: Records, buckets: NDArray[np.int64], num_
     for bucket in np.unique(buckets).tolist():
         begin, end = places[bucket:bucket + 2].tolist()
         digests[bucket] = _digest(path, bucket, begin, end, records[begin:end])
-    with new_file(path, makes_parents=True) as temporary, open(temporary, "wb") as f:
+    with create_file(path, create_parents=True) as temporary, open(temporary, "wb") as f:
         np.array([num_buckets], _PLACE).tofile(f)
         places.tofile(f)
         digests.tofile(f)

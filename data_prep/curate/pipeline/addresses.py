@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.curate.sources.source import PASSED_OVER, SourcePiece
-from megatron_sov.base.digests import BLAKE3, file_digest
+from megatron_sov.base.digests import BLAKE3, hash_file
 from megatron_sov.base.errors import UserError
 
 FORMAT_VERSION = 6
@@ -61,7 +61,7 @@ def tree_hash(path: Path) -> str:
 
 def _content_hash(file: Path) -> str:
     try:
-        return file_digest(file, BLAKE3).partition(":")[2][:32]
+        return hash_file(file, BLAKE3).partition(":")[2][:32]
     except OSError as e:
         raise _unreadable(file, e) from None
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from data_prep.shards.shard_damage import way_out
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.figures import format_duration
-from megatron_sov.base.sealed import read_json
+from megatron_sov.base.sealed import read_sealed_json
 
 MAX_SAMPLES, SAMPLE_CHARS = 5, 1000
 LINE_EVERY_S = 60.0
@@ -103,7 +103,7 @@ def noted_seal(file: Path) -> str:
     # Output files are in a folder named by the shard's number; its counts are next to that folder.
     shard = file.parent if file.parent.name.isdigit() else file
     counts = shard.with_name(f"{shard.name.partition('.')[0]}.json")
-    found = read_json(counts, way_out(file)).get("seals", {})
+    found = read_sealed_json(counts, way_out(file)).get("seals", {})
     if file.name not in found:
         raise UserError(f"{file}: is not named in {counts}, which says what was written; {way_out(file)}")
     return str(found[file.name])

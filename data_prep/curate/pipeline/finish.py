@@ -18,12 +18,12 @@ from data_prep.curate.pipeline.tasks import pass_marks
 from data_prep.shards.pack import PackSettings, PackSource, pack
 from data_prep.shards.shard_damage import place_in_run, way_out
 from megatron_sov.base.artifacts import (
-    MANIFEST, ArtifactWriter, FileRecord, atomic_write, disk_errors, file_damage, manifest_sha256, new_folder,
-    read_manifest)
+    MANIFEST, ArtifactWriter, FileRecord, create_folder, find_file_damage, manifest_sha256, read_manifest,
+    translate_disk_errors, write_atomically)
 from megatron_sov.base.documents import RecordReading
 from megatron_sov.base.documents.accounting import RecordAccount
-from megatron_sov.base.errors import UserError, visible
-from megatron_sov.base.sealed import check_seal, open_parquet, read_json, read_lines
+from megatron_sov.base.errors import UserError, escape_controls
+from megatron_sov.base.sealed import check_seal, open_sealed_parquet, read_sealed_json, read_sealed_lines
 
 MAX_NAMES = 6
 """Names of the output that are told."""
@@ -98,7 +98,7 @@ def why_empty(summary: dict[str, Any], quarantine: Path) -> str:
     listed = quarantine / f"{name}.jsonl"
     with open(listed, encoding="utf-8") as f:
         first = next(record for record in map(json.loads, f) if record["code"] == code)
-    return visible(f"most could not be read, as the first of {number:,} {code!r} in {listed}: "
+    return escape_controls(f"most could not be read, as the first of {number:,} {code!r} in {listed}: "
                    f"{first['place']} {first['reason']}")
 
 
@@ -128,7 +128,7 @@ def _is_as_written(file: Path, record: FileRecord, created_s: float) -> bool:
         return False
     return stat.st_size == record.size_bytes and (
         # A file whose status is older than the manifest was not touched since: only others are hashed.
-        stat.st_ctime < created_s - CLOCKS_DIFFER_S or file_damage(file, record) is None)
+        stat.st_ctime < created_s - CLOCKS_DIFFER_S or find_file_damage(file, record) is None)
 
 
 def finish(plan: PipelinePlan, output: Path, workers: int) -> str:
@@ -137,14 +137,14 @@ def finish(plan: PipelinePlan, output: Path, workers: int) -> str:
     Raises:
         UserError: nothing is kept, the tokenizer does not fit, or the disk refuses.
     """
-    with disk_errors(output):
+    with translate_disk_errors(output):
         # The order matters to a run that is killed: text, lists, summary, shards, and last the manifest,
         # which alone says that the corpus is complete.
         named = _publish_text(plan, output)
         _write_quarantine(plan, output)
         summary = summary_of(plan, output) | {"output": list(_described(output, named))}
         summary["account"] = account_documents(summary).to_dict()
-        atomic_write(output / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False))
+        write_atomically(output / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False))
         if not named:
             raise UserError(f"{output}: no document is kept, so there is no output; "
                             f"{why_empty(summary, output / QUARANTINE)} (all steps: {output / SUMMARY})")
@@ -156,7 +156,7 @@ def finish(plan: PipelinePlan, output: Path, workers: int) -> str:
 
 def _publish_text(plan: PipelinePlan, output: Path) -> dict[str, int]:
     named: dict[str, int] = {}
-    with new_folder(output / TEXT) as temporary:
+    with create_folder(output / TEXT) as temporary:
         for source in plan.sources:
             for shard in source.shards:
                 for file in _output_files(source.layers[-1], output, shard):
@@ -174,24 +174,24 @@ def _output_files(layer: Layer, output: Path, shard: int) -> list[Path]:
     files = sorted(layer.rows(output, shard).glob("*.parquet"))
     # Seals were noted when the shard was written: a file that has changed since is found before it is
     # published.
-    num_rows = sum(open_parquet(file, way_out(file), is_required=True, seal=noted_seal(file)
+    num_rows = sum(open_sealed_parquet(file, way_out(file), is_required=True, seal=noted_seal(file)
                                 ).metadata.num_rows for file in files)
     for facts in map(counted_beside, files):
         check_seal(facts, way_out(facts), seal=noted_seal(facts))
     counts = layer.counts(output, shard)
-    if num_rows != (wanted := read_json(counts, way_out(counts))["documents_in"]):
+    if num_rows != (wanted := read_sealed_json(counts, way_out(counts))["documents_in"]):
         raise UserError(f"{layer.rows(output, shard)}: has {num_rows} documents where {counts} says "
                         f"{wanted}; {way_out(layer.rows(output, shard) / TEXT)}")
     return files
 
 
 def _write_quarantine(plan: PipelinePlan, output: Path) -> None:
-    with new_folder(output / QUARANTINE) as temporary:
+    with create_folder(output / QUARANTINE) as temporary:
         for source in plan.sources:
             with open(temporary / f"{source.settings.name}.jsonl", "wb") as whole:
                 for shard in source.shards:
                     file = source.layers[0].broken(output, shard)
-                    whole.writelines(read_lines(file, way_out(file), seal=noted_seal(file)))
+                    whole.writelines(read_sealed_lines(file, way_out(file), seal=noted_seal(file)))
 
 
 def summary_of(plan: PipelinePlan, output: Path) -> dict[str, Any]:
@@ -208,7 +208,8 @@ def _shared(plan: PipelinePlan, number: int) -> list[str]:
 
 def _pass_times(done: Path) -> Iterator[dict[str, Any]]:
     for folder in sorted(done.glob("*")):
-        times = [read_json(mark, way_out(mark), place_in_run(mark)) for mark in sorted(folder.iterdir())
+        times = [read_sealed_json(mark, way_out(mark), place_in_run(mark))
+                 for mark in sorted(folder.iterdir())
                  if not mark.name.startswith(".")]
         yield {"name": folder.name.partition("-")[2], "num_tasks_done": len(times),
                "cpu_s": sum(one["cpu_s"] for one in times), "wall_s": sum(one["wall_s"] for one in times)}
@@ -220,7 +221,7 @@ def _source_summary(plan: PipelinePlan, source: SourcePlan, output: Path) -> dic
     for layer in source.layers:
         if layer.kind == OUTPUT:
             continue
-        found = [read_json(file, way_out(file)) for shard in source.shards
+        found = [read_sealed_json(file, way_out(file)) for shard in source.shards
                  if (file := layer.counts(output, shard)).is_file()]
         entry = settings.get(layer.number)
         steps.append({"number": layer.number, "kind": layer.kind, "folder": layer.folder,
@@ -254,13 +255,13 @@ def _pack(plan: PipelinePlan, output: Path, names: list[str], workers: int) -> N
     pack(asked.tokenizer, [PackSource(name, output / TEXT / name) for name in names], tokens, settings,
          workers=workers, overwrite=tokens.exists())
     mark.parent.mkdir(exist_ok=True)
-    atomic_write(mark, "")
+    write_atomically(mark, "")
 
 
 def _write_manifest(plan: PipelinePlan, output: Path, summary: dict[str, Any]) -> None:
     writer = ArtifactWriter(output, KIND)
     # The manifest vouches for the corpus alone, so that work files may be deleted.
-    writer.leave_out = NOT_THE_CORPUS
+    writer.excluded_names = NOT_THE_CORPUS
     writer.content = {
         "address": plan.address, "name": plan.pipeline.name,
         "sources": [one["name"] for one in summary["output"]],

@@ -18,11 +18,11 @@ from data_prep.curate.pipeline.step import SOURCE_COLUMNS, STEPS, ColumnType, St
 from data_prep.curate.pipelines import READY
 from data_prep.curate.sources.source import KINDS, SourceSettings
 from megatron_sov.base.artifacts import MANIFEST
-from megatron_sov.base.errors import UserError, list_problems, nearest
+from megatron_sov.base.errors import UserError, format_problems, suggest_name
 from megatron_sov.base.hints.removed import PIPELINE, was_removed
 from megatron_sov.base.settings import (
-    AtLeastOne, Bound, Fraction, Located, NotBlank, Place, ProblemCode, SettingsProblem, find_problems,
-    place_of, read_located, read_text, rules_of)
+    AtLeastOne, Bound, Fraction, LocatedDocument, NotBlank, Place, ProblemCode, SettingsProblem,
+    find_rule_problems, parse_located_yaml, read_settings_text, split_key, try_parse_settings)
 
 # Settings of steps: paths that start at the pipeline file, and plain values to write down.
 
@@ -69,13 +69,13 @@ class StepEntry:
     def build(self, folder: Path) -> Step:
         """Return the step, its relative paths starting at the pipeline file's folder."""
         cls = step_class(self.kind)
-        settings, problems = find_problems(cls.Settings, self.written)
+        settings, problems = try_parse_settings(cls.Settings, self.written)
         assert not problems, problems
         return cls(resolved(settings, folder))
 
     def settings(self) -> Any:
         """Return all settings as plain values, defaults filled in, paths as they are written."""
-        return plain(find_problems(step_class(self.kind).Settings, self.written)[0])
+        return plain(try_parse_settings(step_class(self.kind).Settings, self.written)[0])
 
 
 @dataclass(frozen=True)
@@ -151,10 +151,10 @@ def load_pipeline(file: Path) -> Pipeline:
     if not file.is_file():
         raise UserError(f"{file}: {'is a folder' if file.is_dir() else 'does not exist'}; pass a pipeline "
                         f"file: `cp {READY / 'tiny.yaml'} {file}`, and name your files in its `sources`")
-    return read_pipeline(file, read_located(read_text(file)))
+    return read_pipeline(file, parse_located_yaml(read_settings_text(file)))
 
 
-def read_pipeline(file: Path, located: Located) -> Pipeline:
+def read_pipeline(file: Path, located: LocatedDocument) -> Pipeline:
     """Return the pipeline of values that stand in a file.
 
     Args:
@@ -167,7 +167,8 @@ def read_pipeline(file: Path, located: Located) -> Pipeline:
     reader = _FileReader(file.absolute().parent, located)
     pipeline = reader.read()
     if found := sorted(set(reader.found)):
-        raise UserError(list_problems(str(file), [f"{file}:{line}: {sentence}" for line, sentence in found]))
+        raise UserError(format_problems(str(file),
+                                        [f"{file}:{line}: {sentence}" for line, sentence in found]))
     assert pipeline is not None
     return pipeline
 
@@ -175,7 +176,7 @@ def read_pipeline(file: Path, located: Located) -> Pipeline:
 class _FileReader:
     """Reads one file, and collects what is wrong with it."""
 
-    def __init__(self, folder: Path, located: Located) -> None:
+    def __init__(self, folder: Path, located: LocatedDocument) -> None:
         self.folder, self.located = folder, located
         self.found: list[tuple[int, str]] = [(p.line, p.sentence) for p in located.problems]
         self.columns: dict[str, ColumnType] = dict(SOURCE_COLUMNS)
@@ -196,7 +197,7 @@ class _FileReader:
         known = [f.name for f in dataclasses.fields(_Head)] + list(parts)
         for key in raw:
             if key not in known:
-                self.tell((key,), f"{key}: is no key of a pipeline{nearest(key, known)}")
+                self.tell((key,), f"{key}: is no key of a pipeline{suggest_name(key, known)}")
         # Reading goes on after a mistake, so that a user sees all of them at once.
         head = self._part(_Head, {k: v for k, v in raw.items() if k in known and k not in parts}, ())
         sources = tuple(self._sources(raw.get("sources")))
@@ -221,14 +222,14 @@ class _FileReader:
         if not isinstance(written, dict):
             self.tell(place, f"{place[-1]} = {written!r}: must be a mapping of settings")
             return None
-        settings, problems = find_problems(
+        settings, problems = try_parse_settings(
             cls, written, lambda key: was_removed(f"{place[-1]}.{key}", PIPELINE).removeprefix("; "))
         if settings is not None:
             settings = resolved(settings, self.folder)
             # Rules may open files, so paths are resolved first.
-            problems = rules_of(settings)
+            problems = find_rule_problems(settings)
         for problem in problems:
-            self.tell((*place, *place_of(problem.key)), problem.sentence)
+            self.tell((*place, *split_key(problem.key)), problem.sentence)
         return None if problems else settings
 
     def _sources(self, written: Any) -> Iterator[SourceSettings]:
@@ -269,7 +270,7 @@ class _FileReader:
                 self.tell(place, f"step {i + 1}: must be the name of one step with its settings, and at most "
                                  "`only` beside it")
             elif kinds[0] not in STEPS:
-                close = was_removed(kinds[0], PIPELINE) or nearest(kinds[0], STEPS)
+                close = was_removed(kinds[0], PIPELINE) or suggest_name(kinds[0], STEPS)
                 self.tell((*place, kinds[0]), f"{kinds[0]}: is no step{close} "
                                               f"(there are: {', '.join(STEPS)})")
             else:
@@ -301,11 +302,11 @@ class _FileReader:
         for name in only.sources:
             if name not in sources:
                 self.tell((*place, "sources"), f"sources = {name!r}: there is no such source"
-                                               f"{nearest(name, sources)}")
+                                               f"{suggest_name(name, sources)}")
         for kind in only.kinds:
             if kind not in KINDS:
                 self.tell((*place, "kinds"), f"kinds = {kind!r}: must be of {', '.join(filter(None, KINDS))}"
-                                             f"{nearest(kind, KINDS)}")
+                                             f"{suggest_name(kind, KINDS)}")
 
     def _step(self, entry: StepEntry, written: Any, place: Place) -> Iterator[StepEntry]:
         try:
@@ -389,7 +390,7 @@ def named_columns(pattern: str) -> frozenset[str]:
 def _way(name: str, usable: Sequence[str], columns: Mapping[str, ColumnType],
          givers: Callable[[str], Sequence[str]]) -> str:
     steps = [] if name in columns else givers(name)
-    return f"; add the step {' or '.join(steps)}" if steps else nearest(name, usable)
+    return f"; add the step {' or '.join(steps)}" if steps else suggest_name(name, usable)
 
 
 def name_of(pattern: str, source: str, columns: Mapping[str, Any]) -> str:

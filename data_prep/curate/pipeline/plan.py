@@ -19,8 +19,9 @@ from data_prep.curate.pipeline.pipeline_file import Pipeline, StepEntry
 from data_prep.curate.pipeline.step import SOURCE_COLUMNS, ColumnType, Step
 from data_prep.curate.sources.formats import reader, reader_class
 from data_prep.curate.sources.source import SourcePiece, SourceSettings
-from megatron_sov.base.artifacts import MANIFEST, atomic_write
-from megatron_sov.base.sealed import PLACE, SEAL, read_json, read_lines, sealed, write_json
+from megatron_sov.base.artifacts import MANIFEST, write_atomically
+from megatron_sov.base.sealed import (
+    SEAL, SEAL_PLACEHOLDER, read_sealed_json, read_sealed_lines, seal_bytes, write_sealed_json)
 
 PARSE, OUTPUT = "parse", "output"
 PIECES = "pieces.jsonl"
@@ -119,11 +120,11 @@ class PipelinePlan:
         return found
 
     def write(self, file: Path) -> None:
-        write_json(file, json.loads(TypeAdapter(PipelinePlan).dump_json(self)), file.name)
+        write_sealed_json(file, json.loads(TypeAdapter(PipelinePlan).dump_json(self)), file.name)
 
     @staticmethod
     def read(file: Path) -> PipelinePlan:
-        return TypeAdapter(PipelinePlan).validate_json(json.dumps(read_json(file, of=file.name)))
+        return TypeAdapter(PipelinePlan).validate_json(json.dumps(read_sealed_json(file, owner=file.name)))
 
 
 def make_plan(pipeline: Pipeline, output: Path, *, keep: bool = True) -> PipelinePlan:
@@ -218,11 +219,11 @@ def _write_pieces(file: Path, groups: Mapping[int, Sequence[SourcePiece]], marks
     lines = [json.dumps([number, [dataclasses.asdict(piece) for piece in group],
                          {name: marks[name] for name in input_names(group)}])
              for number, group in groups.items()]
-    made = sealed("\n".join([*lines, json.dumps({SEAL: PLACE}), ""]).encode())
+    made = seal_bytes("\n".join([*lines, json.dumps({SEAL: SEAL_PLACEHOLDER}), ""]).encode())
     # Tasks of an earlier submission may be reading it: the same bytes are not written again.
     if not file.is_file() or file.read_bytes() != made:
         file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, made)
+        write_atomically(file, made)
 
 
 def pieces_of(output: Path, layer: Layer, shard: int) -> tuple[list[SourcePiece], dict[str, Mark]]:
@@ -230,7 +231,7 @@ def pieces_of(output: Path, layer: Layer, shard: int) -> tuple[list[SourcePiece]
     their marks when the plan was made."""
     # A line is parsed only if it is the one: a source may have very many shards.
     begin = f"[{shard}, ".encode()
-    for line in read_lines(output / layer.folder / PIECES):
+    for line in read_sealed_lines(output / layer.folder / PIECES):
         if line.startswith(begin):
             _, pieces, marks = json.loads(line)
             return [SourcePiece(**{**piece, "beside": tuple(piece["beside"])}) for piece in pieces], marks

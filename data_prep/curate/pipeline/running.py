@@ -19,10 +19,10 @@ from data_prep.curate.pipeline.pipeline_file import Pipeline
 from data_prep.curate.pipeline.plan import OUTPUT, PipelinePlan, make_plan
 from data_prep.curate.pipeline.tasks import PipelineStage, Task, do_task, done_mark, layer_of, stages, tasks
 from data_prep.shards.shard_damage import way_out
-from megatron_sov.base.artifacts import MANIFEST, atomic_write, disk_errors, read_manifest
+from megatron_sov.base.artifacts import MANIFEST, read_manifest, translate_disk_errors, write_atomically
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.outputs import refuse_nowhere
-from megatron_sov.base.sealed import read_json
+from megatron_sov.base.outputs import check_creatable
+from megatron_sov.base.sealed import read_sealed_json
 from megatron_sov.work.clusters.cluster import ClusterProfile
 from megatron_sov.work.processes.pool import LOST_WORKER, WorkerLost, WorkerPool
 from megatron_sov.work.progress.locks import lock_folder
@@ -36,7 +36,7 @@ MAX_NAMED = 8
 
 def check_folder(output: Path) -> None:
     """Raise `UserError` where a run cannot have its folder: it is something else's."""
-    refuse_nowhere(output)
+    check_creatable(output)
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not output.is_dir() or not ((output / "plans").is_dir() or (output / "shards").is_dir()):
@@ -62,7 +62,7 @@ def begin(plan: PipelinePlan, output: Path) -> Path:
     file = plans / f"{plan.address}.json"
     plan.write(file)
     # Written before anything is done: readers of an unfinished run know it by this file.
-    atomic_write(output / PIPELINE, json.dumps(summary_of(plan, output), indent=1, ensure_ascii=False))
+    write_atomically(output / PIPELINE, json.dumps(summary_of(plan, output), indent=1, ensure_ascii=False))
     if not is_complete(plan, output):
         # Taken back before the first task: while the plan is at work, the folder must not pass for complete.
         (output / MANIFEST).unlink(missing_ok=True)
@@ -92,7 +92,7 @@ def run_pipeline(plan: PipelinePlan, output: Path, workers: int) -> None:
         UserError: the user's data, settings or disk are in the way; what is done stays.
     """
     # One run at a time in a folder: here by the lock, on a cluster by the jobs that are alive.
-    with lock_folder(output, output), disk_errors(output):
+    with lock_folder(output, output), translate_disk_errors(output):
         check_no_active_jobs(output)
         if is_complete(plan, output):
             print(f"{output}: complete from before")
@@ -108,7 +108,7 @@ def judge_documents(plan: PipelinePlan, output: Path, workers: int) -> None:
     Raises:
         UserError: as `run_pipeline`.
     """
-    with lock_folder(output, output), disk_errors(output):
+    with lock_folder(output, output), translate_disk_errors(output):
         _do_stages(plan, begin(plan, output), output, workers,
                    [stage for stage in stages(plan) if stage.kind != OUTPUT])
 
@@ -143,8 +143,8 @@ def _do_stage(pool: WorkerPool[tuple[PipelineStage, Task], None], stage: Pipelin
     except WorkerLost:
         named = ", ".join(f"{number} of source {source}" for source, number in islice(under_way, MAX_NAMED))
         more = f" and {len(under_way) - MAX_NAMED} more" if len(under_way) > MAX_NAMED else ""
-        raise UserError(f"step {stage.kind}: {LOST_WORKER} while tasks were done of which these are not: {named}"
-                        f"{more}; take fewer --workers or smaller shard_bytes, and run the command again"
+        raise UserError(f"step {stage.kind}: {LOST_WORKER}; these tasks are not finished: {named}{more}; "
+                        "take fewer --workers or smaller shard_bytes, and run the command again"
                         ) from None
 
 
@@ -152,7 +152,7 @@ def _doer(plan_file: Path, output: Path) -> Callable[[tuple[PipelineStage, Task]
     def do(item: tuple[PipelineStage, Task]) -> None:
         stage, task = item
         try:
-            with disk_errors(output):
+            with translate_disk_errors(output):
                 do_task(plan_file, output, stage, task)
         except UserError:
             raise
@@ -181,7 +181,7 @@ def _tell(plan: PipelinePlan, stage: PipelineStage, output: Path, num_done: int,
 
 
 def stage_counts(plan: PipelinePlan, stage: PipelineStage, output: Path) -> Counts:
-    return Counts.together(read_json(file := layer.counts(output, shard), way_out(file))
+    return Counts.together(read_sealed_json(file := layer.counts(output, shard), way_out(file))
                            for source in plan.sources if (layer := layer_of(source, stage))
                            for shard in source.shards)
 

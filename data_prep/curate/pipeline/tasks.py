@@ -34,9 +34,9 @@ from data_prep.curate.pipeline.step import (
 from data_prep.curate.sources.formats import reader
 from data_prep.curate.sources.source import Broken, Raw, SourceSettings
 from data_prep.shards.shard_damage import place_in_run, way_out
-from megatron_sov.base.artifacts import disk_errors, new_file, new_folder
-from megatron_sov.base.errors import UserError, visible
-from megatron_sov.base.sealed import PLACE, SEAL, seal_file, seal_of, write_json
+from megatron_sov.base.artifacts import create_file, create_folder, translate_disk_errors
+from megatron_sov.base.errors import UserError, escape_controls
+from megatron_sov.base.sealed import SEAL, SEAL_PLACEHOLDER, read_seal, seal_file, write_sealed_json
 from megatron_sov.work.tables.parquet import TableFile, iter_row_groups
 
 GROUP_BYTES, GROUP_ROWS = 8 << 20, 1000
@@ -67,7 +67,8 @@ def groups(source: str, files: Sequence[Path], seals: Sequence[str] = ()) -> Ite
     Raises:
         UserError: a file is missing, damaged, or of another shard.
     """
-    yield from (_rows(source, tables) for tables in iter_row_groups(files, seals or [None] * len(files), way_out))
+    yield from (_rows(source, tables) for tables in iter_row_groups(files, seals or [None] * len(files),
+                                                                    way_out))
 
 
 def _rows(source: str, tables: list[pa.Table]) -> list[LayerRow | None]:
@@ -137,7 +138,7 @@ def parse_shard(pipeline: Pipeline, source: SourcePlan, layer: Layer, output: Pa
     source_reader = reader(source.settings)
     # the rows get their name last: it says that the shard is done
     # Names are given in turn as the blocks are left: the list of what is broken, then the rows.
-    with (TableFile(layer.file(output, shard), BASE_SCHEMA) as file, new_file(listed) as temporary,
+    with (TableFile(layer.file(output, shard), BASE_SCHEMA) as file, create_file(listed) as temporary,
           open(temporary, "w", encoding="utf-8") as quarantine):
         pieces, marks = pieces_of(output, layer, shard)
         for piece in pieces:
@@ -159,7 +160,7 @@ def parse_shard(pipeline: Pipeline, source: SourcePlan, layer: Layer, output: Pa
             quarantine.write(json.dumps({
                 "shard": shard, "file": "", "place": f"shard {shard}", "code": "more", "content": "",
                 "reason": f"{num_more:,} more are counted, and not listed"}) + "\n")
-        quarantine.write(json.dumps({SEAL: PLACE}) + "\n")
+        quarantine.write(json.dumps({SEAL: SEAL_PLACEHOLDER}) + "\n")
         # The seal reads the file from the disk.
         quarantine.flush()
         # Checksums go into the counts: a file that is exchanged for a sound one of another shard is found.
@@ -200,7 +201,7 @@ class _Group:
         place = hashlib.blake2b(raw.place.encode(), digest_size=8).hexdigest()
         identifier = f"{self.source.name}:{self.shard}:{place}"
         given = {name: None if raw.columns.get(name) in (None, "")
-                 else visible(_utf8(str(raw.columns[name])))
+                 else escape_controls(_utf8(str(raw.columns[name])))
                  for name in OF_A_RECORD}
         rest = {name: value for name, value in raw.columns.items() if name not in OF_A_RECORD}
         row = {"id": identifier, "text": raw.text, "where": raw.place, "kind": self.source.kind,
@@ -238,7 +239,7 @@ def write_output_shard(plan: PipelinePlan, source: SourcePlan, layer: Layer, out
     """
     counts = Counts()
     files = [other.file(output, shard) for other in source.layers[:-1]]
-    with new_folder(layer.rows(output, shard)) as temporary:
+    with create_folder(layer.rows(output, shard)) as temporary:
         with ExitStack() as stack:
             sorted_rows = _Sorter(plan, temporary, stack)
             for rows in groups(source.settings.name, files, [noted_seal(file) for file in files]):
@@ -249,7 +250,7 @@ def write_output_shard(plan: PipelinePlan, source: SourcePlan, layer: Layer, out
             sorted_rows.finish()
         for file in sorted(temporary.glob("*.parquet")):
             write_shard_facts(file)
-        counts.seals = {file.name: seal_of(file) for file in temporary.iterdir()}
+        counts.seals = {file.name: read_seal(file) for file in temporary.iterdir()}
         yield counts
 
 
@@ -404,7 +405,7 @@ def do_task(plan_file: Path, output: Path, stage: PipelineStage, task: Task) -> 
         return
     where = f"source {task[0]}, shard {task[1]}" if task[0] else f"pass {stage.pass_name}, task {task[1]}"
     try:
-        with disk_errors(mark):
+        with translate_disk_errors(mark):
             _do(plan, plan_file, output, stage, task, mark)
     except UserError as e:
         raise UserError(f"{where}, {stage.kind}: {e}") from e
@@ -433,7 +434,7 @@ def _do(plan: PipelinePlan, plan_file: Path, output: Path, stage: PipelineStage,
         _built(plan_file, stage.number, output, started=False).passes()[stage.index].run(view, task[1])
         # The mark comes last: a pass that is killed before it is run again, and leaves the same files.
         mark.parent.mkdir(parents=True, exist_ok=True)
-        write_json(mark, {"cpu_s": cpu_seconds() - cpu, "wall_s": time.perf_counter() - wall},
+        write_sealed_json(mark, {"cpu_s": cpu_seconds() - cpu, "wall_s": time.perf_counter() - wall},
                    place_in_run(mark))
         return
     source = plan.source(task[0])
@@ -451,7 +452,7 @@ def _do(plan: PipelinePlan, plan_file: Path, output: Path, stage: PipelineStage,
     # Counts are written before the rows get their name, which says that the shard is done.
     with work as counts:
         counts.wall_s, counts.cpu_s = time.perf_counter() - wall, cpu_seconds(starts_others) - cpu
-        write_json(layer.counts(output, task[1]), counts.to_dict())
+        write_sealed_json(layer.counts(output, task[1]), counts.to_dict())
 
 
 def cpu_seconds(with_others: bool = False) -> float:

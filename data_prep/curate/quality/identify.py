@@ -22,7 +22,7 @@ from annotated_types import MinLen
 from data_prep.curate.pipeline.step import ColumnType, Doc, Step, StepOutcome
 from data_prep.libraries import require
 from megatron_sov.base.documents.scripts import letters_by_script
-from megatron_sov.base.settings import SettingsProblem, Share, as_problem, one_of
+from megatron_sov.base.settings import SettingsProblem, Share, choice_from, to_problem
 
 # Pieces of a long text that stand for the whole of it.
 
@@ -294,7 +294,7 @@ def _model() -> Any:
 class LanguageSettings:
     """What the step `language` keeps."""
 
-    keep: tuple[Annotated[str, one_of(lambda: KNOWN)], ...] = ()
+    keep: tuple[Annotated[str, choice_from(lambda: KNOWN)], ...] = ()
     """Languages that stay, as ISO 639-1 codes such as ko, en; none: all of them."""
     min_score: Share = 0.5
     """Below this score the language of a document is not sure enough to stay."""
@@ -302,7 +302,7 @@ class LanguageSettings:
     """Forms that stay: prose, code, markup.  Code stays whatever language its comments are in."""
 
     def problems(self) -> list[SettingsProblem]:
-        return list(map(as_problem, require("the step language", "py3langid")))
+        return list(map(to_problem, require("the step language", "py3langid")))
 
 
 class Language(Step):

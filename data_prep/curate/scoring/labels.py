@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from data_prep.json_lines import read_objects
-from megatron_sov.base.errors import UserError, list_problems
+from megatron_sov.base.errors import UserError, format_problems
 
 Kind = Literal["classifier", "regressor"]
 KINDS: tuple[Kind, ...] = ("classifier", "regressor")
@@ -81,7 +81,7 @@ def read_labels(file: Path, kind: Kind, max_chars: int, *, least: int = 1) -> tu
         else:
             found[key] = Label(text, float(record["label"]), record.get("language") or "")
     if problems:
-        raise UserError(list_problems(str(file), problems, "mend these lines or remove them"))
+        raise UserError(format_problems(str(file), problems, "mend these lines or remove them"))
     labels = list(found.values())
     if len(labels) < least:
         raise UserError(f"{file}: has {len(labels)} labelled texts that differ; at least {least} are needed")

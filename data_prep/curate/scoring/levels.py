@@ -27,10 +27,10 @@ from annotated_types import Gt, Le
 
 from data_prep.curate.pipeline.step import ColumnType, Doc, Pass, Step, StepOutcome, View
 from data_prep.shards.shard_damage import place_in_run, way_out
-from megatron_sov.base.artifacts import atomic_write
+from megatron_sov.base.artifacts import write_atomically
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.sealed import check_seal, read_json, sealed, write_json
-from megatron_sov.base.settings import AtLeastOne, NotBlank, at_most
+from megatron_sov.base.sealed import check_seal, read_sealed_json, seal_bytes, write_sealed_json
+from megatron_sov.base.settings import AtLeastOne, NotBlank, at_most_field
 
 LEVELS = ("L1", "L2", "L3")
 BASIC = "basic"
@@ -47,9 +47,9 @@ class LevelSettings:
     """Column of scores; a higher one is better."""
     l1: ShareAboveZero = 1.0
     """Share of the documents with a score that are L1 or better."""
-    l2: Annotated[ShareAboveZero, at_most("l1")] = 0.5
+    l2: Annotated[ShareAboveZero, at_most_field("l1")] = 0.5
     """Share that is L2 or better."""
-    l3: Annotated[ShareAboveZero, at_most("l2")] = 0.35
+    l3: Annotated[ShareAboveZero, at_most_field("l2")] = 0.35
     """Share that is L3."""
     per: str = "language"
     """Column whose values are each judged apart; "": all documents together."""
@@ -99,12 +99,12 @@ class Level(Step):
         keys, beside = folder / f"{task:06d}.npy", folder / f"{task:06d}.json"
         # The keys before the .json that names them: a pass that is killed in between leaves no list of keys
         # that are not there.
-        atomic_write(keys, sealed(raw.getvalue(), place_in_run(keys)))
-        write_json(beside, {"groups": places, "num_without": num_without}, place_in_run(beside))
+        write_atomically(keys, seal_bytes(raw.getvalue(), place_in_run(keys)))
+        write_sealed_json(beside, {"groups": places, "num_without": num_without}, place_in_run(beside))
 
     def write_cuts(self, view: View, task: int) -> None:
         """Write the lowest key of each level for each group."""
-        shards = [(file.with_suffix(".npy"), read_json(file, way_out(file), place_in_run(file)))
+        shards = [(file.with_suffix(".npy"), read_sealed_json(file, way_out(file), place_in_run(file)))
                   for file in sorted((view.work / "keys").glob("*.json"))]
         counts: dict[str, int] = {}
         for _, shard in shards:
@@ -122,11 +122,11 @@ class Level(Step):
         record = {"groups": {name: {"judged_as": pool[name], "num_documents": counts[name],
                                     "cuts": cuts[pool[name]]} for name in sorted(counts)},
                   "num_without_score": sum(shard["num_without"] for _, shard in shards)}
-        write_json(view.work / _FILE, record, place_in_run(view.work / _FILE))
+        write_sealed_json(view.work / _FILE, record, place_in_run(view.work / _FILE))
 
     def start(self, view: View) -> None:
         file = view.work / _FILE
-        groups = read_json(file, way_out(file), place_in_run(file))["groups"]
+        groups = read_sealed_json(file, way_out(file), place_in_run(file))["groups"]
         self._cuts = {name: group["cuts"] for name, group in groups.items()}
 
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:

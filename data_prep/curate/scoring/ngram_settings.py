@@ -7,10 +7,10 @@ from typing import Annotated
 
 from annotated_types import Ge, Le
 
-from megatron_sov.base.settings import Bound, Breach, ProblemCode
+from megatron_sov.base.settings import Bound, ProblemCode, Violation
 
 
-def _no_power_of_two(number: int) -> Breach | None:
+def _no_power_of_two(number: int) -> Violation | None:
     return None if number.bit_count() == 1 else (ProblemCode.BOUND, "must be a power of two",
                                                  f"e.g. {1 << 18}")
 

@@ -21,9 +21,10 @@ from data_prep.curate.scoring.labels import (
 from data_prep.curate.scoring.ngram_settings import NgramSettings
 from data_prep.curate.scoring.ngrams import Ngrams
 from megatron_sov.base.artifacts import (
-    MANIFEST, damaged_files, new_artifact, read_manifest, refuse_existing, sha256_file, to_json)
-from megatron_sov.base.errors import UserError, how_to_install
-from megatron_sov.base.settings import Finite, ProblemCode, SettingsProblem, read
+    MANIFEST, check_output_folder, create_artifact, find_damaged_files, format_json, read_manifest,
+    sha256_file)
+from megatron_sov.base.errors import UserError, format_install_command
+from megatron_sov.base.settings import Finite, ProblemCode, SettingsProblem, parse_settings
 from megatron_sov.work.progress.progress_bar import create_bar
 
 ARTIFACT = "scorer"
@@ -70,7 +71,7 @@ class Scorer:
 def write_scorer(folder: Path, settings: ScorerSettings, weights: np.ndarray) -> None:
     from safetensors.numpy import save_file
 
-    (folder / SETTINGS_FILE).write_text(to_json({"content_version": CONTENT_VERSION, **asdict(settings)}))
+    (folder / SETTINGS_FILE).write_text(format_json({"content_version": CONTENT_VERSION, **asdict(settings)}))
     save_file({"weights": weights}, folder / WEIGHTS_FILE)
 
 
@@ -109,7 +110,7 @@ def load_scorer(folder: Path) -> Scorer:
     found = {p.relative_to(folder).as_posix() for p in scorer_files(folder)}
     if added := sorted(found - set(manifest.files)):
         raise UserError(f"{folder}: holds {added[0]}, which its manifest does not list; remove it")
-    if problems := damaged_files(folder):
+    if problems := find_damaged_files(folder):
         raise UserError(f"{folder}: {problems[0]}; train the scorer again or restore it from a copy")
     settings = _settings(folder / SETTINGS_FILE)
     features = Ngrams(settings.features)
@@ -121,7 +122,7 @@ def _settings(file: Path) -> ScorerSettings:
         raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if raw.pop("content_version") != CONTENT_VERSION:
             raise ValueError(f"this version reads content_version {CONTENT_VERSION}")
-        return read(ScorerSettings, raw, "settings")
+        return parse_settings(ScorerSettings, raw, "settings")
     except (UserError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise UserError(f"{file}: is damaged ({e}); train the scorer again") from None
 
@@ -174,7 +175,7 @@ class Fit:
 
 def library_problems() -> list[str]:
     if importlib.util.find_spec("sklearn") is None:
-        return [f"scikit-learn is not installed; {how_to_install('data')}"]
+        return [f"scikit-learn is not installed; {format_install_command('data')}"]
     return []
 
 
@@ -271,12 +272,12 @@ def train(settings: TrainSettings, output: Path, *, overwrite: bool = False) -> 
     """
     if problems := library_problems():
         raise UserError(problems[0])
-    refuse_existing(output, ARTIFACT, overwrite)
+    check_output_folder(output, ARTIFACT, overwrite)
     labels, num_again = read_labels(settings.labels, settings.kind, settings.features.max_chars,
                                     least=MIN_LABELS)
     refuse_one_class(settings.labels, labels, settings.kind)
     parts = split(labels)
-    with new_artifact(output, ARTIFACT, overwrite=overwrite) as artifact:
+    with create_artifact(output, ARTIFACT, overwrite=overwrite) as artifact:
         features = Ngrams(settings.features)
         with create_bar("reading texts", len(parts.fit) + len(parts.calibration), "text") as bar:
             matrices = [_rows(features, bar_of(part, bar)) for part in (parts.fit, parts.calibration)]

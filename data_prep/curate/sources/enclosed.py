@@ -14,7 +14,7 @@ from data_prep.curate.sources.formats import reader_class
 from data_prep.curate.sources.reader import ReadingJob, SourceItem, job_of
 from data_prep.curate.sources.source import Broken, Raw
 from megatron_sov.base.documents import BadRecord
-from megatron_sov.base.errors import UserError, told_in_a_line
+from megatron_sov.base.errors import UserError, format_error
 from megatron_sov.sandbox.restrictions import enclose_reader
 from megatron_sov.work.processes.channel import receive_message, send_message
 
@@ -111,6 +111,6 @@ def _send_error(channel: socket.socket, job: ReadingJob, error: Exception, place
     if isinstance(error, RecursionError):
         error = BadRecord("nested", "is nested too deep to be read; leave it out")
     if not isinstance(error, BadRecord):
-        said = str(error) if isinstance(error, UserError) else told_in_a_line(error)
+        said = str(error) if isinstance(error, UserError) else format_error(error)
         error = BadRecord("broken", f"cannot be read ({said[:MAX_ERROR_CHARS]}); mend it, or leave it out")
     _tell(channel, {"broken": dataclasses.asdict(job.broken(error, place))})

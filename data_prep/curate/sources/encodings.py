@@ -18,7 +18,7 @@ from annotated_types import Ge, Le
 
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.files import ZstdFile
-from megatron_sov.base.settings import Bound, Breach, ProblemCode
+from megatron_sov.base.settings import Bound, ProblemCode, Violation
 
 # What reading may take: limits that every format has, and reading compressed files within them.
 
@@ -128,7 +128,7 @@ _MOST_REPLACED = 0.01
 """Share of characters that were no text in the encoding; above it the encoding is wrong."""
 
 
-def _unknown(encoding: str) -> Breach | None:
+def _unknown(encoding: str) -> Violation | None:
     try:
         if encoding == DETECT or codecs.lookup(encoding)._is_text_encoding:
             return None

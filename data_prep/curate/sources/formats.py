@@ -13,11 +13,11 @@ from data_prep.curate.sources.reader import FileReader, refuse_nothing, show_nam
 from data_prep.curate.sources.source import PASSED_OVER, Broken, Raw, Reader, SourcePiece, SourceSettings
 from data_prep.libraries import require
 from megatron_sov.base.documents.files import is_about, is_records
-from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.base.hints.removed import PIPELINE, was_removed
 from megatron_sov.base.plugins.registry import load_built_in
 from megatron_sov.base.settings import (
-    ProblemCode, SettingsError, SettingsProblem, as_problem, find_problems, problems_of)
+    ProblemCode, SettingsError, SettingsProblem, find_all_problems, to_problem, try_parse_settings)
 
 FORMATS: dict[str, str] = {
     "auto": "data_prep.curate.sources.formats:AutoReader",
@@ -54,20 +54,20 @@ def reader(source: SourceSettings) -> Reader:
     Raises:
         SettingsError: the source has problems; all of them.
     """
-    if problems := problems_of(source):
+    if problems := find_all_problems(source):
         raise SettingsError(f"source {source.name}", problems)
     return reader_class(source.format)(source)
 
 
 def format_problems(format_: str, options: Mapping[str, Any]) -> list[SettingsProblem]:
     if format_ not in FORMATS:
-        close = was_removed(format_, PIPELINE) or nearest(format_, FORMATS)
+        close = was_removed(format_, PIPELINE) or suggest_name(format_, FORMATS)
         return [SettingsProblem(ProblemCode.CHOICE, "format", f"must be one of {', '.join(FORMATS)}", format_,
                                 close.removeprefix("; "))]
-    problems = find_problems(reader_class(format_).Options, options,
+    problems = try_parse_settings(reader_class(format_).Options, options,
                              lambda key: was_removed(f"{format_}.{key}", PIPELINE).removeprefix("; "))[1]
-    return [*map(as_problem, require(f"format {format_}", *LIBRARIES.get(format_, ()))),
-            *(problem.below("options") for problem in problems)]
+    return [*map(to_problem, require(f"format {format_}", *LIBRARIES.get(format_, ()))),
+            *(problem.with_prefix("options") for problem in problems)]
 
 
 BY_NAME = ("text", "jsonl", "parquet", "html", "warc", "pdf", "code")

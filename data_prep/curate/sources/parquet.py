@@ -10,7 +10,7 @@ from data_prep.curate.sources.reader import EMPTY, FileReader, ReadingJob, Sourc
 from data_prep.curate.sources.source import Broken, Raw, SourcePiece
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.files import open_parquet
-from megatron_sov.base.errors import first_line
+from megatron_sov.base.errors import first_error_line
 
 _PART_BYTES = 64 << 20
 _BATCH_ROWS = 256
@@ -77,7 +77,7 @@ class _RowGroup:
                 # Rows are counted over batches: places in the source do not depend on their size.
                 done += batch.num_rows
         except (pyarrow.ArrowException, OSError) as e:
-            raise BadRecord("parquet", f"is damaged ({first_line(e)[:200]}); what came before is "
+            raise BadRecord("parquet", f"is damaged ({first_error_line(e)[:200]}); what came before is "
                                        "read; fetch it again") from None
 
 

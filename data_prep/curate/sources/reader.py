@@ -13,8 +13,8 @@ from data_prep.curate.sources.encodings import COMPRESSED, EncodingLimits
 from data_prep.curate.sources.source import KEPT_CHARS, PASSED_OVER, Broken, Raw, SourcePiece, SourceSettings
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.files import is_hidden, passed_over, walk_files, why_left_out
-from megatron_sov.base.errors import UserError, visible
-from megatron_sov.base.settings import read
+from megatron_sov.base.errors import UserError, escape_controls
+from megatron_sov.base.settings import parse_settings
 from megatron_sov.sandbox.readers import KeptReader, Wording
 from megatron_sov.work.processes.channel import receive_message, send_message
 
@@ -50,7 +50,7 @@ def source_files(source: SourceSettings, wanted: Callable[[str], bool],
             without += [one for one in found if not is_hidden(one.name)]
             if sentence := passed_over([_name(file, root) for file in walked if not wanted(file.name)],
                                        [_name(one, root) for one in found if is_hidden(one.name)]):
-                tell(visible(f"{path}: {sentence}"))
+                tell(escape_controls(f"{path}: {sentence}"))
         elif given.is_file():
             names.add(_name(given, root))
         else:
@@ -79,7 +79,7 @@ def show_name(name: str) -> str:
     escapes such as ``\xff``, and a ``\`` of its own as two, so that no two names look the same."""
     # A name's own backslash first: only then are escapes plain.
     escaped = os.fsencode(name).replace(b"\\", b"\\\\").decode("utf-8", "backslashreplace")
-    return visible(escaped).replace("\n", r"\n").replace("\t", r"\t")
+    return escape_controls(escaped).replace("\n", r"\n").replace("\t", r"\t")
 
 
 # A piece of a source as the process that reads it gets it, and what it is cut into there.
@@ -282,7 +282,7 @@ class FileReader:
         self.source = source
         # processes that only read start without pydantic
         given = source.options
-        self.options: Any = read(self.Options, given, "options") if given else self.Options()
+        self.options: Any = parse_settings(self.Options, given, "options") if given else self.Options()
         self.told: list[str] = []
 
     @classmethod

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Protocol
 
 from annotated_types import MinLen
 
-from megatron_sov.base.settings import ONCE, Bound, ProblemCode, SettingsProblem, one_of
+from megatron_sov.base.settings import UNIQUE_ITEMS, Bound, ProblemCode, SettingsProblem, choice_from
 
 NAME = re.compile(r"\w[\w.-]{0,59}")
 SourceName = Annotated[str, Bound(lambda name: None if NAME.fullmatch(name) else (
@@ -34,13 +34,13 @@ class SourceSettings:
 
     name: SourceName
     """Name in counts, identifiers and folders."""
-    path: Annotated[tuple[str, ...], MinLen(1), ONCE]
+    path: Annotated[tuple[str, ...], MinLen(1), UNIQUE_ITEMS]
     """Files and folders, relative to `folder`."""
     folder: Path = field(default=Path(), metadata={"is_written": False})
     """Where the pipeline file lies."""
     format: str = "auto"
     """One of `formats.FORMATS`."""
-    kind: Annotated[str, one_of(lambda: KINDS)] = ""
+    kind: Annotated[str, choice_from(lambda: KINDS)] = ""
     """One of `KINDS`."""
     licence: str = ""
     """SPDX expression or free words; "" is unknown."""

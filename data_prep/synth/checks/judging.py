@@ -23,11 +23,11 @@ from data_prep.synth.candidates import SynthRunRecord, read_finished
 from data_prep.synth.checks.settings import (
     CONTEXT, INPUT, SOURCES, NoSample, asked_in, read_steps, steps_file, texts_of)
 from data_prep.synth.generator import GeneratedSample, Kind, SampleVerdict
-from megatron_sov.base.artifacts import disk_errors
+from megatron_sov.base.artifacts import translate_disk_errors
 from megatron_sov.base.documents import Document, RecordReading, list_files, read_span
 from megatron_sov.base.documents.files import JSONL_SUFFIXES, spans_of
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.sealed import open_parquet
+from megatron_sov.base.sealed import open_sealed_parquet
 from megatron_sov.work.progress.journal import work_folder
 
 FOLDER, TEXTS = "checks", "texts"
@@ -92,7 +92,7 @@ def judge_samples(output: Path, run: SynthRunRecord, checks: Path | None, worker
         UserError: a step, an input or the disk is in the way.
     """
     folder = work_folder(output) / FOLDER
-    with disk_errors(folder):
+    with translate_disk_errors(folder):
         shutil.rmtree(folder, ignore_errors=True)
         folders = _write_texts(output, run, folder / TEXTS)
     pipeline = read_steps(steps_file(checks, run.generator, run.kind), folders) if folders else None
@@ -183,7 +183,7 @@ def _rows(source: SourcePlan, folder: Path) -> Iterator[tuple[str, int, str, str
 
 def _read(file: Path, columns: list[str] | None = None) -> pa.Table:
     try:
-        return open_parquet(file, way_out(file), is_required=True, seal=noted_seal(file)).read(columns)
+        return open_sealed_parquet(file, way_out(file), is_required=True, seal=noted_seal(file)).read(columns)
     except (OSError, pa.ArrowException) as e:
         raise UserError(f"{file}: cannot be read ({' '.join(str(e).split())[:200]}); "
                         f"{way_out(file)}") from None

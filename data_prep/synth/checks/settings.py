@@ -11,9 +11,9 @@ from data_prep.curate.pipeline.pipeline_file import Pipeline, read_pipeline
 from data_prep.synth.generator import Kind
 from megatron_sov.base.documents.messages import BadRecord, Messages
 from megatron_sov.base.documents.records import RecordReading, parse_record
-from megatron_sov.base.errors import UserError, list_problems
+from megatron_sov.base.errors import UserError, format_problems
 from megatron_sov.base.settings import (
-    Located, ProblemCode, SettingsProblem, as_problem, read_located, read_text)
+    LocatedDocument, ProblemCode, SettingsProblem, parse_located_yaml, read_settings_text, to_problem)
 
 SAMPLES, ANSWERS, CONTEXT, INPUT = "samples", "answers", "context", "input"
 SOURCES = (SAMPLES, ANSWERS, CONTEXT, INPUT)
@@ -94,7 +94,7 @@ def check_problems(checks: Path | None) -> list[SettingsProblem]:
     try:
         read_steps(checks, dict.fromkeys(SOURCES))
     except UserError as e:
-        return [as_problem(str(e))]
+        return [to_problem(str(e))]
     return []
 
 
@@ -116,11 +116,11 @@ def read_steps(file: Path, folders: Mapping[str, Path | None]) -> Pipeline:
     Raises:
         UserError: the file has mistakes; all of them are named, by line.
     """
-    located = read_located(read_text(file))
+    located = parse_located_yaml(read_settings_text(file))
     raw = located.value
     if not isinstance(raw, dict) or set(raw) != {"steps"} or not isinstance(raw["steps"], list):
         more = [f"{file}:{problem.line}: {problem.sentence}" for problem in located.problems]
-        raise UserError(list_problems(f"--checks {file}", more) if more else
+        raise UserError(format_problems(f"--checks {file}", more) if more else
                         f"--checks {file}: must be a mapping with the list `steps`, and nothing else; "
                         "sources and output are the run's")
     # a file is written for all kinds of runs: steps for sources that this one lacks go
@@ -135,7 +135,7 @@ def read_steps(file: Path, folders: Mapping[str, Path | None]) -> Pipeline:
     return read_pipeline(file, located)
 
 
-def _of_sources(located: Located, names: Sequence[str]) -> Located:
+def _of_sources(located: LocatedDocument, names: Sequence[str]) -> LocatedDocument:
     """Return steps whose `only.sources` names none that this run lacks; a step for such sources alone is left
     out.  A name that no run has stays, and is told as a mistake."""
     steps: list[Any] = []
@@ -152,4 +152,4 @@ def _of_sources(located: Located, names: Sequence[str]) -> Located:
         lines |= {("steps", len(steps), *place[2:]): line for place, line in located.lines.items()
                   if place[:2] == ("steps", i)}
         steps.append(entry)
-    return Located({"steps": steps}, lines, list(located.problems))
+    return LocatedDocument({"steps": steps}, lines, list(located.problems))

@@ -20,11 +20,11 @@ from data_prep.synth.declared.steps import VERBS, CompiledStep, Draft, EveryStep
 from data_prep.synth.generator import KINDS, Ask, GeneratedSample, Generator, GeneratorItem
 from data_prep.synth.templates import (
     PROMPTS, BadTemplate, Prompt, PromptTemplate, compile_value, fill_known, names_in, unknown_names)
-from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.base.settings import (
-    ONCE, AtLeastOne, Located, NotBlank, ProblemCode, SettingsError, SettingsProblem, at_most, find_problems,
-    read, read_located, read_text)
-from megatron_sov.base.settings.options import field_docs
+    UNIQUE_ITEMS, AtLeastOne, LocatedDocument, NotBlank, ProblemCode, SettingsError, SettingsProblem,
+    at_most_field, parse_located_yaml, parse_settings, read_settings_text, try_parse_settings)
+from megatron_sov.base.settings.options import get_field_help
 from megatron_sov.base.settings.problem import UNSET
 
 GIVEN = ("item_id", "part")
@@ -56,10 +56,10 @@ class DeclaredSetting:
         if isinstance(self.default, str):
             hint = text
         elif isinstance(self.default, tuple):
-            hint, marks = tuple[text, ...], [ONCE, *([MinLen(1)] if self.options else [])]
+            hint, marks = tuple[text, ...], [UNIQUE_ITEMS, *([MinLen(1)] if self.options else [])]
         marks += [Ge(self.min)] if self.min is not None else []
         marks += [Le(self.max)] if self.max is not None else []
-        marks += [at_most(self.at_most)] if self.at_most else []
+        marks += [at_most_field(self.at_most)] if self.at_most else []
         return Annotated[(hint, *marks)] if marks else hint
 
 
@@ -92,11 +92,11 @@ def read_generator(file: Path) -> type[Generator]:
     Raises:
         UserError: the file cannot be used; each problem is named with its line.
     """
-    text = read_text(file)
-    located = read_located(text)
+    text = read_settings_text(file)
+    located = parse_located_yaml(text)
     if located.problems:
         raise SettingsError(str(file), located.problems)
-    said = read(GeneratorFile, located.value or {}, str(file), lines=located.lines)
+    said = parse_settings(GeneratorFile, located.value or {}, str(file), lines=located.lines)
     return _Compiler(file, located, said).compile(hashlib.sha256(text.encode()).hexdigest())
 
 
@@ -113,7 +113,7 @@ class _ReadStep:
 class _Compiler:
     """Checks and compiles a file."""
 
-    def __init__(self, file: Path, located: Located, said: GeneratorFile) -> None:
+    def __init__(self, file: Path, located: LocatedDocument, said: GeneratorFile) -> None:
         self._file, self._located, self._said = file, located, said
         self._problems: list[SettingsProblem] = []
         self._asked: dict[str, set[str]] = {}
@@ -146,7 +146,7 @@ class _Compiler:
             "Settings": settings, "needs_input": reader.needs_input, "file_digest": digest,
             "libraries": ("py3langid", *said.libraries),
             "kind": said.makes if said.makes in KINDS else "text",
-            "help_of_settings": {**field_docs(reader.Settings), **{
+            "help_of_settings": {**get_field_help(reader.Settings), **{
                 name: one.help for name, one in said.settings.items() if one.help}}})
 
     def _refuse(self) -> None:
@@ -172,10 +172,10 @@ class _Compiler:
             return READERS[given]
         options: RecordOptions | None = None
         if not isinstance(given, str) and set(given) == {"records"}:
-            options, problems = find_problems(RecordOptions, given["records"])
+            options, problems = try_parse_settings(RecordOptions, given["records"])
             self._add_all(("items", "records"), problems)
         else:
-            close = nearest(given, list(READERS)) if isinstance(given, str) else ""
+            close = suggest_name(given, list(READERS)) if isinstance(given, str) else ""
             self._add(("items",), f"must be {', '.join(READERS)} or {{records: {{fields: [...]}}}}{close}",
                       given)
         self._refuse()
@@ -196,7 +196,8 @@ class _Compiler:
             own.append((name, hints.get(name) or setting.type(), field(default=setting.default)))
         self._refuse()
         made = make_dataclass("Settings", own, bases=(reader.Settings,), frozen=True)
-        _, problems = find_problems(made, {name: one.default for name, one in self._said.settings.items()})
+        _, problems = try_parse_settings(made,
+                                         {name: one.default for name, one in self._said.settings.items()})
         for one in problems:
             self._add(("settings", one.key.split(".")[0], "default"), one.rule, one.value, one.way_out)
         return made
@@ -210,9 +211,9 @@ class _Compiler:
             if len(verbs) != 1:
                 keys = ", ".join(map(str, entry))
                 self._add(here, f"must have one of the keys {', '.join(VERBS)}", keys,
-                          "" if verbs else nearest(keys, list(VERBS)).removeprefix("; "))
+                          "" if verbs else suggest_name(keys, list(VERBS)).removeprefix("; "))
                 continue
-            step, problems = find_problems(VERBS[verbs[0]], entry)
+            step, problems = try_parse_settings(VERBS[verbs[0]], entry)
             self._add_all(here, problems)
             rules = list(step.problems(self._said.prompts)) if step else []
             for part, rule in rules:

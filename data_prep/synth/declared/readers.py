@@ -22,7 +22,7 @@ from data_prep.synth.generators.texts import ToldApart, language_name, sure_lang
 from data_prep.synth.problems import line_files, read_problems, stated_id
 from megatron_sov.base.documents import RecordReading, list_files, read_documents
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import ONCE, AtLeastOne, Bound, ProblemCode
+from megatron_sov.base.settings import UNIQUE_ITEMS, AtLeastOne, Bound, ProblemCode
 
 LANGUAGE_CHARS = 2000
 """Of texts, that their language is told by."""
@@ -61,7 +61,7 @@ class RecordOptions:
     """Options of the reader `records`, in the generator's file."""
 
     fields: Annotated[tuple[Annotated[str, Bound(lambda name: None if name.isidentifier() else (
-        ProblemCode.BOUND, "must be a name of letters, digits and _", ""))], ...], MinLen(1), ONCE]
+        ProblemCode.BOUND, "must be a name of letters, digits and _", ""))], ...], MinLen(1), UNIQUE_ITEMS]
     """Fields that each line has, as text."""
     objects: tuple[str, ...] = ()
     """Fields that each line has, as JSON objects."""

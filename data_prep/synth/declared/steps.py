@@ -18,7 +18,7 @@ from data_prep.synth.generator import Ask, SampleVerdict
 from data_prep.synth.generators.conversation import Player
 from data_prep.synth.replies import NoUsableReply
 from data_prep.synth.templates import BadTemplate, compile_value, fill, names_in, unknown_names
-from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.base.settings import AtLeastOne, NotBlank
 
 EXPRESSIONS = frozenset(("play", "number", "when", "that", "count", "least", "temperature", "max_tokens"))
@@ -100,7 +100,7 @@ class AskStep(Step):
     def problems(self, prompts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if self.ask not in prompts:
             yield "ask", (f"must be one of the file's prompts ({', '.join(prompts)})"
-                          f"{nearest(self.ask, list(prompts))}")
+                          f"{suggest_name(self.ask, list(prompts))}")
 
     def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, generator: str) -> None:
         try:
@@ -139,7 +139,7 @@ class ParseStep(Step):
     def problems(self, prompts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         name, argument = next(iter(self.parse.items()))
         if name not in PARSERS:
-            yield "parse", f"must be one of {', '.join(PARSERS)}{nearest(name, list(PARSERS))}"
+            yield "parse", f"must be one of {', '.join(PARSERS)}{suggest_name(name, list(PARSERS))}"
         elif isinstance(said := PARSERS[name].names(argument), str):
             yield "parse", f"{name}: {said}"
 
@@ -288,7 +288,7 @@ class PlayStep(Step):
     def problems(self, prompts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if self.user and self.user not in prompts:
             yield "user", (f"must be one of the file's prompts ({', '.join(prompts)})"
-                           f"{nearest(self.user, list(prompts))}")
+                           f"{suggest_name(self.user, list(prompts))}")
 
     def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, generator: str) -> None:
         prompt = f"{generator}/{self.user}" if self.user else ""

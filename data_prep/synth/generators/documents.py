@@ -13,7 +13,7 @@ from data_prep.synth.generators.texts import ToldApart
 from megatron_sov.base.documents import Document, RecordReading, list_files, read_documents
 from megatron_sov.base.documents.files import cut_text
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import AtLeastOne, at_most
+from megatron_sov.base.settings import AtLeastOne, at_most_field
 
 ID_CHARS = 24
 
@@ -26,7 +26,7 @@ class DocumentSettings:
     """Language of what is made, as an ISO 639-1 code such as ko; empty: that of each document."""
     text_field: str = "text"
     """Field of a record that holds the document."""
-    min_piece_bytes: Annotated[AtLeastOne, at_most("max_piece_bytes")] = 200
+    min_piece_bytes: Annotated[AtLeastOne, at_most_field("max_piece_bytes")] = 200
     """A shorter document, or last piece of one, is left out."""
     max_piece_bytes: AtLeastOne = 12_000
     """A longer document is cut at blank lines, lines or blanks, and each piece is an item."""

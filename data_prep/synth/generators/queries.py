@@ -16,8 +16,8 @@ from data_prep.synth.generators.constraints import run_check, wording_problem
 from data_prep.synth.generators.drawing import choose
 from data_prep.synth.generators.texts import LanguageCode
 from megatron_sov.base.documents.files import KEPT, list_files
-from megatron_sov.base.errors import UserError, list_problems
-from megatron_sov.base.settings import AtLeastOne, SettingsProblem, at_most, find_broken
+from megatron_sov.base.errors import UserError, format_problems
+from megatron_sov.base.settings import AtLeastOne, SettingsProblem, at_most_field, find_broken_rules
 from megatron_sov.judge.rewards.constraint import MAX_TEXT_CHARS, functions_of, views_of
 from megatron_sov.judge.rewards.reward import Refused
 
@@ -41,7 +41,7 @@ class QuerySettings:
     """Of answers."""
     max_tokens: Annotated[int, Ge(16)] = 4096
     """Of an answer; one that is longer is refused."""
-    min_query_chars: Annotated[AtLeastOne, at_most("max_query_chars")] = 4
+    min_query_chars: Annotated[AtLeastOne, at_most_field("max_query_chars")] = 4
     """Of a query, without white space around it (AutoIF: 20; ours is for languages that are short)."""
     max_query_chars: AtLeastOne = 2000
     """Likewise (AutoIF: 300)."""
@@ -50,7 +50,7 @@ class QuerySettings:
 
     def problems(self) -> list[SettingsProblem]:
         file = constraints_file(self)
-        return find_broken(
+        return find_broken_rules(
             self, "", (bool(self.constraints), "constraints", "is not set",
                        "name the folder that `sov-data synth constraints` has written"),
             (not self.constraints or file.is_file(), "constraints", f"has no file {file}",
@@ -96,7 +96,7 @@ def read_constraints(file: Path) -> list[KeptConstraint]:
                 wordings.append(other.strip())
         found.append(KeptConstraint(tuple(dict.fromkeys(wordings)), tuple(functions)))
     if problems:
-        raise UserError(list_problems("constraints", problems[:MAX_LISTED]))
+        raise UserError(format_problems("constraints", problems[:MAX_LISTED]))
     if not found:
         raise UserError(f"constraints = {file}: has none; make some with `sov-data synth constraints`")
     return found

@@ -15,7 +15,7 @@ import yaml
 from data_prep.curate.quality.identify import KNOWN, UNKNOWN, form_of, identify, language_part
 from megatron_sov.base.documents.overlap import find_units
 from megatron_sov.base.documents.scripts import LANGUAGES, letters_by_script
-from megatron_sov.base.settings import one_of
+from megatron_sov.base.settings import choice_from
 from megatron_sov.judge.rewards.surface import LanguageReward
 
 LANGUAGE_NAMES = Path(__file__).with_name("languages.yaml")
@@ -44,9 +44,9 @@ _NUMBER = re.compile(r"(?<![A-Za-z_\d])\d+(?:[.,'’]\d+|[십백천만억조十�
 """Digits that hang on Latin letters, as in B52, belong to a name; 3만 5천 is one number."""
 MIN_DIGITS = 3
 """Numbers with fewer significant digits may be words in another text: 3 and three, 5 and May."""
-LanguageCode = Annotated[str, one_of(lambda: LANGUAGES)]
+LanguageCode = Annotated[str, choice_from(lambda: LANGUAGES)]
 """A language whose script is known, as an ISO 639-1 code."""
-ToldApart = Annotated[str, one_of(lambda: {"", *set(LANGUAGES) & KNOWN})]
+ToldApart = Annotated[str, choice_from(lambda: {"", *set(LANGUAGES) & KNOWN})]
 """A language that texts are found to be in, as an ISO 639-1 code, or none."""
 
 

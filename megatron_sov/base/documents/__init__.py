@@ -1,9 +1,9 @@
-"""Reading users' text: files, JSONL, Parquet and folders of them as a stream of documents, in bounded memory
-and a fixed order.
+"""Read users' text (files, JSONL, Parquet, folders) as a stream of documents, in bounded memory and fixed
+order.
 
 A text file is one document; above `WHOLE_FILE_BYTES` it is cut at blank lines into documents of at most
-`DOCUMENT_BYTES`.  A line of a `.jsonl` file, or a row of a `.parquet` file, is one record: text, a chat, a
-preference or a prompt.  Any of the text forms may be compressed (`.gz`, `.zst`).
+`DOCUMENT_BYTES`. A line of a `.jsonl` file or a row of a `.parquet` file is one record: text, chat,
+preference or prompt. All text formats may be compressed (`.gz`, `.zst`).
 """
 
 from megatron_sov.base.documents.files import (

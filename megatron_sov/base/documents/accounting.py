@@ -1,4 +1,4 @@
-"""Accounts of records: every record that a command reads is written or set aside for a reason."""
+"""Account for records: a command writes each record it reads, or sets it aside for a reason."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from megatron_sov.base.errors import visible
+from megatron_sov.base.errors import escape_controls
 
 
 @dataclass(frozen=True)
 class RecordAccount:
-    """Numbers of the records that a command read, wrote and set aside.  If they do not add up, the program
-    has a defect, and RuntimeError is raised."""
+    """Numbers of records read, written and set aside; raises RuntimeError if they do not add up (a
+    defect)."""
 
     num_read: int
-    """Counted where records are read, whatever becomes of them."""
+    """Counted at reading, independently of the other numbers."""
     num_written: int
     set_aside: Mapping[str, int] = field(default_factory=dict)
     """Reason -> records."""
     noun: str = "records"
-    """Name of the records, in the plural."""
+    """Plural noun for the records in messages."""
     verb: str = "written"
-    """Participle for the records that are not set aside."""
+    """Participle for records that are not set aside."""
 
     def __post_init__(self) -> None:
         if self.num_read != self.num_written + sum(self.set_aside.values()):
             raise RuntimeError(f"account of {self.noun} does not add up: {self.describe()}")
 
     def describe(self) -> str:
-        """Return one line, e.g. "8 records read: 5 written, 3 set aside (2 json, 1 duplicate_id)"."""
+        """Format a sentence: "8 records read: 5 written, 3 set aside (2 json, 1 duplicate_id)"."""
         counts = Counter(self.set_aside)
-        reasons = ", ".join(f"{count:,} {visible(reason)}" for reason, count in sorted(
+        reasons = ", ".join(f"{count:,} {escape_controls(reason)}" for reason, count in sorted(
             counts.items(), key=lambda item: (-item[1], item[0])) if count)
         return (f"{self.num_read:,} {self.noun} read: {self.num_written:,} {self.verb}, "
                 f"{counts.total():,} set aside{f' ({reasons})' if reasons else ''}")
@@ -43,7 +43,7 @@ class RecordAccount:
 
 @dataclass
 class RecordTally:
-    """Counts of records while a command reads and writes them."""
+    """Running counts of a command's records."""
 
     num_read: int = 0
     num_written: int = 0

@@ -1,8 +1,8 @@
-"""Loops over bytes and places, compiled by numba as they are first called.
+"""Compile functions over arrays with numba at their first call.
 
-The machine code is kept beside the source, or else in the user's cache folder, and compiled anew in every
-process where neither can be written.  What is kept is known again by the file of the function alone, so a
-compiled function calls only those of its own file.
+Machine code is cached next to the source or in the user's cache folder; if neither is writable, every process
+compiles again. The cache is keyed by the function's own file, so a compiled function may call only functions
+of that file.
 """
 
 from __future__ import annotations
@@ -18,5 +18,5 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def compiled(function: Function) -> Function:
     try:
         return numba.njit(cache=True, nogil=True)(function)
-    except RuntimeError:  # numba's word for: no place to keep it
+    except RuntimeError:  # numba found no writable cache folder
         return numba.njit(nogil=True)(function)

@@ -1,4 +1,4 @@
-"""Which files are read, and in which parts: spans that several processes can read on their own."""
+"""List the data files of a path, and split them into spans that separate processes can read."""
 
 from __future__ import annotations
 
@@ -18,23 +18,22 @@ from megatron_sov.base import sealed
 from megatron_sov.base.artifacts import MANIFEST, read_manifest
 from megatron_sov.base.documents.records import BadRecord
 from megatron_sov.base.errors import (
-    UserError, download_dataset, first_line, fix_missing, visible)
+    UserError, escape_controls, first_error_line, fix_missing, suggest_dataset_download)
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 
 def cut_at_blank_lines(blocks: Iterable[bytes], limit_bytes: int) -> Iterator[bytes]:
-    """Cut a stream of UTF-8 bytes into pieces of at most `limit_bytes`; joined, the pieces give the stream.
+    """Cut a stream of UTF-8 bytes into pieces of at most `limit_bytes`; joined, the pieces equal the stream.
 
-    A cut stands behind the last blank line that fits, else behind the last line, else the last space, else
-    between characters.
+    Cut after the last blank line that fits, otherwise the last line, the last space, or between characters.
     """
     buffer = b""
     for block in blocks:
         buffer += block
         start = 0
-        # what is left is at most the limit, and may be joined by the next block
+        # the rest (at most the limit) may continue in the next block
         while len(buffer) - start > limit_bytes:
             end = cut_position(buffer, start, limit_bytes)
             yield buffer[start:end]
@@ -45,14 +44,14 @@ def cut_at_blank_lines(blocks: Iterable[bytes], limit_bytes: int) -> Iterator[by
 
 
 def cut_position(buffer: bytes, start: int, limit_bytes: int) -> int:
-    """Return where to cut `buffer` behind `start`, at most `limit_bytes` further."""
+    """Return the offset at which to cut `buffer`, at most `limit_bytes` after `start`."""
     stop = start + limit_bytes
     for separator in (b"\n\n", b"\n\r\n", b"\n", b" "):
-        found = buffer.rfind(separator, start, stop)
-        if found >= 0:
-            return found + len(separator)
+        index = buffer.rfind(separator, start, stop)
+        if index >= 0:
+            return index + len(separator)
     end = stop
-    while end > start + 1 and buffer[end] & 0xC0 == 0x80:  # a continuation byte: the character began earlier
+    while end > start + 1 and buffer[end] & 0xC0 == 0x80:  # a UTF-8 continuation byte
         end -= 1
     return end
 
@@ -63,11 +62,11 @@ def cut_text(text: str, limit_bytes: int) -> Iterator[str]:
 
 
 KEPT, REJECTED = "kept.jsonl", "rejected.jsonl"
-"""Samples that passed all checks, and those that did not."""
+"""Files of samples that passed or failed the checks of `sov-data synth`."""
 
 
 def is_synthesis(names: Iterable[str]) -> bool:
-    """Return whether a folder with such files is one of synthesis, of which `KEPT` alone is data."""
+    """Return whether a folder with these files is an output of synthesis, whose only data file is `KEPT`."""
     return {KEPT, REJECTED} <= set(names)
 
 
@@ -81,47 +80,46 @@ TEXT_SUFFIXES = JSONL_SUFFIXES | frozenset([
     ".sql", ".cmake", ".html", ".htm", ".css", ".xml", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".csv",
     ".tsv", ".log", ".srt",
 ])
-"""Endings of the files that are read from a folder; a file that is named itself is read
-whatever its ending."""
+"""Endings of files read from a folder; a file passed by name may have any ending."""
 PARQUET_SUFFIX = ".parquet"
 ARROW_SUFFIXES = frozenset([".arrow", ".feather"])
-"""Of Arrow files and streams, as `save_to_disk` writes them."""
+"""Endings of Arrow files and streams, as written by `save_to_disk` of Hugging Face datasets."""
 _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 JSON_SUFFIX = ".json"
-"""Of a list of records, or of lines of them; anything else in JSON is no data."""
+"""Ending of a JSON list or of JSON lines; other JSON is not data."""
 RECORD_SUFFIXES = JSONL_SUFFIXES | ARROW_SUFFIXES | {PARQUET_SUFFIX}
-"""Endings of files of records: a folder that holds one is a dataset."""
+"""Endings of files of records; a folder with such a file is a dataset."""
 VERSION_CONTROL = frozenset(["CVS", "__MACOSX"])
-"""Folders that hold no files of the user's, beside those with a leading dot."""
+"""Folders without data of the user, in addition to hidden ones."""
 COMPRESSED_SUFFIXES = frozenset([".gz", ".zst"])
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-"""Stands at the start of some files and is no text."""
+"""Precedes the text in some files; not part of the text."""
 SPAN_BYTES = 8 << 20
-"""Part of a large file that is read on its own; text files are cut into documents anew in each."""
+"""Size of the spans of a large file; documents of text files are cut within each span."""
 _BLOCK_BYTES = 1 << 20
 SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"),
           "test": ("test", "testing", "eval", "evaluation")}
-"""Split -> the words for it in names of files and folders (huggingface/datasets, `data_files.py`); what has
-none of them is `train`."""
+"""Split -> words for it in file and folder names (as in huggingface/datasets, `data_files.py`); other files
+belong to `train`."""
 _ABOUT = re.compile(r"(readme|licen[sc]e|copying|copyright|notice|citation|changelog|contributing|authors|"
                     r"contributors|code_of_conduct|security|datasheet|data_?card|dataset_?card|requirements)"
                     r"([-_.].*)?", re.IGNORECASE)
-"""Names of files that say something of a dataset and are no part of it."""
-_MOST_TOLD = 4
-_MOST_ENDINGS = 8
+"""Names of files that describe a dataset and do not belong to its data."""
+_MAX_NAMES = 4
+_MAX_ENDINGS = 8
 
 
 @dataclass(frozen=True)
 class FileSpan:
-    """A part of a file that holds whole documents."""
+    """A range of a file that contains whole documents."""
 
     file: Path
     start: int
-    """First byte; of a Parquet file the first row group."""
+    """First byte; in a Parquet file the first row group."""
     stop: int
-    """Byte, or row group, behind the last."""
+    """End (exclusive) in bytes or row groups."""
     document_bytes: int
-    """Longest document of a text file."""
+    """Longest document to cut from a text file."""
     size_bytes: int
 
     @property
@@ -131,18 +129,18 @@ class FileSpan:
 
     @property
     def suffix(self) -> str:
-        """Return the ending that says what the file holds, without that of a compression."""
+        """Return the ending of the content, without the ending of the compression."""
         return (Path(self.file.stem) if self.compression else self.file).suffix.lower()
 
 
 MEDIA_CORPUS, CORPUS_RECORDS = "media_corpus", "records.jsonl"
-"""Kind of the artifact that `sov-data encode-media` writes, and its file of records."""
+"""Kind of the artifact that `sov-data encode-media` writes, and the name of its file of records."""
 
 
 def media_corpus_of(path: Path) -> Path | None:
-    """Return the media corpus that a path is, or lies in; None: none."""
+    """Return the media corpus at `path` or around it; None: there is none."""
     for folder in (path, path.absolute().parent):
-        # its records first: text may lie beside a `manifest.json` that is another program's
+        # check the records first: a text file may have another program's `manifest.json` next to it
         complete = all((folder / name).is_file() for name in (CORPUS_RECORDS, MANIFEST))
         if complete and read_manifest(folder).kind == MEDIA_CORPUS:
             return folder
@@ -150,77 +148,77 @@ def media_corpus_of(path: Path) -> Path | None:
 
 
 def _refuse_missing(path: Path) -> NoReturn:
-    """Raise `UserError` for a path that does not exist, with what the user may have meant."""
+    """Raise `UserError` for a missing path, with a guess at the intended path."""
     if "://" in str(path) or re.match(r"(https?|s3|gs|hf):/", str(path)):
         raise UserError(f"{path}: is an address, and nothing is downloaded here; copy it first (aws s3 "
                         "cp, gsutil cp, hf download, wget) and pass the file or folder")
-    near = path.parent.glob("*")
-    if split := [one.name for one in near if one.name.startswith(f"{path.name} ")]:
-        raise UserError(f"{path}: does not exist; {split[0]!r} does: put a name with a blank in quotes")
+    siblings = [sibling.name for sibling in path.parent.glob("*")]
+    if longer := [name for name in siblings if name.startswith(f"{path.name} ")]:
+        raise UserError(f"{path}: does not exist; {longer[0]!r} does: put a name with a blank in quotes")
     is_file = _is_text(path.name) or is_records(path.name) or _is_json(path.name)
-    hint = "" if is_file else download_dataset(path)
+    hint = "" if is_file else suggest_dataset_download(path)
     raise UserError(f"{path}: does not exist; pass a text file, a .jsonl, .json, .parquet or .arrow "
                     f"file, or a folder of them{hint}", fix_missing(path, is_data=not is_file))
 
 
 def list_files(path: Path, tell: Callable[[str], object] = lambda sentence: None) -> list[Path]:
-    """Return the files to read at `path`: the file itself, or a folder's, recursive and sorted.
+    """Return the data files at `path`: the file itself, or the sorted files below a folder.
 
-    Of a folder the text files are read and the files of records. Hidden files and folders are passed over,
-    and so are files with other endings; in a folder with records also those that describe it (README.md,
-    LICENSE) and JSON that is no list of records. Of a folder of `sov-data synth` the samples that were kept
-    are read, and nothing else.
+    A folder's data files are text files and files of records. Hidden files and other endings are skipped. If
+    the folder contains records, files that describe the dataset (README.md, LICENSE) and JSON that is not a
+    list of records are skipped too. In an output of `sov-data synth`, only `KEPT` is data.
 
     Args:
         path: a file or a folder.
-        tell: is given a sentence on what is passed over.
+        tell: called with sentences about skipped files.
 
     Raises:
-        UserError: the path does not exist, or the folder holds nothing to read.
+        UserError: the path does not exist, or the folder contains no data files.
     """
+    # a file passed by name may have any ending
     # a file that is named is read with any ending; endings choose within folders alone
     if path.is_file():
         return [path]
     if not path.is_dir():
         _refuse_missing(path)
-    left_out: list[Path] = []
-    names = {file: file.relative_to(path).as_posix() for file in map(Path, walk_files(path, left_out))}
-    hidden = [one.relative_to(path).as_posix() for one in left_out if is_hidden(one.name)]
-    if left_out := [one for one in left_out if not is_hidden(one.name)
-                    and (one.is_dir() or _is_text(one.name) or is_records(one.name))]:
-        tell(visible(f"{path}: {len(left_out):,} left out; the first: {left_out[0]} "
-                     f"{why_left_out(left_out[0])}"))
+    skipped: list[Path] = []
+    names = {file: file.relative_to(path).as_posix() for file in map(Path, walk_files(path, skipped))}
+    hidden = [entry.relative_to(path).as_posix() for entry in skipped if is_hidden(entry.name)]
+    unreadable = [entry for entry in skipped if not is_hidden(entry.name)
+                  and (entry.is_dir() or _is_text(entry.name) or is_records(entry.name))]
+    if unreadable:
+        tell(escape_controls(f"{path}: {len(unreadable):,} left out; the first: {unreadable[0]} "
+                             f"{why_left_out(unreadable[0])}"))
     texts = [file for file, name in names.items() if _is_text(name)]
     records = [file for file, name in names.items() if is_records(name)]
     lists = [file for file, name in names.items() if _is_json(name)]
-    # README and the like: left out of a folder with records, texts as others in one without
+    # README and similar files are data only in a folder without records
     about = [file for file in texts if is_about(names[file])]
-    # only JSON besides what describes it: a list of records, perhaps; its beginning decides
+    # apart from descriptions only JSON files: they may be lists of records
     if not records and len(about) == len(texts):
         records = [file for file in lists if holds_records(file)]
     if records:
         lists = [file for file in lists if holds_records(file)]
-        found = {*records, *lists, *texts} - set(about)
+        data = {*records, *lists, *texts} - set(about)
     else:
-        found = set(texts)
-    if not found:
+        data = set(texts)
+    if not data:
         raise UserError(f"{path}: holds no text file and no records (endings such as .txt, .md, .py, "
                         ".jsonl, .jsonl.gz, .json, .parquet, .arrow are read); pass a folder with text")
-    # by parts of the path and not by its text: the order is the same on every machine and decides all that
-    # follows
-    kept = sorted(found, key=lambda p: p.relative_to(path).parts)
-    sentences = [passed_over([name for file, name in names.items() if file not in found], hidden),
-                 *(_of_a_dataset([names[file] for file in kept]) if records else ())]
+    # sort by path components: this order is equal on every machine, and later steps depend on it
+    files = sorted(data, key=lambda p: p.relative_to(path).parts)
+    sentences = [passed_over([name for file, name in names.items() if file not in data], hidden),
+                 *(_describe_dataset([names[file] for file in files]) if records else ())]
     if sentence := "; ".join(filter(None, sentences)):
-        tell(visible(f"{path}: {sentence}"))
-    return kept
+        tell(escape_controls(f"{path}: {sentence}"))
+    return files
 
 
 def refuse_tables(path: Path, option: str) -> None:
-    """Refuse a table, or a folder, where JSON lines are read.
+    """Refuse a table or a folder for an option that takes JSON lines.
 
     Raises:
-        UserError: it is one.
+        UserError: the path is a table or a folder.
     """
     if path.is_dir() or path.suffix.lower() in {*ARROW_SUFFIXES, PARQUET_SUFFIX, ".csv", ".tsv"}:
         form = "a folder" if path.is_dir() else f"a table ({path.suffix})"
@@ -229,16 +227,14 @@ def refuse_tables(path: Path, option: str) -> None:
 
 
 def walk_files(folder: Path, left_out: list[Path]) -> Iterator[str]:
-    """Yield the ordinary files below a folder, and those that links lead to, wherever they lie.
+    """Yield the regular files below a folder, including those reached through links.
 
-    Hidden files and folders, and those of version control, are passed over; of a folder of `sov-data synth`
-    the samples that were kept are read, and nothing else.  A folder is walked once, links to folders last, so
-    that no circle of links is without end.
+    Hidden files, hidden folders and version control are skipped, and in an output of `sov-data synth` all
+    files except `KEPT`. Each folder is walked once, links to folders last, so circular links end.
 
     Args:
         folder: the folder.
-        left_out: receives what is hidden (`is_hidden`), and what a name stands for and cannot be read
-            (`why_left_out`).
+        left_out: receives hidden entries (`is_hidden`) and unreadable ones (`why_left_out`).
 
     Raises:
         UserError: a folder cannot be listed.
@@ -253,14 +249,14 @@ def walk_files(folder: Path, left_out: list[Path]) -> Iterator[str]:
         links: list[str] = []
         for top in waiting:
             for where, folders, files in os.walk(top, onerror=refuse):
-                # a link to a folder above, or to one that was walked, would be read again and again
+                # a link to a parent or to a folder already walked would repeat its files
                 real = os.path.realpath(where)
                 if real in seen or root.startswith(f"{real.rstrip('/')}/"):
                     left_out.append(Path(where))
                     folders[:] = []
                     continue
                 seen.add(real)
-                # rejected samples, journals and reports are in the same folder and are no data
+                # rejected samples, journals and reports in this folder are not data
                 if is_synthesis(files):
                     folders[:], files = [], [KEPT]
                 left_out += [Path(where, name) for name in sorted([*folders, *files]) if is_hidden(name)]
@@ -271,7 +267,7 @@ def walk_files(folder: Path, left_out: list[Path]) -> Iterator[str]:
                         yield path
                     else:
                         left_out.append(Path(path))
-        # links last: a folder that is also there by its own name keeps that name in messages
+        # links last: messages name a folder by its own path, if it has one below `folder`
         waiting = links
 
 
@@ -282,7 +278,7 @@ def is_hidden(name: str) -> bool:
 def why_left_out(path: Path) -> str:
     if path.is_dir():
         return "leads to a folder that is read under another name, or that holds this one"
-    return "is a link that leads to nothing" if not path.exists() else "is no ordinary file"
+    return "is a link that leads to nothing" if not path.exists() else "is not an ordinary file"
 
 
 def is_about(name: str) -> bool:
@@ -290,73 +286,76 @@ def is_about(name: str) -> bool:
 
 
 def has_word(name: str, words: Iterable[str]) -> bool:
-    """Return whether one of some words stands in a file's path on its own."""
+    """Return whether a path contains one of the words, separated from other words."""
     return bool(re.search(rf"(?:^|[-._ 0-9/])(?:{'|'.join(map(re.escape, words))})(?:[-._ 0-9/]|$)",
                           name.lower()))
 
 
 def is_records(name: str) -> bool:
-    """Return whether a file holds records, by its name; what `map` and `filter` left beside a saved dataset
-    does not."""
-    suffix = _ending(name)
+    """Return whether a file's name is one of records; caches of `map` and `filter` in a saved dataset are
+    not."""
+    suffix = _get_ending(name)
     return suffix in RECORD_SUFFIXES and not (suffix in ARROW_SUFFIXES
                                               and name.rpartition("/")[2].startswith("cache-"))
 
 
 def _is_text(name: str) -> bool:
-    return _ending(name) in TEXT_SUFFIXES - JSONL_SUFFIXES
+    return _get_ending(name) in TEXT_SUFFIXES - JSONL_SUFFIXES
 
 
 def _is_json(name: str) -> bool:
-    return _ending(name) == JSON_SUFFIX
+    return _get_ending(name) == JSON_SUFFIX
 
 
-def _ending(name: str) -> str:
-    """Return what a file's name says that it holds, without the ending of a compression."""
+def _get_ending(name: str) -> str:
+    """Return a name's ending in lower case, without the ending of a compression."""
     path = Path(name)
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix in COMPRESSED_SUFFIXES else suffix
 
 
 def passed_over(others: Sequence[str], hidden: Sequence[str]) -> str:
-    """Return, in words, what of a folder is not read; "" where all of it is.
+    """Format which entries of a folder were skipped; "": none.
 
     Args:
-        others: names of the files that are not read.
+        others: names of skipped files.
         hidden: names of hidden files and folders.
     """
-    if len(others) <= _MOST_TOLD:
-        # few files are named; of many the endings say more
-        which = sorted(others)
+    if len(others) <= _MAX_NAMES:
+        # name a few files; for many files, count their endings
+        shown = sorted(others)
     else:
         endings = Counter(Path(name).suffix.lower() or "no ending" for name in others).most_common()
-        rest = sum(count for _, count in endings[_MOST_ENDINGS:])
-        which = [f"{count:,} {ending}" for ending, count in endings[:_MOST_ENDINGS]]
-        which += [f"{rest:,} others"] if rest else []
-    first = [*sorted(hidden)[:_MOST_TOLD], *(["..."] if len(hidden) > _MOST_TOLD else [])]
-    what = "file" if len(others) == 1 else "files"
-    parts = [f"{len(all_):,} {what} ({', '.join(told)})"
-             for all_, what, told in ((others, what, which), (hidden, "hidden", first)) if all_]
+        rest = sum(count for _, count in endings[_MAX_ENDINGS:])
+        shown = [f"{count:,} {ending}" for ending, count in endings[:_MAX_ENDINGS]]
+        shown += [f"{rest:,} others"] if rest else []
+    parts = []
+    if others:
+        noun = "file" if len(others) == 1 else "files"
+        parts.append(f"{len(others):,} {noun} ({', '.join(shown)})")
+    if hidden:
+        shown_hidden = [*sorted(hidden)[:_MAX_NAMES], *(["..."] if len(hidden) > _MAX_NAMES else [])]
+        parts.append(f"{len(hidden):,} hidden ({', '.join(shown_hidden)})")
     return f"passed over {' and '.join(parts)}" if parts else ""
 
 
-def _of_a_dataset(kept: list[str]) -> Iterator[str]:
-    """Yield what a dataset has that may not be meant, in words."""
-    if plain := [name for name in kept if _is_text(name)]:
-        shown = ", ".join([*plain[:_MOST_TOLD], *(["..."] if len(plain) > _MOST_TOLD else [])])
+def _describe_dataset(names: list[str]) -> Iterator[str]:
+    """Yield warnings about probably unintended files of a dataset."""
+    if plain := [name for name in names if _is_text(name)]:
+        shown = ", ".join([*plain[:_MAX_NAMES], *(["..."] if len(plain) > _MAX_NAMES else [])])
         yield (f"beside records it reads {len(plain):,} files of plain text ({shown}) as documents; pass the "
                "files of records to leave them out")
-    splits = [split for split, words in SPLITS.items() if any(has_word(name, words) for name in kept)]
+    splits = [split for split, words in SPLITS.items() if any(has_word(name, words) for name in names)]
     if len(splits) > 1:
         yield (f"it reads the splits {', '.join(splits)} as one source; pass the files of one split to keep "
                "the others out")
 
 
 def plan_units(files: Iterable[Path], unit_bytes: int = SPAN_BYTES) -> Iterator[tuple[FileSpan, ...]]:
-    """Yield units of work of about `unit_bytes` on the disk: several small files, or a part of a large one.
+    """Yield units of work with about `unit_bytes` on disk: several small files or a part of a large one.
 
-    A compressed file, a list in JSON and an Arrow file are one span whatever their size, since they can only
-    be read from their start.
+    A compressed file, a JSON list or an Arrow file is one span of any size: reading it must begin at its
+    start.
     """
     group: list[FileSpan] = []
     size_bytes = 0
@@ -372,12 +371,12 @@ def plan_units(files: Iterable[Path], unit_bytes: int = SPAN_BYTES) -> Iterator[
 
 
 def spans_of(file: Path, span_bytes: int = SPAN_BYTES, *, read_as: str = "") -> Iterator[FileSpan]:
-    """Yield the spans of one file, of about `span_bytes` each; joined they are the file.
+    """Yield consecutive spans of a file, of about `span_bytes` each.
 
     Args:
         file: the file.
-        span_bytes: see above.
-        read_as: ending that says what it holds, as ".jsonl"; "": its own does.
+        span_bytes: approximate size of a span.
+        read_as: ending that declares the content, such as ".jsonl"; "": the file's own ending.
 
     Raises:
         UserError: the file cannot be read.
@@ -388,13 +387,13 @@ def spans_of(file: Path, span_bytes: int = SPAN_BYTES, *, read_as: str = "") -> 
                          max(size_bytes, 1) if size_bytes <= WHOLE_FILE_BYTES else DOCUMENT_BYTES, size_bytes)
         suffix = read_as or whole.suffix
         if suffix == PARQUET_SUFFIX:
-            yield from _row_groups(whole, span_bytes)
+            yield from _iter_row_groups(whole, span_bytes)
         elif (whole.compression or suffix == JSON_SUFFIX or suffix in ARROW_SUFFIXES
               or size_bytes <= max(span_bytes, WHOLE_FILE_BYTES)):
             yield whole
         else:
-            # each span begins where a record or a document does, so that processes read them alone
-            starts = list(_starts(whole, span_bytes, suffix))
+            # each span begins at a record or document, so that processes can read them independently
+            starts = list(_iter_starts(whole, span_bytes, suffix))
             for start, stop in zip(starts, [*starts[1:], size_bytes], strict=True):
                 yield FileSpan(file, start, stop, whole.document_bytes, stop - start)
     except OSError as e:
@@ -402,8 +401,8 @@ def spans_of(file: Path, span_bytes: int = SPAN_BYTES, *, read_as: str = "") -> 
                         "check the path and its permissions") from e
 
 
-def _starts(whole: FileSpan, span_bytes: int, suffix: str) -> Iterator[int]:
-    """Yield where spans of a large file begin: at a line of JSONL, behind a blank line of text."""
+def _iter_starts(whole: FileSpan, span_bytes: int, suffix: str) -> Iterator[int]:
+    """Yield the start offsets of spans: at lines of JSONL, after blank lines of text."""
     start = 0
     with open(whole.file, "rb") as f:
         while start < whole.stop:
@@ -411,8 +410,7 @@ def _starts(whole: FileSpan, span_bytes: int, suffix: str) -> Iterator[int]:
             start += span_bytes
             f.seek(start)
             if suffix in JSONL_SUFFIXES:
-                # to the end of the line that the boundary fell into; in blocks, since a line may be larger
-                # than memory
+                # skip to the end of the line at this offset, in blocks: a line may be larger than memory
                 while (block := f.readline(_BLOCK_BYTES)) and not block.endswith(b"\n"):
                     start += len(block)
                 start += len(block)
@@ -422,8 +420,8 @@ def _starts(whole: FileSpan, span_bytes: int, suffix: str) -> Iterator[int]:
                 return
 
 
-def _row_groups(whole: FileSpan, span_bytes: int) -> Iterator[FileSpan]:
-    """Yield runs of row groups; a file that is no Parquet is one span, and found out where it is read."""
+def _iter_row_groups(whole: FileSpan, span_bytes: int) -> Iterator[FileSpan]:
+    """Yield ranges of row groups; a damaged file is one span, whose reader reports the damage."""
     try:
         metadata = open_parquet(whole.file).metadata
     except BadRecord:
@@ -438,36 +436,34 @@ def _row_groups(whole: FileSpan, span_bytes: int) -> Iterator[FileSpan]:
 
 
 def open_parquet(file: Path) -> Any:
-    """Return a Parquet file opened by pyarrow; a string that many rows of a page share is held in memory
-    once, as it is in the file.
+    """Open a Parquet file with pyarrow; a string repeated within a page is held in memory once.
 
     Raises:
-        BadRecord: it is not one, or only a part of one.
+        BadRecord: the file is not Parquet, or truncated.
     """
     import pyarrow
 
     try:
-        opened = sealed.open_parquet(file)
+        opened = sealed.open_sealed_parquet(file)
         leaves = [opened.schema.column(i) for i in range(len(opened.schema))]
-        # read as dictionaries: a page that repeats one string of megabytes would else take a copy for each
-        # row
+        # read strings as dictionaries: otherwise a page that repeats a string of megabytes copies it per row
         strings = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"
                    and leaf.logical_type.type in ("STRING", "NONE")]
-        return sealed.open_parquet(file, metadata=opened.metadata, read_dictionary=strings)
+        return sealed.open_sealed_parquet(file, metadata=opened.metadata, read_dictionary=strings)
     except UserError as e:
         raise BadRecord("parquet", str(e).removeprefix(f"{file}: ")) from None
     except (pyarrow.ArrowInvalid, pyarrow.ArrowException) as e:
-        reason = first_line(e)
+        reason = first_error_line(e)
         raise BadRecord("parquet",
                         f"is not a Parquet file, or only a part of one ({reason}); fetch it again") from None
 
 
 @contextlib.contextmanager
 def arrow_batches(file: Path) -> Iterator[tuple[list[str], Iterator[Any]]]:
-    """Yield the names of an Arrow file's or stream's columns, and its batches.
+    """Yield the column names and batches of an Arrow file or stream.
 
     Raises:
-        BadRecord: it is neither, or damaged; also from the batches.
+        BadRecord: another format or damage; raised also while reading batches.
     """
     import pyarrow
     from pyarrow import ipc
@@ -475,23 +471,27 @@ def arrow_batches(file: Path) -> Iterator[tuple[list[str], Iterator[Any]]]:
     try:
         with pyarrow.OSFile(str(file)) as opened:
             begin = opened.read(6)
-            # a file begins with its magic, a stream with a continuation mark, one of before 2019 with a
-            # length
+            # a file begins with magic bytes, a stream with a continuation mark (before 2019: with a length)
             is_file, is_old = begin == b"ARROW1", begin[:4] != _STREAM_END[:4]
             opened.seek(0)
             reader = ipc.open_file(opened) if is_file else ipc.open_stream(opened)
-            batches = (map(reader.get_batch, range(reader.num_record_batches)) if is_file
-                       else _stream(reader, opened, is_old))
-            yield reader.schema.names, (_sound_batch(batch) for batch in batches)
+            batches: Iterator[Any]
+            if is_file:
+                batches = map(reader.get_batch, range(reader.num_record_batches))
+            else:
+                batches = _iter_stream(reader, opened, is_old)
+            yield reader.schema.names, map(_validate_batch, batches)
     except (pyarrow.ArrowException, OSError) as e:
-        reason = first_line(e)[:200]
-        raise BadRecord("arrow", f"is no Arrow file, or only a part of one ({reason}); what came before "
-                                 "is read; fetch it again") from None
+        reason = first_error_line(e)[:200]
+        raise BadRecord("arrow", f"is not an Arrow file, or only a part of one ({reason}); the batches "
+                                 "before the damage are read; fetch it again") from None
 
 
-def _stream(reader: Any, opened: Any, is_old: bool) -> Iterator[Any]:
-    """Yield the batches of a stream, and look whether it has its end: nothing else shows that it was cut off
-    between two of them. An old one's end, of before 2019, cannot be told from data."""
+def _iter_stream(reader: Any, opened: Any, is_old: bool) -> Iterator[Any]:
+    """Yield the batches of a stream, and check its end mark: nothing else shows a truncation between batches.
+
+    The end mark of old streams (before 2019) cannot be distinguished from data.
+    """
     import pyarrow
 
     yield from reader
@@ -500,13 +500,13 @@ def _stream(reader: Any, opened: Any, is_old: bool) -> Iterator[Any]:
         raise pyarrow.ArrowInvalid("the end of the stream is missing")
 
 
-def _sound_batch(batch: Any) -> Any:
+def _validate_batch(batch: Any) -> Any:
     batch.validate(full=True)
     return batch
 
 
 def open_bytes(file: Path, compression: str = "") -> IO[bytes]:
-    """Open a file that may be compressed (".gz", ".zst") for reading."""
+    """Open a file for reading, decompressing ".gz" or ".zst"."""
     if compression == ".gz":
         return cast(IO[bytes], gzip.open(file, "rb"))
     if compression == ".zst":
@@ -515,7 +515,7 @@ def open_bytes(file: Path, compression: str = "") -> IO[bytes]:
 
 
 class ZstdFile(io.RawIOBase):
-    """The decompressed bytes of a `.zst` file of one or more frames; wrap it in `io.BufferedReader`."""
+    """Decompressed bytes of a `.zst` file with one or more frames; wrap it in `io.BufferedReader`."""
 
     def __init__(self, file: Path) -> None:
         import pyarrow
@@ -526,15 +526,15 @@ class ZstdFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer: WriteableBuffer) -> int:
-        """Fill `buffer`; returns the bytes written, 0 at the end.
+        """Fill `buffer` and return the number of bytes, 0 at the end.
 
         Raises:
-            EOFError: the file ends inside a frame, or its data are damaged.
+            EOFError: the file is truncated or damaged.
         """
         try:
             return int(self._stream.readinto(buffer))
         except OSError as e:
-            if e.errno:  # of the disk; Arrow's own errors have no number
+            if e.errno:  # an error of the disk; Arrow's own errors have no number
                 raise
             raise EOFError(str(e)) from None
 
@@ -544,14 +544,16 @@ class ZstdFile(io.RawIOBase):
 
 
 def holds_records(file: Path) -> bool:
-    """Return whether a JSON file is a list, or lines of records, by its beginning: one object that goes on
-    over several lines, or is all that the file holds, says something of data and is none."""
+    """Return whether the beginning of a JSON file is a list of objects, or lines with one object each.
+
+    A single object, on one line or several, describes data and is not data.
+    """
     try:
         with open_bytes(file, file.suffix.lower() if file.suffix.lower() in COMPRESSED_SUFFIXES else "") as f:
             head = f.read(_BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
     except (OSError, EOFError, zlib.error):
-        return True  # it is refused where it is read
+        return True  # the reader reports the error
     line, _, rest = head.partition(b"\n")
-    # `[{` or a first line that is a whole object with another one below
+    # `[{`, or a first line that holds a whole object followed by another object
     is_list = head[:1] == b"[" and head[1:].lstrip()[:1] == b"{"
     return is_list or (line[:1] == b"{" and line.rstrip()[-1:] == b"}" and rest.lstrip()[:1] == b"{")

@@ -1,6 +1,7 @@
-"""Training data from a group of judged responses: the best response against the worst, or each response
-with its place in the group.  Files (`sov-data pairs`, `groups`) and RL rounds (`policy.method = preference`)
-use the same rules.  A truncated response may be a bad one, and is never learned as a good one.
+"""Build training data from a group of judged responses: a pair of best and worst, or an advantage for each.
+
+Files (`sov-data pairs`, `groups`) and RL rounds (`policy.method = preference`) use the same rules. A
+truncated response may be a bad example but never a good one.
 """
 
 from __future__ import annotations
@@ -8,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 REWARD_TOLERANCE = 1e-8
-"""Rewards no farther apart are equal (times the largest, if that is above 1): 0.1 + 0.2 + 0.3 and 0.6 differ
-by the rounding of floats, which is no preference."""
+"""Rewards closer than this (relative to the largest above 1) are equal: 0.1 + 0.2 + 0.3 and 0.6 differ only
+by rounding."""
 
 
 def are_equal(rewards: Sequence[float]) -> bool:
@@ -20,16 +21,16 @@ def are_equal(rewards: Sequence[float]) -> bool:
 
 def pair_of(rewards: Sequence[float], ended: Sequence[bool], is_same: Callable[[int, int], bool]
             ) -> tuple[tuple[int, int] | None, int]:
-    """Return the indices of the best and the worst response (West-of-N, arXiv 2401.12086), and the number of
-    better responses that were passed over because they are truncated.
+    """Choose the best and the worst response of a group (West-of-N, arXiv 2401.12086).
 
     Args:
-        rewards: of the responses. Of equal rewards the first is taken; the best has to have ended.
-        ended: whether each response ended by itself.
-        is_same: whether two responses, given by their indices, are the same text with different rewards.
+        rewards: one reward per response; of equal rewards the first counts.
+        ended: whether each response ended by itself; the best response must have.
+        is_same: whether two responses (by index) have the same text in spite of different rewards.
 
     Returns:
-        None instead of a pair if no response that ended is better than the worst, or both are the same text.
+        (best index, worst index) or None if there is no preference; and the number of better responses passed
+        over because they were truncated.
     """
     places = range(len(rewards))
 
@@ -49,12 +50,14 @@ def pair_of(rewards: Sequence[float], ended: Sequence[bool], is_same: Callable[[
 
 
 def places_in_group(rewards: Sequence[float]) -> list[float]:
-    """Return the advantage of each response by K-EXAONE's technical report, ``2 (z - min z) / (max z - min z)
-    - 1`` for rewards z that are not `are_equal`: from -1, the worst, to 1, the best."""
+    """Return the advantage of each response by K-EXAONE's technical report: -1 for the worst, 1 for the best.
+
+    The formula is ``2 (z - min z) / (max z - min z) - 1`` for rewards z that are not `are_equal`.
+    """
     low, high = min(rewards), max(rewards)
     return [2 * (z - low) / (high - low) - 1 for z in rewards]
 
 
-def is_learned(place: float, ended: bool) -> bool:
-    """Return whether a response is learned with its place; its group counts it in any case."""
-    return ended or place <= REWARD_TOLERANCE
+def is_learned(advantage: float, ended: bool) -> bool:
+    """Return whether training uses a response; responses that it does not use still count in their group."""
+    return ended or advantage <= REWARD_TOLERANCE

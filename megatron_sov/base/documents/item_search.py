@@ -1,14 +1,14 @@
-"""The search of texts for items of benchmarks, by runs of words (`documents.overlap`).
+"""Search texts for benchmark items by runs of words (`documents.overlap`).
 
-An item of `ngram` words or more is found where one of its runs of so many words is.  A shorter one is found
-where all of it is; one below `min_words` says too little to be looked for.  A text's runs are looked up in a
-table of one byte for each value of their first bits, and those few that may be an item's among all of them.
+An item of at least `ngram` words matches if the text contains one of its runs of `ngram` words. A shorter
+item matches if the text contains all of it; items below `min_words` are not searched. A text's runs are first
+looked up in a table of one byte per hash prefix, and only the few candidates among the sorted hashes of all
+items.
 
-`plain` gives a second form of a text: what a reader sees of one that is written with markup, escapes or
-letters that look like others.  It is searched beside the text itself, so that nothing that is found without
-it is lost: entities and escapes are read, tags inside words and commands of TeX and Markdown go, accents go,
-and letters of other scripts that look like Latin ones become these (Unicode Technical Standard 39,
-confusables).
+`plain` computes a second form of a text: the visible text without markup, escapes and look-alike letters. It
+is searched in addition to the original text, so that it cannot hide a match. Entities and escapes are
+decoded; tags inside words, TeX and Markdown commands and accents are removed; and letters of other scripts
+that look like Latin letters become Latin (Unicode Technical Standard 39, confusables).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megatron_sov.base.documents.overlap import TWELFTHS, Units, find_units, str
 
 _MAY_DIFFER = re.compile(r"[&<\\{}*_`$%~=+^\[\u00a0-\U0010ffff]")
 _ROUNDS = 3
-"""An entity may hold the sign of another one, as in &amp;lt;."""
+"""Passes over nested escapes: an entity may contain the sign of another one, as in &amp;lt;."""
 _BLOCKS = ("p|br|div|li|ul|ol|td|th|tr|table|h[1-6]|hr|section|article|header|footer|blockquote|pre|dd|dt|dl|"
            "option|label|figcaption|title|body|head|html")
 _ESCAPE = re.compile(
@@ -59,7 +59,7 @@ _MARKUP = re.compile(
 _SIGNS = {_ESCAPE: re.compile(r"&(?=[#\w])|%(?=[0-9A-Fa-f])|=(?=[0-9A-F\r\n])|\\(?=[ux])"),
           _MARKUP: re.compile(r"<(?=[!/A-Za-z])|\\|\](?=[\](])|\[(?=[^\[\]\n]{1,200}\]\()|!(?=\[)|[~{}$`^*_]|"
                               r"=(?==)|\+(?=\+)")}
-"""With what a match of these begins."""
+"""Pattern -> cheap pattern of the first characters of its matches."""
 _CONFUSABLE = {
     **dict(zip("аеорсухіјѕһԁɡԛԝвкмнтзпгьґүӏ", "aeopcyxijshdgqwbkmht3nrbryl", strict=True)),
     **dict(zip("АВЕКМНОРСТУХІЈЅԌԚԜЗҮӀ", "ABEKMHOPCTYXIJSGQW3YI", strict=True)),
@@ -71,9 +71,9 @@ _CONFUSABLE = {
 _COMBINING = re.compile("[\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f]+")
 
 _Places = tuple[NDArray[np.int64], NDArray[np.int64]]
-"""Where the origin of each character begins, and where it ends."""
+"""Start and end (exclusive) of each character's origin in an earlier text."""
 _Step = Callable[[], _Places]
-"""Tells the places of a text that was made of another."""
+"""Computes the origins of a text's characters in the text before a replacement."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Plain:
 
     @property
     def starts(self) -> NDArray[np.int64]:
-        """Return where in the text as it was written that begins from which each character was made."""
+        """Return the start in the original text of each character's origin."""
         return self._origins[0]
 
     @property
@@ -94,34 +94,34 @@ class Plain:
 
     @cached_property
     def _origins(self) -> _Places:
-        # most texts hold nothing that is looked for, and are never asked for places
+        # computed lazily: most texts contain no item, and nobody reads their origins
         starts, ends = self.steps[0]()
         for step in self.steps[1:]:
             at, upto = step()
-            # places compose: each step says where its characters came from in the text before it
+            # each step maps its characters to the text before it: compose the maps
             starts, ends = starts[at], ends[upto - 1]
         return starts, ends
 
 
 def plain(text: str) -> Plain | None:
-    """Return the plain form of a text; None where it would say the same to a search by words."""
+    """Return the plain form of a text; None if a search by words would see no difference."""
     if not _MAY_DIFFER.search(text):
         return None
-    made, steps = text, list[_Step]()
-    # escapes first, for they may hide markup; markup before letters, for commands of accents make letters
+    current, steps = text, list[_Step]()
+    # escapes first: they may hide markup; markup before letters: accent commands produce letters
     for _ in range(_ROUNDS):
-        new, step = _replaced(made, _ESCAPE, _unescaped)
-        if new == made:
+        new, step = _replace_matches(current, _ESCAPE, _unescape)
+        if new == current:
             break
-        made, steps = new, [*steps, step]
-    new, step = _replaced(made, _MARKUP, _without_markup)
-    if new != made:
-        made, steps = new, [*steps, step]
-    if not made.isascii():
-        new, step = _letters(made)
-        if new != made:
-            made, steps = new, [*steps, step]
-    return None if made == text or not made else Plain(made, tuple(steps))
+        current, steps = new, [*steps, step]
+    new, step = _replace_matches(current, _MARKUP, _strip_markup)
+    if new != current:
+        current, steps = new, [*steps, step]
+    if not current.isascii():
+        new, step = _replace_letters(current)
+        if new != current:
+            current, steps = new, [*steps, step]
+    return None if current == text or not current else Plain(current, tuple(steps))
 
 
 def forms(text: str) -> list[str]:
@@ -129,13 +129,14 @@ def forms(text: str) -> list[str]:
     return [text] if other is None else [text, other.text]
 
 
-def _replaced(text: str, pattern: re.Pattern[str], value: Callable[[re.Match[str]], str]
+def _replace_matches(text: str, pattern: re.Pattern[str], value: Callable[[re.Match[str]], str]
               ) -> tuple[str, _Step]:
-    """Return a text with matches replaced, and what tells the places."""
+    """Replace matches of a pattern; return the new text and a function that computes the characters'
+    origins."""
     parts: list[str] = []
-    begins, stops = [0], []  # of what each part was made of, in turn as it was and replaced
+    begins, stops = [0], []  # origins of the parts, alternately unchanged and replaced
     at = 0
-    # a search for signs alone is many times as fast as one for all that they may begin
+    # searching for signs is many times faster than matching the whole pattern everywhere
     for sign in _SIGNS[pattern].finditer(text):
         if sign.start() < at or (match := pattern.match(text, sign.start())) is None:
             continue
@@ -149,37 +150,36 @@ def _replaced(text: str, pattern: re.Pattern[str], value: Callable[[re.Match[str
         at = end
     parts.append(text[at:])
     stops.append(len(text))
-    return "".join(parts), partial(_places, parts, begins, stops)
+    return "".join(parts), partial(_compute_origins, parts, begins, stops)
 
 
-def _places(parts: list[str], begins: list[int], stops: list[int]) -> _Places:
-    # parts alternate: even ones were kept as they are, odd ones were replaced
+def _compute_origins(parts: list[str], begins: list[int], stops: list[int]) -> _Places:
+    # even parts are unchanged, odd parts replaced
     sizes = np.fromiter(map(len, parts), np.int64, len(parts))
     part = np.repeat(np.arange(len(parts)), sizes)
-    # place inside its part: characters of a kept part move on one by one, those of a replaced part share its
-    # span
-    here = np.arange(len(part)) - (np.cumsum(sizes) - sizes)[part]
-    is_kept = part % 2 == 0
-    starts = np.array(begins)[part] + here * is_kept
-    return starts, np.where(is_kept, starts + 1, np.array(stops)[part])
+    # characters of an unchanged part have consecutive origins; a replaced part has one range for all
+    offset = np.arange(len(part)) - (np.cumsum(sizes) - sizes)[part]
+    is_unchanged = part % 2 == 0
+    starts = np.array(begins)[part] + offset * is_unchanged
+    return starts, np.where(is_unchanged, starts + 1, np.array(stops)[part])
 
 
-def _unescaped(match: re.Match[str]) -> str:
+def _unescape(match: re.Match[str]) -> str:
     if match["entity"]:
         return html.unescape(match[0])
     if match["soft"]:
         return ""
     if match["percent"]:
-        read = unquote(match[0], errors="replace")
-        return match[0] if "\ufffd" in read else read
+        decoded = unquote(match[0], errors="replace")
+        return match[0] if "\ufffd" in decoded else decoded
     if match["quoted"]:
-        read = bytes.fromhex(match[0].replace("=", "")).decode("utf-8", "replace")
-        return match[0] if "\ufffd" in read else read
+        decoded = bytes.fromhex(match[0].replace("=", "")).decode("utf-8", "replace")
+        return match[0] if "\ufffd" in decoded else decoded
     code = int(match["unicode"] or match["four"] or match["byte"], 16)
     return chr(code) if code < 0x110000 and not 0xD800 <= code < 0xE000 else match[0]
 
 
-def _without_markup(match: re.Match[str]) -> str:
+def _strip_markup(match: re.Match[str]) -> str:
     if match["block"] or match["blank"] or match["marks"] == "$":
         return " "
     if match["accent"]:
@@ -187,9 +187,10 @@ def _without_markup(match: re.Match[str]) -> str:
     return match["literal"] or ""
 
 
-def _letters(text: str) -> tuple[str, _Step]:
-    """Return a text with the letters that its own look like, and what tells the places."""
-    table = {ord(c): _letter(c) for c in set(text)}  # a character that it lacks would cost an exception
+def _replace_letters(text: str) -> tuple[str, _Step]:
+    """Replace letters by Latin look-alikes; return the new text and a function that computes origins."""
+    # complete: `translate` would raise and catch an exception for each missing character
+    table = {ord(c): _to_latin(c) for c in set(text)}
 
     def places() -> _Places:
         sizes = np.fromiter((len(table[ord(c)]) for c in text), np.int64, len(text))
@@ -200,19 +201,19 @@ def _letters(text: str) -> tuple[str, _Step]:
 
 
 @lru_cache(maxsize=1 << 16)
-def _letter(character: str) -> str:
-    """Return what a character looks like, without its accents; Hangul and what has no Latin form as it is."""
+def _to_latin(character: str) -> str:
+    """Return a character's Latin look-alike without accents; Hangul and other characters stay unchanged."""
     if character.isascii():
         return character
-    if (made := _CONFUSABLE.get(character)) is not None:
-        return made
+    if (latin := _CONFUSABLE.get(character)) is not None:
+        return latin
     if _COMBINING.fullmatch(character):
         return ""
-    # decomposition takes accents off Latin letters; Hangul falls into jamo and is left as it is
-    apart = unicodedata.normalize("NFKD", character)
-    if not apart[:1].isascii() and apart[:1] not in _CONFUSABLE:
+    # decomposition separates accents from Latin letters, and Hangul into jamo
+    decomposed = unicodedata.normalize("NFKD", character)
+    if not decomposed[:1].isascii() and decomposed[:1] not in _CONFUSABLE:
         return character
-    return "".join(_CONFUSABLE.get(c, c) for c in _COMBINING.sub("", apart))
+    return "".join(_CONFUSABLE.get(c, c) for c in _COMBINING.sub("", decomposed))
 
 
 _BYTES_PER_KEY = 32
@@ -224,55 +225,54 @@ class SearchItem:
     """One text of a benchmark."""
 
     benchmark: str
-    """Name of its file, without the ending, or of its task."""
+    """Task name, or file name without its ending."""
     id: str
-    """The record's own, or its line."""
+    """The record's id or line number."""
     field: str
-    """Which of the record's fields it is."""
+    """Field of the record."""
     text: str
 
 
 @dataclass(frozen=True)
 class FoundItem:
-    """An item, and where a text has it."""
+    """A match of an item in a text."""
 
     item: int
-    """Its number."""
+    """Index of the item."""
     begin: int
-    """First unit of the stretch."""
+    """First unit of the match."""
     end: int
-    """The unit behind it."""
+    """End unit (exclusive)."""
 
 
 class ItemSearch:
-    """Looks for items."""
+    """An index of benchmark items for searching texts."""
 
     def __init__(self, items: Sequence[SearchItem], ngram: int, min_words: int) -> None:
-        """Prepare.
+        """Index the items.
 
         Args:
-            items: of all benchmarks.
-            ngram: words of a run.
-            min_words: shorter items are left out; at most `ngram`.
+            items: texts of all benchmarks.
+            ngram: length of a run in words.
+            min_words: length of the shortest searched item; at most `ngram`.
         """
         self.items, self.ngram, self.min_words = items, ngram, min_words
         self.too_short: list[int] = []
-        """Numbers of the items that are not looked for."""
-        # hash of a run -> items that have it; `_whole`: hash of the first run -> length and hash of a short
-        # item
+        """Indices of items below `min_words`, which are not searched."""
+        # `runs`: hash of a run -> items; `_whole`: hash of a short item's first run -> (units, hash, item)
         runs: dict[int, list[int]] = defaultdict(list)
         self._whole: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
         for number, item in enumerate(items):
-            self._add(number, find_units(item.text), runs)
+            self._index_item(number, find_units(item.text), runs)
             if (other := plain(item.text)) and (not self.too_short or self.too_short[-1] != number):
-                self._add(number, find_units(other.text), runs)
+                self._index_item(number, find_units(other.text), runs)
         self._owners = runs
         self._runs, self._beginnings = _Keys(list(runs)), _Keys(list(self._whole))
 
-    def _add(self, number: int, units: Units, runs: dict[int, list[int]]) -> None:
-        """Look for an item in one of its forms."""
+    def _index_item(self, number: int, units: Units, runs: dict[int, list[int]]) -> None:
+        """Index one form of an item."""
         if units.size >= self.ngram * TWELFTHS:
-            # an item may repeat a run, and both its forms may have it: its number is noted once
+            # record an item once per run, even if the run occurs twice or in both forms
             for run in np.unique(units.runs(self.ngram)).tolist():
                 if number not in runs[run][-1:]:
                     runs[run].append(number)
@@ -280,53 +280,53 @@ class ItemSearch:
             count = len(units.hashes)
             whole = stretch_hashes(units.hashes, np.array([0]), np.array([count]))
             entry = (count, int(whole[0]), number)
-            if entry not in (known := self._whole[int(units.runs(self.min_words)[0])]):
-                known.append(entry)
+            if entry not in (entries := self._whole[int(units.runs(self.min_words)[0])]):
+                entries.append(entry)
         elif number not in self.too_short:
             self.too_short.append(number)
 
     def find(self, units: Units) -> list[FoundItem]:
-        """Return what a text has, by item and place; stretches of an item that touch are one."""
-        found: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        """Return all matches by item and position; touching stretches of an item are merged."""
+        matches: dict[int, list[tuple[int, int]]] = defaultdict(list)
         ends = units.run_ends(self.ngram)
-        places = self._runs.places(stretch_hashes(units.hashes, np.arange(len(ends)), ends))
+        places = self._runs.find(stretch_hashes(units.hashes, np.arange(len(ends)), ends))
         for begin, run in places:
             for item in self._owners[run]:
-                stretches = found[item]
-                # places come in order, so a run that touches the last stretch makes it longer
+                stretches = matches[item]
+                # begins ascend: a run that touches the last stretch extends it
                 if stretches and begin <= stretches[-1][1]:
                     stretches[-1] = (stretches[-1][0], int(ends[begin]))
                 else:
                     stretches.append((begin, int(ends[begin])))
         if self._whole:
-            for begin, run in self._beginnings.places(units.runs(self.min_words)):
+            for begin, run in self._beginnings.find(units.runs(self.min_words)):
                 for count, whole, item in self._whole[run]:
                     end = begin + count
-                    # the first words agree; the hash of the whole item decides
+                    # the first words match; compare the hash of the whole item
                     if end <= len(units.hashes) and whole == int(stretch_hashes(
                             units.hashes[begin:end], np.array([0]), np.array([count]))[0]):
-                        found[item].append((begin, end))
-        return [FoundItem(item, *stretch) for item in sorted(found) for stretch in found[item]]
+                        matches[item].append((begin, end))
+        return [FoundItem(item, *stretch) for item in sorted(matches) for stretch in matches[item]]
 
 
 class _Keys:
-    """A set of 64-bit keys that is asked for many at a time."""
+    """A set of 64-bit keys with vectorised lookup."""
 
     def __init__(self, keys: list[int]) -> None:
         self._keys = np.sort(np.array(keys, np.uint64))
-        # at most one in 32 values of the table is set, so most runs of a text end at this look
-        wanted = max(1, len(keys) * _BYTES_PER_KEY).bit_length()
-        bits = min(max(wanted, _MIN_BITS), _MAX_BITS)
-        self._shift = np.uint64(64 - bits)
-        self._may_be = np.zeros(1 << bits, np.bool_)
+        # at most 1 in 32 table entries is set, so most lookups end at the table
+        num_bits = max(1, len(keys) * _BYTES_PER_KEY).bit_length()
+        table_bits = min(max(num_bits, _MIN_BITS), _MAX_BITS)
+        self._shift = np.uint64(64 - table_bits)
+        self._may_be = np.zeros(1 << table_bits, np.bool_)
         self._may_be[self._keys >> self._shift] = True
 
-    def places(self, asked: NDArray[np.uint64]) -> list[tuple[int, int]]:
-        """Return (place, key) of those asked for that are in the set."""
-        places = np.flatnonzero(self._may_be[asked >> self._shift])
+    def find(self, keys: NDArray[np.uint64]) -> list[tuple[int, int]]:
+        """Return (index, key) of the keys that are in the set."""
+        places = np.flatnonzero(self._may_be[keys >> self._shift])
         if not len(places):
             return []
-        # a binary search for the few that are left; clipped, since a key above all others has no place
-        nearest = np.minimum(np.searchsorted(self._keys, asked[places]), len(self._keys) - 1)
-        places = places[self._keys[nearest] == asked[places]]
-        return list(zip(places.tolist(), asked[places].tolist(), strict=True))
+        # binary search for the candidates; clipped, because a key above all others has no successor
+        nearest = np.minimum(np.searchsorted(self._keys, keys[places]), len(self._keys) - 1)
+        places = places[self._keys[nearest] == keys[places]]
+        return list(zip(places.tolist(), keys[places].tolist(), strict=True))

@@ -1,6 +1,4 @@
-"""Scripts of a text: which alphabets its letters are of, from the names that Unicode gives them; and which
-scripts put no blank between words.
-"""
+"""Scripts of characters by their Unicode names, and the ranges of scripts without blanks between words."""
 
 from __future__ import annotations
 
@@ -9,16 +7,15 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
-# Scripts that put no blank between words, or whose blanks do not set words apart.  Who counts such a script
-# by its characters names the rows that it takes.  Where they differ it is on purpose:
-# - runs of words that texts share (`documents.overlap`) leave Tibetan whole, whose syllables have marks
-#   between them, and give Hangul a size of its own.  They look at NFKC, in which half-width kana and
-#   compatibility letters do not occur, and take the marks of Han for characters;
-# - rules of quality (`data_prep.curate.quality.rules.words`) count what is written by hand and by keyboards,
-#   without letters of old Korean;
-# - n-grams of scorers (`data_prep.curate.scoring.ngrams`) leave runs of lone Hangul letters, bopomofo and
-#   half-width kana whole: as words they say what their letters would not.  To change that means to train all
-#   scorers again.
+# Scripts whose words are not separated by blanks, or not reliably. Each user chooses rows of this table, and
+# they differ on purpose:
+# - shared runs of words (`documents.overlap`) keep Tibetan whole, because marks separate its syllables, and
+# count   Hangul in a size of its own. They work on NFKC, which has no half-width kana or compatibility
+# letters, and   count the marks of Han as characters;
+# - quality rules (`data_prep.curate.quality.rules.words`) count modern text, without letters of old Korean;
+# - n-grams of scorers (`data_prep.curate.scoring.ngrams`) keep runs of lone Hangul letters, bopomofo and
+#   half-width kana whole: as words they carry a meaning that single letters lose. A change requires training
+# all   scorers again.
 CODE_POINTS: dict[str, tuple[tuple[int, int], ...]] = {
     "thai": ((0x0E00, 0x0E80),),
     "lao": ((0x0E80, 0x0F00),),
@@ -35,27 +32,27 @@ CODE_POINTS: dict[str, tuple[tuple[int, int], ...]] = {
     "old hangul": ((0xA960, 0xA980), (0xD7A4, 0xD800)),
     "lone hangul letters": ((0x3130, 0x3190),),
 }
-"""Script -> its ranges of code points: first, and the one behind the last."""
+"""Script -> ranges of code points (first, end exclusive)."""
 
 OF_RUNS = ("thai", "lao", "burmese", "khmer", "marks of han", "kana", "han")
-"""Scripts of which runs of words count a character as a quarter of a word."""
+"""Scripts with a quarter of a word per character in runs of words."""
 HANGUL_OF_RUNS = ("hangul", "old hangul", "lone hangul letters")
-"""Those of which they count one as a third."""
+"""Scripts with a third of a word per character in runs of words."""
 OF_RULES = ("thai", "lao", "tibetan letters", "burmese", "khmer", "kana", "bopomofo", "han",
             "half-width kana", "hangul", "lone hangul letters")
-"""Scripts whose characters the rules of quality count."""
+"""Scripts that quality rules count by characters."""
 OF_SCORERS = ("thai", "lao", "tibetan letters", "tibetan signs", "burmese", "khmer", "kana", "han", "hangul",
               "old hangul")
-"""Scripts of which the n-grams of scorers take characters for units."""
+"""Scripts whose characters are units in the n-grams of scorers."""
 
 
 def code_points(scripts: Sequence[str]) -> list[tuple[int, int]]:
-    """Return the ranges of some scripts: first code point, and the one behind the last."""
+    """Return the ranges of code points (first, end exclusive) of scripts."""
     return [span for script in scripts for span in CODE_POINTS[script]]
 
 
 def in_brackets(scripts: Sequence[str]) -> str:
-    """Return the ranges of some scripts as they stand between the brackets of a regular expression."""
+    """Format the ranges of scripts for a character class of a regular expression."""
     return "".join(f"{chr(begin)}-{chr(end - 1)}" for begin, end in code_points(scripts))
 
 
@@ -71,15 +68,15 @@ LANGUAGES = {
     "pl": ("LATIN",),
     "tr": ("LATIN",), "vi": ("LATIN",), "id": ("LATIN",), "sw": ("LATIN",), "fi": ("LATIN",),
 }
-"""Language (ISO 639-1) -> the scripts that it is written in."""
+"""Language (ISO 639-1) -> scripts, by the first word of their Unicode names."""
 _WIDE = ("FULLWIDTH", "HALFWIDTH", "SUPERSCRIPT", "SUBSCRIPT", "MODIFIER", "IDEOGRAPHIC", "MATHEMATICAL")
 
 
 @lru_cache(maxsize=1 << 16)
 def script_of(char: str) -> str:
-    """Return the script of a letter or a mark; an empty text for digits, signs and what belongs to none.
+    """Return the script of a letter or mark; "" for digits, symbols and letters without a script.
 
-    Letters of formulas (U+1D400 and on, the Greek of physics) belong to none: they are no text in a language.
+    Mathematical letters (from U+1D400 on) have no script, because they do not belong to text of a language.
     """
     if unicodedata.category(char)[0] not in "LM":
         return ""
@@ -94,7 +91,7 @@ def script_of(char: str) -> str:
 
 def letters_by_script(text: str) -> Counter[str]:
     counts: Counter[str] = Counter()
-    # each kind of character once: texts have millions of characters of a few hundred kinds
+    # look up each distinct character once: texts have millions of characters but few hundred distinct ones
     for char, count in Counter(text).items():
         if script := script_of(char):
             counts[script] += count

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -10,7 +9,9 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from megatron_sov.base.errors import Fix, UserError, nearest
+from megatron_sov.base.errors import Fix, UserError, suggest_name
+from megatron_sov.base.hints.foreign import read_foreign
+from megatron_sov.base.hints.kinds import kind_of_folder
 from megatron_sov.base.hints.lines import is_placeholder
 from megatron_sov.base.hints.table import by_word, normalize, table
 
@@ -29,6 +30,8 @@ def unknown_command(program: str, word: str, choices: Sequence[str], typed: Sequ
     rows = table()["commands"].get(program, {})
     by_word = {one: text for words, text in rows.items() for one in words.split()}
     begin = f"{program} {word}: does not exist"
+    if _names_model(typed):
+        by_word |= {one: by_word[f"{one}+model"] for one in [*by_word] if f"{one}+model" in by_word}
     if (text := by_word.get(word.lower())) and kind_of_folder(Path(word)) == "other":
         return _fill_template(begin, text, typed)
     options = table()["by_option"].get(program, {})
@@ -50,7 +53,7 @@ def unknown_command(program: str, word: str, choices: Sequence[str], typed: Sequ
             ways = [_with_output(ways[0], typed)]
         return UserError(f"{program}: {word} is a path, and an action comes first",
                          Fix("\n  ".join(f"{program} {way}" for way in ways)))
-    close = nearest(word, choices)
+    close = suggest_name(word, choices)
     fix = Fix(f"{program} {shlex.join([close.split(chr(39))[1], *typed])}") if close and typed else None
     return UserError(f"{begin}{close} (`{program} --help` lists what there is)", fix)
 
@@ -101,6 +104,15 @@ def _with_output(line: str, typed: Sequence[str]) -> str:
     return f"{line} {shlex.join(kept)}".strip()
 
 
+def _names_model(typed: Sequence[str]) -> bool:
+    """Return whether words, or another program's configuration file among them, name a model."""
+    words = [normalize(one.partition("=")[0]) for one in typed if one.startswith("-")]
+    for path in map(Path, typed):
+        if path.suffix in (".yaml", ".yml", ".json") and path.is_file():
+            words += [key.lower() for key in read_foreign(path, lambda key: "." in key)]
+    return any(word == "from" or "--from" in by_word("options").get(word, ()) for word in words)
+
+
 def _names_output(option: str) -> bool:
     """Return whether an option is --output, in our words or others'."""
     word = normalize(option)
@@ -113,24 +125,3 @@ def command_comes_first(program: str, typed: Sequence[str], commands: Iterable[s
     at = next((place for place, word in enumerate(typed) if word in known), 0)
     line = [*typed[at:], *typed[:at]] if at else ["COMMAND", *typed]
     return UserError(f"{typed[0]}: a command comes before its options", Fix(f"{program} {shlex.join(line)}"))
-
-
-def kind_of_folder(path: Path) -> str:
-    """Return what a folder holds, by the names of its files: run, checkpoint, hf, peft, tokens, tokenizer,
-    megatron or other."""
-    names = set(os.listdir(path)) if path.is_dir() else set()
-    if "events.jsonl" in names:
-        return "run"
-    if "adapter_config.json" in names:
-        return "peft"
-    if "latest_checkpointed_iteration.txt" in names or any(name.startswith("iter_") for name in names):
-        return "megatron"
-    if "config.json" in names and any(name.endswith(".safetensors") for name in names):
-        return "hf"
-    if "manifest.json" in names:
-        try:
-            kind = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["kind"]
-        except (OSError, ValueError, TypeError, KeyError):
-            kind = "other"
-        return str(kind)
-    return "tokenizer" if "tokenizer.json" in names else "other"

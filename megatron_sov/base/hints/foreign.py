@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.hints.commands import kind_of_folder
 from megatron_sov.base.hints.table import by_word, last_part, settings_called
 
 MAX_BYTES = 1 << 20
@@ -36,48 +35,6 @@ def read_foreign(file: Path, exists: Callable[[str], Any]) -> dict[str, list[str
     theirs = {key: words for key, words in leaves.items() if not exists(key)}
     is_known = any(settings_called(last_part(key)) for key in theirs)
     return theirs if is_known and 2 * len(theirs) > len(leaves) and "recipe" not in leaves else {}
-
-
-OPTIONS_OF_KIND = {
-    "model": ("--from", "--tokenizer"), "hub": ("--from", "--tokenizer", "--data"),
-    "tokenizer": ("--tokenizer",), "config": ("--config",), "tokens": ("--data",),
-    "data": ("--prompts", "--data", "--input", "--text"),
-    "absent": ("--run", "--output"), "folder": ("--input", "--data", "--run"), "text": ("--prompt",),
-    "code": (), "recipe": ()}
-"""Kind of a word without an option -> the options that it may belong to, the likeliest first."""
-_DATA = (".jsonl", ".json", ".parquet", ".txt", ".csv", ".tsv", ".gz", ".zst", ".arrow", ".md")
-_HUB = re.compile(r"[A-Za-z][\w.-]*/[\w.-]*\d[\w.-]*")
-
-
-def kind_of_word(word: str) -> str:
-    """Return the kind of a word without an option, a key of `OPTIONS_OF_KIND`."""
-    path = Path(re.sub(r"(?<=.):[\d.]+$", "", word))
-    if path.is_dir():
-        kinds = {"run": "model", "checkpoint": "model", "hf": "model", "peft": "model", "tokens": "tokens",
-                 "tokenizer": "tokenizer"}
-        return kinds.get(kind_of_folder(path), "folder")
-    if path.is_file():
-        return "config" if option_of_path(path) == "--config" else "data"
-    if ".py:" in word:
-        return "code"
-    if re.search(r"\s|[?!]$", word):
-        return "text"
-    if path.suffix in _DATA:
-        return "data"
-    if _HUB.fullmatch(word) and not path.parent.exists():
-        return "hub"
-    return "absent" if "/" in word or not re.search(r"\d|-", word) else "recipe"
-
-
-def option_of_path(path: Path) -> str:
-    """Return the option of a configuration file or a model's folder that stands for a recipe; "": neither."""
-    if path.suffix in (".yaml", ".yml", ".json", ".toml") and path.is_file():
-        with path.open("rb") as file:
-            if path.suffix == ".json" and file.read(64).lstrip()[:1] == b"[":
-                return ""  # records
-        return "--config"
-    is_model = path.is_dir() and any((path / name).exists() for name in ("config.json", "checkpoints"))
-    return "--from" if is_model or kind_of_folder(path) == "checkpoint" else ""
 
 
 def recipe_of(run: Path) -> str:

@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-from megatron_sov.base.errors import Fix, UserError
+from megatron_sov.base.errors import DryRun, Fix, UserError
 
 MAX_FAULTS = 8
 """Faults of one command line that are collected."""
@@ -43,7 +43,7 @@ def propose_line(program: str, typed: Sequence[str], error: UserError,
         if not is_new or before or len(sentences) == MAX_FAULTS or has_placeholder(line, typed):
             break
         try:
-            with _without_output():
+            with _without_output(), contextlib.suppress(DryRun):
                 check(line)
         except UserError as e:
             error = e

@@ -52,7 +52,7 @@ def placeholder(action: argparse.Action) -> str:
     """Return the value of a missing option: a new folder, its first choice, or its name."""
     row = table()["missing"].get(action.option_strings[0], {})
     if new := row.get("new"):
-        return next(name for name in (new, *(f"{new}-{n}" for n in count(2))) if not Path(name).exists())
+        return next(name for n in count(1) if not Path(name := f"{new}-{n}" if n > 1 else new).exists())
     choices = list(action.choices or ())
     return str(row.get("write") or (choices[0] if choices else action.metavar or action.dest.upper()))
 

@@ -16,9 +16,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.errors import Fix, UserError, nearest, warn
-from megatron_sov.base.hints.foreign import (
-    OPTIONS_OF_KIND, blend_of, is_translated, kind_of_word, option_of_path, read_foreign, recipe_of)
+from megatron_sov.base.errors import Fix, UserError, suggest_name, warn
+from megatron_sov.base.hints.foreign import blend_of, is_translated, read_foreign, recipe_of
+from megatron_sov.base.hints.kinds import OPTIONS_OF_KIND, kind_of_word, option_of_path
 from megatron_sov.base.hints.missing import placeholder, split_words
 from megatron_sov.base.hints.search import describe_found, find_by_meaning
 from megatron_sov.base.hints.table import by_word, last_part, normalize, note_on, table
@@ -59,6 +59,8 @@ class _Rewrite:
     """Settings that give way to the same ones with values that were typed."""
     first: list[str] = field(default_factory=list)
     """Values of positional arguments, which go before all options."""
+    named: dict[str, list[str]] = field(default_factory=dict)
+    """Positional argument -> its values in `first`."""
     words: list[str] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
     is_changed: bool = False
@@ -152,7 +154,9 @@ class _Rewrite:
         if word in ("input", "data", "inputs") and "DIR[:WEIGHT]" in self.positionals:
             meant = "DIR"
         if meant and not meant.startswith("-"):
-            self.first += [value_of_option(word, meant, value) for value in values]
+            given = [value_of_option(word, meant, value) for value in values]
+            self.first += given
+            self.named[meant] = given
             self.add(f"{option} is {meant} here, without an option")
         elif meant:
             alone = table()["values"].get(word, {}).get("")
@@ -170,6 +174,9 @@ class _Rewrite:
             self.add(f"{option}: {note}")
         elif close := nearest_option(option, self.options):
             self.add(f"{option}: nothing takes this{close}", close.split("'")[1], *values)
+        elif len(found := find_by_meaning(option, texts := self.read_texts())) == 1 and values and (
+                found[0] in self.options):
+            self.add(f"{option}: nothing takes this{describe_found(found, texts)}", found[0], *values)
         else:
             self.add(f"{option}: nothing takes this{self.search(option)}; leave it out")
 
@@ -378,7 +385,7 @@ def _place_free_words(parser: argparse.ArgumentParser, made: _Rewrite) -> None:
         kind = kind_of_word(word)
         # TARGET, RUN and others come first, whatever they are
         is_taken = number < room and not (is_recipe and kind not in ("recipe", "code"))
-        options = [one for one in OPTIONS_OF_KIND[kind] if one in parser._option_string_actions
+        options = [one for one in OPTIONS_OF_KIND[kind] if one in made.options
                    and (one not in written or one == "--data")]
         if is_taken or not options:
             stays.append(word)
@@ -471,9 +478,11 @@ def _add_companions(made: _Rewrite) -> None:
 
 
 def nearest_option(option: str, options: Sequence[str]) -> str:
-    """Return what `nearest` says of an option, if at most a fifth of the letters differ: a word that is only
-    similar is another thing."""
-    close = nearest(option, options)
+    """Suggest the nearest option as `suggest_name` does, if at most a fifth of the letters differ.
+
+    An option that is only similar means another thing.
+    """
+    close = suggest_name(option, options)
     share = difflib.SequenceMatcher(None, option, close.split("'")[1]).ratio() if close else 0.0
     return close if share >= MIN_SIMILARITY else ""
 
@@ -482,7 +491,8 @@ def _is_misspelt(key: str, texts: Mapping[str, str]) -> bool:
     """Return whether a setting of the same group has a similar name."""
     group, _, last = key.rpartition(".")
     names = [name.removeprefix("--set ").removesuffix("=VALUE") for name in texts]
-    return bool(nearest(last, [name.rpartition(".")[2] for name in names if name.startswith(f"{group}.")]))
+    return bool(suggest_name(last,
+                             [name.rpartition(".")[2] for name in names if name.startswith(f"{group}.")]))
 
 
 def _answer(parser: argparse.ArgumentParser, made: _Rewrite) -> UserError:
@@ -497,17 +507,24 @@ def _answer(parser: argparse.ArgumentParser, made: _Rewrite) -> UserError:
                if action.required and action.option_strings and not set(action.option_strings) & set(written)]
     first = list(made.first)
     free, others = split_words(parser, words)
+    if made.named and free and len(made.named) + len(free) == len(made.positionals):
+        left = iter(free)
+        first = [value for name in made.positionals for value in made.named.get(name) or [next(left)]]
+        words = others
     folders = first or free
     if made.weights and len(made.weights) == len(folders):
         words = words if first else others
         first = [f"{folder}:{weight}" for folder, weight in zip(folders, made.weights, strict=True)]
     if not first and not split_words(parser, words)[0]:
+        is_priced = made.command == "plan" and "--from" in written
         needed = [str(action.metavar or action.dest) for action in parser._actions
                   if not action.option_strings and (action.required or (
                       action.dest == "recipe" and made.command in NEED_A_RECIPE
-                      and not {"--config", "--from"} & set(written)))]
+                      and "--config" not in written and not is_priced))]
         recipe = recipe_of(Path(value_after(words, "--from")))
-        first = [recipe if name == "RECIPE" and recipe else name for name in needed]
+        # of a model without a run the command proposes a recipe
+        first = [recipe if name == "RECIPE" and recipe else name for name in needed
+                 if name != "RECIPE" or recipe or "--from" not in written]
         if needed and "RECIPE" in first + needed[1:]:
             made.said.append(f"{' and '.join(needed)} {'is' if len(needed) == 1 else 'are'} missing"
                              + "; `megatron-sov recipes` lists the recipes" * ("RECIPE" in needed))

@@ -1,2 +1,1 @@
-"""Pages for people: one HTML file that opens without a network, with tables and charts in light and dark;
-and text of strangers for Markdown."""
+"""Self-contained HTML pages with tables and charts, and safe text for Markdown."""

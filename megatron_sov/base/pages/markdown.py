@@ -1,19 +1,19 @@
-"""Text of strangers in Markdown."""
+"""Escape untrusted text for Markdown."""
 
 from __future__ import annotations
 
 import html
 import re
 
-from megatron_sov.base.errors import visible
+from megatron_sov.base.errors import escape_controls
 
 MAX_CHARS = 2_000
 _SPECIAL = re.compile(r"[\\`*_\[\]|~$]|^[#+=-]|(?<=^\d)[.)]")
 
 
-def md(text: object, chars: int = MAX_CHARS) -> str:
-    """Return a text on one line that is text alone wherever Markdown is read."""
-    # one line: a line break would end a table's row or begin a heading
-    line = visible(" ".join(str(text).split()))
+def escape_md(text: object, chars: int = MAX_CHARS) -> str:
+    """Escape a text for Markdown on one line, shortened to `chars` characters."""
+    # one line: a line break would end a table row or begin a heading
+    line = escape_controls(" ".join(str(text).split()))
     line = line if len(line) <= chars else f"{line[:chars]} …"
     return _SPECIAL.sub(r"\\\g<0>", html.escape(line, quote=False))

@@ -1,4 +1,4 @@
-"""Pages that are complete in themselves: charts, tables, chapters as data, and what writes them as HTML."""
+"""Build self-contained HTML pages from chapters, tables and charts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from megatron_sov.base.errors import visible
+from megatron_sov.base.errors import escape_controls
 from megatron_sov.base.pages.plots import HeatMap, LinePlot
 from megatron_sov.version import __version__
 
@@ -27,15 +27,15 @@ class Chart:
     caption: str
     """One sentence below the chart."""
     note: str = ""
-    """Points or bars that are left out or changed for drawing; may be empty."""
+    """Remark about omitted or changed points; may be empty."""
 
 
-# What a page holds: chapters of sections of text, charts and tables.
+# Contents of a page: chapters of sections with text, charts and tables.
 
 MAX_OPEN_ROWS = 12
-"""Of a table that may be folded."""
+"""Rows up to which a foldable table stays open."""
 MAX_CARDS = 16
-"""Rows of a table that becomes cards on a phone."""
+"""Rows up to which a table becomes cards on a phone."""
 _NUMBER = r"[-+−]?\$?\d[\d.,]*(e[-+]?\d+)?( ?%| ?[A-Za-zµ°][A-Za-z/]{0,8})?( \d[\d.,]* ?[a-z]{1,3})?"
 _FIGURE = re.compile(rf"[≈<>]?\s?{_NUMBER}((/| of | to | → ){_NUMBER})?( \([^()]*\))?")
 _FIGURE_OR_NOTHING = re.compile(rf"{_FIGURE.pattern}|[–-]|")
@@ -43,12 +43,12 @@ _FIGURE_OR_NOTHING = re.compile(rf"{_FIGURE.pattern}|[–-]|")
 
 @dataclass(frozen=True)
 class PageTable:
-    """A table; cells are text and are escaped, unless they are `Markup`."""
+    """A table; cells are text, which is escaped, or `Markup`."""
 
     head: list[str]
     rows: list[list[str]]
     fold: str = ""
-    """What its rows are; many of them are folded under their number.  Empty: they are never folded."""
+    """Noun for the rows; a long table is folded under their number. "": never folded."""
 
     @property
     def is_folded(self) -> bool:
@@ -56,23 +56,23 @@ class PageTable:
 
     @property
     def figure_columns(self) -> list[bool]:
-        """Return for each column whether its cells are figures, which are aligned right."""
+        """Whether each column contains only numbers, which are aligned right."""
         columns = [[str(row[i]) for row in self.rows if i < len(row)] for i in range(len(self.head))]
         return [any(map(_FIGURE.fullmatch, cells)) and all(map(_FIGURE_OR_NOTHING.fullmatch, cells))
                 for cells in columns]
 
     @property
     def becomes_cards(self) -> bool:
-        """Return whether each row becomes a card on a phone; longer tables scroll."""
+        """Whether each row becomes a card on a phone; longer tables scroll."""
         return len(self.head) > 2 and len(self.rows) <= MAX_CARDS
 
 
-def tables(things: Iterable[Any], columns: Mapping[str, Callable[[Any], str]]) -> list[PageTable]:
-    """Return the table of some things, a row for each; of nothing there is none.
+def build_tables(things: Iterable[Any], columns: Mapping[str, Callable[[Any], str]]) -> list[PageTable]:
+    """Build a table with one row per item; without items return no table.
 
     Args:
-        things: events, or whatever the columns look at.
-        columns: heading -> what gives the cell of one thing.
+        things: events or other items.
+        columns: heading -> function that returns an item's cell.
     """
     rows = [[cell(thing) for cell in columns.values()] for thing in things]
     return [PageTable(list(columns), rows)] if rows else []
@@ -80,18 +80,18 @@ def tables(things: Iterable[Any], columns: Mapping[str, Callable[[Any], str]]) -
 
 @dataclass(frozen=True)
 class Comparison:
-    """Texts side by side: what several wrote to one prompt, or one document before and after a change."""
+    """Texts side by side: several responses to a prompt, or a document before and after a change."""
 
     prompt: str
     texts: list[tuple[str, str]]
-    """(who or when, text), in the order of reading."""
+    """(author or time, text), in reading order."""
     label: str = "Prompt"
-    """What the prompt is; stands above it."""
+    """Heading above the prompt."""
 
 
 @dataclass(frozen=True)
 class PageSection:
-    """One part of a chapter."""
+    """A section of a chapter."""
 
     title: str
     text: str = ""
@@ -99,35 +99,35 @@ class PageSection:
     tables: list[PageTable] = field(default_factory=list)
     samples: list[dict[str, str]] = field(default_factory=list)
     turns: list[tuple[str, str]] = field(default_factory=list)
-    """(who, what was said), in order."""
+    """(speaker, text), in order."""
     comparisons: list[Comparison] = field(default_factory=list)
     json: str = ""
-    """Collapsible details, as JSON."""
+    """Details as JSON, folded."""
     side_by_side: bool = False
-    """Charts stand beside one another where there is room."""
+    """Whether charts stand next to each other if there is room."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A small part of a page's first screen; panels stand beside one another where there is room."""
+    """A small box on a page's first screen, next to other panels if there is room."""
 
     title: str
     columns: int
-    """Width on a wide screen, of twelve columns."""
+    """Width on a wide screen, in twelfths."""
     facts: list[tuple[str, str]] = field(default_factory=list)
     """(label, value)."""
     tables: list[PageTable] = field(default_factory=list)
     charts: list[Chart] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
     more: list[Comparison] = field(default_factory=list)
-    """Comparisons that are folded under their number."""
+    """Comparisons folded under their number."""
     figures: list[tuple[str, str, str]] = field(default_factory=list)
     """(label, value, detail), as large cards."""
     text: str = ""
     share: float = -1.0
-    """How much is done, from 0 to 1, as a bar; below 0: there is no bar."""
+    """Progress bar from 0 to 1; negative: no bar."""
     is_wide: bool = False
-    """Its charts are wide: two stand beside one another."""
+    """Whether charts are wide: only two fit next to each other."""
 
     @property
     def is_empty(self) -> bool:
@@ -136,87 +136,86 @@ class Panel:
 
 @dataclass(frozen=True)
 class Chapter:
-    """One thing that the page tells of, e.g. a run."""
+    """A chapter of a page, e.g. about a run."""
 
     name: str
     detail: str
-    """Stands behind the name in small type; may be empty."""
+    """Small text after the name; may be empty."""
     figures: list[tuple[str, str, str]]
-    """(label, value, detail) of what a reader asks first."""
+    """(label, value, detail) of the most important numbers."""
     sections: list[PageSection]
-    """In reading order; none: the chapter says that there is nothing yet."""
+    """Sections in reading order; empty: the chapter shows a placeholder."""
 
 
-def render(kicker: str, title: str, subtitle: str, chapters: list[Chapter], *, verdict: str = "",
+def render_page(kicker: str, title: str, subtitle: str, chapters: list[Chapter], *, verdict: str = "",
            opening: Sequence[Panel] = (), overview: tuple[str, PageTable] | None = None,
            anchor: str = "part", nothing: str = "There is nothing to show.",
            now_s: float | None = None) -> str:
-    """Return the HTML of a page.
+    """Render a page as HTML.
 
-    Text is escaped by the template; a content security policy lets only the file's own scripts run and
-    forbids every load, so that hostile text from a model or a corpus stays text even for a reader's browser
-    with a defect elsewhere.
+    The template escapes text. A content security policy allows only the page's own scripts and forbids
+    loading anything, so untrusted text from a model or a corpus stays text even if a template had a defect.
 
     Args:
-        kicker: what kind of page it is, above the title.
-        title: the heading.
-        subtitle: one line below it; may be empty.
-        chapters: what the page tells of, in order.
-        verdict: the result in one sentence, before all else; may be empty.
-        opening: what stands before all else, to be seen without scrolling on a wide screen.
-        overview: a heading and a table before the chapters.
-        anchor: how the chapters' addresses begin.
-        nothing: said in a chapter without sections.
-        now_s: Unix time to print as the time of writing; the current one by default.
+        kicker: kind of page, above the title.
+        title: heading.
+        subtitle: line below the title; may be empty.
+        chapters: chapters in order.
+        verdict: result in one sentence at the top; may be empty.
+        opening: panels at the top, visible without scrolling on a wide screen.
+        overview: heading and table before the chapters.
+        anchor: prefix of the chapters' anchors.
+        nothing: placeholder in a chapter without sections.
+        now_s: Unix time shown as the creation time; None: now.
     """
-    page_js = _resource("page.js")
-    return _templates().get_template("page.html.j2").render(
+    page_js = _read_resource("page.js")
+    return _load_templates().get_template("page.html.j2").render(
         kicker=kicker, title=title, subtitle=subtitle, verdict=verdict, nothing=nothing,
-        chapters=[_anchored(chapter, f"{anchor}-{i}") for i, chapter in enumerate(chapters, 1)],
+        chapters=[_add_anchors(chapter, f"{anchor}-{i}") for i, chapter in enumerate(chapters, 1)],
         opening=opening, overview=overview, overview_anchor=f"{anchor}s",
-        css=_resource("colours.css") + _resource("page.css"), page_js=page_js,
-        script_hashes=_csp_hash(page_js),
+        css=_read_resource("colours.css") + _read_resource("page.css"), page_js=page_js,
+        script_hashes=_hash_for_csp(page_js),
         version=__version__, written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now_s)),
     )
 
 
 def render_chat() -> str:
-    """Return the HTML of the page that talks to the models of the server that it comes from.
+    """Render the chat page of the server as HTML.
 
-    Its policy lets its own script and style work and its own server be asked; what a model writes is inserted
-    as text.
+    Its content security policy allows its own script and style, and requests to its own server. Model output
+    is inserted as text.
     """
-    css, js = _resource("colours.css") + _resource("chat.css"), _resource("chat.js")
-    return _templates().get_template("chat.html.j2").render(
-        css=css, js=js, style_hash=_csp_hash(css), script_hash=_csp_hash(js),
+    css, js = _read_resource("colours.css") + _read_resource("chat.css"), _read_resource("chat.js")
+    return _load_templates().get_template("chat.html.j2").render(
+        css=css, js=js, style_hash=_hash_for_csp(css), script_hash=_hash_for_csp(js),
         version=__version__)
 
 
 @lru_cache(maxsize=1)
-def _templates() -> jinja2.Environment:
+def _load_templates() -> jinja2.Environment:
     import jinja2
 
-    # StrictUndefined: a misspelt name in the template is an error and not an empty place
+    # StrictUndefined: a misspelt name in a template raises an error instead of leaving a gap
     return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
-                              finalize=_shown, loader=jinja2.FunctionLoader(_resource))
+                              finalize=_escape_value, loader=jinja2.FunctionLoader(_read_resource))
 
 
-def _shown(value: object) -> object:
-    """Return what the template is given with its control characters escaped; `Markup` is our own."""
-    return value if hasattr(value, "__html__") else visible(str(value))
+def _escape_value(value: object) -> object:
+    """Escape control characters in a template's values, except in our own `Markup`."""
+    return value if hasattr(value, "__html__") else escape_controls(str(value))
 
 
-def _anchored(chapter: Chapter, anchor: str) -> dict[str, object]:
+def _add_anchors(chapter: Chapter, anchor: str) -> dict[str, object]:
     parts = [{"section": s, "anchor": f"{anchor}-{re.sub('[^a-z]+', '-', s.title.lower())}"}
              for s in chapter.sections]
     return {"name": chapter.name, "detail": chapter.detail, "anchor": anchor, "figures": chapter.figures,
             "parts": parts}
 
 
-def _resource(name: str) -> str:
+def _read_resource(name: str) -> str:
     return importlib.resources.files("megatron_sov.base.pages").joinpath("templates", name).read_text(
         encoding="utf-8")
 
 
-def _csp_hash(script: str) -> str:
+def _hash_for_csp(script: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"

@@ -1,8 +1,7 @@
-"""Charts as HTML with inline SVG: lines and heat maps that need no script and load nothing.
+"""Charts as inline SVG in HTML: line plots and heat maps without scripts or external files.
 
-The marks of a chart are SVG that stretches to the width of the page; its labels are HTML text, so that they
-have the same size on a phone and on a wide screen.  Colours are CSS variables of the page: charts follow its
-light and dark theme.
+SVG shapes stretch to the page's width; labels are HTML text, so that they have the same size on phones and
+wide screens. Colours are CSS variables of the page, which follow its light or dark theme.
 """
 
 from __future__ import annotations
@@ -14,24 +13,24 @@ from itertools import pairwise
 
 from markupsafe import Markup
 
-from megatron_sov.base.errors import visible
+from megatron_sov.base.errors import escape_controls
 from megatron_sov.base.figures import format_count, format_value
 
 NUM_COLOURS = 8
 NARROW_PX, NAME_PX = 290, 7
-"""Width of a chart on a phone, and of a character of a band's name."""
+"""Width of a chart on a phone, and of one character in a band's name."""
 GRID = 1000
-"""Units of a plot's area along each side; points are rounded to them."""
+"""Units along each side of the plot area; coordinates are rounded to them."""
 MAX_TICKS = 5
 MAX_DOTS, MAX_NOTED_DOTS = 40, 12
-"""A line of at most so many points shows each as a dot; of fewer ones each dot has its values."""
+"""Up to MAX_DOTS points are drawn as dots; up to MAX_NOTED_DOTS dots show their values under the pointer."""
 CELL_PX = 26
 SHADES = 12
-"""Shades of a heat map; cells of one shade are drawn as one path."""
+"""Shades of a heat map; all cells of one shade form one SVG path."""
 
 
-def colour(i: int) -> str:
-    """Return the i-th colour of a page's charts."""
+def series_colour(i: int) -> str:
+    """Return the CSS colour of the i-th series."""
     return f"var(--c{i % NUM_COLOURS + 1})"
 
 
@@ -41,12 +40,12 @@ class Axis:
 
     title: str = ""
     low: float | None = None
-    """Lower end; None: by the values."""
+    """Lower end; None: fits the values."""
     high: float | None = None
-    """Upper end; None: by the values."""
+    """Upper end; None: fits the values."""
     is_log: bool = False
     is_share: bool = False
-    """Values are fractions and are written as percentages."""
+    """Whether values are fractions, written as percentages."""
 
 
 class Scale:
@@ -72,32 +71,34 @@ class Scale:
         self._low = low if axis.low is not None else low - pad
         self._high = high if axis.high is not None else high + pad
 
-    def place(self, value: float) -> float:
-        """Return the fraction of the axis at which a value lies; values outside are moved to the ends."""
-        at = math.log10(value) if self._axis.is_log else value
-        return min(1.0, max(0.0, (at - self._low) / (self._high - self._low)))
+    def to_fraction(self, value: float) -> float:
+        """Return a value's fraction of the axis; values outside are clamped to the ends."""
+        position = math.log10(value) if self._axis.is_log else value
+        return min(1.0, max(0.0, (position - self._low) / (self._high - self._low)))
 
     def ticks(self) -> list[tuple[float, str]]:
-        """Return the fraction and the text of each tick."""
+        """Return (fraction of the axis, label) of each tick."""
         if self._axis.is_log:
-            values = _log_ticks(self._low, self._high)
-            return [(self.place(value), _tick_text(value, value / 10)) for value in values]
+            values = _list_log_ticks(self._low, self._high)
+            return [(self.to_fraction(value), _format_tick(value, value / 10)) for value in values]
         step = round_step((self._high - self._low) / MAX_TICKS)
         first, last = math.ceil(self._low / step - 1e-9), math.floor(self._high / step + 1e-9)
-        # a sum of steps would add their rounding errors up
+        # multiply instead of adding steps, which would accumulate rounding errors
         values = [i * step for i in range(first, last + 1)]
         factor, unit = (100, " %") if self._axis.is_share else (1, "")
-        return [(self.place(value), _tick_text(value * factor, step * factor) + unit) for value in values]
+        return [(self.to_fraction(value), _format_tick(value * factor, step * factor) + unit)
+                for value in values]
 
 
 def round_step(least: float) -> float:
-    """Return the smallest of 1, 2, 2.5 and 5 times a power of ten that is not below a value."""
+    """Round up to 1, 2, 2.5 or 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(least))
     return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= least * (1 - 1e-9))
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
-    """Return 1, 2 and 5 times powers of ten between two logarithms; powers alone if these are many."""
+def _list_log_ticks(low: float, high: float) -> list[float]:
+    """Return 1, 2 and 5 times powers of ten within a range of logarithms; only powers if the range is
+    wide."""
     exponents = range(math.floor(low), math.ceil(high) + 1)
     factors = (1, 2, 5) if high - low <= 2 else (1,)
     every = max(1, len(exponents) // (MAX_TICKS + 1)) if len(factors) == 1 else 1
@@ -105,7 +106,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
             if low - 1e-9 <= math.log10(factor) + exponent <= high + 1e-9]
 
 
-def _tick_text(value: float, step: float) -> str:
+def _format_tick(value: float, step: float) -> str:
     if abs(value) >= 10_000 and step * 200 >= abs(value):
         return format_count(value)
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
@@ -116,188 +117,195 @@ def _tick_text(value: float, step: float) -> str:
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one colour; all values are finite."""
+    """Points of one colour; all values must be finite."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
-    colour: str = colour(0)
+    colour: str = series_colour(0)
     intervals: Sequence[tuple[float, float]] = ()
-    """Lower and upper end around each point."""
+    """(lower, upper) end of each point's interval."""
     is_faint: bool = False
 
 
 @dataclass(frozen=True)
 class LinePlot:
-    """Series over a common axis."""
+    """Line plot of several series."""
 
     series: Sequence[Series]
     x: Axis = field(default_factory=Axis)
     y: Axis = field(default_factory=Axis)
     height_px: int = 240
     bands: Sequence[tuple[str, float, float]] = ()
-    """Name, first and last value on the horizontal axis; every second one is shaded."""
+    """(name, first x, last x); every second band is shaded."""
     rules: Sequence[tuple[str, float]] = ()
-    """Vertical dotted lines: what is shown under the pointer, and where."""
+    """(text under the pointer, x) of vertical dotted lines."""
 
     def draw(self) -> Markup:
-        """Return the chart's HTML."""
-        ends = [end for one in self.series for interval in one.intervals for end in interval]
-        across = Scale(self.x, self._x_values())
-        up = Scale(self.y, [*(y for one in self.series for y in one.y), *ends], 0.04)
+        """Return the chart as HTML."""
+        ends = [end for series in self.series for interval in series.intervals for end in interval]
+        across = Scale(self.x, self._list_x_values())
+        up = Scale(self.y, [*(y for series in self.series for y in series.y), *ends], 0.04)
         grid = "".join(f"M0 {GRID - round(GRID * at)}h{GRID}" for at, _ in up.ticks())
         parts = [Markup('<path class="lines" d="{}"/>').format(grid)]
         parts += [Markup('<rect class="band" x="{}" width="{}" height="{}"><title>{}</title></rect>').format(
-            round(GRID * across.place(low)), round(GRID * (across.place(high) - across.place(low))), GRID,
-            visible(name)) for name, low, high in self.bands[1::2]]
+            round(GRID * across.to_fraction(low)),
+            round(GRID * (across.to_fraction(high) - across.to_fraction(low))), GRID, escape_controls(name))
+            for name, low, high in self.bands[1::2]]
         parts += [Markup('<path class="rule" d="M{} 0v{}"><title>{}</title></path>').format(
-            round(GRID * across.place(at)), GRID, visible(text)) for text, at in self.rules]
-        parts += [part for one in self.series for part in _draw_series(one, across, up)]
-        # on the narrowest screen a name may not fit above its band: then a number stands there
-        numbered = any((across.place(high) - across.place(low)) * NARROW_PX < NAME_PX * (len(name) + 1)
-                       for name, low, high in self.bands)
+            round(GRID * across.to_fraction(at)), GRID, escape_controls(text)) for text, at in self.rules]
+        parts += [part for series in self.series for part in _draw_series(series, across, up)]
+        # a name may not fit above its band on the narrowest screen: then show numbers and a legend
+        numbered = any(
+            (across.to_fraction(high) - across.to_fraction(low)) * NARROW_PX < NAME_PX * (len(name) + 1)
+            for name, low, high in self.bands)
         names = [Markup('<span class="phase" style="left:{:.1f}%;width:{:.1f}%">{}</span>').format(
-            100 * across.place(low), 100 * (across.place(high) - across.place(low)),
-            number if numbered else visible(name)) for number, (name, low, high) in enumerate(self.bands, 1)]
-        told = ", ".join(f"{number} {visible(name)}" for number, (name, *_) in enumerate(self.bands, 1))
-        told = Markup('<p class="axis below">{}</p>').format(told) if numbered else ""
-        legend = [(one.name, one.colour, one.is_faint) for one in self.series]
+            100 * across.to_fraction(low), 100 * (across.to_fraction(high) - across.to_fraction(low)),
+            number if numbered else escape_controls(name)) for number,
+                 (name, low, high) in enumerate(self.bands, 1)]
+        key = ", ".join(f"{number} {escape_controls(name)}" for number,
+                        (name, *_) in enumerate(self.bands, 1))
+        key = Markup('<p class="axis below">{}</p>').format(key) if numbered else ""
+        legend = [(series.name, series.colour, series.is_faint) for series in self.series]
         y_ticks = up.ticks()
         widest = max((len(text) for _, text in y_ticks), default=1)
         return Markup(
             '<p class="axis{}">{}</p><div class="area" style="height:{}px;margin-left:{:.1f}em">'
             '<svg viewBox="0 0 {grid} {grid}" preserveAspectRatio="none">{}</svg>{}{}{}</div>'
             '<p class="axis below">{}</p>{}{}').format(
-            Markup(" named") if self.bands else "", visible(self.y.title), self.height_px,
-            0.64 * widest + 0.8, Markup("").join(parts), _labels("up", "bottom", y_ticks),
-            _labels("across", "left", across.ticks()), Markup("").join(names), visible(self.x.title), told,
-            draw_legend(legend) if len(legend) > 1 else "", grid=GRID)
+            Markup(" named") if self.bands else "", escape_controls(self.y.title), self.height_px,
+            0.64 * widest + 0.8, Markup("").join(parts), _draw_labels("up", "bottom", y_ticks),
+            _draw_labels("across", "left", across.ticks()), Markup("").join(names),
+            escape_controls(self.x.title), key, draw_legend(legend) if len(legend) > 1 else "", grid=GRID)
 
-    def _x_values(self) -> list[float]:
-        values = [x for one in self.series for x in one.x]
+    def _list_x_values(self) -> list[float]:
+        values = [x for series in self.series for x in series.x]
         return values + [end for _, *ends in self.bands for end in ends]
 
 
-def _draw_series(one: Series, across: Scale, up: Scale) -> list[Markup]:
-    at = [(round(GRID * across.place(x)), GRID - round(GRID * up.place(y)))
-          for x, y in zip(one.x, one.y, strict=True)]
-    style = Markup('class="{}" style="--c:{}"').format("stroke faint" if one.is_faint else "stroke",
-                                                       one.colour)
+def _draw_series(series: Series, across: Scale, up: Scale) -> list[Markup]:
+    points = [(round(GRID * across.to_fraction(x)), GRID - round(GRID * up.to_fraction(y)))
+          for x, y in zip(series.x, series.y, strict=True)]
+    style = Markup('class="{}" style="--c:{}"').format("stroke faint" if series.is_faint else "stroke",
+                                                       series.colour)
     parts = [Markup('<path {} d="M{} {}V{}"/>').format(
-        style, x, GRID - round(GRID * up.place(low)), GRID - round(GRID * up.place(high)))
-        for (x, _), (low, high) in zip(at, one.intervals, strict=False)]
-    if at:
+        style, x, GRID - round(GRID * up.to_fraction(low)), GRID - round(GRID * up.to_fraction(high)))
+        for (x, _), (low, high) in zip(points, series.intervals, strict=False)]
+    if points:
         parts.append(Markup('<path {} d="{}"><title>{}</title></path>').format(
-            style, _path(at), _summary(one)))
-    if len(at) <= MAX_NOTED_DOTS:
-        dots = [Markup('<path d="M{} {}h0"><title>{}</title></path>').format(x, y, _note(one, i))
-                for i, (x, y) in enumerate(at)]
+            style, _draw_path(points), _format_summary(series)))
+    if len(points) <= MAX_NOTED_DOTS:
+        dots = [Markup('<path d="M{} {}h0"><title>{}</title></path>').format(x, y, _format_note(series, i))
+                for i, (x, y) in enumerate(points)]
         parts.append(Markup('<g class="dots" style="--c:{}">{}</g>').format(
-            one.colour, Markup("").join(dots)))
-    elif len(at) <= MAX_DOTS:
+            series.colour, Markup("").join(dots)))
+    elif len(points) <= MAX_DOTS:
         parts.append(Markup('<path class="dots" style="--c:{}" d="{}"/>').format(
-            one.colour, "".join(f"M{x} {y}h0" for x, y in at)))
+            series.colour, "".join(f"M{x} {y}h0" for x, y in points)))
     return parts
 
 
-def _path(at: Sequence[tuple[int, int]]) -> str:
-    """Return the points as a path of relative steps, which are shorter than absolute ones."""
-    words = [f"M{at[0][0]} {at[0][1]}"]
-    for (x0, y0), (x1, y1) in pairwise(at):
+def _draw_path(points: Sequence[tuple[int, int]]) -> str:
+    """Format points as an SVG path of relative steps, which are shorter than absolute coordinates."""
+    words = [f"M{points[0][0]} {points[0][1]}"]
+    for (x0, y0), (x1, y1) in pairwise(points):
         if (x1, y1) != (x0, y0):
             words.append(f"l{x1 - x0}{'' if y1 < y0 else ' '}{y1 - y0}")
     return "".join(words)
 
 
-def _note(one: Series, i: int) -> str:
+def _format_note(series: Series, i: int) -> str:
     interval = ""
-    if i < len(one.intervals):
-        low, high = one.intervals[i]
+    if i < len(series.intervals):
+        low, high = series.intervals[i]
         interval = f" ({format_value(low)} to {format_value(high)})"
-    return visible(f"{one.name}: {format_value(one.y[i])}{interval} at {format_value(one.x[i], 8)}")
+    return escape_controls(f"{series.name}: {format_value(series.y[i])}{interval} at "
+                           f"{format_value(series.x[i], 8)}")
 
 
-def _summary(one: Series) -> str:
-    return visible(f"{one.name}: {format_value(one.y[0])} to {format_value(one.y[-1])}, "
-                   f"lowest {format_value(min(one.y))}, highest {format_value(max(one.y))}")
+def _format_summary(series: Series) -> str:
+    return escape_controls(f"{series.name}: {format_value(series.y[0])} to {format_value(series.y[-1])}, "
+                   f"lowest {format_value(min(series.y))}, highest {format_value(max(series.y))}")
 
 
-def _labels(name: str, side: str, ticks: Sequence[tuple[float, str]]) -> Markup:
-    spans = (Markup('<span style="{}:{:.1f}%">{}</span>').format(Markup(side), 100 * at, text)
-             for at, text in ticks)
+def _draw_labels(name: str, side: str, ticks: Sequence[tuple[float, str]]) -> Markup:
+    spans = (Markup('<span style="{}:{:.1f}%">{}</span>').format(Markup(side), 100 * position, text)
+             for position, text in ticks)
     return Markup('<div class="{}">{}</div>').format(Markup(name), Markup("").join(spans))
 
 
 def draw_legend(entries: Sequence[tuple[str, str, bool]]) -> Markup:
-    """Return a list of names with their colours; each entry is (name, colour, is faint)."""
+    """Return a legend as HTML; each entry is (name, colour, is faint)."""
     items = (Markup('<li{}><i style="--c:{}"></i>{}</li>').format(
-        Markup(' class="faint"') if is_faint else "", stroke, visible(name))
+        Markup(' class="faint"') if is_faint else "", stroke, escape_controls(name))
         for name, stroke, is_faint in entries)
     return Markup('<ul class="legend">{}</ul>').format(Markup("").join(items))
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Cells of rows and columns, coloured by their values; NaN stays empty."""
+    """Heat map of rows and columns; NaN cells stay empty."""
 
     rows: Sequence[str]
     columns: Sequence[str]
     values: Sequence[Sequence[float]]
-    """One list for each row."""
+    """One list per row."""
     low: float
     high: float
     row_title: str = ""
     column_title: str = ""
     shown: Sequence[Sequence[str]] = ()
-    """Text inside each cell."""
+    """Text in each cell."""
     notes: Sequence[Sequence[str]] = ()
     """Text of each cell under the pointer."""
 
     def draw(self) -> Markup:
-        """Return the chart's HTML."""
+        """Return the chart as HTML."""
         width = GRID / max(1, len(self.columns))
         shades: dict[int, list[str]] = {}
         for i, row in enumerate(self.values):
             for j, value in enumerate(row):
                 if math.isfinite(value):
                     left, right = round(j * width), round((j + 1) * width)
-                    shades.setdefault(self._shade(value), []).append(f"M{left} {i}h{right - left}v1H{left}z")
-        parts = [Markup('<path d="{}" fill="{}"/>').format("".join(cells), _shade_colour(shade))
+                    shades.setdefault(self._choose_shade(value),
+                                      []).append(f"M{left} {i}h{right - left}v1H{left}z")
+        parts = [Markup('<path d="{}" fill="{}"/>').format("".join(cells), _mix_colour(shade))
                  for shade, cells in sorted(shades.items())]
         height_px = CELL_PX * len(self.rows)
-        rows = [((i + 0.5) / len(self.rows), visible(row)) for i, row in enumerate(self.rows)]
+        rows = [((i + 0.5) / len(self.rows), escape_controls(row)) for i, row in enumerate(self.rows)]
         widest = max(map(len, self.rows), default=1)
         return Markup(
             '<p class="axis">{}</p><div class="area heat" style="height:{}px;margin-left:{:.1f}em">'
             '<svg viewBox="0 0 {} {}" preserveAspectRatio="none">{}</svg>{}{}{}</div>'
             '<p class="axis below">{}</p>').format(
-            visible(self.row_title), height_px, 0.64 * widest + 0.8, GRID, len(self.rows),
-            Markup("").join(parts), self._texts(), _labels("up", "top", rows),
-            _labels("across", "left", self._column_labels()), visible(self.column_title))
+            escape_controls(self.row_title), height_px, 0.64 * widest + 0.8, GRID, len(self.rows),
+            Markup("").join(parts), self._draw_texts(), _draw_labels("up", "top", rows),
+            _draw_labels("across", "left", self._list_column_labels()), escape_controls(self.column_title))
 
-    def _shade(self, value: float) -> int:
+    def _choose_shade(self, value: float) -> int:
         share = (value - self.low) / (self.high - self.low) if self.high > self.low else 1.0
         return round(SHADES * min(1.0, max(0.0, share)))
 
-    def _texts(self) -> Markup:
-        """Return the cells' texts, which also carry the notes; nothing for cells without either."""
+    def _draw_texts(self) -> Markup:
+        """Return the texts and notes of all cells as HTML."""
         spans = []
         for i, row in enumerate(self.values if self.shown or self.notes else ()):
             for j, value in enumerate(row):
                 text = self.shown[i][j] if self.shown else ""
                 note = self.notes[i][j] if self.notes else ""
-                tone = "strong" if self._shade(value if math.isfinite(value) else 0) > SHADES / 2 else "weak"
+                tone = "strong" if self._choose_shade(value if math.isfinite(value)
+                                                      else 0) > SHADES / 2 else "weak"
                 spans.append(Markup('<span class="{}" title="{}" style="left:{:.2f}%;top:{:.2f}%;width:{:.2f}'
                                     '%">{}</span>').format(
-                    Markup(tone), visible(note), 100 * j / len(self.columns), 100 * i / len(self.rows),
-                    100 / len(self.columns), visible(text)))
+                    Markup(tone), escape_controls(note), 100 * j / len(self.columns),
+                    100 * i / len(self.rows), 100 / len(self.columns), escape_controls(text)))
         return Markup('<div class="cells">{}</div>').format(Markup("").join(spans))
 
-    def _column_labels(self) -> list[tuple[float, str]]:
+    def _list_column_labels(self) -> list[tuple[float, str]]:
         every = -(-len(self.columns) // (2 * MAX_TICKS))
-        return [((j + 0.5) / len(self.columns), visible(name))
+        return [((j + 0.5) / len(self.columns), escape_controls(name))
                 for j, name in enumerate(self.columns) if j % every == 0]
 
 
-def _shade_colour(shade: int) -> str:
+def _mix_colour(shade: int) -> str:
     return f"color-mix(in srgb, var(--heat1) {100 * shade / SHADES:.0f}%, var(--heat0))"

@@ -1,6 +1,5 @@
-"""Users' own code: recipes, model families, objectives, rewards, environments and steps.
+"""Users' own code: recipes, model families, objectives, rewards, environments and data steps.
 
-A person names a file or module on the command line (`load`), and `Registry` knows it by its name from then
-on.  What a config, a checkpoint or a Hugging Face folder says is only ever looked up by name there: a file is
-never run because another file names it.
+The command line names a file or module (`load_plugin`), and a `Registry` then knows its code by name. Names
+in configs, checkpoints and Hugging Face folders are only looked up: no file can cause another file to run.
 """

@@ -1,4 +1,4 @@
-"""Running a file that a person named: read once, hashed, and run from the very bytes that were hashed."""
+"""Load plug-ins from files named by the user: read once, hash, and execute exactly the hashed bytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.version import OUR_PACKAGES
 
 Kind = Literal["recipe", "model family", "objective", "reward",
@@ -23,79 +23,77 @@ Kind = Literal["recipe", "model family", "objective", "reward",
 
 @dataclass(frozen=True)
 class PluginCode:
-    """One piece of code that is not built in, noted by the command that loads it; in a file it is a record,
-    and loads nothing."""
+    """Record of a loaded plug-in; reading it from a file loads nothing."""
 
     kind: Kind
-    """What it is."""
+    """Kind of plug-in."""
     name: str
-    """What the settings call it."""
+    """Name in settings."""
     reference: str
-    """FILE.py:NAME with the file's whole path, or MODULE:NAME, as `--plugin` takes it."""
+    """FILE.py:NAME with an absolute path, or MODULE:NAME, as accepted by `--plugin`."""
     files: dict[str, str] = field(default_factory=dict)
-    """File -> sha256 of what ran: the file itself, then what it imports from its own folder or package."""
+    """File -> sha256: the executed file, then its imports from its own folder or package."""
 
 
 @dataclass(frozen=True)
 class LoadedPlugin:
-    """Something that stands in a user's file or module."""
+    """An object loaded from a user's file or module."""
 
     value: Any
     attribute: str
-    """Its name there."""
+    """Name of the object in its file or module."""
     reference: str
-    """FILE.py:NAME with the file's whole path, or MODULE:NAME."""
+    """FILE.py:NAME with an absolute path, or MODULE:NAME."""
     files: dict[str, str]
-    """File -> sha256: what ran, then what it imports from its own folder or package."""
+    """File -> sha256: the executed file, then its imports from its own folder or package."""
 
 
 def is_reference(text: str) -> bool:
-    """Return whether a text names code (FILE.py:NAME, MODULE:NAME) and not something that has
-    a name of its own."""
+    """Return whether a text refers to code (FILE.py:NAME, MODULE:NAME) instead of a registered name."""
     return ":" in text or "/" in text or text.endswith(".py")
 
 
-def load(reference: str) -> LoadedPlugin:
-    """Run the file or module of a reference and return what the reference names.
+def load_plugin(reference: str) -> LoadedPlugin:
+    """Execute the file or module of a reference, and return the named object.
 
-    It runs code: pass only what a person wrote on this command's line, or what code that they named says.
+    This executes code: pass only references from the command line, or from code named there.
 
     Raises:
-        UserError: the reference has another form, there is no such file or module, it fails,
-            or has no such name.
+        UserError: the reference is malformed, the file or module is missing or fails, or the name is
+            undefined.
     """
-    # the last colon: a path may hold others
+    # split at the last colon: paths may contain colons
     place, _, name = reference.rpartition(":")
     if not place or not name.isidentifier():
         raise UserError(f"{reference}: must have the form FILE.py:NAME or MODULE:NAME")
     if place.endswith(".py") or "/" in place:
         path = Path(os.path.abspath(place))
-        module, digest = _run(path)
-        found = LoadedPlugin(None, name, f"{path}:{name}",
-                             {path.name: digest, **_beside(path)})
+        module, digest = _execute_file(path)
+        loaded = LoadedPlugin(None, name, f"{path}:{name}",
+                             {path.name: digest, **_hash_sibling_modules(path)})
     else:
-        module = _imported(place)
-        found = LoadedPlugin(None, name, reference, files_of(module))
+        module = _import_module(place)
+        loaded = LoadedPlugin(None, name, reference, hash_module_files(module))
     if not hasattr(module, name):
         known = [n for n in vars(module) if not n.startswith("_")]
-        raise UserError(f"{reference}: {place} has no {name!r}{nearest(name, known)}")
-    return LoadedPlugin(getattr(module, name), name, found.reference, found.files)
+        raise UserError(f"{reference}: {place} has no {name!r}{suggest_name(name, known)}")
+    return LoadedPlugin(getattr(module, name), name, loaded.reference, loaded.files)
 
 
-def calling(reference: str, action: Callable[[], Any]) -> Any:
-    """Return what a user's function returns, called with its own folder to import from.
+def call_plugin(reference: str, action: Callable[[], Any]) -> Any:
+    """Call a user's function with imports from its own folder allowed.
 
     Raises:
-        UserError: it fails; the message names the line.
+        UserError: the function fails; names the line.
     """
-    file = _file_of(reference)
-    with telling(str(file or reference)), _importing_from(file.parent if file else None):
+    file = _get_reference_file(reference)
+    with report_plugin_errors(str(file or reference)), _allow_imports_from(file.parent if file else None):
         return action()
 
 
-def files_of(module: ModuleType) -> dict[str, str]:
-    """Return file -> sha256 of an imported module and of what is loaded of its package;
-    empty for modules without a file."""
+def hash_module_files(module: ModuleType) -> dict[str, str]:
+    """Return file -> sha256 of an imported module and of all loaded modules of its package; {} without
+    files."""
     main = getattr(module, "__file__", None)
     if main is None:
         return {}
@@ -103,73 +101,72 @@ def files_of(module: ModuleType) -> dict[str, str]:
     root = Path(sys.modules[top].__file__ or main).parent
     files = [m.__file__ for name, m in sorted(sys.modules.items())
              if name.partition(".")[0] == top and _has_file(m)]
-    return {os.path.relpath(file, root): _sha256(Path(file))
+    return {os.path.relpath(file, root): _hash_source(Path(file))
             for file in dict.fromkeys([main, *files]) if file}
 
 
-_ran: dict[Path, tuple[str, ModuleType]] = {}
-"""Files that this process has run: path -> hash of the bytes that ran, and the module they made."""
+_executed: dict[Path, tuple[str, ModuleType]] = {}
+"""Executed files: path -> hash of the executed bytes, and their module."""
 
 
-def _run(path: Path) -> tuple[ModuleType, str]:
-    """Return the module that a file makes, and the hash of its bytes; a file that has not
-    changed is run once."""
+def _execute_file(path: Path) -> tuple[ModuleType, str]:
+    """Execute a file unless it is unchanged since its last execution; return its module and the file's
+    hash."""
     try:
-        # read once; hash and code are of these bytes, also when the file changes meanwhile
+        # read once: the hash belongs to the executed bytes even if the file changes meanwhile
         source = path.read_bytes()
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror or e}); name a Python file, "
                         "as FILE.py:NAME") from None
     digest = hashlib.sha256(source).hexdigest()
-    if path in _ran and _ran[path][0] == digest:
-        return _ran[path][1], digest
-    # dataclasses and annotations look their module up by its name, so it needs one that nothing else has
+    if path in _executed and _executed[path][0] == digest:
+        return _executed[path][1], digest
+    # a unique name: dataclasses and annotations look up their module by name
     module = ModuleType(f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}")
     module.__file__ = str(path)
-    # before the code runs, as import does: dataclasses look their module up there
+    # registered before execution, as `import` does: dataclasses look up their module there
     sys.modules[module.__name__] = module
     try:
-        # not through importlib: it may take a .pyc of a second ago for the file,
-        # and the hash would be of other code
-        with telling(str(path)), _importing_from(path.parent):
+        # not `importlib`: it may use an outdated .pyc, and the hash would belong to other code
+        with report_plugin_errors(str(path)), _allow_imports_from(path.parent):
             exec(compile(source, str(path), "exec", dont_inherit=True), vars(module))
     except BaseException:
         del sys.modules[module.__name__]
         raise
-    _ran[path] = digest, module
+    _executed[path] = digest, module
     return module, digest
 
 
-def files_that_ran() -> dict[Path, str]:
-    """Return file -> sha256 of the bytes of all that this process has run by `load`, in their order."""
-    return {path: digest for path, (digest, _) in _ran.items()}
+def list_executed_files() -> dict[Path, str]:
+    """Return file -> sha256 of all files executed by `load_plugin`, in order."""
+    return {path: digest for path, (digest, _) in _executed.items()}
 
 
-def run_files(files: Mapping[Path, str]) -> None:
-    """Run what another process has run, so that the objects of its classes can be read here.
+def execute_files(files: Mapping[Path, str]) -> None:
+    """Execute the files that another process executed, so that objects of their classes can be unpickled.
 
     Raises:
-        UserError: a file fails, or is not what it was.
+        UserError: a file fails or has changed.
     """
     for path, digest in files.items():
-        if _run(path)[1] != digest:
+        if _execute_file(path)[1] != digest:
             raise UserError(f"{path}: has changed since this command began; run it again")
 
 
-def _imported(name: str) -> ModuleType:
+def _import_module(name: str) -> ModuleType:
     try:
-        with telling(name):
+        with report_plugin_errors(name):
             return importlib.import_module(name)
     except UserError as e:
         raise UserError(f"{e} (a file of your own is named FILE.py:NAME)") from None
 
 
 @contextlib.contextmanager
-def telling(where: str) -> Iterator[None]:
-    """Turn whatever a user's code raises into one `UserError`, with the line of theirs that it comes from.
+def report_plugin_errors(where: str) -> Iterator[None]:
+    """Turn any exception of a user's code into a `UserError` that names the line in the user's file.
 
     Args:
-        where: the file, or what else to name.
+        where: the file, or another subject for the message.
     """
     try:
         yield
@@ -177,23 +174,23 @@ def telling(where: str) -> Iterator[None]:
         raise
     except SyntaxError as e:
         raise UserError(f"{e.filename or where}{f':{e.lineno}' if e.lineno else ''}: {e.msg}; "
-                        "mend the line") from None
+                        "correct the line") from None
     except (Exception, SystemExit) as e:
-        # the last line in the user's file: deeper frames are of libraries that it called
+        # the last frame in the user's file; deeper frames are in libraries
         lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == where]
         raise UserError(f"{where}{f':{lines[-1]}' if lines else ''}: {type(e).__name__}: {e}") from e
 
 
 @contextlib.contextmanager
-def _importing_from(folder: Path | None) -> Iterator[None]:
-    """Let imports find the files of a folder, after everything that is installed, and only for this moment.
+def _allow_imports_from(folder: Path | None) -> Iterator[None]:
+    """Temporarily append a folder to the import path.
 
-    Not for good: what the framework imports later, if it is there, must not be looked for in a user's folder.
+    Only temporarily: later optional imports of the framework must not search a user's folder.
     """
     if folder is None:
         yield
         return
-    # at the end: a file of the user's never hides an installed module
+    # appended: a user's file cannot hide an installed module
     sys.path.append(str(folder))
     importlib.invalidate_caches()
     try:
@@ -202,34 +199,32 @@ def _importing_from(folder: Path | None) -> Iterator[None]:
         sys.path.remove(str(folder))
 
 
-def _file_of(reference: str) -> Path | None:
+def _get_reference_file(reference: str) -> Path | None:
     """Return the file of FILE.py:NAME; None for MODULE:NAME."""
     place = reference.rpartition(":")[0]
     return Path(os.path.abspath(place)) if place.endswith(".py") or "/" in place else None
 
 
-def _beside(path: Path) -> dict[str, str]:
-    """Return file -> sha256 of the loaded modules that lie in a file's folder, packages in it included.
-
-    Our own packages are no part of a user's code, even where that lies in a checkout of them.
-    """
-    found = {}
+def _hash_sibling_modules(path: Path) -> dict[str, str]:
+    """Return file -> sha256 of loaded modules and packages in the folder of `path`, except our own
+    packages."""
+    hashes = {}
     modules = dict(sys.modules)
-    # thousands of modules of few packages: texts, where paths would take a tenth of a second
+    # check top-level packages first: they are few, modules are thousands
     tops = {name for name in {name.partition(".")[0] for name in modules}
-            if _lies_in(modules.get(name), str(path.parent))}
+            if _is_in_folder(modules.get(name), str(path.parent))}
     for name in sorted(name for name in modules if name.partition(".")[0] in tops):
         module = modules[name]
         if not _has_file(module):
             continue
         file = Path(str(module.__file__))
-        if file != path and file not in _ran:
-            found[os.path.relpath(file, path.parent)] = _sha256(file)
-    return found
+        if file != path and file not in _executed:
+            hashes[os.path.relpath(file, path.parent)] = _hash_source(file)
+    return hashes
 
 
-def _lies_in(module: Any, folder: str) -> bool:
-    """Return whether a module's file, or its package, is one of a folder's."""
+def _is_in_folder(module: Any, folder: str) -> bool:
+    """Return whether a module's file, or its package, lies directly in `folder`; False for our packages."""
     if not _has_file(module) or module.__name__ in OUR_PACKAGES:
         return False
     place, last = os.path.split(os.path.normpath(module.__file__))
@@ -240,7 +235,7 @@ def _has_file(module: Any) -> bool:
     return isinstance(getattr(module, "__file__", None), str)
 
 
-def _sha256(path: Path) -> str:
+def _hash_source(path: Path) -> str:
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as e:

@@ -1,6 +1,5 @@
-"""Code by name, of one kind: built in, or named by a person as FILE.py:NAME; and orders for it, plain values
-from which any process builds the same.
-"""
+"""Registries of plug-ins by kind and name, and serialisable requests from which any process builds the same
+one."""
 
 from __future__ import annotations
 
@@ -12,14 +11,15 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
 
-from megatron_sov.base.errors import UserError, find_misspelt, how_to_install, nearest
+from megatron_sov.base.errors import Fix, UserError, format_install_command, suggest_name, suggest_spelling
 from megatron_sov.base.hints.removed import was_removed
-from megatron_sov.base.plugins.loading import Kind, LoadedPlugin, PluginCode, is_reference, load, telling
-from megatron_sov.base.settings import SettingsError, read_arguments, rules_of
+from megatron_sov.base.plugins.loading import (
+    Kind, LoadedPlugin, PluginCode, is_reference, load_plugin, report_plugin_errors)
+from megatron_sov.base.settings import SettingsError, find_rule_problems, parse_arguments
 
 
-def takes(function: Any, names: tuple[str, ...]) -> bool:
-    """Return whether something can be called with so many arguments by position."""
+def accepts_arguments(function: Any, names: tuple[str, ...]) -> bool:
+    """Return whether a function accepts the named arguments by position."""
     try:
         inspect.signature(function).bind(*names)
     except (TypeError, ValueError):
@@ -28,16 +28,16 @@ def takes(function: Any, names: tuple[str, ...]) -> bool:
 
 
 def check_methods(value: Any, reference: str, what: str, methods: Mapping[str, tuple[str, ...]]) -> None:
-    """Check that a class has methods that take what they will be given.
+    """Check that a plug-in class has the required methods.
 
     Args:
-        value: what was found.
-        reference: where it stands.
-        what: what it should be, e.g. "an objective".
-        methods: name -> arguments behind `self`.
+        value: the loaded object.
+        reference: its reference, for messages.
+        what: expected kind, e.g. "an objective".
+        methods: name -> arguments after `self`.
 
     Raises:
-        UserError: it is no class, or a method is missing or takes something else; all of them are named.
+        UserError: `value` is not a class, or lists all missing methods and those with other arguments.
     """
     shapes = {name: f"{name}({', '.join(('self', *arguments))})" for name, arguments in methods.items()}
     if not inspect.isclass(value):
@@ -45,50 +45,50 @@ def check_methods(value: Any, reference: str, what: str, methods: Mapping[str, t
                         f"{what} is a class with {', '.join(shapes.values())}")
     wrong = [name for name, arguments in methods.items()
              if not callable(getattr(value, name, None))
-             or not takes(getattr(value, name), ("self", *arguments))]
+             or not accepts_arguments(getattr(value, name), ("self", *arguments))]
     if wrong:
-        found = [f"{name}{inspect.signature(getattr(value, name))}"
+        signatures = [f"{name}{inspect.signature(getattr(value, name))}"
                  for name in wrong if callable(getattr(value, name, None))]
-        has = f"it has {', '.join(found)}" if found else "it has none"
-        raise UserError(f"{reference}: {what} needs {', '.join(shapes[name] for name in wrong)}; {has}")
+        available = f"it has {', '.join(signatures)}" if signatures else "it has none"
+        raise UserError(f"{reference}: {what} needs {', '.join(shapes[name] for name in wrong)}; {available}")
 
 
 T = TypeVar("T")
 MAX_PROPOSED = 3
-"""Names that a message about an unknown one proposes."""
-ABSENT = {"model family": ("is not supported", "families")}
-"""What is said of an unknown one, and how several are called, where that is not "does not exist" and an s."""
+"""Number of names suggested for an unknown name."""
+UNKNOWN_WORDINGS = {"model family": ("is not supported", "families")}
+"""Kind -> (predicate for an unknown name, plural), if they are not "does not exist" and a plural with s."""
 
 LISTED_BY: dict[str, str] = {"recipe": "`megatron-sov recipes` lists them"}
-"""What lists all that there are, where a message has no place for so many."""
+"""Kind -> command that lists all names, if they are too many for a message."""
 
 
 @dataclass(frozen=True)
 class _Known(Generic[T]):
-    """Something that has been loaded and checked."""
+    """A loaded and checked plug-in."""
 
     value: T
     code: PluginCode
 
 
 class Registry(Generic[T]):
-    """All code of one kind that is not built in.
+    """Plug-ins of one kind.
 
-    `load` runs a file and is for what a person named; `get` never does,
-    and is for what configs and checkpoints say.
+    `load` executes code and accepts only references from the command line. `get` only looks up names, and is
+    safe for names from configs and checkpoints.
     """
 
     def __init__(self, kind: Kind, built_in: Collection[str],
                  check: Callable[[LoadedPlugin], None], own_name: Callable[[Any], str] | None = None,
                  adapt: Callable[[LoadedPlugin], LoadedPlugin] | None = None) -> None:
-        """Nothing is looked for yet.
+        """Create an empty registry.
 
         Args:
-            kind: what it holds.
-            built_in: names that are taken.
-            check: raises `UserError` for what is none of this kind.
-            own_name: what it calls itself; without, its name in the file counts.
-            adapt: makes one of what other libraries take for one; comes before `check`.
+            kind: kind of the plug-ins.
+            built_in: reserved names of built-in code.
+            check: raises `UserError` if an object is not of this kind.
+            own_name: returns an object's name; None: its name in its file.
+            adapt: converts objects made for other libraries; runs before `check`.
         """
         self.kind = kind
         self._adapt = adapt
@@ -96,18 +96,18 @@ class Registry(Generic[T]):
         self._known: dict[str, _Known[T]] = {}
 
     def load(self, reference: str) -> str:
-        """Run the code that a person named; returns the name that it is known by from now on.
+        """Execute code named by the user, and return its registered name.
 
         Raises:
-            UserError: it cannot be run, is none of this kind, or its name is taken.
+            UserError: the code fails, is not of this kind, or its name is taken.
         """
-        return self.add(load(reference))
+        return self.add(load_plugin(reference))
 
     def add(self, loaded: LoadedPlugin) -> str:
-        """Take in what was loaded; returns its name.
+        """Register a loaded object, and return its name.
 
         Raises:
-            UserError: it is none of this kind, or its name is taken.
+            UserError: the object is not of this kind, or its name is taken.
         """
         loaded = self._adapt(loaded) if self._adapt else loaded
         self._check(loaded)
@@ -116,7 +116,7 @@ class Registry(Generic[T]):
         if name in self._built_in:
             raise UserError(f"{loaded.reference}: is called {name!r} like a built-in {self.kind}; "
                             "give it another name")
-        # the same reference again is the same code: commands and configs may both name it
+        # the same reference is the same code: commands and configs may both name it
         if known is not None and known.code.reference != loaded.reference:
             raise UserError(f"{loaded.reference}: is called {name!r} like {known.code.reference}; "
                             "give one of them another name")
@@ -125,74 +125,77 @@ class Registry(Generic[T]):
         return name
 
     def get(self, name: str, recorded: Sequence[PluginCode] = ()) -> T:
-        """Return what has a name, if a person named its file or module before.
+        """Return a registered object by name.
 
         Args:
-            name: as settings have it.
-            recorded: what a config or checkpoint says about its code, for the message alone.
+            name: name in the settings.
+            recorded: records of code in a config or checkpoint, for the error message only.
 
         Raises:
-            UserError: there is none; the message names the nearest, or says how to name the file
-                that it stands in.
+            UserError: the name is unknown; the message suggests similar names, or how to name the recorded
+                file.
         """
         if name in self._known:
             return self._known[name].value
-        raise UserError(self._unknown(name, recorded))
+        close = suggest_name(name, [*self._built_in, *self._known])
+        raise UserError(self._explain_unknown(name, recorded),
+                        Fix(words={name: close.split("'")[1]}) if close else None)
 
     def code(self, name: str) -> PluginCode | None:
-        """Return the record of something that `load` or `get` has found; None for what is built in."""
+        """Return the record of a registered plug-in; None for built-in code."""
         return self._known[name].code if name in self._known else None
 
     def listing(self) -> list[tuple[str, str]]:
-        """Return (name, origin) of all that a person named."""
+        """Return (name, origin) of all registered plug-ins."""
         return [(name, f"file {known.code.reference}") for name, known in self._known.items()]
 
     def named(self) -> list[str]:
-        """Return the references that a person named, so that a process started from this one
-        can be given them."""
+        """Return the references of all registered plug-ins, for starting another process with them."""
         return [known.code.reference for known in self._known.values()]
 
-    def _unknown(self, name: str, recorded: Sequence[PluginCode]) -> str:
+    def _explain_unknown(self, name: str, recorded: Sequence[PluginCode]) -> str:
         if is_reference(name):
             return (f"{self.kind} {name!r}: is a file or module, which is run only when the command line "
                     "itself names it; if you know it and trust it, name it with --set or --plugin")
         for code in recorded:
-            # printable alone: the hint is a command to copy, and the reference is a stranger's
+            # printable references only: the user will copy this command, and a stranger wrote the reference
             if (code.kind, code.name) == (self.kind, name) and code.reference.isprintable():
                 return (f"{self.kind} {name!r}: stands in {code.reference}, which is run only when the "
                         "command line itself names it; if you know it and trust it, "
                         f"add --plugin {shlex.quote(code.reference)}")
         known = [*self._built_in, *self._known]
-        absent, plural = ABSENT.get(self.kind, ("does not exist", f"{self.kind}s"))
+        absent, plural = UNKNOWN_WORDINGS.get(self.kind, ("does not exist", f"{self.kind}s"))
         listed = LISTED_BY.get(self.kind, f"{plural}: {', '.join(known)}")
-        if self.kind in ABSENT:
-            close = was_removed(name) or find_misspelt(name, known)
+        if self.kind in UNKNOWN_WORDINGS:
+            close = was_removed(name) or suggest_spelling(name, known)
         else:
-            close = (was_removed(name) or longer_names(name, known) or nearest(name, known)
-                     or same_family(name, known))
+            close = (was_removed(name) or suggest_longer_names(name, known) or suggest_name(name, known)
+                     or suggest_same_family(name, known))
         return f"{self.kind} {name!r}: {absent}{close} ({listed}; your own are named FILE.py:NAME)"
 
 
-def longer_names(name: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x' or 'y'?"`` for names that begin with the parts of a shorter one, in any
-    case and with any separator."""
-    found = _beginning_with(_parts_of(name), known)
-    return f"; did you mean {' or '.join(found)}?" if found else ""
+def suggest_longer_names(name: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x' or 'y'?"`` for names that extend `name`, ignoring case and separators."""
+    matches = _find_by_prefix(_split_name(name), known)
+    return f"; did you mean {' or '.join(matches)}?" if matches else ""
 
 
-def same_family(name: str, known: Iterable[str]) -> str:
-    """Return ``"; its family has 'x' and 'y'"`` for names that begin with the same two parts: another number
-    is another model, and no guess."""
-    found = _beginning_with(_parts_of(name)[:2], known)
-    return f"; its family has {' and '.join(found)}" if found else ""
+def suggest_same_family(name: str, known: Iterable[str]) -> str:
+    """Return ``"; its family has 'x' and 'y'"`` for names with the same first two parts.
+
+    Another number is another model, so these names are not suggestions.
+    """
+    matches = _find_by_prefix(_split_name(name)[:2], known)
+    return f"; its family has {' and '.join(matches)}" if matches else ""
 
 
-def _beginning_with(parts: Sequence[str], known: Iterable[str]) -> list[str]:
-    begins = [repr(one) for one in known if parts and _parts_of(one)[:len(parts)] == parts]
-    return begins[:MAX_PROPOSED]
+def _find_by_prefix(parts: Sequence[str], known: Iterable[str]) -> list[str]:
+    matches = [repr(candidate) for candidate in known
+               if parts and _split_name(candidate)[:len(parts)] == parts]
+    return matches[:MAX_PROPOSED]
 
 
-def _parts_of(name: str) -> list[str]:
+def _split_name(name: str) -> list[str]:
     return re.findall(r"[a-z]+|\d+", name.lower())
 
 
@@ -200,9 +203,9 @@ def load_built_in(what: str, place: str, extra: str) -> Any:
     """Import MODULE:CLASS of a built-in plug-in.
 
     Args:
-        what: kind and name, for the message.
+        what: kind and name, for messages.
         place: MODULE:CLASS.
-        extra: extra of our package that has the libraries of the class.
+        extra: extra of our package with the required libraries.
 
     Raises:
         UserError: a library is not installed.
@@ -211,89 +214,90 @@ def load_built_in(what: str, place: str, extra: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as e:
-        raise UserError(f"{what}: needs {e.name}, which is not installed; {how_to_install(extra)}") from None
+        raise UserError(f"{what}: needs {e.name}, which is not installed; "
+                        f"{format_install_command(extra)}") from None
 
 
 BuiltIn = Mapping[str, Sequence[str]]
-"""Name -> module and class (and what else is known) of what is built in."""
+"""Name -> module and class (and further properties) of built-in plug-ins."""
 
 
 @dataclass(frozen=True)
-class PluginOrder:
-    """Something that was asked for."""
+class PluginRequest:
+    """A serialisable request for a plug-in."""
 
     name: str
-    """As it is built in."""
+    """Name of built-in or registered code."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     reference: str = ""
-    """FILE.py:NAME or MODULE:NAME of one that a person named; empty: it is known by name."""
+    """FILE.py:NAME or MODULE:NAME of a user's code; "": look up the name."""
     files: Mapping[str, str] = field(default_factory=dict)
-    """File -> sha256 of what was loaded by that reference."""
+    """File -> sha256 at the time of the request."""
 
 
 @dataclass(frozen=True)
 class BuiltPlugin:
-    """What an order stands for."""
+    """A plug-in built from a request."""
 
     value: Any
-    """An object of its class."""
+    """Instance of the plug-in's class."""
     settings: Mapping[str, Any]
-    """What it was made with."""
+    """Arguments of the constructor."""
     files: Mapping[str, str] | None
-    """Hashes of its files; None: it is built in."""
+    """File -> sha256; None: built-in code."""
 
 
-def ordered(name: str, settings: Mapping[str, Any], built_in: BuiltIn,
-            own: Registry[type[Any]]) -> PluginOrder:
-    """Return the order for what a person named, built in or FILE.py:NAME.
+def request_plugin(name: str, settings: Mapping[str, Any], built_in: BuiltIn,
+            own: Registry[type[Any]]) -> PluginRequest:
+    """Create a request from a name or a reference to a user's code.
 
     Raises:
-        UserError: there is none of that name, two have it, or its file cannot be run.
+        UserError: the name is unknown or taken, or the file fails.
     """
     if name in built_in:
-        return PluginOrder(name, settings)
+        return PluginRequest(name, settings)
     if is_reference(name):
         known_as = own.load(name)
         code = own.code(known_as)
         assert code is not None, f"{name} was loaded and has no record"
-        return PluginOrder(known_as, settings, code.reference, code.files)
-    # raises now where there is none; the order itself stays a name, which each process looks up
+        return PluginRequest(known_as, settings, code.reference, code.files)
+    # fail early for unknown names; each process looks up the name again
     own.get(name)
-    return PluginOrder(name, settings)
+    return PluginRequest(name, settings)
 
 
-def build(asked: PluginOrder, built_in: BuiltIn, own: Registry[type[Any]]) -> BuiltPlugin:
-    """Return what an order stands for.
+def build_plugin(request: PluginRequest, built_in: BuiltIn, own: Registry[type[Any]]) -> BuiltPlugin:
+    """Build a plug-in from a request.
 
     Raises:
-        UserError: a setting does not exist, has the wrong type or breaks a rule (what `problems()` of the
-            class says); all of them are named. Or its file fails, or has changed since it was ordered.
+        UserError: lists unknown settings, wrong types and broken rules (`problems()` of the class); or a file
+            fails or has changed since the request.
     """
-    made, files = _class(asked, built_in, own)
-    what = f"{own.kind} {asked.reference or asked.name}"
-    settings = read_arguments(made, asked.settings, what)
-    with telling(what):
-        value = made(**settings)
-        problems = rules_of(value)
+    plugin_class, files = _find_class(request, built_in, own)
+    what = f"{own.kind} {request.reference or request.name}"
+    settings = parse_arguments(plugin_class, request.settings, what)
+    with report_plugin_errors(what):
+        value = plugin_class(**settings)
+        problems = find_rule_problems(value)
     if problems:
         raise SettingsError(what, problems)
     return BuiltPlugin(value, settings, files)
 
 
-def _class(asked: PluginOrder, built_in: BuiltIn, own: Registry[type[Any]],
+def _find_class(request: PluginRequest, built_in: BuiltIn, own: Registry[type[Any]],
            ) -> tuple[type[Any], Mapping[str, str] | None]:
-    """Return a class, and the hashes of its files where it is not built in."""
-    if asked.name in built_in:
-        module, name = built_in[asked.name][:2]
+    """Return a request's class, and the hashes of its files (None: built-in code)."""
+    if request.name in built_in:
+        module, name = built_in[request.name][:2]
         return getattr(importlib.import_module(module), name), None
-    if asked.reference:
-        own.load(asked.reference)
-    made = own.get(asked.name)
-    code = own.code(asked.name)
+    if request.reference:
+        own.load(request.reference)
+    plugin_class = own.get(request.name)
+    code = own.code(request.name)
     files = code.files if code else {}
-    # a process that starts later would go by other code under the same version
-    changed = [name for name, digest in asked.files.items() if files.get(name, digest) != digest]
+    # a process that starts later would execute other code under the same version
+    changed = [name for name, digest in request.files.items() if files.get(name, digest) != digest]
     if changed:
-        raise UserError(f"{own.kind} {asked.reference}: {changed[0]} has changed since this command began; "
+        raise UserError(f"{own.kind} {request.reference}: {changed[0]} has changed since this command began; "
                         "run it again")
-    return made, files
+    return plugin_class, files

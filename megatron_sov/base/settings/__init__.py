@@ -1,32 +1,35 @@
 """Settings as frozen dataclasses: bounds in types, one reader for JSON, YAML and `key=value`, one wording for
 problems. Nothing here imports torch."""
 
-from megatron_sov.base.settings.acting import (
-    FACTS, ActsWhen, AllOf, AnyOf, Condition, When, conditions_of, find_inert, is_none_of, is_one_of, is_set,
-    is_unset, value_at)
+from megatron_sov.base.settings.conditions import (
+    FACTS, ActsWhen, AllOf, AnyOf, Condition, When, find_inert_settings, get_setting, is_none_of, is_one_of,
+    is_set, is_unset, iter_conditions)
 from megatron_sov.base.settings.options import (
-    NO_FLAG, Actions, Flag, add_actions, add_options, command_of, num_cores, options_of, read_options,
-    run_action)
+    NO_FLAG, Actions, Flag, add_actions, add_options, build_command, count_cores, read_command_options,
+    read_options, run_action)
 from megatron_sov.base.settings.problem import (
-    ONCE, RISING, AboveZero, AtLeastOne, Bound, Breach, Finite, Fraction, NotBlank, NotNegative,
-    NotNegativeInt, ProblemCode, Relation, SettingsError, SettingsProblem, Share, as_problem, at_most, below,
-    find_broken, multiple_of, name_options, not_with, one_of, only_with, other_than)
+    ASCENDING_PAIR, UNIQUE_ITEMS, AboveZero, AtLeastOne, Bound, Finite, Fraction, NotBlank, NotNegative,
+    NotNegativeInt, ProblemCode, Relation, SettingsError, SettingsProblem, Share, Violation, at_most_field,
+    below_field, choice_from, differs_from_field, excludes_field, find_broken_rules, multiple_of_field,
+    requires_field, to_problem, use_option_names)
 from megatron_sov.base.settings.reading import (
-    by_name, check, fields_of, find_problems, hint_below, hints_of, place_of, plain, problems_of, read,
-    read_arguments, rules_of)
+    find_all_problems, find_declaration_problems, find_rule_problems, get_field_hints, get_inner_hint,
+    iter_leaves, list_fields, parse_arguments, parse_settings, split_key, to_plain_values, try_parse_settings)
 from megatron_sov.base.settings.sources import (
-    Located, Place, assign_all, change, parse_changes, parse_nested, read_file, read_located, read_text,
-    read_yaml)
+    LocatedDocument, Place, apply_changes, assign_values, parse_changes, parse_located_yaml, parse_nested,
+    parse_settings_yaml, read_settings_file, read_settings_text)
 
 __all__ = [
-    "FACTS", "NO_FLAG", "ONCE", "RISING", "AboveZero", "Actions", "ActsWhen", "AllOf", "AnyOf", "AtLeastOne",
-    "Bound", "Breach", "Condition", "Finite", "Flag", "Fraction", "Located", "NotBlank", "NotNegative",
-    "NotNegativeInt", "Place", "ProblemCode", "Relation", "SettingsError", "SettingsProblem", "Share", "When",
-    "add_actions", "add_options", "as_problem", "assign_all", "at_most", "below",
-    "by_name", "change", "check", "command_of", "conditions_of", "fields_of", "find_broken",
-    "find_inert", "find_problems", "hint_below", "hints_of", "is_none_of", "is_one_of", "is_set", "is_unset",
-    "multiple_of", "name_options", "not_with", "num_cores", "one_of", "only_with", "options_of", "other_than",
-    "parse_changes", "parse_nested", "place_of", "plain", "problems_of", "read", "read_arguments",
-    "read_file", "read_located", "read_options", "read_text", "read_yaml", "rules_of", "run_action",
-    "value_at",
+    "ASCENDING_PAIR", "FACTS", "NO_FLAG", "UNIQUE_ITEMS", "AboveZero", "Actions", "ActsWhen", "AllOf",
+    "AnyOf", "AtLeastOne", "Bound", "Condition", "Finite", "Flag", "Fraction", "LocatedDocument",
+    "NotBlank", "NotNegative", "NotNegativeInt", "Place", "ProblemCode", "Relation", "SettingsError",
+    "SettingsProblem", "Share", "Violation", "When", "add_actions", "add_options", "apply_changes",
+    "assign_values", "at_most_field", "below_field", "build_command", "choice_from", "count_cores",
+    "differs_from_field", "excludes_field", "find_all_problems", "find_broken_rules",
+    "find_declaration_problems", "find_inert_settings", "find_rule_problems", "get_field_hints",
+    "get_inner_hint", "get_setting", "is_none_of", "is_one_of", "is_set", "is_unset", "iter_conditions",
+    "iter_leaves", "list_fields", "multiple_of_field", "parse_arguments", "parse_changes",
+    "parse_located_yaml", "parse_nested", "parse_settings", "parse_settings_yaml",
+    "read_command_options", "read_options", "read_settings_file", "read_settings_text", "requires_field",
+    "run_action", "split_key", "to_plain_values", "to_problem", "try_parse_settings", "use_option_names",
 ]

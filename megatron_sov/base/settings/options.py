@@ -31,7 +31,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_
 from megatron_sov.base.command_line import Command, CommandParser
 from megatron_sov.base.errors import DryRun
 from megatron_sov.base.settings.problem import UNSET, ProblemCode, SettingsError, SettingsProblem
-from megatron_sov.base.settings.reading import find_problems, hints_of, rules_of
+from megatron_sov.base.settings.reading import find_rule_problems, get_field_hints, try_parse_settings
 from megatron_sov.base.settings.sources import parse_value
 
 MAX_FILES = 10_000
@@ -45,7 +45,7 @@ _VALUES: dict[Any, str] = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
 # `--dry-run` of a command that writes: describe inputs and outputs from its options.
 
 
-def describe(read: Sequence[Path], written: Sequence[Path], said: Sequence[tuple[str, Any]], *,
+def format_dry_run(read: Sequence[Path], written: Sequence[Path], said: Sequence[tuple[str, Any]], *,
              overwrite: bool) -> str:
     """Format the plan of a command.
 
@@ -102,16 +102,17 @@ class Flag:
     """Whether the command writes this path; fields whose names begin with `out` always count."""
 
 
-def num_cores() -> int:
+def count_cores() -> int:
     """Return the number of usable cores: the CPU affinity, limited by cgroup quotas."""
     cores = len(os.sched_getaffinity(0))
     with contextlib.suppress(OSError):
         groups = Path("/proc/self/cgroup").read_text(encoding="utf-8", errors="replace")
-        cores = min([cores, *(max(1, int(quota)) for quota in core_quotas(groups, Path("/sys/fs/cgroup")))])
+        cores = min([cores,
+                     *(max(1, int(quota)) for quota in iter_core_quotas(groups, Path("/sys/fs/cgroup")))])
     return cores
 
 
-def core_quotas(groups: str, root: Path) -> Iterator[float]:
+def iter_core_quotas(groups: str, root: Path) -> Iterator[float]:
     """Yield the CPU quotas (in cores) of a process's control groups and their parents.
 
     Args:
@@ -176,7 +177,7 @@ class _Option:
         return ".".join(self.path)
 
 
-def command_of(cls: type, run: Callable[[argparse.Namespace], int]) -> SimpleNamespace:
+def build_command(cls: type, run: Callable[[argparse.Namespace], int]) -> SimpleNamespace:
     """Return a command object for `Command.module` in a file that holds several commands."""
     return SimpleNamespace(add_arguments=partial(add_options, cls=cls), run=run)
 
@@ -198,7 +199,8 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
     nearness = {name: i for i in reversed(range(len(classes)))
                 for name in inspect.get_annotations(classes[i])}
     # the class's own options come before inherited ones; positional arguments keep their order
-    for option in sorted(_fields(cls), key=lambda item: -1 if item.is_positional else nearness[item.path[0]]):
+    for option in sorted(_iter_options(cls), key=lambda item: -1 if item.is_positional
+                         else nearness[item.path[0]]):
         heading = option.flag.group
         into = groups.get(heading) or groups.setdefault(heading, parser.add_argument_group(heading))
         shown = option.help + _format_default(option)
@@ -208,7 +210,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
                                        action="store_false" if option.default is True else "store_true")
         else:
             action = into.add_argument(*([] if option.is_positional else [option.key]), dest=option.dest,
-                                       help=shown, metavar=_metavar(option), **_arity(option))
+                                       help=shown, metavar=_choose_metavar(option), **_choose_arity(option))
             # choices for shell completion; `read_options` checks them
             action.choices = tuple(map(str, get_args(option.hint))) or None
         # `Parser._check_value` leaves values to `read_options`, which reports all mistakes at once
@@ -221,11 +223,11 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
 
 def _has_derived_dry_run(cls: Any) -> bool:
     """Return whether `--dry-run` derives from the options: the command writes and declares no `--dry-run`."""
-    fields = list(_fields(cls))
+    fields = list(_iter_options(cls))
     return any(option.is_written for option in fields) and not any(option.key == DRY_RUN for option in fields)
 
 
-def _arity(option: _Option) -> dict[str, Any]:
+def _choose_arity(option: _Option) -> dict[str, Any]:
     if option.is_positional:
         if option.repeats:
             return {"nargs": "+" if option.is_required else "*", "default": argparse.SUPPRESS}
@@ -237,7 +239,7 @@ def _arity(option: _Option) -> dict[str, Any]:
     return {"required": option.is_required, "default": argparse.SUPPRESS, **(many if option.repeats else {})}
 
 
-def _metavar(option: _Option) -> str:
+def _choose_metavar(option: _Option) -> str:
     if option.is_positional:
         return option.flag.value or option.flag.name
     if option.flag.value:
@@ -270,7 +272,7 @@ def read_options(cls: type[S], args: argparse.Namespace) -> S:
     raw: dict[str, Any] = {}
     problems: list[SettingsProblem] = []
     names: dict[str, str] = {}
-    for option in _fields(cls):
+    for option in _iter_options(cls):
         names[option.dest] = option.key
         # SUPPRESS: an option that was not typed has no attribute, so the class's default applies
         if not hasattr(args, option.dest):
@@ -286,12 +288,13 @@ def read_options(cls: type[S], args: argparse.Namespace) -> S:
         node[option.path[-1]] = list(map(convert, value)) if option.repeats else convert(value)
     invalid_texts: dict[str, str] = {}
     # JSON cannot hold invalid UTF-8: replace such texts by placeholders and restore them afterwards
-    settings, found = find_problems(cls, _map_texts(raw, lambda text: _replace_bytes(text, invalid_texts)))
+    settings, found = try_parse_settings(cls,
+                                         _map_texts(raw, lambda text: _replace_bytes(text, invalid_texts)))
     if invalid_texts:
         settings = _map_texts(settings, lambda text: invalid_texts.get(text, text))
     problems += found
     if settings is not None and not problems:
-        problems = rules_of(settings)
+        problems = find_rule_problems(settings)
     # a dry run comes last: it reports every mistake in the options first
     if settings is not None and not problems and hasattr(args, "dry_run") and _has_derived_dry_run(cls):
         problems = _end_dry_run(settings, raw)
@@ -310,7 +313,7 @@ def _end_dry_run(settings: Any, raw: Mapping[str, Any]) -> list[SettingsProblem]
     outputs: list[Path] = []
     changed: list[tuple[str, Any]] = []
     problems: list[SettingsProblem] = []
-    for option in _fields(type(settings)):
+    for option in _iter_options(type(settings)):
         value = settings
         for name in option.path:
             value = getattr(value, name)
@@ -322,14 +325,15 @@ def _end_dry_run(settings: Any, raw: Mapping[str, Any]) -> list[SettingsProblem]
             problems += [SettingsProblem(ProblemCode.FILE, option.dest, "does not exist", path,
                                          "check the path")
                          for path in paths if not path.exists()]
-        elif _is_in(raw, option.path):
+        elif _has_path(raw, option.path):
             changed.append((option.key, "" if option.hint is bool else value))
     if problems:
         return problems
-    raise DryRun(describe(inputs, outputs, changed, overwrite=bool(getattr(settings, "overwrite", False))))
+    raise DryRun(format_dry_run(inputs, outputs, changed,
+                                overwrite=bool(getattr(settings, "overwrite", False))))
 
 
-def _is_in(raw: Any, path: tuple[str, ...]) -> bool:
+def _has_path(raw: Any, path: tuple[str, ...]) -> bool:
     for name in path:
         if not isinstance(raw, dict) or name not in raw:
             return False
@@ -362,7 +366,7 @@ def run_action(actions: Actions, args: argparse.Namespace) -> int:
     return run(read_options(cls, args))
 
 
-def options_of(args: argparse.Namespace) -> Any:
+def read_command_options(args: argparse.Namespace) -> Any:
     """Return the typed options as the command's settings class; see `read_options`."""
     return read_options(args.options_class, args) if hasattr(args, "options_class") else args
 
@@ -427,9 +431,9 @@ def _use_option_name(problem: SettingsProblem, names: Mapping[str, str]) -> Sett
                                other=names.get(other, problem.other))
 
 
-def _fields(cls: Any, above: tuple[str, ...] = ()) -> Iterator[_Option]:
+def _iter_options(cls: Any, above: tuple[str, ...] = ()) -> Iterator[_Option]:
     """Yield the options of a settings class and of its nested settings classes."""
-    hints, docs = hints_of(cls), field_docs(cls)
+    hints, docs = get_field_hints(cls), get_field_help(cls)
     for field in dataclasses.fields(cls):
         flag, hint, repeats = _unwrap_hint(hints[field.name])
         if flag.name == "-" or not field.init:
@@ -437,14 +441,14 @@ def _fields(cls: Any, above: tuple[str, ...] = ()) -> Iterator[_Option]:
         path = (*above, field.name)
         is_made = field.default_factory is not dataclasses.MISSING
         if dataclasses.is_dataclass(hint):
-            # options show the nested class's own defaults; those of another factory would be lost silently
+            # options show the nested class's own defaults; another factory's defaults would be lost silently
             if is_made and cast(Any, field.default_factory) is not hint:
                 raise TypeError(f"{cls.__name__}.{field.name}: the defaults are those of {hint}")
-            yield from _fields(hint, path)
+            yield from _iter_options(hint, path)
             continue
         yield _Option(path, flag, hint, repeats, field.default,
                      field.default is dataclasses.MISSING and not is_made,
-                     docs.get(field.name) or _as_help(flag.help))
+                     docs.get(field.name) or _format_help(flag.help))
 
 
 def _unwrap_hint(hint: Any) -> tuple[Flag, Any, bool]:
@@ -464,7 +468,7 @@ def _unwrap_hint(hint: Any) -> tuple[Flag, Any, bool]:
 
 
 @cache
-def _module_docs(module: str) -> dict[str, dict[str, str]]:
+def _parse_docstrings(module: str) -> dict[str, dict[str, str]]:
     """Return class -> field -> docstring under the field, parsed from a module's source."""
     # Python does not keep docstrings under fields at run time
     source = inspect.getsource(sys.modules[module])
@@ -481,20 +485,20 @@ def _module_docs(module: str) -> dict[str, dict[str, str]]:
     return docs_by_class
 
 
-def field_texts(cls: type) -> dict[str, str]:
+def get_field_docstrings(cls: type) -> dict[str, str]:
     """Return field -> docstring, including inherited fields."""
     texts: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if dataclasses.is_dataclass(base):
-            texts |= _module_docs(base.__module__)[base.__name__]
+            texts |= _parse_docstrings(base.__module__)[base.__name__]
     return texts
 
 
-def field_docs(cls: type) -> dict[str, str]:
+def get_field_help(cls: type) -> dict[str, str]:
     """Return field -> help text for argparse."""
-    return {name: _as_help(text) for name, text in field_texts(cls).items()}
+    return {name: _format_help(text) for name, text in get_field_docstrings(cls).items()}
 
 
-def _as_help(text: str) -> str:
+def _format_help(text: str) -> str:
     """Remove the full stop and escape "%" for argparse."""
     return text.removesuffix(".").replace("%", "%%")

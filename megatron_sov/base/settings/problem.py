@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from megatron_sov.base.errors import Fix, UserError, list_problems, nearest
+from megatron_sov.base.errors import Fix, UserError, format_problems, suggest_name
 
 UNSET: Any = object()
 """`SettingsProblem.value` if the problem has no value."""
@@ -61,8 +61,10 @@ class SettingsProblem:
     """The fix, if the rule does not say it."""
     line: int = 0
     """Line in the file, from 1; 0: unknown."""
+    value_to_write: str = ""
+    """Value in place of the wrong one, as a user types it."""
     fix: str | Fix = ""
-    """Setting, `key=value`, with which the rule holds; or another change of the command line."""
+    """`key=value` of a setting that satisfies the rule, or another change of the command line."""
     other: str = ""
     """The compared setting of the same class; its name ends the rule's sentence."""
     other_value: Any = UNSET
@@ -76,32 +78,32 @@ class SettingsProblem:
     def sentence(self) -> str:
         """The message without the line number."""
         # shorten each part separately: the end of a long key stays visible
-        key = ".".join(map(cut, self.key.split(".")))
+        key = ".".join(map(shorten_text, self.key.split(".")))
         if self.key.startswith("-") and self.value is not UNSET:
-            begin = f"{key} {show(self.value)}: "
+            begin = f"{key} {format_setting(self.value)}: "
         elif self.value is UNSET:
             begin = f"{key}: " if key else ""
         else:
-            begin = f"{key} = {show(self.value)} " if key else f"{show(self.value)} "
+            begin = f"{key} = {format_setting(self.value)} " if key else f"{format_setting(self.value)} "
         compared = ""
         if self.other:
-            shown = "" if self.other_value is UNSET else f" = {show(self.other_value)}"
+            shown = "" if self.other_value is UNSET else f" = {format_setting(self.other_value)}"
             compared = f" {self.other}{shown}"
         return begin + self.rule + compared + (f"; {self.way_out}" if self.way_out else "")
 
-    def below(self, prefix: str) -> SettingsProblem:
+    def with_prefix(self, prefix: str) -> SettingsProblem:
         """Return the problem with `prefix.` in front of its key; an option's name stays unchanged."""
         if self.key.startswith("-"):
             return self
         return replace(self, key=f"{prefix}.{self.key}" if self.key else prefix)
 
 
-def as_problem(said: SettingsProblem | str) -> SettingsProblem:
+def to_problem(said: SettingsProblem | str) -> SettingsProblem:
     """Convert a sentence from a user's own `problems()` to a `SettingsProblem`."""
     return said if isinstance(said, SettingsProblem) else SettingsProblem(ProblemCode.RULE, "", said)
 
 
-def find_broken(settings: Any, prefix: str, *rules: tuple[bool, str, str] | tuple[bool, str, str, str]
+def find_broken_rules(settings: Any, prefix: str, *rules: tuple[bool, str, str] | tuple[bool, str, str, str]
                 ) -> list[SettingsProblem]:
     """Return a problem for each rule that does not hold.
 
@@ -110,12 +112,12 @@ def find_broken(settings: Any, prefix: str, *rules: tuple[bool, str, str] | tupl
         prefix: precedes the keys in the problems, e.g. "optim"; may be empty.
         rules: (holds, dotted key, rule) or (holds, dotted key, rule, fix).
     """
-    problems = [SettingsProblem(ProblemCode.RULE, key, rule, _value(settings, key), "".join(way_out))
+    problems = [SettingsProblem(ProblemCode.RULE, key, rule, _get_value(settings, key), "".join(way_out))
              for holds, key, rule, *way_out in rules if not holds]
-    return [problem.below(prefix) for problem in problems] if prefix else problems
+    return [problem.with_prefix(prefix) for problem in problems] if prefix else problems
 
 
-def name_options(problems: Sequence[SettingsProblem], **options: str) -> list[SettingsProblem]:
+def use_option_names(problems: Sequence[SettingsProblem], **options: str) -> list[SettingsProblem]:
     """Return problems of settings with command-line options in place of field names.
 
     Args:
@@ -129,7 +131,7 @@ def name_options(problems: Sequence[SettingsProblem], **options: str) -> list[Se
             for problem in problems]
 
 
-def _value(settings: Any, key: str) -> Any:
+def _get_value(settings: Any, key: str) -> Any:
     for part in key.split("."):
         settings = settings[int(part)] if part.isdecimal() else getattr(settings, part)
     return settings
@@ -146,7 +148,7 @@ class SettingsError(UserError):
             problems: at least one.
         """
         self.where, self.problems = where, tuple(problems)
-        fix = _join_fixes([problem.fix for problem in problems])
+        fix = _join_fixes([problem.fix or _fix_value(problem) for problem in problems])
         if len(problems) == 1:
             line = f", line {problems[0].line}" if problems[0].line else ""
             super().__init__((f"{where}{line}: " if where else "") + problems[0].sentence, fix)
@@ -154,24 +156,31 @@ class SettingsError(UserError):
         shown = [str(problem) for problem in problems[:MAX_PROBLEMS]]
         if len(problems) > MAX_PROBLEMS:
             shown.append(f"and {len(problems) - MAX_PROBLEMS} more")
-        super().__init__(list_problems(where or "command line", shown), fix)
+        super().__init__(format_problems(where or "command line", shown), fix)
 
     @property
     def codes(self) -> list[tuple[str, str]]:
         return [(str(problem.code), problem.key) for problem in self.problems]
 
 
+def _fix_value(problem: SettingsProblem) -> str | Fix:
+    key, value = problem.key, problem.value_to_write
+    if not value or key.startswith("--"):
+        return Fix(options=(key, value)) if value else ""
+    return f"{key}={value}" if "." in key else ""
+
+
 def _join_fixes(fixes: Sequence[str | Fix]) -> Fix | None:
-    found = [Fix(options=("--set", fix)) if isinstance(fix, str) else fix for fix in fixes if fix]
-    if not found:
+    changes = [Fix(options=("--set", fix)) if isinstance(fix, str) else fix for fix in fixes if fix]
+    if not changes:
         return None
-    return Fix(options=tuple(word for fix in found for word in fix.options),
-               left_out=tuple(word for fix in found for word in fix.left_out),
-               words={old: new for fix in found for old, new in fix.words.items()},
-               before=tuple(line for fix in found for line in fix.before))
+    return Fix(options=tuple(word for fix in changes for word in fix.options),
+               left_out=tuple(word for fix in changes for word in fix.left_out),
+               words={old: new for fix in changes for old, new in fix.words.items()},
+               before=tuple(line for fix in changes for line in fix.before))
 
 
-def show(value: Any) -> str:
+def format_setting(value: Any) -> str:
     """Format a value as JSON for a message: shortened, control characters escaped."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
@@ -179,10 +188,10 @@ def show(value: Any) -> str:
         text = json.dumps(value, ensure_ascii=False, default=str)
     except (ValueError, RecursionError):
         text = f"a {type(value).__name__} that cannot be shown"
-    return cut(text)
+    return shorten_text(text)
 
 
-def cut(text: str) -> str:
+def shorten_text(text: str) -> str:
     """Shorten a text to `MAX_VALUE_CHARS` and escape unprintable characters."""
     # shorten before escaping: the text may have gigabytes
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:MAX_VALUE_CHARS + 1])
@@ -192,7 +201,7 @@ def cut(text: str) -> str:
 # Bounds of settings as types. They combine with bounds of `annotated_types`:
 # `Annotated[NotNegativeInt, Le(MAX_STEPS)]`.
 
-Breach = tuple[ProblemCode, str, str]
+Violation = tuple[ProblemCode, str, str]
 """Code, rule and fix of a violated bound; see `SettingsProblem`."""
 
 AtLeastOne = Annotated[int, Ge(1)]
@@ -210,7 +219,7 @@ Fraction = Annotated[float, Ge(0), Lt(1)]
 class Bound:
     """A bound that `annotated_types` does not offer."""
 
-    broken: Callable[[Any], Breach | None]
+    find_violation: Callable[[Any], Violation | None]
     """Returns how a value of the right type violates the bound; None: it does not."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
@@ -218,9 +227,9 @@ class Bound:
         from pydantic_core import PydanticCustomError, core_schema
 
         def check_value(value: Any) -> Any:
-            if breach := self.broken(value):
+            if breach := self.find_violation(value):
                 code, rule, way_out = breach
-                # `reading._problem` reads these fields; pydantic only transports them
+                # `reading._convert_error` reads these fields; pydantic only transports them
                 raise PydanticCustomError("bound", "{rule}", {"code": code, "rule": rule, "way_out": way_out})
             return value
 
@@ -243,7 +252,7 @@ class Relation:
     holds_default: bool = False
     """Whether the field's own default is compatible with every value of the other field."""
 
-    def broken_by(self, settings: Any, name: str) -> SettingsProblem | None:
+    def find_problem(self, settings: Any, name: str) -> SettingsProblem | None:
         value, other = getattr(settings, name), getattr(settings, self.other)
         is_default = value == type(settings).__dataclass_fields__[name].default
         if value is None or (is_default and self.holds_default) or self.holds(value, other):
@@ -252,16 +261,16 @@ class Relation:
                                other_value=other if self.shows_value else UNSET)
 
 
-def at_most(other: str) -> Relation:
+def at_most_field(other: str) -> Relation:
     return Relation(other, lambda value, most: most is None or value <= most, "must be at most")
 
 
-def below(other: str) -> Relation:
+def below_field(other: str) -> Relation:
     """Bound a number strictly by another field's value."""
     return Relation(other, lambda value, end: end is None or value < end, "must be below")
 
 
-def multiple_of(other: str) -> Relation:
+def multiple_of_field(other: str) -> Relation:
     """Require a number, or each number of a tuple, to be a multiple of another field's value."""
     def is_multiple(value: Any, part: Any) -> bool:
         return not any(number % part for number in (value if isinstance(value, tuple) else (value,)))
@@ -269,45 +278,46 @@ def multiple_of(other: str) -> Relation:
     return Relation(other, is_multiple, "must be a multiple of")
 
 
-def other_than(other: str) -> Relation:
+def differs_from_field(other: str) -> Relation:
     """Require a non-empty text to differ from another field's text."""
     return Relation(other, lambda value, taken: not value or value != taken, "must not be that of",
                     "give each its own")
 
 
-def only_with(other: str) -> Relation:
+def requires_field(other: str) -> Relation:
     """Require another field to be set whenever this setting is."""
     return Relation(other, lambda value, required: bool(required), "is only for",
                     "add that, or leave this out", shows_value=False, holds_default=True)
 
 
-def not_with(other: str) -> Relation:
+def excludes_field(other: str) -> Relation:
     """Forbid a setting together with another one."""
     return Relation(other, lambda value, excluded: not (value and excluded), "goes without",
                     "leave one of them out", shows_value=False)
 
 
-def one_of(known: Callable[[], Collection[str]]) -> Bound:
+def choice_from(known: Callable[[], Collection[str]]) -> Bound:
     """Require a text to be one of `known()`, a table or file that is read when the setting is checked."""
-    def find_breach(value: str) -> Breach | None:
+    def find_breach(value: str) -> Violation | None:
         words = sorted(filter(None, known()))
         if value in known():
             return None
-        suggestion = nearest(value, words).removeprefix("; ")
+        suggestion = suggest_name(value, words).removeprefix("; ")
         return ProblemCode.CHOICE, f"must be one of {', '.join(words)}", suggestion
 
     return Bound(find_breach)
 
 
-def _repeated(values: Collection[Any]) -> Breach | None:
+def _find_repeated(values: Collection[Any]) -> Violation | None:
     repeated = [value for value, count in Counter(values).items() if count > 1]
-    return (ProblemCode.BOUND, f"has {show(repeated[0])} twice", "name it once") if repeated else None
+    return (ProblemCode.BOUND, f"has {format_setting(repeated[0])} twice",
+            "name it once") if repeated else None
 
 
 NotBlank = Annotated[str, Bound(lambda text: None if text.strip() else (ProblemCode.BOUND,
                                                                         "must not be empty", ""))]
-ONCE = Bound(_repeated)
+UNIQUE_ITEMS = Bound(_find_repeated)
 """Bound of a list: every item occurs once."""
-RISING = Bound(lambda pair: None if pair[0] <= pair[1] else (
+ASCENDING_PAIR = Bound(lambda pair: None if pair[0] <= pair[1] else (
     ProblemCode.BOUND, "must have the lower number first", ""))
 """Bound of a pair: (lower end, upper end)."""

@@ -11,14 +11,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
-from megatron_sov.base.errors import nearest
+from megatron_sov.base.errors import suggest_name
 from megatron_sov.base.hints.removed import was_removed
 from megatron_sov.base.hints.table import note_on, table
 from megatron_sov.base.settings.problem import (
-    UNSET, ProblemCode, Relation, SettingsError, SettingsProblem, as_problem)
+    UNSET, ProblemCode, Relation, SettingsError, SettingsProblem, to_problem)
 
 S = TypeVar("S")
-Instead = Callable[[str], str]
+KeyHint = Callable[[str], str]
 """Unknown key -> hint for the message; "": suggest the nearest key."""
 _UNKNOWN = {"unexpected_keyword_argument", "extra_forbidden"}
 _MISSING = {"missing", "missing_argument", "missing_keyword_only_argument"}
@@ -44,12 +44,13 @@ _HOURS = {"h": 1, "d": 24, "w": 168}
 _THOUSANDS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
 
-def no_other(key: str) -> str:
+def no_hint(key: str) -> str:
     return ""
 
 
-def read(cls: type[S], raw: object, where: str, *, lines: Mapping[tuple[str | int, ...], int] | None = None,
-         instead: Instead = no_other, rules: bool = True) -> S:
+def parse_settings(cls: type[S], raw: object, where: str, *,
+                   lines: Mapping[tuple[str | int, ...], int] | None = None,
+         instead: KeyHint = no_hint, rules: bool = True) -> S:
     """Build settings from plain values of JSON types.
 
     The only conversions are lists to tuples, integers to floats, and text to paths.
@@ -65,30 +66,30 @@ def read(cls: type[S], raw: object, where: str, *, lines: Mapping[tuple[str | in
     Raises:
         SettingsError: lists every key that is unknown, missing, of a wrong type, or breaks a rule.
     """
-    settings, problems = find_problems(cls, raw, instead)
+    settings, problems = try_parse_settings(cls, raw, instead)
     if settings is not None and rules:
         # only valid fields: rules compare values and rely on their types
-        problems = rules_of(settings)
+        problems = find_rule_problems(settings)
     if problems:
-        raise SettingsError(where, [dataclasses.replace(p, line=_line(p.key, lines)) for p in problems])
+        raise SettingsError(where, [dataclasses.replace(p, line=_find_line(p.key, lines)) for p in problems])
     return cast(S, settings)
 
 
-def _line(key: str, lines: Mapping[tuple[str | int, ...], int] | None) -> int:
+def _find_line(key: str, lines: Mapping[tuple[str | int, ...], int] | None) -> int:
     """Return the line of a key, or the line of the nearest enclosing value."""
-    place = place_of(key)
+    place = split_key(key)
     while lines and place and place not in lines:
         place = place[:-1]
     return (lines or {}).get(place, 0)
 
 
-def place_of(key: str) -> tuple[str | int, ...]:
+def split_key(key: str) -> tuple[str | int, ...]:
     if not key:
         return ()
     return tuple(int(part) if part.isdecimal() else part for part in key.split("."))
 
 
-def find_problems(cls: type[S], raw: object, instead: Instead = no_other) -> tuple[S | None,
+def try_parse_settings(cls: type[S], raw: object, instead: KeyHint = no_hint) -> tuple[S | None,
                                                                                    list[SettingsProblem]]:
     """Return (settings or None, violated declarations in field order), without checking rules between
     fields."""
@@ -98,67 +99,68 @@ def find_problems(cls: type[S], raw: object, instead: Instead = no_other) -> tup
         return None, [SettingsProblem(ProblemCode.TYPE, "", "must be an object of settings", raw)]
     try:
         # strict JSON converts lists to tuples and text to paths, and nothing else
-        text = json.dumps(raw, default=_as_fields)
-        return _adapter(cast(Any, cls)).validate_json(text, strict=True, extra="forbid"), []
+        text = json.dumps(raw, default=_convert_dataclass)
+        return _get_adapter(cast(Any, cls)).validate_json(text, strict=True, extra="forbid"), []
     except ValidationError as e:
-        return None, _in_order(cls, explain(cls, e, instead))
+        return None, _sort_by_field(cls, explain_validation_error(cls, e, instead))
     except (TypeError, ValueError, RecursionError) as e:
         return None, [SettingsProblem(ProblemCode.TYPE, "", f"holds a value that JSON does not have ({e})")]
 
 
-def _as_fields(value: Any) -> dict[str, Any]:
+def _convert_dataclass(value: Any) -> dict[str, Any]:
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         raise TypeError(f"{type(value).__name__}")
     return dataclasses.asdict(value)
 
 
-def check(settings: Any) -> list[SettingsProblem]:
+def find_declaration_problems(settings: Any) -> list[SettingsProblem]:
     """Return violated declarations of settings that code built without reading a file."""
-    return find_problems(type(settings), plain(settings))[1]
+    return try_parse_settings(type(settings), to_plain_values(settings))[1]
 
 
-def rules_of(settings: Any) -> list[SettingsProblem]:
+def find_rule_problems(settings: Any) -> list[SettingsProblem]:
     """Return violated rules between settings, in field order.
 
     Checks nested settings, relations declared by fields, and the class's own `problems()`.
     """
-    own = list(map(as_problem, settings.problems())) if hasattr(settings, "problems") else []
+    own = list(map(to_problem, settings.problems())) if hasattr(settings, "problems") else []
     if not dataclasses.is_dataclass(settings):  # a user's own class
         return own
-    # nested settings first: their problems may cause those of the outer settings
+    # nested settings first: their problems may cause problems of the outer settings
     problems = [problem for field in dataclasses.fields(settings)
-             for problem in _rules_inside(field.name, getattr(settings, field.name, None))]
+             for problem in _find_inner_problems(field.name, getattr(settings, field.name, None))]
     try:
-        hints = hints_of(cast(Any, type(settings)))
+        hints = get_field_hints(cast(Any, type(settings)))
     except (NameError, TypeError):  # a user's class annotates a field with an unknown type
         hints = {}
     for name, hint in hints.items():
         for relation in getattr(hint, "__metadata__", ()):
-            if isinstance(relation, Relation) and (problem := relation.broken_by(settings, name)):
+            if isinstance(relation, Relation) and (problem := relation.find_problem(settings, name)):
                 problems.append(problem)
     problems += own
-    return _in_order(type(settings), [p for i, p in enumerate(problems) if p not in problems[:i]])
+    return _sort_by_field(type(settings), [p for i, p in enumerate(problems) if p not in problems[:i]])
 
 
-def _rules_inside(name: str, value: Any) -> list[SettingsProblem]:
+def _find_inner_problems(name: str, value: Any) -> list[SettingsProblem]:
     """Return violated rules of settings in a field's value, single or in a collection."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         # problems of an item in a collection get the item's index or key
-        return [problem.below(name) if problem.key or "." in name else problem for problem in rules_of(value)]
+        return [problem.with_prefix(name) if problem.key or "." in name else problem
+                for problem in find_rule_problems(value)]
     items: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, Mapping):
         items = value.items()
     elif isinstance(value, (tuple, list)):
         items = enumerate(value)
-    return [problem for key, item in items for problem in _rules_inside(f"{name}.{key}", item)]
+    return [problem for key, item in items for problem in _find_inner_problems(f"{name}.{key}", item)]
 
 
-def problems_of(settings: Any) -> list[SettingsProblem]:
+def find_all_problems(settings: Any) -> list[SettingsProblem]:
     """Return all problems of settings built by code: violated declarations, else violated rules."""
-    return check(settings) or rules_of(settings)
+    return find_declaration_problems(settings) or find_rule_problems(settings)
 
 
-def _declared_types(made: Any) -> dict[str, Any]:
+def _get_declared_types(made: Any) -> dict[str, Any]:
     """Return the types of a class's `__init__` or fields; empty if a type's name is unknown."""
     # try the fields too: a dataclass's `__init__` does not know names from its base class's module
     for declared in (vars(made).get("__init__", made), made):
@@ -167,7 +169,7 @@ def _declared_types(made: Any) -> dict[str, Any]:
     return {}
 
 
-def read_arguments(made: Any, given: Mapping[str, Any], where: str, *, prefix: str = "",
+def parse_arguments(made: Any, given: Mapping[str, Any], where: str, *, prefix: str = "",
                    num_ours: int = 0) -> dict[str, Any]:
     """Convert plain values to arguments of a class or function by its declared types.
 
@@ -185,25 +187,27 @@ def read_arguments(made: Any, given: Mapping[str, Any], where: str, *, prefix: s
 
     accepted = {name: p for name, p in [*inspect.signature(made).parameters.items()][num_ours:]
              if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    hints = _declared_types(made)
+    hints = _get_declared_types(made)
     arguments: dict[str, Any] = {}
-    problems = [unknown(name, accepted) for name in given if name not in accepted]
+    problems = [unknown_key_problem(name, accepted) for name in given if name not in accepted]
     for name, parameter in accepted.items():
         if name not in given:
-            problems += [_missing(name)] if parameter.default is parameter.empty else []
+            problems += [_missing_problem(name)] if parameter.default is parameter.empty else []
             continue
         try:
             text = json.dumps(given[name])
             arguments[name] = TypeAdapter(hints.get(name, Any)).validate_json(text, strict=True,
                                                                           extra="forbid")
         except ValidationError as e:
-            problems += [problem.below(name) for problem in explain(hints.get(name, Any), e)]
+            problems += [problem.with_prefix(name)
+                         for problem in explain_validation_error(hints.get(name, Any), e)]
     if problems:
-        raise SettingsError(where, [problem.below(prefix) if prefix else problem for problem in problems])
+        raise SettingsError(where,
+                            [problem.with_prefix(prefix) if prefix else problem for problem in problems])
     return arguments
 
 
-def explain(cls: Any, error: Any, instead: Instead = no_other) -> list[SettingsProblem]:
+def explain_validation_error(cls: Any, error: Any, instead: KeyHint = no_hint) -> list[SettingsProblem]:
     """Convert pydantic's `ValidationError` to one problem per key."""
     problems: dict[str, SettingsProblem] = {}
     errors = error.errors(include_url=False)
@@ -213,7 +217,7 @@ def explain(cls: Any, error: Any, instead: Instead = no_other) -> list[SettingsP
         if item["type"] == "too_short" and any(
                 other["loc"] != path and other["loc"][:len(path)] == path for other in errors):
             continue
-        problem = _problem(cls, item, instead)
+        problem = _convert_error(cls, item, instead)
         earlier = problems.get(problem.key)
         if earlier is None:
             problems[problem.key] = problem
@@ -227,9 +231,9 @@ def explain(cls: Any, error: Any, instead: Instead = no_other) -> list[SettingsP
             if problem.code != ProblemCode.MISSING or f"did you mean '{problem.key}'?" not in hints]
 
 
-def _problem(cls: Any, error: Any, instead: Instead) -> SettingsProblem:
+def _convert_error(cls: Any, error: Any, instead: KeyHint) -> SettingsProblem:
     kind, ctx = error["type"], error.get("ctx", {})
-    place, hint = _place(cls, error["loc"])
+    place, hint = _locate_error(cls, error["loc"])
     key = ".".join(map(str, place))
     value = error.get("input", UNSET)
     # a key has no value of its own; never show secrets or the whole file
@@ -238,40 +242,46 @@ def _problem(cls: Any, error: Any, instead: Instead) -> SettingsProblem:
     if kind == "json_invalid":
         return SettingsProblem(ProblemCode.TYPE, key, f"holds a text that is not valid JSON ({ctx['error']})")
     if kind in _UNKNOWN:
-        fields = fields_of(cast(Any, hint)) if dataclasses.is_dataclass(hint) else ()
-        return unknown(key, fields, instead(key))
+        fields = list_fields(cast(Any, hint)) if dataclasses.is_dataclass(hint) else ()
+        return unknown_key_problem(key, fields, instead(key))
     if kind in _MISSING:
-        return _missing(key)
+        return _missing_problem(key)
     if kind in ("literal_error", "enum"):
-        known = [word for word in _choices(hint) if isinstance(word, str)]
-        close = ""
+        known = [word for word in _list_choices(hint) if isinstance(word, str)]
+        close, meant = "", ""
         if isinstance(value, str):
-            close = (was_removed(value) or _other_case(value, known) or _foreign(key, value)
-                     or nearest(value, known))
+            close = (was_removed(value) or _suggest_lower_case(value, known)
+                     or _suggest_equivalent(key, value) or suggest_name(value, known))
+            words = re.findall(r"[\w.-]+", value.lower())
+            guess = suggest_name(value, known).split("'")
+            ours = (value.lower(), table()["values"].get(key, {}).get(value.lower(), ""), *guess[1:2])
+            meant = next((word for word in ours if words and word in known), "")
         return SettingsProblem(ProblemCode.CHOICE, key, f"must be {ctx.get('expected', 'another word')}",
-                               value, close.removeprefix("; "))
+                               value, close.removeprefix("; "), value_to_write=meant)
     if kind == "bound":
         return SettingsProblem(ProblemCode(ctx["code"]), key, ctx["rule"], value, ctx["way_out"])
     # `Lt(math.inf)` declares finite numbers
     if kind == "less_than" and ctx["lt"] == float("inf"):
         kind = "finite_number"
     if kind in _BOUNDS:
-        shown = {name: _number(number) for name, number in ctx.items()}
+        shown = {name: _format_number(number) for name, number in ctx.items()}
         return SettingsProblem(ProblemCode.BOUND, key, _BOUNDS[kind].format(**shown), value)
     for begin, rule in _TYPES.items():
         if kind.startswith(f"{begin}_"):
-            return SettingsProblem(ProblemCode.TYPE, key, rule, value, _suggest_value(begin, value, key))
+            numbers = _suggest_numbers(begin, value.strip(), key) if isinstance(value, str) else []
+            return SettingsProblem(ProblemCode.TYPE, key, rule, value, _suggest_value(begin, value, key),
+                                   value_to_write="".join(numbers[:1]))
     rule = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     code = ProblemCode.RULE if kind in ("value_error", "assertion_error") else ProblemCode.TYPE
     return SettingsProblem(code, key, rule, value)
 
 
-def _other_case(value: str, known: Collection[str]) -> str:
+def _suggest_lower_case(value: str, known: Collection[str]) -> str:
     """Suggest the lower-case spelling if it is one of the choices."""
     return f"; write {value.lower()}" if value.lower() in known else ""
 
 
-def _foreign(key: str, value: str) -> str:
+def _suggest_equivalent(key: str, value: str) -> str:
     """Suggest our equivalent of another program's value: a value, a setting, a note or a command; "":
     unknown."""
     if equivalent := table()["values"].get(key, {}).get(value.lower()):
@@ -286,8 +296,11 @@ def _suggest_value(expected: str, value: Any, key: str) -> str:
     """Suggest how to write a value of a wrong type; `expected` is a key of `_TYPES`."""
     if value is None:
         return "give it a value, or leave it out"
-    if isinstance(value, str) and (suggestion := _suggest_number(expected, value.strip(), key)):
-        return suggestion
+    if isinstance(value, str) and (numbers := _suggest_numbers(expected, value.strip(), key)):
+        return f"write {' or '.join(numbers)}"
+    if expected == "float" and isinstance(value, str) and (match := _SHORT_NUMBER.fullmatch(value)) and (
+            not float(match[1])):
+        return "a shell reads $5 as a variable; write e.g. 50000"
     if expected == "int" and isinstance(value, float) and 0 < value < 1 and "steps" in key:
         return f"{value:g} of 1000 steps are {value * 1000:.0f}"
     if expected == "string" and isinstance(value, bool):
@@ -302,31 +315,33 @@ def _suggest_value(expected: str, value: Any, key: str) -> str:
     return ""
 
 
-def _suggest_number(expected: str, text: str, key: str) -> str:
-    """Suggest the plain number for 8k, 2B, $5, 10 % or 3d."""
+def _suggest_numbers(expected: str, text: str, key: str) -> list[str]:
+    """Return the plain numbers that 8k, 2B, $5, 10 %, 0,1 or 3d may mean, the likeliest first."""
     if expected == "int" and (match := _SHORT_NUMBER.fullmatch(text)):
         number = float(match[1]) * _THOUSANDS[match[2].lower()]
-        return f"write {number:.0f}" + (f" or {float(match[1]) * 1024:.0f}" if match[2] in "kK" else "")
+        return [f"{number:.0f}", *([f"{float(match[1]) * 1024:.0f}"] if match[2] in "kK" else ())]
     if expected != "float":
-        return ""
+        return []
     if match := _SHORT_NUMBER.fullmatch(text.lstrip("$")):
         number = float(match[1]) * _THOUSANDS[match[2].lower()]
-        return f"write {number:.0f}" if number else "a shell reads $5 as a variable; write e.g. 50000"
+        return [f"{number:.0f}"] if number else []
     if match := _PERCENT.fullmatch(text):
-        return f"write {float(match[1]) / 100:g}"
+        return [f"{float(match[1]) / 100:g}"]
+    if re.fullmatch(r"\d+,\d+", text):
+        return [text.replace(",", ".")]
     if key.endswith(("days", "hours")) and (match := _SPAN.fullmatch(text.lower())):
         hours = float(match[1]) * _HOURS[match[2]]
-        return f"write {hours if key.endswith('hours') else hours / 24:g}"
-    return ""
+        return [f"{hours if key.endswith('hours') else hours / 24:g}"]
+    return []
 
 
-def _number(value: Any) -> str:
+def _format_number(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def unknown(key: str, known: Iterable[str], instead: str = "") -> SettingsProblem:
+def unknown_key_problem(key: str, known: Iterable[str], instead: str = "") -> SettingsProblem:
     """Return the problem of an unknown key.
 
     Args:
@@ -336,60 +351,60 @@ def unknown(key: str, known: Iterable[str], instead: str = "") -> SettingsProble
     """
     group, dot, name = key.rpartition(".")
     names = list(known)
-    close = nearest(name, names, group + dot).removeprefix("; ")
+    close = suggest_name(name, names, group + dot).removeprefix("; ")
     return SettingsProblem(ProblemCode.UNKNOWN, key, "no such setting", way_out=instead or close or (
         f"there are {', '.join(names[:30])}" if names else "there are none"))
 
 
-def _missing(key: str) -> SettingsProblem:
+def _missing_problem(key: str) -> SettingsProblem:
     return SettingsProblem(ProblemCode.MISSING, key, "is missing", way_out="it has no default; set it")
 
 
-def _place(cls: Any, loc: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any]:
+def _locate_error(cls: Any, loc: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any]:
     """Return the path of a pydantic error without names of union members, and the type declared at this path.
 
     For an unknown key, the type is the enclosing class.
     """
     place: list[Any] = []
-    hint = _inside(cls)
-    # pydantic inserts names of union members between the keys; walking along the types tells them apart
+    hint = _strip_bounds(cls)
+    # pydantic inserts names of union members between the keys; walking along the types distinguishes them
     for i, part in enumerate(loc):
         if dataclasses.is_dataclass(hint):
             place.append(part)
-            if part not in fields_of(cast(Any, hint)):
+            if part not in list_fields(cast(Any, hint)):
                 break
-            hint = hint_below(hint, part)
+            hint = get_inner_hint(hint, part)
         elif get_origin(hint) in (tuple, list, dict, set, frozenset, Mapping):
             if part != "[key]":
                 place.append(part)
-            hint = hint_below(hint, part)
+            hint = get_inner_hint(hint, part)
         elif i == 0 or not isinstance(part, str):
             place.append(part)
     return tuple(place), hint
 
 
-def _choices(hint: Any) -> tuple[Any, ...]:
+def _list_choices(hint: Any) -> tuple[Any, ...]:
     from typing import Literal
 
     if get_origin(hint) is Literal:
         return get_args(hint)
-    return tuple(choice for inner in get_args(hint) for choice in _choices(inner))
+    return tuple(choice for inner in get_args(hint) for choice in _list_choices(inner))
 
 
-def hint_below(hint: Any, part: Any) -> Any:
+def get_inner_hint(hint: Any, part: Any) -> Any:
     """Return the type of a field, an item or a value inside a type; None if unknown."""
     if dataclasses.is_dataclass(hint):
-        return _inside(hints_of(cast(Any, hint)).get(part))
+        return _strip_bounds(get_field_hints(cast(Any, hint)).get(part))
     args = get_args(hint)
     if get_origin(hint) is dict or get_origin(hint) is Mapping:
-        return _inside(args[1])
+        return _strip_bounds(args[1])
     if get_origin(hint) is tuple and len(args) > 1 and args[1] is not Ellipsis:
         at = int(part) if str(part).isdecimal() else 0
-        return _inside(args[at] if at < len(args) else None)
-    return _inside(args[0]) if args else None
+        return _strip_bounds(args[at] if at < len(args) else None)
+    return _strip_bounds(args[0]) if args else None
 
 
-def _inside(hint: Any) -> Any:
+def _strip_bounds(hint: Any) -> Any:
     """Remove bounds from a type; of a union, return the member that has fields or items."""
     from types import UnionType
     from typing import Union
@@ -397,58 +412,58 @@ def _inside(hint: Any) -> Any:
     if get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
     if get_origin(hint) in (Union, UnionType):
-        inner = (_inside(part) for part in get_args(hint))
+        inner = (_strip_bounds(part) for part in get_args(hint))
         return next((part for part in inner
                      if dataclasses.is_dataclass(part) or get_origin(part) in (tuple, list, dict)), hint)
     return hint
 
 
 @cache
-def hints_of(cls: Any) -> dict[str, Any]:
+def get_field_hints(cls: Any) -> dict[str, Any]:
     """Return the resolved types of a class's fields (cached: resolving annotations is slow)."""
     return get_type_hints(cls, include_extras=True)
 
 
 @cache
-def fields_of(cls: Any) -> tuple[str, ...]:
+def list_fields(cls: Any) -> tuple[str, ...]:
     """Return the names of fields that users may set, in declaration order."""
     return tuple(f.name for f in dataclasses.fields(cls) if f.init and f.metadata.get("is_written", True))
 
 
 @cache
-def _adapter(cls: Any) -> Any:
+def _get_adapter(cls: Any) -> Any:
     """Return the pydantic adapter of a class (cached: building it takes longer than all checks of a run)."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(cls)
 
 
-def _in_order(cls: Any, problems: list[SettingsProblem]) -> list[SettingsProblem]:
+def _sort_by_field(cls: Any, problems: list[SettingsProblem]) -> list[SettingsProblem]:
     """Sort problems by field order, unknown keys last."""
     def position(problem: SettingsProblem) -> tuple[float, ...]:
         positions, hint = [], cls
         for part in problem.key.split("."):
             if dataclasses.is_dataclass(hint):
                 # index of the part among the fields of its class; unknown names go last
-                names = fields_of(cast(Any, hint))
+                names = list_fields(cast(Any, hint))
                 positions.append(float(names.index(part)) if part in names else float("inf"))
             else:
                 positions.append(float(part) if part.isdecimal() else 0.0)
-            hint = hint_below(hint, part) if hint is not None else None
+            hint = get_inner_hint(hint, part) if hint is not None else None
         return tuple(positions)
 
     return sorted(problems, key=position)
 
 
-def by_name(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def iter_leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (full dotted name, value) of nested plain settings; an empty mapping counts as a value."""
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
-            yield from by_name(value, f"{prefix}{name}.")
+            yield from iter_leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 
 
-def plain(settings: Any) -> dict[str, Any]:
+def to_plain_values(settings: Any) -> dict[str, Any]:
     """Convert settings to mutable values of JSON types."""
     return cast("dict[str, Any]", json.loads(json.dumps(dataclasses.asdict(settings), default=str)))

@@ -13,8 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from megatron_sov.base.settings.problem import UNSET, ProblemCode, SettingsError, SettingsProblem, cut
-from megatron_sov.base.settings.reading import Instead, fields_of, hint_below, no_other, plain, read, unknown
+from megatron_sov.base.settings.problem import (
+    UNSET, ProblemCode, SettingsError, SettingsProblem, shorten_text)
+from megatron_sov.base.settings.reading import (
+    KeyHint, get_inner_hint, list_fields, no_hint, parse_settings, to_plain_values, unknown_key_problem)
 
 S = TypeVar("S")
 EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+\Z")
@@ -35,7 +37,7 @@ Place = tuple[str | int, ...]
 
 
 @dataclass
-class Located:
+class LocatedDocument:
     """A parsed document with the line of each value."""
 
     value: Any = None
@@ -52,31 +54,32 @@ class Located:
         return self.lines.get(place, 1)
 
 
-def read_file(cls: type[S], file: Path, where: str = "", *, rules: bool = True) -> S:
+def read_settings_file(cls: type[S], file: Path, where: str = "", *, rules: bool = True) -> S:
     """Read settings from a YAML or JSON file.
 
     Args:
         cls: a frozen dataclass.
         file: the file.
         where: beginning of error messages, e.g. "--cluster big.yaml"; "": the file's path.
-        rules: whether to check rules between settings, as in `read`.
+        rules: whether to check rules between settings, as in `parse_settings`.
 
     Raises:
         SettingsError: all problems with their lines.
     """
     where = where or str(file)
-    return read_yaml(cls, read_text(file, where), where, rules=rules)
+    return parse_settings_yaml(cls, read_settings_text(file, where), where, rules=rules)
 
 
-def read_yaml(cls: type[S], text: str, where: str, *, rules: bool = True) -> S:
-    """Parse settings from a YAML or JSON document; see `read_file`."""
-    located = read_located(text)
+def parse_settings_yaml(cls: type[S], text: str, where: str, *, rules: bool = True) -> S:
+    """Parse settings from a YAML or JSON document; see `read_settings_file`."""
+    located = parse_located_yaml(text)
     if located.problems:
         raise SettingsError(where, located.problems)
-    return read(cls, {} if located.value is None else located.value, where, lines=located.lines, rules=rules)
+    return parse_settings(cls, {} if located.value is None else located.value, where, lines=located.lines,
+                          rules=rules)
 
 
-def read_text(file: Path, where: str = "") -> str:
+def read_settings_text(file: Path, where: str = "") -> str:
     """Read a settings file as text.
 
     Raises:
@@ -102,7 +105,7 @@ def _refuse_file(where: str, rule: str, way_out: str, line: int = 0) -> Settings
 
 
 @cache
-def _loader() -> Any:
+def _build_loader() -> Any:
     """Return PyYAML's safe loader extended by numbers such as 2e9 and 10.8e12, which are text in YAML 1.1."""
     import yaml  # not at the top: command-line parsers start without it
 
@@ -112,21 +115,21 @@ def _loader() -> Any:
     # YAML 1.1 requires a point and a sign in the exponent; users write 2e9
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
     Loader.add_implicit_resolver("tag:yaml.org,2002:int", WHOLE, list("-+0"))
-    Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+    Loader.add_constructor("tag:yaml.org,2002:int", _parse_integer)
     return Loader
 
 
-def _whole_number(loader: Any, node: Any) -> int | str:
+def _parse_integer(loader: Any, node: Any) -> int | str:
     """Parse an integer as decimal: YAML 1.1 reads 010 as 8 and 1:30 as 90."""
     text = loader.construct_scalar(node).replace("_", "").lower()
     return node.value if ":" in text else int(text, BASES.get(text.lstrip("-+")[:2], 10))
 
 
-def read_located(text: str) -> Located:
+def parse_located_yaml(text: str) -> LocatedDocument:
     """Parse a YAML or JSON document to plain values; tags that create objects are problems."""
     repeated_keys: list[str] = []
 
-    def as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         mapping = dict(pairs)
         counts = Counter(key for key, _ in pairs)
         repeated_keys.extend(key for key, count in counts.items() if count > 1)
@@ -136,7 +139,7 @@ def read_located(text: str) -> Located:
     if text.lstrip().startswith(("{", "[")):
         # the JSON parser: YAML differs in tabs, surrogate pairs and limits
         with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(text, parse_float=_number, object_pairs_hook=as_object)
+            value = json.loads(text, parse_float=_parse_number, object_pairs_hook=build_object)
     if value is UNSET:
         return _read_yaml(text)
     # the YAML parser provides the lines; it rejects tabs and misreads surrogate pairs such as \ud83d\ude00
@@ -148,23 +151,23 @@ def read_located(text: str) -> Located:
     return located
 
 
-def _number(text: str) -> float:
+def _parse_number(text: str) -> float:
     """Parse a float; with an exponent, whole values become integers (users write token counts as 2e9)."""
     value = float(text)
     return int(value) if EXPONENT.match(text) and value.is_integer() else value
 
 
-def _read_yaml(text: str) -> Located:
+def _read_yaml(text: str) -> LocatedDocument:
     import yaml
 
-    located = Located()
+    located = LocatedDocument()
     # an empty loader for `dispose` below, if the constructor fails on the text
-    loader = _loader()("")
+    loader = _build_loader()("")
     try:
-        loader = _loader()(text)
+        loader = _build_loader()(text)
         node = loader.get_single_node()
         if node is not None:
-            located.value = _Reading(loader, located).value(node, (), 0)
+            located.value = _NodeConverter(loader, located).convert(node, (), 0)
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark or e.context_mark
         message = e.problem or e.context or ""
@@ -183,13 +186,13 @@ def _read_yaml(text: str) -> Located:
     return located
 
 
-class _Reading:
+class _NodeConverter:
     """Converts a document's nodes to plain values, expanding aliases at each use."""
 
-    def __init__(self, loader: Any, found: Located) -> None:
+    def __init__(self, loader: Any, found: LocatedDocument) -> None:
         self.loader, self.found, self.num_values = loader, found, 0
 
-    def value(self, node: Any, place: Place, depth: int) -> Any:
+    def convert(self, node: Any, place: Place, depth: int) -> Any:
         import yaml
 
         line = node.start_mark.line + 1
@@ -200,25 +203,25 @@ class _Reading:
             if depth > MAX_DEPTH:
                 limit = f"it is nested more than {MAX_DEPTH} deep"
             raise yaml.MarkedYAMLError(problem=limit, problem_mark=node.start_mark)
-        # `_mapping` replaces this line with the line of the key
+        # `_convert_mapping` replaces this line with the line of the key
         self.found.lines.setdefault(place, line)
         if isinstance(node, yaml.SequenceNode):
-            return [self.value(child, (*place, i), depth + 1) for i, child in enumerate(node.value)]
+            return [self.convert(child, (*place, i), depth + 1) for i, child in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode):
-            return self._mapping(node, place, depth)
+            return self._convert_mapping(node, place, depth)
         try:
             value = self.loader.construct_object(node)
         except (yaml.YAMLError, ValueError, OverflowError, LookupError, AttributeError, TypeError):
             # each tag rejects a value with an exception of its own: `!!int ''`, `!!timestamp soon`
-            self._refuse(line, place, f"{node.tag} {str(node.value)[:60]!r} is not a plain value",
+            self._report(line, place, f"{node.tag} {str(node.value)[:60]!r} is not a plain value",
                          "write text, numbers, true or false")
             return None
         if isinstance(value, float) and EXPONENT.match(node.value):
-            return _number(node.value)
+            return _parse_number(node.value)
         # dates and similar values stay text
         return value if value is None or isinstance(value, (str, int, float, bool)) else node.value
 
-    def _mapping(self, node: Any, place: Place, depth: int) -> dict[str, Any]:
+    def _convert_mapping(self, node: Any, place: Place, depth: int) -> dict[str, Any]:
         import yaml
 
         mapping: dict[str, Any] = {}
@@ -229,27 +232,27 @@ class _Reading:
                 for part in child.value if isinstance(child, yaml.SequenceNode) else [child]:
                     if isinstance(part, yaml.MappingNode):
                         # YAML: earlier merged mappings win over later ones, and own keys win over merged keys
-                        merged = {**self.value(part, place, depth + 1), **merged}
+                        merged = {**self.convert(part, place, depth + 1), **merged}
                     else:
-                        self._refuse(line, place, "<< takes an alias of a mapping", "")
+                        self._report(line, place, "<< takes an alias of a mapping", "")
             elif not isinstance(key_node, yaml.ScalarNode) or not isinstance(key, str):
-                self._refuse(line, place, "a key must be a word, not a list or a mapping", "")
+                self._report(line, place, "a key must be a word, not a list or a mapping", "")
             elif key in mapping:
                 self.found.problems.append(SettingsProblem(ProblemCode.TWICE,
                                                            ".".join(map(str, (*place, key))),
                                                            "is set twice", way_out="set it once", line=line))
             else:
-                mapping[key] = self.value(child, (*place, key), depth + 1)
+                mapping[key] = self.convert(child, (*place, key), depth + 1)
                 self.found.lines[*place, key] = line
         return {**merged, **mapping}
 
-    def _refuse(self, line: int, place: Place, rule: str, way_out: str) -> None:
+    def _report(self, line: int, place: Place, rule: str, way_out: str) -> None:
         key = ".".join(map(str, place))
         self.found.problems.append(SettingsProblem(ProblemCode.TYPE, key, rule, way_out=way_out, line=line))
 
 
-_WORDS = {"True": True, "False": False, "None": None}
-_MAX_WHOLE = 1e19
+_PYTHON_WORDS = {"True": True, "False": False, "None": None}
+_MAX_INTEGER = 1e19
 
 
 def parse_changes(given: Iterable[str], option: str = "--set") -> dict[str, Any]:
@@ -272,13 +275,13 @@ def parse_changes(given: Iterable[str], option: str = "--set") -> dict[str, Any]
         # `a..b=1` and `=1` have an empty part
         if not equals or not all(key.split(".")):
             problems.append(SettingsProblem(ProblemCode.FORM, "",
-                                            f"{cut(text)!r} must have the form key=value"))
+                                            f"{shorten_text(text)!r} must have the form key=value"))
         else:
             try:
                 values[key] = parse_value(value)
             except (ValueError, RecursionError) as e:
                 problems.append(SettingsProblem(
-                    ProblemCode.JSON, key, f"{cut(value)} begins like JSON but does not parse ({e})",
+                    ProblemCode.JSON, key, f"{shorten_text(value)} begins like JSON but does not parse ({e})",
                     way_out="close all quotes and brackets, put text into double quotes, and the whole "
                     "setting into single quotes"))
     if problems:
@@ -293,9 +296,9 @@ def parse_value(text: str) -> Any:
     except (ValueError, RecursionError):
         if text.startswith(("{", "[", '"')):
             raise
-        return _WORDS.get(text, text)
+        return _PYTHON_WORDS.get(text, text)
     # users write token counts as 1e9
-    is_integer = isinstance(value, float) and value.is_integer() and abs(value) < _MAX_WHOLE
+    is_integer = isinstance(value, float) and value.is_integer() and abs(value) < _MAX_INTEGER
     return int(value) if is_integer else value
 
 
@@ -318,8 +321,8 @@ def parse_nested(given: Iterable[str], option: str = "--set") -> dict[str, Any]:
     return values
 
 
-def change(settings: S, given: Iterable[str], option: str = "--set", *,
-           instead: Instead = no_other, rules: bool = True) -> S:
+def apply_changes(settings: S, given: Iterable[str], option: str = "--set", *,
+           instead: KeyHint = no_hint, rules: bool = True) -> S:
     """Return settings with `key=value` changes applied, e.g. ``train.steps=100`` or ``phases.0.seq_len=512``.
 
     Args:
@@ -332,26 +335,26 @@ def change(settings: S, given: Iterable[str], option: str = "--set", *,
     Raises:
         SettingsError: lists all problems.
     """
-    raw = assign_all(settings, parse_changes(given, option), option, instead)
-    return read(type(settings), raw, option, instead=instead, rules=rules)
+    raw = assign_values(settings, parse_changes(given, option), option, instead)
+    return parse_settings(type(settings), raw, option, instead=instead, rules=rules)
 
 
-def assign_all(settings: Any, given: Mapping[str, Any], option: str, instead: Instead = no_other
+def assign_values(settings: Any, given: Mapping[str, Any], option: str, instead: KeyHint = no_hint
                ) -> dict[str, Any]:
     """Convert settings to plain values and assign the given values by dotted key.
 
     Raises:
         SettingsError: lists all unknown keys.
     """
-    raw = plain(settings)
-    results = [_assign(type(settings), raw, key, value, instead) for key, value in given.items()]
+    raw = to_plain_values(settings)
+    results = [_assign_value(type(settings), raw, key, value, instead) for key, value in given.items()]
     problems = [problem for problem in results if problem]
     if problems:
         raise SettingsError(option, problems)
     return raw
 
 
-def _assign(cls: Any, raw: Any, key: str, value: Any, instead: Instead) -> SettingsProblem | None:
+def _assign_value(cls: Any, raw: Any, key: str, value: Any, instead: KeyHint) -> SettingsProblem | None:
     """Assign one value inside plain settings `raw` of class `cls`; return the problem of its key, if any."""
     parts, node, hint = key.split("."), raw, cls
     for depth, part in enumerate(parts):
@@ -363,11 +366,11 @@ def _assign(cls: Any, raw: Any, key: str, value: Any, instead: Instead) -> Setti
                 return SettingsProblem(ProblemCode.UNKNOWN, key, rule)
         elif not isinstance(node, dict):
             return SettingsProblem(ProblemCode.UNKNOWN, key, f"{above} is a value and has no fields")
-        elif dataclasses.is_dataclass(hint) and part not in fields_of(cast(Any, hint)):
+        elif dataclasses.is_dataclass(hint) and part not in list_fields(cast(Any, hint)):
             here = ".".join(parts[:depth + 1])
-            return unknown(here, fields_of(cast(Any, hint)), instead(here))
+            return unknown_key_problem(here, list_fields(cast(Any, hint)), instead(here))
         index: Any = int(part) if isinstance(node, list) else part
-        hint = hint_below(hint, part)
+        hint = get_inner_hint(hint, part)
         if depth == len(parts) - 1:
             node[index] = value
         else:

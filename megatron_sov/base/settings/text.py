@@ -7,9 +7,9 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator
 
 
-def _as_written(value: Any) -> Any:
+def _to_text(value: Any) -> Any:
     return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
-Text = Annotated[str, BeforeValidator(_as_written)]
+Text = Annotated[str, BeforeValidator(_to_text)]
 """Text; numbers and dates from YAML are converted to text."""

@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.artifacts import disk_errors
+from megatron_sov.base.artifacts import translate_disk_errors
 from megatron_sov.work.progress.journal import Journal, iter_later_records
 from megatron_sov.work.progress.locks import try_lock_folder
 
@@ -127,7 +127,7 @@ class Answers(dict[str, Answer]):
             UserError: the disk is full, or nothing can be written there.
         """
         if self._journal is None:
-            with disk_errors(self.folder):
+            with translate_disk_errors(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 # a file of its own for each process, so that none writes into another's lines
                 self._journal = Journal(self.folder, uuid.uuid4().hex)
@@ -137,7 +137,8 @@ class Answers(dict[str, Answer]):
 
     def reread(self) -> None:
         """Take in what has been written since, by this process or others."""
-        self.update((str(key), json.loads(answer)) for key, answer in iter_later_records(self.folder, self._ends))
+        records = iter_later_records(self.folder, self._ends)
+        self.update((str(key), json.loads(answer)) for key, answer in records)
 
     def close(self) -> None:
         if self._journal is not None:

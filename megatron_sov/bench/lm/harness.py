@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_sov.base.errors import UserError, how_to_install, visible
+from megatron_sov.base.errors import UserError, escape_controls, format_install_command
 
 MAX_WARNINGS = 10
 """Warnings of lm-eval that are printed at most while tasks are loaded, built or scored."""
@@ -19,7 +19,7 @@ MAX_WARNINGS = 10
 
 def require_harness() -> None:
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(f"eval lm: lm-eval is not installed; run `{how_to_install('eval')}`")
+        raise UserError(f"eval lm: lm-eval is not installed; run `{format_install_command('eval')}`")
 
 
 def offline(allow_download: bool, cache: Path) -> Path:
@@ -62,7 +62,7 @@ def quiet() -> Iterator[None]:
     shown: set[str] = set()
 
     def is_new(record: logging.LogRecord) -> bool:
-        record.msg, record.args = visible(" ".join(record.getMessage().split()))[:300], ()
+        record.msg, record.args = escape_controls(" ".join(record.getMessage().split()))[:300], ()
         # lm-eval warns of every `custom_dataset`, with options of its own command line.
         is_known = record.msg in shown or "Custom kwargs can be" in record.msg
         shown.add(record.msg)

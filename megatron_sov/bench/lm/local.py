@@ -22,17 +22,18 @@ import torch
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.bench.lm.answers import Answer, Answers, AnswerScore, Request, Write, readings
-from megatron_sov.engine.decode.forward_only import Inputs
+from megatron_sov.engine.decode.forward_only import DocumentBatch
 from megatron_sov.engine.model.chunk import ModelInputs
-from megatron_sov.engine.model.language_model import states_for_head
+from megatron_sov.engine.model.language_model import prepare_head_input
 from megatron_sov.engine.model.logprobs import Head
 from megatron_sov.engine.parallel import collectives, context
-from megatron_sov.engine.parallel.device import local_device
-from megatron_sov.eval.heldout import ROW_TOKENS, rows_of
-from megatron_sov.infer.engine import MEGATRON, SERVED, run_engine
-from megatron_sov.infer.engines.load import Loaded, run_forward_model
+from megatron_sov.engine.parallel.device import get_local_device
+from megatron_sov.eval.heldout_loss import ROW_TOKENS, group_into_rows
+from megatron_sov.infer.engine import MEGATRON, SERVER_ENGINES, run_with_engine
+from megatron_sov.infer.engines.load import LoadedModel, run_forward_model
 from megatron_sov.infer.engines.target import Target
-from megatron_sov.infer.request import LENGTH, STOP, Batching, Bounds, Generated, Sampling, StopRule, Tokens
+from megatron_sov.infer.request import (
+    LENGTH, STOP, Batching, GenerationBounds, GenerationResult, Sampling, StopRule, Tokens)
 from megatron_sov.train.stopping import StopFlag
 from megatron_sov.work.progress.progress_bar import create_bar
 
@@ -67,7 +68,7 @@ class LocalEvaluation:
 class _Model:
     """What answers; where it runs on several processes, called by all of them together."""
 
-    generate: Callable[..., Generated]
+    generate: Callable[..., GenerationResult]
     score: Callable[[Sequence[Group]], dict[str, Answer]]
     """Returns the answers to groups of scores."""
     num_shares: int = 1
@@ -85,28 +86,29 @@ def answer_locally(running: LocalEvaluation, requests: Sequence[Request], kept: 
         from megatron_sov.engine.parallel.values import broadcast_object
         from megatron_sov.infer.decoder.generator import MegatronEngine
 
-        def on_ranks(loaded: Loaded) -> bool:
+        def on_ranks(loaded: LoadedModel) -> bool:
             engine = MegatronEngine(loaded.policy, running.batching)
 
-            def generate(prompts: Sequence[Tokens], sampling: Sampling, **more: Any) -> Generated:
+            def generate(prompts: Sequence[Tokens], sampling: Sampling, **more: Any) -> GenerationResult:
                 # those that are not whole may be cut off
-                bounds = Bounds([sampling.max_new_tokens] * len(prompts), lambda: flag.reason is not None)
+                bounds = GenerationBounds([sampling.max_new_tokens] * len(prompts),
+                                          lambda: flag.reason is not None)
                 return engine.generate(prompts, sampling, bounds=bounds, **more)
 
-            model = _Model(generate, partial(of_forward_model, loaded), collectives.data_place()[1])
+            model = _Model(generate, partial(of_forward_model, loaded), collectives.get_data_rank()[1])
             return _answer(model, running, broadcast_object(requests),
                            kept if loaded.world.is_main else None, flag)
 
         return bool(run_forward_model(running.target, list(running.settings), running.nproc, on_ranks))
-    if running.engine in SERVED:
+    if running.engine in SERVER_ENGINES:
         if any(isinstance(request, AnswerScore) for request in requests):
             raise UserError(f"--engine {running.engine}: tells no likelihoods, which these tasks compare; "
                             "leave it out")
         longest = max(len(r.prompt) + r.max_tokens for r in requests if isinstance(r, Write))
-        return bool(run_engine(running.engine, running.target, lambda engine: _answer(
+        return bool(run_with_engine(running.engine, running.target, lambda engine: _answer(
             _Model(engine.generate, lambda groups: {}), running, requests, kept, flag), longest=longest,
             batching=running.batching))
-    from megatron_sov.infer.engines.libraries import HfEngine, load_configured_hf
+    from megatron_sov.infer.engines.transformers_engine import HfEngine, load_configured_hf
 
     hf = load_configured_hf(running.target.path, running.settings)
     model = _Model(HfEngine(hf, running.batching).generate, partial(of_hf_model, hf))
@@ -120,7 +122,7 @@ def _answer(model: _Model, running: LocalEvaluation, requests: Sequence[Request]
     Returns:
         Whether it was asked to stop before all were answered.
     """
-    from megatron_sov.engine.parallel.world import on_first
+    from megatron_sov.engine.parallel.world import run_on_first
 
     # All processes cut the same chunks from the same requests; the first one says which is next.
     chunks = list(chunks_of(requests, model.num_shares, running.batching))
@@ -132,7 +134,7 @@ def _answer(model: _Model, running: LocalEvaluation, requests: Sequence[Request]
             deal = stack.enter_context(contextlib.closing(
                 answers.deal(chunks, lambda: flag.reason is not None)))
         bar = stack.enter_context(create_bar("ask", len(requests), "request", kept is not None))
-        while (step := on_first(lambda: next(deal, None))) is not None:
+        while (step := run_on_first(lambda: next(deal, None))) is not None:
             asked = [chunks[step[0]][i] for i in step[1]]
             found = _chunk_answers(model, running, asked, flag) if asked else {}
             num_read, num_answered = num_read + sum(map(num_tokens, asked)), num_answered + len(found)
@@ -143,7 +145,7 @@ def _answer(model: _Model, running: LocalEvaluation, requests: Sequence[Request]
     if kept is not None:
         print(f"asked {num_answered:,} requests with {num_read:,} tokens in "
               f"{time.monotonic() - begin_s:.1f} s", file=sys.stderr)
-    return bool(on_first(lambda: flag.reason is not None))
+    return bool(run_on_first(lambda: flag.reason is not None))
 
 
 def num_tokens(request: Request) -> int:
@@ -191,15 +193,16 @@ def _chunk_answers(model: _Model, running: LocalEvaluation, chunk: Sequence[Requ
     for write, tokens, reason in zip(writes, found.continuations, found.finish_reasons, strict=True):
         # others were cut off by a wish to stop
         if reason == STOP or len(tokens) >= write.max_tokens or flag.reason is None:
-            answers[write.key] = {"text": stop.cut_text(running.decode(tokens)),
+            answers[write.key] = {"text": stop.truncate_text(running.decode(tokens)),
                                   "finish_reason": STOP if reason == STOP else LENGTH}
     return answers
 
 
-def of_forward_model(loaded: Loaded, groups: Sequence[Group]) -> dict[str, Answer]:
+def of_forward_model(loaded: LoadedModel, groups: Sequence[Group]) -> dict[str, Answer]:
     """Return the answers to groups of scores, on every process; called by all of them together."""
-    dp_rank, dp_size = collectives.data_place()
-    rows: list[list[Group]] = [[groups[i] for i in row] for row in rows_of([len(g[0].read) for g in groups])]
+    dp_rank, dp_size = collectives.get_data_rank()
+    lengths = [len(group[0].read) for group in groups]
+    rows: list[list[Group]] = [[groups[i] for i in row] for row in group_into_rows(lengths)]
     rows += [[]] * (-len(rows) % dp_size)  # processes that share experts must run forward equally often
     # Where the scores of each row begin in `found`, which all processes fill together.
     starts = [0, *accumulate(sum(map(len, row)) for row in rows)]
@@ -244,7 +247,7 @@ class _ItemRow:
     """A row of documents with what is asked at their ends."""
 
     def __init__(self, groups: Sequence[Group], min_tokens: int) -> None:
-        batch = Inputs([group[0].read for group in groups] or [[0]], local_device(), min_tokens)
+        batch = DocumentBatch([group[0].read for group in groups] or [[0]], get_local_device(), min_tokens)
         self.inputs: ModelInputs = batch.inputs
         self.groups = groups
         self.ends: list[int] = (batch.ends + 1).tolist()
@@ -259,10 +262,10 @@ def _row_values(hidden: list[torch.Tensor], head: Head, row: _ItemRow) -> torch.
     ends = row.ends[:len(row.groups)]
     places = torch.cat([torch.arange(end - max(len(s.continuation) for s in group), end)
                         for group, end in zip(row.groups, ends, strict=True)])
-    states = states_for_head(hidden[0], head.config)
+    states = prepare_head_input(hidden[0], head.config)
     best = torch.zeros(len(row.inputs.tokens), dtype=torch.int64)
     # Once for all variants: the most probable token does not depend on what is judged.
-    best[places] = head.top_tokens(context.pick(states, places)).cpu()
+    best[places] = head.top_tokens(context.gather_positions(states, places)).cpu()
     number = [0, *accumulate(map(len, row.groups))]
     # documents that are judged twice and more, such as choices of one token, take the head as often
     # The first score of every document, then the second one of those that have two, and so on.

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from megatron_sov.base.artifacts import sha256_file, to_json, write_output
+from megatron_sov.base.artifacts import format_json, sha256_file, write_output
 from megatron_sov.base.documents.rows import json_line
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Finite
@@ -189,7 +189,7 @@ def write_results(output: Path, results: Results, items: Iterable[ResultItem]) -
     write_output(beside, lines)
     digest = hashlib.sha256(lines).hexdigest()
     whole = dataclasses.replace(results, items={"file": beside.name, "sha256": digest})
-    write_output(output, to_json(whole))
+    write_output(output, format_json(whole))
     return whole
 
 

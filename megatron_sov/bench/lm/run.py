@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_sov.base.errors import StopRequested, UserError, told_in_a_line, visible
+from megatron_sov.base.errors import StopRequested, UserError, escape_controls, format_error
 from megatron_sov.base.outputs import check_output
-from megatron_sov.base.settings import SettingsError, problems_of
+from megatron_sov.base.settings import SettingsError, find_all_problems
 from megatron_sov.bench.lm.answers import Answers, Request, folder_of
 from megatron_sov.bench.lm.harness import offline, quiet, require_harness
 from megatron_sov.bench.lm.results import DEFAULT, ResultItem, Results, write_results
@@ -58,7 +58,7 @@ def evaluate(target: str, tasks: Sequence[str], settings: Settings) -> Results |
     """
     if not tasks:
         raise UserError("--tasks: names none")
-    if problems := problems_of(settings):
+    if problems := find_all_problems(settings):
         raise SettingsError("eval lm", problems)
     require_harness()
     check_output("--output", settings.output)
@@ -76,7 +76,7 @@ def evaluate(target: str, tasks: Sequence[str], settings: Settings) -> Results |
                 settings.cache_folder.rmdir()
             raise
     for note in notes:
-        print(visible(note), file=sys.stderr)
+        print(escape_controls(note), file=sys.stderr)
     with _joining(settings):
         results = write_results(settings.output, results, items)
         _tell(events, settings, results)
@@ -142,7 +142,7 @@ def _build(name: str, loaded: LoadedTasks, lm: EvaluatedLM, settings: Settings) 
     except UserError:
         raise
     except Exception as e:  # of a definition and its data in lm-eval
-        raise UserError(f"task {name}: its prompts cannot be made ({told_in_a_line(e):.300}); look at its "
+        raise UserError(f"task {name}: its prompts cannot be made ({format_error(e):.300}); look at its "
                         "definition and its data") from e
     if not requests:
         raise UserError(f"task {name}: has no items; look at its data")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_sov.base.errors import UserError, told_in_a_line
+from megatron_sov.base.errors import UserError, format_error
 from megatron_sov.bench.lm.answers import Request, Write
 from megatron_sov.bench.lm.harness import quiet
 from megatron_sov.bench.lm.results import (
@@ -22,7 +22,7 @@ from megatron_sov.bench.lm.settings import Settings
 from megatron_sov.bench.lm.subject import EvaluatedLM
 from megatron_sov.bench.lm.tasks import hash_of, sov_of
 from megatron_sov.bench.suites.judging import AnswerJudge
-from megatron_sov.eval.statistics import mean_of
+from megatron_sov.eval.statistics import estimate_mean
 from megatron_sov.infer.request import LENGTH
 
 TEXT = "generate_until"
@@ -86,7 +86,7 @@ def _evaluate(tasks: Sequence[BuiltTask], groups: Mapping[str, Any], lm: Evaluat
         raise
     except Exception as e:  # of a metric or filter of a task
         raise UserError(f"tasks {', '.join(task.name for task in tasks)}: lm-eval cannot score the answers "
-                        f"({told_in_a_line(e):.300}); mend the task's metric, or leave the task out: answers "
+                        f"({format_error(e):.300}); mend the task's metric, or leave the task out: answers "
                         "are kept") from e
     assert results is not None
     return dict(results)
@@ -179,7 +179,7 @@ def _metric(name: str, filter_name: str, value: float, items: Sequence[ResultIte
     made = Metric(name, value, filter_name, clusters=len(set(clusters)), higher_is_better=better)
     try:
         if values and math.isclose(value, _mean(values), abs_tol=1e-12):
-            found = mean_of(values, clusters)
+            found = estimate_mean(values, clusters)
             return replace(made, stderr=found.standard_error, interval=found.interval)
     except OverflowError:
         pass  # without an interval: it is too large for a number

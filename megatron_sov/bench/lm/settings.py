@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
-from megatron_sov.base.settings import AtLeastOne, Flag, NotNegativeInt, only_with
+from megatron_sov.base.settings import AtLeastOne, Flag, NotNegativeInt, requires_field
 from megatron_sov.infer.engine import ChosenEngine
 from megatron_sov.infer.request import Batching, BatchSize, RankOptions
 
@@ -43,7 +43,7 @@ class Settings(RankOptions):
     """Answers to each item of tasks that a reward judges (default: the task's)."""
     judge: Annotated[tuple[str, ...], Flag(value="key=value")] = ()
     """A setting of the reward that judges, e.g. endpoint=http://localhost:8000/v1; may be repeated."""
-    mode: Annotated[ThinkingMode | None, only_with("chat_template")] = None
+    mode: Annotated[ThinkingMode | None, requires_field("chat_template")] = None
     """Of a reasoning model (default: the task's)."""
     engine: ChosenEngine = None
     workers: NotNegativeInt = 0

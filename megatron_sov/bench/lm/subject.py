@@ -20,19 +20,21 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from megatron_sov.base.artifacts import MANIFEST, FileRecord, damaged_files, manifest_sha256, read_manifest
-from megatron_sov.base.digests import file_digest
-from megatron_sov.base.errors import UserError, first_line, list_problems, told_in_a_line, visible
+from megatron_sov.base.artifacts import (
+    MANIFEST, FileRecord, find_damaged_files, manifest_sha256, read_manifest)
+from megatron_sov.base.digests import hash_file
+from megatron_sov.base.errors import (
+    UserError, escape_controls, first_error_line, format_error, format_problems)
 from megatron_sov.bench.lm.answers import Answer, AnswerScore, Request, Write
 from megatron_sov.bench.lm.local import LocalEvaluation
 from megatron_sov.bench.lm.results import EvaluatedModel
 from megatron_sov.bench.lm.settings import Settings
 from megatron_sov.chat.folder import TOKENIZER_JSON
 from megatron_sov.chat.marks import build_text_decoder
-from megatron_sov.engine.parallel.device import inference_precision
-from megatron_sov.infer.asking import check_engine, stop_ids
+from megatron_sov.engine.parallel.device import choose_inference_precision
 from megatron_sov.infer.engine import MEGATRON, TRANSFORMERS
 from megatron_sov.infer.engines.target import Target, find_target
+from megatron_sov.infer.prompts import check_engine, read_stop_ids
 from megatron_sov.infer.request import Batching
 from megatron_sov.runs.checkpoints import check_model_path
 from megatron_sov.work.endpoints.transport import is_url
@@ -89,7 +91,7 @@ def subject_of(target: str, settings: Settings, whole: bool = True) -> Subject:
     running = LocalEvaluation(found, engine, tuple(settings.settings), settings.nproc,
                               Batching(settings.batch_size), ends, special, decode)
     return Subject(model, {"model": digest, "engine": engine, "settings": how, "ends": list(ends),
-                           "precision": inference_precision()}, tokenizer, max_length, running)
+                           "precision": choose_inference_precision()}, tokenizer, max_length, running)
 
 
 def _tokens(target: Target, chat: bool) -> tuple[Any, tuple[int, ...], dict[str, int]]:
@@ -104,7 +106,7 @@ def _tokens(target: Target, chat: bool) -> tuple[Any, tuple[int, ...], dict[str,
                         "chat template there that the model was trained with")
     special = {str(token.content): int(number) for number, token in tokenizer.added_tokens_decoder.items()
                if token.special}
-    return tokenizer, stop_ids(target, tokenizer.eos_token_id, encoder), special
+    return tokenizer, read_stop_ids(target, tokenizer.eos_token_id, encoder), special
 
 
 def content_hash(target: Target) -> str:
@@ -119,12 +121,12 @@ def content_hash(target: Target) -> str:
         written_ns = (folder / MANIFEST).stat().st_mtime_ns  # behind all files
         looked_at = [name for name, record in read_manifest(folder).files.items()
                      if not name.endswith(".safetensors") or _may_differ(folder / name, record, written_ns)]
-        if damaged := damaged_files(folder, looked_at):
-            raise UserError(list_problems(str(folder), damaged, "restore it from a copy"))
+        if damaged := find_damaged_files(folder, looked_at):
+            raise UserError(format_problems(str(folder), damaged, "restore it from a copy"))
         return manifest_sha256(folder)
     digest = hashlib.sha256()
     for file in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
-        digest.update(f"{file.name} {file_digest(file)}\n".encode())
+        digest.update(f"{file.name} {hash_file(file)}\n".encode())
     return digest.hexdigest()
 
 
@@ -242,7 +244,7 @@ class EvaluatedLM(TemplateLM):
             if len(without) < len(chat_history):
                 return self.apply_chat_template(without, add_generation_prompt)
             raise UserError(f"{self.tokenizer.name_or_path}: its chat template refuses a prompt "
-                            f"({first_line(e)}); leave "
+                            f"({first_error_line(e)}); leave "
                             "--apply-chat-template out, or mend the template") from None
 
     def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
@@ -292,8 +294,9 @@ class EvaluatedLM(TemplateLM):
         try:
             write = self._read_generation(given, sample)
         except (TypeError, ValueError, OverflowError) as e:
-            raise UserError(f"task {task}: generation_kwargs {visible(str(given)):.200}: cannot be used "
-                            f"({told_in_a_line(e):.200}); write numbers there, or leave them out") from None
+            raise UserError(f"task {task}: generation_kwargs {escape_controls(str(given)):.200}: cannot be "
+                            "used "
+                            f"({format_error(e):.200}); write numbers there, or leave them out") from None
         room = self.max_length - write.max_tokens
         if room <= 0:
             raise UserError(f"task {task}: asks for answers of {write.max_tokens} tokens, and the model ends "

@@ -22,7 +22,7 @@ import yaml
 
 from megatron_sov.base.artifacts import sha256_file
 from megatron_sov.base.documents.bounded_yaml import BoundedLoader
-from megatron_sov.base.errors import Fix, UserError, nearest, told_in_a_line
+from megatron_sov.base.errors import Fix, UserError, format_error, suggest_name
 from megatron_sov.base.settings import parse_nested
 from megatron_sov.bench.lm.harness import cage_templates, quiet
 from megatron_sov.bench.lm.settings import Settings, TaskSources
@@ -402,7 +402,7 @@ def _load(manager: Any, name: str) -> Any:
     except UserError:
         raise
     except Exception as e:  # whatever a definition, its templates and its data make lm-eval do
-        raise UserError(f"task {name!r}: cannot be loaded ({told_in_a_line(e):.300}); look at its definition "
+        raise UserError(f"task {name!r}: cannot be loaded ({format_error(e):.300}); look at its definition "
                         "and its data") from e
     if unknown:
         raise UserError(f"task {unknown[0][0]!r}: the aggregation of its metric {unknown[0][1]!r} is none "
@@ -445,8 +445,8 @@ def _unknown(name: str, found: FoundTasks) -> UserError:
         return UserError(f"task {name!r}: is a file, and tasks are named; write --task-dir {folder} "
                          "--tasks NAME, with the name that stands after `task:` in it")
     return UserError(f"task {name!r}: does not exist in --task-dir and among our suites"
-                     f"{nearest(name, found.definitions)}; lm-eval's own tasks fetch their data, and are "
-                     f"there with --allow-download{more}", Fix(options=("--allow-download",)))
+                     f"{suggest_name(name, found.definitions)}; lm-eval's own tasks fetch their data, and "
+                     f"are there with --allow-download{more}", Fix(options=("--allow-download",)))
 
 
 def _entry(definition: Definition, sources: TaskSources) -> tuple[Any, list[Path]]:
@@ -479,7 +479,7 @@ def _resolve(value: Any) -> Any:
             return _import_func_in_yml(str(value), value.folder)
         except Exception as e:  # whatever code does when it is imported
             raise UserError(f"{value.folder}: !function {value} cannot be imported "
-                            f"({told_in_a_line(e):.200}); mend it") from e
+                            f"({format_error(e):.200}); mend it") from e
     if isinstance(value, dict):
         return {key: _resolve(child) for key, child in value.items()}
     return [_resolve(child) for child in value] if isinstance(value, list) else value

@@ -18,12 +18,13 @@ from typing import Annotated, Any, Literal
 import regex
 from annotated_types import MinLen
 
-from megatron_sov.base.errors import UserError, list_problems
+from megatron_sov.base.errors import UserError, format_problems
 from megatron_sov.base.plugins.loading import is_reference
-from megatron_sov.base.settings import AtLeastOne, Bound, Breach, Finite, ProblemCode, num_cores, one_of, read
+from megatron_sov.base.settings import (
+    AtLeastOne, Bound, Finite, ProblemCode, Violation, choice_from, count_cores, parse_settings)
 from megatron_sov.bench.suites.scorers import ROW_MAKERS, SCORERS
 from megatron_sov.chat.marks import to_hermes_form
-from megatron_sov.eval.pass_at_k import PromptCounts, majority_at_k, pass_at_k
+from megatron_sov.eval.pass_at_k import PromptCounts, compute_majority_at_k, compute_pass_at_k
 from megatron_sov.judge.rewards import patterns, registry
 from megatron_sov.judge.rewards.answers import last_boxed, normalized
 from megatron_sov.judge.rewards.reward import Refused, Result, Row, Score, checked, judged
@@ -44,7 +45,7 @@ DESCRIBING = frozenset(("suite", "source", "licence", "release", "items", "promp
                         "shots_per_group", "kind"))
 """Keys of `metadata.sov` that describe the task and its data."""
 
-def _no_pattern(text: str) -> Breach | None:
+def _no_pattern(text: str) -> Violation | None:
     if text in ("", BOXED):
         return None
     if wrong := patterns.problem(text):
@@ -52,7 +53,7 @@ def _no_pattern(text: str) -> Breach | None:
     return None if regex.compile(text).groups else (ProblemCode.BOUND, "must have a group, the answer", "")
 
 
-_IS_REWARD = one_of(lambda: {*registry.BUILT_IN, *SCORERS})
+_IS_REWARD = choice_from(lambda: {*registry.BUILT_IN, *SCORERS})
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,10 @@ def judging_of(config: Mapping[str, Any], *, allow_code: bool, samples: int | No
         return None
     settings = {str(name): value for name, value in (given or {}).items() if name not in DESCRIBING}
     repeats = samples or config.get("repeats") or 1
-    judging = read(Judging, {**settings, "task": str(config.get("task")), "samples": repeats}, where)
+    judging = parse_settings(Judging, {**settings, "task": str(config.get("task")), "samples": repeats},
+                             where)
     if not allow_code and (problems := _untrusted(judging)):
-        raise UserError(list_problems(where, problems, "pass --allow-task-code if you trust the file"))
+        raise UserError(format_problems(where, problems, "pass --allow-task-code if you trust the file"))
     if config.get("output_type") != "generate_until":
         raise UserError(f"{where}: judges answers, and output_type is {config.get('output_type')}; write "
                         "generate_until")
@@ -207,7 +209,7 @@ class AnswerJudge:
             raise UserError(f"task {self.judging.task}: {e}{hint}") from None
         self.judges[variant] = f"{name} {made.version}"
         results: list[Result] = []
-        with runner(order, made, self.workers or num_cores()) as judging:
+        with runner(order, made, self.workers or count_cores()) as judging:
             for begin in range(0, len(rows), BATCH_ROWS):
                 batch = rows[begin:begin + BATCH_ROWS]
                 # Rows that cannot be judged have a result already, and keep their place.
@@ -249,9 +251,9 @@ def metrics_of(judging: Judging, results: Sequence[Result]) -> dict[str, float]:
     for k in judging.ks:
         if k <= len(rewards):
             if "pass" in judging.metrics:
-                found[f"pass@{k}"] = float(pass_at_k(len(rewards), sum(right), k))
+                found[f"pass@{k}"] = float(compute_pass_at_k(len(rewards), sum(right), k))
             if "cons" in judging.metrics:
-                found[f"cons@{k}"] = majority_at_k(votes.num_right, votes.wrong, votes.num_silent, k)
+                found[f"cons@{k}"] = compute_majority_at_k(votes.num_right, votes.wrong, votes.num_silent, k)
     return found
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from megatron_sov.base.artifacts import to_json
+from megatron_sov.base.artifacts import format_json
 from megatron_sov.base.errors import ExitCode
-from megatron_sov.base.settings import Flag, command_of, read_options
+from megatron_sov.base.settings import Flag, build_command, read_options
 from megatron_sov.bench.lm.settings import Settings
 from megatron_sov.commands.shared_options import TARGET_HELP
 
@@ -39,8 +39,8 @@ def run_lm(args: EvalLmOptions) -> int:
 
     found = evaluate(args.target, [name for name in args.tasks.split(",") if name], args.settings)
     if found is not None:
-        print(to_json(found).rstrip() if args.json else table(found))
+        print(format_json(found).rstrip() if args.json else table(found))
     return ExitCode.OK
 
 
-LM = command_of(EvalLmOptions, lambda typed: run_lm(read_options(EvalLmOptions, typed)))
+LM = build_command(EvalLmOptions, lambda typed: run_lm(read_options(EvalLmOptions, typed)))

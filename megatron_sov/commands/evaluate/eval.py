@@ -14,7 +14,7 @@ from megatron_sov.commands.evaluate.task import (
     HeldoutOptions, OutOptions, begin_task, measure_target, show_figures, write_figures)
 from megatron_sov.commands.shared_options import ModelPath, step_of
 from megatron_sov.infer.request import RankOptions
-from megatron_sov.model.config import Language, NeedleConfig, NeedleKind, data_paths
+from megatron_sov.model.config import Language, NeedleConfig, NeedleKind, parse_data_paths
 from megatron_sov.runs.launch_environment import is_first_rank
 from megatron_sov.work.progress.progress_bar import create_bar
 
@@ -69,14 +69,14 @@ class NeedleOptions(OutOptions, RankOptions):
 
 def _ppl(args: PplOptions) -> int:
     events = begin_task(args, args.target, out=args.out)
-    from megatron_sov.eval.heldout import evaluate_forward_model, evaluate_hf, open_heldout
+    from megatron_sov.eval.heldout_loss import evaluate_forward_model, evaluate_hf, open_heldout
     from megatron_sov.infer.engines.target import find_target
 
     target = find_target(args.target)
     config = target.config
     seq_len = args.seq_len or target.trained_tokens
     max_tokens = args.max_tokens or (config.data.heldout_tokens if config else DEFAULT_HELDOUT_TOKENS)
-    data = open_heldout(data_paths(args.data), seq_len, max_tokens, model_vocab_size=target.vocab_size,
+    data = open_heldout(parse_data_paths(args.data), seq_len, max_tokens, model_vocab_size=target.vocab_size,
                         model_tokenizer=target.tokenizer_folder)
 
     def policy_losses(loaded: Any) -> dict[str, Any]:
@@ -95,10 +95,10 @@ def _ppl(args: PplOptions) -> int:
 
 def _needle(args: NeedleOptions) -> int:
     events = begin_task(args, args.target, out=args.out)
-    from megatron_sov.eval.needle.suite import result_of, run_suite, table
+    from megatron_sov.eval.needle.suite import format_table, parse_result, run_suite
     from megatron_sov.infer.decoder.generator import MegatronEngine
-    from megatron_sov.infer.engines.libraries import HfEngine
     from megatron_sov.infer.engines.target import find_target
+    from megatron_sov.infer.engines.transformers_engine import HfEngine
 
     target = find_target(args.target)
     suite = suite_of(args, target)
@@ -112,7 +112,7 @@ def _needle(args: NeedleOptions) -> int:
     if found is not None:
         write_figures(args.out, found)
         events.add("needle", when="eval", step=step_of(target, events), **found)
-        show_figures(args.json, found, table(result_of(found)))
+        show_figures(args.json, found, format_table(parse_result(found)))
     return ExitCode.OK
 
 
@@ -135,16 +135,16 @@ def suite_of(args: NeedleOptions, target: Target) -> NeedleSuite:
         UserError: there is no text, it does not fit the model, or the numbers make no test.
     """
     from megatron_sov.chat.vocabulary import check_same_tokens
-    from megatron_sov.eval.needle.suite import make_suite
+    from megatron_sov.eval.needle.suite import build_suite
     from megatron_sov.eval.needle.text import open_haystacks
     from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
 
-    sources = open_sources(data_paths(args.data), target.vocab_size or sys.maxsize, is_fixed=True)
+    sources = open_sources(parse_data_paths(args.data), target.vocab_size or sys.maxsize, is_fixed=True)
     check_same_tokens(tokenizer_folder(sources), target.tokenizer_folder)
     config = _config(args, target.config.needle if target.config else NeedleConfig())
     haystacks = open_haystacks(sources, "heldout", target.tokenizer_folder, languages=config.languages,
-                               told=dict(map(_source_language, args.language)))
-    return make_suite(config, haystacks, seed=args.seed)
+                               source_languages=dict(map(_source_language, args.language)))
+    return build_suite(config, haystacks, seed=args.seed)
 
 
 def _config(args: NeedleOptions, defaults: NeedleConfig) -> NeedleConfig:

@@ -14,33 +14,33 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import MinLen
 
-from megatron_sov.base.artifacts import MANIFEST, to_json
-from megatron_sov.base.digests import file_digest, fingerprint
+from megatron_sov.base.artifacts import MANIFEST, format_json
+from megatron_sov.base.digests import fingerprint_folder, hash_file
 from megatron_sov.base.documents import BadRecord, Conversation
 from megatron_sov.base.documents.messages import read_messages
 from megatron_sov.base.documents.rows import check_rows, read_rows
-from megatron_sov.base.errors import ExitCode, UserError, visible
-from megatron_sov.base.outputs import behind_links
-from megatron_sov.base.plugins.registry import PluginOrder
+from megatron_sov.base.errors import ExitCode, UserError, escape_controls
+from megatron_sov.base.outputs import resolve_link
+from megatron_sov.base.plugins.registry import PluginRequest
 from megatron_sov.base.settings import (
-    AtLeastOne, Finite, Flag, ProblemCode, SettingsProblem, command_of, parse_nested, read_options)
+    AtLeastOne, Finite, Flag, ProblemCode, SettingsProblem, build_command, parse_nested, read_options)
 from megatron_sov.commands.evaluate.task import (
     HeldoutOptions, OutOptions, begin_task, measure_target, show_figures, write_figures)
 from megatron_sov.commands.score import JudgeOptions, RewardName, RewardSet
 from megatron_sov.commands.shared_options import (
     ModelPath, OverwriteOptions, RecordOptions, RedoOptions, step_of)
-from megatron_sov.infer.asking import SamplingRequest, asked_of, check_engine, check_length
-from megatron_sov.infer.engine import ChosenEngine, Engine, engine_for, run_engine
+from megatron_sov.infer.engine import ChosenEngine, Engine, choose_engine, run_with_engine
+from megatron_sov.infer.prompts import EncodedPrompts, check_engine, check_length, encode_prompts
 from megatron_sov.infer.request import (
     Batching, BatchSize, RankOptions, ResponseSampling, StopRule, Temperature)
 from megatron_sov.judge.rewards.registry import MadeReward, make, order
 from megatron_sov.judge.rewards.scoring import score_file
-from megatron_sov.model.config import data_paths
+from megatron_sov.model.config import parse_data_paths
 from megatron_sov.runs.checkpoints import check_model_path
 from megatron_sov.runs.folder import RunEvents
 from megatron_sov.runs.launch_environment import is_first_rank
 from megatron_sov.work.progress.jobs import Job, local_executor, run_job
-from megatron_sov.work.progress.journal import list_done_items, work_folder
+from megatron_sov.work.progress.journal import list_finished_items, work_folder
 from megatron_sov.work.progress.progress_bar import create_bar
 
 if TYPE_CHECKING:
@@ -114,13 +114,13 @@ class EvalPasskOptions(JudgedSamplingOptions, RecordOptions, RankOptions, Overwr
 @dataclass(frozen=True)
 class _Plan:
     args: EvalPasskOptions
-    order: PluginOrder
+    order: PluginRequest
     reward: MadeReward
     target: Target
 
     @property
     def engine(self) -> str:
-        return self.args.engine or engine_for(self.target)
+        return self.args.engine or choose_engine(self.target)
 
     @cached_property
     def model(self) -> dict[str, Any]:
@@ -130,12 +130,12 @@ class _Plan:
                 "samples": self.args.samples, "samples_a_call": CALL_SAMPLES,
                 # and the batch size: an engine may round otherwise in another batch, and samples then differ
                 "sampling": asdict(self.args.sampling), "batch_size": self.args.batch_size,
-                "files": fingerprint(self.target.path)}
+                "files": fingerprint_folder(self.target.path)}
 
     @cached_property
     def responses(self) -> dict[str, Any]:
         source = self.args.input
-        return {"model": self.model, "rows": {"path": str(source), "digest": file_digest(source)}}
+        return {"model": self.model, "rows": {"path": str(source), "digest": hash_file(source)}}
 
     @property
     def whole(self) -> dict[str, Any]:
@@ -149,7 +149,7 @@ class _Plan:
         """Where responses stand until they are judged; its name tells on what they depend."""
         # another model, sampling or file of prompts makes another name: responses are never mixed
         digest = hashlib.sha256(json.dumps(self.responses, sort_keys=True).encode()).hexdigest()[:16]
-        return work_folder(behind_links(self.args.output)) / f"sampled-{digest}.jsonl"
+        return work_folder(resolve_link(self.args.output)) / f"sampled-{digest}.jsonl"
 
 
 def run_passk(args: EvalPasskOptions) -> int:
@@ -177,10 +177,10 @@ def run_passk(args: EvalPasskOptions) -> int:
             artifact.writer.add_input(plan.target.path)
     events.add(KIND, step=step_of(plan.target, events), input=str(args.input), reward=plan.order.name,
                reward_version=plan.reward.version, sampling=plan.model["sampling"], **figures)
-    from megatron_sov.eval.pass_at_k import table
+    from megatron_sov.eval.pass_at_k import format_table
 
-    print(to_json(figures).rstrip() if args.json
-          else f"{table(figures)}\n{args.output}: reward {plan.order.name} {plan.reward.version}")
+    print(format_json(figures).rstrip() if args.json
+          else f"{format_table(figures)}\n{args.output}: reward {plan.order.name} {plan.reward.version}")
     return ExitCode.OK
 
 
@@ -201,11 +201,11 @@ def _sample(plan: _Plan) -> Path:
     """Return the file with all responses, of which an engine writes what is not there yet."""
     args, target, file, identity = plan.args, plan.target, plan.sampled_file, plan.responses
     # read before the file is looked for, see below
-    done = list_done_items(file, identity)
+    done = list_finished_items(file, identity)
     if file.exists():  # asked behind what is done: the first process may publish in between
         return file
     rows = [dict(row) for _, row in read_rows(args.input, field=PROMPT)]
-    asked = asked_of(target, [_prompt(row[PROMPT]) for row in rows], args.chat)
+    asked = encode_prompts(target, [_prompt(row[PROMPT]) for row in rows], args.chat)
     # no engine can continue nothing
     if empty := [i for i, ids in enumerate(asked.ids, 1) if not ids]:
         raise UserError(f"--input {args.input}: prompt {empty[0]} is empty; write at least one character")
@@ -235,14 +235,14 @@ def _sample(plan: _Plan) -> Path:
         print(f"{num_done:,} responses were sampled by an earlier command and are kept", file=sys.stderr)
     # an engine is loaded only where something is left to ask
     if len(done) < len(calls):
-        run_engine(plan.engine, target, work, longest=longest, batching=Batching(args.batch_size),
+        run_with_engine(plan.engine, target, work, longest=longest, batching=Batching(args.batch_size),
                    settings=args.settings, nproc=args.nproc)
     elif is_first_rank():  # else no process has anything to ask, and the first one publishes
         work(None)
     return file
 
 
-def _responses(args: EvalPasskOptions, rows: list[dict[str, Any]], asked: SamplingRequest, prompts: range,
+def _responses(args: EvalPasskOptions, rows: list[dict[str, Any]], asked: EncodedPrompts, prompts: range,
                engine: Engine) -> bytes:
     """Return the rows of all responses to some prompts, those to one together.  Each has random numbers of
     its own, by its place among all."""
@@ -253,7 +253,7 @@ def _responses(args: EvalPasskOptions, rows: list[dict[str, Any]], asked: Sampli
                             # a stream for each response, however many are asked at once
                             streams=[i * args.samples + sample for i, sample in places])
     made = [{**rows[i], PROMPT_INDEX: i, "sample": sample,
-             "response": asked.response(i, stop.cut_text(asked.decode(tokens))),
+             "response": asked.response(i, stop.truncate_text(asked.decode(tokens))),
              "num_tokens": len(tokens), "finish_reason": reason}
             for (i, sample), tokens, reason in zip(places, found.continuations, found.finish_reasons,
                                                    strict=True)]
@@ -271,18 +271,18 @@ def _prompt(value: Any) -> str | Conversation:
 
 def _judge(plan: _Plan, responses: Path, folder: Path) -> dict[str, Any]:
     """Judge the responses into an artifact's folder, and return the figures."""
-    from megatron_sov.eval.pass_at_k import read_judged
+    from megatron_sov.eval.pass_at_k import read_scored_responses
 
     scored = folder.parent / "scored.jsonl"
     with create_bar("score", check_rows(responses, "--input"), "row") as bar:
         summary = score_file(plan.order, plan.reward, responses, scored, plan.args.workers, bar.update,
                              redo=True)  # what was judged otherwise is of no use
     for told in summary.tally.told:
-        print(visible(told), file=sys.stderr)
-    figures = read_judged(scored, PROMPT_INDEX, plan.args.right_from).figures(plan.args.k)
+        print(escape_controls(told), file=sys.stderr)
+    figures = read_scored_responses(scored, PROMPT_INDEX, plan.args.right_from).figures(plan.args.k)
     # within the artifact under way, so nothing half-written is visible
     os.replace(scored, folder / SAMPLES)
-    (folder / RESULTS).write_text(to_json({**plan.whole, **figures}), encoding="utf-8")
+    (folder / RESULTS).write_text(format_json({**plan.whole, **figures}), encoding="utf-8")
     return figures
 
 
@@ -296,7 +296,7 @@ class PairsOptions(HeldoutOptions, OutOptions, RankOptions):
 def run_pairs(args: PairsOptions) -> int:
     events = begin_task(args, args.target, out=args.out)
     from megatron_sov.chat.vocabulary import check_same_tokens
-    from megatron_sov.eval.heldout import rows_per_batch
+    from megatron_sov.eval.heldout_loss import compute_rows_per_batch
     from megatron_sov.infer.engines.target import find_target
     from megatron_sov.post.preference import CHOSEN_LIKELIER, HELDOUT_PAIRS, measure_pairs
     from megatron_sov.post.reference import document_logprobs, document_logprobs_hf
@@ -304,14 +304,14 @@ def run_pairs(args: PairsOptions) -> int:
 
     target = find_target(args.target)
     seq_len = args.seq_len or target.trained_tokens
-    sources = open_sources(data_paths(args.data), target.vocab_size, ("preference",))
+    sources = open_sources(parse_data_paths(args.data), target.vocab_size, ("preference",))
     check_same_tokens(tokenizer_folder(sources), target.tokenizer_folder)
     if not any(s.num_tokens.get("heldout") for s in sources):
         raise UserError(f"--data {', '.join(args.data)}: holds no pairs out, so there is nothing to judge "
                         "by; pack with --heldout 0.02")
 
     def of_policy(loaded: Any) -> dict[str, Any]:
-        size = rows_per_batch(loaded, seq_len)
+        size = compute_rows_per_batch(loaded, seq_len)
         return measure_pairs(sources, lambda documents, chosen: document_logprobs(
             loaded, documents, chosen, seq_len, size), seq_len)
 
@@ -331,5 +331,5 @@ def run_pairs(args: PairsOptions) -> int:
     return ExitCode.OK
 
 
-PASSK = command_of(EvalPasskOptions, lambda typed: run_passk(read_options(EvalPasskOptions, typed)))
-PAIRS = command_of(PairsOptions, lambda typed: run_pairs(read_options(PairsOptions, typed)))
+PASSK = build_command(EvalPasskOptions, lambda typed: run_passk(read_options(EvalPasskOptions, typed)))
+PAIRS = build_command(PairsOptions, lambda typed: run_pairs(read_options(PairsOptions, typed)))

@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from megatron_sov.base.artifacts import to_json, write_output
+from megatron_sov.base.artifacts import format_json, write_output
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.outputs import check_output
-from megatron_sov.base.plugins.loading import calling, load
-from megatron_sov.base.settings import Flag, command_of, read_options
+from megatron_sov.base.plugins.loading import call_plugin, load_plugin
+from megatron_sov.base.settings import Flag, build_command, read_options
 from megatron_sov.commands.models.generate import (
     CodecsOptions, ReplySampling, check_media, media_decoders, shown_media)
 from megatron_sov.commands.shared_options import ModelPath, RecordOptions, step_of
-from megatron_sov.eval.statistics import mean_interval, wilson_interval
+from megatron_sov.eval.statistics import compute_mean_interval, compute_wilson_interval
 from megatron_sov.infer.request import Batching, BatchSize, RankOptions
 from megatron_sov.runs.checkpoints import check_model_path
 from megatron_sov.runs.folder import RunEvents
@@ -104,12 +104,12 @@ def figures(rows: Sequence[MediaRow], heard: Sequence[str]) -> dict[str, Any]:
     right = [a == b for a, b in zip(wanted, got, strict=True)]
     told: dict[str, Any] = {
         "num_rows": len(rows), "accuracy": sum(right) / len(right),
-        "accuracy_interval": list(wilson_interval(sum(right), len(right)))}
+        "accuracy_interval": list(compute_wilson_interval(sum(right), len(right)))}
     if all(wanted):
         # An answer that is much too long has an error above 1, and an interval of shares ends there.
         shares = [min(1.0, float(jiwer.cer(a, b))) for a, b in zip(wanted, got, strict=True)]
         told |= {"wer": float(jiwer.wer(wanted, got)), "cer": float(jiwer.cer(wanted, got)),
-                 "cer_interval": list(mean_interval(shares))}
+                 "cer_interval": list(compute_mean_interval(shares))}
     if all(row.labels for row in rows):
         told["chance"] = sum(1 / len(row.labels) for row in rows) / len(rows)
     return told
@@ -127,11 +127,11 @@ def judge_of(said: str) -> Judge:
     file, _, name = said.rpartition(":")
     if not file.endswith(".py") or not name.isidentifier():
         raise UserError(f"judge {said!r}: is no code FILE.py:NAME; name one")
-    loaded = load(said)
+    loaded = load_plugin(said)
     if not callable(loaded.value):
         raise UserError(f"judge {said}: is {loaded.value!r}; a judge is a function of files and labels")
     return lambda files, labels: _check_texts(
-        said, calling(said, lambda: loaded.value(files, labels)), len(files))
+        said, call_plugin(said, lambda: loaded.value(files, labels)), len(files))
 
 
 def _check_texts(said: str, found: object, count: int) -> list[str]:
@@ -197,12 +197,12 @@ def run_media(args: EvalMediaOptions) -> int:
     if not found:
         return ExitCode.OK  # the job's first process tells
     if args.output is not None:
-        write_output(args.output, to_json(found))
+        write_output(args.output, format_json(found))
     step = step_of(target, events)
     for name, told in found.items():
         events.add("media", step=step, pair=name, **{k: v for k, v in told.items() if k != "samples"})
     lines = [_line(name, told) for name, told in found.items()]
-    print(to_json({n: {k: v for k, v in t.items() if k != "samples"}
+    print(format_json({n: {k: v for k, v in t.items() if k != "samples"}
                    for n, t in found.items()}).rstrip() if args.json else "\n".join(lines))
     return ExitCode.OK
 
@@ -281,4 +281,4 @@ def _line(name: str, told: dict[str, Any]) -> str:
             f"({low:.1%} to {high:.1%}){chance}{errors}")
 
 
-MEDIA = command_of(EvalMediaOptions, lambda typed: run_media(read_options(EvalMediaOptions, typed)))
+MEDIA = build_command(EvalMediaOptions, lambda typed: run_media(read_options(EvalMediaOptions, typed)))

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from megatron_sov.base.artifacts import to_json, write_output
+from megatron_sov.base.artifacts import format_json, write_output
 from megatron_sov.base.errors import ExitCode, UserError
-from megatron_sov.base.outputs import check_output, refuse_input
-from megatron_sov.base.settings import AtLeastOne, Flag, command_of, num_cores, read_options
+from megatron_sov.base.outputs import check_output, refuse_input_as_output
+from megatron_sov.base.settings import AtLeastOne, Flag, build_command, count_cores, read_options
 from megatron_sov.commands.shared_options import RecordOptions, named_tasks
 from megatron_sov.runs.folder import RunEvents
 
@@ -33,7 +33,7 @@ class EvalContaminationOptions(RecordOptions):
     of text; several may follow, and it may be repeated."""
     text_field: Annotated[str, Flag(value="NAME")] = "text"
     """Field that holds the text of JSONL and Parquet."""
-    workers: AtLeastOne = field(default_factory=num_cores)
+    workers: AtLeastOne = field(default_factory=count_cores)
     """Processes that search (default: one for each core)."""
 
 def run_contamination(typed: argparse.Namespace) -> int:
@@ -56,8 +56,8 @@ def run_contamination(typed: argparse.Namespace) -> int:
     found = check(scored, args.data, RecordReading(text_field=args.text_field), args.workers)
     # first the places: results that name hits without them would be half a result
     hits_file = args.results.with_name(f"{args.results.name.removesuffix('.json')}.hits.json")
-    write_output(hits_file, to_json(found.hits))
-    write_output(args.results, to_json(found.results))
+    write_output(hits_file, format_json(found.hits))
+    write_output(args.results, format_json(found.results))
     model = found.results.model
     for name, task in found.results.tasks.items():
         if task.contamination is not None:
@@ -92,7 +92,7 @@ def _table(found: ContaminationCheck, hits_file: Path) -> str:
     return "\n".join([*lines, f"{found.num_documents:,} documents searched; places in {hits_file}"])
 
 
-CONTAMINATION = command_of(EvalContaminationOptions, run_contamination)
+CONTAMINATION = build_command(EvalContaminationOptions, run_contamination)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ def run_difference(typed: argparse.Namespace) -> int:
 
     if args.out is not None:
         check_output("--output", args.out)
-        refuse_input("--output", args.out, args.first, args.second)
+        refuse_input_as_output("--output", args.out, args.first, args.second)
     tasks = named_tasks(args.tasks)
     if args.tasks is not None and not tasks:
         raise UserError(f"--tasks {args.tasks!r}: names no task; name some, separated by commas")
@@ -129,9 +129,9 @@ def run_difference(typed: argparse.Namespace) -> int:
     values = {"first": str(args.first), "second": str(args.second),
               "differences": [d.fields() for d in found]}
     if args.out is not None:
-        write_output(args.out, to_json(values))
+        write_output(args.out, format_json(values))
     print(json.dumps(values, indent=1, ensure_ascii=False) if args.json else table(found))
     return ExitCode.OK
 
 
-DIFFERENCE = command_of(EvalDifferenceOptions, run_difference)
+DIFFERENCE = build_command(EvalDifferenceOptions, run_difference)

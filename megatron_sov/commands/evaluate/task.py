@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from megatron_sov.base.artifacts import to_json, write_output
+from megatron_sov.base.artifacts import format_json, write_output
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import AtLeastOne, Flag
@@ -67,14 +67,14 @@ def measure_target(args: RankOptions, target: Target, on_policy: Callable[[Any],
     if given:
         raise UserError(f"{', '.join(given)}: is for checkpoints, and {target.path} is a Hugging Face "
                         "folder; leave it out, or convert it first with `megatron-sov convert from-hf`")
-    from megatron_sov.infer.engines.libraries import load_configured_hf
+    from megatron_sov.infer.engines.transformers_engine import load_configured_hf
 
     return on_hf(load_configured_hf(target.path, args.settings))
 
 
 def write_figures(out: Path | None, values: Any) -> None:
     if out is not None:
-        write_output(out, to_json(values))
+        write_output(out, format_json(values))
 
 
 def show_figures(as_json: bool, values: Any, text: str) -> None:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from megatron_sov.base.errors import ExitCode, UserError, nearest, visible
+from megatron_sov.base.errors import ExitCode, UserError, escape_controls, suggest_name
 from megatron_sov.base.settings import (
     AtLeastOne, Flag, ProblemCode, SettingsProblem, add_options, read_options)
 from megatron_sov.commands.models.serve import ServeOptions
@@ -165,7 +165,8 @@ class Terminal:
 
     def _command(self, name: str) -> Callable[[], None]:
         if name not in self._commands:
-            raise UserError(f"/{name}: does not exist{nearest(name, self._commands)}; /help shows what does")
+            raise UserError(f"/{name}: does not exist{suggest_name(name, self._commands)}; /help shows what "
+                            "does")
         return self._commands[name]
 
     def _ask(self, text: str) -> None:
@@ -197,10 +198,10 @@ class Terminal:
             self._write("\n")
         self._num_thought = 0
         # a terminal obeys control characters; a file or pipe gets the text as it is
-        self._write(visible(piece) if self._is_tty else piece)
+        self._write(escape_controls(piece) if self._is_tty else piece)
 
     def note(self, text: str) -> None:
-        print("\n".join(visible(line) for line in text.split("\n")),
+        print("\n".join(escape_controls(line) for line in text.split("\n")),
               file=sys.stdout if self._is_tty else sys.stderr, flush=True)
 
     def _write(self, text: str) -> None:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-from megatron_sov.base.artifacts import to_json
+from megatron_sov.base.artifacts import format_json
 from megatron_sov.base.errors import ExitCode
 from megatron_sov.base.settings import (
     Actions, AtLeastOne, Flag, ProblemCode, SettingsProblem, add_actions, run_action)
@@ -86,7 +86,7 @@ def _inspect(args: CodecInspectOptions) -> int:
 
     facts = inspected(args.codec)
     if args.json:
-        print(to_json(facts), end="")
+        print(format_json(facts), end="")
         return ExitCode.OK
     print(f"kind        {facts['codec']}\nparameters  {facts['num_parameters']:,}")
     for name, value in facts["config"].items():

@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Gt, Le
 
-from megatron_sov.base.artifacts import to_json, write_output
-from megatron_sov.base.errors import ExitCode, UserError, nearest
+from megatron_sov.base.artifacts import format_json, write_output
+from megatron_sov.base.errors import ExitCode, UserError, suggest_name
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import Actions, AtLeastOne, Flag, add_actions, parse_nested, run_action
 from megatron_sov.commands.shared_options import (
@@ -27,7 +27,7 @@ from megatron_sov.infer.request import RankOptions
 from megatron_sov.model import recipes
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.config.train import AverageKind
-from megatron_sov.model.families.count import num_params
+from megatron_sov.model.families.count import count_params
 from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
 from megatron_sov.runs.checkpoints import CHECKPOINT_KIND, HF_MODEL, RUN, check_folder_kind, check_model_path
 from megatron_sov.runs.folder import RunEvents
@@ -208,7 +208,7 @@ def model_settings(settings: Sequence[str]) -> dict[str, Any]:
     parsed = parse_nested(settings)
     given = parsed.pop("model", {})
     for name in [*parsed, *(f"model.{name}" for name in given if name not in known)]:
-        instead = nearest(name.removeprefix("model."), known, "model.")
+        instead = suggest_name(name.removeprefix("model."), known, "model.")
         raise UserError(f"--set {name}: is no field of the architecture{instead}; fields are "
                         "model.num_layers and the like")
     return dict(given)
@@ -286,7 +286,7 @@ def _verify(args: VerifyOptions) -> int:
     from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()  # before anything imports megatron
-    from megatron_sov.eval.parity import LogitsProof, card, prove_logits
+    from megatron_sov.eval.parity import LogitsProof, build_card, prove_logits
 
     events = RunEvents(args.run)
     # first, since ranks are forked from this process and threads that later work starts would
@@ -300,11 +300,11 @@ def _verify(args: VerifyOptions) -> int:
     checks = [*weights.checks, *logits.checks]
     passed = all(check.passed for check in checks)
     if args.card:
-        write_output(args.card, to_json(card(args.a, args.b, weights, logits)))
+        write_output(args.card, format_json(build_card(args.a, args.b, weights, logits)))
     events.add("conversion", target=f"{args.a} and {args.b}",
                checks=[dataclasses.asdict(check) for check in checks])
     if args.json:
-        print(to_json({"passed": passed, "checks": checks}), end="")
+        print(format_json({"passed": passed, "checks": checks}), end="")
     else:
         for check in checks:
             mark = "ok  " if check.passed else "FAIL"
@@ -320,7 +320,7 @@ def _inspect(args: ConvertInspectOptions) -> int:
     _begin(args, args.a)
     facts = _facts(args.a)
     if args.json:
-        print(to_json(facts), end="")
+        print(format_json(facts), end="")
     else:
         for section in ("weights", "parameters", "model"):
             print(section)
@@ -332,7 +332,7 @@ def _inspect(args: ConvertInspectOptions) -> int:
 def _facts(path: Path) -> dict[str, Any]:
     """Return what `inspect` shows, from headers alone."""
     from megatron_sov import convert
-    from megatron_sov.convert.peft import adapter_facts
+    from megatron_sov.convert.peft import describe_adapter
 
     weights = convert.open_weights(path)
     dtypes: dict[str, int] = {}
@@ -346,8 +346,8 @@ def _facts(path: Path) -> dict[str, Any]:
     return {
         "weights": {"path": str(path), "num_tensors": len(weights.list_names()), "size_bytes": size_bytes,
                     "dtypes": ", ".join(f"{label} x {n:,}" for label, n in sorted(dtypes.items())),
-                    **adapter_facts(weights)},
-        "parameters": dataclasses.asdict(num_params(weights.model)),
+                    **describe_adapter(weights)},
+        "parameters": dataclasses.asdict(count_params(weights.model)),
         "model": dataclasses.asdict(weights.model),
     }
 

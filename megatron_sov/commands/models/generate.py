@@ -15,17 +15,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import MinLen
 
 from megatron_sov.base.artifacts import write_output
-from megatron_sov.base.errors import ExitCode, UserError, visible
+from megatron_sov.base.errors import ExitCode, UserError, escape_controls
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import (
     AtLeastOne, Flag, NotNegativeInt, ProblemCode, SettingsProblem, add_options, read_options)
 from megatron_sov.base.settings.problem import UNSET
 from megatron_sov.chat.media_tokens import AUDIO, IMAGE
 from megatron_sov.commands.shared_options import ModelPath, step_of
-from megatron_sov.infer.asking import (
-    ModelPrompt, SamplingRequest, asked_of, check_engine, check_length, read_prompts, response_lines)
-from megatron_sov.infer.engine import MEGATRON, ChosenEngine, Engine, engine_for, run_engine
-from megatron_sov.infer.request import Batching, Generated, RankOptions, Sampling, StopRule, WholeSampling
+from megatron_sov.infer.engine import MEGATRON, ChosenEngine, Engine, choose_engine, run_with_engine
+from megatron_sov.infer.prompts import (
+    EncodedPrompts, ModelPrompt, check_engine, check_length, encode_prompts, format_responses, read_prompts)
+from megatron_sov.infer.request import (
+    Batching, GenerationResult, RankOptions, Sampling, StopRule, WholeSampling)
 from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
 from megatron_sov.runs.checkpoints import check_model_path
 from megatron_sov.runs.folder import RunEvents
@@ -182,14 +183,15 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sov.infer.engines.target import find_target
 
     target = find_target(options.target)
-    asked = asked_of(target, [p.text for p in prompts], options.chat)
+    asked = encode_prompts(target, [p.text for p in prompts], options.chat)
     stop = StopRule(asked.end_ids, options.stop, asked.decode)
     found = _continue(options, target, asked, stop)
     if found is None:
         return 0  # the job's first process prints
-    texts = [asked.response(i, stop.cut_text(asked.decode(c))) for i, c in enumerate(found.continuations)]
+    texts = [asked.response(i, stop.truncate_text(asked.decode(c)))
+             for i, c in enumerate(found.continuations)]
     if options.output is not None:
-        write_output(options.output, response_lines(prompts, texts, found))
+        write_output(options.output, format_responses(prompts, texts, found))
     else:
         _show(options, prompts, texts, found)
     step = step_of(target, events)
@@ -198,30 +200,31 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _continue(options: GenerateOptions, target: Target, asked: SamplingRequest,
-              stop: StopRule) -> Generated | None:
+def _continue(options: GenerateOptions, target: Target, asked: EncodedPrompts,
+              stop: StopRule) -> GenerationResult | None:
     """Return what the chosen engine writes; None where another process of the job prints."""
     sampling = options.sampling
     longest = asked.longest + sampling.max_new_tokens
-    engine_name = options.engine or engine_for(target)
+    engine_name = options.engine or choose_engine(target)
     check_length(target, longest, "prompt and --max-new-tokens", "shorten one of them")
     check_engine(engine_name, target, options.settings, options.nproc, num_drafts=sampling.num_drafts)
 
     def work(engine: Engine) -> dict[str, object]:
         return vars(engine.generate(asked.ids, sampling, stop=stop))
 
-    answer = run_engine(engine_name, target, work, longest=longest, batching=options.batching,
+    answer = run_with_engine(engine_name, target, work, longest=longest, batching=options.batching,
                         settings=options.settings, nproc=options.nproc)
     if answer is None:
         return None
-    found = Generated(**answer)
+    found = GenerationResult(**answer)
     if sampling.num_drafts:
         share = found.accepted / found.drafted if found.drafted else 0.0
         print(f"drafts: {found.drafted}, accepted {share:.1%}", file=sys.stderr)
     return found
 
 
-def _show(options: GenerateOptions, prompts: list[ModelPrompt], texts: list[str], found: Generated) -> None:
+def _show(options: GenerateOptions, prompts: list[ModelPrompt], texts: list[str],
+          found: GenerationResult) -> None:
     if options.json:
         rows: list[dict[str, object]] = [
             {"prompt": p.text, "text": t, "tokens": c}
@@ -236,7 +239,7 @@ def _show(options: GenerateOptions, prompts: list[ModelPrompt], texts: list[str]
         shown = f"user: {prompt.text}\nassistant: {text}" if options.chat else f"{prompt.text}{text}"
         # a terminal obeys control characters; a file or pipe gets the text as it is
         if sys.stdout.isatty():
-            shown = visible(shown)
+            shown = escape_controls(shown)
         print(f"{shown}\n" if len(prompts) > 1 else shown)
 
 

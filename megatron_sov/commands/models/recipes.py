@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
 
-from megatron_sov.base.artifacts import to_json
+from megatron_sov.base.artifacts import format_json
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.figures import format_count
 from megatron_sov.base.plugins.loading import is_reference
-from megatron_sov.base.settings import add_options, not_with, read_options
+from megatron_sov.base.settings import add_options, excludes_field, read_options
 from megatron_sov.model import objectives, recipes
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families import supported as models
-from megatron_sov.model.families.count import num_params
-from megatron_sov.model.recipes.requested import RecipeOptions, load_plugins, requested
-from megatron_sov.model.recipes.sources import Sources, ValueSource, derive, relabelled, settings
+from megatron_sov.model.families.count import count_params
+from megatron_sov.model.recipes.requested import RecipeOptions, load_plugins, request_recipe
+from megatron_sov.model.recipes.sources import (
+    Sources, ValueSource, derive_sources, label_changes, list_settings)
 
 TINY = "tiny-"
 """Begin of the names of recipes that train on a laptop."""
@@ -34,7 +35,7 @@ KINDS = {"L": "sliding", "D": "linear", "G": "global"}
 class RecipesOptions(RecipeOptions):
     """List the recipes, or print one with every setting and its source."""
 
-    json: Annotated[bool, not_with("yaml")] = False
+    json: Annotated[bool, excludes_field("yaml")] = False
     """Print RECIPE's settings as JSON, without sources."""
     yaml: bool = False
     """Print RECIPE's settings as YAML that --config takes: change what you like, and leave out the rest."""
@@ -61,14 +62,14 @@ def run(typed: argparse.Namespace) -> int:
         load_plugins(args.plugins)
         print(listing(args.tiny))
         return 0
-    asked = requested(args)
+    asked = request_recipe(args)
     config = asked.config()
     if args.json:
-        print(to_json(config), end="")
+        print(format_json(config), end="")
     elif args.yaml:
         import yaml
 
-        print(yaml.safe_dump(json.loads(to_json(config)), sort_keys=False, allow_unicode=True), end="")
+        print(yaml.safe_dump(json.loads(format_json(config)), sort_keys=False, allow_unicode=True), end="")
     else:
         print(as_text(config, _sources(args.recipe or config.recipe, asked.base, config)))
     return 0
@@ -80,7 +81,7 @@ def _sources(name: str, base: RunConfig, config: RunConfig) -> Sources:
         sources, before = ({}, base) if is_reference(name) else (recipes.sources(name), recipes.get(name))
     except UserError:  # the file of a run whose recipe is not here
         sources, before = {}, base
-    return derive(sources, relabelled(before, config, GIVEN))
+    return derive_sources(sources, label_changes(before, config, GIVEN))
 
 
 def listing(tiny: bool = False) -> str:
@@ -91,7 +92,7 @@ def listing(tiny: bool = False) -> str:
         tiny: list the `tiny-` recipes, which train on a laptop, in place of the others.
     """
     configs = {name: recipes.get(name) for name in recipes.names() if name.startswith(TINY) == tiny}
-    counts = {name: num_params(config.model).total for name, config in configs.items()}
+    counts = {name: count_params(config.model).total for name, config in configs.items()}
     width = max(map(len, configs))
     lines = list[str]()
     for job, heading in JOBS.items():
@@ -100,9 +101,9 @@ def listing(tiny: bool = False) -> str:
         lines += [f"{heading}:", *(f"  {name:<{width}}  {summary(configs[name])}" for name in names), ""]
     commands = (f"{name} (megatron-sov {command})" for name, command in objectives.BUILT_IN.items())
     lines += [f"model families: {', '.join(models.FAMILIES)}", f"objectives: {', '.join(commands)}"]
-    rows = [(name, origin, _tried(name)) for name, origin in recipes.OWN.listing()]
-    rows += [(name, origin, "model family") for name, origin in models.OWN.listing()]
-    rows += [(name, origin, "objective") for name, origin in objectives.OWN.listing()]
+    rows = [(name, origin, _tried(name)) for name, origin in recipes.RECIPE_PLUGINS.listing()]
+    rows += [(name, origin, "model family") for name, origin in models.FAMILY_PLUGINS.listing()]
+    rows += [(name, origin, "objective") for name, origin in objectives.OBJECTIVE_PLUGINS.listing()]
     if rows:
         widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
         lines += ["", "from files:",
@@ -127,7 +128,7 @@ def _tried(name: str) -> str:
 
 def as_text(config: RunConfig, sources: Sources) -> str:
     """Return a line for every setting: name, value, kind of source, and where it stands or why."""
-    found = settings(config, sources)
+    found = list_settings(config, sources)
     values = [json.dumps(s.value, ensure_ascii=False) for s in found]
     width, value_width = max(len(s.key) for s in found), max(map(len, values))
     return "\n".join(
@@ -136,7 +137,7 @@ def as_text(config: RunConfig, sources: Sources) -> str:
 
 
 def summary(config: RunConfig) -> str:
-    model, count = config.model, num_params(config.model)
+    model, count = config.model, count_params(config.model)
     experts = (f"{model.num_experts_per_token} of {model.num_experts} experts" if model.num_experts
                else "dense")
     attention = " + ".join(kind for letter, kind in KINDS.items() if letter in model.attention_pattern)

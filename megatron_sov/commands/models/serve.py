@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated
 
-from megatron_sov.base.errors import UserError, how_to_install
+from megatron_sov.base.errors import UserError, format_install_command
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import Flag, ProblemCode, SettingsProblem, add_options, read_options
 from megatron_sov.commands.shared_options import ModelPath
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         import aiohttp  # noqa: F401
     except ImportError:
         raise UserError("aiohttp, which speaks HTTP, is not installed for this Python; "
-                        f"{how_to_install('serve')}") from None
+                        f"{format_install_command('serve')}") from None
     from megatron_sov.infer.engines.target import find_target
     from megatron_sov.serve.run import serve
 

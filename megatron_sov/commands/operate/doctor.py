@@ -25,8 +25,8 @@ from typing import Literal
 
 import psutil
 
-from megatron_sov.base.artifacts import to_json
-from megatron_sov.base.errors import ExitCode, UserError, how_to_install, told_in_a_line
+from megatron_sov.base.artifacts import format_json
+from megatron_sov.base.errors import ExitCode, UserError, format_error, format_install_command
 from megatron_sov.base.settings import add_options, read_options
 from megatron_sov.operate.contract import first_difference
 from megatron_sov.sandbox.sandbox import machine_enclosure
@@ -45,7 +45,8 @@ OPTIONAL_PACKAGES = {"tensorboard": "trackers", "wandb": "trackers", "math-verif
 CONTRACT_LIBRARIES = {"megatron.core": "megatron-core", "torch": "torch",
                       "transformer_engine": "transformer-engine", "vllm": "vllm"}
 """Package of `operate/contract.json` -> its distribution."""
-TE_COMMAND = how_to_install("gpu", "--no-build-isolation") + " (needs a CUDA toolchain, see docs/install.md)"
+TE_COMMAND = format_install_command("gpu",
+                                    "--no-build-isolation") + " (needs a CUDA toolchain, see docs/install.md)"
 DEEP_EP_REMEDY = ("build the commit that containers/install.sh names: DEEPEP_ARCH=10.0 sh "
                   "containers/install.sh")
 ENCLOSED_BY = {"namespaces": "programs have processes, files and a network of their own",
@@ -217,7 +218,7 @@ def contract_checks() -> Iterator[MachineCheck]:
             wanted, difference = first_difference(package)
         except (OSError, SyntaxError, ValueError, RecursionError) as e:
             yield MachineCheck("signatures", "warning", f"the sources of {distribution} cannot be read "
-                               f"({told_in_a_line(e)}), so they are not compared with the version that this "
+                               f"({format_error(e)}), so they are not compared with the version that this "
                                "project was read against", remedy)
             continue
         if difference:
@@ -247,10 +248,10 @@ def quantization_checks() -> Iterator[MachineCheck]:
     if not _has_gpu():
         yield MachineCheck("train.fp8", "missing", "none of its recipes: there is no GPU here")
         return
-    from megatron_sov.engine.parallel.device import lacking_fp8
+    from megatron_sov.engine.parallel.device import find_fp8_problems
 
     try:
-        reasons = lacking_fp8()
+        reasons = find_fp8_problems()
     except Exception:  # transformer_engine_checks says what is wrong with it, and how to mend that
         yield MachineCheck("train.fp8", "missing", "none of its recipes: Transformer Engine does not work")
         return
@@ -278,9 +279,9 @@ def deep_ep_checks() -> Iterator[MachineCheck]:
     if absent := _absent("DeepEP", "deep_ep", DEEP_EP_REMEDY):
         yield absent
         return
-    from megatron_sov.engine.parallel.device import DEEP_EP_NAMES, lacking_deep_ep
+    from megatron_sov.engine.parallel.device import DEEP_EP_NAMES, find_deep_ep_problem
 
-    reasons = {dispatcher: lacking_deep_ep(dispatcher) for dispatcher in DEEP_EP_NAMES}
+    reasons = {dispatcher: find_deep_ep_problem(dispatcher) for dispatcher in DEEP_EP_NAMES}
     yield MachineCheck("DeepEP", "warning" if all(reasons.values()) else "ok", _there_and_not(reasons),
                        DEEP_EP_REMEDY if any(reasons.values()) else "")
 
@@ -291,9 +292,9 @@ def linear_attention_checks() -> Iterator[MachineCheck]:
     if absent := _absent(name, "fla", remedy):
         yield absent
         return
-    from megatron_sov.engine.parallel.device import lacking_fla
+    from megatron_sov.engine.parallel.device import find_fla_problem
 
-    reason = lacking_fla()
+    reason = find_fla_problem()
     yield MachineCheck(name, "warning" if reason else "ok", _there_and_not({"Kimi Delta Attention": reason}),
                        remedy if reason else "")
 
@@ -312,7 +313,7 @@ def optional_checks() -> Iterator[MachineCheck]:
     for name, extra in OPTIONAL_PACKAGES.items():
         version = installed_version(name)
         if version is None:
-            yield MachineCheck(name, "missing", "is not installed; optional", how_to_install(extra))
+            yield MachineCheck(name, "missing", "is not installed; optional", format_install_command(extra))
         else:
             yield MachineCheck(name, "ok", version)
 
@@ -392,7 +393,8 @@ def run(typed: argparse.Namespace) -> int:
     checks = all_checks()
     works = not any(check.status == "broken" for check in checks)
     if args.json:
-        print(to_json({"works": works, "checks": [dataclasses.asdict(check) for check in checks]}), end="")
+        print(format_json({"works": works, "checks": [dataclasses.asdict(check) for check in checks]}),
+              end="")
     else:
         print(as_text(checks))
         print("\nThis machine can train." if works

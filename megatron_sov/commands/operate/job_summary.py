@@ -12,8 +12,8 @@ from megatron_sov.base.documents import KINDS
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.figures import format_count, format_days, format_money, format_value
 from megatron_sov.chat.vocabulary import check_same_tokens
-from megatron_sov.model.config import RunConfig, apply_settings, data_paths
-from megatron_sov.model.objectives import FORMATS, LEARNS_FROM
+from megatron_sov.model.config import RunConfig, apply_settings, parse_data_paths
+from megatron_sov.model.objectives import COMMAND_FORMATS, FORMATS
 from megatron_sov.operate.slurm.stages import StageWork, path_of
 from megatron_sov.operate.slurm.submission import Prepared, show
 from megatron_sov.plan.on_cluster import quote_run
@@ -46,13 +46,14 @@ def check_data(work: StageWork) -> StageWork:
     _refuse_files(work)
     if not given or not all((path_of(text) / MANIFEST).is_file() for text in given):
         return work
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, paths=data_paths(list(given))))
+    config = dataclasses.replace(config,
+                                 data=dataclasses.replace(config.data, paths=parse_data_paths(list(given))))
     is_initial = work.start_from is None
     # the vocabulary of a checkpoint is its own, and not the recipe's
     rows = config.model.vocab_size if is_initial else sys.maxsize
     sources = open_sources(config.data.paths, rows, FORMATS, warns=False, is_fixed=not is_initial)
     if not config.rollout.rounds:
-        stage = work.kind.objective if asked.of_model and work.kind.objective != "lm" else None
+        stage = work.kind.objective if asked.is_model_only and work.kind.objective != "lm" else None
         config = complete_stage(asked, config, stage, work.num_ranks or None).config
     refuse_unfit_data(asked, config, sources, is_initial=is_initial)
     if work.start_from is not None and work.start_from.exists():
@@ -71,7 +72,7 @@ def _refuse_files(work: StageWork) -> None:
         return
     objective = work.kind.objective
     formats = ["preference"] if objective == "preference" else [
-        name for name in LEARNS_FROM[objective] if name in KINDS] or ["text"]
+        name for name in COMMAND_FORMATS[objective] if name in KINDS] or ["text"]
     tokenizer = tokenizer_of(find_start(work.start_from)) if work.start_from else None
     for file in find_files(work.data, work.target, formats, tokenizer):
         fix = fix_by_packing(file.file, tokenizer, ["--format", file.format]) if tokenizer else None

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.settings import AboveZero, AtLeastOne, Flag, add_options, read_options
-from megatron_sov.model.config import RunConfig, apply_settings, data_paths
-from megatron_sov.model.families.count import num_params
-from megatron_sov.model.recipes.requested import RecipeOptions, RecipeRequest, requested
-from megatron_sov.model.recipes.stage_defaults import DEFAULTS, Stage, base_of_model, rate_settings
+from megatron_sov.model.config import RunConfig, apply_settings, parse_data_paths
+from megatron_sov.model.families.count import count_params
+from megatron_sov.model.recipes.requested import RecipeOptions, RecipeRequest, request_recipe
+from megatron_sov.model.recipes.stage_defaults import DEFAULTS, Stage, build_base_config, find_rate_settings
 from megatron_sov.work.clusters import cluster
 
 if TYPE_CHECKING:
@@ -120,26 +120,26 @@ def _read_request(args: PlanOptions) -> RecipeRequest:
         if args.recipe in STAGES:
             raise UserError(f"{args.recipe}: is a stage, which needs a model: add --from FOLDER, or name a "
                             "recipe (`megatron-sov recipes` lists them)")
-        return requested(args)
+        return request_recipe(args)
     named = args.recipe is not None and args.recipe not in STAGES
     if named or args.configs:
         given = args.recipe if named else f"--config {args.configs[0]}"
         raise UserError(f"--from {args.start_from} and {given}: both say which model is trained; leave one "
                         f"out, or name a stage instead of a recipe ({', '.join(STAGES)})")
     stage = STAGES[args.recipe or "sft"]
-    asked = requested(dataclasses.replace(args, recipe=None), partial(_base_of, args.start_from, stage))
+    asked = request_recipe(dataclasses.replace(args, recipe=None), partial(_base_of, args.start_from, stage))
     learned = dataclasses.replace(asked.base.objective, name=stage)
     asked = dataclasses.replace(asked, trains_by=stage, base=dataclasses.replace(
         asked.base, objective=learned,
-        data=dataclasses.replace(asked.base.data, paths=data_paths(args.data))))
+        data=dataclasses.replace(asked.base.data, paths=parse_data_paths(args.data))))
     return _completed(args, asked, stage)
 
 
 def _base_of(start_from: Path, stage: Stage) -> RunConfig:
     """Return the settings that a stage of post-training begins with; weights are not opened."""
     from megatron_sov.model.families import supported as families
-    from megatron_sov.model.families.family import text_config
-    from megatron_sov.model.pretrained import CONFIG, hub_name, read_json
+    from megatron_sov.model.families.family import extract_text_config
+    from megatron_sov.model.pretrained import CONFIG, find_hub_name, read_json
     from megatron_sov.runs.checkpoints import IMPORTED_RECIPE, read_checkpoint_settings
     from megatron_sov.train.stages.stage_config import find_start
 
@@ -147,15 +147,15 @@ def _base_of(start_from: Path, stage: Stage) -> RunConfig:
     fields = read_json(start_from / CONFIG) if (start_from / CONFIG).is_file() else {}
     if "model_type" not in fields:
         settings = read_checkpoint_settings(find_start(start_from))
-        name = hub_name(start_from) if settings.recipe == IMPORTED_RECIPE else settings.recipe
-        return base_of_model(name, settings.model, "bf16", stage, settings.lora)
+        name = find_hub_name(start_from) if settings.recipe == IMPORTED_RECIPE else settings.recipe
+        return build_base_config(name, settings.model, "bf16", stage, settings.lora)
     try:
-        fields = text_config(fields)
-        family = families.get(str(fields.get("model_type")))
+        fields = extract_text_config(fields)
+        family = families.get_family(str(fields.get("model_type")))
         model = family.from_hf_config({name: value for name, value in fields.items() if name != QUANTIZATION})
     except UserError as e:
         raise UserError(f"--from {start_from}: {e}") from None
-    return base_of_model(hub_name(start_from), model, "bf16", stage)
+    return build_base_config(find_hub_name(start_from), model, "bf16", stage)
 
 
 def _completed(args: PlanOptions, asked: RecipeRequest, stage: Stage) -> RecipeRequest:
@@ -164,7 +164,7 @@ def _completed(args: PlanOptions, asked: RecipeRequest, stage: Stage) -> RecipeR
     Raises:
         UserError: the data cannot be read, are of another kind, or nothing says how long the stage is.
     """
-    from megatron_sov.model.objectives import LEARNS_FROM
+    from megatron_sov.model.objectives import COMMAND_FORMATS
     from megatron_sov.plan.pricing import machines
     from megatron_sov.runs.launch_environment import MAX_LOCAL_RANKS
     from megatron_sov.train.data.token_shards import open_sources
@@ -174,7 +174,8 @@ def _completed(args: PlanOptions, asked: RecipeRequest, stage: Stage) -> RecipeR
     config = asked.config()
     said = {setting.partition("=")[0] for setting in asked.settings}
     if config.data.paths:
-        sources = open_sources(config.data.paths, config.model.vocab_size, LEARNS_FROM[stage], warns=False,
+        sources = open_sources(config.data.paths, config.model.vocab_size, COMMAND_FORMATS[stage],
+                               warns=False,
                                is_fixed=True)
         if stage == "sft":
             check_chats(config, sources)
@@ -184,7 +185,8 @@ def _completed(args: PlanOptions, asked: RecipeRequest, stage: Stage) -> RecipeR
     if not said & {"train.steps", "train.tokens"}:
         raise UserError(f"--from {args.start_from}: nothing says how long the stage is; pass --data DIR made "
                         "by `sov-data pack`, or --set train.tokens=100000000")
-    config = apply_settings(config, list(rate_settings(config, stage, num_params(config.model).total, said)))
+    config = apply_settings(config,
+                            list(find_rate_settings(config, stage, count_params(config.model).total, said)))
     train = dataclasses.replace(config.train, epochs=0.0)
     if "train.global_batch_size" not in said:
         train = dataclasses.replace(train, global_batch_size=DEFAULTS[stage].batch_size)
@@ -196,7 +198,7 @@ def _completed(args: PlanOptions, asked: RecipeRequest, stage: Stage) -> RecipeR
 
 def _within_budget(args: PlanOptions) -> int:
     """Print how many tokens recipes reach within --days and --budget."""
-    from megatron_sov.base.artifacts import to_json
+    from megatron_sov.base.artifacts import format_json
     from megatron_sov.model.recipes.requested import load_plugins
     from megatron_sov.plan.on_cluster import budget_rows, budget_text, pretraining_requests
     from megatron_sov.plan.pricing import machines
@@ -215,7 +217,7 @@ def _within_budget(args: PlanOptions) -> int:
         requests = pretraining_requests(args.settings)
     rows = budget_rows(requests, where, args.days, args.budget, _learned(args.parameters))
     if args.json:
-        print(to_json({"cluster": args.cluster, "nodes": where.nodes, "gpus": where.num_ranks,
+        print(format_json({"cluster": args.cluster, "nodes": where.nodes, "gpus": where.num_ranks,
                        "days": args.days, "budget_usd": args.budget,
                        "recipes": [row.as_json() for row in rows]}))
     else:
@@ -232,7 +234,7 @@ def _prove(args: PlanOptions, request: RecipeRequest) -> int:
 
     # before megatron-core is imported, whatever the machine has
     cpu_shims.prepare_without_gpu()
-    from megatron_sov.base.artifacts import to_json
+    from megatron_sov.base.artifacts import format_json
     from megatron_sov.plan.on_cluster import placed
     from megatron_sov.plan.pricing import machines
     from megatron_sov.proof.proving import EQUAL, as_json, as_text, prove_run
@@ -245,12 +247,12 @@ def _prove(args: PlanOptions, request: RecipeRequest) -> int:
         num_ranks = args.nproc or math.lcm(config.parallel.ranks_per_replica,
                                            config.parallel.ranks_per_expert_replica)
     small, verdict = prove_run(config, num_ranks)
-    print(to_json(as_json(small, verdict)) if args.json else as_text(small, verdict))
+    print(format_json(as_json(small, verdict)) if args.json else as_text(small, verdict))
     return ExitCode.OK if verdict.outcome == EQUAL else ExitCode.GATE_FAILED
 
 
 def _schedule(args: PlanOptions, request: RecipeRequest) -> int:
-    from megatron_sov.base.artifacts import to_json
+    from megatron_sov.base.artifacts import format_json
     from megatron_sov.plan.on_cluster import memory_lines
     from megatron_sov.plan.pages import telling
 
@@ -261,7 +263,7 @@ def _schedule(args: PlanOptions, request: RecipeRequest) -> int:
     config.check(num_ranks)
     data = _data_lines(args, config)
     if args.json:
-        print(to_json(telling.timetable_json(config)))
+        print(format_json(telling.timetable_json(config)))
     else:
         print("\n".join([telling.size_line(config), *data, memory_lines(config, num_ranks)]))
         print(f"\n{telling.timetable_text(config)}")
@@ -270,7 +272,7 @@ def _schedule(args: PlanOptions, request: RecipeRequest) -> int:
 
 def _on_cluster(args: PlanOptions, request: RecipeRequest) -> int:
     """Print what a run takes on a cluster; nothing is built, CUDA is not asked."""
-    from megatron_sov.base.artifacts import to_json
+    from megatron_sov.base.artifacts import format_json
     from megatron_sov.plan.on_cluster import placed, searched
     from megatron_sov.plan.pages import telling
     from megatron_sov.plan.pricing import machines
@@ -282,7 +284,7 @@ def _on_cluster(args: PlanOptions, request: RecipeRequest) -> int:
              else placed(request, where, learned))
     data = _data_lines(args, found.config)
     if args.json:
-        print(to_json(telling.timetable_json(found.config) | found.as_json()))
+        print(format_json(telling.timetable_json(found.config) | found.as_json()))
     else:
         print("\n".join([*data, found.as_text()]))
         if not args.sweep:
@@ -298,10 +300,11 @@ def _data_lines(args: PlanOptions, config: RunConfig) -> list[str]:
     """
     from megatron_sov.base.artifacts import read_manifest
     from megatron_sov.base.figures import format_count, format_value
-    from megatron_sov.model.config.data import named_shards
+    from megatron_sov.model.config.data import split_source_name
     from megatron_sov.schedules import Schedule
 
-    found = [read_manifest(named_shards(path)[1], "tokens").content for path in data_paths(args.data)]
+    found = [read_manifest(split_source_name(path)[1], "tokens").content
+             for path in parse_data_paths(args.data)]
     if not found:
         return []
     vocab_size = max(content["vocab_size"] for content in found)

@@ -202,7 +202,8 @@ class RunStateReader:
             self._meters, self._is_comparable = read_headline(event)
         elif event["event"] == "step" and event.get("step") is not None:
             # of the last steps alone: the speed of now, whatever the curriculum did before
-            self._recent.append((parse_whole_number(event["step"]), self._last_s, parse_number(event.get("tokens_per_s")),
+            self._recent.append((parse_whole_number(event["step"]), self._last_s,
+                                 parse_number(event.get("tokens_per_s")),
                                  parse_number(event.get("step_time_s"))))
             state.step, state.loss = parse_whole_number(event["step"]), parse_number(event.get("loss"))
             state.told = format_step(event, self._meters, comparable=self._is_comparable)
@@ -287,7 +288,8 @@ def _extends(path: Path, config: RunConfig) -> bool:
 
 def _start(attempt: Attempt) -> Start:
     start = attempt.start
-    return Start(parse_number(start.get("time_s")), parse_whole_number(start.get("resumed_from")), attempt.last_step,
+    return Start(parse_number(start.get("time_s")), parse_whole_number(start.get("resumed_from")),
+                 attempt.last_step,
                  parse_whole_number(start.get("num_ranks")), attempt.outcome)
 
 
@@ -345,7 +347,8 @@ def _speed(state: RunState, recent: deque[tuple[int, float, float, float]],
 def _find_checkpoint(state: RunState, now_s: float) -> None:
     newest = latest_checkpoint(state.path / CHECKPOINTS_FOLDER)
     if newest is not None:
-        state.checkpoint, state.checkpoint_step = f"{CHECKPOINTS_FOLDER}/{newest.name}", checkpoint_step(newest)
+        state.checkpoint = f"{CHECKPOINTS_FOLDER}/{newest.name}"
+        state.checkpoint_step = checkpoint_step(newest)
         state.checkpoint_age_s = now_s - newest.stat().st_mtime
 
 
@@ -363,7 +366,8 @@ def in_full(state: RunState) -> str:
         left = f", {format_duration(state.eta_s)} left" if math.isfinite(state.eta_s) else ""
         lines.append(f"  speed       {state.tokens_per_s:,.0f} tokens/s{left}")
     lines.append(f"  checkpoint  {state.checkpoint or 'none yet'}{_ago(',', state.checkpoint_age_s)}")
-    counted = {"warning": state.warnings, **{INCIDENT_NAMES[kind]: count for kind, count in state.incidents.items()}}
+    counted = {"warning": state.warnings,
+               **{INCIDENT_NAMES[kind]: count for kind, count in state.incidents.items()}}
     if told := ", ".join(f"{count:,} x {name}" for name, count in counted.items() if count):
         lines.append(f"  incidents   {told} (megatron-sov logs {shlex.quote(str(state.path))})")
     return "\n".join([*lines, *_starts(state)])

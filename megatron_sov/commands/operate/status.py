@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from megatron_sov.base.errors import UserError, visible
-from megatron_sov.base.settings import Flag, add_options, not_with, read_options
+from megatron_sov.base.errors import UserError, escape_controls
+from megatron_sov.base.settings import Flag, add_options, excludes_field, read_options
 
 if TYPE_CHECKING:
     from megatron_sov.commands.operate.run_state import RunState, RunStateReader
@@ -31,7 +31,7 @@ class StatusOptions:
 
     runs: Annotated[tuple[Path, ...], Flag("RUN")]
     """Run folders, or folders that hold runs."""
-    json: Annotated[bool, not_with("follow")] = False
+    json: Annotated[bool, excludes_field("follow")] = False
     """Print the state of every run as JSON."""
     follow: bool = False
     """Print a line for each new step, evaluation, checkpoint and incident of one run until it ends."""
@@ -83,12 +83,12 @@ def follow_run(run: Path) -> int:
                 if (event := parse_event(raw)) is not None:
                     reader.add(event)
                     if math.isfinite(asked_s) and (line := _event_line(event, reader)):
-                        print(visible(line), flush=True)
+                        print(escape_controls(line), flush=True)
             # the state may cost a question to Slurm, so it is asked less often than the file is read
             if time.monotonic() - asked_s >= STATE_EVERY_S:
                 state = reader.state()
                 if math.isinf(asked_s) or state.state not in ALIVE:
-                    print(visible(in_full(state)), flush=True)
+                    print(escape_controls(in_full(state)), flush=True)
                 if state.state not in ALIVE:
                     return 0
                 asked_s = time.monotonic()

@@ -21,11 +21,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from megatron_sov.base.artifacts import atomic_write, disk_errors, to_json
+from megatron_sov.base.artifacts import format_json, translate_disk_errors, write_atomically
 from megatron_sov.base.command_line import HelpText, Parser
-from megatron_sov.base.errors import ExitCode, Fix, UserError, nearest
+from megatron_sov.base.errors import ExitCode, Fix, UserError, suggest_name
 from megatron_sov.base.settings import (
-    AtLeastOne, NotNegativeInt, add_options, read_options, read_text, read_yaml)
+    AtLeastOne, NotNegativeInt, add_options, parse_settings_yaml, read_options, read_settings_text)
 from megatron_sov.commands import COMMANDS as PROGRAMS
 from megatron_sov.commands.shared_options import words_of
 from megatron_sov.model.config import apply_settings
@@ -128,12 +128,12 @@ def read_chain(name: str) -> ChainConfig:
     if name in chain_names():
         text = cluster.list_packaged_files("chains")[name].read_text(encoding="utf-8")
     elif Path(name).is_file():
-        text = read_text(Path(name), name)
+        text = read_settings_text(Path(name), name)
     else:
         known = chain_names()
-        raise UserError(f"{name}: does not exist{nearest(name, known)} (chains: {', '.join(known)}; "
+        raise UserError(f"{name}: does not exist{suggest_name(name, known)} (chains: {', '.join(known)}; "
                         "your own: a YAML file with `stages`, docs/slurm.md)")
-    config = read_yaml(ChainConfig, text, name, rules=False)
+    config = parse_settings_yaml(ChainConfig, text, name, rules=False)
     if not config.stages:
         raise UserError(f"{name}: has no stages")
     labels = [stage.label for stage in config.stages]
@@ -144,7 +144,7 @@ def read_chain(name: str) -> ChainConfig:
         for before in stage.after or ():
             if before not in labels[:number]:
                 raise UserError(f"{name}: {stage.label} comes after {before!r}, which is no stage before it"
-                                f"{nearest(before, labels[:number])}")
+                                f"{suggest_name(before, labels[:number])}")
     return config
 
 
@@ -241,7 +241,7 @@ def _submit(links: list[ChainLink], before: Submitted, state_file: Path) -> None
                   + (f", after job {' and '.join(after)}" if after else ""))
         # in the `try`: jobs that no file names would be lost to --continue, so they are cancelled
         if links:
-            atomic_write(state_file, to_json(Submitted(now.time_s, before.jobs | now.jobs)))
+            write_atomically(state_file, format_json(Submitted(now.time_s, before.jobs | now.jobs)))
     except UserError:
         # jobs that wait for one that was never submitted would wait for ever
         client.cancel_jobs([number for numbers in now.jobs.values() for number in numbers])
@@ -348,10 +348,10 @@ def write_scripts(chain: str, folder: Path, options: SubmitOptions, commands: Co
     if there := [path for path in scripts if path.exists()]:
         raise UserError(f"{there[0]}: is there already, and may have been changed; "
                         "remove it, or choose another --scripts folder")
-    with disk_errors(folder):
+    with translate_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     for path, text in scripts.items():
-        atomic_write(path, text)
+        write_atomically(path, text)
     return list(scripts)
 
 
@@ -509,7 +509,8 @@ def _cluster_name(options: SubmitOptions, stage: str = "", argv: Sequence[str] =
     arguments too, e.g. options of sbatch."""
     if options.cluster is not None:
         return options.cluster
-    sentence = (f"--cluster: is missing; pass one of {', '.join(cluster.list_profiles())}, or a YAML file of your own"
+    sentence = (f"--cluster: is missing; pass one of {', '.join(cluster.list_profiles())}, "
+                "or a YAML file of your own"
                 + "; --account NAME if your Slurm asks for one" * (options.account is None)
                 + "; --nodes N (default 1)" * (options.nodes is None)
                 + "; --partition and --time replace the profile's")

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_sov.base.documents.layouts import parse_renames
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.base.plugins.registry import PluginOrder
-from megatron_sov.base.settings import Flag, change, not_with, only_with, parse_nested
+from megatron_sov.base.plugins.registry import PluginRequest
+from megatron_sov.base.settings import Flag, apply_changes, excludes_field, parse_nested, requires_field
 from megatron_sov.chat.folder import read_chat_encoder, read_chat_fields
 from megatron_sov.chat.vocabulary import tokenizer_digest
-from megatron_sov.infer.asking import check_length
+from megatron_sov.infer.prompts import check_length
 from megatron_sov.infer.request import Batching, BatchSize
 from megatron_sov.judge.tools.environment import LIMITS, EpisodeLimits
 from megatron_sov.judge.tools.registry import BUILT_IN, make, order
@@ -39,14 +39,14 @@ OF_ROLLOUT = {"max_prompt_tokens": "max_prompt_tokens", "max_response_tokens": "
 class AskingOptions:
     """How prompts are asked."""
 
-    plain: Annotated[bool, not_with("environment")] = False
+    plain: Annotated[bool, excludes_field("environment")] = False
     """Continue each prompt as it is, without the chat template."""
     environment: Annotated[str | None, Flag(
         value="ENV", help=f"Play the prompts as tasks of {', '.join(BUILT_IN)}, or of a class of your own, "
                           "FILE.py:NAME")] = None
-    env_set: Annotated[tuple[str, ...], Flag(value="key=value"), only_with("environment")] = ()
+    env_set: Annotated[tuple[str, ...], Flag(value="key=value"), requires_field("environment")] = ()
     """A setting of the environment; may be repeated."""
-    limit: Annotated[tuple[str, ...], Flag(value="key=value"), only_with("environment")] = ()
+    limit: Annotated[tuple[str, ...], Flag(value="key=value"), requires_field("environment")] = ()
     """A limit of an episode, e.g. max_turns=7; may be repeated."""
     batch_size: BatchSize = Batching.batch_size
 
@@ -116,7 +116,7 @@ def read_heldout(file: Path, renames: Sequence[str], trained: PromptList, *, is_
 class AskedEnvironment:
     """The environment that prompts are played in."""
 
-    order: PluginOrder
+    order: PluginRequest
     version: str
     """Of its code and settings."""
     limits: EpisodeLimits
@@ -141,7 +141,7 @@ def environment_of(args: AskingOptions, config: RunConfig) -> AskedEnvironment |
     # a turn is a response: it may not be longer than rollout.max_new_tokens
     most_turn = min(EpisodeLimits.max_turn_tokens, config.rollout.max_new_tokens)
     own = [f"{name}={getattr(config.rollout, setting)}" for name, setting in OF_ROLLOUT.items()]
-    limits = change(LIMITS["train"], [*own, f"max_turn_tokens={most_turn}", *args.limit], "--limit")
+    limits = apply_changes(LIMITS["train"], [*own, f"max_turn_tokens={most_turn}", *args.limit], "--limit")
     asked = order(args.environment, parse_nested(args.env_set, "--env-set"))
     _, version = make(asked)
     return AskedEnvironment(asked, version, limits)
@@ -181,7 +181,7 @@ def source_of(args: AskingOptions, config: RunConfig, prompts: PromptList, start
         UserError: a prompt is empty, all are too long, or the model has no chat template.
     """
     from megatron_sov.chat.encode import TurnEncoder
-    from megatron_sov.infer.asking import Asker
+    from megatron_sov.infer.prompts import PromptEncoder
     from megatron_sov.judge.tools.playing import EpisodeTable
     from megatron_sov.post.rl.generate.episodes import Episodes
     from megatron_sov.post.rl.generate.responses import ResponseSource
@@ -191,7 +191,7 @@ def source_of(args: AskingOptions, config: RunConfig, prompts: PromptList, start
     if not args.plain and chat is None:
         raise UserError(f"{folder}: has no chat template, by which prompts are asked; fine-tune on chats "
                         "first, or continue the prompts as they are with --plain")
-    asker = Asker(start, not args.plain)
+    asker = PromptEncoder(start, not args.plain)
     chosen_by: dict[str, Any] = {"plain": args.plain, "chat": {
         "tokenizer": tokenizer_digest(folder), "form": sampling_digest(read_chat_fields(folder))}}
     if environment is None:

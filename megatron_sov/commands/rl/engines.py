@@ -15,7 +15,7 @@ from typing import Annotated, Any, Protocol
 from annotated_types import Ge, Le
 
 from megatron_sov.base.errors import ExitCode, UserError, warn
-from megatron_sov.base.settings import Flag, command_of, read_options
+from megatron_sov.base.settings import Flag, build_command, read_options
 from megatron_sov.commands.rl.asked import longest_of
 from megatron_sov.commands.rl.rounds import RlRunOptions
 from megatron_sov.infer.engine import ENGINE_SET, MEGATRON
@@ -97,15 +97,15 @@ def run_engines(args: argparse.Namespace) -> int:
     options = read_options(RlEnginesOptions, args)
     if options.engine == MEGATRON:
         raise UserError(f"--engine {options.engine}: has no servers; add --engine vllm, as the run has it")
-    from megatron_sov.infer.engines.server_engine import server_settings
-    from megatron_sov.infer.engines.server_process import OwnServer, refuse_no_engine
+    from megatron_sov.infer.engines.server_engine import parse_server_settings
+    from megatron_sov.infer.engines.server_process import ServerProcess, check_engine_program
     from megatron_sov.train.stages.stage_config import request_with_model
     from megatron_sov.train.stages.stage_defaults import complete_stage
 
-    refuse_no_engine(options.engine, (), options.engine_python)
+    check_engine_program(options.engine, (), options.engine_python)
     asked = request_with_model(options, options.start_from, "policy")
     config = complete_stage(asked, asked.config(), "policy", None, 0).config
-    settings = server_settings(options.engine, options.engine_set, ENGINE_SET)
+    settings = parse_server_settings(options.engine, options.engine_set, ENGINE_SET)
     places, host = options.places(options.run), socket.gethostname()
     is_over = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -113,12 +113,12 @@ def run_engines(args: argparse.Namespace) -> int:
     model = _model(options, is_over)
     failures: list[str] = []
 
-    def work(server: OwnServer) -> None:
+    def work(server: ServerProcess) -> None:
         if why := keep(server, f"{host}:{server.port}", settings.restarts, is_over):
             failures.append(why)
             is_over.set()
 
-    threads = [threading.Thread(target=work, args=[OwnServer(
+    threads = [threading.Thread(target=work, args=[ServerProcess(
         options.engine, number, model, longest_of(config.rollout, None), settings, places.logs / host,
         with_routes=config.policy.router_replay, python=places.python, port=options.port + number)])
         for number in range(settings.servers)]
@@ -143,4 +143,4 @@ def _model(options: RlEnginesOptions, is_over: threading.Event) -> Path:
     return model
 
 
-ENGINES = command_of(RlEnginesOptions, run_engines)
+ENGINES = build_command(RlEnginesOptions, run_engines)

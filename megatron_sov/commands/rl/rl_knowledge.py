@@ -16,17 +16,17 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from megatron_sov.base.artifacts import new_artifact, refuse_existing
-from megatron_sov.base.digests import file_digest
+from megatron_sov.base.artifacts import check_output_folder, create_artifact
+from megatron_sov.base.digests import hash_file
 from megatron_sov.base.documents.rows import check_rows, read_rows
 from megatron_sov.base.errors import ExitCode, UserError
-from megatron_sov.base.settings import Bound, Breach, Flag, ProblemCode, add_options, read_options
+from megatron_sov.base.settings import Bound, Flag, ProblemCode, Violation, add_options, read_options
 from megatron_sov.commands.shared_options import OverwriteOptions
 
 KIND, FILE = "corpus", "knowledge.jsonl"
 
 
-def _no_split(text: str) -> Breach | None:
+def _no_split(text: str) -> Violation | None:
     return None if all(text.partition("=")) else (ProblemCode.FORM, "must be FIELD=VALUE", "e.g. split=train")
 
 
@@ -68,11 +68,11 @@ def run(args: argparse.Namespace) -> int:
     field, _, value = (options.split or "").partition("=")
     fields = Fields(options.text_field, options.document_field, options.section_field, options.records_in,
                     (field, value) if options.split is not None else None)
-    refuse_existing(options.output, KIND, options.overwrite)
+    check_output_folder(options.output, KIND, options.overwrite)
     # the test is read first: no section is written before it is known what must not be in it
     answers, tests = answer_runs(options.tests, options.answer_field)
     counts: Counter[str] = Counter()
-    with new_artifact(options.output, KIND, overwrite=options.overwrite) as artifact:
+    with create_artifact(options.output, KIND, overwrite=options.overwrite) as artifact:
         with open(artifact.path / FILE, "w", encoding="utf-8") as out:
             for chat in sections(options.input, fields, answers, counts):
                 out.write(json.dumps(chat) + "\n")
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         artifact.content = {"knowledge": dict(counts), "tests": dict(tests)}
         artifact.settings = {
             "fields": vars(fields), "answer_field": options.answer_field,
-            **{name: {str(file): file_digest(file) for file in getattr(options, name)}
+            **{name: {str(file): hash_file(file) for file in getattr(options, name)}
                for name in ("input", "tests")}}
     print(f"{options.output / FILE}: {told}")
     if tests["too_short"]:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge, Lt
 
-from megatron_sov.base.errors import ExitCode, GateFailed, StopRequested, visible, warn
-from megatron_sov.base.settings import Flag, NotNegative, command_of, read_options
+from megatron_sov.base.errors import ExitCode, GateFailed, StopRequested, escape_controls, warn
+from megatron_sov.base.settings import Flag, NotNegative, build_command, read_options
 from megatron_sov.commands.score import REWARDS, JudgeOptions, RewardSet
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.reward import (
@@ -65,10 +65,8 @@ def run_reward(args: argparse.Namespace) -> int:
     version = reward_version(options.reward, options.reward_set)
     store = opened_store(options.store, options.wait)
     with judging(options.reward, options.reward_set, options.workers) as judge:
-        job = JudgingJob(
-            store=store, claims=Claims(store.claims, options.lease), version=version, judge=judge,
-            rounds=rounds, wait_s=options.wait,
-            provenance={"reward": options.reward, "settings": list(options.reward_set)})
+        job = JudgingJob(store, Claims(store.claims, options.lease), version, judge, rounds,
+                         {"reward": options.reward, "settings": list(options.reward_set)}, options.wait)
         with create_bar("judge", sum(part.num_rows for part in job.find_unjudged()), "response") as bar:
             job.progress = bar.update
             summary = job.run()
@@ -98,7 +96,7 @@ def opened_store(path: Path, wait_s: float) -> RolloutStore:
 def _tell_judged(options: RewardOptions, version: str, summary: RewardSummary) -> int:
     tally = summary.tally
     for text in tally.told:
-        print(visible(text), file=sys.stderr)
+        print(escape_controls(text), file=sys.stderr)
     more = f"; {summary.unfinished:,} are unfinished and wait for their end" if summary.unfinished else ""
     print(f"{options.store}: {options.reward} {version}: {summary.parts:,} parts, "
           f"{tally.line('responses')}{more}")
@@ -118,4 +116,4 @@ def _tell_judged(options: RewardOptions, version: str, summary: RewardSummary) -
     return ExitCode.OK
 
 
-REWARD = command_of(RewardOptions, run_reward)
+REWARD = build_command(RewardOptions, run_reward)

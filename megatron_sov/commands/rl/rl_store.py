@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from megatron_sov.base.errors import ExitCode, UserError, visible
+from megatron_sov.base.errors import ExitCode, UserError, escape_controls
 from megatron_sov.base.figures import format_size
 from megatron_sov.base.settings import Actions, Flag, add_actions, run_action
 from megatron_sov.rollouts.prompts import rounds_between
@@ -100,14 +100,14 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
             yield f"{times[name]}: {when(value)}"
         elif name in ("turns", "rewards"):
             yield f"{name}: {len(value)}"
-            yield from (visible(f"  {json.dumps(item, ensure_ascii=False)}") for item in value)
+            yield from (escape_controls(f"  {json.dumps(item, ensure_ascii=False)}") for item in value)
         elif name == "response":
             yield "response:"
-            yield visible(value)
+            yield escape_controls(value)
         elif value not in (None, ""):
             shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             # a line each: a value with a line break would look like the next field
-            yield visible(f"{name}: {shown}").replace("\n", "\\n")
+            yield escape_controls(f"{name}: {shown}").replace("\n", "\\n")
 
 
 def _gc(args: StoreGcOptions) -> int:
@@ -125,7 +125,7 @@ def _gc(args: StoreGcOptions) -> int:
     if not waits:
         delete_folders(found)
     for item in found:
-        print(visible(f"{'would delete' if waits else 'deleted'} {item.path} "
+        print(escape_controls(f"{'would delete' if waits else 'deleted'} {item.path} "
                       f"({format_size(item.size_bytes)}): "
                       f"{item.why}"))
     total = f"{len(found):,} folders, {format_size(sum(item.size_bytes for item in found))}"

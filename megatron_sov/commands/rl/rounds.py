@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from megatron_sov.base.artifacts import MANIFEST
-from megatron_sov.base.errors import ExitCode, UserError, list_problems, warn
+from megatron_sov.base.errors import ExitCode, UserError, format_problems, warn
 from megatron_sov.base.settings import (
-    Flag, NotNegative, ProblemCode, SettingsProblem, command_of, read_options)
+    Flag, NotNegative, ProblemCode, SettingsProblem, build_command, read_options)
 from megatron_sov.chat.vocabulary import TOKENIZER_JSON
 from megatron_sov.commands.rl.asked import (
     VALIDATION_OPTION, AskedEnvironment, AskingOptions, PromptOptions, environment_of, kept, longest_of,
@@ -24,13 +24,13 @@ from megatron_sov.commands.rl.teachers import (
 from megatron_sov.commands.score import JudgeOptions
 from megatron_sov.commands.train.gate_options import (
     TunedOptions, gate_of, is_complete, refuse_unknown_benchmarks)
-from megatron_sov.infer.asking import EngineOptions, ServerOptions, check_engine
-from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, SERVED, Engine, engine_for
+from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, SERVER_ENGINES, Engine, choose_engine
+from megatron_sov.infer.prompts import EngineOptions, ServerOptions, check_engine
 from megatron_sov.infer.request import Batching
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import RolloutConfig
-from megatron_sov.model.config.run import with_policies, with_rounds
-from megatron_sov.model.objectives import factory
+from megatron_sov.model.config.run import add_rounds, retain_policies
+from megatron_sov.model.objectives import get_factory
 from megatron_sov.model.recipes.requested import RecipeOptions
 from megatron_sov.post.rl.reward import ENVIRONMENT, RewardJudge, refuse_unjudged, reward_version
 from megatron_sov.rollouts.prompts import PromptList, list_set_aside, round_prompts, rounds_between
@@ -135,7 +135,7 @@ def _config(args: RlGenerateOptions, num_prompts: int) -> RunConfig:
     config = complete_stage(asked, asked.config(), "policy", None, num_prompts).config
     problems = [*map(str, config.rollout.problems()), *_other_settings(args.run, config.rollout)]
     if problems:
-        raise UserError(list_problems("rl generate", problems))
+        raise UserError(format_problems("rl generate", problems))
     return config
 
 
@@ -154,10 +154,10 @@ def _other_settings(run: Path, rollout: RolloutConfig) -> list[str]:
 
 def _engine(args: RlGenerateOptions, start: Target, rollout: RolloutConfig,
             environment: AskedEnvironment | None) -> str:
-    name = args.engine or engine_for(start)
+    name = args.engine or choose_engine(start)
     check_engine(name, start, args.engine_set, args.nproc, ENGINE_SET)
     refuse_too_long(rollout, environment, start)
-    if rollout.deadline_s and name not in (MEGATRON, *SERVED) and environment is None:
+    if rollout.deadline_s and name not in (MEGATRON, *SERVER_ENGINES) and environment is None:
         raise UserError(f"rollout.deadline_s = {rollout.deadline_s:g}: --engine {name} cannot be stopped in "
                         f"the middle of a response; use --engine {MEGATRON}, or set it to 0")
     return name
@@ -167,7 +167,7 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: P
            start: Target, *, engine_name: str, environment: AskedEnvironment | None
            ) -> dict[str, Any] | None:
     """Load the policy and write; None on other processes than the first."""
-    from megatron_sov.engine.parallel.world import on_first
+    from megatron_sov.engine.parallel.world import run_on_first
     from megatron_sov.infer.engines.server_engine import ServerEngine
     from megatron_sov.post.rl.generate.pieces import FurtherPieces, PendingPieces, PieceQueue
     from megatron_sov.post.rl.generate.requests import build_requests, write_by_requests
@@ -194,7 +194,7 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: P
     provenance = {"engine": engine_name, "settings": list(args.engine_set), "environment": args.environment}
 
     def work(engine: Engine, load_policy: LoadPolicy) -> dict[str, Any]:
-        on_first(lambda: list_set_aside(settings.open().path, aside))  # made by one, before all open it
+        run_on_first(lambda: list_set_aside(settings.open().path, aside))  # made by one, before all open it
         store = settings.open()
         pending = PendingPieces(
             store=store, claims=Claims(store.claims, rollout.lease_s), prompts=prompts, rollout=rollout,
@@ -211,7 +211,7 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: P
         name=engine_name, longest=longest_of(rollout, environment), batching=Batching(args.batch_size),
         settings=args.engine_set, nproc=args.nproc, option=ENGINE_SET,
         with_routes=config.policy.router_replay,
-        places=None if engine_name not in SERVED else args.places(args.run))
+        places=None if engine_name not in SERVER_ENGINES else args.places(args.run))
     summary: dict[str, Any] | None = run_policies(engine, start, work)
     return summary
 
@@ -227,7 +227,7 @@ def _tell_written(args: RlGenerateOptions, rounds: range, summary: dict[str, Any
     return ExitCode.OK
 
 
-GENERATE = command_of(RlGenerateOptions, run_generate)
+GENERATE = build_command(RlGenerateOptions, run_generate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,7 +263,7 @@ def run_train(args: argparse.Namespace) -> int:
     """
     options = read_options(RlTrainOptions, args)
     if not is_complete(options, "policy"):
-        parsed = parse_rounds(options, lambda config: with_policies(with_rounds(config)))
+        parsed = parse_rounds(options, lambda config: retain_policies(add_rounds(config)))
         train_rounds(options, parsed, args.began_s, wait_s=options.wait)
     return ExitCode.OK
 
@@ -282,7 +282,7 @@ class ParsedRounds:
     """What its policies are validated by; None: they are not."""
 
 
-def parse_rounds(args: RoundsOptions, completed: Callable[[RunConfig], RunConfig] = with_rounds, *,
+def parse_rounds(args: RoundsOptions, completed: Callable[[RunConfig], RunConfig] = add_rounds, *,
                  is_asked: bool = False) -> ParsedRounds:
     """Return what the options ask for.
 
@@ -334,7 +334,8 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, *, w
     texts = texts_of(config)
     policies = RunPolicies(args.run, build_start_policy(start), config.rollout, fixed_settings(config) | {
         "train.steps": config.train.steps,
-        "data": {text.name: hash_checkpoint_files(text.artifact) for text in texts if text.artifact is not None}})
+        "data": {text.name: hash_checkpoint_files(text.artifact) for text in texts
+                 if text.artifact is not None}})
     publisher = Publisher(
         config=config, rounds=args.run / ROUNDS, store=args.store, prompts=parsed.prompts,
         reward_version=parsed.reward_version, tokenizer=tokenizer, is_own=policies.is_own,
@@ -343,7 +344,7 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, *, w
     publisher.check_store()
     teacher = live_teacher_of(args, config, tokenizer, args.nproc)
     learned = round_objective_of if config.policy.learns_preferences else objective_of
-    objective = factory(config, learned(config) if teacher is None
+    objective = get_factory(config, learned(config) if teacher is None
                         else TaughtFactory(OnPolicyDistillation, [teacher]))
     columns = columns_of_run(config, columns_of(objective), start,
                              teachers_of(args, config, tokenizer) if teacher is None else ())
@@ -364,7 +365,7 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, *, w
                     notes=parsed.stage.notes), args.nproc, began_s)
 
 
-TRAIN = command_of(RlTrainOptions, run_train)
+TRAIN = build_command(RlTrainOptions, run_train)
 
 
 RunEngine = Literal["megatron", "vllm"]
@@ -408,9 +409,9 @@ def run_rl(options: RlRunOptions, began_s: float) -> int:
         return ExitCode.OK
     # before anything is written; the first process has the servers
     if options.engine != MEGATRON and is_first_rank():
-        from megatron_sov.infer.engines.server_process import refuse_no_engine
+        from megatron_sov.infer.engines.server_process import check_engine_program
 
-        refuse_no_engine(options.engine, options.engine_url, options.engine_python)
+        check_engine_program(options.engine, options.engine_url, options.engine_python)
     _run(options, parse_rounds(options, is_asked=options.environment is None), began_s)
     return ExitCode.OK
 
@@ -466,13 +467,13 @@ def _validation(args: RlRunOptions, parsed: ParsedRounds, training: LiveRollouts
     from megatron_sov.rollouts.store import StoreSettings
 
     config, folder = parsed.stage.config, args.run / VALIDATION
-    rollout = config.rollout.of_validation(len(parsed.heldout))
+    rollout = config.rollout.for_validation(len(parsed.heldout))
     # where tokens went is needed by a trainer alone
     asked = replace(config, rollout=rollout, policy=replace(config.policy, router_replay=False))
     source, aside = source_of(args, asked, parsed.heldout, start, engine_name=args.engine,
                               environment=environment)
     prompts = kept(f"{VALIDATION_OPTION} {args.validation}", parsed.heldout, aside, folder)
-    rollout = config.rollout.of_validation(len(prompts))
+    rollout = config.rollout.for_validation(len(prompts))
     settings = replace(
         training.settings, store=StoreSettings(folder, start.tokenizer_folder, start.vocab_size),
         prompts=prompts, set_aside=aside, rollout=rollout, source=source, max_gen_batches=1)
@@ -497,15 +498,15 @@ def _writer(args: RlRunOptions, settings: GenerationSettings, servers: LiveServe
 def _live_servers(args: RlRunOptions, config: RunConfig, start: Target) -> LiveServers | None:
     if args.engine == MEGATRON:
         return None
-    from megatron_sov.infer.engines.server_engine import server_settings
+    from megatron_sov.infer.engines.server_engine import parse_server_settings
     from megatron_sov.post.rl.generate.servers import LiveServers, ServerSettings
 
     # a Hugging Face folder is what the servers load; of a checkpoint they get one
     return LiveServers(ServerSettings(
         engine=args.engine, start=args.start_from, places=args.places(args.run),
-        servers=server_settings(args.engine, args.engine_set, ENGINE_SET),
+        servers=parse_server_settings(args.engine, args.engine_set, ENGINE_SET),
         longest=longest_of(config.rollout, None), vocab_size=start.vocab_size,
         with_routes=config.policy.router_replay))
 
 
-RUN = command_of(RlRunOptions, run_all)
+RUN = build_command(RlRunOptions, run_all)

@@ -13,16 +13,17 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from megatron_sov.base.artifacts import MANIFEST, damaged_files, disk_errors, read_manifest
-from megatron_sov.base.digests import file_digest
+from megatron_sov.base.artifacts import MANIFEST, find_damaged_files, read_manifest, translate_disk_errors
+from megatron_sov.base.digests import hash_file
 from megatron_sov.base.documents.rows import check_rows
 from megatron_sov.base.errors import ExitCode, UserError
-from megatron_sov.base.settings import AtLeastOne, Flag, at_most, command_of, parse_nested, read_options
+from megatron_sov.base.settings import (
+    AtLeastOne, Flag, at_most_field, build_command, parse_nested, read_options)
 from megatron_sov.commands.evaluate.eval_judged import PROMPT, EvalPasskOptions, JudgedSamplingOptions
 from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions, words_of
 from megatron_sov.infer.request import RankOptions
 from megatron_sov.judge.rewards.registry import make, order
-from megatron_sov.model.config import weighted_path
+from megatron_sov.model.config import split_weight
 from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
 from megatron_sov.runs.checkpoints import check_model_path
 from megatron_sov.runs.folder import RunEvents
@@ -48,7 +49,7 @@ class SspProbeOptions(JudgedSamplingOptions, RankOptions):
     problem_sets: Annotated[tuple[str, ...], Flag("--problems", "DOMAIN=FILE.jsonl|DIR", many=True)]
     """Problems of each domain: a JSON object per line, with `prompt` and what the reward needs; or sets of
     `sov-data probing-sets`."""
-    k: Annotated[AtLeastOne, Flag(value="K"), at_most("samples")]
+    k: Annotated[AtLeastOne, Flag(value="K"), at_most_field("samples")]
     """The best checkpoint of a domain is that of the greatest pass@K."""
     output: Annotated[Path, Flag(value="DIR")]
     """The probe's folder; the same command goes on in it, and adds checkpoints to it."""
@@ -69,11 +70,12 @@ def run_probe(typed: argparse.Namespace) -> int:
     from megatron_sov.post import ssp
 
     candidates = ssp.candidates_of(args.checkpoints)
-    record_or_check_settings(args.output, args.output / ssp.ASKED, _asked(args, domains), "--output", "answers",
+    record_or_check_settings(args.output, args.output / ssp.ASKED, _asked(args, domains), "--output",
+                             "answers",
                  {args.output / ssp.PROBLEMS})
     # also those of earlier commands in this folder: the table is of all
     known = ssp.known_candidates(args.output, candidates)
-    with disk_errors(args.output):
+    with translate_disk_errors(args.output):
         problems = ssp.write_problems(args.output, domains)
     missing = [c for c in known if not c.is_done(args.output)]
     # all commands are made before the first starts, so a mistake in the last is told now
@@ -126,7 +128,7 @@ def _checked(args: SspProbeOptions) -> dict[str, Path]:
 def _frozen(folder: Path) -> dict[str, Path]:
     """Return domain -> problems of sets that are as they were frozen."""
     content = read_manifest(folder, PROBING_SETS).content
-    if damage := damaged_files(folder):
+    if damage := find_damaged_files(folder):
         raise UserError(f"--problems {folder}: {damage[0]}; these are not the problems that were frozen")
     return {str(domain): folder / f"{domain}.jsonl" for domain in content.get("domains", {})}
 
@@ -135,7 +137,7 @@ def _asked(args: SspProbeOptions, domains: dict[str, Path]) -> dict[str, Any]:
     """Return what is the same for every checkpoint, or their figures could not be compared."""
     version = make(order(args.reward, parse_nested(args.reward_set, "--reward-set"))).version
     # digests: a file of problems that changed would make figures that cannot be compared
-    return {"problems": {domain: file_digest(file) for domain, file in domains.items()}, "k": args.k,
+    return {"problems": {domain: hash_file(file) for domain, file in domains.items()}, "k": args.k,
             "reward_version": version,
             **{name: getattr(args, name) for name in (
                 "reward", "reward_set", "right_from", "samples", "stop", "chat")},
@@ -153,7 +155,7 @@ def _words(args: SspProbeOptions, candidate: ProbedCheckpoint, problems: Path) -
         overwrite=folder.exists()))]  # what is there is of files that have changed since
 
 
-PROBE = command_of(SspProbeOptions, run_probe)
+PROBE = build_command(SspProbeOptions, run_probe)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,11 +189,11 @@ def run_fuse(typed: argparse.Namespace) -> int:
         # one may be the best in every domain: whatever a probe finds, the next stage has its start
         found, fewest = experts_of(first), 1
     else:
-        found = [(Path(path), weight) for path, weight in (weighted_path(c, c) for c in args.checkpoints)]
+        found = [(Path(path), weight) for path, weight in (split_weight(c, c) for c in args.checkpoints)]
     from megatron_sov import convert
 
     convert.average(found, args.output, workers=args.workers, overwrite=args.overwrite, redo=args.redo,
-                    fewest=fewest)
+                    min_checkpoints=fewest)
     total = sum(weight for _, weight in found)
     for path, weight in found:
         print(f"{weight / total:.4g} of {path}")
@@ -199,4 +201,4 @@ def run_fuse(typed: argparse.Namespace) -> int:
     return ExitCode.OK
 
 
-FUSE = command_of(SspFuseOptions, run_fuse)
+FUSE = build_command(SspFuseOptions, run_fuse)

@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from megatron_sov.base.artifacts import new_artifact, refuse_existing
+from megatron_sov.base.artifacts import check_output_folder, create_artifact
 from megatron_sov.base.settings import (
-    NO_FLAG, Actions, AtLeastOne, Flag, add_actions, change, parse_nested, run_action)
+    NO_FLAG, Actions, AtLeastOne, Flag, add_actions, apply_changes, parse_nested, run_action)
 from megatron_sov.chat.encode import TurnEncoder
 from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
-from megatron_sov.infer.asking import EngineOptions
 from megatron_sov.infer.engine import ENGINE_SET
+from megatron_sov.infer.prompts import EngineOptions
 from megatron_sov.infer.request import WholeSampling
 from megatron_sov.judge.tools.environment import LIMITS, EpisodeLimits
 from megatron_sov.judge.tools.episode import Episode, lines_in, row_of
@@ -74,19 +74,19 @@ def _list(args: ToolsListOptions) -> int:
 def _run(args: ToolsRunOptions) -> int:
     asked = order(args.environment, parse_nested(args.settings))
     environment, version = make(asked)
-    limits = change(LIMITS[args.limits], args.changes, "--limit")
+    limits = apply_changes(LIMITS[args.limits], args.changes, "--limit")
     tasks = tasks_of(environment, args.environment, args.tasks)
     check_model_path(args.target)
-    refuse_existing(args.output, KIND, args.overwrite)
+    check_output_folder(args.output, KIND, args.overwrite)
 
     from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
-    from megatron_sov.infer.turns import Player, Runs
+    from megatron_sov.infer.tool_policy import EngineChoice, EpisodePlayer
     from megatron_sov.post.distillation.teacher import weights_digest
 
-    player = Player(args.target, Runs(args.engine, args.engine_set, args.nproc, ENGINE_SET), limits,
-                    "lower them with --limit")
+    choice = EngineChoice(args.engine, args.engine_set, args.nproc, ENGINE_SET)
+    player = EpisodePlayer(args.target, choice, limits, "lower them with --limit")
     target, encoder = player.target, player.encoder
     settings = {name: getattr(args.sampling, name) for name in ("temperature", "top_p", "seed")}
     settings["engine"] = player.engine
@@ -112,7 +112,7 @@ def _publish(args: ToolsRunOptions, episodes: list[Episode], encoder: TurnEncode
     """Write the episodes as an artifact; returns what is counted over them."""
     rows = [row_of(episode, encoder) for episode in episodes]
     summary = summary_of(rows)
-    with new_artifact(args.output, KIND, overwrite=args.overwrite) as artifact:
+    with create_artifact(args.output, KIND, overwrite=args.overwrite) as artifact:
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (artifact.path / "episodes.jsonl").write_text("".join(lines), encoding="utf-8")
         artifact.content = summary | {"limits": asdict(limits)}

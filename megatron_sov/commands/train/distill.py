@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from megatron_sov.base.artifacts import MANIFEST, manifest_sha256, read_manifest
 from megatron_sov.base.errors import ExitCode, UserError
-from megatron_sov.base.settings import AboveZero, Flag, NotNegativeInt, add_options, command_of, read_options
+from megatron_sov.base.settings import (
+    AboveZero, Flag, NotNegativeInt, add_options, build_command, read_options)
 from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
 from megatron_sov.commands.train.gate_options import (
     GateOptions, gate_of, is_complete, refuse_unknown_benchmarks)
 from megatron_sov.infer.request import RankOptions
-from megatron_sov.model.config import DistillationConfig, RunConfig, data_paths
-from megatron_sov.model.config.data import named_shards
-from megatron_sov.model.objectives import factory
+from megatron_sov.model.config import DistillationConfig, RunConfig, parse_data_paths
+from megatron_sov.model.config.data import split_source_name
+from megatron_sov.model.objectives import get_factory
 from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
 from megatron_sov.runs.checkpoints import check_model_path
 from megatron_sov.runs.launch_environment import is_first_rank
@@ -76,7 +77,7 @@ def run_states(typed: argparse.Namespace) -> int:
 
     # states of every token, or its most probable tokens: top-k is smaller, states are exact
     kept = Kept(args.dtype, args.top_k, args.temperature, args.other_tokenizer)
-    reading = TeacherReading(find_target(args.teacher), data_paths(args.data), kept=kept)
+    reading = TeacherReading(find_target(args.teacher), parse_data_paths(args.data), kept=kept)
     read_documents(reading, args.output, args.settings, args.nproc, overwrite=args.overwrite,
                    redo=args.redo)
     if is_first_rank():
@@ -88,7 +89,7 @@ def run_states(typed: argparse.Namespace) -> int:
     return ExitCode.OK
 
 
-STATES = command_of(DistillStatesOptions, run_states)
+STATES = build_command(DistillStatesOptions, run_states)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,7 +154,7 @@ def run(typed: argparse.Namespace) -> int:
     from megatron_sov.train.stages.stage import Stage, run_stage
 
     config, folder = parsed.config, RunFolder(args.run)
-    made = factory(config, Distillation)
+    made = get_factory(config, Distillation)
     sources = open_sources(config.data.paths, config.model.vocab_size, formats_of(made))
     _refuse_views(config, sources)
     if parsed.start is not None:
@@ -190,7 +191,7 @@ def _refuse_no_teacher(args: DistillOptions) -> None:
         raise UserError("--teacher: is missing; name whose distributions are learned, or, where it has read "
                         "the data, what it said (--states)")
     for given in args.teacher:
-        check_model_path(Path(named_shards(given)[1]), "--teacher ")
+        check_model_path(Path(split_source_name(given)[1]), "--teacher ")
     for path in () if args.teacher else args.states:
         check_model_path(path, "--states ")
 
@@ -215,7 +216,7 @@ def _readers_of(args: DistillOptions, paths: dict[str, float]) -> list[_DataRead
     """
     if not args.teacher:
         return [_DataReader(None, paths, args.states)]
-    given = [named_shards(text) for text in args.teacher]
+    given = [split_source_name(text) for text in args.teacher]
     if len(given) == 1 and not given[0][0]:
         usual = args.run.with_name(f"{args.run.name}.states")
         return [_DataReader(Path(given[0][1]), paths, args.states or (usual,))]
@@ -230,7 +231,7 @@ def _readers_of(args: DistillOptions, paths: dict[str, float]) -> list[_DataRead
             raise UserError(f"{told}: another one reads {f'the data {name}' if name else 'what is left'}; "
                             "give each a NAME of --data NAME=DIR")
         own = {path: weight for path, weight in paths.items()
-               if (called := named_shards(path)[0]) == name or (not name and called not in names)}
+               if (called := split_source_name(path)[0]) == name or (not name and called not in names)}
         if not own:
             raise UserError(f"{told}: there are no data for it among --data {', '.join(paths)}; name them: "
                             f"--data {name or 'NAME'}=DIR")
@@ -318,7 +319,7 @@ def _not_read(paths: dict[str, float], made: list[Path]) -> dict[str, float]:
     # by hash: data that were packed again under the same name are other data
     read = {i["manifest_sha256"] for path in made for i in read_manifest(path, KIND).inputs}
     return {path: weight for path, weight in paths.items()
-            if manifest_sha256(Path(named_shards(path)[1])) not in read}
+            if manifest_sha256(Path(split_source_name(path)[1])) not in read}
 
 
 def _refuse_views(config: RunConfig, sources: list[Source]) -> None:

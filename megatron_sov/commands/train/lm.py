@@ -6,10 +6,10 @@ import argparse
 import contextlib
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import command_of, read_options
+from megatron_sov.base.settings import build_command, read_options
 from megatron_sov.commands.train.gate_options import (
     TunedOptions, gate_of, is_complete, refuse_unknown_benchmarks)
-from megatron_sov.model.objectives import factory
+from megatron_sov.model.objectives import get_factory
 from megatron_sov.runs.folder import STAGES
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.guards.fault_injection import parse
@@ -35,14 +35,14 @@ def run_pretrain(typed: argparse.Namespace) -> int:
     from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.stages.stage import Stage, run_stage
 
-    objective = factory(parsed.config, LanguageModelling)
+    objective = get_factory(parsed.config, LanguageModelling)
     stage = Stage(parsed.config, RunFolder(args.run), objective, parsed.start, args.resume,
                   faults=parsed.faults, until=args.until, dry_run=args.dry_run, notes=parsed.notes)
     run_stage(stage, args.nproc, typed.began_s)
     return 0
 
 
-PRETRAIN = command_of(StageOptions, run_pretrain)
+PRETRAIN = build_command(StageOptions, run_pretrain)
 
 
 def run_extend(typed: argparse.Namespace) -> int:
@@ -68,7 +68,7 @@ def run_extend(typed: argparse.Namespace) -> int:
 
     # all stages are planned before the first one starts
     stages = planned_stages(request, args.start_from, args.run, args.nproc,
-                            lambda config: formats_of(factory(config, LanguageModelling)))
+                            lambda config: formats_of(get_factory(config, LanguageModelling)))
     refuse_unknown_benchmarks(stages[-1].config)
     for stage in stages:
         stage.config.check(num_ranks(args.nproc))
@@ -83,7 +83,7 @@ def run_extend(typed: argparse.Namespace) -> int:
     from megatron_sov.post.extend.running import run_stages
 
     try:
-        run_stages(stages, start, factory(stages[-1].config, LanguageModelling), args.nproc, args.resume,
+        run_stages(stages, start, get_factory(stages[-1].config, LanguageModelling), args.nproc, args.resume,
                    typed.began_s, faults, gate, dry_run=args.dry_run)
     finally:
         for folder in () if args.dry_run else (args.run / STAGES, args.run):
@@ -92,7 +92,7 @@ def run_extend(typed: argparse.Namespace) -> int:
     return 0
 
 
-EXTEND = command_of(TunedOptions, run_extend)
+EXTEND = build_command(TunedOptions, run_extend)
 
 
 def run_sft(typed: argparse.Namespace) -> int:
@@ -115,7 +115,7 @@ def run_sft(typed: argparse.Namespace) -> int:
     from megatron_sov.train.objectives.objective import formats_of
     from megatron_sov.train.stages.stage import Stage, run_stage
 
-    objective = factory(parsed.config, SupervisedFineTuning)
+    objective = get_factory(parsed.config, SupervisedFineTuning)
     sources = open_sources(parsed.config.data.paths, parsed.config.model.vocab_size, formats_of(objective))
     stage = Stage(parsed.config, RunFolder(args.run), objective, parsed.start, args.resume,
                   tuple(sources), end_gate=gate, faults=parsed.faults, until=args.until,
@@ -124,4 +124,4 @@ def run_sft(typed: argparse.Namespace) -> int:
     return 0
 
 
-SFT = command_of(TunedOptions, run_sft)
+SFT = build_command(TunedOptions, run_sft)

@@ -16,8 +16,8 @@ from megatron_sov.base.settings import Flag, add_options, read_options
 from megatron_sov.commands.train.gate_options import (
     TunedOptions, gate_of, is_complete, refuse_unknown_benchmarks)
 from megatron_sov.model.config import RunConfig
-from megatron_sov.model.config.post_training import WITH_REFERENCE, PreferenceMethod
-from megatron_sov.model.objectives import factory
+from megatron_sov.model.config.post_training import REFERENCE_METHODS, PreferenceMethod
+from megatron_sov.model.objectives import get_factory
 from megatron_sov.runs.checkpoints import (
     CHECKPOINT_KIND, RUN, check_folder_kind, check_model_path, find_checkpoint)
 from megatron_sov.train.stages.stage_config import ParsedStage, parse_stage
@@ -73,7 +73,7 @@ def run(typed: argparse.Namespace) -> int:
     from megatron_sov.train.stages.stage import Stage, run_stage
 
     config = parsed.config
-    objective = factory(config, objective_of(config))
+    objective = get_factory(config, objective_of(config))
     sources = tuple(open_sources(config.data.paths, config.model.vocab_size, formats_of(objective)))
     needed = columns_of(objective)
     if DESIRABLE not in needed:
@@ -117,7 +117,7 @@ def _fixed_reference(path: Path | None, config: RunConfig) -> Path | None:
     """
     if path is None:
         return None
-    if config.preference.method not in WITH_REFERENCE:
+    if config.preference.method not in REFERENCE_METHODS:
         raise UserError(f"--reference {path}: preference.method = {config.preference.method} compares with "
                         "no reference; leave it out")
     check_model_path(path, "--reference ")

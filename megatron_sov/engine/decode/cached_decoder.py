@@ -17,24 +17,25 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_sov.engine.decode.forward_only import ForwardModel
-from megatron_sov.engine.model.cache_rows import CacheSize, CacheSpan, ReadRow, read_row
-from megatron_sov.engine.model.gpu_settings import in_bf16
-from megatron_sov.engine.model.kv_cache import CachedAttention, keep
-from megatron_sov.engine.model.language_model import gather_sequence, states_for_head
-from megatron_sov.engine.model.linear_attention import KeptState
-from megatron_sov.engine.model.logprobs import Head, head_of
+from megatron_sov.engine.model.cache_rows import CacheSize, CacheSpan, SpanRow, pack_spans
+from megatron_sov.engine.model.gpu_settings import disable_quantization
+from megatron_sov.engine.model.kv_cache import CachedAttention, use_kv_cache
+from megatron_sov.engine.model.language_model import gather_hidden_states, prepare_head_input
+from megatron_sov.engine.model.linear_attention import RecurrentCache
+from megatron_sov.engine.model.logprobs import Head, build_head
 from megatron_sov.engine.parallel import collectives, context
-from megatron_sov.engine.parallel.device import local_device
+from megatron_sov.engine.parallel.device import get_local_device
 
 
-def share_place() -> tuple[int, int]:
-    """Return this process's rank among the processes that read different sequences, and their number."""
+def get_replica_rank() -> tuple[int, int]:
+    """Return (rank, size) in the data-parallel group with context parallelism, whose processes read different
+    sequences."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     return group.rank(), group.size()
 
 
-def over_shares(values: torch.Tensor, operation: Any = dist.ReduceOp.SUM) -> torch.Tensor:
-    """All-reduce a tensor over the processes that read different sequences (default: sum)."""
+def all_reduce_replicas(values: torch.Tensor, operation: Any = dist.ReduceOp.SUM) -> torch.Tensor:
+    """All-reduce a tensor over the replicas, which read different sequences (default: sum)."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     if group.size() == 1:
         return values
@@ -47,7 +48,7 @@ def over_shares(values: torch.Tensor, operation: Any = dist.ReduceOp.SUM) -> tor
 class DecodeOutput:
     """Output of a forward pass over a row of spans."""
 
-    row: ReadRow
+    row: SpanRow
     """The row."""
     hidden: torch.Tensor | None
     """[tokens / sequence-parallel size, 1, hidden] on the last pipeline stage, None on other stages."""
@@ -57,7 +58,7 @@ class DecodeOutput:
 
 
 class CachedDecoder:
-    """A model with KV caches. Use it as a context manager; the model must do nothing else inside.
+    """A model with KV caches, and a context manager: inside, only the decoder may use the model.
 
     All calls are collective over the replica; `read` is collective over all processes that share experts.
     """
@@ -72,13 +73,13 @@ class CachedDecoder:
         """
         self._policy, self._model, self._size = policy, policy.model, size
         self._with_routes = with_routes
-        self._layers: list[CachedAttention | KeptState] = []
+        self._layers: list[CachedAttention | RecurrentCache] = []
         self._exit = contextlib.ExitStack()
         self.last_stage = parallel_state.is_pipeline_last_stage()
         """Whether this process computes outputs."""
-        self.predicts_together = policy.model.architecture.mtp_experts
-        """Whether `predict` and `pick` are collective over all processes of the last stage, like `read`: the
-        MTP layer has experts, which may be on any of them."""
+        self.mtp_is_collective = policy.model.architecture.mtp_experts
+        """Whether `predict` and `pick` are collective over the last stage, like `read`: MTP experts may be on
+        any process."""
 
     def __enter__(self) -> CachedDecoder:
         """Switch the model to evaluation mode, with empty caches."""
@@ -86,8 +87,8 @@ class CachedDecoder:
         self._exit.callback(self._model.train, self._model.training)
         self._model.eval()
         self._exit.enter_context(torch.no_grad())
-        self._exit.enter_context(in_bf16(self._model.config))
-        self._layers = self._exit.enter_context(keep(self._model, self._size))
+        self._exit.enter_context(disable_quantization(self._model.config))
+        self._layers = self._exit.enter_context(use_kv_cache(self._model, self._size))
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -95,28 +96,28 @@ class CachedDecoder:
         self._model.config.routing_step.record = None
         self._exit.close()
 
-    def any_has(self, count: int) -> bool:
-        """Return whether any process that reads other sequences has `count` > 0. Collective over a stage."""
-        return bool(over_shares(torch.tensor([count]), dist.ReduceOp.MAX)[0])
+    def any_replica_has(self, count: int) -> bool:
+        """Return whether `count` > 0 on any replica. Collective over a stage."""
+        return bool(all_reduce_replicas(torch.tensor([count]), dist.ReduceOp.MAX)[0])
 
-    def common_row_tokens(self, num_tokens: int) -> int:
-        """Agree on the next row over the processes that read other sequences, and return its local length; 0
-        if all are finished. Collective over all processes.
+    def agree_row_tokens(self, num_tokens: int) -> int:
+        """Return the local length of the next row, agreed over all replicas; 0 if every replica has finished.
+        Collective over all processes.
 
         Args:
             num_tokens: new tokens of this process; 0: none.
         """
-        longest = int(over_shares(torch.tensor([num_tokens]), dist.ReduceOp.MAX)[0])
+        longest = int(all_reduce_replicas(torch.tensor([num_tokens]), dist.ReduceOp.MAX)[0])
         if not longest:
             return 0
         # the allgather dispatcher requires rows of equal length
         wanted = longest if self._model.config.moe_token_dispatcher_type == "allgather" else num_tokens
-        multiple = context.row_multiple()
+        multiple = context.get_row_multiple()
         return -(-max(wanted, 1) // multiple) * multiple
 
     def read(self, spans: Sequence[CacheSpan], row_tokens: int) -> DecodeOutput:
-        """Run the trunk on new tokens, in a row of the length that `common_row_tokens` returned."""
-        row = read_row(spans, row_tokens, local_device())
+        """Run the trunk on new tokens, in a row of the length that `agree_row_tokens` returned."""
+        row = pack_spans(spans, row_tokens, get_local_device())
         config, hidden = self._model.config, None
         first, stages = (parallel_state.get_pipeline_model_parallel_rank() == 0,
                          config.pipeline_model_parallel_size)
@@ -127,15 +128,15 @@ class CachedDecoder:
         config.routing_step.record = record if self._with_routes else None
         for number, chunk in enumerate(self._model.chunks):
             if stages > 1 and not (first and number == 0):
-                hidden = torch.empty(shape, dtype=config.pipeline_dtype, device=local_device())
+                hidden = torch.empty(shape, dtype=config.pipeline_dtype, device=get_local_device())
                 dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank(), group)
             chunk.set_input_tensor(hidden)
-            hidden = chunk.read(row)
+            hidden = chunk.forward_cached(row)
             if stages > 1 and not (self.last_stage and number == len(self._model.chunks) - 1):
                 dist.send(hidden.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group)
         config.routing_step.record = None
         return DecodeOutput(row, hidden if self.last_stage else None,
-                            self._gathered(record, row_tokens) if self._with_routes else None)
+                            self._combine_routes(record, row_tokens) if self._with_routes else None)
 
     def predict(self, read: DecodeOutput, ahead: torch.Tensor) -> DecodeOutput:
         """Run the MTP layer over a row. Collective over the last stage.
@@ -145,17 +146,17 @@ class CachedDecoder:
             ahead: [row tokens] int64, the successor of each token; outputs after an unknown successor are
                 recomputed later.
         """
-        ahead = ahead.to(local_device())
-        return DecodeOutput(read.row, self._model.chunks[-1].predict(read.row, read.hidden, ahead))
+        ahead = ahead.to(get_local_device())
+        return DecodeOutput(read.row, self._model.chunks[-1].predict_cached(read.row, read.hidden, ahead))
 
     def pick(self, read: DecodeOutput, places: Sequence[int], spans: Sequence[CacheSpan]) -> DecodeOutput:
         """Return the hidden states at row indices as a row with one token per span, on the last stage."""
-        multiple = context.row_multiple()
-        row_tokens = (self.common_row_tokens(len(places)) if self.predicts_together
+        multiple = context.get_row_multiple()
+        row_tokens = (self.agree_row_tokens(len(places)) if self.mtp_is_collective
                       else -(-len(places) // multiple) * multiple)
-        row = read_row(spans, row_tokens, local_device())
+        row = pack_spans(spans, row_tokens, get_local_device())
         padded = [*places, *[0] * (len(row.tokens) - len(places))]
-        states = self._states(read, padded, gather_sequence)[:, None]
+        states = self._gather_states(read, padded, gather_hidden_states)[:, None]
         if self._model.config.sequence_parallel:
             states = states.chunk(parallel_state.get_tensor_model_parallel_world_size())[
                 parallel_state.get_tensor_model_parallel_rank()]
@@ -163,16 +164,16 @@ class CachedDecoder:
 
     def top_tokens(self, read: DecodeOutput, places: Sequence[int]) -> torch.Tensor:
         """Return the most probable next token [places] int64 at row indices, on the last stage."""
-        return self._head().top_tokens(self._states(read, places)).cpu()
+        return self._build_head().top_tokens(self._gather_states(read, places)).cpu()
 
     def best_tokens(self, read: DecodeOutput, places: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return `top_tokens` and the log-probability [places] of each, on the last stage."""
-        tokens, logprobs = self._head().best_tokens(self._states(read, places))
+        tokens, logprobs = self._build_head().best_tokens(self._gather_states(read, places))
         return tokens.cpu(), logprobs.cpu()
 
     def logits(self, read: DecodeOutput, places: Sequence[int]) -> torch.Tensor:
         """Return full logits [places, vocabulary] at row indices, on the last stage."""
-        return self._head().logits(self._states(read, places))
+        return self._build_head().logits(self._gather_states(read, places))
 
     def copy(self, source: int, targets: Sequence[int]) -> None:
         for layer in self._layers:
@@ -188,15 +189,15 @@ class CachedDecoder:
         dist.broadcast(sent, group=group, group_src=source)
         return sent.cpu()
 
-    def _gathered(self, record: dict[int, list[torch.Tensor]], row_tokens: int) -> torch.Tensor:
-        """Combine the routes of a row over the replica's tp x pp group: each process recorded its own layers,
-        and under sequence parallelism its own tokens."""
+    def _combine_routes(self, record: dict[int, list[torch.Tensor]], row_tokens: int) -> torch.Tensor:
+        """Combine a row's routes over the replica's tp x pp group: a process recorded only local layers, and
+        under sequence parallelism only local tokens."""
         config, group = self._model.config, parallel_state.get_model_parallel_group()
         first = 1 + config.moe_layer_freq.index(1)
         # a dtype that all backends can sum
         dtype = torch.uint8 if config.num_moe_experts <= torch.iinfo(torch.uint8).max else torch.int32
         routes = torch.zeros(row_tokens, sum(config.moe_layer_freq), config.moe_router_topk, dtype=dtype,
-                             device=local_device())
+                             device=get_local_device())
         part, rank = 0, parallel_state.get_tensor_model_parallel_rank()
         if config.sequence_parallel:
             part = rank * (row_tokens // config.tensor_model_parallel_size)
@@ -208,11 +209,12 @@ class CachedDecoder:
             dist.all_reduce(routes, group=group)
         return routes.cpu()
 
-    def _head(self) -> Head:
-        return head_of(self._model, self._policy.head_chunk_tokens)
+    def _build_head(self) -> Head:
+        return build_head(self._model, self._policy.head_chunk_tokens)
 
-    def _states(self, read: DecodeOutput, places: Sequence[int],
-                gathering: Callable[[torch.Tensor, Any], torch.Tensor] = states_for_head) -> torch.Tensor:
+    def _gather_states(self, read: DecodeOutput, places: Sequence[int],
+                       gathering: Callable[[torch.Tensor, Any],
+                                           torch.Tensor] = prepare_head_input) -> torch.Tensor:
         assert read.hidden is not None
         gathered = gathering(read.hidden, self._model.config)
         return gathered[torch.tensor(list(places), device=gathered.device)]

@@ -15,15 +15,15 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
 from megatron_sov.engine.model.chunk import ModelInputs, offloaded_activations
-from megatron_sov.engine.model.gpu_settings import in_bf16
-from megatron_sov.engine.model.language_model import LanguageModel, states_for_head
-from megatron_sov.engine.model.logprobs import Head, head_of
+from megatron_sov.engine.model.gpu_settings import disable_quantization
+from megatron_sov.engine.model.language_model import LanguageModel, prepare_head_input
+from megatron_sov.engine.model.logprobs import Head, build_head
 from megatron_sov.engine.parallel import collectives, context
 from megatron_sov.engine.router import replay_routes
 
 
 class HasInputs(Protocol):
-    """A micro-batch: the model's inputs and any other fields that the objective needs."""
+    """A micro-batch: model inputs, and more fields as the objective needs."""
 
     @property
     def inputs(self) -> ModelInputs:
@@ -36,7 +36,7 @@ Loss = Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]
 
 
 def run_pipeline(chunks: Sequence[Any], micro_batches: Sequence[HasInputs], loss: Loss, row_tokens: int, *,
-        forward_only: bool) -> list[Any]:
+                 forward_only: bool) -> list[Any]:
     """Run all micro-batches through all pipeline stages.
 
     Args:
@@ -55,7 +55,7 @@ def run_pipeline(chunks: Sequence[Any], micro_batches: Sequence[HasInputs], loss
                 return_schedule_plan: bool = False) -> tuple[Any, Callable[[torch.Tensor], Any]]:
         batch, first_route = next(iterator)
         run = model.build_schedule_plan if return_schedule_plan else model
-        return run(batch.inputs, first_route), partial(_finish, loss, batch)
+        return run(batch.inputs, first_route), partial(_compute_loss, loss, batch)
 
     interleaved = len(chunks) > 1
     # an interleaved pipeline takes micro-batches in groups of its size: an evaluation fills up its last group
@@ -81,7 +81,8 @@ def run_pipeline(chunks: Sequence[Any], micro_batches: Sequence[HasInputs], loss
     return results[:count]
 
 
-def _finish(loss: Loss, batch: HasInputs, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
+def _compute_loss(loss: Loss, batch: HasInputs,
+                  hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
     scalar, extra = loss(hidden, batch)
     return scalar, torch.ones((), dtype=torch.int, device=scalar.device), extra
 
@@ -91,7 +92,7 @@ Outputs = Callable[[list[torch.Tensor], Head, Any], Any]
 
 
 def split_depths(hidden: torch.Tensor, num_predictions: int) -> list[torch.Tensor]:
-    """Split hidden states into the trunk's and those of each MTP depth."""
+    """Split hidden states [depths * tokens, 1, hidden] into one tensor per depth."""
     return list(hidden.chunk(1 + num_predictions, dim=0))
 
 
@@ -114,7 +115,7 @@ class ForwardModel:
         def last_stage(hidden: torch.Tensor, batch: Any) -> tuple[torch.Tensor, Any]:
             depths = split_depths(hidden, self._depths)
             return (torch.zeros((), device=hidden.device),
-                    outputs(depths, head_of(self.model, self.head_chunk_tokens), batch))
+                    outputs(depths, build_head(self.model, self.head_chunk_tokens), batch))
 
         self.model.finish_param_gather()
         was_training = self.model.training
@@ -122,7 +123,7 @@ class ForwardModel:
         try:
             # all rows have equal length: stages agree on message shapes before the first message
             row_tokens = len(micro_batches[0].inputs.tokens)
-            with in_bf16(self.config):
+            with disable_quantization(self.config):
                 return run_pipeline(self.model.chunks, micro_batches, last_stage, row_tokens,
                                     forward_only=True)
         finally:
@@ -134,7 +135,8 @@ class ForwardModel:
         [positions, vocabulary] float32 (float64 under fp64).
         """
         def outputs(hidden: list[torch.Tensor], head: Head, batch: HasInputs) -> torch.Tensor:
-            return head.logits(context.pick(states_for_head(hidden[0], self.config), positions))
+            return head.logits(context.gather_positions(prepare_head_input(hidden[0], self.config),
+                                                        positions))
 
         row_logits = self.map([micro_batch], outputs)
         shape = (len(positions), self.model.vocab_size)
@@ -143,11 +145,11 @@ class ForwardModel:
         return collectives.broadcast_from_last_stage(local)
 
 
-class Inputs:
+class DocumentBatch:
     """Micro-batch with inputs only: documents in one row, padded to a length that the layout can split."""
 
     def __init__(self, documents: Sequence[Sequence[int]], device: torch.device, min_tokens: int = 0) -> None:
-        multiple = context.row_multiple()
+        multiple = context.get_row_multiple()
         lengths = [len(d) for d in documents]
         num_padding = -(-max(sum(lengths), min_tokens, multiple) // multiple) * multiple - sum(lengths)
         spans = lengths + ([num_padding] if num_padding else [])

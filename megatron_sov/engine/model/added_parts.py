@@ -18,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from megatron_sov.engine.parallel import context
 from megatron_sov.engine.parallel.device import to_device
 from megatron_sov.model.config import LoraConfig, ModelConfig
-from megatron_sov.model.families.adapters import MAGNITUDE, A, Adapted, B, adapted_modules
-from megatron_sov.model.modality import ENCODERS, EncoderInput, EncoderInputs, modality, select_placeholders
+from megatron_sov.model.families.adapters import MAGNITUDE, A, AdaptedModule, B, find_adapted_modules
+from megatron_sov.model.modality import (
+    ENCODERS, EncoderInput, EncoderInputs, load_modality, select_placeholders)
 
 # Low-rank adapters at any layout: W x + alpha / rank B A x (LoRA, arXiv 2106.09685), optionally with trained
 # row lengths (DoRA, arXiv 2402.09353).
@@ -33,23 +34,23 @@ from megatron_sov.model.modality import ENCODERS, EncoderInput, EncoderInputs, m
 # head (its own rows), where `copy_to_tensor_model_parallel_region` on the factor sums it. In all other cases
 # every process computes the full gradient.
 
-COLUMN = ("linear_qkv", "linear_q_proj", "_up_proj", "linear_fc1", "output_layer", "word_embeddings",
-          "self_attention.in_proj")
+COLUMN_PARALLEL = ("linear_qkv", "linear_q_proj", "_up_proj", "linear_fc1", "output_layer", "word_embeddings",
+                   "self_attention.in_proj")
 """Suffixes of layers whose weight is split by rows."""
-WHOLE = "_down_proj"
+REPLICATED = "_down_proj"
 """Suffix of replicated layers (narrow latent projections). All other layers are split by columns."""
 
 OUTPUT_HEAD = "output_layer"
 
 
-class Factors(torch.nn.Module):
-    """The local parts of A, B and (DoRA) row lengths for one adapted module or one of its experts."""
+class AdapterFactors(torch.nn.Module):
+    """The local parts of `A`, `B` and (DoRA) `magnitude` for an adapted module or an adapted expert."""
 
-    def __init__(self, of: Adapted, lora: LoraConfig, config: Any, expert: int | None,
+    def __init__(self, of: AdaptedModule, lora: LoraConfig, config: Any, expert: int | None,
                  rows: int | None) -> None:
         super().__init__()
-        self.of, self.expert, self.column = of, expert, is_column(of)
-        row, size = is_row(of), self.group().size()
+        self.of, self.expert, self.column = of, expert, is_column_parallel(of)
+        row, size = is_row_parallel(of), self.group().size()
         self._rows = rows or of.out_features // (size if self.column else 1)
         columns = of.in_features // (size if row else 1)
         dtype = config.params_dtype
@@ -63,14 +64,15 @@ class Factors(torch.nn.Module):
         for parameter, split in ((self.A, row), (self.B, self.column),
                                  (self.magnitude, self.column)):
             if parameter is not None:
-                self._mark(parameter, split, int(parameter is self.A), config.sequence_parallel)
+                self._mark_parameter(parameter, split, int(parameter is self.A), config.sequence_parallel)
 
     def group(self) -> Any:
         """Return the process group that splits the layer."""
         return (parallel_state.get_tensor_model_parallel_group() if self.expert is None
                 else parallel_state.get_expert_tensor_parallel_group())
 
-    def _mark(self, parameter: torch.nn.Parameter, split: bool, axis: int, sequence_parallel: bool) -> None:
+    def _mark_parameter(self, parameter: torch.nn.Parameter, split: bool, axis: int,
+                        sequence_parallel: bool) -> None:
         """Set the attributes that control gradient reduction and the gradient norm."""
         if self.expert is not None:
             # the first process of the expert's group counts replicated factors; the library would take the
@@ -84,8 +86,8 @@ class Factors(torch.nn.Module):
             parameter.sequence_parallel = (  # type: ignore[attr-defined]
                 sequence_parallel and not self.sums_itself)
 
-    def used(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return A and B for the forward pass, wrapped so that their gradients are summed over the group."""
+    def get_forward_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A and B for the forward pass; the backward pass sums their gradients over the group."""
         if not self.sums_itself or self.group().size() == 1:
             return self.A, self.B
         copy_to_group = tensor_parallel.copy_to_tensor_model_parallel_region
@@ -97,7 +99,7 @@ class Factors(torch.nn.Module):
         replica."""
         of, group_rank = self.of, self.group().rank()
         halves = (of.halves,) if of.halves > 1 else ()
-        views = {A: (self.A, -1, is_row(of)),
+        views = {A: (self.A, -1, is_row_parallel(of)),
                  B: (self.B.view(*halves, self._rows // of.halves, -1), -2, self.column)}
         if self.magnitude is not None:
             views[MAGNITUDE] = (self.magnitude, -1, self.column)
@@ -112,17 +114,18 @@ class Factors(torch.nn.Module):
                     continue
                 view = view.narrow(axis, 0, min(view.shape[axis], shape[axis] - offset[axis]))
             yield (of.key(name), view.detach(), shape, tuple(offset),
-                   (0, 0 if split else group_rank, self._replica()))
+                   (0, 0 if split else group_rank, self._get_replica()))
 
-    def _replica(self) -> int:
+    def _get_replica(self) -> int:
         return int(parallel_state.get_data_parallel_rank(with_context_parallel=True) if self.expert is None
                    else parallel_state.get_expert_data_parallel_rank())
 
 
 class LinearAdapter(torch.nn.Module):
-    """The adapters of one fused linear layer, for example of QKV or of one expert's gate and up."""
+    """The adapters of a fused linear layer, for example QKV, or an expert's gate and up."""
 
-    def __init__(self, modules: Sequence[Adapted], lora: LoraConfig, config: Any, expert: int | None = None,
+    def __init__(self, modules: Sequence[AdaptedModule], lora: LoraConfig, config: Any,
+                 expert: int | None = None,
                  rows: int | None = None) -> None:
         """Create the factors; `load.initialise` sets their values.
 
@@ -135,13 +138,13 @@ class LinearAdapter(torch.nn.Module):
         """
         super().__init__()
         first = modules[0]
-        self.scale, self._dora, self._column = lora.alpha / lora.rank, lora.dora, is_column(first)
-        self._row = is_row(first)
+        self.scale, self._dora, self._column = lora.alpha / lora.rank, lora.dora, is_column_parallel(first)
+        self._row = is_row_parallel(first)
         self._scattered = config.sequence_parallel and expert is None
-        factors = [Factors(module, lora, config, expert, rows) for module in modules]
+        factors = [AdapterFactors(module, lora, config, expert, rows) for module in modules]
         self._group = factors[0].group()
         self.factors: Any = torch.nn.ModuleList(factors)
-        self._rows, self._axis, self._lengths = self._layout(first)
+        self._rows, self._axis, self._lengths = self._split_layout(first)
 
     @property
     def _parts(self) -> list[Any]:
@@ -151,9 +154,9 @@ class LinearAdapter(torch.nn.Module):
             parts[factors.of.part] = factors
         return parts
 
-    def _layout(self, first: Adapted) -> tuple[list[int], int, list[int]]:
-        """Return the local rows of the fused weight as axes, the axis that concatenates the modules, and each
-        module's extent there (`families.weights.Layout`)."""
+    def _split_layout(self, first: AdaptedModule) -> tuple[list[int], int, list[int]]:
+        """Return the fused weight's local rows as axes, the axis that concatenates modules, and the modules'
+        extents on that axis (`families.weights.Layout`)."""
         cut = self._group.size() if self._column else 1
         if first.num_experts:
             return [first.out_features // cut], 0, [first.out_features // cut]
@@ -166,7 +169,7 @@ class LinearAdapter(torch.nn.Module):
             rows[1 if axis == 0 else 0] //= cut  # query groups, or the width
         return rows, axis, lengths
 
-    def _joined(self, parts: Sequence[torch.Tensor | None], missing: torch.Tensor) -> torch.Tensor:
+    def _concatenate_parts(self, parts: Sequence[torch.Tensor | None], missing: torch.Tensor) -> torch.Tensor:
         """Concatenate per-module outputs [..., module rows] to the fused layout [..., fused rows].
 
         Args:
@@ -181,7 +184,7 @@ class LinearAdapter(torch.nn.Module):
         pieces, start = [], 0
         for part, length in zip(parts, self._lengths, strict=True):
             axis, shape = len(lead) + self._axis, [*self._rows[:self._axis], length,
-                                                 *self._rows[self._axis + 1:]]
+                                                   *self._rows[self._axis + 1:]]
             pieces.append(expanded.narrow(axis, start, length) if part is None
                           else part.unflatten(-1, shape))
             start += length
@@ -189,15 +192,15 @@ class LinearAdapter(torch.nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the adapter's addition to the layer's output, for the layer's local input."""
-        used = [factors.used() for factors in self.factors]
+        used = [factors.get_forward_factors() for factors in self.factors]
         low = torch.nn.functional.linear(inputs, torch.cat([a for a, _ in used]))
-        lows = self._shared(low).chunk(len(used), -1)
+        lows = self._reduce_or_gather(low).chunk(len(used), -1)
         outputs: list[torch.Tensor | None] = [None] * len(self._lengths)
         for factors, (_, b), part in zip(self.factors, used, lows, strict=True):
             outputs[factors.of.part] = torch.nn.functional.linear(part, b)
-        return self._joined(outputs, inputs.new_zeros(1)) * self.scale
+        return self._concatenate_parts(outputs, inputs.new_zeros(1)) * self.scale
 
-    def _shared(self, low: torch.Tensor) -> torch.Tensor:
+    def _reduce_or_gather(self, low: torch.Tensor) -> torch.Tensor:
         """Gather A x [tokens, rank] before a B split by rows, or reduce it after an A split by columns."""
         if self.factors[0].sums_itself or self._group.size() == 1 or not (self._column or self._row):
             return low  # the expert layer itself dispatches tokens and reduces outputs
@@ -210,20 +213,20 @@ class LinearAdapter(torch.nn.Module):
                 else tensor_parallel.reduce_from_tensor_model_parallel_region(low, self._group))
 
     @torch.no_grad()
-    def _update(self) -> torch.Tensor:
+    def _compute_update(self) -> torch.Tensor:
         """Return the local block of alpha / rank B A, in the shape of the layer's weight."""
         width = self.factors[0].A.shape[1]
         columns: list[torch.Tensor | None] = [None] * len(self._lengths)
         for factors in self.factors:
             columns[factors.of.part] = (factors.B @ factors.A).T
-        return self._joined(columns, self.factors[0].A.new_zeros(width, 1)).T * self.scale
+        return self._concatenate_parts(columns, self.factors[0].A.new_zeros(width, 1)).T * self.scale
 
     @torch.no_grad()
-    def row_lengths(self, weight: torch.Tensor) -> torch.Tensor:
+    def compute_row_lengths(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the L2 norm of each local row of W + alpha / rank B A, computed in float32 or wider and
         rounded to the weight's dtype."""
         wide = torch.promote_types(weight.dtype, torch.float32)
-        lengths = torch.linalg.vector_norm(weight + self._update(), dim=1, dtype=wide)
+        lengths = torch.linalg.vector_norm(weight + self._compute_update(), dim=1, dtype=wide)
         if self._row and self._group.size() > 1:
             squares = lengths.square()
             torch.distributed.all_reduce(squares, group=self._group)
@@ -233,7 +236,7 @@ class LinearAdapter(torch.nn.Module):
     @torch.no_grad()
     def set_magnitudes(self, weight: torch.Tensor) -> None:
         """Initialize the trained row lengths (DoRA) from the frozen weight; valid while B is 0."""
-        lengths = self.row_lengths(weight)
+        lengths = self.compute_row_lengths(weight)
         by_part = lengths.unflatten(0, self._rows)
         start = 0
         for factors, length in zip(self._parts, self._lengths, strict=True):
@@ -242,8 +245,8 @@ class LinearAdapter(torch.nn.Module):
                 factors.magnitude.copy_(part_lengths.flatten())
             start += length
 
-    def applied(self, weight: torch.Tensor, inputs: torch.Tensor, output: torch.Tensor,
-                bias: torch.Tensor | None) -> torch.Tensor:
+    def adapt_output(self, weight: torch.Tensor, inputs: torch.Tensor, output: torch.Tensor,
+                     bias: torch.Tensor | None) -> torch.Tensor:
         """Return the output of the adapted layer.
 
         Args:
@@ -255,44 +258,45 @@ class LinearAdapter(torch.nn.Module):
         if not self._dora:
             return output + self(inputs)
         plain = output if bias is None else output - bias
-        scaled = (plain + self(inputs)) * self._stretch(weight)
+        scaled = (plain + self(inputs)) * self._compute_row_scale(weight)
         return scaled if bias is None else scaled + bias
 
-    def _stretch(self, weight: torch.Tensor) -> torch.Tensor:
+    def _compute_row_scale(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the ratio of trained to current row lengths (DoRA), [rows]."""
         # the current length is a constant for the gradient (DoRA, section 4.3; PEFT does the same)
-        lengths = self.row_lengths(weight)
-        return self._joined([None if f is None else f.magnitude for f in self._parts], lengths) / lengths
+        lengths = self.compute_row_lengths(weight)
+        return self._concatenate_parts([None if f is None else f.magnitude for f in self._parts],
+                                       lengths) / lengths
 
     @torch.no_grad()
-    def inside(self, weight: torch.Tensor) -> torch.Tensor:
+    def compute_effective_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the effective weight of the adapted layer, without gradient."""
-        adapted = weight + self._update()
-        return adapted * self._stretch(weight)[:, None] if self._dora else adapted
+        adapted = weight + self._compute_update()
+        return adapted * self._compute_row_scale(weight)[:, None] if self._dora else adapted
 
-    def merged(self, weight: torch.Tensor) -> torch.Tensor:
+    def merge_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """Return W + alpha / rank B A of a row-split layer, differentiable in A and B on every process."""
         (factors,) = self.factors
-        a, b = factors.used()
+        a, b = factors.get_forward_factors()
         return torch.addmm(weight, b, a, alpha=self.scale)  # allocates one matrix instead of three
 
 
-def is_column(of: Adapted) -> bool:
+def is_column_parallel(of: AdaptedModule) -> bool:
     """Return whether the weight is split by rows (column-parallel layer)."""
-    return of.linear.endswith(COLUMN)
+    return of.linear.endswith(COLUMN_PARALLEL)
 
 
-def is_row(of: Adapted) -> bool:
+def is_row_parallel(of: AdaptedModule) -> bool:
     """Return whether the weight is split by columns (row-parallel layer)."""
-    return not of.linear.endswith((*COLUMN, WHOLE))
+    return not of.linear.endswith((*COLUMN_PARALLEL, REPLICATED))
 
 
-def adapted_weight(linear: Any) -> torch.Tensor:
+def get_effective_weight(linear: Any) -> torch.Tensor:
     """Return a linear layer's weight with its adapter merged, without gradient."""
     weight: torch.Tensor = linear.weight
     for hook in linear._forward_hooks.values():
         if isinstance(adapter := getattr(hook, "adapter", None), LinearAdapter):
-            weight = adapter.inside(weight)
+            weight = adapter.compute_effective_weight(weight)
     return weight
 
 
@@ -308,7 +312,7 @@ _EMBEDDING = "embedding.word_embeddings"
 class EmbeddingAdapter(torch.nn.Module):
     """The adapter of the token embedding."""
 
-    def __init__(self, of: Adapted, lora: LoraConfig, config: Any, rows: int) -> None:
+    def __init__(self, of: AdaptedModule, lora: LoraConfig, config: Any, rows: int) -> None:
         """Create the factors; `load.initialise` sets their values.
 
         Args:
@@ -319,7 +323,7 @@ class EmbeddingAdapter(torch.nn.Module):
         """
         super().__init__()
         self.scale = lora.alpha / lora.rank
-        self.factors = Factors(of, lora, config, None, rows)
+        self.factors = AdapterFactors(of, lora, config, None, rows)
 
     def forward(self, tokens: torch.Tensor, embedding: Any) -> torch.Tensor:
         """Return the adapter's addition to the embedding of tokens [rows, n]."""
@@ -337,7 +341,7 @@ class EmbeddingAdapter(torch.nn.Module):
         return low @ self.factors.A * self.scale
 
 
-def behind_embedding(adapter: EmbeddingAdapter) -> Callable[..., torch.Tensor]:
+def build_embedding_hook(adapter: EmbeddingAdapter) -> Callable[..., torch.Tensor]:
     """Return the forward hook that adds the adapter's output to the embedding."""
     def add_adapter_output(module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
         return output + adapter(inputs[0], module)
@@ -346,7 +350,7 @@ def behind_embedding(adapter: EmbeddingAdapter) -> Callable[..., torch.Tensor]:
 
 
 class Adapters(torch.nn.Module):
-    """Owner of all adapters of a chunk; the adapted layers reference them only through forward hooks."""
+    """The adapters of a chunk. Adapted layers reference adapters only through forward hooks."""
 
     def __init__(self, chunk: Any, model: ModelConfig, lora: LoraConfig) -> None:
         """Create the adapters for the modules of a chunk and register their hooks."""
@@ -355,23 +359,24 @@ class Adapters(torch.nn.Module):
         self.head: LinearAdapter | None = None
         """Adapter of the output head, whose weight the losses use."""
         self.embedding: EmbeddingAdapter | None = None
-        by_linear: dict[str, list[Adapted]] = {}
-        for of in adapted_modules(model, lora):
+        by_linear: dict[str, list[AdaptedModule]] = {}
+        for of in find_adapted_modules(model, lora):
             by_linear.setdefault(of.linear, []).append(of)
         for layer in chunk.decoder.layers:
             prefix = f"decoder.layers.{layer.layer_number - 1}."
             for linear, modules in by_linear.items():
                 if linear.startswith(prefix):
-                    self._hang(layer, linear.removeprefix(prefix), modules, lora, chunk.config)
+                    self._attach_adapters(layer, linear.removeprefix(prefix), modules, lora, chunk.config)
         if _EMBEDDING in by_linear and chunk.pre_process:
             words = chunk.embedding.word_embeddings
             self.embedding = EmbeddingAdapter(by_linear[_EMBEDDING][0], lora, chunk.config, len(words.weight))
-            words.register_forward_hook(behind_embedding(self.embedding))
+            words.register_forward_hook(build_embedding_hook(self.embedding))
         if OUTPUT_HEAD in by_linear and chunk.post_process:
             self.head = LinearAdapter(by_linear[OUTPUT_HEAD], lora, chunk.config,
                                       rows=len(chunk.output_layer.weight))
 
-    def _hang(self, layer: Any, path: str, modules: list[Adapted], lora: LoraConfig, config: Any) -> None:
+    def _attach_adapters(self, layer: Any, path: str, modules: list[AdaptedModule], lora: LoraConfig,
+                         config: Any) -> None:
         """Attach adapters to one linear layer, or to the same linear layer of each local expert."""
         def create_adapter(expert: int | None = None) -> LinearAdapter:
             adapter = LinearAdapter(modules, lora, config, expert)
@@ -379,7 +384,7 @@ class Adapters(torch.nn.Module):
             return adapter
 
         if not modules[0].num_experts:
-            layer.get_submodule(path).register_forward_hook(_behind(create_adapter()))
+            layer.get_submodule(path).register_forward_hook(_build_linear_hook(create_adapter()))
             return
         experts, linear = layer.mlp.experts, path.rpartition(".")[2]
         count = experts.num_local_experts
@@ -387,12 +392,12 @@ class Adapters(torch.nn.Module):
         adapters = [create_adapter(first + i) for i in range(count)]
         if hasattr(experts, "local_experts"):
             for expert, adapter in zip(experts.local_experts, adapters, strict=True):
-                expert.get_submodule(linear).register_forward_hook(_behind(adapter))
+                expert.get_submodule(linear).register_forward_hook(_build_linear_hook(adapter))
         else:
-            experts.get_submodule(linear).register_forward_hook(_behind_grouped(adapters))
+            experts.get_submodule(linear).register_forward_hook(_build_grouped_hook(adapters))
 
-    def factors(self) -> Iterator[Factors]:
-        yield from (module for module in self.modules() if isinstance(module, Factors))
+    def factors(self) -> Iterator[AdapterFactors]:
+        yield from (module for module in self.modules() if isinstance(module, AdapterFactors))
 
     def set_magnitudes(self, chunk: Any) -> None:
         """Initialize the trained row lengths (DoRA) of all adapters from the frozen weights."""
@@ -406,21 +411,21 @@ class Adapters(torch.nn.Module):
         return {}
 
 
-def _behind(adapter: LinearAdapter) -> Callable[..., Any]:
+def _build_linear_hook(adapter: LinearAdapter) -> Callable[..., Any]:
     """Return the forward hook that replaces a linear layer's output by the adapted output."""
     def replace_output(module: Any, inputs: tuple[Any, ...], outputs: tuple[Any, Any]) -> tuple[Any, Any]:
         output, skipped_bias = outputs
         bias = getattr(module, "bias", None)
         has_bias = bias is not None and bias.numel() > 0 and skipped_bias is None
-        adapted = adapter.applied(module.weight, _normed(module, inputs[0]), output,
-                                  bias if has_bias else None)
+        adapted = adapter.adapt_output(module.weight, _apply_fused_norm(module, inputs[0]), output,
+                                       bias if has_bias else None)
         return adapted, skipped_bias
 
     replace_output.adapter = adapter  # type: ignore[attr-defined]
     return replace_output
 
 
-def _normed(module: Any, inputs: torch.Tensor) -> torch.Tensor:
+def _apply_fused_norm(module: Any, inputs: torch.Tensor) -> torch.Tensor:
     """Return the input of the matrix product: Transformer Engine fuses the norm into the linear layer."""
     weight = getattr(module, "layer_norm_weight", None)
     if weight is None:
@@ -428,7 +433,7 @@ def _normed(module: Any, inputs: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.rms_norm(inputs, weight.shape, weight, module.eps)
 
 
-def _behind_grouped(adapters: list[LinearAdapter]) -> Callable[..., Any]:
+def _build_grouped_hook(adapters: list[LinearAdapter]) -> Callable[..., Any]:
     """Return the forward hook for a grouped linear layer; its input holds the tokens of all local experts in
     order."""
     def add_adapter_outputs(_: Any, inputs: tuple[Any, ...], outputs: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -440,12 +445,11 @@ def _behind_grouped(adapters: list[LinearAdapter]) -> Callable[..., Any]:
     return add_adapter_outputs
 
 
-# Encoders of images and audio, at any layout; their features replace the embeddings of placeholder tokens.
+# Encoders for images and audio, at any layout. Encoder features replace the embeddings of placeholder tokens.
 #
-# The first pipeline stage holds a full copy of the encoders on every process. Each process encodes the
-# records that its local tokens need (context and sequence parallelism). Under sequence parallelism the
-# library sums the gradient over the tensor-parallel group as it does for norms; without it all processes of
-# the group compute the full gradient.
+# The first pipeline stage replicates the encoders on every process. A process encodes the records that the
+# local tokens need (context and sequence parallelism). Under sequence parallelism the library sums the
+# gradient over the tensor-parallel group as for norms; otherwise every process computes the full gradient.
 # compute the same one.
 
 Block = tuple[str, torch.Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -462,7 +466,7 @@ class MediaEncoders(torch.nn.Module):
             config: the library's `TransformerConfig`.
         """
         super().__init__()
-        create_encoder = modality().encoder
+        create_encoder = load_modality().encoder
         self.vision = create_encoder(model.vision, model.hidden_size) if model.vision is not None else None
         self.audio = create_encoder(model.audio, model.hidden_size) if model.audio is not None else None
         # models that scale embeddings scale encoder features as well
@@ -484,7 +488,8 @@ class MediaEncoders(torch.nn.Module):
             inputs: records to encode. None: no records.
             cut_for_context: whether context parallelism splits the row.
         """
-        local_index = _places(row_tokens, self._sequence_parallel, cut_for_context) if inputs else None
+        local_index = _compute_local_index(row_tokens, self._sequence_parallel,
+                                           cut_for_context) if inputs else None
         for kind, name in ENCODERS.items():
             encoder, part = getattr(self, name), (inputs or {}).get(kind)
             local_part = None
@@ -494,23 +499,24 @@ class MediaEncoders(torch.nn.Module):
             if local_part is not None and len(local_part.places):
                 if encoder is None:
                     raise ValueError(f"a row has {kind}, and the model has no model.{name}")
-                embedded = self._over(embedded, encoder, local_part)
+                embedded = self._insert_features(embedded, encoder, local_part)
             elif encoder is not None and self.overlapped and encoder.trains and torch.is_grad_enabled():
-                # overlapped gradient reduction sends every parameter's gradient as soon as it exists, in an
-                # order that must be equal on all processes, with and without records in their rows
+                # overlapped reduction sends every parameter's gradient as soon as it exists, and the order
+                # must be equal on all processes, with or without records in the row
                 no_tokens = torch.zeros(0, dtype=torch.int64, device=embedded.device)
-                features = self._features(encoder, None)
+                features = self._encode_records(encoder, None)
                 embedded = embedded.index_copy(0, no_tokens, features[no_tokens][:, None])
         return embedded
 
-    def _over(self, embedded: torch.Tensor, encoder: Any, local_part: EncoderInput) -> torch.Tensor:
+    def _insert_features(self, embedded: torch.Tensor, encoder: Any,
+                         local_part: EncoderInput) -> torch.Tensor:
         arrays = np.stack(local_part.records), local_part.features, local_part.places
         records, feature_index, places = (to_device(torch.from_numpy(values), embedded.device)
                                           for values in arrays)
-        features = self._features(encoder, records)[feature_index] * self._factor
+        features = self._encode_records(encoder, records)[feature_index] * self._factor
         return embedded.index_copy(0, places, features[:, None].to(embedded.dtype))
 
-    def _features(self, encoder: Any, records: torch.Tensor | None) -> torch.Tensor:
+    def _encode_records(self, encoder: Any, records: torch.Tensor | None) -> torch.Tensor:
         if self._recomputed and torch.is_grad_enabled():
             features: torch.Tensor = checkpoint(encoder, records, use_reentrant=False)
         else:
@@ -530,10 +536,10 @@ class MediaEncoders(torch.nn.Module):
         return {}
 
 
-def _places(row_tokens: int, sequence_parallel: bool, cut_for_context: bool) -> np.ndarray:
-    """Return [row tokens] int64: the local index of each token of a row, -1 on other processes."""
+def _compute_local_index(row_tokens: int, sequence_parallel: bool, cut_for_context: bool) -> np.ndarray:
+    """Return [row tokens] int64: local index of the row's tokens, -1 on other processes."""
     if cut_for_context:
-        local_tokens = context.row_index(row_tokens, sequence_parallel, torch.device("cpu")).numpy()
+        local_tokens = context.compute_row_index(row_tokens, sequence_parallel, torch.device("cpu")).numpy()
     else:
         local_tokens = np.arange(row_tokens)
         if sequence_parallel:

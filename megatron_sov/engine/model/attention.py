@@ -29,7 +29,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from megatron_sov.engine.model.delta_rule import Chunks, chunk_documents
+from megatron_sov.engine.model.delta_rule import DocumentChunks, chunk_documents
 from megatron_sov.engine.parallel import context
 from megatron_sov.engine.parallel.device import to_device
 
@@ -57,17 +57,17 @@ class PieceBounds:
     """Largest number of keys in a document."""
 
 
-def first_keys(documents: Sequence[Span], window_tokens: int) -> list[int]:
+def find_first_keys(documents: Sequence[Span], window_tokens: int) -> list[int]:
     """Return the row index of each document's first key within the window (0: no window)."""
     return [max(a, start - window_tokens + 1) if window_tokens else a for a, start, _ in documents]
 
 
-def piece_bounds(spans: Sequence[Sequence[Span]], window_tokens: int,
-                 device: torch.device) -> list[PieceBounds]:
-    """Compute the bounds of all local pieces and copy them to the device in one transfer."""
+def compute_piece_bounds(spans: Sequence[Sequence[Span]], window_tokens: int,
+                         device: torch.device) -> list[PieceBounds]:
+    """Compute the bounds of the local pieces and copy them to the device in a single transfer."""
     lengths: list[list[int]] = []  # per piece: query lengths, then key lengths
     for documents in spans:
-        firsts = first_keys(documents, window_tokens)
+        firsts = find_first_keys(documents, window_tokens)
         lengths.append([end - start for _, start, end in documents])
         lengths.append([end - first for first, (_, _, end) in zip(firsts, documents, strict=True)])
     cumulative = [list(accumulate(part, initial=0)) for part in lengths]
@@ -78,7 +78,7 @@ def piece_bounds(spans: Sequence[Sequence[Span]], window_tokens: int,
             for i in range(0, len(lengths), 2)]
 
 
-def serves(query: torch.Tensor) -> bool:
+def supports_varlen(query: torch.Tensor) -> bool:
     """Return whether torch's flash attention supports the query's device, dtype and head size."""
     return (query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
             and query.shape[-1] <= MAX_HEAD_DIM and query.shape[-1] % 8 == 0)
@@ -100,7 +100,7 @@ def attend_documents(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     # a module-level import would take a second, for torch's compiler
     from torch.nn.attention import varlen
 
-    if groups > 1 and _takes_grouped_heads(varlen.varlen_attn):
+    if groups > 1 and _accepts_grouped_heads(varlen.varlen_attn):
         grouped = {"enable_gqa": True}
     elif groups > 1:
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
@@ -112,7 +112,7 @@ def attend_documents(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 
 
 @cache
-def _takes_grouped_heads(function: Any) -> bool:
+def _accepts_grouped_heads(function: Any) -> bool:
     """Return whether `varlen_attn` accepts fewer key heads than query heads (not in torch 2.11)."""
     return "enable_gqa" in inspect.signature(function).parameters
 
@@ -129,7 +129,7 @@ class SharedPrompts:
     Hidden states depend only on earlier tokens, so only attention reads the prompt once per document."""
 
     source: torch.Tensor
-    """[tokens of the expanded row] int64: index of each token, or of its stored copy, in the packed row."""
+    """[tokens of the expanded row] int64: index of the token, or the stored copy, in the packed row."""
     spans: list[Span]
     """Documents in the expanded row: start, first stored token, end."""
     padding: torch.Tensor
@@ -137,39 +137,40 @@ class SharedPrompts:
 
 
 @dataclass(frozen=True)
-class Alike:
+class LengthGroups:
     """The documents of a row grouped by length: with many short documents, kernel launches and slicing would
     take most of the time."""
 
     order: torch.Tensor | None
     """[tokens] int64 row index of each token in the grouped order. None: the row is already grouped."""
-    back: torch.Tensor | None
+    inverse: torch.Tensor | None
     """[tokens] int64 position of each row token in the grouped order."""
     groups: list[tuple[int, int, int]]
     """(documents, queries per document, keys per document) of each group."""
     keys: torch.Tensor | None = None
-    """[keys] int64 row index of each key in the grouped order, for shared prompts. None: same as `order`."""
+    """[keys] int64 row index of the keys in grouped order, for shared prompts. None: same as `order`."""
 
 
-def _reordered(values: torch.Tensor, order: torch.Tensor | None, back: torch.Tensor | None) -> torch.Tensor:
-    """Permute values [n, ...] by `order` [n]; `back` [n] is the inverse permutation."""
-    output: torch.Tensor = values if order is None else _Reordered.apply(values, order, back)
+def _permute_rows(values: torch.Tensor, order: torch.Tensor | None,
+                  inverse: torch.Tensor | None) -> torch.Tensor:
+    """Permute values [n, ...] by `order` [n]; `inverse` [n] is the inverse permutation."""
+    output: torch.Tensor = values if order is None else _Permutation.apply(values, order, inverse)
     return output
 
 
-class _Reordered(torch.autograd.Function):
+class _Permutation(torch.autograd.Function):
     """Permutation of rows whose backward pass is a gather by the inverse, not a scatter-add."""
 
     @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, order: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, values: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
         """Permute values [n, ...]."""
-        ctx.save_for_backward(order, back)
+        ctx.save_for_backward(order, inverse)
         return values.index_select(0, order)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        order, back = ctx.saved_tensors
-        return _Reordered.apply(gradient, back, order), None, None
+        order, inverse = ctx.saved_tensors
+        return _Permutation.apply(gradient, inverse, order), None, None
 
 
 @dataclass
@@ -190,18 +191,18 @@ class PackedDocuments(PackedSeqParams):
     spans: list[list[Span]] = field(default_factory=list)
     """For each local piece, its documents or parts of documents, in order."""
     piece_bounds: dict[int, list[PieceBounds]] = field(default_factory=dict)
-    """Window -> bounds of each local piece, computed by the first layer that needs them."""
-    alike: Alike | None = None
+    """Window -> bounds of the local pieces, cached by the first layer that needs the window."""
+    length_groups: LengthGroups | None = None
     """Documents grouped by length, computed by the first layer that needs them."""
     shared: SharedPrompts | None = None
     """Prompts stored once for several documents. None: no shared prompts."""
     bucketed: bool = True
-    """Whether lengths are rounded to powers of two, see `pack`."""
+    """Whether lengths are rounded to powers of two, see `pack_documents`."""
     host_bounds: Sequence[int] | None = None
     """`bounds` on the host. None: copied from the device on first use."""
 
     @cached_property
-    def chunks(self) -> Chunks:
+    def chunks(self) -> DocumentChunks:
         """The whole row's documents in the form of linear attention."""
         if self.shared is not None:
             return chunk_documents(self.shared.spans, self.bounds.device)
@@ -209,29 +210,33 @@ class PackedDocuments(PackedSeqParams):
         return chunk_documents([(a, a, b) for a, b in pairwise(bounds) if b > a], self.bounds.device)
 
     @cached_property
-    def whole(self) -> PackedDocuments:
+    def unsplit(self) -> PackedDocuments:
         """The whole row's documents for Transformer Engine's attention with exchanged heads."""
-        return pack(self.bounds, self.longest_tokens, self.row_tokens, own=False, bucketed=self.bucketed)
+        return pack_documents(self.bounds, self.longest_tokens, self.row_tokens, own=False,
+                              bucketed=self.bucketed)
 
-    def bounds_within(self, window_tokens: int) -> list[PieceBounds]:
+    def get_piece_bounds(self, window_tokens: int) -> list[PieceBounds]:
         if window_tokens not in self.piece_bounds:
-            self.piece_bounds[window_tokens] = piece_bounds(self.spans, window_tokens, self.bounds.device)
+            self.piece_bounds[window_tokens] = compute_piece_bounds(self.spans, window_tokens,
+                                                                    self.bounds.device)
         return self.piece_bounds[window_tokens]
 
-    def by_length(self, window_tokens: int) -> Alike | None:
+    def group_by_length(self, window_tokens: int) -> LengthGroups | None:
         """Return the documents grouped by length, or None if context parallelism splits the row, a window
         cuts keys, or a mask would exceed QUERY_BLOCK ** 2."""
-        if context.size() > 1 or 0 < window_tokens < max(stop - start for start, _, stop in self.spans[0]):
+        if context.get_cp_size() > 1 or 0 < window_tokens < max(stop - start for start, _,
+                                                                stop in self.spans[0]):
             return None
         if any((stop - first) * (stop - start) > QUERY_BLOCK ** 2 for start, first, stop in self.spans[0]
                if first > start):
             return None
-        if self.alike is None:
-            self.alike = _alike(self.spans[0], self.bounds.device, self.shared)
-        return self.alike
+        if self.length_groups is None:
+            self.length_groups = _group_documents(self.spans[0], self.bounds.device, self.shared)
+        return self.length_groups
 
 
-def _alike(documents: Sequence[Span], device: torch.device, shared: SharedPrompts | None) -> Alike:
+def _group_documents(documents: Sequence[Span], device: torch.device,
+                     shared: SharedPrompts | None) -> LengthGroups:
     """Group the documents of a row by length."""
     by_length: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
     row_index = 0  # of a document's first query in the row
@@ -242,18 +247,18 @@ def _alike(documents: Sequence[Span], device: torch.device, shared: SharedPrompt
         torch.arange(start, start + length) for (_, length), starts in by_length.items()
         for _, start in starts]), device)]
     groups = [(len(starts), *lengths) for lengths, starts in by_length.items()]
-    # equal lengths become contiguous, so that each group is a slice
+    # equal lengths become contiguous: a group is a slice
     places = [row_index for starts in by_length.values() for row_index, _ in starts]
     if places == sorted(places):  # for example a single document
-        return Alike(None, None, groups, keys)
+        return LengthGroups(None, None, groups, keys)
     order = torch.cat([torch.arange(row_index, row_index + queries)
                        for (queries, _), starts in by_length.items() for row_index, _ in starts])
-    return Alike(to_device(order, device), to_device(order.argsort(), device), groups, keys)
+    return LengthGroups(to_device(order, device), to_device(order.argsort(), device), groups, keys)
 
 
-def pack(bounds: torch.Tensor, max_document_tokens: int, row_tokens: int, *, own: bool = True,
-         host_bounds: Sequence[int] | None = None, shared: SharedPrompts | None = None,
-         bucketed: bool = True) -> PackedDocuments:
+def pack_documents(bounds: torch.Tensor, max_document_tokens: int, row_tokens: int, *, own: bool = True,
+                   host_bounds: Sequence[int] | None = None, shared: SharedPrompts | None = None,
+                   bucketed: bool = True) -> PackedDocuments:
     """Build the `PackedDocuments` of a row.
 
     Args:
@@ -267,7 +272,7 @@ def pack(bounds: torch.Tensor, max_document_tokens: int, row_tokens: int, *, own
             attention allocates scores of documents x longest ** 2, which would grow up to eightfold.
     """
     if shared is not None:
-        assert own and context.size() == 1, "documents that share a prompt need attention of our own"
+        assert own and context.get_cp_size() == 1, "documents that share a prompt need attention of our own"
         return PackedDocuments(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds,
                                max_seqlen_q=row_tokens, max_seqlen_kv=row_tokens, bounds=bounds,
                                spans=[shared.spans], shared=shared)
@@ -275,8 +280,9 @@ def pack(bounds: torch.Tensor, max_document_tokens: int, row_tokens: int, *, own
         # Megatron-Core caches a rotary table per maximum length, and Transformer Engine repeats its choice of
         # kernel if length or number of documents change: powers of two keep both few. Empty documents at the
         # end fill up the number.
-        longest = min(_power_of_two(max_document_tokens), row_tokens) if bucketed else max_document_tokens
-        number = _power_of_two(len(bounds) - 1) if bucketed else len(bounds) - 1
+        longest = min(_round_up_to_power_of_two(max_document_tokens),
+                      row_tokens) if bucketed else max_document_tokens
+        number = _round_up_to_power_of_two(len(bounds) - 1) if bucketed else len(bounds) - 1
         filled = pad(bounds, (0, number + 1 - len(bounds)), value=row_tokens)
         return PackedDocuments(qkv_format="thd", cu_seqlens_q=filled, cu_seqlens_kv=filled,
                                max_seqlen_q=longest, max_seqlen_kv=longest, bounds=bounds,
@@ -284,20 +290,20 @@ def pack(bounds: torch.Tensor, max_document_tokens: int, row_tokens: int, *, own
     documents = [(a, b) for a, b in pairwise(bounds.tolist() if host_bounds is None else host_bounds)
                  if b > a]
     spans = [[(a, max(a, first), min(b, end)) for a, b in documents if a < end and first < b]
-             for first, end in context.pieces(row_tokens)]
+             for first, end in context.get_local_pieces(row_tokens)]
     return PackedDocuments(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds,
                            max_seqlen_q=row_tokens, max_seqlen_kv=row_tokens, bounds=bounds, spans=spans,
                            longest_tokens=max_document_tokens, row_tokens=row_tokens, bucketed=bucketed,
                            host_bounds=host_bounds)
 
 
-def _power_of_two(number: int) -> int:
+def _round_up_to_power_of_two(number: int) -> int:
     """Round up to a power of two."""
     return 1 << max(0, number - 1).bit_length()
 
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
-           window_tokens: int) -> torch.Tensor:
+def attend_document(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+                    window_tokens: int) -> torch.Tensor:
     """Attend from the last m of L tokens of a document.
 
     query [m, heads, head_dim], key and value [L, kv_heads, head_dim] -> [m, heads, head_dim].
@@ -310,7 +316,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
     slides = 0 < window_tokens < total
     # a whole document needs no mask: the fused kernel has a causal flag, and blocks are unnecessary
     if m == total and not slides:
-        return attend_whole(query[None], key[None], value[None], scale)[0]
+        return attend_equal_lengths(query[None], key[None], value[None], scale)[0]
     q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))  # the fused kernels need a batch axis
     gqa = q.shape[1] != k.shape[1]
     blocks = []
@@ -320,9 +326,9 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
         first_key, end_key = 0, total - m + stop
         if slides:
             first_key = max(0, total - m + start - window_tokens + 1)
-            mask = _band(stop - start, end_key - first_key, window_tokens, q.device)
+            mask = _build_band_mask(stop - start, end_key - first_key, window_tokens, q.device)
         else:
-            mask = _causal(stop - start, end_key, q.device)
+            mask = _build_causal_mask(stop - start, end_key, q.device)
         keys = slice(first_key, end_key)
         attended = partial(scaled_dot_product_attention, attn_mask=mask, scale=scale, enable_gqa=gqa)
         block = q[:, :, start:stop], k[:, :, keys], v[:, :, keys]
@@ -334,9 +340,10 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
     return torch.cat(blocks, dim=2)[0].transpose(0, 1)
 
 
-def attend_each(documents: Sequence[tuple[torch.Tensor, ...]], scale: float,
-                window_tokens: int) -> list[torch.Tensor]:
-    """Apply `attend` to each document's (query, key, value), with one call per length for whole documents.
+def attend_document_list(documents: Sequence[tuple[torch.Tensor, ...]], scale: float,
+                         window_tokens: int) -> list[torch.Tensor]:
+    """Apply `attend_document` to each document's (query, key, value), with one call per length for whole
+    documents.
     """
     outputs: dict[int, torch.Tensor] = {}
     by_length: dict[int, list[int]] = defaultdict(list)
@@ -344,14 +351,15 @@ def attend_each(documents: Sequence[tuple[torch.Tensor, ...]], scale: float,
         if len(query) == len(key) and not 0 < window_tokens < len(key):
             by_length[len(key)].append(i)
         else:
-            outputs[i] = attend(query, key, value, scale, window_tokens)
+            outputs[i] = attend_document(query, key, value, scale, window_tokens)
     for group in by_length.values():
         query, key, value = (torch.stack([documents[i][part] for i in group]) for part in range(3))
-        outputs |= dict(zip(group, attend_whole(query, key, value, scale), strict=True))
+        outputs |= dict(zip(group, attend_equal_lengths(query, key, value, scale), strict=True))
     return [outputs[i] for i in range(len(documents))]
 
 
-def attend_whole(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+def attend_equal_lengths(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                         scale: float) -> torch.Tensor:
     """Attend causally in a batch of documents with equal lengths, without a window.
 
     query [documents, m, heads, head_dim], key and value [documents, L, kv_heads, head_dim] -> [documents, m,
@@ -359,36 +367,37 @@ def attend_whole(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sc
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     same_length = q.shape[2] == k.shape[2]
     return scaled_dot_product_attention(
-        q, k, v, attn_mask=None if same_length else _causal(q.shape[2], k.shape[2], q.device),
+        q, k, v, attn_mask=None if same_length else _build_causal_mask(q.shape[2], k.shape[2], q.device),
         is_causal=same_length, scale=scale, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
 
-def _causal(queries: int, keys: int, device: torch.device) -> Any:
+def _build_causal_mask(queries: int, keys: int, device: torch.device) -> Any:
     """Return a causal mask or bias whose last query aligns with the last key."""
     if device.type == "cpu":
-        return _band(queries, keys, keys, device)
+        return _build_band_mask(queries, keys, keys, device)
     # materialized only without a fused kernel; its import takes a second, for torch's compiler
     from torch.nn.attention.bias import causal_lower_right
 
     return causal_lower_right(queries, keys)
 
 
-def _band(queries: int, keys: int, window_tokens: int, device: torch.device) -> torch.Tensor:
+def _build_band_mask(queries: int, keys: int, window_tokens: int, device: torch.device) -> torch.Tensor:
     """Return [queries, keys] bool, True inside the causal window; the last query aligns with the last key."""
     distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
     return (distance >= 0) & (distance < window_tokens)
 
 
-def _by_document(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, documents: Sequence[Span],
-                 begins: Sequence[int], first: int) -> Iterator[tuple[torch.Tensor, ...]]:
+def _split_by_document(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+                       documents: Sequence[Span],
+                       begins: Sequence[int], first: int) -> Iterator[tuple[torch.Tensor, ...]]:
     """Split a piece into (queries, keys, values) per document.
 
     Args:
         begins: row index of each document's first key.
         first: row index of `keys[0]`.
     """
-    # split instead of slices: the backward pass then writes each gradient once, without zeros of row size for
-    # every document
+    # split instead of slices: the backward pass then writes gradients once, without a zero-filled row per
+    # document
     lengths = [begins[0] - first,
                *(stop - begin for begin, (_, _, stop) in zip(begins, documents, strict=True))]
     return zip(queries.split([stop - start for _, start, stop in documents]), keys.split(lengths)[1:],
@@ -425,46 +434,48 @@ class DocumentAttention(MegatronModule):
             raise ValueError("DocumentAttention needs packed_seq_params: "
                              "micro-batches are rows of packed documents")
         spans, shared, window = packed_seq_params.spans, packed_seq_params.shared, self.window_tokens
-        varlen = serves(query)
-        if not varlen and (alike := packed_seq_params.by_length(self.window_tokens)) is not None:
-            return self._of_whole_documents(query, key, value, alike).reshape(len(query), -1)
+        varlen = supports_varlen(query)
+        if not varlen and (alike := packed_seq_params.group_by_length(self.window_tokens)) is not None:
+            return self._attend_by_length(query, key, value, alike).reshape(len(query), -1)
         if shared is not None:  # expand every document's keys; the kernel applies the window
             key, value, window = key.index_select(0, shared.source), value.index_select(0, shared.source), 0
-        pieces = zip(query.chunk(len(spans)), self._reachable(key, value), spans, strict=True)
+        pieces = zip(query.chunk(len(spans)), self._gather_reachable_keys(key, value), spans, strict=True)
         outputs = []
         if varlen:
             for (queries, (keys, values, first), documents), bounds in zip(
-                    pieces, packed_seq_params.bounds_within(window), strict=True):
+                    pieces, packed_seq_params.get_piece_bounds(window), strict=True):
                 # gathered keys may begin before the first key that the documents of this piece reach
-                offset = first_keys(documents, window)[0] - first
+                offset = find_first_keys(documents, window)[0] - first
                 outputs.append(attend_documents(queries, keys[offset:], values[offset:], bounds,
                                                 self.softmax_scale, self.window_tokens))
         else:
             for queries, (keys, values, first), documents in pieces:
-                outputs += attend_each(
-                    list(_by_document(queries, keys, values, documents, first_keys(documents, window),
-                                      first)),
+                outputs += attend_document_list(
+                    list(_split_by_document(queries, keys, values, documents,
+                                            find_first_keys(documents, window),
+                                            first)),
                     self.softmax_scale, self.window_tokens)
         return torch.cat(outputs).reshape(len(query), -1)
 
-    def _of_whole_documents(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                            alike: Alike) -> torch.Tensor:
+    def _attend_by_length(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                            alike: LengthGroups) -> torch.Tensor:
         """Return [tokens, heads, head_dim], with one kernel call per document length."""
-        queries = _reordered(query, alike.order, alike.back).split(
+        queries = _permute_rows(query, alike.order, alike.inverse).split(
             [count * length for count, length, _ in alike.groups])
         if alike.keys is None:
-            key, value = (_reordered(tensor, alike.order, alike.back) for tensor in (key, value))
+            key, value = (_permute_rows(tensor, alike.order, alike.inverse) for tensor in (key, value))
         else:
             key, value = (tensor.index_select(0, alike.keys) for tensor in (key, value))
         num_keys = [count * length for count, _, length in alike.groups]
         keys, values = key.split(num_keys), value.split(num_keys)
-        outputs = [attend_whole(q.unflatten(0, (count, -1)), k.unflatten(0, (count, -1)),
-                                v.unflatten(0, (count, -1)), self.softmax_scale).flatten(0, 1)
+        outputs = [attend_equal_lengths(q.unflatten(0, (count, -1)), k.unflatten(0, (count, -1)),
+                                        v.unflatten(0, (count, -1)), self.softmax_scale).flatten(0, 1)
                    for (count, _, _), q, k, v in zip(alike.groups, queries, keys, values, strict=True)]
-        return _reordered(outputs[0] if len(outputs) == 1 else torch.cat(outputs), alike.back, alike.order)
+        return _permute_rows(outputs[0] if len(outputs) == 1 else torch.cat(outputs), alike.inverse,
+                             alike.order)
 
-    def _reachable(self, key: torch.Tensor,
-                   value: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
+    def _gather_reachable_keys(self, key: torch.Tensor,
+                               value: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
         """Gather the keys and values that the queries of each local piece reach.
 
         Args:
@@ -474,10 +485,10 @@ class DocumentAttention(MegatronModule):
             Per piece: keys and values [keys, kv_heads, head_dim] up to the end of the piece, and the row
             index of the first key.
         """
-        if context.size() == 1:
+        if context.get_cp_size() == 1:
             return [(key, value, 0)]
         local = torch.stack([key, value], dim=1)
-        pieces = context.pieces(len(local) * context.size())
+        pieces = context.get_local_pieces(len(local) * context.get_cp_size())
         length, tail = len(local) // 2, self.window_tokens - 1
         if not 0 <= tail <= length:
             # one message for keys and values; gradients return to the process that owns the token

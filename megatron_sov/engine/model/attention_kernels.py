@@ -15,13 +15,13 @@ from megatron_sov.model.config import ModelConfig
 
 TE_ATTENTION_VARIABLES = {"flash": "NVTE_FLASH_ATTN", "fused": "NVTE_FUSED_ATTN",
                           "unfused": "NVTE_UNFUSED_ATTN"}
-"""Kernel of Transformer Engine -> environment variable that allows it; `gpu.attention` sets them."""
+"""Transformer Engine kernel -> environment variable that allows the kernel, set from `gpu.attention`."""
 
 
-KEPT_DECISIONS = 64
+MAX_CACHED_DECISIONS = 64
 
 
-def keep_attention_decisions(utils: Any) -> None:
+def cache_attention_decisions(utils: Any) -> None:
     """Cache Transformer Engine's choice of attention kernel per kind of call.
 
     Version 2.20.2 caches only the last choice (`_attention_backends`), so that alternating layers with and
@@ -42,14 +42,14 @@ def keep_attention_decisions(utils: Any) -> None:
             if cached_variables == variables and cached_params == params:
                 return decision
         cache.append((variables, params, select_backend(params)))
-        del cache[:-KEPT_DECISIONS]
+        del cache[:-MAX_CACHED_DECISIONS]
         return cache[-1][-1]
 
     select_cached.kept = cache  # type: ignore[attr-defined]
     utils.get_attention_backend = select_cached
 
 
-def head_size(model: ModelConfig) -> tuple[int, int]:
+def get_head_sizes(model: ModelConfig) -> tuple[int, int]:
     """Return the head sizes of queries and values in Transformer Engine's attention."""
     latent = model.latent_attention
     if latent is None:
@@ -59,11 +59,11 @@ def head_size(model: ModelConfig) -> tuple[int, int]:
     return keys, max(keys, latent.v_head_dim)
 
 
-ASKED_DOCUMENTS, ASKED_TOKENS = 4, 4096
+QUERY_DOCUMENTS, QUERY_TOKENS = 4, 4096
 """Documents and tokens of the packed row in the query; the answer for packed rows depends on neither."""
 
 
-def without_kernel(model: ModelConfig, tp: int, attention: str) -> str:
+def find_kernel_problem(model: ModelConfig, tp: int, attention: str) -> str:
     """Return why Transformer Engine has no attention kernel for packed rows of this model on this GPU, or "".
 
     Without a kernel, Transformer Engine writes the reason to a disabled log and computes padded whole-row
@@ -80,28 +80,29 @@ def without_kernel(model: ModelConfig, tp: int, attention: str) -> str:
     windows = {*model.windows(), *([model.mtp_window()] if model.num_predictions else [])}
     variables = tuple(os.environ.get(name) for name in TE_ATTENTION_VARIABLES.values())
     for window in sorted(windows):
-        flash_serves, reason = _asked(model.num_heads // tp, max(1, groups // tp), head_size(model), window,
-                              variables)
+        flash_serves, reason = _query_backends(model.num_heads // tp, max(1, groups // tp),
+                                               get_head_sizes(model), window,
+                                               variables)
         if reason and not (flash_serves and attention == "auto"):
             return reason
     return ""
 
 
 @functools.cache
-def _asked(heads: int, groups: int, size: tuple[int, int], window: int,
-           variables: tuple[str | None, ...]) -> tuple[bool, str]:
+def _query_backends(heads: int, groups: int, size: tuple[int, int], window: int,
+                    variables: tuple[str | None, ...]) -> tuple[bool, str]:
     """Return whether FlashAttention serves, and why no cuDNN kernel does ("" if one does), for the given
     environment `variables`."""
     from transformer_engine.pytorch.attention.dot_product_attention import utils
 
-    params = {"qkv_layout": "thd_thd_thd", "batch_size": ASKED_DOCUMENTS, "num_heads": heads,
-             "num_gqa_groups": groups, "max_seqlen_q": ASKED_TOKENS, "max_seqlen_kv": ASKED_TOKENS,
-             "num_tokens_q": ASKED_TOKENS, "num_tokens_kv": ASKED_TOKENS, "head_dim_qk": size[0],
-             "head_dim_v": size[1], "attn_mask_type": "padding_causal",
-             "window_size": (window - 1, 0) if window else (-1, 0), "bottom_right_diagonal": False,
-             "core_attention_bias_requires_grad": False, "softmax_scale": size[0] ** -0.5}
+    params = {"qkv_layout": "thd_thd_thd", "batch_size": QUERY_DOCUMENTS, "num_heads": heads,
+              "num_gqa_groups": groups, "max_seqlen_q": QUERY_TOKENS, "max_seqlen_kv": QUERY_TOKENS,
+              "num_tokens_q": QUERY_TOKENS, "num_tokens_kv": QUERY_TOKENS, "head_dim_qk": size[0],
+              "head_dim_v": size[1], "attn_mask_type": "padding_causal",
+              "window_size": (window - 1, 0) if window else (-1, 0), "bottom_right_diagonal": False,
+              "core_attention_bias_requires_grad": False, "softmax_scale": size[0] ** -0.5}
     field_names = {field.name for field in fields(utils.AttentionParams)}  # older versions have fewer
-    with _said_to("DotProductAttention", utils.AttentionLogging) as messages:
+    with _capture_log("DotProductAttention", utils.AttentionLogging) as messages:
         flash_serves, _, fused_serves, *_ = utils.get_attention_backend(
             utils.AttentionParams(**{name: value for name, value in params.items() if name in field_names}))
     if fused_serves:
@@ -114,9 +115,9 @@ def _asked(heads: int, groups: int, size: tuple[int, int], window: int,
 
 
 @contextmanager
-def _said_to(name: str, levels: Any) -> Iterator[list[str]]:
-    """Collect the messages that Transformer Engine logs, without printing them; it sets the log level from
-    `levels._log_level` in each call."""
+def _capture_log(name: str, levels: Any) -> Iterator[list[str]]:
+    """Collect Transformer Engine's log messages without printing; every call of the library sets the log
+    level from `levels._log_level`."""
     messages: list[str] = []
     handler = logging.Handler(logging.DEBUG)
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]

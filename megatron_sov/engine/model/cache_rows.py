@@ -65,7 +65,7 @@ class PackedSpans(PackedSeqParams):
 
 
 @dataclass(frozen=True)
-class ReadRow:
+class SpanRow:
     """Spans side by side, padded to a length that the layout can split; whole on every process of a replica.
     """
 
@@ -90,7 +90,7 @@ class ReadRow:
         return padding_mask
 
 
-def read_row(spans: Sequence[CacheSpan], row_tokens: int, device: torch.device) -> ReadRow:
+def pack_spans(spans: Sequence[CacheSpan], row_tokens: int, device: torch.device) -> SpanRow:
     """Pack spans into a row of `row_tokens` tokens, a length that the layout can split."""
     groups: list[CacheGroup] = []
     ends: list[int] = []
@@ -110,10 +110,10 @@ def read_row(spans: Sequence[CacheSpan], row_tokens: int, device: torch.device) 
     # the library caches rotary tables by length: powers of two keep their number small
     max_positions = 1 << int(row_positions.max()).bit_length()
     # on the CPU, where the library reads the bounds
-    row_bounds = torch.tensor([0, row_tokens * context.size()], dtype=torch.int32)
+    row_bounds = torch.tensor([0, row_tokens * context.get_cp_size()], dtype=torch.int32)
     packed = PackedSpans(qkv_format="thd", cu_seqlens_q=row_bounds, cu_seqlens_kv=row_bounds,
                          max_seqlen_q=max_positions, max_seqlen_kv=max_positions, groups=groups)
     inputs = join_inputs((end - len(span.tokens), span.encoder_inputs)
                          for end, span in zip(ends, spans, strict=True))
     token_ids = torch.tensor(tokens + [0] * num_padding)
-    return ReadRow(token_ids.to(device), row_positions.to(device), ends, packed, inputs)
+    return SpanRow(token_ids.to(device), row_positions.to(device), ends, packed, inputs)

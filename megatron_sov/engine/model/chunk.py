@@ -31,9 +31,10 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron.core.utils import make_viewless_tensor
 
 from megatron_sov.engine.model.added_parts import Adapters, MediaEncoders
-from megatron_sov.engine.model.attention import PackedDocuments, SharedPrompts, pack
-from megatron_sov.engine.model.cache_rows import PackedSpans, ReadRow
-from megatron_sov.engine.model.specs import block_norm, layer_specs, mtp_layer_spec, uses_transformer_engine
+from megatron_sov.engine.model.attention import PackedDocuments, SharedPrompts, pack_documents
+from megatron_sov.engine.model.cache_rows import PackedSpans, SpanRow
+from megatron_sov.engine.model.specs import (
+    build_layer_specs, build_mtp_layer_spec, get_norm_class, uses_transformer_engine)
 from megatron_sov.engine.parallel import context
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.modality import EncoderInputs
@@ -86,8 +87,8 @@ class PredictionLayer(MultiTokenPredictionLayer):
         assert packed_seq_params is not None
         ahead, embedded = input_ids, []
         for _ in range(self.config.mtp_depths):
-            ahead = next_tokens(ahead, packed_seq_params.bounds)
-            embedded.append(embedding(input_ids=context.local(ahead)[None], position_ids=position_ids))
+            ahead = shift_tokens(ahead, packed_seq_params.bounds)
+            embedded.append(embedding(input_ids=context.select_local(ahead)[None], position_ids=position_ids))
         states = make_viewless_tensor(hidden_states, requires_grad=True, keep_graph=True)
         joined = embedded[0] if len(embedded) == 1 else torch.cat(embedded)
         return ahead, position_ids, padding_mask, joined, states
@@ -102,7 +103,7 @@ class PredictionLayer(MultiTokenPredictionLayer):
             outputs.append(hidden_states)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def transform(self, hidden: torch.Tensor, embedded: torch.Tensor, rotary: torch.Tensor,
+    def run_depth(self, hidden: torch.Tensor, embedded: torch.Tensor, rotary: torch.Tensor,
                   packed: PackedSpans) -> torch.Tensor:
         """Run one depth on hidden states and embeddings of the next tokens, both
         [tokens / sequence-parallel size, 1, hidden]."""
@@ -111,7 +112,7 @@ class PredictionLayer(MultiTokenPredictionLayer):
         return states
 
 
-def next_tokens(tokens: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+def shift_tokens(tokens: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
     """Shift tokens left by one inside each document; the last token of a document becomes 0.
 
     Args:
@@ -165,7 +166,7 @@ def offloaded_activations(config: Any) -> Iterator[None]:
         FineGrainedActivationOffloadingInterface.disable_offload()
 
 
-class BegunRow(NamedTuple):
+class LayerInputs(NamedTuple):
     """Inputs of a chunk's first layer on this process."""
 
     embedded: torch.Tensor | None
@@ -200,10 +201,10 @@ class Chunk(LanguageModule):
         """Low-rank adapters of the linear layers, trained instead of the weights."""
         self.encoders: MediaEncoders | None = None
         """Encoders of images and audio. Only the first chunk of a multimodal model has them."""
-        self.before_head: Callable[[], None] | None = None
+        self.wait_for_head: Callable[[], None] | None = None
         """Waits until the all-gather of the updated head weight finishes. None: no gather is pending."""
-        self._weights_stay = False
-        """Whether `_begin_offloading` has excluded the weights from activation offloading."""
+        self._excludes_weights = False
+        """Whether `_start_offloading` has excluded the weights from activation offloading."""
         # Megatron-Core's schedules, gradient reductions and data-parallel wrapper read these attributes
         self.model_type = ModelType.encoder_or_decoder
         self.vp_stage = vp_stage
@@ -216,12 +217,12 @@ class Chunk(LanguageModule):
         if self.pre_process or self.mtp_process:
             self.embedding = LanguageModelEmbedding(
                 config, vocab_size, model.max_position_tokens, "rope", tp_group=self.pg_collection.tp)
-        self.rotary_pos_emb = _rotary_embedding(config, model, self.pg_collection.cp)
+        self.rotary_pos_emb = _build_rotary_embedding(config, model, self.pg_collection.cp)
         self.decoder = TransformerBlock(
-            config, _block_spec(config, model, vp_stage), pre_process=self.pre_process,
+            config, _build_block_spec(config, model, vp_stage), pre_process=self.pre_process,
             post_process=self.post_process, pg_collection=self.pg_collection, vp_stage=vp_stage)
         if self.mtp_process:
-            self.mtp = MultiTokenPredictionBlock(config, _prediction_spec(config, model), vp_stage=vp_stage,
+            self.mtp = MultiTokenPredictionBlock(config, _build_mtp_spec(config, model), vp_stage=vp_stage,
                                                  pg_collection=self.pg_collection)
         if self.post_process:
             self.output_layer = OutputHead(
@@ -252,89 +253,93 @@ class Chunk(LanguageModule):
             first_route: row of its first token in the route table (`router.replay_routes`). None: routers
                 choose the experts.
         """
-        row = self.begin(inputs, first_route)
+        row = self.prepare_layer_inputs(inputs, first_route)
         hidden = self.decoder(
             hidden_states=row.embedded, attention_mask=None, rotary_pos_emb=row.rotary,
             packed_seq_params=row.packed, padding_mask=row.padding)
-        return self.end(hidden, inputs, row)
+        return self.run_mtp_layers(hidden, inputs, row)
 
     def build_schedule_plan(self, inputs: ModelInputs, first_route: int | None) -> OverlappedPasses:
-        """Return the schedule plan that `parallel.expert_overlap` = micro_batches interleaves with the plan
-        of another micro-batch. Arguments as in `forward`."""
+        """Return the schedule plan for `parallel.expert_overlap` = micro_batches. Arguments as in
+        `forward`."""
         return OverlappedPasses(self, inputs, first_route)
 
-    def begin(self, inputs: ModelInputs, first_route: int | None) -> BegunRow:
+    def prepare_layer_inputs(self, inputs: ModelInputs, first_route: int | None) -> LayerInputs:
         """Embed the local tokens and compute rotary angles, packing and padding for the first layer."""
         if self.config.fine_grained_activation_offloading and torch.is_grad_enabled():
-            self._begin_offloading()
+            self._start_offloading()
         own_attention, bucketed = self.config.own_attention, self.config.attention_backend.name != "unfused"
-        packed = pack(inputs.cu_seqlens, inputs.max_document_tokens, len(inputs.tokens), own=own_attention,
-                      host_bounds=inputs.host_bounds, shared=inputs.shared, bucketed=bucketed)
+        packed = pack_documents(inputs.cu_seqlens, inputs.max_document_tokens, len(inputs.tokens),
+                                own=own_attention,
+                                host_bounds=inputs.host_bounds, shared=inputs.shared, bucketed=bucketed)
         self.config.routing_step.shared = inputs.shared
-        tokens, positions = context.local(inputs.tokens)[None], context.local(inputs.positions)[None]
-        embedded = self._with_features(self._embed(tokens, positions), len(inputs.tokens),
-                                       inputs.encoder_inputs)
-        rotary = self._angles(packed)
+        tokens = context.select_local(inputs.tokens)[None]
+        positions = context.select_local(inputs.positions)[None]
+        embedded = self._insert_features(self._embed_tokens(tokens, positions), len(inputs.tokens),
+                                         inputs.encoder_inputs)
+        rotary = self._compute_angles(packed)
         # the fused kernel looks up each token's angles in the table
         if not self.config.apply_rope_fusion:
             rotary = rotary[positions[0]]
-        return BegunRow(embedded, positions, rotary, packed, self._local_padding(inputs.padding, first_route))
+        return LayerInputs(embedded, positions, rotary, packed,
+                           self._local_padding(inputs.padding, first_route))
 
-    def end(self, hidden: torch.Tensor, inputs: ModelInputs, row: BegunRow) -> torch.Tensor:
-        """Append the hidden states of the MTP layers to those of the trunk, and wait for the head weight."""
+    def run_mtp_layers(self, hidden: torch.Tensor, inputs: ModelInputs, row: LayerInputs) -> torch.Tensor:
+        """Append the MTP layers' hidden states to the trunk's, and wait for the head weight."""
         if self.mtp_process:
             # MTP layers have no rows in the route table: generation records trunk routes only
             hidden = self.mtp(input_ids=inputs.tokens, position_ids=row.positions, hidden_states=hidden,
                               attention_mask=None, rotary_pos_emb=row.rotary, packed_seq_params=row.packed,
                               embedding=self.embedding,
                               padding_mask=self._local_padding(inputs.padding, None))
-        if self.before_head is not None:
-            self.before_head()
+        if self.wait_for_head is not None:
+            self.wait_for_head()
         return hidden
 
-    def read(self, row: ReadRow) -> torch.Tensor:
+    def forward_cached(self, row: SpanRow) -> torch.Tensor:
         """Run the trunk on new tokens of sequences in the KV cache (`kv_cache`).
 
         Returns:
             Hidden states [tokens / sequence-parallel size, 1, hidden]; the row is not split for context
             parallelism.
         """
-        embedded = self._with_features(self._embed(row.tokens[None], row.positions[None]), len(row.tokens),
-                                       row.encoder_inputs, cut_for_context=False)
+        embedded = self._insert_features(self._embed_tokens(row.tokens[None], row.positions[None]),
+                                         len(row.tokens),
+                                         row.encoder_inputs, cut_for_context=False)
         return self.decoder(
             hidden_states=embedded, attention_mask=None,
-            rotary_pos_emb=self._angles(row.packed)[row.positions],
+            rotary_pos_emb=self._compute_angles(row.packed)[row.positions],
             packed_seq_params=row.packed, padding_mask=row.padding(self.config.sequence_parallel)[None])
 
-    def predict(self, row: ReadRow, hidden: torch.Tensor, ahead: torch.Tensor) -> torch.Tensor:
+    def predict_cached(self, row: SpanRow, hidden: torch.Tensor, ahead: torch.Tensor) -> torch.Tensor:
         """Run the MTP layer on new tokens of sequences in the KV cache.
 
         Args:
             row: the new tokens.
-            hidden: hidden states of the previous depth, as returned by `read`.
+            hidden: hidden states of the previous depth, as returned by `forward_cached`.
             ahead: [tokens] int64, the successor of each token.
 
         Returns:
-            Hidden states in the shape of `read`; the head predicts one token further from them.
+            Hidden states in the shape of `forward_cached`; the head predicts one token further from them.
         """
         embedded = self.embedding(input_ids=ahead[None], position_ids=row.positions[None])
-        return self.mtp.layers[0].transform(hidden, embedded, self._angles(row.packed)[row.positions],
+        return self.mtp.layers[0].run_depth(hidden, embedded, self._compute_angles(row.packed)[row.positions],
                                             row.packed)
 
-    def _embed(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
+    def _embed_tokens(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
         """Embed tokens [1, tokens]. None: this stage reads the previous stage's hidden states."""
         if not self.pre_process:
             return None
         embedded: torch.Tensor = self.embedding(input_ids=tokens, position_ids=positions)
         return embedded
 
-    def _angles(self, packed: Any) -> torch.Tensor:
+    def _compute_angles(self, packed: Any) -> torch.Tensor:
         """Return rotary angles for all positions of the longest document, [positions, 1, 1, channels]."""
         table = self.rotary_pos_emb(max(packed.max_seqlen_q, packed.max_seqlen_kv), packed_seq=True)
         angles: torch.Tensor = table[0] if isinstance(table, tuple) else table  # YaRN also returns a factor
         return angles
 
-    def _begin_offloading(self) -> None:
+    def _start_offloading(self) -> None:
         """Start activation offloading for a forward pass, with weights excluded."""
         config, offload = self.config, FineGrainedActivationOffloadingInterface
         offload.init_chunk_handler(
@@ -343,13 +348,13 @@ class Chunk(LanguageModule):
             delta_offload_bytes_across_pp_ranks=config.delta_offload_bytes_across_pp_ranks,
             activation_offload_fraction=config.activation_offload_fraction,
             max_inflight_offloads=config.fine_grained_offloading_max_inflight_offloads)
-        if not self._weights_stay:
-            self._weights_stay = True
+        if not self._excludes_weights:
+            self._excludes_weights = True
             for weight in self.parameters():
                 offload.mark_not_offload(weight)
 
-    def _with_features(self, embedded: Any, row_tokens: int, inputs: EncoderInputs | None, *,
-                       cut_for_context: bool = True) -> Any:
+    def _insert_features(self, embedded: Any, row_tokens: int, inputs: EncoderInputs | None, *,
+                         cut_for_context: bool = True) -> Any:
         """Replace placeholder embeddings by encoder features on the chunk that embeds tokens."""
         if self.encoders is not None:
             with_features: torch.Tensor = self.encoders(embedded, row_tokens, inputs,
@@ -365,11 +370,11 @@ class Chunk(LanguageModule):
 
         Every stage splits the mask: Megatron-Core's own model splits it on the first stage only.
         """
-        local_index = context.row_index(len(padding), self.config.sequence_parallel, padding.device)
+        local_index = context.compute_row_index(len(padding), self.config.sequence_parallel, padding.device)
         if first_route is None:
             return padding[local_index][None]
         table = self.config.routing_step.table
-        mask: torch.Tensor = table.mask(padding[local_index], first_route + local_index)
+        mask: torch.Tensor = table.encode_mask(padding[local_index], first_route + local_index)
         return mask
 
 
@@ -389,7 +394,7 @@ class OverlappedPasses(TransformerModelChunkSchedulePlan):
         state, stream = self.state, self.pre_process.stream
 
         def run_first_part() -> torch.Tensor:
-            row = state.row = chunk.begin(inputs, first_route)
+            row = state.row = chunk.prepare_layer_inputs(inputs, first_route)
             state.rotary_pos_emb, state.packed_seq_params = row.rotary, row.packed
             state.rotary_pos_cos = state.rotary_pos_sin = state.sequence_len_offset = None
             chunk.config.routing_step.padding = row.padding
@@ -409,8 +414,8 @@ class OverlappedPasses(TransformerModelChunkSchedulePlan):
                     module.backward_dw()
             return gradients
 
-        node: Any = ScheduleNode(lambda hidden: chunk.end(hidden, inputs, state.row), stream, self.event,
-                                 run_backward, name="post_process")
+        node: Any = ScheduleNode(lambda hidden: chunk.run_mtp_layers(hidden, inputs, state.row), stream,
+                                 self.event, run_backward, name="post_process")
         self.post_process = node
 
     def _build_layer_schedule_plan(self, module: Any, *streams: Any) -> None:
@@ -418,7 +423,7 @@ class OverlappedPasses(TransformerModelChunkSchedulePlan):
             super()._build_layer_schedule_plan(module, *streams)
 
 
-def _rotary_embedding(config: Any, model: ModelConfig, cp_group: Any) -> Any:
+def _build_rotary_embedding(config: Any, model: ModelConfig, cp_group: Any) -> Any:
     """Build the rotary embedding. Models with YaRN or latent attention use the library's YaRN module."""
     settings = {"kv_channels": config.kv_channels, "rotary_percent": model.rope_share,
                 "rotary_interleaved": config.rotary_interleaved, "rotary_base": model.rope_theta,
@@ -433,18 +438,18 @@ def _rotary_embedding(config: Any, model: ModelConfig, cp_group: Any) -> Any:
         correction_range_round_to_int=config.yarn_correction_range_round_to_int)
 
 
-def _block_spec(config: Any, model: ModelConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+def _build_block_spec(config: Any, model: ModelConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     """Return the layer specs of this chunk's part of the trunk."""
     first = get_transformer_layer_offset(config, vp_stage)
-    local = layer_specs(config, model)[first:first + get_num_layers_to_build(config, vp_stage)]
-    return TransformerBlockSubmodules(layer_specs=local, layer_norm=block_norm(config))
+    local = build_layer_specs(config, model)[first:first + get_num_layers_to_build(config, vp_stage)]
+    return TransformerBlockSubmodules(layer_specs=local, layer_norm=get_norm_class(config))
 
 
-def _prediction_spec(config: Any, model: ModelConfig) -> MultiTokenPredictionBlockSubmodules:
+def _build_mtp_spec(config: Any, model: ModelConfig) -> MultiTokenPredictionBlockSubmodules:
     """Return the specs of the MTP layers."""
-    layer = get_mtp_layer_spec(mtp_layer_spec(config, model),
+    layer = get_mtp_layer_spec(build_mtp_layer_spec(config, model),
                                use_transformer_engine=uses_transformer_engine(config.params_dtype))
     layer.module = PredictionLayer
-    norm = block_norm(config)
+    norm = get_norm_class(config)
     layer.submodules.enorm = layer.submodules.hnorm = layer.submodules.layer_norm = norm
     return MultiTokenPredictionBlockSubmodules(layer_specs=[layer] * model.num_mtp_layers)

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_sov.engine.parallel import context
 
-ROWS_OF_PRODUCT = 8192
+PRODUCT_ROWS = 8192
 """Rows of the weight gradient per float32 product, which limits the temporary memory."""
 
 
@@ -36,7 +36,7 @@ class Chunking:
     softcap: float | None = None
     """Cap on the logits, applied before the temperature (`ModelConfig.logits_softcap`)."""
 
-    def parts(self, num_tokens: int) -> list[slice]:
+    def split_tokens(self, num_tokens: int) -> list[slice]:
         """Return the chunks of `num_tokens` tokens in order; with 0 tokens, one empty chunk."""
         return [slice(i, i + self.chunk_tokens) for i in range(0, max(1, num_tokens), self.chunk_tokens)]
 
@@ -52,12 +52,14 @@ class CrossEntropySums(torch.autograd.Function):
 
         `differentiable` tells whether gradients are enabled outside: inside `forward` they never are.
         """
-        gradients = Gradients.zeros(states, weight, tuple(context.local(w) for w in token_weights),
-                                    differentiable and ctx.needs_input_grad[0],
-                                    differentiable and ctx.needs_input_grad[1])
+        gradients = HeadGradients.allocate(states, weight,
+                                           tuple(context.select_local(w) for w in token_weights),
+                                           differentiable and ctx.needs_input_grad[0],
+                                           differentiable and ctx.needs_input_grad[1])
         # the same sweep fills the gradients, since the token weights are known: logits are computed once
-        losses = context.gather(-_sweep(states, weight, context.local(labels), chunking, gradients))
-        gradients.keep(ctx)
+        losses = context.gather_row(-_sweep_chunks(states, weight, context.select_local(labels), chunking,
+                                                   gradients))
+        gradients.save(ctx)
         ctx.mark_non_differentiable(losses)
         return losses, *((losses * w).sum() for w in token_weights)
 
@@ -65,7 +67,7 @@ class CrossEntropySums(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _: torch.Tensor, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Scale the gradients that the forward pass computed."""
-        return *Gradients.kept(ctx, len(upstream)).scaled(upstream), *[None] * (3 + len(upstream))
+        return *HeadGradients.restore(ctx, len(upstream)).scale(upstream), *[None] * (3 + len(upstream))
 
 
 class LabelLogprobs(torch.autograd.Function):
@@ -77,20 +79,20 @@ class LabelLogprobs(torch.autograd.Function):
         """states [n, H], weight [V / tp, H], labels [n] -> log-probabilities [n]."""
         ctx.save_for_backward(states, weight, labels)
         ctx.chunking, ctx.temperature = chunking, temperature
-        return _sweep(states, weight, labels, chunking, Gradients(), temperature)
+        return _sweep_chunks(states, weight, labels, chunking, HeadGradients(), temperature)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Apply the head again, now with the token weights `-upstream`."""
         states, weight, labels = ctx.saved_tensors
-        gradients = Gradients.zeros(states, weight, (-upstream,), *ctx.needs_input_grad[:2])
-        _sweep(states, weight, labels, ctx.chunking, gradients, ctx.temperature)
-        return *gradients.scaled((upstream.new_ones(()),)), None, None, None
+        gradients = HeadGradients.allocate(states, weight, (-upstream,), *ctx.needs_input_grad[:2])
+        _sweep_chunks(states, weight, labels, ctx.chunking, gradients, ctx.temperature)
+        return *gradients.scale((upstream.new_ones(()),)), None, None, None
 
 
-def project(states: torch.Tensor, weight: torch.Tensor, token_rows: int,
-            temperature: float = 1.0, softcap: float | None = None) -> torch.Tensor:
+def project_logits(states: torch.Tensor, weight: torch.Tensor, token_rows: int,
+                   temperature: float = 1.0, softcap: float | None = None) -> torch.Tensor:
     """Return logits [n, V / tp] in float32 or wider: capped, divided by the temperature, -inf from column
     `token_rows` on."""
     logits = states @ weight.t()
@@ -102,41 +104,41 @@ def project(states: torch.Tensor, weight: torch.Tensor, token_rows: int,
 
 
 @dataclass(frozen=True)
-class Gradients:
+class HeadGradients:
     """Gradients of the token losses, accumulated over chunks; unneeded gradients are None or empty."""
 
     token_weights: tuple[torch.Tensor, ...] = ()
     """[n] each, in the logits' dtype."""
-    of_states: torch.Tensor | None = None
+    states_grad: torch.Tensor | None = None
     """[n, H]: gradient of each token's unweighted loss with respect to its hidden state."""
-    of_weight: tuple[torch.Tensor, ...] = ()
+    weight_grads: tuple[torch.Tensor, ...] = ()
     """[V / tp, H] per sum: gradient of the weighted sum with respect to the head weight. float32 for bf16
     models: a bf16 sum would lose later chunks."""
 
     @classmethod
-    def zeros(cls, states: torch.Tensor, weight: torch.Tensor, token_weights: tuple[torch.Tensor, ...],
-              of_states: bool, of_weight: bool) -> Gradients:
+    def allocate(cls, states: torch.Tensor, weight: torch.Tensor, token_weights: tuple[torch.Tensor, ...],
+                 of_states: bool, of_weight: bool) -> HeadGradients:
         """Allocate the needed gradients."""
         dtype = torch.promote_types(states.dtype, torch.float32)
         return cls(tuple(w.to(dtype) for w in token_weights), torch.empty_like(states) if of_states else None,
                    tuple(torch.zeros_like(weight, dtype=dtype) for _ in token_weights) if of_weight else ())
 
     @classmethod
-    def kept(cls, ctx: Any, num_sums: int) -> Gradients:
-        """Restore the gradients that `keep` saved for `num_sums` sums."""
+    def restore(cls, ctx: Any, num_sums: int) -> HeadGradients:
+        """Restore the gradients that `save` saved for `num_sums` sums."""
         of_states, *rest = ctx.saved_tensors
         return cls(tuple(rest[:num_sums]), of_states, tuple(rest[num_sums:]))
 
-    def keep(self, ctx: Any) -> None:
+    def save(self, ctx: Any) -> None:
         """Save the gradients for the backward pass."""
-        ctx.save_for_backward(self.of_states, *self.token_weights, *self.of_weight)
+        ctx.save_for_backward(self.states_grad, *self.token_weights, *self.weight_grads)
 
     @property
-    def are_needed(self) -> bool:
-        return self.of_states is not None or bool(self.of_weight)
+    def any_needed(self) -> bool:
+        return self.states_grad is not None or bool(self.weight_grads)
 
-    def add(self, part: slice, states: torch.Tensor, weight: torch.Tensor, by_logits: torch.Tensor,
-            sums: torch.Tensor) -> None:
+    def add_chunk(self, part: slice, states: torch.Tensor, weight: torch.Tensor, by_logits: torch.Tensor,
+                  sums: torch.Tensor) -> None:
         """Add the gradients of a chunk.
 
         Args:
@@ -148,30 +150,30 @@ class Gradients:
             sums: [C] divisors.
         """
         by_logits = by_logits.to(weight.dtype)
-        if self.of_states is not None:
-            torch.mm(by_logits, weight, out=self.of_states[part])
-            self.of_states[part].div_(sums[:, None])
-        for token_weight, total in zip(self.token_weights, self.of_weight, strict=False):
+        if self.states_grad is not None:
+            torch.mm(by_logits, weight, out=self.states_grad[part])
+            self.states_grad[part].div_(sums[:, None])
+        for token_weight, total in zip(self.token_weights, self.weight_grads, strict=False):
             weighted = states * (token_weight[part] / sums)[:, None]
             _add_product(total, by_logits.t(), weighted.to(weight.dtype))
 
-    def scaled(self, factors: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def scale(self, factors: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Scale in place and return the gradients of ``sum over k of factors[k] * sum k`` with respect to
         hidden states and head weight.
 
         Factors are reshaped to the dimensions of the gradients: as 0-dim tensors they would be rounded to the
         gradient's dtype.
         """
-        if self.of_states is not None:
+        if self.states_grad is not None:
             # a hidden state contributes to all sums: add up factor * token weight before the product
             token_factors = torch.stack([f.reshape(1) * w
-                                     for f, w in zip(factors, self.token_weights, strict=True)]).sum(0)
-            self.of_states.mul_(token_factors[:, None])
-        for factor, total in zip(factors, self.of_weight, strict=False):
+                                         for f, w in zip(factors, self.token_weights, strict=True)]).sum(0)
+            self.states_grad.mul_(token_factors[:, None])
+        for factor, total in zip(factors, self.weight_grads, strict=False):
             total.mul_(factor.reshape(1, 1))
-        for total in self.of_weight[1:]:
-            self.of_weight[0].add_(total)
-        return self.of_states, self.of_weight[0] if self.of_weight else None
+        for total in self.weight_grads[1:]:
+            self.weight_grads[0].add_(total)
+        return self.states_grad, self.weight_grads[0] if self.weight_grads else None
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -179,28 +181,31 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     if total.dtype == a.dtype:
         total.addmm_(a, b)
         return
-    for first in range(0, len(total), ROWS_OF_PRODUCT):
-        rows = slice(first, first + ROWS_OF_PRODUCT)
+    for first in range(0, len(total), PRODUCT_ROWS):
+        rows = slice(first, first + PRODUCT_ROWS)
         # only GPUs multiply 16-bit matrices into float32
         total[rows] += (torch.mm(a[rows], b, out_dtype=total.dtype) if a.is_cuda
                         else a[rows].to(total.dtype) @ b.to(total.dtype))
 
 
-def _sweep(states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunking: Chunking,
-           gradients: Gradients, temperature: float = 1.0) -> torch.Tensor:
+def _sweep_chunks(states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunking: Chunking,
+                  gradients: HeadGradients, temperature: float = 1.0) -> torch.Tensor:
     """Return label log-probabilities [n] in float32 or wider, and accumulate gradients."""
-    return torch.cat([_chunk(part, states[part], weight, labels[part], chunking, gradients, temperature)
-                      for part in chunking.parts(len(states))])
+    return torch.cat([_process_chunk(part, states[part], weight, labels[part], chunking, gradients,
+                                     temperature)
+                      for part in chunking.split_tokens(len(states))])
 
 
-def _chunk(part: slice, states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunking: Chunking,
-           gradients: Gradients, temperature: float) -> torch.Tensor:
+def _process_chunk(part: slice, states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor,
+                   chunking: Chunking,
+                   gradients: HeadGradients, temperature: float) -> torch.Tensor:
     """Process a chunk: states [C, H], weight [V / tp, H], labels [C] -> log-probabilities [C].
 
     One tensor of logits is reused in place for exponentials and derivatives; a softcap needs a second."""
     group = parallel_state.get_tensor_model_parallel_group()
-    logits = project(states, weight, chunking.token_rows, temperature, chunking.softcap)
-    slope = (softcap_slope(logits, chunking.softcap, temperature, chunking.token_rows) if gradients.are_needed
+    logits = project_logits(states, weight, chunking.token_rows, temperature, chunking.softcap)
+    slope = (compute_softcap_slope(logits, chunking.softcap, temperature, chunking.token_rows)
+             if gradients.any_needed
              else None)
     # maximum over the whole vocabulary: exp must not overflow, and all processes subtract the same number
     largest = logits.max(dim=-1).values
@@ -218,14 +223,14 @@ def _chunk(part: slice, states: torch.Tensor, weight: torch.Tensor, labels: torc
     if group.size() > 1:
         torch.distributed.all_reduce(sums_to_reduce, group=group)
     chosen, sums = sums_to_reduce
-    if gradients.are_needed:
-        # sums * d(-log p)/d(logits) is exp(x) - sums at the label and exp(x) elsewhere; `Gradients.add`
+    if gradients.any_needed:
+        # sums * d(-log p)/d(logits) is exp(x) - sums at the label and exp(x) elsewhere; `Gradients.add_chunk`
         # divides the small factors instead of this tensor
         exponentials[torch.arange(len(column), device=column.device), column] -= sums.where(is_local, 0.0)
         if slope is not None:
             exponentials *= slope
         # logits are divided by the temperature, so their derivative by the states is too
-        gradients.add(part, states, weight, exponentials, sums * temperature)
+        gradients.add_chunk(part, states, weight, exponentials, sums * temperature)
     return chosen - sums.log()
 
 
@@ -237,8 +242,8 @@ def cap_logits_(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
     return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
-def softcap_slope(logits: torch.Tensor, cap: float | None, temperature: float,
-                  token_rows: int) -> torch.Tensor | None:
+def compute_softcap_slope(logits: torch.Tensor, cap: float | None, temperature: float,
+                          token_rows: int) -> torch.Tensor | None:
     """Return the derivative of capped logits with respect to uncapped logits, ``1 - (capped / cap)^2``.
 
     Args:

@@ -21,14 +21,14 @@ from torch.nn.functional import pad
 
 from megatron_sov.engine.parallel.device import FLA_KERNEL, to_device
 
-CHUNK = 64
+CHUNK_TOKENS = 64
 """Tokens per chunk."""
 NORM_EPS = 1e-6
 """Added to the squared norm of queries and keys (transformers' `l2norm`, as in flash-linear-attention)."""
 
 
 @dataclass(frozen=True)
-class Chunks:
+class DocumentChunks:
     """Documents of a row cut into chunks.
 
     Order: the first chunk of every document, then all second chunks, and so on; documents with more chunks
@@ -48,12 +48,12 @@ class Chunks:
     """[documents + 1] int64 row indices: start of each document and end of the last."""
     host_bounds: torch.Tensor
     """`bounds` on the host, which avoids a device synchronization."""
-    asked: torch.Tensor
+    output_tokens: torch.Tensor
     """[outputs] int64 row indices of the output tokens."""
 
 
-def chunk_documents(documents: Sequence[tuple[int, int, int]], device: torch.device) -> Chunks:
-    """Cut adjacent documents, the first of which starts at 0.
+def chunk_documents(documents: Sequence[tuple[int, int, int]], device: torch.device) -> DocumentChunks:
+    """Cut adjacent documents into chunks; the first document starts at 0.
 
     Args:
         documents: row indices (start, first output token, end) of each.
@@ -62,12 +62,12 @@ def chunk_documents(documents: Sequence[tuple[int, int, int]], device: torch.dev
     row_tokens = documents[-1][2]
     starts = torch.tensor([start for start, _, _ in documents])
     lengths = torch.tensor([stop - start for start, _, stop in documents])
-    counts = (lengths + CHUNK - 1) // CHUNK
+    counts = (lengths + CHUNK_TOKENS - 1) // CHUNK_TOKENS
     order = torch.argsort(counts, descending=True, stable=True)
     steps = [int((counts > i).sum()) for i in range(int(counts.max()))]
-    firsts = torch.cat([starts[order[:number]] + i * CHUNK for i, number in enumerate(steps)])
+    firsts = torch.cat([starts[order[:number]] + i * CHUNK_TOKENS for i, number in enumerate(steps)])
     ends = torch.cat([(starts + lengths)[order[:number]] for number in steps])
-    tokens = firsts[:, None] + torch.arange(CHUNK)
+    tokens = firsts[:, None] + torch.arange(CHUNK_TOKENS)
     tokens = tokens.masked_fill(tokens >= ends[:, None], row_tokens).flatten()
     places = torch.empty(row_tokens + 1, dtype=torch.int64)
     places[tokens] = torch.arange(len(tokens))
@@ -76,18 +76,18 @@ def chunk_documents(documents: Sequence[tuple[int, int, int]], device: torch.dev
     bounds = torch.cat([starts, torch.tensor([row_tokens])])
     tokens, places, positions, on_device, output_tokens = (to_device(t, device) for t in (
         tokens, places[output_tokens], positions, bounds, output_tokens))
-    return Chunks(tokens, places, positions, steps, order.tolist(), on_device, bounds, output_tokens)
+    return DocumentChunks(tokens, places, positions, steps, order.tolist(), on_device, bounds, output_tokens)
 
 
-def normalised(values: torch.Tensor) -> torch.Tensor:
+def normalize_l2(values: torch.Tensor) -> torch.Tensor:
     """Scale to unit L2 norm along the last axis."""
     return values * torch.rsqrt((values * values).sum(-1, keepdim=True) + NORM_EPS)
 
 
-def in_chunks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor,
-              rate: torch.Tensor, *, chunks: Chunks,
-              state: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Apply the delta rule to all documents of a row, each with its own state.
+def apply_delta_rule(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor,
+                     rate: torch.Tensor, *, chunks: DocumentChunks,
+                     state: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Apply the delta rule to the documents of a row, with one state per document.
 
     Args:
         query, key: [tokens, key heads, key channels], normalized; queries are already scaled.
@@ -100,10 +100,10 @@ def in_chunks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay
     Returns:
         Outputs [outputs, key heads, r, value channels], and the final states of the documents.
     """
-    q, k, v = (_placed(t, chunks) for t in (query[:, :, None], key[:, :, None], value))
-    g, b = _placed(decay, chunks).cumsum(-2), _placed(rate[..., None], chunks)
+    q, k, v = (_arrange_chunks(t, chunks) for t in (query[:, :, None], key[:, :, None], value))
+    g, b = _arrange_chunks(decay, chunks).cumsum(-2), _arrange_chunks(rate[..., None], chunks)
     decay_from_start, decay_to_end = g.exp(), (g[..., -1:, :] - g).exp()
-    key_products, query_products = _decayed_products((k, q), k, g)
+    key_products, query_products = _compute_decayed_products((k, q), k, g)
     solved = torch.linalg.solve_triangular(
         b * key_products, b * torch.cat([v, decay_from_start * k.expand(*v.shape[:-1], -1)], -1),
         upper=False, unitriangular=True)
@@ -129,8 +129,8 @@ def in_chunks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay
     return row_outputs.index_select(0, chunks.places), torch.cat(final_states[::-1])
 
 
-def by_kernels(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor,
-               rate: torch.Tensor, *, chunks: Chunks, dtype: torch.dtype) -> torch.Tensor:
+def apply_fused_delta_rule(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor,
+                           rate: torch.Tensor, *, chunks: DocumentChunks, dtype: torch.dtype) -> torch.Tensor:
     """Apply the delta rule to all documents of a row from zero states, with flash-linear-attention's kernels.
 
     Never run on a GPU by this project: tests compare the call with the kernels' signatures, and the results
@@ -149,22 +149,22 @@ def by_kernels(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, deca
         [outputs, key heads, r, value channels] in the dtype of `value`.
     """
     # value heads are adjacent, grouped by their key head
-    outputs, _ = _fla_kernel()(
+    outputs, _ = _load_fla_kernel()(
         query[None].to(dtype), key[None].to(dtype), value.flatten(1, 2)[None].to(dtype),
         g=decay.flatten(1, 2)[None], beta=rate.flatten(1)[None], scale=1.0,
         cu_seqlens=chunks.bounds, cu_seqlens_cpu=chunks.host_bounds)
     heads: torch.Tensor = outputs[0].to(value.dtype).unflatten(1, value.shape[1:3])
-    return heads.index_select(0, chunks.asked)
+    return heads.index_select(0, chunks.output_tokens)
 
 
-def _fla_kernel() -> Callable[..., tuple[torch.Tensor, None]]:
+def _load_fla_kernel() -> Callable[..., tuple[torch.Tensor, None]]:
     module, name = FLA_KERNEL
     kernel: Callable[..., tuple[torch.Tensor, None]] = getattr(importlib.import_module(module), name)
     return kernel
 
 
-def _decayed_products(lefts: Sequence[torch.Tensor], right: torch.Tensor,
-                      decays: torch.Tensor) -> list[torch.Tensor]:
+def _compute_decayed_products(lefts: Sequence[torch.Tensor], right: torch.Tensor,
+                              decays: torch.Tensor) -> list[torch.Tensor]:
     """Return the products of each token in a chunk with itself and all earlier tokens, with decayed channels.
 
     A channel decays between two tokens by the quotient of their cumulative decays. To keep every factor at
@@ -182,31 +182,33 @@ def _decayed_products(lefts: Sequence[torch.Tensor], right: torch.Tensor,
     lefts = [left.expand_as(decays) for left in lefts]
     products = [(left * right).sum(-1)[..., None, None] for left in lefts]
     half = 1
-    while half < CHUNK:
+    while half < CHUNK_TOKENS:
         pairs = [t.unflatten(-2, (-1, 2, half)) for t in (*lefts, right.expand_as(decays), decays)]
         *late, early, decay = pairs
         middle = decay[..., 0, -1:, :]
         decayed_early = (early[..., 0, :, :] * (middle - decay[..., 0, :, :]).exp()).transpose(-1, -2)
         decay_since = (decay[..., 1, :, :] - middle).exp()
-        products = [_joined(blocks, (left[..., 1, :, :] * decay_since) @ decayed_early)
-                 for blocks, left in zip(products, late, strict=True)]
+        products = [_join_blocks(blocks, (left[..., 1, :, :] * decay_since) @ decayed_early)
+                    for blocks, left in zip(products, late, strict=True)]
         half *= 2
     return [blocks.squeeze(-3) for blocks in products]
 
 
-def _joined(blocks: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
+def _join_blocks(blocks: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
     """Assemble lower triangular blocks of twice the size from the diagonal blocks [..., 2 n, size, size] of
     both halves and the blocks below [..., n, size, size] -> [..., n, 2 size, 2 size]."""
     first, second = blocks.unflatten(-3, (-1, 2)).unbind(-3)
     return torch.cat([torch.cat([first, torch.zeros_like(below)], -1), torch.cat([below, second], -1)], -2)
 
 
-def by_token(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor,
-             rate: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def apply_delta_rule_by_token(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                              decay: torch.Tensor,
+                              rate: torch.Tensor,
+                              state: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Apply the delta rule token by token to many sequences.
 
-    Arguments as in `in_chunks`, with leading axes [sequences, tokens]. Returns outputs [sequences, tokens,
-    key heads, r, value channels], and the state after each token."""
+    Arguments as in `apply_delta_rule`, with leading axes [sequences, tokens]. Returns outputs [sequences,
+    tokens, key heads, r, value channels], and the state after each token."""
     outputs, states = [], []
     for t in range(query.shape[1]):
         q, k = query[:, t, :, None, :, None], key[:, t, :, None, :, None]
@@ -218,14 +220,15 @@ def by_token(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay:
     return torch.stack(outputs, 1), states
 
 
-def _placed(values: torch.Tensor, chunks: Chunks) -> torch.Tensor:
+def _arrange_chunks(values: torch.Tensor, chunks: DocumentChunks) -> torch.Tensor:
     """Arrange [tokens, key heads, r or 1, channels] as [chunks, key heads, r or 1, CHUNK, channels]; empty
     entries are 0, which leaves the state unchanged."""
     filled = torch.cat([values, values.new_zeros(1, *values.shape[1:])])
-    return filled.index_select(0, chunks.tokens).unflatten(0, (-1, CHUNK)).permute(0, 2, 3, 1, 4)
+    return filled.index_select(0, chunks.tokens).unflatten(0, (-1, CHUNK_TOKENS)).permute(0, 2, 3, 1, 4)
 
 
-def short_convolution(inputs: torch.Tensor, weight: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def apply_short_convolution(inputs: torch.Tensor, weight: torch.Tensor,
+                            positions: torch.Tensor) -> torch.Tensor:
     """Apply a causal depthwise convolution inside documents: inputs [tokens, channels], weight [channels,
     taps], positions [tokens] in their documents -> [tokens, channels]."""
     taps = weight.shape[1]
@@ -236,7 +239,7 @@ def short_convolution(inputs: torch.Tensor, weight: torch.Tensor, positions: tor
     return outputs
 
 
-def convolved_windows(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def convolve_windows(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Apply the convolution to inputs with taps - 1 previous inputs in front: [sequences, taps - 1 + tokens,
     channels], weight [channels, taps] -> [sequences, tokens, channels]."""
     return (inputs.unfold(1, weight.shape[1], 1) * weight).sum(-1)

@@ -29,14 +29,15 @@ import torch
 from megatron.core import parallel_state
 from torch.autograd.function import once_differentiable
 
-from megatron_sov.engine.model.chunked_head import Chunking, Gradients, project, softcap_slope
+from megatron_sov.engine.model.chunked_head import (
+    Chunking, HeadGradients, compute_softcap_slope, project_logits)
 from megatron_sov.engine.parallel import context
 
-EXCLUDED = -1e30
+PADDING_LOGIT = -1e30
 """Logit of padding columns: probability 0; unlike -inf, the difference of two such logits is 0, not NaN."""
 
 
-Tokens = slice | torch.Tensor
+TokenSubset = slice | torch.Tensor
 """A subset of the n local tokens: a slice, or indices [C]."""
 
 
@@ -53,7 +54,7 @@ class Divergence:
 class Teacher(Protocol):
     """The teacher's distribution at the n local tokens, complete over the tensor-parallel group."""
 
-    def compare(self, part: Tokens, student: torch.Tensor, divergence: Divergence, token_rows: int
+    def compare(self, part: TokenSubset, student: torch.Tensor, divergence: Divergence, token_rows: int
                 ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return values [3, C] and derivative [C, V / tp] for the tokens in `part`.
 
@@ -80,11 +81,11 @@ class TeacherStates:
     softcap: float | None = None
     """Cap on the teacher's logits. None: no cap."""
 
-    def compare(self, part: Tokens, student: torch.Tensor, divergence: Divergence, token_rows: int
+    def compare(self, part: TokenSubset, student: torch.Tensor, divergence: Divergence, token_rows: int
                 ) -> tuple[torch.Tensor, torch.Tensor]:
         states = self.states[part].to(self.weight.device, self.weight.dtype)
-        teacher = log_softmax(states, self.weight, token_rows, divergence.temperature, self.softcap)
-        return _compare(student, teacher.to(student.dtype), divergence.beta, over_group=True)
+        teacher = compute_log_softmax(states, self.weight, token_rows, divergence.temperature, self.softcap)
+        return _compute_divergence(student, teacher.to(student.dtype), divergence.beta, over_group=True)
 
 
 @dataclass(frozen=True)
@@ -96,16 +97,15 @@ class TeacherTopK:
     logprobs: torch.Tensor
     """[n, K] at the divergence's temperature; another temperature would need the other tokens."""
     keep_remainder: bool = True
-    """True: the probability of all other tokens forms one more event (TRL's `loss_add_tail`). False: both
-    distributions are normalized over the K tokens (arXiv 2601.18129), and their total probability receives no
-    gradient."""
+    """True: the remaining probability forms one more event (TRL's `loss_add_tail`). False: both distributions
+    are normalized over the K tokens (arXiv 2601.18129), and the total probability receives no gradient."""
 
-    def compare(self, part: Tokens, student: torch.Tensor, divergence: Divergence, token_rows: int
+    def compare(self, part: TokenSubset, student: torch.Tensor, divergence: Divergence, token_rows: int
                 ) -> tuple[torch.Tensor, torch.Tensor]:
 
         ids, teacher = self.ids[part].to(student.device), self.logprobs[part].to(student)
-        # ids cover the whole vocabulary, columns the local part: tokens of other processes read column 0 and
-        # are zeroed, so that the sum over the group counts each token once
+        # ids cover the whole vocabulary, columns the local part: foreign tokens read column 0 and are zeroed,
+        # so the sum over the group counts a token once
         column = ids - parallel_state.get_tensor_model_parallel_rank() * student.shape[1]
         is_local = (column >= 0) & (column < student.shape[1])
         column = column.where(is_local, 0)
@@ -113,14 +113,16 @@ class TeacherTopK:
         probabilities = student.exp()
         entropy = -_sum_over_group((student * probabilities).sum(-1))
         if not self.keep_remainder:
-            values, derivative = _compare(chosen.log_softmax(-1), teacher.log_softmax(-1), divergence.beta)
+            values, derivative = _compute_divergence(chosen.log_softmax(-1), teacher.log_softmax(-1),
+                                                     divergence.beta)
             spread = student.zero_()
         else:
             subtracted = -chosen.exp().where(is_local, 0.0)
             remainder = probabilities.scatter_add_(1, column, subtracted).clamp_(min=0)
             total = _sum_over_group(remainder.sum(-1)).clamp(min=torch.finfo(remainder.dtype).tiny)
-            values, derivative = _compare(torch.cat([chosen, total.log()[:, None]], 1),
-                                          torch.cat([teacher, _log_remainder(teacher)], 1), divergence.beta)
+            values, derivative = _compute_divergence(torch.cat([chosen, total.log()[:, None]], 1),
+                                                     torch.cat([teacher, _compute_log_remainder(teacher)],
+                                                               1), divergence.beta)
             # distribute the remainder's derivative over the other tokens by their share of the remainder
             spread = remainder.mul_((derivative[:, -1] / total)[:, None])
             derivative = derivative[:, :-1]
@@ -129,14 +131,14 @@ class TeacherTopK:
 
 
 @dataclass(frozen=True)
-class SeveralTeachers:
+class TeachersByToken:
     """Several teachers, each responsible for some tokens."""
 
     owners: torch.Tensor
     """[n] int64 on the CPU: index of each token's teacher."""
     teachers: Sequence[Teacher]
 
-    def compare(self, part: Tokens, student: torch.Tensor, divergence: Divergence, token_rows: int
+    def compare(self, part: TokenSubset, student: torch.Tensor, divergence: Divergence, token_rows: int
                 ) -> tuple[torch.Tensor, torch.Tensor]:
         """Let each teacher compare its own tokens, see `Teacher`."""
         assert isinstance(part, slice), "DivergenceSums passes chunks as slices"
@@ -162,15 +164,16 @@ class DivergenceSums(torch.autograd.Function):
 
         `differentiable` tells whether gradients are enabled outside: inside `forward` they never are.
         """
-        gradients = Gradients.zeros(states, weight, tuple(context.local(w) for w in token_weights),
-                                    differentiable and ctx.needs_input_grad[0],
-                                    differentiable and ctx.needs_input_grad[1])
+        gradients = HeadGradients.allocate(states, weight,
+                                           tuple(context.select_local(w) for w in token_weights),
+                                           differentiable and ctx.needs_input_grad[0],
+                                           differentiable and ctx.needs_input_grad[1])
         chunk_values = []
-        for part in chunking.parts(len(states)):
+        for part in chunking.split_tokens(len(states)):
             chunk_values.append(
-                _of_chunk(part, states[part], weight, teacher, divergence, chunking, gradients))
-        row_values = context.gather(torch.cat(chunk_values, dim=1).t().contiguous())
-        gradients.keep(ctx)
+                _compare_chunk(part, states[part], weight, teacher, divergence, chunking, gradients))
+        row_values = context.gather_row(torch.cat(chunk_values, dim=1).t().contiguous())
+        gradients.save(ctx)
         ctx.mark_non_differentiable(row_values)
         return row_values, *((row_values[:, 0] * w).sum() for w in token_weights)
 
@@ -178,35 +181,35 @@ class DivergenceSums(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _: torch.Tensor, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Scale the gradients that the forward pass computed."""
-        return *Gradients.kept(ctx, len(upstream)).scaled(upstream), *[None] * (4 + len(upstream))
+        return *HeadGradients.restore(ctx, len(upstream)).scale(upstream), *[None] * (4 + len(upstream))
 
 
-def _of_chunk(part: slice, states: torch.Tensor, weight: torch.Tensor, teacher: Teacher,
-              divergence: Divergence, chunking: Chunking, gradients: Gradients) -> torch.Tensor:
+def _compare_chunk(part: slice, states: torch.Tensor, weight: torch.Tensor, teacher: Teacher,
+                   divergence: Divergence, chunking: Chunking, gradients: HeadGradients) -> torch.Tensor:
     """Compare a chunk: states [C, H], weight [V / tp, H] -> [3, C]. Frees the chunk's logits on return."""
-    logits = project(states, weight, chunking.token_rows, divergence.temperature, chunking.softcap)
-    slope = (softcap_slope(logits, chunking.softcap, divergence.temperature, chunking.token_rows)
-             if gradients.are_needed else None)
-    student = _normalised(logits, chunking.token_rows)
+    logits = project_logits(states, weight, chunking.token_rows, divergence.temperature, chunking.softcap)
+    slope = (compute_softcap_slope(logits, chunking.softcap, divergence.temperature, chunking.token_rows)
+             if gradients.any_needed else None)
+    student = _normalize_logits(logits, chunking.token_rows)
     del logits  # free memory: the comparison needs two chunks
     values, derivative = teacher.compare(part, student, divergence, chunking.token_rows)
-    if gradients.are_needed:
+    if gradients.any_needed:
         if slope is not None:
             derivative *= slope
         temperature = values.new_full((values.shape[1],), divergence.temperature)
-        gradients.add(part, states, weight, derivative, temperature)
+        gradients.add_chunk(part, states, weight, derivative, temperature)
     return values
 
 
-def log_softmax(states: torch.Tensor, weight: torch.Tensor, token_rows: int, temperature: float,
-                softcap: float | None = None) -> torch.Tensor:
+def compute_log_softmax(states: torch.Tensor, weight: torch.Tensor, token_rows: int, temperature: float,
+                        softcap: float | None = None) -> torch.Tensor:
     """Return log-probabilities [C, V / tp] over the whole vocabulary from states [C, H]."""
-    return _normalised(project(states, weight, token_rows, temperature, softcap), token_rows)
+    return _normalize_logits(project_logits(states, weight, token_rows, temperature, softcap), token_rows)
 
 
-def _normalised(logits: torch.Tensor, token_rows: int) -> torch.Tensor:
+def _normalize_logits(logits: torch.Tensor, token_rows: int) -> torch.Tensor:
     """Return the log-softmax over the whole vocabulary of logits [C, V / tp]; overwrites the logits."""
-    logits[:, token_rows:] = EXCLUDED
+    logits[:, token_rows:] = PADDING_LOGIT
     local = logits.log_softmax(-1)
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() > 1:
@@ -219,13 +222,15 @@ def _normalised(logits: torch.Tensor, token_rows: int) -> torch.Tensor:
     return local
 
 
-def most_probable(states: torch.Tensor, weight: torch.Tensor, k: int, token_rows: int, temperature: float,
-                  softcap: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def find_most_probable(states: torch.Tensor, weight: torch.Tensor, k: int, token_rows: int,
+                       temperature: float,
+                       softcap: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the K most probable tokens [C, K] int64, most probable first, and their log-probabilities.
 
     K must be smaller than the vocabulary, so that padding rows never enter.
     """
-    logprobs, token = log_softmax(states, weight, token_rows, temperature, softcap).topk(min(k, len(weight)))
+    logprobs, token = compute_log_softmax(states, weight, token_rows, temperature,
+                                          softcap).topk(min(k, len(weight)))
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() == 1:
         return token, logprobs
@@ -238,7 +243,7 @@ def most_probable(states: torch.Tensor, weight: torch.Tensor, k: int, token_rows
     return gathered[0].gather(1, best), logprobs
 
 
-def _compare(student: torch.Tensor, teacher: torch.Tensor, beta: float, over_group: bool = False
+def _compute_divergence(student: torch.Tensor, teacher: torch.Tensor, beta: float, over_group: bool = False
              ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return values [3, C] as `Teacher.compare` does, and the derivative by the student's logits.
 
@@ -251,8 +256,8 @@ def _compare(student: torch.Tensor, teacher: torch.Tensor, beta: float, over_gro
     p, q = student.exp(), teacher.exp()
     teacher_kl = None
     if 0 < beta < 1:
-        # log m = logaddexp(log q + log beta, log p + log(1 - beta)) with log(1 - beta) factored out, so that
-        # it needs only one more tensor
+        # log m = logaddexp(log q + log beta, log p + log(1 - beta)) with log(1 - beta) factored out, which
+        # needs only one more tensor
         mixture = teacher + math.log(beta / (1 - beta))
         torch.logaddexp(student, mixture, out=mixture).add_(math.log(1 - beta))
         teacher_kl = (teacher - mixture).mul_(q).sum(-1)
@@ -275,7 +280,7 @@ def _compare(student: torch.Tensor, teacher: torch.Tensor, beta: float, over_gro
     return values, surplus.sub_(student_kl[:, None]).mul_(p).mul_(1 - beta if beta < 1 else 1)
 
 
-def _log_remainder(logprobs: torch.Tensor) -> torch.Tensor:
+def _compute_log_remainder(logprobs: torch.Tensor) -> torch.Tensor:
     """Return [C, 1] log(1 - sum of probabilities [C, K]); the remainder is at least 1e-7, as in TRL."""
     return (-torch.expm1(logprobs.logsumexp(-1, keepdim=True).clamp(max=-1e-7))).log()
 

@@ -27,69 +27,71 @@ class ExpertLoad:
         self.before_sync: Callable[[], None] = lambda: None
         """Called once the local gradients are complete, before the wait for other processes."""
 
-    def _routers(self) -> list[Any]:
+    def _list_routers(self) -> list[Any]:
         return [m for m in self._model.modules() if hasattr(m, "local_tokens_per_expert")]
 
-    def finalize(self, chunks: list[Any], num_tokens: torch.Tensor | None = None, pg_collection: Any = None,
-                 force_all_reduce: bool | None = False) -> None:
+    def finalize_gradients(self, chunks: list[Any], num_tokens: torch.Tensor | None = None,
+                           pg_collection: Any = None,
+                           force_all_reduce: bool | None = False) -> None:
         """Reduce gradients and update router biases (the library's `finalize_model_grads_func`).
 
         `num_tokens` is ignored: losses are already divided by their global denominators.
         """
         self.before_sync()
         self._gathered = None
-        routers = self._routers()
+        routers = self._list_routers()
         # before `finalize_model_grads`, which updates biases from the counts and zeroes the counts
         self._counts = {router.layer_number: router.local_tokens_per_expert.clone() for router in routers}
         self._biases_before = [(r.expert_bias, r.expert_bias.clone())
                                for r in routers if r.expert_bias is not None]
         finalize_model_grads(chunks, None, pg_collection, bool(force_all_reduce))
         if self._model.lora.on:
-            self.undo()  # a frozen model keeps its routing
-        self.forget()  # Megatron-Core zeroes only the counts of routers with a selection bias
+            self.restore_biases()  # a frozen model keeps its routing
+        self.reset_counts()  # Megatron-Core zeroes only the counts of routers with a selection bias
 
-    def undo(self) -> None:
+    def restore_biases(self) -> None:
         """Restore the biases from before `finalize`, for a rejected step."""
         for bias, before in self._biases_before:
             bias.copy_(before)
 
-    def forget(self) -> None:
-        for router in self._routers():
+    def reset_counts(self) -> None:
+        for router in self._list_routers():
             router.local_tokens_per_expert.zero_()
 
     def gather(self) -> torch.Tensor:
         """Return the last step's token counts [layers, experts] float64, summed over all processes and
         cached. Dense layers have zero rows; the last row counts the MTP layer's experts, if any."""
         if self._gathered is None:
-            self._gathered = self._sum(self._counts)
+            self._gathered = self._sum_counts(self._counts)
         return self._gathered
 
-    def during(self, action: Callable[[], Any]) -> tuple[Any, torch.Tensor]:
+    def count_during(self, action: Callable[[], Any]) -> tuple[Any, torch.Tensor]:
         """Call `action` in evaluation mode; return its result and the token counts [layers, experts]."""
         step = self._model.config.routing_step
-        self.forget()
+        self.reset_counts()
         step.counts_evaluation = True
         try:
             result = action()
         finally:
             step.counts_evaluation = False
-        counts = {router.layer_number: router.local_tokens_per_expert.clone() for router in self._routers()}
-        self.forget()
-        return result, self._sum(counts)
+        counts = {router.layer_number: router.local_tokens_per_expert.clone()
+                  for router in self._list_routers()}
+        self.reset_counts()
+        return result, self._sum_counts(counts)
 
     def biases(self) -> torch.Tensor:
         """Return selection biases [layers, experts] float64; zero rows for layers without biases."""
-        with_bias = {r.layer_number: r.expert_bias for r in self._routers() if r.expert_bias is not None}
+        with_bias = {r.layer_number: r.expert_bias for r in self._list_routers() if r.expert_bias is not None}
         ones = {layer: torch.ones_like(bias) for layer, bias in with_bias.items()}
-        biases_and_ones = torch.stack([self._rows(with_bias), self._rows(ones)])
+        biases_and_ones = torch.stack([self._stack_layers(with_bias), self._stack_layers(ones)])
         # every replica holds the same bias, but its own counts: average biases, sum counts
         total, holders = all_reduce_world(biases_and_ones)[:, 1:]
         return total / holders.clamp(min=1)
 
-    def _sum(self, counts: dict[int, torch.Tensor]) -> torch.Tensor:
-        return all_reduce_world(self._rows(counts))[1:]
+    def _sum_counts(self, counts: dict[int, torch.Tensor]) -> torch.Tensor:
+        return all_reduce_world(self._stack_layers(counts))[1:]
 
-    def _rows(self, by_layer: dict[int, torch.Tensor]) -> torch.Tensor:
+    def _stack_layers(self, by_layer: dict[int, torch.Tensor]) -> torch.Tensor:
         """Return [layers + 1, experts] float64; row 0 stays zero, since layer numbers start at 1."""
         rows = torch.zeros(self._shape, dtype=torch.float64)
         if by_layer:

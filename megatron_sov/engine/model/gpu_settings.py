@@ -13,21 +13,23 @@ from typing import Any
 import torch
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import SettingsError, find_broken
+from megatron_sov.base.settings import SettingsError, find_broken_rules
 from megatron_sov.engine import router
-from megatron_sov.engine.model.attention_kernels import TE_ATTENTION_VARIABLES, head_size, without_kernel
+from megatron_sov.engine.model.attention_kernels import (
+    TE_ATTENTION_VARIABLES, find_kernel_problem, get_head_sizes)
 from megatron_sov.engine.parallel.device import (
-    BLACKWELL, DEEP_EP_NAMES, HOPPER, REPEATS_CUDNN, lacking_deep_ep, lacking_fla, lacking_fp8, on_gpu)
+    BLACKWELL, DEEP_EP_NAMES, HOPPER, MIN_CUDNN_DETERMINISTIC, find_deep_ep_problem, find_fla_problem,
+    find_fp8_problems, on_gpu)
 from megatron_sov.model.config import GpuConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_sov.model.config.gpu import fp8_format
 
 # FP8 and FP4 matrix products by Transformer Engine (`train.fp8`).
 
-FIELDS = ("fp8", "fp4", "moe_router_padding_for_quantization")
+QUANTIZATION_FIELDS = ("fp8", "fp4", "moe_router_padding_for_quantization")
 """Fields by which Megatron-Core's forward passes decide whether to quantize."""
 
 
-def library_settings(train: TrainConfig) -> dict[str, Any]:
+def fp8_settings(train: TrainConfig) -> dict[str, Any]:
     """Return the `TransformerConfig` fields for `train.fp8`."""
     if train.fp8 == "none":
         return {}
@@ -48,7 +50,7 @@ def keep_ends_in_bf16(config: Any, train: TrainConfig) -> None:
     config.num_layers_at_start_in_bf16, config.num_layers_at_end_in_bf16 = start, end
 
 
-def refuse_without_chip(train: TrainConfig, serves: bool) -> None:
+def check_fp8_support(train: TrainConfig, serves: bool) -> None:
     """Raise an error if this process cannot compute `train.fp8`.
 
     Args:
@@ -64,7 +66,7 @@ def refuse_without_chip(train: TrainConfig, serves: bool) -> None:
         raise UserError(f"train.fp8 = {train.fp8} needs an NVIDIA GPU with Transformer Engine, and this "
                         "process has none; set train.fp8=none, or run it where `megatron-sov doctor` "
                         "finds both")
-    reasons = lacking_fp8()
+    reasons = find_fp8_problems()
     if reason := reasons[train.fp8]:
         others = [fp8 for fp8, why in reasons.items() if not why]
         raise UserError(f"train.fp8 = {train.fp8} cannot run on this GPU (Transformer Engine: {reason}); set "
@@ -72,10 +74,10 @@ def refuse_without_chip(train: TrainConfig, serves: bool) -> None:
 
 
 @contextmanager
-def in_bf16(config: Any) -> Iterator[None]:
-    """Disable quantization inside the context: rows may then have any length, and outputs equal those of the
-    exported bf16 weights."""
-    previous = {name: getattr(config, name) for name in FIELDS}
+def disable_quantization(config: Any) -> Iterator[None]:
+    """Disable quantization inside the context: rows may then have any length, and outputs match the exported
+    bf16 weights."""
+    previous = {name: getattr(config, name) for name in QUANTIZATION_FIELDS}
     config.fp8 = config.fp4 = None
     config.moe_router_padding_for_quantization = False
     try:
@@ -86,7 +88,7 @@ def in_bf16(config: Any) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Here:
+class KernelContext:
     """The circumstances that decide which settings can be used."""
 
     te: bool
@@ -105,84 +107,86 @@ class Fusion:
     """Field of `GpuConfig`."""
     field: str
     """Field of the library's `TransformerConfig`."""
-    needs: Callable[[Here], bool]
+    is_possible: Callable[[KernelContext], bool]
     """Whether the kernel can be enabled in this model and layout."""
-    serves: Callable[[ModelConfig], bool] = lambda model: True
-    """Whether the kernel computes this model correctly, so that `auto` enables it; called only if `needs`."""
+    is_correct: Callable[[ModelConfig], bool] = lambda model: True
+    """Whether `auto` enables the kernel: it computes this model correctly. Called only if `is_possible`."""
 
-    def value(self, gpu: GpuConfig, here: Here) -> bool:
+    def value(self, gpu: GpuConfig, context: KernelContext) -> bool:
         """Return the value of the library's field."""
         chosen = getattr(gpu, self.setting)
-        return (chosen != "off" and here.te and self.needs(here)
-                and (chosen == "on" or self.serves(here.model)))
+        return (chosen != "off" and context.te and self.is_possible(context)
+                and (chosen == "on" or self.is_correct(context.model)))
 
 
 FUSIONS = (
     # the softmax scale contains YaRN's factor, so the kernel only rotates
-    Fusion("rope_fusion", "apply_rope_fusion", lambda here: here.parallel.cp == 1
+    Fusion("rope_fusion", "apply_rope_fusion", lambda context: context.parallel.cp == 1
            # the latent attention kernel would need a table of cosines and sines
-           and here.model.latent_attention is None),
-    Fusion("router_fusion", "moe_router_fusion", lambda here: here.model.num_moe_layers() > 0,
-           lambda model: not router.problem(model)),
-    Fusion("permute_fusion", "moe_permute_fusion", lambda here: here.model.num_moe_layers() > 0),
-    Fusion("swiglu_fusion", "bias_activation_fusion", lambda here: here.model.activation != "gelu_tanh"),
-    Fusion("grad_accumulation_fusion", "gradient_accumulation_fusion", lambda here: True),
+           and context.model.latent_attention is None),
+    Fusion("router_fusion", "moe_router_fusion", lambda context: context.model.num_moe_layers() > 0,
+           lambda model: not router.find_fusion_problem(model)),
+    Fusion("permute_fusion", "moe_permute_fusion", lambda context: context.model.num_moe_layers() > 0),
+    Fusion("swiglu_fusion", "bias_activation_fusion",
+           lambda context: context.model.activation != "gelu_tanh"),
+    Fusion("grad_accumulation_fusion", "gradient_accumulation_fusion", lambda context: True),
 )
-OVERLAP = ("overlap_moe_expert_parallel_comm", "delay_wgrad_compute")
+OVERLAP_FIELDS = ("overlap_moe_expert_parallel_comm", "delay_wgrad_compute")
 """Fields set after the config's validation."""
-OF_DISPATCH = "overlap_dispatch_backward_with_experts_wgrad"
+DISPATCH_OVERLAP_FIELD = "overlap_dispatch_backward_with_experts_wgrad"
 """Field for `parallel.expert_overlap` = weight_gradients."""
-RECOMPUTED_WITH_TE = {"layernorm": "core_attn, mlp or moe", "moe_act": "moe"}
+TE_RECOMPUTE_MODULES = {"layernorm": "core_attn, mlp or moe", "moe_act": "moe"}
 """Modules whose recomputation needs Transformer Engine -> modules to name without it."""
-HEADS_256_CUDNN = 92500
+MIN_CUDNN_HEAD_256 = 92500
 """First cuDNN version that trains packed rows with head size 256 on Blackwell."""
 NEEDS_TE = "needs Transformer Engine on a GPU, and a bf16 model"
 ALLOCATOR, EXPANDABLE = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"), "expandable_segments:True"
 """Both names of torch's allocator variable, and the option that conflicts with NCCL's registration."""
 
 
-def transformer_settings(gpu: GpuConfig, train: TrainConfig, here: Here) -> dict[str, Any]:
+def transformer_settings(gpu: GpuConfig, train: TrainConfig, context: KernelContext) -> dict[str, Any]:
     """Return the `TransformerConfig` fields for kernels, recomputation, offloading and CUDA graphs.
 
-    Settings that this process cannot use are off: `refuse` has rejected training with them, so the model is
-    only inspected (by `plan`).
+    Settings that this process cannot use are off: `check_gpu_settings` has rejected training with them, so
+    the model is only inspected (by `plan`).
     """
     from megatron.core.transformer.enums import AttnBackend
 
-    settings: dict[str, Any] = {fusion.field: fusion.value(gpu, here) for fusion in FUSIONS}
-    settings["attention_backend"] = AttnBackend[gpu.attention if here.te else "auto"]
+    settings: dict[str, Any] = {fusion.field: fusion.value(gpu, context) for fusion in FUSIONS}
+    settings["attention_backend"] = AttnBackend[gpu.attention if context.te else "auto"]
     if train.recompute is True:
         settings |= {"recompute_granularity": "full", "recompute_method": "uniform",
                      "recompute_num_layers": 1}
     elif train.recompute == "selective":
         settings |= {"recompute_granularity": "selective", "recompute_modules": [
-            m for m in gpu.recompute_modules if here.te or m not in RECOMPUTED_WITH_TE]}
-    if gpu.offload_modules and here.te:
+            m for m in gpu.recompute_modules if context.te or m not in TE_RECOMPUTE_MODULES]}
+    if gpu.offload_modules and context.te:
         settings |= {"fine_grained_activation_offloading": True, "offload_modules": list(gpu.offload_modules)}
-    if gpu.cuda_graphs and here.te:
+    if gpu.cuda_graphs and context.te:
         # graphs are captured before the first step, and the capture includes its own warm-up
         settings |= {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": list(gpu.cuda_graphs),
                      "cuda_graph_warmup_steps": 0}
     return settings
 
 
-def expert_settings(gpu: GpuConfig, here: Here) -> dict[str, Any]:
+def expert_settings(gpu: GpuConfig, context: KernelContext) -> dict[str, Any]:
     """Return the `TransformerConfig` fields of models with experts."""
-    parallel, dispatcher = here.parallel, here.parallel.expert_dispatcher
-    overlap = {"moe_shared_expert_overlap": gpu.shared_expert_overlap == "on" and here.te,
+    parallel, dispatcher = context.parallel, context.parallel.expert_dispatcher
+    overlap = {"moe_shared_expert_overlap": gpu.shared_expert_overlap == "on" and context.te,
                "overlap_moe_expert_parallel_comm": parallel.expert_overlap == "micro_batches",
-               "delay_wgrad_compute": parallel.delay_weight_grads and here.te,
-               **({OF_DISPATCH: True} if parallel.expert_overlap == "weight_gradients" and here.te else {}),
+               "delay_wgrad_compute": parallel.delay_weight_grads and context.te,
                **({"moe_flex_dispatcher_num_sms": gpu.exchange_sms} if gpu.exchange_sms else {})}
+    if parallel.expert_overlap == "weight_gradients" and context.te:
+        overlap[DISPATCH_OVERLAP_FIELD] = True
     if dispatcher in DEEP_EP_NAMES:
-        if not here.te:
+        if not context.te:
             return overlap | {"moe_token_dispatcher_type": "alltoall"}
         return overlap | {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": dispatcher}
     return overlap | {"moe_token_dispatcher_type": dispatcher}
 
 
 def gradient_settings(gpu: GpuConfig, parallel: ParallelConfig, *, bf16: bool) -> dict[str, Any]:
-    """Return fields of `DistributedDataParallelConfig`; `bf16` tells whether parameters are bf16."""
+    """Return fields of `DistributedDataParallelConfig`; `bf16`: parameters are bf16."""
     # the wrapper must wait for delayed weight gradients before it reduces them
     delayed = parallel.delay_weight_grads or parallel.expert_overlap == "weight_gradients"
     return {"delay_wgrad_compute": delayed,
@@ -202,67 +206,68 @@ def moment_settings(gpu: GpuConfig) -> dict[str, Any]:
             "fp8_recipe": "tensorwise"}
 
 
-def resolve_auto(config: RunConfig, te: bool) -> dict[str, Any]:
+def resolve_auto_settings(config: RunConfig, te: bool) -> dict[str, Any]:
     """Return the effective value of each setting that may be `auto`: on or off, or the attention."""
-    here = Here(te, config.model, config.parallel)
-    own_attention = own_attention_serves(here, config.gpu.attention, config.train.deterministic)
-    by_name = exchanges_heads(here, config.gpu.attention) or not own_attention
-    return {**{fusion.setting: fusion.value(config.gpu, here) for fusion in FUSIONS},
-            "linear_attention": uses_delta_kernels(here, config.gpu, config.train.deterministic),
+    context = KernelContext(te, config.model, config.parallel)
+    own_attention = uses_document_attention(context, config.gpu.attention, config.train.deterministic)
+    by_name = exchanges_heads(context, config.gpu.attention) or not own_attention
+    return {**{fusion.setting: fusion.value(config.gpu, context) for fusion in FUSIONS},
+            "linear_attention": uses_delta_kernels(context, config.gpu, config.train.deterministic),
             "attention": config.gpu.attention if by_name else "local"}
 
 
-def own_attention_serves(here: Here, attention: str, deterministic: bool) -> bool:
+def uses_document_attention(context: KernelContext, attention: str, deterministic: bool) -> bool:
     """Return whether `DocumentAttention` is used.
 
     Under `auto` it is used if Transformer Engine has no suitable kernel: on Hopper the fused kernel is
     deterministic only for short rows, and some cuDNN versions lack a kernel for packed rows.
 
     Args:
-        here: model, layout and modules.
+        context: model, layout and modules.
         attention: `gpu.attention`.
         deterministic: `train.deterministic`.
     """
-    model = here.model
-    if not here.te or here.parallel.cp > 1 or attention == "local":
+    model = context.model
+    if not context.te or context.parallel.cp > 1 or attention == "local":
         return True
     if attention != "auto":
         return False
-    return deterministic or bool(_without_heads(model) or without_kernel(model, here.parallel.tp, attention))
+    return deterministic or bool(
+        _find_head_size_problem(model) or find_kernel_problem(model, context.parallel.tp, attention))
 
 
-FLA_KEYS = 256
+MAX_FLA_KEY_DIM = 256
 """Largest key head size of flash-linear-attention's kernels."""
 
 
-def uses_delta_kernels(here: Here, gpu: GpuConfig, deterministic: bool) -> bool:
+def uses_delta_kernels(context: KernelContext, gpu: GpuConfig, deterministic: bool) -> bool:
     """Return whether layers with linear attention train with flash-linear-attention's kernels.
 
     Triton autotunes kernels in each process, so results are not deterministic.
 
     Args:
-        here: model, layout and modules.
+        context: model, layout and modules.
         gpu: GPU settings.
         deterministic: `train.deterministic`.
     """
-    linear = here.model.linear_attention
-    return (here.te and linear is not None and not deterministic and gpu.linear_attention != "torch"
-            and linear.key_head_dim <= FLA_KEYS and not lacking_fla())
+    linear = context.model.linear_attention
+    return (context.te and linear is not None and not deterministic and gpu.linear_attention != "torch"
+            and linear.key_head_dim <= MAX_FLA_KEY_DIM and not find_fla_problem())
 
 
-def exchanges_heads(here: Here, attention: str) -> bool:
+def exchanges_heads(context: KernelContext, attention: str) -> bool:
     """Return whether context parallelism exchanges heads (all-to-all), for attention selected by name;
     otherwise it gathers keys and values."""
-    return here.te and here.parallel.cp > 1 and attention not in ("auto", "local")
+    return context.te and context.parallel.cp > 1 and attention not in ("auto", "local")
 
 
-def _without_heads(model: ModelConfig) -> str:
+def _find_head_size_problem(model: ModelConfig) -> str:
     """Return why cuDNN has no fused kernel for this head size here, or "" (from
     `nvte_get_fused_attn_backend` of Transformer Engine 2.20.2)."""
-    size = head_size(model)
+    size = get_head_sizes(model)
     if max(size) <= 128 or not on_gpu() or torch.cuda.get_device_capability()[0] < BLACKWELL:
         return ""
-    needed = {(192, 128): 91100, (256, 256): HEADS_256_CUDNN}.get(size)
+    needed = {(192, 128): 91100, (256, 256): MIN_CUDNN_HEAD_256}.get(size)
     version = torch.backends.cudnn.version() or 0
     if needed is None:
         return f"no fused kernel of cuDNN trains heads of {size[0]} on this GPU"
@@ -271,17 +276,17 @@ def _without_heads(model: ModelConfig) -> str:
     return f"no fused kernel of cuDNN {version} trains heads of {size[0]} on this GPU before {needed}"
 
 
-def _without_repeats() -> str:
+def _find_nondeterminism() -> str:
     """Return where cuDNN's fused attention is not deterministic, or ""."""
     capability = torch.cuda.get_device_capability() if on_gpu() else (0, 0)
     if capability[0] == HOPPER:
         return "in every row on this GPU"
-    if capability[0] >= BLACKWELL and (torch.backends.cudnn.version() or 0) < REPEATS_CUDNN:
-        return f"on this GPU before cuDNN {REPEATS_CUDNN}"
+    if capability[0] >= BLACKWELL and (torch.backends.cudnn.version() or 0) < MIN_CUDNN_DETERMINISTIC:
+        return f"on this GPU before cuDNN {MIN_CUDNN_DETERMINISTIC}"
     return ""
 
 
-def refuse(config: RunConfig, te: bool) -> None:
+def check_gpu_settings(config: RunConfig, te: bool) -> None:
     """Raise an error for settings that this process cannot use.
 
     Args:
@@ -291,22 +296,22 @@ def refuse(config: RunConfig, te: bool) -> None:
     Raises:
         SettingsError: one sentence per setting.
     """
-    gpu, here = config.gpu, Here(te, config.model, config.parallel)
+    gpu, context = config.gpu, KernelContext(te, config.model, config.parallel)
     dispatcher = config.parallel.expert_dispatcher
     routes = gpu.router_fusion == "on" and te and config.model.num_moe_layers() > 0
-    router_problem = router.problem(config.model) if routes else ""
-    problems = find_broken(
+    router_problem = router.find_fusion_problem(config.model) if routes else ""
+    problems = find_broken_rules(
         gpu, "gpu",
-        *((getattr(gpu, fusion.setting) != "on" or fusion.value(gpu, here), fusion.setting,
+        *((getattr(gpu, fusion.setting) != "on" or fusion.value(gpu, context), fusion.setting,
            "has nothing to do in this model and layout" if te else NEEDS_TE, "leave it out")
           for fusion in FUSIONS),
         (not router_problem, "router_fusion", router_problem),
         (gpu.shared_expert_overlap == "off" or te, "shared_expert_overlap", NEEDS_TE, "leave it out"),
-        *_attention_rules(config, here),
-        *_linear_attention_rules(config, here),
+        *_attention_rules(config, context),
+        *_linear_attention_rules(config, context),
         *((te or module not in gpu.recompute_modules, "recompute_modules",
            f"names {module}, which {NEEDS_TE}", f"name {instead}")
-          for module, instead in RECOMPUTED_WITH_TE.items()),
+          for module, instead in TE_RECOMPUTE_MODULES.items()),
         (te or not gpu.offload_modules, "offload_modules", NEEDS_TE, "leave it out"),
         # Transformer Engine's newer path offloads weights too; the library supports the older one
         (not te or not gpu.offload_modules or os.environ.get("NVTE_CPU_OFFLOAD_V1") == "1", "offload_modules",
@@ -326,32 +331,33 @@ def refuse(config: RunConfig, te: bool) -> None:
            "nccl_user_buffers", f"cannot be with {name} = {os.environ.get(name)}, whose segments NCCL does "
            "not register", "take it out, or leave the setting out")
           for name in ALLOCATOR))
-    problems += find_broken(config.parallel, "parallel", *_overlap_rules(config, te))
+    problems += find_broken_rules(config.parallel, "parallel", *_overlap_rules(config, te))
     if dispatcher in DEEP_EP_NAMES:
-        problems += find_broken(
+        problems += find_broken_rules(
             config.parallel, "parallel",
             (on_gpu(), "expert_dispatcher", "needs GPUs", "use alltoall"),
-            (not on_gpu() or not lacking_deep_ep(dispatcher), "expert_dispatcher",
-             f"cannot be: DeepEP does not import ({lacking_deep_ep(dispatcher)})", "install the commit that "
+            (not on_gpu() or not find_deep_ep_problem(dispatcher), "expert_dispatcher",
+             f"cannot be: DeepEP does not import ({find_deep_ep_problem(dispatcher)})",
+             "install the commit that "
              "containers/install.sh names, or use alltoall"))
     if problems:
         raise SettingsError(f"recipe {config.recipe}", problems)
 
 
-def _linear_attention_rules(config: RunConfig, here: Here) -> list[tuple[bool, str, str, str]]:
+def _linear_attention_rules(config: RunConfig, context: KernelContext) -> list[tuple[bool, str, str, str]]:
     """Return the rules of `gpu.linear_attention` = fla as (holds, setting, fault, fix)."""
     if config.gpu.linear_attention != "fla":
         return []
-    sizes = here.model.linear_attention
+    sizes = context.model.linear_attention
     linear = sizes is not None
-    reason = lacking_fla() if here.te and sizes is not None else ""
+    reason = find_fla_problem() if context.te and sizes is not None else ""
     return [
         (linear, "linear_attention", "has nothing to do in this model", "leave it out"),
-        (here.te or not linear, "linear_attention", NEEDS_TE, "set it to torch"),
+        (context.te or not linear, "linear_attention", NEEDS_TE, "set it to torch"),
         (not config.train.deterministic, "linear_attention",
          "does not repeat its bits (train.deterministic)", "set it to torch"),
-        (sizes is None or sizes.key_head_dim <= FLA_KEYS, "linear_attention",
-         f"takes keys of up to {FLA_KEYS} channels", "set it to torch"),
+        (sizes is None or sizes.key_head_dim <= MAX_FLA_KEY_DIM, "linear_attention",
+         f"takes keys of up to {MAX_FLA_KEY_DIM} channels", "set it to torch"),
         (not reason or not linear, "linear_attention",
          f"cannot be: flash-linear-attention does not serve ({reason})",
          "install fla-core 0.6.0, or set it to torch")]
@@ -373,22 +379,23 @@ def _overlap_rules(config: RunConfig, te: bool) -> list[tuple[bool, str, str, st
          "_at_end) still need, with parallel.expert_dispatcher = hybridep", "use deepep, or set both to 0")]
 
 
-def _attention_rules(config: RunConfig, here: Here) -> list[tuple[bool, str, str, str]]:
+def _attention_rules(config: RunConfig, context: KernelContext) -> list[tuple[bool, str, str, str]]:
     """Return the violated rules of `gpu.attention`."""
     rules: list[tuple[str, str]] = []
     attention = config.gpu.attention
-    if attention not in ("auto", "local") and not here.te:
+    if attention not in ("auto", "local") and not context.te:
         rules.append((NEEDS_TE, "set it to auto or local"))
     elif attention == "fused" and (
-            why := _without_heads(here.model) or without_kernel(here.model, here.parallel.tp, attention)):
+            why := _find_head_size_problem(context.model)
+            or find_kernel_problem(context.model, context.parallel.tp, attention)):
         rules.append((f"cannot be: {why}", "install a newer one, or set it to auto or local"))
-    elif attention == "fused" and config.train.deterministic and (why := _without_repeats()):
+    elif attention == "fused" and config.train.deterministic and (why := _find_nondeterminism()):
         rules.append((f"cannot be with train.deterministic = true: Transformer Engine's fused attention does "
                       f"not repeat its bits {why}", "set it to auto or local"))
     elif attention == "flash" and not any(map(importlib.util.find_spec,
                                               ("flash_attn", "flash_attn_3", "flash_attn_interface"))):
         rules.append(("cannot be: FlashAttention is not installed", "install flash-attn, or set auto"))
-    for kernel, name in TE_ATTENTION_VARIABLES.items() if here.te else ():
+    for kernel, name in TE_ATTENTION_VARIABLES.items() if context.te else ():
         # the library raises an error if these variables contradict the setting
         value, wanted = os.environ.get(name), str(int(attention in ("auto", kernel)))
         if value not in (None, wanted):

@@ -23,7 +23,7 @@ from megatron.core.transformer.cuda_graphs import TECudaGraphHelper, is_graph_ca
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from megatron_sov.engine.parallel import context
-from megatron_sov.engine.parallel.device import local_device
+from megatron_sov.engine.parallel.device import get_local_device
 
 
 class RouterGraphs:
@@ -72,11 +72,11 @@ class RouterGraphs:
             chunk.disable_forward_pre_hook(param_sync=False)
         step.shared = None  # belongs to the last row
         # the backward pass reads the scale in place, and before the first pass it does not exist
-        MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=local_device()))
+        MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=get_local_device()))
         # the library reads the number of micro-batches from its own calculator
         reconfigure_num_microbatches_calculator(0, None, num_micro_batches, 1, 1)
         self._helper = TECudaGraphHelper(self._wrapped, model.config, row_tokens, 1, [self._optimizer])
-        with _without_random_states():
+        with _disable_rng_states():
             self._helper.create_cudagraphs()
         for chunk in hooked_chunks:
             chunk.enable_forward_pre_hook()
@@ -85,11 +85,11 @@ class RouterGraphs:
         # the capture counted tokens
         for router in (m for m in model.modules() if hasattr(m, "local_tokens_per_expert")):
             router.local_tokens_per_expert.zero_()
-        step.forget_losses()
+        step.reset_losses()
 
 
 @contextlib.contextmanager
-def off_the_default_stream(config: Any) -> Iterator[None]:
+def use_side_stream(config: Any) -> Iterator[None]:
     """Create Megatron-Core's data-parallel wrapper on a side stream, if CUDA graphs are enabled.
 
     The wrapper keeps autograd nodes of the weights, and a node synchronizes in every backward pass with the
@@ -111,7 +111,7 @@ def off_the_default_stream(config: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_random_states() -> Iterator[None]:
+def _disable_rng_states() -> Iterator[None]:
     """Disable RNG state handling in recomputation: a capture cannot read or set the states, and no captured
     module draws random numbers."""
     previous = random._get_all_rng_states, random._set_all_rng_states
@@ -122,7 +122,7 @@ def _without_random_states() -> Iterator[None]:
         random._get_all_rng_states, random._set_all_rng_states = previous
 
 
-def graphed(layer: Any) -> Any:
+def build_graphed_layer(layer: Any) -> Any:
     """Return a subclass of an MoE layer whose graphs receive the padding mask, which Megatron-Core drops.
 
     Args:
@@ -133,8 +133,8 @@ def graphed(layer: Any) -> Any:
 
         def get_layer_static_inputs(self, seq_length: int, micro_batch_size: int) -> dict[str, torch.Tensor]:
             """Return the graph's input memory: hidden states [tokens, rows, hidden], mask [rows, tokens]."""
-            config, device = self.config, local_device()
-            tokens = seq_length // context.size()
+            config, device = self.config, get_local_device()
+            tokens = seq_length // context.get_cp_size()
             tokens //= config.tensor_model_parallel_size if config.sequence_parallel else 1
             states = torch.ones(tokens, micro_batch_size, config.hidden_size, dtype=config.params_dtype,
                                 device=device, requires_grad=True)

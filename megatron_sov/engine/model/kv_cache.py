@@ -23,16 +23,18 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention
 
-from megatron_sov.engine.model.added_parts import adapted_weight
-from megatron_sov.engine.model.attention import DocumentAttention, PackedDocuments, attend, attend_whole
+from megatron_sov.engine.model.added_parts import get_effective_weight
+from megatron_sov.engine.model.attention import (
+    DocumentAttention, PackedDocuments, attend_document, attend_equal_lengths)
 from megatron_sov.engine.model.cache_rows import CacheGroup, CacheSize, PackedSpans
-from megatron_sov.engine.model.linear_attention import KeptState, LinearAttention, WholeLinear
-from megatron_sov.engine.model.rotary import softmax_scale
+from megatron_sov.engine.model.linear_attention import LinearAttention, RecurrentCache, ReplicatedLinear
+from megatron_sov.engine.model.rotary import compute_softmax_scale
 from megatron_sov.model.config import ModelConfig
 
 
 class CachedAttention(torch.nn.Module):
-    """Core attention of one layer with its cache; replaces the layer's core attention inside `keep`."""
+    """Core attention of one layer with its cache; replaces the layer's core attention inside
+    `use_kv_cache`."""
 
     def __init__(self, size: CacheSize, softmax_scale: float, window_tokens: int) -> None:
         """Set the limits; `forward` allocates the cache.
@@ -77,16 +79,16 @@ class CachedAttention(torch.nn.Module):
             rows = slice(group.start, group.start + len(group.past) * group.length)
             q, k, v = (t[rows].unflatten(0, (len(group.past), group.length)) for t in (query, key, value))
             if group.length <= self.size.step_tokens:
-                out[rows] = self._step(group, q, k, v).flatten(0, 1)
+                out[rows] = self._attend_step(group, q, k, v).flatten(0, 1)
             elif not any(group.past) and not 0 < self.window_tokens < group.length:
-                out[rows] = self._first(group, q, k, v).flatten(0, 1)
+                out[rows] = self._attend_first(group, q, k, v).flatten(0, 1)
             else:
-                out[rows] = torch.cat([self._piece(group.slot + i, past, q[i], k[i], v[i])
+                out[rows] = torch.cat([self._attend_long_span(group.slot + i, past, q[i], k[i], v[i])
                                        for i, past in enumerate(group.past)])
         return out.flatten(1)
 
-    def _step(self, group: CacheGroup, query: torch.Tensor, key: torch.Tensor,
-              value: torch.Tensor) -> torch.Tensor:
+    def _attend_step(self, group: CacheGroup, query: torch.Tensor, key: torch.Tensor,
+                     value: torch.Tensor) -> torch.Tensor:
         """Attend from a few new tokens of many sequences: [sequences, new, heads, head_dim]."""
         assert self.stored is not None
         device, count = query.device, len(group.past)
@@ -95,8 +97,8 @@ class CachedAttention(torch.nn.Module):
         rows = torch.arange(group.slot, group.slot + count, device=device)[:, None]
         for cache, new in zip(self.stored, (key, value), strict=False):
             cache[rows, :, positions % self.capacity] = new
-        # write before reading, so that new tokens see each other; entries after the longest sequence are
-        # never read
+        # write before reading: new tokens attend to new tokens. Entries after the longest sequence are never
+        # read
         filled = min(self.capacity, max(group.past) + group.length)
         keys, values = (cache[group.slot:group.slot + count, :, :filled]
                         for cache in (self.stored[0], self.stored[-1]))
@@ -116,16 +118,16 @@ class CachedAttention(torch.nn.Module):
         out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=self.softmax_scale)
         return out.unflatten(2, (heads, group.length)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
-    def _first(self, group: CacheGroup, query: torch.Tensor, key: torch.Tensor,
-               value: torch.Tensor) -> torch.Tensor:
+    def _attend_first(self, group: CacheGroup, query: torch.Tensor, key: torch.Tensor,
+                      value: torch.Tensor) -> torch.Tensor:
         """Attend from the first tokens of several sequences: [sequences, new, heads, head_dim]."""
         assert self.stored is not None
         for cache, new in zip(self.stored, (key, value), strict=False):
             cache[group.slot:group.slot + len(group.past), :, :group.length] = new.transpose(1, 2)
-        return attend_whole(query, key, value, self.softmax_scale)
+        return attend_equal_lengths(query, key, value, self.softmax_scale)
 
-    def _piece(self, slot: int, past: int, query: torch.Tensor, key: torch.Tensor,
-               value: torch.Tensor) -> torch.Tensor:
+    def _attend_long_span(self, slot: int, past: int, query: torch.Tensor, key: torch.Tensor,
+                          value: torch.Tensor) -> torch.Tensor:
         """Attend from a span longer than a step, of one sequence: [new, heads, head_dim]."""
         assert self.stored is not None
         slot_caches = [stored[slot] for stored in self.stored]
@@ -134,7 +136,7 @@ class CachedAttention(torch.nn.Module):
         past_positions = torch.arange(first_visible, past, device=query.device)
         keys, values = (torch.cat([k[:, past_positions % self.capacity].transpose(0, 1), new])
                         for k, new in zip((slot_caches[0], slot_caches[-1]), (key, value), strict=True))
-        out = attend(query, keys, values, self.softmax_scale, self.window_tokens)
+        out = attend_document(query, keys, values, self.softmax_scale, self.window_tokens)
         # cache only the end of a span longer than the ring: two tokens must not write one index
         num_cached = min(len(key), self.capacity)
         end = past + len(key)
@@ -149,7 +151,7 @@ class CachedAttention(torch.nn.Module):
 
 
 @contextlib.contextmanager
-def keep(model: Any, size: CacheSize) -> Iterator[list[CachedAttention | KeptState]]:
+def use_kv_cache(model: Any, size: CacheSize) -> Iterator[list[CachedAttention | RecurrentCache]]:
     """Replace the core attention of a `LanguageModel` by caches, and yield the cache of each layer.
 
     On exit the previous core attention returns."""
@@ -164,25 +166,23 @@ def keep(model: Any, size: CacheSize) -> Iterator[list[CachedAttention | KeptSta
     try:
         for module in attentions:
             layer_type = kinds[module.layer_number - 1]
-            module.core_attention = CachedAttention(size, softmax_scale(architecture, layer_type),
+            module.core_attention = CachedAttention(size, compute_softmax_scale(architecture, layer_type),
                                                     windows[module.layer_number - 1])
         for layer in linear:
-            layer.kept = KeptState(size, layer)
-        yield [m.core_attention for m in attentions] + [layer.kept for layer in linear]
+            layer.state_cache = RecurrentCache(size, layer)
+        yield [m.core_attention for m in attentions] + [layer.state_cache for layer in linear]
     finally:
         for layer in linear:
-            layer.kept = None
+            layer.state_cache = None
         config.apply_rope_fusion = fused
         for module, attention in previous:
             module.core_attention = attention
 
 
 # Multi-head latent attention for rows of packed documents at every layout, with a cache of compressed
-# vectors.
-#
-# Megatron-Core computes its own float32 angles for rows with one document; here each token gets the angles of
-# its position, as in all other layers. Megatron-Core's unfused module splits the down projections over the
-# tensor-parallel group, and each process would keep only its own heads' part of the rotated key's gradient
+# vectors. Megatron-Core computes float32 angles for rows with one document; this module takes per-token
+# angles. Megatron-Core's unfused module splits the down projections over the tensor-parallel group, and a
+# process would keep only the part of the rotated key's gradient that comes from its heads
 # (`_GatherFromModelParallelRegion.backward`); here, as with Transformer Engine, the projections are
 # replicated.
 
@@ -190,7 +190,7 @@ NORM_EPS = 1e-6
 """Epsilon of both latent norms, independent of the model's `norm_eps` (transformers' `DeepseekV3RMSNorm`)."""
 
 
-def latent_settings(model: ModelConfig) -> dict[str, Any]:
+def get_latent_settings(model: ModelConfig) -> dict[str, Any]:
     """Return the latent-attention fields of `MLATransformerConfig`, or {} for other attention."""
     latent = model.latent_attention
     if latent is None:
@@ -200,7 +200,7 @@ def latent_settings(model: ModelConfig) -> dict[str, Any]:
             "qk_pos_emb_head_dim": latent.qk_rope_head_dim, "v_head_dim": latent.v_head_dim,
             # width of the rotary table
             "kv_channels": latent.qk_rope_head_dim, "qk_layernorm": True,
-            # with "rope" there is no factor on cosine and sine
+            # "rope" puts no factor on cosine and sine
             "rope_type": "rope"}
 
 
@@ -231,7 +231,7 @@ class LatentAttention(MLASelfAttention):
         for name, outputs in (("linear_q_down_proj", config.q_lora_rank),
                               ("linear_kv_down_proj", config.kv_lora_rank + config.qk_pos_emb_head_dim)):
             if isinstance(getattr(self, name, None), ColumnParallelLinear):
-                setattr(self, name, WholeLinear(config.hidden_size, outputs, config))
+                setattr(self, name, ReplicatedLinear(config.hidden_size, outputs, config))
             elif hasattr(self, name):
                 # Transformer Engine marks every weight as split, and each process would count the replicated
                 # weight in the gradient norm
@@ -257,15 +257,15 @@ class LatentAttention(MLASelfAttention):
         """
         if isinstance(self.core_attention, CachedAttention):
             assert isinstance(packed_seq_params, PackedSpans) and rotary_pos_emb is not None
-            return self._read(hidden_states, rotary_pos_emb, packed_seq_params)
+            return self._attend_cached(hidden_states, rotary_pos_emb, packed_seq_params)
         assert rotary_pos_emb is not None
-        self.rotary_pos_emb.angles = rotary_pos_emb if self._rotates else rotary_pos_emb[..., :0]
+        self.rotary_pos_emb.angles = rotary_pos_emb if self._has_rotation else rotary_pos_emb[..., :0]
         output: tuple[torch.Tensor, None] = super().forward(
             hidden_states, attention_mask, packed_seq_params=packed_seq_params, **kwargs)
         return output
 
     @property
-    def _rotates(self) -> bool:
+    def _has_rotation(self) -> bool:
         """Whether the layer applies rotary positions."""
         plain = self.config.no_rope_freq
         return not (plain and plain[self.layer_number - 1])
@@ -295,8 +295,8 @@ class LatentAttention(MLASelfAttention):
             attn_mask_type=attn_mask_type or self.attn_mask_type, **kwargs)
         return attended
 
-    def _read(self, hidden: torch.Tensor, angles: torch.Tensor,
-              spans: PackedSpans) -> tuple[torch.Tensor, None]:
+    def _attend_cached(self, hidden: torch.Tensor, angles: torch.Tensor,
+                       spans: PackedSpans) -> tuple[torch.Tensor, None]:
         """Attend to cached compressed vectors, with the key and value up projections absorbed into query and
         output (arXiv 2405.04434, section 2.1.2)."""
         config, heads, cached = self.config, self.num_attention_heads_per_partition, self.core_attention
@@ -312,33 +312,35 @@ class LatentAttention(MLASelfAttention):
             down_projected = tensor_parallel.gather_from_sequence_parallel_region(down_projected)
         latent, key = down_projected.squeeze(1).split(
             [config.kv_lora_rank, config.qk_pos_emb_head_dim], dim=-1)
-        latent = rms_norm(latent, latent.shape[-1:], self._norm_weight(), NORM_EPS)
+        latent = rms_norm(latent, latent.shape[-1:], self._get_norm_weight(), NORM_EPS)
         plain, rotated = queries.split([config.qk_head_dim, config.qk_pos_emb_head_dim], dim=-1)
         # q (W c) = (W^T q) c: absorb W into the query, so that the cache holds kv_lora_rank + rotated
         # channels per token, not a key and a value per head
         if cached.up_weight is None:
-            cached.up_weight = adapted_weight(self.linear_kv_up_proj).detach()  # not a parameter of the cache
+            # detached: the cache must not register a parameter
+            cached.up_weight = get_effective_weight(self.linear_kv_up_proj).detach()
         to_keys, to_values = cached.up_weight.unflatten(0, (heads, -1)).split(
             [config.qk_head_dim, config.v_head_dim], dim=1)
         query = torch.cat([torch.einsum("thd,hdk->thk", plain, to_keys),
-                           self._turned(rotated, angles, spans)], dim=-1)
+                           self._rotate_channels(rotated, angles, spans)], dim=-1)
         # one key/value head serves all query heads; the values are its first kv_lora_rank channels
-        key_value = torch.cat([latent[:, None], self._turned(key[:, None], angles, spans)], dim=-1)
+        key_value = torch.cat([latent[:, None], self._rotate_channels(key[:, None], angles, spans)], dim=-1)
         attended = cached(query, key_value, key_value, None, packed_seq_params=spans)
         values = attended.unflatten(-1, (heads, -1))[..., :config.kv_lora_rank]
         output: tuple[torch.Tensor, None] = self.linear_proj(
             torch.einsum("thk,hvk->thv", values, to_values).flatten(1)[:, None])
         return output
 
-    def _norm_weight(self) -> torch.Tensor:
+    def _get_norm_weight(self) -> torch.Tensor:
         """Return the weight of the norm on the compressed keys and values."""
         fused = getattr(self.linear_kv_up_proj, "layer_norm_weight", None)
         weight: torch.Tensor = self.kv_layernorm.weight if fused is None else fused
         return weight
 
-    def _turned(self, channels: torch.Tensor, angles: torch.Tensor, spans: PackedSpans) -> torch.Tensor:
+    def _rotate_channels(self, channels: torch.Tensor, angles: torch.Tensor,
+                         spans: PackedSpans) -> torch.Tensor:
         """Apply rotary positions to [tokens, heads, rotated channels]."""
-        if not self._rotates:
+        if not self._has_rotation:
             return channels
         rotated: torch.Tensor = apply_rotary_pos_emb(
             channels, angles, self.config, cu_seqlens=spans.cu_seqlens_q,
@@ -366,7 +368,7 @@ class LatentDocumentAttention(DocumentAttention):
         return attended.unflatten(-1, (-1, self.width))[..., :self.value_width].flatten(1)
 
 
-def latent_specs(spec: Any) -> None:
+def set_latent_attention(spec: Any) -> None:
     """Set `LatentAttention` in a layer spec, with the checkpoint names of the fused modules."""
     spec.submodules.self_attention.module = LatentAttention
     spec.submodules.sharded_state_dict_keys_map |= {

@@ -17,26 +17,26 @@ from torch.autograd.function import once_differentiable
 from megatron_sov.engine.model import quantized_weights
 from megatron_sov.engine.model.added_parts import Adapters, MediaEncoders
 from megatron_sov.engine.model.chunk import Chunk
-from megatron_sov.engine.model.rotary import rotate_by, rotate_by_token
-from megatron_sov.engine.model.specs import bound_gates, transformer_config, uses_transformer_engine
-from megatron_sov.engine.parallel.device import local_device, on_gpu
-from megatron_sov.engine.router import BalancedRouter, let_routes_go
+from megatron_sov.engine.model.rotary import patch_packed_rotation, set_frequencies
+from megatron_sov.engine.model.specs import build_transformer_config, clamp_gates, uses_transformer_engine
+from megatron_sov.engine.parallel.device import get_local_device, on_gpu
+from megatron_sov.engine.router import BalancedRouter, patch_dispatcher_combine
 from megatron_sov.model.config import (
     GpuConfig, LoraConfig, MediaConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig)
-from megatron_sov.model.config.gpu import AUTO
+from megatron_sov.model.config.gpu import DEFAULT_GPU
 from megatron_sov.runs.checkpoints import AdapterBase
 
 # Megatron-Core creates some parameters on the CPU regardless of the default device (router weights, torch's
 # norms) and moves them with the whole model or in the first forward pass. The gradient hooks of the
 # data-parallel wrapper would then watch the old tensor, and the weight would never train.
 
-def made_here() -> contextlib.AbstractContextManager[object]:
-    """Return a context that creates tensors on the local GPU by default; without a GPU it does nothing."""
-    return local_device() if on_gpu() else contextlib.nullcontext()
+def use_local_device() -> contextlib.AbstractContextManager[object]:
+    """Return a context that creates tensors on the local GPU by default, or a null context without a GPU."""
+    return get_local_device() if on_gpu() else contextlib.nullcontext()
 
 
-def place(module: torch.nn.Module, device: torch.device) -> None:
-    """Move all parameters and buffers to `device` before other objects hold references to them."""
+def move_to_device(module: torch.nn.Module, device: torch.device) -> None:
+    """Move parameters and buffers to `device`, before hooks and buffers reference the old tensors."""
     for part in module.modules():
         for parameter in part._parameters.values():
             if parameter is not None and parameter.device != device:
@@ -44,10 +44,10 @@ def place(module: torch.nn.Module, device: torch.device) -> None:
         for name, buffer in part._buffers.items():
             if buffer is not None:
                 part._buffers[name] = buffer.to(device)
-    refuse_elsewhere(module, device)
+    check_device(module, device)
 
 
-def refuse_elsewhere(module: torch.nn.Module, device: torch.device) -> None:
+def check_device(module: torch.nn.Module, device: torch.device) -> None:
     """Raise `RuntimeError` naming the first parameter or buffer that is not on `device`."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.device != device:
@@ -66,24 +66,24 @@ ENCODER_TRAINING = MediaConfig()
 
 
 
-def gate_without_compiler() -> None:
-    """Replace Megatron-Core's fused SwiGLU kernels by `_gated` and `_weighted`."""
-    mlp.bias_swiglu_impl, mlp.weighted_bias_swiglu_impl = _gated, _weighted
+def patch_swiglu_kernels() -> None:
+    """Replace Megatron-Core's fused SwiGLU kernels by `_apply_swiglu` and `_apply_weighted_swiglu`."""
+    mlp.bias_swiglu_impl, mlp.weighted_bias_swiglu_impl = _apply_swiglu, _apply_weighted_swiglu
 
 
-def _gated(values: torch.Tensor, bias: torch.Tensor | None, *_: Any) -> torch.Tensor:
+def _apply_swiglu(values: torch.Tensor, bias: torch.Tensor | None, *_: Any) -> torch.Tensor:
     """Apply SwiGLU: values [..., 2 * ffn], bias [2 * ffn] -> [..., ffn]."""
-    output: torch.Tensor = _Gated.apply(values if bias is None else values + bias)
+    output: torch.Tensor = _SwiGLU.apply(values if bias is None else values + bias)
     return output
 
 
-def _weighted(values: torch.Tensor, bias: torch.Tensor | None, weights: torch.Tensor,
-              *_: Any) -> torch.Tensor:
+def _apply_weighted_swiglu(values: torch.Tensor, bias: torch.Tensor | None, weights: torch.Tensor,
+                           *_: Any) -> torch.Tensor:
     """Apply SwiGLU and router weights: [tokens, 2 * ffn], [2 * ffn], [tokens, 1] -> [tokens, ffn]."""
-    return (_gated(values, bias) * weights).to(values.dtype)
+    return (_apply_swiglu(values, bias) * weights).to(values.dtype)
 
 
-class _Gated(torch.autograd.Function):
+class _SwiGLU(torch.autograd.Function):
     """``silu(gate) * up`` for a tensor [gate, up]; the gradient has the same bits as autograd's."""
 
     @staticmethod
@@ -144,17 +144,17 @@ class LanguageModel(torch.nn.ModuleList):
         self.config = chunks[0].config
         """The library's `TransformerConfig`."""
         self.vocab_size = architecture.vocab_size
-        """Number of token ids; each chunk pads its `vocab_size` to a multiple of the tensor-parallel size."""
-        self.stand_ins = quantized_weights.stand_ins(self)
+        """Number of token ids; a chunk's `vocab_size` is padded to a multiple of the tensor-parallel size."""
+        self.fp8_placeholders = quantized_weights.create_placeholders(self)
         """`id(parameter)` -> meta tensor that stands for an FP8 weight, see `quantized_weights`."""
-        self.masters: Callable[[Any, torch.nn.Parameter | None], Iterator[Any]] | None = None
+        self.iter_masters: Callable[[Any, torch.nn.Parameter | None], Iterator[Any]] | None = None
         """Maps a block of an FP8 weight to the float32 master blocks on this process. None: no optimizer
         has created masters yet."""
-        self.make_of_masters: Callable[[], None] | None = None
+        self.quantize_masters: Callable[[], None] | None = None
         """Quantizes the FP8 weights from their master weights."""
         self.pending_gather: Callable[[], None] | None = None
-        """Starts the all-gather of the last update for the other data-parallel processes. None: all
-        processes have the updated weights."""
+        """All-gathers the last update over the data-parallel group. None: every process has the updated
+        weights."""
 
     def finish_param_gather(self) -> None:
         """Wait until every process holds the updated weights. Collective.
@@ -165,10 +165,10 @@ class LanguageModel(torch.nn.ModuleList):
             run_gather, self.pending_gather = self.pending_gather, None
             run_gather()
 
-    def finish_writing(self) -> None:
+    def requantize_weights(self) -> None:
         """Quantize FP8 weights after a caller wrote their masters through `local_shards`. Collective."""
-        if self.make_of_masters is not None:
-            self.make_of_masters()
+        if self.quantize_masters is not None:
+            self.quantize_masters()
 
     @property
     def head_weight(self) -> torch.Tensor:
@@ -177,49 +177,49 @@ class LanguageModel(torch.nn.ModuleList):
         tied = last.share_embeddings_and_output_weights
         weight: torch.Tensor = last.shared_embedding_or_output_weight() if tied else last.output_layer.weight
         adapter = last.adapters.head if last.adapters is not None else None
-        return weight if adapter is None else adapter.merged(weight)
+        return weight if adapter is None else adapter.merge_weight(weight)
 
 
-def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
-          gpu: GpuConfig = AUTO, lora: LoraConfig = NO_ADAPTERS,
-          encoder_training: MediaConfig = ENCODER_TRAINING) -> LanguageModel:
+def build_model(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
+                gpu: GpuConfig = DEFAULT_GPU, lora: LoraConfig = NO_ADAPTERS,
+                encoder_training: MediaConfig = ENCODER_TRAINING) -> LanguageModel:
     """Build the local part of the model, with uninitialized weights."""
-    config = transformer_config(model, parallel, train, gpu)
-    rotate_by_token()
-    let_routes_go()
+    config = build_transformer_config(model, parallel, train, gpu)
+    patch_packed_rotation()
+    patch_dispatcher_combine()
     if not uses_transformer_engine(config.params_dtype):
-        gate_without_compiler()
-    chunks = [_chunk(model, config, i if parallel.vpp > 1 else None) for i in range(parallel.vpp)]
+        patch_swiglu_kernels()
+    chunks = [_build_chunk(model, config, i if parallel.vpp > 1 else None) for i in range(parallel.vpp)]
     for chunk in chunks:
         if chunk.encoders is not None:
             chunk.encoders.overlapped = parallel.overlap_grad_reduce or parallel.overlap_param_gather
-        with made_here():
+        with use_local_device():
             chunk.adapters = Adapters(chunk, model, lora) if lora.on else None
-        bound_gates(chunk, model)
+        clamp_gates(chunk, model)
     return LanguageModel(chunks, model, lora, encoder_training)
 
 
-def build_configured(config: RunConfig, gpu: GpuConfig | None = None) -> LanguageModel:
-    """Build the model of a run config, see `build`; `gpu` replaces `config.gpu`."""
-    return build(config.model, config.parallel, config.train, config.gpu if gpu is None else gpu,
-                 config.lora, config.media)
+def build_run_model(config: RunConfig, gpu: GpuConfig | None = None) -> LanguageModel:
+    """Build the model of a run config, see `build_model`; `gpu` replaces `config.gpu`."""
+    return build_model(config.model, config.parallel, config.train, config.gpu if gpu is None else gpu,
+                       config.lora, config.media)
 
 
-def _chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:
+def _build_chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:
     """Build chunk `vp_stage` of an interleaved pipeline stage. None: the only chunk of the stage."""
-    with made_here():
+    with use_local_device():
         device = torch.get_default_device()
         chunk = Chunk(config, model, vp_stage)
         has_encoders = chunk.pre_process and (model.vision is not None or model.audio is not None)
         chunk.encoders = MediaEncoders(model, config) if has_encoders else None
     check_layers(chunk, get_transformer_layer_offset(config, vp_stage))
-    place(chunk, device)
+    move_to_device(chunk, device)
     for parameter in chunk.parameters():
             # parameters only: the router's bias buffer moves in steps that vanish in bf16, and its token
             # counts would stop at 256
         if not quantized_weights.is_quantized(parameter):
             parameter.data = parameter.data.to(config.params_dtype)
-    rotate_by(chunk.rotary_pos_emb, model, config.params_dtype)
+    set_frequencies(chunk.rotary_pos_emb, model, config.params_dtype)
     if model.embedding_multiplier != 1 and (chunk.pre_process or chunk.mtp_process):
         chunk.embedding.register_forward_hook(
             lambda module, inputs, embedded: embedded * model.embedding_multiplier)
@@ -252,7 +252,7 @@ def check_layers(chunk: Chunk, first: int) -> None:
                 raise RuntimeError(f"layer {number}: its router is the library's {type(router).__name__}")
 
 
-def valid_rows(weight: torch.Tensor, vocab_size: int) -> int:
+def count_token_rows(weight: torch.Tensor, vocab_size: int) -> int:
     """Return the number of local embedding or head rows that belong to token ids; padding rows follow."""
     first = parallel_state.get_tensor_model_parallel_rank() * weight.shape[0]
     return min(max(vocab_size - first, 0), weight.shape[0])
@@ -260,13 +260,13 @@ def valid_rows(weight: torch.Tensor, vocab_size: int) -> int:
 
 @torch.no_grad()
 def _zero_padding_rows(chunk: Chunk, vocab_size: int) -> None:
-    """Zero the padding rows: nothing writes them later, and they receive no gradient."""
+    """Zero the padding rows: no code writes padding rows later, and no gradient reaches them."""
     for name, weight in chunk.named_parameters():
         if name in VOCABULARY_WEIGHTS:
-            weight[valid_rows(weight, vocab_size):] = 0
+            weight[count_token_rows(weight, vocab_size):] = 0
 
 
-def gather_sequence(hidden: torch.Tensor, config: Any) -> torch.Tensor:
+def gather_hidden_states(hidden: torch.Tensor, config: Any) -> torch.Tensor:
     """Gather hidden states [tokens, hidden] over the tensor-parallel group (sequence parallelism).
 
     The output head is split over the vocabulary, so the backward pass sums gradients over the group.
@@ -279,8 +279,8 @@ def gather_sequence(hidden: torch.Tensor, config: Any) -> torch.Tensor:
     return hidden.flatten(0, 1)
 
 
-def states_for_head(hidden: torch.Tensor, config: Any) -> torch.Tensor:
+def prepare_head_input(hidden: torch.Tensor, config: Any) -> torch.Tensor:
     """Gather hidden states and scale them by `logits_multiplier`, ready for the head weight."""
 
-    states = gather_sequence(hidden, config)
+    states = gather_hidden_states(hidden, config)
     return states if config.logits_multiplier == 1 else states * config.logits_multiplier

@@ -22,15 +22,16 @@ from torch.nn.functional import linear, rms_norm, silu, softplus
 from megatron_sov.engine.model.attention import PackedDocuments
 from megatron_sov.engine.model.cache_rows import CacheGroup, CacheSize, PackedSpans
 from megatron_sov.engine.model.delta_rule import (
-    by_kernels, by_token, chunk_documents, convolved_windows, in_chunks, normalised, short_convolution)
+    apply_delta_rule, apply_delta_rule_by_token, apply_fused_delta_rule, apply_short_convolution,
+    chunk_documents, convolve_windows, normalize_l2)
 from megatron_sov.engine.parallel import context
 from megatron_sov.model.config import LinearAttentionConfig
 
-SPLIT = {"A_log": 0, "dt_bias": 0, "conv1d.weight": 0}
-"""Parameters other than projections that are split by heads -> axis."""
+SPLIT_AXES = {"A_log": 0, "dt_bias": 0, "conv1d.weight": 0}
+"""Name -> axis of the parameters split by heads, without projections."""
 
 
-class Weight(torch.nn.Module):
+class WeightModule(torch.nn.Module):
     """Module with a single parameter `weight`, for example `conv1d.weight` and `out_norm.weight`."""
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
@@ -43,13 +44,13 @@ class Weight(torch.nn.Module):
         return self.weight
 
 
-class WholeLinear(torch.nn.Module):
+class ReplicatedLinear(torch.nn.Module):
     """Linear layer with a replicated weight, applied to the local tokens."""
 
     def __init__(self, inputs: int, outputs: int, config: Any) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype))
-        # each process computes the gradient of its own tokens; the library sums them as for a norm
+        # the gradient covers local tokens; the library sums over processes as for a norm
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -82,13 +83,13 @@ class LinearAttention(MegatronModule):
         self.layer_number, self.sizes, self._group = layer_number, sizes, pg_collection.tp
         self.heads = sizes.num_key_heads // self._group.size()
         """Number of local heads."""
-        self.in_proj = self._by_heads(projections[0], config.hidden_size,
-                                      sizes.num_key_heads * sum(sizes.projected), "fc1")
+        self.in_proj = self._build_projection(projections[0], config.hidden_size,
+                                              sizes.num_key_heads * sum(sizes.projected), "fc1")
         dtype = config.params_dtype
-        self.conv1d = Weight((self.heads * sizes.convolved, 1, sizes.conv_taps), dtype)
+        self.conv1d = WeightModule((self.heads * sizes.convolved_channels, 1, sizes.conv_taps), dtype)
         self.dt_bias, self.A_log = (torch.nn.Parameter(torch.empty(size, dtype=dtype))
                                     for size in (self.heads * sizes.key_head_dim, self.heads))
-        self.out_norm = Weight((sizes.value_head_dim,), dtype)
+        self.out_norm = WeightModule((sizes.value_head_dim,), dtype)
         self.out_proj = build_module(
             projections[1], sizes.num_value_heads * sizes.value_head_dim, config.hidden_size,
             config=config, bias=False, is_expert=False, tp_group=self._group,
@@ -96,14 +97,14 @@ class LinearAttention(MegatronModule):
             tp_comm_buffer_name="fc2")
         for parameter in (self.conv1d.weight, self.dt_bias, self.A_log):
             set_tensor_model_parallel_attributes(parameter, True, 0, 1)
-        self.gates_down_proj = WholeLinear(config.hidden_size, 2 * sizes.gate_rank, config)
+        self.gates_down_proj = ReplicatedLinear(config.hidden_size, 2 * sizes.gate_rank, config)
         self.decay_up_proj, self.output_up_proj = (
-            self._by_heads(projections[2], sizes.gate_rank, sizes.num_key_heads * width, "fc1")
+            self._build_projection(projections[2], sizes.gate_rank, sizes.num_key_heads * width, "fc1")
             for width in (sizes.key_head_dim, sizes.value_head_dim))
-        self.kept: KeptState | None = None
+        self.state_cache: RecurrentCache | None = None
         """Cache of generated sequences. None: the layer reads rows of documents."""
 
-    def _by_heads(self, kind: Any, inputs: int, outputs: int, buffer: str) -> Any:
+    def _build_projection(self, kind: Any, inputs: int, outputs: int, buffer: str) -> Any:
         """Create a linear layer whose outputs are split by heads."""
         return build_module(kind, inputs, outputs, config=self.config, bias=False, is_expert=False,
                             tp_group=self._group, init_method=self.config.init_method, gather_output=False,
@@ -122,11 +123,11 @@ class LinearAttention(MegatronModule):
             [tokens / sequence-parallel size, 1, hidden], and None for the bias.
         """
         assert packed_seq_params is not None, "LinearAttention needs packed documents or spans"
-        convolved, gate, gates = self.projected(hidden_states)
-        if self.kept is not None:
-            output_heads = self.kept.read(convolved, gates, packed_seq_params)
+        convolved, gate, gates = self._project(hidden_states)
+        if self.state_cache is not None:
+            output_heads = self.state_cache.read(convolved, gates, packed_seq_params)
         else:
-            output_heads = self._of_documents(torch.cat([convolved, gates], -1), packed_seq_params)
+            output_heads = self._attend_documents(torch.cat([convolved, gates], -1), packed_seq_params)
         # each process normalizes its own heads: sum the weight's gradient over the group
         weight = self.out_norm()
         if self._group.size() > 1:
@@ -139,7 +140,7 @@ class LinearAttention(MegatronModule):
             output_heads.flatten(1).to(hidden_states.dtype)[:, None])
         return output
 
-    def projected(self, hidden: torch.Tensor) -> Sequence[torch.Tensor]:
+    def _project(self, hidden: torch.Tensor) -> Sequence[torch.Tensor]:
         """Project [tokens / sequence-parallel size, 1, hidden] to convolution inputs, output gates, and
         rate and decay inputs, [tokens, heads, channels] each."""
         narrow = self.gates_down_proj(hidden)[0].chunk(2, -1)
@@ -147,45 +148,46 @@ class LinearAttention(MegatronModule):
                        (self.in_proj, hidden))
         decay, gate, projected = (module(inputs)[0].squeeze(1).unflatten(-1, (self.heads, -1))
                                   for module, inputs in projections)
-        convolved, rate = projected.split([self.sizes.convolved, 1], -1)
+        convolved, rate = projected.split([self.sizes.convolved_channels, 1], -1)
         return convolved, gate, torch.cat([rate, decay], -1)
 
-    def gates(self, gates: torch.Tensor, heads: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def _compute_gates(self, gates: torch.Tensor, heads: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Map gate inputs [..., heads, channels], in the dtype of the state, to decays [..., heads, 1, key
         channels] and learning rates [..., heads, 1]."""
         rate, step = gates.split([1, self.sizes.key_head_dim], -1)
-        log_decay, bias = (self._of_heads(p, heads, gates.dtype) for p in (self.A_log, self.dt_bias))
+        log_decay, bias = (self._select_heads(p, heads, gates.dtype) for p in (self.A_log, self.dt_bias))
         return (-log_decay.exp() * softplus(step + bias))[..., None, :], rate.sigmoid()
 
-    def _of_documents(self, inputs: torch.Tensor, packed: PackedDocuments) -> torch.Tensor:
+    def _attend_documents(self, inputs: torch.Tensor, packed: PackedDocuments) -> torch.Tensor:
         """Map [tokens, heads, channels] to [tokens, heads, 1, value channels] for rows of documents."""
-        is_split = context.size() > 1
+        is_split = context.get_cp_size() > 1
         if is_split:
             inputs = context.exchange_tokens(inputs)
         elif packed.shared is not None:
             inputs = inputs.index_select(0, packed.shared.source)
-        convolved = inputs[..., :self.sizes.convolved]
-        gates = inputs[..., self.sizes.convolved:]
-        local_heads = context.share(inputs.shape[1]) if is_split else slice(None)
-        wide = self.convolution(local_heads)
-        mixed = short_convolution(convolved.flatten(1).to(wide.dtype), wide, packed.chunks.positions)
-        parts = self.parts(mixed.unflatten(-1, convolved.shape[1:]), gates, local_heads)
+        convolved = inputs[..., :self.sizes.convolved_channels]
+        gates = inputs[..., self.sizes.convolved_channels:]
+        local_heads = context.get_local_heads(inputs.shape[1]) if is_split else slice(None)
+        wide = self.get_convolution_weight(local_heads)
+        mixed = apply_short_convolution(convolved.flatten(1).to(wide.dtype), wide, packed.chunks.positions)
+        parts = self.prepare_delta_inputs(mixed.unflatten(-1, convolved.shape[1:]), gates, local_heads)
         if self.config.delta_kernels:
-            output_heads = by_kernels(*parts, chunks=packed.chunks, dtype=self.config.params_dtype)
+            output_heads = apply_fused_delta_rule(*parts, chunks=packed.chunks,
+                                                  dtype=self.config.params_dtype)
         else:
-            output_heads = in_chunks(*parts, chunks=packed.chunks)[0]
+            output_heads = apply_delta_rule(*parts, chunks=packed.chunks)[0]
         if is_split:
             output_heads = context.exchange_heads(output_heads.flatten(2))
             output_heads = output_heads.unflatten(-1, (-1, self.sizes.value_head_dim))
         return output_heads
 
-    def convolution(self, heads: slice = slice(None)) -> torch.Tensor:
+    def get_convolution_weight(self, heads: slice = slice(None)) -> torch.Tensor:
         """Return the convolution weight [channels, taps] of `heads`, in float32 or wider."""
         weight = self.conv1d().unflatten(0, (self.heads, -1))[heads]
         return weight.flatten(0, 1).squeeze(1).to(torch.promote_types(weight.dtype, torch.float32))
 
-    def parts(self, mixed: torch.Tensor, gates: torch.Tensor,
-              heads: slice = slice(None)) -> list[torch.Tensor]:
+    def prepare_delta_inputs(self, mixed: torch.Tensor, gates: torch.Tensor,
+                             heads: slice = slice(None)) -> list[torch.Tensor]:
         """Return query, key, value, decay and learning rate for the delta rule.
 
         Args:
@@ -195,12 +197,12 @@ class LinearAttention(MegatronModule):
         """
         width = self.sizes.key_head_dim
         query, key, value = silu(mixed).split([width, width, self.sizes.value_head_dim], -1)
-        decay, rate = self.gates(gates.to(mixed.dtype), heads)
+        decay, rate = self._compute_gates(gates.to(mixed.dtype), heads)
         if self.sizes.negative_eigenvalues:
             rate = 2 * rate
-        return [normalised(query) * width ** -0.5, normalised(key), value[..., None, :], decay, rate]
+        return [normalize_l2(query) * width ** -0.5, normalize_l2(key), value[..., None, :], decay, rate]
 
-    def _of_heads(self, parameter: torch.Tensor, heads: slice, dtype: torch.dtype) -> torch.Tensor:
+    def _select_heads(self, parameter: torch.Tensor, heads: slice, dtype: torch.dtype) -> torch.Tensor:
         """Return a parameter's values for `heads`, [heads, values per head]."""
         return parameter.to(dtype).unflatten(0, (self.heads, -1))[heads]
 
@@ -211,16 +213,16 @@ class LinearAttention(MegatronModule):
         declared: dict[str, Any] = {}
         parameters: dict[str, torch.Tensor] = {name: getattr(self, name) for name in ("A_log", "dt_bias")}
         for name, module in self.named_children():
-            if isinstance(module, Weight | WholeLinear):
+            if isinstance(module, WeightModule | ReplicatedLinear):
                 parameters[f"{name}.weight"] = module.weight
             else:
                 declared |= sharded_state_dict_default(module, f"{prefix}{name}.", sharded_offsets, metadata,
                                                        tp_group=self._group)
         return declared | make_sharded_tensors_for_checkpoint(
-            parameters, prefix, SPLIT, sharded_offsets, tp_group=self._group, dp_cp_group=group)
+            parameters, prefix, SPLIT_AXES, sharded_offsets, tp_group=self._group, dp_cp_group=group)
 
 
-class KeptState:
+class RecurrentCache:
     """Cache of one layer for generation: recurrent state and the last convolution inputs per slot.
 
     Of a step that may be rolled back (`CacheSize.step_tokens`) only the first token enters the state at once;
@@ -238,7 +240,7 @@ class KeptState:
     def read(self, convolved: torch.Tensor, gates: torch.Tensor, spans: PackedSpans) -> torch.Tensor:
         """Process new tokens: two tensors [tokens, heads, channels] -> [tokens, heads, 1, value channels],
         zeros at padding."""
-        sizes, wide = self._layer.sizes, self._layer.convolution()
+        sizes, wide = self._layer.sizes, self._layer.get_convolution_weight()
         if self._state is None:
             heads, slots = self._layer.heads, self._size.slots
             self._state = wide.new_zeros(slots, heads, 1, sizes.key_head_dim, sizes.value_head_dim)
@@ -248,41 +250,42 @@ class KeptState:
         for group in spans.groups:
             rows = slice(group.start, group.start + len(group.past) * group.length)
             shape = (len(group.past), group.length)
-            outputs[rows] = self._read(group, convolved[rows].flatten(1).to(wide.dtype).unflatten(0, shape),
-                                     gates[rows].unflatten(0, shape), wide).flatten(0, 1)
+            outputs[rows] = self._read_spans(group,
+                                             convolved[rows].flatten(1).to(wide.dtype).unflatten(0, shape),
+                                             gates[rows].unflatten(0, shape), wide).flatten(0, 1)
         return outputs
 
-    def _read(self, group: CacheGroup, convolved: torch.Tensor, gates: torch.Tensor,
-              wide: torch.Tensor) -> torch.Tensor:
+    def _read_spans(self, group: CacheGroup, convolved: torch.Tensor, gates: torch.Tensor,
+                    wide: torch.Tensor) -> torch.Tensor:
         """Process one span for each of several sequences: [sequences, tokens, ...]."""
         assert self._state is not None and self._inputs is not None and self._gates is not None
         slots, length = slice(group.slot, group.slot + len(group.past)), group.length
-        self._begin(group)
+        self._reset_slots(group)
         num_accepted = torch.tensor([past - self._past[group.slot + i] for i, past in enumerate(group.past)],
-                              device=wide.device)
+                                    device=wide.device)
         if ((num_accepted < 0) | (num_accepted > self._open)).any():
             raise RuntimeError(f"slots from {group.slot} on have read {self._past[slots]} tokens and resume "
                                f"at {group.past}: the state can roll back at most {self._open} tokens")
         # accepted open tokens move next to the new tokens; rejected ones come first, with rate and decay 0
-        inputs = torch.cat([_moved(self._inputs[slots], self._open - num_accepted), convolved], 1)
-        gates = torch.cat([_moved(self._gates[slots], self._open - num_accepted), gates], 1)
-        mixed = convolved_windows(inputs, wide).unflatten(-1, (self._layer.heads, -1))
-        query, key, value, decay, rate = self._layer.parts(mixed, gates)
+        inputs = torch.cat([_shift_right(self._inputs[slots], self._open - num_accepted), convolved], 1)
+        gates = torch.cat([_shift_right(self._gates[slots], self._open - num_accepted), gates], 1)
+        mixed = convolve_windows(inputs, wide).unflatten(-1, (self._layer.heads, -1))
+        query, key, value, decay, rate = self._layer.prepare_delta_inputs(mixed, gates)
         num_rejected = self._open - num_accepted
         is_rejected = torch.arange(mixed.shape[1], device=wide.device) < num_rejected[:, None]
         rate = rate.masked_fill(is_rejected[..., None, None], 0)
         decay = decay.masked_fill(is_rejected[..., None, None, None], 0)
         row = (query, key, value, decay, rate)
         if length <= self._size.step_tokens:
-            outputs, states = by_token(*row, self._state[slots])
+            outputs, states = apply_delta_rule_by_token(*row, self._state[slots])
             num_entered = 1
             self._state[slots] = states[self._open]
         else:
             count, tokens = mixed.shape[:2]
             chunks = chunk_documents([(i * tokens, i * tokens, (i + 1) * tokens) for i in range(count)],
                                      wide.device)
-            outputs, self._state[slots] = in_chunks(*(t.flatten(0, 1) for t in row), chunks=chunks,
-                                                    state=self._state[slots])
+            outputs, self._state[slots] = apply_delta_rule(*(t.flatten(0, 1) for t in row), chunks=chunks,
+                                                           state=self._state[slots])
             outputs, num_entered = outputs.unflatten(0, (count, tokens)), length
         for cache, new in ((self._inputs, inputs), (self._gates, gates)):
             tail = new[:, self._open + num_entered:]
@@ -291,7 +294,7 @@ class KeptState:
             self._past[group.slot + i] = past + num_entered
         return outputs[:, self._open:]
 
-    def _begin(self, group: CacheGroup) -> None:
+    def _reset_slots(self, group: CacheGroup) -> None:
         """Reset the slots whose sequences start."""
         assert self._state is not None and self._inputs is not None
         for slot in (group.slot + i for i, past in enumerate(group.past) if not past):
@@ -306,7 +309,7 @@ class KeptState:
             self._past[target] = self._past[source]
 
 
-def _moved(values: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+def _shift_right(values: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
     """Shift values [sequences, places, ...] right by `by` [sequences] places, with zeros before them."""
     source = torch.arange(values.shape[1], device=values.device) - by[:, None]
     index = source.clamp(min=0).reshape(*source.shape, *[1] * (values.dim() - 2)).expand_as(values)
@@ -314,7 +317,7 @@ def _moved(values: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
     return values.gather(1, index) * is_valid
 
 
-def attend_linearly(config: Any, spec: Any, sizes: LinearAttentionConfig, te: bool) -> None:
+def set_linear_attention(config: Any, spec: Any, sizes: LinearAttentionConfig, te: bool) -> None:
     """Set `LinearAttention` in a layer spec. The input norm stays separate also with Transformer Engine: two
     projections read its output."""
     layer = spec.submodules

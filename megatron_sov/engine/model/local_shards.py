@@ -2,7 +2,7 @@
 
 A block is a view of a live parameter or buffer with its offset in a global tensor, whose name and shape are
 equal at every layout. Writing to the view changes the model. For FP8 weights the blocks are views of the
-initial values or masters, and `LanguageModel.finish_writing` quantizes the weights.
+initial values or masters, and `LanguageModel.requantize_weights` quantizes the weights.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
 from megatron_sov.engine.model import quantized_weights
-from megatron_sov.engine.model.language_model import VOCABULARY_WEIGHTS, LanguageModel, valid_rows
+from megatron_sov.engine.model.language_model import VOCABULARY_WEIGHTS, LanguageModel, count_token_rows
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class LocalShard:
 
     @property
     def owned(self) -> bool:
-        """Whether this process, among all with the same block, writes it."""
+        """Whether this process writes the block (replica 0 does)."""
         return not any(self.replica)
 
     @property
@@ -44,39 +44,40 @@ class LocalShard:
         return (1,) * (len(self.global_shape) - self.data.dim()) + tuple(self.data.shape)
 
 
-def local_shards(model: LanguageModel, *, rounded: bool = False) -> list[LocalShard]:
+def list_local_shards(model: LanguageModel, *, rounded: bool = False) -> list[LocalShard]:
     """Return the local blocks, sorted by name and offset. Collective.
 
     Args:
         rounded: replace float32 masters by copies in the model's dtype, as checkpoints and exports store
             weights.
     """
-    blocks = declared_blocks(model)
-    if not model.stand_ins:
+    blocks = list_declared_blocks(model)
+    if not model.fp8_placeholders:
         return blocks
     lookup = ParameterLookup(model)
-    shards = [shard for block in blocks for shard in _at_home(model, block, lookup.find(block), rounded)]
+    shards = [shard for block in blocks
+              for shard in _iter_value_blocks(model, block, lookup.find_parameter(block), rounded)]
     return sorted(shards, key=lambda b: (b.key, b.offset))
 
 
-def _at_home(model: LanguageModel, block: LocalShard, parameter: torch.nn.Parameter | None,
-             rounded: bool) -> Iterator[LocalShard]:
+def _iter_value_blocks(model: LanguageModel, block: LocalShard, parameter: torch.nn.Parameter | None,
+                       rounded: bool) -> Iterator[LocalShard]:
     """Yield the block, or for an FP8 weight the blocks of its initial values or masters."""
-    if id(parameter) not in model.stand_ins:
+    if id(parameter) not in model.fp8_placeholders:
         yield block
-    elif model.masters is None:
-        yield replace(block, data=quantized_weights.kept_view(parameter, block.data))
+    elif model.iter_masters is None:
+        yield replace(block, data=quantized_weights.view_initial_values(parameter, block.data))
     else:
-        for master in model.masters(block, parameter):
+        for master in model.iter_masters(block, parameter):
             yield replace(master, data=master.data.to(block.data.dtype)) if rounded else master
 
 
-def declared_blocks(model: LanguageModel) -> list[LocalShard]:
+def list_declared_blocks(model: LanguageModel) -> list[LocalShard]:
     """Return the blocks that the model declares; blocks of FP8 weights are parts of meta tensors."""
     model.finish_param_gather()
     blocks = []
     for chunk in model.chunks:
-        with quantized_weights.replaced(chunk, model.stand_ins):
+        with quantized_weights.use_placeholders(chunk, model.fp8_placeholders):
             declared = chunk.sharded_state_dict(metadata={})
         apply_factories(declared)  # splits fused gate-and-up weights, which are split along each half
         blocks += [
@@ -88,19 +89,19 @@ def declared_blocks(model: LanguageModel) -> list[LocalShard]:
             blocks += [LocalShard(*block) for factors in chunk.adapters.factors()
                        for block in factors.blocks()]
     # vocabulary padding depends on tensor parallelism; checkpoints must not depend on the layout
-    blocks = [_without_padding(b, model.vocab_size) if b.key in VOCABULARY_WEIGHTS else b for b in blocks]
+    blocks = [_remove_padding_rows(b, model.vocab_size) if b.key in VOCABULARY_WEIGHTS else b for b in blocks]
     # the library's order of declaration differs between layouts
     return sorted((b for b in blocks if b.data.numel()), key=lambda b: (b.key, b.offset))
 
 
-def _without_padding(block: LocalShard, vocab_size: int) -> LocalShard:
+def _remove_padding_rows(block: LocalShard, vocab_size: int) -> LocalShard:
     """Remove the rows after the last token id from an embedding or head block; their number depends on the
     layout."""
-    rows = valid_rows(block.data, vocab_size)
+    rows = count_token_rows(block.data, vocab_size)
     return replace(block, data=block.data[:rows], global_shape=(vocab_size, *block.global_shape[1:]))
 
 
-def _address(tensor: torch.Tensor) -> tuple[int, int]:
+def _get_address(tensor: torch.Tensor) -> tuple[int, int]:
     """Return the storage and byte offset of a tensor's first element; meta tensors have no data pointer."""
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset()) * tensor.element_size()
 
@@ -109,13 +110,13 @@ class ParameterLookup:
     """Finds the parameter that a block is a view of."""
 
     def __init__(self, model: LanguageModel) -> None:
-        placed = sorted(((_address(model.stand_ins.get(id(p), p)), p) for p in model.parameters()),
+        placed = sorted(((_get_address(model.fp8_placeholders.get(id(p), p)), p) for p in model.parameters()),
                         key=lambda item: item[0])
         self._parameters, self._starts = [p for _, p in placed], [start for start, _ in placed]
 
-    def find(self, block: LocalShard) -> torch.nn.Parameter | None:
+    def find_parameter(self, block: LocalShard) -> torch.nn.Parameter | None:
         """Return the parameter that contains the block's memory, or None for a buffer."""
-        storage, offset = address = _address(block.data)
+        storage, offset = address = _get_address(block.data)
         i = bisect.bisect_right(self._starts, address) - 1
         if i < 0:
             return None

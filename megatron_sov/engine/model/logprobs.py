@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_sov.engine.model.chunked_head import Chunking, CrossEntropySums, LabelLogprobs, project
-from megatron_sov.engine.model.divergence import Divergence, DivergenceSums, Teacher, most_probable
-from megatron_sov.engine.model.language_model import LanguageModel, states_for_head, valid_rows
+from megatron_sov.engine.model.chunked_head import Chunking, CrossEntropySums, LabelLogprobs, project_logits
+from megatron_sov.engine.model.divergence import Divergence, DivergenceSums, Teacher, find_most_probable
+from megatron_sov.engine.model.language_model import LanguageModel, count_token_rows, prepare_head_input
 from megatron_sov.engine.parallel import context
 from megatron_sov.engine.parallel.device import to_device
 
 
 @dataclass(frozen=True)
-class Divergences:
+class DivergenceStatistics:
     """Divergence statistics per label of a row, without gradient.
 
     Each [T] float32 (float64 under fp64), equal on all processes of the tensor- and context-parallel groups.
@@ -67,12 +67,12 @@ class Head:
             groups, differentiable if every process computes the same loss from it; and the losses [T]
             float32 (float64 under fp64), without gradient.
         """
-        losses, *sums = CrossEntropySums.apply(states_for_head(hidden, self.config), self.weight, labels,
+        losses, *sums = CrossEntropySums.apply(prepare_head_input(hidden, self.config), self.weight, labels,
                                                self._chunking, torch.is_grad_enabled(), *weights.values())
         return dict(zip(weights, sums, strict=True)), losses
 
     def divergence(self, hidden: torch.Tensor, teacher: Teacher, weights: Mapping[str, torch.Tensor],
-                   divergence: Divergence) -> tuple[dict[str, torch.Tensor], Divergences]:
+                   divergence: Divergence) -> tuple[dict[str, torch.Tensor], DivergenceStatistics]:
         """Return weighted sums of the divergences from a teacher, and per-label statistics.
 
         As in `cross_entropy`, the weights are known in advance and the head is applied once.
@@ -86,14 +86,15 @@ class Head:
         Returns:
             Term -> its sum over the whole row, as in `cross_entropy`; and the statistics.
         """
-        row_values, *sums = DivergenceSums.apply(states_for_head(hidden, self.config), self.weight, teacher,
-                                             divergence, self._chunking, torch.is_grad_enabled(),
-                                             *weights.values())
-        return dict(zip(weights, sums, strict=True)), Divergences(*row_values.unbind(1))
+        row_values, *sums = DivergenceSums.apply(prepare_head_input(hidden, self.config), self.weight,
+                                                 teacher,
+                                                 divergence, self._chunking, torch.is_grad_enabled(),
+                                                 *weights.values())
+        return dict(zip(weights, sums, strict=True)), DivergenceStatistics(*row_values.unbind(1))
 
     def logprobs(self, hidden: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0,
                  wanted: torch.Tensor | None = None) -> torch.Tensor:
-        """Return log p(label) of each position, for losses that are not weighted sums of them.
+        """Return log p(label) at every position, for losses other than weighted sums.
 
         Such a loss knows its derivative only in the backward pass, which applies the head a second time.
 
@@ -108,48 +109,49 @@ class Head:
             [T] float32 (float64 under fp64) of the whole row, equal on all processes of the tensor- and
             context-parallel groups, differentiable if every process computes the same loss from it.
         """
-        states, local_labels = states_for_head(hidden, self.config), context.local(labels)
+        states, local_labels = prepare_head_input(hidden, self.config), context.select_local(labels)
         if wanted is None:
-            return context.gather(
+            return context.gather_row(
                 LabelLogprobs.apply(states, self.weight, local_labels, self._chunking, temperature))
-        index = to_device(context.local(wanted).nonzero()[:, 0], states.device)
+        index = to_device(context.select_local(wanted).nonzero()[:, 0], states.device)
         selected = LabelLogprobs.apply(states.index_select(0, index), self.weight, local_labels[index],
                                        self._chunking, temperature)
-        return context.gather(selected.new_zeros(len(local_labels)).index_copy(0, index, selected))
+        return context.gather_row(selected.new_zeros(len(local_labels)).index_copy(0, index, selected))
 
     @torch.no_grad()
     def top_tokens(self, states: torch.Tensor) -> torch.Tensor:
         """Return the most probable tokens [n] int64 for gathered hidden states [n, H]."""
-        return torch.cat([_chunk_argmax(self._project(s, self._chunking.token_rows))[0]
+        return torch.cat([_find_top_tokens(self._project_logits(s, self._chunking.token_rows))[0]
                           for s in states.split(self.chunk_tokens)])
 
     @torch.no_grad()
     def best_tokens(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return `top_tokens` and the log-probability [n] float32 (float64 under fp64) of each."""
-        best = [_chunk_best(self._project(s, self._chunking.token_rows))
+        best = [_find_best_tokens(self._project_logits(s, self._chunking.token_rows))
                  for s in states.split(self.chunk_tokens)]
         return torch.cat([token for token, _ in best]), torch.cat([logprob for _, logprob in best])
 
     @torch.no_grad()
-    def top_of_row(self, hidden: torch.Tensor) -> torch.Tensor:
+    def predict_row(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the most probable token [T] int64 after each position of a row, on every process, from
         hidden states [local tokens, 1, H]."""
-        return context.gather(self.top_tokens(states_for_head(hidden, self.config)))
+        return context.gather_row(self.top_tokens(prepare_head_input(hidden, self.config)))
 
     @torch.no_grad()
-    def most_probable(self, hidden: torch.Tensor, k: int, temperature: float = 1.0
+    def find_most_probable(self, hidden: torch.Tensor, k: int, temperature: float = 1.0
                       ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the K most probable tokens [T, K] int64 after each position of a row and their
         log-probabilities [T, K] float32 (float64 under fp64), on every process, from [local tokens, 1, H]."""
-        best = [most_probable(s, self.weight, k, self._chunking.token_rows, temperature, self.logits_softcap)
-                 for s in states_for_head(hidden, self.config).split(self.chunk_tokens)]
-        token, logprobs = (context.gather(torch.cat(parts)) for parts in zip(*best, strict=True))
+        best = [find_most_probable(s, self.weight, k, self._chunking.token_rows, temperature,
+                                   self.logits_softcap)
+                 for s in prepare_head_input(hidden, self.config).split(self.chunk_tokens)]
+        token, logprobs = (context.gather_row(torch.cat(parts)) for parts in zip(*best, strict=True))
         return token, logprobs
 
     @torch.no_grad()
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Return full logits [n, token ids] float32 (float64 under fp64) for gathered states [n, H]."""
-        local = self._project(states, len(self.weight))
+        local = self._project_logits(states, len(self.weight))
         return tensor_parallel.gather_from_tensor_model_parallel_region(local)[:, :self.vocab_size]
 
     @property
@@ -160,21 +162,22 @@ class Head:
 
     @property
     def _chunking(self) -> Chunking:
-        return Chunking(self.chunk_tokens, valid_rows(self.weight, self.vocab_size), self.logits_softcap)
+        return Chunking(self.chunk_tokens, count_token_rows(self.weight, self.vocab_size),
+                        self.logits_softcap)
 
-    def _project(self, states: torch.Tensor, rows: int) -> torch.Tensor:
-        return project(states, self.weight, rows, softcap=self.logits_softcap)
+    def _project_logits(self, states: torch.Tensor, rows: int) -> torch.Tensor:
+        return project_logits(states, self.weight, rows, softcap=self.logits_softcap)
 
 
-def head_of(model: LanguageModel, chunk_tokens: int) -> Head:
+def build_head(model: LanguageModel, chunk_tokens: int) -> Head:
     return Head(model.head_weight, model.config, chunk_tokens, model.vocab_size,
                 model.architecture.logits_softcap)
 
 
-def _chunk_best(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _find_best_tokens(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the most probable token [C] int64 and its log-probability [C] from logits [C, V / tp], which are
     overwritten."""
-    token, largest = _chunk_argmax(logits)
+    token, largest = _find_top_tokens(logits)
     sums = logits.sub_(largest[:, None]).exp_().sum(dim=-1)
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() > 1:
@@ -182,7 +185,7 @@ def _chunk_best(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return token, -sums.log()
 
 
-def _chunk_argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _find_top_tokens(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the largest logit's token [C] int64 and value [C] from logits [C, V / tp]; ties go to the lowest
     id at every layout."""
     best, token = logits.max(dim=-1)

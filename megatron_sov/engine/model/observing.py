@@ -19,22 +19,22 @@ from megatron_sov.engine.parallel.simulated_messages import CallSite
 
 Sums = tuple[float, float]
 Place = tuple[int, str]
-BEFORE = "before the first module"
-LEFT, CAME = "forward behind ", "backward of "
-"""Prefixes of step parts that begin when a module returns, or when the gradient of its output arrives."""
-REDUCED = "DATA_PARALLEL"
-"""Part of the names of groups that reduce gradients, which may overlap with the backward pass."""
+BEFORE_FORWARD = "before the first module"
+AFTER_FORWARD, AFTER_BACKWARD = "forward behind ", "backward of "
+"""Prefixes of step parts: a module has returned, or the gradient of a module's output has arrived."""
+REDUCTION_GROUP = "DATA_PARALLEL"
+"""Substring in the names of gradient reduction groups; reduction may overlap with the backward pass."""
 _EXPERT = re.compile(r"\.local_experts\.\d+")
 _PARTIAL = re.compile(r"\.mlp\.experts(\.local_experts\.\d+(\.linear_fc2)?)?$")
 """Expert modules whose output is partial under expert tensor parallelism."""
-MOST_EXPERTS = 16
-"""Largest number of local experts per layer that are observed one by one."""
+MAX_EXPERTS = 16
+"""Maximum number of local experts per layer for sums per expert."""
 _REPLICA_TOLERANCE = 1e-12
 """Relative tolerance: sums this close belong to replicas of a tensor; sums of two parts differ more."""
 
 
 @dataclass
-class Observed:
+class ModuleSums:
     """Sums and messages of one process."""
 
     group: tuple[int, ...]
@@ -46,8 +46,9 @@ class Observed:
     forward: dict[Place, Sums] = field(default_factory=dict)
     """(step, module) -> sums of its outputs, in the order of first calls."""
     backward: dict[Place, Sums] = field(default_factory=dict)
-    """(step, module) -> sums of the gradients of its outputs, ordered by the arrival of the last gradient: a
-    module that is called twice, such as an embedding with MTP layers, is complete only then."""
+    """(step, module) -> sums over the gradients of the module's outputs, ordered by the last gradient's
+    arrival: a module called twice, for example an embedding with MTP layers, is complete only after the
+    last."""
     sent: dict[Place, dict[CallSite, None]] = field(default_factory=dict)
     """(step, part), for example part `forward of MODULE`, in the order of first messages -> call sites."""
     part: str = "building"
@@ -55,7 +56,7 @@ class Observed:
     def enter(self, part: str) -> None:
         """Start a part of the step."""
         self.part, place = part, (self.step, part)
-        if part.startswith(CAME):
+        if part.startswith(AFTER_BACKWARD):
             self.sent[place] = self.sent.pop(place, {})  # same order as `backward`: by last gradient
         else:
             self.sent.setdefault(place, {})
@@ -63,25 +64,25 @@ class Observed:
     def begin(self, step: int) -> None:
         """Start a step."""
         self.step = step
-        self.enter(BEFORE)
+        self.enter(BEFORE_FORWARD)
 
     def note(self, site: CallSite) -> None:
         """Record the call site of a message."""
         self.sent.setdefault((self.step, self.part), {})[site] = None
 
 
-def observe(model: LanguageModel) -> Observed:
+def observe_modules(model: LanguageModel) -> ModuleSums:
     """Register hooks on the model, and return the record that they fill in passes with gradients."""
-    sums = Observed(_ranks_of(parallel_state.get_tensor_model_parallel_group()),
-                     _ranks_of(parallel_state.get_expert_tensor_parallel_group()))
-    for name, module in _named(model):
+    sums = ModuleSums(_get_ranks(parallel_state.get_tensor_model_parallel_group()),
+                      _get_ranks(parallel_state.get_expert_tensor_parallel_group()))
+    for name, module in _iter_named_modules(model):
         module.register_forward_pre_hook(_Enter(sums, name))
         module.register_forward_hook(_Leave(sums, name))
     return sums
 
 
-def locate(expected: Observed, seen: Sequence[Observed], step: int,
-           tolerance: float) -> tuple[list[str], list[str]]:
+def locate_difference(expected: ModuleSums, seen: Sequence[ModuleSums], step: int,
+                      tolerance: float) -> tuple[list[str], list[str]]:
     """Find the modules where a difference starts, and the messages sent just before.
 
     Args:
@@ -96,17 +97,18 @@ def locate(expected: Observed, seen: Sequence[Observed], step: int,
     """
     first_modules = {}
     for kind in ("forward", "backward"):
-        parts = [_of_step(getattr(process, kind), step) for process in seen]
-        first_modules[kind] = _first_difference(
-            _of_step(getattr(expected, kind), step), _joined(parts, seen), tolerance)
-    first = next(((LEFT if kind == "forward" else CAME) + module for kind, module in first_modules.items()
+        parts = [_select_step(getattr(process, kind), step) for process in seen]
+        first_modules[kind] = _find_first_difference(
+            _select_step(getattr(expected, kind), step), _merge_ranks(parts, seen), tolerance)
+    first = next(((AFTER_FORWARD if kind == "forward" else AFTER_BACKWARD) + module for kind,
+                  module in first_modules.items()
                   if module is not None), "")
-    sites = {str(site) for process in seen for site in _sent_before(process, step, first)}
+    sites = {str(site) for process in seen for site in _iter_messages_before(process, step, first)}
     wrong = [f"{kind} of {module}" for kind, module in first_modules.items() if module is not None]
     return wrong, sorted(sites)
 
 
-def _sent_before(process: Observed, step: int, first: str) -> Iterator[CallSite]:
+def _iter_messages_before(process: ModuleSums, step: int, first: str) -> Iterator[CallSite]:
     """Yield a process's messages between the part before `first` and `first`.
 
     Args:
@@ -119,17 +121,19 @@ def _sent_before(process: Observed, step: int, first: str) -> Iterator[CallSite]
     if first and first not in names:
         return  # another pipeline stage
     end = names.index(first) if first else len(names)
-    start = max((i for i, name in enumerate(names[:end]) if name.startswith((LEFT, CAME) if first else CAME)),
+    start = max((i for i, name in enumerate(names[:end])
+                 if name.startswith((AFTER_FORWARD, AFTER_BACKWARD) if first else AFTER_BACKWARD)),
                 default=0)
-    if first.startswith(CAME) and (left := LEFT + first.removeprefix(CAME)) in names:
+    if first.startswith(AFTER_BACKWARD) and (left := AFTER_FORWARD
+                                             + first.removeprefix(AFTER_BACKWARD)) in names:
         first_use = names.index(left)  # a message at the use may be wrong only in its gradient
-        stop = next((i for i, name in enumerate(names) if i > first_use and name.startswith(LEFT)),
+        stop = next((i for i, name in enumerate(names) if i > first_use and name.startswith(AFTER_FORWARD)),
                     first_use + 1)
         yield from (site for _, sites in parts[first_use:stop] for site in sites)
-    if first.startswith(CAME) and not names[start].startswith(CAME):
-        yield from dict(parts).get(BEFORE, {})  # the divisor of the loss may be wrong
+    if first.startswith(AFTER_BACKWARD) and not names[start].startswith(AFTER_BACKWARD):
+        yield from dict(parts).get(BEFORE_FORWARD, {})  # the divisor of the loss may be wrong
     if not first:
-        yield from (site for _, sites in parts[:start] for site in sites if REDUCED in site.group)
+        yield from (site for _, sites in parts[:start] for site in sites if REDUCTION_GROUP in site.group)
     # a missing reduction looks like a split tensor until it is used: name the last message
     while start > 0 and not any(sites for _, sites in parts[start:end]):
         start -= 1
@@ -137,11 +141,11 @@ def _sent_before(process: Observed, step: int, first: str) -> Iterator[CallSite]
         yield from sites
 
 
-def _of_step(sums: Mapping[Place, Sums], step: int) -> dict[str, Sums]:
+def _select_step(sums: Mapping[Place, Sums], step: int) -> dict[str, Sums]:
     return {name: value for (number, name), value in sums.items() if number == step}
 
 
-def _joined(parts: Sequence[Mapping[str, Sums]], seen: Sequence[Observed]) -> dict[str, Sums]:
+def _merge_ranks(parts: Sequence[Mapping[str, Sums]], seen: Sequence[ModuleSums]) -> dict[str, Sums]:
     """Add up the sums of all processes, counting replicas once."""
     joined: dict[str, Sums] = {}
     for name in dict.fromkeys(name for part in parts for name in part):
@@ -149,13 +153,13 @@ def _joined(parts: Sequence[Mapping[str, Sums]], seen: Sequence[Observed]) -> di
         for process, part in zip(seen, parts, strict=True):
             if name in part:
                 groups[process.expert_group if ".experts" in name else process.group].append(part[name])
-        totals = [_of_group(parts) for parts in groups.values()]
+        totals = [_merge_group(parts) for parts in groups.values()]
         joined[name] = sum(t[0] for t in totals), sum(t[1] for t in totals)
     return joined
 
 
-def _first_difference(expected: Mapping[str, Sums], observed: Mapping[str, Sums],
-                      tolerance: float) -> str | None:
+def _find_first_difference(expected: Mapping[str, Sums], observed: Mapping[str, Sums],
+                           tolerance: float) -> str | None:
     """Return the first module with differing sums, or None."""
     for name, (total, squares) in expected.items():
         if (observed_sums := observed.get(name)) is None:
@@ -170,7 +174,7 @@ def _first_difference(expected: Mapping[str, Sums], observed: Mapping[str, Sums]
     return None
 
 
-def _of_group(parts: list[Sums]) -> Sums:
+def _merge_group(parts: list[Sums]) -> Sums:
     first = parts[0]
     is_replica = len(parts) > 1 and all(
         abs(part[i] - first[i]) <= _REPLICA_TOLERANCE * max(abs(first[i]), 1e-300)
@@ -179,7 +183,7 @@ def _of_group(parts: list[Sums]) -> Sums:
 
 
 class _Enter:
-    def __init__(self, sums: Observed, name: str) -> None:
+    def __init__(self, sums: ModuleSums, name: str) -> None:
         self._found, self._name = sums, name
 
     def __call__(self, module: Any, args: Any) -> None:
@@ -187,11 +191,11 @@ class _Enter:
 
 
 class _Leave:
-    def __init__(self, sums: Observed, name: str) -> None:
+    def __init__(self, sums: ModuleSums, name: str) -> None:
         self._found, self._name = sums, name
 
     def __call__(self, module: Any, args: Any, output: Any) -> None:
-        self._found.enter(LEFT + self._name)
+        self._found.enter(AFTER_FORWARD + self._name)
         if not torch.is_grad_enabled():
             return  # recomputation will call the module again with gradients
         # the second output is a bias added later, complete on each process
@@ -199,23 +203,23 @@ class _Leave:
         if isinstance(tensor, torch.nn.Parameter):  # a module that returns its weight
             return
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-            _add(self._found.forward, (self._found.step, self._name), tensor.detach())
+            _add_sums(self._found.forward, (self._found.step, self._name), tensor.detach())
             if tensor.requires_grad:
-                tensor.register_hook(self._came)
+                tensor.register_hook(self._record_gradient)
 
-    def _came(self, gradient: torch.Tensor) -> None:
-        self._found.enter(CAME + self._name)
+    def _record_gradient(self, gradient: torch.Tensor) -> None:
+        self._found.enter(AFTER_BACKWARD + self._name)
         sums, place = self._found.backward, (self._found.step, self._name)
         sums[place] = sums.pop(place, (0.0, 0.0))  # move to the end
-        _add(sums, place, gradient)
+        _add_sums(sums, place, gradient)
 
 
-def _add(sums: dict[Place, Sums], place: Place, tensor: torch.Tensor) -> None:
+def _add_sums(sums: dict[Place, Sums], place: Place, tensor: torch.Tensor) -> None:
     total, squares = sums.get(place, (0.0, 0.0))
     sums[place] = total + float(tensor.sum()), squares + float(tensor.square().sum())
 
 
-def _named(model: LanguageModel) -> Iterator[tuple[str, torch.nn.Module]]:
+def _iter_named_modules(model: LanguageModel) -> Iterator[tuple[str, torch.nn.Module]]:
     """Yield modules with layout-independent names: layers by their number in the model, experts merged."""
     for chunk in model.chunks:
         layers = {name: module for name, module in chunk.named_modules()
@@ -227,7 +231,7 @@ def _named(model: LanguageModel) -> Iterator[tuple[str, torch.nn.Module]]:
                 continue
             # with many local experts only their joint output is observed
             if (expert_match := _EXPERT.search(name)) and len(chunk.get_submodule(name[:expert_match.start()])
-                                                        .local_experts) > MOST_EXPERTS:
+                                                              .local_experts) > MAX_EXPERTS:
                 continue
             # partial output, summed only when it returns to the token
             if _PARTIAL.search(name) and parallel_state.get_expert_tensor_parallel_world_size() > 1:
@@ -242,5 +246,5 @@ def _named(model: LanguageModel) -> Iterator[tuple[str, torch.nn.Module]]:
             yield _EXPERT.sub(".experts", name).removeprefix("module.") or "model", module
 
 
-def _ranks_of(group: Any) -> tuple[int, ...]:
+def _get_ranks(group: Any) -> tuple[int, ...]:
     return tuple(torch.distributed.get_process_group_ranks(group))

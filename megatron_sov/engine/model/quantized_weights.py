@@ -22,7 +22,7 @@ def is_quantized(parameter: torch.Tensor) -> bool:
     return is_fp8
 
 
-def stand_ins(module: torch.nn.Module) -> dict[int, torch.nn.Parameter]:
+def create_placeholders(module: torch.nn.Module) -> dict[int, torch.nn.Parameter]:
     """Return `id(weight)` -> meta tensor of its shape and dtype, for each FP8 weight.
 
     Megatron-Core declares blocks as views of weights, and a view of an FP8 weight would be a bf16 copy.
@@ -34,15 +34,15 @@ def stand_ins(module: torch.nn.Module) -> dict[int, torch.nn.Parameter]:
             placeholders[id(parameter)] = placeholder = torch.nn.Parameter(empty, requires_grad=False)
             attributes = ("allreduce", "tensor_model_parallel", "partition_dim", "partition_stride")
             vars(placeholder).update({name: getattr(parameter, name)
-                                   for name in attributes if hasattr(parameter, name)})
+                                      for name in attributes if hasattr(parameter, name)})
     return placeholders
 
 
 @contextlib.contextmanager
-def replaced(module: torch.nn.Module, by: dict[int, torch.nn.Parameter]) -> Iterator[None]:
+def use_placeholders(module: torch.nn.Module, by: dict[int, torch.nn.Parameter]) -> Iterator[None]:
     """Replace FP8 weights by their meta tensors inside the context, for declaring blocks."""
     owners = [(part._parameters, name, parameter) for part in module.modules()
-             for name, parameter in part._parameters.items() if id(parameter) in by]
+              for name, parameter in part._parameters.items() if id(parameter) in by]
     for parameters, name, parameter in owners:
         parameters[name] = by[id(parameter)]
     try:
@@ -52,7 +52,7 @@ def replaced(module: torch.nn.Module, by: dict[int, torch.nn.Parameter]) -> Iter
             parameters[name] = parameter
 
 
-def kept_view(parameter: Any, place: torch.Tensor) -> torch.Tensor:
+def view_initial_values(parameter: Any, place: torch.Tensor) -> torch.Tensor:
     """Return the part of a weight's initial bf16 values, which exist until the weight has masters.
 
     Args:
@@ -63,14 +63,14 @@ def kept_view(parameter: Any, place: torch.Tensor) -> torch.Tensor:
     return initial.as_strided(place.shape, place.stride(), int(place.storage_offset()))
 
 
-def read_values(parameter: torch.Tensor) -> torch.Tensor:
+def dequantize_weight(parameter: torch.Tensor) -> torch.Tensor:
     """Return the values that products use: the weight, or its dequantized FP8 values."""
     quantized: Any = parameter
     values: torch.Tensor = quantized.dequantize() if is_quantized(parameter) else parameter
     return values
 
 
-def raw_data(parameter: torch.Tensor) -> torch.Tensor:
+def get_raw_data(parameter: torch.Tensor) -> torch.Tensor:
     """Return the memory of a weight: the weight, or its FP8 bytes."""
     quantized: Any = parameter
     data: torch.Tensor = (quantized.get_data_tensors(rowwise_data=True, columnwise_data=False)
@@ -80,7 +80,7 @@ def raw_data(parameter: torch.Tensor) -> torch.Tensor:
 
 
 
-def shares_gradients(config: Any) -> bool:
+def shares_gradient_memory(config: Any) -> bool:
     """Return whether parameter gathers use bf16 values in gradient memory: with MXFP8, Transformer Engine
     quantizes both layouts of a weight from the values, not from the library's buffer."""
     return bool(config.fp8_param and config.fp8_recipe == "mxfp8")
@@ -90,11 +90,12 @@ def optimizer_settings(config: Any) -> dict[str, Any]:
     """Return the FP8 fields of the library's `OptimizerConfig`."""
     if not config.fp8_param:
         return {}
-    return {"fp8_recipe": config.fp8_recipe, "reuse_grad_buf_for_mxfp8_param_ag": shares_gradients(config)}
+    return {"fp8_recipe": config.fp8_recipe,
+            "reuse_grad_buf_for_mxfp8_param_ag": shares_gradient_memory(config)}
 
 
-def quantize(optimizers: list[Any]) -> None:
-    """Quantize the local ranges of FP8 weights from their masters; a gather then completes all weights.
+def quantize_local_ranges(optimizers: list[Any]) -> None:
+    """Quantize the local ranges of FP8 weights from the masters; a gather then completes the weights.
 
     Args:
         optimizers: the library's distributed optimizers.
@@ -116,10 +117,10 @@ def quantize(optimizers: list[Any]) -> None:
                 target = flat[buffer_range.start:buffer_range.end]
                 # after a checkpoint load, the masters of bf16 weights may be older than the weights
                 target.copy_(main if is_quantized(parameter)
-                           else parameter.detach().view(-1)[local_range.start:local_range.end])
+                             else parameter.detach().view(-1)[local_range.start:local_range.end])
 
 
-def fill_buffers(optimizers: list[Any]) -> None:
+def fill_gather_buffers(optimizers: list[Any]) -> None:
     """Copy all masters to the gather buffers, if these share gradient memory."""
     for optimizer in optimizers:
         if optimizer.optimizer is not None:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_sov.engine.model.language_model import LanguageModel
-from megatron_sov.engine.model.quantized_weights import read_values
+from megatron_sov.engine.model.quantized_weights import dequantize_weight
 from megatron_sov.engine.parallel.collectives import all_reduce_world, to_comm_device
 from megatron_sov.engine.parallel.values import gather_objects
 
@@ -27,19 +27,19 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @torch.no_grad()
-def checksum(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Return the wrap-around sum of all elements read as integers, int64 []; any flipped bit changes it."""
+def compute_checksum(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Add up all elements as integers, with wrap-around, int64 []; a flipped bit changes the sum."""
     # integer sums do not depend on the order, unlike float sums, and NaN does not absorb differences
     sums = [t.detach().contiguous().view(_INTEGERS[t.element_size()]).sum(dtype=torch.int64) for t in tensors]
     return torch.stack(sums).sum().cpu() if sums else torch.zeros((), dtype=torch.int64)
 
 
-def gradients(model: LanguageModel) -> list[torch.Tensor]:
-    """Return the local gradient buffers (`main_grad`) of all parameters that have one."""
+def list_gradients(model: LanguageModel) -> list[torch.Tensor]:
+    """Return the local gradient buffers (`main_grad`)."""
     return [p.main_grad for p in model.parameters() if hasattr(p, "main_grad")]
 
 
-def differing_replicas(model: LanguageModel) -> list[int]:
+def find_differing_replicas(model: LanguageModel) -> list[int]:
     """Return the ranks whose weights differ from the majority of their replicas. Collective.
 
     Without a majority (two replicas), all ranks of the group are returned.
@@ -53,23 +53,24 @@ def differing_replicas(model: LanguageModel) -> list[int]:
     groups = {False: parallel_state.get_data_parallel_group(with_context_parallel=True),
               True: parallel_state.get_expert_data_parallel_group()}
     # compute both checksums on every rank: the second contains a collective as well
-    differ = [_differs(checksum(map(read_values, tensors[routed])), groups[routed])
+    differ = [_differs_from_majority(compute_checksum(map(dequantize_weight, tensors[routed])),
+                                     groups[routed])
               for routed in (False, True)]
-    return ranks_where(any(differ))
+    return gather_ranks_where(any(differ))
 
 
-def _differs(local_checksum: torch.Tensor, group: Any) -> bool:
+def _differs_from_majority(local_checksum: torch.Tensor, group: Any) -> bool:
     """Return whether the local checksum differs from the majority's, or the group has no majority."""
     tensor = to_comm_device(local_checksum.reshape(1))
     gathered = [torch.empty_like(tensor) for _ in range(group.size())]
     dist.all_gather(gathered, tensor, group=group)
     values = Counter(int(t) for t in gathered)
     value, count = values.most_common(1)[0]
-        # two replicas cannot tell which of them is wrong: name both
+        # with two replicas either may be wrong: report both
     return len(values) > 1 and (count * 2 <= group.size() or int(local_checksum) != value)
 
 
-def ranks_where(holds: bool) -> list[int]:
+def gather_ranks_where(holds: bool) -> list[int]:
     """Return the ranks on which `holds` is true. Collective."""
     if not all_reduce_world(torch.tensor([float(holds)], dtype=torch.float64)).item():
         return []
@@ -77,7 +78,7 @@ def ranks_where(holds: bool) -> list[int]:
 
 
 @contextlib.contextmanager
-def unsynced(model: LanguageModel, wrapped: list[Any]) -> Iterator[None]:
+def disable_gradient_sync(model: LanguageModel, wrapped: list[Any]) -> Iterator[None]:
     """Disable gradient reduction: each process keeps its own gradients inside the context."""
     config, settings = model.config, wrapped[0].ddp_config
     names = ("finalize_model_grads_func", "no_sync_func", "grad_sync_func")

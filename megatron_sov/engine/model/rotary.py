@@ -15,7 +15,7 @@ from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.config.model import Llama3RopeConfig
 
 
-def frequencies(model: ModelConfig) -> torch.Tensor:
+def compute_frequencies(model: ModelConfig) -> torch.Tensor:
     """Return the angle per position of each rotated channel pair, [pairs] float64.
 
     RoPE (Su et al., arXiv 2104.09864, sec. 3.2.2), with one of these scalings: YaRN's "NTK-by-parts" (Peng et
@@ -27,26 +27,26 @@ def frequencies(model: ModelConfig) -> torch.Tensor:
     base = model.rope_theta
     plain = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     if model.llama3_rope is not None:
-        return _llama3(plain, model.llama3_rope)
+        return _scale_llama3(plain, model.llama3_rope)
     if model.linear_rope_factor is not None:
         return plain / model.linear_rope_factor
     if model.yarn is None:
         return plain
     yarn = model.yarn
 
-    def channel(rotations: float) -> float:
+    def find_channel(rotations: float) -> float:
         """Return the channel pair that turns `rotations` times over the original context."""
         return (dim * math.log(yarn.original_max_position_tokens / (rotations * 2 * math.pi))
                 / (2 * math.log(base)))
 
-    low, high = channel(yarn.beta_fast), channel(yarn.beta_slow)
+    low, high = find_channel(yarn.beta_fast), find_channel(yarn.beta_slow)
     low, high = max(math.floor(low), 0), min(math.ceil(high), dim - 1)
     # 1: wavelengths beyond the original context, divided by the factor; 0: short ones, unchanged
     interpolated = ((torch.arange(dim // 2, dtype=torch.float64) - low) / max(high - low, 1e-3)).clamp(0, 1)
     return plain * (1 - interpolated) + plain / yarn.factor * interpolated
 
 
-def _llama3(plain: torch.Tensor, scaling: Llama3RopeConfig) -> torch.Tensor:
+def _scale_llama3(plain: torch.Tensor, scaling: Llama3RopeConfig) -> torch.Tensor:
     """Divide low frequencies by the factor, keep high ones, and interpolate linearly between them."""
     rotations = plain * scaling.original_max_position_tokens / (2 * math.pi)  # over the original context
     # 1 keeps a frequency (several turns inside the original context), 0 divides it
@@ -55,8 +55,8 @@ def _llama3(plain: torch.Tensor, scaling: Llama3RopeConfig) -> torch.Tensor:
     return plain * interpolation + plain / scaling.factor * (1 - interpolation)
 
 
-def rotate_by(embedding: Any, model: ModelConfig, dtype: torch.dtype) -> None:
-    """Set the frequencies of Megatron-Core's rotary embedding from `frequencies`.
+def set_frequencies(embedding: Any, model: ModelConfig, dtype: torch.dtype) -> None:
+    """Set the frequencies of Megatron-Core's rotary embedding from `compute_frequencies`.
 
     float64 models get float64 frequencies, which the library would round; scalings that the library lacks get
     float32. If no layer rotates, the table has one entry per position but no channels, instead of half a GiB
@@ -72,7 +72,7 @@ def rotate_by(embedding: Any, model: ModelConfig, dtype: torch.dtype) -> None:
     if dtype != torch.float64 and model.llama3_rope is None and model.linear_rope_factor is None:
         return
     with CPU:  # the model may be built on meta tensors, but frequencies are needed
-        exact = frequencies(model).to(torch.promote_types(dtype, torch.float32))
+        exact = compute_frequencies(model).to(torch.promote_types(dtype, torch.float32))
     exact = exact.to(embedding.inv_freq.device)
     embedding.inv_freq = exact
     if model.yarn is not None or model.latent_attention is not None:
@@ -82,20 +82,19 @@ def rotate_by(embedding: Any, model: ModelConfig, dtype: torch.dtype) -> None:
     embedding.forward.cache_clear()
 
 
-def local_turns(model: ModelConfig) -> list[float] | None:
-    """Return the ratio of local to global frequency per rotated channel, for sliding layers with a theta of
-    their own. None: the same frequencies."""
+def compute_frequency_ratios(model: ModelConfig) -> list[float] | None:
+    """Return local / global frequency per rotated channel if `local_rope_theta` is set, else None."""
     if model.local_rope_theta is None:
         return None
     with CPU:  # the model may be built on meta tensors, but frequencies are needed
         local_model = replace(model, rope_theta=model.local_rope_theta, local_rope_theta=None,
                               linear_rope_factor=None)
-        local_frequencies = frequencies(local_model)
-        turns: list[float] = (local_frequencies / frequencies(model)).tolist()
+        local_frequencies = compute_frequencies(local_model)
+        turns: list[float] = (local_frequencies / compute_frequencies(model)).tolist()
     return turns * 2  # both channels of a pair
 
 
-def softmax_scale(model: ModelConfig, kind: str) -> float:
+def compute_softmax_scale(model: ModelConfig, kind: str) -> float:
     """Return the softmax scale of layers of a kind (`ModelConfig.layer_types`).
 
     YaRN multiplies cosine and sine by ``m = 0.1 ln(factor) + 1`` (arXiv 2309.00071, eq. 22). Rotations are
@@ -112,30 +111,31 @@ def softmax_scale(model: ModelConfig, kind: str) -> float:
     return plain * max(1.0, 0.1 * model.yarn.mscale * math.log(model.yarn.factor) + 1.0) ** 2
 
 
-def rotate_by_token() -> None:
+def patch_packed_rotation() -> None:
     """Patch Megatron-Core's unfused rotation of packed rows to take per-token angles.
 
     The library's version copies the document lengths from the device, for queries and keys of every layer,
     and the host waits for all previously launched kernels. Test:
     `test_rotary.py::test_a_row_is_rotated_without_a_look_at_its_documents`.
     """
-    rope_utils._apply_rotary_pos_emb_thd = _rotate
+    rope_utils._apply_rotary_pos_emb_thd = _rotate_rows
 
 
-def _rotate(t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor, rotary_interleaved: bool = False,
-            mscale: float = 1.0, cp_group: Any = None, **paired: bool) -> torch.Tensor:
+def _rotate_rows(t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor,
+                 rotary_interleaved: bool = False,
+                 mscale: float = 1.0, cp_group: Any = None, **paired: bool) -> torch.Tensor:
     """Rotate [tokens, heads, head_dim] by angles [tokens, 1, 1, channels]."""
     if not freqs.shape[-1]:
         return t
     if not rotary_interleaved and not paired.get("mla_rotary_interleaved"):
-        rotated: torch.Tensor = _Rotation.apply(t, *_cosine_sine(freqs, t.dtype, mscale))
+        rotated: torch.Tensor = _Rotation.apply(t, *_get_cosine_sine(freqs, t.dtype, mscale))
         return rotated
     rows: torch.Tensor = rope_utils._apply_rotary_pos_emb_bshd(
         t[:, None], freqs, rotary_interleaved=rotary_interleaved, mscale=mscale, **paired)
     return rows[:, 0]
 
 
-def _cosine_sine(angles: Any, dtype: torch.dtype, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _get_cosine_sine(angles: Any, dtype: torch.dtype, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return cosine and sine of angles [tokens, 1, 1, channels], each [tokens, 1, channels].
 
     The result is cached on the angles tensor: queries and keys of all layers share it.

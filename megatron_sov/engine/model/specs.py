@@ -13,18 +13,18 @@ from megatron.core.transformer.spec_utils import get_submodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.nn.functional import dropout, gelu, rms_norm, silu
 
-from megatron_sov.base.errors import UserError, told_in_a_line
-from megatron_sov.engine.model.attention_kernels import keep_attention_decisions
+from megatron_sov.base.errors import UserError, format_error
+from megatron_sov.engine.model.attention_kernels import cache_attention_decisions
 from megatron_sov.engine.model.gpu_settings import (
-    OVERLAP, Here, exchanges_heads, expert_settings, keep_ends_in_bf16, library_settings,
-    own_attention_serves, transformer_settings, uses_delta_kernels)
-from megatron_sov.engine.model.graphs import graphed
-from megatron_sov.engine.model.rotary import local_turns, softmax_scale
+    OVERLAP_FIELDS, KernelContext, exchanges_heads, expert_settings, fp8_settings, keep_ends_in_bf16,
+    transformer_settings, uses_delta_kernels, uses_document_attention)
+from megatron_sov.engine.model.graphs import build_graphed_layer
+from megatron_sov.engine.model.rotary import compute_frequency_ratios, compute_softmax_scale
 from megatron_sov.engine.parallel import context
 from megatron_sov.engine.parallel.device import PRECISION as PRECISION, on_gpu
 from megatron_sov.engine.router import BalancedRouter, RoutingStep
 from megatron_sov.model.config import GpuConfig, ModelConfig, ParallelConfig, TrainConfig, YarnConfig
-from megatron_sov.model.config.gpu import AUTO
+from megatron_sov.model.config.gpu import DEFAULT_GPU
 
 gelu_tanh = partial(gelu, approximate="tanh")
 """GELU by its tanh approximation (arXiv 1606.08415, section 2)."""
@@ -87,39 +87,41 @@ class GatedAttention(SelfAttention):
         return (x * torch.sigmoid(gate.to(wide)).reshape(x.shape)).to(x.dtype)
 
 
-class OwnLayer(TransformerLayer):
+class BlockOutputLayer(TransformerLayer):
     """Transformer layer with `BlockOutput` residuals and its own rotary frequencies.
 
     Megatron-Core enables gradients around residual additions; with a norm weight inside, that would keep the
     graph of every forward pass under `torch.no_grad`.
     """
 
-    def __init__(self, *args: Any, turns: Sequence[float] | None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, frequency_ratios: Sequence[float] | None, **kwargs: Any) -> None:
         """Create the layer.
 
         Args:
-            turns: per rotated channel, ratio between this layer's rotary frequency and the other layers'.
-                None: 1.
+            frequency_ratios: per rotated channel, ratio between this layer's rotary frequency and the other
+                layers'. None: 1.
         """
         super().__init__(*args, **kwargs)
         self.bias_dropout_add_exec_handler = contextlib.nullcontext
-        self._turns = turns
-        self._kept: torch.Tensor | None = None  # no buffer: the library casts buffers to the weights' dtype
+        self._frequency_ratios = frequency_ratios
+        # not a buffer: the library casts buffers to the weights' dtype
+        self._cached_ratios: torch.Tensor | None = None
 
-    def _turns_beside(self, angles: torch.Tensor) -> torch.Tensor:
-        """Return `turns` in the dtype and on the device of `angles`; cached, as a copy blocks."""
-        if self._kept is None or (self._kept.device, self._kept.dtype) != (angles.device, angles.dtype):
-            self._kept = angles.new_tensor(self._turns)
-        return self._kept
+    def _get_frequency_ratios(self, angles: torch.Tensor) -> torch.Tensor:
+        """Return `frequency_ratios` in the dtype and on the device of `angles`; cached, as a copy blocks."""
+        cached = self._cached_ratios
+        if cached is None or (cached.device, cached.dtype) != (angles.device, angles.dtype):
+            cached = self._cached_ratios = angles.new_tensor(self._frequency_ratios)
+        return cached
 
     def _forward_attention(self, *args: Any, **kwargs: Any) -> Any:
-        if self._turns is not None:
+        if self._frequency_ratios is not None:
             angles = kwargs["rotary_pos_emb"]
-            kwargs["rotary_pos_emb"] = angles * self._turns_beside(angles)
+            kwargs["rotary_pos_emb"] = angles * self._get_frequency_ratios(angles)
         return super()._forward_attention(*args, **kwargs)
 
 
-def transformer_engine_serves(dtype: torch.dtype) -> bool:
+def needs_transformer_engine(dtype: torch.dtype) -> bool:
     """Return whether a model with this parameter dtype uses Transformer Engine modules: bf16 on GPUs.
 
     The modules do not support float64. In float32 the fused and flash attention are unavailable, and the
@@ -129,37 +131,37 @@ def transformer_engine_serves(dtype: torch.dtype) -> bool:
 
 
 @cache
-def transformer_engine_error() -> str:
+def find_transformer_engine_error() -> str:
     """Return the error that importing Transformer Engine raises, or an empty string."""
     try:
         import transformer_engine.pytorch  # noqa: F401
     # many errors occur: not installed, missing libraries, wrong CUDA, RuntimeError of the bare package
     except Exception as e:
-        return told_in_a_line(e)
+        return format_error(e)
     return ""
 
 
 def uses_transformer_engine(dtype: torch.dtype) -> bool:
-    """Return `transformer_engine_serves(dtype)` and check that Transformer Engine imports.
+    """Return `needs_transformer_engine(dtype)` and check that Transformer Engine imports.
 
     Raises:
         UserError: the model needs Transformer Engine, and the import fails.
     """
-    if not transformer_engine_serves(dtype):
+    if not needs_transformer_engine(dtype):
         return False
-    if error := transformer_engine_error():
+    if error := find_transformer_engine_error():
         raise UserError(f"train.precision = bf16 on a GPU: Transformer Engine does not import ({error}); "
                         "install it (`megatron-sov doctor` says how), or set train.precision=fp32, which is "
                         "many times slower")
     return True
 
 
-def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
-                       gpu: GpuConfig = AUTO) -> Any:
+def build_transformer_config(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
+                             gpu: GpuConfig = DEFAULT_GPU) -> Any:
     """Build the library's `TransformerConfig` from model, layout, training and GPU settings."""
     dtype = PRECISION[train.precision]
     te = uses_transformer_engine(dtype)
-    here = Here(te, model, parallel)
+    kernel_context = KernelContext(te, model, parallel)
     settings: dict[str, Any] = {
         "num_layers": model.num_layers, "hidden_size": model.hidden_size,
         "num_attention_heads": model.num_heads, "num_query_groups": model.num_kv_heads,
@@ -184,46 +186,47 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         "masked_softmax_fusion": False, "bias_dropout_fusion": te,
         # the library would synchronize with the host at every message to support an older torch
         "hetereogenous_dist_checkpoint": True, "cuda_graph_modules": [], "batch_p2p_sync": False,
-        **transformer_settings(gpu, train, here),
+        **transformer_settings(gpu, train, kernel_context),
     }
     if not te and not on_gpu():
-        settings["bias_activation_fusion"] = model.activation == "silu"  # patched by `gate_without_compiler`
+        settings["bias_activation_fusion"] = model.activation == "silu"  # patched by `patch_swiglu_kernels`
     if parallel.pipeline_layout:
-        settings["pipeline_model_parallel_layout"] = _pipeline_layout(model, parallel)
+        settings["pipeline_model_parallel_layout"] = _build_pipeline_layout(model, parallel)
     if model.sliding_window_tokens:
         # the library's window is (keys to the left, keys to the right) without the current token
         settings["window_size"] = (model.sliding_window_tokens - 1, 0)
     if model.num_mtp_layers:
         settings |= {"mtp_num_layers": model.num_mtp_layers, "mtp_loss_scaling_factor": model.mtp_loss_coeff}
     if model.num_moe_layers():
-        settings |= _moe_settings(model, te) | expert_settings(gpu, here)
+        settings |= _moe_settings(model, te) | expert_settings(gpu, kernel_context)
         settings["moe_router_dtype"] = "fp64" if dtype == torch.float64 else "fp32"
-    # without Transformer Engine the settings are ignored: `refuse` rejects training, `plan` only inspects
-    settings |= library_settings(train) if te else {}
-    config = _library_config(model, settings)
+    # without Transformer Engine the settings are ignored: `check_gpu_settings` rejects training, `plan` only
+    # inspects
+    settings |= fp8_settings(train) if te else {}
+    config = _create_library_config(model, settings)
     if te and train.fp8 != "none":
         keep_ends_in_bf16(config, train)
-    _per_layer_lists(config, model, parallel)
+    _set_per_layer_lists(config, model, parallel)
     if model.yarn is not None or model.attention_multiplier is not None:
-        config.softmax_scale = softmax_scale(model, "sliding_attention")
-    config.own_attention, config.exchanges_heads = (
-        own_attention_serves(here, gpu.attention, train.deterministic), exchanges_heads(here, gpu.attention))
-    config.delta_kernels = uses_delta_kernels(here, gpu, train.deterministic)
+        config.softmax_scale = compute_softmax_scale(model, "sliding_attention")
+    config.own_attention = uses_document_attention(kernel_context, gpu.attention, train.deterministic)
+    config.exchanges_heads = exchanges_heads(kernel_context, gpu.attention)
+    config.delta_kernels = uses_delta_kernels(kernel_context, gpu, train.deterministic)
     config.routing_step = RoutingStep()
     for name in ("norm_topk_prob", "logits_multiplier", "mtp_depths", "zero_centered_norms"):
         setattr(config, name, getattr(model, name))
     return config
 
 
-def _library_config(model: ModelConfig, settings: dict[str, Any]) -> Any:
+def _create_library_config(model: ModelConfig, settings: dict[str, Any]) -> Any:
     """Construct `TransformerConfig`, or `MLATransformerConfig` for latent attention."""
     from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
-    from megatron_sov.engine.model.kv_cache import latent_settings
+    from megatron_sov.engine.model.kv_cache import get_latent_settings
 
-    latent = latent_settings(model)
+    latent = get_latent_settings(model)
     # the config's validation refuses float32, and MTP layers, which `OverlappedPasses` runs separately
-    overlap = {name: settings.pop(name) for name in OVERLAP if name in settings}
+    overlap = {name: settings.pop(name) for name in OVERLAP_FIELDS if name in settings}
     config = MLATransformerConfig(**settings | latent) if latent else TransformerConfig(**settings)
     for name, value in overlap.items():
         setattr(config, name, value)
@@ -249,7 +252,7 @@ def _moe_settings(model: ModelConfig, te: bool) -> dict[str, Any]:
     }
 
 
-def _pipeline_layout(model: ModelConfig, parallel: ParallelConfig) -> list[list[str]]:
+def _build_pipeline_layout(model: ModelConfig, parallel: ParallelConfig) -> list[list[str]]:
     """Return the contents of each chunk in the terms of `pipeline_model_parallel_layout`."""
     chunks = [["decoder"] * layers for layers in parallel.pipeline_layout]
     chunks[0].insert(0, "embedding")
@@ -257,7 +260,7 @@ def _pipeline_layout(model: ModelConfig, parallel: ParallelConfig) -> list[list[
     return chunks
 
 
-def _per_layer_lists(config: Any, model: ModelConfig, parallel: ParallelConfig) -> None:
+def _set_per_layer_lists(config: Any, model: ModelConfig, parallel: ParallelConfig) -> None:
     """Set sliding windows, rotation and YaRN per layer, with an extra entry for the MTP layer.
 
     Megatron-Core looks both lists up by layer number, and the MTP layer has number num_layers + 1. Its
@@ -268,10 +271,10 @@ def _per_layer_lists(config: Any, model: ModelConfig, parallel: ParallelConfig) 
         config.window_attn_skip_freq = [int(k == "sliding_attention") for k in kinds]
     if not model.rope_on_global:
         config.no_rope_freq = [int(k == "full_attention") for k in kinds]
-    _yarn(config, model, parallel)
+    _set_yarn(config, model, parallel)
 
 
-def _yarn(config: Any, model: ModelConfig, parallel: ParallelConfig) -> None:
+def _set_yarn(config: Any, model: ModelConfig, parallel: ParallelConfig) -> None:
     yarn = model.yarn
     if yarn is None and model.latent_attention is not None:
         # Megatron-Core supports only YaRN angles for latent attention: factor 1 and an empty ramp leave
@@ -286,24 +289,24 @@ def _yarn(config: Any, model: ModelConfig, parallel: ParallelConfig) -> None:
         config.yarn_correction_range_round_to_int = True
 
 
-def layer_specs(config: Any, model: ModelConfig) -> list[Any]:
+def build_layer_specs(config: Any, model: ModelConfig) -> list[Any]:
     """Return the specs of all trunk layers, with `BalancedRouter` and, if enabled, our own attention."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
 
-    specs = _own_copies(get_gpt_decoder_layer_specs(config,
+    specs = _copy_specs(get_gpt_decoder_layer_specs(config,
                                                     uses_transformer_engine(config.params_dtype), "RMSNorm"))
     return [_finish_spec(config, spec, kind, window, model)
             for spec, kind, window in zip(specs, model.layer_types(), model.windows(), strict=True)]
 
 
-def mtp_layer_spec(config: Any, model: ModelConfig) -> Any:
+def build_mtp_layer_spec(config: Any, model: ModelConfig) -> Any:
     """Return the spec of the transformer layer inside an MTP layer: dense, or like the last trunk layer."""
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_decoder_layer_specs, get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec)
 
     te = uses_transformer_engine(config.params_dtype)
     if model.mtp_experts:
-        spec = _own_copies(get_gpt_decoder_layer_specs(config, te, "RMSNorm")[-1:])[0]
+        spec = _copy_specs(get_gpt_decoder_layer_specs(config, te, "RMSNorm")[-1:])[0]
     elif te:
         spec = get_gpt_layer_with_transformer_engine_spec(
             qk_layernorm=config.qk_layernorm, multi_latent_attention=config.multi_latent_attention)
@@ -312,11 +315,11 @@ def mtp_layer_spec(config: Any, model: ModelConfig) -> Any:
             qk_layernorm=config.qk_layernorm, multi_latent_attention=config.multi_latent_attention,
             normalization="RMSNorm")
     spec = _finish_spec(config, spec, model.mtp_layer_type(), model.mtp_window(), model)
-    spec.module = _numbered_after_trunk(spec.module)
+    spec.module = _number_after_trunk(spec.module)
     return spec
 
 
-def _numbered_after_trunk(layer: Any) -> Any:
+def _number_after_trunk(layer: Any) -> Any:
     """Return a subclass of the MTP layer's transformer layer that counts from num_layers + 1.
 
     Megatron-Core numbers MTP layers from 1 and looks up windows and rotations by that number, in lists with
@@ -329,7 +332,7 @@ def _numbered_after_trunk(layer: Any) -> Any:
     return NumberedAfterTrunk
 
 
-def _own_copies(specs: list[Any]) -> list[Any]:
+def _copy_specs(specs: list[Any]) -> list[Any]:
     """Copy specs: Megatron-Core shares one object between equal layers, and ours differ in attention."""
     import copy
 
@@ -338,17 +341,18 @@ def _own_copies(specs: list[Any]) -> list[Any]:
 
 def _finish_spec(config: Any, spec: Any, kind: str, window: int, model: ModelConfig) -> Any:
     if kind == "linear_attention":
-        from megatron_sov.engine.model.linear_attention import attend_linearly
+        from megatron_sov.engine.model.linear_attention import set_linear_attention
 
         assert model.linear_attention is not None, "settings rule: D layers have sizes"
-        attend_linearly(config, spec, model.linear_attention, uses_transformer_engine(config.params_dtype))
+        set_linear_attention(config, spec, model.linear_attention,
+                             uses_transformer_engine(config.params_dtype))
     else:
         _finish_attention(config, spec, kind, window, model)
-    _place_norms(config, spec, kind, model)
+    _set_norms(config, spec, kind, model)
     if has_experts(spec):
         get_submodules(spec.submodules.mlp).router = BalancedRouter
         if config.cuda_graph_impl != "none":
-            spec.module = graphed(spec.module)
+            spec.module = build_graphed_layer(spec.module)
         # Transformer Engine keeps the norm's own name in checkpoints; use the same name for both
         spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     return spec
@@ -359,30 +363,31 @@ def _finish_attention(config: Any, spec: Any, kind: str, window: int, model: Mod
     from megatron.core.transformer.spec_utils import ModuleSpec
 
     from megatron_sov.engine.model.attention import DocumentAttention
-    from megatron_sov.engine.model.kv_cache import LatentDocumentAttention, latent_specs
+    from megatron_sov.engine.model.kv_cache import LatentDocumentAttention, set_latent_attention
 
     attention, latent = spec.submodules.self_attention.submodules, model.latent_attention is not None
     if config.exchanges_heads:
-        attention.core_attention = exchanged(attention.core_attention)
+        attention.core_attention = build_exchanged_attention(attention.core_attention)
     elif config.own_attention:
         module = LatentDocumentAttention if latent else DocumentAttention
         attention.core_attention = ModuleSpec(module=module, params={"window_tokens": window})
     if uses_transformer_engine(config.params_dtype) and (config.exchanges_heads or not config.own_attention):
         from transformer_engine.pytorch.attention.dot_product_attention import utils
 
-        keep_attention_decisions(utils)
+        cache_attention_decisions(utils)
     if window not in (0, model.sliding_window_tokens) and not config.own_attention:
-        attention.core_attention = _with_window(attention.core_attention, window)
+        attention.core_attention = _set_window(attention.core_attention, window)
     if latent:
-        latent_specs(spec)
+        set_latent_attention(spec)
     # the library computes a different scale for latent attention
-    if latent or config.softmax_scale not in (None, softmax_scale(model, kind)):
-        attention.core_attention = _with_scale(attention.core_attention, softmax_scale(model, kind))
+    if latent or config.softmax_scale not in (None, compute_softmax_scale(model, kind)):
+        attention.core_attention = _set_softmax_scale(attention.core_attention,
+                                                      compute_softmax_scale(model, kind))
     if model.attention_output_gate:
         spec.submodules.self_attention.module = GatedAttention
 
 
-def exchanged(core_attention: Any) -> Any:
+def build_exchanged_attention(core_attention: Any) -> Any:
     """Return a spec that exchanges heads around Transformer Engine's attention (context parallelism).
 
     Each process receives all tokens of its share of heads. With fewer key heads than processes, several
@@ -393,7 +398,7 @@ def exchanged(core_attention: Any) -> Any:
 
     class ExchangedAttention(get_module(core_attention)):  # type: ignore[misc]
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-            cp, tp, local_config = context.size(), config.tensor_model_parallel_size, copy.copy(config)
+            cp, tp, local_config = context.get_cp_size(), config.tensor_model_parallel_size, copy.copy(config)
             local_config.context_parallel_size = 1
             local_config.num_attention_heads = config.num_attention_heads // cp
             local_config.num_query_groups = max(tp, config.num_query_groups // cp)
@@ -403,44 +408,44 @@ def exchanged(core_attention: Any) -> Any:
                     attn_mask_type: Any = None, attention_bias: None = None,
                     packed_seq_params: Any = None) -> torch.Tensor:
             """Attend; shapes as of `DocumentAttention`."""
-            copies = max(1, context.size() // key.shape[1])
+            copies = max(1, context.get_cp_size() // key.shape[1])
             if copies > 1:
                 key, value = (t.repeat_interleave(copies, dim=1) for t in (key, value))
             row = super().forward(*(context.exchange_tokens(t) for t in (query, key, value)), attention_mask,
-                                  attn_mask_type, attention_bias, packed_seq_params.whole)
+                                  attn_mask_type, attention_bias, packed_seq_params.unsplit)
             return context.exchange_heads(row.unflatten(-1, (-1, value.shape[-1]))).flatten(1)
 
     return ModuleSpec(module=ExchangedAttention, params=getattr(core_attention, "params", {}))
 
 
-def _with_scale(core_attention: Any, scale: float) -> Any:
-    """Return the spec of a core attention with its own softmax scale."""
+def _set_softmax_scale(core_attention: Any, scale: float) -> Any:
+    """Return a core attention's spec with another softmax scale than `config.softmax_scale`."""
     from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 
-    class OwnScale(get_module(core_attention)):  # type: ignore[misc]
+    class ScaledAttention(get_module(core_attention)):  # type: ignore[misc]
         def __init__(self, *args: Any, softmax_scale: float | None, **kwargs: Any) -> None:
             super().__init__(*args, softmax_scale=scale, **kwargs)
 
-    return ModuleSpec(module=OwnScale, params=getattr(core_attention, "params", {}))
+    return ModuleSpec(module=ScaledAttention, params=getattr(core_attention, "params", {}))
 
 
-def _with_window(core_attention: Any, window: int) -> Any:
-    """Return the spec of a core attention with its own window in tokens; Megatron-Core has one window for
-    all sliding layers. Never run on a GPU by this project."""
+def _set_window(core_attention: Any, window: int) -> Any:
+    """Return a core attention's spec with another window, in tokens; Megatron-Core has one `window_size` for
+    all layers. Never run on a GPU by this project."""
     import copy
 
     from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 
-    class OwnWindow(get_module(core_attention)):  # type: ignore[misc]
+    class WindowedAttention(get_module(core_attention)):  # type: ignore[misc]
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             own_config = copy.copy(config)
             own_config.window_size = (window - 1, 0)
             super().__init__(own_config, *args, **kwargs)
 
-    return ModuleSpec(module=OwnWindow, params=getattr(core_attention, "params", {}))
+    return ModuleSpec(module=WindowedAttention, params=getattr(core_attention, "params", {}))
 
 
-def _place_norms(config: Any, spec: Any, kind: str, model: ModelConfig) -> None:
+def _set_norms(config: Any, spec: Any, kind: str, model: ModelConfig) -> None:
     """Set the norms, rotary frequencies and residual additions of a layer."""
     from megatron.core.transformer.identity_op import IdentityOp
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -449,21 +454,21 @@ def _place_norms(config: Any, spec: Any, kind: str, model: ModelConfig) -> None:
     if model.block_norms == "post":
         layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp
         if te:
-            _without_norm_inside(layer)
+            _unfuse_norms(layer)
     if model.zero_centered_norms and not te:
         attention = layer.self_attention.submodules
         for part, name in ((layer, "input_layernorm"), (layer, "pre_mlp_layernorm"),
                            (attention, "q_layernorm"), (attention, "k_layernorm")):
             if getattr(part, name, IdentityOp) is not IdentityOp:  # linear attention lacks these submodules
                 setattr(part, name, ZeroCenteredNorm)
-    turns = local_turns(model) if kind == "sliding_attention" else None
+    frequency_ratios = compute_frequency_ratios(model) if kind == "sliding_attention" else None
     norm_output = model.block_norms in ("post", "both")
-    if turns is None and not norm_output and model.residual_multiplier == 1:
+    if frequency_ratios is None and not norm_output and model.residual_multiplier == 1:
         return
-    spec.module, spec.params = OwnLayer, {"turns": turns}
+    spec.module, spec.params = BlockOutputLayer, {"frequency_ratios": frequency_ratios}
     layer.self_attn_bda, layer.mlp_bda = (ModuleSpec(module=BlockOutput, params={
         "config": config, "multiplier": model.residual_multiplier,
-        "norm": block_norm(config) if norm_output else None}) for _ in range(2))
+        "norm": get_norm_class(config) if norm_output else None}) for _ in range(2))
 
 
 def has_experts(spec: Any) -> bool:
@@ -473,7 +478,7 @@ def has_experts(spec: Any) -> bool:
     return isinstance(get_submodules(spec.submodules.mlp), MoESubmodules)
 
 
-def _without_norm_inside(layer: Any) -> None:
+def _unfuse_norms(layer: Any) -> None:
     """Replace Transformer Engine's fused norm-and-linear layers by plain linear layers."""
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
     from megatron.core.transformer.mlp import MLPSubmodules
@@ -484,7 +489,7 @@ def _without_norm_inside(layer: Any) -> None:
         block.linear_fc1 = TEColumnParallelLinear
 
 
-def block_norm(config: Any) -> Any:
+def get_norm_class(config: Any) -> Any:
     """Return the RMSNorm class for the residual stream."""
     from megatron.core.models.backends import LocalSpecProvider
 
@@ -495,10 +500,11 @@ def block_norm(config: Any) -> Any:
     return ZeroCenteredNorm if config.zero_centered_norms else LocalSpecProvider().layer_norm(rms_norm=True)
 
 
-# Megatron-Core has one clamp for all layers, and skips it when shared experts overlap with the dispatch.
+# Megatron-Core has a single clamp for all layers, and skips the clamp if shared experts overlap with the
+# dispatch.
 
 
-def bound_gates(chunk: Any, model: ModelConfig) -> None:
+def clamp_gates(chunk: Any, model: ModelConfig) -> None:
     """Clamp gate and up projections of layers with a limit (`ModelConfig.swiglu_limits`), experts included.
 
     Call it after the adapters are attached: the clamp includes their output."""
@@ -507,14 +513,14 @@ def bound_gates(chunk: Any, model: ModelConfig) -> None:
         limit = layer_limits[layer.layer_number - 1]
         for name, module in layer.mlp.named_modules() if limit else ():
             if name.endswith("linear_fc1"):
-                module.register_forward_hook(_bounded(limit))
+                module.register_forward_hook(_build_clamp_hook(limit))
 
 
-def _bounded(limit: float) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+def _build_clamp_hook(limit: float) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
     """Return the forward hook that clamps a linear layer's output [gate, up] to `limit`."""
-    def hook(module: Any, inputs: Any, outputs: tuple[torch.Tensor, torch.Tensor | None]
+    def clamp_output(module: Any, inputs: Any, outputs: tuple[torch.Tensor, torch.Tensor | None]
              ) -> tuple[torch.Tensor, torch.Tensor | None]:
         gate, up = outputs[0].chunk(2, dim=-1)
         return torch.cat([gate.clamp(max=limit), up.clamp(-limit, limit)], dim=-1), outputs[1]
 
-    return hook
+    return clamp_output

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from megatron_sov.engine.parallel.device import Arena, num_bytes
+from megatron_sov.engine.parallel.device import PinnedArena, count_bytes
 
-# Torch's fused kernel for CPUs processes whole vectors, and the elements after the last whole vector one by
-# one, with different rounding. Where ZeRO-1 splits a tensor decides which elements these are; `CpuAdamW` pads
-# them to a whole vector, so that the split does not change results.
+# Torch's fused CPU kernel processes whole vectors, and rounds the elements after the last whole vector
+# differently. Where ZeRO-1 splits a tensor decides about these elements; `CpuAdamW` pads them to a whole
+# vector, and results no longer depend on the split.
 
 VECTOR_BYTES = 64
 """Vector size of AVX-512, a multiple of the sizes on other machines."""
@@ -34,31 +34,32 @@ class CpuAdamW(torch.optim.AdamW):
             if not steps:
                 continue
             torch._foreach_add_(steps, 1)
-            _update(group, [[_whole(t) for t in tensors] for tensors in values], steps)
-            if not any(len(_rest(p)) for p in values[0]):
+            _call_kernel(group, [[_get_vector_part(t) for t in tensors] for tensors in values], steps)
+            if not any(len(_get_remainder(p)) for p in values[0]):
                 continue
-            rests = [[_rest(t) for t in tensors] for tensors in values]
+            rests = [[_get_remainder(t) for t in tensors] for tensors in values]
             filled = [[torch.nn.functional.pad(r, (0, -len(r) % (VECTOR_BYTES // r.element_size())))
                        for r in tensors] for tensors in rests]
-            _update(group, filled, steps)
+            _call_kernel(group, filled, steps)
             for kind in (0, 2, 3):  # all but the gradient
                 for rest, updated in zip(rests[kind], filled[kind], strict=True):
                     rest.copy_(updated[:len(rest)])
 
 
-def _num_whole(tensor: torch.Tensor) -> int:
+def _count_vector_elements(tensor: torch.Tensor) -> int:
     return tensor.numel() - tensor.numel() % (VECTOR_BYTES // tensor.element_size())
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(-1)[:_num_whole(tensor)]
+def _get_vector_part(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(-1)[:_count_vector_elements(tensor)]
 
 
-def _rest(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(-1)[_num_whole(tensor):]
+def _get_remainder(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(-1)[_count_vector_elements(tensor):]
 
 
-def _update(group: dict[str, Any], values: Sequence[list[torch.Tensor]], steps: list[torch.Tensor]) -> None:
+def _call_kernel(group: dict[str, Any], values: Sequence[list[torch.Tensor]],
+                 steps: list[torch.Tensor]) -> None:
     """Call the kernel with parameters, gradients and both moments."""
     beta1, beta2 = group["betas"]
     parameters, gradients, first, second = values
@@ -84,24 +85,24 @@ class HostAdamW(CpuAdamW):
             param_groups: groups with float32 master weights under `params`.
         """
         mains = [main for group in param_groups for main in group["params"]]
-        arena = Arena(2 * sum(map(num_bytes, mains)))
+        arena = PinnedArena(2 * sum(map(count_bytes, mains)))
         for main in mains:
             # same tensor object: the library's lists and attributes of master weights stay valid
-            main.data = arena.like(main).copy_(main.data)
+            main.data = arena.allocate_like(main).copy_(main.data)
         super().__init__(param_groups)
-        self._gradients = {main: arena.like(main) for main in mains}
+        self._gradients = {main: arena.allocate_like(main) for main in mains}
 
-    def receive(self, main: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Start copying a master weight's gradient from the GPU; call `wait` before reading it."""
+    def copy_gradient(self, main: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Start copying a master weight's gradient from the GPU; call `wait_for_copies` before reading it."""
         main.grad = self._gradients[main].copy_(gradient.to(main.dtype), non_blocking=True)
 
 
-def wait() -> None:
+def wait_for_copies() -> None:
     torch.cuda.current_stream().synchronize()
 
 
-def split(groups: list[dict[str, Any]], mains: Iterable[torch.Tensor],
-          share: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def split_groups(groups: list[dict[str, Any]], mains: Iterable[torch.Tensor],
+                 share: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Split parameter groups into GPU groups and host groups.
 
     The first master weights that make up at least `share` of all elements move to the host.

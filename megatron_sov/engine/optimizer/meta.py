@@ -1,5 +1,5 @@
-"""Counts the memory of a training process by building model, gradient buffers and optimizer on meta tensors,
-in one process that plays any rank of any world size."""
+"""Counts a training process's memory: builds model, gradient buffers and optimizer on meta tensors, for any
+rank and world size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from megatron_sov.engine.parallel import cpu_shims
-from megatron_sov.engine.parallel.world import make_groups
+from megatron_sov.engine.parallel.world import create_groups
 from megatron_sov.model.config import ParallelConfig, RunConfig
 from megatron_sov.plan.footprint.held import StageParams
 from megatron_sov.plan.footprint.states import StatePlace, States
@@ -30,22 +30,22 @@ class BuiltStage:
 
 
 @contextlib.contextmanager
-def fake_world(parallel: ParallelConfig, num_ranks: int, rank: int) -> Iterator[None]:
-    """Make this process one rank of a world without communication; the groups are those of all ranks."""
+def use_fake_world(parallel: ParallelConfig, num_ranks: int, rank: int) -> Iterator[None]:
+    """Make this process one rank of a world without communication."""
     import torch.distributed as dist
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=rank, world_size=num_ranks, store=FakeStore())
     try:
-        make_groups(parallel)
+        create_groups(parallel)
         yield
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
 
-def built_stage(config: RunConfig, num_ranks: int, stage: int) -> BuiltStage:
+def count_stage_parameters(config: RunConfig, num_ranks: int, stage: int) -> BuiltStage:
     """Count the parameters of a pipeline stage, with the modules that training builds.
 
     Requires a process without process groups and without CUDA, before and afterwards. Sends nothing and does
@@ -54,11 +54,11 @@ def built_stage(config: RunConfig, num_ranks: int, stage: int) -> BuiltStage:
     cpu_shims.prepare_without_gpu()
     import torch
 
-    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.model.language_model import build_model
 
     p = config.parallel
-    with fake_world(p, num_ranks, stage * (num_ranks // p.pp)), torch.device("meta"):
-        return _count_parameters(build(config.model, p, config.train), p)
+    with use_fake_world(p, num_ranks, stage * (num_ranks // p.pp)), torch.device("meta"):
+        return _count_parameters(build_model(config.model, p, config.train), p)
 
 
 def _count_parameters(model: LanguageModel, parallel: ParallelConfig) -> BuiltStage:
@@ -88,30 +88,31 @@ class MetaOptimizer:
     """Parameter shapes of each chunk, in the library's order of registration."""
 
 
-def build_on_meta(config: RunConfig, num_ranks: int, rank: int) -> MetaOptimizer:
+def count_process_memory(config: RunConfig, num_ranks: int, rank: int) -> MetaOptimizer:
     """Count the memory of a process, with the modules and optimizers that training builds.
 
-    Same requirements as `built_stage`.
+    Same requirements as `count_stage_parameters`.
     """
     cpu_shims.prepare_without_gpu()
     import torch
     from megatron.core import parallel_state
 
-    from megatron_sov.engine.model.language_model import build_configured
+    from megatron_sov.engine.model.language_model import build_run_model
     from megatron_sov.engine.optimizer.optimizer import Optimizer
 
-    with fake_world(config.parallel, num_ranks, rank), _nothing_has_memory():
+    with use_fake_world(config.parallel, num_ranks, rank), _use_meta_memory():
         with torch.device("meta"):
-            model = build_configured(config)
+            model = build_run_model(config)
         shapes = [[tuple(weight.shape) for weight in chunk.parameters()] for chunk in model.chunks]
         optimizer = Optimizer(model, config.optim, config.parallel, config.gpu)
         place = StatePlace(parallel_state.get_data_parallel_rank(with_context_parallel=True),
                            parallel_state.get_expert_data_parallel_rank())
-        return MetaOptimizer(_states(model, optimizer), parallel_state.get_pipeline_model_parallel_rank(),
+        return MetaOptimizer(_count_states(model, optimizer),
+                             parallel_state.get_pipeline_model_parallel_rank(),
                              place, shapes)
 
 
-class _Every:
+class _AnyName:
     """Contains every string: stands for the parameter names of other ranks."""
 
     def __contains__(self, item: object) -> bool:
@@ -130,7 +131,7 @@ class _HostDouble:
 
 
 @contextlib.contextmanager
-def _nothing_has_memory() -> Iterator[None]:
+def _use_meta_memory() -> Iterator[None]:
     """Create the library's buffers and `HostAdamW` state on meta tensors, and skip exchanges with other
     ranks.
     """
@@ -141,12 +142,12 @@ def _nothing_has_memory() -> Iterator[None]:
 
     original_type = torch.Tensor.type
 
-    def type_(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def get_type_name(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         type_name = original_type(tensor, *args, **kwargs)
         return type_name.replace(".meta.", ".") if isinstance(type_name, str) else type_name
 
-    with (mock.patch.object(torch.Tensor, "type", type_),
-          mock.patch.object(parameter_groups, "gather_objects", lambda value: [value, (_Every(), True)]),
+    with (mock.patch.object(torch.Tensor, "type", get_type_name),
+          mock.patch.object(parameter_groups, "gather_objects", lambda value: [value, (_AnyName(), True)]),
           mock.patch.object(torch.cuda, "current_device", lambda: torch.device("meta")),
           mock.patch.object(parameter_groups, "HostAdamW", _HostDouble),
           mock.patch.object(Optimizer, "_deferred_gather", lambda self: None),
@@ -154,7 +155,7 @@ def _nothing_has_memory() -> Iterator[None]:
         yield
 
 
-def _states(model: Any, optimizer: Any) -> States:
+def _count_states(model: Any, optimizer: Any) -> States:
     """Count the bytes of weights, gradients, optimizer state and buffers."""
     storages, counters = {}, 0
     for chunk in model.chunks:

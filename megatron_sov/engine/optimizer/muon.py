@@ -13,9 +13,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_sov.engine.model.language_model import LanguageModel
-from megatron_sov.engine.optimizer.state_shards import StateShard, pieces, shard_blocks
+from megatron_sov.engine.optimizer.state_shards import StateShard, iter_pieces, iter_shard_blocks
 from megatron_sov.engine.parallel import values
-from megatron_sov.engine.parallel.device import local_device, to_device
+from megatron_sov.engine.parallel.device import get_local_device, to_device
 from megatron_sov.engine.parallel.values import gather_objects
 from megatron_sov.model.config import OptimConfig
 
@@ -39,7 +39,7 @@ class Matrix:
         return self.rows * self.columns * min(self.rows, self.columns)
 
 
-def parts(matrix: Matrix, config: Any) -> list[torch.Tensor]:
+def split_matrix(matrix: Matrix, config: Any) -> list[torch.Tensor]:
     """Return the row indices [count] of each part that is orthogonalized separately.
 
     A fused QKV weight holds the rows of queries, key and value for each query group; the first weight of a
@@ -61,7 +61,7 @@ def parts(matrix: Matrix, config: Any) -> list[torch.Tensor]:
     return [rows]
 
 
-def orthogonalise(update: torch.Tensor, steps: int, coefficients: tuple[float, float, float]) -> torch.Tensor:
+def orthogonalize(update: torch.Tensor, steps: int, coefficients: tuple[float, float, float]) -> torch.Tensor:
     """Approximate U V^T for an update [rows, columns] = U S V^T by Newton-Schulz iterations in its dtype.
 
     Same operations in the same order as torch.optim.Muon, which always uses bfloat16; after Keller Jordan,
@@ -77,7 +77,7 @@ def orthogonalise(update: torch.Tensor, steps: int, coefficients: tuple[float, f
     return x.T if tall else x
 
 
-def update_scale(kind: str, rows: int, columns: int) -> float:
+def compute_update_scale(kind: str, rows: int, columns: int) -> float:
     """Return the factor on the orthogonal update of a matrix with `rows` outputs and `columns` inputs.
 
     Args:
@@ -90,11 +90,11 @@ def update_scale(kind: str, rows: int, columns: int) -> float:
     return math.sqrt(max(1.0, rows / columns) if kind == "original" else rows / columns)
 
 
-# Exchange of matrix pieces. Tensor parallelism splits matrices, and ZeRO-1 cuts them at the ends of each
-# process's range. The matrices are distributed over the processes of a group in rounds, with similar costs in
-# one round: each process receives whole matrices of about equal work, and holds one round's matrices in
-# addition to its own pieces. (Moonlight's distributed Muon, arXiv 2502.16982, section 2.3, gathers too, but
-# computes a matrix on every process with a piece.)
+# Exchange of matrix pieces. Tensor parallelism splits matrices, and ZeRO-1 cuts matrices where a process's
+# range ends. Matrices are distributed over the processes of a group in rounds of similar cost: every process
+# receives whole matrices with about equal work, and holds one round's matrices in addition to the local
+# pieces. (Moonlight's distributed Muon, arXiv 2502.16982, section 2.3, gathers too, but computes a matrix on
+# every process with a piece.)
 
 ROUND_ELEMENTS = 1 << 24
 """Elements that a process receives per round, unless one matrix is larger."""
@@ -115,7 +115,7 @@ class MatrixPlace:
     def size(self) -> int:
         return self.shape[0] * self.shape[1]
 
-    def of(self, whole: torch.Tensor) -> torch.Tensor:
+    def slice_of(self, whole: torch.Tensor) -> torch.Tensor:
         """Return the piece's view of a whole matrix [rows, columns]."""
         return whole[self.row:self.row + self.shape[0], self.column:self.column + self.shape[1]]
 
@@ -126,12 +126,12 @@ class _ExchangeRound:
 
     sent: list[list[int]]
     """Indices of local pieces, by the process that computes their matrix."""
-    held: list[list[MatrixPlace]]
-    """Pieces of the matrices computed here, by the process that holds them."""
+    computed: list[list[MatrixPlace]]
+    """Places of the pieces whose matrices this process computes, by the holding process."""
 
 
 class MatrixExchange:
-    """Plan of which process computes which matrix. Creation and `run` are collective over the group."""
+    """Assignment of matrices to processes. Creation and `run` are collective over the group."""
 
     def __init__(self, places: list[MatrixPlace], group: dist.ProcessGroup) -> None:
         """Exchange the places of all pieces and plan the rounds.
@@ -158,7 +158,7 @@ class MatrixExchange:
             for piece in rank_places:
                 position = number[piece.matrix]
                 if position % in_round % size == rank:
-                    self._rounds[position // in_round].held[peer].append(piece)
+                    self._rounds[position // in_round].computed[peer].append(piece)
 
     def run(self, read: Callable[[int], torch.Tensor],
             compute: Callable[[Matrix, torch.Tensor], torch.Tensor],
@@ -172,38 +172,39 @@ class MatrixExchange:
             dtype: dtype of the messages.
         """
         for exchange_round in self._rounds:
-            sent = [_join((read(n) for n in numbers if self._places[n].owned), dtype)
+            sent = [_concatenate((read(n) for n in numbers if self._places[n].owned), dtype)
                     for numbers in exchange_round.sent]
-            counts = [sum(p.size for p in peer_places if p.owned) for peer_places in exchange_round.held]
-            received = self._send(sent, counts)
+            counts = [sum(p.size for p in peer_places if p.owned) for peer_places in exchange_round.computed]
+            received = self._exchange_tensors(sent, counts)
             matrices: dict[Matrix, torch.Tensor] = {}
-            for peer_places, flat in zip(exchange_round.held, received, strict=True):
-                # one replica of a piece is sent and all receive the result, so replicas keep equal bits
+            for peer_places, flat in zip(exchange_round.computed, received, strict=True):
+                # only one replica of a piece is sent; every replica receives the result and keeps equal bits
                 owned = [p for p in peer_places if p.owned]
                 for place, part in zip(owned, flat.split([p.size for p in owned]), strict=True):
                     matrix_key = place.matrix
                     if matrix_key not in matrices:
                         matrices[matrix_key] = torch.empty(matrix_key.rows, matrix_key.columns, dtype=dtype,
-                                                           device=local_device())
-                    place.of(matrices[matrix_key]).copy_(part.view(place.shape))
+                                                           device=get_local_device())
+                    place.slice_of(matrices[matrix_key]).copy_(part.view(place.shape))
             results = {matrix: compute(matrix, matrix_data) for matrix, matrix_data in matrices.items()}
-            returned = [_join((p.of(results[p.matrix]) for p in peer_places), dtype)
-                        for peer_places in exchange_round.held]
-            counts = [self._size(numbers) for numbers in exchange_round.sent]
-            for numbers, flat in zip(exchange_round.sent, self._send(returned, counts), strict=True):
+            returned = [_concatenate((p.slice_of(results[p.matrix]) for p in peer_places), dtype)
+                        for peer_places in exchange_round.computed]
+            counts = [self._count_elements(numbers) for numbers in exchange_round.sent]
+            for numbers, flat in zip(exchange_round.sent, self._exchange_tensors(returned, counts),
+                                     strict=True):
                 places = [self._places[n] for n in numbers]
                 for n, place, part in zip(numbers, places, flat.split([p.size for p in places]), strict=True):
                     write(n, part.view(place.shape))
 
-    def _size(self, numbers: Iterable[int]) -> int:
+    def _count_elements(self, numbers: Iterable[int]) -> int:
         return sum(self._places[n].size for n in numbers)
 
-    def _send(self, to_each: list[torch.Tensor], counts: list[int]) -> list[torch.Tensor]:
+    def _exchange_tensors(self, to_each: list[torch.Tensor], counts: list[int]) -> list[torch.Tensor]:
         """Send a flat tensor to each process; return the tensors received, `counts` elements from each."""
         if len(to_each) == 1:
             return to_each
         dtype, item = to_each[0].dtype, to_each[0].element_size()
-        received = torch.empty(sum(counts), dtype=dtype, device=local_device())
+        received = torch.empty(sum(counts), dtype=dtype, device=get_local_device())
         # as bytes: some backends do not support every dtype
         dist.all_to_all_single(received.view(torch.uint8), torch.cat(to_each).view(torch.uint8),
                                [item * n for n in counts], [item * len(t) for t in to_each],
@@ -211,9 +212,10 @@ class MatrixExchange:
         return list(received.split(counts))
 
 
-def _join(tensors: Iterable[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+def _concatenate(tensors: Iterable[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """Concatenate all elements; the result may be empty."""
-    return torch.cat([torch.empty(0, dtype=dtype, device=local_device()), *(t.flatten() for t in tensors)])
+    return torch.cat([torch.empty(0, dtype=dtype, device=get_local_device()),
+                      *(t.flatten() for t in tensors)])
 
 
 MOMENTUM = "momentum"
@@ -228,7 +230,7 @@ class _MatrixPiece:
     """Index of the first element in the shard."""
     shape: tuple[int, int]
 
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+    def slice_of(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the piece's view of a tensor with the shard's layout."""
         count = self.shape[0] * self.shape[1]
         return tensor.view(-1)[self.start:self.start + count].view(self.shape)
@@ -259,10 +261,10 @@ class Muon:
         self._config, self._model, self._dtype = config, model.config, model.config.params_dtype
         self._pieces: list[_MatrixPiece] = []
         self._places: list[MatrixPlace] = []
-        for block, shard in shard_blocks(model, shards):
+        for block, shard in iter_shard_blocks(model, shards):
             flat = shard.main.detach().view(-1)
             matrix = Matrix(block.key, block.offset[:-2], *block.global_shape[-2:])
-            for piece in pieces(block, shard, flat):
+            for piece in iter_pieces(block, shard, flat):
                 shape = (piece.data.shape[0], piece.data.shape[1])
                 self._pieces.append(_MatrixPiece(shard,
                                                  int(piece.data.storage_offset() - flat.storage_offset()),
@@ -286,48 +288,50 @@ class Muon:
                 # as in torch.optim.Muon: m = mu m + (1 - mu) g, and weight decay before the update
                 state[MOMENTUM].lerp_(main.grad, 1 - self._config.muon_momentum)
                 main.mul_(1 - group["lr"] * group["weight_decay"])
-        self._exchange.run(self._direction, self._orthogonal, self._move, self._dtype)
+        self._exchange.run(self._compute_direction, self._orthogonalize_matrix, self._apply_update,
+                           self._dtype)
 
-    def _direction(self, number: int) -> torch.Tensor:
+    def _compute_direction(self, number: int) -> torch.Tensor:
         """Return a piece's update before orthogonalization: momentum, or Nesterov's combination."""
         piece = self._pieces[number]
         main = piece.shard.main
-        momentum = piece.of(self.state[main][MOMENTUM])
+        momentum = piece.slice_of(self.state[main][MOMENTUM])
         if not self._config.muon_nesterov:
             return momentum.to(self._dtype)
         assert main.grad is not None, "gradients are taken before the step"
-        return piece.of(main.grad).lerp(momentum, self._config.muon_momentum).to(self._dtype)
+        return piece.slice_of(main.grad).lerp(momentum, self._config.muon_momentum).to(self._dtype)
 
-    def _orthogonal(self, matrix: Matrix, update: torch.Tensor) -> torch.Tensor:
+    def _orthogonalize_matrix(self, matrix: Matrix, update: torch.Tensor) -> torch.Tensor:
         """Return the orthogonalized update of a matrix, part by part."""
         result = torch.empty_like(update)
-        for rows in self._rows(matrix):
-            result[rows] = orthogonalise(update[rows], self._config.muon_ns_steps,
+        for rows in self._get_part_rows(matrix):
+            result[rows] = orthogonalize(update[rows], self._config.muon_ns_steps,
                                          self._config.muon_ns_coefficients)
         return result
 
-    def _move(self, number: int, update: torch.Tensor) -> None:
+    def _apply_update(self, number: int, update: torch.Tensor) -> None:
         piece, place = self._pieces[number], self._places[number]
         main = piece.shard.main
-        scale = self._scale(place.matrix)[place.row:place.row + place.shape[0], None].to(main.dtype)
-        piece.of(main.detach()).add_(update.to(main.dtype) * scale, alpha=-self._lr[id(main)])
+        scale = self._get_row_scales(place.matrix)[place.row:place.row + place.shape[0], None].to(main.dtype)
+        piece.slice_of(main.detach()).add_(update.to(main.dtype) * scale, alpha=-self._lr[id(main)])
 
-    def _rows(self, matrix: Matrix) -> list[torch.Tensor]:
+    def _get_part_rows(self, matrix: Matrix) -> list[torch.Tensor]:
         if matrix not in self._parts:
-            self._parts[matrix] = [to_device(rows, local_device()) for rows in parts(matrix, self._model)]
+            self._parts[matrix] = [to_device(rows, get_local_device())
+                                   for rows in split_matrix(matrix, self._model)]
         return self._parts[matrix]
 
-    def _scale(self, matrix: Matrix) -> torch.Tensor:
+    def _get_row_scales(self, matrix: Matrix) -> torch.Tensor:
         """Return the factor of every row, [rows] float64."""
         if matrix not in self._scales:
-            scale = torch.empty(matrix.rows, dtype=torch.float64, device=local_device())
-            for rows in self._rows(matrix):
-                scale[rows] = update_scale(self._config.muon_scale, len(rows), matrix.columns)
+            scale = torch.empty(matrix.rows, dtype=torch.float64, device=get_local_device())
+            for rows in self._get_part_rows(matrix):
+                scale[rows] = compute_update_scale(self._config.muon_scale, len(rows), matrix.columns)
             self._scales[matrix] = scale
         return self._scales[matrix]
 
 
-def holders(is_expert: bool, zero1: bool) -> dist.ProcessGroup:
+def get_matrix_group(is_expert: bool, zero1: bool) -> dist.ProcessGroup:
     """Return the processes that together hold all parts of the local matrices. Collective over the world.
 
     For tensor-parallel experts (`parallel.etp`) under ZeRO-1 the library has no such group; it is created
@@ -341,7 +345,7 @@ def holders(is_expert: bool, zero1: bool) -> dist.ProcessGroup:
     if parallel_state.get_expert_tensor_parallel_world_size() == 1:
         return parallel_state.get_expert_data_parallel_group()
     place = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_expert_model_parallel_rank()
-    # through the module: `optimizer.meta` replaces this file's `gather_objects`, which must not change here
+    # not `gather_objects` as imported above: `optimizer.meta` replaces that name, and this call must stay
     places = values.gather_objects(place)
     ranks = [[rank for rank, other in enumerate(places) if other == group_place]
              for group_place in sorted(set(places))]

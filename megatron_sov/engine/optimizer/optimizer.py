@@ -18,9 +18,9 @@ from megatron_sov.engine.model.language_model import LanguageModel
 from megatron_sov.engine.model.local_shards import LocalShard
 from megatron_sov.engine.optimizer import parameter_groups, state_shards
 from megatron_sov.engine.optimizer.adamw import CpuAdamW
-from megatron_sov.engine.parallel.device import local_device, on_gpu
+from megatron_sov.engine.parallel.device import get_local_device, on_gpu
 from megatron_sov.model.config import GpuConfig, OptimConfig, ParallelConfig
-from megatron_sov.model.config.gpu import AUTO
+from megatron_sov.model.config.gpu import DEFAULT_GPU
 
 NOT_SHARDED = ParallelConfig()
 """Layout without ZeRO-1: every process updates all of its parameters."""
@@ -30,7 +30,7 @@ third of the time."""
 
 
 @contextlib.contextmanager
-def _adamw(dtype: torch.dtype) -> Iterator[None]:
+def _select_adamw(dtype: torch.dtype) -> Iterator[None]:
     """Make Megatron-Core create `CpuAdamW` on CPUs and torch's AdamW on GPUs, unless Transformer Engine's
     optimizer is available and supports `dtype` (not float64)."""
     previous = library_optimizer.Adam, library_optimizer.USING_PYTORCH_OPTIMIZER
@@ -52,13 +52,13 @@ class Optimizer:
     processes."""
 
     def __init__(self, model: LanguageModel, config: OptimConfig,
-                 parallel: ParallelConfig = NOT_SHARDED, gpu: GpuConfig = AUTO) -> None:
+                 parallel: ParallelConfig = NOT_SHARDED, gpu: GpuConfig = DEFAULT_GPU) -> None:
         self.model = model
-        rules = parameter_groups.rules(model, config)
-        parameter_groups.freeze(model, rules)
+        rules = parameter_groups.build_rules(model, config)
+        parameter_groups.freeze_parameters(model, rules)
         # freeze first: the wrapper creates gradient buffers for trainable parameters only
-        self.wrapped = parameter_groups.wrap(model, parallel, gpu)
-        self._shares_gradients = quantized_weights.shares_gradients(model.config)
+        self.wrapped = parameter_groups.wrap_chunks(model, parallel, gpu)
+        self._shares_gradients = quantized_weights.shares_gradient_memory(model.config)
         self._gather = model.pending_gather = self._deferred_gather()
         settings = OptimizerConfig(
             optimizer="adam", lr=config.lr, weight_decay=config.weight_decay, adam_beta1=config.beta1,
@@ -66,18 +66,18 @@ class Optimizer:
             params_dtype=model.config.params_dtype, use_distributed_optimizer=parallel.zero1,
             overlap_param_gather=parallel.overlap_param_gather,
             **{**moment_settings(gpu), **quantized_weights.optimizer_settings(model.config)})
-        with state_shards.any_float, _adamw(model.config.params_dtype), warnings.catch_warnings():
+        with state_shards.allow_float64, _select_adamw(model.config.params_dtype), warnings.catch_warnings():
             # warning from an unused model class that the library imports
             warnings.filterwarnings("ignore", "MimoModelConfig is experimental")
             # gloo groups are needed only for the library's own checkpoints
             self.library = get_megatron_optimizer(settings, self.wrapped, use_gloo_process_groups=False)
-        self.shards = parameter_groups.arrange(self.library, model, rules, config, zero1=parallel.zero1,
-                                               on_host=gpu.optimizer_offload)
+        self.shards = parameter_groups.assign_shards(self.library, model, rules, config, zero1=parallel.zero1,
+                                                     on_host=gpu.optimizer_offload)
         """Shards that this process updates."""
         self._shard_of = {id(shard.parameter): shard for shard in self.shards}
-        if model.stand_ins:
-            model.masters, model.make_of_masters = self._masters, self._make_of_masters
-            model.finish_writing()
+        if model.fp8_placeholders:
+            model.iter_masters, model.quantize_masters = self._iter_masters, self._quantize_masters
+            model.requantize_weights()
         self._clip_grad = config.clip_grad
         self.num_updates = 0
         """Number of updates so far, for AdamW's bias correction."""
@@ -89,7 +89,7 @@ class Optimizer:
         # with shared buffers, the next forward pass gathers from gradient memory, once per update
         if self._shares_gradients and self._gather is not None and not parameter_groups.has_gathered(
                 self.wrapped):
-            quantized_weights.fill_buffers(self.library.chained_optimizers)
+            quantized_weights.fill_gather_buffers(self.library.chained_optimizers)
 
     def step(self, lr: float, accept: Callable[[float], bool] = lambda grad_norm: True) -> float:
         """Clip gradients, update with learning rate `lr`, and return the global gradient norm before
@@ -100,19 +100,19 @@ class Optimizer:
         """
         for group in self.library.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        state_shards.take_gradients(self.shards)
-        grad_norm = self._grad_norm()
+        state_shards.assign_gradients(self.shards)
+        grad_norm = self._compute_grad_norm()
         if not accept(grad_norm):
             return grad_norm
         # clip after `accept`: a rejected step keeps gradients and weights for diagnosis
-        self._clip(grad_norm)
-        self._update()
+        self._clip_gradients(grad_norm)
+        self._update_weights()
         # with a deferred gather, readers of the model fetch the other processes' updates first
         self.model.pending_gather = self._gather
         self.num_updates += 1
         return grad_norm
 
-    def _update(self) -> None:
+    def _update_weights(self) -> None:
         """Update the masters, then gather the weights unless the gather is deferred.
 
         If gradients share memory with the gather, the gather of the first optimizer would overwrite the
@@ -128,35 +128,35 @@ class Optimizer:
             self._gather_masters()
 
     def _deferred_gather(self) -> Callable[[], None] | None:
-        """Return the function that gathers all updated weights, or None if each step gathers."""
+        """Return the function that gathers updated weights, or None if every step gathers."""
         if not self.wrapped[0].ddp_config.overlap_param_gather:
             return None
-        return self._gather_masters if self._shares_gradients else partial(parameter_groups.gather,
-                                                                          self.wrapped)
+        return self._gather_masters if self._shares_gradients else partial(parameter_groups.gather_parameters,
+                                                                           self.wrapped)
 
     def _gather_masters(self) -> None:
-        quantized_weights.fill_buffers(self.library.chained_optimizers)
-        parameter_groups.gather(self.wrapped)
+        quantized_weights.fill_gather_buffers(self.library.chained_optimizers)
+        parameter_groups.gather_parameters(self.wrapped)
 
-    def _masters(self, block: LocalShard, parameter: torch.nn.Parameter | None) -> Iterator[LocalShard]:
+    def _iter_masters(self, block: LocalShard, parameter: torch.nn.Parameter | None) -> Iterator[LocalShard]:
         """Yield the local master blocks of a block of an FP8 weight."""
         shard = self._shard_of.get(id(parameter))
         if shard is not None:
-            yield from state_shards.pieces(block, shard, shard.main.detach().view(-1))
+            yield from state_shards.iter_pieces(block, shard, shard.main.detach().view(-1))
 
     @torch.no_grad()
-    def _make_of_masters(self) -> None:
+    def _quantize_masters(self) -> None:
         """Quantize FP8 weights from their masters on all processes. Collective."""
-        quantized_weights.quantize(self.library.chained_optimizers)
-        parameter_groups.gather(self.wrapped)
+        quantized_weights.quantize_local_ranges(self.library.chained_optimizers)
+        parameter_groups.gather_parameters(self.wrapped)
 
     @torch.no_grad()
-    def _grad_norm(self) -> float:
+    def _compute_grad_norm(self) -> float:
         """Return the global gradient norm, each parameter counted once, summed in float64. Collective.
 
         Megatron-Core sums squares in float32, where the result depends on the layout for many parameters.
         """
-        total = torch.zeros((), dtype=torch.float64, device=local_device())
+        total = torch.zeros((), dtype=torch.float64, device=get_local_device())
         for optimizer in self.library.chained_optimizers:
             norms = [torch.linalg.vector_norm(part, dtype=torch.float64)
                      for gradient in optimizer.get_grads_for_grad_norm()
@@ -168,7 +168,7 @@ class Optimizer:
         return math.sqrt(total.item())
 
     @torch.no_grad()
-    def _clip(self, grad_norm: float) -> None:
+    def _clip_gradients(self, grad_norm: float) -> None:
         """Scale all gradients to a norm of at most `clip_grad` (1e-6 as in torch's clip_grad_norm_)."""
         if 0 < self._clip_grad < grad_norm + 1e-6:
             for optimizer in self.library.chained_optimizers:
@@ -180,12 +180,12 @@ class Optimizer:
         """Update the float32 masters after weights were loaded; masters of FP8 weights were loaded
         themselves.
         """
-        if not self.model.stand_ins:
+        if not self.model.fp8_placeholders:
             self.library.reload_model_params()
             return
         with torch.no_grad():
             for shard in self.shards:
-                if id(shard.parameter) not in self.model.stand_ins:
+                if id(shard.parameter) not in self.model.fp8_placeholders:
                     weights = shard.parameter.detach().view(-1)[shard.start:shard.stop]
                     shard.main.copy_(weights.view(shard.main.shape))
 
@@ -194,9 +194,9 @@ class Optimizer:
 
         Names and shapes are equal at every layout, with and without ZeRO-1.
         """
-        return state_shards.state_shards(self.model, self.shards)
+        return state_shards.iter_state_shards(self.model, self.shards)
 
     def restore_updates(self, num_updates: int) -> None:
         """Set the number of updates that the restored moments include."""
         self.num_updates = num_updates
-        state_shards.set_updates(self.shards, num_updates)
+        state_shards.set_update_count(self.shards, num_updates)

@@ -17,19 +17,19 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.engine.model import graphs, quantized_weights
 from megatron_sov.engine.model.gpu_settings import gradient_settings
 from megatron_sov.engine.model.language_model import VOCABULARY_WEIGHTS, LanguageModel
-from megatron_sov.engine.model.local_shards import ParameterLookup, declared_blocks
-from megatron_sov.engine.optimizer.adamw import HostAdamW, split
-from megatron_sov.engine.optimizer.muon import Muon, holders
-from megatron_sov.engine.optimizer.state_shards import Inner, StateShard, shards
+from megatron_sov.engine.model.local_shards import ParameterLookup, list_declared_blocks
+from megatron_sov.engine.optimizer.adamw import HostAdamW, split_groups
+from megatron_sov.engine.optimizer.muon import Muon, get_matrix_group
+from megatron_sov.engine.optimizer.state_shards import ShardOptimizer, StateShard, list_shards
 from megatron_sov.engine.parallel.values import gather_objects
 from megatron_sov.model.config import GpuConfig, OptimConfig, ParallelConfig
-from megatron_sov.model.config.gpu import AUTO
+from megatron_sov.model.config.gpu import DEFAULT_GPU
 from megatron_sov.model.config.train import Algorithm
 from megatron_sov.model.families.adapters import PREFIX
-from megatron_sov.model.families.encoders import is_frozen, is_table
+from megatron_sov.model.families.encoders import is_frozen, is_position_table
 
 
-def wrap(model: LanguageModel, parallel: ParallelConfig, gpu: GpuConfig = AUTO) -> list[Any]:
+def wrap_chunks(model: LanguageModel, parallel: ParallelConfig, gpu: GpuConfig = DEFAULT_GPU) -> list[Any]:
     """Wrap every chunk in the data-parallel wrapper and set the schedules' communication hooks.
 
     Gradients are plain sums over processes. With ZeRO-1 the parameters move to one buffer per dtype.
@@ -42,20 +42,20 @@ def wrap(model: LanguageModel, parallel: ParallelConfig, gpu: GpuConfig = AUTO) 
         align_param_gather=parallel.overlap_param_gather and parallel.vpp > 1,
         bucket_size=parallel.bucket_params or None,
         fp8_param_gather=model.config.fp8_param,
-        reuse_grad_buf_for_mxfp8_param_ag=quantized_weights.shares_gradients(model.config))
+        reuse_grad_buf_for_mxfp8_param_ag=quantized_weights.shares_gradient_memory(model.config))
     # gradients of the first chunk are ready last, and only they are sent in several buckets
-    with graphs.off_the_default_stream(model.config):
+    with graphs.use_side_stream(model.config):
         wrapped = [DistributedDataParallel(model.config, settings, chunk, disable_bucketing=i > 0,
                                            full_param_layout=_zero1_layout(chunk, settings, is_first=i == 0))
                    for i, chunk in enumerate(model.chunks)]
     if parallel.overlap_grad_reduce:
-        model.config.no_sync_func = _per_chunk([w.no_sync for w in wrapped])
-        model.config.grad_sync_func = _per_chunk([w.start_grad_sync for w in wrapped])
+        model.config.no_sync_func = _unwrap_single([w.no_sync for w in wrapped])
+        model.config.grad_sync_func = _unwrap_single([w.start_grad_sync for w in wrapped])
     if parallel.overlap_param_gather:
         if settings.align_param_gather:
             model.config.param_sync_func = [w.start_param_sync for w in wrapped]
         if model.chunks[-1].post_process:
-            model.chunks[-1].before_head = partial(_wait_for_head, wrapped[-1], model.head_weight)
+            model.chunks[-1].wait_for_head = partial(_wait_for_head, wrapped[-1], model.head_weight)
     return wrapped
 
 
@@ -74,7 +74,7 @@ def _zero1_layout(chunk: Any, settings: DistributedDataParallelConfig, *, is_fir
         settings, expert_data_parallel_world_size=parallel_state.get_expert_data_parallel_world_size())
 
 
-def _per_chunk(functions: list[Any]) -> Any:
+def _unwrap_single(functions: list[Any]) -> Any:
     """Return the list for an interleaved pipeline, else the only function, as the schedules expect."""
     return functions if len(functions) > 1 else functions[0]
 
@@ -88,7 +88,7 @@ def _wait_for_head(wrapped: Any, weight: torch.Tensor) -> None:
     wrapped.param_to_bucket_group[weight].finish_param_sync(skip_next_bucket_dispatch=True)
 
 
-def gather(wrapped: list[Any]) -> None:
+def gather_parameters(wrapped: list[Any]) -> None:
     """All-gather the updated weights and wait."""
     for chunk in wrapped:
         chunk.start_param_sync(force_sync=True)
@@ -114,10 +114,10 @@ Rules = dict[int, GroupRule]
 """`id(parameter)` -> rule."""
 
 
-class Combined:
-    """Several optimizers behind the interface of one, for Megatron-Core."""
+class ChainedOptimizer:
+    """Several optimizers with the interface of a single optimizer, for Megatron-Core."""
 
-    def __init__(self, *inners: Inner) -> None:
+    def __init__(self, *inners: ShardOptimizer) -> None:
         self._inners = inners
 
     @property
@@ -130,17 +130,17 @@ class Combined:
             inner.step()
 
 
-def rules(model: LanguageModel, config: OptimConfig) -> Rules:
+def build_rules(model: LanguageModel, config: OptimConfig) -> Rules:
     """Return the rule of every parameter. Collective.
 
     Raises:
         UserError: on every process, if a group's pattern matches no tensor or every parameter is frozen.
     """
     lookup, rule_by_id, matched = ParameterLookup(model), {}, set()
-    for block in declared_blocks(model):
-        parameter = lookup.find(block)
+    for block in list_declared_blocks(model):
+        parameter = lookup.find_parameter(block)
         if parameter is not None:
-            rule = rule_for(config, block.key, parameter.dim())
+            rule = find_rule(config, block.key, parameter.dim())
             adapted = model.lora.on and not block.key.startswith(PREFIX)
             if adapted or is_frozen(block.key, model.encoder_training):
                 rule = replace(rule, frozen=True)
@@ -159,9 +159,9 @@ def rules(model: LanguageModel, config: OptimConfig) -> Rules:
     return rule_by_id
 
 
-def rule_for(config: OptimConfig, key: str, dim: int) -> GroupRule:
+def find_rule(config: OptimConfig, key: str, dim: int) -> GroupRule:
     """Return the rule of the parameter `key` with `dim` axes; the last matching group applies."""
-    is_matrix = dim == 2 and key not in VOCABULARY_WEIGHTS and not is_table(key)
+    is_matrix = dim == 2 and key not in VOCABULARY_WEIGHTS and not is_position_table(key)
     # no weight decay for norms and biases, unless a group sets it
     usual_decay = config.weight_decay if dim > 1 else 0.0
     rule = GroupRule(config.name if is_matrix else "adamw", 1.0, usual_decay, frozen=False)
@@ -173,7 +173,7 @@ def rule_for(config: OptimConfig, key: str, dim: int) -> GroupRule:
     return rule
 
 
-def freeze(model: LanguageModel, rules: Rules) -> None:
+def freeze_parameters(model: LanguageModel, rules: Rules) -> None:
     """Set `requires_grad` by the rules, and keep the embedding output differentiable if it is frozen."""
     for parameter in model.parameters():
         parameter.requires_grad_(not rules[id(parameter)].frozen)
@@ -181,15 +181,15 @@ def freeze(model: LanguageModel, rules: Rules) -> None:
         embedding = getattr(chunk, "embedding", None)
         if embedding is not None and not embedding.word_embeddings.weight.requires_grad:
             # recomputed layers and pipeline stages decide by their input whether to run a backward pass
-            embedding.register_forward_hook(_differentiable)
+            embedding.register_forward_hook(_require_gradient)
 
 
-def _differentiable(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+def _require_gradient(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
     return output if output.requires_grad else output.detach().requires_grad_()
 
 
-def arrange(library: Any, model: LanguageModel, rules: Rules, config: OptimConfig, *,
-            zero1: bool, on_host: float = 0.0) -> list[StateShard]:
+def assign_shards(library: Any, model: LanguageModel, rules: Rules, config: OptimConfig, *,
+                  zero1: bool, on_host: float = 0.0) -> list[StateShard]:
     """Assign every shard to the optimizer of its rule and return all shards. Collective.
 
     The library created AdamW for all shards; `Combined` adds Muon or `HostAdamW` for some.
@@ -200,39 +200,39 @@ def arrange(library: Any, model: LanguageModel, rules: Rules, config: OptimConfi
     all_shards: list[StateShard] = []
     with_muon = "muon" in (config.name, *(group.optimizer for group in config.groups))
     for optimizer in library.chained_optimizers:
-        local_shards, adam = shards(optimizer), optimizer.optimizer
+        local_shards, adam = list_shards(optimizer), optimizer.optimizer
         if adam is None:
             continue
         is_expert = adam.param_groups[0]["is_expert_parallel"]
-        adam_groups, muon_groups = _regroup(adam.param_groups,
-                                            {id(s.main): rules[id(s.parameter)] for s in local_shards})
+        adam_groups, muon_groups = _split_by_rule(adam.param_groups,
+                                                  {id(s.main): rules[id(s.parameter)] for s in local_shards})
         adam.param_groups = adam_groups
         if with_muon:
             matrices = [s for s in local_shards if rules[id(s.parameter)].algorithm == "muon"]
-            muon = Muon(config, model, matrices, muon_groups, holders(is_expert, zero1))
-            optimizer.optimizer = Combined(adam, muon)
+            muon = Muon(config, model, matrices, muon_groups, get_matrix_group(is_expert, zero1))
+            optimizer.optimizer = ChainedOptimizer(adam, muon)
             local_shards = [replace(s, inner=muon) if rules[id(s.parameter)].algorithm == "muon" else s
-                     for s in local_shards]
+                            for s in local_shards]
         elif on_host:
-            local_shards = _offload(optimizer, local_shards, on_host)
+            local_shards = _offload_shards(optimizer, local_shards, on_host)
         all_shards += local_shards
     return all_shards
 
 
-def _offload(optimizer: Any, local_shards: list[StateShard], share: float) -> list[StateShard]:
+def _offload_shards(optimizer: Any, local_shards: list[StateShard], share: float) -> list[StateShard]:
     """Move a share of AdamW's shards to host memory; return the shards with their new optimizers."""
     adam = optimizer.optimizer
-    adam.param_groups, moved = split(adam.param_groups, [s.main for s in local_shards], share)
+    adam.param_groups, moved = split_groups(adam.param_groups, [s.main for s in local_shards], share)
     if not moved:  # with few parameters the local range may be padding only
         return local_shards
     host = HostAdamW(moved)
-    optimizer.optimizer = Combined(adam, host)
+    optimizer.optimizer = ChainedOptimizer(adam, host)
     host_ids = {id(main) for group in moved for main in group["params"]}
     return [replace(s, inner=host) if id(s.main) in host_ids else s for s in local_shards]
 
 
-def _regroup(groups: list[dict[str, Any]],
-             rule_of: dict[int, GroupRule]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _split_by_rule(groups: list[dict[str, Any]],
+                   rule_of: dict[int, GroupRule]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return AdamW's and Muon's groups: parameters with equal rules, in the order of the library's groups."""
     rule_groups: dict[tuple[int, GroupRule], dict[str, Any]] = {}
     for number, group in enumerate(groups):

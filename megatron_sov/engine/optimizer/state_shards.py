@@ -1,4 +1,4 @@
-"""The part of each parameter that a process updates (with ZeRO-1 a range), and its optimizer state as blocks.
+"""The part of a parameter that this process updates (with ZeRO-1 a range), and the optimizer state as blocks.
 
 Megatron-Core's distributed optimizer concatenates all parameters and gives every data-parallel process an
 equal range: of a parameter it updates the elements [start, stop) of the flattened tensor. Within a block such
@@ -18,8 +18,8 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_sov.engine.model.language_model import LanguageModel
-from megatron_sov.engine.model.local_shards import LocalShard, ParameterLookup, declared_blocks
-from megatron_sov.engine.optimizer.adamw import HostAdamW, wait
+from megatron_sov.engine.model.local_shards import LocalShard, ParameterLookup, list_declared_blocks
+from megatron_sov.engine.optimizer.adamw import HostAdamW, wait_for_copies
 
 Rectangle = tuple[tuple[int, ...], tuple[int, ...]]
 """(index of the first element, extent per axis)."""
@@ -30,7 +30,7 @@ MASTER = "master"
 
 
 
-def flat_ranges(shape: Sequence[int], start: int, stop: int) -> Iterator[Rectangle]:
+def iter_rectangles(shape: Sequence[int], start: int, stop: int) -> Iterator[Rectangle]:
     """Cut the elements [start, stop) of a row-major tensor into at most 2 * axes - 1 rectangles.
 
     Rectangles come in element order: end of a row, whole rows, beginning of a row, and so on for inner axes.
@@ -42,23 +42,23 @@ def flat_ranges(shape: Sequence[int], start: int, stop: int) -> Iterator[Rectang
     (first, head), (last, tail) = divmod(start, row), divmod(stop, row)
     # range inside one row: recurse with one axis less
     if head and first == last:
-        yield from _in_row(shape, first, head, tail)
+        yield from _iter_row_rectangles(shape, first, head, tail)
         return
     if head:
-        yield from _in_row(shape, first, head, row)
+        yield from _iter_row_rectangles(shape, first, head, row)
         first += 1
     if first < last:
         yield (first,) + (0,) * (len(shape) - 1), (last - first, *shape[1:])
     if tail:
-        yield from _in_row(shape, last, 0, tail)
+        yield from _iter_row_rectangles(shape, last, 0, tail)
 
 
-def _in_row(shape: Sequence[int], index: int, start: int, stop: int) -> Iterator[Rectangle]:
-    for place, extent in flat_ranges(shape[1:], start, stop):
+def _iter_row_rectangles(shape: Sequence[int], index: int, start: int, stop: int) -> Iterator[Rectangle]:
+    for place, extent in iter_rectangles(shape[1:], start, stop):
         yield (index, *place), (1, *extent)
 
 
-class Inner(Protocol):
+class ShardOptimizer(Protocol):
     """Interface of the optimizers that update shards: AdamW or Muon."""
 
     param_groups: list[dict[str, Any]]
@@ -81,7 +81,7 @@ class StateShard:
     main: torch.Tensor
     """Contiguous tensor that the optimizer updates: the parameter's own memory, or a float32 master
     weight."""
-    inner: Inner
+    inner: ShardOptimizer
     """Optimizer that updates `main` and holds its state."""
     exclusive: bool
     """True (ZeRO-1): no other data-parallel process updates these elements."""
@@ -107,17 +107,19 @@ class StateShard:
         return {name: tensor.detach().view(-1) for name, tensor in tensors.items()}
 
 
-def shards(optimizer: Any) -> list[StateShard]:
-    """Return the shards of one of the library's optimizers (routed experts have a separate one).
+def list_shards(optimizer: Any) -> list[StateShard]:
+    """Return the shards of a library optimizer (dense parameters and routed experts have separate
+    optimizers).
 
     Parameters without a local range are left out.
     """
     if optimizer.optimizer is None:
         return []
-    return list(_ranges(optimizer) if isinstance(optimizer, DistributedOptimizer) else _wholes(optimizer))
+    return list(_iter_ranges(optimizer) if isinstance(optimizer, DistributedOptimizer)
+                else _iter_parameters(optimizer))
 
 
-def _ranges(optimizer: DistributedOptimizer) -> Iterator[StateShard]:
+def _iter_ranges(optimizer: DistributedOptimizer) -> Iterator[StateShard]:
     """Yield ranges of parameters in this process's part of the library's buffers (ZeRO-1)."""
     for models, mains in ((optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups),
                           (optimizer.model_fp32_groups, optimizer.shard_fp32_groups)):
@@ -127,7 +129,7 @@ def _ranges(optimizer: DistributedOptimizer) -> Iterator[StateShard]:
                 yield StateShard(parameter, start, main, optimizer.optimizer, exclusive=True)
 
 
-def _wholes(optimizer: Any) -> Iterator[StateShard]:
+def _iter_parameters(optimizer: Any) -> Iterator[StateShard]:
     """Yield whole parameters of an optimizer that repeats the update on every data-parallel process."""
     model_of = {}
     low_groups, high_groups = (getattr(optimizer, "float16_groups", []),
@@ -139,7 +141,7 @@ def _wholes(optimizer: Any) -> Iterator[StateShard]:
             yield StateShard(model_of.get(id(main), main), 0, main, optimizer.optimizer, exclusive=False)
 
 
-def take_gradients(shards: Iterable[StateShard]) -> None:
+def assign_gradients(shards: Iterable[StateShard]) -> None:
     """Set `grad` of every shard to its part of the reduced gradients.
 
     As in the library, gradients reduced in bf16 are converted to float32 first.
@@ -149,16 +151,16 @@ def take_gradients(shards: Iterable[StateShard]) -> None:
         gradient: torch.Tensor = (
             shard.parameter.main_grad.view(-1)[shard.start:shard.stop])  # type: ignore[attr-defined]
         if isinstance(shard.inner, HostAdamW):
-            shard.inner.receive(shard.main, gradient.view(shard.main.shape))
+            shard.inner.copy_gradient(shard.main, gradient.view(shard.main.shape))
             to_host = True
         else:
             shard.main.grad = gradient.view(shard.main.shape).to(shard.main.dtype)
     if to_host:
-        wait()
+        wait_for_copies()
 
 
-class _AnyFloat:
-    """Context manager, see `any_float`."""
+class _AllowFloat64:
+    """Context manager, see `allow_float64`."""
 
     def __init__(self) -> None:
         self._num_inside = 0
@@ -169,13 +171,13 @@ class _AnyFloat:
         if self._num_inside == 0:
             self._named = original_type = torch.Tensor.type
 
-            def type_(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            def get_type_name(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
                 type_name = original_type(tensor, *args, **kwargs)
                 if isinstance(type_name, str):
                     return type_name.replace("DoubleTensor", "FloatTensor")
                 return type_name
 
-            torch.Tensor.type = type_  # type: ignore[method-assign, assignment]
+            torch.Tensor.type = get_type_name  # type: ignore[method-assign, assignment]
         self._num_inside += 1
 
     def __exit__(self, *_: object) -> None:
@@ -184,35 +186,34 @@ class _AnyFloat:
             torch.Tensor.type = self._named  # type: ignore[method-assign]
 
 
-any_float = _AnyFloat()
-"""`with any_float:` Megatron-Core also creates its distributed optimizer for float64; it recognizes three
-dtypes by their type names."""
+allow_float64 = _AllowFloat64()
+"""`with any_float:` Megatron-Core also creates the distributed optimizer for float64; the library knows three
+dtypes by type name."""
 
 
-def shard_blocks(model: LanguageModel, shards: Iterable[StateShard]) -> Iterator[tuple[LocalShard,
-                                                                                       StateShard]]:
-    """Yield each block that this process updates, completely or in part, with its shard."""
+def iter_shard_blocks(model: LanguageModel, shards: Iterable[StateShard]) -> Iterator[tuple[LocalShard,
+                                                                                            StateShard]]:
+    """Yield (block, shard) for every block that this process updates, completely or in part."""
     of_parameter = {id(shard.parameter): shard for shard in shards}
     lookup = ParameterLookup(model)
-    for block in declared_blocks(model):
-        shard = of_parameter.get(id(lookup.find(block)))
+    for block in list_declared_blocks(model):
+        shard = of_parameter.get(id(lookup.find_parameter(block)))
         if shard is not None:
             yield block, shard
 
 
-def state_shards(model: LanguageModel, shards: Iterable[StateShard]) -> Iterator[LocalShard]:
+def iter_state_shards(model: LanguageModel, shards: Iterable[StateShard]) -> Iterator[LocalShard]:
     """Yield the local optimizer state, named `exp_avg/KEY`, `exp_avg_sq/KEY`, `momentum/KEY` and
     `master/KEY`.
     """
-    for block, shard in shard_blocks(model, shards):
+    for block, shard in iter_shard_blocks(model, shards):
         for name, flat in shard.state().items():
-            for piece in pieces(block, shard, flat):
+            for piece in iter_pieces(block, shard, flat):
                 yield dataclasses.replace(piece, key=f"{name}/{block.key}")
 
 
-def pieces(block: LocalShard, shard: StateShard, flat: torch.Tensor) -> Iterator[LocalShard]:
-    """Yield the parts of `flat` [elements of the shard] that belong to `block`, as blocks of global
-    tensors."""
+def iter_pieces(block: LocalShard, shard: StateShard, flat: torch.Tensor) -> Iterator[LocalShard]:
+    """Yield the parts of `flat` [shard elements] that belong to `block`, as `LocalShard` objects."""
     if not block.data.is_contiguous():
         raise ValueError(f"{block.key}: its block is not a contiguous part of the parameter, "
                          "so its state cannot be cut alike")
@@ -220,18 +221,18 @@ def pieces(block: LocalShard, shard: StateShard, flat: torch.Tensor) -> Iterator
     first = int(block.data.storage_offset()) - int(shard.parameter.storage_offset())
     start, stop = max(shard.start, first), min(shard.stop, first + block.data.numel())
     leading = len(block.global_shape) - block.data.dim()
-    # under ZeRO-1 only this process updates these elements, so it writes them; otherwise replica 0 does
+    # under ZeRO-1 the updating process writes the elements; otherwise replica 0 writes
     replica = (*block.replica[:-1], 0) if shard.exclusive else block.replica
-    for place, extent in flat_ranges(block.data.shape, start - first, stop - first):
+    for place, extent in iter_rectangles(block.data.shape, start - first, stop - first):
         count = math.prod(extent)
         inner = (o + p for o, p in zip(block.offset[leading:], place, strict=True))
         begin = start - shard.start
         yield LocalShard(block.key, flat[begin:begin + count].view(extent), block.global_shape,
-                    (*block.offset[:leading], *inner), replica)
+                         (*block.offset[:leading], *inner), replica)
         start += count
 
 
-def set_updates(shards: Iterable[StateShard], num_updates: int) -> None:
+def set_update_count(shards: Iterable[StateShard], num_updates: int) -> None:
     """Set the number of updates in the state, for AdamW's bias correction.
 
     Each parameter gets its own counter: the library's loading shares one tensor among all parameters, which
@@ -246,7 +247,7 @@ def set_updates(shards: Iterable[StateShard], num_updates: int) -> None:
                 group["step"] = num_updates
 
 
-def _counts_per_parameter(inner: Inner) -> bool:
+def _counts_per_parameter(inner: ShardOptimizer) -> bool:
     """Return whether the optimizer counts updates per parameter (torch) or per group (Transformer Engine,
     Apex).
     """

@@ -12,7 +12,7 @@ def to_comm_device(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.cuda() if dist.get_backend() == "nccl" else tensor
 
 
-def data_place() -> tuple[int, int]:
+def get_data_rank() -> tuple[int, int]:
     """Return the data-parallel rank and size."""
     return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
 
@@ -34,14 +34,14 @@ def all_reduce_world(values: torch.Tensor) -> torch.Tensor:
     return total.cpu()
 
 
-def of_all_ranks(value: float) -> list[float]:
+def gather_numbers(value: float) -> list[float]:
     """Return the number of each rank. Collective."""
     values = torch.zeros(dist.get_world_size(), dtype=torch.float64)
     values[dist.get_rank()] = value
     return [float(v) for v in all_reduce_world(values)]
 
 
-def broadcast_from_first(flag: bool) -> bool:
+def broadcast_flag(flag: bool) -> bool:
     """Return rank 0's flag on every process. Collective."""
     if dist.get_world_size() == 1:
         return flag

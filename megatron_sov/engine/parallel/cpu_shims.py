@@ -1,9 +1,9 @@
 """Patches that let unmodified megatron-core run on CPUs over gloo, and fix its defects.
 
 Call `prepare_megatron()` once before any import of megatron; with CUDA it does nothing. Each patch is a
-function whose docstring names the assumption or defect. `mend` fixes defects that occur on any device. No
-part is reimplemented: model, schedules, dispatchers, optimizers and process groups are the library's, on CPU
-tensors.
+function whose docstring names the assumption or defect. `patch_defects` fixes defects that occur on any
+device. No part is reimplemented: model, schedules, dispatchers, optimizers and process groups are the
+library's, on CPU tensors.
 """
 
 from __future__ import annotations
@@ -18,20 +18,19 @@ from typing import Any
 
 import torch
 
-from megatron_sov.engine.parallel.device import (
-    CPU, compute_on_cpu, computes_on_cpu, hide_broken_deep_ep, on_gpu)
+from megatron_sov.engine.parallel.device import CPU, hide_broken_deep_ep, is_cpu_only, mark_cpu_only, on_gpu
 
 # Defects on any device. `test_cpu_shims.py::test_the_library_still_needs_the_patch` fails when the library no
 # longer has one.
 
 @functools.cache
-def mend() -> None:
+def patch_defects() -> None:
     """Fix the library's defects in this process; call it before building a model."""
-    _norms_under_sequence_parallelism()
-    _experts_without_tokens()
+    _patch_norm_marks()
+    _patch_empty_experts()
 
 
-def _experts_without_tokens() -> None:
+def _patch_empty_experts() -> None:
     """Transformer Engine's permutation asserts that local experts receive a token, and its inverse returns no
     rows for no tokens, while the library needs zeros. With few tokens, some processes receive none."""
     import megatron.core.transformer.moe.token_dispatcher as dispatcher
@@ -53,7 +52,7 @@ def _experts_without_tokens() -> None:
     dispatcher.permute, dispatcher.unpermute = permute_any, unpermute_any
 
 
-def _norms_under_sequence_parallelism() -> None:
+def _patch_norm_marks() -> None:
     """WrappedTorchNorm refuses sequence parallelism because torch's norms do not mark their weight for the
     gradient sum over the tensor-parallel group. The patch sets the mark."""
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -84,27 +83,27 @@ def prepare_megatron() -> None:
 
 def prepare_without_gpu() -> None:
     """Switch this process to megatron-core on CPUs, permanently, even if the machine has a GPU."""
-    if computes_on_cpu():
+    if is_cpu_only():
         return
-    compute_on_cpu()
-    _without_transformer_engine()
-    _current_device_is_cpu()
-    _cuda_requests_land_on_cpu()
-    _tensor_type_names()
-    _cuda_generator_is_cpu_generator()
-    with _eager_jit(), _without_trackers(), warnings.catch_warnings():
+    mark_cpu_only()
+    _hide_transformer_engine()
+    _patch_current_device()
+    _redirect_cuda_requests()
+    _patch_type_names()
+    _redirect_cuda_generator()
+    with _disable_compilation(), _hide_trackers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # each missing GPU extension prints a warning on import
         import megatron.core.models.gpt.gpt_layer_specs
         import megatron.core.optimizer
         import megatron.core.pipeline_parallel
         import megatron.core.transformer.multi_token_prediction  # noqa: F401
-    _rng_tracker()
-    _dispatcher_split_sizes()
-    _uneven_gathers()
-    mend()
+    _patch_rng_tracker()
+    _patch_split_sizes()
+    _patch_uneven_gathers()
+    patch_defects()
 
 
-def _without_transformer_engine() -> None:
+def _hide_transformer_engine() -> None:
     """megatron uses Transformer Engine's optimizers, products and norms if it imports, for example on a login
     node or with hidden CUDA devices, but they need CUDA. An already imported module stays."""
     # None in sys.modules makes the import fail as if the package were missing
@@ -133,7 +132,7 @@ class _Stream:
         return 0
 
 
-def _current_device_is_cpu() -> None:
+def _patch_current_device() -> None:
     """megatron reads device, streams and memory statistics from torch.cuda, and marks ranges for a
     profiler."""
     cuda: Any = torch.cuda
@@ -158,19 +157,19 @@ def _is_cuda(device: Any) -> bool:
     return isinstance(device, str) and device.split(":")[0] == "cuda"
 
 
-def _cuda_requests_land_on_cpu() -> None:
+def _redirect_cuda_requests() -> None:
     """megatron allocates with `device="cuda"`, `.cuda()` and pinned memory, which do not exist on CPUs."""
 
     def create_on_cpu(function: Any) -> Any:
         @functools.wraps(function)
-        def create(*args: Any, **kwargs: Any) -> Any:
+        def create_with_cpu(*args: Any, **kwargs: Any) -> Any:
             if _is_cuda(kwargs.get("device")):
                 kwargs["device"] = CPU
             # pinned memory needs the CUDA driver
             kwargs.pop("pin_memory", None)
             return function(*args, **kwargs)
 
-        return create
+        return create_with_cpu
 
     from torch.utils._device import _device_constructors
 
@@ -182,34 +181,34 @@ def _cuda_requests_land_on_cpu() -> None:
     tensor: Any = torch.Tensor
     move = tensor.to
 
-    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def move_to_cpu(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args and _is_cuda(args[0]):
             args = (CPU, *args[1:])
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = CPU
         return move(self, *args, **kwargs)
 
-    tensor.to = to
+    tensor.to = move_to_cpu
     tensor.cuda = lambda self, *args, **kwargs: self
     tensor.record_stream = lambda self, stream: None
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
 
-def _tensor_type_names() -> None:
+def _patch_type_names() -> None:
     """megatron's optimizers recognize parameters by name only: `param.type() == "torch.cuda.FloatTensor"`
     etc."""
     tensor: Any = torch.Tensor
     original = tensor.type
 
-    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def get_type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs:
             return original(self, *args, **kwargs)
         return original(self).replace("torch.", "torch.cuda.", 1)
 
-    tensor.type = type_
+    tensor.type = get_type_name
 
 
-def _cuda_generator_is_cpu_generator() -> None:
+def _redirect_cuda_generator() -> None:
     """Dropout and recomputation save and restore CUDA's generator; on CPUs this is the default generator."""
     cuda: Any = torch.cuda
     for module in (cuda, cuda.random):
@@ -220,7 +219,7 @@ def _cuda_generator_is_cpu_generator() -> None:
 
 
 @contextlib.contextmanager
-def _eager_jit() -> Iterator[None]:
+def _disable_compilation() -> Iterator[None]:
     """megatron sets `jit_fuser = torch.compile` during import; compilation costs about 9 s in a CPU's first
     step.
     """
@@ -234,7 +233,7 @@ def _eager_jit() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_trackers() -> Iterator[None]:
+def _hide_trackers() -> Iterator[None]:
     """megatron imports its trackers if installed, which takes a fifth of a command's start; runs use
     `runs.obs.trackers` instead."""
     # None in sys.modules makes the import fail as if the package were missing
@@ -247,7 +246,7 @@ def _without_trackers() -> Iterator[None]:
             del sys.modules[name]
 
 
-def _rng_tracker() -> None:
+def _patch_rng_tracker() -> None:
     """The tensor-parallel RNG tracker accesses CUDA states through private functions, and warns if the CPU
     state changes."""
     import megatron.core.tensor_parallel.random as random
@@ -258,7 +257,7 @@ def _rng_tracker() -> None:
         lambda record: "CPU RNG state changed within GPU RNG context" not in record.getMessage())
 
 
-def _dispatcher_split_sizes() -> None:
+def _patch_split_sizes() -> None:
     """The all-to-all dispatcher converts split sizes to numbers only for CUDA tensors; gloo needs numbers
     too."""
     import megatron.core.transformer.moe.moe_utils as moe_utils
@@ -270,7 +269,7 @@ def _dispatcher_split_sizes() -> None:
     moe_utils.maybe_move_tensor_to_cpu = dispatcher.maybe_move_tensor_to_cpu = to_numbers
 
 
-def _uneven_gathers() -> None:
+def _patch_uneven_gathers() -> None:
     """gloo gathers and scatters only equal parts; tokens of experts split over processes have unequal
     parts."""
     import megatron.core.tensor_parallel.mappings as mappings
@@ -278,25 +277,25 @@ def _uneven_gathers() -> None:
     gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
 
     def gather_uneven(input_: torch.Tensor, group: Any, output_split_sizes: list[int] | None = None,
-                   use_global_buffer: bool = False) -> torch.Tensor:
+                      use_global_buffer: bool = False) -> torch.Tensor:
         if output_split_sizes is None or group.size() == 1:
             even: torch.Tensor = gather(input_, group, output_split_sizes, use_global_buffer)
             return even
         # pad every part to the longest before the gather, and cut the padding afterwards
         longest = max(output_split_sizes)
-        parts = (gather(_lengthened(input_, longest), group).unflatten(0, (-1, longest)) if longest
+        parts = (gather(_pad_rows(input_, longest), group).unflatten(0, (-1, longest)) if longest
                  else [input_] * group.size())
         return torch.cat([part[:n] for part, n in zip(parts, output_split_sizes, strict=True)])
 
     def reduce_scatter_uneven(input_: torch.Tensor, group: Any, input_split_sizes: list[int] | None = None,
-                           use_global_buffer: bool = False) -> torch.Tensor:
+                              use_global_buffer: bool = False) -> torch.Tensor:
         if input_split_sizes is None or group.size() == 1:
             even: torch.Tensor = reduce_scatter(input_, group, input_split_sizes, use_global_buffer)
             return even
         longest = max(input_split_sizes)
         if longest == 0:
             return input_
-        parts = torch.cat([_lengthened(part, longest) for part in input_.split(input_split_sizes)])
+        parts = torch.cat([_pad_rows(part, longest) for part in input_.split(input_split_sizes)])
         local: torch.Tensor = reduce_scatter(parts, group)
         return local[:input_split_sizes[group.rank()]]
 
@@ -304,6 +303,6 @@ def _uneven_gathers() -> None:
         gather_uneven, reduce_scatter_uneven)
 
 
-def _lengthened(tensor: torch.Tensor, length: int) -> torch.Tensor:
+def _pad_rows(tensor: torch.Tensor, length: int) -> torch.Tensor:
     """Pad [n, ...] with zeros to [length, ...]."""
     return torch.cat([tensor, tensor.new_zeros(length - tensor.shape[0], *tensor.shape[1:])])

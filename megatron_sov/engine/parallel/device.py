@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from megatron_sov.base.errors import UserError, first_line, told_in_a_line
+from megatron_sov.base.errors import UserError, first_error_line, format_error
 from megatron_sov.model.config import RunConfig
 from megatron_sov.runs.gpu_driver import list_visible_gpus
 from megatron_sov.runs.launch_environment import local_gpu_index
@@ -25,7 +25,7 @@ from megatron_sov.work.clusters.units import GIB
 
 # Deterministic algorithms; must be configured before CUDA and NCCL start.
 
-VARIABLES = {
+DETERMINISM_VARIABLES = {
     "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
     "NCCL_ALGO": ("Ring", "Tree", "CollnetDirect", "CollnetChain", "^NVLS"),
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),
@@ -37,7 +37,7 @@ Sources: the reproducibility section of cuBLAS; the list that Megatron-LM accept
 """
 
 
-def switch_on() -> None:
+def enable_determinism() -> None:
     """Make torch, cuBLAS, cuDNN, NCCL and Transformer Engine choose deterministic algorithms.
 
     Operations without a deterministic algorithm raise an error. The model's part is Megatron-Core's
@@ -46,14 +46,14 @@ def switch_on() -> None:
     Raises:
         UserError: an environment variable has a conflicting value.
     """
-    for name, allowed in VARIABLES.items():
+    for name, allowed in DETERMINISM_VARIABLES.items():
         value = os.environ.setdefault(name, allowed[0])
         if value not in allowed:
             raise UserError(f"train.deterministic = True: the environment has {name}={value}, "
                             f"with which results do not repeat; unset it or use {' or '.join(allowed)}")
     # a process that is already deterministic may start another run
     if torch.cuda.is_initialized() and not torch.are_deterministic_algorithms_enabled():
-        raise RuntimeError("CUDA has started before determinism.switch_on()")
+        raise RuntimeError("CUDA has started before device.enable_determinism()")
     torch.use_deterministic_algorithms(True)
     # filling uninitialized memory would cost time for every activation
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -65,43 +65,43 @@ def switch_on() -> None:
 # models (Megatron-Bridge 26.08, `perf_recipes`). The user's environment takes precedence.
 
 
-def run_variables(config: RunConfig, gpu_name: str) -> dict[str, str]:
+def build_run_variables(config: RunConfig, gpu_name: str) -> dict[str, str]:
     """Return environment variables for a run; `gpu_name` is the driver's name of the GPU."""
     parallel, flex = config.parallel, config.parallel.expert_dispatcher in ("deepep", "hybridep")
-    # one queue keeps kernels of tensor and context parallelism in the order in which they overlap; Blackwell
-    # does not need it, and expert messages that overlap with another micro-batch need several queues
+    # a single queue keeps tensor- and context-parallel kernels in the order in which they overlap; Blackwell
+    # needs no such order, and expert messages that overlap with another micro-batch need several queues
     one_queue = ((parallel.tp > 1 or parallel.cp > 1) and parallel.expert_overlap == "none"
-               and not any(name in gpu_name for name in BLACKWELL_NAMES))
+                 and not any(name in gpu_name for name in BLACKWELL_NAMES))
     variables = {"TORCH_NCCL_HIGH_PRIORITY": "1",  # messages overtake matrix products in the queue
-             CONNECTIONS: "1" if one_queue else "32",
-             # NVLink SHARP takes memory for every group, and helps only with registered buffers
-             "NCCL_NVLS_ENABLE": str(int(config.gpu.nccl_user_buffers == "on"))}
+                 MAX_CONNECTIONS_VARIABLE: "1" if one_queue else "32",
+                 # NVLink SHARP takes memory for every group, and helps only with registered buffers
+                 "NCCL_NVLS_ENABLE": str(int(config.gpu.nccl_user_buffers == "on"))}
     if config.gpu.cuda_graphs:
         variables["NCCL_GRAPH_REGISTER"] = "0"  # registration would pin memory that torch's allocator moves
     if parallel.overlap_grad_reduce or parallel.expert_overlap != "none":
         # norms would occupy all multiprocessors and leave none for NCCL or DeepEP
         variables |= dict.fromkeys(("NVTE_FWD_LAYERNORM_SM_MARGIN", "NVTE_BWD_LAYERNORM_SM_MARGIN"),
-                               "20" if flex else "16")
+                                   "20" if flex else "16")
     return variables
 
 
-CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+MAX_CONNECTIONS_VARIABLE = "CUDA_DEVICE_MAX_CONNECTIONS"
 BLACKWELL_NAMES = ("B200", "B300")
 HOPPER, BLACKWELL = 9, 10
 """Major compute capabilities."""
-REPEATS_CUDNN = 91801
+MIN_CUDNN_DETERMINISTIC = 91801
 """First cuDNN version (as torch counts) with deterministic packed attention on Blackwell. On Hopper,
 Transformer Engine disables the deterministic kernel from documents x heads x longest document squared =
 2**30, and the number of documents per row is unbounded."""
 
 
 _variables: dict[str, str] = {}
-"""Variables that this process has set for its run."""
+"""Variables set by `set_run_variables` for the current run."""
 
 
-def set_variables(config: RunConfig) -> None:
-    """Set the variables of `run_variables` that the environment lacks; call before CUDA starts. Values set
-    for an earlier run of this process are replaced.
+def set_run_variables(config: RunConfig) -> None:
+    """Set the variables of `build_run_variables` that the environment lacks; call before CUDA starts.
+    Replaces values from an earlier run in this process.
 
     Raises:
         UserError: the environment conflicts with a setting.
@@ -111,25 +111,26 @@ def set_variables(config: RunConfig) -> None:
         if os.environ.get(name) == value:
             del os.environ[name]
     _variables.clear()
-    for name, value in run_variables(config, gpus[0].name if gpus else "").items():
+    for name, value in build_run_variables(config, gpus[0].name if gpus else "").items():
         if name not in os.environ:
             os.environ[name] = _variables[name] = value
-    if config.parallel.expert_overlap == "micro_batches" and os.environ[CONNECTIONS] == "1":
-        raise UserError(f"parallel.expert_overlap = micro_batches: the environment has {CONNECTIONS}=1, with "
-                        "which messages wait for products; unset it or use 32")
+    if config.parallel.expert_overlap == "micro_batches" and os.environ[MAX_CONNECTIONS_VARIABLE] == "1":
+        raise UserError("parallel.expert_overlap = micro_batches: the environment has "
+                        f"{MAX_CONNECTIONS_VARIABLE}=1, with which messages wait for products; unset it or "
+                        "use 32")
 
 
 CPU = torch.device("cpu")
 _on_cpu = False
 
 
-def compute_on_cpu() -> None:
+def mark_cpu_only() -> None:
     """Record that the CPU shims are installed: `torch.cuda` then answers for the CPU."""
     global _on_cpu
     _on_cpu = True
 
 
-def computes_on_cpu() -> bool:
+def is_cpu_only() -> bool:
     return _on_cpu
 
 
@@ -144,7 +145,7 @@ PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float6
 """`train.precision` -> dtype of weights and activations."""
 
 
-def inference_precision() -> Literal["bf16", "fp32"]:
+def choose_inference_precision() -> Literal["bf16", "fp32"]:
     """Return the default precision of inference: bf16 on GPUs, fp32 on CPUs.
 
     It does not depend on the engine or the dtype of stored weights, so a checkpoint and its Hugging Face
@@ -152,19 +153,19 @@ def inference_precision() -> Literal["bf16", "fp32"]:
     return "bf16" if on_gpu() else "fp32"
 
 
-def local_device() -> torch.device:
+def get_local_device() -> torch.device:
     """Return the device of parameters and batches."""
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu() else CPU
 
 
-def release_unused() -> None:
+def release_gpu_memory() -> None:
     """Release cached GPU memory, for example of a deleted model."""
     if on_gpu():
         gc.collect()
         torch.cuda.empty_cache()  # does not start CUDA
 
 
-def record_for_nsys(*, on: bool) -> None:
+def toggle_nsys_recording(*, on: bool) -> None:
     """Start or stop recording in nsys, with the library's NVTX ranges. Does nothing without nsys."""
     from megatron.core.utils import configure_nvtx_profiling
 
@@ -182,43 +183,43 @@ def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 # Pinned host memory for asynchronous copies, in few large pieces.
 
-PIECE_BYTES = 1 << 30
+ARENA_BYTES = 1 << 30
 _ALIGN_BYTES = 64
 
 
-class Arena:
+class PinnedArena:
     """Allocates pinned host memory in few large pieces: torch rounds each allocation up to a power of two."""
 
     def __init__(self, total_bytes: int) -> None:
         """Prepare for tensors of `total_bytes` in total."""
-        self._piece_bytes = min(PIECE_BYTES, total_bytes + _ALIGN_BYTES)
+        self._piece_bytes = min(ARENA_BYTES, total_bytes + _ALIGN_BYTES)
         self._free = torch.empty(0, dtype=torch.uint8)
 
-    def like(self, tensor: torch.Tensor) -> torch.Tensor:
+    def allocate_like(self, tensor: torch.Tensor) -> torch.Tensor:
         """Allocate contiguous memory with the shape and dtype of `tensor`."""
-        needed_bytes = -(-num_bytes(tensor) // _ALIGN_BYTES) * _ALIGN_BYTES
+        needed_bytes = -(-count_bytes(tensor) // _ALIGN_BYTES) * _ALIGN_BYTES
         if self._free.numel() < needed_bytes:
             self._free = torch.empty(max(needed_bytes, self._piece_bytes), dtype=torch.uint8,
                                      pin_memory=on_gpu())
         memory, self._free = self._free[:needed_bytes], self._free[needed_bytes:]
-        return memory[:num_bytes(tensor)].view(tensor.dtype).view(tensor.shape)
+        return memory[:count_bytes(tensor)].view(tensor.dtype).view(tensor.shape)
 
 
-def num_bytes(tensor: torch.Tensor) -> int:
+def count_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
 # Assignment of GPUs to ranks. Ranks exchange problems through the rendezvous store before NCCL starts: NCCL
 # would only wait for a rank that has failed.
 
-def kind() -> Gpu:
+def get_gpu() -> Gpu:
     """Return the model and memory of this process's GPU."""
     properties = torch.cuda.get_device_properties(local_gpu_index(torch.cuda.device_count()))
     return Gpu(properties.name, properties.total_memory)
 
 
-def take_gpu(store: dist.Store, rank: int, size: int, needs_bytes: int,
-             timeout: datetime.timedelta) -> torch.device:
+def select_gpu(store: dist.Store, rank: int, size: int, needs_bytes: int,
+               timeout: datetime.timedelta) -> torch.device:
     """Select this process's GPU and check it. Collective.
 
     Args:
@@ -236,25 +237,25 @@ def take_gpu(store: dist.Store, rank: int, size: int, needs_bytes: int,
         torch.cuda.set_device(device)
         properties = torch.cuda.get_device_properties(device)
         uuid = str(properties.uuid)
-        stay_beside(properties)
+        bind_near_gpu(properties)
         free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     except RuntimeError as e:  # CUDA's own: held by another process alone, fallen off the bus
-        problem = f"cannot be used ({first_line(e)}); `nvidia-smi` shows who has it and how it is"
+        problem = f"cannot be used ({first_error_line(e)}); `nvidia-smi` shows who has it and how it is"
     else:
         if free_bytes < needs_bytes:
             problem = (f"has {free_bytes / GIB:.1f} of {total_bytes / GIB:.1f} GiB free, and the run takes "
                        f"{needs_bytes / GIB:.1f}; end the other processes on it (`nvidia-smi` names them), "
                        "or choose other GPUs by CUDA_VISIBLE_DEVICES")
-    agree(store, rank, size, uuid, problem, timeout)
+    check_all_gpus(store, rank, size, uuid, problem, timeout)
     return device
 
 
-PCI = Path("/sys/bus/pci/devices")
+PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 
-def stay_beside(properties: Any, devices: Path = PCI) -> None:
-    """Bind this process and its future threads, and so their memory, to the CPUs near its GPU. Does nothing
-    if the kernel does not list them or the launcher has excluded them.
+def bind_near_gpu(properties: Any, devices: Path = PCI_DEVICES) -> None:
+    """Bind this process, with future threads and memory, to the CPUs near the GPU. Does nothing if the kernel
+    lists no CPUs or the launcher has excluded them.
 
     Args:
         properties: torch's device properties.
@@ -262,7 +263,7 @@ def stay_beside(properties: Any, devices: Path = PCI) -> None:
     """
     try:
         pci_address = (f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:"
-                 f"{properties.pci_device_id:02x}.0")
+                       f"{properties.pci_device_id:02x}.0")
         text = (devices / pci_address / "local_cpulist").read_text(encoding="ascii")
         spans = [[int(end) for end in span.split("-")] for span in text.strip().split(",") if span]
         local_cpus = {cpu for span in spans for cpu in range(span[0], span[-1] + 1)} & os.sched_getaffinity(0)
@@ -272,8 +273,8 @@ def stay_beside(properties: Any, devices: Path = PCI) -> None:
         return
 
 
-def agree(store: dist.Store, rank: int, size: int, uuid: str, problem: str,
-          timeout: datetime.timedelta) -> None:
+def check_all_gpus(store: dist.Store, rank: int, size: int, uuid: str, problem: str,
+                   timeout: datetime.timedelta) -> None:
     """Raise `UserError` on every rank if any rank's GPU has a problem or two ranks share a GPU. Collective.
 
     Args:
@@ -299,14 +300,14 @@ def agree(store: dist.Store, rank: int, size: int, uuid: str, problem: str,
         raise UserError(store.get("gpu/problem").decode())
 
 
-# FP8 support of this GPU. This module does not import megatron, which would import Transformer Engine itself.
+# FP8 support on this GPU, without importing megatron, which would import Transformer Engine.
 
 FP8_FUNCTIONS = {"tensorwise": "is_fp8_available", "blockwise": "is_fp8_block_scaling_available",
                  "mxfp8": "is_mxfp8_available", "nvfp4": "is_nvfp4_available"}
 """Recipe of `train.fp8` -> Transformer Engine's function that checks GPU support."""
 
 
-def lacking_fp8() -> dict[str, str]:
+def find_fp8_problems() -> dict[str, str]:
     """Return recipe -> Transformer Engine's reason against it on this GPU, or ""."""
     import transformer_engine.pytorch as te
 
@@ -322,14 +323,14 @@ DEEP_EP_NAMES = {"deepep": ("deep_ep.Buffer", "deep_ep.utils.EventHandle", "deep
 
 
 @functools.cache
-def lacking_deep_ep(dispatcher: str) -> str:
+def find_deep_ep_problem(dispatcher: str) -> str:
     """Return the error of importing DeepEP for a dispatcher, or ""."""
     for name in DEEP_EP_NAMES[dispatcher]:
         module, _, last = name.rpartition(".")
         try:
             getattr(importlib.import_module(module), last)
         except Exception as e:  # newer versions assert that NCCL's library matches their build
-            return told_in_a_line(e)
+            return format_error(e)
     return ""
 
 
@@ -337,22 +338,22 @@ def lacking_deep_ep(dispatcher: str) -> str:
 
 FLA_KERNEL = ("fla.ops.kda", "chunk_kda")
 """Module and function of the kernel."""
-FLA_OLDEST = (0, 6)
+MIN_FLA_VERSION = (0, 6)
 """Oldest version whose signature this project has checked."""
 
 
 @functools.cache
-def lacking_fla() -> str:
+def find_fla_problem() -> str:
     """Return why flash-linear-attention cannot be used here, or ""."""
     module, name = FLA_KERNEL
     try:
         getattr(importlib.import_module(module), name)
     except Exception as e:  # Triton raises its own errors without a driver
-        return told_in_a_line(e)
+        return format_error(e)
     version = str(getattr(sys.modules["fla"], "__version__", "unknown"))
     match = re.match(r"(\d+)\.(\d+)", version)
-    if match is None or (int(match[1]), int(match[2])) < FLA_OLDEST:
-        return f"version {version} is older than {'.'.join(map(str, FLA_OLDEST))}"
+    if match is None or (int(match[1]), int(match[2])) < MIN_FLA_VERSION:
+        return f"version {version} is older than {'.'.join(map(str, MIN_FLA_VERSION))}"
     return ""
 
 
@@ -360,6 +361,6 @@ def hide_broken_deep_ep() -> None:
     """Hide a broken DeepEP from Megatron-Core, which catches only ImportError."""
     if importlib.util.find_spec("deep_ep") is None:
         return
-    if lacking_deep_ep("deepep").partition(":")[0] not in (
+    if find_deep_ep_problem("deepep").partition(":")[0] not in (
             "", "ImportError", "ModuleNotFoundError", "AttributeError"):
         sys.modules["deep_ep"] = None  # type: ignore[assignment]

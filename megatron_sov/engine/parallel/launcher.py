@@ -24,9 +24,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_sov.base.errors import ExitCode, SilentCorruption, UserError, first_line, to_exit_code
-from megatron_sov.base.plugins.loading import files_that_ran, run_files
-from megatron_sov.base.settings import num_cores
+from megatron_sov.base.errors import ExitCode, SilentCorruption, UserError, first_error_line, to_exit_code
+from megatron_sov.base.plugins.loading import execute_files, list_executed_files
+from megatron_sov.base.settings import count_cores
 from megatron_sov.engine.parallel import cpu_shims
 from megatron_sov.engine.parallel.device import on_gpu
 from megatron_sov.engine.parallel.world import LOCALHOST, STORE_PORT
@@ -34,11 +34,11 @@ from megatron_sov.model.families import supported as models
 from megatron_sov.runs.launch_environment import has_launcher, is_first_rank, num_ranks
 from megatron_sov.work.processes.children import STOP_SIGNALS, die_with_parent
 
-# Work of a rank that is a new process: the launcher pickles it to an unnamed file, open only in the launcher
-# and its ranks, so that no other process can have written the pickle.
+# Plan files: the launcher pickles the work of new processes to an unnamed file, open only in the launcher and
+# the ranks, so no foreign process can have written the pickle.
 
 @contextlib.contextmanager
-def plan_file(work: Callable[[], Any], num_threads: int) -> Iterator[int]:
+def write_plan_file(work: Callable[[], Any], num_threads: int) -> Iterator[int]:
     """Yield the descriptor of a file from which new processes read their work.
 
     Args:
@@ -48,7 +48,7 @@ def plan_file(work: Callable[[], Any], num_threads: int) -> Iterator[int]:
     """
     with tempfile.TemporaryFile() as file:
         # first the part that makes the pickle importable
-        pickle.dump((num_threads, files_that_ran(), models.OWN.named()), file)
+        pickle.dump((num_threads, list_executed_files(), models.FAMILY_PLUGINS.named()), file)
         _Pickler(file).dump(work)
         file.flush()
         yield file.fileno()
@@ -79,17 +79,17 @@ def read_plan(descriptor: int) -> Callable[[], Any]:
     num_threads, files, families = pickle.load(file)  # noqa: S301
     torch.set_num_threads(num_threads)
     cpu_shims.prepare_megatron()
-    run_files(files)
+    execute_files(files)
     for reference in families:
-        models.OWN.load(reference)
+        models.FAMILY_PLUGINS.load(reference)
     work: Callable[[], Any] = pickle.load(file)  # noqa: S301
     return work
 
 
-FINAL = (ExitCode.OK, ExitCode.USER_ERROR, ExitCode.STOPPED)
+FINAL_CODES = (ExitCode.OK, ExitCode.USER_ERROR, ExitCode.STOPPED)
 """Exit codes without restart: complete, user error, stopped with everything saved."""
 SAME_INTERRUPT_S = 0.5
-"""Two SIGINT within this time count as one Ctrl-C."""
+"""Two SIGINT within this interval count as a single Ctrl-C."""
 _NEW_PROCESS = f"""import sys
 sys.path[:] = sys.argv[2:]
 from {__name__} import be_rank
@@ -97,7 +97,7 @@ be_rank(int(sys.argv[1]))"""
 
 
 @dataclass(frozen=True)
-class Restarts:
+class RestartPolicy:
     """Restart policy of local ranks after a fault."""
 
     limit: int
@@ -110,8 +110,8 @@ class Restarts:
     """Called instead of `note` after too many restarts."""
 
 
-def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0,
-           restarts: Restarts | None = None) -> int:
+def launch_ranks(main: Callable[[], Any], nproc: int | None, num_threads: int = 0,
+                 restarts: RestartPolicy | None = None) -> int:
     """Run `main` in every process of the run and return the command's exit code.
 
     Under torchrun or Slurm (RANK is set) this process is one rank. Otherwise it starts `nproc` local ranks.
@@ -137,16 +137,16 @@ def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0,
     if has_launcher():
         if num_threads:
             torch.set_num_threads(num_threads)
-        return _rank_code(main)
+        return _run_rank(main)
     count = num_ranks(nproc)
-    torch.set_num_threads(num_threads or _threads(count))
+    torch.set_num_threads(num_threads or _count_threads(count))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     failures, last_progress = 0, restarts.progress() if restarts else None
     while True:
-        outcome = _round(main, count, new_processes=on_gpu())
+        outcome = _run_round(main, count, new_processes=on_gpu())
         if outcome.code == ExitCode.INTERRUPTED:
             raise KeyboardInterrupt
-        if restarts is None or outcome.asked_to_stop or outcome.code in FINAL:
+        if restarts is None or outcome.stop_requested or outcome.code in FINAL_CODES:
             return outcome.code
         progress = restarts.progress()
         # progress resets the count of failures; a run that fails at the same place gives up
@@ -157,22 +157,22 @@ def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0,
         restarts.note(outcome.code, outcome.cause)
 
 
-def apart(work: Callable[[], Any]) -> int:
+def run_in_fork(work: Callable[[], Any]) -> int:
     """Run `work` in a forked process, without ranks or GPU, and return its exit code. Threads that torch
     starts there would be missing in ranks forked from this process.
 
     Under torchrun or Slurm this process runs it itself.
     """
     cpu_shims.prepare_megatron()
-    return _rank_code(work) if has_launcher() else _round(work, 1, new_processes=False).code
+    return _run_rank(work) if has_launcher() else _run_round(work, 1, new_processes=False).code
 
 
-def _threads(count: int) -> int:
+def _count_threads(count: int) -> int:
     """Return the CPU threads per rank: OMP_NUM_THREADS if valid, else cores / ranks."""
     setting = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # first nesting level
     if setting.isdecimal() and len(setting) <= 4 and int(setting):  # as OpenMP ignores other values
         return int(setting)
-    return max(1, num_cores() // count)
+    return max(1, count_cores() // count)
 
 
 @dataclass
@@ -183,13 +183,13 @@ class _Outcome:
     """Exit code of the first failing rank; a user error takes precedence."""
     cause: str = ""
     """First failing rank and its end."""
-    asked_to_stop: bool = False
+    stop_requested: bool = False
     """Whether the launcher received a signal to stop."""
-    leaves_now: bool = False
+    was_killed: bool = False
     """Whether a second SIGINT made the launcher kill the ranks."""
 
 
-def _round(main: Callable[[], Any], count: int, *, new_processes: bool) -> _Outcome:
+def _run_round(main: Callable[[], Any], count: int, *, new_processes: bool) -> _Outcome:
     """Start `count` ranks and wait for their end.
 
     Args:
@@ -201,22 +201,23 @@ def _round(main: Callable[[], Any], count: int, *, new_processes: bool) -> _Outc
     door = socket.create_server((LOCALHOST, 0), backlog=count)
     port = door.getsockname()[1]
     environment = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), STORE_PORT: str(port)}
-    with plan_file(main, torch.get_num_threads()) if new_processes else contextlib.nullcontext() as plan:
+    with write_plan_file(main,
+                         torch.get_num_threads()) if new_processes else contextlib.nullcontext() as plan:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until `_wait` can pass them on
-        children = [_fork(main, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, door, plan)
+        children = [_fork_rank(main, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, door, plan)
                     for rank in range(count)]
     # The launcher holds the store in memory: it survives every rank and does not depend on disk space. Its
     # thread starts after the last fork: a rank forked while the thread holds a lock of the C library would
     # wait forever.
     store = dist.TCPStore(LOCALHOST, port, is_master=True, wait_for_workers=False,
                           master_listen_fd=door.detach())
-    outcome = _wait(children)
+    outcome = _wait_for_ranks(children)
     del store  # keep it alive until all ranks have ended
     return outcome
 
 
-def _fork(main: Callable[[], Any], environment: dict[str, str], door: socket.socket,
-          plan: int | None) -> int:
+def _fork_rank(main: Callable[[], Any], environment: dict[str, str], door: socket.socket,
+               plan: int | None) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()
@@ -233,7 +234,7 @@ def _fork(main: Callable[[], Any], environment: dict[str, str], door: socket.soc
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return main()
 
-    _end_with(start_rank)
+    _run_and_exit(start_rank)
 
 
 def _become_new_process(plan: int) -> NoReturn:
@@ -255,14 +256,14 @@ def be_rank(plan: int) -> NoReturn:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return main()
 
-    _end_with(start_rank)
+    _run_and_exit(start_rank)
 
 
-def _end_with(main: Callable[[], Any]) -> NoReturn:
+def _run_and_exit(main: Callable[[], Any]) -> NoReturn:
     """Run a rank and exit with its code."""
     code: int = ExitCode.CRASH
     try:
-        code = _rank_code(main)
+        code = _run_rank(main)
     except KeyboardInterrupt:  # before the rank handled signals
         code = ExitCode.INTERRUPTED
     except BaseException:
@@ -274,19 +275,19 @@ def _end_with(main: Callable[[], Any]) -> NoReturn:
         os._exit(code)
 
 
-def _rank_code(main: Callable[[], Any]) -> int:
+def _run_rank(main: Callable[[], Any]) -> int:
     try:
         return to_exit_code(main() or 0)
     except (UserError, SilentCorruption) as e:
         if _fails_first():
-            # one write, so that lines of other ranks do not mix in
+            # a single write: lines from other ranks cannot interleave
             print(f"error: {e}\n", end="", file=sys.stderr, flush=True)
         return ExitCode.USER_ERROR if isinstance(e, UserError) else ExitCode.CORRUPTION
     except (MemoryError, RuntimeError) as e:
         if not is_out_of_memory(e):
             raise
         if _fails_first():
-            reason = first_line(e)
+            reason = first_error_line(e)
             print(f"error: rank {os.environ['RANK']} is out of memory ({reason}); lower "
                   "train.micro_batch_size, set train.recompute=true, or split the model over more processes "
                   "(parallel.*); `megatron-sov plan` tells what a layout needs\n", end="", file=sys.stderr,
@@ -309,7 +310,7 @@ def _fails_first() -> bool:
         return True
 
 
-def _wait(children: list[int]) -> _Outcome:
+def _wait_for_ranks(children: list[int]) -> _Outcome:
     """Wait for all ranks and forward signals; 10 s after the first failure, kill the others."""
     alive, deadline, killed, outcome = set(children), float("inf"), "", _Outcome()
     interrupted_s = float("inf")
@@ -319,12 +320,12 @@ def _wait(children: list[int]) -> _Outcome:
         if number == signal.SIGINT:
             # a wrapper may forward a Ctrl-C that the terminal has sent to both processes
             if time.monotonic() - interrupted_s > SAME_INTERRUPT_S:
-                outcome.leaves_now = True
-                _send(list(alive), signal.SIGKILL)  # checkpoints are atomic
+                outcome.was_killed = True
+                _send_signal(list(alive), signal.SIGKILL)  # checkpoints are atomic
                 return
             interrupted_s = min(interrupted_s, time.monotonic())
-        outcome.asked_to_stop = True
-        _send(list(alive), number)
+        outcome.stop_requested = True
+        _send_signal(list(alive), number)
 
     previous = {s: signal.signal(s, forward) for s in STOP_SIGNALS}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -333,7 +334,7 @@ def _wait(children: list[int]) -> _Outcome:
             child, status = os.waitpid(-1, os.WNOHANG)
             if child == 0:
                 if time.monotonic() > deadline:
-                    _send(list(alive), signal.SIGKILL)
+                    _send_signal(list(alive), signal.SIGKILL)
                 time.sleep(0.02)
                 continue
             if child in alive:
@@ -347,9 +348,9 @@ def _wait(children: list[int]) -> _Outcome:
                     outcome.cause = f"rank {children.index(child)} {how}"
                     outcome.code = ended if ended > 0 else 128 - ended
                     deadline = time.monotonic() + 10
-        if outcome.leaves_now:
+        if outcome.was_killed:
             outcome.code = ExitCode.INTERRUPTED
-        # after a user error, killed ranks are those that lost their peer
+        # after a user error, ranks die because a peer is gone
         elif killed and outcome.code != ExitCode.USER_ERROR:
             print(f"error: {outcome.cause}; if nobody sent it, look for a lack of memory\n", end="",
                   file=sys.stderr, flush=True)
@@ -359,7 +360,7 @@ def _wait(children: list[int]) -> _Outcome:
             signal.signal(number, handler)
 
 
-def _send(children: list[int], number: int) -> None:
+def _send_signal(children: list[int], number: int) -> None:
     for child in children:
         try:
             os.kill(child, number)

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-OWN_FILES = ("/parallel/collectives.py", "/parallel/simulated_world.py", "/parallel/simulated_messages.py")
+RELAY_FILES = ("/parallel/collectives.py", "/parallel/simulated_world.py", "/parallel/simulated_messages.py")
 """Files that send on behalf of their callers."""
 
 
-class Standstill(Exception):
+class Deadlock(Exception):
     """Deadlock, mismatched collective calls, or a message without a receiver."""
 
 
@@ -36,13 +36,13 @@ class CallSite:
         return f"{self.kind} over {self.group} at {self.where}"
 
 
-Meddle = Callable[[CallSite, Sequence["Part"], Callable[[list["Part"]], None]], bool]
-"""(call site, parts of all members, default work) -> whether it replaced the work; tests plant faults with
-it."""
+MessageFault = Callable[[CallSite, Sequence["CallPart"], Callable[[list["CallPart"]], None]], bool]
+"""(call site, all members' parts, default work) -> True if the function replaced the work. Tests plant
+faults."""
 
 
 @dataclass
-class Part:
+class CallPart:
     """One member's inputs and outputs of a collective call."""
 
     inputs: list[torch.Tensor]
@@ -57,23 +57,23 @@ class Part:
     """List that receives all members' objects."""
 
 
-def plain(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def detach_tensors(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Detach the tensors: messages are not part of autograd graphs."""
     return [tensor.detach() for tensor in tensors]
 
 
-def deliver(mine: torch.Tensor, sent: torch.Tensor) -> None:
+def copy_message(mine: torch.Tensor, sent: torch.Tensor) -> None:
     """Copy a received message into the output tensor `mine`.
 
     Raises:
         Standstill: number of elements or dtype differ.
     """
-    check_alike([mine, sent])
+    check_same_kind([mine, sent])
     mine.copy_(sent.reshape(mine.shape))
 
 
-def check_alike(tensors: Sequence[torch.Tensor]) -> None:
-    """Check that all members of a call pass the same number of elements and dtype.
+def check_same_kind(tensors: Sequence[torch.Tensor]) -> None:
+    """Check that all members pass the same number of elements and the same dtype.
 
     Raises:
         Standstill: they differ; on a cluster the call would hang or mix up values.
@@ -81,18 +81,18 @@ def check_alike(tensors: Sequence[torch.Tensor]) -> None:
     kinds = {(tensor.numel(), tensor.dtype): None for tensor in tensors}
     if len(kinds) > 1:
         differences = ", ".join(f"{count} of {dtype}" for count, dtype in kinds)
-        raise Standstill(f"members of a call pass different shapes or dtypes: {differences}")
+        raise Deadlock(f"members of a call pass different shapes or dtypes: {differences}")
 
 
-def reduce_kind(opts: Any) -> str:
+def get_reduction(opts: Any) -> str:
     """Return the name of a call's reduction, for example `SUM`."""
     operation = getattr(opts, "reduceOp", dist.ReduceOp.SUM)
     return str(getattr(operation, "op", operation)).rpartition(".")[2]
 
 
-def reduced(kind: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+def reduce_parts(kind: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """Reduce the members' tensors in rank order."""
-    check_alike(parts)
+    check_same_kind(parts)
     stacked = torch.stack(list(parts))
     reductions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "SUM": lambda parts: parts.sum(0, dtype=parts.dtype), "AVG": lambda parts: parts.mean(0),
@@ -101,22 +101,22 @@ def reduced(kind: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return reductions[kind](stacked)
 
 
-def site_of(kind: str, group: str) -> CallSite:
+def find_call_site(kind: str, group: str) -> CallSite:
     """Return the innermost frame in Megatron-Core or this project that sends the message."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if sends(frame.f_code.co_filename):
-            return _site_at(kind, group, frame.f_code, frame.f_lineno)
+        if is_sender_file(frame.f_code.co_filename):
+            return _build_call_site(kind, group, frame.f_code, frame.f_lineno)
         frame = frame.f_back
     return CallSite(kind, group, "outside of the library")
 
 
 @functools.cache
-def sends(file: str) -> bool:
+def is_sender_file(file: str) -> bool:
     """Return whether a file belongs to Megatron-Core or this project and sends for itself."""
-    return "/megatron" in file and not file.endswith(OWN_FILES)
+    return "/megatron" in file and not file.endswith(RELAY_FILES)
 
 
 @functools.cache
-def _site_at(kind: str, group: str, code: CodeType, line: int) -> CallSite:
+def _build_call_site(kind: str, group: str, code: CodeType, line: int) -> CallSite:
     return CallSite(kind, group, f"{Path(code.co_filename).name}:{line} ({code.co_name})")

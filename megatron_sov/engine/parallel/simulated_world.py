@@ -1,4 +1,4 @@
-"""Simulates all processes of a layout in one process: one thread per rank, one running at a time.
+"""Simulates all processes of a layout: one thread per rank, and only one thread runs at a time.
 
 Megatron-Core and this project run unmodified, with groups of the real sizes: messages, receivers and order
 are those of a cluster. A thread yields only while it waits for others, so every run has the same order. If
@@ -28,8 +28,10 @@ from torch.distributed import distributed_c10d
 
 from megatron_sov.engine.parallel import cpu_shims
 from megatron_sov.engine.parallel.simulated_messages import (
-    CallSite, Meddle, Part, Standstill, deliver, plain, reduce_kind, reduced, site_of)
-from megatron_sov.engine.parallel.world import ParallelWorld, make_groups, own_place, pass_over_warnings
+    CallPart, CallSite, Deadlock, MessageFault, copy_message, detach_tensors, find_call_site, get_reduction,
+    reduce_parts)
+from megatron_sov.engine.parallel.world import (
+    ParallelWorld, create_groups, get_parallel_world, suppress_library_warnings)
 from megatron_sov.model.config import ParallelConfig
 
 Result = TypeVar("Result")
@@ -37,7 +39,7 @@ STACK_BYTES = 4 << 20
 """Stack size per thread: a thousand stacks of the default 8 MiB fail under strict memory accounting."""
 _M_ARENA_MAX = -8  # malloc.h
 _RANDOM_STATES = ("_CUDA_RNG_STATE_TRACKER", "_CUDA_RNG_STATE_TRACKER_INITIALIZED")
-TOLD_WAITING = 6
+MAX_NAMED_RANKS = 6
 """Number of waiting ranks or messages that an error names."""
 
 
@@ -45,15 +47,15 @@ TOLD_WAITING = 6
 class _Call:
     """A collective call that some members have not reached yet."""
 
-    asked: str
-    parts: dict[int, Part] = field(default_factory=dict)
+    operation: str
+    parts: dict[int, CallPart] = field(default_factory=dict)
     is_done: bool = False
 
 
 class SimulatedRanks:
     """The simulated ranks and their schedule."""
 
-    def __init__(self, size: int, meddle: Meddle | None = None) -> None:
+    def __init__(self, size: int, meddle: MessageFault | None = None) -> None:
         """Store the settings; `run` starts the threads.
 
         Args:
@@ -69,12 +71,12 @@ class SimulatedRanks:
         self.mail: dict[tuple[str, int, int, int], deque[tuple[CallSite, list[torch.Tensor]]]] = {}
         self.rank_groups: dict[Any, list[list[int]]] = {}
         """Cache of the library's rank groups, which depend only on sizes."""
-        self._turns = [_taken() for _ in range(size)]
+        self._turns = [_create_acquired_lock() for _ in range(size)]
         self._ready: deque[int] = deque(range(size))
         self._waiting: dict[int, str] = {}
-        self._own: list[Sequence[Any]] = []
+        self._states: list[Sequence[Any]] = []
         self._num_left = size
-        self._is_over = _taken()
+        self._is_over = _create_acquired_lock()
         self._failure: BaseException | None = None
 
     def run(self, parallel: ParallelConfig, body: Callable[[ParallelWorld], Result]) -> list[Result]:
@@ -87,26 +89,26 @@ class SimulatedRanks:
         Raises:
             Standstill: ranks deadlock, or a message has no receiver.
         """
-        pass_over_warnings()
+        suppress_library_warnings()
         results: list[Any] = [None] * self.size
-        previous = _own_of_process()
-        self._own = [_own_at_first(previous) for _ in range(self.size)]
+        previous = _read_rank_state()
+        self._states = [_get_initial_state(previous) for _ in range(self.size)]
 
         def run_rank(rank: int) -> None:
             self._turns[rank].acquire()
             try:
                 if self._failure is None:
-                    _take_on(self._own[rank])
-                    results[rank] = body(_enter(self, rank, parallel))
+                    _write_rank_state(self._states[rank])
+                    results[rank] = body(_create_world(self, rank, parallel))
             except BaseException as e:
                 self._failure = self._failure or e
             finally:
                 self._num_left -= 1
-                self._pass_on()
+                self._run_next()
 
-        _share_one_heap()
+        _use_single_heap()
         # the library records a model's attention in the environment, for later readers
-        with (self._signals_wait(), mock.patch.dict(os.environ),
+        with (self._defer_signals(), mock.patch.dict(os.environ),
               mock.patch.object(dist, "all_gather_object", _gather_objects)):
             threading.stack_size(STACK_BYTES)
             try:
@@ -116,27 +118,27 @@ class SimulatedRanks:
                     thread.start()
             finally:
                 threading.stack_size(0)
-            self._pass_on()
+            self._run_next()
             if self.size == 1:
                 run_rank(0)  # no other thread to alternate with
             self._is_over.acquire()
-            _take_on(previous)
+            _write_rank_state(previous)
         if self._failure is not None:
             raise self._failure
-        self._check_all_taken()
+        self._check_mailboxes()
         return results
 
-    def _check_all_taken(self) -> None:
+    def _check_mailboxes(self) -> None:
         unreceived = [f"rank {sender} of {group} sends to rank {to} from {box[0][0].where}"
-                for (group, sender, to, _), box in self.mail.items() if box]
-        unreceived += [f"{call.asked} over {group}, which only {len(call.parts)} call"
-                 for (group, _), call in self.calls.items()]
+                      for (group, sender, to, _), box in self.mail.items() if box]
+        unreceived += [f"{call.operation} over {group}, which only {len(call.parts)} call"
+                       for (group, _), call in self.calls.items()]
         if unreceived:
-            raise Standstill(f"{len(unreceived)} messages have no receiver: "
-                             + "; ".join(unreceived[:TOLD_WAITING]))
+            raise Deadlock(f"{len(unreceived)} messages have no receiver: "
+                             + "; ".join(unreceived[:MAX_NAMED_RANKS]))
 
     @contextlib.contextmanager
-    def _signals_wait(self) -> Iterator[None]:
+    def _defer_signals(self) -> Iterator[None]:
         """Delay Ctrl-C and SIGTERM: end all threads at their next message, then call the previous handler.
 
         A thread that computes at interpreter exit would abort it, and an exception between acquiring and
@@ -169,36 +171,36 @@ class SimulatedRanks:
             raise SystemExit
         while not holds():
             self._waiting[rank] = what
-            self._own[rank] = _own_of_process()
-            self._pass_on()
+            self._states[rank] = _read_rank_state()
+            self._run_next()
             self._turns[rank].acquire()
             if self._failure is not None:
                 # another rank failed: end this thread without a second error
                 raise SystemExit
-            _take_on(self._own[rank])
+            _write_rank_state(self._states[rank])
 
-    def wake(self, ranks: Sequence[int]) -> None:
+    def mark_ready(self, ranks: Sequence[int]) -> None:
         """Mark waiting ranks as ready to check their condition."""
         for rank in ranks:
             if self._waiting.pop(rank, None) is not None:
                 self._ready.append(rank)
 
-    def _pass_on(self) -> None:
+    def _run_next(self) -> None:
         """Let the next ready rank run."""
         if self._num_left == 0:
             self._is_over.release()
             return
         if not self._ready and self._failure is None:
             waiting = [f"rank {rank} in {what}"
-                       for rank, what in sorted(self._waiting.items())[:TOLD_WAITING]]
-            self._failure = Standstill(f"{len(self._waiting)} of {self.size} processes wait for each other: "
+                       for rank, what in sorted(self._waiting.items())[:MAX_NAMED_RANKS]]
+            self._failure = Deadlock(f"{len(self._waiting)} of {self.size} processes wait for each other: "
                                        + "; ".join(waiting))
         if self._failure is not None:
-            self.wake(list(self._waiting))
+            self.mark_ready(list(self._waiting))
         self._turns[self._ready.popleft()].release()
 
 
-def _share_one_heap() -> None:
+def _use_single_heap() -> None:
     """Make glibc use one heap for all threads: separate heaps took 50 % more memory with 512 ranks."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's own
     if sys.platform == "linux" and mallopt is not None:
@@ -206,15 +208,15 @@ def _share_one_heap() -> None:
 
 
 @contextlib.contextmanager
-def _told_at(site: CallSite) -> Iterator[None]:
+def _add_call_site(site: CallSite) -> Iterator[None]:
     """Prefix `Standstill` errors with the call site."""
     try:
         yield
-    except Standstill as e:
-        raise Standstill(f"{site}: {e}") from e
+    except Deadlock as e:
+        raise Deadlock(f"{site}: {e}") from e
 
 
-class _Done(dist.Work):
+class _PendingWork(dist.Work):
     """Handle of a pending message."""
 
     def __init__(self, ranks: SimulatedRanks, rank: int, holds: Callable[[], bool], what: str) -> None:
@@ -264,80 +266,81 @@ class SimulatedGroup(_ProcessGroup):
     def pg_name(self) -> str:
         return self._key
 
-    def _call(self, kind: str, part: Part, work: Callable[[list[Part]], None]) -> dist.Work:
+    def _call(self, kind: str, part: CallPart, work: Callable[[list[CallPart]], None]) -> dist.Work:
         """Add this rank's part of a collective call; the last rank to arrive does the work for all."""
         site = self._site(kind)
         key = self._key, self._num_calls
         self._num_calls += 1
         operation = f"{kind} {part.how}".rstrip()
         call = self._ranks.calls.setdefault(key, _Call(operation))
-        if call.asked != operation:
-            raise Standstill(f"rank {self._rank} calls {operation} over {self._key} at {site.where}, but "
-                             f"other ranks call {call.asked}")
+        if call.operation != operation:
+            raise Deadlock(f"rank {self._rank} calls {operation} over {self._key} at {site.where}, but "
+                             f"other ranks call {call.operation}")
         call.parts[self._index] = part
         if len(call.parts) == len(self._members):
             parts = [call.parts[index] for index in range(len(self._members))]
-            with torch.no_grad(), _told_at(site):
+            with torch.no_grad(), _add_call_site(site):
                 if self._ranks.meddle is None or not self._ranks.meddle(site, parts, work):
                     work(parts)
             call.is_done = True
             del self._ranks.calls[key]
-            self._ranks.wake(self._members)
-        return _Done(self._ranks, self._rank, lambda: call.is_done,
-                     f"{kind} over {self._key} at {site.where}")
+            self._ranks.mark_ready(self._members)
+        return _PendingWork(self._ranks, self._rank, lambda: call.is_done,
+                            f"{kind} over {self._key} at {site.where}")
 
     def _site(self, kind: str) -> CallSite:
-        site = site_of(kind, self._description)
+        site = find_call_site(kind, self._description)
         self._ranks.sites[site] = self._ranks.sites.get(site, 0) + 1
         if self._ranks.watch is not None:
             self._ranks.watch(self._rank, site)
         return site
 
     def allreduce(self, tensors: list[torch.Tensor], opts: Any = None) -> dist.Work:
-        how, detached = reduce_kind(opts), plain(tensors)
+        how, detached = get_reduction(opts), detach_tensors(tensors)
 
-        def sum_inputs(parts: list[Part]) -> None:
+        def sum_inputs(parts: list[CallPart]) -> None:
             for member_tensors in zip(*(part.inputs for part in parts), strict=True):
-                total = reduced(how, member_tensors)
+                total = reduce_parts(how, member_tensors)
                 for tensor in member_tensors:
                     tensor.copy_(total)
 
-        return self._call("allreduce", Part(detached, detached, how=how), sum_inputs)
+        return self._call("allreduce", CallPart(detached, detached, how=how), sum_inputs)
 
     allreduce_coalesced = allreduce
 
     def barrier(self, opts: Any = None) -> dist.Work:
-        return self._call("barrier", Part([], []), lambda parts: None)
+        return self._call("barrier", CallPart([], []), lambda parts: None)
 
     def broadcast(self, tensors: list[torch.Tensor], opts: Any) -> dist.Work:
-        detached, root = plain(tensors), int(opts.rootRank)
+        detached, root = detach_tensors(tensors), int(opts.rootRank)
 
-        def copy_from_root(parts: list[Part]) -> None:
+        def copy_from_root(parts: list[CallPart]) -> None:
             for part in (part for index, part in enumerate(parts) if index != root):
                 for mine, sent in zip(part.outputs, parts[root].inputs, strict=True):
-                    deliver(mine, sent)
+                    copy_message(mine, sent)
 
-        part = Part(detached, detached, how=f"from {self._members[root]}")
+        part = CallPart(detached, detached, how=f"from {self._members[root]}")
         return self._call("broadcast", part, copy_from_root)
 
     def allgather(self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor],
                   opts: Any = None) -> dist.Work:
-        def copy_to_all(parts: list[Part]) -> None:
+        def copy_to_all(parts: list[CallPart]) -> None:
             for part in parts:
                 for mine, sender in zip(part.outputs, parts, strict=True):
-                    deliver(mine, sender.inputs[0])
+                    copy_message(mine, sender.inputs[0])
 
-        return self._call("allgather", Part(plain(inputs), plain(outputs[0])), copy_to_all)
+        return self._call("allgather", CallPart(detach_tensors(inputs), detach_tensors(outputs[0])),
+                          copy_to_all)
 
     def gather_objects(self, values: list[Any], value: Any) -> dist.Work:
-        """Gather Python objects. Each is copied once for all receivers, which do not change it: with 512
-        ranks, each would otherwise unpickle 512 messages."""
-        def copy_objects(parts: list[Part]) -> None:
+        """Gather Python objects, copied once for all receivers: with 512 ranks, every rank would otherwise
+        unpickle 512 messages."""
+        def copy_objects(parts: list[CallPart]) -> None:
             sent = [copy.deepcopy(part.value) for part in parts]
             for part in parts:
                 part.values[:] = sent
 
-        return self._call("allgather", Part([], [], how="objects", value=value, values=values),
+        return self._call("allgather", CallPart([], [], how="objects", value=value, values=values),
                           copy_objects)
 
     def all_gather_single(self, output: torch.Tensor, sent: torch.Tensor, opts: Any = None) -> dist.Work:
@@ -350,15 +353,17 @@ class SimulatedGroup(_ProcessGroup):
 
     def reduce_scatter(self, outputs: list[torch.Tensor], inputs: list[list[torch.Tensor]],
                        opts: Any = None) -> dist.Work:
-        how = reduce_kind(opts)
+        how = get_reduction(opts)
 
-        def sum_and_scatter(parts: list[Part]) -> None:
+        def sum_and_scatter(parts: list[CallPart]) -> None:
             # compute all sums first: outputs may share memory with inputs
-            totals = [reduced(how, [part.inputs[index] for part in parts]) for index in range(len(parts))]
+            totals = [reduce_parts(how, [part.inputs[index] for part in parts])
+                      for index in range(len(parts))]
             for part, total in zip(parts, totals, strict=True):
-                deliver(part.outputs[0], total)
+                copy_message(part.outputs[0], total)
 
-        return self._call("reduce_scatter", Part(plain(inputs[0]), plain(outputs), how=how), sum_and_scatter)
+        return self._call("reduce_scatter", CallPart(detach_tensors(inputs[0]), detach_tensors(outputs),
+                                                     how=how), sum_and_scatter)
 
     def reduce_scatter_single(self, output: torch.Tensor, summed: torch.Tensor,
                               opts: Any = None) -> dist.Work:
@@ -371,14 +376,14 @@ class SimulatedGroup(_ProcessGroup):
 
     def all_to_all_single(self, output: torch.Tensor, sent: torch.Tensor, output_sizes: list[int] | None,
                           input_sizes: list[int] | None, opts: Any = None) -> dist.Work:
-        part = Part(plain([sent]), plain([output]), self._sizes(input_sizes, sent),
-                    self._sizes(output_sizes, output))
+        part = CallPart(detach_tensors([sent]), detach_tensors([output]), self._sizes(input_sizes, sent),
+                        self._sizes(output_sizes, output))
 
-        def exchange_rows(parts: list[Part]) -> None:
+        def exchange_rows(parts: list[CallPart]) -> None:
             sent = [part.inputs[0].split(part.input_sizes) for part in parts]
             for index, part in enumerate(parts):
                 for sender, mine in enumerate(part.outputs[0].split(part.output_sizes)):
-                    deliver(mine, sent[sender][index])
+                    copy_message(mine, sent[sender][index])
 
         return self._call("alltoall", part, exchange_rows)
 
@@ -389,12 +394,13 @@ class SimulatedGroup(_ProcessGroup):
 
     def alltoall(self, outputs: list[torch.Tensor], inputs: list[torch.Tensor],
                  opts: Any = None) -> dist.Work:
-        def exchange_tensors(parts: list[Part]) -> None:
+        def exchange_tensors(parts: list[CallPart]) -> None:
             for index, part in enumerate(parts):
                 for mine, sender in zip(part.outputs, parts, strict=True):
-                    deliver(mine, sender.inputs[index])
+                    copy_message(mine, sender.inputs[index])
 
-        return self._call("alltoall", Part(plain(inputs), plain(outputs)), exchange_tensors)
+        return self._call("alltoall", CallPart(detach_tensors(inputs), detach_tensors(outputs)),
+                          exchange_tensors)
 
     # names before torch 2.13
     _allgather_base = all_gather_single
@@ -406,50 +412,50 @@ class SimulatedGroup(_ProcessGroup):
     def gather(self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], opts: Any) -> dist.Work:
         root = int(opts.rootRank)
 
-        def copy_to_root(parts: list[Part]) -> None:
+        def copy_to_root(parts: list[CallPart]) -> None:
             for mine, sender in zip(parts[root].outputs, parts, strict=True):
-                deliver(mine, sender.inputs[0])
+                copy_message(mine, sender.inputs[0])
 
-        targets = plain(outputs[0]) if outputs else []
-        part = Part(plain(inputs), targets, how=f"to {self._members[root]}")
+        targets = detach_tensors(outputs[0]) if outputs else []
+        part = CallPart(detach_tensors(inputs), targets, how=f"to {self._members[root]}")
         return self._call("gather", part, copy_to_root)
 
     def scatter(self, outputs: list[torch.Tensor], inputs: list[list[torch.Tensor]], opts: Any) -> dist.Work:
         root = int(opts.rootRank)
 
-        def copy_from_root(parts: list[Part]) -> None:
+        def copy_from_root(parts: list[CallPart]) -> None:
             for part, sent in zip(parts, parts[root].inputs, strict=True):
-                deliver(part.outputs[0], sent)
+                copy_message(part.outputs[0], sent)
 
-        sources = plain(inputs[0]) if inputs else []
-        part = Part(sources, plain(outputs), how=f"from {self._members[root]}")
+        sources = detach_tensors(inputs[0]) if inputs else []
+        part = CallPart(sources, detach_tensors(outputs), how=f"from {self._members[root]}")
         return self._call("scatter", part, copy_from_root)
 
     def send(self, tensors: list[torch.Tensor], to: int, tag: int = 0) -> dist.Work:
         site = self._site("send")
         box = self._ranks.mail.setdefault((self._key, self._index, to, tag), deque())
-        box.append((site, [tensor.clone() for tensor in plain(tensors)]))
-        self._ranks.wake([self._members[to]])
-        return _Done(self._ranks, self._rank, lambda: True, "send")
+        box.append((site, [tensor.clone() for tensor in detach_tensors(tensors)]))
+        self._ranks.mark_ready([self._members[to]])
+        return _PendingWork(self._ranks, self._rank, lambda: True, "send")
 
     def recv(self, tensors: list[torch.Tensor], sender: int, tag: int = 0) -> dist.Work:
         site = self._site("recv")
         box = self._ranks.mail.setdefault((self._key, sender, self._index, tag), deque())
-        mine = plain(tensors)
+        mine = detach_tensors(tensors)
         message: list[torch.Tensor] = []
 
         def has_message() -> bool:
             if not message and box:
                 message.extend(box.popleft()[1])
-                with _told_at(site):
+                with _add_call_site(site):
                     for tensor, sent in zip(mine, message, strict=True):
-                        deliver(tensor, sent)
+                        copy_message(tensor, sent)
                 if self._ranks.meddle is not None:
-                    self._ranks.meddle(site, [Part(mine, mine)], lambda parts: None)
+                    self._ranks.meddle(site, [CallPart(mine, mine)], lambda parts: None)
             return bool(message)
 
-        return _Done(self._ranks, self._rank, has_message,
-                     f"recv from rank {self._members[sender]} over {self._key} at {site.where}")
+        return _PendingWork(self._ranks, self._rank, has_message,
+                            f"recv from rank {self._members[sender]} over {self._key} at {site.where}")
 
 
 def _gather_objects(values: list[Any], value: Any, group: Any = None) -> None:
@@ -458,7 +464,7 @@ def _gather_objects(values: list[Any], value: Any, group: Any = None) -> None:
     process_group.gather_objects(values, value).wait()
 
 
-class _World:
+class _RankWorld:
     """State of torch.distributed for one rank: its groups."""
 
     def __init__(self) -> None:
@@ -483,11 +489,11 @@ class _World:
         return group
 
 
-def _enter(ranks: SimulatedRanks, rank: int, parallel: ParallelConfig) -> ParallelWorld:
+def _create_world(ranks: SimulatedRanks, rank: int, parallel: ParallelConfig) -> ParallelWorld:
     """Create a rank's world and the layout's groups, and return its place."""
     from megatron.core import parallel_state, tensor_parallel
 
-    world = _World()
+    world = _RankWorld()
     distributed_c10d._world = world  # type: ignore[assignment]
     all_ranks = range(ranks.size)
     world.default_pg = world.add(SimulatedGroup(ranks, rank, all_ranks, "WORLD"), all_ranks)
@@ -512,15 +518,15 @@ def _enter(ranks: SimulatedRanks, rank: int, parallel: ParallelConfig) -> Parall
     # groups are created without messages, so other threads do not run meanwhile
     with (mock.patch.object(parallel_state, "create_group", create),
           mock.patch.object(parallel_state, "generate_masked_orthogonal_rank_groups", rank_groups)):
-        make_groups(parallel)
+        create_groups(parallel)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    cpu_shims.mend()
-    return own_place(rank, ranks.size)
+    cpu_shims.patch_defects()
+    return get_parallel_world(rank, ranks.size)
 
 
 @functools.cache
-def _own_places() -> tuple[tuple[Any, str], ...]:
-    """Return the module and class attributes that each rank has for itself, as (owner, name)."""
+def _list_rank_attributes() -> tuple[tuple[Any, str], ...]:
+    """Return the module and class attributes with one value per rank, as (owner, name)."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
@@ -532,8 +538,8 @@ def _own_places() -> tuple[tuple[Any, str], ...]:
     return *groups, *states, (MTPLossLoggingHelper, "tracker"), (distributed_c10d, "_world")
 
 
-def _own_at_first(previous: Sequence[Any]) -> Sequence[Any]:
-    """Return the initial values of these attributes; objects that this process already created are not
+def _get_initial_state(previous: Sequence[Any]) -> Sequence[Any]:
+    """Return initial values for `_list_rank_attributes`; objects that this process already created are not
     shared.
     """
     from megatron.core.tensor_parallel import random
@@ -542,19 +548,19 @@ def _own_at_first(previous: Sequence[Any]) -> Sequence[Any]:
     initial: dict[tuple[Any, str], Any] = {
         (random, _RANDOM_STATES[0]): None, (random, _RANDOM_STATES[1]): False,
         (MTPLossLoggingHelper, "tracker"): {}}
-    return [initial.get(place, value) for place, value in zip(_own_places(), previous, strict=True)]
+    return [initial.get(place, value) for place, value in zip(_list_rank_attributes(), previous, strict=True)]
 
 
-def _own_of_process() -> Sequence[Any]:
-    return [getattr(owner, name) for owner, name in _own_places()]
+def _read_rank_state() -> Sequence[Any]:
+    return [getattr(owner, name) for owner, name in _list_rank_attributes()]
 
 
-def _take_on(own: Sequence[Any]) -> None:
-    for (owner, name), value in zip(_own_places(), own, strict=True):
+def _write_rank_state(own: Sequence[Any]) -> None:
+    for (owner, name), value in zip(_list_rank_attributes(), own, strict=True):
         setattr(owner, name, value)
 
 
-def _taken() -> Any:
+def _create_acquired_lock() -> Any:
     """Return an acquired lock; releasing it gives a thread its turn."""
     lock = threading.Lock()
     lock.acquire()

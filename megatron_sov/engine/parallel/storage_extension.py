@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 
-from megatron_sov.base.artifacts import new_file
-from megatron_sov.base.errors import UserError, first_line
-from megatron_sov.engine.parallel.world import on_each
+from megatron_sov.base.artifacts import create_file
+from megatron_sov.base.errors import UserError, first_error_line
+from megatron_sov.engine.parallel.world import run_on_each_rank
 
 NAME = "share_storage_ext"
 RECOMPUTED_BY_EXTENSION = {"layernorm", "moe_act"}
@@ -45,7 +45,8 @@ def load_storage_extension(recompute_modules: Collection[str] | None) -> None:
     """Compile and load the extension if the recomputed modules need it; called by all processes together.
 
     Raises:
-        UserError: a node lacks the compiler or ninja, or the compilation fails; on every process.
+        UserError: a node lacks the compiler or ninja, or the compilation fails (on every process); this
+            process does not see the compiled file.
     """
     from megatron.core.tensor_parallel import random
 
@@ -58,7 +59,7 @@ def load_storage_extension(recompute_modules: Collection[str] | None) -> None:
         if size == 1 or os.environ.get("LOCAL_RANK", "0") == "0":
             _compile(file, random._SHARE_STORAGE_SRC, f"gpu.recompute_modules = {sorted(needed)}")
 
-    on_each(compile_on_first)
+    run_on_each_rank(compile_on_first)
     random._share_storage_ext = _load(file)
 
 
@@ -104,10 +105,10 @@ def _compile(file: Path, source: str, setting: str) -> None:
     from torch.utils.cpp_extension import load_inline
 
     try:
-        with new_file(file, makes_parents=True) as finished, tempfile.TemporaryDirectory() as folder:
+        with create_file(file, create_parents=True) as finished, tempfile.TemporaryDirectory() as folder:
             load_inline(NAME, source, functions=["share_storage"], build_directory=folder)
             shutil.copyfile(Path(folder, f"{NAME}.so"), finished)
     except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as e:
-        reason = next((line for line in str(e).splitlines() if "error:" in line), first_line(e))
+        reason = next((line for line in str(e).splitlines() if "error:" in line), first_error_line(e))
         raise UserError(f"{node} cannot compile it ({reason}); `{TOOLS_COMMAND} python3-dev`, or "
                         f"{OTHER_MODULES}") from e

@@ -12,19 +12,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Several named numbers share one message, which costs as much as a message with a single number.
+# Named numbers share a message: ten numbers cost as much as a single number.
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Name -> shape, in the order of the flat tensor."""
 
 
-def pack(values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def flatten_tensors(values: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Concatenate tensors of one dtype to a flat tensor, in the order of the mapping."""
     return torch.cat([value.reshape(-1) for value in values.values()])
 
 
-def unpack(flat: torch.Tensor, shapes: Shapes) -> dict[str, torch.Tensor]:
-    """Split a flat tensor by name; inverse of `pack`. The results share memory with `flat`.
+def unflatten_tensors(flat: torch.Tensor, shapes: Shapes) -> dict[str, torch.Tensor]:
+    """Split a flat tensor by name; inverse of `flatten_tensors`. The results share memory with `flat`.
 
     Raises:
         ValueError: the number of elements differs from the shapes'.

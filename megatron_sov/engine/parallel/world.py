@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.parallel import cpu_shims
-from megatron_sov.engine.parallel.device import on_gpu, take_gpu
+from megatron_sov.engine.parallel.device import on_gpu, select_gpu
 from megatron_sov.engine.parallel.values import broadcast_object, gather_objects
 from megatron_sov.model.config import ParallelConfig
 
@@ -25,7 +25,7 @@ LOCALHOST = "127.0.0.1"
 STORE_PORT = "SOV_STORE_PORT"
 """Environment variable with the port of the local launcher's rendezvous store."""
 _REDUCTIONS = "reductions"
-_PURPOSE = {
+_GROUP_PURPOSES = {
     **dict.fromkeys((
         "DATA_PARALLEL_GROUP_WITH_CP", "DATA_PARALLEL_GROUP", "TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP",
         "TENSOR_AND_DATA_PARALLEL_GROUP", "MODEL_PARALLEL_GROUP", "EMBEDDING_GROUP",
@@ -34,7 +34,7 @@ _PURPOSE = {
         "INTRA_DISTRIBUTED_OPTIMIZER_INSTANCE_GROUP"), _REDUCTIONS),
     **dict.fromkeys((
         "TENSOR_MODEL_PARALLEL_GROUP", "CONTEXT_PARALLEL_GROUP", "TENSOR_AND_CONTEXT_PARALLEL_GROUP"),
-        "layers"),
+                    "layers"),
     **dict.fromkeys((
         "EXPERT_MODEL_PARALLEL_GROUP", "EXPERT_TENSOR_PARALLEL_GROUP",
         "EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP"), "experts")}
@@ -67,7 +67,7 @@ class ParallelWorld:
         return self.rank == 0
 
 
-def join(parallel: ParallelConfig, needs_bytes: int = 0) -> ParallelWorld:
+def join_world(parallel: ParallelConfig, needs_bytes: int = 0) -> ParallelWorld:
     """Join the process group of the environment (RANK, WORLD_SIZE, ...) and create the layout's groups.
 
     Args:
@@ -79,23 +79,24 @@ def join(parallel: ParallelConfig, needs_bytes: int = 0) -> ParallelWorld:
     """
     from megatron.core import tensor_parallel
 
-    pass_over_warnings()
+    suppress_library_warnings()
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     timeout = datetime.timedelta(seconds=parallel.timeout_s)
     if not dist.is_initialized():
-        store = _rendezvous(rank, size, timeout)
+        store = _create_rendezvous(rank, size, timeout)
         if on_gpu():
-            take_gpu(store, rank, size, needs_bytes, timeout)
-        # not bound to the device: otherwise all processes split off each group one after the other
+            select_gpu(store, rank, size, needs_bytes, timeout)
+        # not bound to the device: otherwise every group would be split off by all processes, one after
+        # another
         dist.init_process_group("nccl" if on_gpu() else "gloo", rank=rank, world_size=size, timeout=timeout,
                                 store=store)
-    make_groups(parallel)
+    create_groups(parallel)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    cpu_shims.mend()
-    return own_place(rank, size)
+    cpu_shims.patch_defects()
+    return get_parallel_world(rank, size)
 
 
-def pass_over_warnings() -> None:
+def suppress_library_warnings() -> None:
     """Suppress library warnings that a user cannot act on."""
     # the library uses deprecated torch names
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
@@ -103,7 +104,7 @@ def pass_over_warnings() -> None:
     warnings.filterwarnings("ignore", message="`sequence_parallel` is set to `True`, but tensor model")
 
 
-def own_place(rank: int, size: int) -> ParallelWorld:
+def get_parallel_world(rank: int, size: int) -> ParallelWorld:
     """Return the ranks and sizes of this process."""
     from megatron.core import parallel_state
 
@@ -115,7 +116,7 @@ def own_place(rank: int, size: int) -> ParallelWorld:
     )
 
 
-def make_groups(parallel: ParallelConfig) -> None:
+def create_groups(parallel: ParallelConfig) -> None:
     """Create the layout's process groups. Collective.
 
     A process creates only its own groups, each once, and connects to members at the first message.
@@ -127,18 +128,19 @@ def make_groups(parallel: ParallelConfig) -> None:
         (_REDUCTIONS, tuple(range(dist.get_world_size()))): dist.group.WORLD}
     create = parallel_state.create_group
 
-    def share(ranks: Sequence[int], *, group_desc: str = "", backend: Any = None, pg_options: Any = None,
-              **options: Any) -> Any:
+    def create_shared(ranks: Sequence[int], *, group_desc: str = "", backend: Any = None,
+                      pg_options: Any = None,
+                      **options: Any) -> Any:
         if backend is not None or pg_options is not None:
             return create(ranks, group_desc=group_desc, backend=backend, pg_options=pg_options, **options)
         # groups of one send nothing and need no purpose
-        purpose = _PURPOSE.get(group_desc, group_desc) if len(ranks) > 1 else ""
+        purpose = _GROUP_PURPOSES.get(group_desc, group_desc) if len(ranks) > 1 else ""
         key = purpose, tuple(sorted(ranks))
         if key not in groups:
             groups[key] = create(ranks, group_desc=group_desc, **options)
         return groups[key]
 
-    with mock.patch.object(parallel_state, "create_group", share):
+    with mock.patch.object(parallel_state, "create_group", create_shared):
         parallel_state.initialize_model_parallel(
             parallel.tp, parallel.pp, parallel.vpp if parallel.vpp > 1 else None,
             context_parallel_size=parallel.cp, expert_model_parallel_size=parallel.ep,
@@ -148,8 +150,8 @@ def make_groups(parallel: ParallelConfig) -> None:
             distributed_timeout_minutes=max(1, math.ceil(parallel.timeout_s / 60)))
 
 
-def _rendezvous(rank: int, size: int, timeout: datetime.timedelta) -> dist.Store:
-    """Return the rendezvous store, with a prefix that no other start of these processes has used."""
+def _create_rendezvous(rank: int, size: int, timeout: datetime.timedelta) -> dist.Store:
+    """Return the rendezvous store with a prefix unique to this start."""
     environment = os.environ
     if STORE_PORT in environment:
         host, port, name = LOCALHOST, environment[STORE_PORT], ""
@@ -164,7 +166,7 @@ def _rendezvous(rank: int, size: int, timeout: datetime.timedelta) -> dist.Store
     return dist.PrefixStore(f"{name}/{next(_joins)}", dist.TCPStore(host, int(port), is_master=False))
 
 
-def leave() -> None:
+def leave_world() -> None:
     """Destroy all groups; the process can join another layout afterwards."""
     from megatron.core import parallel_state
 
@@ -173,21 +175,21 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def on_main(place: ParallelWorld, action: Callable[[], Any]) -> Any:
+def run_on_main(place: ParallelWorld, action: Callable[[], Any]) -> Any:
     """Call `action` on rank 0 and return its plain result on every rank.
 
     Raises:
         UserError: on every rank, if `action` raises it, so that no rank waits for rank 0.
     """
-    return _on_one(place.is_main, action)
+    return _run_on_one(place.is_main, action)
 
 
-def on_first(action: Callable[[], Any]) -> Any:
-    """Call `action` on rank 0 as `on_main`; a process without process group calls it itself."""
-    return _on_one(dist.get_rank() == 0, action) if dist.is_initialized() else action()
+def run_on_first(action: Callable[[], Any]) -> Any:
+    """Call `action` on rank 0 as `run_on_main`; a process without process group calls it itself."""
+    return _run_on_one(dist.get_rank() == 0, action) if dist.is_initialized() else action()
 
 
-def on_each(action: Callable[[int, int], Any]) -> list[Any]:
+def run_on_each_rank(action: Callable[[int, int], Any]) -> list[Any]:
     """Call `action(rank, size)` on every process and return all results by rank. A process without process
     group counts as the only one.
 
@@ -207,7 +209,7 @@ def on_each(action: Callable[[int, int], Any]) -> list[Any]:
     return [rank_result for rank_result, _ in outcomes]
 
 
-def _on_one(is_one: bool, action: Callable[[], Any]) -> Any:
+def _run_on_one(is_one: bool, action: Callable[[], Any]) -> Any:
     result, problem = None, None
     if is_one:
         try:

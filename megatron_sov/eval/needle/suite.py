@@ -1,7 +1,8 @@
-"""Needle in a haystack: is what a context says found again, at any depth of any length, among other needles?
+"""Evaluate needle-in-a-haystack retrieval over kinds, languages, context lengths and depths, with
+distractors.
 
-Each cell (kind, language, length, depth) has several examples.  An answer is right when greedy decoding gives
-all of it and nothing else.
+Each cell (kind, language, length, depth) has several examples. An answer is right if greedy decoding returns
+exactly the value.
 """
 
 from __future__ import annotations
@@ -15,45 +16,45 @@ from typing import Any
 import numpy as np
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.eval.needle.text import PAIR_TOKENS, Haystack, Language, NeedleForm, fill
-from megatron_sov.eval.statistics import wilson_interval
+from megatron_sov.eval.needle.text import PAIR_TOKENS, Haystack, Language, NeedleForm, fill_slots
+from megatron_sov.eval.statistics import compute_wilson_interval
 from megatron_sov.infer.engine import Engine
 from megatron_sov.infer.request import Sampling
 from megatron_sov.model.config import NeedleConfig, NeedleKind
 
 BATCH_TOKENS = 1 << 21
-"""Tokens of prompts that exist at a time."""
+"""Limit of prompt tokens per batch."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of the map.  These names are what gates and reports read."""
+    """Result of one cell. Gates and reports read these field names."""
 
     kind: NeedleKind
     language: Language
     length_tokens: int
-    """Context, question and answer included."""
+    """Tokens of context, question and answer."""
     depth: float
-    """Where the first needle stood, 0 = start."""
+    """Position of the requested needle, 0 = start."""
     distractors: int
-    """Needles beside those that were asked for."""
+    """Number of needles that are not requested."""
     correct: int
     samples: int
     interval: tuple[float, float]
-    """Wilson's 95 % interval of the share of right answers."""
+    """95 % Wilson interval of the share of right answers."""
 
 
 @dataclass(frozen=True)
 class NeedleResult:
     seed: int
     distractor_share: float
-    """Part of the contexts that distractors filled."""
+    """Share of the contexts filled with distractors."""
     cells: tuple[Cell, ...]
-    """In the order kind, language, length, depth."""
+    """Ordered by kind, language, length, depth."""
 
     @cached_property
     def score(self) -> float:
-        """Mean share of right answers over all cells."""
+        """Mean share of right answers over cells."""
         return float(np.mean([cell.correct / cell.samples for cell in self.cells]))
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,79 +63,78 @@ class NeedleResult:
                 "cells": [asdict(cell) | {"interval": list(cell.interval)} for cell in self.cells]}
 
 
-def result_of(values: dict[str, Any]) -> NeedleResult:
+def parse_result(values: dict[str, Any]) -> NeedleResult:
     cells = tuple(Cell(**(cell | {"interval": tuple(cell["interval"])})) for cell in values["cells"])
     return NeedleResult(values["seed"], values["distractor_share"], cells)
 
 
 @dataclass(frozen=True)
 class NeedleSuite:
-    """The examples of a test; equal for equal fields and data."""
+    """Examples of a test; a deterministic function of its fields and the data."""
 
     haystacks: tuple[Haystack, ...]
-    """Held-out text, one of each language."""
+    """Held-out text per language."""
     kinds: tuple[NeedleKind, ...]
     lengths: tuple[int, ...]
-    """Context lengths, in tokens, question and answer included."""
+    """Tokens of context, question and answer."""
     depths: tuple[float, ...]
-    """Where the first needle stands, 0 = start, 1 = right before the question."""
+    """Positions of the requested needle, 0 = start, 1 = directly before the question."""
     samples: int
     distractor_share: float = 0.0
-    """Part of the context that needles with other keys fill."""
+    """Share of the context filled with needles with other keys."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raise `UserError` where the numbers make no test."""
+        """Raise `UserError` for invalid values."""
         if not (self.lengths and self.depths and self.kinds) or not all(0 <= d <= 1 for d in self.depths):
             raise UserError(f"needle kinds {list(self.kinds)}, lengths {list(self.lengths)}, "
                             f"depths {list(self.depths)}: give at least one of each; depths lie in [0, 1]")
         if self.samples < 1 or not 0 <= self.distractor_share < 1 or self.seed < 0:
             raise UserError(f"needle samples = {self.samples} must be at least 1, distractor_share = "
                             f"{self.distractor_share} in [0, 1), seed = {self.seed} not negative")
-        for kind, haystack, length in self._rows():
-            distractors_of(kind, haystack.form, length, self.distractor_share)
+        for kind, haystack, length in self._iter_rows():
+            count_distractors(kind, haystack.form, length, self.distractor_share)
 
-    def _rows(self) -> Iterator[tuple[NeedleKind, Haystack, int]]:
+    def _iter_rows(self) -> Iterator[tuple[NeedleKind, Haystack, int]]:
         return product(self.kinds, self.haystacks, self.lengths)
 
-    def example(self, kind: NeedleKind, haystack: Haystack, length: int, depth: float,
+    def build_example(self, kind: NeedleKind, haystack: Haystack, length: int, depth: float,
                 sample: int) -> Example:
-        """Return one example; nothing but the suite's fields and these decides what it is."""
-        # The 0 parts kind and language, so that no two cells share a seed.
+        """Build one example, determined by the fields of the suite and the arguments."""
+        # The 0 separates kind and language, so that no two cells share a seed.
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(
             (self.seed, length, round(depth * 1e6), sample, *kind.encode(), 0, *haystack.language.encode()))))
-        return make_example(haystack, generator, length, depth,
-                            distractors_of(kind, haystack.form, length, self.distractor_share))
+        return build_example(haystack, generator, length, depth,
+                            count_distractors(kind, haystack.form, length, self.distractor_share))
 
     @property
     def num_examples(self) -> int:
-        return sum(1 for _ in self._rows()) * len(self.depths) * self.samples
+        return sum(1 for _ in self._iter_rows()) * len(self.depths) * self.samples
 
     def questions(self) -> Iterator[list[int]]:
-        """Yield what a test may tell or ask, up to where a value follows: what training text must not
-        hold."""
+        """Yield all possible questions up to the value; training text must not contain them."""
         for haystack in self.haystacks:
             for slots in haystack.form.sentences[True]:
                 for pair in haystack.form.pairs[True]:
                     yield [*slots[0], *pair.tolist()]
 
     def examples(self) -> Iterator[tuple[Haystack, list[tuple[NeedleKind, int, float]], list[Example]]]:
-        """Yield (haystack, cell of each example, examples) in the order of cells: equal lengths, no more
-        tokens than a batch."""
-        for kind, haystack, length in self._rows():
-            places = [(depth, sample) for depth in self.depths for sample in range(self.samples)]
-            at_once = max(1, BATCH_TOKENS // length)
-            for start in range(0, len(places), at_once):
-                part = places[start:start + at_once]
-                yield (haystack, [(kind, length, depth) for depth, _ in part],
-                       [self.example(kind, haystack, length, depth, sample) for depth, sample in part])
+        """Yield (haystack, cell of each example, examples) in the order of cells, at most a batch at a
+        time."""
+        for kind, haystack, length in self._iter_rows():
+            positions = [(depth, sample) for depth in self.depths for sample in range(self.samples)]
+            chunk_size = max(1, BATCH_TOKENS // length)
+            for start in range(0, len(positions), chunk_size):
+                chunk = positions[start:start + chunk_size]
+                yield (haystack, [(kind, length, depth) for depth, _ in chunk],
+                       [self.build_example(kind, haystack, length, depth, sample) for depth, sample in chunk])
 
 
-def make_suite(config: NeedleConfig, haystacks: Sequence[Haystack], *, seed: int = 0) -> NeedleSuite:
-    """Return the suite that settings ask for, over held-out text.
+def build_suite(config: NeedleConfig, haystacks: Sequence[Haystack], *, seed: int = 0) -> NeedleSuite:
+    """Build the suite of a config over held-out text.
 
     Raises:
-        UserError: the numbers make no test.
+        UserError: invalid values.
     """
     return NeedleSuite(tuple(haystacks), config.kinds, config.lengths_tokens, config.depths, config.samples,
                        config.distractor_share, seed)
@@ -142,25 +142,24 @@ def make_suite(config: NeedleConfig, haystacks: Sequence[Haystack], *, seed: int
 
 def run_suite(suite: NeedleSuite, engine: Engine,
               done: Callable[[int], object] = lambda examples: None) -> NeedleResult:
-    """Judge a model; where it runs on several processes, called by all together; `done` is told how many
-    more examples are judged."""
+    """Evaluate an engine (collective); `done` is called with the number of newly completed examples."""
     correct: dict[tuple[NeedleKind, Language, int, float], int] = {}
     for haystack, cells, examples in suite.examples():
-        given = engine.generate([e.prompt for e in examples], Sampling(PAIR_TOKENS)).continuations
-        for (kind, length, depth), example, said in zip(cells, examples, given, strict=True):
+        continuations = engine.generate([e.prompt for e in examples], Sampling(PAIR_TOKENS)).continuations
+        for (kind, length, depth), example, continuation in zip(cells, examples, continuations, strict=True):
             cell = (kind, haystack.language, length, depth)
-            correct[cell] = correct.get(cell, 0) + (list(said) == example.answer)
+            correct[cell] = correct.get(cell, 0) + (list(continuation) == example.answer)
         done(len(examples))
     forms = {h.language: h.form for h in suite.haystacks}
     return NeedleResult(suite.seed, suite.distractor_share, tuple(
         Cell(kind, language, length, depth,
-             distractors_of(kind, forms[language], length, suite.distractor_share), right, suite.samples,
-             wilson_interval(right, suite.samples))
+             count_distractors(kind, forms[language], length, suite.distractor_share), right, suite.samples,
+             compute_wilson_interval(right, suite.samples))
         for (kind, language, length, depth), right in correct.items()))
 
 
-def table(result: NeedleResult) -> str:
-    """Return the shares of right answers as lines to read, a block for each kind and language."""
+def format_table(result: NeedleResult) -> str:
+    """Format the shares of right answers as text, one block per kind and language."""
     lines: list[str] = []
     maps: dict[tuple[str, str], dict[int, list[Cell]]] = {}
     for cell in result.cells:
@@ -181,59 +180,58 @@ MIN_DISTRACTORS = 3
 @dataclass(frozen=True)
 class Example:
     prompt: list[int]
-    """Token ids, up to where the answer has to follow."""
+    """Token ids up to the answer."""
     answer: list[int]
-    """The two words of the value."""
+    """The two tokens of the value."""
 
 
-def weave(text: np.ndarray, told: Sequence[Sequence[int] | np.ndarray], places: Sequence[int]) -> np.ndarray:
-    """Return a text (or its weights) with sentences (or theirs) in it, those of equal places
-    in the order given."""
+def insert_sentences(text: np.ndarray, inserts: Sequence[Sequence[int] | np.ndarray],
+          places: Sequence[int]) -> np.ndarray:
+    """Insert sentences (or their weights) into a text (or its weights); equal positions keep the given
+    order."""
     parts: list[Sequence[int] | np.ndarray] = []
     last = 0
     for i in np.argsort(np.array(places), kind="stable").tolist():
-        parts += [text[last:places[i]], told[i]]
+        parts += [text[last:places[i]], inserts[i]]
         last = places[i]
     return np.concatenate([*parts, text[last:]])
 
 
-def make_example(haystack: Haystack, generator: np.random.Generator, length: int, depth: float,
+def build_example(haystack: Haystack, generator: np.random.Generator, length: int, depth: float,
                  num_distractors: int) -> Example:
-    """Return an example of a test whose prompt and answer together have `length` tokens.
+    """Build an example; prompt and answer together have `length` tokens.
 
     Args:
         haystack: text and words.
-        generator: of everything random.
-        length: in tokens.
-        depth: where the needle that is asked for stands, 0 = start, 1 = right before the question.
-        num_distractors: as `distractors_of` gives.
+        generator: random numbers.
+        length: tokens of prompt and answer.
+        depth: position of the requested needle, 0 = start, 1 = directly before the question.
+        num_distractors: number of distractors, see `distractors_of`.
     """
     form = haystack.form
     slots = form.draw_sentence(generator, test=True)
     keys, values = (form.draw(generator, 1 + num_distractors, test=True) for _ in range(2))
-    needles = [fill(slots, key, value) for key, value in zip(keys, values, strict=True)]
-    question = fill(slots, keys[0])
-    # The text fills exactly what the sentences leave.
+    needles = [fill_slots(slots, key, value) for key, value in zip(keys, values, strict=True)]
+    question = fill_slots(slots, keys[0])
+    # The text fills the remaining length.
     text = haystack.text(generator, length - sum(map(len, needles)) - len(question) - PAIR_TOKENS)
-    # `depth` places the needle that is asked for; distractors are anywhere.
+    # `depth` places the requested needle; distractors are anywhere.
     places = [round(depth * len(text)), *generator.integers(0, len(text) + 1, num_distractors).tolist()]
-    return Example([*weave(text, needles, places).tolist(), *question], values[0].tolist())
+    return Example([*insert_sentences(text, needles, places).tolist(), *question], values[0].tolist())
 
 
-def distractors_of(kind: NeedleKind, form: NeedleForm, length: int, share: float) -> int:
-    """Return the number of distractors of a context: they fill `share` of it, as far as there are keys
-    and room for them.
+def count_distractors(kind: NeedleKind, form: NeedleForm, length: int, share: float) -> int:
+    """Return the number of distractors: they fill `share` of the context, limited by keys and space.
 
     Raises:
         UserError: the context is too short for the kind.
     """
-    least = 0 if kind == "single" else MIN_DISTRACTORS
+    min_distractors = 0 if kind == "single" else MIN_DISTRACTORS
     needle_tokens = form.needle_tokens(test=True)
     fixed = 2 * needle_tokens + PAIR_TOKENS
-    if length < fixed + least * needle_tokens:
-        raise UserError(f"needle length {length}: the needles and the question of kind {kind} in "
-                        f"{form.language} alone take {fixed + least * needle_tokens} tokens; "
-                        "test longer contexts")
+    if length < fixed + min_distractors * needle_tokens:
+        raise UserError(f"needle length {length}: needles and question of kind {kind} in {form.language} "
+                        f"need {fixed + min_distractors * needle_tokens} tokens; test longer contexts")
     keys = len(form.pairs[True]) // 2 - 8
-    wanted = 0 if kind == "single" else max(least, int(share * length) // needle_tokens)
-    return min(wanted, (length - fixed) // needle_tokens, max(least, keys))
+    num_distractors = 0 if kind == "single" else max(min_distractors, int(share * length) // needle_tokens)
+    return min(num_distractors, (length - fixed) // needle_tokens, max(min_distractors, keys))

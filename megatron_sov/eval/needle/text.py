@@ -1,10 +1,9 @@
-"""What needles are made of in a tokenizer's ids: rare words, tied together in pairs,
-and the sentences around them.
+"""Build needles from a tokenizer's rare words, and haystacks from packed sources.
 
-A key is two words, and so is a value.  Pairs and sentences for training and for testing never mix
-(`is_for_tests`).  Phrases are text with places ``{}`` for keys and values; a value stands right behind its
-key, so that repeating the sentence up to the key asks for the value.  Needles are hidden in a split of packed
-sources, each in a language of its own.
+Keys and values are two words each. Pairs and sentences for training and for tests are disjoint
+(`is_for_tests`). A phrase is text with slots ``{}`` for key and value; the value directly follows the key, so
+repeating the sentence up to the key asks for the value. Each haystack is a split of packed sources in one
+language.
 """
 
 from __future__ import annotations
@@ -28,7 +27,8 @@ from megatron_sov.train.data.token_shards import Documents, Source
 
 NUM_WORDS, MIN_WORDS, MAX_WORDS = 64, 16, 512
 TOKENS_PER_WORD = 64
-"""A vocabulary of this many times `NUM_WORDS` has more words, so that long contexts find enough keys."""
+"""Vocabulary tokens per needle word, above `NUM_WORDS`; larger vocabularies give more keys for long
+contexts."""
 MIN_WORD_BYTES = 4
 SLOT = "{}"
 PAIR_TOKENS = 2
@@ -36,8 +36,9 @@ Slots = tuple[tuple[int, ...], ...]
 """A sentence as token ids: before, between and after its pairs."""
 
 
-def fill(slots: Slots, *pairs: np.ndarray) -> list[int]:
-    """Return a phrase with pairs [2] in its places; fewer pairs than places end it before the next one."""
+def fill_slots(slots: Slots, *pairs: np.ndarray) -> list[int]:
+    """Insert pairs [2] into the slots of a phrase; with fewer pairs, the phrase ends before the first empty
+    slot."""
     ids = list(slots[0])
     for place, pair in enumerate(pairs, start=1):
         ids += pair.tolist()
@@ -48,50 +49,49 @@ def fill(slots: Slots, *pairs: np.ndarray) -> list[int]:
 
 @dataclass(frozen=True, eq=False)
 class NeedleForm:
-    """The parts of a language's needles as token ids."""
+    """Needle sentences and words of a language, as token ids."""
 
     language: Language
-    """Of the sentences; words are of it too where the tokenizer has enough of them."""
+    """Language of the sentences, and of the words if the tokenizer has enough of them."""
     sentences: dict[bool, tuple[Slots, ...]]
-    """True -> for tests, False -> for training."""
+    """True -> test sentences, False -> training sentences."""
     words: tuple[int, ...]
     special: tuple[int, ...] = ()
-    """Special tokens, which no haystack may hold."""
+    """Special tokens, which are removed from haystacks."""
 
     def needle_tokens(self, *, test: bool) -> int:
-        """Return the tokens of the longest sentence, its key and value included."""
+        """Return the tokens of the longest sentence with key and value."""
         return max(2 * PAIR_TOKENS + sum(map(len, slots)) for slots in self.sentences[test])
 
     @cached_property
     def pairs(self) -> dict[bool, np.ndarray]:
         """Ordered pairs of different words [pairs, 2]: True -> for tests, False -> for training."""
-        found: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
+        pairs: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
         for first in self.words:
             for second in self.words:
                 if first != second:
-                    found[is_for_tests(first, second)].append((first, second))
-        return {test: np.array(pairs, np.int64).reshape(-1, 2) for test, pairs in found.items()}
+                    pairs[is_for_tests(first, second)].append((first, second))
+        return {test: np.array(pairs, np.int64).reshape(-1, 2) for test, pairs in pairs.items()}
 
     def draw(self, generator: np.random.Generator, count: int, *, test: bool) -> np.ndarray:
-        """Return `count` different pairs [count, 2]."""
+        """Draw `count` different pairs [count, 2]."""
         return self.pairs[test][generator.choice(len(self.pairs[test]), count, replace=False)]
 
     def draw_sentence(self, generator: np.random.Generator, *, test: bool) -> Slots:
         return self.sentences[test][int(generator.integers(len(self.sentences[test])))]
 
 
-def needle_form(tokenizer_folder: Path, language: Language) -> NeedleForm:
-    """Return the needle's parts in a tokenizer's ids; its words are the rarest whole ones,
-    which are those merged last.
+def build_needle_form(tokenizer_folder: Path, language: Language) -> NeedleForm:
+    """Build the needles of a language for a tokenizer; its words are the whole words that were merged last.
 
     Raises:
-        UserError: there is no tokenizer, or it has too few whole words.
+        UserError: there is no tokenizer, or it has fewer than `MIN_WORDS` whole words.
     """
     tokenizer = open_tokenizer(tokenizer_folder)
-    special = special_tokens(tokenizer)
-    words = _words(tokenizer, special, _SCRIPTS[language])
+    special = list_special_tokens(tokenizer)
+    words = _find_words(tokenizer, special, _SCRIPTS[language])
     if len(words) < MIN_WORDS:
-        words = _words(tokenizer, special, lambda letter: True)
+        words = _find_words(tokenizer, special, lambda letter: True)
     if len(words) < MIN_WORDS:
         raise UserError(f"{tokenizer_folder}: only {len(words)} of its tokens are whole words, "
                         f"needles need {MIN_WORDS}; train a tokenizer with a larger vocabulary")
@@ -101,11 +101,11 @@ def needle_form(tokenizer_folder: Path, language: Language) -> NeedleForm:
                      for part in text.split(SLOT))
 
     return NeedleForm(language,
-                      {test: tuple(map(slots, phrases(language, test=test))) for test in (True, False)},
+                      {test: tuple(map(slots, list_phrases(language, test=test))) for test in (True, False)},
                       tuple(words), special)
 
 
-def special_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
+def list_special_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(sorted(i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special))
 
 
@@ -116,13 +116,14 @@ _SCRIPTS: dict[Language, Callable[[str], bool]] = {
 }
 
 
-def _words(tokenizer: Tokenizer, special: tuple[int, ...], of_script: Callable[[str], bool]) -> list[int]:
+def _find_words(tokenizer: Tokenizer, special: tuple[int, ...],
+                of_script: Callable[[str], bool]) -> list[int]:
     vocabulary = tokenizer.get_vocab_size(with_added_tokens=False)
-    wanted = min(MAX_WORDS, max(NUM_WORDS, vocabulary // TOKENS_PER_WORD))
+    max_words = min(MAX_WORDS, max(NUM_WORDS, vocabulary // TOKENS_PER_WORD))
     words: list[int] = []
-    # From the last merge on: the rarest words first.
+    # From the last merge: rarest words first.
     for token in range(vocabulary - 1, -1, -1):
-        if len(words) == wanted:
+        if len(words) == max_words:
             break
         if token not in special and _is_whole_word(tokenizer, token, of_script):
             words.append(token)
@@ -132,7 +133,7 @@ def _words(tokenizer: Tokenizer, special: tuple[int, ...], of_script: Callable[[
 def _is_whole_word(tokenizer: Tokenizer, token: int, of_script: Callable[[str], bool]) -> bool:
     text = tokenizer.decode([token], skip_special_tokens=False)
     word = text[1:]
-    # A leading space and one token for the whole text: the word is the same token in any sentence.
+    # With a leading space and as a single token, the word is the same token in any sentence.
     return (text[:1] == " " and len(word.encode()) >= MIN_WORD_BYTES
             and unicodedata.category(word[0]) in ("Ll", "Lu", "Lo")
             and all(unicodedata.category(letter)[0] in "LM" and of_script(letter) for letter in word)
@@ -140,17 +141,18 @@ def _is_whole_word(tokenizer: Tokenizer, token: int, of_script: Callable[[str], 
 
 
 LANGUAGES: tuple[Language, ...] = get_args(Language)
-TEST_PART = 5
-"""One pair of words, or phrase, in this many is kept for tests."""
+TEST_MODULUS = 5
+"""One pair or phrase in this many is reserved for tests."""
 
 
 def is_for_tests(*parts: object) -> bool:
-    """Return whether something, told by its parts, is for tests alone, at whatever run and data."""
+    """Return whether a pair or phrase is reserved for tests, by a hash that is independent of run and
+    data."""
     digest = hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") % TEST_PART == 0
+    return int.from_bytes(digest, "little") % TEST_MODULUS == 0
 
 
-def phrases(language: Language, *, test: bool) -> tuple[str, ...]:
+def list_phrases(language: Language, *, test: bool) -> tuple[str, ...]:
     return tuple(phrase for phrase in PHRASES[language] if is_for_tests(phrase) == test)
 
 
@@ -164,85 +166,87 @@ PHRASES: dict[Language, tuple[str, ...]] = {
     "code": tuple(f"\n{name}.add({{}}{{}})" for name in (
         "codes", "table", "registry", "cache", "lookup", "index", "store", "mapping")),
 }
-"""Sentences with places for key and value; enough in each language that the hash gives some to both sides."""
+"""Sentences with slots for key and value; each language has enough for both tests and training."""
 
 
 DETECTED_TOKENS = 4096
-"""Text of a source that decides on its language."""
+"""Tokens of a source that are read to detect its language."""
 CODE_SIGNS = set("(){}[]=<>_;\"'#*/\\&|+:")
 CODE_SHARE = 0.06
-"""Part of a text's characters that are such signs, from which on it counts as code; prose has 2 %,
-code 8 % and more."""
+"""Share of these characters above which a text counts as code; prose has 2 %, code 8 % and more."""
 SCRIPT_SHARE = 0.3
-"""Part of the letters that are Hangul or Thai, from which on a text counts as Korean or Thai."""
+"""Share of Hangul or Thai letters above which a text counts as Korean or Thai."""
 
 
 @dataclass(frozen=True, eq=False)
 class Haystack:
-    """All text of one language."""
+    """All text of one language, with its needles."""
 
     form: NeedleForm
     texts: tuple[DocumentsText, ...]
     sizes: tuple[float, ...]
-    """Their sizes, by which they are drawn."""
+    """Sizes of `texts`, used as sampling weights."""
 
     @property
     def language(self) -> Language:
         return self.form.language
 
     def text(self, generator: np.random.Generator, count: int) -> np.ndarray:
-        """Return `count` tokens [count] int64 of one source, without special ones."""
-        return self.texts[pick(generator, self.sizes)].take(generator, count)
+        """Return `count` tokens [count] int64 from one source, without special tokens."""
+        return self.texts[draw_index(generator, self.sizes)].take(generator, count)
 
 
-def pick(generator: np.random.Generator, sizes: Sequence[float]) -> int:
-    reached = np.cumsum(np.asarray(sizes, np.float64) / sum(sizes))
-    return min(int(np.searchsorted(reached, generator.random(), side="right")), len(sizes) - 1)
+def draw_index(generator: np.random.Generator, sizes: Sequence[float]) -> int:
+    cumulative = np.cumsum(np.asarray(sizes, np.float64) / sum(sizes))
+    return min(int(np.searchsorted(cumulative, generator.random(), side="right")), len(sizes) - 1)
 
 
 def open_haystacks(sources: Sequence[Source], split: str, tokenizer_folder: Path, *,
-                   languages: Sequence[Language] = (), told: dict[str, Language] | None = None
+                   languages: Sequence[Language] = (), source_languages: dict[str, Language] | None = None
                    ) -> tuple[Haystack, ...]:
-    """Return a haystack for each language that there is text of, in the order of `LANGUAGES`.
+    """Open a haystack for each language with text, in the order of `LANGUAGES`.
 
     Args:
-        sources: of token artifacts; chats are left out.
+        sources: sources of token artifacts; chats are skipped.
         split: "train" or "heldout".
-        tokenizer_folder: what packed the sources.
-        languages: these only; all by default.
-        told: source -> its language, where neither its name is one nor the text itself shows it well.
+        tokenizer_folder: tokenizer of the sources.
+        languages: languages to open; empty opens all.
+        source_languages: source name -> language, if neither the name nor the text shows it.
 
     Raises:
-        UserError: there is no text, or none of a language that is asked for, or `told` names no source.
+        UserError: there is no text, no text of a requested language, or `source_languages` names an unknown
+            source.
     """
-    told = told or {}
+    source_languages = source_languages or {}
     tokenizer = open_tokenizer(tokenizer_folder)
     usable = [s for s in sources if not s.is_chat and s.num_tokens.get(split, 0) > 0]
-    unknown = sorted(set(told) - {s.name for s in usable})
+    unknown = sorted(set(source_languages) - {s.name for s in usable})
     if unknown:
-        raise UserError(f"--language {unknown[0]}={told[unknown[0]]}: the data has no such source with "
-                        f"'{split}' text (sources: {', '.join(s.name for s in usable)})")
+        raise UserError(f"--language {unknown[0]}={source_languages[unknown[0]]}: the data has no such "
+                        f"source with '{split}' text (sources: {', '.join(s.name for s in usable)})")
     if not usable:
         raise UserError(f"--data: its sources hold no '{split}' text to hide needles in; "
                         "pack text with --heldout 0.02")
-    found: dict[Language, list[tuple[DocumentsText, float]]] = {}
+    texts: dict[Language, list[tuple[DocumentsText, float]]] = {}
     for source in usable:
         documents = source.shard(split)
-        named = next((name for name in LANGUAGES if name == source.name), None)
-        # What the user says, then the source's name, then its text.
-        language = told.get(source.name) or named or detect_language(_sample(documents, tokenizer))
-        special = np.array(special_tokens(tokenizer), np.int64)
-        found.setdefault(language, []).append((DocumentsText(documents, special), source.num_tokens[split]))
+        name_language = next((name for name in LANGUAGES if name == source.name), None)
+        # Priority: the user's choice, the name of the source, its text.
+        language = source_languages.get(source.name) or name_language
+        if not language:
+            language = detect_language(_read_sample(documents, tokenizer))
+        special = np.array(list_special_tokens(tokenizer), np.int64)
+        texts.setdefault(language, []).append((DocumentsText(documents, special), source.num_tokens[split]))
     for language in languages:
-        if language not in found:
+        if language not in texts:
             raise UserError(f"needle languages {list(languages)}: no '{split}' text is {language} (there is "
-                            f"{', '.join(sorted(found))}); add such text, "
+                            f"{', '.join(sorted(texts))}); add such text, "
                             "or name a source's language with --language")
-    return tuple(Haystack(needle_form(tokenizer_folder, name), *zip(*found[name], strict=True))
-                 for name in LANGUAGES if name in found and (not languages or name in languages))
+    return tuple(Haystack(build_needle_form(tokenizer_folder, name), *zip(*texts[name], strict=True))
+                 for name in LANGUAGES if name in texts and (not languages or name in languages))
 
 
-def _kind_of(character: str) -> str:
+def _classify_character(character: str) -> str:
     if "\uac00" <= character <= "\ud7a3":
         return "korean"
     if "\u0e00" <= character <= "\u0e7f":
@@ -253,26 +257,28 @@ def _kind_of(character: str) -> str:
 
 
 def detect_language(text: str) -> Language:
-    """Return the language of a text, by its letters and signs."""
-    signs = Counter(_kind_of(character) for character in text if not character.isspace())
+    """Detect the language of a text from its letters and signs."""
+    signs = Counter(_classify_character(character) for character in text if not character.isspace())
     letters = max(1, signs["korean"] + signs["thai"] + signs["letter"])
     if max(signs["korean"], signs["thai"]) >= SCRIPT_SHARE * letters:
         return "korean" if signs["korean"] >= signs["thai"] else "thai"
     return "code" if signs["sign"] >= CODE_SHARE * max(1, signs.total()) else "english"
 
 
-def _sample(documents: Documents, tokenizer: Tokenizer) -> str:
-    """Return text from documents all over a split, which may be sorted."""
+def _read_sample(documents: Documents, tokenizer: Tokenizer) -> str:
+    """Decode text from documents across the whole split, which may be sorted."""
     num = len(documents.lengths)
-    chosen = np.unique(np.linspace(0, num - 1, 32).astype(np.int64)).tolist()
-    each = DETECTED_TOKENS // len(chosen)
-    return str(tokenizer.decode([t for i in chosen
-                                 for t in documents.tokens(i, 0, min(each, int(documents.lengths[i])))]))
+    document_indices = np.unique(np.linspace(0, num - 1, 32).astype(np.int64)).tolist()
+    tokens_per_document = DETECTED_TOKENS // len(document_indices)
+    ids: list[int] = []
+    for i in document_indices:
+        ids += documents.tokens(i, 0, min(tokens_per_document, int(documents.lengths[i]))).tolist()
+    return str(tokenizer.decode(ids))
 
 
 @dataclass(frozen=True, eq=False)
 class DocumentsText:
-    """A split: a document anywhere, and the ones after it, until there is enough."""
+    """Reads text from a random position, continued over the following documents."""
 
     documents: Documents
     special: np.ndarray
@@ -280,15 +286,16 @@ class DocumentsText:
     def take(self, generator: np.random.Generator, count: int) -> np.ndarray:
         lengths = self.documents.lengths
         document = int(generator.integers(len(lengths)))
-        # Anywhere inside, since documents begin alike.
+        # Random position: beginnings of documents are similar.
         start = int(generator.integers(int(lengths[document]) or 1))
         parts: list[np.ndarray] = []
-        found = 0
-        while found < count:
-            ids = self.documents.tokens(document, start, min(int(lengths[document]) - start, count - found))
-            # An end of document inside of a context would cut it in two.
+        num_tokens = 0
+        while num_tokens < count:
+            num_left = int(lengths[document]) - start
+            ids = self.documents.tokens(document, start, min(num_left, count - num_tokens))
+            # An end-of-document token would split the context.
             ids = ids[~np.isin(ids, self.special)]
             parts.append(ids)
-            found += len(ids)
+            num_tokens += len(ids)
             document, start = (document + 1) % len(lengths), 0
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)

@@ -1,4 +1,4 @@
-"""What a generator knows of a prompt that it continues, and of the part of it that a row reads."""
+"""State of a prompt during generation, and its spans in decoding rows."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from megatron_sov.model.modality import EncoderInputs, hash_inputs, slice_inputs
 
 @dataclass
 class Continuation:
-    """A prompt and what has been written behind it."""
+    """A prompt with its continuation so far."""
 
     index: int
-    """Place of the prompt in the list."""
+    """Index of the prompt in the request."""
     tokens: list[int]
     """Prompt and continuation."""
     prompt_tokens: int
     """Length of the prompt."""
     limit: int
-    """Longest continuation."""
+    """Limit of new tokens."""
     sampling: Sampling
-    """How its tokens are chosen."""
+    """Settings for choosing tokens."""
     stop: StopRule
-    """What ends it before it is as long as allowed."""
+    """Ends the continuation before `limit`."""
     stream: int
-    """Number of its stream of random numbers, which with the seed decides them."""
+    """Random stream; determines the samples together with the seed."""
     encoder_inputs: EncoderInputs | None = None
-    """Pictures and sounds that its prompt shows, placed from its first token; None: none."""
+    """Image and audio inputs of the prompt, relative to its first token."""
     logprobs: list[float] = field(default_factory=list)
-    """Of each token of the continuation."""
+    """Log-probability of each new token."""
     read: int = 0
-    """Tokens that the cache holds."""
+    """Number of tokens in the cache."""
     drafts: list[int] = field(default_factory=list)
-    """Tokens that may come next."""
+    """Drafted next tokens, not yet judged."""
     routes: list[tuple[int, np.ndarray]] = field(default_factory=list)
-    """First token and routes [tokens, layers, top_k] of each span that was read; what was read twice went
-    where it went the last time."""
+    """First token and routes [tokens, layers, top_k] of each span; for tokens read twice, the later routes
+    count."""
     guesses: torch.Tensor | None = None
-    """[drafts, V]: what each draft was drawn from; on the last pipeline stage, when sampling."""
+    """Distribution of each draft [drafts, V], on the last pipeline stage when sampling."""
 
     @cached_property
     def random(self) -> np.random.Generator:
@@ -53,59 +53,60 @@ class Continuation:
 
     @cached_property
     def prompt(self) -> bytes:
-        """The prompt, by which those that have the same are found; empty: it is read by itself."""
-        # of one token nothing is left to copy; the prediction layer has its own cache, which is written later
+        """Key of the prompt for sharing its cache; empty if the prompt cannot be shared."""
+        # The prediction layer's cache is not copied, and a prompt of one token has nothing to copy.
         if self.sampling.num_drafts or self.prompt_tokens == 1:
             return b""
         tokens = np.array(self.tokens[:self.prompt_tokens], np.int64).tobytes()
-        # Placeholders of two pictures are the same tokens: what is shown is a part of the prompt.
+        # Placeholders of different images are the same tokens, so the encoder inputs are part of the key.
         return tokens + hash_inputs(self.encoder_inputs) if self.encoder_inputs else tokens
 
     def span(self, slot: int, count: int) -> CacheSpan:
-        """Return the next `count` tokens that are read, with the pictures and sounds that they stand for."""
+        """Return the span of the next `count` tokens, with their encoder inputs."""
         return CacheSpan(slot, self.read, self.tokens[self.read:self.read + count],
                          slice_inputs(self.encoder_inputs, self.read, count) or None)
 
     @property
     def has_ended(self) -> bool:
-        """Whether it is as long as allowed, or something has ended it."""
+        """The continuation reached `limit` or its stop rule."""
         written = self.tokens[self.prompt_tokens:]
         return bool(written) and (len(written) >= self.limit or self.stop.ends(written))
 
     @property
     def in_prompt(self) -> bool:
-        """Whether some of the prompt has not been read."""
+        """Some tokens of the prompt have not been read."""
         return self.read < self.prompt_tokens
 
-    def all_routes(self, shape: RouteShape) -> np.ndarray:
-        """Return the routes of every token but the last, which is not read."""
+    def join_routes(self, shape: RouteShape) -> np.ndarray:
+        """Return the routes of all tokens except the last, which was not read."""
         rows = shape.absent(len(self.tokens) - 1)
-        for first, found in self.routes:
-            # Later spans win: of a refused draft, the routes of what took its place stay.
-            rows[first:first + len(found)] = found[:len(rows) - first]
+        for first, span_routes in self.routes:
+            # Later spans win: they replace the routes of rejected drafts.
+            rows[first:first + len(span_routes)] = span_routes[:len(rows) - first]
         return rows
 
 
 @dataclass
 class RowItem:
-    """A span of a row."""
+    """Span of a sequence in a decoding row."""
 
     sequence: Continuation
     span: CacheSpan
     start: int
-    """Row index of its first token."""
+    """Row index of the first token."""
 
     @property
     def places(self) -> list[int]:
-        """Row indices behind which tokens are chosen: all of a step, the last of a prompt's last span."""
+        """Row indices that predict a token: all in a decoding step, the last in the final span of a
+        prompt."""
         end = self.start + len(self.span.tokens)
-        # A step: every place predicts, the newest token's and each draft's.
+        # Decoding step: the newest token and each draft predict.
         if not self.sequence.in_prompt:
             return list(range(self.start, end))
         return [end - 1] if self.span.past + len(self.span.tokens) == self.sequence.prompt_tokens else []
 
 
-def keep_routes(items: Sequence[RowItem], routes: torch.Tensor) -> None:
+def record_routes(items: Sequence[RowItem], routes: torch.Tensor) -> None:
     rows = routes.numpy()
     for item in items:
         count = len(item.span.tokens)

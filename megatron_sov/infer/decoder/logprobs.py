@@ -1,4 +1,4 @@
-"""Log-probabilities of the tokens of given answers, at any layout."""
+"""Compute log-probabilities of given answers, at any layout."""
 
 from __future__ import annotations
 
@@ -7,108 +7,111 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron_sov.engine.decode.cached_decoder import CachedDecoder, DecodeOutput, over_shares, share_place
+from megatron_sov.engine.decode.cached_decoder import (
+    CachedDecoder, DecodeOutput, all_reduce_replicas, get_replica_rank)
 from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model.cache_rows import CacheSize, CacheSpan
 from megatron_sov.infer.request import Batching
 from megatron_sov.model.modality import EncoderInputs, slice_inputs
 
 CHUNK_PLACES = 64
-"""Whose logits are held at a time."""
+"""Limit of positions whose logits are in memory."""
 
 
 @dataclass(frozen=True)
-class Question:
-    """A prompt with answers to choose from."""
+class AnswerChoice:
+    """A prompt with candidate answers."""
 
     prompt: Sequence[int]
     """Token ids, at least one."""
     answers: Sequence[Sequence[int]]
-    """Token ids of each, at least one."""
+    """Token ids of each answer, at least one per answer."""
     encoder_inputs: EncoderInputs = field(default_factory=dict)
-    """What stands over the prompt's placeholders."""
+    """Inputs for the placeholders in the prompt."""
 
 
 @dataclass(frozen=True)
 class _Step:
-    """What a row reads: a piece of a prompt, or the answers behind it."""
+    """Content of a row: part of a prompt, or answers after their prompt."""
 
     spans: list[CacheSpan]
     answers: list[tuple[int, int]] = field(default_factory=list)
-    """Question and answer that each span belongs to; []: it is a piece of a prompt."""
+    """(question, answer) index of each span; empty for a part of a prompt."""
 
 
-def answer_logprobs(model: ForwardModel, questions: Sequence[Question], batching: Batching | None = None,
-                    advance: Callable[[int], object] | None = None) -> list[list[list[float]]]:
-    """Return log p(token | those before it) of each token of each answer of each question.
+def compute_answer_logprobs(model: ForwardModel, questions: Sequence[AnswerChoice],
+                            batching: Batching | None = None,
+                            advance: Callable[[int], object] | None = None) -> list[list[list[float]]]:
+    """Return log p(token | preceding tokens) for each token of each answer of each question (collective).
 
-    Called by all processes together, which all get the same; the prompts are shared out.
+    Prompts are divided among processes; every process gets all results.
 
     Args:
-        model: what is asked.
-        questions: prompts with their answers.
-        batching: what bounds memory.
-        advance: is told how many questions were done.
+        model: the model.
+        questions: prompts with answers.
+        batching: memory limits.
+        advance: called with the number of completed questions.
     """
-    bounds, (rank, size) = batching or Batching(), share_place()
-    # of what is read the last token of an answer is no part
+    bounds, (rank, size) = batching or Batching(), get_replica_rank()
+    # The last token of an answer is not read.
     longest = max(len(q.prompt) + len(answer) for q in questions for answer in q.answers)
-    # one slot holds the prompt, which answers are copied from
+    # One slot holds the prompt, which is copied for its answers.
     slots = 1 + bounds.slots(max(len(q.answers) for q in questions), longest,
-                             model.model.architecture.state_tokens())
-    # Zeros where another process answers: the sum over the shares is the whole table.
-    found = torch.zeros(len(questions), max(len(q.answers) for q in questions),
+                             model.model.architecture.count_state_tokens())
+    # Questions of other processes stay zero: the sum over processes is the whole table.
+    logprobs = torch.zeros(len(questions), max(len(q.answers) for q in questions),
                         max(len(answer) for q in questions for answer in q.answers), dtype=torch.float64)
     with CachedDecoder(model, CacheSize(slots, longest)) as decoder:
-        steps = _steps(decoder, questions, range(rank, len(questions), size), slots, bounds.prefill_tokens)
-        done = -1
+        steps = _iter_steps(decoder, questions, range(rank, len(questions), size), slots,
+                            bounds.prefill_tokens)
+        last_done = -1
         while True:
-            # A process that is done reads empty rows until all are.
+            # A process that is done runs empty rows until all processes are done.
             step = next(steps, _Step([]))
-            row_tokens = decoder.common_row_tokens(sum(len(span.tokens) for span in step.spans))
+            row_tokens = decoder.agree_row_tokens(sum(len(span.tokens) for span in step.spans))
             if not row_tokens:
                 break
             read = decoder.read(step.spans, row_tokens)
             if decoder.last_stage and step.answers:
-                _tell(decoder, read, questions, step, found)
-            if advance is not None and step.answers and step.answers[-1][0] != done:
-                done = step.answers[-1][0]
+                _record_logprobs(decoder, read, questions, step, logprobs)
+            if advance is not None and step.answers and step.answers[-1][0] != last_done:
+                last_done = step.answers[-1][0]
                 advance(size)
-        found = decoder.agree(found)
-    table = over_shares(found).tolist()
-    return [[row[:len(answer)] for row, answer in zip(of, q.answers, strict=False)]
-            for of, q in zip(table, questions, strict=True)]
+        logprobs = decoder.agree(logprobs)
+    table = all_reduce_replicas(logprobs).tolist()
+    return [[row[:len(answer)] for row, answer in zip(rows, q.answers, strict=False)]
+            for rows, q in zip(table, questions, strict=True)]
 
 
-def _steps(decoder: CachedDecoder, questions: Sequence[Question], mine: range, slots: int,
-           prefill_tokens: int) -> Iterator[_Step]:
-    """Yield the rows of this process's questions; each is read before the next one is asked for."""
-    for number in mine:
+def _iter_steps(decoder: CachedDecoder, questions: Sequence[AnswerChoice], question_indices: range,
+                slots: int, prefill_tokens: int) -> Iterator[_Step]:
+    """Yield the rows for the questions of this process; each row is read before the next is requested."""
+    for number in question_indices:
         question = questions[number]
-        # the last token of a prompt is read with each answer, whose first token stands behind it
+        # The last token of the prompt is read with each answer, because it predicts the first answer token.
         past, inputs = len(question.prompt) - 1, question.encoder_inputs
         for start in range(0, past, prefill_tokens):
             piece = question.prompt[start:min(past, start + prefill_tokens)]
             yield _Step([CacheSpan(0, start, piece, slice_inputs(inputs, start, len(piece)) or None)])
         last = slice_inputs(inputs, past, 1) or None
         for first in range(0, len(question.answers), slots - 1):
-            here = range(first, min(len(question.answers), first + slots - 1))
+            answers = range(first, min(len(question.answers), first + slots - 1))
             if past:
-                # Slot 0 holds the prompt; each answer goes on in a slot of its own.
-                decoder.copy(0, [1 + answer - first for answer in here])
+                # Slot 0 holds the prompt; each answer continues in its own slot.
+                decoder.copy(0, [1 + answer - first for answer in answers])
             yield _Step([CacheSpan(1 + answer - first, past,
                                    [question.prompt[-1], *question.answers[answer][:-1]], last)
-                         for answer in here], [(number, answer) for answer in here])
+                         for answer in answers], [(number, answer) for answer in answers])
 
 
-def _tell(decoder: CachedDecoder, read: DecodeOutput, questions: Sequence[Question], step: _Step,
-          found: torch.Tensor) -> None:
-    places = [(end - len(span.tokens) + at, token, (question, answer, at))
+def _record_logprobs(decoder: CachedDecoder, read: DecodeOutput, questions: Sequence[AnswerChoice],
+                     step: _Step, logprobs: torch.Tensor) -> None:
+    places = [(end - len(span.tokens) + position, token, (question, answer, position))
               for end, span, (question, answer) in zip(read.row.ends, step.spans, step.answers, strict=True)
-              for at, token in enumerate(questions[question].answers[answer])]
+              for position, token in enumerate(questions[question].answers[answer])]
     for start in range(0, len(places), CHUNK_PLACES):
         chunk = places[start:start + CHUNK_PLACES]
         logits = decoder.logits(read, [row for row, _, _ in chunk])
-        for (_, token, place), of_place in zip(chunk, logits, strict=True):
-            # float64: log-probabilities are compared with a trainer's
-            found[place] = torch.log_softmax(of_place.double(), dim=-1)[token]
+        for (_, token, place), row_logits in zip(chunk, logits, strict=True):
+            # float64, because these log-probabilities are compared with those of a trainer.
+            logprobs[place] = torch.log_softmax(row_logits.double(), dim=-1)[token]

@@ -1,8 +1,7 @@
-"""Engine servers that share one queue of requests.
+"""Fleet of inference servers with a shared request queue.
 
-A request is given to whoever has most room for its answers.  A server that dies loses what it had under way,
-which goes back to the head of the queue; it is started again, has the newest weights, and takes part anew.
-Weights change on all of them while what is under way stands still.
+A request goes to the server with the most free capacity. If a server dies, its requests return to the head of
+the queue, and the server is restarted with the newest weights. Weight updates pause all servers.
 """
 
 from __future__ import annotations
@@ -25,29 +24,29 @@ from megatron_sov.work.endpoints.answers import BadAnswer, RequestRefused
 from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer, TokenRequest, TokenServer
 
 LOOK_S = 1.0
-"""Between two looks at a server."""
+"""Interval of health checks."""
 SILENT_S = 60.0
-"""Without a sign of life after which a server counts as dead."""
+"""A server without a successful health check for this time counts as dead."""
 BACKOFF_S = (1.0, 60.0)
-"""Before a server is started again: twice as long each time, within these bounds."""
+"""Minimum and maximum delay before a restart; the delay doubles each time."""
 ENDED = "the engine servers have been ended"
 ATTEMPTS = 8
-"""At one request, by whichever server."""
+"""Attempts per request, over all servers."""
 
 
-class Keeper(Protocol):
-    """Who can bring a server (back) to life."""
+class ServerKeeper(Protocol):
+    """Starts and stops one server."""
 
     def start(self, should_stop: Callable[[], bool]) -> TokenServer | None:
-        """Return the server when it answers; None: it was asked to stop.
+        """Start the server and return it when it is healthy; None if `should_stop` returned True.
 
         Raises:
-            UserError: it does not come.
+            UserError: the server does not start.
         """
         ...
 
     def is_alive(self) -> bool:
-        """Return whether its process runs, as far as can be known."""
+        """Return whether the server process runs, as far as known."""
         ...
 
     def end(self) -> None:
@@ -55,48 +54,51 @@ class Keeper(Protocol):
 
 
 class AddressKeeper:
-    """A server that somebody else has started."""
+    """Waits for a server at an address, which the user has started.
+
+    Args:
+        server: the server.
+        wait_s: time to wait for its first answer.
+    """
 
     def __init__(self, server: TokenServer, wait_s: float) -> None:
-        """Take the server, and how long it is waited for."""
         self._server, self._wait_s = server, wait_s
 
     def start(self, should_stop: Callable[[], bool]) -> TokenServer | None:
-        """Wait until it answers, see `Keeper`."""
+        """Wait until the server answers, see `Keeper`."""
         ends_s = time.monotonic() + self._wait_s
-        is_told = False
+        is_waiting = False
         while not self._server.is_healthy():
-            if not is_told:
+            if not is_waiting:
                 warn(f"--engine-url {self._server.url}: does not answer; waiting up to {self._wait_s:g} s "
                      "for it (--engine-set start_s)")
-                is_told = True
+                is_waiting = True
             if should_stop():
                 return None
             if time.monotonic() >= ends_s:
                 raise UserError(f"--engine-url {self._server.url}: has not answered for {self._wait_s:g} s; "
-                                "see whether the server runs there, and give the same command again")
+                                "check that the server runs, then repeat the command")
             time.sleep(LOOK_S)
         return self._server
 
     def is_alive(self) -> bool:
-        """Return whether something listens there: who starts a server again does not say so, and it has lost
-        its weights."""
-        where = urllib.parse.urlsplit(self._server.url)
+        """Return whether the port accepts connections; a restarted server has lost its weights."""
+        address = urllib.parse.urlsplit(self._server.url)
         try:
-            socket.create_connection((where.hostname, where.port or 80), LOOK_S).close()
+            socket.create_connection((address.hostname, address.port or 80), LOOK_S).close()
         except ConnectionRefusedError:
             return False
-        except OSError:  # a network that is slow is no server that has ended
+        except OSError:  # a slow network does not mean that the server has ended
             return True
         return True
 
     def end(self) -> None:
-        """Leave it as it is: others may ask it too."""
+        """Do nothing: others may use the server too."""
 
 
 @dataclass(frozen=True)
-class HeldFiles:
-    """Weights that servers are to have."""
+class WeightUpdate:
+    """Weight files for the servers, and their version."""
 
     files: tuple[str, ...]
     version: int
@@ -111,68 +113,67 @@ class _Task:
 
 
 class _Member:
-    """A server and its place in the fleet."""
+    """A server of the fleet, with its tasks."""
 
-    def __init__(self, number: int, keeper: Keeper) -> None:
+    def __init__(self, number: int, keeper: ServerKeeper) -> None:
         self.number, self.keeper = number, keeper
         self.server: TokenServer | None = None
-        """None: it is not there."""
+        """None while the server is down."""
         self.version: int | None = None
-        """Of the weights that it was given; None: it has those of its start."""
+        """Version of updated weights; None: weights of its start."""
         self.under_way: dict[str, _Task] = {}
         self.num_starts = 0
-        """Since its last answer."""
+        """Starts since the last answer."""
         self.num_resting = 0
-        """Requests that it has just refused: it is given nothing more for a moment."""
+        """Recently refused requests; while above 0, the server gets no further request."""
         self.changing = threading.Lock()
-        """Held while weights are changed, or the server is started."""
+        """Held during weight updates and starts."""
 
     @property
-    def num_asked(self) -> int:
-        """Answers under way."""
+    def num_answers(self) -> int:
+        """Number of answers in progress."""
         return sum(task.request.num_answers for task in self.under_way.values())
 
     def takes(self, task: _Task, answers: int) -> bool:
-        """Return whether a task can be given to it, where it writes so many answers at a time."""
+        """Return whether the server has capacity for a task; `answers` is its limit of answers at a time."""
         return (self.server is not None and not self.num_resting
-                and (not self.under_way or self.num_asked + task.request.num_answers <= answers))
+                and (not self.under_way or self.num_answers + task.request.num_answers <= answers))
 
 
 class Fleet:
-    """Servers at work; entered as a context, which ends them."""
+    """Servers and their request queue; a context manager that stops the servers.
 
-    def __init__(self, keepers: Sequence[Keeper], vocab_size: int, requests: int, restarts: int = 5, *,
+    Args:
+        keepers: one per server, at least one.
+        vocab_size: exclusive limit of token ids; a larger id may crash a server.
+        requests: limit of answers in progress per server.
+        restarts: limit of starts without an answer in between.
+        over: event that stops the fleet, also during its start.
+        look_s: interval of health checks.
+        backoff_s: minimum and maximum delay before a restart.
+    """
+
+    def __init__(self, keepers: Sequence[ServerKeeper], vocab_size: int, requests: int, restarts: int = 5, *,
                  over: threading.Event | None = None, look_s: float = LOOK_S,
                  backoff_s: tuple[float, float] = BACKOFF_S) -> None:
-        """Start nothing yet.
-
-        Args:
-            keepers: of the servers, at least one.
-            vocab_size: what token ids must lie below: a server may die of a greater one.
-            requests: that a server is given at a time, counted by their answers.
-            restarts: starts of a server without an answer in between, before all ends.
-            over: ends the fleet when it is set, also while it waits for its first server.
-            look_s: between two looks at a server.
-            backoff_s: before a server is started again, at least and at most.
-        """
         self._members = [_Member(number, keeper) for number, keeper in enumerate(keepers)]
         self.requests, self._vocab_size, self._restarts = requests, vocab_size, restarts
         self._look_s, self._backoff_s = look_s, backoff_s
         self._waiting: deque[_Task] = deque()
         self._changed = threading.Condition(threading.RLock())
-        self._given: SimpleQueue[tuple[_Member, _Task] | None] = SimpleQueue()
+        self._assigned: SimpleQueue[tuple[_Member, _Task] | None] = SimpleQueue()
         self._num_idle = 0
-        """Threads that wait for what is given, without those that something lies there for."""
-        self._held: HeldFiles | None = None
+        """Number of threads waiting for a task that is not yet assigned."""
+        self._weights: WeightUpdate | None = None
         self._over, self._is_paused = over or threading.Event(), False
         self._failure: BaseException | None = None
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Fleet:
         for member in self._members:
-            self._begin(partial(self._watch, member))
+            self._start_thread(partial(self._watch_server, member))
         try:
-            # one is enough to begin with; the others join when they are there
+            # One server is enough to start; others join when they are ready.
             self._wait_for(lambda: any(member.server is not None for member in self._members))
         except BaseException:
             self.close()
@@ -183,19 +184,19 @@ class Fleet:
         self.close()
 
     def close(self) -> None:
-        """End the servers that are ours, and everything that is under way."""
+        """Stop our own servers and fail all pending tasks."""
         with self._changed:
             self._over.set()
-            left = list(self._waiting)
+            pending = list(self._waiting)
             self._waiting.clear()
             self._changed.notify_all()
-        for task in left:
-            _settle(task, RuntimeError(ENDED))
+        for task in pending:
+            _set_result(task, RuntimeError(ENDED))
         for _ in self._threads:
-            self._given.put(None)
+            self._assigned.put(None)
         with ThreadPoolExecutor(len(self._members)) as pool:
             list(pool.map(lambda member: member.keeper.end(), self._members))
-        # threads whose server is somebody else's end with their answer, and hold nothing up
+        # Threads that wait for a foreign server may run on; they are daemons.
         for thread in self._threads:
             thread.join(timeout=self._look_s)
 
@@ -208,98 +209,98 @@ class Fleet:
         return self._over.is_set()
 
     def submit(self, request: TokenRequest) -> Future[list[TokenAnswer]]:
-        """Return what will be the answers; it is running from when a server takes the request.
+        """Enqueue a request; the future is running once a server has it.
 
         Raises:
-            UserError: the ids are not the model's, or no server can be brought to life any more.
+            UserError: a token id is outside the vocabulary, or no server can be restarted.
         """
         if not all(ids and min(ids) >= 0 and max(ids) < self._vocab_size for ids in request.prompts):
-            raise UserError(f"request {request.name}: has no token ids, or some that are not below the "
-                            f"model's vocab_size = {self._vocab_size}; a server would end with them for "
-                            "everybody")
+            raise UserError(f"request {request.name}: has no token ids, or ids outside the model's "
+                            f"vocab_size = {self._vocab_size}, which would crash the server")
         task = _Task(request, Future())
         with self._changed:
-            self._check()
+            self._check_running()
             self._waiting.append(task)
-            self._give()
+            self._dispatch()
         return task.future
 
     def abort(self, names: Sequence[str]) -> None:
-        """End requests: their answers come with what they have, which may be nothing."""
-        wanted = set(names)
+        """Stop requests; their futures get the partial answers, possibly empty."""
+        aborted_names = set(names)
         with self._changed:
-            ended = [task for task in self._waiting if task.request.name in wanted]
-            for task in ended:
+            aborted = [task for task in self._waiting if task.request.name in aborted_names]
+            for task in aborted:
                 self._waiting.remove(task)
-            running = {member: [task for name, task in member.under_way.items() if name in wanted]
+            running = {member: [task for name, task in member.under_way.items() if name in aborted_names]
                        for member in self._members}
-            for own in running.values():
-                for task in own:
+            for tasks in running.values():
+                for task in tasks:
                     task.is_aborted = True
-        for task in ended:
-            _settle(task, _nothing(task))
-        for member, own in running.items():
-            if own and (server := member.server) is not None:
+        for task in aborted:
+            _set_result(task, _empty_answers(task))
+        for member, tasks in running.items():
+            if tasks and (server := member.server) is not None:
                 try:
-                    server.abort([task.request for task in own])
+                    server.abort([task.request for task in tasks])
                 except (BadAnswer, TimeoutError) as e:
-                    # its answers come in full, or it is found dead and they come from nobody
+                # Either the full answers arrive, or the health check finds the server dead.
                     warn(f"{server.url}: does not abort ({e})")
 
     def update(self, files: Sequence[str], version: int) -> None:
-        """Give all servers other weights; what is under way goes on with them.
+        """Update the weights of all servers; requests in progress continue with the new weights.
 
         Args:
-            files: safetensors that stay until the next update: a server that is started again reads them.
-            version: of theirs.
+            files: safetensors files, which restarted servers read until the next update.
+            version: version of the weights.
 
         Raises:
-            UserError: no server is left that has them.
+            UserError: no server has the new weights.
         """
         with self._changed:
-            self._held, self._is_paused = HeldFiles(tuple(files), version), True
+            self._weights, self._is_paused = WeightUpdate(tuple(files), version), True
         try:
             with ThreadPoolExecutor(len(self._members)) as pool:
-                list(pool.map(self._bring_up, self._members))
+                list(pool.map(self._update_server, self._members))
         finally:
             with self._changed:
                 self._is_paused = False
-                self._give()
+                self._dispatch()
         self._wait_for(lambda: any(m.server is not None and m.version == version for m in self._members))
 
     def score(self, ids: Sequence[int]) -> list[list[float]]:
-        """Return what each server that is there says of the tokens of a text; whether one that does not
-        answer lives, others find out."""
-        found = []
+        """Return the token scores of a text from each running server; servers that do not answer are
+        skipped."""
+        scores = []
         for server in [member.server for member in self._members if member.server is not None]:
             try:
-                found.append(server.score(ids))
+                scores.append(server.score(ids))
             except (BadAnswer, TimeoutError) as e:
-                warn(f"{server.url}: says nothing of a known text ({e})")
-        return found
+                warn(f"{server.url}: cannot score a text ({e})")
+        return scores
 
-    def _begin(self, work: Callable[[], None]) -> None:
-        thread = threading.Thread(target=self._guarded, args=(work,), daemon=True)
+    def _start_thread(self, work: Callable[[], None]) -> None:
+        thread = threading.Thread(target=self._run_thread, args=(work,), daemon=True)
         self._threads.append(thread)
         thread.start()
 
-    def _guarded(self, work: Callable[[], None]) -> None:
+    def _run_thread(self, work: Callable[[], None]) -> None:
         try:
             work()
         except BaseException as e:
-            # what a thread ends with, whoever asks hears
-            self._fail(e)
+            # Callers get the error from their futures or their next call.
+            self._fail_all(e)
 
-    def _fail(self, error: BaseException) -> None:
+    def _fail_all(self, error: BaseException) -> None:
         with self._changed:
             self._failure = self._failure or error
-            left = [*self._waiting, *(task for member in self._members for task in member.under_way.values())]
+            running = [task for member in self._members for task in member.under_way.values()]
+            pending = [*self._waiting, *running]
             self._waiting.clear()
             self._changed.notify_all()
-        for task in left:
-            _settle(task, self._failure)
+        for task in pending:
+            _set_result(task, self._failure)
 
-    def _check(self) -> None:
+    def _check_running(self) -> None:
         if self._failure is not None:
             raise self._failure
         if self._is_over:
@@ -308,27 +309,27 @@ class Fleet:
     def _wait_for(self, holds: Callable[[], bool]) -> None:
         with self._changed:
             while not holds():
-                self._check()
+                self._check_running()
                 self._changed.wait(self._look_s)
 
-    def _watch(self, member: _Member) -> None:
-        """Keep a server alive, for as long as the fleet lives."""
-        seen_s = time.monotonic()
+    def _watch_server(self, member: _Member) -> None:
+        """Health-check a server, and restart it when it dies, until the fleet stops."""
+        last_seen_s = time.monotonic()
         while not self._is_over:
             if member.server is None:
-                self._start(member)
-                seen_s = time.monotonic()
+                self._start_server(member)
+                last_seen_s = time.monotonic()
             elif not member.keeper.is_alive():
-                self._lose(member, "its process has ended")
+                self._drop_server(member, "its process has ended")
             elif member.server.is_healthy():
-                seen_s = time.monotonic()
-            elif time.monotonic() - seen_s > SILENT_S:
-                self._lose(member, f"it has not answered for {SILENT_S:g} s")
+                last_seen_s = time.monotonic()
+            elif time.monotonic() - last_seen_s > SILENT_S:
+                self._drop_server(member, f"it has not answered for {SILENT_S:g} s")
             with self._changed:
                 if not self._is_over and member.server is not None:
                     self._changed.wait(self._look_s)
 
-    def _start(self, member: _Member) -> None:
+    def _start_server(self, member: _Member) -> None:
         if member.num_starts:
             wait_s = min(self._backoff_s[0] * 2 ** (member.num_starts - 1), self._backoff_s[1])
             with self._changed:
@@ -343,126 +344,126 @@ class Fleet:
                 return
             member.version = None
             try:
-                self._give_weights(member, server)
+                self._send_weights(member, server)
             except (BadAnswer, TimeoutError) as e:
-                warn(f"{server.url}: did not take the weights ({e}); it is started again")
+                warn(f"{server.url}: rejected the weights ({e}); restarting it")
                 return
             with self._changed:
                 member.server = server
                 self._changed.notify_all()
-                self._give()
+                self._dispatch()
 
-    def _lose(self, member: _Member, why: str) -> None:
-        """Take a server for dead, and what it had under way back."""
+    def _drop_server(self, member: _Member, why: str) -> None:
+        """Mark a server as dead; its requests fail and return to the queue."""
         with self._changed:
             server, member.server = member.server, None
         if server is not None:
-            warn(f"{server.url}: {why}; what it had under way is written elsewhere, and it is started again")
+            warn(f"{server.url}: {why}; its requests move to other servers, and it is restarted")
 
-    def _bring_up(self, member: _Member) -> None:
+    def _update_server(self, member: _Member) -> None:
         with member.changing:
             if (server := member.server) is None:
                 return
             try:
-                self._give_weights(member, server)
+                self._send_weights(member, server)
             except (BadAnswer, TimeoutError) as e:
-                self._lose(member, f"did not take the weights ({e})")
+                self._drop_server(member, f"rejected the weights ({e})")
 
-    def _give_weights(self, member: _Member, server: TokenServer) -> None:
-        held = self._held
-        if held is None or member.version == held.version:
+    def _send_weights(self, member: _Member, server: TokenServer) -> None:
+        weights = self._weights
+        if weights is None or member.version == weights.version:
             return
         try:
             server.pause()
-            server.update(held.files, held.version)
+            server.update(weights.files, weights.version)
             server.resume()
         except RequestRefused as e:
-            if "HTTP 404" not in str(e):  # where it has the routes, it may take them after another start
+            if "HTTP 404" not in str(e):  # with the routes, an update may succeed after a restart
                 raise
-            raise UserError(f"{server.url}: takes no other weights ({e}); name a server that was started as "
-                            "docs/rl.md says, or none") from None
-        member.version = held.version
+            raise UserError(f"{server.url}: does not support weight updates ({e}); start the server as in "
+                            "docs/rl.md, or leave --engine-url out") from None
+        member.version = weights.version
 
-    def _give(self) -> None:
-        """Give what waits to the servers that have room for it; the lock is held."""
+    def _dispatch(self) -> None:
+        """Assign waiting tasks to servers with free capacity; the caller holds the lock."""
         while self._waiting and not (self._is_paused or self._is_over or self._failure):
             task = self._waiting[0]
             free = [member for member in self._members if member.takes(task, self.requests)]
             if not free:
                 return
-            member = min(free, key=lambda member: member.num_asked)
+            member = min(free, key=lambda member: member.num_answers)
             self._waiting.popleft()
-            if not task.future.running():  # what a server has lost is begun already
+            if not task.future.running():  # tasks of a dead server are already running
                 task.future.set_running_or_notify_cancel()
             member.under_way[task.request.name] = task
-            self._given.put((member, task))
-            # as many threads as requests were ever under way: each waits for one answer
+            self._assigned.put((member, task))
+            # Each request in progress has its own thread.
             if self._num_idle:
                 self._num_idle -= 1
             else:
-                self._begin(self._serve)
+                self._start_thread(self._run_tasks)
 
-    def _serve(self) -> None:
-        """Ask one thing after the other, of whichever server it is given to."""
-        while (given := self._given.get()) is not None:
-            self._ask(*given)
+    def _run_tasks(self) -> None:
+        """Run assigned tasks, one at a time."""
+        while (assigned := self._assigned.get()) is not None:
+            self._run_task(*assigned)
 
-    def _ask(self, member: _Member, task: _Task) -> None:
+    def _run_task(self, member: _Member, task: _Task) -> None:
         server = member.server
         try:
             if server is None:
-                raise BadAnswer("it is gone", is_unavailable=True)
+                raise BadAnswer("the server is down", is_unavailable=True)
             answers = server.write(task.request)
         except RequestRefused as e:
-            self._answer(member, task, UserError(f"the engine refuses a request: {e}"))
+            self._finish_task(member, task, UserError(f"the engine refuses a request: {e}"))
         except (BadAnswer, TimeoutError) as e:
-            self._take_back(member, task, e)
+            self._requeue(member, task, e)
         else:
             member.num_starts = 0
-            self._answer(member, task, answers)
+            self._finish_task(member, task, answers)
 
-    def _answer(self, member: _Member, task: _Task, answers: list[TokenAnswer] | Exception) -> None:
+    def _finish_task(self, member: _Member, task: _Task, answers: list[TokenAnswer] | Exception) -> None:
         with self._changed:
             member.under_way.pop(task.request.name, None)
             self._num_idle += 1
-            self._give()
-        _settle(task, answers)
+            self._dispatch()
+        _set_result(task, answers)
 
-    def _take_back(self, member: _Member, task: _Task, why: Exception) -> None:
+    def _requeue(self, member: _Member, task: _Task, why: Exception) -> None:
         task.attempts += 1
         with self._changed:
             member.under_way.pop(task.request.name, None)
-            is_wanted = not (self._is_over or task.is_aborted or task.attempts >= ATTEMPTS
+            should_retry = not (self._is_over or task.is_aborted or task.attempts >= ATTEMPTS
                              or self._failure is not None)
             member.num_resting += 1
-            if is_wanted:
-                # others have waited less long than this one
+            if should_retry:
+                # At the head of the queue: it has waited longest.
                 self._waiting.appendleft(task)
-                self._give()
-        if not is_wanted:
-            _settle(task, _nothing(task) if task.is_aborted else self._why_not(why))
-        # a server that refuses at once must not empty the queue against itself
+                self._dispatch()
+        if not should_retry:
+            _set_result(task, _empty_answers(task) if task.is_aborted else self._build_error(why))
+        # Delay, so that a server that refuses immediately does not drain the queue.
         time.sleep(self._look_s)
         with self._changed:
             member.num_resting -= 1
             self._num_idle += 1
-            self._give()
+            self._dispatch()
 
-    def _why_not(self, why: Exception) -> BaseException:
-        """Return why a request is given up, after its last attempt."""
+    def _build_error(self, why: Exception) -> BaseException:
+        """Return the error of a task after its last attempt."""
         if self._is_over:
             return RuntimeError(ENDED)
-        return self._failure or UserError(f"{ATTEMPTS} attempts at one request have failed; the last one: "
+        return self._failure or UserError(f"{ATTEMPTS} attempts of one request have failed; the last error: "
                                           f"{why}")
 
 
-def _nothing(task: _Task) -> list[TokenAnswer]:
-    """Return the answers of a task that was aborted before it had any."""
+def _empty_answers(task: _Task) -> list[TokenAnswer]:
+    """Return the answers of a task that was aborted before its start."""
     return [TokenAnswer([], [], ABORTED)] * task.request.num_answers
 
 
-def _settle(task: _Task, answers: list[TokenAnswer] | BaseException) -> None:
-    """Give a task its answers, the first ones."""
+def _set_result(task: _Task, answers: list[TokenAnswer] | BaseException) -> None:
+    """Set the result of a task, unless it already has one."""
     with contextlib.suppress(InvalidStateError):
         if isinstance(answers, BaseException):
             task.future.set_exception(answers)

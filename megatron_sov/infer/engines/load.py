@@ -1,5 +1,4 @@
-"""A checkpoint as a running policy: on the processes of a joined world, or on processes started for
-one piece of work."""
+"""Load a checkpoint for inference, in a joined world or in new processes."""
 
 from __future__ import annotations
 
@@ -16,78 +15,79 @@ from transformers import PreTrainedTokenizerFast
 from megatron_sov.base.errors import UserError
 from megatron_sov.checkpoint import load
 from megatron_sov.engine.decode.forward_only import ForwardModel
-from megatron_sov.engine.model.language_model import build_configured
+from megatron_sov.engine.model.language_model import build_run_model
 from megatron_sov.engine.parallel import launcher, world
-from megatron_sov.infer.engines.target import Target, as_checkpoint, inference_config, report_precision
+from megatron_sov.infer.engines.target import (
+    Target, build_inference_config, open_as_checkpoint, report_precision)
 from megatron_sov.model.config import RunConfig
 from megatron_sov.runs.launch_environment import is_first_rank
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A model that runs on all processes together."""
+class LoadedModel:
+    """A loaded model, distributed over all processes."""
 
     policy: ForwardModel
-    """Forward only."""
+    """Model for forward passes."""
     config: RunConfig
-    """Architecture, layout, precision."""
+    """Architecture, layout and precision."""
     world: world.ParallelWorld
-    """This process's place."""
+    """Rank and groups of this process."""
 
 
 def load_forward_model(path: Path, config: RunConfig) -> ForwardModel:
-    """Build this process's part of a checkpoint's model; called by every process of a joined world.
+    """Load the local part of a checkpoint's model (collective).
 
     Raises:
-        UserError: the checkpoint is damaged or belongs to another architecture than `config.model`.
+        UserError: the checkpoint is damaged, or `config.model` has another architecture.
     """
-    load.check(path)
-    # those of a run that has trained in this process: the library refuses another attention than it had;
-    # what is only for backward passes is left out
+    load.check_weights(path)
+    # Keep the GPU settings of the training: Megatron refuses a second attention backend in one process.
+    # Settings for backward passes are dropped.
     gpu = replace(config.gpu, recompute_modules=(), offload_modules=())
-    # in bf16: what is exported, and there are no masters of weights in 8 bits here
+    # Load exported bf16 weights, without 8-bit weights and their masters.
     train = replace(config.train, fp8_weights=False)
-    model = build_configured(replace(config, train=train), gpu)
+    model = build_run_model(replace(config, train=train), gpu)
     load.load_model(path, model)
     return ForwardModel(model, config.train.head_chunk_tokens)
 
 
 def run_forward_model(target: Target, settings: Sequence[str], nproc: int | None,
-                      work: Callable[[Loaded], Any], option: str = "--set") -> Any:
-    """Start processes, load the target on them, and return what `work` gave on the first one.
+                      work: Callable[[LoadedModel], Any], option: str = "--set") -> Any:
+    """Load a model in new processes, run `work` there, and return the result of the first process.
 
     Args:
-        target: the model; a Hugging Face folder is converted for the while.
+        target: model; a Hugging Face folder is converted temporarily.
         settings: `key=value` changes, e.g. ``parallel.ep=2`` or ``train.precision=bf16``.
-        nproc: local processes; under torchrun or Slurm the environment decides.
-        work: called on every process; its result must be plain JSON values.
-        option: that the settings are given by, for sentences.
+        nproc: local processes; torchrun or Slurm set it by the environment.
+        work: called on every process; returns JSON values.
+        option: option that gives the settings, for messages.
 
     Returns:
-        The result; None on other processes than the first of a torchrun or Slurm job.
+        The result; None on processes other than the first of a torchrun or Slurm job.
 
     Raises:
-        SystemExit: a process failed, after it has said why.
+        SystemExit: a process failed and has reported its error.
     """
-    with as_checkpoint(target) as path, tempfile.TemporaryDirectory(prefix="sov-result-") as folder:
+    with open_as_checkpoint(target) as path, tempfile.TemporaryDirectory(prefix="sov-result-") as folder:
         result = Path(folder) / "result.json"
-        config = inference_config(path, settings, nproc, option)
+        config = build_inference_config(path, settings, nproc, option)
         report_precision(target.path, "megatron", config.train.precision)
 
         def rank() -> int:
-            place = world.join(config.parallel)
+            place = world.join_world(config.parallel)
             try:
-                value = work(Loaded(load_forward_model(path, config), config, place))
-                # Ranks are processes of their own, so the result comes back as a file.
+                value = work(LoadedModel(load_forward_model(path, config), config, place))
+                # The ranks are other processes: return the result in a file.
                 if place.is_main:
                     result.write_text(json.dumps(value), encoding="utf-8")
-                # Nobody leaves the group while the first one still works or writes.
+                # All ranks stay in the group until the first rank has written.
                 dist.barrier()
             finally:
-                world.leave()
+                world.leave_world()
             return 0
 
-        code = launcher.launch(rank, nproc, config.train.num_threads)
+        code = launcher.launch_ranks(rank, nproc, config.train.num_threads)
         if code != 0:
             raise SystemExit(code)
         if not is_first_rank():
@@ -96,14 +96,13 @@ def run_forward_model(target: Target, settings: Sequence[str], nproc: int | None
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Return the tokenizer that travels with a model.
+    """Load the tokenizer of a model.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: tokenizer.json is missing or damaged.
     """
     if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"{folder}: has no tokenizer.json; put the tokenizer that the model was "
-                        "trained with there")
+        raise UserError(f"{folder}: has no tokenizer.json; copy the tokenizer of the model to this folder")
     try:
         tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
             folder, local_files_only=True)

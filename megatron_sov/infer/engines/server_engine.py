@@ -1,4 +1,4 @@
-"""Servers of vLLM as an `Engine`, started here or at addresses: one fleet for all that is asked."""
+"""Run vLLM servers, started here or at addresses, as an inference engine."""
 
 from __future__ import annotations
 
@@ -18,219 +18,218 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from megatron_sov.base.artifacts import disk_errors
+from megatron_sov.base.artifacts import translate_disk_errors
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import SettingsError, change
+from megatron_sov.base.settings import SettingsError, apply_changes
 from megatron_sov.convert.sources import HfWeights
-from megatron_sov.infer.engines.fleet import AddressKeeper, Fleet, Keeper
-from megatron_sov.infer.engines.server_process import PROGRAMS, EngineServers, OwnServer, refuse_no_engine
+from megatron_sov.infer.engines.fleet import AddressKeeper, Fleet, ServerKeeper
+from megatron_sov.infer.engines.server_process import (
+    PROGRAMS, EngineServers, ServerProcess, check_engine_program)
 from megatron_sov.infer.request import (
-    Bounds, Generated, HeldWeights, NamedTensors, Sampling, StopRule, Tokens, Written, refuse_drafts,
-    refuse_rules)
+    GenerationBounds, GenerationResult, NamedTensors, Sampling, ScoredTokens, StopRule, Tokens, WeightVersion,
+    check_no_drafts, check_no_rules)
 from megatron_sov.train.data.requirements import shape_of
 from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer, TokenRequest
 
 SHARD_BYTES = 1 << 30
-"""Of a file of weights: what is held beside the model at a time."""
+"""Size of a weight file; limits the host memory for an update."""
 GROUP, GROUPED_TOKENS = 8, 256
-"""Answers of a request at most, and their tokens at most: a request costs as much as some tokens of a small
-model, while of long answers each is to make room as soon as it has ended."""
+"""Limits for grouping answers into one request: number of answers, and tokens per answer. Grouping saves the
+cost of a request for short answers of small models; long answers stay separate so that each frees its
+capacity when it ends."""
 _LOOK_S = 0.2
 
 
 @dataclass(frozen=True)
-class ServerPlaces:
-    """Where the servers of a command are."""
+class ServerLocations:
+    """Locations of engine servers, their logs and their interpreter."""
 
     logs: Path
-    """Folder of the logs of those that are started here."""
+    """Log folder of servers started here."""
     urls: tuple[str, ...] = ()
-    """Of servers that somebody else has started; none: they are started here."""
+    """Addresses of running servers; empty: start servers here."""
     python: Path | None = None
-    """The interpreter that has the engine; None: as the environment says, or this one."""
+    """Python interpreter with the engine; None uses `SOV_ENGINE_PYTHON` or the current interpreter."""
     command: tuple[str, ...] = ()
-    """That starts one, in the place of the engine's own."""
+    """Command that replaces the engine's own."""
 
 
-def server_settings(engine: str, settings: Sequence[str], option: str) -> EngineServers:
-    """Return how servers of an engine are started.
+def parse_server_settings(engine: str, settings: Sequence[str], option: str) -> EngineServers:
+    """Parse the settings of engine servers.
 
     Raises:
-        UserError: a setting does not exist, the engine does not know it, or they do not go together.
+        UserError: a setting does not exist, is not supported by the engine, or contradicts another setting.
     """
-    found = change(EngineServers(), list(settings), option)
-    if problems := found.problems() + found.problems_of(engine):
+    servers = apply_changes(EngineServers(), list(settings), option)
+    if problems := servers.problems() + servers.find_engine_problems(engine):
         raise SettingsError(option, problems)
-    return found
+    return servers
 
 
 @contextlib.contextmanager
 def open_fleet(name: str, folder: Path, vocab_size: int, longest: int, settings: EngineServers,
-               places: ServerPlaces, *, with_routes: bool = False, over: threading.Event | None = None
+               places: ServerLocations, *, with_routes: bool = False, over: threading.Event | None = None
                ) -> Iterator[Fleet]:
-    """Give servers at work, which end with the block.
+    """Yield a fleet of running servers, which stop at the end of the block.
 
     Args:
-        name: of the engine.
-        folder: of the model, as Hugging Face has it.
-        vocab_size: of the model.
+        name: engine name.
+        folder: Hugging Face folder of the model.
+        vocab_size: vocabulary size of the model.
         longest: tokens of the longest sequence, prompt and answer.
-        settings: how they are started.
-        places: where they are.
-        with_routes: whether routes will be asked for.
-        over: ends them when it is set, also while they are being started.
+        settings: settings of the servers.
+        places: locations of servers and logs.
+        with_routes: start servers that return routes.
+        over: event that stops the servers, also during their start.
 
     Raises:
-        UserError: none of them can be started.
+        UserError: no server can be started.
     """
     if not places.command:
-        refuse_no_engine(name, places.urls, places.python)
-    keepers: list[Keeper] = [
+        check_engine_program(name, places.urls, places.python)
+    keepers: list[ServerKeeper] = [
         AddressKeeper(PROGRAMS[name].connect(url, settings), settings.start_s)
         for url in places.urls]
     if not keepers:
-        keepers = [OwnServer(name, number, folder, longest, settings, places.logs, with_routes=with_routes,
-                             python=places.python, command=places.command)
+        keepers = [ServerProcess(name, number, folder, longest, settings, places.logs,
+                                 with_routes=with_routes, python=places.python, command=places.command)
                    for number in range(settings.servers)]
     with Fleet(keepers, vocab_size, settings.room, settings.restarts, over=over) as fleet:
         yield fleet
 
 
 class WeightFiles:
-    """Weights that servers read, in a folder of shared memory."""
+    """Weight files for servers, in a folder that all servers can read. Files left by a killed command are
+    deleted."""
 
     def __init__(self, folder: Path) -> None:
-        """Begin with nothing: what was left there by a killed command goes.
-
-        Args:
-            folder: that all servers see, and nobody else uses.
-        """
         self._folder = folder
         self._numbers = itertools.count()
-        self.remove()
+        self.delete_all()
 
     def write(self, weights: NamedTensors) -> list[str]:
-        """Return the files of weights, beside those that were written before."""
-        with disk_errors(self._folder):
-            own = self._folder / str(next(self._numbers))
-            own.mkdir(parents=True)
+        """Write a set of weight files; files of earlier calls stay."""
+        with translate_disk_errors(self._folder):
+            version_folder = self._folder / str(next(self._numbers))
+            version_folder.mkdir(parents=True)
             files: list[str] = []
-            held: dict[str, torch.Tensor] = {}
+            tensors: dict[str, torch.Tensor] = {}
             size_bytes = 0
             for name, tensor in weights:
-                # a copy: experts of a layer may be views of one block, which the format refuses
-                held[name] = tensor.detach().to("cpu", copy=True).contiguous()
-                size_bytes += held[name].nbytes
+                # Copy: experts of a layer may be views of one tensor, which safetensors rejects.
+                tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
+                size_bytes += tensors[name].nbytes
                 if size_bytes >= SHARD_BYTES:
-                    files.append(_save(held, own, len(files)))
-                    held, size_bytes = {}, 0
-            return [*files, *([_save(held, own, len(files))] if held else [])]
+                    files.append(_write_shard(tensors, version_folder, len(files)))
+                    tensors, size_bytes = {}, 0
+            return [*files, *([_write_shard(tensors, version_folder, len(files))] if tensors else [])]
 
-    def forget_others(self, files: Sequence[str]) -> None:
-        """Remove all weights but these."""
-        kept = {Path(file).parent.name for file in files}
-        for own in self._folder.iterdir() if self._folder.is_dir() else ():
-            if own.name not in kept:
-                shutil.rmtree(own, ignore_errors=True)
+    def delete_others(self, files: Sequence[str]) -> None:
+        """Delete the files of all other calls."""
+        current_folders = {Path(file).parent.name for file in files}
+        for version_folder in self._folder.iterdir() if self._folder.is_dir() else ():
+            if version_folder.name not in current_folders:
+                shutil.rmtree(version_folder, ignore_errors=True)
 
-    def remove(self) -> None:
+    def delete_all(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _save(tensors: dict[str, torch.Tensor], folder: Path, number: int) -> str:
+def _write_shard(tensors: dict[str, torch.Tensor], folder: Path, number: int) -> str:
     file = folder / f"{number:05}.safetensors"
     save_file(tensors, file)
     return str(file)
 
 
 class ServerEngine:
-    """A fleet as an engine."""
+    """Inference engine for a fleet of servers.
+
+    Args:
+        name: engine name.
+        fleet: running servers.
+        folder: Hugging Face folder of the loaded model.
+        weights: folder for weight files.
+        room: limit of answers that the servers generate at a time.
+        with_routes: the servers return routes.
+
+    Raises:
+        UserError: `with_routes` for a model without experts.
+    """
 
     def __init__(self, name: str, fleet: Fleet, folder: Path, weights: Path, room: int, *,
                  with_routes: bool = False) -> None:
-        """Take a fleet.
-
-        Args:
-            name: of the engine.
-            fleet: at work.
-            room: responses that its servers write at a time.
-            folder: of the model that it has begun with.
-            weights: folder of new ones.
-            with_routes: whether it tells routes.
-
-        Raises:
-            UserError: routes are asked for, and the model has none.
-        """
         self._engine, self.fleet, self.room = name, fleet, room
         self._shape = shape_of(HfWeights(folder).model) if with_routes else None
-        self._held = HeldWeights(name)
+        self._weight_version = WeightVersion(name)
         self._files = WeightFiles(weights)
         self._numbers = itertools.count()
         self._name = uuid.uuid4().hex[:12]
 
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: StopRule | None = None,
-                 streams: Sequence[int] | None = None, bounds: Bounds | None = None) -> Generated:
-        """Continue prompts, see `Engine`; what servers draw depends on what they write beside it, so samples
-        are new ones each time.
+                 streams: Sequence[int] | None = None,
+                 bounds: GenerationBounds | None = None) -> GenerationResult:
+        """Continue prompts, see `Engine`; samples are not reproducible, because they depend on concurrent
+        requests.
 
         Args:
             prompts: token ids.
-            sampling: how tokens are chosen.
-            stop: what ends a continuation; servers know tokens alone, and strings are looked for afterwards.
-            streams: are of no use here.
-            bounds: the longest continuation of each prompt, and what ends all of them.
+            sampling: settings for choosing tokens.
+            stop: ends continuations; servers handle stop tokens, stop strings are cut afterwards.
+            streams: ignored.
+            bounds: per-prompt limits and an external stop.
 
         Raises:
-            UserError: a server refuses, or all have died too often.
+            UserError: a server refuses a request, or servers died too often.
         """
-        refuse_drafts(self._engine, sampling)
-        refuse_rules(self._engine, sampling)
+        check_no_drafts(self._engine, sampling)
+        check_no_rules(self._engine, sampling)
         if sampling.with_routes and self._shape is None:
-            raise ValueError(f"the engine {self._engine} was started without routes, and they are asked for")
+            raise ValueError(f"the engine {self._engine} was started without routes, but they are requested")
         sampling.check()
-        stop, version = stop or StopRule(), self._held.version
+        stop, version = stop or StopRule(), self._weight_version.version
         limits = [sampling.max_new_tokens] * len(prompts) if bounds is None else list(bounds.limits)
-        asked = self.requests(prompts, [replace(sampling, max_new_tokens=n) for n in limits], stop.ids)
-        answers = self._answers(asked, bounds)
-        written = [_cut(answer, stop) for answer in answers]
+        requests = self.requests(prompts, [replace(sampling, max_new_tokens=n) for n in limits], stop.ids)
+        answers = self._wait_for_answers(requests, bounds)
+        written = [_truncate_answer(answer, stop) for answer in answers]
         routes = None
         if sampling.with_routes:
-            routes = [self.routes_of(answer, len(prompt) + len(tokens) - 1)
+            routes = [self.extract_routes(answer, len(prompt) + len(tokens) - 1)
                       for answer, prompt, (tokens, _) in zip(answers, prompts, written, strict=True)]
-        return Generated.of(written, sampling, stop, version, routes=routes)
+        return GenerationResult.of(written, sampling, stop, version, routes=routes)
 
     def requests(self, prompts: Sequence[Tokens], samplings: Sequence[Sampling], end_ids: tuple[int, ...],
                  *, are_joined: bool = False) -> list[TokenRequest]:
-        """Return requests of their own names, whose answers together are those of the prompts in order:
-        neighbours that are alike go into one.
+        """Return requests with unique names; their answers, concatenated, are those of the prompts in order.
+
+        Equal consecutive prompts are grouped into one request.
 
         Args:
-            prompts: token ids, one for each answer.
-            samplings: how each is chosen.
-            end_ids: tokens that end an answer.
-            are_joined: whether other prompts go into one too, see `TokenRequest.others`: one for each server,
-                unless they are long.
+            prompts: token ids, one entry per answer.
+            samplings: sampling settings of each answer.
+            end_ids: stop tokens.
+            are_joined: also join different prompts (`TokenRequest.others`), one request per server unless
+                answers are long.
         """
-        found: list[TokenRequest] = []
+        requests: list[TokenRequest] = []
         for ids, sampling in zip(prompts, samplings, strict=True):
             request = TokenRequest("", [int(token) for token in ids], sampling.max_new_tokens,
                                    sampling.temperature, sampling.top_k, sampling.top_p, end_ids,
                                    sampling.with_routes)
-            # vLLM refuses greedy ones, which would all be the same
-            most = min(GROUP, self.fleet.requests) if request.temperature else 1
-            if (found and request.max_new_tokens <= GROUPED_TOKENS and found[-1].count < most
-                    and replace(found[-1], name="", count=1) == request):
-                found[-1] = replace(found[-1], count=found[-1].count + 1)
+            # vLLM rejects several greedy answers to one prompt, which would be equal.
+            max_answers = min(GROUP, self.fleet.requests) if request.temperature else 1
+            if (requests and request.max_new_tokens <= GROUPED_TOKENS and requests[-1].count < max_answers
+                    and replace(requests[-1], name="", count=1) == request):
+                requests[-1] = replace(requests[-1], count=requests[-1].count + 1)
             else:
-                found.append(replace(request, name=f"{self._name}-{next(self._numbers)}"))
+                requests.append(replace(request, name=f"{self._name}-{next(self._numbers)}"))
         if not are_joined:
-            return found
-        most = min(-(-len(prompts) // self.fleet.num_servers), self.fleet.requests)
+            return requests
+        max_answers = min(-(-len(prompts) // self.fleet.num_servers), self.fleet.requests)
         joined: list[TokenRequest] = []
-        for request in found:
+        for request in requests:
             if (joined and request.max_new_tokens <= GROUPED_TOKENS and not request.with_routes
-                    and joined[-1].num_answers + request.count <= most
+                    and joined[-1].num_answers + request.count <= max_answers
                     and replace(joined[-1], name="", ids=(), others=()) == replace(request, name="", ids=())):
                 joined[-1] = replace(joined[-1], others=(*joined[-1].others, request.ids))
             else:
@@ -238,89 +237,90 @@ class ServerEngine:
         return joined
 
     def update(self, weights: NamedTensors | None, version: int) -> None:
-        """Have the servers read other weights out of shared memory, see `Engine`."""
+        """Write weight files and let the servers read them, see `Engine`."""
         if weights is None:
-            raise ValueError(f"the engine {self._engine} has a model of its own: an update needs its weights")
-        with self._held.replaced(version, weights):
+            raise ValueError(f"the engine {self._engine} has its own model: an update needs weights")
+        with self._weight_version.replace_weights(version, weights):
             files = self._files.write(weights)
             self.fleet.update(files, version)
-            # a server that is started again reads these, and no earlier ones
-            self._files.forget_others(files)
+            # Restarted servers read these files, so earlier files can go.
+            self._files.delete_others(files)
 
-    def routes_of(self, answer: TokenAnswer, num_tokens: int) -> np.ndarray:
-        """Return the routes of the first tokens of a prompt and its answer.
+    def extract_routes(self, answer: TokenAnswer, num_tokens: int) -> np.ndarray:
+        """Return the routes of the first `num_tokens` tokens of a prompt and its answer.
 
-        Engines tell [prompt + continuation - 1, layers, top_k], with a layer of zeros for each leading dense
-        one.
+        Engines return [tokens - 1, layers, top_k], with zeros for leading dense layers.
 
         Raises:
-            UserError: it tells others than the model can have.
+            UserError: the routes do not match the model.
         """
         assert self._shape is not None, "routes were not asked for"
-        # what was ended before it began was not read at all
+        # A request that was aborted before its start was not read at all.
         if answer.reason == ABORTED and answer.routes is None:
             return self._shape.absent(num_tokens)
-        return checked_routes(answer.routes, num_tokens, self._shape)
+        return check_routes(answer.routes, num_tokens, self._shape)
 
     def close(self) -> None:
-        self._files.remove()
+        self._files.delete_all()
 
-    def _answers(self, asked: Sequence[TokenRequest], bounds: Bounds | None) -> list[TokenAnswer]:
-        futures: list[Future[list[TokenAnswer]]] = [self.fleet.submit(request) for request in asked]
+    def _wait_for_answers(self, requests: Sequence[TokenRequest],
+                          bounds: GenerationBounds | None) -> list[TokenAnswer]:
+        futures: list[Future[list[TokenAnswer]]] = [self.fleet.submit(request) for request in requests]
         if bounds is not None:
-            left, is_ended = set(futures), False
-            while left:
-                left = wait(left, _LOOK_S).not_done
-                if left and not is_ended and bounds.should_stop():
-                    is_ended = True
-                    self.fleet.abort([request.name for request, future in zip(asked, futures, strict=True)
-                                      if future in left])
+            pending, is_aborted = set(futures), False
+            while pending:
+                pending = wait(pending, _LOOK_S).not_done
+                if pending and not is_aborted and bounds.should_stop():
+                    is_aborted = True
+                    self.fleet.abort([request.name for request, future in zip(requests, futures, strict=True)
+                                      if future in pending])
         return [answer for future in futures for answer in future.result()]
 
 
-def _cut(answer: TokenAnswer, stop: StopRule) -> Written:
-    """Return an answer up to what ends it, which a server may have read past."""
+def _truncate_answer(answer: TokenAnswer, stop: StopRule) -> ScoredTokens:
+    """Cut an answer at its end; a server may generate beyond a stop string."""
     tokens = stop.cut(answer.tokens)
     return tokens, answer.logprobs[:len(tokens)]
 
 
-def checked_routes(told: np.ndarray | None, num_tokens: int, shape: RouteShape) -> np.ndarray:
-    """Return the routes that a server told of the first tokens; raises as `ServerEngine.routes_of`."""
+def check_routes(routes: np.ndarray | None, num_tokens: int, shape: RouteShape) -> np.ndarray:
+    """Check the routes from a server; return [num_tokens, layers, top_k]. Raises like
+    `ServerEngine.routes_of`."""
     why = "nothing"
-    if told is not None:
-        why = f"shape {list(told.shape)}"
-        if told.ndim == 2 and told.shape[1] % shape.top_k == 0:
-            told = told.reshape(len(told), -1, shape.top_k)
-        # the leading dense layers have no experts: the last `layers` rows are those that route
-        if told.ndim == 3 and len(told) >= num_tokens and told.shape[1] >= shape.layers:
-            told = told[:num_tokens, told.shape[1] - shape.layers:]
-            # before they are narrowed: a number that does not fit would become another one
-            if (told < 0).any() or (told >= shape.num_experts).any():
-                why = f"experts from {told.min()} to {told.max()}, of {shape.num_experts}"
-            elif not (why := shape.problem(told.astype(shape.dtype))):
-                return told.astype(shape.dtype)
-    raise UserError(f"the engine was to tell the routes of {num_tokens} tokens, {shape.layers} layers and "
-                    f"{shape.top_k} experts each, and tells {why}; it records none where experts run in a "
-                    "kernel that chooses for itself (vLLM: its moe backends of FlashInfer): choose another, "
+    if routes is not None:
+        why = f"shape {list(routes.shape)}"
+        if routes.ndim == 2 and routes.shape[1] % shape.top_k == 0:
+            routes = routes.reshape(len(routes), -1, shape.top_k)
+        # Leading dense layers have no experts: keep the last `shape.layers` rows.
+        if routes.ndim == 3 and len(routes) >= num_tokens and routes.shape[1] >= shape.layers:
+            routes = routes[:num_tokens, routes.shape[1] - shape.layers:]
+            # Check before casting to a narrower dtype, which would wrap around.
+            if (routes < 0).any() or (routes >= shape.num_experts).any():
+                why = f"experts from {routes.min()} to {routes.max()}, of {shape.num_experts}"
+            elif not (why := shape.problem(routes.astype(shape.dtype))):
+                return routes.astype(shape.dtype)
+    raise UserError(f"the engine must return routes of {num_tokens} tokens with {shape.layers} layers and "
+                    f"{shape.top_k} experts each, but returned {why}; it records none if its expert kernel "
+                    "chooses experts itself (vLLM: FlashInfer moe backends): choose another backend, "
                     "or set policy.router_replay=false")
 
 
 @contextlib.contextmanager
-def serving_engine(name: str, folder: Path, vocab_size: int, longest: int, settings: EngineServers,
-                   places: ServerPlaces | None = None, *, with_routes: bool = False,
+def open_server_engine(name: str, folder: Path, vocab_size: int, longest: int, settings: EngineServers,
+                   places: ServerLocations | None = None, *, with_routes: bool = False,
                    over: threading.Event | None = None) -> Iterator[ServerEngine]:
-    """Give an engine of servers, which end with the block; arguments as of `open_fleet`, logs in a folder
-    that goes unless they are placed."""
+    """Yield an engine of servers that stop at the end of the block; see `open_fleet`. Without `places`, logs
+    are temporary."""
     with contextlib.ExitStack() as stack:
         if places is None:
             logs = stack.enter_context(tempfile.TemporaryDirectory(prefix="sov-engines-"))
-            places = ServerPlaces(Path(logs))
+            places = ServerLocations(Path(logs))
         fleet = stack.enter_context(open_fleet(name, folder, vocab_size, longest, settings, places,
                                                with_routes=with_routes, over=over))
         room = settings.room * (len(places.urls) or settings.servers)
-        # by the run, so that it finds what was left when it was killed
-        own = hashlib.sha256(str(places.logs.absolute()).encode()).hexdigest()[:16]
-        engine = ServerEngine(name, fleet, folder, settings.weights / f"sov-weights-{own}", room,
+        # Named after the log folder, so that a restarted run deletes the files of its killed predecessor.
+        folder_id = hashlib.sha256(str(places.logs.absolute()).encode()).hexdigest()[:16]
+        engine = ServerEngine(name, fleet, folder, settings.weights / f"sov-weights-{folder_id}", room,
                               with_routes=with_routes)
         stack.callback(engine.close)
         yield engine

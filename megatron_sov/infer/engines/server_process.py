@@ -1,4 +1,4 @@
-"""Engine servers of a command: started on this machine, and ended with it, also where it is killed."""
+"""Start engine servers on this machine; they stop with the command, also if it is killed."""
 
 from __future__ import annotations
 
@@ -29,46 +29,46 @@ from megatron_sov.work.processes.children import start_command
 from megatron_sov.work.processes.supervisor import SupervisedCommand
 
 ENGINE_PYTHON = "SOV_ENGINE_PYTHON"
-"""Variable of the environment: the interpreter that has the engine, whose libraries are other versions."""
+"""Environment variable with the Python interpreter of the engine, which needs other library versions."""
 BY = f"{ENGINE_PYTHON} (`rl run`, `rl generate`: or --engine-python)"
 WORKER_FOLDER = Path(vllm_worker.__file__).parent
 EXTENSION, BACKEND = "sov_vllm_worker.Extension", "sov_files"
-"""The module in that folder, and what it calls its way of taking weights."""
+"""Worker extension in that folder, and the name of its weight transfer backend."""
 STOP_S = 20.0
-"""For a server to end; then all its processes are killed."""
+"""Time for a server to stop before its processes are killed."""
 LAST_LINES = 8
-"""Of its log, which are told where it does not start."""
+"""Number of log lines in the error of a server that does not start."""
 _LOOK_S = 0.5
-_OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR",
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR",
              "MASTER_PORT")
-"""Variables of the trainer's processes, by which a server would take itself for one of them."""
+"""Variables of a trainer process, which a server would mistake for its own."""
 
 
 @dataclass(frozen=True)
 class EngineProgram:
-    """An engine as a program."""
+    """Command and client of an inference engine."""
 
     title: str
     module: str
-    """That its interpreter has."""
+    """Python module of the engine."""
     words: tuple[str, ...]
-    """Behind the interpreter."""
+    """Arguments of the interpreter."""
     connect: Callable[[str, EngineServers], TokenServer]
-    """From an address to the server there, which is asked and given weights as the settings say."""
+    """Server address and settings -> client."""
     quantizations: tuple[str, ...]
-    """Names of what it knows, as its own command line has them."""
+    """Supported values of `quantization`."""
 
 
 PROGRAMS = {
     VLLM: EngineProgram(
         "vLLM", "vllm", ("-m", "vllm.entrypoints.cli.main", "serve"),
-        lambda url, asked: VllmServer(url, answer_s=asked.answer_s, send=asked.sending()),
+        lambda url, asked: VllmServer(url, answer_s=asked.answer_s, send=asked.create_sender()),
         ("auto_awq", "auto_gptq", "awq", "awq_marlin", "compressed-tensors", "deepseek_v4_fp8",
          "experts_int8", "fp8", "fp8_per_block", "fp8_per_channel", "fp8_per_tensor", "gpt_oss_mxfp4",
          "gptq", "gptq_marlin", "humming", "inc", "int8_per_channel_weight_only", "modelopt",
          "modelopt_fp4", "modelopt_mixed", "modelopt_mxfp8", "moe_wna16", "mxfp4", "mxfp8",
          "nvfp4_per_token", "online", "quark", "torchao"))}
-"""By name of the engine; as of vLLM 0.32."""
+"""Engine name -> program; as of vLLM 0.32."""
 
 
 @dataclass(frozen=True)
@@ -109,15 +109,14 @@ class EngineServers:
     """Further words of the server's command line."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not go together."""
-        wanted = self.servers * self.tp * self.dp
-        if self.devices and len(self.devices) != wanted:
-            return [SettingsProblem(ProblemCode.RULE, "devices", f"must be {wanted}, servers x tp x dp, or "
-                                    "none", list(self.devices))]
+        num_devices = self.servers * self.tp * self.dp
+        if self.devices and len(self.devices) != num_devices:
+            return [SettingsProblem(ProblemCode.RULE, "devices", f"must be {num_devices}, servers x tp x dp, "
+                                    "or none", list(self.devices))]
         return []
 
-    def problems_of(self, engine: str) -> list[SettingsProblem]:
-        """Return what an engine does not know."""
+    def find_engine_problems(self, engine: str) -> list[SettingsProblem]:
+        """Return settings that an engine does not support."""
         program, p = PROGRAMS[engine], []
         if self.quantization and self.quantization not in program.quantizations:
             p.append(SettingsProblem(ProblemCode.RULE, "quantization", f"{program.title} has "
@@ -126,11 +125,11 @@ class EngineServers:
 
     @property
     def room(self) -> int:
-        """Return how many responses a server writes at a time."""
+        """Number of answers that a server generates at a time."""
         return self.requests * self.dp
 
-    def sending(self) -> SendFiles | None:
-        """Return what sends weights to a server of vLLM; None: it reads them."""
+    def create_sender(self) -> SendFiles | None:
+        """Return the function that sends weights to a vLLM server; None: the server reads files."""
         if self.transfer == "files":
             return None
         import torch
@@ -138,82 +137,84 @@ class EngineServers:
         from megatron_sov.engine.parallel.device import on_gpu
         from megatron_sov.infer.vllm_worker.sov_weight_group import send_files
 
-        # threads have a current GPU of their own, which is not this process's
+        # Pass the GPU explicitly: each thread has its own current device.
         return partial(send_files, device=f"cuda:{local_gpu_index(torch.cuda.device_count())}" if on_gpu()
                        else "cpu")
 
-    def devices_of(self, number: int) -> str | None:
-        """Return CUDA_VISIBLE_DEVICES of a server; None: all."""
-        each = self.tp * self.dp
-        return ",".join(self.devices[number * each:(number + 1) * each]) if self.devices else None
+    def format_devices(self, number: int) -> str | None:
+        """Return CUDA_VISIBLE_DEVICES for a server; None: all GPUs."""
+        devices_per_server = self.tp * self.dp
+        if not self.devices:
+            return None
+        return ",".join(self.devices[number * devices_per_server:(number + 1) * devices_per_server])
 
 
-def _interpreter(python: Path | None) -> str:
+def _find_interpreter(python: Path | None) -> str:
     return str(python or os.environ.get(ENGINE_PYTHON, "") or sys.executable)
 
 
-def refuse_no_engine(engine: str, urls: Sequence[str], python: Path | None) -> None:
-    """Refuse servers that nothing here can start, or ask.
+def check_engine_program(engine: str, urls: Sequence[str], python: Path | None) -> None:
+    """Raise `UserError` if servers cannot be started or reached.
 
     Args:
         engine: one of `PROGRAMS`.
-        urls: of servers that somebody else has started; none: they are started here.
-        python: the interpreter that has the engine; None: as the environment says, or this one.
+        urls: addresses of running servers; empty: servers are started here.
+        python: Python interpreter with the engine; None uses `SOV_ENGINE_PYTHON` or the current interpreter.
 
     Raises:
-        UserError: a library that asks servers is missing, or the interpreter is none or has no such engine.
+        UserError: a client library is missing, or the interpreter does not exist or lacks the engine.
     """
     if missing := find_missing_libraries():
         raise UserError(f"--engine {engine}: {missing[0]}")
     if urls:
         return
-    word, program = _interpreter(python), PROGRAMS[engine]
+    word, program = _find_interpreter(python), PROGRAMS[engine]
     if shutil.which(word) is None:
-        raise UserError(f"--engine {engine}: {word} is no program that can be started; name the interpreter "
-                        f"that has {program.title} by {BY}")
-    looks = f"import importlib.util as i, sys; sys.exit(i.find_spec({program.module!r}) is None)"
+        raise UserError(f"--engine {engine}: {word} is not an executable program; set the interpreter with "
+                        f"{program.title} by {BY}")
+    import_check = f"import importlib.util as i, sys; sys.exit(i.find_spec({program.module!r}) is None)"
     with open(os.devnull, "w") as out:
-        code = start_command([word, "-c", looks], stdout=out, stderr=out.fileno(), ends_with_this=True).wait()
+        code = start_command([word, "-c", import_check], stdout=out, stderr=out.fileno(),
+                             ends_with_this=True).wait()
     if code:
-        raise UserError(f"--engine {engine}: {word} has no {program.title}; install it into an environment "
-                        f"of its own and name its interpreter by {BY}, or leave --engine out")
+        raise UserError(f"--engine {engine}: {word} has no {program.title}; install it into its own "
+                        f"environment and set its interpreter by {BY}, or leave --engine out")
 
 
-class OwnServer:
-    """One server of this run; its methods but `end` are called from one thread."""
+class ServerProcess:
+    """A server process of this run. All methods except `end` are called from one thread.
+
+    Args:
+        engine: one of `PROGRAMS`.
+        number: index among the servers of the run.
+        folder: Hugging Face folder of the model.
+        longest: tokens of the longest sequence.
+        settings: settings of the servers.
+        logs: log folder.
+        with_routes: start the server with routes.
+        python: Python interpreter with the engine; None uses `SOV_ENGINE_PYTHON` or the current interpreter.
+        command: replaces interpreter and arguments.
+        port: port that other machines can reach; 0 uses a free port of localhost.
+    """
 
     def __init__(self, engine: str, number: int, folder: Path, longest: int, settings: EngineServers,
                  logs: Path, *, with_routes: bool = False, python: Path | None = None,
                  command: tuple[str, ...] = (), port: int = 0) -> None:
-        """Start nothing yet.
-
-        Args:
-            engine: one of `PROGRAMS`.
-            number: among the servers of the run.
-            folder: of the model, as Hugging Face has it.
-            longest: tokens of the longest sequence.
-            settings: how.
-            logs: folder of its log.
-            with_routes: whether routes will be asked for.
-            python: the interpreter that has the engine; None: as the environment says, or this one.
-            command: in the place of the interpreter and the program's words.
-            port: where other machines reach it; 0: a free one, which this machine alone reaches.
-        """
         self._engine, self._program = engine, PROGRAMS[engine]
         self.port, self._host = port, "0.0.0.0" if port else "127.0.0.1"
         self.number, self._folder, self._longest, self._settings = number, folder, longest, settings
         self._with_routes = with_routes
-        self._command = list(command) or [_interpreter(python), *self._program.words]
+        self._command = list(command) or [_find_interpreter(python), *self._program.words]
         self.log = logs / f"engine-{number}.log"
-        self._kept: SupervisedCommand | None = None
+        self._process: SupervisedCommand | None = None
         self._lock = threading.Lock()
         self._is_over = False
 
     def start(self, should_stop: Callable[[], bool]) -> TokenServer | None:
-        """Return the server once it answers; None: it was asked to stop.
+        """Start the server and return it when it is healthy; None if `should_stop` returned True.
 
         Raises:
-            UserError: it ends, or takes too long; its last lines are told.
+            UserError: the server ends or takes too long; the message has its last log lines.
         """
         self.kill()
         port = self.port or _free_port()
@@ -221,7 +222,7 @@ class OwnServer:
         with open(self.log, "ab") as out, self._lock:
             if self._is_over:
                 return None
-            self._kept = SupervisedCommand(self.words(port), self._environment(), out)
+            self._process = SupervisedCommand(self.words(port), self._build_environment(), out)
         server = self._program.connect(f"http://127.0.0.1:{port}", self._settings)
         ends_s = time.monotonic() + self._settings.start_s
         while not server.is_healthy():
@@ -229,59 +230,59 @@ class OwnServer:
                 return None
             if not self.is_alive() or time.monotonic() >= ends_s:
                 why = "ended" if not self.is_alive() else f"was not ready in {self._settings.start_s:g} s"
-                said = self._last_lines()
+                last_lines = self._last_lines()
                 raise UserError(f"--engine {self._engine}: server {self.number} {why}"
-                                + (f"; the end of {self.log}:\n{said}" if said
-                                   else f"; it wrote nothing into {self.log}"))
+                                + (f"; the end of {self.log}:\n{last_lines}" if last_lines
+                                   else f"; {self.log} is empty"))
             time.sleep(_LOOK_S)
         return server
 
     def is_alive(self) -> bool:
-        return self._kept is not None and self._kept.is_alive
+        return self._process is not None and self._process.is_alive
 
     def end(self) -> None:
-        """End it, and all processes that it has started."""
+        """Stop the server and all processes that it started."""
         with self._lock:
             self._is_over = True
             self.kill(STOP_S)
 
     def kill(self, patience_s: float = 0.0) -> None:
-        """End its processes; after that many seconds without asking any more."""
-        if self._kept is not None:
-            self._kept.end(patience_s)
+        """Stop the processes, by force after `patience_s`."""
+        if self._process is not None:
+            self._process.end(patience_s)
 
     def words(self, port: int) -> list[str]:
-        """Return the command line."""
-        asked = self._settings
+        """Return the command line of the server."""
+        settings = self._settings
         words = [*self._command, str(self._folder), "--served-model-name", "policy", "--host",
                  self._host, "--port", str(port), "--enable-scale-out",
                  "--skip-tokenizer-init", "--generation-config", "vllm", "--logprobs-mode",
                  "processed_logprobs", "--worker-extension-cls", EXTENSION,
                  "--weight-transfer-config", json.dumps({"backend": BACKEND}), "--max-model-len",
-                 str(self._longest), "--max-num-seqs", str(asked.requests), "--dtype", asked.dtype,
-                 "--gpu-memory-utilization", str(asked.memory_share),
-                 # servers that draw alike would write one response to a prompt several times
+                 str(self._longest), "--max-num-seqs", str(settings.requests), "--dtype", settings.dtype,
+                 "--gpu-memory-utilization", str(settings.memory_share),
+                 # Servers with equal seeds would repeat the same answers.
                  "--seed", str(secrets.randbelow(1 << 31))]
-        if asked.tp > 1:
-            words += ["--tensor-parallel-size", str(asked.tp)]
-        if asked.dp > 1:
-            # one door: vLLM would open one for each copy, each of which can end its own requests alone
-            words += ["--data-parallel-size", str(asked.dp), "--api-server-count", "1"]
-        if asked.ep:
+        if settings.tp > 1:
+            words += ["--tensor-parallel-size", str(settings.tp)]
+        if settings.dp > 1:
+            # One API server: with several, each can abort only its own requests.
+            words += ["--data-parallel-size", str(settings.dp), "--api-server-count", "1"]
+        if settings.ep:
             words += ["--enable-expert-parallel"]
-        if asked.quantization:
-            words += ["--quantization", asked.quantization]
+        if settings.quantization:
+            words += ["--quantization", settings.quantization]
         if self._with_routes:
             words += ["--enable-return-routed-experts"]
-        return words + list(asked.more)
+        return words + list(settings.more)
 
-    def _environment(self) -> dict[str, str]:
-        found = {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
-        if (devices := self._settings.devices_of(self.number)) is not None:
-            found["CUDA_VISIBLE_DEVICES"] = devices
-        path = [str(WORKER_FOLDER), *filter(None, [found.get("PYTHONPATH")])]
-        # weights change by routes that only this mode has: others must not reach the server's port
-        return found | {"PYTHONPATH": os.pathsep.join(path), "VLLM_SERVER_DEV_MODE": "1",
+    def _build_environment(self) -> dict[str, str]:
+        environment = {name: value for name, value in os.environ.items() if name not in _RANK_VARIABLES}
+        if (devices := self._settings.format_devices(self.number)) is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = devices
+        path = [str(WORKER_FOLDER), *filter(None, [environment.get("PYTHONPATH")])]
+        # Weight updates need the development routes; only this machine may reach the port.
+        return environment | {"PYTHONPATH": os.pathsep.join(path), "VLLM_SERVER_DEV_MODE": "1",
                         "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
     def _last_lines(self) -> str:

@@ -1,5 +1,8 @@
-"""What a command's TARGET means: a checkpoint, a run's newest checkpoint,
-or a Hugging Face folder.  Reads headers only."""
+"""Find the model that a command's TARGET names: a checkpoint, the newest checkpoint of a run, or a Hugging
+Face folder.
+
+Reads headers only.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +21,18 @@ from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.engine.parallel import launcher
-from megatron_sov.engine.parallel.device import inference_precision, on_gpu
+from megatron_sov.engine.parallel.device import choose_inference_precision, on_gpu
 from megatron_sov.model.config import ModelConfig, ParallelConfig, RunConfig, apply_settings
-from megatron_sov.model.families.adapters import identity
-from megatron_sov.model.families.family import text_config
-from megatron_sov.model.pretrained import CONFIG, weight_files
+from megatron_sov.model.families.adapters import adapter_identity
+from megatron_sov.model.families.family import extract_text_config
+from megatron_sov.model.pretrained import CONFIG, find_weight_files
 from megatron_sov.runs.checkpoints import (
     CHECKPOINT_KIND, CHECKPOINTS_FOLDER, IMPORTED_RECIPE, check_model_folder, check_model_path,
     find_checkpoint, read_checkpoint_settings)
 from megatron_sov.runs.launch_environment import is_first_rank, num_ranks
 
 HF_SEQ_LEN = 4096
-"""Context, in tokens, in which a Hugging Face model is judged unless told:
-its own limit may be far longer."""
+"""Default context, in tokens, for evaluating Hugging Face models; their own limit may be far longer."""
 
 
 @dataclass(frozen=True)
@@ -38,41 +40,40 @@ class Target:
     """A model on disk."""
 
     path: Path
-    """The checkpoint or Hugging Face folder."""
+    """Checkpoint or Hugging Face folder."""
     is_hf: bool
-    """Whether it is a Hugging Face folder."""
 
     @property
     def tokenizer_folder(self) -> Path:
-        """Folder that holds tokenizer.json."""
+        """Folder with tokenizer.json."""
         return self.path if self.is_hf else self.path / "tokenizer"
 
     @property
     def config(self) -> RunConfig | None:
-        """The settings that a checkpoint was trained with;
-        None where nothing tells them (imported models)."""
+        """Config of the training; None for imported models."""
         config = None if self.is_hf else read_checkpoint_settings(self.path)
         return None if config is None or config.recipe == IMPORTED_RECIPE else config
 
     @property
     def model(self) -> ModelConfig:
-        """The architecture; `UserError` for a Hugging Face folder of a family that we do not know."""
-        return convert.open_weights(self.path).model if self.is_hf else read_checkpoint_settings(self.path).model
+        """Architecture; raises `UserError` for a Hugging Face folder of an unsupported family."""
+        if self.is_hf:
+            return convert.open_weights(self.path).model
+        return read_checkpoint_settings(self.path).model
 
     @property
     def vocab_size(self) -> int:
-        """Token ids that the model knows."""
+        """Number of token ids."""
         return self._hf_field("vocab_size") if self.is_hf else self.model.vocab_size
 
     @property
     def step(self) -> int | None:
-        """Optimizer steps of a checkpoint; None where the folder does not tell."""
+        """Optimizer steps of a checkpoint; None for a Hugging Face folder."""
         return None if self.is_hf else int(read_manifest(self.path, CHECKPOINT_KIND).content["step"])
 
     @property
     def max_tokens(self) -> float:
-        """Longest sequence that it can be given, in tokens; infinite where a Hugging Face folder of
-        another family says none."""
+        """Limit of tokens per sequence; infinite for Hugging Face folders that state none."""
         if not self.is_hf:
             return self.model.max_position_tokens
         try:
@@ -82,8 +83,7 @@ class Target:
 
     @property
     def trained_tokens(self) -> int:
-        """Longest sequence that it was trained on, in tokens; of an imported model a sequence that it
-        should be good for."""
+        """Sequence length of the training, in tokens; for imported models at most `HF_SEQ_LEN`."""
         if self.config is None:
             limit = (self._hf_field("max_position_embeddings") if self.is_hf
                      else self.model.max_position_tokens)
@@ -93,62 +93,69 @@ class Target:
     def _hf_field(self, name: str) -> int:
         try:
             config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-            return int(text_config(config)[name])
+            return int(extract_text_config(config)[name])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
             raise UserError(f"{self.path / 'config.json'}: has no readable {name} ({e!r}); "
                             "restore it from its source") from None
 
 
 def find_target(path: Path) -> Target:
-    """Return the model that a path means.
+    """Return the model at a path.
 
     Raises:
-        UserError: it is neither a checkpoint, a run with one, nor a Hugging Face folder.
+        UserError: `path` is neither a checkpoint, a run with a checkpoint, nor a Hugging Face folder.
     """
     check_model_path(path)
     if convert.is_hf_folder(path):
         return Target(path, True)
     check_model_folder(path)
     if (path / CONFIG).is_file() and not (path / CHECKPOINTS_FOLDER).is_dir():
-        weight_files(path)  # which says what it lacks
+        find_weight_files(path)  # raises an error with the missing files
     return Target(find_checkpoint(path), False)
 
 
 @contextlib.contextmanager
-def as_checkpoint(target: Target) -> Iterator[Path]:
-    """Give the target as a checkpoint; a Hugging Face folder is converted into a temporary one."""
+def open_as_checkpoint(target: Target) -> Iterator[Path]:
+    """Yield the target as a checkpoint; a Hugging Face folder is converted to a temporary checkpoint."""
     if not target.is_hf:
         yield target.path
         return
     with tempfile.TemporaryDirectory(prefix="sov-target-") as folder:
         out = Path(folder) / "checkpoint"
-        # In a process of its own, whose memory is free again before the model is loaded.
-        code = launcher.apart(lambda: convert.from_hf(target.path, out))
+        # In a subprocess, so that its memory is freed before the model is loaded.
+        code = launcher.run_in_fork(lambda: convert.from_hf(target.path, out))
         if code:
             raise SystemExit(code)
         yield out
 
 
-def inference_config(checkpoint: Path, settings: Sequence[str], nproc: int | None, option: str = "--set"
+def build_inference_config(checkpoint: Path, settings: Sequence[str], nproc: int | None, option: str = "--set"
                      ) -> RunConfig:
-    """Return the settings to run a checkpoint with: its architecture, one process's layout and the precision
-    of `inference_precision`; then `settings`, which `option` gives.
+    """Return the config for running a checkpoint: one process, precision of `inference_precision`, then
+    `settings`.
+
+    Args:
+        checkpoint: checkpoint folder.
+        settings: `key=value` changes.
+        nproc: local processes.
+        option: option that gives the settings, for messages.
 
     Raises:
-        UserError: a setting does not exist or asks for other adapters, or the layout does not fit the model
-            and the number of processes.
+        UserError: a setting does not exist or changes adapters, or the layout does not fit the model or the
+            number of processes.
     """
-    made_with = read_checkpoint_settings(checkpoint)
-    # One process: the layout of the training run does not matter here.
-    train = dataclasses.replace(made_with.train, precision=inference_precision(), num_threads=0,
+    trained_config = read_checkpoint_settings(checkpoint)
+    # The layout of the training run does not matter for inference.
+    train = dataclasses.replace(trained_config.train, precision=choose_inference_precision(), num_threads=0,
                                 deterministic=False)
-    config = apply_settings(dataclasses.replace(made_with, parallel=ParallelConfig(), train=train), settings,
-                            option)
-    if identity(config.lora, made_with.model) != identity(made_with.lora, made_with.model):
-        # new ones would add nothing, and be taken for something
-        asked = next(setting for setting in settings if setting.startswith("lora"))
-        raise UserError(f"{option} {asked}: adapters are made by training, and {checkpoint} is run with "
-                        "those that it has; leave it out")
+    config = dataclasses.replace(trained_config, parallel=ParallelConfig(), train=train)
+    config = apply_settings(config, settings, option)
+    model = trained_config.model
+    if adapter_identity(config.lora, model) != adapter_identity(trained_config.lora, model):
+        # Untrained adapters would have no effect.
+        setting = next(setting for setting in settings if setting.startswith("lora"))
+        raise UserError(f"{option} {setting}: the adapters of {checkpoint} are fixed by its training; leave "
+                        "it out")
     problems = config.model.problems() + config.parallel.problems(config.model, num_ranks(nproc))
     if problems:
         raise SettingsError(f"{checkpoint}: cannot be run like this", problems)
@@ -156,7 +163,7 @@ def inference_config(checkpoint: Path, settings: Sequence[str], nproc: int | Non
 
 
 def report_precision(path: Path, engine: str, precision: str) -> None:
-    """Print on standard error which engine runs a model, in which precision and on which device."""
+    """Print engine, precision and device to standard error."""
     if is_first_rank():
         print(f"{path}: runs in {engine} with {precision} on {'a GPU' if on_gpu() else 'the CPU'}",
               file=sys.stderr, flush=True)

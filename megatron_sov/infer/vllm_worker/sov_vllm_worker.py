@@ -1,8 +1,8 @@
-"""Takes new weights into vLLM's workers: out of safetensors files, which a trainer puts into shared memory,
-or over a group with the trainer.
+"""vLLM worker extension that loads new weights from safetensors files or from a process group with the
+trainer.
 
-Imported by vLLM (`--worker-extension-cls sov_vllm_worker.Extension`) in its own environment, by the name of
-this file alone: of the project its neighbour alone is imported, since transformers may be another version.
+vLLM imports this file by name (`--worker-extension-cls sov_vllm_worker.Extension`) in its own environment, so
+it imports only its neighbour `sov_weight_group` from this project.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.platforms import current_platform
 
 BACKEND = "sov_files"
-"""Of `--weight-transfer-config`."""
+"""Value for `--weight-transfer-config`."""
 
 
 @dataclass
 class FilesInit(WeightTransferInitInfo):
-    """Nothing is agreed beforehand."""
+    """Empty: the transfer needs no initialization."""
 
 
 @dataclass
 class FilesUpdate(WeightTransferUpdateInfo):
-    """Weights by their Hugging Face names."""
+    """Source of new weights under Hugging Face names."""
 
     files: list[str] = field(default_factory=list)
-    """Safetensors, all tensors of the model together."""
+    """Safetensors files, together all tensors of the model."""
     group: dict[str, Any] | None = None
-    """Where they are sent instead, as `Meeting` has it."""
+    """Fields of the `Meeting` if weights are sent over a process group."""
 
 
 class FilesEngine(WeightTransferEngine[FilesInit, FilesUpdate]):
-    """Takes whole models."""
+    """Loads whole models."""
 
     init_info_cls, update_info_cls = FilesInit, FilesUpdate
     _group: WeightGroup | None = None
 
     def init_transfer_engine(self, init_info: FilesInit) -> None:
-        """Do nothing: a group is made with each update."""
+        """Do nothing: each update creates its own group."""
 
     def start_weight_update(self) -> None:
-        # weights that were packed for a kernel get the shapes of files again, layer by layer
+        # Restores the file shapes of weights that were packed for a kernel, layer by layer.
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: FilesUpdate) -> None:
@@ -56,52 +56,52 @@ class FilesEngine(WeightTransferEngine[FilesInit, FilesUpdate]):
             if update_info.group is None:
                 self.model.load_weights(read_files(update_info.files))
             else:
-                self._receive(Meeting(**update_info.group))
+                self._receive_group(Meeting(**update_info.group))
         except BaseException:
-            self._leave()
-            # vLLM 0.32 would take what has come for the beginning of the next update, and mix both
+            self._close_group()
+            # vLLM 0.32 would treat the received part as the beginning of the next update.
             finalize_layerwise_reload(self.model, self.model_config)
             raise
 
-    def _receive(self, meeting: Meeting) -> None:
-        own, device = self.parallel_config, torch.device("cpu")
-        self._leave()
-        # held until all have all: a worker that leaves must not take away what another one still reads
+    def _receive_group(self, meeting: Meeting) -> None:
+        config, device = self.parallel_config, torch.device("cpu")
+        self._close_group()
+        # Keep the group until all workers are done: closing it would break transfers of other workers.
         self._group = WeightGroup(
-            meeting, 1 + own.data_parallel_index * own.world_size + own.rank,
+            meeting, 1 + config.data_parallel_index * config.world_size + config.rank,
             own_host(meeting.host, meeting.port), self.device if meeting.backend == "nccl" else device)
-        sent = self._group.receive()
-        self.model.load_weights(sent)
-        for _ in sent:  # all take as many steps, also a worker whose part ends before
+        tensors = self._group.receive()
+        self.model.load_weights(tensors)
+        for _ in tensors:  # all workers must take part in all broadcasts, even if one needs no further tensor
             pass
 
     def finish_weight_update(self) -> None:
-        self._leave()
+        self._close_group()
         finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
-        self._leave()
+        self._close_group()
 
-    def _leave(self) -> None:
+    def _close_group(self) -> None:
         if self._group is not None:
             self._group.close()
         self._group = None
 
 
 class Extension:
-    """What vLLM mixes into its worker; importing this module is all that is wanted of it."""
+    """Mixed into vLLM's worker; only the import of this module matters."""
 
 
 _setup_kernel = UnquantizedFusedMoEMethod._setup_kernel
 
 
-def _setup_anew(self: Any, *args: Any, **kwargs: Any) -> Any:
-    # on a CPU vLLM 0.32 packs experts for its kernel where there is no kernel yet, so those of an update
-    # would be passed over without a word
+def _setup_new_kernel(self: Any, *args: Any, **kwargs: Any) -> Any:
+    # On CPUs, vLLM 0.32 packs experts only while there is no kernel, and would silently ignore updated
+    # experts.
     self.moe_kernel = None
     return _setup_kernel(self, *args, **kwargs)
 
 
-if current_platform.is_cpu():  # graphs of a GPU hold addresses of the first kernel's tensors
-    UnquantizedFusedMoEMethod._setup_kernel = _setup_anew
+if current_platform.is_cpu():  # on GPUs, CUDA graphs hold addresses of the first kernel's tensors
+    UnquantizedFusedMoEMethod._setup_kernel = _setup_new_kernel
 WeightTransferEngineFactory.register_engine(BACKEND, FilesEngine)

@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import AboveZero, AtLeastOne, NotNegative, SettingsProblem, Share, find_broken
+from megatron_sov.base.settings import (
+    AboveZero, AtLeastOne, NotNegative, SettingsProblem, Share, find_broken_rules)
 from megatron_sov.judge.rewards import solution_frameworks, solution_peer, solution_tests
 from megatron_sov.judge.rewards.code_tests import CANDIDATE, CompareBy, RowTests, is_same_output, read_tests
 from megatron_sov.judge.rewards.program_text import find_entry_points, program_in
@@ -56,7 +57,7 @@ class CodeReward:
 
     def problems(self) -> list[SettingsProblem]:
         longest_s = self.patience * self.test_time_s
-        return find_broken(self, "", (
+        return find_broken_rules(self, "", (
             self.time_limit_s > longest_s, "time_limit_s",
             f"must be more than {self.patience:g} x test_time_s = {longest_s:g}: a program that waits is "
             "ended after so many seconds"))

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 
-from megatron_sov.base.errors import UserError, told_in_a_line
+from megatron_sov.base.errors import UserError, format_error
 from megatron_sov.base.settings import Bound, ProblemCode, Share
 from megatron_sov.chat.marks import unquote_marks
 from megatron_sov.judge.rewards import check_program
@@ -103,7 +103,7 @@ def problem_of(source: str, modules: Sequence[str] = ()) -> str:
             tree = ast.parse(source)
             compile(source, "check", "exec")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
-        return f"is no Python ({told_in_a_line(e)})"
+        return f"is no Python ({format_error(e)})"
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "evaluate"]
     if not functions:
         return "has no function evaluate(response)"

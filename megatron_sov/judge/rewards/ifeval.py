@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 from unittest.mock import patch
 
-from megatron_sov.base.errors import UserError, how_to_install, nearest, told_in_a_line
+from megatron_sov.base.errors import UserError, format_error, format_install_command, suggest_name
 from megatron_sov.chat.marks import unquote_marks
 from megatron_sov.judge.rewards.reward import Refused, Row, Score, text_of, told_short
 
@@ -96,7 +96,7 @@ def _read_instruction(item: Any) -> tuple[str, dict[str, Any]]:
     name = item.get("id") if isinstance(item, Mapping) else None
     if not isinstance(name, str) or name not in load_checks():
         raise Refused(f"instruction {told_short(name or item)} is not known"
-                      f"{nearest(str(name), load_checks())}")
+                      f"{suggest_name(str(name), load_checks())}")
     # The data set's table has a column for each argument of any instruction, empty for all others.
     arguments = {key: _read_argument(name, key, value) for key, value in item.items()
                  if key not in ("id", "prompt") and value is not None}
@@ -144,7 +144,7 @@ def follows(name: str, text: str, arguments: Mapping[str, Any]) -> bool:
         if isinstance(e, LookupError) and "NLTK" in str(e):
             raise Refused(f"instruction {name}: needs data of NLTK; run `{NLTK_DATA}`") from None
         raise Refused(f"instruction {name}: cannot be checked with {told_short(dict(arguments))} "
-                      f"({told_in_a_line(e):.200})") from None
+                      f"({format_error(e):.200})") from None
 
 
 @lru_cache
@@ -162,7 +162,8 @@ def load_checks() -> Mapping[str, Any]:
             from if_verifiable.ifbench.instructions_registry import INSTRUCTION_DICT as ifbench
             from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT as ifeval
     except ImportError as e:
-        raise UserError(f"reward ifeval: {e.name} is not installed; run `{how_to_install('rl')}`") from None
+        raise UserError(f"reward ifeval: {e.name} is not installed; run `"
+                        f"{format_install_command('rl')}`") from None
     langdetect.DetectorFactory.seed = 0  # it draws at random otherwise
     return {**ifeval, **ifbench}
 

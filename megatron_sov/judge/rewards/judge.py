@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeGuard
 
 from megatron_sov.base.errors import warn
 from megatron_sov.base.settings import (
-    AboveZero, AtLeastOne, Finite, NotNegative, SettingsProblem, as_problem, below, find_broken)
+    AboveZero, AtLeastOne, Finite, NotNegative, SettingsProblem, below_field, find_broken_rules, to_problem)
 from megatron_sov.judge.rewards.patterns import json_of
 from megatron_sov.judge.rewards.reward import (
     OPERATION, Refused, Row, Score, content_of, messages_of, prompt_text, text_of)
@@ -119,7 +119,7 @@ class Judge:
     """rubric: a chat model; reward-model: vLLM's /pooling beside the API."""
     rubric: str = RUBRIC
     """What is asked; a row's own field `rubric` goes before it."""
-    min_score: Annotated[Finite, below("max_score")] = 1.0
+    min_score: Annotated[Finite, below_field("max_score")] = 1.0
     """Worst score of the rubric: the reward 0."""
     max_score: Finite = 10.0
     """Best score: the reward 1."""
@@ -154,10 +154,10 @@ class Judge:
 
     def problems(self) -> list[SettingsProblem]:
         """Return what does not fit together, and what is missing."""
-        return [*find_address_problems("endpoint", self.endpoint, "api_key_env"), *find_broken(
+        return [*find_address_problems("endpoint", self.endpoint, "api_key_env"), *find_broken_rules(
             self, "", (not self.max_cost or bool(self.input_price or self.output_price), "max_cost",
              "needs input_price and output_price, or no cost is known")),
-            *map(as_problem, find_missing_libraries())]
+            *map(to_problem, find_missing_libraries())]
 
     def score(self, row: Row) -> Score:
         """Return what the judge makes of the response to the row's `prompt`.

@@ -13,8 +13,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_sov.base.errors import how_to_install
-from megatron_sov.base.settings import AboveZero, AtLeastOne, SettingsProblem, as_problem
+from megatron_sov.base.errors import format_install_command
+from megatron_sov.base.settings import AboveZero, AtLeastOne, SettingsProblem, to_problem
 from megatron_sov.judge.rewards.answers import (
     final_answer, last_box, last_boxed, normalized, read_quantity, same)
 from megatron_sov.judge.rewards.reward import Refused, Row, Score, content_of, text_of
@@ -144,7 +144,7 @@ class Math:
 
     def problems(self) -> list[SettingsProblem]:
         found = importlib.util.find_spec("math_verify") is not None
-        return [] if found else [as_problem(f"math-verify is not installed; {how_to_install('rl')}")]
+        return [] if found else [to_problem(f"math-verify is not installed; {format_install_command('rl')}")]
 
     def prepare(self) -> None:
         """Import what judges, so that the first row does not wait for it."""

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins import registry
 from megatron_sov.base.plugins.loading import LoadedPlugin
-from megatron_sov.base.plugins.registry import PluginOrder, Registry, check_methods
+from megatron_sov.base.plugins.registry import PluginRequest, Registry, check_methods
 from megatron_sov.judge.rewards.composed import Composed
 from megatron_sov.judge.rewards.reward import REWARDS, Refused, Row, Score, text_of
 from megatron_sov.judge.rewards.version import settings_of, version_of
@@ -128,27 +128,27 @@ class MadeReward:
     """A `Reward`; or a `Composed` of the parts."""
     version: str
     """Hash of its code and settings."""
-    parts: Mapping[str, tuple[PluginOrder, MadeReward]] = field(default_factory=dict)
+    parts: Mapping[str, tuple[PluginRequest, MadeReward]] = field(default_factory=dict)
     """Of a composition: name -> its parts."""
 
 
-def order(name: str, settings: Mapping[str, Any]) -> PluginOrder:
+def order(name: str, settings: Mapping[str, Any]) -> PluginRequest:
     """Return the order for a reward that a person named, a built-in one or FILE.py:NAME.
 
     Raises:
         UserError: there is none of that name, or its file cannot be run.
     """
-    return registry.ordered(name, settings, BUILT_IN, OWN)
+    return registry.request_plugin(name, settings, BUILT_IN, OWN)
 
 
-def make(asked: PluginOrder) -> MadeReward:
+def make(asked: PluginRequest) -> MadeReward:
     """Return the reward of an order.
 
     Raises:
         UserError: a setting does not exist, has the wrong type or breaks a rule; all of them are named. Or
             its file fails, or has changed since it was ordered.
     """
-    built = registry.build(asked, BUILT_IN, OWN)
+    built = registry.build_plugin(asked, BUILT_IN, OWN)
     reward = built.value
     # a composition is made of other rewards: it is versioned by their versions, not by its own code alone
     if not hasattr(reward, "orders"):
@@ -160,12 +160,12 @@ def make(asked: PluginOrder) -> MadeReward:
     return MadeReward(reward, version_of(reward, reward.judging(versions), built.files), parts)
 
 
-def build(asked: PluginOrder) -> Any:
+def build(asked: PluginRequest) -> Any:
     """Return the reward of an order without its version, for a process that judges; raises as `make` does."""
-    return registry.build(asked, BUILT_IN, OWN).value
+    return registry.build_plugin(asked, BUILT_IN, OWN).value
 
 
-def lacking(asked: PluginOrder, made: MadeReward, row: Row) -> str:
+def lacking(asked: PluginRequest, made: MadeReward, row: Row) -> str:
     """Return the field that a reward needs and a row, whose response is not written yet, does not have; "":
     none is known."""
     if isinstance(made.reward, Composed):

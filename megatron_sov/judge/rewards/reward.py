@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from megatron_sov.base.errors import UserError, told_in_a_line
+from megatron_sov.base.errors import UserError, format_error
 from megatron_sov.chat.marks import to_hermes_form
 from megatron_sov.chat.tool_calls import parse_turn
 
@@ -157,11 +157,11 @@ def judged(reward: Any, row: Row | list[Row]) -> Result:
         return Result(None, "refused", {}, "asks for more memory than a process of the reward may have",
                       spent=True)
     except RecursionError as e:
-        return Result(None, "failed", {}, short(told_in_a_line(e)), spent=True)
+        return Result(None, "failed", {}, short(format_error(e)), spent=True)
     except UserError:
         raise
     except Exception as e:
-        return Result(None, "failed", {}, short(told_in_a_line(e)))
+        return Result(None, "failed", {}, short(format_error(e)))
 
 
 def checked(given: Any) -> Result:

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_sov.base.digests import file_digest
+from megatron_sov.base.digests import hash_file
 from megatron_sov.base.documents.rows import json_line, read_rows
-from megatron_sov.base.plugins.registry import PluginOrder
+from megatron_sov.base.plugins.registry import PluginRequest
 from megatron_sov.judge.rewards.composed import ComposedRunner, Runner
 from megatron_sov.judge.rewards.registry import BUILT_IN, NOT_JUDGED, MadeReward, build
 from megatron_sov.judge.rewards.reward import REWARDS, Result, Reward, Row, agreeing, checked, judged
@@ -34,7 +34,7 @@ FAULTS = frozenset((signal.SIGPROF, signal.SIGSEGV, signal.SIGABRT, signal.SIGBU
 """Signals that end a process for what it does itself: its time of a processor is over, its stack, ..."""
 
 
-def runner(asked: PluginOrder, made: MadeReward, workers: int) -> Runner:
+def runner(asked: PluginRequest, made: MadeReward, workers: int) -> Runner:
     """Return what runs a reward.
 
     Args:
@@ -115,13 +115,13 @@ class ProcessRunner(Runner):
         time_limit_s: for a row.
         workers: processes.
         modules: what the reward needs and can be found by name; imported once for all processes.
-        variables: of the environment that it needs, beside those of `children.KEPT_VARIABLES`.
+        variables: of the environment that it needs, beside those of `children.SAFE_VARIABLES`.
         cpu_limit_s: of a processor, for a row; infinite: the clock alone counts.
         control: a response that takes nothing to judge: where a row passes a limit with its own response and
             not with this one, its response is worth 0; None: rows that pass a limit have no reward.
     """
 
-    def __init__(self, asked: PluginOrder, time_limit_s: float, workers: int, modules: Sequence[str] = (),
+    def __init__(self, asked: PluginRequest, time_limit_s: float, workers: int, modules: Sequence[str] = (),
                  variables: Sequence[str] = (), *, cpu_limit_s: float = math.inf,
                  control: str | None = None) -> None:
         self._time_limit_s, self._cpu_limit_s, self._control = time_limit_s, cpu_limit_s, control
@@ -146,7 +146,8 @@ class ProcessRunner(Runner):
         # `waiting` grows while answers come: a row goes back into it at most twice
         limit_s = self._time_limit_s * max((len(row) for row in rows if isinstance(row, list)), default=1)
         for i, answer in self._workers.answers(waiting, limit_s):
-            result = self._lost(answer.exit_code, limit_s) if isinstance(answer, LostAnswer) else Result(**answer)
+            is_lost = isinstance(answer, LostAnswer)
+            result = self._lost(answer.exit_code, limit_s) if is_lost else Result(**answer)
             # the second answer for a suspect is the one to its control response
             if i in suspects:
                 results[i] = _blamed(suspects[i], result)
@@ -183,7 +184,7 @@ def _blamed(suspect: Result, control: Result) -> Result:
     return Result(0.0, "timeout" if suspect.status == "timeout" else "scored", {"why": reason}, reason)
 
 
-def _judge(asked: PluginOrder, variables: Sequence[str], cpu_limit_s: float) -> Answer:
+def _judge(asked: PluginRequest, variables: Sequence[str], cpu_limit_s: float) -> Answer:
     # keys of the user's environment do not reach code of a user's file
     remove_unsafe_variables(variables)
     reward = build(asked)
@@ -273,7 +274,7 @@ class ScoringSummary:
     """Rows that an earlier, killed command had scored."""
 
 
-def score_file(asked: PluginOrder, made: MadeReward, source: Path, output: Path, workers: int,
+def score_file(asked: PluginRequest, made: MadeReward, source: Path, output: Path, workers: int,
                progress: Callable[[int], object], *, redo: bool = False) -> ScoringSummary:
     """Score a file that `check_rows` has passed; the output appears whole, when all rows are there.
 
@@ -307,7 +308,7 @@ def score_file(asked: PluginOrder, made: MadeReward, source: Path, output: Path,
                 summary.tally.add(row["reward"], row["status"], row["reason"], f"line {line}")
 
         run_job(Job(made_by="megatron-sov score", output=output, items=batches, do=local_executor(score),
-                    identity={"input": file_digest(source), "reward": asked.name,
+                    identity={"input": hash_file(source), "reward": asked.name,
                               # another reward, input or batch size would mix with what a killed run left, so
                               # it is refused
                               "reward_version": made.version, "batch_rows": BATCH_ROWS},

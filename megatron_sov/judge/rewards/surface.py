@@ -12,7 +12,8 @@ from annotated_types import Ge, Le
 
 from megatron_sov.base.documents.scripts import LANGUAGES, letters_by_script, script_of
 from megatron_sov.base.settings import (
-    AtLeastOne, Bound, Breach, NotNegativeInt, ProblemCode, SettingsProblem, Share, at_most, one_of)
+    AtLeastOne, Bound, NotNegativeInt, ProblemCode, SettingsProblem, Share, Violation, at_most_field,
+    choice_from)
 from megatron_sov.judge.rewards import patterns
 from megatron_sov.judge.rewards.reward import Refused, Row, Score, text_of
 
@@ -35,9 +36,9 @@ class Length:
 
     max_length: AtLeastOne = 20_480
     """Where the punishment is whole (DAPO: 20,480 tokens)."""
-    buffer: Annotated[AtLeastOne, at_most("max_length")] = 4_096
+    buffer: Annotated[AtLeastOne, at_most_field("max_length")] = 4_096
     """Over how much before that it grows (DAPO: 4,096 tokens)."""
-    min_length: Annotated[NotNegativeInt, at_most("max_length")] = 0
+    min_length: Annotated[NotNegativeInt, at_most_field("max_length")] = 0
     """A shorter response is punished whole."""
     unit: Literal["tokens", "characters", "words"] = "tokens"
     """tokens: the row's field `num_tokens`, as the engine that wrote the response counts them."""
@@ -155,9 +156,9 @@ class LanguageReward:
     Languages that share a script (English, German) are not told apart.
     """
 
-    language: Annotated[str, one_of(lambda: {"", *LANGUAGES})] = ""
+    language: Annotated[str, choice_from(lambda: {"", *LANGUAGES})] = ""
     """Code such as ko, th, en; empty: the row's own field `language`."""
-    also: tuple[Annotated[str, one_of(lambda: LANGUAGES)], ...] = ("en",)
+    also: tuple[Annotated[str, choice_from(lambda: LANGUAGES)], ...] = ("en",)
     """Languages whose letters may stand beside it, as names and terms do."""
     max_also_share: Share = 0.2
     """Of all letters, those of `also`; more is code switching."""
@@ -201,12 +202,12 @@ def switches(text: str) -> float:
     return 100 * sum(a != b for a, b in pairwise(scripts)) / len(scripts)
 
 
-def _no_regex(text: str) -> Breach | None:
+def _no_regex(text: str) -> Violation | None:
     wrong = patterns.problem(text) if text else ""
     return (ProblemCode.RULE, f"is no regular expression ({wrong})", "mend it") if wrong else None
 
 
-def _no_name(text: str) -> Breach | None:
+def _no_name(text: str) -> Violation | None:
     return None if re.fullmatch(r"[A-Za-z_][\w-]*", text) else (
         ProblemCode.RULE, "must be a name of letters, digits, - and _", "")
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NotRequired, Protocol, TypeVar
 from annotated_types import Gt, Le
 from typing_extensions import TypedDict
 
-from megatron_sov.base.errors import UserError, first_line
+from megatron_sov.base.errors import UserError, first_error_line
 from megatron_sov.base.settings import AtLeastOne
 from megatron_sov.chat.tool_calls import ServedTurn
 from megatron_sov.judge.rewards.reward import Score
@@ -114,8 +114,8 @@ class Tool:
             object.__setattr__(self, "_adapter", strict_record(self.name, fields))
             self._adapter.json_schema()
         except Exception as e:  # whatever a type's own hooks raise
-            raise UserError(f"tool {self.name}: its arguments have no JSON schema ({first_line(e)}); use "
-                            "str, int, float, bool, list, dict, Literal and None") from None
+            raise UserError(f"tool {self.name}: its arguments have no JSON schema ({first_error_line(e)}); "
+                            "use str, int, float, bool, list, dict, Literal and None") from None
 
     def description_for_models(self) -> dict[str, Any]:
         """Return it as OpenAI describes functions, which chat templates show."""

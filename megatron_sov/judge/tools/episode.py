@@ -209,7 +209,8 @@ def take_turn(episode: Episode, written: GeneratedTurn, host: EnvironmentHost, e
     turn = with_calls(turn, episode, host, limits)
     if turn.end:
         return turn
-    behind = encoder.encode_after_turn([call["text"] for call in turn.calls], [call["name"] for call in turn.calls],
+    behind = encoder.encode_after_turn([call["text"] for call in turn.calls],
+                                       [call["name"] for call in turn.calls],
                                  turn.reply)
     # a token at least has to be left for the model
     if len(behind) >= left:

@@ -12,8 +12,8 @@ from collections import deque
 from dataclasses import asdict, dataclass
 from typing import Any, Self, cast
 
-from megatron_sov.base.errors import UserError, told_in_a_line
-from megatron_sov.base.plugins.registry import PluginOrder
+from megatron_sov.base.errors import UserError, format_error
+from megatron_sov.base.plugins.registry import PluginRequest
 from megatron_sov.chat.tool_calls import ServedTurn, ToolCall
 from megatron_sov.judge.rewards.reward import Result, checked, short
 from megatron_sov.judge.tools.environment import (
@@ -76,7 +76,7 @@ class _HostGone(Exception):
 class EnvironmentHost:
     """An environment that plays one episode at a time; a context, since its process has to end."""
 
-    def __init__(self, asked: PluginOrder, limits: EpisodeLimits) -> None:
+    def __init__(self, asked: PluginRequest, limits: EpisodeLimits) -> None:
         """Nothing is started yet.
 
         Args:
@@ -188,7 +188,7 @@ class EnvironmentHost:
         return dict(answer)
 
 
-def _serve(asked: PluginOrder, limits: dict[str, int]) -> Answer:
+def _serve(asked: PluginRequest, limits: dict[str, int]) -> Answer:
     """Return what does as it is asked, in the environment's process."""
     # without its version: to read all its code took most of the start
     environment = build(asked)
@@ -207,7 +207,7 @@ def _reset(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
         return {"problem": str(e)}
     except (Exception, SystemExit) as e:
         return {"problem": f"tool environment {type(environment).__name__}: the task "
-                           f"{short(json.dumps(request['task']))} makes it fail ({told_in_a_line(e)})"}
+                           f"{short(json.dumps(request['task']))} makes it fail ({format_error(e)})"}
 
 
 def _restore(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
@@ -221,7 +221,7 @@ def _restore(environment: Environment, request: dict[str, Any]) -> dict[str, Any
         return {"lost": e.reason}
     except (Exception, SystemExit) as e:
         return {"problem": f"tool environment {type(environment).__name__}: its state "
-                           f"{short(json.dumps(request['state']))} makes it fail ({told_in_a_line(e)})"}
+                           f"{short(json.dumps(request['state']))} makes it fail ({format_error(e)})"}
 
 
 def _call(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
@@ -236,7 +236,7 @@ def _call(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
     except MemoryError:
         fault = ToolFault("memory", "asked for more memory than it may have")
     except (Exception, SystemExit) as e:
-        fault = ToolFault("failed", f"failed ({short(told_in_a_line(e))})")
+        fault = ToolFault("failed", f"failed ({short(format_error(e))})")
     # also where the result could not be shown: the model must not see a state that no call explains
     environment.restore(before)
     said = fault.reason if fault.code in ("unknown_tool", "arguments") else (
@@ -247,14 +247,14 @@ def _call(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
 
 def _reply(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
     try:
-        said = cast(Conversing, environment).reply(ServedTurn.of(request["turn"]))
+        said = cast(Conversing, environment).reply(ServedTurn.from_dict(request["turn"]))
         results = [_shown(text, request["max_tool_chars"]) for text in said.results]
         return {"results": results, "user": said.user, "is_over": said.is_over,
                 "state": _state(environment, request)}
     except ToolFault as e:
         return {"lost": e.reason}
     except (Exception, SystemExit) as e:  # MemoryError too: half a conversation cannot go on
-        return {"lost": f"failed ({short(told_in_a_line(e))})"}
+        return {"lost": f"failed ({short(format_error(e))})"}
 
 
 def _value(environment: Environment, request: dict[str, Any]) -> Any:
@@ -295,7 +295,7 @@ def _score(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
     except InfrastructureFault as e:
         result = Result(None, "failed", {}, e.reason)
     except (Exception, SystemExit) as e:
-        result = Result(None, "failed", {}, short(told_in_a_line(e)))
+        result = Result(None, "failed", {}, short(format_error(e)))
     return {"reward": result.reward, "status": result.status, "components": dict(result.components),
             "reason": result.reason}
 

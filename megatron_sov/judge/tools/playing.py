@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.plugins.registry import PluginOrder
+from megatron_sov.base.plugins.registry import PluginRequest
 from megatron_sov.chat.encode import TurnEncoder
 from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.judge.tools.environment import EpisodeLimits, Task
@@ -66,7 +66,7 @@ class ToolPolicy(Protocol):
 class EpisodeTable:
     """What episodes are played with."""
 
-    asked: PluginOrder
+    asked: PluginRequest
     """The environment."""
     encoder: TurnEncoder
     """Of the model."""

@@ -12,7 +12,7 @@ from megatron_sov.base.documents.rows import read_objects
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins import registry
 from megatron_sov.base.plugins.loading import LoadedPlugin
-from megatron_sov.base.plugins.registry import PluginOrder, Registry, check_methods
+from megatron_sov.base.plugins.registry import PluginRequest, Registry, check_methods
 from megatron_sov.judge.rewards.version import settings_of, version_of
 from megatron_sov.judge.tools.environment import Environment, Task
 
@@ -43,28 +43,28 @@ OWN: Registry[type[Any]] = Registry("tool environment", BUILT_IN, _check)
 """Environments that are not built in."""
 
 
-def order(name: str, settings: Mapping[str, Any]) -> PluginOrder:
+def order(name: str, settings: Mapping[str, Any]) -> PluginRequest:
     """Return the order for an environment that a person named, a built-in one or FILE.py:NAME.
 
     Raises:
         UserError: there is none of that name, or its file cannot be run.
     """
-    return registry.ordered(name, settings, BUILT_IN, OWN)
+    return registry.request_plugin(name, settings, BUILT_IN, OWN)
 
 
-def build(asked: PluginOrder) -> Environment:
+def build(asked: PluginRequest) -> Environment:
     """Return the environment of an order; raises as `make`."""
-    return cast(Environment, registry.build(asked, BUILT_IN, OWN).value)
+    return cast(Environment, registry.build_plugin(asked, BUILT_IN, OWN).value)
 
 
-def make(asked: PluginOrder) -> tuple[Environment, str]:
+def make(asked: PluginRequest) -> tuple[Environment, str]:
     """Return the environment of an order, and its version: a hash of its code and settings.
 
     Raises:
         UserError: a setting does not exist, has the wrong type or breaks a rule; all of them are named. Or
             its file fails, or has changed since it was ordered.
     """
-    built = registry.build(asked, BUILT_IN, OWN)
+    built = registry.build_plugin(asked, BUILT_IN, OWN)
     return (cast(Environment, built.value),
             version_of(built.value, settings_of(built.value, built.settings), built.files))
 

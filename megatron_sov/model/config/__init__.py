@@ -1,4 +1,4 @@
-"""Settings of a training run, as frozen dataclasses (no torch).
+"""Training run settings, as frozen dataclasses (no torch).
 
 Reading a config (JSON, `--set key=value`) checks types and bounds of single values. `RunConfig.problems()`
 returns every violated rule between settings; `RunConfig.check()` raises `SettingsError` for both.
@@ -17,8 +17,8 @@ from megatron_sov.model.config.model import (
 from megatron_sov.model.config.post_training import (
     DistillationConfig, PolicyConfig, PreferenceConfig, RolloutConfig)
 from megatron_sov.model.config.run import (
-    ObjectiveConfig, RunConfig, apply_settings, correct_setting, data_paths, find_settings, from_dict,
-    is_setting, layout_settings, setting_names, weighted_path)
+    ObjectiveConfig, RunConfig, apply_settings, correct_setting, find_settings, from_dict, is_setting,
+    layout_settings, parse_data_paths, setting_names, split_weight)
 from megatron_sov.model.config.train import GroupConfig, GuardConfig, ObsConfig, OptimConfig, TrainConfig
 
 __all__ = [
@@ -58,11 +58,11 @@ __all__ = [
     "YarnConfig",
     "apply_settings",
     "correct_setting",
-    "data_paths",
     "find_settings",
     "from_dict",
     "is_setting",
     "layout_settings",
+    "parse_data_paths",
     "setting_names",
-    "weighted_path",
+    "split_weight",
 ]

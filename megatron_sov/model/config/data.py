@@ -1,4 +1,4 @@
-"""Settings of training data: sources, curriculum phases and packing."""
+"""Training data settings: sources, curriculum phases and packing."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from annotated_types import Ge, Le, MinLen
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
     AboveZero, ActsWhen, AnyOf, AtLeastOne, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem, When,
-    find_broken, is_set, is_unset)
+    find_broken_rules, is_set, is_unset)
 from megatron_sov.model.config.bounds import Samples, SeqLen, Steps, Tokens
-from megatron_sov.model.config.learning import NOT_EXTENDING, learns_without_rounds
+from megatron_sov.model.config.learning import NOT_EXTENDING, has_no_rounds
 from megatron_sov.model.config.train import Schedule, TrainConfig
 
 _SOURCE = re.compile(r"\w[\w.-]*")
 
 
-def named_shards(path: str) -> tuple[str, str]:
+def split_source_name(path: str) -> tuple[str, str]:
     """Split [NAME=]FOLDER, a path of token shards, into source name and folder; the name is "" if absent.
 
     Raises:
@@ -41,12 +41,12 @@ class PhaseConfig:
     """A curriculum phase: its length, source mixture, sample length and learning rate."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
-        "tokens share blend global_batch_size rewarm_steps lr": learns_without_rounds(),
+        "tokens share blend global_batch_size rewarm_steps lr": has_no_rounds(),
         "share": is_unset(".tokens"),
         "min_lr schedule": is_set(".lr")}
 
     name: str
-    """Name of the phase in events.jsonl and in the report."""
+    """Phase name in events.jsonl and in the report."""
     tokens: Tokens = 0
     """Token budget. 0: the phase's length follows from `share`. Give a budget to all phases or to none."""
     share: AboveZero = 1.0
@@ -88,7 +88,7 @@ class DataConfig:
     concatenate documents and cut at sample ends. Conversations always stay whole, and a pair shares a sample
     (see `over_long`)."""
     over_long: Literal["cut", "drop", "refuse"] = "cut"
-    """Handling of conversations and pairs longer than a sample. cut: truncate at the end (a pair's longer
+    """Action for conversations and pairs longer than a sample. cut: truncate at the end (a pair's longer
     response first); drop: leave them out; refuse: stop before training starts."""
     phases: Annotated[tuple[PhaseConfig, ...], MinLen(1)] = (PhaseConfig("main"),)
     """Curriculum phases in order."""
@@ -100,7 +100,7 @@ class DataConfig:
     prefetch_steps: Annotated[NotNegativeInt, Le(10_000)] = 2
     """Batches prepared ahead in a background thread. 0: prepare each batch when it is needed."""
     heldout_tokens: NotNegativeInt = 65536
-    """Maximum number of held-out tokens per source in an evaluation."""
+    """Maximum held-out tokens per source in an evaluation."""
 
     def max_seq_len(self) -> int:
         """Return the longest sample length of all phases, in tokens."""
@@ -114,12 +114,12 @@ class DataConfig:
                 ProblemCode.RULE, "data.phases", "some phases have a budget in tokens and some have none",
                 way_out="set tokens in all phases or in none"))
         for i, phase in enumerate(self.phases):
-            problems += find_broken(
+            problems += find_broken_rules(
                 phase, f"data.phases.{i}",
                 (phase.min_lr <= phase.lr, "min_lr", f"must be at most the phase's lr = {phase.lr:g}"),
                 (not phase.blend or any(phase.blend.values()), "blend", "has only zero weights",
                  "give at least one source a weight"))
-        return problems + find_broken(self, "data", (
+        return problems + find_broken_rules(self, "data", (
             all(first <= last for first, last in self.skip_steps), "skip_steps",
             "must contain ranges [first, last] with first <= last"))
 
@@ -144,14 +144,14 @@ def nearest_multiple(number: int, unit: int) -> int:
     return max(1, (number + unit // 2) // unit) * unit
 
 
-def ramp_changes(train: TrainConfig, phase: PhaseConfig) -> list[int]:
+def find_ramp_changes(train: TrainConfig, phase: PhaseConfig) -> list[int]:
     """Return the steps at which the ramp changes the batch size."""
     sizes = [batch_size_at(train, phase, step) for step in range(train.ramp_steps + 1)]
     return [step for step in range(1, len(sizes)) if sizes[step] != sizes[step - 1]]
 
 
 def phase_steps(data: DataConfig, train: TrainConfig) -> list[int]:
-    """Return the number of optimizer steps of each phase.
+    """Return the optimizer steps for each phase.
 
     If `train.steps` is set, phases divide it; otherwise each phase lasts until its token budget (or its share
     of `train.tokens`) is spent, with the smaller batches of the ramp counted.
@@ -171,7 +171,7 @@ def phase_steps(data: DataConfig, train: TrainConfig) -> list[int]:
 
 
 def phase_tokens(data: DataConfig, train: TrainConfig) -> list[int]:
-    """Return the tokens of each phase: its budget, else its steps at the full batch size."""
+    """Return the tokens for each phase: its budget, else its steps at the full batch size."""
     return [phase.tokens or steps * (phase.global_batch_size or train.global_batch_size) * phase.seq_len
             for phase, steps in zip(data.phases, phase_steps(data, train), strict=True)]
 

@@ -1,4 +1,4 @@
-"""Architecture of image and audio encoders, and the choice between frozen and trained encoder weights."""
+"""Image and audio encoder architecture, and the choice between frozen and trained encoder weights."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Ge, Le
 
 from megatron_sov.base.settings import (
-    AboveZero, ActsWhen, AnyOf, Finite, NotNegativeInt, SettingsProblem, find_broken, is_set)
+    AboveZero, ActsWhen, AnyOf, Finite, NotNegativeInt, SettingsProblem, find_broken_rules, is_set)
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """Mean and standard deviation per RGB channel, from CLIP; Qwen2.5-VL uses the same values."""
-MOST_SLOTS = 1 << 20
-"""Limit of features per image or audio clip."""
+MAX_FEATURES = 1 << 20
+"""Limit for features per image or audio clip."""
 Size = Annotated[int, Ge(1), Le(10_000_000)]
 
 
@@ -32,13 +32,13 @@ class VisionEncoderConfig:
     patch_size: Size = 14
     """Patch side in pixels."""
     hidden_size: Size = 1280
-    """Width of the encoder's layers."""
+    """Encoder width."""
     num_layers: Size = 32
     """Encoder layers."""
     num_heads: Size = 16
     """Attention heads per layer."""
     ffn_dim: Size = 3456
-    """Inner width of feed-forward networks."""
+    """Inner feed-forward width."""
     merge_size: Size = 2
     """qwen2_5_vl: side, in patches, of the square merged into one feature."""
     temporal_patch_size: Size = 2
@@ -60,33 +60,33 @@ class VisionEncoderConfig:
     @property
     def slots(self) -> int:
         """Features per image."""
-        return (self.image_size // (self.patch_size * self._merged)) ** 2
+        return (self.image_size // (self.patch_size * self._merged_patches)) ** 2
 
     @property
     def record_shape(self) -> tuple[int, ...]:
-        """Shape of an image in a media bank, uint8 [channels, height, width]."""
+        """Image shape in a media bank, uint8 [channels, height, width]."""
         return (3, self.image_size, self.image_size)
 
     @property
     def feature_size(self) -> int:
-        """Width of a feature before the adapter."""
+        """Feature width before the adapter."""
         return self.out_hidden_size if self.kind == "qwen2_5_vl" else self.hidden_size
 
     @property
-    def _merged(self) -> int:
+    def _merged_patches(self) -> int:
         return self.merge_size if self.kind == "qwen2_5_vl" else 1
 
     def problems(self, vocab_size: int) -> list[SettingsProblem]:
         """Return every rule that the image encoder violates."""
-        side, merges = self.patch_size * self._merged, self.kind == "qwen2_5_vl"
+        side, merges = self.patch_size * self._merged_patches, self.kind == "qwen2_5_vl"
         # qwen2_5_vl rotates channel pairs along two image axes, so a head has a multiple of 4 channels.
         per_heads = self.num_heads * (4 if merges else 1)
-        return find_broken(
+        return find_broken_rules(
             self, "model.vision", _placeholders(self.placeholder_ids, vocab_size),
             (self.image_size % side == 0, "image_size",
              f"must be a multiple of {side}, the side of one feature in pixels"),
-            (self.image_size % side > 0 or self.slots <= MOST_SLOTS, "image_size",
-             f"gives {self.slots:,} features per image, and the limit is {MOST_SLOTS:,}"),
+            (self.image_size % side > 0 or self.slots <= MAX_FEATURES, "image_size",
+             f"gives {self.slots:,} features per image, and the limit is {MAX_FEATURES:,}"),
             (self.hidden_size % per_heads == 0, "hidden_size",
              f"must be a multiple of {per_heads}: model.vision.num_heads = {self.num_heads}"
              f"{' heads x 4 (channel pairs along two axes)' if merges else ''}"),
@@ -106,17 +106,17 @@ class AudioEncoderConfig:
     placeholder_ids: tuple[NotNegativeInt, ...] = ()
     """Token ids replaced by one feature each."""
     num_mels: Size = 128
-    """Mel bands of the spectrogram."""
+    """Mel bands in the spectrogram."""
     num_frames: Size = 3000
     """Spectrogram frames per clip; 100 frames per second for 16 kHz audio with a hop of 160 samples."""
     hidden_size: Size = 1280
-    """Width of the encoder's layers."""
+    """Encoder width."""
     num_layers: Size = 32
     """Encoder layers."""
     num_heads: Size = 20
     """Attention heads per layer."""
     ffn_dim: Size = 5120
-    """Inner width of feed-forward networks."""
+    """Inner feed-forward width."""
     adapter: Literal["linear", "mlp"] = "mlp"
     """Projection from features to `model.hidden_size`. linear: one matrix; mlp: two matrices with GELU in
     between."""
@@ -133,7 +133,7 @@ class AudioEncoderConfig:
     @property
     def features(self) -> int:
         """Features per clip before compression."""
-        return self.num_frames // self._stride
+        return self.num_frames // self._frames_per_feature
 
     @property
     def slots(self) -> int:
@@ -142,12 +142,12 @@ class AudioEncoderConfig:
 
     @property
     def record_shape(self) -> tuple[int, ...]:
-        """Shape of a clip in a media bank, float16 [mel bands, frames]."""
+        """Clip shape in a media bank, float16 [mel bands, frames]."""
         return (self.num_mels, self.num_frames)
 
     @property
     def feature_size(self) -> int:
-        """Width of a feature before the adapter."""
+        """Feature width before the adapter."""
         return self.hidden_size
 
     @property
@@ -155,20 +155,20 @@ class AudioEncoderConfig:
         return 2 * self.compressor_size // self.compressor_head_dim
 
     @property
-    def _stride(self) -> int:
+    def _frames_per_feature(self) -> int:
         """Frames per feature: Whisper's second convolution has stride 2, and Qwen2-Audio averages pairs."""
         return 4 if self.kind == "qwen2_audio" else 2
 
     def problems(self, vocab_size: int) -> list[SettingsProblem]:
         """Return every rule that the audio encoder violates."""
-        frames_per_feature = self._stride * self.compression
+        frames_per_feature = self._frames_per_feature * self.compression
         is_multiple = self.num_frames % frames_per_feature == 0
-        return find_broken(
+        return find_broken_rules(
             self, "model.audio", _placeholders(self.placeholder_ids, vocab_size),
             (is_multiple, "num_frames",
              f"must be a multiple of {frames_per_feature}, the frames of one feature"),
-            (not is_multiple or self.slots <= MOST_SLOTS, "num_frames",
-             f"gives {self.slots:,} features per clip, and the limit is {MOST_SLOTS:,}"),
+            (not is_multiple or self.slots <= MAX_FEATURES, "num_frames",
+             f"gives {self.slots:,} features per clip, and the limit is {MAX_FEATURES:,}"),
             (self.hidden_size % self.num_heads == 0, "hidden_size",
              f"must be a multiple of model.audio.num_heads = {self.num_heads}"),
             (self.hidden_size % 2 == 0, "hidden_size", "must be even: positions are sine-cosine pairs"),

@@ -1,4 +1,4 @@
-"""Settings of evaluation during training, and of context extension (`extend`) with its needle test."""
+"""Settings for evaluation during training and for context extension (`extend`) with its needle test."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from annotated_types import Ge
 
 from megatron_sov.base.settings import (
     AboveZero, ActsWhen, AnyOf, AtLeastOne, Fraction, NotNegative, NotNegativeInt, ProblemCode,
-    SettingsProblem, Share, When, find_broken, is_one_of, is_set, is_unset)
+    SettingsProblem, Share, When, find_broken_rules, is_one_of, is_set, is_unset)
 from megatron_sov.model.config.bounds import Samples, SeqLen, Steps, Tokens
 from megatron_sov.model.config.learning import is_command
 
@@ -54,10 +54,10 @@ class NeedleConfig:
     """Maximum questions per training document, each about different needles; needles without a question are
     distractors."""
     answer_weight: AboveZero = 30.0
-    """Loss weight of answer words in training documents. If only a few per cent of the loss come from
+    """Loss weight for answer words in training documents. If only a few per cent of the loss come from
     answers, small models stop improving."""
     text_weight: NotNegative = 0.5
-    """Loss weight of the other words in training documents. 0: learn answers only."""
+    """Loss weight for the other words in training documents. 0: learn answers only."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,11 @@ class ExtendStageConfig:
         "tokens": is_unset(".steps")}
 
     name: str
-    """Name of the stage's phase in the report. All stages but the last have a folder
-    RUN/stages/<number>-<name>."""
+    """Phase name in the report. All stages but the last have a folder RUN/stages/<number>-<name>."""
     seq_len: SeqLen
     """Tokens per sample."""
     kind: Literal["extension", "midtraining"] = "extension"
-    """Kind of the stage, which decides its possible `parts`."""
+    """Stage kind, which decides its possible `parts`."""
     steps: Steps = 0
     """Optimizer steps before the gate may end the stage. 0: from `tokens`, else `train.steps`."""
     tokens: Tokens = 0
@@ -96,7 +95,7 @@ class ExtendStageConfig:
     max_steps: Steps = 0
     """Optimizer steps after which a stage fails if the gate has not passed. 0: `steps`."""
     blend: dict[str, NotNegative] = field(default_factory=dict)
-    """Source name -> weight for samples outside of `parts`. Empty: sources by their own share."""
+    """Source name -> weight for samples outside `parts`. Empty: sources by their own share."""
     parts: tuple[PartConfig, ...] = ()
     """Parts of the samples with fixed shares."""
     global_batch_size: Samples = 0
@@ -104,7 +103,7 @@ class ExtendStageConfig:
     lr: NotNegative = 0.0
     """Peak learning rate. 0: `optim.lr`."""
     rope_theta: NotNegative = 0.0
-    """New base of the rotary frequencies, for models with global attention in all layers. 0: unchanged."""
+    """New RoPE base, for models with global attention in all layers. 0: unchanged."""
     yarn_factor: NotNegative = 0.0
     """YaRN's scaling factor for the original context, for models with global attention in all layers. 1: no
     scaling. 0: new / original length, or no scaling if `rope_theta` is set."""
@@ -127,7 +126,7 @@ class GateConfig:
     """Retrieval accuracy for every combination of kind, language and length, over all depths. A single cell
     fails if its whole confidence interval is below. 0: needles are measured and do not decide."""
     loss_tolerance_nats: Annotated[float, Ge(0)] = 0.05
-    """Allowed increase of the held-out loss at the previous length since the first stage began, in nats per
+    """Allowed increase in the held-out loss at the previous length since the first stage began, in nats per
     token."""
     scan_tokens: AtLeastOne = 20_000_000
     """Maximum training tokens per source searched for the gate's questions and haystacks."""
@@ -137,7 +136,7 @@ class GateConfig:
 
 @dataclass(frozen=True)
 class ExtendConfig:
-    """Stages of `extend` and their gate."""
+    """`extend` stages and their gate."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
         "": is_command("extend")}
@@ -153,7 +152,7 @@ class ExtendConfig:
         for i, stage in enumerate(self.stages):
             names, allowed = [part.name for part in stage.parts], PARTS[stage.kind]
             shares = sum(part.share for part in stage.parts)
-            problems += find_broken(
+            problems += find_broken_rules(
                 stage, f"extend.stages.{i}",
                 (stage.name.isprintable() and bool(stage.name.strip()) and "/" not in stage.name
                  and not stage.name.startswith("."), "name", "must be usable as a folder name"),
@@ -229,7 +228,7 @@ class BackgroundEvalConfig:
         "cluster": is_one_of(".where", "slurm")}
 
     tasks: tuple[EvalTask, ...] = ()
-    """Evaluations of every export. ppl: loss and bits per byte per source on held-out documents; needle: the
+    """Evaluations for every export. ppl: loss and bits per byte per source on held-out documents; needle: the
     test set up by `needle`; pairs: share of held-out pairs with a likelier chosen response; lm: benchmarks
     set up by `evaluate.lm`. Empty: no evaluations."""
     where: Literal["local", "slurm"] = "local"
@@ -239,8 +238,7 @@ class BackgroundEvalConfig:
     timeout_s: AboveZero = 3600.0
     """Seconds until a task without a result is cancelled, including a job's time in the queue."""
     max_waiting: AtLeastOne = 2
-    """Maximum number of waiting exports, and of jobs at the same time; beyond it, the oldest export is
-    skipped."""
+    """Maximum waiting exports, and maximum concurrent jobs; beyond it, the oldest export is skipped."""
 
 
 @dataclass(frozen=True)
@@ -250,4 +248,4 @@ class EvaluateConfig:
     background: BackgroundEvalConfig = BackgroundEvalConfig()
     """Evaluation jobs during training."""
     lm: LmEvalConfig = LmEvalConfig()
-    """Benchmarks of these jobs."""
+    """Benchmarks in these jobs."""

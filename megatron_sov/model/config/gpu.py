@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Ge, Le
 
 from megatron_sov.base.settings import (
-    ActsWhen, NotNegative, SettingsProblem, Share, find_broken, is_one_of, is_set)
+    ActsWhen, NotNegative, SettingsProblem, Share, find_broken_rules, is_one_of, is_set)
 from megatron_sov.model.config.bounds import Steps
 from megatron_sov.model.config.data import PhaseConfig
 from megatron_sov.model.config.layout import ParallelConfig
@@ -21,7 +21,7 @@ Switch = Literal["auto", "on", "off"]
 RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts"]
 OffloadModule = Literal["qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act"]
 GraphedPart = Literal["moe_router", "moe_preprocess"]
-OF_EXPERTS = ("layernorm", "moe", "moe_act", "shared_experts", "mlp_norm", "expert_fc1")
+EXPERT_MODULES = ("layernorm", "moe", "moe_act", "shared_experts", "mlp_norm", "expert_fc1")
 """Modules that only layers with experts have. Norms belong here because dense layers fuse them into the next
 Transformer Engine linear layer."""
 
@@ -54,12 +54,12 @@ def fp8_format(train: TrainConfig) -> str:
     return RECIPES[train.fp8].auto_format if train.fp8_format == "auto" else train.fp8_format
 
 
-def weight_problems(train: TrainConfig, parallel: ParallelConfig, optim: OptimConfig,
+def find_fp8_weight_problems(train: TrainConfig, parallel: ParallelConfig, optim: OptimConfig,
                     gpu: GpuConfig) -> list[SettingsProblem]:
-    """Return every violated rule of `train.fp8_weights`."""
+    """Return every violated rule for `train.fp8_weights`."""
     if not train.fp8_weights:
         return []
-    return find_broken(
+    return find_broken_rules(
         train, "train",
         (train.fp8 not in ("none", "nvfp4"), "fp8_weights",
          f"needs an 8-bit recipe, and train.fp8 = {train.fp8}", "choose another recipe, or leave it out"),
@@ -74,19 +74,19 @@ def weight_problems(train: TrainConfig, parallel: ParallelConfig, optim: OptimCo
          "host memory cannot be quantised on the GPU", "leave one of them out"))
 
 
-def quantization_problems(train: TrainConfig, model: ModelConfig, parallel: ParallelConfig,
+def find_fp8_problems(train: TrainConfig, model: ModelConfig, parallel: ParallelConfig,
                           phases: Sequence[PhaseConfig]) -> list[SettingsProblem]:
-    """Return every violated rule of `train.fp8`, from Transformer Engine 2.20 and Megatron-Core."""
+    """Return every violated rule for `train.fp8`, from Transformer Engine 2.20 and Megatron-Core."""
     if train.fp8 == "none":
         return []
     if train.fp8 == "delayed":
-        return find_broken(train, "train", (
+        return find_broken_rules(train, "train", (
             False, "fp8", "is not supported: its scales depend on the largest values of earlier steps, which "
             "checkpoints do not store, so a resumed run would differ", "use tensorwise, which scales each "
             "tensor by its current largest value"))
     start, end = train.fp8_bf16_layers_at_start, train.fp8_bf16_layers_at_end
     pads_tokens = train.fp8_pad_routed_tokens and model.num_moe_layers() > 0
-    problems = find_broken(
+    problems = find_broken_rules(
         train, "train",
         (train.precision == "bf16", "fp8", f"needs train.precision = bf16, not {train.precision}: products "
          "outside of transformer layers stay in bf16"),
@@ -102,18 +102,19 @@ def quantization_problems(train: TrainConfig, model: ModelConfig, parallel: Para
         f" / parallel.tp {parallel.tp} (parallel.sp)" if parallel.sp else "")
     for i, phase in enumerate(phases):
         tokens = phase.seq_len * train.micro_batch_size
-        problems += find_broken(phase, f"data.phases.{i}", (
+        problems += find_broken_rules(phase, f"data.phases.{i}", (
             tokens % (row_parts * multiple) == 0, "seq_len",
             f"x train.micro_batch_size {train.micro_batch_size}{divided} = {tokens / row_parts:g} tokens on "
             f"each process; train.fp8 = {train.fp8} needs a multiple of {multiple}"))
     multiple = RECIPES[train.fp8].width_multiple
     smaller = " or a smaller parallel.tp" if parallel.tp > 1 else ""
-    return problems + find_broken(train, "train", *(
+    return problems + find_broken_rules(train, "train", *(
         (width % multiple == 0, "fp8", f"needs a multiple of {multiple}, and {name} = {width:g}",
-         f"choose another recipe{smaller}") for name, width in _widths(train, model, parallel)))
+         f"choose another recipe{smaller}") for name, width in _quantized_widths(train, model, parallel)))
 
 
-def _widths(train: TrainConfig, model: ModelConfig, parallel: ParallelConfig) -> list[tuple[str, float]]:
+def _quantized_widths(train: TrainConfig, model: ModelConfig,
+                      parallel: ParallelConfig) -> list[tuple[str, float]]:
     """Return name and size per process of both dimensions of every quantised weight."""
     # With nvfp4, Megatron-Core keeps the prediction layer in bf16.
     quantizes_mtp = bool(model.num_mtp_layers) and train.fp8 != "nvfp4"
@@ -162,7 +163,7 @@ def _attention_widths(model: ModelConfig, tp: int, divided: str) -> list[tuple[s
               for name, size in by_head.items())]
 
 
-def _heads_divide(model: ModelConfig, parallel: ParallelConfig) -> bool:
+def _can_divide_heads(model: ModelConfig, parallel: ParallelConfig) -> bool:
     """Return whether context parallel processes can divide the heads with their keys and values."""
     heads, kv_heads = model.num_heads // parallel.tp, model.num_kv_heads // parallel.tp
     return (heads % parallel.cp == 0 and (kv_heads % parallel.cp == 0 or parallel.cp % kv_heads == 0)
@@ -252,21 +253,21 @@ class GpuConfig:
         """Return every violated rule that does not depend on the machine."""
         first, last = self.profile_first_step, self.profile_last_step
         dispatcher, has_experts = parallel.expert_dispatcher, model.num_moe_layers() > 0
-        problems = self._recompute_problems(model, train) + find_broken(
+        problems = self._recompute_problems(model, train) + find_broken_rules(
             self, "gpu",
             (first == last == 0 or 0 < first <= last, "profile_first_step",
              f"and gpu.profile_last_step = {last} must both be 0, or steps from 1 in ascending order"))
         problems += self._exchange_problems(parallel, train)
         problems += self._optimizer_problems(parallel, train, optim)
         problems += self._graph_problems(model, parallel, train)
-        return problems + find_broken(
+        return problems + find_broken_rules(
             self, "gpu",
             (self.grad_dtype == "fp32" or train.precision == "bf16", "grad_dtype",
              f"needs train.precision = bf16, not {train.precision}", "leave it out"),
             (self.rope_fusion != "on" or parallel.cp == 1, "rope_fusion",
              f"does not support rows divided by parallel.cp = {parallel.cp}",
              "set gpu.rope_fusion to auto, or parallel.cp to 1"),
-            (parallel.cp == 1 or self.attention in ("auto", "local") or _heads_divide(model, parallel),
+            (parallel.cp == 1 or self.attention in ("auto", "local") or _can_divide_heads(model, parallel),
              "attention", f"divides heads over parallel.cp = {parallel.cp} processes, which must divide the "
              f"heads per parallel.tp = {parallel.tp} process; latent attention is not supported",
              "set gpu.attention to auto or local, or parallel.cp to 1"),
@@ -280,7 +281,7 @@ class GpuConfig:
     def _recompute_problems(self, model: ModelConfig, train: TrainConfig) -> list[SettingsProblem]:
         recomputed, offloaded = self.recompute_modules, self.offload_modules
         parts_of_moe = [part for part in ("moe_act", "shared_experts") if part in recomputed]
-        return find_broken(
+        return find_broken_rules(
             self, "gpu",
             ((train.recompute == "selective") == bool(recomputed), "recompute_modules",
              f"must be set exactly when train.recompute = selective, and it is {train.recompute}",
@@ -303,11 +304,11 @@ class GpuConfig:
 
     def _exchange_problems(self, parallel: ParallelConfig, train: TrainConfig) -> list[SettingsProblem]:
         """Check token exchange kernels, and the overlap of layers with token exchange."""
-        problems = find_broken(
+        problems = find_broken_rules(
             self, "gpu",
             (self.exchange_sms % 2 == 0, "exchange_sms", "must be even", "add one"))
         if parallel.expert_dispatcher in ("deepep", "hybridep"):
-            problems += find_broken(
+            problems += find_broken_rules(
                 parallel, "parallel",
                 (parallel.ep * parallel.etp > 1, "expert_dispatcher", "needs parallel.ep x parallel.etp > 1: "
                  "with 1 no token is sent to another process", "use alltoall"),
@@ -315,7 +316,7 @@ class GpuConfig:
                  f"sends bf16 only, and train.precision = {train.precision}", "use alltoall"))
         if parallel.expert_overlap != "micro_batches":
             return problems
-        return problems + find_broken(
+        return problems + find_broken_rules(
             parallel, "parallel",
             (train.recompute is not True and "moe" not in self.recompute_modules, "expert_overlap",
              "computes layers in pieces, and train.recompute recomputes whole layers",
@@ -331,7 +332,7 @@ class GpuConfig:
         permutes, dispatcher = "moe_preprocess" in self.cuda_graphs, parallel.expert_dispatcher
         recomputed = self.recompute_modules
         syncs_to_permute = dispatcher == "alltoall" and self.permute_fusion == "off"
-        return find_broken(
+        return find_broken_rules(
             self, "gpu",
             (model.num_moe_layers() > 0, "cuda_graphs", "need a model with experts", "leave it out"),
             ("moe_router" in self.cuda_graphs, "cuda_graphs", "names moe_preprocess without moe_router, and "
@@ -378,7 +379,7 @@ class GpuConfig:
         delays_frozen = parallel.delay_weight_grads and any(group.frozen for group in optim.groups)
         needs = ("needs train.precision = bf16 and parallel.zero1 = true, which are "
                  f"{train.precision} and {str(parallel.zero1).lower()}", "set both, or leave it out")
-        return find_broken(
+        return find_broken_rules(
             self, "gpu",
             (self.moment_dtype == "fp32" or is_sharded, "moment_dtype", *needs),
             (not share or is_sharded, "optimizer_offload", *needs),
@@ -387,18 +388,18 @@ class GpuConfig:
             (not share or "muon" not in (optim.name, *(group.optimizer for group in optim.groups)),
              "optimizer_offload", "supports AdamW, and optim selects muon, whose matrix products are too "
              "slow on the CPU", "leave it out, or set adamw")
-        ) + find_broken(parallel, "parallel", (
+        ) + find_broken_rules(parallel, "parallel", (
             not delays_frozen, "delay_weight_grads", "cannot be used if optim.groups freeze weights",
             "leave it out"))
 
 
-AUTO = GpuConfig()
+DEFAULT_GPU = GpuConfig()
 
 
 def _missing_modules(setting: str, chosen: tuple[str, ...], model: ModelConfig
                      ) -> list[tuple[bool, str, str, str]]:
     if not model.num_moe_layers():
-        return [(name not in OF_EXPERTS, setting, f"names {name}, and the model has no experts "
+        return [(name not in EXPERT_MODULES, setting, f"names {name}, and the model has no experts "
                  f"(model.num_experts = {model.num_experts})", "leave it out") for name in chosen]
     return [("shared_experts" not in chosen or model.num_shared_experts > 0, setting,
              "names shared_experts, and model.num_shared_experts = 0", "leave it out")]

@@ -8,14 +8,13 @@ from functools import cache
 from typing import ClassVar, Literal
 
 from megatron_sov.base.settings import (
-    AboveZero, ActsWhen, AtLeastOne, NotNegativeInt, ProblemCode, SettingsProblem, find_broken, is_set)
+    AboveZero, ActsWhen, AtLeastOne, NotNegativeInt, ProblemCode, SettingsProblem, find_broken_rules, is_set)
 from megatron_sov.model.config.model import ModelConfig
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Parallel layout of the model. The data parallel size is the number of processes divided by
-    `tp * pp * cp`."""
+    """Parallel layout. The data parallel size is the number of processes divided by `tp * pp * cp`."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
         "bucket_params": is_set(".overlap_grad_reduce"),
@@ -69,7 +68,7 @@ class ParallelConfig:
         """Processes that compute a row together; data parallelism runs copies of this group."""
         return self.tp * self.pp * self.cp
 
-    def layers_of_stage(self, stage: int, num_layers: int) -> list[int]:
+    def stage_layers(self, stage: int, num_layers: int) -> list[int]:
         """Return the layers (from 0) on pipeline stage `stage` (from 0), with all its model chunks."""
         num_chunks = self.pp * self.vpp
         chunks = self.pipeline_layout or (num_layers // num_chunks,) * num_chunks
@@ -86,7 +85,7 @@ class ParallelConfig:
 
     @property
     def row_multiple(self) -> int:
-        """Divisor of every row length in tokens. With context parallelism each process gets an early and a
+        """Divisor for every row length in tokens. With context parallelism each process gets an early and a
         late piece of a row, so causal attention costs every process the same."""
         return self.tp * 2 * self.cp if self.cp > 1 else self.tp
 
@@ -97,7 +96,6 @@ class ParallelConfig:
         def reject(key: str, rule: str, way_out: str = "", fix: str = "") -> None:
             problems.append(SettingsProblem(ProblemCode.RULE, f"parallel.{key}", rule, getattr(self, key),
                                             way_out, fix=fix))
-
         for name in ("num_heads", "num_kv_heads"):
             value = getattr(model, name)
             if value % self.tp:
@@ -155,7 +153,7 @@ class ParallelConfig:
     def _layer_problems(self, model: ModelConfig) -> list[SettingsProblem]:
         """Check linear attention, and prediction layers with tied embeddings."""
         heads = 0 if model.linear_attention is None else model.linear_attention.num_key_heads
-        return find_broken(
+        return find_broken_rules(
             self, "parallel",
             (heads % (self.tp * self.cp) == 0, "tp", f"x parallel.cp = {self.cp} must divide "
              f"model.linear_attention.num_key_heads = {heads}", f"for their product {_divisors(heads)}"),
@@ -166,13 +164,13 @@ class ParallelConfig:
 
     def _expert_problems(self, model: ModelConfig) -> list[SettingsProblem]:
         if not model.num_moe_layers():
-            return find_broken(self, "parallel", *(
+            return find_broken_rules(self, "parallel", *(
                 (getattr(self, name) == 1, name, f"must be 1: model.num_experts = {model.num_experts}, so "
                  "there are no experts to divide") for name in ("ep", "etp")),
                 (self.expert_overlap == "none" and not self.delay_weight_grads, "expert_overlap",
                  "and delay_weight_grads need a model with experts", "leave them out"))
         shared, overlaps = model.num_shared_experts * model.expert_ffn_dim, self.expert_overlap != "none"
-        return find_broken(
+        return find_broken_rules(
             self, "parallel",
             (not (overlaps or self.delay_weight_grads) or model.mtp_depths == 1, "expert_overlap",
              "and delay_weight_grads can delay a layer's weight gradients only once per pass, and "

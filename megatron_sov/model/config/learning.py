@@ -14,23 +14,23 @@ NOT_EXTENDING = When("command", lambda command: command != "extend", "is not ext
                      "leave it out, or set the field of the same name in extend.stages")
 
 
-def learns(*objectives: str) -> When:
+def has_objective(*objectives: str) -> When:
     """Return the condition that `objective.name` is in `objectives` or names a user's own objective."""
     commands = " or ".join(f"`megatron-sov {BUILT_IN[name]}`" for name in objectives)
     return When("objective.name", lambda name: name in objectives or name not in BUILT_IN,
                 f"is {' or '.join(objectives)}", f"leave it out, or use {commands}")
 
 
-def learns_without_rounds(way_out: str = "") -> When:
+def has_no_rounds(way_out: str = "") -> When:
     """Return the condition that a run does not use rounds (objective policy), which define phases and steps
     themselves."""
     return When("objective.name", lambda name: name != "policy", "is not policy", way_out)
 
 
-def learns_by_policy(objective: str, method: str) -> AnyOf:
+def has_objective_or_method(objective: str, method: str) -> AnyOf:
     """Return the condition that `objective.name` is `objective`, or is policy with `policy.method` =
     `method`."""
-    return AnyOf(learns(objective), AllOf(learns("policy"), is_one_of("policy.method", method)))
+    return AnyOf(has_objective(objective), AllOf(has_objective("policy"), is_one_of("policy.method", method)))
 
 
 def is_command(name: str) -> When:
@@ -39,7 +39,7 @@ def is_command(name: str) -> When:
                 f"leave it out, or use `megatron-sov {name}`")
 
 
-def stages_leave(field: str) -> AnyOf:
+def is_open_in_stage(field: str) -> AnyOf:
     """Return the condition that at least one stage of `extend` leaves `field` open, so the run's setting
     applies."""
     return AnyOf(NOT_EXTENDING, is_unset("extend.stages"), is_unset(f"extend.stages.*.{field}"))

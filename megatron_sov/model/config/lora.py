@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal, get_args
 from annotated_types import MinLen
 
 from megatron_sov.base.settings import (
-    AboveZero, ActsWhen, NotNegativeInt, SettingsProblem, find_broken, is_set)
+    AboveZero, ActsWhen, NotNegativeInt, SettingsProblem, find_broken_rules, is_set)
 from megatron_sov.model.config.gpu import GpuConfig
 from megatron_sov.model.config.layout import ParallelConfig
 from megatron_sov.model.config.model import ModelConfig
@@ -21,7 +21,7 @@ Target = Literal["all-linear", "q_proj", "k_proj", "v_proj", "o_proj", "b_proj",
                  "g_a_proj", "g_b_proj", "g_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj",
                  "gate_proj", "up_proj", "down_proj", "experts", "lm_head", "embed_tokens"]
 TARGETS: tuple[str, ...] = get_args(Target)
-"""Values of `lora.targets`: transformers' module names, and groups of modules."""
+"""Values for `lora.targets`: transformers' module names, and groups of modules."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class LoraConfig:
     rank: NotNegativeInt = 0
     """Rank of A and B. 0: LoRA is off and all weights are trained."""
     alpha: AboveZero = 16.0
-    """Scale of the update: alpha / `rank`."""
+    """Update scale: alpha / `rank`."""
     targets: Annotated[tuple[Target, ...], MinLen(1)] = ("all-linear",)
     """Adapted modules. Attention: q_proj, k_proj, v_proj, o_proj; Kimi Delta Attention: b_proj, f_a_proj,
     f_b_proj, g_a_proj, g_b_proj; output gate of Solar Open 2: g_proj; latent attention: q_a_proj, q_b_proj,
@@ -43,7 +43,7 @@ class LoraConfig:
     all routed experts, with separate matrices per expert; lm_head; embed_tokens; all-linear: every module of
     the model except lm_head and embed_tokens."""
     dora: bool = False
-    """Also train the magnitude of each row of adapted matrices (DoRA); not available for routed experts,
+    """Also train the magnitude of each row in adapted matrices (DoRA); not available for routed experts,
     lm_head and embed_tokens."""
 
     @property
@@ -64,7 +64,7 @@ class LoraConfig:
         with_experts = self.adapts_experts(model)
         adapted = {*self.targets, *((EXPERTS,) if with_experts else ())}
         tied = {HEAD: "the embedding", EMBEDDING: "the output head"} if model.tied_embeddings else {}
-        return find_broken(
+        return find_broken_rules(
             self, "lora",
             *((target not in self.targets, "targets", f"names {target}, which is also {other} in this model "
                "(model.tied_embeddings = true); an update of only one of them cannot be merged",

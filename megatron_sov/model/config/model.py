@@ -1,5 +1,4 @@
-"""Architecture settings of a model: layer sizes, expert routing, attention and position encodings (no
-torch)."""
+"""Model architecture settings: layer sizes, expert routing, attention and position encodings (no torch)."""
 
 from __future__ import annotations
 
@@ -11,9 +10,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Gt, Le, Lt, MinLen, MultipleOf
 
 from megatron_sov.base.settings import (
-    AboveZero, ActsWhen, AtLeastOne, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem, find_broken,
-    is_set)
-from megatron_sov.base.settings.problem import show
+    AboveZero, ActsWhen, AtLeastOne, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem,
+    find_broken_rules, is_set)
+from megatron_sov.base.settings.problem import format_setting
 from megatron_sov.model.config.bounds import MAX_LAYERS, MAX_SEQ_LEN
 from megatron_sov.model.config.encoders import AudioEncoderConfig, VisionEncoderConfig
 
@@ -24,9 +23,9 @@ Divisor = Annotated[float, Ge(1), Lt(math.inf)]
 LayerType = Literal["sliding_attention", "full_attention", "linear_attention"]
 
 MAX_DEPTHS = 64
-"""Limit of `mtp_depths`; every depth costs a forward pass of the prediction layer and of the output head."""
+"""Limit for `mtp_depths`; every depth costs a forward pass through prediction layer and output head."""
 MAX_EXPERTS = 1_000_000
-"""Limit of experts in all layers together; every expert has separate tensors in a Hugging Face folder."""
+"""Limit for experts in all layers together; every expert has separate tensors in a Hugging Face folder."""
 LAYER_TYPES: dict[str, LayerType] = {"L": "sliding_attention", "G": "full_attention", "D": "linear_attention"}
 """Letter in `attention_pattern` -> transformers' name in `layer_types`."""
 
@@ -39,7 +38,7 @@ class IdBlock:
     first: NotNegativeInt
     """Token id of the codebook's code 0."""
     size: AtLeastOne
-    """Number of codes in the codebook."""
+    """Number of codes."""
 
     @property
     def end(self) -> int:
@@ -54,21 +53,20 @@ class LatentAttentionConfig:
     `qk_rope_head_dim`, shared by all heads, carries the position."""
 
     kv_lora_rank: Width
-    """Width of the latent vector from which keys and values are projected (Hugging Face: `kv_lora_rank`)."""
+    """Width of the latent vector from which keys and values are projected."""
     qk_nope_head_dim: Width
-    """Channels per head of queries and keys without rotary position."""
+    """Query and key channels per head without rotary position."""
     qk_rope_head_dim: Annotated[Width, MultipleOf(2)]
-    """Channels per head of queries and keys with rotary position; all heads share the rotated key. Must be
-    even."""
+    """Query and key channels per head with rotary position; all heads share the rotated key. Must be even."""
     v_head_dim: Width
-    """Channels per head of values."""
+    """Value channels per head."""
     q_lora_rank: Width | None = None
     """Width of the latent vector from which queries are projected. None: queries are projected from the
     layer's input directly."""
 
     @property
     def query_dim(self) -> int:
-        """Channels per head of queries and keys: `qk_nope_head_dim + qk_rope_head_dim`."""
+        """Query and key channels per head: `qk_nope_head_dim + qk_rope_head_dim`."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
@@ -105,7 +103,7 @@ class LinearAttentionConfig:
         return (self.key_head_dim, self.key_head_dim, self.value_head_dim, 1)
 
     @property
-    def convolved(self) -> int:
+    def convolved_channels(self) -> int:
         """Convolved channels per head: query, key and value."""
         return sum(self.projected[:3])
 
@@ -115,16 +113,16 @@ class LinearAttentionConfig:
         return self.num_value_heads * self.key_head_dim * self.value_head_dim
 
     @property
-    def kept_size(self) -> int:
+    def cached_size(self) -> int:
         """Values per sequence and layer in the generation cache: the state, and the last `conv_taps - 1`
         inputs of the convolution."""
-        return self.state_size + (self.conv_taps - 1) * self.num_key_heads * self.convolved
+        return self.state_size + (self.conv_taps - 1) * self.num_key_heads * self.convolved_channels
 
     @property
-    def token_products(self) -> int:
-        """Multiplications per token outside of the projections: reading, decaying, writing and querying the
+    def products_per_token(self) -> int:
+        """Multiplications per token outside the projections: reading, decaying, writing and querying the
         state (4 passes), and the convolution."""
-        return 4 * self.state_size + self.conv_taps * self.num_key_heads * self.convolved
+        return 4 * self.state_size + self.conv_taps * self.num_key_heads * self.convolved_channels
 
 
 @dataclass(frozen=True)
@@ -169,7 +167,7 @@ def shortest_pattern(letters: str) -> str:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Architecture of a model. `family` selects the mapping to Hugging Face names
+    """Model architecture. `family` selects the mapping to Hugging Face names
     (`megatron_sov/model/families`)."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
@@ -183,7 +181,7 @@ class ModelConfig:
     family: str
     """Model family; equals `model_type` in a Hugging Face config.json."""
     vocab_size: Annotated[AtLeastOne, Le(100_000_000)]
-    """Number of token ids, reserved ids included."""
+    """Vocabulary size, reserved token ids included."""
     hidden_size: Annotated[AtLeastOne, Le(10_000_000)]
     """Width of the residual stream."""
     num_layers: Annotated[AtLeastOne, Le(MAX_LAYERS)]
@@ -223,42 +221,42 @@ class ModelConfig:
     routed_scaling_factor: AboveZero = 1.0
     """Factor on the combine weights of the chosen experts."""
     router_bias_update_rate: NotNegative = 1e-3
-    """Change of the selection bias per optimizer step (arXiv 2408.15664). 0 freezes the bias."""
+    """Change in the selection bias per optimizer step (arXiv 2408.15664). 0 freezes the bias."""
     seq_aux_loss_coeff: NotNegative = 1e-4
     """Weight of the sequence-level load-balancing loss (DeepSeek-V3, arXiv 2412.19437, equation 17)."""
     attention_pattern: Annotated[str, MinLen(1)] = "G"
     """Repeating pattern, one letter per layer: L = sliding window, G = global attention, D = linear
     attention."""
     sliding_window_tokens: Annotated[NotNegativeInt, Le(MAX_SEQ_LEN)] = 0
-    """Window of L layers in tokens, current token included. Must be 0 if the pattern has no L."""
+    """Window for L layers in tokens, current token included. Must be 0 if the pattern has no L."""
     layer_windows: tuple[NotNegativeInt, ...] = ()
-    """Window of every layer in tokens, if L layers differ (K-EXAONE 2.0); 0 for G layers. Empty: L layers use
-    `sliding_window_tokens`."""
+    """Window for every layer in tokens, if L layers differ (K-EXAONE 2.0); 0 for G layers. Empty: L layers
+    use `sliding_window_tokens`."""
     rope_on_global: bool = True
     """Rotate queries and keys in G layers. False: G layers have no position encoding (NoPE)."""
     rope_theta: AboveZero = 1e6
-    """Base of the rotary frequencies."""
+    """RoPE base."""
     local_rope_theta: AboveZero | None = None
-    """Base of the rotary frequencies in L layers. None: `rope_theta`."""
+    """RoPE base in L layers. None: `rope_theta`."""
     rope_share: Annotated[float, Gt(0), Le(1)] = 1.0
     """Share of a head's channels that rotate, counted from the first channel."""
     yarn: YarnConfig | None = None
     """YaRN scaling for contexts beyond the original length. None: plain RoPE."""
     llama3_rope: Llama3RopeConfig | None = None
-    """Llama 3.1 rotary scaling; excludes `model.yarn`. None: off."""
+    """Llama 3.1 rotary scaling; cannot be combined with `model.yarn`. None: off."""
     linear_rope_factor: Divisor | None = None
-    """Divisor for all rotary frequencies; excludes `model.yarn`. With `local_rope_theta`, only G layers are
-    scaled. None: off."""
+    """Divisor for all rotary frequencies; cannot be combined with `model.yarn`. With `local_rope_theta`, only
+    G layers are scaled. None: off."""
     qkv_bias: bool = False
     """Add a bias to the query, key and value projections."""
     qk_norm: bool = False
     """Apply RMSNorm to every query and key head before RoPE."""
     norm_eps: AboveZero = 1e-5
-    """Epsilon of every RMSNorm."""
+    """Epsilon in every RMSNorm."""
     zero_centered_norms: bool = False
     """Scale RMSNorm outputs by 1 + weight instead of the weight (Gemma)."""
     activation: Literal["silu", "gelu_tanh"] = "silu"
-    """Activation of the gate projection in feed-forward networks; gelu_tanh is GELU's tanh approximation."""
+    """Activation for the gate projection in feed-forward networks; gelu_tanh is GELU's tanh approximation."""
     swiglu_limits: tuple[NotNegative, ...] = ()
     """Clamp per layer for gate and up projections before the activation, experts included (K-EXAONE 2.0):
     gate <= limit, -limit <= up <= limit. 0: no clamp in that layer. Empty: no clamp."""
@@ -274,7 +272,7 @@ class ModelConfig:
     logits_multiplier: AboveZero = 1.0
     """Factor on logits."""
     logits_softcap: AboveZero | None = None
-    """Limit of logits: cap * tanh(logits / cap), applied after `logits_multiplier` and before any
+    """Limit for logits: cap * tanh(logits / cap), applied after `logits_multiplier` and before any
     temperature. None: off."""
     tied_embeddings: bool = False
     """Use the embedding matrix as the output head."""
@@ -283,13 +281,13 @@ class ModelConfig:
     mtp_experts: bool = False
     """Give the multi-token prediction layer experts, with the same sizes as other layers. False: dense."""
     mtp_attention: Literal["G", "L"] = "G"
-    """Attention of the multi-token prediction layer: G = global, L = sliding window
+    """Attention in the multi-token prediction layer: G = global, L = sliding window
     (`sliding_window_tokens`)."""
     mtp_depths: Annotated[AtLeastOne, Le(MAX_DEPTHS)] = 1
     """How often the multi-token prediction layer is applied; every application predicts a token further ahead
     (K-EXAONE 2.0: 4)."""
     mtp_loss_coeff: NotNegative = 0.05
-    """Weight of the multi-token prediction loss."""
+    """Multi-token prediction loss weight."""
     max_position_tokens: Annotated[AtLeastOne, Le(MAX_SEQ_LEN)] = 131072
     """Longest supported context, in tokens."""
     latent_attention: LatentAttentionConfig | None = None
@@ -300,9 +298,9 @@ class ModelConfig:
     """Multiply every attention head's output by the sigmoid of a projection of the layer's input (Solar Open
     2; arXiv 2505.06708). D layers are not affected."""
     audio_tokens: IdBlock | None = None
-    """Token ids of discrete audio. None: the vocabulary has no audio tokens."""
+    """Token ids for discrete audio. None: the vocabulary has no audio tokens."""
     image_tokens: IdBlock | None = None
-    """Token ids of discrete images. None: the vocabulary has no image tokens."""
+    """Token ids for discrete images. None: the vocabulary has no image tokens."""
     vision: VisionEncoderConfig | None = None
     """Image encoder whose features replace the embeddings of placeholder tokens. None: no image encoder."""
     audio: AudioEncoderConfig | None = None
@@ -318,22 +316,22 @@ class ModelConfig:
     def num_linear_layers(self) -> int:
         return self.layer_types().count("linear_attention")
 
-    def state_tokens(self) -> int:
-        """Return the number of cached tokens whose bf16 keys and values take as much memory as the float32
-        states of all linear layers. 0 if the model has no linear layers, or no layer caches keys."""
+    def count_state_tokens(self) -> int:
+        """Return how many cached tokens take as much memory (bf16 keys and values) as the float32 states in
+        all linear layers. 0 if the model has no linear layers, or no layer caches keys."""
         num_linear, latent = self.num_linear_layers(), self.latent_attention
         layer_cache = 2 * self.num_kv_heads * self.head_dim if latent is None else latent.cached_dim
         token_cache = (self.num_layers - num_linear) * layer_cache
         if self.linear_attention is None or not token_cache:
             return 0
         # A float32 state value takes as many bytes as two bf16 values; rounded up.
-        return -(-2 * num_linear * self.linear_attention.kept_size // token_cache)
+        return -(-2 * num_linear * self.linear_attention.cached_size // token_cache)
 
     def mtp_layer_type(self) -> LayerType:
         return "sliding_attention" if self.mtp_attention == "L" else "full_attention"
 
     def windows(self) -> list[int]:
-        """Return the sliding window of every layer in tokens; 0 for layers without a window."""
+        """Return the sliding window for every layer in tokens; 0 for layers without a window."""
         return [*self.layer_windows] or [
             self.sliding_window_tokens if kind == "sliding_attention" else 0 for kind in self.layer_types()]
 
@@ -342,10 +340,10 @@ class ModelConfig:
         return self.sliding_window_tokens if self.mtp_attention == "L" else 0
 
     def limits(self) -> list[float]:
-        """Return the SwiGLU clamp of every layer; 0 for layers without a clamp."""
+        """Return the SwiGLU clamp for every layer; 0 for layers without a clamp."""
         return [*self.swiglu_limits] or [0.0] * self.num_layers
 
-    def at_depth(self, num_layers: int) -> dict[str, Any]:
+    def fields_for_depth(self, num_layers: int) -> dict[str, Any]:
         """Return `ModelConfig` fields for a model with `num_layers` layers. `layer_windows` repeats from the
         first layer; `swiglu_limits` is resampled over the new depth."""
         fields: dict[str, Any] = {"num_layers": num_layers}
@@ -392,11 +390,11 @@ class ModelConfig:
         return any(part is not None for part in parts)
 
     def norms_per_layer(self) -> int:
-        """Return the number of RMSNorms of width `hidden_size` per layer."""
+        """Count RMSNorms with width `hidden_size` per layer."""
         return 4 if self.block_norms == "both" else 2
 
     def num_moe_layers(self) -> int:
-        """Return the number of transformer layers with experts."""
+        """Count transformer layers with experts."""
         return self.num_layers - self.num_dense_layers if self.num_experts else 0
 
     def num_mtp_moe_layers(self) -> int:
@@ -414,7 +412,7 @@ class ModelConfig:
         candidates = chosen_groups * experts // groups
         has_window = self.sliding_window_tokens > 0
         problems = self._position_problems() + self._list_problems() + self._linear_problems()
-        return problems + self._media_problems() + find_broken(
+        return problems + self._media_problems() + find_broken_rules(
             self, "model",
             (self.num_heads % self.num_kv_heads == 0, "num_kv_heads",
              f"must divide model.num_heads = {self.num_heads}"),
@@ -448,7 +446,7 @@ class ModelConfig:
 
     def _linear_problems(self) -> list[SettingsProblem]:
         linear, has_linear_layers = self.linear_attention, "D" in self.attention_pattern
-        problems = find_broken(
+        problems = find_broken_rules(
             self, "model",
             (has_linear_layers == (linear is not None), "linear_attention",
              f"must be set exactly when model.attention_pattern = {self.attention_pattern} has a D"),
@@ -460,7 +458,7 @@ class ModelConfig:
              "does not support model.qkv_bias = true: no family has a bias on the gate", "set it to false"))
         if linear is None:
             return problems
-        return problems + find_broken(
+        return problems + find_broken_rules(
             linear, "model.linear_attention",
             (linear.num_value_heads == linear.num_key_heads, "num_value_heads",
              f"must be num_key_heads = {linear.num_key_heads}"))
@@ -470,7 +468,7 @@ class ModelConfig:
         slides = [kind == "sliding_attention" for kind in self.layer_types()]
         length = f"must have one entry per layer: model.num_layers = {self.num_layers}"
         empty = "set it to []"
-        return find_broken(
+        return find_broken_rules(
             self, "model",
             (len(self.layer_windows) in (0, self.num_layers), "layer_windows", length, empty),
             (len(self.layer_windows) != self.num_layers or [w > 0 for w in self.layer_windows] == slides,
@@ -481,7 +479,7 @@ class ModelConfig:
     def _position_problems(self) -> list[SettingsProblem]:
         """Check RoPE, RoPE scaling and latent attention."""
         yarn, llama3, latent = self.yarn, self.llama3_rope, self.latent_attention
-        problems = find_broken(
+        problems = find_broken_rules(
             self, "model",
             (self.rope_share == 1 or not self.head_dim * self.rope_share % 2, "rope_share",
              f"must rotate an even number of the model.head_dim = {self.head_dim} channels"),
@@ -496,7 +494,7 @@ class ModelConfig:
             (yarn is None or yarn.mscale == 1 or latent is not None, "yarn.mscale",
              "needs model.latent_attention", "set it to 1"))
         if llama3 is not None:
-            problems += find_broken(
+            problems += find_broken_rules(
                 llama3, "model.llama3_rope",
                 (llama3.low_freq_factor < llama3.high_freq_factor, "low_freq_factor",
                  f"must be below model.llama3_rope.high_freq_factor = {llama3.high_freq_factor:g}"),
@@ -506,7 +504,7 @@ class ModelConfig:
             return problems
         unsupported = {"qkv_bias": False, "qk_norm": False, "rope_share": 1.0, "llama3_rope": None,
                        "local_rope_theta": None, "zero_centered_norms": False, "attention_multiplier": None}
-        return problems + find_broken(
+        return problems + find_broken_rules(
             self, "model",
             (self.head_dim == latent.query_dim, "head_dim",
              f"must be model.latent_attention.qk_nope_head_dim {latent.qk_nope_head_dim} + qk_rope_head_dim "
@@ -519,13 +517,13 @@ class ModelConfig:
              "cannot have an L with model.latent_attention, which has no sliding windows",
              "set model.attention_pattern and model.mtp_attention to G"),
             *((getattr(self, name) == value, name, "does not support model.latent_attention",
-               f"set it to {show(value)}") for name, value in unsupported.items()))
+               f"set it to {format_setting(value)}") for name, value in unsupported.items()))
 
     def _media_problems(self) -> list[SettingsProblem]:
         """Check media token ids and encoders."""
         blocks = {name: block for name in ("audio_tokens", "image_tokens")
                   if (block := getattr(self, name)) is not None}
-        problems = find_broken(self, "model", *(
+        problems = find_broken_rules(self, "model", *(
             (block.end <= self.vocab_size, name, f"must end within model.vocab_size = {self.vocab_size}")
             for name, block in blocks.items()))
         by_first_id = sorted(blocks.items(), key=lambda item: item[1].first)

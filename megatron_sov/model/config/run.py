@@ -16,26 +16,27 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast, get_args
 
-from megatron_sov.base.errors import UserError, download_dataset, fix_missing, nearest
+from megatron_sov.base.errors import UserError, fix_missing, suggest_dataset_download, suggest_name
 from megatron_sov.base.hints.removed import SETTINGS as REMOVED_SETTINGS, without_removed
 from megatron_sov.base.hints.table import instead_of, note_on, settings_called
 from megatron_sov.base.plugins.loading import PluginCode
 from megatron_sov.base.settings import (
-    ActsWhen, NotNegative, ProblemCode as Kind, SettingsError, SettingsProblem, assign_all, check, fields_of,
-    find_broken, hint_below, hints_of, is_none_of, is_set, parse_changes, read)
+    ActsWhen, NotNegative, ProblemCode as Kind, SettingsError, SettingsProblem, assign_values,
+    find_broken_rules, find_declaration_problems, get_field_hints, get_inner_hint, is_none_of, is_set,
+    list_fields, parse_changes, parse_settings)
 from megatron_sov.model.config.bounds import MAX_STEPS
 from megatron_sov.model.config.data import (
-    DataConfig, PhaseConfig, batch_size_at, named_shards, nearest_multiple, phase_steps, phase_tokens,
-    ramp_changes)
+    DataConfig, PhaseConfig, batch_size_at, find_ramp_changes, nearest_multiple, phase_steps, phase_tokens,
+    split_source_name)
 from megatron_sov.model.config.encoders import MediaConfig
 from megatron_sov.model.config.evaluate import EvaluateConfig, ExtendConfig, NeedleConfig
-from megatron_sov.model.config.gpu import GpuConfig, quantization_problems, weight_problems
+from megatron_sov.model.config.gpu import GpuConfig, find_fp8_problems, find_fp8_weight_problems
 from megatron_sov.model.config.layout import ParallelConfig
-from megatron_sov.model.config.learning import BUILT_IN, learns
+from megatron_sov.model.config.learning import BUILT_IN, has_objective
 from megatron_sov.model.config.lora import LoraConfig
 from megatron_sov.model.config.model import ModelConfig
 from megatron_sov.model.config.post_training import (
-    WITH_REFERENCE, DistillationConfig, PolicyConfig, PolicyParts, PreferenceConfig, RolloutConfig)
+    REFERENCE_METHODS, DistillationConfig, PolicyConfig, PolicyParts, PreferenceConfig, RolloutConfig)
 from megatron_sov.model.config.train import GuardConfig, ObsConfig, OptimConfig, TrainConfig
 
 
@@ -44,8 +45,8 @@ class ObjectiveConfig:
     """Training objective, with the weights of its loss terms."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
-        "text_coeff loss_per": learns("sft"),
-        "audio_weight image_weight": learns("lm", "sft"),
+        "text_coeff loss_per": has_objective("sft"),
+        "audio_weight image_weight": has_objective("lm", "sft"),
         "audio_weight": is_set("model.audio_tokens"),
         "image_weight": is_set("model.image_tokens"),
         "options": is_none_of(".name", *BUILT_IN)}
@@ -61,9 +62,9 @@ class ObjectiveConfig:
     """sft: unit with equal weight in the loss. token: every response token; turn: mean over every assistant
     turn; sample: mean over every conversation."""
     audio_weight: NotNegative = 1.0
-    """lm, sft: loss weight of tokens in `model.audio_tokens`; text tokens have weight 1."""
+    """lm, sft: loss weight for tokens in `model.audio_tokens`; text tokens have weight 1."""
     image_weight: NotNegative = 1.0
-    """lm, sft: loss weight of tokens in `model.image_tokens`."""
+    """lm, sft: loss weight for tokens in `model.image_tokens`."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments for your own objective."""
 
@@ -81,7 +82,7 @@ class RunConfig:
     """
 
     recipe: str
-    """Name of the recipe."""
+    """Recipe name."""
     model: ModelConfig
     """Model architecture."""
     parallel: ParallelConfig = ParallelConfig()
@@ -95,13 +96,13 @@ class RunConfig:
     objective: ObjectiveConfig = ObjectiveConfig()
     """Training objective."""
     preference: PreferenceConfig = PreferenceConfig()
-    """Preference loss of objective `preference`."""
+    """Preference loss for objective `preference`."""
     distillation: DistillationConfig = DistillationConfig()
-    """Distillation loss of objective `distill`."""
+    """Distillation loss for objective `distill`."""
     rollout: RolloutConfig = RolloutConfig()
     """Rollouts of reinforcement learning."""
     policy: PolicyConfig = PolicyConfig()
-    """Policy loss of objective `policy`."""
+    """Policy loss for objective `policy`."""
     needle: NeedleConfig = NeedleConfig()
     """Needle test of `extend`."""
     extend: ExtendConfig = ExtendConfig()
@@ -117,12 +118,12 @@ class RunConfig:
     lora: LoraConfig = LoraConfig()
     """Low-rank adaptation of a frozen model."""
     media: MediaConfig = MediaConfig()
-    """Training of image and audio encoders."""
+    """Image and audio encoder training."""
     code: tuple[PluginCode, ...] = ()
     """Your own code named by other settings; written by the command."""
 
     @property
-    def documents_of_unit(self) -> int:
+    def documents_per_unit(self) -> int:
         """Documents of a round that must share a row: 2 for preference pairs, else 1."""
         return 2 if self.policy.learns_preferences and self.preference.method != "grouper" else 1
 
@@ -153,11 +154,11 @@ class RunConfig:
         problems += self._objective_problems() + self.optim.problems() + self.extend.problems()
         problems += self.rollout.problems() + self.policy.problems(self.rollout)
         problems += self.gpu.problems(self.model, self.parallel, self.train, self.optim)
-        problems += self._watching_problems()
-        problems += quantization_problems(self.train, self.model, self.parallel, self.data.phases)
-        problems += weight_problems(self.train, self.parallel, self.optim, self.gpu)
+        problems += self._guard_problems()
+        problems += find_fp8_problems(self.train, self.model, self.parallel, self.data.phases)
+        problems += find_fp8_weight_problems(self.train, self.parallel, self.optim, self.gpu)
         problems += self.lora.problems(self.model, self.parallel, self.train, self.optim, self.gpu)
-        problems += find_broken(
+        problems += find_broken_rules(
             self, "",
             (not (self.lora.on and self.media.train_encoders), "media.train_encoders",
              "cannot be used with lora.rank, which freezes all weights except adapters",
@@ -168,7 +169,7 @@ class RunConfig:
     def _objective_problems(self) -> list[SettingsProblem]:
         distillation, preference = self.distillation, self.preference
         name, method, vocab_size = self.objective.name, preference.method, self.model.vocab_size
-        return find_broken(
+        return find_broken_rules(
             self, "",
             (not self.gpu.cuda_graphs or name not in ("policy", "preference"), "gpu.cuda_graphs",
              f"cannot be used with objective {name}, whose rows share prompts, replay routes or change "
@@ -178,30 +179,30 @@ class RunConfig:
             (not distillation.other_tokenizer or distillation.top_k > 0, "distillation.other_tokenizer",
              "needs distillation.top_k > 0: for another tokenizer only the teacher's most probable tokens "
              "can be stored"),
-            *(self._rules_of_round_preferences() if name == "policy" and self.policy.learns_preferences
+            *(self._round_preference_rules() if name == "policy" and self.policy.learns_preferences
               else ()),
             (not preference.chosen_coeff or method != "orpo", "preference.chosen_coeff",
              "has no effect with orpo, which always learns chosen responses with weight 1", "leave it out"),
             (not preference.chosen_coeff or method != "grouper", "preference.chosen_coeff",
              "has no effect with grouper: groups have no chosen response", "leave it out"))
 
-    def _rules_of_round_preferences(self) -> list[tuple[bool, str, str, str]]:
+    def _round_preference_rules(self) -> list[tuple[bool, str, str, str]]:
         """Return the rules for `policy.method = preference`, which learns preferences from rounds."""
         method, rollout = self.preference.method, self.rollout
-        compares = method in WITH_REFERENCE and self.policy.reference == "round"
+        compares = method in REFERENCE_METHODS and self.policy.reference == "round"
         return [(method != "kto", "preference.method", "learns from single responses, and rounds have groups",
                  "choose a method for pairs, or grouper"),
                 (not compares or not rollout.rounds or rollout.steps_per_round > 1, "rollout.steps_per_round",
                  f"must be at least 2: in the first step of a round, preference.method = {method} compares "
                  "the model with itself", "set it, or policy.reference=run")]
 
-    def _watching_problems(self) -> list[SettingsProblem]:
+    def _guard_problems(self) -> list[SettingsProblem]:
         """Check guards and background evaluation."""
         guards, jobs, lm = self.guards, self.evaluate.background, self.evaluate.lm
         evaluates_lm, deterministic = "lm" in jobs.tasks, self.train.deterministic
         needs = ("needs train.deterministic = true: otherwise a healthy process may compute different bits "
                  "the second time")
-        return find_broken(
+        return find_broken_rules(
             self, "",
             (not guards.probe_every_steps or deterministic, "guards.probe_every_steps", needs),
             (not guards.attribute or deterministic, "guards.attribute", needs),
@@ -225,7 +226,7 @@ class RunConfig:
         samples, multiple, tp, cp = (self.train.micro_batch_size, self.parallel.row_multiple,
                                      self.parallel.tp, self.parallel.cp)
         product = f"2 x parallel.cp {cp} x parallel.tp {tp} = {multiple}" if cp > 1 else f"parallel.tp = {tp}"
-        problems = find_broken(self, "", (
+        problems = find_broken_rules(self, "", (
             bool(self.train.steps or self.train.tokens or self.train.epochs
                  or all(phase.tokens for phase in self.data.phases)),
             "train.steps", "needs a token budget",
@@ -233,7 +234,7 @@ class RunConfig:
         for i, phase in enumerate(self.data.phases):
             # A row (the samples of a micro-batch) is divided over context and tensor parallel processes.
             row_tokens = phase.seq_len * samples
-            problems += find_broken(
+            problems += find_broken_rules(
                 phase, f"data.phases.{i}",
                 (row_tokens % multiple == 0, "seq_len", f"x train.micro_batch_size {samples} = {row_tokens} "
                  f"tokens per row must be a multiple of {product}"))
@@ -243,19 +244,19 @@ class RunConfig:
         """Return the phases whose samples are longer than `model.max_position_tokens`."""
         limit = self.model.max_position_tokens
         return [dataclasses.replace(problem, fix=f"{problem.key}={limit}")
-                for i, phase in enumerate(self.data.phases) for problem in find_broken(
+                for i, phase in enumerate(self.data.phases) for problem in find_broken_rules(
             phase, f"data.phases.{i}",
             (phase.seq_len <= limit, "seq_len", f"exceeds model.max_position_tokens = {limit}",
              f"set it to at most {limit}; `megatron-sov extend` trains a model on longer texts"))]
 
     def _batch_problems(self, num_ranks: int) -> list[SettingsProblem]:
-        """Check the batch sizes of all phases and of the ramp, and the number of steps."""
+        """Check batch sizes in all phases and in the ramp, and the number of steps."""
         t = self.train
         dp = num_ranks // self.parallel.ranks_per_replica
         unit = t.micro_batch_size * dp
         # Reversed, so that the first phase with a batch size is named. Every size of a ramp must divide.
         sizes = {batch_size_at(t, phase, step): phase for phase in reversed(self.data.phases)
-                 for step in [t.ramp_steps, 0, *ramp_changes(t, phase)]}
+                 for step in [t.ramp_steps, 0, *find_ramp_changes(t, phase)]}
         interleaved = self.parallel.vpp > 1
         # Megatron-Core's interleaved schedule processes micro-batches in groups of `pp`.
         unit *= self.parallel.pp if interleaved else 1
@@ -294,7 +295,7 @@ class RunConfig:
 
     def check(self, num_ranks: int = 1) -> None:
         """Raise `SettingsError` for all values out of bounds, or else for all violated rules."""
-        problems = check(self) or self.problems(num_ranks)
+        problems = find_declaration_problems(self) or self.problems(num_ranks)
         if problems:
             raise SettingsError(f"recipe {self.recipe}", problems)
 
@@ -332,11 +333,12 @@ def from_dict(raw: dict[str, Any], where: str = "config") -> RunConfig:
     Raises:
         SettingsError: unknown settings (with the nearest known name), wrong types or values out of bounds.
     """
-    return read(RunConfig, without_removed(raw) if isinstance(raw, dict) else raw, where, instead=_instead,
+    return parse_settings(RunConfig, without_removed(raw) if isinstance(raw, dict) else raw, where,
+                instead=_suggest_setting,
                 rules=False)
 
 
-def _instead(key: str) -> str:
+def _suggest_setting(key: str) -> str:
     """Return a hint for the unknown setting `key`: its new name, or similar settings."""
     if key in RENAMED:
         return f"it is now called {RENAMED[key]}"
@@ -348,8 +350,8 @@ def _instead(key: str) -> str:
     # A similar name in the same group is likelier than the same name in another group, unless other
     # programs use the name.
     is_misspelled = "." in key and not settings_called(last) and not note_on(last)
-    group: Any = hint_below(RunConfig, key.partition(".")[0]) if is_misspelled else None
-    if dataclasses.is_dataclass(group) and nearest(last, fields_of(cast(Any, group))):
+    group: Any = get_inner_hint(RunConfig, key.partition(".")[0]) if is_misspelled else None
+    if dataclasses.is_dataclass(group) and suggest_name(last, list_fields(cast(Any, group))):
         return ""
     candidates = find_settings(last)
     return f"did you mean {' or '.join(map(repr, candidates[:4]))}?" if candidates else instead_of(last)
@@ -357,19 +359,19 @@ def _instead(key: str) -> str:
 
 @cache
 def setting_names() -> tuple[str, ...]:
-    """Return the dotted names of all settings in field order, without settings of list items."""
+    """Return the dotted names of all settings in field order, without list items."""
     return tuple(name for name, _, _ in iter_settings(RunConfig) if ".0." not in name)
 
 
 def iter_settings(cls: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
-    """Yield (dotted name, class of the field, whether nested settings follow) for all settings of `cls`.
+    """Yield (dotted name, the field's class, whether nested settings follow) for all settings in `cls`.
 
     Nested settings follow an optional group, and a list (settings of item 0).
     """
-    hints = hints_of(cls)
-    for field_name in fields_of(cls):
-        name, inner = f"{prefix}{field_name}", hint_below(cls, field_name)
-        items = hint_below(inner, "0")
+    hints = get_field_hints(cls)
+    for field_name in list_fields(cls):
+        name, inner = f"{prefix}{field_name}", get_inner_hint(cls, field_name)
+        items = get_inner_hint(inner, "0")
         if dataclasses.is_dataclass(inner):
             if type(None) in get_args(hints[field_name]):  # an optional group can itself be set to null
                 yield name, cls, True
@@ -412,7 +414,7 @@ def correct_setting(word: str, groups: Sequence[str] = ()) -> str:
 
 
 def is_setting(word: str) -> bool:
-    """Return whether `word` is the dotted name of a setting or of a group."""
+    """Return whether `word` is a setting's or group's dotted name."""
     names = setting_names()
     return bool(word in names or re.search(r"\.\d+(\.|$)", word)) or any(
         name.startswith(f"{word}.") or ("." in name and word.startswith(f"{name}.")) for name in names)
@@ -435,19 +437,19 @@ def apply_settings(config: RunConfig, settings: Sequence[str], option: str = "--
     """
     changes = parse_changes(settings, option)
     previous = config.to_dict()
-    raw = assign_all(config, changes, option, _instead)
+    raw = assign_values(config, changes, option, _suggest_setting)
     for switch, numbers in SWITCHES:
-        if switch in changes and _value(raw, switch) != _value(previous, switch):
+        if switch in changes and _get_value(raw, switch) != _get_value(previous, switch):
             group = switch.partition(".")[0]
             defaults = dataclasses.asdict(type(getattr(config, group))())
             names = [number.partition(".")[2] for number in numbers if number not in changes]
             raw[group].update({name: defaults[name] for name in names})
-    _take_min_lr_along(raw, config.optim, changes)
-    _spread_tokens(raw, config, changes)
+    _scale_min_lr(raw, config.optim, changes)
+    _scale_phase_tokens(raw, config, changes)
     return from_dict(raw, option)
 
 
-def _spread_tokens(raw: dict[str, Any], previous: RunConfig, changes: Mapping[str, Any]) -> None:
+def _scale_phase_tokens(raw: dict[str, Any], previous: RunConfig, changes: Mapping[str, Any]) -> None:
     """Divide `train.tokens` over the phases in proportion to their previous tokens."""
     total = changes.get("train.tokens")
     if not isinstance(total, int) or total <= 0:  # 0 is no budget; other types are rejected by `from_dict`
@@ -464,7 +466,7 @@ def _spread_tokens(raw: dict[str, Any], previous: RunConfig, changes: Mapping[st
         phase["tokens"] = max(1, end - start)
 
 
-def _take_min_lr_along(raw: dict[str, Any], previous: OptimConfig, changes: Mapping[str, Any]) -> None:
+def _scale_min_lr(raw: dict[str, Any], previous: OptimConfig, changes: Mapping[str, Any]) -> None:
     """Scale `optim.min_lr` with a changed `optim.lr` or schedule, if it is not set itself.
 
     The ratio is the recipe's, or that of `OptimConfig` if the recipe's schedule is constant.
@@ -481,7 +483,7 @@ def _take_min_lr_along(raw: dict[str, Any], previous: OptimConfig, changes: Mapp
         optim["min_lr"] = min(reference.min_lr / reference.lr * lr, lr)
 
 
-def _value(raw: dict[str, Any], key: str) -> Any:
+def _get_value(raw: dict[str, Any], key: str) -> Any:
     group, _, name = key.partition(".")
     return raw[group].get(name) if isinstance(raw[group], dict) else None
 
@@ -493,12 +495,12 @@ def layout_settings(config: RunConfig) -> list[str]:
             f"train.precision={config.train.precision}"]
 
 
-def weighted_path(argument: str, said: str) -> tuple[str, float]:
+def split_weight(argument: str, subject: str) -> tuple[str, float]:
     """Split FOLDER[:weight] into folder and weight, 1 by default. FOLDER may contain a colon.
 
     Args:
         argument: the user's text.
-        said: beginning of error messages.
+        subject: beginning of error messages.
 
     Raises:
         UserError: FOLDER does not exist and the text after the last colon is not a number of at least 0.
@@ -509,9 +511,9 @@ def weighted_path(argument: str, said: str) -> tuple[str, float]:
     try:
         weight = float(text)
     except ValueError:
-        raise UserError(f"{said}: does not exist, and {text!r} after the colon is not a weight") from None
+        raise UserError(f"{subject}: does not exist, and {text!r} after the colon is not a weight") from None
     if not 0 <= weight < math.inf:
-        raise UserError(f"{said}: the weight must be a number that is not negative")
+        raise UserError(f"{subject}: the weight must be a number that is not negative")
     return path, weight
 
 
@@ -523,12 +525,12 @@ def _explain_missing(folder: str) -> str:
     if Path(f"{folder}.bin").exists() or Path(f"{folder}.idx").exists():
         return ("is the prefix of a Megatron indexed dataset; pass a folder from `sov-data pack`, or convert "
                 "the dataset by `sov-data adopt`")
-    if not Path(folder).parent.exists() and (hint := download_dataset(folder)):
+    if not Path(folder).parent.exists() and (hint := suggest_dataset_download(folder)):
         return f"does not exist{hint}"
     return "does not exist; check its path (`sov-data pack` writes folders of token shards)"
 
 
-def data_paths(data: Sequence[str]) -> dict[str, float]:
+def parse_data_paths(data: Sequence[str]) -> dict[str, float]:
     """Parse --data arguments into [NAME=]FOLDER -> weight; the weight defaults to 1.
 
     Raises:
@@ -536,24 +538,24 @@ def data_paths(data: Sequence[str]) -> dict[str, float]:
     """
     paths: dict[str, float] = {}
     for argument in data:
-        path, weight = weighted_path(argument, f"--data {argument}")
+        path, weight = split_weight(argument, f"--data {argument}")
         if not path:
             raise UserError(f"--data {argument!r}: names no folder; pass one made by `sov-data pack`")
-        folder = named_shards(path)[1]
+        folder = split_source_name(path)[1]
         if not Path(folder).exists():
             raise UserError(f"--data {path}: {_explain_missing(folder)}", fix_missing(folder, is_data=True))
         if not Path(folder).is_dir():
             raise UserError(f"--data {path}: is a file, not a folder of token shards; pass a folder made by "
                             f"`sov-data pack --tokenizer DIR --input {shlex.quote(folder)} --output FOLDER` "
                             "(for chats --format chat, for pairs --format preference)")
-        if folder in (named_shards(other)[1] for other in paths):
+        if folder in (split_source_name(other)[1] for other in paths):
             raise UserError(f"--data {path}: is given twice; name it once, with a weight if you like")
         paths[path] = weight
     return paths
 
 
 
-def with_rounds(config: RunConfig) -> RunConfig:
+def add_rounds(config: RunConfig) -> RunConfig:
     """Return `config` with one phase per round of reinforcement learning.
 
     `train.steps` follows from `rollout`, and the row length from the first phase. Idempotent.
@@ -568,7 +570,7 @@ def with_rounds(config: RunConfig) -> RunConfig:
     if phase.lr or phase.rewarm_steps:
         raise UserError(f"data.phases.0 has lr = {phase.lr:g} and rewarm_steps = {phase.rewarm_steps}: "
                         "rounds use optim.lr and optim.schedule; set these instead")
-    seq_len, documents = phase.seq_len, config.documents_of_unit
+    seq_len, documents = phase.seq_len, config.documents_per_unit
     longest = documents * (rollout.max_prompt_tokens + rollout.max_new_tokens)
     if longest > seq_len:
         lengths = (f"rollout.max_prompt_tokens {rollout.max_prompt_tokens} + rollout.max_new_tokens "
@@ -589,7 +591,7 @@ def with_rounds(config: RunConfig) -> RunConfig:
         train=dataclasses.replace(train, steps=rollout.rounds * rollout.steps_per_round, tokens=0))
 
 
-def with_policies(config: RunConfig) -> RunConfig:
+def retain_policies(config: RunConfig) -> RunConfig:
     """Return `config` with enough checkpoints kept for generation jobs to find the policy of every round they
     write."""
     rollout, train = config.rollout, config.train

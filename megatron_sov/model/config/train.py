@@ -1,4 +1,4 @@
-"""Settings of the training loop, optimizer, guards and trackers."""
+"""Training loop, optimizer, guard and tracker settings."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from annotated_types import Ge, Gt, Le
 
 from megatron_sov.base.settings import (
     AboveZero, ActsWhen, AllOf, AnyOf, AtLeastOne, Finite, Fraction, NotNegative, NotNegativeInt,
-    SettingsProblem, Share, find_broken, is_none_of, is_one_of, is_set)
+    SettingsProblem, Share, find_broken_rules, is_none_of, is_one_of, is_set)
 from megatron_sov.model.config.bounds import MAX_BATCH_SIZE, Samples, Steps, Tokens
-from megatron_sov.model.config.learning import NOT_EXTENDING, learns, learns_without_rounds, stages_leave
+from megatron_sov.model.config.learning import NOT_EXTENDING, has_no_rounds, has_objective, is_open_in_stage
 
 Algorithm = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "wsd", "linear", "inverse_sqrt", "constant"]
 AverageKind = Literal["uniform", "linear", "ema"]
 AVERAGES = get_args(AverageKind)
-"""Values of `train.average_weights`."""
+"""Values for `train.average_weights`."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class OptimConfig:
     """Optimizer and learning rate schedule."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
-        "lr": stages_leave("lr"),
+        "lr": is_open_in_stage("lr"),
         "min_lr": AnyOf(is_none_of(".schedule", "constant"),
                          is_none_of("data.phases.*.schedule", None, "constant")),
         "warmup_tokens": is_one_of(".schedule_by", "tokens"),
@@ -58,7 +58,7 @@ class OptimConfig:
     lr: AboveZero = 2.5e-4
     """Peak learning rate."""
     min_lr: NotNegative = 3e-6
-    """Learning rate at the end of the decay. If you set only `optim.lr`, the recipe's ratio `min_lr` / `lr`
+    """Learning rate after the decay. If you set only `optim.lr`, the recipe's ratio `min_lr` / `lr`
     applies."""
     schedule: Schedule = "cosine"
     """Learning rate after warm-up. cosine, linear: decay to `min_lr`; wsd: stable, then decay over the last
@@ -67,9 +67,9 @@ class OptimConfig:
     """Unit in which warm-up and decay are counted. It matters if the batch size ramps up or differs between
     phases."""
     warmup_steps: NotNegativeInt = 2000
-    """Optimizer steps of linear warm-up, at most half the run."""
+    """Linear warm-up in optimizer steps, at most half the run."""
     warmup_tokens: NotNegativeInt = 0
-    """Tokens of linear warm-up with `schedule_by=tokens`, padding included."""
+    """Linear warm-up in tokens with `schedule_by=tokens`, padding included."""
     decay_share: Annotated[float, Gt(0), Le(1)] = 0.2
     """wsd: last share of the run in which the learning rate decays."""
     decay_form: Literal["linear", "cosine", "one_minus_sqrt"] = "linear"
@@ -80,9 +80,9 @@ class OptimConfig:
     weight_decay: NotNegative = 0.1
     """Decoupled weight decay on matrices (not on norms and biases)."""
     beta1: Fraction = 0.9
-    """AdamW's decay of the first moment."""
+    """AdamW's decay for the first moment."""
     beta2: Fraction = 0.95
-    """AdamW's decay of the second moment."""
+    """AdamW's decay for the second moment."""
     eps: Annotated[float, Gt(0)] = 1e-8
     """AdamW's epsilon."""
     muon_momentum: Fraction = 0.95
@@ -104,7 +104,7 @@ class OptimConfig:
 
     def problems(self) -> list[SettingsProblem]:
         """Return every violated rule between optimizer settings."""
-        return find_broken(
+        return find_broken_rules(
             self, "optim",
             (self.min_lr <= self.lr, "min_lr", f"must be at most optim.lr = {self.lr:g}"),
             (self.schedule_by == "steps" or self.warmup_tokens > 0 or not self.warmup_steps, "schedule_by",
@@ -174,7 +174,7 @@ class ObsConfig:
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
         "wandb_project": is_set(".wandb"),
-        "sample_rows": learns("policy")}
+        "sample_rows": has_objective("policy")}
 
     tensorboard: bool = False
     """Write TensorBoard files into RUN/tensorboard (extra `dev`)."""
@@ -192,11 +192,11 @@ class TrainConfig:
     """The training loop: length, batch size, precision, checkpoints and evaluation intervals."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
-        "steps tokens": AllOf(learns_without_rounds("leave it out, and set rollout.rounds"),
-                               stages_leave("steps"), stages_leave("tokens")),
-        "global_batch_size": stages_leave("global_batch_size"),
+        "steps tokens": AllOf(has_no_rounds("leave it out, and set rollout.rounds"),
+                               is_open_in_stage("steps"), is_open_in_stage("tokens")),
+        "global_batch_size": is_open_in_stage("global_batch_size"),
         "epochs": NOT_EXTENDING,
-        "max_hours": learns("sft", "preference", "distill"),
+        "max_hours": has_objective("sft", "preference", "distill"),
         "ramp_increment ramp_steps": is_set(".ramp_from_batch_size"),
         "fp8_format fp8_bf16_layers_at_start fp8_bf16_layers_at_end fp8_pad_routed_tokens fp8_weights":
             is_none_of(".fp8", "none"),
@@ -229,7 +229,7 @@ class TrainConfig:
     seed: int = 1234
     """Random seed for initial weights, data order and dropout."""
     precision: Literal["fp32", "bf16", "fp64"] = "bf16"
-    """Dtype of weights and activations. bf16 keeps fp32 master weights and sums gradients in
+    """Dtype for weights and activations. bf16 keeps fp32 master weights and sums gradients in
     `gpu.grad_dtype`; fp64 is slow and serves to prove that layouts agree."""
     fp8: Literal["none", "tensorwise", "blockwise", "mxfp8", "nvfp4", "delayed"] = "none"
     """Matrix products of transformer layers in 8 bits (nvfp4: 4 bits), by Transformer Engine on a GPU
@@ -259,17 +259,17 @@ class TrainConfig:
     """Recompute activations in the backward pass instead of storing them. true: all layers; selective: only
     `gpu.recompute_modules`."""
     head_chunk_tokens: AtLeastOne = 2048
-    """Tokens per chunk of the output head; bounds the memory of logits."""
+    """Tokens per output head chunk; bounds logits memory."""
     checkpoint_every_steps: AtLeastOne = 1000
     """Steps between checkpoints; a final checkpoint is always written. rl: at most 10 rounds by default."""
     keep_checkpoints: NotNegativeInt = 2
-    """Number of newest checkpoints to keep. 0: keep all."""
+    """How many of the newest checkpoints to keep. 0: keep all."""
     export_every_checkpoints: NotNegativeInt = 0
     """Checkpoints between exports to Hugging Face folders in RUN/exports, written during training; includes
     the last checkpoint. 0: no exports."""
     average_last: Annotated[NotNegativeInt, Le(10_000)] = 0
-    """Number of newest checkpoints averaged into RUN/average when the run is complete, for evaluation or as
-    the start of the next stage. `keep_checkpoints` must be at least as large. 0: no average."""
+    """How many of the newest checkpoints are averaged into RUN/average when the run is complete, for
+    evaluation or as the start of the next stage; at most `keep_checkpoints`. 0: no average."""
     average_weights: AverageKind = "uniform"
     """Weights of the averaged checkpoints. uniform: equal; linear: 1, 2, 3, ... from oldest to newest; ema:
     each weight is `average_decay` times the next newer one."""
@@ -295,7 +295,7 @@ class TrainConfig:
     def problems(self) -> list[SettingsProblem]:
         """Return every violated rule between these settings."""
         ramp_from, every = self.ramp_from_batch_size, self.checkpoint_every_steps
-        return find_broken(
+        return find_broken_rules(
             self, "train",
             (ramp_from <= self.global_batch_size, "ramp_from_batch_size",
              f"must be at most train.global_batch_size = {self.global_batch_size}"),

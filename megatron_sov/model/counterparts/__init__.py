@@ -1,1 +1,1 @@
-"""Settings of Megatron-LM and Megatron-Bridge, as ours.  Nothing of theirs is imported or run."""
+"""Convert Megatron-LM and Megatron-Bridge settings to ours, without importing their code."""

@@ -1,7 +1,7 @@
-"""The architecture that settings of Megatron-LM or Megatron-Bridge describe, as `ModelConfig`.
+"""Infer a `ModelConfig` from Megatron-LM or Megatron-Bridge settings.
 
-Names are those of megatron-core's `TransformerConfig` and of Bridge's providers; `of_arguments` brings the
-arguments of Megatron-LM, which say some things otherwise, to them.
+Setting names are those of Megatron-Core's `TransformerConfig` and of Bridge's providers.
+`normalize_arguments` converts Megatron-LM's command line arguments, some of which differ.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 import yaml
 
 from megatron_sov.base.documents.bounded_yaml import BoundedLoader
-from megatron_sov.base.errors import UserError, list_problems
+from megatron_sov.base.errors import UserError, format_problems
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.model.config import ModelConfig, from_dict
 from megatron_sov.model.config.bounds import MAX_LAYERS
 from megatron_sov.model.config.model import shortest_pattern
 from megatron_sov.model.families import supported as models
-from megatron_sov.model.families.family import PLAIN
+from megatron_sov.model.families.family import COMMON_VALUES
 
 Stated = Mapping[str, Any]
 
@@ -30,16 +30,18 @@ RENAMED = {
     "share_embeddings_and_output_weights": "tied_embeddings", "init_method_std": "init_std",
     "rotary_base": "rope_theta",
 }
-"""Theirs -> ours, where they mean the same."""
-UNSAID = {"add_qkv_bias": False, "qk_layernorm": False, "share_embeddings_and_output_weights": True,
-          "rotary_base": 10_000, "layernorm_epsilon": 1e-5, "init_method_std": 0.02}
-"""What Megatron takes where nothing is said."""
-OF_EXPERTS = {
+"""Megatron name -> our name, for settings with equal meaning."""
+MEGATRON_DEFAULTS = {
+    "add_qkv_bias": False, "qk_layernorm": False, "share_embeddings_and_output_weights": True,
+    "rotary_base": 10_000, "layernorm_epsilon": 1e-5, "init_method_std": 0.02,
+}
+"""Megatron's defaults."""
+EXPERT_NAMES = {
     "num_moe_experts": "num_experts", "moe_router_topk": "num_experts_per_token",
     "moe_router_score_function": "router_score", "moe_router_enable_expert_bias": "router_bias",
     "moe_router_bias_update_rate": "router_bias_update_rate",
 }
-FIXED: dict[str, tuple[Any, ...]] = {
+SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "normalization": ("RMSNorm",), "gated_linear_unit": (True,), "activation_func": ("silu", None),
     "add_bias_linear": (False,), "position_embedding_type": ("rope", "yarn"), "rotary_percent": (1.0,),
     "rotary_interleaved": (False,), "layernorm_zero_centered_gamma": (False,),
@@ -53,19 +55,20 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "rotary_scaling_factor": (None, 1.0),
     "moe_apply_probs_on_input": (False,), "moe_expert_capacity_factor": (None,), "mrope_section": (None,),
 }
-"""Theirs -> the values with which the model is one that we have."""
-DERIVED = ("num_query_groups", "kv_channels", "ffn_hidden_size", "moe_ffn_hidden_size", "moe_layer_freq",
-           "moe_shared_expert_intermediate_size", "moe_router_topk_scaling_factor",
-           "moe_router_pre_softmax", "moe_router_load_balancing_type", "moe_aux_loss_coeff", "window_size",
-           "window_attn_skip_freq", "no_rope_freq", "rope_scaling", "rope_scaling_factor",
-           "seq_len_interpolation_factor", "mtp_num_layers",
-           "mtp_loss_scaling_factor", "vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by",
-           "should_pad_vocab", "seq_length", "max_position_embeddings", "yarn_rotary_scaling_factor",
-           "yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow", "yarn_mscale",
-           "yarn_mscale_all_dim", "mtp_enabled",
-           "group_query_attention", "moe_router_num_groups", "moe_router_group_topk")
-"""What is read besides, together with others."""
-KNOWN = frozenset({*RENAMED, *OF_EXPERTS, *FIXED, *DERIVED})
+"""Megatron name -> values for which the model is supported."""
+COMBINED_NAMES = (
+    "num_query_groups", "kv_channels", "ffn_hidden_size", "moe_ffn_hidden_size", "moe_layer_freq",
+    "moe_shared_expert_intermediate_size", "moe_router_topk_scaling_factor", "moe_router_pre_softmax",
+    "moe_router_load_balancing_type", "moe_aux_loss_coeff", "window_size", "window_attn_skip_freq",
+    "no_rope_freq", "rope_scaling", "rope_scaling_factor", "seq_len_interpolation_factor", "mtp_num_layers",
+    "mtp_loss_scaling_factor", "vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by",
+    "should_pad_vocab", "seq_length", "max_position_embeddings", "yarn_rotary_scaling_factor",
+    "yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow", "yarn_mscale",
+    "yarn_mscale_all_dim", "mtp_enabled", "group_query_attention", "moe_router_num_groups",
+    "moe_router_group_topk",
+)
+"""Megatron names read in combination with others."""
+KNOWN_NAMES = frozenset({*RENAMED, *EXPERT_NAMES, *SUPPORTED_VALUES, *COMBINED_NAMES})
 MAX_COUNT = 1 << 53
 COUNTS = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
           "num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
@@ -73,21 +76,20 @@ COUNTS = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_gr
           "train_samples", "global_batch_size", "lr_warmup_iters", "lr_warmup_samples", "lr_decay_iters",
           "lr_decay_samples", "lr_wsd_decay_iters", "lr_wsd_decay_samples", "pipeline_model_parallel_size",
           "virtual_pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage")
-"""Theirs that count something: what is computed with them has to be possible."""
-"""All names that say something of the architecture."""
+"""Megatron names that must be non-negative integers."""
 
 
-def refuse_odd_counts(stated: Stated) -> None:
-    """Raise `UserError` where what counts something is no count, or is one that no run has."""
+def check_counts(stated: Stated) -> None:
+    """Raise `UserError` for counts that are not integers or far too large."""
     limits = {"num_layers": MAX_LAYERS, "mtp_num_layers": MAX_LAYERS} | dict.fromkeys(COUNTS, MAX_COUNT)
     if problems := [f"{name} = {str(value)[:80]!r}: must be a whole number from 0 to {most:,}"
                     for name, most in limits.items() if (value := stated.get(name)) is not None
                     and not (type(value) is int and 0 <= value <= most)]:
-        raise UserError(f"their settings: {'; '.join(problems)}; mend them where they are from")
+        raise UserError(f"Megatron settings: {'; '.join(problems)}; correct them in their source")
 
 
-def of_arguments(args: Stated) -> dict[str, Any]:
-    """Return arguments of Megatron-LM (as its Namespace has them) under the names of `TransformerConfig`."""
+def normalize_arguments(args: Stated) -> dict[str, Any]:
+    """Return Megatron-LM arguments (a Namespace's `vars`) under `TransformerConfig` names."""
     stated = dict(args)
 
     def moved(theirs: str, name: str, of: Callable[[Any], Any] = lambda value: value) -> None:
@@ -112,63 +114,66 @@ def of_arguments(args: Stated) -> dict[str, Any]:
     return stated
 
 
-def architecture(stated: Stated, family: str = "", overrides: Mapping[str, Any] | None = None) -> ModelConfig:
-    """Return the architecture, of the one family that has it.
+def infer_architecture(stated: Stated, family: str = "",
+                       overrides: Mapping[str, Any] | None = None) -> ModelConfig:
+    """Return the architecture in its only matching family.
 
     Args:
-        stated: names of `TransformerConfig` and of Bridge's providers, with their values.
-        family: name of ours; empty: the only one that fits.
-        overrides: fields of `ModelConfig` that are known otherwise.
+        stated: Megatron-Core or Bridge setting -> value.
+        family: our family name; "": find the only match.
+        overrides: `ModelConfig` fields that take precedence.
 
     Raises:
-        UserError: it says too little, or what no family has; all of it is told.
+        UserError: missing settings, or no matching family; the message lists all problems.
     """
-    refuse_odd_counts(stated)
-    fields, problems = model_fields(stated)
-    given = dict(overrides or {})
+    check_counts(stated)
+    fields, problems = infer_model_fields(stated)
+    overrides_known = dict(overrides or {})
     missing = [name for name in ("num_layers", "hidden_size", "num_heads", "vocab_size")
-               if name not in {**fields, **given}]
-    problems += [f"model.{name} is not said; pass --set model.{name}=N" for name in missing]
+               if name not in {**fields, **overrides_known}]
+    problems += [f"model.{name} is missing; pass --set model.{name}=N" for name in missing]
     if problems:
-        raise UserError(list_problems("the model's settings", problems))
-    fields |= given
-    # one that may have experts has models without any, which nobody means
+        raise UserError(format_problems("the model's settings", problems))
+    fields |= overrides_known
+    # Families with experts are skipped for dense models, although their number of experts could be 0.
     names = [family] if family else [
-        name for name, one in models.FAMILIES.items()
-        if (fields["num_experts"] or one.structure.get("num_experts") == 0)
-        # nor is what says nothing of norms behind blocks, say, a family that always has them
-        and all(field in fields or one.structure.get(field, plain) == plain
-                for field, plain in PLAIN.items())]
-    fitting = {name: model for name in names if (model := _as_family(name, fields)) is not None}
-    # a family whose models may have more, and here have nothing of it, has the same model as a plainer one
-    fewest = min((len(models.get(name).varies) for name in fitting), default=0)
-    fitting = {name: model for name, model in fitting.items() if len(models.get(name).varies) == fewest}
+        name for name, candidate in models.FAMILIES.items()
+        if (fields["num_experts"] or candidate.structure.get("num_experts") == 0)
+        # Families with a fixed uncommon value, such as output norms, need a setting that says so.
+        and all(field in fields or candidate.structure.get(field, plain) == plain
+                for field, plain in COMMON_VALUES.items())]
+    fitting = {name: model for name in names if (model := _build_model(name, fields)) is not None}
+    # If several families can express the model, prefer families with the fewest optional features.
+    fewest = min((len(models.get_family(name).varies) for name in fitting), default=0)
+    fitting = {name: model for name,
+               model in fitting.items() if len(models.get_family(name).varies) == fewest}
     if len(fitting) == 1:
         return next(iter(fitting.values()))
     if fitting:
         raise UserError(f"the model's settings: fit the families {', '.join(fitting)}; choose one with "
                         "--family")
-    reasons = {name: _reasons(name, fields) for name in names}
+    reasons = {name: _find_mismatches(name, fields) for name in names}
     nearest = min(reasons, key=lambda name: len(reasons[name]))
-    raise UserError(list_problems(f"the model's settings: fit no family; the nearest is '{nearest}'",
-                                  reasons[nearest], "pass --family and --set model.NAME=VALUE where they say "
-                                                    "it wrongly"))
+    raise UserError(format_problems(f"the model's settings: fit no family; the nearest is '{nearest}'",
+                                  reasons[nearest], "pass --family, and --set model.NAME=VALUE to correct a "
+                                                    "setting"))
 
 
-def model_fields(stated: Stated) -> tuple[dict[str, Any], list[str]]:
-    """Return the fields of `ModelConfig` that settings say, and a sentence for each that no model of ours
-    has."""
+def infer_model_fields(stated: Stated) -> tuple[dict[str, Any], list[str]]:
+    """Return `ModelConfig` fields, and a sentence for each unsupported setting."""
     problems = [f"{name} = {stated[name]!r}: only {' or '.join(map(repr, allowed))} is read"
-                for name, allowed in FIXED.items() if name in stated and not _one_of(stated[name], allowed)]
-    fields = {ours: UNSAID.get(theirs) if stated.get(theirs) is None else stated[theirs]
-              for theirs, ours in RENAMED.items() if theirs in UNSAID or stated.get(theirs) is not None}
-    parts = (_attention, _feed_forward, _positions, _pattern, _prediction)
+                for name, allowed in SUPPORTED_VALUES.items() if name in stated
+                and not _is_supported(stated[name], allowed)]
+    fields = {ours: MEGATRON_DEFAULTS.get(theirs) if stated.get(theirs) is None else stated[theirs]
+              for theirs, ours in RENAMED.items()
+              if theirs in MEGATRON_DEFAULTS or stated.get(theirs) is not None}
+    parts = (_infer_attention, _infer_feed_forward, _infer_positions, _infer_pattern, _infer_prediction)
     for part in parts:
         try:
             fields |= part(stated)
         except (TypeError, ValueError, KeyError, IndexError, ArithmeticError) as e:
             problems.append(str(e) if type(e) is ValueError
-                            else f"a value cannot be understood ({type(e).__name__}: {e})")
+                            else f"a value cannot be read ({type(e).__name__}: {e})")
     for name in ("vocab_size", "padded_vocab_size"):
         if stated.get(name) is not None:
             fields["vocab_size"] = stated[name]
@@ -176,26 +181,26 @@ def model_fields(stated: Stated) -> tuple[dict[str, Any], list[str]]:
     return fields, problems
 
 
-def _one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
+def _is_supported(value: Any, allowed: tuple[Any, ...]) -> bool:
     if isinstance(value, Mapping):  # Bridge's way to name a function: {_target_: torch.nn.functional.silu}
         value = str(value.get("_target_", value.get("class", ""))).rpartition(".")[2]
     return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed)
 
 
-def _attention(stated: Stated) -> dict[str, Any]:
+def _infer_attention(stated: Stated) -> dict[str, Any]:
     heads = stated.get("num_attention_heads")
     if not heads:
         return {}
-    found = {"num_kv_heads": stated.get("num_query_groups") or heads}
+    fields = {"num_kv_heads": stated.get("num_query_groups") or heads}
     if stated.get("kv_channels"):
-        found["head_dim"] = stated["kv_channels"]
+        fields["head_dim"] = stated["kv_channels"]
     elif stated.get("hidden_size"):
-        found["head_dim"] = stated["hidden_size"] // heads
-    return found
+        fields["head_dim"] = stated["hidden_size"] // heads
+    return fields
 
 
-def _feed_forward(stated: Stated) -> dict[str, Any]:
-    """Return widths, experts and routing."""
+def _infer_feed_forward(stated: Stated) -> dict[str, Any]:
+    """Return feed-forward widths, experts and routing."""
     ffn, experts = stated.get("ffn_hidden_size"), stated.get("num_moe_experts")
     if not experts:
         return {"num_experts": 0, "num_shared_experts": 0, "num_dense_layers": 0,
@@ -205,118 +210,119 @@ def _feed_forward(stated: Stated) -> dict[str, Any]:
     if shared % inner:
         raise ValueError(f"moe_shared_expert_intermediate_size = {shared} must be a multiple of the experts' "
                          f"width {inner}")
-    dense = _leading_dense(stated.get("moe_layer_freq", 1), stated["num_layers"])
+    dense = _count_dense_layers(stated.get("moe_layer_freq", 1), stated["num_layers"])
     score = stated.get("moe_router_score_function", "softmax")
-    found: dict[str, Any] = {"num_experts_per_token": 2}  # theirs where nothing is said
-    found |= {ours: stated[theirs] for theirs, ours in OF_EXPERTS.items() if stated.get(theirs) is not None}
-    found |= {"expert_ffn_dim": inner, "num_shared_experts": shared // inner, "num_dense_layers": dense,
+    fields: dict[str, Any] = {"num_experts_per_token": 2}  # Megatron's default
+    fields |= {ours: stated[theirs] for theirs,
+               ours in EXPERT_NAMES.items() if stated.get(theirs) is not None}
+    fields |= {"expert_ffn_dim": inner, "num_shared_experts": shared // inner, "num_dense_layers": dense,
               "router_score": score, "router_bias": bool(stated.get("moe_router_enable_expert_bias", False)),
               "routed_scaling_factor": stated.get("moe_router_topk_scaling_factor") or 1.0,
-              # a softmax over the chosen ones alone is one over all, divided by the sum of the chosen
+              # Softmax over chosen experts equals softmax over all experts divided by the chosen sum.
               "norm_topk_prob": score == "sigmoid" or not stated.get("moe_router_pre_softmax", False),
-              # its prediction layer is made as the trunk's last one
+              # Megatron builds the prediction layer like the last transformer layer.
               "dense_ffn_dim": ffn if dense else 0, "mtp_experts": bool(stated.get("mtp_num_layers")),
-              **_groups(stated)}
+              **_infer_groups(stated)}
     if stated.get("moe_router_load_balancing_type") == "seq_aux_loss":
-        found["seq_aux_loss_coeff"] = stated.get("moe_aux_loss_coeff", 0.0)
-    return found
+        fields["seq_aux_loss_coeff"] = stated.get("moe_aux_loss_coeff", 0.0)
+    return fields
 
 
-def _groups(stated: Stated) -> dict[str, Any]:
-    """Return groups of experts, where its score of a group is ours."""
-    groups, kept = stated.get("moe_router_num_groups") or 1, stated.get("moe_router_group_topk")
-    if groups == 1 or not kept:
+def _infer_groups(stated: Stated) -> dict[str, Any]:
+    """Return expert groups, if Megatron scores groups as we do."""
+    groups, top_groups = stated.get("moe_router_num_groups") or 1, stated.get("moe_router_group_topk")
+    if groups == 1 or not top_groups:
         return {}
-    if (chosen := stated.get("moe_router_topk", 2)) // kept != 2:
-        raise ValueError(f"moe_router_group_topk = {kept} with moe_router_topk = {chosen}: groups are scored "
-                         "by their two best experts here, and there by the quotient of these")
-    return {"num_expert_groups": groups, "num_groups_per_token": kept}
+    if (top_experts := stated.get("moe_router_topk", 2)) // top_groups != 2:
+        raise ValueError(f"moe_router_group_topk = {top_groups} with moe_router_topk = {top_experts}: "
+                         "Megatron scores a group by its best topk / group_topk experts, and only the best "
+                         "two are supported")
+    return {"num_expert_groups": groups, "num_groups_per_token": top_groups}
 
 
-def _leading_dense(frequency: Any, num_layers: int) -> int:
-    """Return how many leading layers are dense."""
+def _count_dense_layers(frequency: Any, num_layers: int) -> int:
+    """Count leading dense layers."""
     if isinstance(frequency, str):
-        frequency = _list(frequency)
+        frequency = _parse_list(frequency)
     if isinstance(frequency, int):
         pattern = [int(layer % frequency == 0) for layer in range(num_layers)]
     else:
         pattern = list(frequency)
     dense = pattern.index(1) if 1 in pattern else len(pattern)
     if len(pattern) != num_layers or pattern[dense:] != [1] * (num_layers - dense):
-        raise ValueError(f"moe_layer_freq = {frequency!r}: only dense layers in front of all those with "
-                         "experts are read")
+        raise ValueError(f"moe_layer_freq = {frequency!r}: all dense layers must come before layers with "
+                         "experts")
     return dense
 
 
-def _list(text: str) -> list[int]:
-    """Return a list that Megatron-LM writes as a Python expression: numbers, and products and sums of lists
-    (`[0]*3+[1]*58`), which are read and not evaluated."""
-    found: list[int] = []
+def _parse_list(text: str) -> list[int]:
+    """Return the numbers in Megatron-LM's list syntax, with products and sums of lists such as
+    `[0]*3+[1]*58`; the text is parsed, not evaluated."""
+    values: list[int] = []
     for term in text.replace(" ", "").strip("()").split("+"):
-        # Parsed by hand: the text comes from a checkpoint of others, and eval would run it.
+        # Checkpoints are untrusted input, so the text is parsed, not evaluated.
         inner, _, times = term.strip("()").partition("]")
         if not inner.startswith("[") or not re.fullmatch(r"(\*\d{1,5})?", times):
-            raise ValueError(f"{text[:80]!r} is no list of numbers such as [0]*3+[1]*58")
+            raise ValueError(f"{text[:80]!r} is not a list of numbers such as [0]*3+[1]*58")
         numbers = [int(n) for n in inner[1:].split(",") if n]
-        if len(found) + len(numbers) * int(times[1:] or 1) > MAX_LAYERS:
-            raise ValueError(f"{text[:80]!r} is of more than {MAX_LAYERS:,} layers")
-        found += numbers * int(times[1:] or 1)
-    return found
+        if len(values) + len(numbers) * int(times[1:] or 1) > MAX_LAYERS:
+            raise ValueError(f"{text[:80]!r} has more than {MAX_LAYERS:,} layers")
+        values += numbers * int(times[1:] or 1)
+    return values
 
 
-def _positions(stated: Stated) -> dict[str, Any]:
+def _infer_positions(stated: Stated) -> dict[str, Any]:
     length = max((stated[name] for name in ("max_position_embeddings", "seq_length") if stated.get(name)),
                  default=None)
-    found: dict[str, Any] = {"max_position_tokens": length} if length else {}
+    fields: dict[str, Any] = {"max_position_tokens": length} if length else {}
     if stated.get("position_embedding_type") == "yarn":
         if any(stated.get(f"yarn_{name}") not in (None, 1.0, 0.0) for name in ("mscale", "mscale_all_dim")):
             raise ValueError("yarn_mscale, yarn_mscale_all_dim: other values than 1 are not read")
         names = {"factor": "rotary_scaling_factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow",
                  "original_max_position_tokens": "original_max_position_embeddings"}
-        found["yarn"] = {ours: stated[f"yarn_{theirs}"] for ours, theirs in names.items()
+        fields["yarn"] = {ours: stated[f"yarn_{theirs}"] for ours, theirs in names.items()
                          if stated.get(f"yarn_{theirs}") is not None}
     if stated.get("rope_scaling"):
-        # its other numbers are constants of megatron-core's RotaryEmbedding
-        found["llama3_rope"] = {"factor": stated.get("rope_scaling_factor") or 8.0}
+        # Other parameters are constants in Megatron-Core's RotaryEmbedding.
+        fields["llama3_rope"] = {"factor": stated.get("rope_scaling_factor") or 8.0}
     if stated.get("seq_len_interpolation_factor") not in (None, 1.0):
-        found["linear_rope_factor"] = float(stated["seq_len_interpolation_factor"])
-    return found
+        fields["linear_rope_factor"] = float(stated["seq_len_interpolation_factor"])
+    return fields
 
 
-def _pattern(stated: Stated) -> dict[str, Any]:
-    """Return which layers slide, and which rotate."""
+def _infer_pattern(stated: Stated) -> dict[str, Any]:
+    """Return which layers have sliding windows, and which use RoPE."""
     window, num_layers = stated.get("window_size"), stated.get("num_layers") or 0
     frequency, no_rope = stated.get("window_attn_skip_freq"), stated.get("no_rope_freq")
     if window is None:
         if no_rope:
-            raise ValueError(f"no_rope_freq = {no_rope!r}: layers without rotation are read beside sliding "
-                             "ones alone")
+            raise ValueError(f"no_rope_freq = {no_rope!r}: layers without RoPE are only supported in models "
+                             "with sliding layers")
         return {}
-    left = (window if isinstance(window, (list, tuple)) else _list(f"[{str(window).strip('()[]')}]"))[0]
+    left = (window if isinstance(window, (list, tuple)) else _parse_list(f"[{str(window).strip('()[]')}]"))[0]
     slides = [True] * num_layers
-    if frequency is not None:  # every n-th is global; a list marks those that slide
-        slides = [said != is_every for said, is_every in _per_layer(frequency, num_layers)]
-    found = {"attention_pattern": shortest_pattern("".join("GL"[bool(one)] for one in slides)),
-             "sliding_window_tokens": left + 1}
+    if frequency is not None:  # a number: every n-th layer is global; a list: flags of sliding layers
+        slides = [flag != is_every for flag, is_every in _expand_frequency(frequency, num_layers)]
+    letters = "".join("L" if layer_slides else "G" for layer_slides in slides)
+    fields = {"attention_pattern": shortest_pattern(letters), "sliding_window_tokens": left + 1}
     if no_rope:
-        if [not said for said, _ in _per_layer(no_rope, num_layers)] != slides:
-            raise ValueError("no_rope_freq and window_attn_skip_freq: the layers without rotation must be "
-                             "those without a window")
-        found["rope_on_global"] = False
-    return found
+        if [not flag for flag, _ in _expand_frequency(no_rope, num_layers)] != slides:
+            raise ValueError("no_rope_freq and window_attn_skip_freq: only layers without a window may be "
+                             "without RoPE")
+        fields["rope_on_global"] = False
+    return fields
 
 
-def _per_layer(frequency: Any, num_layers: int) -> list[tuple[bool, bool]]:
-    """Return for each layer whether a frequency means it (every n-th, or those that a list marks), and
-    whether it is every n-th."""
+def _expand_frequency(frequency: Any, num_layers: int) -> list[tuple[bool, bool]]:
+    """Return (flag, is every n-th layer) per layer, for a frequency (every n-th layer) or a list of flags."""
     if isinstance(frequency, str):
-        frequency = int(frequency) if frequency.isdigit() else _list(frequency)
+        frequency = int(frequency) if frequency.isdigit() else _parse_list(frequency)
     if isinstance(frequency, int):
         return [((layer + 1) % frequency == 0, True) for layer in range(num_layers)]
-    return [(bool(said), False) for said in frequency]
+    return [(bool(flag), False) for flag in frequency]
 
 
-def _prediction(stated: Stated) -> dict[str, Any]:
+def _infer_prediction(stated: Stated) -> dict[str, Any]:
     count = stated.get("mtp_num_layers") or 0
     if not count:
         return {"num_mtp_layers": 0}
@@ -324,53 +330,54 @@ def _prediction(stated: Stated) -> dict[str, Any]:
     return {"num_mtp_layers": count, **({"mtp_loss_coeff": coefficient} if coefficient is not None else {})}
 
 
-def _complete(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a family's model: what it fixes stands where nothing is said."""
-    family = models.get(name)
+def _complete_fields(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all fields of a family's model; the family's fixed values are defaults."""
+    family = models.get_family(name)
     return {**family.training, **family.structure, **fields, "family": name}
 
 
-def _as_family(name: str, fields: Mapping[str, Any]) -> ModelConfig | None:
-    return None if _reasons(name, fields) else from_dict(
-        {"recipe": "from-megatron", "model": _complete(name, fields)}).model
+def _build_model(name: str, fields: Mapping[str, Any]) -> ModelConfig | None:
+    return None if _find_mismatches(name, fields) else from_dict(
+        {"recipe": "from-megatron", "model": _complete_fields(name, fields)}).model
 
 
-def _reasons(name: str, fields: Mapping[str, Any]) -> list[str]:
-    """Return why a model is not one of a family."""
+def _find_mismatches(name: str, fields: Mapping[str, Any]) -> list[str]:
+    """Return the reasons for which a model does not belong to a family."""
     try:
-        model = from_dict({"recipe": "from-megatron", "model": _complete(name, fields)}).model
+        model = from_dict({"recipe": "from-megatron", "model": _complete_fields(name, fields)}).model
     except SettingsError as e:
         return [problem.sentence for problem in e.problems]
-    return [problem.sentence for problem in model.problems() + models.get(name).problems(model)]
+    return [problem.sentence for problem in model.problems() + models.get_family(name).problems(model)]
 
 
-# Reading a YAML file of Megatron-Bridge (`ConfigContainer`) as plain values: `_target_` is text here.
 
 MAX_BYTES = 8 << 20
-"""A run's whole configuration has some 100 kB."""
+"""Limit for a Bridge YAML file; a run's whole configuration has about 100 kB."""
 
 
 def read_sections(file: Path) -> dict[str, dict[str, Any]]:
-    """Return the sections (model, train, optimizer, ...) of a file.
+    """Return the sections (model, train, optimizer, ...) of a Megatron-Bridge YAML file (`ConfigContainer`);
+    `_target_` stays text.
 
     Raises:
-        UserError: it is no YAML of plain values, or has no sections.
+        UserError: the file is not YAML with plain values, or has no sections.
     """
     try:
         if file.stat().st_size > MAX_BYTES:
-            raise UserError(f"{file}: has {file.stat().st_size:,} bytes, and a file of settings has "
-                            f"{MAX_BYTES:,} at most; pass a YAML file of Megatron-Bridge")
-        found = yaml.load(file.read_text(encoding="utf-8-sig"), Loader=BoundedLoader)
+            raise UserError(f"{file}: has {file.stat().st_size:,} bytes; a settings file has at most "
+                            f"{MAX_BYTES:,}; pass a YAML file of Megatron-Bridge")
+        document = yaml.load(file.read_text(encoding="utf-8-sig"), Loader=BoundedLoader)
     except OSError as e:
         raise UserError(f"{file}: cannot be read ({e.strerror}); see to its permissions") from None
     except (UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as e:
         reason = " ".join(str(e).split())[:200]
-        raise UserError(f"{file}: is no YAML of plain values ({reason}); restore it from its "
+        raise UserError(f"{file}: is not YAML with plain values ({reason}); restore it from its "
                         "source") from None
-    sections = {name: value for name, value in found.items() if isinstance(name, str)} \
-        if isinstance(found, dict) else {}
+    sections = {}
+    if isinstance(document, dict):
+        sections = {name: value for name, value in document.items() if isinstance(name, str)}
     if not any(isinstance(value, dict) for value in sections.values()):
-        raise UserError(f"{file}: has no sections such as model and train, so it is no configuration of "
+        raise UserError(f"{file}: has no sections such as model and train, so it is not a configuration of "
                         "Megatron-Bridge")
     return {name: {str(key): item for key, item in value.items()} for name, value in sections.items()
             if isinstance(value, dict)}

@@ -1,8 +1,8 @@
-"""The vocabulary of a config map: fields of a Hugging Face config.json <-> fields of `ModelConfig`.
+"""Config items: fields of a Hugging Face config.json and their `ModelConfig` fields.
 
-Each item knows the config.json names that it answers for, writes them and reads them; a field of a foreign
-config.json that no item answers for is refused, since transformers would silently ignore it and we would
-train another model.  Items about layers of different kinds stand in `hf_layers.py`.
+An item declares the names of its config.json fields, and reads and writes them. A config.json field without
+an item is rejected: transformers would ignore it silently and another model would be trained. `hf_layers.py`
+has items for layers of different kinds.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ from megatron_sov.model.config.model import Llama3RopeConfig
 from megatron_sov.model.families.hf_layers import SlidingLayers
 
 SMALLEST_SCALE = 1e-9
-"""Of the products of queries and keys, where it is an integer's root: that of a width that no head has."""
+"""Smallest attention scale that Gemma's integer field can express."""
 REQUIRED = object()
-"""Default of a field without which a config.json is incomplete."""
+"""Default for fields that a config.json must have."""
 
 
 class ConfigItem(Protocol):
-    """One line of a config map."""
+    """A config map entry."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the config.json fields that this item answers for."""
+        """Names of the item's config.json fields."""
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the config.json fields of a model."""
+        """Return the config.json fields for a model."""
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the `ModelConfig` fields that a config.json says; `UserError` where it says what
-        we do not compute."""
+        """Return the `ModelConfig` fields from a config.json; `UserError` for values that are not
+        supported."""
 
 
 @dataclass(frozen=True)
 class Renamed:
-    """A field that both sides have."""
+    """A field with the same meaning in config.json and `ModelConfig`."""
 
     hf: str
     model: str
     default: Any = REQUIRED
-    """What transformers assumes where the field is absent: a value, or a function of the config."""
+    """Transformers' default: a value, or a function of the config."""
     aliases: tuple[str, ...] = ()
-    """Other names under which it is found."""
+    """Other names of the field in config.json."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -53,21 +53,21 @@ class Renamed:
 
     @property
     def null_tells(self) -> tuple[str, ...]:
-        """Return the field where its absence means true: transformers takes null for false."""
+        """The field, if it is true by default: transformers reads null as false."""
         return (self.hf,) if self.default is True else ()
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         return {self.hf: getattr(model, self.model)}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the model's field; `UserError` where a required one is absent, or its names disagree."""
-        # Older and newer spellings may both be there; equal ones agree.
-        found = {name: config[name] for name in self.names if name in config}
-        if len(set(found.values())) > 1:
-            raise UserError(f"config.json: {' and '.join(f'{n} = {v}' for n, v in found.items())} disagree; "
-                            "remove one of them")
-        if found:
-            return {self.model: next(iter(found.values()))}
+        """Return the `ModelConfig` field; `UserError` if a required field is absent or two names disagree."""
+        # Older and newer names may both be present, with equal values.
+        values = {name: config[name] for name in self.names if name in config}
+        if len(set(values.values())) > 1:
+            pairs = " and ".join(f"{name} = {value}" for name, value in values.items())
+            raise UserError(f"config.json: {pairs} disagree; remove one of them")
+        if values:
+            return {self.model: next(iter(values.values()))}
         if self.default is REQUIRED:
             raise UserError(f"config.json: lacks '{self.hf}'; add it (it becomes model.{self.model})")
         return {self.model: self.default(config) if callable(self.default) else self.default}
@@ -75,12 +75,12 @@ class Renamed:
 
 @dataclass(frozen=True)
 class Fixed:
-    """A field with one value that our model computes; another value is refused, absence means this value."""
+    """A field with a single supported value, which is also the default."""
 
     hf: str
     value: Any
     written: bool = True
-    """Whether the field is written; False for fields that only older configs carry."""
+    """Whether exports write the field; False for fields of older configs."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -88,25 +88,24 @@ class Fixed:
 
     @property
     def null_tells(self) -> tuple[str, ...]:
-        """Return the field where only true is supported: transformers takes null for false."""
+        """The field, if only true is supported: transformers reads null as false."""
         return (self.hf,) if self.value is True else ()
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         return {self.hf: self.value} if self.written else {}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return nothing; `UserError` where the value is another one."""
-        # Absence means the value: such fields are often left out.
-        found = config.get(self.hf, self.value)
-        if found != self.value:
-            raise UserError(f"config.json: {self.hf} = {found!r}, but only {self.value!r} is supported "
+        """Return no fields; `UserError` for any other value."""
+        value = config.get(self.hf, self.value)
+        if value != self.value:
+            raise UserError(f"config.json: {self.hf} = {value!r}, but only {self.value!r} is supported "
                             "for this family")
         return {}
 
 
 @dataclass(frozen=True)
 class Unused:
-    """Fields that change no weight and no computation, whatever their value."""
+    """Fields without effect on weights and computation."""
 
     names: tuple[str, ...]
 
@@ -114,41 +113,39 @@ class Unused:
         return {}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return nothing, whatever they say."""
         return {}
 
 
 @dataclass(frozen=True)
 class Encoders:
-    """Encoders of pictures and sounds, and the ids of discrete ones, in our own terms: transformers' class of
-    a text model has none."""
+    """Image and audio encoders and discrete media tokens, under our names: transformers' text classes have
+    none."""
 
     names: tuple[str, ...] = ("vision_config", "audio_config", "audio_tokens", "image_tokens")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        found = {"vision_config": model.vision, "audio_config": model.audio,
+        configs = {"vision_config": model.vision, "audio_config": model.audio,
                  "audio_tokens": model.audio_tokens, "image_tokens": model.image_tokens}
-        return {name: asdict(config) for name, config in found.items() if config is not None}
+        return {name: asdict(config) for name, config in configs.items() if config is not None}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return them as fields of a model; one that the file does not have is none."""
+        """Return the encoder fields of `ModelConfig`; None for absent encoders."""
         return {name.removesuffix("_config"): config.get(name) for name in self.names}
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary frequencies: `rope_parameters` of transformers 5,
-    or the older `rope_theta` and `rope_scaling`."""
+    """RoPE: `rope_parameters` in transformers 5, `rope_theta` and `rope_scaling` in older configs."""
 
     default_theta: float
-    """What transformers assumes where no theta is given."""
+    """Transformers' default for `rope_theta`."""
 
     @property
     def names(self) -> tuple[str, ...]:
         return ("rope_parameters", "rope_scaling", "rope_theta")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return `rope_parameters`, with every number explicit."""
+        """Return `rope_parameters` without relying on defaults."""
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
         if model.yarn:
             rope |= {"rope_type": "yarn", "factor": model.yarn.factor,
@@ -163,15 +160,15 @@ class Rope:
         return {"rope_parameters": rope}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return theta and scaling; `UserError` for other kinds of scaling and parameters without effect."""
-        # transformers 5 writes `rope_parameters`; older files have `rope_scaling` and the theta next to it.
+        """Return theta and scaling; `UserError` for unsupported scaling and parameters without effect."""
+        # transformers 5 writes `rope_parameters`; older files have `rope_scaling` next to `rope_theta`.
         spellings = [config[name] for name in ("rope_parameters", "rope_scaling") if config.get(name)]
         if len(spellings) == 2 and spellings[0] != spellings[1]:
             raise UserError(f"config.json: rope_parameters = {spellings[0]} and rope_scaling = "
                             f"{spellings[1]} disagree; remove one of them")
-        # A copy: what is understood is taken out, and what is left at the end is refused.
+        # Remove every known parameter from a copy; the rest is rejected below.
         rope = dict(spellings[0]) if spellings else {}
-        thetas = [found["rope_theta"] for found in (rope, config) if "rope_theta" in found]
+        thetas = [source["rope_theta"] for source in (rope, config) if "rope_theta" in source]
         if thetas[1:] and thetas[0] != thetas[1]:
             raise UserError(f"config.json: rope_theta = {thetas[1]}, and {thetas[0]} in rope_parameters; "
                             "make them agree")
@@ -197,7 +194,7 @@ class Rope:
 
     @staticmethod
     def _read_llama3(rope: dict[str, Any]) -> Llama3RopeConfig:
-        """Take Llama 3.1's parameters out of `rope`, all of which transformers asks for."""
+        """Remove Llama 3.1's parameters from `rope`; transformers requires all of them."""
         try:
             return Llama3RopeConfig(float(rope.pop("factor")), float(rope.pop("low_freq_factor")),
                                     float(rope.pop("high_freq_factor")),
@@ -208,91 +205,90 @@ class Rope:
 
     @staticmethod
     def _read_yarn(rope: dict[str, Any], config: dict[str, Any]) -> YarnConfig:
-        """Take YaRN's parameters out of `rope`; whatever is left there is not understood."""
+        """Remove YaRN's parameters from `rope`; the caller rejects the rest."""
         try:
             original = int(rope.pop("original_max_position_embeddings"))
             if original < 1:
                 raise UserError(f"config.json: original_max_position_embeddings = {original} "
                                 "must be at least 1")
-            factor = _given(rope, "factor", config["max_position_embeddings"] / original)
+            factor = _take_number(rope, "factor", config["max_position_embeddings"] / original)
         except KeyError as e:
             raise UserError(f"config.json: rope_type 'yarn' lacks {e}; add it to rope_parameters") from None
-        # transformers' default, formula of arXiv 2309.00071 section 3.4; the trainer computes the same
+        # Default in transformers and in the trainer: arXiv 2309.00071, section 3.4.
         expected = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
         attention_factor = rope.pop("attention_factor", None)
         if attention_factor is not None and not math.isclose(attention_factor, expected, rel_tol=1e-6):
             raise UserError(f"config.json: attention_factor = {attention_factor}, but only 0.1 ln(factor) + "
                             f"1 = {expected:.6f} is supported")
         if rope.pop("truncate", True) is not True:
-            raise UserError("config.json: truncate of rope_type 'yarn' must be true, or absent: the ends of "
-                            "its ramp are rounded to whole channels")
-        return YarnConfig(factor, original, _given(rope, "beta_fast", 32.0), _given(rope, "beta_slow", 1.0))
+            raise UserError("config.json: truncate of rope_type 'yarn' must be true or absent: the trainer "
+                            "rounds the ends of the ramp to whole channels")
+        return YarnConfig(factor, original, _take_number(rope, "beta_fast", 32.0),
+                          _take_number(rope, "beta_slow", 1.0))
 
 
 @dataclass(frozen=True)
 class AttentionScale:
-    """The factor on the products of queries and keys, as a number that is always there."""
+    """Factor on query-key products, as a field that is always written."""
 
     hf: str
     scalar: int = 0
-    """What transformers assumes where the field, whose root the products are divided by, is absent (Gemma);
-    0: the field is the factor."""
+    """Gemma: default for the field, whose inverse square root is the factor. 0: the field is the factor."""
 
     @property
     def names(self) -> tuple[str, ...]:
         return (self.hf,)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the factor; `UserError` where it is no integer's root."""
-        factor = _usual_scale(model.head_dim) if model.attention_multiplier is None else (
+        """Return the factor; `UserError` if Gemma's field cannot express it."""
+        factor = _default_scale(model.head_dim) if model.attention_multiplier is None else (
             model.attention_multiplier)
         if not self.scalar:
             return {self.hf: factor}
-        # Gemma states n of 1 / sqrt(n) as an integer; other factors cannot be written.
+        # Gemma stores the integer n of the factor 1 / sqrt(n).
         scalar = round(factor ** -2) if factor > SMALLEST_SCALE else 0
         if scalar < 1 or not math.isclose(scalar ** -0.5, factor, rel_tol=1e-9):
-            raise UserError(f"model.attention_multiplier = {factor}: family '{model.family}' knows 1 / "
-                            "sqrt(n) of an integer n only")
+            raise UserError(f"model.attention_multiplier = {factor}: must be 1 / sqrt(n) with an integer n "
+                            f"in family '{model.family}'")
         return {self.hf: scalar}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the factor, None for the usual one."""
-        usual = _usual_scale(config.get("head_dim") or hidden_over_heads(config))
-        found = (int(config.get(self.hf, self.scalar)) ** -0.5 if self.scalar
+        """Return the factor; None for 1 / sqrt(head_dim)."""
+        usual = _default_scale(config.get("head_dim") or hidden_over_heads(config))
+        factor = (int(config.get(self.hf, self.scalar)) ** -0.5 if self.scalar
                  else float(config.get(self.hf, usual)))
-        return {"attention_multiplier": None if found == usual else found}
+        return {"attention_multiplier": None if factor == usual else factor}
 
 
-def _usual_scale(head_dim: int) -> float:
+def _default_scale(head_dim: int) -> float:
     return float(head_dim ** -0.5)
 
 
-def _given(rope: dict[str, Any], name: str, default: float) -> float:
-    """Take a parameter out of `rope`; `default` where it is absent or null."""
+def _take_number(rope: dict[str, Any], name: str, default: float) -> float:
+    """Remove a parameter from `rope` and return it; `default` if absent or null."""
     value = rope.pop(name, None)
     return default if value is None else float(value)
 
 
 def hidden_over_heads(config: dict[str, Any]) -> int:
-    """Return the width of a head where config.json has no `head_dim`, as transformers computes it."""
+    """Return transformers' head size for a config.json without `head_dim`."""
     return int(config["hidden_size"] // config["num_attention_heads"])
 
 
-# Config items of Gemma.
 
-KINDS = ("full_attention", "sliding_attention")
-THETAS = {"full_attention": 1e6, "sliding_attention": 1e4}
-"""Kind of layers -> what transformers assumes where no theta is given."""
+ATTENTION_KINDS = ("full_attention", "sliding_attention")
+DEFAULT_THETAS = {"full_attention": 1e6, "sliding_attention": 1e4}
+"""Kind of layer -> transformers' default for `rope_theta`."""
 
 
 @dataclass(frozen=True)
-class EmbeddingsByWidth:
-    """Embeddings times the root of the width, for which there is no field."""
+class ScaledEmbeddings:
+    """Embeddings multiplied by sqrt(hidden_size), which config.json does not mention."""
 
     names: tuple[str, ...] = ()
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return nothing; `UserError` for another factor."""
+        """Return no fields; `UserError` for any other factor."""
         root = math.sqrt(model.hidden_size)
         if not math.isclose(model.embedding_multiplier, root, rel_tol=1e-9):
             raise UserError(f"model.embedding_multiplier = {model.embedding_multiplier}: in family "
@@ -306,7 +302,7 @@ class EmbeddingsByWidth:
 
 @dataclass(frozen=True)
 class LogitsSoftCap:
-    """A soft cap on logits; null, and absence, is none."""
+    """Soft cap on logits; off if null or absent."""
 
     names: tuple[str, ...] = ("final_logit_softcapping",)
 
@@ -314,30 +310,30 @@ class LogitsSoftCap:
         return {self.names[0]: model.logits_softcap}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the cap; `UserError` where it is 0, which transformers would divide by."""
-        found = config.get(self.names[0])
-        if found is not None and not float(found) > 0:
-            raise UserError(f"config.json: {self.names[0]} = {found!r} must be a number greater than 0, or "
+        """Return the cap; `UserError` for 0, by which transformers would divide."""
+        cap = config.get(self.names[0])
+        if cap is not None and not float(cap) > 0:
+            raise UserError(f"config.json: {self.names[0]} = {cap!r} must be a number greater than 0, or "
                             "null for no cap")
-        return {"logits_softcap": None if found is None else float(found)}
+        return {"logits_softcap": None if cap is None else float(cap)}
 
 
 @dataclass(frozen=True)
 class TwoThetas:
-    """Rotary frequencies of global and of sliding layers: `rope_parameters` by kind of layer, or the older
-    `rope_theta`, `rope_local_base_freq` and `rope_scaling`, which is of global layers alone."""
+    """RoPE in global and in sliding layers: `rope_parameters` per kind of layer, or the older `rope_theta`,
+    `rope_local_base_freq` and `rope_scaling` (for global layers)."""
 
     names: tuple[str, ...] = ("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return both; `UserError` for scaled rotations that it does not know."""
+        """Return both thetas; `UserError` for unsupported scaling."""
         if model.yarn is not None or model.llama3_rope is not None:
-            raise UserError(f"model.yarn and model.llama3_rope: family '{model.family}' knows plain and "
-                            "linearly scaled rotations only; set both to null")
+            raise UserError(f"model.yarn and model.llama3_rope: family '{model.family}' supports RoPE "
+                            "without scaling or with linear scaling; set both to null")
         if model.local_rope_theta is None and model.linear_rope_factor is not None:
             raise UserError(f"model.linear_rope_factor = {model.linear_rope_factor}: family '{model.family}' "
-                            "scales global layers alone; set model.local_rope_theta, to model.rope_theta = "
-                            f"{model.rope_theta} where sliding layers have the same")
+                            "scales only global layers; set model.local_rope_theta (if sliding layers have "
+                            f"the same base, to model.rope_theta = {model.rope_theta})")
         local = model.rope_theta if model.local_rope_theta is None else model.local_rope_theta
         scaled = {"rope_type": "default"} if model.linear_rope_factor is None else {
             "rope_type": "linear", "factor": model.linear_rope_factor}
@@ -345,54 +341,54 @@ class TwoThetas:
                                     "sliding_attention": {"rope_type": "default", "rope_theta": local}}}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return both thetas and the factor; `UserError` for other scaled rotations, and where two spellings
-        disagree."""
-        said = config.get("rope_parameters", {})
-        if strange := [name for name in said if name not in KINDS]:
-            raise UserError(f"config.json: rope_parameters has {', '.join(map(str, strange))}, and this "
-                            f"family has them for {' and '.join(KINDS)}, each by itself; put them there")
+        """Return both thetas and the linear factor; `UserError` for unsupported scaling and for
+        contradictions."""
+        by_kind = config.get("rope_parameters", {})
+        if unknown := [name for name in by_kind if name not in ATTENTION_KINDS]:
+            raise UserError(f"config.json: rope_parameters has {', '.join(map(str, unknown))}, and in this "
+                            f"family only {' and '.join(ATTENTION_KINDS)}; move the parameters there")
         old = {"full_attention": config.get("rope_theta"),
                "sliding_attention": config.get("rope_local_base_freq")}
         thetas, factors = {}, {}
-        for kind in KINDS:
-            rope = dict(said.get(kind) or {})
+        for kind in ATTENTION_KINDS:
+            rope = dict(by_kind.get(kind) or {})
             theta = rope.pop("rope_theta", None)
-            factors[kind] = _linear_factor(rope, f"rope_parameters of {kind}")
+            factors[kind] = _take_linear_factor(rope, f"rope_parameters of {kind}")
             if None not in (theta, old[kind]) and theta != old[kind]:
-                raise UserError(f"config.json: {kind} rotates by {theta} in rope_parameters and by "
-                                f"{old[kind]} beside it; remove one of them")
-            # The newer spelling first, then the older, then transformers' default.
-            found = [value for value in (theta, old[kind], THETAS[kind]) if value is not None]
-            thetas[kind] = float(found[0])
+                raise UserError(f"config.json: rope_theta of {kind} is {theta} in rope_parameters and "
+                                f"{old[kind]} outside of it; remove one of them")
+            # The newer name, then the older name, then transformers' default.
+            candidates = [value for value in (theta, old[kind], DEFAULT_THETAS[kind]) if value is not None]
+            thetas[kind] = float(candidates[0])
         if factors["sliding_attention"] is not None:
             raise UserError(f"config.json: rope_parameters of sliding_attention = "
-                            f"{said['sliding_attention']}, but only global layers may be scaled")
+                            f"{by_kind['sliding_attention']}, but only global layers may be scaled")
         factor = factors["full_attention"]
         if config.get("rope_scaling"):
-            beside = _linear_factor(dict(config["rope_scaling"]), "rope_scaling")
-            if said.get("full_attention") and beside != factor:
+            old_factor = _take_linear_factor(dict(config["rope_scaling"]), "rope_scaling")
+            if by_kind.get("full_attention") and old_factor != factor:
                 raise UserError(f"config.json: rope_scaling = {config['rope_scaling']}, and rope_parameters "
-                                f"of full_attention = {said['full_attention']}; remove one of them")
-            factor = beside
+                                f"of full_attention = {by_kind['full_attention']}; remove one of them")
+            factor = old_factor
         return {"rope_theta": thetas["full_attention"], "local_rope_theta": thetas["sliding_attention"],
                 "yarn": None, "llama3_rope": None, "linear_rope_factor": factor}
 
 
-def _linear_factor(rope: dict[str, Any], where: str) -> float | None:
-    """Return the factor of linearly scaled rotations, None for plain ones; `UserError` for all else."""
-    told = dict(rope)
+def _take_linear_factor(rope: dict[str, Any], where: str) -> float | None:
+    """Return the factor of linear scaling, None for plain RoPE; `UserError` for other scaling."""
+    parameters = dict(rope)
     old_kind = rope.pop("type", "default")
     kind = rope.pop("rope_type", old_kind)
     factor = rope.pop("factor", None) if kind == "linear" else None
     if kind not in ("default", "linear") or rope or (kind == "linear") == (factor is None):
-        raise UserError(f"config.json: {where} = {told}, but only rope_type 'default', and 'linear' with its "
-                        "factor, are supported for this family")
+        raise UserError(f"config.json: {where} = {parameters}, but only rope_type 'default', and 'linear' "
+                        "with a factor, are supported for this family")
     return None if factor is None else float(factor)
 
 
 @dataclass(frozen=True)
 class GemmaLayers:
-    """Which layers slide: the explicit list, or all but every sixth."""
+    """Sliding layers: an explicit list, or all layers except every sixth."""
 
     names: tuple[str, ...] = ("layer_types", "sliding_window", "sliding_window_pattern")
 
@@ -400,5 +396,5 @@ class GemmaLayers:
         return {"layer_types": model.layer_types(), "sliding_window": model.sliding_window_tokens or None}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the shortest pattern that gives the list, and the window."""
+        """Return the shortest pattern and the window."""
         return SlidingLayers(default_window=4096).read({"sliding_window_pattern": 6, **config})

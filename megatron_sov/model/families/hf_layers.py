@@ -1,6 +1,4 @@
-"""Config items that say which layers slide, which are dense, and what the prediction layer is
-(see `hf_config.py`).
-"""
+"""Config items for attention windows, dense layers and prediction layers (see `hf_config.py`)."""
 
 from __future__ import annotations
 
@@ -14,12 +12,12 @@ from megatron_sov.model.config.bounds import MAX_LAYERS
 from megatron_sov.model.config.model import shortest_pattern
 
 PREDICTION_NAMES = ("num_nextn_predict_layers", "num_mtp_layers")
-"""How configs call the number of prediction layers behind the trunk; the first is written."""
+"""Config.json names for the number of prediction layers after the trunk; exports use the first."""
 _LETTER = {"sliding_attention": "L", "full_attention": "G"}
 
 
-def _letters(types: list[str], name: str, length: int) -> str:
-    """Return a list of attention types as letters; `UserError` where it is not one known type per layer."""
+def _parse_layer_letters(types: list[str], name: str, length: int) -> str:
+    """Return attention types as letters L and G; `UserError` unless every layer has a known type."""
     letters = "".join(_LETTER.get(kind, "?") for kind in types)
     if len(letters) != length or "?" in letters:
         raise UserError(f"config.json: {name} must name sliding_attention or full_attention for each of "
@@ -27,22 +25,22 @@ def _letters(types: list[str], name: str, length: int) -> str:
     return letters
 
 
-def _num_layers(config: dict[str, Any]) -> int:
-    """Return how many layers there are; `UserError` where lists with an entry for each would fill memory."""
-    return _bounded(int(config.get("num_hidden_layers", 0)), "num_hidden_layers")
+def _read_num_layers(config: dict[str, Any]) -> int:
+    """Return `num_hidden_layers`; `UserError` for numbers whose per-layer lists would fill memory."""
+    return _check_layer_count(int(config.get("num_hidden_layers", 0)), "num_hidden_layers")
 
 
-def _bounded(count: int, name: str) -> int:
+def _check_layer_count(count: int, name: str) -> int:
     if count > MAX_LAYERS:
         raise UserError(f"config.json: {name} = {count} must be at most {MAX_LAYERS:,}; count its zeros")
     return count
 
 
-def _main_window(config: dict[str, Any], default: int) -> tuple[int, bool]:
-    """Return the window of a prediction layer that slides, else that of most layers that do, and whether
-    there are several; `sliding_window` counts only where there is one.
+def _find_main_window(config: dict[str, Any], default: int) -> tuple[int, bool]:
+    """Return (window, whether windows differ) from the window lists, else from `sliding_window`.
 
-    Classes that know one window alone write their default beside a list of several.
+    The prediction layer's window comes first, then the most frequent window of the trunk. `sliding_window`
+    counts only if all windows are equal, because classes with a single window write a default there.
     """
     predicting, trunk = ([int(window) for window in config.get(name, []) if window]
                          for name in ("mtp_sliding_windows", "sliding_windows"))
@@ -53,44 +51,43 @@ def _main_window(config: dict[str, Any], default: int) -> tuple[int, bool]:
 
 @dataclass(frozen=True)
 class SlidingLayers:
-    """Which layers slide: explicit `layer_types` (transformers derives a different list from
-    the pattern alone)."""
+    """Sliding layers from the explicit list `layer_types`; transformers derives a different list from the
+    pattern alone."""
 
     default_window: int
-    """What transformers assumes where `sliding_window` is absent, in tokens."""
+    """Transformers' default for `sliding_window`, in tokens."""
     names: tuple[str, ...] = ("layer_types", "sliding_window", "sliding_window_pattern", "sliding_windows")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the explicit list, the window, the pattern, and the window of each layer (0:
-        global), which vLLM reads.  Where windows differ, that list alone says them, as in K-EXAONE 2.0."""
-        one = {} if model.layer_windows else {"sliding_window": model.sliding_window_tokens}
-        return {"layer_types": model.layer_types(), **one,
+        """Return `layer_types`, window, pattern, and `sliding_windows` (0: global) for vLLM. If windows
+        differ, only `sliding_windows` has them, as in K-EXAONE 2.0."""
+        single_window = {} if model.layer_windows else {"sliding_window": model.sliding_window_tokens}
+        return {"layer_types": model.layer_types(), **single_window,
                 "sliding_window_pattern": model.attention_pattern, "sliding_windows": model.windows()}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the shortest pattern that gives the list, and the windows;
-        `UserError` where what says them disagrees."""
-        num_layers = _num_layers(config)
+        """Return the shortest pattern and the windows; `UserError` for contradictions."""
+        num_layers = _read_num_layers(config)
         types = (config.get("layer_types")
                  or self.from_period(config.get("sliding_window_pattern", 4), num_layers))
-        letters = _letters(types, "layer_types", num_layers)
-        found = {"attention_pattern": shortest_pattern(letters), "layer_windows": ()}
+        letters = _parse_layer_letters(types, "layer_types", num_layers)
+        fields = {"attention_pattern": shortest_pattern(letters), "layer_windows": ()}
         listed = [int(w or 0) for w in config.get("sliding_windows", [])]
-        window, differ = _main_window(config, self.default_window)
+        window, differ = _find_main_window(config, self.default_window)
         window = window if "L" in letters else 0
         if not listed or listed == [window if letter == "L" else 0 for letter in letters]:
-            return found | {"sliding_window_tokens": window}
+            return fields | {"sliding_window_tokens": window}
         if not differ or [w > 0 for w in listed] != [letter == "L" for letter in letters]:
             raise UserError(
                 f"config.json: sliding_windows = {config['sliding_windows']} disagree with layer_types or "
                 f"with sliding_window = {config.get('sliding_window')}, and programs read one or the other; "
                 "give each sliding layer a window above 0, the others 0, and leave sliding_window out")
-        return found | {"sliding_window_tokens": window, "layer_windows": tuple(listed)}
+        return fields | {"sliding_window_tokens": window, "layer_windows": tuple(listed)}
 
     @staticmethod
     def from_period(period: Any, num_layers: int) -> list[str]:
-        """Return the types as transformers reads an integer: every `period`-th layer is global; `UserError`
-        for all else, which it does not accept without a list."""
+        """Return layer types for transformers' integer pattern: every `period`-th layer is global;
+        `UserError` for other values, which need an explicit list."""
         if not isinstance(period, int) or period < 1:
             raise UserError(f"config.json: sliding_window_pattern = {period!r} needs an explicit layer_types "
                             "list beside it")
@@ -99,18 +96,21 @@ class SlidingLayers:
 
 @dataclass(frozen=True)
 class SlidingSwitch:
-    """Windows behind the switch `use_sliding_window`, as Qwen has them."""
+    """Sliding windows with Qwen's switch `use_sliding_window`."""
 
     by_layer: bool
-    """True: layers from `max_window_layers` on slide, or those that `layer_types` names;
-    False: every layer does."""
+    """True: layers from `max_window_layers` on slide, or the layers in `layer_types`; False: all layers
+    slide."""
     default_first: int = 28
-    """What transformers assumes where `max_window_layers` is absent."""
+    """Transformers' default for `max_window_layers`."""
     names: tuple[str, ...] = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the switch, the window and, where layers may differ, the explicit list;
-        `UserError` where they may not."""
+        """Return the switch, the window and, with `by_layer`, the explicit list.
+
+        Raises:
+            UserError: layers differ although `by_layer` is False.
+        """
         types = model.layer_types()
         slides = "sliding_attention" in types
         written = {"use_sliding_window": slides, "sliding_window": model.sliding_window_tokens or None}
@@ -123,8 +123,8 @@ class SlidingSwitch:
         return written
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the pattern and the window; `UserError` where switch, window and list disagree."""
-        num_layers = _num_layers(config)
+        """Return pattern and window; `UserError` if switch, window and list disagree."""
+        num_layers = _read_num_layers(config)
         slides = config.get("use_sliding_window", False)
         if slides and "sliding_window" not in config:
             raise UserError(f"config.json: use_sliding_window = {slides} needs sliding_window; "
@@ -134,7 +134,7 @@ class SlidingSwitch:
                  for i in range(num_layers)]
         if self.by_layer:
             types = config.get("layer_types", types)
-        letters = _letters(types, "layer_types", num_layers)
+        letters = _parse_layer_letters(types, "layer_types", num_layers)
         if "L" in letters and not slides:
             raise UserError(f"config.json: layer_types = {types} names sliding layers, "
                             f"but use_sliding_window is {slides}; make them agree")
@@ -144,16 +144,15 @@ class SlidingSwitch:
 
 @dataclass(frozen=True)
 class RotatingWindows:
-    """Layers of EXAONE 4, which rotate where they slide; where no layer slides (`sliding_window` is null) all
-    rotate."""
+    """Layers in EXAONE 4: only sliding layers use RoPE, unless no layer slides (`sliding_window` is null)."""
 
     names: tuple[str, ...] = ("layer_types", "sliding_window", "sliding_window_pattern")
     null_tells: tuple[str, ...] = ("sliding_window",)
-    """Fields whose absence is not null: transformers then assumes a window of 4096."""
+    """If absent, transformers assumes a window of 4096."""
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the explicit list, window and pattern; `UserError` where global layers rotate beside sliding
-        ones, or nothing rotates."""
+        """Return list, window and pattern; `UserError` for a combination of RoPE and windows that the family
+        does not have."""
         types = model.layer_types()
         slides = "sliding_attention" in types
         if model.rope_on_global == slides:
@@ -165,13 +164,13 @@ class RotatingWindows:
                 "sliding_window_pattern": model.attention_pattern if slides else None}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return pattern, window, and whether global layers rotate; `UserError` where a window is given that
-        no layer has."""
-        num_layers, window = _num_layers(config), config.get("sliding_window", 4096)
+        """Return pattern, window and `rope_on_global`; `UserError` for a window without sliding layers, and
+        vice versa."""
+        num_layers, window = _read_num_layers(config), config.get("sliding_window", 4096)
         types = config.get("layer_types") or (
             SlidingLayers.from_period(config.get("sliding_window_pattern", 4), num_layers) if window
             else ["full_attention"] * num_layers)
-        letters = _letters(types, "layer_types", num_layers)
+        letters = _parse_layer_letters(types, "layer_types", num_layers)
         if bool(window) != ("L" in letters):
             raise UserError(f"config.json: sliding_window = {window}, but layer_types names "
                             f"{'no' if window else 'a'} sliding layer; transformers rotates global layers "
@@ -180,23 +179,22 @@ class RotatingWindows:
                 "rope_on_global": not window}
 
 
-def _leading_dense(config: dict[str, Any], dense: list[bool], what: str) -> dict[str, Any]:
-    """Return the number of dense layers; `UserError` where they do not all stand before the
-    ones with experts."""
-    num_layers = _num_layers(config)
+def _count_dense_layers(config: dict[str, Any], dense: list[bool], what: str) -> dict[str, Any]:
+    """Count dense layers; `UserError` unless all dense layers come first."""
+    num_layers = _read_num_layers(config)
     if len(dense) != num_layers or dense != sorted(dense, reverse=True):
         raise UserError(f"config.json: {what} must name dense layers first and layers with experts after, "
-                        f"for num_hidden_layers = {num_layers} layers; a dense layer behind one with experts "
-                        "is not supported")
+                        f"for num_hidden_layers = {num_layers} layers; a dense layer after a layer with "
+                        "experts is not supported")
     return {"num_dense_layers": sum(dense)}
 
 
 @dataclass(frozen=True)
 class LeadingDenseLayers:
-    """Dense layers before the experts, in every spelling that published configs use."""
+    """Dense layers before layers with experts, in all spellings of published configs."""
 
     default: int
-    """What transformers assumes where nothing is said."""
+    """Transformers' default."""
     names: tuple[str, ...] = ("first_k_dense_replace", "mlp_layer_types", "is_moe_layer",
                               "first_last_k_dense_replace")
 
@@ -205,30 +203,31 @@ class LeadingDenseLayers:
             "dense" if i < model.num_dense_layers else "sparse" for i in range(model.num_layers)]}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the count; `UserError` where two spellings disagree."""
-        leading: Callable[[Any], list[bool]] = lambda count: [i < count  # noqa: E731
-                                                              for i in range(_num_layers(config))]
+        """Count dense layers; `UserError` if two spellings disagree."""
+        def leading(count: Any) -> list[bool]:
+            return [i < count for i in range(_read_num_layers(config))]
+
         spellings: dict[str, Callable[[Any], list[bool]]] = {
             "mlp_layer_types": lambda kinds: [kind != "sparse" for kind in kinds],
             "is_moe_layer": lambda flags: [not flag for flag in flags],
             "first_k_dense_replace": leading,
             "first_last_k_dense_replace": leading,
         }
-        said = {name: read(config[name]) for name, read in spellings.items() if name in config}
-        if "mlp_layer_types" in said and config.get("first_k_dense_replace") == self.default:
-            # transformers' classes go by the list, and write the default of what a folder does not say
-            said.pop("first_k_dense_replace")
-        # Lists of layers first: they say more than a count.
-        dense = next(iter(said.values()), leading(self.default))
-        if any(other != dense for other in said.values()):
-            raise UserError(f"config.json: {' and '.join(said)} disagree about which layers are dense; "
-                            "make them agree")
-        return _leading_dense(config, dense, next(iter(said), "first_k_dense_replace"))
+        by_spelling = {name: read(config[name]) for name, read in spellings.items() if name in config}
+        if "mlp_layer_types" in by_spelling and config.get("first_k_dense_replace") == self.default:
+            # transformers' classes use the list, and write the default of an absent count.
+            by_spelling.pop("first_k_dense_replace")
+        # Lists of layers come first in `spellings`: they are more precise than a count.
+        dense = next(iter(by_spelling.values()), leading(self.default))
+        if any(other != dense for other in by_spelling.values()):
+            raise UserError(f"config.json: {' and '.join(by_spelling)} disagree about which layers are "
+                            "dense; make them agree")
+        return _count_dense_layers(config, dense, next(iter(by_spelling), "first_k_dense_replace"))
 
 
 @dataclass(frozen=True)
 class SparseSteps:
-    """Dense layers as Qwen3-MoE names them: a list of them, and a step between layers with experts."""
+    """Dense layers in Qwen3-MoE's spelling: a list, and a step between layers with experts."""
 
     names: tuple[str, ...] = ("mlp_only_layers", "decoder_sparse_step")
 
@@ -236,27 +235,27 @@ class SparseSteps:
         return {"mlp_only_layers": list(range(model.num_dense_layers)), "decoder_sparse_step": 1}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return how many layers before all others are dense."""
+        """Count leading dense layers."""
         listed, step = config.get("mlp_only_layers", []), config.get("decoder_sparse_step", 1)
-        dense = [i in listed or (i + 1) % step != 0 for i in range(_num_layers(config))]
-        return _leading_dense(config, dense, "mlp_only_layers and decoder_sparse_step")
+        dense = [i in listed or (i + 1) % step != 0 for i in range(_read_num_layers(config))]
+        return _count_dense_layers(config, dense, "mlp_only_layers and decoder_sparse_step")
 
 
 @dataclass(frozen=True)
 class HfPredictionLayer:
-    """The multi-token prediction layer: whether there is one, its attention, and the weight of its loss."""
+    """Multi-token prediction layers: number, attention, depths and loss weight."""
 
     default_coeff: float = 0.05
-    """Published weight of its loss, where the config is silent."""
-    said_without: bool = True
-    """Whether a model without such a layer says so."""
+    """Published loss weight, used if config.json has none."""
+    writes_zero: bool = True
+    """Whether exports without prediction layers write the number 0."""
     names: tuple[str, ...] = ("num_nextn_predict_layers", "mtp_layer_types", "mtp_sliding_windows",
                               "mtp_loss_scaling_factor", "mtp_share_layers", "mtp_num_speculative_steps")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return everything explicit; without such a layer at most that there is none."""
+        """Return all fields; without prediction layers at most their number."""
         if not model.num_mtp_layers:
-            return {"num_nextn_predict_layers": 0} if self.said_without else {}
+            return {"num_nextn_predict_layers": 0} if self.writes_zero else {}
         n = model.num_mtp_layers
         repeated = {"mtp_num_speculative_steps": model.mtp_depths, "mtp_share_layers": True}
         return {"num_nextn_predict_layers": n, "mtp_layer_types": [model.mtp_layer_type()] * n,
@@ -264,35 +263,34 @@ class HfPredictionLayer:
                 "mtp_loss_scaling_factor": model.mtp_loss_coeff, **(repeated if model.mtp_depths > 1 else {})}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the number of layers, their attention (global where the config is silent) and the
-        weight of their loss."""
-        num_layers = _bounded(config.get("num_nextn_predict_layers", 0), "num_nextn_predict_layers")
-        letters = _letters(config.get("mtp_layer_types", ["full_attention"] * num_layers),
+        """Return number, attention (global by default), depths and loss weight."""
+        num_layers = _check_layer_count(config.get("num_nextn_predict_layers", 0), "num_nextn_predict_layers")
+        letters = _parse_layer_letters(config.get("mtp_layer_types", ["full_attention"] * num_layers),
                            "mtp_layer_types", num_layers)
-        window = _main_window(config, 0)[0] if "L" in letters else 0
+        window = _find_main_window(config, 0)[0] if "L" in letters else 0
         windows = config.get("mtp_sliding_windows", [window] * num_layers)
-        if any((found or 0) != window for found in windows):
+        if any((mtp_window or 0) != window for mtp_window in windows):
             raise UserError(f"config.json: mtp_sliding_windows = {windows}, but only {window} is supported: "
                             "the trunk's window for a sliding prediction layer, 0 for a global one")
         steps = config.get("mtp_num_speculative_steps", num_layers)
         if steps != num_layers and (num_layers != 1 or steps < 1):
-            raise UserError(f"config.json: mtp_num_speculative_steps = {steps} beside "
-                            f"num_nextn_predict_layers = {num_layers}: one prediction layer may be applied "
-                            "many times, several are applied once each; make the two agree")
+            raise UserError(f"config.json: mtp_num_speculative_steps = {steps} with "
+                            f"num_nextn_predict_layers = {num_layers}: a single prediction layer may be "
+                            "applied repeatedly, several layers once each; make the two agree")
         return {"num_mtp_layers": num_layers, "mtp_attention": letters[:1] or "G",
                 "mtp_depths": steps if num_layers == 1 else 1,
                 "mtp_loss_coeff": config.get("mtp_loss_scaling_factor", self.default_coeff)}
 
 
 @dataclass(frozen=True)
-class PredictionBehind:
-    """How many prediction layers with experts stand behind the trunk."""
+class PredictionAfterTrunk:
+    """Number of prediction layers with experts after the last transformer layer."""
 
     names: tuple[str, ...] = (*PREDICTION_NAMES, "mtp_mlp_layer_types")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return their number and, where there are any, that they have experts, which transformers' reader of
-        such layers asks for beside `mlp_layer_types`; `UserError` where one is dense."""
+        """Return the number of layers and `mtp_mlp_layer_types`, which transformers' reader needs;
+        `UserError` for dense layers."""
         if model.num_mtp_layers and not model.mtp_experts:
             raise UserError(f"model.mtp_experts = False: the prediction layer of family '{model.family}' has "
                             "experts; set it to true, or model.num_mtp_layers to 0")
@@ -300,41 +298,41 @@ class PredictionBehind:
         return {PREDICTION_NAMES[0]: model.num_mtp_layers, **kinds}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return their number; `UserError` where the names disagree, or a layer has no experts."""
-        said = {name: config[name] for name in PREDICTION_NAMES if name in config}
+        """Return the number of layers; `UserError` if names disagree or a layer is dense."""
+        by_name = {name: config[name] for name in PREDICTION_NAMES if name in config}
         if set(config.get("mtp_mlp_layer_types", [])) - {"sparse"}:
             raise UserError(f"config.json: mtp_mlp_layer_types = {config['mtp_mlp_layer_types']}, but only "
                             "prediction layers with experts ('sparse') are supported for this family")
-        if len(set(said.values())) > 1:
-            raise UserError(f"config.json: {' and '.join(f'{n} = {v}' for n, v in said.items())} disagree; "
-                            "remove one of them")
-        count = next(iter(said.values()), 0)
+        if len(set(by_name.values())) > 1:
+            values = " and ".join(f"{name} = {value}" for name, value in by_name.items())
+            raise UserError(f"config.json: {values} disagree; remove one of them")
+        count = next(iter(by_name.values()), 0)
         return {"num_mtp_layers": count, "mtp_experts": bool(count)}
 
 
 @dataclass(frozen=True)
 class SwigluLimits:
-    """A bound of each layer's gate and up projections, where 0 means none."""
+    """SwiGLU clamp per layer; 0: none."""
 
     names: tuple[str, ...] = ("swiglu_limits",)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the list; nothing where no layer has a bound."""
+        """Return the list; {} if no layer has a clamp."""
         return {"swiglu_limits": [float(limit) for limit in model.swiglu_limits]} if any(
             model.swiglu_limits) else {}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the bounds; `UserError` where there is not one of 0 or more for each layer."""
+        """Return the clamps; `UserError` unless every layer has a number of at least 0."""
         limits = [float(limit or 0) for limit in config.get("swiglu_limits", [])]
-        if (limits and len(limits) != _num_layers(config)) or any(limit < 0 for limit in limits):
+        if (limits and len(limits) != _read_num_layers(config)) or any(limit < 0 for limit in limits):
             raise UserError(f"config.json: swiglu_limits = {limits} must have an entry of 0 or more for each "
-                            f"of num_hidden_layers = {_num_layers(config)} layers")
+                            f"of num_hidden_layers = {_read_num_layers(config)} layers")
         return {"swiglu_limits": tuple(limits) if any(limits) else ()}
 
 
 @dataclass(frozen=True)
-class NormsBehind:
-    """A switch for norms behind blocks that are normalised before, too."""
+class OutputNormSwitch:
+    """A switch for norms on block outputs, in addition to norms on inputs."""
 
     hf: str
 
@@ -343,16 +341,16 @@ class NormsBehind:
         return (self.hf,)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the switch; `UserError` where blocks are normalised in another way."""
+        """Return the switch; `UserError` for other positions of norms."""
         if model.block_norms not in ("pre", "both"):
             raise UserError(f"model.block_norms = '{model.block_norms}': family '{model.family}' normalises "
-                            "before its blocks, or before and behind them; use 'pre' or 'both'")
+                            "the input of blocks, or input and output; use 'pre' or 'both'")
         return {self.hf: model.block_norms == "both"}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return where blocks are normalised; `UserError` where nothing is said."""
+        """Return the positions of norms; `UserError` if the switch is absent."""
         if not isinstance(config.get(self.hf), bool):
-            raise UserError(f"config.json: {self.hf} = {config.get(self.hf)} must be true or false, since "
-                            "programs assume different things where it is absent; add it (the weights have a "
-                            "post_norm1 in every layer, or none)")
+            raise UserError(f"config.json: {self.hf} = {config.get(self.hf)} must be true or false, because "
+                            "programs have different defaults; add it (true if the weights have a "
+                            "post_norm1 in every layer)")
         return {"block_norms": "both" if config[self.hf] else "pre"}

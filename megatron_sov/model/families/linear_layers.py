@@ -1,5 +1,5 @@
-"""What families with linear attention declare: tensors whose rows stand by heads, and which layers have it
-(Kimi Delta Attention)."""
+"""Weight and config items for linear attention (Kimi Delta Attention), whose tensors have rows ordered by
+head."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from megatron_sov.model.config import LinearAttentionConfig, ModelConfig
 from megatron_sov.model.config.bounds import MAX_LAYERS
 from megatron_sov.model.config.model import LAYER_TYPES, shortest_pattern
 from megatron_sov.model.families.weights import (
-    GateUp, Layout, Reshaped, Same, WeightEntry, linear_of, shape_of)
+    GateUp, Layout, Reshaped, Same, WeightEntry, get_linear_attention, resolve_shape)
 
 
 @dataclass(frozen=True)
 class HeadRows:
-    """A tensor with rows for each head of linear attention, one kind behind the other
+    """A Megatron tensor that stacks several Hugging Face tensors per head
     (`LinearAttentionConfig.projected`)."""
 
     megatron: str
     hf: tuple[tuple[str, int], ...]
-    """Hugging Face tensors, and which kind each holds of all heads."""
+    """(Hugging Face tensor, index in `projected`)."""
     columns: str
-    """Letters of the other axes."""
+    """Sizes of the other axes, in letters."""
     fp32: bool = False
 
     @property
@@ -31,27 +31,28 @@ class HeadRows:
         return tuple(name for name, _ in self.hf)
 
     def layout(self, model: ModelConfig) -> Layout:
-        """Return the parts of [heads, rows of each, columns]."""
-        linear = linear_of(model)
+        """Return the division of [heads, rows per head, columns]."""
+        linear = get_linear_attention(model)
         lengths = tuple(linear.projected[kind] for _, kind in self.hf)
-        return Layout((linear.num_key_heads, sum(lengths), *shape_of(self.columns, model)), 1, lengths, 2)
+        return Layout((linear.num_key_heads, sum(lengths), *resolve_shape(self.columns, model)), 1, lengths,
+                      2)
 
 
 @dataclass(frozen=True)
 class TapRows(HeadRows):
-    """The taps of a convolution: [channels, 1, taps]."""
+    """Weights of the causal convolution, [channels, 1, taps]."""
 
     columns: str = ""
 
     def layout(self, model: ModelConfig) -> Layout:
-        """Return the parts of [heads, channels of each, 1, taps]."""
-        whole = super().layout(model)
-        return replace(whole, view=(*whole.view, 1, linear_of(model).conv_taps))
+        """Return the division of [heads, channels per head, 1, taps]."""
+        layout = super().layout(model)
+        return replace(layout, view=(*layout.view, 1, get_linear_attention(model).conv_taps))
 
 
 @dataclass(frozen=True)
-class GateBesideQKV:
-    """Query, key and value, and the gate of each query head in a tensor of its own, rows by head in all."""
+class GatedQKV:
+    """Query, key and value with an output gate per query head, which is a separate Hugging Face tensor."""
 
     megatron: str
     hf_names: tuple[str, str, str, str]
@@ -59,20 +60,19 @@ class GateBesideQKV:
     fp32: bool = False
 
     def layout(self, model: ModelConfig) -> Layout:
-        """Return the parts of [groups, query heads + their gates + key + value, head_dim, hidden]: all gates
-        of a group stand behind its query heads."""
+        """Return the division of [groups, query heads + gates + key + value, head_dim, hidden]."""
         heads = model.num_heads // model.num_kv_heads
         view = (model.num_kv_heads, 2 * heads + 2, model.head_dim, model.hidden_size)
         return Layout(view, 1, (heads, heads, 1, 1), 3)
 
 
-GATE_BESIDE: tuple[WeightEntry, ...] = (
+GATED_ATTENTION: tuple[WeightEntry, ...] = (
     Same("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "H"),
-    GateBesideQKV("self_attention.linear_qkv.weight", (
+    GatedQKV("self_attention.linear_qkv.weight", (
         "self_attn.q_proj.weight", "self_attn.g_proj.weight", "self_attn.k_proj.weight",
         "self_attn.v_proj.weight")),
     Same("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H A"))
-"""Attention whose gates have a matrix of their own."""
+"""Attention with output gates in a separate matrix."""
 
 KIMI_DELTA: tuple[WeightEntry, ...] = (
     Same("input_layernorm.weight", "input_layernorm.weight", "H"),
@@ -90,11 +90,10 @@ KIMI_DELTA: tuple[WeightEntry, ...] = (
     Same("self_attention.dt_bias", "self_attn.dt_bias", "X"),
     Same("self_attention.out_norm.weight", "self_attn.o_norm.weight", "U"),
     Same("self_attention.out_proj.weight", "self_attn.o_proj.weight", "H W"))
-"""Kimi Delta Attention."""
 
 
 def count_layers(config: dict[str, Any]) -> int:
-    """Return how many layers there are; `UserError` where lists with an entry for each would fill memory."""
+    """Return `num_hidden_layers`; `UserError` for numbers whose per-layer lists would fill memory."""
     count = int(config.get("num_hidden_layers", 0))
     if count > MAX_LAYERS:
         raise UserError(f"config.json: num_hidden_layers = {count} must be at most {MAX_LAYERS:,}; count its "
@@ -102,16 +101,16 @@ def count_layers(config: dict[str, Any]) -> int:
     return count
 
 
-def whole_number(name: str, value: Any) -> int:
-    """Return a size; `UserError` where it is no whole number, which `int` would make of 4.9."""
+def check_integer(name: str, value: Any) -> int:
+    """Return `value`; `UserError` if it is not an integer (`int` would accept 4.9)."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise UserError(f"config.json: {name} = {value!r} must be a whole number; restore it from its source")
     return value
 
 
-def layer_pattern(types: list[Any], count: int) -> dict[str, Any]:
-    """Return the shortest pattern that gives the list; `UserError` where it is not one known type per
-    layer."""
+def parse_layer_pattern(types: list[Any], count: int) -> dict[str, Any]:
+    """Return the shortest `attention_pattern` for layer types; `UserError` unless every layer has a known
+    type."""
     letter = {kind: letter for letter, kind in LAYER_TYPES.items() if letter in "DG"}
     letters = "".join(letter.get(kind, "?") for kind in types)
     if len(letters) != count or "?" in letters:
@@ -120,53 +119,54 @@ def layer_pattern(types: list[Any], count: int) -> dict[str, Any]:
     return {"attention_pattern": shortest_pattern(letters)}
 
 
-def delta_sizes(model: ModelConfig, *, negative: bool) -> tuple[int, int, int]:
-    """Return heads, their width and taps of Kimi Delta Attention; `UserError` where heads differ, gates have
-    another rank, or rates are above 1 and may not be."""
-    linear = linear_of(model)
+def read_delta_sizes(model: ModelConfig, *, negative: bool) -> tuple[int, int, int]:
+    """Return (heads, head size, taps) of Kimi Delta Attention; `UserError` for sizes that the family cannot
+    express."""
+    linear = get_linear_attention(model)
     width = linear.key_head_dim
     if linear != LinearAttentionConfig(linear.num_key_heads, linear.num_key_heads, width, width, width,
                                        linear.conv_taps, linear.negative_eigenvalues and negative):
         raise UserError(f"model.linear_attention = {asdict(linear)}: in family '{model.family}' keys and "
-                        "values have as many heads of one width, which is gate_rank too"
-                        + ("" if negative else ", and negative_eigenvalues is false"))
+                        "values must have the same number of heads and the same width, equal to gate_rank"
+                        + ("" if negative else ", and negative_eigenvalues must be false"))
     return linear.num_key_heads, width, linear.conv_taps
 
 
 @dataclass(frozen=True)
 class SolarLayers:
-    """Which layers have softmax attention, counted from 0, and the sizes of Kimi Delta Attention in the
-    others: Solar Open 2.  Programs read one or the other of the lists, so that both are written."""
+    """Solar Open 2's layer types and sizes: layers with softmax attention, and Kimi Delta Attention in the
+    others. Programs read one list or the other, so exports write both."""
 
     sizes: tuple[str, ...] = ("num_heads", "head_dim", "short_conv_kernel_size")
-    """In the part `linear_attn_config`."""
+    """Fields of `linear_attn_config`."""
     names: tuple[str, ...] = ("layer_types", "gqa_layers", "gqa_interval", "linear_attn_config",
                               "kda_allow_neg_eigval")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return all but the interval; `UserError` where sizes differ, or no layer has softmax attention."""
-        said, types = delta_sizes(model, negative=True), model.layer_types()
+        """Return all fields except the interval; `UserError` for unequal sizes, or without softmax
+        attention."""
+        sizes, types = read_delta_sizes(model, negative=True), model.layer_types()
         softmax = [i for i, kind in enumerate(types) if kind == "full_attention"]
         if not softmax:
             raise UserError(f"model.attention_pattern = {model.attention_pattern!r}: family '{model.family}' "
                             "needs a layer with softmax attention; add a G")
         return {"layer_types": types, "gqa_layers": softmax,
-                "linear_attn_config": {**dict(zip(self.sizes, said, strict=True)), "num_kv_heads": None},
-                "kda_allow_neg_eigval": linear_of(model).negative_eigenvalues}
+                "linear_attn_config": {**dict(zip(self.sizes, sizes, strict=True)), "num_kv_heads": None},
+                "kda_allow_neg_eigval": get_linear_attention(model).negative_eigenvalues}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the shortest pattern that gives the layers, and the sizes; `UserError` where two spellings
-        disagree, or heads of keys and values are fewer."""
-        usual = {"num_heads": config.get("num_attention_heads", 64), "head_dim": config.get("head_dim", 128),
-                 "short_conv_kernel_size": 4}
-        part = dict(config.get("linear_attn_config", usual))
-        of_keys = part.pop("num_kv_heads", None)
+        """Return the shortest pattern and the sizes; `UserError` if two spellings disagree or key/value heads
+        differ from query heads."""
+        default = {"num_heads": config.get("num_attention_heads", 64),
+                   "head_dim": config.get("head_dim", 128), "short_conv_kernel_size": 4}
+        part = dict(config.get("linear_attn_config", default))
+        kv_heads = part.pop("num_kv_heads", None)
         if sorted(part) != sorted(self.sizes):
-            raise UserError(f"config.json: linear_attn_config has {', '.join(sorted(part)) or 'nothing'}, "
-                            f"and beside num_kv_heads it needs {', '.join(self.sizes)} alone")
-        heads, width, taps = (whole_number(f"linear_attn_config.{name}", part[name]) for name in self.sizes)
-        if of_keys and of_keys != heads:
-            raise UserError(f"config.json: linear_attn_config.num_kv_heads = {of_keys}, but only null or "
+            raise UserError(f"config.json: linear_attn_config has {', '.join(sorted(part)) or 'no fields'}; "
+                            f"besides num_kv_heads, it must have exactly {', '.join(self.sizes)}")
+        heads, width, taps = (check_integer(f"linear_attn_config.{name}", part[name]) for name in self.sizes)
+        if kv_heads and kv_heads != heads:
+            raise UserError(f"config.json: linear_attn_config.num_kv_heads = {kv_heads}, but only null or "
                             f"num_heads = {heads} is supported: keys and values have as many heads as "
                             "queries")
         negative = config.get("kda_allow_neg_eigval", True)
@@ -178,20 +178,20 @@ class SolarLayers:
     @staticmethod
     def _layers(config: dict[str, Any]) -> dict[str, Any]:
         count, interval = count_layers(config), config.get("gqa_interval", 3)
-        if whole_number("gqa_interval", interval) < 1:
+        if check_integer("gqa_interval", interval) < 1:
             raise UserError(f"config.json: gqa_interval = {interval!r} must be an integer of 1 or more")
         softmax = config.get("gqa_layers", [*range(0, count, interval + 1)])
         listed = ["full_attention" if i in softmax else "linear_attention" for i in range(count)]
         types = config.get("layer_types", listed)
-        pattern = layer_pattern(types, count)
-        # without the list the interval says nothing beside the types; transformers writes its default there
+        pattern = parse_layer_pattern(types, count)
+        # transformers writes a default `gqa_interval`, so the interval counts only without `layer_types`.
         if "gqa_layers" in config and (types != listed or len({*softmax}) != len(softmax)
                                        or listed.count("full_attention") != len(softmax)):
-            raise UserError(f"config.json: gqa_layers = {softmax} must name layers of {count}, counted from "
-                            "0, each once, as layer_types does where it stands beside")
+            raise UserError(f"config.json: gqa_layers = {softmax} must name layers from 0 to {count - 1} "
+                            "once each, and agree with layer_types")
         if "full_attention" not in types:
-            raise UserError("config.json: no layer has softmax attention, and this family needs one; name "
-                            "it in gqa_layers")
+            raise UserError("config.json: no layer has softmax attention; this family needs at least one in "
+                            "gqa_layers")
         return pattern
 
 

@@ -1,5 +1,5 @@
-"""The built-in families, each a declaration: dense ones first, then those with a mixture of experts.
-`get(name)` finds them, and those of packages, by the `model_type` that transformers has."""
+"""Built-in model families, dense families first. `get_family(name)` finds them and plug-ins by
+`model_type`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.base.plugins.loading import LoadedPlugin, PluginCode
 from megatron_sov.base.plugins.registry import Registry
 from megatron_sov.model.config import ModelConfig
@@ -15,16 +15,17 @@ from megatron_sov.model.families.family import (
     COMMON_CONFIG, DECODER_CONFIG, DEEPSEEK_ROUTER, DEEPSEEK_ROUTER_CONFIG, EXPERT_GROUPS, EXPERTS_CONFIG,
     KV_HEADS, Family)
 from megatron_sov.model.families.hf_config import (
-    AttentionScale, ConfigItem, EmbeddingsByWidth, Fixed, GemmaLayers, LogitsSoftCap, Renamed, Rope,
-    TwoThetas, Unused, hidden_over_heads)
+    AttentionScale, ConfigItem, Fixed, GemmaLayers, LogitsSoftCap, Renamed, Rope, ScaledEmbeddings, TwoThetas,
+    Unused, hidden_over_heads)
 from megatron_sov.model.families.hf_layers import (
-    HfPredictionLayer, LeadingDenseLayers, NormsBehind, RotatingWindows, SlidingLayers, SlidingSwitch,
+    HfPredictionLayer, LeadingDenseLayers, OutputNormSwitch, RotatingWindows, SlidingLayers, SlidingSwitch,
     SparseSteps, SwigluLimits)
 from megatron_sov.model.families.latent import DEEPSEEK_V3
-from megatron_sov.model.families.linear_layers import GATE_BESIDE, KIMI_DELTA, SolarLayers
+from megatron_sov.model.families.linear_layers import GATED_ATTENTION, KIMI_DELTA, SolarLayers
 from megatron_sov.model.families.weights import (
     ATTENTION, DEEPSEEK_EXPERTS, DENSE_FFN, EMBEDDINGS_AND_HEAD, PROJECTIONS, QK_NORM, QKV_BIAS,
-    ROUTED_EXPERTS, SHARED_EXPERTS, SWIGLU, Same, norms_behind, prediction_layer, router_bias, trunk)
+    ROUTED_EXPERTS, SHARED_EXPERTS, SWIGLU, Same, output_norms, prediction_sections, router_bias_entry,
+    trunk_section)
 
 _DECODER: tuple[ConfigItem, ...] = (
     *DECODER_CONFIG, Renamed("intermediate_size", "dense_ffn_dim"), Rope(default_theta=10_000.0),
@@ -35,42 +36,40 @@ _DENSE: dict[str, Any] = {**_STRUCTURE, "num_experts": 0, "num_dense_layers": 0}
 _PLAIN_DENSE: dict[str, Any] = {**_DENSE, "qkv_bias": False, "qk_norm": False}
 
 
-# Llama 2 and 3 (`llama`), and what has its shape: a pre-norm decoder with RoPE in every layer, no biases.
-#
-# Llama 3.1's scaling of frequencies is `model.llama3_rope`.  A multi-token prediction layer, as HyperCLOVA X
-# 8B Omni has one, is carried as K-EXAONE's is; transformers drops its tensors on loading.
+# Llama 2, 3 and compatible models (`llama`): pre-norm decoder, RoPE in every layer, no biases. Llama 3.1's
+# RoPE scaling is `model.llama3_rope`. A multi-token prediction layer (HyperCLOVA X 8B Omni) has K-EXAONE's
+# tensor names; transformers drops its tensors on loading.
 
 LLAMA = Family(
     name="llama",
     hf_classes=("LlamaForCausalLM",),
-    weights=(*EMBEDDINGS_AND_HEAD, trunk("every layer", ATTENTION, DENSE_FFN),
-             *prediction_layer(ATTENTION, DENSE_FFN)),
+    weights=(*EMBEDDINGS_AND_HEAD, trunk_section("every layer", ATTENTION, DENSE_FFN),
+             *prediction_sections(ATTENTION, DENSE_FFN)),
     config=(
         *_DECODER, _HEAD_DIM, Renamed("rms_norm_eps", "norm_eps", 1e-6),
-        # transformers' default; Llama 1 came before there were others
+        # Default in transformers; Llama 1 had no grouped-query attention.
         Renamed("num_key_value_heads", "num_kv_heads", lambda config: config["num_attention_heads"]),
-        Fixed("attention_bias", False), Fixed("mlp_bias", False), HfPredictionLayer(said_without=False),
-        Unused(("pretraining_tp",)),  # how its authors cut a product in pretraining
+        Fixed("attention_bias", False), Fixed("mlp_bias", False), HfPredictionLayer(writes_zero=False),
+        Unused(("pretraining_tp",)),  # tensor parallel size of the authors' pretraining
     ),
     structure={"rope_on_global": True, "num_experts": 0, "num_dense_layers": 0,
                "qkv_bias": False, "qk_norm": False, "attention_pattern": "G", "sliding_window_tokens": 0},
 )
 
 
-# EXAONE 4.0 (`exaone4`): blocks are normalised behind, not before; QK-norm.
-#
-# The 32B slides with RoPE in three layers of four and attends globally without positions in the fourth; the
-# 1.2B is global with RoPE throughout.
+# EXAONE 4.0 (`exaone4`): norms after blocks instead of before; QK-norm. In the 32B, three of four layers have
+# sliding windows with RoPE, and the fourth has global attention without positions; in the 1.2B, all layers
+# have global attention with RoPE.
 
 EXAONE4 = Family(
     name="exaone4",
     hf_classes=("Exaone4ForCausalLM",),
-    weights=(*EMBEDDINGS_AND_HEAD, trunk(
+    weights=(*EMBEDDINGS_AND_HEAD, trunk_section(
         "every layer", PROJECTIONS, QK_NORM, SWIGLU,
-        norms_behind("post_attention_layernorm", "post_feedforward_layernorm"))),
+        output_norms("post_attention_layernorm", "post_feedforward_layernorm"))),
     config=(
         *_DECODER, _HEAD_DIM, KV_HEADS, Renamed("rms_norm_eps", "norm_eps", 1e-5), RotatingWindows(),
-        Fixed("reorder_qk_norm", True, written=False),  # what released configs call norms behind
+        Fixed("reorder_qk_norm", True, written=False),  # released configs: norms after blocks
         Unused(("max_window_layers",)),
     ),
     structure={"block_norms": "post", "qk_norm": True, "qkv_bias": False, "num_experts": 0,
@@ -78,21 +77,18 @@ EXAONE4 = Family(
 )
 
 
-# Gemma 3 (`gemma3_text`), the text models of all sizes: norms by 1 + weight before and behind each block,
-# QK-norm, GELU, embeddings times the root of the width, five sliding layers before each global one, which
-# turn faster than it.
-#
-# From 4B on they stand inside folders of vision models (`text_inside.py`), and divide the positions of
-# global layers.  A cap on the products of queries and keys is refused: transformers' class reads the field
-# and does not compute it.
+# Gemma 3 (`gemma3_text`), text models of all sizes: norms with 1 + weight before and after blocks, QK-norm,
+# GELU, embeddings times sqrt(hidden_size), five sliding layers per global layer, with a smaller RoPE base.
+# Models from 4B on are nested in multimodal folders and scale RoPE in global layers. A soft cap on attention
+# scores is rejected: transformers' class reads the field without applying the cap.
 
 GEMMA3 = Family(
     name="gemma3_text",
     hf_classes=("Gemma3ForCausalLM",),
-    weights=(*EMBEDDINGS_AND_HEAD, trunk(
+    weights=(*EMBEDDINGS_AND_HEAD, trunk_section(
         "every layer", ATTENTION, QK_NORM,
         (Same("mlp.linear_fc1.layer_norm_weight", "pre_feedforward_layernorm.weight", "H"),), SWIGLU,
-        norms_behind("post_attention_layernorm", "post_feedforward_layernorm"))),
+        output_norms("post_attention_layernorm", "post_feedforward_layernorm"))),
     config=(
         *COMMON_CONFIG, KV_HEADS, Renamed("intermediate_size", "dense_ffn_dim"),
         Renamed("head_dim", "head_dim", 256),
@@ -100,7 +96,7 @@ GEMMA3 = Family(
         Fixed("hidden_activation", "gelu_pytorch_tanh"), Fixed("attention_bias", False),
         Fixed("attn_logit_softcapping", None), LogitsSoftCap(),
         Fixed("use_bidirectional_attention", False), AttentionScale("query_pre_attn_scalar", scalar=256),
-        EmbeddingsByWidth(), TwoThetas(), GemmaLayers(),
+        ScaledEmbeddings(), TwoThetas(), GemmaLayers(),
         Unused(("cache_implementation", "_sliding_window_pattern")),  # transformers writes the latter
     ),
     structure={"block_norms": "both", "zero_centered_norms": True, "activation": "gelu_tanh", "qk_norm": True,
@@ -110,27 +106,24 @@ GEMMA3 = Family(
 )
 
 
-# HyperCLOVA X (`hyperclovax`): Llama's decoder with the factors of maximal update parametrisation (arXiv
-# 2203.03466) and, where `use_post_norm` says so, a norm behind each block as well as before it (Peri-LN,
-# arXiv 2502.02732).
-#
-# `use_post_norm` must be said: transformers assumes true where it is absent, the authors' own class and
-# vLLM's false.
+# HyperCLOVA X (`hyperclovax`): Llama's decoder with multipliers of maximal update parametrisation (arXiv
+# 2203.03466) and, with `use_post_norm`, norms before and after blocks (Peri-LN, arXiv 2502.02732).
+# `use_post_norm` is required: its default is true in transformers, false in the authors' class and in vLLM.
 
 HYPERCLOVAX = Family(
     name="hyperclovax",
     hf_classes=("HyperCLOVAXForCausalLM",),
-    weights=(*EMBEDDINGS_AND_HEAD, trunk("every layer", ATTENTION, DENSE_FFN),
-             trunk("layers with norms behind", norms_behind("post_norm1", "post_norm2"))),
+    weights=(*EMBEDDINGS_AND_HEAD, trunk_section("every layer", ATTENTION, DENSE_FFN),
+             trunk_section("layers with norms behind", output_norms("post_norm1", "post_norm2"))),
     config=(
         *_DECODER, _HEAD_DIM, KV_HEADS, Renamed("rms_norm_eps", "norm_eps", 1e-6),
-        Fixed("attention_bias", False), Fixed("mlp_bias", False), NormsBehind("use_post_norm"),
+        Fixed("attention_bias", False), Fixed("mlp_bias", False), OutputNormSwitch("use_post_norm"),
         AttentionScale("attention_multiplier"),
         Renamed("embedding_multiplier", "embedding_multiplier", 1.0),
         Renamed("residual_multiplier", "residual_multiplier", 1.0),
         Renamed("logits_scaling", "logits_multiplier", 1.0),
         *(Fixed(name, 0.0, written=False) for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop")),
-        Fixed("logit_scale", 1.0, written=False),  # vLLM multiplies by it, transformers does not
+        Fixed("logit_scale", 1.0, written=False),  # applied by vLLM, not by transformers
         Unused(("pretraining_tp", "end_token_id", "summary_first_dropout")),
     ),
     structure={**_PLAIN_DENSE, "attention_pattern": "G", "sliding_window_tokens": 0},
@@ -139,26 +132,24 @@ HYPERCLOVAX = Family(
 )
 
 
-# Qwen2 and Qwen2.5 (`qwen2`), Qwen3 (`qwen3`) and Qwen3-MoE (`qwen3_moe`): pre-norm decoders with RoPE in
-# every layer.
-#
-# Qwen2 has biases on query, key and value; Qwen3 has none, and normalises each head of query and key.
-# Qwen3-MoE's router takes a softmax over all experts, has no selection bias and no shared expert.
-# transformers computes its logits in the model's dtype, we in fp32; they are the same for fp32 models.
+# Qwen2 and Qwen2.5 (`qwen2`), Qwen3 (`qwen3`), Qwen3-MoE (`qwen3_moe`): pre-norm decoders, RoPE in every
+# layer. Qwen2 has biases on query, key and value; Qwen3 has QK-norm instead. Qwen3-MoE has a softmax router
+# without selection bias, and no shared expert. Router logits are in fp32 here, in the model's dtype in
+# transformers; fp32 models agree.
 
 _CONFIG: tuple[ConfigItem, ...] = (*_DECODER, KV_HEADS, Renamed("rms_norm_eps", "norm_eps", 1e-6))
 
 QWEN2_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-"""PRETOKENIZE_REGEX of transformers 5.24's tokenization_qwen2.py, whose class reads every folder
-of model type qwen2."""
+"""PRETOKENIZE_REGEX in tokenization_qwen2.py of transformers 5.24, which its class applies to every qwen2
+folder."""
 
 QWEN2 = Family(
     name="qwen2",
     hf_classes=("Qwen2ForCausalLM",),
-    weights=(*EMBEDDINGS_AND_HEAD, trunk("every layer", ATTENTION, QKV_BIAS, DENSE_FFN)),
+    weights=(*EMBEDDINGS_AND_HEAD, trunk_section("every layer", ATTENTION, QKV_BIAS, DENSE_FFN)),
     config=(*_CONFIG, SlidingSwitch(by_layer=True), _HEAD_DIM,
-            Fixed("use_mrope", False, written=False)),  # configs of Qwen2.5 say so
+            Fixed("use_mrope", False, written=False)),  # present in Qwen2.5 configs
     structure={**_DENSE, "qkv_bias": True, "qk_norm": False},
     reader_split=QWEN2_SPLIT,
 )
@@ -166,7 +157,7 @@ QWEN2 = Family(
 QWEN3 = Family(
     name="qwen3",
     hf_classes=("Qwen3ForCausalLM",),
-    weights=(*EMBEDDINGS_AND_HEAD, trunk("every layer", ATTENTION, QK_NORM, DENSE_FFN)),
+    weights=(*EMBEDDINGS_AND_HEAD, trunk_section("every layer", ATTENTION, QK_NORM, DENSE_FFN)),
     config=(*_CONFIG, SlidingSwitch(by_layer=True), Renamed("head_dim", "head_dim", 128),
             Fixed("attention_bias", False)),
     structure={**_DENSE, "qkv_bias": False, "qk_norm": True},
@@ -177,9 +168,9 @@ QWEN3_MOE = Family(
     hf_classes=("Qwen3MoeForCausalLM",),
     weights=(
         *EMBEDDINGS_AND_HEAD,
-        trunk("every layer", ATTENTION, QK_NORM),
-        trunk("dense layers", DENSE_FFN),
-        trunk("moe layers", ROUTED_EXPERTS),
+        trunk_section("every layer", ATTENTION, QK_NORM),
+        trunk_section("dense layers", DENSE_FFN),
+        trunk_section("moe layers", ROUTED_EXPERTS),
     ),
     config=(
         *_CONFIG, *EXPERTS_CONFIG, SlidingSwitch(by_layer=False), SparseSteps(),
@@ -187,7 +178,7 @@ QWEN3_MOE = Family(
         # transformers writes the second name
         Renamed("num_experts", "num_experts", 128, aliases=("num_local_experts",)),
         Renamed("norm_topk_prob", "norm_topk_prob", False),
-        # of its own model class only; ours is chosen by model.seq_aux_loss_coeff
+        # Loss weight in transformers' class; `model.seq_aux_loss_coeff` sets the trainer's.
         Unused(("router_aux_loss_coef",)),
     ),
     structure={**_STRUCTURE, "qkv_bias": False, "qk_norm": True, "num_shared_experts": 0,
@@ -197,25 +188,24 @@ QWEN3_MOE = Family(
 
 
 # K-EXAONE (`exaone_moe`): sliding layers with RoPE, global layers without (NoPE), QK-norm, leading dense
-# layers, one MTP layer. Its 2.0 has windows of two sizes, a bound on the gates of late layers, and applies
-# its MTP layer four times.
-#
-# transformers' attention rotates only layers of type sliding_attention; there is no config field for it. Its
-# model drops the `mtp.*` tensors on loading; inference engines read them for self-speculative decoding. The
-# prediction layer is dense, and attends globally without RoPE unless `mtp_layer_types` says otherwise
-# (TensorRT-LLM, `modeling_exaone_moe.py`: "A MTP layer uses the global attention"; the released config:
+# layers, an MTP layer. K-EXAONE 2.0 has windows of two sizes, SwiGLU clamps in late layers, and applies the
+# MTP layer four times. transformers applies RoPE only in sliding layers, without a config field, and drops
+# `mtp.*` tensors on loading; inference engines read them for self-speculative decoding. The prediction layer
+# is dense, with global attention and without RoPE unless `mtp_layer_types` differs (TensorRT-LLM,
+# `modeling_exaone_moe.py`: "A MTP layer uses the global attention"; released config:
 # `mtp_layer_types: ["full_attention"]`).
 
 EXAONE_MOE = Family(
     name="exaone_moe",
-    # the second: configs made before transformers had it
+    # The second class name is in configs from before transformers had the family.
     hf_classes=("ExaoneMoeForCausalLM", "ExaoneMoEForCausalLM"),
     weights=(
         *EMBEDDINGS_AND_HEAD,
-        trunk("every layer", ATTENTION, QK_NORM),
-        trunk("dense layers", DENSE_FFN),
-        trunk("moe layers", ROUTED_EXPERTS, SHARED_EXPERTS, (router_bias("mlp.e_score_correction_bias"),)),
-        *prediction_layer(ATTENTION, QK_NORM, DENSE_FFN),
+        trunk_section("every layer", ATTENTION, QK_NORM),
+        trunk_section("dense layers", DENSE_FFN),
+        trunk_section("moe layers", ROUTED_EXPERTS, SHARED_EXPERTS,
+                      (router_bias_entry("mlp.e_score_correction_bias"),)),
+        *prediction_sections(ATTENTION, QK_NORM, DENSE_FFN),
     ),
     config=(
         *DECODER_CONFIG, KV_HEADS, *EXPERTS_CONFIG, *DEEPSEEK_ROUTER_CONFIG,
@@ -242,8 +232,8 @@ SOLAR_OPEN = Family(
     hf_classes=("SolarOpenForCausalLM",),
     weights=(
         *EMBEDDINGS_AND_HEAD,
-        trunk("every layer", ATTENTION),
-        trunk("moe layers", DEEPSEEK_EXPERTS),
+        trunk_section("every layer", ATTENTION),
+        trunk_section("moe layers", DEEPSEEK_EXPERTS),
     ),
     config=(
         *DECODER_CONFIG, KV_HEADS, *EXPERTS_CONFIG, *DEEPSEEK_ROUTER_CONFIG,
@@ -251,11 +241,11 @@ SOLAR_OPEN = Family(
         Renamed("rms_norm_eps", "norm_eps", 1e-5), Renamed("head_dim", "head_dim", 128),
         Renamed("n_routed_experts", "num_experts", 128), Renamed("n_shared_experts", "num_shared_experts", 1),
         Renamed("routed_scaling_factor", "routed_scaling_factor", 1.0), Rope(default_theta=1e6),
-        # transformers stores these and ignores them, so any other value would silently be another model
+        # transformers stores and ignores the fields, so other values would silently give another model.
         Fixed("first_k_dense_replace", 0, written=False), Fixed("use_qk_norm", False, written=False),
         Fixed("partial_rotary_factor", 1.0, written=False),
         Fixed("num_nextn_predict_layers", 0, written=False),
-        Unused(("intermediate_size",)),  # the published config has it; no layer is dense
+        Unused(("intermediate_size",)),  # in the published config, although no layer is dense
     ),
     structure={**DEEPSEEK_ROUTER, "num_dense_layers": 0, "dense_ffn_dim": 0, "attention_pattern": "G",
                "sliding_window_tokens": 0, "rope_on_global": True, "qkv_bias": False, "qk_norm": False,
@@ -265,18 +255,18 @@ SOLAR_OPEN = Family(
 )
 
 
-# Solar Open 2 (`solar_open2`): three layers of four have Kimi Delta Attention with rates up to 2, the others
-# softmax attention with a gate of a matrix of its own; no positions; Solar Open's experts in every layer.
-#
-# Rotations, hyper-connections, biases and whole gates are switches of its class that no released model has.
+# Solar Open 2 (`solar_open2`): three of four layers have Kimi Delta Attention with learning rates up to 2,
+# the fourth has softmax attention with output gates; no positions; Solar Open's experts in every layer.
+# RoPE, hyper-connections, biases and full-rank gates are switches that no released model uses.
 
 SOLAR_OPEN2 = Family(
     name="solar_open2",
     hf_classes=("SolarOpen2ForCausalLM",),
     weights=(
-        *EMBEDDINGS_AND_HEAD, trunk("linear layers", KIMI_DELTA), trunk("other layers", GATE_BESIDE),
-        trunk("other layers", QK_NORM, when="qk_norm"),
-        trunk("dense layers", DENSE_FFN), trunk("moe layers", DEEPSEEK_EXPERTS),
+        *EMBEDDINGS_AND_HEAD, trunk_section("linear layers", KIMI_DELTA),
+        trunk_section("other layers", GATED_ATTENTION),
+        trunk_section("other layers", QK_NORM, when="qk_norm"),
+        trunk_section("dense layers", DENSE_FFN), trunk_section("moe layers", DEEPSEEK_EXPERTS),
     ),
     config=(
         *DECODER_CONFIG, KV_HEADS, *EXPERTS_CONFIG, *DEEPSEEK_ROUTER_CONFIG,
@@ -290,7 +280,7 @@ SOLAR_OPEN2 = Family(
         SolarLayers(), Fixed("use_rope", False), Fixed("use_gqa_gate", True),
         Fixed("use_gqa_gate_bias", False), Fixed("kda_use_full_proj", False),
         Fixed("hc_rate", 0, written=False), Fixed("num_nextn_predict_layers", 0, written=False),
-        # nothing rotates, and no program bounds decays
+        # No layer uses RoPE, and no program applies the bound on decays.
         Unused(("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor",
                 "kda_gate_lower_bound")),
     ),
@@ -307,21 +297,20 @@ FAMILIES = {family.name: family for family in (
     SOLAR_OPEN2)}
 
 
-def get(name: str, recorded: Sequence[PluginCode] = ()) -> Family:
-    """Return the family of that name: built in, declared by an installed package,
-    or named on the command line.
+def get_family(name: str, recorded: Sequence[PluginCode] = ()) -> Family:
+    """Return the family called `name`: built-in, from an installed package, or from `--plugin`.
 
     Args:
-        name: as `model.family` and transformers' `model_type` have it.
-        recorded: what a config or checkpoint says about its code, for the message alone.
+        name: `model.family`, equal to transformers' `model_type`.
+        recorded: code recorded in a config or checkpoint, for the error message.
 
     Raises:
-        UserError: there is none; the message names the nearest and lists all.
+        UserError: unknown family; the message names the nearest family and lists all.
     """
-    return FAMILIES[name] if name in FAMILIES else OWN.get(name, recorded)
+    return FAMILIES[name] if name in FAMILIES else FAMILY_PLUGINS.get(name, recorded)
 
 
-def _check(loaded: LoadedPlugin) -> None:
+def _check_family(loaded: LoadedPlugin) -> None:
     family = loaded.value
     if not isinstance(family, Family):
         raise UserError(f"{loaded.reference}: is a {type(family).__name__}; a model family is a "
@@ -330,16 +319,17 @@ def _check(loaded: LoadedPlugin) -> None:
         raise UserError(f"{loaded.reference}: is called {family.name!r}; "
                         "its name must be transformers' model_type, of letters, digits and _")
     fields = [f.name for f in dataclasses.fields(ModelConfig)]
-    unknown = [f"{name!r}{nearest(name, fields)}" for name in (*family.structure, *family.training)
+    unknown = [f"{name!r}{suggest_name(name, fields)}" for name in (*family.structure, *family.training)
                if name not in fields]
     if unknown:
-        raise UserError(f"{loaded.reference}: structure and training hold settings of the model, "
-                        f"which has no {', '.join(unknown)}")
-    if unsaid := family.unsaid():
-        raise UserError(f"{loaded.reference}: says nothing of model.{', model.'.join(unsaid)}, and readers "
-                        "of its config.json would take transformers' default; add an item for each to config "
-                        "(as KV_HEADS for num_kv_heads), or the field to structure")
+        raise UserError(f"{loaded.reference}: structure and training name unknown settings of the model: "
+                        f"{', '.join(unknown)}")
+    if undefined := family.find_undefined_fields():
+        raise UserError(f"{loaded.reference}: does not define model.{', model.'.join(undefined)}, so readers "
+                        "of config.json would use transformers' default; add an item to config (like "
+                        "KV_HEADS for num_kv_heads), or the field to structure")
 
 
-OWN: Registry[Family] = Registry("model family", FAMILIES, _check, lambda family: family.name)
-"""Families that are not built in."""
+FAMILY_PLUGINS: Registry[Family] = Registry("model family", FAMILIES, _check_family,
+                                            lambda family: family.name)
+"""Families from plug-ins."""

@@ -1,6 +1,6 @@
-"""Recipes: functions that return one `RunConfig`, each with a table of where its values come from.
+"""Recipes: functions that return a `RunConfig`, each with a table of sources for its values.
 
-`get(name)` finds them; `names()` lists the built-in ones; `sources(name)` returns the table.
+`get(name)` returns a recipe's config, `names()` lists built-in recipes, `sources(name)` returns the table.
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.plugins.loading import LoadedPlugin, calling
-from megatron_sov.base.plugins.registry import Registry, takes
+from megatron_sov.base.plugins.loading import LoadedPlugin, call_plugin
+from megatron_sov.base.plugins.registry import Registry, accepts_arguments
 from megatron_sov.model.config import (
     ExtendConfig, ExtendStageConfig, GpuConfig, NeedleConfig, ParallelConfig, PhaseConfig, RunConfig,
     from_dict)
 from megatron_sov.model.config.model import IdBlock, LinearAttentionConfig, ModelConfig
 from megatron_sov.model.recipes import k_exaone, open_models, policies, solar_open
-from megatron_sov.model.recipes.sources import UNCOMPARED, Sources, derive, ours, relabelled
+from megatron_sov.model.recipes.sources import UNCOMPARED, Sources, derive_sources, label_changes, ours
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One entry of the list."""
+    """A recipe's function and sources."""
 
     build: Callable[[], RunConfig]
-    """Returns the configuration, whose `recipe` is the entry's name."""
+    """Function that returns the config, with `recipe` set to the recipe's name."""
     sources: Sources = field(default_factory=dict)
-    """Where its values come from; empty: they are the user's."""
+    """Sources for values; {} for a user's recipe."""
 
 
 RECIPES: dict[str, Recipe] = {
@@ -124,36 +124,34 @@ TINY = {
     "tiny-exaone4-1.2b": "exaone-4.0-1.2b",
     "tiny-hyperclovax": "hyperclovax-14b",
 }
-"""Tiny recipe -> the one whose structure it has."""
-
-
-# Tiny recipes: the big models' structure at a size for two CPU cores, derived from the big recipes.
+"""Tiny recipe -> full-size recipe with the same structure."""
 
 
 SEQ_LEN, WIDTH, HEAD_DIM = 256, 128, 32
 TINY_LAYERS = 6
-"""Of models whose layers follow no short pattern."""
-SHRUNK = ours("a size for two CPU cores, and what goes with it")
-"""Where every value comes from that shrinking changes; the others come from where the big recipe has them."""
+"""Layers of tiny models without a repeating layer pattern."""
+TINY_SOURCE = ours("a size for two CPU cores, and what goes with it")
+"""Source for all values that `shrink_recipe` changes; other values keep the full-size recipe's source."""
 
 
-def shrink(name: str, run: RunConfig) -> RunConfig:
-    """Return `run` as recipe `name`, with every size reduced and every structural choice kept.
+def shrink_recipe(name: str, run: RunConfig) -> RunConfig:
+    """Return recipe `name`: `run` at a size for two CPU cores, with the same routing, attention, norms and
+    prediction layers.
 
-    Routing, attention, norms and multi-token prediction are such choices.  The optimizer is AdamW, which is
-    quicker at this size; `--set optim.name=muon` takes the same rates.
+    The optimizer is AdamW, which is faster at this size; `--set optim.name=muon` works with the same learning
+    rate.
     """
     model = run.model
     rope = model.llama3_rope and replace(model.llama3_rope, original_max_position_tokens=SEQ_LEN)
     by_width = model.embedding_multiplier == model.hidden_size ** 0.5
     scale = model.attention_multiplier and model.attention_multiplier * model.head_dim / HEAD_DIM
-    if scale and by_width and model.attention_multiplier:  # Gemma's, which goes with 1 / the root of it
+    if scale and by_width and model.attention_multiplier:  # Gemma: 1 / sqrt of an integer
         scale = (round(model.attention_multiplier ** -2) * HEAD_DIM / model.head_dim) ** -0.5
     pattern = model.attention_pattern
-    if len(pattern) == model.num_layers:  # follows no short pattern, and begins with every kind of layer
+    if len(pattern) == model.num_layers:  # no repeating pattern; the first layers have all kinds
         pattern = pattern[:4]
     layers = TINY_LAYERS if model.layer_windows else max(4, len(pattern))
-    single = {"attention_pattern": pattern} | model.at_depth(layers)
+    single = {"attention_pattern": pattern} | model.fields_for_depth(layers)
     if model.layer_windows:
         single["layer_windows"] = tuple(window and (32 if window == model.sliding_window_tokens else 64)
                                         for window in single["layer_windows"])
@@ -167,14 +165,14 @@ def shrink(name: str, run: RunConfig) -> RunConfig:
         sliding_window_tokens=32 if model.sliding_window_tokens else 0,
         yarn=None, llama3_rope=rope, max_position_tokens=4096, init_std=0.04,
     )
-    small = _small_attention(small)
+    small = _shrink_attention(small)
     if model.num_experts:
         small = replace(small, num_experts=8, num_experts_per_token=2, expert_ffn_dim=128)
     if model.num_expert_groups > 1:
         small = replace(small, num_expert_groups=4, num_groups_per_token=2)
     if model.audio_tokens and model.image_tokens:
-        small = _small_media(small)
-    extend = _small_extension(run.extend)
+        small = _shrink_media(small)
+    extend = _shrink_extension(run.extend)
     lengths = {stage.name: stage.seq_len for stage in extend.stages}
     lr = 4e-4 if run.objective.name == "preference" else 4e-3
     tiny = replace(
@@ -183,7 +181,7 @@ def shrink(name: str, run: RunConfig) -> RunConfig:
         model=small,
         parallel=ParallelConfig(),
         data=replace(run.data, heldout_tokens=16384,
-                     phases=tuple(_small(p, lengths.get(p.name, SEQ_LEN)) for p in run.data.phases)),
+                     phases=tuple(_shrink_phase(p, lengths.get(p.name, SEQ_LEN)) for p in run.data.phases)),
         optim=replace(run.optim, name="adamw", lr=lr, min_lr=lr / 20, warmup_steps=20),
         train=replace(run.train, steps=200, tokens=0, global_batch_size=16, micro_batch_size=8,
                       precision="fp32", fp8="none", recompute=False, checkpoint_every_steps=50,
@@ -192,11 +190,11 @@ def shrink(name: str, run: RunConfig) -> RunConfig:
         needle=NeedleConfig(lengths_tokens=(256, 512), depths=(0.0, 0.5, 0.95), samples=20),
         extend=extend,
     )
-    return _small_rounds(tiny) if run.objective.name == "policy" else tiny
+    return _shrink_rounds(tiny) if run.objective.name == "policy" else tiny
 
 
-def _small_attention(model: ModelConfig) -> ModelConfig:
-    """Return a model whose attention, where it is latent or linear, is narrow."""
+def _shrink_attention(model: ModelConfig) -> ModelConfig:
+    """Return `model` with small latent and linear attention."""
     if model.latent_attention is not None:
         latent = replace(model.latent_attention, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16,
                          v_head_dim=24, q_lora_rank=48 if model.has_query_latent else None)
@@ -208,8 +206,9 @@ def _small_attention(model: ModelConfig) -> ModelConfig:
     return model
 
 
-def _small_media(model: ModelConfig) -> ModelConfig:
-    """Return a model whose codebooks end a vocabulary of 2,048, with encoders of 16 x 16 pixels and 2 s."""
+def _shrink_media(model: ModelConfig) -> ModelConfig:
+    """Return `model` with media tokens in a vocabulary of 2,048, and encoders for 16 x 16 pixels and 2
+    seconds."""
     audio, image = IdBlock(1280, 512), IdBlock(1792, 256)
     small = replace(model, audio_tokens=audio, image_tokens=image)
     if model.vision and model.audio:
@@ -227,8 +226,8 @@ def _small_media(model: ModelConfig) -> ModelConfig:
     return small
 
 
-def _small_rounds(run: RunConfig) -> RunConfig:
-    """Return two short rounds of a method that is kept, at a steady rate that is lower than pretraining's."""
+def _shrink_rounds(run: RunConfig) -> RunConfig:
+    """Return two short rounds with the recipe's method and a constant learning rate."""
     policy, rollout = run.policy, run.rollout
     lr = 4e-4 if policy.learns_preferences else 2e-3
     return replace(
@@ -241,91 +240,94 @@ def _small_rounds(run: RunConfig) -> RunConfig:
                        knowledge_batch_size=4 if policy.knowledge_batch_size else None))
 
 
-def _small_extension(extend: ExtendConfig) -> ExtendConfig:
-    """Return an extension of as many stages, each twice as long as what was trained before.
+def _shrink_extension(extend: ExtendConfig) -> ExtendConfig:
+    """Return an extension with the same number of stages, each twice as long as the previous.
 
-    Its gate counts needles and judges the loss alone: a model of this size, trained for minutes, finds none.
+    The gate counts needles but decides by the loss: a model trained for minutes finds no needle.
     """
     if not extend.stages:
         return extend
-    stages = tuple(_small_stage(stage, SEQ_LEN << i) for i, stage in enumerate(extend.stages, 1))
+    stages = tuple(_shrink_stage(stage, SEQ_LEN << i) for i, stage in enumerate(extend.stages, 1))
     gate = replace(extend.gate, every_steps=20, min_accuracy=0.0, loss_tolerance_nats=0.5)
     return replace(extend, stages=stages, gate=gate)
 
 
-def _small_stage(stage: ExtendStageConfig, seq_len: int) -> ExtendStageConfig:
-    """Return a stage of that length with its parts, over whatever sources the data has."""
+def _shrink_stage(stage: ExtendStageConfig, seq_len: int) -> ExtendStageConfig:
+    """Return `stage` at length `seq_len` with its parts, without source names."""
     return replace(
         stage, seq_len=seq_len, steps=20, max_steps=40, tokens=0, global_batch_size=0, blend={},
         yarn_original_tokens=seq_len // 2 if stage.yarn_original_tokens else 0,
         parts=tuple(replace(part, blend={}) for part in stage.parts))
 
 
-def _small(phase: PhaseConfig, seq_len: int) -> PhaseConfig:
-    """Return a phase with its part of the run kept, over whatever sources the data has."""
+def _shrink_phase(phase: PhaseConfig, seq_len: int) -> PhaseConfig:
+    """Return `phase` with its share of the run, without source names."""
     return replace(phase, tokens=0, share=phase.tokens or phase.share, blend={}, seq_len=seq_len,
                    global_batch_size=0, lr=0.0, min_lr=0.0, rewarm_steps=0)
 
 
-def _shrunk(name: str, big: Recipe) -> RunConfig:
-    return shrink(name, big.build())
+def _build_tiny(name: str, big: Recipe) -> RunConfig:
+    return shrink_recipe(name, big.build())
 
 
-RECIPES |= {name: Recipe(partial(_shrunk, name, RECIPES[big])) for name, big in TINY.items()}
+RECIPES |= {name: Recipe(partial(_build_tiny, name, RECIPES[big])) for name, big in TINY.items()}
 
 
 def names() -> list[str]:
     return sorted(RECIPES)
 
 
-def of_family(family: str) -> list[str]:
+def find_family_recipes(family: str) -> list[str]:
     return [name for name in names() if RECIPES[name].build().model.family == family]
 
 
 def get(name: str) -> RunConfig:
-    """Return the recipe of that name: built in, declared by an installed package,
-    or named on the command line.
+    """Return the config for recipe `name`: built-in, from an installed package, or from the command line.
 
-    A tiny one has the big one's whole name too: `tiny-solar-open-102b`.
+    Tiny recipes also have long names, such as `tiny-solar-open-102b`.
 
     Raises:
-        UserError: there is none (the message names the nearest and lists all), or it makes no config.
+        UserError: unknown recipe (the message names the nearest and lists all), or a plug-in that returns no
+            config.
     """
-    return _find(name).build()
+    return _find_recipe(name).build()
 
 
 def sources(name: str) -> Sources:
-    """Return where the values of a recipe come from; empty where its author did not say.
+    """Return the sources for a recipe's values; {} if its author gave none.
 
     Raises:
-        UserError: there is no such recipe; the message names the nearest and lists all.
+        UserError: unknown recipe; the message names the nearest and lists all.
     """
-    recipe = _find(name)
+    recipe = _find_recipe(name)
     if big := TINY.get(recipe.build().recipe if name.startswith("tiny-") else ""):
-        return derive(RECIPES[big].sources, relabelled(RECIPES[big].build(), recipe.build(), SHRUNK))
+        return derive_sources(RECIPES[big].sources,
+                              label_changes(RECIPES[big].build(), recipe.build(), TINY_SOURCE))
     return recipe.sources
 
 
-def _find(name: str) -> Recipe:
-    found = next((tiny for tiny, big in TINY.items() if name == f"tiny-{big}"), name)
-    return RECIPES[found] if found in RECIPES else Recipe(partial(_made, name, OWN.get(name)))
+def _find_recipe(name: str) -> Recipe:
+    full_name = next((tiny for tiny, big in TINY.items() if name == f"tiny-{big}"), name)
+    if full_name in RECIPES:
+        return RECIPES[full_name]
+    return Recipe(partial(_build_plugin, name, RECIPE_PLUGINS.get(name)))
 
 
-def _check(loaded: LoadedPlugin) -> None:
-    if not callable(loaded.value) or not takes(loaded.value, ()):
+def _check_recipe(loaded: LoadedPlugin) -> None:
+    if not callable(loaded.value) or not accepts_arguments(loaded.value, ()):
         raise UserError(f"{loaded.reference}: is {loaded.value!r}; a recipe is a function without arguments "
                         "that returns a RunConfig")
 
 
-OWN: Registry[Callable[[], RunConfig]] = Registry("recipe", RECIPES, _check)
-"""Recipes that are not built in."""
+RECIPE_PLUGINS: Registry[Callable[[], RunConfig]] = Registry("recipe", RECIPES, _check_recipe)
+"""Recipes from plug-ins."""
 
 
-def _made(name: str, recipe: Callable[[], RunConfig]) -> RunConfig:
-    """Return what somebody's recipe makes, with every value of the type that its setting has."""
-    code = OWN.code(name)
+def _build_plugin(name: str, recipe: Callable[[], RunConfig]) -> RunConfig:
+    """Return a plug-in recipe's config, with values checked against the types of settings."""
+    code = RECIPE_PLUGINS.code(name)
     assert code is not None, name
-    config = calling(code.reference, recipe)
+    config = call_plugin(code.reference, recipe)
     if not isinstance(config, RunConfig):
         raise UserError(f"{code.reference}: returns a {type(config).__name__}; a recipe returns a RunConfig")
     try:

@@ -1,4 +1,4 @@
-"""A recipe at a longer context: what changes in the model, the curriculum and the batch."""
+"""Changes in model, curriculum and batch size for a longer context."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import replace
 
-from megatron_sov.base.artifacts import to_json
+from megatron_sov.base.artifacts import format_json
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import (
     ExtendStageConfig, ModelConfig, OptimConfig, PhaseConfig, RunConfig, YarnConfig)
@@ -17,16 +17,16 @@ PHASE_SOURCES: Sources = dict.fromkeys(
     (f"data.phases.*.{name}"
      for name in ("name", "tokens", "seq_len", "global_batch_size", "rewarm_steps", "lr")),
     ours("the stage's with all its steps, so that `plan` shows it"))
-"""Where the values of `stage_phases` come from."""
-SET_IN_A_STAGE = tuple(
+"""Sources for the values of `stage_phases`."""
+STAGE_CHOICES = tuple(
     f"extend.stages.*.{name}" for name in ("name", "steps", "max_steps", "global_batch_size"))
-"""What a recipe with stages has to choose where only their lengths and parts are published."""
+"""Stage settings that recipes must choose if only lengths and parts are published."""
 
 
 def stage_phases(stages: tuple[ExtendStageConfig, ...], optim: OptimConfig) -> tuple[PhaseConfig, ...]:
-    """Return an extension's stages as phases that take all their steps, each with a schedule of its own.
+    """Return the stages of an extension as phases at full length, each with a separate schedule.
 
-    `extend` trains by the stages; these phases are for what looks at a recipe as a curriculum.
+    `extend` trains the stages themselves; `plan` and other readers of a curriculum see these phases.
     """
     return tuple(PhaseConfig(
         s.name, tokens=s.tokens or max(s.steps, s.max_steps) * s.global_batch_size * s.seq_len,
@@ -34,24 +34,24 @@ def stage_phases(stages: tuple[ExtendStageConfig, ...], optim: OptimConfig) -> t
         rewarm_steps=optim.warmup_steps) for s in stages)
 
 
-def extended(model: ModelConfig, trained_tokens: int, new_tokens: int, rope_theta: float = 0.0,
+def extend_model(model: ModelConfig, trained_tokens: int, new_tokens: int, rope_theta: float = 0.0,
              yarn_factor: float = 0.0, yarn_original_tokens: int = 0) -> ModelConfig:
-    """Return `model` ready for a longer context.
+    """Return `model` with settings for a longer context.
 
-    Where all layers are global, YaRN stretches the rotations by new / original length (arXiv 2309.00071); the
-    original length is the one before any earlier extension, unless the stage names it.  Sliding layers see no
-    farther than before and NoPE layers have no rotations, so hybrids of the two stay as they are.
+    If all layers are global, YaRN scales RoPE by new / original length (arXiv 2309.00071); the original
+    length is the length before all extensions, unless the stage sets it. Models with sliding layers, or
+    without RoPE in global layers, only get a larger `max_position_tokens`.
 
     Args:
-        model: the architecture as trained.
-        trained_tokens: longest context it was trained on.
-        new_tokens: context that it is to be trained on.
-        rope_theta: new base of the rotations, which then stretches them in YaRN's stead; 0: as it was.
-        yarn_factor: YaRN's factor; 1: none, 0: by the lengths.
-        yarn_original_tokens: length that YaRN stretches; 0: the one before any earlier extension.
+        model: trained architecture.
+        trained_tokens: longest trained context, in tokens.
+        new_tokens: new context, in tokens.
+        rope_theta: new RoPE base, used instead of YaRN; 0: unchanged.
+        yarn_factor: YaRN's factor; 1: no YaRN; 0: new / original length.
+        yarn_original_tokens: YaRN's original context; 0: the length before all extensions.
 
     Raises:
-        UserError: rotations are to be changed where sliding layers keep theirs, or no layer has any.
+        UserError: RoPE settings for a model with sliding layers or without RoPE.
     """
     if not model.rotates() and (rope_theta or yarn_factor or yarn_original_tokens):
         raise UserError(f"rope_theta = {rope_theta:g}, yarn_factor = {yarn_factor:g}, yarn_original_tokens = "
@@ -73,7 +73,7 @@ def extended(model: ModelConfig, trained_tokens: int, new_tokens: int, rope_thet
         return replace(model, max_position_tokens=longest)
     factor = yarn_factor or new_tokens / original
     yarn = replace(model.yarn or YarnConfig(), factor=factor, original_max_position_tokens=original)
-    # the stretched rotations reach so far and no farther; transformers expects the same figure
+    # The limit of the scaled RoPE, and the value that transformers expects.
     return replace(model, yarn=yarn, max_position_tokens=max(new_tokens, round(factor * original)))
 
 
@@ -87,23 +87,23 @@ def length_settings(recipe: RunConfig, longer: ModelConfig, trained_tokens: int,
     """Return the settings that follow from a new context length.
 
     Args:
-        recipe: the recipe as it stands in the list.
-        longer: the checkpoint's architecture, made ready for it.
-        trained_tokens: longest context that it was trained on.
-        new_tokens: context that it is to be trained on.
-        per_rank: samples of the global batch that each data-parallel rank takes.
+        recipe: unchanged recipe.
+        longer: checkpoint's architecture, with settings for the new context.
+        trained_tokens: longest trained context, in tokens.
+        new_tokens: new context, in tokens.
+        per_rank: samples of the global batch per data-parallel rank.
     """
     limit_tokens = recipe.train.micro_batch_size * recipe.data.max_seq_len()
     return (
         f"model.max_position_tokens={longer.max_position_tokens}",
-        f"model.yarn={to_json(longer.yarn)}",
+        f"model.yarn={format_json(longer.yarn)}",
         f"model.rope_theta={longer.rope_theta}",
-        f"train.micro_batch_size={micro_batch_size(limit_tokens, new_tokens, per_rank)}",
+        f"train.micro_batch_size={find_micro_batch_size(limit_tokens, new_tokens, per_rank)}",
         f"needle.lengths_tokens={sorted({trained_tokens, new_tokens})}",
     )
 
 
-def micro_batch_size(limit_tokens: int, seq_len: int, per_rank: int) -> int:
-    """Return the largest number of samples of `seq_len` within `limit_tokens` that divides
-    `per_rank`; at least 1."""
+def find_micro_batch_size(limit_tokens: int, seq_len: int, per_rank: int) -> int:
+    """Return the largest micro-batch size with at most `limit_tokens` tokens that divides `per_rank`; at
+    least 1."""
     return max((m for m in range(1, limit_tokens // seq_len + 1) if per_rank % m == 0), default=1)

@@ -1,7 +1,8 @@
-"""K-EXAONE 236B-A23B: architecture, tokens, optimizer's kind, peak rate and context lengths as published, and
-the stages of post-training (`policies` has the one of rewards).
+"""Recipes for K-EXAONE 236B-A23B and K-EXAONE 2.0 750B-A37B.
 
-The rest is our choice, and labelled so.  Pretraining multiplies in 8 bits, as published.
+Architecture, tokens, kind of optimizer, peak learning rate, context lengths and post-training stages of
+K-EXAONE are published (`policies` has reinforcement learning); other values are our choice, marked as such.
+Pretraining uses FP8, as published.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from megatron_sov.model.config import (
     DataConfig, ExtendConfig, ExtendStageConfig, GateConfig, GpuConfig, ModelConfig, NeedleConfig,
     ObjectiveConfig, OptimConfig, ParallelConfig, PartConfig, PhaseConfig, PreferenceConfig, RunConfig,
     TrainConfig)
-from megatron_sov.model.recipes.extension import PHASE_SOURCES, SET_IN_A_STAGE, stage_phases
-from megatron_sov.model.recipes.sources import DEFAULT, Sources, config_json, derive, ours, published
+from megatron_sov.model.recipes.extension import PHASE_SOURCES, STAGE_CHOICES, stage_phases
+from megatron_sov.model.recipes.sources import DEFAULT, Sources, config_json, derive_sources, ours, published
 
 REPORT = "arXiv 2601.01739"
 TOKENS = 11_000_000_000_000
 OTHER_LANGUAGES = ("spanish", "german", "japanese", "vietnamese")
-"""Beside Korean and English, which is the rest of the web: the published six languages."""
+"""The published six languages without Korean and English; English is the rest of the web text."""
 
 
 def _others(share: float) -> dict[str, float]:
@@ -37,7 +38,7 @@ PHASES = (
 
 def _stage(name: str, seq_len: int, batch_size: int, long_share: float,
            rehearsal_share: float) -> ExtendStageConfig:
-    """Return a stage of the extension: long documents, rehearsal, and synthetic reasoning as the rest."""
+    """Return an extension stage: long documents, rehearsal, and synthetic reasoning as the rest."""
     rehearsal = {"web-high/8192": 70.0, "korean/8192": 20.0, "needle/8192": 10.0}
     return ExtendStageConfig(
         name, seq_len=seq_len, steps=1000, max_steps=2000, global_batch_size=batch_size,
@@ -49,8 +50,8 @@ STAGES = (_stage("32k", 32768, 1024, 0.4, 0.3), _stage("256k", 262144, 128, 0.6,
 
 
 def model() -> ModelConfig:
-    """Return the architecture: a dense first layer, sliding and NoPE global layers 3:1,
-    QK-norm, one MTP layer."""
+    """Return the architecture: a dense first layer, sliding and NoPE global layers 3:1, QK-norm, one MTP
+    layer."""
     return ModelConfig(
         family="exaone_moe", vocab_size=153600, hidden_size=6144, num_layers=48, num_heads=64, num_kv_heads=8,
         head_dim=128, num_dense_layers=1, dense_ffn_dim=18432, num_experts=128, num_experts_per_token=8,
@@ -62,7 +63,7 @@ def model() -> ModelConfig:
 
 
 def k_exaone_236b() -> RunConfig:
-    """Return the pretraining run: 11 T tokens in three stages at 8K, Muon, WSD schedule with peak 3e-4."""
+    """Return pretraining: 11 T tokens in three stages at 8K, Muon, WSD schedule with peak 3e-4."""
     return RunConfig(
         recipe="k-exaone-236b",
         model=model(),
@@ -76,7 +77,7 @@ def k_exaone_236b() -> RunConfig:
 
 
 def k_exaone_236b_extend() -> RunConfig:
-    """Return the extension 8K -> 32K -> 256K of the pretrained model, to be run by `extend`: gated stages."""
+    """Return the gated extension 8K -> 32K -> 256K for the pretrained model, for `extend`."""
     run = k_exaone_236b()
     optim = OptimConfig(name="muon", lr=3e-5, min_lr=3e-6, schedule="cosine", warmup_steps=100,
                         weight_decay=0.1)
@@ -89,7 +90,7 @@ def k_exaone_236b_extend() -> RunConfig:
 
 
 def k_exaone_236b_sft() -> RunConfig:
-    """Return fine-tuning of the extended model, for `sft`: conversations, and tasks with simulated tools."""
+    """Return fine-tuning after the extension, for `sft`: conversations, and tasks with simulated tools."""
     run = k_exaone_236b()
     return replace(
         run, recipe="k-exaone-236b-sft", parallel=replace(run.parallel, pp=4, cp=4, ep=8),
@@ -101,8 +102,8 @@ def k_exaone_236b_sft() -> RunConfig:
 
 
 def k_exaone_236b_grouper() -> RunConfig:
-    """Return the last stage, GrouPER, for `prefer`: groups of responses with the sums of their rewards by
-    rules and rubrics."""
+    """Return the last stage, GrouPER, for `prefer`: groups of responses with summed rewards from rules and
+    rubrics."""
     run = k_exaone_236b_sft()
     return replace(
         run, recipe="k-exaone-236b-grouper", parallel=replace(run.parallel, ep=16),
@@ -136,7 +137,7 @@ SOURCES: Sources = {
     "train.recompute": ours("memory"),
     "gpu.gc_every_steps": ours("processes collect garbage together"),
 }
-EXTEND_SOURCES = derive(SOURCES, {
+EXTEND_SOURCES = derive_sources(SOURCES, {
     "train.fp8": ours("bf16: 8 bits are published for pretraining"),
     **PHASE_SOURCES,
     "optim.lr": ours("where pretraining ends; not published"),
@@ -146,7 +147,7 @@ EXTEND_SOURCES = derive(SOURCES, {
     "optim.decay_share": DEFAULT,
     "train.global_batch_size": ours("33.6 M tokens a step, as in pretraining; not published"),
     "needle.lengths_tokens": ours("the lengths of pretraining and both stages"),
-    **dict.fromkeys(SET_IN_A_STAGE, ours("not published")),
+    **dict.fromkeys(STAGE_CHOICES, ours("not published")),
     "extend.stages.*.seq_len": published(f"{REPORT}, context length extension: 8K -> 32K -> 256K"),
     "extend.stages.*.kind": published(f"{REPORT}, context length extension"),
     "extend.stages.*.blend.*": published(f"{REPORT}, context length extension: synthetic reasoning"),
@@ -158,7 +159,7 @@ EXTEND_SOURCES = derive(SOURCES, {
     "extend.gate.loss_tolerance_nats": ours("published: short contexts are evaluated, without a bound"),
 })
 _SFT = published(f"{REPORT}, post-training: supervised fine-tuning")
-SFT_SOURCES = derive(SOURCES, {
+SFT_SOURCES = derive_sources(SOURCES, {
     "train.fp8": ours("bf16: 8 bits are published for pretraining"),
     "data.phases.*": ours("not published"),
     "data.phases.*.blend.conversations": ours("the share is not published"),
@@ -171,19 +172,18 @@ SFT_SOURCES = derive(SOURCES, {
     "objective.name": _SFT,
 })
 _GROUPER = published(f"{REPORT}, post-training: preference learning by GrouPER")
-GROUPER_SOURCES = derive(SFT_SOURCES, {
+GROUPER_SOURCES = derive_sources(SFT_SOURCES, {
     "optim.name": ours("not published"),
     "objective.name": _GROUPER,
     "preference.method": _GROUPER,
 })
 
 
-# K-EXAONE 2.0 750B-A37B (arXiv 2608.04505), which goes on from K-EXAONE 236B, grown in depth and experts.
-#
-# Its report and its config.json were not at hand.  The sizes are those that programs read of that config:
-# Megatron-Bridge (a recipe, and a verification card that counts 59,396 tensors of 1,498,715,008,512 bytes,
-# which this architecture has to the byte), TensorRT-LLM's pull request 17067 (bounds from layer 62 on, a
-# window of 4096 in layer 1) and vLLM's `exaone_moe`.  Tokens, rates and blends are ours.
+# K-EXAONE 2.0 750B-A37B (arXiv 2608.04505), grown from K-EXAONE 236B in depth and experts.
+# Report and config.json were not available. Sizes come from programs that read the config: Megatron-Bridge
+# (a recipe, and a verification card with 59,396 tensors and 1,498,715,008,512 bytes, exactly as in this
+# architecture), TensorRT-LLM's pull request 17067 (clamps from layer 62, a window of 4096 in layer 1) and
+# vLLM's `exaone_moe`. Tokens, learning rates and blends are our choice.
 
 BRIDGE = "Megatron-Bridge, recipe exaone_moe_2_0_750b_a37_pretrain_512gpu_h100_bf16"
 LAYERS = "GL" + 19 * "LLLG"
@@ -192,19 +192,20 @@ TOKENS_2 = 2_000_000_000_000
 
 
 def model_2() -> ModelConfig:
-    """Return the architecture: two dense layers, of which the second sees 4,096 tokens, then blocks of three
-    layers that see 128 and a global one without positions; SwiGLU bounded in the last 16 layers; one
-    prediction layer, which slides, applied four times."""
+    """Return the architecture: two dense layers (the second with a 4,096-token window), then blocks of three
+    layers with 128-token windows and a global layer without positions; SwiGLU clamped in the last 16 layers;
+    a sliding prediction layer, applied four times."""
     return replace(
         model(), num_layers=NUM_LAYERS, num_dense_layers=2, num_experts=256,
-        attention_pattern=LAYERS[:-1],  # which begins anew with the last layer
-        layer_windows=tuple(4096 if i == 1 else 128 * (kind == "L") for i, kind in enumerate(LAYERS)),
+        attention_pattern=LAYERS[:-1],  # repeats from the start for the last layer
+        layer_windows=(0, 4096, *(128 if kind == "L" else 0 for kind in LAYERS[2:])),
         swiglu_limits=tuple(7.0 if i >= FIRST_BOUNDED else 0.0 for i in range(NUM_LAYERS)),
         mtp_attention="L", mtp_depths=4)
 
 
 def k_exaone2_750b() -> RunConfig:
-    """Return the pretraining behind the growth: 2 T tokens at 8K, of K-EXAONE's second and third stage."""
+    """Return pretraining after the growth: 2 T tokens at 8K, with the data of K-EXAONE's second and third
+    stage."""
     base = k_exaone_236b()
     phases = tuple(PhaseConfig(phase.name, tokens=round(share * TOKENS_2), seq_len=8192, blend=phase.blend)
                    for phase, share in zip(PHASES[1:], (0.7, 0.3), strict=True))
@@ -218,7 +219,7 @@ def k_exaone2_750b() -> RunConfig:
 
 
 def k_exaone2_750b_extend() -> RunConfig:
-    """Return the extension 8K -> 32K -> 256K, with the stages and gates of K-EXAONE's."""
+    """Return the extension 8K -> 32K -> 256K, with K-EXAONE's stages and gates."""
     run = k_exaone2_750b()
     optim = OptimConfig(name="muon", lr=1e-5, min_lr=1e-6, schedule="cosine", warmup_steps=100,
                         weight_decay=0.1)
@@ -231,7 +232,7 @@ def k_exaone2_750b_extend() -> RunConfig:
 
 
 _NOT_READ = "its report was not at hand"
-SOURCES_2: Sources = derive(SOURCES, {
+SOURCES_2: Sources = derive_sources(SOURCES, {
     "model.*": config_json("LGAI-EXAONE/K-EXAONE-2.0-750B-A37B, as Megatron-Bridge, TensorRT-LLM and vLLM "
                            "read it; its count of bytes agrees"),
     "model.router_bias_update_rate": ours(f"as K-EXAONE; {_NOT_READ}"),
@@ -253,7 +254,7 @@ SOURCES_2: Sources = derive(SOURCES, {
     "train.recompute": published(BRIDGE),
     "train.micro_batch_size": published(BRIDGE),
 })
-EXTEND_SOURCES_2 = derive(derive(EXTEND_SOURCES, SOURCES_2), {
+EXTEND_SOURCES_2 = derive_sources(derive_sources(EXTEND_SOURCES, SOURCES_2), {
     "parallel.*": ours("a layout that fits; none is published"),
     **{f"parallel.{name}": ours("a layout that fits; none is published")
        for name in ("tp", "sp", "pp", "ep", "zero1", "pipeline_layout", "overlap_grad_reduce",
@@ -264,7 +265,7 @@ EXTEND_SOURCES_2 = derive(derive(EXTEND_SOURCES, SOURCES_2), {
     "optim.warmup_steps": ours("as K-EXAONE's"),
     "optim.decay_share": DEFAULT,
     **{key: ours(f"as K-EXAONE's; {_NOT_READ}") for key in (
-        *SET_IN_A_STAGE, "extend.stages.*.seq_len", "extend.stages.*.kind", "extend.stages.*.blend.*",
+        *STAGE_CHOICES, "extend.stages.*.seq_len", "extend.stages.*.kind", "extend.stages.*.blend.*",
         "extend.stages.*.parts.*.name", "extend.stages.*.parts.*.share", "extend.stages.*.parts.*.blend.*",
         "extend.gate.every_steps", "extend.gate.min_accuracy", "extend.gate.loss_tolerance_nats")},
 })

@@ -1,4 +1,5 @@
-"""Models whose weights are published, to be trained further: data, rate and batch are for fine-tuning."""
+"""Recipes for continued training of models with published weights; data, learning rate and batch size suit
+fine-tuning."""
 
 from __future__ import annotations
 
@@ -10,12 +11,12 @@ from megatron_sov.model.config import (
     ObjectiveConfig, OptimConfig, ParallelConfig, PartConfig, PhaseConfig, RunConfig, TrainConfig, YarnConfig)
 from megatron_sov.model.config.encoders import AudioEncoderConfig, MediaConfig, VisionEncoderConfig
 from megatron_sov.model.config.model import IdBlock, Llama3RopeConfig
-from megatron_sov.model.recipes.extension import SET_IN_A_STAGE
-from megatron_sov.model.recipes.sources import DEFAULT, Sources, config_json, derive, ours, published
+from megatron_sov.model.recipes.extension import STAGE_CHOICES
+from megatron_sov.model.recipes.sources import DEFAULT, Sources, config_json, derive_sources, ours, published
 
-# HyperCLOVA X 8B Omni: text, pictures and speech in and out of one decoder; sizes, vocabulary, encoders and
-# the order of its stages as published.  No source at hand has learning rates, batches, token budgets, shares
-# of data, or the scale of the prediction layer's loss: those are ours, and labelled so.
+# HyperCLOVA X 8B Omni: a decoder that reads and writes text, images and speech; sizes, vocabulary, encoders
+# and the order of stages are published. Learning rates, batch sizes, token budgets, data shares and the
+# weight of the prediction loss are not available in any source and are our choice, marked as such.
 
 HYPERCLOVA_REPORT = "HyperCLOVA X 8B Omni report"
 SERVING = "NAVER-Cloud-HyperCLOVA-X/OmniServe"
@@ -24,13 +25,14 @@ AUDIO, IMAGE = IdBlock(128_606, 6_561), IdBlock(135_168, 65_536)
 
 
 def _placeholders(first_block_id: int, *names: str) -> tuple[int, ...]:
-    """Return the ids of _placeholders where `sov-tokenizer media` writes all marks right before the first
+    """Return the media mark ids, which `sov-tokenizer media` places right before the first media token
     block."""
     return tuple(first_block_id - len(MARKS) + MARKS.index(name) for name in names)
 
 
 def _hyperclova() -> ModelConfig:
-    """Return the architecture: 36 layers of Llama's shape, one MTP layer, a ViT and a Whisper encoder."""
+    """Return the architecture: 36 Llama layers, one MTP layer, an image encoder (ViT) and a Whisper
+    encoder."""
     return ModelConfig(
         family="llama", vocab_size=200_704, hidden_size=4096, num_layers=36, num_heads=32, num_kv_heads=8,
         head_dim=128, dense_ffn_dim=12288, num_experts=0, rope_theta=5e6, norm_eps=1e-5, num_mtp_layers=1,
@@ -64,7 +66,7 @@ _HYPERCLOVA_SFT = (
 
 
 def hyperclova_omni_8b() -> RunConfig:
-    """Return pretraining stage 1: text, then discrete tokens of pictures and speech among it."""
+    """Return pretraining stage 1: text, then text with discrete image and speech tokens."""
     return RunConfig(
         recipe="hyperclova-omni-8b", model=_hyperclova(),
         parallel=ParallelConfig(zero1=True, overlap_grad_reduce=True, overlap_param_gather=True),
@@ -76,7 +78,7 @@ def hyperclova_omni_8b() -> RunConfig:
 
 
 def hyperclova_omni_8b_continuous() -> RunConfig:
-    """Return pretraining stage 2, to be run --from the first: features of encoders, and 32K."""
+    """Return pretraining stage 2, run with --from stage 1: encoder features and 32K context."""
     run = hyperclova_omni_8b()
     return replace(
         run, recipe="hyperclova-omni-8b-continuous", data=DataConfig(phases=_HYPERCLOVA_CONTINUOUS),
@@ -86,8 +88,8 @@ def hyperclova_omni_8b_continuous() -> RunConfig:
 
 
 def hyperclova_omni_8b_sft() -> RunConfig:
-    """Return fine-tuning in four stages, for `sft`: conversation, multimodal instructions at scale, video and
-    long context, intent and thinking; plain text goes along, or the model forgets how to write it."""
+    """Return fine-tuning in four stages, for `sft`: conversation, multimodal instructions, video and long
+    context, intent and thinking; plain text is mixed in to keep the model's ability to write it."""
     run = hyperclova_omni_8b_continuous()
     return replace(
         run, recipe="hyperclova-omni-8b-sft", data=DataConfig(phases=_HYPERCLOVA_SFT),
@@ -131,10 +133,10 @@ HYPERCLOVA_SOURCES: Sources = {
     "train.recompute": ours("memory"),
     "media.*": published(f"{HYPERCLOVA_REPORT}, pretraining: discrete tokens first, encoders second"),
 }
-HYPERCLOVA_CONTINUOUS_SOURCES = derive(HYPERCLOVA_SOURCES, {
+HYPERCLOVA_CONTINUOUS_SOURCES = derive_sources(HYPERCLOVA_SOURCES, {
     "media.train_encoders": ours("frozen or trained is not published"),
 })
-HYPERCLOVA_SFT_SOURCES = derive(HYPERCLOVA_CONTINUOUS_SOURCES, {
+HYPERCLOVA_SFT_SOURCES = derive_sources(HYPERCLOVA_CONTINUOUS_SOURCES, {
     "data.phases.*.name": published(f"{HYPERCLOVA_REPORT}, fine-tuning: four stages"),
     **dict.fromkeys((f"data.phases.*.{setting}" for setting in ("lr", "min_lr", "rewarm_steps")),
                     _UNPUBLISHED),
@@ -143,13 +145,13 @@ HYPERCLOVA_SFT_SOURCES = derive(HYPERCLOVA_CONTINUOUS_SOURCES, {
 })
 
 
-# Qwen: start these `--from` converted weights; sizes are those of the models' own config.json.
+# Qwen: start runs with `--from` converted weights; sizes come from the released config.json files.
 
 PHASES = (PhaseConfig("continued", tokens=1_000_000_000, seq_len=4096),)
 
 
-def continued(recipe: str, model: ModelConfig, parallel: ParallelConfig) -> RunConfig:
-    """Return a run that goes on from a trained model: a low rate, a short warm-up."""
+def continue_pretraining(recipe: str, model: ModelConfig, parallel: ParallelConfig) -> RunConfig:
+    """Return a run that continues a trained model, with a low learning rate and a short warm-up."""
     return RunConfig(
         recipe=recipe, model=model, parallel=parallel, data=DataConfig(phases=PHASES),
         optim=OptimConfig(lr=2e-5, min_lr=2e-6, schedule="cosine", warmup_steps=50, weight_decay=0.1),
@@ -158,7 +160,7 @@ def continued(recipe: str, model: ModelConfig, parallel: ParallelConfig) -> RunC
 
 def qwen2_1_5b() -> RunConfig:
     """Return Qwen2.5-Math-1.5B: biases on query, key and value, tied embeddings, 4K."""
-    return continued("qwen2-1.5b", ModelConfig(
+    return continue_pretraining("qwen2-1.5b", ModelConfig(
         family="qwen2", vocab_size=151936, hidden_size=1536, num_layers=28, num_heads=12, num_kv_heads=2,
         head_dim=128, dense_ffn_dim=8960, num_experts=0, rope_theta=10_000.0, qkv_bias=True,
         tied_embeddings=True, norm_eps=1e-6, max_position_tokens=4096), ParallelConfig())
@@ -166,7 +168,7 @@ def qwen2_1_5b() -> RunConfig:
 
 def qwen3_8b() -> RunConfig:
     """Return Qwen3-8B: QK-norm, no biases, 40K."""
-    return continued("qwen3-8b", ModelConfig(
+    return continue_pretraining("qwen3-8b", ModelConfig(
         family="qwen3", vocab_size=151936, hidden_size=4096, num_layers=36, num_heads=32, num_kv_heads=8,
         head_dim=128, dense_ffn_dim=12288, num_experts=0, rope_theta=1e6, qk_norm=True, norm_eps=1e-6,
         max_position_tokens=40960),
@@ -174,23 +176,23 @@ def qwen3_8b() -> RunConfig:
 
 
 def qwen3_4b() -> RunConfig:
-    """Return Qwen3-4B: as the 8B, narrower, with tied embeddings."""
-    return continued("qwen3-4b", ModelConfig(
+    """Return Qwen3-4B: like the 8B, narrower, with tied embeddings."""
+    return continue_pretraining("qwen3-4b", ModelConfig(
         family="qwen3", vocab_size=151936, hidden_size=2560, num_layers=36, num_heads=32, num_kv_heads=8,
         head_dim=128, dense_ffn_dim=9728, num_experts=0, rope_theta=1e6, qk_norm=True, norm_eps=1e-6,
         tied_embeddings=True, max_position_tokens=40960), ParallelConfig())
 
 
 def qwen3_4b_2507() -> RunConfig:
-    """Return Qwen3-4B-Instruct-2507: the 4B with slower rotations, 256K."""
+    """Return Qwen3-4B-Instruct-2507: the 4B with a larger RoPE base, 256K."""
     run = qwen3_4b()
     return replace(run, recipe="qwen3-4b-2507",
                    model=replace(run.model, rope_theta=5e6, max_position_tokens=262144))
 
 
 def qwen3_moe_30b() -> RunConfig:
-    """Return Qwen3-30B-A3B: 8 of 128 experts in every layer by a softmax router, no shared expert, 40K."""
-    return continued("qwen3-moe-30b", ModelConfig(
+    """Return Qwen3-30B-A3B: 8 of 128 experts in every layer, softmax router, no shared expert, 40K."""
+    return continue_pretraining("qwen3-moe-30b", ModelConfig(
         family="qwen3_moe", vocab_size=151936, hidden_size=2048, num_layers=48, num_heads=32, num_kv_heads=4,
         head_dim=128, dense_ffn_dim=6144, num_experts=128, num_experts_per_token=8, num_shared_experts=0,
         expert_ffn_dim=768, router_score="softmax", router_bias=False, seq_aux_loss_coeff=1e-3,
@@ -198,7 +200,7 @@ def qwen3_moe_30b() -> RunConfig:
 
 
 def qwen3_30b_a3b_2507() -> RunConfig:
-    """Return Qwen3-30B-A3B-Instruct-2507: the 30B-A3B with slower rotations, 256K."""
+    """Return Qwen3-30B-A3B-Instruct-2507: the 30B-A3B with a larger RoPE base, 256K."""
     run = qwen3_moe_30b()
     return replace(run, recipe="qwen3-30b-a3b-2507",
                    model=replace(run.model, rope_theta=1e7, max_position_tokens=262144))
@@ -216,11 +218,11 @@ TRAINING_SOURCES: Sources = {
     "train.micro_batch_size": ours("memory"),
     "train.recompute": ours("memory"),
 }
-"""What the published models were trained by is not what continuing them asks for."""
+"""Sources for training settings, which differ from the published models' own training."""
 
 
 def moe_sources(released: str) -> Sources:
-    """Return the table of a model with experts."""
+    """Return the sources for a model with experts."""
     return {
         "model.*": config_json(released),
         "model.router_bias_update_rate": DEFAULT,
@@ -231,32 +233,33 @@ def moe_sources(released: str) -> Sources:
 
 
 def dense_sources(released: str) -> Sources:
-    """Return the table of a dense model, whose config.json has nothing to say about experts."""
+    """Return the sources for a dense model, whose config.json has no expert fields."""
     without = ("num_experts_per_token", "num_shared_experts", "expert_ffn_dim", "router_*", "routed_*",
                "norm_topk_prob", "seq_aux_loss_coeff")
-    return derive(moe_sources(released), dict.fromkeys((f"model.{name}" for name in without), DEFAULT))
+    return derive_sources(moe_sources(released),
+                          dict.fromkeys((f"model.{name}" for name in without), DEFAULT))
 
 
 # DeepSeek-V3 and Kimi K2.
 
 LATENT = LatentAttentionConfig(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
                                q_lora_rank=1536)
-"""Of both."""
+"""Latent attention of DeepSeek-V3 and Kimi K2."""
 DEEPSEEK_RELEASED = "deepseek-ai/DeepSeek-V3, compared with Megatron-Bridge's test_deepseek_bridges.py"
 REPORT = "arXiv 2412.19437, section 4.2"
-DEEPSEEK_SOURCES = derive(moe_sources(DEEPSEEK_RELEASED), {
+DEEPSEEK_SOURCES = derive_sources(moe_sources(DEEPSEEK_RELEASED), {
     "model.mtp_experts": config_json(DEEPSEEK_RELEASED),
     "model.mtp_loss_coeff": published(f"{REPORT}: 0.3 for the first 10 T tokens, then 0.1"),
 })
-KIMI_SOURCES = derive(
+KIMI_SOURCES = derive_sources(
     moe_sources("moonshotai/Kimi-K2-Instruct, compared with MindSpeed-LLM's script of it"),
     {"model.mtp_loss_coeff": ours("DeepSeek-V3's; it has no prediction layer")})
 
 
 def deepseek_v3() -> RunConfig:
-    """Return DeepSeek-V3: 8 of 256 experts, from 4 of 8 groups, by a sigmoid router, one shared, latent
+    """Return DeepSeek-V3: 8 of 256 experts from 4 of 8 groups, sigmoid router, one shared expert, latent
     attention, one MTP layer with experts, 160K by YaRN."""
-    return continued("deepseek-v3", ModelConfig(
+    return continue_pretraining("deepseek-v3", ModelConfig(
         family="deepseek_v3", vocab_size=129280, hidden_size=7168, num_layers=61, num_heads=128,
         num_kv_heads=128, head_dim=192, latent_attention=LATENT, num_dense_layers=3, dense_ffn_dim=18432,
         num_experts=256, num_experts_per_token=8, num_expert_groups=8, num_groups_per_token=4,
@@ -268,7 +271,7 @@ def deepseek_v3() -> RunConfig:
 
 def kimi_k2() -> RunConfig:
     """Return Kimi K2: DeepSeek-V3 with half the heads, 8 of 384 experts, one dense layer; 128K by YaRN."""
-    return continued("kimi-k2", ModelConfig(
+    return continue_pretraining("kimi-k2", ModelConfig(
         family="deepseek_v3", vocab_size=163840, hidden_size=7168, num_layers=61, num_heads=64,
         num_kv_heads=64, head_dim=192, latent_attention=LATENT, num_dense_layers=1, dense_ffn_dim=18432,
         num_experts=384, num_experts_per_token=8, num_shared_experts=1, expert_ffn_dim=2048,
@@ -280,8 +283,8 @@ def kimi_k2() -> RunConfig:
 # Gemma.
 
 def gemma_3_1b() -> RunConfig:
-    """Return Gemma-3-1B: windows of 512 in five layers of six, norms before and behind blocks, 32K."""
-    return continued("gemma-3-1b", ModelConfig(
+    """Return Gemma-3-1B: 512-token windows in five of six layers, norms before and after blocks, 32K."""
+    return continue_pretraining("gemma-3-1b", ModelConfig(
         family="gemma3_text", vocab_size=262144, hidden_size=1152, num_layers=26, num_heads=4, num_kv_heads=1,
         head_dim=256, dense_ffn_dim=6912, num_experts=0, attention_pattern="LLLLLG",
         sliding_window_tokens=512, rope_theta=1e6, local_rope_theta=1e4, qk_norm=True,
@@ -291,9 +294,9 @@ def gemma_3_1b() -> RunConfig:
 
 
 def gemma3_27b() -> RunConfig:
-    """Return Gemma-3-27B's text model: windows of 1,024 in five layers of six, positions of global layers
-    divided by 8, 128K."""
-    return continued("gemma3-27b", ModelConfig(
+    """Return Gemma-3-27B's text model: 1,024-token windows in five of six layers, linear RoPE scaling by 8 in
+    global layers, 128K."""
+    return continue_pretraining("gemma3-27b", ModelConfig(
         family="gemma3_text", vocab_size=262208, hidden_size=5376, num_layers=62, num_heads=32,
         num_kv_heads=16, head_dim=128, dense_ffn_dim=21504, num_experts=0, attention_pattern="LLLLLG",
         sliding_window_tokens=1024, rope_theta=1e6, local_rope_theta=1e4, linear_rope_factor=8.0,
@@ -305,8 +308,8 @@ def gemma3_27b() -> RunConfig:
 # Llama's shape.
 
 def llama_3_1_8b() -> RunConfig:
-    """Return Llama-3.1-8B: rotations scaled for 128K."""
-    return continued("llama-3.1-8b", ModelConfig(
+    """Return Llama-3.1-8B: RoPE scaled to 128K."""
+    return continue_pretraining("llama-3.1-8b", ModelConfig(
         family="llama", vocab_size=128256, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8,
         head_dim=128, dense_ffn_dim=14336, num_experts=0, rope_theta=5e5, llama3_rope=Llama3RopeConfig(),
         norm_eps=1e-5, max_position_tokens=131072), ParallelConfig())
@@ -315,8 +318,8 @@ def llama_3_1_8b() -> RunConfig:
 # Dense Korean models.
 
 def exaone_4_32b() -> RunConfig:
-    """Return EXAONE-4.0-32B: three sliding layers of four, global ones without positions, 128K."""
-    return continued("exaone-4.0-32b", ModelConfig(
+    """Return EXAONE-4.0-32B: three of four layers slide, global layers without positions, 128K."""
+    return continue_pretraining("exaone-4.0-32b", ModelConfig(
         family="exaone4", vocab_size=102400, hidden_size=5120, num_layers=64, num_heads=40, num_kv_heads=8,
         head_dim=128, dense_ffn_dim=27392, num_experts=0, attention_pattern="LLLG",
         sliding_window_tokens=4096, rope_on_global=False, rope_theta=1e6,
@@ -325,8 +328,8 @@ def exaone_4_32b() -> RunConfig:
 
 
 def exaone_4_1_2b() -> RunConfig:
-    """Return EXAONE-4.0-1.2B: global attention with rotations, tied embeddings, 64K."""
-    return continued("exaone-4.0-1.2b", ModelConfig(
+    """Return EXAONE-4.0-1.2B: global attention with RoPE, tied embeddings, 64K."""
+    return continue_pretraining("exaone-4.0-1.2b", ModelConfig(
         family="exaone4", vocab_size=102400, hidden_size=2048, num_layers=30, num_heads=32, num_kv_heads=8,
         head_dim=64, dense_ffn_dim=4096, num_experts=0, rope_theta=1e6,
         llama3_rope=Llama3RopeConfig(factor=16.0), qk_norm=True, block_norms="post", norm_eps=1e-5,
@@ -334,25 +337,25 @@ def exaone_4_1_2b() -> RunConfig:
 
 
 def hyperclovax_14b() -> RunConfig:
-    """Return HyperCLOVAX-SEED-Think-14B: norms before and behind blocks, multiplied embeddings, attention and
-    logits."""
-    return continued("hyperclovax-14b", ModelConfig(
+    """Return HyperCLOVAX-SEED-Think-14B: norms before and after blocks; embedding, attention and logits
+    multipliers."""
+    return continue_pretraining("hyperclovax-14b", ModelConfig(
         family="hyperclovax", vocab_size=110592, hidden_size=6144, num_layers=38, num_heads=48,
         num_kv_heads=8, head_dim=128, dense_ffn_dim=14336, num_experts=0, rope_theta=1e8, block_norms="both",
         embedding_multiplier=10.0, attention_multiplier=0.0078125, logits_multiplier=0.125, norm_eps=1e-5,
         init_std=0.012727922061357855, max_position_tokens=131072), ParallelConfig(tp=4, sp=True))
 
 
-# Typhoon-S 8B (arXiv 2601.18129): ThaiLLM-8B or Qwen3-8B-Base is fine-tuned, as the authors' scripts do it;
-# what it learns then from a teacher is a recipe of `policies`.
+# Typhoon-S 8B (arXiv 2601.18129): fine-tuning of ThaiLLM-8B or Qwen3-8B-Base, as in the authors' scripts.
+# `policies` has the recipe for on-policy distillation after it.
 
 TYPHOON_SCRIPT = "scb-10x/typhoon-s, trl/train_sft.sh"
 TYPHOON_TOKENS = 680_000_000
-"""Two epochs of about 340,000 conversations of a thousand tokens."""
+"""Two epochs of about 340,000 conversations with a thousand tokens each."""
 
 
 def typhoon_s_8b() -> RunConfig:
-    """Return the run, for `sft`: two epochs packed to 16K, 32 samples a step, cosine from 2e-5 to 0."""
+    """Return the run for `sft`: two epochs packed to 16K, 32 samples per step, cosine from 2e-5 to 0."""
     return RunConfig(
         recipe="typhoon-s-8b",
         model=replace(qwen3_8b().model, max_position_tokens=32768),
@@ -366,7 +369,7 @@ def typhoon_s_8b() -> RunConfig:
 
 
 _TYPHOON_TRAINER = published(f"{TYPHOON_SCRIPT} leaves it to transformers' trainer")
-TYPHOON_SOURCES: Sources = derive(dense_sources("Qwen/Qwen3-8B-Base"), {
+TYPHOON_SOURCES: Sources = derive_sources(dense_sources("Qwen/Qwen3-8B-Base"), {
     "data.phases.*.name": ours("the stage"),
     "data.phases.*.tokens": ours("2 epochs of about 340,000 samples are published, their tokens are not"),
     "data.phases.*.seq_len": published(TYPHOON_SCRIPT),
@@ -382,13 +385,14 @@ TYPHOON_SOURCES: Sources = derive(dense_sources("Qwen/Qwen3-8B-Base"), {
 })
 
 
-# VibeThinker-1.5B (arXiv 2511.06221): Qwen2.5-Math-1.5B made ready for 40,960 tokens in three stages, then
-# fine-tuned.  `extend` lengthens the base, `sft` trains on from there.  The report has no rates and no
-# batches.
+# VibeThinker-1.5B (arXiv 2511.06221): Qwen2.5-Math-1.5B, extended to 40,960 tokens in three stages by
+# `extend`, then fine-tuned by `sft`. The report has no learning rates and batch sizes.
 
 VIBETHINKER_REPORT = "arXiv 2511.06221"
 LENGTHS, THETA = {"16k": 16384, "32k": 32768, "40k": 40960}, 500_000.0
 VIBETHINKER_LENGTH = LENGTHS["40k"]
+"""Response lengths in the report's reinforcement learning and generation; text training covers every position
+that responses reach."""
 VIBETHINKER_STAGES = tuple(
     ExtendStageConfig(name, seq_len=seq_len, steps=500, max_steps=2000, global_batch_size=128,
                       rope_theta=THETA, parts=(PartConfig("long", 0.5), PartConfig("rehearsal", 0.25)))
@@ -398,7 +402,8 @@ learned at no position that the model has not met in text."""
 
 
 def vibethinker_1_5b() -> RunConfig:
-    """Return the extension 4K -> 16K -> 32K -> 40,960 by slower rotations, gated, and fine-tuning at 16K."""
+    """Return the gated extension 4K -> 16K -> 32K -> 40,960 with a larger RoPE base, and fine-tuning at
+    16K."""
     return RunConfig(
         recipe="vibethinker-1.5b",
         model=replace(qwen2_1_5b().model, rope_theta=THETA, max_position_tokens=VIBETHINKER_LENGTH),
@@ -414,7 +419,7 @@ def vibethinker_1_5b() -> RunConfig:
 
 
 _VIBETHINKER_SUCCESSOR = ours("not published for the 1.5B; published for the 3B")
-VIBETHINKER_SOURCES: Sources = derive(dense_sources("Qwen/Qwen2.5-Math-1.5B"), {
+VIBETHINKER_SOURCES: Sources = derive_sources(dense_sources("Qwen/Qwen2.5-Math-1.5B"), {
     "model.rope_theta": ours("not published; others lengthen this base by it (NVIDIA-NeMo/Skills)"),
     "model.max_position_tokens": published(f"{VIBETHINKER_REPORT}, evaluation: 40,960 tokens are generated"),
     "data.phases.*.name": ours("the stage"),
@@ -429,7 +434,7 @@ VIBETHINKER_SOURCES: Sources = derive(dense_sources("Qwen/Qwen2.5-Math-1.5B"), {
     "train.keep_every_steps": ours("checkpoints to choose from are published, their distance is not"),
     "objective.name": published(f"{VIBETHINKER_REPORT}, spectrum phase"),
     "needle.lengths_tokens": ours("the base's and the stages'"),
-    **dict.fromkeys(SET_IN_A_STAGE, ours("not published")),
+    **dict.fromkeys(STAGE_CHOICES, ours("not published")),
     "extend.stages.*.seq_len": published(
         f"{VIBETHINKER_REPORT}: 16K and 32K in training, 40,960 in evaluation; that text of these lengths "
         "comes first is ours"),

@@ -1,7 +1,7 @@
-"""Published runs of reinforcement learning, over the recipe of the model that they go on from.
+"""Recipes for published reinforcement learning runs, based on the recipe of the model they continue.
 
-Of these runs some numbers were not published, and no default claims otherwise: MGPO's lambda and the clip of
-VibeThinker-1.5B, and the bound of K-EXAONE's ratios, are left out, so that a run has to set them.
+Some numbers were not published, and no default pretends otherwise: MGPO's lambda and the clip bounds of
+VibeThinker-1.5B, and the clip bound of K-EXAONE, must be set for a run.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from megatron_sov.model.recipes.k_exaone import SOURCES as K_EXAONE_SOURCES, k_e
 from megatron_sov.model.recipes.open_models import (
     TYPHOON_SOURCES, VIBETHINKER_SOURCES, dense_sources, qwen3_4b_2507, typhoon_s_8b, vibethinker_1_5b)
 from megatron_sov.model.recipes.solar_open import DPO_SOURCES, solar_open_102b_dpo
-from megatron_sov.model.recipes.sources import DEFAULT, Sources, ValueSource, derive, ours, published
+from megatron_sov.model.recipes.sources import DEFAULT, Sources, ValueSource, derive_sources, ours, published
 
 TYPHOON, VIBETHINKER = "arXiv 2601.18129", "arXiv 2511.06221"
 SOLAR, K_EXAONE = "arXiv 2601.07022", "arXiv 2601.01739"
 Values = dict[str, tuple[Any, ValueSource]]
-"""Dotted setting -> its value, and where that comes from."""
+"""Dotted setting -> (value, source)."""
 
 
 def _run(recipe: str, base: RunConfig, values: Values) -> RunConfig:
-    """Return `base` as another recipe, with values over it, and rows that hold a prompt with its response, or
-    with both of a pair."""
+    """Return `base` as recipe `recipe` with `values`, and rows long enough for a prompt and response (or a
+    pair)."""
     run = base
     for key, (value, _) in values.items():
         room, _, field = key.partition(".")
         run = replace(run, **{room: replace(getattr(run, room), **{field: value})})
     rollout = run.rollout
-    rows = PhaseConfig("rounds", seq_len=run.documents_of_unit * (
+    rows = PhaseConfig("rounds", seq_len=run.documents_per_unit * (
         rollout.max_prompt_tokens + rollout.max_new_tokens))
     return replace(run, recipe=recipe, data=replace(run.data, phases=(rows,)),
                    train=replace(run.train, steps=rollout.rounds * rollout.steps_per_round))
 
 
 def _sources(base: Sources, values: Values) -> Sources:
-    """Return the table of such a run."""
-    return derive(base, {
+    """Return the sources for such a recipe."""
+    return derive_sources(base, {
         **{key: source for key, (_, source) in values.items()},
         "data.phases.*": DEFAULT,
         "data.phases.*.name": ours("rounds are the phases"),
@@ -51,35 +51,35 @@ def _sources(base: Sources, values: Values) -> Sources:
 
 
 def _steady(lr: float) -> Values:
-    """Return a rate that stays as it is."""
+    """Return a constant learning rate."""
     why = ours("not published: a steady rate")
     return {"optim.schedule": ("constant", why), "optim.min_lr": (lr, why), "optim.warmup_steps": (0, why),
             "optim.weight_decay": (0.0, why)}
 
 
 def _ink(run: str, response_tokens: int, batch: int, steps: int, epochs: int) -> Values:
-    """Return a run of InK-GRPO, the single-turn one or the agentic one."""
-    told = published(f"{TYPHOON}, InK-GRPO, {run} run and its released script")
+    """Return the values of InK-GRPO's single-turn or agentic run."""
+    source = published(f"{TYPHOON}, InK-GRPO, {run} run and its released script")
     return {
-        "objective.name": ("policy", told),
-        "policy.method": ("ink_grpo", told),
-        "policy.aggregation": ("token", told),
-        "policy.clip_low": (0.2, told),
-        "policy.clip_high": (0.24, told),
-        "policy.kl": ("none", told),
-        "policy.knowledge_coeff": (0.1, told),
-        "policy.knowledge_share": (0.6, told),
-        "policy.knowledge_batch_size": (batch, told),
-        "policy.overlong_buffer_tokens": (1024, told),
-        "policy.overlong_penalty": (1.0, told),
-        "rollout.prompts_per_round": (32, told),
-        "rollout.samples_per_prompt": (8, told),
-        "rollout.steps_per_round": (steps, told),
-        "rollout.temperature": (0.7, told),
-        "rollout.max_prompt_tokens": (2048, told),
-        "rollout.max_new_tokens": (response_tokens, told),
+        "objective.name": ("policy", source),
+        "policy.method": ("ink_grpo", source),
+        "policy.aggregation": ("token", source),
+        "policy.clip_low": (0.2, source),
+        "policy.clip_high": (0.24, source),
+        "policy.kl": ("none", source),
+        "policy.knowledge_coeff": (0.1, source),
+        "policy.knowledge_share": (0.6, source),
+        "policy.knowledge_batch_size": (batch, source),
+        "policy.overlong_buffer_tokens": (1024, source),
+        "policy.overlong_penalty": (1.0, source),
+        "rollout.prompts_per_round": (32, source),
+        "rollout.samples_per_prompt": (8, source),
+        "rollout.steps_per_round": (steps, source),
+        "rollout.temperature": (0.7, source),
+        "rollout.max_prompt_tokens": (2048, source),
+        "rollout.max_new_tokens": (response_tokens, source),
         "rollout.rounds": (100, ours(f"{epochs} epochs are published; their rounds follow from the prompts")),
-        "optim.lr": (1e-6, told),
+        "optim.lr": (1e-6, source),
         **_steady(1e-6),
     }
 
@@ -95,13 +95,12 @@ def _typhoon(recipe: str, values: Values) -> RunConfig:
 
 
 def typhoon_s_4b_legal() -> RunConfig:
-    """Return InK-GRPO on legal questions, with the laws as text beside: single turn, one update a batch, for
-    `rl run`."""
+    """Return InK-GRPO on legal questions with legal texts, single-turn and on-policy, for `rl run`."""
     return _typhoon("typhoon-s-4b-legal", LEGAL)
 
 
 def typhoon_s_4b_legal_agent() -> RunConfig:
-    """Return InK-GRPO with tools that search and read laws, four updates a batch, for `rl run`."""
+    """Return InK-GRPO with tools that search and read laws, four steps per round, for `rl run`."""
     return _typhoon("typhoon-s-4b-legal-agent", LEGAL_AGENT)
 
 
@@ -124,25 +123,25 @@ OPD: Values = {
     "optim.warmup_steps": (125, published("scb-10x/typhoon-s: 5 % of the steps")),
     "train.global_batch_size": (64, published("scb-10x/typhoon-s: 64 samples of the data in a step")),
 }
-OPD_SOURCES = derive(_sources(TYPHOON_SOURCES, OPD), {
+OPD_SOURCES = derive_sources(_sources(TYPHOON_SOURCES, OPD), {
     "train.global_batch_size": OPD["train.global_batch_size"][1]})
 
 
 def typhoon_s_8b_opd() -> RunConfig:
-    """Return on-policy distillation for `rl run`: in a quarter of the rounds of the student's own responses,
-    else of samples of the data; forward KL to the teacher's whole distribution."""
+    """Return on-policy distillation for `rl run`: a quarter of the rounds use the student's responses, the
+    others the data; forward KL to the teacher's whole distribution."""
     return _run("typhoon-s-8b-opd", typhoon_s_8b(), OPD)
 
 
 def _mgpo(stage: str, response_tokens: int, length: ValueSource) -> Values:
-    """Return a stage of VibeThinker's signal phase, of which lambda, clip, group, rate and batch were not
-    published."""
-    told = published(f"{VIBETHINKER}, signal phase: {stage}")
+    """Return a stage of VibeThinker's signal phase; lambda, clip bounds, group size, learning rate and batch
+    size were not published."""
+    source = published(f"{VIBETHINKER}, signal phase: {stage}")
     return {
-        "objective.name": ("policy", told),
-        "policy.method": ("mgpo", told),
-        "policy.kl": ("none", told),
-        "policy.aggregation": ("sequence", told),
+        "objective.name": ("policy", source),
+        "policy.method": ("mgpo", source),
+        "policy.kl": ("none", source),
+        "policy.aggregation": ("sequence", source),
         "rollout.max_new_tokens": (response_tokens, length),
         "rollout.samples_per_prompt": (16, ours("not published: enough to tell shares of right answers")),
         "rollout.rounds": (100, ours("not published")),
@@ -163,27 +162,27 @@ def _vibethinker(recipe: str, values: Values) -> RunConfig:
 
 
 def vibethinker_1_5b_math_16k() -> RunConfig:
-    """Return MGPO on mathematics with responses up to 16K, for `rl run`; policy.mgpo_lambda, policy.clip_low
-    and policy.clip_high have to be set."""
+    """Return MGPO on mathematics with responses up to 16K, for `rl run`; set policy.mgpo_lambda,
+    policy.clip_low and policy.clip_high."""
     return _vibethinker("vibethinker-1.5b-math-16k", MATH_16K)
 
 
 def vibethinker_1_5b_math_32k() -> RunConfig:
-    """Return MGPO on mathematics with responses up to 32K, from the stage at 16K."""
+    """Return MGPO on mathematics with responses up to 32K, after the 16K stage."""
     return _vibethinker("vibethinker-1.5b-math-32k", MATH_32K)
 
 
 def vibethinker_1_5b_code() -> RunConfig:
-    """Return MGPO on code, from the stage at 32K."""
+    """Return MGPO on code, after the 32K stage."""
     return _vibethinker("vibethinker-1.5b-code", CODE)
 
 
-def _large(told: ValueSource) -> Values:
-    """Return what was not published of the two large models' runs."""
-    unsaid = ours("not published")
-    return {"objective.name": ("policy", told), "policy.kl": ("none", told),
-            "rollout.max_prompt_tokens": (4096, unsaid), "rollout.max_new_tokens": (28672, unsaid),
-            "rollout.prompts_per_round": (512, unsaid), "optim.lr": (1e-6, unsaid), **_steady(1e-6)}
+def _large(source: ValueSource) -> Values:
+    """Return the unpublished values of the two large models' runs."""
+    choice = ours("not published")
+    return {"objective.name": ("policy", source), "policy.kl": ("none", source),
+            "rollout.max_prompt_tokens": (4096, choice), "rollout.max_new_tokens": (28672, choice),
+            "rollout.prompts_per_round": (512, choice), "optim.lr": (1e-6, choice), **_steady(1e-6)}
 
 
 _PHASE_A = published(f"{SOLAR}, SnapPO, phase A")
@@ -201,7 +200,7 @@ SNAPPO_SOURCES = _sources(DPO_SOURCES, SNAPPO)
 
 
 def solar_open_102b_rl() -> RunConfig:
-    """Return SnapPO's phase A: GSPO over about 200,000 prompts, four steps a snapshot, for `rl run`."""
+    """Return SnapPO's phase A: GSPO on about 200,000 prompts, four steps per round, for `rl run`."""
     return _run("solar-open-102b-rl", replace(solar_open_102b_dpo(), preference=PreferenceConfig()), SNAPPO)
 
 
@@ -220,13 +219,13 @@ DPO_ROUNDS: Values = {
     "optim.lr": (5e-7, ours("not published")),
     **_steady(5e-7),
 }
-DPO_ROUNDS_SOURCES = derive(_sources(DPO_SOURCES, DPO_ROUNDS), {
+DPO_ROUNDS_SOURCES = derive_sources(_sources(DPO_SOURCES, DPO_ROUNDS), {
     key: DPO_SOURCES[key] for key in ("preference.method", "preference.beta")})
 
 
 def solar_open_102b_dpo_rounds() -> RunConfig:
-    """Return SnapPO's phase B over the model's own responses: in each round DPO on the best and the worst to
-    a prompt, for `rl run`."""
+    """Return SnapPO's phase B on the model's own responses: DPO on the best and worst response per prompt,
+    for `rl run`."""
     return _run("solar-open-102b-dpo-rounds", solar_open_102b_dpo(), DPO_ROUNDS)
 
 
@@ -242,12 +241,13 @@ AGAPO: Values = {
     "train.fp8": ("none", ours("bf16: 8 bits are published for pretraining")),
     "rollout.rounds": (100, ours("not published")),
 }
-AGAPO_SOURCES = derive(_sources(K_EXAONE_SOURCES, {k: v for k, v in AGAPO.items() if k != "optim.groups"}), {
+AGAPO_SOURCES = derive_sources(_sources(K_EXAONE_SOURCES,
+                                        {k: v for k, v in AGAPO.items() if k != "optim.groups"}), {
     "optim.groups.*": AGAPO["optim.groups"][1], "optim.decay_share": DEFAULT})
 
 
 def k_exaone_236b_rl() -> RunConfig:
-    """Return AGAPO with a router that stays as it is, for `rl run`; policy.clip_high has to be set."""
+    """Return AGAPO with a frozen router, for `rl run`; set policy.clip_high."""
     base = k_exaone_236b()
     return _run("k-exaone-236b-rl", replace(
         base, parallel=replace(base.parallel, pp=4, cp=4),

@@ -1,7 +1,7 @@
-"""RECIPE or --config, --plugin, --set: what all commands that start from a recipe share.  No torch here.
+"""Options RECIPE, --config, --plugin and --set of all commands that start from a recipe (no torch).
 
-Here, and nowhere else, stands which code is run: what the command line names, and what code so named says
-itself.  A config file is data; what it names is looked up among what is known already.
+This module alone decides which user code runs: code named on the command line, and code named by that code. A
+--config file is data; names in it are only looked up among registered plug-ins.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-from megatron_sov.base.errors import UserError, download, nearest
-from megatron_sov.base.plugins.loading import is_reference, load
+from megatron_sov.base.errors import Fix, UserError, suggest_download, suggest_name
+from megatron_sov.base.plugins.loading import is_reference, load_plugin
 from megatron_sov.base.plugins.registry import Registry
 from megatron_sov.base.settings import (
-    Flag, Place, ProblemCode, SettingsError, SettingsProblem, fields_of, find_inert, hint_below, read_located,
-    read_text, value_at)
-from megatron_sov.base.settings.options import field_texts
-from megatron_sov.base.settings.problem import show
+    Flag, Place, ProblemCode, SettingsError, SettingsProblem, find_inert_settings, get_inner_hint,
+    get_setting, list_fields, parse_located_yaml, read_settings_text)
+from megatron_sov.base.settings.options import get_field_docstrings
+from megatron_sov.base.settings.problem import format_setting
 from megatron_sov.model import objectives, recipes
 from megatron_sov.model.config import (
     ModelConfig, RunConfig, apply_settings, correct_setting, from_dict, is_setting, setting_names)
@@ -29,161 +29,166 @@ from megatron_sov.model.config.learning import BUILT_IN
 from megatron_sov.model.config.run import iter_settings
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import Family
-from megatron_sov.model.recipes.stage_defaults import base_of_model
+from megatron_sov.model.recipes.stage_defaults import build_base_config
 
 BuiltIn = Literal["lm", "sft", "preference", "distill", "policy"]
-"""Objectives that come with the framework (`objectives.BUILT_IN`)."""
-NAMED_BY_SETTINGS: dict[str, Registry] = {"model.family": models.OWN, "objective.name": objectives.OWN}
-"""Settings whose value may be code: FILE.py:NAME."""
+"""Built-in objectives (`objectives.BUILT_IN`)."""
+NAMED_BY_SETTINGS: dict[str, Registry] = {"model.family": models.FAMILY_PLUGINS,
+                                          "objective.name": objectives.OBJECTIVE_PLUGINS}
+"""Settings whose value may be code, FILE.py:NAME -> registry."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PluginOptions:
-    """Code of the user's own."""
+    """Your own code."""
 
     plugins: Annotated[tuple[str, ...], Flag("--plugin", "FILE.py:NAME")] = ()
-    """Run this file of yours, for a model family or objective that a checkpoint or --config has."""
+    """Run your Python file, for a model family or objective named in a checkpoint or --config."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecipeOptions(PluginOptions):
-    """What is trained, and how."""
+    """Recipe and settings."""
 
     recipe: Annotated[str | None, Flag("RECIPE")] = None
-    """Name of a recipe (`megatron-sov recipes` lists them), or FILE.py:FUNCTION of your own; sft, prefer,
-    distill and rl need none: the model is that of --from."""
+    """Recipe name (`megatron-sov recipes` lists all), or your own FILE.py:FUNCTION. Optional for sft, prefer,
+    distill and rl: they take the model from --from."""
     configs: Annotated[tuple[Path, ...], Flag("--config", "FILE")] = ()
-    """Settings from a YAML or JSON file: a part of them over RECIPE, or over the recipe that the file names,
-    or all of them, as a run's config.json has them; may be repeated, later files win."""
+    """YAML or JSON file with settings: some settings, applied to RECIPE or to the recipe named in the file,
+    or all settings, such as a run's config.json. Repeat the option for more files; later files win."""
     settings: Annotated[tuple[str, ...], Flag("--set", "key=value")] = ()
     """Change a setting, e.g. --set train.steps=100 --set parallel.ep=2."""
     groups: ClassVar[tuple[str, ...]] = ()
-    """Groups of settings that the command is about: of several of one name theirs is meant."""
+    """Groups of settings preferred when a name exists in several groups."""
 
     @classmethod
     def find_setting(cls, word: str) -> str:
-        """Return the setting that an unknown option, or the key of a --set, may mean; "": none is known."""
+        """Return the setting that an unknown option or --set key may mean; "" without a match."""
         return correct_setting(word, cls.groups)
 
     is_setting = staticmethod(is_setting)
 
     @staticmethod
     def setting_texts() -> dict[str, str]:
-        """Return setting -> its help, of items of lists those of the first."""
-        return {name: field_texts(cls).get(name.rpartition(".")[2], "")
+        """Return setting -> help text; for list items, settings of item 0."""
+        return {name: get_field_docstrings(cls).get(name.rpartition(".")[2], "")
                 for name, cls, has_settings in iter_settings(RunConfig) if not has_settings}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingOptions(RecipeOptions):
-    """What is trained, on which data."""
+    """Recipe, settings and training data."""
 
     data: Annotated[tuple[str, ...], Flag(value="[NAME=]DIR|FILE[:weight]")] = ()
-    """Token shards made by `sov-data pack`, or a file of chats, pairs or text (.jsonl, .json, .parquet,
-    .txt), which is packed into RUN/data with the tokenizer of --from; several are mixed by weight, and NAME
-    renames their sources (needed, unless --config names them)."""
+    """Token shards from `sov-data pack`, or a file with chats, pairs or text (.jsonl, .json, .parquet, .txt),
+    packed into RUN/data with the tokenizer of --from. Repeat the option to mix data by weight. NAME renames
+    the sources."""
     deterministic: bool = False
-    """The same bits in every run (--set train.deterministic=true)."""
+    """Produce identical bits in every run (--set train.deterministic=true)."""
 
 
 def load_plugins(references: Sequence[str]) -> None:
-    """Run the files that --plugin names; from then on their families and objectives are known by name.
+    """Run the files named by --plugin and register their families and objectives.
 
     Raises:
-        UserError: a file cannot be run, or what it names is neither.
+        UserError: a file fails, or names neither a family nor an objective.
     """
     for reference in references:
-        loaded = load(reference)
-        (models.OWN if isinstance(loaded.value, Family) else objectives.OWN).add(loaded)
+        loaded = load_plugin(reference)
+        (models.FAMILY_PLUGINS
+         if isinstance(loaded.value, Family) else objectives.OBJECTIVE_PLUGINS).add(loaded)
 
 
 @dataclasses.dataclass(frozen=True)
 class RecipeRequest:
-    """What a command was asked for."""
+    """Settings requested on the command line, before they are resolved."""
 
     base: RunConfig
-    """The recipe's settings, or those of --config."""
+    """Settings from the recipe or from --config."""
     settings: tuple[str, ...]
-    """--set, with names in place of files."""
+    """--set values, with code replaced by registered names."""
     from_file: bool
-    """Whether it is --config."""
-    of_model: bool = False
-    """Whether it is neither: the model of --from, and what the stage takes by default."""
+    """Whether `base` is a complete --config file."""
+    is_model_only: bool = False
+    """Whether `base` is the model of --from with stage defaults (no recipe)."""
     trains_by: BuiltIn | None = None
-    """Objective of a training command; None: any."""
+    """A training command's objective; None for other commands."""
     layered: frozenset[str] = frozenset()
-    """Settings that files of --config name."""
+    """Settings named in --config files."""
     changed: frozenset[str] = frozenset()
-    """Settings to which files of --config give another value than the recipe."""
+    """Settings whose value in --config files differs from the recipe."""
     command: str = ""
-    """Training command; "": any."""
+    """Training command; "" for other commands."""
     resumed: RunConfig | None = None
-    """Settings of the run that is resumed; its values are no requests."""
+    """Settings of a resumed run; repeating its values is not a request."""
 
     @property
     def said(self) -> frozenset[str]:
-        """Keys that --set and files of --config name."""
+        """Keys named by --set and --config files."""
         return self.layered | {setting.partition("=")[0] for setting in self.settings}
 
     def refuse_inert(self, config: RunConfig, **options: Any) -> None:
-        """Refuse settings that were asked for and that no part of the run would read.
+        """Reject requested settings that no part of the run reads.
 
         Args:
             config: resolved settings.
-            options: option that decides over settings -> its value; of `data` the formats of its sources.
+            options: option name -> value, for options that decide whether settings act; `data` gives source
+                formats.
 
         Raises:
-            SettingsError: naming each with the setting that decides.
+            SettingsError: for each inert setting, with the deciding setting.
         """
         facts = {f"--{name}": value for name, value in options.items()}
         if self.command:
             facts["command"] = self.command
-        asked = self.changed | {setting.partition("=")[0] for setting in self.settings}
+        requested_keys = self.changed | {setting.partition("=")[0] for setting in self.settings}
         if self.resumed is not None:
-            asked = frozenset(key for key in asked if value_at(config, key) != value_at(self.resumed, key))
-        if problems := find_inert(config, sorted(asked), facts):
+            requested_keys = frozenset(key for key in requested_keys
+                                       if get_setting(config, key) != get_setting(self.resumed, key))
+        if problems := find_inert_settings(config, sorted(requested_keys), facts):
             raise SettingsError("", problems)
 
     def config(self, defaults: Sequence[str] = (), own: Sequence[str] = ()) -> RunConfig:
-        """Return the resolved settings, with the code that they name on record.
+        """Return the resolved settings, and record the code they name.
 
         Args:
-            defaults: settings that --set goes before.
-            own: settings that go before --set.
+            defaults: settings that --set overrides.
+            own: settings that override --set.
 
         Raises:
-            UserError: a setting does not exist or cannot act, a family or objective that nobody has named,
-                or one of another command; or the length of the run is set twice.
+            UserError: unknown or inert settings, an unknown family or objective, another command's objective,
+                or two settings for the run's length.
         """
         # Later settings win.
         config = apply_settings(self.base, [*defaults, *self.settings, *own])
-        models.get(config.model.family, config.code)
-        objectives.check(config)
+        models.get_family(config.model.family, config.code)
+        objectives.check_objective(config)
         if self.trains_by is not None:
             objectives.check_command(config, self.trains_by)
         self.refuse_inert(config)
         _refuse_two_lengths(config, self.said)
-        used = [models.OWN.code(config.model.family), objectives.OWN.code(config.objective.name)]
+        used = [models.FAMILY_PLUGINS.code(config.model.family),
+                objectives.OBJECTIVE_PLUGINS.code(config.objective.name)]
         code = (*(c for c in config.code if c.kind == "recipe"), *(c for c in used if c is not None))
         return dataclasses.replace(config, code=code)
 
 
-def requested(args: RecipeOptions, of_model: Callable[[], RunConfig] | None = None) -> RecipeRequest:
-    """Return what the options ask for; runs the code that they name.
+def request_recipe(args: RecipeOptions, of_model: Callable[[], RunConfig] | None = None) -> RecipeRequest:
+    """Return the settings requested by options; runs the code they name.
 
     Args:
-        args: what was typed.
-        of_model: gives the settings where neither RECIPE nor --config is named; None: one has to be.
+        args: parsed options.
+        of_model: returns the settings if neither RECIPE nor --config is given; None: a recipe is required.
 
     Raises:
-        UserError: there is no recipe, or it, --config, --plugin or --set cannot be used.
+        UserError: no recipe, or an unusable recipe, --config, --plugin or --set.
     """
-    # First: the recipe and the settings may name what these files declare.
+    # Load plug-ins first: recipe and settings may name their families and objectives.
     load_plugins(args.plugins)
     files = [_read_layer(path) for path in args.configs]
-    settings = tuple(_named(setting) for setting in args.settings)
+    settings = tuple(_register_code(setting) for setting in args.settings)
     named = [(file, str(file.value["recipe"])) for file in files if "recipe" in file.value]
-    is_whole = bool(files) and _is_whole(files[0].value)
+    is_whole = bool(files) and _is_whole_config(files[0].value)
     is_of_model = args.recipe is None and not named and of_model is not None
     for file, name in named:
         first = args.recipe or named[0][1]
@@ -196,44 +201,45 @@ def requested(args: RecipeOptions, of_model: Callable[[], RunConfig] | None = No
             raise UserError(f"{files[0].where}: names no recipe; add a line `recipe: NAME` "
                             "(`megatron-sov recipes` lists them), or pass RECIPE too")
         raise UserError("RECIPE: is missing; name a recipe (`megatron-sov recipes` lists them), or pass "
-                        "--config FILE with one in it")
+                        "--config FILE with a recipe in it")
     elif args.recipe is None and is_whole:
-        base, files = _of_whole(files[0]), files[1:]
+        base, files = _read_whole_config(files[0]), files[1:]
     else:
-        if args.recipe is None and is_reference(named[0][1]):  # a file is data: it runs nothing
+        if args.recipe is None and is_reference(named[0][1]):  # a config file must not run code
             raise UserError(f"{named[0][0].where}: recipe = {named[0][1]!r} is code; pass it as RECIPE")
-        base = _of_recipe(args.recipe or named[0][1])
+        base = _load_recipe(args.recipe or named[0][1])
     recipe, from_file = base, args.recipe is None and is_whole
     for file in files:
-        base = file.over(base)
-    layered = frozenset(".".join(place) for file in files for place, _ in _leaves(RunConfig, file.value, ()))
-    changed = {key for key in layered if value_at(base, key) != value_at(recipe, key)}
+        base = file.apply_to(base)
+    layered = frozenset(".".join(place) for file in files for place,
+                        _ in _iter_leaves(RunConfig, file.value, ()))
+    changed = {key for key in layered if get_setting(base, key) != get_setting(recipe, key)}
     if from_file:
-        changed |= _changed_by_whole(recipe)
-    return RecipeRequest(base, settings, from_file, of_model=is_of_model, layered=layered,
+        changed |= _find_changed_settings(recipe)
+    return RecipeRequest(base, settings, from_file, is_model_only=is_of_model, layered=layered,
                          changed=frozenset(changed - {"recipe", "code"}))
 
 
 DERIVED = ("recipe", "code", "data.phases", "train.steps", "train.tokens", "train.epochs")
-"""Settings of a run's config.json that its command derives from others."""
+"""Settings in config.json that a command computes from others."""
 
 
-def _changed_by_whole(config: RunConfig) -> set[str]:
-    """Return the settings of a run's config.json that neither its recipe nor the defaults have."""
-    of_model = base_of_model(config.recipe, config.model, config.train.precision, "sft")
+def _find_changed_settings(config: RunConfig) -> set[str]:
+    """Return the settings in a run's config.json that differ from its recipe and from defaults."""
+    of_model = build_base_config(config.recipe, config.model, config.train.precision, "sft")
     usual = (RunConfig(config.recipe, config.model),
              recipes.get(config.recipe) if config.recipe in recipes.names() else of_model)
     return {key for key in setting_names() if key not in DERIVED and not key.startswith("model.")
-            and value_at(config, key) not in [value_at(other, key) for other in usual]}
+            and get_setting(config, key) not in [get_setting(other, key) for other in usual]}
 
 
 LENGTHS = ("rollout.rounds", "train.epochs", "train.steps", "train.tokens")
-"""Settings that say how long a run is; one goes before those behind it."""
+"""Settings for the run's length, by precedence."""
 
 
 def _refuse_two_lengths(config: RunConfig, said: Collection[str]) -> None:
-    """Refuse a length of the run that another setting overrules."""
-    lengths = [key for key in LENGTHS if key in said and value_at(config, key)]
+    """Reject a run length that another setting overrides."""
+    lengths = [key for key in LENGTHS if key in said and get_setting(config, key)]
     budgets = [f"data.phases.{i}.tokens" for i, phase in enumerate(config.data.phases)
                if phase.tokens and {"data.phases", f"data.phases.{i}.tokens"} & set(said)]
     if "train.tokens" in lengths:
@@ -241,56 +247,56 @@ def _refuse_two_lengths(config: RunConfig, said: Collection[str]) -> None:
     if len(lengths) > 1:
         winner, *others = lengths
         raise SettingsError("", [SettingsProblem(
-            ProblemCode.INERT, others[0], f"has no effect with {winner} = {show(value_at(config, winner))}: "
-            "both say how long the run is", value_at(config, others[0]), "set one of them")])
+            ProblemCode.INERT, others[0],
+            f"has no effect with {winner} = {format_setting(get_setting(config, winner))}: "
+            "both say how long the run is", get_setting(config, others[0]), "set one of them")])
 
 
-def training_request(args: TrainingOptions, objective: BuiltIn, *, needs_data: bool = True,
+def request_training(args: TrainingOptions, objective: BuiltIn, *, needs_data: bool = True,
                      lengthens: bool = False, of_model: Callable[[], RunConfig] | None = None,
                      resumed: RunConfig | None = None) -> RecipeRequest:
-    """Return what a training command was asked for; neither its data nor its checkpoint need be there.
+    """Return the settings requested from a training command, without reading data or checkpoint.
 
     Args:
-        args: what was typed.
-        objective: what the command trains by; objectives of your own go by commands that train by "lm".
-        needs_data: whether data must be named.
-        lengthens: whether the command lengthens contexts: a recipe with stages for that says in its objective
-            what is trained behind them.
-        of_model: as of `requested`.
-        resumed: settings of the run that is resumed.
+        args: parsed options.
+        objective: objective of the command; plug-in objectives use commands with "lm".
+        needs_data: whether --data is required.
+        lengthens: whether the command extends contexts; the objective of a recipe with stages then applies
+            after the stages.
+        of_model: see `request_recipe`.
+        resumed: settings of the resumed run.
 
     Raises:
-        UserError: as `requested`, or no data is named.
+        UserError: as `request_recipe`, or --data is missing.
     """
-    asked = requested(args, of_model)
-    if needs_data and not args.data and not asked.base.data.paths:
+    request = request_recipe(args, of_model)
+    if needs_data and not args.data and not request.base.data.paths:
         raise UserError("--data: is missing; pass a file of chats, pairs or text, or a folder made by "
-                        "`sov-data pack`")
-    learned = asked.base.objective
-    before = lengthens and asked.base.extend.stages and not asked.from_file
-    if learned.name == "lm" or before:  # "lm" is what every recipe says that leaves it open
+                        "`sov-data pack`", Fix(options=("--data", "DIR")))
+    learned = request.base.objective
+    has_stages = lengthens and request.base.extend.stages and not request.from_file
+    if learned.name == "lm" or has_stages:  # "lm" is the default of recipes without an objective
         learned = dataclasses.replace(learned, name=objective)
     flags = ("train.deterministic=true",) if args.deterministic else ()
-    return dataclasses.replace(asked, base=dataclasses.replace(asked.base, objective=learned),
-                               settings=(*asked.settings, *flags), trains_by=objective,
+    return dataclasses.replace(request, base=dataclasses.replace(request.base, objective=learned),
+                               settings=(*request.settings, *flags), trains_by=objective,
                                command="extend" if lengthens else BUILT_IN[objective],
                                resumed=resumed)
 
 
-def _of_recipe(recipe: str) -> RunConfig:
+def _load_recipe(recipe: str) -> RunConfig:
     if "=" in recipe and not is_reference(recipe):
-        raise UserError(f"{recipe}: stands where the recipe does; write --set {shlex.quote(recipe)}, and "
-                        "name a recipe (`megatron-sov recipes` lists them)")
-    if download(recipe) and ":" not in recipe:
-        close = nearest(recipe.rpartition("/")[2].lower(), recipes.names())
-        raise UserError(f"{recipe}: is a model's name on the Hugging Face hub, and no recipe{close} "
-                        "(`megatron-sov recipes` lists them); weights are named by --from HF_DIR")
-    name = recipes.OWN.load(recipe) if is_reference(recipe) else recipe
-    config, code = recipes.get(name), recipes.OWN.code(name)
+        raise UserError(f"{recipe}: is a setting in the place of RECIPE; write --set {shlex.quote(recipe)}, "
+                        "and name a recipe (`megatron-sov recipes` lists them)")
+    if suggest_download(recipe) and ":" not in recipe:
+        close = suggest_name(recipe.rpartition("/")[2].lower(), recipes.names())
+        raise UserError(f"{recipe}: is a model name on the Hugging Face hub, not a recipe{close} "
+                        "(`megatron-sov recipes` lists them); pass weights by --from HF_DIR")
+    name = recipes.RECIPE_PLUGINS.load(recipe) if is_reference(recipe) else recipe
+    config, code = recipes.get(name), recipes.RECIPE_PLUGINS.code(name)
     if code is None:
         return config
-    # what the command line names may name more: families and objectives beside it,
-    # by paths from its own folder
+    # A recipe's code may name families and objectives by paths relative to the recipe's folder.
     names = {}
     for setting, registry in NAMED_BY_SETTINGS.items():
         part, _, field = setting.partition(".")
@@ -305,28 +311,28 @@ def _of_recipe(recipe: str) -> RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ConfigLayer:
-    """What a --config file says, which is data from wherever it comes."""
+    """Settings from a --config file."""
 
     where: str
     value: dict[str, Any]
     lines: Mapping[Place, int]
 
-    def over(self, base: RunConfig) -> RunConfig:
-        """Return settings with those of the file in their places.
+    def apply_to(self, base: RunConfig) -> RunConfig:
+        """Return `base` with the file's settings.
 
         Raises:
-            SettingsError: all that is wrong with them, with its line.
+            SettingsError: all invalid settings, with line numbers.
         """
-        changes = {".".join(place): value for place, value in _leaves(RunConfig, self.value, ())}
+        changes = {".".join(place): value for place, value in _iter_leaves(RunConfig, self.value, ())}
         changes.pop("recipe", None)
         try:
             return apply_settings(base, [f"{key}={json.dumps(value)}" for key, value in changes.items()],
                                   self.where)
         except SettingsError as e:
-            raise SettingsError(self.where, [dataclasses.replace(problem, line=self.line_of(problem.key))
+            raise SettingsError(self.where, [dataclasses.replace(problem, line=self.find_line(problem.key))
                                              for problem in e.problems]) from None
 
-    def line_of(self, key: str) -> int:
+    def find_line(self, key: str) -> int:
         place: Place = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
         while place and place not in self.lines:
             place = place[:-1]
@@ -337,7 +343,7 @@ def _read_layer(path: Path) -> ConfigLayer:
     where = f"--config {path}"
     if path.is_dir():
         raise UserError(f"{where}: is a folder; pass a file, such as the config.json in it")
-    located = read_located(read_text(path, where))
+    located = parse_located_yaml(read_settings_text(path, where))
     problems = located.problems
     if not problems and not isinstance(located.value, dict):
         problems = [SettingsProblem(ProblemCode.TYPE, "", "must be an object of settings", located.value)]
@@ -346,34 +352,33 @@ def _read_layer(path: Path) -> ConfigLayer:
     return ConfigLayer(where, located.value, located.lines)
 
 
-def _is_whole(value: Mapping[str, Any]) -> bool:
-    """Return whether a file says all that a run needs, as its config.json does: an architecture above all."""
+def _is_whole_config(value: Mapping[str, Any]) -> bool:
+    """Return whether a file has all required settings, like a run's config.json."""
     model = value.get("model")
     needed = [f.name for f in dataclasses.fields(ModelConfig) if f.default is dataclasses.MISSING
               and f.default_factory is dataclasses.MISSING]
     return isinstance(model, dict) and all(name in model for name in needed)
 
 
-def _of_whole(file: ConfigLayer) -> RunConfig:
+def _read_whole_config(file: ConfigLayer) -> RunConfig:
     try:
         return from_dict(file.value)
     except UserError as e:
         raise UserError(f"{file.where}: {e}") from None
 
 
-def _leaves(cls: Any, value: Any, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield the place and the value of each setting of a file: what a class of settings holds is walked
-    through, and a list or a table of names is one value."""
+def _iter_leaves(cls: Any, value: Any, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield (place, value) for each setting in a file; lists and name tables are single values."""
     if not dataclasses.is_dataclass(cls) or not isinstance(value, dict):
         yield place, value
         return
     for key, inner in value.items():
-        hint = hint_below(cls, key) if key in fields_of(cast(Any, cls)) else None
-        yield from _leaves(hint, inner, (*place, key))
+        hint = get_inner_hint(cls, key) if key in list_fields(cast(Any, cls)) else None
+        yield from _iter_leaves(hint, inner, (*place, key))
 
 
-def _named(setting: str) -> str:
-    """Return a setting with a name in place of the file that it names, which is run."""
+def _register_code(setting: str) -> str:
+    """Return a `key=value` setting with FILE.py:NAME replaced by a registered name; runs the file."""
     key, _, value = setting.partition("=")
     registry, value = NAMED_BY_SETTINGS.get(key), value.strip('"')
     return f"{key}={registry.load(value)}" if registry is not None and is_reference(value) else setting

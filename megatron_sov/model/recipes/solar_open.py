@@ -1,8 +1,8 @@
-"""Solar Open 102B-A12B (arXiv 2601.07022): architecture, curriculum and optimizer as published; at the end
-Solar Open 2, whose architecture alone was at hand.
+"""Recipes for Solar Open 102B-A12B (arXiv 2601.07022) and Solar Open 2 250B-A15B.
 
-The form of the learning rate's decay, the rates after pretraining and the layouts are ours, and labelled so.
-Pretraining multiplies in 8 bits, as published; what goes on from it is in bf16, since nothing is published.
+Architecture, curriculum and optimizer of Solar Open are published. The shape of the learning rate decay,
+learning rates after pretraining and layouts are our choice, marked as such. Pretraining uses FP8, as
+published; later stages use bf16, because their precision is not published.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from megatron_sov.model.config import (
     ObjectiveConfig, OptimConfig, ParallelConfig, PartConfig, PhaseConfig, PreferenceConfig, RunConfig,
     TrainConfig, YarnConfig)
 from megatron_sov.model.config.model import LinearAttentionConfig
-from megatron_sov.model.recipes.extension import PHASE_SOURCES, SET_IN_A_STAGE, stage_phases
-from megatron_sov.model.recipes.sources import DEFAULT, Sources, config_json, derive, ours, published
+from megatron_sov.model.recipes.extension import PHASE_SOURCES, STAGE_CHOICES, stage_phases
+from megatron_sov.model.recipes.sources import DEFAULT, Sources, config_json, derive_sources, ours, published
 
 REPORT, RELEASED = "arXiv 2601.07022", "upstage/Solar-Open-100B"
 TRILLION = 1_000_000_000_000
@@ -23,10 +23,10 @@ TRILLION = 1_000_000_000_000
 
 def _phase(name: str, tokens_t: float, filter_level: str, korean_pct: float,
            synthetic_pct: float) -> PhaseConfig:
-    """Return a pretraining phase at 4K: `web-LEVEL` is the rest beside Korean and synthetic text.
+    """Return a pretraining phase at 4K with Korean, synthetic and `web-LEVEL` text, which fills the rest.
 
-    The report gives the two percentages and the quality filter of each phase; that they do not
-    overlap is our reading.
+    The report gives the two percentages and the quality filter of each phase; we assume that Korean and
+    synthetic text do not overlap.
     """
     blend = {f"web-{filter_level}": 100 - korean_pct - synthetic_pct, "korean": korean_pct,
              "synthetic": synthetic_pct}
@@ -44,13 +44,12 @@ MID_TRAINING = (
     PhaseConfig("mid-training", tokens=round(1.155 * TRILLION), seq_len=32768, global_batch_size=1440,
                 blend={"reasoning-trajectories": 850.0, "long@8192": 135.0, "phase-2c": 170.0}),
 )
-"""Trajectory documents (a query and 2 to 5 solutions), long documents, and a part of
-phase 2.C's data again."""
+"""Trajectory documents (a query with 2 to 5 solutions), long documents, and a part of phase 2.C's data."""
 
 
 def _stage(name: str, seq_len: int, batch_size: int, long_share: float, rehearsal_share: float,
            yarn_factor: float, yarn_original_tokens: int = 0) -> ExtendStageConfig:
-    """Return a stage of the extension: long documents, phase 2.C again, and trajectories as the rest."""
+    """Return an extension stage: long documents, phase 2.C's data, and trajectories as the rest."""
     rehearsal = {"web-l3/4096": 20.0, "korean/4096": 12.0, "synthetic/4096": 58.0, "needle/4096": 10.0}
     return ExtendStageConfig(
         name, seq_len=seq_len, steps=1000, max_steps=2000, global_batch_size=batch_size,
@@ -61,11 +60,12 @@ def _stage(name: str, seq_len: int, batch_size: int, long_share: float, rehearsa
 
 STAGES = (_stage("32k", 32768, 1440, 0.4, 0.3, yarn_factor=1),
           _stage("100k", 102400, 480, 0.6, 0.2, yarn_factor=2, yarn_original_tokens=65536))
-"""Plain rotations reach over the first stage; those of the second are the released ones."""
+"""The first stage uses RoPE without scaling; the second uses the released RoPE."""
 
 
 def model() -> ModelConfig:
-    """Return what pretraining begins with: 48 mixture-of-experts layers, all global, plain rotations."""
+    """Return the architecture before pretraining: 48 mixture-of-experts layers, global attention, RoPE
+    without scaling."""
     return ModelConfig(
         family="solar_open", vocab_size=196608, hidden_size=4096, num_layers=48, num_heads=64, num_kv_heads=8,
         head_dim=128, num_experts=128, num_experts_per_token=8, num_shared_experts=1, expert_ffn_dim=1280,
@@ -75,12 +75,12 @@ def model() -> ModelConfig:
 
 
 def released_model() -> ModelConfig:
-    """Return the architecture as released, with the rotations of the last stage: 128K by YaRN over 64K."""
+    """Return the released architecture, with the RoPE of the last stage: 128K by YaRN over 64K."""
     return replace(model(), yarn=YarnConfig(factor=2.0, original_max_position_tokens=65536))
 
 
 def solar_open_102b() -> RunConfig:
-    """Return the pretraining run: 20 T tokens in four phases at 4K, AdamW, cosine from 2.5e-4 to 3e-6."""
+    """Return pretraining: 20 T tokens in four phases at 4K, AdamW, cosine from 2.5e-4 to 3e-6."""
     return RunConfig(
         recipe="solar-open-102b",
         model=model(),
@@ -94,8 +94,8 @@ def solar_open_102b() -> RunConfig:
 
 
 def solar_open_102b_mid() -> RunConfig:
-    """Return mid-training at 32K, to be run --from the pretrained model: the rate is warmed up again
-    and decays linearly."""
+    """Return mid-training at 32K, run with --from the pretrained model: the learning rate warms up again and
+    decays linearly."""
     run = solar_open_102b()
     return replace(
         run, recipe="solar-open-102b-mid", data=replace(run.data, phases=MID_TRAINING),
@@ -104,7 +104,7 @@ def solar_open_102b_mid() -> RunConfig:
 
 
 def solar_open_102b_extend() -> RunConfig:
-    """Return the extension 4K -> 32K -> 100K of the pretrained model, to be run by `extend`: gated stages."""
+    """Return the gated extension 4K -> 32K -> 100K for the pretrained model, for `extend`."""
     run = solar_open_102b()
     optim = replace(run.optim, lr=5e-5, schedule="linear", warmup_steps=100)
     return replace(
@@ -117,8 +117,8 @@ def solar_open_102b_extend() -> RunConfig:
 
 
 def solar_open_102b_sft() -> RunConfig:
-    """Return fine-tuning of the extended model, for `sft`: reasoning of middling difficulty, simulated
-    agents, Korean knowledge, and safety."""
+    """Return fine-tuning after the extension, for `sft`: reasoning with medium difficulty, simulated agents,
+    Korean knowledge, safety."""
     run = solar_open_102b()
     return replace(
         run, recipe="solar-open-102b-sft", model=released_model(), parallel=replace(run.parallel, cp=2),
@@ -130,8 +130,8 @@ def solar_open_102b_sft() -> RunConfig:
 
 
 def solar_open_102b_dpo() -> RunConfig:
-    """Return the beginning of iterative DPO (SnapPO's phase B): pairs of preference, safety and degeneration,
-    with reasoning among them, for `prefer`."""
+    """Return the first round of iterative DPO (SnapPO's phase B), for `prefer`: preference, safety and
+    degeneration pairs, mixed with reasoning."""
     run = solar_open_102b()
     return replace(
         run, recipe="solar-open-102b-dpo", model=released_model(),
@@ -170,7 +170,7 @@ SOURCES: Sources = {
 }
 _IN_BF16 = {"train.fp8": ours("bf16: 8 bits are published for pretraining")}
 _MID_TRAINING = published(f"{REPORT}, mid-training")
-MID_SOURCES = derive(SOURCES, {
+MID_SOURCES = derive_sources(SOURCES, {
     **_IN_BF16,
     "data.phases.*.name": _MID_TRAINING,
     "data.phases.*.tokens": _MID_TRAINING,
@@ -183,7 +183,7 @@ MID_SOURCES = derive(SOURCES, {
     "optim.schedule": ours("not published"),
     "train.global_batch_size": ours("the phase has its own"),
 })
-EXTEND_SOURCES = derive(SOURCES, {
+EXTEND_SOURCES = derive_sources(SOURCES, {
     **_IN_BF16,
     "model.yarn.*": config_json(RELEASED),
     **PHASE_SOURCES,
@@ -193,7 +193,7 @@ EXTEND_SOURCES = derive(SOURCES, {
     "optim.schedule": ours("not published"),
     "train.global_batch_size": _OPTIMIZER,
     "needle.lengths_tokens": ours("the lengths of pretraining and both stages"),
-    **dict.fromkeys(SET_IN_A_STAGE, ours("not published")),
+    **dict.fromkeys(STAGE_CHOICES, ours("not published")),
     "extend.stages.*.seq_len": published(f"{REPORT}, pretraining: 32K, 100K (102,400 is our reading)"),
     "extend.stages.*.global_batch_size": _OPTIMIZER,
     **dict.fromkeys(("extend.stages.*.yarn_factor", "extend.stages.*.yarn_original_tokens"),
@@ -210,14 +210,14 @@ _OF_CONVERSATIONS: Sources = {
     **dict.fromkeys(("optim.lr", "optim.min_lr", "optim.warmup_steps", "optim.schedule",
                      "train.global_batch_size"), ours("not published")),
 }
-SFT_SOURCES = derive(SOURCES, {
+SFT_SOURCES = derive_sources(SOURCES, {
     **_OF_CONVERSATIONS,
     "data.phases.*.blend.*": ours("the kinds are published, with 161,608 and 177,375 conversations of "
                                   "agents; their shares are not"),
     "objective.name": published(f"{REPORT}, post-training: SFT"),
 })
 _PHASE_B = published(f"{REPORT}, SnapPO, phase B: iterative DPO")
-DPO_SOURCES = derive(SOURCES, {
+DPO_SOURCES = derive_sources(SOURCES, {
     **_OF_CONVERSATIONS,
     "data.phases.*.blend.*": ours("the kinds of pairs are published, with reasoning kept among them; their "
                                   "shares are not"),
@@ -227,12 +227,11 @@ DPO_SOURCES = derive(SOURCES, {
 })
 
 
-# Solar Open 2 250B-A15B (arXiv 2607.20062): the released architecture, the published tokens and languages.
-#
-# Its report was not at hand beyond its abstract, which is in transformers' page of the model; the card was.
-# They say what it begins with (5.69 billion parameters of Solar Open 102B, which no command here carries
-# over), that it has 10 T tokens of a mixture and about 12 T in all, and that twelve specialists are distilled
-# into it.  Phases, blends, rates, batches, lengths of stages and layouts are ours, and labelled so.
+# Solar Open 2 250B-A15B (arXiv 2607.20062): the released architecture, published tokens and languages.
+# Only the report's abstract and the model card were available. They give the start (5.69 billion parameters
+# of Solar Open 102B, which no command here copies), 10 T tokens of a mixture, about 12 T in all, and the
+# distillation of twelve specialists. Phases, blends, learning rates, batch sizes, stage lengths and layouts
+# are our choice, marked as such.
 
 ABSTRACT = "arXiv 2607.20062, abstract"
 CARD = "the card of upstage/Solar-Open2-250B"
@@ -248,7 +247,7 @@ PHASES_2 = (
 
 def _stage_2(name: str, seq_len: int, batch_size: int, long_share: float,
              rehearsal_share: float) -> ExtendStageConfig:
-    """Return a stage of the extension: long documents, rehearsal, and agents' trajectories as the rest."""
+    """Return an extension stage: long documents, rehearsal, and agent trajectories as the rest."""
     rehearsal = {"web/8192": 60.0, "korean/8192": 20.0, "japanese/8192": 10.0, "needle/8192": 10.0}
     return ExtendStageConfig(
         name, seq_len=seq_len, steps=1000, max_steps=2000, global_batch_size=batch_size,
@@ -261,7 +260,7 @@ STAGES_2 = (_stage_2("64k", 65536, 512, 0.4, 0.3), _stage_2("256k", 262144, 128,
 
 
 def model_2() -> ModelConfig:
-    """Return the architecture: blocks of a layer with gated softmax attention and three with Kimi Delta
+    """Return the architecture: blocks with one layer with gated softmax attention and three with Kimi Delta
     Attention, no positions, 8 of 320 experts in every layer."""
     return ModelConfig(
         family="solar_open2", vocab_size=196608, hidden_size=4096, num_layers=48, num_heads=64,
@@ -273,7 +272,7 @@ def model_2() -> ModelConfig:
 
 
 def solar_open2_250b() -> RunConfig:
-    """Return the pretraining run: 12 T tokens in two phases at 8K, AdamW, cosine from 2.5e-4 to 3e-6."""
+    """Return pretraining: 12 T tokens in two phases at 8K, AdamW, cosine from 2.5e-4 to 3e-6."""
     return RunConfig(
         recipe="solar-open2-250b",
         model=model_2(),
@@ -287,8 +286,7 @@ def solar_open2_250b() -> RunConfig:
 
 
 def solar_open2_250b_extend() -> RunConfig:
-    """Return the extension 8K -> 64K -> 256K -> 1M, to be run by `extend`: gated stages.  No layer has
-    positions, so that nothing is stretched."""
+    """Return the gated extension 8K -> 64K -> 256K -> 1M, for `extend`. The model has no RoPE to scale."""
     run = solar_open2_250b()
     optim = replace(run.optim, lr=3e-5, warmup_steps=100)
     return replace(
@@ -321,13 +319,13 @@ SOURCES_2: Sources = {
     "train.recompute": ours("memory"),
     "gpu.gc_every_steps": ours("processes collect garbage together"),
 }
-EXTEND_SOURCES_2 = derive(SOURCES_2, {
+EXTEND_SOURCES_2 = derive_sources(SOURCES_2, {
     **PHASE_SOURCES,
     "optim.lr": ours(f"about a tenth of pretraining's peak; {_NOT_READ}"),
     "optim.warmup_steps": ours(_NOT_READ),
     "train.global_batch_size": ours(f"33.6 M tokens a step, as in pretraining; {_NOT_READ}"),
     "needle.lengths_tokens": ours("the lengths of pretraining and of all stages"),
-    **dict.fromkeys(SET_IN_A_STAGE, ours(_NOT_READ)),
+    **dict.fromkeys(STAGE_CHOICES, ours(_NOT_READ)),
     "extend.stages.0.seq_len": ours(_NOT_READ),
     "extend.stages.1.seq_len": ours(_NOT_READ),
     "extend.stages.2.seq_len": published(f"{CARD}: 1M"),

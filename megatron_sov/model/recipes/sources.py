@@ -1,4 +1,4 @@
-"""Where the values of a recipe come from: one table per recipe, setting -> source."""
+"""Sources for a recipe's values: a table from setting to source."""
 
 from __future__ import annotations
 
@@ -15,89 +15,91 @@ Kind = Literal["published", "config.json", "ours", "yours", "default"]
 
 @dataclass(frozen=True)
 class ValueSource:
-    """Where a value comes from."""
+    """Source for a value."""
 
     kind: Kind
-    """published: a paper or report, or its authors' code; config.json: the released Hugging Face config;
-    ours: our choice; yours: set by --config or --set, or by a recipe without table; default: not set."""
+    """published: a paper, report, or its authors' code; config.json: the released Hugging Face config; ours:
+    our choice; yours: --config, --set, or a recipe without a table; default: not set."""
     where: str = ""
-    """Reference and section; the model whose config.json it is; a word why."""
+    """Reference and section, model of the config.json, or a reason."""
 
 
 Sources = dict[str, ValueSource]
-"""Dotted setting -> source; a key may have * for any text, and the last one that matches holds."""
+"""Setting -> source. A key may have * for any text; the last matching key applies."""
 DEFAULT, YOURS = ValueSource("default"), ValueSource("yours")
 UNCOMPARED = "as remembered: not compared with the file"
-"""Behind the name of a model whose config.json was not at hand, and no other source of its sizes."""
+"""Note for models whose config.json could not be compared."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One value of a recipe, with its source."""
+    """A value of a recipe, with its source."""
 
     key: str
-    """Dotted name, as `--set` takes it."""
+    """Dotted name, as in `--set`."""
     value: Any
-    """A number, a text, a truth value, null, or a list or table without settings of its own."""
+    """A number, text, boolean, null, list or table."""
     source: ValueSource
-    """Where it comes from."""
 
 
 def published(where: str) -> ValueSource:
-    """Return the source of a value that a paper, a report or its authors' code gives."""
+    """Return the source for a value from a paper, report, or its authors' code."""
     return ValueSource("published", where)
 
 
 def config_json(model: str) -> ValueSource:
-    """Return the source of a value that a released model's config.json has, or its class implies."""
+    """Return the source for a value in (or implied by) a released model's config.json."""
     return ValueSource("config.json", model)
 
 
 def ours(why: str) -> ValueSource:
-    """Return the source of a value that nobody published: our choice, with a word why."""
+    """Return the source for an unpublished value that we chose, with a reason."""
     return ValueSource("ours", why)
 
 
-def derive(sources: Sources, changed: Sources) -> Sources:
-    """Return the table of a recipe that goes back to another one; what `changed` says wins."""
+def derive_sources(sources: Sources, changed: Sources) -> Sources:
+    """Return a derived recipe's table: entries in `changed` replace entries in `sources`."""
     return {key: source for key, source in sources.items() if key not in changed} | changed
 
 
-def settings(config: RunConfig, sources: Sources) -> list[Setting]:
-    """Return every value with its source; without an entry that is `yours`, or `default` if not set."""
+def list_settings(config: RunConfig, sources: Sources) -> list[Setting]:
+    """Return all settings with sources; without an entry the kind is `yours`, or `default` for default
+    values."""
     return [
-        Setting(key, value, sources.get(_entry_for(key, sources)) or (DEFAULT if value == default else YOURS))
-        for key, value, default in _leaves("", config, dataclasses.MISSING)]
+        Setting(key, value,
+                sources.get(_find_entry(key, sources)) or (DEFAULT if value == default else YOURS))
+        for key, value, default in _iter_leaves("", config, dataclasses.MISSING)]
 
 
-def in_effect(config: RunConfig, sources: Sources) -> Sources:
-    """Return the entries that name a value; a derived recipe may have taken over idle ones."""
-    used = {_entry_for(key, sources) for key, _, _ in _leaves("", config, None)}
+def select_used(config: RunConfig, sources: Sources) -> Sources:
+    """Return the entries that match a setting; derived tables may have unused entries."""
+    used = {_find_entry(key, sources) for key, _, _ in _iter_leaves("", config, None)}
     return {key: source for key, source in sources.items() if key in used}
 
 
-def relabelled(before: RunConfig, after: RunConfig, source: ValueSource) -> Sources:
-    """Return a table that gives `source` to every value of `after` that `before` does not have."""
-    had = {key: value for key, value, _ in _leaves("", before, None)}
-    return {key: source for key, value, _ in _leaves("", after, None) if key not in had or had[key] != value}
+def label_changes(before: RunConfig, after: RunConfig, source: ValueSource) -> Sources:
+    """Return a table with `source` for every value that differs between `before` and `after`."""
+    had = {key: value for key, value, _ in _iter_leaves("", before, None)}
+    return {key: source for key, value,
+            _ in _iter_leaves("", after, None) if key not in had or had[key] != value}
 
 
-def _entry_for(key: str, sources: Sources) -> str:
-    """Return the last key of a table that matches a setting; empty where none does."""
+def _find_entry(key: str, sources: Sources) -> str:
+    """Return the last key of a table that matches a setting; "" without a match."""
     return next((pattern for pattern in reversed(sources) if fnmatchcase(key, pattern)), "")
 
 
-def _leaves(key: str, value: Any, default: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yield dotted key, value and default (or MISSING) of every setting below a value."""
+def _iter_leaves(key: str, value: Any, default: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (dotted key, value, default or MISSING) for every setting in `value`."""
     if dataclasses.is_dataclass(value):
         for f in dataclasses.fields(value):
-            if key or f.name != "recipe":  # the recipe's own name is none of its values
-                # what is None by default is set as a whole, whatever its parts would be by themselves
-                yield from _leaves(f"{key}.{f.name}".lstrip("."), getattr(value, f.name),
-                                   dataclasses.MISSING if default is None else _default(f))
+            if key or f.name != "recipe":  # `recipe` is the name, not a value
+                # An optional group is set as a whole: defaults of its fields do not count.
+                yield from _iter_leaves(f"{key}.{f.name}".lstrip("."), getattr(value, f.name),
+                                   dataclasses.MISSING if default is None else _field_default(f))
     elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
         for i, item in enumerate(value):
-            yield from _leaves(f"{key}.{i}", item, dataclasses.MISSING)
+            yield from _iter_leaves(f"{key}.{i}", item, dataclasses.MISSING)
     elif isinstance(value, dict) and value:
         for name, item in value.items():
             yield f"{key}.{name}", item, dataclasses.MISSING
@@ -105,5 +107,5 @@ def _leaves(key: str, value: Any, default: Any) -> Iterator[tuple[str, Any, Any]
         yield key, value, default
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
+def _field_default(field: dataclasses.Field[Any]) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

@@ -17,11 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from megatron_sov.base.artifacts import damaged_files, new_artifact, read_manifest
-from megatron_sov.base.errors import UserError, how_to_install
+from megatron_sov.base.artifacts import create_artifact, find_damaged_files, read_manifest
+from megatron_sov.base.errors import UserError, format_install_command
 from megatron_sov.base.hints.removed import was_removed
-from megatron_sov.base.outputs import refuse_link_outside
-from megatron_sov.base.settings import plain, read
+from megatron_sov.base.outputs import refuse_outside_link
+from megatron_sov.base.settings import parse_settings, to_plain_values
 
 # What all codecs do, whoever made them.
 #
@@ -90,7 +90,7 @@ def codec_class(kind: str, where: str) -> Any:
         if (e.name or "").startswith("megatron_sov"):
             raise
         raise UserError(f"{where}: a codec of kind {kind!r} needs the package {e.name}; install it by "
-                        f"`{how_to_install('omni')}`") from None
+                        f"`{format_install_command('omni')}`") from None
 
 
 KIND = "codec"
@@ -115,12 +115,12 @@ def save_codec(path: Path, kind: str, codec: nn.Module, *, facts: Mapping[str, A
     Raises:
         UserError: the folder is taken, or the disk refuses.
     """
-    with new_artifact(path, KIND, overwrite=overwrite) as writer:
+    with create_artifact(path, KIND, overwrite=overwrite) as writer:
         # cloned: safetensors refuses tensors that share memory
         state = {name: tensor.detach().cpu().clone().contiguous()
                  for name, tensor in codec.state_dict().items()}
         save_file(state, writer.path / WEIGHTS)
-        writer.content = {"codec": kind, "config": plain(codec.settings), **(facts or {})}
+        writer.content = {"codec": kind, "config": to_plain_values(codec.settings), **(facts or {})}
 
 
 def open_codec(folder: str | Path, device: str | torch.device = "cpu") -> Any:
@@ -138,8 +138,8 @@ def open_codec(folder: str | Path, device: str | torch.device = "cpu") -> Any:
     _, settings, cls = read_codec(folder)
     file = folder / WEIGHTS
     # a link could name any file of this machine
-    refuse_link_outside(folder, file)
-    if problems := damaged_files(folder):
+    refuse_outside_link(folder, file)
+    if problems := find_damaged_files(folder):
         raise UserError(f"{problems[0]}; {_REMEDY}")
     with torch.random.fork_rng(devices=[]):  # weights are drawn before they are read
         with torch.device("meta"):
@@ -162,7 +162,7 @@ def read_codec(folder: Path) -> tuple[str, Any, Any]:
     if len(json.dumps(content.get("config"))) > MAX_CONFIG_BYTES:
         raise UserError(f"{where}: is larger than {MAX_CONFIG_BYTES:,} bytes; {_REMEDY}")
     cls = codec_class(content["codec"], str(folder))
-    return content["codec"], read(cls.Settings, content.get("config"), where), cls
+    return content["codec"], parse_settings(cls.Settings, content.get("config"), where), cls
 
 
 def load_weights(file: Path, expected: Mapping[str, torch.Tensor], build: Any) -> Any:
@@ -220,5 +220,5 @@ def inspected(folder: Path) -> dict[str, Any]:
     except (OSError, SafetensorError) as e:
         raise UserError(f"{folder / WEIGHTS}: cannot be read as a safetensors file ({e}); make the codec "
                         "again, or restore it from a copy") from None
-    return {"codec": kind, "config": plain(settings), "num_parameters": sum(sizes),
+    return {"codec": kind, "config": to_plain_values(settings), "num_parameters": sum(sizes),
             "heldout": heldout if isinstance(heldout, dict) else {}}

@@ -20,7 +20,7 @@ from annotated_types import Ge, Le
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_sov.base.errors import UserError, first_line, list_problems
+from megatron_sov.base.errors import UserError, first_error_line, format_problems
 from megatron_sov.model.pretrained import CONFIG, load_pretrained, read_json
 
 MAX_PIECE_S = 30.0
@@ -147,7 +147,7 @@ class HfCodec(nn.Module):
             UserError: its files are missing, damaged, pickled or of another model.
         """
         if found := _raw_problems(folder):
-            raise UserError(list_problems(f"{folder / CONFIG}", found[:20]))
+            raise UserError(format_problems(f"{folder / CONFIG}", found[:20]))
         model = load_pretrained(cls.model_class(), folder)
         config = model.config
         text = (config.to_json_string(use_diff=False) if hasattr(config, "to_json_string")
@@ -163,7 +163,8 @@ class HfCodec(nn.Module):
                 self.network = (model(model.config_class.from_dict(dict(config)))
                                 if hasattr(model, "config_class") else model(**config))
         except Exception as e:
-            said = bounded.problem or f"makes no {model.__name__} ({type(e).__name__}: {first_line(e)[:200]})"
+            said = bounded.problem or (f"makes no {model.__name__} ({type(e).__name__}: "
+                                       f"{first_error_line(e)[:200]})")
             raise UserError(f"the codec's configuration {said}; import the codec again") from None
 
 

@@ -16,9 +16,9 @@ from annotated_types import Ge, Le
 from safetensors import safe_open
 from torch import nn
 
-from megatron_sov.base.artifacts import refuse_existing
-from megatron_sov.base.errors import UserError, told_in_a_line
-from megatron_sov.base.settings import ProblemCode, SettingsError, SettingsProblem, problems_of
+from megatron_sov.base.artifacts import check_output_folder
+from megatron_sov.base.errors import UserError, format_error
+from megatron_sov.base.settings import ProblemCode, SettingsError, SettingsProblem, find_all_problems
 from megatron_sov.chat.limits import TemplateTimeout, limit_resources
 from megatron_sov.omni.codecs.folder import KIND, codec_class, save_codec
 from megatron_sov.omni.codecs.ta_tok import ta_tok_state
@@ -138,13 +138,13 @@ def import_codec(kind: str, source: Path, output: Path, *, overwrite: bool = Fal
     Raises:
         UserError: the source cannot be read without running it, or is another network.
     """
-    refuse_existing(output, KIND, overwrite)
+    check_output_folder(output, KIND, overwrite)
     cls = codec_class(kind, str(source))
     if hasattr(cls, "of_folder"):
         save_codec(output, kind, cls.of_folder(source, **given), overwrite=overwrite)
         return
     settings, state = _CONVERTERS[kind](_tensors(source, INSIDE[kind]), str(source))
-    if found := problems_of(settings):
+    if found := find_all_problems(settings):
         raise SettingsError(f"{source}: its sizes", found)
     with torch.device("meta"):  # sizes that small tensors tell apart may ask for much together
         expected = cls(settings).state_dict()
@@ -199,7 +199,7 @@ def _read(file: Path, inside: str) -> Tensors:
         raise UserError(f"{file}: takes more memory or time to read than weights of its size can need; pass "
                         "them as safetensors") from None
     except Exception as e:  # what is no pickle of tensors raises as it likes
-        raise UserError(f"{file}: cannot be read without running what it holds ({told_in_a_line(e)[:200]}); "
+        raise UserError(f"{file}: cannot be read without running what it holds ({format_error(e)[:200]}); "
                         "pass its weights as safetensors, e.g. those of a model with it inside") from None
     # published files wrap their weights, some of them twice
     for key in ("model", "sd", "state_dict"):
@@ -243,6 +243,6 @@ def _onnx(file: Path) -> Tensors:
     try:
         found: Tensors = onnx2torch(str(file), None, False)
     except Exception as e:
-        raise UserError(f"{file}: is not CosyVoice's tokenizer ({told_in_a_line(e)[:200]}); pass "
+        raise UserError(f"{file}: is not CosyVoice's tokenizer ({format_error(e)[:200]}); pass "
                         "speech_tokenizer_v2.onnx") from None
     return found

@@ -17,7 +17,7 @@ from annotated_types import Ge, Le
 from torch import nn
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import SettingsProblem, find_broken, multiple_of
+from megatron_sov.base.settings import SettingsProblem, find_broken_rules, multiple_of_field
 
 _SO400M_HEADS = 16
 """Of attention in SigLIP so400m; no tensor tells it."""
@@ -31,7 +31,7 @@ class SiglipSettings:
 
     patch_pixels: Annotated[int, Ge(1), Le(4096)] = 14
     """Of a patch; what is over behind whole patches is not seen."""
-    width: Annotated[int, Ge(1), Le(16384), multiple_of("num_heads")] = 1152
+    width: Annotated[int, Ge(1), Le(16384), multiple_of_field("num_heads")] = 1152
     """Of its states."""
     feed_forward_width: Annotated[int, Ge(1), Le(65536)] = 4304
     """Of its layers."""
@@ -134,7 +134,7 @@ class TATokSettings:
     """Tokens there are."""
 
     def problems(self) -> list[SettingsProblem]:
-        return find_broken(self, "", (
+        return find_broken_rules(self, "", (
             self.encoder.patch_pixels <= self.side_pixels, "encoder.patch_pixels",
             f"must be at most side_pixels = {self.side_pixels}"))
 

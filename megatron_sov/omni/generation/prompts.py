@@ -15,7 +15,7 @@ import numpy as np
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.chat.media_tokens import AUDIO, IMAGE, VIDEO, VocabularyBlock, find_media_token
-from megatron_sov.infer.asking import Asker
+from megatron_sov.infer.prompts import PromptEncoder
 from megatron_sov.model.config import AudioEncoderConfig, VisionEncoderConfig
 from megatron_sov.model.modality import (
     ENCODERS, PICTURES, SOUNDS, EncoderInputs, FeatureTokens, MediaEncoding, take_records)
@@ -254,7 +254,7 @@ Parts = Sequence[Mapping[str, Any]]
 class Prompts:
     """Prompts as a model reads them."""
 
-    asker: Asker
+    asker: PromptEncoder
     """The model's tokenizer."""
     ids: list[list[int]]
     """Of each prompt."""
@@ -302,7 +302,7 @@ def prompts_of(target: Target, prompts: Sequence[Parts], shown: ShownMedia, *, c
             raise UserError(f"{target.path}: has learned from discrete tokens of kind {kind}, which needs "
                             f"{option} CODEC, the one that its data were encoded with")
     encoders = encoders_of(target, {BANK_OF[kind] for kind in kinds}) if with_features else {}
-    asker = Asker(target, chat, encoding_of(encoders))
+    asker = PromptEncoder(target, chat, encoding_of(encoders))
     assert asker.feature_tokens is not None, "it was asked for"
     shown = replace(shown, encoders=encoders)
     with MediaReader(shown.root) as reader:

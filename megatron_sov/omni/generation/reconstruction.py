@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_sov.base.artifacts import write_output
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.outputs import refuse_input
+from megatron_sov.base.outputs import refuse_input_as_output
 from megatron_sov.omni.media.reading.reader import MediaReader
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def reconstruct(folder: Path, files: Sequence[Path], output: Path) -> Iterator[P
         raise UserError(f"--output {output}: two of the files would be written under one name; call the "
                         "command once for each of them")
     for target in targets:
-        refuse_input("--output", target, *files)
+        refuse_input_as_output("--output", target, *files)
     for file, target in zip(files, targets, strict=True):
         with MediaReader(file.parent) as reader, _naming(file):
             write_output(target, (_picture if sees else _sound)(codec, reader, file.name))

@@ -24,13 +24,13 @@ from megatron_sov.base.artifacts import write_output
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat import media_tokens as spelling
 from megatron_sov.chat.media_tokens import AUDIO, IMAGE, VocabularyBlock
-from megatron_sov.infer.asking import check_length
+from megatron_sov.infer.prompts import check_length
 from megatron_sov.infer.request import Batching, Sampling, StopRule
 from megatron_sov.omni.generation.prompts import (
     Parts, ShownMedia, blocks_of, prompts_of, refuse_unknown_kinds)
 
 if TYPE_CHECKING:
-    from megatron_sov.infer.engines.load import Loaded
+    from megatron_sov.infer.engines.load import LoadedModel
     from megatron_sov.infer.engines.target import Target
 
 
@@ -321,7 +321,7 @@ def replies(target: Target, prompts: Sequence[Parts], asking: Asking, *, setting
     check_length(target, longest, "prompt and --max-new-tokens", "shorten one of them")
     stop = StopRule(asker.end_ids)
 
-    def work(loaded: Loaded) -> list[list[int]]:
+    def work(loaded: LoadedModel) -> list[list[int]]:
         from megatron_sov.infer.decoder.generator import MegatronEngine
 
         engine = MegatronEngine(loaded.policy, asking.batching)

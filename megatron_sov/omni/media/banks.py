@@ -19,7 +19,7 @@ from megatron_sov.base.artifacts import manifest_sha256, read_manifest
 from megatron_sov.base.documents.files import MEDIA_CORPUS
 from megatron_sov.base.documents.shard_files import FEATURES
 from megatron_sov.base.errors import UserError
-from megatron_sov.model.config.data import named_shards
+from megatron_sov.model.config.data import split_source_name
 from megatron_sov.model.modality import ENCODERS, PICTURES, SOUNDS
 
 KINDS = tuple(ENCODERS)
@@ -134,7 +134,7 @@ def codecs_of(data: Iterable[str | Path]) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for folder in data:
         try:
-            corpora = [record["path"] for record in read_manifest(named_shards(str(folder))[1]).inputs
+            corpora = [record["path"] for record in read_manifest(split_source_name(str(folder))[1]).inputs
                        if record.get("kind") == MEDIA_CORPUS]
             for corpus in corpora:
                 for kind, codec in read_manifest(Path(corpus), MEDIA_CORPUS).content["codecs"].items():
@@ -153,7 +153,7 @@ def banks_of(data: Iterable[str | Path]) -> set[str] | None:
     found, folders = set[str](), list(data)
     try:
         for folder in folders:
-            for source in read_manifest(named_shards(str(folder))[1]).content["sources"]:
+            for source in read_manifest(split_source_name(str(folder))[1]).content["sources"]:
                 found |= set(source.get(FEATURES) or {})
     except (UserError, KeyError, TypeError, AttributeError):
         # what was read so far is known, whatever the others held

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from megatron_sov.base.artifacts import MANIFEST, atomic_write, to_json
+from megatron_sov.base.artifacts import MANIFEST, format_json, write_atomically
 from megatron_sov.base.command_line import Parser
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.settings import Flag, add_options, read_options
@@ -435,7 +435,7 @@ def end(job: AttemptedJob) -> str:
     options, done = job.options, job.options.done
     # for stages that leave no manifest of their own, exit code 0 is the proof
     if options.write_done and options.code == 0 and not options.asked:
-        atomic_write(done, to_json({"job": job.number}))
+        write_atomically(done, format_json({"job": job.number}))
     log = options.logs / "srun.log"
     failure = first_failure(log.read_text(errors="replace")) if log.is_file() else None
 

@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from megatron_sov.base.artifacts import atomic_write, to_json
-from megatron_sov.base.errors import told_in_a_line
+from megatron_sov.base.artifacts import format_json, write_atomically
+from megatron_sov.base.errors import format_error
 from megatron_sov.base.settings import AboveZero, Flag, add_options, read_options
 from megatron_sov.operate.slurm.node_report import Report
 from megatron_sov.runs.gpu_driver import find_gpu_fault, list_visible_gpus
@@ -58,8 +58,10 @@ def look_alone(report: Report, scratch: Path, transformer_engine: bool = False) 
         try:
             importlib.import_module("transformer_engine.pytorch")
         except Exception as e:  # it fails in many ways: missing libraries, wrong CUDA
-            report.transformer_engine_error = told_in_a_line(e)
-    device = torch.device("cuda", local_gpu_index(report.num_gpus)) if report.num_gpus else torch.device("cpu")
+            report.transformer_engine_error = format_error(e)
+    device = torch.device("cpu")
+    if report.num_gpus:
+        device = torch.device("cuda", local_gpu_index(report.num_gpus))
     size, dtype = MATMUL_SIZE[device.type], torch.bfloat16 if device.type == "cuda" else torch.float32
     # small whole numbers: their sums are exact, so all healthy ranks get the same checksum
     generator = torch.Generator().manual_seed(0)
@@ -159,9 +161,9 @@ def main(argv: list[str] | None = None) -> int:
         try:
             look()
         except Exception as e:  # whatever a sick node raises is what is to be reported
-            report.error = report.error or told_in_a_line(e)
+            report.error = report.error or format_error(e)
         # after each look: a rank that hangs in the second one has left what the first one found
-        atomic_write(file, to_json(asdict(report)))
+        write_atomically(file, format_json(asdict(report)))
     return 0
 
 

@@ -17,14 +17,14 @@ from typing import Annotated, Any
 
 from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.command_line import Parser
-from megatron_sov.base.errors import Fix, UserError, nearest
+from megatron_sov.base.errors import Fix, UserError, suggest_name
 from megatron_sov.base.plugins.loading import is_reference
-from megatron_sov.base.settings import AtLeastOne, Flag, NotNegativeInt, change, options_of
+from megatron_sov.base.settings import AtLeastOne, Flag, NotNegativeInt, apply_changes, read_command_options
 from megatron_sov.model import recipes
-from megatron_sov.model.config import RunConfig, apply_settings, data_paths
-from megatron_sov.model.config.data import named_shards
-from megatron_sov.model.config.run import with_rounds
-from megatron_sov.model.recipes.requested import BuiltIn, RecipeRequest, training_request
+from megatron_sov.model.config import RunConfig, apply_settings, parse_data_paths
+from megatron_sov.model.config.data import split_source_name
+from megatron_sov.model.config.run import add_rounds
+from megatron_sov.model.recipes.requested import BuiltIn, RecipeRequest, request_training
 from megatron_sov.plan.calibration.fitting import fits, refuse_on_nodes, refuse_too_large
 from megatron_sov.plan.pricing import Machines
 from megatron_sov.plan.search.default import choose_layout, leaves_layout_open
@@ -223,7 +223,7 @@ def check_stage(stage: str) -> None:
                         f"arguments (a script of your own: sbatch {stage})",
                         Fix("megatron-sov submit pretrain --cluster NAME --account NAME --nodes 1 RECIPE "
                             "--data DIR --run DIR"))
-    raise UserError(f"stage {stage!r}: does not exist{nearest(stage, STAGES)} (stages: "
+    raise UserError(f"stage {stage!r}: does not exist{suggest_name(stage, STAGES)} (stages: "
                     f"{', '.join(STAGES)}, chain)")
 
 
@@ -246,17 +246,18 @@ def work_of(stage: str, arguments: list[str], commands: Commands, has_gpus: bool
     parser = Parser(prog=f"submit {stage}")
     commands[stage](parser)
     if STAGES[stage].shares:
-        return _sharing(stage, arguments, options_of(parser.parse_args(arguments)))
+        return _sharing(stage, arguments, read_command_options(parser.parse_args(arguments)))
     reader = {"convert": _convert, "eval": _eval}.get(stage)
     typed = parser.parse_args(arguments)
-    return reader(arguments, typed) if reader else _training(stage, arguments, options_of(typed), has_gpus)
+    return reader(arguments, typed) if reader else _training(stage, arguments, read_command_options(typed),
+                                                             has_gpus)
 
 
 def _teachers(args: Any) -> list[Path | None]:
     """Return the folders of teachers: there may be one for each domain, or for the data of each name."""
     if hasattr(args, "given"):
         return [Path(place) for option, _, place in args.given() if option == "--teacher"]
-    return [Path(named_shards(text)[1]) for text in getattr(args, "teacher", ())]
+    return [Path(split_source_name(text)[1]) for text in getattr(args, "teacher", ())]
 
 
 def _training(stage: str, arguments: list[str], args: Any, has_gpus: bool | None) -> StageWork:
@@ -268,11 +269,11 @@ def _training(stage: str, arguments: list[str], args: Any, has_gpus: bool | None
                         "and type it to `megatron-sov submit chain`")
     has_rounds = STAGES[stage].objective == "policy"
     objective = STAGES[stage].objective
-    request = training_request(args, objective, needs_data=not has_rounds, lengthens=stage == "extend",
+    request = request_training(args, objective, needs_data=not has_rounds, lengthens=stage == "extend",
                                of_model=args.model_settings(None if stage == "extend" else objective,
                                                             has_gpus),
                                resumed=read_started_settings(args.run) if args.resume else None)
-    config = with_rounds(request.config()) if has_rounds else request.config()
+    config = add_rounds(request.config()) if has_rounds else request.config()
     run = args.run.absolute()
     # a job may start several times; without --resume its second start would refuse its own run
     argv = arguments if args.resume else [*arguments, "--resume"]
@@ -293,7 +294,7 @@ def _engines(args: Any) -> EngineShares | None:
     if args.engine == "megatron" or args.engine_url:
         return None
     names = {field.name for field in fields(EngineShares)}
-    return change(EngineShares(), [setting for setting in args.engine_set
+    return apply_changes(EngineShares(), [setting for setting in args.engine_set
                                    if setting.partition("=")[0] in names], ENGINE_SET)
 
 
@@ -330,7 +331,7 @@ def _convert(arguments: list[str], typed: argparse.Namespace) -> StageWork:
     if typed.action not in ("from-hf", "to-hf", "verify"):
         raise UserError(f"submit convert {typed.action}: writes no folder; "
                         "run it where you are (stages: from-hf, to-hf, verify)")
-    args = options_of(typed)
+    args = read_command_options(typed)
     if typed.action == "verify":
         return _looking("convert", arguments, args.b, "verify", (args.a, args.b))
     return _making("convert", arguments, args.out,
@@ -338,7 +339,7 @@ def _convert(arguments: list[str], typed: argparse.Namespace) -> StageWork:
 
 
 def _eval(arguments: list[str], typed: argparse.Namespace) -> StageWork:
-    found = vars(options_of(typed))
+    found = vars(read_command_options(typed))
     subject = next((found[name] for name in ("target", "checkpoint", "run") if found.get(name) is not None),
                    None)
     if subject is None:
@@ -380,7 +381,7 @@ def check_inputs(work: StageWork, promised: set[Path]) -> None:
             raise UserError(f"{work.stage}: {path} does not exist; make it before, or submit its stage in "
                             "the same chain")
     # weights are parsed only if the folder is there
-    data_paths([text for text in work.data if path_of(text).absolute() not in made])
+    parse_data_paths([text for text in work.data if path_of(text).absolute() not in made])
 
 
 def fitting_nodes(work: StageWork, profile: ClusterProfile, num_nodes: int, least: int,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import megatron_sov
-from megatron_sov.base.artifacts import atomic_write, disk_errors, new_folder, to_json
+from megatron_sov.base.artifacts import create_folder, format_json, translate_disk_errors, write_atomically
 from megatron_sov.base.command_line import Parser
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import apply_settings
@@ -347,10 +347,10 @@ def _time_limit(request: SubmitRequest, work: StageWork) -> str:
     limit = request.time_limit if request.time_limit is not None else min(defaults, key=parse_time_limit)
     lead_s = request.profile.signal_lead_s
     if parse_time_limit(limit) <= lead_s + SIGNAL_TOLERANCE_S:
-        raise UserError(f"time limit {limit!r}: is {parse_time_limit(limit):g} s, and the job is asked to save "
-                        f"signal_lead_s = {lead_s} before it ends, by Slurm up to {SIGNAL_TOLERANCE_S} s "
-                        "earlier, so no work would be done; pass a longer --time, or a profile with a "
-                        "shorter signal_lead_s")
+        raise UserError(f"time limit {limit!r}: is {parse_time_limit(limit):g} s, and the job is asked to "
+                        f"save signal_lead_s = {lead_s} before it ends, by Slurm up to "
+                        f"{SIGNAL_TOLERANCE_S} s earlier, so no work would be done; "
+                        "pass a longer --time, or a profile with a shorter signal_lead_s")
     return limit
 
 
@@ -414,7 +414,7 @@ def submit(prepared: Prepared, after: list[str]) -> list[str]:
         UserError: the folder cannot be written, or Slurm refuses.
     """
     records = prepared.work.records
-    with disk_errors(records):
+    with translate_disk_errors(records):
         try:
             # before the first write, so that a file in the way is told and not a traceback
             records.mkdir(parents=True, exist_ok=True)
@@ -426,8 +426,8 @@ def submit(prepared: Prepared, after: list[str]) -> list[str]:
     log = EventLog(records / SUBMISSIONS)
     try:
         for job, text in zip(prepared.jobs, prepared.texts, strict=True):
-            atomic_write(job.script, text)
-            atomic_write(job.script.with_suffix(".json"), to_json(_settings(job)))
+            write_atomically(job.script, text)
+            write_atomically(job.script.with_suffix(".json"), format_json(_settings(job)))
             # logged at once: a kill between two submissions leaves no job that nobody knows of
             numbers.append(client.submit_script(job.script, after=numbers[-1:] or after))
             log.write("submitted", job=numbers[-1], stage=job.work.stage, script=job.script.name,
@@ -475,7 +475,7 @@ def _copy_code(folder: Path) -> None:
     if folder.is_dir():
         return
     # two submissions at once may copy the same code: the first one stays
-    with new_folder(folder, first_stays=True) as temporary:
+    with create_folder(folder, first_stays=True) as temporary:
         for path, name in _sources(ROOT):
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, temporary / name)

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_sov.base.artifacts import to_json, write_output
+from megatron_sov.base.artifacts import format_json, write_output
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.base.outputs import check_output, refuse_input
+from megatron_sov.base.outputs import check_output, refuse_input_as_output
 from megatron_sov.model.config import ParallelConfig, PhaseConfig, RunConfig
 from megatron_sov.plan.speed.parameters import Parameters, default
 from megatron_sov.plan.speed.step import step_time
@@ -259,11 +259,11 @@ def calibrate(runs: Sequence[Path], out: Path | None = None, base: Parameters | 
         UserError: nothing can be learned from a folder, or the file cannot be written.
     """
     if out is not None:
-        refuse_input("--output", out, *(run / name for run in runs for name in (CONFIG, EVENTS)))
+        refuse_input_as_output("--output", out, *(run / name for run in runs for name in (CONFIG, EVENTS)))
         check_output("--output", out)
     found = calibration(observations(list(runs)), base or default())
     if out is not None:
-        write_output(out, to_json({"parameters": dataclasses.asdict(found.learned),
+        write_output(out, format_json({"parameters": dataclasses.asdict(found.learned),
                                    "provenance": _provenance(found)}))
     return _text(found, out)
 

@@ -213,7 +213,7 @@ def _linear_attention(linear: LinearAttentionConfig, precision: str, tokens: Tok
     squares of each head, whose products take both sides in halves, both sides of the system, the states;
     output, norm and gate."""
     item, wide = ITEM_BYTES[precision], max(ITEM_BYTES[precision], FLOAT32_BYTES)
-    channels = linear.num_key_heads * linear.convolved // tp
+    channels = linear.num_key_heads * linear.convolved_channels // tp
     heads, keys, values = linear.num_key_heads // tp, linear.key_head_dim, linear.value_head_dim
     projected = (tokens.local * heads * (sum(linear.projected) + keys + values)
                  + tokens.share * 2 * linear.gate_rank)
@@ -229,7 +229,7 @@ def _linear_by_kernels(linear: LinearAttentionConfig, tokens: Tokens, tp: int) -
     `save_for_backward` of its `chunk.py`): queries, keys and values in bf16, learning rates, decays and their
     sums in float32, and two squares of each head and chunk.  What is around them is as in plain torch."""
     item, wide = BF16_BYTES, FLOAT32_BYTES
-    channels = linear.num_key_heads * linear.convolved // tp
+    channels = linear.num_key_heads * linear.convolved_channels // tp
     heads, keys, values = linear.num_key_heads // tp, linear.key_head_dim, linear.value_head_dim
     # beside them the lengths of queries and keys, and what rates and decays are made of
     inside = heads * ((2 * keys + values + 2 * CHUNK) * item + (4 * keys + 5) * wide)

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from megatron_sov.model.config import LoraConfig, ModelConfig, ParallelConfig, RunConfig
-from megatron_sov.model.families.adapters import PREFIX, Adapted, adapted_modules
+from megatron_sov.model.families.adapters import PREFIX, AdaptedModule, find_adapted_modules
 from megatron_sov.model.families.count import EMBEDDING, HEAD, layer_weights
-from megatron_sov.model.families.encoders import encoder_tensors
+from megatron_sov.model.families.encoders import encoder_shapes
 
 ITEM_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 """Bytes of a weight or an activation, by `train.precision`."""
@@ -103,7 +103,7 @@ def chunk_layers(parallel: ParallelConfig, stage: int, num_layers: int) -> list[
 @lru_cache(maxsize=16)
 def _encoders(m: ModelConfig) -> tuple[Run, ...]:
     """Return the encoders of pictures and sounds, whole on every process."""
-    return tuple((None, (Held(key, shape),)) for key, shape in encoder_tensors(m).items())
+    return tuple((None, (Held(key, shape),)) for key, shape in encoder_shapes(m).items())
 
 
 def _table(m: ModelConfig, p: ParallelConfig, key: str) -> Held:
@@ -203,15 +203,15 @@ def _adapters(config: RunConfig, layers: list[int], first: bool, last: bool) -> 
 
 
 @lru_cache(maxsize=16)
-def _adapted(m: ModelConfig, lora: LoraConfig) -> dict[str, list[Adapted]]:
+def _adapted(m: ModelConfig, lora: LoraConfig) -> dict[str, list[AdaptedModule]]:
     """Return linear layer -> what of it is adapted."""
-    found: dict[str, list[Adapted]] = {}
-    for of in adapted_modules(m, lora):
+    found: dict[str, list[AdaptedModule]] = {}
+    for of in find_adapted_modules(m, lora):
         found.setdefault(of.linear, []).append(of)
     return found
 
 
-def _factors(of: Adapted, lora: LoraConfig, p: ParallelConfig, rows: int = 0) -> tuple[Held, ...]:
+def _factors(of: AdaptedModule, lora: LoraConfig, p: ParallelConfig, rows: int = 0) -> tuple[Held, ...]:
     """Return A, B and, under DoRA, the rows' lengths of one adapted module or expert
     (`engine.model.lora.Factors`)."""
     # Of A and B at most one is cut: B where the layer is cut by rows, A where it is cut by columns.
@@ -247,7 +247,7 @@ def stage_params(config: RunConfig) -> list[StageParams]:
         parts = [part for runs in held(config, stage) for _, here in runs for part in here]
         dense, experts = (sum(part.numel * part.count for part in parts if part.routed == routed)
                           for routed in (False, True))
-        layers = len(config.parallel.layers_of_stage(stage, config.model.num_layers))
+        layers = len(config.parallel.stage_layers(stage, config.model.num_layers))
         if stage == config.parallel.pp - 1:
             layers += config.model.num_mtp_layers
         found.append(StageParams(dense, experts, layers))

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from megatron_sov.model.config import ModelConfig, RunConfig
 from megatron_sov.model.families.count import TABLES
-from megatron_sov.model.families.encoders import encoder_buffer_bytes, is_frozen, is_table
+from megatron_sov.model.families.encoders import encoder_buffer_bytes, is_frozen, is_position_table
 from megatron_sov.plan.footprint.held import (
     BF16_BYTES, FLOAT32_BYTES, ITEM_BYTES, Held, chunk_layers, held, is_adapter, rounded_up)
 
@@ -402,7 +402,7 @@ def bucket_numel(config: RunConfig, num_ranks: int) -> int | None:
 
 
 def rule_of(config: RunConfig, layer: int | None, part: Held) -> _Rule:
-    matrix = len(part.shape) == 2 and part.key not in TABLES and not is_table(part.key)
+    matrix = len(part.shape) == 2 and part.key not in TABLES and not is_position_table(part.key)
     algorithm, frozen = config.optim.name, False
     if config.optim.groups:
         key = part.key.replace("{l}", str(layer))

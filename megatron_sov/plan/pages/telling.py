@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_sov.base.figures import format_count, format_seconds
 from megatron_sov.model.config import ParallelConfig, RunConfig
-from megatron_sov.model.families.count import num_params
+from megatron_sov.model.families.count import count_params
 from megatron_sov.model.objectives import BUILT_IN
 from megatron_sov.plan.pages.quote import QuoteTable, gib
 from megatron_sov.plan.pricing import Machines
@@ -77,7 +77,7 @@ def size_line(config: RunConfig) -> str:
 
 
 def parameters_json(config: RunConfig) -> dict[str, int]:
-    return asdict(num_params(config.model))
+    return asdict(count_params(config.model))
 
 
 def timetable_text(config: RunConfig) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from megatron_sov.base.settings import SettingsProblem
 from megatron_sov.model.config import ParallelConfig, RunConfig
-from megatron_sov.model.families.count import num_params
+from megatron_sov.model.families.count import count_params
 from megatron_sov.plan.pricing import Pricing, RunStage, group_stages, refuse_precision, run_stages
 from megatron_sov.plan.search.space import LayoutChoice, LayoutSpace, Recompute, choices, layouts, space_of
 
@@ -225,7 +225,7 @@ def _least_bytes(config: RunConfig, num_ranks: int) -> float:
     """Return what a process needs at least if everything is shared evenly."""
     # The least any setting allows: bf16 weight and gradient, float32 master, two bf16 moments.
     of_a_weight = 2 if config.lora.on or config.gpu.optimizer_offload else 2 + 2 + 4 + 2 * 2
-    return of_a_weight * num_params(config.model).total / num_ranks
+    return of_a_weight * count_params(config.model).total / num_ranks
 
 
 def told_nodes(nodes: int | None) -> str:

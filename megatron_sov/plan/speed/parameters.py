@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.errors import UserError, suggest_name
 
 UNITS = {"bf16": "bf16", "fp8": "fp8", "fp8_blockwise": "fp8", "mxfp8": "fp8", "nvfp4": "fp4"}
 """Precision -> the tensor cores' peak that counts."""
@@ -124,7 +124,7 @@ def of_json(found: dict[str, Any]) -> Parameters:
 def _checked(name: str, value: Any, shipped: Any, beside: Collection[str]) -> Any:
     """Return a parameter's value, its table filled up with what the package has."""
     if shipped is None:
-        raise ValueError(f"{name} is no parameter{nearest(name.rpartition('.')[2], beside)}")
+        raise ValueError(f"{name} is no parameter{suggest_name(name.rpartition('.')[2], beside)}")
     if isinstance(shipped, dict):
         if not isinstance(value, dict):
             raise ValueError(f"{name} = {value!r:.40} must be an object with {', '.join(shipped)}")

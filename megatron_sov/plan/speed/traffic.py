@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_sov.model.families.count import mean_keys
+from megatron_sov.model.families.count import compute_mean_keys
 from megatron_sov.plan.footprint.activations import CHUNK
 from megatron_sov.plan.footprint.held import FLOAT32_BYTES
 from megatron_sov.plan.speed.workload import Block, Workload
@@ -77,7 +77,7 @@ def attention_flops(w: Workload, window: int) -> float:
     """
     s = w.shape
     # Packed rows attend inside their documents, so a document's length counts, not the row's.
-    keys = mean_keys(min(w.document_tokens or w.seq_len, w.seq_len), window)
+    keys = compute_mean_keys(min(w.document_tokens or w.seq_len, w.seq_len), window)
     return 2 * local_tokens(w) * keys * s.num_heads / w.tp * (s.query_dim + s.value_dim)
 
 
@@ -315,7 +315,7 @@ def _linear_exchange(w: Workload) -> tuple[float, float]:
     linear, cp = w.shape.linear, w.cp
     if linear is None:
         return 0.0, 0.0
-    inputs = linear.num_key_heads * (linear.convolved + 1 + linear.key_head_dim) * ACTIVATION_BYTES
+    inputs = linear.num_key_heads * (linear.convolved_channels + 1 + linear.key_head_dim) * ACTIVATION_BYTES
     outputs = linear.num_value_heads * linear.value_head_dim * FLOAT32_BYTES
     times = passes(w) * w.shape.num_linear_layers / w.pp * w.num_micro_batches * (cp - 1)
     return times / cp * local_tokens(w) / w.tp * (inputs + outputs), 2 * times

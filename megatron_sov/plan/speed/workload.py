@@ -9,7 +9,7 @@ from functools import cache, partial
 from typing import Literal, NamedTuple
 
 from megatron_sov.model.config import LinearAttentionConfig, ModelConfig, PhaseConfig, RunConfig
-from megatron_sov.model.families.count import mean_keys
+from megatron_sov.model.families.count import compute_mean_keys
 from megatron_sov.work.clusters.chips import Chip, Links
 
 Block = Literal["attention", "linear", "mamba", "dense", "expert", "beside experts", "prediction", "head"]
@@ -241,8 +241,8 @@ class ModelShape:
         """
         predicting = (self.mtp_depths * self.mtp_params(self.num_experts_per_token)
                       + self.num_predictions * (self.vocab_size * self.hidden_size))
-        return (self._token_flops(partial(mean_keys, seq_len)) + 2 * predicting
-                + self.num_predictions * self._key_flops() * mean_keys(seq_len, self.mtp_window))
+        return (self._token_flops(partial(compute_mean_keys, seq_len)) + 2 * predicting
+                + self.num_predictions * self._key_flops() * compute_mean_keys(seq_len, self.mtp_window))
 
     def _token_flops(self, keys: Callable[[int], float]) -> float:
         """Return the FLOPs of a token in the trunk and the head, whose query sees so many keys under a window
@@ -251,7 +251,7 @@ class ModelShape:
                 + sum(layers * keys(window) for window, layers in self.windowed))
         return (2 * self._multiplied(self.num_experts_per_token) + self._key_flops() * seen
                 + self.num_mamba_layers * self.mamba_scan_flops()
-                + (0 if self.linear is None else 2 * self.num_linear_layers * self.linear.token_products))
+                + (0 if self.linear is None else 2 * self.num_linear_layers * self.linear.products_per_token))
 
     def _key_flops(self) -> int:
         """Return the FLOPs of all heads of a layer for a query and a key: their product, and the value's."""
@@ -412,7 +412,7 @@ def of_run(config: RunConfig, phase: PhaseConfig, num_gpus: int, chip: Chip, lin
     recompute: Literal["none", "selective", "full"] = "none"
     if t.recompute:
         recompute = "selective" if t.recompute == "selective" else "full"
-    stages = tuple(len(p.layers_of_stage(stage, config.model.num_layers)) for stage in range(p.pp))
+    stages = tuple(len(p.stage_layers(stage, config.model.num_layers)) for stage in range(p.pp))
     muon = config.optim.name == "muon" or any(group.optimizer == "muon" for group in config.optim.groups)
     # as `engine.model.gpu_settings.own_attention_serves` where Transformer Engine has kernels for all heads;
     # its own kernel is that of FlashAttention 2

@@ -15,14 +15,14 @@ from typing import Any, Protocol
 import torch
 from safetensors import safe_open
 
-from megatron_sov.base.artifacts import file_damage, read_manifest
+from megatron_sov.base.artifacts import find_file_damage, read_manifest
 from megatron_sov.base.documents import ROLLOUTS
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model.divergence import (
-    Divergence, SeveralTeachers, Teacher, TeacherStates, TeacherTopK)
-from megatron_sov.engine.model.logprobs import Head, head_of
+    Divergence, Teacher, TeachersByToken, TeacherStates, TeacherTopK)
+from megatron_sov.engine.model.logprobs import Head, build_head
 from megatron_sov.engine.parallel import collectives, context
 from megatron_sov.engine.parallel.device import to_device
 from megatron_sov.engine.parallel.world import ParallelWorld
@@ -125,10 +125,10 @@ class KeptTeacher:
                  for name, record in read_manifest(folder).files.items()]
         # Checksums read whole files, so each process verifies its share; all raise the same error.
         own = range(world.rank, len(files), world.size)
-        damaged = next((i + 1 for i in own if file_damage(*files[i])), 0)
-        for number in collectives.of_all_ranks(float(damaged)):
+        damaged = next((i + 1 for i in own if find_file_damage(*files[i])), 0)
+        for number in collectives.gather_numbers(float(damaged)):
             if number:
-                raise UserError(f"{file_damage(*files[int(number) - 1])}; make the states again with "
+                raise UserError(f"{find_file_damage(*files[int(number) - 1])}; make the states again with "
                                 "`megatron-sov distill states`")
 
     def read(self, batches: Sequence[MicroBatch]) -> tuple[MicroBatch, ...]:
@@ -137,7 +137,7 @@ class KeptTeacher:
 
     def at(self, batch: MicroBatch, head: Head, split: str = "train") -> Teacher:
         """See `RunTeacher.at`."""
-        pieces = context.pieces(len(batch.labels))
+        pieces = context.get_local_pieces(len(batch.labels))
         if self._asked.top_k:
             ids, logprobs = unpacked(self._read_rows(batch.origins, pieces, split))
             # A positive log-probability marks a missing output: `heard` gives it no weight, and 0 stays
@@ -153,7 +153,7 @@ class KeptTeacher:
         owners = torch.zeros(sum(end - first for first, end in pieces), dtype=torch.int64)
         for here, source, _, _, _ in _iter_overlaps(batch.origins, pieces):
             owners[here] = kinds.index(self._kind_of[source])
-        return SeveralTeachers(owners, teachers)
+        return TeachersByToken(owners, teachers)
 
     def heard(self, batch: MicroBatch, split: str = "train") -> torch.Tensor:
         """Return 0 for labels at which the teacher's tokens are not aligned; see `RunTeacher.heard`."""
@@ -263,7 +263,7 @@ class LiveTeacher:
         def compute_outputs(hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
             if not top_k:
                 return whole_states(hidden[0], model)
-            ids, logprobs = head.most_probable(hidden[0], top_k, self.divergence.temperature)
+            ids, logprobs = head.find_most_probable(hidden[0], top_k, self.divergence.temperature)
             return torch.cat([ids.to(logprobs.dtype), logprobs], 1)
 
         # Replayed expert routes belong to the student.
@@ -277,10 +277,10 @@ class LiveTeacher:
     def at(self, batch: MicroBatch, head: Head, split: str = "train") -> Teacher:
         """See `RunTeacher.at`."""
         assert batch.said is not None and self._model is not None, "the teacher has not read the micro-batch"
-        outputs = context.local(batch.said)
+        outputs = context.select_local(batch.said)
         if top_k := self._asked.top_k:
             return TeacherTopK(outputs[:, :top_k].long(), outputs[:, top_k:], self._asked.keep_remainder)
-        weight = head_of(self._model.model, self._model.head_chunk_tokens).weight
+        weight = build_head(self._model.model, self._model.head_chunk_tokens).weight
         return TeacherStates(outputs, weight, self._config.model.logits_softcap)
 
     def heard(self, batch: MicroBatch, split: str = "train") -> torch.Tensor:

@@ -20,18 +20,19 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_sov import convert
-from megatron_sov.base.artifacts import FileRecord, new_file, read_manifest, refuse_existing, to_json
-from megatron_sov.base.digests import BLAKE3, Digest, file_digest
+from megatron_sov.base.artifacts import (
+    FileRecord, check_output_folder, create_file, format_json, read_manifest)
+from megatron_sov.base.digests import BLAKE3, Digest, hash_file
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.vocabulary import check_same_tokens
-from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
-from megatron_sov.engine.model.language_model import states_for_head
+from megatron_sov.engine.decode.forward_only import DocumentBatch, ForwardModel
+from megatron_sov.engine.model.language_model import prepare_head_input
 from megatron_sov.engine.model.logprobs import Head
 from megatron_sov.engine.parallel import collectives, context
-from megatron_sov.engine.parallel.device import local_device, release_unused
-from megatron_sov.engine.parallel.world import ParallelWorld, on_main
-from megatron_sov.eval.heldout import ROW_TOKENS, rows_of
-from megatron_sov.infer.engines.load import Loaded, run_forward_model
+from megatron_sov.engine.parallel.device import get_local_device, release_gpu_memory
+from megatron_sov.engine.parallel.world import ParallelWorld, run_on_main
+from megatron_sov.eval.heldout_loss import ROW_TOKENS, group_into_rows
+from megatron_sov.infer.engines.load import LoadedModel, run_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.post.distillation.state_files import (
     DTYPES, HEAD, HEAD_WEIGHT, KIND, Kept, StatesPart, content_of, lengths_of, packed, parts_of, unpacked)
@@ -78,7 +79,7 @@ def read_documents(reading: TeacherReading, out: Path, settings: Sequence[str], 
     """
     _check_kept(reading)
     if is_first_rank():  # checked before a large model is loaded
-        refuse_existing(out, KIND, overwrite)
+        check_output_folder(out, KIND, overwrite)
     translated = reading.kept.translated
     # The vocabulary of a translated teacher does not bound the ids of the data.
     sources = open_sources(reading.data, sys.maxsize if translated else reading.target.vocab_size, FORMATS)
@@ -94,7 +95,7 @@ def read_documents(reading: TeacherReading, out: Path, settings: Sequence[str], 
     if translation is None:
         _refuse_too_long(reading, sources)
 
-    def work(loaded: Loaded) -> int:
+    def work(loaded: LoadedModel) -> int:
         opened = partial(_open_artifact, reading, sources, plan, layout, out=out, overwrite=overwrite,
                          redo=redo)
         with artifact_on_ranks(loaded.world, opened) as artifact:
@@ -108,7 +109,7 @@ def read_documents(reading: TeacherReading, out: Path, settings: Sequence[str], 
             return len(missing)
 
     run_forward_model(reading.target, settings, nproc, work)
-    release_unused()  # the rank may continue as a student
+    release_gpu_memory()  # the rank may continue as a student
 
 
 @dataclass(frozen=True)
@@ -135,17 +136,17 @@ def artifact_on_ranks(world: ParallelWorld,
             own.append(stack.enter_context(opened()))
             return str(own[0].path), list(own[0].finished)
 
-        folder, finished = on_main(world, begin)
+        folder, finished = run_on_main(world, begin)
         yield ArtifactOnRanks(Path(folder), frozenset(finished),
-                              lambda do: on_main(world, lambda: do(own[0])))
+                              lambda do: run_on_main(world, lambda: do(own[0])))
 
 
 def weights_digest(target: Target) -> str:
     """Return the digest of a model: names and contents of its weight files, its configuration, and the base
     of an adapter."""
     if target.is_hf:
-        model: dict[str, Any] = {p.name: file_digest(p) for p in target.path.glob("*.safetensors")}
-        model["config.json"] = file_digest(target.path / "config.json")
+        model: dict[str, Any] = {p.name: hash_file(p) for p in target.path.glob("*.safetensors")}
+        model["config.json"] = hash_file(target.path / "config.json")
     else:
         manifest, base = read_manifest(target.path, CHECKPOINT), read_adapter_base(target.path)
         model = {name: record.digest for name, record in manifest.files.items()
@@ -153,7 +154,7 @@ def weights_digest(target: Target) -> str:
         model |= {f"settings.{name}": manifest.settings.get(name) for name in ("model", "lora")}
         model["base"] = None if base is None else base.sha256
     digest = Digest(BLAKE3)
-    digest.update(to_json(dict(sorted(model.items()))).encode())
+    digest.update(format_json(dict(sorted(model.items()))).encode())
     return digest.text()
 
 
@@ -267,16 +268,17 @@ def _build_translation(reading: TeacherReading, sources: list[Source]) -> TokenT
                             reading.target.vocab_size)
 
 
-def _read_parts(loaded: Loaded, documents: _Documents, parts: Sequence[StatesPart], folder: Path) -> None:
-    """Run the teacher on one part per data-parallel rank and write the outputs; called by all ranks together.
+def _read_parts(loaded: LoadedModel, documents: _Documents, parts: Sequence[StatesPart],
+                folder: Path) -> None:
+    """Run the teacher on one part per data-parallel rank and write the outputs; called by all ranks.
 
     Data-parallel ranks that share experts must run equal batches, so each rank gets as many rows as the
     largest part, the last ones of padding alone.
     """
-    device, own, kept = local_device(), loaded.world.dp_rank, documents.reading.kept
+    device, own, kept = get_local_device(), loaded.world.dp_rank, documents.reading.kept
     read = [documents.read_part(part) for part in parts]
     lengths = [[len(ids) for ids in part_ids] for part_ids, _ in read]
-    rows = [rows_of(part_lengths, ROW_TOKENS) for part_lengths in lengths]
+    rows = [group_into_rows(part_lengths, ROW_TOKENS) for part_lengths in lengths]
     # Rows of ranks that share experts must have equal lengths.
     longest = 0
     for part_lengths, part_rows in zip(lengths, rows, strict=True):
@@ -284,16 +286,16 @@ def _read_parts(loaded: Loaded, documents: _Documents, parts: Sequence[StatesPar
     part = parts[own] if own < len(parts) else None
     own_rows = rows[own] if part else []
     micro_batches = [] if part is None else [
-        Inputs([read[own][0][i] for i in row], device, longest) for row in own_rows]
+        DocumentBatch([read[own][0][i] for i in row], device, longest) for row in own_rows]
     # Padding up to the rank with the most rows, and for ranks without a part.
-    micro_batches += [Inputs([[0]], device, longest)] * (max(map(len, rows)) - len(own_rows))
+    micro_batches += [DocumentBatch([[0]], device, longest)] * (max(map(len, rows)) - len(own_rows))
     # With translation more tokens are kept, since several of them may become one token of the student.
     num_tokens = min(2 * kept.top_k, documents.reading.target.vocab_size) if kept.translated else kept.top_k
 
-    def compute_outputs(hidden: list[torch.Tensor], head: Head, batch: Inputs) -> torch.Tensor:
+    def compute_outputs(hidden: list[torch.Tensor], head: Head, batch: DocumentBatch) -> torch.Tensor:
         if not kept.top_k:
             return whole_states(hidden[0], loaded.policy).to("cpu", DTYPES[kept.dtype])
-        most_probable = packed(*head.most_probable(hidden[0], num_tokens, kept.temperature)).cpu()
+        most_probable = packed(*head.find_most_probable(hidden[0], num_tokens, kept.temperature)).cpu()
         if not kept.translated:
             return most_probable
         # The next token of the document, which may not be among the most probable tokens.
@@ -317,11 +319,11 @@ def _read_parts(loaded: Loaded, documents: _Documents, parts: Sequence[StatesPar
 
 def whole_states(hidden: torch.Tensor, model: ForwardModel) -> torch.Tensor:
     """Return the inputs of the output head for all tokens of a row, [tokens, hidden]."""
-    return context.gather(states_for_head(hidden, model.config))
+    return context.gather_row(prepare_head_input(hidden, model.config))
 
 
 def _write(file: Path, states: list[torch.Tensor]) -> None:
     """Write rows to a file atomically; raise `UserError` if the disk is full."""
-    with new_file(file) as temporary, open(temporary, "wb") as f:
+    with create_file(file) as temporary, open(temporary, "wb") as f:
         for row in states:
             f.write(row.contiguous().view(torch.uint8).numpy().data)

@@ -13,12 +13,13 @@ import torch
 
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.engine.parallel import collectives
-from megatron_sov.eval.heldout import HeldoutData, evaluate_forward_model, open_heldout
-from megatron_sov.eval.needle.documents import SOURCE_NAME, NeedleDocuments, needle_source
-from megatron_sov.eval.needle.suite import Cell, NeedleResult, NeedleSuite, make_suite, run_suite, table
+from megatron_sov.eval.heldout_loss import HeldoutData, evaluate_forward_model, open_heldout
+from megatron_sov.eval.needle.documents import SOURCE_NAME, NeedleDocuments, build_needle_source
+from megatron_sov.eval.needle.suite import (
+    Cell, NeedleResult, NeedleSuite, build_suite, format_table, run_suite)
 from megatron_sov.eval.needle.text import open_haystacks
 from megatron_sov.infer.decoder.generator import MegatronEngine
-from megatron_sov.infer.engines.load import Loaded, run_forward_model
+from megatron_sov.infer.engines.load import LoadedModel, run_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.model.config import GateConfig, RunConfig
 from megatron_sov.post.extend.stages import (
@@ -62,7 +63,7 @@ class Needles:
     def record(self, run: GateView, when: str, result: NeedleResult) -> dict[str, Any]:
         run.events.write("needle", when=when, step=run.step, **result.to_dict())
         if run.world.is_main:
-            print(f"needle retrieval {when} the extension\n{table(result)}", flush=True)
+            print(f"needle retrieval {when} the extension\n{format_table(result)}", flush=True)
         return result.to_dict()
 
 
@@ -83,13 +84,13 @@ def make_needles(config: RunConfig, start: Path, formats: tuple[str, ...] = TEXT
         raise UserError(f"--data: a source named {SOURCE_NAME!r} is reserved for documents made on the fly; "
                         "pack that text under another name (--input NAME=PATH)")
     tokenizer = tokenizer_folder(data) or tokenizer_of(start)
-    suite = make_suite(needle, open_haystacks(data, "heldout", tokenizer, languages=needle.languages))
+    suite = build_suite(needle, open_haystacks(data, "heldout", tokenizer, languages=needle.languages))
     lengths = _document_lengths(config)
     if not lengths:
         return Needles(suite, tuple(data), ())
     haystacks = open_haystacks(data, "train", tokenizer, languages=needle.languages)
     return Needles(suite, tuple(data), tuple(
-        needle_source(NeedleDocuments(haystacks, length, config.train.seed, needle),
+        build_needle_source(NeedleDocuments(haystacks, length, config.train.seed, needle),
                       needle.train_share if name == SOURCE_NAME else 0.0, name)
         for name, length in lengths.items()))
 
@@ -196,7 +197,7 @@ class StageGate:
     def _measure(self, run: GateView) -> None:
         step = run.step
         result = self._needles.measure(run)
-        losses = evaluate_forward_model(Loaded(run.policy, run.config, run.world), self._short)
+        losses = evaluate_forward_model(LoadedModel(run.policy, run.config, run.world), self._short)
         # The first process knows the loss; zeros of the others make the sum its value everywhere.
         own = self._start_loss if run.world.is_main and self._start_loss is not None else 0.0
         start_loss = self._start_loss = float(collectives.all_reduce_world(

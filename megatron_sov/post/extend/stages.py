@@ -17,7 +17,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.eval.needle.documents import SOURCE_NAME
 from megatron_sov.infer.engines.target import Target, find_target
 from megatron_sov.model.config import ExtendStageConfig, ModelConfig, PartConfig, RunConfig
-from megatron_sov.model.recipes.extension import PHASE, extended, length_settings, phase_setting
+from megatron_sov.model.recipes.extension import PHASE, extend_model, length_settings, phase_setting
 from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import STAGES, RunFolder
@@ -183,7 +183,7 @@ def planned_stages(request: RecipeRequest, start_from: Path, run: Path, nproc: i
                             trained_tokens)
         try:
             # The rotary embedding of a stage extends that of the previous stage.
-            model = extended(model, previous_tokens, stage.seq_len, rope_theta=stage.rope_theta,
+            model = extend_model(model, previous_tokens, stage.seq_len, rope_theta=stage.rope_theta,
                              yarn_factor=stage.yarn_factor, yarn_original_tokens=stage.yarn_original_tokens)
         except UserError as e:
             raise UserError(f"extend.stages.{number - 1} ({stage.name}): {e}") from None
@@ -210,7 +210,7 @@ def _resolve_single_stage(request: RecipeRequest, trained_tokens: int, wanted: R
                           ) -> RunConfig:
     """Return the settings of a run with one stage, defined by `data.phases` and `train.steps`."""
     new_tokens = wanted.data.max_seq_len()
-    longer = length_settings(request.base, extended(request.base.model, trained_tokens, new_tokens),
+    longer = length_settings(request.base, extend_model(request.base.model, trained_tokens, new_tokens),
                              trained_tokens, new_tokens, _samples_per_rank(wanted, nproc))
     # Settings of an earlier run are resolved already, except for the architecture of the checkpoint.
     if request.from_file:

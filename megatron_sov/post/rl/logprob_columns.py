@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_sov.base.artifacts import atomic_write, to_json
+from megatron_sov.base.artifacts import format_json, write_atomically
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.base.sealed import seal_damage
-from megatron_sov.engine.parallel.world import on_main
+from megatron_sov.base.sealed import find_seal_damage
+from megatron_sov.engine.parallel.world import run_on_main
 from megatron_sov.model.config import RunConfig
 from megatron_sov.post.policy import OLD, REFERENCE, TEACHER
 from megatron_sov.post.reference import run_with_weights, write_logprobs
@@ -70,12 +70,12 @@ class TrainerColumns:
         if opened.documents is None:
             return {}
         if REFERENCE in self.names:
-            on_main(view.world, partial(
+            run_on_main(view.world, partial(
                 _check_models, opened.path.with_name(REFERENCE_NOTE), {"sha256": self.reference_sha256},
                 "the run's divergence is from a model of {begun}, and --from is of {given}; resume --from "
                 "the one that it began with"))
         if TEACHER in self.names:
-            on_main(view.world, partial(
+            run_on_main(view.world, partial(
                 _check_models, opened.path.with_name(TEACHERS_NOTE), identity_of(self.teachers),
                 "the run's teachers are {begun}, and those of the command {given}; resume with the ones that "
                 "it began with"))
@@ -93,8 +93,8 @@ class TrainerColumns:
         # At the first step the live weights are those that begin the round; later only the file has the
         # column.
         is_live = is_first and name == OLD
-        identity = on_main(view.world, partial(self._identify, opened, name))
-        damage = None if is_live else on_main(view.world, partial(seal_damage, file, identity))
+        identity = run_on_main(view.world, partial(self._identify, opened, name))
+        damage = None if is_live else run_on_main(view.world, partial(find_seal_damage, file, identity))
         if is_live or damage:
             # The weights that began the round no longer exist.
             if damage and name == OLD:
@@ -138,7 +138,7 @@ def _check_models(file: Path, given: Mapping[str, str], message: str) -> None:
         message: text of the error, with {begun} and {given} for the models.
     """
     if not file.is_file():
-        atomic_write(file, to_json(dict(given)))
+        write_atomically(file, format_json(dict(given)))
         return
     try:
         begun = {name: str(digest) for name, digest in json.loads(file.read_text(encoding="utf-8")).items()}

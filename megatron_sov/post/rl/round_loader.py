@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import warn
-from megatron_sov.engine.parallel.world import on_each, on_main
+from megatron_sov.engine.parallel.world import run_on_each_rank, run_on_main
 from megatron_sov.model.config import RolloutConfig
 from megatron_sov.post.policy import TEACHER, has_other_gradients
 from megatron_sov.post.rl.logprob_columns import TrainerColumns
@@ -70,17 +70,17 @@ class RoundLoader:
         """
         seq_len = view.config.data.phases[0].seq_len
         read = partial(self.documents.read, number, seq_len, self.rollout.steps_per_round)
-        on_each(partial(self.documents.verify, number))  # all processes raise the error of one
-        on_main(view.world, lambda: read() and None)
+        run_on_each_rank(partial(self.documents.verify, number))  # all processes raise the error of one
+        run_on_main(view.world, lambda: read() and None)
         opened = read()
         # Rank 0 decides: processes that skip different steps would wait for one another forever.
-        idle = on_main(view.world, partial(self._find_idle_steps, view, number, opened))
+        idle = run_on_main(view.world, partial(self._find_idle_steps, view, number, opened))
         opened = replace(opened, idle=idle)
         columns = self.columns.compute(view, opened, is_first=is_first)
         self._skip_idle_steps(view, number, opened)
         # Opened last, so that a failure leaves the data order unchanged.
         self.documents.open(number, replace(opened, beside=columns))
-        digest = on_main(view.world, partial(hash_checkpoint_files, opened.path))
+        digest = run_on_main(view.world, partial(hash_checkpoint_files, opened.path))
         meters: Mapping[str, float] = {}
         if view.world.is_main:
             content = read_manifest(opened.path).content
@@ -90,7 +90,7 @@ class RoundLoader:
             meters = round_meters(content)
             self._report_rewards(view, number, content)
         if self.store is not None:
-            on_main(view.world, partial(self._record_samples, view, self.store, number, opened.path))
+            run_on_main(view.world, partial(self._record_samples, view, self.store, number, opened.path))
         return OpenedRound(digest, meters)
 
     def _report_rewards(self, view: FeedView, number: int, content: Mapping[str, Any]) -> None:

@@ -22,9 +22,9 @@ import numpy as np
 
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.sealed import seal_damage, write_sealed
-from megatron_sov.engine.parallel.world import on_main
-from megatron_sov.model.modality import EncoderInputs, banks_of, inputs_of
+from megatron_sov.base.sealed import find_seal_damage, write_sealed
+from megatron_sov.engine.parallel.world import run_on_main
+from megatron_sov.model.modality import EncoderInputs, get_banks, get_encoder_inputs
 from megatron_sov.post.policy import REVERSE_KL
 from megatron_sov.post.reference import run_with_weights, write_logprobs
 from megatron_sov.train.data.rounds import BEHAVIOUR, DOMAINS, Round
@@ -96,7 +96,7 @@ str
         if not len(chosen):
             continue
         part, part_identity = file.with_suffix(f".{index}{file.suffix}"), f"{identity} {teacher.domain}"
-        if on_main(view.world, partial(seal_damage, part, part_identity)):
+        if run_on_main(view.world, partial(find_seal_damage, part, part_identity)):
             own = _SelectedDocuments(opened.documents, chosen)
             if teacher.checkpoint is None:
                 _score_by_servers(view, teacher, own, part, part_identity)
@@ -106,7 +106,7 @@ str
                     seq_len=view.config.data.phases[0].seq_len,
                     rows_per_batch=view.config.train.micro_batch_size))
         parts.append((chosen, part))
-    on_main(view.world, partial(_join_parts, opened.starts, parts, file, identity))
+    run_on_main(view.world, partial(_join_parts, opened.starts, parts, file, identity))
 
 
 def _assign_teachers(opened: Round, teachers: Sequence[ScoringTeacher]) -> np.ndarray:
@@ -166,7 +166,7 @@ class _SelectedDocuments:
     def __init__(self, documents: Documents, chosen: np.ndarray) -> None:
         self._documents, self._chosen = documents, chosen
         self.lengths = np.asarray(documents.lengths[chosen], np.int64)
-        self.is_plain, self.columns, self.banks = documents.is_plain, documents.columns, banks_of(documents)
+        self.is_plain, self.columns, self.banks = documents.is_plain, documents.columns, get_banks(documents)
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
         return self._documents.tokens(int(self._chosen[document]), start, count)
@@ -184,7 +184,7 @@ class _SelectedDocuments:
         return self._documents.routes(int(self._chosen[document]), start, count)
 
     def encoder_inputs(self, document: int, start: int, count: int) -> EncoderInputs:
-        return inputs_of(self._documents, int(self._chosen[document]), start, count)
+        return get_encoder_inputs(self._documents, int(self._chosen[document]), start, count)
 
 
 def _score_by_servers(view: FeedView, teacher: ScoringTeacher, documents: Documents, file: Path, identity: str
@@ -199,9 +199,9 @@ def _score_by_servers(view: FeedView, teacher: ScoringTeacher, documents: Docume
 
     try:
         # In slices, because collectives of the waiting processes time out.
-        while on_main(view.world, advance):
+        while run_on_main(view.world, advance):
             view.checkpointer.advance()
-        on_main(view.world, lambda: write_sealed(file, jobs[0].numbers.tobytes(), identity))
+        run_on_main(view.world, lambda: write_sealed(file, jobs[0].numbers.tobytes(), identity))
     finally:
         for job in jobs:
             job.close()

@@ -19,8 +19,8 @@ from statistics import fmean
 from typing import Any
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.parallel.world import on_main
-from megatron_sov.eval.pass_at_k import JudgedItem
+from megatron_sov.engine.parallel.world import run_on_main
+from megatron_sov.eval.pass_at_k import ScoredResponses
 from megatron_sov.model.config import RolloutConfig
 from megatron_sov.post.rl.generate.live import LiveRollouts
 from megatron_sov.post.rl.generate.responses import key_digest
@@ -79,13 +79,13 @@ class Validation:
         """
         # Checked before the first round even if none is due, so that no training continues a mixed curve.
         if not self._has_read_events:
-            on_main(view.world, self._read_events)
+            run_on_main(view.world, self._read_events)
             self._has_read_events = True
-        if not self._is_due(number) or on_main(view.world, partial(self._is_recorded, view.step)):
+        if not self._is_due(number) or run_on_main(view.world, partial(self._is_recorded, view.step)):
             return None
         figures = self.rollouts.write(view, number, policy, asked_to_stop)
         figures |= self.rollouts.judge(view, number, asked_to_stop)
-        reason: str | None = on_main(view.world, partial(self._record, view, number, figures))
+        reason: str | None = run_on_main(view.world, partial(self._record, view, number, figures))
         return reason
 
     def _is_due(self, number: int) -> bool:
@@ -161,7 +161,7 @@ def compute_figures(store: RolloutStore, number: int, version: str, right_from: 
 class _Tally:
     """Sums over the responses of a validation or a domain."""
 
-    judged: JudgedItem = field(default_factory=JudgedItem)
+    judged: ScoredResponses = field(default_factory=ScoredResponses)
     tokens: list[int] = field(default_factory=list)
     components: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from megatron_sov.base.figures import format_share
 from megatron_sov.base.pages.page import Chart
-from megatron_sov.base.pages.plots import Axis, HeatMap, LinePlot, Series, colour
+from megatron_sov.base.pages.plots import Axis, HeatMap, LinePlot, Series, series_colour
 from megatron_sov.publish.report.run_data import Run
 from megatron_sov.publish.report.steps import (
     Curve, curves, downsample, moving_mean, needle_curves, pair_curves)
@@ -161,7 +161,7 @@ def draw_lines(lines: Sequence[DrawnLine], unit: str, caption: str, *, axis: str
     series: list[Series] = []
     notes: list[str] = []
     for i, line in enumerate(lines):
-        drawn, found = _line_series(line, colour(i), alone=len(lines) == 1, smooth=smooth, small=small)
+        drawn, found = _line_series(line, series_colour(i), alone=len(lines) == 1, smooth=smooth, small=small)
         series += drawn
         notes += found
     up = _share_axis(unit, series) if unit == "share" else Axis("" if small else unit)

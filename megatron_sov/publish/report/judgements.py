@@ -13,8 +13,8 @@ import numpy as np
 from markupsafe import Markup
 
 from megatron_sov.base.figures import format_share, format_value
-from megatron_sov.base.pages.page import Chart, PageTable, tables
-from megatron_sov.base.pages.plots import Axis, LinePlot, Series, colour
+from megatron_sov.base.pages.page import Chart, PageTable, build_tables
+from megatron_sov.base.pages.plots import Axis, LinePlot, Series, series_colour
 from megatron_sov.publish.report.headline import heldout_text
 from megatron_sov.publish.report.run_data import Run
 from megatron_sov.runs.obs.figures import NumberFormat, field_formatter, parse_number, parse_whole_number
@@ -130,8 +130,8 @@ def _needle_row(run: Run) -> list[list[str]]:
     if run.gate_checks or not found:
         return []
     longest = max(int(cell["length_tokens"]) for cell in found[-1]["cells"])
-    return [["Needles", NOT_SET,
-             f"{run.name}: {format_share(parse_number(found[-1].get('score')))} found, up to {longest:,} tokens"]]
+    score = format_share(parse_number(found[-1].get("score")))
+    return [["Needles", NOT_SET, f"{run.name}: {score} found, up to {longest:,} tokens"]]
 
 
 def _exports(run: Run) -> list[list[str]]:
@@ -162,12 +162,13 @@ def passk_charts(run: Run) -> list[Chart]:
 def passk_tables(run: Run) -> list[PageTable]:
     """Return what the responses to each set of prompts were."""
     def share(event: Event, at: int) -> str:
-        return f"{format_share(parse_number(event['pass_at_k'][at]['value']))} (k = {event['pass_at_k'][at]['k']})"
+        estimate = event["pass_at_k"][at]
+        return f"{format_share(parse_number(estimate['value']))} (k = {estimate['k']})"
 
     def of(cell: Callable[[Event], str]) -> Callable[[tuple[str, Event]], str]:
         return lambda named: cell(named[1])
 
-    return tables(_passk_events(run), {"prompts, reward": lambda named: named[0], **{
+    return build_tables(_passk_events(run), {"prompts, reward": lambda named: named[0], **{
         head: of(cell) for head, cell in {
             "step": _STEP, "prompts": field_formatter("num_prompts", ",.0f"),
             "responses": field_formatter("num_samples", ",.0f"),
@@ -183,8 +184,9 @@ def _passk_chart(event: Event, name: str) -> Chart:
     for name_of_field, label in (("pass_at_k", "pass@k"), ("maj_at_k", "maj@k")):
         rows = [r for r in event.get(name_of_field) or [] if len(r.get("interval") or ()) == 2]
         if rows:
-            series.append(Series(label, [parse_number(r["k"]) for r in rows], [parse_number(r["value"]) for r in rows],
-                                 colour(len(series)), intervals=[
+            series.append(Series(label, [parse_number(r["k"]) for r in rows],
+                                 [parse_number(r["value"]) for r in rows],
+                                 series_colour(len(series)), intervals=[
                 (parse_number(r["interval"][0]), parse_number(r["interval"][1])) for r in rows]))
     return Chart(LinePlot(series, Axis("k", is_log=True), Axis("share of prompts", low=0.0, is_share=True)),
                  f"{name}, step {_STEP(event)}: 95 % intervals over "
@@ -202,7 +204,8 @@ def round_charts(run: Run) -> list[Chart]:
                      "Mean length of responses, in tokens that the policy wrote."),
         _round_chart(rounds, {"truncated": _values(means, "truncated")}, "share",
                      "Share of responses that were as long as allowed and did not end."),
-        _round_chart(rounds, {reason: np.array([parse_number(c.get("groups", {}).get(reason, 0)) for c in rounds])
+        _round_chart(rounds, {reason: np.array([
+            parse_number(c.get("groups", {}).get(reason, 0)) for c in rounds])
                               for reason in _reasons(rounds)}, "groups",
                      "What became of each group of responses.")]
     return [c for c in charts if c is not None]
@@ -220,7 +223,8 @@ def _of_names(means: Sequence[dict[str, Any]], field: str,
         for name in m.get(field) or {}:
             counts[name] = counts.get(name, 0) + 1
     kept = sorted(counts, key=lambda name: (-counts[name], name))[:MAX_CURVES]
-    return {name: np.array([parse_number(of((m.get(field) or {}).get(name))) for m in means]) for name in kept}
+    return {name: np.array([parse_number(of((m.get(field) or {}).get(name))) for m in means])
+            for name in kept}
 
 
 def _reasons(rounds: Sequence[dict[str, Any]]) -> list[str]:
@@ -235,7 +239,7 @@ def _round_chart(rounds: Sequence[dict[str, Any]], curves: dict[str, np.ndarray]
     for i, (name, values) in enumerate(curves.items()):
         known = np.isfinite(values)
         if known.any():
-            series.append(Series(name, at[known].tolist(), values[known].tolist(), colour(i)))
+            series.append(Series(name, at[known].tolist(), values[known].tolist(), series_colour(i)))
     return Chart(LinePlot(series, Axis("round"), Axis(title)), caption) if series else None
 
 
@@ -248,7 +252,7 @@ def round_tables(run: Run) -> list[PageTable]:
     def mean(name: str, form: NumberFormat) -> Callable[[Event], str]:
         return lambda c: field_formatter(name, form, "–")(c["means"])
 
-    return tables(run.rounds[-MAX_ROUNDS:], {
+    return build_tables(run.rounds[-MAX_ROUNDS:], {
         "round": field_formatter("round", ",.0f"), "judged responses": mean("responses", ",.0f"),
         "mean reward": mean("reward", ".4f"), "pass rate": mean("pass_rate", format_share),
         "mean tokens": mean("response_tokens", ",.1f"),
@@ -337,7 +341,7 @@ def score_tables(run: Run) -> list[PageTable]:
         return lambda s: "–" if math.isnan(n := parse_number(s.event.get(name))) else f"{n:,.0f}"
 
     newest = {(s.task, s.metric): s for s in scores_of(run.scores)}
-    return tables(newest.values(), {
+    return build_tables(newest.values(), {
         "task": lambda s: s.task, "metric": lambda s: s.metric,
         "step": lambda s: "–" if s.step is None else f"{s.step:,}", "value": lambda s: s.shown(s.value),
         "95 % interval": lambda s: " to ".join(map(s.shown, s.interval)) if s.interval else "–",
@@ -372,7 +376,8 @@ def score_chart(lines: dict[str, list[ReportedScore]], caption: str, notes: Iter
     for i, (name, points) in enumerate(lines.items()):
         by_step = {s.step: s for s in points if s.step is not None}  # the newest of a step
         newest = list(by_step.values())
-        series.append(Series(_short(name), list(by_step), [s.value for s in newest], colour(i), intervals=[
+        series.append(Series(_short(name), list(by_step), [s.value for s in newest], series_colour(i),
+                             intervals=[
             s.interval or (s.value, s.value) for s in newest]))
     shares = all(s.is_share for points in lines.values() for s in points)
     return Chart(LinePlot(series, Axis("optimizer step"), Axis("score", is_share=shares)), caption,

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_sov.base.figures import format_count, format_duration, format_value
-from megatron_sov.base.pages.page import Chapter, Chart, Comparison, PageTable, Panel, render as render_page
+from megatron_sov.base.pages.page import (
+    Chapter, Chart, Comparison, PageTable, Panel, render_page as render_page)
 from megatron_sov.publish.report.charts import DrawnLine, Place, by_tokens, draw_lines
 from megatron_sov.publish.report.headline import gains
 from megatron_sov.publish.report.judgements import verdict_sentence, verdict_table

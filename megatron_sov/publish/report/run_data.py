@@ -208,8 +208,8 @@ def round_curves(rounds: list[dict[str, Any]]) -> dict[str, Curve]:
         means = {name: value for name, value in told.items()
                  if not isinstance(value, dict)} if isinstance(told, dict) else {}
         if isinstance(groups, dict) and groups:
-            means[LEARNING_GROUPS] = parse_number(groups.get(TRAINED_GROUPS, 0)) / max(1.0, sum(map(parse_number,
-                                                                                      groups.values())))
+            num_groups = max(1.0, sum(map(parse_number, groups.values())))
+            means[LEARNING_GROUPS] = parse_number(groups.get(TRAINED_GROUPS, 0)) / num_groups
         for name, value in means.items():
             values.setdefault(name, {})[step] = parse_number(value)
     return {name: sorted_curve(name, of_step) for name, of_step in values.items()}

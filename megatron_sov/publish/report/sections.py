@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sov.base.figures import format_count, format_duration, format_share, format_value
-from megatron_sov.base.pages.page import Chart, PageSection, PageTable, tables
+from megatron_sov.base.pages.page import Chart, PageSection, PageTable, build_tables
 from megatron_sov.publish.report.charts import (
     LEARNING, SPEED, StepLine, beside_charts, heldout_charts, loss_charts, loss_unit, meter_charts,
     needle_charts, step_charts)
@@ -31,7 +31,7 @@ MAX_SAMPLE_CHARACTERS = 2000
 
 
 def _warning_tables(run: Run) -> list[PageTable]:
-    return tables(run.of("warning")[-MAX_ROWS:], {
+    return build_tables(run.of("warning")[-MAX_ROWS:], {
         "step": lambda w: f"{int(w.get('step') or 0):,}", "warning": field_formatter("text", none="")})
 
 
@@ -86,13 +86,13 @@ def sections(run: Run, left_out: Collection[str] = ()) -> list[PageSection]:
 
 
 def _beside_tables(run: Run) -> list[PageTable]:
-    return tables([b for b in run.evaluations if b.failure], {
+    return build_tables([b for b in run.evaluations if b.failure], {
         "step": lambda b: f"{b.step:,}", "task": lambda b: b.task,
         "why there is no figure": lambda b: b.failure})
 
 
 def _heldout_tables(run: Run) -> list[PageTable]:
-    return tables(run.heldout.items(), {
+    return build_tables(run.heldout.items(), {
         "source": lambda item: item[0], "tokens": lambda item: f"{item[1].num_tokens:,}",
         "first loss": lambda item: format_value(float(item[1].loss.values[0])),
         "last loss": lambda item: format_value(last_value(item[1].loss)),
@@ -103,7 +103,8 @@ def _checkpoint_tables(run: Run) -> list[PageTable]:
     save_s = [parse_number(c["save_s"]) for c in run.checkpoints if c.get("save_s") is not None]
     if not save_s:
         return []
-    stall_s = [parse_number(c.get("stall_s", c["save_s"])) for c in run.checkpoints if c.get("save_s") is not None]
+    stall_s = [parse_number(c.get("stall_s", c["save_s"])) for c in run.checkpoints
+               if c.get("save_s") is not None]
     row = [f"{len(save_s):,}", f"{int(run.checkpoints[-1]['step']):,}",
            format_duration(float(np.mean(save_s))), format_duration(max(save_s)),
            format_duration(float(np.mean(stall_s)))]

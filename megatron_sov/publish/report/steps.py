@@ -52,7 +52,7 @@ def last_value(curve: Curve | None) -> float:
 
 class StepTable:
     """Collects `step` events one by one; of a step done again after a restart the last one counts,
-    as in `final_steps`."""
+    as in `final_step_events`."""
 
     def __init__(self) -> None:
         # machine arrays: a Python number for each value would take many times as much
@@ -170,7 +170,7 @@ class ExportEvaluation:
     failure: str = ""
     """Why there are no figures."""
     scores: tuple[dict[str, Any], ...] = ()
-    """lm: the figures as the run's events tell them (`runs.obs.events.score_events`)."""
+    """lm: the figures as the run's events tell them (`runs.obs.events.build_score_events`)."""
 
 
 def read_evaluations(run: Path) -> list[ExportEvaluation]:

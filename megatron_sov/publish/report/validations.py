@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_sov.base.figures import format_share
-from megatron_sov.base.pages.page import Chart, PageTable, tables
+from megatron_sov.base.pages.page import Chart, PageTable, build_tables
 from megatron_sov.publish.report.charts import DrawnLine, draw_lines
 from megatron_sov.publish.report.run_data import Run
 from megatron_sov.publish.report.steps import Curve, sorted_curve
@@ -68,9 +68,10 @@ def validation_tables(run: Run) -> list[PageTable]:
     events = final_step_events(run.of(VALIDATION), VALIDATION)
     if not events:
         return []
-    return tables(events[-MAX_VALIDATIONS:], {
+    return build_tables(events[-MAX_VALIDATIONS:], {
         "step": field_formatter("step", ",.0f"), "prompts": field_formatter("num_prompts", ",.0f"),
-        "responses": field_formatter("num_samples", ",.0f"), "mean reward": field_formatter("reward", ".4f", "–"),
+        "responses": field_formatter("num_samples", ",.0f"),
+        "mean reward": field_formatter("reward", ".4f", "–"),
         "pass@k (95 %)": _told_passes, "mean tokens": field_formatter("response_tokens", ",.1f"),
         "did not end": field_formatter("truncated", format_share)})
 

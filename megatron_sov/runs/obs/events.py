@@ -1,8 +1,7 @@
-"""Event log of a run: `events.jsonl` with one JSON object per line.
+"""Event log: `events.jsonl` in the run folder, one JSON object per line.
 
-Each line contains `event` and `time_s` (Unix time), usually `step`. Floats use their shortest
-exact decimal form
-and read back bit for bit. Reports, `status` and trackers read this file.
+Each line contains `event` and `time_s` (Unix time), usually `step`. Floats use their shortest exact decimal
+form and read back bit for bit. Reports, `status` and trackers read this file.
 """
 
 from __future__ import annotations
@@ -18,49 +17,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.artifacts import disk_errors
+from megatron_sov.base.artifacts import translate_disk_errors
 from megatron_sov.base.errors import UserError
 
 EVAL_LM_EVENT = "eval_lm"
 _SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-def build_score_events(results: Mapping[str, Any], step: int | None, output: Path) -> list[dict[str, Any]]:
-    """Build the `eval_lm` events for each metric in a results file.
-
-    Args:
-        results: content of the results file.
-        step: optimizer step of the evaluated model, None if unknown.
-        output: path of the results file.
-
-    Raises:
-        UserError: the file contains other results or is damaged.
-    """
-    try:
-        return [{"step": step, "model_hash": results["model"]["hash"], "task": name,
-                 "task_hash": task["task_hash"], "metric": metric["name"], "filter": metric["filter"],
-                 "k": metric["k"], "value": metric["value"],
-                 "interval": metric["interval"] and list(metric["interval"]), "items": task["items"],
-                 "failed": task["failed"], "at_limit": task["at_limit"], "sampling": task["sampling"],
-                 "mode": task["mode"], "contamination": None,
-                 "output": str(output.absolute())}
-                for name, task in results["tasks"].items() for metric in task["metrics"]]
-    except (KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{output}: holds no results of `megatron-sov eval lm`, or is damaged ({e!r:.200}); "
-                        "evaluate again") from None
-
-
-def is_score_recorded(event: Mapping[str, Any], known: list[dict[str, Any]]) -> bool:
-    """Return whether the run's events already contain a score, ignoring the path of its results file."""
-    fields = {name: value for name, value in event.items() if name != "output"}
-    return any(fields.items() <= other.items() for other in known)
-
-
 EVENTS = "events.jsonl"
+MAX_NUMBER, MAX_TIME_S = 1e100, 1e11
+"""Limits for plausible values: squares of larger numbers overflow, larger times have no calendar date."""
+READ_BYTES = 1 << 16
+LONGEST_LINE_BYTES = 1 << 20
 
 
 class EventLog:
-    """Appends events to `events.jsonl`; with `path=None` it drops them.
+    """Writer for `events.jsonl`; with `path=None`, `write` does nothing.
 
     Args:
         path: the file.
@@ -72,7 +42,7 @@ class EventLog:
         self._listener = listener
         self._turn = threading.RLock()  # signal handlers write from another thread
         if path is not None:
-            with disk_errors(path):
+            with translate_disk_errors(path):
                 # Keep an incomplete last line: readers skip it, and the log never deletes bytes.
                 _terminate_last_line(path)
                 self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (open for the life of the run)
@@ -92,13 +62,13 @@ class EventLog:
             if self._file is None:
                 return
             record = {"event": event, "time_s": time.time(), **_encode_nonfinite(fields)}
-            with disk_errors(Path(self._file.name)):
+            with translate_disk_errors(Path(self._file.name)):
                 # json formats floats by repr, the shortest text with the same bits.
                 line = json.dumps(record, ensure_ascii=False)
                 # File names outside UTF-8 contain lone surrogates, which need ASCII escapes.
                 self._file.write((line if _SURROGATE.search(line) is None else json.dumps(record)) + "\n")
-                # Flush, not fsync: a killed process loses nothing, and steps do not wait for the
-                # disk. `close` syncs.
+                # Flush, not fsync: a killed process loses nothing, and steps do not wait for the disk.
+                # `close` syncs.
                 self._file.flush()
             if self._listener is not None:
                 self._listener(record)
@@ -107,7 +77,7 @@ class EventLog:
         """Sync the events to disk and close the file."""
         if self._file is not None:
             file, self._file = self._file, None
-            with disk_errors(Path(file.name)):
+            with translate_disk_errors(Path(file.name)):
                 os.fsync(file.fileno())
                 file.close()
 
@@ -124,7 +94,7 @@ def _encode_nonfinite(value: Any) -> Any:
 
 
 def _terminate_last_line(path: Path) -> None:
-    """Terminate the incomplete last line of a killed process, so that the next event starts on a new line."""
+    """Terminate an incomplete last line (killed process) with a newline."""
     if path.exists() and path.stat().st_size:
         with open(path, "rb+") as f:
             # Read only the last byte; the file may be long.
@@ -144,7 +114,7 @@ def read_events(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def parse_event(line: bytes) -> dict[str, Any] | None:
-    """Parse a line as an event without its invalid fields; return None for other lines."""
+    """Parse an event and drop invalid fields; return None for invalid lines."""
     try:
         record = json.loads(line.decode(errors="replace"))
     # RecursionError: deeply nested brackets
@@ -157,13 +127,9 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
     return _SHAPES.get(record["event"], _COMMON_SHAPE).check(record)
 
 
-MAX_NUMBER, MAX_TIME_S = 1e100, 1e11
-"""Limits for plausible values: squares of larger numbers overflow, larger times have no calendar date."""
-
-
 def _is_number(value: Any) -> bool:
     if isinstance(value, str):
-        return value in ("nan", "inf", "-inf")  # as `_finite` spells them
+        return value in ("nan", "inf", "-inf")  # written by `_encode_nonfinite`
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER
 
 
@@ -181,14 +147,14 @@ class _Number:
 @dataclass(frozen=True)
 class _Whole:
     def check(self, value: Any) -> Any:
-        is_whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
-        return value if is_whole else None
+        is_valid = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
+        return value if is_valid else None
 
 
 @dataclass(frozen=True)
 class _Pair:
     def check(self, value: Any) -> Any:
-        """Return an interval as [low, high], else None."""
+        """Return an interval [low, high], else None."""
         return value if isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)) else None
 
 
@@ -226,7 +192,7 @@ class _Any:
 
 @dataclass(frozen=True)
 class _Shape:
-    """A dict with typed fields; `check` drops fields of wrong types."""
+    """A dict with typed fields; `check` drops wrong types."""
 
     fields: Mapping[str, Any]
     needs: tuple[str, ...] = ()
@@ -283,13 +249,9 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "conversion": {"checks": _List(_Mapping(_Any()))},
     "checkpoint": {"save_s": _N, "stall_s": _N},
 }
-"""Event -> types of the fields that readers use in computations."""
+"""Event -> field types for fields used in computations."""
 _COMMON_SHAPE = _Shape(_COMMON_FIELDS)
 _SHAPES = {event: _Shape(_COMMON_FIELDS | fields) for event, fields in _FIELDS.items()}
-
-
-READ_BYTES = 1 << 16
-LONGEST_LINE_BYTES = 1 << 20
 
 
 class GrowingFile:
@@ -344,8 +306,38 @@ def _is_step(step: Any) -> bool:
 
 
 def final_step_events(events: list[dict[str, Any]], event: str = "step") -> list[dict[str, Any]]:
-    """Return events of one kind sorted by step; a step repeated after a restart appears once, with
-    its last event."""
+    """Return the events of a kind sorted by step; for repeated steps, the last event."""
     # Later dict entries replace earlier ones.
     by_step = {e["step"]: e for e in events if e["event"] == event and e.get("step") is not None}
     return [by_step[s] for s in sorted(by_step)]
+
+
+def build_score_events(results: Mapping[str, Any], step: int | None, output: Path) -> list[dict[str, Any]]:
+    """Build the `eval_lm` events for each metric in a results file.
+
+    Args:
+        results: content of the results file.
+        step: optimizer step of the evaluated model, None if unknown.
+        output: path of the results file.
+
+    Raises:
+        UserError: the file contains other results or is damaged.
+    """
+    try:
+        return [{"step": step, "model_hash": results["model"]["hash"], "task": name,
+                 "task_hash": task["task_hash"], "metric": metric["name"], "filter": metric["filter"],
+                 "k": metric["k"], "value": metric["value"],
+                 "interval": metric["interval"] and list(metric["interval"]), "items": task["items"],
+                 "failed": task["failed"], "at_limit": task["at_limit"], "sampling": task["sampling"],
+                 "mode": task["mode"], "contamination": None,
+                 "output": str(output.absolute())}
+                for name, task in results["tasks"].items() for metric in task["metrics"]]
+    except (KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{output}: holds no results of `megatron-sov eval lm`, or is damaged ({e!r:.200}); "
+                        "evaluate again") from None
+
+
+def is_score_recorded(event: Mapping[str, Any], known: list[dict[str, Any]]) -> bool:
+    """Return whether the run's events already contain a score, ignoring the path of its results file."""
+    fields = {name: value for name, value in event.items() if name != "output"}
+    return any(fields.items() <= recorded.items() for recorded in known)

@@ -6,6 +6,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+NumberFormat = str | Callable[[float], str]
+"""A format specification or a function that formats a float."""
+
 
 def parse_number(value: Any) -> float:
     """Convert an event field to float; missing and invalid values give NaN. Accepts "nan" and "inf"."""
@@ -21,12 +24,9 @@ def parse_whole_number(value: Any) -> int:
     return int(parsed) if math.isfinite(parsed) else 0
 
 
-NumberFormat = str | Callable[[float], str]
-"""A format specification or a function that formats a float."""
-
-
-def field_formatter(name: str, form: NumberFormat = "", none: str | None = None) -> Callable[[Mapping[str, Any]], str]:
-    """Return a function that formats field `name` of an event, or returns `none` if the field is missing."""
+def field_formatter(name: str, form: NumberFormat = "",
+                    none: str | None = None) -> Callable[[Mapping[str, Any]], str]:
+    """Build a formatter for field `name` of an event; a missing field gives `none`."""
     def cell(event: Mapping[str, Any]) -> str:
         value = event.get(name)
         if value is None and none is not None:

@@ -16,6 +16,18 @@ from megatron_sov.runs.obs.figures import parse_number, parse_whole_number
 
 UNFINISHED = "ended without a word (killed, or still running)"
 COMPLETE = "complete"
+MAX_WARM_UP_STEPS, WARM_UP_SHARE = 10, 0.2
+"""Warm-up steps to ignore after a start (compilation, caches, connections): a number and a maximum share."""
+INCIDENT_NAMES = {"skip": "step not learned", "attribution": "why it was not learned",
+                  "rollback": "weights taken back", "restart": "started again",
+                  "hang": "hang", "sdc": "silent corruption", "alarm": "alarm", "fault": "fault on purpose",
+                  "damaged_checkpoint": "damaged checkpoint", "failure": "ended by an error"}
+"""Incident event -> name in reports."""
+SKIPPED_BY_SETTING, NO_GRADIENT = INTENDED_SKIPS = ("data.skip_steps", "no advantages and no other gradient")
+"""Intended skip reasons: `data.skip_steps`, and RL rounds without gradient."""
+EVENT_TEXTS = {"run_start": "the run starts from step {resumed_from}, with {num_ranks} rank(s)",
+        "stop": "the run stops: {reason}", "run_end": "the run is complete"}
+"""Event -> text for events without a `text` field."""
 
 
 @dataclass
@@ -37,14 +49,12 @@ class Attempt:
 
 
 class Attempts:
-    """Collects a run's attempts from its events in order."""
-
     def __init__(self) -> None:
         self.all: list[Attempt] = []
         self._resume_reason = ""
 
     def add(self, event: dict[str, Any]) -> None:
-        """Process one event; events after an attempt's end (a later conversion) change nothing."""
+        """Process an event; events after an attempt's end (a later conversion) have no effect."""
         # `resume` may precede or follow its `run_start`.
         kind, last = event["event"], self.all[-1] if self.all else None
         if kind == "run_start":
@@ -76,16 +86,11 @@ class Attempts:
             last.outcome = COMPLETE
 
 
-MAX_WARM_UP_STEPS, WARM_UP_SHARE = 10, 0.2
-"""Warm-up steps to ignore after a start (compilation, caches, connections): a number and a maximum share."""
-
-
 @dataclass
 class StepTiming:
     """Timed steps with the same phase, batch size and process start."""
 
     start: dict[str, Any]
-    """The `run_start` event."""
     phase: str
     seq_len: int
     """Tokens per sample."""
@@ -112,8 +117,6 @@ class StepTiming:
 
 
 class StepTimings:
-    """Collects a run's stretches from its events in order."""
-
     def __init__(self) -> None:
         self.all: list[StepTiming] = []
         self._start: dict[str, Any] | None = None
@@ -128,7 +131,8 @@ class StepTimings:
         elif event["event"] == "phase" and self._start is not None:
             self._entries.append((parse_whole_number(event.get("step")), event))
         elif event["event"] == "step" and parse_whole_number(event.get("step")) and self._start is not None:
-            self._add_step(self._start, parse_whole_number(event["step"]), parse_number(event.get("step_time_s")))
+            self._add_step(self._start, parse_whole_number(event["step"]),
+                           parse_number(event.get("step_time_s")))
 
     def _add_step(self, start: dict[str, Any], step: int, seconds: float) -> None:
         # Steps are 1-based; a phase event names its 0-based first step.
@@ -147,22 +151,12 @@ class StepTimings:
         stretch.times_s.append(seconds)
 
 
-INCIDENT_NAMES = {"skip": "step not learned", "attribution": "why it was not learned",
-         "rollback": "weights taken back", "restart": "started again",
-         "hang": "hang", "sdc": "silent corruption", "alarm": "alarm", "fault": "fault on purpose",
-         "damaged_checkpoint": "damaged checkpoint", "failure": "ended by an error"}
-"""Incident event -> name in reports."""
-SKIPPED_BY_SETTING, NO_GRADIENT = INTENDED_SKIPS = ("data.skip_steps", "no advantages and no other gradient")
-"""Skip reasons that count as no incident: named in the settings, or an RL round without any gradient."""
-
-
 def is_incident(event: dict[str, Any]) -> bool:
     """Return whether an event reports an incident; intentionally skipped steps do not count."""
     return event["event"] in INCIDENT_NAMES and event.get("reason") not in INTENDED_SKIPS
 
 
 def describe_incident(event: dict[str, Any]) -> str:
-    """Format an incident event as text."""
     kind = event["event"]
     if kind == "skip":
         ranks = event.get("ranks") or []
@@ -179,13 +173,8 @@ def describe_incident(event: dict[str, Any]) -> str:
     return str(event.get("text", ""))
 
 
-EVENT_TEXTS = {"run_start": "the run starts from step {resumed_from}, with {num_ranks} rank(s)",
-        "stop": "the run stops: {reason}", "run_end": "the run is complete"}
-"""Event -> text for events without a `text` field."""
-
-
 def describe_event(event: dict[str, Any]) -> str | None:
-    """Format an event for people, or return None for events that only programs read."""
+    """Format an event for people; None for purely technical events."""
     kind = event["event"]
     text = describe_incident(event) if is_incident(event) else event.get("text") or event.get("error")
     if text is not None:

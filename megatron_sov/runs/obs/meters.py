@@ -1,8 +1,7 @@
 """Headline meters: the columns of `step` events that show whether training works.
 
-The objective defines the meters and `run_start` records them. Progress bar, `status` and
-reports display them.
-This module must import quickly and access no files.
+The objective defines the meters and `run_start` records them. Progress bar, `status` and reports display
+them. This module must import quickly and access no files.
 """
 
 from __future__ import annotations
@@ -18,6 +17,9 @@ from megatron_sov.runs.obs.figures import parse_number, parse_whole_number
 from megatron_sov.runs.obs.validation import VALIDATION
 
 Better = Literal["higher", "lower", ""]
+NATS = ("nats per token", "nats")
+MEAN_STEPS = 10
+"""Number of steps averaged in a closing line."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class Meter:
     better: Better = ""
     """Direction of progress, empty for none."""
     heldout: str = ""
-    """Held-out event and field with the same quantity before the first and after the last step, such as
-    "heldout_pairs.right"; empty for none."""
+    """Held-out event and field of the same quantity before the first and after the last step, e.g.
+    "heldout_pairs.right"; may be empty."""
 
     @property
     def title(self) -> str:
@@ -48,16 +50,14 @@ class Meter:
         return math.nan
 
     def text(self, value: float) -> str:
-        """Format a value with its unit."""
         if self.unit == "share":
             return f"{100 * value:.3g} %"
         if self.unit in NATS:
             return f"{value:.4f}"
-        shown = f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-        return f"{shown} {self.unit}".rstrip()
+        number = f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+        return f"{number} {self.unit}".rstrip()
 
 
-NATS = ("nats per token", "nats")
 LOSS = Meter("loss", better="lower", unit="nats per token")
 
 
@@ -67,8 +67,8 @@ def build_headline_fields(headline: Sequence[Meter], *, comparable: bool) -> dic
 
 
 def read_headline(start: Mapping[str, Any]) -> tuple[tuple[Meter, ...], bool]:
-    """Return the meters in a `run_start` event, and whether to display its loss; older runs have
-    only a loss."""
+    """Return the meters in a `run_start` event, and whether to display its loss; older runs have only a
+    loss."""
     try:
         meters = tuple(Meter(**fields) for fields in start["headline"])
     except (KeyError, TypeError):
@@ -90,16 +90,14 @@ def format_step(event: Mapping[str, Any], headline: Sequence[Meter], *, comparab
 
 
 class HeldoutFigures:
-    """Collects held-out figures from events. Values before the first step and after the last use
-    the same data,
-    unlike training losses."""
+    """Collects held-out figures from events. Values before the first step and after the last use the same
+    data, unlike training losses."""
 
     def __init__(self) -> None:
         self._by_kind: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
         self._losses: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
 
     def add(self, event: Mapping[str, Any]) -> None:
-        """Process one event."""
         if event["event"] == "eval" and isinstance(event.get("heldout"), Mapping):
             for source, figures in event["heldout"].items():
                 if not isinstance(figures, Mapping):
@@ -140,10 +138,6 @@ class HeldoutFigures:
         return ", ".join(parts)
 
 
-MEAN_STEPS = 10
-"""Number of steps in the mean of a closing line."""
-
-
 def format_recent_means(events: Iterable[Mapping[str, Any]], headline: Sequence[Meter]) -> str:
     """Format the meters' means over the last steps, e.g. "reward 0.97, loss 2.5 (mean of the last 10 steps)".
 
@@ -165,7 +159,6 @@ def format_recent_means(events: Iterable[Mapping[str, Any]], headline: Sequence[
 
 
 def _has_meters(event: Mapping[str, Any]) -> bool:
-    """Return whether an event is a `step`, or a `skip` with meters."""
     return event["event"] == "step" or (event["event"] == "skip" and "meters" in event)
 
 

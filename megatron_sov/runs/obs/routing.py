@@ -1,4 +1,4 @@
-"""Load statistics of MoE experts, for the trainer's alarms and for reports."""
+"""MoE expert load statistics for the trainer's alarms and for reports."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def max_violation(load: ExpertLoads) -> npt.NDArray[np.float64]:
 
 
 def load_entropy(load: ExpertLoads) -> npt.NDArray[np.float64]:
-    """Return the load entropy per layer divided by ``ln(experts)``: 1 for uniform load, 0 for
-    a single expert."""
+    """Return the load entropy per layer divided by ``ln(experts)``: 1 for uniform load, 0 for a single
+    expert."""
     if load.shape[1] < 2:
         return np.ones(len(load))
     share = load / load.sum(axis=1, keepdims=True)
@@ -25,5 +25,4 @@ def load_entropy(load: ExpertLoads) -> npt.NDArray[np.float64]:
 
 
 def count_dead_experts(load: ExpertLoads) -> npt.NDArray[np.int64]:
-    """Return the number of experts without tokens, per layer."""
     return np.asarray((load == 0).sum(axis=1), dtype=np.int64)

@@ -15,15 +15,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_sov.base.artifacts import atomic_write
-from megatron_sov.base.errors import UserError, how_to_install, warn
+from megatron_sov.base.artifacts import write_atomically
+from megatron_sov.base.errors import UserError, format_install_command, warn
 from megatron_sov.model.config import ObsConfig
 from megatron_sov.runs.obs.validation import (
     RESPONSE_COLUMNS, RESPONSES, VALIDATION, extract_curves, response_rows)
 
 WANDB_ID = "wandb-id"
-"""File in the run folder with the Weights & Biases run id, so that a resumed run continues
-the same curves."""
+"""File in the run folder with the Weights & Biases run id; a resumed run continues the same curves."""
 _PASSWORD = re.compile(r"//[^/\s]*@")
 
 
@@ -60,12 +59,14 @@ class _TensorBoard:
     def log_table(self, step: int, name: str, rows: Sequence[Sequence[Any]]) -> None:
         if self._samples is None:
             # TensorBoard reads only the newest event file in a folder, so samples need their own folder.
-            files = _import_package("tensorboard.summary.writer.event_file_writer", "obs.tensorboard", "tensorboard")
+            files = _import_package("tensorboard.summary.writer.event_file_writer", "obs.tensorboard",
+                                    "tensorboard")
             self._samples = files.EventFileWriter(str(self._folder / "samples"))
         texts = _import_package("tensorboard.plugins.text.summary_v2", "obs.tensorboard", "tensorboard")
         event = _import_package("tensorboard.compat.proto.event_pb2", "obs.tensorboard", "tensorboard")
-        # TensorBoard renders Markdown; indent the text so that it appears verbatim.
-        cells = [RESPONSE_COLUMNS, *([f"    {_format_cell(cell)}".replace("\n", "\n    ") for cell in row] for row in rows)]
+        # TensorBoard renders Markdown; indented text appears verbatim.
+        cells = [RESPONSE_COLUMNS, *([f"    {_format_cell(cell)}".replace("\n", "\n    ") for cell in row]
+                                     for row in rows)]
         self._samples.add_event(event.Event(step=step, wall_time=time.time(), summary=texts.text_pb(
             f"samples/{name}", np.array(cells, dtype=object))))
 
@@ -84,7 +85,7 @@ class _Wandb:
         wandb = _import_package("wandb", "obs.wandb", "wandb")
         id_file = run_dir / WANDB_ID
         if not id_file.exists():
-            atomic_write(id_file, secrets.token_hex(8))
+            write_atomically(id_file, secrets.token_hex(8))
         run_id = id_file.read_text(encoding="utf-8").strip()
         self._run = wandb.init(project=project, id=run_id, resume="allow", dir=str(run_dir),
                                name=run_dir.resolve().name, config=run_config_dict,
@@ -114,7 +115,7 @@ def _import_package(module: str, setting: str, package: str, extra: str = "track
         return importlib.import_module(module)
     except ImportError as e:
         raise UserError(f"{setting} = true needs the package {package}, which cannot be imported ({e}); "
-                        f"{how_to_install(extra)}, or leave the setting out") from None
+                        f"{format_install_command(extra)}, or leave the setting out") from None
 
 
 class Trackers:
@@ -140,19 +141,20 @@ class Trackers:
 
     def log_step(self, step: int, values: dict[str, float]) -> None:
         """Send the metrics of one optimizer step, e.g. ``{"loss": 2.1, "learning_rate": 1e-4}``."""
-        self._call_each(lambda tracker: tracker.log_step(step, values))
+        self._call_trackers(lambda tracker: tracker.log_step(step, values))
 
     def observe(self, event: dict[str, Any]) -> None:
-        """Send the content of an RL event: validation metrics, or a table of sampled responses."""
+        """Send an RL event: validation metrics, or sampled responses (`log_table`)."""
         if event["event"] == VALIDATION:
             self.log_step(event["step"], {f"{VALIDATION}/{name}": value
                                           for name, value in extract_curves(event).items()})
         elif event["event"] == RESPONSES:
-            self._call_each(lambda tracker: tracker.log_table(event["step"], event["of"], response_rows(event)))
+            self._call_trackers(lambda tracker: tracker.log_table(event["step"], event["of"],
+                                                                  response_rows(event)))
 
     def close(self) -> None:
         """Send pending data and close all trackers."""
-        self._call_each(lambda tracker: tracker.close())
+        self._call_trackers(lambda tracker: tracker.close())
         self._active = []
 
     def _start_tracker(self, name: str, create: Callable[[], Tracker]) -> None:
@@ -163,7 +165,7 @@ class Trackers:
         except Exception as e:  # a missing network or login must not stop a requeued run
             _warn_failure(name, e)
 
-    def _call_each(self, action: Callable[[Tracker], None]) -> None:
+    def _call_trackers(self, action: Callable[[Tracker], None]) -> None:
         for tracker in list(self._active):
             try:
                 action(tracker)

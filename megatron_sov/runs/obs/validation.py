@@ -1,5 +1,4 @@
-"""RL events for trackers and reports: validation metrics as curves, sampled responses as tables.
-No torch here."""
+"""Convert RL events to curves (validation) and tables (sampled responses), without torch."""
 
 from __future__ import annotations
 
@@ -13,16 +12,17 @@ from megatron_sov.runs.obs.figures import parse_number
 VALIDATION, RESPONSES = "validation", "responses"
 """Event names."""
 ROUND_SAMPLES = "round"
-"""Value of field `of` for training samples; validation samples have `validation`."""
+"""Field `of` for training samples; validation samples have `validation`."""
 RESPONSE_COLUMNS = ("prompt", "response", "reward", "components", "tokens", "ended")
-"""Columns of a table of sampled responses."""
+"""Column names for sampled responses."""
 
 
 def extract_curves(event: Mapping[str, Any]) -> dict[str, float]:
     """Return curve name -> finite value for a validation event."""
     curves = {name: parse_number(event.get(name)) for name in ("reward", "response_tokens", "truncated")}
     curves |= {f"pass_at_{k}": value for k, value in read_pass_at_k(event).items()}
-    curves |= {f"component/{name}": parse_number(value) for name, value in _read_mapping(event, "components").items()}
+    components = _read_mapping(event, "components")
+    curves |= {f"component/{name}": parse_number(value) for name, value in components.items()}
     for domain, figures in _read_mapping(event, "domains").items():
         curves[f"domain/{domain}/reward"] = parse_number(figures.get("reward"))
         curves |= {f"domain/{domain}/pass_at_{k}": value for k, value in read_pass_at_k(figures).items()}
@@ -30,13 +30,13 @@ def extract_curves(event: Mapping[str, Any]) -> dict[str, float]:
 
 
 def read_pass_at_k(figures: Mapping[str, Any]) -> dict[int, float]:
-    """Return k -> pass@k for a validation event or one of its domains."""
+    """Return k -> pass@k for a validation event or a domain."""
     estimates = figures.get("pass_at_k") or []
-    return {int(parse_number(estimate.get("k"))): parse_number(estimate.get("value")) for estimate in estimates}
+    return {int(parse_number(estimate.get("k"))): parse_number(estimate.get("value"))
+            for estimate in estimates}
 
 
 def format_validation(figures: Mapping[str, Any]) -> str:
-    """Format a validation event as a short text."""
     reward = figures.get("reward")
     shares = read_pass_at_k(figures)
     parts = ["no response has a reward" if reward is None else f"held-out reward {reward:.4g}",

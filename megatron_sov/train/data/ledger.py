@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.model.config import PhaseConfig, RunConfig, data
 from megatron_sov.train.data.rounds import SOURCE, RoundDocuments, rounds_of
 from megatron_sov.train.data.token_shards import ChainedLengths, Lengths, Source
@@ -63,7 +63,7 @@ def plan(config: RunConfig, sources: list[Source]) -> list[LedgerEntry]:
     entries: list[LedgerEntry] = []
     for i, (phase, start, end) in enumerate(zip(config.data.phases, starts, starts[1:], strict=False)):
         weights = _round_weights(config, sources) if rounds else _weights(i, phase, sources)
-        changes = [start, *data.ramp_changes(config.train, phase), *skips]
+        changes = [start, *data.find_ramp_changes(config.train, phase), *skips]
         for step in sorted({s for s in changes if start <= s < end}):
             skip = any(first - 1 <= step < last for first, last in config.data.skip_steps)
             size = data.batch_size_at(config.train, phase, step)
@@ -79,7 +79,7 @@ def _weights(index: int, phase: PhaseConfig, sources: list[Source]) -> dict[str,
     for name, weight in phase.blend.items():
         if name not in tokens:
             raise UserError(f"data.phases.{index}.blend names source {name!r}, which the data does not have"
-                            f"{nearest(name, tokens)} (sources: {', '.join(tokens)})")
+                            f"{suggest_name(name, tokens)} (sources: {', '.join(tokens)})")
         if weight > 0 and not tokens[name]:
             raise UserError(f"data.phases.{index}.blend gives source {name!r} the weight {weight:g}, "
                             "but it has no training tokens; leave it out or pack more of it")

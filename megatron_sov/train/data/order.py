@@ -93,7 +93,7 @@ class SampleOrder:
         self._index = {s.name: i for i, s in enumerate(sources)}
         self._rounds, self._steps_per_round = rounds_of(sources), config.rollout.steps_per_round
         self._policy, self._round_seed = config.policy, config.rollout.seed
-        self._unit = config.documents_of_unit
+        self._unit = config.documents_per_unit
         self._shared_rows = config.train.micro_batch_size if config.may_share_prompts else 1
         self._documents: dict[int, Documents] = {}
         self._streams: dict[str, DocumentStream] = {}

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sov.base.artifacts import damaged_files, read_manifest
+from megatron_sov.base.artifacts import find_damaged_files, read_manifest
 from megatron_sov.base.documents import ROLLOUTS
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError
@@ -102,7 +102,7 @@ class RoundDocuments:
             UserError: one is missing or is not what was published.
         """
         path = folder_of_round(self.folder, number)
-        if damage := damaged_files(path, sorted(read_manifest(path).files)[rank::size]):
+        if damage := find_damaged_files(path, sorted(read_manifest(path).files)[rank::size]):
             raise UserError(f"{damage[0]}; delete {path}, and the round is published anew from the store")
 
     def read(self, number: int, seq_len: int, num_steps: int) -> Round:

@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.model.config import RunConfig
-from megatron_sov.model.modality import EncoderInputs, inputs_of, join_inputs
+from megatron_sov.model.modality import EncoderInputs, get_encoder_inputs, join_inputs
 from megatron_sov.train.data.ledger import LedgerEntry
 from megatron_sov.train.data.order import OrderedSample, SampleOrder
 from megatron_sov.train.data.streams import PackedSegment, best_fit
@@ -103,7 +103,7 @@ def sample_row(sample: OrderedSample, documents: Documents, seq_len: int, pad_id
                 numbers[name][labelled] = documents.column(name, document, start + 1, len(ids) - 1)
         if went is not None:  # of the tokens themselves, not of their labels
             went[first:end] = documents.routes(document, start, count)
-        found.append((first, inputs_of(documents, document, start, count)))
+        found.append((first, get_encoder_inputs(documents, document, start, count)))
         bounds.append(end)
     for first, context in zip(bounds, sample.contexts, strict=False):
         weights[first:first + context] = 0

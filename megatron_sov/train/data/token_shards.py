@@ -23,8 +23,8 @@ from megatron_sov.base.errors import UserError, warn
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.chat.marks import KIND
 from megatron_sov.chat.vocabulary import find_difference
-from megatron_sov.model.config.data import named_shards
-from megatron_sov.model.modality import NO_BANKS, Banks, EncoderInputs, modality, read_banks
+from megatron_sov.model.config.data import split_source_name
+from megatron_sov.model.modality import NO_BANKS, Banks, EncoderInputs, load_modality, read_banks
 from megatron_sov.runs.launch_environment import is_first_rank
 from megatron_sov.train.data.described import check_described
 
@@ -265,7 +265,7 @@ class TokenShard:
             self.banks = banks
             if banks:
                 self._features = self._map_features()
-                self._bank_reader = modality().open_banks(prefix, banks)
+                self._bank_reader = load_modality().open_banks(prefix, banks)
             self.is_plain = self._loss is None and self._type is None and self._written is None
         except OSError as e:
             if e.errno == errno.EMFILE:
@@ -489,7 +489,7 @@ def open_sources(paths: dict[str, float], vocab_size: int,
     if not paths:
         raise UserError("data.paths is empty: pass at least one folder made by `sov-data pack` "
                         "with --data DIR")
-    manifests = {path: read_manifest(named_shards(path)[1], "tokens") for path in paths}
+    manifests = {path: read_manifest(split_source_name(path)[1], "tokens") for path in paths}
     for path, manifest in manifests.items():
         if manifest.content.get("content_version") != CONTENT_VERSION:
             raise UserError(f"{path}: was packed in layout {manifest.content.get('content_version', 1)}, "
@@ -499,7 +499,7 @@ def open_sources(paths: dict[str, float], vocab_size: int,
     hashes = {path: m.content["tokenizer_sha256"] for path, m in manifests.items()}
     first = next(iter(paths))
     for path, value in hashes.items():
-        folders = [Path(named_shards(shards)[1]) / "tokenizer" for shards in (path, first)]
+        folders = [Path(split_source_name(shards)[1]) / "tokenizer" for shards in (path, first)]
         if value != hashes[first] and (problem := find_difference(*folders)):
             raise UserError(f"{path}: was packed with tokenizer {value[:12]}, {first} with "
                             f"{hashes[first][:12]} ({problem}); pack all data with the same tokenizer")
@@ -527,13 +527,13 @@ def open_sources(paths: dict[str, float], vocab_size: int,
 
 def names_of_sources(path: str, content: dict[str, Any]) -> dict[str, str]:
     """Return how each source of an artifact is called in this run."""
-    name, names = named_shards(path)[0], [source["name"] for source in content.get("sources", [])]
+    name, names = split_source_name(path)[0], [source["name"] for source in content.get("sources", [])]
     return {own: own if not name else name if len(names) == 1 else f"{name}-{own}" for own in names}
 
 
 def _of_artifact(typed: str, content: dict[str, Any], share: float, formats: tuple[str, ...] | None
                  ) -> list[Source]:
-    described, path = content["sources"], Path(named_shards(typed)[1])
+    described, path = content["sources"], Path(split_source_name(typed)[1])
     names = names_of_sources(typed, content)
     for s in described:
         if formats is not None and s["format"] not in formats:

@@ -14,8 +14,8 @@ from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import TYPE_TEXT
 from megatron_sov.model.config import PhaseConfig, RunConfig
-from megatron_sov.model.config.data import named_shards
-from megatron_sov.model.modality import EncoderInputs, banks_of, inputs_of
+from megatron_sov.model.config.data import split_source_name
+from megatron_sov.model.modality import EncoderInputs, get_banks, get_encoder_inputs
 from megatron_sov.train.data.token_shards import ChainedLengths, Documents, Source, names_of_sources
 
 
@@ -26,7 +26,7 @@ class LongDocuments:
         self._documents, self._min_tokens = documents, min_tokens
         self.is_plain = documents.is_plain
         self.columns = documents.columns
-        self.banks = banks_of(documents)
+        self.banks = get_banks(documents)
 
     @cached_property
     def index(self) -> np.ndarray:
@@ -58,7 +58,7 @@ class LongDocuments:
         return self._documents.routes(int(self.index[document]), start, count)
 
     def encoder_inputs(self, document: int, start: int, count: int) -> EncoderInputs:
-        return inputs_of(self._documents, int(self.index[document]), start, count)
+        return get_encoder_inputs(self._documents, int(self.index[document]), start, count)
 
 
 # Chats as text: of their tokens the weights say what is learned, and not who wrote them.
@@ -74,7 +74,7 @@ class AsText:
     def __init__(self, documents: Documents) -> None:
         self._documents = documents
         self.lengths, self.columns = documents.lengths, documents.columns
-        self.banks = banks_of(documents)
+        self.banks = get_banks(documents)
 
     def __reduce__(self) -> tuple[Any, ...]:  # its lengths are maps of files
         return AsText, (self._documents,)
@@ -95,7 +95,7 @@ class AsText:
         return self._documents.routes(document, start, count)
 
     def encoder_inputs(self, document: int, start: int, count: int) -> EncoderInputs:
-        return inputs_of(self._documents, document, start, count)
+        return get_encoder_inputs(self._documents, document, start, count)
 
 
 def as_text(source: Source) -> Source:
@@ -150,7 +150,7 @@ class Pieces:
         self._documents, self._max_tokens = documents, max_tokens
         self.is_plain = documents.is_plain
         self.columns = documents.columns
-        self.banks = banks_of(documents)
+        self.banks = get_banks(documents)
 
     @cached_property
     def lengths(self) -> PieceLengths:
@@ -180,7 +180,7 @@ class Pieces:
 
     def encoder_inputs(self, document: int, start: int, count: int) -> EncoderInputs:
         whole, first = self.lengths.find(document)
-        return inputs_of(self._documents, whole, first + start, count)
+        return get_encoder_inputs(self._documents, whole, first + start, count)
 
 
 def with_views(config: RunConfig, sources: list[Source]) -> list[Source]:
@@ -246,7 +246,7 @@ def with_mixed_phases(config: RunConfig, recipe: RunConfig) -> RunConfig:
         return config
     [path] = config.data.paths
     try:
-        content = read_manifest(named_shards(path)[1], "tokens").content
+        content = read_manifest(split_source_name(path)[1], "tokens").content
     except UserError:
         return config  # told where the data is opened, with everything else that is wrong with it
     names = names_of_sources(path, content)

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_sov.base.errors import UserError, nearest, warn
+from megatron_sov.base.errors import UserError, suggest_name, warn
 from megatron_sov.runs.folder import FAULTS
 from megatron_sov.runs.obs.events import EventLog
 
@@ -87,7 +87,7 @@ def _parts(text: str) -> Iterator[str]:
 def _parse_one(text: str) -> Fault:
     kind, _, rest = text.partition("@")
     if kind not in STATES:
-        raise UserError(f"--inject {text}: there is no fault {kind!r}{nearest(kind, STATES)} (faults: "
+        raise UserError(f"--inject {text}: there is no fault {kind!r}{suggest_name(kind, STATES)} (faults: "
                         f"{', '.join(STATES)})")
     values: dict[str, float] = {}
     for setting in rest.split(","):

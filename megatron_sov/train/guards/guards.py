@@ -120,15 +120,16 @@ class SdcChecks:
         found = []
         for turn in range(2):
             compute(turn)
-            found.append([int(replica_checks.checksum([g])) for g in replica_checks.gradients(model)])
-        self._measure(step, replica_checks.ranks_where(found[0] != found[1]),
-                    "the same micro-batch gave other gradients when it was computed again", events)
+            found.append([int(replica_checks.compute_checksum([g]))
+                          for g in replica_checks.list_gradients(model)])
+        self._measure(step, replica_checks.gather_ranks_where(found[0] != found[1]),
+                      "the same micro-batch gave other gradients when it was computed again", events)
 
     def compare(self, step: int, model: LanguageModel, events: EventLog) -> None:
         """Compare the weights that several processes hold; called by all processes together,
         before a checkpoint."""
         if self._settings.compare_replicas:
-            self._measure(step, replica_checks.differing_replicas(model),
+            self._measure(step, replica_checks.find_differing_replicas(model),
                           "weights differ from those of their replicas", events)
 
     def _measure(self, step: int, ranks: list[int], what: str, events: EventLog) -> None:
@@ -169,7 +170,7 @@ class Stragglers:
         self._steps += 1
         if step % self._every:
             return
-        compute_s = collectives.of_all_ranks(self._total_s / self._steps)
+        compute_s = collectives.gather_numbers(self._total_s / self._steps)
         self._total_s, self._steps = 0.0, 0
         # of two processes the lower one: the mean of both would hide the slower
         median_s = statistics.median_low(compute_s)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from megatron_sov.engine.model.chunk import ModelInputs
-from megatron_sov.engine.parallel.device import CPU, local_device, to_device
+from megatron_sov.engine.parallel.device import CPU, get_local_device, to_device
 from megatron_sov.train.data.rows import PackedRow, RowOrigin
 
 WIDE, NARROW = ("tokens", "labels", "positions", "sources", "weights", "bounds"), ("types", "padding")
@@ -55,7 +55,7 @@ def from_row(row: PackedRow) -> MicroBatch:
     values = [*(getattr(row, name) for name in WIDE), *row.columns.values(),
               *(getattr(row, name) for name in NARROW)]
     flat = torch.from_numpy(np.concatenate([value.view(np.uint8) for value in values]))
-    on_host, device = _record(flat, row, values), local_device()
+    on_host, device = _record(flat, row, values), get_local_device()
     if device == CPU:
         return on_host
     return dataclasses.replace(_record(to_device(flat, device), row, values), on_host=on_host)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.artifacts import MANIFEST, atomic_write
+from megatron_sov.base.artifacts import MANIFEST, write_atomically
 from megatron_sov.base.errors import ExitCode, UserError, warn
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.evaluate import EvalTask, LmEvalConfig
@@ -203,7 +203,7 @@ class Evaluations:
         warn(f"the {job.task} of step {job.step} was not measured: {why}", self._record, step=job.step)
         try:
             self.folder.mkdir(exist_ok=True)
-            atomic_write(self._result(job).with_suffix(".failed"), why + "\n")
+            write_atomically(self._result(job).with_suffix(".failed"), why + "\n")
         except (UserError, OSError) as e:
             warn(f"{self.folder}: {e}")
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_sov.base.artifacts import MANIFEST, disk_errors, read_manifest
+from megatron_sov.base.artifacts import MANIFEST, read_manifest, translate_disk_errors
 from megatron_sov.base.errors import warn
-from megatron_sov.engine.parallel.device import on_gpu, record_for_nsys
+from megatron_sov.engine.parallel.device import on_gpu, toggle_nsys_recording
 from megatron_sov.model.config import GpuConfig, RunConfig, TrainConfig
 from megatron_sov.model.families import supported as models
 from megatron_sov.runs.checkpoints import (
@@ -75,7 +75,7 @@ class Profiling:
             return
         if self._for_nsys:
             self._records = True
-            record_for_nsys(on=True)
+            toggle_nsys_recording(on=True)
         else:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu() else [])]
             self._profile, self._began_at = profile(activities=activities, record_shapes=True), step
@@ -89,12 +89,12 @@ class Profiling:
     def _write(self, step: int) -> None:
         if self._records:
             self._records = False
-            record_for_nsys(on=False)
+            toggle_nsys_recording(on=False)
             return
         assert self._profile is not None
         self._profile.stop()
         trace = self._folder / f"steps-{self._began_at}-{step}.json.gz"
-        with disk_errors(trace):
+        with translate_disk_errors(trace):
             self._folder.mkdir(exist_ok=True)
             unfinished = trace.with_name(f".{trace.name}")  # its end says that it is to be compressed
             self._profile.export_chrome_trace(str(unfinished))
@@ -129,7 +129,7 @@ def make_average(run: Path, train: TrainConfig, record: Callable[..., None]) -> 
         return
     command = ["convert", "average", str(run), str(run / AVERAGE), "--last", str(train.average_last),
                "--weights", train.average_weights, "--decay", str(train.average_decay)]
-    command += [word for reference in models.OWN.named() for word in ("--plugin", reference)]
+    command += [word for reference in models.FAMILY_PLUGINS.named() for word in ("--plugin", reference)]
     step = checkpoint_step(newest)
     try:
         process = BackgroundProcess([sys.executable, "-m", "megatron_sov", *command], run / LOG)
@@ -261,7 +261,7 @@ class Exports:
     def _begin(self, step: int) -> _RunningJob:
         argv = ["convert", "to-hf", str(self._source(step)), str(self.folder / f"step-{step}"), "--workers",
                 "1", "--overwrite"]
-        argv += [word for reference in models.OWN.named() for word in ("--plugin", reference)]
+        argv += [word for reference in models.FAMILY_PLUGINS.named() for word in ("--plugin", reference)]
         return _RunningJob(step, BackgroundProcess([sys.executable, "-m", "megatron_sov", *argv],
                                                    self._log(step)))
 

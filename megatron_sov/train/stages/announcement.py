@@ -10,8 +10,8 @@ from typing import Any
 
 from megatron_sov.base.figures import format_count, format_memory, format_share, format_value
 from megatron_sov.model.config import RunConfig
-from megatron_sov.model.families.adapters import adapter_params
-from megatron_sov.model.families.count import num_params
+from megatron_sov.model.families.adapters import count_adapter_params
+from megatron_sov.model.families.count import count_params
 from megatron_sov.plan.footprint.memory import Account, account
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.runs.obs.meters import HeldoutFigures, Meter, format_recent_means
@@ -34,7 +34,7 @@ def banner(config: RunConfig, num_ranks: int, run: Path, steps: range, entries: 
         memory: of this process.
         num_threads: CPU threads of a process; 0: it is not known yet.
     """
-    count, p, rollout = num_params(config.model), config.parallel, config.rollout
+    count, p, rollout = count_params(config.model), config.parallel, config.rollout
     dp_size = num_ranks // (p.tp * p.pp * p.cp)
     planned = planned_tokens(entries, steps)
     states = format_memory(memory.states)
@@ -76,7 +76,7 @@ def _share_read(num_tokens: float, available_tokens: int, is_padded: bool) -> st
 def _adapter(config: RunConfig, total: int) -> str:
     if not config.lora.on:
         return ""
-    learn = adapter_params(config.model, config.lora)
+    learn = count_adapter_params(config.model, config.lora)
     share = learn / (total + learn)
     return (f"  adapter    of rank {config.lora.rank}: {format_count(learn)} of "
             f"{format_count(total + learn)} parameters "

@@ -22,8 +22,8 @@ from megatron_sov.chat.marks import KIND, KINDS
 from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model.logprobs import Head
 from megatron_sov.engine.parallel import collectives
-from megatron_sov.engine.parallel.device import local_device
-from megatron_sov.engine.parallel.values import Shapes, pack, unpack
+from megatron_sov.engine.parallel.device import get_local_device
+from megatron_sov.engine.parallel.values import Shapes, flatten_tensors, unflatten_tensors
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig
 from megatron_sov.train.data.order import OrderedSample
@@ -101,7 +101,8 @@ class HeldoutEvaluator:
 
     def __init__(self, sources: list[Source], bytes_of_token: np.ndarray | None, seq_len: int,
                  rows_per_batch: int, max_tokens: int, world: ParallelWorld) -> None:
-        self._bytes = None if bytes_of_token is None else torch.from_numpy(bytes_of_token).to(local_device())
+        self._bytes = (None if bytes_of_token is None
+                       else torch.from_numpy(bytes_of_token).to(get_local_device()))
         self._rows_per_batch = rows_per_batch
         self._batches = {s.name: self._load(i, s, seq_len, max_tokens, world) for i, s in enumerate(sources)
                          if s.num_tokens.get("heldout", 0) > 1}
@@ -151,8 +152,8 @@ class HeldoutEvaluator:
             micro_batches = [from_row(r) for r in rows]
             sums = around(name, partial(policy.map, micro_batches, sums_of))
             local = torch.stack(sums).sum(0) if sums else torch.zeros(len(SUMS), dtype=torch.float64)
-            total = unpack(collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local.cpu())),
-                           SUMS)
+            reduced = collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local.cpu()))
+            total = unflatten_tensors(reduced, SUMS)
             if total["tokens"] > 0:  # of prompts alone nothing is learned, and a loss of 0 would look perfect
                 results[name] = result_of({key: float(value) for key, value in total.items()})
         return results
@@ -171,7 +172,7 @@ class HeldoutEvaluator:
         for part, (column, chosen) in PARTS.items():
             of_part = counted * chosen(batch.columns.get(column, torch.zeros_like(losses)))
             sums |= {f"{part}_nats": (losses * of_part).sum(), f"{part}_tokens": of_part.sum()}
-        return pack({name: sums[name] for name in SUMS})
+        return flatten_tensors({name: sums[name] for name in SUMS})
 
 
 def heldout_row(sample: OrderedSample, documents: Documents, source: Source, seq_len: int) -> PackedRow:
@@ -199,7 +200,7 @@ def _drafts(hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.
 
     The layer drafts at each place the token after the next one; the trunk chooses that one place further on.
     """
-    chosen, drafted = head.top_of_row(hidden[0]), head.top_of_row(hidden[1])
+    chosen, drafted = head.predict_row(hidden[0]), head.predict_row(hidden[1])
     counted = shifted(batch, 1).weights > 0
     # position t of depth 1 drafts token t + 2, which the trunk chooses at t + 1
     return torch.stack([((drafted == chosen.roll(-1)) & counted).sum(), counted.sum()]).double()

@@ -11,9 +11,9 @@ from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.base.figures import format_count, format_value
 from megatron_sov.model import recipes
 from megatron_sov.model.config import RunConfig
-from megatron_sov.model.families.count import num_params, train_flops_per_token
+from megatron_sov.model.families.count import compute_train_flops_per_token, count_params
 from megatron_sov.model.recipes.requested import RecipeRequest
-from megatron_sov.model.recipes.stage_defaults import MOST_EPOCHS, Stage, refuse_pretraining_rate
+from megatron_sov.model.recipes.stage_defaults import MAX_DEFAULT_EPOCHS, Stage, refuse_pretraining_rate
 from megatron_sov.plan.calibration.fitting import refuse_on_this_machine
 from megatron_sov.runs.gpu_driver import list_visible_gpus
 from megatron_sov.runs.launch_environment import has_launcher, num_ranks
@@ -48,10 +48,10 @@ def refuse_unfit(asked: RecipeRequest, config: RunConfig, stage: Stage | None, n
         UserError: the learning rate of a pretraining recipe in post-training, another vocabulary, too many
             epochs, too little memory, or days of work; the message names the setting that allows it.
     """
-    is_recipe = not asked.from_file and not asked.of_model and not asked.base.code
+    is_recipe = not asked.from_file and not asked.is_model_only and not asked.base.code
     if stage is not None and is_recipe and "optim.lr" not in said_settings(asked) and (
             recipes.get(config.recipe).objective.name == "lm"):
-        refuse_pretraining_rate(config, stage, num_params(config.model).total)
+        refuse_pretraining_rate(config, stage, count_params(config.model).total)
     if config.rollout.rounds and num_prompts and is_recipe:
         _refuse_many_passes(config, num_prompts, said_settings(asked))
     if config.data.paths:
@@ -78,13 +78,13 @@ def refuse_unfit_data(asked: RecipeRequest, config: RunConfig, sources: Sequence
         UserError: the vocabulary is too small, or the epochs are too many.
     """
     said = said_settings(asked)
-    is_recipe = not asked.from_file and not asked.of_model and not asked.base.code
+    is_recipe = not asked.from_file and not asked.is_model_only and not asked.base.code
     if is_initial and is_recipe and "model.vocab_size" not in said:
         _refuse_small_vocabulary(config, sources)
     if config.rollout.rounds:  # prompts are drawn, not read in epochs
         return
     is_length_set = any(key in (*CONSENTS, "data.phases") or key.startswith("extend.stages") for key in said)
-    if (is_recipe and not is_length_set) or (asked.of_model and "train.epochs" not in said):
+    if (is_recipe and not is_length_set) or (asked.is_model_only and "train.epochs" not in said):
         _refuse_many_epochs(config, sources)
 
 
@@ -110,7 +110,7 @@ def count_epochs(config: RunConfig, sources: Sequence[Source]) -> float:
 
 
 def _refuse_many_epochs(config: RunConfig, sources: Sequence[Source]) -> None:
-    limit = max(MOST_EPOCHS, config.data.max_epochs)
+    limit = max(MAX_DEFAULT_EPOCHS, config.data.max_epochs)
     if not config.data.max_epochs or (epochs := count_epochs(config, sources)) <= limit:
         return
     tokens = sum(source.num_tokens.get("train", 0) for source in sources)
@@ -122,7 +122,7 @@ def _refuse_many_epochs(config: RunConfig, sources: Sequence[Source]) -> None:
 
 def _refuse_many_passes(config: RunConfig, num_prompts: int, said: Collection[str]) -> None:
     """Refuse rounds that a recipe brings if they draw each of few prompts very often."""
-    rollout, limit = config.rollout, max(MOST_EPOCHS, config.data.max_epochs)
+    rollout, limit = config.rollout, max(MAX_DEFAULT_EPOCHS, config.data.max_epochs)
     passes = rollout.rounds * rollout.prompts_per_round / num_prompts
     if config.data.max_epochs and passes > limit and not {"rollout.rounds", "train.epochs"} & set(said):
         raise UserError(f"rollout.rounds = {rollout.rounds:,}: draw each of {num_prompts:,} prompts "
@@ -148,7 +148,7 @@ def least_hours(config: RunConfig, count: int) -> float:
         return 0.0
     speed = (count * GPU_SHARE * chip.bf16_flops_per_s if chip
              else len(os.sched_getaffinity(0)) * CPU_FLOPS_PER_S)
-    flops = sum(train_flops_per_token(config.model, seq_len) * tokens
+    flops = sum(compute_train_flops_per_token(config.model, seq_len) * tokens
                 for seq_len, tokens in _tokens_by_length(config).items())
     return flops / speed / SECONDS_PER_HOUR
 

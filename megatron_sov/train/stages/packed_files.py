@@ -20,13 +20,14 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from megatron_sov.base.artifacts import MANIFEST, atomic_write, disk_errors, read_manifest, to_json
-from megatron_sov.base.digests import file_digest
+from megatron_sov.base.artifacts import (
+    MANIFEST, format_json, read_manifest, translate_disk_errors, write_atomically)
+from megatron_sov.base.digests import hash_file
 from megatron_sov.base.documents import BadRecord, RecordReading, plan_units, read_span
 from megatron_sov.base.documents.reading import place
 from megatron_sov.base.errors import Fix, UserError, warn
-from megatron_sov.model.config import weighted_path
-from megatron_sov.model.config.data import named_shards
+from megatron_sov.model.config import split_weight
+from megatron_sov.model.config.data import split_source_name
 from megatron_sov.runs.folder import DATA, TOKENIZER, RunFolder, record_command
 from megatron_sov.runs.launch_environment import is_first_rank, num_ranks
 from megatron_sov.train.stages.shared_copies import digest_tokenizer
@@ -103,8 +104,8 @@ def find_files(data: Sequence[str], run: Path, formats: Sequence[str],
     """
     found: dict[str, DataFile] = {}
     for argument in data:
-        path = weighted_path(argument, f"--data {argument}")[0]
-        name, typed = named_shards(path)
+        path = split_weight(argument, f"--data {argument}")[0]
+        name, typed = split_source_name(path)
         stem = Path(typed.removesuffix(".gz").removesuffix(".zst")).stem
         stem = re.sub(r"[^\w.-]+", "-", stem).lstrip(".-")
         if stem in ("", RESERVED_NAME):
@@ -170,7 +171,7 @@ class FilePacking:
         target = Path(tempfile.mkdtemp(prefix="packed-")) if self.dry_run else self.run
         if self.dry_run:
             atexit.register(shutil.rmtree, target, ignore_errors=True)
-        with disk_errors(self.run):
+        with translate_disk_errors(self.run):
             (target / DATA).mkdir(parents=True, exist_ok=True)
         if not self.dry_run:  # from here on `megatron-sov resume RUN` continues after a kill
             record_command(self.run)
@@ -186,7 +187,7 @@ class FilePacking:
         """Return all that the shards of a file depend on."""
         if not named.file.exists():
             return named.recorded(self.run)
-        return {"file": str(named.file.absolute()), "digest": file_digest(named.file),
+        return {"file": str(named.file.absolute()), "digest": hash_file(named.file),
                 "format": named.format, "tokenizer": digest_tokenizer(self.tokenizer)}
 
     def _refuse_changed(self, stale: Sequence[DataFile], records: dict[DataFile, dict[str, str]]) -> None:
@@ -212,24 +213,24 @@ class FilePacking:
         folder = target / TOKENIZER
         record = {"tokenizer": digest_tokenizer(self.tokenizer)}
         if not (folder / MANIFEST).is_file() or _read_record(folder) != record:
-            atomic_write(_record_file(folder), to_json(BEGUN))
+            write_atomically(_record_file(folder), format_json(BEGUN))
             _run(self._import_command(target), folder)
-            atomic_write(_record_file(folder), to_json(record))
+            write_atomically(_record_file(folder), format_json(record))
 
     def _pack_file(self, target: Path, named: DataFile, record: dict[str, str]) -> None:
         shards = named.shards(target)
-        atomic_write(_record_file(shards), to_json(BEGUN))
+        write_atomically(_record_file(shards), format_json(BEGUN))
         _run(self._pack_command(target, named), shards)
-        atomic_write(_record_file(shards), to_json(record))
+        write_atomically(_record_file(shards), format_json(record))
 
 
 def warn_of_changed_files(run: Path, folders: Iterable[str]) -> None:
     """Warn of files that have changed since `run` packed them; `folders`: [NAME=]DIR that it reads."""
     for path in folders:
-        shards = Path(named_shards(path)[1])
+        shards = Path(split_source_name(path)[1])
         record = _read_record(shards) if shards.absolute().parent == (run / DATA).absolute() else {}
         file = Path(record.get("file", ""))
-        if file.is_file() and file_digest(file) != record.get("digest") and is_first_rank():
+        if file.is_file() and hash_file(file) != record.get("digest") and is_first_rank():
             warn(f"{file}: has changed since {run} packed it; the run continues with {shards}")
 
 

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from megatron_sov.base.artifacts import MANIFEST, atomic_write, disk_errors, to_json
-from megatron_sov.base.digests import file_digest
+from megatron_sov.base.artifacts import MANIFEST, format_json, translate_disk_errors, write_atomically
+from megatron_sov.base.digests import hash_file
 from megatron_sov.base.errors import UserError
-from megatron_sov.model.pretrained import hub_name, is_hf_folder
+from megatron_sov.model.pretrained import find_hub_name, is_hf_folder
 from megatron_sov.work.progress.locks import critical_section
 
 SHARED, SEEN = ".from-hf", "seen"
@@ -43,20 +43,20 @@ def convert_start(start: Path, run: Path) -> Path:
         return start
     if (found := find_copy(start, run)) is not None:
         return found
-    stamp, name = _stamp(start), hub_name(start).replace("/", "--")[:100]
+    stamp, name = _stamp(start), find_hub_name(start).replace("/", "--")[:100]
     copy = run.parent / SHARED / f"{name}-{_digest_of(_files_of(start))}"
     seen = copy.parent / SEEN / copy.name
-    with disk_errors(seen):
+    with translate_disk_errors(seen):
         seen.mkdir(parents=True, exist_ok=True)
         with critical_section(seen):  # of two runs that begin at once the second finds the copy of the first
             if not (copy / MANIFEST).is_file():
-                if code := launcher.apart(lambda: convert.from_hf(start, copy, redo=True)):
+                if code := launcher.run_in_fork(lambda: convert.from_hf(start, copy, redo=True)):
                     raise SystemExit(code)
                 if _stamp(start) != stamp:
                     shutil.rmtree(copy)
                     raise UserError(f"--from {start}: its files changed while they were converted; begin "
                                     "again when they are complete")
-            atomic_write(seen / stamp, "")
+            write_atomically(seen / stamp, "")
     return copy
 
 
@@ -69,7 +69,7 @@ def _stamp(folder: Path) -> str:
     stats = [(file.name, file.stat()) for file in _files_of(folder)]
     # the kernel sets the time of change (ctime) at each write, and no program can set it back
     facts = [[name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for name, s in stats]
-    return hashlib.sha256(to_json([str(folder.resolve()), facts]).encode()).hexdigest()[:32]
+    return hashlib.sha256(format_json([str(folder.resolve()), facts]).encode()).hexdigest()[:32]
 
 
 def digest_tokenizer(folder: Path) -> str:
@@ -80,5 +80,5 @@ def digest_tokenizer(folder: Path) -> str:
 def _digest_of(files: Sequence[Path]) -> str:
     """Return the digest of the names and contents of files."""
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(file_digest, files))
-    return hashlib.sha256(to_json([[file.name for file in files], digests]).encode()).hexdigest()[:16]
+        digests = list(pool.map(hash_file, files))
+    return hashlib.sha256(format_json([[file.name for file in files], digests]).encode()).hexdigest()[:16]

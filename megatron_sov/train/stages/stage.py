@@ -20,10 +20,10 @@ from megatron_sov.base.artifacts import manifest_sha256
 from megatron_sov.base.errors import ExitCode, GateFailed, StopRequested, UserError, warn
 from megatron_sov.chat.vocabulary import check_same_tokens, read_tokenizer
 from megatron_sov.engine.model import gpu_settings, specs
-from megatron_sov.engine.model.gpu_settings import refuse_without_chip
+from megatron_sov.engine.model.gpu_settings import check_fp8_support
 from megatron_sov.engine.parallel import device, launcher, world
 from megatron_sov.engine.parallel.device import on_gpu
-from megatron_sov.engine.parallel.world import on_main
+from megatron_sov.engine.parallel.world import run_on_main
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.pretrained import is_hf_folder
@@ -116,7 +116,7 @@ def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> 
     """
     begin = _Begin(time.time() if began_s is None else began_s, stage.resume)
     stage.config.check(num_ranks(nproc))
-    models.get(stage.config.model.family).check(stage.config.model)
+    models.get_family(stage.config.model.family).check(stage.config.model)
     # torchrun starts the same command again
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     begin.goes_on = begin.goes_on or restarted
@@ -142,12 +142,12 @@ def _run_ranks(stage: Stage, data: _Data, begin: _Begin, nproc: int | None) -> b
     stage.folder.clear_gate_failure()
     if stage.end_gate is not None:
         stage.end_gate.begin()
-    restarts = launcher.Restarts(stage.config.train.max_restarts,
+    restarts = launcher.RestartPolicy(stage.config.train.max_restarts,
                               lambda: checkpoints.latest_checkpoint(stage.folder.checkpoints),
                               partial(_note_restart, stage.folder, begin), partial(_note_giving_up, stage))
     try:
-        code = launcher.launch(lambda: _rank(stage, data, begin), nproc, stage.config.train.num_threads,
-                               restarts)
+        code = launcher.launch_ranks(lambda: _rank(stage, data, begin), nproc, stage.config.train.num_threads,
+                                     restarts)
     except KeyboardInterrupt:  # the second one; before the folder holds the run there is nothing to resume
         if not begin.declared[0]:
             raise
@@ -176,7 +176,9 @@ def _run_ranks(stage: Stage, data: _Data, begin: _Begin, nproc: int | None) -> b
 def _way_on(folder: RunFolder) -> str:
     """Return the step of a run's last checkpoint and the command that continues the run."""
     newest = checkpoints.latest_checkpoint(folder.checkpoints)
-    step = "no checkpoint yet" if newest is None else f"last checkpoint: step {checkpoints.checkpoint_step(newest)}"
+    step = "no checkpoint yet"
+    if newest is not None:
+        step = f"last checkpoint: step {checkpoints.checkpoint_step(newest)}"
     # A stage of an extension is continued with the whole run.
     run = folder.path.parents[1] if folder.path.parent.name == STAGES else folder.path
     return f"{step}; continue with: megatron-sov resume {shlex.quote(str(run))}"
@@ -219,8 +221,8 @@ def _check_start(stage: Stage, data: _Data) -> None:
     """Raise `UserError` where a run cannot start from what it is to start from."""
     newest = checkpoints.latest_checkpoint(stage.folder.checkpoints)
     if stage.until is not None and newest is not None and checkpoints.checkpoint_step(newest) >= stage.until:
-        raise UserError(f"--until {stage.until}: the run is at step {checkpoints.checkpoint_step(newest)} already; "
-                        "name a later step")
+        raise UserError(f"--until {stage.until}: the run is at step {checkpoints.checkpoint_step(newest)} "
+                        "already; name a later step")
     if (start := newest or stage.start_from) is not None:
         check_same_tokens(tokenizer_folder(data.sources), tokenizer_of(start))
     elif stage.config.lora.on:
@@ -321,7 +323,8 @@ def _note_giving_up(stage: Stage, code: int, cause: str) -> None:
     """Say that the processes are not started again."""
     limit, newest = stage.config.train.max_restarts, checkpoints.latest_checkpoint(stage.folder.checkpoints)
     text = (f"{cause}, and train.max_restarts = {limit} " + ("starts in a row have left no new checkpoint"
-            if limit else "lets no process start again") + "; find the cause above, and go on with --resume")
+                                                             if limit else "lets no process start again")
+            + "; find the cause above, and go on with --resume")
     print(f"error: {text}", file=sys.stderr, flush=True)
     if (stage.folder.path / EVENTS).is_file():
         RunEvents(stage.folder.path).add(
@@ -331,26 +334,26 @@ def _note_giving_up(stage: Stage, code: int, cause: str) -> None:
 def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
     stop = StopFlag()
     if stage.config.train.deterministic:
-        device.switch_on()
+        device.enable_determinism()
     if on_gpu():
-        device.set_variables(stage.config)
+        device.set_run_variables(stage.config)
     latest = checkpoints.latest_checkpoint(stage.folder.checkpoints)
     faults = Faults(stage.faults, stage.folder.path, int(os.environ["RANK"]))
     faults.trigger("start", checkpoints.checkpoint_step(latest) if latest else 0)
-    place = world.join(stage.config.parallel, _bytes_of_own_gpu(stage.config))
+    place = world.join_world(stage.config.parallel, _bytes_of_own_gpu(stage.config))
     lock = RunLock(stage.folder.path) if place.is_main else None
     trainer: Trainer | None = None
     try:
         te = specs.uses_transformer_engine(specs.PRECISION[stage.config.train.precision])
-        on_main(place, lambda: gpu_settings.refuse(stage.config, te))
-        on_main(place, lambda: refuse_without_chip(stage.config.train, te))
-        on_main(place, lambda: _lock(stage, lock, begin))
+        run_on_main(place, lambda: gpu_settings.check_gpu_settings(stage.config, te))
+        run_on_main(place, lambda: check_fp8_support(stage.config.train, te))
+        run_on_main(place, lambda: _lock(stage, lock, begin))
         newest = _own_checkpoint(stage, place)
         trainer = Trainer(stage.config, place, stage.folder, data.sources, stage.objective, stage.gate,
                           stage.faults, begin.time_s, data.planned,
                           initial_weights=newest is None and stage.start_from is None, feed=stage.feed)
         resumed = _restore(stage, trainer, newest)
-        on_main(place, lambda: _open(stage, trainer, begin))
+        run_on_main(place, lambda: _open(stage, trainer, begin))
         with stop.answered_by(trainer.answer_stop) if place.is_main else contextlib.nullcontext():
             if stage.before is not None and not resumed:
                 stage.before(trainer)
@@ -376,7 +379,7 @@ def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
             stage.folder.remove_if_empty()
     # nobody leaves while rank 0 still works: the end of a process breaks the connections of all
     dist.barrier()
-    world.leave()
+    world.leave_world()
     return 0
 
 
@@ -386,7 +389,7 @@ def _bytes_of_own_gpu(config: RunConfig) -> int:
     Raises:
         UserError: no such GPU has so much, or the host too little for all of its ranks.
     """
-    gpu = device.kind() if on_gpu() else None
+    gpu = device.get_gpu() if on_gpu() else None
     refuse_on_this_node(config, gpu)
     if gpu is None:
         return 0
@@ -405,10 +408,10 @@ def _lock(stage: Stage, lock: RunLock | None, begin: _Begin) -> None:
 def _own_checkpoint(stage: Stage, place: world.ParallelWorld) -> Path | None:
     """Return the newest sound checkpoint of the run, from which it goes on; None: it has none yet."""
     folder = stage.folder.checkpoints
-    on_main(place, lambda: checkpoints.delete_leftovers(folder))
+    run_on_main(place, lambda: checkpoints.delete_leftovers(folder))
     newest = newest_sound(stage.folder, place)
     if newest is None:
-        on_main(place, lambda: checkpoints.check_sound_checkpoint_exists(folder))
+        run_on_main(place, lambda: checkpoints.check_sound_checkpoint_exists(folder))
     return newest
 
 
@@ -416,8 +419,8 @@ def _restore(stage: Stage, trainer: Trainer, newest: Path | None) -> bool:
     """Load what the run starts from; returns whether it goes on from a checkpoint of its own."""
     start = newest or stage.start_from
     if stage.config.lora.on and start is not None:  # before it is read: its run may be pruning
-        on_main(trainer.world, lambda: checkpoints.protect_adapter_base(
-            (checkpoints.read_adapter_base(start) or checkpoints.AdapterBase.of(start)).path))
+        run_on_main(trainer.world, lambda: checkpoints.protect_adapter_base(
+            (checkpoints.read_adapter_base(start) or checkpoints.AdapterBase.from_checkpoint(start)).path))
     if newest is not None:
         if stage.start_from is not None:
             refuse_other_base(newest, stage.start_from)
@@ -451,13 +454,13 @@ def _finish(stage: Stage, trainer: Trainer) -> None:
     if stage.gate is not None and not stage.gate.passed:
         failure = stage.gate.failure()
         trainer.recorder.gate_failed(trainer.step, failure)
-        on_main(trainer.world, lambda: stage.folder.mark_gate_failed(failure))
+        run_on_main(trainer.world, lambda: stage.folder.mark_gate_failed(failure))
         return
     extra = stage.after(trainer) if stage.after is not None else {}
     last = stage.folder.checkpoint(trainer.step)
     # with a gate at the end the completion manifest waits for its verdict: chains look at that file alone
     end = stage.folder.complete if stage.end_gate is None else stage.folder.mark_awaiting_gate
-    on_main(trainer.world, lambda: end({
+    run_on_main(trainer.world, lambda: end({
         "step": trainer.step, "tokens": trainer.state.tokens, "wall_s": trainer.wall_s(),
         "checkpoint": f"{stage.folder.checkpoints.name}/{last.name}",
         "checkpoint_sha256": manifest_sha256(last), **extra}))

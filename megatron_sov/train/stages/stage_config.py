@@ -4,6 +4,7 @@ until --from is read."""
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,13 +16,14 @@ from megatron_sov.base.documents import KINDS
 from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.base.settings import AtLeastOne, Flag, SettingsError
 from megatron_sov.model import recipes
-from megatron_sov.model.config import ModelConfig, RunConfig, data_paths, weighted_path
-from megatron_sov.model.config.data import named_shards
-from megatron_sov.model.objectives import LEARNS_FROM
-from megatron_sov.model.pretrained import hub_name, is_hf_folder
+from megatron_sov.model.config import ModelConfig, RunConfig, parse_data_paths, split_weight
+from megatron_sov.model.config.data import split_source_name
+from megatron_sov.model.families.count import count_params
+from megatron_sov.model.objectives import COMMAND_FORMATS
+from megatron_sov.model.pretrained import find_hub_name, is_hf_folder
 from megatron_sov.model.recipes.requested import (
-    BuiltIn, RecipeOptions, RecipeRequest, TrainingOptions, requested, training_request)
-from megatron_sov.model.recipes.stage_defaults import Stage, base_of_model
+    BuiltIn, RecipeOptions, RecipeRequest, TrainingOptions, request_recipe, request_training)
+from megatron_sov.model.recipes.stage_defaults import Stage, build_base_config
 from megatron_sov.runs.checkpoints import (
     IMPORTED_RECIPE, check_model_path, find_checkpoint, read_checkpoint_settings)
 from megatron_sov.runs.folder import RunFolder, read_started_settings
@@ -187,24 +189,24 @@ def stage_request(args: StageOptions, objective: BuiltIn, *, needs_data: bool = 
     if objective == "lm" and args.start_from is not None and args.recipe is None and not args.configs:
         _propose_recipe(args.start_from)
     packing = _packing_of(args, objective)
-    shards = data_paths([text for text in args.data if text not in packing.arguments])
-    asked = training_request(args, objective, needs_data=needs_data, lengthens=lengthens,
+    shards = parse_data_paths([text for text in args.data if text not in packing.arguments])
+    asked = request_training(args, objective, needs_data=needs_data, lengthens=lengthens,
                              resumed=read_started_settings(args.run) if args.resume else None,
                              of_model=args.model_settings(None if lengthens else objective))
     base = asked.base
     if packing.files:
         config = asked.config()  # mistakes in the settings are named before anything is packed
         is_length_set = any(key.startswith("data.phases") for key in asked.said)
-        if asked.of_model and is_length_set and (problems := config.position_problems()):
+        if asked.is_model_only and is_length_set and (problems := config.position_problems()):
             raise SettingsError(f"recipe {config.recipe}", problems)
         packed = packing.pack()
-        paths = data_paths([packed.get(text, text) for text in args.data])
+        paths = parse_data_paths([packed.get(text, text) for text in args.data])
     else:
-        paths = shards or {path: base.data.paths[path] for path in data_paths(list(base.data.paths))}
+        paths = shards or {path: base.data.paths[path] for path in parse_data_paths(list(base.data.paths))}
         warn_of_changed_files(args.run, () if shards else paths)
     base = dataclasses.replace(base, data=dataclasses.replace(base.data, paths=paths))
-    if args.start_from is not None and not asked.of_model:
-        asked.config()  # mistakes in the settings are told before torch is imported for the checkpoint
+    if args.start_from is not None and not asked.is_model_only:
+        asked.config()  # reports mistakes in the settings before torch is imported for the checkpoint
         base = dataclasses.replace(base, model=_model_of(args.start_from, asked))
     return dataclasses.replace(asked, base=base)
 
@@ -214,10 +216,17 @@ def _propose_recipe(start_from: Path) -> None:
     from megatron_sov import convert
 
     start = find_start(start_from)
-    family = (convert.open_weights(start).model if is_hf_folder(start) else read_checkpoint_settings(start).model).family
-    if known := recipes.of_family(family):
+    is_hf = is_hf_folder(start)
+    model = convert.open_weights(start).model if is_hf else read_checkpoint_settings(start).model
+    configs = [recipes.get(name) for name in recipes.find_family_recipes(model.family)]
+    known = [config for config in configs if config.objective.name == "lm" and not config.extend.stages]
+    size = count_params(model).total
+    known.sort(key=lambda config: (abs(math.log(count_params(config.model).total / size)),
+                                   len(config.recipe)))
+    if known:
         raise UserError("RECIPE: is missing; steps, batches and learning rate come from a recipe of the "
-                        f"model's family, {family}: {', '.join(known)}", Fix(arguments=(known[-1],)))
+                        f"model's family, {model.family}: {', '.join(config.recipe for config in known[:4])}",
+                        Fix(arguments=(known[0].recipe,)))
 
 
 def _packing_of(args: StageOptions, objective: BuiltIn) -> FilePacking:
@@ -226,7 +235,7 @@ def _packing_of(args: StageOptions, objective: BuiltIn) -> FilePacking:
     Raises:
         UserError: a file cannot be packed, there is no tokenizer, or the run's folder is taken.
     """
-    formats = [name for name in LEARNS_FROM[objective] if name in KINDS] or ["text"]
+    formats = [name for name in COMMAND_FORMATS[objective] if name in KINDS] or ["text"]
     if objective == "preference":  # chats can only be added to packed pairs
         formats = ["preference"]
     files = find_files(args.data, args.run, formats, _tokenizer_hint(args.start_from))
@@ -245,7 +254,7 @@ def _tokenizer_for(args: StageOptions, first: DataFile) -> Path:
     """Return the folder of the tokenizer that packs files; `UserError` if there is none."""
     if args.start_from is not None:
         return tokenizer_of(find_start(args.start_from))
-    folders = [Path(named_shards(weighted_path(text, "--data")[0])[1]) for text in args.data]
+    folders = [Path(split_source_name(split_weight(text, "--data")[0])[1]) for text in args.data]
     for folder in folders:
         if folder.is_dir():
             return folder / "tokenizer"
@@ -277,7 +286,7 @@ def _tokenizer_hint(start_from: Path | None) -> Path | None:
 
 def request_with_model(args: RecipeOptions, start_from: Path, stage: Stage) -> RecipeRequest:
     """Return what a command beside the training one was asked for, see `requested`."""
-    asked = requested(args, partial(_settings_of_model, start_from, stage))
+    asked = request_recipe(args, partial(_settings_of_model, start_from, stage))
     learned = dataclasses.replace(asked.base.objective, name=stage)
     return dataclasses.replace(asked, base=dataclasses.replace(asked.base, objective=learned))
 
@@ -290,11 +299,11 @@ def _settings_of_model(start_from: Path, stage: Stage, has_gpus: bool | None = N
         from megatron_sov import convert
 
         on_gpu = bool(list_visible_gpus()) if has_gpus is None else has_gpus
-        return base_of_model(hub_name(start), convert.open_weights(start).model,
+        return build_base_config(find_hub_name(start), convert.open_weights(start).model,
                              "bf16" if on_gpu else "fp32", stage)
     settings = read_checkpoint_settings(start)
-    name = hub_name(start_from) if settings.recipe == IMPORTED_RECIPE else settings.recipe
-    return base_of_model(name, settings.model, settings.train.precision, stage, settings.lora)
+    name = find_hub_name(start_from) if settings.recipe == IMPORTED_RECIPE else settings.recipe
+    return build_base_config(name, settings.model, settings.train.precision, stage, settings.lora)
 
 
 def _model_of(start_from: Path, asked: RecipeRequest) -> ModelConfig:
@@ -316,7 +325,8 @@ def _model_of(start_from: Path, asked: RecipeRequest) -> ModelConfig:
         if key == "model.family":
             family = value.strip('"')
     if model.family != family:
-        known = ", ".join(recipes.of_family(model.family)) or "there is none: `megatron-sov recipes`"
+        family_recipes = recipes.find_family_recipes(model.family)
+        known = ", ".join(family_recipes) or "there is none: `megatron-sov recipes`"
         raise UserError(f"--from {start_from}: is a {model.family} model, recipe {asked.base.recipe} is for "
                         f"{family}; leave RECIPE out: the model is that of --from (or choose of {known})",
                         Fix(left_out=(asked.base.recipe,)))

@@ -9,10 +9,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
-from megatron_sov.model.families.count import num_params
+from megatron_sov.model.families.count import count_params
 from megatron_sov.model.objectives import FORMATS
 from megatron_sov.model.recipes.requested import RecipeRequest
-from megatron_sov.model.recipes.stage_defaults import COMMANDS, Stage, defaults_of, rate_settings
+from megatron_sov.model.recipes.stage_defaults import COMMANDS, Stage, find_rate_settings, find_stage_defaults
 from megatron_sov.plan.footprint.memory import account
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.data.ledger import unit_tokens
@@ -62,7 +62,7 @@ def complete_stage(asked: RecipeRequest, config: RunConfig, stage: Stage | None,
         config = _with_train(config, epochs=0.0)
     if stage == "policy":
         return _complete_rounds(asked, config, nproc, num_prompts, said)
-    if not asked.of_model or stage is None:
+    if not asked.is_model_only or stage is None:
         return _with_steps(config, said) if config.train.epochs else CompletedSettings(config)
     return _complete_model(config, stage, nproc, said)
 
@@ -79,8 +79,8 @@ def _with_train(config: RunConfig, **changes: object) -> RunConfig:
 def _complete_model(config: RunConfig, stage: Stage, nproc: int | None, said: Collection[str]
                     ) -> CompletedSettings:
     """Complete a stage that has the architecture of --from, and no recipe."""
-    total, name = num_params(config.model).total, COMMANDS[stage]
-    config = apply_settings(config, list(rate_settings(config, stage, total, said)))
+    total, name = count_params(config.model).total, COMMANDS[stage]
+    config = apply_settings(config, list(find_rate_settings(config, stage, total, said)))
     sources = open_all_sources(config)
     notes = [f"learning rate {config.optim.lr:g}" + _why(said, "optim.lr", f"default of {name}")]
     if "data.phases" not in said:
@@ -91,12 +91,12 @@ def _complete_model(config: RunConfig, stage: Stage, nproc: int | None, said: Co
         notes.append(f"samples of {seq_len:,} tokens ({why})")
     samples = epoch_samples(config, sources)
     if "train.global_batch_size" not in said:
-        size = _batch_size(config, nproc, defaults_of(config, stage).batch_size, samples)
+        size = _batch_size(config, nproc, find_stage_defaults(config, stage).batch_size, samples)
         config = _with_train(config, global_batch_size=size)
         notes.append(f"batches of {size:,} (from {samples:,} samples an epoch)")
     completed = _with_steps(config, said, samples)
     config, schedule = completed.config, {}
-    steps, of_table = config.num_steps(), defaults_of(config, stage)
+    steps, of_table = config.num_steps(), find_stage_defaults(config, stage)
     if not {"optim.warmup_steps", "optim.warmup_tokens", "optim.schedule_by"} & set(said):
         schedule["optim.warmup_steps"] = round(of_table.warmup_share * steps)
     if "train.eval_every_steps" not in said:
@@ -171,14 +171,14 @@ def _complete_rounds(asked: RecipeRequest, config: RunConfig, nproc: int | None,
                      said: Collection[str]) -> CompletedSettings:
     """Complete rounds of reinforcement learning."""
     notes: list[str] = []
-    if asked.of_model:
-        total = num_params(config.model).total
-        config = apply_settings(config, list(rate_settings(config, "policy", total, said)))
+    if asked.is_model_only:
+        total = count_params(config.model).total
+        config = apply_settings(config, list(find_rate_settings(config, "policy", total, said)))
         notes.append(f"learning rate {config.optim.lr:g}" + _why(said, "optim.lr", "default of rl"))
         config, lengths = _with_lengths(config, said)
         notes += lengths
     config = _with_micro_batches(asked, _with_row_length(asked, config, said), nproc, said)
-    if asked.of_model:
+    if asked.is_model_only:
         rows = config.train.micro_batch_size
         notes.append(f"rows of {config.data.phases[0].seq_len:,} tokens, up to {rows:,} in a micro-batch")
         if "rollout.prompts_per_round" not in said and num_prompts:
@@ -202,7 +202,7 @@ def _with_lengths(config: RunConfig, said: Collection[str]) -> tuple[RunConfig, 
     most = config.model.max_position_tokens
     if "data.phases" in said:
         most = min(most, config.data.phases[0].seq_len)
-    pair = config.documents_of_unit
+    pair = config.documents_per_unit
     chosen = {f"rollout.{name}": min(getattr(config.rollout, name), most // 2 // pair)
               for name in ("max_prompt_tokens", "max_new_tokens")}
     config = apply_settings(config, [f"{key}={value}" for key, value in chosen.items() if key not in said])
@@ -213,8 +213,8 @@ def _with_lengths(config: RunConfig, said: Collection[str]) -> tuple[RunConfig, 
 def _with_row_length(asked: RecipeRequest, config: RunConfig, said: Collection[str]) -> RunConfig:
     """Return the settings with rows that hold the longest prompt and response, or both of a pair; rows that
     were set, and rows of a recipe that are long enough, stay as they are."""
-    longest = config.documents_of_unit * (config.rollout.max_prompt_tokens + config.rollout.max_new_tokens)
-    if "data.phases" in said or (not asked.of_model and config.data.phases[0].seq_len >= longest):
+    longest = config.documents_per_unit * (config.rollout.max_prompt_tokens + config.rollout.max_new_tokens)
+    if "data.phases" in said or (not asked.is_model_only and config.data.phases[0].seq_len >= longest):
         return config
     seq_len = max(LEAST_SEQ_LEN, 1 << (longest - 1).bit_length())
     if seq_len > MOST_SEQ_LEN:
@@ -228,14 +228,14 @@ def _with_micro_batches(asked: RecipeRequest, config: RunConfig, nproc: int | No
                         ) -> RunConfig:
     """Return the settings with micro-batches that hold the responses to one prompt, which is then computed
     once, as far as memory and batch size allow."""
-    is_open = asked.of_model and "train.global_batch_size" not in said
+    is_open = asked.is_model_only and "train.global_batch_size" not in said
     chosen = (_with_train(config, global_batch_size=_batch_size(config, nproc, 0, 0)) if is_open else config)
     is_said = "train.micro_batch_size" in said or asked.from_file or bool(asked.base.code)
     has_own_batches = config.policy.on_policy_share < 1 or config.train.ramp_from_batch_size > 0
     if is_said or has_own_batches or not config.may_share_prompts:
         return chosen
     rollout, seq_len = config.rollout, config.data.phases[0].seq_len
-    responses = config.documents_of_unit if config.documents_of_unit > 1 else rollout.samples_per_prompt
+    responses = config.documents_per_unit if config.documents_per_unit > 1 else rollout.samples_per_prompt
     rows = -(-responses * (rollout.max_prompt_tokens + rollout.max_new_tokens) // seq_len)
     for size in range(min(rows, MOST_SEQ_LEN // seq_len), config.train.micro_batch_size, -1):
         larger = _with_train(config, micro_batch_size=size)

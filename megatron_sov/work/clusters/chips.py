@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from megatron_sov.base.errors import UserError, nearest
+from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.work.clusters.units import GIB
 
 INSIDE_LATENCY_S = 3.3e-6
@@ -19,6 +19,7 @@ INFINIBAND_LATENCY_S = 3.7e-6
 """Latency of a small message between two nodes over InfiniBand across leaves (same table)."""
 PRECISIONS = ("bf16", "fp8", "fp4")
 """Precisions of tensor core products, widest first."""
+_aliases: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Gpu:
     name: str
     """Marketing name, or CUDA's device name."""
     memory_bytes: int
-    """Memory as reported by CUDA, which is below the nominal size."""
+    """Memory reported by CUDA, below the nominal size."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Chip(Gpu):
     fp4_flops_per_s: float
     """Dense FP4 peak; 0 if unsupported."""
     nvlink_bytes_per_s: float
-    """NVLink (or Infinity Fabric) bandwidth to the domain's other GPUs in total, one direction."""
+    """NVLink (or Infinity Fabric) bandwidth of a GPU, one direction."""
     nvlink_domain: int
     """Number of GPUs connected by NVLink."""
     network_bytes_per_s: float
@@ -87,7 +88,8 @@ class Chip(Gpu):
         peak = {"bf16": self.bf16_flops_per_s, "fp8": self.fp8_flops_per_s, "fp4": self.fp4_flops_per_s}
         if not peak.get(precision):
             supported = [name for name in PRECISIONS if peak[name]]
-            alternatives = [chip.key for chip in CHIPS.values() if getattr(chip, f"{precision}_flops_per_s", 0)]
+            alternatives = [chip.key for chip in CHIPS.values()
+                            if getattr(chip, f"{precision}_flops_per_s", 0)]
             raise UserError(f"{precision} on {self.name}: is not supported by its tensor cores (they support "
                             f"{' and '.join(supported)}); plan with {supported[-1]}"
                             + (f", or with one of {', '.join(alternatives)}" if alternatives else ""))
@@ -111,7 +113,6 @@ class Links:
 
 
 def _read_chips() -> dict[str, Chip]:
-    """Read the packaged table and its aliases."""
     text = importlib.resources.files("slurm").joinpath("chips.yaml").read_text(encoding="utf-8")
     rows: dict[str, dict[str, Any]] = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     # map every spelling to a key: the table's, the vendor's, CUDA's
@@ -136,31 +137,30 @@ def _normalize_name(name: str) -> str:
     return re.sub(r"[^a-z0-9]|nvidia|amd|instinct", "", name.lower())
 
 
-_aliases: dict[str, str] = {}
 CHIPS = _read_chips()
 """Name in cluster profiles and recommended layouts -> GPU."""
 
 
 def find_chip(name: str) -> Chip:
-    """Return a chip by key, name or alias in any spelling.
+    """Return the `Chip` with a key, name or alias, ignoring case and punctuation.
 
     Raises:
         UserError: unknown name; the message suggests the nearest.
     """
-    known_chip = find_device_chip(name)
-    if known_chip is None:
-        raise UserError(f"GPU {name!r}: is not in the table{nearest(name.lower(), CHIPS)} "
+    match = find_device_chip(name)
+    if match is None:
+        raise UserError(f"GPU {name!r}: is not in the table{suggest_name(name.lower(), CHIPS)} "
                         f"(GPUs: {', '.join(sorted(CHIPS))})")
-    return known_chip
+    return match
 
 
 def find_device_chip(name: str) -> Chip | None:
-    """Return the chip for CUDA's device name, or None if the table lacks it (such as PCIe variants)."""
+    """Return the `Chip` for CUDA's device name; None for unknown devices, e.g. PCIe variants."""
     key = _aliases.get(_normalize_name(name))
     return CHIPS[key] if key else None
 
 
 def default_links(chip: Chip) -> Links:
-    """Return the links of the vendor's own servers: NVLink within a domain, an InfiniBand adapter per GPU."""
+    """Return the `Links` of the vendor's servers: NVLink within a domain, an InfiniBand adapter per GPU."""
     return Links(chip.nvlink_domain, chip.nvlink_bytes_per_s, chip.network_bytes_per_s,
                  INSIDE_LATENCY_S, INFINIBAND_LATENCY_S)

@@ -15,14 +15,15 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from megatron_sov.base.errors import Fix, UserError, nearest
+from megatron_sov.base.errors import Fix, UserError, suggest_name
 from megatron_sov.base.settings import (
-    AboveZero, AtLeastOne, Bound, Breach, NotNegative, NotNegativeInt, ProblemCode, SettingsError,
-    SettingsProblem, find_broken, read_text, read_yaml, rules_of)
+    AboveZero, AtLeastOne, Bound, NotNegative, NotNegativeInt, ProblemCode, SettingsError, SettingsProblem,
+    Violation, find_broken_rules, find_rule_problems, parse_settings_yaml, read_settings_text)
 from megatron_sov.work.clusters.chips import (
     CHIPS, INFINIBAND_LATENCY_S, INSIDE_LATENCY_S, Chip, Links, find_device_chip)
 
-SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|PRIVATE_KEY)S?$", re.IGNORECASE)
+SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|PRIVATE_KEY)S?$",
+                         re.IGNORECASE)
 """Pattern of variable names whose values must not appear in scripts."""
 VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 TIME_LIMIT = re.compile(r"(?P<d>\d+)-(?P<dh>\d+)(:(?P<dm>\d+)(:(?P<ds>\d+))?)?"
@@ -41,26 +42,26 @@ MAX_SIGNAL_LEAD_S = 65535
 Amount = Annotated[float, Ge(0), Le(MAX_AMOUNT)]
 
 
-def _check_chip(key: str) -> Breach | None:
+def _check_chip(key: str) -> Violation | None:
     if not key or key in CHIPS:
         return None
-    known = find_device_chip(key)  # known under another spelling
-    suggestion = f"; did you mean {known.key!r}?" if known else nearest(key.lower(), CHIPS)
+    alias_chip = find_device_chip(key)  # known under another spelling
+    suggestion = f"; did you mean {alias_chip.key!r}?" if alias_chip else suggest_name(key.lower(), CHIPS)
     rule = f"must be one of {', '.join(sorted(CHIPS))}, or empty for another kind"
     return ProblemCode.CHOICE, rule, suggestion[2:]
 
 
-def _check_variable_name(name: str) -> Breach | None:
+def _check_variable_name(name: str) -> Violation | None:
     return None if VARIABLE_NAME.fullmatch(name) else (ProblemCode.BOUND, "is not a name of a variable", "")
 
 
-def _check_not_secret(name: str) -> Breach | None:
+def _check_not_secret(name: str) -> Violation | None:
     return (ProblemCode.BOUND, "looks like the name of a secret, which must not stand in a script",
             "export it in the shell that submits: jobs inherit that") if SECRET_NAME.search(name) else None
 
 
-def _check_absolute_path(path: str) -> Breach | None:
-    return (ProblemCode.BOUND, "must begin with /, for it is taken as it stands",
+def _check_absolute_path(path: str) -> Violation | None:
+    return (ProblemCode.BOUND, "must begin with /, because it is used verbatim",
             "where a variable names the folder, leave it out and export TMPDIR in a line of setup"
             ) if path and not path.startswith("/") else None
 
@@ -74,8 +75,8 @@ class ContainerConfig:
     """Container for a job's Python."""
 
     kind: Literal["none", "apptainer", "enroot", "pyxis"] = "none"
-    """none: the login node's Python; apptainer and enroot: started on each node; pyxis: enroot through
-    srun options."""
+    """none: the login node's Python; apptainer, enroot: started on the nodes; pyxis: enroot through srun
+    options."""
     image: str = ""
     """Image file or address for the container program."""
     mounts: tuple[str, ...] = ()
@@ -99,9 +100,9 @@ class PreflightConfig:
     max_gpu_used_bytes: NotNegativeInt = 2_000_000_000
     """Maximum memory in use on a rank's GPU before the start."""
     transformer_engine: bool = True
-    """Check that each rank with a GPU can import Transformer Engine, which bf16 needs on GPUs."""
+    """Check that ranks with a GPU can import Transformer Engine (required for bf16 on GPUs)."""
     max_allreduce_s: AboveZero = 10.0
-    """Maximum time of a 64 MiB all-reduce over all ranks, after a warm-up that opens connections."""
+    """Maximum time of a 64 MiB all-reduce over the whole job, after a warm-up."""
     timeout_min: AtLeastOne = 10
     """Minutes after which the check itself counts as failed."""
 
@@ -115,7 +116,7 @@ class ClusterProfile:
     partition: str = ""
     """Slurm partition; empty: the cluster's default."""
     account: str | None = None
-    """Slurm account; empty: the cluster needs none; null: required as --account."""
+    """Slurm account; empty: not needed; null: must be passed with --account."""
     qos: str = ""
     """Slurm quality of service; empty: the default."""
     constraint: str = ""
@@ -127,10 +128,10 @@ class ClusterProfile:
     """Seconds before the time limit at which training saves and stops; Slurm may signal up to a minute
     earlier."""
     gpus_per_node: NotNegativeInt = 8
-    """GPUs per node, with one rank each. 0: train on CPUs."""
+    """GPUs (and ranks) per node. 0: train on CPUs."""
     gpu: KnownChip = ""
-    """GPU model, by its name in `slurm/chips.yaml`. Enables memory checks, recommended layouts and prices
-    in `plan`; empty: unknown model, no checks."""
+    """GPU model, by its name in `slurm/chips.yaml`. Enables memory checks, recommended layouts and prices in
+    `plan`; empty: unknown model, no checks."""
     ranks_per_node: AtLeastOne = 1
     """Ranks per node without GPUs."""
     cpus_per_node: int = 96
@@ -143,8 +144,9 @@ class ClusterProfile:
     """Environment modules to load."""
     setup: tuple[str, ...] = ()
     """Shell lines to run first, verbatim."""
-    environment: dict[Annotated[VariableName, Bound(_check_not_secret)], str] = dataclasses.field(default_factory=dict)
-    """Environment variables for all ranks, such as NCCL settings. Never secrets."""
+    environment: dict[Annotated[VariableName, Bound(_check_not_secret)], str] = dataclasses.field(
+        default_factory=dict)
+    """Environment variables for the ranks, e.g. NCCL settings. Never secrets."""
     container: ContainerConfig = ContainerConfig()
     """Container for a job's Python."""
     python: str = ""
@@ -173,21 +175,19 @@ class ClusterProfile:
     node_power_w: Amount = 0.0
     """Maximum power of a node including GPUs, CPUs and fans; 0: as the vendor's own server."""
     failures_per_gpu_year: Amount = 0.17
-    """Failures that end a whole run, per GPU and year. Published: 0.173 (Llama 3 405B, 419 in 54
-    days on 16,384
-    H100, arXiv 2407.21783, section 3.3.4), 0.30 and 0.11 (6.5 and 2.34 per 1,000 node-days with 8 A100 in
-    Meta's two research clusters, arXiv 2410.21680)."""
+    """Failures that end a whole run, per GPU and year. Published: 0.173 (Llama 3 405B, 419 in 54 days on
+    16,384 H100, arXiv 2407.21783, section 3.3.4), 0.30 and 0.11 (6.5 and 2.34 per 1,000 node-days with 8 A100
+    in Meta's two research clusters, arXiv 2410.21680)."""
     restart_s: Amount = 600.0
     """Seconds from such a failure to the first new step: detection, node checks, start, checkpoint loading.
     Below 10 minutes in MegaScale (arXiv 2402.15627, section 4)."""
     max_strikes: AtLeastOne = 2
-    """Failures of a node after which the job excludes it."""
+    """Failures of a node before the job excludes the node."""
     max_failures: AtLeastOne = 3
     """Consecutive failures without a new checkpoint after which the job stops."""
 
     @property
     def tasks_per_node(self) -> int:
-        """Ranks per node."""
         return self.gpus_per_node or self.ranks_per_node
 
     @property
@@ -223,7 +223,7 @@ class ClusterProfile:
         return self.python or (sys.executable if self.container.kind == "none" else "python3")
 
     def problems(self) -> list[SettingsProblem]:
-        return find_broken(
+        return find_broken_rules(
             self, "",
             (self.cpus_per_node >= max(1, self.tasks_per_node), "cpus_per_node",
              f"must be at least one for each of the {self.tasks_per_node} ranks of a node"),
@@ -257,7 +257,7 @@ def compute_links(profile: ClusterProfile, num_gpus: int) -> Links:
 
 
 def list_packaged_files(folder: str) -> dict[str, Traversable]:
-    """Return name -> packaged YAML file in `slurm/clusters` or `slurm/chains`."""
+    """Return name -> YAML file in `slurm/clusters` or `slurm/chains`."""
     files = importlib.resources.files("slurm").joinpath(folder).iterdir()
     return {file.name.removesuffix(".yaml"): file for file in sorted(files, key=lambda file: file.name)
             if file.name.endswith(".yaml")}
@@ -300,7 +300,7 @@ def parse_node_settings(arguments: Sequence[str]) -> dict[int, tuple[str, ...]]:
 
 
 def load_profile(name: str, *, account: str | None = None, partition: str | None = None,
-         needs_account: bool = True) -> ClusterProfile:
+                 needs_account: bool = True) -> ClusterProfile:
     """Load a packaged profile or a YAML file.
 
     Args:
@@ -315,18 +315,19 @@ def load_profile(name: str, *, account: str | None = None, partition: str | None
     if name.endswith((".yaml", ".yml")):
         file = Path(name)
         if not file.is_file():
-            raise UserError(f"--cluster {name}: does not exist; pass a file, or one of {', '.join(list_profiles())}")
-        text = read_text(file, f"--cluster {name}")
+            raise UserError(f"--cluster {name}: does not exist; pass a file, or one of "
+                            f"{', '.join(list_profiles())}")
+        text = read_settings_text(file, f"--cluster {name}")
     elif name in list_profiles():
         text = list_packaged_files("clusters")[name].read_text(encoding="utf-8")
     else:
-        raise UserError(f"--cluster {name}: there is no such profile{nearest(name, list_profiles())} (profiles: "
-                        f"{', '.join(list_profiles())}; your own: a path that ends with .yaml)")
+        raise UserError(f"--cluster {name}: there is no such profile{suggest_name(name, list_profiles())} "
+                        f"(profiles: {', '.join(list_profiles())}; your own: a path that ends with .yaml)")
     # check rules only after applying account and partition
-    profile = read_yaml(ClusterProfile, text, f"--cluster {name}", rules=False)
+    profile = parse_settings_yaml(ClusterProfile, text, f"--cluster {name}", rules=False)
     profile = dataclasses.replace(profile, account=profile.account if account is None else account,
                                   partition=profile.partition if partition is None else partition)
-    problems = rules_of(profile)
+    problems = find_rule_problems(profile)
     if profile.account is None and needs_account:
         problems.append(SettingsProblem(ProblemCode.MISSING, "account", "is missing",
                                         way_out="pass --account NAME, or put "

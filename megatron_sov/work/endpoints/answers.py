@@ -15,8 +15,8 @@ MAX_LEVELS = 200
 """Maximum nesting depth of an answer's JSON; deeper values can be parsed but not serialized again."""
 PERMANENT_REFUSALS = {
     "longer than the model's context": ("context_length_exceeded", "maximum context length", "max_model_len",
-                                          "maximum model length", "model's context length",
-                                          "exceed_context_size"),
+                                        "maximum model length", "model's context length",
+                                        "exceed_context_size"),
     "against the endpoint's policy": ("content_filter", "content_policy_violation"),
 }
 """Reason for a permanent refusal -> phrases in error bodies from OpenAI, vLLM, SGLang and llama.cpp."""
@@ -36,8 +36,8 @@ class BadAnswer(Exception):
     """The endpoint's reply is unusable; another attempt may succeed."""
 
     def __init__(self, message: str, wait_s: float = 0.0, is_unavailable: bool = False) -> None:
-        """Store the message, the requested wait in seconds, and whether the endpoint is
-        unreachable or overloaded."""
+        """Store the message, the requested wait in seconds, and whether the endpoint is unreachable or
+        overloaded."""
         super().__init__(message)
         self.wait_s, self.is_unavailable = wait_s, is_unavailable
 

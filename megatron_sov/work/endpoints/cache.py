@@ -25,7 +25,7 @@ _COLUMNS = "time_s, key, outcome, input_tokens, output_tokens, cost, wall_s"
 
 @dataclass(frozen=True)
 class Usage:
-    """Billed tokens and cost of a request."""
+    """Billed tokens and cost of a request (`input_price`, `output_price`)."""
 
     input_tokens: int
     output_tokens: int
@@ -53,7 +53,7 @@ class EndpointCache:
                                                isolation_level=None)
             self._connection.executescript(_TABLES)
         except (OSError, sqlite3.Error) as e:
-            raise UserError(f"cache = {path}: is no cache that can be used ({e}); name another "
+            raise UserError(f"cache = {path}: is not a usable cache ({e}); name another "
                             "file") from None
 
     @staticmethod
@@ -73,7 +73,7 @@ class EndpointCache:
         return None
 
     def note(self, key: str, outcome: str, usage: Usage, wall_s: float, answer: Any | None = None) -> None:
-        """Log a request and store its answer, in one transaction.
+        """Insert a row into `requests`, and the answer into `answers`, in a single transaction.
 
         Args:
             key: request hash.
@@ -99,7 +99,7 @@ class EndpointCache:
 
     def usage(self) -> Usage:
         return Usage(*self._execute("SELECT coalesce(sum(input_tokens), 0), coalesce(sum(output_tokens), 0), "
-                               "coalesce(sum(cost), 0.0) FROM requests", ())[0])
+                                    "coalesce(sum(cost), 0.0) FROM requests", ())[0])
 
     def num_requests(self) -> int:
         return int(self._execute("SELECT count(*) FROM requests", ())[0][0])

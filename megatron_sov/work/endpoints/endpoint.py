@@ -25,7 +25,7 @@ UNAVAILABLE_STATUSES = frozenset([429, 502, 503, 504, 529])
 """HTTP status codes of an overloaded or unreachable endpoint."""
 RETRIED_STATUSES = UNAVAILABLE_STATUSES | {408, 409, 425, 500}
 FATAL_STATUSES = {401: "the key is not accepted", 402: "the account has no money", 403: "access is denied",
-            404: "there is no such address or model"}
+                  404: "there is no such address or model"}
 """Errors that affect every request: the command stops, and resumes when run again."""
 REFUSED_STATUSES = frozenset([400, 413, 422])
 REPORT_AFTER_S = 5.0
@@ -34,12 +34,8 @@ REPORT_AFTER_S = 5.0
 
 @dataclass(frozen=True)
 class EndpointLimits:
-    """Limits for the use of an endpoint."""
-
     timeout_s: float
-    """Limit of an attempt."""
     max_attempts: int
-    """Attempts per request."""
     backoff_s: float
     """Wait before the second attempt; doubled before each further attempt."""
     requests_per_minute: float
@@ -49,18 +45,16 @@ class EndpointLimits:
     input_price: float
     """Price per million tokens."""
     output_price: float
-    """Price per million tokens."""
     patience_s: float = 0.0
-    """Seconds since the endpoint's last answer to any request during which an overloaded or
-    unreachable endpoint is
-    retried beyond `max_attempts`."""
+    """Seconds since the endpoint's last answer to any request, for retries beyond `max_attempts` while the
+    endpoint is overloaded or unreachable."""
 
 
 class RateGate(Protocol):
-    """Gate that each attempt passes, such as a budget."""
+    """Admission control for attempts, e.g. a budget."""
 
     def enter(self, most: Usage) -> None:
-        """Admit a request with worst-case billing `most`; may wait or raise."""
+        """Admit a request with maximum billing `most`; may wait or raise."""
         ...
 
     def leave(self, most: Usage, billed: Usage) -> None:
@@ -124,14 +118,13 @@ class Endpoint:
 
         Args:
             payload: the request.
-            read: converts the decoded JSON. It raises `BadAnswer` for unusable answers to retry,
-                and other exceptions
-                for valid answers without use, which are cached.
+            read: converts the decoded JSON. It raises `BadAnswer` for unusable answers to retry, and other
+                exceptions for valid answers without use, which are cached.
 
         Raises:
             TimeoutError: the last attempt timed out.
-            BadAnswer: no usable answer; `NeverAnswered`: permanently refused;
-                `EndpointUnavailable`: patience ended.
+            BadAnswer: no usable answer; `RequestRefused`: permanently refused; `EndpointUnavailable`:
+                patience ended.
             Exception: raised by `read`, also for a cached answer.
             UserError: no request can succeed, or the cost limit is reached.
         """
@@ -145,8 +138,7 @@ class Endpoint:
 
     @contextlib.contextmanager
     def _lock_request(self, key: str) -> Iterator[None]:
-        """Lock a request key, so that a single thread requests an answer and the others find it
-        in the cache."""
+        """Lock a request key: the first thread sends the request, waiting threads read `EndpointCache`."""
         with self._lock:
             # one lock per request in progress, dropped with its last waiter, so that the table does not grow
             lock, num_waiting = self._asking.get(key, (threading.Lock(), 0))
@@ -187,14 +179,15 @@ class Endpoint:
                 return answer
 
     def _find_substitute_model(self, payload: Mapping[str, Any], answer: Any) -> str | None:
-        """Return the model that answered, if it is neither requested nor accepted."""
+        """Return the name of an answering model outside `payload["model"]` and `accepted_models`, else
+        None."""
         if self._accepted_models is None:
             return None
         name = read_model_name(answer)
         return None if name in ("", payload.get("model"), *self._accepted_models) else name
 
     def _check_model(self, payload: Mapping[str, Any], answer: Any) -> None:
-        """Report each substitute model once.
+        """Report a substitute model, once per name.
 
         Raises:
             UserError: `accepted_models` do not contain it.
@@ -215,7 +208,7 @@ class Endpoint:
                    "are recorded with that name")
 
     def _report_wait(self, why: str) -> None:
-        """Report a wait once, when the endpoint has not answered any request for `TOLD_S`."""
+        """Report a wait once, when the endpoint has not answered any request for `REPORT_AFTER_S`."""
         with self._lock:
             if time.monotonic() - self.answered_s < REPORT_AFTER_S or self._told_s > self.answered_s:
                 return
@@ -223,7 +216,7 @@ class Endpoint:
         self._told(f"{self._url}: {why}; waiting up to {self._limits.patience_s:.0f} s for it")
 
     def _wait_for_turn(self) -> None:
-        """Wait until the rate limit allows another request.
+        """Wait for the next slot of `requests_per_minute`.
 
         Raises:
             UserError: the cost limit is reached.
@@ -242,7 +235,8 @@ class Endpoint:
         self._sleep(turn_s - now_s)
 
     def _send_request(self, payload: Mapping[str, Any], key: str, read: Callable[[Any], T]) -> T:
-        """Send a request and return `read` applied to its answer; log and cache both in one transaction."""
+        """Send a request; return `read` applied to the answer. `EndpointCache` stores answer and cost
+        together."""
         most = self._max_usage(payload)
         # a budget reserves the worst case before sending; `leave` corrects it
         self._gate.enter(most)
@@ -274,15 +268,17 @@ class Endpoint:
                 self._gate.leave(most, usage)
 
     def _check_status(self, status: int, retry_after: str | None, body: bytes) -> None:
-        """Raise for a status other than 200."""
+        """Raise `UserError`, `BadAnswer` or `RequestRefused` unless the status is 200."""
         if status in FATAL_STATUSES:
             raise UserError(f"{self._url}: {FATAL_STATUSES[status]} (HTTP {status}); check the address, the "
                             f"model and the key in {self._key_env}, and run the same command again")
         if status in RETRIED_STATUSES:
-            raise BadAnswer(f"the endpoint answered HTTP {status}", parse_retry_after(retry_after), status in UNAVAILABLE_STATUSES)
+            raise BadAnswer(f"the endpoint answered HTTP {status}", parse_retry_after(retry_after),
+                            status in UNAVAILABLE_STATUSES)
         if status in REFUSED_STATUSES and (why := find_permanent_refusal(body)):
             raise RequestRefused(f"the request is {why} (HTTP {status})")
-        reason = read_error_text(body, os.environ.get(self._key_env, "")) if status in REFUSED_STATUSES else ""
+        key = os.environ.get(self._key_env, "")
+        reason = read_error_text(body, key) if status in REFUSED_STATUSES else ""
         if any(word in reason for word in NO_TOOLS_PHRASES):
             raise UserError(f"{self._url}: is not set up for calls of tools (HTTP {status}); start vLLM with "
                             "--enable-auto-tool-choice --tool-call-parser NAME (hermes for Qwen), llama.cpp "

@@ -1,4 +1,4 @@
-"""Serve a local model as an endpoint: `megatron-sov serve` as a child process with a private API key."""
+"""Serve a local model with `megatron-sov serve` in a child process, protected by a private API key."""
 
 from __future__ import annotations
 
@@ -26,21 +26,17 @@ _POLL_S, _ANNOUNCE_AFTER_S = 0.05, 10.0
 
 @dataclass(frozen=True)
 class LocalServer:
-    """Address, model name and API key of a running server."""
-
     url: str
     """Address up to `/v1`."""
     model: str
-    """Model name at the server."""
     key: str = field(repr=False)
-    """Required API key."""
 
 
 @contextlib.contextmanager
 def serve_model(folder: Path, problem: str, *, options: Sequence[str] = (),
-            sleep: Callable[[float], object] = time.sleep, program: Sequence[str] = ()
-            ) -> Iterator[LocalServer]:
-    """Serve a checkpoint or Hugging Face folder during the context, by a child that ends with this process.
+                sleep: Callable[[float], object] = time.sleep, program: Sequence[str] = ()
+                ) -> Iterator[LocalServer]:
+    """Serve a checkpoint or Hugging Face folder during the context, in a child process.
 
     Args:
         folder: the model.
@@ -52,8 +48,8 @@ def serve_model(folder: Path, problem: str, *, options: Sequence[str] = (),
     Raises:
         UserError: the server does not start; contains the last line in its log.
     """
-    # Other users of this machine must not use the server. Pass the key in the environment: command
-    # lines are public.
+    # Other users of this machine must not use the server. Pass the key in the environment: command lines are
+    # public.
     key = secrets.token_urlsafe(32)
     with tempfile.TemporaryDirectory(prefix="sov-serve-") as work:
         address, log = Path(work) / "address.json", Path(work) / "serve.log"
@@ -71,7 +67,7 @@ def serve_model(folder: Path, problem: str, *, options: Sequence[str] = (),
 
 
 def _wait_until_ready(child: subprocess.Popen[bytes], address: Path, log: Path, problem: str,
-               sleep: Callable[[float], object]) -> tuple[str, str]:
+                      sleep: Callable[[float], object]) -> tuple[str, str]:
     """Wait until the child has written its address file; return URL and model name."""
     began_s, is_announced = time.monotonic(), False
     while not address.exists():

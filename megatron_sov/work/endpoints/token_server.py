@@ -1,8 +1,7 @@
 """Interface of HTTP inference engines that accept and return token ids.
 
-No text is exchanged: training uses exactly the sampled ids, with their log-probabilities and the
-version of the
-weights that generated each token.
+No text is exchanged: training uses exactly the sampled ids, with their log-probabilities and the version of
+the weights that generated each token.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 STOP, LENGTH, ABORTED = "stop", "length", "abort"
 """Finish reasons: a stop token, the length limit, an abort request."""
 INITIAL_VERSION = 0
-"""Version of the weights loaded at the engine's start, which may have any name."""
+"""Version number for the weights loaded at the engine's start."""
 CONTROL_TIMEOUT_S = 600.0
 """Timeout of control requests; answers have their own."""
 STATUS_TIMEOUT_S = 10.0
@@ -49,18 +48,16 @@ class TokenRequest:
     """0: no limit."""
     top_p: float = 1.0
     stop_ids: tuple[int, ...] = ()
-    """Token ids that end an answer and are included as its last token."""
+    """Token ids at which an answer ends, inclusive."""
     with_routes: bool = False
     """Return the expert routes of tokens."""
     count: int = 1
     """Answers per prompt; must be 1 at temperature 0."""
     others: tuple[Sequence[int], ...] = ()
-    """Further prompts. Weights must not change during such a request, because its answers do
-    not report versions."""
+    """Further prompts; weights must not change meanwhile, because multi-prompt answers report no versions."""
 
     @property
     def prompts(self) -> list[list[int]]:
-        """All prompts in order."""
         return [list(ids) for ids in (self.ids, *self.others)]
 
     @property
@@ -81,8 +78,6 @@ class VersionSpan:
 
 @dataclass(frozen=True)
 class TokenAnswer:
-    """Generated continuation of a prompt."""
-
     tokens: list[int]
     logprobs: list[float]
     """Log-probability per token under the sampling distribution."""
@@ -94,8 +89,8 @@ class TokenAnswer:
     """Expert indices, shape [prompt and answer tokens, layers, experts per token]."""
 
     def token_versions(self, count: int, otherwise: int) -> list[int]:
-        """Return the weights version of the first `count` tokens; `otherwise` if the engine does
-        not report it."""
+        """Return the weights version of the first `count` tokens; `otherwise` if the engine does not report
+        it."""
         versions = [otherwise] * count
         for span in self.versions:
             versions[span.start:span.end] = [span.version] * (min(span.end, count) - span.start)
@@ -105,23 +100,22 @@ class TokenAnswer:
 class TokenServer(Protocol):
     """An inference engine at an address; methods are thread-safe.
 
-    Methods raise `TimeoutError`, `BadAnswer` for unusable replies (`is_away` if unreachable),
-    or `NeverAnswered` for
-    permanent refusals.
+    Methods raise `TimeoutError`, `BadAnswer` for unusable replies (`is_away` if unreachable), or
+    `RequestRefused` for permanent refusals.
     """
 
     url: str
 
     def write(self, request: TokenRequest) -> list[TokenAnswer]:
-        """Generate all requested answers; blocks until the last has ended."""
+        """Generate `request.num_answers` answers; blocks until the last has ended."""
         ...
 
     def score(self, ids: Sequence[int]) -> list[float]:
-        """Return the log-probability of each token except the first, at temperature 1."""
+        """Return the log-probabilities of `ids[1:]` at temperature 1."""
         ...
 
     def abort(self, requests: Sequence[TokenRequest]) -> None:
-        """Abort requests; their answers return with the tokens so far."""
+        """Abort requests; blocked `write` calls return the partial answers."""
         ...
 
     def pause(self) -> None:
@@ -166,7 +160,8 @@ class ServerCalls:
 
     def tell(self, path: str, payload: Mapping[str, Any] | None = None) -> Any:
         """Send a control request; return its JSON."""
-        return self._parse_response(path, self._get_transport(CONTROL_TIMEOUT_S).post(payload or {}, path[1:]))
+        return self._parse_response(path,
+                                    self._get_transport(CONTROL_TIMEOUT_S).post(payload or {}, path[1:]))
 
     def look(self, path: str) -> Any:
         """Fetch a status path; return its JSON."""
@@ -180,7 +175,7 @@ class ServerCalls:
             return False
 
     def _get_transport(self, limit_s: float) -> Transport:
-        """Return the transport for a timeout; all paths share its connections."""
+        """Return the `Transport` for a timeout, shared by the paths."""
         with self._lock:
             if limit_s not in self._opened:
                 self._opened[limit_s] = Transport(f"{self.url}/", self._key_env, limit_s,
@@ -211,7 +206,7 @@ def check_answers(answers: list[TokenAnswer], expected: int, where: str) -> list
         BadAnswer: wrong number or inconsistent fields.
     """
     if len(answers) != expected:
-        raise BadAnswer(f"{where}: told {len(answers)} answers, and was asked for {expected}")
+        raise BadAnswer(f"{where}: returned {len(answers)} answers instead of {expected}")
     for answer in answers:
         _check_answer(answer, where)
     return answers
@@ -220,8 +215,8 @@ def check_answers(answers: list[TokenAnswer], expected: int, where: str) -> list
 def _check_answer(answer: TokenAnswer, where: str) -> None:
     count = len(answer.tokens)
     if len(answer.logprobs) != count:
-        raise BadAnswer(f"{where}: told {count} tokens and {len(answer.logprobs)} log-probabilities; one "
-                        "belongs to each")
+        raise BadAnswer(f"{where}: returned {count} tokens but {len(answer.logprobs)} "
+                        "log-probabilities")
     # negated comparison would accept NaN
     if not all(logprob > NO_LOGPROB for logprob in answer.logprobs):
         raise BadAnswer(f"{where}: drew a token to which it gives no probability: its model computes no "
@@ -234,12 +229,12 @@ def _check_answer(answer: TokenAnswer, where: str) -> None:
     # spans must be contiguous, ascending and cover all tokens
     is_contiguous = [span.start for span in answer.versions] == [0, *ends[:-1]] and ends[-1] == count
     if not is_contiguous or ends != sorted(ends) or ends[0] < 0:
-        raise BadAnswer(f"{where}: told versions of {[(s.start, s.end) for s in answer.versions]}, and wrote "
-                        f"{count} tokens")
+        raise BadAnswer(f"{where}: returned versions for tokens "
+                        f"{[(s.start, s.end) for s in answer.versions]} but {count} tokens")
 
 
 def parse_version(value: Any) -> int:
-    """Parse the weights version from a server; names of initial weights give `LOADED`."""
+    """Parse a weights version; names of initial weights give `INITIAL_VERSION`."""
     version = int(value) if isinstance(value, (int, str)) and str(value).isdigit() else INITIAL_VERSION
     if version >= _INT32:
         raise ValueError("a version of the weights that is too large")
@@ -254,7 +249,7 @@ def check_token_ids(values: Iterable[Any]) -> list[int]:
     """
     ids = list(values)
     if invalid := [value for value in ids if type(value) is not int or not 0 <= value < _INT32]:
-        raise ValueError(f"{str(invalid[0])[:40]!r} is no token id")
+        raise ValueError(f"{str(invalid[0])[:40]!r} is not a token id")
     return ids
 
 

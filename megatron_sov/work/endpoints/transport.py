@@ -15,10 +15,15 @@ from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
-from megatron_sov.base.errors import how_to_install
+from megatron_sov.base.errors import format_install_command
 from megatron_sov.base.settings import ProblemCode, SettingsProblem
 from megatron_sov.work.endpoints.answers import (
     BadAnswer, RequestRefused, find_permanent_refusal, read_error_text)
+
+MAX_BODY_BYTES = 8 << 20
+KEEPALIVE_S = 2.0
+"""Keep-alive time of idle connections: uvicorn servers (vLLM, SGLang) close after 5 s, and a request sent at
+that moment fails."""
 
 
 def is_url(text: str) -> bool:
@@ -26,7 +31,7 @@ def is_url(text: str) -> bool:
 
 
 def find_address_problems(field: str, text: str, key_field: str) -> list[SettingsProblem]:
-    """Return problems of an address up to `/v1`, without quoting it because it may contain a key.
+    """Return the problems of an address up to `/v1`; the messages never quote the address (possible keys).
 
     Args:
         field: name of the setting.
@@ -51,13 +56,6 @@ def find_address_problems(field: str, text: str, key_field: str) -> list[Setting
     return [SettingsProblem(ProblemCode.RULE, field, rule) for rule in rules]
 
 
-MAX_BODY_BYTES = 8 << 20
-KEEPALIVE_S = 2.0
-"""Keep-alive time of idle connections: uvicorn servers (vLLM, SGLang) close after 5 s, and a request
-sent at that
-moment fails."""
-
-
 @dataclass(frozen=True)
 class HttpResponse:
     """HTTP response."""
@@ -69,8 +67,8 @@ class HttpResponse:
 
 
 def find_missing_libraries() -> list[str]:
-    """Return a sentence per required library that is not installed."""
-    return [f"{name} is not installed; {how_to_install('judge')}" for name in ("openai", "httpx")
+    """Return a sentence per missing library (`openai`, `httpx`)."""
+    return [f"{name} is not installed; {format_install_command('judge')}" for name in ("openai", "httpx")
             if importlib.util.find_spec(name) is None]
 
 
@@ -117,7 +115,7 @@ class Transport:
 
         Raises:
             TimeoutError: timeout.
-            NeverAnswered: the endpoint refuses the request permanently, for example as too long.
+            RequestRefused: the endpoint refuses the request permanently, for example as too long.
             BadAnswer: no connection, a refusal, or an interrupted answer.
         """
         import httpx
@@ -173,7 +171,7 @@ class Transport:
                         {name.lower(): value for name, value in response.headers.items()}, response.content)
 
     def _convert_error(self, error: Exception) -> Exception:
-        """Convert an exception for a request without response."""
+        """Convert a client exception to `TimeoutError` or `BadAnswer`."""
         import httpx
         import openai
 
@@ -185,7 +183,7 @@ class Transport:
         return BadAnswer(f"the connection failed ({type(cause).__name__})", is_unavailable=True)
 
     def _get_client(self) -> Any:
-        """Return the openai client, created once, over an httpx client with our limits."""
+        """Return the `openai.OpenAI` client, created on first use over an `httpx.Client` with our limits."""
         import httpx
         import openai
 
@@ -200,7 +198,8 @@ class Transport:
                                     event_hooks={"request": [self._set_deadline],
                                                  "response": [partial(_limit_response, self._max_bytes)]})
                 self._client = openai.OpenAI(base_url=self._base, api_key="none", max_retries=0,
-                                             timeout=self._timeout_s, http_client=http)  # type: ignore[arg-type]
+                                             timeout=self._timeout_s,
+                                             http_client=http)  # type: ignore[arg-type]
             return self._client
 
     def _set_deadline(self, request: Any) -> None:
@@ -209,11 +208,11 @@ class Transport:
 
 
 def _limit_response(max_bytes: int, response: Any) -> None:
-    """Limit a response to `max_bytes`; refuse compressed ones, which may expand to any size."""
+    """Limit a response to `max_bytes` and refuse compressed responses (zip bombs)."""
     if response.headers.get("content-encoding", "identity") != "identity":
         response.close()
         raise _decoding_error_class()("the endpoint sent a packed answer, which was not asked for",
-                           request=response.request)
+                                      request=response.request)
     response.stream = _limit_stream(response, max_bytes)
 
 
@@ -237,7 +236,7 @@ def _limit_stream(response: Any, max_bytes: int) -> Any:
                 size_bytes += len(block)
                 if size_bytes > max_bytes:
                     raise _decoding_error_class()(f"the endpoint sent more than {max_bytes >> 20} MiB",
-                                       request=request)
+                                                  request=request)
                 if time.monotonic() > request.extensions["until_s"]:
                     raise httpx.ReadTimeout("the request has taken its time", request=request)
                 yield block

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from megatron_sov.base.errors import first_line
+from megatron_sov.base.errors import first_error_line
 from megatron_sov.work.endpoints.answers import BadAnswer, RequestRefused
 from megatron_sov.work.endpoints.token_server import (
     AnswerParsing, ServerCalls, TokenAnswer, TokenRequest, VersionSpan, check_answers, check_token_ids,
@@ -24,9 +24,8 @@ GENERATE_PATH = "/inference/v1/generate"
 COMPLETIONS_PATH = "/v1/completions"
 """Route of every vLLM server; reports neither weight versions nor routes of prompt tokens."""
 SendFiles = Callable[[Sequence[str], str, int, Callable[[Mapping[str, Any]], Any]], None]
-"""Sends the tensors in files to a server's workers: (files, address, number of workers, call
-that passes transfer
-settings to the workers). Raises RuntimeError or OSError on failure."""
+"""Sends the tensors in files to a server's workers: (files, address, number of workers, call that passes
+transfer settings to the workers). Raises RuntimeError or OSError on failure."""
 
 
 class VllmServer:
@@ -46,14 +45,14 @@ class VllmServer:
         self._path, self._model, self._send = GENERATE_PATH, "", send
 
     def write(self, request: TokenRequest) -> list[TokenAnswer]:
-        """Generate answers, see `TokenServer`."""
         # no seed: on CPUs vLLM crashes with a seed when a prompt is prefilled in chunks
         sampling = {"max_tokens": request.max_new_tokens, "temperature": request.temperature,
                     "top_p": request.top_p, "top_k": request.top_k or -1, "logprobs": 0, "ignore_eos": True,
                     "stop_token_ids": list(request.stop_ids), "detokenize": False, "n": request.count}
         if self._path == GENERATE_PATH and not request.others:  # the route accepts a single prompt
             try:
-                reply = self._calls.ask(GENERATE_PATH, {"request_id": request.name, "token_ids": list(request.ids),
+                reply = self._calls.ask(GENERATE_PATH,
+                                        {"request_id": request.name, "token_ids": list(request.ids),
                                                 "sampling_params": sampling, "model": self._model or None})
                 return check_answers(_parse_choices(reply, self.url), request.num_answers, self.url)
             except RequestRefused as e:
@@ -64,7 +63,6 @@ class VllmServer:
         return check_answers(self._request_completions(request, sampling), request.num_answers, self.url)
 
     def score(self, ids: Sequence[int]) -> list[float]:
-        """Compute log-probabilities of given tokens, see `TokenServer`."""
         if self._path == GENERATE_PATH:
             try:
                 reply = self._calls.ask(GENERATE_PATH, {
@@ -82,14 +80,14 @@ class VllmServer:
                     return [float(place[str(token)]["logprob"])
                             for place, token in zip(reply["prompt_logprobs"][1:], ids[1:], strict=True)]
         # completions echo the prompt followed by one new token
-        reply = self._calls.ask(COMPLETIONS_PATH, {"prompt": list(ids), "model": self._get_model_name(), "max_tokens": 1,
-                                              "temperature": 1.0, "echo": True, "logprobs": 0,
-                                              "request_id": uuid.uuid4().hex})
+        reply = self._calls.ask(COMPLETIONS_PATH,
+                                {"prompt": list(ids), "model": self._get_model_name(), "max_tokens": 1,
+                                 "temperature": 1.0, "echo": True, "logprobs": 0,
+                                 "request_id": uuid.uuid4().hex})
         with AnswerParsing(self.url):
             return [float(value) for value in reply["choices"][0]["logprobs"]["token_logprobs"][1:len(ids)]]
 
     def abort(self, requests: Sequence[TokenRequest]) -> None:
-        """Abort requests, see `TokenServer`."""
         # each route prefixes request ids; vLLM ignores unknown ids
         self._calls.tell("/abort_requests", {
             "request_ids": [name for request in requests for name in (
@@ -97,11 +95,9 @@ class VllmServer:
                 *(f"cmpl-{request.name}-{place}" for place in range(len(request.prompts))))]})
 
     def pause(self) -> None:
-        """Suspend running requests, see `TokenServer`."""
         self._calls.tell("/pause?mode=keep&clear_cache=false")
 
     def update(self, files: Sequence[str], version: int) -> None:
-        """Load files in the server, or receive their tensors, see `TokenServer`."""
         self._calls.tell("/init_weight_transfer_engine", {"init_info": {}})
         self._start_update()
         if self._send is None:
@@ -111,7 +107,6 @@ class VllmServer:
         self._calls.tell("/finish_weight_update", {"weight_version": str(version)})
 
     def resume(self) -> None:
-        """Continue with keys and values of the new weights, see `TokenServer`."""
         # without this reset, running requests would continue from keys and values of the old weights
         reply = self._calls.tell("/reset_prefix_cache?reset_running_requests=true")
         if isinstance(reply, Mapping) and reply.get("success") is False:
@@ -119,7 +114,6 @@ class VllmServer:
         self._calls.tell("/resume")
 
     def is_healthy(self) -> bool:
-        """Return whether the model is loaded and the engine's processes are alive."""
         return self._calls.is_there("/health")
 
     def _start_update(self) -> None:
@@ -140,7 +134,7 @@ class VllmServer:
             send(files, self.url, num_workers,
                  lambda group: self._calls.tell("/update_weights", {"update_info": {"group": dict(group)}}))
         except (RuntimeError, OSError) as e:
-            raise BadAnswer(f"{self.url}: the weights did not arrive ({first_line(e)})",
+            raise BadAnswer(f"{self.url}: the weights did not arrive ({first_error_line(e)})",
                             is_unavailable=True) from None
 
     def _request_completions(self, request: TokenRequest, sampling: Mapping[str, Any]) -> list[TokenAnswer]:
@@ -156,7 +150,6 @@ class VllmServer:
                                 str(choice["finish_reason"])) for choice in reply["choices"]]
 
     def _get_model_name(self) -> str:
-        """Return the name of the server's model."""
         if not self._model:
             reply = self._calls.look("/v1/models")
             with AnswerParsing(self.url):
@@ -181,7 +174,7 @@ def _parse_choice(choice: Mapping[str, Any]) -> TokenAnswer:
 
 
 def _decode_routes(encoded: str | None) -> np.ndarray | None:
-    """Decode a base64 .npy array without unpickling."""
+    """Decode a base64 `.npy` array with `allow_pickle=False`."""
     import numpy as np
 
     if encoded is None:

@@ -1,4 +1,4 @@
-"""Low-priority background processes that end with their parent."""
+"""Low-priority background processes, ended together with the parent process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTE
 
 
 def background_environment() -> dict[str, str]:
-    """Return this process's environment without rank and Slurm job variables, for one thread and no GPU."""
+    """Return the environment without rank and Slurm variables, with OMP_NUM_THREADS=1 and no GPU."""
     variables = {k: v for k, v in environment_outside_jobs().items() if k not in RANK_VARIABLES}
     return variables | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -57,17 +57,14 @@ class BackgroundProcess:
 
     @property
     def took_s(self) -> float:
-        """Seconds since the start."""
         return time.monotonic() - self.began_s
 
     @property
     def exit_code(self) -> int | None:
-        """Exit code, or None while running."""
         return self._process.poll()
 
     @property
     def last_words(self) -> str:
-        """Last line in the log, such as an error message."""
         lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[1:]
         return (lines[-1].removeprefix("error: ") if lines
                 else f"its process ended with {self._process.returncode}")

@@ -28,14 +28,17 @@ SAFE_VARIABLES = frozenset((
     "LANGUAGE", "LD_LIBRARY_PATH", "LD_PRELOAD", "VIRTUAL_ENV", "CONDA_PREFIX",
     "TOKENIZERS_PARALLELISM", "NLTK_DATA", "SSL_CERT_FILE", "SSL_CERT_DIR", "no_proxy", "NO_PROXY",
     "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TRANSFORMERS_CACHE"))
-"""Environment variables for processes that judge or run model outputs: technical variables, no API
-keys. A verifier
-cannot leak a key it never had."""
+"""Environment variables kept in processes for untrusted model outputs: no API keys."""
 SAFE_VARIABLE_PREFIXES = ("LC_", "PYTHON", "XDG_", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "CUDA_", "CUBLAS_",
-                           "TORCH_", "TRITON_", "COVERAGE_", "COV_CORE_")
+                          "TORCH_", "TRITON_", "COVERAGE_", "COV_CORE_")
 """Prefixes of further allowed variables."""
 FOREIGN_VARIABLES = ("HOME", "LOGNAME", "PATH", "SHELL", "TERM", "USER")
 """Variables passed to third-party programs."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Signals with the meaning "save and stop", forwarded to ranks. Slurm sends SIGUSR1 before the time limit."""
+MAX_MEMORY_BYTES = 4 << 30
+"""Default limit of address space."""
+_PR_SET_PDEATHSIG = 1
 
 
 def foreign_environment(more: Iterable[str] = ()) -> dict[str, str]:
@@ -50,7 +53,7 @@ def foreign_environment(more: Iterable[str] = ()) -> dict[str, str]:
 
 
 def remove_unsafe_variables(more: Iterable[str] = ()) -> None:
-    """Remove all variables from this process's environment except technical ones.
+    """Delete variables from `os.environ` except `SAFE_VARIABLES` and `SAFE_VARIABLE_PREFIXES`.
 
     Args:
         more: further variable names to keep, from the reward.
@@ -61,16 +64,8 @@ def remove_unsafe_variables(more: Iterable[str] = ()) -> None:
             del os.environ[name]
 
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""Signals that request a stop; the launcher forwards them to its ranks. Slurm sends SIGUSR1 before the time
-limit."""
-MAX_MEMORY_BYTES = 4 << 30
-"""Default limit of address space."""
-_PR_SET_PDEATHSIG = 1
-
-
 def die_with_parent(parent: int) -> None:
-    """Let Linux kill this process when its parent dies, so that a killed run leaves no processes."""
+    """Let Linux kill the process when the parent dies (PR_SET_PDEATHSIG)."""
     set_parent_death_signal()
     # if the parent died before prctl took effect, no signal comes
     if sys.platform == "linux" and os.getppid() != parent:
@@ -84,14 +79,14 @@ def set_parent_death_signal() -> None:
 
 
 def limit_memory(limit_bytes: int = MAX_MEMORY_BYTES) -> None:
-    """Limit this process's address space, unless the system's hard limit is lower; 0 sets no limit."""
+    """Limit the address space (RLIMIT_AS), unless the hard limit is lower; 0 sets no limit."""
     hard_bytes = resource.getrlimit(resource.RLIMIT_AS)[1]
     if limit_bytes and (hard_bytes == resource.RLIM_INFINITY or hard_bytes > limit_bytes):
         resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, hard_bytes))
 
 
 class Child:
-    """A process at the other end of a socket; ends at the latest when this object is garbage collected."""
+    """A child process connected by a socket; ended when the `Child` is garbage collected."""
 
     def __init__(self, channel: socket.socket, kill: Callable[[], None],
                  wait: Callable[[float | None], int | None], patience_s: float = 0.0) -> None:
@@ -108,7 +103,7 @@ class Child:
         self._end = weakref.finalize(self, _end_child, channel, kill, wait, patience_s, os.getpid())
 
     def exit_code(self, within_s: float) -> int | None:
-        """Return the exit code, or None if the process is still running after `within_s` seconds."""
+        """Return the exit code, or None after `within_s` seconds."""
         return self._wait(within_s)
 
     def end(self) -> None:
@@ -116,7 +111,7 @@ class Child:
 
 
 def _end_child(channel: socket.socket, kill: Callable[[], None], wait: Callable[[float | None], int | None],
-         patience_s: float, owner: int) -> None:
+               patience_s: float, owner: int) -> None:
     channel.close()
     if os.getpid() != owner:  # in a fork of the owner
         return
@@ -128,7 +123,7 @@ def _end_child(channel: socket.socket, kill: Callable[[], None], wait: Callable[
 
 def start_interpreter(command: Sequence[str], arguments: Sequence[str], variables: Mapping[str, str], *,
                       errors: IO[bytes] | int = subprocess.DEVNULL, patience_s: float = 0.0) -> Child:
-    """Start an interpreter with a socket as only connection; the socket's number is its first argument.
+    """Start an interpreter connected by a socket, whose file descriptor is the first argument.
 
     Args:
         command: interpreter and script.
@@ -193,11 +188,10 @@ def end_commands(commands: Sequence[subprocess.Popen[Any]], wait_s: float) -> No
 
 
 def run_command(argv: list[str], resume_hint: str) -> int:
-    """Run `python -m ARGV` and return its exit code, or STOPPED if this process received a stop signal.
+    """Run `python -m ARGV`; return the exit code, or `ExitCode.STOPPED` after a stop signal.
 
-    Stop signals are forwarded to the command, which saves its state; the command ends with this
-    process. After a
-    stop signal return STOPPED even if the command succeeded, so that no further command starts.
+    Stop signals are forwarded to the command, which saves its state; the command ends with this process.
+    After a stop signal return STOPPED even if the command succeeded, so that no further command starts.
 
     Args:
         argv: module and arguments.

@@ -24,9 +24,12 @@ Work = TypeVar("Work")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 QUEUED_PER_THREAD = 2
-"""Queued items per thread; small, so that little is read ahead."""
+"""Queued items per thread; small to limit read-ahead."""
 _POLL_S = 0.5
 """Interval between checks for a stop request."""
+WAITING_PER_WORKER = 4
+"""Queued items per worker; enough to keep workers busy."""
+LOST_WORKER = "a worker process was ended from outside (for want of memory?)"
 
 
 class StopSignal:
@@ -39,8 +42,7 @@ class StopSignal:
 
     @contextlib.contextmanager
     def stop_on_signals(self) -> Iterator[None]:
-        """Request a stop on SIGTERM, SIGINT or SIGUSR1 during the block; a repeated signal
-        ends the process."""
+        """Request a stop on `STOP_SIGNALS` during the block; a repeated signal ends the process."""
         handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         # keep signals ignored that nohup ignores
         handlers = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
@@ -74,13 +76,13 @@ class StopSignal:
         name = signal.Signals(number).name
         # not print: the signal may have interrupted a print
         with contextlib.suppress(OSError):
-            os.write(2, f"\nstopping after the work under way, which is saved; {name} again: leave now, the "
-                        "same command goes on from what is saved\n".encode())
-        self.ask(f"{name} came; the same command goes on")
+            os.write(2, f"\nstopping after the running work is saved; send {name} again to exit now. The "
+                        "same command resumes from the saved work\n".encode())
+        self.ask(f"received {name}; the same command resumes")
 
 
 def map_in_threads(do: Callable[[Work], Result], items: Iterable[Work], threads: int,
-               stop: StopSignal | None = None) -> Generator[Result, None, None]:
+                   stop: StopSignal | None = None) -> Generator[Result, None, None]:
     """Apply `do` to items in threads; yield results on completion.
 
     After the first failure or a stop request no item starts, running items finish and are yielded, then the
@@ -129,10 +131,7 @@ def _yield_finished(pending: set[Future[Result]], stop: StopSignal) -> Iterator[
 
 
 _work: Callable[[Any], Any]
-"""Function of this worker process, applied to each item."""
-WAITING_PER_WORKER = 4
-"""Queued items per worker, so that no worker waits for input."""
-LOST_WORKER = "a worker process was ended from outside (for want of memory?)"
+"""Function applied to items in the worker process, returned by `build`."""
 
 
 class WorkerLost(UserError):
@@ -147,8 +146,8 @@ class WorkerPool(Generic[Item, Result]):
         """Configure the pool without starting processes.
 
         Args:
-            build: module-level function; called once per process with `arguments`, returns the
-                function for items.
+            build: module-level function; called once per process with `arguments`, returns the function for
+                items.
             arguments: picklable values.
             workers: number of processes.
         """
@@ -206,12 +205,12 @@ class WorkerPool(Generic[Item, Result]):
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool:
-            raise WorkerLost(f"{LOST_WORKER}; run the same command again, with fewer --workers: what is done is kept"
-                             ) from None
+            raise WorkerLost(f"{LOST_WORKER}; run the same command again with fewer --workers: finished work "
+                             "is kept") from None
 
 
 def map_in_processes(build: Callable[..., Callable[[Item], Result]], arguments: tuple[Any, ...],
-                 items: Iterable[Item], workers: int) -> Generator[Result, None, None]:
+                     items: Iterable[Item], workers: int) -> Generator[Result, None, None]:
     """Yield the result for each item in order; see `WorkerPool`."""
     pool = WorkerPool(build, arguments, workers)
     try:
@@ -222,7 +221,7 @@ def map_in_processes(build: Callable[..., Callable[[Item], Result]], arguments: 
 
 @contextlib.contextmanager
 def _block_interrupts() -> Iterator[None]:
-    """Block SIGINT in processes started here: on Ctrl-C only this process reacts, and ends them."""
+    """Block SIGINT in workers started during the block: on Ctrl-C the main process ends the workers."""
     previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -239,7 +238,7 @@ def _start_worker(build: Callable[..., Callable[[Any], Any]], arguments: tuple[A
 
 
 def _end_with_parent() -> None:
-    """End this worker when its parent has died, so that a killed command leaves no waiting workers."""
+    """End the worker process when the parent process has died."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -19,7 +19,7 @@ class ProcessTotals:
     cpu_s: float = 0.0
     """CPU seconds, including ended children that were waited for."""
     memory_bytes: int = 0
-    """Resident memory beyond the pages that each fork shares with its server."""
+    """Resident memory without the pages shared with the fork server."""
     runnable: bool = False
     """Whether any process runs or waits for a CPU."""
 
@@ -35,7 +35,7 @@ class ProcessTree:
     def __init__(self, root_pid: int, *, forks: bool = False) -> None:
         self._root, self._forks = root_pid, forks
         self._proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # /proc may become hidden
-        # Subtract memory shared with the fork server, or counting it once per fork would exceed any limit.
+        # Subtract memory shared with the fork server instead of counting the pages once per fork.
         self._base_bytes = self._resident_bytes(root_pid) if forks else 0
 
     def follow_child(self) -> None:
@@ -47,7 +47,6 @@ class ProcessTree:
         os.close(self._proc)
 
     def totals(self) -> ProcessTotals:
-        """Return the totals over all current processes."""
         totals = ProcessTotals()
         queue = self._read_children(self._root)[0] if self._forks else [self._root]
         # a process reparented during the walk must not count twice
@@ -96,9 +95,8 @@ class ProcessTree:
             return False
 
     def _read_stat(self, path: str) -> list[str]:
-        """Return the fields of a `stat` file from the third on (state, ppid, ...); the name
-        before may contain
-        spaces and brackets."""
+        """Return the fields of a `stat` file from the third on (state, ppid, ...); the name before may
+        contain spaces and brackets."""
         return self._read_proc_file(path).rpartition(")")[2].split()
 
     def _resident_bytes(self, pid: int) -> int:
@@ -113,7 +111,7 @@ class ProcessTree:
 
 
 class WorkingTime:
-    """Wall time of a program without the time it waits for a CPU, so that limits hold on a busy machine.
+    """Wall time of a program minus waiting time for a CPU, for limits on busy machines.
 
     Args:
         totals: returns the current resource totals.
@@ -150,7 +148,7 @@ class WorkingTime:
         since_s, ran_s = now_s - self._looked_s, max(0.0, totals.cpu_s - self.cpu_s)
         # A late caller had no CPU itself, apart from its own work in between.
         late_s = since_s - self._every_s - (looker_s - self._looker_s)
-        if totals.runnable:  # count all time since the last look in which no process ran
+        if totals.runnable:  # count the time since the last look without running process
             late_s = since_s
         # at most the time in which the program did not run
         self.starved_s += max(0.0, min(late_s, since_s - ran_s))

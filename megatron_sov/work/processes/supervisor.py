@@ -1,10 +1,8 @@
-"""Run a command together with all its descendants, which end with this process.
+"""Run a command and end the command with all descendants when the calling process ends.
 
-A keeper process between the two adopts orphaned descendants (PR_SET_CHILD_SUBREAPER, prctl(2)),
-so neither process
-groups, sessions nor daemons escape. The keeper is a separate program because a fork of a trainer
-would retain the
-trainer's memory.
+A keeper process between the two adopts orphaned descendants (PR_SET_CHILD_SUBREAPER, prctl(2)), so neither
+process groups, sessions nor daemons escape. The keeper is a separate program because a fork of a trainer
+would retain the trainer's memory.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ _POLL_MS = 20
 
 
 class SupervisedCommand:
-    """A running command with its descendants; ends when this object is garbage collected."""
+    """A running command with descendants; ended when the `SupervisedCommand` is garbage collected."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], output: IO[Any]) -> None:
         """Start the command.
@@ -41,15 +39,15 @@ class SupervisedCommand:
             environment: its environment.
             output: file for standard output and error.
         """
-        until, wanted = os.pipe()  # the keeper ends the command when this pipe closes
-        self._wanted = os.fdopen(wanted, "wb", buffering=0)
+        read_end, write_end = os.pipe()  # the keeper ends the command when this pipe closes
+        self._wanted = os.fdopen(write_end, "wb", buffering=0)
         try:
             self._keeper = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(until), *command], stdin=subprocess.DEVNULL,
-                stdout=output, stderr=subprocess.STDOUT, env=environment, pass_fds=[until],
+                [sys.executable, "-m", __name__, str(read_end), *command], stdin=subprocess.DEVNULL,
+                stdout=output, stderr=subprocess.STDOUT, env=environment, pass_fds=[read_end],
                 start_new_session=True)
         finally:
-            os.close(until)
+            os.close(read_end)
 
     @property
     def is_alive(self) -> bool:
@@ -69,7 +67,7 @@ class SupervisedCommand:
 
 
 def kill_descendants() -> None:
-    """Kill all descendants: orphans of killed children become children of this process."""
+    """Kill all descendants; PR_SET_CHILD_SUBREAPER turns orphans into children."""
     while children := _list_children():
         for child in children:
             with contextlib.suppress(ProcessLookupError):
@@ -86,7 +84,7 @@ def _list_children() -> list[int]:
 
 
 def _supervise_command(until: int, command: Sequence[str]) -> int:
-    """Run a command until it ends or `until` is closed, then kill its descendants.
+    """Run a command until the exit or a message on `until`, then kill all descendants.
 
     Args:
         until: read end of a pipe that the owner writes to or closes.
@@ -96,11 +94,11 @@ def _supervise_command(until: int, command: Sequence[str]) -> int:
     """
     os.set_inheritable(until, False)
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    is_asked = False
+    is_terminating = False
 
     def ask(number: int, frame: Any) -> None:
-        nonlocal is_asked
-        is_asked = True
+        nonlocal is_terminating
+        is_terminating = True
         leader.terminate()
 
     try:
@@ -114,7 +112,7 @@ def _supervise_command(until: int, command: Sequence[str]) -> int:
         watched.register(fd, select.POLLIN)
     watched.poll()
     code = leader.poll()
-    if is_asked and code is not None:
+    if is_terminating and code is not None:
         # let children remove their shared memory
         watched = select.poll()
         watched.register(until, select.POLLIN)

@@ -1,8 +1,7 @@
-"""Worker processes that answer requests within a time limit and are replaced when they end.
+"""Worker processes for requests with a time limit; ended workers are replaced.
 
-Workers are forks of a server process that has imported the needed modules and nothing else:
-replacement is fast,
-and no thread of the caller's libraries is ever forked.
+Workers are forks of a server process that has imported the needed modules and nothing else: replacement is
+fast, and no thread of the caller's libraries is ever forked.
 """
 
 from __future__ import annotations
@@ -31,19 +30,16 @@ START_LIMIT_S = 120.0
 END_LIMIT_S = 60.0
 """Limit for the kernel to report a worker's exit code."""
 FAST_REQUEST_S, MAX_BATCH_REQUESTS = 0.01, 64
-"""Requests faster than `QUICK_S` are sent in batches of up to `MOST_AT_ONCE`, because a round trip
-takes longer than
-the work."""
+"""Requests faster than `FAST_REQUEST_S` are sent in batches of up to `MAX_BATCH_REQUESTS` to save round
+trips."""
 _PRELOADED: dict[str, None] = {}
 """Modules that the shared fork server imports, in order."""
 Key = TypeVar("Key")
 Answer = Callable[[Any, Callable[[], None]], Any]
-"""Answers a request: called with the request and a function that restarts its time limit; returns JSON."""
+"""Answers a request: called with the request and a function to restart the time limit; returns JSON."""
 
 
 class _WorkerProcess(Child):
-    """A worker process."""
-
     def __init__(self, make: Callable[..., Answer], arguments: tuple[object, ...],
                  may_start_processes: bool) -> None:
         ours, theirs = socket.socketpair()
@@ -98,7 +94,6 @@ class _WorkerProcess(Child):
         return key
 
     def is_late(self) -> bool:
-        """Return whether the time limit has passed without answer."""
         now_s = time.monotonic()
         if now_s >= self._time.look_at_s:
             self._time.look(now_s)
@@ -112,14 +107,12 @@ class _WorkerProcess(Child):
 
 @dataclass(frozen=True)
 class LostAnswer:
-    """Result of a request whose worker ended without answer."""
-
     exit_code: int | None
     """Exit code of the worker; None after a timeout."""
 
 
 class Workers:
-    """Worker processes that answer requests one by one; use `end` to stop them.
+    """Worker processes for requests; `answers` yields results, `end` stops the workers.
 
     They end with this process, and so do their children unless `may_start_processes`.
     """
@@ -131,9 +124,8 @@ class Workers:
 
         Args:
             name: purpose of the workers, for messages.
-            make: module-level function, called in each worker with `arguments`; returns the
-                `Answer` function. A
-                `UserError` from either ends the work.
+            make: module-level function, called in each worker with `arguments`; returns the `Answer`
+                function. A `UserError` from either ends the work.
             arguments: plain values.
             num: number of workers.
             modules: modules to import once in the fork server.
@@ -143,13 +135,13 @@ class Workers:
         self._name, self._make, self._arguments, self._num = name, make, arguments, num
         self._most_bytes, self._may_start_processes = most_bytes, may_start_processes
         self._workers: list[_WorkerProcess] = []
-        # All workers share a server: it imports modules known before its start; later ones are
-        # imported per fork.
+        # All workers share a server: it imports modules known before its start; later ones are imported per
+        # fork.
         _PRELOADED.update(dict.fromkeys([__name__, make.__module__, *modules]))
         multiprocessing.get_context("forkserver").set_forkserver_preload([*_PRELOADED])
 
     def answers(self, waiting: deque[tuple[Key, Any]], limit_s: float) -> Iterator[tuple[Key, Any]]:
-        """Yield (key, answer) on completion; an answer may be `Lost`.
+        """Yield (key, answer) on completion; an answer may be `LostAnswer`.
 
         Args:
             waiting: queue of (key, request); the caller may append until all are answered.
@@ -178,8 +170,8 @@ class Workers:
                 self._stop_worker(worker)
 
     def _send_requests(self, waiting: deque[tuple[Key, Any]], limit_s: float) -> None:
-        wanted = len(waiting) + sum(bool(worker.given) for worker in self._workers)
-        while len(self._workers) < min(self._num, wanted):
+        num_needed = len(waiting) + sum(bool(worker.given) for worker in self._workers)
+        while len(self._workers) < min(self._num, num_needed):
             self._workers.append(_WorkerProcess(self._make, self._arguments, self._may_start_processes))
         for worker in self._workers:
             if waiting and worker.is_ready and not worker.given:
@@ -187,7 +179,7 @@ class Workers:
                 worker.give([waiting.popleft() for _ in range(count)], limit_s)
 
     def _receive_answers(self, worker: _WorkerProcess, has_sent: bool) -> list[Any]:
-        """Return a worker's answer as [answer], or [] if it continues."""
+        """Return [answer] from a worker with a message or a timeout, or []."""
         code: int | None = None
         try:
             if has_sent:
@@ -226,14 +218,11 @@ class Workers:
 
 
 def _run_worker(channel: socket.socket, make: Callable[..., Answer], arguments: tuple[object, ...]) -> None:
-    """Serve until the fork server ends, which ends with the command; ignore Ctrl-C, because the
-    command ends its
-    workers itself."""
+    """Serve requests until the fork server ends; ignore Ctrl-C, because the main process ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     set_parent_death_signal()
-    # The fork server ends when nobody holds this pipe open. A worker that inherits the pipe would
-    # keep both alive
-    # after the command is killed.
+    # The fork server ends when nobody holds this pipe open. A worker that inherits the pipe would keep both
+    # alive after the command is killed.
     shared: Any = forkserver._forkserver
     if shared._forkserver_alive_fd is not None:
         os.close(shared._forkserver_alive_fd)
@@ -241,7 +230,8 @@ def _run_worker(channel: socket.socket, make: Callable[..., Answer], arguments: 
     serve_requests(channel, make, arguments)
 
 
-def serve_requests(channel: socket.socket, make: Callable[..., Answer], arguments: tuple[object, ...]) -> None:
+def serve_requests(channel: socket.socket, make: Callable[..., Answer],
+                   arguments: tuple[object, ...]) -> None:
     """Answer requests until the other side closes the channel."""
     with contextlib.suppress(EOFError, ConnectionError):
         try:
@@ -249,7 +239,8 @@ def serve_requests(channel: socket.socket, make: Callable[..., Answer], argument
             send_message(channel, ("ready", ""))
             while True:
                 for request in receive_message(channel):
-                    # answer one by one: if the process dies, the first unanswered request is the cause
-                    send_message(channel, ("answer", answer(request, lambda: send_message(channel, ("again", "")))))
+                    # separate answers: if the process dies, the first unanswered request is the cause
+                    send_message(channel,
+                                 ("answer", answer(request, lambda: send_message(channel, ("again", "")))))
         except UserError as e:
             send_message(channel, ("problem", str(e)))

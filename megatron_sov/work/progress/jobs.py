@@ -24,7 +24,7 @@ class Job(Generic[Work]):
     >>> output = Path("doubled.txt")
     >>> run_job(Job(made_by="a script", output=output, identity={"factor": 2}, items=[1, 2, 3],
     ...             do=lambda items: ((n, f"{2 * item}\\n".encode()) for n, item in items),
-    ...             sink=lambda journal: journal.write_to(output)))
+    ...             sink=lambda journal: journal.write_payloads(output)))
     >>> output.read_text().split()
     ['2', '4', '6']
     """
@@ -33,17 +33,17 @@ class Job(Generic[Work]):
     """The command line, for messages."""
     output: Path
     identity: Mapping[str, Any]
-    """JSON values that the records depend on; a journal of other values is refused."""
+    """JSON values that determine the records; a journal with different values is refused."""
     items: Iterable[Work]
     """Items in order."""
     do: Executor[Work]
-    """Computes records from items: `here`, `in_workers` or a custom executor."""
+    """Computes records from items: `local_executor`, `worker_executor` or a custom executor."""
     sink: Callable[[Journal], None]
     """Writes the output from all records."""
     known: Callable[[Work, bytes], object] = lambda item, record: None
     """Called with each item and record from an earlier command."""
     done: Callable[[Work], object] = lambda item: None
-    """Called with each completed item, from this or an earlier command."""
+    """Called with each completed item, including items from earlier commands."""
 
 
 def run_job(job: Job[Work], *, redo: bool = False) -> None:
@@ -53,7 +53,7 @@ def run_job(job: Job[Work], *, redo: bool = False) -> None:
         UserError: another process holds the journal, or it belongs to another command.
     """
     with open_journal(job.output, job.made_by, job.identity, redo=redo) as journal:
-        # Records are in item order, so a single pass over the items reads them all.
+        # Records are in item order: a single pass over the items reads the whole journal.
         old_records = journal.records()
         pending: deque[Work] = deque()
 
@@ -75,11 +75,11 @@ def run_job(job: Job[Work], *, redo: bool = False) -> None:
 
 
 def run_share(job: Job[Work], share: int, num_shares: int) -> None:
-    """Execute every `num_shares`-th unfinished item, in parallel with other processes on any machine.
+    """Execute every `num_shares`-th unfinished item; other processes run the remaining shares.
 
     The process that began the journal builds the output with `run_job`.
     """
-    # one file per partition, so that item numbers in a file ascend
+    # a file per partition, with ascending item numbers
     journal = Journal(work_folder(job.output), f"{share}-of-{num_shares}")
     share_items = ((number, item) for number, item in enumerate(job.items)
                    if number % num_shares == share and number not in journal.done)
@@ -91,7 +91,7 @@ def run_share(job: Job[Work], share: int, num_shares: int) -> None:
 
 
 def local_executor(do: Callable[[Work], bytes]) -> Executor[Work]:
-    """Return an executor that runs items one by one in this process."""
+    """Return an executor for the current process."""
     def execute(items: Numbered[Work]) -> Iterator[tuple[int, bytes]]:
         for number, item in items:
             yield number, do(item)
@@ -101,7 +101,7 @@ def local_executor(do: Callable[[Work], bytes]) -> Executor[Work]:
 
 def worker_executor(build: Callable[..., Callable[[Work], bytes]], arguments: tuple[Any, ...], workers: int
                ) -> Executor[Work]:
-    """Return an executor that runs items in local processes, see `pool.WorkerPool`."""
+    """Return an executor with local worker processes, see `pool.WorkerPool`."""
     def execute(items: Numbered[Work]) -> Iterator[tuple[int, bytes]]:
         numbers: deque[int] = deque()
 

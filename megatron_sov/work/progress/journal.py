@@ -21,36 +21,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_sov.base.artifacts import atomic_write, delete_folder, disk_errors, new_file, to_json
+from megatron_sov.base.artifacts import (
+    create_file, delete_folder, format_json, translate_disk_errors, write_atomically)
 from megatron_sov.base.documents.rows import changed_values
-from megatron_sov.base.errors import UserError, list_problems
+from megatron_sov.base.errors import UserError, format_problems
 from megatron_sov.work.progress.locks import LOCK, lock_folder
-
-
-def work_folder(output: Path) -> Path:
-    """Return `.OUTPUT.work`, which holds completed work until the output exists."""
-    return output.with_name(f".{output.name}.work")
-
-
-def slurm_folder(output: Path) -> Path:
-    """Return `.OUTPUT.slurm`, the folder for Slurm logs, which remains after the work."""
-    return output.with_name(f".{output.name}.slurm")
-
-
-def delete_work(output: Path) -> None:
-    """Delete the work folder of a finished output: rename it first, so that a killed process
-    leaves no partial
-    work that a later command would trust."""
-    # `new_artifact` deletes folders with this name after a kill
-    delete_folder(work_folder(output), output.with_name(f".{output.name}.tmp-{os.getpid()}"))
-
 
 JOB, RECORDS = "job.json", "records"
 PARTS = "[0-9a-f][0-9a-f]/*"
 """Pattern of part folders, which are named by a hash."""
 FORMAT_VERSION = 1
 REDO = "--redo"
-"""Option that discards unfinished work of another command."""
+"""Option for discarding unfinished work with a different identity."""
 SYNC_EVERY_S = 1.0
 MAX_DIFFERENCES = 20
 """Maximum number of differences in an error message."""
@@ -82,24 +64,24 @@ class Journal:
         self.folder = folder
         self.done: set[Item] = set()
         """Items that have a record."""
-        own_file = folder / (f"{RECORDS}-{writer}" if writer else RECORDS)
+        writer_file = folder / (f"{RECORDS}-{writer}" if writer else RECORDS)
         size_bytes = 0
         for file in _record_files(folder):
             for item, _, end in _iter_records(file):
                 self.done.add(item)
-                size_bytes = end if file == own_file else size_bytes
+                size_bytes = end if file == writer_file else size_bytes
         # Truncate an incomplete last record, or readers could not reach later records.
-        self._file = open(own_file, "ab")  # noqa: SIM115  (closed by `close`)
+        self._file = open(writer_file, "ab")  # noqa: SIM115  (closed by `close`)
         self._file.truncate(size_bytes)
         self._synced_s = time.monotonic()
 
     def add(self, records: Iterable[tuple[Item, bytes]]) -> None:
-        """Append records. A killed process loses none; a power failure may lose those of the last second.
+        """Append records. A killed process loses no records, a power failure up to `SYNC_EVERY_S`.
 
         Raises:
             UserError: the disk is full or not writable.
         """
-        with disk_errors(self.folder):
+        with translate_disk_errors(self.folder):
             for item, payload in records:
                 # length and checksum reveal an incomplete record regardless of its content
                 header = json.dumps([item, len(payload), zlib.crc32(payload)])
@@ -107,7 +89,7 @@ class Journal:
                 self.done.add(item)
             # flush protects against a kill; fsync once a second against power failures
             self._file.flush()
-            if time.monotonic() - self._synced_s >= SYNC_EVERY_S:  # fsync costs as much as many records
+            if time.monotonic() - self._synced_s >= SYNC_EVERY_S:  # fsync is slow
                 os.fsync(self._file.fileno())
                 self._synced_s = time.monotonic()
 
@@ -117,22 +99,38 @@ class Journal:
             yield item, payload
 
     def write_payloads(self, file: Path) -> None:
-        """Write all payloads in sequence to a file, which appears when complete."""
-        with new_file(file) as temporary, open(temporary, "wb") as f:
+        """Write the payloads in sequence to a new file, created atomically."""
+        with create_file(file) as temporary, open(temporary, "wb") as f:
             for _, payload in self.records():
                 f.write(payload)
 
     def close(self) -> None:
-        """Sync and close the file."""
         with contextlib.suppress(OSError):  # `add` already reported a full disk
             os.fsync(self._file.fileno())
             self._file.close()
 
 
+def work_folder(output: Path) -> Path:
+    """Return `.OUTPUT.work`, which holds completed work until the output exists."""
+    return output.with_name(f".{output.name}.work")
+
+
+def slurm_folder(output: Path) -> Path:
+    """Return `.OUTPUT.slurm`, the folder for Slurm logs, which remains after the work."""
+    return output.with_name(f".{output.name}.slurm")
+
+
+def delete_work(output: Path) -> None:
+    """Rename and delete the work folder of a finished output; a kill leaves no partial work under the old
+    name."""
+    # `new_artifact` deletes folders with this name after a kill
+    delete_folder(work_folder(output), output.with_name(f".{output.name}.tmp-{os.getpid()}"))
+
+
 @contextlib.contextmanager
 def open_journal(output: Path, made_by: str, identity: Mapping[str, Any], *, redo: bool = False
                  ) -> Iterator[Journal]:
-    """Open an output's journal as a context; delete it at the end unless an exception escapes.
+    """Open an output's journal as a context; a successful end deletes the journal.
 
     Args:
         output: path of the output.
@@ -154,27 +152,28 @@ def open_journal(output: Path, made_by: str, identity: Mapping[str, Any], *, red
 
 
 def begin_journal(output: Path, made_by: str, identity: Mapping[str, Any], *, redo: bool = False) -> None:
-    """Create an output's journal for jobs that compute shares; see `open_journal` for
-    arguments and errors."""
+    """Create an output's journal for jobs that compute shares; see `open_journal` for arguments and
+    errors."""
     with lock_work_folder(output, made_by, identity, redo):
         return
 
 
 @contextlib.contextmanager
-def lock_work_folder(output: Path, made_by: str, identity: Mapping[str, Any], redo: bool = False) -> Iterator[None]:
+def lock_work_folder(output: Path, made_by: str, identity: Mapping[str, Any],
+                     redo: bool = False) -> Iterator[None]:
     """Lock an output's work folder and write or check its `job.json`; see `open_journal`.
 
     If an exception escapes and the folder contains no records, delete it.
     """
     folder = work_folder(output)
-    current = json.loads(to_json(dict(identity)))  # JSON turns tuples into lists, as in the file
+    current = json.loads(format_json(dict(identity)))  # JSON turns tuples into lists, as in the file
     with lock_folder(folder, output):
         _, recorded = _read_job_file(folder)
         # records of different settings must not mix
         if recorded != current and not redo and (changed := _find_differences(folder, recorded, current)):
-            raise UserError(list_problems(
+            raise UserError(format_problems(
                 f"{output}: {folder} holds unfinished work of another command", changed,
-                f"ask for the same to go on, begin anew ({REDO}, or megatron-sov inspect "
+                f"repeat the same command to resume, discard the work ({REDO}, or megatron-sov inspect "
                 f"{shlex.quote(str(output))} --clear), or name another output"))
         try:
             if recorded != current:
@@ -187,7 +186,7 @@ def lock_work_folder(output: Path, made_by: str, identity: Mapping[str, Any], re
 
 
 def _read_job_file(folder: Path) -> tuple[str, dict[str, Any] | None]:
-    """Return command and identity from `job.json`, or None as identity if it is missing or damaged."""
+    """Return command and identity from `job.json`; the identity is None for a missing or damaged file."""
     try:
         content = json.loads((folder / JOB).read_bytes())
         return str(content["made_by"]), dict(content["identity"])
@@ -199,19 +198,21 @@ def _find_differences(folder: Path, recorded: dict[str, Any] | None, current: di
     """Return differences between recorded and requested identity, or [] without recorded work."""
     if recorded is not None:
         return describe_differences(recorded, current) if _has_work(folder) else []
-    others = sorted({file.name for file in folder.iterdir()} - {JOB, LOCK})
-    return [f"it contains {others[0]!r} but no readable {JOB}, so its command is unknown"] if others else []
+    file_names = sorted({file.name for file in folder.iterdir()} - {JOB, LOCK})
+    if not file_names:
+        return []
+    return [f"it contains {file_names[0]!r} but no readable {JOB}, so its command is unknown"]
 
 
 def _write_job_file(folder: Path, made_by: str, identity: dict[str, Any]) -> None:
-    with disk_errors(folder):
+    with translate_disk_errors(folder):
         _empty_folder(folder)
-        atomic_write(folder / JOB, to_json({"format_version": FORMAT_VERSION, "made_by": made_by,
+        write_atomically(folder / JOB, format_json({"format_version": FORMAT_VERSION, "made_by": made_by,
                                             "identity": identity}))
 
 
 def _empty_folder(folder: Path) -> None:
-    """Delete a folder's content, `JOB` last, so that `JOB` still describes the rest after a kill."""
+    """Delete a folder's content, `JOB` last: after a kill `JOB` still describes the rest."""
     for file in sorted(folder.iterdir(), key=lambda file: file.name == JOB):
         if file.is_file():
             file.unlink()
@@ -225,15 +226,14 @@ def _delete_folder(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def list_done_items(output: Path, identity: Mapping[str, Any]) -> set[Item]:
+def list_finished_items(output: Path, identity: Mapping[str, Any]) -> set[Item]:
     """Return the items with records for this identity; read-only."""
     folder = work_folder(output)
     _, recorded = _read_job_file(folder)
-    return list_recorded_items(folder) if recorded == json.loads(to_json(dict(identity))) else set()
+    return list_recorded_items(folder) if recorded == json.loads(format_json(dict(identity))) else set()
 
 
 def list_recorded_items(folder: Path) -> set[Item]:
-    """Return the items in a journal, even while writers append."""
     return {item for file in _record_files(folder) for item, _, _ in _iter_records(file)}
 
 
@@ -272,7 +272,7 @@ def read_job(folder: Path) -> dict[str, Any]:
 
 
 def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Describe each value that differs between two identities, up to `MAX_DIFFERENCES`."""
+    """Describe the differences between two identities, up to `MAX_DIFFERENCES`."""
     lines = [f"{name} was {old}, and is {new}" for name, old, new in changed_values(before, now)]
     more = len(lines) - MAX_DIFFERENCES
     return [*lines[:MAX_DIFFERENCES], f"and {more:,} more"] if more > 0 else lines
@@ -284,9 +284,9 @@ def _record_files(folder: Path) -> list[Path]:
 
 def _has_work(folder: Path) -> bool:
     """Return whether a folder contains records, parts, job files or nested work."""
-    known_files = {JOB, LOCK, *(file.name for file in _record_files(folder))}
+    journal_files = {JOB, LOCK, *(file.name for file in _record_files(folder))}
     return (any(next(_iter_records(file), None) is not None for file in _record_files(folder))
-            or any(file.is_file() and file.name not in known_files for file in folder.iterdir())
+            or any(file.is_file() and file.name not in journal_files for file in folder.iterdir())
             or any(folder.glob(PARTS)) or any(map(_has_work, folder.glob(".*.work"))))
 
 

@@ -1,14 +1,13 @@
-"""Folder locks, leased claims on work items, and identification of the process behind a record.
+"""Folder locks, leased claims on work items, and process identities in lock files.
 
 Folder locks are kernel locks: visible in other containers and on most network file systems, released when the
 process ends.
 
-Claims are files: the n-th holder of a claim is the process that created file n exclusively, on
-any file system.
-The holder increments a counter in its file as a heartbeat; other processes watch it by their own clocks, so
-clocks of machines are never compared. If the holder's process can be looked up and has ended, the claim
-is free at
-once. A claim only avoids duplicate work: if two jobs compute the same part, the table keeps the first.
+Claims are files: the n-th holder of a claim is the process that created file n exclusively, on any file
+system. The holder increments a counter in its file as a heartbeat; other processes watch it by their own
+clocks, so clocks of machines are never compared. If the holder's process can be looked up and has ended, the
+claim is free at once. A claim only avoids duplicate work: if two jobs compute the same part, the table keeps
+the first.
 
     CLAIMS/NAME/1.json                    first holder; the highest number is current
 """
@@ -29,20 +28,26 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.artifacts import atomic_write, disk_errors, holds
+from megatron_sov.base.artifacts import translate_disk_errors, try_lock, write_atomically
 from megatron_sov.base.errors import UserError, warn
 
 CLOCK_TOLERANCE_S = 5.0
 """Tolerance between two readings of a process's start time, for clock corrections in between."""
+POLL_S = 5.0
+"""Interval between attempts to find available work."""
+RENEWALS = 4
+"""Heartbeats per lease; late heartbeats do not lose the claim."""
+LOCK = ".lock"
+"""File locked in place of the folder on file systems that only lock files."""
 
 
 def process_identity() -> dict[str, Any]:
-    """Return host, process_table (namespace of the pid), pid and started_s, which identify this process."""
+    """Return the identity of the current process: host, process_table (pid namespace), pid, started_s."""
     return {"host": socket.gethostname(), "process_table": process_table(), **_own_process(os.getpid())}
 
 
 def has_ended(record: Mapping[str, Any]) -> bool | None:
-    """Return whether a process has ended, or None if another machine or container runs it.
+    """Return whether a process has ended; None for processes on other machines and in other containers.
 
     Args:
         record: `identity()` of the process, possibly from an untrusted file.
@@ -50,9 +55,9 @@ def has_ended(record: Mapping[str, Any]) -> bool | None:
     import psutil
 
     pid, started_s = record.get("pid"), record.get("started_s")
-    here = (socket.gethostname(), process_table())
+    own_place = (socket.gethostname(), process_table())
     # a pid is only meaningful in its own process table
-    if (record.get("host"), record.get("process_table")) != here or not isinstance(pid, int) \
+    if (record.get("host"), record.get("process_table")) != own_place or not isinstance(pid, int) \
             or not isinstance(started_s, float):
         return None
     try:
@@ -66,7 +71,7 @@ def has_ended(record: Mapping[str, Any]) -> bool | None:
 
 @cache
 def process_table() -> str:
-    """Return kernel boot id and pid namespace, which separate containers; empty if the kernel hides them."""
+    """Return boot id and pid namespace, distinct per container; "" if /proc is not readable."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -82,24 +87,15 @@ def _own_process(pid: int) -> dict[str, Any]:
     return {"pid": pid, "started_s": psutil.Process(pid).create_time()}
 
 
-POLL_S = 5.0
-"""Interval between attempts to find available work."""
-RENEWALS = 4
-"""Heartbeats per lease, so that some may be late."""
-
-
 @dataclass(frozen=True)
 class Holder:
     """Last holder of a claim, read from its file."""
 
     name: str
-    """Name of the claimed item."""
     host: str
     """Machine; empty if unknown."""
     pid: int
-    """Process id on that machine."""
     slurm_job: str
-    """Slurm job id; empty outside Slurm."""
     is_released: bool
     """Whether the holder released the claim."""
     changed_s: float
@@ -121,18 +117,18 @@ class IdleTimeout:
             most_s: limit in seconds.
             watches: wait beyond the limit, because a claim may belong to a dead job.
         """
-        left_s = most_s - self.waited_s
-        if left_s <= 0 and not watches:
+        remaining_s = most_s - self.waited_s
+        if remaining_s <= 0 and not watches:
             return False
-        pause_s = min(POLL_S, left_s) if left_s > 0 else POLL_S
+        pause_s = min(POLL_S, remaining_s) if remaining_s > 0 else POLL_S
         self.sleep(pause_s)
         self.waited_s += pause_s
         return True
 
 
 class Claims:
-    """Claims in a folder, as seen by one job. Call `take` repeatedly: an expired lease shows
-    only over time."""
+    """A job's view on the claims in a folder. Call `take` repeatedly: an expired lease shows only over
+    time."""
 
     def __init__(self, folder: Path, lease_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         """Args:
@@ -145,16 +141,15 @@ class Claims:
         self._watched: set[str] = set()
 
     def take(self, name: str) -> Claim | None:
-        """Claim an item; return None if another job holds it.
+        """Claim an item; return None for items of living jobs.
 
-        A claim without heartbeat for a whole lease since this job's first look is taken over, as is
-        a claim whose
-        process has ended on this machine.
+        A claim without heartbeat for a whole lease since this job's first look is taken over, as is a claim
+        whose process has ended on this machine.
 
         Raises:
             UserError: the folder is not writable.
         """
-        with disk_errors(self._folder):
+        with translate_disk_errors(self._folder):
             (self._folder / name).mkdir(parents=True, exist_ok=True)
             try:
                 # Exclusive creation of file n + 1 (O_EXCL) is the whole protocol; no lock is needed.
@@ -169,13 +164,13 @@ class Claims:
             return Claim(self._folder, name, number + 1, self._lease_s)
 
     def may_be_dead(self, name: str) -> bool:
-        """Return whether a refused claim has shown no heartbeat yet: its holder may be dead,
-        so keep watching."""
+        """Return whether a refused claim has shown no heartbeat yet: the holder may be dead, keep
+        watching."""
         return name in self._watched
 
     def _is_available(self, name: str, number: int) -> bool:
-        """Return whether a claim's last holder released it, has ended, or missed a whole
-        lease of heartbeats."""
+        """Return whether a claim's last holder released it, has ended, or missed a whole lease of
+        heartbeats."""
         try:
             content = _claim_file(self._folder, name, number).read_bytes()
         except FileNotFoundError:
@@ -183,10 +178,10 @@ class Claims:
         record = _read_claim(content)
         if record.get("is_released") or has_ended(record):
             return True
-        # the time since this job first saw this content, by its own clock
-        seen_number, seen, since_s = self._seen.get(name, (0, b"", 0.0))
+        # time of the first look at the unchanged content, by the local clock
+        seen_number, seen_content, since_s = self._seen.get(name, (0, b"", 0.0))
         # a heartbeat or the first look restarts the lease
-        if (seen_number, seen) != (number, content):
+        if (seen_number, seen_content) != (number, content):
             (self._watched.discard if seen_number else self._watched.add)(name)
             self._seen[name] = (number, content, self._clock())
             return False
@@ -194,8 +189,6 @@ class Claims:
 
 
 class Claim:
-    """A claim of this job, from `Claims.take`."""
-
     def __init__(self, folder: Path, name: str, number: int, lease_s: float) -> None:
         self.name = name
         self._folder, self._number, self._lease_s = folder, number, lease_s
@@ -245,16 +238,17 @@ class Claim:
         file = _claim_file(self._folder, self.name, self._number)
         next_file = _claim_file(self._folder, self.name, self._number + 1)
         with self._lock:
-            # if file n + 1 exists, another job took over; rewriting file n would change nothing
+            # if file n + 1 exists, the claim is lost; rewriting file n would not help
             if self._is_over or not file.exists() or next_file.exists():
                 self._is_over = True
                 return False
             self._beat += 1
             self._is_over = is_released
-            record = {**process_identity(), "beat": self._beat, "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
+            record = {**process_identity(), "beat": self._beat,
+                      "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
                       "is_released": is_released}
             try:
-                atomic_write(file, json.dumps(record))
+                write_atomically(file, json.dumps(record))
             except FileNotFoundError:  # deleted: the claimed item is done
                 self._is_over = True
             return not self._is_over
@@ -294,10 +288,6 @@ def _read_claim(content: bytes) -> dict[str, Any]:
     return told if isinstance(told, dict) else {}
 
 
-LOCK = ".lock"
-"""File locked in place of the folder on file systems that only lock files."""
-
-
 @contextlib.contextmanager
 def lock_folder(folder: Path, label: str | Path) -> Iterator[None]:
     """Create a folder if missing and lock it during the block.
@@ -318,7 +308,7 @@ def lock_folder(folder: Path, label: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def try_lock_folder(folder: Path) -> Iterator[bool]:
-    """Lock a folder that exists only while locked; yield whether this block holds the lock.
+    """Lock a folder that exists only while locked; yield whether the lock succeeded.
 
     Raises:
         UserError: the folder cannot be created.
@@ -333,7 +323,7 @@ def try_lock_folder(folder: Path) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def _attempt_lock(folder: Path) -> Iterator[bool]:
-    with disk_errors(folder):
+    with translate_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         # closing the files releases the lock, also after an exception
@@ -345,13 +335,13 @@ def _lock_until_close(folder: Path, stack: contextlib.ExitStack) -> bool:
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         stack.callback(os.close, fd)
-        # lock the folder itself, so that outputs contain no lock file
-        is_ours = holds(fd)
+        # lock the folder itself to keep outputs free of lock files
+        is_ours = try_lock(fd)
         if is_ours is None:  # NFS only locks files open for writing
             lock = os.open(folder / LOCK, os.O_WRONLY | os.O_CREAT, 0o666)
             stack.callback(os.close, lock)
-            is_ours = holds(lock)
-        # a holder may just have deleted the folder, and another process created it again
+            is_ours = try_lock(lock)
+        # the folder may have been deleted and created again meanwhile
         return is_ours is not False and os.path.samestat(os.stat(folder), os.fstat(fd))
     except FileNotFoundError:
         return False

@@ -1,6 +1,5 @@
-"""Progress bars for training (a bar on a terminal, occasional lines in a log file) and for work
-with equal parts
-(terminal only).
+"""Progress bars for training (a bar on a terminal, occasional lines in a log file) and for work with equal
+parts (terminal only).
 """
 
 from __future__ import annotations
@@ -13,11 +12,13 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 SHOWN_AFTER_S = 2.0
-"""Work shorter than this shows no bar."""
+"""Delay in seconds before a bar appears."""
+LINE_EVERY_S = 10.0
+"""Minimum seconds between lines in a log file, since steps may take milliseconds."""
 
 
 def create_bar(title: str, total: int, unit: str, visible: bool = True) -> tqdm[Never]:
-    """Return a bar for use as a context; `update(n)` advances it by n parts.
+    """Create a `tqdm` bar for use in a with statement; `update(n)` advances by n parts.
 
     Args:
         title: one word for the activity.
@@ -30,10 +31,6 @@ def create_bar(title: str, total: int, unit: str, visible: bool = True) -> tqdm[
     # disable=None: tqdm appears on a terminal only
     return tqdm(total=total, desc=title, unit=unit, unit_scale=True, delay=SHOWN_AFTER_S,
                 disable=None if visible else True)
-
-
-LINE_EVERY_S = 10.0
-"""Minimum seconds between lines in a log file, since steps may take milliseconds."""
 
 
 class ProgressBar:
@@ -59,7 +56,7 @@ class ProgressBar:
                              dynamic_ncols=True, file=self._stream)
 
     def update(self, step: int, metrics_text: str, tokens_per_s: float) -> None:
-        """Display step `step` with its metrics text and the tokens per second of all ranks."""
+        """Display `step` with `metrics_text` and the total tokens per second."""
         if self._bar is not None:
             self._bar.set_postfix_str(f"{metrics_text}, {tokens_per_s:,.0f} tokens/s", refresh=False)
             self._bar.update(step - self._bar.n)
@@ -67,7 +64,7 @@ class ProgressBar:
         from tqdm import tqdm
 
         now_s = time.monotonic()
-        # Average over this process's steps only: steps before a resume ran at another time.
+        # Average over steps since the start of the process: steps before a resume ran earlier.
         num_steps = step - self._first_step
         step_s = (now_s - self._start_s) / num_steps if num_steps > 0 else 0.0
         remaining_s = step_s * (self._total_steps - step)

@@ -1,8 +1,7 @@
-"""Outputs built from parts, so that a killed command resumes without repeating finished parts.
+"""Outputs built from parts: a killed command resumes without repeating finished parts.
 
-Parts are folders named by a hash of everything they depend on: the same command, or a command with
-more input or
-other settings, reuses matching parts and builds the rest.
+Parts are folders named by a hash of everything they depend on: the same command, or a command with more input
+or other settings, reuses matching parts and builds the rest.
 
 An artifact built file by file has a journal in its work folder with size and hash of each synced file, and a
 folder `content/` that becomes the output by renaming.
@@ -19,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.artifacts import (
-    ArtifactWriter, FileRecord, clear_leftovers, disk_errors, new_folder, publish, refuse_existing)
-from megatron_sov.base.outputs import behind_links
+    ArtifactWriter, FileRecord, check_output_folder, clear_leftovers, create_folder, publish_folder,
+    translate_disk_errors)
+from megatron_sov.base.outputs import resolve_link
 from megatron_sov.version import __version__
 from megatron_sov.work.progress.journal import (
     Journal, begin_journal, delete_work, lock_work_folder, open_journal, work_folder)
@@ -76,21 +76,21 @@ def resumable_artifact(path: Path, kind: str, made_by: str, plan: dict[str, Any]
         UserError: `path` exists and may not be replaced, another process is building it, its files belong to
             another plan, or the disk is not writable.
     """
-    path = behind_links(path)
-    with disk_errors(path):
+    path = resolve_link(path)
+    with translate_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(path)
-        refuse_existing(path, kind, overwrite)
-        # another version may write other bytes for the same plan
+        check_output_folder(path, kind, overwrite)
+        # different versions may write different bytes for the same plan
         identity = {"kind": kind, "version": __version__, **plan}
         with open_journal(path, made_by, identity, redo=redo) as journal:
             content = journal.folder / CONTENT
             content.mkdir(exist_ok=True)
             artifact = ResumableArtifact(ArtifactWriter(content, kind), journal)
             yield artifact
-            artifact.writer.known_files |= artifact.finished
+            artifact.writer.hashed_files |= artifact.finished
             artifact.writer.complete()
-            publish(content, path)
+            publish_folder(content, path)
 
 
 def part_folder(work: Path, key: str) -> Path:
@@ -99,7 +99,7 @@ def part_folder(work: Path, key: str) -> Path:
 
 
 def build_part(work: Path, key: str, marker: str, build: Callable[[Path], object]) -> tuple[Path, bool]:
-    """Return a part's folder, and whether this call built it.
+    """Return a part's folder, and whether the call built the part.
 
     Args:
         work: folder of all parts.
@@ -111,7 +111,7 @@ def build_part(work: Path, key: str, marker: str, build: Callable[[Path], object
     if (folder / marker).is_file():
         return folder, False
     # if two jobs build the same part, the first stays: equal keys give equal parts
-    with new_folder(folder, first_stays=True) as temporary:
+    with create_folder(folder, first_stays=True) as temporary:
         build(temporary)
     return folder, True
 
@@ -125,8 +125,8 @@ def open_parts(output: Path, made_by: str) -> Iterator[Path]:
         made_by: command line, for messages.
 
     Raises:
-        UserError: another process holds the folder, it belongs to another command, or the disk
-            is not writable.
+        UserError: another process holds the folder, it belongs to another command, or the disk is not
+            writable.
     """
     with lock_work_folder(output, made_by, {"command": made_by}):
         # delete after success only: after an error the next attempt reuses the parts
@@ -135,5 +135,5 @@ def open_parts(output: Path, made_by: str) -> Iterator[Path]:
 
 
 def begin_parts(output: Path, made_by: str) -> None:
-    """Create the parts folder of an output for jobs that build some parts; see `open_parts`."""
+    """Create the parts folder of an output before jobs build parts in parallel; see `open_parts`."""
     begin_journal(output, made_by, {"command": made_by})

@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
-from megatron_sov.base.artifacts import disk_errors
+from megatron_sov.base.artifacts import translate_disk_errors
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.sealed import read_json, try_read_json, write_json
+from megatron_sov.base.sealed import read_sealed_json, try_read_sealed_json, write_sealed_json
 from megatron_sov.work.clusters import client, cluster
 from megatron_sov.work.clusters.cluster import ClusterProfile
 from megatron_sov.work.progress.journal import slurm_folder
@@ -35,14 +35,16 @@ FINISH = "finish"
 FINISH_CPUS = 16
 """Cores of the final job, which builds the output."""
 MAX_RESTARTS = 20
-"""Number of requeues after which a job's time limit counts as too short."""
+"""Maximum requeues; beyond, the job's time limit counts as too short."""
 DEFAULT_MAX_ARRAY = 1001
 _NOT_IN_SCRIPTS = re.compile(r"""[\s%\\"'$`;&|<>()*?\[\]{}!#~]""")
 """Characters with special meaning in Slurm's log names or in scripts."""
+Work = Callable[[int], object]
+"""Work of an array: called with each task number."""
 
 
 def load_array_profile(options: ClusterOptions) -> ClusterProfile:
-    """Load the profile for a command's jobs.
+    """Load the `ClusterProfile` for a command's jobs.
 
     Raises:
         UserError: the profile is invalid, or arrays do not support its container.
@@ -65,12 +67,12 @@ class Jobs:
 
     @staticmethod
     def read(output: Path) -> Jobs:
-        content = try_read_json(output / JOBS_FILE) or {}
+        content = try_read_sealed_json(output / JOBS_FILE) or {}
         return Jobs(content.get("address", ""), content.get("numbers", {}))
 
     def write(self, output: Path) -> None:
         (output / JOBS_FILE).parent.mkdir(parents=True, exist_ok=True)
-        write_json(output / JOBS_FILE, asdict(self))
+        write_sealed_json(output / JOBS_FILE, asdict(self))
 
     def list_active(self) -> list[str]:
         return sorted(client.read_active_states(list(self.numbers.values())))
@@ -80,7 +82,7 @@ class Jobs:
 
 
 def check_no_active_jobs(output: Path) -> None:
-    """Raise `UserError` if known jobs are running in a run folder."""
+    """Check a run folder for running Slurm jobs (`slurm/jobs.json`, `squeue`); raises `UserError`."""
     jobs = Jobs.read(output)
     try:
         # without Slurm's programs on this machine, allow the command
@@ -92,26 +94,22 @@ def check_no_active_jobs(output: Path) -> None:
                         f"far they are, or `scancel` them")
 
 
-Work = Callable[[int], object]
-"""Work of an array: called with each task number."""
-
-
 class TaskFailed(Exception):
     """A programming error in a task; the message contains its traceback."""
 
 
 def check_quotable(output: Path) -> None:
-    """Raise `UserError` if a run folder's path has characters that job scripts cannot contain."""
+    """Check a run folder's path for characters outside shell and Slurm syntax; raises `UserError`."""
     if match := _NOT_IN_SCRIPTS.search(str(output)):
         raise UserError(f"--output {output}: {match[0]!r} cannot appear in the scripts of Slurm jobs; "
                         "choose a folder without blanks and shell characters")
 
 
 def check_restarts(subject: str, hint: str) -> None:
-    """Raise `UserError` if Slurm has requeued this job more than `MAX_RESTARTS` times."""
+    """Check SLURM_RESTART_COUNT against `MAX_RESTARTS`; raises `UserError`."""
     if int(os.environ.get("SLURM_RESTART_COUNT", "0")) > MAX_RESTARTS:
-        raise UserError(f"{subject}: this job has been requeued {MAX_RESTARTS} times and is not done; give it a "
-                        f"longer time limit, or {hint}")
+        raise UserError(f"{subject}: this job has been requeued {MAX_RESTARTS} times and is not done; "
+                        f"give it a longer time limit, or {hint}")
 
 
 @contextlib.contextmanager
@@ -123,7 +121,7 @@ def record_failure(logs: Path, task: int) -> Iterator[None]:
         failed = logs / FAILED_FOLDER / f"{task:05d}.json"
         with contextlib.suppress(OSError, UserError):
             failed.parent.mkdir(exist_ok=True)
-            write_json(failed, {"is_user_error": isinstance(e, UserError), "sentence": str(e),
+            write_sealed_json(failed, {"is_user_error": isinstance(e, UserError), "sentence": str(e),
                                 "trace": "".join(traceback.format_exception(e))})
         raise
 
@@ -136,11 +134,13 @@ def print_failures(folder: Path, names: Sequence[str]) -> None:
         names: array names in order; report the first failed array.
     """
     for logs in (folder / "logs" / name for name in names):
-        failures = [read_json(file) for file in sorted((logs / FAILED_FOLDER).glob("*.json"))]
+        failures = [read_sealed_json(file) for file in sorted((logs / FAILED_FOLDER).glob("*.json"))]
         if failures:
             defects = [failure for failure in failures if not failure["is_user_error"]]
             first = defects[0] if defects else failures[0]
-            more = f" (and {len(failures) - 1} other tasks: {logs / FAILED_FOLDER})" if len(failures) > 1 else ""
+            more = ""
+            if len(failures) > 1:
+                more = f" (and {len(failures) - 1} other tasks: {logs / FAILED_FOLDER})"
             text = first["sentence"] if first["is_user_error"] else first["trace"]
             print(f"the jobs before were stopped by: {text.strip()}{more}")
             return
@@ -195,12 +195,12 @@ class Arrays:
             UserError: Slurm refuses the script.
         """
         profile, logs = self._profile, self._folder / "logs" / name
-        # with more tasks than the cluster's maximum array size, each job runs several tasks
+        # beyond MaxArraySize, jobs run several tasks
         tasks_per_job = math.ceil(num_tasks / _max_array_size())
         array = _Array(logs, math.ceil(num_tasks / tasks_per_job), tasks_per_job, cpus, gpus, self._before)
         # old failure files would be reported as this array's
         shutil.rmtree(logs, ignore_errors=True)
-        with disk_errors(logs):
+        with translate_disk_errors(logs):
             (logs / "slurm_logs").mkdir(parents=True)
             (logs / WORK_FILE).write_bytes(pickle.dumps((work, num_tasks)))
         array.number = array.submit(profile)
@@ -214,15 +214,12 @@ class Arrays:
 
 @dataclass
 class _Array:
-    """An array before submission."""
-
     logs: Path
     num_jobs: int
     tasks_per_job: int
     cpus: int
     gpus: int
     before: _Array | None
-    """Array to wait for."""
     number: str = ""
 
     def submit(self, profile: ClusterProfile) -> str:
@@ -236,7 +233,7 @@ class _Array:
             "constraint": profile.constraint, "output": f"{self.logs}/slurm_logs/%A_%a.out",
             "signal": f"B:USR1@{profile.signal_lead_s}"}
         script = self.logs / SCRIPT_FILE
-        with disk_errors(self.logs):
+        with translate_disk_errors(self.logs):
             script.write_text("\n".join([
                 "#!/bin/bash", *(f"#SBATCH --{name}={value}" for name, value in options.items() if value),
                 "#SBATCH --requeue", *_environment_lines(profile),
@@ -266,7 +263,6 @@ class SharedWork:
     """Cores per job of the array."""
     gpus: int = 0
     finish_cpus: int = 1
-    """Cores of the final job."""
 
 
 def submit_shares(output: Path, shared: SharedWork, profile: ClusterProfile,
@@ -278,7 +274,7 @@ def submit_shares(output: Path, shared: SharedWork, profile: ClusterProfile,
     """
     check_quotable(output)
     slurm = slurm_folder(output)
-    with lock_folder(slurm, output), disk_errors(slurm):
+    with lock_folder(slurm, output), translate_disk_errors(slurm):
         jobs = Jobs.read(slurm)
         if living := jobs.list_active():
             print(f"{output}: {jobs.describe(living)} are at work; {shared.num_done():,} of "
@@ -315,7 +311,7 @@ def _environment_lines(profile: ClusterProfile) -> Iterator[str]:
 
 
 def _step_lines(profile: ClusterProfile, logs: Path, cpus: int, tasks_per_job: int) -> Iterator[str]:
-    """Yield shell lines that run the job step and requeue the job before its time limit.
+    """Yield shell lines: start the step with `srun`, and requeue the job before the time limit.
 
     The shell requeues, because a container may lack `scontrol`.
     """

@@ -1,11 +1,11 @@
-"""Command-line options for submission to a cluster; separate from `arrays` so that `--help` stays fast."""
+"""Command-line options for submission to a cluster; separate from `arrays` for a fast `--help`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Annotated
 
-from megatron_sov.base.settings import Flag, only_with
+from megatron_sov.base.settings import Flag, requires_field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,9 +13,8 @@ class ClusterOptions:
     """Options for submitting a run."""
 
     cluster: Annotated[str, Flag(value="PROFILE")] = ""
-    """Submit the run to Slurm: a cluster profile that comes with the package, or a YAML file of
-    your own."""
-    account: Annotated[str | None, Flag(value="NAME"), only_with("cluster")] = None
+    """Submit the run to Slurm: a cluster profile that comes with the package, or a YAML file of your own."""
+    account: Annotated[str | None, Flag(value="NAME"), requires_field("cluster")] = None
     """Slurm account, where the profile names none."""
-    partition: Annotated[str | None, Flag(value="NAME"), only_with("cluster")] = None
+    partition: Annotated[str | None, Flag(value="NAME"), requires_field("cluster")] = None
     """Slurm partition, in place of the profile's."""

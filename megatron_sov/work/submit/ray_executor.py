@@ -1,8 +1,7 @@
 """Execute items in processes of a Ray cluster, for sites without Slurm and for steps that hold GPUs.
 
-Ray schedules: each process requests a core and GPUs and receives items once placed. The command
-alone writes the
-journal. A process lost with its node is restarted elsewhere, and its item is repeated.
+Ray schedules: each process requests a core and GPUs and receives items once placed. The command alone writes
+the journal. A process lost with its node is restarted elsewhere, and its item is repeated.
 """
 
 from __future__ import annotations
@@ -15,17 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.errors import UserError, how_to_install, told_in_a_line
+from megatron_sov.base.errors import UserError, format_error, format_install_command
 from megatron_sov.work.processes.pool import WAITING_PER_WORKER
 from megatron_sov.work.progress.jobs import Executor, Numbered, Work
 
 MAX_LOSSES = 3
-"""Lost processes per item after which the item counts as the cause."""
+"""Maximum lost processes per item; beyond, the item counts as the cause."""
 
 
 def ray_executor(build: Callable[..., Callable[[Work], bytes]], arguments: tuple[Any, ...], workers: int,
-           address: str, *, gpus: float = 0.0) -> Executor[Work]:
-    """Return an executor that runs items on a Ray cluster.
+                 address: str, *, gpus: float = 0.0) -> Executor[Work]:
+    """Return an executor with Ray actors on a cluster.
 
     Args:
         build: see `pool.WorkerPool`; its module must be importable on all nodes.
@@ -41,13 +40,13 @@ def ray_executor(build: Callable[..., Callable[[Work], bytes]], arguments: tuple
             processes = _RayProcesses(ray, lambda: kind.remote(build, arguments), workers)
             yield from _iter_records(processes, items)
         finally:
-            ray.shutdown()  # ends the processes, as does the end of this process
+            ray.shutdown()  # ends the actors
 
     return execute
 
 
 class _RayWorker:
-    """Ray actor; builds its function with the first item, so that build errors are reported with an item."""
+    """Ray actor. The first item triggers `build`, and build errors surface as `RayTaskError`."""
 
     def __init__(self, build: Callable[..., Callable[[Any], bytes]], arguments: tuple[Any, ...]) -> None:
         self._build, self._arguments = build, arguments
@@ -68,7 +67,8 @@ def _connect_ray(address: str) -> Any:
     try:
         import ray
     except ImportError:
-        raise UserError(f"--ray {address}: Ray is not installed; install it with {how_to_install('ray')}"
+        raise UserError(f"--ray {address}: Ray is not installed; install it with "
+                        f"{format_install_command('ray')}"
                         ) from None
     # nodes share a file system; prefer this code over installed packages
     code = os.pathsep.join(filter(None, (str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH"))))
@@ -84,8 +84,6 @@ def _connect_ray(address: str) -> Any:
 
 @dataclass(eq=False)
 class _RayTask:
-    """An item with its record after completion."""
-
     number: int
     item: Any
     record: bytes | None = None
@@ -94,9 +92,8 @@ class _RayTask:
 
 
 class _RayProcesses:
-    """Processes of a command. A lost process is replaced and its item goes to the next free process:
-    with Ray's own
-    restarts, the item would wait for a slot that the other processes occupy."""
+    """The command's Ray actors. A lost actor is replaced, and the next free actor repeats the lost item: with
+    Ray's own restarts the item would wait for an occupied slot."""
 
     def __init__(self, ray: Any, start: Callable[[], Any], workers: int) -> None:
         self._ray, self._start, self.most = ray, start, WAITING_PER_WORKER * workers
@@ -117,7 +114,6 @@ class _RayProcesses:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no process is busy or starting."""
         return not self._working and not self._starting
 
     def give(self, task: _RayTask) -> None:
@@ -126,7 +122,7 @@ class _RayProcesses:
 
     def wait(self) -> None:
         """Wait until a process has started, finished its item, or died; requeue items of dead processes."""
-        # one event at a time: starts and items share the wait, and the tables tell them apart
+        # wait for a single event: a start in `_starting` or a record in `_working`
         (reference,), _ = self._ray.wait([*self._working, *self._starting], num_returns=1)
         actor, task = self._working.pop(reference, (self._starting.pop(reference, None), None))
         try:
@@ -140,7 +136,7 @@ class _RayProcesses:
                 task.losses += 1
                 if task.losses == MAX_LOSSES:
                     raise UserError(f"{MAX_LOSSES} processes were lost with the same item, the last one so: "
-                                    f"{told_in_a_line(e)}; see Ray's logs of it") from None
+                                    f"{format_error(e)}; see Ray's logs of it") from None
                 self._lost.append(task)
             self._start_process()
         else:
@@ -152,7 +148,6 @@ class _RayProcesses:
 
 
 def _iter_records(processes: _RayProcesses, items: Numbered[Any]) -> Iterator[tuple[int, bytes]]:
-    """Yield records in item order."""
     remaining = iter(items)
     order: deque[_RayTask] = deque()
     is_exhausted = False

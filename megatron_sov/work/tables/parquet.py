@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from megatron_sov.base.artifacts import disk_errors, fsync_path, new_file
-from megatron_sov.base.errors import UserError, first_line
-from megatron_sov.base.sealed import open_parquet, seal_file, seal_parquet
+from megatron_sov.base.artifacts import create_file, fsync_path, translate_disk_errors
+from megatron_sov.base.errors import UserError, first_error_line
+from megatron_sov.base.sealed import open_sealed_parquet, seal_file, seal_parquet
 
 MAX_ROWS = 1 << 20
 """Maximum rows per file."""
@@ -35,7 +35,7 @@ def report_damage(file: Path, hint: str) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"{file}: cannot be read (it is not there); {hint}") from None
     except (pa.ArrowException, OSError, ValueError, IndexError) as e:
-        raise UserError(f"{file}: is damaged, or no Parquet file ({first_line(e)}); {hint}") from None
+        raise UserError(f"{file}: is damaged, or no Parquet file ({first_error_line(e)}); {hint}") from None
 
 
 def write_table(file: Path, table: pa.Table, dictionary: Sequence[str], split: Sequence[str]) -> None:
@@ -59,7 +59,7 @@ def find_table_problem(table: pa.Table) -> str:
 
 
 def read_table(file: Path, schema: pa.Schema) -> pa.Table:
-    """Read columns of a file; strings become dictionary arrays, which hold each value once.
+    """Read columns of a file; string columns become dictionary arrays with distinct values.
 
     Args:
         file: path to read.
@@ -95,14 +95,15 @@ def _check_columns(file: Path, opened: parquet.ParquetFile, schema: pa.Schema) -
                             f"{field.type}; the store did not write it")
     row_groups = [opened.metadata.row_group(i) for i in range(opened.num_row_groups)]
     leaves = [group.column(k) for group in row_groups for k in range(group.num_columns)]
-    size_bytes = sum(_leaf_bytes(leaf) for leaf in leaves if leaf.path_in_schema.split(".")[0] in schema.names)
+    size_bytes = sum(_leaf_bytes(leaf) for leaf in leaves
+                     if leaf.path_in_schema.split(".")[0] in schema.names)
     if problem := _find_excess(opened.metadata.num_rows, size_bytes):
         raise UserError(f"{file}: {problem}")
     for leaf in leaves:
         if (leaf.path_in_schema in schema.names and schema.field(leaf.path_in_schema).type != pa.string()
                 and leaf.physical_type == "BYTE_ARRAY" and leaf.has_dictionary_page):
-            raise UserError(f"{file}: column {leaf.path_in_schema!r} repeats its values by a dictionary, in "
-                            "which little stands for much; the store did not write it")
+            raise UserError(f"{file}: column {leaf.path_in_schema!r} is dictionary-encoded, so a small "
+                            "file could expand to any size; the store did not write it")
 
 
 def _leaf_bytes(leaf: Any) -> int:
@@ -116,12 +117,13 @@ def _find_excess(rows: int, size_bytes: int) -> str:
     if rows > MAX_ROWS:
         return f"has {rows:,} rows, at most {MAX_ROWS:,}; {_SMALLER_PARTS}"
     if size_bytes > MAX_BYTES:
-        return f"takes {size_bytes / 2**30:.1f} GiB in memory, at most {MAX_BYTES / 2**30:g}; {_SMALLER_PARTS}"
+        size_gib, limit_gib = size_bytes / 2**30, MAX_BYTES / 2**30
+        return f"takes {size_gib:.1f} GiB in memory, at most {limit_gib:g}; {_SMALLER_PARTS}"
     return ""
 
 
 def read_strings(column: pa.ChunkedArray) -> list[str | None]:
-    """Return a string column as list; equal strings share an object.
+    """Return a string column as list; equal strings share a `str` object.
 
     Raises:
         ValueError: invalid UTF-8.
@@ -135,7 +137,7 @@ def read_strings(column: pa.ChunkedArray) -> list[str | None]:
 
 
 def read_arrays(column: pa.ChunkedArray) -> list[np.ndarray]:
-    """Return each row's list as a read-only view."""
+    """Return the row lists of a column as read-only views."""
     arrays: list[np.ndarray] = []
     for chunk in column.chunks:
         values, ends = chunk.values.to_numpy(), chunk.offsets.to_numpy().tolist()
@@ -167,11 +169,11 @@ class TableFile:
 
     def __init__(self, path: Path, columns: pa.Schema) -> None:
         self.path, self.columns = path, columns
-        self._seal, self._new = "", new_file(path, makes_parents=True)
+        self._seal, self._new = "", create_file(path, create_parents=True)
 
     def __enter__(self) -> Self:
         self._temporary = self._new.__enter__()
-        with disk_errors(self.path):
+        with translate_disk_errors(self.path):
             self._writer = parquet.ParquetWriter(self._temporary, self.columns, compression="zstd")
         return self
 
@@ -184,13 +186,13 @@ class TableFile:
         """
         table = pa.table([pa.array(columns[f.name], f.type) for f in self.columns], self.columns)
         if table.num_rows:
-            with disk_errors(self.path):
+            with translate_disk_errors(self.path):
                 self._writer.write_table(table, row_group_size=table.num_rows)
 
     def close(self) -> str:
-        """Seal and sync the file under its temporary name; return its checksum."""
+        """Seal and sync the file under the temporary name; return the checksum."""
         if not self._seal:
-            with disk_errors(self.path):
+            with translate_disk_errors(self.path):
                 seal_parquet(self._writer)
                 self._writer.close()
                 self._seal = seal_file(self._temporary)
@@ -212,7 +214,7 @@ class TableFile:
 
 def iter_row_groups(files: Sequence[Path], seals: Sequence[str | None], hint: Callable[[Path], str]
                 ) -> Iterator[list[pa.Table]]:
-    """Yield the row groups of a file together with those of files that later jobs added as columns.
+    """Yield row groups of a file, each with the corresponding row groups of files with added columns.
 
     Args:
         files: `TableFile` paths: the first file, then files with further columns for the same rows.
@@ -225,7 +227,7 @@ def iter_row_groups(files: Sequence[Path], seals: Sequence[str | None], hint: Ca
     opened = []
     for file, seal in zip(files, seals, strict=True):
         with report_damage(file, hint(file)):
-            opened.append(open_parquet(file, hint(file), is_required=True, seal=seal))
+            opened.append(open_sealed_parquet(file, hint(file), is_required=True, seal=seal))
     for i in range(opened[0].num_row_groups):
         group: list[pa.Table] = []
         for file, parquet_file in zip(files, opened, strict=True):

@@ -5,9 +5,8 @@
     TABLE/ADDED/VERSION/NAME/             columns that a later job added to a part
     TABLE/claims/                         claims of running jobs, see `progress.locks`
 
-A part is a Parquet file with a manifest. It appears by a rename and never changes; if two jobs
-publish the same
-part, the first stays. Readers need no lock.
+A part is a Parquet file with a manifest. It appears by a rename and never changes; if two jobs publish the
+same part, the first stays. Readers need no lock.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 from megatron_sov.base.artifacts import (
-    MANIFEST, Manifest, atomic_write, delete_folder, disk_errors, file_damage, fsync_path, is_held,
-    manifest_sha256, new_artifact, read_manifest, rename_unless_taken, to_json)
+    MANIFEST, Manifest, create_artifact, delete_folder, find_file_damage, format_json, fsync_path, is_locked,
+    manifest_sha256, read_manifest, rename_unless_taken, translate_disk_errors, write_atomically)
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.base.outputs import refuse_nowhere
+from megatron_sov.base.outputs import check_creatable
 
 if TYPE_CHECKING:  # pyarrow takes long to import, and names of parts are wanted without it
     import pyarrow as pa
@@ -39,13 +38,13 @@ FORMAT_VERSION = 1
 VERSION_CHARS = 12
 """Length of a version in its folder's name."""
 LEFTOVER_S = 3600.0
-"""Seconds without change after which a temporary folder counts as left by a killed job."""
+"""Minimum age in seconds of an abandoned temporary folder."""
 EXCLUDED_FIELD = "num_kept_out"
 _REBUILD_HINT = "restore it from a copy, or delete it to have it made again"
 
 
 class AlreadyPublished(UserError):
-    """Another job published a part with this name first; its rows stay."""
+    """A part with the same name exists already; the published rows stay."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +64,9 @@ class TablePart:
     manifest_sha256: str
     """Hash of the manifest, which identifies the whole part."""
     created_s: float
-    """Unix time."""
     provenance: Mapping[str, Any]
     """Description of the program that wrote the part."""
     version: str = ""
-    """Version of added columns."""
 
     @property
     def file(self) -> Path:
@@ -78,8 +75,6 @@ class TablePart:
 
 @dataclass(frozen=True)
 class DeletableFolder:
-    """A folder that may be deleted, with the reason."""
-
     path: Path
     why: str
     size_bytes: int
@@ -89,7 +84,7 @@ P = TypeVar("P", bound=TablePart)
 
 
 class Table(Generic[P]):
-    """An existing table, from `open` or `create` of a subclass that declares its content."""
+    """An existing table, from `open` or `create` of a subclass with a declared schema."""
 
     NOUN: ClassVar[str]
     """Noun for messages."""
@@ -99,7 +94,7 @@ class Table(Generic[P]):
     ADDED: ClassVar[str]
     """Kinds of parts, in manifests and in names of folders and files."""
     VERSION: ClassVar[str]
-    """Manifest field of added columns: version of the program that added them."""
+    """Manifest field of added columns: version of the writing program."""
     CLAIM: ClassVar[str]
     """Prefix of claims on adding columns."""
     IDENTITY: ClassVar[Mapping[str, type]]
@@ -122,7 +117,7 @@ class Table(Generic[P]):
 
     @staticmethod
     def key_of(name: str) -> tuple[int, ...] | None:
-        """Return the numbers in a part's name (the sort key), or None for other names.
+        """Parse the numbers in a part's name (the sort key); None for invalid names.
 
         The first number selects parts in `parts` and `clearable`.
         """
@@ -130,7 +125,6 @@ class Table(Generic[P]):
 
     @staticmethod
     def tell(identity: Mapping[str, Any]) -> str:
-        """Format the shared values for messages."""
         raise NotImplementedError
 
     @classmethod
@@ -160,7 +154,7 @@ class Table(Generic[P]):
 
     @classmethod
     def create(cls, path: str | Path, *identity: Any) -> Self:
-        """Open the table in a folder, creating it if missing; several processes may call this at once.
+        """Open or create the table in a folder; safe for concurrent calls.
 
         Args:
             path: the folder.
@@ -170,7 +164,7 @@ class Table(Generic[P]):
             UserError: the table has another identity, or the folder contains something else.
         """
         path, expected = Path(path), dict(zip(cls.IDENTITY, identity, strict=True))
-        refuse_nowhere(path)
+        check_creatable(path)
         if not (path / cls.HEAD).is_file():
             cls._create_folder(path, expected)
         table = cls.open(path)
@@ -184,11 +178,12 @@ class Table(Generic[P]):
         """Create an empty table, unless another process is faster."""
         # Build under a temporary name: if several processes create the table, a single rename succeeds.
         temporary = path.with_name(f".{path.name}.new-{uuid.uuid4().hex}")
-        with disk_errors(path):
+        with translate_disk_errors(path):
             try:
                 for name in (cls.ROWS, cls.ADDED, CLAIMS):
                     (temporary / name).mkdir(parents=True)
-                atomic_write(temporary / cls.HEAD, to_json({"format_version": FORMAT_VERSION, **identity}))
+                write_atomically(temporary / cls.HEAD,
+                                 format_json({"format_version": FORMAT_VERSION, **identity}))
                 os.rename(temporary, path)
                 fsync_path(path.parent)
             except OSError as e:
@@ -207,13 +202,12 @@ class Table(Generic[P]):
         return self.path / CLAIMS
 
     def claim_name(self, name: str, version: str = "") -> str:
-        """Return the claim name for a part, or for a version's columns of the part."""
         return f"{self.CLAIM}-{version[:VERSION_CHARS]}-{name}" if version else name
 
     def part_path(self, name: str, version: str = "") -> Path:
         """Return the folder of a part or of a version's columns, published or not."""
         if self.key_of(name) is None:
-            raise ValueError(f"{name!r} is no name of a part ({self.EXAMPLE} is one)")
+            raise ValueError(f"{name!r} is not a part name (example: {self.EXAMPLE})")
         return self._version_folder(version) / name
 
     def _version_folder(self, version: str) -> Path:
@@ -277,15 +271,15 @@ class Table(Generic[P]):
     def _open_part(self, path: Path, kind: str) -> P:
         key = self.key_of(path.name)
         if key is None:
-            raise UserError(f"{path}: is no part of the store, whose names are as {self.EXAMPLE}; move it "
-                            "away")
+            raise UserError(f"{path}: is not a part of the store (part names look like "
+                            f"{self.EXAMPLE}); move it away")
         manifest = read_manifest(path, kind)
         if problem := self._find_problem(path, manifest):
             raise UserError(f"{path}: {problem}; {_REBUILD_HINT}")
         content = manifest.content
         part: P = self.PART(path.name, path, kind, key, content["num_rows"], content.get(EXCLUDED_FIELD, 0),
-                              manifest_sha256(path), manifest.created_s, manifest.settings,
-                              content.get(self.VERSION, ""))
+                            manifest_sha256(path), manifest.created_s, manifest.settings,
+                            content.get(self.VERSION, ""))
         return part
 
     def _find_problem(self, path: Path, manifest: Manifest) -> str:
@@ -318,7 +312,7 @@ class Table(Generic[P]):
         from megatron_sov.work.tables.parquet import read_table
 
         record = read_manifest(part.path).files[part.file.name]
-        if damage := file_damage(part.file, record):
+        if damage := find_file_damage(part.file, record):
             raise UserError(f"{damage}; restore it from a copy, or delete {part.path} to have it made again")
         table = read_table(part.file, schema)
         if table.num_rows != part.num_rows:
@@ -347,9 +341,9 @@ class Table(Generic[P]):
             raise UserError(f"{path}: {problem}")
         # a unique temporary name: two writers on any machines only meet in the final rename
         temporary = path.with_name(f".{path.name}.new-{uuid.uuid4().hex}")
-        with disk_errors(path):
+        with translate_disk_errors(path):
             try:
-                with new_artifact(temporary, kind) as artifact:
+                with create_artifact(temporary, kind) as artifact:
                     columns = set(table.column_names)
                     repeated = [leaf for leaf in self.REPEATED if leaf.split(".")[0] in columns]
                     split = [leaf for leaf in self.SPLIT if leaf.split(".")[0] in columns]
@@ -365,9 +359,10 @@ class Table(Generic[P]):
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
 
-    def clearable(self, versions: Collection[str] = (), firsts: Collection[int] = ()) -> list[DeletableFolder]:
-        """Return folders that may be deleted: leftovers of killed jobs, claims on finished
-        work, selected parts.
+    def clearable(self, versions: Collection[str] = (),
+                  firsts: Collection[int] = ()) -> list[DeletableFolder]:
+        """Return folders that may be deleted: leftovers of killed jobs, claims on finished work, selected
+        parts.
 
         Args:
             versions: versions, or names of their folders, whose added columns to delete.
@@ -396,7 +391,8 @@ class Table(Generic[P]):
                 if key is not None and key[0] in firsts:
                     yield path, f"of {self.FIRST} {key[0]}"
         for version in folders:
-            finished_claims |= {self.claim_name(path.name, version) for path in self._version_folder(version).iterdir()}
+            finished_claims |= {self.claim_name(path.name, version)
+                                for path in self._version_folder(version).iterdir()}
             yield self._version_folder(version), "of that version"
         yield from ((path, "what it claims is done") for path in sorted(self.claims.iterdir())
                     if path.name in finished_claims)
@@ -410,7 +406,8 @@ def delete_folders(found: Collection[DeletableFolder]) -> None:
     """
     for item in found:
         hidden = item.path.with_name(f".{item.path.name}.gone-{uuid.uuid4().hex}")
-        with disk_errors(item.path), contextlib.suppress(FileNotFoundError):  # deleted by another process
+        # suppressed: another process has deleted it
+        with translate_disk_errors(item.path), contextlib.suppress(FileNotFoundError):
             delete_folder(item.path, hidden)
 
 
@@ -419,7 +416,7 @@ def _is_abandoned(folder: Path) -> bool:
 
     File systems without locks leave only the time of the last change.
     """
-    if is_held(folder):
+    if is_locked(folder):
         return False
     try:
         newest_s = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))

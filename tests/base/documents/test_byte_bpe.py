@@ -27,20 +27,20 @@ def byte_level(**model: Any) -> dict[str, Any]:
         "type": "BPE", "vocab": vocab, "merges": ["a b", ["ab", "c"]], **model}}
 
 
-def test_the_byte_alphabet_is_that_of_transformers() -> None:
+def test_byte_alphabet_matches_transformers() -> None:
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     assert byte_characters() == {character: byte for byte, character in bytes_to_unicode().items()}
 
 
-def test_byte_level_alone_splits_by_gpt2s_pattern() -> None:
+def test_byte_level_uses_gpt2_pattern() -> None:
     assert split_pattern(byte_level()) == GPT2_PATTERN
     text = "It's 2026,  don't\n\n  panic: 한국어 ไทย x=1 \t"
     pieces = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text)
     assert [text[a:b] for _, (a, b) in pieces] == [m.group() for m in regex.finditer(GPT2_PATTERN, text)]
 
 
-def test_ranks_are_ids_of_bytes_and_products() -> None:
+def test_ranks_are_ids_of_bytes_and_merges() -> None:
     assert merges(byte_level()) == [("a", "b"), ("ab", "c")]
     found = ranks(byte_level())
     assert found == {bytes([b]): b for b in range(256)} | {b"ab": 256, b"abc": 257}
@@ -55,12 +55,12 @@ def test_ranks_are_ids_of_bytes_and_products() -> None:
     ({"merges": ["a b"]}, "its vocabulary is not 256 bytes and one token for each merge"),
     ({"vocab": {"▁": 0}, "merges": []}, "its vocabulary is not spelled in bytes"),
 ])
-def test_what_has_no_ranks_says_why(model: dict[str, Any], reason: str) -> None:
+def test_tokenizers_without_ranks_are_refused(model: dict[str, Any], reason: str) -> None:
     with pytest.raises(NotByteBpe, match=reason):
         ranks(byte_level(**model))
 
 
-def test_compiled_code_works_where_it_cannot_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compilation_works_without_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     njit = compiled.numba.njit
 
     def refusing(**options: bool) -> Any:
@@ -72,7 +72,7 @@ def test_compiled_code_works_where_it_cannot_be_kept(monkeypatch: pytest.MonkeyP
     assert compiled.compiled(lambda x: x + 1)(4) == 5
 
 
-def test_what_does_not_train_does_not_load_the_compiler() -> None:
+def test_reading_does_not_import_numba() -> None:
     code = ("import sys, tokenizer.cli, tokenizer.train, tokenizer.formats.hf_files\n"
             "sys.exit('numba' in sys.modules)")
     root = Path(__file__).parents[3]
@@ -81,7 +81,7 @@ def test_what_does_not_train_does_not_load_the_compiler() -> None:
 
 @pytest.mark.parametrize(("experts", "dtype", "mark"), [
     (128, "uint8", 255), (255, "uint8", 255), (256, "uint16", 65535), (512, "uint16", 65535)])
-def test_a_number_has_the_fewest_bytes_that_leave_one_value_free(experts: int, dtype: str, mark: int) -> None:
+def test_route_dtype_leaves_value_for_mark(experts: int, dtype: str, mark: int) -> None:
     shape = RouteShape(48, 8, experts)
     assert (shape.dtype, shape.mark) == (dtype, mark)
     assert shape.bytes_per_token == 48 * 8 * (1 if dtype == "uint8" else 2)
@@ -95,7 +95,7 @@ def test_a_number_has_the_fewest_bytes_that_leave_one_value_free(experts: int, d
     ([3, 3], r"token 1 in layer 2 .* to \[3, 3\]; a token visits an expert of a layer once"),
     ([2, 255], r"to \[2, 255\]; expert numbers must lie below 4"),
 ])
-def test_what_no_model_does_is_named_with_token_and_layer(choice: list[int], said: str) -> None:
+def test_invalid_routes_name_token_and_layer(choice: list[int], said: str) -> None:
     shape = RouteShape(3, 2, 4)
     routes = shape.absent(2)
     routes[0] = [3, 0]
@@ -112,6 +112,6 @@ def test_what_no_model_does_is_named_with_token_and_layer(choice: list[int], sai
     None, {}, {"layers": 0, "top_k": 2, "num_experts": 4, "dtype": "uint8"},
     {"layers": 1, "top_k": 5, "num_experts": 4, "dtype": "uint8"},
     {"layers": 1, "top_k": 2, "num_experts": 4, "dtype": "uint16"}])
-def test_a_record_that_says_no_shape_is_refused(record: Any) -> None:
+def test_malformed_route_shape_is_refused(record: Any) -> None:
     with pytest.raises(UserError, match=r"DIR: source 'a': routes = .* cannot be read .*write the data"):
         RouteShape.from_record(record, "DIR: source 'a'")

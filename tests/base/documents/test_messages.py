@@ -21,7 +21,7 @@ def calling(*calls: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": None, "tool_calls": list(calls)}
 
 
-def test_thoughts_calls_and_what_is_learned_are_read() -> None:
+def test_reasoning_calls_and_train_flags_are_parsed() -> None:
     thinks = {"role": "assistant", "content": "It is 3.", "reasoning_content": "add them", "train": False}
     found = read_messages([USER, calling(CALL), RESULT, thinks], "messages")
     assert found[1].tool_calls[0]["function"] == {"name": "add", "arguments": {"a": 1}}
@@ -33,7 +33,7 @@ def test_thoughts_calls_and_what_is_learned_are_read() -> None:
                                                 Message("assistant", "3", is_learned=False))
 
 
-def test_sharegpt_is_the_same_conversation() -> None:
+def test_sharegpt_equals_openai_format() -> None:
     turns = [{"from": "human", "value": "1 + 2?"},
              {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
              {"from": "observation", "value": "3"}, {"from": "gpt", "value": "3"}]
@@ -50,7 +50,7 @@ def test_sharegpt_is_the_same_conversation() -> None:
     assert document.texts()[0] == '[{"name": "add"}]'
 
 
-def test_fields_that_are_not_read_are_known_of_each_message() -> None:
+def test_unread_message_fields_are_recorded() -> None:
     found = read_messages([{**USER, "id": 7, "refusal": None, "annotations": []},
                            {**ANSWER, "name": "", "logprobs": {"content": []}, "loss": 0, "audio": {}}], "m")
     assert [m.unread for m in found] == [("id",), ("logprobs", "loss")] and found[1].other == ()
@@ -61,7 +61,7 @@ def test_fields_that_are_not_read_are_known_of_each_message() -> None:
 
 @pytest.mark.parametrize(("content", "text"), [
     (["a"], "a"), (["a", "b"], "a\nb"), (["a\n", "", " b"], "a\n\n\n b"), (["서울", "🐻"], "서울\n🐻")])
-def test_parts_of_text_are_joined_by_line_feeds(content: list[str], text: str) -> None:
+def test_text_parts_are_joined_by_line_feeds(content: list[str], text: str) -> None:
     parts = [{"type": "text", "text": part} for part in content]
     for role in ("system", "developer", "user", "assistant"):
         assert read_messages([{"role": role, "content": parts}], "m")[0].content == text
@@ -69,7 +69,7 @@ def test_parts_of_text_are_joined_by_line_feeds(content: list[str], text: str) -
     assert found[2].content == text
 
 
-def test_older_calls_and_roles_are_those_of_today() -> None:
+def test_old_openai_calls_and_roles_are_converted() -> None:
     older = [{"role": "developer", "content": "Be short."}, USER, {
         "role": "assistant", "content": "I look.", "function_call": {"name": "add", "arguments": '{"a": 1}'}},
         {"role": "function", "name": "add", "content": "3"}, ANSWER]
@@ -85,7 +85,7 @@ def test_older_calls_and_roles_are_those_of_today() -> None:
     {"id": None, "type": None, "function": {"name": "add", "arguments": None}},
     {"function": None, "name": "add", "arguments": {}}, {"function": {"name": "add"}},
     {"function": {"name": "add", "arguments": ""}}, {"function": {"name": "add", "arguments": "{}"}}])
-def test_a_field_that_is_null_is_none(call: dict[str, Any]) -> None:
+def test_null_fields_count_as_missing(call: dict[str, Any]) -> None:
     """JSON lines keep nulls; serve is sent them too."""
     nulls = dict.fromkeys(("name", "tool_calls", "tool_call_id", "reasoning_content", "train", "weight"))
     found = read_messages([{**nulls, **USER}, {**nulls, "role": "assistant", "content": None,
@@ -119,12 +119,12 @@ def test_a_field_that_is_null_is_none(call: dict[str, Any]) -> None:
     ([{**USER, "function_call": {"name": "add"}}], "which only an assistant's message has"),
     ([USER, {"role": "function", "content": "3"}], "result without a call"),
 ])
-def test_what_does_not_belong_together_is_named(messages: list[Any], says: str) -> None:
+def test_inconsistent_messages_are_refused(messages: list[Any], says: str) -> None:
     with pytest.raises(BadRecord, match=says):
         read_messages(messages, "m")
 
 
-def test_tools_are_a_list_and_speakers_are_known() -> None:
+def test_invalid_tools_and_speakers_are_refused() -> None:
     with pytest.raises(BadRecord, match="must be a list of objects that describe functions"):
         read_tools({"name": "add"})
     with pytest.raises(BadRecord, match="is from 'alien', must be one of system, human"):

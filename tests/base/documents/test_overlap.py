@@ -16,7 +16,7 @@ from megatron_sov.base.documents import cut_at_blank_lines, cut_text, overlap, s
 from megatron_sov.base.documents.item_search import ItemSearch, SearchItem
 from megatron_sov.base.documents.overlap import WORDS, find_units, runs, stretch_hashes, units, window_hashes
 from megatron_sov.base.documents.rows import finite, no_constant
-from megatron_sov.base.errors import visible
+from megatron_sov.base.errors import escape_controls
 
 LAW = "Section 4. Whoever, by fraud, obtains a licence under this Act shall be liable to a fine."
 THAI = "ผู้ใดกระทำความผิดตามพระราชบัญญัตินี้ต้องระวางโทษจำคุกไม่เกินหนึ่งปี"
@@ -26,7 +26,7 @@ def shared(one: str, other: str) -> int:
     return len(set(runs(one)) & set(runs(other)))
 
 
-def test_runs_of_words_are_those_that_a_plain_comparison_finds() -> None:
+def test_runs_match_brute_force() -> None:
     other = "It says: WHOEVER by fraud obtains a “licence” under this act, shall be warned and told to leave."
     ours, theirs = units(LAW), units(other)
     windows = [{tuple(words[i:i + WORDS]) for i in range(len(words) - WORDS + 1)} for words in (ours, theirs)]
@@ -35,12 +35,12 @@ def test_runs_of_words_are_those_that_a_plain_comparison_finds() -> None:
     assert shared(LAW, "Whoever by fraud obtains a licence under this Decree shall be liable.") == 0
 
 
-def test_shorter_texts_have_no_run() -> None:
+def test_short_texts_have_no_run() -> None:
     assert list(runs("Whoever, by fraud, obtains a licence under this Act")) == []
     assert list(runs("")) == []
 
 
-def test_scripts_without_blanks_are_compared_by_forty_characters() -> None:
+def test_scripts_without_blanks_use_forty_characters() -> None:
     assert len(THAI) > 50
     assert shared(THAI, f"ตามมาตรา 4 {THAI[5:50]} และ") == len(units(THAI[5:50])) - 40 + 1 > 1
     assert shared(THAI, THAI[5:40]) == 0
@@ -51,7 +51,7 @@ def test_scripts_without_blanks_are_compared_by_forty_characters() -> None:
 KOREAN = "모든 국민은 법 앞에 평등하다. 누구든지 성별, 종교 또는 사회적 신분에 의하여 차별을 받지 아니한다."
 
 
-def test_korean_is_compared_by_thirty_syllables_wherever_its_blanks_are() -> None:
+def test_korean_uses_thirty_syllables() -> None:
     assert len(units(KOREAN)) == len(KOREAN.replace(" ", "").replace(".", "").replace(",", ""))
     other = KOREAN.replace(" ", "") + "라고 한다"
     assert shared(KOREAN, other) == len(set(runs(KOREAN))) == len(units(KOREAN)) - 29
@@ -68,13 +68,13 @@ def test_korean_is_compared_by_thirty_syllables_wherever_its_blanks_are() -> Non
     ("٣ and ๓", "3 and 3"),
     ("<", ""), ("&", ""), ("a-", "a"), ("\\", ""), ("1,", "1"), ("\ud800", "\ud800"), ("&&;<!", ""),
 ])
-def test_what_is_passed_over(written: str, meant: str) -> None:
+def test_units_ignore_markup(written: str, meant: str) -> None:
     assert find_units(written).hashes.tolist() == find_units(meant).hashes.tolist()
     assert len(find_units(meant).hashes) == len(meant.split())
 
 
 @given(st.lists(st.integers(0, 1 << 40), min_size=1, max_size=30), st.data())
-def test_a_stretch_has_the_hash_of_its_polynomial(ids: list[int], data: st.DataObject) -> None:
+def test_stretch_hash_is_its_polynomial(ids: list[int], data: st.DataObject) -> None:
     begin = data.draw(st.integers(0, len(ids) - 1))
     end = data.draw(st.integers(begin + 1, len(ids)))
     value = 0
@@ -84,7 +84,7 @@ def test_a_stretch_has_the_hash_of_its_polynomial(ids: list[int], data: st.DataO
     assert found.tolist() == [value ^ (value >> 29)]
 
 
-def test_long_texts_have_the_hashes_of_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hashes_do_not_depend_on_cached_powers(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = np.random.default_rng(0).integers(0, 1 << 17, 9000)
     expected = [window_hashes(tokens[start:start + 32], 32)[0] for start in range(0, 8900, 97)]
     assert window_hashes(tokens, 32)[:8900:97].tolist() == expected
@@ -94,7 +94,7 @@ def test_long_texts_have_the_hashes_of_short_ones(monkeypatch: pytest.MonkeyPatc
 
 
 @given(st.text(alphabet=st.sampled_from("aB1,. -\n<>/&;\\\u200bé\u0301한ภ字ﬁİß"), max_size=40))
-def test_units_stand_where_they_say(text: str) -> None:
+def test_unit_spans_match_text(text: str) -> None:
     found = find_units(text)
     spans = [found.span(i, i + 1) for i in range(len(found.hashes))]
     assert all(start < stop for start, stop in spans)
@@ -109,9 +109,9 @@ def read(text: str) -> object:
 
 
 @pytest.mark.parametrize(("text", "why"), [
-    ("NaN", "NaN is no JSON"), ("[-Infinity]", "-Infinity is no JSON"),
+    ("NaN", "NaN is not JSON"), ("[-Infinity]", "-Infinity is not JSON"),
     ('{"a": 1e999}', "1e999 is more than")])
-def test_numbers_that_would_be_written_as_none_are_refused(text: str, why: str) -> None:
+def test_nan_and_infinity_are_refused(text: str, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         read(text)
 
@@ -119,29 +119,29 @@ def test_numbers_that_would_be_written_as_none_are_refused(text: str, why: str) 
 # Control characters in text of strangers.
 
 
-def test_control_characters_are_shown() -> None:
-    assert visible("a\x1b[2Jb\x1b]0;title\x07\r\x9b") == r"a\x1b[2Jb\x1b]0;title\x07\r\x9b"
+def test_control_characters_are_escaped() -> None:
+    assert escape_controls("a\x1b[2Jb\x1b]0;title\x07\r\x9b") == r"a\x1b[2Jb\x1b]0;title\x07\r\x9b"
     # right to left, and the byte of a name that is no UTF-8
-    assert visible("a\u202e\u2066\udcff") == r"a\u202e\u2066\udcff"
+    assert escape_controls("a\u202e\u2066\udcff") == r"a\u202e\u2066\udcff"
 
 
 # Cutting text at blank lines: nothing is lost, and pieces keep their limit.
 
 
 @given(st.text(alphabet=st.sampled_from("ab가é\U0001f600 \n\r")), st.integers(4, 20))
-def test_pieces_join_to_the_text_and_keep_the_limit(text: str, limit_bytes: int) -> None:
+def test_pieces_join_to_text_within_limit(text: str, limit_bytes: int) -> None:
     pieces = list(cut_text(text, limit_bytes))
     assert "".join(pieces) == text
     assert all(0 < len(p.encode()) <= limit_bytes for p in pieces)
 
 
 @given(st.binary(max_size=200), st.integers(4, 50), st.integers(1, 20))
-def test_cuts_terminate_on_any_bytes(raw: bytes, limit_bytes: int, block_bytes: int) -> None:
+def test_cutting_terminates_on_any_bytes(raw: bytes, limit_bytes: int, block_bytes: int) -> None:
     blocks = [raw[i : i + block_bytes] for i in range(0, len(raw), block_bytes)]
     assert b"".join(cut_at_blank_lines(blocks, limit_bytes)) == raw
 
 
-def test_cuts_prefer_blank_lines_then_lines_then_spaces() -> None:
+def test_cuts_prefer_blank_lines() -> None:
     assert list(cut_text("aa\n\nbb\ncc dd", 9)) == ["aa\n\n", "bb\ncc dd"]
     assert list(cut_text("aaaa\nbb cc", 8)) == ["aaaa\n", "bb cc"]
     assert list(cut_text("aaaa bbbb", 8)) == ["aaaa ", "bbbb"]
@@ -159,7 +159,7 @@ SCRIPT_NAMES = {"thai": "THAI", "lao": "LAO", "tibetan letters": "TIBETAN", "tib
 
 
 @pytest.mark.parametrize("script", scripts.CODE_POINTS)
-def test_the_ranges_hold_the_script_and_no_other(script: str) -> None:
+def test_script_ranges_contain_only_the_script(script: str) -> None:
     names = [unicodedata.name(chr(code)) for begin, end in scripts.CODE_POINTS[script]
              for code in range(begin, end) if unicodedata.category(chr(code))[0] in "LM"]
     odd = [name for name in names if not re.match(SCRIPT_NAMES[script], name)]
@@ -167,7 +167,7 @@ def test_the_ranges_hold_the_script_and_no_other(script: str) -> None:
                                   "COMBINING KATAKANA-HIRAGANA SEMI-VOICED SOUND MARK"])
 
 
-def test_every_letter_of_a_script_is_in_its_ranges() -> None:
+def test_script_ranges_are_complete() -> None:
     spans = sorted(itertools.chain.from_iterable(scripts.CODE_POINTS.values()))
     assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans)), "each is of one script"
     everything = re.compile(f"[{scripts.in_brackets(tuple(scripts.CODE_POINTS))}]")
@@ -182,7 +182,7 @@ def test_every_letter_of_a_script_is_in_its_ranges() -> None:
     ("ไ", "runs rules scorers"), ("བ", "rules scorers"), ("ㅋ", "hangul rules"), ("ꥠ", "hangul scorers"),
     ("ㄅ", "rules"), ("ｶ", "rules"), ("々", "runs"), ("한", "hangul rules scorers"),
     ("漢", "runs rules scorers")])
-def test_who_takes_which_is_a_decision(text: str, takes: str) -> None:
+def test_script_choices_of_each_user(text: str, takes: str) -> None:
     decisions = {"runs": scripts.OF_RUNS, "hangul": scripts.HANGUL_OF_RUNS, "rules": scripts.OF_RULES,
                  "scorers": scripts.OF_SCORERS}
     assert [name for name, taken in decisions.items()
@@ -218,7 +218,7 @@ def holds(text: list[str], item: list[str]) -> bool:
 
 
 @given(st.lists(TEXTS, min_size=1, max_size=5), TEXTS)
-def test_it_finds_what_words_share(texts: list[str], text: str) -> None:
+def test_item_search_matches_word_comparison(texts: list[str], text: str) -> None:
     search = ItemSearch([SearchItem("quiz", str(i), "text", one) for i, one in enumerate(texts)], NGRAM,
                         MIN_WORDS)
     found = search.find(find_units(text))

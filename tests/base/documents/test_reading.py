@@ -30,12 +30,12 @@ def read(path: Path) -> list[str]:
     return [d.text for d in read_documents(list_files(path))]
 
 
-def test_a_text_file_is_one_document_kept_to_the_byte(tmp_path: Path) -> None:
+def test_text_file_is_one_document(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\n\r\n  two\t\n")
     assert read(tmp_path / "a.txt") == ["one\r\n\r\n  two\t\n"]
 
 
-def test_a_large_file_is_cut_at_blank_lines(tmp_path: Path) -> None:
+def test_large_file_is_cut_at_blank_lines(tmp_path: Path) -> None:
     paragraph = "x" * 999 + "\n\n"
     (tmp_path / "big.txt").write_text(paragraph * 1200)
     found = read(tmp_path / "big.txt")
@@ -44,7 +44,7 @@ def test_a_large_file_is_cut_at_blank_lines(tmp_path: Path) -> None:
     assert len(found) == -(-1200 // (documents.DOCUMENT_BYTES // len(paragraph)))
 
 
-def test_jsonl_holds_text_or_messages_and_blank_ones_are_passed_over(tmp_path: Path) -> None:
+def test_jsonl_skips_blank_texts(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     lines = [{"text": "한국어"}, {"text": "  "}, {"messages": chat}]
     (tmp_path / "a.jsonl").write_text("\n\n".join(json.dumps(line) for line in lines))
@@ -65,7 +65,7 @@ def test_other_encodings_and_missing_paths_are_refused(tmp_path: Path) -> None:
         read(tmp_path / "empty")
 
 
-def test_compressed_files_of_one_or_more_frames_read_as_plain_ones(tmp_path: Path) -> None:
+def test_compressed_files_equal_plain_files(tmp_path: Path) -> None:
     text = "".join(f"line {i} 한국어\n\n" for i in range(100_000))  # above the size of a whole document
     raw = text.encode()
     (tmp_path / "a.txt").write_bytes(raw)
@@ -81,7 +81,7 @@ def test_compressed_files_of_one_or_more_frames_read_as_plain_ones(tmp_path: Pat
             read(tmp_path / name)
 
 
-def test_rows_of_parquet_are_records_with_their_numbers(tmp_path: Path) -> None:
+def test_parquet_rows_have_numbers(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     parquet.write_table(pyarrow.table({"id": ["a", "b"], "messages": [chat, chat[1:]]}),
                         tmp_path / "a.parquet", row_group_size=1)
@@ -99,7 +99,7 @@ def test_rows_of_parquet_are_records_with_their_numbers(tmp_path: Path) -> None:
 # Which files are read, in which order, and in which parts.
 
 
-def test_a_folder_is_read_recursively_in_sorted_order_and_only_its_text(tmp_path: Path) -> None:
+def test_folder_is_read_recursively_in_order(tmp_path: Path) -> None:
     for name in ("b.md", "a/z.py", "a/y.txt", ".git/config.txt", "picture.png", "manifest.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -107,7 +107,7 @@ def test_a_folder_is_read_recursively_in_sorted_order_and_only_its_text(tmp_path
 
 
 @pytest.mark.parametrize("span_bytes", [150, 1000, 2_000_000])
-def test_spans_cut_between_lines_and_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+def test_spans_cover_all_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                   span_bytes: int) -> None:
     texts = ["a", "b" * 700, *(f"text {i}\n한국어" for i in range(300))]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts) + "\n\n")
@@ -118,7 +118,7 @@ def test_spans_cut_between_lines_and_lose_nothing(tmp_path: Path, monkeypatch: p
     assert [d.text for d in found if isinstance(d, Document)] == texts and len(found) == len(texts)
 
 
-def test_small_files_share_a_unit_and_order_is_kept(tmp_path: Path) -> None:
+def test_small_files_share_a_unit(tmp_path: Path) -> None:
     for i in range(20):
         (tmp_path / f"{i:02}.txt").write_text("x" * 100)
     units = list(plan_units(list_files(tmp_path), 450))
@@ -129,7 +129,7 @@ def test_small_files_share_a_unit_and_order_is_kept(tmp_path: Path) -> None:
 # Of a folder of samples only those that were kept are data.
 
 
-def test_what_was_rejected_is_read_by_nobody(tmp_path: Path) -> None:
+def test_rejected_samples_are_skipped(tmp_path: Path) -> None:
     for name in ("made/kept.jsonl", "made/rejected.jsonl", "made/candidates/part-0.jsonl",
                  "made/kept-prompt.jsonl", "made/checks/texts/samples/a.jsonl", "web/a.jsonl", "kept.jsonl",
                  "half/candidates/a.jsonl"):
@@ -159,7 +159,7 @@ def test_what_was_rejected_is_read_by_nobody(tmp_path: Path) -> None:
     ('{"messages": [{"role": "user", "content": "a"}], "num_prompt_messages": true}', "has 'True' in"),
     (b'{"text": "\xb0\xa1"}', "is not UTF-8"),
 ])
-def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path, line: str | bytes, rule: str) -> None:
+def test_bad_line_is_named(tmp_path: Path, line: str | bytes, rule: str) -> None:
     raw = line if isinstance(line, bytes) else line.encode()
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n' + raw + b"\n")
     with pytest.raises(UserError, match=rule) as e:
@@ -178,7 +178,7 @@ PREFERENCES = [
 
 @pytest.mark.parametrize(("record", "prompt", "chosen", "rejected"), PREFERENCES,
                          ids=["strings", "shared beginning"])
-def test_preferences_have_a_prompt_and_two_continuations(tmp_path: Path, record: dict[str, object],
+def test_preference_record_forms(tmp_path: Path, record: dict[str, object],
                                                          prompt: Messages, chosen: Messages,
                                                          rejected: Messages) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps(record))
@@ -201,7 +201,7 @@ def test_malformed_preferences_are_refused(tmp_path: Path, record: dict[str, obj
         list(read_documents([tmp_path / "a.jsonl"], RecordReading("preference")))
 
 
-def test_a_prompt_keeps_its_other_fields(tmp_path: Path) -> None:
+def test_prompt_keeps_other_fields(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "2 + 2?", "answer": {"value": 4},
                                                   "level": "쉬움"}))
     [found] = read_documents([tmp_path / "a.jsonl"], RecordReading("prompt"))
@@ -211,7 +211,7 @@ def test_a_prompt_keeps_its_other_fields(tmp_path: Path) -> None:
 
 @settings(max_examples=40)
 @given(st.lists(st.binary(max_size=3000), max_size=5), st.integers(1, 5000))
-def test_frames_join_to_their_content(frames: list[bytes], size: int) -> None:
+def test_compressed_frames_are_joined(frames: list[bytes], size: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "a.zst"
         file.write_bytes(b"".join(map(zstandard.compress, frames)))
@@ -220,7 +220,7 @@ def test_frames_join_to_their_content(frames: list[bytes], size: int) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 5, 500])
-def test_a_cut_or_damaged_file_is_noticed(tmp_path: Path, cut: int) -> None:
+def test_truncated_compressed_file_is_detected(tmp_path: Path, cut: int) -> None:
     raw = zstandard.compress(b"first") + zstandard.compress(bytes(range(256)) * 40, 1)
     (tmp_path / "a.zst").write_bytes(raw[: len(raw) - min(cut, len(raw) // 3)])
     with (pytest.raises(EOFError, match="Truncated"),
@@ -275,7 +275,7 @@ def one_string_in_many_rows(file: Path) -> None:
 @pytest.mark.parametrize(("name", "write"), [
     ("a.jsonl.gz", zeros_gz), pytest.param("a.jsonl.zst", zeros_zst, marks=pytest.mark.deep),
     ("a.parquet", one_string_in_many_rows)])
-def test_memory_is_that_of_the_record_limit(name: str, write, tmp_path: Path) -> None:
+def test_memory_is_bounded_by_record_limit(name: str, write, tmp_path: Path) -> None:
     write(tmp_path / name)
     assert (tmp_path / name).stat().st_size < 2_000_000
     done = subprocess.run([sys.executable, "-c", READ, str(tmp_path / name)], capture_output=True, text=True,

@@ -73,7 +73,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_records_are_the_same_however_they_are_stored(tmp_path: Path, kind: str) -> None:
+def test_records_are_equal_in_all_formats(tmp_path: Path, kind: str) -> None:
     form, row = KINDS[kind]
     found = {}
     for name, stored in STORED.items():
@@ -106,7 +106,7 @@ NULLS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", NULLS)
-def test_nulls_that_were_written_stay(tmp_path: Path, name: str) -> None:
+def test_written_nulls_stay(tmp_path: Path, name: str) -> None:
     row = NULLS[name]
     function = row["messages"][1]["tool_calls"][0]["function"]
     arguments = function["arguments"]
@@ -119,7 +119,7 @@ def test_nulls_that_were_written_stay(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("renames", [(), (("messages", ("dialog",)), ("tools", ("functions",)))])
-def test_nulls_with_which_a_table_fills_its_rows_go(tmp_path: Path, renames: Any) -> None:
+def test_table_padding_nulls_are_removed(tmp_path: Path, renames: Any) -> None:
     """The nulls of JSON lines are no padding, those of JSON in a string neither."""
     rows = [calling({"city": "Seoul"}, [parameters(city={"type": "string"})], reasoning_content="hm"),
             calling({"unit": "C", "flat": ["x"]}, [parameters(unit={"type": "string", "default": "K"})])]
@@ -132,7 +132,7 @@ def test_nulls_with_which_a_table_fills_its_rows_go(tmp_path: Path, renames: Any
             {"city": "Seoul"}, {"unit": "C", "flat": ["x"]}], stored
 
 
-def test_a_prompts_other_columns_keep_their_nulls(tmp_path: Path) -> None:
+def test_reward_columns_keep_nulls(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"prompt": ASK, "tests": [{"a": 1, "b": None}]},
                                   {"prompt": ASK, "tests": [{"a": None, "b": 2}]}]
     for stored, write in STORED.items():
@@ -141,7 +141,7 @@ def test_a_prompts_other_columns_keep_their_nulls(tmp_path: Path) -> None:
         assert [json.loads(d.extra)["tests"] for d in found] == [row["tests"] for row in rows], stored
 
 
-def test_a_completion_is_learned_and_its_prompt_is_not(tmp_path: Path) -> None:
+def test_only_completion_is_trained_on(tmp_path: Path) -> None:
     earlier = [*ASK, *SAY, {"role": "user", "content": "and 3 + 3?"}]
     rows = [{"prompt": "2 + 2?", "completion": "4"}, {"prompt": "2 + 2?", "response": "4"},
             {"prompt": ASK, "completion": SAY}, {"prompt": earlier, "completion": [
@@ -168,7 +168,7 @@ def test_a_completion_is_learned_and_its_prompt_is_not(tmp_path: Path) -> None:
     ({"prompt": ["p"], "completion": "c"}, "chat", "has role 'p'"),
     ({"prompt": "p", "completion": None}, "chat", "is a prompt"),
 ])
-def test_no_advice_drops_answers(tmp_path: Path, row: dict[str, Any], kind: str, told: str) -> None:
+def test_suggestions_keep_answers(tmp_path: Path, row: dict[str, Any], kind: str, told: str) -> None:
     for name in ("a.jsonl", "a.parquet"):
         (tmp_path / name).write_bytes(STORED[name]([row]))
         if name == "a.jsonl":
@@ -200,7 +200,7 @@ HUB = {"README.md": CARD, "LICENSE": b"MIT", "LICENSE.txt": b"MIT", ".gitattribu
     {"train/data-0.arrow": as_arrow(ROWS), "dataset_dict.json": b'{"splits": ["train"]}',
      "note.json": b"[1]"},
 ], ids=["hub", "lines", "list", "lines in json", "save_to_disk", "dict on disk"])
-def test_what_describes_a_dataset_is_no_text_of_it(tmp_path: Path, data: dict[str, bytes]) -> None:
+def test_dataset_descriptions_are_skipped(tmp_path: Path, data: dict[str, bytes]) -> None:
     told: list[str] = []
     files = list_files(fill(tmp_path, **HUB, **data), told.append)
     assert [d.text for d in read_documents(files)] == [row["text"] for row in ROWS]
@@ -208,7 +208,7 @@ def test_what_describes_a_dataset_is_no_text_of_it(tmp_path: Path, data: dict[st
     assert "passed over" in sentence and "plain text" not in sentence
 
 
-def test_a_folder_of_text_keeps_its_readme_and_says_what_it_leaves(tmp_path: Path) -> None:
+def test_text_folder_keeps_readme_and_reports_skipped_files(tmp_path: Path) -> None:
     told: list[str] = []
     fill(tmp_path, **{"README.md": b"# A", "b.txt": b"text", "c.png": b"",
                       "d.json": json.dumps(ROWS).encode()})
@@ -222,14 +222,14 @@ def test_a_folder_of_text_keeps_its_readme_and_says_what_it_leaves(tmp_path: Pat
     assert told[1:] == [f"{tmp_path}: passed over 1 file (c\\x1b[2J.png) and 2 hidden (.env, .git)"]
 
 
-def test_of_many_files_that_are_not_read_the_most_frequent_endings_are_told() -> None:
+def test_many_skipped_files_are_counted_by_ending() -> None:
     names = [f"{i}.e{j}" for j in range(12) for i in range(12 - j)]
     assert passed_over(names, [f".{i}" for i in range(6)]) == (
         "passed over 78 files (12 .e0, 11 .e1, 10 .e2, 9 .e3, 8 .e4, 7 .e5, 6 .e6, 5 .e7, 10 others) and "
         "6 hidden (.0, .1, .2, .3, ...)")
 
 
-def test_a_dataset_says_which_text_and_which_splits_it_reads(tmp_path: Path) -> None:
+def test_mixed_text_and_splits_are_reported(tmp_path: Path) -> None:
     told: list[str] = []
     fill(tmp_path, **{f"data/{split}-0.parquet": as_parquet(ROWS) for split in ("train", "test")},
          **{"docs/guide.md": b"text"})
@@ -237,7 +237,7 @@ def test_a_dataset_says_which_text_and_which_splits_it_reads(tmp_path: Path) -> 
     assert "1 files of plain text (docs/guide.md)" in told[0] and "splits train, test" in told[0]
 
 
-def test_a_hub_dataset_that_is_not_there_is_told_how_to_load(
+def test_missing_hub_dataset_suggests_download(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="hf download HuggingFaceH4/ultrachat_200k --repo-type dataset"):
@@ -251,16 +251,16 @@ def test_a_hub_dataset_that_is_not_there_is_told_how_to_load(
 @pytest.mark.parametrize("name", ["a.txt", "data", "a.data", "a.txt.gz"])
 @pytest.mark.parametrize("content", [json.dumps(ROWS), json.dumps({"messages": ASK}, indent=2),
                                      '\n [\n {"a": 1}, {"b": 2}]', '{"a\\"b": 1}\n{"a": 2}'])
-def test_json_is_not_read_as_text(tmp_path: Path, name: str, content: str) -> None:
+def test_json_in_text_file_is_refused(tmp_path: Path, name: str, content: str) -> None:
     raw = content.encode()
     (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
-    with pytest.raises(UserError, match="is JSON and no plain text"):
+    with pytest.raises(UserError, match="is JSON and not plain text"):
         list(read_documents([tmp_path / name]))
 
 
 @pytest.mark.parametrize("content", ["{curly} text", "[1] A note.", '{ "quoted" text }', "[[wiki]] text",
                                      "{}"])
-def test_text_with_brackets_stays_text(tmp_path: Path, content: str) -> None:
+def test_text_with_brackets_is_text(tmp_path: Path, content: str) -> None:
     (tmp_path / "a.txt").write_text(content)
     assert [d.text for d in read_documents([tmp_path / "a.txt"])] == [content]
 
@@ -271,13 +271,13 @@ def test_text_with_brackets_stays_text(tmp_path: Path, content: str) -> None:
     ('[{"text": "a"}, {"text": }]', "is not valid JSON", 1),
     ('[{"text": "a"}, {"text": "b', "is not valid JSON", 1),
     ('[{"text": "a"},]', "is not valid JSON", 1),
-    ('[{"text": "a"}] []', "more behind the end", 1),
+    ('[{"text": "a"}] []', "more after the end", 1),
     ('[{"text": "a"}, 3, {"text": "b"}]', "is a JSON int", 2),
     ('[{"text": "a"}, ' + "[" * 200_000, "is not valid JSON", 1),
     ('{"text": "a",\n"b": 1}', "is not valid JSON", 0),
     ("", "", 0), ("3", "is a JSON int", 0),
 ])
-def test_a_damaged_list_is_named_by_its_record(tmp_path: Path, content: str, told: str,
+def test_damaged_json_list_names_record(tmp_path: Path, content: str, told: str,
                                                num_good: int) -> None:
     (tmp_path / "a.json").write_text(content)
     found = [item for span in spans_of(tmp_path / "a.json") for item in read_span(span,
@@ -287,7 +287,7 @@ def test_a_damaged_list_is_named_by_its_record(tmp_path: Path, content: str, tol
     assert (bad and told in bad[0].reason) if told else not found
 
 
-def test_a_stream_that_ends_between_two_batches_is_cut_off(tmp_path: Path) -> None:
+def test_truncated_arrow_stream_is_detected(tmp_path: Path) -> None:
     batch, sink = pyarrow.RecordBatch.from_pylist(ROWS), io.BytesIO()
     writer = ipc.new_stream(sink, batch.schema)
     writer.write_batch(batch)
@@ -299,7 +299,7 @@ def test_a_stream_that_ends_between_two_batches_is_cut_off(tmp_path: Path) -> No
         list(read_documents([tmp_path / "cut.arrow"]))
 
 
-def test_two_columns_of_one_name_are_told(tmp_path: Path) -> None:
+def test_duplicate_columns_are_refused(tmp_path: Path) -> None:
     texts = [pyarrow.array(["a"]), pyarrow.array(["b"])]
     parquet.write_table(pyarrow.Table.from_arrays(texts, names=["text", "text"]), tmp_path / "a.parquet")
     with pytest.raises(UserError, match="has two columns 'text'"):
@@ -307,14 +307,14 @@ def test_two_columns_of_one_name_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 7, 1000])
-def test_items_are_the_same_wherever_reads_end(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_items_do_not_depend_on_block_size(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_sov.base.documents.reading._BLOCK_BYTES", step)
     wanted = [{"a": "한\\n\"]}", "b": [1.5e-3, True, None, "\U0001f600"]}, [], 12.25, "x" * 50, {"c": {}}]
     raw = io.BytesIO(json.dumps(wanted, indent=1).encode())
     assert list(json_items(lambda size: raw.read(min(size, step)), 1000)) == wanted
 
 
-def test_an_item_beyond_the_limit_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overlong_json_item_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_sov.base.documents.reading._BLOCK_BYTES", 100)
     raw = io.BytesIO(json.dumps(["a" * 100_000]).encode())
     [bad] = json_items(raw.read, 1000)
@@ -337,7 +337,7 @@ PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
     ({"chosen_score": "7", "rejected_score": "7"}, ""), ({"score": 7, "rejected_score": 7}, ""),
     ({"chosen_tokens": 7, "rejected_tokens": 7}, ""),
     ({"chosen_score": 7, "rejected_score": 7, "desirable": [1, 1]}, "")])
-def test_a_pair_with_tied_scores_is_set_aside(tmp_path: Path, scores: dict[str, Any], tied: str) -> None:
+def test_pair_with_tied_scores_is_refused(tmp_path: Path, scores: dict[str, Any], tied: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(as_lines([PAIR, {**PAIR, **scores}, {**PAIR, "rejected": "a"}]))
     found = [item for span in spans_of(tmp_path / "a.jsonl")
              for item in CountedSpan(span, RecordReading("preference"))]
@@ -350,7 +350,7 @@ def test_a_pair_with_tied_scores_is_set_aside(tmp_path: Path, scores: dict[str, 
     (b"%PDF-1.7\xff", "is a PDF"), (b"PK\x03\x04\xff", "ZIP file"), (b"\x1f\x8b\xff", "ending .gz"),
     (b"\x28\xb5\x2f\xfd\xff", "ending .zst"), (b"PAR1\xff", ".parquet"), (b"\xff\xfea\0", "iconv -f UTF-16"),
     (b"\xfe\xff\0a", "iconv -f UTF-16"), (b"\xb0\xa1", "iconv -f CP949"), (b"caf\xe9", "iconv -f CP949")])
-def test_a_file_that_is_not_text_is_named_by_its_first_bytes(begin: bytes, words: str) -> None:
+def test_binary_file_is_identified_by_first_bytes(begin: bytes, words: str) -> None:
     with pytest.raises(BadRecord, match=words):
         decode(begin)
     with pytest.raises(BadRecord, match="iconv -f CP949"):

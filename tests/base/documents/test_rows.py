@@ -22,14 +22,14 @@ def test_rows_may_be_any_objects(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="line 1: has no 'prompt'"):
         check_rows(file, "--tests", "prompt")
     file.write_text("[]\n")
-    with pytest.raises(UserError, match="line 1: is no JSON object, but a list"):
+    with pytest.raises(UserError, match="line 1: is not a JSON object, but a list"):
         check_rows(file, "--tests", "")
     file.write_text("\n")
     with pytest.raises(UserError, match=r"has no rows; each line is a JSON object$"):
         check_rows(file, "--tests", "")
 
 
-def test_changed_values_are_named_by_their_place() -> None:
+def test_changed_values_have_dotted_names() -> None:
     before = {"settings": {"min_score": 0.5, "keep": ["ko"]}, "version": 1, "old": 1}
     now = {"settings": {"min_score": 0.6, "keep": ["ko"]}, "version": 1}
     assert list(changed_values(before, now)) == [("settings.min_score", "0.5", "0.6"), ("old", "1", "null")]
@@ -43,13 +43,13 @@ def test_changed_values_are_named_by_their_place() -> None:
     (RecordAccount(2, 1, {"a\x1b": 1}, "rows", "scored"),
      "2 rows read: 1 scored, 1 set aside (1 a\\x1b)"),
 ])
-def test_an_account_is_one_line(account: RecordAccount, line: str) -> None:
+def test_account_sentence(account: RecordAccount, line: str) -> None:
     assert account.describe() == line
 
 
 @pytest.mark.parametrize(("num_read", "num_written", "aside"), [
     (1, 0, {}), (0, 1, {}), (3, 1, {"json": 1}), (3, 1, {"json": 3}), (2, 2, {"json": 1, "empty": 0})])
-def test_numbers_that_do_not_add_up_are_a_defect(num_read: int, num_written: int,
+def test_unbalanced_account_raises(num_read: int, num_written: int,
                                                  aside: dict[str, int]) -> None:
     with pytest.raises(RuntimeError, match=f"add up: {num_read} records read: {num_written} written"):
         RecordAccount(num_read, num_written, aside)
@@ -59,7 +59,7 @@ def test_numbers_that_do_not_add_up_are_a_defect(num_read: int, num_written: int
         tally.account("rows")
 
 
-def test_a_pair_is_of_the_best_that_ended_and_the_worst() -> None:
+def test_pair_has_best_ended_and_worst_response() -> None:
     texts = "abab"
     for rewards in product((0.0, 0.5, 1.0), repeat=4):
         for ended in product((True, False), repeat=4):
@@ -73,7 +73,7 @@ def test_a_pair_is_of_the_best_that_ended_and_the_worst() -> None:
             assert passed_over == (not any(ended[i] for i in range(4) if rewards[i] == max(rewards)))
 
 
-def test_places_are_k_exaones() -> None:
+def test_group_advantages_follow_k_exaone() -> None:
     assert places_in_group([3.0, 1.0, 2.0, 1.5]) == pytest.approx([1.0, -1.0, 0.0, -0.5])
     # a good response that did not end, alone, is not learned
     assert [is_learned(place, False) for place in (1.0, 0.5, 0.0, -1.0)] == [False, False, True, True]
@@ -88,7 +88,7 @@ DIFFERENT = [(0.6, 0.60001), (0.0, 1e-6), (1.0, -1.0), (1e9, 1e9 + 1e3), (3, 4),
 
 @pytest.mark.parametrize(("first", "second", "equal"), [*((*pair, True) for pair in RESIDUES),
                                                         *((*pair, False) for pair in DIFFERENT)])
-def test_the_rounding_of_floats_is_no_preference(first: float, second: float, equal: bool) -> None:
+def test_rounding_is_not_a_preference(first: float, second: float, equal: bool) -> None:
     for rewards in ((first, second), (second, first)):
         assert are_equal(rewards) is equal
         assert (pair_of(rewards, (True, True), lambda i, j: False)[0] is None) is equal
@@ -100,7 +100,7 @@ def test_the_rounding_of_floats_is_no_preference(first: float, second: float, eq
         (1, 2), int(first > second and not equal))
 
 
-def test_a_place_in_the_middle_is_no_good_one_by_rounding() -> None:
+def test_rounding_does_not_make_a_good_response() -> None:
     rewards = [0.0, math.fsum((0.1, 0.2)), 0.1 + 0.2 + 0.3]
     for order in ((0, 1, 2), (2, 1, 0)):
         places = places_in_group([rewards[i] for i in order])

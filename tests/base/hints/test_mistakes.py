@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.base.errors import nearest
+from megatron_sov.base.errors import suggest_name
 from tests.base.hints.test_words import answer
 
 
@@ -23,7 +23,8 @@ from tests.base.hints.test_words import answer
     ("sov-tokenizer import vocab.json --output o", ["merges.txt", "save_pretrained"]),
     ("sov-tokenizer compare gpt2 gpt2 --text en=t.txt", ["hf download gpt2"]),
     ("megatron-sov pretrain x --data 0.7 d 0.3 d --run r", ["--data d:1 --run r"]),
-    ("megatron-sov pretrain theirs.yml --data d --run r", ["pretrain RECIPE ", "train.global_batch_size=8"]),
+    ("megatron-sov pretrain theirs.yml --data d --run r",
+     ["pretrain --from M ", "train.global_batch_size=8"]),
     ("megatron-sov sft theirs.yml --run r", ["write\n  megatron-sov sft --from M"]),
     ("megatron-sov extend run --data d --run r", ["extend tiny-solar-open --from run --data d"]),
     ("megatron-sov plan hf --cluster h100 --nodes 8", ["plan --from hf --cluster"]),
@@ -73,4 +74,4 @@ def test_the_answer_names_what_to_type(typed: str, parts: list[str], tmp_path: P
     ("fp16", ["fp64", "fp32"], ""), ("llama-3.1-70b", ["llama-3.1-8b"], ""),
     ("qwen3-8", ["qwen3-8b"], "; did you mean 'qwen3-8b'?"), ("h10", ["h100"], "; did you mean 'h100'?")])
 def test_another_number_is_no_guess(name: str, known: list[str], meant: str) -> None:
-    assert nearest(name, known) == meant
+    assert suggest_name(name, known) == meant

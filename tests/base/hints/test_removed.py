@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sov import recipes
-from megatron_sov.base.artifacts import new_artifact, read_manifest
+from megatron_sov.base.artifacts import create_artifact, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.hints import removed
 from megatron_sov.base.settings import SettingsError
@@ -93,7 +93,7 @@ def test_a_folder_of_a_removed_command_is_refused_by_whatever_opens_it(
 @pytest.mark.parametrize("kind", list(removed.KINDS))
 def test_an_artifact_of_a_removed_kind_is_refused(kind: str, tmp_path: Path,
                                                   capsys: pytest.CaptureFixture[str]) -> None:
-    with new_artifact(tmp_path / "old", kind) as artifact:
+    with create_artifact(tmp_path / "old", kind) as artifact:
         (artifact.path / "rows").write_text("1\n")
     assert main(["inspect", str(tmp_path / "old")]) == 2
     told = f"is a '{kind}' artifact, which this version cannot read; {removed.KINDS[kind]}"

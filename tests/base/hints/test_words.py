@@ -11,7 +11,7 @@ import pytest
 import data_prep.cli
 import tokenizer.cli
 from megatron_sov import cli
-from megatron_sov.base.errors import nearest
+from megatron_sov.base.errors import suggest_name
 
 PROGRAMS = {"megatron-sov": cli.main, "sov-data": data_prep.cli.main, "sov-tokenizer": tokenizer.cli.main}
 SFT = "megatron-sov sft --from M --data D --run R"
@@ -48,7 +48,7 @@ def answer(line: str, capsys: pytest.CaptureFixture[str]) -> str:
      "megatron-sov pretrain qwen3-8b --data D --run R --set train.steps=10 --set optim.lr=3e-4"),
     ("megatron-sov convert from-hf M", "megatron-sov convert from-hf M OUT"),
     ("megatron-sov submit qwen3-8b --cluster h100",
-     "megatron-sov submit pretrain qwen3-8b --cluster NAME --nodes 1 --data DIR --run DIR"),
+     "megatron-sov submit pretrain --cluster h100 --account ACCOUNT qwen3-8b --run new-run --data DIR"),
     ("sov-data pack --input X --tokenizer-model t --output-prefix o --append-eod",
      "sov-data pack --input X --tokenizer t --output o --eod append"),
     ("sov-tokenizer train --input x --model_prefix m --vocab_size 900 --model_type bpe",
@@ -74,7 +74,7 @@ def answer(line: str, capsys: pytest.CaptureFixture[str]) -> str:
     ("megatron-sov generate M Hello", "megatron-sov generate M --prompt Hello"),
     ("megatron-sov plan qwen3-8b --gpu-type H100 --num-gpus 8",
      "megatron-sov plan qwen3-8b --cluster h100 --nodes 1"),
-    ("megatron-sov --dry-run sft --from M", "megatron-sov sft --from M --dry-run"),
+    ("megatron-sov --dry-run sft --from M", "megatron-sov sft --from M --dry-run --run new-run"),
     ("sov-data pack --tokenizer T --input x --output o --format sharegpt",
      "sov-data pack --tokenizer T --input x --output o --format chat"),
     ("sov-data mix --input A B --weights 0.7 0.3 --output O", "sov-data mix A:0.7 B:0.3 --output O"),
@@ -96,7 +96,7 @@ def test_a_word_that_resembles_nothing_is_not_guessed_at(line: str,
     ("--model", ["--help"]), ("--gpus", ["--no-cache"]), ("--days", ["--data"]), ("prepare", ["report"]),
     ("data", ["tag"])])
 def test_a_distant_word_is_no_guess(word: str, known: list[str]) -> None:
-    assert nearest(word, known) == ""
+    assert suggest_name(word, known) == ""
 
 
 @pytest.mark.parametrize(("files", "command", "write"), [

@@ -7,16 +7,16 @@ import re
 import pytest
 
 from megatron_sov.base.pages.page import (
-    MAX_CARDS, Chapter, Chart, Comparison, PageSection, PageTable, Panel, render)
+    MAX_CARDS, Chapter, Chart, Comparison, PageSection, PageTable, Panel, render_page)
 from megatron_sov.base.pages.plots import Axis, LinePlot, Series
 
 HOSTILE = "</script><script>window.hacked = 1</script>"
 
 
-def test_text_is_escaped_and_only_the_files_own_scripts_are_allowed() -> None:
+def test_page_escapes_text_and_allows_own_scripts_only() -> None:
     drawn = Chart(LinePlot([Series(HOSTILE, [1.0], [1.0], HOSTILE)], Axis(HOSTILE)), HOSTILE,
                   HOSTILE)
-    page = render("Report", HOSTILE, HOSTILE, [Chapter(HOSTILE, HOSTILE, [(HOSTILE,) * 3], [
+    page = render_page("Report", HOSTILE, HOSTILE, [Chapter(HOSTILE, HOSTILE, [(HOSTILE,) * 3], [
         PageSection(HOSTILE, HOSTILE, [drawn], [PageTable([HOSTILE], [[HOSTILE]])],
                     comparisons=[Comparison(HOSTILE, [(HOSTILE, HOSTILE)], HOSTILE)])])], opening=[
                 Panel(HOSTILE, 4, [(HOSTILE, HOSTILE)], [PageTable([HOSTILE], [[HOSTILE]])], [drawn],
@@ -34,25 +34,25 @@ def test_text_is_escaped_and_only_the_files_own_scripts_are_allowed() -> None:
     (["0.5 → 0.7"], True), (["8.19 B (1.2 B active)", ""], True), (["500 tokens/s"], True),
     (["english", "code"], False), (["1", "complete"], False), (["–", ""], False),
     (["3 wishes and a lamp"], False), (["2.A", "step 3"], False), (["v1.2"], False)])
-def test_columns_of_figures_are_aligned_right(cells: list[str], is_figure: bool) -> None:
+def test_number_columns_are_aligned_right(cells: list[str], is_figure: bool) -> None:
     table = PageTable(["name", "x"], [["a", cell] for cell in cells])
     assert table.figure_columns == [False, is_figure]
-    page = render("Report", "t", "", [Chapter("a", "", [], [PageSection("One", tables=[table])])])
+    page = render_page("Report", "t", "", [Chapter("a", "", [], [PageSection("One", tables=[table])])])
     assert page.count('<td class="num">') == len(cells) * is_figure
 
 
-def test_rows_of_a_first_screen_become_cards_that_name_each_cell() -> None:
+def test_table_rows_become_cards_with_labels() -> None:
     table = PageTable(["stage", "before", "<b>"], [["sft", "1", HOSTILE]])
-    page = render("Report", "t", "", [], verdict="3 of 3 checks passed.", opening=[
+    page = render_page("Report", "t", "", [], verdict="3 of 3 checks passed.", opening=[
         Panel("What", 12, tables=[table, PageTable(["a", "b"], [["1", "2"]]),
                                   PageTable(["a", "b", "c"], [["1", "2", "3"]] * (MAX_CARDS + 1))])])
     assert re.findall(r'data-head="([^"]*)"', page) == ["before", "&lt;b&gt;"]
     assert page.index("3 of 3 checks passed.") < page.index('id="overview"')
 
 
-def test_control_characters_are_shown() -> None:
+def test_control_characters_are_escaped() -> None:
     text = "\0\x1b[2J\u202e\ud800"
-    page = render("Report", text, text, [Chapter(text, text, [(text,) * 3], [
+    page = render_page("Report", text, text, [Chapter(text, text, [(text,) * 3], [
         PageSection(text, text, tables=[PageTable([text], [[text]])],
                     comparisons=[Comparison(text, [(text, text)])])])],
                   opening=[Panel(text, 4, [(text, text)])])
@@ -60,8 +60,8 @@ def test_control_characters_are_shown() -> None:
     assert r"\x00\x1b[2J\u202e\ud800" in page
 
 
-def test_every_section_can_be_reached_and_an_empty_chapter_says_so() -> None:
-    page = render("Report", "t", "",
+def test_contents_link_sections_and_mark_empty_chapters() -> None:
+    page = render_page("Report", "t", "",
                   [Chapter("a", "", [], [PageSection("One two", "x")]), Chapter("b", "", [], [])],
                   anchor="it", nothing="Nothing here.", now_s=0)
     assert re.findall(r'href="#([^"]*)"', page) == ["it-1", "it-1-one-two", "it-2"]
@@ -69,8 +69,8 @@ def test_every_section_can_be_reached_and_an_empty_chapter_says_so() -> None:
     assert page.count("Nothing here.") == 1 and "1970-01-01 00:00 UTC" in page
 
 
-def test_what_stands_first_comes_before_all_chapters_and_can_be_reached() -> None:
-    page = render("Report", "t", "", [Chapter("a", "", [], [])], opening=[
+def test_opening_precedes_chapters() -> None:
+    page = render_page("Report", "t", "", [Chapter("a", "", [], [])], opening=[
         Panel("In short", 3, facts=[("Parameters", "2 M")]),
         Panel("In words", 9, comparisons=[Comparison("Why?", [("before", "x"), ("after", "y")])])])
     assert re.findall(r'href="#([^"]*)"', page) == ["overview", "part-1"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.plugins.loading import calling, is_reference, load
+from megatron_sov.base.plugins.loading import call_plugin, is_reference, load_plugin
 
 
 def sha256(path: Path) -> str:
@@ -23,31 +23,31 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_name_in_a_file_with_its_whole_path_and_hash(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_plugin_records_path_and_hash(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(file.parent)
     for reference in ("mine.py:answer", "./mine.py:answer", f"{file}:answer",
                       "../" + file.parent.name + "/mine.py:answer"):
-        found = load(reference)
+        found = load_plugin(reference)
         assert (found.value, found.attribute, found.reference) == (42, "answer", f"{file}:answer")
         assert found.files == {"mine.py": sha256(file)}
 
 
-def test_a_file_runs_once_until_it_changes_even_within_a_second(file: Path) -> None:
+def test_file_executes_again_only_after_change(file: Path) -> None:
     file.write_text("import sys\nanswer = object()\n")
-    first = load(f"{file}:answer").value
-    assert load(f"{file}:answer").value is first
+    first = load_plugin(f"{file}:answer").value
+    assert load_plugin(f"{file}:answer").value is first
     file.write_text("import sys\nanswer = 'other!'\n")
-    assert load(f"{file}:answer").value == "other!"
+    assert load_plugin(f"{file}:answer").value == "other!"
     assert not (file.parent / "__pycache__").exists()
 
 
-def test_what_lies_beside_the_file_is_imported_and_on_record(tmp_path: Path) -> None:
+def test_sibling_modules_are_imported_and_recorded(tmp_path: Path) -> None:
     (tmp_path / "beside_mine.py").write_text("from package_mine.part import three\n")
     (tmp_path / "package_mine").mkdir()
     (tmp_path / "package_mine" / "__init__.py").write_text("")
     (tmp_path / "package_mine" / "part.py").write_text("three = 3\n")
     (tmp_path / "uses.py").write_text("import json\nimport numpy\nfrom beside_mine import three\n")
-    found = load(f"{tmp_path}/uses.py:three")
+    found = load_plugin(f"{tmp_path}/uses.py:three")
     names = ["uses.py", "beside_mine.py", "package_mine/__init__.py", "package_mine/part.py"]
     assert found.value == 3
     assert found.files == {name: sha256(tmp_path / name) for name in names}
@@ -55,35 +55,35 @@ def test_what_lies_beside_the_file_is_imported_and_on_record(tmp_path: Path) -> 
     assert str(tmp_path) not in sys.path
 
 
-def test_what_is_installed_goes_before_what_lies_beside(tmp_path: Path) -> None:
+def test_installed_modules_precede_siblings(tmp_path: Path) -> None:
     (tmp_path / "colorsys.py").write_text("raise SystemExit('shadowed')\n")
     (tmp_path / "uses.py").write_text("from colorsys import rgb_to_hsv\n")
-    assert load(f"{tmp_path}/uses.py:rgb_to_hsv").value(1, 1, 1) == (0.0, 0.0, 1)
+    assert load_plugin(f"{tmp_path}/uses.py:rgb_to_hsv").value(1, 1, 1) == (0.0, 0.0, 1)
 
 
-def test_dataclasses_and_annotations_work_in_a_file(tmp_path: Path) -> None:
+def test_plugin_file_supports_dataclasses(tmp_path: Path) -> None:
     (tmp_path / "typed.py").write_text(
         "from __future__ import annotations\nfrom dataclasses import dataclass\n\n"
         "@dataclass(frozen=True)\nclass Point:\n    x: int\n    other: Point | None = None\n")
-    point = load(f"{tmp_path}/typed.py:Point").value
+    point = load_plugin(f"{tmp_path}/typed.py:Point").value
     assert point(1, point(2)).other.x == 2
 
 
-def test_future_statements_of_ours_are_not_theirs(tmp_path: Path) -> None:
+def test_plugin_file_does_not_inherit_future_imports(tmp_path: Path) -> None:
     (tmp_path / "plain.py").write_text("def f(x: int): ...\nhint = f.__annotations__['x']\n")
-    assert load(f"{tmp_path}/plain.py:hint").value is int
+    assert load_plugin(f"{tmp_path}/plain.py:hint").value is int
 
 
-def test_a_module_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_plugin_from_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "named_pack").mkdir()
     (tmp_path / "named_pack" / "__init__.py").write_text("")
     (tmp_path / "named_pack" / "deep.py").write_text("answer = 7\n")
     monkeypatch.syspath_prepend(tmp_path)
-    found = load("named_pack.deep:answer")
+    found = load_plugin("named_pack.deep:answer")
     assert (found.value, found.reference) == (7, "named_pack.deep:answer")
     assert found.files == {"deep.py": sha256(tmp_path / "named_pack/deep.py"),
                            "__init__.py": sha256(tmp_path / "named_pack/__init__.py")}
-    assert load("math:pi").files == {} or "math" in next(iter(load("math:pi").files))
+    assert load_plugin("math:pi").files == {} or "math" in next(iter(load_plugin("math:pi").files))
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -96,17 +96,17 @@ def test_a_module_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ("from . import x\n", r"mine.py:1: ImportError: attempted relative import"),
     ("x = 1\0\n", r"mine.py: .*source code string cannot contain null bytes"),
 ])
-def test_what_is_wrong_with_a_file_is_one_sentence_with_its_line(file: Path, text: str, message: str) -> None:
+def test_plugin_errors_name_the_line(file: Path, text: str, message: str) -> None:
     file.write_text(text)
     with pytest.raises(UserError, match=message):
-        load(f"{file}:wanted")
+        load_plugin(f"{file}:wanted")
 
 
-def test_a_file_that_fails_leaves_no_module(file: Path) -> None:
+def test_failed_plugin_leaves_no_module(file: Path) -> None:
     file.write_text("1 / 0\n")
     before = set(sys.modules)
     with pytest.raises(UserError):
-        load(f"{file}:answer")
+        load_plugin(f"{file}:answer")
     assert set(sys.modules) == before
 
 
@@ -118,27 +118,27 @@ def test_a_file_that_fails_leaves_no_module(file: Path) -> None:
     ("none_such.deep:x", "none_such.deep: ModuleNotFoundError.*a file of your own is named FILE.py:NAME"),
     ("math:none", "math has no 'none'"),
 ])
-def test_references_that_lead_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: str,
+def test_invalid_references_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: str,
                                       message: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match=message):
-        load(reference)
+        load_plugin(reference)
 
 
-def test_a_function_is_called_with_its_folder_and_its_errors_are_told(tmp_path: Path) -> None:
+def test_call_plugin_imports_siblings_and_reports_errors(tmp_path: Path) -> None:
     (tmp_path / "late_helper.py").write_text("value = 5\n")
     (tmp_path / "late.py").write_text(
         "def good():\n    from late_helper import value\n    return value\n\ndef bad():\n    "
         "return {}['x']\n")
     for name in ("good", "bad"):
-        found = load(f"{tmp_path}/late.py:{name}")
+        found = load_plugin(f"{tmp_path}/late.py:{name}")
         if name == "good":
-            assert calling(found.reference, found.value) == 5
+            assert call_plugin(found.reference, found.value) == 5
     with pytest.raises(UserError, match=r"late.py:6: KeyError: 'x'"):
-        calling(found.reference, found.value)
+        call_plugin(found.reference, found.value)
 
 
-def test_which_texts_are_references() -> None:
+def test_is_reference() -> None:
     assert all(map(is_reference, ("a.py:b", "a.b:c", "./a", "a.py")))
     assert not any(map(is_reference, ("tiny-qwen3", "llama", "qwen2-1.5b")))

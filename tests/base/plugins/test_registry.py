@@ -9,7 +9,7 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import LoadedPlugin, PluginCode
-from megatron_sov.base.plugins.registry import Registry, check_methods, load_built_in, takes
+from megatron_sov.base.plugins.registry import Registry, accepts_arguments, check_methods, load_built_in
 
 
 def check(loaded: LoadedPlugin) -> None:
@@ -29,7 +29,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_file_that_a_person_named_is_known_by_its_name(file: Path) -> None:
+def test_loaded_plugin_is_registered_by_name(file: Path) -> None:
     shapes = registry()
     assert shapes.load(f"{file}:flat") == "flat"
     assert shapes.get("flat") == {"name": "level"}
@@ -41,11 +41,11 @@ def test_a_file_that_a_person_named_is_known_by_its_name(file: Path) -> None:
     assert shapes.load(f"{file}:flat") == "flat"  # again: the same
 
 
-def test_it_may_say_its_name_itself(file: Path) -> None:
+def test_plugin_may_declare_its_name(file: Path) -> None:
     assert registry(own_name=lambda shape: shape["name"]).load(f"{file}:flat") == "level"
 
 
-def test_names_that_are_taken_and_things_of_another_kind_are_refused(file: Path, tmp_path: Path) -> None:
+def test_taken_names_and_other_kinds_are_refused(file: Path, tmp_path: Path) -> None:
     shapes = registry()
     shapes.load(f"{file}:flat")
     (tmp_path / "others.py").write_text("flat = {}\n")
@@ -58,7 +58,7 @@ def test_names_that_are_taken_and_things_of_another_kind_are_refused(file: Path,
             shapes.load(reference)
 
 
-def test_looking_up_never_runs_a_file_whatever_the_record_says(file: Path) -> None:
+def test_lookup_never_executes_recorded_files(file: Path) -> None:
     shapes = registry()
     record = PluginCode("objective", "flat", f"{file}:flat", files={"shapes.py": "0" * 64})
     with pytest.raises(UserError, match=rf"objective 'flat': stands in {file}:flat, which is run only when "
@@ -73,18 +73,18 @@ def test_looking_up_never_runs_a_file_whatever_the_record_says(file: Path) -> No
 
 
 @pytest.mark.parametrize("reference", ["/a.py:x\x1b[2J; rm -rf ~", "/a.py:x\nerror: all is well"])
-def test_a_record_cannot_write_on_the_screen(reference: str) -> None:
+def test_recorded_reference_is_escaped(reference: str) -> None:
     with pytest.raises(UserError) as e:
         registry().get("flat", [PluginCode("objective", "flat", reference)])
     assert reference not in str(e.value) and str(e.value).isprintable()
 
 
-def test_a_record_cannot_slip_a_command_into_what_is_copied_from_the_message() -> None:
+def test_recorded_reference_is_quoted() -> None:
     with pytest.raises(UserError, match=r"add --plugin '/a.py:x; rm -rf ~'$"):
         registry().get("flat", [PluginCode("objective", "flat", "/a.py:x; rm -rf ~")])
 
 
-def test_an_unknown_name_is_answered_with_the_nearest() -> None:
+def test_unknown_name_suggests_nearest() -> None:
     with pytest.raises(UserError, match=r"objective 'squar': does not exist; "
                                         r"did you mean 'square'\? \(objectives: round, square; "
                                         r"your own are named FILE.py:NAME\)"):
@@ -106,12 +106,16 @@ class Bad:
     def read(self): ...
 
 
-def test_arguments_by_position() -> None:
-    assert takes(len, ("x",)) and takes(Good, ()) and takes(lambda *a: a, ("a", "b"))
-    assert not takes(lambda: 0, ("x",)) and not takes(lambda x, *, y: 0, ("x",)) and not takes("text", ())
+def test_accepts_arguments_by_position() -> None:
+    assert accepts_arguments(len, ("x",))
+    assert accepts_arguments(Good, ())
+    assert accepts_arguments(lambda *a: a, ("a", "b"))
+    assert not accepts_arguments(lambda: 0, ("x",))
+    assert not accepts_arguments(lambda x, *, y: 0, ("x",))
+    assert not accepts_arguments("text", ())
 
 
-def test_methods_of_a_class() -> None:
+def test_check_methods() -> None:
     check_methods(Good, "mine.py:Good", "a store", METHODS)
     with pytest.raises(UserError, match=r"^mine.py:Bad: a store needs read\(self, path\), write\(self, path, "
                                         r"text\); it has read\(self\)$"):
@@ -123,7 +127,7 @@ def test_methods_of_a_class() -> None:
         check_methods(int, "mine.py:int", "a store", METHODS)
 
 
-def test_what_is_built_in_is_loaded_by_its_place_and_says_what_it_lacks() -> None:
+def test_load_built_in_names_missing_library() -> None:
     assert load_built_in("format json", "json:JSONDecoder", "data") is json.JSONDecoder
     with pytest.raises(UserError, match="format odd: needs no_such_library, which is not installed"):
         load_built_in("format odd", "no_such_library.part:Class", "data")

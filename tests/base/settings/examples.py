@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from annotated_types import Le, MinLen
 
 from megatron_sov.base.settings import (
-    ONCE, AtLeastOne, NotBlank, NotNegative, ProblemCode, SettingsProblem, Share, one_of)
+    UNIQUE_ITEMS, AtLeastOne, NotBlank, NotNegative, ProblemCode, SettingsProblem, Share, choice_from)
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Recipe:
     either: int | str | None = None
     file: Path = Path("a")
     pairs: tuple[tuple[int, int], ...] = ()
-    words: Annotated[tuple[NotBlank, ...], MinLen(1), ONCE] = ("a",)
-    language: Annotated[str, one_of(lambda: ("", "ko", "en"))] = ""
+    words: Annotated[tuple[NotBlank, ...], MinLen(1), UNIQUE_ITEMS] = ("a",)
+    language: Annotated[str, choice_from(lambda: ("", "ko", "en"))] = ""
     on: bool = False
 
     def problems(self) -> list[SettingsProblem]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.base.settings import (
-    AllOf, AnyOf, When, find_inert, is_none_of, is_one_of, is_set, is_unset, value_at)
+    AllOf, AnyOf, When, find_inert_settings, get_setting, is_none_of, is_one_of, is_set, is_unset)
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ WSD = (Item(), Item(1.0, schedule="wsd"))
     ({"items": ()}, "decay", "decay"), ({"table": {"en": 2.0}}, "table.en table items.0.lr name late", ""),
     ({}, "decay part.beta decay", "decay part.beta"), ({}, "", ""),
 ])
-def test_settings_that_cannot_act_are_found(settings: dict[str, Any], asked: str, refused: str) -> None:
-    problems = find_inert(Settings(**settings), asked.split())
+def test_find_inert_settings(settings: dict[str, Any], asked: str, refused: str) -> None:
+    problems = find_inert_settings(Settings(**settings), asked.split())
     assert [problem.key for problem in problems] == refused.split()
     assert {problem.code for problem in problems} <= {"inert"}
 
@@ -84,15 +84,15 @@ def test_settings_that_cannot_act_are_found(settings: dict[str, Any], asked: str
      "items.*.schedule is not null or constant, or late is not set; leave it out, or change "
      "items.*.schedule"),
 ])
-def test_the_deciding_setting_is_named(settings: dict[str, Any], key: str, message: str) -> None:
-    [problem] = find_inert(Settings(**settings), [key])
+def test_inert_problem_names_deciding_setting(settings: dict[str, Any], key: str, message: str) -> None:
+    [problem] = find_inert_settings(Settings(**settings), [key])
     assert str(problem) == message
 
 
-def test_a_fact_decides_once_it_is_known() -> None:
-    assert find_inert(Settings(), ["over_long"]) == []
-    assert find_inert(Settings(), ["over_long"], {"--data": ["chat"]}) == []
-    [problem] = find_inert(Settings(), ["over_long"], {"--data": ["text"]})
+def test_known_fact_decides_condition() -> None:
+    assert find_inert_settings(Settings(), ["over_long"]) == []
+    assert find_inert_settings(Settings(), ["over_long"], {"--data": ["chat"]}) == []
+    [problem] = find_inert_settings(Settings(), ["over_long"], {"--data": ["text"]})
     assert str(problem) == ('over_long = "cut" has no effect with --data = ["text"]: it acts when --data '
                             "holds chats; pack chats")
 
@@ -100,5 +100,5 @@ def test_a_fact_decides_once_it_is_known() -> None:
 @pytest.mark.parametrize(("key", "value"), [
     ("part.beta", 0.1), ("items.0.lr", 0.0), ("items.7.lr", None), ("table.en", 2.0), ("table.ko", None),
     ("block.beta", None), ("nothing", None)])
-def test_a_value_is_found_by_its_key(key: str, value: Any) -> None:
-    assert value_at(Settings(table={"en": 2.0}), key) == value
+def test_get_setting_by_dotted_key(key: str, value: Any) -> None:
+    assert get_setting(Settings(table={"en": 2.0}), key) == value

@@ -11,12 +11,12 @@ import pytest
 
 from data_prep import cli as data_cli
 from megatron_sov import cli
-from megatron_sov.base.command_line import PROGRAMS, Parser, fill_commands, parser_with_all
+from megatron_sov.base.command_line import PROGRAMS, Parser, build_full_parser, import_commands
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
     NO_FLAG, AtLeastOne, Flag, Fraction, ProblemCode, SettingsError, SettingsProblem, add_options, options,
     read_options)
-from megatron_sov.base.settings.options import core_quotas, num_cores
+from megatron_sov.base.settings.options import count_cores, iter_core_quotas
 from tokenizer import cli as tokenizer_cli
 
 
@@ -79,7 +79,7 @@ def parse(line: str) -> CountOptions:
     return read_options(CountOptions, parser().parse_args(line.split()))
 
 
-def test_what_is_typed_is_what_the_fields_hold() -> None:
+def test_read_options_converts_typed_values() -> None:
     assert parse("f --output d") == CountOptions(Path("f"), Path("d"))
     given = parse("f --output d --heldout 0.5 --limit 2e3 --mode fast --width 16 --input a b --input c "
                   "--tag x=1 --tag y --overwrite --max-bytes 1_002 --no-slow --limit 0")
@@ -88,13 +88,13 @@ def test_what_is_typed_is_what_the_fields_hold() -> None:
     assert parse("f --output d --limit 2e3").limit == 2_000
 
 
-def test_names_of_files_that_are_no_utf_8_are_taken_as_they_are() -> None:
+def test_read_options_keeps_non_utf8_file_names() -> None:
     given = parse("\udcff --output d/\udcfe --input a\udcfd b --tag k=\udcfc")
     assert (given.source, given.output, given.inputs, given.tags) == (
         Path("\udcff"), Path("d/\udcfe"), (Path("a\udcfd"), Path("b")), ("k=\udcfc",))
 
 
-def test_help_is_the_string_under_the_field() -> None:
+def test_help_is_the_field_docstring() -> None:
     said = " ".join(parser().format_help().split())
     for text in ("FILE Text to count, 100 % of it", "--output DIR Folder that is written",
                  "--heldout SHARE Part that is kept (default 0.02)", "--limit N First items",
@@ -118,26 +118,26 @@ def test_help_is_the_string_under_the_field() -> None:
     ("--max-bytes 3", "rule", "--max-bytes", "--max-bytes 3: must be even"),
     ("--limit 3 --overwrite", "rule", "--limit", "--limit 3: goes without --overwrite"),
 ])
-def test_what_is_wrong_is_told_under_the_name_that_was_typed(typed: str, code: str, key: str,
+def test_problems_name_the_typed_option(typed: str, code: str, key: str,
                                                              sentence: str) -> None:
     with pytest.raises(SettingsError) as e:
         parse(f"f --output d {typed}")
     assert (e.value.codes, str(e.value)) == ([(code, key)], sentence)
 
 
-def test_all_that_is_wrong_is_told_at_once_and_in_order() -> None:
+def test_all_option_problems_are_reported_in_order() -> None:
     with pytest.raises(SettingsError) as e:
         parse("f --output d --max-bytes 0 --limit x --heldout 7")
     assert [key for _, key in e.value.codes] == ["--heldout", "--limit", "--max-bytes"]
     assert str(e.value).startswith("command line: 3 problems\n")
 
 
-def test_what_must_be_there_is_asked_for() -> None:
+def test_missing_required_option_is_reported() -> None:
     with pytest.raises(UserError, match="required: FILE, --output"):
         parse("")
 
 
-def test_cores_are_bounded_by_the_quotas_of_control_groups(tmp_path: Path) -> None:
+def test_core_count_respects_cgroup_quotas(tmp_path: Path) -> None:
     """One tree of all controllers, one for each, and a container, whose own group is the root."""
     one, each, inside = (tmp_path / name for name in ("one", "each", "inside"))
     for file, text in (("one/cpu.max", "max 100000"), ("one/jobs/cpu.max", "250000 100000"),
@@ -146,10 +146,10 @@ def test_cores_are_bounded_by_the_quotas_of_control_groups(tmp_path: Path) -> No
                        ("each/cpu/cpu.cfs_quota_us", "300000"), ("each/cpu/cpu.cfs_period_us", "100000")):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text(f"{text}\n")
-    assert list(core_quotas("0::/jobs/7\n", one)) == [2.5]
-    assert list(core_quotas("5:pids:/x\n4:cpu,cpuacct:/box\n", each)) == [3.0]
-    assert list(core_quotas("0::/not/seen/here\n", inside)) == [0.5]
-    assert list(core_quotas("0::/\n", tmp_path)) == [] and num_cores() >= 1
+    assert list(iter_core_quotas("0::/jobs/7\n", one)) == [2.5]
+    assert list(iter_core_quotas("5:pids:/x\n4:cpu,cpuacct:/box\n", each)) == [3.0]
+    assert list(iter_core_quotas("0::/not/seen/here\n", inside)) == [0.5]
+    assert list(iter_core_quotas("0::/\n", tmp_path)) == [] and count_cores() >= 1
 
 
 TRAINED = {"pretrain", "extend", "sft", "prefer", "distill", "rl train", "rl run"}
@@ -157,21 +157,22 @@ TRAINED = {"pretrain", "extend", "sft", "prefer", "distill", "rl train", "rl run
 
 def commands() -> dict[str, argparse.ArgumentParser]:
     """Return name -> parser of every command of our programs."""
-    return {parser.prog: parser for program in PROGRAMS for parser in fill_commands(parser_with_all(program))}
+    return {parser.prog: parser for program in PROGRAMS
+            for parser in import_commands(build_full_parser(program))}
 
 
-def test_every_command_that_writes_or_trains_has_it() -> None:
+def test_every_writing_command_has_dry_run() -> None:
     without = []
     for name, parser in commands().items():
         cls = parser.get_default("options_class")
-        writes = cls is not None and any(given.is_written for given in options._fields(cls))
+        writes = cls is not None and any(given.is_written for given in options._iter_options(cls))
         trains = name.removeprefix("megatron-sov ") in TRAINED
         if (writes or trains) and "--dry-run" not in parser._option_string_actions:
             without.append(name)
     assert without == []
 
 
-def test_it_tells_what_is_read_and_written_and_does_nothing(tmp_path: Path,
+def test_dry_run_lists_inputs_and_outputs(tmp_path: Path,
                                                             capsys: pytest.CaptureFixture[str]) -> None:
     shards, tokenizer, output = tmp_path / "shards", tmp_path / "tokenizer", tmp_path / "out"
     shards.mkdir()
@@ -189,14 +190,14 @@ def test_it_tells_what_is_read_and_written_and_does_nothing(tmp_path: Path,
 @pytest.mark.parametrize(("more", "fate"), [
     ((), "exists: the command continues it if possible, and refuses it otherwise"),
     (("--overwrite",), "exists, and would be replaced")])
-def test_an_output_that_is_there_stays(more: tuple[str, ...], fate: str, tmp_path: Path,
+def test_dry_run_keeps_existing_output(more: tuple[str, ...], fate: str, tmp_path: Path,
                                        capsys: pytest.CaptureFixture[str]) -> None:
     words = ["convert", "to-hf", str(tmp_path), str(tmp_path), "--dry-run", *more]
     assert cli.main(words) == 0
     assert f"writes   {tmp_path}: {fate}\n" in capsys.readouterr().out
 
 
-def test_all_that_is_to_be_read_and_is_not_there_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str],
+def test_dry_run_reports_all_missing_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str],
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert tokenizer_cli.main(["media", "gone", "--image-tokens", "4", "--output", "out", "--dry-run"]) == 2
@@ -204,7 +205,7 @@ def test_all_that_is_to_be_read_and_is_not_there_is_told(tmp_path: Path, capsys:
     assert 'TOKENIZER = "gone" does not exist' in said
 
 
-def test_options_are_checked_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_checks_options_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert data_cli.main(["adopt", "x", "--tokenizer", str(tmp_path), "--output", str(tmp_path / "out"),
                           "--heldout", "2", "--dry-run"]) == 2
     assert "--heldout 2: must be below 1" in capsys.readouterr().err

@@ -27,8 +27,9 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_mistake_is_told_alike(command: str, mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                 capsys: pytest.CaptureFixture[str]) -> None:
+def test_set_mistakes_have_equal_messages(
+        command: str, mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     Path("DIR").mkdir()
     Path("FILE").write_text('{"response": "a", "text": "a"}\n')

@@ -21,8 +21,8 @@ prepare_megatron()
 
 from megatron_sov import convert  # noqa: E402
 from megatron_sov.bench.lm import local, results  # noqa: E402
-from megatron_sov.infer.engines.libraries import load_hf  # noqa: E402
 from megatron_sov.infer.engines.load import load_tokenizer  # noqa: E402
+from megatron_sov.infer.engines.transformers_engine import load_hf  # noqa: E402
 
 TASKS = ("last_word", "rolling", "words", "letters", "stopped", "unended")
 FAMILY = "solar_open"
@@ -73,9 +73,9 @@ def agrees(out: Path, reference: dict[str, Any]) -> None:
 
 
 @pytest.mark.deep
-def test_a_hugging_face_folder_is_scored_as_lm_eval_does(
-        task_dir: Path, hf_models: dict[str, Path], reference: dict[str, Any], tmp_path: Path,
-        capsys) -> None:
+def test_a_hugging_face_folder_is_scored_as_lm_eval_does(task_dir: Path, hf_models: dict[str, Path],
+                                                         reference: dict[str, Any], tmp_path: Path,
+                                                         capsys) -> None:
     log = EventLog(tmp_path / EVENTS)
     log.write("step", step=41, loss=1.0)
     log.close()
@@ -152,9 +152,9 @@ def test_answers_of_a_checkpoint_end_where_those_of_its_folder_do(
 
 
 @pytest.mark.deep
-def test_a_killed_evaluation_goes_on_behind_what_was_answered(
-        one_rank: None, task_dir: Path, imported: dict[str, Path], tmp_path: Path, monkeypatch,
-        capsys) -> None:
+def test_a_killed_evaluation_goes_on_behind_what_was_answered(one_rank: None, task_dir: Path,
+                                                              imported: dict[str, Path], tmp_path: Path,
+                                                              monkeypatch, capsys) -> None:
     def argv(name: str) -> list[str]:
         return ["eval", "lm", str(imported[FAMILY]), "--tasks", "words,stopped", "--task-dir", str(task_dir),
                 "--output", str(tmp_path / name), "--batch-size", "1"]

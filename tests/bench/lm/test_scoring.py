@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from megatron_sov.base.artifacts import MANIFEST, new_artifact
+from megatron_sov.base.artifacts import MANIFEST, create_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.bench.lm import scoring
 from megatron_sov.bench.lm.answers import AnswerScore
@@ -172,7 +172,7 @@ WEIGHTS = "model.safetensors"
 
 
 def test_weights_that_were_saved_over_an_artifact_are_found(tmp_path: Path) -> None:
-    with new_artifact(tmp_path / "hf", "hf_model") as artifact:
+    with create_artifact(tmp_path / "hf", "hf_model") as artifact:
         (artifact.path / "config.json").write_bytes(b"{}")
         (artifact.path / WEIGHTS).write_bytes(b"12345678")
     target: Any = SimpleNamespace(path=tmp_path / "hf")

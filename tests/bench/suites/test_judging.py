@@ -24,7 +24,7 @@ from megatron_sov.base.settings import SettingsError
 from megatron_sov.bench.suites import judging, scorers
 from megatron_sov.bench.suites.judging import AnswerJudge, Judging, judging_of, metrics_of, without_thoughts
 from megatron_sov.bench.suites.scorers import code_row, unpacked
-from megatron_sov.eval.pass_at_k import majority_at_k
+from megatron_sov.eval.pass_at_k import compute_majority_at_k
 from megatron_sov.judge.rewards import patterns
 from megatron_sov.judge.rewards.reward import Refused, Result, Score, checked
 
@@ -53,7 +53,7 @@ def test_metrics_are_means_over_all_draws(answers: list[str | None], data: Any) 
     protocol = replace(STEM, samples=len(answers), k=(k,), metrics=("avg", "pass", "cons"))
     passed, won = draws(answers, k)
     counts = Counter(answer for answer in answers if answer in ("a", "b"))
-    assert majority_at_k(answers.count("right"), counts, answers.count(None), k) == pytest.approx(won)
+    assert compute_majority_at_k(answers.count("right"), counts, answers.count(None), k) == pytest.approx(won)
     assert metrics_of(protocol, results_of(answers)) == pytest.approx(
         {f"avg@{len(answers)}": answers.count("right") / len(answers), f"pass@{k}": passed, f"cons@{k}": won}
     )

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.base.artifacts import damaged_files, read_manifest
+from megatron_sov.base.artifacts import find_damaged_files, read_manifest
 from megatron_sov.base.errors import ExitCode
 from megatron_sov.cli import main
 from megatron_sov.commands.evaluate import eval_judged
-from megatron_sov.eval.pass_at_k import table
-from megatron_sov.infer.engines.libraries import HfEngine
+from megatron_sov.eval.pass_at_k import format_table
+from megatron_sov.infer.engines.transformers_engine import HfEngine
 from megatron_sov.publish.report.run_data import Run
 from megatron_sov.publish.report.sections import SECTIONS
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
@@ -65,7 +65,7 @@ def test_responses_are_judged_and_counted(hf_models: dict[str, Path], monkeypatc
     # two fours against two fives are a tie; the one six loses against two sevens
     assert found["maj_at_k"][-1]["value"] == pytest.approx(0.25)
     manifest = read_manifest("out", "passk")
-    assert damaged_files("out") == [] and set(manifest.files) == {"results.json", "samples.jsonl"}
+    assert find_damaged_files("out") == [] and set(manifest.files) == {"results.json", "samples.jsonl"}
     assert manifest.content == found
     rows = [json.loads(line) for line in Path("out/samples.jsonl").read_text().splitlines()]
     assert [row["reward"] for row in rows] == [1, 1, 0, 0, 0, 1, 0, 0]
@@ -75,15 +75,15 @@ def test_responses_are_judged_and_counted(hf_models: dict[str, Path], monkeypatc
     assert "prompts.jsonl, stem" in section.charts[0].caption
 
 
-def test_a_response_without_a_reward_is_no_wrong_one(
-        hf_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_response_without_a_reward_is_no_wrong_one(hf_models: dict[str, Path],
+                                                     monkeypatch: pytest.MonkeyPatch,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"prompt_index": 1, "answer": "4", "response": "The answer is 4"},
             {"prompt_index": 1, "response": "4"}]
     found = judge_rows(rows, capsys, monkeypatch, hf_models["solar_open"])
     assert found["statuses"] == {"scored": 1, "refused": 1}
     assert [e["value"] for e in found["pass_at_k"]] == [1.0]
-    assert "1 refused, 1 scored responses" in table(found)
+    assert "1 refused, 1 scored responses" in format_table(found)
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
@@ -147,8 +147,9 @@ def test_a_killed_command_goes_on_where_it_was(hf_models: dict[str, Path], monke
     assert sorted(p.name for p in Path().iterdir()) == ["out", "prompts.jsonl", "whole"]
 
 
-def test_a_checkpoint_on_two_processes_writes_what_one_writes(
-        one_rank: None, imported: dict[str, Path], run_command, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_on_two_processes_writes_what_one_writes(one_rank: None, imported: dict[str, Path],
+                                                              run_command,
+                                                              capsys: pytest.CaptureFixture[str]) -> None:
     write("prompts.jsonl", PROMPTS[:2])
     command = [str(imported["solar_open"]), *ASK]
     passk(capsys, *command, "--output", "one")

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.commands.evaluate.eval_media import PAIRS, MediaRow, figures, judge_of, read_rows
-from megatron_sov.eval.statistics import wilson_interval
+from megatron_sov.eval.statistics import compute_wilson_interval
 
 WORDS = [{"type": "text", "text": "Say it."}]
 
@@ -25,7 +25,7 @@ def test_figures_count_what_was_recognised() -> None:
     heard = ["hello world", "yell oh", ""]
     told = figures(rows, heard)
     assert (told["num_rows"], told["accuracy"], told["chance"]) == (3, 1 / 3, 0.25)
-    assert told["accuracy_interval"] == list(wilson_interval(1, 3))
+    assert told["accuracy_interval"] == list(compute_wilson_interval(1, 3))
     assert told["wer"] == jiwer.wer(["hello world", "yellow", "서울 시청"], ["hello world", "yell oh", ""])
     assert told["wer"] == (0 + 2 + 2) / 5
     assert told["cer"] == pytest.approx((0 + 2 + 5) / (11 + 6 + 5))

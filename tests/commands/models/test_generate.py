@@ -81,15 +81,15 @@ def test_a_tokenizer_with_more_ids_than_its_model_is_told(
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert main(["generate", str(target), "--prompt", "The <new>"]) == 2
     assert capsys.readouterr().err == (
-        f"error: {folder}: makes token id 1024 of a prompt, and the model has 1024 ids; put the tokenizer "
-        "there that the model was trained with\n")
+        f"error: {folder}: encodes a prompt with token id 1024, but the model has 1024 ids; replace it "
+        "by the tokenizer of the model\n")
 
 
 def test_a_hugging_face_folder_ends_where_its_config_says(hf_models: dict[str, Path], capsys) -> None:
     limit = json.loads((hf_models["solar_open"] / "config.json").read_text())["max_position_embeddings"]
     assert main(["generate", str(hf_models["solar_open"]), "--prompt", "a", "--max-new-tokens",
                  str(limit)]) == 2
-    assert f"the model ends at {limit}; shorten one of them" in capsys.readouterr().err
+    assert f"the model has a context of {limit}; shorten one of them" in capsys.readouterr().err
 
 
 ROW = '{"content": [{"type": "text", "text": "Draw one."}], "answer": "one"}'
@@ -108,7 +108,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("generate run --image none.png", "none.png: is no file"),
     ("generate run --prompt a --out-image drawn", "needs --image-decoder CODEC"),
     ("generate run --image a.png --speculative 1", "--speculative: does not go with media"),
-    ("generate run --image a.png --engine vllm", "does not keep blocks of media whole"),
+    ("generate run --image a.png --engine vllm", "cannot keep blocks of media tokens whole"),
     ("generate run --image a.png --max-audio-tokens -1", "--max-audio-tokens -1"),
     ("generate run --image a.png", "run: does not exist"),
     ("eval media . --data smell-text=rows.jsonl --media-root . --files f", "must have the form PAIR=FILE"),

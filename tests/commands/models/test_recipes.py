@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sov import recipes
-from megatron_sov.base.artifacts import to_json
+from megatron_sov.base.artifacts import format_json
 from megatron_sov.cli import main
 from megatron_sov.model import objectives
 from megatron_sov.model.config import apply_settings, from_dict
@@ -59,7 +59,7 @@ def test_values_of_a_file_are_yours_and_the_others_are_the_recipes(
     file, whole = tmp_path / "mine.yaml", tmp_path / "whole.json"
     file.write_text("recipe: k-exaone-236b\noptim: {weight_decay: 0.25}\nmodel: {num_layers: 24}\n")
     config = apply_settings(recipes.get("k-exaone-236b"), ["optim.weight_decay=0.25", "model.num_layers=24"])
-    whole.write_text(to_json(config))
+    whole.write_text(format_json(config))
     pages = []
     for words in (["k-exaone-236b", "--config", str(file)], ["--config", str(file)],
                   ["--config", str(whole)]):
@@ -70,7 +70,7 @@ def test_values_of_a_file_are_yours_and_the_others_are_the_recipes(
     for key, value in {"optim.weight_decay": "0.25", "model.num_layers": "24", "optim.lr": "0.001"}.items():
         assert lines[key] == [value, "yours", "--config or --set"]
     assert lines["optim.name"] == ['"muon"', "published", "arXiv 2601.01739, pre-training setup"]
-    whole.write_text(to_json(config).replace('"k-exaone-236b"', '"gone"'))
+    whole.write_text(format_json(config).replace('"k-exaone-236b"', '"gone"'))
     assert main(["recipes", "--config", str(whole)]) == 0
     assert "published" not in capsys.readouterr().out
 

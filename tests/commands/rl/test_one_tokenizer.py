@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from data_prep.cli import main as sov_data
-from megatron_sov.base.digests import file_digest
+from megatron_sov.base.digests import hash_file
 from megatron_sov.convert import to_hf
 from megatron_sov.rollouts.store import RolloutStore
 from tokenizer.cli import main as sov_tokenizer
@@ -72,7 +72,7 @@ def test_a_fine_tuned_folder_teaches_that_folder_and_uses_its_store(
     assert parts[0] == parts[1] != [], "the responses of the base were there"
     assert len(list((folder / ".from-hf").glob("base-*"))) == 1, "both runs share the conversion"
     own, its = (place / "tokenizer.json" for place in (folder / "base", sft / "checkpoints/step-1/tokenizer"))
-    assert file_digest(own) != file_digest(its), "the files differ, the tokenizer does not"
+    assert hash_file(own) != hash_file(its), "the files differ, the tokenizer does not"
 
 
 def test_a_fine_tuned_folder_gives_back_the_settings_of_its_base(folder: Path, sft: Path) -> None:

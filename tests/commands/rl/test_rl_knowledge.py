@@ -9,7 +9,7 @@ import pytest
 
 from data_prep.cli import main as sov_data
 from data_prep.shards.token_artifact import open_split
-from megatron_sov.base.artifacts import damaged_files, read_manifest
+from megatron_sov.base.artifacts import find_damaged_files, read_manifest
 from megatron_sov.cli import main
 
 ANSWER = "The lender must give notice in writing thirty days before the contract is ended, says section 4."
@@ -55,7 +55,7 @@ def test_each_section_is_there_once_as_an_assistants_turn_alone(capsys: pytest.C
     assert content == {"knowledge": {"kept": 3, "repeated": 1, "in_test_answers": 1, "without_text": 1,
                                      "without_document_or_section": 1, "of_another_split": 1},
                        "tests": {"answers": 2, "too_short": 1}}
-    assert damaged_files("out") == []
+    assert find_damaged_files("out") == []
     said = capsys.readouterr().out
     assert "3 kept" in said and "1 in test answers" in said and "1 of 2 answers have fewer than ten" in said
 

@@ -265,7 +265,7 @@ def test_what_cannot_be_run_is_told_before_anything_begins(folder: Path, command
     assert main(words) == 2
     told = str(capsys.readouterr().err)
     assert " has no 'answer', which --reward math needs, and no prompt of round 1 has" in told, told
-    assert "/no/python is no program that can be started; name the interpreter that has vLLM" in refused(
+    assert "/no/python is not an executable program; set the interpreter with vLLM" in refused(
         "--plain", "--engine", "vllm", "--engine-python", "/no/python")
     assert "has no vLLM; install it" in refused(
         "--plain", "--engine", "vllm", "--engine-python", sys.executable)

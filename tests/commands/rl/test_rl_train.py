@@ -134,7 +134,7 @@ def test_mistakes_are_told_before_anything_begins(rounds: Rounds, tmp_path: Path
 
     assert "rollout.rounds = 0: nothing to train" in refused()
     long = refused("--set", "rollout.rounds=1", "--set", "rollout.prompts_per_round=4")
-    assert "data.phases.0.seq_len = 128: a row holds whole responses, the longest has" in long
+    assert "data.phases.0.seq_len = 128: a row must hold a whole response, up to" in long
     small = [word for setting in (*SETTINGS[:8], *SETTINGS[-2:]) for word in ("--set", setting)]
     assert "rollout.prompts_per_round = 20: there are 9 prompts" in refused(
         *small, "--set", "rollout.prompts_per_round=20")

@@ -117,8 +117,8 @@ def test_what_only_the_start_tells_is_told_by_its_option(asked: list[str], teach
     assert f"--from {bare}: has no tokenizer with it" in refused("--from", str(bare))
     assert "--engine-set: parallel.epp: no such setting" in refused(
         "--engine-set", "parallel.epp=2")
-    assert "--engine-set lora.rank=2: adapters are made by training" in refused("--engine-set", "lora.rank=2")
-    assert "rollout.max_new_tokens = 6000 make 6064 tokens, and the model ends at" in refused(
+    assert "--engine-set lora.rank=2: the adapters of" in refused("--engine-set", "lora.rank=2")
+    assert "rollout.max_new_tokens = 6000 make 6064 tokens, but the model has a context of" in refused(
         "--set", "rollout.max_new_tokens=6000")
     assert not (tmp_path / "store").exists()
 

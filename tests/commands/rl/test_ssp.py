@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from megatron_sov.base.artifacts import damaged_files, new_artifact, read_manifest
+from megatron_sov.base.artifacts import create_artifact, find_damaged_files, read_manifest
 from megatron_sov.base.errors import ExitCode
 from megatron_sov.cli import main
 from megatron_sov.commands.evaluate import eval_judged
@@ -71,14 +71,14 @@ def asked(monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, Path]) -> list[s
         names.append(Path(argv[3]).name)
         return main(argv[1:])
 
-    monkeypatch.setattr(eval_judged, "run_engine", planted)
+    monkeypatch.setattr(eval_judged, "run_with_engine", planted)
     monkeypatch.setattr(ssp, "run_command", in_this_process)
     return names
 
 
 def probe(*arguments: str) -> dict[str, Any]:
     assert main(["ssp", "probe", *arguments, *ASK]) == 0
-    assert damaged_files("probe/table") == []
+    assert find_damaged_files("probe/table") == []
     return dict(read_manifest("probe/table", "ssp_probe").content)
 
 
@@ -104,7 +104,7 @@ def test_the_planted_best_of_each_domain_is_found_and_nothing_is_asked_twice(
 
 
 def test_a_killed_probe_goes_on_at_the_checkpoint_where_it_was(asked: list[str],
-                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     run = ssp.run_command
     with monkeypatch.context() as killed:
         killed.setattr(ssp, "run_command",
@@ -120,7 +120,7 @@ def test_a_killed_probe_goes_on_at_the_checkpoint_where_it_was(asked: list[str],
 
 
 def test_the_commands_can_be_given_one_by_one(asked: list[str], capsys: pytest.CaptureFixture[str],
-                                             monkeypatch: pytest.MonkeyPatch) -> None:
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["ssp", "probe", "first", "second", *ASK, "--dry-run"]) == 0
     for line in capsys.readouterr().out.splitlines():
         program, *words = shlex.split(line)
@@ -183,7 +183,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing(arguments: list[str], said:
 
 
 def test_frozen_sets_are_taken_as_they_were_frozen(capsys: pytest.CaptureFixture[str]) -> None:
-    with new_artifact("sets", "probing_sets") as artifact:
+    with create_artifact("sets", "probing_sets") as artifact:
         (artifact.path / "statistics.jsonl").write_text(json.dumps({"prompt": "2 + 2?", "answer": "4"}))
         artifact.content = {"domains": {"statistics": 1}}
     assert main(["ssp", "probe", "first", *ASK, "--problems", "sets", "--dry-run"]) == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.base.artifacts import damaged_files, read_manifest
+from megatron_sov.base.artifacts import find_damaged_files, read_manifest
 from megatron_sov.cli import main
 from megatron_sov.judge.tools.environment import FAULTS
 from megatron_sov.judge.tools.registry import BUILT_IN, OWN
@@ -50,7 +50,7 @@ def test_the_page_is_true(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     (["calculator", "--limit", "max_turn=1"], "did you mean 'max_turns'"),
     (["retrieval"], "corpus: is missing; it has no default; set it"),
     (["calculator", "--tasks", "none.jsonl"], "--tasks none.jsonl: cannot be read"),
-    (["calculator", "--tasks", "tasks.jsonl"], "tasks.jsonl: line 2: is no JSON (NaN is no JSON)"),
+    (["calculator", "--tasks", "tasks.jsonl"], "tasks.jsonl: line 2: is not JSON (NaN is not JSON)"),
     (["calculator"], "nowhere")])
 def test_mistakes_are_one_sentence(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("tasks.jsonl").write_text('{"question": "?", "answer": "1"}\n{"question": NaN}\n')
@@ -80,7 +80,7 @@ def test_a_model_plays_and_leaves_rows_figures_and_limits(hf_models: dict[str, P
         assert end == len(row["ids"]) and len(row["logprobs"][0]) == end - start <= 12
         assert row["end"] == ("answered" if chat.end_ids()[0] == row["ids"][-1] else "unended")
     manifest = read_manifest("out", "episodes")
-    assert manifest.content["limits"]["max_response_tokens"] == 12 and not damaged_files("out")
+    assert manifest.content["limits"]["max_response_tokens"] == 12 and not find_damaged_files("out")
     assert "calculator: 2 episodes (" in out and "max_response_tokens 12" in out
     assert main(words) == 2 and "already exists" in capsys.readouterr().err
 

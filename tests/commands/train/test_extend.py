@@ -83,7 +83,7 @@ def test_needles_keep_their_share_in_a_blend_and_mistakes_are_named(short_run: P
         ({"needle__train_share": 1.0}, "needle.train_share = 1 must be below 1"),
         ({"needle__lengths_tokens": "[16]"}, "needle length 16"),
         ({"data__phases": '[{"name":"a","seq_len":96,"blend":{"first":1,"needle/12":1}}]'},
-         "hold no needle with its question"),
+         "are too short for a needle and its question"),
         ({"data__phases": '[{"name":"a","seq_len":32}]'},
          "data.phases: seq_len = 32 is shorter than the 64 tokens that"),
     ):

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from data_prep.cli import main as sov_data
-from megatron_sov.base.settings import find_inert, hint_below
+from megatron_sov.base.settings import find_inert_settings, get_inner_hint
 from megatron_sov.chat.vocabulary import tokenizer_digest
 from megatron_sov.cli import main
 from megatron_sov.judge.rewards.registry import make, order
@@ -78,14 +78,14 @@ class StageReads:
     """Setting -> the functions that read it."""
 
     def inert(self) -> set[str]:
-        return {problem.key for problem in find_inert(self.config, setting_names(), self.facts)}
+        return {problem.key for problem in find_inert_settings(self.config, setting_names(), self.facts)}
 
 
 def groups_of(cls: type = RunConfig, prefix: str = "") -> Iterator[tuple[type, str]]:
     """Yield each class of settings with what stands before its fields."""
     yield cls, prefix
     for field in dataclasses.fields(cls):
-        inner = hint_below(cls, field.name)
+        inner = get_inner_hint(cls, field.name)
         if isinstance(inner, type) and dataclasses.is_dataclass(inner):
             yield from groups_of(inner, f"{prefix}{field.name}.")
 

@@ -9,7 +9,7 @@ import pytest
 from data_prep.curate.code_step import CodeStep, StepCodeSettings
 from data_prep.curate.pipeline.plan import file_hashes
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import problems_of
+from megatron_sov.base.settings import find_all_problems
 from tests.data_prep.curate.pipeline.memory_view import MemoryView, docs, outcomes
 from tests.typed_words import keys_of
 
@@ -47,7 +47,7 @@ def file(tmp_path: Path) -> Path:
 
 def test_a_function_drops_and_changes(file: Path, tmp_path: Path) -> None:
     settings = StepCodeSettings(tmp_path / "own.py:judge")
-    assert problems_of(settings) == []
+    assert find_all_problems(settings) == []
     assert CodeStep(settings).files() == [tmp_path / "own.py", tmp_path / "words.py"], "its imports too"
     (tmp_path / "work").mkdir()
     found = outcomes(CodeStep, settings, MemoryView.of([docs("fine", "oh darn")], tmp_path / "work"))
@@ -60,7 +60,7 @@ def test_a_function_drops_and_changes(file: Path, tmp_path: Path) -> None:
     ("gone.py:judge", "cannot be read"),
 ])
 def test_what_is_no_function_is_told(file: Path, tmp_path: Path, name: str, sentence: str) -> None:
-    (problem,) = problems_of(StepCodeSettings(tmp_path / name))
+    (problem,) = find_all_problems(StepCodeSettings(tmp_path / name))
     assert problem.key == "function" and sentence in problem.rule
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from data_prep.cli import main
 from data_prep.media import encoder
-from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.omni.media.reading.kinds import (
     MediaLimits, PictureRequest, VideoFrames, read_picture, read_sound, read_video)
 from megatron_sov.omni.media.reading.reader import ReadMedia, place_of
@@ -87,7 +87,7 @@ def encode(tmp_path: Path, media: Path, monkeypatch: pytest.MonkeyPatch,
     """A function that encodes records, given as lists, with both codecs and both banks."""
     codecs = {"images": Greys(), "sounds": Loudness()}
     for name in codecs:
-        with new_artifact(tmp_path / name, "codec") as artifact:
+        with create_artifact(tmp_path / name, "codec") as artifact:
             artifact.content = {"codec": name, "config": {}}
     monkeypatch.setattr(encoder, "_opened", lambda folder, *rest: codecs[folder.name] if folder else None)
     if request.module.__name__.rpartition(".")[2] != "test_page":  # which has it as it is

@@ -38,7 +38,8 @@ def test_media_become_tokens_and_rows(encode: Encode, tmp_path: Path) -> None:
                    shown(("video", "moving.gif"))]) == 0
     first, second, third = records(tmp_path / "corpus")
     user = first["messages"][0]["content"]
-    assert parse_codebook_tokens("image", user) == [7] * 4 and user.count(IMAGE_PAD) == 3 and user.endswith("\nWhat?")
+    assert parse_codebook_tokens("image", user) == [7] * 4
+    assert user.count(IMAGE_PAD) == 3 and user.endswith("\nWhat?")
     assert first["media"] == {"pictures": [[0, 3]]}
     user = second["messages"][0]["content"]
     # 1.5 s in pieces of 0.5 s for the codec and of 1 s, 5 slots each, for the encoder

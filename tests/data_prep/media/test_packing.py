@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from data_prep.cli import main
 from data_prep.shards.token_artifact import open_split
 from data_prep.shards.verify import check
-from megatron_sov.base.artifacts import new_artifact, read_manifest
+from megatron_sov.base.artifacts import create_artifact, read_manifest
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.shard_files import FEATURES, NO_FEATURE
 from megatron_sov.chat.media_tokens import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD
@@ -90,7 +90,7 @@ def test_what_the_assistant_says_is_learned_as_tokens_of_media(encode: Encode, o
 
 def test_a_drawn_picture_is_learned_as_a_call(encode: Encode, omni: Path, tmp_path: Path,
                                               capsys: pytest.CaptureFixture[str]) -> None:
-    with new_artifact(tmp_path / "calls", "tokenizer") as artifact:
+    with create_artifact(tmp_path / "calls", "tokenizer") as artifact:
         shutil.copy(omni / "tokenizer.json", artifact.path)
         config = json.loads((omni / "tokenizer_config.json").read_text()) | {"chat_template": CALLS}
         (artifact.path / "tokenizer_config.json").write_text(json.dumps(config))

@@ -18,7 +18,7 @@ from data_prep.shards.pack import PackSettings, PackSource, pack
 from data_prep.shards.token_artifact import (
     CONTENT_VERSION, HeldoutRule, document_hash, open_split, read_tokens_manifest, shards_of, sidecars_of,
     table, token_dtype)
-from megatron_sov.base.artifacts import new_artifact, read_manifest
+from megatron_sov.base.artifacts import create_artifact, read_manifest
 from megatron_sov.base.documents import Conversation, Document, Message
 from megatron_sov.base.documents.shard_files import IndexedWriter
 from megatron_sov.base.errors import UserError
@@ -55,7 +55,7 @@ def test_a_shard_opens_its_own_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", [1, CONTENT_VERSION + 1])
 def test_another_layout_is_refused(version: int, tmp_path: Path) -> None:
-    with new_artifact(tmp_path / "data", "tokens") as artifact:
+    with create_artifact(tmp_path / "data", "tokens") as artifact:
         artifact.content.update(CONTENT | ({"content_version": version} if version > 1 else {}))
     with pytest.raises(UserError,
                        match=rf"was packed in layout {version}, this version reads layout {CONTENT_VERSION}"):
@@ -63,10 +63,10 @@ def test_another_layout_is_refused(version: int, tmp_path: Path) -> None:
 
 
 def test_the_layout_that_is_written_now_is_read(tmp_path: Path) -> None:
-    with new_artifact(tmp_path / "data", "tokens") as artifact:
+    with create_artifact(tmp_path / "data", "tokens") as artifact:
         artifact.content.update(CONTENT | {"content_version": CONTENT_VERSION})
     assert read_tokens_manifest(tmp_path / "data").content["sources"] == CONTENT["sources"]
-    with new_artifact(tmp_path / "other", "tokenizer"):
+    with create_artifact(tmp_path / "other", "tokenizer"):
         pass
     with pytest.raises(UserError, match="tokenizer"):
         read_tokens_manifest(tmp_path / "other")

@@ -19,7 +19,7 @@ from data_prep.shards.sample import sample
 from data_prep.shards.stats import statistics
 from data_prep.shards.token_artifact import SIDECARS
 from data_prep.shards.verify import check
-from megatron_sov.base.artifacts import FileRecord, read_manifest, to_json
+from megatron_sov.base.artifacts import FileRecord, format_json, read_manifest
 from megatron_sov.base.documents import RecordReading
 from megatron_sov.base.documents.shard_files import IndexedWriter, RouteShape
 
@@ -40,7 +40,7 @@ def rehash(data: Path) -> None:
     hashes can see a change."""
     raw = json.loads((data / "manifest.json").read_text())
     raw["files"] = {name: FileRecord.of(data / name) for name in raw["files"]}
-    (data / "manifest.json").write_text(to_json(raw | {"sha256": ""}))
+    (data / "manifest.json").write_text(format_json(raw | {"sha256": ""}))
 
 
 def set_token(data: Path, index: int, value: int) -> None:
@@ -105,7 +105,7 @@ def test_wrong_counts_and_hashes(sound: Path, tmp_path: Path, capsys: pytest.Cap
     raw = json.loads((data / "manifest.json").read_text())
     raw["content"]["sources"][0]["splits"]["train"]["shards"][0]["num_tokens"] += 1
     raw["content"]["dtype"] = "int32"
-    (data / "manifest.json").write_text(to_json(raw | {"sha256": ""}))
+    (data / "manifest.json").write_text(format_json(raw | {"sha256": ""}))
     (data / "tokenizer/tokenizer.json").write_text("{}")
     assert main(["verify", str(data)]) == 2
     err = capsys.readouterr().err

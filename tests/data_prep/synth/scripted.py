@@ -10,7 +10,7 @@ from typing import Any
 
 from data_prep.synth.generator import Ask, GeneratedSample, Generator, GeneratorItem, T
 from data_prep.synth.known import generator_class
-from megatron_sov.base.settings import read
+from megatron_sov.base.settings import parse_settings
 from megatron_sov.work.endpoints.cache import EndpointCache
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
@@ -63,7 +63,7 @@ class ScriptedAsk(Ask):
 def generator(name: str, **settings: Any) -> Generator:
     """Return a generator with settings that are sound."""
     cls = generator_class(name)
-    return cls(read(cls.Settings, settings, name))
+    return cls(parse_settings(cls.Settings, settings, name))
 
 
 def replies_of(*texts: Any) -> Replies:

@@ -18,7 +18,7 @@ from data_prep.cli import main
 from data_prep.synth import finishing
 from data_prep.synth.checks.settings import DEFAULTS
 from data_prep.synth.finishing import finish
-from megatron_sov.base.artifacts import damaged_files, manifest_sha256, read_manifest
+from megatron_sov.base.artifacts import find_damaged_files, manifest_sha256, read_manifest
 from megatron_sov.base.documents import RecordReading, read_documents
 from megatron_sov.base.errors import UserError
 from megatron_sov.rollouts.prompts import read_prompts
@@ -113,7 +113,7 @@ def test_figures_and_manifest_say_what_stands(texts: Path) -> None:
     assert summary["costs"]["seconds"] == 8.75
     manifest = read_manifest(texts, "synthesis")
     assert set(manifest.files) == {"kept.jsonl", "rejected.jsonl", "summary.json"}
-    assert manifest.content["licences"] == {"": 1} and damaged_files(texts) == []
+    assert manifest.content["licences"] == {"": 1} and find_damaged_files(texts) == []
 
 
 def test_the_order_in_which_items_were_finished_leaves_the_same_bytes(texts: Path, tmp_path: Path) -> None:

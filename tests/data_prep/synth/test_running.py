@@ -374,7 +374,7 @@ def test_a_run_that_is_asked_to_stop_waits_for_what_is_under_way(tmp_path: Path,
     asking.start()
     assert run(endpoint) == 75
     asking.join()
-    assert "SIGTERM came; the same command goes on" in capsys.readouterr().err
+    assert "received SIGTERM; the same command resumes" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert EndpointCache(run.output / "answers.sqlite").keys() == set(endpoint.answered)
     assert run(endpoint) == 0

@@ -1,4 +1,4 @@
-"""A whole optimizer step: counts and biases of experts, recomputation, and the dtype of gradients' sums."""
+"""A whole optimizer step: expert counts and biases, recomputation, and the dtype of gradient reduction."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ SELECTIVE = ["train.recompute=selective",
 
 
 def step(recipe: str, layout: dict[str, Any], settings: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Do one step on four micro-batches of two sequences each and return what it gave."""
+    """Take one step on four micro-batches with two sequences each."""
     import torch
 
     from megatron_sov.engine.decode import forward_only
     from megatron_sov.engine.model.chunk import ModelInputs
     from megatron_sov.engine.model.expert_load import ExpertLoad
-    from megatron_sov.engine.model.logprobs import head_of
+    from megatron_sov.engine.model.logprobs import build_head
     from megatron_sov.engine.optimizer.optimizer import Optimizer
     from megatron_sov.engine.parallel import collectives
 
@@ -35,7 +35,7 @@ def step(recipe: str, layout: dict[str, Any], settings: tuple[str, ...] = ()) ->
                                "optim.eps=1e-3", *settings, layout=layout)
     optimizer = Optimizer(model, config.optim, gpu=config.gpu)
     load = ExpertLoad(model)
-    model.config.finalize_model_grads_func = load.finalize
+    model.config.finalize_model_grads_func = load.finalize_gradients
     model.config.routing_step.seq_len, model.config.routing_step.num_sequences = 16, 8
     generator = torch.Generator().manual_seed(3)
     rows = []
@@ -48,13 +48,13 @@ def step(recipe: str, layout: dict[str, Any], settings: tuple[str, ...] = ()) ->
                         torch.randint(96, (32,), generator=generator), (~padding).float()))
 
     def loss(hidden: torch.Tensor, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
-        head = head_of(model, 7)
+        head = build_head(model, 7)
         total = -sum((head.logprobs(h, row.labels) * row.weights).sum()
                      for h in hidden.chunk(1 + config.model.num_mtp_layers))
         return total / 121, total.detach().double()
 
     optimizer.zero_grad()
-    dp_rank, dp_size = collectives.data_place()
+    dp_rank, dp_size = collectives.get_data_rank()
     parts = forward_only.run_pipeline(optimizer.wrapped, rows[dp_rank::dp_size], loss, 32, forward_only=False)
     local = torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
     total = collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local))
@@ -76,7 +76,7 @@ def test_biases_follow_counts_without_padding_and_recomputed_passes_have_the_sam
         job(__file__, "step", 1, {"recipe": "tiny-k-exaone", "layout": {}, "settings": settings})
         for settings in (["train.recompute=true"], SELECTIVE, [])))
     assert recomputed == partly == whole
-    assert sum(whole["load"][-1]) == 121 * 2  # 128 tokens less 7 of padding, two experts each
+    assert sum(whole["load"][-1]) == 121 * 2  # 128 tokens minus 7 of padding, two experts each
     for counts, biases in zip(whole["load"], whole["bias"][1:], strict=True):
         mean = sum(counts) / len(counts)
         assert biases == pytest.approx([whole["rate"] * ((c < mean) - (c > mean)) for c in counts])
@@ -94,7 +94,7 @@ def test_gradients_summed_in_bf16_are_those_of_fp32_rounded(ranks, job) -> None:
 
 
 def offloading_plans() -> dict[str, Any]:
-    """Evaluate, train and evaluate with a group of activations that the library plans to offload."""
+    """Evaluate, train and evaluate with a group of offloaded activations."""
     import torch
     from megatron.core.pipeline_parallel import fine_grained_activation_offload as library
 
@@ -104,7 +104,7 @@ def offloading_plans() -> dict[str, Any]:
     config, model = tiny_model("tiny-qwen3", layout={})
     model.config.fine_grained_activation_offloading = True
     optimizer = Optimizer(model, config.optim, gpu=config.gpu)
-    rows = forward_only.Inputs([[1, 2, 3]], torch.device("cpu"))
+    rows = forward_only.DocumentBatch([[1, 2, 3]], torch.device("cpu"))
     planned = []
 
     def loss(hidden: torch.Tensor, row: Any) -> tuple[torch.Tensor, None]:

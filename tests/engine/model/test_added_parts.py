@@ -1,4 +1,4 @@
-"""Low-rank adapters: their first gradient from that of the whole weight, and the same adapter at every
+"""Low-rank adapters: their first gradient follows from the full weight's, and they are equal at every
 layout."""
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROW_TOKENS, ROWS = 24, 4
 
 
 def config_of(recipe: str, layout: dict[str, Any], settings: list[str]) -> Any:
-    """Return a tiny configuration."""
+    """Return a tiny config."""
     from megatron_sov import recipes
     from megatron_sov.model.config import apply_settings
 
@@ -36,7 +36,7 @@ def config_of(recipe: str, layout: dict[str, Any], settings: list[str]) -> Any:
 
 
 def micro_batches(vocab_size: int) -> list[Any]:
-    """Return this data-parallel process's share of four rows of two documents each."""
+    """Return this data-parallel rank's share of four rows with two documents each."""
     import torch
     from megatron.core import parallel_state
 
@@ -59,36 +59,36 @@ def micro_batches(vocab_size: int) -> list[Any]:
 
 
 class Learning:
-    """A model, its optimizer and what it learns, without a run around it."""
+    """A model, its optimizer and its objective, without a run."""
 
     def __init__(self, config: Any, seed: int = 1) -> None:
         from megatron_sov.checkpoint import load
         from megatron_sov.engine.model.expert_load import ExpertLoad
-        from megatron_sov.engine.model.language_model import build
+        from megatron_sov.engine.model.language_model import build_model
         from megatron_sov.engine.optimizer.optimizer import Optimizer
 
         self.config = config
-        self.model = build(config.model, config.parallel, config.train, config.gpu, config.lora)
-        load.initialise(self.model, config.model, seed)
+        self.model = build_model(config.model, config.parallel, config.train, config.gpu, config.lora)
+        load.initialize_weights(self.model, config.model, seed)
         if config.lora.dora:
             for chunk in self.model.chunks:
                 chunk.adapters.set_magnitudes(chunk)
         self.optimizer = Optimizer(self.model, config.optim, config.parallel)
-        self.model.config.finalize_model_grads_func = ExpertLoad(self.model).finalize
+        self.model.config.finalize_model_grads_func = ExpertLoad(self.model).finalize_gradients
 
     def gradients(self) -> float:
-        """Leave the gradients of all rows in the model; returns the loss where the last stage is."""
+        """Compute the gradients of all rows; return the loss on the last stage."""
         import torch
 
         from megatron_sov.engine.decode import forward_only
-        from megatron_sov.engine.model.logprobs import head_of
+        from megatron_sov.engine.model.logprobs import build_head
 
         routing = self.model.config.routing_step
         routing.seq_len, routing.num_sequences, routing.aux_loss = ROW_TOKENS, ROWS, {}
 
         def loss(hidden: torch.Tensor, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
             trunk = hidden.chunk(1 + self.config.model.num_mtp_layers)[0]
-            sums, _ = head_of(self.model, 16).cross_entropy(trunk, batch.labels, {"lm": batch.weights})
+            sums, _ = build_head(self.model, 16).cross_entropy(trunk, batch.labels, {"lm": batch.weights})
             total = sums["lm"] / (ROWS * ROW_TOKENS)
             return total, total.detach()
 
@@ -99,48 +99,48 @@ class Learning:
         return float(sum(found))
 
     def tensors(self, prefix: str = "adapter.") -> dict[str, Any]:
-        """Return whole tensors, as nested lists, on the first process."""
-        from megatron_sov.checkpoint.gather import Gatherer
-        from megatron_sov.engine.model.local_shards import local_shards
+        """Gather whole tensors as nested lists on rank 0."""
+        from megatron_sov.checkpoint.gather import TensorGatherer
+        from megatron_sov.engine.model.local_shards import list_local_shards
 
-        gatherer = Gatherer([b for b in local_shards(self.model) if b.key.startswith(prefix)])
+        gatherer = TensorGatherer([b for b in list_local_shards(self.model) if b.key.startswith(prefix)])
         whole = {key: gatherer.gather(key) for key in gatherer.shapes()}
         return {key: t.tolist() for key, t in whole.items() if t is not None}
 
 
 def trained(recipe: str, layout: dict[str, Any], settings: list[str]) -> dict[str, Any]:
-    """Train three steps; return the adapter, the norms on the way, and what of the frozen has changed."""
-    from megatron_sov.engine.model.local_shards import local_shards
+    """Train three steps; return the adapter, its norms, and the frozen tensors that changed."""
+    from megatron_sov.engine.model.local_shards import list_local_shards
     from megatron_sov.engine.parallel import world
 
     config = config_of(recipe, layout, settings)
-    world.join(config.parallel)
+    world.join_world(config.parallel)
     learning = Learning(config)
-    frozen = {(b.key, b.offset): b.data.clone() for b in local_shards(learning.model)
+    frozen = {(b.key, b.offset): b.data.clone() for b in list_local_shards(learning.model)
               if not b.key.startswith("adapter.")}
     norms = []
     for _ in range(3):
         learning.gradients()
         norms.append(learning.optimizer.step(0.02))
-    changed = [b.key for b in local_shards(learning.model)
+    changed = [b.key for b in list_local_shards(learning.model)
                if (b.key, b.offset) in frozen and not b.data.equal(frozen[b.key, b.offset])]
     state = sum(b.data.numel() for b in learning.optimizer.state_shards())
     found = {"adapter": learning.tensors(), "norms": norms, "changed": changed, "state": state}
-    world.leave()
+    world.leave_world()
     return found
 
 
 def full_gradients(recipe: str, settings: list[str]) -> dict[str, Any]:
-    """Return the first gradients of B, and those of the adapted weights when all of them are trained."""
+    """Return the first gradients of B, and the gradients of the adapted weights under full training."""
     import torch
 
-    from megatron_sov.engine.model.local_shards import ParameterLookup, local_shards
+    from megatron_sov.engine.model.local_shards import ParameterLookup, list_local_shards
     from megatron_sov.engine.parallel import world
-    from megatron_sov.model.families.adapters import A, B, adapted_modules
+    from megatron_sov.model.families.adapters import A, B, find_adapted_modules
 
     config = config_of(recipe, {}, settings)
     full = config_of(recipe, {}, [*settings, "lora.rank=0"])
-    world.join(config.parallel)
+    world.join_world(config.parallel)
     found: dict[str, dict[str, torch.Tensor]] = {}
     values: dict[str, torch.Tensor] = {}
     losses = []
@@ -149,8 +149,8 @@ def full_gradients(recipe: str, settings: list[str]) -> dict[str, Any]:
         losses.append(learning.gradients())
         lookup = ParameterLookup(learning.model)
         gradients: dict[str, Any] = {}
-        for block in local_shards(learning.model):
-            parameter = lookup.find(block)
+        for block in list_local_shards(learning.model):
+            parameter = lookup.find_parameter(block)
             if parameter is None or not parameter.requires_grad:
                 continue
             first = block.data.storage_offset() - parameter.storage_offset()
@@ -162,7 +162,7 @@ def full_gradients(recipe: str, settings: list[str]) -> dict[str, Any]:
                 values.setdefault(block.key, torch.zeros_like(whole))[place] = block.data
         found[name] = gradients
     worst, compared, grew = 0.0, [], 0.0
-    for of in adapted_modules(config.model, config.lora):
+    for of in find_adapted_modules(config.model, config.lora):
         whole, scale = found["full"][of.link.key], 7 / 3
         if of.num_experts:
             weight = whole
@@ -173,7 +173,7 @@ def full_gradients(recipe: str, settings: list[str]) -> dict[str, Any]:
         worst = max(worst, float((got - expected).abs().max() / expected.abs().max()))
         grew = max(grew, float(found["adapter"][of.key(A)].abs().max()))
         compared.append(of.name)
-    world.leave()
+    world.leave_world()
     return {"worst": worst, "losses": losses, "compared": compared, "of A": grew}
 
 
@@ -193,24 +193,25 @@ def test_the_first_gradient_of_b_is_the_whole_one_times_a_transposed(
 
 
 def wrong_lengths() -> dict[str, int]:
-    """Return how many trained lengths of a bf16 model are not those of its rows, rounded once; and of how
-    many."""
+    """Return the number of trained lengths of a bf16 model that differ from the rounded row lengths, and the
+    total.
+    """
     import torch
 
     from megatron_sov.engine.model.added_parts import LinearAdapter
     from megatron_sov.engine.parallel import world
 
     config = config_of("tiny-qwen2", {}, ["lora.dora=true", "train.precision=bf16"])
-    world.join(config.parallel)
+    world.join_world(config.parallel)
     learning = Learning(config)
     found = {"wrong": 0, "all": 0}
     for module in learning.model.modules():
         for hook in module._forward_hooks.values():
             if isinstance(adapter := getattr(hook, "adapter", None), LinearAdapter):
                 right = torch.linalg.vector_norm(module.weight.double(), dim=1).bfloat16()
-                found["wrong"] += int((adapter.row_lengths(module.weight) != right).sum())
+                found["wrong"] += int((adapter.compute_row_lengths(module.weight) != right).sum())
                 found["all"] += len(right)
-    world.leave()
+    world.leave_world()
     return found
 
 
@@ -220,7 +221,7 @@ def test_lengths_of_rows_are_rounded_once(ranks: Any, job: Any) -> None:
 
 
 def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
-    """Return the largest difference of two adapters' numbers."""
+    """Return the largest difference between two adapters."""
     assert one.keys() == other.keys()
     return max(float(np.abs(np.array(one[key]) - np.array(other[key])).max()) for key in one)
 
@@ -231,7 +232,7 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
     pytest.param("tiny-qwen3", [TP2, {"tp": 2}], ["lora.dora=true"], marks=pytest.mark.deep),
     pytest.param("tiny-solar-open", [ETP2, EP2], ['lora.targets=["all-linear", "lm_head"]'],
                  marks=pytest.mark.deep),
-    # narrow vectors, which every process makes whole; gates of a matrix among queries, keys and values
+    # latent projections, which every process replicates; gates fused with queries, keys and values
     pytest.param("tiny-solar-open2", [{**TP2, "ep": 2}, {"cp": 2}, PP2], DELTA, marks=pytest.mark.deep),
     pytest.param("tiny-deepseek-v3", [{**TP2, "ep": 2}, {"cp": 2}, PP2], LATENT, marks=pytest.mark.deep),
     pytest.param("tiny-solar-open2", [TP2], [
@@ -286,7 +287,7 @@ def test_the_same_adapter_under_zero1_and_recomputation(ranks: Any, job: Any) ->
 def test_the_same_adapter_behind_transformer_engines_layers(
         recipe: str, layout: dict[str, Any], nproc: int, settings: list[str], ranks: Any, te_ranks: Any,
         job: Any) -> None:
-    """By its double, whose linears have the norm before them inside, and all experts of a process in one."""
+    """With the double's fused norm-and-linear layers, and one grouped layer for all local experts."""
     asked = {"recipe": recipe, "settings": settings}
     ((local,),) = ranks(job(__file__, "trained", 1, {"layout": {}, **asked}))
     ((te, *_),) = te_ranks(job(__file__, "trained", nproc, {"layout": layout, **asked}))

@@ -1,5 +1,4 @@
-"""Attention over packed documents, whole or cut over processes,
-against a dense softmax in double precision."""
+"""Attention over packed documents, with and without context parallelism, against a dense float64 softmax."""
 
 from __future__ import annotations
 
@@ -8,15 +7,15 @@ from typing import Any
 import pytest
 
 LENGTHS = {"few": [1, 7, 40, 16], "one": [64], "many": [3, 1, 1, 8, 2, 17, 5, 11, 16], "half": [32, 32]}
-"""Documents of rows of 64 tokens: with four processes a piece has 8 tokens."""
+"""Documents in rows of 64 tokens; with four processes a piece has 8 tokens."""
 HEADS, KV_HEADS, DIM = 4, 2, 8
 WATCHED = slice(1, None, 2)
 """Every second document."""
 
 
 def _dense(inputs: list[Any], document: Any, window: int) -> Any:
-    """Return [tokens, heads * dim]: softmax over the whole row with one mask for documents,
-    causality and window."""
+    """Return [tokens, heads * dim] of a softmax over the whole row with one mask for documents, causality and
+    window."""
     import torch
 
     q, k, v = inputs
@@ -31,8 +30,8 @@ def _dense(inputs: list[Any], document: Any, window: int) -> Any:
 
 
 def attend(cp: int, rows: list[tuple[str, int, int]]) -> list[dict[str, Any]]:
-    """For each (documents, window, query block) return the largest errors of this process's output and
-    gradients, and leaks.
+    """For each (documents, window, query block) return this process's largest errors of output and gradients,
+    and leaks.
 
     A leak is a nonzero gradient of the watched documents' output with respect to another document's inputs.
     """
@@ -43,7 +42,7 @@ def attend(cp: int, rows: list[tuple[str, int, int]]) -> list[dict[str, Any]]:
     from megatron_sov.engine.parallel import context, world
     from megatron_sov.model.config import ParallelConfig
 
-    world.join(ParallelConfig(cp=cp))
+    world.join_world(ParallelConfig(cp=cp))
     config = TransformerConfig(num_layers=1, hidden_size=HEADS * DIM, num_attention_heads=HEADS)
     results = []
     for lengths, window, attention.QUERY_BLOCK in rows:
@@ -53,27 +52,27 @@ def attend(cp: int, rows: list[tuple[str, int, int]]) -> list[dict[str, Any]]:
         generator = torch.Generator().manual_seed(0)
         row = [torch.randn(total, heads, DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS)]
         upstream = torch.randn(total, HEADS * DIM, generator=generator)
-        packed = attention.pack(torch.cat([torch.zeros(1), documents.cumsum(0)]).to(torch.int32),
-                                int(documents.max()), total)
+        packed = attention.pack_documents(torch.cat([torch.zeros(1), documents.cumsum(0)]).to(torch.int32),
+                                          int(documents.max()), total)
 
         document = torch.repeat_interleave(torch.arange(len(documents)), documents)
         exact = [t.double().requires_grad_() for t in row]
         expected = _dense(exact, document, window)
         expected.backward(upstream.double())
 
-        inputs = [context.local(t).clone().requires_grad_() for t in row]
+        inputs = [context.select_local(t).clone().requires_grad_() for t in row]
         out = layer(*inputs, None, packed_seq_params=packed)
-        watched = context.local(torch.isin(document, torch.arange(len(documents))[WATCHED]))
-        leaks = torch.autograd.grad(out, inputs, context.local(upstream) * watched[:, None],
+        watched = context.select_local(torch.isin(document, torch.arange(len(documents))[WATCHED]))
+        leaks = torch.autograd.grad(out, inputs, context.select_local(upstream) * watched[:, None],
                                     retain_graph=True)
-        out.backward(context.local(upstream))
+        out.backward(context.select_local(upstream))
         results.append({
-            "output": float((out - context.local(expected)).abs().max()),
-            "gradients": max(float((a.grad - context.local(b.grad)).abs().max())
+            "output": float((out - context.select_local(expected)).abs().max()),
+            "gradients": max(float((a.grad - context.select_local(b.grad)).abs().max())
                              for a, b in zip(inputs, exact, strict=True)),
             "leak": max(float((g.abs() * ~watched[:, None, None]).max()) for g in leaks),
             "watched": max(float(g.abs().max()) for g in leaks)})
-    world.leave()
+    world.leave_world()
     return results
 
 
@@ -91,15 +90,16 @@ def test_each_document_attends_to_itself_alone(ranks, job, cp: int) -> None:
             assert result["gradients"] < 1e-5, (rank, case)
             assert result["leak"] == 0.0, (rank, case)
     for number, case in enumerate(CASES):
-        # there was something to leak
+        # the test can detect leaks
         assert case[0] == "one" or max(r[number]["watched"] for r in per_rank) > 0.1, case
 
 
 def kept_bytes() -> list[int]:
-    """Return what autograd keeps of attention from the second half of a document, for two lengths."""
+    """Return the bytes that autograd saves for attention from the second half of a document, for two
+    lengths."""
     import torch
 
-    from megatron_sov.engine.model.attention import attend as attend_one
+    from megatron_sov.engine.model.attention import attend_document as attend_one
 
     found = []
     for length in (2048, 8192):
@@ -118,7 +118,7 @@ def kept_bytes() -> list[int]:
 
 
 def test_memory_grows_with_the_length_and_not_with_its_square(ranks, job) -> None:
-    """A cut row, which on the CPU is attended in blocks with masks: none of them is kept."""
+    """On CPUs a split row is attended in blocks with masks; autograd must save none of the masks."""
     (((short, long),),) = ranks(job(__file__, "kept_bytes", 1, {}))
     assert 0 < long <= 4.5 * short
 
@@ -132,5 +132,5 @@ def test_the_librarys_attention_is_told_few_different_lengths(longest: int, tabl
     prepare_megatron()
     from megatron_sov.engine.model import attention
 
-    packed = attention.pack(torch.tensor([0, longest, 100]), longest, 100, own=False)
+    packed = attention.pack_documents(torch.tensor([0, longest, 100]), longest, 100, own=False)
     assert packed.max_seqlen_q == packed.max_seqlen_kv == tabled

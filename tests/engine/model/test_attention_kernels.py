@@ -1,4 +1,4 @@
-"""Transformer Engine is asked what attends packed rows, and believed."""
+"""Transformer Engine's answer decides which kernel attends packed rows."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from megatron_sov.base.settings import SettingsError
 from megatron_sov.engine.model import attention_kernels, gpu_settings
 from megatron_sov.model.config import apply_settings
 
-ASKED: Any = attention_kernels._asked
+ASKED: Any = attention_kernels._query_backends
 
 
 @pytest.fixture
 def rejecting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[set[int], bool], None]]:
-    """A Transformer Engine that has no kernel for some windows, and says so to its log, which is off."""
+    """A Transformer Engine without kernels for some windows, which it reports only to a disabled log."""
     utils = ModuleType("utils")
     utils.__dict__["AttentionLogging"] = SimpleNamespace(_log_level=logging.WARNING)
     utils.__dict__["AttentionParams"] = dataclasses.make_dataclass("Asked", ["num_heads", "window_size"])
@@ -44,7 +44,7 @@ def rejecting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[set[int], b
         name += part
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     sys.modules[name].__dict__["utils"] = utils
-    monkeypatch.setattr(attention_kernels, "_asked", asked := functools.cache(ASKED.__wrapped__))
+    monkeypatch.setattr(attention_kernels, "_query_backends", asked := functools.cache(ASKED.__wrapped__))
     for module in (attention_kernels, gpu_settings):
         monkeypatch.setattr(module, "on_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
@@ -57,16 +57,16 @@ def rejecting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[set[int], b
 def test_auto_is_our_attention_where_transformer_engine_has_no_kernel_for_packed_rows(
         rejected: set[int], flash: bool, attention: str, rejecting: Callable[[set[int], bool], None],
         caplog: pytest.LogCaptureFixture) -> None:
-    """It would go on with products of whole rows without a word: 11 of the 12 s of a step on an H200.
-    `fused` asks for cuDNN's alone, whatever else is installed."""
+    """Otherwise it would silently compute whole-row products: 11 of the 12 s of a step on an H200. `fused`
+    accepts cuDNN only, whatever else is installed."""
     rejecting(rejected, flash)
     config = apply_settings(recipes.get("tiny-k-exaone"), [
         "train.precision=bf16", "model.sliding_window_tokens=128"])
-    assert gpu_settings.resolve_auto(config, te=True)["attention"] == attention
+    assert gpu_settings.resolve_auto_settings(config, te=True)["attention"] == attention
     fused = apply_settings(config, ["gpu.attention=fused"])
     if rejected:
         with pytest.raises(SettingsError, match="4 heads of 32"):
-            gpu_settings.refuse(fused, te=True)  # as a run does before it starts
+            gpu_settings.check_gpu_settings(fused, te=True)  # as before a run
     else:
-        gpu_settings.refuse(fused, te=True)
+        gpu_settings.check_gpu_settings(fused, te=True)
     assert not caplog.records, "what it says is for us"

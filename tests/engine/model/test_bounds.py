@@ -1,4 +1,4 @@
-"""Bounds on gate and up projections hold for adapters and experts too."""
+"""Limits on gate and up projections include adapters and experts."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from megatron_sov.engine.model.specs import bound_gates
+from megatron_sov.engine.model.specs import clamp_gates
 from megatron_sov.model import recipes
 
 
 class Network(torch.nn.Module):
-    """Two experts and a shared one, as the library names their first matrices."""
+    """Two experts and a shared expert, with Megatron-Core's names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class Network(torch.nn.Module):
 
 
 class Linear(torch.nn.Module):
-    """A linear of the library's form, of weight 1."""
+    """A linear layer with Megatron-Core's interface and weight 1."""
 
     def forward(self, states: torch.Tensor) -> tuple[torch.Tensor, None]:
         return states, None
@@ -29,12 +29,12 @@ class Linear(torch.nn.Module):
 
 def test_bounds_come_behind_adapters_in_layers_that_have_one() -> None:
     model = recipes.get("tiny-k-exaone2").model
-    layers = [SimpleNamespace(layer_number=n, mlp=Network()) for n in (4, 5)]  # the second has a bound of 7
+    layers = [SimpleNamespace(layer_number=n, mlp=Network()) for n in (4, 5)]  # limit 7 on the second
     linears: list[Any] = [part.linear_fc1 for layer in layers
                           for part in (*layer.mlp.experts, layer.mlp.shared_experts)]
-    for linear in linears:  # what an adapter adds
+    for linear in linears:  # the adapter's addition
         linear.register_forward_hook(lambda module, inputs, outputs: (outputs[0] * 3, outputs[1]))
-    bound_gates(SimpleNamespace(decoder=SimpleNamespace(layers=layers)), model)
+    clamp_gates(SimpleNamespace(decoder=SimpleNamespace(layers=layers)), model)
 
     given = torch.tensor([[-4.0, 4.0, -4.0, 1.0]])  # two gates, two up projections
 

@@ -1,4 +1,4 @@
-"""A run of layers as the library numbers it and as our lists have it, and its output head."""
+"""A chunk's layers have the numbers of their entries in our per-layer lists; its output head."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 
 
 def layers_built() -> dict[str, Any]:
-    """Build a model whose layers are of two kinds, its prediction layer with experts, and say what each is;
-    then what is said of a wrong number, and of the library's own router."""
+    """Build a model with two kinds of layers and an MTP layer with experts; return the layers' kinds, and the
+    errors for a wrong number and for Megatron-Core's own router."""
     from unittest import mock
 
     from megatron.core.transformer.moe.router import TopKRouter
@@ -20,8 +20,8 @@ def layers_built() -> dict[str, Any]:
     from megatron_sov.model.config import ParallelConfig, apply_settings
 
     config = apply_settings(recipes.get("tiny-k-exaone"), ["model.mtp_experts=true"])
-    world.join(ParallelConfig())
-    model, (chunk,) = config.model, language_model.build_configured(config).chunks
+    world.join_world(ParallelConfig())
+    model, (chunk,) = config.model, language_model.build_run_model(config).chunks
     layers = [*chunk.decoder.layers, chunk.mtp.layers[0].transformer_layer]
     found = [{"number": layer.layer_number, "attention": layer.self_attention.layer_number,
               "router": layer.mlp.router.layer_number if layer.is_moe_layer else None,
@@ -39,7 +39,7 @@ def layers_built() -> dict[str, Any]:
         language_model.check_layers(chunk, 0)
     refusals.append(str(told.value))
     with mock.patch.object(specs, "BalancedRouter", TopKRouter), pytest.raises(RuntimeError) as told:
-        language_model.build_configured(config)
+        language_model.build_run_model(config)
     return {"found": found, "wanted": wanted, "stands_still": stands_still, "kinds": kinds,
             "parameters": [n for n, _ in chunk.named_parameters() if n.startswith("mtp.")],
             "prefix": prefixed == {f"model.{name}" for name in names},
@@ -51,8 +51,8 @@ def test_every_layer_has_the_number_of_its_entry_in_our_lists(ranks: Any, job: A
     (built,), = ranks(job(__file__, "layers_built", 1))
     assert built["found"] == built["wanted"] and built["prefix"]
     assert built["stands_still"] == [kind == "full_attention" for kind in built["kinds"]]
-    assert built["kinds"][0] != built["kinds"][-1]  # a prediction layer numbered 1 would be seen
-    # the names of weights in checkpoints, between those of the norms
+    assert built["kinds"][0] != built["kinds"][-1]  # detects an MTP layer numbered 1
+    # checkpoint names between the names of the norms
     inside = ["transformer_layer" in name for name in built["parameters"]]
     assert inside == [*sorted(inside[:-1]), False] and any(inside)
     last = len(built["kinds"])
@@ -60,10 +60,11 @@ def test_every_layer_has_the_number_of_its_entry_in_our_lists(ranks: Any, job: A
                                  "layer 2: its router is the library's TopKRouter"]
 
 
-# The output head beside fused accumulation of weight gradients, which the library's own would refuse.
+# Megatron-Core's own output head refuses fused accumulation of weight gradients without APEX.
 
 def heads() -> list[Any]:
-    """Return the fusion's value in a head and in the model's config, and the library's refusal of its own."""
+    """Return the fusion setting of a head and of the model's config, and the library's error for its own
+    head."""
     import torch
     from megatron.core import tensor_parallel
     from megatron.core.transformer import TransformerConfig
@@ -72,7 +73,7 @@ def heads() -> list[Any]:
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig
 
-    world.join(ParallelConfig())
+    world.join_world(ParallelConfig())
     config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1,
                                use_cpu_initialization=True, perform_initialization=False,
                                gradient_accumulation_fusion=True)
@@ -89,20 +90,20 @@ def heads() -> list[Any]:
 
 
 def built_head() -> list[Any]:
-    """Return the type of a model's output head, as it is built."""
+    """Return the type of a model's output head."""
     from megatron_sov import recipes
-    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig
 
     config = recipes.get("tiny-qwen3")
-    world.join(ParallelConfig())
-    return [type(build(config.model, ParallelConfig(), config.train).chunks[0].output_layer).__name__]
+    world.join_world(ParallelConfig())
+    return [type(build_model(config.model, ParallelConfig(), config.train).chunks[0].output_layer).__name__]
 
 
 @pytest.mark.distributed
 def test_the_head_of_a_model_has_a_config_of_its_own(ranks: Any, job: Any) -> None:
     ((of_head, of_model, refusal),), ((built,),) = ranks(job(__file__, "heads", 1, {}),
-                                                        job(__file__, "built_head", 1, {}))
+                                                         job(__file__, "built_head", 1, {}))
     assert (of_head, of_model, built) == (False, True, "OutputHead")
     assert "gradient_accumulation_fusion" in refusal and "APEX" in refusal

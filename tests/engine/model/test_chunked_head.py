@@ -1,4 +1,4 @@
-"""How often the head is applied, what is kept and left out, and how bf16 gradients are scaled."""
+"""The number of head applications, saved and skipped tensors, and the scaling of bf16 gradients."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ CHUNKING = Chunking(CHUNK, VOCABULARY)
 
 @pytest.fixture(autouse=True)
 def alone(one_rank: None) -> Iterator[None]:
-    world.join(ParallelConfig())
+    world.join_world(ParallelConfig())
     yield
-    world.leave()
+    world.leave_world()
 
 
 class Products(TorchDispatchMode):
-    """Counts matrix products, and notes the largest tensor that any operation makes."""
+    """Counts matrix products and records the largest tensor that an operation creates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> Inputs:
-    """Return hidden states, head weight, labels and their weights."""
+    """Return hidden states, head weight, labels and token weights."""
     random = torch.Generator().manual_seed(0)
     return (torch.randn(TOKENS, HIDDEN, generator=random).to(dtype).requires_grad_(),
             torch.randn(VOCABULARY, HIDDEN, generator=random).to(dtype).requires_grad_(),
@@ -93,7 +93,7 @@ def test_what_is_frozen_costs_nothing(frozen: str) -> None:
 
 
 def test_gradients_are_given_once() -> None:
-    """They are scaled in place: a second time they would be scaled twice."""
+    """Gradients are scaled in place: a second backward pass would scale them twice."""
     total = fused(*inputs())[1]
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -101,7 +101,7 @@ def test_gradients_are_given_once() -> None:
 
 
 def test_the_divisor_of_a_mean_is_not_rounded_to_bf16() -> None:
-    """1 / 255 as a bf16 number is 0.4% too small or too large, and so would be every gradient of a mean."""
+    """1 / 255 rounded to bf16 is off by 0.4 %, and so would be every gradient of a mean."""
     states, weight, labels, weights = inputs(torch.bfloat16)
     of_sum = torch.autograd.grad(fused(states, weight, labels, weights)[1], (states, weight))
     of_mean = torch.autograd.grad(fused(states, weight, labels, weights)[1] / 255, (states, weight))
@@ -133,9 +133,9 @@ def by_logprobs(inputs: Inputs, chunking: Chunking) -> torch.Tensor:
 @pytest.mark.parametrize("way", [by_one_sum, by_two_sums, by_logprobs])
 def test_the_heads_gradient_is_summed_in_float32_under_bf16(
         way: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 256 chunks that all pull the same way, a sum in bf16 loses the later ones: 8 bits see no term below
-    1/256 of what is there. Summed in float32 it is as near to float64 as bf16 logits are."""
-    monkeypatch.setattr(chunked_head, "ROWS_OF_PRODUCT", 16)
+    """With 256 chunks of equal sign, a bf16 sum loses later chunks: 8 bits drop terms below 1/256 of the sum.
+    In float32 the sum is as close to float64 as bf16 logits allow."""
+    monkeypatch.setattr(chunked_head, "PRODUCT_ROWS", 16)
     random = torch.Generator().manual_seed(0)
     n = 2048
     bf16 = ((torch.randn(n, HIDDEN, generator=random) * 0.1 + 1).bfloat16().requires_grad_(),

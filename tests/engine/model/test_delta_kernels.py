@@ -1,5 +1,5 @@
-"""Calls of flash-linear-attention's kernel: by its own signature, and with the plain version that stands
-beside it in the kernel's place it gives what our torch does."""
+"""Calls of flash-linear-attention's kernel: they match its signature, and with the package's plain torch
+version in place of the kernel the results equal ours."""
 
 from __future__ import annotations
 import __future__
@@ -15,24 +15,24 @@ import pytest
 import torch
 
 from megatron_sov.engine.model import delta_rule
-from megatron_sov.engine.model.delta_rule import chunk_documents, in_chunks
+from megatron_sov.engine.model.delta_rule import apply_delta_rule, chunk_documents
 from megatron_sov.engine.parallel.device import FLA_KERNEL
 from tests import releases
 from tests.engine.model.test_delta_rule import HEADS, VALUES, R, drawn
 
 DOCUMENTS = [(0, 0, 70), (70, 100, 171), (171, 171, 172), (172, 172, 200)]
-"""Start, first token whose output is asked for, end."""
+"""(start, first output token, end)."""
 TOKENS = DOCUMENTS[-1][2]
 
 
 @pytest.fixture(scope="module")
 def fla() -> Path:
-    """Folder with the kernels' sources, which import on GPUs alone."""
+    """Folder with the kernels' sources, which import only on GPUs."""
     return releases.fetched("fla-core", "0.6.0") / "fla/ops"
 
 
 def arguments(file: Path, function: str) -> Callable[..., dict[str, Any]]:
-    """Return a function with the signature of one in a file, that returns what it is given."""
+    """Return a function with the signature of a function in a file; it returns its arguments."""
     [node] = [n for n in ast.parse(file.read_text()).body
               if isinstance(n, ast.FunctionDef) and n.name == function]
     node.body, node.decorator_list = ast.parse("def f():\n  return locals()").body[0].body, []
@@ -42,7 +42,7 @@ def arguments(file: Path, function: str) -> Callable[..., dict[str, Any]]:
 
 
 def plain(file: Path, function: str) -> Callable[..., tuple[torch.Tensor, Any]]:
-    """Return a plain version that stands beside the kernels."""
+    """Return a plain torch version from the kernels' package."""
     spec = importlib.util.spec_from_file_location(f"{function}_module", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -51,7 +51,7 @@ def plain(file: Path, function: str) -> Callable[..., tuple[torch.Tensor, Any]]:
 
 @pytest.fixture
 def plain_kernel(fla: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the kernel be the plain version, document by document."""
+    """Replace the kernel by the plain version, document by document."""
     module, name = FLA_KERNEL
     folder = fla / module.rpartition(".")[2]
     signature = arguments(folder / "chunk.py", name)
@@ -69,15 +69,15 @@ def plain_kernel(fla: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                                scale=given["scale"])[0]
                           for a, b in itertools.pairwise(bounds)], 1), None
 
-    monkeypatch.setattr(delta_rule, "_fla_kernel", lambda: kernel)
+    monkeypatch.setattr(delta_rule, "_load_fla_kernel", lambda: kernel)
 
 
 @pytest.mark.usefixtures("plain_kernel")
 def test_what_is_asked_for_and_its_gradients_are_those_of_torch() -> None:
     rows = [drawn(TOKENS, torch.float32) for _ in range(2)]
     chunks = chunk_documents(DOCUMENTS, torch.device("cpu"))
-    found = delta_rule.by_kernels(*rows[0], chunks=chunks, dtype=torch.float32)
-    expected, _ = in_chunks(*rows[1], chunks=chunks)
+    found = delta_rule.apply_fused_delta_rule(*rows[0], chunks=chunks, dtype=torch.float32)
+    expected, _ = apply_delta_rule(*rows[1], chunks=chunks)
 
     assert found.shape == (TOKENS - 30, HEADS, R, VALUES)
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=2e-5)
@@ -91,7 +91,7 @@ def test_what_is_asked_for_and_its_gradients_are_those_of_torch() -> None:
 def test_products_are_in_the_models_precision_and_decays_and_rates_are_not() -> None:
     row = [t.detach() for t in drawn(TOKENS, torch.float32)]
     chunks = chunk_documents(DOCUMENTS, torch.device("cpu"))
-    exact, rounded = (delta_rule.by_kernels(*row, chunks=chunks, dtype=dtype)
+    exact, rounded = (delta_rule.apply_fused_delta_rule(*row, chunks=chunks, dtype=dtype)
                       for dtype in (torch.float32, torch.bfloat16))
 
     assert rounded.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""The gated delta rule against transformers' function, and documents of one row against each alone."""
+"""The gated delta rule against transformers' function, and documents of a row against single documents."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_sov.engine.model.delta_rule import (
-    CHUNK, by_token, chunk_documents, convolved_windows, in_chunks, normalised, short_convolution)
+    CHUNK_TOKENS, apply_delta_rule, apply_delta_rule_by_token, apply_short_convolution, chunk_documents,
+    convolve_windows, normalize_l2)
 
 CPU = torch.device("cpu")
 LENGTHS = [5, 130, 1, 64, 65, 200, 64]
@@ -19,12 +20,12 @@ HEADS, R, KEYS, VALUES = 2, 3, 8, 6
 
 def drawn(tokens: int, dtype: torch.dtype = torch.float64, *, r: int = R,
           fastest: float = 0.3) -> list[torch.Tensor]:
-    """Return queries, keys, values, decays and rates of a row, gradients on."""
+    """Return random queries, keys, values, decays and rates of a row, with gradients enabled."""
     torch.manual_seed(0)
     q, k = (torch.randn(tokens, HEADS, KEYS) for _ in range(2))
     v = torch.randn(tokens, HEADS, r, VALUES)
     g, b = -torch.rand(tokens, HEADS, r, KEYS) * fastest, torch.rand(tokens, HEADS, r)
-    return [t.to(dtype).requires_grad_() for t in (normalised(q) * KEYS ** -0.5, normalised(k), v, g, b)]
+    return [t.to(dtype).requires_grad_() for t in (normalize_l2(q) * KEYS ** -0.5, normalize_l2(k), v, g, b)]
 
 
 def bounds(lengths: list[int]) -> list[tuple[int, int, int]]:
@@ -34,11 +35,11 @@ def bounds(lengths: list[int]) -> list[tuple[int, int, int]]:
 
 @pytest.mark.parametrize("fastest", [0.3, 40.0])
 def test_a_document_is_what_transformers_makes_of_it(fastest: float) -> None:
-    """As Kimi Delta Attention has them; a chunk of fast ones is e^-2,000 and less."""
+    """Decays as in Kimi Delta Attention; fast ones reach e^-2,000 in a chunk."""
     from transformers.models.kimi_linear import modeling_kimi_linear as theirs
 
     row, again = (drawn(150, torch.float32, r=1, fastest=fastest) for _ in range(2))
-    found, state = in_chunks(*row, chunks=chunk_documents([(0, 0, 150)], CPU))
+    found, state = apply_delta_rule(*row, chunks=chunk_documents([(0, 0, 150)], CPU))
     (found * torch.linspace(-1, 1, VALUES)).sum().backward()
     q, k, v, g, b = (t[None] for t in again)
     expected, last = theirs.chunk_kimi_delta_attention(
@@ -53,7 +54,7 @@ def test_a_document_is_what_transformers_makes_of_it(fastest: float) -> None:
 
 def test_a_backward_pass_costs_as_much_for_each_token_of_a_long_document() -> None:
     class Counting(TorchDispatchMode):
-        """Adds up the numbers that operators return."""
+        """Counts the elements that operators return."""
 
         numbers = 0
 
@@ -63,8 +64,8 @@ def test_a_backward_pass_costs_as_much_for_each_token_of_a_long_document() -> No
             return found
 
     def backward(num_chunks: int) -> int:
-        row = drawn(num_chunks * CHUNK, torch.float32)
-        found, _ = in_chunks(*row, chunks=chunk_documents([(0, 0, len(row[0]))], CPU))
+        row = drawn(num_chunks * CHUNK_TOKENS, torch.float32)
+        found, _ = apply_delta_rule(*row, chunks=chunk_documents([(0, 0, len(row[0]))], CPU))
         with Counting() as counting:
             found.sum().backward()
         return counting.numbers
@@ -75,13 +76,13 @@ def test_a_backward_pass_costs_as_much_for_each_token_of_a_long_document() -> No
 def test_documents_of_a_row_are_what_each_is_alone() -> None:
     row = drawn(sum(LENGTHS))
     chunks = chunk_documents(bounds(LENGTHS), CPU)
-    found, states = in_chunks(*row, chunks=chunks)
+    found, states = apply_delta_rule(*row, chunks=chunks)
     weights = torch.randn_like(found)
     together = torch.autograd.grad((found * weights).sum(), row)
     for number, (start, _, stop) in enumerate(bounds(LENGTHS)):
         alone = [t.detach()[start:stop].requires_grad_() for t in row]
-        own, state = in_chunks(*alone, chunks=chunk_documents([(0, 0, stop - start)], CPU))
-        # not to the bit: products of MKL depend on where their numbers lie in memory
+        own, state = apply_delta_rule(*alone, chunks=chunk_documents([(0, 0, stop - start)], CPU))
+        # not to the bit: MKL's products depend on memory alignment
         torch.testing.assert_close(own, found[start:stop], atol=1e-14, rtol=1e-13)
         torch.testing.assert_close(state[0], states[chunks.order.index(number)], atol=1e-14, rtol=1e-13)
         for gradient, whole in zip(torch.autograd.grad((own * weights[start:stop]).sum(), alone), together,
@@ -91,16 +92,16 @@ def test_documents_of_a_row_are_what_each_is_alone() -> None:
 
 @pytest.mark.parametrize("fastest", [0.3, 40.0])
 def test_tokens_one_by_one_and_a_state_that_goes_on_are_the_same_as_chunks(fastest: float) -> None:
-    row = [t.detach() for t in drawn(2 * CHUNK + 9, fastest=fastest)]
-    found, last = in_chunks(*row, chunks=chunk_documents([(0, 0, len(row[0]))], CPU))
+    row = [t.detach() for t in drawn(2 * CHUNK_TOKENS + 9, fastest=fastest)]
+    found, last = apply_delta_rule(*row, chunks=chunk_documents([(0, 0, len(row[0]))], CPU))
     zeros = torch.zeros(1, HEADS, R, KEYS, VALUES, dtype=torch.float64)
-    singly, states = by_token(*(t[None] for t in row), zeros)
+    singly, states = apply_delta_rule_by_token(*(t[None] for t in row), zeros)
     torch.testing.assert_close(singly[0], found, atol=1e-13, rtol=1e-12)
     torch.testing.assert_close(states[-1], last, atol=1e-13, rtol=1e-12)
-    cut = 37  # where no chunk ends
-    _, middle = in_chunks(*(t[:cut] for t in row), chunks=chunk_documents([(0, 0, cut)], CPU))
+    cut = 37  # not a chunk boundary
+    _, middle = apply_delta_rule(*(t[:cut] for t in row), chunks=chunk_documents([(0, 0, cut)], CPU))
     rest = chunk_documents([(0, 0, len(row[0]) - cut)], CPU)
-    behind, end = in_chunks(*(t[cut:] for t in row), chunks=rest, state=middle)
+    behind, end = apply_delta_rule(*(t[cut:] for t in row), chunks=rest, state=middle)
     torch.testing.assert_close(behind, found[cut:], atol=1e-13, rtol=1e-12)
     torch.testing.assert_close(end, last, atol=1e-13, rtol=1e-12)
 
@@ -108,10 +109,10 @@ def test_tokens_one_by_one_and_a_state_that_goes_on_are_the_same_as_chunks(faste
 def test_the_convolution_stays_inside_documents() -> None:
     torch.manual_seed(0)
     row, weight = torch.randn(sum(LENGTHS), 10, dtype=torch.float64), torch.randn(10, 4, dtype=torch.float64)
-    found = short_convolution(row, weight, chunk_documents(bounds(LENGTHS), CPU).positions)
+    found = apply_short_convolution(row, weight, chunk_documents(bounds(LENGTHS), CPU).positions)
     for start, _, stop in bounds(LENGTHS):
         alone = row[start:stop]
         expected = torch.conv1d(alone.T[None], weight[:, None], padding=3, groups=10)[0, :, :len(alone)].T
         torch.testing.assert_close(found[start:stop], expected, atol=1e-13, rtol=1e-12)
-        windows = convolved_windows(torch.cat([alone.new_zeros(3, 10), alone])[None], weight)[0]
+        windows = convolve_windows(torch.cat([alone.new_zeros(3, 10), alone])[None], weight)[0]
         torch.testing.assert_close(windows, expected, atol=1e-13, rtol=1e-12)

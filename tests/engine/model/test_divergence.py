@@ -1,4 +1,4 @@
-"""Divergence from a teacher, against the paper's formula over whole vocabularies in float64."""
+"""Divergence from a teacher against the paper's formula over whole vocabularies in float64."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ALL = list(product(KINDS, BETAS))
 
 
 def whole(dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
-    """Return hidden states and head weight of both, and the weights of two terms."""
+    """Return hidden states and head weights of both models, and the weights of two terms."""
     random = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -47,7 +47,7 @@ def teacher_logprobs(tensors: dict[str, torch.Tensor], temperature: float) -> to
 
 
 def reference(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> torch.Tensor:
-    """Return [T]: equation 1 of arXiv 2306.13649, with the limits' names for 0 and 1."""
+    """Return [T]: equation 1 of arXiv 2306.13649, with its limits at 0 and 1."""
     def kl(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return (a.exp() * (a - b)).sum(-1)
 
@@ -58,7 +58,7 @@ def reference(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> torch.Te
 
 
 def over_events(kind: str, log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return both models' log-probabilities [T, events]: all tokens, or the teacher's most probable."""
+    """Return both models' log-probabilities [T, events]: all tokens, or the teacher's top K."""
     if kind == "states":
         return log_p, log_q
     ids = log_q.topk(K).indices
@@ -70,7 +70,7 @@ def over_events(kind: str, log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[to
 
 def expected(kind: str, beta: float, temperature: float = 1.0,
              tensors: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """Return the figures of each position, and the gradients of ``first / 7 + 3 * second``."""
+    """Return the statistics of each position, and the gradients of ``first / 7 + 3 * second``."""
     tensors = tensors or whole()
     states, weight = (tensors[name].double().clone().requires_grad_() for name in ("states", "weight"))
     log_p = (states @ weight.T / temperature).log_softmax(-1)
@@ -84,7 +84,7 @@ def expected(kind: str, beta: float, temperature: float = 1.0,
 
 def score(kind: str, beta: float, temperature: float = 1.0, dtype: str = "float64",
           tensors: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:
-    """Return the figures and gradients of one process; heads that are split: test_split_heads.py."""
+    """Return the statistics and gradients of one process; test_split_heads.py covers split heads."""
     tensors = tensors or whole(getattr(torch, dtype))
     states = tensors["states"][:, None].clone().requires_grad_()
     weight = tensors["weight"].clone().requires_grad_()
@@ -104,9 +104,9 @@ def score(kind: str, beta: float, temperature: float = 1.0, dtype: str = "float6
 
 @pytest.fixture
 def alone(one_rank: None) -> Iterator[None]:
-    world.join(ParallelConfig())
+    world.join_world(ParallelConfig())
     yield
-    world.leave()
+    world.leave_world()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
@@ -121,13 +121,13 @@ def test_values_and_gradients_are_the_papers(alone: None, kind: str, beta: float
 
 
 def near(found: Any, wanted: torch.Tensor, tolerance: float, what: str) -> None:
-    """Hold the difference against the largest number."""
+    """Compare with a tolerance relative to the largest value."""
     difference = (torch.as_tensor(found, dtype=torch.float64) - wanted).abs().max() / wanted.abs().max()
     assert difference <= tolerance, f"{what}: {difference:.1e}"
 
 
 class Largest(TorchDispatchMode):
-    """Notes the largest tensor that any operation makes."""
+    """Records the largest tensor that an operation creates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -158,19 +158,19 @@ def test_no_tensor_is_larger_than_a_chunks_logits(alone: None, kind: str) -> Non
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_tokens_that_one_of_them_excludes_are_numbers(alone: None, beta: float) -> None:
-    """Logits hundreds apart: probabilities underflow to 0, and neither values nor gradients are lost."""
+    """Logits hundreds apart: probabilities underflow to 0, but values and gradients stay finite."""
     tensors = whole(torch.float32)
     tensors |= {"states": 60 * tensors["states"], "teacher states": 60 * tensors["teacher states"]}
     found = score("states", beta, dtype="float32", tensors=tensors)
     wanted = expected("states", beta, tensors={name: t.double() for name, t in tensors.items()})
     near(found["divergence"], wanted["divergence"], 1e-6, "divergence")
-    # where distributions part entirely, mixtures have no gradient left, and float32 has rounding errors of 0
+    # with disjoint distributions mixtures have zero gradient, and float32 has rounding errors around 0
     torch.testing.assert_close(torch.tensor(found["weight"]).double(), wanted["weight"], rtol=5e-3, atol=5e-3)
 
 
 def test_a_teacher_in_bf16_stays_where_it_lies(alone: None) -> None:
-    """Its states are sent a chunk at a time, in the dtype of its head; the student's log-probabilities are
-    compared in the student's."""
+    """Its states are copied a chunk at a time in the dtype of its head; log-probabilities are compared in the
+    student's dtype."""
     tensors = whole(torch.float32)
     as_kept = tensors | {"teacher states": tensors["teacher states"].bfloat16()}
     rounded = tensors | {"teacher states": as_kept["teacher states"].float()}
@@ -178,7 +178,7 @@ def test_a_teacher_in_bf16_stays_where_it_lies(alone: None) -> None:
 
 
 def test_the_heads_gradient_is_summed_in_float32_under_bf16(alone: None) -> None:
-    """Of 256 chunks that all pull the same way, a sum in bf16 would lose the later ones."""
+    """With 256 chunks of equal sign, a bf16 sum would lose later chunks."""
     random = torch.Generator().manual_seed(0)
     n = 2048
     states = (torch.randn(n, HIDDEN, generator=random) * 0.1 + 1).bfloat16()

@@ -1,4 +1,4 @@
-"""Tokens per expert in training and in evaluation, and biases that a refused step leaves as they were."""
+"""Tokens per expert in training and evaluation; a rejected step leaves the biases unchanged."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from tests.tiny import tiny_trainer
 
 
 def counted(data: str, run: str) -> dict[str, Any]:
-    """Runs inside ranks: a learned step, a refused one, and a forward pass whose tokens are counted."""
+    """Inside ranks: an accepted step, a rejected step, and a forward pass with counted tokens."""
 
     import torch
 
-    from megatron_sov.engine.decode.forward_only import Inputs
+    from megatron_sov.engine.decode.forward_only import DocumentBatch
     from megatron_sov.engine.parallel import world
 
     trainer = tiny_trainer(data, "model.num_layers=2", "train.global_batch_size=8",
@@ -26,14 +26,14 @@ def counted(data: str, run: str) -> dict[str, Any]:
         trainer.update()
         seen.append(experts.gather().sum(dim=1).tolist())
         states.append([experts.biases(), *(p.detach().clone() for p in trainer.model.parameters())])
-    documents = Inputs([[1, 2, 3], [4, 5]], torch.device("cpu"), min_tokens=16)
-    result, load = experts.during(lambda: trainer.policy.map([documents],
-                                                             lambda hidden, head, batch: len(hidden)))
-    _, unseen = experts.during(lambda: None)
+    documents = DocumentBatch([[1, 2, 3], [4, 5]], torch.device("cpu"), min_tokens=16)
+    result, load = experts.count_during(lambda: trainer.policy.map([documents],
+                                                                   lambda hidden, head, batch: len(hidden)))
+    _, unseen = experts.count_during(lambda: None)
     trainer.policy.map([documents], lambda hidden, head, batch: len(hidden))
-    _, uncounted = experts.during(lambda: None)
+    _, uncounted = experts.count_during(lambda: None)
     trainer.close()
-    world.leave()
+    world.leave_world()
     return {"seen": seen, "learned tokens": trainer.state.tokens, "result": result,
             "evaluated": load.sum(dim=1).tolist(), "nothing": float((unseen + uncounted).sum()),
             "bias": float(states[0][0].abs().max()),

@@ -1,4 +1,4 @@
-"""Each setting arrives in its field of the library, and what cannot be on a machine is refused there."""
+"""Every setting reaches its Megatron-Core field, and settings that a machine cannot use are refused."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.engine.model import attention_kernels, gpu_settings
 from megatron_sov.engine.model.gpu_settings import (
-    FUSIONS, Here, expert_settings, gradient_settings, in_bf16, keep_ends_in_bf16, library_settings,
-    moment_settings, refuse_without_chip, transformer_settings)
+    FUSIONS, KernelContext, check_fp8_support, disable_quantization, expert_settings, fp8_settings,
+    gradient_settings, keep_ends_in_bf16, moment_settings, transformer_settings)
 from megatron_sov.engine.parallel import device
 from megatron_sov.model.config import GpuConfig, RunConfig, TrainConfig, apply_settings
 
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transformer Engine, which is not here, has a kernel for all that it is asked about."""
-    monkeypatch.setattr(attention_kernels, "_asked", lambda *asked: (False, ""))
+    """Transformer Engine, which is not installed, reports a kernel for every query."""
+    monkeypatch.setattr(attention_kernels, "_query_backends", lambda *asked: (False, ""))
 
 
-# 8-bit products: the library's settings, what is refused before anything starts, checkpoints of experts.
+# FP8: library settings, refusals before the start, checkpoints of experts
 
 def test_each_recipe_has_the_librarys_names() -> None:
-    assert library_settings(TrainConfig()) == {}
-    assert library_settings(TrainConfig(fp8="blockwise", fp8_bf16_layers_at_end=2)) == {
+    assert fp8_settings(TrainConfig()) == {}
+    assert fp8_settings(TrainConfig(fp8="blockwise", fp8_bf16_layers_at_end=2)) == {
         "fp8": "e4m3", "fp8_recipe": "blockwise", "fp8_param": False,
         "moe_router_padding_for_quantization": False}
-    fp4 = library_settings(TrainConfig(fp8="nvfp4", fp8_pad_routed_tokens=True))
+    fp4 = fp8_settings(TrainConfig(fp8="nvfp4", fp8_pad_routed_tokens=True))
     assert (fp4["fp4"], fp4["fp4_recipe"]) == ("e2m1", "nvfp4")
     assert fp4["moe_router_padding_for_quantization"] and "fp8" not in fp4
 
 
 def test_layers_in_bf16_are_asked_by_their_number_in_the_model() -> None:
-    """Three of four at the start, whatever the stages: the library's configuration would refuse them at
-    `parallel.pp` = 2, and is told behind its validation."""
+    """Three of four layers at the start, independent of stages: the library's validation would refuse them at
+    `parallel.pp` = 2, so they are set after it."""
     from megatron.core.fp8_utils import is_first_last_bf16_layer
 
     config = SimpleNamespace(num_layers=4)
@@ -55,7 +55,7 @@ def test_layers_in_bf16_are_asked_by_their_number_in_the_model() -> None:
 
 
 def chip(monkeypatch: pytest.MonkeyPatch, has: set[str]) -> None:
-    """Let Transformer Engine be there, with a GPU that has these recipes."""
+    """Simulate Transformer Engine on a GPU with these recipes."""
     def answer(found: bool) -> Callable[..., Any]:
         reason = "" if found else "compute capability 10.0 or higher required"
         return lambda return_reason=False: (found, reason) if return_reason else found
@@ -72,12 +72,12 @@ def chip(monkeypatch: pytest.MonkeyPatch, has: set[str]) -> None:
 
 
 def test_a_chip_that_cannot_is_told_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    chip(monkeypatch, {"tensorwise", "blockwise"})  # a Hopper
-    refuse_without_chip(TrainConfig(fp8="blockwise"), serves=True)
+    chip(monkeypatch, {"tensorwise", "blockwise"})  # as on Hopper
+    check_fp8_support(TrainConfig(fp8="blockwise"), serves=True)
     for fp8 in ("mxfp8", "nvfp4"):
         with pytest.raises(UserError, match=f"{fp8} cannot run on this GPU .*10.0 or higher required.*"
                                             "tensorwise or blockwise or none"):
-            refuse_without_chip(TrainConfig(fp8=fp8), serves=True)
+            check_fp8_support(TrainConfig(fp8=fp8), serves=True)
 
 
 def test_a_cpu_is_refused_before_anything_starts(run_command, packed_data, tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_cpu_is_refused_before_anything_starts(run_command, packed_data, tmp_p
 
 def test_what_is_only_read_is_not_quantised() -> None:
     config = SimpleNamespace(fp8="e4m3", fp4=None, moe_router_padding_for_quantization=True)
-    with pytest.raises(KeyError), in_bf16(config):
+    with pytest.raises(KeyError), disable_quantization(config):
         assert (config.fp8, config.fp4, config.moe_router_padding_for_quantization) == (None, None, False)
         raise KeyError
     assert (config.fp8, config.fp4, config.moe_router_padding_for_quantization) == ("e4m3", None, True)
@@ -101,7 +101,7 @@ def test_what_is_only_read_is_not_quantised() -> None:
 ROOT = Path(__file__).parents[3]
 OURS_ALONE = {"gc_every_steps", "profile_first_step", "profile_last_step", "profiler", "peak_tflops",
               "optimizer_offload", "linear_attention"}
-"""Settings that no field of the library stands behind; each has a test of its own."""
+"""Settings without a library field; each has its own test."""
 ROUTERS = 'gpu.cuda_graphs=["moe_router"]'
 CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "gpu.attention": (["gpu.attention=flash"], {"attention_backend": "flash"}),
@@ -135,18 +135,18 @@ CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "gpu.pad_buckets": (["gpu.pad_buckets=on"], {"pad_buckets_for_high_nccl_busbw": True}),
     "gpu.nccl_user_buffers": (["gpu.nccl_user_buffers=on"], {"nccl_ub": True}),
 }
-"""Setting -> a change of it, and what the library's fields are then."""
+"""Setting -> a change of it, and the resulting library fields."""
 
 
 def config_with(changes: list[str]) -> RunConfig:
-    """Return a recipe that has every module: experts with a shared one, in bf16, with plain rotations."""
+    """Return a config with every module: shared and routed experts, bf16, plain RoPE."""
     return apply_settings(recipes.get("tiny-solar-open"),
                           ["train.precision=bf16", "model.yarn=null", *changes])
 
 
 def fields(config: RunConfig, te: bool) -> dict[str, Any]:
-    """Return the library's fields of a config, with Transformer Engine or without."""
-    here = Here(te, config.model, config.parallel)
+    """Return the library's fields of a config, with or without Transformer Engine."""
+    here = KernelContext(te, config.model, config.parallel)
     found = (transformer_settings(config.gpu, config.train, here) | expert_settings(config.gpu, here)
              | gradient_settings(config.gpu, config.parallel, bf16=True) | moment_settings(config.gpu))
     return found | {"attention_backend": found["attention_backend"].name}
@@ -187,7 +187,7 @@ def test_without_transformer_engine_auto_is_off_and_the_library_builds_its_confi
     found = fields(config_with([]), te=False)
     assert not any(found[fusion.field] for fusion in FUSIONS) and found["attention_backend"] == "auto"
     assert found["grad_reduce_in_fp32"] and found["moe_token_dispatcher_type"] == "alltoall"
-    # as `plan` reads the settings of a GPU's run
+    # as `plan` reads the settings of a run on GPUs
     everything = [change for changes, _ in CHANGES.values() for change in changes]
     assert not any(fields(config_with(everything), te=False)[fusion.field] for fusion in FUSIONS)
 
@@ -196,30 +196,30 @@ def test_kernels_of_linear_attention_serve_where_they_import_and_bits_need_not_r
         monkeypatch: pytest.MonkeyPatch) -> None:
     def serve(*changes: str, te: bool = True) -> bool:
         config = apply_settings(recipes.get("tiny-solar-open2"), ["train.precision=bf16", *changes])
-        return bool(gpu_settings.resolve_auto(config, te)["linear_attention"])
+        return bool(gpu_settings.resolve_auto_settings(config, te)["linear_attention"])
 
     fla = apply_settings(recipes.get("tiny-solar-open2"), ["train.precision=bf16",
                                                            "gpu.linear_attention=fla"])
     assert not serve(), "it is not installed here"
     with pytest.raises(SettingsError, match=r"attention does not serve \(Module.*fla"):
-        gpu_settings.refuse(fla, te=True)
-    monkeypatch.setattr(gpu_settings, "lacking_fla", lambda: "")
+        gpu_settings.check_gpu_settings(fla, te=True)
+    monkeypatch.setattr(gpu_settings, "find_fla_problem", lambda: "")
     assert serve() and not serve(te=False)
     assert not serve("gpu.linear_attention=torch") and not serve("train.deterministic=true")
     monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
-    gpu_settings.refuse(fla, te=True)
+    gpu_settings.check_gpu_settings(fla, te=True)
 
 
 def test_keys_that_are_too_wide_for_the_kernels_are_read_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels assert that no head has more than 256 channels of keys."""
-    monkeypatch.setattr(gpu_settings, "lacking_fla", lambda: "")
+    """The kernels assert key heads of at most 256 channels."""
+    monkeypatch.setattr(gpu_settings, "find_fla_problem", lambda: "")
     monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
     for width, serves in ((256, True), (512, False)):
         config = apply_settings(recipes.get("tiny-solar-open2"), [
             "train.precision=bf16", f"model.linear_attention.key_head_dim={width}"])
-        assert gpu_settings.resolve_auto(config, te=True)["linear_attention"] == serves
+        assert gpu_settings.resolve_auto_settings(config, te=True)["linear_attention"] == serves
     with pytest.raises(SettingsError, match="up to 256 channels"):
-        gpu_settings.refuse(apply_settings(config, ["gpu.linear_attention=fla"]), te=True)
+        gpu_settings.check_gpu_settings(apply_settings(config, ["gpu.linear_attention=fla"]), te=True)
 
 
 @pytest.mark.parametrize(("version", "told"), [
@@ -232,11 +232,11 @@ def test_older_kernels_do_not_serve(
     (tmp_path / "fla/ops/__init__.py").write_text("")
     (tmp_path / "fla/__init__.py").write_text(f"__version__ = {version!r}\n" if version else "")
     monkeypatch.syspath_prepend(str(tmp_path))
-    device.lacking_fla.cache_clear()
+    device.find_fla_problem.cache_clear()
     try:
-        assert device.lacking_fla().startswith(told) and bool(device.lacking_fla()) == bool(told)
+        assert device.find_fla_problem().startswith(told) and bool(device.find_fla_problem()) == bool(told)
     finally:
-        device.lacking_fla.cache_clear()
+        device.find_fla_problem.cache_clear()
         for name in [name for name in sys.modules if name.partition(".")[0] == "fla"]:
             del sys.modules[name]
 
@@ -244,12 +244,13 @@ def test_older_kernels_do_not_serve(
 def test_a_run_tells_what_auto_came_to() -> None:
     fused: dict[str, Any] = {fusion.setting: fusion.setting != "router_fusion" for fusion in FUSIONS}
     fused["linear_attention"] = False
-    assert gpu_settings.resolve_auto(config_with([]), te=True) == fused | {"attention": "auto"}
-    assert gpu_settings.resolve_auto(config_with(["parallel.cp=2"]), te=True) == fused | {
+    assert gpu_settings.resolve_auto_settings(config_with([]), te=True) == fused | {"attention": "auto"}
+    assert gpu_settings.resolve_auto_settings(config_with(["parallel.cp=2"]), te=True) == fused | {
         "rope_fusion": False, "attention": "local"}
-    exchanged = gpu_settings.resolve_auto(config_with(["parallel.cp=2", "gpu.attention=fused"]), te=True)
+    exchanged = gpu_settings.resolve_auto_settings(config_with(["parallel.cp=2", "gpu.attention=fused"]),
+                                                   te=True)
     assert exchanged["attention"] == "fused", "over whole rows of half the heads"
-    assert set(gpu_settings.resolve_auto(config_with([]), te=False).values()) == {False, "local"}
+    assert set(gpu_settings.resolve_auto_settings(config_with([]), te=False).values()) == {False, "local"}
 
 
 @pytest.mark.parametrize(("changes", "te", "environment", "keys"), [
@@ -270,7 +271,7 @@ def test_a_run_tells_what_auto_came_to() -> None:
     ('gpu.offload_modules=["core_attn"]', True, {}, "gpu.offload_modules"),
     ("gpu.nccl_user_buffers=on", True, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
      "gpu.nccl_user_buffers"),
-    # the library has none of its functions where Transformer Engine is not installed, or is an old one
+    # the library lacks the function if Transformer Engine is missing or old
     ("gpu.router_fusion=on", True, {}, "gpu.router_fusion"),
     ("gpu.router_fusion=on", False, {}, "gpu.router_fusion"),
     ("parallel.expert_dispatcher=deepep", True, {}, "parallel.expert_dispatcher"),
@@ -279,30 +280,30 @@ def test_a_run_tells_what_auto_came_to() -> None:
 def test_what_cannot_be_here_is_refused(changes: str, te: bool, environment: dict[str, str], keys: str,
                                         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_settings, "on_gpu", lambda: te)
-    for name in gpu_settings.TE_ATTENTION_VARIABLES.values():  # the library sets them with a model
+    for name in gpu_settings.TE_ATTENTION_VARIABLES.values():  # set by the library with each model
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError) as refused:
-        gpu_settings.refuse(config_with(changes.split()), te)
+        gpu_settings.check_gpu_settings(config_with(changes.split()), te)
     assert [key for _, key in refused.value.codes] == keys.split()
 
 
 def test_overlapped_passes_that_free_what_layers_in_bf16_need_are_refused(
         monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_settings, "lacking_deep_ep", lambda name: "")
+    monkeypatch.setattr(gpu_settings, "find_deep_ep_problem", lambda name: "")
     monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
     for name in gpu_settings.TE_ATTENTION_VARIABLES.values():
         monkeypatch.delenv(name, raising=False)
     asked = ["parallel.ep=2", "parallel.expert_overlap=micro_batches", "train.fp8=mxfp8",
              "parallel.expert_dispatcher=hybridep"]
-    gpu_settings.refuse(config_with(asked), te=True)
+    gpu_settings.check_gpu_settings(config_with(asked), te=True)
     with pytest.raises(UserError, match=r"parallel\.expert_overlap = .*micro_batches"):
-        gpu_settings.refuse(config_with([*asked, "train.fp8_bf16_layers_at_end=1"]), te=True)
+        gpu_settings.check_gpu_settings(config_with([*asked, "train.fp8_bf16_layers_at_end=1"]), te=True)
 
 
 @pytest.mark.parametrize(("says", "told"), [
-    # what its main branch is since April 2026, and what it asserts about NCCL while it is imported
+    # the main branch since April 2026, and its assertion about NCCL at import
     ("", r"AttributeError: module 'deep_ep\.utils' has no attribute 'EventOverlap'"),
     ("raise AssertionError('Invalid NCCL versions: a v.s. b')", "AssertionError: Invalid NCCL versions: a v"),
 ])
@@ -314,27 +315,27 @@ def test_a_deep_ep_that_does_not_serve_is_told_in_its_own_words(
     (package / "utils.py").write_text("class EventHandle: pass\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
-    device.lacking_deep_ep.cache_clear()
+    device.find_deep_ep_problem.cache_clear()
     try:
         with pytest.raises(UserError, match=rf"expert_dispatcher .* DeepEP does not import \({told}.*; "
                                             r"install the commit that containers/install\.sh names"):
-            gpu_settings.refuse(config_with(["parallel.expert_dispatcher=deepep"]), te=True)
-        device.hide_broken_deep_ep()  # the library would end with it
+            gpu_settings.check_gpu_settings(config_with(["parallel.expert_dispatcher=deepep"]), te=True)
+        device.hide_broken_deep_ep()  # otherwise importing the library fails
         with pytest.raises(ImportError):
             from deep_ep.utils import EventOverlap  # noqa: F401
     finally:
-        device.lacking_deep_ep.cache_clear()
+        device.find_deep_ep_problem.cache_clear()
         for name in ("deep_ep", "deep_ep.utils"):
             sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize(("capability", "cudnn", "changes", "own", "why"), [
     ((9, 0), 92500, "", False, ""), ((10, 0), 92500, "", False, ""),
-    # many documents of a row together are too much for the fused one that repeats its bits
+    # rows with many documents exceed the deterministic fused kernel
     ((9, 0), 92500, "train.deterministic=true", True, "in every row on this GPU"),
     ((10, 0), 91800, "train.deterministic=true", True, "on this GPU before cuDNN 91801"),
     ((10, 0), 91801, "train.deterministic=true", True, ""),
-    # Gemma's heads
+    # Gemma's head size
     ((9, 0), 91900, "model.head_dim=256", False, ""), ((10, 0), 92500, "model.head_dim=256", False, ""),
     ((10, 0), 92401, "model.head_dim=256", True, "no fused kernel of cuDNN 92401 trains heads of 256"),
 ])
@@ -347,22 +348,22 @@ def test_attention_that_cannot_be_fused_is_our_own(capability: tuple[int, int], 
     for name in gpu_settings.TE_ATTENTION_VARIABLES.values():
         monkeypatch.delenv(name, raising=False)
     config = config_with(changes.split())
-    assert gpu_settings.resolve_auto(config, te=True)["attention"] == ("local" if own else "auto")
-    gpu_settings.refuse(config, te=True)
+    assert gpu_settings.resolve_auto_settings(config, te=True)["attention"] == ("local" if own else "auto")
+    gpu_settings.check_gpu_settings(config, te=True)
     fused = config_with([*changes.split(), "gpu.attention=fused"])
     if not why:
-        return gpu_settings.refuse(fused, te=True)
+        return gpu_settings.check_gpu_settings(fused, te=True)
     with pytest.raises(UserError, match=f'gpu.attention = "fused" cannot be.*{why}'):
-        gpu_settings.refuse(fused, te=True)
+        gpu_settings.check_gpu_settings(fused, te=True)
 
 
 def test_routing_that_the_kernels_do_not_compute_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core.extensions import transformer_engine
 
     monkeypatch.setattr(transformer_engine, "fused_topk_with_score_function", lambda: None)
-    gpu_settings.refuse(config_with(["gpu.router_fusion=on"]), te=True)
+    gpu_settings.check_gpu_settings(config_with(["gpu.router_fusion=on"]), te=True)
     one = "model.num_experts_per_token=1"
     assert [fields(config_with(asked), te=True)["moe_router_fusion"]
             for asked in ([], [one], ["gpu.router_fusion=off"])] == [True, False, False]
     with pytest.raises(UserError, match=r"model\.num_experts_per_token = 1"):
-        gpu_settings.refuse(config_with(["gpu.router_fusion=on", one]), te=True)
+        gpu_settings.check_gpu_settings(config_with(["gpu.router_fusion=on", one]), te=True)

@@ -1,4 +1,4 @@
-"""Initial weights: numbers that belong to (seed, name, index), the same at every layout."""
+"""Initial weights depend on (seed, name, index) only, and are equal at every layout."""
 
 from __future__ import annotations
 
@@ -11,44 +11,43 @@ SETTINGS = ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "
 
 
 def numbers() -> dict[str, Any]:
-    """Return statistics of the normals, and whether any range is the slice of the whole."""
+    """Return statistics of the normal distribution, and whether ranges equal slices of the whole."""
     import numpy as np
 
-    from megatron_sov.checkpoint.load import normals
+    from megatron_sov.checkpoint.load import generate_normals
 
-    whole = normals(5, "w", 0, 200_003)
+    whole = generate_normals(5, "w", 0, 200_003)
     ranges = [(0, 1), (1, 1), (7, 2), (8, 8), (1001, 50_000), (199_990, 13)]
     with_itself = float(np.corrcoef(whole[:-1], whole[1:])[0, 1])
-    with_other = float(np.corrcoef(whole, normals(5, "v", 0, 200_003))[0, 1])
-    return {"slices": all((normals(5, "w", a, n) == whole[a:a + n]).all() for a, n in ranges),
+    with_other = float(np.corrcoef(whole, generate_normals(5, "v", 0, 200_003))[0, 1])
+    return {"slices": all((generate_normals(5, "w", a, n) == whole[a:a + n]).all() for a, n in ranges),
             "dtype": str(whole.dtype), "mean": float(whole.mean()), "std": float(whole.std()),
             "kurtosis": float((whole.astype(float) ** 4).mean()), "beyond_2": float((abs(whole) > 2).mean()),
             "with_itself": with_itself, "with_other": with_other,
-            "same": bool((normals(5, "w", 0, 99) == normals(5, "w", 0, 99)).all()),
-            "seeds": int((normals(5, "w", 0, 99) == normals(6, "w", 0, 99)).sum())}
+            "same": bool((generate_normals(5, "w", 0, 99) == generate_normals(5, "w", 0, 99)).all()),
+            "seeds": int((generate_normals(5, "w", 0, 99) == generate_normals(6, "w", 0, 99)).sum())}
 
 
 def initial(recipe: str, layout: dict[str, Any], folder: str, *, reference: bool = False) -> dict[str, Any]:
-    """Initialise a model; the reference writes its tensors, the others count the blocks
-    that differ from them."""
+    """Initialize a model. The reference writes its tensors; other layouts count differing blocks."""
     import torch
     from safetensors.torch import load_file, save_file
 
     from megatron_sov import recipes
     from megatron_sov.checkpoint import load
-    from megatron_sov.engine.model.language_model import build
-    from megatron_sov.engine.model.local_shards import local_shards
+    from megatron_sov.engine.model.language_model import build_model
+    from megatron_sov.engine.model.local_shards import list_local_shards
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig, apply_settings
 
     config = apply_settings(recipes.get(recipe), SETTINGS)
-    world.join(ParallelConfig(**layout))
-    model = build(config.model, ParallelConfig(**layout), config.train)
+    world.join_world(ParallelConfig(**layout))
+    model = build_model(config.model, ParallelConfig(**layout), config.train)
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
-    load.initialise(model, config.model, 11)
-    local = local_shards(model)
+    load.initialize_weights(model, config.model, 11)
+    local = list_local_shards(model)
     file = Path(folder) / f"{recipe}.safetensors"
     if reference:
         whole: dict[str, torch.Tensor] = {}
@@ -64,7 +63,7 @@ def initial(recipe: str, layout: dict[str, Any], folder: str, *, reference: bool
 
 
 def with_threads(num_threads: int) -> dict[str, Any]:
-    """Return a fingerprint of a model's initial weights, and how many threads made them."""
+    """Return a hash of a model's initial weights, and the number of threads that generated them."""
     import hashlib
     import itertools
     import threading
@@ -73,25 +72,25 @@ def with_threads(num_threads: int) -> dict[str, Any]:
 
     from megatron_sov import recipes
     from megatron_sov.checkpoint import load
-    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig, apply_settings
 
     config = apply_settings(recipes.get("tiny-k-exaone"), SETTINGS)
-    world.join(ParallelConfig())
+    world.join_world(ParallelConfig())
     torch.set_num_threads(num_threads)
-    threads, normals = set(), load.normals
+    threads, normals = set(), load.generate_normals
     calls, meeting = itertools.count(), threading.Barrier(num_threads)
 
     def noted(*args: Any) -> Any:
         threads.add(threading.get_ident())
         if next(calls) < num_threads:
-            meeting.wait(600)  # else one fast thread might do it all
+            meeting.wait(600)  # otherwise one fast thread might generate all
         return normals(*args)
 
-    load.normals, load._CHUNK = noted, 1000
-    model = build(config.model, ParallelConfig(), config.train)
-    load.initialise(model, config.model, 11)
+    load.generate_normals, load._CHUNK = noted, 1000
+    model = build_model(config.model, ParallelConfig(), config.train)
+    load.initialize_weights(model, config.model, 11)
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
     return {"digest": digest, "threads": len(threads)}
 
@@ -107,18 +106,18 @@ def _place(block: Any) -> tuple[slice, ...]:
 
 
 def unknown() -> str:
-    """Return what is said about a tensor that no rule knows."""
-    from megatron_sov.checkpoint.load import rule_for
+    """Return the error for a tensor without an initialization rule."""
+    from megatron_sov.checkpoint.load import find_init_rule
 
     try:
-        return rule_for("decoder.layers.0.mystery.weight")
+        return find_init_rule("decoder.layers.0.mystery.weight")
     except ValueError as e:
         return str(e)
 
 
 @pytest.mark.distributed
 def test_weights_are_functions_of_seed_name_and_index(ranks, job, tmp_path: Path) -> None:
-    """Numbers first, then whole models at several layouts, then a tensor that nobody foresaw."""
+    """Numbers first, then whole models at several layouts, then a tensor without a rule."""
     sp = {"tp": 2, "sp": True}
     layouts = [(2, sp), (2, {"ep": 2}), (2, {"pp": 2}), (2, {**sp, "etp": 2}), (4, {**sp, "pp": 2, "ep": 2})]
     arguments = {"recipe": "tiny-k-exaone", "folder": str(tmp_path)}

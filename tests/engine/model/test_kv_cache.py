@@ -1,5 +1,4 @@
-"""Cached attention against a dense softmax over whole sequences, with spans of any length and
-tokens taken back."""
+"""Cached attention against a dense softmax over whole sequences, with spans of any length and rollbacks."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ HEADS, KV_HEADS, DIM, SLOTS, LONGEST = 4, 2, 8, 3, 60
 
 
 class Whole:
-    """Random queries, keys and values of a whole sequence, and what dense attention gives for them."""
+    """Random queries, keys and values of a whole sequence, and its dense attention output."""
 
     def __init__(self, generator: torch.Generator) -> None:
         self.q, self.k, self.v = (torch.randn(LONGEST + 9, n, DIM, generator=generator, dtype=torch.float64)
@@ -49,14 +48,14 @@ def test_pieces_give_what_whole_sequences_give(window: int, step: int,
     for turn in range(40):
         for slot in range(SLOTS):
             if lasts[slot] <= step and done[slot] and choose.random() < 0.4:
-                # all but one of a step's tokens may be taken back
+                # all tokens of a step but one may be rolled back
                 done[slot] -= choose.randrange(lasts[slot])
                 lasts[slot] = 1
         together = turn % 2 == 1
         lengths = [step] * SLOTS if together else [choose.choice((1, 2, step, 6, 11)) for _ in range(SLOTS)]
         if any(d + n > LONGEST for d, n in zip(done, lengths, strict=True)):
             full = done.index(max(done))
-            layer.copy((full + 1) % SLOTS, [full])  # another sequence takes the slot, and both go on
+            layer.copy((full + 1) % SLOTS, [full])  # another sequence takes the slot, and both continue
             sequences[full], done[full] = sequences[(full + 1) % SLOTS], done[(full + 1) % SLOTS]
             lasts[full] = lasts[(full + 1) % SLOTS]
             continue

@@ -1,4 +1,4 @@
-"""The whole model: documents of a row do not see each other, at any layout, and positions restart."""
+"""Documents of a row do not attend to each other at any layout, and positions restart at each document."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from megatron_sov.engine.model.language_model import refuse_elsewhere
+from megatron_sov.engine.model.language_model import check_device
 
-# Every weight is on the device of its process; a device without memory shows what is made elsewhere.
+# Every weight must be on its process's device; the meta device reveals weights created on other devices.
 
 def devices(recipe: str, precision: str) -> dict[str, list[str]]:
-    """Build as on a GPU whose place the meta device takes; returns the device of every weight, and of the
-    frequencies of rotations."""
+    """Build as on a GPU, with the meta device in its place; return the devices of all weights and of the
+    rotary frequencies."""
     from unittest import mock
 
     import torch
@@ -27,16 +27,16 @@ def devices(recipe: str, precision: str) -> dict[str, list[str]]:
 
     meta = torch.device("meta")
     config = apply_settings(recipes.get(recipe), [f"train.precision={precision}"])
-    world.join(ParallelConfig())
+    world.join_world(ParallelConfig())
     with (mock.patch.object(torch.cuda, "current_device", lambda: meta),
           mock.patch.object(specs, "on_gpu", lambda: True),
           mock.patch.object(specs, "uses_transformer_engine", lambda dtype: False),
           mock.patch.object(language_model, "uses_transformer_engine", lambda dtype: False),
           mock.patch.object(chunk, "uses_transformer_engine", lambda dtype: False),
           mock.patch.object(language_model, "on_gpu", lambda: True),
-          mock.patch.object(language_model, "local_device", lambda: meta),
-          mock.patch.object(router, "local_device", lambda: meta)):
-        model = language_model.build(config.model, ParallelConfig(), config.train)
+          mock.patch.object(language_model, "get_local_device", lambda: meta),
+          mock.patch.object(router, "get_local_device", lambda: meta)):
+        model = language_model.build_model(config.model, ParallelConfig(), config.train)
     found: dict[str, list[str]] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         found.setdefault(str(tensor.device), []).append(name)
@@ -58,10 +58,10 @@ def test_a_weight_elsewhere_is_named() -> None:
 
     module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, device="meta"))
     with pytest.raises(RuntimeError, match=r"^1\.weight is on meta"):
-        refuse_elsewhere(module, torch.device("cpu"))
+        check_device(module, torch.device("cpu"))
 
 
-# The gate of a feed-forward block against the library's own line, to the bit.
+# SwiGLU against Megatron-Core's formula, with equal bits.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -70,7 +70,7 @@ def test_values_and_gradients_are_autograds(dtype: torch.dtype, weighted: bool) 
     from megatron_sov.engine.parallel.cpu_shims import prepare_without_gpu
 
     prepare_without_gpu()
-    from megatron_sov.engine.model.language_model import _gated, _weighted
+    from megatron_sov.engine.model.language_model import _apply_swiglu, _apply_weighted_swiglu
 
     generator = torch.Generator().manual_seed(3)
     values, bias = (torch.randn(shape, generator=generator).to(dtype).requires_grad_()
@@ -81,7 +81,7 @@ def test_values_and_gradients_are_autograds(dtype: torch.dtype, weighted: bool) 
 
     gate, up = (values + bias).chunk(2, dim=-1)
     expected = silu(gate) * (up + 0.0)
-    found = _weighted(values, bias, weights) if weighted else _gated(values, bias)
+    found = _apply_weighted_swiglu(values, bias, weights) if weighted else _apply_swiglu(values, bias)
     if weighted:
         expected = (expected * weights).to(dtype)
     assert torch.equal(found, expected) and found.dtype == dtype

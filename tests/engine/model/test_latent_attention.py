@@ -1,4 +1,4 @@
-"""Attention whose values have another width than queries and keys, against a dense softmax."""
+"""Attention with different value and query sizes against a dense softmax."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
 prepare_megatron()
 
-from megatron_sov.engine.model.attention import pack  # noqa: E402
+from megatron_sov.engine.model.attention import pack_documents  # noqa: E402
 from megatron_sov.engine.model.kv_cache import LatentDocumentAttention  # noqa: E402
 
 HEADS, BOUNDS = 3, [0, 5, 5, 6, 20]
@@ -23,7 +23,7 @@ def test_values_of_any_width_are_attended_to_inside_documents(
         nope: int, rope: int, value_width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_sov.engine.parallel import context
 
-    monkeypatch.setattr(context, "size", lambda: 1)
+    monkeypatch.setattr(context, "get_cp_size", lambda: 1)
     draw = torch.Generator().manual_seed(nope)
     query, key = (torch.randn(20, HEADS, nope + rope, generator=draw, dtype=torch.float64) for _ in range(2))
     value = torch.randn(20, HEADS, value_width, generator=draw, dtype=torch.float64, requires_grad=True)
@@ -31,7 +31,7 @@ def test_values_of_any_width_are_attended_to_inside_documents(
                              kv_channels=rope)
     attention = LatentDocumentAttention(config, 1, None, "self", softmax_scale=0.3)
     found = attention(query, key, value, None,
-                      packed_seq_params=pack(torch.tensor(BOUNDS, dtype=torch.int32), 14, 20))
+                      packed_seq_params=pack_documents(torch.tensor(BOUNDS, dtype=torch.int32), 14, 20))
     document = torch.bucketize(torch.arange(20), torch.tensor(BOUNDS[1:]), right=True)
     seen = (document[:, None] == document) & torch.ones(20, 20).tril().bool()
     scores = torch.einsum("qhd,khd->hqk", query, key).mul(0.3).masked_fill(~seen, -torch.inf)
@@ -44,9 +44,9 @@ def test_values_of_any_width_are_attended_to_inside_documents(
 
 
 def generated_while_trained() -> list[tuple[list[list[int]], list[list[int]], int]]:
-    """Return what is generated before and after a training step of an adapter of `kv_b_proj`, what full
-    forward passes say, and how often a whole weight was made."""
-    from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
+    """Return tokens generated before and after a training step of a `kv_b_proj` adapter, tokens by full
+    forward passes, and the number of merges of the weight."""
+    from megatron_sov.engine.decode.forward_only import DocumentBatch, ForwardModel
     from megatron_sov.engine.model.added_parts import LinearAdapter
     from megatron_sov.engine.parallel import world
     from megatron_sov.infer.decoder.generator import MegatronEngine
@@ -55,7 +55,7 @@ def generated_while_trained() -> list[tuple[list[list[int]], list[list[int]], in
 
     config = config_of("tiny-deepseek-v3", {}, [*LATENT, "model.num_mtp_layers=0",
                                                 'lora.targets=["kv_b_proj"]', "optim.clip_grad=0"])
-    world.join(config.parallel)
+    world.join_world(config.parallel)
     learning, made, found = Learning(config), [], []
     make = LinearAdapter.inside
     LinearAdapter.inside = lambda *args: made.append(1) or make(*args)  # type: ignore[method-assign]
@@ -63,14 +63,14 @@ def generated_while_trained() -> list[tuple[list[list[int]], list[list[int]], in
     engine, prompts = MegatronEngine(policy, Batching(1, 5)), [[5, 9, 2, 70], list(range(20, 32))]
     for _ in range(2):
         written = engine.generate(prompts, Sampling(6)).continuations
-        full = [policy.logits(Inputs([[*p, *c]], torch.device("cpu")),
+        full = [policy.logits(DocumentBatch([[*p, *c]], torch.device("cpu")),
                               torch.arange(len(p) - 1, len(p) + 5)).argmax(-1).tolist()
                 for p, c in zip(prompts, written, strict=True)]
         found.append((written, full, len(made)))
         made.clear()
         learning.gradients()
         learning.optimizer.step(2.0)
-    world.leave()
+    world.leave_world()
     return found
 
 

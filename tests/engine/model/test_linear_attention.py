@@ -1,5 +1,4 @@
-"""A layer's linear attention against transformers' modules, and sequences that are read span by span against
-one pass."""
+"""Linear attention of a layer against transformers' modules, and cached spans against one pass."""
 
 from __future__ import annotations
 
@@ -14,9 +13,9 @@ from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
 prepare_megatron()
 
-from megatron_sov.engine.model.attention import SharedPrompts, pack  # noqa: E402
-from megatron_sov.engine.model.cache_rows import CacheSize, CacheSpan, read_row  # noqa: E402
-from megatron_sov.engine.model.linear_attention import KeptState, LinearAttention  # noqa: E402
+from megatron_sov.engine.model.attention import SharedPrompts, pack_documents  # noqa: E402
+from megatron_sov.engine.model.cache_rows import CacheSize, CacheSpan, pack_spans  # noqa: E402
+from megatron_sov.engine.model.linear_attention import LinearAttention, RecurrentCache  # noqa: E402
 from megatron_sov.engine.parallel import context  # noqa: E402
 from megatron_sov.model.config import LinearAttentionConfig  # noqa: E402
 from megatron_sov.plan.footprint.activations import Tokens, _linear_attention  # noqa: E402
@@ -27,7 +26,7 @@ HIDDEN, TOKENS = 24, 150
 
 
 class Plain(torch.nn.Linear):
-    """A projection as one process has it."""
+    """A projection of a single process."""
 
     def __init__(self, inputs: int, outputs: int, **_: Any) -> None:
         super().__init__(inputs, outputs, bias=False)
@@ -38,8 +37,8 @@ class Plain(torch.nn.Linear):
 
 @pytest.fixture(params=[OF_KIMI, OF_SOLAR], ids=["Kimi", "Solar Open 2"])
 def layer(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> LinearAttention:
-    """A layer in float64 of one process, with random weights."""
-    monkeypatch.setattr(context, "size", lambda: 1)
+    """A float64 layer of one process with random weights."""
+    monkeypatch.setattr(context, "get_cp_size", lambda: 1)
     return made(request.param)
 
 
@@ -61,16 +60,17 @@ def states(tokens: int = TOKENS) -> torch.Tensor:
 
 
 def row(bounds: list[int]) -> Any:
-    return pack(torch.tensor(bounds, dtype=torch.int32), max(bounds), bounds[-1], host_bounds=bounds)
+    return pack_documents(torch.tensor(bounds, dtype=torch.int32), max(bounds), bounds[-1],
+                          host_bounds=bounds)
 
 
 @pytest.fixture
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(context, "size", lambda: 1)
+    monkeypatch.setattr(context, "get_cp_size", lambda: 1)
 
 
 def by_kind(rows: torch.Tensor, widths: tuple[int, ...]) -> list[torch.Tensor]:
-    """Return rows that stand by three heads as one tensor of each kind."""
+    """Split rows ordered by three heads into one tensor per kind."""
     return [part.flatten(0, 1) for part in rows.unflatten(0, (3, -1)).split(widths, 1)]
 
 
@@ -130,26 +130,26 @@ def test_what_is_kept_for_the_backward_pass_is_what_plan_counts(layer: LinearAtt
         layer(states(tokens), packed_seq_params=row([0, tokens]))
     found = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights)
     counted = _linear_attention(layer.sizes, "fp64", Tokens(tokens, tokens, tokens), tp=1)
-    # the layer's input is its norm's; places and masks, of some numbers a token, are left out
+    # the norm saves the layer's input; positions and masks, a few numbers per token, are not counted
     assert 0 <= found - sum(counted.values()) - tokens * HIDDEN * 8 <= tokens * 6 * 8
 
 
 def test_answers_that_share_a_prompt_are_whole_documents(layer: LinearAttention) -> None:
-    """A prompt of 70 tokens that is held once, with answers of 3 and 5."""
+    """A prompt of 70 tokens, stored once, with responses of 3 and 5."""
     x = states(78)
     source = torch.cat([torch.arange(73), torch.arange(70), torch.arange(73, 78)])
     shared = SharedPrompts(source, [(0, 0, 73), (73, 143, 148)], torch.zeros(148, dtype=torch.bool))
     bounds = torch.tensor([0, 73, 148], dtype=torch.int32)
-    found = layer(x, packed_seq_params=pack(bounds, 75, 148, shared=shared))[0]
+    found = layer(x, packed_seq_params=pack_documents(bounds, 75, 148, shared=shared))[0]
     whole = layer(x[source], packed_seq_params=row([0, 73, 148]))[0]
     torch.testing.assert_close(found, torch.cat([whole[:73], whole[143:]]), atol=1e-13, rtol=1e-12)
 
 
 def read(layer: LinearAttention, x: torch.Tensor, spans: list[tuple[int, int, int]]) -> torch.Tensor:
-    """Read spans (slot, past, end) of sequences whose states at each place are x's; returns theirs."""
+    """Read spans (slot, past, end) of sequences with hidden states x; return their outputs."""
     tokens = [CacheSpan(slot, past, [0] * (end - past)) for slot, past, end in spans]
-    packed = read_row(tokens, sum(end - past for _, past, end in spans) + 2, torch.device("cpu")).packed
-    inputs = torch.cat([*(x[past:end] for _, past, end in spans), x[:2]])  # padding behind
+    packed = pack_spans(tokens, sum(end - past for _, past, end in spans) + 2, torch.device("cpu")).packed
+    inputs = torch.cat([*(x[past:end] for _, past, end in spans), x[:2]])  # two padding tokens
     return layer(inputs, packed_seq_params=packed)[0][:-2]
 
 
@@ -158,8 +158,8 @@ def read(layer: LinearAttention, x: torch.Tensor, spans: list[tuple[int, int, in
 def test_spans_and_tokens_one_by_one_are_one_pass(layer: LinearAttention, step_tokens: int) -> None:
     x = states()
     expected = layer(x, packed_seq_params=row([0, TOKENS]))[0]
-    layer.kept = kept = KeptState(CacheSize(3, TOKENS, step_tokens), layer)
-    wrong = -states()  # drafts that are taken back
+    layer.state_cache = kept = RecurrentCache(CacheSize(3, TOKENS, step_tokens), layer)
+    wrong = -states()  # drafts to roll back
     close = {"atol": 1e-12, "rtol": 1e-10}
     torch.testing.assert_close(read(layer, x, [(0, 0, 5), (1, 0, 80)]),
                                torch.cat([expected[:5], expected[:80]]), **close)
@@ -167,7 +167,7 @@ def test_spans_and_tokens_one_by_one_are_one_pass(layer: LinearAttention, step_t
     sizes = [t.shape for t in (kept._state, kept._inputs, kept._gates)]
     past = {0: 5, 1: 80, 2: 80}
     while max(past.values()) + 2 * step_tokens < TOKENS:
-        taken = 1 + past[0] % step_tokens  # as many of a step stand
+        taken = 1 + past[0] % step_tokens  # accepted tokens of a step
         if step_tokens > 1:
             stands = torch.arange(TOKENS)[:, None, None] < past[0] + taken
             drafted = torch.where(stands, x, wrong)
@@ -178,9 +178,9 @@ def test_spans_and_tokens_one_by_one_are_one_pass(layer: LinearAttention, step_t
         torch.testing.assert_close(read(layer, x, spans), torch.cat([expected[a:b] for _, a, b in spans]),
                                    **close)
         past = {slot: end for slot, _, end in spans}
-    long = [(1, past[1], TOKENS)]  # a long span behind a step
+    long = [(1, past[1], TOKENS)]  # a long span after a step
     torch.testing.assert_close(read(layer, x, long), expected[past[1]:], **close)
     assert sizes == [t.shape for t in (kept._state, kept._inputs, kept._gates)]
-    torch.testing.assert_close(read(layer, x, [(1, 0, 9)]), expected[:9], **close)  # another sequence begins
-    with pytest.raises(RuntimeError, match=r"read from \[1\]"):
+    torch.testing.assert_close(read(layer, x, [(1, 0, 9)]), expected[:9], **close)  # a new sequence starts
+    with pytest.raises(RuntimeError, match=r"resume at \[1\]"):
         read(layer, x, [(1, 1, 2)])

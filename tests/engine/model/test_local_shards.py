@@ -1,4 +1,4 @@
-"""Blocks: every number of the model is in exactly one, and writing into a block changes the model."""
+"""Every element of the model is in exactly one block, and writing to a block changes the model."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from typing import Any
 import pytest
 
 LAYERS = 8
-"""As many of a big model's layers as have every kind."""
+"""Number of layers of a big model that include every kind."""
 
 
 def full_size(recipe: str) -> dict[str, Any]:
-    """Build the first layers of a big recipe's model on meta tensors, which take no memory;
-    return how it differs from its family's map."""
+    """Build the first layers of a big recipe on meta tensors; return the differences from the family's
+    map."""
     import torch
 
     from megatron_sov import recipes
-    from megatron_sov.engine.model.language_model import build
-    from megatron_sov.engine.model.local_shards import local_shards
+    from megatron_sov.engine.model.language_model import build_model
+    from megatron_sov.engine.model.local_shards import list_local_shards
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig, apply_settings
     from megatron_sov.model.families import supported as models
 
     config = apply_settings(recipes.get(recipe), [f"model.num_layers={LAYERS}"])
-    world.join(ParallelConfig())
+    world.join_world(ParallelConfig())
     with torch.device("meta"):
-        model = build(config.model, ParallelConfig(), config.train)
+        model = build_model(config.model, ParallelConfig(), config.train)
     found: dict[str, list[Any]] = {}
-    for block in local_shards(model):
+    for block in list_local_shards(model):
         tensor = found.setdefault(block.key, [0, list(block.global_shape), str(block.data.dtype)])
         tensor[0] += block.data.numel()
     expected: dict[str, list[Any]] = {}
-    for link in models.get(config.model.family).links(config.model):
+    for link in models.get_family(config.model.family).links(config.model):
         tensor = expected.setdefault(link.key, [0, list(link.shape),
                                                 "torch.float32" if link.fp32 else "torch.bfloat16"])
         tensor[0] += torch.Size(link.block_shape).numel()

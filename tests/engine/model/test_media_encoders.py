@@ -1,4 +1,5 @@
-"""Features over placeholders: documents stay apart, and a sequence that is read in pieces is the same."""
+"""Encoder features in place of placeholders: documents stay separate, and cached spans give the same
+results."""
 
 from __future__ import annotations
 
@@ -15,21 +16,21 @@ SETTINGS = ["model.vocab_size=96", "model.hidden_size=32", "model.num_heads=4", 
             "model.head_dim=8", "model.dense_ffn_dim=48", "model.init_std=0.3", "train.precision=fp64",
             f"model.vision={json.dumps(VISION)}"]
 DOCUMENT = [11, 5, 5, 5, 5, 12, 13, 5, 5, 14, 15, 16]
-"""A picture, and the first half of another."""
+"""An image, and the first half of another."""
 
 
 def states(layout: dict[str, Any]) -> dict[str, Any]:
-    """Return how far the states of a document are from those of the document alone: behind others, behind the
-    same with another picture, with another picture of its own, and read in pieces."""
+    """Return the differences of a document's hidden states from the document alone: after other documents,
+    after documents with another image, with another image of its own, and read in spans."""
     import dataclasses
 
     import numpy as np
     import torch
 
     from megatron_sov.engine.decode.cached_decoder import CachedDecoder
-    from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
+    from megatron_sov.engine.decode.forward_only import DocumentBatch, ForwardModel
     from megatron_sov.engine.model.cache_rows import CacheSize, CacheSpan
-    from megatron_sov.engine.model.language_model import gather_sequence
+    from megatron_sov.engine.model.language_model import gather_hidden_states
     from megatron_sov.engine.parallel import collectives, context
     from megatron_sov.model.modality import join_inputs, slice_inputs, take_records
 
@@ -43,12 +44,12 @@ def states(layout: dict[str, Any]) -> dict[str, Any]:
         return {"pictures": take_records(places, numbers, bank, 4)}
 
     def last(pictures: list[tuple[int, int]]) -> torch.Tensor:
-        row = Inputs([DOCUMENT] * len(pictures), torch.device("cpu"), 4 * len(DOCUMENT))
+        row = DocumentBatch([DOCUMENT] * len(pictures), torch.device("cpu"), 4 * len(DOCUMENT))
         row.inputs = dataclasses.replace(row.inputs, encoder_inputs=join_inputs(
             (i * len(DOCUMENT), shown(*of)) for i, of in enumerate(pictures)))
         end = len(pictures) * len(DOCUMENT)
-        found = policy.map([row], lambda depths, *_: context.gather(
-            gather_sequence(depths[0], model.config))[end - len(DOCUMENT):end])
+        found = policy.map([row], lambda depths, *_: context.gather_row(
+            gather_hidden_states(depths[0], model.config))[end - len(DOCUMENT):end])
         return collectives.broadcast_from_last_stage(
             found[0] if found else torch.zeros(len(DOCUMENT), 32, dtype=torch.float64))
 
@@ -59,10 +60,10 @@ def states(layout: dict[str, Any]) -> dict[str, Any]:
     with CachedDecoder(policy, CacheSize(1, 16)) as decoder:
         for start in range(0, 12, 3):
             read = decoder.read([CacheSpan(0, start, DOCUMENT[start:start + 3],
-                                          slice_inputs(shown(0, 1), start, 3))],
-                                decoder.common_row_tokens(3))
+                                           slice_inputs(shown(0, 1), start, 3))],
+                                decoder.agree_row_tokens(3))
             pieces.append(collectives.broadcast_from_last_stage(
-                gather_sequence(read.hidden, model.config)[:3] if read.hidden is not None
+                gather_hidden_states(read.hidden, model.config)[:3] if read.hidden is not None
                 else torch.zeros(3, 32, dtype=torch.float64)))
     found["pieces"] = torch.cat(pieces)
     return {name: float((other - alone).abs().max()) for name, other in found.items()}

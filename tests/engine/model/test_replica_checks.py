@@ -1,4 +1,4 @@
-"""Bits that should be equal: one flipped bit is seen, and the process that holds it is named."""
+"""A flipped bit is detected, and its process is named."""
 
 from __future__ import annotations
 
@@ -11,50 +11,50 @@ from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from tests.tiny import tiny_trainer
 
 prepare_megatron()
-from megatron_sov.engine.model.replica_checks import checksum, flip_bit  # noqa: E402
+from megatron_sov.engine.model.replica_checks import compute_checksum, flip_bit  # noqa: E402
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_flipped_bit_changes_the_checksum_and_little_else(dtype: torch.dtype) -> None:
     tensors = [torch.randn(50, 7, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(3)]
-    before, copy = checksum(tensors), tensors[1].clone()
-    assert checksum([t.clone() for t in tensors]) == before
+    before, copy = compute_checksum(tensors), tensors[1].clone()
+    assert compute_checksum([t.clone() for t in tensors]) == before
     flip_bit(tensors[1])
-    assert checksum(tensors) != before
+    assert compute_checksum(tensors) != before
     changed = (tensors[1] != copy).nonzero()
     assert len(changed) == 1 and torch.allclose(tensors[1], copy, rtol=0.6)
     flip_bit(tensors[1])
-    assert checksum(tensors) == before
+    assert compute_checksum(tensors) == before
 
 
 def test_a_checksum_is_fetched_once(monkeypatch: pytest.MonkeyPatch) -> None:
     fetched, cpu = [], torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: fetched.append(self) or cpu(self))
-    assert int(checksum(torch.ones(2, 3, dtype=d) for d in (torch.float32, torch.bfloat16))) != 0
+    assert int(compute_checksum(torch.ones(2, 3, dtype=d) for d in (torch.float32, torch.bfloat16))) != 0
     assert len(fetched) == 1 and fetched[0].numel() == 1
-    assert int(checksum([])) == 0
+    assert int(compute_checksum([])) == 0
 
 
 def replicas(layout: dict[str, int], flipped_on: list[int], expert: bool) -> list[Any]:
-    """Runs inside ranks: who differs before and after a bit of some ranks is flipped,
-    in a shared weight or a routed expert."""
+    """Inside ranks: differing ranks before and after flipping a bit of some ranks, in a shared weight or a
+    routed expert."""
     from megatron_sov import recipes
     from megatron_sov.checkpoint import load
     from megatron_sov.engine.model import replica_checks
-    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig, apply_settings
 
     config = apply_settings(recipes.get("tiny-solar-open"), ["model.vocab_size=368", "model.num_layers=1"])
-    place = world.join(ParallelConfig(**layout))
-    model = build(config.model, ParallelConfig(**layout), config.train)
-    load.initialise(model, config.model, 1)
-    found = [replica_checks.differing_replicas(model)]
+    place = world.join_world(ParallelConfig(**layout))
+    model = build_model(config.model, ParallelConfig(**layout), config.train)
+    load.initialize_weights(model, config.model, 1)
+    found = [replica_checks.find_differing_replicas(model)]
     if place.rank in flipped_on:
         replica_checks.flip_bit(next(p for p in model.parameters()
                                      if p.dim() == 2 and getattr(p, "allreduce", True) != expert))
-    found.append(replica_checks.differing_replicas(model))
-    world.leave()
+    found.append(replica_checks.find_differing_replicas(model))
+    world.leave_world()
     return found
 
 
@@ -71,10 +71,10 @@ def test_the_process_whose_weight_changed_is_named_where_a_majority_knows_better
 
 
 def repeated(settings: list[str], data: str, run: str) -> list[Any]:
-    """Runs inside ranks: two steps without and with a probe, and with one process computing wrongly
-    in the second one.
+    """Inside ranks: two steps without a probe, with a probe, and with a process that computes wrong bits in
+    the second step.
 
-    Returns the losses of each, and what is said at the end.
+    Returns the losses of each, and the final error.
     """
 
     from megatron_sov.base.errors import SilentCorruption
@@ -94,7 +94,7 @@ def repeated(settings: list[str], data: str, run: str) -> list[Any]:
             said = str(e)
         found.append([losses, said])
         trainer.close()
-        world.leave()
+        world.leave_world()
     return found
 
 

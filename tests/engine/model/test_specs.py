@@ -1,4 +1,4 @@
-"""From a recipe to the library's configuration: what slides, what rotates, which layers have experts."""
+"""Recipes in Megatron-Core's config: sliding windows, rotation, MoE layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_sov.base.errors import UserError
 
 
 def settings(recipe: str, changes: list[str]) -> dict[str, Any]:
-    """Return what the library's configuration and module specs say about each layer."""
+    """Return each layer's settings in the library's config and specs."""
     from megatron.core.transformer.spec_utils import get_submodules
 
     from megatron_sov import recipes
@@ -20,10 +20,10 @@ def settings(recipe: str, changes: list[str]) -> dict[str, Any]:
     from megatron_sov.model.config import ParallelConfig, apply_settings
 
     config = apply_settings(recipes.get(recipe), changes)
-    library = specs.transformer_config(config.model, ParallelConfig(), config.train)
-    layers = specs.layer_specs(library, config.model)
+    library = specs.build_transformer_config(config.model, ParallelConfig(), config.train)
+    layers = specs.build_layer_specs(library, config.model)
     if config.model.num_mtp_layers:
-        layers.append(specs.mtp_layer_spec(library, config.model))
+        layers.append(specs.build_mtp_layer_spec(library, config.model))
     routers = [getattr(get_submodules(s.submodules.mlp), "router", None) for s in layers]
     names = ("window_attn_skip_freq", "no_rope_freq", "window_size", "moe_layer_freq", "qk_layernorm",
              "moe_router_topk_scaling_factor", "moe_shared_expert_intermediate_size",
@@ -43,7 +43,7 @@ def test_a_recipes_structure_reaches_the_library(ranks, job) -> None:
             {"recipe": "tiny-k-exaone", "changes": ["model.num_layers=6", "train.recompute=true"]}),
         job(__file__, "settings", 1, {"recipe": "tiny-solar-open", "changes": [
             "train.precision=bf16", 'model.yarn={"factor": 4.0, "original_max_position_tokens": 512}']}))
-    # LLLG and a global prediction layer; global layers do not rotate
+    # LLLG and a global MTP layer; global layers do not rotate
     assert exaone["windows"] == [32, 32, 32, 0, 32, 32, 0]
     assert exaone["window_attn_skip_freq"] == [1, 1, 1, 0, 1, 1, 0]
     assert exaone["no_rope_freq"] == [0, 0, 0, 1, 0, 0, 1]
@@ -62,7 +62,7 @@ def test_a_recipes_structure_reaches_the_library(ranks, job) -> None:
 
 def test_on_gpus_16_bit_alone_takes_transformer_engine(monkeypatch: pytest.MonkeyPatch,
                                                        tmp_path: Path) -> None:
-    """A broken one is told in its own words; float32 and float64 do without."""
+    """A broken installation is reported with its own error; float32 and float64 do not need it."""
     import torch
 
     from megatron_sov.engine.model import specs
@@ -73,14 +73,14 @@ def test_on_gpus_16_bit_alone_takes_transformer_engine(monkeypatch: pytest.Monke
         "raise OSError('libcublas.so.13: cannot open shared object file')")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(specs, "on_gpu", lambda: True)
-    specs.transformer_engine_error.cache_clear()
+    specs.find_transformer_engine_error.cache_clear()
     try:
         with pytest.raises(UserError, match=r"^train\.precision = bf16"):
             specs.uses_transformer_engine(torch.bfloat16)
         for dtype in (torch.float32, torch.float64):
             assert not specs.uses_transformer_engine(dtype)
-        monkeypatch.setattr(specs, "transformer_engine_error", lambda: "")
+        monkeypatch.setattr(specs, "find_transformer_engine_error", lambda: "")
         assert specs.uses_transformer_engine(torch.bfloat16)
     finally:
         monkeypatch.undo()
-        specs.transformer_engine_error.cache_clear()
+        specs.find_transformer_engine_error.cache_clear()

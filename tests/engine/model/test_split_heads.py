@@ -1,5 +1,5 @@
-"""Cross-entropy, log-probabilities, divergences, best tokens and logits of output heads whose vocabulary or
-rows are cut, with and without a cap, against plain torch over whole logits in float64."""
+"""Cross-entropy, log-probabilities, divergences, best tokens and logits of split heads and rows, with and
+without a softcap, against plain torch over whole logits in float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.head_config import head_config
 CAP, TEMPERATURE = 1.5, 0.7
 LAYOUTS: list[tuple[int, dict[str, Any], int]] = [
     (1, {}, 64), (2, {"tp": 2, "sp": True}, 5), (3, {"tp": 3}, 5), (4, {"tp": 2, "sp": True, "cp": 2}, 4)]
-"""Processes, layout and tokens of a chunk."""
+"""Number of processes, layout and tokens per chunk."""
 IS_ASKED = torch.arange(divergences.TOKENS) % 3 == 0
 FIGURES = ("cross-entropy", "log-probabilities", "log-probabilities of some", *divergences.KINDS)
 
@@ -32,8 +32,8 @@ def cap_logits(values: torch.Tensor, cap: float | None) -> torch.Tensor:
 
 
 def of_a_split_head(layout: dict[str, Any], chunk_tokens: int, cap: float | None) -> dict[str, Any]:
-    """Return figures and this process's parts of the gradients of ``first / 7 + 3 * second``, with their
-    places; rows that pad the vocabulary would beat every token."""
+    """Return values and this process's parts of the gradients of ``first / 7 + 3 * second``, with their
+    offsets. Padding rows of the vocabulary would win over every token."""
     from megatron.core import parallel_state
 
     from megatron_sov.engine.model.divergence import Divergence, TeacherStates, TeacherTopK
@@ -41,7 +41,7 @@ def of_a_split_head(layout: dict[str, Any], chunk_tokens: int, cap: float | None
     from megatron_sov.engine.parallel import context, world
     from megatron_sov.model.config import ParallelConfig
 
-    world.join(ParallelConfig(**layout))
+    world.join_world(ParallelConfig(**layout))
     tp, sp, tensors = layout.get("tp", 1), layout.get("sp", False), whole()
     rows = -(-divergences.VOCABULARY // tp)
     first_row = parallel_state.get_tensor_model_parallel_rank() * rows
@@ -51,8 +51,8 @@ def of_a_split_head(layout: dict[str, Any], chunk_tokens: int, cap: float | None
         return padded[first_row:first_row + rows].clone()
 
     device = torch.device("cpu")
-    local = context.row_index(divergences.TOKENS, False, device)
-    places = context.row_index(divergences.TOKENS, sp, device)
+    local = context.compute_row_index(divergences.TOKENS, False, device)
+    places = context.compute_row_index(divergences.TOKENS, sp, device)
     top = teacher_logprobs(tensors, cap)[local].topk(divergences.K)
     teachers = {"states": TeacherStates(tensors["teacher states"][local], own(
                     tensors["teacher weight"], tensors["teacher states"]), cap),
@@ -79,7 +79,7 @@ def of_a_split_head(layout: dict[str, Any], chunk_tokens: int, cap: float | None
                        "weight": weight.grad.tolist()}
     found["logits"] = head.logits(tensors["states"]).tolist()
     found["best"] = head.top_tokens(tensors["states"]).tolist()
-    found["most probable"] = [t.tolist() for t in head.most_probable(
+    found["most probable"] = [t.tolist() for t in head.find_most_probable(
         tensors["states"][places, None], 3, TEMPERATURE)]
     return found
 
@@ -114,7 +114,7 @@ def test_figures_and_gradients_are_those_of_whole_logits(ranks: Any, job: Any, c
     tensors, n = whole(), divergences.VOCABULARY
     logits = cap_logits(tensors["states"] @ tensors["weight"].T, cap)
     best = logits.clone()
-    best[:, 30] = -torch.inf  # of equal logits the lowest id wins
+    best[:, 30] = -torch.inf  # ties go to the lowest id
     assert (best.argmax(-1) == 17).any()
     for (_, layout, _), per_rank in zip(LAYOUTS, results, strict=True):
         for what in FIGURES:

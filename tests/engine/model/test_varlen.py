@@ -1,6 +1,5 @@
-"""The bounds that are given to torch's flash attention, through a double of it in plain torch: what comes out
-is a dense softmax in double precision, at each way to cut a row, for this torch's signature and for
-that of torch 2.11."""
+"""Bounds for torch's flash attention, checked with a plain torch double against a dense float64 softmax: at
+every split of a row, and for the signatures of this torch and torch 2.11."""
 
 from __future__ import annotations
 
@@ -25,13 +24,13 @@ REAL = kernel.varlen_attn
 def torch_2_11(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_q: torch.Tensor,
                cu_seq_k: torch.Tensor, max_q: int, max_k: int, *, return_aux: Any = None,
                scale: float | None = None, window_size: tuple[int, int] = (-1, -1)) -> torch.Tensor:
-    """The signature of torch 2.11.0's varlen_attn, which wants as many key as query heads."""
+    """Signature of torch 2.11.0's varlen_attn, which requires as many key heads as query heads."""
     assert query.shape[1] == key.shape[1]
     return _double(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size)
 
 
 def torch_here(*args: Any, **kwargs: Any) -> torch.Tensor:
-    """The signature of the installed torch's varlen_attn."""
+    """Signature of the installed torch's varlen_attn."""
     call = inspect.signature(REAL).bind(*args, **kwargs)
     call.apply_defaults()
     a = call.arguments
@@ -47,8 +46,8 @@ torch_here.__signature__ = inspect.signature(REAL)  # type: ignore[attr-defined]
 def _double(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_q: torch.Tensor,
             cu_seq_k: torch.Tensor, max_q: int, max_k: int, scale: float | None,
             window_size: tuple[int, int]) -> torch.Tensor:
-    """Flash attention's meaning: sequences side by side, each one's last query at its last key, `window_size`
-    (left, right) counted without the token itself, -1 unbounded."""
+    """Compute flash attention in plain torch: sequences side by side, the last query of each aligned with its
+    last key, `window_size` (left, right) without the current token, -1 unbounded."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and len(cu_seq_q) == len(cu_seq_k)
     assert int(cu_seq_q[0]) == int(cu_seq_k[0]) == 0
     assert (int(cu_seq_q[-1]), int(cu_seq_k[-1])) == (len(query), len(key)), "tokens of no document"
@@ -70,7 +69,7 @@ CASES = [(documents, window, 1024) for documents in ("few", "one", "many", "half
 
 
 def attend(cp: int, signature: str) -> list[dict[str, Any]]:
-    """Do what `test_attention.attend` does, through the double; counts its calls."""
+    """Run `test_attention.attend` with the double and count its calls."""
     from megatron_sov.engine.model import attention
 
     calls = 0
@@ -81,7 +80,7 @@ def attend(cp: int, signature: str) -> list[dict[str, Any]]:
         return globals()[signature](*args, **kwargs)
 
     counted.__signature__ = inspect.signature(globals()[signature])  # type: ignore[attr-defined]
-    attention.serves = lambda query: True
+    attention.supports_varlen = lambda query: True
     kernel.varlen_attn = counted
     return [*test_attention.attend(cp, CASES), {"calls": calls}]
 
@@ -91,7 +90,7 @@ def attend(cp: int, signature: str) -> list[dict[str, Any]]:
 def test_one_call_for_each_piece_is_a_dense_softmax(ranks: Any, job: Any, cp: int, signature: str) -> None:
     (per_rank,) = ranks(job(__file__, "attend", cp, {"cp": cp, "signature": signature}))
     for *results, calls in per_rank:
-        # a piece without context parallelism, else an early and a late one: not one for each document
+        # one call, or two with context parallelism (early and late piece), not one per document
         assert calls == {"calls": len(CASES) * (1 if cp == 1 else 2)}
         for case, result in zip(CASES, results, strict=True):
             assert result["output"] < 2e-6 and result["gradients"] < 1e-5, case
@@ -103,11 +102,11 @@ def test_bounds_are_sent_once_for_a_row_and_window(monkeypatch: pytest.MonkeyPat
 
     sent = []
     monkeypatch.setattr(attention, "to_device", lambda values, device: sent.append(values) or values)
-    # as the third of four processes has it: tokens 16 to 24 and 40 to 48 of 64, documents of 20 and 44
+    # the third of four processes: tokens 16 to 24 and 40 to 48 of 64, documents of 20 and 44 tokens
     packed = attention.PackedDocuments(bounds=torch.tensor([0, 20, 64]),
                                        spans=[[(0, 16, 20), (20, 20, 24)], [(20, 40, 48)]])
-    whole, sliding = packed.bounds_within(0), packed.bounds_within(5)
-    assert packed.bounds_within(0) is whole and packed.bounds_within(5) is sliding and len(sent) == 2
+    whole, sliding = packed.get_piece_bounds(0), packed.get_piece_bounds(5)
+    assert packed.get_piece_bounds(0) is whole and packed.get_piece_bounds(5) is sliding and len(sent) == 2
     assert [(b.queries.tolist(), b.keys.tolist(), b.max_queries, b.max_keys) for b in whole] == [
         ([0, 4, 8], [0, 20, 24], 4, 20), ([0, 8], [0, 28], 8, 28)]
     assert [(b.queries.tolist(), b.keys.tolist(), b.max_queries, b.max_keys) for b in sliding] == [
@@ -119,7 +118,7 @@ def test_it_serves_16_bits_on_a_gpu_alone() -> None:
         from types import SimpleNamespace
         return SimpleNamespace(is_cuda=device == "cuda", dtype=dtype, shape=(7, 2, size))
 
-    assert attention.serves(heads("cuda", torch.bfloat16, 128))
+    assert attention.supports_varlen(heads("cuda", torch.bfloat16, 128))
     for other in (("cpu", torch.bfloat16, 128), ("cuda", torch.float32, 128), ("cuda", torch.bfloat16, 12),
                   ("cuda", torch.bfloat16, 264)):
-        assert not attention.serves(heads(*other)), other
+        assert not attention.supports_varlen(heads(*other)), other

@@ -1,4 +1,4 @@
-"""AdamW in host memory is AdamW, over the same tensors that the library knows."""
+"""AdamW in host memory equals AdamW, and updates the tensors that Megatron-Core holds."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.engine.optimizer.adamw import CpuAdamW, HostAdamW, split
+from megatron_sov.engine.optimizer.adamw import CpuAdamW, HostAdamW, split_groups
 
 
 def groups_of(*sizes: int) -> list[dict[str, Any]]:
-    """Return two groups with settings of their own, of master weights of so many elements in turn."""
+    """Return two groups with different settings and master weights of these sizes, alternating."""
     mains = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in sizes]
     settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8}
     return [{**settings, "weight_decay": 0.1, "params": mains[::2]},
@@ -29,12 +29,12 @@ def test_steps_are_the_formulas() -> None:
     for step in (1, 2, 3):
         for i, main in enumerate(mains):
             gradient = (torch.arange(len(main)) - 11.5 * step).to(torch.bfloat16)
-            optimizer.receive(main, gradient)
+            optimizer.copy_gradient(main, gradient)
             weight, first, second = expected[i]
             first = 0.9 * first + 0.1 * gradient.double()
             second = 0.95 * second + 0.05 * gradient.double().square()
             decay = next(g["weight_decay"] for g in groups if any(p is main for p in g["params"]))
-            # arXiv 1711.05101, algorithm 2, with the rate on the decay as well
+            # arXiv 1711.05101, algorithm 2, with the rate applied to the decay too
             update = first / (1 - 0.9 ** step) / ((second / (1 - 0.95 ** step)).sqrt() + 1e-8)
             expected[i] = weight * (1 - 1e-2 * decay) - 1e-2 * update, first, second
         optimizer.step()
@@ -49,7 +49,7 @@ def test_steps_are_the_formulas() -> None:
 def test_a_share_is_of_elements_and_never_less(share: float, moved: list[int]) -> None:
     groups = groups_of(40, 30, 20, 10)
     mains = sorted((m for group in groups for m in group["params"]), key=len, reverse=True)
-    stays, moves = split(groups, mains, share)
+    stays, moves = split_groups(groups, mains, share)
     assert sorted((len(m) for group in moves for m in group["params"]), reverse=True) == moved
     for side in (stays, moves):
         assert all(group["params"] for group in side), "no group is empty"
@@ -58,7 +58,7 @@ def test_a_share_is_of_elements_and_never_less(share: float, moved: list[int]) -
     assert sum(len(group["params"]) for group in (*stays, *moves)) == 4
 
 
-# AdamW on CPUs gives an element the same bits wherever ZeRO-1 cuts.
+# CPU AdamW gives each element the same bits wherever ZeRO-1 splits.
 
 
 NUM_WEIGHTS = 4099
@@ -66,7 +66,7 @@ NUM_WEIGHTS = 4099
 
 def weights_after(steps: int, cuts: list[int], dtype: torch.dtype, optimizer: Any = CpuAdamW,
                   **settings: Any) -> torch.Tensor:
-    """Return all weights after so many updates of the pieces between cuts, in two groups."""
+    """Return all weights after some updates of the pieces between `cuts`, in two groups."""
     generator = torch.Generator().manual_seed(1)
     weights = torch.randn(NUM_WEIGHTS, generator=generator).to(dtype) / 50
     pieces = [torch.nn.Parameter(piece.clone()) for piece in weights.tensor_split(cuts)]

@@ -1,4 +1,4 @@
-"""Muon at any layout: each gathered matrix moves as torch.optim.Muon moves it, step by step."""
+"""Muon at any layout: each gathered matrix follows torch.optim.Muon step by step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.optim._muon import _zeropower_via_newtonschulz
 
-from megatron_sov.engine.optimizer.muon import orthogonalise, update_scale
+from megatron_sov.engine.optimizer.muon import compute_update_scale, orthogonalize
 from tests.tiny import tiny_model
 
 STEPS, LR = 3, 0.02
@@ -35,14 +35,14 @@ def gradient(key: str, shape: tuple[int, ...], seed: int) -> Any:
 
 
 def put_gradients(optimizer: Any, model: Any, seed: int) -> None:
-    """Write this process's parts of all gradients, as if they had been summed over the data."""
+    """Write this process's parts of all gradients, as if reduced over data-parallel processes."""
     import torch
 
-    from megatron_sov.engine.model.local_shards import ParameterLookup, local_shards
+    from megatron_sov.engine.model.local_shards import ParameterLookup, list_local_shards
 
     lookup = ParameterLookup(model)
-    for block in local_shards(model):
-        parameter = lookup.find(block)
+    for block in list_local_shards(model):
+        parameter = lookup.find_parameter(block)
         if parameter is None:
             continue
         whole = gradient(block.key, block.global_shape, seed)
@@ -54,29 +54,28 @@ def put_gradients(optimizer: Any, model: Any, seed: int) -> None:
 
 
 def gathered(model: Any, optimizer: Any) -> dict[str, Any]:
-    """Return the weights that the optimizer updates (under bf16 the masters), whole, on every process."""
+    """Gather the updated weights (under bf16 the masters) on every process."""
     import dataclasses
 
     import torch
 
-    from megatron_sov.checkpoint.gather import Gatherer
-    from megatron_sov.engine.model.local_shards import local_shards
+    from megatron_sov.checkpoint.gather import TensorGatherer
+    from megatron_sov.engine.model.local_shards import list_local_shards
 
-    blocks = local_shards(model)
+    blocks = list_local_shards(model)
     if model.config.params_dtype == torch.bfloat16:
         blocks = [dataclasses.replace(b, key=b.key.removeprefix("master/")) for b in optimizer.state_shards()
                   if b.key.startswith("master/")]
-    gatherer = Gatherer(blocks, everywhere=True)
-    return {key: gatherer.gather(key) for key in sorted(gatherer.shapes())}
+    gatherer = TensorGatherer(blocks, everywhere=True)
+    return {key: gatherer.gather(key) for key in sorted(gatherer.get_shapes())}
 
 
 def matrices_of(key: str, tensor: Any) -> list[Any]:
-    """Return, as copies of their own, the matrices that a global tensor is made of, by the layout that
-    Megatron documents."""
+    """Return copies of the matrices inside a global tensor, by Megatron's documented layout."""
     if "experts.experts" in key:
         return [part for expert in tensor
                 for part in matrices_of(key.replace("experts.experts", "expert"), expert)]
-    # for each of 2 key heads: its 4 queries, the key, the value, 8 rows each
+    # per key head (2): its 4 queries, the key, the value, 8 rows each
     if key.endswith("linear_qkv.weight"):
         groups = tensor.view(2, 6, 8, -1)
         return [groups[:, a:b].reshape(-1, tensor.shape[1]) for a, b in ((0, 4), (4, 5), (5, 6))]
@@ -85,7 +84,7 @@ def matrices_of(key: str, tensor: Any) -> list[Any]:
 
 
 def is_matrix(key: str, tensor: Any, optim: Any) -> bool:
-    """Whether Muon is to update the tensor."""
+    """Return whether Muon updates the tensor."""
     return optim.name == "muon" and tensor.dim() > 1 and not re.search("word_embeddings|output_layer", key)
 
 
@@ -111,8 +110,8 @@ class Reference:
                                        lr=LR, betas=(optim.beta1, optim.beta2), eps=optim.eps)
 
     def step(self, seed: int, *, low_precision: bool) -> None:
-        """Do one step; unless `low_precision` its Newton-Schulz runs in the weights'
-        dtype, not in bfloat16."""
+        """Take one step. Without `low_precision` Newton-Schulz runs in the weights' dtype, not in
+        bfloat16."""
         import torch
 
         for key, parameters in self.matrices.items():
@@ -132,8 +131,7 @@ class Reference:
 
 
 def updates(settings: list[str], seed: int) -> dict[str, Any]:
-    """Do some steps on given gradients beside torch's optimizers; return how far each tensor is from
-    torch's after each."""
+    """Take some steps next to torch's optimizers; return each tensor's difference after each step."""
     import torch
 
     from megatron_sov.engine.optimizer.optimizer import Optimizer
@@ -162,7 +160,7 @@ def updates(settings: list[str], seed: int) -> dict[str, Any]:
             apart[key] = max(apart.get(key, 0.0), float((now[key].to(full) - theirs.detach()).abs().max()))
             moved[key] = float((now[key].to(full) - start[key].to(full)).abs().max())
     kinds = sorted({block.key.split("/")[0] for block in optimizer.state_shards()})
-    world.leave()
+    world.leave_world()
     return {"apart": apart, "moved": moved, "kinds": kinds}
 
 
@@ -178,11 +176,11 @@ LAYOUTS = {
     "PP2 VPP2 x CP2 ZeRO-1 overlapped": (4, ("parallel.pp=2", "parallel.vpp=2", "parallel.cp=2", *OVERLAP)),
 }
 FIRST = {"TP2+SP x EP2 x ZeRO-1 overlapped"}
-"""Layouts in `make test`."""
+"""Layouts that `make test` runs."""
 
 
 def worst(result: dict[str, Any]) -> tuple[float, str]:
-    """Return the largest difference from torch's weights, and where it is."""
+    """Return the largest difference from torch's weights, and its tensor."""
     return max((apart, name) for name, apart in result["apart"].items())
 
 
@@ -204,7 +202,7 @@ def test_every_matrix_moves_as_torchs_muon_moves_it_and_all_else_as_its_adamw(
             assert result["kinds"] == ["exp_avg", "exp_avg_sq", "momentum"]
 
 
-# Which rows are a matrix, and the orthogonal update, beside torch's own Newton-Schulz and a singular value
+# Rows of each matrix, and the orthogonal update against torch's Newton-Schulz and a singular value
 # decomposition.
 
 
@@ -215,17 +213,18 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 def test_the_update_is_torchs_bit_for_bit(shape: tuple[int, int]) -> None:
     update = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     low = update.bfloat16()
-    assert orthogonalise(low, 5, COEFFICIENTS).equal(
+    assert orthogonalize(low, 5, COEFFICIENTS).equal(
         _zeropower_via_newtonschulz(update, COEFFICIENTS, 5, 1e-7))
-    # torch's algorithm without its rounding
+    # torch's algorithm without its rounding to bfloat16
     with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):
-        assert orthogonalise(update, 5, COEFFICIENTS).equal(
+        assert orthogonalize(update, 5, COEFFICIENTS).equal(
             _zeropower_via_newtonschulz(update, COEFFICIENTS, 5, 1e-7))
 
 
 def test_scales_are_those_of_the_papers() -> None:
     orthogonal = torch.linalg.qr(torch.randn(200, 50, dtype=torch.float64)).Q
-    assert ((update_scale("match_rms_adamw", 200, 50) * orthogonal).square().mean().sqrt()
+    assert ((compute_update_scale("match_rms_adamw", 200, 50) * orthogonal).square().mean().sqrt()
             == pytest.approx(0.2))
-    assert update_scale("original", 200, 50) == update_scale("spectral", 200, 50) == 2.0
-    assert update_scale("original", 50, 200) == 1.0 and update_scale("spectral", 50, 200) == math.sqrt(0.25)
+    assert compute_update_scale("original", 200, 50) == compute_update_scale("spectral", 200, 50) == 2.0
+    assert compute_update_scale("original", 50,
+                                200) == 1.0 and compute_update_scale("spectral", 50, 200) == math.sqrt(0.25)

@@ -1,4 +1,4 @@
-"""The optimizer against torch's own AdamW on the same gradients, and its state as named tensors."""
+"""The optimizer against torch's AdamW on the same gradients, and its state as named tensors."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from tests.tiny import tiny_model
 
 
 def updates(precision: str, clip_grad: float) -> dict[str, Any]:
-    """Do four updates beside torch.optim.AdamW on copies (fp64 ones of fp64,
-    else fp32) and return how far they end apart."""
+    """Take four updates next to torch.optim.AdamW on copies (fp64 copies for fp64, else fp32); return the
+    final differences."""
     from unittest import mock
 
     import megatron.core.optimizer as library
@@ -23,7 +23,7 @@ def updates(precision: str, clip_grad: float) -> dict[str, Any]:
     config, model = tiny_model("tiny-k-exaone", f"train.precision={precision}", "optim.weight_decay=0.2",
                                f"optim.clip_grad={clip_grad}", layout={})
     full = torch.float64 if precision == "fp64" else torch.float32
-    if precision == "fp64":  # as with Transformer Engine: its Adam must not be taken for float64
+    if precision == "fp64":  # Transformer Engine's Adam must not be used for float64
         with (mock.patch.object(library, "Adam", None),
               mock.patch.object(library, "USING_PYTORCH_OPTIMIZER", False)):
             optimizer = Optimizer(model, config.optim)
@@ -81,5 +81,5 @@ def test_updates_are_torchs_adamw(ranks, job) -> None:
     assert fp64["norms"] == [pytest.approx(n, rel=1e-13)
                              for n in ([expected, expected] for _, expected in fp64["norms"])]
     assert bf16["masters"] > 40
-    for name, apart in bf16["apart"].items():  # bf16 weights are the rounded fp32 ones: 8 bits
+    for name, apart in bf16["apart"].items():  # bf16 weights are rounded fp32 weights: 8 bits
         assert apart <= bf16["size"][name] * 2 ** -8, name

@@ -1,4 +1,4 @@
-"""Exceptions by name: rates, weight decay, the other optimizer, and parameters that stay."""
+"""Rules by name: rates, weight decay, the other optimizer, and frozen parameters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from tests.tiny import tiny_model
 
-# What is sent beside the computation: it is sent then, and nobody reads a weight before it has arrived.
+# Overlapped communication: it overlaps, and no reader sees a weight before it has arrived.
 
 RUN = str(Path(__file__).parents[2] / "layouts/layout_run.py")
 FP64, ZERO1 = "train.precision=fp64", "parallel.zero1=true"
@@ -41,13 +41,13 @@ def test_overlap_is_overlap_and_evaluation_waits_for_the_weights(
             assert one["evaluated"] == other["evaluated"] and one["ended"] == other["ended"], name
     assert results["both"][0]["groups"] > 2, "dense and expert parameters, in buckets"
     assert set(results["plain"][0]["on their way"]) == {0}
-    for result in results["both"]:  # the first step only learns how often each gradient is added to
+    for result in results["both"]:  # the first step only counts how often each gradient is added to
         assert result["on their way"][1:] == [result["groups"]] * 3
 
 
 def zero1_layouts() -> list[Any]:
-    """Return for each way to send gradients: whether parameters have the places that the library computes
-    where no layout is handed over, the number of buckets, and whether the library asks for a layout."""
+    """Return for each kind of overlap: whether parameters have the places that the library computes without a
+    given layout, the number of buckets, and whether the library asks for a layout."""
     import dataclasses
     from unittest import mock
 
@@ -60,7 +60,7 @@ def zero1_layouts() -> list[Any]:
     def wrapped(changes: dict[str, Any]) -> tuple[list[Any], bool]:
         messages, parallel = list[str](), dataclasses.replace(config.parallel, zero1=True, **changes)
         with mock.patch.object(library, "log_single_rank", lambda logger, level, said: messages.append(said)):
-            (chunk,) = parameter_groups.wrap(model, parallel)
+            (chunk,) = parameter_groups.wrap_chunks(model, parallel)
         places = [[[*part.param_index_map.values()], part.bucket_indices]
                   for part in chunk.full_param_layout.layouts.values()]
         return places, any("full_param_layout not provided" in said for said in messages)
@@ -89,7 +89,7 @@ GROUPS = ('optim.groups=[{"pattern": "*linear_proj.weight", "lr_scale": 0.5}, '
 
 
 def expected_setting(key: str) -> tuple[float, float]:
-    """Return the factor on the rate and the weight decay of a tensor, by GROUPS read by hand."""
+    """Return the rate factor and weight decay of a tensor, by GROUPS read by hand."""
     if key == "output_layer.weight":
         return 0.0, 0.2
     if key.endswith("final_layernorm.weight"):
@@ -101,17 +101,17 @@ def expected_setting(key: str) -> tuple[float, float]:
 
 
 def grouped(settings: list[str]) -> dict[str, float]:
-    """Do three updates beside torch.optim.AdamW with a group for each tensor;
-    return how far each is from torch's."""
+    """Take three updates next to torch.optim.AdamW with one group per tensor; return each tensor's
+    difference."""
     import torch
 
-    from megatron_sov.engine.model.local_shards import ParameterLookup, local_shards
+    from megatron_sov.engine.model.local_shards import ParameterLookup, list_local_shards
     from megatron_sov.engine.optimizer.optimizer import Optimizer
 
     config, model = tiny_model("tiny-k-exaone", *SMALL, *settings)
     optimizer = Optimizer(model, config.optim, config.parallel)
     lookup = ParameterLookup(model)
-    key_of = {id(lookup.find(block)): block.key for block in local_shards(model)}
+    key_of = {id(lookup.find_parameter(block)): block.key for block in list_local_shards(model)}
     parameters = list(model.parameters())
     copies = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
     groups = []
@@ -133,9 +133,9 @@ def grouped(settings: list[str]) -> dict[str, float]:
 
 
 def rules_of(settings: list[str]) -> list[Any]:
-    """Return algorithm, factor, weight decay and frozen of some tensors."""
+    """Return algorithm, factor, weight decay and frozen flag of some tensors."""
     from megatron_sov import recipes
-    from megatron_sov.engine.optimizer.parameter_groups import rule_for
+    from megatron_sov.engine.optimizer.parameter_groups import find_rule
     from megatron_sov.model.config import apply_settings
 
     config = apply_settings(recipes.get("tiny-k-exaone"), [*SMALL, *settings]).optim
@@ -143,24 +143,24 @@ def rules_of(settings: list[str]) -> list[Any]:
                "decoder.layers.1.self_attention.linear_qkv.weight": 2,
                "decoder.layers.1.pre_mlp_layernorm.weight": 1, "embedding.word_embeddings.weight": 2,
                "output_layer.weight": 2}
-    rules = [rule_for(config, key, dim) for key, dim in tensors.items()]
+    rules = [find_rule(config, key, dim) for key, dim in tensors.items()]
     return [[r.algorithm, r.lr_scale, r.weight_decay, r.frozen] for r in rules]
 
 
 def refusals(settings: list[list[str]]) -> list[str]:
-    """Return what an optimizer says to settings that it cannot follow."""
+    """Return the optimizer's errors for invalid settings."""
     from megatron_sov import recipes
     from megatron_sov.base.errors import UserError
-    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.optimizer.optimizer import Optimizer
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import apply_settings
 
     found = []
     base = apply_settings(recipes.get("tiny-k-exaone"), [*SMALL, "parallel.pp=2"])
-    world.join(base.parallel)
+    world.join_world(base.parallel)
     for wrong in settings:
-        model = build(base.model, base.parallel, base.train)
+        model = build_model(base.model, base.parallel, base.train)
         try:
             Optimizer(model, apply_settings(base, wrong).optim, base.parallel)
         except UserError as e:
@@ -183,7 +183,7 @@ def test_groups_change_what_their_names_match_and_nothing_else(ranks: Any, job: 
     assert len(apart) > 60 and max(apart.values()) < 1e-14, max(apart, key=apart.get)
     assert (plain == [["adamw", 1.0, 0.2, False]] * 2 + [["adamw", 1.0, 0.0, False]]
             + [["adamw", 1.0, 0.2, False]] * 2)
-    # the last pattern that matches holds: the router is Muon's again, at half the rate
+    # the last matching pattern applies: the router is Muon's again, at half the rate
     assert muon == [["muon", 0.5, 0.2, False], ["muon", 0.5, 0.2, False], ["adamw", 1.0, 0.0, True],
                     ["adamw", 1.0, 0.2, False], ["adamw", 1.0, 0.2, False]]
     for told in refused[0]:
@@ -192,14 +192,14 @@ def test_groups_change_what_their_names_match_and_nothing_else(ranks: Any, job: 
 
 
 def test_a_process_with_nothing_to_update_has_nothing_to_offload() -> None:
-    """Of few parameters that are trained the stretches of some ZeRO-1 processes are padding alone."""
+    """With few trained parameters, the range of some ZeRO-1 processes is padding only."""
     import torch
 
-    from megatron_sov.engine.optimizer.parameter_groups import arrange
+    from megatron_sov.engine.optimizer.parameter_groups import assign_shards
     from megatron_sov.model.config import OptimConfig
 
     adam = torch.optim.AdamW([{"params": [], "is_expert_parallel": False}])
     library: Any = SimpleNamespace(chained_optimizers=[SimpleNamespace(optimizer=adam)])
     model: Any = None
-    assert arrange(library, model, {}, OptimConfig(), zero1=True, on_host=0.5) == []
+    assert assign_shards(library, model, {}, OptimConfig(), zero1=True, on_host=0.5) == []
     assert library.chained_optimizers[0].optimizer is adam and adam.param_groups == []

@@ -1,4 +1,4 @@
-"""What one process updates: ranges of parameters, and the count of updates."""
+"""Ranges of parameters that a process updates, and the number of updates."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from megatron_sov.engine.optimizer.state_shards import flat_ranges
+from megatron_sov.engine.optimizer.state_shards import iter_rectangles
 from tests.tiny import tiny_model
 
 
 def counted(fused: bool) -> dict[str, Any]:
-    """Return how torch's Adam, or one that counts in its groups as fused ones do,
-    knows the number of updates when restored."""
+    """Return the number of updates after a restore, in torch's Adam or in an optimizer that counts in its
+    groups.
+    """
     import torch
     from torch.optim import AdamW, Optimizer
 
-    from megatron_sov.engine.optimizer.state_shards import set_updates, shards
+    from megatron_sov.engine.optimizer.state_shards import list_shards, set_update_count
 
     class Fused(Optimizer):
-        """Counts like transformer_engine.pytorch.optimizers.FusedAdam: in the group,
-        from its first update on."""
+        """Counts as transformer_engine.pytorch.optimizers.FusedAdam does: in the group, from the first update
+        on."""
 
     class Library:
         def __init__(self, inner: Optimizer) -> None:
@@ -31,8 +32,8 @@ def counted(fused: bool) -> dict[str, Any]:
 
     parameters = [torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(4))]
     library = Library(Fused(parameters, {"lr": 0.1}) if fused else AdamW(parameters, lr=0.1))
-    made = [sorted(s.state()) for s in shards(library)]
-    set_updates(shards(library), 5)
+    made = [sorted(s.state()) for s in list_shards(library)]
+    set_update_count(list_shards(library), 5)
     states = [library.optimizer.state[p] for p in parameters]
     own = [s["step"] for s in states if "step" in s]
     if not fused:
@@ -55,7 +56,7 @@ def test_every_parameter_counts_its_own_updates_and_fused_optimizers_count_in_gr
 
 
 def zero1_shards(precision: str) -> dict[str, Any]:
-    """Return what both data-parallel processes update under ZeRO-1 before the first step."""
+    """Return the ranges of both data-parallel processes under ZeRO-1 before the first step."""
     import torch.distributed as dist
 
     from megatron_sov.engine.optimizer.optimizer import Optimizer
@@ -92,7 +93,7 @@ def test_zero1_gives_every_process_its_part_of_the_parameters_and_no_other(ranks
             assert spans[0][0] == 0 and spans[-1][1] == size and all(a[1] == b[0] for a, b in pairwise(spans))
 
 
-# Flat ranges are rectangles, against numpy's own order of elements.
+# Rectangles of flat ranges against numpy's element order.
 
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4)
@@ -105,7 +106,7 @@ def test_a_range_of_elements_is_a_few_rectangles_in_the_order_of_the_elements(sh
     start = data.draw(st.integers(0, size))
     stop = data.draw(st.integers(start, size))
     numbers = np.arange(size).reshape(shape)
-    found = list(flat_ranges(shape, start, stop))
+    found = list(iter_rectangles(shape, start, stop))
     taken = [numbers[tuple(slice(o, o + n) for o, n in zip(place, extent, strict=True))].ravel()
              for place, extent in found]
     assert np.concatenate([*taken, np.empty(0, int)]).tolist() == list(range(start, stop))
@@ -116,18 +117,18 @@ def test_a_range_of_elements_is_a_few_rectangles_in_the_order_of_the_elements(sh
 def test_processes_that_take_turns_change_the_names_of_types_once() -> None:
     import torch
 
-    from megatron_sov.engine.optimizer.state_shards import any_float
+    from megatron_sov.engine.optimizer.state_shards import allow_float64
     from megatron_sov.engine.parallel import cpu_shims
     from megatron_sov.engine.parallel.simulated_world import SimulatedRanks
     from megatron_sov.model.config import ParallelConfig
 
     cpu_shims.prepare_without_gpu()
-    cpu_shims.mend()
+    cpu_shims.patch_defects()
     before, number = torch.Tensor.type, torch.zeros(1, dtype=torch.float64)
     own_names = number.type()
 
     def named(_: Any) -> list[Any]:
-        with any_float:
+        with allow_float64:
             found = [torch.Tensor.type]
             torch.distributed.barrier()
             return [*found, torch.Tensor.type, number.type()]

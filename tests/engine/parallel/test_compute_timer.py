@@ -1,4 +1,4 @@
-"""Computing time is a process's own: what it waits for others is not in it."""
+"""Compute time excludes the time that a process waits for others."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 
 
 def measured(folder: str) -> list[Any]:
-    """Runs inside ranks: rank 1 goes on working for 0.4 s when rank 0 begins to wait for it.
+    """Inside ranks: rank 1 works 0.4 s longer than rank 0, which waits.
 
-    Returns the clock's times, those of whole steps and of the collective in them, and what is made of them.
+    Returns the timer's times, the times of whole steps and of the collective, and their statistics.
     """
     import time
     from pathlib import Path
@@ -28,7 +28,7 @@ def measured(folder: str) -> list[Any]:
             found.append([event, fields])
 
     found: list[Any] = []
-    place = world.join(ParallelConfig())
+    place = world.join_world(ParallelConfig())
     stragglers = Stragglers(GuardConfig(straggler_every_steps=2, straggler_ratio=1.05))
     clock = stragglers.clock
     assert clock is not None
@@ -45,14 +45,14 @@ def measured(folder: str) -> list[Any]:
                 time.sleep(0.001)
             time.sleep(0.4)
         meets_s = time.perf_counter()
-        waits.touch()  # behind this it waits, however late it came
+        waits.touch()  # from here on it waits
         dist.all_reduce(torch.ones(4))
         collectives_s.append(time.perf_counter() - meets_s)
         clock.stop()
         steps_s.append(time.perf_counter() - begun_s)
         seconds.append(clock.seconds())
         stragglers.report(step, Events())  # type: ignore[arg-type]
-    world.leave()
+    world.leave_world()
     return [seconds, steps_s, collectives_s, found]
 
 

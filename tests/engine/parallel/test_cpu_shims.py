@@ -1,4 +1,4 @@
-"""The CPU door: opening it changes what it says it changes."""
+"""CPU shims change what their docstrings say."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pytest
 
 
 def opened() -> dict:
-    """Return what a process behind the door sees."""
+    """Return the state of a process with the shims."""
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import torch
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     from megatron_sov.engine.parallel import cpu_shims
-    from megatron_sov.engine.parallel.device import local_device, on_gpu
+    from megatron_sov.engine.parallel.device import get_local_device, on_gpu
 
     before = torch.zeros
     cpu_shims.prepare_megatron()
@@ -30,7 +30,7 @@ def opened() -> dict:
     asked = (torch.zeros(1, device="cuda"), torch.tensor([1], device="cuda:0"), torch.ones(1).cuda(),
              torch.ones(1).to("cuda"), torch.empty(1, pin_memory=True),
              torch.ones(1, device=torch.cuda.current_device()))
-    return {"once": torch.zeros is before, "device": str(local_device()), "on_gpu": on_gpu(),
+    return {"once": torch.zeros is before, "device": str(get_local_device()), "on_gpu": on_gpu(),
             "landed": [str(t.device) for t in asked], "meta": str(torch.zeros(1, device="meta").device),
             "type": torch.ones(1).type(), "cast": str(torch.ones(1).type(torch.int64).dtype),
             "marked": norm.weight.sequence_parallel, "flag": config.sequence_parallel,
@@ -41,8 +41,7 @@ def opened() -> dict:
 
 
 def marks() -> dict[str, list[str]]:
-    """Return which weights the library itself leaves without the marks that gradients are
-    summed and counted by."""
+    """Return the weights that Megatron-Core leaves without attributes for reduction and counting."""
     from unittest import mock
 
     from megatron_sov import recipes
@@ -51,9 +50,9 @@ def marks() -> dict[str, list[str]]:
     from megatron_sov.model.config import ParallelConfig
 
     config = recipes.get("tiny-solar-open")
-    world.join(ParallelConfig())
+    world.join_world(ParallelConfig())
     with mock.patch.object(language_model, "mark_parameters"):
-        network = language_model.build(config.model, ParallelConfig(), config.train)
+        network = language_model.build_model(config.model, ParallelConfig(), config.train)
     named = list(network.named_parameters())
     return {"expert": [n for n, p in named if ".mlp.experts." in n and getattr(p, "allreduce", True)],
             "split": [n for n, p in named if "linear" in n and not hasattr(p, "tensor_model_parallel")]}
@@ -68,11 +67,11 @@ def test_behind_the_door_everything_is_on_the_cpu(ranks, job) -> None:
     assert seen["marked"] and seen["flag"]
     assert seen["split"] == [1.0, 1.0] and seen["same_generator"] and seen["compiled"] == "torch"
     assert unmarked["expert"], "the library marks experts itself now: so much of mark_parameters can go"
-    # but for those of Transformer Engine's grouped layers
+    # except the weights of Transformer Engine's grouped layers
     assert not unmarked["split"], "the library no longer marks split weights: mark_parameters has to"
 
 
-# What is wrong in the library still is, and is mended on any device, without the stand-ins for a CPU.
+# The library's defects still exist, and are fixed on any device, without the CPU shims.
 
 
 LIBRARY = """
@@ -96,15 +95,15 @@ def look():
 
 cpu_shims.prepare_megatron()
 before = look()
-cpu_shims.mend()
-cpu_shims.mend()
+cpu_shims.patch_defects()
+cpu_shims.patch_defects()
 print(json.dumps([before, look(), config.sequence_parallel]))
 """
 
 
 @pytest.fixture(scope="module")
 def looks() -> list[dict[str, bool]]:
-    """What a process sees before and after, with a library that has no Transformer Engine."""
+    """Return a process's state before and after, with a library without Transformer Engine."""
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", LIBRARY], capture_output=True,
                           text=True, check=True)
     before, after, flag = json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""What is settled before CUDA starts; tests/layouts/test_precision.py shows that runs repeat."""
+"""Settings before CUDA starts; tests/layouts/test_precision.py shows that runs repeat."""
 
 from __future__ import annotations
 
@@ -17,62 +17,62 @@ import torch.distributed as dist
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.parallel import device as own_gpu
-from megatron_sov.engine.parallel.device import VARIABLES, switch_on
+from megatron_sov.engine.parallel.device import DETERMINISM_VARIABLES, enable_determinism
 from megatron_sov.model.config import apply_settings
 from megatron_sov.work.clusters.units import GIB
 
 
 @pytest.fixture(autouse=True)
 def _left_as_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in VARIABLES:
+    for name in DETERMINISM_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     yield
     torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
-    for name in VARIABLES:
+    for name in DETERMINISM_VARIABLES:
         os.environ.pop(name, None)
 
 
 def test_every_library_is_told() -> None:
-    switch_on()
+    enable_determinism()
     assert (torch.are_deterministic_algorithms_enabled()
             and not torch.is_deterministic_algorithms_warn_only_enabled())
     assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
     assert not torch.utils.deterministic.fill_uninitialized_memory, "empty memory is filled, each time"
-    assert [os.environ[name] for name in VARIABLES] == [":4096:8", "Ring", "0"]
+    assert [os.environ[name] for name in DETERMINISM_VARIABLES] == [":4096:8", "Ring", "0"]
 
 
 def test_a_fitting_environment_stays_and_another_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_ALGO", "Tree")
-    switch_on()
+    enable_determinism()
     assert os.environ["NCCL_ALGO"] == "Tree"
     monkeypatch.setenv("NCCL_ALGO", "NVLS")
     with pytest.raises(UserError, match="environment has NCCL_ALGO=NVLS"):
-        switch_on()
+        enable_determinism()
 
 
 def test_started_cuda_is_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     with pytest.raises(RuntimeError, match="CUDA has started before"):
-        switch_on()
+        enable_determinism()
 
 
-# Randomness is a function of seed and step: a run in two pieces is the run in one piece,
-# and nothing was stored for it.
+# Randomness is a function of seed and step: a run in two pieces equals one run, without stored generator
+# states.
 
 STEPS, FIRST = 2, 1
 
 
 def pieces(data: str, run: str, layout: dict[str, Any], dropout: float,
            recompute: bool = False) -> dict[str, Any]:
-    """Train in one go, then in two pieces with a checkpoint between them;
-    returns the losses and whether all bits agree."""
+    """Train once, then in two pieces with a checkpoint between; return the losses and whether all bits
+    agree."""
     import torch.distributed as dist
 
     from megatron_sov import recipes
     from megatron_sov.checkpoint import load
-    from megatron_sov.engine.model.local_shards import local_shards
+    from megatron_sov.engine.model.local_shards import list_local_shards
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig, apply_settings
     from megatron_sov.runs.folder import RunFolder
@@ -86,7 +86,7 @@ def pieces(data: str, run: str, layout: dict[str, Any], dropout: float,
         "train.global_batch_size=4", "train.micro_batch_size=2", f"train.steps={STEPS}",
         f"train.hidden_dropout={dropout}", f"train.recompute={str(recompute).lower()}",
         *(f"parallel.{k}={str(v).lower()}" for k, v in layout.items())])
-    place = world.join(ParallelConfig(**layout))
+    place = world.join_world(ParallelConfig(**layout))
     folder = RunFolder(Path(run))
     if place.is_main:
         folder.create()
@@ -107,13 +107,13 @@ def pieces(data: str, run: str, layout: dict[str, Any], dropout: float,
     first.save()
     first.checkpointer.finish()
     second = trainer()
-    assert load.damage(folder.checkpoint(FIRST)) is None
+    assert load.find_damage(folder.checkpoint(FIRST)) is None
     second.resume(folder.checkpoint(FIRST))
     found += steps(second, STEPS - FIRST)
-    tensors = [{b.key: b.data for b in [*local_shards(t.model), *t.optimizer.state_shards()]}
+    tensors = [{b.key: b.data for b in [*list_local_shards(t.model), *t.optimizer.state_shards()]}
                for t in (whole, second)]
     differing = [key for key, value in tensors[0].items() if not value.equal(tensors[1][key])]
-    world.leave()
+    world.leave_world()
     return {"losses": expected, "same": expected == found, "differing": differing}
 
 
@@ -133,21 +133,21 @@ def test_dropout_resumes_to_the_bit(ranks: Any, job: Any, packed_data: Any, tmp_
 
 
 def draws() -> list[Any]:
-    """What the default generator and the library's tensor-parallel one give at some steps, at tp = 2."""
+    """Return draws of the default and the tensor-parallel generator at some steps, at tp = 2."""
     import torch
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     from megatron_sov.engine.parallel import rng, world
     from megatron_sov.model.config import ParallelConfig
 
-    world.join(ParallelConfig(tp=2))
+    world.join_world(ParallelConfig(tp=2))
     found = []
     for seed, step in ((1, 0), (1, 1), (2, 0), (1, 0)):
-        rng.reseed(seed, step)
+        rng.seed_step(seed, step)
         with get_cuda_rng_tracker().fork():
             split = torch.rand(2).tolist()
         found.append([torch.rand(2).tolist(), split])
-    world.leave()
+    world.leave_world()
     return found
 
 
@@ -163,18 +163,18 @@ def test_generators_differ_where_work_is_split(ranks: Any, job: Any) -> None:
     assert len({tuple(rank[at][0]) for rank in found for at in range(3)}) == 6
 
 
-# The GPU of each rank, on a double of `torch.cuda`: which one it takes, and what all ranks are told.
+# The GPU of each rank, with a double of `torch.cuda`.
 
 SOON = datetime.timedelta(seconds=20)
 
 
 def told(uuids: list[str], problems: dict[int, str]) -> list[str]:
-    """Return what each of some ranks, which meet in one store, is told."""
+    """Return the error of each rank; the ranks share a store."""
     store = dist.HashStore()
 
     def rank(number: int) -> str:
         try:
-            own_gpu.agree(store, number, len(uuids), uuids[number], problems.get(number, ""), SOON)
+            own_gpu.check_all_gpus(store, number, len(uuids), uuids[number], problems.get(number, ""), SOON)
         except UserError as e:
             return str(e)
         return ""
@@ -194,41 +194,43 @@ def test_all_ranks_hear_of_one_that_has_no_gpu_of_its_own(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(("local_rank", "count", "index"), [("3", 8, 3), ("3", 1, 0), ("5", 4, 1)])
 def test_a_rank_takes_its_gpu_among_the_visible_ones(local_rank: str, count: int, index: int,
-                                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where each task sees its own alone, that is GPU 0."""
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task that sees only its own GPU uses GPU 0."""
     taken = []
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="a"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 * GIB, 79 * GIB))
-    device = own_gpu.take_gpu(dist.HashStore(), 0, 1, 60 * GIB, SOON)
+    device = own_gpu.select_gpu(dist.HashStore(), 0, 1, 60 * GIB, SOON)
     assert taken == [device] == [torch.device("cuda", index)]
     with pytest.raises(UserError, match=r"70\.0 of 79\.0 GiB"):
-        own_gpu.take_gpu(dist.HashStore(), 0, 1, 75 * GIB, SOON)
+        own_gpu.select_gpu(dist.HashStore(), 0, 1, 75 * GIB, SOON)
 
     def busy(device: torch.device) -> None:
         raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nmore")
 
     monkeypatch.setattr(torch.cuda, "set_device", busy)
     with pytest.raises(UserError, match="0: its GPU cannot"):
-        own_gpu.take_gpu(dist.HashStore(), 0, 1, 0, SOON)
+        own_gpu.select_gpu(dist.HashStore(), 0, 1, 0, SOON)
 
 
-# What libraries are told of a run before they start, and where its processes stay.
+# Environment variables before the start of a run, and CPU affinity.
 
 
 def test_variables_suit_layout_and_chip_and_the_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     def of(gpu: str, *settings: str) -> dict[str, str]:
-        return own_gpu.run_variables(apply_settings(recipes.get("tiny-solar-open"), list(settings)), gpu)
+        return own_gpu.build_run_variables(apply_settings(recipes.get("tiny-solar-open"), list(settings)),
+                                           gpu)
 
     halves, passes = ("parallel.tp=2", "parallel.sp=true"), ("parallel.ep=2",
-                                                            "parallel.expert_overlap=micro_batches")
+                                                             "parallel.expert_overlap=micro_batches")
     hopper, blackwell = "NVIDIA H100 80GB HBM3", "NVIDIA B200"
-    assert of(hopper) == {"TORCH_NCCL_HIGH_PRIORITY": "1", own_gpu.CONNECTIONS: "32", "NCCL_NVLS_ENABLE": "0"}
-    assert of(hopper, *halves)[own_gpu.CONNECTIONS] == "1" == of(hopper, "parallel.cp=2")[own_gpu.CONNECTIONS]
-    assert of(blackwell, *halves)[own_gpu.CONNECTIONS] == "32" == of(hopper, *halves, *passes)[
-        own_gpu.CONNECTIONS]
+    assert of(hopper) == {"TORCH_NCCL_HIGH_PRIORITY": "1", own_gpu.MAX_CONNECTIONS_VARIABLE: "32",
+                          "NCCL_NVLS_ENABLE": "0"}
+    connections = own_gpu.MAX_CONNECTIONS_VARIABLE
+    assert of(hopper, *halves)[connections] == "1" == of(hopper, "parallel.cp=2")[connections]
+    assert of(blackwell, *halves)[connections] == "32" == of(hopper, *halves, *passes)[connections]
     assert of(hopper, *passes)["NVTE_BWD_LAYERNORM_SM_MARGIN"] == "16"
     assert of(hopper, *passes, "parallel.expert_dispatcher=deepep")["NVTE_FWD_LAYERNORM_SM_MARGIN"] == "20"
     assert of(hopper, "gpu.nccl_user_buffers=on")["NCCL_NVLS_ENABLE"] == "1"
@@ -239,17 +241,17 @@ def test_variables_suit_layout_and_chip_and_the_environment_wins(monkeypatch: py
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")
     config = apply_settings(recipes.get("tiny-solar-open"), [*passes])
-    own_gpu.set_variables(config)
+    own_gpu.set_run_variables(config)
     assert (os.environ["NCCL_NVLS_ENABLE"], os.environ["TORCH_NCCL_HIGH_PRIORITY"]) == ("1", "1")
-    # a second run of the process has its own, and the environment's words stay
-    own_gpu.set_variables(apply_settings(recipes.get("tiny-solar-open"), [*halves]))
-    assert os.environ[own_gpu.CONNECTIONS] == "1" and "NVTE_FWD_LAYERNORM_SM_MARGIN" not in os.environ
+    # a second run of the process replaces its own values and keeps the user's
+    own_gpu.set_run_variables(apply_settings(recipes.get("tiny-solar-open"), [*halves]))
+    assert os.environ[connections] == "1" and "NVTE_FWD_LAYERNORM_SM_MARGIN" not in os.environ
     assert os.environ["NCCL_NVLS_ENABLE"] == "1"
-    own_gpu.set_variables(config)
-    assert os.environ[own_gpu.CONNECTIONS] == "32"
-    monkeypatch.setenv(own_gpu.CONNECTIONS, "1")
+    own_gpu.set_run_variables(config)
+    assert os.environ[own_gpu.MAX_CONNECTIONS_VARIABLE] == "32"
+    monkeypatch.setenv(own_gpu.MAX_CONNECTIONS_VARIABLE, "1")
     with pytest.raises(UserError, match="CUDA_DEVICE_MAX_CONNECTIONS=1, with which messages"):
-        own_gpu.set_variables(config)
+        own_gpu.set_run_variables(config)
 
 
 def test_a_process_stays_beside_its_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,13 +259,13 @@ def test_a_process_stays_beside_its_gpu(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cpus: taken.append(sorted(cpus)), raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
     gpu = SimpleNamespace(pci_domain_id=0, pci_bus_id=0x1b, pci_device_id=0)
-    own_gpu.stay_beside(gpu, tmp_path)
+    own_gpu.bind_near_gpu(gpu, tmp_path)
     folder = tmp_path / "0000:1b:00.0"
     folder.mkdir()
-    (tmp_path / "0000:00:00.0").mkdir()  # of the bridge
+    (tmp_path / "0000:00:00.0").mkdir()  # the bridge
     (tmp_path / "0000:00:00.0" / "local_cpulist").write_text("0-1\n")
-    own_gpu.stay_beside(SimpleNamespace(), tmp_path)
+    own_gpu.bind_near_gpu(SimpleNamespace(), tmp_path)
     for text in ("2-5,8\n", "6-7\n", "nothing\n"):
         (folder / "local_cpulist").write_text(text)
-        own_gpu.stay_beside(gpu, tmp_path)
+        own_gpu.bind_near_gpu(gpu, tmp_path)
     assert taken == [[2, 3]], "of a GPU that the kernel does not know, or with none of ours, nothing changes"

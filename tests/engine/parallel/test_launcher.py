@@ -1,4 +1,4 @@
-"""Local ranks live and die together."""
+"""Local ranks start and end together."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ import numpy as np
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.plugins.loading import load
+from megatron_sov.base.plugins.loading import load_plugin
 from megatron_sov.engine.parallel import launcher
-from megatron_sov.engine.parallel.launcher import plan_file, read_plan
+from megatron_sov.engine.parallel.launcher import read_plan, write_plan_file
 from megatron_sov.train.data.token_shards import ShardChain, numbers, open_sources
 from megatron_sov.train.stopping import stoppable
 
-# What is written for ranks that are new processes, and read there.
+# Plan files for ranks that are new processes.
 
 def passed_on(value: Any) -> Any:
-    """Return what a new process would find in the place of a value."""
-    with plan_file(lambda: value, 1) as plan:
+    """Return the value that a new process would unpickle."""
+    with write_plan_file(lambda: value, 1) as plan:
         return read_plan(os.dup(plan))()
 
 
@@ -46,9 +46,9 @@ def test_shards_are_opened_again_and_a_bare_map_of_a_file_is_not_copied(packed_d
 def test_code_that_a_person_named_is_run_again_as_it_was(tmp_path: Path) -> None:
     file = tmp_path / "own.py"
     file.write_text("class Own:\n    number = 7\n")
-    value = load(f"{file}:Own").value()
+    value = load_plugin(f"{file}:Own").value()
     assert passed_on(value).number == 7
-    with plan_file(lambda: value, 1) as plan:
+    with write_plan_file(lambda: value, 1) as plan:
         file.write_text("class Own:\n    number = 8\n")
         with pytest.raises(UserError, match=r"own\.py: has changed"):
             read_plan(os.dup(plan))
@@ -80,7 +80,7 @@ else:
 folder = Path(sys.argv[1], case)
 os.dup2(os.open(folder / "errors", os.O_WRONLY | os.O_CREAT), 2)
 """
-"""Begins a program: each case is done by a launcher that is a fork of one process, which has imported all."""
+"""Program of the launchers: each case forks a launcher from one process that has imported everything."""
 PROGRAM = CASES + """
 def rank():
     number = os.environ["RANK"]
@@ -132,10 +132,11 @@ for case in ("3", "9"):
 
 @contextmanager
 def launchers(program: str, folder: Path, *cases: str) -> Iterator[tuple[dict[str, int], Callable[..., Any]]]:
-    """Give each case's launcher, by its number, and what waits for all of them and returns how they end."""
+    """Start each case's launcher; yield their process ids and a function that waits and returns their
+    exits."""
     for case in cases:
         (folder / case).mkdir()
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # of the libraries: threads are counted
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # for the libraries: the test counts threads
     with subprocess.Popen([sys.executable, "-W", "ignore", "-c", program, str(folder), *cases],
                           stdout=subprocess.PIPE, text=True, env=one_thread) as process:
         assert process.stdout is not None
@@ -144,7 +145,7 @@ def launchers(program: str, folder: Path, *cases: str) -> Iterator[tuple[dict[st
         try:
             yield started, lambda: json.loads(process.communicate(timeout=600)[0])
         finally:
-            process.kill()  # a test that fails waits for nothing
+            process.kill()  # do not wait after a failure
 
 
 def pids(folder: Path) -> list[int]:
@@ -170,16 +171,16 @@ def test_ranks_share_signals_failures_and_their_launchers_end(tmp_path: Path,
         assert ended() == {"ends": 0, "forward": 0, "orphan": -signal.SIGKILL}
     said = (tmp_path / "ends/errors").read_text()
     assert {(tmp_path / "forward" / f"got-{r}").read_text() for r in range(2)} == {"SIGINT SIGTERM SIGUSR1"}
-    # progress is made once, in the second round, and two restarts are allowed without:
-    # the fourth round is the last
+    # progress happens once, in the second round, and two restarts are allowed without progress: the fourth
+    # round is the last
     again, for_good = [[7, "rank 1 ended with exit code 7"]] * 3, [7,
                                                                    "rank 1 ended with exit code 7, for good"]
     assert json.loads((tmp_path / "ends" / "codes.json").read_text()) == {
         "mistake": 2, "code": 75, "dies": 128 + signal.SIGKILL, "3": [0, again], "9": [7, [*again, for_good]]}
     assert len(list((tmp_path / "ends").glob("9-*"))) == 4
-    # a thread that holds a lock while another rank is forked leaves that rank waiting for it
+    # a thread that holds a lock during a fork would block the forked rank
     assert json.loads((tmp_path / "ends" / "threads.json").read_text()) == [1] * 2 * (3 + 4 + 4)
-    assert all(ends(pid) for pid in pids(tmp_path / "ends"))  # the other rank did not go on alone
+    assert all(ends(pid) for pid in pids(tmp_path / "ends"))  # the other rank ended as well
     assert said.count("error: seq_len = 0: must be positive") == 1
     assert "Traceback" not in said
     assert "error: rank 1 was ended by SIGKILL" in said
@@ -194,4 +195,4 @@ def test_ranks_share_the_cores_unless_the_environment_names_their_threads(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if said is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", said)
-    assert launcher._threads(count) == threads
+    assert launcher._count_threads(count) == threads

@@ -1,4 +1,4 @@
-"""All processes in one: calls give what torch says they give, and a standstill is told and not waited for."""
+"""Simulated processes: collectives return torch's results, and deadlocks raise an error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sov.engine.parallel import cpu_shims
-from megatron_sov.engine.parallel.simulated_messages import CallSite, Standstill
+from megatron_sov.engine.parallel.simulated_messages import CallSite, Deadlock
 from megatron_sov.engine.parallel.simulated_world import SimulatedRanks
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import ParallelConfig
@@ -19,7 +19,7 @@ cpu_shims.prepare_without_gpu()
 
 
 def everything(place: ParallelWorld) -> dict[str, list[float]]:
-    """Call each kind once; the numbers say who has sent them."""
+    """Call every collective once with values that identify the sender."""
     rank, size = place.rank, place.size
     mine = torch.arange(3.0) + 10 * rank
     found: dict[str, Any] = {}
@@ -35,7 +35,7 @@ def everything(place: ParallelWorld) -> dict[str, list[float]]:
     dist.all_gather_into_tensor(found["together"], mine)
     found["scattered"] = torch.empty(1)
     dist.reduce_scatter_tensor(found["scattered"], torch.arange(float(size)) + 10 * rank)
-    # process r sends s + 1 rows to process s
+    # rank r sends s + 1 rows to rank s
     sizes = [to + 1 for to in range(size)]
     found["exchanged"] = torch.empty((rank + 1) * size)
     dist.all_to_all_single(found["exchanged"], torch.full((sum(sizes),), float(rank)), [rank + 1] * size,
@@ -73,14 +73,14 @@ def test_each_process_is_at_its_own_place() -> None:
     def place_of(place: ParallelWorld) -> tuple[Any, ...]:
         from megatron.core import parallel_state
 
-        dist.barrier()  # the others have had a turn meanwhile
+        dist.barrier()  # lets the other ranks run
         return (place.rank, dist.get_rank(), parallel_state.get_tensor_model_parallel_rank(),
                 parallel_state.get_pipeline_model_parallel_rank(), place.dp_rank,
                 dist.get_process_group_ranks(parallel_state.get_data_parallel_group()))
 
     found = SimulatedRanks(8).run(ParallelConfig(tp=2, pp=2), place_of)
 
-    # tensor parallel ranks lie next to each other, then data parallel ones, then stages
+    # tensor-parallel ranks are adjacent, then data-parallel ranks, then stages
     assert found == [(rank, rank, rank % 2, rank // 4, rank // 2 % 2,
                       [rank // 4 * 4 + rank % 2, rank // 4 * 4 + rank % 2 + 2]) for rank in range(8)]
     assert not dist.is_initialized()
@@ -91,7 +91,7 @@ def test_a_standstill_is_told_with_who_waits_for_what() -> None:
         if place.rank:
             dist.all_reduce(torch.ones(1))
 
-    with pytest.raises(Standstill, match="2 of 3 processes"):
+    with pytest.raises(Deadlock, match="2 of 3 processes"):
         SimulatedRanks(3).run(ParallelConfig(), waits)
 
 
@@ -102,7 +102,7 @@ def test_two_calls_that_do_not_belong_together_are_told() -> None:
         else:
             dist.all_reduce(torch.ones(1))
 
-    with pytest.raises(Standstill, match="rank 1 calls barrier"):
+    with pytest.raises(Deadlock, match="rank 1 calls barrier"):
         SimulatedRanks(2).run(ParallelConfig(), differ)
 
 
@@ -132,9 +132,9 @@ def test_what_nobody_takes_is_told() -> None:
         if place.rank == 0:
             dist.all_reduce(torch.ones(1), async_op=True)
 
-    with pytest.raises(Standstill, match="rank 0 of WORLD"):
+    with pytest.raises(Deadlock, match="rank 0 of WORLD"):
         SimulatedRanks(2).run(ParallelConfig(), send_only)
-    with pytest.raises(Standstill, match="allreduce SUM over WORLD"):
+    with pytest.raises(Deadlock, match="allreduce SUM over WORLD"):
         SimulatedRanks(2).run(ParallelConfig(), call_without_waiting)
 
 
@@ -149,8 +149,8 @@ def send(mine: torch.Tensor, is_first: bool) -> None:
 def test_numbers_that_are_not_as_many_or_of_another_kind_are_told(
     call: Callable[[torch.Tensor, bool], None], other: torch.Tensor,
 ) -> None:
-    """torch's copy would spread and convert them."""
-    with pytest.raises(Standstill, match="call pass different"):
+    """torch's copy would broadcast and convert them."""
+    with pytest.raises(Deadlock, match="call pass different"):
         SimulatedRanks(2).run(ParallelConfig(), lambda place: call(
             torch.zeros(4) if place.rank == 0 else other.clone(), place.rank == 0))
 
@@ -159,5 +159,5 @@ def test_numbers_that_are_not_as_many_or_of_another_kind_are_told(
     lambda mine, rank: dist.all_reduce(mine, [dist.ReduceOp.SUM, dist.ReduceOp.MAX][rank]),
     lambda mine, rank: dist.broadcast(mine, rank)])
 def test_another_reduction_or_another_sender_is_told(call: Callable[[torch.Tensor, int], None]) -> None:
-    with pytest.raises(Standstill, match=r"(allreduce MAX|broadcast from 1)"):
+    with pytest.raises(Deadlock, match=r"(allreduce MAX|broadcast from 1)"):
         SimulatedRanks(2).run(ParallelConfig(), lambda place: call(torch.zeros(4), place.rank))

@@ -1,4 +1,4 @@
-"""The C++ extension of recomputed norms is compiled once, whole, and without a lock."""
+"""The C++ extension of recomputed norms is compiled once, atomically and without a lock."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_sov.engine.parallel.storage_extension import extension_file, load_
 
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The library's module, with nothing loaded, an empty cache, and a compiler that writes a text."""
+    """The library's module without extension, an empty cache, and a compiler that writes text."""
     from megatron.core.tensor_parallel import random
 
     def load_text(file: Path) -> str:
@@ -32,7 +32,7 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def compile_text(name: str, source: str, *, functions: list[str], build_directory: str) -> None:
-    """Stand for torch's compilation, which stops at a lock file in its folder."""
+    """Stand for torch's compilation, which waits for a lock file in its folder."""
     assert not Path(build_directory, "lock").exists()
     Path(build_directory, f"{name}.so").write_text("compiled " + functions[0])
 
@@ -62,9 +62,21 @@ def test_killed_compilation_stops_no_later_run(library: Any, monkeypatch: pytest
     with pytest.raises(KeyboardInterrupt):
         load_storage_extension(["layernorm"])
     assert not list(file.parent.iterdir())
-    (file.parent / "lock").touch()  # a kill that cannot be caught: leaves what it has written
+    (file.parent / "lock").touch()  # SIGKILL leaves the files written so far
     file.write_text("of another torch")
     monkeypatch.setattr(cpp_extension, "load_inline", compile_text)
+    load_storage_extension(["layernorm"])
+    assert library._share_storage_ext == "compiled share_storage"
+
+
+def test_second_process_of_a_node_compiles_nothing(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_extension, "on_each", lambda action: action(1, 2))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(cpp_extension, "load_inline", None)
+    with pytest.raises(UserError, match="set TORCH_EXTENSIONS_DIR to a folder that all processes of a node"):
+        load_storage_extension(["layernorm"])
+    monkeypatch.setattr(cpp_extension, "load_inline", compile_text)
+    monkeypatch.setenv("LOCAL_RANK", "0")
     load_storage_extension(["layernorm"])
     assert library._share_storage_ext == "compiled share_storage"
 

@@ -1,5 +1,4 @@
-"""Numbers by name: nothing is lost or mixed up on the way through a flat tensor,
-and sums are those of the tensor."""
+"""Named values survive the flat tensor, and sums equal the tensor's."""
 
 from __future__ import annotations
 
@@ -8,38 +7,39 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.engine.parallel.values import pack, sum_dict, unpack
+from megatron_sov.engine.parallel.values import flatten_tensors, sum_dict, unflatten_tensors
 
 
 def test_what_is_packed_comes_back_by_name() -> None:
     values = {"loss": torch.tensor(2.5, dtype=torch.float64),
               "by source": torch.arange(6, dtype=torch.float64).view(3, 2),
               "none": torch.zeros(0, 2, dtype=torch.float64)}
-    flat = pack(values)
+    flat = flatten_tensors(values)
     assert flat.tolist() == [2.5, 0, 1, 2, 3, 4, 5]
-    found = unpack(flat, {name: tuple(value.shape) for name, value in values.items()})
+    found = unflatten_tensors(flat, {name: tuple(value.shape) for name, value in values.items()})
     assert list(found) == list(values) and all(torch.equal(found[name], values[name]) for name in values)
 
 
 def test_whole_numbers_stay_whole() -> None:
     large = torch.tensor([2**62 + 1])
-    assert int(unpack(pack({"a": torch.tensor(3), "b": large}), {"a": (), "b": (1,)})["b"]) == 2**62 + 1
+    assert int(unflatten_tensors(flatten_tensors({"a": torch.tensor(3), "b": large}),
+                                 {"a": (), "b": (1,)})["b"]) == 2**62 + 1
 
 
 def test_another_number_of_elements_is_refused() -> None:
     with pytest.raises(ValueError, match="3 numbers"):
-        unpack(torch.zeros(3), {"a": (), "b": (1,)})
+        unflatten_tensors(torch.zeros(3), {"a": (), "b": (1,)})
 
 
 def sums() -> list[Any]:
-    """Runs inside ranks: what each says, by name."""
+    """Inside ranks: named values of each rank."""
     from megatron_sov.engine.parallel import world
     from megatron_sov.engine.parallel.collectives import all_reduce_world
     from megatron_sov.model.config import ParallelConfig
 
-    place = world.join(ParallelConfig())
+    place = world.join_world(ParallelConfig())
     found = sum_dict({"rank": float(place.rank), "one": 1.0, "third": 1 / 3}, all_reduce_world)
-    world.leave()
+    world.leave_world()
     return [found[name] for name in ("one", "rank", "third")]
 
 
@@ -49,22 +49,22 @@ def test_every_process_gets_the_same(ranks: Any, job: Any) -> None:
     assert found == [[2.0, 1.0, 2 / 3]] * 2
 
 
-# Plain values between processes: everybody's by rank, and rank 0's for all.
+# Plain Python values: all ranks' values by rank, and rank 0's value for all.
 
 
 def exchanged() -> list[Any]:
-    """Runs inside ranks: what this process gets of all, of its own group, and of rank 0."""
+    """Inside ranks: gathered values of all ranks, of a group, and rank 0's value."""
     import torch.distributed as dist
 
     from megatron_sov.engine.parallel import world
     from megatron_sov.engine.parallel.values import broadcast_object, gather_objects
     from megatron_sov.model.config import ParallelConfig
 
-    place = world.join(ParallelConfig())
+    place = world.join_world(ParallelConfig())
     alone = [dist.new_group([rank]) for rank in range(place.size)][place.rank]
     found = [gather_objects({"rank": place.rank}), gather_objects(place.rank, alone),
              broadcast_object(f"of {place.rank}")]
-    world.leave()
+    world.leave_world()
     return found
 
 

@@ -1,4 +1,4 @@
-"""A process knows its place in the layout, and its groups."""
+"""A process's place in the layout, and its groups."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pytest
 
 
 def place(layout: dict[str, int]) -> list[int | bool]:
-    """Return this process's place, after it had another one."""
+    """Return this process's place after it left another layout."""
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig
 
-    world.join(ParallelConfig(pp=2))
-    world.leave()
-    w = world.join(ParallelConfig(**layout))
+    world.join_world(ParallelConfig(pp=2))
+    world.leave_world()
+    w = world.join_world(ParallelConfig(**layout))
     return [w.rank, w.size, w.dp_rank, w.dp_size, w.first_stage, w.last_stage, w.is_main]
 
 
@@ -30,7 +30,7 @@ def test_what_one_join_leaves_in_a_store_the_next_does_not_meet(monkeypatch: pyt
     monkeypatch.delenv(world.STORE_PORT, raising=False)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(kept, 0, 1)]))
-    first, second = (world._rendezvous(0, 1, datetime.timedelta(seconds=1)) for _ in range(2))
+    first, second = (world._create_rendezvous(0, 1, datetime.timedelta(seconds=1)) for _ in range(2))
     assert (first.add("gpu/one", 1), second.add("gpu/one", 1)) == (1, 1)
 
 
@@ -42,7 +42,7 @@ def test_a_process_knows_its_place_and_can_take_another(ranks, job) -> None:
 
 
 def joining(timeout_s: float) -> list[Any]:
-    """Return what the groups are asked for on a double of a GPU."""
+    """Return the requests for groups on a double of a GPU."""
     import torch
     from megatron.core import parallel_state
 
@@ -52,7 +52,7 @@ def joining(timeout_s: float) -> list[Any]:
     asked: list[Any] = []
 
     class Asked(Exception):
-        """There is no more to see."""
+        """Ends the call after the requests."""
 
     def take(store: Any, rank: int, size: int, needs_bytes: int, timeout: Any) -> torch.device:
         asked.append([rank, size, needs_bytes, timeout.total_seconds()])
@@ -62,25 +62,25 @@ def joining(timeout_s: float) -> list[Any]:
         asked.append([given["create_gloo_process_groups"], given["distributed_timeout_minutes"]])
         raise Asked
 
-    with (mock.patch.object(world, "on_gpu", lambda: True), mock.patch.object(world, "take_gpu", take),
+    with (mock.patch.object(world, "on_gpu", lambda: True), mock.patch.object(world, "select_gpu", take),
           mock.patch.object(world.dist, "init_process_group", lambda backend, **given: asked.append(
               [backend, "device_id" in given, given["timeout"].total_seconds()])),
           mock.patch.object(world.dist, "get_world_size", lambda: 1),
           mock.patch.object(parallel_state, "initialize_model_parallel", groups), pytest.raises(Asked)):
-        world.join(ParallelConfig(timeout_s=timeout_s), 7)
+        world.join_world(ParallelConfig(timeout_s=timeout_s), 7)
     return asked
 
 
 @pytest.mark.distributed
 def test_on_gpus_no_group_is_split_off_all_processes_and_gloo_makes_none(ranks: Any, job: Any) -> None:
-    """A default group that is bound to a device has every process take part in every `new_group`."""
+    """With a default group bound to a device, every process takes part in every `new_group`."""
     ((asked,),) = ranks(job(__file__, "joining", 1, {"timeout_s": 90.0}))
     assert asked == [[0, 1, 7, 90.0], ["nccl", False, 90.0], [False, 2]]
 
 
 def joined(num_ranks: int, layout: dict[str, int], places: list[int]) -> list[Any]:
-    """Return of some ranks of a world that sends nothing, how many groups each helps to make, and the members
-    of those that the library then has."""
+    """Return for some ranks of a world without communication the number of groups that each creates, and the
+    members of the library's groups."""
     from torch import distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -92,15 +92,15 @@ def joined(num_ranks: int, layout: dict[str, int], places: list[int]) -> list[An
         dist.init_process_group("fake", rank=place, world_size=num_ranks, store=FakeStore())
         with (mock.patch.dict("os.environ", RANK=str(place), WORLD_SIZE=str(num_ranks)),
               mock.patch.object(dist, "new_group", wraps=dist.new_group) as made):
-            world.join(ParallelConfig(**layout))
+            world.join_world(ParallelConfig(**layout))
         taken = sum(place in call.kwargs["ranks"] for call in made.call_args_list)
         found.append([taken, members_by_name()])
-        world.leave()
+        world.leave_world()
     return found
 
 
 def members_by_name() -> dict[str, Any]:
-    """Return the members of each of the library's groups that this process is in."""
+    """Return the members of each library group of this process."""
     from megatron.core import parallel_state
     from torch import distributed as dist
 
@@ -109,7 +109,7 @@ def members_by_name() -> dict[str, Any]:
 
 
 def unshared(num_ranks: int, layout: dict[str, int], places: list[int]) -> list[Any]:
-    """Return the same members as the library makes them, each group by itself."""
+    """Return the same members with one separate group each, as the library creates them."""
     from megatron.core import parallel_state
     from torch import distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -132,7 +132,7 @@ def unshared(num_ranks: int, layout: dict[str, int], places: list[int]) -> list[
     (480, {"pp": 2, "ep": 8}), (1024, {"pp": 8, "ep": 64, "cp": 2})])
 def test_a_rank_helps_to_make_few_groups_and_has_those_of_the_library(
         ranks: Any, job: Any, num_ranks: int, layout: dict[str, int]) -> None:
-    places = [0, num_ranks // 2 + 3]  # the second may be in no group of embeddings
+    places = [0, num_ranks // 2 + 3]  # the second may be in no embedding group
     given = {"num_ranks": num_ranks, "layout": layout, "places": places}
     ((shared,),), ((alone,),) = (ranks(job(__file__, name, 1, given)) for name in ("joined", "unshared"))
     assert [members for _, members in shared] == alone
@@ -140,12 +140,12 @@ def test_a_rank_helps_to_make_few_groups_and_has_those_of_the_library(
 
 
 def on_main(fail: bool) -> list[Any]:
-    """Runs inside ranks: rank 0 answers or refuses; returns what each rank saw."""
+    """Inside ranks: rank 0 returns or raises an error; return each rank's result."""
     from megatron_sov.base.errors import UserError
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig
 
-    place = world.join(ParallelConfig())
+    place = world.join_world(ParallelConfig())
     asked: list[int] = []
 
     def action() -> str:
@@ -155,10 +155,10 @@ def on_main(fail: bool) -> list[Any]:
         return "answer"
 
     try:
-        seen = world.on_main(place, action)
+        seen = world.run_on_main(place, action)
     except UserError as e:
         seen = f"refused: {e}"
-    world.leave()
+    world.leave_world()
     return [seen, asked]
 
 

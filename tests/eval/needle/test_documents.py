@@ -1,5 +1,5 @@
-"""Documents that teach retrieval: what they ask follows from what they tell, weights are on the answers, and
-a number gives the document."""
+"""Retrieval documents: questions repeat needles, weights are on answers, and each is a function of its
+index."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def documents(haystacks: dict[str, Haystack]) -> NeedleDocuments:
 
 
 def statements_in(form: NeedleForm, ids: list[int]) -> list[tuple[int, tuple[int, ...]]]:
-    """Place and words of every statement; a document has sentences of one form."""
+    """Return position and words of every statement; a document has sentences of one form."""
     for sentences in form.sentences[False]:
         opening, _, closing = sentences
         size, width = len(opening), len(opening) + 4 + len(closing)
@@ -32,8 +32,7 @@ def statements_in(form: NeedleForm, ids: list[int]) -> list[tuple[int, tuple[int
     raise AssertionError("no sentence of a training form")
 
 
-def test_training_documents_ask_for_every_needle_they_state(form: NeedleForm,
-                                                            documents: NeedleDocuments) -> None:
+def test_training_documents_have_a_question_per_needle(form: NeedleForm, documents: NeedleDocuments) -> None:
     train = {tuple(p) for p in form.pairs[False].tolist()}
     counts = set()
     for i in range(40):
@@ -53,7 +52,7 @@ def test_training_documents_ask_for_every_needle_they_state(form: NeedleForm,
     assert min(counts) == 1 and max(counts) == documents.max_needles(form) >= 8
 
 
-def test_distractors_and_weights_are_as_set(form: NeedleForm, haystacks: dict[str, Haystack]) -> None:
+def test_needles_and_weights_follow_settings(form: NeedleForm, haystacks: dict[str, Haystack]) -> None:
     settings = NeedleConfig(train_needles=10, train_questions=3, answer_weight=7.0, text_weight=0.0)
     made = NeedleDocuments((haystacks["train"],), 256, seed=5, settings=settings)
     counts = set()
@@ -68,10 +67,11 @@ def test_distractors_and_weights_are_as_set(form: NeedleForm, haystacks: dict[st
     assert min(counts) >= 3 and max(counts) == 10 == made.max_needles(form)
 
 
-def test_languages_have_documents_by_the_size_of_their_text(token_shards: Path) -> None:
+def test_languages_are_drawn_by_text_size(token_shards: Path) -> None:
     sources = open_sources({str(token_shards): 1.0}, 1024)
     code, other = (next(s for s in sources if s.name == name) for name in ("first", "second"))
-    haystacks = open_haystacks(sources, "train", token_shards / "tokenizer", told={"second": "english"})
+    haystacks = open_haystacks(sources, "train", token_shards / "tokenizer",
+                               source_languages={"second": "english"})
     made = NeedleDocuments(haystacks, 256, seed=1)
     forms = {h.language: h.form for h in haystacks}
     opening = {name: {slots[0] for slots in form.sentences[False]} for name, form in forms.items()}
@@ -84,8 +84,8 @@ def test_languages_have_documents_by_the_size_of_their_text(token_shards: Path) 
     assert counts["code"] + counts["english"] >= 60 and counts["code"] / 60 == pytest.approx(share, abs=0.2)
 
 
-def test_a_document_is_a_function_of_seed_and_number(haystacks: dict[str, Haystack],
-                                                     documents: NeedleDocuments) -> None:
+def test_document_is_a_function_of_seed_and_index(haystacks: dict[str, Haystack],
+                                                  documents: NeedleDocuments) -> None:
     again, other = (NeedleDocuments((haystacks["train"],), 256, seed=s) for s in (5, 6))
     far = len(documents.lengths) - 1
     for i in (0, 1, far):
@@ -97,15 +97,14 @@ def test_a_document_is_a_function_of_seed_and_number(haystacks: dict[str, Haysta
 
 
 class Numbers:
-    """Text whose tokens count on from a random number."""
+    """Text whose tokens count up from a random number."""
 
     def take(self, generator: np.random.Generator, count: int) -> np.ndarray:
         return int(generator.integers(1000)) + np.arange(count, dtype=np.int64) + 1000
 
 
-def test_documents_of_single_needles_are_what_they_always_were() -> None:
-    """Runs that were begun with them resume, and figures measured with them stay comparable:
-    bits, not manners."""
+def test_single_needle_documents_are_unchanged() -> None:
+    """Runs resume with equal documents, and earlier results stay comparable: bits are pinned."""
     def sentence(k: int) -> Slots:
         return (k, k + 1), (), (k + 2,)
 

@@ -1,4 +1,4 @@
-"""The suite: its cells, its judgement and its questions."""
+"""The needle suite: cells, scoring and questions."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 prepare_megatron()
 
 from megatron_sov.eval.needle.suite import (  # noqa: E402
-    Example, NeedleSuite, make_example, result_of, run_suite, table)
-from megatron_sov.eval.needle.text import Haystack, NeedleForm, fill  # noqa: E402
-from megatron_sov.eval.statistics import wilson_interval  # noqa: E402
+    Example, NeedleSuite, build_example, format_table, parse_result, run_suite)
+from megatron_sov.eval.needle.text import Haystack, NeedleForm, fill_slots  # noqa: E402
+from megatron_sov.eval.statistics import compute_wilson_interval  # noqa: E402
 from megatron_sov.infer.decoder.generator import MegatronEngine  # noqa: E402
 from megatron_sov.infer.engine import Engine  # noqa: E402
-from megatron_sov.infer.engines.libraries import HfEngine, load_hf  # noqa: E402
 from megatron_sov.infer.engines.load import run_forward_model  # noqa: E402
 from megatron_sov.infer.engines.target import Target  # noqa: E402
-from megatron_sov.infer.request import Generated, Sampling, StopRule  # noqa: E402
+from megatron_sov.infer.engines.transformers_engine import HfEngine, load_hf  # noqa: E402
+from megatron_sov.infer.request import GenerationResult, Sampling, StopRule  # noqa: E402
 
 
 def answer_by_looking(prompts: list[list[int]], count: int) -> list[list[int]]:
-    """A perfect reader: what followed the longest suffix that occurred before, again and again."""
+    """A perfect reader: repeat the tokens after an earlier occurrence of the longest suffix."""
     def shared(ids: list[int], end: int) -> int:
-        """How many tokens before `end` are those at the end of the text."""
+        """Count the tokens before `end` that equal those at the end of the text."""
         size = 0
         while size < end and ids[end - 1 - size] == ids[-1 - size]:
             size += 1
@@ -55,13 +55,14 @@ def answer_by_looking(prompts: list[list[int]], count: int) -> list[list[int]]:
 
 @dataclasses.dataclass(frozen=True)
 class Looking:
-    """An engine that answers by looking, and may spoil its answers."""
+    """Engine that answers by looking, and may corrupt its answers."""
 
     spoil: Callable[[list[list[int]]], list[list[int]]] = lambda found: found
 
-    def generate(self, prompts: Any, sampling: Sampling, **more: Any) -> Generated:
+    def generate(self, prompts: Any, sampling: Sampling, **more: Any) -> GenerationResult:
         found = self.spoil(answer_by_looking(prompts, sampling.max_new_tokens))
-        return Generated.of([(tokens, [0.0] * len(tokens)) for tokens in found], sampling, StopRule(), 0)
+        written = [(tokens, [0.0] * len(tokens)) for tokens in found]
+        return GenerationResult.of(written, sampling, StopRule(), 0)
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def suite(haystacks: dict[str, Haystack]) -> NeedleSuite:
     return NeedleSuite((haystacks["heldout"],), ("single", "multi-key"), (96, 160), (0.0, 0.4, 0.9), 4, 0.3)
 
 
-def test_a_perfect_reader_is_right_everywhere(suite: NeedleSuite) -> None:
+def test_perfect_reader_scores_one_in_every_cell(suite: NeedleSuite) -> None:
     told: list[int] = []
     result = run_suite(suite, Looking(), told.append)
     assert result.score == 1.0
@@ -77,12 +78,13 @@ def test_a_perfect_reader_is_right_everywhere(suite: NeedleSuite) -> None:
     assert ([(c.kind, c.language, c.length_tokens, c.depth) for c in result.cells]
             == [(kind, "code", length, depth) for kind in suite.kinds for length in suite.lengths
                 for depth in suite.depths])
-    assert all((c.correct, c.samples, c.interval) == (4, 4, wilson_interval(4, 4)) for c in result.cells)
+    interval = compute_wilson_interval(4, 4)
+    assert all((c.correct, c.samples, c.interval) == (4, 4, interval) for c in result.cells)
     assert {c.length_tokens: c.distractors for c in result.cells if c.kind == "multi-key"} == {96: 3, 160: 4}
     assert {c.distractors for c in result.cells if c.kind == "single"} == {0}
 
 
-def test_one_wrong_token_makes_an_answer_wrong(suite: NeedleSuite) -> None:
+def test_answer_with_one_wrong_token_is_wrong(suite: NeedleSuite) -> None:
     def spoil(found: list[list[int]]) -> list[list[int]]:
         for number, answer in enumerate(found):
             # of each cell the first sample's first token and the second one's second are wrong
@@ -93,31 +95,32 @@ def test_one_wrong_token_makes_an_answer_wrong(suite: NeedleSuite) -> None:
     result = run_suite(suite, Looking(spoil))
     assert {c.correct for c in result.cells} == {2} and result.score == 0.5
     told = result.to_dict()
-    assert json.loads(json.dumps(told)) == told and result_of(told) == result
+    assert json.loads(json.dumps(told)) == told and parse_result(told) == result
     assert sorted(told["cells"][0]) \
         == ["correct", "depth", "distractors", "interval", "kind", "language", "length_tokens", "samples"]
-    assert "multi-key, code" in table(result) and "score 50.0% with 4 samples" in table(result)
+    assert "multi-key, code" in format_table(result) and "score 50.0% with 4 samples" in format_table(result)
 
 
-def test_examples_are_the_same_whatever_else_is_asked(suite: NeedleSuite) -> None:
+def test_examples_are_independent_of_other_cells(suite: NeedleSuite) -> None:
     other = dataclasses.replace(suite, kinds=("multi-key",), lengths=(160, 200), depths=(0.9,), samples=7)
     haystack = suite.haystacks[0]
-    assert suite.example("multi-key", haystack, 160, 0.9, 2) == other.example(
+    assert suite.build_example("multi-key", haystack, 160, 0.9, 2) == other.build_example(
         "multi-key", haystack, 160, 0.9, 2)
     for change in ((96, 0.9, 2), (160, 0.4, 2), (160, 0.9, 3)):
-        assert (suite.example("multi-key", haystack, *change).prompt
-                != suite.example("multi-key", haystack, 160, 0.9, 2).prompt)
+        assert (suite.build_example("multi-key", haystack, *change).prompt
+                != suite.build_example("multi-key", haystack, 160, 0.9, 2).prompt)
     reseeded = dataclasses.replace(suite, seed=1)
-    assert reseeded.example("single", haystack, 160, 0.9, 2) != suite.example("single", haystack, 160, 0.9, 2)
+    cell = ("single", haystack, 160, 0.9, 2)
+    assert reseeded.build_example(*cell) != suite.build_example(*cell)
 
 
-def test_batches_are_bounded_and_made_one_by_one(haystacks: dict[str, Haystack]) -> None:
+def test_batches_are_bounded_and_lazy(haystacks: dict[str, Haystack]) -> None:
     suite = NeedleSuite((haystacks["heldout"],), ("multi-key",), (262144,), (0.0, 0.5), 10, 0.25)
     _, cells, examples = next(iter(suite.examples()))
     assert len(cells) == len(examples) == 8 and {len(e.prompt) + 2 for e in examples} == {262144}
 
 
-def test_mistakes_are_named(haystacks: dict[str, Haystack]) -> None:
+def test_invalid_values_raise_user_error(haystacks: dict[str, Haystack]) -> None:
     def make(lengths: tuple[int, ...] = (128,), depths: tuple[float, ...] = (0.5,), samples: int = 4,
              share: float = 0.0) -> NeedleSuite:
         return NeedleSuite((haystacks["heldout"],), ("multi-key",), lengths, depths, samples, share)
@@ -130,7 +133,7 @@ def test_mistakes_are_named(haystacks: dict[str, Haystack]) -> None:
         make(share=1.0)
 
 
-def test_questions_are_all_that_a_test_may_tell_or_ask(haystacks: dict[str, Haystack]) -> None:
+def test_questions_cover_all_test_sentences(haystacks: dict[str, Haystack]) -> None:
     haystack = haystacks["heldout"]
     suite = NeedleSuite((haystack,), ("multi-key",), (200,), (0.5,), 6, 0.3)
     asked = {tuple(q) for q in suite.questions()}
@@ -141,7 +144,7 @@ def test_questions_are_all_that_a_test_may_tell_or_ask(haystacks: dict[str, Hays
                     for i in range(len(example.prompt))}
             assert len(ends & asked) >= 4
     train = haystacks["train"].form
-    told = {tuple(fill(slots, pair)) for slots in train.sentences[False] for pair in train.pairs[False]}
+    told = {tuple(fill_slots(slots, pair)) for slots in train.sentences[False] for pair in train.pairs[False]}
     assert not told & asked
 
 
@@ -149,7 +152,7 @@ Pair = tuple[int, int]
 
 
 def needles_in(form: NeedleForm, ids: list[int]) -> list[tuple[int, Pair, Pair]]:
-    """Return (place, key, value) of all needles in a text."""
+    """Return (position, key, value) of all needles in a text."""
     found = []
     for slots in form.sentences[True]:
         opening, between, closing = slots
@@ -157,17 +160,17 @@ def needles_in(form: NeedleForm, ids: list[int]) -> list[tuple[int, Pair, Pair]]
         for i in range(len(ids) - width + 1):
             key = ids[i + len(opening):][:2]
             value = ids[i + len(opening) + 2 + len(between):][:2]
-            if ids[i:i + width] == fill(slots, np.array(key), np.array(value)):
+            if ids[i:i + width] == fill_slots(slots, np.array(key), np.array(value)):
                 found.append((i, (key[0], key[1]), (value[0], value[1])))
     return found
 
 
 @pytest.mark.parametrize("distractors", [0, 5])
 @pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
-def test_one_of_the_needles_is_asked_for(distractors: int, depth: float,
-                                         haystacks: dict[str, Haystack]) -> None:
+def test_example_asks_for_one_of_its_needles(distractors: int, depth: float,
+                                             haystacks: dict[str, Haystack]) -> None:
     haystack = haystacks["heldout"]
-    example = make_example(haystack, np.random.default_rng(1), 300, depth, distractors)
+    example = build_example(haystack, np.random.default_rng(1), 300, depth, distractors)
     needles = needles_in(haystack.form, example.prompt)
     keys = [key for _, key, _ in needles]
     assert len(set(keys)) == len(keys) == 1 + distractors
@@ -187,7 +190,7 @@ def batches(haystack: Haystack) -> list[list[Example]]:
 
 @torch.no_grad()
 def plain_answer(model: Any, example: Example) -> list[int]:
-    """What transformers says to one prompt, without any of our code."""
+    """Return transformers' answer to one prompt, without our code."""
     ids = torch.tensor([example.prompt])
     found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2,
                            do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -196,9 +199,8 @@ def plain_answer(model: Any, example: Example) -> list[int]:
 
 @pytest.mark.deep
 @pytest.mark.parametrize("family", ["solar_open", "exaone_moe"])
-def test_every_answer_is_that_of_plain_transformers(family: str, imported: dict[str, Path],
-                                                    hf_models: dict[str, Path],
-                                                    haystacks: dict[str, Haystack], one_rank: None) -> None:
+def test_answers_equal_plain_transformers(family: str, imported: dict[str, Path], hf_models: dict[str, Path],
+                                          haystacks: dict[str, Haystack], one_rank: None) -> None:
     examples = batches(haystacks["heldout"])
     model = AutoModelForCausalLM.from_pretrained(hf_models[family]).eval()
     reference = [[plain_answer(model, example) for example in batch] for batch in examples]
@@ -212,9 +214,9 @@ def test_every_answer_is_that_of_plain_transformers(family: str, imported: dict[
 
 
 @pytest.mark.deep
-def test_the_command_judges_checkpoints_and_folders_alike(one_rank: None, imported: dict[str, Path],
-                                                          hf_models: dict[str, Path], token_shards: Path,
-                                                          tmp_path: Path, capsys) -> None:
+def test_command_scores_checkpoint_and_export_equally(one_rank: None, imported: dict[str, Path],
+                                                      hf_models: dict[str, Path], token_shards: Path,
+                                                      tmp_path: Path, capsys) -> None:
     EventLog(tmp_path / EVENTS).close()
     ask = ["--data", str(token_shards), "--lengths", "96", "128", "--depths", "0", "0.9", "--samples", "3",
            "--run", str(tmp_path)]

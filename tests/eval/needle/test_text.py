@@ -1,5 +1,4 @@
-"""What needles are made of: whole rare words of the language where there are any,
-and pairs that never mix."""
+"""Needle words are rare whole words of the language, and pairs of tests and training are disjoint."""
 
 from __future__ import annotations
 
@@ -12,25 +11,26 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.eval.needle.text import (
-    LANGUAGES, PHRASES, Haystack, NeedleForm, detect_language, fill, needle_form, open_haystacks, phrases)
+    LANGUAGES, PHRASES, Haystack, NeedleForm, build_needle_form, detect_language, fill_slots, list_phrases,
+    open_haystacks)
 from megatron_sov.model.config import Language
 from megatron_sov.train.data.token_shards import Source, open_sources
 
 
-def test_words_are_rare_and_whole_and_read_as_a_sentence(form: NeedleForm, token_shards: Path) -> None:
+def test_words_are_rare_whole_tokens(form: NeedleForm, token_shards: Path) -> None:
     tokenizer = Tokenizer.from_file(str(token_shards / "tokenizer/tokenizer.json"))
     words = [tokenizer.decode([w]) for w in form.words]
     assert len(set(words)) == 64
     assert all(w[0] == " " and w[1:].isalpha() and len(w) >= 5 for w in words)
     key, value = form.draw(np.random.default_rng(0), 2, test=True)
     sentence = form.draw_sentence(np.random.default_rng(0), test=True)
-    text = tokenizer.decode(fill(sentence, key, value))
+    text = tokenizer.decode(fill_slots(sentence, key, value))
     assert text == "\ncodes.add(" + "".join(tokenizer.decode([w]) for w in [*key, *value]) + ")"
-    assert fill(sentence, key, value)[:len(fill(sentence, key))] == fill(sentence, key)
-    assert fill(sentence, key)[-2:] == key.tolist()
+    assert fill_slots(sentence, key, value)[:len(fill_slots(sentence, key))] == fill_slots(sentence, key)
+    assert fill_slots(sentence, key)[-2:] == key.tolist()
 
 
-def test_pairs_and_sentences_of_tests_and_of_training_never_mix(form: NeedleForm) -> None:
+def test_pairs_and_sentences_of_test_and_training_are_disjoint(form: NeedleForm) -> None:
     test, train = ({tuple(p) for p in form.pairs[which].tolist()} for which in (True, False))
     assert not test & train
     assert len(test) + len(train) == 64 * 63
@@ -48,7 +48,7 @@ THAI = ["น้ำ", "ภูเขา", "ต้นไม้", "บ้าน", "�
 
 
 def word_tokenizer(folder: Path, words: list[str]) -> Path:
-    """A tokenizer whose tokens are single bytes and whole words with a space before."""
+    """A tokenizer of single bytes and whole words with a leading space."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     vocabulary = {sign: i for i, sign in enumerate(alphabet)}
@@ -68,9 +68,9 @@ def word_tokenizer(folder: Path, words: list[str]) -> Path:
 
 
 @pytest.mark.parametrize(("language", "words"), [("korean", KOREAN), ("thai", THAI)])
-def test_a_language_has_words_of_its_own(language: str, words: list[str], tmp_path: Path) -> None:
+def test_words_are_of_the_language(language: str, words: list[str], tmp_path: Path) -> None:
     folder = word_tokenizer(tmp_path / "tokenizer", [*words, *(f"word{chr(97 + i)}" for i in range(20))])
-    form = needle_form(folder, language)  # type: ignore[arg-type]
+    form = build_needle_form(folder, language)  # type: ignore[arg-type]
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     found = {tokenizer.decode([w]) for w in form.words}
     assert {" " + word for word in words} <= found, "and parts of them that are words to the tokenizer"
@@ -78,31 +78,31 @@ def test_a_language_has_words_of_its_own(language: str, words: list[str], tmp_pa
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_a_tokenizer_without_the_language_lends_its_words(language: str, token_shards: Path) -> None:
-    form = needle_form(token_shards / "tokenizer", language)  # type: ignore[arg-type]
+def test_words_fall_back_to_other_languages(language: str, token_shards: Path) -> None:
+    form = build_needle_form(token_shards / "tokenizer", language)  # type: ignore[arg-type]
     assert form.language == language and len(form.words) == 64
     assert form.needle_tokens(test=True) >= 4 + 2
 
 
-def test_mistakes_are_named(token_shards: Path, tmp_path: Path) -> None:
+def test_invalid_values_raise_user_error(token_shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tokenizer\.json: cannot be read"):
-        needle_form(tmp_path, "english")
+        build_needle_form(tmp_path, "english")
     tokenizer = Tokenizer.from_file(str(token_shards / "tokenizer/tokenizer.json"))
     letters = type(tokenizer.model)({c: i for i, c in enumerate("abc")}, [])
     Tokenizer(letters).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match="words, needles need 16"):
-        needle_form(tmp_path, "english")
+        build_needle_form(tmp_path, "english")
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_both_sides_have_phrases_and_share_none(language: Language) -> None:
-    sides = [phrases(language, test=test) for test in (True, False)]
+def test_test_and_training_phrases_are_disjoint(language: Language) -> None:
+    sides = [list_phrases(language, test=test) for test in (True, False)]
     assert all(sides) and not set(sides[0]) & set(sides[1])
     openings = [{text.split("{}")[0] for text in side} for side in sides]
     assert not openings[0] & openings[1], "a model that learned what stands before a key would know the test"
 
 
-def test_a_value_stands_right_behind_its_key() -> None:
+def test_value_directly_follows_its_key() -> None:
     assert all(text.endswith(("{}{}.", "{}{})")) for texts in PHRASES.values() for text in texts)
 
 
@@ -113,8 +113,8 @@ PROSE = {
 }
 
 
-def test_text_goes_on_through_documents_and_leaves_special_tokens_out(
-        form: NeedleForm, haystacks: dict[str, Haystack], token_shards: Path) -> None:
+def test_text_spans_documents_without_special_tokens(form: NeedleForm, haystacks: dict[str, Haystack],
+                                                     token_shards: Path) -> None:
     stored = []
     for source in open_sources({str(token_shards): 1.0}, 1024):
         shard = source.shard("heldout")
@@ -128,20 +128,21 @@ def test_text_goes_on_through_documents_and_leaves_special_tokens_out(
     assert sources == {0, 1} and len(set(texts)) == 12
 
 
-def test_languages_are_seen_or_told(token_shards: Path) -> None:
+def test_language_is_detected_or_given(token_shards: Path) -> None:
     assert {name: detect_language(text) for name, text in PROSE.items()} == {name: name for name in PROSE}
     assert detect_language(inspect.getsource(inspect)) == "code"
     sources = open_sources({str(token_shards): 1.0}, 1024)
     tokenizer = token_shards / "tokenizer"
-    told = open_haystacks(sources, "heldout", tokenizer, told={"second": "english"})
+    told = open_haystacks(sources, "heldout", tokenizer, source_languages={"second": "english"})
     assert [h.language for h in told] == ["english", "code"]
     assert [h.sizes for h in told] == [(sources[1].num_tokens["heldout"],),
                                        (sources[0].num_tokens["heldout"],)]
-    (only,) = open_haystacks(sources, "heldout", tokenizer, languages=["code"], told={"second": "english"})
+    (only,) = open_haystacks(sources, "heldout", tokenizer, languages=["code"],
+                             source_languages={"second": "english"})
     assert only.language == "code"
 
 
-def test_mistakes_of_haystacks_are_named(token_shards: Path) -> None:
+def test_invalid_haystacks_raise_user_error(token_shards: Path) -> None:
     tokenizer = token_shards / "tokenizer"
     sources = open_sources({str(token_shards): 1.0}, 1024)
     chats = Source("chats", token_shards, "chat", {}, {"heldout": 100}, 1.0)
@@ -150,4 +151,4 @@ def test_mistakes_of_haystacks_are_named(token_shards: Path) -> None:
     with pytest.raises(UserError, match="'heldout' text is thai"):
         open_haystacks(sources, "heldout", tokenizer, languages=["code", "thai"])
     with pytest.raises(UserError, match="--language third=thai: the data"):
-        open_haystacks(sources, "heldout", tokenizer, told={"third": "thai"})
+        open_haystacks(sources, "heldout", tokenizer, source_languages={"third": "thai"})

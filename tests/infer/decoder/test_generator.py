@@ -1,5 +1,4 @@
-"""Cached generation: what a full forward pass says, at every layout, however prompts are cut,
-with drafts and without."""
+"""Cached generation equals full forward passes at every layout, with and without drafts."""
 
 from __future__ import annotations
 
@@ -30,12 +29,12 @@ SETTINGS = ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "
 
 def continuations(layout: dict[str, Any], *, full: bool = False, pieces: bool = False,
                   family: str = "k-exaone", settings: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return what a drawn model writes, in several ways, on this process."""
-    from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
+    """Return the continuations of a random model, computed in several ways, on this process."""
+    from megatron_sov.engine.decode.forward_only import DocumentBatch, ForwardModel
     from megatron_sov.engine.parallel import world
     from megatron_sov.infer import request
     from megatron_sov.infer.decoder.generator import MegatronEngine
-    from megatron_sov.infer.request import Batching, Bounds, Sampling, StopRule
+    from megatron_sov.infer.request import Batching, GenerationBounds, Sampling, StopRule
     from tests.tiny import tiny_model
 
     config, model = tiny_model(f"tiny-{family}", *SETTINGS, *settings, layout=layout)
@@ -55,12 +54,13 @@ def continuations(layout: dict[str, Any], *, full: bool = False, pieces: bool = 
     greedy = plain.continuations
     rows = iter(range(1000))
     # each process is asked, and only the first one says when it is enough
-    over = Bounds(LIMITS, lambda: next(rows) == 2 if int(os.environ["RANK"]) == 0 else next(rows) == 0)
+    stop_row = 2 if int(os.environ["RANK"]) == 0 else 0
+    over = GenerationBounds(LIMITS, lambda: next(rows) == stop_row)
     drafted = vars(MegatronEngine(policy, Batching(4, 5)).generate(PROMPTS, drafting(routed, drafts)))
     found = {"greedy": greedy, "routes": [r.tolist() for r in plain.routes],
              "drafted routes": [r.tolist() for r in drafted["routes"]], "sampled": write(PROMPTS, warm),
              "stopped early": write(PROMPTS, Sampling(NEW), bounds=over),
-             "limited": write(PROMPTS, Sampling(NEW), bounds=Bounds(LIMITS, lambda: False)),
+             "limited": write(PROMPTS, Sampling(NEW), bounds=GenerationBounds(LIMITS, lambda: False)),
              "drafted": {name: drafted[name] for name in ("continuations", "drafted", "accepted")},
              "drafted samples": write(PROMPTS, drafting(warm, drafts))}
     if full:
@@ -69,7 +69,7 @@ def continuations(layout: dict[str, Any], *, full: bool = False, pieces: bool = 
                                  stop=StopRule((found["end"],)))
         found["alone"] = {i: write([PROMPTS[i]], warm, streams=[i])[0] for i in ALONE}
         found |= _repeated(policy, warm, routed)
-        row = [Inputs([[*p, *c]], torch.device("cpu")) for p, c in zip(PROMPTS, greedy, strict=True)]
+        row = [DocumentBatch([[*p, *c]], torch.device("cpu")) for p, c in zip(PROMPTS, greedy, strict=True)]
         model.config.routing_step.record = record = {}
         found["full"] = [policy.logits(r, torch.arange(len(p) - 1, len(p) + NEW - 1)).argmax(-1).tolist()
                          for p, r in zip(PROMPTS, row, strict=True)]
@@ -82,13 +82,13 @@ def continuations(layout: dict[str, Any], *, full: bool = False, pieces: bool = 
         found["one slot"] = write(PROMPTS, Sampling(NEW))
     found["as before"] = model.training and attention == [
         type(m.core_attention).__name__ for m in model.modules() if hasattr(m, "core_attention")]
-    world.leave()
+    world.leave_world()
     return found
 
 
 def _repeated(policy: Any, warm: Any, routed: Any) -> dict[str, Any]:
-    """Return what is written behind prompts that several sequences have, in rows of several sizes and one by
-    one, with routes; and the tokens of prompts that were read."""
+    """Return continuations of repeated prompts, in rows of several sizes and alone, with routes, and the
+    tokens read."""
     from megatron_sov.engine.decode.cached_decoder import CachedDecoder
     from megatron_sov.infer.decoder.generator import MegatronEngine
     from megatron_sov.infer.request import Batching
@@ -121,7 +121,7 @@ LAYOUTS = {
 
 
 def check_ways(found: dict[str, Any]) -> None:
-    """Hold all that one process wrote against what it wrote greedily."""
+    """Compare all continuations of a process with its greedy continuations."""
     greedy = found["greedy"]
     assert greedy == found["full"], "cached differs from a full forward pass"
     assert found["routes"] == found["drafted routes"] == found["full routes"]
@@ -146,7 +146,7 @@ def check_ways(found: dict[str, Any]) -> None:
 @pytest.mark.parametrize("names", [
     ["TP2+SP x CP2, EP4"], pytest.param(["PP2 VPP2", "EP2, experts by gathering"], marks=pytest.mark.deep)],
     ids=["all kinds", "gathering"])
-def test_every_way_and_every_layout_write_the_same(ranks, job, names: list[str]) -> None:
+def test_generation_is_equal_at_every_layout(ranks, job, names: list[str]) -> None:
     alone, *others = ranks(
         job(__file__, "continuations", 1, {"layout": {}, "full": True, "pieces": True}),
         *(job(__file__, "continuations", n, {"layout": x}) for n, x in map(LAYOUTS.get, names)))
@@ -168,13 +168,13 @@ FAMILIES = {"k-exaone": SETTINGS[:-1], "solar-open": [*SETTINGS[:-1], "model.sli
 
 
 def logprobs_of(layout: dict[str, Any], family: str, chosen: list[str]) -> dict[str, Any]:
-    """Return for each chosen way to sample how far the engine's log-probabilities are from the trainer's
-    (fp32), and what an engine of another model writes before and after an update."""
+    """Return the distance of the engine's log-probabilities from the trainer's (fp32) for each sampling
+    setting, and the continuations of another model before and after an update."""
     from megatron_sov import recipes
     from megatron_sov.checkpoint import load
     from megatron_sov.convert import export_weights
-    from megatron_sov.engine.decode.forward_only import ForwardModel, Inputs
-    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.decode.forward_only import DocumentBatch, ForwardModel
+    from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.parallel import collectives, world
     from megatron_sov.infer.decoder.generator import MegatronEngine
     from megatron_sov.infer.request import Batching, Sampling, StopRule
@@ -182,14 +182,14 @@ def logprobs_of(layout: dict[str, Any], family: str, chosen: list[str]) -> dict[
 
     parallel = ParallelConfig(**layout)
     config = apply_settings(recipes.get(f"tiny-{family}"), [*FAMILIES[family], "train.precision=fp32"])
-    world.join(parallel)
-    model = build(config.model, parallel, config.train)
-    load.initialise(model, config.model, 1)
+    world.join_world(parallel)
+    model = build_model(config.model, parallel, config.train)
+    load.initialize_weights(model, config.model, 1)
     policy = ForwardModel(model, 7)
 
     def trainers(row: list[int], temperature: float) -> torch.Tensor:
-        """Log-probability of each token of a row but the first."""
-        batch = Inputs([row], torch.device("cpu"))
+        """Return the log-probability of each token of a row except the first."""
+        batch = DocumentBatch([row], torch.device("cpu"))
         if temperature not in (0, 1):
             logits = policy.logits(batch, torch.arange(len(row) - 1)).double() / temperature
             return logits.log_softmax(-1)[torch.arange(len(row) - 1), torch.tensor(row[1:])]
@@ -216,8 +216,8 @@ def logprobs_of(layout: dict[str, Any], family: str, chosen: list[str]) -> dict[
             "drafted": Sampling(NEW, num_drafts=drafts),
             "drafted T 1": Sampling(NEW, 1.0, seed=3, num_drafts=drafts)}
     found = {name: furthest(ways[name]) for name in chosen}
-    other = build(config.model, parallel, config.train)
-    load.initialise(other, config.model, 2)
+    other = build_model(config.model, parallel, config.train)
+    load.initialize_weights(other, config.model, 2)
     engine = MegatronEngine(ForwardModel(other, 7))
     versions = []
     for weights, version in ((None, 1), (export_weights(model, everywhere=True), 7)):
@@ -225,7 +225,7 @@ def logprobs_of(layout: dict[str, Any], family: str, chosen: list[str]) -> dict[
         written = engine.generate(FEW, ways["T 1"], stop=StopRule((50,)))
         versions.append((written.version, written.continuations == found["T 1"]["tokens"]))
     found["updated"] = versions
-    world.leave()
+    world.leave_world()
     return found
 
 
@@ -242,8 +242,8 @@ WHERE = [("k-exaone", 1, {}, ["greedy", "T 1", "T 0.7", "drafted", "drafted T 1"
 @pytest.mark.essential
 @pytest.mark.parametrize("further", [[1], pytest.param([2, 3], marks=pytest.mark.deep)],
                          ids=["tensors", "stages and experts"])
-def test_log_probabilities_are_those_of_the_trainer(ranks, job, further: list[int]) -> None:
-    """At the first of WHERE, and further ones."""
+def test_logprobs_equal_those_of_the_trainer(ranks, job, further: list[int]) -> None:
+    """At the first layout of WHERE, and further layouts."""
     chosen = [WHERE[i] for i in (0, *further)]
     alone, *others = ranks(*(
         job(__file__, "logprobs_of", n, {"layout": layout, "family": family, "chosen": ways})
@@ -261,16 +261,16 @@ def test_log_probabilities_are_those_of_the_trainer(ranks, job, further: list[in
 
 @pytest.mark.essential
 @pytest.mark.parametrize("family", ["solar_open", "exaone_moe"])
-def test_greedy_text_is_that_of_transformers(family: str, hf_models: dict[str, Path],
-                                             imported: dict[str, Path], one_rank: None) -> None:
-    """Token by token on an exported folder, prompts of mixed lengths, far past the sliding
-    window of 8 tokens."""
+def test_greedy_text_equals_transformers(family: str, hf_models: dict[str, Path], imported: dict[str, Path],
+                                         one_rank: None) -> None:
+    """Token by token on an exported folder, with prompts of mixed lengths beyond the sliding window of 8
+    tokens."""
     prepare_megatron()
     from megatron_sov.engine.parallel import world
     from megatron_sov.infer.decoder.generator import MegatronEngine
-    from megatron_sov.infer.engines.libraries import load_hf
     from megatron_sov.infer.engines.load import load_forward_model
-    from megatron_sov.infer.engines.target import inference_config
+    from megatron_sov.infer.engines.target import build_inference_config
+    from megatron_sov.infer.engines.transformers_engine import load_hf
     from megatron_sov.infer.request import Batching, Sampling
     from megatron_sov.model.config import ParallelConfig
 
@@ -278,9 +278,9 @@ def test_greedy_text_is_that_of_transformers(family: str, hf_models: dict[str, P
     expected = [model.generate(input_ids=torch.tensor([p]), max_new_tokens=24, do_sample=False,
                                pad_token_id=0)[0].tolist() for p in PROMPTS]
     expected = [e[len(p):] for e, p in zip(expected, PROMPTS, strict=True)]
-    world.join(ParallelConfig())
+    world.join_world(ParallelConfig())
     try:
-        policy = load_forward_model(imported[family], inference_config(imported[family], [], 1))
+        policy = load_forward_model(imported[family], build_inference_config(imported[family], [], 1))
         engine = MegatronEngine(policy)
         assert engine.generate(PROMPTS, Sampling(24)).continuations == expected
         assert (MegatronEngine(policy, Batching(3, 6)).generate(PROMPTS, Sampling(24)).continuations
@@ -291,4 +291,4 @@ def test_greedy_text_is_that_of_transformers(family: str, hf_models: dict[str, P
             engine.generate(PROMPTS, Sampling(4, num_drafts=1))
         assert engine.generate([], Sampling(4)).continuations == []
     finally:
-        world.leave()
+        world.leave_world()

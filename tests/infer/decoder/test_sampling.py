@@ -1,4 +1,4 @@
-"""Draws follow the tempered, truncated distribution; drafts that are taken by chance leave it as it is."""
+"""Samples follow the truncated distribution; speculative sampling does not change it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from megatron_sov.infer.decoder.sampling import accepted_by_chance, accepted_greedily, draw, probabilities
+from megatron_sov.infer.decoder.sampling import (
+    accept_sampled_drafts, compute_probabilities, count_greedy_matches, draw_tokens)
 from megatron_sov.infer.request import Sampling
 
 LOGITS = torch.tensor([[0.3, 2.0, -1.0, 1.1, 1.9], [0.0, 0.0, 0.0, 0.0, 5.0]])
@@ -19,41 +20,40 @@ SAMPLINGS = [Sampling(temperature=0.7), Sampling(temperature=1.3, top_k=3),
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_distributions_are_those_of_transformers(sampling: Sampling) -> None:
+def test_distributions_equal_transformers(sampling: Sampling) -> None:
     logits = torch.randn(40, 50, generator=torch.Generator().manual_seed(0)) * 2
     expected = TemperatureLogitsWarper(sampling.temperature)(None, logits.double())
     if sampling.top_k:
         expected = TopKLogitsWarper(sampling.top_k)(None, expected)
     if sampling.top_p < 1:
         expected = TopPLogitsWarper(sampling.top_p)(None, expected)
-    assert torch.allclose(probabilities(logits, sampling), expected.softmax(-1), atol=1e-12)
+    assert torch.allclose(compute_probabilities(logits, sampling), expected.softmax(-1), atol=1e-12)
 
 
-def test_of_equally_probable_tokens_the_first_ones_stay() -> None:
-    assert (probabilities(LOGITS[1:], Sampling(temperature=1.0, top_k=3))[0].nonzero()[:, 0].tolist()
+def test_truncation_keeps_the_lowest_tied_ids() -> None:
+    assert (compute_probabilities(LOGITS[1:], Sampling(temperature=1.0, top_k=3))[0].nonzero()[:, 0].tolist()
             == [0, 1, 4])
 
 
-def test_a_draw_is_a_quantile() -> None:
-    shares = probabilities(LOGITS, Sampling(temperature=0.7, top_k=3))
+def test_draw_returns_the_token_at_a_quantile() -> None:
+    shares = compute_probabilities(LOGITS, Sampling(temperature=0.7, top_k=3))
     places = ((np.arange(3000) + 0.5) / 3000).tolist()
     for number in range(2):
-        drawn = draw(shares[[number]].expand(3000, -1), places)
+        drawn = draw_tokens(shares[[number]].expand(3000, -1), places)
         assert drawn == sorted(drawn)
         assert np.bincount(drawn, minlength=5) / 3000 == pytest.approx(shares[number].numpy(), abs=1e-3)
         last = float(np.nextafter(1.0, 0.0))
         ends = shares[number].nonzero()[[0, -1], 0].tolist()
-        assert draw(7 * shares[[number, number]], [0.0, last]) == ends
+        assert draw_tokens(7 * shares[[number, number]], [0.0, last]) == ends
 
 
-def test_greedy_drafts_are_taken_up_to_the_first_other_token() -> None:
-    assert [accepted_greedily(d, [5, 6, 7]) for d in ([5, 6], [5, 9], [9, 6], [])] == [2, 1, 0, 0]
+def test_greedy_drafts_are_accepted_up_to_a_mismatch() -> None:
+    assert [count_greedy_matches(d, [5, 6, 7]) for d in ([5, 6], [5, 9], [9, 6], [])] == [2, 1, 0, 0]
 
 
 @pytest.mark.deep
 def test_speculative_samples_follow_the_models_distribution() -> None:
-    """All pairs of tokens that two drafts lead to, against the product of the model's own
-    conditional distributions."""
+    """All pairs of tokens from two drafts, against the product of the model's conditional distributions."""
     generator = torch.Generator().manual_seed(1)
     vocab, count = 4, 12000
     first = torch.rand(vocab, generator=generator).double().pow(3)
@@ -66,15 +66,15 @@ def test_speculative_samples_follow_the_models_distribution() -> None:
     pairs = np.zeros((vocab, vocab))
     taken = 0
     for _ in range(count):
-        (a,) = draw(start_guess[None], [numbers.random()])
-        (b,) = draw(guess[[a]], [numbers.random()])
-        accepted, final = accepted_by_chance([a, b], torch.stack([start_guess, guess[a]]),
+        (a,) = draw_tokens(start_guess[None], [numbers.random()])
+        (b,) = draw_tokens(guess[[a]], [numbers.random()])
+        accepted, final = accept_sampled_drafts([a, b], torch.stack([start_guess, guess[a]]),
                                              torch.stack([first, second[a], first]),
                                              numbers.random(2).tolist())
         taken += accepted
-        written = [*[a, b][:accepted], *draw(final[None], [numbers.random()])]
+        written = [*[a, b][:accepted], *draw_tokens(final[None], [numbers.random()])]
         if len(written) == 1:  # the next pass writes the second one
-            written += draw(second[written], [numbers.random()])
+            written += draw_tokens(second[written], [numbers.random()])
         pairs[written[0], written[1]] += 1
     expected = (first[:, None] * second).numpy() * count
     chi_squared = float(((pairs - expected) ** 2 / expected).sum())

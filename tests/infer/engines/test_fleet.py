@@ -15,17 +15,17 @@ from safetensors.torch import load_file
 from megatron_sov.base.errors import UserError
 from megatron_sov.infer.engines.fleet import AddressKeeper, Fleet
 from megatron_sov.infer.engines.server_engine import (
-    GROUP, GROUPED_TOKENS, ServerEngine, ServerPlaces, WeightFiles, open_fleet)
+    GROUP, GROUPED_TOKENS, ServerEngine, ServerLocations, WeightFiles, open_fleet)
 from megatron_sov.infer.engines.server_process import (
-    ENGINE_PYTHON, PROGRAMS, EngineServers, OwnServer, refuse_no_engine)
-from megatron_sov.infer.request import Bounds, Sampling, StopRule
+    ENGINE_PYTHON, PROGRAMS, EngineServers, ServerProcess, check_engine_program)
+from megatron_sov.infer.request import GenerationBounds, Sampling, StopRule
 from megatron_sov.work.endpoints.token_server import TokenRequest, TokenServer
 from megatron_sov.work.endpoints.vllm_server import VllmServer
 from tests.token_servers import VOCAB, VllmDouble, token_at
 
 
 class DoubleKeeper:
-    """Starts a new double each time, as a process would be started."""
+    """Starts a new server double each time, like a process."""
 
     def __init__(self, token_s: float = 0.0, lives: int = 99, settings: EngineServers | None = None) -> None:
         self.doubles: list[VllmDouble] = []
@@ -67,7 +67,7 @@ def expected(request: TokenRequest, version: int = 0) -> list[int]:
     return [token_at(list(request.ids), place, version) for place in range(request.max_new_tokens)]
 
 
-def test_all_servers_share_the_queue_and_a_slow_answer_holds_no_other(fleets: Callable[..., Fleet]) -> None:
+def test_servers_share_one_queue(fleets: Callable[..., Fleet]) -> None:
     keepers = [DoubleKeeper(0.002), DoubleKeeper(0.002)]
     fleet = fleets(keepers, 2)
     slow = fleet.submit(TokenRequest("slow", [3], 2000))
@@ -78,8 +78,8 @@ def test_all_servers_share_the_queue_and_a_slow_answer_holds_no_other(fleets: Ca
     assert slow.result(10)[0].reason == "abort"
 
 
-def test_answers_are_counted_against_a_servers_room(fleets: Callable[..., Fleet],
-                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_count_against_server_capacity(fleets: Callable[..., Fleet],
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
     keeper, inside, most = DoubleKeeper(0.02), [0], [0]
     fleet, lock = fleets([keeper], 5), threading.Lock()
     generate = keeper.doubles[0]._generate
@@ -98,7 +98,7 @@ def test_answers_are_counted_against_a_servers_room(fleets: Callable[..., Fleet]
     assert [len(future.result(10)) for future in futures] == [2] * 6 and most == [2]
 
 
-def test_more_answers_than_there_is_room_for_are_written_alone(fleets: Callable[..., Fleet]) -> None:
+def test_oversized_request_runs_alone(fleets: Callable[..., Fleet]) -> None:
     future = fleets([DoubleKeeper()], 2).submit(TokenRequest("a", [3], 4, count=3))
     assert len(future.result(10)) == 3
 
@@ -119,7 +119,7 @@ def num_there(fleet: Fleet) -> int:
     return sum(member.server is not None for member in fleet._members)
 
 
-def test_others_take_over_what_a_dead_server_had_and_it_comes_back(fleets: Callable[..., Fleet]) -> None:
+def test_requests_of_a_dead_server_move_and_it_restarts(fleets: Callable[..., Fleet]) -> None:
     keepers = [DoubleKeeper(0.01), DoubleKeeper(0.01)]
     fleet = fleets(keepers)
     fleet.update(["/first"], 4)
@@ -133,8 +133,7 @@ def test_others_take_over_what_a_dead_server_had_and_it_comes_back(fleets: Calla
     assert (keepers[0].doubles[1].weights, keepers[0].doubles[1].version) == ("/first", "4")
 
 
-def test_weights_over_a_group_reach_all_servers_and_one_that_comes_back(
-        fleets: Callable[..., Fleet], tmp_path: Path) -> None:
+def test_group_transfer_reaches_restarted_servers(fleets: Callable[..., Fleet], tmp_path: Path) -> None:
     keepers = [DoubleKeeper(settings=EngineServers(answer_s=20, transfer="collective")) for _ in range(2)]
     fleet = fleets(keepers)
     while num_there(fleet) < 2:
@@ -152,8 +151,8 @@ def test_weights_over_a_group_reach_all_servers_and_one_that_comes_back(
     engine.close()
 
 
-def test_a_server_that_dies_under_a_transfer_is_given_weights_anew(
-        fleets: Callable[..., Fleet], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_server_that_dies_during_transfer_gets_weights_again(fleets: Callable[..., Fleet], tmp_path: Path,
+                                                             capsys: pytest.CaptureFixture[str]) -> None:
     keeper = DoubleKeeper(settings=EngineServers(answer_s=20, transfer="collective"))
     engine = ServerEngine("vllm", fleets([keeper]), tmp_path, tmp_path / "w", 4)
     keeper.doubles[0].dies_in_transfer = True
@@ -162,11 +161,11 @@ def test_a_server_that_dies_under_a_transfer_is_given_weights_anew(
     assert torch.equal(keeper.doubles[1].received["w"], torch.arange(3.0))
     # its process is looked at meanwhile too: either is the first to know
     told = capsys.readouterr().err
-    assert f"{keeper.doubles[0].url}: " in told and "it is started again" in told
+    assert f"{keeper.doubles[0].url}: " in told and "it is restarted" in told
     engine.close()
 
 
-def test_weights_change_on_all_servers_while_answers_are_under_way(fleets: Callable[..., Fleet]) -> None:
+def test_update_during_requests_reaches_all_servers(fleets: Callable[..., Fleet]) -> None:
     keepers = [DoubleKeeper(0.01), DoubleKeeper(0.01)]
     fleet = fleets(keepers)
     futures = [fleet.submit(request) for request in asked(4, 30)]
@@ -178,9 +177,8 @@ def test_weights_change_on_all_servers_while_answers_are_under_way(fleets: Calla
     assert {keeper.doubles[0].version for keeper in keepers} == {"7"}
 
 
-def test_a_server_that_does_not_score_a_text_is_left_out(
-        fleets: Callable[..., Fleet], monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str]) -> None:
+def test_server_that_cannot_score_is_skipped(fleets: Callable[..., Fleet], monkeypatch: pytest.MonkeyPatch,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
     keepers = [DoubleKeeper(), DoubleKeeper()]
     fleet = fleets(keepers)
     while num_there(fleet) < 2:
@@ -188,10 +186,10 @@ def test_a_server_that_does_not_score_a_text_is_left_out(
     assert len(fleet.score([5, 6])) == 2
     monkeypatch.setattr(keepers[0].doubles[0], "_generate", lambda body: (500, {}))
     assert len(fleet.score([5, 6])) == 1
-    assert f"{keepers[0].doubles[0].url}: says nothing of a known text" in capsys.readouterr().err
+    assert f"{keepers[0].doubles[0].url}: cannot score a text" in capsys.readouterr().err
 
 
-def test_ids_that_would_end_a_server_are_not_sent(fleets: Callable[..., Fleet]) -> None:
+def test_ids_outside_the_vocabulary_are_rejected(fleets: Callable[..., Fleet]) -> None:
     keeper = DoubleKeeper()
     fleet = fleets([keeper])
     for ids in ([VOCAB], [-1], []):
@@ -200,7 +198,7 @@ def test_ids_that_would_end_a_server_are_not_sent(fleets: Callable[..., Fleet]) 
     assert not keeper.doubles[0].asked
 
 
-def test_a_server_that_dies_each_time_ends_all_with_a_sentence(fleets: Callable[..., Fleet]) -> None:
+def test_repeated_server_deaths_raise_user_error(fleets: Callable[..., Fleet]) -> None:
     fleet = fleets([DoubleKeeper(lives=0)], restarts=2)
     future = fleet.submit(TokenRequest("a", [3], 5))
     with pytest.raises(UserError, match="died 3 times without"):
@@ -209,7 +207,7 @@ def test_a_server_that_dies_each_time_ends_all_with_a_sentence(fleets: Callable[
         fleet.submit(TokenRequest("b", [3], 5))
 
 
-def test_a_fleet_is_an_engine(fleets: Callable[..., Fleet], tmp_path: Path) -> None:
+def test_fleet_implements_engine(fleets: Callable[..., Fleet], tmp_path: Path) -> None:
     keeper = DoubleKeeper()
     engine = ServerEngine("vllm", fleets([keeper]), tmp_path, tmp_path / "w", 4)
     first = [token_at([3, 1], place, 0) for place in range(6)]
@@ -225,8 +223,7 @@ def test_a_fleet_is_an_engine(fleets: Callable[..., Fleet], tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
 
 
-def test_short_samples_of_a_prompt_are_asked_for_together(fleets: Callable[..., Fleet],
-                                                           tmp_path: Path) -> None:
+def test_short_samples_are_grouped_into_requests(fleets: Callable[..., Fleet], tmp_path: Path) -> None:
     fleet = fleets([DoubleKeeper()], 6)
     engine = ServerEngine("vllm", fleet, tmp_path, tmp_path / "w", 6)
 
@@ -247,8 +244,7 @@ def test_short_samples_of_a_prompt_are_asked_for_together(fleets: Callable[..., 
     assert counts([[3]] * 2, *[Sampling(5)] * 2) == [1, 1]
 
 
-def test_prompts_of_a_round_go_to_each_server_in_one_request(
-        fleets: Callable[..., Fleet], tmp_path: Path) -> None:
+def test_joined_prompts_use_one_request_per_server(fleets: Callable[..., Fleet], tmp_path: Path) -> None:
     keepers = [DoubleKeeper(), DoubleKeeper()]
     fleet = fleets(keepers, 12)
     engine = ServerEngine("vllm", fleet, tmp_path, tmp_path / "w", 24)
@@ -271,17 +267,16 @@ def test_prompts_of_a_round_go_to_each_server_in_one_request(
 
 
 
-def test_bounds_end_what_is_under_way(fleets: Callable[..., Fleet], tmp_path: Path) -> None:
+def test_bounds_abort_running_requests(fleets: Callable[..., Fleet], tmp_path: Path) -> None:
     engine = ServerEngine("vllm", fleets([DoubleKeeper(0.01)]), tmp_path, tmp_path / "w", 4)
     ended = threading.Event()
     threading.Timer(0.1, ended.set).start()
-    found = engine.generate([[3, 1], [3, 2]], Sampling(400), bounds=Bounds([3, 400], ended.is_set))
+    found = engine.generate([[3, 1], [3, 2]], Sampling(400), bounds=GenerationBounds([3, 400], ended.is_set))
     assert len(found.continuations[0]) == 3 and 0 < len(found.continuations[1]) < 400
     assert found.finish_reasons == ["length", "length"]
 
 
-def test_weights_are_written_in_parts_and_the_old_ones_go(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weight_files_are_sharded_and_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_sov.infer.engines.server_engine.SHARD_BYTES", 40)
     files = WeightFiles(tmp_path / "w")
     block = torch.arange(20.0).reshape(2, 10)
@@ -289,45 +284,45 @@ def test_weights_are_written_in_parts_and_the_old_ones_go(
     assert [list(load_file(file)) for file in first] == [["a"], ["b"], ["c"]]
     assert torch.equal(load_file(first[1])["b"], block[1])
     second = files.write(iter([("a", block[0])]))
-    files.forget_others(second)
+    files.delete_others(second)
     assert not Path(first[0]).exists() and Path(second[0]).is_file()
     WeightFiles(tmp_path / "w")
     assert not Path(second[0]).exists()
 
 
-def test_a_closed_fleet_leaves_nobody_waiting() -> None:
+def test_closed_fleet_fails_pending_requests() -> None:
     with Fleet([DoubleKeeper(0.01)], VOCAB, 1, look_s=0.02) as fleet:
         futures = [fleet.submit(request) for request in asked(3, 1000)]
     assert all("have been ended" in str(future.exception(10)) for future in futures)
 
 
 @pytest.mark.parametrize("script, said", [
-    (None, "is no program that can be started; name the interpreter that has vLLM by SOV_ENGINE_PYTHON"),
-    (f'exec {sys.executable} "$@"', "python has no vLLM; install it into an environment of its own")])
-def test_an_interpreter_without_vllm_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                             script: str | None, said: str) -> None:
+    (None, "is not an executable program; set the interpreter with vLLM by SOV_ENGINE_PYTHON"),
+    (f'exec {sys.executable} "$@"', "python has no vLLM; install it into its own environment")])
+def test_interpreter_without_vllm_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                              script: str | None, said: str) -> None:
     python = tmp_path / "python"
     if script is not None:
         python.write_text(f"#!/bin/sh\n{script}\n")
         python.chmod(0o755)
     monkeypatch.setenv(ENGINE_PYTHON, str(python))
     with pytest.raises(UserError, match=said), open_fleet("vllm", tmp_path, VOCAB, 8, EngineServers(),
-                                                          ServerPlaces(tmp_path)):
+                                                          ServerLocations(tmp_path)):
         pass
     # one that has it; and others' servers need none
     monkeypatch.setitem(PROGRAMS, "vllm", replace(PROGRAMS["vllm"], module="json"))
-    refuse_no_engine("vllm", (), Path(sys.executable))
-    refuse_no_engine("vllm", ("http://127.0.0.1:9",), python)
+    check_engine_program("vllm", (), Path(sys.executable))
+    check_engine_program("vllm", ("http://127.0.0.1:9",), python)
 
 
-def test_a_server_that_ends_without_a_word_is_told(tmp_path: Path) -> None:
-    server = OwnServer("vllm", 0, tmp_path, 8, EngineServers(), tmp_path, command=("true",))
+def test_silent_server_exit_is_reported(tmp_path: Path) -> None:
+    server = ServerProcess("vllm", 0, tmp_path, 8, EngineServers(), tmp_path, command=("true",))
     with pytest.raises(UserError, match=r"wrote nothing into .*engine-0.log"):
         server.start(lambda: False)
     server.end()
 
 
-def test_waiting_for_an_address_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_waiting_for_an_address_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     double = VllmDouble()
     keeper = AddressKeeper(VllmServer(double.url, answer_s=1), 0)
     assert keeper.is_alive()
@@ -338,7 +333,7 @@ def test_waiting_for_an_address_is_told(capsys: pytest.CaptureFixture[str]) -> N
     assert f"--engine-url {double.url}: does not answer; waiting up to 0 s" in capsys.readouterr().err
 
 
-def test_a_server_that_takes_no_weights_is_told(fleets: Callable[..., Fleet]) -> None:
+def test_server_without_weight_updates_is_reported(fleets: Callable[..., Fleet]) -> None:
     double = VllmDouble()
     double.refuses = lambda path: path.startswith("/pause")
     with Fleet([AddressKeeper(VllmServer(double.url), 0)], VOCAB, 1, look_s=0.02) as fleet:

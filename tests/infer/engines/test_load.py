@@ -1,4 +1,4 @@
-"""Loading: what is damaged is refused by name, on the processes as well."""
+"""Loading a model: damage is reported by name, on other processes as well."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from megatron_sov.infer.engines.load import load_tokenizer, run_forward_model  #
 from megatron_sov.infer.engines.target import Target  # noqa: E402
 
 
-def test_work_gets_the_model_and_gives_its_result_back(one_rank: None, imported: dict[str, Path],
-                                                        hf_models: dict[str, Path]) -> None:
+def test_run_forward_model_returns_the_result(one_rank: None, imported: dict[str, Path],
+                                              hf_models: dict[str, Path]) -> None:
     for target in (Target(imported["exaone_moe"], False), Target(hf_models["exaone_moe"], True)):
         found = run_forward_model(target, ["train.head_chunk_tokens=7"], None, lambda loaded: [
             loaded.world.size, loaded.config.train.head_chunk_tokens,
@@ -33,10 +33,10 @@ def test_work_gets_the_model_and_gives_its_result_back(one_rank: None, imported:
         assert found == [1, 7, sum(map(math.prod, sizes)) - biases]
 
 
-def test_a_model_is_loaded_with_the_kernels_of_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_is_loaded_with_gpu_settings_of_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
     # a gate under Slurm runs where its run has trained, and there the library refuses another attention
     found: list[GpuConfig] = []
-    monkeypatch.setattr(loading, "build_configured", lambda config, gpu: found.append(gpu))
+    monkeypatch.setattr(loading, "build_run_model", lambda config, gpu: found.append(gpu))
     monkeypatch.setattr(loading, "ForwardModel", lambda *_: None)
     for name in ("check", "load_model"):
         monkeypatch.setattr(loading.load, name, lambda *_: None)
@@ -46,8 +46,8 @@ def test_a_model_is_loaded_with_the_kernels_of_its_run(monkeypatch: pytest.Monke
     assert found == [GpuConfig(attention="fused")]
 
 
-def test_a_damaged_checkpoint_is_named(one_rank: None, imported: dict[str, Path], tmp_path: Path,
-                                       capsys) -> None:
+def test_damaged_checkpoint_is_named(one_rank: None, imported: dict[str, Path], tmp_path: Path,
+                                     capsys) -> None:
     damaged = shutil.copytree(imported["solar_open"], tmp_path / "damaged")
     file = next(damaged.glob("model/*/*.safetensors"))
     raw = bytearray(file.read_bytes())

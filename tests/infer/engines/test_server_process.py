@@ -11,8 +11,8 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.infer.engines import server_process
-from megatron_sov.infer.engines.server_engine import server_settings
-from megatron_sov.infer.engines.server_process import WORKER_FOLDER, OwnServer
+from megatron_sov.infer.engines.server_engine import parse_server_settings
+from megatron_sov.infer.engines.server_process import WORKER_FOLDER, ServerProcess
 
 PROGRAM = """
 import http.server, json, os, subprocess, sys, time
@@ -33,10 +33,10 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])
 """
 
 
-def server(folder: Path, *more: str, number: int = 0) -> OwnServer:
-    settings = server_settings("vllm", ["tp=2", "servers=2", 'devices=["4","5","6","7"]', "ep=true",
+def server(folder: Path, *more: str, number: int = 0) -> ServerProcess:
+    settings = parse_server_settings("vllm", ["tp=2", "servers=2", 'devices=["4","5","6","7"]', "ep=true",
                                 "quantization=fp8", f"more={json.dumps(more)}"], "--engine-set")
-    return OwnServer("vllm", number, Path("model"), 99, settings, folder / "engines",
+    return ServerProcess("vllm", number, Path("model"), 99, settings, folder / "engines",
                      command=(sys.executable, "-c", PROGRAM), with_routes=True)
 
 
@@ -50,8 +50,7 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_process, "_LOOK_S", 0.05)
 
 
-def test_a_server_is_started_as_asked_and_ends_with_all_that_it_started(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_starts_and_stops_with_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("PYTHONPATH", "/mine")
@@ -72,8 +71,8 @@ def test_a_server_is_started_as_asked_and_ends_with_all_that_it_started(
     assert not own.is_alive() and not any(map(psutil.pid_exists, told["pids"]))
 
 
-def test_what_a_killed_server_leaves_is_killed_before_the_next_start(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_of_a_killed_server_are_killed_on_restart(tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     own = server(tmp_path)
     own.start(never)
@@ -84,7 +83,7 @@ def test_what_a_killed_server_leaves_is_killed_before_the_next_start(
     own.end()
 
 
-def test_a_server_that_does_not_start_tells_its_last_lines(tmp_path: Path) -> None:
+def test_failed_start_reports_last_log_lines(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="server 0 ended;"):
         server(tmp_path, "--fails").start(never)
 
@@ -93,15 +92,15 @@ def test_a_server_that_does_not_start_tells_its_last_lines(tmp_path: Path) -> No
     (["tp=0"], "tp"), (["memory_share=1.5"], "memory_share"), (["nothing=1"], "nothing"),
     (["dtype=bf17"], "dtype"), (["quantization=fp9"], "vLLM has auto_awq, .*fp8"),
     (["servers=2", 'devices=["0"]'], "must be 2, servers x tp x dp"), (["transfer=disk"], "transfer")])
-def test_settings_that_make_no_servers_are_refused(given: list[str], told: str) -> None:
+def test_invalid_server_settings_are_rejected(given: list[str], told: str) -> None:
     with pytest.raises(UserError, match=told):
-        server_settings("vllm", given, "--engine-set")
+        parse_server_settings("vllm", given, "--engine-set")
 
 
-def test_copies_inside_of_a_server_have_one_door(tmp_path: Path) -> None:
+def test_data_parallel_server_has_one_api_server(tmp_path: Path) -> None:
     # vLLM opens as many as copies, and a request that came in by one cannot be ended by another
-    settings = server_settings("vllm", ["dp=2", "requests=8"], "--engine-set")
-    words = OwnServer("vllm", 0, Path("model"), 99, settings, tmp_path).words(5)
+    settings = parse_server_settings("vllm", ["dp=2", "requests=8"], "--engine-set")
+    words = ServerProcess("vllm", 0, Path("model"), 99, settings, tmp_path).words(5)
     assert "--data-parallel-size 2 --api-server-count 1" in " ".join(words)
     # behind which each has room of its own
     assert "--max-num-seqs 8" in " ".join(words) and settings.room == 16

@@ -1,4 +1,4 @@
-"""What TARGET means, and how a checkpoint is run."""
+"""Models that TARGET can name, and the settings to run a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.model.config import LoraConfig
@@ -17,11 +17,11 @@ from megatron_sov.model.recipes import get
 
 prepare_megatron()
 
-from megatron_sov.infer.engines.target import Target, find_target, inference_config  # noqa: E402
+from megatron_sov.infer.engines.target import Target, build_inference_config, find_target  # noqa: E402
 
 
-def test_each_kind_of_folder_is_known(imported: dict[str, Path], hf_models: dict[str, Path],
-                                      tmp_path: Path) -> None:
+def test_find_target_detects_each_kind_of_folder(imported: dict[str, Path], hf_models: dict[str, Path],
+                                                 tmp_path: Path) -> None:
     checkpoint, folder = imported["exaone_moe"], hf_models["exaone_moe"]
     for step in (9, 10):
         (tmp_path / "run/checkpoints").mkdir(parents=True, exist_ok=True)
@@ -34,8 +34,8 @@ def test_each_kind_of_folder_is_known(imported: dict[str, Path], hf_models: dict
         folder, checkpoint / "tokenizer")
 
 
-def test_a_target_tells_its_size_and_history(imported: dict[str, Path], hf_models: dict[str, Path],
-                                             tmp_path: Path) -> None:
+def test_target_reports_size_and_training(imported: dict[str, Path], hf_models: dict[str, Path],
+                                          tmp_path: Path) -> None:
     ours, theirs = Target(imported["solar_open"], False), Target(hf_models["solar_open"], True)
     assert (ours.vocab_size, theirs.vocab_size) == (1024, 1024)
     assert (ours.step, theirs.step) == (0, None)
@@ -51,30 +51,30 @@ def test_a_target_tells_its_size_and_history(imported: dict[str, Path], hf_model
     assert (Target(trained, False).trained_tokens, Target(trained, False).step) == (64, 70)
 
 
-def test_a_checkpoint_runs_in_fp32_on_a_cpu_and_as_asked(imported: dict[str, Path]) -> None:
-    plain = inference_config(imported["solar_open"], [], 1)
+def test_checkpoint_runs_in_the_requested_precision(imported: dict[str, Path]) -> None:
+    plain = build_inference_config(imported["solar_open"], [], 1)
     assert (plain.train.precision, plain.parallel.tp, plain.model.family) == ("fp32", 1, "solar_open")
-    asked = inference_config(imported["solar_open"], ["train.precision=bf16", "parallel.pp=2"], 2)
+    asked = build_inference_config(imported["solar_open"], ["train.precision=bf16", "parallel.pp=2"], 2)
     assert (asked.train.precision, asked.parallel.pp) == ("bf16", 2)
     with pytest.raises(UserError, match="2 must divide"):
-        inference_config(imported["solar_open"], ["parallel.pp=2"], 1)
+        build_inference_config(imported["solar_open"], ["parallel.pp=2"], 1)
 
 
-def test_adapters_that_a_checkpoint_does_not_have_are_refused(imported: dict[str, Path]) -> None:
+def test_other_adapter_settings_are_rejected(imported: dict[str, Path]) -> None:
     with pytest.raises(UserError, match=r"--set lora.rank=4: adapters"):
-        inference_config(imported["solar_open"], ["parallel.pp=2", "lora.rank=4"], 2)
+        build_inference_config(imported["solar_open"], ["parallel.pp=2", "lora.rank=4"], 2)
 
 
-def test_another_architecture_is_no_other_adapter(tmp_path: Path) -> None:
+def test_architecture_change_is_not_an_adapter_change(tmp_path: Path) -> None:
     model = get("tiny-solar-open").model
     made_with = replace(get("tiny-solar-open"), lora=LoraConfig(4))
-    with new_artifact(tmp_path / "adapter", "checkpoint") as artifact:
+    with create_artifact(tmp_path / "adapter", "checkpoint") as artifact:
         artifact.settings = made_with.to_dict()
-    asked = inference_config(tmp_path / "adapter", ["model.num_shared_experts=0"], 1)
+    asked = build_inference_config(tmp_path / "adapter", ["model.num_shared_experts=0"], 1)
     assert asked.lora == made_with.lora and asked.model != model, "the checkpoint's tensors tell"
 
 
-def test_folders_that_are_no_model_are_refused(hf_models: dict[str, Path], tmp_path: Path) -> None:
+def test_folders_without_a_model_are_rejected(hf_models: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere: does not exist"):
         find_target(tmp_path / "nowhere")
     with pytest.raises(UserError, match="checkpoint, a run"):

@@ -22,14 +22,14 @@ DONE: list[str] = []
 
 
 class Base:
-    """vLLM's engine, as far as it is of use to ours."""
+    """The part of vLLM's engine class that our subclass uses."""
 
     def __class_getitem__(cls, _: object) -> type:
         return cls
 
 
 class Model:
-    """Takes tensors, and no further ones behind one by the name of `ends_at`; `fails_at` ends all."""
+    """Model that loads tensors until `ends_at`, and fails at `fails_at`."""
 
     def __init__(self, ends_at: str = "", fails_at: str = "") -> None:
         self.ends_at, self.fails_at = ends_at, fails_at
@@ -45,7 +45,7 @@ class Model:
 
 
 class Kernel:
-    """vLLM's way to set an experts' kernel up, which tells whether there was none."""
+    """vLLM's expert kernel setup, recording whether a kernel existed."""
 
     moe_kernel: Any = "first"
 
@@ -55,8 +55,8 @@ class Kernel:
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> type:
-    """Give the engine as vLLM's worker makes it, in which the worker's folder alone is there; the parameter
-    says whether on a GPU."""
+    """Create the engine as vLLM's worker does, with only the worker's folder on its path; parametrized by
+    GPU."""
     DONE.clear()
     factory = types.SimpleNamespace(register_engine=lambda name, made: REGISTERED.update({name: made}))
     monkeypatch.setattr(Kernel, "_setup_kernel", Kernel._setup_kernel)
@@ -90,7 +90,7 @@ def worker(engine: type, model: Model, rank: int = 0, world_size: int = 1, copy:
 
 
 def send(workers: list[Any], tensors: dict[str, torch.Tensor]) -> list[BaseException | None]:
-    """Send tensors to workers, each of which is a thread; returns what they end with."""
+    """Send tensors to workers, one thread each; return their results."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     meeting = Meeting("127.0.0.1", store.port, 1 + len(workers), "gloo", 30)
     ended: list[BaseException | None] = [None] * len(workers)
@@ -117,7 +117,7 @@ def send(workers: list[Any], tensors: dict[str, torch.Tensor]) -> list[BaseExcep
     return ended
 
 
-def test_all_workers_of_all_copies_take_their_parts(engine: type, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_workers_of_all_replicas_receive_weights(engine: type, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_sov.infer.vllm_worker.sov_weight_group.BUCKET_BYTES", 16)
     tensors = {name: torch.full((4,), float(place)) for place, name in enumerate("abcd")}
     models = [Model(), Model(ends_at="b"), Model(), Model()]
@@ -132,7 +132,7 @@ def test_all_workers_of_all_copies_take_their_parts(engine: type, monkeypatch: p
     assert DONE == ["initialized"] * 4 + ["finalized"] * 4
 
 
-def test_what_is_half_loaded_does_not_stay_for_the_next_update(engine: type, tmp_path: Path) -> None:
+def test_partial_update_is_discarded(engine: type, tmp_path: Path) -> None:
     # more than sockets hold, so that what is sent has no end without a receiver
     tensors = {"a": torch.ones(1), "b": torch.ones(1 << 22), "c": torch.ones(1 << 22)}
     broken = worker(engine, Model(fails_at="a"))
@@ -148,7 +148,7 @@ def test_what_is_half_loaded_does_not_stay_for_the_next_update(engine: type, tmp
 
 
 @pytest.mark.parametrize(("engine", "seen"), [(False, "None"), (True, "first")], indirect=["engine"])
-def test_kernels_of_experts_are_made_anew_on_a_cpu_alone(engine: type, seen: str) -> None:
+def test_expert_kernels_are_rebuilt_on_cpus_only(engine: type, seen: str) -> None:
     # graphs of a GPU go on to read what the first kernel has
     Kernel()._setup_kernel()
     assert [seen] == DONE

@@ -44,7 +44,7 @@ TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(2.5, dtype=to
 
 @pytest.fixture
 def workers() -> Iterator[list[subprocess.Popen[str]]]:
-    """Give two processes as vLLM has them: with the worker's folder, and nothing else of the project."""
+    """Start two processes as vLLM does, with only the worker's folder on their path."""
     environment = {**os.environ, "PYTHONPATH": str(WORKER_FOLDER), "OMP_NUM_THREADS": "1"}
     found = [subprocess.Popen([sys.executable, "-c", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                               text=True, env=environment, cwd="/") for _ in range(2)]
@@ -73,7 +73,7 @@ def call(workers: list[subprocess.Popen[str]], meeting: Mapping[str, Any]) -> No
 
 
 def pair() -> tuple[WeightGroup, WeightGroup]:
-    """Return a trainer and a worker, both of this process."""
+    """Return a trainer and a worker, both in this process."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     meeting, cpu, found = Meeting("127.0.0.1", store.port, 2, "gloo", 60), torch.device("cpu"), []
     trainer = threading.Thread(target=lambda: found.append(WeightGroup(meeting, 0, "127.0.0.1", cpu, store)))
@@ -88,8 +88,8 @@ def line_of(worker: subprocess.Popen[str]) -> str:
     return worker.stdout.readline().strip()
 
 
-def test_all_tensors_reach_each_worker_then_others_over_another_group_until_one_dies(
-        workers: list[subprocess.Popen[str]], tmp_path: Path) -> None:
+def test_each_update_uses_a_new_group_until_a_worker_dies(workers: list[subprocess.Popen[str]],
+                                                          tmp_path: Path) -> None:
     first, second = dict(list(TENSORS.items())[:3]), dict(list(TENSORS.items())[3:])
     before = threading.active_count()
     for sent in ([saved(tmp_path, first), saved(tmp_path, second, "1")], [saved(tmp_path, first, "2")]):
@@ -126,9 +126,10 @@ def test_all_tensors_reach_each_worker_then_others_over_another_group_until_one_
     never.set()
 
 
-def test_a_worker_that_stands_still_holds_nobody_up_for_longer_than_patience() -> None:
+def test_stalled_worker_blocks_at_most_patience() -> None:
     trainer, worker = pair()
-    for patience_s, is_over, said in ((0.2, False, "has not moved for 0.2 s"), (60, True, "nobody waits")):
+    for patience_s, is_over, said in ((0.2, False, "was not transferred within 0.2 s"),
+                                      (60, True, "transfer was cancelled")):
         trainer._patience_s, over = patience_s, threading.Event()
         if is_over:
             over.set()
@@ -138,7 +139,7 @@ def test_a_worker_that_stands_still_holds_nobody_up_for_longer_than_patience() -
     trainer.close()
 
 
-def test_what_the_server_says_ends_the_sending_though_no_worker_has_come(tmp_path: Path) -> None:
+def test_server_error_ends_the_transfer(tmp_path: Path) -> None:
     def receive(meeting: Mapping[str, Any]) -> None:
         raise ValueError("the engine is dead")
 
@@ -148,7 +149,7 @@ def test_what_the_server_says_ends_the_sending_though_no_worker_has_come(tmp_pat
     wait_until(lambda: threading.active_count() <= before)
 
 
-def test_a_worker_that_a_trainer_leaves_is_told() -> None:
+def test_worker_gets_an_error_when_the_trainer_leaves() -> None:
     trainer, worker = pair()
     trainer.close()
     del trainer
@@ -156,7 +157,7 @@ def test_a_worker_that_a_trainer_leaves_is_told() -> None:
         list(worker.receive())
 
 
-def test_the_address_that_the_other_sees_is_told() -> None:
+def test_own_host_is_the_address_seen_by_the_peer() -> None:
     with socket.create_server(("127.0.0.1", 0)) as there:
         assert own_host("localhost", there.getsockname()[1]) == "127.0.0.1"
 

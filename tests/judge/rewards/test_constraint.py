@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.base.settings import problems_of
+from megatron_sov.base.settings import find_all_problems
 from megatron_sov.judge.rewards.constraint import (
     Constraint, ConstraintVerdict, problem_of, verdicts, views_of)
 from megatron_sov.judge.rewards.reward import judged
@@ -55,9 +55,9 @@ def test_a_row_that_cannot_be_judged_is_refused(row: dict[str, Any], reason: str
 
 
 def test_settings_are_checked_together() -> None:
-    assert [problem.key for problem in problems_of(Constraint(min_share=2, call_time_s=0.1))] == [
+    assert [problem.key for problem in find_all_problems(Constraint(min_share=2, call_time_s=0.1))] == [
         "min_share", "call_time_s"]
-    assert "pip install pythainlp" in str(problems_of(Constraint(segmenter="pythainlp"))[0])
+    assert "pip install pythainlp" in str(find_all_problems(Constraint(segmenter="pythainlp"))[0])
 
 
 def test_views_are_those_of_typhoon_s(monkeypatch: pytest.MonkeyPatch) -> None:

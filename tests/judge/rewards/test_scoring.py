@@ -208,7 +208,7 @@ def test_a_process_at_work_ends_with_a_command_that_is_killed(tmp_path: Path) ->
 def test_a_process_whose_command_has_ended_ends_without_a_traceback(
         is_early: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # they would change this process
-    for name in ("forget_other_variables", "limit_memory", "signal"):
+    for name in ("remove_unsafe_variables", "limit_memory", "signal"):
         monkeypatch.setattr(room, name, Mock())
     (tmp_path / "does.py").write_text(CODE)
     command, own = socket.socketpair()

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from megatron_sov.base.settings import problems_of
+from megatron_sov.base.settings import find_all_problems
 from megatron_sov.judge.rewards import patterns
 from megatron_sov.judge.rewards.patterns import MAX_JSON_CHARS, NO_JSON, json_of
 from megatron_sov.judge.rewards.reward import Refused
@@ -68,7 +68,7 @@ def test_a_pattern_has_to_match_the_whole_response() -> None:
     ({}, "nothing is asked for"), ({"regex": "("}, 'regex = "(" is no regular expression'),
     ({"tags": ("a b",)}, 'tags.0 = "a b" must be a name')])
 def test_settings_that_make_no_sense(settings: dict, problem: str) -> None:
-    assert problem in str(problems_of(Format(**settings))[0])
+    assert problem in str(find_all_problems(Format(**settings))[0])
 
 
 @pytest.mark.parametrize(("length", "reward"), [

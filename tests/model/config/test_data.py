@@ -12,8 +12,8 @@ from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import (
     DataConfig, PhaseConfig, RolloutConfig, RunConfig, TrainConfig, apply_settings)
-from megatron_sov.model.config.data import batch_size_at, phase_steps, ramp_changes
-from megatron_sov.model.config.run import with_policies, with_rounds
+from megatron_sov.model.config.data import batch_size_at, find_ramp_changes, phase_steps
+from megatron_sov.model.config.run import add_rounds, retain_policies
 
 RAMP = TrainConfig(tokens=1, global_batch_size=12, ramp_from_batch_size=4, ramp_increment=4, ramp_steps=10)
 
@@ -21,7 +21,7 @@ RAMP = TrainConfig(tokens=1, global_batch_size=12, ramp_from_batch_size=4, ramp_
 def test_the_ramp_by_hand() -> None:
     """From 4 to 12 by 4 in 10 steps: two equal stretches, and all of it from step 10 on."""
     assert [batch_size_at(RAMP, PhaseConfig("a"), s) for s in range(12)] == [4] * 5 + [8] * 5 + [12] * 2
-    assert ramp_changes(RAMP, PhaseConfig("a")) == [5, 10]
+    assert find_ramp_changes(RAMP, PhaseConfig("a")) == [5, 10]
     assert [batch_size_at(RAMP, PhaseConfig("a", global_batch_size=6), s) for s in (0, 5, 10)] == [4, 6, 6]
     assert [batch_size_at(RAMP, PhaseConfig("a", global_batch_size=24), s) for s in (0, 5, 10)] == [4, 8, 24]
 
@@ -35,7 +35,7 @@ def test_a_ramp_grows_by_its_increment_and_ends_on_time(first: int, more: int, i
     assert sizes[0] == first and sizes[-1] == first + more
     assert sizes == sorted(sizes)
     assert all((size - first) % increment == 0 for size in sizes[:-1])
-    changes = ramp_changes(train, PhaseConfig("a"))
+    changes = find_ramp_changes(train, PhaseConfig("a"))
     assert changes == [s for s in range(1, steps + 1) if sizes[s] > sizes[s - 1]]
 
 
@@ -91,31 +91,31 @@ def asked(*settings: str) -> RunConfig:
 
 
 def test_each_round_is_a_phase_of_its_steps() -> None:
-    config = with_rounds(asked())
+    config = add_rounds(asked())
     assert [phase.name for phase in config.data.phases] == [f"round-000{n}" for n in range(1, 8)]
     assert {phase.seq_len for phase in config.data.phases} == {32} and config.train.steps == 21
     assert config.phase_starts() == [0, 3, 6, 9, 12, 15, 18] and config.num_steps() == 21
-    assert with_rounds(config) == config, "a run's own config.json is taken again"
+    assert add_rounds(config) == config, "a run's own config.json is taken again"
 
 
 def test_policies_stay_as_long_as_a_generator_may_ask_for_them() -> None:
-    assert with_policies(asked("train.keep_checkpoints=1")).train.keep_checkpoints == 2
+    assert retain_policies(asked("train.keep_checkpoints=1")).train.keep_checkpoints == 2
     stale = asked("rollout.max_staleness=2", "train.checkpoint_every_steps=1", "train.keep_checkpoints=1")
-    assert with_policies(stale).train.keep_checkpoints == 12  # 4 rounds of 3
-    assert with_policies(asked("train.keep_checkpoints=0")).train.keep_checkpoints == 0  # all
-    assert with_rounds(stale).train.keep_checkpoints == 1, "a run that writes itself asks for none"
+    assert retain_policies(stale).train.keep_checkpoints == 12  # 4 rounds of 3
+    assert retain_policies(asked("train.keep_checkpoints=0")).train.keep_checkpoints == 0  # all
+    assert add_rounds(stale).train.keep_checkpoints == 1, "a run that writes itself asks for none"
 
 
 def test_rows_that_do_not_hold_a_response_are_refused() -> None:
-    with pytest.raises(UserError, match="20 = 30; make"):
-        with_rounds(asked("data.phases.0.seq_len=29"))
+    with pytest.raises(UserError, match="20 = 30 tokens; make"):
+        add_rounds(asked("data.phases.0.seq_len=29"))
     with pytest.raises(UserError, match="seq_len = 64:"):
-        with_rounds(asked("data.phases.0.seq_len=64", "rollout.max_new_tokens=4090",
+        add_rounds(asked("data.phases.0.seq_len=64", "rollout.max_new_tokens=4090",
                           "model.max_position_tokens=4096"))
-    with pytest.raises(UserError, match=r"rollout.rounds = 0: there"):
-        with_rounds(asked("rollout.rounds=0"))
+    with pytest.raises(UserError, match=r"rollout.rounds = 0: nothing"):
+        add_rounds(asked("rollout.rounds=0"))
 
 
 def test_a_rate_of_the_phase_is_not_passed_over_in_silence() -> None:
-    with pytest.raises(UserError, match=r"0.001 and .*follow"):
-        with_rounds(asked("data.phases.0.lr=1e-3"))
+    with pytest.raises(UserError, match=r"0.001 and .*rounds use optim.lr"):
+        add_rounds(asked("data.phases.0.lr=1e-3"))

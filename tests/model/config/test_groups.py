@@ -71,10 +71,10 @@ def test_yarns_table_is_cut_as_rows_are(small: Small) -> None:
 
 def test_layers_of_a_stage() -> None:
     """Runs lie in the order of the layers: the first runs of all stages, then the second ones."""
-    assert [ParallelConfig(pp=2, vpp=2).layers_of_stage(stage, 8) for stage in (0, 1)] == [
+    assert [ParallelConfig(pp=2, vpp=2).stage_layers(stage, 8) for stage in (0, 1)] == [
         [0, 1, 4, 5], [2, 3, 6, 7]]
     uneven = ParallelConfig(pp=2, vpp=2, pipeline_layout=(3, 2, 2, 1))
-    assert [uneven.layers_of_stage(stage, 8) for stage in (0, 1)] == [[0, 1, 2, 5, 6], [3, 4, 7]]
+    assert [uneven.stage_layers(stage, 8) for stage in (0, 1)] == [[0, 1, 2, 5, 6], [3, 4, 7]]
 
 
 # Rules of sources, phases and skipped steps.

@@ -16,7 +16,7 @@ from megatron_sov.base.hints.table import note_on
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.model.config import (
     DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, ParallelConfig, PhaseConfig, PolicyConfig,
-    RunConfig, TrainConfig, apply_settings, data_paths, from_dict)
+    RunConfig, TrainConfig, apply_settings, from_dict, parse_data_paths)
 from megatron_sov.model.config.post_training import METHODS
 from megatron_sov.model.config.run import RENAMED
 from tests.te_double.library_shapes import CONTRACT
@@ -90,12 +90,12 @@ def test_unknown_settings_and_wrong_types_of_a_file_are_all_named_in_the_order_o
 @pytest.mark.parametrize(("old", "now"), RENAMED.items())
 def test_a_setting_of_an_earlier_version_is_refused_with_its_name_of_today(old: str, now: str, small: Small
                                                                            ) -> None:
-    with pytest.raises(SettingsError, match=f"{old}: no such setting; it is called {now} now$"):
+    with pytest.raises(SettingsError, match=f"{old}: no such setting; it is now called {now}$"):
         apply_settings(small(), [f"{old}=1"])
     raw = small().to_dict()
     group, _, name = old.partition(".")
     raw[group] |= {name: 1} if "." not in name else {name.split(".")[0]: {name.split(".")[1]: 1}}
-    with pytest.raises(SettingsError, match=f"it is now called {now} now"):
+    with pytest.raises(SettingsError, match=f"it is now called {now}"):
         from_dict(raw)
 
 
@@ -107,8 +107,8 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_weights_stand_after_the_last_colon(data: Path) -> None:
-    assert data_paths([f"{data}/a:0.5", f"{data}/b:2"]) == {f"{data}/a": 0.5, f"{data}/b:2": 1.0}
-    assert data_paths([f"{data}/b:2:3"]) == {f"{data}/b:2": 3.0}
+    assert parse_data_paths([f"{data}/a:0.5", f"{data}/b:2"]) == {f"{data}/a": 0.5, f"{data}/b:2": 1.0}
+    assert parse_data_paths([f"{data}/b:2:3"]) == {f"{data}/b:2": 3.0}
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -125,7 +125,7 @@ def test_bad_data_is_refused(data: Path, monkeypatch: pytest.MonkeyPatch, argume
     (data / "file").write_text("")
     monkeypatch.chdir(data)
     with pytest.raises(UserError, match=message):
-        data_paths(arguments)
+        parse_data_paths(arguments)
 
 
 def test_what_is_not_offered_says_why_and_is_the_librarys(small: Small) -> None:
@@ -162,9 +162,9 @@ def test_numbers_follow_the_method_unless_they_are_set_too() -> None:
     ink = changed("tiny-typhoon-s-legal", "policy.method=dapo").policy.parts
     assert (ink.clip_high, ink.knowledge_coeff, ink.knowledge_batch_size) == (0.28, 0, 0)
     preference = changed("solar-open-102b-dpo", "preference.method=simpo").preference
-    assert (preference.strength, preference.beta) == (2.0, None)
+    assert (preference.effective_beta, preference.beta) == (2.0, None)
     assert changed("solar-open-102b-dpo", "preference.method=ipo",
-                   "preference.beta=0.3").preference.strength == 0.3
+                   "preference.beta=0.3").preference.effective_beta == 0.3
 
 
 @pytest.mark.parametrize(("recipe", "given", "expected"), [

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.model.counterparts.architecture import architecture, model_fields
+from megatron_sov.model.counterparts.architecture import infer_architecture, infer_model_fields
 
 LLAMA = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 48,
          "vocab_size": 96, "gated_linear_unit": True, "normalization": "RMSNorm", "seq_length": 64}
@@ -15,28 +15,28 @@ LLAMA = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidd
 
 @pytest.mark.parametrize(("stated", "sentence"), [
     ({"normalization": "LayerNorm"}, "normalization = 'LayerNorm': only 'RMSNorm' is read"),
-    ({"vocab_size": None}, "model.vocab_size is not said; pass --set model.vocab_size=N"),
-    ({"moe_layer_freq": 2, "num_moe_experts": 4}, "only dense layers in front of all those with experts"),
-    ({"moe_layer_freq": "__import__('os').system('x')", "num_moe_experts": 4}, "is no list of numbers"),
-    ({"moe_layer_freq": "[1]*999999999999", "num_moe_experts": 4}, "is no list of numbers"),
+    ({"vocab_size": None}, "model.vocab_size is missing; pass --set model.vocab_size=N"),
+    ({"moe_layer_freq": 2, "num_moe_experts": 4}, "all dense layers must come before layers with experts"),
+    ({"moe_layer_freq": "__import__('os').system('x')", "num_moe_experts": 4}, "is not a list of numbers"),
+    ({"moe_layer_freq": "[1]*999999999999", "num_moe_experts": 4}, "is not a list of numbers"),
     ({"num_layers": "many"}, "num_layers = 'many': must be a whole number"),
     ({"mtp_num_layers": 10**30}, "must be a whole number from 0 to 10,000"),
     ({"add_bias_linear": True}, "add_bias_linear = True: only False is read"),
 ])
 def test_an_architecture_that_is_none_of_ours_is_refused(stated: dict[str, Any], sentence: str) -> None:
-    assert architecture(LLAMA).family == "llama"
+    assert infer_architecture(LLAMA).family == "llama"
     with pytest.raises(UserError) as refused:
-        architecture(LLAMA | stated)
+        infer_architecture(LLAMA | stated)
     assert sentence in str(refused.value)
 
 
 def test_positions_divided_by_a_factor_are_read() -> None:
-    assert architecture(LLAMA | {"seq_len_interpolation_factor": 4}).linear_rope_factor == 4.0
-    assert architecture(LLAMA | {"seq_len_interpolation_factor": None}).linear_rope_factor is None
+    assert infer_architecture(LLAMA | {"seq_len_interpolation_factor": 4}).linear_rope_factor == 4.0
+    assert infer_architecture(LLAMA | {"seq_len_interpolation_factor": None}).linear_rope_factor is None
 
 
 def test_windows_and_layers_without_rotation_are_a_pattern() -> None:
-    model = architecture(LLAMA | {
+    model = infer_architecture(LLAMA | {
         "num_layers": 8, "num_moe_experts": 4, "moe_ffn_hidden_size": 24, "moe_layer_freq": "[0]*1+[1]*7",
         "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True,
         "moe_shared_expert_intermediate_size": 24, "moe_router_topk_scaling_factor": 2.5,
@@ -49,6 +49,6 @@ def test_windows_and_layers_without_rotation_are_a_pattern() -> None:
 
 def test_yarns_ramp_between_channels_is_refused() -> None:
     stated = {"position_embedding_type": "yarn", "yarn_rotary_scaling_factor": 32.0}
-    assert model_fields(stated)[0]["yarn"] == {"factor": 32.0}
-    _, problems = model_fields(stated | {"yarn_correction_range_round_to_int": False})
+    assert infer_model_fields(stated)[0]["yarn"] == {"factor": 32.0}
+    _, problems = infer_model_fields(stated | {"yarn_correction_range_round_to_int": False})
     assert problems == ["yarn_correction_range_round_to_int = False: only True or None is read"]

@@ -10,8 +10,10 @@ import pytest
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.model.config import LoraConfig
 from megatron_sov.model.families import supported as models
-from megatron_sov.model.families.adapters import adaptable, adapted, adapted_modules, places
-from megatron_sov.model.families.count import mean_keys, multiplied_weights, num_params, train_flops_per_token
+from megatron_sov.model.families.adapters import (
+    find_adaptable_modules, find_adapted_modules, find_adapter_places, resolve_targets)
+from megatron_sov.model.families.count import (
+    compute_mean_keys, compute_train_flops_per_token, count_multiplied_weights, count_params)
 from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.recipes import get, names
 
@@ -27,26 +29,26 @@ pytestmark = pytest.mark.usefixtures("solar_open2")
     ("solar-open2-250b", 250.29, 14.74, 0.0),
 ])
 def test_published_figures(recipe: str, total_b: float, active_b: float, mtp_b: float) -> None:
-    count = num_params(get(recipe).model)
+    count = count_params(get(recipe).model)
     assert [round(n / 1e9, 2) for n in (count.total, count.active, count.mtp)] == [total_b, active_b, mtp_b]
 
 
 def test_linear_attention_costs_a_token_the_same_at_any_length() -> None:
     """Megatron-LM's count of the delta rule: four products of the size of the state (its training.py)."""
     model = get("solar-open2-250b").model
-    short, long = (train_flops_per_token(model, length) for length in (4096, 8192))
+    short, long = (compute_train_flops_per_token(model, length) for length in (4096, 8192))
     # twelve layers have 64 heads of 128 that see half as many keys more
     assert long - short == 6 * 12 * 64 * 2 * 128 * 2048
     states = 36 * (4 * 64 * 128 * 128 + 4 * 24576)
-    assert short == 6 * (multiplied_weights(model) + 12 * 64 * 2 * 128 * 2048.5 + states)
+    assert short == 6 * (count_multiplied_weights(model) + 12 * 64 * 2 * 128 * 2048.5 + states)
 
 
 def test_solar_open_2_has_the_parameters_of_its_card_to_the_last_one() -> None:
     model = get("solar-open2-250b").model
-    assert num_params(model).total == 250_287_794_944
+    assert count_params(model).total == 250_287_794_944
     # 36 states of 64 x 128 x 128 and 3 x 24,576 inputs in 4 bytes beside twelve layers of keys and values
-    assert model.state_tokens() == -(-36 * (64 * 128 * 128 + 3 * 24576) * 4 // (12 * 2 * 8 * 128 * 2))
-    assert get("qwen3-8b").model.state_tokens() == 0
+    assert model.count_state_tokens() == -(-36 * (64 * 128 * 128 + 3 * 24576) * 4 // (12 * 2 * 8 * 128 * 2))
+    assert get("qwen3-8b").model.count_state_tokens() == 0
 
 
 ONE_OF_EACH = {get(name).model: name for name in reversed(names())}
@@ -61,10 +63,10 @@ def test_total_equals_the_model_class_of_transformers(recipe: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model = get(recipe).model
-    config = models.get(model.family).to_hf_config(model, "bfloat16", TokenIds())
+    config = models.get_family(model.family).to_hf_config(model, "bfloat16", TokenIds())
     with torch.device("meta"):
         reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    assert num_params(model).total == sum(p.numel() for p in reference.parameters())
+    assert count_params(model).total == sum(p.numel() for p in reference.parameters())
 
 
 # Which modules of a model an adapter adapts.
@@ -76,7 +78,7 @@ def test_what_may_be_adapted_is_every_linear_layer_and_table_of_transformers_mod
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model = get(recipe).model
-    config = models.get(model.family).to_hf_config(model, "bfloat16", TokenIds())
+    config = models.get_family(model.family).to_hf_config(model, "bfloat16", TokenIds())
     with torch.device("meta"):
         reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     named = [(name.rpartition(".")[2], module) for name, module in reference.named_modules()]
@@ -84,9 +86,9 @@ def test_what_may_be_adapted_is_every_linear_layer_and_table_of_transformers_mod
               if name == "experts" or isinstance(module, torch.nn.Linear | torch.nn.Embedding)}
     # the head of a tied model is its embedding
     theirs -= {"lm_head"} if model.tied_embeddings else set()
-    assert adaptable(model) == theirs
-    assert adapted(LoraConfig(rank=4), model) == theirs - {"lm_head", "embed_tokens"}
-    assert not adapted(LoraConfig(rank=0), model)
+    assert find_adaptable_modules(model) == theirs
+    assert resolve_targets(LoraConfig(rank=4), model) == theirs - {"lm_head", "embed_tokens"}
+    assert not resolve_targets(LoraConfig(rank=0), model)
 
 
 @pytest.mark.parametrize(("recipe", "targets"), [
@@ -94,7 +96,7 @@ def test_what_may_be_adapted_is_every_linear_layer_and_table_of_transformers_mod
     ("tiny-solar-open2", ["q_a_proj"]), ("tiny-deepseek-v3", ["k_proj"])])
 def test_targets_that_a_model_lacks_are_told(recipe: str, targets: list[str]) -> None:
     with pytest.raises(SettingsError) as e:
-        adapted(LoraConfig(4, targets=("o_proj", *targets)), get(recipe).model)
+        resolve_targets(LoraConfig(4, targets=("o_proj", *targets)), get(recipe).model)
     assert [(problem.key, problem.rule) for problem in e.value.problems] == [
         ("lora.targets", f"names {target}, which this model lacks") for target in targets]
 
@@ -105,7 +107,7 @@ def test_a_prediction_layer_is_not_adapted_nor_are_its_experts(recipe: str) -> N
     model = get(recipe).model
     lora = LoraConfig(rank=4, targets=("gate_proj", "up_proj", "down_proj", "experts", "lm_head"))
     assert model.num_mtp_layers == 1
-    names = [*places(model, lora), *(of.name for of in adapted_modules(model, lora))]
+    names = [*find_adapter_places(model, lora), *(of.name for of in find_adapted_modules(model, lora))]
     numbers = {int(found[1]) for name in names if (found := re.match(r"model\.layers\.(\d+)\.", name))}
     assert numbers == set(range(model.num_layers))
     assert not any(name.startswith("mtp.") for name in names)
@@ -125,7 +127,8 @@ def test_torch_counts_as_many_in_transformers(recipe: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model = replace(get(recipe).model, num_mtp_layers=0)
-    config = AutoConfig.for_model(**models.get(model.family).to_hf_config(model, "float32", TokenIds()))
+    config = AutoConfig.for_model(**models.get_family(model.family).to_hf_config(model, "float32",
+                                                                                 TokenIds()))
     config._attn_implementation = config._experts_implementation = "eager"
     reference = AutoModelForCausalLM.from_config(config)
     tokens = torch.arange(SEQ_LEN)[None] % model.vocab_size
@@ -134,28 +137,28 @@ def test_torch_counts_as_many_in_transformers(recipe: str) -> None:
     latent = model.latent_attention
     widths = model.head_dim + (model.head_dim if latent is None else latent.v_head_dim)
     unmasked = 6 * model.num_layers * model.num_heads * widths * SEQ_LEN
-    expected = 6 * multiplied_weights(model) + unmasked
+    expected = 6 * count_multiplied_weights(model) + unmasked
     assert counter.get_total_flops() / SEQ_LEN == pytest.approx(expected, rel=2e-3)
 
 
 @pytest.mark.parametrize(("seq_len", "window"), [(1, 0), (7, 0), (7, 3), (7, 7), (7, 100)])
 def test_keys_that_a_query_sees(seq_len: int, window: int) -> None:
     seen = [min(i + 1, window or seq_len) for i in range(seq_len)]
-    assert mean_keys(seq_len, window) == pytest.approx(sum(seen) / seq_len)
+    assert compute_mean_keys(seq_len, window) == pytest.approx(sum(seen) / seq_len)
 
 
 def test_windows_cap_the_keys_and_prediction_layers_run_a_head_of_their_own() -> None:
     model = get("k-exaone-236b").model  # 36 sliding layers of 128, 12 global ones, a global prediction layer
-    keys = 36 * mean_keys(8192, 128) + 13 * mean_keys(8192, 0)
-    assert train_flops_per_token(model, 8192) == pytest.approx(
-        6 * multiplied_weights(model) + 12 * model.num_heads * model.head_dim * keys)
+    keys = 36 * compute_mean_keys(8192, 128) + 13 * compute_mean_keys(8192, 0)
+    assert compute_train_flops_per_token(model, 8192) == pytest.approx(
+        6 * count_multiplied_weights(model) + 12 * model.num_heads * model.head_dim * keys)
     norms = 5 * model.hidden_size + 2 * model.head_dim
-    more = multiplied_weights(model) - multiplied_weights(replace(model, num_mtp_layers=0))
-    assert more == num_params(model).mtp - norms + model.vocab_size * model.hidden_size
+    more = count_multiplied_weights(model) - count_multiplied_weights(replace(model, num_mtp_layers=0))
+    assert more == count_params(model).mtp - norms + model.vocab_size * model.hidden_size
 
 
 def test_the_published_rule_of_six_per_active_parameter() -> None:
     """Active parameters count the embedding, which is looked up; norms are all that is left."""
     model = get("solar-open-102b").model
-    active = num_params(model).active - model.vocab_size * model.hidden_size
-    assert multiplied_weights(model) == pytest.approx(active, rel=1e-4)
+    active = count_params(model).active - model.vocab_size * model.hidden_size
+    assert count_multiplied_weights(model) == pytest.approx(active, rel=1e-4)

@@ -20,12 +20,12 @@ from megatron_sov.model.families.family import TokenIds
 def config_of(recipe: str, **fields: Any) -> dict[str, Any]:
     """Return a tiny recipe's config.json with other fields; None takes a field away."""
     model = recipes.get(recipe).model
-    changed = models.get(model.family).to_hf_config(model, "bfloat16", TokenIds()) | fields
+    changed = models.get_family(model.family).to_hf_config(model, "bfloat16", TokenIds()) | fields
     return {name: value for name, value in changed.items() if value is not None}
 
 
 def read(config: dict[str, Any]) -> ModelConfig:
-    return models.get(config["model_type"]).from_hf_config(config)
+    return models.get_family(config["model_type"]).from_hf_config(config)
 
 
 @given(st.sampled_from(["tiny-qwen2", "tiny-qwen3"]), st.booleans(), st.integers(1, 99), st.integers(0, 8),
@@ -40,7 +40,7 @@ def test_qwens_windows_are_those_of_transformers(recipe: str, switch: bool, wind
     assert ours.layer_types() == theirs.layer_types
     assert ours.sliding_window_tokens == (theirs.sliding_window
                                           if "sliding_attention" in theirs.layer_types else 0)
-    assert read(models.get(ours.family).to_hf_config(ours, "float32", TokenIds())) == ours
+    assert read(models.get_family(ours.family).to_hf_config(ours, "float32", TokenIds())) == ours
 
 
 def test_every_layer_of_qwen3_moe_slides_or_none() -> None:
@@ -74,7 +74,7 @@ def test_the_prediction_layer_of_k_exaone_is_global_unless_the_config_says_other
                              "mtp_sliding_windows": [model.sliding_window_tokens],
                              "mtp_loss_scaling_factor": 0.1})
     assert (sliding.mtp_layer_type(), sliding.mtp_loss_coeff) == ("sliding_attention", 0.1)
-    assert read(models.get("exaone_moe").to_hf_config(sliding, "float32", TokenIds())) == sliding
+    assert read(models.get_family("exaone_moe").to_hf_config(sliding, "float32", TokenIds())) == sliding
 
 
 def test_windows_and_bounds_of_k_exaone_2_are_those_of_its_lists() -> None:
@@ -88,7 +88,7 @@ def test_windows_and_bounds_of_k_exaone_2_are_those_of_its_lists() -> None:
     odd = read(config | {"sliding_windows": [0, 9, 3, 5, 7, 0], "mtp_sliding_windows": [11],
                          "swiglu_limits": [0.5, 0, 3, 0, 0, 2], "mtp_num_speculative_steps": 2})
     assert (odd.windows(), odd.mtp_window(), odd.mtp_depths) == ([0, 9, 3, 5, 7, 0], 11, 2)
-    assert read(models.get("exaone_moe").to_hf_config(odd, "float32", TokenIds())) == odd
+    assert read(models.get_family("exaone_moe").to_hf_config(odd, "float32", TokenIds())) == odd
     one = read(config | {"sliding_windows": [0, 8, 8, 8, 8, 0], "mtp_sliding_windows": [8]})
     assert (one.sliding_window_tokens, one.layer_windows) == (8, ())
 
@@ -100,7 +100,7 @@ def test_windows_and_bounds_of_k_exaone_2_are_those_of_its_lists() -> None:
     ("tiny-qwen3", {"attention_bias": True}, "attention_bias = True, but only False"),
     ("tiny-qwen3-moe", {"decoder_sparse_step": 2},
      "mlp_only_layers and decoder_sparse_step must name dense layers first"),
-    ("tiny-qwen3-moe", {"mlp_only_layers": [2]}, "a dense layer behind one with experts is not supported"),
+    ("tiny-qwen3-moe", {"mlp_only_layers": [2]}, "a dense layer after a layer with experts is not"),
     ("tiny-qwen3-moe", {"num_local_experts": 4}, "num_experts = 8 and num_local_experts = 4 disagree"),
     ("tiny-k-exaone", {"sliding_windows": [16, 16, 16, 0]},
      "sliding_windows = .* disagree with layer_types or with sliding_window = 32"),
@@ -108,7 +108,7 @@ def test_windows_and_bounds_of_k_exaone_2_are_those_of_its_lists() -> None:
     ("tiny-k-exaone", {"mtp_sliding_windows": [32]},
      r"mtp_sliding_windows = \[32\], but only 0 is supported"),
     ("tiny-k-exaone", {"mtp_num_speculative_steps": 0},
-     "mtp_num_speculative_steps = 0 beside num_nextn_predict_layers = 1"),
+     "mtp_num_speculative_steps = 0 with num_nextn_predict_layers = 1"),
 ])
 def test_what_we_do_not_compute_is_refused(recipe: str, fields: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
@@ -117,7 +117,7 @@ def test_what_we_do_not_compute_is_refused(recipe: str, fields: dict[str, Any], 
 
 def test_a_pattern_that_qwen3_moe_cannot_express_is_a_problem_before_training() -> None:
     model = read(config_of("tiny-qwen3-moe"))
-    problems = models.get("qwen3_moe").problems(replace(model, attention_pattern="LG",
+    problems = models.get_family("qwen3_moe").problems(replace(model, attention_pattern="LG",
                                                         sliding_window_tokens=8, router_bias=True))
     assert len(problems) == 2 and any("either every layer slides or none does" in p.rule for p in problems)
 
@@ -132,11 +132,11 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "original_max_po
 def latent_config_of(**fields: Any) -> dict[str, Any]:
     """Return the tiny DeepSeek's config.json with other fields."""
     model = recipes.get("tiny-deepseek-v3").model
-    return models.get("deepseek_v3").to_hf_config(model, "bfloat16", TokenIds()) | fields
+    return models.get_family("deepseek_v3").to_hf_config(model, "bfloat16", TokenIds()) | fields
 
 
 def read_latent(config: dict[str, Any]) -> ModelConfig:
-    return models.get("deepseek_v3").from_hf_config(config)
+    return models.get_family("deepseek_v3").from_hf_config(config)
 
 
 def test_widths_that_transformers_writes_are_those_that_follow() -> None:
@@ -152,16 +152,17 @@ def test_yarns_factor_is_in_the_scale_of_the_softmax_as_in_transformers() -> Non
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
         DeepseekV3Attention, DeepseekV3RotaryEmbedding)
 
-    from megatron_sov.engine.model.rotary import frequencies, softmax_scale
+    from megatron_sov.engine.model.rotary import compute_frequencies, compute_softmax_scale
 
     config = latent_config_of(rope_parameters=YARN)
     model, theirs = read_latent(config), AutoConfig.for_model(**config)
     assert model.yarn == YarnConfig(40.0, 4096, mscale=0.7)
-    assert softmax_scale(model, "full_attention") == pytest.approx(DeepseekV3Attention(theirs, 0).scaling)
+    assert compute_softmax_scale(model,
+                                 "full_attention") == pytest.approx(DeepseekV3Attention(theirs, 0).scaling)
     rotary = DeepseekV3RotaryEmbedding(theirs)
     assert rotary.attention_scaling == 1.0, "cosine and sine have no factor"
-    assert rotary.inv_freq.tolist() == pytest.approx(frequencies(model).tolist(), rel=1e-6)
-    assert read_latent(models.get("deepseek_v3").to_hf_config(model, "float32", TokenIds())) == model
+    assert rotary.inv_freq.tolist() == pytest.approx(compute_frequencies(model).tolist(), rel=1e-6)
+    assert read_latent(models.get_family("deepseek_v3").to_hf_config(model, "float32", TokenIds())) == model
 
 
 @pytest.mark.parametrize(("fields", "said"), [
@@ -169,14 +170,14 @@ def test_yarns_factor_is_in_the_scale_of_the_softmax_as_in_transformers() -> Non
     ({"num_key_value_heads": 2}, "num_key_value_heads = 2, but only 4 is supported"),
     ({"head_dim": 32}, "head_dim = 32, but only 16 is supported"),
     ({"topk_method": "greedy"}, "topk_method = 'greedy', but only 'noaux_tc'"),
-    ({"rope_parameters": YARN | {"mscale_all_dim": 1.0}}, "mscale and mscale_all_dim that are equal"),
+    ({"rope_parameters": YARN | {"mscale_all_dim": 1.0}}, "equal mscale and mscale_all_dim"),
     ({"rope_parameters": {**YARN, "mscale": None, "mscale_all_dim": 1.0}}, "mscale_all_dim = 1.0 without ms"),
     ({"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.0, "attention_factor": 1.0}},
      r"attention_factor = 1\.0, but only 0\.1 ln"),
     ({"rope_parameters": YARN | {"rope_type": "linear"}}, "mscale, mscale_all_dim, .* are unknown for"),
     ({"rope_parameters": YARN | {"factor": 0.0}}, r"model\.yarn\.factor = 0\.0 must be above 0"),
     ({"num_hidden_layers": 10**12}, "num_hidden_layers = 10+ must be at most 10,000; count its zeros"),
-    ({"rope_parameters": YARN | {"attention_factor": 1.2}}, "attention_factor: beside mscale"),
+    ({"rope_parameters": YARN | {"attention_factor": 1.2}}, "attention_factor: with mscale"),
     ({"rope_parameters": YARN | {"long_factor": [1.0]}}, "rope parameters long_factor are unknown"),
 ])
 def test_other_attention_is_refused_by_its_field(fields: dict[str, Any], said: str) -> None:
@@ -186,12 +187,12 @@ def test_other_attention_is_refused_by_its_field(fields: dict[str, Any], said: s
 
 def test_other_families_have_none_and_this_one_does() -> None:
     without = replace(recipes.get("tiny-deepseek-v3").model, latent_attention=None)
-    for ask in (models.get("deepseek_v3").check, models.get("deepseek_v3").links):
+    for ask in (models.get_family("deepseek_v3").check, models.get_family("deepseek_v3").links):
         with pytest.raises(UserError, match=r"model\.latent_attention = null: family"):
             ask(without)
     latent = recipes.get("tiny-deepseek-v3").model
-    problems = models.get("solar_open").problems(replace(latent, family="solar_open"))
+    problems = models.get_family("solar_open").problems(replace(latent, family="solar_open"))
     assert "model.latent_attention" in [problem.key for problem in problems]
     with pytest.raises(UserError, match="mscale_all_dim are unknown"):
-        models.get("solar_open").from_hf_config(models.get("solar_open").to_hf_config(
+        models.get_family("solar_open").from_hf_config(models.get_family("solar_open").to_hf_config(
             recipes.get("tiny-solar-open").model, "float32", TokenIds()) | {"rope_parameters": YARN})

@@ -12,7 +12,7 @@ from megatron_sov.model import recipes
 from megatron_sov.model.config import LinearAttentionConfig
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
-from megatron_sov.model.families.linear_layers import GATE_BESIDE, KIMI_DELTA, SolarLayers
+from megatron_sov.model.families.linear_layers import GATED_ATTENTION, KIMI_DELTA, SolarLayers
 from megatron_sov.model.families.weights import Link
 
 MODEL = replace(recipes.get("tiny-solar-open2").model, num_heads=4, num_kv_heads=2, head_dim=8, hidden_size=5,
@@ -21,7 +21,7 @@ MODEL = replace(recipes.get("tiny-solar-open2").model, num_heads=4, num_kv_heads
 
 def link(name: str) -> Link:
     """Return the block of the first layer that has a tensor of this name."""
-    return next(one for one in models.get("solar_open2").links(MODEL)
+    return next(one for one in models.get_family("solar_open2").links(MODEL)
                 if one.key.startswith("decoder.") and one.key.endswith(name))
 
 
@@ -29,7 +29,7 @@ def numbered(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.arange(float(torch.Size(shape).numel())).reshape(shape)
 
 
-@pytest.mark.parametrize("name", [entry.megatron for entry in (*KIMI_DELTA, *GATE_BESIDE)])
+@pytest.mark.parametrize("name", [entry.megatron for entry in (*KIMI_DELTA, *GATED_ATTENTION)])
 def test_what_is_split_is_joined_again(name: str) -> None:
     one = link(name)
     block = numbered(one.block_shape)
@@ -42,7 +42,8 @@ def test_the_gates_of_solar_open_2_are_a_tensor_of_their_own() -> None:
     """A group has two query heads, their two gates, key and value, of 8 rows each."""
     solar = replace(recipes.get("tiny-solar-open2").model, num_heads=4, num_kv_heads=2, head_dim=8,
                     hidden_size=5)
-    one = next(x for x in models.get("solar_open2").links(solar) if x.key.endswith("linear_qkv.weight"))
+    one = next(x
+               for x in models.get_family("solar_open2").links(solar) if x.key.endswith("linear_qkv.weight"))
     rows = torch.arange(96.)[:, None].expand(96, 5)
     found = {name.split(".")[-2]: part[::8, 0].tolist() for name, part in one.split(rows).items()}
     assert found == {"q_proj": [0, 8, 48, 56], "g_proj": [16, 24, 64, 72], "k_proj": [32, 80],
@@ -78,13 +79,13 @@ def test_sizes_of_solar_open_2_are_said_in_a_part_or_follow_from_its_heads() -> 
 @pytest.mark.parametrize(("said", "message"), [
     ({"gqa_interval": 0}, "gqa_interval = 0 must be an integer of 1 or more"),
     ({"gqa_interval": 3.5}, "gqa_interval = 3.5 must be a whole number"),
-    ({"gqa_layers": [0, 8]}, r"gqa_layers = \[0, 8\] must name layers of 8, counted from 0, each once"),
-    ({"gqa_layers": [0], "layer_types": ["full_attention"] * 8}, "as layer_types does where it stands"),
+    ({"gqa_layers": [0, 8]}, r"gqa_layers = \[0, 8\] must name layers from 0 to 7 once each"),
+    ({"gqa_layers": [0], "layer_types": ["full_attention"] * 8}, "and agree with layer_types"),
     ({"layer_types": ["full_attention"], "gqa_layers": [0]}, "layer_types must name .* for each of 8 layers"),
     ({"layer_types": ["linear_attention"] * 8}, "no layer has softmax attention"),
     ({"linear_attn_config": PART | {"num_kv_heads": 2}}, "num_kv_heads = 2, but only null or num_heads = 6"),
     ({"kda_allow_neg_eigval": "false"}, "kda_allow_neg_eigval = 'false' must be true or false"),
-    ({"linear_attn_config": {"num_heads": 6}}, "it needs num_heads, head_dim, short_conv_kernel_size alone"),
+    ({"linear_attn_config": {"num_heads": 6}}, "exactly num_heads, head_dim, short_conv_kernel_size"),
     ({"num_hidden_layers": 10**9}, "count its zeros")])
 def test_layers_of_solar_open_2_that_are_not_understood(said: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -95,19 +96,19 @@ def test_layers_of_solar_open_2_that_are_not_understood(said: dict, message: str
     ("kda_use_full_proj", True), ("use_rope", True), ("hc_rate", 2), ("use_gqa_gate", False),
     ("use_gqa_gate_bias", True), ("attention_bias", True), ("num_nextn_predict_layers", 1)])
 def test_a_switch_of_solar_open_2_that_no_released_model_has_is_refused(field: str, value: object) -> None:
-    family = models.get("solar_open2")
+    family = models.get_family("solar_open2")
     config = family.to_hf_config(recipes.get("tiny-solar-open2").model, "float32", TokenIds())
     with pytest.raises(UserError, match=f"{field} = {value}, but only .* is supported for this family"):
         family.from_hf_config(config | {field: value})
 
 
 @pytest.mark.parametrize(("name", "changed", "message"), [
-    ("tiny-solar-open2", {"value_head_dim": 8}, "keys and values have as many heads of one width"),
-    ("tiny-solar-open2", {"gate_rank": 8}, "which is gate_rank too")])
+    ("tiny-solar-open2", {"value_head_dim": 8}, "keys and values must have the same number of heads"),
+    ("tiny-solar-open2", {"gate_rank": 8}, "equal to gate_rank")])
 def test_linear_attention_that_a_family_cannot_write_is_refused(name: str, changed: dict, message: str
                                                                 ) -> None:
     model = recipes.get(name).model
     assert model.linear_attention is not None
     model = replace(model, linear_attention=replace(model.linear_attention, **changed))
     with pytest.raises(UserError, match=message):
-        models.get(model.family).check(model)
+        models.get_family(model.family).check(model)

@@ -11,7 +11,7 @@ import pytest
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.families import supported as models
-from megatron_sov.model.families.family import ANY, HARMLESS, TokenIds, transformers_fields
+from megatron_sov.model.families.family import ANY_VALUE, HARMLESS_FIELDS, TokenIds, load_transformers_fields
 from tests.freeze_fields import OF_EXAMPLES, TABLE, find_fields
 
 READ_BY_FAMILIES = {
@@ -21,7 +21,7 @@ READ_BY_FAMILIES = {
 
 def config_of(recipe: str, **fields: Any) -> dict[str, Any]:
     model = recipes.get(recipe).model
-    return models.get(model.family).to_hf_config(model, "bfloat16", TokenIds(1, 2, 0)) | fields
+    return models.get_family(model.family).to_hf_config(model, "bfloat16", TokenIds(1, 2, 0)) | fields
 
 
 def test_the_table_is_what_transformers_source_reads() -> None:
@@ -39,16 +39,16 @@ def test_the_table_knows_every_field_that_an_item_of_a_family_writes() -> None:
     for name in ("tiny-llama", "tiny-qwen3-moe", "tiny-deepseek-v3", "tiny-gemma3", "tiny-exaone4"):
         written = config_of(name)
         config = AutoConfig.for_model(**written)
-        known = transformers_fields()["shared"] | transformers_fields()[written["model_type"]]
+        known = load_transformers_fields()["shared"] | load_transformers_fields()[written["model_type"]]
         theirs = {field for field in config.to_dict() if field not in written}
         assert theirs <= known, theirs - known
 
 
 def test_fields_that_change_nothing_are_fields_of_the_shared_source() -> None:
-    table = transformers_fields()
-    assert {*HARMLESS} <= table["shared"]
+    table = load_transformers_fields()
+    assert {*HARMLESS_FIELDS} <= table["shared"]
     read = {name for family, names in table.items() if family != "shared" for name in names}
-    assert not {*HARMLESS} & read - READ_BY_FAMILIES
+    assert not {*HARMLESS_FIELDS} & read - READ_BY_FAMILIES
 
 
 PASSED: list[tuple[str, dict[str, Any]]] = [
@@ -71,9 +71,9 @@ PASSED: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("recipe", "fields"), PASSED)
 def test_fields_that_no_program_computes_with_are_passed_over(recipe: str, fields: dict[str, Any]) -> None:
     config = config_of(recipe)
-    family = models.get(config["model_type"])
-    assert family.find_passed_over(config) == {}
-    passed = family.find_passed_over(config | fields)
+    family = models.get_family(config["model_type"])
+    assert family.find_ignored_fields(config) == {}
+    passed = family.find_ignored_fields(config | fields)
     assert passed == {name: value for name, value in fields.items() if name != "auto_map"}
     assert family.from_hf_config(config | fields) == family.from_hf_config(config)
 
@@ -84,25 +84,25 @@ def test_fields_that_no_program_computes_with_are_passed_over(recipe: str, field
     ("tiny-gemma3", "tie_word_embeddings")])
 def test_null_is_refused_where_transformers_takes_it_for_false(recipe: str, name: str) -> None:
     config = config_of(recipe)
-    family = models.get(config["model_type"])
+    family = models.get_family(config["model_type"])
     with pytest.raises(UserError, match=r"None|null"):
         family.from_hf_config(config | {name: None})
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("tiny-llama", {"is_causal": False}, r"is_causal = False \(transformers reads it, and it is not supp"),
-    ("tiny-llama", {"is_causal": None}, r"is_causal = None \(transformers reads it, and it is not supp"),
-    ("tiny-llama", {"attention_chunk_size": 8192}, r"attention_chunk_size = 8192 \(transformers reads it"),
-    ("tiny-llama", {"sliding_window": 16}, r"sliding_window = 16 \(transformers reads it"),
-    ("tiny-llama", {"layer_types": ["sliding_attention"] * 4}, r"layer_types = \['sliding_attention', .* r"),
+    ("tiny-llama", {"is_causal": False}, r"is_causal = False \(read by transformers, but not supported"),
+    ("tiny-llama", {"is_causal": None}, r"is_causal = None \(read by transformers, but not supported"),
+    ("tiny-llama", {"attention_chunk_size": 8192}, r"attention_chunk_size = 8192 \(read by transformers"),
+    ("tiny-llama", {"sliding_window": 16}, r"sliding_window = 16 \(read by transformers"),
+    ("tiny-llama", {"layer_types": ["sliding_attention"] * 4}, r"layer_types = \['sliding_attention'.* \(r"),
     ("tiny-llama", {"output_attentions": True}, "output_attentions = True"),
     ("tiny-llama", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor = 0\.5"),
     ("tiny-llama", {"per_layer_config": {"0": {}}}, "per_layer_config = "),
-    ("tiny-deepseek-v3", {"num_local_experts": 9}, r"num_local_experts = 9 \(transformers reads it"),
+    ("tiny-deepseek-v3", {"num_local_experts": 9}, r"num_local_experts = 9 \(read by transformers"),
     ("tiny-solar-open2", {"foo": 1}, r"foo = 1 \(a program that has family 'solar_open2' may read it\)"),
     ("tiny-solar-open2", {"use_rop": True}, r"use_rop = True \(.* may read it; did you mean 'use_rope'\?\)"),
     ("tiny-llama", {"auto_map": {"AutoModelForCausalLM": "x.Y"}, "foo": 1, "bar": 2},
-     r"foo = 1 \(the folder's own code may read it\); bar = 2 \(.*; remove a field if the model computes"),
+     r"foo = 1 \(the folder's own code may read it\); bar = 2 \(.*; remove a field if it has no effect"),
 ]
 
 
@@ -110,7 +110,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 def test_fields_that_a_program_may_compute_with_are_refused(recipe: str, fields: dict[str, Any],
                                                             expected: str) -> None:
     config = config_of(recipe)
-    family = models.get(config["model_type"])
+    family = models.get_family(config["model_type"])
     with pytest.raises(UserError, match=expected):
         family.from_hf_config(config | fields)
     # The advice: without the fields, or with null in place of all but is_causal, the folder is read.
@@ -126,9 +126,9 @@ def test_fields_that_a_program_may_compute_with_are_refused(recipe: str, fields:
                                 "kimi_k2", "exaone"))])
 def test_only_a_misspelt_family_gets_a_hint(name: str, hint: str | None) -> None:
     with pytest.raises(UserError) as e:
-        models.get(name)
+        models.get_family(name)
     assert (f"did you mean '{hint}'?" in str(e.value)) if hint else "did you mean" not in str(e.value)
 
 
 def test_any_is_no_value_of_a_config() -> None:
-    assert ANY not in (None, 0, False, "", [])
+    assert ANY_VALUE not in (None, 0, False, "", [])

@@ -13,13 +13,13 @@ from hypothesis import given, settings, strategies as st
 
 from megatron_sov import recipes
 from megatron_sov.model.config import ModelConfig
-from megatron_sov.model.families.weights import QKV, Experts, GateUp, Link, Same, WeightSection, links
+from megatron_sov.model.families.weights import QKV, Experts, GateUp, Link, Same, WeightSection, build_links
 
 TINY = recipes.get("tiny-k-exaone").model
 
 
 def qkv_link(model: ModelConfig) -> Link:
-    return links([WeightSection("once", "", "", (QKV("qkv", "q", "k", "v"),))], model)[0]
+    return build_links([WeightSection("once", "", "", (QKV("qkv", "q", "k", "v"),))], model)[0]
 
 
 @settings(max_examples=40, deadline=None)
@@ -67,7 +67,7 @@ def test_megatron_reads_the_interleaved_rows_as_query_key_value() -> None:
 
 def test_gate_comes_before_up_and_experts_are_stacked() -> None:
     section = WeightSection("once", "mlp.", "m.", (Experts(GateUp("fc1", "{e}.gate", "{e}.up", "I H")),))
-    found = links([section], TINY)
+    found = build_links([section], TINY)
     assert len(found) == TINY.num_experts
     link = found[3]
     assert (link.key, link.shape, link.offset, link.extent) == ("mlp.fc1", (8, 256, 128), (3, 0, 0),
@@ -77,9 +77,9 @@ def test_gate_comes_before_up_and_experts_are_stacked() -> None:
     assert torch.equal(joined, torch.cat([gate, up]))
     for name, (first, count) in link.rows().items():
         assert torch.equal(joined[first:first + count], {"m.3.gate": gate, "m.3.up": up}[name])
-    (whole,) = links([WeightSection("once", "", "", (Same("head", "head", "V H"),))], TINY)
+    (whole,) = build_links([WeightSection("once", "", "", (Same("head", "head", "V H"),))], TINY)
     assert whole.rows() == {"head": (0, TINY.vocab_size)}
-    (qkv,) = links([WeightSection("once", "", "", (QKV("qkv", "q", "k", "v"),))], TINY)
+    (qkv,) = build_links([WeightSection("once", "", "", (QKV("qkv", "q", "k", "v"),))], TINY)
     assert qkv.rows() == {}, "interleaved"
 
 
@@ -92,7 +92,7 @@ def test_every_link_of_every_recipe_inverts_on_meta_and_covers_its_tensor() -> N
                           num_experts=min(m.num_experts, 3)) for m in built}:
         elements: dict[str, int] = {}
         shapes: dict[str, tuple[int, ...]] = {}
-        for link in models.get(model.family).links(model):
+        for link in models.get_family(model.family).links(model):
             if link.layout not in tried:  # by which it is joined and split, as in every layer of its kind
                 tried.add(link.layout)
                 tensors = {n: torch.empty(shape, device="meta") for n, shape in link.hf_shapes().items()}
@@ -114,7 +114,7 @@ def test_every_link_of_every_recipe_inverts_on_meta_and_covers_its_tensor() -> N
     (lambda: WeightSection("once", "decoder.{l}.", "model.", ()),
      "neither prefix may have the placeholder {l}"),
     (lambda: WeightSection("once", "", "", (Same("a", "b.{e}", "H"),)), "an expert's in Experts"),
-    (lambda: WeightSection("once", "", "", (Same("a", "b", "H"), Same("c", "b", "H"))), "b stand twice"),
+    (lambda: WeightSection("once", "", "", (Same("a", "b", "H"), Same("c", "b", "H"))), "names b twice"),
 ])
 def test_a_wrong_declaration_fails_when_it_is_made(declare, message: str) -> None:
     with pytest.raises(ValueError) as e:
@@ -125,6 +125,6 @@ def test_a_wrong_declaration_fails_when_it_is_made(declare, message: str) -> Non
 def test_two_sections_may_not_claim_one_tensor() -> None:
     section = WeightSection("once", "", "", (Same("a", "b", "H"),))
     with pytest.raises(ValueError, match="names a tensor twice"):
-        links([section, section], TINY)
+        build_links([section, section], TINY)
 
 

@@ -11,12 +11,13 @@ from typing import Any, get_origin
 import pytest
 
 from megatron_sov import recipes
-from megatron_sov.base.artifacts import to_json
-from megatron_sov.base.settings import SettingsError, SettingsProblem, hint_below, value_at
-from megatron_sov.base.settings.problem import show
+from megatron_sov.base.artifacts import format_json
+from megatron_sov.base.settings import SettingsError, SettingsProblem, get_inner_hint, get_setting
+from megatron_sov.base.settings.problem import format_setting
 from megatron_sov.model.config import RunConfig, apply_settings, setting_names
 from megatron_sov.model.config.data import phase_steps, phase_tokens
-from megatron_sov.model.recipes.requested import RecipeRequest, TrainingOptions, requested, training_request
+from megatron_sov.model.recipes.requested import (
+    RecipeRequest, TrainingOptions, request_recipe, request_training)
 from tests.typed_words import typed
 
 STAGES = {"pretrain": ("tiny-qwen3", "lm", "pretrain"), "experts": ("tiny-solar-open", "lm", "pretrain"),
@@ -46,9 +47,10 @@ def find_refused(asked: RecipeRequest, **options: Any) -> list[SettingsProblem]:
 def keys_below(cls: Any = RunConfig, prefix: str = "") -> Iterator[str]:
     """Yield the settings of a class and those that it holds, of the first item of each list of settings."""
     for field in dataclasses.fields(cls):
-        inner, key = hint_below(cls, field.name), f"{prefix}{field.name}"
+        inner, key = get_inner_hint(cls, field.name), f"{prefix}{field.name}"
         if get_origin(inner) is tuple:
-            inner, key = (item, f"{key}.0") if dataclasses.is_dataclass(item := hint_below(inner, "0")) else (
+            inner, key = (item,
+                f"{key}.0") if dataclasses.is_dataclass(item := get_inner_hint(inner, "0")) else (
                 inner, key)
         if isinstance(inner, type) and dataclasses.is_dataclass(inner):
             yield from keys_below(inner, f"{key}.")
@@ -62,9 +64,9 @@ def test_each_setting_is_taken_or_refused_by_its_decider(stage: str) -> None:
     config = request(stage).config()
     acting = set()
     for key in {*keys_below()} - {"recipe", "code", "objective.name", "data.phases.0.name"}:
-        if value_at(config, key.rpartition(".")[0]) is None:  # of a block that is off
+        if get_setting(config, key.rpartition(".")[0]) is None:  # of a block that is off
             continue
-        given = f"{key}={json.dumps(value_at(config, key), default=dataclasses.asdict)}"
+        given = f"{key}={json.dumps(get_setting(config, key), default=dataclasses.asdict)}"
         problems = find_refused(request(stage, given), **TEXT)
         if not problems:
             acting.add(key)
@@ -73,7 +75,7 @@ def test_each_setting_is_taken_or_refused_by_its_decider(stage: str) -> None:
             deciders = problem.rule.removeprefix("has no effect with ").partition(": it acts when ")[0]
             for decider in deciders.split(" and "):
                 name, _, value = decider.partition(" = ")
-                assert "*" in name or value == show(decided_by(config, stage, name))
+                assert "*" in name or value == format_setting(decided_by(config, stage, name))
     own = {"prefer": {"preference.method"}, "distill": {"distillation.beta"}, "rl": {"rollout.rounds"},
            "extend": {"extend.gate.min_accuracy", "model.num_experts_per_token"},
            "experts": {"model.num_experts_per_token"}}
@@ -86,8 +88,8 @@ def decided_by(config: RunConfig, stage: str, name: str) -> Any:
     options = {"command": STAGES[stage][2], "--data": ["text"], "--validation": None}
     if name in options:
         return options[name]
-    filled_in = value_at(config, name.replace("policy.", "policy.parts."))
-    return value_at(config, name) if filled_in is None else filled_in
+    filled_in = get_setting(config, name.replace("policy.", "policy.parts."))
+    return get_setting(config, name) if filled_in is None else filled_in
 
 
 CANNOT_ACT = [
@@ -158,7 +160,7 @@ def test_own_objectives_may_read_anything(tmp_path: Path) -> None:
     given = (f"objective.name={tmp_path}/own.py:Own", "objective.options.gamma=2", "preference.beta=0.5",
              "rollout.temperature=0.5", "policy.kl=k3", "distillation.beta=1", "objective.text_coeff=0.1")
     settings = [word for one in given for word in ("--set", one)]
-    asked = training_request(typed(TrainingOptions, ["tiny-qwen3", "--data", "d", *settings]), "lm")
+    asked = request_training(typed(TrainingOptions, ["tiny-qwen3", "--data", "d", *settings]), "lm")
     assert asked.config().preference.beta == 0.5
 
 
@@ -172,12 +174,12 @@ def test_own_objectives_may_read_anything(tmp_path: Path) -> None:
 def test_files_are_held_to_what_they_change(written: dict[str, Any], refused: str, tmp_path: Path) -> None:
     part, whole = tmp_path / "part.json", tmp_path / "whole.json"
     part.write_text(json.dumps({"recipe": "tiny-qwen3", **written}))
-    full = json.loads(to_json(recipes.get("tiny-qwen3").to_dict()))
+    full = json.loads(format_json(recipes.get("tiny-qwen3").to_dict()))
     for group, values in written.items():
         full[group] |= values
     whole.write_text(json.dumps(full))
     for file in (part, whole):
-        asked = training_request(typed(TrainingOptions, ["--config", str(file), "--data", "d"]), "lm")
+        asked = request_training(typed(TrainingOptions, ["--config", str(file), "--data", "d"]), "lm")
         found = [problem.key for problem in find_refused(asked)]
         # the phases of a run's own file may be what its command has made of others
         assert found == ([] if file == whole and "data" in written else refused.split())
@@ -185,14 +187,14 @@ def test_files_are_held_to_what_they_change(written: dict[str, Any], refused: st
 
 def test_the_file_of_another_run_is_taken_and_a_resumed_run_is_never_refused(tmp_path: Path) -> None:
     rounds = apply_settings(recipes.get("tiny-solar-open-rl"), ["rollout.rounds=3"])
-    (tmp_path / "config.json").write_text(to_json(rounds.to_dict()))
+    (tmp_path / "config.json").write_text(format_json(rounds.to_dict()))
     args = typed(TrainingOptions, ["--config", str(tmp_path / "config.json")])
-    assert find_refused(training_request(args, "policy", needs_data=False)) == []
+    assert find_refused(request_training(args, "policy", needs_data=False)) == []
     args = typed(TrainingOptions, ["tiny-qwen3", "--data", "d", "--set", "lora.alpha=32"])
     old = apply_settings(recipes.get("tiny-qwen3"), ["lora.alpha=32"])
-    assert find_refused(training_request(args, "lm", resumed=old)) == []
+    assert find_refused(request_training(args, "lm", resumed=old)) == []
     args = dataclasses.replace(args, settings=("lora.alpha=8",))
-    assert [p.key for p in find_refused(training_request(args, "lm", resumed=old))] == ["lora.alpha"]
+    assert [p.key for p in find_refused(request_training(args, "lm", resumed=old))] == ["lora.alpha"]
 
 
 @pytest.mark.parametrize("recipe", [name for name in recipes.names()
@@ -234,5 +236,5 @@ def test_two_lengths_of_a_run_are_refused_with_the_winner(settings: str, message
 
 
 def test_a_budget_of_tokens_needs_no_other_setting() -> None:
-    asked = requested(typed(TrainingOptions, ["qwen3-8b", "--data", "d", "--set", "train.tokens=200e9"]))
+    asked = request_recipe(typed(TrainingOptions, ["qwen3-8b", "--data", "d", "--set", "train.tokens=200e9"]))
     assert asked.config().num_steps() == round(200e9 / (128 * 4096)) and len(setting_names()) > 300

@@ -10,41 +10,43 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import ExtendStageConfig, OptimConfig, PhaseConfig, apply_settings
 from megatron_sov.model.recipes import get
 from megatron_sov.model.recipes.extension import (
-    extended, length_settings, micro_batch_size, phase_setting, stage_phases)
+    extend_model, find_micro_batch_size, length_settings, phase_setting, stage_phases)
 
 
 def test_rotations_are_stretched_only_where_every_layer_is_global() -> None:
     solar, k_exaone = get("tiny-solar-open").model, get("tiny-k-exaone").model
-    longer = extended(solar, 256, 1024)
+    longer = extend_model(solar, 256, 1024)
     assert longer.yarn is not None
     assert (longer.yarn.factor, longer.yarn.original_max_position_tokens) == (4.0, 256)
     assert replace(longer, yarn=None, max_position_tokens=solar.max_position_tokens) == solar
-    assert extended(k_exaone, 256, 1024) == k_exaone
+    assert extend_model(k_exaone, 256, 1024) == k_exaone
     still = get("tiny-solar-open2").model
-    assert extended(still, 256, 1024) == still and extended(still, 256, 8192).max_position_tokens == 8192
+    assert extend_model(still, 256, 1024) == still and extend_model(still, 256,
+                                                                    8192).max_position_tokens == 8192
     with pytest.raises(UserError, match="model rotates"):
-        extended(still, 256, 1024, yarn_factor=2)
-    assert extended(solar, 256, 256) == solar
+        extend_model(still, 256, 1024, yarn_factor=2)
+    assert extend_model(solar, 256, 256) == solar
 
 
 def test_a_second_extension_counts_from_the_first_length() -> None:
-    twice = extended(extended(get("tiny-solar-open").model, 256, 1024), 1024, 8192)
+    twice = extend_model(extend_model(get("tiny-solar-open").model, 256, 1024), 1024, 8192)
     assert twice.yarn is not None
     assert (twice.yarn.factor, twice.yarn.original_max_position_tokens) == (32.0, 256)
     assert twice.max_position_tokens == 8192
-    assert extended(twice, 1024, 4096) == twice, "its rotations reach as far already"
+    assert extend_model(twice, 1024, 4096) == twice, "its rotations reach as far already"
 
 
 def test_a_stage_may_name_the_context_that_is_stretched() -> None:
     solar = get("solar-open-102b").model
-    assert extended(solar, 4096, 32768, yarn_factor=1) == solar
-    far = extended(solar, 32768, 102400, yarn_factor=2, yarn_original_tokens=65536)
+    assert extend_model(solar, 4096, 32768, yarn_factor=1) == solar
+    far = extend_model(solar, 32768, 102400, yarn_factor=2, yarn_original_tokens=65536)
     assert far.yarn is not None
     assert (far.yarn.factor, far.yarn.original_max_position_tokens) == (2.0, 65536)
     assert far.max_position_tokens == 131072
-    assert extended(solar, 32768, 65536, yarn_original_tokens=65536) == solar, "reached without stretching"
+    assert extend_model(solar, 32768, 65536,
+                        yarn_original_tokens=65536) == solar, "reached without stretching"
     with pytest.raises(UserError, match="yarn_original_tokens = 256:"):
-        extended(get("tiny-k-exaone").model, 256, 1024, yarn_original_tokens=256)
+        extend_model(get("tiny-k-exaone").model, 256, 1024, yarn_original_tokens=256)
 
 
 def test_stages_as_phases_take_all_their_steps() -> None:
@@ -59,14 +61,14 @@ def test_stages_as_phases_take_all_their_steps() -> None:
     (2048, 512, 16, 4), (2048, 512, 6, 3), (2048, 1024, 7, 1), (256, 512, 8, 1), (2048, 256, 4, 4)])
 def test_micro_batches_keep_their_tokens_and_divide_the_batch(limit_tokens: int, seq_len: int, per_rank: int,
                                                              expected: int) -> None:
-    assert micro_batch_size(limit_tokens, seq_len, per_rank) == expected
+    assert find_micro_batch_size(limit_tokens, seq_len, per_rank) == expected
 
 
 def test_settings_make_a_sound_run_of_every_recipe() -> None:
     for name in ("tiny-solar-open", "tiny-k-exaone", "solar-open-102b", "k-exaone-236b"):
         recipe = get(name)
         trained = max(p.seq_len for p in recipe.data.phases)
-        longer = extended(recipe.model, trained, 2 * trained)
+        longer = extend_model(recipe.model, trained, 2 * trained)
         settings = length_settings(recipe, longer, trained, 2 * trained, recipe.train.global_batch_size)
         config = apply_settings(recipe,
                                 ["parallel.ep=1", "train.steps=100", phase_setting(2 * trained), *settings])

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_sov.model import recipes
 from megatron_sov.model.families import supported as models
-from megatron_sov.model.families.count import layer_weights, num_params
+from megatron_sov.model.families.count import count_params, layer_weights
 
 TENSORS, SIZE_BYTES = 59_396, 1_498_715_008_512
 """Of the released folder (Megatron-Bridge, examples/model_verification_cards/k-exaone-2/card.yaml)."""
@@ -17,10 +17,10 @@ def test_the_released_folder_has_this_architecture_to_the_byte() -> None:
 
     # bf16, and routers' biases in fp32
     held = sum(w.numel * len(w.layers) * (4 if w.is_buffer else 2) for w in layer_weights(model))
-    named = {name for link in models.get(model.family).links(model) for name in link.hf_names}
+    named = {name for link in models.get_family(model.family).links(model) for name in link.hf_names}
 
     assert (held, len(named)) == (SIZE_BYTES, TENSORS)
-    found = num_params(model)
+    found = count_params(model)
     assert found.total + found.mtp == pytest.approx(749.4e9, rel=1e-3)
     assert found.active == pytest.approx(37e9, rel=0.01)
 
@@ -46,7 +46,7 @@ def test_another_depth_keeps_what_single_layers_have(layers: int) -> None:
     import dataclasses
 
     model = recipes.get("k-exaone2-750b").model
-    other = dataclasses.replace(model, **model.at_depth(layers))
+    other = dataclasses.replace(model, **model.fields_for_depth(layers))
 
     assert other.problems() == [] and other.windows()[:2] == [0, 4096][:layers]
     assert other.limits()[-1] == 7.0 and (layers < 6 or other.limits()[0] == 0)

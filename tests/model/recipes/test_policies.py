@@ -7,10 +7,10 @@ from fnmatch import fnmatchcase
 import pytest
 
 from megatron_sov.model.config import apply_settings
-from megatron_sov.model.config.run import with_rounds
-from megatron_sov.model.families.count import num_params
+from megatron_sov.model.config.run import add_rounds
+from megatron_sov.model.families.count import count_params
 from megatron_sov.model.recipes import TINY, get, names, sources
-from megatron_sov.model.recipes.sources import settings
+from megatron_sov.model.recipes.sources import list_settings
 
 RUNS = [name for name in names() if get(name).objective.name == "policy"]
 LACKING = {"k-exaone-236b-rl": ("policy.clip_high=1.7",),
@@ -25,7 +25,7 @@ def test_a_run_is_whole_with_what_was_not_published(name: str) -> None:
     ranks = max(config.parallel.ranks_per_replica, config.parallel.ranks_per_expert_replica)
     assert sorted(problem.key for problem in config.problems(ranks)) == sorted(
         setting.partition("=")[0] for setting in lacking), "every one is asked for"
-    whole = with_rounds(apply_settings(config, list(lacking)))
+    whole = add_rounds(apply_settings(config, list(lacking)))
     assert whole.problems(ranks) == [] and whole.train.steps == (
         config.rollout.rounds * config.rollout.steps_per_round)
 
@@ -39,7 +39,7 @@ def test_a_tiny_run_keeps_the_method_and_is_small(name: str) -> None:
 
 
 def test_typhoons_two_runs_differ_in_updates_lengths_and_text() -> None:
-    single, agent = ({s.key: s.value for s in settings(get(f"typhoon-s-4b-legal{end}"), {})}
+    single, agent = ({s.key: s.value for s in list_settings(get(f"typhoon-s-4b-legal{end}"), {})}
                      for end in ("", "-agent"))
     changed = {key: (single[key], agent[key]) for key in single if single[key] != agent[key]}
     assert changed == {
@@ -60,7 +60,7 @@ def test_typhoons_two_runs_differ_in_updates_lengths_and_text() -> None:
 def test_what_nobody_published_does_not_claim_to_be(name: str, published: tuple[str, ...],
                                                     chosen: tuple[str, ...]) -> None:
     for patterns, kind in ((published, "published"), (chosen, "ours")):
-        kinds = {s.key: s.source.kind for s in settings(get(name), sources(name))
+        kinds = {s.key: s.source.kind for s in list_settings(get(name), sources(name))
                  if s.source.kind != "default" and any(fnmatchcase(s.key, pattern) for pattern in patterns)}
         assert kinds and set(kinds.values()) == {kind}
 
@@ -82,7 +82,7 @@ def test_parameters_are_those_of_the_published_sizes() -> None:
     predicts a second token."""
     attention, feed_forward, norms = 4096 * 128 * (32 + 8 + 8) + 32 * 128 * 4096, 3 * 4096 * 12288, 2 * 4096
     layer = attention + feed_forward + norms
-    count = num_params(get(NAMES[0]).model)
+    count = count_params(get(NAMES[0]).model)
     assert count.total == 2 * 200_704 * 4096 + 36 * layer + 4096 == 8_590_233_600
     assert count.mtp == layer + 2 * 4096 * 4096 + 3 * 4096
 

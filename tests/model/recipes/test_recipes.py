@@ -16,11 +16,11 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import (
     OptimConfig, PhaseConfig, RunConfig, YarnConfig, apply_settings, from_dict)
 from megatron_sov.model.families import supported as models
-from megatron_sov.model.families.family import PLAIN, text_config
-from megatron_sov.model.recipes import SHRUNK, TINY, get, names, sources
-from megatron_sov.model.recipes.extension import extended
+from megatron_sov.model.families.family import COMMON_VALUES, extract_text_config
+from megatron_sov.model.recipes import TINY, TINY_SOURCE, get, names, sources
+from megatron_sov.model.recipes.extension import extend_model
 from megatron_sov.model.recipes.sources import (
-    DEFAULT, YOURS, Sources, derive, in_effect, ours, published, relabelled, settings)
+    DEFAULT, YOURS, Sources, derive_sources, label_changes, list_settings, ours, published, select_used)
 
 STRUCTURE = (
     "family", "num_dense_layers", "num_shared_experts", "routed_scaling_factor", "router_bias_update_rate",
@@ -127,7 +127,7 @@ def test_the_published_extension_ends_at_the_released_model(name: str, before: i
     assert config.extend.gate.every_steps > 0 and config.extend.gate.min_accuracy >= 0.98
     model = get(name).model
     for stage in config.extend.stages:
-        model = extended(model, before, stage.seq_len, stage.rope_theta, stage.yarn_factor,
+        model = extend_model(model, before, stage.seq_len, stage.rope_theta, stage.yarn_factor,
                          stage.yarn_original_tokens)
         assert (model.yarn is None) == (stage.seq_len < 65536 or name.startswith("k-exaone"))
         before = stage.seq_len
@@ -140,7 +140,7 @@ def test_the_base_of_vibethinker_is_made_ready_for_what_it_generates() -> None:
     lengths = [stage.seq_len for stage in config.extend.stages]
     assert [before, *lengths] == [4096, 16384, 32768, 40960]
     for stage in config.extend.stages:
-        model = extended(model, before, stage.seq_len, stage.rope_theta, stage.yarn_factor)
+        model = extend_model(model, before, stage.seq_len, stage.rope_theta, stage.yarn_factor)
         before = stage.seq_len
     assert model == config.model and model.yarn is None
 
@@ -176,13 +176,13 @@ BIG = [name for name in names() if name not in TINY]
 
 
 def unlabelled(name: str, table: Sources) -> list[str]:
-    return [s.key for s in settings(get(name), table) if s.source == YOURS]
+    return [s.key for s in list_settings(get(name), table) if s.source == YOURS]
 
 
 @pytest.mark.parametrize("name", names())
 def test_every_value_that_a_recipe_sets_has_a_source(name: str) -> None:
     assert unlabelled(name, sources(name)) == []
-    labelled = [s.source for s in settings(get(name), sources(name)) if s.source != DEFAULT]
+    labelled = [s.source for s in list_settings(get(name), sources(name)) if s.source != DEFAULT]
     assert {source.kind for source in labelled} <= {"published", "config.json", "ours"}
     assert all(source.where for source in labelled)
 
@@ -199,7 +199,7 @@ def test_a_value_without_a_source_is_noticed() -> None:
 @cache
 def used_by(name: str) -> frozenset[str]:
     """Return the entries of a recipe's own table that name a value."""
-    return frozenset(in_effect(get(name), sources(name)))
+    return frozenset(select_used(get(name), sources(name)))
 
 
 @pytest.mark.parametrize("name", BIG)
@@ -209,7 +209,7 @@ def test_no_entry_of_a_table_is_idle(name: str) -> None:
     others = {key for other in BIG if other != name for key in used_by(other)}
     assert set(sources(name)) - used <= others
     more = sources(name) | {"optim.lr": ours("last"), "optim.rl": ours("misspelt")}
-    assert in_effect(get(name), more).keys() == used | {"optim.lr"}
+    assert select_used(get(name), more).keys() == used | {"optim.lr"}
 
 
 RELEASED = [name for name in BIG if any(s.kind == "config.json" for s in sources(name).values())]
@@ -219,15 +219,15 @@ RELEASED = [name for name in BIG if any(s.kind == "config.json" for s in sources
 def test_what_is_said_to_stand_in_a_config_json_stands_there(name: str) -> None:
     """Read by the model's family, which says which settings the file or its class decides."""
     config = get(name)
-    family = models.get(config.model.family)
-    said = [s for s in settings(config, sources(name)) if s.source.kind == "config.json"]
+    family = models.get_family(config.model.family)
+    said = [s for s in list_settings(config, sources(name)) if s.source.kind == "config.json"]
     (released,) = {s.source.where.partition(",")[0] for s in said}
     told = {field for item in family.config for field in getattr(item, "null_tells", ())}
-    raw = {field: value for field, value in text_config(CONFIGS[released]).items()
+    raw = {field: value for field, value in extract_text_config(CONFIGS[released]).items()
            if value is not None or field in told}
-    decided = {"family", *PLAIN, *family.structure,
+    decided = {"family", *COMMON_VALUES, *family.structure,
                *(field for item in family.config for field in item.read(raw))}
-    read = {s.key: s.value for s in settings(replace(config, model=family.from_hf_config(raw)), {})}
+    read = {s.key: s.value for s in list_settings(replace(config, model=family.from_hf_config(raw)), {})}
     assert {s.key: s.value for s in said} == {s.key: read[s.key] for s in said}
     assert {s.key.split(".")[1] for s in said} <= decided
     assert len(said) > 15
@@ -235,11 +235,11 @@ def test_what_is_said_to_stand_in_a_config_json_stands_there(name: str) -> None:
 
 @pytest.mark.parametrize("name", TINY)
 def test_a_tiny_recipe_inherits_what_it_did_not_shrink(name: str) -> None:
-    big = {s.key: s for s in settings(get(TINY[name]), sources(TINY[name]))}
-    tiny = settings(get(name), sources(name))
-    assert all(s == big[s.key] for s in tiny if s.source != SHRUNK)
-    assert "model.hidden_size" in {s.key for s in tiny if s.source == SHRUNK}
-    assert not any(s == big.get(s.key) for s in tiny if s.source == SHRUNK)
+    big = {s.key: s for s in list_settings(get(TINY[name]), sources(TINY[name]))}
+    tiny = list_settings(get(name), sources(name))
+    assert all(s == big[s.key] for s in tiny if s.source != TINY_SOURCE)
+    assert "model.hidden_size" in {s.key for s in tiny if s.source == TINY_SOURCE}
+    assert not any(s == big.get(s.key) for s in tiny if s.source == TINY_SOURCE)
 
 
 def test_values_are_named_as_settings_are() -> None:
@@ -248,7 +248,7 @@ def test_values_are_named_as_settings_are() -> None:
     config = replace(config, model=replace(config.model, yarn=YarnConfig()), optim=OptimConfig(lr=1.0),
                      data=replace(config.data, phases=(PhaseConfig("a", blend={"b/64": 2.0}),)))
     table = {"data.*": ours("all"), "data.phases.*.seq_len": published("one")}
-    found = {s.key: (s.value, s.source) for s in settings(config, table)}
+    found = {s.key: (s.value, s.source) for s in list_settings(config, table)}
     assert found["data.phases.0.blend.b/64"] == (2.0, ours("all"))
     assert found["data.phases.0.seq_len"] == (4096, published("one"))
     assert found["model.yarn.factor"] == (2.0, YOURS), "the class's own default, and yet set"
@@ -259,9 +259,9 @@ def test_values_are_named_as_settings_are() -> None:
 
 
 def test_a_derived_table_changes_what_it_says() -> None:
-    changed = derive({"optim.lr": ours("a"), "optim.*": ours("b")}, {"optim.lr": ours("c")})
+    changed = derive_sources({"optim.lr": ours("a"), "optim.*": ours("b")}, {"optim.lr": ours("c")})
     assert changed == {"optim.*": ours("b"), "optim.lr": ours("c")} and list(changed)[-1] == "optim.lr"
     before = get("tiny-qwen3")
     after = apply_settings(before, ["optim.lr=1", 'data.phases.0.blend={"a": 1}'])
-    assert relabelled(before, after, YOURS) == {"optim.lr": YOURS, "optim.min_lr": YOURS,
+    assert label_changes(before, after, YOURS) == {"optim.lr": YOURS, "optim.min_lr": YOURS,
                                                 "data.phases.0.blend.a": YOURS}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_sov import cli, recipes
-from megatron_sov.base.artifacts import new_artifact, to_json
+from megatron_sov.base.artifacts import create_artifact, format_json
 from megatron_sov.base.errors import UserError
 from megatron_sov.model import objectives
 from megatron_sov.model.config import RunConfig, apply_settings
@@ -69,13 +69,13 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, text in {"recipe.py": RECIPE, "family.py": FAMILY, "objective.py": OBJECTIVE}.items():
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
-    for registry in (models.OWN, objectives.OWN, recipes.OWN):
+    for registry in (models.FAMILY_PLUGINS, objectives.OBJECTIVE_PLUGINS, recipes.RECIPE_PLUGINS):
         monkeypatch.setattr(registry, "_known", {})
     return tmp_path
 
 
 def config_of(*argv: str) -> RunConfig:
-    return requested.requested(typed(requested.RecipeOptions, argv)).config()
+    return requested.request_recipe(typed(requested.RecipeOptions, argv)).config()
 
 
 def written(path: Path, **fields: Any) -> str:
@@ -108,14 +108,14 @@ def test_what_a_named_recipe_names_is_run_too_from_its_own_folder(site: Path,
     assert [(c.kind, c.reference.rpartition("/")[2]) for c in config.code] == [
         ("recipe", "recipe.py:whole"), ("model family", "family.py:MINE"),
         ("objective", "objective.py:Halved")]
-    assert models.get("mine").name == "mine"
+    assert models.get_family("mine").name == "mine"
 
 
 def test_families_and_objectives_by_set_and_their_settings(site: Path) -> None:
     config = config_of("tiny-qwen3", "--set", "model.family=family.py:MINE", "--set",
                        "objective.name=objective.py:Halved", "--set", "objective.options.share=0.25")
     assert (config.model.family, config.objective.options) == ("mine", {"share": 0.25})
-    made = objectives.factory(config, lambda context: pytest.fail("the built-in one"))
+    made = objectives.get_factory(config, lambda context: pytest.fail("the built-in one"))
     with pytest.raises(UserError, match="objective Halved: has no `coefficients`"):
         made(None)
 
@@ -136,7 +136,7 @@ def test_recipes_that_are_none(site: Path, argument: str, message: str) -> None:
 
 @pytest.mark.parametrize(("setting", "message"), [
     ("model.family=family.py:WRONG",
-     r"structure and training hold settings of the model, which has no 'qk_nrom'; did you mean"),
+     r"structure and training name unknown settings of the model: 'qk_nrom'; did you mean"),
     ("model.family=family.py:SPACED", r"is called 'my family'; its name must be transformers' model_type"),
     ("model.family=objective.py:Halved", r"objective.py:Halved: is a type; a model family is a"),
     ("objective.name=family.py:MINE",
@@ -187,15 +187,15 @@ def test_a_config_runs_nothing_that_it_names(site: Path, capsys: pytest.CaptureF
 
 def test_a_config_whose_recipe_was_a_file_needs_no_file(site: Path) -> None:
     first = config_of("recipe.py:plain")
-    (site / "config.json").write_text(to_json(first.to_dict()))
+    (site / "config.json").write_text(format_json(first.to_dict()))
     (site / "recipe.py").unlink()
     assert config_of("--config", "config.json") == first
 
 
 def test_a_config_takes_what_the_command_line_names(site: Path) -> None:
     first = config_of("recipe.py:whole")
-    (site / "config.json").write_text(to_json(first.to_dict()))
-    for registry in (models.OWN, objectives.OWN, recipes.OWN):
+    (site / "config.json").write_text(format_json(first.to_dict()))
+    for registry in (models.FAMILY_PLUGINS, objectives.OBJECTIVE_PLUGINS, recipes.RECIPE_PLUGINS):
         registry._known.clear()
     named = ("--plugin", "family.py:MINE", "--plugin", "objective.py:Halved")
     assert config_of("--config", "config.json", *named) == first
@@ -230,7 +230,7 @@ def test_a_hugging_face_folder_runs_nothing_that_it_names(site: Path,
 
 def test_a_checkpoint_runs_nothing_that_it_names(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number, (path, message) in enumerate(attacks(site).items()):
-        with new_artifact(site / f"checkpoint-{number}", "checkpoint") as artifact:
+        with create_artifact(site / f"checkpoint-{number}", "checkpoint") as artifact:
             artifact.content = {"step": 1, "tokens": 0, "parts": ["model"]}
             artifact.settings = json.loads(Path(path).read_text())
         names_family = artifact.settings["model"]["family"] != "qwen3"
@@ -293,8 +293,8 @@ def test_a_file_that_names_code_as_its_recipe_runs_nothing(site: Path) -> None:
 
 def test_plugins_are_families_and_objectives(site: Path) -> None:
     load_plugins(["family.py:MINE", "objective.py:Halved"])
-    assert models.OWN.named() == [f"{site}/family.py:MINE"]
-    assert objectives.OWN.named() == [f"{site}/objective.py:Halved"]
+    assert models.FAMILY_PLUGINS.named() == [f"{site}/family.py:MINE"]
+    assert objectives.OBJECTIVE_PLUGINS.named() == [f"{site}/objective.py:Halved"]
     assert (site / "ran").exists()  # so that its absence elsewhere says something
     with pytest.raises(UserError, match=r"recipe.py:plain: is a function"):
         load_plugins(["recipe.py:plain"])

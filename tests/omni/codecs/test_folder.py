@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import plain
+from megatron_sov.base.settings import to_plain_values
 from megatron_sov.omni.codecs.folder import KIND, WEIGHTS, inspected, open_codec, save_codec
 from megatron_sov.omni.codecs.ta_tok import SiglipSettings, TATok, TATokSettings
 
@@ -30,7 +30,7 @@ def codec(tmp_path: Path) -> Path:
 
 def written(folder: Path, content: Any, state: dict[str, torch.Tensor]) -> Path:
     """Write an artifact as somebody else would."""
-    with new_artifact(folder, KIND) as writer:
+    with create_artifact(folder, KIND) as writer:
         save_file(state, writer.path / WEIGHTS)
         writer.content = content
     return folder
@@ -43,7 +43,8 @@ def test_a_codec_is_read_as_it_was_written(codec: Path) -> None:
     assert torch.equal(read.encode(pictures), own.eval().encode(pictures))
     assert (read.settings, read.training) == (SETTINGS, False)
     assert not any(p.requires_grad for p in read.parameters())
-    assert inspected(codec) == {"codec": "ta-tok", "config": plain(SETTINGS), "heldout": {"psnr_db": 20.5},
+    assert inspected(codec) == {"codec": "ta-tok", "config": to_plain_values(SETTINGS),
+                                "heldout": {"psnr_db": 20.5},
                                 "num_parameters": sum(t.numel() for t in own.state_dict().values())}
 
 
@@ -74,7 +75,7 @@ def test_weights_that_settings_do_not_ask_for_reserve_nothing(codec: Path, tmp_p
         (SETTINGS, {**state, "to_code.bias": torch.zeros(4, dtype=torch.int64)}, "numbers of kind I64"),
         (SETTINGS, {**state, "to_code.bias": torch.tensor([0.0, 1, float("nan"), 2])}, "are not finite")]
     for i, (settings, tensors, said) in enumerate(cases):
-        folder = written(tmp_path / str(i), {"codec": "ta-tok", "config": plain(settings)}, tensors)
+        folder = written(tmp_path / str(i), {"codec": "ta-tok", "config": to_plain_values(settings)}, tensors)
         with pytest.raises(UserError, match=said):
             open_codec(folder)
 

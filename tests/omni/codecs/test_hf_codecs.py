@@ -118,13 +118,13 @@ def test_weights_of_another_network_are_refused(tmp_path: Path, kind: str) -> No
     ({"block_out_channels": "x"}, "makes no VQModel"), ({"num_vq_embeddings": 17}, "has the shape"),
     ({"in_channels": "${oc.env:HOME}"}, "makes no VQModel")])
 def test_a_hostile_manifest_is_one_sentence(tmp_path: Path, config: dict[str, Any], said: str) -> None:
-    from megatron_sov.base.artifacts import new_artifact, read_manifest
+    from megatron_sov.base.artifacts import create_artifact, read_manifest
 
     save("vqmodel", tmp_path / "hf")
     import_codec("vqmodel", tmp_path / "hf", tmp_path / "codec")
     content = read_manifest(tmp_path / "codec", "codec").content
     content["config"]["config"] |= config
-    with new_artifact(tmp_path / "bad", "codec") as writer:
+    with create_artifact(tmp_path / "bad", "codec") as writer:
         (writer.path / WEIGHTS).write_bytes((tmp_path / "codec" / WEIGHTS).read_bytes())
         writer.content = content
     with pytest.raises(UserError, match=re.escape(said)):
@@ -158,9 +158,9 @@ def test_a_side_and_codebooks_that_do_not_fit_are_refused(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("kind", ["simvq", "fsq", "dit", "unit-bigvgan"])
 def test_codecs_that_an_earlier_version_trained_are_refused(tmp_path: Path, kind: str) -> None:
-    from megatron_sov.base.artifacts import new_artifact
+    from megatron_sov.base.artifacts import create_artifact
 
-    with new_artifact(tmp_path / "old", "codec") as writer:
+    with create_artifact(tmp_path / "old", "codec") as writer:
         save_file({"a": torch.zeros(1)}, writer.path / WEIGHTS)
         writer.content = {"codec": kind, "config": {}}
     said = f"'{kind}' is no kind of codec; it was removed in this version: import a codec"

@@ -112,8 +112,8 @@ def test_cached_answers_are_as_probable_as_in_training(site: Site) -> None:
     """By one forward pass over the training row, by the decoder that writes, and by the one that compares;
     prompts of the same ids and other pictures are told apart."""
     from megatron_sov.infer.decoder.generator import MegatronEngine
-    from megatron_sov.infer.decoder.logprobs import Question, answer_logprobs
-    from megatron_sov.infer.engines.load import Loaded, run_forward_model
+    from megatron_sov.infer.decoder.logprobs import AnswerChoice, compute_answer_logprobs
+    from megatron_sov.infer.engines.load import LoadedModel, run_forward_model
     from megatron_sov.infer.engines.target import find_target
     from megatron_sov.infer.request import Batching, Sampling
     from megatron_sov.train.objectives.microbatch import from_row
@@ -122,23 +122,24 @@ def test_cached_answers_are_as_probable_as_in_training(site: Site) -> None:
     seen, second = prompts.encoder_inputs
     other = {**seen, "pictures": replace(seen["pictures"], records=second["pictures"].records)}
 
-    def work(loaded: Loaded) -> Any:
+    def work(loaded: LoadedModel) -> Any:
         batches = [from_row(row) for row in site.rows]
         trained = []
         for batch in batches:
             (found,) = loaded.policy.map([batch], lambda hidden, head, b: head.logprobs(hidden[0], b.labels))
             trained.append(found[batch.weights > 0].tolist())
-        questions = [Question(prompts.ids[i], [answers[i], answers[i][:2]], prompts.encoder_inputs[i])
+        questions = [AnswerChoice(prompts.ids[i], [answers[i], answers[i][:2]], prompts.encoder_inputs[i])
                      for i in (0, 1)]
-        scored = [answer_logprobs(loaded.policy, questions, Batching(1, tokens)) for tokens in (8192, 7)]
+        scored = [compute_answer_logprobs(loaded.policy, questions, Batching(1, tokens))
+                  for tokens in (8192, 7)]
         written = []
         for tokens in (8192, 7):
             engine = MegatronEngine(loaded.policy, Batching(prefill_tokens=tokens))
             written.append(engine.generate([prompts.ids[0]] * 3, Sampling(4),
                                            encoder_inputs=[seen, other, seen]))
-        behind = [[Question(prompts.ids[0], [of], media)] for of, media in zip(
+        behind = [[AnswerChoice(prompts.ids[0], [of], media)] for of, media in zip(
             written[0].continuations, (seen, other, seen), strict=True)]
-        again = [answer_logprobs(loaded.policy, question)[0][0] for question in behind]
+        again = [compute_answer_logprobs(loaded.policy, question)[0][0] for question in behind]
         return trained, scored, [w.logprobs for w in written], again
 
     trained, scored, written, again = run_forward_model(find_target(Path("model")), ["train.precision=fp64"],

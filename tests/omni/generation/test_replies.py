@@ -16,7 +16,7 @@ import soundfile
 from PIL import Image
 
 from megatron_sov import cli
-from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.media_tokens import AUDIO, IMAGE, MARKS, VocabularyBlock, codebook_token
 from megatron_sov.omni.generation import replies
@@ -65,7 +65,7 @@ def site(made: Path, one_rank: None, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def shards_with(media: dict[str, Any]) -> None:
     """Write what is left of the model's data: their manifest."""
-    with new_artifact(Path("shards"), "token_shards", overwrite=True) as shards:
+    with create_artifact(Path("shards"), "token_shards", overwrite=True) as shards:
         shards.content = {"sources": [{"media": media}]}
 
 
@@ -156,10 +156,13 @@ def test_whatever_is_allowed_is_well_formed(seed: int) -> None:
 
 def test_every_well_formed_reply_is_allowed() -> None:
     """No token of it is ruled out: the rules forbid nothing else."""
-    picture = ["<|discrete_image_start|>", "<|vision_ratio_9:16|>", codebook_token(IMAGE, 0), codebook_token(IMAGE, 5),
-               "<|vision_eol|>", codebook_token(IMAGE, 3), codebook_token(IMAGE, 3), "<|vision_eol|>", "<|vision_eof|>",
+    picture = ["<|discrete_image_start|>", "<|vision_ratio_9:16|>", codebook_token(IMAGE, 0),
+               codebook_token(IMAGE, 5),
+               "<|vision_eol|>", codebook_token(IMAGE, 3), codebook_token(IMAGE, 3), "<|vision_eol|>",
+               "<|vision_eof|>",
                "<|discrete_image_end|>"]
-    speech = ["<|discrete_audio_start|>", codebook_token(AUDIO, 4), codebook_token(AUDIO, 0), "<|discrete_audio_end|>"]
+    speech = ["<|discrete_audio_start|>", codebook_token(AUDIO, 4), codebook_token(AUDIO, 0),
+              "<|discrete_audio_end|>"]
     reply = [IDS[name] for name in ["a", *picture, *speech, "b", *speech, *picture, "<end>"]]
     for place, token in enumerate(reply):
         assert rules().allowed(reply[:place])[token], NAMES[token]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_sov.base.artifacts import manifest_sha256, new_artifact
+from megatron_sov.base.artifacts import create_artifact, manifest_sha256
 from megatron_sov.base.documents.files import MEDIA_CORPUS
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.media_tokens import (
@@ -122,7 +122,7 @@ def test_a_short_sound_uses_its_share_of_the_slots(frames: int, slots: int) -> N
 
 
 def artifact(path: Path, kind: str, content: dict[str, object], *inputs: Path) -> Path:
-    with new_artifact(path, kind) as made:
+    with create_artifact(path, kind) as made:
         made.content = content
         for one in inputs:
             made.add_input(one)

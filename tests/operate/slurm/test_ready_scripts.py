@@ -22,7 +22,7 @@ from data_prep.demo_corpus import judged
 from megatron_sov import cli, recipes
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.command_line import Parser
-from megatron_sov.base.settings import options_of
+from megatron_sov.base.settings import read_command_options
 from megatron_sov.bench.lm.settings import TaskSources
 from megatron_sov.bench.lm.tasks import refuse_unknown
 from megatron_sov.commands.operate.submit import COMMANDS, chain_names, read_chain
@@ -69,7 +69,7 @@ def test_what_submit_does_not_look_at_is_sound(name: str) -> None:
             COMMANDS[stage.stage](parser)
         else:
             continue
-        options = options_of(parser.parse_args(argv))
+        options = read_command_options(parser.parse_args(argv))
         if stage.stage == "rl-run":
             assert reward_version(options.reward, options.reward_set), stage
         elif stage.stage == "eval-lm":

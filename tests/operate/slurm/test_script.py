@@ -84,7 +84,8 @@ WHOLE = ("h100", "local")
       for name in cluster.list_profiles() if name not in WHOLE)])
 def test_a_real_slurm_takes_every_template(site: Path, name: str,
                                            asked: tuple[tuple[str, dict[str, Any]], ...]) -> None:
-    profile = dataclasses.replace(cluster.load_profile(name, account="me"), account="me" if name != "local" else "")
+    profile = dataclasses.replace(cluster.load_profile(name, account="me"), account="me" if name != "local"
+                                  else "")
     texts = [text for stage, request in asked
              for text in prepared(stage, ARGUMENTS[stage], profile, **request).texts]
     for text in texts:
@@ -159,7 +160,8 @@ def test_jobs_that_share_a_store_are_an_array_of_one_command() -> None:
 
 @pytest.mark.parametrize("stage", ["rl-run", "rl-train"])
 def test_rounds_are_trained_by_ranks_that_go_on_where_they_were(stage: str) -> None:
-    (text,), work = (found := prepared(stage, ARGUMENTS[stage], cluster.load_profile("h100", account="me"))).texts, \
+    (text,), work = (found := prepared(stage, ARGUMENTS[stage],
+                                       cluster.load_profile("h100", account="me"))).texts, \
         found.work
     assert words_of(text) == ["-m", "megatron_sov", *stage.split("-"), *ARGUMENTS[stage], "--resume"]
     assert "#SBATCH --ntasks-per-node=8" in text and work.done == Path("runs/b/complete.json").absolute()
@@ -167,7 +169,8 @@ def test_rounds_are_trained_by_ranks_that_go_on_where_they_were(stage: str) -> N
     assert work.config is not None and [p.name for p in work.config.data.phases] == [
         "round-0001", "round-0002", "round-0003"]
     with pytest.raises(UserError, match=r"rollout\.rounds = 0: nothing to train"):
-        prepared(stage, (*ARGUMENTS[stage], "--set", "rollout.rounds=0"), cluster.load_profile("h100", account="me"))
+        prepared(stage, (*ARGUMENTS[stage], "--set", "rollout.rounds=0"),
+                 cluster.load_profile("h100", account="me"))
 
 
 def test_what_a_user_types_reaches_the_program_unchanged(tmp_path: Path) -> None:
@@ -180,7 +183,8 @@ def test_what_a_user_types_reaches_the_program_unchanged(tmp_path: Path) -> None
 def test_a_profile_is_quoted_too(site: Path, cluster: Any) -> None:
     from megatron_sov.work.clusters.cluster import load_profile
 
-    profile = dataclasses.replace(load_profile("local"), environment={"X": NASTY}, modules=(NASTY,), scratch=NASTY)
+    profile = dataclasses.replace(load_profile("local"), environment={"X": NASTY}, modules=(NASTY,),
+                                  scratch=NASTY)
     text = script("pretrain", profile)
     (line,) = [line for line in text.splitlines() if line.startswith("export X=")]
     assert subprocess.run(["bash", "-c", f'{line}; printf "%s" "$X"'], capture_output=True, text=True,
@@ -205,7 +209,8 @@ def test_slurm_reads_odd_paths_as_they_are(site: Path, cluster: Any) -> None:
 
 def test_a_path_that_slurm_would_rewrite_is_refused() -> None:
     with pytest.raises(UserError, match="placeholder"):
-        prepared("pretrain", ("tiny-solar-open", "--data", "d", "--run", "runs/100%j"), cluster.load_profile("local"))
+        prepared("pretrain", ("tiny-solar-open", "--data", "d", "--run", "runs/100%j"),
+                 cluster.load_profile("local"))
 
 
 def test_no_secret_of_the_submitter_stands_in_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +255,8 @@ def test_a_task_of_an_array_requeues_itself_alone(tmp_path: Path, variables: dic
         subprocess.run(["bash", "-uc", lines], env=environment, check=False, capture_output=True, timeout=60)
         return calls.read_text().splitlines()
 
-    (trap,) = [line for line in _step_lines(cluster.load_profile("local"), tmp_path, 1, 1) if line.startswith("trap")]
+    (trap,) = [line for line in _step_lines(cluster.load_profile("local"), tmp_path, 1, 1)
+               if line.startswith("trap")]
     assert run_lines(f"{trap}\nkill -USR1 $$\ntrue") == [f"scontrol requeue {name}"]
     text = script("data", cluster.load_profile("local"), array=2)
     answer = text[text.index("answer() {"):text.index("# -- signals")].replace("sleep 300", "true")

@@ -53,7 +53,8 @@ def layouts(*more: str, nodes: int = 64, **request: Any) -> dict[int, tuple[str,
 @pytest.mark.deep
 def test_a_run_gets_the_layout_that_a_search_finds_for_its_gpus() -> None:
     """A user who has other kernels gets another layout; a layout that the user set stays."""
-    found = find_layout(recipes.get("solar-open-102b"), Machines("h100", load_profile("h100", account="me"), 64))
+    found = find_layout(recipes.get("solar-open-102b"),
+                        Machines("h100", load_profile("h100", account="me"), 64))
     assert found is not None and "parallel.expert_dispatcher=hybridep" in found.settings
     assert layouts()[64] == found.settings
     portable = layouts("--set", "parallel.expert_dispatcher=alltoall", "--set", "gpu.attention=local")[64]
@@ -61,7 +62,8 @@ def test_a_run_gets_the_layout_that_a_search_finds_for_its_gpus() -> None:
     assert layouts("--set", "parallel.pp=8") == {64: ()}
     assert layouts(settings={64: ("parallel.pp=4", "train.micro_batch_size=3")}) == {
         64: ("parallel.pp=4", "train.micro_batch_size=3")}
-    script = submission.prepare(submission.SubmitRequest("pretrain", SOLAR, load_profile("h100", account="me"), 64),
+    script = submission.prepare(submission.SubmitRequest("pretrain", SOLAR,
+                                                         load_profile("h100", account="me"), 64),
                                 COMMANDS).jobs[0]
     stages = next(setting for setting in found.settings if setting.startswith("parallel.pp="))
     assert script.asks_for.startswith("Asks for 64 x 8 GPUs; layout: ")
@@ -171,7 +173,7 @@ def test_a_file_is_packed_before_its_job_also_in_a_chain(tmp_path: Path, monkeyp
     Path("runs/base").mkdir(parents=True)
     work = work_of("sft", ["tiny-solar-open", "--data", given, "--from", "runs/base", "--run", "runs/a"],
                    COMMANDS)
-    with pytest.raises(UserError, match=r"is a file, and token shards are read; pass a folder made by "
+    with pytest.raises(UserError, match=r"is a file, not a folder of token shards; pass a folder made by "
                                         r"`sov-data pack --tokenizer DIR --input chats.jsonl --output "):
         check_inputs(work, {tmp_path / "runs/base"} if promised else set())
 

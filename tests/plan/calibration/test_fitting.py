@@ -12,7 +12,7 @@ import pytest
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
-from megatron_sov.model.families.count import TABLES, num_params
+from megatron_sov.model.families.count import TABLES, count_params
 from megatron_sov.plan.calibration.fitting import changes, fits, fullest, nearest, refuse_too_large
 from megatron_sov.plan.footprint.held import held as held_by, stage_params
 from megatron_sov.plan.pricing import machines, pricing, run_stages
@@ -20,7 +20,7 @@ from megatron_sov.plan.search.recommended import RECOMMENDED, recommended, says_
 from megatron_sov.work.clusters.chips import CHIPS, Gpu
 from megatron_sov.work.clusters.units import GIB
 
-BIG = [name for name in RECOMMENDED if num_params(recipes.get(name).model).total > 1e11]
+BIG = [name for name in RECOMMENDED if count_params(recipes.get(name).model).total > 1e11]
 SIZES = (512, 1024)
 
 
@@ -137,16 +137,16 @@ def runs_of_big_recipes(every: bool) -> list[tuple[RunConfig, list[tuple[int, in
 
 def kind_of(run: RunConfig, stage: int) -> tuple[int, bool, bool]:
     """Return what stages that hold as much have in common: number of layers, being the first or the last."""
-    layers = run.parallel.layers_of_stage(stage, run.model.num_layers)
+    layers = run.parallel.stage_layers(stage, run.model.num_layers)
     return len(layers), stage == 0, stage == run.parallel.pp - 1
 
 
 def built(big: bool, every: bool) -> list[list[Any]]:
     """Build stages of these runs, or of small ones, on meta tensors, as one rank after the other, and return
     what they hold."""
-    from megatron_sov.engine.optimizer.meta import built_stage
+    from megatron_sov.engine.optimizer.meta import count_stage_parameters
 
-    return [[dataclasses.asdict(built_stage(run, num_ranks, stage)) for num_ranks, stage in places]
+    return [[dataclasses.asdict(count_stage_parameters(run, num_ranks, stage)) for num_ranks, stage in places]
             for run, places in (runs_of_big_recipes(every) if big else SMALL_RUNS)]
 
 
@@ -165,7 +165,7 @@ def test_modules_at_size_hold_what_the_account_counts(ranks: Any, job: Any, ever
     (big,), (small,) = ranks(*(job(__file__, "built", 1, {"big": big, "every": every})
                                for big in (True, False)))
     for (run, places), held in zip([*runs_of_big_recipes(every), *SMALL_RUNS], [*big, *small], strict=True):
-        said, p, count = stage_params(run), run.parallel, num_params(run.model)
+        said, p, count = stage_params(run), run.parallel, count_params(run.model)
         assert [h["params"] for h in held] == [dataclasses.asdict(said[stage]) for _, stage in places], p
         whole = {kind_of(run, stage): h["whole"] for (_, stage), h in zip(places, held, strict=True)}
         # stages that embed or predict beside the first one hold copies of its table

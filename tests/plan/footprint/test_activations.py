@@ -160,8 +160,8 @@ class KernelThatSaves(torch.autograd.Function):
 def test_kernels_of_linear_attention_keep_what_is_said(
         sizes: LinearAttentionConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer in bf16 is measured, tensor by tensor that autograd saves."""
-    monkeypatch.setattr(context, "size", lambda: 1)
-    monkeypatch.setattr(delta_rule, "_fla_kernel", lambda: lambda q, k, v, *, g, beta, **_: (
+    monkeypatch.setattr(context, "get_cp_size", lambda: 1)
+    monkeypatch.setattr(delta_rule, "_load_fla_kernel", lambda: lambda q, k, v, *, g, beta, **_: (
         KernelThatSaves.apply(q, k, v, g, beta), None))
     config = SimpleNamespace(hidden_size=8, init_method=None, output_layer_init_method=None,
                              params_dtype=torch.bfloat16, layernorm_epsilon=1e-6, sequence_parallel=False,

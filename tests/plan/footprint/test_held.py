@@ -35,11 +35,11 @@ def config_of(recipe: str, settings: list[str], precision: str) -> RunConfig:
 
 def shapes_of_modules(precision: str) -> list[Any]:
     """Return [pipeline stage, shapes of every chunk's parameters] of each run."""
-    from megatron_sov.engine.optimizer.meta import build_on_meta
+    from megatron_sov.engine.optimizer.meta import count_process_memory
 
     found = []
     for recipe, settings, num_ranks, rank in RUNS:
-        made = build_on_meta(config_of(recipe, settings, precision), num_ranks, rank)
+        made = count_process_memory(config_of(recipe, settings, precision), num_ranks, rank)
         found.append([made.stage, made.shapes])
     return found
 
@@ -139,12 +139,12 @@ def groups_of_a_step() -> list[int]:
     from megatron.core import parallel_state as groups
     from torch import distributed as dist
 
-    from megatron_sov.engine.optimizer.meta import fake_world
+    from megatron_sov.engine.optimizer.meta import use_fake_world
 
     found = []
     for recipe, settings, num_ranks in LAYOUTS:
         config = apply_settings(recipes.get(recipe), settings)
-        with fake_world(config.parallel, num_ranks, 0):
+        with use_fake_world(config.parallel, num_ranks, 0):
             used = {dist.group.WORLD, groups.get_data_parallel_group(with_context_parallel=True),
                     groups.get_data_parallel_group(), groups.get_context_parallel_group(),
                     groups.get_tensor_model_parallel_group(), groups.get_pipeline_model_parallel_group(),

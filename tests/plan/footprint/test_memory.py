@@ -17,7 +17,7 @@ import pytest
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
-from megatron_sov.model.families.count import num_params
+from megatron_sov.model.families.count import count_params
 from megatron_sov.plan.calibration import fitting
 from megatron_sov.plan.calibration.fitting import node_bytes, refuse_on_nodes, refuse_on_this_node
 from megatron_sov.plan.footprint.activations import kinds, saved
@@ -42,7 +42,7 @@ def bytes_of_an_adapted_head() -> list[int]:
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from megatron_sov.engine.model.language_model import build
+    from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.parallel import world
 
     class Allocated(TorchDispatchMode):
@@ -61,12 +61,12 @@ def bytes_of_an_adapted_head() -> list[int]:
             return result
 
     config = config_of("tiny-qwen3", lora__rank=4, lora__targets='["lm_head"]', train__precision="bf16")
-    world.join(ParallelConfig())
-    model = build(config.model, config.parallel, config.train, config.gpu, config.lora)
+    world.join_world(ParallelConfig())
+    model = build_model(config.model, config.parallel, config.train, config.gpu, config.lora)
     with Allocated() as allocated:
         head = model.head_weight
     assert head.requires_grad
-    world.leave()
+    world.leave_world()
     # beside the head's own gradient, which without adapters there is as well
     said = [account(c, 1, 0, 64).head for c in (config, apply_settings(config, ["lora.rank=0"]))]
     return [sum(allocated.sizes.values()), said[0] - said[1]]
@@ -95,7 +95,7 @@ def peak_bytes_of_a_divergence(beta: float, top_k: int) -> list[int]:
         del kept
         return int(max(accumulate(e.nbytes() for e in sorted(found, key=lambda e: e.start_ns()))))
 
-    world.join(ParallelConfig())
+    world.join_world(ParallelConfig())
     tokens = 2 * CHUNK
     states, weight = torch.randn(tokens, 1, 8).requires_grad_(), torch.randn(WORDS, 8).requires_grad_()
     teacher = (TeacherTopK(torch.arange(top_k).expand(tokens, top_k), torch.full((tokens, top_k), -1.0))
@@ -105,7 +105,7 @@ def peak_bytes_of_a_divergence(beta: float, top_k: int) -> list[int]:
     found = [peak(lambda: head.divergence(states, teacher, {"sum": ones}, Divergence(beta))),
              peak(lambda: head.cross_entropy(states, labels, {"sum": ones})),
              peak(lambda: replace(head, logits_softcap=3.0).cross_entropy(states, labels, {"sum": ones}))]
-    world.leave()
+    world.leave_world()
     return found
 
 
@@ -205,7 +205,7 @@ def test_of_a_frozen_model_adapters_alone_have_gradients_and_state() -> None:
     m = config.model
     q, kv = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
     sides = 2 * (m.hidden_size + q) + 2 * (m.hidden_size + kv) + 3 * (m.hidden_size + m.dense_ffn_dim)
-    count, whole = 4 * m.num_layers * sides, num_params(m).total
+    count, whole = 4 * m.num_layers * sides, count_params(m).total
     found = account(config, 1, 0, 64)
     assert found.weights == 4 * (whole + count)
     assert (found.gradients, found.optimizer) == (4 * count, 8 * count)

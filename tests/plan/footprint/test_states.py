@@ -47,12 +47,12 @@ ENCODERS = (
 
 def both(layouts: list[dict[str, Any]]) -> list[list[Any]]:
     """Return [what training makes of a process, what the plan says of it], of each layout."""
-    from megatron_sov.engine.optimizer.meta import build_on_meta
+    from megatron_sov.engine.optimizer.meta import count_process_memory
 
     found = []
     for values in layouts:
         layout = Drawn(**values)
-        made = build_on_meta(layout.config, layout.num_ranks, layout.rank)
+        made = count_process_memory(layout.config, layout.num_ranks, layout.rank)
         found.append([dataclasses.asdict(made.states),
                       dataclasses.asdict(said(layout, made.stage, made.place))])
     return found

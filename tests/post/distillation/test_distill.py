@@ -41,7 +41,7 @@ def _begin(kind: str, settings: list[str], data: list[str], states: str) -> tupl
     from megatron_sov.train.trainer import Trainer
 
     config = small_config("tiny-k-exaone", [*SETTINGS, *KINDS[kind], *settings], data, "distill")
-    place = world.join(config.parallel)
+    place = world.join_world(config.parallel)
     config.check(place.size)
     sources = open_sources(config.data.paths, config.model.vocab_size)
     files = [StateFiles(Path(states) / name, sources) for name in FOLDERS.get(kind, ("top",))]
@@ -72,7 +72,7 @@ def written_out(data: list[str], states: str) -> list[dict[str, float]]:
     import torch
     from safetensors.torch import load_file
 
-    from megatron_sov.engine.decode.forward_only import Inputs
+    from megatron_sov.engine.decode.forward_only import DocumentBatch
     from megatron_sov.engine.parallel import world
     from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFiles, unpacked
 
@@ -91,8 +91,8 @@ def written_out(data: list[str], states: str) -> list[dict[str, float]]:
         for m in batch.micro_batches:
             for first, source, (document, start, count) in m.origins:
                 here = slice(first, first + count)
-                logits = trainer.policy.logits(Inputs([m.inputs.tokens[here].tolist()],
-                                                      torch.device("cpu")), torch.arange(count))
+                logits = trainer.policy.logits(DocumentBatch([m.inputs.tokens[here].tolist()],
+                                                             torch.device("cpu")), torch.arange(count))
                 head = load_file(exact[source].head)[HEAD_WEIGHT].double()
                 seen = exact[source].states(source, "train", document, start, count).double() @ head.T
                 log_p, log_q = ((x / asked.temperature).log_softmax(-1) for x in (logits, seen))
@@ -130,7 +130,7 @@ def written_out(data: list[str], states: str) -> list[dict[str, float]]:
             "wanted": [wanted[name] / tokens for name in ("divergence", "kl", "entropy")],
             "ce": [sums.terms.get("cross_entropy"), wanted["cross_entropy"]]})
         trainer.close()
-        world.leave()
+        world.leave_world()
     return results
 
 

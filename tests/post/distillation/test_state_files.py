@@ -36,7 +36,7 @@ def test_a_flipped_bit_in_what_is_kept_is_named_on_every_process(
         said.append(mine)
         return said
 
-    monkeypatch.setattr(distill.collectives, "of_all_ranks", of_all_ranks)
+    monkeypatch.setattr(distill.collectives, "gather_numbers", of_all_ranks)
 
     def verify() -> None:
         """Be two processes, one after the other."""

@@ -18,7 +18,7 @@ from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 prepare_megatron()
 from safetensors.torch import load_file  # noqa: E402
 
-from megatron_sov.base.artifacts import damaged_files, new_artifact  # noqa: E402
+from megatron_sov.base.artifacts import create_artifact, find_damaged_files  # noqa: E402
 from megatron_sov.base.errors import UserError  # noqa: E402
 from megatron_sov.cli import main  # noqa: E402
 from megatron_sov.infer.engines.target import Target  # noqa: E402
@@ -78,7 +78,7 @@ def test_states_and_head_are_transformers_logits(one_rank: None, hf_models: dict
             logits = model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0]
         found = files.states(1, "train", document, 2, len(ids) - 2) @ head.T
         torch.testing.assert_close(found, logits[2:], rtol=2e-5, atol=2e-5)
-    assert damaged_files(tmp_path / "states") == []
+    assert find_damaged_files(tmp_path / "states") == []
     with pytest.raises(UserError, match="99 of source 'second'"):
         files.states(1, "train", 99, 0, 1)
     with pytest.raises(UserError, match="document 7"):
@@ -188,7 +188,7 @@ def test_a_full_disk_is_said_by_whichever_process_meets_it(tmp_path: Path, monke
 
 def test_another_teacher_has_another_digest(tmp_path: Path) -> None:
     def checkpoint(part: str, weights: bytes, base: str = "1", alpha: int = 16) -> str:
-        with new_artifact(tmp_path / "checkpoint", "checkpoint", overwrite=True) as artifact:
+        with create_artifact(tmp_path / "checkpoint", "checkpoint", overwrite=True) as artifact:
             (artifact.path / part).mkdir()
             (artifact.path / part / "0.safetensors").write_bytes(weights)
             artifact.settings = {"model": {"hidden_size": 8}, "lora": {"alpha": alpha}}

@@ -18,7 +18,7 @@ import pytest
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.eval.needle.suite import Cell
-from megatron_sov.eval.statistics import wilson_interval
+from megatron_sov.eval.statistics import compute_wilson_interval
 from megatron_sov.model.config import GateConfig, NeedleKind, PhaseConfig, RunConfig, apply_settings
 from megatron_sov.model.recipes import get
 from megatron_sov.post.extend import running
@@ -52,7 +52,7 @@ class Run:
         return self.step >= self.num_steps or self.gate.passed
 
     def measure(self, run: Run) -> Any:
-        cell = Cell("single", "english", 512, 0.5, 0, self.right, 20, wilson_interval(self.right, 20))
+        cell = Cell("single", "english", 512, 0.5, 0, self.right, 20, compute_wilson_interval(self.right, 20))
         return SimpleNamespace(cells=[cell], right=self.right)
 
     def record(self, run: Run, when: str, result: Any) -> dict[str, Any]:
@@ -170,7 +170,7 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.95)
 
 
 def cells(*correct: int, samples: int = 20, length: int = 512, kind: NeedleKind = "single") -> list[Cell]:
-    return [Cell(kind, "english", length, depth, 0, right, samples, wilson_interval(right, samples))
+    return [Cell(kind, "english", length, depth, 0, right, samples, compute_wilson_interval(right, samples))
             for depth, right in zip(DEPTHS, correct, strict=False)]
 
 

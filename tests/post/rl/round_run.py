@@ -9,7 +9,7 @@ from typing import Any
 from megatron_sov import recipes
 from megatron_sov.engine.parallel import world
 from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
-from megatron_sov.model.config.run import with_rounds
+from megatron_sov.model.config.run import add_rounds
 from megatron_sov.post.policy import objective_of
 from megatron_sov.post.preference import round_objective_of
 from megatron_sov.post.rl.logprob_columns import columns_of_run
@@ -33,13 +33,13 @@ SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_heads=4",
 
 def config_of(settings: list[str]) -> RunConfig:
     """Return settings of a model of some thousand parameters."""
-    return with_rounds(apply_settings(recipes.get("tiny-k-exaone"), [*SETTINGS, *settings]))
+    return add_rounds(apply_settings(recipes.get("tiny-k-exaone"), [*SETTINGS, *settings]))
 
 
 def curve(settings: list[str], folder: str) -> list[dict[str, Any]]:
     """Train the rounds that are published in FOLDER/rounds; return each step's numbers."""
     config = config_of(settings)
-    place = world.join(config.parallel)
+    place = world.join_world(config.parallel)
     config.check(place.size)
     objective = (round_objective_of if config.policy.learns_preferences else objective_of)(config)
     # what a layout computes itself stands beside the rounds: each has rounds of its own
@@ -67,16 +67,16 @@ def curve(settings: list[str], folder: str) -> list[dict[str, Any]]:
                       # those of the round are the event's, which the first process writes
                       **{f"meter {name}": value for name, value in result.meters.items()
                          if name not in feed.meters}})
-    world.leave()
+    world.leave_world()
     return taken
 
 
 def publish(settings: list[str], rounds: str, store: str, prompts: str, tokenizer: str, version: str) -> str:
     """Publish the first round, a piece a shard; return what it lacks."""
     config = config_of(settings)
-    world.join(ParallelConfig())
+    world.join_world(ParallelConfig())
     shards.SHARD_TOKENS = 1
     told = Publisher(config=config, rounds=Path(rounds), store=Path(store), tokenizer=Path(tokenizer),
                      prompts=read_prompts(Path(prompts)), reward_version=version).publish(1)
-    world.leave()
+    world.leave_world()
     return told

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.infer.request import Bounds, Generated, Sampling, StopRule, Tokens
+from megatron_sov.infer.request import GenerationBounds, GenerationResult, Sampling, StopRule, Tokens
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.generate.pieces import PendingPieces, PieceQueue, SampleAttempt
 from megatron_sov.post.rl.generate.responses import ResponseSource, key_digest
@@ -37,7 +37,8 @@ class Counting:
         self.now_s, self.step, self.streams = 0.0, 0, [0]
 
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: StopRule | None = None,
-                 streams: Sequence[int] | None = None, bounds: Bounds | None = None) -> Generated:
+                 streams: Sequence[int] | None = None,
+                 bounds: GenerationBounds | None = None) -> GenerationResult:
         assert stop is not None and streams is not None
         self.streams += streams
         limits = bounds.limits if bounds else [sampling.max_new_tokens] * len(prompts)
@@ -50,7 +51,8 @@ class Counting:
             self.now_s += 1
             if bounds and bounds.should_stop():
                 break
-        return Generated.of([(w, [-1.0 - self.step] * len(w)) for w in written], sampling, stop, self.step)
+        scored = [(w, [-1.0 - self.step] * len(w)) for w in written]
+        return GenerationResult.of(scored, sampling, stop, self.step)
 
     def update(self, weights: Any, version: int) -> None:
         raise AssertionError("its weights are taken by `take`")
@@ -151,8 +153,7 @@ def check_whole(store: RolloutStore, prompts: PromptList, rounds: Sequence[int])
     return found
 
 
-def test_rounds_are_written_by_the_policies_that_they_ask_for(tmp_path: Path,
-                                                              prompts: PromptList) -> None:
+def test_rounds_are_written_by_the_policies_that_they_ask_for(tmp_path: Path, prompts: PromptList) -> None:
     newest = 0
     job = Job(tmp_path / "store", prompts, lambda: newest, replace(ROLLOUT, deadline_s=0.0))
     summary = job.run()
@@ -170,8 +171,7 @@ def test_rounds_are_written_by_the_policies_that_they_ask_for(tmp_path: Path,
     assert parts[0].provenance["step"] == 2 and parts[0].num_rows == 4
 
 
-def test_what_a_deadline_cuts_off_the_next_policy_goes_on_with(tmp_path: Path,
-                                                               prompts: PromptList) -> None:
+def test_what_a_deadline_cuts_off_the_next_policy_goes_on_with(tmp_path: Path, prompts: PromptList) -> None:
     parts = 0
 
     def newest() -> int:  # a trainer that is a round further with every two parts
@@ -199,10 +199,9 @@ def test_what_a_deadline_cuts_off_the_next_policy_goes_on_with(tmp_path: Path,
             "a newer policy begins fresh pieces before it goes on with what an older one left")
 
 
-def test_what_a_deadline_left_unread_goes_where_the_next_policy_sends_it(
-        prompts: PromptList) -> None:
+def test_what_a_deadline_left_unread_goes_where_the_next_policy_sends_it(prompts: PromptList) -> None:
     class Routed(Counting):
-        def generate(self, prompts: Sequence[Tokens], *asked: Any, **more: Any) -> Generated:
+        def generate(self, prompts: Sequence[Tokens], *asked: Any, **more: Any) -> GenerationResult:
             found = super().generate(prompts, *asked, **more)
             routes = [np.full((len(p) + len(w) - 1, 2, 2), self.step, np.uint8)
                       for p, w in zip(prompts, found.continuations, strict=True)]
@@ -222,8 +221,7 @@ def test_what_a_deadline_left_unread_goes_where_the_next_policy_sends_it(
     assert sent == [[0] + [1] * (len(first.tokens) - 1), [0] * 3 + [1] * (len(other.tokens) - 3)]
 
 
-def test_responses_that_are_told_their_length_begin_with_it_as_their_prompt(
-        prompts: PromptList) -> None:
+def test_responses_that_are_told_their_length_begin_with_it_as_their_prompt(prompts: PromptList) -> None:
     class Telling(Numbers):
         def encode(self, text: str) -> list[int]:
             begin, tokens, end = text.split()
@@ -256,8 +254,8 @@ def test_responses_that_are_told_their_length_begin_with_it_as_their_prompt(
     assert [row.prompt_tokens.tolist() for row in rows] == [[60, 700, 4]] * 4
 
 
-def test_what_a_round_asks_further_is_written_until_it_is_trained(
-        tmp_path: Path, prompts: PromptList) -> None:
+def test_what_a_round_asks_further_is_written_until_it_is_trained(tmp_path: Path,
+                                                                  prompts: PromptList) -> None:
     rollout = replace(ROLLOUT, deadline_s=0.0)
     more, is_final = 0, False
     job = Job(tmp_path / "store", prompts, lambda: 0, rollout, lambda number: (more, is_final))
@@ -288,12 +286,13 @@ class Hanging(Counting):
         self.newer: Callable[[], object] = lambda: None
 
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: StopRule | None = None,
-                 streams: Sequence[int] | None = None, bounds: Bounds | None = None) -> Generated:
+                 streams: Sequence[int] | None = None,
+                 bounds: GenerationBounds | None = None) -> GenerationResult:
         assert stop is not None and streams is not None and bounds is not None
         moving = [i for i, text in enumerate(prompts) if text[0] != self.hangs]
         began_s, last = self.now_s, bounds.should_stop
         found = super().generate([prompts[i] for i in moving], sampling, stop=stop, streams=[
-            streams[i] for i in moving], bounds=Bounds([bounds.limits[i] for i in moving], last))
+            streams[i] for i in moving], bounds=GenerationBounds([bounds.limits[i] for i in moving], last))
         written: list[tuple[list[int], list[float]]] = [([], [])] * len(prompts)
         for i, tokens, logprobs in zip(moving, found.continuations, found.logprobs, strict=True):
             written[i] = (tokens, logprobs)
@@ -301,7 +300,7 @@ class Hanging(Counting):
             self.now_s += 1
             self.newer()
         self.asked.append((sorted({text[0] for text in prompts}), self.now_s - began_s))
-        return Generated.of(written, sampling, stop, self.step)
+        return GenerationResult.of(written, sampling, stop, self.step)
 
 
 def test_what_hangs_comes_last_once_for_each_policy_and_makes_way(tmp_path: Path,
@@ -325,8 +324,8 @@ def test_what_hangs_comes_last_once_for_each_policy_and_makes_way(tmp_path: Path
     assert {row.round for row in rows_of(job.store)} == {1, 2, 3}
 
 
-def test_what_goes_on_for_want_of_anything_better_makes_way_for_a_newer_policy(
-        tmp_path: Path, prompts: PromptList) -> None:
+def test_what_goes_on_for_want_of_anything_better_makes_way_for_a_newer_policy(tmp_path: Path,
+                                                                               prompts: PromptList) -> None:
     newest = 0
     job = Job(tmp_path / "store", prompts, lambda: newest, replace(ROLLOUT, deadline_s=20.0),
               clock_s=lambda: job.engine.now_s)
@@ -343,8 +342,7 @@ def test_what_goes_on_for_want_of_anything_better_makes_way_for_a_newer_policy(
     assert {row.round for row in rows_of(job.store)} == {1, 2}
 
 
-def test_what_goes_on_of_several_pieces_is_written_together(tmp_path: Path,
-                                                            prompts: PromptList) -> None:
+def test_what_goes_on_of_several_pieces_is_written_together(tmp_path: Path, prompts: PromptList) -> None:
     newest = 0
     job = Job(tmp_path / "store", prompts, lambda: newest, clock_s=lambda: job.engine.now_s)
     batches: list[list[str]] = []
@@ -366,7 +364,7 @@ def test_what_goes_on_of_several_pieces_is_written_together(tmp_path: Path,
 
 
 def test_two_jobs_share_the_pieces_and_the_first_of_two_stays(tmp_path: Path, prompts: PromptList,
-                                                             capsys: pytest.CaptureFixture[str]) -> None:
+                                                              capsys: pytest.CaptureFixture[str]) -> None:
     slept: list[float] = []
 
     def sleep(pause_s: float) -> None:
@@ -394,8 +392,7 @@ def test_two_jobs_share_the_pieces_and_the_first_of_two_stays(tmp_path: Path, pr
     check_whole(one.store, prompts, (1, 2, 3))
 
 
-def test_a_store_of_other_settings_or_prompts_is_refused(tmp_path: Path,
-                                                         prompts: PromptList) -> None:
+def test_a_store_of_other_settings_or_prompts_is_refused(tmp_path: Path, prompts: PromptList) -> None:
     Job(tmp_path / "store", prompts, lambda: 0).run()
     with pytest.raises(UserError, match="responses of other settings"):
         Job(tmp_path / "store", prompts, lambda: 0, replace(ROLLOUT, temperature=0.5)).run()

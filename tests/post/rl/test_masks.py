@@ -12,7 +12,7 @@ import numpy as np
 from megatron_sov import recipes
 from megatron_sov.chat.vocabulary import tokenizer_digest
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig
-from megatron_sov.model.config.run import with_rounds
+from megatron_sov.model.config.run import add_rounds
 from megatron_sov.post.rl.publish.publisher import Publisher
 from megatron_sov.rollouts.prompts import pieces, read_prompts, round_prompts
 from megatron_sov.rollouts.rows import NOT_WRITTEN, Key, RewardRow, Rollout
@@ -78,7 +78,7 @@ def test_labels_are_what_the_policy_wrote_and_nothing_else(packed_data: Any, tmp
     expected = learned(fill(store, prompts, np.random.default_rng(5)))
     policy = PolicyConfig(method="dapo", max_gen_batches=1, overlong_buffer_tokens=BUFFER,
                           mask_truncated=True)
-    config = with_rounds(dataclasses.replace(
+    config = add_rounds(dataclasses.replace(
         base, rollout=ROLLOUT, policy=policy, model=dataclasses.replace(base.model, vocab_size=368),
         data=dataclasses.replace(base.data, phases=(PhaseConfig("main", seq_len=32),))))
     publisher = Publisher(config=config, rounds=tmp_path / "rounds", store=store.path, prompts=prompts,

@@ -13,11 +13,11 @@ import pytest
 
 from data_prep.shards.verify import check
 from megatron_sov import recipes
-from megatron_sov.base.artifacts import new_artifact, read_manifest
+from megatron_sov.base.artifacts import create_artifact, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.vocabulary import tokenizer_digest
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig, RunConfig
-from megatron_sov.model.config.run import with_rounds
+from megatron_sov.model.config.run import add_rounds
 from megatron_sov.post.rl.publish.publisher import Publisher, further_pieces
 from megatron_sov.rollouts.prompts import list_set_aside, read_prompts, round_pieces, round_prompts, set_aside
 from megatron_sov.rollouts.rows import Key, RewardRow, Rollout, part_name
@@ -33,7 +33,7 @@ ROLLOUT = RolloutConfig(rounds=2, prompts_per_round=6, samples_per_prompt=4, ste
 def config_of(**asked: Any) -> RunConfig:
     policy = PolicyConfig(**{"method": "dapo", "max_gen_batches": 1, "overlong_buffer_tokens": 0, **asked})
     base = recipes.get("tiny-solar-open")
-    return with_rounds(dataclasses.replace(
+    return add_rounds(dataclasses.replace(
         base, rollout=ROLLOUT, policy=policy, model=dataclasses.replace(base.model, vocab_size=368),
         data=dataclasses.replace(base.data, phases=(PhaseConfig("main", seq_len=32),))))
 
@@ -127,7 +127,7 @@ def test_rounds_that_no_resume_needs_are_manifests_alone(publisher: Publisher, w
     def keep(*steps: int) -> None:
         shutil.rmtree(rounds.parent / "checkpoints", ignore_errors=True)
         for step in steps:
-            with new_artifact(rounds.parent / f"checkpoints/step-{step}", "checkpoint"):
+            with create_artifact(rounds.parent / f"checkpoints/step-{step}", "checkpoint"):
                 pass
 
     assert [publish(1), publish(2), publish(3)] == [[], [1], [1, 2]]  # from the start all are needed

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.infer.engines.fleet import Fleet
-from megatron_sov.infer.engines.server_engine import ServerEngine, ServerPlaces
+from megatron_sov.infer.engines.server_engine import ServerEngine, ServerLocations
 from megatron_sov.infer.engines.server_process import EngineServers
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.generate import live, requests, servers
@@ -41,7 +41,7 @@ ROLLOUT = RolloutConfig(rounds=2, prompts_per_round=3, samples_per_prompt=2, pie
 
 def settings_of(folder: Path, urls: tuple[str, ...] = (), servers: EngineServers | None = None
                 ) -> ServerSettings:
-    return ServerSettings(engine="vllm", start=folder, places=ServerPlaces(folder, urls), longest=8,
+    return ServerSettings(engine="vllm", start=folder, places=ServerLocations(folder, urls), longest=8,
                           servers=servers or EngineServers(), vocab_size=VOCAB, with_routes=False)
 
 
@@ -135,8 +135,8 @@ def test_rounds_are_written_by_the_newest_policy_and_published_piece_by_piece(
 
 @pytest.mark.parametrize(("more", "room", "sent"), [
     ({}, 6, 1), ({}, 5, 3), ({"max_staleness": 1}, 6, 3), ({"deadline_s": 60.0}, 6, 3)])
-def test_a_round_that_nothing_changes_is_one_request(
-        more: dict[str, Any], room: int, sent: int, desks: Callable[..., Desk]) -> None:
+def test_a_round_that_nothing_changes_is_one_request(more: dict[str, Any], room: int, sent: int,
+                                                     desks: Callable[..., Desk]) -> None:
     keeper = DoubleKeeper()
     desk = desks([keeper], replace(ROLLOUT, rounds=1, piece_prompts=3, **more))
     desk.fleet.requests = room
@@ -152,8 +152,9 @@ def test_a_round_that_nothing_changes_is_one_request(
 
 @pytest.mark.parametrize(("is_live", "deadline_s", "asked"), [
     (True, 0.0, 6), (True, 60.0, 2), (False, 0.0, 2)])
-def test_servers_of_a_run_have_all_work_there_is_before_nobody_looks(
-        is_live: bool, deadline_s: float, asked: int, desks: Callable[..., Desk]) -> None:
+def test_servers_of_a_run_have_all_work_there_is_before_nobody_looks(is_live: bool, deadline_s: float,
+                                                                     asked: int,
+                                                                     desks: Callable[..., Desk]) -> None:
     desk = desks([DoubleKeeper(0.05)], replace(ROLLOUT, rounds=1, deadline_s=deadline_s))
     requests = RequestQueue(requests=desk.requests, pieces=desk.queue, room=1,
                             load_policy=None if is_live else desk.take)
@@ -206,8 +207,8 @@ def test_a_stop_gives_the_claims_back_and_the_next_command_writes_the_rest(
     check_whole(desk.rows(1))
 
 
-def test_validations_ask_the_servers_that_training_has_at_work(
-        desks: Callable[..., Desk], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_validations_ask_the_servers_that_training_has_at_work(desks: Callable[..., Desk], tmp_path: Path,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     desk = desks([DoubleKeeper(0.02)])
     live_servers = LiveServers(settings_of(tmp_path), engine=desk.engine)
     pushed: list[int] = []
@@ -245,8 +246,9 @@ def test_validations_ask_the_servers_that_training_has_at_work(
 
 
 @pytest.mark.parametrize(("urls", "given"), [((), []), (("http://other:8000",), [0])])
-def test_servers_of_others_are_given_the_weights_of_the_start_too(
-        urls: tuple[str, ...], given: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_servers_of_others_are_given_the_weights_of_the_start_too(urls: tuple[str, ...], given: list[int],
+                                                                  tmp_path: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     updates: list[int] = []
     engine = SimpleNamespace(update=lambda weights, version: updates.append(version))
     (tmp_path / "config.json").write_text("{}")

@@ -17,7 +17,7 @@ from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.chat.vocabulary import tokenizer_digest
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig
 from megatron_sov.model.config.post_training import PolicyMethod
-from megatron_sov.model.config.run import with_rounds
+from megatron_sov.model.config.run import add_rounds
 from megatron_sov.post.rl.publish.publisher import Publisher
 from megatron_sov.rollouts.prompts import read_prompts, round_prompts
 from megatron_sov.rollouts.rows import RewardRow
@@ -40,7 +40,7 @@ def publish(folder: Path, packed_data: Any, write_round: Any, policy: PolicyConf
     prompts, digest = read_prompts(file), tokenizer_digest(packed_data.tokenizer)
     store = RolloutStore.create(folder / "store", digest, 368)
     base = recipes.get("tiny-k-exaone")
-    config = with_rounds(dataclasses.replace(
+    config = add_rounds(dataclasses.replace(
         base, rollout=ROLLOUT, policy=policy, model=dataclasses.replace(base.model, vocab_size=368),
         data=dataclasses.replace(base.data, phases=(PhaseConfig("main", seq_len=seq_len),))))
     publisher = Publisher(config=config, rounds=folder / "rounds", store=store.path, prompts=prompts,

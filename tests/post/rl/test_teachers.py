@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.sealed import seal_damage
+from megatron_sov.base.sealed import find_seal_damage
 from megatron_sov.train.data.rounds import Round
 from tests.token_servers import VllmDouble
 
@@ -50,7 +50,7 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Round:
     manifest = SimpleNamespace(content={"document_domains": DOMAINS})
     monkeypatch.setattr(teachers, "read_manifest", lambda path: manifest)
     monkeypatch.setattr(teachers, "BACKOFF_S", (0.001, 0.001))
-    monkeypatch.setattr(teachers, "on_main", lambda world, action: action())
+    monkeypatch.setattr(teachers, "run_on_main", lambda world, action: action())
     documents: Any = Told()
     return Round(tmp_path / "0001", documents, (range(5),), {}, np.array([0, *np.cumsum(LENGTHS)]))
 
@@ -64,7 +64,7 @@ def told(opened: Round, *teachers: Any) -> list[float]:
 
     file = opened.path.with_name("0001.teacher_logprobs.f32")
     write_teachers(VIEW, teachers, opened, file, "these")
-    assert seal_damage(file, "these") is None and [f.name for f in file.parent.iterdir()] == [file.name]
+    assert find_seal_damage(file, "these") is None and [f.name for f in file.parent.iterdir()] == [file.name]
     return (np.fromfile(file, np.float32, sum(LENGTHS)) * -100).round(3).tolist()
 
 

@@ -47,7 +47,7 @@ def store(tmp_path: Path) -> RolloutStore:
 def view(monkeypatch: pytest.MonkeyPatch) -> Any:
     from megatron_sov.post.rl import validation
 
-    monkeypatch.setattr(validation, "on_main", lambda world, action: action())
+    monkeypatch.setattr(validation, "run_on_main", lambda world, action: action())
     told: list[tuple[str, dict[str, Any]]] = []
     return SimpleNamespace(step=0, world=None, told=told, events=SimpleNamespace(
         write=lambda name, **fields: told.append((name, fields))))
@@ -127,7 +127,7 @@ def test_what_a_validation_is_measured_with() -> None:
     from megatron_sov.post.rl.validation import digest_conditions
 
     prompts = PromptList.of(RolloutPrompt(f"{i:016x}", {"prompt": str(i)}) for i in range(3))
-    rollout = RolloutConfig().of_validation(3)
+    rollout = RolloutConfig().for_validation(3)
 
     def measured(asked: PromptList = prompts, reward: str = "v", right_from: float = 1.0, **more: Any
                  ) -> dict[str, str]:

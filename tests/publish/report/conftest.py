@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sov import recipes
-from megatron_sov.base.artifacts import manifest_sha256, new_artifact
+from megatron_sov.base.artifacts import create_artifact, manifest_sha256
 from megatron_sov.runs.obs.events import EventLog
 
 SOURCES = ("english", "korean", "code")
@@ -80,7 +80,7 @@ def write_run(path: Path, *, when: tuple[str, ...] = ()) -> Path:
     path.mkdir(parents=True)
     corpus = path.parent / "tokens"
     if not corpus.exists():
-        with new_artifact(corpus, "tokens") as writer:
+        with create_artifact(corpus, "tokens") as writer:
             writer.content["num_tokens"] = 1
     config = recipes.get("tiny-solar-open").to_dict()
     config["data"]["paths"] = {str(corpus): 1.0}
@@ -125,7 +125,7 @@ def write_run(path: Path, *, when: tuple[str, ...] = ()) -> Path:
             {"name": "largest difference of logits", "value": 3.1e-6, "limit": 1e-4, "passed": True},
             {"name": "tensors left over", "value": 0, "limit": 0, "passed": True}])
     log.write("checkpoint", step=NUM_STEPS, path="checkpoints/step-400", save_s=1.2, stall_s=0.2)
-    with new_artifact(path / "checkpoints" / f"step-{NUM_STEPS}", "checkpoint") as writer:
+    with create_artifact(path / "checkpoints" / f"step-{NUM_STEPS}", "checkpoint") as writer:
         writer.add_input(corpus)
     log.write("run_end", step=NUM_STEPS, wall_s=330.0, final_loss=2.1)
     log.close()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.pages.page import Chart, PageSection
 from megatron_sov.cli import main
 from megatron_sov.publish.report.page import of_one_model, opening, render
@@ -71,7 +71,7 @@ def test_long_and_many_samples_are_cut_and_the_reader_is_told(tmp_path: Path) ->
 
 
 def publish(run: Path, number: int, **content: object) -> None:
-    with new_artifact(run / "rounds" / f"{number:04d}", "tokens") as artifact:
+    with create_artifact(run / "rounds" / f"{number:04d}", "tokens") as artifact:
         artifact.content = {"round": number, **content}
 
 

@@ -1,4 +1,4 @@
-"""Run events: exact numbers, whole lines, and what a killed process leaves behind."""
+"""Run events: exact numbers, complete lines, and files of killed processes."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from hypothesis import given, strategies as st
 from megatron_sov.runs.obs.events import EVENTS, EventLog, final_step_events, read_events
 
 
-def bits(x: float) -> bytes:
+def float_bits(x: float) -> bytes:
     return struct.pack("<d", x)
 
 
 @given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1), st.text())
-def test_floats_read_back_to_the_same_bits_and_text_to_the_same_text(values: list[float], text: str) -> None:
+def test_events_round_trip_exactly(values: list[float], text: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / EVENTS
         log = EventLog(path)
         log.write("step", step=1, numbers=values, note=text)
         log.close()
         (event,) = read_events(path)
-    assert [bits(x) for x in event["numbers"]] == [bits(x) for x in values]
+    assert [float_bits(x) for x in event["numbers"]] == [float_bits(x) for x in values]
     assert event["note"] == text
 
 
-def test_nan_and_infinity_are_spelt_as_strings_so_every_line_is_json(tmp_path: Path) -> None:
+def test_nonfinite_floats_are_written_as_strings(tmp_path: Path) -> None:
     log = EventLog(tmp_path / EVENTS)
     log.write("step", step=1, loss=math.nan, losses={"lm": math.inf, "mtp": [-math.inf, 1.5]})
     log.close()
@@ -42,7 +42,7 @@ def test_nan_and_infinity_are_spelt_as_strings_so_every_line_is_json(tmp_path: P
     assert (record["loss"], record["losses"]) == ("nan", {"lm": "inf", "mtp": ["-inf", 1.5]})
 
 
-def test_a_name_that_is_no_utf_8_is_written_and_read_back(tmp_path: Path) -> None:
+def test_surrogates_round_trip(tmp_path: Path) -> None:
     log = EventLog(tmp_path / EVENTS)
     log.write("score", input="가\udcff", mean_reward=0.1)
     log.close()
@@ -50,14 +50,14 @@ def test_a_name_that_is_no_utf_8_is_written_and_read_back(tmp_path: Path) -> Non
     assert (event["input"], event["mean_reward"]) == ("가\udcff", 0.1)
 
 
-def test_events_are_readable_before_the_log_is_closed(tmp_path: Path) -> None:
+def test_events_are_flushed_before_close(tmp_path: Path) -> None:
     log = EventLog(tmp_path / EVENTS)
     log.write("run_start", num_ranks=2)
     assert [e["event"] for e in read_events(tmp_path / EVENTS)] == ["run_start"]
     log.close()
 
 
-def test_a_line_that_a_killed_process_left_unfinished_is_passed_over_and_the_next_one_is_whole(
+def test_incomplete_last_line_is_skipped_and_terminated(
         tmp_path: Path) -> None:
     path = tmp_path / EVENTS
     path.write_text('{"event": "step", "step": 1}\n{"event": "step", "st')
@@ -68,17 +68,17 @@ def test_a_line_that_a_killed_process_left_unfinished_is_passed_over_and_the_nex
     assert [e["step"] for e in read_events(path)] == [1, 2]
 
 
-def test_foreign_lines_are_passed_over(tmp_path: Path) -> None:
+def test_foreign_lines_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / EVENTS
     path.write_bytes(b'[1, 2]\n{"no": "event"}\n\xff\xfe\n\n{"event": "stop"}\n')
     assert list(read_events(path)) == [{"event": "stop"}]
 
 
-def test_a_run_without_events_reads_as_none(tmp_path: Path) -> None:
+def test_missing_event_file_yields_no_events(tmp_path: Path) -> None:
     assert list(read_events(tmp_path / EVENTS)) == []
 
 
-def test_a_null_log_drops_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_null_log_drops_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     log = EventLog(None)
     log.write("step", step=1)
@@ -86,7 +86,7 @@ def test_a_null_log_drops_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not log.is_open and list(tmp_path.iterdir()) == []
 
 
-def test_of_a_step_done_again_after_a_restart_the_last_one_counts() -> None:
+def test_last_event_of_repeated_step_counts() -> None:
     events = [{"event": "step", "step": s, "loss": loss}
               for s, loss in [(1, 5.0), (2, 4.0), (3, 3.0), (2, 4.5)]]
     events += [{"event": "eval", "step": 2, "loss": 9.0}, {"event": "step"}, {"event": "step", "step": None}]
@@ -94,7 +94,7 @@ def test_of_a_step_done_again_after_a_restart_the_last_one_counts() -> None:
     assert [e["loss"] for e in final_step_events(events, "eval")] == [9.0]
 
 
-def test_steps_that_are_no_whole_numbers_are_passed_over(tmp_path: Path) -> None:
+def test_events_with_invalid_steps_are_skipped(tmp_path: Path) -> None:
     file = tmp_path / "events.jsonl"
     odd = ['"x"', "NaN", "[1]", "1.5", "1e308", "1" * 400, "[" * 100_000]
     file.write_text("".join(f'{{"event": "step", "step": {step}}}\n' for step in [*odd, "null", "7"]))

@@ -10,7 +10,7 @@ import pytest
 from megatron_sov.runs.obs.routing import count_dead_experts, load_entropy, max_violation
 
 
-def test_a_layer_is_judged_by_its_busiest_expert_its_spread_and_its_idle_ones() -> None:
+def test_load_statistics_of_layers() -> None:
     load = np.array([[2.0, 2.0, 2.0, 2.0], [8.0, 0.0, 0.0, 0.0], [4.0, 2.0, 2.0, 0.0]])
     assert max_violation(load) == pytest.approx([0, 8 / 2 - 1, 4 / 2 - 1])
     assert count_dead_experts(load).tolist() == [0, 3, 1]
@@ -19,5 +19,5 @@ def test_a_layer_is_judged_by_its_busiest_expert_its_spread_and_its_idle_ones() 
     assert load_entropy(10 * load) == pytest.approx([1, 0, third]), "shares or counts"
 
 
-def test_a_single_expert_is_always_in_balance() -> None:
+def test_single_expert_is_balanced() -> None:
     assert load_entropy(np.array([[5.0]])) == 1 and max_violation(np.array([[5.0]])) == 0

@@ -1,4 +1,4 @@
-"""Trackers write what their own libraries read back, and never end a run."""
+"""Trackers write readable files and never stop a run."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.base.errors import UserError, how_to_install
+from megatron_sov.base.errors import UserError, format_install_command
 from megatron_sov.model.config import ObsConfig
 from megatron_sov.runs.obs.trackers import Trackers
 
 
-def test_tensorboard_reads_back_the_values(tmp_path: Path) -> None:
+def test_tensorboard_reads_back_logged_values(tmp_path: Path) -> None:
     trackers = Trackers(ObsConfig(tensorboard=True), tmp_path, {})
     for step in range(1, 4):
         trackers.log_step(step, {"loss": 1.0 / step, "learning_rate": 1e-3 * step})
@@ -35,7 +35,7 @@ def test_tensorboard_reads_back_the_values(tmp_path: Path) -> None:
         return float(event.tensor_proto.float_val[0])
 
     assert [(e.step, value(e)) for e in events.Tensors("learning_rate")] == [(s, pytest.approx(1e-3 * s))
-                                                                  for s in (1, 2, 3)]
+                                                                             for s in (1, 2, 3)]
     loss = events.Tensors("loss")
     assert [value(e) for e in loss[:3]] == pytest.approx([1, 0.5, 1 / 3])
     assert math.isnan(value(loss[3])) and loss[3].step == 4
@@ -60,7 +60,7 @@ def observe(trackers: Trackers) -> None:
     trackers.close()
 
 
-def test_tensorboard_shows_samples_of_responses_and_validations(tmp_path: Path) -> None:
+def test_tensorboard_shows_responses_and_validations(tmp_path: Path) -> None:
     observe(Trackers(ObsConfig(tensorboard=True), tmp_path, {}))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray
@@ -113,8 +113,8 @@ def read_wandb(file: Path) -> tuple[str, list[dict[str, float]]]:
     return run_id, history
 
 
-def test_wandb_offline_keeps_its_run_and_accepts_steps_done_again(tmp_path: Path,
-                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_offline_continues_run_with_repeated_steps(tmp_path: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     attempts = []
     for steps in ((1, 2, 3), (2, 3, 4)):  # the second attempt goes back to a checkpoint after step 1
@@ -140,8 +140,8 @@ def test_wandb_offline_keeps_its_run_and_accepts_steps_done_again(tmp_path: Path
         assert validated == {"step": 2, **{f"validation/{name}": value for name, value in CURVES.items()}}
 
 
-def test_a_failing_tracker_is_named_once_and_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                     capsys: pytest.CaptureFixture[str]) -> None:
+def test_failing_tracker_is_reported_once_and_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tensorboard")
     trackers = Trackers(ObsConfig(tensorboard=True), tmp_path, {})
     calls = []
@@ -156,11 +156,11 @@ def test_a_failing_tracker_is_named_once_and_dropped(tmp_path: Path, monkeypatch
     trackers.close()
     assert len(calls) == 1
     assert capsys.readouterr().err == (
-        "warning: TensorBoard failed (OSError: no space left on the device); the run goes on without it\n")
+        "warning: TensorBoard failed (OSError: no space left on the device); the run continues without it\n")
 
 
-def test_wandb_that_cannot_start_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                      capsys: pytest.CaptureFixture[str]) -> None:
+def test_wandb_start_failure_does_not_stop_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                               capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("wandb")
     def unreachable(**kwargs: object) -> None:
         raise ConnectionError("no route to host")
@@ -171,17 +171,17 @@ def test_wandb_that_cannot_start_does_not_end_the_run(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("package", ["tensorboard", "wandb"])
-def test_a_missing_package_is_named_with_the_command_that_adds_it(package: str, tmp_path: Path,
-                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_error_names_install_command(package: str, tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [n for n in sys.modules if n.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=rf"obs\.{package} = true needs the package {package}.*"
-                                        + re.escape(how_to_install("trackers"))):
+                       + re.escape(format_install_command("trackers"))):
         Trackers(ObsConfig(**{package: True}), tmp_path, {})
 
 
-def test_no_setting_no_files(tmp_path: Path) -> None:
+def test_disabled_trackers_write_no_files(tmp_path: Path) -> None:
     trackers = Trackers(ObsConfig(), tmp_path, {})
     trackers.log_step(1, {"loss": 1.0})
     trackers.close()

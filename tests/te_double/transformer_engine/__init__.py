@@ -1,8 +1,8 @@
-"""A double of Transformer Engine 2.20.2 in plain torch, for tests on a CPU.
+"""A double of Transformer Engine 2.20.2 in plain torch, for tests on CPUs.
 
-It has the names, signatures, parameter names and process-group traffic of the real one where megatron-core
-0.19.2 and this project reach it, and computes what the real one's documentation and kernels say, in the dtype
-of its inputs, float64 included.  Only tests put it on the path.
+It has the names, signatures, parameter names and process-group traffic of the parts that megatron-core 0.19.2
+and this project use, and computes their documented results in the dtype of its inputs, float64 included. Only
+tests import it.
 """
 
 from . import common, pytorch  # noqa: F401

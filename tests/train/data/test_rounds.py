@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from megatron_sov import recipes
-from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig, RunConfig
-from megatron_sov.model.config.run import with_rounds
+from megatron_sov.model.config.run import add_rounds
 from megatron_sov.train.data import rounds as rounds_module
 from megatron_sov.train.data.order import OrderState, SampleOrder
 from megatron_sov.train.data.rounds import Round, RoundDocuments, first_document, rounds_source
@@ -27,7 +27,7 @@ STEPS = {1: (range(4), range(4, 6)), 2: (range(1), range(1, 4))}
 
 def config_of(**policy: Any) -> RunConfig:
     base = recipes.get("tiny-solar-open")
-    return with_rounds(dataclasses.replace(
+    return add_rounds(dataclasses.replace(
         base, policy=PolicyConfig(method="dapo", **policy), rollout=RolloutConfig(
             rounds=2, steps_per_round=2, max_new_tokens=8, max_prompt_tokens=8),
         train=dataclasses.replace(base.train, global_batch_size=4, micro_batch_size=1),
@@ -158,7 +158,7 @@ SHARES = {"1": {"en-basic": 0.9, "ko-basic": 0.1}, "2.C": {"ko-L3": 1.0}}
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    with new_artifact(tmp_path / "mixed", "tokens") as artifact:
+    with create_artifact(tmp_path / "mixed", "tokens") as artifact:
         artifact.content = {"sources": [{"name": n} for n in ("en-basic", "ko-basic", "ko-L3")],
                             "phases": [{"name": name, "tokens": 10, "blend": blend}
                                        for name, blend in SHARES.items()]}

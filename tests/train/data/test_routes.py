@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_sov import recipes
-from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.documents.shard_files import IndexedWriter, RouteShape
 from megatron_sov.base.errors import UserError
 from megatron_sov.train.data.order import OrderedSample
@@ -31,7 +31,7 @@ def routes_of(document: int, shape: RouteShape) -> np.ndarray:
 
 def written(folder: Path, shape: RouteShape, **changes: Any) -> Path:
     """Write token shards with routes; `changes` to what the manifest says of them."""
-    with new_artifact(folder, "tokens") as artifact:
+    with create_artifact(folder, "tokens") as artifact:
         for split in ("train", "heldout"):
             with IndexedWriter(artifact.path / split, "uint16", {"routes": shape.dtype}) as writer:
                 for document, length in enumerate(LENGTHS):

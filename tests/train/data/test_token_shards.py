@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from data_prep.shards.pack import PackSettings, PackSource, pack
-from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.documents import RecordReading
 from megatron_sov.base.documents.shard_files import bits
 from megatron_sov.base.errors import UserError
-from megatron_sov.model.config import data_paths
+from megatron_sov.model.config import parse_data_paths
 from megatron_sov.train.data.token_shards import (
     ShardChain, TokenShard, open_sources, provenance, tokenizer_folder)
 
@@ -98,7 +98,7 @@ def test_a_document_beyond_the_end_is_refused_when_it_is_read(tmp_path: Path) ->
 def artifact(path: Path, names: dict[str, int], *, tokenizer: str = "t" * 64, vocab_size: int = 50,
              format_: str = "text", tokens: dict[str, int] | None = None, indent: int | None = None) -> str:
     """An artifact with a training split of so many documents of two tokens for each source."""
-    with new_artifact(path, "tokens") as a:
+    with create_artifact(path, "tokens") as a:
         described = []
         for name, count in names.items():
             write_shard(a.path / name, [[1, 2]] * count)
@@ -130,11 +130,11 @@ def test_a_name_before_the_folder_renames_its_sources(tmp_path: Path) -> None:
     assert [s.name for s in found] == ["web", "code", "rest-train", "rest-test"]
     assert found[1].shard("train").tokens(2, 0, 2).tolist() == [1, 2] and found[1].artifact == tmp_path / "b"
     assert [s.name for s in open_sources({two: 1, f"x={one}": 1}, 64)] == ["train", "test", "x"]
-    assert data_paths([f"web={one}:2", f"code={other}"]) == {f"web={one}": 2.0, f"code={other}": 1.0}
+    assert parse_data_paths([f"web={one}:2", f"code={other}"]) == {f"web={one}": 2.0, f"code={other}": 1.0}
     for data, message in (([f"w b={one}"], "must be NAME=DIR; use letters"),
                           ([f"={one}"], "must be NAME=DIR"), ([f"a={one}", f"b={one}"], "is given twice")):
         with pytest.raises(UserError, match=message):
-            data_paths(data)
+            parse_data_paths(data)
 
 
 def test_data_that_does_not_fit_together_is_refused(tmp_path: Path) -> None:

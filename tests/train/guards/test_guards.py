@@ -46,7 +46,7 @@ class Events:
 
 def test_replicas_that_differ_end_the_run_before_the_checkpoint(monkeypatch: pytest.MonkeyPatch,
                                                                 told: list[Any]) -> None:
-    monkeypatch.setattr(guards.replica_checks, "differing_replicas", lambda model: [2])
+    monkeypatch.setattr(guards.replica_checks, "find_differing_replicas", lambda model: [2])
     with pytest.raises(SilentCorruption, match=r"2 on n2\); nothing"):
         SdcChecks(GuardConfig()).compare(7, None, Events(told))  # type: ignore[arg-type]
     assert told[0]["event"] == "sdc" and told[0]["ranks"] == [2] and told[0]["hosts"] == ["n2"]
@@ -56,7 +56,7 @@ def test_replicas_that_differ_end_the_run_before_the_checkpoint(monkeypatch: pyt
 
 def test_on_request_the_run_goes_on(monkeypatch: pytest.MonkeyPatch, told: list[Any],
                                     capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(guards.replica_checks, "differing_replicas", lambda model: [0, 1])
+    monkeypatch.setattr(guards.replica_checks, "find_differing_replicas", lambda model: [0, 1])
     SdcChecks(GuardConfig(on_sdc="record")).compare(7, None, Events(told))  # type: ignore[arg-type]
     assert told[0]["ranks"] == [0, 1] and "rank 0 on n1, rank 1 on n1" in capsys.readouterr().err
 
@@ -65,8 +65,8 @@ def test_on_request_the_run_goes_on(monkeypatch: pytest.MonkeyPatch, told: list[
 def test_a_repetition_is_compared_bit_for_bit(monkeypatch: pytest.MonkeyPatch, told: list[Any],
                                               again: float) -> None:
     gradients = [torch.ones(3), torch.ones(2)]
-    monkeypatch.setattr(guards.replica_checks, "gradients", lambda model: gradients)
-    monkeypatch.setattr(guards.replica_checks, "ranks_where", lambda holds: [0] if holds else [])
+    monkeypatch.setattr(guards.replica_checks, "list_gradients", lambda model: gradients)
+    monkeypatch.setattr(guards.replica_checks, "gather_ranks_where", lambda holds: [0] if holds else [])
     checks = SdcChecks(GuardConfig(probe_every_steps=5))
     assert [step for step in range(1, 11) if checks.probe_is_due(step)] == [5, 10]
     turns: list[int] = []
@@ -144,7 +144,7 @@ prepare_megatron()
 
 def test_computing_times_and_routing_are_looked_at_in_their_own_rhythms(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stragglers.collectives, "of_all_ranks", lambda mine: [mine])
+    monkeypatch.setattr(stragglers.collectives, "gather_numbers", lambda mine: [mine])
     settings = GuardConfig(straggler_every_steps=2, routing_every_steps=3, hang_timeout_s=0)
     guards = Guards(settings, ParallelWorld(0, 1, 0, 1, True, True), tmp_path, (), lambda step, places: None)
     guards.stragglers.clock = SimpleNamespace(seconds=lambda: 0.1)  # type: ignore[assignment]

@@ -67,7 +67,7 @@ def reported(monkeypatch: pytest.MonkeyPatch, others: list[float], own: list[flo
              ratio: float = 1.5) -> list[dict[str, Any]]:
     """Report this process's times beside the averages of others; it is rank 0.  Returns the events."""
     told: list[dict[str, Any]] = []
-    monkeypatch.setattr(guards.collectives, "of_all_ranks", lambda mine: [mine, *others])
+    monkeypatch.setattr(guards.collectives, "gather_numbers", lambda mine: [mine, *others])
     watch = Stragglers(GuardConfig(straggler_every_steps=4, straggler_ratio=ratio))
     events: Any = SimpleNamespace(write=lambda event, **fields: told.append({"event": event, **fields}))
     for step, seconds in enumerate(own, start=3):

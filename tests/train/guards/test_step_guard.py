@@ -125,11 +125,11 @@ def disagree() -> list[Any]:
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig
 
-    place = world.join(ParallelConfig())
+    place = world.join_world(ParallelConfig())
     guard = StepGuard(GuardConfig(), place.is_main)
     first = guard.accepts(2.0 + 1e-9 * place.rank, 1.0)
     second = guard.accepts(math.nan if place.rank == 1 else 2.0, 1.0)
-    world.leave()
+    world.leave_world()
     return [first, second, guard.state()["losses"], guard.in_a_row]
 
 

@@ -120,7 +120,7 @@ def test_a_row_is_sent_in_one_piece_and_counted_where_it_was(
     expected = objective.prepare(GlobalBatch(tuple(map(from_row, rows)), 8, 2, "main"))
 
     sent = []
-    monkeypatch.setattr(microbatch, "local_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(microbatch, "get_local_device", lambda: torch.device("meta"))
     monkeypatch.setattr(microbatch, "to_device",
                         lambda values, device: sent.append(values) or values.to(device))
     micro_batches = tuple(map(from_row, rows))

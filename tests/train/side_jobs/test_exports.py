@@ -95,12 +95,12 @@ def test_the_process_is_given_the_family_that_the_command_line_named(
 ) -> None:
     started: list[list[str]] = []
     monkeypatch.setattr(exports_module, "BackgroundProcess", lambda argv, log: started.append(argv))
-    monkeypatch.setattr(models.OWN, "_known", {})
+    monkeypatch.setattr(models.FAMILY_PLUGINS, "_known", {})
     run.exports().offer(20, run.checkpoint(20), False)
     (tmp_path / "mine.py").write_text(
         "from dataclasses import replace\nfrom megatron_sov.model.families.supported import QWEN3\n"
         "MINE = replace(QWEN3, name='mine')\n")
-    models.OWN.load(f"{tmp_path}/mine.py:MINE")
+    models.FAMILY_PLUGINS.load(f"{tmp_path}/mine.py:MINE")
     run.exports().offer(40, run.checkpoint(40), False)
     assert "--plugin" not in started[0]
     assert started[1][-2:] == ["--plugin", f"{tmp_path}/mine.py:MINE"]

@@ -52,7 +52,7 @@ def test_other_processes_write_none(tmp_path: Path) -> None:
 def test_nvidias_profiler_is_told_on_every_process(steps: range, expected: list[str], tmp_path: Path,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     told, step = list[str](), 0
-    monkeypatch.setattr(side_jobs, "record_for_nsys",
+    monkeypatch.setattr(side_jobs, "toggle_nsys_recording",
                         lambda *, on: told.append(f"{step} {'on' if on else 'off'}"))
     profiling = Profiling(replace(STEPS_2_AND_3, profiler="nsys"), tmp_path, is_main=False)
     for step in steps:

@@ -14,8 +14,8 @@ from megatron_sov import recipes
 from megatron_sov.base.figures import format_count, format_share
 from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.model.config import apply_settings
-from megatron_sov.model.families.adapters import adapted_modules
-from megatron_sov.model.families.count import num_params
+from megatron_sov.model.families.adapters import find_adapted_modules
+from megatron_sov.model.families.count import count_params
 from megatron_sov.plan.footprint.memory import Account
 from megatron_sov.runs.obs.meters import Meter
 from megatron_sov.train.data.ledger import LedgerEntry
@@ -102,9 +102,9 @@ def source(name: str, format: str, group: int = 1) -> Source:
 
 def test_an_adapter_says_how_much_learns() -> None:
     config = apply_settings(CONFIG, ["lora.rank=4"])
-    learn = sum(math.prod(shape) for of in adapted_modules(config.model, config.lora)
+    learn = sum(math.prod(shape) for of in find_adapted_modules(config.model, config.lora)
                 for shape in of.shapes(config.lora).values())
-    total = num_params(config.model).total + learn
+    total = count_params(config.model).total + learn
     told = banner(config, 1, Path("r"), range(4), ENTRIES, [], memory_of(config, 1)).splitlines()
     learning = f"{format_count(learn)} of {format_count(total)} parameters learn"
     assert told[2] == (f"  adapter    of rank 4: {learning} "

@@ -29,9 +29,9 @@ def evaluation(data: str, out: str | None, cp: int = 1, recipe: str = "tiny-sola
         f"parallel.cp={cp}", recipe=recipe)
     results = {name: asdict(r) for name, r in trainer.evaluate().items()}
     if out is not None:
-        load.save(Path(out), trainer.model, None, {"step": 0, "tokens": 0}, trainer.config.to_dict(),
-                  tokenizer_folder(trainer.sources))
-    world.leave()
+        load.save_checkpoint(Path(out), trainer.model, None, {"step": 0, "tokens": 0},
+                             trainer.config.to_dict(), tokenizer_folder(trainer.sources))
+    world.leave_world()
     return results
 
 
@@ -126,10 +126,10 @@ def losses_of_turns(data: str) -> dict[str, Any]:
 
     head = SimpleNamespace(logprobs=lambda hidden, labels: -(labels % 7).float())
     policy: Any = SimpleNamespace(map=lambda batches, work: [work([None], head, batch) for batch in batches])
-    place = world.join(ParallelConfig())
+    place = world.join_world(ParallelConfig())
     evaluator = HeldoutEvaluator(open_sources({data: 1.0}, 368), None, 48, 2, 10**6, place)
     found = {name: asdict(result) for name, result in evaluator.run(policy).items()}
-    world.leave()
+    world.leave_world()
     return found
 
 
@@ -146,11 +146,11 @@ def said_of(ids: Any, types: Any, inside: int, tokenizer: Any) -> str:
 @pytest.mark.essential
 @pytest.mark.distributed
 def test_turns_of_conversations_and_what_they_say_are_told_apart(ranks: Any, job: Any, packed_data: Any,
-                                                               tmp_path: Path) -> None:
+                                                                 tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     from data_prep.cli import main as sov_data
-    from megatron_sov.eval.heldout import evaluate_rows, open_heldout
+    from megatron_sov.eval.heldout_loss import evaluate_rows, open_heldout
 
     def turns(i: int, count: int) -> list[dict[str, str]]:
         call = "<tool_call>{}</tool_call>" if i % 2 else ""
@@ -224,7 +224,7 @@ def first_losses(data: str) -> dict[str, Any]:
         steps = [trainer.update() for _ in range(2)]
         losses.append([[step.loss.hex(), step.grad_norm.hex()] for step in steps if step is not None])
         trainer.close()
-        world.leave()
+        world.leave_world()
     return {"losses": losses, "same_state": same_state}
 
 

@@ -13,7 +13,7 @@ import pytest
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import apply_settings
-from megatron_sov.model.config.run import with_rounds
+from megatron_sov.model.config.run import add_rounds
 from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.model.recipes.stage_defaults import Stage
 from megatron_sov.plan.calibration import fitting
@@ -175,7 +175,7 @@ def test_few_prompts_are_not_drawn_very_often_unless_set(settings: tuple[str, ..
     base = recipes.get("tiny-solar-open-rl")
     base = apply_settings(base, ["rollout.rounds=90"])
     asked = RecipeRequest(base, settings, from_file=False)
-    config = with_rounds(asked.config())
+    config = add_rounds(asked.config())
     try:
         refuse_unfit(asked, config, "policy", None, is_initial=False, dry_run=True, num_prompts=num_prompts)
         said = ""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.runs.folder import COMMAND, CONFIG, RunFolder
 from megatron_sov.runs.launch_environment import COMMAND_VARIABLE
@@ -41,7 +41,8 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     def run_command(words: list[str], go_on_by: str) -> int:
         made.append(words)
         kind = "tokenizer" if words[1] == "import" else "tokens"
-        with new_artifact(Path(words[words.index("--output") + 1]), kind, overwrite="--overwrite" in words):
+        with create_artifact(Path(words[words.index("--output") + 1]), kind,
+                             overwrite="--overwrite" in words):
             pass
         return 0
 
@@ -204,7 +205,7 @@ def test_a_folder_of_the_users_own_is_not_taken_for_a_run(run: Path) -> None:
     with pytest.raises(UserError, match="project: is not empty"):
         RunFolder(Path("project")).check_available(resume=False)
     Path("project/tokenizer").rmdir()
-    with new_artifact(Path("project/tokenizer"), "tokenizer"):
+    with create_artifact(Path("project/tokenizer"), "tokenizer"):
         pass
     RunFolder(Path("project")).check_available(resume=False)  # as the printed commands leave it
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sov import convert
-from megatron_sov.base.artifacts import MANIFEST, new_artifact
+from megatron_sov.base.artifacts import MANIFEST, create_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.parallel import launcher
 from megatron_sov.runs.checkpoints import CHECKPOINT_KIND
@@ -37,7 +37,7 @@ def converted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
 
     def from_hf(folder: Path, out: Path, *, redo: bool) -> None:
-        with new_artifact(out, CHECKPOINT_KIND) as artifact:
+        with create_artifact(out, CHECKPOINT_KIND) as artifact:
             time.sleep(0.05)
             made.append((folder / "model.safetensors").read_text())
             (artifact.path / "weights").write_text(made[-1])
@@ -47,7 +47,7 @@ def converted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return 0
 
     monkeypatch.setattr(convert, "from_hf", from_hf)
-    monkeypatch.setattr(launcher, "apart", apart)
+    monkeypatch.setattr(launcher, "run_in_fork", apart)
     return made
 
 
@@ -118,12 +118,12 @@ def test_a_conversion_that_fails_leaves_no_copy(start: Path, tmp_path: Path, con
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "runs/a"
     with monkeypatch.context() as failing:
-        failing.setattr(launcher, "apart", lambda work: 2)
+        failing.setattr(launcher, "run_in_fork", lambda work: 2)
         with pytest.raises(SystemExit):
             convert_start(start, run)
     assert find_copy(start, run) is None and converted == []
     with monkeypatch.context() as changing:
-        changing.setattr(launcher, "apart", lambda work: (work(), write_in_place(start), 0)[-1])
+        changing.setattr(launcher, "run_in_fork", lambda work: (work(), write_in_place(start), 0)[-1])
         with pytest.raises(UserError, match="my-model: its files changed"):
             convert_start(start, run)
     assert not list((tmp_path / "runs/.from-hf").glob("my-model-*")) and find_copy(start, run) is None

@@ -29,7 +29,7 @@ from megatron_sov.train.data.views import with_views
 from megatron_sov.work.clusters.chips import Gpu
 
 prepare_megatron()
-from megatron_sov.engine.parallel.launcher import Restarts  # noqa: E402
+from megatron_sov.engine.parallel.launcher import RestartPolicy  # noqa: E402
 from megatron_sov.train.objectives.data_objective import LanguageModelling  # noqa: E402
 from megatron_sov.train.stages import stage as stage_module  # noqa: E402
 from megatron_sov.train.stages.gate import EndVerdict  # noqa: E402
@@ -37,7 +37,7 @@ from megatron_sov.train.stages.stage import Stage, run_stage  # noqa: E402
 
 SMALL = ("model.vocab_size=368", 'data.phases=[{"name": "main", "seq_len": 32}]', "train.steps=4",
          "train.global_batch_size=8", "train.micro_batch_size=2", "train.max_restarts=2")
-Launched = Callable[[Callable[[], int], Restarts], int]
+Launched = Callable[[Callable[[], int], RestartPolicy], int]
 
 
 class Launcher:
@@ -48,7 +48,7 @@ class Launcher:
         self.does: Launched = lambda main, restarts: 0
 
     def __call__(self, main: Callable[[], int], nproc: int | None, num_threads: int,
-                 restarts: Restarts) -> int:
+                 restarts: RestartPolicy) -> int:
         self.calls += 1
         return self.does(main, restarts)
 
@@ -56,7 +56,7 @@ class Launcher:
 @pytest.fixture
 def launcher(monkeypatch: pytest.MonkeyPatch) -> Launcher:
     found = Launcher()
-    monkeypatch.setattr(stage_module.launcher, "launch", found)
+    monkeypatch.setattr(stage_module.launcher, "launch_ranks", found)
     return found
 
 
@@ -98,7 +98,8 @@ def test_what_the_gpus_have_no_room_for_is_refused_before_anything_is_started(
         stage: Callable[..., Stage], launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the launcher, from what the driver says; it starts no CUDA."""
     lacks_zero1 = int(fullest(stage().config, 2)[1].total / USABLE_SHARE) - 1
-    seen = [VisibleGpu(i, f"GPU-{i}", "NVIDIA Tiny", size, 0) for i, size in enumerate((40 << 30, lacks_zero1))]
+    seen = [VisibleGpu(i, f"GPU-{i}", "NVIDIA Tiny", size, 0) for i,
+            size in enumerate((40 << 30, lacks_zero1))]
     monkeypatch.setattr(fitting, "list_visible_gpus", lambda: seen)
     with pytest.raises(UserError, match=r"fits: --set parallel\.zero1=true$"):
         run_stage(stage(), 2)
@@ -117,10 +118,10 @@ def test_a_rank_refuses_what_its_own_gpu_has_no_room_for(
         patched.setattr(fitting.psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 20))
         stage_module._bytes_of_own_gpu(offloaded)
     monkeypatch.setattr(stage_module, "on_gpu", lambda: True)
-    monkeypatch.setattr(stage_module.device, "kind", lambda: Gpu("Tiny", 20 << 20))
+    monkeypatch.setattr(stage_module.device, "get_gpu", lambda: Gpu("Tiny", 20 << 20))
     with pytest.raises(UserError, match="of a Tiny with"):
         stage_module._bytes_of_own_gpu(config)
-    monkeypatch.setattr(stage_module.device, "kind", lambda: Gpu("Large", 40 << 30))
+    monkeypatch.setattr(stage_module.device, "get_gpu", lambda: Gpu("Large", 40 << 30))
     assert stage_module._bytes_of_own_gpu(config) == fullest(config, 1)[1].total > 0
 
 
@@ -155,7 +156,7 @@ def test_processes_are_told_when_the_work_began_and_after_a_restart_anew(
     begun_s: list[float] = []
     monkeypatch.setattr(stage_module, "_rank", lambda stage, data, begin: begun_s.append(begin.time_s) or 0)
 
-    def started_three_times(main: Callable[[], int], restarts: Restarts) -> int:
+    def started_three_times(main: Callable[[], int], restarts: RestartPolicy) -> int:
         open_run(ready)
         main()
         restarts.note(137, "rank 1 was ended by SIGKILL")
@@ -190,7 +191,7 @@ def test_giving_up_is_said_and_the_run_keeps_the_code(
         capsys: pytest.CaptureFixture[str]) -> None:
     ready = stage(f"train.max_restarts={max_restarts}")
 
-    def fails(main: Callable[[], int], restarts: Restarts) -> int:
+    def fails(main: Callable[[], int], restarts: RestartPolicy) -> int:
         restarts.give_up(137, "rank 1 was ended by SIGKILL")
         assert not (ready.folder.path / EVENTS).exists(), "there is no run to add to"
         open_run(ready)
@@ -212,7 +213,7 @@ def test_a_gate_that_did_not_pass_is_an_error_and_is_forgotten_by_the_next_start
         stage: Callable[..., Stage], launcher: Launcher) -> None:
     ready, seen = stage(), []
 
-    def fails(main: Callable[[], int], restarts: Restarts) -> int:
+    def fails(main: Callable[[], int], restarts: RestartPolicy) -> int:
         seen.append(ready.folder.failure())
         open_run(ready)
         ready.folder.mark_gate_failed("7 of 9 needles found")
@@ -275,7 +276,7 @@ def test_a_refused_run_takes_back_what_it_made_and_nothing_else(
     made = dataclasses.replace(made, resume=False)
 
     def refused(declares: bool) -> None:
-        def does(main: Callable[[], int], restarts: Restarts) -> int:
+        def does(main: Callable[[], int], restarts: RestartPolicy) -> int:
             open_run(made)
             if declares:
                 begins[-1].declared[0] = 1
@@ -319,7 +320,7 @@ def test_a_stage_is_complete_when_its_last_checkpoint_has_passed(
     gate = EndGateDouble([EndVerdict("worse on quiz", {}), EndVerdict(None, {"my_gate": {"passed": True}})])
     made = stage(end_gate=gate)
 
-    def trains(main: Callable[[], int], restarts: Restarts) -> int:
+    def trains(main: Callable[[], int], restarts: RestartPolicy) -> int:
         open_run(made)
         made.folder.mark_awaiting_gate({"step": 4, "checkpoint": "checkpoints/step-4"})
         return 0

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from megatron_sov import recipes
-from megatron_sov.base.artifacts import to_json
+from megatron_sov.base.artifacts import format_json
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.parallel import launcher
 from megatron_sov.model.config import RunConfig, apply_settings
-from megatron_sov.model.recipes.requested import training_request
+from megatron_sov.model.recipes.requested import request_training
 from megatron_sov.train.stages.stage_config import StageOptions, find_start, parse_stage, stage_request
 from tests.packing import Packed
 from tests.typed_words import typed
@@ -49,7 +49,7 @@ def test_deterministic_is_a_setting_with_a_flag(data: Path) -> None:
 
 def test_a_run_config_stands_in_for_the_recipe_and_gives_the_same_settings_again(data: Path) -> None:
     first = config_of("tiny-k-exaone", "--data", f"{data}/a:3", "--set", "train.steps=7", "--deterministic")
-    (data / "config.json").write_text(to_json(first.to_dict()))
+    (data / "config.json").write_text(format_json(first.to_dict()))
     assert config_of("--config", str(data / "config.json")) == first
     changed = config_of("--config", str(data / "config.json"), "--data", f"{data}/b:2", "--set",
                         "train.steps=8")
@@ -61,7 +61,7 @@ def test_a_config_of_pretraining_serves_for_fine_tuning_and_not_the_other_way_ro
         data: Path, packed_data: Packed) -> None:
     lm = recipes.get("tiny-qwen3")
     for name, config in {"lm": lm, "sft": apply_settings(lm, ["objective.name=sft"])}.items():
-        (data / f"{name}.json").write_text(to_json(config.to_dict()))
+        (data / f"{name}.json").write_text(format_json(config.to_dict()))
     arguments = ("--data", str(packed_data.chats))
     assert parse_stage(parsed("--config", str(data / "lm.json"), *arguments),
                        "sft").config.objective.name == "sft"
@@ -72,17 +72,17 @@ def test_a_config_of_pretraining_serves_for_fine_tuning_and_not_the_other_way_ro
 def test_a_recipe_is_lengthened_before_it_is_tuned(data: Path) -> None:
     arguments = parsed("tiny-vibethinker", "--data", f"{data}/a")
     assert recipes.get("tiny-vibethinker").objective.name == "sft"
-    assert training_request(arguments, "lm", lengthens=True).config().objective.name == "lm"
-    with pytest.raises(UserError, match="this command trains by 'lm'"):
-        training_request(arguments, "lm").config()
+    assert request_training(arguments, "lm", lengthens=True).config().objective.name == "lm"
+    with pytest.raises(UserError, match="this command trains with 'lm'"):
+        request_training(arguments, "lm").config()
     tuned = parsed("tiny-typhoon-s", "--data", f"{data}/a")  # which has no stages
-    with pytest.raises(UserError, match="this command trains by 'lm'"):
-        training_request(tuned, "lm", lengthens=True).config()
+    with pytest.raises(UserError, match="this command trains with 'lm'"):
+        request_training(tuned, "lm", lengthens=True).config()
 
 
 def test_the_data_of_a_config_must_still_be_there(data: Path) -> None:
     config = apply_settings(recipes.get("tiny-qwen3"), ['data.paths={"/gone": 1}'])
-    (data / "config.json").write_text(to_json(config.to_dict()))
+    (data / "config.json").write_text(format_json(config.to_dict()))
     with pytest.raises(UserError, match=r"--data /gone: does not exist"):
         config_of("--config", str(data / "config.json"))
     with pytest.raises(UserError, match=r"--data: is missing"):
@@ -92,7 +92,7 @@ def test_the_data_of_a_config_must_still_be_there(data: Path) -> None:
 @pytest.mark.parametrize(("recipe", "setting", "message"), [
     ("tiny-solar", "train.steps=1", "recipe 'tiny-solar': does not exist; did you mean 'tiny-solar-open'"),
     ("tiny-solar-open", "objective.name=sft",
-     "objective.name = sft: this command trains by 'lm'.*`megatron-sov sft`"),
+     "objective.name = sft: this command trains with 'lm'.*`megatron-sov sft`"),
     ("tiny-solar-open", "objective.name=ml", "objective 'ml': does not exist; did you mean 'lm'"),
     ("tiny-solar-open", "objective.options.gamma=2",
      "objective.options.gamma = 2 has no effect with objective.name = \"lm\""),
@@ -103,7 +103,7 @@ def test_bad_settings_are_refused(data: Path, recipe: str, setting: str, message
     with pytest.raises(UserError, match=message):
         config_of(recipe, "--data", f"{data}/a", "--set", setting)
     with pytest.raises(UserError, match=message):  # as a job is submitted, before its data is there
-        training_request(parsed(recipe, "--data", "not-yet", "--set", setting), "lm").config()
+        request_training(parsed(recipe, "--data", "not-yet", "--set", setting), "lm").config()
 
 
 def test_mistakes_are_found_before_a_hugging_face_folder_is_converted(
@@ -112,7 +112,7 @@ def test_mistakes_are_found_before_a_hugging_face_folder_is_converted(
     def convert(*_: object) -> int:
         raise AssertionError("converted")
 
-    monkeypatch.setattr(launcher, "apart", convert)
+    monkeypatch.setattr(launcher, "run_in_fork", convert)
     start = ("--data", f"{data}/a", "--from", str(hf_models["solar_open"]))
     for arguments, message in {
         ("tiny-qwen3", *start): "is a solar_open model, recipe tiny-qwen3 is for qwen3; .*tiny-solar-open",

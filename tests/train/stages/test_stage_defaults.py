@@ -12,9 +12,9 @@ import pytest
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import PhaseConfig, RunConfig, apply_settings
-from megatron_sov.model.config.run import with_rounds
+from megatron_sov.model.config.run import add_rounds
 from megatron_sov.model.recipes.requested import RecipeRequest
-from megatron_sov.model.recipes.stage_defaults import DEFAULTS, Stage, base_of_model, defaults_of
+from megatron_sov.model.recipes.stage_defaults import DEFAULTS, Stage, build_base_config, find_stage_defaults
 from megatron_sov.plan.footprint.memory import account
 from megatron_sov.train.data.order import SampleOrder
 from megatron_sov.train.data.token_shards import open_sources
@@ -25,11 +25,11 @@ MODEL = dataclasses.replace(recipes.get("tiny-qwen3").model, vocab_size=368, max
 
 
 def request(paths: list[Path], *settings: str, stage: Stage = "sft", recipe: str = "") -> RecipeRequest:
-    base = recipes.get(recipe) if recipe else base_of_model("mine", MODEL, "fp32", stage)
+    base = recipes.get(recipe) if recipe else build_base_config("mine", MODEL, "fp32", stage)
     base = apply_settings(base, ["model.vocab_size=368", f"objective.name={stage}"])
     data = dataclasses.replace(base.data, paths=dict.fromkeys(map(str, paths), 1.0))
     base = dataclasses.replace(base, data=data)
-    return RecipeRequest(base, settings, from_file=False, of_model=not recipe)
+    return RecipeRequest(base, settings, from_file=False, is_model_only=not recipe)
 
 
 def completed(asked: RecipeRequest, stage: Stage = "sft", **more: Any) -> tuple[RunConfig, str]:
@@ -73,8 +73,8 @@ def test_an_epoch_is_what_the_order_gives_until_a_source_is_gone_through(packed_
     ("preference", ["preference.method=orpo"], 1e9, 8e-6), ("policy", [], 1e9, 1e-6)])
 def test_rates_depend_on_stage_size_and_method(stage: Stage, settings: list[str], params: float, lr: float
                                                ) -> None:
-    config = apply_settings(base_of_model("mine", MODEL, "fp32", stage), settings)
-    assert defaults_of(config, stage).rate(params, lora=config.lora.on).lr == lr
+    config = apply_settings(build_base_config("mine", MODEL, "fp32", stage), settings)
+    assert find_stage_defaults(config, stage).rate(params, lora=config.lora.on).lr == lr
 
 
 def test_every_default_has_a_source_and_rates_fall_with_size() -> None:
@@ -134,7 +134,7 @@ def test_rows_of_rounds_follow_from_lengths_and_responses(settings: tuple[str, .
     assert (config.data.phases[0].seq_len, config.train.micro_batch_size) == (row, rows)
     assert config.train.global_batch_size == batch
     assert f"rows of {row} tokens, up to {rows} in a micro-batch" in notes
-    assert not [p for p in with_rounds(config).problems() if p.key.startswith(("train.", "data."))]
+    assert not [p for p in add_rounds(config).problems() if p.key.startswith(("train.", "data."))]
 
 
 @pytest.mark.parametrize(("layout", "nproc", "rows", "batch"), [
@@ -144,7 +144,7 @@ def test_rows_of_rounds_suit_the_layout(layout: tuple[str, ...], nproc: int, row
     asked = request([], *LENGTHS, *layout, stage="policy")
     config = complete_stage(asked, asked.config(), "policy", nproc, 40).config
     assert (config.data.phases[0].seq_len, config.train.micro_batch_size) == (256, rows)
-    assert config.train.global_batch_size == batch and not with_rounds(config).problems(nproc)
+    assert config.train.global_batch_size == batch and not add_rounds(config).problems(nproc)
 
 
 def test_rows_of_a_recipe_stay_where_they_hold_a_response() -> None:
@@ -165,10 +165,10 @@ def test_rows_of_a_recipe_stay_where_they_hold_a_response() -> None:
 
 def test_files_of_settings_go_before_what_is_derived() -> None:
     """Keys of --config count as those of --set do."""
-    base = apply_settings(base_of_model("mine", MODEL, "fp32", "policy"), [
+    base = apply_settings(build_base_config("mine", MODEL, "fp32", "policy"), [
         "objective.name=policy", "optim.lr=3e-4", "data.phases.0.seq_len=384", "train.micro_batch_size=2",
         *LENGTHS])
-    asked = RecipeRequest(base, (), from_file=False, of_model=True, layered=frozenset(
+    asked = RecipeRequest(base, (), from_file=False, is_model_only=True, layered=frozenset(
         {"optim.lr", "data.phases", "train.micro_batch_size", "rollout.rounds"}))
     config, _ = completed(asked, "policy", num_prompts=40)
     assert (config.optim.lr, config.data.phases[0].seq_len, config.train.micro_batch_size) == (3e-4, 384, 2)
@@ -181,9 +181,10 @@ def test_activations_of_a_micro_batch_stay_below_a_bound(hidden: int, layers: in
                                                          adapter: list[str]) -> None:
     model = dataclasses.replace(MODEL, hidden_size=hidden, num_layers=layers, dense_ffn_dim=3 * hidden,
                                 max_position_tokens=32768)
-    base = apply_settings(base_of_model("mine", model, "fp32", "policy"), ["objective.name=policy", *adapter])
+    base = apply_settings(build_base_config("mine", model, "fp32", "policy"),
+                          ["objective.name=policy", *adapter])
     asked = RecipeRequest(base, ("rollout.max_prompt_tokens=100", "rollout.max_new_tokens=156",
-                                 "rollout.samples_per_prompt=64"), from_file=False, of_model=True)
+                                 "rollout.samples_per_prompt=64"), from_file=False, is_model_only=True)
     config, _ = completed(asked, "policy", num_prompts=9)
 
     def activations(rows: int) -> tuple[int, int]:

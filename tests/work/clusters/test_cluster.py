@@ -15,14 +15,15 @@ from megatron_sov.work.clusters.chips import CHIPS, default_links, find_chip, fi
 from megatron_sov.work.clusters.units import GIB
 
 
-def test_nine_profiles_come_with_the_package() -> None:
-    assert cluster.list_profiles() == ["a100", "b200", "b300", "gb200", "gb300", "h100", "h200", "local", "one-node"]
+def test_package_contains_nine_profiles() -> None:
+    assert cluster.list_profiles() == ["a100", "b200", "b300", "gb200", "gb300", "h100", "h200", "local",
+                                       "one-node"]
     for name in cluster.list_profiles():
         profile = cluster.load_profile(name, account="me")
         assert profile.problems() == [] and len(profile.description) > 20
 
 
-def test_options_win_over_the_profile() -> None:
+def test_options_override_profile() -> None:
     profile = cluster.load_profile("h100", account="me", partition="long")
     assert (profile.account, profile.partition) == ("me", "long")
     assert cluster.load_profile("local", account=None, partition=None).account == ""
@@ -43,7 +44,7 @@ def test_options_win_over_the_profile() -> None:
     ("gpu: b20", "choice", "gpu"),
     ("a: [", "file", ""),
 ])
-def test_a_mistake_is_named(tmp_path: Path, text: str, code: str, key: str) -> None:
+def test_invalid_profile_field_is_reported(tmp_path: Path, text: str, code: str, key: str) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("\n".join(["description: x", *([] if "account" in text else ['account: ""']), text]))
     with pytest.raises(SettingsError) as e:
@@ -53,14 +54,14 @@ def test_a_mistake_is_named(tmp_path: Path, text: str, code: str, key: str) -> N
     assert "\n" not in str(e.value) and "abc" not in str(e.value)
 
 
-def test_a_time_needs_no_quotes(tmp_path: Path) -> None:
-    """YAML 1.1 would read it as 7200."""
+def test_time_limit_needs_no_quotes(tmp_path: Path) -> None:
+    """YAML 1.1 would parse the time as 7200."""
     file = tmp_path / "mine.yaml"
     file.write_text('description: x\naccount: ""\ntime_limit: 2:00:00')
     assert cluster.load_profile(str(file)).time_limit == "2:00:00"
 
 
-def test_another_spelling_of_a_gpu_is_answered_with_its_key(tmp_path: Path) -> None:
+def test_gpu_alias_error_suggests_key(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text('description: x\naccount: ""\ngpu: H100-80GB')
     with pytest.raises(SettingsError, match=r"must be one of a100, .*; did you mean 'h100'\?"):
@@ -71,30 +72,30 @@ def test_another_spelling_of_a_gpu_is_answered_with_its_key(tmp_path: Path) -> N
     ("90", 5400), ("90:30", 5430), ("2:00:00", 7200), ("1-12", 129600), ("1-12:30", 131400),
     ("1-12:30:15", 131415), ("0", float("inf")), ("UNLIMITED", float("inf")),
 ])
-def test_a_time_limit_is_read_as_slurm_reads_it(text: str, seconds: float) -> None:
+def test_time_limits_follow_slurm(text: str, seconds: float) -> None:
     assert cluster.parse_time_limit(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["soon", "", "1:2:3:4", "-5", "1.5", "2h", "1-"])
-def test_what_is_no_time_limit_is_refused(text: str) -> None:
+def test_invalid_time_limits_are_rejected(text: str) -> None:
     with pytest.raises(UserError, match="must be minutes, H:MM:SS or D-HH:MM:SS"):
         cluster.parse_time_limit(text)
 
 
-def test_a_profile_that_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_binary_profile_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match=r"mine.yaml: is not valid UTF-8 \(byte 0 is 0xff\)"):
         cluster.load_profile(str(tmp_path / "mine.yaml"))
 
 
-def test_an_unknown_profile_is_answered_with_the_nearest() -> None:
+def test_unknown_profile_error_suggests_nearest() -> None:
     with pytest.raises(UserError, match=r"--cluster h10: there is no such profile; did you mean 'h100'\?"):
         cluster.load_profile("h10")
     with pytest.raises(UserError, match=r"--cluster nowhere.yaml: does not exist"):
         cluster.load_profile("nowhere.yaml")
 
 
-def test_links_of_a_profile() -> None:
+def test_profile_links() -> None:
     h100 = cluster.load_profile("h100", needs_account=False)
     found = cluster.compute_links(h100, 512)
     assert (found.domain, found.inside_bytes_per_s, found.between_bytes_per_s) == (8, 450e9, 50e9)
@@ -104,7 +105,7 @@ def test_links_of_a_profile() -> None:
     assert cluster.compute_links(replace(h100, gpus_per_node=4, nvlink_domain=8), 512).domain == 8
 
 
-def test_missing_links_are_asked_for_where_they_are_needed() -> None:
+def test_missing_network_bandwidth_is_rejected_beyond_domain() -> None:
     silent = replace(cluster.load_profile("h100", needs_account=False), network_gbits_per_gpu=0.0)
     assert cluster.compute_links(silent, 8).between_bytes_per_s == 0
     with pytest.raises(UserError, match=r"^network_gbits_per_gpu is missing in the profile, and 16 GPUs are "
@@ -112,12 +113,12 @@ def test_missing_links_are_asked_for_where_they_are_needed() -> None:
                                         r"of its maker: 400\), or plan with at most 8 GPUs$"):
         cluster.compute_links(silent, 16)
     for name, lacks in (("one-node", "gpu is empty"), ("local", "gpus_per_node is 0")):
-        with pytest.raises(UserError, match=f"{lacks} in the profile, .* take a profile with gpu set to one "
+        with pytest.raises(UserError, match=f"{lacks} in the profile, .* use a profile with gpu set to one "
                                             "of a100, "):
             cluster.compute_links(cluster.load_profile(name, needs_account=False), 1)
 
 
-def test_power_of_a_gpu_is_its_share_of_the_node() -> None:
+def test_gpu_power_is_share_of_node() -> None:
     h100 = cluster.load_profile("h100", needs_account=False)
     assert h100.power_per_gpu_w == 10_200 / 8
     assert replace(h100, node_power_w=8000).power_per_gpu_w == 1000
@@ -131,7 +132,7 @@ FIGURES = {"tflops", "hbm", "nvlink", "memory", "network", "power", "server_powe
 
 
 @pytest.mark.parametrize("key", CHIPS)
-def test_every_figure_has_a_source_and_is_possible(key: str) -> None:
+def test_chip_figures_have_sources_and_are_plausible(key: str) -> None:
     found = CHIPS[key]
     assert set(found.sources) == FIGURES and all(len(source) > 8 for source in found.sources.values())
     # tensor cores double with each halving of the width, or have no such products; B300 trebles for FP4
@@ -145,7 +146,7 @@ def test_every_figure_has_a_source_and_is_possible(key: str) -> None:
     assert found.network_bytes_per_s < found.nvlink_bytes_per_s < found.hbm_bytes_per_s
 
 
-def test_figures_of_datasheets() -> None:
+def test_chip_figures_match_datasheets() -> None:
     """H100 SXM: 1,979 TFLOP/s in bf16 with sparsity, 3.35 TB/s, NVLink 900 GB/s both ways; GB300 NVL72:
     1,080 PFLOP/s in dense FP4 and 130 TB/s of NVLink for 72."""
     h100, gb300 = CHIPS["h100"], CHIPS["gb300"]
@@ -160,17 +161,18 @@ def test_figures_of_datasheets() -> None:
     ("H100-80GB", "h100"), ("h100", "h100"), ("A100-40GB", "a100-40"), ("A100", "a100"), ("GB300", "gb300"),
     ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA B300 SXM6 AC", "b300"),
     ("H100-96GB(HBM2e500W)", "h100-96"), ("AMD Instinct MI300X", "mi300x")])
-def test_a_chip_is_found_by_any_of_its_names(written: str, key: str) -> None:
+def test_chip_is_found_by_every_alias(written: str, key: str) -> None:
     assert find_chip(written) is CHIPS[key] and hash(CHIPS[key]) == hash(replace(CHIPS[key]))
 
 
-def test_other_chips_are_not_guessed() -> None:
-    assert find_device_chip("NVIDIA H100 PCIe") is find_device_chip("NVIDIA GeForce RTX 4090") is find_device_chip("") is None
+def test_unknown_chips_are_rejected() -> None:
+    for name in ("NVIDIA H100 PCIe", "NVIDIA GeForce RTX 4090", ""):
+        assert find_device_chip(name) is None
     with pytest.raises(UserError, match=r"'H10': is not in the table; did you mean 'h100'\? \(GPUs: a100"):
         find_chip("H10")
 
 
-def test_a_precision_that_a_chip_has_not_is_refused_with_what_works() -> None:
+def test_unsupported_precision_error_names_alternatives() -> None:
     assert CHIPS["b200"].flops_per_s("fp4") == 9e15
     with pytest.raises(UserError, match=r"^fp8 on A100-80GB: is not supported by its tensor cores \(they "
                                         r"support bf16\); plan with bf16, or with one of h100, h200"):
@@ -181,11 +183,11 @@ def test_a_precision_that_a_chip_has_not_is_refused_with_what_works() -> None:
         CHIPS["h100"].flops_per_s("int3")
 
 
-def test_layouts_are_recommended_for_chips_of_the_table() -> None:
+def test_recommended_layouts_name_known_chips() -> None:
     assert {gpu for layouts in RECOMMENDED.values() for gpu in layouts} <= set(CHIPS)
 
 
-def test_a_shipped_profile_has_the_links_of_the_makers_servers() -> None:
+def test_packaged_profiles_have_vendor_links() -> None:
     for name in set(CHIPS) & set(cluster.list_profiles()):
         profile = cluster.load_profile(name, needs_account=False)
         expected = default_links(CHIPS[name])
@@ -195,7 +197,7 @@ def test_a_shipped_profile_has_the_links_of_the_makers_servers() -> None:
         assert found.between_latency_s == pytest.approx(5.6e-6 if name == "h200" else 3.7e-6)
 
 
-def test_the_page_shows_the_table() -> None:
+def test_docs_page_shows_chip_table() -> None:
     page = (Path(__file__).parents[3] / "docs/clusters.md").read_text()
     rows = {cells[1].strip(" `"): [cell.strip() for cell in cells[2:-1]] for cells in
             (line.split("|") for line in page.splitlines()) if len(cells) == 11 and "`" in cells[1]}

@@ -1,4 +1,4 @@
-"""What an endpoint may do to a client: packed, endless, dripping answers; two threads with one question."""
+"""Hostile endpoints (compressed, endless, slow answers) and concurrent equal requests."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ASKED = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tok
 
 
 class Hostile(BaseHTTPRequestHandler):
-    """Answers with what its server has as `way`."""
+    """Answers according to the server's `way`."""
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["content-length"]))
@@ -70,8 +70,8 @@ def hostile() -> Iterator[ThreadingHTTPServer]:
     ("packed", "packed answer, which was not asked for"), ("endless", "sent more than 1 MiB"),
     ("endless 500", "sent more than 1 MiB"), ("dripping", "longer than 0.3 s"),
     ("dripping 500", "longer than 0.3 s")])
-def test_no_answer_takes_more_than_it_may(way: str, sentence: str, hostile: ThreadingHTTPServer,
-                                          monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_are_limited_in_time_and_size(way: str, sentence: str, hostile: ThreadingHTTPServer,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "MAX_BODY_BYTES", 1 << 20)
     hostile.way = way  # type: ignore[attr-defined]
     importlib.import_module("openai")  # seconds on a busy machine
@@ -81,7 +81,7 @@ def test_no_answer_takes_more_than_it_may(way: str, sentence: str, hostile: Thre
         asked.post({})
 
 
-def test_two_threads_with_one_question_pay_for_one_answer(tmp_path: Path) -> None:
+def test_concurrent_equal_requests_are_sent_once(tmp_path: Path) -> None:
     with serving(ScriptedEndpoint(lambda request: "yes", slow_s=0.1)) as server:
         endpoint = Endpoint(f"{server.url}/chat/completions", "", LIMITS, EndpointCache(tmp_path / "a"))
         found: list[str] = []
@@ -94,8 +94,8 @@ def test_two_threads_with_one_question_pay_for_one_answer(tmp_path: Path) -> Non
         assert (found, len(server.requests)) == (["yes"] * 4, 1)
 
 
-def test_this_machine_is_asked_without_the_proxy_of_others(tmp_path: Path,
-                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+def test_localhost_bypasses_proxy(tmp_path: Path,
+                                  monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     with serving(ScriptedEndpoint(lambda request: "yes")) as server:
         Endpoint(f"{server.url}/chat/completions", "", LIMITS, EndpointCache(tmp_path / "a")).ask(
@@ -103,35 +103,35 @@ def test_this_machine_is_asked_without_the_proxy_of_others(tmp_path: Path,
         assert len(server.requests) == 1
 
 
-def test_an_answer_that_tells_no_usage_counts_as_the_most_it_can_be(tmp_path: Path) -> None:
+def test_answer_without_usage_is_billed_at_maximum(tmp_path: Path) -> None:
     cache = EndpointCache(tmp_path / "a")
     with serving(ScriptedEndpoint(lambda request: "yes")) as server:
         endpoint = Endpoint(f"{server.url}/chat/completions", "", LIMITS, cache)
         endpoint.ask(ASKED, lambda raw: None)
         assert cache.usage() == Usage(8, 9, pytest.approx(26e-6))
         for usage in ({}, {"prompt_tokens": -1, "completion_tokens": 1}, {"prompt_tokens": 1}):
-            assert endpoint._billed({"usage": usage}, Usage(100, 8, 1.0)) == Usage(100, 8, 1.0)
+            assert endpoint._read_billing({"usage": usage}, Usage(100, 8, 1.0)) == Usage(100, 8, 1.0)
 
 
-def test_an_answer_that_cannot_be_read_is_billed_too(tmp_path: Path) -> None:
+def test_unusable_answer_is_billed(tmp_path: Path) -> None:
     cache = EndpointCache(tmp_path / "a")
     with serving(ScriptedEndpoint(lambda request: "yes")) as server:
         server.next = ["garbage"]
         endpoint = Endpoint(f"{server.url}/chat/completions", "", LIMITS, cache)
         endpoint.ask(ASKED, lambda raw: None)
-        most = endpoint._most(ASKED)
+        most = endpoint._max_usage(ASKED)
         assert cache.usage().input_tokens == 8 + most.input_tokens
         assert cache.usage().output_tokens == 9 + most.output_tokens
 
 
 @pytest.mark.parametrize("levels", [250, 900, 100_000])
-def test_an_answer_of_more_levels_than_can_be_kept_is_none(levels: int) -> None:
+def test_deeply_nested_answer_is_rejected(levels: int) -> None:
     with pytest.raises(BadAnswer):
         parse_json_answer(b"[" * levels + b"]" * levels)
     assert parse_json_answer(b"[" * 150 + b"]" * 150)
 
 
-def test_a_kept_answer_that_is_damaged_is_told(tmp_path: Path) -> None:
+def test_damaged_cached_answer_raises_user_error(tmp_path: Path) -> None:
     cache = EndpointCache(tmp_path / "a")
     cache.note("k", "200", Usage(0, 0, 0.0), 0.0, {"a": 1})
     with sqlite3.connect(tmp_path / "a") as connection:
@@ -140,7 +140,7 @@ def test_a_kept_answer_that_is_damaged_is_told(tmp_path: Path) -> None:
         cache.get("k")
 
 
-def test_patience_goes_on_beyond_attempts_while_an_endpoint_is_full_and_ends(tmp_path: Path) -> None:
+def test_overloaded_endpoint_is_retried_until_patience_ends(tmp_path: Path) -> None:
     with serving(ScriptedEndpoint(lambda request: "yes")) as server:
         patient = EndpointLimits(600.0, 2, 0.001, 0.0, 0.0, 0.0, 0.0, patience_s=600.0)
         server.next = ["429"] * 6
@@ -167,26 +167,27 @@ REFUSALS = {  # as these servers word them
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_what_a_refusal_says_is_told_and_what_never_helps_is_not_tried(
+def test_permanent_refusal_is_reported_without_retry(
         name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     message, kind, sentence = REFUSALS[name]
     monkeypatch.setenv("A_KEY", "sk-1")
     ask = Endpoint("http://127.0.0.1:9/v1/chat/completions", "A_KEY", LIMITS, EndpointCache(tmp_path / "a"))
     for body in ({"error": {"message": message}}, {"object": "error", "message": message}):
         with pytest.raises(kind, match=sentence):
-            ask._refuse(400, None, json.dumps(body).encode())
+            ask._check_status(400, None, json.dumps(body).encode())
 
 
-def test_a_name_may_stand_for_the_address_in_what_answers_are_kept_by(tmp_path: Path) -> None:
+def test_cache_name_replaces_address_in_keys(tmp_path: Path) -> None:
     cache = EndpointCache(tmp_path / "a")
     with serving(ScriptedEndpoint(lambda request: "yes")) as server:
-        Endpoint(f"{server.url}/chat/completions", "", LIMITS, cache, cache_name="m").ask(ASKED, lambda raw: 1)
+        Endpoint(f"{server.url}/chat/completions", "", LIMITS, cache, cache_name="m").ask(ASKED,
+                                                                                          lambda raw: 1)
     moved = Endpoint("http://127.0.0.1:9/v1/chat/completions", "", LIMITS, cache, cache_name="m")
     assert moved.ask(ASKED, lambda raw: raw["choices"][0]["message"]["content"]) == "yes"
 
 
-def test_waiting_for_an_endpoint_that_is_away_is_told_once(monkeypatch: pytest.MonkeyPatch,
-                                                           tmp_path: Path) -> None:
+def test_wait_for_unreachable_endpoint_is_reported_once(monkeypatch: pytest.MonkeyPatch,
+                                                        tmp_path: Path) -> None:
     from megatron_sov.work.endpoints import endpoint as asking
 
     monkeypatch.setattr(asking, "REPORT_AFTER_S", 0.0)
@@ -202,7 +203,7 @@ def test_waiting_for_an_endpoint_that_is_away_is_told_once(monkeypatch: pytest.M
                     "it"]
 
 
-def test_the_model_that_really_answers_is_reported_once(tmp_path: Path) -> None:
+def test_substitute_model_is_reported_once(tmp_path: Path) -> None:
     told: list[str] = []
     endpoint = Endpoint("http://127.0.0.1:9/v1/completions", "", LIMITS, EndpointCache(tmp_path / "a"),
                         report=told.append)
@@ -224,8 +225,8 @@ def test_the_model_that_really_answers_is_reported_once(tmp_path: Path) -> None:
     ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0), ("Thu Jan  1 00:00:30 2026", 30, 30),
     ("soon", 0, 0), ("", 0, 0), (None, 0, 0), ("nan", 0, 0), ("inf", 60, 60), ("-3", 0, 0),
     ("Wed, 99 Oct 2015 07:28:00 GMT", 0, 0)])
-def test_how_long_to_wait_may_be_a_date(text: str | None, low: float, high: float,
-                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retry_after_accepts_date(text: str | None, low: float, high: float,
+                                  monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_sov.work.endpoints.answers.time.time", lambda: 1767225600.0)  # 2026 begins
     monkeypatch.setenv("TZ", "KST-9")
     time.tzset()

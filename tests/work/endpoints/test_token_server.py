@@ -32,7 +32,7 @@ def words(count: int, version: int = 0) -> list[int]:
     return [token_at(PROMPT, place, version) for place in range(count)]
 
 
-def test_tokens_logprobs_and_versions_come_as_they_were_drawn(double: VllmDouble) -> None:
+def test_answers_contain_sampled_tokens_logprobs_and_versions(double: VllmDouble) -> None:
     server = VllmServer(double.url)
     [answer] = server.write(TokenRequest("a", PROMPT, 4, 0.7, stop_ids=(2,)))
     assert answer == TokenAnswer(words(4), [-t / 100 for t in words(4)], "length", (VersionSpan(0, 0, 4),))
@@ -44,7 +44,7 @@ def test_tokens_logprobs_and_versions_come_as_they_were_drawn(double: VllmDouble
     assert server.score([4, 9, 8]) == [-0.09, -0.08]
 
 
-def test_weights_change_in_the_middle_of_an_answer_and_each_token_tells_its_own(double: VllmDouble) -> None:
+def test_tokens_report_version_across_weight_update(double: VllmDouble) -> None:
     double.held_at, server, found = 4, VllmServer(double.url), []
     thread = threading.Thread(target=lambda: found.extend(server.write(TokenRequest("a", PROMPT, 20))))
     thread.start()
@@ -63,7 +63,7 @@ def test_weights_change_in_the_middle_of_an_answer_and_each_token_tells_its_own(
     assert double.orders[0] == "/pause?mode=keep&clear_cache=false"
 
 
-def test_an_update_that_a_killed_trainer_left_open_is_ended_first(double: VllmDouble) -> None:
+def test_open_update_of_killed_trainer_is_finished_first(double: VllmDouble) -> None:
     killed = VllmServer(double.url)
     killed.pause()
     killed._calls.tell("/start_weight_update")
@@ -77,7 +77,7 @@ def test_an_update_that_a_killed_trainer_left_open_is_ended_first(double: VllmDo
 
 
 @pytest.mark.parametrize("route", ["/inference/v1/generate", "/v1/completions"])
-def test_an_aborted_request_is_answered_with_what_it_has(double: VllmDouble, route: str) -> None:
+def test_aborted_request_returns_partial_answer(double: VllmDouble, route: str) -> None:
     double.refuses = lambda path: path == "/inference/v1/generate" != route
     double.token_s, server, found = 0.01, VllmServer(double.url), []
     thread = threading.Thread(target=lambda: found.extend(server.write(TokenRequest("a", PROMPT, 500))))
@@ -90,7 +90,7 @@ def test_an_aborted_request_is_answered_with_what_it_has(double: VllmDouble, rou
 
 
 @pytest.mark.parametrize("route", ["/inference/v1/generate", "/v1/completions"])
-def test_some_answers_are_asked_for_at_once(double: VllmDouble, route: str) -> None:
+def test_several_answers_per_request(double: VllmDouble, route: str) -> None:
     double.refuses = lambda path: path == "/inference/v1/generate" != route
     server = VllmServer(double.url)
     answers = server.write(TokenRequest("a", PROMPT, 4, count=3))
@@ -100,7 +100,7 @@ def test_some_answers_are_asked_for_at_once(double: VllmDouble, route: str) -> N
         server.write(TokenRequest("b", PROMPT, 4, count=3))
 
 
-def test_prompts_of_one_request_are_answered_in_their_order(double: VllmDouble) -> None:
+def test_prompts_of_request_are_answered_in_order(double: VllmDouble) -> None:
     asked = TokenRequest("a", PROMPT, 4, count=2, others=([8, 9], [4]))
     answers = VllmServer(double.url).write(asked)
     assert [answer.tokens for answer in answers] == [
@@ -111,14 +111,14 @@ def test_prompts_of_one_request_are_answered_in_their_order(double: VllmDouble) 
         6, (VersionSpan(0, 0, 4),))
 
 
-def test_a_server_without_the_route_of_tokens_is_asked_by_completions(double: VllmDouble) -> None:
+def test_server_without_token_route_uses_completions(double: VllmDouble) -> None:
     double.refuses = lambda path: path == "/inference/v1/generate"
     [answer] = VllmServer(double.url + "/v1").write(TokenRequest("a", PROMPT, 4))
     assert answer == TokenAnswer(words(4), [-t / 100 for t in words(4)], "length")
     assert VllmServer(double.url).score([4, 9, 8]) == [-0.09, -0.08]
 
 
-def test_what_is_no_answer_is_told_apart_from_what_never_will_be(double: VllmDouble) -> None:
+def test_temporary_and_permanent_failures_differ(double: VllmDouble) -> None:
     double.refuses = lambda path: path != "/health"
     with pytest.raises(RequestRefused, match=r"/pause.* answered HTTP 404: Not Found"):
         VllmServer(double.url).pause()
@@ -132,29 +132,29 @@ def test_what_is_no_answer_is_told_apart_from_what_never_will_be(double: VllmDou
 @pytest.mark.parametrize(("choice", "told"), [
     ({}, "KeyError: 'token_ids'"), ({"token_ids": ["x"]}, "ValueError"),
     ({"token_ids": [1], "finish_reason": "stop", "logprobs": {"content": [{}]}}, "KeyError: 'logprob'")])
-def test_an_answer_that_lacks_something_is_none(choice: dict[str, Any], told: str) -> None:
+def test_incomplete_answer_is_rejected(choice: dict[str, Any], told: str) -> None:
     with pytest.raises(BadAnswer, match=told):
         _parse_choices({"choices": [choice]}, "http://here")
 
 
 @pytest.mark.parametrize(("answer", "told"), [
-    (TokenAnswer([1, 2], [-1.0], "stop"), "2 tokens and 1 log-probabilities"),
+    (TokenAnswer([1, 2], [-1.0], "stop"), "2 tokens but 1 log-probabilities"),
     (TokenAnswer([1], [-1.0], "repetition"), "'repetition'"),
     (TokenAnswer([1, 2], [-1.0, -9999.0], "stop"), "gives no probability"),
     (TokenAnswer([1, 2], [float("nan"), -1.0], "stop"), "gives no probability"),
-    (TokenAnswer([1, 2], [-1.0, -1.0], "stop", (VersionSpan(1, 0, 1),)), "wrote 2 tokens"),
+    (TokenAnswer([1, 2], [-1.0, -1.0], "stop", (VersionSpan(1, 0, 1),)), "but 2 tokens"),
     (TokenAnswer([1, 2], [-1.0, -1.0], "stop", (VersionSpan(1, 0, 1), VersionSpan(2, 0, 2))), "versions")])
-def test_parts_of_an_answer_belong_together(answer: TokenAnswer, told: str) -> None:
+def test_inconsistent_answer_is_rejected(answer: TokenAnswer, told: str) -> None:
     with pytest.raises(BadAnswer, match=told):
         check_answers([answer], 1, "http://here")
 
 
-def test_answers_are_as_many_as_were_asked_for() -> None:
-    with pytest.raises(BadAnswer, match="told 1 answers, and was asked for 2"):
+def test_wrong_number_of_answers_is_rejected() -> None:
+    with pytest.raises(BadAnswer, match="returned 1 answers instead of 2"):
         check_answers([TokenAnswer([1], [-1.0], "stop")], 2, "http://here")
 
 
-def test_routes_are_an_array_and_never_unpickled() -> None:
+def test_routes_are_decoded_without_unpickling() -> None:
     def answer(array: np.ndarray) -> dict[str, Any]:
         out = io.BytesIO()
         np.save(out, array)
@@ -168,7 +168,7 @@ def test_routes_are_an_array_and_never_unpickled() -> None:
         _parse_choices(answer(np.array([{}], object)), "http://here")
 
 
-def test_a_connection_that_the_other_end_may_hang_up_is_not_used_again(
+def test_idle_connection_is_not_reused(
         double: VllmDouble, monkeypatch: pytest.MonkeyPatch) -> None:
     places: list[Any] = []
     answer = double._answer
@@ -198,13 +198,13 @@ def _npy(save: Any, *parts: Any) -> str:
     {"routed_experts": _npy(np.savez, np.zeros(2))},
     {"routed_experts": _npy(np.save, np.full((2, 1, 1), np.nan))},
     {"weight_versions": [{"version": 1, "start": 0, "end": -1}, {"version": 2, "start": -1, "end": 2}]}])
-def test_what_no_server_should_send_is_no_answer(lie: dict[str, Any]) -> None:
+def test_hostile_answers_are_rejected(lie: dict[str, Any]) -> None:
     told = {"token_ids": [5, 6], "logprobs": {"content": [{"logprob": -1.0}] * 2}, "finish_reason": "stop"}
     check_answers(_parse_choices({"choices": [told]}, "http://x"), 1, "http://x")
     with pytest.raises(BadAnswer, match="http://x"):
         check_answers(_parse_choices({"choices": [told | lie]}, "http://x"), 1, "http://x")
 
 
-def test_json_that_is_nested_too_deep_is_no_answer() -> None:
+def test_deeply_nested_json_is_rejected() -> None:
     with pytest.raises(BadAnswer, match="http://x/p: answered JSON that is nested too deep"):
-        ServerCalls("http://x", "", 1.0)._read("/p", HttpResponse(200, {}, b"[" * 200_000))
+        ServerCalls("http://x", "", 1.0)._parse_response("/p", HttpResponse(200, {}, b"[" * 200_000))

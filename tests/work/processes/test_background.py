@@ -1,4 +1,4 @@
-"""Work beside training gives way, ignores what is meant for the run, and ends with it."""
+"""Background processes: low priority, ignored stop signals, end with the parent."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ time.sleep(600)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a child that ends with its parent is Linux's")
-def test_it_has_the_lowest_priority_and_ends_with_its_parent(tmp_path: Path,
-                                                             ends: Callable[[int], bool]) -> None:
+def test_background_process_has_lowest_priority_and_ends_with_parent(tmp_path: Path,
+                                                                     ends: Callable[[int], bool]) -> None:
     parent = subprocess.Popen([sys.executable, "-c", PARENT, CHILD, str(tmp_path / "state")])
 
     def wait_for(name: str) -> None:
@@ -62,7 +62,7 @@ def test_it_has_the_lowest_priority_and_ends_with_its_parent(tmp_path: Path,
     assert ends(state["pid"])
 
 
-def test_it_does_not_take_itself_for_a_rank_or_a_part_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_background_environment_has_no_rank_or_job(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "SLURM_JOB_ID", "SBATCH_PARTITION", "MASTER_PORT"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("KEPT", "yes")
@@ -97,7 +97,8 @@ while number != signal.SIGINT and not asked:
 """
 
 
-def test_its_code_is_returned_and_a_stop_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+def test_run_command_returns_exit_code_and_forwards_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                         capfd
                                                       ) -> None:
     (tmp_path / "child.py").write_text(COMMAND)
     monkeypatch.chdir(tmp_path)
@@ -121,13 +122,14 @@ def test_its_code_is_returned_and_a_stop_is_passed_on(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_results_come_in_order(workers: int) -> None:
+def test_pool_yields_results_in_order(workers: int) -> None:
     items = ["b", "a", *"xyz" * 10]
-    assert list(map_in_processes(operator.methodcaller, ("upper",), items, workers)) == [i.upper() for i in items]
+    assert list(map_in_processes(operator.methodcaller, ("upper",), items, workers)) == [i.upper()
+                                                                                         for i in items]
     assert list(map_in_processes(operator.methodcaller, ("upper",), [], workers)) == []
 
 
-def test_mistakes_come_through_and_ended_workers_are_said() -> None:
+def test_pool_reports_errors_and_killed_workers() -> None:
     with pytest.raises(AttributeError, match="no attribute 'index'"):
         list(map_in_processes(operator.methodcaller, ("index", "a"), ["a", 1], 2))
     ends_its_worker = [0, 0, signal.SIGKILL, *[0] * 40]  # signal 0 does nothing

@@ -1,4 +1,4 @@
-"""Records that a kill leaves whole are kept, and unfinished work of another command is refused."""
+"""Complete records survive kills; unfinished work of other commands is refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.progress.jobs import Executor, Job, local_executor, run_job, run_share, worker_executor
 from megatron_sov.work.progress.journal import (
-    JOB, RECORDS, list_done_items, open_journal, read_job, work_folder)
+    JOB, RECORDS, list_finished_items, open_journal, read_job, work_folder)
 
 ASKED = {"stop": ("\n",), "sampling": {"top_p": 1.0, "seed": 1}}
 
@@ -23,8 +23,8 @@ class _Killed(BaseException):
     """Ends a command in the middle, as a signal would."""
 
 
-def begin(out: Path, *records: tuple[int | str, bytes]) -> bytes:
-    """Leave what a killed command leaves; returns its records' file."""
+def write_records(out: Path, *records: tuple[int | str, bytes]) -> bytes:
+    """Create the files of a killed command; return the records file."""
     with pytest.raises(_Killed), open_journal(out, "score", ASKED) as journal:
         journal.add(records)
         raise _Killed
@@ -33,12 +33,12 @@ def begin(out: Path, *records: tuple[int | str, bytes]) -> bytes:
 
 @pytest.mark.parametrize("torn", [b"", b"[2, 1", b"[2, 1, 1]\n{", b"[2, 2, 1]\n{}\n", b"\0" * 40 + b"\n",
                                   b"[2, -1, 0]\n", b"7\n{}\n"])
-def test_whole_records_are_kept_and_what_a_kill_left_of_one_is_not(torn: bytes, tmp_path: Path) -> None:
+def test_incomplete_record_is_dropped(torn: bytes, tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
-    begin(out, (0, b"a\nb\n"), ("key", b""))
+    write_records(out, (0, b"a\nb\n"), ("key", b""))
     with open(work_folder(out) / RECORDS, "ab") as f:
         f.write(torn)
-    assert list_done_items(out, ASKED) == {0, "key"}
+    assert list_finished_items(out, ASKED) == {0, "key"}
     with open_journal(out, "score", ASKED) as journal:
         assert journal.done == {0, "key"}
         journal.add([(2, b"c\n"), (0, b"d")])
@@ -48,36 +48,37 @@ def test_whole_records_are_kept_and_what_a_kill_left_of_one_is_not(torn: bytes, 
     assert os.listdir(tmp_path) == [out.name]
 
 
-def test_every_beginning_of_a_journal_is_a_journal(tmp_path: Path) -> None:
-    whole = begin(tmp_path / "a", *((n, b"x" * n) for n in range(9)))
+def test_every_prefix_of_journal_is_valid(tmp_path: Path) -> None:
+    whole = write_records(tmp_path / "a", *((n, b"x" * n) for n in range(9)))
     found = []
     for size_bytes in range(len(whole) + 1):
         (work_folder(tmp_path / "a") / RECORDS).write_bytes(whole[:size_bytes])
-        found.append(len(list_done_items(tmp_path / "a", ASKED)))
+        found.append(len(list_finished_items(tmp_path / "a", ASKED)))
     assert found == sorted(found) and set(found) == set(range(10))
 
 
-def test_work_of_another_command_is_refused_with_what_differs_unless_it_is_to_begin_anew(
+def test_other_identity_is_rejected_unless_redo(
         tmp_path: Path) -> None:
     out, other = tmp_path / "out", {**ASKED, "sampling": {"top_p": 1.0, "seed": 2}}
-    begin(out, (0, b""))
-    assert list_done_items(out, other) == set()
+    write_records(out, (0, b""))
+    assert list_finished_items(out, other) == set()
     with pytest.raises(UserError) as raised, open_journal(out, "score", other):
         raise AssertionError("it is refused")
     assert str(raised.value) == (
-        f"{out}: {work_folder(out)} holds unfinished work of another command: 1 problem; ask for the same to "
-        f"go on, begin anew (--redo, or megatron-sov inspect {out} --clear), or name another output\n"
+        f"{out}: {work_folder(out)} holds unfinished work of another command: 1 problem; repeat the same "
+        f"command to resume, discard the work (--redo, or megatron-sov inspect {out} --clear), or name "
+        "another output\n"
         "  sampling.seed was 1, and is 2")
-    assert list_done_items(out, ASKED) == {0}
+    assert list_finished_items(out, ASKED) == {0}
     with open_journal(out, "score", ASKED, redo=True) as journal:  # the same: there is nothing to do anew
         assert journal.done == {0}
-    begin(out, (0, b""))
+    write_records(out, (0, b""))
     with open_journal(out, "score", other, redo=True) as journal:
         assert journal.done == set()
 
 
-def test_where_nothing_was_done_anything_may_begin(tmp_path: Path) -> None:
-    begin(tmp_path / "out")
+def test_journal_without_records_accepts_other_identity(tmp_path: Path) -> None:
+    write_records(tmp_path / "out")
     assert not work_folder(tmp_path / "out").exists()
     work_folder(tmp_path / "out").mkdir()
     (work_folder(tmp_path / "out") / JOB).write_text(json.dumps({"identity": {"a": 1}}))
@@ -89,8 +90,8 @@ def test_where_nothing_was_done_anything_may_begin(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"[" * 100_000, b'{"identity": 3}', b"\xff", b"null"])
-def test_a_damaged_job_file_is_none(tmp_path: Path, content: bytes) -> None:
-    begin(tmp_path / "out", (0, b""))
+def test_damaged_job_file_counts_as_missing(tmp_path: Path, content: bytes) -> None:
+    write_records(tmp_path / "out", (0, b""))
     (work_folder(tmp_path / "out") / JOB).write_bytes(content)
     assert read_job(work_folder(tmp_path / "out"))["num_done"] == 1
     with (pytest.raises(UserError, match=r"it contains .records. but no readable job\.json, so its command"),
@@ -100,7 +101,8 @@ def test_a_damaged_job_file_is_none(tmp_path: Path, content: bytes) -> None:
         assert not journal.done
 
 
-def test_a_kill_while_work_is_deleted_bars_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kill_during_deletion_does_not_block_later_work(tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     unlink = Path.unlink
 
     def killed(file: Path, missing_ok: bool = False) -> None:
@@ -108,7 +110,7 @@ def test_a_kill_while_work_is_deleted_bars_nobody(tmp_path: Path, monkeypatch: p
         raise KeyboardInterrupt
 
     for out, asked in ((tmp_path / "ended", ASKED), (tmp_path / "redone", {"another": 1})):
-        begin(out, (0, b""))
+        write_records(out, (0, b""))
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             patched.setattr(Path, "unlink", killed)
             with open_journal(out, "score", asked, redo=True) as journal:
@@ -117,8 +119,8 @@ def test_a_kill_while_work_is_deleted_bars_nobody(tmp_path: Path, monkeypatch: p
             assert not journal.done
 
 
-def squares(log: Path, until: int) -> Callable[[int], bytes]:
-    """Return what squares a number, notes that it did, and fails at one."""
+def build_squares(log: Path, until: int) -> Callable[[int], bytes]:
+    """Build an executor for squares that records calls and fails at a given number."""
     def do(item: int) -> bytes:
         if item == until:
             raise UserError("this far")
@@ -137,11 +139,12 @@ def job(folder: Path, do: Executor[int], **more: Callable[..., object]) -> Job[i
 
 @pytest.mark.deep
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_a_job_that_failed_goes_on_behind_what_is_done(workers: int, tmp_path: Path) -> None:
+def test_failed_job_resumes_after_finished_items(workers: int, tmp_path: Path) -> None:
     log = tmp_path / "log"
 
     def executor(until: int) -> Executor[int]:
-        return worker_executor(squares, (log, until), workers) if workers else local_executor(squares(log, until))
+        return worker_executor(build_squares, (log, until),
+                               workers) if workers else local_executor(build_squares(log, until))
 
     with pytest.raises(UserError, match="this far"):
         run_job(job(tmp_path, executor(11)))
@@ -154,22 +157,22 @@ def test_a_job_that_failed_goes_on_behind_what_is_done(workers: int, tmp_path: P
     assert sorted(os.listdir(tmp_path)) == ["log", "out"]
 
 
-def test_shares_of_several_processes_become_one_output(tmp_path: Path) -> None:
+def test_shares_of_processes_form_output(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    job_ = job(tmp_path, local_executor(squares(log, 7)))
+    job_ = job(tmp_path, local_executor(build_squares(log, 7)))
     with pytest.raises(KeyboardInterrupt), open_journal(job_.output, "square", job_.identity):
         for share in range(3):
             with contextlib.suppress(UserError):  # the second fails at 7
                 run_share(job_, share, 3)
         raise KeyboardInterrupt  # the command that submits them ends before the output is there
-    rest = job(tmp_path, local_executor(squares(log, -1)))
+    rest = job(tmp_path, local_executor(build_squares(log, -1)))
     run_share(rest, 0, 2)  # the next command cuts it otherwise
     run_job(rest)
     assert (tmp_path / "out").read_text() == "".join(f"{n * n}\n" for n in range(20))
     assert sorted(map(int, log.read_text().split())) == [*range(20)]
 
 
-def test_items_are_read_as_they_are_needed(tmp_path: Path) -> None:
+def test_items_are_read_lazily(tmp_path: Path) -> None:
     read: list[int] = []
 
     def items() -> Iterator[int]:
@@ -178,6 +181,6 @@ def test_items_are_read_as_they_are_needed(tmp_path: Path) -> None:
             yield n
 
     waiting = []
-    for number, _ in worker_executor(squares, (tmp_path / "log", -1), 2)(enumerate(items())):
+    for number, _ in worker_executor(build_squares, (tmp_path / "log", -1), 2)(enumerate(items())):
         waiting.append(len(read) - number)
     assert max(waiting) <= 10

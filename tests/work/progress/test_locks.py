@@ -1,4 +1,4 @@
-"""One process at a time holds a folder, and one that is gone by then is held by nobody."""
+"""Folder locks and claims across processes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 
 from megatron_sov.base import artifacts
-from megatron_sov.base.artifacts import is_held, new_artifact
+from megatron_sov.base.artifacts import create_artifact, is_locked
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.progress import locks
 from megatron_sov.work.progress.locks import Claim, Claims, list_holders, lock_folder
 from megatron_sov.work.progress.resumable import resumable_artifact
 
 
-def test_a_folder_is_held_until_the_end(tmp_path: Path) -> None:
+def test_folder_lock_lasts_until_end_of_block(tmp_path: Path) -> None:
     folder, output = tmp_path / "deep/.out", tmp_path / "out"
     with lock_folder(folder, output), pytest.raises(UserError) as raised, lock_folder(folder, output):
         raise AssertionError("two hold it")
@@ -33,7 +33,7 @@ def test_a_folder_is_held_until_the_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("another_one", [False, True])
-def test_one_that_its_holder_removes_before_it_is_held_is_not_held(
+def test_folder_removed_before_locking_is_not_locked(
         another_one: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / ".out"
 
@@ -48,7 +48,7 @@ def test_one_that_its_holder_removes_before_it_is_held_is_not_held(
         raise AssertionError("two hold the output")
 
 
-def test_one_that_its_holder_removes_before_it_is_opened_is_not_held(
+def test_folder_removed_before_opening_is_not_locked(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(path: Path, flags: int) -> int:
         path.rmdir()
@@ -60,29 +60,29 @@ def test_one_that_its_holder_removes_before_it_is_opened_is_not_held(
         raise AssertionError("nobody holds what is gone")
 
 
-def test_a_folder_is_held_as_long_as_its_process_lives(tmp_path: Path) -> None:
+def test_folder_lock_ends_with_process(tmp_path: Path) -> None:
     program = """import os, sys
-from megatron_sov.base.artifacts import holds
-print(holds(os.open(sys.argv[1], os.O_RDONLY)), flush=True)
+from megatron_sov.base.artifacts import try_lock
+print(try_lock(os.open(sys.argv[1], os.O_RDONLY)), flush=True)
 sys.stdin.read()
 """
     with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], text=True, stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, cwd=Path(__file__).parents[3]) as other:
         assert other.stdout is not None and other.stdout.readline() == "True\n"
-        assert is_held(tmp_path)
+        assert is_locked(tmp_path)
         other.kill()
-    assert not is_held(tmp_path)
-    assert not is_held(tmp_path / "missing")
+    assert not is_locked(tmp_path)
+    assert not is_locked(tmp_path / "missing")
 
 
-def test_where_a_file_system_knows_no_locks_the_work_goes_on(tmp_path: Path,
-                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_system_without_locks_is_tolerated(tmp_path: Path,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(fd: int, operation: int) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(artifacts.fcntl, "flock", refuse)
-    assert is_held(tmp_path) is None
-    with new_artifact(tmp_path / "tokens", "tokens") as writer:
+    assert is_locked(tmp_path) is None
+    with create_artifact(tmp_path / "tokens", "tokens") as writer:
         (writer.path / "data.bin").touch()
     with resumable_artifact(tmp_path / "export", "hf_model", "sov make", {}) as artifact:
         (artifact.path / "model.safetensors").touch()
@@ -90,14 +90,14 @@ def test_where_a_file_system_knows_no_locks_the_work_goes_on(tmp_path: Path,
     # of a container that was killed, or of one at work that has the same number
     (other := tmp_path / f".more.tmp-{os.getpid()}").mkdir()
     with (pytest.raises(UserError, match=f"or delete {other} if it is what a killed one left"),
-          new_artifact(tmp_path / "more", "tokens")):
+          create_artifact(tmp_path / "more", "tokens")):
         raise AssertionError("unreachable")
     assert other.is_dir()
 
 
-def test_where_folders_cannot_be_locked_a_file_in_them_is(tmp_path: Path,
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    real = artifacts.holds
+def test_lock_file_replaces_unlockable_folder(tmp_path: Path,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    real = artifacts.try_lock
 
     def holds_files(fd: int) -> bool | None:  # as NFS does
         return None if os.path.isdir(f"/proc/self/fd/{fd}") else real(fd)
@@ -111,7 +111,7 @@ def test_where_folders_cannot_be_locked_a_file_in_them_is(tmp_path: Path,
 
 
 class Clock:
-    """A clock of one job, which the test moves."""
+    """A clock set by the test."""
 
     def __init__(self) -> None:
         self.now_s = 1000.0
@@ -120,70 +120,70 @@ class Clock:
         return self.now_s
 
 
-def take(claims: Claims, name: str = "a") -> Claim:
+def take_claim(claims: Claims, name: str = "a") -> Claim:
     """Take a claim that is free."""
     claim = claims.take(name)
     assert claim is not None
     return claim
 
 
-def test_a_claim_is_held_until_it_is_given_back(tmp_path: Path) -> None:
+def test_claim_lasts_until_release(tmp_path: Path) -> None:
     first, second = Claims(tmp_path, 60), Claims(tmp_path, 60)
-    claim = take(first)
+    claim = take_claim(first)
     assert second.take("a") is None and first.take("a") is None
-    take(second, "b")
+    take_claim(second, "b")
     claim.release()
-    taken = take(second)
+    taken = take_claim(second)
     assert not claim.renew() and taken.renew()
     assert [(h.name, h.pid, h.is_released) for h in list_holders(tmp_path)] == [
         ("a", os.getpid(), False), ("b", os.getpid(), False)]
 
 
-def test_a_claim_without_a_sign_of_life_is_taken_over_after_a_lease(tmp_path: Path) -> None:
+def test_claim_without_heartbeat_expires(tmp_path: Path) -> None:
     clock = Clock()
-    dead, other = take(Claims(tmp_path, 60)), Claims(tmp_path, 60, clock)
+    dead, other = take_claim(Claims(tmp_path, 60)), Claims(tmp_path, 60, clock)
     assert other.take("a") is None  # the lease runs from the first look
     clock.now_s += 59
     assert other.take("a") is None
     clock.now_s += 1
-    taken = take(other)
+    taken = take_claim(other)
     assert not dead.renew() and taken.renew()
     dead.release()  # what it says no longer counts
     assert Claims(tmp_path, 60).take("a") is None and taken.renew()
 
 
-def test_who_died_on_this_machine_is_taken_over_at_once(tmp_path: Path) -> None:
+def test_claim_of_dead_local_process_is_free_at_once(tmp_path: Path) -> None:
     def die() -> None:
-        take(Claims(tmp_path, 60))
+        take_claim(Claims(tmp_path, 60))
         os._exit(0)
 
     holder = multiprocessing.get_context("fork").Process(target=die)
     holder.start()
     holder.join()
-    assert take(Claims(tmp_path, 60)).renew()
+    assert take_claim(Claims(tmp_path, 60)).renew()
     # of a process on another machine the number means nothing here
-    take(Claims(tmp_path, 60), "b")
+    take_claim(Claims(tmp_path, 60), "b")
     file = tmp_path / "b/1.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"host": "another", "pid": holder.pid}))
     assert Claims(tmp_path, 60).take("b") is None
 
 
-def test_a_claim_may_be_a_dead_jobs_until_it_shows_a_sign_of_life(tmp_path: Path) -> None:
+def test_claim_may_be_dead_until_heartbeat(tmp_path: Path) -> None:
     clock = Clock()
-    living, other = take(Claims(tmp_path, 60)), Claims(tmp_path, 60, clock)
-    dead = take(Claims(tmp_path, 60), "dead")
+    living, other = take_claim(Claims(tmp_path, 60)), Claims(tmp_path, 60, clock)
+    dead = take_claim(Claims(tmp_path, 60), "dead")
     assert not other.may_be_dead("a")  # nobody asked for it
     assert other.take("a") is None and other.take("dead") is None
     assert other.may_be_dead("a") and other.may_be_dead("dead")
     assert living.renew() and other.take("a") is None and other.take("dead") is None
     assert not other.may_be_dead("a") and other.may_be_dead("dead")
     clock.now_s += 60
-    assert take(other, "dead").renew() and not dead.renew() and not other.may_be_dead("dead")
+    assert take_claim(other, "dead").renew() and not dead.renew() and not other.may_be_dead("dead")
 
 
-def test_a_sign_of_life_is_a_change_and_no_time(tmp_path: Path) -> None:
+def test_heartbeat_is_change_of_content(tmp_path: Path) -> None:
     clock = Clock()
-    living, other = take(Claims(tmp_path, 60)), Claims(tmp_path, 60, clock)
+    living, other = take_claim(Claims(tmp_path, 60)), Claims(tmp_path, 60, clock)
     for _ in range(4):
         assert other.take("a") is None
         assert living.renew()
@@ -193,7 +193,7 @@ def test_a_sign_of_life_is_a_change_and_no_time(tmp_path: Path) -> None:
     assert other.take("a") is None
 
 
-def test_who_died_before_it_wrote_is_taken_over_as_well(tmp_path: Path) -> None:
+def test_empty_claim_file_expires(tmp_path: Path) -> None:
     clock = Clock()
     (tmp_path / "a").mkdir()
     (tmp_path / "a/1.json").write_bytes(b'{"beat":')
@@ -201,11 +201,11 @@ def test_who_died_before_it_wrote_is_taken_over_as_well(tmp_path: Path) -> None:
     assert other.take("a") is None
     assert [(h.host, h.pid) for h in list_holders(tmp_path)] == [("", 0)]
     clock.now_s += 60
-    assert take(other).renew()
+    assert take_claim(other).renew()
 
 
-def test_a_claim_that_is_cleared_away_is_lost(tmp_path: Path) -> None:
-    claim = take(Claims(tmp_path, 60))
+def test_deleted_claim_is_lost(tmp_path: Path) -> None:
+    claim = take_claim(Claims(tmp_path, 60))
     (tmp_path / "a/1.json").unlink()
     (tmp_path / "a").rmdir()
     assert not claim.renew()
@@ -213,9 +213,9 @@ def test_a_claim_that_is_cleared_away_is_lost(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_thread_shows_signs_of_life(tmp_path: Path) -> None:
+def test_renewal_thread_writes_heartbeats(tmp_path: Path) -> None:
     # a lease of another length may be watched: the thread has its own
-    claim, other = take(Claims(tmp_path, 0.04)), Claims(tmp_path, 60)
+    claim, other = take_claim(Claims(tmp_path, 0.04)), Claims(tmp_path, 60)
     with claim.renew_while_open():
         before = (tmp_path / "a/1.json").read_bytes()
         deadline_s = time.monotonic() + 600
@@ -223,11 +223,11 @@ def test_a_thread_shows_signs_of_life(tmp_path: Path) -> None:
             time.sleep(0.01)
         assert (tmp_path / "a/1.json").read_bytes() != before
         assert other.take("a") is None
-    assert take(other).renew()
+    assert take_claim(other).renew()
 
 
 def take_all(number: int, folder: Path, log: Path, names: list[str], started: Any) -> None:
-    """Take all claims at the same moment as others do, and die with them: those of the dead are free.
+    """Take all claims concurrently with other processes, then die: the claims become free.
 
     Args:
         number: of the process.
@@ -248,7 +248,7 @@ def take_all(number: int, folder: Path, log: Path, names: list[str], started: An
 
 @pytest.mark.deep
 @pytest.mark.distributed
-def test_of_many_processes_one_takes_and_one_takes_over(tmp_path: Path) -> None:
+def test_single_process_wins_claim_and_takeover(tmp_path: Path) -> None:
     names, fork = [f"piece-{i}" for i in range(40)], multiprocessing.get_context("fork")
     for holder in (1, 2, 3):
         log, started = tmp_path / f"{holder}.log", fork.Barrier(4)

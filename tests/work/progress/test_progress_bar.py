@@ -17,7 +17,7 @@ from megatron_sov.work.progress.progress_bar import ProgressBar, create_bar as b
 
 
 class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
+    """A stream with `isatty() == True`."""
 
     def isatty(self) -> bool:
         return True
@@ -25,13 +25,13 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A clock that stands until the test moves it."""
+    """A clock set by the test."""
     now = [1000.0]
     monkeypatch.setattr(progress_bar.time, "monotonic", lambda: now[0])
     return now
 
 
-def test_a_log_gets_a_line_every_ten_seconds_and_the_last_state(clock: list[float]) -> None:
+def test_log_line_every_ten_seconds_and_last_state(clock: list[float]) -> None:
     log = io.StringIO()
     bar = ProgressBar(100, 0, "pretrain", stream=log)
     for step in range(1, 101):
@@ -45,7 +45,7 @@ def test_a_log_gets_a_line_every_ten_seconds_and_the_last_state(clock: list[floa
     assert lines[-1].endswith("00:00 left")
 
 
-def test_time_left_after_a_resume_counts_own_steps_only(clock: list[float]) -> None:
+def test_remaining_time_uses_own_steps_only(clock: list[float]) -> None:
     log = io.StringIO()
     bar = ProgressBar(1000, 900, "pretrain", stream=log)
     clock[0] += 20
@@ -53,7 +53,7 @@ def test_time_left_after_a_resume_counts_own_steps_only(clock: list[float]) -> N
     assert log.getvalue() == "pretrain: step 910/1000, loss nan, 1 tokens/s, 03:00 left\n"  # 90 steps x 2 s
 
 
-def test_a_terminal_gets_a_bar_that_starts_where_the_run_resumes() -> None:
+def test_terminal_bar_starts_at_resumed_step() -> None:
     screen = Terminal()
     bar = ProgressBar(40, 10, "pretrain", stream=screen)
     bar.update(20, metrics_text="loss 2.5000", tokens_per_s=4096)
@@ -64,7 +64,7 @@ def test_a_terminal_gets_a_bar_that_starts_where_the_run_resumes() -> None:
     assert "100%" in last and "40/40" in last and "loss 2.2500, 4,096 tokens/s" in last
 
 
-def test_closing_before_the_first_step_writes_nothing() -> None:
+def test_close_before_first_step_writes_nothing() -> None:
     log = io.StringIO()
     ProgressBar(10, 0, "pretrain", stream=log).close()
     assert log.getvalue() == ""
@@ -76,8 +76,8 @@ def test_closing_before_the_first_step_writes_nothing() -> None:
 @pytest.mark.parametrize(("delay_s", "shows", "screen", "seen"), [
     (0.0, True, Terminal(), True), (60.0, True, Terminal(), False), (0.0, False, Terminal(), False),
     (0.0, True, io.StringIO(), False)], ids=["terminal", "a moment", "another process", "log file"])
-def test_who_looks_on_sees_how_far_it_is(delay_s: float, shows: bool, screen: io.StringIO, seen: bool,
-                                         monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_files_show_completed_work(delay_s: float, shows: bool, screen: io.StringIO, seen: bool,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress_bar, "SHOWN_AFTER_S", delay_s)
     monkeypatch.setattr("sys.stderr", screen)
     with bar_of("hashing", 2_000_000, "B", shows) as bar:
@@ -85,7 +85,7 @@ def test_who_looks_on_sees_how_far_it_is(delay_s: float, shows: bool, screen: io
     assert ("hashing: 100%" in screen.getvalue() and "2.00M/2.00M" in screen.getvalue()) == seen
 
 
-def test_what_is_no_number_is_none() -> None:
+def test_invalid_numbers_are_ignored() -> None:
     assert parse_number("inf") == math.inf and parse_number("1.5") == 1.5
     assert [format_value(parse_number(value)) for value in (None, "x", "nan", 2)] == ["–", "–", "–", "2"]
 
@@ -93,8 +93,8 @@ def test_what_is_no_number_is_none() -> None:
 # A warning is one line for people, and an event where a run keeps events.
 
 
-def test_a_warning_is_said_and_recorded_in_the_same_words(tmp_path: Path,
-                                                          capsys: pytest.CaptureFixture[str]) -> None:
+def test_warning_is_printed_and_recorded_equally(tmp_path: Path,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
     events = EventLog(tmp_path / "events.jsonl")
     warn("the disk is slow", events.write, step=3)
     warn("weights went back", events.write, "rollback", step=4, back_to=2)

@@ -1,4 +1,4 @@
-"""Artifacts that are made file by file: what is finished stays, through kills and errors."""
+"""Resumable artifacts and parts: finished files survive kills and errors."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.base.artifacts import FileRecord, damaged_files
-from megatron_sov.base.digests import fingerprint
+from megatron_sov.base.artifacts import FileRecord, find_damaged_files
+from megatron_sov.base.digests import fingerprint_folder
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.progress.journal import read_job, work_folder
 from megatron_sov.work.progress.resumable import (
     CONTENT, begin_parts, open_parts, part_folder, resumable_artifact)
 
 
-def test_what_is_finished_stays_for_the_same_plan(tmp_path: Path) -> None:
+def test_finished_files_are_reused_for_equal_plan(tmp_path: Path) -> None:
     out, work = tmp_path / "out", work_folder(tmp_path / "out")
 
     def attempt(plan: int, end: type[BaseException] = KeyboardInterrupt, *, redo: bool = False) -> list[str]:
-        """Finish files "a" and "b" and end so; return what was there before."""
+        """Finish files "a" and "b", then raise `end`; return the files finished before."""
         with pytest.raises(end, match="no"), \
                 resumable_artifact(out, "kind", "sov make", {"p": plan}, redo=redo) as artifact:
             before = sorted(artifact.finished)
@@ -35,7 +35,8 @@ def test_what_is_finished_stays_for_the_same_plan(tmp_path: Path) -> None:
         return before
 
     assert (attempt(1), attempt(1), attempt(1, UserError)) == ([], ["a", "b"], ["a", "b"])
-    with pytest.raises(UserError, match=r"another command: .* begin anew .--redo.*\n  p was 1, and is 2"), \
+    message = r"another command: .* discard the work .--redo.*\n  p was 1, and is 2"
+    with pytest.raises(UserError, match=message), \
             resumable_artifact(out, "kind", "sov make", {"p": 2}):
         raise AssertionError("unreachable")
     assert (attempt(1), attempt(2, redo=True), attempt(2, redo=True)) == (["a", "b"], [], ["a", "b"])
@@ -45,11 +46,11 @@ def test_what_is_finished_stays_for_the_same_plan(tmp_path: Path) -> None:
         assert not (artifact.path / "half").exists()
         # what is on record is not read again: its hash is believed
         artifact.finished["a"] = dataclasses.replace(artifact.finished["a"], digest="blake3:12")
-    (damaged,) = damaged_files(out)
+    (damaged,) = find_damaged_files(out)
     assert damaged.startswith(f"{out / 'a'}: ") and os.listdir(tmp_path) == ["out"]
 
 
-def test_two_processes_do_not_make_one_artifact(tmp_path: Path) -> None:
+def test_concurrent_builds_of_artifact_are_rejected(tmp_path: Path) -> None:
     code = ("import sys, time; from pathlib import Path\n"
             "from megatron_sov.work.progress.resumable import resumable_artifact\n"
             "with resumable_artifact(Path(sys.argv[1]), 'kind', 'sov make', {}):\n"
@@ -69,15 +70,15 @@ def test_two_processes_do_not_make_one_artifact(tmp_path: Path) -> None:
     assert (tmp_path / "out/f").exists()
 
 
-def test_a_fingerprint_tells_a_file_that_was_written_again(tmp_path: Path) -> None:
+def test_fingerprint_detects_rewritten_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    before = fingerprint(tmp_path)
+    before = fingerprint_folder(tmp_path)
     os.utime(tmp_path / "file", ns=(1, 1))
-    assert fingerprint(tmp_path) != before
+    assert fingerprint_folder(tmp_path) != before
 
 
-def make(output: Path, keys: list[str], made_by: str = "sov-data pack") -> list[str]:
-    """Make parts, and die; return those that were there."""
+def build_parts(output: Path, keys: list[str], made_by: str = "sov-data pack") -> list[str]:
+    """Build parts, then raise; return the parts found at the start."""
     with pytest.raises(KeyboardInterrupt), open_parts(output, made_by) as work:
         there = [key for key in keys if part_folder(work, key).is_dir()]
         for key in keys:
@@ -86,9 +87,9 @@ def make(output: Path, keys: list[str], made_by: str = "sov-data pack") -> list[
     return there
 
 
-def test_what_fits_is_taken_whatever_else_is_asked_for(tmp_path: Path) -> None:
+def test_matching_parts_are_reused(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert (make(out, ["ab1", "cd2"]), make(out, ["cd2", "ef3"])) == ([], ["cd2"])
+    assert (build_parts(out, ["ab1", "cd2"]), build_parts(out, ["cd2", "ef3"])) == ([], ["cd2"])
     assert read_job(work_folder(out)) == {"made_by": "sov-data pack", "num_done": 3,
                                           "identity": {"command": "sov-data pack"}}
     begin_parts(out, "sov-data pack")  # for jobs of a cluster
@@ -97,17 +98,18 @@ def test_what_fits_is_taken_whatever_else_is_asked_for(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_parts_of_another_command_or_of_an_earlier_version_stay(tmp_path: Path) -> None:
-    make(tmp_path / "out", ["ab1"])
+def test_parts_of_other_commands_are_kept(tmp_path: Path) -> None:
+    build_parts(tmp_path / "out", ["ab1"])
     with (pytest.raises(UserError, match=r"out: .* unfinished work of another command: .*inspect .* --clear"
-                        r"(.|\n)*command was .sov-data pack., and is .sov-tokenizer train."),
+                                         r"(.|\n)*command was .sov-data pack., and is .sov-tokenizer train."),
           open_parts(tmp_path / "out", "sov-tokenizer train")):
         raise AssertionError("unreachable")
     (work_folder(tmp_path / "old") / "ab" / "ab1").mkdir(parents=True)
-    with (pytest.raises(UserError, match=r"it has .ab., and no job.json tells"),
+    with (pytest.raises(UserError, match=r"it contains .ab. but no readable job.json"),
           open_parts(tmp_path / "old", "sov-data pack")):
         raise AssertionError("unreachable")
-    assert make(tmp_path / "out", ["ab1"]) == ["ab1"] and (work_folder(tmp_path / "old") / "ab/ab1").is_dir()
+    assert build_parts(tmp_path / "out",
+                       ["ab1"]) == ["ab1"] and (work_folder(tmp_path / "old") / "ab/ab1").is_dir()
 
 
 def refused(output: Path) -> str:
@@ -118,7 +120,7 @@ def refused(output: Path) -> str:
         return str(e)
 
 
-def test_one_process_makes_parts_at_a_time(tmp_path: Path) -> None:
+def test_concurrent_part_builds_are_rejected(tmp_path: Path) -> None:
     with open_parts(tmp_path / "out", "sov-data pack"), \
             multiprocessing.get_context("spawn").Pool(1) as other:
         assert "is being written by another process" in other.apply(refused, (tmp_path / "out",))

@@ -18,7 +18,7 @@ from annotated_types import MinLen
 
 from data_prep.curate.pipeline.step import ColumnType, Doc, Step, StepOutcome
 from data_prep.libraries import require
-from megatron_sov.base.settings import Bound, Breach, ProblemCode, SettingsProblem, as_problem, one_of
+from megatron_sov.base.settings import Bound, ProblemCode, SettingsProblem, Violation, choice_from, to_problem
 
 # Finders of personal data: each yields the spans of a text that are of its kind.
 #
@@ -280,11 +280,11 @@ NAME = "{name}"
 NAMES_FILE = Path(__file__).with_name("names.yaml")
 
 
-Finder = Annotated[str, one_of(lambda: FINDERS)]
+Finder = Annotated[str, choice_from(lambda: FINDERS)]
 """A kind of personal data."""
 
 
-def _other_braces(placeholder: str) -> Breach | None:
+def _other_braces(placeholder: str) -> Violation | None:
     if set(placeholder.replace(NAME, "")) & set("{}"):
         return ProblemCode.BOUND, f"must have no braces but {NAME}", ""
     return None
@@ -300,11 +300,11 @@ class PiiSettings:
     """Of them, those that are masked in code and markup too, where a masked number would break what runs."""
     placeholder: Annotated[str, Bound(_other_braces)] = "[{name}]"
     """What stands in the place; {name}: what it was, in the document's language."""
-    names_in: Annotated[str, one_of(lambda: ("", *masked_names()["email"]))] = ""
+    names_in: Annotated[str, choice_from(lambda: ("", *masked_names()["email"]))] = ""
     """Language of the names; "": each document's own, and English where there are no names in it."""
 
     def problems(self) -> list[SettingsProblem]:
-        return list(map(as_problem, require("the step pii", "phonenumbers"))) if "phone" in self.mask else []
+        return list(map(to_problem, require("the step pii", "phonenumbers"))) if "phone" in self.mask else []
 
 
 @lru_cache(maxsize=1)

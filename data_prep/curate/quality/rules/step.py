@@ -18,7 +18,7 @@ from data_prep.curate.pipeline.step import ColumnType, Doc, Step, StepOutcome
 from data_prep.curate.quality.identify import Form
 from data_prep.curate.quality.rules.words import RuleWords, Unit
 from megatron_sov.base.settings import (
-    NotNegative, NotNegativeInt, SettingsProblem, Share, find_problems, one_of)
+    NotNegative, NotNegativeInt, SettingsProblem, Share, choice_from, try_parse_settings)
 
 # Where sentences end, in all scripts.
 
@@ -348,7 +348,7 @@ ONLY_ENGLISH = {"fineweb": "fineweb2"}
 """Preset that was made for English -> the one that takes its place in other languages."""
 
 
-RulesLanguage = Annotated[str, one_of(lambda: (*known_languages(), OTHER))]
+RulesLanguage = Annotated[str, choice_from(lambda: (*known_languages(), OTHER))]
 
 
 @dataclass(frozen=True)
@@ -368,10 +368,10 @@ class RulesSettings:
     """Forms that are judged, where the step `language` has told them; the rules were made for prose."""
 
     def problems(self) -> list[SettingsProblem]:
-        return [problem.below(where) for where, changes in (
+        return [problem.with_prefix(where) for where, changes in (
                     ("thresholds", self.thresholds),
                     *((f"languages.{code}", changes) for code, changes in self.languages.items()))
-                for problem in find_problems(Thresholds, changes)[1]]
+                for problem in try_parse_settings(Thresholds, changes)[1]]
 
 
 class Rules(Step):
@@ -415,7 +415,8 @@ class Rules(Step):
             # one.
             changes = {**({"lines_end_with_mark": False} if self.settings.preset == "fineweb" else {}),
                        **self.settings.thresholds, **self.settings.languages.get(rules.code, {})}
-            made = find_problems(Thresholds, changes)[0]  # with numbers as keys, which are text in a file
+            made = try_parse_settings(Thresholds,
+                                      changes)[0]  # with numbers as keys, which are text in a file
             self._rules[rules.code] = with_thresholds(rules, {name: getattr(made, name) for name in changes})
         return self._rules[rules.code]
 

@@ -13,12 +13,12 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import MinLen
 
-from megatron_sov.base.digests import file_digest
+from megatron_sov.base.digests import hash_file
 from megatron_sov.base.documents.rows import read_objects
 from megatron_sov.base.documents.scripts import script_of
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
-    ONCE, AtLeastOne, Bound, Breach, NotNegativeInt, ProblemCode, other_than)
+    UNIQUE_ITEMS, AtLeastOne, Bound, NotNegativeInt, ProblemCode, Violation, differs_from_field)
 from megatron_sov.judge.tools.environment import Parameter, Tool, ToolRefused
 from megatron_sov.judge.tools.worlds.goals import AnsweredWorld
 
@@ -77,12 +77,12 @@ class Bm25:
         return sorted(scores.items(), key=lambda found: (-found[1], found[0]))[:count]
 
 
-def _no_name(text: str) -> Breach | None:
+def _no_name(text: str) -> Violation | None:
     return None if _NAME.fullmatch(text) else (ProblemCode.BOUND, "must be a name of letters, digits and _",
                                                "")
 
 
-def _no_file(path: str) -> Breach | None:
+def _no_file(path: str) -> Violation | None:
     return None if Path(path).is_file() else (
         ProblemCode.FILE, "is no file", "name one in JSON lines, a document each")
 
@@ -99,11 +99,11 @@ class Retrieval(AnsweredWorld):
     """File in JSON lines: a document each."""
     text: str = "text"
     """Field of its text."""
-    keys: Annotated[tuple[ToolName, ...], MinLen(1), ONCE] = ("id",)
+    keys: Annotated[tuple[ToolName, ...], MinLen(1), UNIQUE_ITEMS] = ("id",)
     """Fields by which a document is read: the first one is needed, the others narrow it down."""
     search: ToolName = "search"
     """Name of the tool that searches."""
-    read: Annotated[ToolName, other_than("search")] = "read"
+    read: Annotated[ToolName, differs_from_field("search")] = "read"
     """Name of the tool that reads."""
     query: ToolName = "query"
     """Name of its argument."""
@@ -122,7 +122,7 @@ class Retrieval(AnsweredWorld):
 
     def inputs(self) -> dict[str, str]:
         """Return the digest of the corpus: other documents are another world."""
-        return {"corpus": file_digest(Path(self.corpus))}
+        return {"corpus": hash_file(Path(self.corpus))}
 
     @cached_property
     def by_name(self) -> dict[str, Tool]:

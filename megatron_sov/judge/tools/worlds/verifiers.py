@@ -22,9 +22,9 @@ from typing import Annotated, Any
 
 from annotated_types import MinLen
 
-from megatron_sov.base.artifacts import file_digest
+from megatron_sov.base.artifacts import hash_file
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import Bound, Breach, ProblemCode
+from megatron_sov.base.settings import Bound, ProblemCode, Violation
 from megatron_sov.chat.tool_calls import ServedTurn
 from megatron_sov.judge.rewards.reward import Score, short
 from megatron_sov.judge.rewards.version import code_of
@@ -43,17 +43,17 @@ OF_NETWORK = ("SSL_CERT_FILE", "SSL_CERT_DIR", "HTTP_PROXY", "HTTPS_PROXY", "NO_
 """Roles of the rules."""
 
 
-def no_program(command: tuple[str, ...]) -> Breach | None:
+def no_program(command: tuple[str, ...]) -> Violation | None:
     return None if not command or shutil.which(command[0]) else (
         ProblemCode.FILE, "names no program that is on PATH", 'write it as ["program", "argument"]')
 
 
-def unset(name: str) -> Breach | None:
+def unset(name: str) -> Violation | None:
     return None if name in os.environ else (
         ProblemCode.RULE, "is not set in this environment", "set it, or leave it out")
 
 
-def _no_file(text: str) -> Breach | None:
+def _no_file(text: str) -> Violation | None:
     return None if Path(text).is_file() and text.endswith((".toml", ".json")) else (
         ProblemCode.FILE, "is no file in TOML or JSON", "name settings of vf-eval, with a table `env`")
 
@@ -86,7 +86,7 @@ class Verifiers(World):
 
     def inputs(self) -> dict[str, Any]:
         """Return what judges beside this module: the settings' file, and the bridge."""
-        return {"config": file_digest(Path(self.config)), "bridge": code_of(BRIDGE)}
+        return {"config": hash_file(Path(self.config)), "bridge": code_of(BRIDGE)}
 
     def reset(self, task: Task) -> Observation:
         """Begin a run of the environment on a task."""
@@ -148,7 +148,7 @@ class Verifiers(World):
             if self.state["turns"]:
                 self.reset(self.task)
             for turn in state["turns"]:
-                self.reply(ServedTurn.of(turn))
+                self.reply(ServedTurn.from_dict(turn))
             # through JSON, as the state has come
             if json.loads(json.dumps(self.state)) != state:
                 raise InfrastructureFault("the environment does not repeat itself: its conversation is "

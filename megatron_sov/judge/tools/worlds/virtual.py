@@ -25,7 +25,7 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, get_origin
 
-from megatron_sov.base.errors import UserError, first_line, list_problems
+from megatron_sov.base.errors import UserError, first_error_line, format_problems
 from megatron_sov.judge.rewards.constraint import MODULES
 from megatron_sov.judge.rewards.reward import Score
 from megatron_sov.judge.tools.environment import (
@@ -172,7 +172,7 @@ def world_of(world: Any) -> VirtualWorld:
 def _known(text: str) -> VirtualWorld:
     found, problems = _read(json.loads(text))
     if found is None:
-        raise UserError(list_problems("the task's world", problems))
+        raise UserError(format_problems("the task's world", problems))
     return found
 
 
@@ -197,7 +197,7 @@ def _read(world: Any) -> tuple[VirtualWorld | None, list[str]]:
         try:
             tools[name] = _read_tool(function)
         except Exception as e:  # whatever typing, pydantic and literals raise for a model's code
-            problems.append(f"tool {name}: {first_line(e)}")
+            problems.append(f"tool {name}: {first_error_line(e)}")
     examples = _read_examples(world.get("examples"), tools, problems)
     if problems:
         return None, problems[:MAX_PROBLEMS]
@@ -233,7 +233,7 @@ def _read_tables(given: Any, problems: list[str]) -> dict[str, VirtualTable]:
         try:
             adapter = strict_record(name, {column: type_of(kind) for column, kind in columns.items()})
         except Exception as e:  # also what pydantic raises for a type that no JSON has
-            problems.append(f"{where}.columns: {first_line(e)}")
+            problems.append(f"{where}.columns: {first_error_line(e)}")
             continue
         found[name] = VirtualTable(rows, frozenset(free), adapter)
     return found
@@ -245,7 +245,7 @@ def _read_functions(code: str, problems: list[str]) -> dict[str, ast.FunctionDef
         tree = ast.parse(code)
         compile(code, "world.py", "exec")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
-        problems.append(f"code: is no Python ({first_line(e)})")
+        problems.append(f"code: is no Python ({first_error_line(e)})")
         return {}
     for node in ast.walk(tree):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sov.base.documents import BadRecord
-from megatron_sov.base.errors import told_in_a_line
+from megatron_sov.base.errors import format_error
 from megatron_sov.omni.media.reading.kinds import (
     MediaLimits, PictureRequest, VideoFrames, read_picture, read_sound, read_video)
 from megatron_sov.sandbox.restrictions import enclose_reader
@@ -59,7 +59,7 @@ def _answer(asked: dict[str, Any], limits: MediaLimits) -> tuple[dict[str, Any],
         return {"bad": "memory", "reason": f"takes more memory to decode than {limits.memory_bytes:,} bytes; "
                                            "leave it out"}, []
     except Exception as e:
-        return {"bad": "broken", "reason": f"cannot be decoded ({told_in_a_line(e)[:MAX_ERROR_CHARS]}); mend "
+        return {"bad": "broken", "reason": f"cannot be decoded ({format_error(e)[:MAX_ERROR_CHARS]}); mend "
                                            "it, or leave it out"}, []
     arrays = [np.ascontiguousarray(array) for array in arrays]
     return {"facts": facts, "arrays": [[list(a.shape), a.dtype.name] for a in arrays]}, arrays

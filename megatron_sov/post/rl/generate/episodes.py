@@ -24,7 +24,7 @@ from megatron_sov.base.documents.shard_files import joined_routes
 from megatron_sov.infer.engine import Engine
 from megatron_sov.infer.engines.server_engine import ServerEngine
 from megatron_sov.infer.request import Sampling, StopRule, Tokens
-from megatron_sov.infer.turns import EnginePolicy, with_policy
+from megatron_sov.infer.tool_policy import EnginePolicy, run_with_policy
 from megatron_sov.judge.tools.environment import Task
 from megatron_sov.judge.tools.episode import (
     Episode, EpisodeLines, GeneratedTurn, begun, left_of, lines_of, take_turn)
@@ -89,7 +89,7 @@ class Episodes:
             UserError: the environment rejects a task, or it is too long.
         """
         policy = EnginePolicy(engine, self.sampling, StopRule(self.end_ids))
-        rows: list[list[Rollout]] | None = with_policy(
+        rows: list[list[Rollout]] | None = run_with_policy(
             policy, lambda sampler: self.play_attempts(sampler, attempts, should_yield))
         return rows
 
@@ -288,7 +288,7 @@ class EpisodePlayer:
         ids = StopRule(self._end_ids).cut(answer.tokens)
         routes = None
         if self._sampling.with_routes:
-            routes = self._engine.routes_of(answer, len(episode.ids) + len(ids) - 1)
+            routes = self._engine.extract_routes(answer, len(episode.ids) + len(ids) - 1)
         turn = episode.grow(GeneratedTurn(ids, answer.logprobs[:len(ids)],
                                           answer.token_versions(len(ids), running.version), routes))
         is_whole = answer.reason != ABORTED or bool(set(turn.ids[-1:]) & set(self._end_ids))

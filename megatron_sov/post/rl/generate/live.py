@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_sov.engine.parallel.world import on_main
+from megatron_sov.engine.parallel.world import run_on_main
 from megatron_sov.post.rl.generate.writers import GenerationSettings, RolloutWriter
 from megatron_sov.post.rl.reward import JudgingJob, RewardJudge
 from megatron_sov.rollouts.prompts import list_set_aside
@@ -39,7 +39,7 @@ class LiveRollouts:
         """
         begin_s = time.monotonic()
         # Rank 0 creates the store before the others open it.
-        on_main(view.world, self._create_store)
+        run_on_main(view.world, self._create_store)
         figures = self.writer.write(view, self._find_rounds(number), policy, asked_to_stop)
         return {"write_s": time.monotonic() - begin_s, **figures}
 
@@ -57,7 +57,7 @@ class LiveRollouts:
             return not asked_to_stop() and jobs[0].step()
 
         # Part by part, because collectives of the waiting processes time out.
-        while on_main(view.world, judge_part):
+        while run_on_main(view.world, judge_part):
             view.checkpointer.advance()
         return {"judge_s": time.monotonic() - begin_s}
 

@@ -21,7 +21,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, ClassVar, Protocol
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.parallel.world import on_main
+from megatron_sov.engine.parallel.world import run_on_main
 from megatron_sov.infer.engines.server_engine import ServerEngine
 from megatron_sov.infer.request import StopRule
 from megatron_sov.model.config.post_training import RolloutConfig
@@ -61,12 +61,12 @@ class RequestWriter:
               ) -> dict[str, float]:
         source, servers, self._policy = self.settings.source, self.servers, policy
         assert isinstance(source, (ResponseSource, Episodes)), "the source needs an engine in this process"
-        while on_main(view.world, lambda: not asked_to_stop() and servers.is_opening(SLICE_S)):
+        while run_on_main(view.world, lambda: not asked_to_stop() and servers.is_opening(SLICE_S)):
             view.checkpointer.advance()
-        if not on_main(view.world, lambda: servers.is_open):
+        if not run_on_main(view.world, lambda: servers.is_open):
             return {}
         servers.push(view, policy)
-        on_main(view.world, lambda: self._open_queue(rounds, asked_to_stop).begin(rounds, asked_to_stop))
+        run_on_main(view.world, lambda: self._open_queue(rounds, asked_to_stop).begin(rounds, asked_to_stop))
         # Checked while the servers generate; no piece is published before.
         first_prompt = round_prompts(self.settings.prompts, self.settings.rollout, rounds[0])[0]
         servers.check(view, policy, source.ids_of(first_prompt))
@@ -75,9 +75,9 @@ class RequestWriter:
             queue = self._open_queue(rounds, asked_to_stop)
             return queue.advance(SLICE_S, lambda: queue.pieces.pending.is_open(rounds[0]))
 
-        while on_main(view.world, advance):
+        while run_on_main(view.world, advance):
             view.checkpointer.advance()
-        return dict(on_main(view.world, lambda: servers.meters))
+        return dict(run_on_main(view.world, lambda: servers.meters))
 
     def close(self) -> None:
         if self._queue is not None:
@@ -213,7 +213,7 @@ class ResponseRequests:
         routes = None
         if self._source.with_routes:
             num_read = len(row.prompt_tokens) + len(row.tokens) + len(tokens) - 1
-            routes = self._engine.routes_of(answer, num_read)
+            routes = self._engine.extract_routes(answer, num_read)
         return self._source.append_tokens(row, attempt, GeneratedTokens(
             tokens, answer.logprobs[:len(tokens)], reason,
             answer.token_versions(len(tokens), attempt.policy.step), routes))

@@ -13,9 +13,9 @@ from megatron_sov.base.documents import BadRecord, Conversation
 from megatron_sov.base.documents.shard_files import joined_routes
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.marks import prepend_mark
-from megatron_sov.infer.asking import Asker
 from megatron_sov.infer.engine import Engine
-from megatron_sov.infer.request import Bounds, Generated, Sampling, StopRule
+from megatron_sov.infer.prompts import PromptEncoder
+from megatron_sov.infer.request import GenerationBounds, GenerationResult, Sampling, StopRule
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.generate.pieces import SampleAttempt, never
 from megatron_sov.rollouts.prompts import RolloutPrompt, budget_of, sampling_digest, stream_of
@@ -48,7 +48,7 @@ class ResponseSource:
     """Generates the responses of attempts. All processes of an engine call it together, and each gets all
     rows."""
 
-    asker: Asker
+    asker: PromptEncoder
     """Prompt encoder with the tokenizer of the policies."""
     rollout: RolloutConfig
     engine_name: str
@@ -101,7 +101,7 @@ class ResponseSource:
         options: dict[str, Any] = {}
         if self.rollout.deadline_s:
             # Engines without `Bounds` serve runs without a deadline.
-            options["bounds"] = Bounds(limits, lambda: self.clock_s() >= ends_s or should_yield())
+            options["bounds"] = GenerationBounds(limits, lambda: self.clock_s() >= ends_s or should_yield())
         sampling = build_sampling(self.rollout, max(limits), with_routes=self.with_routes)
         # The attempt is part of the stream: a continuation must not repeat the random numbers of its
         # beginning.
@@ -140,7 +140,7 @@ class ResponseSource:
                                   self.asker.opened_thoughts(row.prompt_tokens.tolist())),
             routes=joined_routes(row.routes, more.routes, len(row.prompt_tokens) + len(tokens) - 1))
 
-    def _append_generated(self, row: Rollout, generated: Generated, index: int, limit: int,
+    def _append_generated(self, row: Rollout, generated: GenerationResult, index: int, limit: int,
                           attempt: SampleAttempt) -> Rollout:
         # Engines without `Bounds` generate up to the largest limit of the batch.
         tokens, logprobs = generated.continuations[index][:limit], generated.logprobs[index][:limit]

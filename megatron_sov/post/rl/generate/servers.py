@@ -13,9 +13,9 @@ from typing import Any
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert import export_weights, to_hf
-from megatron_sov.engine.parallel.world import on_main
-from megatron_sov.infer.decoder.logprobs import Question, answer_logprobs
-from megatron_sov.infer.engines.server_engine import ServerEngine, ServerPlaces, serving_engine
+from megatron_sov.engine.parallel.world import run_on_main
+from megatron_sov.infer.decoder.logprobs import AnswerChoice, compute_answer_logprobs
+from megatron_sov.infer.engines.server_engine import ServerEngine, ServerLocations, open_server_engine
 from megatron_sov.infer.engines.server_process import EngineServers
 from megatron_sov.infer.engines.target import find_target
 from megatron_sov.infer.request import Tokens
@@ -38,7 +38,7 @@ class ServerSettings:
     """Name of the engine."""
     start: Path
     """Checkpoint or Hugging Face folder that the run starts from."""
-    places: ServerPlaces
+    places: ServerLocations
     servers: EngineServers
     longest: int
     """Tokens of the longest sequence."""
@@ -88,7 +88,7 @@ class LiveServers:
         if not (model / CONFIG).is_file():
             # Servers read its config.json and start with its weights.
             to_hf(target.path, model)
-        self._context = serving_engine(
+        self._context = open_server_engine(
             settings.engine, model, settings.vocab_size, settings.longest, settings.servers,
             places=settings.places, with_routes=settings.with_routes, over=self._closed)
         self.engine = self._context.__enter__()
@@ -102,7 +102,7 @@ class LiveServers:
             UserError: the servers reject the weights.
         """
         began_s = time.monotonic()
-        if on_main(view.world, lambda: self._loaded_step != policy.step):
+        if run_on_main(view.world, lambda: self._loaded_step != policy.step):
             self._send(view, policy)
         self.meters = {"push_s": time.monotonic() - began_s}
 
@@ -120,8 +120,8 @@ class LiveServers:
         """
         text = list(prompt[:COMPARED_TOKENS])
         if len(text) > 1:
-            [[own]] = answer_logprobs(view.policy, [Question(text[:1], [text[1:]])])
-            on_main(view.world, lambda: self._compare(text, own, policy))
+            [[own]] = compute_answer_logprobs(view.policy, [AnswerChoice(text[:1], [text[1:]])])
+            run_on_main(view.world, lambda: self._compare(text, own, policy))
 
     def close(self) -> None:
         self._closed.set()  # a client of a remote server waits up to half an hour
@@ -143,7 +143,7 @@ class LiveServers:
         else:
             for _ in weights:  # this process takes part in the gathering and gets nothing
                 pass
-        on_main(view.world, partial(_raise_problem, problem))
+        run_on_main(view.world, partial(_raise_problem, problem))
 
     def _compare(self, text: Sequence[int], own: Sequence[float], policy: Policy) -> None:
         assert self.engine is not None, "the servers are not open"

@@ -11,11 +11,11 @@ from typing import Any, ClassVar, Protocol
 
 from megatron_sov import convert
 from megatron_sov.checkpoint import load
-from megatron_sov.engine.parallel.world import on_first
+from megatron_sov.engine.parallel.world import run_on_first
 from megatron_sov.infer.decoder.generator import MegatronEngine
-from megatron_sov.infer.engine import MEGATRON, Engine, run_engine
-from megatron_sov.infer.engines.load import Loaded, run_forward_model
-from megatron_sov.infer.engines.server_engine import ServerPlaces
+from megatron_sov.infer.engine import MEGATRON, Engine, run_with_engine
+from megatron_sov.infer.engines.load import LoadedModel, run_forward_model
+from megatron_sov.infer.engines.server_engine import ServerLocations
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.infer.request import Batching, NamedTensors
 from megatron_sov.model.config import RolloutConfig
@@ -165,8 +165,8 @@ def write_batches(engine: Engine, source: RolloutSource, queue: PieceQueue, *, l
         `queue.summary`.
     """
     with create_bar("write", queue.pending.num_pieces, "piece", is_first_rank()) as bar:
-        while (attempts := on_first(queue.next_attempts)) is not None:
-            on_first(lambda: bar.update(queue.pending.num_complete - bar.n))
+        while (attempts := run_on_first(queue.next_attempts)) is not None:
+            run_on_first(lambda: bar.update(queue.pending.num_complete - bar.n))
             if isinstance(attempts, str):
                 continue
             try:
@@ -176,12 +176,12 @@ def write_batches(engine: Engine, source: RolloutSource, queue: PieceQueue, *, l
                     loaded = attempts[0].policy
                     load_policy(loaded)
                 rows = source.write(engine, attempts, queue.should_yield)
-                on_first(partial(queue.publish, attempts, rows or []))
+                run_on_first(partial(queue.publish, attempts, rows or []))
             finally:
                 # After a failure too: a remaining claim would block other jobs until its lease ends.
                 queue.pending.release()
             after_batch()
-    summary: dict[str, Any] = on_first(lambda: queue.summary)
+    summary: dict[str, Any] = run_on_first(lambda: queue.summary)
     return summary
 
 
@@ -201,7 +201,7 @@ class EngineSettings:
     """Option that `settings` come from, for messages."""
     with_routes: bool = False
     """Whether the engine returns expert routes."""
-    places: ServerPlaces | None = None
+    places: ServerLocations | None = None
     """Addresses and log folder of servers."""
 
 
@@ -222,7 +222,7 @@ def run_policies(engine: EngineSettings, start: Target, work: Callable[[Engine, 
         SystemExit: a process failed and has printed the cause.
     """
     if engine.name == MEGATRON:
-        def on_ranks(loaded: Loaded) -> Any:
+        def on_ranks(loaded: LoadedModel) -> Any:
             own = MegatronEngine(loaded.policy, engine.batching)
             return work(own, lambda policy: _load_checkpoint(policy, loaded, own))
 
@@ -231,19 +231,19 @@ def run_policies(engine: EngineSettings, start: Target, work: Callable[[Engine, 
     def on_servers(servers: Engine) -> Any:
         return work(servers, lambda policy: servers.update(_read_tensors(policy), policy.step))
 
-    return run_engine(engine.name, start, on_servers, longest=engine.longest, batching=engine.batching,
+    return run_with_engine(engine.name, start, on_servers, longest=engine.longest, batching=engine.batching,
                       settings=engine.settings, option=engine.option, with_routes=engine.with_routes,
                       places=engine.places)
 
 
-def _load_checkpoint(policy: Policy, loaded: Loaded, engine: MegatronEngine) -> None:
+def _load_checkpoint(policy: Policy, loaded: LoadedModel, engine: MegatronEngine) -> None:
     """Load a checkpoint into the live model; each process reads its own shard."""
     model = loaded.policy.model
     if read_adapter_base(policy.path) is not None and not model.lora.on:
         # The run trains an adapter and its base has none: use the weights with the adapter merged.
         engine.update(_read_tensors(policy), policy.step)
         return
-    load.check(policy.path)
+    load.check_weights(policy.path)
     load.load_model(policy.path, model)
     engine.update(None, policy.step)
 

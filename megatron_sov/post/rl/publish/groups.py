@@ -303,7 +303,7 @@ def read_facts(store: RolloutStore, part: RolloutPart) -> tuple[list[RolloutFact
     facts = []
     for index, (key, attempt, reason, (tokens, written, version, total)) in enumerate(columns):
         facts.append(RolloutFacts(
-            key, attempt, str(reason), num_tokens=tokens, num_written=written, first_version=version,
+            key, attempt, reason or "", num_tokens=tokens, num_written=written, first_version=version,
             sum_versions=total, part=part.name, row=index))
     return facts, problems_of(table)
 

@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 
 from megatron_sov.base.artifacts import (
-    MANIFEST, ArtifactWriter, disk_errors, manifest_sha256, new_artifact, read_manifest)
+    MANIFEST, ArtifactWriter, create_artifact, manifest_sha256, read_manifest, translate_disk_errors)
 from megatron_sov.base.documents import ROLLOUTS
 from megatron_sov.base.documents.groups import is_learned, pair_of
 from megatron_sov.base.documents.shard_files import ROUTES, RouteShape
 from megatron_sov.base.errors import UserError, warn
-from megatron_sov.base.sealed import read_json, write_json
-from megatron_sov.base.settings import by_name
+from megatron_sov.base.sealed import read_sealed_json, write_sealed_json
+from megatron_sov.base.settings import iter_leaves
 from megatron_sov.chat.vocabulary import TOKENIZER_JSON, tokenizer_digest
-from megatron_sov.engine.parallel.world import on_each, on_first
+from megatron_sov.engine.parallel.world import run_on_each_rank, run_on_first
 from megatron_sov.model.config import RunConfig
 from megatron_sov.post.rl.publish.advantages import (
     LEARNS as GROUP_LEARNS, GroupAdvantages, group_advantages, has_advantage, step_advantages)
@@ -92,21 +92,21 @@ class Publisher:
                 temperature, or the disk is full.
         """
         with contextlib.ExitStack() as building:
-            inputs = on_first(partial(self._find_inputs, number))
+            inputs = run_on_first(partial(self._find_inputs, number))
             if isinstance(inputs, str):
                 return inputs
             source = self._open_round(number, inputs)
-            shares = on_each(partial(self._gather, source, inputs))
-            plan = on_first(partial(self._plan, source, inputs, shares, building))
+            shares = run_on_each_rank(partial(self._gather, source, inputs))
+            plan = run_on_first(partial(self._plan, source, inputs, shares, building))
             if isinstance(plan, str):
                 return plan
             writer = self._writer
-            written_of_rank = on_each(lambda rank, size: [writer.write(plan.folder, shard)
+            written_of_rank = run_on_each_rank(lambda rank, size: [writer.write(plan.folder, shard)
                                                           for shard in plan.shards[rank::size]])
             # Rank r wrote the shards r, r + size, ...
             num_ranks = len(written_of_rank)
             written = [written_of_rank[i % num_ranks][i // num_ranks] for i in range(len(plan.shards))]
-            on_first(partial(self._complete, plan, written, building))
+            run_on_first(partial(self._complete, plan, written, building))
         return ""
 
     def check_store(self) -> None:
@@ -163,7 +163,7 @@ class Publisher:
     def _compare_sampling(self, folder: Path, previous: Mapping[str, Any]) -> None:
         # Rounds of other jobs record no settings.
         current = self.chosen_by if previous else {}
-        then, now = ({name: value for name, value in by_name(settings) if value != {}}
+        then, now = ({name: value for name, value in iter_leaves(settings) if value != {}}
                      for settings in (previous, current))
         for name in sorted(then.keys() | now.keys() if now else ()):
             if (was := then.get(name)) == (given := now.get(name)):
@@ -217,7 +217,7 @@ class Publisher:
         selection = self._select(gathered)
         content = self._build_content(source, gathered, selection)
         self._prune(number)
-        self._artifact = building.enter_context(new_artifact(out, "tokens"))
+        self._artifact = building.enter_context(create_artifact(out, "tokens"))
         (self._artifact.path / SOURCE).mkdir()
         shards = split_into_shards(_iter_pieces(gathered, selection))
         return RoundPlan(self._artifact.path, tuple(shards), content)
@@ -235,7 +235,7 @@ class Publisher:
             parts = read_manifest(round_).content["store"]
             if not all((self._opened.part_path(part["name"]) / MANIFEST).is_file() for part in parts):
                 continue
-            with disk_errors(round_):
+            with translate_disk_errors(round_):
                 for column in self.rounds.glob(f"{round_.name}.*.f32"):
                     column.unlink()
                 shutil.rmtree(round_ / SOURCE)
@@ -264,7 +264,7 @@ class Publisher:
             return ""
         file = _further_file(self.rounds, source.number)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"pieces": source.num_pieces - own + more}, file.name)
+        write_sealed_json(file, {"pieces": source.num_pieces - own + more}, file.name)
         count = sum(len(piece.prompts) for piece in source.pieces[source.num_pieces:][:more])
         return f"{state}: {count} further prompts are asked"
 
@@ -349,7 +349,7 @@ class Publisher:
         artifact.content = {**plan.content, "sources": [record]}
         artifact.settings = {"rollout": self.config.to_dict()["rollout"],
                              "policy": self.config.to_dict()["policy"]}
-        artifact.known_files = {name: file for files in written for name, file in files.files.items()}
+        artifact.hashed_files = {name: file for files in written for name, file in files.files.items()}
         building.close()
 
     @cached_property
@@ -443,7 +443,7 @@ class Publisher:
             return [i for i, truncated in enumerate(is_truncated) if not (masks and truncated)], ""
         values = advantages.advantages.tolist()
         may_be_best = [policy.keep_unfinished or not truncated for truncated in is_truncated]
-        if self.config.documents_of_unit == 1:
+        if self.config.documents_per_unit == 1:
             return [i for i, (value, ended) in enumerate(zip(values, may_be_best, strict=True))
                     if is_learned(value, ended)], ""
         pair, _ = pair_of(values, may_be_best,
@@ -511,7 +511,7 @@ def further_pieces(rounds: Path, number: int) -> int:
     file = _further_file(rounds, number)
     if not file.is_file():
         return 0
-    return int(read_json(file, "delete it, and it is written again", file.name)["pieces"])
+    return int(read_sealed_json(file, "delete it, and it is written again", file.name)["pieces"])
 
 
 def _further_file(rounds: Path, number: int) -> Path:
@@ -521,7 +521,7 @@ def _further_file(rounds: Path, number: int) -> Path:
 
 def published_numbers(config: RunConfig) -> tuple[str, ...]:
     """Return the columns of a run's rounds with one number per response."""
-    groups = config.policy.learns_preferences and config.documents_of_unit == 1
+    groups = config.policy.learns_preferences and config.documents_per_unit == 1
     return (ADVANTAGE, SHARE) if groups else (ADVANTAGE,)
 
 

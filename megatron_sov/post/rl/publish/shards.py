@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from megatron_sov.base.artifacts import FileRecord, disk_errors, fsync_path
+from megatron_sov.base.artifacts import FileRecord, fsync_path, translate_disk_errors
 from megatron_sov.base.documents.shard_files import (
     OF_DOCUMENTS, ROUTES, WRITTEN, IndexedWriter, RouteShape, bits)
 from megatron_sov.base.errors import UserError
@@ -109,7 +109,7 @@ class ShardWriter:
         """
         prefix = folder / shard.prefix
         counts, written = dict.fromkeys(COUNTS, 0), [np.zeros(0, bool)]
-        with disk_errors(folder):
+        with translate_disk_errors(folder):
             with IndexedWriter(prefix, DTYPE, self._dtypes) as writer:
                 for piece in shard.pieces:
                     lengths, columns, flags = self._read_documents(piece)

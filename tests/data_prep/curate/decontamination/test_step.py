@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.curate.decontamination.step import Decontaminate, DecontaminateSettings
-from megatron_sov.base.settings import problems_of
+from megatron_sov.base.settings import find_all_problems
 from tests.data_prep.curate.decontamination.disguises import DISGUISES, ITEMS
 from tests.data_prep.curate.pipeline.memory_view import MemoryView, docs, outcomes
 from tests.typed_words import keys_of
@@ -63,5 +63,5 @@ def test_settings_that_cannot_be_are_all_told(tmp_path: Path, bench: Path) -> No
     assert keys_of(DecontaminateSettings(benchmarks=(tmp_path / "none",), ngram=3, min_words=4)) == [
         "benchmarks", "min_words"]
     (tmp_path / "empty.jsonl").write_text("")
-    (told,) = problems_of(DecontaminateSettings(benchmarks=(bench, tmp_path)))
+    (told,) = find_all_problems(DecontaminateSettings(benchmarks=(bench, tmp_path)))
     assert told.rule.endswith("empty.jsonl: has no records; each line is a JSON object")

@@ -52,15 +52,16 @@ def _buckets(folder: Path) -> tuple[Path, Callable[[], Any]]:
 
 
 def _json(folder: Path) -> tuple[Path, Callable[[], Any]]:
-    sealed.write_json(folder / "a.json", {"documents_in": 5, "dropped": {"a": {"bytes": 1}}, "cpu_s": 0.25})
-    return folder / "a.json", lambda: sealed.read_json(folder / "a.json")
+    sealed.write_sealed_json(folder / "a.json",
+                             {"documents_in": 5, "dropped": {"a": {"bytes": 1}}, "cpu_s": 0.25})
+    return folder / "a.json", lambda: sealed.read_sealed_json(folder / "a.json")
 
 
 def _lines(folder: Path) -> tuple[Path, Callable[[], Any]]:
     (folder / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (
-        {"document": "s:0:1", "item": "x"}, {sealed.SEAL: sealed.PLACE})))
+        {"document": "s:0:1", "item": "x"}, {sealed.SEAL: sealed.SEAL_PLACEHOLDER})))
     sealed.seal_file(folder / "a.jsonl")
-    return folder / "a.jsonl", lambda: sealed.read_lines(folder / "a.jsonl")
+    return folder / "a.jsonl", lambda: sealed.read_sealed_lines(folder / "a.jsonl")
 
 
 KINDS = [_base, _layer, _array, _buckets, _json, _lines]
@@ -85,20 +86,20 @@ def test_a_flipped_bit_or_a_cut_is_an_error_that_names_the_file(make: Any, tmp_p
 
 
 def test_a_seal_is_found_behind_a_long_footer_and_not_in_the_text_of_rows(tmp_path: Path) -> None:
-    rows = pa.table({"text": ["x sealed:blake3:" + "a" * 70, sealed.PLACE]})
+    rows = pa.table({"text": ["x sealed:blake3:" + "a" * 70, sealed.SEAL_PLACEHOLDER]})
     file = tmp_path / "a.parquet"
     for table in (rows, rows.replace_schema_metadata({"names": "x" * 200_000})):
         with pq.ParquetWriter(file, table.schema, compression="none") as writer:
             writer.write_table(table)
-        assert sealed.open_parquet(file).read().num_rows == 2, "a file of others is not damaged"
+        assert sealed.open_sealed_parquet(file).read().num_rows == 2, "a file of others is not damaged"
         with pq.ParquetWriter(file, table.schema, compression="none") as writer:
             writer.write_table(table)
             sealed.seal_parquet(writer)
         sealed.seal_file(file)
-        assert sealed.open_parquet(file, is_required=True).read() == rows
+        assert sealed.open_sealed_parquet(file, is_required=True).read() == rows
         _flip(file)
         with pytest.raises(UserError):
-            sealed.open_parquet(file)
+            sealed.open_sealed_parquet(file)
 
 
 def _flip(file: Path, at: int = -1) -> None:

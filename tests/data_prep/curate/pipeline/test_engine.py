@@ -22,7 +22,7 @@ import pytest
 from data_prep import cli
 from data_prep.curate.pipeline.running import do_share, finish_run
 from data_prep.curate.pipeline.tasks import PipelineStage
-from megatron_sov.base.artifacts import is_held
+from megatron_sov.base.artifacts import is_locked
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.progress.locks import lock_folder
 from megatron_sov.work.submit import array_job
@@ -95,7 +95,7 @@ def test_a_killed_command_leaves_neither_processes_nor_its_lock(
     else:
         running.send_signal(how)
     assert running.wait(600) == (130 if how == signal.SIGINT else -signal.SIGKILL)
-    wait_until(lambda: not is_held(own / "out"))
+    wait_until(lambda: not is_locked(own / "out"))
     wait_until(lambda: not living(running.pid))
     said_text = (tmp_path / "said").read_text()
     assert "Traceback" not in said_text, said_text

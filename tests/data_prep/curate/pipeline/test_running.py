@@ -12,7 +12,7 @@ import pytest
 
 from data_prep import cli
 from data_prep.curate.inspect import steps_table
-from megatron_sov.base.artifacts import damaged_files, read_manifest
+from megatron_sov.base.artifacts import find_damaged_files, read_manifest
 
 Done = list[tuple[str, str, int]]
 
@@ -70,7 +70,7 @@ def test_what_is_complete_is_not_done_again(raw: Path, done: Done, capsys: pytes
     before, number = contents(output), len(done)
     assert run(raw) and len(done) == number and "complete from before" in capsys.readouterr().out
     manifest = read_manifest(output, "corpus")
-    assert damaged_files(output) == [] and manifest.content["num_documents"] == 8
+    assert find_damaged_files(output) == [] and manifest.content["num_documents"] == 8
     assert not any(name.startswith(("shards/", "logs/")) for name in manifest.files)
     assert contents(output) == before
     shutil.rmtree(output / "text")

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from data_prep.curate.pipeline.step import step_class
 from data_prep.curate.quality.pii.step import FINDERS
 from data_prep.curate.quality.rules.step import SETS, Thresholds, known_languages, language_rules
-from megatron_sov.base.settings import problems_of
+from megatron_sov.base.settings import find_all_problems
 
 PAGE = (Path(__file__).parents[4] / "docs/data_quality.md").read_text(encoding="utf-8")
 
@@ -57,7 +57,7 @@ def test_every_step_on_the_page_is_built_and_its_settings_keep_their_rules() -> 
         (kind, raw), = [item for item in step.items() if item[0] != "only"]
         cls = step_class(kind)
         settings = TypeAdapter(cls.Settings).validate_python(raw)
-        assert problems_of(settings) == []
+        assert find_all_problems(settings) == []
         cls(settings)
         kinds.append(kind)
     assert set(kinds) == {"encoding", "language", "rules", "pii"}

@@ -9,7 +9,7 @@ import pytest
 from data_prep.curate.pipeline.step import step_class
 from data_prep.curate.scoring.kinds import Education, EducationSettings, Quality, QualitySettings
 from data_prep.curate.scoring.scorer import load_scorer
-from megatron_sov.base.settings import problems_of
+from megatron_sov.base.settings import find_all_problems
 from tests.data_prep.curate.pipeline.memory_view import MemoryView, docs, outcomes
 from tests.typed_words import keys_of
 
@@ -41,6 +41,6 @@ def test_documents_below_the_bar_are_dropped_for_one_reason(scorers: dict[str, P
 ])
 def test_settings_that_cannot_be_are_told(scorers: dict[str, Path], name: str, min_score: float | None,
                                           said: str) -> None:
-    (problem,) = problems_of(QualitySettings(scorers["classifier"].parent / name, min_score))
+    (problem,) = find_all_problems(QualitySettings(scorers["classifier"].parent / name, min_score))
     assert said in problem.sentence
     assert keys_of(EducationSettings(scorers["regressor"], 3)) == []

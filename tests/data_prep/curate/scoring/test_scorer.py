@@ -15,7 +15,7 @@ from data_prep.curate.scoring.labels import Kind
 from data_prep.curate.scoring.ngrams import Ngrams
 from data_prep.curate.scoring.scorer import (
     SETTINGS_FILE, WEIGHTS_FILE, load_scorer, scorer_files, scorer_problems)
-from megatron_sov.base.artifacts import new_artifact
+from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.errors import UserError
 
 
@@ -35,7 +35,7 @@ def test_a_score_is_the_formula_over_the_row(scorers: dict[str, Path], kind: Kin
 
 def changed(scorer: Path, target: Path, change: Callable[[Path], object]) -> Path:
     """Return a scorer with other files, whose manifest knows them."""
-    with new_artifact(target, "scorer") as artifact:
+    with create_artifact(target, "scorer") as artifact:
         for file in scorer_files(scorer):
             shutil.copyfile(file, artifact.path / file.name)
         change(artifact.path)

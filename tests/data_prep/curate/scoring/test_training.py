@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 
 from data_prep.curate.scoring.ngram_settings import NgramSettings
 from data_prep.curate.scoring.scorer import INVERSE_PENALTIES, PENALTIES, TrainSettings, fit, train
-from megatron_sov.base.artifacts import damaged_files, read_manifest
+from megatron_sov.base.artifacts import find_damaged_files, read_manifest
 
 # Fits: the best penalty, probabilities that hold, and embeddings of any size.
 
@@ -78,7 +78,7 @@ def test_the_same_labels_give_the_same_scorer(labels_file: Callable[..., Path], 
     records = [read_manifest(tmp_path / name).files for name in "ab"]
     assert records[0] == records[1]
     assert set(records[0]) == {"scorer.json", "weights.safetensors"}
-    assert damaged_files(tmp_path / "a") == []
+    assert find_damaged_files(tmp_path / "a") == []
 
 
 def test_repeated_texts_are_counted_and_never_on_both_sides(labels_file: Callable[..., Path],

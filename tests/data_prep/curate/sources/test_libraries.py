@@ -10,7 +10,7 @@ import pytest
 from data_prep import cli
 from data_prep.curate.sources.formats import LIBRARIES
 from data_prep.libraries import require
-from megatron_sov.base.errors import how_to_install
+from megatron_sov.base.errors import format_install_command
 
 PIPELINE = """name: small
 sources:
@@ -33,11 +33,11 @@ def test_without_a_library_nothing_is_begun(pages: Path, library: str, monkeypat
     monkeypatch.setitem(sys.modules, library, None)
     assert cli.main(["run", str(pages / "pipeline.yaml"), "--output", str(pages / "out")]) == 2
     said = capsys.readouterr().err
-    assert f"needs {library}, which is not installed; {how_to_install('data')}" in said
+    assert f"needs {library}, which is not installed; {format_install_command('data')}" in said
     assert not (pages / "out").exists()
 
 
 def test_what_formats_need_is_here() -> None:
     assert all(require(name, *libraries) == [] for name, libraries in LIBRARIES.items())
     assert require("it", "json", "no_such_one", "nor_this") == [
-        f"it needs no_such_one and nor_this, which are not installed; {how_to_install('data')}"]
+        f"it needs no_such_one and nor_this, which are not installed; {format_install_command('data')}"]

@@ -12,7 +12,7 @@ from data_prep.synth.generator import GeneratorItem
 from data_prep.synth.generators.queries import first_user_turn
 from data_prep.synth.known import generator_class
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import problems_of
+from megatron_sov.base.settings import find_all_problems
 from megatron_sov.judge.rewards.constraint import Constraint
 from megatron_sov.judge.rewards.reward import judged
 from tests.data_prep.synth.models import autoif as actor
@@ -100,10 +100,10 @@ def test_constraints_that_are_none_are_refused(record: dict[str, object], senten
 
 
 def test_all_problems_of_settings_are_told(tmp_path: Path) -> None:
-    assert 'constraints = "" is not set' in str(problems_of(AUTOIF.Settings())[0])
-    assert "has no file" in str(problems_of(AUTOIF.Settings(constraints=str(tmp_path)))[0])
+    assert 'constraints = "" is not set' in str(find_all_problems(AUTOIF.Settings())[0])
+    assert "has no file" in str(find_all_problems(AUTOIF.Settings(constraints=str(tmp_path)))[0])
     (tmp_path / "kept.jsonl").touch()
-    assert problems_of(AUTOIF.Settings(constraints=str(tmp_path))) == []
+    assert find_all_problems(AUTOIF.Settings(constraints=str(tmp_path))) == []
     assert keys_of(AUTOIF.Settings(constraints="/nowhere", min_query_chars=9, max_query_chars=8)) == [
         "constraints", "min_query_chars"]
     assert keys_of(AUTOIF.Settings(language="xx", system_share=2, min_score=11, segmenter="spaces")) == [

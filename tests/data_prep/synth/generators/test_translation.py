@@ -13,7 +13,7 @@ from data_prep.synth.known import generator_class
 from megatron_sov.base.documents import RecordReading
 from megatron_sov.base.documents.records import parse_record
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import problems_of
+from megatron_sov.base.settings import find_all_problems
 from tests.data_prep.synth.scripted import ScriptedAsk, by_system, generator as build, samples_of
 
 SOURCE = ("The tide gauge at the old harbour was built in 1911. Two keepers note the height of the water "
@@ -97,7 +97,7 @@ def test_what_is_in_the_language_already_costs_nothing() -> None:
 
 def test_problems_of_settings(tmp_path: Path) -> None:
     settings = generator_class("translation").Settings
-    assert problems_of(settings(language="ko")) == []
+    assert find_all_problems(settings(language="ko")) == []
     with pytest.raises(UserError, match="name the language"):
         list(build("translation").items([write(tmp_path, {"text": SOURCE})]))
 

@@ -1,3 +1,3 @@
-"""What does not depend on the framework."""
+"""Framework-independent parts."""
 
 from . import recipe  # noqa: F401

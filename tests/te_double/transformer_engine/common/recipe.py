@@ -1,4 +1,4 @@
-"""Recipes of low precision: plain values that say how operands of matrix products are quantised."""
+"""Low-precision recipes: values that describe the quantization of product operands."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Format(Enum):
 
 @dataclass(frozen=True)
 class MMParams:
-    """How a matrix product accumulates."""
+    """Accumulation of a matrix product."""
 
     use_split_accumulator: bool = True
 
 
 @dataclass(frozen=True)
 class QParams:
-    """How one operand is quantised."""
+    """Quantization of one operand."""
 
     power_2_scale: bool = False
     amax_epsilon: float = 0.0
@@ -42,9 +42,9 @@ class QParams:
 
 
 def lenient_dataclass(cls: type) -> Any:
-    """Make a data class that drops arguments it has no field for, as pydantic's, the real ones, do.
+    """Create a dataclass that ignores unknown arguments, as the real pydantic dataclasses do.
 
-    megatron-core gives some: the type and device of parameters, and `override_linear_precision`.
+    megatron-core passes unknown arguments: dtype and device of parameters, and `override_linear_precision`.
     """
     made = dataclass(cls)
     start, names = made.__init__, {field.name for field in fields(made)}
@@ -58,7 +58,7 @@ def lenient_dataclass(cls: type) -> Any:
 
 
 class Recipe:
-    """What all recipes can be asked."""
+    """Properties of all recipes."""
 
     def nvfp4(self) -> bool:
         """Return whether this is NVFP4."""
@@ -85,7 +85,7 @@ class Recipe:
         return isinstance(self, Float8BlockScaling)
 
     def custom(self) -> bool:
-        """Return whether a user's factory makes the quantisers."""
+        """Return whether a user's factory creates the quantizers."""
         return isinstance(self, CustomRecipe)
 
 
@@ -180,7 +180,7 @@ class NVFP4BlockScaling(Recipe):
 
 @lenient_dataclass
 class CustomRecipe(Recipe):
-    """Quantisers by a user's factory."""
+    """Quantizers created by a user's factory."""
 
     qfactory: Callable[..., Any]
     fp8_format: Format = Format.HYBRID

@@ -1,4 +1,4 @@
-"""What megatron-core reaches of `transformer_engine.pytorch`."""
+"""The part of `transformer_engine.pytorch` that megatron-core uses."""
 
 from . import fp8, ops, optimizers  # noqa: F401
 from .attention import DotProductAttention  # noqa: F401

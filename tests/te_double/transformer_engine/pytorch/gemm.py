@@ -1,6 +1,6 @@
-"""The matrix product of all linear layers: the one place where operands can be quantised.
+"""Matrix product of all linear layers, the only place that quantizes operands.
 
-Not a part of the real library's interface.
+Not part of the real interface.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from .quantized_tensor import QuantizedTensor
 Kind = Literal["fprop", "dgrad", "wgrad"]
 
 COUNTS: Counter[tuple[Kind | Literal["general"], str]] = Counter()
-"""(kind, name of the recipe's class or "") -> products so far; those of `general_gemm` by layout."""
+"""(kind, recipe class name or "") -> number of products; for `general_gemm` the kind contains the layout."""
 SUMMED_AT_ONCE = 32
-"""Products that Hopper's tensor cores add up before the sum is rounded into the accumulator."""
+"""Products that Hopper's tensor cores add before they round the sum into the accumulator."""
 FAST_BITS = 13
-"""Fraction bits that stay of it in fast accumulation (DeepSeek-V3, arXiv 2412.19437, section 3.5.2)."""
+"""Fraction bits of a sum in fast accumulation (DeepSeek-V3, arXiv 2412.19437, section 3.5.2)."""
 
 
 def gemm(a: torch.Tensor, b: torch.Tensor, kind: Kind, recipe: Recipe | None = None,
          out_dtype: torch.dtype | None = None, b_is_quantized: bool = False) -> torch.Tensor:
     """Return a @ b.
 
-    The summed axis is the last of `a` and the first of `b`, along which scaled blocks of one axis lie:
+    The summed axis is the last of `a` and the first of `b`; scaled blocks of one axis lie along it:
 
-    - fprop: input [tokens, in] @ weight transposed [in, out],
+    - fprop: input [tokens, in] @ transposed weight [in, out],
     - dgrad: output gradient [tokens, out] @ weight [out, in],
-    - wgrad: output gradient transposed [out, tokens] @ input [tokens, in].
+    - wgrad: transposed output gradient [out, tokens] @ input [tokens, in].
 
     Args:
         a: [rows, summed].
         b: [summed, columns].
-        kind: which product of the layer it is.
-        recipe: the quantisation that was on in the forward pass; None: none.
-        out_dtype: of the result, into which sums are not rounded on the way; None: that of `a`.
-        b_is_quantized: whether `b` is what a weight in 8 bits stands for, in float32.
+        kind: kind of the product in the layer.
+        recipe: recipe of the forward pass; None: no quantization.
+        out_dtype: dtype of the result, without rounding on the way; None: dtype of `a`.
+        b_is_quantized: whether `b` holds the float32 values of an FP8 weight.
 
     Raises:
-        RuntimeError: the recipe's kernels have no such shape.
+        RuntimeError: the recipe's kernels do not support the shape.
     """
     COUNTS[kind, type(recipe).__name__ if recipe is not None else ""] += 1
     check_aligned(a, b, recipe)
@@ -53,7 +53,7 @@ def gemm(a: torch.Tensor, b: torch.Tensor, kind: Kind, recipe: Recipe | None = N
 
 
 def weight_gemm(a: torch.Tensor, weight: torch.Tensor, kind: Kind, recipe: Recipe | None) -> torch.Tensor:
-    """Return a product with a weight [out, in], which may be in 8 bits: fprop or dgrad."""
+    """Return the product with a weight [out, in], which may be FP8: fprop or dgrad."""
     is_quantized = isinstance(weight, QuantizedTensor)
     if not isinstance(weight, QuantizedTensor):
         b = weight.detach()
@@ -66,7 +66,7 @@ def weight_gemm(a: torch.Tensor, weight: torch.Tensor, kind: Kind, recipe: Recip
 
 
 def check_aligned(a: torch.Tensor, b: torch.Tensor, recipe: Recipe | None) -> None:
-    """Refuse operands of a @ b that a recipe's kernels do not take; nothing is multiplied of empty ones."""
+    """Refuse operands that the recipe's kernels do not accept; empty operands are not multiplied."""
     if recipe is None or not a.numel() or not b.numel():
         return
     (rows, summed), columns = a.shape, b.shape[1]
@@ -76,7 +76,7 @@ def check_aligned(a: torch.Tensor, b: torch.Tensor, recipe: Recipe | None) -> No
                                f"{[rows, summed]} and {[summed, columns]})")
     if isinstance(recipe, (MXFP8BlockScaling, NVFP4BlockScaling)):
         return
-    # Hopper's products have both operands with the summed axis last
+    # Hopper's products need both operands with the summed axis last
     if summed % 16:
         raise RuntimeError(f"Leading dimension requirement on A for FP8 GEMM. Caller must pad. ({summed})")
     if columns % 8 or (isinstance(recipe, Float8BlockScaling) and rows % 8):
@@ -84,7 +84,7 @@ def check_aligned(a: torch.Tensor, b: torch.Tensor, recipe: Recipe | None) -> No
 
 
 def accumulates_fast(kind: Kind, recipe: Recipe | None) -> bool:
-    """Return whether Hopper's product of a kind keeps its sum in the tensor cores' own precision."""
+    """Return whether Hopper's product of a kind accumulates in the tensor cores' own precision."""
     if isinstance(recipe, Float8CurrentScaling):
         settings: Any = getattr(recipe, f"fp8_gemm_{kind}")
         return not settings.use_split_accumulator
@@ -92,8 +92,8 @@ def accumulates_fast(kind: Kind, recipe: Recipe | None) -> bool:
 
 
 def fast_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return a @ b [rows, columns] in float32 as Hopper accumulates it fast: the sum is cut after every
-    `SUMMED_AT_ONCE` products to `FAST_BITS` behind the larger of it and what is added."""
+    """Return a @ b [rows, columns] in float32 with Hopper's fast accumulation: after every `SUMMED_AT_ONCE`
+    products the sum is cut to `FAST_BITS` fraction bits of the larger of sum and addend."""
     total = a.new_zeros(len(a), b.shape[1], dtype=torch.float32)
     for x, y in zip(a.float().split(SUMMED_AT_ONCE, 1), b.float().split(SUMMED_AT_ONCE, 0), strict=True):
         part = x @ y

@@ -1,9 +1,7 @@
-"""The machine that the double stands for: which chip it has, and which tensors would not be on it.  Not a
-part of the real library's interface.
+"""The simulated machine: its chip, and tensors that would be in host memory. Not part of the real interface.
 
-On a CPU every tensor is where every other one is, so one that was never moved passes unseen.  Under
-`HostTensors`, what is made without a device, read from numpy or copied to the CPU is marked, and so is what
-is computed of marked tensors alone.
+On a CPU all tensors share a memory, so a forgotten copy stays unnoticed. `HostTensors` marks tensors created
+without a device, read from numpy or copied to the CPU, and tensors computed only from marked ones.
 """
 
 from __future__ import annotations
@@ -23,47 +21,47 @@ MARK = "_te_double_on_host"
 
 @dataclass(frozen=True)
 class Chip:
-    """What the library asks a GPU and cuDNN."""
+    """Properties that the library reads from GPU and cuDNN."""
 
     capability: tuple[int, int]
-    """Of the chip."""
+    """Compute capability."""
     cudnn: tuple[int, int, int] = (9, 24, 0)
-    """Version."""
+    """cuDNN version."""
 
 
 HOPPER, BLACKWELL = Chip((9, 0)), Chip((10, 0))
 CHIP = HOPPER
-"""Which one answers; a test may set another."""
+"""The simulated chip; tests may replace it."""
 
 
 def on_host(tensor: Any) -> bool:
-    """Return whether a tensor is one of those that would be on the CPU."""
+    """Return whether a tensor would be in host memory."""
     return getattr(tensor, MARK, False) is True
 
 
 def mark_host(tensor: torch.Tensor) -> torch.Tensor:
-    """Mark a tensor as one that would be on the CPU."""
+    """Mark a tensor as being in host memory."""
     setattr(tensor, MARK, True)
     return tensor
 
 
 def require_cuda(**tensors: torch.Tensor | None) -> None:
-    """Raise for tensors whose kernels would read the CPU's memory."""
+    """Raise an error for host tensors, which a kernel cannot read."""
     for name, tensor in tensors.items():
         if tensor is not None and on_host(tensor):
             raise ValueError(f"{name} must be a CUDA tensor, but got tensor on cpu.")
 
 
 GPU = torch.device("cpu", 0)
-"""Stands for the chip: a CPU's tensor forgets the number, a device that is given keeps it."""
+"""Device of the chip: CPU tensors drop the index, an explicit device keeps it."""
 _BESIDE_GPU = {"__getitem__", "__setitem__", "copy_", "index_put_", "index_put"}
-"""Take tensors of the host beside those of a GPU; so do functions of lists, one tensor after another."""
+"""Functions that accept host tensors together with GPU tensors; list functions handle tensors one by one."""
 _MAKERS = {"tensor", "as_tensor", "empty", "zeros", "ones", "full", "arange", "rand", "randn", "randint",
            "eye", "linspace", "randperm", "load"}
 
 
 def _in_kernel() -> bool:
-    """Return whether the double itself calls torch: a kernel's insides are nowhere else."""
+    """Return whether the double itself calls torch, as inside a kernel."""
     frame = sys._getframe(2)
     while frame.f_back is not None and (f"{os.sep}torch{os.sep}" in frame.f_code.co_filename
                                         or frame.f_code.co_filename.endswith("cpu_shims.py")):
@@ -72,10 +70,10 @@ def _in_kernel() -> bool:
 
 
 class HostTensors(TorchFunctionMode):
-    """Context in which tensors of the host are marked, and refused beside those that would be on the GPU.
+    """Context that marks host tensors and refuses them together with GPU tensors.
 
-    A device that is `GPU` is the chip, and each tensor without a mark says that it is there.  Nothing is
-    moved, but what a GPU would copy is a copy.
+    The device `GPU` means the chip, and unmarked tensors report it. No data moves, but a copy to or from a
+    GPU is a copy here too.
     """
 
     def __init__(self) -> None:
@@ -129,7 +127,7 @@ class HostTensors(TorchFunctionMode):
 
     @staticmethod
     def _device(name: str, args: Any, kwargs: Any) -> torch.device | None:
-        """Return where a call puts its result, if it says so."""
+        """Return the device that a call requests, or None."""
         if name == "cpu":
             return torch.device("cpu")
         said = kwargs.get("device")

@@ -1,10 +1,9 @@
-"""A CUDA graph on a CPU: what a capture ran, in order, and the memory that it ran on.  Not a part of the real
-library's interface.
+"""CUDA graphs on a CPU: the operators and memory of a capture. Not part of the real interface.
 
-A replay runs the same operators of torch on the storages of the capture, and nothing else: no Python of the
-captured code, no branch, no number that was read of a tensor.  What waits for the GPU, or copies from memory
-of the host that is not pinned, ends a capture with an error, as on a GPU.  Where tensors have the device of
-a GPU, as fake ones have, so does every copy between it and the host.
+A replay runs the same torch operators on the capture's storages: no Python of the captured code, no branches,
+no numbers read from tensors. Synchronization with the GPU, or a copy from host memory that is not pinned,
+ends a capture with an error, as on a GPU; so does every copy between host and GPU if tensors have a GPU's
+device, as fake tensors do.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ WAITS = {
     _aten._local_scalar_dense, _aten.item, _aten.is_nonzero, _aten.equal, _aten.nonzero, _aten.nonzero_static,
     _aten.masked_select, _aten._unique2, _aten.unique_dim, _aten.unique_consecutive, _aten.bincount,
     _aten.repeat_interleave, _aten.lift_fresh, _aten.lift_fresh_copy}
-"""Operators that a stream cannot be captured with: their result's size, or a number, comes to the host, or a
-tensor is made of numbers of the host."""
+"""Operators that a capture cannot contain: the host needs their output size or value, or they read host
+values."""
 _COPIES = {_aten._to_copy, _aten.copy_, _aten.index, _aten.index_put_}
-"""Operators that copy between the host and the GPU, where they are handed tensors of both."""
+"""Operators that copy between host and GPU if their tensors are on both."""
 _in_kernel = False
 
 
 @contextmanager
 def kernel() -> Iterator[None]:
-    """What runs within stands for one kernel, which asks the host nothing."""
+    """Run the body as one kernel, which does not synchronize with the host."""
     global _in_kernel
     before, _in_kernel = _in_kernel, True
     try:
@@ -41,7 +40,7 @@ def kernel() -> Iterator[None]:
 
 
 def is_recording() -> bool:
-    """Return whether a capture is under way."""
+    """Return whether a capture is in progress."""
     return isinstance(_get_current_dispatch_mode(), _Recorder)
 
 
@@ -71,7 +70,7 @@ class CapturedOperators:
 
     @contextmanager
     def capture(self) -> Iterator[None]:
-        """Record what is run within, which is run all the same."""
+        """Run and record the body."""
         with _Recorder(self._note):
             yield
 
@@ -81,14 +80,14 @@ class CapturedOperators:
                if torch.is_tensor(t) and t.numel() and _storage(t) not in given]
         if not new and not func._schema.is_mutable and func.namespace == "aten":
             return  # a view
-        # aliases keep the memory of now, also of a tensor that is given another one
+        # aliases keep the current memory, even if the tensor gets another
         args, kwargs = tree_map(_alias, (args, kwargs))
 
         def replay() -> None:
             again = tree_leaves(func(*args, **kwargs))
             for leaf in again:
                 if isinstance(leaf, torch.ScriptObject) and hasattr(leaf, "wait"):
-                    leaf.wait()  # a message is on its way
+                    leaf.wait()  # pending message
             for i, memory in new:
                 if again[i].shape != memory.shape:
                     raise RuntimeError(f"torch.ops.{func} gives {list(again[i].shape)} in a replay, and "
@@ -99,20 +98,20 @@ class CapturedOperators:
 
     @torch.no_grad()
     def replay(self) -> None:
-        """Run again what was captured."""
+        """Run the captured operators again."""
         for replay in self._replays:
             replay()
 
     def reset(self) -> None:
-        """Forget all."""
+        """Drop the capture."""
         self._replays.clear()
 
 
 def _devices(args: Any, kwargs: Any) -> set[str]:
-    """Return kinds of the devices of tensors, and of the one where the result is to be."""
+    """Return the device types of the tensors and of the requested output."""
     found = {t.device.type for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}
     wanted = kwargs.get("device")
-    # autograd is told that fake tensors of a GPU are on `meta`, and asks for gradients there
+    # autograd sees fake GPU tensors on `meta` and asks for gradients there
     return found if wanted is None or wanted.type == "meta" else found | {wanted.type}
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from data_prep.curate.pipeline.step import Doc, StepOutcome
 from data_prep.curate.quality.pii.step import FINDERS, Pii, PiiSettings, found_in, masked_names
-from megatron_sov.base.settings import problems_of
+from megatron_sov.base.settings import find_all_problems
 
 
 def outcome(text: str, language: str = "en", form: str = "prose", **settings) -> StepOutcome:
@@ -73,7 +73,7 @@ def test_every_kind_has_names_in_the_languages_of_the_recipes() -> None:
 
 def test_every_broken_rule_is_told() -> None:
     settings = PiiSettings(mask=("mail",), mask_in_code=("ip", "iq"), placeholder="{x}", names_in="xx")
-    problems = problems_of(settings)
+    problems = find_all_problems(settings)
     assert [p.key for p in problems] == ["mask.0", "mask_in_code.1", "placeholder", "names_in"]
     assert "email" in problems[0].sentence
 

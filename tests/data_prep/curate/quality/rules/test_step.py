@@ -9,7 +9,7 @@ import pytest
 
 from data_prep.curate.pipeline.step import Doc, StepOutcome
 from data_prep.curate.quality.rules.step import Rules, RulesSettings
-from megatron_sov.base.settings import find_problems, problems_of
+from megatron_sov.base.settings import find_all_problems, try_parse_settings
 from tests.typed_words import keys_of
 
 FOLDER = Path(__file__).with_name("declaration")
@@ -78,7 +78,7 @@ def test_every_broken_rule_of_the_settings_is_told() -> None:
     assert keys_of(settings) == ["preset", "languages.xx", "without_rules", "forms.0"]
     changes = {"min_word": 3, "max_bullet_line_share": 2.0, "max_top_ngram_char_share": {2: 1.5, 200: 0.5},
                "min_words": None, "lines_end_with_mark": 1}
-    problems = problems_of(RulesSettings(thresholds=changes, languages={"ko": {"min_words": "many"}}))
+    problems = find_all_problems(RulesSettings(thresholds=changes, languages={"ko": {"min_words": "many"}}))
     assert sorted(p.key for p in problems) == [
         "languages.ko.min_words", "thresholds.lines_end_with_mark", "thresholds.max_bullet_line_share",
         "thresholds.max_top_ngram_char_share.2", "thresholds.max_top_ngram_char_share.200",
@@ -87,8 +87,8 @@ def test_every_broken_rule_of_the_settings_is_told() -> None:
 
 def test_shares_of_ngrams_can_be_written_in_a_pipeline_file() -> None:
     written = {"thresholds": {"max_duplicate_ngram_char_share": {"5": 0.9, "10": 1.0}}}
-    settings, problems = find_problems(RulesSettings, written)
-    assert problems == [] and problems_of(settings) == []
+    settings, problems = try_parse_settings(RulesSettings, written)
+    assert problems == [] and find_all_problems(settings) == []
     korean = " ".join([KOREAN.replace("\n", " ")] * 2)
     document = Doc("a:0:0", korean, "a", 0, 0, {"language": "ko", "form": "prose"})
     assert Rules(RulesSettings()).outcomes([document])[0].reason == "repetition: 5-grams"

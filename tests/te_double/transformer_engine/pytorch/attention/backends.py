@@ -1,5 +1,5 @@
-"""Which attention serves a call, by the rules of the real library: it says no to many, and what is left may
-be its slow one.  Not a part of its interface.
+"""Selection of the attention backend by the rules of the real library, which rejects many calls and may leave
+only the slow backend. Not part of the real interface.
 
 Sources: `attention/dot_product_attention/utils.py` of Transformer Engine 2.20.2, and
 `nvte_get_fused_attn_backend` of its `common/fused_attn/fused_attn.cpp`.
@@ -18,31 +18,31 @@ from ..placement import Chip
 
 FUSED, UNFUSED = "FusedAttention", "UnfusedDotProductAttention"
 CHOSEN: Counter[str] = Counter()
-"""Backend -> how often it was chosen, with questions to cuDNN."""
+"""Backend -> number of selections, and number of cuDNN queries."""
 MAX_DETERMINISTIC_HOPPER = 1 << 30
-"""Documents x heads x longest ** 2 that cuDNN's deterministic backward pass has memory for."""
+"""Limit of documents x heads x longest ** 2 for cuDNN's deterministic backward pass."""
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What a choice depends on."""
+    """Parameters of a selection."""
 
     dtype: torch.dtype
-    """Of queries, keys and values."""
+    """Dtype of queries, keys and values."""
     heads: int
-    """Of this process."""
+    """Query heads of this process."""
     head_dims: tuple[int, int]
-    """Of queries and keys, and of values."""
+    """Head sizes of queries and keys, and of values."""
     documents: int
-    """Packed ones, or the batch."""
+    """Number of packed documents, or the batch size."""
     longest_tokens: int
     """Upper bound of a document's length."""
     qkv_format: str = "thd"
-    """How tensors lie."""
+    """Tensor layout."""
     window: tuple[int, int] = (-1, 0)
     """Keys left and right of a query's own; -1: all."""
     softcap: float = 0.0
-    """Of the logits."""
+    """Softcap on the logits."""
     deterministic: bool = False
     """Whether results must repeat."""
     training: bool = True
@@ -50,7 +50,7 @@ class AttentionCall:
 
 
 def _head_dims_served(call: AttentionCall, chip: Chip) -> bool:
-    """Return whether cuDNN has the sizes of heads."""
+    """Return whether cuDNN supports the head sizes."""
     qk, v = call.head_dims
     if qk % 8 or v % 8:
         return False
@@ -79,20 +79,19 @@ REFUSALS: tuple[tuple[str, str, Callable[[AttentionCall, Chip], bool]], ...] = (
                          and call.documents * call.heads * call.longest_tokens ** 2
                          >= MAX_DETERMINISTIC_HOPPER)),
 )
-"""Backend, the library's words, whether they hold of a call.  FlashAttention is a package of others, and
-taken to be missing."""
+"""(backend, the library's message, whether it rejects a call). FlashAttention is assumed to be missing."""
 
 
 def refusals(call: AttentionCall, chip: Chip) -> dict[str, str]:
-    """Return backend -> why it does not serve."""
+    """Return backend -> reason for rejection."""
     return {backend: why for backend, why, holds in reversed(REFUSALS) if holds(call, chip)}
 
 
 def choose(call: AttentionCall, chip: Chip) -> str:
-    """Return the backend that serves, the fast one if it can.
+    """Return the fastest backend that accepts the call.
 
     Raises:
-        ValueError: none does.
+        ValueError: no backend accepts the call.
     """
     refused = refusals(call, chip)
     found = next((backend for backend in (FUSED, UNFUSED) if backend not in refused), None)

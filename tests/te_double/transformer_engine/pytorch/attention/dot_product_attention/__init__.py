@@ -18,11 +18,11 @@ from . import utils as dpa_utils
 
 MASKS = ("causal", "padding_causal", "no_mask", "padding")
 _last: list[AttentionCall] = []
-"""The one call whose decision the real library keeps."""
+"""Cache of the real library: one call and its decision."""
 
 
 def window(attn_mask_type: str, size: tuple[int, int] | None) -> tuple[int, int]:
-    """Return how many keys left and right of its own a query sees, -1: all."""
+    """Return the numbers of visible keys left and right of a query's own; -1: all."""
     if attn_mask_type not in MASKS:
         raise NotImplementedError(f"the double has no mask {attn_mask_type!r}")
     if "causal" not in attn_mask_type:
@@ -36,13 +36,13 @@ def window(attn_mask_type: str, size: tuple[int, int] | None) -> tuple[int, int]
 
 def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
              size: tuple[int, int]) -> torch.Tensor:
-    """Return [tokens, heads, channels]: softmax(q k^T scale) v of one sequence.
+    """Return [tokens, heads, channels]: softmax(q k^T scale) v for one sequence.
 
     Args:
         q: [tokens, heads, channels].
-        k: [tokens, groups, channels], each group for as many heads in a row.
+        k: [tokens, groups, channels]; consecutive heads share a group.
         v: [tokens, groups, channels].
-        scale: of the products.
+        scale: softmax scale.
         size: see `window`.
     """
     groups = q.shape[1] // k.shape[1]
@@ -61,15 +61,15 @@ def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
 
 def attended_documents(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor,
                        scale: float, size: tuple[int, int]) -> torch.Tensor:
-    """Return `attended` of each document of a packed row."""
+    """Apply `attended` to each document of a packed row."""
     bounds = cu_seqlens.tolist()
     parts = [attended(q[a:b], k[a:b], v[a:b], scale, size) for a, b in pairwise(bounds) if b > a]
-    # rows behind the last document are nobody's: the kernels leave what they find
+    # the kernels leave rows after the last document unwritten
     return torch.cat([*parts, q.new_zeros(len(q) - bounds[-1], q.shape[1], v.shape[-1])])
 
 
 class DotProductAttention(TransformerEngineBaseModule):
-    """Attention without weights of its own."""
+    """Attention without weights."""
 
     def __init__(self, num_attention_heads: int, kv_channels: Any, num_gqa_groups: int | None = None,
                  attention_dropout: float = 0.0, qkv_format: str = "sbhd", attn_mask_type: str = "causal",
@@ -96,7 +96,7 @@ class DotProductAttention(TransformerEngineBaseModule):
                                    cp_comm_type: str = "p2p",
                                    load_balancing_strategy: Any = CPLoadBalancingStrategy.DUAL_CHUNK_SWAP
                                    ) -> None:
-        """Take a context-parallel group, which the double does not serve."""
+        """Refuse a context-parallel group, which the double does not support."""
         if cp_group is not None:
             raise NotImplementedError("the double has no context parallelism")
 
@@ -114,7 +114,7 @@ class DotProductAttention(TransformerEngineBaseModule):
                 score_mod_tensors: Any = None, score_mod_bprop_tensors: Any = None, qkv_layer: Any = None,
                 kv_layer: Any = None, qkv_interleave_dim: int = -3, thd_attention_policies: Any = None,
                 thd_attention_policy_dispatch: str = "auto") -> torch.Tensor:
-        """Attend; see `attended`, with a batch axis behind the tokens in sbhd.
+        """Compute attention, see `attended`; sbhd has a batch axis after the tokens.
 
         Returns:
             [tokens, heads * channels] (thd) or [tokens, batch, heads * channels] (sbhd).
@@ -149,7 +149,7 @@ class DotProductAttention(TransformerEngineBaseModule):
         return out.flatten(-2)
 
     def _check(self, kind: str, mask: str, key: torch.Tensor, cu_q: Any, cu_kv: Any, longest: Any) -> None:
-        """Refuse what the real module asserts against."""
+        """Raise the real module's assertions."""
         assert key.shape[-2] == self.groups, \
             f"Keys and values must have num_gqa_group = {self.groups} heads! Found {key.shape[-2]}."
         if kind != "thd":

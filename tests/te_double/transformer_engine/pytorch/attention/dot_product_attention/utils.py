@@ -1,5 +1,5 @@
-"""The choice of attention, which the real library's module asks for by this name where a call is not as the
-last one was, and which a program may ask for itself."""
+"""Backend selection under the name that the real module looks up if a call differs from the last; programs
+may call it as well."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from ..backends import FUSED, UNFUSED, AttentionCall, choose, refusals
 
 
 class AttentionLogging:
-    """What the log of choices tells."""
+    """Log level of the selection."""
 
     _log_level = logging.WARNING
 
 
 @dataclass
 class AttentionParams:
-    """What a choice depends on, by the real library's names and defaults; what no rule here asks for is
-    taken and left."""
+    """Parameters of a selection with the real names and defaults; unused parameters are accepted."""
 
     qkv_type: Any = torch.Tensor
     qkv_dtype: torch.dtype = torch.bfloat16
@@ -69,8 +68,8 @@ class AttentionParams:
 
 def get_attention_backend(attention_params: AttentionParams | AttentionCall | None = None
                           ) -> tuple[bool, None, bool, int | None, bool, list[bool]]:
-    """Return whether FlashAttention serves, which one, the fused kernel, which one, plain torch, all that
-    could; the reasons go to the log."""
+    """Return whether FlashAttention serves, its kernel, the fused kernel, its backend, plain torch, and all
+    candidates; reasons go to the log."""
     p = attention_params or AttentionParams()
     call = p if isinstance(p, AttentionCall) else AttentionCall(
         p.qkv_dtype, p.num_heads, (p.head_dim_qk, p.head_dim_v), p.batch_size, p.max_seqlen_q,

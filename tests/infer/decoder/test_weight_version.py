@@ -1,4 +1,4 @@
-"""Which weights an engine holds: a version, or nothing that may be used."""
+"""Version of an engine's weights, and errors after failed updates."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Iterator
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.infer.request import HeldWeights
+from megatron_sov.infer.request import WeightVersion
 
 
-def test_an_update_counts_when_it_has_ended() -> None:
-    held = HeldWeights("own")
+def test_version_changes_after_the_update() -> None:
+    held = WeightVersion("own")
     assert held.version == 0
-    with held.replaced(3, None), pytest.raises(UserError, match="update to version 3"):
+    with held.replace_weights(3, None), pytest.raises(UserError, match="update to version 3"):
         held.check()
     assert held.version == 3
 
 
-def test_after_a_failure_there_are_no_weights_until_an_update_succeeds() -> None:
+def test_failed_update_invalidates_weights() -> None:
     closed = []
 
     def weights() -> Iterator[tuple[str, None]]:
@@ -27,13 +27,13 @@ def test_after_a_failure_there_are_no_weights_until_an_update_succeeds() -> None
         finally:
             closed.append(True)
 
-    held, stream = HeldWeights("own"), weights()
-    with pytest.raises(RuntimeError, match="cable"), held.replaced(1, stream):
+    held, stream = WeightVersion("own"), weights()
+    with pytest.raises(RuntimeError, match="cable"), held.replace_weights(1, stream):
         next(stream)
         raise RuntimeError("a cable was pulled")
     assert closed == [True], "the processes that gather the weights wait for this one"
     with pytest.raises(UserError, match=r"1 failed \(a cable"):
         held.check()
-    with held.replaced(2, iter(())):
+    with held.replace_weights(2, iter(())):
         pass
     assert held.version == 2

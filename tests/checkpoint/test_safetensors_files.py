@@ -1,5 +1,4 @@
-"""Safetensors files read block by block: the same bits as the library's, for any block,
-and damage is named."""
+"""Safetensors files: bits equal those of the safetensors library, and damage is named."""
 
 from __future__ import annotations
 
@@ -19,22 +18,23 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sov.base.artifacts import FileRecord
 from megatron_sov.base.errors import UserError
-from megatron_sov.checkpoint import writer
-from megatron_sov.checkpoint.writer import SAFETENSORS_DTYPES, TensorFile, TensorSpec, write_file
+from megatron_sov.checkpoint import safetensors_files
+from megatron_sov.checkpoint.safetensors_files import (
+    SAFETENSORS_DTYPES, TensorFile, TensorSpec, write_tensors)
 
 
 @given(st.data(), st.lists(st.integers(0, 6), max_size=4),
        st.sampled_from([torch.bfloat16, torch.float64, torch.bool]), st.sampled_from([1, 24, 1 << 25]))
-def test_any_block_has_the_bits_that_were_saved(tmp_path_factory, data: st.DataObject, shape: list[int],
-                                                dtype: torch.dtype, cover_bytes: int) -> None:
+def test_any_block_equals_the_saved_tensor(tmp_path_factory, data: st.DataObject, shape: list[int],
+                                           dtype: torch.dtype, cover_bytes: int) -> None:
     path = tmp_path_factory.mktemp("file") / "t.safetensors"
     whole = (torch.arange(math.prod(shape)) % 251).reshape(shape).to(dtype)
     save_file({"before": torch.ones(3, dtype=torch.uint8), "t": whole}, path, metadata={"format": "pt"})
     bounds = [sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n)))) for n in shape]
     block = [slice(*b) for b in bounds]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "_COVER_BYTES", cover_bytes)  # small: each row by itself
-        patch.setattr(writer, "_READ_BYTES", 7)
+        patch.setattr(safetensors_files, "_COVER_BYTES", cover_bytes)  # small: each row by itself
+        patch.setattr(safetensors_files, "_READ_BYTES", 7)
         file = TensorFile(path, "")
         assert file.read("t").equal(whole) and file.get_dtype("t") == dtype
         found = file.read("t", block)
@@ -66,13 +66,13 @@ def _with_header(path: Path, change: Callable[[dict[str, Any]], Any], tail: byte
     (lambda h: "[" * 100_000, b"", "recursion"),
     (lambda h: "{", b"", "its header would have 1 of"),
 ])
-def test_damaged_headers_are_refused_by_name(tmp_path: Path, change, tail: bytes, expected: str) -> None:
+def test_damaged_headers_name_the_tensor(tmp_path: Path, change, tail: bytes, expected: str) -> None:
     with pytest.raises(UserError, match=r"t\.safetensors: cannot be read as a safetensors file "
                                         rf".*{expected}.*; copy it again"):
         TensorFile(_with_header(tmp_path / "t.safetensors", change, tail), "copy it again")
 
 
-def test_files_that_change_or_hold_other_kinds_of_numbers(tmp_path: Path) -> None:
+def test_changed_files_and_unsupported_dtypes_raise_user_error(tmp_path: Path) -> None:
     path = _with_header(tmp_path / "t.safetensors", lambda h: h["b"].update(dtype="F8_E4M3", shape=[8]))
     file = TensorFile(path, "copy it again")
     with pytest.raises(UserError, match="dtype F8_E4M3,"):
@@ -92,22 +92,23 @@ SHAPES = st.lists(st.tuples(st.lists(st.integers(0, 5), max_size=3),
 
 
 @given(SHAPES, st.booleans())
-def test_the_library_reads_it(tmp_path_factory: pytest.TempPathFactory,
-                              drawn: list[tuple[list[int], torch.dtype]], beside: bool) -> None:
+def test_safetensors_library_reads_written_files(tmp_path_factory: pytest.TempPathFactory,
+                                                 drawn: list[tuple[list[int], torch.dtype]],
+                                                 beside: bool) -> None:
     path = tmp_path_factory.mktemp("file") / "t.safetensors"
     tensors = {f"t{i}": (torch.randn(shape) * 9).to(dtype) for i, (shape, dtype) in enumerate(drawn)}
     specs = [TensorSpec(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
     with ThreadPoolExecutor(1) as reader:
-        record = write_file(path, specs, lambda spec: tensors[spec.name], reader if beside else None)
+        record = write_tensors(path, specs, lambda spec: tensors[spec.name], reader if beside else None)
     found = load_file(path)
     assert found.keys() == tensors.keys()
     assert all(found[name].dtype == t.dtype and found[name].equal(t) for name, t in tensors.items())
     assert record == FileRecord(f"blake3:{blake3(path.read_bytes()).hexdigest()}", path.stat().st_size)
 
 
-def test_the_next_tensor_is_read_while_one_is_written(tmp_path: Path,
+def test_next_tensor_is_read_while_current_is_written(tmp_path: Path,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first is not written before the second one is asked for, nor the third asked for before that."""
+    """The first tensor is written after the second is requested, and before the third is requested."""
     asked, order = threading.Event(), list[str]()
 
     def read(spec: TensorSpec) -> torch.Tensor:
@@ -116,28 +117,29 @@ def test_the_next_tensor_is_read_while_one_is_written(tmp_path: Path,
             asked.set()
         return torch.zeros(9)
 
-    def write(fd: int, raw: memoryview, now: Any = writer._write_bytes) -> None:
+    def write(fd: int, raw: memoryview, now: Any = safetensors_files._write_bytes) -> None:
         if len(raw) == 36:
             assert asked.wait(600)
             order.append("written")
         now(fd, raw)
 
-    monkeypatch.setattr(writer, "_write_bytes", write)
+    monkeypatch.setattr(safetensors_files, "_write_bytes", write)
     specs = [TensorSpec(name, (9,), torch.float32) for name in "abc"]
     with ThreadPoolExecutor(1) as reader:
-        write_file(tmp_path / "t", specs, read, reader)
+        write_tensors(tmp_path / "t", specs, read, reader)
     assert order.index("read b") < order.index("written") < order.index("read c")
 
 
-def test_bytes_are_those_of_the_library_and_the_disk_begins_before_the_end(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_equal_safetensors_and_write_back_starts_early(tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[tuple[int, int]] = []
-    monkeypatch.setattr(writer, "_start_write_back", lambda fd, start, size: begun.append((start, size)))
-    monkeypatch.setattr(writer, "_WRITE_BACK_BYTES", 100)
-    monkeypatch.setattr(writer, "_CHUNK_BYTES", 40)
+    monkeypatch.setattr(safetensors_files, "_start_write_back",
+                        lambda fd, start, size: begun.append((start, size)))
+    monkeypatch.setattr(safetensors_files, "_WRITE_BACK_BYTES", 100)
+    monkeypatch.setattr(safetensors_files, "_CHUNK_BYTES", 40)
     tensors = {"a": torch.randn(6, 10), "b": torch.randn(30), "c": torch.randn(5, 3).bfloat16()}
     specs = [TensorSpec(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
-    record = write_file(tmp_path / "ours", specs, lambda spec: tensors[spec.name])
+    record = write_tensors(tmp_path / "ours", specs, lambda spec: tensors[spec.name])
     save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
     assert record == FileRecord.of(tmp_path / "theirs")
@@ -146,16 +148,16 @@ def test_bytes_are_those_of_the_library_and_the_disk_begins_before_the_end(
     assert sum(size for _, size in begun) > record.size_bytes - 100
 
 
-def test_the_disk_is_really_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if writer._SYNC_FILE_RANGE is None:
+def test_sync_file_range_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if safetensors_files._SYNC_FILE_RANGE is None:
         pytest.skip("only Linux can")
     told: list[int] = []
 
-    def tell(*arguments: object, now: Any = writer._SYNC_FILE_RANGE) -> int:
+    def tell(*arguments: object, now: Any = safetensors_files._SYNC_FILE_RANGE) -> int:
         told.append(now(*arguments))
         return told[-1]
 
-    monkeypatch.setattr(writer, "_SYNC_FILE_RANGE", tell)
-    monkeypatch.setattr(writer, "_WRITE_BACK_BYTES", 1)
-    write_file(tmp_path / "t", [TensorSpec("a", (9,), torch.float32)], lambda spec: torch.zeros(9))
+    monkeypatch.setattr(safetensors_files, "_SYNC_FILE_RANGE", tell)
+    monkeypatch.setattr(safetensors_files, "_WRITE_BACK_BYTES", 1)
+    write_tensors(tmp_path / "t", [TensorSpec("a", (9,), torch.float32)], lambda spec: torch.zeros(9))
     assert set(told) == {0}

@@ -1,4 +1,4 @@
-"""Held-out documents: cut into rows, weighed in bytes, and refused where they cannot judge."""
+"""Held-out documents are cut into rows, and unusable data are rejected."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_sov.base.artifacts import atomic_write, to_json
+from megatron_sov.base.artifacts import format_json, write_atomically
 from megatron_sov.cli import main
 from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
@@ -19,12 +19,13 @@ from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 prepare_megatron()
 
 from megatron_sov.base.errors import UserError  # noqa: E402
-from megatron_sov.eval.heldout import HeldoutData, evaluate_rows, open_heldout, rows_of  # noqa: E402
+from megatron_sov.eval.heldout_loss import (  # noqa: E402
+    HeldoutData, evaluate_rows, group_into_rows, open_heldout)
 from megatron_sov.train.data.token_shards import open_sources  # noqa: E402
 
 
-def test_a_known_loss_per_byte_comes_out(token_shards: Path) -> None:
-    """With ln 2 nats for every byte of a target, each source must give exactly 1 bit per byte."""
+def test_loss_per_byte_of_known_losses(token_shards: Path) -> None:
+    """With ln 2 nats per target byte, each source has exactly 1 bit per byte."""
     data = open_heldout({str(token_shards): 1.0}, 90, 2000)
     sizes = data.bytes_of_token(1024)
     assert sizes is not None
@@ -36,16 +37,17 @@ def test_a_known_loss_per_byte_comes_out(token_shards: Path) -> None:
         assert 1000 < result.tokens < 2000
 
 
-def test_no_learned_token_is_no_perfect_score(token_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_without_learned_tokens_are_rejected(token_shards: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     rows = HeldoutData.rows
     monkeypatch.setattr(HeldoutData, "rows", lambda self, index: (
         dataclasses.replace(row, weights=0 * row.weights) for row in rows(self, index)))
-    with pytest.raises(UserError, match="held-out tokens is learned"):
+    with pytest.raises(UserError, match="held-out tokens have loss weight 0"):
         open_heldout({str(token_shards): 1.0}, 90, 2000)
 
 
-def test_data_that_cannot_judge_is_refused(one_rank: None, imported: dict[str, Path], token_shards: Path,
-                                           tmp_path: Path, capsys) -> None:
+def test_data_without_heldout_documents_are_rejected(one_rank: None, imported: dict[str, Path],
+                                                     token_shards: Path, tmp_path: Path, capsys) -> None:
     other = shutil.copytree(token_shards, tmp_path / "other")
     tokenizer = json.loads((other / "tokenizer/tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
@@ -59,7 +61,7 @@ def test_data_that_cannot_judge_is_refused(one_rank: None, imported: dict[str, P
         source["splits"]["heldout"]["num_tokens"] = 0
     (other / "manifest.json").write_text(json.dumps(manifest | {"sha256": ""}))
     assert main(["eval", "ppl", str(imported["solar_open"]), "--data", str(other)]) == 2
-    assert "holds no documents out" in capsys.readouterr().err
+    assert "has no held-out documents" in capsys.readouterr().err
 
 
 CUT = ["--seq-len", "100", "--max-tokens", "1500"]
@@ -71,9 +73,9 @@ def ask(capsys: pytest.CaptureFixture, *arguments: str) -> dict:
 
 
 @pytest.mark.parametrize("family", ["solar_open", pytest.param("exaone_moe", marks=pytest.mark.deep)])
-def test_checkpoint_and_hugging_face_folder_have_one_loss(
-        family: str, one_rank: None, imported: dict[str, Path], hf_models: dict[str, Path],
-        token_shards: Path, capsys) -> None:
+def test_checkpoint_and_export_have_equal_loss(family: str, one_rank: None, imported: dict[str, Path],
+                                               hf_models: dict[str, Path], token_shards: Path,
+                                               capsys) -> None:
     ours, theirs = (ask(capsys, "ppl", str(folders[family]), "--data", str(token_shards), *CUT)
                     for folders in (imported, hf_models))
     assert set(ours) == {"first", "second"}
@@ -84,9 +86,9 @@ def test_checkpoint_and_hugging_face_folder_have_one_loss(
 
 
 @pytest.mark.parametrize("seq_len", [512, 400, 60, 33])
-def test_loss_is_that_of_whole_documents_or_of_strided_windows(
-        seq_len: int, one_rank: None, imported: dict[str, Path], hf_models: dict[str, Path],
-        token_shards: Path, capsys) -> None:
+def test_loss_equals_documents_and_strided_windows(seq_len: int, one_rank: None, imported: dict[str, Path],
+                                                   hf_models: dict[str, Path], token_shards: Path,
+                                                   capsys) -> None:
     """Against transformers, one document or window at a time, in plain Python."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -117,16 +119,16 @@ def test_loss_is_that_of_whole_documents_or_of_strided_windows(
         assert found[source.name]["loss"] == pytest.approx(nats / labels, abs=2e-6)
 
 
-def test_figures_go_into_the_events_of_a_run(one_rank: None, imported: dict[str, Path],
-                                             hf_models: dict[str, Path], token_shards: Path, tmp_path: Path,
-                                             capsys) -> None:
+def test_heldout_losses_are_recorded_as_events(one_rank: None, imported: dict[str, Path],
+                                               hf_models: dict[str, Path], token_shards: Path, tmp_path: Path,
+                                               capsys) -> None:
     log = EventLog(tmp_path / EVENTS)
     log.write("step", step=41, loss=1.0)
     log.close()
     config = {"recipe": "tiny", "model": {"family": "solar_open", "vocab_size": 1024, "hidden_size": 32,
                                           "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16},
               "data": {"phases": [{"name": "a", "seq_len": 100}], "heldout_tokens": 1500}}
-    atomic_write(tmp_path / "config.json", to_json(config))
+    write_atomically(tmp_path / "config.json", format_json(config))
     run = ["--data", str(token_shards), "--run", str(tmp_path)]
     ours = ask(capsys, "ppl", str(imported["solar_open"]), *run, *CUT)
     theirs = ask(capsys, "ppl", str(hf_models["solar_open"]), *run, *CUT)
@@ -135,6 +137,6 @@ def test_figures_go_into_the_events_of_a_run(one_rank: None, imported: dict[str,
     assert (export["event"], export["step"], export["heldout"]) == ("eval", 41, theirs)
 
 
-def test_rows_hold_documents_in_order_up_to_their_size() -> None:
-    assert rows_of([3, 4, 2, 9, 1, 20, 1], row_tokens=9) == [[0, 1, 2], [3], [4], [5], [6]]
-    assert rows_of([]) == []
+def test_rows_group_documents_in_order() -> None:
+    assert group_into_rows([3, 4, 2, 9, 1, 20, 1], row_tokens=9) == [[0, 1, 2], [3], [4], [5], [6]]
+    assert group_into_rows([]) == []

@@ -1,4 +1,4 @@
-"""A job on a real Ray cluster of two nodes: the bytes of one process; a node that is lost loses nothing."""
+"""Jobs on a real Ray cluster with two nodes: same bytes as a single process, no lost items."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def mapped(cluster: Any, output: str, *rows: dict[str, Any], workers: int = 2) -> int:
+def run_map(cluster: Any, output: str, *rows: dict[str, Any], workers: int = 2) -> int:
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     where = ["--ray", cluster.address] if cluster else []
     return main(["map", "rows.jsonl", "mine.py:Step", "--output", output, "--workers", str(workers), *where])
@@ -57,8 +57,8 @@ def nodes() -> set[str]:
     return {line.split()[1] for line in Path("nodes").read_text().split("\n") if line}
 
 
-def once(has_come: Callable[[], bool], do: Callable[[], None]) -> Thread:
-    """Do something as soon as the step has told, by its file, that something has come."""
+def run_when_started(has_come: Callable[[], bool], do: Callable[[], None]) -> Thread:
+    """Run an action when the step's marker file appears."""
 
     def wait() -> None:
         while not Path("nodes").exists() or not has_come():
@@ -71,31 +71,31 @@ def once(has_come: Callable[[], bool], do: Callable[[], None]) -> Thread:
 
 @pytest.mark.deep  # the test below has nodes, too
 @pytest.mark.distributed
-def test_two_nodes_do_what_one_process_does(cluster: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_nodes_give_output_of_single_process(cluster: Any, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"n": n, "until": "both"} for n in range(200)]
     Path("both").touch()
-    assert mapped(None, "here", *rows, workers=1) == 0
+    assert run_map(None, "here", *rows, workers=1) == 0
     for name in ("nodes", "both"):
         Path(name).unlink()
-    once(lambda: len(nodes()) == 2, Path("both").touch)  # what the first node has begun waits for the second
-    assert mapped(cluster, "there", *rows, workers=5) == 0  # more than there are cores: they wait for ever
+    run_when_started(lambda: len(nodes()) == 2, Path("both").touch)  # tasks on the first node wait
+    assert run_map(cluster, "there", *rows, workers=5) == 0  # more than there are cores: they wait for ever
     assert Path("there/rows.jsonl").read_bytes() == Path("here/rows.jsonl").read_bytes()
-    assert mapped(cluster, "bad", *rows[:100], {"n": "bad"}, workers=1) == 2
+    assert run_map(cluster, "bad", *rows[:100], {"n": "bad"}, workers=1) == 2
     error = capsys.readouterr().err
     assert "line 101: " in error and "ZeroDivisionError" in error and "Traceback" not in error
 
 
 @pytest.mark.distributed
-def test_a_node_that_is_lost_loses_nothing(cluster: Any) -> None:
+def test_lost_node_loses_no_items(cluster: Any) -> None:
     node = cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
 
     def lose() -> None:
         cluster.remove_node(node, allow_graceful=False)
         Path("lost").touch()
 
-    thread = once(lambda: node.node_id in nodes(), lose)
+    thread = run_when_started(lambda: node.node_id in nodes(), lose)
     rows = [{"n": n, "until": "lost"} for n in range(400)]  # each node waits with what it has begun
-    assert mapped(cluster, "out", *rows, workers=3) == 0
+    assert run_map(cluster, "out", *rows, workers=3) == 0
     thread.join(0)
     assert not thread.is_alive(), "the node was lost while it worked"
     made = Path("out/rows.jsonl").read_text().split("\n")[:-1]
@@ -103,8 +103,8 @@ def test_a_node_that_is_lost_loses_nothing(cluster: Any) -> None:
 
 
 @pytest.mark.distributed
-def test_a_cluster_that_is_not_there_is_one_sentence(capsys: pytest.CaptureFixture[str],
-                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_cluster_raises_user_error(capsys: pytest.CaptureFixture[str],
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
     Path("rows.jsonl").write_text('{"n": 1}\n')
     monkeypatch.setenv("RAY_ADDRESS", "")
     words = ["map", "rows.jsonl", "mine.py:Step", "--output", "out", "--ray", "nonsense"]
@@ -115,7 +115,7 @@ def test_a_cluster_that_is_not_there_is_one_sentence(capsys: pytest.CaptureFixtu
 
 
 class SlowFirst:
-    """What is asked of Ray: of what is under way, the newest is done first."""
+    """Ray double: the newest pending task finishes first."""
 
     exceptions = ray.exceptions
 
@@ -127,7 +127,7 @@ class SlowFirst:
         return str(reference).encode()
 
 
-def test_an_item_that_holds_all_others_up_and_ends_last_is_no_end() -> None:
+def test_slow_item_does_not_end_iteration() -> None:
     actor = SimpleNamespace(is_there=SimpleNamespace(remote=object),
                             do=SimpleNamespace(remote=lambda item: f"done {item}"))
     processes = ray_executor._RayProcesses(SlowFirst(), lambda: actor, 2)

@@ -167,13 +167,14 @@ def read_block(path: Path, start: int, shape: Sequence[int], block: Sequence[sli
     out = torch.empty([s.stop - s.start for s in block], dtype=dtype)
     fd = os.open(path, os.O_RDONLY)
     try:
-        fill_from(fd, start, shape, block, out)
+        read_block_into(fd, start, shape, block, out)
     finally:
         os.close(fd)
     return out
 
 
-def fill_from(fd: int, start: int, shape: Sequence[int], block: Sequence[slice], out: torch.Tensor) -> None:
+def read_block_into(fd: int, start: int, shape: Sequence[int], block: Sequence[slice],
+                    out: torch.Tensor) -> None:
     """Read a block of a tensor from a file into `out`.
 
     Args:
@@ -193,7 +194,7 @@ def fill_from(fd: int, start: int, shape: Sequence[int], block: Sequence[slice],
     row_bytes = math.prod(shape[1:]) * out.element_size()
     if row_bytes > _COVER_BYTES:  # large rows, such as experts of a stack: read each block separately
         for i in range(block[0].stop - block[0].start):
-            fill_from(fd, start + (block[0].start + i) * row_bytes, shape[1:], block[1:], out[i])
+            read_block_into(fd, start + (block[0].start + i) * row_bytes, shape[1:], block[1:], out[i])
         return
     step = max(1, _COVER_BYTES // max(1, row_bytes))
     for low in range(block[0].start, block[0].stop, step):
@@ -227,11 +228,11 @@ class TensorSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-Reader = Callable[[TensorSpec], torch.Tensor]
+TensorSource = Callable[[TensorSpec], torch.Tensor]
 """Returns the tensor for a spec; called once per tensor, in file order, possibly from several threads."""
 
 
-def write_file(path: Path, specs: list[TensorSpec], read: Reader,
+def write_tensors(path: Path, specs: list[TensorSpec], read: TensorSource,
                reader: Executor | None = None) -> FileRecord:
     """Write and sync a safetensors file; return its digest and size.
 

@@ -1,4 +1,4 @@
-"""transformers as an engine: what the folder's defaults say does not change what was asked for."""
+"""transformers as an engine: generation defaults of the folder do not change the request."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from safetensors.torch import load_file
 from transformers import DeepseekV3Config
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.infer.engines.libraries import (
-    PAGE_TOKENS, HfEngine, cache_sizes, copy_weights, live_views, load_hf)
+from megatron_sov.infer.engines.transformers_engine import (
+    PAGE_TOKENS, HfEngine, compute_cache_sizes, copy_weights, get_live_views, load_hf)
 from megatron_sov.infer.request import Batching, Sampling, StopRule
 
 PROMPTS = [[5, 9, 2, 70], [300], [8, 8, 8, 8], list(range(100, 140))]
 
 
-def test_the_defaults_of_the_folder_do_not_count(hf_models: dict[str, Path], tmp_path: Path, caplog) -> None:
+def test_generation_defaults_of_the_folder_are_ignored(hf_models: dict[str, Path], tmp_path: Path,
+                                                       caplog) -> None:
     plain = HfEngine(load_hf(hf_models["solar_open"])).generate(PROMPTS, Sampling(10)).continuations
     opinionated = shutil.copytree(hf_models["solar_open"], tmp_path / "opinionated")
     defaults = {"do_sample": True, "temperature": 3.0, "repetition_penalty": 5.0, "eos_token_id": plain[0][0]}
@@ -34,8 +35,7 @@ def test_the_defaults_of_the_folder_do_not_count(hf_models: dict[str, Path], tmp
     assert not caplog.records
 
 
-def test_bounds_and_windows_that_transformers_ignores_are_refused(hf_models: dict[str, Path],
-                                                                  tmp_path: Path) -> None:
+def test_ignored_config_fields_are_rejected(hf_models: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(hf_models["exaone_moe"], tmp_path / "second")
     config = json.loads((folder / "config.json").read_text())
     layers = config["num_hidden_layers"]
@@ -57,7 +57,7 @@ def test_streams_are_part_of_the_seed_and_drafts_are_refused(hf_models: dict[str
         engine.generate(PROMPTS, Sampling(8, with_routes=True))
 
 
-def test_a_folder_that_does_not_load_is_named(hf_models: dict[str, Path], tmp_path: Path) -> None:
+def test_unloadable_folder_is_named(hf_models: dict[str, Path], tmp_path: Path) -> None:
     broken = shutil.copytree(hf_models["solar_open"], tmp_path / "broken")
     whole = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(whole[:len(whole) // 2])
@@ -69,8 +69,8 @@ def test_a_folder_that_does_not_load_is_named(hf_models: dict[str, Path], tmp_pa
 
 
 @pytest.mark.parametrize("longest", [10, 1000, 16_384, 131_072, 262_144, 1 << 20])
-def test_the_mask_stays_as_small_at_any_length(longest: int) -> None:
-    slots, pages, pass_tokens = cache_sizes(20, longest, Batching())
+def test_mask_size_is_bounded_at_any_length(longest: int) -> None:
+    slots, pages, pass_tokens = compute_cache_sizes(20, longest, Batching())
     assert pages * PAGE_TOKENS >= slots * longest
     assert 4 * pass_tokens * (pages * PAGE_TOKENS + pass_tokens) < 1.1 * 2**30, (
         "bytes of a mask in fp32, whole")
@@ -80,13 +80,13 @@ def test_the_mask_stays_as_small_at_any_length(longest: int) -> None:
     assert slots == (20 if longest < 13_000 else max(1, 2**18 // (longest + 2 * PAGE_TOKENS)))
 
 
-def test_prompts_that_do_not_fit_are_told(hf_models: dict[str, Path]) -> None:
+def test_prompts_without_memory_are_reported(hf_models: dict[str, Path]) -> None:
     with pytest.raises(UserError, match="answered 0 of 1"):
         HfEngine(load_hf(hf_models["solar_open"])).generate([[5, 9, 2]], Sampling(10_000_000_000))
 
 
-def test_code_of_a_folder_is_not_run_whoever_says_yes(hf_models: dict[str, Path], tmp_path: Path,
-                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_in_a_folder_is_never_run(hf_models: dict[str, Path], tmp_path: Path,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
     folder = shutil.copytree(hf_models["solar_open"], tmp_path / "foreign")
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
@@ -100,7 +100,7 @@ def test_code_of_a_folder_is_not_run_whoever_says_yes(hf_models: dict[str, Path]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-def test_log_probabilities_are_of_what_was_drawn_from(temperature: float, hf_models: dict[str, Path]) -> None:
+def test_logprobs_are_of_the_sampled_distribution(temperature: float, hf_models: dict[str, Path]) -> None:
     """Against one plain forward pass over prompt and continuation."""
     model = load_hf(hf_models["exaone_moe"])
     asked = Sampling(12, temperature, seed=1, for_training=True)
@@ -115,23 +115,23 @@ def test_log_probabilities_are_of_what_was_drawn_from(temperature: float, hf_mod
     assert (found.temperature, found.version) == (temperature, 0)
 
 
-def test_a_cut_distribution_is_for_training_where_it_is_asked_for(hf_models: dict[str, Path]) -> None:
+def test_truncated_sampling_for_training_needs_permission(hf_models: dict[str, Path]) -> None:
     engine = HfEngine(load_hf(hf_models["solar_open"]))
     cut = Sampling(3, 1.0, top_k=1, for_training=True)
-    with pytest.raises(UserError, match="samples that are trained"):
+    with pytest.raises(UserError, match="samples for training"):
         engine.generate(PROMPTS, cut)
     found = engine.generate(PROMPTS, dataclasses.replace(cut, allow_truncation=True))
     assert all(logprob == 0 for told in found.logprobs for logprob in told), "of one token, it is certain"
 
 
-def test_latent_attention_is_refused_for_transformers_has_no_pages_for_it() -> None:
+def test_latent_attention_is_rejected() -> None:
     model = SimpleNamespace(config=DeepseekV3Config())
     with pytest.raises(UserError, match="kv_lora_rank = 512:"):
         HfEngine(model).generate([[1, 2]], Sampling(2))
 
 
 def redrawn(folder: Path) -> Any:
-    """The folder's model with other numbers."""
+    """Return the folder's model with other random weights."""
     model = load_hf(folder)
     torch.manual_seed(7)
     with torch.no_grad():
@@ -141,13 +141,12 @@ def redrawn(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("family", ["solar_open", "exaone_moe"])
-def test_names_are_those_of_the_files_and_writing_reaches_the_model(family: str, hf_models: dict[str, Path],
-                                                                    tmp_path: Path,
-                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+def test_live_views_write_to_the_model(family: str, hf_models: dict[str, Path], tmp_path: Path,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     written = load_file(hf_models[family] / "model.safetensors")
     model = redrawn(hf_models[family])
-    views = live_views(model)
+    views = get_live_views(model)
     assert {name: view.shape for name, view in views.items()} == {n: t.shape for n, t in written.items()}
     addresses = {name: t.data_ptr() for name, t in model.state_dict().items()}
     copy_weights(model, written.items())
@@ -157,17 +156,17 @@ def test_names_are_those_of_the_files_and_writing_reaches_the_model(family: str,
     assert not list(tmp_path.iterdir())
 
 
-def test_a_head_that_is_the_embedding_comes_once() -> None:
+def test_tied_head_has_one_view() -> None:
     config = transformers.Qwen2Config(vocab_size=40, hidden_size=16, num_hidden_layers=1, intermediate_size=8,
                                       num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
     model = transformers.Qwen2ForCausalLM(config)
-    weights = {name: torch.full(view.shape, 2.0) for name, view in live_views(model).items()}
+    weights = {name: torch.full(view.shape, 2.0) for name, view in get_live_views(model).items()}
     assert "lm_head.weight" not in weights
     copy_weights(model, weights.items())
     assert torch.equal(model.lm_head.weight, torch.full((40, 16), 2.0))
 
 
-def test_what_the_class_ignores_in_files_may_come_along(hf_models: dict[str, Path]) -> None:
+def test_ignored_tensors_are_skipped_in_updates(hf_models: dict[str, Path]) -> None:
     written = load_file(hf_models["exaone_moe"] / "model.safetensors")
     model = redrawn(hf_models["exaone_moe"])
     copy_weights(model, [("mtp.norm.weight", torch.zeros(3)), *written.items()])

@@ -1,6 +1,5 @@
-"""Loss on held-out documents, which every judge reads alike: the trainer, a checkpoint at any layout,
-transformers.
-"""
+"""Compute the loss on held-out documents, equally for the trainer, checkpoints at any layout, and
+transformers."""
 
 from __future__ import annotations
 
@@ -18,8 +17,8 @@ import torch
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.vocabulary import check_same_tokens
-from megatron_sov.infer.engines.load import Loaded
-from megatron_sov.model.config.data import named_shards
+from megatron_sov.infer.engines.load import LoadedModel
+from megatron_sov.model.config.data import split_source_name
 from megatron_sov.model.modality import check_encoders
 from megatron_sov.train.data.order import OrderedSample
 from megatron_sov.train.data.rows import PackedRow, heldout_samples
@@ -30,29 +29,29 @@ from megatron_sov.train.stages.evaluate import (
 from megatron_sov.work.progress.progress_bar import create_bar
 
 ROW_TOKENS = 8192
-"""Tokens of a row, unless one document alone is longer."""
+"""Tokens per row; longer if a single document is longer."""
 
 
 @dataclass(frozen=True)
 class HeldoutData:
-    """The held-out splits of token artifacts, cut as `train.stages.evaluate.HeldoutEvaluator` cuts them."""
+    """Held-out splits of token artifacts, cut into rows as by `train.stages.evaluate.HeldoutEvaluator`."""
 
     sources: list[Source]
-    """All sources, with those that hold nothing out."""
+    """All sources, including sources without a held-out split."""
     vocab_size: int
-    """Token ids of the tokenizer that packed them."""
+    """Vocabulary size of the tokenizer that packed the data."""
     seq_len: int
-    """Tokens of a row; longer documents are read in overlapping windows of as many."""
+    """Tokens per row; longer documents are read in overlapping windows."""
     max_tokens: int
-    """Tokens of each source that are read at most."""
+    """Limit of tokens per source."""
 
     def judged(self) -> list[tuple[int, Source]]:
-        """Return the sources that hold documents out, with their index."""
+        """Return (index, source) of the sources with held-out documents."""
         return [(i, s) for i, s in enumerate(self.sources) if s.num_tokens.get("heldout", 0) > 1]
 
     @cached_property
     def _cut_sources(self) -> dict[int, tuple[Documents, list[OrderedSample]]]:
-        """The opened documents of each judged source, and what its rows are made of, by its index."""
+        """Source index -> documents and the samples of its rows."""
         opened = {index: source.shard("heldout") for index, source in self.judged()}
         return {index: (shard, heldout_samples(shard, index, self.seq_len, self.max_tokens))
                 for index, shard in opened.items()}
@@ -67,7 +66,7 @@ class HeldoutData:
             yield heldout_row(sample, shard, self.sources[index], self.seq_len)
 
     def bytes_of_token(self, vocab_size: int) -> np.ndarray | None:
-        """Return UTF-8 bytes of each token [vocab_size], or None where no tokenizer travels with the data."""
+        """Return the UTF-8 bytes of each token [vocab_size]; None if the data have no tokenizer."""
         folder = tokenizer_folder(self.sources)
         return None if folder is None else token_bytes(folder, vocab_size)
 
@@ -75,40 +74,41 @@ class HeldoutData:
 def open_heldout(paths: dict[str, float], seq_len: int, max_tokens: int, *,
                  model_vocab_size: int = sys.maxsize, model_tokenizer: Path | None = None,
                  formats: tuple[str, ...] = TEXTS) -> HeldoutData:
-    """Open token artifacts for judging.
+    """Open the held-out splits of token artifacts.
 
     Args:
-        paths: folder -> weight (weights do not matter here).
-        seq_len: tokens of a row.
-        max_tokens: tokens of each source that are read at most.
-        model_vocab_size: token ids that the model knows.
-        model_tokenizer: folder of the model's tokenizer, compared with the data's where both are there.
-        formats: that the data may have.
+        paths: folder -> weight; the weights are ignored.
+        seq_len: tokens per row.
+        max_tokens: limit of tokens per source.
+        model_vocab_size: vocabulary size of the model.
+        model_tokenizer: tokenizer folder of the model, compared with that of the data.
+        formats: accepted data formats.
 
     Raises:
-        UserError: the artifacts do not fit together or the model, or hold nothing out.
+        UserError: the artifacts differ or do not match the model, or have no held-out documents.
     """
     sources = open_sources(paths, model_vocab_size, formats, is_fixed=True)
-    vocab_size = max(int(read_manifest(named_shards(path)[1], "tokens").content["vocab_size"])
+    vocab_size = max(int(read_manifest(split_source_name(path)[1], "tokens").content["vocab_size"])
                      for path in paths)
     data = HeldoutData(sources, vocab_size, seq_len, max_tokens)
     if not data.judged():
-        raise UserError(f"--data {', '.join(paths)}: holds no documents out, so there is nothing to judge "
-                        "by; pack with --heldout 0.02")
+        raise UserError(f"--data {', '.join(paths)}: has no held-out documents to evaluate on; "
+                        "pack with --heldout 0.02")
     if not any((row.weights > 0).any() for index, _ in data.judged() for row in data.rows(index)):
-        raise UserError(f"--data {', '.join(paths)}: none of its held-out tokens is learned (prompts alone), "
-                        "so there is nothing to judge by; look at them with `sov-data sample`")
+        raise UserError(f"--data {', '.join(paths)}: all held-out tokens have loss weight 0 (prompts only), "
+                        "so there is no loss to compute; look at them with `sov-data sample`")
     if model_tokenizer is not None:
         check_same_tokens(tokenizer_folder(sources), model_tokenizer)
     return data
 
 
-def evaluate_rows(data: HeldoutData, losses_of: Callable[[PackedRow], np.ndarray]) -> dict[str, HeldoutLoss]:
-    """Return the result on every source that has held-out targets.
+def evaluate_rows(data: HeldoutData, compute_losses: Callable[[PackedRow], np.ndarray]) -> dict[str,
+                  HeldoutLoss]:
+    """Return source name -> loss, for sources with held-out targets.
 
     Args:
-        data: the documents.
-        losses_of: row of n tokens -> [n] nats, of which those where `row.weights` is positive count.
+        data: held-out documents.
+        compute_losses: row of n tokens -> losses [n] in nats; those with `row.weights` > 0 count.
     """
     results = {}
     sizes = data.bytes_of_token(data.vocab_size)
@@ -116,60 +116,60 @@ def evaluate_rows(data: HeldoutData, losses_of: Callable[[PackedRow], np.ndarray
         for index, source in data.judged():
             sums = dict.fromkeys(SUMS, 0.0)
             for row in data.rows(index):
-                # A weight says here only whether a label counts: losses of held-out text are not weighed.
-                counted, losses = row.weights > 0, losses_of(row)
+                # Loss weights only select the targets; held-out losses are not weighted.
+                counted, losses = row.weights > 0, compute_losses(row)
                 sums["nats"] += float(losses[counted].sum(dtype=np.float64))
                 sums["tokens"] += int(counted.sum())
                 sums["size_bytes"] += int(sizes[row.labels[counted]].sum()) if sizes is not None else 0
                 for part, (column, chosen) in PARTS.items() if row.columns else ():
-                    of_part = counted & chosen(row.columns[column])
-                    sums[f"{part}_nats"] += float(losses[of_part].sum(dtype=np.float64))
-                    sums[f"{part}_tokens"] += int(of_part.sum())
+                    in_part = counted & chosen(row.columns[column])
+                    sums[f"{part}_nats"] += float(losses[in_part].sum(dtype=np.float64))
+                    sums[f"{part}_tokens"] += int(in_part.sum())
                 bar.update()
             if sums["tokens"]:
                 results[source.name] = result_of(sums)
     return results
 
 
-def evaluate_forward_model(loaded: Loaded, data: HeldoutData) -> dict[str, HeldoutLoss]:
-    """Return the loss per source of a running policy; called by all processes together."""
+def evaluate_forward_model(loaded: LoadedModel, data: HeldoutData) -> dict[str, HeldoutLoss]:
+    """Return source name -> loss of a loaded model (collective)."""
     check_encoders(loaded.config.model, data.sources)
-    rows = rows_per_batch(loaded, data.seq_len, data.max_tokens)
+    rows = compute_rows_per_batch(loaded, data.seq_len, data.max_tokens)
     sizes = data.bytes_of_token(loaded.config.model.vocab_size)
     evaluator = HeldoutEvaluator(data.sources, sizes, data.seq_len, rows, data.max_tokens, loaded.world)
-    shows = loaded.world.rank == loaded.world.size - 1  # of the last pipeline stage, whatever the layout
-    with create_bar("judging", evaluator.num_micro_batches, "row", shows) as bar:
+    shows_progress = loaded.world.rank == loaded.world.size - 1  # always on the last pipeline stage
+    with create_bar("judging", evaluator.num_micro_batches, "row", shows_progress) as bar:
         return evaluator.run(loaded.policy, done=bar.update)
 
 
-def rows_per_batch(loaded: Loaded, seq_len: int, max_tokens: int = ROW_TOKENS) -> int:
-    """Return how many rows of `seq_len` tokens are passed through a model at a time."""
+def compute_rows_per_batch(loaded: LoadedModel, seq_len: int, max_tokens: int = ROW_TOKENS) -> int:
+    """Return the number of rows of `seq_len` tokens per forward pass."""
     multiple = loaded.config.parallel.row_multiple
-    step = multiple // math.gcd(multiple, seq_len)  # so many samples in a row that the layout can cut it
+    step = multiple // math.gcd(multiple, seq_len)  # smallest number of rows that the layout can split
     return -(-max(1, min(ROW_TOKENS, max_tokens) // seq_len) // step) * step
 
 
 def evaluate_hf(model: Any, data: HeldoutData) -> dict[str, HeldoutLoss]:
-    """Return the loss per source of transformers' model on the same targets in the same contexts.
+    """Return source name -> loss of a transformers model, on the same targets and contexts.
 
     Raises:
-        UserError: the data have pictures or sounds, which that model does not read.
+        UserError: the data have images or audio, which the transformers model does not read.
     """
-    if read := [f"{s.name} ({', '.join(s.banks)})" for s in data.sources if s.banks]:
-        raise UserError(f"sources {'; '.join(read)}: transformers' model reads text alone; judge the "
-                        "checkpoint itself, or data of text")
-    return evaluate_rows(data, lambda row: row_losses(model, row))
+    if media_sources := [f"{s.name} ({', '.join(s.banks)})" for s in data.sources if s.banks]:
+        raise UserError(f"sources {'; '.join(media_sources)}: the transformers model reads text only; "
+                        "evaluate the checkpoint itself, or use text data")
+    return evaluate_rows(data, lambda row: compute_row_losses(model, row))
 
 
 @torch.no_grad()
-def row_losses(model: Any, row: PackedRow) -> np.ndarray:
-    """Return [n] nats; each segment stands in a line of its own, so that documents do not see one another.
+def compute_row_losses(model: Any, row: PackedRow) -> np.ndarray:
+    """Return the losses [n] of a row in nats.
 
-    Lines are padded at their end, which no token before can see.
+    Each document is a separate line of the batch, padded at its end, where causal attention ignores padding.
     """
     lengths = np.diff(row.bounds)
     inside = np.arange(lengths.max()) < lengths[:, None]
-    # transformers has no packed rows: a document of its own line sees no other.
+    # transformers has no packed rows: a line per document keeps documents apart.
     lines = np.zeros(inside.shape, np.int64)
     lines[inside] = row.tokens
     logits = model(input_ids=torch.from_numpy(lines).to(model.device),
@@ -178,9 +178,9 @@ def row_losses(model: Any, row: PackedRow) -> np.ndarray:
     return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none").cpu().numpy()
 
 
-def rows_of(lengths: Sequence[int], row_tokens: int = ROW_TOKENS) -> list[list[int]]:
-    """Return the documents (by index, in order) of each row; a row ends where the next
-    document would not fit."""
+def group_into_rows(lengths: Sequence[int], row_tokens: int = ROW_TOKENS) -> list[list[int]]:
+    """Group documents (by index, in order) into rows of at most `row_tokens`, unless one document is
+    longer."""
     rows: list[list[int]] = []
     filled = 0
     for index, length in enumerate(lengths):

@@ -29,28 +29,28 @@ time.sleep(600)
 """
 OWNER = """
 import os, sys, time
-from megatron_sov.work.processes.supervisor import KeptCommand
-kept = KeptCommand([sys.executable, "-c", sys.argv[1]], os.environ, sys.stderr)
+from megatron_sov.work.processes.supervisor import SupervisedCommand
+kept = SupervisedCommand([sys.executable, "-c", sys.argv[1]], os.environ, sys.stderr)
 time.sleep(600)
 """
 
 
-def told() -> list[int]:
-    """Return the processes of the tree, once they are there."""
-    until(lambda: Path("told.json").exists())
+def read_pids() -> list[int]:
+    """Wait for the process tree; return the pids."""
+    wait_until(lambda: Path("told.json").exists())
     pids: list[int] = json.loads(Path("told.json").read_text())
     assert all(map(psutil.pid_exists, pids))
     return pids
 
 
-def until(is_so: Any) -> None:
+def wait_until(is_so: Any) -> None:
     ends_s = time.monotonic() + 60
     while not is_so():
         assert time.monotonic() < ends_s
         time.sleep(0.01)
 
 
-def kept(program: str) -> SupervisedCommand:
+def start_command(program: str) -> SupervisedCommand:
     with open("log", "wb") as out:
         return SupervisedCommand([sys.executable, "-c", program], os.environ, out)
 
@@ -60,39 +60,39 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_all_processes_end_with_a_killed_owner() -> None:
+def test_all_processes_end_with_killed_owner() -> None:
     owner = subprocess.Popen([sys.executable, "-c", OWNER, TREE])
-    pids = told()
+    pids = read_pids()
     owner.kill()
     owner.wait()
-    until(lambda: not any(map(psutil.pid_exists, pids)))
+    wait_until(lambda: not any(map(psutil.pid_exists, pids)))
 
 
-def test_a_command_that_is_killed_takes_all_with_it() -> None:
-    command = kept(TREE)
-    pids = told()
+def test_killed_command_ends_descendants() -> None:
+    command = start_command(TREE)
+    pids = read_pids()
     os.kill(pids[0], signal.SIGKILL)
-    until(lambda: not command.is_alive)
+    wait_until(lambda: not command.is_alive)
     assert not any(map(psutil.pid_exists, pids))
 
 
-def test_a_command_is_let_go_on_with_its_end_while_there_is_patience() -> None:
+def test_command_may_clean_up_within_patience() -> None:
     # the command ends at once when it is asked, its child a little later
-    command = kept("""
+    command = start_command("""
 import signal, subprocess, sys, time
 child = "import time; open('begun', 'w'); time.sleep(0.3); open('removed', 'w')"
 subprocess.Popen([sys.executable, "-c", child])
 time.sleep(600)
 """)
-    until(lambda: Path("begun").exists())
+    wait_until(lambda: Path("begun").exists())
     command.end(patience_s=60)
     assert Path("removed").exists() and not command.is_alive
     command.end()
 
 
-def test_a_command_that_there_is_not_is_told() -> None:
+def test_missing_program_is_reported() -> None:
     with open("log", "wb") as out:
         command = SupervisedCommand(["/no/program"], os.environ, out)
-    until(lambda: not command.is_alive)
+    wait_until(lambda: not command.is_alive)
     assert command._keeper.returncode == NOT_STARTED
     assert Path("log").read_text() == "/no/program: No such file or directory\n"

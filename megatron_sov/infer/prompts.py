@@ -1,5 +1,4 @@
-"""What a command asks of a model: prompts from options and files as its token ids, what ends an answer,
-whether an engine can do it, and the file of responses.  No torch here."""
+"""Read prompts from options and files, encode them for a model, and check that an engine can run them."""
 
 from __future__ import annotations
 
@@ -16,62 +15,63 @@ from megatron_sov.base.settings import AtLeastOne, Flag, SettingsError
 from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder
 from megatron_sov.chat.folder import TOKENIZER_JSON, read_chat_encoder
 from megatron_sov.chat.marks import build_text_decoder, prepend_mark
-from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, PRECISION_KEY, SERVED, TRANSFORMERS, ChosenEngine
-from megatron_sov.infer.request import Generated
+from megatron_sov.infer.engine import (
+    ENGINE_SET, MEGATRON, PRECISION_KEY, SERVER_ENGINES, TRANSFORMERS, ChosenEngine)
+from megatron_sov.infer.request import GenerationResult
 from megatron_sov.work.endpoints.transport import find_address_problems
 
 if TYPE_CHECKING:
-    from megatron_sov.infer.engines.server_engine import ServerPlaces
+    from megatron_sov.infer.engines.server_engine import ServerLocations
     from megatron_sov.infer.engines.target import Target
     from megatron_sov.model.modality import FeatureTokens, MediaEncoding
 
 @dataclass(frozen=True)
 class ModelPrompt:
-    """What a model is asked."""
+    """A prompt, with the reference answer and the source record that a reward may need."""
 
     text: str
-    """What it continues, or with a chat template answers."""
+    """Text to continue, or the user message if a chat template is used."""
     target: str | None = None
-    """The answer that a reader will compare with, if there is one."""
+    """Reference answer, if known."""
     record: Mapping[str, Any] = field(default_factory=dict, compare=False)
-    """The fields of its line, which go with the responses: what a reward needs."""
+    """Source record; its fields are copied to the responses."""
 
 
-def read_prompts(given: Sequence[str], file: Path | None) -> list[ModelPrompt]:
-    """Return the prompts given as texts, then those of a JSONL file with fields "prompt" and,
-    if wanted, "target".
+def read_prompts(texts: Sequence[str], file: Path | None) -> list[ModelPrompt]:
+    """Return the prompts from options, then those of a JSONL file with `prompt` and, optionally, `target`.
 
     Raises:
-        UserError: there is none, one is empty, or a line of the file is malformed (named by number).
+        UserError: there is no prompt, a prompt is empty, or a line of `file` is malformed.
     """
-    prompts = [ModelPrompt(text) for text in given] + (_read_file(file) if file is not None else [])
+    prompts = [ModelPrompt(text) for text in texts] + (_read_file(file) if file is not None else [])
     if not prompts and file is not None:
         raise UserError(f"--prompts {file}: is empty; pass a JSONL file with a prompt on each line")
     if not prompts:
-        raise UserError("there is nothing to continue: pass --prompt TEXT or --prompts FILE.jsonl")
-    texts = [p.text for p in prompts]
-    if "" in texts:
-        raise UserError(f"prompt {texts.index('') + 1} is empty: pass at least one character of text")
+        raise UserError("no prompts: pass --prompt TEXT or --prompts FILE.jsonl")
+    prompt_texts = [p.text for p in prompts]
+    if "" in prompt_texts:
+        raise UserError(f"prompt {prompt_texts.index('') + 1} is empty: pass at least one character of text")
     return prompts
 
 
-def response_lines(prompts: Sequence[ModelPrompt], texts: Sequence[str], found: Generated) -> str:
-    """Return JSON lines as `megatron-sov score` reads them: a prompt's own fields, `response`, `num_tokens`
-    and `finish_reason`."""
+def format_responses(prompts: Sequence[ModelPrompt], texts: Sequence[str],
+                     generated: GenerationResult) -> str:
+    """Format JSON lines for `megatron-sov score`: the record, `response`, `num_tokens` and
+    `finish_reason`."""
     return "".join(json.dumps({
         **prompt.record, "prompt": prompt.text, "response": text, "num_tokens": len(tokens),
         "finish_reason": reason}, ensure_ascii=False) + "\n"
-        for prompt, text, tokens, reason in zip(prompts, texts, found.continuations, found.finish_reasons,
-                                                strict=True))
+        for prompt, text, tokens, reason in zip(prompts, texts, generated.continuations,
+                                                generated.finish_reasons, strict=True))
 
 
 def _read_file(file: Path) -> list[ModelPrompt]:
     refuse_tables(file, "--prompts")
     try:
-        # at "\n" alone: `splitlines` also cuts at characters that may stand inside a JSON string
+        # Split at "\n" only: `splitlines` also splits at characters inside JSON strings.
         lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as e:
-        reason = e.strerror if isinstance(e, OSError) else f"no UTF-8 at byte {e.start}"
+        reason = e.strerror if isinstance(e, OSError) else f"invalid UTF-8 at byte {e.start}"
         raise UserError(f"--prompts {file}: cannot be read ({reason}); pass a JSONL file in UTF-8") from None
     prompts = []
     for number, line in enumerate(lines, start=1):
@@ -79,14 +79,14 @@ def _read_file(file: Path) -> list[ModelPrompt]:
             continue
         try:
             record = json.loads(line)
-            # NaN or half of a surrogate pair could not be written with its answer
+            # NaN and unpaired surrogates could not be written with the response.
             json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
         except (ValueError, RecursionError) as e:
             raise UserError(f"{file}:{number}: is not valid JSON ({e}); "
                             "every line must be one JSON object") from None
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) \
                 or not isinstance(record.get("target", ""), str):
-            raise UserError(f'{file}:{number}: must be an object with "prompt" and, if wanted, '
+            raise UserError(f'{file}:{number}: must be an object with "prompt" and, optionally, '
                             '"target", both strings')
         prompts.append(ModelPrompt(record["prompt"], record.get("target"), record))
     return prompts
@@ -94,7 +94,7 @@ def _read_file(file: Path) -> list[ModelPrompt]:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """What runs a model, of commands whose --set is of something else."""
+    """Engine options of commands whose --set is for other settings."""
 
     engine: ChosenEngine = None
     engine_set: Annotated[tuple[str, ...], Flag(ENGINE_SET, "key=value")] = ()
@@ -105,42 +105,42 @@ class EngineOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:
-    """Where servers come from, of `--engine vllm`."""
+    """Servers for `--engine vllm`."""
 
     engine_python: Annotated[Path | None, Flag(value="FILE")] = None
     """The interpreter that has the engine (default: SOV_ENGINE_PYTHON of the environment, or this one)."""
     engine_url: Annotated[tuple[str, ...], Flag(value="URL")] = ()
     """A server that somebody else has started; repeat it for several."""
 
-    def places(self, run: Path) -> ServerPlaces:
-        """Return where the servers of a run are.
+    def places(self, run: Path) -> ServerLocations:
+        """Return the servers of a run.
 
         Raises:
-            UserError: an address is none.
+            UserError: --engine-url is not an address.
         """
-        from megatron_sov.infer.engines.server_engine import ServerPlaces
+        from megatron_sov.infer.engines.server_engine import ServerLocations
 
         for url in self.engine_url:
             if problems := find_address_problems("--engine-url", url, "the environment"):
                 raise SettingsError("", problems)
-        return ServerPlaces(run / "engines", self.engine_url, self.engine_python)
+        return ServerLocations(run / "engines", self.engine_url, self.engine_python)
 
 
 @dataclass(frozen=True)
-class SamplingRequest:
-    """Prompts as a model reads them."""
+class EncodedPrompts:
+    """Prompts encoded for a model."""
 
     ids: list[list[int]]
     """Token ids of each prompt."""
     end_ids: tuple[int, ...]
-    """Tokens that end an answer."""
+    """Stop tokens."""
     decode: Callable[[list[int]], str]
-    """From token ids to text (`chat.marks.text_decoder`)."""
+    """Token ids -> text (`chat.marks.text_decoder`)."""
     opened: list[str]
-    """The mark of thoughts that the template has opened at the end of each prompt; empty: none."""
+    """For each prompt, the thinking mark that the chat template opened at its end; "" if none."""
 
     def response(self, number: int, text: str) -> str:
-        """Return what a model wrote to a prompt as a text that stands by itself."""
+        """Return the response with the opening thinking mark of its prompt."""
         return prepend_mark(text, self.opened[number])
 
     @property
@@ -148,53 +148,52 @@ class SamplingRequest:
         return max(map(len, self.ids))
 
 
-class Asker:
-    """A model's own tokenizer, and its chat template if wanted."""
+class PromptEncoder:
+    """Encodes prompts with a model's tokenizer and, optionally, its chat template.
+
+    Args:
+        target: the model.
+        chat: format prompts with the chat template.
+        encoding: ids of image and audio tokens in prompts; None treats their text as ordinary text.
+
+    Raises:
+        UserError: the model has no tokenizer or no chat template.
+    """
 
     def __init__(self, target: Target, chat: bool, encoding: MediaEncoding | None = None) -> None:
-        """Read both.
-
-        Args:
-            target: the model.
-            chat: whether prompts are framed by the chat template.
-            encoding: how tokens of pictures and sounds that prompts spell are numbered; None: they are text.
-
-        Raises:
-            UserError: the model has no tokenizer or no chat template.
-        """
         from megatron_sov.infer.engines.load import load_tokenizer
 
         tokenizer = load_tokenizer(target.tokenizer_folder)
         eos = tokenizer.eos_token_id
-        # A plain text ends with eos alone.
+        # A text without chat template ends with eos only.
         self._eos = () if eos is None else (int(eos),)
         self.feature_tokens = (None if encoding is None
                                else _read_feature_tokens(target.tokenizer_folder, encoding))
-        """Tokens of pictures and sounds that prompts may spell; None: they are text."""
+        """Image and audio tokens in prompts; None treats their text as ordinary text."""
         encoder = read_chat_encoder(target.tokenizer_folder, self.feature_tokens) if chat else None
         if chat and encoder is None:
             raise UserError(f"--chat: {target.tokenizer_folder} has no chat template; "
                             "leave --chat out, or fine-tune on chats first")
         self._target, self._tokenizer = target, tokenizer
         self.encoder = encoder
-        """Of conversations; None: prompts are texts."""
-        self.end_ids = stop_ids(target, eos, encoder)
-        """Tokens that end an answer."""
+        """Encoder of the chat template; None for plain prompts."""
+        self.end_ids = read_stop_ids(target, eos, encoder)
+        """Stop tokens."""
         self._decode = build_text_decoder(target.tokenizer_folder / TOKENIZER_JSON, self.end_ids,
                                     lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))
 
     def ask(self, prompts: Sequence[str | Conversation]) -> list[list[int]]:
-        """Return prompts in the model's ids, see `asked_of`.
+        """Encode prompts, see `asked_of`.
 
         Raises:
-            UserError: the model knows fewer ids than its tokenizer, or a prompt is no text.
+            UserError: a prompt is invalid, or the tokenizer has ids that the model lacks.
         """
-        _refuse_half_characters(prompts)
+        _check_surrogates(prompts)
         if self.encoder is not None:
             ids = [_encode_chat(self.encoder, prompt) for prompt in prompts]
-        else:  # begun as documents in token shards begin: with nothing before the text
-            ids = [self._text_ids(_plain(prompt)) for prompt in prompts]
-        _refuse_unknown(ids, self._target)
+        else:  # as documents in token shards: without a prefix
+            ids = [self._text_ids(_get_text(prompt)) for prompt in prompts]
+        _check_ids(ids, self._target)
         return ids
 
     def _text_ids(self, text: str) -> list[int]:
@@ -206,55 +205,58 @@ class Asker:
             self._tokenizer.encode(piece, add_special_tokens=False) if id_ is None else [id_])]
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of text that an answer begins with.
+        """Encode the beginning of an answer.
 
         Raises:
-            UserError: the model knows fewer ids than its tokenizer, or it is no text.
+            UserError: the text is invalid, or the tokenizer has ids that the model lacks.
         """
-        _refuse_half_characters([text])
+        _check_surrogates([text])
         ids = list(self._tokenizer.encode(text, add_special_tokens=False))
-        _refuse_unknown([ids], self._target)
+        _check_ids([ids], self._target)
         return ids
 
     def answer(self, text: str) -> list[int]:
-        """Return the ids of a whole answer, with what ends it: those that training on chats has seen, or with
-        the tokenizer's eos.
+        """Encode a whole answer with its end: the end of an assistant turn, or eos without chat template.
 
         Raises:
-            UserError: the model knows fewer ids than its tokenizer, or it is no text.
+            UserError: the text is invalid, or the tokenizer has ids that the model lacks.
         """
         if self.encoder is None:
             return [*self.encode(text), *self._eos]
-        _refuse_half_characters([text])
+        _check_surrogates([text])
         try:
-            # A whole turn, of which the learned tokens are the answer with what ends it.
-            told = self.encoder.encode(Conversation.of(("user", "?"), ("assistant", text)))
+            # The learned tokens of an assistant turn are the answer and its end.
+            encoded = self.encoder.encode(Conversation.of(("user", "?"), ("assistant", text)))
         except BadRecord as e:
             raise UserError(f"the answer {text[:40]!r} {e}") from None
-        ids = [i for i, type_ in zip(told.ids, told.types, strict=True) if type_ == TYPE_RESPONSE]
-        _refuse_unknown([ids], self._target)
+        ids = [i for i, type_ in zip(encoded.ids, encoded.types, strict=True) if type_ == TYPE_RESPONSE]
+        _check_ids([ids], self._target)
         return ids
 
     def id_of(self, token: str) -> int | None:
-        """Return a token's id; None where the tokenizer has no such token."""
-        found = self._tokenizer.convert_tokens_to_ids(token)
-        return None if found is None or found == self._tokenizer.unk_token_id else int(found)
+        """Return the id of a token; None if the tokenizer lacks it."""
+        token_id = self._tokenizer.convert_tokens_to_ids(token)
+        return None if token_id is None or token_id == self._tokenizer.unk_token_id else int(token_id)
 
     def decode(self, tokens: list[int]) -> str:
         return self._decode(tokens)
 
     def opened_thoughts(self, asked: Sequence[int]) -> str:
-        """Return the mark of thoughts that the template has opened at the end of a prompt; empty: none."""
+        """Return the thinking mark that the chat template opened at the end of a prompt; "" if none."""
         return "" if self.encoder is None else self.encoder.opened_thoughts(asked)
 
 
-def stop_ids(target: Target, eos: int | None, encoder: ChatEncoder | None) -> tuple[int, ...]:
-    """Return the tokens that end a response, in order: the same for a checkpoint and for the Hugging Face
-    folder that `convert to-hf` makes of it.  `eos` is the tokenizer's; `encoder` is for prompts that the chat
-    template frames."""
-    from megatron_sov.convert.hf_import import generation_ids, ids_as_list
+def read_stop_ids(target: Target, eos: int | None, encoder: ChatEncoder | None) -> tuple[int, ...]:
+    """Return the sorted stop tokens, equal for a checkpoint and its Hugging Face export.
 
-    configured = ids_as_list(generation_ids(target.tokenizer_folder).eos)
+    Args:
+        target: the model.
+        eos: eos id of the tokenizer.
+        encoder: chat encoder, for prompts with a chat template.
+    """
+    from megatron_sov.convert.hf_import import read_generation_ids, to_id_list
+
+    configured = to_id_list(read_generation_ids(target.tokenizer_folder).eos)
     turn_ends = () if encoder is None else encoder.end_ids()
     return tuple(sorted({*configured, *turn_ends, *(() if eos is None else (int(eos),))}))
 
@@ -262,36 +264,35 @@ def stop_ids(target: Target, eos: int | None, encoder: ChatEncoder | None) -> tu
 def _read_feature_tokens(folder: Path, encoding: MediaEncoding) -> FeatureTokens:
     from tokenizers import Tokenizer
 
-    from megatron_sov.model.modality import modality
+    from megatron_sov.model.modality import load_modality
 
-    omni = modality()
+    omni = load_modality()
     try:
         return omni.feature_tokens(Tokenizer.from_file(str(folder / TOKENIZER_JSON)), encoding)
     except Exception as e:  # the binding raises a bare Exception
         raise UserError(f"{folder}: its tokenizer cannot be read ({e}); restore it from its source") from None
 
 
-def asked_of(target: Target, prompts: Sequence[str | Conversation], chat: bool) -> SamplingRequest:
-    """Return prompts in the ids of a model's own tokenizer.
+def encode_prompts(target: Target, prompts: Sequence[str | Conversation], chat: bool) -> EncodedPrompts:
+    """Encode prompts with a model's own tokenizer.
 
     Args:
         target: the model.
-        prompts: texts to continue; with `chat` each is a user's message, or a whole conversation.
-        chat: frame them by the chat template: the very ids that training on chats has seen.
+        prompts: texts to continue; with `chat` user messages or conversations.
+        chat: format prompts with the chat template, as in training.
 
     Raises:
-        UserError: the model has no tokenizer or no chat template, or knows fewer ids than its tokenizer; or a
-            prompt is no text.
+        UserError: the model has no tokenizer or no chat template, the tokenizer has ids that the model lacks,
+            or a prompt is invalid.
     """
-    _refuse_half_characters(prompts)  # before the tokenizer is looked for
-    asker = Asker(target, chat)
+    _check_surrogates(prompts)  # before loading the tokenizer
+    asker = PromptEncoder(target, chat)
     ids = asker.ask(prompts)
-    return SamplingRequest(ids, asker.end_ids, asker.decode, list(map(asker.opened_thoughts, ids)))
+    return EncodedPrompts(ids, asker.end_ids, asker.decode, list(map(asker.opened_thoughts, ids)))
 
 
-def _refuse_half_characters(prompts: Sequence[str | Conversation]) -> None:
-    """Raise `UserError` for half of a surrogate pair, which JSON and arguments can hold and no tokenizer
-    reads."""
+def _check_surrogates(prompts: Sequence[str | Conversation]) -> None:
+    """Raise `UserError` for unpaired surrogates, which occur in JSON and arguments but cannot be encoded."""
     for prompt in prompts:
         texts = [prompt] if isinstance(prompt, str) else [t for m in prompt.messages for t in m.texts()]
         for text in texts:
@@ -299,10 +300,10 @@ def _refuse_half_characters(prompts: Sequence[str | Conversation]) -> None:
                 text.encode()
             except UnicodeEncodeError as e:
                 raise UserError(f"the prompt {text[:40]!r} has {text[e.start]!r} at character {e.start + 1}, "
-                                "half of a surrogate pair; write it in UTF-8") from None
+                                "an unpaired surrogate; write it in UTF-8") from None
 
 
-def _plain(prompt: str | Conversation) -> str:
+def _get_text(prompt: str | Conversation) -> str:
     if isinstance(prompt, str):
         return prompt
     raise UserError(f"the prompt {prompt.messages[-1].content[:40]!r} is a conversation; add --chat")
@@ -316,55 +317,57 @@ def _encode_chat(encoder: ChatEncoder, prompt: str | Conversation) -> list[int]:
         raise UserError(f"the prompt {chat.messages[-1].content[:40]!r} {e}") from None
 
 
-def _refuse_unknown(prompts: list[list[int]], target: Target) -> None:
-    """Raise `UserError` where a tokenizer knows more ids than its model: one that is split over processes
-    would take them for no token at all, without a word."""
+def _check_ids(prompts: list[list[int]], target: Target) -> None:
+    """Raise `UserError` for ids outside the model's vocabulary, which a sharded embedding would silently
+    ignore."""
     try:
         vocab_size = target.vocab_size
-    except UserError:  # a Hugging Face folder of another family, of which transformers knows more
+    except UserError:  # a Hugging Face folder of a family that only transformers supports
         return
     highest = max((max(ids, default=0) for ids in prompts), default=0)
     if highest >= vocab_size:
-        raise UserError(f"{target.tokenizer_folder}: makes token id {highest} of a prompt, and the model has "
-                        f"{vocab_size} ids; put the tokenizer there that the model was trained with")
+        raise UserError(f"{target.tokenizer_folder}: encodes a prompt with token id {highest}, but the model "
+                        f"has {vocab_size} ids; replace it by the tokenizer of the model")
 
 
-def check_length(target: Target, longest: int, what: str, mend: str) -> None:
-    """Raise `UserError` where a model ends before what is asked of it does.
+def check_length(target: Target, longest: int, cause: str, fix: str) -> None:
+    """Raise `UserError` if a sequence exceeds the context of the model.
 
     Args:
         target: the model.
         longest: tokens of the longest sequence, prompt and answer.
-        what: makes it so long, in the plural.
-        mend: what to do.
+        cause: cause of the length, in the plural.
+        fix: advice.
     """
     if longest > target.max_tokens:
-        raise UserError(f"{what} make {longest} tokens, and the model ends at {target.max_tokens}; {mend}")
+        raise UserError(f"{cause} make {longest} tokens, but the model has a context of {target.max_tokens}; "
+                        f"{fix}")
 
 
 def check_engine(engine: str, target: Target, settings: Sequence[str], nproc: int | None,
                  option: str = "--set", num_drafts: int = 0) -> None:
-    """Raise `UserError` where an engine cannot do what is asked of a model.
+    """Raise `UserError` if an engine cannot run a model with the given options.
 
     Args:
         engine: one of `ENGINES`.
         target: the model.
         settings: `key=value` changes of layout and precision, or of servers.
         nproc: local processes.
-        option: which gives the settings.
+        option: option that gives the settings.
         num_drafts: tokens that the multi-token prediction layer drafts.
     """
     if engine != MEGATRON and not target.is_hf:
         raise UserError(f"--engine {engine}: {target.path} is a checkpoint; "
                         "convert it first with `megatron-sov convert to-hf`")
-    own = settings if engine not in SERVED else ()  # its servers have settings too
+    refused = settings if engine not in SERVER_ENGINES else ()  # settings of servers
     if engine == TRANSFORMERS:
-        own = [setting for setting in own if setting.partition("=")[0] != PRECISION_KEY]
-    given = [*(f"{option} {setting}" for setting in own),
+        refused = [setting for setting in refused if setting.partition("=")[0] != PRECISION_KEY]
+    refused_options = [*(f"{option} {setting}" for setting in refused),
              *([] if nproc is None else [f"--nproc {nproc}"]),
              *([f"--speculative {num_drafts}"] if num_drafts else [])]
-    if engine != MEGATRON and given:
-        raise UserError(f"{', '.join(given)}: {'is' if len(given) == 1 else 'are'} for --engine {MEGATRON}; "
+    if engine != MEGATRON and refused_options:
+        verb = "is" if len(refused_options) == 1 else "are"
+        raise UserError(f"{', '.join(refused_options)}: {verb} for --engine {MEGATRON}; "
                         "add it or leave this out")
     if num_drafts and not target.model.num_mtp_layers:
         raise UserError(f"--speculative {num_drafts}: {target.path} has no multi-token prediction "

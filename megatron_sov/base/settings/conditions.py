@@ -9,8 +9,8 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
-from megatron_sov.base.settings.problem import ProblemCode, SettingsProblem, show
-from megatron_sov.base.settings.reading import fields_of
+from megatron_sov.base.settings.problem import ProblemCode, SettingsProblem, format_setting
+from megatron_sov.base.settings.reading import list_fields
 
 Facts = Mapping[str, Any]
 """Properties of a run in addition to its settings, e.g. "command" and "--data" -> value."""
@@ -51,12 +51,12 @@ class When:
             owner: dotted key of the settings that declare the condition.
             facts: see `Facts`.
         """
-        key = _absolute(self.key, owner)
+        key = _resolve_key(self.key, owner)
         if key in FACTS:
             values = [facts[key]] if key in facts else []
             fails = bool(values) and not self.holds(facts[key])
         else:
-            values = list(_values_at(root, key.split(".")))
+            values = list(_iter_values(root, key.split(".")))
             fails = not any(map(self.holds, values))
         if not fails:
             return None
@@ -66,7 +66,7 @@ class When:
 
     def text(self, owner: str) -> str:
         """Format the condition as a clause."""
-        return f"{_public_key(_absolute(self.key, owner))} {self.words}"
+        return f"{_public_key(_resolve_key(self.key, owner))} {self.words}"
 
 
 class AnyOf:
@@ -130,27 +130,28 @@ def is_none_of(key: str, *values: Any) -> When:
     return When(key, lambda value: value not in values, f"is not {_join_values(values)}")
 
 
-def find_inert(settings: Any, asked: Iterable[str], facts: Facts = NO_FACTS
+def find_inert_settings(settings: Any, requested_keys: Iterable[str], facts: Facts = NO_FACTS
               ) -> list[SettingsProblem]:
     """Return a problem for each requested setting that has no effect, naming the deciding settings.
 
     Args:
         settings: the resolved settings with the requested values.
-        asked: dotted keys of the requested settings; a group stands for its changed fields.
+        requested_keys: dotted keys of the requested settings; a group stands for its changed fields.
         facts: see `Facts`.
     """
-    leaves = dict.fromkeys(leaf for key in asked for leaf in _leaves_at(settings, key))
+    leaves = dict.fromkeys(leaf for key in requested_keys for leaf in _iter_changed_keys(settings, key))
     return list(filter(None, (_find_inert_problem(settings, leaf, facts) for leaf in leaves)))
 
 
 def _find_inert_problem(settings: Any, key: str, facts: Facts) -> SettingsProblem | None:
-    for owner, condition in conditions_of(settings, key):
+    for owner, condition in iter_conditions(settings, key):
         unmet = condition.find_unmet(settings, owner, facts)
         if unmet is not None:
-            deciders = " and ".join(f"{name} = {show(value)}" for name, value in unmet.deciders.items()
+            deciders = " and ".join(f"{name} = {format_setting(value)}" for name,
+                                    value in unmet.deciders.items()
                                     if not _holds_settings(value))
             return SettingsProblem(ProblemCode.INERT, key, f"has no effect with {deciders}: it acts when "
-                                   f"{unmet.text}", value_at(settings, key), unmet.way_out)
+                                   f"{unmet.text}", get_setting(settings, key), unmet.way_out)
     return None
 
 
@@ -158,7 +159,7 @@ def _holds_settings(value: Any) -> bool:
     return isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value))
 
 
-def conditions_of(settings: Any, key: str) -> Iterator[tuple[str, Condition]]:
+def iter_conditions(settings: Any, key: str) -> Iterator[tuple[str, Condition]]:
     """Yield (dotted key of the declaring settings, condition) for a setting; outer groups come first."""
     place: list[str] = []
     node = settings
@@ -167,42 +168,42 @@ def conditions_of(settings: Any, key: str) -> Iterator[tuple[str, Condition]]:
             if not names or part in names.split():
                 yield ".".join(place), condition
         place.append(part)
-        node = _below(node, part)
+        node = _get_child(node, part)
 
 
-def _leaves_at(settings: Any, key: str) -> Iterator[str]:
+def _iter_changed_keys(settings: Any, key: str) -> Iterator[str]:
     """Yield dotted keys of settings: `key` itself, or of a group the fields that differ from their
     defaults."""
-    [value] = _values_at(settings, key.split("."))
+    [value] = _iter_values(settings, key.split("."))
     if dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             makes = field.default_factory
             default = field.default if makes is dataclasses.MISSING else makes()
-            if field.name in fields_of(cast(Any, type(value))) and getattr(value, field.name) != default:
-                yield from _leaves_at(settings, f"{key}.{field.name}")
+            if field.name in list_fields(cast(Any, type(value))) and getattr(value, field.name) != default:
+                yield from _iter_changed_keys(settings, f"{key}.{field.name}")
     elif _holds_settings(value):
         for i in range(len(value)):
-            yield from _leaves_at(settings, f"{key}.{i}")
+            yield from _iter_changed_keys(settings, f"{key}.{i}")
     else:
         yield key
 
 
-def value_at(settings: Any, key: str) -> Any:
+def get_setting(settings: Any, key: str) -> Any:
     """Return a setting's value by dotted key; None inside a disabled or missing group."""
-    return next(_values_at(settings, key.split(".")), None)
+    return next(_iter_values(settings, key.split(".")), None)
 
 
-def _values_at(node: Any, parts: list[str]) -> Iterator[Any]:
+def _iter_values(node: Any, parts: list[str]) -> Iterator[Any]:
     for i, part in enumerate(parts):
         if part == "*":
             for item in node:
-                yield from _values_at(item, parts[i + 1:])
+                yield from _iter_values(item, parts[i + 1:])
             return
-        node = _below(node, part)
+        node = _get_child(node, part)
     yield node
 
 
-def _below(node: Any, part: str) -> Any:
+def _get_child(node: Any, part: str) -> Any:
     """Return a field, a list item or a mapping's value; None if missing or inside a disabled group."""
     if isinstance(node, Mapping):
         return node.get(part)
@@ -211,7 +212,7 @@ def _below(node: Any, part: str) -> Any:
     return getattr(node, part, None)
 
 
-def _absolute(key: str, owner: str) -> str:
+def _resolve_key(key: str, owner: str) -> str:
     return f"{owner}{key}".removeprefix(".") if key.startswith(".") else key
 
 
@@ -221,5 +222,5 @@ def _public_key(key: str) -> str:
 
 
 def _join_values(values: tuple[Any, ...]) -> str:
-    words = [value if isinstance(value, str) else show(value) for value in values]
+    words = [value if isinstance(value, str) else format_setting(value) for value in values]
     return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

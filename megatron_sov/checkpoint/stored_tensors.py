@@ -35,7 +35,7 @@ class StoredBlock:
     """Extent of the block."""
 
 
-def owners(shape: Sequence[int], pieces: Sequence[Mapping[str, Any]]) -> np.ndarray:
+def count_owners(shape: Sequence[int], pieces: Sequence[Mapping[str, Any]]) -> np.ndarray:
     """Count the pieces that cover each cell of the grid formed by all piece boundaries; int32, one axis per
     axis of `shape`.
 
@@ -63,7 +63,7 @@ def owners(shape: Sequence[int], pieces: Sequence[Mapping[str, Any]]) -> np.ndar
     return num_owners
 
 
-class Assembled(ABC):
+class StoredTensors(ABC):
     """Tensors stored in pieces, indexed by key. Subclasses read one piece.
 
     Args:
@@ -101,7 +101,7 @@ class Assembled(ABC):
         """
         for key, pieces in self._pieces.items():
             try:
-                num_owners = owners(self._shapes[key], [dataclasses.asdict(p) for p in pieces])
+                num_owners = count_owners(self._shapes[key], [dataclasses.asdict(p) for p in pieces])
             except ValueError as e:
                 raise UserError(f"{self._where}: {key}: {e}; {self._remedy}") from None
             if (num_owners != 1).any():
@@ -138,7 +138,7 @@ class Assembled(ABC):
         """
         extent = tuple(shape) if shape is not None else self._shapes[key]
         start = tuple(offset) if offset is not None else (0,) * len(extent)
-        candidates = self._near(key, start, extent)
+        candidates = self._find_candidates(key, start, extent)
         for piece in candidates:
             if (piece.offset, piece.shape) == (start, extent):
                 # The piece is the block: return its tensor without a copy.
@@ -160,7 +160,8 @@ class Assembled(ABC):
                             f"{out.numel()} elements at {start}); {self._remedy}")
         return out
 
-    def _near(self, key: str, start: tuple[int, ...], extent: tuple[int, ...]) -> Sequence[StoredBlock]:
+    def _find_candidates(self, key: str, start: tuple[int, ...],
+                         extent: tuple[int, ...]) -> Sequence[StoredBlock]:
         """Return the pieces that can overlap a block along the first axis (layers or experts)."""
         if not start:
             return self._pieces[key]

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.infer.asking import ModelPrompt, ServerOptions, read_prompts
+from megatron_sov.infer.prompts import ModelPrompt, ServerOptions, read_prompts
 
 
-def test_texts_come_first_then_the_lines_of_the_file(tmp_path: Path) -> None:
+def test_prompt_options_come_before_the_file(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "수도는", "target": "서울"}\n\n{"prompt": "b", "id": 7}\n', encoding="utf-8")
     assert read_prompts(["a"], file) == [ModelPrompt("a"), ModelPrompt("수도는", "서울"), ModelPrompt("b")]
@@ -29,15 +29,15 @@ def test_texts_come_first_then_the_lines_of_the_file(tmp_path: Path) -> None:
     (r'{"prompt": "a", "answer": "\ud800"}', "is not valid JSON"),
     ('{"prompt": "a", "target": 1}', 'must be an object with "prompt"'),
 ])
-def test_a_malformed_line_is_named_by_number(tmp_path: Path, line: str, sentence: str) -> None:
+def test_malformed_line_is_reported_by_number(tmp_path: Path, line: str, sentence: str) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "a"}\n' + line)
     with pytest.raises(UserError, match=f"prompts.jsonl:2: {sentence}"):
         read_prompts([], file)
 
 
-def test_nothing_to_ask_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is nothing to continue"):
+def test_missing_prompts_are_rejected(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no prompts"):
         read_prompts([], None)
     with pytest.raises(UserError, match="prompt 2 is empty"):
         read_prompts(["a", ""], None)
@@ -51,14 +51,14 @@ def test_nothing_to_ask_is_refused(tmp_path: Path) -> None:
         read_prompts([], tmp_path / "a.jsonl")
 
 
-def test_characters_that_end_lines_elsewhere_may_stand_in_a_prompt(tmp_path: Path) -> None:
+def test_prompts_may_contain_unicode_line_separators(tmp_path: Path) -> None:
     file, text = tmp_path / "prompts.jsonl", "a\u2028b\u0085c\u2029d"
     file.write_text(json.dumps({"prompt": text}, ensure_ascii=False) + '\r\n{"prompt": "e"}\n',
                     encoding="utf-8", newline="")
     assert read_prompts([], file) == [ModelPrompt(text), ModelPrompt("e")]
 
 
-def test_an_address_that_is_none_is_said_once(tmp_path: Path) -> None:
+def test_invalid_address_is_reported_once(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^--engine-url: must be an address"):
         ServerOptions(engine_url=("localhost:8000",)).places(tmp_path)
 
@@ -88,8 +88,8 @@ def test_checkpoint_and_its_export_stop_at_the_same_tokens(case: str, hf_models:
     from megatron_sov import convert
     from megatron_sov.bench.lm.settings import Settings
     from megatron_sov.bench.lm.subject import subject_of
-    from megatron_sov.infer.asking import Asker
     from megatron_sov.infer.engines.target import find_target
+    from megatron_sov.infer.prompts import PromptEncoder
 
     generation, changes, has_template = ENDS[case]
     source = shutil.copytree(hf_models["solar_open"], tmp_path / "source")
@@ -107,7 +107,7 @@ def test_checkpoint_and_its_export_stop_at_the_same_tokens(case: str, hf_models:
     convert.to_hf(tmp_path / "checkpoint", tmp_path / "export")
     targets = [find_target(tmp_path / name) for name in ("checkpoint", "export")]
     for chat in (False, True) if has_template else (False,):
-        ours, exported = (Asker(target, chat).end_ids for target in targets)
+        ours, exported = (PromptEncoder(target, chat).end_ids for target in targets)
         assert ours == exported
         if not chat:
             read = GenerationConfig.from_pretrained(tmp_path / "export").eos_token_id if (

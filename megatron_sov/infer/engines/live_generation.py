@@ -1,0 +1,192 @@
+"""Generate continuously: sequences join and leave while others are in progress, and tokens are reported one
+by one.
+
+All processes of a layout run `continue_live`. The first process has an `Office`, which decides before each
+row which sequences join and leave, and receives the new tokens; the other processes follow its orders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from megatron_sov.engine.decode.cached_decoder import CachedDecoder, all_reduce_replicas, get_replica_rank
+from megatron_sov.engine.decode.forward_only import ForwardModel
+from megatron_sov.engine.model.cache_rows import CacheSize
+from megatron_sov.engine.parallel.values import broadcast_object
+from megatron_sov.infer.decoder.continuation import Continuation
+from megatron_sov.infer.decoder.generator import DecodingBatch
+from megatron_sov.infer.request import LENGTH, STOP, Batching, Sampling, StopRule
+
+
+@dataclass(frozen=True)
+class NewSequence:
+    """A sequence that joins the batch."""
+
+    number: int
+    """Unique id of the sequence."""
+    prompt: Sequence[int]
+    """Token ids, at least one."""
+    sampling: Sampling
+    """Sampling settings, without drafts and routes."""
+    stream: int
+    """Random stream of the sequence."""
+    end_ids: tuple[int, ...]
+    """Stop tokens."""
+
+
+@dataclass(frozen=True)
+class BatchChanges:
+    """Changes of the batch before the next row."""
+
+    joining: Sequence[NewSequence] = ()
+    """New sequences, at most as many as there are free slots."""
+    leaving: Sequence[int] = ()
+    """Ids of cancelled sequences; finished sequences are ignored."""
+    ends: bool = False
+    """Stop generating."""
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """A new token of a sequence."""
+
+    number: int
+    """Id of the sequence."""
+    token: int
+    """Token id."""
+    logprob: float
+    """Log-probability of the token, see `Generated.logprobs`."""
+    reason: str | None
+    """`STOP` or `LENGTH` for the last token of the sequence."""
+
+
+class RequestSource(Protocol):
+    """Queue of requests on the first process."""
+
+    def orders(self, num_free: int, is_idle: bool) -> BatchChanges:
+        """Return the changes before the next row.
+
+        Args:
+            num_free: number of free slots.
+            is_idle: no sequence is in progress; the call may then wait for requests, but must return within
+                the timeout of a collective, because other processes wait for it.
+        """
+        ...
+
+    def tell(self, news: Sequence[TokenEvent]) -> None:
+        """Receive the tokens of a row."""
+        ...
+
+
+@dataclass(frozen=True)
+class _LiveSequence:
+    """A sequence in progress on some process."""
+
+    share: int
+    """Rank, among processes with sequences of their own, of the process with the sequence."""
+    limit: int
+    """Limit of new tokens."""
+    end_ids: tuple[int, ...]
+    """Stop tokens."""
+    continuation: Continuation | None
+    """State of the sequence, on its own process only."""
+
+
+def generate_live(model: ForwardModel, batching: Batching, longest: int,
+                  office: RequestSource | None) -> None:
+    """Generate until the office orders the end (collective).
+
+    Args:
+        model: model that generates.
+        batching: memory limits.
+        longest: tokens of the longest sequence, prompt and continuation.
+        office: queue of requests; None on all processes except the first.
+    """
+    room = batching.slots(batching.batch_size, longest, model.model.architecture.count_state_tokens())
+    cache = CacheSize(room, longest)
+    with CachedDecoder(model, cache) as decoder:
+        live = _Live(DecodingBatch(decoder, cache, batching.prefill_tokens), cache.slots)
+        while live.follow_orders(office):
+            if (news := live.decode_row()) and office is not None:
+                office.tell(news)
+
+
+class _Live:
+    """State of all sequences in progress, kept identically on each process."""
+
+    def __init__(self, decoding: DecodingBatch, num_slots: int) -> None:
+        self._decoding, self._num_slots = decoding, num_slots
+        self._rank, self._size = get_replica_rank()
+        self._sequences: dict[int, _LiveSequence] = {}
+        self._written: dict[int, int] = {}
+
+    def follow_orders(self, office: RequestSource | None) -> bool:
+        """Apply the orders of the first process; return False at the end."""
+        orders = BatchChanges()
+        if office is not None:
+            orders = office.orders(self._num_slots * self._size - len(self._sequences), not self._sequences)
+        if dist.get_world_size() > 1:
+            # All processes apply the same orders, which determine the rows that they run together.
+            orders = broadcast_object(orders)
+        for number in orders.leaving:
+            place = self._remove_sequence(number)
+            if place is not None and place.continuation is not None:
+                self._decoding.leave(place.continuation)
+        for joining in orders.joining:
+            self._add_sequence(joining)
+        return not orders.ends
+
+    def _add_sequence(self, joining: NewSequence) -> None:
+        shares = [place.share for place in self._sequences.values()]
+        # The process with the fewest sequences; every process computes the same choice.
+        share = min(range(self._size), key=shares.count)
+        continuation = None
+        if share == self._rank:
+            continuation = Continuation(joining.number, list(joining.prompt), len(joining.prompt),
+                               joining.sampling.max_new_tokens, joining.sampling, StopRule(joining.end_ids),
+                               joining.stream)
+            self._decoding.join(continuation)
+        self._sequences[joining.number] = _LiveSequence(share, joining.sampling.max_new_tokens,
+                                                        joining.end_ids, continuation)
+        self._written[joining.number] = 0
+
+    def _remove_sequence(self, number: int) -> _LiveSequence | None:
+        self._written.pop(number, None)
+        return self._sequences.pop(number, None)
+
+    def decode_row(self) -> list[TokenEvent]:
+        """Run a row on all processes, and return the new tokens of all processes."""
+        if not self._sequences:
+            return []
+        self._decoding.decode_row()
+        # Per sequence: token count (0 or 1), token id, float64 bits of its log-probability. Each sequence is
+        # on one process and zero on the others, so the sum is its token.
+        table = torch.zeros(len(self._sequences), 3, dtype=torch.int64)
+        for decode_row, (number, place) in zip(table, self._sequences.items(), strict=True):
+            # Without drafts, a row yields at most one token per sequence.
+            if place.continuation is not None and len(place.continuation.logprobs) > self._written[number]:
+                bits = torch.tensor([place.continuation.logprobs[-1]], dtype=torch.float64).view(torch.int64)
+                decode_row[:] = torch.tensor([1, place.continuation.tokens[-1], int(bits[0])])
+        table = all_reduce_replicas(table)
+        logprobs = table[:, 2].contiguous().view(torch.float64).tolist()
+        # Count 0: the sequence waits, or its prompt is still being read.
+        written = {number: (token, logprob) for number, (count, token, _), logprob in zip(
+            self._sequences, table.tolist(), logprobs, strict=True) if count}
+        return [self._build_event(number, token, logprob) for number, (token, logprob) in written.items()]
+
+    def _build_event(self, number: int, token: int, logprob: float) -> TokenEvent:
+        place, reason = self._sequences[number], None
+        self._written[number] += 1
+        # Every process detects the end from the token, so all remove the sequence after the same row.
+        if token in place.end_ids:
+            reason = STOP
+        elif self._written[number] >= place.limit:
+            reason = LENGTH
+        if reason is not None:
+            self._remove_sequence(number)
+        return TokenEvent(number, token, logprob, reason)

@@ -1,0 +1,101 @@
+"""Proposed lines: all faults of a command in one message, and the line that passes its checks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_sov.base.errors import Fix, UserError
+from megatron_sov.base.hints.lines import mend_line, propose_line
+from tests.base.hints.test_words import answer
+
+
+def lines(said: str) -> list[str]:
+    """Return the commands that a message proposes."""
+    return [line.strip() for line in said.partition("; write\n")[2].splitlines()]
+
+
+@pytest.mark.parametrize(("typed", "fix", "mended"), [
+    ("sft --set a.b=1 --set c.d=2", Fix(options=("--set", "a.b=3")), "sft --set c.d=2 --set a.b=3"),
+    ("sft --days 2w --data d", Fix(options=("--days", "14")), "sft --data d --days 14"),
+    ("sft --days=2w", Fix(options=("--days", "14")), "sft --days 14"),
+    ("sft x --data d", Fix(command="prefer", left_out=("x",)), "prefer --data d"),
+    ("convert to-hf a b", Fix(command="convert from-hf"), "convert from-hf a b"),
+    ("submit sft --data d", Fix(command="prefer"), "submit prefer --data d"),
+    ("pretrain --data d", Fix(prefix="submit", arguments=("R",)), "submit pretrain R --data d"),
+    ("sft --data n=a.csv:0.5 --from=a.csv", Fix(words={"a.csv": "b"}), "sft --data n=b:0.5 --from=b"),
+    ("sft", Fix("megatron-sov prefer --data d"), "prefer --data d")])
+def test_a_fix_changes_its_part_of_the_line_alone(typed: str, fix: Fix, mended: str) -> None:
+    assert mend_line("megatron-sov", typed.split(), fix) == mended.split()
+
+
+def test_faults_that_come_one_after_the_other_are_in_one_message() -> None:
+    """Three checks that each see a line only if the one before passes."""
+    def check(line: list[str]) -> None:
+        for name in ("one", "two", "three"):
+            if f"{name}=1" not in line:
+                raise UserError(f"{name}: is missing", Fix(options=("--set", f"{name}=1")))
+
+    with pytest.raises(UserError) as first:
+        check(["sft"])
+    error = propose_line("megatron-sov", ["sft"], first.value, check)
+    assert str(error) == ("one: is missing; two: is missing; three: is missing; write\n"
+                          "  megatron-sov sft --set one=1 --set two=1 --set three=1")
+
+
+def test_a_fault_without_a_fix_is_in_the_message_too() -> None:
+    def check(line: list[str]) -> None:
+        raise UserError("d: is damaged")
+
+    error = propose_line("sov-data", ["pack"], UserError("a", Fix(options=("--b", "1"))), check)
+    assert str(error) == "a; d: is damaged; write\n  sov-data pack --b 1"
+
+
+@pytest.mark.parametrize(("typed", "write"), [
+    # words without an option, by kind
+    ("megatron-sov sft hf t.jsonl new", ["megatron-sov sft --from hf --data t.jsonl --run new"]),
+    ("megatron-sov pretrain tiny-qwen3 tokens new",
+     ["megatron-sov pretrain tiny-qwen3 --data tokens --run new"]),
+    ("megatron-sov rl run hf t.jsonl --reward math --run r --store s",
+     ["megatron-sov rl run --from hf --reward math --run r --store s --prompts t.jsonl"]),
+    ("sov-tokenizer train t.txt --vocab_size 900 --preset k-exaone --output o",
+     ["sov-tokenizer train --vocab-size 900 --preset k-exaone --output o --input t.txt"]),
+    # commands of other programs, with the typed options
+    ("megatron-sov finetune --model hf --train_file t.jsonl --output_dir o --num_train_epochs 2",
+     ["megatron-sov sft --from hf --data t.jsonl --run o --set train.epochs=2"]),
+    ("megatron-sov lora --from hf --data t.jsonl --run o --lora_r 8",
+     ["megatron-sov sft --set lora.rank=8 --from hf --data t.jsonl --run o"]),
+    ("megatron-sov export run --output o", ["megatron-sov convert to-hf run o"]),
+    ("sov-data tokenize --input t.jsonl --tokenizer-model tok --output o",
+     ["sov-data pack --input t.jsonl --tokenizer tok --output o"]),
+    # options in place of arguments, settings in place of options
+    ("megatron-sov resume --run run", ["megatron-sov resume run"]),
+    ("megatron-sov continue run", ["megatron-sov resume run"]),
+    ("megatron-sov sft --from hf --data t.jsonl --run o lora.rank=8",
+     ["megatron-sov sft --from hf --data t.jsonl --run o --set lora.rank=8"]),
+    # values
+    ("megatron-sov plan qwen3-8b --cluster h100 --nodes 8 --days 2w --budget 50k",
+     ["megatron-sov plan qwen3-8b --cluster h100 --nodes 8 --days 14 --budget 50000"]),
+    ("megatron-sov recipes qwen3-8b --set optim.lr=0,1 --set optim.schedule=Cosine",
+     ["megatron-sov recipes qwen3-8b --set optim.lr=0.1 --set optim.schedule=cosine"]),
+    # kinds of files and folders
+    ("megatron-sov convert to-hf hf o", ["megatron-sov convert from-hf hf o"]),
+    ("megatron-sov chat hff", ["megatron-sov chat hf"]),
+    ("megatron-sov chat Org/Name-1B --temperature 1",
+     ["hf download Org/Name-1B --local-dir Name-1B", "megatron-sov chat Name-1B --temperature 1"]),
+    ("sov-data pack --tokenizer hf --input t.jsonl --output o",
+     ["sov-tokenizer import hf --output hf-tokenizer",
+      "sov-data pack --tokenizer hf-tokenizer --input t.jsonl --output o"])])
+def test_the_proposed_line_has_all_that_was_typed(typed: str, write: list[str], tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, text in {"hf/model.safetensors": "", "hf/config.json": "{}", "hf/tokenizer.json": "{}",
+                       "t.jsonl": '{"messages": []}', "t.txt": "a", "run/events.jsonl": "",
+                       "run/config.json": "{}",
+                       "tokens/manifest.json": json.dumps({"kind": "tokens"})}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert lines(answer(typed, capsys)) == write
