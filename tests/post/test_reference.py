@@ -40,7 +40,7 @@ def test_numbers_of_measured_pairs_are_kept_like_those_of_samples(pairs: Path, t
     [source] = opened(pairs)
     reference = Reference(tmp_path, pairs, [source], 128, {"pairs": range(4)})
     reference._open()
-    assert reference._missing() == [("pairs", 0), ("pairs.heldout", 0)]
+    assert reference._find_missing() == [("pairs", 0), ("pairs.heldout", 0)]
     for parts in reference._parts.values():
         count = parts.starts(0)[-1]
         write_sealed(parts.file(0), np.arange(count, dtype=np.float32).tobytes(), parts.identify(0))
@@ -97,14 +97,14 @@ def test_a_run_goes_on_only_with_what_its_reference_has_read(pairs: Path, tmp_pa
     parts = reference(128)._parts["pairs"]
     write_sealed(parts.file(0), np.zeros(parts.starts(0)[-1], np.float32).tobytes(), parts.identify(0))
     reference(64).refuse_changed()
-    assert parts.column(0, 0, 2).tolist() == [0, 0] and reference(128)._missing() == []
+    assert parts.column(0, 0, 2).tolist() == [0, 0] and reference(128)._find_missing() == []
     with pytest.raises(UserError, match=r"samples have 256 \(data"):
         reference(256).refuse_changed()
     flip(parts.file(0))
     for read in (reference(128).refuse_changed, lambda: reference(128)._parts["pairs"].column(0, 0, 2)):
         with pytest.raises(UserError, match=r"000000.f32: is damaged"):
             read()
-    assert reference(128)._missing() == [("pairs", 0)]
+    assert reference(128)._find_missing() == [("pairs", 0)]
     assert "000000.f32: is damaged or belongs elsewhere (it differs from its own checksum); it is" in (
         capsys.readouterr().err)
 

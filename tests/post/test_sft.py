@@ -198,6 +198,6 @@ def test_what_is_sent_to_a_device_has_the_weights_that_were_counted() -> None:
     """As `tests/train/objectives/test_data_batches.py` does it: who sent a row keeps it on the host."""
     context: Any = SimpleNamespace(config=config_per("turn"), batches=SimpleNamespace(num_sources=1))
     host = from_row(a_chat_row((0, 1), np.random.default_rng(1)))
-    sent = SupervisedFineTuning(context)._weighted(dataclasses.replace(host, on_host=host))
+    sent = SupervisedFineTuning(context)._weigh_responses(dataclasses.replace(host, on_host=host))
     assert sent.on_host is not None and torch.equal(sent.weights, sent.on_host.weights)
     assert float(sent.host.weights.sum()) == pytest.approx(5)

@@ -247,7 +247,7 @@ def test_what_cannot_be_run_is_told_before_anything_begins(folder: Path, command
         return str(capsys.readouterr().err)
 
     assert "add --environment" in refused("--reward", "environment", "--plain")
-    assert "--reward-set by_lot=1: --reward environment takes" in refused(
+    assert "--reward-set by_lot=1: --reward environment copies" in refused(
         "--reward", "environment", "--environment", "calculator")
     assert "--reward-set: 'lot' must have the form key=value" in refused("--reward-set", "lot")
     done = run_command(*command("refused", "--plain", "--set", "rollout.max_prompt_tokens=1"))

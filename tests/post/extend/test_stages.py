@@ -84,7 +84,7 @@ def test_a_shared_stretch_of_twice_the_window_is_found_at_any_place() -> None:
         train = random_text(1, 333) + held[start:start + 2 * WINDOW_TOKENS] + random_text(3, 50)
         found = search_contamination([QUESTION], [source([random_text(4, 90), train], [held])], 10_000)
         assert found.windows_found >= 1
-    with pytest.raises(UserError, match="held-out text stands"):
+    with pytest.raises(UserError, match="held-out text occurs"):
         refuse_contaminated(found, 0.01)
 
 
@@ -256,7 +256,7 @@ def test_the_stages_of_a_recipe_are_its_own(short_run: Path, token_shards: Path,
 @pytest.mark.parametrize(("stage", "said"), [
     ({"seq_len": 96, "kind": "midtraining"}, "needs a part named trajectories"),
     ({"seq_len": 96, "parts": [{"name": "replay", "share": 0.1}]},
-     "a stage of kind extension has parts long, rehearsal"),
+     "a stage of kind extension can have long, rehearsal"),
     ({"seq_len": 96, "steps": 3, "max_steps": 2}, "max_steps = 2 must be at least steps = 3"),
     ({"seq_len": 96, "kind": "midtraining", "parts": [{"name": "trajectories", "share": 0.1}]},
      "data has no source of chats"),
