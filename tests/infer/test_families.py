@@ -47,7 +47,7 @@ def written_twice(layout: dict[str, Any], names: list[str]) -> list[Any]:
     from megatron_sov import recipes
     from megatron_sov.checkpoint import load
     from megatron_sov.engine.decode.forward_only import DocumentBatch, ForwardModel
-    from megatron_sov.engine.model.added_parts import AdapterFactors
+    from megatron_sov.engine.model.adapters import AdapterFactors
     from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.parallel import world
     from megatron_sov.infer.decoder.generator import MegatronEngine

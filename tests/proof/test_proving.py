@@ -144,7 +144,7 @@ def test_what_only_a_global_layer_does_wrong_is_found(monkeypatch: pytest.Monkey
     """Its keys are those of the whole row, of a sliding layer's only ends of pieces are sent."""
     summed = context._reduce_scatter
     monkeypatch.setattr(context, "_reduce_scatter", lambda row: (
-        context.local(row) if len(row) == ROW_TOKENS else summed(row)))
+        context.select_local(row) if len(row) == ROW_TOKENS else summed(row)))
 
     assert proving.prove_run(apply_settings(recipes.get("tiny-exaone4"), CUT_ROW), 2)[1].outcome == DIFFERS
 
@@ -152,7 +152,7 @@ def test_what_only_a_global_layer_does_wrong_is_found(monkeypatch: pytest.Monkey
 def test_what_only_a_sliding_layer_does_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     summed = context._reduce_scatter
     monkeypatch.setattr(context, "_reduce_scatter", lambda row: (
-        summed(row) if len(row) == ROW_TOKENS else context.local(row)))
+        summed(row) if len(row) == ROW_TOKENS else context.select_local(row)))
 
     assert proving.prove_run(apply_settings(recipes.get("tiny-exaone4"), [
         *CUT_ROW, "parallel.cp=4"]), 4)[1].outcome == DIFFERS
@@ -280,7 +280,7 @@ def own_values(values: dict[str, float], over: Any) -> dict[str, float]:
     ("tiny-solar-open-rl", ("parallel.pp=2",), "train.objectives.objective", "sum_dict", own_values,
      "final_layernorm"),
     ("tiny-solar-open-dpo", CONTEXT[:1], "engine.model.logprobs", "context",
-     SimpleNamespace(**vars(context) | {"local": lambda row: row[:len(row) // context.size()]}),
+     SimpleNamespace(**vars(context) | {"select_local": lambda row: row[:len(row) // context.get_cp_size()]}),
      "final_layernorm"),
     ("tiny-solar-open-dpo", ("preference.method=kto",), "post.preference", "sum_dict", own_values,
      "final_layernorm"),

@@ -30,9 +30,10 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import make_viewless_tensor
 
-from megatron_sov.engine.model.added_parts import Adapters, MediaEncoders
+from megatron_sov.engine.model.adapters import Adapters
 from megatron_sov.engine.model.attention import PackedDocuments, SharedPrompts, pack_documents
 from megatron_sov.engine.model.cache_rows import PackedSpans, SpanRow
+from megatron_sov.engine.model.media_encoders import MediaEncoders
 from megatron_sov.engine.model.specs import (
     build_layer_specs, build_mtp_layer_spec, get_norm_class, uses_transformer_engine)
 from megatron_sov.engine.parallel import context

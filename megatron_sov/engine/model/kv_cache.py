@@ -23,7 +23,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention
 
-from megatron_sov.engine.model.added_parts import get_effective_weight
+from megatron_sov.engine.model.adapters import get_effective_weight
 from megatron_sov.engine.model.attention import (
     DocumentAttention, PackedDocuments, attend_document, attend_equal_lengths)
 from megatron_sov.engine.model.cache_rows import CacheGroup, CacheSize, PackedSpans

@@ -15,8 +15,9 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch.autograd.function import once_differentiable
 
 from megatron_sov.engine.model import quantized_weights
-from megatron_sov.engine.model.added_parts import Adapters, MediaEncoders
+from megatron_sov.engine.model.adapters import Adapters
 from megatron_sov.engine.model.chunk import Chunk
+from megatron_sov.engine.model.media_encoders import MediaEncoders
 from megatron_sov.engine.model.rotary import patch_packed_rotation, set_frequencies
 from megatron_sov.engine.model.specs import build_transformer_config, clamp_gates, uses_transformer_engine
 from megatron_sov.engine.parallel.device import get_local_device, on_gpu

@@ -187,7 +187,7 @@ def _cut(key: str, shape: tuple[int, ...], size: int) -> tuple[int, ...]:
 
 def _adapters(config: RunConfig, layers: list[int], first: bool, last: bool) -> Iterator[Run]:
     """Yield the adapters of a chunk, layer by layer, then those of embedding and head
-    (`engine.model.added_parts`)."""
+    (`engine.model.adapters`)."""
     m, p, lora = config.model, config.parallel, config.lora
     by_linear = _adapted(m, lora)
     for layer in layers:

@@ -47,11 +47,11 @@ def generated_while_trained() -> list[tuple[list[list[int]], list[list[int]], in
     """Return tokens generated before and after a training step of a `kv_b_proj` adapter, tokens by full
     forward passes, and the number of merges of the weight."""
     from megatron_sov.engine.decode.forward_only import DocumentBatch, ForwardModel
-    from megatron_sov.engine.model.added_parts import LinearAdapter
+    from megatron_sov.engine.model.adapters import LinearAdapter
     from megatron_sov.engine.parallel import world
     from megatron_sov.infer.decoder.generator import MegatronEngine
     from megatron_sov.infer.request import Batching, Sampling
-    from tests.engine.model.test_added_parts import LATENT, Learning, config_of
+    from tests.engine.model.test_adapters import LATENT, Learning, config_of
 
     config = config_of("tiny-deepseek-v3", {}, [*LATENT, "model.num_mtp_layers=0",
                                                 'lora.targets=["kv_b_proj"]', "optim.clip_grad=0"])

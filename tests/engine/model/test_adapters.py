@@ -198,7 +198,7 @@ def wrong_lengths() -> dict[str, int]:
     """
     import torch
 
-    from megatron_sov.engine.model.added_parts import LinearAdapter
+    from megatron_sov.engine.model.adapters import LinearAdapter
     from megatron_sov.engine.parallel import world
 
     config = config_of("tiny-qwen2", {}, ["lora.dora=true", "train.precision=bf16"])
