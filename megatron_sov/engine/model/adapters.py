@@ -14,7 +14,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
 from megatron_sov.model.config import LoraConfig, ModelConfig
-from megatron_sov.model.families.adapters import MAGNITUDE, A, Adapted, B, adapted_modules
+from megatron_sov.model.families.adapters import MAGNITUDE, A, AdaptedModule, B, find_adapted_modules
 
 # Low-rank adapters at any layout: W x + alpha / rank B A x (LoRA, arXiv 2106.09685), optionally with trained
 # row lengths (DoRA, arXiv 2402.09353).
@@ -121,7 +121,7 @@ class LinearAdapter(torch.nn.Module):
     def __init__(self, modules: Sequence[AdaptedModule], lora: LoraConfig, config: Any,
                  expert: int | None = None,
                  rows: int | None = None) -> None:
-        """Create the factors; `load.initialise` sets their values.
+        """Create the factors; `load.initialize_weights` sets their values.
 
         Args:
             modules: the adapted modules inside the layer.
@@ -307,7 +307,7 @@ class EmbeddingAdapter(torch.nn.Module):
     """The adapter of the token embedding."""
 
     def __init__(self, of: AdaptedModule, lora: LoraConfig, config: Any, rows: int) -> None:
-        """Create the factors; `load.initialise` sets their values.
+        """Create the factors; `load.initialize_weights` sets their values.
 
         Args:
             of: the adapted embedding module.
@@ -344,7 +344,7 @@ def build_embedding_hook(adapter: EmbeddingAdapter) -> Callable[..., torch.Tenso
 
 
 class Adapters(torch.nn.Module):
-    """The adapters of a chunk. Adapted layers reference adapters only through forward hooks."""
+    """The adapters of a chunk. AdaptedModule layers reference adapters only through forward hooks."""
 
     def __init__(self, chunk: Any, model: ModelConfig, lora: LoraConfig) -> None:
         """Create the adapters for the modules of a chunk and register their hooks."""
@@ -370,7 +370,7 @@ class Adapters(torch.nn.Module):
                                       rows=len(chunk.output_layer.weight))
 
     def _attach_adapters(self, layer: Any, path: str, modules: list[AdaptedModule], lora: LoraConfig,
-                         config: Any) -> None:
+              config: Any) -> None:
         """Attach adapters to one linear layer, or to the same linear layer of each local expert."""
         def create_adapter(expert: int | None = None) -> LinearAdapter:
             adapter = LinearAdapter(modules, lora, config, expert)

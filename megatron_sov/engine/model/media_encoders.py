@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from megatron_sov.engine.parallel import context
 from megatron_sov.engine.parallel.device import to_device
 from megatron_sov.model.config import ModelConfig
-from megatron_sov.model.modality import ENCODERS, EncoderInput, EncoderInputs, modality, select_placeholders
+from megatron_sov.model.modality import (
+    ENCODERS, EncoderInput, EncoderInputs, load_modality, select_placeholders)
 
 Block = tuple[str, torch.Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
@@ -26,14 +27,14 @@ class MediaEncoders(torch.nn.Module):
     """The encoders of a model; the first chunk owns them."""
 
     def __init__(self, model: ModelConfig, config: Any) -> None:
-        """Create the encoders; `load.initialise` or a checkpoint sets their weights.
+        """Create the encoders; `load.initialize_weights` or a checkpoint sets their weights.
 
         Args:
             model: the architecture.
             config: the library's `TransformerConfig`.
         """
         super().__init__()
-        create_encoder = modality().encoder
+        create_encoder = load_modality().encoder
         self.vision = create_encoder(model.vision, model.hidden_size) if model.vision is not None else None
         self.audio = create_encoder(model.audio, model.hidden_size) if model.audio is not None else None
         # models that scale embeddings scale encoder features as well

@@ -366,10 +366,10 @@ def setting_names() -> tuple[str, ...]:
 def iter_settings(cls: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
     """Yield (dotted name, the field's class, whether nested settings follow), with settings in optional
     groups and in lists (item 0) after the group or list."""
-    hints = hints_of(cls)
-    for field_name in fields_of(cls):
-        name, inner = f"{prefix}{field_name}", hint_below(cls, field_name)
-        items = hint_below(inner, "0")
+    hints = get_field_hints(cls)
+    for field_name in list_fields(cls):
+        name, inner = f"{prefix}{field_name}", get_inner_hint(cls, field_name)
+        items = get_inner_hint(inner, "0")
         if dataclasses.is_dataclass(inner):
             if type(None) in get_args(hints[field_name]):  # an optional group can itself be set to null
                 yield name, cls, True
