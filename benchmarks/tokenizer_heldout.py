@@ -23,7 +23,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.documents import cut_text
-from megatron_sov.base.documents.byte_bpe import byte_characters
+from megatron_sov.base.documents.byte_bpe import byte_alphabet
 from tokenizer.bpe.count_pipeline import ANYTHING
 from tokenizer.bpe.segmenting import merged
 from tokenizer.bpe.split_pattern import Splitter
@@ -67,7 +67,7 @@ class Trained:
                                        tiktoken_format.TiktokenRules(ANYTHING, {})).encode_ordinary
         words, units = (Splitter(self.preset, p)
                         for p in (self.preset.split_pattern, self.preset.final_pattern))
-        spelling, vocab = byte_characters(), self.raw["model"]["vocab"]
+        spelling, vocab = byte_alphabet(), self.raw["model"]["vocab"]
         pairs = {}
         for left, right in self.raw["model"]["merges"]:
             if (id_ := vocab[left + right]) >= self.transition_size:

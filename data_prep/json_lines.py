@@ -11,7 +11,7 @@ from typing import Any
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.files import ARROW_SUFFIXES, JSON_SUFFIX, PARQUET_SUFFIX
 from megatron_sov.base.documents.reading import read_records
-from megatron_sov.base.documents.records import decode
+from megatron_sov.base.documents.records import decode_utf8
 from megatron_sov.base.errors import UserError
 
 _DATASETS = ARROW_SUFFIXES | {PARQUET_SUFFIX, JSON_SUFFIX}
@@ -40,7 +40,7 @@ def read_objects(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _object(line: bytes, where: str) -> dict[str, Any]:
     try:
-        record = json.loads(decode(line))
+        record = json.loads(decode_utf8(line))
     except BadRecord as e:
         raise UserError(f"{where}: {e.reason}") from None
     except (ValueError, RecursionError) as e:

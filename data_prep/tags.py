@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.artifacts import MANIFEST, read_manifest
-from megatron_sov.base.documents.records import tag_value
+from megatron_sov.base.documents.records import format_tag
 from megatron_sov.base.errors import UserError
 
 MAX_VALUES = 64
@@ -57,7 +57,7 @@ def parse_tags(arguments: Sequence[str]) -> tuple[tuple[str, ...], tuple[GivenTa
             raise UserError(f"--tag {argument!r}: {key!r} cannot name a tag (letters a-z, digits and '_', "
                             f"not {SOURCE!r}); write a field's name, KEY=VALUE or SOURCE:KEY=VALUE, e.g. "
                             "kind=ko")
-        if equals and tag_value(value) is None:
+        if equals and format_tag(value) is None:
             raise UserError(f"--tag {argument!r}: {value!r} cannot be a tag (up to 60 letters, digits, '.', "
                             "':', '+', '_', '-')")
         if equals:

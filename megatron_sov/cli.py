@@ -13,8 +13,8 @@ from functools import partial
 from typing import Any
 
 from megatron_sov.base.command_line import (
-    HelpText, Parser, append_examples, build_program_parser, exit_code, format_command_list, format_version,
-    import_commands)
+    HelpFormatter, Parser, append_examples, build_program_parser, format_command_list, format_version,
+    import_commands, run_to_exit_code)
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.hints.commands import command_comes_first, unknown_command
 from megatron_sov.base.hints.lines import propose_line
@@ -105,7 +105,7 @@ def _run_once(argv: list[str], began_s: float, only_checks: bool = False) -> int
         raise unknown_command(PROGRAM, name, list(COMMANDS), rest)
     command = COMMANDS[name]
     module = command.load()
-    sub = Parser(prog=f"{PROGRAM} {name}", description=command.help, formatter_class=HelpText)
+    sub = Parser(prog=f"{PROGRAM} {name}", description=command.help, formatter_class=HelpFormatter)
     module.add_arguments(sub)
     append_examples(sub, command, PROGRAM)
     if children:
@@ -152,8 +152,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: command and arguments; None: those of this process, which then began when the process did.
     """
     if argv is None:
-        return exit_code(lambda: run_command(sys.argv[1:], process_started_s()))
-    return exit_code(lambda: run_command(argv, time.time()))
+        return run_to_exit_code(lambda: run_command(sys.argv[1:], process_started_s()))
+    return run_to_exit_code(lambda: run_command(argv, time.time()))
 
 
 if __name__ == "__main__":

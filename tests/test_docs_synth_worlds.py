@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from data_prep.cli import main
-from megatron_sov.base.documents.messages import read_messages
+from megatron_sov.base.documents.messages import parse_messages
 from megatron_sov.judge.tools.worlds.virtual import Virtual, problems_of
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -51,7 +51,7 @@ def test_the_page_leads_from_a_word_to_conversations(tmp_path: Path, monkeypatch
             words = shlex.split(line.replace(ADDRESS, server.url))[1:]
             assert main([*words, *FEWER[words[1]], "--workers", "1"]) == 0, capsys.readouterr()
     kept = [json.loads(line) for line in Path("work/chats/kept.jsonl").read_text().splitlines()]
-    assert len(kept) == 1 and all(read_messages(row["messages"], "messages") for row in kept)
+    assert len(kept) == 1 and all(parse_messages(row["messages"], "messages") for row in kept)
 
 
 def test_the_world_of_the_page_is_one() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.documents import cut_text, list_files, read_documents
-from megatron_sov.base.documents.byte_bpe import adversarial_texts
+from megatron_sov.base.documents.byte_bpe import iter_adversarial_texts
 
 Encode = Callable[[str], list[int]]
 CHUNK_BYTES = 20_000
@@ -32,7 +32,7 @@ def built_in(raw: dict[str, Any]) -> Iterator[str]:
     yield from SENTENCES
     yield "\n".join(SENTENCES)
     if (raw.get("decoder") or {}).get("type") == "ByteLevel":
-        yield from adversarial_texts(raw)
+        yield from iter_adversarial_texts(raw)
         return
     vocab = raw["model"]["vocab"]
     tokens = [str(token).replace("▁", " ")

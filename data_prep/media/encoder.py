@@ -17,7 +17,7 @@ from annotated_types import Le
 
 from megatron_sov.base.artifacts import manifest_sha256, read_manifest
 from megatron_sov.base.documents import BadRecord
-from megatron_sov.base.documents.messages import refuse_deep
+from megatron_sov.base.documents.messages import check_depth
 from megatron_sov.base.documents.shard_files import FEATURES
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
@@ -449,7 +449,7 @@ def parse_record(line: bytes) -> MediaRecord:
         record = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as e:
         raise BadRecord("json", f"is not valid JSON ({e}); every line must be one JSON object") from None
-    refuse_deep(record)
+    check_depth(record)
     if not isinstance(record, dict) or ("messages" in record) == ("content" in record):
         raise BadRecord("fields", "must be an object with either 'messages' (a chat) or 'content' (a "
                                   "document)")

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_sov.base.artifacts import read_manifest
-from megatron_sov.base.documents.files import MEDIA_CORPUS, media_corpus_of
+from megatron_sov.base.documents.files import MEDIA_CORPUS, find_media_corpus
 from megatron_sov.base.documents.shard_files import FEATURE_DTYPE, FEATURES, NO_FEATURE
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.media_tokens import MEDIA as BLOCKS, read_blocks
@@ -94,7 +94,7 @@ class MediaCorpora:
                 or banks of one kind have other slots.
         """
         self._folders = {name: folder for name, path in sources.items()
-                         if (folder := media_corpus_of(path)) is not None}
+                         if (folder := find_media_corpus(path)) is not None}
         for name, folder in self._folders.items():
             if sources[name].is_file():
                 raise UserError(f"--input {sources[name]}: belongs to the media corpus {folder}, and its "

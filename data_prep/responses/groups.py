@@ -24,11 +24,11 @@ from data_prep.json_lines import read_objects
 from megatron_sov.base.artifacts import check_output_folder, create_artifact
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.accounting import RecordTally
-from megatron_sov.base.documents.groups import are_equal, is_learned, places_in_group
+from megatron_sov.base.documents.groups import are_equal, compute_group_advantages, should_train
 from megatron_sov.base.documents.layouts import (
-    KTO_TAG, LABEL, LABELS, completion_of, own_fields, parse_label, refuse_media, split_response)
-from megatron_sov.base.documents.messages import read_messages
-from megatron_sov.base.documents.records import NUM_PROMPT, is_float32
+    KTO_TAG, LABEL, LABELS, convert_layout, get_completion_field, parse_label, refuse_media, split_response)
+from megatron_sov.base.documents.messages import parse_messages
+from megatron_sov.base.documents.records import NUM_PROMPT_FIELD, is_float32
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Flag, add_options, read_options
 
@@ -173,14 +173,15 @@ def chats_of(group: ResponseGroup, tally: GroupTally) -> Iterator[dict[str, Any]
     # what others have said before the responses is no part of them
     prompt = [{**m, "train": False} if m["role"] == "assistant" else m for m in group.prompt]
     id_ = group.beside.get("id")
-    for i, (response, place) in enumerate(zip(group.responses, places_in_group(group.rewards), strict=True)):
-        if not is_learned(place, group.ended[i]):
+    for i, (response,
+            place) in enumerate(zip(group.responses, compute_group_advantages(group.rewards), strict=True)):
+        if not should_train(place, group.ended[i]):
             tally.counts["passed_over"] += 1
             tally.set_aside[NOT_ENDED] += 1
             continue
         own = {"id": f"{id_}-{i}"} if isinstance(id_, (str, int)) else {}
         yield {**group.beside, **own, "messages": [*prompt, *response],
-               NUM_PROMPT: len(prompt), COLUMNS[0]: place, COLUMNS[1]: 1 / len(group.rewards)}
+               NUM_PROMPT_FIELD: len(prompt), COLUMNS[0]: place, COLUMNS[1]: 1 / len(group.rewards)}
 
 
 def read_groups(file: Path, tally: RecordTally) -> Iterator[ResponseGroup]:
@@ -204,7 +205,7 @@ def _read_lines(file: Path, tally: RecordTally) -> Iterator[tuple[str, dict[str,
 def _of_layout(record: dict[str, Any], where: str) -> dict[str, Any]:
     try:
         refuse_media(record, is_prompt=False)
-        return split_response(own_fields(record, "preference"))
+        return split_response(convert_layout(record, "preference"))
     except BadRecord as e:
         raise UserError(f"{where}: {e.reason}") from None
 
@@ -219,7 +220,7 @@ def _joined(lines: Iterable[tuple[str, dict[str, Any]]], tally: RecordTally
         return json.dumps([record.get("prompt"), record.get("system")]) if is_scored(record) else where
 
     def is_scored(record: dict[str, Any]) -> bool:
-        return "responses" not in record and completion_of(record) is not None
+        return "responses" not in record and get_completion_field(record) is not None
 
     for _, same in groupby(lines, prompt_of):
         scored = list(same)
@@ -229,7 +230,7 @@ def _joined(lines: Iterable[tuple[str, dict[str, Any]]], tally: RecordTally
             continue
         responses = []
         for line, record in scored:
-            content, reward = record.get(completion_of(record) or ""), _reward(record, line)
+            content, reward = record.get(get_completion_field(record) or ""), _reward(record, line)
             is_text = isinstance(content, str) and content.strip()
             if reward is None:
                 tally.set_aside["no reward"] += 1
@@ -263,7 +264,7 @@ def _group(record: dict[str, Any], where: str) -> ResponseGroup:
                         "'label'; add them")
     own = {"prompt", "responses"}
     # They would be overwritten without a word.
-    if taken := {"messages", NUM_PROMPT, *COLUMNS} & record.keys():
+    if taken := {"messages", NUM_PROMPT_FIELD, *COLUMNS} & record.keys():
         raise UserError(f"{where}: has {min(taken)!r}, which this step writes; remove it")
     prompt = _messages(record["prompt"], "user", f"{where}: prompt")
     responses = [_response(r, f"{where}: responses[{i}]") for i, r in enumerate(record["responses"])]
@@ -294,7 +295,7 @@ def _response(value: Any, where: str) -> tuple[list[dict[str, Any]], float]:
 def _messages(value: Any, role: str, where: str) -> list[dict[str, Any]]:
     messages = [{"role": role, "content": value}] if isinstance(value, str) else value
     try:
-        read_messages(messages, "messages")
+        parse_messages(messages, "messages")
     except BadRecord as e:
         raise UserError(f"{where}: {e.reason}") from None
     return list(messages)

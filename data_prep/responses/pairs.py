@@ -29,7 +29,7 @@ def run(typed: argparse.Namespace) -> int:
 
 def pair_of(group: ResponseGroup, tally: GroupTally) -> Iterator[dict[str, Any]]:
     """Yield the pair of a group, if it has one, and count the responses outside of the pair as set aside."""
-    pair, passed_over = groups.pair_of(
+    pair, passed_over = groups.choose_pair(
         group.rewards, group.ended, lambda i, j: group.responses[i] == group.responses[j])
     tally.counts["passed_over"] += passed_over
     other = "neither best nor worst" if pair else "no better response that ended, or the same text"

@@ -19,7 +19,7 @@ from data_prep.json_lines import read_objects
 from megatron_sov.base.artifacts import check_output_folder, create_artifact
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.accounting import RecordAccount, RecordTally
-from megatron_sov.base.documents.messages import read_messages
+from megatron_sov.base.documents.messages import parse_messages
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
     AtLeastOne, Bound, Flag, ProblemCode, SettingsError, Share, Violation, add_options, at_most_field,
@@ -159,7 +159,7 @@ def _read_lines(file: Path, tally: RecordTally) -> Iterator[tuple[str, str, list
 
 def _chat(record: dict[str, Any], where: str) -> tuple[str, Solution]:
     try:
-        messages = read_messages(record["messages"], "messages")
+        messages = parse_messages(record["messages"], "messages")
     except BadRecord as e:
         raise UserError(f"{where}: {e.reason}") from None
     said = [message for message in messages if message.role != "system"]

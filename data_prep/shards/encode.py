@@ -18,7 +18,8 @@ from tokenizers import Tokenizer
 
 from megatron_sov.base.artifacts import MANIFEST, find_damaged_files, read_manifest
 from megatron_sov.base.documents import BadRecord, Conversation, Document
-from megatron_sov.base.documents.byte_bpe import NotByteBpe, adversarial_texts, ranks, split_pattern
+from megatron_sov.base.documents.byte_bpe import (
+    NotByteBpe, build_ranks, iter_adversarial_texts, parse_split_pattern)
 from megatron_sov.base.documents.shard_files import NO_FEATURE
 from megatron_sov.base.errors import Fix, UserError, fix_missing
 from megatron_sov.chat.encode import ChatEncoder
@@ -58,8 +59,8 @@ class FastBpe:
         # tiktoken would split such a token as text.
         if plain := [t["content"] for t in raw["added_tokens"] if not t["special"]]:
             raise NotByteBpe(f"its added token {plain[0]!r} is matched in ordinary text")
-        self._encoding = tiktoken.Encoding(str(file), pat_str=split_pattern(raw), mergeable_ranks=ranks(raw),
-                                           special_tokens={})
+        self._encoding = tiktoken.Encoding(str(file), pat_str=parse_split_pattern(raw),
+                                           mergeable_ranks=build_ranks(raw), special_tokens={})
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of ordinary text, as `tokenizers` gives them."""
@@ -96,7 +97,7 @@ def load_fast(file: Path, tokenizer: Tokenizer, samples: list[str]) -> tuple[Fas
         raise UserError(f"{file}: cannot be read as a tokenizer ({e}); make it again or restore "
                         "it from a copy") from None
     # Real text finds differences that occur, adversarial text those that are rare.
-    texts = [*samples, *adversarial_texts(json.loads(file.read_text(encoding="utf-8")))]
+    texts = [*samples, *iter_adversarial_texts(json.loads(file.read_text(encoding="utf-8")))]
     if difference := fast.difference([*texts, *(unicodedata.normalize("NFD", t) for t in samples)]):
         return None, f"encoding with tokenizers, because tiktoken differs on {difference}"
     num_bytes = sum(len(t.encode()) for t in texts)

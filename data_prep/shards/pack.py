@@ -36,10 +36,10 @@ from megatron_sov.base.artifacts import (
 from megatron_sov.base.documents import (
     BadRecord, Document, FileSpan, RecordReading, list_files, plan_units, read_span)
 from megatron_sov.base.documents.accounting import RecordAccount
-from megatron_sov.base.documents.files import CORPUS_RECORDS, JSON_SUFFIX, RECORD_SUFFIXES, media_corpus_of
-from megatron_sov.base.documents.layouts import completion_of, parse_renames
-from megatron_sov.base.documents.reading import TABLE_SUFFIXES, first_unread
-from megatron_sov.base.documents.records import column_problems
+from megatron_sov.base.documents.files import CORPUS_RECORDS, JSON_SUFFIX, RECORD_SUFFIXES, find_media_corpus
+from megatron_sov.base.documents.layouts import get_completion_field, parse_renames
+from megatron_sov.base.documents.reading import TABLE_SUFFIXES, find_unread_fields
+from megatron_sov.base.documents.records import find_column_problems
 from megatron_sov.base.documents.shard_files import FEATURES
 from megatron_sov.base.errors import Fix, UserError, warn
 from megatron_sov.base.settings import (
@@ -96,7 +96,7 @@ class PackSettings:
 
     def problems(self) -> list[SettingsProblem]:
         p = [SettingsProblem(ProblemCode.BOUND, "columns",
-                             said) for said in column_problems(self.reading.columns)]
+                             said) for said in find_column_problems(self.reading.columns)]
         if self.reading.columns and self.reading.kind == "prompt":
             p.append(SettingsProblem(ProblemCode.RULE, "columns",
                                      "a prompt has no response to which its number "
@@ -281,7 +281,7 @@ def _media_corpora(sources: Mapping[str, Path], kind: str | None) -> MediaCorpor
     Raises:
         UserError: they cannot be packed so, or the part that packs them is not installed.
     """
-    if not any(map(media_corpus_of, sources.values())):
+    if not any(map(find_media_corpus, sources.values())):
         return None
     from data_prep.media.packing import MediaCorpora
 
@@ -307,7 +307,7 @@ def _units_of(path: Path, cut: bool) -> Iterator[tuple[FileSpan, ...]]:
                         ".to_json(OUT, orient='records', lines=True), and pass --text-field COLUMN; a copy "
                         "named .txt is packed as one text")
     # Of a media corpus its records alone are read.
-    files = list_files(path / CORPUS_RECORDS if path.is_dir() and media_corpus_of(path) else path, print)
+    files = list_files(path / CORPUS_RECORDS if path.is_dir() and find_media_corpus(path) else path, print)
     for unit in plan_units(files):
         text = unit[0]
         part_bytes = max(MIN_PART_BYTES, min(MAX_PART_BYTES, text.size_bytes // NUM_PARTS))
@@ -339,7 +339,7 @@ def _tell_unread(units: list[tuple[PackSource, Unit]], reading: RecordReading) -
     if reading.kind not in ("chat", "preference"):
         return
     for name, unit in {source.name: unit for source, unit in reversed(units)}.items():
-        if names := first_unread(unit[0], reading):
+        if names := find_unread_fields(unit[0], reading):
             print(f"{name}: does not read {_first_of(names)} (fields of its first record)")
 
 
@@ -360,7 +360,7 @@ def _warn_of_unlearned(units: list[Unit], reading: RecordReading) -> None:
     """Warn of a completion that is packed beside a prompt, where nothing is learned."""
     for span in (unit[0] for unit in units if reading.kind == "prompt"):
         first = next(iter(read_span(span, reading)), None)
-        if isinstance(first, Document) and (name := completion_of(json.loads(first.extra))):
+        if isinstance(first, Document) and (name := get_completion_field(json.loads(first.extra))):
             warn(f"{first.where}: has a {name!r}, of which --format prompt learns nothing: it goes along "
                  "as a field beside the prompt; pack it with --format chat to learn it")
             return

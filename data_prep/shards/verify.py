@@ -15,7 +15,7 @@ from data_prep.shards.token_artifact import (
     COLUMN_DTYPE, HELDOUT, SIDECARS, SPLITS, TRAIN, IndexedSplit, PackedShard, document_hashes, num_tokens,
     read_tokens_manifest, shards_of)
 from megatron_sov.base.artifacts import find_damaged_files
-from megatron_sov.base.documents.shard_files import FEATURES, OF_DOCUMENTS, ROUTES, WRITTEN, RouteShape
+from megatron_sov.base.documents.shard_files import FEATURES, PER_DOCUMENT, ROUTES, WRITTEN, RouteShape
 from megatron_sov.base.errors import UserError, format_problems
 from megatron_sov.base.settings import Flag, add_options, read_options
 from megatron_sov.chat.marks import KIND_NONE, KINDS
@@ -123,7 +123,7 @@ def _shard_problems(shard: PackedShard, split: IndexedSplit, content: dict[str, 
                 problems.append(f"{file}: has {found} bytes, {len(split.tokens)} tokens need {wanted}")
         else:
             problems += _sidecar_problems(
-                file, suffix, num_documents if suffix.endswith(OF_DOCUMENTS) else len(split.tokens))
+                file, suffix, num_documents if suffix.endswith(PER_DOCUMENT) else len(split.tokens))
     return problems
 
 

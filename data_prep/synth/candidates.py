@@ -12,7 +12,7 @@ from typing import Any
 
 from data_prep.synth.generator import GeneratedSample, GeneratorItem, Kind, SampleVerdict
 from megatron_sov.base.artifacts import format_json
-from megatron_sov.base.documents.rows import finite, no_constant
+from megatron_sov.base.documents.rows import parse_finite, reject_constant
 from megatron_sov.base.errors import UserError, first_error_line
 from megatron_sov.work.progress.journal import JOB, iter_records_by_item, work_folder
 
@@ -119,7 +119,8 @@ def read_run(output: Path) -> SynthRunRecord:
     """
     file = output / RUN
     try:
-        told = json.loads(file.read_bytes().decode(), parse_constant=no_constant, parse_float=finite)
+        told = json.loads(file.read_bytes().decode(), parse_constant=reject_constant,
+                          parse_float=parse_finite)
         # fields of later versions are passed over, and those of earlier ones have their defaults
         return SynthRunRecord(**{name: told[name] for name in SynthRunRecord.__dataclass_fields__
                                  if name in told})

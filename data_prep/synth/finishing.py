@@ -21,8 +21,8 @@ from data_prep.tags import SYNTHESIS, artifact_of
 from megatron_sov.base.artifacts import (
     MANIFEST, ArtifactWriter, create_file, format_json, translate_disk_errors, write_atomically)
 from megatron_sov.base.documents.accounting import RecordAccount
-from megatron_sov.base.documents.files import KEPT, REJECTED
-from megatron_sov.base.documents.rows import json_line
+from megatron_sov.base.documents.files import ACCEPTED_SAMPLES, REJECTED_SAMPLES
+from megatron_sov.base.documents.rows import format_json_line
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError
 
@@ -90,7 +90,7 @@ def finish(output: Path, checks: Path | None = None, workers: int = 1, *, is_com
         if is_complete:
             _write_manifest(output, run, checks, tally)
     samples = RecordAccount(tally.num_samples, tally.num_kept, tally.rejected, "samples")
-    print(f"{output}: {samples.describe()}\n  {output / KEPT}, {output / REJECTED}, {output / SUMMARY}")
+    print(f"{output}: {samples.describe()}\n  {output / ACCEPTED_SAMPLES}, {output / REJECTED_SAMPLES}, {output / SUMMARY}")
 
 
 @dataclass
@@ -124,11 +124,11 @@ class FinishingTally:
 def _write_rows(output: Path, run: SynthRunRecord, judged: JudgedSample, tally: FinishingTally) -> None:
     """Write kept and rejected samples; both files get their names when both are on the disk."""
     # temporary files of a run that was killed
-    for leftover in (*output.glob(f".{KEPT}.tmp-*"), *output.glob(f".{REJECTED}.tmp-*")):
+    for leftover in (*output.glob(f".{ACCEPTED_SAMPLES}.tmp-*"), *output.glob(f".{REJECTED_SAMPLES}.tmp-*")):
         leftover.unlink(missing_ok=True)
     with contextlib.ExitStack() as stack:
         kept, rejected = (stack.enter_context(open(stack.enter_context(create_file(output / name)), "wb"))
-                          for name in (KEPT, REJECTED))
+                          for name in (ACCEPTED_SAMPLES, REJECTED_SAMPLES))
         for item in read_finished(output):
             tally.num_items += 1
             tally.num_unusable += bool(item.unusable)
@@ -145,7 +145,7 @@ def _write_rows(output: Path, run: SynthRunRecord, judged: JudgedSample, tally: 
                 if failed := sample.failed or later:
                     tally.rejected[failed.check] += 1
                     verdicts = [*sample.verdicts, *([later] if later else [])]
-                    rejected.write(json_line({
+                    rejected.write(format_json_line({
                         "reason": failed.check, "detail": failed.detail, "record": sample.record,
                         "verdicts": [vars(verdict) for verdict in verdicts], PROVENANCE: origin}))
                     continue
@@ -154,7 +154,7 @@ def _write_rows(output: Path, run: SynthRunRecord, judged: JudgedSample, tally: 
                 tally.sources[item.item["source"]] += 1
                 # only texts are changed here: other kinds with a changed text are rejected
                 changed = {"text": judged.changed[id_]} if id_ in judged.changed else {}
-                kept.write(json_line({"id": id_, **sample.record, **changed, PROVENANCE: origin}))
+                kept.write(format_json_line({"id": id_, **sample.record, **changed, PROVENANCE: origin}))
         # bytes first, then names: a power cut must not leave a named file without its end
         for rows in (kept, rejected):
             rows.flush()
@@ -170,7 +170,7 @@ def _write_manifest(output: Path, run: SynthRunRecord, checks: Path | None, tall
     writer = ArtifactWriter(output, SYNTHESIS)
     # answers stay out of the hashes: a later command adds to them
     writer.excluded_names = frozenset(path.name for path in output.iterdir()
-                                 if path.name not in (KEPT, REJECTED, SUMMARY))
+                                 if path.name not in (ACCEPTED_SAMPLES, REJECTED_SAMPLES, SUMMARY))
     writer.content = {
         "generator": run.generator, "generator_version": run.version, "kind": run.kind, "model": run.model,
         "judge": run.judge, "num_kept": tally.num_kept, "num_rejected": tally.rejected.total(),

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_sov.base.documents.messages import BadRecord, refuse_deep
-from megatron_sov.base.documents.rows import finite, no_constant
+from megatron_sov.base.documents.messages import BadRecord, check_depth
+from megatron_sov.base.documents.rows import parse_finite, reject_constant
 from megatron_sov.chat.marks import BEGIN_THOUGHTS, END_THOUGHTS, to_hermes_form, unquote_marks
 from megatron_sov.chat.tool_calls import BadCall, parse_turn
 from megatron_sov.judge.rewards.surface import loop_at_end
@@ -121,8 +121,9 @@ def _call(said: Any) -> dict[str, Any]:
     name, arguments = function["name"], function.get("arguments")
     try:
         if isinstance(arguments, str):
-            arguments = json.loads(arguments or "{}", parse_constant=no_constant, parse_float=finite)
-        refuse_deep(arguments)
+            arguments = json.loads(arguments or "{}", parse_constant=reject_constant,
+                                   parse_float=parse_finite)
+        check_depth(arguments)
     except (ValueError, RecursionError, BadRecord) as e:
         return _malformed(name, f"the arguments of a tool call are no JSON ({str(e)[:100]})")
     if not isinstance(arguments, dict):

@@ -39,7 +39,7 @@ def format_version(program: str) -> str:
     return f"{program} {__version__}"
 
 
-class HelpText(argparse.HelpFormatter):
+class HelpFormatter(argparse.HelpFormatter):
     """Wraps one-line texts and keeps the lines of multi-line texts."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
@@ -272,7 +272,7 @@ def append_examples(parser: argparse.ArgumentParser, command: Command, program: 
     words = parser.prog.removeprefix(program).strip()
     epilog = textwrap.fill(" ".join((parser.epilog or "").split()), 100)
     parser.epilog = "\n\n".join(filter(None, (epilog, command.format_help_ending(program, words)))) or None
-    parser.formatter_class = HelpText
+    parser.formatter_class = HelpFormatter
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for child in action.choices.values():
@@ -321,7 +321,7 @@ def run_program(parser: Parser, commands: Mapping[str, Command], argv: Sequence[
                 raise
             raise propose_line(parser.prog, typed, e, parser.parse_args) from None
 
-    return exit_code(action)
+    return run_to_exit_code(action)
 
 
 OMP_WAIT_POLICY = "OMP_WAIT_POLICY"
@@ -329,7 +329,7 @@ OMP_WAIT_POLICY = "OMP_WAIT_POLICY"
 (measured: 14 times slower with three programs per core)."""
 
 
-def exit_code(action: Callable[[], int]) -> int:
+def run_to_exit_code(action: Callable[[], int]) -> int:
     """Run a command and return its exit code; print exceptions for users as one message without a
     traceback."""
     os.environ.setdefault(OMP_WAIT_POLICY, "PASSIVE")  # before torch is imported

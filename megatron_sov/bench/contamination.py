@@ -18,8 +18,8 @@ from typing import Any
 
 from megatron_sov.base.artifacts import MANIFEST, read_manifest
 from megatron_sov.base.documents import BadRecord, FileSpan, RecordReading, list_files, plan_units, read_span
-from megatron_sov.base.documents.item_search import ItemSearch, SearchItem, forms
-from megatron_sov.base.documents.overlap import WORDS, find_units
+from megatron_sov.base.documents.item_search import ItemSearch, SearchItem, list_search_forms
+from megatron_sov.base.documents.overlap import RUN_WORDS, find_units
 from megatron_sov.base.errors import UserError
 from megatron_sov.bench.lm.results import Contamination, Results
 from megatron_sov.bench.score_differences import ScoredItem, is_mean, values_of
@@ -89,7 +89,7 @@ def check(scored: ScoredItem, data: Sequence[Path], reading: RecordReading, work
                 # Parts come in order, so the first place is the same with any number of workers.
                 found.setdefault((hit.task, hit.item, hit.field), hit)
             bar.update()
-    short = set(ItemSearch(texts, WORDS, MIN_WORDS).too_short)
+    short = set(ItemSearch(texts, RUN_WORDS, MIN_WORDS).too_short)
     searched = {(text.benchmark, text.id) for number, text in enumerate(texts) if number not in short}
     too_short = Counter(task for task, _ in {(text.benchmark, text.id) for text in texts} - searched)
     tasks = dict(scored.results.tasks)
@@ -152,7 +152,7 @@ def searching(texts: list[SearchItem], reading: RecordReading) -> Callable[[Any]
     """Return what searches a part of the training data: it returns what it found, and how many documents it
     has seen."""
     # Built once in each worker, and not sent to it.
-    search = ItemSearch(texts, WORDS, MIN_WORDS)
+    search = ItemSearch(texts, RUN_WORDS, MIN_WORDS)
 
     def work(unit: Any) -> tuple[list[ItemHit], int]:
         hits: list[ItemHit] = []
@@ -160,7 +160,7 @@ def searching(texts: list[SearchItem], reading: RecordReading) -> Callable[[Any]
         documents = _read_packed(unit) if isinstance(unit, _TextPart) else _read(unit, reading)
         for where, text, is_first in documents:
             count += is_first
-            for units in map(find_units, forms(text)):
+            for units in map(find_units, list_search_forms(text)):
                 for one in search.find(units):
                     item = texts[one.item]
                     begin, end = units.span(one.begin, one.end)

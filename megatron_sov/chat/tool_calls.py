@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_sov.base.documents.messages import BadRecord, refuse_deep
-from megatron_sov.base.documents.rows import finite, no_constant
+from megatron_sov.base.documents.messages import BadRecord, check_depth
+from megatron_sov.base.documents.rows import parse_finite, reject_constant
 from megatron_sov.chat.marks import (
     BEGIN_CALL, BEGIN_THOUGHTS, END_CALL, END_THOUGHTS, LLAMA, CallForm, to_hermes_form, unquote_marks)
 
@@ -190,7 +190,7 @@ def _parse_call(text: str, start: int, last_end: int, form: CallForm | None
 
 def _check_value(value: Any) -> None:
     """Raise `BadRecord` or `ValueError` for values that cannot be processed further."""
-    refuse_deep(value)  # later functions recurse deeper than the JSON parser
+    check_depth(value)  # later functions recurse deeper than the JSON parser
     json.dumps(value, ensure_ascii=False).encode()  # lone surrogates are invalid text
 
 
@@ -249,4 +249,7 @@ def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return object_
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_build_object, parse_constant=no_constant, parse_float=finite)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_build_object, parse_constant=reject_constant,
+                            parse_float=parse_finite)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from megatron_sov.base.artifacts import (
     MANIFEST, check_output_folder, create_artifact, format_json, read_manifest)
 from megatron_sov.base.digests import hash_file
-from megatron_sov.base.documents.rows import check_rows, json_line, parse_row, read_lines
+from megatron_sov.base.documents.rows import check_rows, format_json_line, parse_row, read_lines
 from megatron_sov.base.errors import ExitCode, UserError, format_error
 from megatron_sov.base.outputs import check_creatable
 from megatron_sov.base.plugins import registry
@@ -214,7 +214,7 @@ def _stepper(asked: PluginRequest, skip_failures: bool, threads: int) -> Callabl
             if not skip_failures:
                 raise UserError(f"line {number}: {asked.reference} fails ({format_error(e)}); mend it, "
                                 "or pass --skip-failures to list such rows and go on") from None
-            return b"-" + json_line({"line": number, "error": format_error(e), "row": row})
+            return b"-" + format_json_line({"line": number, "error": format_error(e), "row": row})
 
     if threads == 1:
         return lambda batch: b"".join(map(do, batch))
@@ -230,7 +230,7 @@ def _lines_of(made: Any) -> list[bytes]:
     if wrong := [row for row in rows if not isinstance(row, dict)]:
         raise TypeError(f"it returns a {type(wrong[0]).__name__}, must be a row, a list of rows, or None")
     # NaN is no JSON: other readers of the file would fail on it
-    return [json_line(row, allow_nan=False) for row in rows]
+    return [format_json_line(row, allow_nan=False) for row in rows]
 
 
 def _submit(order: MapOrder) -> None:

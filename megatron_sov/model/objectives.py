@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_sov.base.documents import KINDS, ROLLOUTS
-from megatron_sov.base.documents.records import column_problems
+from megatron_sov.base.documents.records import find_column_problems
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import LoadedPlugin
 from megatron_sov.base.plugins.registry import Registry, accepts_arguments, check_methods
@@ -41,7 +41,7 @@ def _check_plugin(loaded: LoadedPlugin) -> None:
     if not isinstance(columns, Mapping) or not all(hasattr(c, "made_by") for c in columns.values()):
         raise UserError(f"{loaded.reference}: `columns` is {columns!r}, must be a dict of column -> "
                         "NeededColumn(made_by)")
-    if problems := column_problems(columns):
+    if problems := find_column_problems(columns):
         raise UserError(f"{loaded.reference}: `columns`: {'; '.join(problems)}")
     if not accepts_arguments(loaded.value, ("context",)):
         raise UserError(f"{loaded.reference}: has the signature "

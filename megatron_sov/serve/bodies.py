@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 
 from megatron_sov.base.documents import BadRecord, Conversation
-from megatron_sov.base.documents.messages import MESSAGE_FIELDS, read_beside, read_messages, refuse_deep
-from megatron_sov.base.documents.rows import finite, no_constant
+from megatron_sov.base.documents.messages import (
+    MESSAGE_FIELDS, check_depth, parse_messages, parse_tools_and_kwargs)
+from megatron_sov.base.documents.rows import parse_finite, reject_constant
 from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.chat.folder import open_tokenizer, read_chat_encoder
 from megatron_sov.chat.marks import unquote_marks
@@ -191,8 +192,9 @@ def chat_question(raw: bytes, model: str) -> ServedQuestion:
         raise RefusedRequest(400, f"max_tokens is {body.max_tokens} and max_completion_tokens is "
                                   f"{body.max_completion_tokens}; send one of them", "max_tokens")
     try:
-        chat = Conversation(read_messages(body.messages, "messages"),
-                            **read_beside(body.tools if shows_tools else None, body.chat_template_kwargs))
+        chat = Conversation(parse_messages(body.messages, "messages"),
+                            **parse_tools_and_kwargs(body.tools if shows_tools else None,
+                                                     body.chat_template_kwargs))
     except BadRecord as e:
         raise RefusedRequest(400, f"the conversation is refused: {e}", "messages") from None
     for number, message in enumerate(chat.messages):
@@ -218,13 +220,13 @@ def completion_question(raw: bytes, model: str) -> ServedQuestion:
 def _fields(raw: bytes) -> dict[str, Any]:
     """Return the fields of a body but for those that are null."""
     try:
-        fields = json.loads(raw, parse_constant=no_constant, parse_float=finite)
+        fields = json.loads(raw, parse_constant=reject_constant, parse_float=parse_finite)
     except (ValueError, RecursionError) as e:
         raise RefusedRequest(400, f"the body is not valid JSON ({e}); send one object in UTF-8") from None
     if not isinstance(fields, dict):
         raise RefusedRequest(400, f"the body is a JSON {type(fields).__name__}; send an object")
     try:
-        refuse_deep(fields)
+        check_depth(fields)
         # Finds lone surrogates, which strict UTF-8 cannot write and a tokenizer cannot read.
         json.dumps(fields, ensure_ascii=False).encode()
     except BadRecord as e:

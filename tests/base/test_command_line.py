@@ -14,7 +14,7 @@ import pytest
 from data_prep.cli import build_parser as sov_data
 from megatron_sov import cli
 from megatron_sov.base import errors
-from megatron_sov.base.command_line import Parser, exit_code
+from megatron_sov.base.command_line import Parser, run_to_exit_code
 from megatron_sov.base.errors import (
     ExitCode, GateFailed, StopRequested, UserError, format_install_command, format_problems, suggest_download,
     suggest_name)
@@ -50,7 +50,7 @@ def test_user_errors_become_message_and_exit_code(
             raise outcome
         return outcome
 
-    assert exit_code(action) == code
+    assert run_to_exit_code(action) == code
     assert capsys.readouterr().err == said
 
 
@@ -77,9 +77,9 @@ def test_full_disk_is_reported_and_closed_pipe_is_not(
 
 def test_defect_keeps_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
-        exit_code(lambda: 1 // 0)
+        run_to_exit_code(lambda: 1 // 0)
     with pytest.raises(OSError):
-        exit_code(lambda: os.close(10 ** 6))  # type: ignore[func-returns-value]
+        run_to_exit_code(lambda: os.close(10 ** 6))  # type: ignore[func-returns-value]
 
 
 @pytest.mark.parametrize(("line", "said"), [
@@ -132,13 +132,13 @@ def test_any_text_prints_in_any_locale() -> None:
 
 @pytest.mark.parametrize(("code", "kept"), [(0, 0), (3, 3), (255, 255), (256, 1), (2 ** 70, 1), (-9, 1)])
 def test_exit_code_256_is_not_success(code: int, kept: int) -> None:
-    assert exit_code(lambda: code) == kept
+    assert run_to_exit_code(lambda: code) == kept
 
     def child_fails() -> int:
         raise SystemExit(code)
 
     with pytest.raises(SystemExit) as ended:
-        exit_code(child_fails)
+        run_to_exit_code(child_fails)
     assert ended.value.code == kept
 
 

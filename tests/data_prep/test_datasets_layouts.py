@@ -276,7 +276,7 @@ def test_the_page_has_a_row_for_each_known_layout() -> None:
     page = (Path(__file__).parents[2] / "docs/data.md").read_text()
     for layout in LAYOUTS:
         fields = ", ".join(f"`{name}`" for name in layout.fields)
-        assert f"| {layout.name} | {fields} | `{layout.taken_by}`" in page, layout.name
+        assert f"| {layout.name} | {fields} | `{layout.reader}`" in page, layout.name
 
 
 @pytest.mark.parametrize("prompt", ["Sky?", [say("user", "Sky?")]], ids=["text", "messages"])

@@ -43,10 +43,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a tokenizer whose tokens are bytes, and marks that are special."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    from megatron_sov.base.documents.byte_bpe import byte_characters
+    from megatron_sov.base.documents.byte_bpe import byte_alphabet
 
     made = tmp_path_factory.mktemp("bytes")
-    tokenizer = Tokenizer(models.BPE(byte_characters(), [], unk_token=None))
+    tokenizer = Tokenizer(models.BPE(byte_alphabet(), [], unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|endofturn|>",

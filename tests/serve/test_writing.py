@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
-from megatron_sov.base.documents.byte_bpe import byte_characters
+from megatron_sov.base.documents.byte_bpe import byte_alphabet
 from megatron_sov.infer.request import LENGTH, STOP
 from megatron_sov.serve.replies import ReplyWriting
 
@@ -15,7 +15,7 @@ TEXT = "Ein Bär 곰 sagt: stop. Und 🐻‍❄️ sagt nichts."
 @pytest.fixture(scope="module")
 def by_bytes() -> Tokenizer:
     """Return a tokenizer whose every token is a byte."""
-    tokenizer = Tokenizer(models.WordLevel(byte_characters(), "?"))
+    tokenizer = Tokenizer(models.WordLevel(byte_alphabet(), "?"))
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 

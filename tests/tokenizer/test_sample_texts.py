@@ -47,7 +47,8 @@ def test_sentences_stand_in_many_scripts_and_come_first_then_together() -> None:
 
 def test_a_byte_level_tokenizer_meets_every_block_of_unicode(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict] = []
-    monkeypatch.setattr(sample_texts, "adversarial_texts", lambda raw: asked.append(raw) or ["every block"])
+    monkeypatch.setattr(sample_texts, "iter_adversarial_texts", lambda raw: asked.append(raw)
+                        or ["every block"])
     raw = {"decoder": {"type": "ByteLevel"}, "model": {"vocab": {}}}
     assert list(built_in(raw))[-1] == "every block" and asked == [raw]
     many = {"model": {"vocab": [[f"t{i}", 0.0] for i in range(2 * sample_texts.TOKENS_PER_TEXT + 1)]}}

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_sov.base.artifacts import translate_disk_errors
-from megatron_sov.base.documents.compiled import compiled
+from megatron_sov.base.documents.compiled import jit_compile
 from tokenizer.bpe.trainer import MAX_PLACES
 
 NUMBER_BITS = np.uint64(32)
@@ -25,7 +25,7 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)
 _ONE = np.uint64(1)
 
 
-@compiled
+@jit_compile
 def split_words(raw: NDArray[np.uint8], kinds: NDArray[np.uint8], steps: NDArray[np.int32],
                 ends: NDArray[np.int32]) -> int:
     """Split UTF-8 text; matches and the text between them are words.
@@ -74,7 +74,7 @@ def split_words(raw: NDArray[np.uint8], kinds: NDArray[np.uint8], steps: NDArray
     return num_words
 
 
-@compiled
+@jit_compile
 def _code_point(raw: NDArray[np.uint8], place: int) -> tuple[np.int64, int]:
     """Return the character at a place of UTF-8 text, and how many bytes it has."""
     byte = np.int64(raw[place])
@@ -89,7 +89,7 @@ def _code_point(raw: NDArray[np.uint8], place: int) -> tuple[np.int64, int]:
     return (byte & 0x07) << 18 | second << 12 | third << 6 | (raw[place + 3] & 0x3F), 4
 
 
-@compiled
+@jit_compile
 def add_words(raw: NDArray[np.uint8], ends: NDArray[np.int32], times: int, slots: NDArray[np.uint64],
               text: NDArray[np.uint8], word_ends: NDArray[np.int64], counts: NDArray[np.int64],
               num_words: int) -> int:
@@ -141,7 +141,7 @@ def add_words(raw: NDArray[np.uint8], ends: NDArray[np.int32], times: int, slots
     return num_words
 
 
-@compiled
+@jit_compile
 def _equal(a: NDArray[np.uint8], start_a: np.int64, b: NDArray[np.uint8], start_b: int, length: int) -> bool:
     for i in range(length):  # noqa: SIM110 - numba compiles no generators
         if a[start_a + i] != b[start_b + i]:
@@ -149,7 +149,7 @@ def _equal(a: NDArray[np.uint8], start_a: np.int64, b: NDArray[np.uint8], start_
     return True
 
 
-@compiled
+@jit_compile
 def move_slots(slots: NDArray[np.uint64], larger: NDArray[np.uint64]) -> None:
     """Enter the words of a table of slots into a larger, empty one."""
     mask = np.uint64(len(larger) - 1)

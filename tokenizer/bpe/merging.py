@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sov.base.documents.compiled import compiled
+from megatron_sov.base.documents.compiled import jit_compile
 from tokenizer.mixture import Excerpt
 
 # A sample of a unit's text, taken before it is known how much text its group has.
@@ -123,13 +123,13 @@ class MergeStore(NamedTuple):
     """How much of the heap, the places and the tokens is in use, [NUM_SIZES]."""
 
 
-@compiled
+@jit_compile
 def _in_word(byte: int) -> bool:
     """Return whether a byte may belong to a letter."""
     return byte >= 0x80 or 0x41 <= byte <= 0x5A or 0x61 <= byte <= 0x7A
 
 
-@compiled
+@jit_compile
 def describe(store: MergeStore, token: int) -> None:
     """Find a token's traits from its bytes."""
     start = store.token_ends[token - 1] if token else 0
@@ -151,14 +151,14 @@ def describe(store: MergeStore, token: int) -> None:
     traits[SUPERWORD] = superword
 
 
-@compiled
+@jit_compile
 def describe_all(store: MergeStore) -> None:
     """Find the traits of the tokens that are known at the beginning."""
     for token in range(store.sizes[NUM_TOKENS]):
         describe(store, token)
 
 
-@compiled
+@jit_compile
 def _may_join(left: NDArray[np.int32], right: NDArray[np.int32], rule: JoinRule) -> bool:
     """Return whether tokens of these traits may join."""
     if left[SIZE_BYTES] + right[SIZE_BYTES] > rule.max_bytes:
@@ -173,7 +173,7 @@ def _may_join(left: NDArray[np.int32], right: NDArray[np.int32], rule: JoinRule)
         left[SUPERWORD] or right[SUPERWORD] or (next_word and right[SIZE_BYTES] > 1))
 
 
-@compiled
+@jit_compile
 def _weight(store: MergeStore, place: int) -> int:
     """Return the count of the word at a place."""
     # words lie by falling count, so a place tells its count, without an array of a count for each place
@@ -187,20 +187,20 @@ def _weight(store: MergeStore, place: int) -> int:
     return store.level_counts[low]
 
 
-@compiled
+@jit_compile
 def _better(heap: NDArray[np.int64], a: int, b: int) -> bool:
     """Return whether one row of the heap is better than another."""
     return heap[a, COUNT] > heap[b, COUNT] or (heap[a, COUNT] == heap[b, COUNT]
                                                and heap[a, KEY] < heap[b, KEY])
 
 
-@compiled
+@jit_compile
 def _swap(heap: NDArray[np.int64], a: int, b: int) -> None:
     for column in range(4):
         heap[a, column], heap[b, column] = heap[b, column], heap[a, column]
 
 
-@compiled
+@jit_compile
 def _push(store: MergeStore, count: int, key: np.int64, start: int, length: int) -> None:
     """Add a pair to the heap."""
     heap, at = store.heap, store.sizes[HEAP_SIZE]
@@ -212,7 +212,7 @@ def _push(store: MergeStore, count: int, key: np.int64, start: int, length: int)
         at = (at - 1) >> 1
 
 
-@compiled
+@jit_compile
 def _sink_first(heap: NDArray[np.int64], size: int) -> None:
     """Let the first row of the heap find its place, now that it may not be the best any more."""
     at = 0
@@ -226,7 +226,7 @@ def _sink_first(heap: NDArray[np.int64], size: int) -> None:
         at = child
 
 
-@compiled
+@jit_compile
 def _drop_first(store: MergeStore) -> None:
     """Take the first row from the heap."""
     store.sizes[HEAP_SIZE] -= 1
@@ -235,7 +235,7 @@ def _drop_first(store: MergeStore) -> None:
     _sink_first(store.heap, last)
 
 
-@compiled
+@jit_compile
 def _add_pairs(store: MergeStore, token: int, token_is_left: bool, others: NDArray[np.int32],
                places: NDArray[np.int32], rule: JoinRule, min_count: int) -> None:
     """Add the pairs of a token with others: the other token and the place of each, [places]."""
@@ -270,7 +270,7 @@ def _add_pairs(store: MergeStore, token: int, token_is_left: bool, others: NDArr
             starts[other] += 1
 
 
-@compiled
+@jit_compile
 def add_first_pairs(store: MergeStore, places: NDArray[np.int32], rule: JoinRule, min_count: int) -> int:
     """Add the pairs of single symbols at some places, sorted by their left symbols; returns how many places
     there was room for."""
@@ -291,13 +291,13 @@ def add_first_pairs(store: MergeStore, places: NDArray[np.int32], rule: JoinRule
     return done
 
 
-@compiled
+@jit_compile
 def _has_room(store: MergeStore, count: int) -> bool:
     return (store.sizes[PLACES_SIZE] + count <= len(store.places)
             and store.sizes[HEAP_SIZE] + count <= len(store.heap))
 
 
-@compiled
+@jit_compile
 def learn_some(store: MergeStore, merges: NDArray[np.int64], rule: JoinRule, min_count: int) -> tuple[int,
                                                                                                       int]:
     """Merge until `merges`, [merges, (left, right, count)], is full, no pair is left, or an array is full.
@@ -328,7 +328,7 @@ def learn_some(store: MergeStore, merges: NDArray[np.int64], rule: JoinRule, min
     return num_merges, ENOUGH
 
 
-@compiled
+@jit_compile
 def _refresh_first(store: MergeStore, min_count: int) -> int:
     """Bring the best pair to the top of the heap, with its right count; returns how many places it has,
     0 where no pair is left.
@@ -365,7 +365,7 @@ def _refresh_first(store: MergeStore, min_count: int) -> int:
     return 0
 
 
-@compiled
+@jit_compile
 def _merge(store: MergeStore, left: int, right: int, places: NDArray[np.int32], rule: JoinRule,
            min_count: int) -> None:
     """Merge a pair at its places and find the pairs of the new token."""
@@ -402,7 +402,7 @@ def _merge(store: MergeStore, left: int, right: int, places: NDArray[np.int32], 
     _add_pairs(store, token, True, others[:found], at[:found], rule, min_count)
 
 
-@compiled
+@jit_compile
 def _add_token(store: MergeStore, left: int, right: int, span: int) -> None:
     """Note a new token."""
     token = store.sizes[NUM_TOKENS]

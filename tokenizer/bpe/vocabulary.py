@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sov.base.documents.byte_bpe import byte_characters
+from megatron_sov.base.documents.byte_bpe import byte_alphabet
 from tokenizer.presets import NUM_BYTES
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _JOINED = re.compile(rb"[A-Za-z\x80-\xff] [A-Za-z\x80-\xff]")
 @cache
 def _characters() -> dict[int, str]:
     """Return the character of each byte, which is also a table for `str.translate`."""
-    return {byte: character for character, byte in byte_characters().items()}
+    return {byte: character for character, byte in byte_alphabet().items()}
 
 
 @cache

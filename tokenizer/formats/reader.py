@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_sov.base.documents.byte_bpe import byte_characters
+from megatron_sov.base.documents.byte_bpe import byte_alphabet
 from megatron_sov.base.errors import UserError, fix_missing, suggest_download
 from megatron_sov.model.pretrained import read_json
 from tokenizer.formats import sentencepiece_format, tiktoken_format
@@ -282,7 +282,7 @@ class HuggingFace(Opened):
 
     def _bytes(self, id_: int, token: str, kinds: set[str]) -> bytes:
         if "ByteLevel" in kinds:
-            back = byte_characters()
+            back = byte_alphabet()
             return bytes(back[c] for c in token) if all(c in back for c in token) else token.encode()
         if kinds & {"ByteFallback", "Metaspace"}:
             return _piece_bytes(token)

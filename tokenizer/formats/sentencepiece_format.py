@@ -12,7 +12,7 @@ import base64
 from itertools import pairwise
 from typing import Any
 
-from megatron_sov.base.documents.byte_bpe import merges
+from megatron_sov.base.documents.byte_bpe import parse_merges
 from megatron_sov.base.errors import UserError, format_install_command
 from tokenizer.bpe.segmenting import merge_of
 from tokenizer.formats.hf_files import special_token
@@ -232,7 +232,7 @@ def _pieces(raw: dict[str, Any]) -> dict[str, tuple[float, int]]:
     added = {token["content"]: token for token in raw["added_tokens"]}
     if model["type"] == "BPE":
         ids, order = dict(model["vocab"]), {"".join(pair): -float(i)
-                                            for i, pair in reversed(list(enumerate(merges(raw))))}
+                                            for i, pair in reversed(list(enumerate(parse_merges(raw))))}
         unknown = model.get("unk_token")
     else:
         ids, order = {piece: id_ for id_, (piece, _) in enumerate(model["vocab"])}, dict(model["vocab"])

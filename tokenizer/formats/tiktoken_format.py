@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_sov.base.documents.byte_bpe import byte_characters, ranks, split_pattern
+from megatron_sov.base.documents.byte_bpe import build_ranks, byte_alphabet, parse_split_pattern
 from megatron_sov.base.errors import UserError
 from tokenizer.bpe.segmenting import merge_of
 from tokenizer.formats.hf_files import ID_DIGITS, no_panics, refuse_far_ids, special_token
@@ -146,7 +146,7 @@ def to_tiktoken(raw: dict[str, Any], name: str,
                           None):
             raise UserError(f"{name}: special token {token['content']!r} begins {longer!r}, "
                             "and tiktoken does not say which of the two it finds; rename one")
-    return ranks(raw), TiktokenRules(split_pattern(raw), special, name, kind, **named)
+    return build_ranks(raw), TiktokenRules(parse_split_pattern(raw), special, name, kind, **named)
 
 
 def ranks_text(found: dict[bytes, int]) -> bytes:
@@ -267,7 +267,7 @@ def from_tiktoken(found: dict[bytes, int], rules: TiktokenRules) -> dict[str, An
     A token that merging never makes is found only where it is a whole piece of text, which is what
     `ignore_merges` says.
     """
-    characters = {byte: character for character, byte in byte_characters().items()}
+    characters = {byte: character for character, byte in byte_alphabet().items()}
     spelled = {token: "".join(characters[b] for b in token) for token in sorted(found, key=found.__getitem__)}
     vocab = {text: found[token] for token, text in spelled.items()}
     # tokenizer.json has one table for both, so text could become a special token

@@ -14,8 +14,8 @@ from annotated_types import Ge, Le, MinLen
 
 from data_prep.curate.pipeline.step import Doc, Step, StepOutcome, View
 from data_prep.json_lines import read_objects
-from megatron_sov.base.documents.item_search import ItemSearch, SearchItem, plain
-from megatron_sov.base.documents.overlap import WORDS, Units, find_units, fold
+from megatron_sov.base.documents.item_search import ItemSearch, SearchItem, to_plain_form
+from megatron_sov.base.documents.overlap import RUN_WORDS, Units, find_units, fold_text
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AtLeastOne, Flag, ProblemCode, SettingsProblem, at_most_field
 
@@ -48,7 +48,7 @@ def _clusters(text: str, folded: str) -> tuple[list[int], list[int]]:
     for found in _CLUSTERS.finditer(text):
         # `find_units` folds some texts, and others only into NFKC: the same is done here to each grapheme
         # alone, and its length says how many folded characters are its own.
-        size = len(fold(found[0]) if is_folded else unicodedata.normalize("NFKC", found[0]))
+        size = len(fold_text(found[0]) if is_folded else unicodedata.normalize("NFKC", found[0]))
         starts += [found.start()] * size
         ends += [found.end()] * size
     if len(starts) != len(folded):  # a form that does: the whole text is the place
@@ -94,7 +94,7 @@ def find_hits(text: str, search: ItemSearch, context_chars: int) -> list[Hit]:
     """
     # A text is searched twice: as it is, and without its markup. A place that both searches find counts once.
     found = _found(text, search)
-    if (other := plain(text)) is not None:
+    if (other := to_plain_form(text)) is not None:
         known = defaultdict(list)
         for number, start, stop in found:
             known[number].append((start, stop))
@@ -208,7 +208,7 @@ class BenchmarkSearchSettings:
     """.jsonl files, or folders of them; each line is a record of a benchmark."""
     fields: Annotated[tuple[str, ...], MinLen(1), Flag(value="NAME", many=True)] = FIELDS
     """Fields of a record, each of which is looked for where it is there; a dot leads into an object."""
-    ngram: Annotated[int, Ge(1), Le(1000)] = WORDS
+    ngram: Annotated[int, Ge(1), Le(1000)] = RUN_WORDS
     """Words in a row that a text may not share with an item; a character of Thai, Chinese or Japanese is a
     quarter of a word, a syllable of Korean a third."""
     min_words: Annotated[AtLeastOne, at_most_field("ngram")] = 5

@@ -24,7 +24,7 @@ from data_prep.curate.dedup.work_files import (
     Numbering, Records, Register, Slice, bucket_slice, parts_of, ranks, registered, write_buckets)
 from data_prep.curate.pipeline.step import KEPT, Doc, Pass, ShardRef, Step, StepOutcome, View
 from megatron_sov.base.artifacts import create_folder
-from megatron_sov.base.documents.overlap import fold
+from megatron_sov.base.documents.overlap import fold_text
 from megatron_sov.base.settings import AtLeastOne, Share
 
 KEY_BYTES = 16
@@ -299,7 +299,7 @@ def paragraphs(text: str, min_chars: int) -> Iterator[Paragraph]:
     """Yield the lines of a text, all characters in one of them."""
     begin = 0
     # Neither folding makes or takes away a line's end: lines are folded together, for one call costs as much.
-    for line, folded in zip(re.findall(r"[^\n]*\n|[^\n]+$", text), fold(text).split("\n"), strict=False):
+    for line, folded in zip(re.findall(r"[^\n]*\n|[^\n]+$", text), fold_text(text).split("\n"), strict=False):
         words, key = folded.split(), b""
         # The length of the words joined by blanks, known before they are joined: short lines cost no hash.
         if sum(map(len, words)) + len(words) - 1 >= min_chars:

@@ -25,7 +25,7 @@ from data_prep.curate.dedup.work_files import (
 from data_prep.curate.pipeline.step import Doc, Pass, Step, StepOutcome, View
 from data_prep.shards.shard_damage import place_in_run, way_out
 from megatron_sov.base.artifacts import create_file, create_folder
-from megatron_sov.base.documents.overlap import Units, find_units, stretch_hashes
+from megatron_sov.base.documents.overlap import Units, find_units, hash_stretches
 from megatron_sov.base.sealed import SEAL_PLACEHOLDER, check_seal, seal_file
 from megatron_sov.base.settings import AtLeastOne, NotNegativeInt, ProblemCode, SettingsProblem
 
@@ -166,7 +166,7 @@ def _shingles(units: Units, words: int) -> NDArray[np.uint64]:
     found = units.runs(words)
     if len(found) or not len(units.hashes):
         return found
-    return stretch_hashes(units.hashes, np.array([0]), np.array([len(units.hashes)]))
+    return hash_stretches(units.hashes, np.array([0]), np.array([len(units.hashes)]))
 
 
 class Signer:

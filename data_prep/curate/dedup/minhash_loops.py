@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sov.base.documents.compiled import compiled
+from megatron_sov.base.documents.compiled import jit_compile
 
 # The finalizer of MurmurHash3 for 64 bits.
 _MIX_1, _MIX_2 = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
 _HALF = np.uint64(33)
 
 
-@compiled
+@jit_compile
 def take_smallest(shingles: NDArray[np.uint32], factors: NDArray[np.uint32], terms: NDArray[np.uint32],
                   smallest: NDArray[np.uint32]) -> None:
     """Lower each number of a signature to the smallest image of the shingles."""
@@ -22,7 +22,7 @@ def take_smallest(shingles: NDArray[np.uint32], factors: NDArray[np.uint32], ter
             smallest[i] = min(smallest[i], image)
 
 
-@compiled
+@jit_compile
 def key_bands(signatures: NDArray[np.uint32], keys: NDArray[np.uint64]) -> None:
     """Hash the numbers of each band of each signature, and the band's own; `keys` [n, bands] receives it."""
     rows = signatures.shape[1] // keys.shape[1]
@@ -37,7 +37,7 @@ def key_bands(signatures: NDArray[np.uint32], keys: NDArray[np.uint64]) -> None:
             keys[i, band] = value
 
 
-@compiled
+@jit_compile
 def count_common(ones: NDArray[np.uint64], one_begins: NDArray[np.int64], others: NDArray[np.uint64],
                  other_begins: NDArray[np.int64], pairs: NDArray[np.int64],
                  common: NDArray[np.int64]) -> None:
@@ -67,7 +67,7 @@ def count_common(ones: NDArray[np.uint64], one_begins: NDArray[np.int64], others
         common[i] = count
 
 
-@compiled
+@jit_compile
 def find_ranges(bound_orders: NDArray[np.uint64], bound_firsts: NDArray[np.uint64],
                 orders: NDArray[np.uint64], firsts: NDArray[np.uint64], places: NDArray[np.int64]) -> None:
     """Write for each (order, first) how many of the ascending bounds are not above it."""
@@ -83,7 +83,7 @@ def find_ranges(bound_orders: NDArray[np.uint64], bound_firsts: NDArray[np.uint6
         places[i] = low
 
 
-@compiled
+@jit_compile
 def drop_similar(keepers: NDArray[np.uint64], firsts: NDArray[np.int64], seconds: NDArray[np.int64]) -> None:
     """Drop the second document of each pair if the first one is kept and the second is not dropped yet.
 

@@ -21,7 +21,7 @@ from annotated_types import MinLen
 
 from data_prep.curate.pipeline.step import ColumnType, Doc, Step, StepOutcome
 from data_prep.libraries import require
-from megatron_sov.base.documents.scripts import letters_by_script
+from megatron_sov.base.documents.scripts import count_letters_by_script
 from megatron_sov.base.settings import SettingsProblem, Share, choice_from, to_problem
 
 # Pieces of a long text that stand for the whole of it.
@@ -251,7 +251,7 @@ def identify(text: str) -> tuple[str, float]:
 def _scripts(piece: str) -> dict[str, float]:
     """Return script -> weighted letters; kana as one script, and Han given to Japanese or Korean where it is
     theirs."""
-    counts = letters_by_script(piece)
+    counts = count_letters_by_script(piece)
     # Han characters are used by three languages: the letters around them say whose they are.
     counts["KANA"] = counts.pop("HIRAGANA", 0) + counts.pop("KATAKANA", 0)
     han = counts["CJK"]

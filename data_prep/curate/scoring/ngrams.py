@@ -18,8 +18,8 @@ from functools import lru_cache
 import numpy as np
 
 from data_prep.curate.scoring.ngram_settings import NgramSettings
-from megatron_sov.base.documents.compiled import compiled
-from megatron_sov.base.documents.scripts import OF_SCORERS, code_points
+from megatron_sov.base.documents.compiled import jit_compile
+from megatron_sov.base.documents.scripts import SCORER_SCRIPTS, list_code_points
 
 SEPARATOR, LETTER, ALONE = 0, 1, 2
 """What a character is: between units, part of a run, or a unit by itself."""
@@ -93,14 +93,14 @@ def classes() -> np.ndarray:
         elif category[0] in "PS" or category == "Co":
             table[code] = ALONE
     # Hangul has blanks, but its words carry so many endings that syllables in a row tell more of what is new
-    for begin, end in code_points(OF_SCORERS):
+    for begin, end in list_code_points(SCORER_SCRIPTS):
         block = table[begin:end]
         block[block == LETTER] = ALONE
     table[_LAST_ASSIGNED : 0x40000] = ALONE
     return table
 
 
-@compiled
+@jit_compile
 def _split(codes: np.ndarray, table: np.ndarray, buffer: np.ndarray, starts: np.ndarray,
            ends: np.ndarray) -> int:
     """Write the units in UTF-8 with a space between them; returns how many there are."""
@@ -141,7 +141,7 @@ def _split(codes: np.ndarray, table: np.ndarray, buffer: np.ndarray, starts: np.
     return num_units
 
 
-@compiled
+@jit_compile
 def _mixed(word: np.uint64) -> np.uint64:
     """Return four bytes as MurmurHash3 mixes them before they enter the hash."""
     word = (word * _C1) & _MASK
@@ -149,7 +149,7 @@ def _mixed(word: np.uint64) -> np.uint64:
     return (word * _C2) & _MASK
 
 
-@compiled
+@jit_compile
 def _entered(hashed: np.uint64, buffer: np.ndarray, i: int) -> np.uint64:
     word = (np.uint64(buffer[i]) | (np.uint64(buffer[i + 1]) << np.uint64(8))
             | (np.uint64(buffer[i + 2]) << np.uint64(16)) | (np.uint64(buffer[i + 3]) << np.uint64(24)))
@@ -158,7 +158,7 @@ def _entered(hashed: np.uint64, buffer: np.ndarray, i: int) -> np.uint64:
     return (hashed * _M5 + _E6) & _MASK
 
 
-@compiled
+@jit_compile
 def _finished(hashed: np.uint64, buffer: np.ndarray, i: int, start: int, end: int) -> np.uint64:
     """Return the hash of the bytes from `start` to `end`, of which those before `i` have entered it."""
     if i < end:
@@ -175,7 +175,7 @@ def _finished(hashed: np.uint64, buffer: np.ndarray, i: int, start: int, end: in
     return hashed ^ (hashed >> np.uint64(16))
 
 
-@compiled
+@jit_compile
 def _count(buffer: np.ndarray, starts: np.ndarray, ends: np.ndarray, num_units: int, max_ngram: int,
            num_buckets: int, counts: np.ndarray, touched: np.ndarray) -> int:
     """Count n-grams by bucket of their MurmurHash3_x86_32, seed 0 (Appleby, public domain); returns how many
@@ -200,7 +200,7 @@ def _count(buffer: np.ndarray, starts: np.ndarray, ends: np.ndarray, num_units: 
     return num_touched
 
 
-@compiled
+@jit_compile
 def _dot(touched: np.ndarray, counts: np.ndarray, weights: np.ndarray) -> float:
     """Return the product of a row of length 1 with weights, and clear the counts."""
     total, squares = 0.0, 0.0

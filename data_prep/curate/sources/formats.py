@@ -12,7 +12,7 @@ from data_prep.curate.sources.encodings import EncodingLimits
 from data_prep.curate.sources.reader import FileReader, refuse_nothing, show_name, source_files
 from data_prep.curate.sources.source import PASSED_OVER, Broken, Raw, Reader, SourcePiece, SourceSettings
 from data_prep.libraries import require
-from megatron_sov.base.documents.files import is_about, is_records
+from megatron_sov.base.documents.files import is_description, is_records
 from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.base.hints.removed import PIPELINE, was_removed
 from megatron_sov.base.plugins.registry import load_built_in
@@ -98,7 +98,7 @@ class AutoReader(FileReader):
         is_dataset = any(map(is_records, names))
         for name in names:
             is_named = os.fspath(self.source.file(name)) in named
-            if is_dataset and is_about(name) and not is_named:
+            if is_dataset and is_description(name) and not is_named:
                 found.append(SourcePiece(PASSED_OVER, name, 0, 0, 0))
             # The first format that takes a name has it: code comes last, since many endings are also those of
             # text.
@@ -119,7 +119,7 @@ class AutoReader(FileReader):
             yield from super().read(piece)
             return
         if piece.format == PASSED_OVER:
-            if is_about(piece.file):
+            if is_description(piece.file):
                 yield Broken(show_name(piece.file), show_name(piece.file), "about",
                              "describes a dataset and is no part of it; to read it, give it a source of its "
                              "own", is_left_out=True)

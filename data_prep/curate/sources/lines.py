@@ -15,7 +15,7 @@ from data_prep.curate.sources.encodings import (
 from data_prep.curate.sources.reader import EMPTY, FileReader, ReadingJob, SourceItem, drop_empty
 from data_prep.curate.sources.source import Broken, Raw, SourcePiece
 from megatron_sov.base.documents import DOCUMENT_BYTES, WHOLE_FILE_BYTES, BadRecord, cut_at_blank_lines
-from megatron_sov.base.documents.files import JSONL_SUFFIXES, spans_of
+from megatron_sov.base.documents.files import JSONL_SUFFIXES, iter_spans
 
 # What a record of JSON lines or a table says, as a document.
 
@@ -107,7 +107,7 @@ class _SpansReader(FileReader):
 
     def pieces_of(self, name: str) -> Iterator[SourcePiece]:
         """Yield the parts of a file: of about 8 MiB, a compressed one as a whole."""
-        for span in spans_of(self.source.file(name), read_as=self.read_as):
+        for span in iter_spans(self.source.file(name), read_as=self.read_as):
             yield SourcePiece(self.format, name, span.start, span.stop, span.size_bytes)
 
 

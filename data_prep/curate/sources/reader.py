@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NoReturn
 from data_prep.curate.sources.encodings import COMPRESSED, EncodingLimits
 from data_prep.curate.sources.source import KEPT_CHARS, PASSED_OVER, Broken, Raw, SourcePiece, SourceSettings
 from megatron_sov.base.documents import BadRecord
-from megatron_sov.base.documents.files import is_hidden, passed_over, walk_files, why_left_out
+from megatron_sov.base.documents.files import explain_unreadable, format_skipped, is_hidden, walk_files
 from megatron_sov.base.errors import UserError, escape_controls
 from megatron_sov.base.settings import parse_settings
 from megatron_sov.sandbox.readers import KeptReader, Wording
@@ -48,7 +48,7 @@ def source_files(source: SourceSettings, wanted: Callable[[str], bool],
             walked = list(map(Path, walk_files(given, found)))
             names.update(_name(file, root) for file in walked if wanted(file.name))
             without += [one for one in found if not is_hidden(one.name)]
-            if sentence := passed_over([_name(file, root) for file in walked if not wanted(file.name)],
+            if sentence := format_skipped([_name(file, root) for file in walked if not wanted(file.name)],
                                        [_name(one, root) for one in found if is_hidden(one.name)]):
                 tell(escape_controls(f"{path}: {sentence}"))
         elif given.is_file():
@@ -304,7 +304,7 @@ class FileReader:
     def read(self, piece: SourcePiece) -> Iterator[Raw | Broken]:
         """Yield what a piece holds, in order, read by a process with limits; of what is left out, why."""
         if piece.format == PASSED_OVER:
-            name, reason = show_name(piece.file), why_left_out(self.source.file(piece.file))
+            name, reason = show_name(piece.file), explain_unreadable(self.source.file(piece.file))
             yield Broken(name, name, "left_out", reason, is_left_out=True)
             return
         job = ReadingJob(piece, self.source.root, self.source.text_field, self.options)

@@ -25,7 +25,7 @@ from data_prep.synth.checks.settings import (
 from data_prep.synth.generator import GeneratedSample, Kind, SampleVerdict
 from megatron_sov.base.artifacts import translate_disk_errors
 from megatron_sov.base.documents import Document, RecordReading, list_files, read_span
-from megatron_sov.base.documents.files import JSONL_SUFFIXES, spans_of
+from megatron_sov.base.documents.files import JSONL_SUFFIXES, iter_spans
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import open_sealed_parquet
 from megatron_sov.work.progress.journal import work_folder
@@ -53,7 +53,7 @@ def input_texts(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _documents(file: Path) -> Iterator[Document]:
-    for span in spans_of(file):
+    for span in iter_spans(file):
         yield from (item for item in read_span(span, RecordReading()) if isinstance(item, Document))
 
 

@@ -15,7 +15,7 @@ from data_prep.synth.generator import GeneratorItem, Temperature
 from data_prep.synth.generators.constraints import run_check, wording_problem
 from data_prep.synth.generators.drawing import choose
 from data_prep.synth.generators.texts import LanguageCode
-from megatron_sov.base.documents.files import KEPT, list_files
+from megatron_sov.base.documents.files import ACCEPTED_SAMPLES, list_files
 from megatron_sov.base.errors import UserError, format_problems
 from megatron_sov.base.settings import AtLeastOne, SettingsProblem, at_most_field, find_broken_rules
 from megatron_sov.judge.rewards.constraint import MAX_TEXT_CHARS, functions_of, views_of
@@ -60,7 +60,7 @@ class QuerySettings:
 def constraints_file(settings: QuerySettings) -> Path:
     """Return the file of the constraints."""
     path = Path(settings.constraints)
-    return path / KEPT if path.is_dir() else path
+    return path / ACCEPTED_SAMPLES if path.is_dir() else path
 
 
 @dataclass(frozen=True)

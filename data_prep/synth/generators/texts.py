@@ -14,7 +14,7 @@ import yaml
 
 from data_prep.curate.quality.identify import KNOWN, UNKNOWN, form_of, identify, language_part
 from megatron_sov.base.documents.overlap import find_units
-from megatron_sov.base.documents.scripts import LANGUAGES, letters_by_script
+from megatron_sov.base.documents.scripts import LANGUAGES, count_letters_by_script
 from megatron_sov.base.settings import choice_from
 from megatron_sov.judge.rewards.surface import LanguageReward
 
@@ -83,7 +83,7 @@ def in_language(text: str, language: str) -> bool:
     if script.reward == 0 or script.components["foreign_share"] > MAX_FOREIGN_SHARE:
         return False
     found, score = identify(text)
-    is_long = sum(letters_by_script(text).values()) >= MIN_LETTERS
+    is_long = sum(count_letters_by_script(text).values()) >= MIN_LETTERS
     return not is_long or found in (language, UNKNOWN) or score < MIN_SCORE
 
 

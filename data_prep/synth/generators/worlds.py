@@ -18,7 +18,7 @@ from typing import Any
 from data_prep.synth.generator import SampleVerdict
 from data_prep.synth.generators.drawing import draws_of
 from data_prep.synth.replies import NoReply
-from megatron_sov.base.documents.messages import BadRecord, refuse_deep
+from megatron_sov.base.documents.messages import BadRecord, check_depth
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards.patterns import NO_JSON, json_of
 from megatron_sov.judge.rewards.reward import Refused
@@ -55,7 +55,7 @@ def json_object(reply: str) -> dict[str, Any] | str:
         if found is NO_JSON and 0 <= begin < end:
             found = json_of(reply[begin:end + 1])
         if found is not NO_JSON:
-            refuse_deep(found)
+            check_depth(found)
             # numbers and characters that the journal cannot hold fail here
             json.dumps(found, ensure_ascii=False, allow_nan=False).encode()
     except (BadRecord, Refused, ValueError, RecursionError) as e:

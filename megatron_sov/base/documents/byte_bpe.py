@@ -20,7 +20,7 @@ class NotByteBpe(Exception):
     """A tokenizer that a split pattern and ranks of bytes cannot express; the message begins with "its"."""
 
 
-def split_pattern(raw: dict[str, Any]) -> str:
+def parse_split_pattern(raw: dict[str, Any]) -> str:
     """Return the single regular expression by which a tokenizer.json splits text.
 
     Raises:
@@ -40,7 +40,7 @@ def split_pattern(raw: dict[str, Any]) -> str:
     return str(split["pattern"]["Regex"])
 
 
-def ranks(raw: dict[str, Any]) -> dict[bytes, int]:
+def build_ranks(raw: dict[str, Any]) -> dict[bytes, int]:
     """Return bytes -> id of all tokens except added ones; the ids rise with the merges and serve as ranks.
 
     Raises:
@@ -51,13 +51,13 @@ def ranks(raw: dict[str, Any]) -> dict[bytes, int]:
             or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")):
         raise NotByteBpe("its model is not plain byte-level BPE")
     vocab = model["vocab"]
-    products = [vocab["".join(merge)] for merge in merges(raw)]
+    products = [vocab["".join(merge)] for merge in parse_merges(raw)]
     # tiktoken merges the pair with the lowest id first, which is the order of merges only if ids rise with
     # them
     if products != sorted(set(products)):
         raise NotByteBpe("its ids do not rise with its merges")
     contents = {t["content"] for t in added}
-    characters = byte_characters()
+    characters = byte_alphabet()
     ranks_by_bytes: dict[bytes, int] = {}
     try:
         for token, id_ in vocab.items():
@@ -73,7 +73,7 @@ def ranks(raw: dict[str, Any]) -> dict[bytes, int]:
     return ranks_by_bytes
 
 
-def merges(raw: dict[str, Any]) -> list[tuple[str, str]]:
+def parse_merges(raw: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the merges of a tokenizer.json in order; old files store each merge as one string with a
     blank."""
     pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in raw["model"]["merges"])
@@ -81,7 +81,7 @@ def merges(raw: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 @cache
-def byte_characters() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """Return character -> byte of GPT-2's byte-level alphabet (`bytes_to_unicode`)."""
     # printable bytes keep their code points, the others get code points from 256 on
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
@@ -90,10 +90,10 @@ def byte_characters() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-def adversarial_texts(raw: dict[str, Any]) -> Iterator[str]:
+def iter_adversarial_texts(raw: dict[str, Any]) -> Iterator[str]:
     """Yield texts on which two encoders of one tokenizer would differ: all tokens, kinds of characters, long
     runs."""
-    characters = byte_characters()
+    characters = byte_alphabet()
     spelled = []
     for token in raw["model"]["vocab"]:
         content = bytes(characters[c] for c in token if c in characters)

@@ -15,7 +15,7 @@ import numba
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def compiled(function: Function) -> Function:
+def jit_compile(function: Function) -> Function:
     try:
         return numba.njit(cache=True, nogil=True)(function)
     except RuntimeError:  # numba found no writable cache folder

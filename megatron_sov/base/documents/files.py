@@ -35,7 +35,7 @@ def cut_at_blank_lines(blocks: Iterable[bytes], limit_bytes: int) -> Iterator[by
         start = 0
         # the rest (at most the limit) may continue in the next block
         while len(buffer) - start > limit_bytes:
-            end = cut_position(buffer, start, limit_bytes)
+            end = find_cut(buffer, start, limit_bytes)
             yield buffer[start:end]
             start = end
         buffer = buffer[start:]
@@ -43,7 +43,7 @@ def cut_at_blank_lines(blocks: Iterable[bytes], limit_bytes: int) -> Iterator[by
         yield buffer
 
 
-def cut_position(buffer: bytes, start: int, limit_bytes: int) -> int:
+def find_cut(buffer: bytes, start: int, limit_bytes: int) -> int:
     """Return the offset at which to cut `buffer`, at most `limit_bytes` after `start`."""
     stop = start + limit_bytes
     for separator in (b"\n\n", b"\n\r\n", b"\n", b" "):
@@ -61,13 +61,13 @@ def cut_text(text: str, limit_bytes: int) -> Iterator[str]:
         yield piece.decode()
 
 
-KEPT, REJECTED = "kept.jsonl", "rejected.jsonl"
+ACCEPTED_SAMPLES, REJECTED_SAMPLES = "kept.jsonl", "rejected.jsonl"
 """Files of samples that passed or failed the checks of `sov-data synth`."""
 
 
-def is_synthesis(names: Iterable[str]) -> bool:
+def is_synthesis_folder(names: Iterable[str]) -> bool:
     """Return whether a folder with these files is an output of synthesis, whose only data file is `KEPT`."""
-    return {KEPT, REJECTED} <= set(names)
+    return {ACCEPTED_SAMPLES, REJECTED_SAMPLES} <= set(names)
 
 
 WHOLE_FILE_BYTES = 1_000_000
@@ -137,7 +137,7 @@ MEDIA_CORPUS, CORPUS_RECORDS = "media_corpus", "records.jsonl"
 """Kind of the artifact that `sov-data encode-media` writes, and the name of its file of records."""
 
 
-def media_corpus_of(path: Path) -> Path | None:
+def find_media_corpus(path: Path) -> Path | None:
     """Return the media corpus at `path` or around it; None: there is none."""
     for folder in (path, path.absolute().parent):
         # check the records first: a text file may have another program's `manifest.json` next to it
@@ -188,17 +188,17 @@ def list_files(path: Path, tell: Callable[[str], object] = lambda sentence: None
                   and (entry.is_dir() or _is_text(entry.name) or is_records(entry.name))]
     if unreadable:
         tell(escape_controls(f"{path}: {len(unreadable):,} left out; the first: {unreadable[0]} "
-                             f"{why_left_out(unreadable[0])}"))
+                             f"{explain_unreadable(unreadable[0])}"))
     texts = [file for file, name in names.items() if _is_text(name)]
     records = [file for file, name in names.items() if is_records(name)]
     lists = [file for file, name in names.items() if _is_json(name)]
     # README and similar files are data only in a folder without records
-    about = [file for file in texts if is_about(names[file])]
+    about = [file for file in texts if is_description(names[file])]
     # apart from descriptions only JSON files: they may be lists of records
     if not records and len(about) == len(texts):
-        records = [file for file in lists if holds_records(file)]
+        records = [file for file in lists if contains_records(file)]
     if records:
-        lists = [file for file in lists if holds_records(file)]
+        lists = [file for file in lists if contains_records(file)]
         data = {*records, *lists, *texts} - set(about)
     else:
         data = set(texts)
@@ -207,7 +207,7 @@ def list_files(path: Path, tell: Callable[[str], object] = lambda sentence: None
                         ".jsonl, .jsonl.gz, .json, .parquet, .arrow are read); pass a folder with text")
     # sort by path components: this order is equal on every machine, and later steps depend on it
     files = sorted(data, key=lambda p: p.relative_to(path).parts)
-    sentences = [passed_over([name for file, name in names.items() if file not in data], hidden),
+    sentences = [format_skipped([name for file, name in names.items() if file not in data], hidden),
                  *(_describe_dataset([names[file] for file in files]) if records else ())]
     if sentence := "; ".join(filter(None, sentences)):
         tell(escape_controls(f"{path}: {sentence}"))
@@ -226,7 +226,7 @@ def refuse_tables(path: Path, option: str) -> None:
                         "file, e.g. with to_json of `datasets`")
 
 
-def walk_files(folder: Path, left_out: list[Path]) -> Iterator[str]:
+def walk_files(folder: Path, skipped: list[Path]) -> Iterator[str]:
     """Yield the regular files below a folder, including those reached through links.
 
     Hidden files, hidden folders and version control are skipped, and in an output of `sov-data synth` all
@@ -234,7 +234,7 @@ def walk_files(folder: Path, left_out: list[Path]) -> Iterator[str]:
 
     Args:
         folder: the folder.
-        left_out: receives hidden entries (`is_hidden`) and unreadable ones (`why_left_out`).
+        skipped: receives hidden entries (`is_hidden`) and unreadable ones (`why_left_out`).
 
     Raises:
         UserError: a folder cannot be listed.
@@ -252,21 +252,21 @@ def walk_files(folder: Path, left_out: list[Path]) -> Iterator[str]:
                 # a link to a parent or to a folder already walked would repeat its files
                 real = os.path.realpath(where)
                 if real in seen or root.startswith(f"{real.rstrip('/')}/"):
-                    left_out.append(Path(where))
+                    skipped.append(Path(where))
                     folders[:] = []
                     continue
                 seen.add(real)
                 # rejected samples, journals and reports in this folder are not data
-                if is_synthesis(files):
-                    folders[:], files = [], [KEPT]
-                left_out += [Path(where, name) for name in sorted([*folders, *files]) if is_hidden(name)]
+                if is_synthesis_folder(files):
+                    folders[:], files = [], [ACCEPTED_SAMPLES]
+                skipped += [Path(where, name) for name in sorted([*folders, *files]) if is_hidden(name)]
                 folders[:] = sorted(f for f in folders if not is_hidden(f))
                 links += [path for f in folders if os.path.islink(path := os.path.join(where, f))]
                 for path in (os.path.join(where, file) for file in sorted(files) if not is_hidden(file)):
                     if os.path.isfile(path):
                         yield path
                     else:
-                        left_out.append(Path(path))
+                        skipped.append(Path(path))
         # links last: messages name a folder by its own path, if it has one below `folder`
         waiting = links
 
@@ -275,13 +275,13 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name in VERSION_CONTROL
 
 
-def why_left_out(path: Path) -> str:
+def explain_unreadable(path: Path) -> str:
     if path.is_dir():
         return "leads to a folder that is read under another name, or that holds this one"
     return "is a link that leads to nothing" if not path.exists() else "is not an ordinary file"
 
 
-def is_about(name: str) -> bool:
+def is_description(name: str) -> bool:
     return bool(_ABOUT.fullmatch(name.rpartition("/")[2]))
 
 
@@ -314,7 +314,7 @@ def _get_ending(name: str) -> str:
     return Path(path.stem).suffix.lower() if suffix in COMPRESSED_SUFFIXES else suffix
 
 
-def passed_over(others: Sequence[str], hidden: Sequence[str]) -> str:
+def format_skipped(others: Sequence[str], hidden: Sequence[str]) -> str:
     """Format which entries of a folder were skipped; "": none.
 
     Args:
@@ -360,7 +360,7 @@ def plan_units(files: Iterable[Path], unit_bytes: int = SPAN_BYTES) -> Iterator[
     group: list[FileSpan] = []
     size_bytes = 0
     for file in files:
-        for span in spans_of(file, unit_bytes):
+        for span in iter_spans(file, unit_bytes):
             if group and size_bytes + span.size_bytes > unit_bytes:
                 yield tuple(group)
                 group, size_bytes = [], 0
@@ -370,7 +370,7 @@ def plan_units(files: Iterable[Path], unit_bytes: int = SPAN_BYTES) -> Iterator[
         yield tuple(group)
 
 
-def spans_of(file: Path, span_bytes: int = SPAN_BYTES, *, read_as: str = "") -> Iterator[FileSpan]:
+def iter_spans(file: Path, span_bytes: int = SPAN_BYTES, *, read_as: str = "") -> Iterator[FileSpan]:
     """Yield consecutive spans of a file, of about `span_bytes` each.
 
     Args:
@@ -415,7 +415,7 @@ def _iter_starts(whole: FileSpan, span_bytes: int, suffix: str) -> Iterator[int]
                     start += len(block)
                 start += len(block)
             elif len(window := f.read(DOCUMENT_BYTES + 1)) > DOCUMENT_BYTES:
-                start += cut_position(window, 0, DOCUMENT_BYTES)
+                start += find_cut(window, 0, DOCUMENT_BYTES)
             else:
                 return
 
@@ -459,7 +459,7 @@ def open_parquet(file: Path) -> Any:
 
 
 @contextlib.contextmanager
-def arrow_batches(file: Path) -> Iterator[tuple[list[str], Iterator[Any]]]:
+def open_arrow_batches(file: Path) -> Iterator[tuple[list[str], Iterator[Any]]]:
     """Yield the column names and batches of an Arrow file or stream.
 
     Raises:
@@ -543,7 +543,7 @@ class ZstdFile(io.RawIOBase):
         super().close()
 
 
-def holds_records(file: Path) -> bool:
+def contains_records(file: Path) -> bool:
     """Return whether the beginning of a JSON file is a list of objects, or lines with one object each.
 
     A single object, on one line or several, describes data and is not data.

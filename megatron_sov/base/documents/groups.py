@@ -19,7 +19,7 @@ def are_equal(rewards: Sequence[float]) -> bool:
     return bool(high - low <= REWARD_TOLERANCE * max(1.0, abs(low), abs(high)))
 
 
-def pair_of(rewards: Sequence[float], ended: Sequence[bool], is_same: Callable[[int, int], bool]
+def choose_pair(rewards: Sequence[float], ended: Sequence[bool], is_same: Callable[[int, int], bool]
             ) -> tuple[tuple[int, int] | None, int]:
     """Choose the best and the worst response of a group (West-of-N, arXiv 2401.12086).
 
@@ -49,7 +49,7 @@ def pair_of(rewards: Sequence[float], ended: Sequence[bool], is_same: Callable[[
     return (best, worst), passed_over
 
 
-def places_in_group(rewards: Sequence[float]) -> list[float]:
+def compute_group_advantages(rewards: Sequence[float]) -> list[float]:
     """Return the advantage of each response by K-EXAONE's technical report: -1 for the worst, 1 for the best.
 
     The formula is ``2 (z - min z) / (max z - min z) - 1`` for rewards z that are not `are_equal`.
@@ -58,6 +58,6 @@ def places_in_group(rewards: Sequence[float]) -> list[float]:
     return [2 * (z - low) / (high - low) - 1 for z in rewards]
 
 
-def is_learned(advantage: float, ended: bool) -> bool:
+def should_train(advantage: float, ended: bool) -> bool:
     """Return whether training uses a response; responses that it does not use still count in their group."""
     return ended or advantage <= REWARD_TOLERANCE

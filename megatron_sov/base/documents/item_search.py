@@ -25,7 +25,7 @@ from urllib.parse import unquote
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sov.base.documents.overlap import TWELFTHS, Units, find_units, stretch_hashes
+from megatron_sov.base.documents.overlap import TWELFTHS, Units, find_units, hash_stretches
 
 _MAY_DIFFER = re.compile(r"[&<\\{}*_`$%~=+^\[\u00a0-\U0010ffff]")
 _ROUNDS = 3
@@ -77,7 +77,7 @@ _Step = Callable[[], _Places]
 
 
 @dataclass(frozen=True)
-class Plain:
+class PlainForm:
     """The plain form of a text."""
 
     text: str
@@ -103,7 +103,7 @@ class Plain:
         return starts, ends
 
 
-def plain(text: str) -> Plain | None:
+def to_plain_form(text: str) -> PlainForm | None:
     """Return the plain form of a text; None if a search by words would see no difference."""
     if not _MAY_DIFFER.search(text):
         return None
@@ -121,11 +121,11 @@ def plain(text: str) -> Plain | None:
         new, step = _replace_letters(current)
         if new != current:
             current, steps = new, [*steps, step]
-    return None if current == text or not current else Plain(current, tuple(steps))
+    return None if current == text or not current else PlainForm(current, tuple(steps))
 
 
-def forms(text: str) -> list[str]:
-    other = plain(text)
+def list_search_forms(text: str) -> list[str]:
+    other = to_plain_form(text)
     return [text] if other is None else [text, other.text]
 
 
@@ -234,7 +234,7 @@ class SearchItem:
 
 
 @dataclass(frozen=True)
-class FoundItem:
+class ItemMatch:
     """A match of an item in a text."""
 
     item: int
@@ -264,7 +264,7 @@ class ItemSearch:
         self._whole: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
         for number, item in enumerate(items):
             self._index_item(number, find_units(item.text), runs)
-            if (other := plain(item.text)) and (not self.too_short or self.too_short[-1] != number):
+            if (other := to_plain_form(item.text)) and (not self.too_short or self.too_short[-1] != number):
                 self._index_item(number, find_units(other.text), runs)
         self._owners = runs
         self._runs, self._beginnings = _Keys(list(runs)), _Keys(list(self._whole))
@@ -278,18 +278,18 @@ class ItemSearch:
                     runs[run].append(number)
         elif units.size >= self.min_words * TWELFTHS:
             count = len(units.hashes)
-            whole = stretch_hashes(units.hashes, np.array([0]), np.array([count]))
+            whole = hash_stretches(units.hashes, np.array([0]), np.array([count]))
             entry = (count, int(whole[0]), number)
             if entry not in (entries := self._whole[int(units.runs(self.min_words)[0])]):
                 entries.append(entry)
         elif number not in self.too_short:
             self.too_short.append(number)
 
-    def find(self, units: Units) -> list[FoundItem]:
+    def find(self, units: Units) -> list[ItemMatch]:
         """Return all matches by item and position; touching stretches of an item are merged."""
         matches: dict[int, list[tuple[int, int]]] = defaultdict(list)
         ends = units.run_ends(self.ngram)
-        places = self._runs.find(stretch_hashes(units.hashes, np.arange(len(ends)), ends))
+        places = self._runs.find(hash_stretches(units.hashes, np.arange(len(ends)), ends))
         for begin, run in places:
             for item in self._owners[run]:
                 stretches = matches[item]
@@ -303,10 +303,10 @@ class ItemSearch:
                 for count, whole, item in self._whole[run]:
                     end = begin + count
                     # the first words match; compare the hash of the whole item
-                    if end <= len(units.hashes) and whole == int(stretch_hashes(
+                    if end <= len(units.hashes) and whole == int(hash_stretches(
                             units.hashes[begin:end], np.array([0]), np.array([count]))[0]):
                         matches[item].append((begin, end))
-        return [FoundItem(item, *stretch) for item in sorted(matches) for stretch in matches[item]]
+        return [ItemMatch(item, *stretch) for item in sorted(matches) for stretch in matches[item]]
 
 
 class _Keys:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_sov.base.documents.messages import EMPTY, BadRecord, sharegpt_messages
+from megatron_sov.base.documents.messages import EMPTY_VALUES, BadRecord, convert_sharegpt
 from megatron_sov.base.errors import UserError
 
 KINDS = ("text", "chat", "preference", "prompt")
@@ -44,7 +44,7 @@ def split_response(record: dict[str, Any]) -> dict[str, Any]:
     chat = _find_chat_field(record)
     if chat is None or "prompt" in record or LABEL not in record:
         return record
-    messages = sharegpt_messages(record[chat], chat)
+    messages = convert_sharegpt(record[chat], chat)
     return {"prompt": messages[:-1], "completion": messages[-1:], **_omit_fields(record, (chat,))}
 
 
@@ -70,7 +70,7 @@ def _omit_fields(record: Mapping[str, Any], names: Iterable[str]) -> dict[str, A
     return {name: value for name, value in record.items() if name not in names}
 
 
-def completion_of(record: Mapping[str, Any]) -> str | None:
+def get_completion_field(record: Mapping[str, Any]) -> str | None:
     """Return the name of the field that answers a record's `prompt`; None: there is none."""
     return next((name for name in COMPLETIONS if record.get(name) is not None), None)
 
@@ -135,8 +135,8 @@ def _is_shared_pair(record: Mapping[str, Any], kind: str | None) -> bool:
 
 def _from_shared_pair(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
     chat = _find_chat_field(record) or CHATS[1]
-    sides = {side: sharegpt_messages([record[side]], side) for side in SIDES}
-    return {"prompt": sharegpt_messages(record[chat], chat), **sides,
+    sides = {side: convert_sharegpt([record[side]], side) for side in SIDES}
+    return {"prompt": convert_sharegpt(record[chat], chat), **sides,
             **_omit_fields(record, (chat, "prompt", *SIDES))}
 
 
@@ -148,7 +148,7 @@ class RecordLayout:
     """Name of the layout, and the programs that write it."""
     fields: tuple[str, ...]
     """Fields that identify the layout."""
-    taken_by: str
+    reader: str
     """A `--format` of `sov-data pack`, or another command that reads such records."""
     applies: Callable[[Mapping[str, Any], str | None], bool] | None = None
     """Whether a record read as a kind has this layout; None: our own layout."""
@@ -183,7 +183,7 @@ LAYOUTS = (
 """All known layouts; conversions run in this order."""
 
 
-def own_fields(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
+def convert_layout(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
     """Convert a record of any known layout to one of our own layouts.
 
     Args:
@@ -273,8 +273,8 @@ def unread_fields(record: dict[str, Any], kind: str, renames: Renames, read: Col
     """
     # the conversion has removed the fields of the record's own layout: remaining foreign fields are not read
     foreign = {*ALPACA, *DOLLY, *QUESTIONS, KTO_TAG} - {"system", *COMPLETIONS}
-    unread = own_fields(rename_fields(record, renames), kind).keys() - ({*read} - foreign)
-    return [name for name, value in record.items() if name in unread and value not in EMPTY]
+    unread = convert_layout(rename_fields(record, renames), kind).keys() - ({*read} - foreign)
+    return [name for name, value in record.items() if name in unread and value not in EMPTY_VALUES]
 
 
 _FIELD_WORDS = {

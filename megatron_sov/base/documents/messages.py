@@ -13,18 +13,18 @@ SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "a
                   "observation": "tool", "function_response": "tool"}
 """ShareGPT's `from` -> role."""
 
-OTHER_NAMES = {"developer": "system", "function": "tool"}
+ROLE_ALIASES = {"developer": "system", "function": "tool"}
 """Role names of newer and older OpenAI models -> role."""
-REASONING = ("reasoning_content", "thinking", "reasoning")
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 """Field names for an assistant's reasoning."""
 MESSAGE_FIELDS = frozenset(("role", "content", "name", "tool_calls", "tool_call_id", "function_call", "train",
-                            "weight", "type", *REASONING))
+                            "weight", "type", *REASONING_FIELDS))
 """Fields of messages that are read; `type` is accepted and ignored."""
-EMPTY: tuple[Any, ...] = (None, "", [], {})
+EMPTY_VALUES: tuple[Any, ...] = (None, "", [], {})
 """Values that count as a missing field."""
-GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "marks_generation"}
+TEMPLATE_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt", "marks_generation"}
 """Variables that every chat template receives; a record may not set them."""
-MOST_LEVELS = 64
+MAX_LEVELS = 64
 """Nesting limit of a record, far below Python's recursion limit."""
 
 
@@ -116,7 +116,7 @@ def _iter_strings(value: Any) -> Iterator[str]:
             yield from _iter_strings(part)
 
 
-def refuse_deep(value: Any, levels: int = MOST_LEVELS) -> None:
+def check_depth(value: Any, levels: int = MAX_LEVELS) -> None:
     """Refuse a JSON value with more than `levels` nested objects and lists.
 
     Raises:
@@ -124,12 +124,12 @@ def refuse_deep(value: Any, levels: int = MOST_LEVELS) -> None:
     """
     if isinstance(value, (dict, list, tuple)):
         if not levels:
-            raise BadRecord("json", f"is nested more than {MOST_LEVELS} levels deep; flatten it")
+            raise BadRecord("json", f"is nested more than {MAX_LEVELS} levels deep; flatten it")
         for part in value.values() if isinstance(value, dict) else value:
-            refuse_deep(part, levels - 1)
+            check_depth(part, levels - 1)
 
 
-def read_messages(messages: Any, name: str) -> Messages:
+def parse_messages(messages: Any, name: str) -> Messages:
     """Parse the messages of a record.
 
     Args:
@@ -149,16 +149,16 @@ def read_messages(messages: Any, name: str) -> Messages:
     return parsed
 
 
-def read_sharegpt(turns: Any, name: str) -> Messages:
+def parse_sharegpt(turns: Any, name: str) -> Messages:
     """Parse messages of the form `{"from": ..., "value": ...}`; a `function_call`'s value is JSON text.
 
     Raises:
         BadRecord: as `read_messages`.
     """
-    return read_messages(sharegpt_messages(turns, name), name)
+    return parse_messages(convert_sharegpt(turns, name), name)
 
 
-def sharegpt_messages(turns: Any, name: str) -> list[dict[str, Any]]:
+def convert_sharegpt(turns: Any, name: str) -> list[dict[str, Any]]:
     """Convert ShareGPT turns to messages with `role` and `content`; turns that are messages stay unchanged.
 
     Raises:
@@ -185,7 +185,7 @@ def sharegpt_messages(turns: Any, name: str) -> list[dict[str, Any]]:
     return messages
 
 
-def read_tools(tools: Any) -> tuple[dict[str, Any], ...]:
+def parse_tools(tools: Any) -> tuple[dict[str, Any], ...]:
     """Parse tool descriptions, given as a list or its JSON text.
 
     Raises:
@@ -195,11 +195,11 @@ def read_tools(tools: Any) -> tuple[dict[str, Any], ...]:
     if not isinstance(descriptions, list) or not all(isinstance(tool, dict) for tool in descriptions):
         raise BadRecord("fields", f"'tools' is {str(tools)[:40]!r}, must be a list of objects that describe "
                                   "functions")
-    refuse_other_types(descriptions, "'tools'")
+    check_is_json(descriptions, "'tools'")
     return tuple(descriptions)
 
 
-def read_beside(tools: Any, template_kwargs: Any) -> dict[str, Any]:
+def parse_tools_and_kwargs(tools: Any, template_kwargs: Any) -> dict[str, Any]:
     """Parse the fields of a `Conversation` other than its messages.
 
     Args:
@@ -212,14 +212,14 @@ def read_beside(tools: Any, template_kwargs: Any) -> dict[str, Any]:
     kwargs = template_kwargs or {}
     if not isinstance(kwargs, dict):
         raise BadRecord("fields", f"'chat_template_kwargs' is {str(kwargs)[:40]!r}, must be an object")
-    if reserved := GIVEN & kwargs.keys():
+    if reserved := TEMPLATE_VARIABLES & kwargs.keys():
         raise BadRecord("fields", f"'chat_template_kwargs' has {min(reserved)!r}, which the template gets "
                                   "anyway; remove it")
-    refuse_other_types(kwargs, "'chat_template_kwargs'")
-    return {"tools": read_tools(tools) if tools else (), "template_kwargs": kwargs}
+    check_is_json(kwargs, "'chat_template_kwargs'")
+    return {"tools": parse_tools(tools) if tools else (), "template_kwargs": kwargs}
 
 
-def refuse_other_types(value: Any, where: str, allow_nan: bool = True) -> None:
+def check_is_json(value: Any, where: str, allow_nan: bool = True) -> None:
     """Refuse values that templates cannot print as JSON, such as times and bytes from Parquet files.
 
     Raises:
@@ -234,7 +234,7 @@ def refuse_other_types(value: Any, where: str, allow_nan: bool = True) -> None:
 def _parse_message(message: Any, where: str) -> Message:
     role = message.get("role") if isinstance(message, dict) else message
     if isinstance(role, str):
-        role = OTHER_NAMES.get(role, role)
+        role = ROLE_ALIASES.get(role, role)
     if not isinstance(message, dict) or role not in ROLES:
         raise BadRecord("fields", f"{where} has role {role!r}, must be one of {', '.join(ROLES)}")
     calls = _parse_calls(message.get("tool_calls"), f"{where}.tool_calls")
@@ -244,7 +244,7 @@ def _parse_message(message: Any, where: str) -> Message:
                                          "them")
         calls = _parse_calls([older], f"{where}.function_call")
     content = _join_content(message.get("content"), where, optional=bool(calls))
-    reasoning = next((message[key] for key in REASONING if message.get(key)), "")
+    reasoning = next((message[key] for key in REASONING_FIELDS if message.get(key)), "")
     if not isinstance(reasoning, str):
         raise BadRecord("fields", f"{where}.reasoning_content is {str(reasoning)[:40]!r}, must be a string")
     if role != "assistant" and (calls or reasoning):
@@ -255,7 +255,7 @@ def _parse_message(message: Any, where: str) -> Message:
     other = tuple((key, message[key]) for key in ("name", "tool_call_id")
                   if isinstance(message.get(key), str) and message[key])
     unread = tuple(name for name, value in message.items()
-                   if name not in MESSAGE_FIELDS and value not in EMPTY)
+                   if name not in MESSAGE_FIELDS and value not in EMPTY_VALUES)
     return Message(role, content, reasoning, calls, _is_learned(message, where), other, unread)
 
 
@@ -307,7 +307,7 @@ def _parse_calls(calls: Any, where: str) -> tuple[dict[str, Any], ...]:
         if not isinstance(arguments, dict):
             raise BadRecord("tool_call", f"{where}[{i}].function.arguments is {str(arguments)[:40]!r}, must "
                                          "be a JSON object")
-        refuse_other_types(arguments, f"{where}[{i}].function.arguments", allow_nan=False)
+        check_is_json(arguments, f"{where}[{i}].function.arguments", allow_nan=False)
         known = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         parsed.append({**known, "type": "function", "function": {"name": name, "arguments": arguments}})
     return tuple(parsed)
@@ -318,7 +318,7 @@ def _parse_json(value: Any, where: str) -> Any:
         parsed = json.loads(value)
     except (TypeError, ValueError, RecursionError) as e:
         raise BadRecord("tool_call", f"{where} is {str(value)[:40]!r}, which is not JSON ({e})") from None
-    refuse_deep(parsed)
+    check_depth(parsed)
     return parsed
 
 

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sov.base.documents.scripts import HANGUL_OF_RUNS, OF_RUNS, code_points
+from megatron_sov.base.documents.scripts import RUN_HANGUL_SCRIPTS, RUN_SCRIPTS, list_code_points
 
-WORDS = 10
+RUN_WORDS = 10
 """Length of a run in words."""
 TWELFTHS = 12
 """Size of one word, the measure of unit sizes."""
@@ -63,18 +63,18 @@ class Units:
         """Return the total size in twelfths of a word."""
         return int(self.sizes.sum(dtype=np.int64))
 
-    def run_ends(self, words: int = WORDS) -> NDArray[np.int64]:
+    def run_ends(self, words: int = RUN_WORDS) -> NDArray[np.int64]:
         """Return the end (exclusive) of each run of `words` words; run i begins at unit i. Empty if too
         short."""
         from megatron_sov.base.documents import unit_scan
 
         ends = np.empty(len(self.sizes), np.int64)
-        return ends[:unit_scan.run_ends(self.sizes, words * TWELFTHS, ends)]
+        return ends[:unit_scan.find_run_ends(self.sizes, words * TWELFTHS, ends)]
 
-    def runs(self, words: int = WORDS) -> NDArray[np.uint64]:
+    def runs(self, words: int = RUN_WORDS) -> NDArray[np.uint64]:
         """Return the hash of each run of `words` words; run i begins at unit i."""
         ends = self.run_ends(words)
-        return stretch_hashes(self.hashes, np.arange(len(ends)), ends)
+        return hash_stretches(self.hashes, np.arange(len(ends)), ends)
 
     def span(self, begin: int, end: int) -> tuple[int, int]:
         """Return the range of `folded` that units `begin` to `end` (exclusive) cover."""
@@ -84,7 +84,7 @@ class Units:
         return int(self.places[start]), int(self.places[stop - 1]) + 1
 
 
-def fold(text: str) -> str:
+def fold_text(text: str) -> str:
     """Fold a text to lower case and NFKC."""
     if text.isascii():
         return text.lower()
@@ -112,7 +112,7 @@ def find_units(text: str) -> Units:
         fold_flags = unit_scan.fold_case(codes, _get_folds(), _get_classes())
         # a letter that folds to several (such as ß) changes indices: fold the text itself
         if fold_flags & 2:
-            folded = fold(text)
+            folded = fold_text(text)
             codes = _to_code_points(folded)
         if fold_flags & 1:
             # remove invisible characters first: inside a word they must not split it
@@ -122,7 +122,7 @@ def find_units(text: str) -> Units:
     hashes, sizes = np.empty(count, np.uint64), np.empty(count, np.uint8)
     begins, ends = np.empty(count, np.int64), np.empty(count, np.int64)
     # the arrays have room for one unit per character; cut them to the number of units
-    count = unit_scan.scan(codes, _get_classes(), _hash_commands(), hashes, sizes, begins, ends)
+    count = unit_scan.scan_units(codes, _get_classes(), _hash_commands(), hashes, sizes, begins, ends)
     return Units(folded, places, hashes[:count], sizes[:count], begins[:count], ends[:count])
 
 
@@ -130,7 +130,7 @@ def _to_code_points(text: str) -> NDArray[np.uint32]:
     return np.frombuffer(bytearray(text.encode("utf-32-le", errors="surrogatepass")), np.uint32)
 
 
-def units(text: str) -> list[str]:
+def list_units(text: str) -> list[str]:
     """Return the units of a text as strings, without ignored characters."""
     from megatron_sov.base.documents import unit_scan
 
@@ -143,13 +143,13 @@ def units(text: str) -> list[str]:
     return strings
 
 
-def runs(text: str, words: int = WORDS) -> list[int]:
+def hash_runs(text: str, words: int = RUN_WORDS) -> list[int]:
     """Return the 64-bit hash of each run of `words` words; empty if the text is shorter."""
     hashes: list[int] = find_units(text).runs(words).tolist()
     return hashes
 
 
-def stretch_hashes(ids: NDArray[np.uint64], begins: NDArray[np.int64], ends: NDArray[np.int64]
+def hash_stretches(ids: NDArray[np.uint64], begins: NDArray[np.int64], ends: NDArray[np.int64]
                    ) -> NDArray[np.uint64]:
     """Return the hash of each non-empty stretch `ids[begin:end]`.
 
@@ -164,14 +164,14 @@ def stretch_hashes(ids: NDArray[np.uint64], begins: NDArray[np.int64], ends: NDA
     return hashes ^ (hashes >> _FINISH)
 
 
-def window_hashes(tokens: NDArray[Any], window: int) -> NDArray[np.uint64]:
+def hash_windows(tokens: NDArray[Any], window: int) -> NDArray[np.uint64]:
     """Return the hash of each window of `window` token ids, uint64 [n - window + 1]; empty if n < window."""
     count = len(tokens) - window + 1
     if count < 1:
         return np.zeros(0, np.uint64)
     begins = np.arange(count)
     # plus one: id 0 would not contribute, and windows of different lengths could have equal sums
-    return stretch_hashes(tokens.astype(np.uint64) + np.uint64(1), begins, begins + window)
+    return hash_stretches(tokens.astype(np.uint64) + np.uint64(1), begins, begins + window)
 
 
 def _get_powers(count: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
@@ -201,9 +201,9 @@ def _get_classes() -> NDArray[np.uint8]:
     from megatron_sov.base.documents import unit_scan
 
     classes = np.full(0x110000, unit_scan.WORD, np.uint8)
-    for begin, end in code_points(OF_RUNS):
+    for begin, end in list_code_points(RUN_SCRIPTS):
         classes[begin:end] = unit_scan.QUARTER
-    for begin, end in code_points(HANGUL_OF_RUNS):
+    for begin, end in list_code_points(RUN_HANGUL_SCRIPTS):
         classes[begin:end] = unit_scan.THIRD
     # after the ranges of scripts, which include some marks and digits
     for code in range(_NAMED_PLANES):
@@ -235,4 +235,4 @@ def _get_folds() -> NDArray[np.uint32]:
 def _hash_commands() -> NDArray[np.uint64]:
     from megatron_sov.base.documents import unit_scan
 
-    return np.sort(np.array([unit_scan.word_hash(_to_code_points(name)) for name in _COMMANDS], np.uint64))
+    return np.sort(np.array([unit_scan.hash_word(_to_code_points(name)) for name in _COMMANDS], np.uint64))

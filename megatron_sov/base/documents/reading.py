@@ -13,19 +13,19 @@ from typing import IO, Any, cast
 
 from megatron_sov.base.documents.files import (
     ARROW_SUFFIXES, BYTE_ORDER_MARK, DOCUMENT_BYTES, JSON_SUFFIX, JSONL_SUFFIXES, PARQUET_SUFFIX,
-    TEXT_SUFFIXES, WHOLE_FILE_BYTES, FileSpan, arrow_batches, cut_at_blank_lines, is_records, list_files,
-    open_bytes, open_parquet, spans_of)
+    TEXT_SUFFIXES, WHOLE_FILE_BYTES, FileSpan, cut_at_blank_lines, is_records, iter_spans, list_files,
+    open_arrow_batches, open_bytes, open_parquet)
 from megatron_sov.base.documents.layouts import FOREIGN, Renames, unread_fields
 from megatron_sov.base.documents.records import (
-    DIALOGUE, BadRecord, Document, Parse, RecordReading, columns_problem, decode, fields_read, parse_line,
-    parse_object, parse_record, too_long)
+    DIALOGUE, BadRecord, Document, RecordParser, RecordReading, create_length_error, decode_utf8,
+    find_table_problem, list_read_fields, parse_json_value, parse_line, parse_record)
 from megatron_sov.base.errors import UserError, first_error_line
 
 _ESCAPE_CHARS = 16
 """Characters at the end of a window that may be the beginning of an escape, word or number."""
 
 
-def json_items(read: Callable[[int], bytes], limit_bytes: int) -> Iterator[Any]:
+def iter_json_items(read: Callable[[int], bytes], limit_bytes: int) -> Iterator[Any]:
     """Yield the items of a JSON list; the first error is yielded as a `BadRecord` and ends the list.
 
     Args:
@@ -122,7 +122,7 @@ class _ByteWindow:
         self._text, self.at = "".join(parts), 0
 
 
-KEPT_BYTES = 1000
+MAX_REPORT_BYTES = 1000
 """Bytes of a bad record's content in its report."""
 _BLOCK_BYTES = 1 << 20
 _ROWS = 256
@@ -145,13 +145,13 @@ def read_documents(files: Iterable[Path], reading: RecordReading | None = None) 
     for file in files:
         line = 0
         # spans count lines from their own start; `line` is the number of lines before the span
-        for span in spans_of(file):
+        for span in iter_spans(file):
             counted = CountedSpan(span, reading)
             for item in counted:
                 if isinstance(item, Document):
                     yield item
                 elif item.code != "empty":
-                    raise UserError(f"{place(file, item, line)}: {item.reason}")
+                    raise UserError(f"{format_location(file, item, line)}: {item.reason}")
             line += counted.num_lines
 
 
@@ -174,21 +174,21 @@ def read_records(path: Path, tell: Callable[[str], object] = lambda sentence: No
                         "folder with such files")
     for file in files:
         lines_before = 0
-        for span in spans_of(file):
+        for span in iter_spans(file):
             counted = CountedSpan(span, RecordReading("prompt", renames=renames), _number_fields)
             for item in counted:
                 if isinstance(item, BadRecord):
-                    raise UserError(f"{place(file, item, lines_before)}: {item.reason}")
+                    raise UserError(f"{format_location(file, item, lines_before)}: {item.reason}")
                 number, record = cast(tuple[int, dict[str, Any]], item)
                 yield f"{file}:{lines_before + number}", record
             lines_before += counted.num_lines
 
 
-def first_unread(span: FileSpan, reading: RecordReading) -> list[str]:
+def find_unread_fields(span: FileSpan, reading: RecordReading) -> list[str]:
     """Return the non-empty unread fields of a span's first record (chat or preference); [] without a
     record."""
     def parse(record: dict[str, Any], where: str, number: int, _: RecordReading) -> list[str]:
-        return unread_fields(record, reading.kind or "chat", reading.renames, fields_read(reading))
+        return unread_fields(record, reading.kind or "chat", reading.renames, list_read_fields(reading))
 
     # as prompts: for prompts, all columns of a table are read
     fields = next(iter(CountedSpan(span, RecordReading("prompt"), parse)), None)
@@ -200,7 +200,7 @@ def _number_fields(record: dict[str, Any], where: str, number: int, reading: Rec
     return number, record
 
 
-def place(file: Path, item: BadRecord, lines_before: int) -> str:
+def format_location(file: Path, item: BadRecord, lines_before: int) -> str:
     """Format the location of a bad record: the file, and its line or row."""
     return f"{file}:{lines_before + item.line}" if item.line else str(file)
 
@@ -214,7 +214,7 @@ class CountedSpan:
     """Iterates over documents and bad records of a span; afterwards, `num_lines` is its number of lines or
     rows."""
 
-    def __init__(self, span: FileSpan, reading: RecordReading, parse: Parse = parse_record) -> None:
+    def __init__(self, span: FileSpan, reading: RecordReading, parse: RecordParser = parse_record) -> None:
         self.span, self.reading, self.parse = span, reading, parse
         self.num_lines = 0
 
@@ -232,7 +232,7 @@ class CountedSpan:
                 yield from self._iter_rows(_iter_batches(file, range(span.start, span.stop), columns),
                                            columns)
             elif span.suffix in ARROW_SUFFIXES:
-                with arrow_batches(span.file) as (names, batches):
+                with open_arrow_batches(span.file) as (names, batches):
                     columns = _choose_columns(names, self.reading)
                     yield from self._iter_rows(_iter_slices(batches), columns)
             else:
@@ -255,12 +255,14 @@ class CountedSpan:
         return self._iter_items(f) if head.startswith(b"[") else self._iter_lines(f)
 
     def _iter_items(self, f: IO[bytes]) -> Iterator[Document | BadRecord]:
-        for item in json_items(lambda size: _read_guarded(f.read, size), self.reading.max_document_bytes):
+        for item in iter_json_items(lambda size: _read_guarded(f.read, size),
+                                    self.reading.max_document_bytes):
             self.num_lines += 1
             try:
                 if isinstance(item, BadRecord):
                     raise item
-                yield parse_object(item, f"{self.span.file}:{self.num_lines}", self.num_lines, self.reading,
+                yield parse_json_value(item, f"{self.span.file}:{self.num_lines}", self.num_lines,
+                                       self.reading,
                                    self.parse)
             except BadRecord as e:
                 yield _at_line(e, self.num_lines, b"")
@@ -278,7 +280,7 @@ class CountedSpan:
                     remaining -= len(rest)
                     if rest.endswith(b"\n"):
                         break
-                yield _at_line(too_long(self.reading), self.num_lines, line)
+                yield _at_line(create_length_error(self.reading), self.num_lines, line)
             elif line.strip():
                 if self.num_lines == 1 and self.span.start == 0:
                     line = line.removeprefix(BYTE_ORDER_MARK)
@@ -315,7 +317,7 @@ class CountedSpan:
                 raise BadRecord("json", "is JSON and not plain text; name it with the ending .json (a list "
                                         "of records) or .jsonl (a record on each line)")
             try:
-                text = decode(raw, position + len(piece) - len(raw))
+                text = decode_utf8(raw, position + len(piece) - len(raw))
                 if not text.strip():
                     raise BadRecord("empty", f"holds no text at offset {position}")
                 yield from self._iter_documents(text)
@@ -361,7 +363,7 @@ class CountedSpan:
 
 
 def _at_line(bad: BadRecord, line: int, raw: bytes) -> BadRecord:
-    return BadRecord(bad.code, bad.reason, line, raw[:KEPT_BYTES])
+    return BadRecord(bad.code, bad.reason, line, raw[:MAX_REPORT_BYTES])
 
 
 def _open_span(span: FileSpan) -> IO[bytes]:
@@ -416,13 +418,13 @@ def _choose_columns(names: list[str], reading: RecordReading) -> list[str]:
     # the other columns of a prompt are for the reward
     if reading.kind == "prompt":
         return names
-    if problem := columns_problem(names, reading):
+    if problem := find_table_problem(names, reading):
         raise problem
     needed = {"id", reading.bucket_by, *reading.columns, *reading.tags, *(["media"] if reading.media else [])}
     if reading.kind in (None, "text"):
         needed.add(reading.text_field)
     if reading.kind != "text":
-        needed |= fields_read(reading)
+        needed |= list_read_fields(reading)
     return [name for name in names if name in needed]
 
 

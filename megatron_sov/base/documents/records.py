@@ -10,10 +10,11 @@ from typing import Any
 
 from megatron_sov.base.documents.groups import are_equal
 from megatron_sov.base.documents.layouts import (
-    COMPLETIONS, FOREIGN, KTO_TAG, LABEL, Renames, completion_of, own_fields, propose_columns, refuse_media,
-    rename_fields)
+    COMPLETIONS, FOREIGN, KTO_TAG, LABEL, Renames, convert_layout, get_completion_field, propose_columns,
+    refuse_media, rename_fields)
 from megatron_sov.base.documents.messages import (
-    BadRecord, Conversation, Message, Messages, read_beside, read_messages, read_sharegpt, refuse_deep)
+    BadRecord, Conversation, Message, Messages, check_depth, parse_messages, parse_sharegpt,
+    parse_tools_and_kwargs)
 
 COLUMN_NAME = re.compile(r"[a-z_]+")
 BUCKET_NAME = re.compile(r"\w[\w.-]{0,59}")
@@ -21,11 +22,11 @@ TAG_VALUE = re.compile(r"[\w.:+-]{1,60}")
 """Pattern of a tag's value, such as domain:law; it contains no wildcard characters."""
 RESERVED = ("bin", "extra", "idx", "kind", "loss", "routes", "type")
 """Column names that would collide with other files of a shard."""
-LARGEST = 3.4028234663852886e38
+MAX_FLOAT32 = 3.4028234663852886e38
 """Largest finite float32."""
 
 
-def column_problems(names: Iterable[str]) -> list[str]:
+def find_column_problems(names: Iterable[str]) -> list[str]:
     """Return one sentence for each invalid or repeated column name."""
     names = list(names)
     problems = [f"{name!r} cannot name a column (letters a-z and '_', and none of {', '.join(RESERVED)})"
@@ -63,7 +64,7 @@ def read_bucket(record: Mapping[str, Any], field: str) -> str:
     return name
 
 
-def tag_value(value: Any) -> str | None:
+def format_tag(value: Any) -> str | None:
     """Format a field's value as a tag (`True` as "true"); None: the value cannot be a tag."""
     text = str(value).lower() if isinstance(value, bool) else str(value)
     return text if isinstance(value, (str, int)) and TAG_VALUE.fullmatch(text) else None
@@ -83,7 +84,7 @@ def read_tags(record: Mapping[str, Any], names: Iterable[str]) -> tuple[str, ...
         # blends select by whether a record is synthetic, not by how it was made
         if name == "synthetic" and isinstance(value, dict):
             value = True
-        tag = "" if value is None or value == "" else tag_value(value)
+        tag = "" if value is None or value == "" else format_tag(value)
         if tag is None:
             raise BadRecord("fields", f"has {str(value)[:40]!r} in field {name!r}, which --tag names; must "
                                       "be a word of letters, digits, '.', ':', '+', '_', '-', a whole "
@@ -112,7 +113,7 @@ def _read_numbers(record: Mapping[str, Any], name: str, num_sequences: int) -> t
 def is_float32(value: Any) -> bool:
     """Return whether a value is a finite number within the range of float32."""
     # compare integers without conversion: an integer of 400 digits cannot become a float
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_FLOAT32
 
 
 ROLLOUTS = "rollouts"
@@ -122,7 +123,7 @@ DIALOGUE = ("messages", "conversations", "prompt", "chosen", "rejected", "tools"
 """Fields of messages and tool descriptions."""
 DESIRABLE = "desirable"
 """Field and column of a judged response that is paired with a response to another prompt: 1 good, 0 bad."""
-NUM_PROMPT = "num_prompt_messages"
+NUM_PROMPT_FIELD = "num_prompt_messages"
 """Field of a chat: number of its first messages that form a prompt shared with other chats."""
 
 
@@ -151,7 +152,7 @@ class RecordReading:
     """Whether the records belong to a media corpus: texts with media tokens and references to bank rows."""
 
 
-Parse = Callable[[dict[str, Any], str, int, RecordReading], Any]
+RecordParser = Callable[[dict[str, Any], str, int, RecordReading], Any]
 """Converts a record: (record, location, line or row, reading)."""
 
 
@@ -234,7 +235,7 @@ class LeftOut:
     """A few words; the manifest counts documents by reason."""
 
 
-def decode(raw: bytes, start_bytes: int = 0) -> str:
+def decode_utf8(raw: bytes, start_bytes: int = 0) -> str:
     """Decode UTF-8 bytes.
 
     Args:
@@ -252,7 +253,7 @@ def decode(raw: bytes, start_bytes: int = 0) -> str:
                                 f"{explain_bytes(begin)}") from None
 
 
-FILE_BEGINS = ((b"%PDF", "a PDF; extract its text first, for example by pdftotext"),
+FILE_SIGNATURES = ((b"%PDF", "a PDF; extract its text first, for example by pdftotext"),
                (b"PK\x03\x04", "a ZIP file, as .docx and .xlsx are; extract its text first"),
                (b"\x1f\x8b", "compressed by gzip; name it with the ending .gz"),
                (b"\x28\xb5\x2f\xfd", "compressed by zstd; name it with the ending .zst"),
@@ -264,24 +265,27 @@ FILE_BEGINS = ((b"%PDF", "a PDF; extract its text first, for example by pdftotex
 
 def explain_bytes(begin: bytes) -> str:
     """Explain the format of a file that is not UTF-8 by its first bytes, and how to convert it."""
-    known = next((text for magic, text in FILE_BEGINS if begin.startswith(magic)), "")
+    known = next((text for magic, text in FILE_SIGNATURES if begin.startswith(magic)), "")
     return f"the file is {known}" if known else "convert it, e.g. iconv -f CP949 -t UTF-8"
 
 
-def parse_line(line: bytes, where: str, number: int, reading: RecordReading, parse: Parse) -> Any:
+def parse_line(line: bytes, where: str, number: int, reading: RecordReading, parse: RecordParser) -> Any:
     """Parse one line of JSONL.
 
     Raises:
         BadRecord: the line is not a JSON object of the expected kind.
     """
     try:
-        record = json.loads(decode(line))
+        record = json.loads(decode_utf8(line))
     except (ValueError, RecursionError) as e:
         raise BadRecord("json", f"is not valid JSON ({e}); every line must be one JSON object") from None
-    return parse_object(record, where, number, reading, parse)
+    return parse_json_value(record, where, number, reading, parse)
 
 
-def parse_object(record: Any, where: str, number: int, reading: RecordReading, parse: Parse) -> Any:
+
+
+def parse_json_value(record: Any, where: str, number: int, reading: RecordReading,
+                     parse: RecordParser) -> Any:
     """Parse a decoded JSON value.
 
     Raises:
@@ -303,11 +307,11 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Recor
         record = rename_fields(record, reading.renames)
     # a record with plain text is text even if it has fields of other layouts
     if not isinstance(record.get(reading.text_field), str) or reading.kind not in (None, "text"):
-        record = own_fields(record, reading.kind)
+        record = convert_layout(record, reading.kind)
     kind = _choose_kind(record, reading)
     fields: dict[str, Any] = {}
     if kind != "text":
-        refuse_deep(record)
+        check_depth(record)
         if not reading.media:
             refuse_media(record, kind == "prompt")
     if kind == "text":
@@ -328,7 +332,7 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Recor
         fields["awaits_response"] = True
     if kind != "text":
         # the system prompt comes last: it adds 1 to the number of prompt messages
-        fields |= read_beside(record.get("tools"), record.get("chat_template_kwargs"))
+        fields |= parse_tools_and_kwargs(record.get("tools"), record.get("chat_template_kwargs"))
         fields |= _prepend_system(record, fields)
     if reading.bucket_by:
         fields["bucket"] = read_bucket(record, reading.bucket_by)
@@ -350,7 +354,7 @@ def _choose_kind(record: dict[str, Any], reading: RecordReading) -> str:
     # the order matters: a preference also has a prompt, and a chat may also have a text
     present = {"preference": "chosen" in record and "rejected" in record,
                "chat": "messages" in record or "conversations" in record
-               or ("prompt" in record and completion_of(record) is not None),
+               or ("prompt" in record and get_completion_field(record) is not None),
                "prompt": "prompt" in record and "chosen" not in record,
                "text": isinstance(record.get(reading.text_field), str)}
     if reading.kind is None:
@@ -398,32 +402,32 @@ _VALUES: dict[str, Any] = {LABEL: True, KTO_TAG: True, "completions": [], "histo
 """Column -> placeholder value; other columns hold text."""
 
 
-def columns_problem(names: Iterable[str], reading: RecordReading) -> BadRecord | None:
+def find_table_problem(names: Iterable[str], reading: RecordReading) -> BadRecord | None:
     """Return the problem of a table with these columns; None: its rows can be read."""
     try:
         record = rename_fields({name: _VALUES.get(name, "") for name in names}, reading.renames)
-        _choose_kind(own_fields(record, None), reading)
+        _choose_kind(convert_layout(record, None), reading)
     except BadRecord as e:
         return e
     return None
 
 
-def fields_read(reading: RecordReading) -> set[str]:
+def list_read_fields(reading: RecordReading) -> set[str]:
     """Return the names of all fields that a reading uses, in any layout."""
-    return {*DIALOGUE, *FOREIGN, "id", "chat_template_kwargs", NUM_PROMPT, reading.bucket_by,
+    return {*DIALOGUE, *FOREIGN, "id", "chat_template_kwargs", NUM_PROMPT_FIELD, reading.bucket_by,
             *reading.columns, *reading.tags, *(name for _, sources in reading.renames for name in sources)}
 
 
 def _parse_chat(record: dict[str, Any]) -> tuple[Messages, int]:
     """Return a chat's messages, and the number of prompt messages before a completion (not trained on)."""
     chat = next((name for name in ("messages", "conversations") if name in record), None)
-    name = completion_of(record) or COMPLETIONS[0]
+    name = get_completion_field(record) or COMPLETIONS[0]
     if isinstance(record.get(LABEL), bool):
         raise BadRecord("fields", f"has a {LABEL!r} (or {KTO_TAG!r}), true or false, and a chat would learn "
                                   f"its {chat or name!r} either way; turn such rows into pairs with "
                                   "`sov-data unpaired`")
     if chat is not None:
-        parse = read_messages if chat == "messages" else read_sharegpt
+        parse = parse_messages if chat == "messages" else parse_sharegpt
         return parse(record[chat], chat), 0
     # TRL allows a string on one side and messages on the other
     both = [[{"role": role, "content": value}] if isinstance(value, str) else value
@@ -431,7 +435,7 @@ def _parse_chat(record: dict[str, Any]) -> tuple[Messages, int]:
     for field_name, messages in zip(("prompt", name), both, strict=True):
         if not isinstance(messages, list) or not messages:
             raise BadRecord("fields", f"{field_name!r} must be a string, or a non-empty list of messages")
-    messages_read = read_messages([*both[0], *both[1]], f"prompt + {name}")
+    messages_read = parse_messages([*both[0], *both[1]], f"prompt + {name}")
     num_prompt = len(both[0])
     if not any(m.role == "assistant" and m.is_learned for m in messages_read[num_prompt:]):
         raise BadRecord("fields", f"{name!r} holds no message of the assistant that is learned")
@@ -441,12 +445,12 @@ def _parse_chat(record: dict[str, Any]) -> tuple[Messages, int]:
 
 def _parse_num_prompt(record: dict[str, Any], num_messages: int) -> int:
     """Return the number of shared prompt messages that a chat declares; 0: not declared."""
-    count = record.get(NUM_PROMPT)
+    count = record.get(NUM_PROMPT_FIELD)
     if count is None:
         return 0
     # `type` instead of isinstance: bool is a subclass of int
     if type(count) is not int or not 0 < count < num_messages:
-        raise BadRecord("fields", f"has {str(count)[:40]!r} in {NUM_PROMPT!r}, must say how many of "
+        raise BadRecord("fields", f"has {str(count)[:40]!r} in {NUM_PROMPT_FIELD!r}, must say how many of "
                                   f"the {num_messages} messages are the prompt: at least 1, and not all")
     return count
 
@@ -463,7 +467,7 @@ def _prepend_system(record: dict[str, Any], fields: Mapping[str, Any]) -> dict[s
 
 
 def _parse_messages(value: Any, name: str, role: str) -> Messages:
-    return (Message(role, value),) if isinstance(value, str) else read_messages(value, name)
+    return (Message(role, value),) if isinstance(value, str) else parse_messages(value, name)
 
 
 def _parse_media(record: dict[str, Any]) -> dict[str, tuple[tuple[int, int], ...]]:
@@ -532,7 +536,7 @@ def check_texts(texts: tuple[str, ...], reading: RecordReading) -> None:
         # encoding also rejects lone surrogates, which no tokenizer accepts
         size_bytes += _count_bytes(text)
     if size_bytes > reading.max_document_bytes:
-        raise too_long(reading)
+        raise create_length_error(reading)
     if not any(text.strip() for text in texts):
         raise BadRecord("empty", "holds no text")
 
@@ -545,6 +549,6 @@ def _count_bytes(text: str) -> int:
                                 "which is no character; remove it") from None
 
 
-def too_long(reading: RecordReading) -> BadRecord:
+def create_length_error(reading: RecordReading) -> BadRecord:
     return BadRecord("too_long", f"is longer than --max-document-bytes {reading.max_document_bytes}; "
                                  "cut it, or raise the limit")

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_sov.base.documents.files import refuse_tables
-from megatron_sov.base.documents.messages import MOST_LEVELS, BadRecord, refuse_deep
+from megatron_sov.base.documents.messages import MAX_LEVELS, BadRecord, check_depth
 from megatron_sov.base.errors import UserError, format_problems
 
 
-def no_constant(name: str) -> NoReturn:
+def reject_constant(name: str) -> NoReturn:
     """Reject NaN and Infinity with ValueError (for `parse_constant`)."""
     raise ValueError(f"{name} is not JSON")
 
 
-def finite(text: str) -> float:
+def parse_finite(text: str) -> float:
     """Parse a number (for `parse_float`); raise ValueError if it overflows to Infinity."""
     number = float(text)
     if math.isinf(number):
@@ -26,7 +26,7 @@ def finite(text: str) -> float:
     return number
 
 
-def json_line(row: Any, *, allow_nan: bool = True) -> bytes:
+def format_json_line(row: Any, *, allow_nan: bool = True) -> bytes:
     """Format a value as one line of JSON; raise TypeError or ValueError if JSON cannot hold it."""
     try:
         return json.dumps(row, ensure_ascii=False, allow_nan=allow_nan).encode() + b"\n"
@@ -34,18 +34,18 @@ def json_line(row: Any, *, allow_nan: bool = True) -> bytes:
         return json.dumps(row, allow_nan=allow_nan).encode() + b"\n"
 
 
-def changed_values(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, str, str]]:
+def iter_changes(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, str, str]]:
     """Yield (dotted name, old value, new value) of all differences between two trees; values as
     `short_json`."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         # keys in the new order, then removed keys
         for key in [*now, *(k for k in before if k not in now)]:
-            yield from changed_values(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+            yield from iter_changes(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
     elif before != now:
-        yield name, short_json(before), short_json(now)
+        yield name, format_short_json(before), format_short_json(now)
 
 
-def short_json(value: Any) -> str:
+def format_short_json(value: Any) -> str:
     """Format a value as JSON of at most 60 characters for a message."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."
@@ -55,11 +55,11 @@ Row = Mapping[str, Any]
 """A JSON object."""
 MAX_LINE_BYTES = 64 << 20
 """Limit of a row; longer lines mean that the file lost its line ends."""
-MAX_TOLD = 10
+MAX_REPORTED = 10
 """Bad rows that a message names."""
 
 
-FIELDS: dict[str, tuple[tuple[type, ...], str]] = {"response": ((str,), "text"),
+ROW_FIELDS: dict[str, tuple[tuple[type, ...], str]] = {"response": ((str,), "text"),
                                                   "prompt": ((str, list), "text or messages"), "": ((), "")}
 """Required field of each row -> accepted types, and their name in messages; "": no required field."""
 
@@ -83,14 +83,14 @@ def check_rows(path: Path, option: str = "--input", field: str = "response") -> 
         if isinstance(row, str):
             num_bad += 1
             # count all, but name few: a file of another format would fill the screen
-            if len(problems) < MAX_TOLD:
+            if len(problems) < MAX_REPORTED:
                 problems.append(f"line {line}: {row}")
-    if num_bad > MAX_TOLD:
-        problems.append(f"and {num_bad - MAX_TOLD} more")
+    if num_bad > MAX_REPORTED:
+        problems.append(f"and {num_bad - MAX_REPORTED} more")
     if problems:
         raise UserError(format_problems(f"{option} {path}", problems, "correct or remove these lines"))
     if not num_rows:
-        needs = f" with a {FIELDS[field][1]} `{field}`" if field else ""
+        needs = f" with a {ROW_FIELDS[field][1]} `{field}`" if field else ""
         raise UserError(f"{option} {path}: has no rows; each line is a JSON object{needs}")
     return num_rows
 
@@ -133,7 +133,7 @@ def read_lines(path: Path, option: str = "--input") -> Iterator[tuple[int, bytes
 def parse_row(raw: bytes, field: str) -> Row | str:
     """Parse a line to a row; return a sentence if the line is invalid."""
     try:
-        row = json.loads(raw.decode("utf-8-sig"), parse_constant=no_constant, parse_float=finite)
+        row = json.loads(raw.decode("utf-8-sig"), parse_constant=reject_constant, parse_float=parse_finite)
     except UnicodeDecodeError as e:
         return f"is not UTF-8 ({e.reason} at byte {e.start})"
     except RecursionError:
@@ -144,12 +144,12 @@ def parse_row(raw: bytes, field: str) -> Row | str:
         return f"is not a JSON object, but a {type(row).__name__}"
     if field and field not in row:
         return f"has no {field!r}"
-    types, type_name = FIELDS[field]
+    types, type_name = ROW_FIELDS[field]
     if field and not isinstance(row[field], types):
         return f"{field} is of type {type(row[field]).__name__}, and must be {type_name}"
-    if raw.count(b"[") + raw.count(b"{") > MOST_LEVELS:  # only such rows can be too deep
+    if raw.count(b"[") + raw.count(b"{") > MAX_LEVELS:  # only such rows can be too deep
         try:
-            refuse_deep(row)  # other processes that receive the row allow fewer levels than the JSON parser
+            check_depth(row)  # other processes that receive the row allow fewer levels than the JSON parser
         except BadRecord as e:
             return str(e)
     return row

@@ -34,26 +34,27 @@ CODE_POINTS: dict[str, tuple[tuple[int, int], ...]] = {
 }
 """Script -> ranges of code points (first, end exclusive)."""
 
-OF_RUNS = ("thai", "lao", "burmese", "khmer", "marks of han", "kana", "han")
+RUN_SCRIPTS = ("thai", "lao", "burmese", "khmer", "marks of han", "kana", "han")
 """Scripts with a quarter of a word per character in runs of words."""
-HANGUL_OF_RUNS = ("hangul", "old hangul", "lone hangul letters")
+RUN_HANGUL_SCRIPTS = ("hangul", "old hangul", "lone hangul letters")
 """Scripts with a third of a word per character in runs of words."""
-OF_RULES = ("thai", "lao", "tibetan letters", "burmese", "khmer", "kana", "bopomofo", "han",
+RULE_SCRIPTS = ("thai", "lao", "tibetan letters", "burmese", "khmer", "kana", "bopomofo", "han",
             "half-width kana", "hangul", "lone hangul letters")
 """Scripts that quality rules count by characters."""
-OF_SCORERS = ("thai", "lao", "tibetan letters", "tibetan signs", "burmese", "khmer", "kana", "han", "hangul",
+SCORER_SCRIPTS = ("thai", "lao", "tibetan letters", "tibetan signs", "burmese", "khmer", "kana", "han",
+                  "hangul",
               "old hangul")
 """Scripts whose characters are units in the n-grams of scorers."""
 
 
-def code_points(scripts: Sequence[str]) -> list[tuple[int, int]]:
+def list_code_points(scripts: Sequence[str]) -> list[tuple[int, int]]:
     """Return the ranges of code points (first, end exclusive) of scripts."""
     return [span for script in scripts for span in CODE_POINTS[script]]
 
 
-def in_brackets(scripts: Sequence[str]) -> str:
+def format_regex_ranges(scripts: Sequence[str]) -> str:
     """Format the ranges of scripts for a character class of a regular expression."""
-    return "".join(f"{chr(begin)}-{chr(end - 1)}" for begin, end in code_points(scripts))
+    return "".join(f"{chr(begin)}-{chr(end - 1)}" for begin, end in list_code_points(scripts))
 
 
 LANGUAGES = {
@@ -73,7 +74,7 @@ _WIDE = ("FULLWIDTH", "HALFWIDTH", "SUPERSCRIPT", "SUBSCRIPT", "MODIFIER", "IDEO
 
 
 @lru_cache(maxsize=1 << 16)
-def script_of(char: str) -> str:
+def get_script(char: str) -> str:
     """Return the script of a letter or mark; "" for digits, symbols and letters without a script.
 
     Mathematical letters (from U+1D400 on) have no script, because they do not belong to text of a language.
@@ -89,10 +90,10 @@ def script_of(char: str) -> str:
     return words[0].partition("-")[0]
 
 
-def letters_by_script(text: str) -> Counter[str]:
+def count_letters_by_script(text: str) -> Counter[str]:
     counts: Counter[str] = Counter()
     # look up each distinct character once: texts have millions of characters but few hundred distinct ones
     for char, count in Counter(text).items():
-        if script := script_of(char):
+        if script := get_script(char):
             counts[script] += count
     return counts

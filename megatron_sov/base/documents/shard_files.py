@@ -102,16 +102,16 @@ DAMAGED = "`sov-data verify` names what is damaged, pack the data again"
 WRITTEN = "written"
 """Ending of the sidecar of responses with one bit per token (highest bit first): whether a policy wrote it.
 It replaces the sidecars of weights (1 or 0) and types (response or prompt)."""
-OF_DOCUMENTS = ".documents"
+PER_DOCUMENT = ".documents"
 """Suffix to the ending of a column with one number per document, for all its written tokens."""
 
 
-def bits(flags: np.ndarray) -> np.ndarray:
+def pack_flags(flags: np.ndarray) -> np.ndarray:
     """Pack flags [tokens] into the bytes of a `WRITTEN` sidecar."""
     return np.packbits(flags)
 
 
-def flags(packed: np.ndarray, first: int, count: int) -> np.ndarray:
+def unpack_flags(packed: np.ndarray, first: int, count: int) -> np.ndarray:
     """Unpack `count` flags (uint8), beginning at flag `first`, from a `WRITTEN` sidecar."""
     unpacked = np.unpackbits(packed[first // 8:(first + count + 7) // 8])
     return unpacked[first % 8:first % 8 + count]
@@ -207,21 +207,21 @@ class RouteShape:
         return shape
 
 
-def joined_routes(before: np.ndarray | None, told: np.ndarray | None, num_read: int) -> np.ndarray | None:
+def merge_routes(previous: np.ndarray | None, current: np.ndarray | None, num_read: int) -> np.ndarray | None:
     """Merge the routes of a growing text: recorded earlier choices take precedence over current ones.
 
     Args:
-        before: routes of the earlier reading, possibly with marks; None: no routes.
-        told: routes of the current reading from the text's beginning; None: no routes.
+        previous: routes of the earlier reading, possibly with marks; None: no routes.
+        current: routes of the current reading from the text's beginning; None: no routes.
         num_read: number of tokens read so far; tokens without a route get the mark.
     """
-    known = before if told is None else told
+    known = previous if current is None else current
     if known is None:
         return None
     mark = np.iinfo(known.dtype).max
     joined = np.full((num_read, *known.shape[1:]), mark, known.dtype)
     # the earlier routes come last and overwrite the current ones
-    for part in (told, before):
+    for part in (current, previous):
         if part is not None:
             part = part[:num_read]
             was_read = (part != mark).all(axis=2, keepdims=True)

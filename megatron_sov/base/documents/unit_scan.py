@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sov.base.documents.compiled import compiled
+from megatron_sov.base.documents.compiled import jit_compile
 
 SEPARATOR, WORD, QUARTER, THIRD, IGNORED, DIGIT = 0, 1, 2, 3, 4, 16
 """Classes of characters: separates words, belongs to a word, is a unit that counts as a quarter or a third of
@@ -26,7 +26,7 @@ _APOSTROPHE, _ARABIC_THOUSANDS = 0x2019, 0x066C
 _NEW_LINE, _RETURN, _TAB = 0x0A, 0x0D, 0x09
 
 
-@compiled
+@jit_compile
 def fold_case(codes: NDArray[np.uint32], folds: NDArray[np.uint32], classes: NDArray[np.uint8]) -> int:
     """Fold the case of code points in place.
 
@@ -53,8 +53,8 @@ def fold_case(codes: NDArray[np.uint32], folds: NDArray[np.uint32], classes: NDA
 # One pass with explicit state, which numba compiles to a loop without objects. A word's hash is FNV-1a over
 # its code points. Digits of all scripts hash as ASCII digits, and thousands separators are left out, so that
 # 1,000 and 1000 are equal words. A character of a script without blanks is a unit by itself.
-@compiled
-def scan(codes: NDArray[np.uint32], classes: NDArray[np.uint8], commands: NDArray[np.uint64],
+@jit_compile
+def scan_units(codes: NDArray[np.uint32], classes: NDArray[np.uint8], commands: NDArray[np.uint64],
          hashes: NDArray[np.uint64], sizes: NDArray[np.uint8], begins: NDArray[np.int64],
          ends: NDArray[np.int64]) -> int:
     """Find the units of a folded text.
@@ -116,8 +116,8 @@ def scan(codes: NDArray[np.uint32], classes: NDArray[np.uint8], commands: NDArra
     return count
 
 
-@compiled
-def word_hash(codes: NDArray[np.uint32]) -> np.uint64:
+@jit_compile
+def hash_word(codes: NDArray[np.uint32]) -> np.uint64:
     """Return the 64-bit hash of a word, equal to its hash in `scan`."""
     value = _OFFSET
     for code in codes:
@@ -125,7 +125,7 @@ def word_hash(codes: NDArray[np.uint32]) -> np.uint64:
     return _mix_bits(value)
 
 
-@compiled
+@jit_compile
 def _mix_bits(value: np.uint64) -> np.uint64:
     """Spread differences between words over all bits (finalizer of MurmurHash3)."""
     value = (value ^ (value >> _HALF)) * _MIX_1
@@ -133,7 +133,7 @@ def _mix_bits(value: np.uint64) -> np.uint64:
     return value ^ (value >> _HALF)
 
 
-@compiled
+@jit_compile
 def _is_thousands_separator(codes: NDArray[np.uint32], classes: NDArray[np.uint8], at: int, group: int,
                      num_groups: int) -> bool:
     """Return whether the character at `at`, between digits, separates thousands: 1,000 and 1 000 equal
@@ -151,7 +151,7 @@ def _is_thousands_separator(codes: NDArray[np.uint32], classes: NDArray[np.uint8
     return at + 4 == len(codes) or bool(classes[codes[at + 4]] < DIGIT)
 
 
-@compiled
+@jit_compile
 def _skip_hyphen(codes: NDArray[np.uint32], classes: NDArray[np.uint8], at: int) -> int:
     """Return the index after a hyphen and one line end inside a word, or 0."""
     if codes[at] != _HYPHEN and codes[at] != 0x2010:
@@ -167,7 +167,7 @@ def _skip_hyphen(codes: NDArray[np.uint32], classes: NDArray[np.uint8], at: int)
     return at if num_lines == 1 and at < len(codes) and classes[codes[at]] == WORD else 0
 
 
-@compiled
+@jit_compile
 def _skip_markup(codes: NDArray[np.uint32], classes: NDArray[np.uint8], commands: NDArray[np.uint64],
                    at: int) -> int:
     """Return the index after a separator, or after the tag, entity or formatting command that it begins."""
@@ -195,15 +195,15 @@ def _skip_markup(codes: NDArray[np.uint32], classes: NDArray[np.uint8], commands
         while place < len(codes) and 0x61 <= codes[place] <= 0x7A and place <= after + _NAME_CHARACTERS:
             place += 1
         if place > after:
-            name = word_hash(codes[after:place])
+            name = hash_word(codes[after:place])
             index = np.searchsorted(commands, name)
             if index < len(commands) and commands[index] == name:
                 return place
     return after
 
 
-@compiled
-def run_ends(sizes: NDArray[np.uint8], target: int, ends: NDArray[np.int64]) -> int:
+@jit_compile
+def find_run_ends(sizes: NDArray[np.uint8], target: int, ends: NDArray[np.int64]) -> int:
     """Find the shortest run of units from each unit on that reaches a size.
 
     Args:

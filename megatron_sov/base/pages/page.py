@@ -67,14 +67,14 @@ class PageTable:
         return len(self.head) > 2 and len(self.rows) <= MAX_CARDS
 
 
-def build_tables(things: Iterable[Any], columns: Mapping[str, Callable[[Any], str]]) -> list[PageTable]:
+def build_tables(items: Iterable[Any], columns: Mapping[str, Callable[[Any], str]]) -> list[PageTable]:
     """Build a table with one row per item; without items return no table.
 
     Args:
-        things: events or other items.
+        items: events or other items.
         columns: heading -> function that returns an item's cell.
     """
-    rows = [[cell(thing) for cell in columns.values()] for thing in things]
+    rows = [[cell(thing) for cell in columns.values()] for thing in items]
     return [PageTable(list(columns), rows)] if rows else []
 
 

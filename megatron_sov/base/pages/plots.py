@@ -81,7 +81,7 @@ class Scale:
         if self._axis.is_log:
             values = _list_log_ticks(self._low, self._high)
             return [(self.to_fraction(value), _format_tick(value, value / 10)) for value in values]
-        step = round_step((self._high - self._low) / MAX_TICKS)
+        step = round_up_step((self._high - self._low) / MAX_TICKS)
         first, last = math.ceil(self._low / step - 1e-9), math.floor(self._high / step + 1e-9)
         # multiply instead of adding steps, which would accumulate rounding errors
         values = [i * step for i in range(first, last + 1)]
@@ -90,7 +90,7 @@ class Scale:
                 for value in values]
 
 
-def round_step(least: float) -> float:
+def round_up_step(least: float) -> float:
     """Round up to 1, 2, 2.5 or 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(least))
     return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= least * (1 - 1e-9))

@@ -59,7 +59,7 @@ MAX_PROPOSED = 3
 UNKNOWN_WORDINGS = {"model family": ("is not supported", "families")}
 """Kind -> (predicate for an unknown name, plural), if they are not "does not exist" and a plural with s."""
 
-LISTED_BY: dict[str, str] = {"recipe": "`megatron-sov recipes` lists them"}
+LIST_COMMANDS: dict[str, str] = {"recipe": "`megatron-sov recipes` lists them"}
 """Kind -> command that lists all names, if they are too many for a message."""
 
 
@@ -165,7 +165,7 @@ class Registry(Generic[T]):
                         f"add --plugin {shlex.quote(code.reference)}")
         known = [*self._built_in, *self._known]
         absent, plural = UNKNOWN_WORDINGS.get(self.kind, ("does not exist", f"{self.kind}s"))
-        listed = LISTED_BY.get(self.kind, f"{plural}: {', '.join(known)}")
+        listed = LIST_COMMANDS.get(self.kind, f"{plural}: {', '.join(known)}")
         if self.kind in UNKNOWN_WORDINGS:
             close = was_removed(name) or suggest_spelling(name, known)
         else:

@@ -2,8 +2,8 @@
 problems. Nothing here imports torch."""
 
 from megatron_sov.base.settings.conditions import (
-    FACTS, ActsWhen, AllOf, AnyOf, Condition, When, find_inert_settings, get_setting, is_none_of, is_one_of,
-    is_set, is_unset, iter_conditions)
+    DECIDING_FACTS, ActsWhen, AllOf, AnyOf, Condition, When, find_inert_settings, get_setting, is_none_of,
+    is_one_of, is_set, is_unset, iter_conditions)
 from megatron_sov.base.settings.options import (
     NO_FLAG, Actions, Flag, add_actions, add_options, build_command, count_cores, read_command_options,
     read_options, run_action)
@@ -20,7 +20,8 @@ from megatron_sov.base.settings.sources import (
     parse_settings_yaml, read_settings_file, read_settings_text)
 
 __all__ = [
-    "ASCENDING_PAIR", "FACTS", "NO_FLAG", "UNIQUE_ITEMS", "AboveZero", "Actions", "ActsWhen", "AllOf",
+    "ASCENDING_PAIR", "DECIDING_FACTS", "NO_FLAG", "UNIQUE_ITEMS", "AboveZero", "Actions", "ActsWhen",
+    "AllOf",
     "AnyOf", "AtLeastOne", "Bound", "Condition", "Finite", "Flag", "Fraction", "LocatedDocument",
     "NotBlank", "NotNegative", "NotNegativeInt", "Place", "ProblemCode", "Relation", "SettingsError",
     "SettingsProblem", "Share", "Violation", "When", "add_actions", "add_options", "apply_changes",

@@ -15,12 +15,12 @@ from megatron_sov.base.settings.reading import list_fields
 Facts = Mapping[str, Any]
 """Properties of a run in addition to its settings, e.g. "command" and "--data" -> value."""
 NO_FACTS: Facts = {}
-FACTS = ("command", "--data", "--validation")
+DECIDING_FACTS = ("command", "--data", "--validation")
 """Deciding keys that are not settings; a condition on a key without a known value holds."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Unmet:
+class UnmetCondition:
     """A condition that does not hold."""
 
     deciders: Mapping[str, Any]
@@ -43,7 +43,7 @@ class When:
     way_out: str = ""
     """The fix; "": change the deciding setting."""
 
-    def find_unmet(self, root: Any, owner: str, facts: Facts) -> Unmet | None:
+    def find_unmet(self, root: Any, owner: str, facts: Facts) -> UnmetCondition | None:
         """Return the violated condition; None: it holds.
 
         Args:
@@ -52,7 +52,7 @@ class When:
             facts: see `Facts`.
         """
         key = _resolve_key(self.key, owner)
-        if key in FACTS:
+        if key in DECIDING_FACTS:
             values = [facts[key]] if key in facts else []
             fails = bool(values) and not self.holds(facts[key])
         else:
@@ -61,7 +61,7 @@ class When:
         if not fails:
             return None
         shown = _public_key(key)
-        return Unmet({shown: values if "*" in key else values[0]}, self.text(owner),
+        return UnmetCondition({shown: values if "*" in key else values[0]}, self.text(owner),
                      self.way_out or f"leave it out, or change {shown}")
 
     def text(self, owner: str) -> str:
@@ -75,14 +75,14 @@ class AnyOf:
     def __init__(self, *parts: Condition) -> None:
         self.parts = parts
 
-    def find_unmet(self, root: Any, owner: str, facts: Facts) -> Unmet | None:
+    def find_unmet(self, root: Any, owner: str, facts: Facts) -> UnmetCondition | None:
         """Return all violated parts as one, if every part is violated; see `When.find_unmet`."""
         results = [part.find_unmet(root, owner, facts) for part in self.parts]
         failed = [unmet for unmet in results if unmet is not None]
         if len(failed) < len(results):
             return None
         deciders = {key: value for unmet in failed for key, value in unmet.deciders.items()}
-        return Unmet(deciders, self.text(owner), failed[0].way_out)
+        return UnmetCondition(deciders, self.text(owner), failed[0].way_out)
 
     def text(self, owner: str) -> str:
         """Format the conditions as a clause."""
@@ -95,7 +95,7 @@ class AllOf:
     def __init__(self, *parts: Condition) -> None:
         self.parts = parts
 
-    def find_unmet(self, root: Any, owner: str, facts: Facts) -> Unmet | None:
+    def find_unmet(self, root: Any, owner: str, facts: Facts) -> UnmetCondition | None:
         """Return the first violated part; see `When.find_unmet`."""
         results = (part.find_unmet(root, owner, facts) for part in self.parts)
         return next((unmet for unmet in results if unmet is not None), None)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_sov.base.artifacts import format_json, sha256_file, write_output
-from megatron_sov.base.documents.rows import json_line
+from megatron_sov.base.documents.rows import format_json_line
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Finite
 
@@ -184,7 +184,7 @@ def write_results(output: Path, results: Results, items: Iterable[ResultItem]) -
         UserError: nothing can be written there.
     """
     beside = items_file(output)
-    lines = b"".join(json_line(dataclasses.asdict(item)) for item in items)
+    lines = b"".join(format_json_line(dataclasses.asdict(item)) for item in items)
     # items first: a kill behind this leaves earlier results whose hash no longer fits, and says so
     write_output(beside, lines)
     digest = hashlib.sha256(lines).hexdigest()

@@ -17,7 +17,7 @@ from annotated_types import MinLen
 from megatron_sov.base.artifacts import MANIFEST, format_json
 from megatron_sov.base.digests import fingerprint_folder, hash_file
 from megatron_sov.base.documents import BadRecord, Conversation
-from megatron_sov.base.documents.messages import read_messages
+from megatron_sov.base.documents.messages import parse_messages
 from megatron_sov.base.documents.rows import check_rows, read_rows
 from megatron_sov.base.errors import ExitCode, UserError, escape_controls
 from megatron_sov.base.outputs import resolve_link
@@ -264,7 +264,7 @@ def _prompt(value: Any) -> str | Conversation:
     if isinstance(value, str):
         return value
     try:
-        return Conversation(read_messages(value, PROMPT))
+        return Conversation(parse_messages(value, PROMPT))
     except BadRecord as e:
         raise UserError(f"--input: a prompt {e}") from None
 

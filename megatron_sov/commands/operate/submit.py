@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_sov.base.artifacts import format_json, translate_disk_errors, write_atomically
-from megatron_sov.base.command_line import HelpText, Parser
+from megatron_sov.base.command_line import HelpFormatter, Parser
 from megatron_sov.base.errors import ExitCode, Fix, UserError, suggest_name
 from megatron_sov.base.settings import (
     AtLeastOne, NotNegativeInt, add_options, parse_settings_yaml, read_options, read_settings_text)
@@ -411,13 +411,13 @@ def run(typed: argparse.Namespace) -> int:
 
 def _help(stage: str) -> None:
     """Print what a stage takes: the options of `submit`, then those of its own command."""
-    ours = Parser(prog=f"megatron-sov submit {stage}", formatter_class=HelpText, usage=argparse.SUPPRESS,
+    ours = Parser(prog=f"megatron-sov submit {stage}", formatter_class=HelpFormatter, usage=argparse.SUPPRESS,
                   description="Options of submit, which may stand before the stage or behind it:",
                   add_help=False)
     add_options(ours, SubmitOptions)
     print(ours.format_help())
     if stage in COMMANDS:
-        parser = Parser(prog=f"megatron-sov submit {stage}", formatter_class=HelpText)
+        parser = Parser(prog=f"megatron-sov submit {stage}", formatter_class=HelpFormatter)
         COMMANDS[stage](parser)
         parser.print_help()
     elif stage in STAGES:

@@ -121,7 +121,7 @@ def answer_runs(files: Iterable[Path], field: str) -> tuple[set[int], Counter[st
     Raises:
         UserError: a file cannot be read, or a row has no answer.
     """
-    from megatron_sov.base.documents.overlap import runs
+    from megatron_sov.base.documents.overlap import hash_runs
 
     found: set[int] = set()
     counts: Counter[str] = Counter()
@@ -132,7 +132,7 @@ def answer_runs(files: Iterable[Path], field: str) -> tuple[set[int], Counter[st
             if not isinstance(answer, str) or not answer.strip():
                 raise UserError(f"--tests {file}: line {line} has no text in {field!r}; name the field of "
                                 "the answers with --answer-field")
-            before = set(runs(answer))
+            before = set(hash_runs(answer))
             counts["answers"] += 1
             counts["too_short"] += not before
             found |= before
@@ -168,7 +168,7 @@ def sections(files: Iterable[Path], fields: Fields, answers: set[int], counts: C
 
 def _became(row: Mapping[str, Any], fields: Fields, text: str, key: str | None, seen: set[str],
             answers: set[int]) -> str:
-    from megatron_sov.base.documents.overlap import runs
+    from megatron_sov.base.documents.overlap import hash_runs
 
     # in the order of the reasons that are told: a section counts for the first that applies
     if fields.split is not None and str(value_at(row, fields.split[0])) != fields.split[1]:
@@ -180,7 +180,7 @@ def _became(row: Mapping[str, Any], fields: Fields, text: str, key: str | None, 
     if key in seen:
         return REPEATED
     # runs of ten words
-    return KEPT if answers.isdisjoint(runs(text)) else IN_ANSWERS
+    return KEPT if answers.isdisjoint(hash_runs(text)) else IN_ANSWERS
 
 
 def _records(row: Mapping[str, Any], fields: Fields, where: str) -> list[Mapping[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import regex
 
-from megatron_sov.base.documents.rows import no_constant
+from megatron_sov.base.documents.rows import reject_constant
 from megatron_sov.judge.rewards.reward import Refused, TooLong
 
 TIME_LIMIT_S = 2.0
@@ -80,6 +80,6 @@ def json_of(text: str) -> Any:
     # a fence around the whole alone: JSON inside of a text is no JSON response
     fenced = _FENCE.fullmatch(text.strip())
     try:
-        return json.loads(fenced[1] if fenced else text, parse_constant=no_constant)
+        return json.loads(fenced[1] if fenced else text, parse_constant=reject_constant)
     except (ValueError, RecursionError):
         return NO_JSON

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_sov.base.digests import hash_file
-from megatron_sov.base.documents.rows import json_line, read_rows
+from megatron_sov.base.documents.rows import format_json_line, read_rows
 from megatron_sov.base.plugins.registry import PluginRequest
 from megatron_sov.judge.rewards.composed import ComposedRunner, Runner
 from megatron_sov.judge.rewards.registry import BUILT_IN, NOT_JUDGED, MadeReward, build
@@ -318,7 +318,7 @@ def score_file(asked: PluginRequest, made: MadeReward, source: Path, output: Pat
 
 
 def _written(row: Row, result: Result, version: str) -> bytes:
-    return json_line({**row, "reward": result.reward, "status": result.status,
+    return format_json_line({**row, "reward": result.reward, "status": result.status,
                       "components": dict(result.components), "reason": result.reason,
                       "reward_version": version})
 

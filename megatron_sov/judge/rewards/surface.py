@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 
-from megatron_sov.base.documents.scripts import LANGUAGES, letters_by_script, script_of
+from megatron_sov.base.documents.scripts import LANGUAGES, count_letters_by_script, get_script
 from megatron_sov.base.settings import (
     AtLeastOne, Bound, NotNegativeInt, ProblemCode, SettingsProblem, Share, Violation, at_most_field,
     choice_from)
@@ -108,7 +108,7 @@ def words_of(text: str) -> list[str]:
     words: list[str] = []
     for word in _WORD.findall(text.lower()):
         # each different character once: words of unspaced scripts are long
-        if any(script_of(char) in _NO_SPACES for char in set(word)):
+        if any(get_script(char) in _NO_SPACES for char in set(word)):
             words.extend(word)
         else:
             words.append(word)
@@ -176,7 +176,7 @@ class LanguageReward:
         if self.ignore_code:
             # code first: a dollar sign inside of it begins no formula
             text = _ADDRESS.sub(" ", _FORMULA.sub(" ", _CODE.sub(" ", text)))
-        counts = letters_by_script(text)
+        counts = count_letters_by_script(text)
         total = sum(counts.values())
         if not total:
             return Score(0.0, {"language": language, "num_letters": 0})
@@ -196,7 +196,7 @@ class LanguageReward:
 def switches(text: str) -> float:
     """Return how often the script changes from one word to the next, per 100 words that have letters."""
     scripts = [script for word in text.split()
-               if (script := next(filter(None, map(script_of, word)), ""))]
+               if (script := next(filter(None, map(get_script, word)), ""))]
     if len(scripts) < 2:
         return 0.0
     return 100 * sum(a != b for a, b in pairwise(scripts)) / len(scripts)

@@ -151,9 +151,9 @@ class Episode:
     def grow(self, more: GeneratedTurn) -> GeneratedTurn:
         """Return a turn up to here: what had been begun of it, and more; its routes become the episode's."""
         if more.routes is not None or self.routes is not None:
-            from megatron_sov.base.documents.shard_files import joined_routes  # numpy, which no help needs
+            from megatron_sov.base.documents.shard_files import merge_routes  # numpy, which no help needs
 
-            self.routes = joined_routes(self.routes, more.routes, len(self.ids) + len(more.ids) - 1)
+            self.routes = merge_routes(self.routes, more.routes, len(self.ids) + len(more.ids) - 1)
         before, self.begun = self.begun, None
         if before is None:
             return replace(more, routes=None)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sov.base.documents.overlap import window_hashes
+from megatron_sov.base.documents.overlap import hash_windows
 from megatron_sov.base.errors import UserError
 from megatron_sov.eval.needle.documents import SOURCE_NAME
 from megatron_sov.infer.engines.target import Target, find_target
@@ -75,7 +75,7 @@ def search_contamination(questions: list[list[int]], sources: list[Source], scan
     # By length: a window of text can only equal a question of its own length.
     for length in {len(q) for q in questions}:
         question_hashes[length] = np.unique(np.concatenate([
-            window_hashes(np.array(q), length) for q in questions if len(q) == length]))
+            hash_windows(np.array(q), length) for q in questions if len(q) == length]))
     windows = _hash_heldout_windows(sources, scan_tokens)
     is_found = np.zeros(len(windows), bool)
     questions_found, scanned = 0, {}
@@ -87,10 +87,10 @@ def search_contamination(questions: list[list[int]], sources: list[Source], scan
         for text in _iter_texts(source.shard("train"), limit):
             scanned[source.name] += int((text >= 0).sum())
             for length, known in question_hashes.items():
-                questions_found += int(np.isin(window_hashes(text, length), known).sum())
+                questions_found += int(np.isin(hash_windows(text, length), known).sum())
             # Documents made on the fly consist of training text, which is searched in its own source.
             if source.made is None:
-                is_found |= np.isin(windows, window_hashes(text, WINDOW_TOKENS))
+                is_found |= np.isin(windows, hash_windows(text, WINDOW_TOKENS))
     return Decontamination(
         scanned_tokens=scanned, train_tokens={s.name: s.num_tokens["train"] for s in sources},
         questions=len(questions), questions_found=questions_found, windows=len(windows),
@@ -102,7 +102,7 @@ def _hash_heldout_windows(sources: list[Source], scan_tokens: int) -> np.ndarray
     for source in sources:
         if source.made is None and not source.is_chat and source.num_tokens.get("heldout", 0):
             # Adjacent held-out windows against training windows at every place find any shift.
-            hashes += [window_hashes(text, WINDOW_TOKENS)[::WINDOW_TOKENS]
+            hashes += [hash_windows(text, WINDOW_TOKENS)[::WINDOW_TOKENS]
                        for text in _iter_texts(source.shard("heldout"), scan_tokens)]
     return np.unique(np.concatenate(hashes))
 

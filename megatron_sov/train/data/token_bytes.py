@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sov.base.documents.byte_bpe import byte_characters
+from megatron_sov.base.documents.byte_bpe import byte_alphabet
 from megatron_sov.chat.vocabulary import read_tokenizer
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -50,7 +50,7 @@ def _spelling(parts: list[dict[str, Any]]) -> Callable[[str], bytes]:
     """Return what gives the bytes that a token's name stands for."""
     kinds = {part.get("type") for part in parts}
     if "ByteLevel" in kinds:
-        byte_of = byte_characters()
+        byte_of = byte_alphabet()
         # a character that is none of the 256 is a damaged name, whose length still is what it takes up
         return lambda name: bytes(byte_of.get(character, 0) for character in name)
     spaces = {part.get("replacement") for part in parts if part.get("type") == "Metaspace"} | {

@@ -18,7 +18,7 @@ import numpy as np
 
 from megatron_sov.base.artifacts import manifest_sha256, read_manifest
 from megatron_sov.base.documents.shard_files import (
-    DAMAGED, FEATURE_DTYPE, FEATURES, OF_DOCUMENTS, ROUTES, WRITTEN, RouteShape, flags)
+    DAMAGED, FEATURE_DTYPE, FEATURES, PER_DOCUMENT, ROUTES, WRITTEN, RouteShape, unpack_flags)
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.chat.marks import KIND
@@ -164,7 +164,7 @@ COLUMN_DTYPES = {KIND: np.dtype(np.uint8)}
 
 def column_names(endings: Iterable[str]) -> tuple[str, ...]:
     """Return what the columns are called whose files have some endings."""
-    return tuple(ending.removesuffix(OF_DOCUMENTS) for ending in endings)
+    return tuple(ending.removesuffix(PER_DOCUMENT) for ending in endings)
 
 
 CONTENT_VERSION = 2
@@ -254,10 +254,10 @@ class TokenShard:
             self._written = (numbers(self._file(f".{WRITTEN}"), np.dtype(np.uint8), -(-self._num_tokens // 8))
                              if self._file(f".{WRITTEN}").exists() else None)
             self._columns = {name: self._map(f".{name}", COLUMN_DTYPES.get(name, np.dtype(np.float32)))
-                             for name in columns if not name.endswith(OF_DOCUMENTS)}
-            self._of_documents = {name.removesuffix(OF_DOCUMENTS): numbers(
+                             for name in columns if not name.endswith(PER_DOCUMENT)}
+            self._of_documents = {name.removesuffix(PER_DOCUMENT): numbers(
                 self._file(f".{name}"), np.dtype(np.float32), len(self.lengths))
-                for name in columns if name.endswith(OF_DOCUMENTS)}
+                for name in columns if name.endswith(PER_DOCUMENT)}
             self.columns, self._route_shape = column_names(columns), routes
             if routes is not None:
                 row = np.dtype((routes.dtype, (routes.layers, routes.top_k)))
@@ -334,7 +334,7 @@ class TokenShard:
         """
         ending = name
         if name in self._of_documents:
-            ending, found = name + OF_DOCUMENTS, np.full(count, self._of_documents[name][document])
+            ending, found = name + PER_DOCUMENT, np.full(count, self._of_documents[name][document])
             found[self._flags(document, start, count) == 0] = 0
         else:
             found = self._columns[name][self._range(document, start, count)].astype(np.float32)
@@ -371,7 +371,7 @@ class TokenShard:
         """Return whether a policy wrote each of these tokens, uint8."""
         if self._written is None:
             return np.ones(count, np.uint8)
-        return flags(self._written, self._range(document, start, count).start, count)
+        return unpack_flags(self._written, self._range(document, start, count).start, count)
 
     def _range(self, document: int, start: int, count: int) -> slice:
         first = int(self.pointers[document]) // self.dtype.itemsize + start

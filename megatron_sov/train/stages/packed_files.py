@@ -24,7 +24,7 @@ from megatron_sov.base.artifacts import (
     MANIFEST, format_json, read_manifest, translate_disk_errors, write_atomically)
 from megatron_sov.base.digests import hash_file
 from megatron_sov.base.documents import BadRecord, RecordReading, plan_units, read_span
-from megatron_sov.base.documents.reading import place
+from megatron_sov.base.documents.reading import format_location
 from megatron_sov.base.errors import Fix, UserError, warn
 from megatron_sov.model.config import split_weight
 from megatron_sov.model.config.data import split_source_name
@@ -312,9 +312,9 @@ def _format_of(file: Path, formats: Sequence[str], tokenizer: Path | None) -> st
     fault = next((fault for fault in faults if fault.code != "fields"), faults[0])
     other = next((row for kind, row in LEARNED_BY.items() if fault.reason.startswith(f"is {kind},")), None)
     if other:
-        raise UserError(f"--data {place(file, fault, 0)}: {other[1]}", Fix(command=other[0]))
+        raise UserError(f"--data {format_location(file, fault, 0)}: {other[1]}", Fix(command=other[0]))
     fix = None
     if fault.options and tokenizer is not None and "FIELD" not in fault.options[-1]:
         fix = fix_by_packing(file, tokenizer, ["--format", formats[0], *fault.options])
-    raise UserError(f"--data {place(file, fault, 0)}: {fault.reason}; or pack it by hand (`sov-data pack "
+    raise UserError(f"--data {format_location(file, fault, 0)}: {fault.reason}; or pack it by hand (`sov-data pack "
                     "--help`), and pass the folder", fix)

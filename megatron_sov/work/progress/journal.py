@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from megatron_sov.base.artifacts import (
     create_file, delete_folder, format_json, translate_disk_errors, write_atomically)
-from megatron_sov.base.documents.rows import changed_values
+from megatron_sov.base.documents.rows import iter_changes
 from megatron_sov.base.errors import UserError, format_problems
 from megatron_sov.work.progress.locks import LOCK, lock_folder
 
@@ -273,7 +273,7 @@ def read_job(folder: Path) -> dict[str, Any]:
 
 def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Describe the differences between two identities, up to `MAX_DIFFERENCES`."""
-    lines = [f"{name} was {old}, and is {new}" for name, old, new in changed_values(before, now)]
+    lines = [f"{name} was {old}, and is {new}" for name, old, new in iter_changes(before, now)]
     more = len(lines) - MAX_DIFFERENCES
     return [*lines[:MAX_DIFFERENCES], f"and {more:,} more"] if more > 0 else lines
 

@@ -15,13 +15,13 @@ from tokenizers import pre_tokenizers
 
 from megatron_sov.base.documents import compiled
 from megatron_sov.base.documents.byte_bpe import (
-    GPT2_PATTERN, NotByteBpe, byte_characters, merges, ranks, split_pattern)
+    GPT2_PATTERN, NotByteBpe, build_ranks, byte_alphabet, parse_merges, parse_split_pattern)
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError
 
 
 def byte_level(**model: Any) -> dict[str, Any]:
-    vocab = dict(byte_characters()) | {"ab": 256, "abc": 257, "<e>": 258}
+    vocab = dict(byte_alphabet()) | {"ab": 256, "abc": 257, "<e>": 258}
     return {"added_tokens": [{"content": "<e>", "special": True}], "pre_tokenizer": {
         "type": "ByteLevel", "add_prefix_space": False, "use_regex": True}, "model": {
         "type": "BPE", "vocab": vocab, "merges": ["a b", ["ab", "c"]], **model}}
@@ -30,23 +30,23 @@ def byte_level(**model: Any) -> dict[str, Any]:
 def test_byte_alphabet_matches_transformers() -> None:
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    assert byte_characters() == {character: byte for byte, character in bytes_to_unicode().items()}
+    assert byte_alphabet() == {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def test_byte_level_uses_gpt2_pattern() -> None:
-    assert split_pattern(byte_level()) == GPT2_PATTERN
+    assert parse_split_pattern(byte_level()) == GPT2_PATTERN
     text = "It's 2026,  don't\n\n  panic: 한국어 ไทย x=1 \t"
     pieces = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text)
     assert [text[a:b] for _, (a, b) in pieces] == [m.group() for m in regex.finditer(GPT2_PATTERN, text)]
 
 
 def test_ranks_are_ids_of_bytes_and_merges() -> None:
-    assert merges(byte_level()) == [("a", "b"), ("ab", "c")]
-    found = ranks(byte_level())
+    assert parse_merges(byte_level()) == [("a", "b"), ("ab", "c")]
+    found = build_ranks(byte_level())
     assert found == {bytes([b]): b for b in range(256)} | {b"ab": 256, b"abc": 257}
     whole = byte_level(ignore_merges=True)
     whole["model"]["vocab"] |= {"xyz": 259}
-    assert ranks(whole)[b"xyz"] == 259
+    assert build_ranks(whole)[b"xyz"] == 259
 
 
 @pytest.mark.parametrize(("model", "reason"), [
@@ -57,7 +57,7 @@ def test_ranks_are_ids_of_bytes_and_merges() -> None:
 ])
 def test_tokenizers_without_ranks_are_refused(model: dict[str, Any], reason: str) -> None:
     with pytest.raises(NotByteBpe, match=reason):
-        ranks(byte_level(**model))
+        build_ranks(byte_level(**model))
 
 
 def test_compilation_works_without_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +69,7 @@ def test_compilation_works_without_cache_folder(monkeypatch: pytest.MonkeyPatch)
         return njit(**options)
 
     monkeypatch.setattr(compiled, "numba", SimpleNamespace(njit=refusing))
-    assert compiled.compiled(lambda x: x + 1)(4) == 5
+    assert compiled.jit_compile(lambda x: x + 1)(4) == 5
 
 
 def test_reading_does_not_import_numba() -> None:

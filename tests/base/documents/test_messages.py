@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.base.documents import BadRecord, Message, RecordReading
-from megatron_sov.base.documents.messages import read_messages, read_sharegpt, read_tools
+from megatron_sov.base.documents.messages import parse_messages, parse_sharegpt, parse_tools
 from megatron_sov.base.documents.records import parse_record
 
 USER = {"role": "user", "content": "1 + 2?"}
@@ -23,13 +23,13 @@ def calling(*calls: Any) -> dict[str, Any]:
 
 def test_reasoning_calls_and_train_flags_are_parsed() -> None:
     thinks = {"role": "assistant", "content": "It is 3.", "reasoning_content": "add them", "train": False}
-    found = read_messages([USER, calling(CALL), RESULT, thinks], "messages")
+    found = parse_messages([USER, calling(CALL), RESULT, thinks], "messages")
     assert found[1].tool_calls[0]["function"] == {"name": "add", "arguments": {"a": 1}}
     assert found[2].to_dict() == {"role": "tool", "content": "3", "tool_call_id": "c1"}
     assert found[3].reasoning == "add them" and not found[3].is_learned and found[0].is_learned
     assert found[3].texts() == ("add them", "It is 3.")
     parts = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, {**ANSWER, "weight": 0}]
-    assert read_messages(parts, "messages") == (Message("user", "hi"),
+    assert parse_messages(parts, "messages") == (Message("user", "hi"),
                                                 Message("assistant", "3", is_learned=False))
 
 
@@ -38,10 +38,10 @@ def test_sharegpt_equals_openai_format() -> None:
              {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
              {"from": "observation", "value": "3"}, {"from": "gpt", "value": "3"}]
     call = {"function": {"name": "add", "arguments": {"a": 1}}}
-    same = read_messages([{"role": "user", "content": "1 + 2?"},
+    same = parse_messages([{"role": "user", "content": "1 + 2?"},
                           {"role": "assistant", "content": "", "tool_calls": [call]},
                           {"role": "tool", "content": "3"}, ANSWER], "messages")
-    assert read_sharegpt(turns, "conversations") == same
+    assert parse_sharegpt(turns, "conversations") == same
     record = {"conversations": turns, "tools": json.dumps([{"name": "add"}]),
               "chat_template_kwargs": {"enable_thinking": False}}
     document = parse_record(record, "a.jsonl", 1, RecordReading())
@@ -51,12 +51,12 @@ def test_sharegpt_equals_openai_format() -> None:
 
 
 def test_unread_message_fields_are_recorded() -> None:
-    found = read_messages([{**USER, "id": 7, "refusal": None, "annotations": []},
+    found = parse_messages([{**USER, "id": 7, "refusal": None, "annotations": []},
                            {**ANSWER, "name": "", "logprobs": {"content": []}, "loss": 0, "audio": {}}], "m")
     assert [m.unread for m in found] == [("id",), ("logprobs", "loss")] and found[1].other == ()
     turns = [{"from": "human", "value": "1 + 2?", "weight": 0, "label": "x"}, {"from": "gpt", "value": "3"}]
-    assert [m.unread for m in read_sharegpt(turns, "c")] == [("label",), ()]
-    assert found == read_messages([USER, ANSWER], "m"), "a pair's sides may differ in them"
+    assert [m.unread for m in parse_sharegpt(turns, "c")] == [("label",), ()]
+    assert found == parse_messages([USER, ANSWER], "m"), "a pair's sides may differ in them"
 
 
 @pytest.mark.parametrize(("content", "text"), [
@@ -64,8 +64,8 @@ def test_unread_message_fields_are_recorded() -> None:
 def test_text_parts_are_joined_by_line_feeds(content: list[str], text: str) -> None:
     parts = [{"type": "text", "text": part} for part in content]
     for role in ("system", "developer", "user", "assistant"):
-        assert read_messages([{"role": role, "content": parts}], "m")[0].content == text
-    found = read_messages([USER, calling(CALL), {**RESULT, "content": parts}], "m")
+        assert parse_messages([{"role": role, "content": parts}], "m")[0].content == text
+    found = parse_messages([USER, calling(CALL), {**RESULT, "content": parts}], "m")
     assert found[2].content == text
 
 
@@ -77,8 +77,8 @@ def test_old_openai_calls_and_roles_are_converted() -> None:
     today = [{"role": "system", "content": "Be short."}, USER,
              {"role": "assistant", "content": "I look.", "tool_calls": [call]},
              {"role": "tool", "name": "add", "content": "3"}, ANSWER]
-    assert read_messages(older, "m") == read_messages(today, "m")
-    assert not any(m.unread for m in read_messages(older, "m"))
+    assert parse_messages(older, "m") == parse_messages(today, "m")
+    assert not any(m.unread for m in parse_messages(older, "m"))
 
 
 @pytest.mark.parametrize("call", [
@@ -88,12 +88,12 @@ def test_old_openai_calls_and_roles_are_converted() -> None:
 def test_null_fields_count_as_missing(call: dict[str, Any]) -> None:
     """JSON lines keep nulls; serve is sent them too."""
     nulls = dict.fromkeys(("name", "tool_calls", "tool_call_id", "reasoning_content", "train", "weight"))
-    found = read_messages([{**nulls, **USER}, {**nulls, "role": "assistant", "content": None,
+    found = parse_messages([{**nulls, **USER}, {**nulls, "role": "assistant", "content": None,
                                                "tool_calls": [call]}, {**nulls, **RESULT}], "messages")
-    assert found == read_messages([USER, calling({"function": {"name": "add"}}), RESULT], "m")
+    assert found == parse_messages([USER, calling({"function": {"name": "add"}}), RESULT], "m")
     mixed = [{"from": None, "value": None, **USER}, {"role": None, "content": None, "from": "gpt",
                                                      "value": "3"}]
-    assert read_sharegpt(mixed, "conversations") == read_messages([USER, ANSWER], "messages")
+    assert parse_sharegpt(mixed, "conversations") == parse_messages([USER, ANSWER], "messages")
 
 
 @pytest.mark.parametrize(("messages", "says"), [
@@ -121,11 +121,11 @@ def test_null_fields_count_as_missing(call: dict[str, Any]) -> None:
 ])
 def test_inconsistent_messages_are_refused(messages: list[Any], says: str) -> None:
     with pytest.raises(BadRecord, match=says):
-        read_messages(messages, "m")
+        parse_messages(messages, "m")
 
 
 def test_invalid_tools_and_speakers_are_refused() -> None:
     with pytest.raises(BadRecord, match="must be a list of objects that describe functions"):
-        read_tools({"name": "add"})
+        parse_tools({"name": "add"})
     with pytest.raises(BadRecord, match="is from 'alien', must be one of system, human"):
-        read_sharegpt([{"from": "alien", "value": "x"}], "conversations")
+        parse_sharegpt([{"from": "alien", "value": "x"}], "conversations")

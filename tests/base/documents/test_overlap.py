@@ -14,8 +14,9 @@ from hypothesis import given, strategies as st
 
 from megatron_sov.base.documents import cut_at_blank_lines, cut_text, overlap, scripts
 from megatron_sov.base.documents.item_search import ItemSearch, SearchItem
-from megatron_sov.base.documents.overlap import WORDS, find_units, runs, stretch_hashes, units, window_hashes
-from megatron_sov.base.documents.rows import finite, no_constant
+from megatron_sov.base.documents.overlap import (
+    RUN_WORDS, find_units, hash_runs, hash_stretches, hash_windows, list_units)
+from megatron_sov.base.documents.rows import parse_finite, reject_constant
 from megatron_sov.base.errors import escape_controls
 
 LAW = "Section 4. Whoever, by fraud, obtains a licence under this Act shall be liable to a fine."
@@ -23,39 +24,40 @@ THAI = "ผู้ใดกระทำความผิดตามพระร
 
 
 def shared(one: str, other: str) -> int:
-    return len(set(runs(one)) & set(runs(other)))
+    return len(set(hash_runs(one)) & set(hash_runs(other)))
 
 
 def test_runs_match_brute_force() -> None:
     other = "It says: WHOEVER by fraud obtains a “licence” under this act, shall be warned and told to leave."
-    ours, theirs = units(LAW), units(other)
-    windows = [{tuple(words[i:i + WORDS]) for i in range(len(words) - WORDS + 1)} for words in (ours, theirs)]
-    assert len(windows[0]) == len(set(runs(LAW))) == len(ours) - WORDS + 1
+    ours, theirs = list_units(LAW), list_units(other)
+    windows = [{tuple(words[i:i + RUN_WORDS]) for i in range(len(words) - RUN_WORDS + 1)}
+               for words in (ours, theirs)]
+    assert len(windows[0]) == len(set(hash_runs(LAW))) == len(ours) - RUN_WORDS + 1
     assert shared(LAW, other) == len(windows[0] & windows[1]) == 2
     assert shared(LAW, "Whoever by fraud obtains a licence under this Decree shall be liable.") == 0
 
 
 def test_short_texts_have_no_run() -> None:
-    assert list(runs("Whoever, by fraud, obtains a licence under this Act")) == []
-    assert list(runs("")) == []
+    assert list(hash_runs("Whoever, by fraud, obtains a licence under this Act")) == []
+    assert list(hash_runs("")) == []
 
 
 def test_scripts_without_blanks_use_forty_characters() -> None:
     assert len(THAI) > 50
-    assert shared(THAI, f"ตามมาตรา 4 {THAI[5:50]} และ") == len(units(THAI[5:50])) - 40 + 1 > 1
+    assert shared(THAI, f"ตามมาตรา 4 {THAI[5:50]} และ") == len(list_units(THAI[5:50])) - 40 + 1 > 1
     assert shared(THAI, THAI[5:40]) == 0
     # a blank or a full stop in another place changes nothing
-    assert shared(THAI, f"{THAI[:20]} {THAI[20:]}.") == len(set(runs(THAI)))
+    assert shared(THAI, f"{THAI[:20]} {THAI[20:]}.") == len(set(hash_runs(THAI)))
 
 
 KOREAN = "모든 국민은 법 앞에 평등하다. 누구든지 성별, 종교 또는 사회적 신분에 의하여 차별을 받지 아니한다."
 
 
 def test_korean_uses_thirty_syllables() -> None:
-    assert len(units(KOREAN)) == len(KOREAN.replace(" ", "").replace(".", "").replace(",", ""))
+    assert len(list_units(KOREAN)) == len(KOREAN.replace(" ", "").replace(".", "").replace(",", ""))
     other = KOREAN.replace(" ", "") + "라고 한다"
-    assert shared(KOREAN, other) == len(set(runs(KOREAN))) == len(units(KOREAN)) - 29
-    assert units("GPT-4는 20개") == ["gpt", "4", "는", "20", "개"]
+    assert shared(KOREAN, other) == len(set(hash_runs(KOREAN))) == len(list_units(KOREAN)) - 29
+    assert list_units("GPT-4는 20개") == ["gpt", "4", "는", "20", "개"]
 
 
 @pytest.mark.parametrize(("written", "meant"), [
@@ -80,17 +82,17 @@ def test_stretch_hash_is_its_polynomial(ids: list[int], data: st.DataObject) -> 
     value = 0
     for one in ids[begin:end]:
         value = (value * 0x9E3779B97F4A7C15 + one) % (1 << 64)
-    found = stretch_hashes(np.array(ids, np.uint64), np.array([begin]), np.array([end]))
+    found = hash_stretches(np.array(ids, np.uint64), np.array([begin]), np.array([end]))
     assert found.tolist() == [value ^ (value >> 29)]
 
 
 def test_hashes_do_not_depend_on_cached_powers(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = np.random.default_rng(0).integers(0, 1 << 17, 9000)
-    expected = [window_hashes(tokens[start:start + 32], 32)[0] for start in range(0, 8900, 97)]
-    assert window_hashes(tokens, 32)[:8900:97].tolist() == expected
+    expected = [hash_windows(tokens[start:start + 32], 32)[0] for start in range(0, 8900, 97)]
+    assert hash_windows(tokens, 32)[:8900:97].tolist() == expected
     monkeypatch.setattr(overlap, "_KEPT_POWERS", 100)
-    assert window_hashes(tokens, 32)[:8900:97].tolist() == expected
-    assert len(window_hashes(tokens[:31], 32)) == 0
+    assert hash_windows(tokens, 32)[:8900:97].tolist() == expected
+    assert len(hash_windows(tokens[:31], 32)) == 0
 
 
 @given(st.text(alphabet=st.sampled_from("aB1,. -\n<>/&;\\\u200bé\u0301한ภ字ﬁİß"), max_size=40))
@@ -105,7 +107,7 @@ def test_unit_spans_match_text(text: str) -> None:
 
 
 def read(text: str) -> object:
-    return json.loads(text, parse_constant=no_constant, parse_float=finite)
+    return json.loads(text, parse_constant=reject_constant, parse_float=parse_finite)
 
 
 @pytest.mark.parametrize(("text", "why"), [
@@ -170,7 +172,7 @@ def test_script_ranges_contain_only_the_script(script: str) -> None:
 def test_script_ranges_are_complete() -> None:
     spans = sorted(itertools.chain.from_iterable(scripts.CODE_POINTS.values()))
     assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans)), "each is of one script"
-    everything = re.compile(f"[{scripts.in_brackets(tuple(scripts.CODE_POINTS))}]")
+    everything = re.compile(f"[{scripts.format_regex_ranges(tuple(scripts.CODE_POINTS))}]")
     missing = {unicodedata.name(chr(code)) for code in range(0x20000)
                if unicodedata.category(chr(code)) == "Lo" and not everything.match(chr(code))
                and re.match("THAI |LAO |TIBETAN |KHMER |HIRAGANA |KATAKANA |CJK UNI|HANGUL ",
@@ -183,10 +185,11 @@ def test_script_ranges_are_complete() -> None:
     ("ㄅ", "rules"), ("ｶ", "rules"), ("々", "runs"), ("한", "hangul rules scorers"),
     ("漢", "runs rules scorers")])
 def test_script_choices_of_each_user(text: str, takes: str) -> None:
-    decisions = {"runs": scripts.OF_RUNS, "hangul": scripts.HANGUL_OF_RUNS, "rules": scripts.OF_RULES,
-                 "scorers": scripts.OF_SCORERS}
+    decisions = {"runs": scripts.RUN_SCRIPTS, "hangul": scripts.RUN_HANGUL_SCRIPTS,
+                 "rules": scripts.RULE_SCRIPTS,
+                 "scorers": scripts.SCORER_SCRIPTS}
     assert [name for name, taken in decisions.items()
-            if re.match(f"[{scripts.in_brackets(taken)}]", text)] == takes.split()
+            if re.match(f"[{scripts.format_regex_ranges(taken)}]", text)] == takes.split()
 
 
 # The search finds what a comparison of lists of words finds.
@@ -222,6 +225,7 @@ def test_item_search_matches_word_comparison(texts: list[str], text: str) -> Non
     search = ItemSearch([SearchItem("quiz", str(i), "text", one) for i, one in enumerate(texts)], NGRAM,
                         MIN_WORDS)
     found = search.find(find_units(text))
-    assert {hit.item for hit in found} == {i for i, one in enumerate(texts) if holds(units(text), units(one))}
-    assert all(one.begin < one.end <= len(units(text)) for one in found)
+    assert {hit.item for hit in found} == {i for i, one in enumerate(texts)
+                                           if holds(list_units(text), list_units(one))}
+    assert all(one.begin < one.end <= len(list_units(text)) for one in found)
     assert search.find(find_units("")) == []

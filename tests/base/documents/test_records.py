@@ -16,10 +16,10 @@ from pyarrow import ipc, parquet
 
 from megatron_sov.base.documents import (
     BadRecord, Document, RecordReading, list_files, read_documents, read_span)
-from megatron_sov.base.documents.files import passed_over, spans_of
+from megatron_sov.base.documents.files import format_skipped, iter_spans
 from megatron_sov.base.documents.messages import Message
-from megatron_sov.base.documents.reading import CountedSpan, json_items
-from megatron_sov.base.documents.records import decode
+from megatron_sov.base.documents.reading import CountedSpan, iter_json_items
+from megatron_sov.base.documents.records import decode_utf8
 from megatron_sov.base.errors import UserError
 
 ROWS = [{"text": f"line {i}\u2028 \x85 \x1c 한국어"} for i in range(5)]
@@ -224,7 +224,7 @@ def test_text_folder_keeps_readme_and_reports_skipped_files(tmp_path: Path) -> N
 
 def test_many_skipped_files_are_counted_by_ending() -> None:
     names = [f"{i}.e{j}" for j in range(12) for i in range(12 - j)]
-    assert passed_over(names, [f".{i}" for i in range(6)]) == (
+    assert format_skipped(names, [f".{i}" for i in range(6)]) == (
         "passed over 78 files (12 .e0, 11 .e1, 10 .e2, 9 .e3, 8 .e4, 7 .e5, 6 .e6, 5 .e7, 10 others) and "
         "6 hidden (.0, .1, .2, .3, ...)")
 
@@ -280,7 +280,7 @@ def test_text_with_brackets_is_text(tmp_path: Path, content: str) -> None:
 def test_damaged_json_list_names_record(tmp_path: Path, content: str, told: str,
                                                num_good: int) -> None:
     (tmp_path / "a.json").write_text(content)
-    found = [item for span in spans_of(tmp_path / "a.json") for item in read_span(span,
+    found = [item for span in iter_spans(tmp_path / "a.json") for item in read_span(span,
                                                                                   RecordReading("text"))]
     bad = [item for item in found if isinstance(item, BadRecord)]
     assert sum(isinstance(item, Document) for item in found) == num_good
@@ -311,13 +311,13 @@ def test_json_items_do_not_depend_on_block_size(step: int, monkeypatch: pytest.M
     monkeypatch.setattr("megatron_sov.base.documents.reading._BLOCK_BYTES", step)
     wanted = [{"a": "한\\n\"]}", "b": [1.5e-3, True, None, "\U0001f600"]}, [], 12.25, "x" * 50, {"c": {}}]
     raw = io.BytesIO(json.dumps(wanted, indent=1).encode())
-    assert list(json_items(lambda size: raw.read(min(size, step)), 1000)) == wanted
+    assert list(iter_json_items(lambda size: raw.read(min(size, step)), 1000)) == wanted
 
 
 def test_overlong_json_item_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_sov.base.documents.reading._BLOCK_BYTES", 100)
     raw = io.BytesIO(json.dumps(["a" * 100_000]).encode())
-    [bad] = json_items(raw.read, 1000)
+    [bad] = iter_json_items(raw.read, 1000)
     assert isinstance(bad, BadRecord) and bad.code == "too_long" and raw.tell() < 10_000
 
 
@@ -339,7 +339,7 @@ PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
     ({"chosen_score": 7, "rejected_score": 7, "desirable": [1, 1]}, "")])
 def test_pair_with_tied_scores_is_refused(tmp_path: Path, scores: dict[str, Any], tied: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(as_lines([PAIR, {**PAIR, **scores}, {**PAIR, "rejected": "a"}]))
-    found = [item for span in spans_of(tmp_path / "a.jsonl")
+    found = [item for span in iter_spans(tmp_path / "a.jsonl")
              for item in CountedSpan(span, RecordReading("preference"))]
     bad = [item for item in found if isinstance(item, BadRecord)]
     assert len(found) == 3 and [item.code for item in bad] == ["no_preference"] * (1 + bool(tied))
@@ -352,6 +352,6 @@ def test_pair_with_tied_scores_is_refused(tmp_path: Path, scores: dict[str, Any]
     (b"\xfe\xff\0a", "iconv -f UTF-16"), (b"\xb0\xa1", "iconv -f CP949"), (b"caf\xe9", "iconv -f CP949")])
 def test_binary_file_is_identified_by_first_bytes(begin: bytes, words: str) -> None:
     with pytest.raises(BadRecord, match=words):
-        decode(begin)
+        decode_utf8(begin)
     with pytest.raises(BadRecord, match="iconv -f CP949"):
-        decode(b"\xff\xfe", start_bytes=7)
+        decode_utf8(b"\xff\xfe", start_bytes=7)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.base.documents.accounting import RecordAccount, RecordTally
-from megatron_sov.base.documents.groups import are_equal, is_learned, pair_of, places_in_group
-from megatron_sov.base.documents.rows import changed_values, check_rows, read_rows
+from megatron_sov.base.documents.groups import are_equal, choose_pair, compute_group_advantages, should_train
+from megatron_sov.base.documents.rows import check_rows, iter_changes, read_rows
 from megatron_sov.base.errors import UserError
 
 
@@ -32,7 +32,7 @@ def test_rows_may_be_any_objects(tmp_path: Path) -> None:
 def test_changed_values_have_dotted_names() -> None:
     before = {"settings": {"min_score": 0.5, "keep": ["ko"]}, "version": 1, "old": 1}
     now = {"settings": {"min_score": 0.6, "keep": ["ko"]}, "version": 1}
-    assert list(changed_values(before, now)) == [("settings.min_score", "0.5", "0.6"), ("old", "1", "null")]
+    assert list(iter_changes(before, now)) == [("settings.min_score", "0.5", "0.6"), ("old", "1", "null")]
 
 
 @pytest.mark.parametrize(("account", "line"), [
@@ -63,7 +63,7 @@ def test_pair_has_best_ended_and_worst_response() -> None:
     texts = "abab"
     for rewards in product((0.0, 0.5, 1.0), repeat=4):
         for ended in product((True, False), repeat=4):
-            pair, passed_over = pair_of(rewards, ended, lambda i, j: texts[i] == texts[j])
+            pair, passed_over = choose_pair(rewards, ended, lambda i, j: texts[i] == texts[j])
             worst = rewards.index(min(rewards))
             whole = [i for i in range(4) if ended[i]]
             best = max(whole, key=lambda i: (rewards[i], -i), default=worst)
@@ -74,10 +74,10 @@ def test_pair_has_best_ended_and_worst_response() -> None:
 
 
 def test_group_advantages_follow_k_exaone() -> None:
-    assert places_in_group([3.0, 1.0, 2.0, 1.5]) == pytest.approx([1.0, -1.0, 0.0, -0.5])
+    assert compute_group_advantages([3.0, 1.0, 2.0, 1.5]) == pytest.approx([1.0, -1.0, 0.0, -0.5])
     # a good response that did not end, alone, is not learned
-    assert [is_learned(place, False) for place in (1.0, 0.5, 0.0, -1.0)] == [False, False, True, True]
-    assert is_learned(1.0, True)
+    assert [should_train(place, False) for place in (1.0, 0.5, 0.0, -1.0)] == [False, False, True, True]
+    assert should_train(1.0, True)
 
 
 RESIDUES = [(0.1 + 0.2 + 0.3, 0.6), (0.1 + 0.2, 0.3), (0.7 + 0.1, 0.8), (1.1 + 2.2, 3.3), (0.1 * 3, 0.3),
@@ -91,18 +91,18 @@ DIFFERENT = [(0.6, 0.60001), (0.0, 1e-6), (1.0, -1.0), (1e9, 1e9 + 1e3), (3, 4),
 def test_rounding_is_not_a_preference(first: float, second: float, equal: bool) -> None:
     for rewards in ((first, second), (second, first)):
         assert are_equal(rewards) is equal
-        assert (pair_of(rewards, (True, True), lambda i, j: False)[0] is None) is equal
+        assert (choose_pair(rewards, (True, True), lambda i, j: False)[0] is None) is equal
     # the first of equal responses is taken, and a truncated one is passed over only for a better reward
     low = min(first, second) - 10 * abs(first) - 1
     best = 0 if equal or first > second else 1
-    assert pair_of((first, second, low), (True,) * 3, lambda i, j: False) == ((best, 2), 0)
-    assert pair_of((first, second, low), (False, True, True), lambda i, j: False) == (
+    assert choose_pair((first, second, low), (True,) * 3, lambda i, j: False) == ((best, 2), 0)
+    assert choose_pair((first, second, low), (False, True, True), lambda i, j: False) == (
         (1, 2), int(first > second and not equal))
 
 
 def test_rounding_does_not_make_a_good_response() -> None:
     rewards = [0.0, math.fsum((0.1, 0.2)), 0.1 + 0.2 + 0.3]
     for order in ((0, 1, 2), (2, 1, 0)):
-        places = places_in_group([rewards[i] for i in order])
-        assert places[1] == pytest.approx(0) and is_learned(places[1], False)
-    assert is_learned(4e-16, False) and not is_learned(1e-3, False)
+        places = compute_group_advantages([rewards[i] for i in order])
+        assert places[1] == pytest.approx(0) and should_train(places[1], False)
+    assert should_train(4e-16, False) and not should_train(1e-3, False)

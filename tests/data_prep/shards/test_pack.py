@@ -97,7 +97,7 @@ def test_neither_workers_nor_units_nor_the_way_it_is_stored_change_the_bytes(
         packed: Path, corpus: Path, tokenizers: dict[str, Path], tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files.plan_units, "__defaults__", (500,))
-    monkeypatch.setattr(files.spans_of, "__defaults__", (500,))
+    monkeypatch.setattr(files.iter_spans, "__defaults__", (500,))
     web = (corpus / "web.jsonl").read_bytes()
     (tmp_path / "gz.jsonl.gz").write_bytes(gzip.compress(web[:4000]) + gzip.compress(web[4000:]))
     (tmp_path / "zst.jsonl.zst").write_bytes(zstandard.compress(web[:4000]) + zstandard.compress(web[4000:]))

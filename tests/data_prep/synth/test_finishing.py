@@ -144,7 +144,7 @@ def test_a_kill_leaves_the_old_files(texts: Path, tmp_path: Path, monkeypatch: p
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(finishing, "json_line", killed)
+    monkeypatch.setattr(finishing, "format_json_line", killed)
     with pytest.raises(KeyboardInterrupt):
         finish(again, texts.parent / "steps.yaml")
     assert {file.name: file.read_bytes() for file in again.glob("*.jsonl")} == before

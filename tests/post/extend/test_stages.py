@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from megatron_sov.base.documents.overlap import window_hashes
+from megatron_sov.base.documents.overlap import hash_windows
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
 from megatron_sov.model.config import ExtendStageConfig, PartConfig, YarnConfig
@@ -66,7 +66,7 @@ def random_text(seed: int, count: int) -> list[int]:
 @given(st.lists(st.integers(0, 3), max_size=40), st.integers(1, 6))
 def test_equal_windows_have_equal_hashes_and_others_differ(text: list[int], window: int) -> None:
     places = [tuple(text[i:i + window]) for i in range(len(text) - window + 1)]
-    hashes = window_hashes(np.array(text, np.int64), window).tolist()
+    hashes = hash_windows(np.array(text, np.int64), window).tolist()
     assert len(hashes) == len(places)
     assert len(set(zip(places, hashes, strict=True))) == len(set(places)) == len(set(hashes))
 

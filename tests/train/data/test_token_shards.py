@@ -15,7 +15,7 @@ import pytest
 from data_prep.shards.pack import PackSettings, PackSource, pack
 from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.documents import RecordReading
-from megatron_sov.base.documents.shard_files import bits
+from megatron_sov.base.documents.shard_files import pack_flags
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import parse_data_paths
 from megatron_sov.train.data.token_shards import (
@@ -176,7 +176,7 @@ def test_a_bit_of_each_token_and_a_number_of_each_document_stand_for_columns(tmp
     write_shard(tmp_path / "a", [list(range(n)) for n in lengths])
     written = np.random.default_rng(0).random(sum(lengths)) < 0.5
     written[3:5] = True, False
-    (tmp_path / "a.written").write_bytes(bits(written).tobytes())
+    (tmp_path / "a.written").write_bytes(pack_flags(written).tobytes())
     (tmp_path / "a.advantage.documents").write_bytes(np.float32([0.1, -2, np.inf]).tobytes())
     shard = ShardChain([tmp_path / "a"], columns=("advantage.documents",))
     assert shard.columns == ("advantage",) and not shard.is_plain
@@ -189,7 +189,7 @@ def test_a_bit_of_each_token_and_a_number_of_each_document_stand_for_columns(tmp
             value = np.float32([0.1, -2][document])
             assert shard.column("advantage", *asked).tolist() == np.where(here, value, 0).tolist()
     written[:] = True
-    (tmp_path / "a.written").write_bytes(bits(written).tobytes())
+    (tmp_path / "a.written").write_bytes(pack_flags(written).tobytes())
     with pytest.raises(UserError, match=r"a\.advantage\.documents: document 2"):
         TokenShard(tmp_path / "a", columns=("advantage.documents",)).column("advantage", 2, 0, 1)
     (tmp_path / "a.written").write_bytes(b"1")

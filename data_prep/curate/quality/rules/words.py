@@ -16,10 +16,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sov.base.documents.scripts import OF_RULES, in_brackets
+from megatron_sov.base.documents.scripts import RULE_SCRIPTS, format_regex_ranges
 
 Unit = Literal["words", "characters"]
-SPACELESS = in_brackets(OF_RULES)
+SPACELESS = format_regex_ranges(RULE_SCRIPTS)
 """Ranges of the scripts whose characters are counted."""
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 

@@ -15,7 +15,7 @@ from annotated_types import MinLen
 
 from megatron_sov.base.digests import hash_file
 from megatron_sov.base.documents.rows import read_objects
-from megatron_sov.base.documents.scripts import script_of
+from megatron_sov.base.documents.scripts import get_script
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
     UNIQUE_ITEMS, AtLeastOne, Bound, NotNegativeInt, ProblemCode, Violation, differs_from_field)
@@ -41,7 +41,7 @@ def terms_of(text: str) -> list[str]:
     together."""
     found: list[str] = []
     for word in _WORD.findall(text.casefold()):
-        if len(word) > 1 and script_of(word[0]) in _NO_SPACES:
+        if len(word) > 1 and get_script(word[0]) in _NO_SPACES:
             found += [word[i:i + 2] for i in range(len(word) - 1)]
         else:
             found.append(word)

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sov.base.documents.shard_files import joined_routes
+from megatron_sov.base.documents.shard_files import merge_routes
 from megatron_sov.infer.engine import Engine
 from megatron_sov.infer.engines.server_engine import ServerEngine
 from megatron_sov.infer.request import Sampling, StopRule, Tokens
@@ -144,7 +144,7 @@ class Episodes:
             engine=self.engine_name, began_s=began_s if previous is None else previous.began_s,
             ended_s=time.time(), outcome=self._describe_outcome(episode),
             # Tool results after the last turn were not read yet, so they have no routes.
-            routes=joined_routes(episode.routes, None, len(ids) - 1))
+            routes=merge_routes(episode.routes, None, len(ids) - 1))
 
     def _describe_outcome(self, episode: Episode) -> dict[str, Any]:
         result = episode.result

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sov.base.documents import BadRecord, Conversation
-from megatron_sov.base.documents.shard_files import joined_routes
+from megatron_sov.base.documents.shard_files import merge_routes
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.marks import prepend_mark
 from megatron_sov.infer.engine import Engine
@@ -138,7 +138,7 @@ class ResponseSource:
             versions=np.concatenate([row.versions, np.array(more.versions, np.int32)]),
             response=prepend_mark(self.asker.decode(tokens.tolist()),
                                   self.asker.opened_thoughts(row.prompt_tokens.tolist())),
-            routes=joined_routes(row.routes, more.routes, len(row.prompt_tokens) + len(tokens) - 1))
+            routes=merge_routes(row.routes, more.routes, len(row.prompt_tokens) + len(tokens) - 1))
 
     def _append_generated(self, row: Rollout, generated: GenerationResult, index: int, limit: int,
                           attempt: SampleAttempt) -> Rollout:

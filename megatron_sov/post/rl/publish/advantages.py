@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_sov.base.documents.groups import REWARD_TOLERANCE, are_equal, places_in_group
+from megatron_sov.base.documents.groups import REWARD_TOLERANCE, are_equal, compute_group_advantages
 from megatron_sov.model.config.post_training import PolicyConfig
 
 EPSILON = 1e-4
@@ -141,7 +141,7 @@ def scale_to_range(rewards: np.ndarray) -> np.ndarray:
     values = rewards.tolist()
     if are_equal(values):
         return np.zeros(len(values))
-    return np.array(places_in_group(values))
+    return np.array(compute_group_advantages(values))
 
 
 def mgpo_weight(share_right: float, strength: float) -> float:

@@ -21,7 +21,7 @@ import numpy as np
 from megatron_sov.base.artifacts import (
     MANIFEST, ArtifactWriter, create_artifact, manifest_sha256, read_manifest, translate_disk_errors)
 from megatron_sov.base.documents import ROLLOUTS
-from megatron_sov.base.documents.groups import is_learned, pair_of
+from megatron_sov.base.documents.groups import choose_pair, should_train
 from megatron_sov.base.documents.shard_files import ROUTES, RouteShape
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.sealed import read_sealed_json, write_sealed_json
@@ -445,8 +445,8 @@ class Publisher:
         may_be_best = [policy.keep_unfinished or not truncated for truncated in is_truncated]
         if self.config.documents_per_unit == 1:
             return [i for i, (value, ended) in enumerate(zip(values, may_be_best, strict=True))
-                    if is_learned(value, ended)], ""
-        pair, _ = pair_of(values, may_be_best,
+                    if should_train(value, ended)], ""
+        pair, _ = choose_pair(values, may_be_best,
                           lambda i, j: self._has_equal_tokens(group[i].rollout, group[j].rollout))
         return (list(pair), "") if pair else ([], NO_PAIR)
 

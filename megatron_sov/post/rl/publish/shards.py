@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from megatron_sov.base.artifacts import FileRecord, fsync_path, translate_disk_errors
 from megatron_sov.base.documents.shard_files import (
-    OF_DOCUMENTS, ROUTES, WRITTEN, IndexedWriter, RouteShape, bits)
+    PER_DOCUMENT, ROUTES, WRITTEN, IndexedWriter, RouteShape, pack_flags)
 from megatron_sov.base.errors import UserError
 from megatron_sov.rollouts.rows import NOT_WRITTEN
 from megatron_sov.rollouts.store import RULES, RolloutStore, all_sound, keys_of, routes_of
@@ -95,7 +95,7 @@ class ShardWriter:
     @property
     def _dtypes(self) -> dict[str, str]:
         """Suffix -> dtype of the files that `IndexedWriter` writes next to the tokens."""
-        dtypes = {BEHAVIOUR: "float32"} | {name + OF_DOCUMENTS: "float32" for name in self.numbers}
+        dtypes = {BEHAVIOUR: "float32"} | {name + PER_DOCUMENT: "float32" for name in self.numbers}
         if self.routes is not None:
             dtypes[ROUTES] = self.routes.dtype
         return dtypes
@@ -117,7 +117,7 @@ class ShardWriter:
                     written.append(flags)
                     added = len(lengths), len(flags), int(self.bytes_of_token[columns["bin"]].sum())
                     counts = {name: counts[name] + more for name, more in zip(COUNTS, added, strict=True)}
-            bits(np.concatenate(written)).tofile(f"{prefix}.{WRITTEN}")
+            pack_flags(np.concatenate(written)).tofile(f"{prefix}.{WRITTEN}")
             files = {}
             for ending in ("bin", "idx", *self.sidecars):
                 file = Path(f"{prefix}.{ending}")
@@ -147,7 +147,7 @@ class ShardWriter:
         written = np.zeros(len(is_response), bool)
         written[is_response] = _flatten(table, "versions")[0] != NOT_WRITTEN
         columns = {"bin": ids, BEHAVIOUR: logprobs,
-                   **{name + OF_DOCUMENTS: piece.numbers[name] for name in self.numbers}}
+                   **{name + PER_DOCUMENT: piece.numbers[name] for name in self.numbers}}
         if self.routes is not None:
             routes = routes_of(whole)
             columns[ROUTES] = _join_routes(self.routes, table, [routes[i] for i in index.tolist()], lengths)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from data_prep.curate.decontamination.step import find_hits
-from megatron_sov.base.documents.item_search import ItemSearch, SearchItem, plain
+from megatron_sov.base.documents.item_search import ItemSearch, SearchItem, to_plain_form
 from tests.data_prep.curate.decontamination.disguises import ITEMS, MARKUP_DISGUISES
 
 NAMES = ("english", "short")
@@ -31,7 +31,7 @@ def test_an_item_is_found_at_its_place(disguise: str) -> None:
     "Он купил яблоки на рынке и продал их за городом", "\ud800 <b>"])
 def test_ordinary_text_has_a_plain_form_with_places(text: str) -> None:
     assert find_hits(text, SEARCH, 0) == []
-    if (found := plain(text)) is not None:
+    if (found := to_plain_form(text)) is not None:
         assert len(found.text) == len(found.starts) == len(found.ends)
         assert (found.starts < found.ends).all() and (found.starts >= 0).all()
         assert (found.ends <= len(text)).all()

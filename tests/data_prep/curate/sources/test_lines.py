@@ -81,7 +81,7 @@ def test_parts_of_a_large_file_are_the_file(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     monkeypatch.setattr("megatron_sov.base.documents.files.SPAN_BYTES", 20_000)
     monkeypatch.setattr("megatron_sov.base.documents.files.WHOLE_FILE_BYTES", 1000)
-    monkeypatch.setattr("megatron_sov.base.documents.files.spans_of.__defaults__", (20_000,))
+    monkeypatch.setattr("megatron_sov.base.documents.files.iter_spans.__defaults__", (20_000,))
     found = reader(SourceSettings("s", ("a.jsonl",), tmp_path))
     pieces = found.pieces()
     documents = [one for piece in pieces for one in found.read(piece)]

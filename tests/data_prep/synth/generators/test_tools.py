@@ -14,7 +14,7 @@ from data_prep.synth.generators import worlds as trials
 from data_prep.synth.generators.worlds import fitting_values, json_object
 from data_prep.synth.known import generator_class
 from data_prep.synth.replies import NoReply
-from megatron_sov.base.documents.messages import read_messages, read_tools
+from megatron_sov.base.documents.messages import parse_messages, parse_tools
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.tools.environment import InfrastructureFault
 from megatron_sov.judge.tools.worlds.virtual import Virtual, world_of
@@ -154,12 +154,12 @@ def conversation(reply: Any = tool_trajectories.reply, **settings: Any) -> Any:
 def test_a_task_becomes_conversations_that_fine_tuning_takes() -> None:
     one, two = samples_of(generator("tool-trajectories", user_share=0.0), TASK, tool_trajectories.reply)
     assert (one.reason, two.reason, one.group, one.record["orientation"]) == ("", "", "task-0", "task")
-    messages = read_messages(one.record["messages"], "messages")
+    messages = parse_messages(one.record["messages"], "messages")
     assert [message.role for message in messages] == [
         "system", "user", *("assistant", "tool") * 3, "assistant"]
     assert messages[2].tool_calls[0]["function"] == {"name": "find_member",
                                                      "arguments": {"email": "mina@example.com"}}
-    assert read_tools(one.record["tools"]) and one.notes["reward"] == 1
+    assert parse_tools(one.record["tools"]) and one.notes["reward"] == 1
 
 
 def test_a_played_user_tells_its_need_piece_by_piece() -> None:
@@ -199,7 +199,7 @@ def test_a_turn_with_a_wrong_call_is_shown_and_not_learned() -> None:
         return tool_trajectories.reply(request)
 
     sample = conversation(reply)
-    learned = [message.is_learned for message in read_messages(sample.record["messages"], "messages")
+    learned = [message.is_learned for message in parse_messages(sample.record["messages"], "messages")
                if message.role == "assistant"]
     assert sample.reason == "" and learned == [False, True, True, True, True]
     assert sample.notes["wrong_calls"] == 1
@@ -215,7 +215,7 @@ def test_thoughts_are_kept_and_arguments_go_out_as_json() -> None:
     ask = ScriptedAsk(reply, "task-0", generator_class("tool-trajectories"))
     made = generator("tool-trajectories", conversations_per_task=1, user_share=0.0, min_score=0)
     sample, = made.make(TASK, ask)
-    assert read_messages(sample.record["messages"], "messages")[2].reasoning == "I look first."
+    assert parse_messages(sample.record["messages"], "messages")[2].reasoning == "I look first."
     sent = ask.requests[-1]["messages"]
     assert isinstance(sent[2]["tool_calls"][0]["function"]["arguments"], str)
     assert not any({"train", "reasoning_content"} & set(message) for message in sent)
