@@ -1,4 +1,4 @@
-"""Artifacts: a half-written one does not exist, damage is found, and nothing is replaced by accident."""
+"""Write, replace, verify and clean up artifacts; sealed files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all programs do alike."""
+"""Parsers, messages and exit codes shared by all programs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_version_of_each_program(program: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{program} {__version__}\n", "")
 
 
-@pytest.mark.parametrize(("outcome", "code", "said"), [
+@pytest.mark.parametrize(("outcome", "code", "message"), [
     (7, 7, ""), (UserError("a: is b"), 2, "error: a: is b\n"),
     (UserError("\x1b[2Ja\n\tnicht schön"), 2, "error: \\x1b[2Ja\n\tnicht schön\n"),
     (GateFailed("too low"), 3, "gate: too low\n"),
@@ -43,7 +43,7 @@ def test_version_of_each_program(program: str) -> None:
      "long); look at the path, its permissions and its disk\n"),
 ])
 def test_user_errors_become_message_and_exit_code(
-    outcome: int | Exception, code: int, said: str, capsys: pytest.CaptureFixture[str],
+    outcome: int | Exception, code: int, message: str, capsys: pytest.CaptureFixture[str],
 ) -> None:
     def action() -> int:
         if isinstance(outcome, Exception):
@@ -51,7 +51,7 @@ def test_user_errors_become_message_and_exit_code(
         return outcome
 
     assert run_to_exit_code(action) == code
-    assert capsys.readouterr().err == said
+    assert capsys.readouterr().err == message
 
 
 @pytest.mark.deep
@@ -66,9 +66,10 @@ def test_full_disk_is_reported_and_closed_pipe_is_not(
         return done.returncode, done.stderr
 
     with open("/dev/full", "w", encoding="utf-8") as full:
-        code, said = run(full.fileno())
-    assert (code, said.count("\n")) == (2, 1) and said.startswith("error: standard output, or a file of this "
-                                                                  "command: No space left on device; free")
+        code, message = run(full.fileno())
+    assert (code, message.count("\n")) == (2, 1)
+    assert message.startswith("error: standard output, or a file of this command: No space left on device; "
+                              "free")
     reading, writing = os.pipe()
     os.close(reading)
     assert run(writing) == (0, "")
@@ -82,7 +83,7 @@ def test_defect_keeps_traceback() -> None:
         run_to_exit_code(lambda: os.close(10 ** 6))  # type: ignore[func-returns-value]
 
 
-@pytest.mark.parametrize(("line", "said"), [
+@pytest.mark.parametrize(("line", "message"), [
     ("pretrain tiny-solar-open --data d --run r --set train.steps=1 train.seed=2",
      "train.seed=2: every setting needs a --set of its own; write --set train.seed=2"),
     ("recipes tiny-solar-open train.steps=3 'data.phases.0.blend={\"a b\": 1}'",
@@ -98,11 +99,11 @@ def test_defect_keeps_traceback() -> None:
     ("report '' --output c", "RUN: is empty, where a file or folder is to be named"),
     ("eval pll", "megatron-sov eval pll: does not exist; did you mean 'ppl'?"),
 ])
-def test_unknown_words_become_one_sentence(line: str, said: str,
+def test_unknown_words_become_one_sentence(line: str, message: str,
                                                       capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(shlex.split(line)) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and said in error and len(error.splitlines()) <= 2, error
+    assert error.startswith("error: ") and message in error and len(error.splitlines()) <= 2, error
 
 
 @pytest.mark.parametrize("line", ["--input a b --input c", "--input a --input b --input c", "--input a b c"])
@@ -130,25 +131,25 @@ def test_any_text_prints_in_any_locale() -> None:
     assert done.stdout.decode("ascii").strip() == text.encode("ascii", "backslashreplace").decode()
 
 
-@pytest.mark.parametrize(("code", "kept"), [(0, 0), (3, 3), (255, 255), (256, 1), (2 ** 70, 1), (-9, 1)])
-def test_exit_code_256_is_not_success(code: int, kept: int) -> None:
-    assert run_to_exit_code(lambda: code) == kept
+@pytest.mark.parametrize(("code", "reported"), [(0, 0), (3, 3), (255, 255), (256, 1), (2 ** 70, 1), (-9, 1)])
+def test_exit_code_256_is_not_success(code: int, reported: int) -> None:
+    assert run_to_exit_code(lambda: code) == reported
 
     def child_fails() -> int:
         raise SystemExit(code)
 
     with pytest.raises(SystemExit) as ended:
         run_to_exit_code(child_fails)
-    assert ended.value.code == kept
+    assert ended.value.code == reported
 
 
-@pytest.mark.parametrize(("said", "policy"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+@pytest.mark.parametrize(("message", "policy"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
 @pytest.mark.parametrize("program", ["megatron_sov", "data_prep", "tokenizer"])
 def test_openmp_threads_wait_passively_by_default(
-        program: str, said: str | None, policy: str) -> None:
+        program: str, message: str | None, policy: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    if said is not None:
-        environment["OMP_WAIT_POLICY"] = said
+    if message is not None:
+        environment["OMP_WAIT_POLICY"] = message
     code = (f"import os, sys\nfrom {program}.cli import main\n"
             "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
             "print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)")

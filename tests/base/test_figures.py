@@ -1,4 +1,4 @@
-"""Formatted figures: three digits, one unit, and no exponent where a unit begins."""
+"""Format counts, sizes, durations, money and shares with three digits and one unit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a result cannot come to lie is said before the work, by every command that makes one."""
+"""Check output paths and links before a command starts its work."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def test_check_output_refuses_impossible_paths(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("nameless", [True, False])
 def test_write_probe_leaves_nothing(nameless: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[str] = []
+    created: list[str] = []
 
     def make(prefix: str, dir: Path) -> str:
-        made.append(mkdtemp(prefix=prefix, dir=dir))
-        return made[-1]
+        created.append(mkdtemp(prefix=prefix, dir=dir))
+        return created[-1]
 
     def refuse(folder: Path, flags: int) -> int:
         raise OSError(errno.EOPNOTSUPP, "this file system makes no files without names")
@@ -56,7 +56,7 @@ def test_write_probe_leaves_nothing(nameless: bool, tmp_path: Path, monkeypatch:
     if not nameless:
         monkeypatch.setattr(os, "open", refuse)
     refuse_unwritable(tmp_path, "--run x")
-    assert list(tmp_path.iterdir()) == [] and bool(made) != nameless
+    assert list(tmp_path.iterdir()) == [] and bool(created) != nameless
 
 
 COMMANDS = {

@@ -1,4 +1,4 @@
-"""Token files: what a byte-level tokenizer.json says, compiled code, and the shape of routes."""
+"""Byte-level BPE ranks, compiled functions and the shape of routes."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def test_byte_level_uses_gpt2_pattern() -> None:
 
 def test_ranks_are_ids_of_bytes_and_merges() -> None:
     assert parse_merges(byte_level()) == [("a", "b"), ("ab", "c")]
-    found = build_ranks(byte_level())
-    assert found == {bytes([b]): b for b in range(256)} | {b"ab": 256, b"abc": 257}
+    ranks_by_bytes = build_ranks(byte_level())
+    assert ranks_by_bytes == {bytes([b]): b for b in range(256)} | {b"ab": 256, b"abc": 257}
     whole = byte_level(ignore_merges=True)
     whole["model"]["vocab"] |= {"xyz": 259}
     assert build_ranks(whole)[b"xyz"] == 259
@@ -89,19 +89,19 @@ def test_route_dtype_leaves_value_for_mark(experts: int, dtype: str, mark: int) 
     assert RouteShape.from_record(shape.record(), "x") == shape
 
 
-@pytest.mark.parametrize(("choice", "said"), [
+@pytest.mark.parametrize(("choice", "message"), [
     ([1, 4], r"sends token 1 in layer 2 of those with experts to \[1, 4\]; expert numbers must lie below 4, "
              r"or all be 255"),
     ([3, 3], r"token 1 in layer 2 .* to \[3, 3\]; a token visits an expert of a layer once"),
     ([2, 255], r"to \[2, 255\]; expert numbers must lie below 4"),
 ])
-def test_invalid_routes_name_token_and_layer(choice: list[int], said: str) -> None:
+def test_invalid_routes_name_token_and_layer(choice: list[int], message: str) -> None:
     shape = RouteShape(3, 2, 4)
     routes = shape.absent(2)
     routes[0] = [3, 0]
     assert shape.problem(routes) == ""
     routes[1, 2] = choice
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         raise UserError(shape.problem(routes))
     assert "shape [2, 3, 1] and type uint8, must be [tokens, 3, 2] of uint8" in shape.problem(
         routes[:, :, :1])

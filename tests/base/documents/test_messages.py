@@ -1,4 +1,4 @@
-"""Messages in the spellings that data sets have, and what is refused."""
+"""Parse messages of OpenAI and ShareGPT, and refuse malformed ones."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def calling(*calls: Any) -> dict[str, Any]:
 
 def test_reasoning_calls_and_train_flags_are_parsed() -> None:
     thinks = {"role": "assistant", "content": "It is 3.", "reasoning_content": "add them", "train": False}
-    found = parse_messages([USER, calling(CALL), RESULT, thinks], "messages")
-    assert found[1].tool_calls[0]["function"] == {"name": "add", "arguments": {"a": 1}}
-    assert found[2].to_dict() == {"role": "tool", "content": "3", "tool_call_id": "c1"}
-    assert found[3].reasoning == "add them" and not found[3].is_learned and found[0].is_learned
-    assert found[3].texts() == ("add them", "It is 3.")
+    messages = parse_messages([USER, calling(CALL), RESULT, thinks], "messages")
+    assert messages[1].tool_calls[0]["function"] == {"name": "add", "arguments": {"a": 1}}
+    assert messages[2].to_dict() == {"role": "tool", "content": "3", "tool_call_id": "c1"}
+    assert messages[3].reasoning == "add them" and not messages[3].is_learned and messages[0].is_learned
+    assert messages[3].texts() == ("add them", "It is 3.")
     parts = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, {**ANSWER, "weight": 0}]
     assert parse_messages(parts, "messages") == (Message("user", "hi"),
                                                 Message("assistant", "3", is_learned=False))
@@ -51,12 +51,12 @@ def test_sharegpt_equals_openai_format() -> None:
 
 
 def test_unread_message_fields_are_recorded() -> None:
-    found = parse_messages([{**USER, "id": 7, "refusal": None, "annotations": []},
+    messages = parse_messages([{**USER, "id": 7, "refusal": None, "annotations": []},
                            {**ANSWER, "name": "", "logprobs": {"content": []}, "loss": 0, "audio": {}}], "m")
-    assert [m.unread for m in found] == [("id",), ("logprobs", "loss")] and found[1].other == ()
+    assert [m.unread for m in messages] == [("id",), ("logprobs", "loss")] and messages[1].other == ()
     turns = [{"from": "human", "value": "1 + 2?", "weight": 0, "label": "x"}, {"from": "gpt", "value": "3"}]
     assert [m.unread for m in parse_sharegpt(turns, "c")] == [("label",), ()]
-    assert found == parse_messages([USER, ANSWER], "m"), "a pair's sides may differ in them"
+    assert messages == parse_messages([USER, ANSWER], "m"), "a pair's sides may differ in them"
 
 
 @pytest.mark.parametrize(("content", "text"), [
@@ -65,8 +65,8 @@ def test_text_parts_are_joined_by_line_feeds(content: list[str], text: str) -> N
     parts = [{"type": "text", "text": part} for part in content]
     for role in ("system", "developer", "user", "assistant"):
         assert parse_messages([{"role": role, "content": parts}], "m")[0].content == text
-    found = parse_messages([USER, calling(CALL), {**RESULT, "content": parts}], "m")
-    assert found[2].content == text
+    messages = parse_messages([USER, calling(CALL), {**RESULT, "content": parts}], "m")
+    assert messages[2].content == text
 
 
 def test_old_openai_calls_and_roles_are_converted() -> None:
@@ -88,15 +88,15 @@ def test_old_openai_calls_and_roles_are_converted() -> None:
 def test_null_fields_count_as_missing(call: dict[str, Any]) -> None:
     """JSON lines keep nulls; serve is sent them too."""
     nulls = dict.fromkeys(("name", "tool_calls", "tool_call_id", "reasoning_content", "train", "weight"))
-    found = parse_messages([{**nulls, **USER}, {**nulls, "role": "assistant", "content": None,
+    messages = parse_messages([{**nulls, **USER}, {**nulls, "role": "assistant", "content": None,
                                                "tool_calls": [call]}, {**nulls, **RESULT}], "messages")
-    assert found == parse_messages([USER, calling({"function": {"name": "add"}}), RESULT], "m")
+    assert messages == parse_messages([USER, calling({"function": {"name": "add"}}), RESULT], "m")
     mixed = [{"from": None, "value": None, **USER}, {"role": None, "content": None, "from": "gpt",
                                                      "value": "3"}]
     assert parse_sharegpt(mixed, "conversations") == parse_messages([USER, ANSWER], "messages")
 
 
-@pytest.mark.parametrize(("messages", "says"), [
+@pytest.mark.parametrize(("messages", "reason"), [
     ([USER, RESULT], "result without a call: m\\[1\\]"),
     ([USER, calling(CALL), {**RESULT, "tool_call_id": "c9"}], "result of another call: .* is 'c9'"),
     ([USER, calling(CALL), ANSWER], "1 tool calls and 0 results before m\\[2\\]"),
@@ -119,8 +119,8 @@ def test_null_fields_count_as_missing(call: dict[str, Any]) -> None:
     ([{**USER, "function_call": {"name": "add"}}], "which only an assistant's message has"),
     ([USER, {"role": "function", "content": "3"}], "result without a call"),
 ])
-def test_inconsistent_messages_are_refused(messages: list[Any], says: str) -> None:
-    with pytest.raises(BadRecord, match=says):
+def test_inconsistent_messages_are_refused(messages: list[Any], reason: str) -> None:
+    with pytest.raises(BadRecord, match=reason):
         parse_messages(messages, "m")
 
 

@@ -1,4 +1,4 @@
-"""Runs of ten words that two texts share, whatever their punctuation and case."""
+"""Shared runs of words, cutting text, script ranges and item search."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ LAW = "Section 4. Whoever, by fraud, obtains a licence under this Act shall be l
 THAI = "ผู้ใดกระทำความผิดตามพระราชบัญญัตินี้ต้องระวางโทษจำคุกไม่เกินหนึ่งปี"
 
 
-def shared(one: str, other: str) -> int:
-    return len(set(hash_runs(one)) & set(hash_runs(other)))
+def shared(first: str, second: str) -> int:
+    return len(set(hash_runs(first)) & set(hash_runs(second)))
 
 
 def test_runs_match_brute_force() -> None:
@@ -60,7 +60,7 @@ def test_korean_uses_thirty_syllables() -> None:
     assert list_units("GPT-4는 20개") == ["gpt", "4", "는", "20", "개"]
 
 
-@pytest.mark.parametrize(("written", "meant"), [
+@pytest.mark.parametrize(("markup", "plain"), [
     ("1,000,000 and 12 345 or 3.14", "1000000 and 12345 or 3 14"),
     ("in 1999 300 people, 1,23 and 1,2345", "in 1999 300 people 1 23 and 1 2345"),
     ("an exam-\n  ple of well-known\n\nend- of", "an example of well known end of"),
@@ -70,9 +70,9 @@ def test_korean_uses_thirty_syllables() -> None:
     ("٣ and ๓", "3 and 3"),
     ("<", ""), ("&", ""), ("a-", "a"), ("\\", ""), ("1,", "1"), ("\ud800", "\ud800"), ("&&;<!", ""),
 ])
-def test_units_ignore_markup(written: str, meant: str) -> None:
-    assert find_units(written).hashes.tolist() == find_units(meant).hashes.tolist()
-    assert len(find_units(meant).hashes) == len(meant.split())
+def test_units_ignore_markup(markup: str, plain: str) -> None:
+    assert find_units(markup).hashes.tolist() == find_units(plain).hashes.tolist()
+    assert len(find_units(plain).hashes) == len(plain.split())
 
 
 @given(st.lists(st.integers(0, 1 << 40), min_size=1, max_size=30), st.data())
@@ -80,30 +80,30 @@ def test_stretch_hash_is_its_polynomial(ids: list[int], data: st.DataObject) -> 
     begin = data.draw(st.integers(0, len(ids) - 1))
     end = data.draw(st.integers(begin + 1, len(ids)))
     value = 0
-    for one in ids[begin:end]:
-        value = (value * 0x9E3779B97F4A7C15 + one) % (1 << 64)
-    found = hash_stretches(np.array(ids, np.uint64), np.array([begin]), np.array([end]))
-    assert found.tolist() == [value ^ (value >> 29)]
+    for token in ids[begin:end]:
+        value = (value * 0x9E3779B97F4A7C15 + token) % (1 << 64)
+    hashes = hash_stretches(np.array(ids, np.uint64), np.array([begin]), np.array([end]))
+    assert hashes.tolist() == [value ^ (value >> 29)]
 
 
 def test_hashes_do_not_depend_on_cached_powers(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = np.random.default_rng(0).integers(0, 1 << 17, 9000)
     expected = [hash_windows(tokens[start:start + 32], 32)[0] for start in range(0, 8900, 97)]
     assert hash_windows(tokens, 32)[:8900:97].tolist() == expected
-    monkeypatch.setattr(overlap, "_KEPT_POWERS", 100)
+    monkeypatch.setattr(overlap, "_MAX_CACHED_POWERS", 100)
     assert hash_windows(tokens, 32)[:8900:97].tolist() == expected
     assert len(hash_windows(tokens[:31], 32)) == 0
 
 
 @given(st.text(alphabet=st.sampled_from("aB1,. -\n<>/&;\\\u200bé\u0301한ภ字ﬁİß"), max_size=40))
 def test_unit_spans_match_text(text: str) -> None:
-    found = find_units(text)
-    spans = [found.span(i, i + 1) for i in range(len(found.hashes))]
+    units_of_text = find_units(text)
+    spans = [units_of_text.span(i, i + 1) for i in range(len(units_of_text.hashes))]
     assert all(start < stop for start, stop in spans)
-    assert all(one[1] <= other[0] for one, other in pairwise(spans))
+    assert all(left[1] <= right[0] for left, right in pairwise(spans))
     # a unit's own text has its hash
     for i, (start, stop) in enumerate(spans):
-        assert find_units(found.folded[start:stop]).hashes.tolist() == [found.hashes[i]]
+        assert find_units(units_of_text.folded[start:stop]).hashes.tolist() == [units_of_text.hashes[i]]
 
 
 def read(text: str) -> object:
@@ -202,13 +202,13 @@ SIZES = {"ภ": 3, "字": 3, "한": 4}
 
 def shortest_runs(words: list[str], size: int) -> set[tuple[str, ...]]:
     """Return the shortest stretches from each word on that reach a size."""
-    found = set()
+    stretches = set()
     for begin in range(len(words)):
         for end in range(begin + 1, len(words) + 1):
             if sum(SIZES.get(word, 12) for word in words[begin:end]) >= size:
-                found.add(tuple(words[begin:end]))
+                stretches.add(tuple(words[begin:end]))
                 break
-    return found
+    return stretches
 
 
 def holds(text: list[str], item: list[str]) -> bool:
@@ -222,10 +222,10 @@ def holds(text: list[str], item: list[str]) -> bool:
 
 @given(st.lists(TEXTS, min_size=1, max_size=5), TEXTS)
 def test_item_search_matches_word_comparison(texts: list[str], text: str) -> None:
-    search = ItemSearch([SearchItem("quiz", str(i), "text", one) for i, one in enumerate(texts)], NGRAM,
+    search = ItemSearch([SearchItem("quiz", str(i), "text", item) for i, item in enumerate(texts)], NGRAM,
                         MIN_WORDS)
-    found = search.find(find_units(text))
-    assert {hit.item for hit in found} == {i for i, one in enumerate(texts)
-                                           if holds(list_units(text), list_units(one))}
-    assert all(one.begin < one.end <= len(list_units(text)) for one in found)
+    matches = search.find(find_units(text))
+    assert {hit.item for hit in matches} == {i for i, item in enumerate(texts)
+                                           if holds(list_units(text), list_units(item))}
+    assert all(hit.begin < hit.end <= len(list_units(text)) for hit in matches)
     assert search.find(find_units("")) == []

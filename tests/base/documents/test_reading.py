@@ -1,4 +1,4 @@
-"""Reading files: what becomes a document, and what is refused with its place."""
+"""Read files and spans as documents, and refuse malformed records with their location."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def test_text_file_is_one_document(tmp_path: Path) -> None:
 def test_large_file_is_cut_at_blank_lines(tmp_path: Path) -> None:
     paragraph = "x" * 999 + "\n\n"
     (tmp_path / "big.txt").write_text(paragraph * 1200)
-    found = read(tmp_path / "big.txt")
-    assert "".join(found) == paragraph * 1200
-    assert all(len(t) <= documents.DOCUMENT_BYTES and t.endswith("\n\n") for t in found)
-    assert len(found) == -(-1200 // (documents.DOCUMENT_BYTES // len(paragraph)))
+    pieces = read(tmp_path / "big.txt")
+    assert "".join(pieces) == paragraph * 1200
+    assert all(len(t) <= documents.DOCUMENT_BYTES and t.endswith("\n\n") for t in pieces)
+    assert len(pieces) == -(-1200 // (documents.DOCUMENT_BYTES // len(paragraph)))
 
 
 def test_jsonl_skips_blank_texts(tmp_path: Path) -> None:
@@ -114,8 +114,8 @@ def test_spans_cover_all_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr("megatron_sov.base.documents.files.WHOLE_FILE_BYTES", 100)
     [*units] = plan_units([tmp_path / "a.jsonl"], span_bytes)
     assert (len(units) > 10) == (span_bytes <= 1000)
-    found = [item for unit in units for span in unit for item in read_span(span, RecordReading("text"))]
-    assert [d.text for d in found if isinstance(d, Document)] == texts and len(found) == len(texts)
+    items = [item for unit in units for span in unit for item in read_span(span, RecordReading("text"))]
+    assert [d.text for d in items if isinstance(d, Document)] == texts and len(items) == len(texts)
 
 
 def test_small_files_share_a_unit(tmp_path: Path) -> None:
@@ -136,11 +136,11 @@ def test_rejected_samples_are_skipped(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text('{"text": "a"}\n')
     assert list_files(tmp_path / "made") == [tmp_path / "made/kept.jsonl"]
-    found = ["half/candidates/a.jsonl", "kept.jsonl", "made/kept.jsonl", "web/a.jsonl"]
-    assert [file.relative_to(tmp_path).as_posix() for file in list_files(tmp_path)] == found
+    expected = ["half/candidates/a.jsonl", "kept.jsonl", "made/kept.jsonl", "web/a.jsonl"]
+    assert [file.relative_to(tmp_path).as_posix() for file in list_files(tmp_path)] == expected
     assert list_files(tmp_path / "made/rejected.jsonl"), "who names a file means it"
     source = SourceSettings("made", (".",), tmp_path, "jsonl")
-    assert source_files(source, lambda name: name.endswith(".jsonl")) == found
+    assert source_files(source, lambda name: name.endswith(".jsonl")) == expected
 
 
 # One record as a document: what each kind needs, and what is refused with its place.
@@ -182,8 +182,8 @@ def test_preference_record_forms(tmp_path: Path, record: dict[str, object],
                                                          prompt: Messages, chosen: Messages,
                                                          rejected: Messages) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps(record))
-    [found] = read_documents([tmp_path / "a.jsonl"], RecordReading("preference"))
-    assert (found.kind, found.messages, found.chosen, found.rejected) == (
+    [document] = read_documents([tmp_path / "a.jsonl"], RecordReading("preference"))
+    assert (document.kind, document.messages, document.chosen, document.rejected) == (
         "preference", prompt, chosen, rejected)
 
 
@@ -204,9 +204,9 @@ def test_malformed_preferences_are_refused(tmp_path: Path, record: dict[str, obj
 def test_prompt_keeps_other_fields(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "2 + 2?", "answer": {"value": 4},
                                                   "level": "쉬움"}))
-    [found] = read_documents([tmp_path / "a.jsonl"], RecordReading("prompt"))
-    assert found.kind == "prompt" and found.messages == (Message("user", "2 + 2?"),)
-    assert json.loads(found.extra) == {"answer": {"value": 4}, "level": "쉬움"}
+    [document] = read_documents([tmp_path / "a.jsonl"], RecordReading("prompt"))
+    assert document.kind == "prompt" and document.messages == (Message("user", "2 + 2?"),)
+    assert json.loads(document.extra) == {"answer": {"value": 4}, "level": "쉬움"}
 
 
 @settings(max_examples=40)

@@ -1,4 +1,4 @@
-"""Layouts of data that people bring: folders of the hub, lists in JSON, Arrow, and the fields of TRL."""
+"""Read records of all layouts and file formats, and skip descriptions of datasets."""
 
 from __future__ import annotations
 
@@ -75,12 +75,12 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_records_are_equal_in_all_formats(tmp_path: Path, kind: str) -> None:
     form, row = KINDS[kind]
-    found = {}
+    records = {}
     for name, stored in STORED.items():
         (tmp_path / name).write_bytes(stored([row, row]))
-        found[name] = [{**vars(d), "where": "", "line": 0} for d in read_documents([tmp_path / name],
+        records[name] = [{**vars(d), "where": "", "line": 0} for d in read_documents([tmp_path / name],
                                                                                    RecordReading(form))]
-    assert all(one == found["a.jsonl"] and len(one) == 2 for one in found.values())
+    assert all(rows == records["a.jsonl"] and len(rows) == 2 for rows in records.values())
 
 
 def calling(arguments: Any, tools: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
@@ -126,9 +126,9 @@ def test_table_padding_nulls_are_removed(tmp_path: Path, renames: Any) -> None:
     named = [{"dialog": row["messages"], "functions": row["tools"]} if renames else row for row in rows]
     for stored, write in STORED.items():
         (tmp_path / stored).write_bytes(write(named))
-        found = list(read_documents([tmp_path / stored], RecordReading("chat", renames=renames)))
-        assert [list(d.tools) for d in found] == [row["tools"] for row in rows], stored
-        assert [d.messages[1].tool_calls[0]["function"]["arguments"] for d in found] == [
+        items = list(read_documents([tmp_path / stored], RecordReading("chat", renames=renames)))
+        assert [list(d.tools) for d in items] == [row["tools"] for row in rows], stored
+        assert [d.messages[1].tool_calls[0]["function"]["arguments"] for d in items] == [
             {"city": "Seoul"}, {"unit": "C", "flat": ["x"]}], stored
 
 
@@ -137,8 +137,8 @@ def test_reward_columns_keep_nulls(tmp_path: Path) -> None:
                                   {"prompt": ASK, "tests": [{"a": None, "b": 2}]}]
     for stored, write in STORED.items():
         (tmp_path / stored).write_bytes(write(rows))
-        found = read_documents([tmp_path / stored], RecordReading("prompt"))
-        assert [json.loads(d.extra)["tests"] for d in found] == [row["tests"] for row in rows], stored
+        items = read_documents([tmp_path / stored], RecordReading("prompt"))
+        assert [json.loads(d.extra)["tests"] for d in items] == [row["tests"] for row in rows], stored
 
 
 def test_only_completion_is_trained_on(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_only_completion_is_trained_on(tmp_path: Path) -> None:
     assert auto.kind == "chat"
 
 
-@pytest.mark.parametrize(("row", "kind", "told"), [
+@pytest.mark.parametrize(("row", "kind", "messages"), [
     ({"prompt": "p", "completion": "c"}, "text", "is a chat.*--format chat"),
     ({"prompt": "p", "completion": "c"}, "preference", "is a chat.*--format chat"),
     ({"prompt": "p", "answer": "4"}, "chat", "no response is learned then; a chat has 'messages', or"),
@@ -168,11 +168,11 @@ def test_only_completion_is_trained_on(tmp_path: Path) -> None:
     ({"prompt": ["p"], "completion": "c"}, "chat", "has role 'p'"),
     ({"prompt": "p", "completion": None}, "chat", "is a prompt"),
 ])
-def test_suggestions_keep_answers(tmp_path: Path, row: dict[str, Any], kind: str, told: str) -> None:
+def test_suggestions_keep_answers(tmp_path: Path, row: dict[str, Any], kind: str, messages: str) -> None:
     for name in ("a.jsonl", "a.parquet"):
         (tmp_path / name).write_bytes(STORED[name]([row]))
         if name == "a.jsonl":
-            with pytest.raises(UserError, match=told):
+            with pytest.raises(UserError, match=messages):
                 list(read_documents([tmp_path / name], RecordReading(kind)))
         else:
             with pytest.raises((UserError, BadRecord)):
@@ -201,25 +201,25 @@ HUB = {"README.md": CARD, "LICENSE": b"MIT", "LICENSE.txt": b"MIT", ".gitattribu
      "note.json": b"[1]"},
 ], ids=["hub", "lines", "list", "lines in json", "save_to_disk", "dict on disk"])
 def test_dataset_descriptions_are_skipped(tmp_path: Path, data: dict[str, bytes]) -> None:
-    told: list[str] = []
-    files = list_files(fill(tmp_path, **HUB, **data), told.append)
+    messages: list[str] = []
+    files = list_files(fill(tmp_path, **HUB, **data), messages.append)
     assert [d.text for d in read_documents(files)] == [row["text"] for row in ROWS]
-    [sentence] = told
+    [sentence] = messages
     assert "passed over" in sentence and "plain text" not in sentence
 
 
 def test_text_folder_keeps_readme_and_reports_skipped_files(tmp_path: Path) -> None:
-    told: list[str] = []
+    messages: list[str] = []
     fill(tmp_path, **{"README.md": b"# A", "b.txt": b"text", "c.png": b"",
                       "d.json": json.dumps(ROWS).encode()})
-    assert [file.name for file in list_files(tmp_path, told.append)] == ["README.md", "b.txt"]
-    assert told == [f"{tmp_path}: passed over 2 files (c.png, d.json)"]
+    assert [file.name for file in list_files(tmp_path, messages.append)] == ["README.md", "b.txt"]
+    assert messages == [f"{tmp_path}: passed over 2 files (c.png, d.json)"]
     for name in ("c.png", "d.json"):
         (tmp_path / name).unlink()
-    assert list_files(tmp_path, told.append) and len(told) == 1
+    assert list_files(tmp_path, messages.append) and len(messages) == 1
     fill(tmp_path, **{".env": b"", ".git/config": b"", "c\x1b[2J.png": b""})
-    list_files(tmp_path, told.append)
-    assert told[1:] == [f"{tmp_path}: passed over 1 file (c\\x1b[2J.png) and 2 hidden (.env, .git)"]
+    list_files(tmp_path, messages.append)
+    assert messages[1:] == [f"{tmp_path}: passed over 1 file (c\\x1b[2J.png) and 2 hidden (.env, .git)"]
 
 
 def test_many_skipped_files_are_counted_by_ending() -> None:
@@ -230,11 +230,11 @@ def test_many_skipped_files_are_counted_by_ending() -> None:
 
 
 def test_mixed_text_and_splits_are_reported(tmp_path: Path) -> None:
-    told: list[str] = []
+    messages: list[str] = []
     fill(tmp_path, **{f"data/{split}-0.parquet": as_parquet(ROWS) for split in ("train", "test")},
          **{"docs/guide.md": b"text"})
-    assert len(list_files(tmp_path, told.append)) == 3
-    assert "1 files of plain text (docs/guide.md)" in told[0] and "splits train, test" in told[0]
+    assert len(list_files(tmp_path, messages.append)) == 3
+    assert "1 files of plain text (docs/guide.md)" in messages[0] and "splits train, test" in messages[0]
 
 
 def test_missing_hub_dataset_suggests_download(
@@ -265,7 +265,7 @@ def test_text_with_brackets_is_text(tmp_path: Path, content: str) -> None:
     assert [d.text for d in read_documents([tmp_path / "a.txt"])] == [content]
 
 
-@pytest.mark.parametrize(("content", "told", "num_good"), [
+@pytest.mark.parametrize(("content", "messages", "num_good"), [
     ('[{"text": "a"}', "a ',' or the list's ']' must stand", 1),
     ('[{"text": "a"} {"text": "b"}]', "a ',' or the list's ']' must stand", 1),
     ('[{"text": "a"}, {"text": }]', "is not valid JSON", 1),
@@ -277,14 +277,14 @@ def test_text_with_brackets_is_text(tmp_path: Path, content: str) -> None:
     ('{"text": "a",\n"b": 1}', "is not valid JSON", 0),
     ("", "", 0), ("3", "is a JSON int", 0),
 ])
-def test_damaged_json_list_names_record(tmp_path: Path, content: str, told: str,
+def test_damaged_json_list_names_record(tmp_path: Path, content: str, messages: str,
                                                num_good: int) -> None:
     (tmp_path / "a.json").write_text(content)
-    found = [item for span in iter_spans(tmp_path / "a.json") for item in read_span(span,
+    items = [item for span in iter_spans(tmp_path / "a.json") for item in read_span(span,
                                                                                   RecordReading("text"))]
-    bad = [item for item in found if isinstance(item, BadRecord)]
-    assert sum(isinstance(item, Document) for item in found) == num_good
-    assert (bad and told in bad[0].reason) if told else not found
+    bad = [item for item in items if isinstance(item, BadRecord)]
+    assert sum(isinstance(item, Document) for item in items) == num_good
+    assert (bad and messages in bad[0].reason) if messages else not items
 
 
 def test_truncated_arrow_stream_is_detected(tmp_path: Path) -> None:
@@ -339,10 +339,10 @@ PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
     ({"chosen_score": 7, "rejected_score": 7, "desirable": [1, 1]}, "")])
 def test_pair_with_tied_scores_is_refused(tmp_path: Path, scores: dict[str, Any], tied: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(as_lines([PAIR, {**PAIR, **scores}, {**PAIR, "rejected": "a"}]))
-    found = [item for span in iter_spans(tmp_path / "a.jsonl")
+    items = [item for span in iter_spans(tmp_path / "a.jsonl")
              for item in CountedSpan(span, RecordReading("preference"))]
-    bad = [item for item in found if isinstance(item, BadRecord)]
-    assert len(found) == 3 and [item.code for item in bad] == ["no_preference"] * (1 + bool(tied))
+    bad = [item for item in items if isinstance(item, BadRecord)]
+    assert len(items) == 3 and [item.code for item in bad] == ["no_preference"] * (1 + bool(tied))
     assert tied in bad[0].reason
 
 

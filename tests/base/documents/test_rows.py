@@ -1,4 +1,4 @@
-"""Rows of files: what each must have, their account, and what is learned of a group of judged responses."""
+"""Read rows of JSONL files, account for records, and choose training data from judged groups."""
 
 from __future__ import annotations
 

@@ -38,14 +38,14 @@ class DrivenPage:
                 self.console.append(json.dumps(came["params"]))
             if came.get("id") == self._number:
                 assert "error" not in came, came
-                found: dict[str, Any] = came["result"]
-                return found
+                result: dict[str, Any] = came["result"]
+                return result
 
     def value(self, expression: str) -> Any:
         """Return what an expression is in the page."""
-        found = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in found, found
-        return found["result"].get("value")
+        result = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
 
     def wait(self, expression: str) -> None:
         """Wait until an expression is true in the page."""

@@ -1,4 +1,4 @@
-"""A page: complete in itself, its text escaped, its chapters in the contents."""
+"""HTML pages: self-contained files, escaped text, contents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running a file that a person named: what is found, what is kept on record, and what every mistake says."""
+"""Load plug-in files: values, recorded hashes and error messages."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def test_load_plugin_records_path_and_hash(file: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(file.parent)
     for reference in ("mine.py:answer", "./mine.py:answer", f"{file}:answer",
                       "../" + file.parent.name + "/mine.py:answer"):
-        found = load_plugin(reference)
-        assert (found.value, found.attribute, found.reference) == (42, "answer", f"{file}:answer")
-        assert found.files == {"mine.py": sha256(file)}
+        loaded = load_plugin(reference)
+        assert (loaded.value, loaded.attribute, loaded.reference) == (42, "answer", f"{file}:answer")
+        assert loaded.files == {"mine.py": sha256(file)}
 
 
 def test_file_executes_again_only_after_change(file: Path) -> None:
@@ -47,11 +47,11 @@ def test_sibling_modules_are_imported_and_recorded(tmp_path: Path) -> None:
     (tmp_path / "package_mine" / "__init__.py").write_text("")
     (tmp_path / "package_mine" / "part.py").write_text("three = 3\n")
     (tmp_path / "uses.py").write_text("import json\nimport numpy\nfrom beside_mine import three\n")
-    found = load_plugin(f"{tmp_path}/uses.py:three")
+    loaded = load_plugin(f"{tmp_path}/uses.py:three")
     names = ["uses.py", "beside_mine.py", "package_mine/__init__.py", "package_mine/part.py"]
-    assert found.value == 3
-    assert found.files == {name: sha256(tmp_path / name) for name in names}
-    assert next(iter(found.files)) == "uses.py"
+    assert loaded.value == 3
+    assert loaded.files == {name: sha256(tmp_path / name) for name in names}
+    assert next(iter(loaded.files)) == "uses.py"
     assert str(tmp_path) not in sys.path
 
 
@@ -79,9 +79,9 @@ def test_load_plugin_from_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "named_pack" / "__init__.py").write_text("")
     (tmp_path / "named_pack" / "deep.py").write_text("answer = 7\n")
     monkeypatch.syspath_prepend(tmp_path)
-    found = load_plugin("named_pack.deep:answer")
-    assert (found.value, found.reference) == (7, "named_pack.deep:answer")
-    assert found.files == {"deep.py": sha256(tmp_path / "named_pack/deep.py"),
+    loaded = load_plugin("named_pack.deep:answer")
+    assert (loaded.value, loaded.reference) == (7, "named_pack.deep:answer")
+    assert loaded.files == {"deep.py": sha256(tmp_path / "named_pack/deep.py"),
                            "__init__.py": sha256(tmp_path / "named_pack/__init__.py")}
     assert load_plugin("math:pi").files == {} or "math" in next(iter(load_plugin("math:pi").files))
 
@@ -89,7 +89,7 @@ def test_load_plugin_from_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(("text", "message"), [
     ("", r"mine.py has no 'wanted'$"),
     ("wnated = 1\n", r"mine.py has no 'wanted'; did you mean 'wnated'\?"),
-    ("x = (\n", r"mine.py:1: '\(' was never closed; mend the line"),
+    ("x = (\n", r"mine.py:1: '\(' was never closed; correct the line"),
     ("x = 1\nfrom none_such import y\n", r"mine.py:2: ModuleNotFoundError: No module named 'none_such'"),
     ("def f():\n    return 1 / 0\n\nf()\n", r"mine.py:2: ZeroDivisionError: division by zero"),
     ("import sys\nsys.exit(3)\n", r"mine.py:2: SystemExit: 3"),
@@ -132,11 +132,11 @@ def test_call_plugin_imports_siblings_and_reports_errors(tmp_path: Path) -> None
         "def good():\n    from late_helper import value\n    return value\n\ndef bad():\n    "
         "return {}['x']\n")
     for name in ("good", "bad"):
-        found = load_plugin(f"{tmp_path}/late.py:{name}")
+        loaded = load_plugin(f"{tmp_path}/late.py:{name}")
         if name == "good":
-            assert call_plugin(found.reference, found.value) == 5
+            assert call_plugin(loaded.reference, loaded.value) == 5
     with pytest.raises(UserError, match=r"late.py:6: KeyError: 'x'"):
-        call_plugin(found.reference, found.value)
+        call_plugin(loaded.reference, loaded.value)
 
 
 def test_is_reference() -> None:

@@ -1,4 +1,4 @@
-"""Code by name: built in, or named by a person; and that a record runs nothing."""
+"""Register plug-ins by name; recorded references never execute code."""
 
 from __future__ import annotations
 

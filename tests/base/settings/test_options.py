@@ -1,4 +1,4 @@
-"""Options of a command from a class of settings: what is taken, what help says, and what is refused."""
+"""Options from settings classes: parsing, help, problems and dry runs."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ class CountOptions:
 
 def parser() -> argparse.ArgumentParser:
     """Return a parser with them."""
-    made = Parser(prog="count")
-    add_options(made, CountOptions)
-    return made
+    count_parser = Parser(prog="count")
+    add_options(count_parser, CountOptions)
+    return count_parser
 
 
 def parse(line: str) -> CountOptions:
@@ -81,28 +81,28 @@ def parse(line: str) -> CountOptions:
 
 def test_read_options_converts_typed_values() -> None:
     assert parse("f --output d") == CountOptions(Path("f"), Path("d"))
-    given = parse("f --output d --heldout 0.5 --limit 2e3 --mode fast --width 16 --input a b --input c "
+    parsed = parse("f --output d --heldout 0.5 --limit 2e3 --mode fast --width 16 --input a b --input c "
                   "--tag x=1 --tag y --overwrite --max-bytes 1_002 --no-slow --limit 0")
-    assert given == CountOptions(Path("f"), Path("d"), 0.5, 0, "fast", 16, (Path("a"), Path("b"), Path("c")),
+    assert parsed == CountOptions(Path("f"), Path("d"), 0.5, 0, "fast", 16, (Path("a"), Path("b"), Path("c")),
                                  ("x=1", "y"), True, ReaderOptions(1002, False))
     assert parse("f --output d --limit 2e3").limit == 2_000
 
 
 def test_read_options_keeps_non_utf8_file_names() -> None:
-    given = parse("\udcff --output d/\udcfe --input a\udcfd b --tag k=\udcfc")
-    assert (given.source, given.output, given.inputs, given.tags) == (
+    parsed = parse("\udcff --output d/\udcfe --input a\udcfd b --tag k=\udcfc")
+    assert (parsed.source, parsed.output, parsed.inputs, parsed.tags) == (
         Path("\udcff"), Path("d/\udcfe"), (Path("a\udcfd"), Path("b")), ("k=\udcfc",))
 
 
 def test_help_is_the_field_docstring() -> None:
-    said = " ".join(parser().format_help().split())
+    output = " ".join(parser().format_help().split())
     for text in ("FILE Text to count, 100 % of it", "--output DIR Folder that is written",
                  "--heldout SHARE Part that is kept (default 0.02)", "--limit N First items",
                  "--mode {plain,fast} How it is done (default plain)", "tags: --tag KEY=VALUE Says what",
                  "--input PATH [PATH ...]", "--overwrite Replace what is there", "--max-bytes N Long",
                  "est record (default 1000)", "--no-slow Leave no time"):
-        assert text in said
-    assert "made" not in said and "count [-h] --output DIR" in said
+        assert text in output
+    assert "made" not in output and "count [-h] --output DIR" in output
 
 
 @pytest.mark.parametrize(("typed", "code", "key", "sentence"), [
@@ -165,7 +165,7 @@ def test_every_writing_command_has_dry_run() -> None:
     without = []
     for name, parser in commands().items():
         cls = parser.get_default("options_class")
-        writes = cls is not None and any(given.is_written for given in options._iter_options(cls))
+        writes = cls is not None and any(option.is_written for option in options._iter_options(cls))
         trains = name.removeprefix("megatron-sov ") in TRAINED
         if (writes or trains) and "--dry-run" not in parser._option_string_actions:
             without.append(name)
@@ -181,28 +181,28 @@ def test_dry_run_lists_inputs_and_outputs(tmp_path: Path,
     before = sorted(tmp_path.rglob("*"))
     words = ["adopt", str(shards), "--tokenizer", str(tokenizer), "--output", str(output), "--heldout", "0.1"]
     assert data_cli.main([*words, "--dry-run"]) == 0
-    told = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["reads", f"{tokenizer}:", "a", "folder", "of", "1", "files,", "2", "bytes"] in told
-    assert ["writes", f"{output}:", "new"] in told and ["--heldout", "0.1"] in told
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["reads", f"{tokenizer}:", "a", "folder", "of", "1", "files,", "2", "bytes"] in lines
+    assert ["writes", f"{output}:", "new"] in lines and ["--heldout", "0.1"] in lines
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize(("more", "fate"), [
+@pytest.mark.parametrize(("more", "state"), [
     ((), "exists: the command continues it if possible, and refuses it otherwise"),
     (("--overwrite",), "exists, and would be replaced")])
-def test_dry_run_keeps_existing_output(more: tuple[str, ...], fate: str, tmp_path: Path,
+def test_dry_run_keeps_existing_output(more: tuple[str, ...], state: str, tmp_path: Path,
                                        capsys: pytest.CaptureFixture[str]) -> None:
     words = ["convert", "to-hf", str(tmp_path), str(tmp_path), "--dry-run", *more]
     assert cli.main(words) == 0
-    assert f"writes   {tmp_path}: {fate}\n" in capsys.readouterr().out
+    assert f"writes   {tmp_path}: {state}\n" in capsys.readouterr().out
 
 
 def test_dry_run_reports_all_missing_inputs(tmp_path: Path, capsys: pytest.CaptureFixture[str],
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert tokenizer_cli.main(["media", "gone", "--image-tokens", "4", "--output", "out", "--dry-run"]) == 2
-    said = capsys.readouterr().err
-    assert 'TOKENIZER = "gone" does not exist' in said
+    output = capsys.readouterr().err
+    assert 'TOKENIZER = "gone" does not exist' in output
 
 
 def test_dry_run_checks_options_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

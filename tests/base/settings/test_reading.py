@@ -1,4 +1,4 @@
-"""From plain values to settings, and what is said of those that are none."""
+"""Convert plain values, YAML, JSON and `key=value` changes to settings, and report problems."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ def test_settings_round_trip() -> None:
 
 
 def test_iter_leaves_keeps_lists_and_empty_groups() -> None:
-    found = {name: str(value) for name, value in iter_leaves({"a": {"b": [1, {"c": 2}], "d": {}}, "e": None})}
-    assert found == {"a.b": "[1, {'c': 2}]", "a.d": "{}", "e": "None"}
+    leaves = {name: str(value) for name,
+              value in iter_leaves({"a": {"b": [1, {"c": 2}], "d": {}}, "e": None})}
+    assert leaves == {"a.b": "[1, {'c': 2}]", "a.d": "{}", "e": "None"}
 
 
 @pytest.mark.parametrize(("raw", "codes"), [
@@ -119,8 +120,8 @@ def test_parse_arguments_by_declared_types() -> None:
     ("a=b", "a=b"), ("1e400", float("inf")),
 ])
 def test_parse_value_as_json_or_text(text: str, value: Any) -> None:
-    (found,) = parse_changes([f"key={text}"]).values()
-    assert (found, type(found)) == (value, type(value))
+    (parsed,) = parse_changes([f"key={text}"]).values()
+    assert (parsed, type(parsed)) == (value, type(value))
 
 
 def test_last_change_of_a_key_wins() -> None:
@@ -164,9 +165,10 @@ def test_all_invalid_changes_are_reported() -> None:
 
 
 def test_values_have_line_numbers() -> None:
-    found = parse_located_yaml("a:\n  - 1\n  - b: 2\n    c: no\nd: 2024-01-01\n")
-    assert found.value == {"a": [1, {"b": 2, "c": False}], "d": "2024-01-01"}
-    assert [found.line(place) for place in ((), ("a",), ("a", 1, "c"), ("d",), ("d", "x"))] == [1, 1, 4, 5, 5]
+    document = parse_located_yaml("a:\n  - 1\n  - b: 2\n    c: no\nd: 2024-01-01\n")
+    assert document.value == {"a": [1, {"b": 2, "c": False}], "d": "2024-01-01"}
+    assert [document.line(place) for place in ((), ("a",), ("a", 1, "c"), ("d",), ("d", "x"))] == [1, 1, 4, 5,
+                                                                                                   5]
 
 
 def test_yaml_aliases_and_merges_are_expanded() -> None:

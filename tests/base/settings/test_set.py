@@ -1,4 +1,4 @@
-"""`--set` of three programs: a mistake is told alike, and leaves nothing."""
+"""`--set` of three programs reports equal mistakes with equal messages and writes nothing."""
 
 from __future__ import annotations
 
@@ -35,6 +35,6 @@ def test_set_mistakes_have_equal_messages(
     Path("FILE").write_text('{"response": "a", "text": "a"}\n')
     main, line, key = COMMANDS[command]
     assert main([*line.split(), "--set", mistake.format(key=key)]) == 2
-    said = capsys.readouterr().err
-    assert MISTAKES[mistake].format(key=key) in said and len(said.splitlines()) == 1
+    error = capsys.readouterr().err
+    assert MISTAKES[mistake].format(key=key) in error and len(error.splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["DIR", "FILE"], "nothing is left behind"

@@ -1,4 +1,4 @@
-"""Conditions under which settings act: which of them fail, and what a user is told."""
+"""Conditions of settings: violated conditions and the messages about inert settings."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Settings:
 WSD = (Item(), Item(1.0, schedule="wsd"))
 
 
-@pytest.mark.parametrize(("settings", "asked", "refused"), [
+@pytest.mark.parametrize(("settings", "requested", "refused"), [
     ({}, "part.beta", "part.beta"), ({"name": "pairs"}, "part.beta", ""),
     ({"name": "rounds"}, "part.beta", "part.beta"), ({"name": "rounds", "rounds": 1}, "part.beta", ""),
     ({"name": "pairs"}, "part.gamma", "part.gamma"),
@@ -67,8 +67,8 @@ WSD = (Item(), Item(1.0, schedule="wsd"))
     ({"items": ()}, "decay", "decay"), ({"table": {"en": 2.0}}, "table.en table items.0.lr name late", ""),
     ({}, "decay part.beta decay", "decay part.beta"), ({}, "", ""),
 ])
-def test_find_inert_settings(settings: dict[str, Any], asked: str, refused: str) -> None:
-    problems = find_inert_settings(Settings(**settings), asked.split())
+def test_find_inert_settings(settings: dict[str, Any], requested: str, refused: str) -> None:
+    problems = find_inert_settings(Settings(**settings), requested.split())
     assert [problem.key for problem in problems] == refused.split()
     assert {problem.code for problem in problems} <= {"inert"}
 
