@@ -90,7 +90,8 @@ def finish(output: Path, checks: Path | None = None, workers: int = 1, *, is_com
         if is_complete:
             _write_manifest(output, run, checks, tally)
     samples = RecordAccount(tally.num_samples, tally.num_kept, tally.rejected, "samples")
-    print(f"{output}: {samples.describe()}\n  {output / ACCEPTED_SAMPLES}, {output / REJECTED_SAMPLES}, {output / SUMMARY}")
+    print(f"{output}: {samples.describe()}\n  {output / ACCEPTED_SAMPLES}, {output / REJECTED_SAMPLES}, "
+          f"{output / SUMMARY}")
 
 
 @dataclass

@@ -316,5 +316,5 @@ def _format_of(file: Path, formats: Sequence[str], tokenizer: Path | None) -> st
     fix = None
     if fault.options and tokenizer is not None and "FIELD" not in fault.options[-1]:
         fix = fix_by_packing(file, tokenizer, ["--format", formats[0], *fault.options])
-    raise UserError(f"--data {format_location(file, fault, 0)}: {fault.reason}; or pack it by hand (`sov-data pack "
-                    "--help`), and pass the folder", fix)
+    raise UserError(f"--data {format_location(file, fault, 0)}: {fault.reason}; or pack it by hand "
+                    "(`sov-data pack --help`), and pass the folder", fix)
