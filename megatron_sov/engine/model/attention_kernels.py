@@ -108,10 +108,10 @@ def _query_backends(heads: int, groups: int, size: tuple[int, int], window: int,
     if fused_serves:
         return bool(flash_serves), ""
     reason = next((line for line in messages if line.startswith("Disabling FusedAttention")),
-                  "no reason given")
+                  "no reason given").split("\n")[0]
     return bool(flash_serves), (
         f"Transformer Engine has no kernel for packed rows with {heads} query heads of size {size[0]} and "
-        f"{groups} key heads on this GPU ({reason.splitlines()[0]})")
+        f"{groups} key heads on this GPU ({reason})")
 
 
 @contextmanager
