@@ -159,7 +159,7 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"messages": [{"role": "user", "content": "a", "audio": {"id": "x"}}]}, 400, "'audio', which"),
     ({"messages": [{"role": "user", "content": "a"}], "tool_choice": "required"}, 400, "tool_choice is"),
     ({"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"messages": 1}}, 400,
-     "given anyway"),
+     "gets anyway"),
     ({"messages": [{"role": "user", "content": "a"}], "response_format": {"type": "json_object"}}, 400,
      "response_format is"),
 ]

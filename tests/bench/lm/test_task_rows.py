@@ -76,8 +76,8 @@ def test_an_index_of_a_choice_in_csv_is_read_by_a_template_alone(tmp_path: Path)
 
 
 BAD_FILES = [
-    ("json", "d.jsonl", '{"a": 1}\n[1]\n', "line 2 is no JSON object, but a list; write one"),
-    ("json", "d.jsonl", '{"a": NaN}\n', "line 1 is no JSON"),
+    ("json", "d.jsonl", '{"a": 1}\n[1]\n', "line 2 is not a JSON object, but a list; write one"),
+    ("json", "d.jsonl", '{"a": NaN}\n', "line 1 is not JSON"),
     ("json", "d.json", "[1, 2]", "must hold a list of JSON objects"),
     ("json", "d.json", "[{", "is no valid JSON"),
     ("csv", "d.csv", "q,a\nx,1,2\n", "line 2 has another number of cells than the 2 columns"),

@@ -105,7 +105,7 @@ def test_eos_is_learned_where_nothing_else_ends_the_response(folder: Path, tmp_p
     file = bare / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {
         "chat_template": "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"}))
-    monkeypatch.setattr("data_prep.shards.encode.damaged_files", lambda path: [])
+    monkeypatch.setattr("data_prep.shards.encode.find_damaged_files", lambda path: [])
     encoder = Encoder(bare)
     ids, types = encode_chat(encoder, (("user", "hi"), ("assistant", "yes")))
     assert encoder.decode(ids[types == TYPE_RESPONSE].tolist()) == "yes" + encoder.decode([encoder.eos_id])

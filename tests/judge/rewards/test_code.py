@@ -250,7 +250,7 @@ def test_each_test_is_told_by_itself_and_one_that_is_not_reached_is_not_passed()
 def test_the_version_tells_the_code_that_runs_programs() -> None:
     told = code_of(CodeReward.__module__)
     assert {f"megatron_sov.{name}" for name in ("sandbox.sandbox", "sandbox.supervise",
-                                                "work.processes.watch")} <= set(told)
+                                                "work.processes.process_tree")} <= set(told)
 
 
 def test_the_version_tells_the_code_that_runs_programs_in_processes_of_its_own() -> None:
