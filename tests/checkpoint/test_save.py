@@ -81,8 +81,8 @@ def problems(folder: str) -> dict[str, Any]:
             said[name] = f"{type(e).__name__}: {e}"
         said[f"{name}: left"] = sorted(p.name for p in at.iterdir())
 
-    publish, write, index, end = save.publish, HostSnapshot.write, save.write_index, os._exit
-    save.publish = _no_room
+    publish, write, index, end = save.publish_folder, HostSnapshot.write, save.write_index, os._exit
+    save.publish_folder = _no_room
     told("no room to complete")
     save.publish_folder = publish
     save.write_index = _defect

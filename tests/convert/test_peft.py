@@ -213,7 +213,7 @@ def test_base_name_is_the_hub_or_run_name(tmp_path: Path) -> None:
     for content, name in (({"imported_from": "Qwen/Qwen3-8B"}, "Qwen/Qwen3-8B"), ({}, "RUN")):
         with create_artifact(step, "checkpoint", overwrite=True) as artifact:
             artifact.content = content
-        assert get_base_name(tmp_path, AdapterBase.of(step)) == name
+        assert get_base_name(tmp_path, AdapterBase.from_checkpoint(step)) == name
     assert get_base_name(tmp_path, lost) == "gone"
 
 

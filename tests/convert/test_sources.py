@@ -307,7 +307,7 @@ def test_conversion_runs_while_sources_are_hashed(folder: Folder, monkeypatch: p
         assert begun.wait(600)
         return find_file_damage(file, record)
 
-    monkeypatch.setattr(hf_import, "file_damage", later)
+    monkeypatch.setattr(hf_import, "find_file_damage", later)
     with verify_source(folder, workers=1) as check:
         begun.set()
         check.wait_for(["A"])
@@ -360,7 +360,7 @@ def test_export_finishes_a_file_after_its_sources_are_verified(solar_dir: Path, 
         now(*arguments)
 
     convert.from_hf(solar_dir, tmp_path / "ckpt")
-    monkeypatch.setattr(hf_import, "file_damage", after_the_writing)
+    monkeypatch.setattr(hf_import, "find_file_damage", after_the_writing)
     monkeypatch.setattr(hf_import, "write_tensors", write)
     monkeypatch.setattr(ResumableArtifact, "finish", finish)
     convert.to_hf(tmp_path / "ckpt", tmp_path / "hf")

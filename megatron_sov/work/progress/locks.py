@@ -50,7 +50,7 @@ def has_ended(record: Mapping[str, Any]) -> bool | None:
     """Return whether a process has ended; None for processes on other machines and in other containers.
 
     Args:
-        record: `identity()` of the process, possibly from an untrusted file.
+        record: `process_identity()` of the process, possibly from an untrusted file.
     """
     import psutil
 

@@ -43,7 +43,7 @@ def test_folder_removed_before_locking_is_not_locked(
             folder.mkdir()
         return True
 
-    monkeypatch.setattr(locks, "holds", holds)
+    monkeypatch.setattr(locks, "try_lock", holds)
     with pytest.raises(UserError, match="another process"), lock_folder(folder, tmp_path / "out"):
         raise AssertionError("two hold the output")
 
@@ -102,7 +102,7 @@ def test_lock_file_replaces_unlockable_folder(tmp_path: Path,
     def holds_files(fd: int) -> bool | None:  # as NFS does
         return None if os.path.isdir(f"/proc/self/fd/{fd}") else real(fd)
 
-    monkeypatch.setattr(locks, "holds", holds_files)
+    monkeypatch.setattr(locks, "try_lock", holds_files)
     with (lock_folder(tmp_path / "a", "a"), pytest.raises(UserError, match="is held"),
           lock_folder(tmp_path / "a", "a")):
         raise AssertionError("two hold it")
