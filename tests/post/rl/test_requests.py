@@ -228,7 +228,7 @@ def test_validations_ask_the_servers_that_training_has_at_work(desks: Callable[.
 
     held = RolloutStore.create(tmp_path / "validation", "sha256:0", VOCAB)
     training = rollouts_of(desk.prompts, replace(ROLLOUT, max_staleness=1), desk.store)
-    validation = rollouts_of(desk.prompts[:2], ROLLOUT.of_validation(2), held)
+    validation = rollouts_of(desk.prompts[:2], ROLLOUT.for_validation(2), held)
     view: Any = SimpleNamespace(world=None, step=0, checkpointer=SimpleNamespace(advance=lambda: None),
                                 events=SimpleNamespace(write=lambda *_, **__: None))
     policy = Policy(Path("p"), 0, "0" * 64)
