@@ -186,7 +186,7 @@ class Run:
         self.events = SimpleNamespace(
             write=lambda event, **fields: self.told.append({"event": event, **fields}))
         monkeypatch.setattr(loop, "newest_sound", self.newest_sound)
-        monkeypatch.setattr(loop, "on_main", lambda place, action: action())
+        monkeypatch.setattr(loop, "run_on_main", lambda place, action: action())
         monkeypatch.setattr(loop.checkpoints, "delete_checkpoints_after", self.drop_after)
 
     def newest_sound(self, folder: Any, place: Any, not_after: int) -> Path | None:

@@ -129,7 +129,7 @@ def digest_conditions(*, prompts: PromptList, reward_version: str, rollout: Roll
     Args:
         prompts: held-out prompts; their order does not matter.
         reward_version: version of the reward's code and settings.
-        rollout: settings from `RolloutConfig.of_validation`.
+        rollout: settings from `RolloutConfig.for_validation`.
         chosen_by: see `writers.RolloutSource`.
         right_from: smallest reward of a right response.
     """

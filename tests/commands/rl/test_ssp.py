@@ -164,7 +164,7 @@ def test_the_experts_of_a_run_are_merged_and_compared_with_what_they_become(
     assert main(["ssp", "fuse", "merged:1", "merged:x", "--output", "never"]) == 2
     assert "merged:x: does not exist, and 'x' after the colon is not a weight" in capsys.readouterr().err
     assert main(["convert", "average", "run", "never", "--last", "3"]) == 2
-    assert "--last 3: must be at least 2, and at most the 2 complete" in capsys.readouterr().err
+    assert "--last 3: must be at least 2 and at most 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("arguments", "said"), [

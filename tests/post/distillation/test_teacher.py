@@ -211,7 +211,7 @@ def test_what_does_not_belong_together_is_refused(one_rank: None, imported: dict
                                                   packed_data: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"than in .* \(e.g."):
         read_documents(reading(imported[FAMILY], packed_data.text), tmp_path / "states", [], None)
-    with pytest.raises(UserError, match="none of bfloat16, float32"):
+    with pytest.raises(UserError, match="must be one of bfloat16, float32"):
         read_documents(TeacherReading(Target(imported[FAMILY], False), {str(data): 1.0}, kept=Kept("int8")),
                        tmp_path / "states", [], None)
     with pytest.raises(UserError, match="--top-k 1024: must lie"):

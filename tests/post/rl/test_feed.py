@@ -43,8 +43,8 @@ def view(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(run, "POLL_S", (0.01, 0.01))
     monkeypatch.setattr(run, "sum_dict", lambda values, over: values)
     for module in (logprob_columns, round_loader):
-        monkeypatch.setattr(module, "on_main", lambda world, action: action())
-        monkeypatch.setattr(module, "files_sha256", lambda path: path.name)
+        monkeypatch.setattr(module, "run_on_main", lambda world, action: action())
+        monkeypatch.setattr(module, "hash_checkpoint_files", lambda path: path.name)
 
     def write_logprobs(model: Any, documents: Any, file: Path, identity: str, *, num_skipped: int,
                        **settings: Any) -> None:

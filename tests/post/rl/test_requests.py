@@ -215,7 +215,7 @@ def test_validations_ask_the_servers_that_training_has_at_work(desks: Callable[.
     monkeypatch.setattr(live_servers, "push", lambda view, policy: pushed.append(policy.step))
     monkeypatch.setattr(live_servers, "check", lambda *_: None)
     for module in (live, requests):
-        monkeypatch.setattr(module, "on_main", lambda world, work: work())
+        monkeypatch.setattr(module, "run_on_main", lambda world, work: work())
 
     def rollouts_of(prompts: PromptList, rollout: RolloutConfig, store: RolloutStore) -> LiveRollouts:
         source = ResponseSource(Numbers(), rollout, "vllm", True, {})  # type: ignore[arg-type]
@@ -228,7 +228,7 @@ def test_validations_ask_the_servers_that_training_has_at_work(desks: Callable[.
 
     held = RolloutStore.create(tmp_path / "validation", "sha256:0", VOCAB)
     training = rollouts_of(desk.prompts, replace(ROLLOUT, max_staleness=1), desk.store)
-    validation = rollouts_of(desk.prompts[:2], ROLLOUT.of_validation(2), held)
+    validation = rollouts_of(desk.prompts[:2], ROLLOUT.for_validation(2), held)
     view: Any = SimpleNamespace(world=None, step=0, checkpointer=SimpleNamespace(advance=lambda: None),
                                 events=SimpleNamespace(write=lambda *_, **__: None))
     policy = Policy(Path("p"), 0, "0" * 64)
@@ -253,9 +253,9 @@ def test_servers_of_others_are_given_the_weights_of_the_start_too(urls: tuple[st
     engine = SimpleNamespace(update=lambda weights, version: updates.append(version))
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr(servers, "find_target", lambda path: SimpleNamespace(path=path, is_hf=True))
-    monkeypatch.setattr(servers, "serving_engine", lambda *args, **kwargs: nullcontext(engine))
+    monkeypatch.setattr(servers, "open_server_engine", lambda *args, **kwargs: nullcontext(engine))
     monkeypatch.setattr(servers, "export_weights", lambda model: iter(()))
-    monkeypatch.setattr(servers, "on_main", lambda world, work: work())
+    monkeypatch.setattr(servers, "run_on_main", lambda world, work: work())
     live_servers = LiveServers(settings_of(tmp_path, urls))
     while live_servers.is_opening(1.0):
         pass

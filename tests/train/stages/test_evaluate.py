@@ -88,7 +88,7 @@ def drafts() -> list[list[float]]:
     n = bounds[-1]
     chosen, drafted = (torch.randint(3, (n,), generator=generator) for _ in range(2))
     weights = (torch.rand(n, generator=generator) > 0.2).float()
-    head = SimpleNamespace(top_of_row=lambda states: states)
+    head = SimpleNamespace(predict_row=lambda states: states)
     inputs: Any = SimpleNamespace(cu_seqlens=torch.tensor(bounds))
     batch = MicroBatch(inputs, torch.arange(n), weights, types=torch.zeros(n), sources=torch.zeros(n))
     accepted = counted = 0
