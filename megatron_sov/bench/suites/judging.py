@@ -62,7 +62,8 @@ class Judging:
 
     task: str
     """Name of the task, for messages."""
-    reward: Annotated[str, Bound(lambda name: None if is_reference(name) else _IS_REWARD.find_violation(name))]
+    reward: Annotated[str, Bound(
+        lambda name: None if is_reference(name) else _IS_REWARD.find_violation(name))]
     """A reward of `judge.rewards`, FILE.py:NAME, or one of `SCORERS`."""
     reward_settings: Mapping[str, Any] = field(default_factory=dict)
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
