@@ -119,10 +119,10 @@ def test_why_a_run_ended_stands_in_its_status(pretrain: Any, run_command: Any, t
 
 FAILING = """
 import os, time
-from megatron_sov.checkpoint.host_snapshot import Snapshot
+from megatron_sov.checkpoint.host_snapshot import HostSnapshot
 from megatron_sov.train.objectives.data_objective import LanguageModelling
 
-write = Snapshot.write
+write = HostSnapshot.write
 
 
 def slowly(self, folder, rank):
@@ -133,7 +133,7 @@ def slowly(self, folder, rank):
 class Failing(LanguageModelling):
     def __init__(self, context):
         super().__init__(context)
-        Snapshot.write = slowly
+        HostSnapshot.write = slowly
 
     def collect(self, policy, step):
         if step == 3 and os.environ["RANK"] == "1":

@@ -61,7 +61,7 @@ def test_different_vocabularies_are_rejected() -> None:
     from megatron_sov.eval.parity import _Difference
 
     with pytest.raises(UserError, match="have 10 and 12"):
-        _Difference().add(0, torch.zeros(3, 10), torch.zeros(3, 12))
+        _Difference().add_document(0, torch.zeros(3, 10), torch.zeros(3, 12))
 
 
 LENGTHS = [1, 5, 40, 100_000]

@@ -108,7 +108,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("generate run --image none.png", "none.png: is no file"),
     ("generate run --prompt a --out-image drawn", "needs --image-decoder CODEC"),
     ("generate run --image a.png --speculative 1", "--speculative: does not go with media"),
-    ("generate run --image a.png --engine vllm", "cannot keep blocks of media tokens whole"),
+    ("generate run --image a.png --engine vllm", "does not keep blocks of media whole"),
     ("generate run --image a.png --max-audio-tokens -1", "--max-audio-tokens -1"),
     ("generate run --image a.png", "run: does not exist"),
     ("eval media . --data smell-text=rows.jsonl --media-root . --files f", "must have the form PAIR=FILE"),

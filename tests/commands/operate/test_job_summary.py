@@ -20,20 +20,27 @@ def submitted(capsys: Any, *words: str) -> tuple[int, str, str]:
     return code, shown.out, shown.err
 
 
-@pytest.mark.parametrize(("settings", "sentence"), [
-    ((), "its tokenizer has 368 ids, model.vocab_size = 151,936: recipe qwen3-8b is for another tokenizer"),
-    (("model.vocab_size=300",), "its tokenizer has 368 ids, the model only model.vocab_size = 300"),
-    (("model.vocab_size=368",), "epochs, and the limit is 20"),
-    (("model.vocab_size=368", "data.max_epochs=30"), "epochs, and the limit is 30"),
-    (("model.vocab_size=368", "optim.lr=1e-4"), "epochs, and the limit is 20"),
-    (("train.steps=7",), "model.vocab_size = 151,936"),
-    (("train.epochs=2",), "model.vocab_size = 151,936")])
+@pytest.mark.parametrize(("settings", "sentence", "added"), [
+    ((), "its tokenizer has 368 ids, model.vocab_size = 151,936: recipe qwen3-8b is for another tokenizer",
+     ("model.vocab_size=368", "train.epochs=1")),
+    (("model.vocab_size=300",), "its tokenizer has 368 ids, the model only model.vocab_size = 300", ()),
+    (("model.vocab_size=368",), "epochs, and the limit is 20", ("train.epochs=1",)),
+    (("model.vocab_size=368", "data.max_epochs=30"), "epochs, and the limit is 30", ("train.epochs=1",)),
+    (("model.vocab_size=368", "optim.lr=1e-4"), "epochs, and the limit is 20", ("train.epochs=1",)),
+    (("train.steps=7",), "model.vocab_size = 151,936", ("model.vocab_size=368",)),
+    (("train.epochs=2",), "model.vocab_size = 151,936", ("model.vocab_size=368",))])
 def test_data_that_do_not_fit_are_refused_before_submission(
-        packed_data: Any, tmp_path: Path, capsys: Any, settings: tuple[str, ...], sentence: str) -> None:
+        packed_data: Any, tmp_path: Path, capsys: Any, settings: tuple[str, ...], sentence: str,
+        added: tuple[str, ...]) -> None:
     more = [word for setting in settings for word in ("--set", setting)]
     code, out, err = submitted(capsys, "pretrain", *H100, "--nodes", "8", "qwen3-8b", "--data",
                                str(packed_data.text), "--run", str(tmp_path / "run"), *more)
-    assert code == 2 and sentence in err and err.count("\n") == 1 and out == ""
+    first, *lines = err.splitlines()
+    assert code == 2 and sentence in first and out == ""
+    # the proposed line, which has all that is missing
+    assert len(lines) == bool(added)
+    assert all(line.endswith("".join(f" --set {setting}" for setting in (*settings, *added)))
+               for line in lines), lines
 
 
 @pytest.mark.parametrize(("settings", "read"), [

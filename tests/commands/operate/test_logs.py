@@ -143,6 +143,6 @@ def test_a_run_that_may_go_on_is_followed_until_its_reader_goes(
 
 def test_what_is_no_text_stays_harmless(tmp_path: Path) -> None:
     (file := tmp_path / "rank-0.log").write_bytes(b"\x1b[31m\xff" + b"x" * (LONGEST_LINE_BYTES + 10))
-    lines = list(Tail(LogFile(file, "x", 0)).lines(include_unterminated=True))
+    lines = list(Tail(LogFile(file, "x", 0)).lines(whole=True))
     assert ("".join(line.text for line in lines).startswith("·[31m\ufffdx")
             and not any("\x1b" in line.text for line in lines))

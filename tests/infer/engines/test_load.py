@@ -38,7 +38,7 @@ def test_model_is_loaded_with_gpu_settings_of_its_run(monkeypatch: pytest.Monkey
     found: list[GpuConfig] = []
     monkeypatch.setattr(loading, "build_run_model", lambda config, gpu: found.append(gpu))
     monkeypatch.setattr(loading, "ForwardModel", lambda *_: None)
-    for name in ("check", "load_model"):
+    for name in ("check_weights", "load_model"):
         monkeypatch.setattr(loading.load, name, lambda *_: None)
     config: RunConfig = apply_settings(recipes.get("tiny-solar-open"), [
         "gpu.attention=fused", 'gpu.offload_modules=["core_attn"]', 'gpu.recompute_modules=["moe"]'])

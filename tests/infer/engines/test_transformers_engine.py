@@ -94,7 +94,7 @@ def test_code_in_a_folder_is_never_run(hf_models: dict[str, Path], tmp_path: Pat
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 10))
     monkeypatch.setattr("builtins.input", lambda *asked: "y")
-    with pytest.raises(UserError, match=r"config\.json's model_type = 'evil'"):
+    with pytest.raises(UserError, match=r"no class for model_type = 'evil' of config\.json"):
         load_hf(folder)
     assert not (tmp_path / "ran").exists()
 
