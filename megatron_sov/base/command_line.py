@@ -114,8 +114,9 @@ class Parser(argparse.ArgumentParser):
                     break  # keep the line that the fixes so far made
                 words = shlex.split(e.fix.line) if e.fix else []
                 program = self.prog.split()
-                # no fix, several lines to choose from, or a line of another program
-                if words[:len(program)] != program or (e.fix and "\n" in e.fix.line):
+                is_own = words[:len(program)] == program and self._has_action(words[len(program):])
+                # no fix, several lines to choose from, or a line of another program or command
+                if not is_own or (e.fix and "\n" in e.fix.line):
                     raise UserError(join_sentences(sentences), e.fix) from None
                 if words[len(program):] == typed:
                     break
@@ -152,6 +153,11 @@ class Parser(argparse.ArgumentParser):
                             Fix(f"{self.prog} {shlex.join(kept)}".rstrip()))
         self.error(f"{shlex.join(rest)}: nothing takes this")
 
+    def _has_action(self, typed: Sequence[str]) -> bool:
+        """Return whether the first word is an action of this parser, if it has actions."""
+        actions = next((a for a in self._actions if isinstance(a, argparse._SubParsersAction)), None)
+        return actions is None or not typed or typed[0].startswith("-") or typed[0] in actions.choices
+
     def _mend_values(self, typed: Sequence[str], error: UserError) -> list[str]:
         """Return the words of a proposed line as the fix of its wrong values changes them."""
         program, *command = self.prog.split()
@@ -180,6 +186,8 @@ def _find_wrong_values(parsed: argparse.Namespace) -> UserError | None:
         return SettingsError(e.where, problems) if problems else None
     except UserError as e:
         return e
+    except DryRun:  # of --dry-run: all were right
+        return None
     return None
 
 
