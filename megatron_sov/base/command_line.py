@@ -13,6 +13,7 @@ import re
 import shlex
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +146,7 @@ class Parser(argparse.ArgumentParser):
             line = shlex.join([*(word for word in self._typed if word != rest[0]), option, rest[0]])
             raise UserError(f"{self.prog}: {rest[0]}: takes an option before it, {option}",
                             Fix(f"{self.prog} {line}"))
-        if rest[0].startswith("-"):
+        if rest[0].startswith("-") and not Counter(rest) - Counter(self._typed):
             kept = list(self._typed)
             for word in reversed(rest):
                 del kept[len(kept) - 1 - kept[::-1].index(word)]

@@ -85,8 +85,8 @@ def test_defect_keeps_traceback() -> None:
 
 @pytest.mark.parametrize(("line", "message"), [
     ("pretrain tiny-solar-open --data d --run r --set train.steps=1 train.seed=2",
-     "a setting follows --set; --data d: does not exist; check its path (`sov-data pack` writes folders of token "
-     "shards); write\n  megatron-sov pretrain tiny-solar-open --data d --run r --set train.steps=1 "
+     "a setting follows --set; --data d: does not exist; check its path (`sov-data pack` writes folders of "
+     "token shards); write\n  megatron-sov pretrain tiny-solar-open --data d --run r --set train.steps=1 "
      "--set train.seed=2\n"),
     ("recipes tiny-solar-open train.steps=3 'data.phases.0.blend={\"a b\": 1}'",
      "a setting follows --set; write\n  megatron-sov recipes tiny-solar-open --set train.steps=3 "

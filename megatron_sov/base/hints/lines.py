@@ -18,7 +18,8 @@ _PROGRAM = re.compile(r"(?:megatron-sov|sov-data|sov-tokenizer|submit)[a-z -]*: 
 """Begin of a parser's sentence."""
 _GROUPS = ("convert", "eval", "rl", "submit", "tools", "codec")
 """First words of commands of two words."""
-_PLACEHOLDER = re.compile(r"(?!ACCOUNT\Z)(?:[AB]|[A-Z][A-Z_]+)(?:[|:,/][A-Z_]+)*(?:\.[a-z]+|\[:[A-Z]+\])?\Z|\[NAME=\].*")
+_PLACEHOLDER = re.compile(r"(?!ACCOUNT\Z)(?:[AB]|[A-Z][A-Z_]+)(?:[|:,/][A-Z_]+)*(?:\.[a-z]+|\[:[A-Z]+\])?\Z"
+                          r"|\[NAME=\].*")
 """Word of a proposed line that stands for a value that nobody typed: DIR, FILE|DIR, DIR:WEIGHT, A.json,
 [NAME=]PATH.  Checks accept any ACCOUNT."""
 
