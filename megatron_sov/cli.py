@@ -13,8 +13,8 @@ from functools import partial
 from typing import Any
 
 from megatron_sov.base.command_line import (
-    HelpFormatter, Parser, append_examples, build_program_parser, format_command_list, format_version,
-    import_commands, run_to_exit_code)
+    HelpFormatter, Parser, append_examples, build_program_parser, find_check, format_command_list,
+    format_version, import_commands, run_to_exit_code)
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.hints.commands import command_comes_first, unknown_command
 from megatron_sov.base.hints.lines import propose_line
@@ -81,7 +81,8 @@ def run_command(argv: list[str], began_s: float) -> int:
     except UserError as e:
         if e.fix is None or has_launcher():
             raise
-        raise propose_line(PROGRAM, argv, e, partial(_run_once, began_s=began_s, only_checks=True)) from None
+        check = partial(_run_once, began_s=began_s, only_checks=True)
+        raise propose_line(PROGRAM, argv, e, check, find_check) from None
 
 
 def _run_once(argv: list[str], began_s: float, only_checks: bool = False) -> int:

@@ -66,12 +66,29 @@ def test_a_word_of_the_trade_leads_to_a_command_that_parses(
     first, *group = program.split()
     with contextlib.suppress(SystemExit):
         assert importlib.import_module(ENTRIES[first]).main([*group, word, "--anything"]) == 2
-    assert capsys.readouterr().err == f"error: {program} {word}: does not exist; {text}\n"
-    for line in re.findall("`([^`]+)`", text):
+    said, _, proposed = capsys.readouterr().err.partition("; write\n")
+    assert said.startswith(f"error: {program} {word}: does not exist; ")
+    assert [part for part in re.split("`[^`]+`", text) if part.strip() not in said] == []
+    named = re.findall("`([^`]+)`", text)
+    for line in named:
+        assert _begin(line) in said
         if len(line.split()) > 3:
             parse(line)
         else:
             assert line.split()[0] in ENTRIES
+    # of a command, not of an option of the program, the answer has one line, without what nothing takes
+    first = next((_begin(line) for line in named if " " in _begin(line)), "")
+    lines = [line.strip() for line in proposed.splitlines()]
+    assert len(lines) == bool(first)
+    for line in lines:
+        assert line.startswith(first) and "--anything" not in line
+        assert "--anything: nothing takes this" in said
+        parse(line)
+
+
+def _begin(line: str) -> str:
+    """Return the words of a command before its first option or value."""
+    return re.split(r" (?=-|[A-Z])", line)[0]
 
 
 def test_no_word_of_the_table_is_a_command() -> None:

@@ -24,7 +24,7 @@ from data_prep.shards.token_artifact import CONTENT_VERSION, KIND, TRAIN, read_t
 from megatron_sov.base.artifacts import (
     ArtifactWriter, Manifest, check_output_folder, create_artifact, sha256_file)
 from megatron_sov.base.digests import hash_file, parse_digest_algorithm
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.base.settings import (
     Flag, NotNegative, ProblemCode, SettingsError, SettingsProblem, add_options, find_all_problems,
     read_options)
@@ -87,7 +87,8 @@ class MixOptions(BlendLimits):
         """Return what does not fit together, or would have no effect."""
         p = []
         if self.output is None and not self.dry_run:
-            p.append(SettingsProblem(ProblemCode.RULE, "output", "is missing; name a folder to write"))
+            p.append(SettingsProblem(ProblemCode.RULE, "output", "is missing; name a folder to write",
+                                     fix=Fix(options=("--output", "new-output"))))
         for name, value in vars(self.limits).items():
             if value != getattr(BlendLimits, name) and not self.blend:
                 p.append(SettingsProblem(ProblemCode.RULE, name,

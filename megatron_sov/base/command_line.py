@@ -13,6 +13,7 @@ import re
 import shlex
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any, NoReturn
 from megatron_sov.base.errors import (
     DryRun, ExitCode, Fix, GateFailed, StopRequested, UserError, escape_controls, to_exit_code)
 from megatron_sov.base.hints.commands import unknown_command
-from megatron_sov.base.hints.lines import join_sentences, propose_line
+from megatron_sov.base.hints.lines import is_placeholder, join_sentences, mend_line, propose_line
 from megatron_sov.base.hints.missing import missing_words, text_option
 from megatron_sov.base.hints.removed import check_command
 from megatron_sov.base.hints.words import check_words
@@ -110,9 +111,13 @@ class Parser(argparse.ArgumentParser):
                 parsed = self._parse_once(typed, namespace)
             except UserError as e:
                 sentences.append(e.sentence)
+                if e.fix is None and len(sentences) > 1:
+                    break  # keep the line that the fixes so far made
                 words = shlex.split(e.fix.line) if e.fix else []
                 program = self.prog.split()
-                if words[:len(program)] != program:  # a fix for another program, or no fix
+                is_own = words[:len(program)] == program and self._has_action(words[len(program):])
+                # no fix, several lines to choose from, or a line of another program or command
+                if not is_own or (e.fix and "\n" in e.fix.line):
                     raise UserError(join_sentences(sentences), e.fix) from None
                 if words[len(program):] == typed:
                     break
@@ -120,7 +125,9 @@ class Parser(argparse.ArgumentParser):
             else:
                 if not sentences:
                     return parsed
-                sentences += _find_wrong_values(parsed)
+                if wrong := _find_wrong_values(parsed):
+                    sentences.append(wrong.sentence)
+                    typed = self._mend_values(typed, wrong)
                 break
         raise UserError(join_sentences(sentences), Fix(f"{self.prog} {shlex.join(typed)}".rstrip()))
 
@@ -131,12 +138,33 @@ class Parser(argparse.ArgumentParser):
         # an unquoted `--set a.b=1 c.d=2`: the second word has no option
         settings = [word for word in rest if re.match(r"[a-z]\w*(\.\w+)+=", word)]
         if settings and "--set" in _list_options(self):
-            written = " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
-            raise UserError(f"{settings[0]}: every setting needs a --set of its own; write {written}")
+            line = shlex.join(part for word in self._typed
+                              for part in (["--set", word] if word in settings else [word]))
+            raise UserError(f"{self.prog}: {settings[0]}: every setting needs a --set of its own",
+                            Fix(f"{self.prog} {line}"))
         if len(rest) == 1 and (option := text_option(self, rest[0], self._typed)):
             line = shlex.join([*(word for word in self._typed if word != rest[0]), option, rest[0]])
-            raise UserError(f"{self.prog}: {rest[0]}: belongs to an option", Fix(f"{self.prog} {line}"))
+            raise UserError(f"{self.prog}: {rest[0]}: takes an option before it, {option}",
+                            Fix(f"{self.prog} {line}"))
+        if rest[0].startswith("-") and not Counter(rest) - Counter(self._typed):
+            kept = list(self._typed)
+            for word in reversed(rest):
+                del kept[len(kept) - 1 - kept[::-1].index(word)]
+            raise UserError(f"{self.prog}: {shlex.join(rest)}: nothing takes this; leave it out",
+                            Fix(f"{self.prog} {shlex.join(kept)}".rstrip()))
         self.error(f"{shlex.join(rest)}: nothing takes this")
+
+    def _has_action(self, typed: Sequence[str]) -> bool:
+        """Return whether the first word is an action of this parser, if it has actions."""
+        actions = next((a for a in self._actions if isinstance(a, argparse._SubParsersAction)), None)
+        return actions is None or not typed or typed[0].startswith("-") or typed[0] in actions.choices
+
+    def _mend_values(self, typed: Sequence[str], error: UserError) -> list[str]:
+        """Return the words of a proposed line as the fix of its wrong values changes them."""
+        program, *command = self.prog.split()
+        mended = mend_line(program, [*command, *typed], error.fix) if error.fix else None
+        is_same = mended is not None and mended[:len(command)] == command
+        return mended[len(command):] if mended is not None and is_same else list(typed)
 
     def _update_words(self, typed: Sequence[str]) -> Sequence[str]:
         """Replace outdated words; a program or a group of commands leaves them to the command's own
@@ -146,16 +174,30 @@ class Parser(argparse.ArgumentParser):
         return check_words(self, typed)
 
 
-def _find_wrong_values(parsed: argparse.Namespace) -> list[str]:
-    """Return the sentence about option values of a proposed line that the command rejects, if any."""
+def _find_wrong_values(parsed: argparse.Namespace) -> UserError | None:
+    """Return the error about option values of a proposed line that the command rejects; values that stand
+    for what nobody typed are not rejected."""
     from megatron_sov.base.settings import SettingsError, read_options
 
     try:
         if options_class := getattr(parsed, "options_class", None):
             read_options(options_class, parsed)
     except SettingsError as e:
-        return [str(e)]
-    return []
+        problems = [problem for problem in e.problems if not is_placeholder(str(problem.value))]
+        return SettingsError(e.where, problems) if problems else None
+    except UserError as e:
+        return e
+    except DryRun:  # of --dry-run: all were right
+        return None
+    return None
+
+
+def find_check(program: str) -> Callable[[list[str]], object] | None:
+    """Return the function that parses a command line of a program; None: it is none of `PROGRAMS`."""
+    if program not in PROGRAMS:
+        return None
+    parser: Parser = importlib.import_module(PROGRAMS[program]).build_parser()
+    return parser.parse_args
 
 
 def _parse_path(text: str) -> Path:
@@ -319,7 +361,7 @@ def run_program(parser: Parser, commands: Mapping[str, Command], argv: Sequence[
         except UserError as e:
             if e.fix is None:
                 raise
-            raise propose_line(parser.prog, typed, e, parser.parse_args) from None
+            raise propose_line(parser.prog, typed, e, parser.parse_args, find_check) from None
 
     return run_to_exit_code(action)
 

@@ -230,7 +230,8 @@ def fix_missing(path: str | os.PathLike[str], *, is_bare: bool = False, is_data:
     """
     text = os.fspath(path)
     folder, name = os.path.split(text)
-    names = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+    is_long = len(name) >= MIN_MISSPELT
+    names = os.listdir(folder or ".") if is_long and os.path.isdir(folder or ".") else []
     neighbours = (other for other in names if other != name and not other.startswith("."))
     if close := suggest_spelling(name, neighbours):
         return Fix(words={text: os.path.join(folder, close.split("'")[1])})

@@ -85,15 +85,18 @@ def test_defect_keeps_traceback() -> None:
 
 @pytest.mark.parametrize(("line", "message"), [
     ("pretrain tiny-solar-open --data d --run r --set train.steps=1 train.seed=2",
-     "train.seed=2: every setting needs a --set of its own; write --set train.seed=2"),
+     "a setting follows --set; --data d: does not exist; check its path (`sov-data pack` writes folders of "
+     "token shards); write\n  megatron-sov pretrain tiny-solar-open --data d --run r --set train.steps=1 "
+     "--set train.seed=2\n"),
     ("recipes tiny-solar-open train.steps=3 'data.phases.0.blend={\"a b\": 1}'",
-     "train.steps=3: every setting needs a --set of its own; write --set train.steps=3 "
-     "--set 'data.phases.0.blend={\"a b\": 1}'"),
-    ("recipes train.steps=3", "train.steps=3: is a setting in the place of RECIPE; write --set"),
-    ("eval ppl t --data d train.steps=3", "write --set train.steps=3"),
+     "a setting follows --set; write\n  megatron-sov recipes tiny-solar-open --set train.steps=3 "
+     "--set 'data.phases.0.blend={\"a b\": 1}'\n"),
+    ("recipes train.steps=3", "a setting follows --set; write\n  megatron-sov recipes --set train.steps=3\n"),
+    ("eval ppl t --data d train.steps=3", "every setting needs a --set of its own; write\n"
+     "  megatron-sov eval ppl t --data d --set train.steps=3\n"),
     ("pretrain tiny-solar-open --run r more", "megatron-sov pretrain: more: nothing takes this (--help"),
     ("pretrain tiny-solar-open --run r --resmue", "nothing takes this; did you mean '--resume'?"),
-    ("eval ppl c h --data d", "h: nothing takes this (--help"),
+    ("eval ppl c h --data d", "h is --output here; write\n  megatron-sov eval ppl c --data d --output h\n"),
     ("eval ppl", "megatron-sov eval ppl: the following arguments are required: "),
     ("report sft --ouput c", "--ouput: nothing takes this; did you mean '--output'?"),
     ("report '' --output c", "RUN: is empty, where a file or folder is to be named"),
@@ -121,8 +124,8 @@ def test_repeated_input_options_accumulate(line: str) -> None:
 def test_any_text_prints_in_any_locale() -> None:
     """Old shells have no UTF-8, and names of files may be none."""
     text = "\ud55c\uad6d\uc5b4 \u0e44\u0e17\u0e22, half \udcff, \u2028"
-    code = ("import sys; from megatron_sov.base.command_line import exit_code\n"
-            f"exit_code(lambda: print({text!a}) or print({text!a}, file=sys.stderr) or 0)")
+    code = ("import sys; from megatron_sov.base.command_line import run_to_exit_code\n"
+            f"run_to_exit_code(lambda: print({text!a}) or print({text!a}, file=sys.stderr) or 0)")
     environment = {**os.environ, "LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0",
                    "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, env=environment,

@@ -51,7 +51,7 @@ def unknown_command(program: str, word: str, choices: Sequence[str], typed: Sequ
         ways = [_without_typed(way, typed) for way in ways] if len(ways) == 1 else ways
         if len(ways) == 1 and typed:
             ways = [_with_output(ways[0], typed)]
-        return UserError(f"{program}: {word} is a path, and an action comes first",
+        return UserError(f"{program}: {word} is a path, and an action must come before it",
                          Fix("\n  ".join(f"{program} {way}" for way in ways)))
     close = suggest_name(word, choices)
     fix = Fix(f"{program} {shlex.join([close.split(chr(39))[1], *typed])}") if close and typed else None
@@ -69,6 +69,8 @@ def _fill_template(begin: str, text: str, typed: Sequence[str]) -> UserError:
     values = [word for option, value in pairwise(words[at:]) if option.startswith("--")
               and not value.startswith("--") and not is_placeholder(value)
               and (option not in typed or option == "--set") for word in (option, value)]
+    if at == 1:  # an option of the program, e.g. --version
+        return UserError(f"{begin}; {text}")
     sentence = text.replace(found[1], " ".join(words[:at]))
     return UserError(f"{begin}; {sentence}", Fix(shlex.join([*words[:at], *values, *typed])))
 

@@ -18,13 +18,16 @@ _PROGRAM = re.compile(r"(?:megatron-sov|sov-data|sov-tokenizer|submit)[a-z -]*: 
 """Begin of a parser's sentence."""
 _GROUPS = ("convert", "eval", "rl", "submit", "tools", "codec")
 """First words of commands of two words."""
-_PLACEHOLDER = re.compile(r"(?!ACCOUNT\Z)[A-Z][A-Z_]+\Z|\[NAME=\].*")
-"""Word of a proposed line that stands for a value that nobody typed: DIR, [NAME=]PATH.  Checks accept any
-ACCOUNT."""
+_PLACEHOLDER = re.compile(r"(?!ACCOUNT\Z)(?:[AB]|[A-Z][A-Z_]+)(?:[|:,/][A-Z_]+)*(?:\.[a-z]+|\[:[A-Z]+\])?\Z"
+                          r"|\[NAME=\].*")
+"""Word of a proposed line that stands for a value that nobody typed: DIR, FILE|DIR, DIR:WEIGHT, A.json,
+[NAME=]PATH.  Checks accept any ACCOUNT."""
 
 
 def propose_line(program: str, typed: Sequence[str], error: UserError,
-                 check: Callable[[list[str]], object]) -> UserError:
+                 check: Callable[[list[str]], object],
+                 find_check: Callable[[str], Callable[[list[str]], object] | None] = lambda program: None,
+                 ) -> UserError:
     """Return one error for all faults of a command line, with the line that works.
 
     Args:
@@ -32,13 +35,19 @@ def propose_line(program: str, typed: Sequence[str], error: UserError,
         typed: its arguments.
         error: the first fault.
         check: runs all checks of a line and nothing else; raises `UserError`.
+        find_check: returns the check of another program; None: it is none of ours.
     """
     line, sentences, before = list(typed), [error.sentence], list[str]()
     while (fix := error.fix) is not None:
         mended = mend_line(program, line, fix)
+        is_new = mended != line
         if mended is None:  # several lines, or one of another program
-            return error if len(sentences) == 1 else UserError(join_sentences(sentences), fix)
-        is_new, line = mended != line, mended
+            other, *mended = shlex.split(fix.line)
+            other_check = None if "\n" in fix.line else find_check(other)
+            if other_check is None:
+                return error if len(sentences) == 1 else UserError(join_sentences(sentences), fix)
+            program, check = other, other_check
+        line = mended
         before += [command for command in fix.before if command not in before]
         if not is_new or before or len(sentences) == MAX_FAULTS or has_placeholder(line, typed):
             break

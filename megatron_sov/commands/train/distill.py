@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from megatron_sov.base.artifacts import MANIFEST, manifest_sha256, read_manifest
-from megatron_sov.base.errors import ExitCode, UserError
+from megatron_sov.base.errors import ExitCode, Fix, UserError
 from megatron_sov.base.settings import (
     AboveZero, Flag, NotNegativeInt, add_options, build_command, read_options)
 from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
@@ -189,7 +189,7 @@ def _refuse_no_teacher(args: DistillOptions) -> None:
     """Raise `UserError` where neither a teacher nor what it said is there."""
     if not args.teacher and not args.states:
         raise UserError("--teacher: is missing; name whose distributions are learned, or, where it has read "
-                        "the data, what it said (--states)")
+                        "the data, what it said (--states)", Fix(options=("--teacher", "TEACHER")))
     for given in args.teacher:
         check_model_path(Path(split_source_name(given)[1]), "--teacher ")
     for path in () if args.teacher else args.states:

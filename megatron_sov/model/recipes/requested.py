@@ -201,7 +201,7 @@ def request_recipe(args: RecipeOptions, of_model: Callable[[], RunConfig] | None
             raise UserError(f"{files[0].where}: names no recipe; add a line `recipe: NAME` "
                             "(`megatron-sov recipes` lists them), or pass RECIPE too")
         raise UserError("RECIPE: is missing; name a recipe (`megatron-sov recipes` lists them), or pass "
-                        "--config FILE with a recipe in it")
+                        "--config FILE with a recipe in it", Fix(arguments=("RECIPE",)))
     elif args.recipe is None and is_whole:
         base, files = _read_whole_config(files[0]), files[1:]
     else:

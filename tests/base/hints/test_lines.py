@@ -70,6 +70,11 @@ def test_a_fault_without_a_fix_is_in_the_message_too() -> None:
     ("megatron-sov export run --output o", ["megatron-sov convert to-hf run o"]),
     ("sov-data tokenize --input t.jsonl --tokenizer-model tok --output o",
      ["sov-data pack --input t.jsonl --tokenizer tok --output o"]),
+    ("megatron-sov tokenize --input t.jsonl --tokenizer-model tok --output o",
+     ["sov-data pack --input t.jsonl --tokenizer tok --output o"]),
+    ("megatron-sov eval compare hf/config.json run/config.json --anything",
+     ["megatron-sov eval difference hf/config.json run/config.json"]),
+    ("sov-data blend tokens:1 tokens:2", ["sov-data mix tokens:1 tokens:2 --output new-output"]),
     # options in place of arguments, settings in place of options
     ("megatron-sov resume --run run", ["megatron-sov resume run"]),
     ("megatron-sov continue run", ["megatron-sov resume run"]),
