@@ -380,7 +380,7 @@ def part(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:
     (lambda config: config.pop("text_config"), "text_config = None must hold the text model's"),
     (lambda config: config.update(architectures=["Gemma3ForSequenceClassification"]),
      r"architectures = \['Gemma3ForSequenceClassification'\], but model_type 'gemma3' is Gemma3ForCond"),
-    (part("model_type", "llama"), "text_config.model_type = 'llama', but only 'gemma3_text' is read"),
+    (part("model_type", "llama"), "text_config.model_type = 'llama', but only 'gemma3_text' is supported"),
     (part("tie_word_embeddings", False), "tie_word_embeddings = True, and False in text_config"),
     (part("tie_word_embeddings", [True]), r"tie_word_embeddings = True, and \[True\] in text_config"),
     (part("attn_logit_softcapping", 50.0), r"attn_logit_softcapping = 50\.0, but only None is supported"),
