@@ -85,6 +85,6 @@ def test_the_unfused_attention_gets_no_more_than_a_row_has(te: Any) -> None:
     for bucketed in (True, False):
         packed = pack_documents(bound, 5, 15, own=False, bucketed=bucketed)
         sizes.append((len(packed.cu_seqlens_q) - 1, packed.max_seqlen_q))
-        again = PackedDocuments(bounds=bound, longest_tokens=5, row_tokens=15, bucketed=bucketed).whole
+        again = PackedDocuments(bounds=bound, longest_tokens=5, row_tokens=15, bucketed=bucketed).unsplit
         assert (len(again.cu_seqlens_q) - 1, again.max_seqlen_q) == sizes[-1]
     assert sizes == [(4, 8), (3, 5)]

@@ -60,7 +60,12 @@ def load_storage_extension(recompute_modules: Collection[str] | None) -> None:
             _compile(file, random._SHARE_STORAGE_SRC, f"gpu.recompute_modules = {sorted(needed)}")
 
     run_on_each_rank(compile_on_first)
-    random._share_storage_ext = _load(file)
+    try:
+        random._share_storage_ext = _load(file)
+    except (ImportError, OSError) as e:
+        raise UserError(f"{file}: cannot be loaded ({first_error_line(e)}), and the first process of this "
+                        "node compiled it; set TORCH_EXTENSIONS_DIR to a folder that all processes of a node "
+                        "share") from e
 
 
 def extension_file(source: str) -> Path:

@@ -104,7 +104,7 @@ class Learning:
         from megatron_sov.engine.model.local_shards import list_local_shards
 
         gatherer = TensorGatherer([b for b in list_local_shards(self.model) if b.key.startswith(prefix)])
-        whole = {key: gatherer.gather(key) for key in gatherer.shapes()}
+        whole = {key: gatherer.gather(key) for key in gatherer.get_shapes()}
         return {key: t.tolist() for key, t in whole.items() if t is not None}
 
 

@@ -65,7 +65,7 @@ def test_auto_is_our_attention_where_transformer_engine_has_no_kernel_for_packed
     assert gpu_settings.resolve_auto_settings(config, te=True)["attention"] == attention
     fused = apply_settings(config, ["gpu.attention=fused"])
     if rejected:
-        with pytest.raises(SettingsError, match="4 heads of 32"):
+        with pytest.raises(SettingsError, match="4 query heads of size 32"):
             gpu_settings.check_gpu_settings(fused, te=True)  # as before a run
     else:
         gpu_settings.check_gpu_settings(fused, te=True)

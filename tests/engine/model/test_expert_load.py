@@ -70,7 +70,7 @@ def test_all_layers_loads_are_fetched_at_once(monkeypatch: pytest.MonkeyPatch) -
         num_layers=3, num_experts=2, num_mtp_moe_layers=lambda: 1))
     fetched, cpu = [], torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: fetched.append(self) or cpu(self))
-    rows = ExpertLoad(model)._rows({1: torch.tensor([4.0, 0.0]), 4: torch.tensor([1.0, 3.0])})
+    rows = ExpertLoad(model)._stack_layers({1: torch.tensor([4.0, 0.0]), 4: torch.tensor([1.0, 3.0])})
     assert rows.tolist() == [[0, 0], [4, 0], [0, 0], [0, 0], [1, 3]] and rows.dtype == torch.float64
     assert len(fetched) == 1
-    assert not ExpertLoad(model)._rows({}).any()
+    assert not ExpertLoad(model)._stack_layers({}).any()

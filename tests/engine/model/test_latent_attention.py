@@ -57,8 +57,9 @@ def generated_while_trained() -> list[tuple[list[list[int]], list[list[int]], in
                                                 'lora.targets=["kv_b_proj"]', "optim.clip_grad=0"])
     world.join_world(config.parallel)
     learning, made, found = Learning(config), [], []
-    make = LinearAdapter.inside
-    LinearAdapter.inside = lambda *args: made.append(1) or make(*args)  # type: ignore[method-assign]
+    make = LinearAdapter.compute_effective_weight
+    LinearAdapter.compute_effective_weight = (  # type: ignore[method-assign]
+        lambda *args: made.append(1) or make(*args))
     policy = ForwardModel(learning.model, 50)
     engine, prompts = MegatronEngine(policy, Batching(1, 5)), [[5, 9, 2, 70], list(range(20, 32))]
     for _ in range(2):

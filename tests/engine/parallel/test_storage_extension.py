@@ -70,7 +70,7 @@ def test_killed_compilation_stops_no_later_run(library: Any, monkeypatch: pytest
 
 
 def test_second_process_of_a_node_compiles_nothing(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage_extension, "on_each", lambda action: action(1, 2))
+    monkeypatch.setattr(storage_extension, "run_on_each_rank", lambda action: action(1, 2))
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(cpp_extension, "load_inline", None)
     with pytest.raises(UserError, match="set TORCH_EXTENSIONS_DIR to a folder that all processes of a node"):
