@@ -113,7 +113,7 @@ def _run_once(argv: list[str], began_s: float, only_checks: bool = False) -> int
         heading = f"{name} COMMAND, each with a --help of its own"
         listed = format_command_list(children, dict.fromkeys(children, heading))
         sub.epilog = "\n\n".join(filter(None, (listed, sub.epilog)))
-    sub.set_defaults(began_s=began_s)
+    sub.set_defaults(began_s=began_s, only_checks=only_checks)
     if only_checks and "--dry-run" in sub._option_string_actions:
         rest = [*(word for word in rest if word != "--dry-run"), "--dry-run"]
     args = sub.parse_args(rest)

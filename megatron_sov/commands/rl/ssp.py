@@ -70,9 +70,11 @@ def run_probe(typed: argparse.Namespace) -> int:
     from megatron_sov.post import ssp
 
     candidates = ssp.candidates_of(args.checkpoints)
+    # a proposed line leaves nothing, while --dry-run writes the problems that its commands read
+    if getattr(typed, "only_checks", False):
+        return ExitCode.OK
     record_or_check_settings(args.output, args.output / ssp.ASKED, _asked(args, domains), "--output",
-                             "answers",
-                 {args.output / ssp.PROBLEMS})
+                             "answers", {args.output / ssp.PROBLEMS})
     # also those of earlier commands in this folder: the table is of all
     known = ssp.known_candidates(args.output, candidates)
     with translate_disk_errors(args.output):
