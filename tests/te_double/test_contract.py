@@ -124,7 +124,8 @@ def test_our_calls_bind_to_the_real_signatures(part: str) -> None:
     for name, by_place, keywords in contract.calls_of(part):
         home, _, method = name.rpartition(".")
         owner = symbols.get(home)
-        shape = symbols.get(name) or (owner.get(method) if isinstance(owner, dict) else None)
+        # the entry of a class's member describes the class, so the member's own signature comes first
+        shape = (owner.get(method) if isinstance(owner, dict) else None) or symbols.get(name)
         text = shape.get("__init__") if isinstance(shape, dict) else shape
         if text and text.startswith("("):
             contract.parsed(text).bind(*[None] * by_place, **dict.fromkeys(keywords))
