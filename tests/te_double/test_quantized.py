@@ -84,8 +84,7 @@ def test_weights_are_quantised_anew_in_each_step(te_ranks: Any, job: Any, packed
 @pytest.mark.distributed
 @pytest.mark.essential
 @pytest.mark.parametrize("cases", [
-    # fails since the engine's functions were renamed: the optimizer's `all_gather_object` mixes devices
-    pytest.param([("tiny-solar-open", ["train.fp8=mxfp8"])], marks=pytest.mark.deep),
+    [("tiny-solar-open", ["train.fp8=mxfp8"])],
     pytest.param([
         ("tiny-k-exaone", ["parallel.zero1=true", "gpu.optimizer_offload=0.5", "gpu.router_fusion=on"]),
         ("tiny-qwen3-moe", ["parallel.expert_dispatcher=allgather"])], marks=pytest.mark.deep)],

@@ -181,6 +181,7 @@ def _redirect_cuda_requests() -> None:
     tensor: Any = torch.Tensor
     move = tensor.to
 
+    @functools.wraps(move)  # function modes of torch see the name
     def move_to_cpu(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args and _is_cuda(args[0]):
             args = (CPU, *args[1:])
@@ -221,8 +222,7 @@ def _redirect_cuda_generator() -> None:
 @contextlib.contextmanager
 def _disable_compilation() -> Iterator[None]:
     """megatron sets `jit_fuser = torch.compile` during import; compilation costs about 9 s in a CPU's first
-    step.
-    """
+    step."""
     compile_ = torch.compile
     torch.compile = (lambda function=None, **kwargs: function  # type: ignore[assignment]
                      if function is not None else (lambda f: f))
