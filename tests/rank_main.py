@@ -40,7 +40,7 @@ from megatron_sov.engine.parallel import launcher
 from megatron_sov.model.config import apply_settings, layout_settings
 from megatron_sov.version import OUR_PACKAGES
 from megatron_sov.work.processes.children import die_with_parent
-from megatron_sov.work.processes.process_tree import ProcessTree, WorkingTime
+from megatron_sov.work.processes.process_tree import ProcessTreeUsage, WorkingTime
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # jobs' files import what tests share
@@ -165,7 +165,7 @@ def wait_for(child: int, timeout_s: float) -> tuple[int, float]:
     """Return a child's exit code, and the processor seconds of the child and its processes.  A child that
     runs longer than `timeout_s`, not counting the time in which it waits for a processor, is killed with all
     its processes."""
-    watch = ProcessTree(child)
+    watch = ProcessTreeUsage(child)
     own = WorkingTime(watch.totals, 0.5)
     try:
         while True:

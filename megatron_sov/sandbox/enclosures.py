@@ -24,7 +24,7 @@ from typing import Protocol
 from megatron_sov.sandbox import restrictions, system_calls as sc
 from megatron_sov.sandbox.program import Limits
 from megatron_sov.work.processes.channel import receive_message, send_message
-from megatron_sov.work.processes.process_tree import ProcessTree
+from megatron_sov.work.processes.process_tree import ProcessTreeUsage
 
 MAX_ENTRIES = 10_000
 """Files and folders that are counted."""
@@ -143,7 +143,7 @@ class Enclosure(Protocol):
     """Made in the server's process, which its template is a fork of; used for one program at a time."""
 
     name: str
-    watch: ProcessTree
+    watch: ProcessTreeUsage
     """Of the processes below the template."""
 
     def prepare(self) -> str:
@@ -206,7 +206,7 @@ class Landlocked(Enclosure):
         # a user that nobody else has: the kernel's count of processes is then this sandbox's alone
         self._uid = _free_uid()
         sc.drop_bounding_set()  # the server runs no other program, and its children inherit this
-        self.watch = ProcessTree(os.getpid(), forks=True)
+        self.watch = ProcessTreeUsage(os.getpid(), forks=True)
         self._parent, self._folder = folder, ""
         os.chmod(folder, 0o711 if self._uid else 0o700)  # to be passed, not listed
         self._tasks_of_user = 0
@@ -333,7 +333,7 @@ class Namespaces(Enclosure):
         send_message(channel, {"map": os.getpid()})
         if error := receive_message(channel)["error"]:
             raise EnclosureUnavailable(f"users cannot be mapped ({error})")
-        self.watch = ProcessTree(_become_first_process(), forks=True)
+        self.watch = ProcessTreeUsage(_become_first_process(), forks=True)
         self._own_processes = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         try:
             _build_view(readable)

@@ -26,7 +26,7 @@ from megatron_sov.sandbox.restrictions import folders_of
 from megatron_sov.sandbox.supervise import MAX_STARVED_S, START_LIMIT_S, Ends, SupervisedProgram, supervise
 from megatron_sov.work.processes.channel import receive_message, send_message
 from megatron_sov.work.processes.children import Child, start_interpreter
-from megatron_sov.work.processes.process_tree import ProcessTree
+from megatron_sov.work.processes.process_tree import ProcessTreeUsage
 
 ENCLOSURES = ("namespaces", "landlock")
 """What the kernel may give, the stronger one first."""
@@ -358,7 +358,7 @@ def _supervised(parts: list[str], folder: str, given: bytes, limits: Limits) -> 
         _, status, used = os.wait4(process.pid, 0)
         return status, used.ru_utime + used.ru_stime
 
-    watch = ProcessTree(process.pid)
+    watch = ProcessTreeUsage(process.pid)
     try:
         return supervise(SupervisedProgram(process.pid, Ends(feed, out_read, error_read), given, limits,
                                            kill=kill, wait=wait, totals=watch.totals))

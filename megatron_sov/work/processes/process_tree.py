@@ -24,7 +24,7 @@ class ProcessTotals:
     """Whether any process runs or waits for a CPU."""
 
 
-class ProcessTree:
+class ProcessTreeUsage:
     """Reads the resource totals of a process tree.
 
     Args:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from megatron_sov.base.errors import UserError
 from megatron_sov.work.processes.channel import receive_message, send_message
 from megatron_sov.work.processes.children import Child, set_parent_death_signal
-from megatron_sov.work.processes.process_tree import ProcessTree, WorkingTime
+from megatron_sov.work.processes.process_tree import ProcessTreeUsage, WorkingTime
 
 CHECK_EVERY_S = 0.25
 """Interval between resource checks of a busy worker."""
@@ -56,7 +56,7 @@ class _WorkerProcess(Child):
         super().__init__(ours, process.kill, wait)
         ours.settimeout(START_LIMIT_S)  # for the rest of a started message
         assert process.pid is not None
-        self._watch = ProcessTree(process.pid)
+        self._watch = ProcessTreeUsage(process.pid)
         self._time = WorkingTime(self._watch.totals, CHECK_EVERY_S)
         """Working time without waiting for a CPU."""
         self.limit_s = START_LIMIT_S

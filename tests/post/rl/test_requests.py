@@ -21,7 +21,7 @@ from megatron_sov.post.rl.generate import live, requests, servers
 from megatron_sov.post.rl.generate.live import LiveRollouts
 from megatron_sov.post.rl.generate.pieces import PendingPieces, PieceQueue
 from megatron_sov.post.rl.generate.requests import (
-    RequestQueue, RequestWriter, build_requests, write_by_requests)
+    RequestWriter, RolloutRequestQueue, build_requests, write_by_requests)
 from megatron_sov.post.rl.generate.responses import ResponseSource, key_digest
 from megatron_sov.post.rl.generate.servers import LiveServers, ServerSettings
 from megatron_sov.post.rl.generate.writers import GenerationSettings
@@ -141,7 +141,7 @@ def test_a_round_that_nothing_changes_is_one_request(more: dict[str, Any], room:
     desk = desks([keeper], replace(ROLLOUT, rounds=1, piece_prompts=3, **more))
     desk.fleet.requests = room
     whole = build_requests(desk.engine, desk.source, room, is_live=True)
-    requests = RequestQueue(requests=whole, pieces=desk.queue, load_policy=None, room=room)
+    requests = RolloutRequestQueue(requests=whole, pieces=desk.queue, load_policy=None, room=room)
     while requests.advance(5.0, lambda: not desk.queue.pending.is_complete):
         pass
     requests.close()
@@ -156,7 +156,7 @@ def test_servers_of_a_run_have_all_work_there_is_before_nobody_looks(is_live: bo
                                                                      asked: int,
                                                                      desks: Callable[..., Desk]) -> None:
     desk = desks([DoubleKeeper(0.05)], replace(ROLLOUT, rounds=1, deadline_s=deadline_s))
-    requests = RequestQueue(requests=desk.requests, pieces=desk.queue, room=1,
+    requests = RolloutRequestQueue(requests=desk.requests, pieces=desk.queue, room=1,
                             load_policy=None if is_live else desk.take)
     assert requests.advance(0.0, lambda: True)
     assert sum(len(piece.rows) for piece in requests.under_way) == asked
@@ -169,7 +169,7 @@ def test_a_round_asks_a_server_for_no_more_than_it_needs(desks: Callable[..., De
     keeper, now_s = DoubleKeeper(), [0.0]
     desk = desks([keeper], replace(ROLLOUT, piece_prompts=3))
     # the clock stands still: what waited between two rounds would wait for ever
-    queue = RequestQueue(requests=desk.requests, pieces=desk.queue, load_policy=None, room=4,
+    queue = RolloutRequestQueue(requests=desk.requests, pieces=desk.queue, load_policy=None, room=4,
                          clock_s=lambda: now_s[0])
     seen: list[tuple[int, int]] = []
     for number in (1, 2):
@@ -197,7 +197,7 @@ def test_a_stop_gives_the_claims_back_and_the_next_command_writes_the_rest(
     desk = desks([DoubleKeeper(0.05)], replace(ROLLOUT, rounds=1))
     asked: list[bool] = []
     desk.queue.asked_to_stop = lambda: bool(asked)
-    requests = RequestQueue(requests=desk.requests, pieces=desk.queue, load_policy=desk.take, room=4)
+    requests = RolloutRequestQueue(requests=desk.requests, pieces=desk.queue, load_policy=desk.take, room=4)
     assert requests.advance(0.05, lambda: True)
     asked.append(True)
     assert not requests.advance(1.0, lambda: True)

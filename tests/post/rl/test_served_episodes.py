@@ -30,7 +30,7 @@ from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.generate import requests
 from megatron_sov.post.rl.generate.episodes import Episodes
 from megatron_sov.post.rl.generate.pieces import PendingPieces, PieceQueue, SampleAttempt
-from megatron_sov.post.rl.generate.requests import RequestQueue, build_requests, write_by_requests
+from megatron_sov.post.rl.generate.requests import RolloutRequestQueue, build_requests, write_by_requests
 from megatron_sov.post.rl.generate.responses import key_digest
 from megatron_sov.rollouts.prompts import PromptList, PromptPiece, RolloutPrompt
 from megatron_sov.rollouts.rows import UNFINISHED, Rollout, later
@@ -218,7 +218,7 @@ def test_a_turn_that_a_deadline_cuts_off_goes_on_by_the_next_policy(job: Callabl
     model, now_s = Greedy(fuzzed), [0.0]
     server = Server(model, held_at=3)
     one = job("files", EXAMPLES.EXAMPLES[:2], [server], replace(ROLLOUT, deadline_s=10.0))
-    queue = RequestQueue(requests=one.requests, pieces=one.queue, load_policy=one.take, room=4,
+    queue = RolloutRequestQueue(requests=one.requests, pieces=one.queue, load_policy=one.take, room=4,
                          clock_s=lambda: now_s[0])
     assert queue.advance(1.0, lambda: server.num_written < 12) is False
     now_s[0] = 20.0
@@ -247,8 +247,8 @@ def test_a_run_whose_deadline_is_too_short_for_a_token_ends(job: Callable[..., J
     clock = itertools.count(0, 20)
     one = job("files", EXAMPLES.EXAMPLES[:2], [Server(Greedy(fuzzed), held_at=0)],
               replace(ROLLOUT, deadline_s=10.0))
-    queue = RequestQueue(requests=one.requests, pieces=replace(one.queue, wait_s=60.0), load_policy=None,
-                         room=4, clock_s=lambda: float(next(clock)))
+    queue = RolloutRequestQueue(requests=one.requests, pieces=replace(one.queue, wait_s=60.0),
+                                load_policy=None, room=4, clock_s=lambda: float(next(clock)))
     with pytest.raises(UserError, match=r"rollout.deadline_s = 10: some"):
         queue.advance(1e9, lambda: True)
 

@@ -188,7 +188,7 @@ class _RunningEpisode:
     """Name of the last request."""
 
 
-class EpisodePlayer:
+class ServerEpisodePlayer:
     """Plays episodes by servers, up to `num_threads` at a time.
 
     A thread per episode waits for turns and for a process of the environment. The prefix cache of a server

@@ -25,7 +25,7 @@ from megatron_sov.engine.parallel.world import run_on_main
 from megatron_sov.infer.engines.server_engine import ServerEngine
 from megatron_sov.infer.request import StopRule
 from megatron_sov.model.config.post_training import RolloutConfig
-from megatron_sov.post.rl.generate.episodes import EpisodePlayer, Episodes, PlannedEpisode
+from megatron_sov.post.rl.generate.episodes import Episodes, PlannedEpisode, ServerEpisodePlayer
 from megatron_sov.post.rl.generate.pieces import PieceQueue, SampleAttempt
 from megatron_sov.post.rl.generate.responses import GeneratedTokens, ResponseSource
 from megatron_sov.post.rl.generate.servers import LiveServers
@@ -54,7 +54,7 @@ class RequestWriter:
     settings: GenerationSettings
     servers: LiveServers
     _policy: Policy | None = None
-    _queue: RequestQueue | None = None
+    _queue: RolloutRequestQueue | None = None
     """Requests of this process across rounds; on the first process alone."""
 
     def write(self, view: FeedView, rounds: range, policy: Policy, asked_to_stop: Callable[[], bool]
@@ -84,11 +84,11 @@ class RequestWriter:
             self._queue.close()
         self.servers.close()
 
-    def _open_queue(self, rounds: range, asked_to_stop: Callable[[], bool]) -> RequestQueue:
+    def _open_queue(self, rounds: range, asked_to_stop: Callable[[], bool]) -> RolloutRequestQueue:
         if self._queue is None:
             engine = self.servers.engine
             assert engine is not None, "the servers are not open"
-            self._queue = RequestQueue(
+            self._queue = RolloutRequestQueue(
                 requests=build_requests(engine, self.settings.source, engine.room, is_live=True),
                 pieces=self.settings.build_queue(rounds, self._find_policy, asked_to_stop),
                 load_policy=None, room=engine.room)
@@ -105,7 +105,7 @@ class RequestWriter:
 def write_by_requests(requests: RowRequests, pieces: PieceQueue, room: int, load_policy: LoadPolicy
                       ) -> dict[str, Any]:
     """Generate all pending pieces by checkpoints as they appear; return `pieces.summary`."""
-    queue = RequestQueue(requests=requests, pieces=pieces, load_policy=load_policy, room=room)
+    queue = RolloutRequestQueue(requests=requests, pieces=pieces, load_policy=load_policy, room=room)
     with create_bar("write", pieces.pending.num_pieces, "piece") as bar:
         try:
             while queue.advance(SLICE_S, lambda: True):
@@ -224,7 +224,7 @@ class EpisodeRequests:
 
     def __init__(self, engine: ServerEngine, episodes: Episodes, room: int) -> None:
         self._episodes, self.rollout = episodes, episodes.rollout
-        self._player = EpisodePlayer(engine=engine, table=episodes.table, sampling=episodes.sampling,
+        self._player = ServerEpisodePlayer(engine=engine, table=episodes.table, sampling=episodes.sampling,
                                      end_ids=episodes.end_ids, num_threads=max(room, episodes.table.parallel))
 
     def begin(self, attempt: SampleAttempt) -> list[PendingRow]:
@@ -260,7 +260,7 @@ class PendingAttempt:
 
 
 @dataclass(kw_only=True)
-class RequestQueue:
+class RolloutRequestQueue:
     """Requests under way; on the process that owns the servers."""
 
     requests: RowRequests
