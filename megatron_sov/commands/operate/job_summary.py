@@ -8,12 +8,11 @@ import math
 import sys
 
 from megatron_sov.base.artifacts import MANIFEST
-from megatron_sov.base.documents import KINDS
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.figures import format_count, format_days, format_money, format_value
 from megatron_sov.chat.vocabulary import check_same_tokens
 from megatron_sov.model.config import RunConfig, apply_settings, parse_data_paths
-from megatron_sov.model.objectives import COMMAND_FORMATS, FORMATS
+from megatron_sov.model.objectives import FORMATS
 from megatron_sov.operate.slurm.stages import StageWork, path_of
 from megatron_sov.operate.slurm.submission import Prepared, show
 from megatron_sov.plan.on_cluster import quote_run
@@ -21,7 +20,7 @@ from megatron_sov.plan.pages.quote import QuoteTotals, totals
 from megatron_sov.plan.pricing import Machines, pricing
 from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
 from megatron_sov.train.stages.feasibility import count_epochs, count_tokens, refuse_unfit_data
-from megatron_sov.train.stages.packed_files import find_files, fix_by_packing
+from megatron_sov.train.stages.packed_files import find_files, fix_by_packing, list_packable_formats
 from megatron_sov.train.stages.stage_config import find_start, tokenizer_of
 from megatron_sov.train.stages.stage_defaults import complete_stage
 from megatron_sov.work.clusters.cluster import ClusterProfile, parse_time_limit
@@ -70,9 +69,7 @@ def _refuse_files(work: StageWork) -> None:
     """Refuse files of --data: the processes of a job would all pack them at once."""
     if not any(path_of(text).is_file() for text in work.data):
         return
-    objective = work.kind.objective
-    formats = ["preference"] if objective == "preference" else [
-        name for name in COMMAND_FORMATS[objective] if name in KINDS] or ["text"]
+    formats = list_packable_formats(work.kind.objective)
     tokenizer = tokenizer_of(find_start(work.start_from)) if work.start_from else None
     for file in find_files(work.data, work.target, formats, tokenizer):
         fix = fix_by_packing(file.file, tokenizer, ["--format", file.format]) if tokenizer else None

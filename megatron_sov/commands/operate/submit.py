@@ -509,12 +509,13 @@ def _cluster_name(options: SubmitOptions, stage: str = "", argv: Sequence[str] =
     arguments too, e.g. options of sbatch."""
     if options.cluster is not None:
         return options.cluster
-    sentence = (f"--cluster: is missing; pass one of {', '.join(cluster.list_profiles())}, "
-                "or a YAML file of your own"
-                + "; --account NAME if your Slurm asks for one" * (options.account is None)
-                + "; --nodes N (default 1)" * (options.nodes is None)
-                + "; --partition and --time replace the profile's")
+    advice = [f"pass one of {', '.join(cluster.list_profiles())}, or a YAML file of your own"]
+    if options.account is None:
+        advice.append("--account NAME if your Slurm asks for one")
+    if options.nodes is None:
+        advice.append("--nodes N (default 1)")
+    advice.append("--partition and --time replace the profile's")
     options_typed = [("--cluster", "h100", options.cluster), ("--account", "ACCOUNT", options.account),
                      ("--nodes", "1", options.nodes if STAGES[stage].ranks else 1)]
-    raise UserError(sentence, Fix(options=tuple(word for name, value, typed in options_typed if typed is None
-                                                for word in (name, value))))
+    missing = [word for name, value, typed in options_typed if typed is None for word in (name, value)]
+    raise UserError(f"--cluster: is missing; {'; '.join(advice)}", Fix(options=tuple(missing)))

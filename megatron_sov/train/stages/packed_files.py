@@ -23,11 +23,12 @@ from pathlib import Path
 from megatron_sov.base.artifacts import (
     MANIFEST, format_json, read_manifest, translate_disk_errors, write_atomically)
 from megatron_sov.base.digests import hash_file
-from megatron_sov.base.documents import BadRecord, RecordReading, plan_units, read_span
+from megatron_sov.base.documents import KINDS, BadRecord, RecordReading, plan_units, read_span
 from megatron_sov.base.documents.reading import format_location
 from megatron_sov.base.errors import Fix, UserError, warn
 from megatron_sov.model.config import split_weight
 from megatron_sov.model.config.data import split_source_name
+from megatron_sov.model.objectives import COMMAND_FORMATS
 from megatron_sov.runs.folder import DATA, TOKENIZER, RunFolder, record_command
 from megatron_sov.runs.launch_environment import is_first_rank, num_ranks
 from megatron_sov.train.stages.shared_copies import digest_tokenizer
@@ -86,6 +87,13 @@ class DataFile:
         """Return what the file was packed from into `run`; empty: it was not packed completely."""
         shards = self.shards(run)
         return _read_record(shards) if (shards / MANIFEST).is_file() else {}
+
+
+def list_packable_formats(objective: str) -> list[str]:
+    """Return the record formats of files that the command of an objective packs, the preferred one first."""
+    if objective == "preference":  # chats can only be added to packed pairs
+        return ["preference"]
+    return [name for name in COMMAND_FORMATS[objective] if name in KINDS] or ["text"]
 
 
 def find_files(data: Sequence[str], run: Path, formats: Sequence[str],

@@ -12,14 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from megatron_sov.base.documents import KINDS
 from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.base.settings import AtLeastOne, Flag, SettingsError
 from megatron_sov.model import recipes
 from megatron_sov.model.config import ModelConfig, RunConfig, parse_data_paths, split_weight
 from megatron_sov.model.config.data import split_source_name
 from megatron_sov.model.families.count import count_params
-from megatron_sov.model.objectives import COMMAND_FORMATS
 from megatron_sov.model.pretrained import find_hub_name, is_hf_folder
 from megatron_sov.model.recipes.requested import (
     BuiltIn, RecipeOptions, RecipeRequest, TrainingOptions, request_recipe, request_training)
@@ -31,7 +29,7 @@ from megatron_sov.runs.gpu_driver import list_visible_gpus
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.guards.fault_injection import STATES, Fault, parse
 from megatron_sov.train.stages.packed_files import (
-    DataFile, FilePacking, find_files, fix_by_packing, warn_of_changed_files)
+    DataFile, FilePacking, find_files, fix_by_packing, list_packable_formats, warn_of_changed_files)
 from megatron_sov.train.stages.shared_copies import convert_start, find_copy
 
 if TYPE_CHECKING:
@@ -235,9 +233,7 @@ def _packing_of(args: StageOptions, objective: BuiltIn) -> FilePacking:
     Raises:
         UserError: a file cannot be packed, there is no tokenizer, or the run's folder is taken.
     """
-    formats = [name for name in COMMAND_FORMATS[objective] if name in KINDS] or ["text"]
-    if objective == "preference":  # chats can only be added to packed pairs
-        formats = ["preference"]
+    formats = list_packable_formats(objective)
     files = find_files(args.data, args.run, formats, _tokenizer_hint(args.start_from))
     if objective == "sft" and len(files) == len(args.data) and {one.format for one in files} == {"text"}:
         raise UserError(f"--data {files[0].argument}: is plain text, which has no responses; `megatron-sov "
