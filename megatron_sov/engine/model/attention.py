@@ -298,7 +298,6 @@ def pack_documents(bounds: torch.Tensor, max_document_tokens: int, row_tokens: i
 
 
 def _round_up_to_power_of_two(number: int) -> int:
-    """Round up to a power of two."""
     return 1 << max(0, number - 1).bit_length()
 
 

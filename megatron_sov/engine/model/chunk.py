@@ -447,7 +447,6 @@ def _build_block_spec(config: Any, model: ModelConfig, vp_stage: int | None) -> 
 
 
 def _build_mtp_spec(config: Any, model: ModelConfig) -> MultiTokenPredictionBlockSubmodules:
-    """Return the specs of the MTP layers."""
     layer = get_mtp_layer_spec(build_mtp_layer_spec(config, model),
                                use_transformer_engine=uses_transformer_engine(config.params_dtype))
     layer.module = PredictionLayer

@@ -241,7 +241,6 @@ def _infer_groups(stated: Stated) -> dict[str, Any]:
 
 
 def _count_dense_layers(frequency: Any, num_layers: int) -> int:
-    """Count leading dense layers."""
     if isinstance(frequency, str):
         frequency = _parse_list(frequency)
     if isinstance(frequency, int):
