@@ -307,7 +307,7 @@ class CommandParser(Parser):
 def append_examples(parser: argparse.ArgumentParser, command: Command, program: str) -> None:
     """Append examples and page to the help of a command and of its actions."""
     if isinstance(parser, CommandParser) and parser._module and parser._command is not None:
-        # not imported yet: `fill` appends its own examples and page, or the enclosing command's
+        # not imported yet: `import_command` appends its own examples and page, or the enclosing command's
         parser._command = dataclasses.replace(parser._command, page=parser._command.page or command.page,
                                               examples=parser._command.examples or command.examples)
         return

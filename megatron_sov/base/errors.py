@@ -13,6 +13,10 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+MIN_SIMILARITY = 0.65
+"""Lowest `SequenceMatcher.ratio` of a suggestion; words below it are unrelated, such as days and data."""
+MIN_MISSPELT = 3
+"""Letters of a name that may be a misspelt one."""
 _PRINTED_CONTROLS = {"\n", "\t"}
 _ESCAPES = {code: repr(chr(code))[1:-1] for code in (
     *range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
@@ -152,15 +156,17 @@ def format_problems(subject: str, problems: Sequence[str], remedy: str = "") -> 
                       *(f"  {problem}" for problem in problems)])
 
 
-MIN_SIMILARITY = 0.65
-"""Lowest `SequenceMatcher.ratio` of a suggestion; words below it are unrelated, such as days and data."""
-
-
 def suggest_name(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """Return ``"; did you mean 'x'?"`` for the name in `known` closest to `name`, or an empty string.
+    """Return ``"; did you mean 'x'?"`` for `find_nearest_name`, or an empty string.
 
     `prefix` precedes the suggested name in the sentence.
     """
+    nearest = find_nearest_name(name, known)
+    return f"; did you mean '{prefix}{nearest}'?" if nearest else ""
+
+
+def find_nearest_name(name: str, known: Iterable[str]) -> str:
+    """Return the name in `known` closest to `name`, or an empty string."""
     by_letters = {candidate.lstrip("-"): candidate for candidate in reversed(list(known))
                   if _has_same_number(name, candidate)}
     letters = name.lstrip("-")
@@ -168,7 +174,7 @@ def suggest_name(name: str, known: Iterable[str], prefix: str = "") -> str:
     # two swapped letters are a typing error even in a short word
     if not close:
         close = [other for other in by_letters if other != letters and sorted(other) == sorted(letters)]
-    return f"; did you mean '{prefix}{by_letters[close[0]]}'?" if close else ""
+    return by_letters[close[0]] if close else ""
 
 
 def _has_same_number(name: str, other: str) -> bool:
@@ -181,17 +187,23 @@ def _has_same_number(name: str, other: str) -> bool:
 
 
 def suggest_spelling(name: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for a misspelling of a name in `known`, or an empty string.
+    """Return ``"; did you mean 'x'?"`` for `find_spelling`, or an empty string."""
+    spelling = find_spelling(name, known)
+    return f"; did you mean '{spelling}'?" if spelling else ""
+
+
+def find_spelling(name: str, known: Iterable[str]) -> str:
+    """Return the first name in `known` that `name` misspells, or an empty string.
 
     The two names have the same digits and differ in case, separators and at most one letter. Names that are
-    only similar (`suggest_name`) do not count.
+    only similar (`find_nearest_name`) do not count.
     """
     for other in known:
         first, second = (re.sub(r"[\W_]", "", text.lower()) for text in (name, other))
         blocks = difflib.SequenceMatcher(None, first, second).get_matching_blocks()
         num_different = max(len(first), len(second)) - sum(block.size for block in blocks)
         if num_different <= 1 and re.sub(r"\D", "", first) == re.sub(r"\D", "", second):
-            return f"; did you mean '{other}'?"
+            return other
     return ""
 
 
@@ -215,10 +227,6 @@ def suggest_download(path: str | os.PathLike[str], is_bare: bool = False) -> str
             f"{name}` where there is a network, and pass {name}")
 
 
-MIN_MISSPELT = 3
-"""Letters of a name that may be a misspelt one."""
-
-
 def fix_missing(path: str | os.PathLike[str], *, is_bare: bool = False, is_data: bool = False) -> Fix | None:
     """Return the fix for a missing path: a neighbour with a similar name, a download from the Hugging Face
     hub, or None.
@@ -233,8 +241,8 @@ def fix_missing(path: str | os.PathLike[str], *, is_bare: bool = False, is_data:
     is_long = len(name) >= MIN_MISSPELT
     names = os.listdir(folder or ".") if is_long and os.path.isdir(folder or ".") else []
     neighbours = (other for other in names if other != name and not other.startswith("."))
-    if close := suggest_spelling(name, neighbours):
-        return Fix(words={text: os.path.join(folder, close.split("'")[1])})
+    if spelling := find_spelling(name, neighbours):
+        return Fix(words={text: os.path.join(folder, spelling)})
     hint = suggest_dataset_download(text) if is_data else suggest_download(text, is_bare)
     if not hint:
         return None

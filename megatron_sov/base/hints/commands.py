@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from megatron_sov.base.errors import Fix, UserError, suggest_name
+from megatron_sov.base.errors import Fix, UserError, find_nearest_name
 from megatron_sov.base.hints.foreign import read_foreign
 from megatron_sov.base.hints.kinds import kind_of_folder
 from megatron_sov.base.hints.lines import is_placeholder
@@ -53,8 +53,9 @@ def unknown_command(program: str, word: str, choices: Sequence[str], typed: Sequ
             ways = [_with_output(ways[0], typed)]
         return UserError(f"{program}: {word} is a path, and an action must come before it",
                          Fix("\n  ".join(f"{program} {way}" for way in ways)))
-    close = suggest_name(word, choices)
-    fix = Fix(f"{program} {shlex.join([close.split(chr(39))[1], *typed])}") if close and typed else None
+    nearest = find_nearest_name(word, choices)
+    close = f"; did you mean '{nearest}'?" if nearest else ""
+    fix = Fix(f"{program} {shlex.join([nearest, *typed])}") if nearest and typed else None
     return UserError(f"{begin}{close} (`{program} --help` lists what there is)", fix)
 
 

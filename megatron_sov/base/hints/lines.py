@@ -49,7 +49,8 @@ def propose_line(program: str, typed: Sequence[str], error: UserError,
             program, check = other, other_check
         line = mended
         before += [command for command in fix.before if command not in before]
-        if not is_new or before or len(sentences) == MAX_FAULTS or has_placeholder(line, typed):
+        is_complete = not any(is_placeholder(word) and word not in typed for word in line)
+        if not is_new or before or len(sentences) == MAX_FAULTS or not is_complete:
             break
         try:
             with _without_output(), contextlib.suppress(DryRun):
@@ -90,11 +91,6 @@ def join_sentences(sentences: Sequence[str]) -> str:
     parts = [sentences[0], *(_PROGRAM.sub("", sentence) for sentence in sentences[1:])]
     begin = (_PROGRAM.match(parts[0]) or [""])[0]
     return begin + "; ".join(dict.fromkeys([parts[0].removeprefix(begin), *parts[1:]]))
-
-
-def has_placeholder(line: Sequence[str], typed: Sequence[str] = ()) -> bool:
-    """Return whether a proposed line has a word in place of a value that was not typed."""
-    return any(is_placeholder(word) and word not in typed for word in line)
 
 
 def is_placeholder(word: str) -> bool:

@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.errors import Fix, UserError, suggest_name, warn
+from megatron_sov.base.errors import Fix, UserError, find_nearest_name, suggest_name, warn
 from megatron_sov.base.hints.foreign import blend_of, is_translated, read_foreign, recipe_of
 from megatron_sov.base.hints.kinds import OPTIONS_OF_KIND, kind_of_word, option_of_path
 from megatron_sov.base.hints.missing import placeholder, split_words
@@ -172,8 +172,8 @@ class _Rewrite:
             self.set(option, setting)
         elif note := note_on(option):
             self.add(f"{option}: {note}")
-        elif close := nearest_option(option, self.options):
-            self.add(f"{option}: nothing takes this{close}", close.split("'")[1], *values)
+        elif nearest := find_nearest_option(option, self.options):
+            self.add(f"{option}: nothing takes this; did you mean '{nearest}'?", nearest, *values)
         elif len(found := find_by_meaning(option, texts := self.read_texts())) == 1 and values and (
                 found[0] in self.options):
             self.add(f"{option}: nothing takes this{describe_found(found, texts)}", found[0], *values)
@@ -477,14 +477,10 @@ def _add_companions(made: _Rewrite) -> None:
         made.add(f"this layout needs {processes} processes", "--nproc", str(processes))
 
 
-def nearest_option(option: str, options: Sequence[str]) -> str:
-    """Suggest the nearest option as `suggest_name` does, if at most a fifth of the letters differ.
-
-    An option that is only similar means another thing.
-    """
-    close = suggest_name(option, options)
-    share = difflib.SequenceMatcher(None, option, close.split("'")[1]).ratio() if close else 0.0
-    return close if share >= MIN_SIMILARITY else ""
+def find_nearest_option(option: str, options: Sequence[str]) -> str:
+    """Return the nearest option; "" if over a fifth of the letters differ, which means another thing."""
+    nearest = find_nearest_name(option, options)
+    return nearest if difflib.SequenceMatcher(None, option, nearest).ratio() >= MIN_SIMILARITY else ""
 
 
 def _is_misspelt(key: str, texts: Mapping[str, str]) -> bool:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
 
-from megatron_sov.base.errors import Fix, UserError, format_install_command, suggest_name, suggest_spelling
+from megatron_sov.base.errors import (
+    Fix, UserError, find_nearest_name, format_install_command, suggest_name, suggest_spelling)
 from megatron_sov.base.hints.removed import was_removed
 from megatron_sov.base.plugins.loading import (
     Kind, LoadedPlugin, PluginCode, is_reference, load_plugin, report_plugin_errors)
@@ -137,9 +138,9 @@ class Registry(Generic[T]):
         """
         if name in self._known:
             return self._known[name].value
-        close = suggest_name(name, [*self._built_in, *self._known])
+        nearest = find_nearest_name(name, [*self._built_in, *self._known])
         raise UserError(self._explain_unknown(name, recorded),
-                        Fix(words={name: close.split("'")[1]}) if close else None)
+                        Fix(words={name: nearest}) if nearest else None)
 
     def code(self, name: str) -> PluginCode | None:
         """Return the record of a registered plug-in; None for built-in code."""

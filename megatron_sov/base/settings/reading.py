@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
-from megatron_sov.base.errors import suggest_name
+from megatron_sov.base.errors import find_nearest_name, suggest_name
 from megatron_sov.base.hints.removed import was_removed
 from megatron_sov.base.hints.table import note_on, table
 from megatron_sov.base.settings.problem import (
@@ -253,8 +253,8 @@ def _convert_error(cls: Any, error: Any, instead: KeyHint) -> SettingsProblem:
             close = (was_removed(value) or _suggest_lower_case(value, known)
                      or _suggest_equivalent(key, value) or suggest_name(value, known))
             words = re.findall(r"[\w.-]+", value.lower())
-            guess = suggest_name(value, known).split("'")
-            ours = (value.lower(), table()["values"].get(key, {}).get(value.lower(), ""), *guess[1:2])
+            ours = (value.lower(), table()["values"].get(key, {}).get(value.lower(), ""),
+                    find_nearest_name(value, known))
             meant = next((word for word in ours if words and word in known), "")
         return SettingsProblem(ProblemCode.CHOICE, key, f"must be {ctx.get('expected', 'another word')}",
                                value, close.removeprefix("; "), value_to_write=meant)

@@ -80,11 +80,7 @@ def extension_file(source: str) -> Path:
 
 
 def _load(file: Path) -> Any:
-    """Import the compiled extension.
-
-    Raises:
-        ImportError, OSError: the file is missing or was not compiled for this torch.
-    """
+    """Import the compiled extension; ImportError or OSError if it is missing or of another torch."""
     spec = importlib.util.spec_from_file_location(NAME, file)
     assert spec is not None and spec.loader is not None
     extension = importlib.util.module_from_spec(spec)
@@ -93,11 +89,7 @@ def _load(file: Path) -> Any:
 
 
 def _compile(file: Path, source: str, setting: str) -> None:
-    """Compile the extension unless the file can be imported; takes about 30 s.
-
-    Raises:
-        UserError: see `load_storage_extension`.
-    """
+    """Compile the extension (30 s) unless the file can be imported; see `load_storage_extension` for errors."""
     try:
         _load(file)
         return
