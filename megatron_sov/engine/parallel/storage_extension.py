@@ -89,7 +89,7 @@ def _load(file: Path) -> Any:
 
 
 def _compile(file: Path, source: str, setting: str) -> None:
-    """Compile the extension (30 s) unless the file can be imported; see `load_storage_extension` for errors."""
+    """Compile the extension (30 s) unless the file can be imported; errors: see `load_storage_extension`."""
     try:
         _load(file)
         return
