@@ -47,7 +47,7 @@ def help_parser() -> argparse.ArgumentParser:
 def build_parser() -> Parser:
     """Return the parser of all commands, those of two words below their first."""
     parser = build_program_parser(PROGRAM, "Train your own language model.",
-                       {name: command for name, command in COMMANDS.items() if " " not in name})
+                                  {name: command for name, command in COMMANDS.items() if " " not in name})
     top = _sub_commands(parser)
     for first in dict.fromkeys(name.split()[0] for name in COMMANDS if " " in name):
         group = top.choices[first] if first in top.choices else top.add_parser(first, help=f"{first} COMMAND")

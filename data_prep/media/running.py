@@ -240,7 +240,7 @@ class MediaUnitEncoder:
         (folder / ROWS).write_text(format_json({kind: banks.keys[kind] for kind in KINDS}))
         # Last: a folder with a summary is a unit that is done.
         (folder / SUMMARY).write_text(format_json({"counts": counts, "kinds": sorted(kinds),
-                                               "codebooks": self._encoder.codebooks()}))
+                                                   "codebooks": self._encoder.codebooks()}))
 
     def _note(self, bad: list[dict[str, object]], unit: MediaUnit, number: int, medium: str,
               why: BadRecord) -> None:

@@ -49,7 +49,7 @@ def run(typed: argparse.Namespace) -> int:
     problems, notes = check(args.data)
     if problems:
         raise UserError(format_problems(str(args.data), problems,
-                                      "pack the data again or restore it from a copy"))
+                                        "pack the data again or restore it from a copy"))
     print(f"{args.data}: sound")
     for note in notes:
         print(note)

@@ -171,7 +171,7 @@ def _write_manifest(output: Path, run: SynthRunRecord, checks: Path | None, tall
     writer = ArtifactWriter(output, SYNTHESIS)
     # answers stay out of the hashes: a later command adds to them
     writer.excluded_names = frozenset(path.name for path in output.iterdir()
-                                 if path.name not in (ACCEPTED_SAMPLES, REJECTED_SAMPLES, SUMMARY))
+                                      if path.name not in (ACCEPTED_SAMPLES, REJECTED_SAMPLES, SUMMARY))
     writer.content = {
         "generator": run.generator, "generator_version": run.version, "kind": run.kind, "model": run.model,
         "judge": run.judge, "num_kept": tally.num_kept, "num_rejected": tally.rejected.total(),

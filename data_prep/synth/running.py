@@ -102,7 +102,7 @@ def run_synth(options: SynthOptions) -> ExitCode:
         with translate_disk_errors(output):
             output.mkdir(parents=True, exist_ok=True)
             write_atomically(output / RUN, format_json({**asdict(run.record),
-                                                "num_items": tally.num_items + len(tally.todo)}))
+                                                        "num_items": tally.num_items + len(tally.todo)}))
         if tally.todo:
             make_items(run, tally)
         return finish_run(run, tally)

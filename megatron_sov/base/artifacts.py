@@ -30,14 +30,14 @@ MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
 _TEMPORARY_NAME = re.compile(r"\.(.+)\.tmp-.+-\d+")
 PRODUCERS = {"corpus": "`sov-data run` or `sov-data demo-corpus`",
-           "tokenizer": "`sov-tokenizer train` or `sov-tokenizer import`",
-           "tokens": "`sov-data pack` or `sov-data mix`",
-           "scorer": "`sov-data scorer train`",
-           "difficulty_labels": "`sov-data difficulty label`",
-           "probing_sets": "`sov-data probing-sets`",
-           "teacher_states": "`megatron-sov distill states`",
-           "codec": "`megatron-sov codec import`",
-           "checkpoint": "a run (RUN/checkpoints/step-N) or `megatron-sov convert from-hf`"}
+             "tokenizer": "`sov-tokenizer train` or `sov-tokenizer import`",
+             "tokens": "`sov-data pack` or `sov-data mix`",
+             "scorer": "`sov-data scorer train`",
+             "difficulty_labels": "`sov-data difficulty label`",
+             "probing_sets": "`sov-data probing-sets`",
+             "teacher_states": "`megatron-sov distill states`",
+             "codec": "`megatron-sov codec import`",
+             "checkpoint": "a run (RUN/checkpoints/step-N) or `megatron-sov convert from-hf`"}
 """Kind of an artifact -> the commands that write it."""
 MAX_ORIGINS = 200
 _NO_HASH = "0" * 64
@@ -567,7 +567,7 @@ def manifest_sha256(path: str | Path) -> str:
 
 
 def find_damaged_files(path: str | Path, names: Iterable[str] | None = None, workers: int = 1,
-                  on_checked: Callable[[int], object] = lambda size_bytes: None) -> list[str]:
+                       on_checked: Callable[[int], object] = lambda size_bytes: None) -> list[str]:
     """Return one sentence for each file that is missing or differs from the manifest.
 
     Args:

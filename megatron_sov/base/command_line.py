@@ -342,7 +342,7 @@ def build_program_parser(program: str, description: str, commands: Mapping[str, 
     """Build the parser of a program; a command is imported when its arguments are parsed."""
     parser = Parser(prog=program, description=description)
     parser.listing = format_command_list({name: c.help for name, c in commands.items()},
-                                   {name: c.group for name, c in commands.items()})
+                                         {name: c.group for name, c in commands.items()})
     parser.add_argument("--version", action="version", version=format_version(program))
     actions = parser.add_subparsers(dest="command", required=True, metavar="COMMAND",
                                     parser_class=CommandParser)

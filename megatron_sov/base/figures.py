@@ -88,7 +88,7 @@ def format_value(value: float, digits: int = 4) -> str:
 
 
 def _format_scaled(value: float, units: Sequence[tuple[float, str]], whole_below: float = 0.0,
-           hundreds_digits: int = 3) -> str:
+                   hundreds_digits: int = 3) -> str:
     """Divide `value` by the largest unit that leaves at least 1 after rounding, and append the unit's name.
 
     Args:

@@ -249,7 +249,7 @@ def seal_parquet(writer: Any) -> None:
 
 def open_sealed_parquet(file: Path, remedy: str = RUN_AGAIN, *, is_required: bool = False,
                         seal: str | None = None,
-                 **options: Any) -> Any:
+                        **options: Any) -> Any:
     """Check the seal of a Parquet file, and open it with pyarrow.
 
     Args:

@@ -127,7 +127,7 @@ def differences(before: ScoredItem, after: ScoredItem, tasks: Sequence[str] = ()
         *_other_items(name, before, after))]
     if problems:
         raise UserError(format_problems(f"{before.path} and {after.path}", problems,
-                                      "evaluate both in the same way, or name other --tasks"))
+                                        "evaluate both in the same way, or name other --tasks"))
     return [_difference(name, metric, before, after, confidence)
             for name in chosen for metric in before.results.tasks[name].metrics]
 
@@ -185,9 +185,9 @@ def _difference(task: str, metric: Metric, before: ScoredItem, after: ScoredItem
                           None, None, len(both), 0, left_out, note)
     clusters = [before.items[task][item].cluster for item in both]
     found = estimate_difference([was[item] for item in both], [now[item] for item in both],
-                              # A tuple, so that a cluster's name never equals an item's.
-                              [item if cluster is None else ("cluster", cluster)
-                               for item, cluster in zip(both, clusters, strict=True)], confidence)
+                                # A tuple, so that a cluster's name never equals an item's.
+                                [item if cluster is None else ("cluster", cluster)
+                                 for item, cluster in zip(both, clusters, strict=True)], confidence)
     return Difference(task, key, metric.higher_is_better, math.fsum(was[i] for i in both) / len(both),
                       math.fsum(now[i] for i in both) / len(both), found.value, found.standard_error,
                       found.interval, found.num_items, found.num_clusters, left_out,

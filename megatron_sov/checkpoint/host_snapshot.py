@@ -50,7 +50,7 @@ class SnapshotRecord:
     def read(folder: Path, rank: int) -> SnapshotRecord:
         raw = json.loads(SnapshotRecord.file(folder, rank).read_text(encoding="utf-8"))
         return SnapshotRecord(raw["indices"],
-                               {name: FileRecord.read(record) for name, record in raw["files"].items()})
+                              {name: FileRecord.read(record) for name, record in raw["files"].items()})
 
 
 class HostSnapshot:

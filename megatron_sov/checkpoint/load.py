@@ -194,7 +194,7 @@ def _generate_values(parts: Iterator[_InitPart], seed: int,
 
 @torch.no_grad()
 def initialize_weights(model: LanguageModel, config: ModelConfig, seed: int, *,
-               only: str | tuple[str, ...] = "") -> None:
+                       only: str | tuple[str, ...] = "") -> None:
     """Set the initial weights and buffers of this process, with `torch.get_num_threads()` threads.
 
     Args:
@@ -228,7 +228,7 @@ def initialize_weights(model: LanguageModel, config: ModelConfig, seed: int, *,
 
 
 def save_checkpoint(path: Path, model: LanguageModel, optimizer: Optimizer | None, state: dict[str, Any],
-         settings: dict[str, Any], tokenizer: Path | None) -> None:
+                    settings: dict[str, Any], tokenizer: Path | None) -> None:
     """Save one checkpoint and wait until it is complete (collective). Runs use a `Saver` instead.
 
     Args:
@@ -263,7 +263,7 @@ def find_damage(path: Path, *, weights_only: bool = False) -> str | None:
     problem: str | None = None
     with raise_on_all_ranks():
         problem = checkpoints.find_damage(path, rank=dist.get_rank(), size=dist.get_world_size(),
-                                     weights_only=weights_only)
+                                          weights_only=weights_only)
     return next((p for p in gather_objects(problem) if p is not None), None)
 
 

@@ -208,7 +208,7 @@ def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, worke
 
 
 def average_block(sources: Sequence[OpenCheckpoint], weights: Sequence[float], link: Link,
-               dtype: torch.dtype) -> torch.Tensor:
+                  dtype: torch.dtype) -> torch.Tensor:
     """Compute the mean of one block."""
     if any(isinstance(source, AdaptedWeights) for source in sources):
         block = link.join({name: _average_adapted(sources, weights, name) for name in link.hf_names})
@@ -280,7 +280,7 @@ def _check_compatible(first: Path, path: Path) -> None:
         raise UserError(f"{path}: contains {contents[1]}, but {first} contains {contents[0]}; convert "
                         "adapters to full checkpoints first (`megatron-sov convert to-hf`, then `from-hf`)")
     check_same_tokenizer(first / "tokenizer", path / "tokenizer",
-                           "only checkpoints with the same tokenizer can be averaged")
+                         "only checkpoints with the same tokenizer can be averaged")
 
 
 def _iter_differences(first: ModelConfig, other: ModelConfig) -> Iterator[tuple[str, Any, Any]]:

@@ -131,7 +131,7 @@ def verify(a: str | Path, b: str | Path, *, load: bool = True,
 def _differing_fields(a: Weights, b: Weights) -> list[str]:
     """Compare the config.json of both models; settings that only affect training do not count."""
     a_config, b_config = (models.get_family(side.model.family).to_hf_config(side.model, "any", TokenIds())
-                  for side in (a, b))
+                          for side in (a, b))
     return [f"{name} ({a_config.get(name)} and {b_config.get(name)})"
             for name in {**a_config, **b_config} if a_config.get(name) != b_config.get(name)]
 
@@ -179,7 +179,7 @@ def _compare_all(sides: Sequence[Weights], roundings: Sequence[UpdateRounding], 
 
 def _compare_tensors(a: torch.Tensor, b: torch.Tensor) -> TensorRecord:
     shapes, dtypes = (tuple(a.shape), tuple(b.shape)), tuple(str(t.dtype).removeprefix("torch.")
-                                                                   for t in (a, b))
+                                                             for t in (a, b))
     hashes = [_hash_tensor(a)]
     if has_same_bits(a, b):
         return TensorRecord(shapes, dtypes, (hashes[0], hashes[0]), True)
@@ -207,7 +207,7 @@ def _loading_checks(side: HfWeights) -> list[ParityCheck]:
 
     try:
         _, keys = load_and_compare(AutoModelForCausalLM, side.path, left_out=list_ignored_prefixes(side.path),
-                                    **{"dtype": "auto", **find_low_bit_options(side.path)})
+                                   **{"dtype": "auto", **find_low_bit_options(side.path)})
     except UserError as e:
         return [ParityCheck(f"{side.path}: transformers loads it", 1, 0, False, str(e))]
     return [_check_none(f"{side.path}: transformers reports keys {kind}", names)
@@ -396,7 +396,7 @@ def _build_processors(source: Weights, checkpoint: Path) -> dict[str, dict[str, 
     if not source.model.is_multimodal:
         return {}
     return load_modality().processor_files(source.model, checkpoint / "tokenizer",
-                                      read_checkpoint_settings(checkpoint).data.paths)
+                                           read_checkpoint_settings(checkpoint).data.paths)
 
 
 def _write_companions(folder: Path, files: dict[str, list[TensorSpec]], json_files: dict[str, dict[str, Any]],
@@ -411,4 +411,4 @@ def _write_companions(folder: Path, files: dict[str, list[TensorSpec]], json_fil
     weight_map = {spec.name: name for name, tensors in files.items() for spec in tensors}
     size_bytes = sum(spec.size_bytes for tensors in files.values() for spec in tensors)
     write_atomically(folder / INDEX, format_json({"metadata": {"total_size": size_bytes},
-                                          "weight_map": dict(sorted(weight_map.items()))}))
+                                                  "weight_map": dict(sorted(weight_map.items()))}))

@@ -180,9 +180,9 @@ def _check_folder(weights: Weights, workers: int, base: SourceCheck | None) -> I
     if (path / MANIFEST).is_file():
         manifest = read_manifest(path)
         other_parts = tuple(f"{part}/" for part in manifest.content.get("parts", [])
-                       if part not in (PART, ADAPTER))
+                            if part not in (PART, ADAPTER))
         damage = {name: pool.submit(find_file_damage, path / name, record)
-                 for name, record in manifest.files.items() if not name.startswith(other_parts)}
+                  for name, record in manifest.files.items() if not name.startswith(other_parts)}
         remedy = suggest_replacement(path) if manifest.kind == CHECKPOINT_KIND else DAMAGED_HF
     check = SourceCheck(weights, damage, remedy, base)
     try:
@@ -443,7 +443,7 @@ def write_imported(out: Path, source: ImportSource, dtype: str, *, workers: int,
 
 
 def plan_files(links: dict[str, Link], dtype_of: Callable[[str], torch.dtype],
-                  dtype: str) -> dict[str, list[TensorSpec]]:
+               dtype: str) -> dict[str, list[TensorSpec]]:
     """Return file name -> blocks of the checkpoint.
 
     Args:
@@ -464,5 +464,5 @@ def build_index(files: dict[str, list[TensorSpec]], links: dict[str, Link]) -> I
         for spec in blocks:
             link = links[spec.name]
             add_index_entry(index, link.key, spec.dtype, link.shape,
-                      StoredBlock(file, spec.name, link.offset, link.extent))
+                            StoredBlock(file, spec.name, link.offset, link.extent))
     return index

@@ -254,7 +254,7 @@ STORAGES = {Name("torch", f"{name}Storage"): dtype for name, dtype in {
 """Storage class -> dtype and bytes per number."""
 NAMESPACE = Name("argparse", "Namespace")
 _SETTINGS_PACKAGES = ("megatron", "torch", "transformer_engine", "nvidia_resiliency_ext", "numpy", "datetime",
-                "enum", "types")
+                      "enum", "types")
 """Packages whose classes and enumerations occur in settings; they are read as names."""
 _PLAIN = {"set", "frozenset", "complex", "bytearray", "slice", "range"}
 _CODECS = Name("_codecs", "encode")
@@ -548,8 +548,8 @@ def read_in_subprocess(reader: str, path: Path, start: int = 0, length_bytes: in
                         f"are supported; {REMEDY}")
     time_s = BASE_TIME_S + size_bytes // BYTES_PER_S
     request = json.dumps({"what": reader, "path": str(path.absolute()), "start": start,
-                        "size_bytes": size_bytes,
-                        "memory_bytes": BASE_MEMORY_BYTES + MEMORY_PER_BYTE * size_bytes, "time_s": time_s})
+                          "size_bytes": size_bytes,
+                          "memory_bytes": BASE_MEMORY_BYTES + MEMORY_PER_BYTE * size_bytes, "time_s": time_s})
     paths = json.dumps([os.path.abspath(entry) for entry in sys.path if entry])
     try:
         process = subprocess.run([sys.executable, "-P", "-c", _CODE, request, paths],

@@ -354,7 +354,7 @@ class TorchDistWeights:
             if key in expected and key in shapes and shapes[key][0] >= expected[key][0]:
                 expected[key] = (shapes[key][0], *expected[key][1:])
         check_shapes(self.path, shapes, expected | missing,
-                    "compare the settings with those of the training, and correct them with --set")
+                     "compare the settings with those of the training, and correct them with --set")
         return matched
 
     def _get_stored_shape(self, link: Link, source: DistSource, parts: int) -> tuple[int, ...]:

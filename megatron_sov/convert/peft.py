@@ -243,7 +243,7 @@ class AdaptedWeights:
         for module in find_adapted_modules(self.model, self.lora):
             expected |= module.shapes(self.lora)
         shapes = {key: self.reader.get_shape(key)
-                 for key in self.reader.keys()}  # noqa: SIM118  (a method of the reader, not a dict)
+                  for key in self.reader.keys()}  # noqa: SIM118  (a method of the reader, not a dict)
         check_shapes(path, shapes, expected, "the checkpoint is damaged or of another version")
         self.reader.check_complete()
 
@@ -378,7 +378,7 @@ def to_peft(checkpoint: str | Path, out: str | Path, *, base_name: str | None = 
         specs = [TensorSpec(name, tuple(read(name).shape), reader.get_dtype(module.key(tensor)))
                  for name, (module, tensor) in sorted(factors.items())]
         write_tensors(artifact.path / WEIGHTS, specs,
-                   lambda spec: convert_tensor(read(spec.name), spec.dtype, checkpoint, spec.name))
+                      lambda spec: convert_tensor(read(spec.name), spec.dtype, checkpoint, spec.name))
         write_atomically(artifact.path / CONFIG, format_json(config))
         artifact.add_input(checkpoint, leaves=True)
         artifact.content = {"family": settings.model.family, "num_tensors": len(specs)}

@@ -132,7 +132,7 @@ def resolve_run(path: Path) -> Path:
 
 
 def check_shapes(where: object, actual: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]],
-                remedy: str) -> None:
+                 remedy: str) -> None:
     """Raise `UserError` with all missing and unexpected tensors and those with a wrong shape."""
     missing = [name for name in expected if name not in actual]
     unexpected = [name for name in actual if name not in expected]
@@ -292,9 +292,9 @@ class CheckpointWeights:
         self._reader = TensorReader(path, PART)
         self._links_by_name = {name: link for link in self.links for name in link.hf_names}
         shapes = {key: self._reader.get_shape(key)
-                 for key in self._reader.keys()}  # noqa: SIM118  (a method of the reader, not a dict)
+                  for key in self._reader.keys()}  # noqa: SIM118  (a method of the reader, not a dict)
         check_shapes(path, shapes, {link.key: link.shape for link in self.links},
-                    "the checkpoint is damaged or of another version")
+                     "the checkpoint is damaged or of another version")
         self._reader.check_complete()
         self._thread_state = threading.local()
 
@@ -430,6 +430,6 @@ def check_whole_model(weights: Iterable[tuple[str, _Tensor]], shapes: Mapping[st
         seen[name] = tuple(tensor.shape)
         if shapes.get(name) != seen[name]:
             check_shapes(IMPORTED_WEIGHTS, {name: seen[name]}, {n: s for n, s in shapes.items() if n == name},
-                        "take a model of the same family and sizes")
+                         "take a model of the same family and sizes")
         yield name, tensor
     check_shapes(IMPORTED_WEIGHTS, seen, dict(shapes), "give every tensor of the model")

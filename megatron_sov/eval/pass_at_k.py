@@ -240,7 +240,7 @@ def read_scored_parts(path: Path, part_by: str | None, group_by: str,
             row = json.loads(line)
             part = "" if part_by is None else str(row[part_by])
             parts.setdefault(part, ScoredResponses()).add(json.dumps(row[group_by], sort_keys=True), row,
-                                                     right_from)
+                                                          right_from)
     return parts
 
 

@@ -54,7 +54,7 @@ def estimate_mean(values: Sequence[float], clusters: Sequence[Hashable] | None =
 
 
 def estimate_difference(before: Sequence[float], after: Sequence[float],
-                      clusters: Sequence[Hashable] | None = None, confidence: float = CONFIDENCE) -> Mean:
+                        clusters: Sequence[Hashable] | None = None, confidence: float = CONFIDENCE) -> Mean:
     """Return the mean of `after` - `before` over the same items.
 
     For scores between 0 and 1, the interval is that of Bonett and Price (J. Educ. Behav. Stat. 37, 2012),

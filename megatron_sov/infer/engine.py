@@ -69,9 +69,9 @@ def choose_engine(target: Target) -> EngineName:
 
 
 def run_with_engine(name: str, target: Target, work: Callable[[Engine], Any], *, longest: int,
-               batching: Batching | None = None, settings: Sequence[str] = (),
-               nproc: int | None = None, option: str = "--set", with_routes: bool = False,
-               places: ServerLocations | None = None) -> Any:
+                    batching: Batching | None = None, settings: Sequence[str] = (),
+                    nproc: int | None = None, option: str = "--set", with_routes: bool = False,
+                    places: ServerLocations | None = None) -> Any:
     """Load a model into an engine, run `work` with it, and return the result.
 
     Args:
@@ -104,8 +104,8 @@ def run_with_engine(name: str, target: Target, work: Callable[[Engine], Any], *,
         from megatron_sov.infer.engines.server_engine import open_server_engine, parse_server_settings
 
         with open_server_engine(name, target.path, target.vocab_size, longest,
-                            parse_server_settings(name, settings, option), places,
-                            with_routes=with_routes) as engine:
+                                parse_server_settings(name, settings, option), places,
+                                with_routes=with_routes) as engine:
             return work(engine)
     from megatron_sov.infer.engines.transformers_engine import HfEngine, load_configured_hf
 

@@ -180,7 +180,7 @@ class PromptEncoder:
         self.end_ids = read_stop_ids(target, eos, encoder)
         """Stop tokens."""
         self._decode = build_text_decoder(target.tokenizer_folder / TOKENIZER_JSON, self.end_ids,
-                                    lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))
+                                          lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))
 
     def ask(self, prompts: Sequence[str | Conversation]) -> list[list[int]]:
         """Encode prompts, see `asked_of`.
@@ -363,8 +363,8 @@ def check_engine(engine: str, target: Target, settings: Sequence[str], nproc: in
     if engine == TRANSFORMERS:
         refused = [setting for setting in refused if setting.partition("=")[0] != PRECISION_KEY]
     refused_options = [*(f"{option} {setting}" for setting in refused),
-             *([] if nproc is None else [f"--nproc {nproc}"]),
-             *([f"--speculative {num_drafts}"] if num_drafts else [])]
+                       *([] if nproc is None else [f"--nproc {nproc}"]),
+                       *([f"--speculative {num_drafts}"] if num_drafts else [])]
     if engine != MEGATRON and refused_options:
         verb = "is" if len(refused_options) == 1 else "are"
         raise UserError(f"{', '.join(refused_options)}: {verb} for --engine {MEGATRON}; "

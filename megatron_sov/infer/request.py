@@ -80,8 +80,8 @@ class Sampling:
                 "computes", way_out="leave both out, or set allow_truncation"))
         if self.rules is not None and (self.num_drafts or self.for_training):
             problems.append(SettingsProblem(ProblemCode.RULE, "num_drafts",
-                                         "drafts do not follow the token rules",
-                                         self.num_drafts, "leave it out"))
+                                            "drafts do not follow the token rules",
+                                            self.num_drafts, "leave it out"))
         return problems
 
     @property

@@ -99,7 +99,7 @@ def why_empty(summary: dict[str, Any], quarantine: Path) -> str:
     with open(listed, encoding="utf-8") as f:
         first = next(record for record in map(json.loads, f) if record["code"] == code)
     return escape_controls(f"most could not be read, as the first of {number:,} {code!r} in {listed}: "
-                   f"{first['place']} {first['reason']}")
+                           f"{first['place']} {first['reason']}")
 
 
 def _broken(summary: dict[str, Any]) -> Counter[tuple[str, str]]:

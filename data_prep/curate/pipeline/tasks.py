@@ -435,7 +435,7 @@ def _do(plan: PipelinePlan, plan_file: Path, output: Path, stage: PipelineStage,
         # The mark comes last: a pass that is killed before it is run again, and leaves the same files.
         mark.parent.mkdir(parents=True, exist_ok=True)
         write_sealed_json(mark, {"cpu_s": cpu_seconds() - cpu, "wall_s": time.perf_counter() - wall},
-                   place_in_run(mark))
+                          place_in_run(mark))
         return
     source = plan.source(task[0])
     layer = layer_of(source, stage)

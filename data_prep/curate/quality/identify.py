@@ -113,7 +113,7 @@ _CODE_LINE = _lines(
     r"[^\n]*(?:[A-Za-z0-9_)\]\"'}>]\s?[;{]|\\|&&|\|\||\)\s?[:{]|=>\s?[{(]?|->\s?[{(]?)$",
     r"(?![^\n]*(?:[a-z]+,? ){4}[a-z])[^\n]*(?:==|!==?|\w\(\)|\w->\w|\w::\w|\+=|\bself\.\w|\bthis\.\w)")
 _FIELD_LINE = _lines(r"(?:- )?(?:\"[^\"\n]*\"|[\w.-]+)\s?(?::(?:\s|$)|=)", r"[\[\]{}],?$", r"\[[\w. -]+\]$",
-                    r"\"[^\"\n]*\",?$")
+                     r"\"[^\"\n]*\",?$")
 _STATEMENT = re.compile(r"^\s*(?:def|class|import|from|return|if|for|while|var|let|const)\b|\w\(",
                         re.MULTILINE)
 _TAG = re.compile(r"<(?:[/!?]?[A-Za-z][^<>]{0,500}|!--.{0,2000}?--)>", re.DOTALL)

@@ -65,7 +65,7 @@ def format_problems(format_: str, options: Mapping[str, Any]) -> list[SettingsPr
         return [SettingsProblem(ProblemCode.CHOICE, "format", f"must be one of {', '.join(FORMATS)}", format_,
                                 close.removeprefix("; "))]
     problems = try_parse_settings(reader_class(format_).Options, options,
-                             lambda key: was_removed(f"{format_}.{key}", PIPELINE).removeprefix("; "))[1]
+                                  lambda key: was_removed(f"{format_}.{key}", PIPELINE).removeprefix("; "))[1]
     return [*map(to_problem, require(f"format {format_}", *LIBRARIES.get(format_, ()))),
             *(problem.with_prefix("options") for problem in problems)]
 

@@ -49,7 +49,7 @@ def source_files(source: SourceSettings, wanted: Callable[[str], bool],
             names.update(_name(file, root) for file in walked if wanted(file.name))
             without += [one for one in found if not is_hidden(one.name)]
             if sentence := format_skipped([_name(file, root) for file in walked if not wanted(file.name)],
-                                       [_name(one, root) for one in found if is_hidden(one.name)]):
+                                          [_name(one, root) for one in found if is_hidden(one.name)]):
                 tell(escape_controls(f"{path}: {sentence}"))
         elif given.is_file():
             names.add(_name(given, root))

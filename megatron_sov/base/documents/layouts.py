@@ -300,7 +300,7 @@ def propose_columns(record: Mapping[str, Any], kind: str) -> str:
         words = _FIELD_WORDS[target]
         candidates = [name for name, value in values.items() if name not in guesses.values()
                 # for a table only column names are known, and the values are empty
-                and (target != "messages" or isinstance(value, list) or value == "")
+                      and (target != "messages" or isinstance(value, list) or value == "")
                 and {*words} & {*re.findall("[a-z]+", re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower())}]
         if candidates:
             guesses[target] = min(candidates, key=lambda name: len(name))

@@ -263,7 +263,7 @@ class CountedSpan:
                     raise item
                 yield parse_json_value(item, f"{self.span.file}:{self.num_lines}", self.num_lines,
                                        self.reading,
-                                   self.parse)
+                                       self.parse)
             except BadRecord as e:
                 yield _at_line(e, self.num_lines, b"")
 

@@ -254,12 +254,12 @@ def decode_utf8(raw: bytes, start_bytes: int = 0) -> str:
 
 
 FILE_SIGNATURES = ((b"%PDF", "a PDF; extract its text first, for example by pdftotext"),
-               (b"PK\x03\x04", "a ZIP file, as .docx and .xlsx are; extract its text first"),
-               (b"\x1f\x8b", "compressed by gzip; name it with the ending .gz"),
-               (b"\x28\xb5\x2f\xfd", "compressed by zstd; name it with the ending .zst"),
-               (b"PAR1", "a Parquet file; name it with the ending .parquet"),
-               (b"\xff\xfe", "in UTF-16; convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW_FILE"),
-               (b"\xfe\xff", "in UTF-16; convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW_FILE"))
+                   (b"PK\x03\x04", "a ZIP file, as .docx and .xlsx are; extract its text first"),
+                   (b"\x1f\x8b", "compressed by gzip; name it with the ending .gz"),
+                   (b"\x28\xb5\x2f\xfd", "compressed by zstd; name it with the ending .zst"),
+                   (b"PAR1", "a Parquet file; name it with the ending .parquet"),
+                   (b"\xff\xfe", "in UTF-16; convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW_FILE"),
+                   (b"\xfe\xff", "in UTF-16; convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW_FILE"))
 """First bytes of a file -> its format and how to obtain UTF-8 text."""
 
 
@@ -370,7 +370,7 @@ def _choose_kind(record: dict[str, Any], reading: RecordReading) -> str:
             raise BadRecord("fields", f"is a response with a {LABEL!r} (or {KTO_TAG!r}), but --format is "
                                       f"{reading.kind}; turn such rows into pairs with `sov-data unpaired`")
         addition = "" if found != "prompt" else (": no response is learned then; a chat has 'messages', or "
-                                               "'prompt' and 'completion'")
+                                                 "'prompt' and 'completion'")
         if found == "prompt" and reading.kind == "preference" and len(record) > 2 and not isinstance(
                 record.get("completions"), list):
             raise BadRecord("fields", "has no 'chosen' and 'rejected' (fields: "
@@ -383,9 +383,9 @@ def _choose_kind(record: dict[str, Any], reading: RecordReading) -> str:
                                   f"pack it on its own with --format {found}{addition}",
                         options=("--format", found))
     expected = ({"text": f"string field {reading.text_field!r}",
-               "chat": "'messages', 'conversations', or 'prompt' and 'completion'",
-               "preference": "'chosen' and 'rejected'", "prompt": "'prompt'"}[reading.kind or "text"]
-              + (" and no 'messages'" if reading.kind is None else ""))
+                 "chat": "'messages', 'conversations', or 'prompt' and 'completion'",
+                 "preference": "'chosen' and 'rejected'", "prompt": "'prompt'"}[reading.kind or "text"]
+                + (" and no 'messages'" if reading.kind is None else ""))
     remedy, proposed = "add one", ""
     if reading.kind is not None and record:
         # `sov-data pack` and `rl` read prompts with the same option

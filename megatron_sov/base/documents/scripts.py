@@ -39,11 +39,11 @@ RUN_SCRIPTS = ("thai", "lao", "burmese", "khmer", "marks of han", "kana", "han")
 RUN_HANGUL_SCRIPTS = ("hangul", "old hangul", "lone hangul letters")
 """Scripts with a third of a word per character in runs of words."""
 RULE_SCRIPTS = ("thai", "lao", "tibetan letters", "burmese", "khmer", "kana", "bopomofo", "han",
-            "half-width kana", "hangul", "lone hangul letters")
+                "half-width kana", "hangul", "lone hangul letters")
 """Scripts that quality rules count by characters."""
 SCORER_SCRIPTS = ("thai", "lao", "tibetan letters", "tibetan signs", "burmese", "khmer", "kana", "han",
                   "hangul",
-              "old hangul")
+                  "old hangul")
 """Scripts whose characters are units in the n-grams of scorers."""
 
 

@@ -55,8 +55,8 @@ def fold_case(codes: NDArray[np.uint32], folds: NDArray[np.uint32], classes: NDA
 # 1,000 and 1000 are equal words. A character of a script without blanks is a unit by itself.
 @jit_compile
 def scan_units(codes: NDArray[np.uint32], classes: NDArray[np.uint8], commands: NDArray[np.uint64],
-         hashes: NDArray[np.uint64], sizes: NDArray[np.uint8], begins: NDArray[np.int64],
-         ends: NDArray[np.int64]) -> int:
+               hashes: NDArray[np.uint64], sizes: NDArray[np.uint8], begins: NDArray[np.int64],
+               ends: NDArray[np.int64]) -> int:
     """Find the units of a folded text.
 
     Args:
@@ -135,7 +135,7 @@ def _mix_bits(value: np.uint64) -> np.uint64:
 
 @jit_compile
 def _is_thousands_separator(codes: NDArray[np.uint32], classes: NDArray[np.uint8], at: int, group: int,
-                     num_groups: int) -> bool:
+                            num_groups: int) -> bool:
     """Return whether the character at `at`, between digits, separates thousands: 1,000 and 1 000 equal
     1000."""
     code = codes[at]
@@ -169,7 +169,7 @@ def _skip_hyphen(codes: NDArray[np.uint32], classes: NDArray[np.uint8], at: int)
 
 @jit_compile
 def _skip_markup(codes: NDArray[np.uint32], classes: NDArray[np.uint8], commands: NDArray[np.uint64],
-                   at: int) -> int:
+                 at: int) -> int:
     """Return the index after a separator, or after the tag, entity or formatting command that it begins."""
     code, after = codes[at], at + 1
     if after == len(codes):

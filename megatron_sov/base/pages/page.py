@@ -148,9 +148,9 @@ class Chapter:
 
 
 def render_page(kicker: str, title: str, subtitle: str, chapters: list[Chapter], *, verdict: str = "",
-           opening: Sequence[Panel] = (), overview: tuple[str, PageTable] | None = None,
-           anchor: str = "part", nothing: str = "There is nothing to show.",
-           now_s: float | None = None) -> str:
+                opening: Sequence[Panel] = (), overview: tuple[str, PageTable] | None = None,
+                anchor: str = "part", nothing: str = "There is nothing to show.",
+                now_s: float | None = None) -> str:
     """Render a page as HTML.
 
     The template escapes text. A content security policy allows only the page's own scripts and forbids

@@ -185,7 +185,7 @@ class LinePlot:
 
 def _draw_series(series: Series, across: Scale, up: Scale) -> list[Markup]:
     points = [(round(GRID * across.to_fraction(x)), GRID - round(GRID * up.to_fraction(y)))
-          for x, y in zip(series.x, series.y, strict=True)]
+              for x, y in zip(series.x, series.y, strict=True)]
     style = Markup('class="{}" style="--c:{}"').format("stroke faint" if series.is_faint else "stroke",
                                                        series.colour)
     parts = [Markup('<path {} d="M{} {}V{}"/>').format(
@@ -225,7 +225,7 @@ def _format_note(series: Series, i: int) -> str:
 
 def _format_summary(series: Series) -> str:
     return escape_controls(f"{series.name}: {format_value(series.y[0])} to {format_value(series.y[-1])}, "
-                   f"lowest {format_value(min(series.y))}, highest {format_value(max(series.y))}")
+                           f"lowest {format_value(min(series.y))}, highest {format_value(max(series.y))}")
 
 
 def _draw_labels(name: str, side: str, ticks: Sequence[tuple[float, str]]) -> Markup:

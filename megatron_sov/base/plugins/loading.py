@@ -70,7 +70,7 @@ def load_plugin(reference: str) -> LoadedPlugin:
         path = Path(os.path.abspath(place))
         module, digest = _execute_file(path)
         loaded = LoadedPlugin(None, name, f"{path}:{name}",
-                             {path.name: digest, **_hash_sibling_modules(path)})
+                              {path.name: digest, **_hash_sibling_modules(path)})
     else:
         module = _import_module(place)
         loaded = LoadedPlugin(None, name, reference, hash_module_files(module))

@@ -49,7 +49,7 @@ def check_methods(value: Any, reference: str, what: str, methods: Mapping[str, t
              or not accepts_arguments(getattr(value, name), ("self", *arguments))]
     if wrong:
         signatures = [f"{name}{inspect.signature(getattr(value, name))}"
-                 for name in wrong if callable(getattr(value, name, None))]
+                      for name in wrong if callable(getattr(value, name, None))]
         available = f"it has {', '.join(signatures)}" if signatures else "it has none"
         raise UserError(f"{reference}: {what} needs {', '.join(shapes[name] for name in wrong)}; {available}")
 
@@ -249,7 +249,7 @@ class BuiltPlugin:
 
 
 def request_plugin(name: str, settings: Mapping[str, Any], built_in: BuiltIn,
-            own: Registry[type[Any]]) -> PluginRequest:
+                   own: Registry[type[Any]]) -> PluginRequest:
     """Create a request from a name or a reference to a user's code.
 
     Raises:

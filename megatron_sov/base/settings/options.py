@@ -46,7 +46,7 @@ _VALUES: dict[Any, str] = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
 
 
 def format_dry_run(read: Sequence[Path], written: Sequence[Path], said: Sequence[tuple[str, Any]], *,
-             overwrite: bool) -> str:
+                   overwrite: bool) -> str:
     """Format the plan of a command.
 
     Args:
@@ -447,8 +447,8 @@ def _iter_options(cls: Any, above: tuple[str, ...] = ()) -> Iterator[_Option]:
             yield from _iter_options(hint, path)
             continue
         yield _Option(path, flag, hint, repeats, field.default,
-                     field.default is dataclasses.MISSING and not is_made,
-                     docs.get(field.name) or _format_help(flag.help))
+                      field.default is dataclasses.MISSING and not is_made,
+                      docs.get(field.name) or _format_help(flag.help))
 
 
 def _unwrap_hint(hint: Any) -> tuple[Flag, Any, bool]:

@@ -113,7 +113,7 @@ def find_broken_rules(settings: Any, prefix: str, *rules: tuple[bool, str, str] 
         rules: (holds, dotted key, rule) or (holds, dotted key, rule, fix).
     """
     problems = [SettingsProblem(ProblemCode.RULE, key, rule, _get_value(settings, key), "".join(way_out))
-             for holds, key, rule, *way_out in rules if not holds]
+                for holds, key, rule, *way_out in rules if not holds]
     return [problem.with_prefix(prefix) for problem in problems] if prefix else problems
 
 

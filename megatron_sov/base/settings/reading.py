@@ -50,7 +50,7 @@ def no_hint(key: str) -> str:
 
 def parse_settings(cls: type[S], raw: object, where: str, *,
                    lines: Mapping[tuple[str | int, ...], int] | None = None,
-         instead: KeyHint = no_hint, rules: bool = True) -> S:
+                   instead: KeyHint = no_hint, rules: bool = True) -> S:
     """Build settings from plain values of JSON types.
 
     The only conversions are lists to tuples, integers to floats, and text to paths.
@@ -90,7 +90,7 @@ def split_key(key: str) -> tuple[str | int, ...]:
 
 
 def try_parse_settings(cls: type[S], raw: object, instead: KeyHint = no_hint) -> tuple[S | None,
-                                                                                   list[SettingsProblem]]:
+                                                                                       list[SettingsProblem]]:
     """Return (settings or None, violated declarations in field order), without checking rules between
     fields."""
     from pydantic import ValidationError
@@ -128,7 +128,7 @@ def find_rule_problems(settings: Any) -> list[SettingsProblem]:
         return own
     # nested settings first: their problems may cause problems of the outer settings
     problems = [problem for field in dataclasses.fields(settings)
-             for problem in _find_inner_problems(field.name, getattr(settings, field.name, None))]
+                for problem in _find_inner_problems(field.name, getattr(settings, field.name, None))]
     try:
         hints = get_field_hints(cast(Any, type(settings)))
     except (NameError, TypeError):  # a user's class annotates a field with an unknown type
@@ -170,7 +170,7 @@ def _get_declared_types(made: Any) -> dict[str, Any]:
 
 
 def parse_arguments(made: Any, given: Mapping[str, Any], where: str, *, prefix: str = "",
-                   num_ours: int = 0) -> dict[str, Any]:
+                    num_ours: int = 0) -> dict[str, Any]:
     """Convert plain values to arguments of a class or function by its declared types.
 
     Args:
@@ -186,7 +186,7 @@ def parse_arguments(made: Any, given: Mapping[str, Any], where: str, *, prefix: 
     from pydantic import TypeAdapter, ValidationError
 
     accepted = {name: p for name, p in [*inspect.signature(made).parameters.items()][num_ours:]
-             if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+                if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     hints = _get_declared_types(made)
     arguments: dict[str, Any] = {}
     problems = [unknown_key_problem(name, accepted) for name in given if name not in accepted]
@@ -197,7 +197,7 @@ def parse_arguments(made: Any, given: Mapping[str, Any], where: str, *, prefix: 
         try:
             text = json.dumps(given[name])
             arguments[name] = TypeAdapter(hints.get(name, Any)).validate_json(text, strict=True,
-                                                                          extra="forbid")
+                                                                              extra="forbid")
         except ValidationError as e:
             problems += [problem.with_prefix(name)
                          for problem in explain_validation_error(hints.get(name, Any), e)]

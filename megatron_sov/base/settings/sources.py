@@ -176,7 +176,7 @@ def _read_yaml(text: str) -> LocatedDocument:
             way_out=WAYS_OUT.get(message, "correct the line")))
     except RecursionError:
         located.problems.append(SettingsProblem(ProblemCode.FILE, "", f"is nested more than {MAX_DEPTH} deep",
-                                              line=1, way_out="make it flatter"))
+                                                line=1, way_out="make it flatter"))
     except yaml.YAMLError as e:
         located.problems.append(SettingsProblem(
             ProblemCode.FILE, "", f"is not valid YAML ({' '.join(str(e).split())})", line=1,
@@ -322,7 +322,7 @@ def parse_nested(given: Iterable[str], option: str = "--set") -> dict[str, Any]:
 
 
 def apply_changes(settings: S, given: Iterable[str], option: str = "--set", *,
-           instead: KeyHint = no_hint, rules: bool = True) -> S:
+                  instead: KeyHint = no_hint, rules: bool = True) -> S:
     """Return settings with `key=value` changes applied, e.g. ``train.steps=100`` or ``phases.0.seq_len=512``.
 
     Args:

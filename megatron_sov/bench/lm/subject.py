@@ -87,7 +87,7 @@ def subject_of(target: str, settings: Settings, whole: bool = True) -> Subject:
     # layouts agree up to rounding, so that answers are shared among them
     how = sorted(setting for setting in settings.settings if not setting.startswith("parallel."))
     decode = build_text_decoder(found.tokenizer_folder / TOKENIZER_JSON, ends,
-                          lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)))
+                                lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)))
     running = LocalEvaluation(found, engine, tuple(settings.settings), settings.nproc,
                               Batching(settings.batch_size), ends, special, decode)
     return Subject(model, {"model": digest, "engine": engine, "settings": how, "ends": list(ends),

@@ -236,7 +236,7 @@ def _sample(plan: _Plan) -> Path:
     # an engine is loaded only where something is left to ask
     if len(done) < len(calls):
         run_with_engine(plan.engine, target, work, longest=longest, batching=Batching(args.batch_size),
-                   settings=args.settings, nproc=args.nproc)
+                        settings=args.settings, nproc=args.nproc)
     elif is_first_rank():  # else no process has anything to ask, and the first one publishes
         work(None)
     return file

@@ -203,7 +203,7 @@ def run_media(args: EvalMediaOptions) -> int:
         events.add("media", step=step, pair=name, **{k: v for k, v in told.items() if k != "samples"})
     lines = [_line(name, told) for name, told in found.items()]
     print(format_json({n: {k: v for k, v in t.items() if k != "samples"}
-                   for n, t in found.items()}).rstrip() if args.json else "\n".join(lines))
+                       for n, t in found.items()}).rstrip() if args.json else "\n".join(lines))
     return ExitCode.OK
 
 

@@ -213,7 +213,7 @@ def _continue(options: GenerateOptions, target: Target, asked: EncodedPrompts,
         return vars(engine.generate(asked.ids, sampling, stop=stop))
 
     answer = run_with_engine(engine_name, target, work, longest=longest, batching=options.batching,
-                        settings=options.settings, nproc=options.nproc)
+                             settings=options.settings, nproc=options.nproc)
     if answer is None:
         return None
     found = GenerationResult(**answer)

@@ -218,8 +218,8 @@ def _within_budget(args: PlanOptions) -> int:
     rows = budget_rows(requests, where, args.days, args.budget, _learned(args.parameters))
     if args.json:
         print(format_json({"cluster": args.cluster, "nodes": where.nodes, "gpus": where.num_ranks,
-                       "days": args.days, "budget_usd": args.budget,
-                       "recipes": [row.as_json() for row in rows]}))
+                           "days": args.days, "budget_usd": args.budget,
+                           "recipes": [row.as_json() for row in rows]}))
     else:
         print(budget_text(rows, where))
     return 0

@@ -312,7 +312,7 @@ def _request(config: ChainConfig, stage: ChainStage, options: SubmitOptions, nee
     if not chosen:
         raise UserError("names no cluster; add a line `cluster: PROFILE` to the file, or pass --cluster")
     profile = cluster.load_profile(chosen, account=options.account, partition=options.partition,
-                           needs_account=ready is None)
+                                   needs_account=ready is None)
     return submission.SubmitRequest(
         stage.stage, stage.argv(READY_ROOT if ready else None), profile, stage.nodes, stage.min_nodes or None,
         cluster.parse_node_settings(stage.nodes_set), stage.array, needs,
@@ -439,7 +439,7 @@ def _stage(stage: str, argv: list[str], options: SubmitOptions) -> int:
                         "--dry-run prints the script of a stage")
     check_stage(stage)
     profile = cluster.load_profile(_cluster_name(options, stage, argv), account=options.account,
-                           partition=options.partition)
+                                   partition=options.partition)
     request = submission.SubmitRequest(stage, tuple(argv), profile, options.nodes or 1, options.min_nodes,
                                        cluster.parse_node_settings(options.nodes_set), options.array,
                                        time_limit=options.time_limit, cluster=_cluster_name(options),

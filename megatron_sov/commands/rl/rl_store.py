@@ -126,8 +126,8 @@ def _gc(args: StoreGcOptions) -> int:
         delete_folders(found)
     for item in found:
         print(escape_controls(f"{'would delete' if waits else 'deleted'} {item.path} "
-                      f"({format_size(item.size_bytes)}): "
-                      f"{item.why}"))
+                              f"({format_size(item.size_bytes)}): "
+                              f"{item.why}"))
     total = f"{len(found):,} folders, {format_size(sum(item.size_bytes for item in found))}"
     if waits:
         raise UserError(f"--rounds {args.rounds}: nothing is deleted of {total}; add --yes if these "

@@ -345,7 +345,7 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, *, w
     teacher = live_teacher_of(args, config, tokenizer, args.nproc)
     learned = round_objective_of if config.policy.learns_preferences else objective_of
     objective = get_factory(config, learned(config) if teacher is None
-                        else TaughtFactory(OnPolicyDistillation, [teacher]))
+                            else TaughtFactory(OnPolicyDistillation, [teacher]))
     columns = columns_of_run(config, columns_of(objective), start,
                              teachers_of(args, config, tokenizer) if teacher is None else ())
     # a source whose rounds open one by one, as they are published

@@ -457,7 +457,7 @@ class DocumentAttention(MegatronModule):
         return torch.cat(outputs).reshape(len(query), -1)
 
     def _attend_by_length(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                            alike: LengthGroups) -> torch.Tensor:
+                          alike: LengthGroups) -> torch.Tensor:
         """Return [tokens, heads, head_dim], with one kernel call per document length."""
         queries = _permute_rows(query, alike.order, alike.inverse).split(
             [count * length for count, length, _ in alike.groups])

@@ -128,7 +128,7 @@ class Head:
     def best_tokens(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return `top_tokens` and the log-probability [n] float32 (float64 under fp64) of each."""
         best = [_find_best_tokens(self._project_logits(s, self._chunking.token_rows))
-                 for s in states.split(self.chunk_tokens)]
+                for s in states.split(self.chunk_tokens)]
         return torch.cat([token for token, _ in best]), torch.cat([logprob for _, logprob in best])
 
     @torch.no_grad()
@@ -144,7 +144,7 @@ class Head:
         log-probabilities [T, K] float32 (float64 under fp64), on every process, from [local tokens, 1, H]."""
         best = [find_most_probable(s, self.weight, k, self._chunking.token_rows, temperature,
                                    self.logits_softcap)
-                 for s in prepare_head_input(hidden, self.config).split(self.chunk_tokens)]
+                for s in prepare_head_input(hidden, self.config).split(self.chunk_tokens)]
         token, logprobs = (context.gather_row(torch.cat(parts)) for parts in zip(*best, strict=True))
         return token, logprobs
 

@@ -194,7 +194,7 @@ class SimulatedRanks:
             waiting = [f"rank {rank} in {what}"
                        for rank, what in sorted(self._waiting.items())[:MAX_NAMED_RANKS]]
             self._failure = Deadlock(f"{len(self._waiting)} of {self.size} processes wait for each other: "
-                                       + "; ".join(waiting))
+                                     + "; ".join(waiting))
         if self._failure is not None:
             self.mark_ready(list(self._waiting))
         self._turns[self._ready.popleft()].release()
@@ -275,7 +275,7 @@ class SimulatedGroup(_ProcessGroup):
         call = self._ranks.calls.setdefault(key, _Call(operation))
         if call.operation != operation:
             raise Deadlock(f"rank {self._rank} calls {operation} over {self._key} at {site.where}, but "
-                             f"other ranks call {call.operation}")
+                           f"other ranks call {call.operation}")
         call.parts[self._index] = part
         if len(call.parts) == len(self._members):
             parts = [call.parts[index] for index in range(len(self._members))]

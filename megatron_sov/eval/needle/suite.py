@@ -99,13 +99,13 @@ class NeedleSuite:
         return product(self.kinds, self.haystacks, self.lengths)
 
     def build_example(self, kind: NeedleKind, haystack: Haystack, length: int, depth: float,
-                sample: int) -> Example:
+                      sample: int) -> Example:
         """Build one example, determined by the fields of the suite and the arguments."""
         # The 0 separates kind and language, so that no two cells share a seed.
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(
             (self.seed, length, round(depth * 1e6), sample, *kind.encode(), 0, *haystack.language.encode()))))
         return build_example(haystack, generator, length, depth,
-                            count_distractors(kind, haystack.form, length, self.distractor_share))
+                             count_distractors(kind, haystack.form, length, self.distractor_share))
 
     @property
     def num_examples(self) -> int:
@@ -198,7 +198,7 @@ def insert_sentences(text: np.ndarray, inserts: Sequence[Sequence[int] | np.ndar
 
 
 def build_example(haystack: Haystack, generator: np.random.Generator, length: int, depth: float,
-                 num_distractors: int) -> Example:
+                  num_distractors: int) -> Example:
     """Build an example; prompt and answer together have `length` tokens.
 
     Args:

@@ -210,7 +210,7 @@ class DecodingBatch:
                 continue
             # The random stream of a sequence judges its drafts first, then draws its token.
             count, final = accept_sampled_drafts(sequence.drafts, sequence.guesses, target,
-                                              sequence.random.random(len(sequence.drafts)).tolist())
+                                                 sequence.random.random(len(sequence.drafts)).tolist())
             num_accepted.append(count)
             finals.append(final)
         # One draw per sequence: it replaces the first rejected draft, or follows the last draft.
@@ -292,7 +292,7 @@ class DecodingBatch:
         if active[0].sequence.sampling.temperature == 0:
             return self._decoder.top_tokens(output, places)
         guesses.append(compute_distributions(self._decoder.logits(output, places),
-                                     [i.sequence.sampling for i in active]))
+                                             [i.sequence.sampling for i in active]))
         return torch.tensor(draw_tokens(guesses[-1], [i.sequence.random.random() for i in active]))
 
     def _free_slot(self, slot: int) -> None:

@@ -60,7 +60,7 @@ def compute_answer_logprobs(model: ForwardModel, questions: Sequence[AnswerChoic
                              model.model.architecture.count_state_tokens())
     # Questions of other processes stay zero: the sum over processes is the whole table.
     logprobs = torch.zeros(len(questions), max(len(q.answers) for q in questions),
-                        max(len(answer) for q in questions for answer in q.answers), dtype=torch.float64)
+                           max(len(answer) for q in questions for answer in q.answers), dtype=torch.float64)
     with CachedDecoder(model, CacheSize(slots, longest)) as decoder:
         steps = _iter_steps(decoder, questions, range(rank, len(questions), size), slots,
                             bounds.prefill_tokens)

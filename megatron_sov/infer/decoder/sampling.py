@@ -64,7 +64,7 @@ def count_greedy_matches(drafts: Sequence[int], best: Sequence[int]) -> int:
 
 
 def accept_sampled_drafts(drafts: Sequence[int], guesses: torch.Tensor, targets: torch.Tensor,
-                       uniforms: Sequence[float]) -> tuple[int, torch.Tensor]:
+                          uniforms: Sequence[float]) -> tuple[int, torch.Tensor]:
     """Judge sampled drafts so that accepted drafts and the next token follow the target distributions.
 
     Algorithm 1 of Leviathan et al., arXiv 2211.17192: a draft x with draft probability q and model

@@ -434,7 +434,7 @@ class Fleet:
         with self._changed:
             member.under_way.pop(task.request.name, None)
             should_retry = not (self._is_over or task.is_aborted or task.attempts >= ATTEMPTS
-                             or self._failure is not None)
+                                or self._failure is not None)
             member.num_resting += 1
             if should_retry:
                 # At the head of the queue: it has waited longest.

@@ -307,8 +307,8 @@ def check_routes(routes: np.ndarray | None, num_tokens: int, shape: RouteShape) 
 
 @contextlib.contextmanager
 def open_server_engine(name: str, folder: Path, vocab_size: int, longest: int, settings: EngineServers,
-                   places: ServerLocations | None = None, *, with_routes: bool = False,
-                   over: threading.Event | None = None) -> Iterator[ServerEngine]:
+                       places: ServerLocations | None = None, *, with_routes: bool = False,
+                       over: threading.Event | None = None) -> Iterator[ServerEngine]:
     """Yield an engine of servers that stop at the end of the block; see `open_fleet`. Without `places`, logs
     are temporary."""
     with contextlib.ExitStack() as stack:

@@ -40,7 +40,7 @@ LAST_LINES = 8
 """Number of log lines in the error of a server that does not start."""
 _LOOK_S = 0.5
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR",
-             "MASTER_PORT")
+                   "MASTER_PORT")
 """Variables of a trainer process, which a server would mistake for its own."""
 
 
@@ -283,7 +283,7 @@ class ServerProcess:
         path = [str(WORKER_FOLDER), *filter(None, [environment.get("PYTHONPATH")])]
         # Weight updates need the development routes; only this machine may reach the port.
         return environment | {"PYTHONPATH": os.pathsep.join(path), "VLLM_SERVER_DEV_MODE": "1",
-                        "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+                              "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
     def _last_lines(self) -> str:
         lines = self.log.read_text(encoding="utf-8", errors="replace").strip().split("\n")

@@ -104,7 +104,7 @@ class WeightGroup:
             if not header_bytes:
                 return
             header, bucket = (self._broadcast(torch.empty(size, dtype=torch.uint8, device=self._device))
-                            for size in (header_bytes, bucket_bytes))
+                              for size in (header_bytes, bucket_bytes))
             for name, dtype_name, shape, start in json.loads(bytes(header.tolist())):
                 dtype = getattr(torch, dtype_name)
                 end = start + math.prod(shape) * dtype.itemsize

@@ -319,8 +319,8 @@ def score_file(asked: PluginRequest, made: MadeReward, source: Path, output: Pat
 
 def _written(row: Row, result: Result, version: str) -> bytes:
     return format_json_line({**row, "reward": result.reward, "status": result.status,
-                      "components": dict(result.components), "reason": result.reason,
-                      "reward_version": version})
+                             "components": dict(result.components), "reason": result.reason,
+                             "reward_version": version})
 
 
 def judges_groups(made: MadeReward) -> bool:

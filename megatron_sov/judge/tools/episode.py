@@ -211,7 +211,7 @@ def take_turn(episode: Episode, written: GeneratedTurn, host: EnvironmentHost, e
         return turn
     behind = encoder.encode_after_turn([call["text"] for call in turn.calls],
                                        [call["name"] for call in turn.calls],
-                                 turn.reply)
+                                       turn.reply)
     # a token at least has to be left for the model
     if len(behind) >= left:
         return replace(turn, end="tokens")

@@ -55,7 +55,7 @@ def fp8_format(train: TrainConfig) -> str:
 
 
 def find_fp8_weight_problems(train: TrainConfig, parallel: ParallelConfig, optim: OptimConfig,
-                    gpu: GpuConfig) -> list[SettingsProblem]:
+                             gpu: GpuConfig) -> list[SettingsProblem]:
     """Return every violated rule for `train.fp8_weights`."""
     if not train.fp8_weights:
         return []
@@ -75,7 +75,7 @@ def find_fp8_weight_problems(train: TrainConfig, parallel: ParallelConfig, optim
 
 
 def find_fp8_problems(train: TrainConfig, model: ModelConfig, parallel: ParallelConfig,
-                          phases: Sequence[PhaseConfig]) -> list[SettingsProblem]:
+                      phases: Sequence[PhaseConfig]) -> list[SettingsProblem]:
     """Return every violated rule for `train.fp8`, from Transformer Engine 2.20 and Megatron-Core."""
     if train.fp8 == "none":
         return []

@@ -257,10 +257,10 @@ METHODS: dict[str, dict[str, Any]] = {
 """Method -> parts that differ from the defaults in `PolicyParts`. None: a number the authors did not publish,
 which the run must set."""
 REQUIRED_NUMBERS = (("clip", ("two_sided",), "clip_low"), ("clip", ("two_sided", "cispo"), "clip_high"),
-         ("kl", ("k1", "k3", "sequence"), "kl_coeff"), ("advantage", ("pass_at_k",), "pkpo_k"),
-         ("all_wrong", ("keep",), "all_wrong_reward"), ("method", ("mgpo",), "mgpo_lambda"),
-         ("length_reward", ("around_right", "target", "budget"), "length_reward_coeff"),
-         ("length_reward", ("around_right", "target"), "length_width_tokens"))
+                    ("kl", ("k1", "k3", "sequence"), "kl_coeff"), ("advantage", ("pass_at_k",), "pkpo_k"),
+                    ("all_wrong", ("keep",), "all_wrong_reward"), ("method", ("mgpo",), "mgpo_lambda"),
+                    ("length_reward", ("around_right", "target", "budget"), "length_reward_coeff"),
+                    ("length_reward", ("around_right", "target"), "length_width_tokens"))
 """(part, values, number): if the part has one of the values, the number is required."""
 NUMBERS_WITHOUT_DEFAULT = ("clip_low", "clip_high", "kl_coeff", "pkpo_k", "length_reward_coeff",
                            "length_width_tokens")
@@ -273,7 +273,7 @@ TOKEN_TRUNCATE_HIGH = 2.0
 off-policy RL training" (Yao et al. 2025). token_truncate is the default correction because on-policy steps
 need no extra forward pass and no response is dropped."""
 NUMBER_PARTS = (("clip_low", ("clip", "ratio")), ("clip_high", ("clip", "ratio")), ("kl_coeff", ("kl",)),
-          ("length_reward_coeff", ("length_reward",)), ("length_width_tokens", ("length_reward",)))
+                ("length_reward_coeff", ("length_reward",)), ("length_width_tokens", ("length_reward",)))
 """Number -> parts it belongs to. If the run changes such a part, the method's number no longer applies."""
 _PARTS = dataclasses.asdict(PolicyParts())
 _ADVANTAGE_SETTINGS = " ".join((

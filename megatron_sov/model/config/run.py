@@ -335,7 +335,7 @@ def from_dict(raw: dict[str, Any], where: str = "config") -> RunConfig:
     """
     return parse_settings(RunConfig, without_removed(raw) if isinstance(raw, dict) else raw, where,
                 instead=_suggest_setting,
-                rules=False)
+                          rules=False)
 
 
 def _suggest_setting(key: str) -> str:

@@ -216,13 +216,13 @@ def _infer_feed_forward(stated: Stated) -> dict[str, Any]:
     fields |= {ours: stated[theirs] for theirs,
                ours in EXPERT_NAMES.items() if stated.get(theirs) is not None}
     fields |= {"expert_ffn_dim": inner, "num_shared_experts": shared // inner, "num_dense_layers": dense,
-              "router_score": score, "router_bias": bool(stated.get("moe_router_enable_expert_bias", False)),
-              "routed_scaling_factor": stated.get("moe_router_topk_scaling_factor") or 1.0,
+               "router_score": score, "router_bias": bool(stated.get("moe_router_enable_expert_bias", False)),
+               "routed_scaling_factor": stated.get("moe_router_topk_scaling_factor") or 1.0,
               # Softmax over chosen experts equals softmax over all experts divided by the chosen sum.
-              "norm_topk_prob": score == "sigmoid" or not stated.get("moe_router_pre_softmax", False),
+               "norm_topk_prob": score == "sigmoid" or not stated.get("moe_router_pre_softmax", False),
               # Megatron builds the prediction layer like the last transformer layer.
-              "dense_ffn_dim": ffn if dense else 0, "mtp_experts": bool(stated.get("mtp_num_layers")),
-              **_infer_groups(stated)}
+               "dense_ffn_dim": ffn if dense else 0, "mtp_experts": bool(stated.get("mtp_num_layers")),
+               **_infer_groups(stated)}
     if stated.get("moe_router_load_balancing_type") == "seq_aux_loss":
         fields["seq_aux_loss_coeff"] = stated.get("moe_aux_loss_coeff", 0.0)
     return fields
@@ -280,7 +280,7 @@ def _infer_positions(stated: Stated) -> dict[str, Any]:
         names = {"factor": "rotary_scaling_factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow",
                  "original_max_position_tokens": "original_max_position_embeddings"}
         fields["yarn"] = {ours: stated[f"yarn_{theirs}"] for ours, theirs in names.items()
-                         if stated.get(f"yarn_{theirs}") is not None}
+                          if stated.get(f"yarn_{theirs}") is not None}
     if stated.get("rope_scaling"):
         # Other parameters are constants in Megatron-Core's RotaryEmbedding.
         fields["llama3_rope"] = {"factor": stated.get("rope_scaling_factor") or 8.0}

@@ -66,7 +66,7 @@ class AdaptedModule:
             # Gate and up projections have the same input and share A; B has a half for each.
             halves = () if self.halves == 1 else (self.halves,)
             shapes = {self.key(A): (self.num_experts, lora.rank, self.in_features),
-                     self.key(B): (self.num_experts, *halves, self.out_features // self.halves, lora.rank)}
+                      self.key(B): (self.num_experts, *halves, self.out_features // self.halves, lora.rank)}
         return shapes | ({self.key(MAGNITUDE): (self.out_features,)} if lora.dora else {})
 
 
@@ -186,5 +186,5 @@ def find_adapter_places(model: ModelConfig, lora: LoraConfig) -> dict[str, Adapt
     for link in models.get_family(model.family).links(model) if stacks else ():
         if link.key in stacks:
             adapter_places |= {name: AdapterPlace(stacks[link.key], link.offset[0], half)
-                      for half, name in enumerate(link.hf_names)}
+                               for half, name in enumerate(link.hf_names)}
     return adapter_places

@@ -66,7 +66,7 @@ def layer_weights(model: ModelConfig) -> tuple[LayerWeight, ...]:
                 shape = shape[1:]
             if math.prod(shape):  # 0 for a model without shared experts
                 weights.append(LayerWeight(key, shape, layers, section.where.startswith("mtp"),
-                                         model.num_experts if routed else 0, entry.fp32))
+                                           model.num_experts if routed else 0, entry.fp32))
     return tuple(weights)
 
 

@@ -166,7 +166,7 @@ EXPERT_GROUPS = ("num_expert_groups", "num_groups_per_token")
 TRAINING_FIELDS = ("router_bias_update_rate", "seq_aux_loss_coeff", "mtp_loss_coeff", "init_std")
 """Fields of `ModelConfig` that only affect training."""
 EXPERT_FIELDS = ("num_experts_per_token", "num_expert_groups", "num_groups_per_token", "num_shared_experts",
-              "expert_ffn_dim", "router_score", "norm_topk_prob", "router_bias", "routed_scaling_factor")
+                 "expert_ffn_dim", "router_score", "norm_topk_prob", "router_bias", "routed_scaling_factor")
 PREDICTION_FIELDS = ("mtp_experts", "mtp_attention", "mtp_depths")
 """Fields without effect in models without prediction layers; `EXPERT_FIELDS` in models without experts."""
 
@@ -390,7 +390,7 @@ class Family:
         """Return the `ModelConfig` fields that the family neither fixes nor reads from config.json; [] if its
         items cannot be tried on a small model."""
         defined = {"family", *TRAINING_FIELDS, "mtp_attention", *self.structure, *self.training,
-                *(name for name in COMMON_VALUES if name not in self.varies)}
+                   *(name for name in COMMON_VALUES if name not in self.varies)}
         sizes = {"vocab_size": 64, "hidden_size": 32, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2,
                  "head_dim": 8}
         model = ModelConfig(**{"family": self.name, **sizes, **self.structure, **self.training})
