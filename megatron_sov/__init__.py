@@ -44,24 +44,19 @@ _PLACES = {
     "read_events": "runs.obs.events", "Meter": "runs.obs.meters",
     **dict.fromkeys(("distill", "evaluate", "generate", "pack", "prefer", "pretrain", "read_meters",
                      "read_rounds", "rl_run", "sft", "train_tokenizer"), "api"),
-}
-_ON_MEGATRON = {
     "LanguageModelling": "train.objectives.data_objective", "SupervisedFineTuning": "post.sft",
     "PairLearning": "post.preference", "PairLearningWithReference": "post.preference",
     "PolicyLearning": "post.policy",
     **dict.fromkeys(("GlobalBatch", "LossSums", "Objective", "per_source", "with_denominators"),
                     "train.objectives.objective"),
 }
-"""Names whose modules import megatron, which has to find the process prepared for it."""
 _FOLDERS = {"convert": "convert", "recipes": "model.recipes"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _FOLDERS:
         return importlib.import_module(f"{__name__}.{_FOLDERS[name]}")
-    if name in _ON_MEGATRON:
-        importlib.import_module(f"{__name__}.engine.parallel.cpu_shims").prepare_megatron()
-    place = _PLACES.get(name) or _ON_MEGATRON.get(name)
+    place = _PLACES.get(name)
     if place is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{place}"), name)

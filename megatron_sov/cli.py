@@ -20,7 +20,8 @@ from megatron_sov.base.hints.commands import command_comes_first, unknown_comman
 from megatron_sov.base.hints.lines import propose_line
 from megatron_sov.base.hints.removed import check_command
 from megatron_sov.commands import COMMANDS
-from megatron_sov.runs.launch_environment import export_command, has_launcher, process_started_s
+from megatron_sov.runs.launch_environment import (
+    export_command, has_launcher, process_started_s, set_command_start)
 
 PROGRAM = "megatron-sov"
 
@@ -71,21 +72,24 @@ def run_command(argv: list[str], began_s: float) -> int:
 
     Args:
         argv: its name and arguments.
-        began_s: Unix time at which it began; commands find it in their arguments.
+        began_s: Unix time at which the command started; see `get_command_start`.
 
     Raises:
         UserError: if its fix is known, with all faults of the command line and the line that works.
     """
+    set_command_start(began_s)
     try:
-        return _run_once(argv, began_s)
+        return _run_once(argv)
     except UserError as e:
         if e.fix is None or has_launcher():
             raise
-        check = partial(_run_once, began_s=began_s, only_checks=True)
+        check = partial(_run_once, only_checks=True)
         raise propose_line(PROGRAM, argv, e, check, find_check) from None
+    finally:
+        set_command_start(None)
 
 
-def _run_once(argv: list[str], began_s: float, only_checks: bool = False) -> int:
+def _run_once(argv: list[str], only_checks: bool = False) -> int:
     """Run a command line as it was typed; `only_checks`: by --dry-run, or only parse it."""
     if argv[:1] == ["help"] and len(argv) > 1:
         argv = [*argv[1:], "--help"]
@@ -113,7 +117,7 @@ def _run_once(argv: list[str], began_s: float, only_checks: bool = False) -> int
         heading = f"{name} COMMAND, each with a --help of its own"
         listed = format_command_list(children, dict.fromkeys(children, heading))
         sub.epilog = "\n\n".join(filter(None, (listed, sub.epilog)))
-    sub.set_defaults(began_s=began_s, only_checks=only_checks)
+    sub.set_defaults(only_checks=only_checks)
     if only_checks and "--dry-run" in sub._option_string_actions:
         rest = [*(word for word in rest if word != "--dry-run"), "--dry-run"]
     args = sub.parse_args(rest)

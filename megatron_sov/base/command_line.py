@@ -274,10 +274,11 @@ class Command:
         child._module, child._command = self.module, self
 
     def load(self) -> Any:
-        return _import_reference(self.module)
+        return import_reference(self.module)
 
 
-def _import_reference(reference: str) -> Any:
+def import_reference(reference: str) -> Any:
+    """Import `module` or `module:NAME` and return the module or the object."""
     # not `pkgutil.resolve_name`: for a missing module it reports a missing attribute of the package
     module, _, name = reference.partition(":")
     imported = importlib.import_module(module)
@@ -295,7 +296,7 @@ class CommandParser(Parser):
         # emptied first: a second call would declare every option twice
         module, self._module = self._module, ""
         if module:
-            _import_reference(module).add_arguments(self)
+            import_reference(module).add_arguments(self)
             if self._command is not None:
                 append_examples(self, self._command, self.prog.split()[0])
 

@@ -200,7 +200,7 @@ COMMANDS = {
         ("chat runs/sft",
          "chat hf --temperature 0.7")),
     "serve": Command(
-        "megatron_sov.commands.models.serve",
+        "megatron_sov.commands.models.serve:SERVE",
         "serve a model over HTTP with OpenAI's interface, at any layout",
         PUBLISH, "serve.md",
         ("serve runs/sft --name mine --port 8000",

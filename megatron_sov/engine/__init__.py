@@ -1,4 +1,4 @@
-"""The only package that imports megatron-core."""
+"""The only package that imports megatron-core. Importing it prepares the process for the library."""
 
 import importlib.util
 import os
@@ -14,3 +14,8 @@ if importlib.util.find_spec("triton") is None:
     _absent: Any = types.ModuleType("megatron.core.transformer.moe.ops.paged_stash")
     _absent.GLOBAL_BLOCK_SIZE = _absent.paged_stash_copy_kernel = _absent.paged_stash_pop_kernel = None
     sys.modules[_absent.__name__] = _absent
+
+# After the stand-in above, before any module of this package imports megatron.
+from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
+
+prepare_megatron()

@@ -35,6 +35,20 @@ def process_started_s() -> float:
     return psutil.Process().create_time()
 
 
+_command_start_s: float | None = None
+
+
+def set_command_start(start_s: float | None) -> None:
+    """Set the result of `get_command_start`: the Unix time at which the command started; None: no command."""
+    global _command_start_s
+    _command_start_s = start_s
+
+
+def get_command_start() -> float:
+    """Return the Unix time at which the command started, or the current time if no command runs."""
+    return time.time() if _command_start_s is None else _command_start_s
+
+
 def export_command(words: Sequence[str]) -> None:
     """Store the command's arguments in `COMMAND_VARIABLE` for `typed_command`, also in child processes."""
     # Arguments may contain bytes outside UTF-8, or a zero byte if no shell started the process.

@@ -28,8 +28,8 @@ from pathlib import Path
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
-from megatron_sov.base.command_line import Command, CommandParser
-from megatron_sov.base.errors import DryRun
+from megatron_sov.base.command_line import Command, CommandParser, import_reference
+from megatron_sov.base.errors import DryRun, ExitCode
 from megatron_sov.base.settings.problem import UNSET, ProblemCode, SettingsError, SettingsProblem
 from megatron_sov.base.settings.reading import find_rule_problems, get_field_hints, try_parse_settings
 from megatron_sov.base.settings.sources import parse_value
@@ -175,6 +175,38 @@ class _Option:
     @property
     def dest(self) -> str:
         return ".".join(self.path)
+
+
+@dataclasses.dataclass(frozen=True)
+class DeclaredCommand:
+    """A command in two parts, so that help and refusals of bad input never import torch: options with their
+    checks, and a function of another module that runs the command.
+
+    `Command.module` names an instance as `module:NAME`; an action of `Actions` may be an instance.
+    """
+
+    options: type
+    """Settings class; its docstring is the command's description."""
+    check: Callable[[Any], Any]
+    """Receives the options and checks all that needs no heavy import. Returns the argument of `run_function`,
+    or an exit code if nothing is left to run."""
+    run_function: str = ""
+    """`module:function`, imported after the checks. The module imports torch and the like at its top; the
+    function returns an exit code, or None for 0. "": `check` does all the work."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        add_options(parser, self.options)
+
+    def run(self, typed: argparse.Namespace) -> int:
+        """Run the command with parsed arguments and return its exit code."""
+        return self.run_options(read_options(self.options, typed))
+
+    def run_options(self, options: Any) -> int:
+        """Run the command with an instance of `options` and return its exit code."""
+        request = self.check(options)
+        if isinstance(request, int):
+            return request
+        return import_reference(self.run_function)(request) or ExitCode.OK
 
 
 def build_command(cls: type, run: Callable[[argparse.Namespace], int]) -> SimpleNamespace:
@@ -341,9 +373,9 @@ def _has_path(raw: Any, path: tuple[str, ...]) -> bool:
     return True
 
 
-Actions = Mapping[str, tuple[type, Callable[[Any], int]] | Command]
-"""Name of a command's action -> (settings class, function of the settings that returns an exit code), or a
-`Command` of another part of the package, which may not be installed."""
+Actions = Mapping[str, tuple[type, Callable[[Any], int]] | DeclaredCommand | Command]
+"""Name of a command's action -> `DeclaredCommand`, (settings class, function of the settings that returns an
+exit code), or a `Command` of another part of the package, which may not be installed."""
 
 
 def add_actions(parser: argparse.ArgumentParser, actions: Actions) -> None:
@@ -353,7 +385,7 @@ def add_actions(parser: argparse.ArgumentParser, actions: Actions) -> None:
         if isinstance(action, Command):
             action.declare(name, below)
             continue
-        cls, _ = action
+        cls = action.options if isinstance(action, DeclaredCommand) else action[0]
         summary = " ".join(inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].split())
         add_options(below.add_parser(name, help=summary.removesuffix(".").replace("%", "%%")), cls)
 
@@ -362,6 +394,8 @@ def run_action(actions: Actions, args: argparse.Namespace) -> int:
     action = actions[args.action]
     if isinstance(action, Command):
         return int(action.load().run(args))
+    if isinstance(action, DeclaredCommand):
+        return action.run(args)
     cls, run = action
     return run(read_options(cls, args))
 

@@ -31,9 +31,6 @@ def run_lm(args: EvalLmOptions) -> int:
         UserError: the model, a task or a setting cannot be used.
         StopRequested: a signal asked for it.
     """
-    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-    prepare_megatron()
     from megatron_sov.bench.lm.results import table
     from megatron_sov.bench.lm.run import evaluate
 

@@ -189,9 +189,6 @@ def _checked(args: EvalPasskOptions) -> _Plan:
     made = make(asked)
     # Rows are checked before Megatron is imported, which takes seconds.
     check_rows(args.input, field=PROMPT)
-    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-    prepare_megatron()
     from megatron_sov.infer.engines.target import find_target
 
     return _Plan(args, asked, made, find_target(args.target))

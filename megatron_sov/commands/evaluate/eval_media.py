@@ -183,9 +183,6 @@ def run_media(args: EvalMediaOptions) -> int:
         raise UserError(f"--data: asks for media of kind {kinds[0]}, which need --files DIR to lie in")
     out = {} if args.files is None else dict.fromkeys(kinds, args.files)
     check_media(args, out)
-    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-    prepare_megatron()
     from megatron_sov.infer.engines.target import find_target
 
     target = find_target(args.target)

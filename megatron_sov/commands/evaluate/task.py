@@ -47,9 +47,6 @@ def begin_task(args: RecordOptions, *models: Path, out: Path | None = None) -> R
     check_output("--output", out)
     for model in models:
         check_model_path(model)
-    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-    prepare_megatron()
     return events
 
 

@@ -283,9 +283,6 @@ def _verify(args: VerifyOptions) -> int:
     check_output("--card", args.card)
     _begin(args, args.a, args.b)
     from megatron_sov import convert
-    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-    prepare_megatron()  # before anything imports megatron
     from megatron_sov.eval.parity import LogitsProof, build_card, prove_logits
 
     events = RunEvents(args.run)

@@ -177,9 +177,6 @@ def run(args: argparse.Namespace) -> int:
     check_output("--output", options.output)
     events = RunEvents(options.run)
 
-    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-    prepare_megatron()
     from megatron_sov.infer.engines.target import find_target
 
     target = find_target(options.target)
@@ -259,9 +256,6 @@ def _run_with_media(args: GenerateOptions) -> int:
     parts: list[dict[str, Any]] = [{"type": kind, "path": str(Path(os.path.abspath(file)).relative_to(root))}
                                    for kind, file in files]
     check_model_path(args.target)
-    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-    prepare_megatron()
     from megatron_sov.infer.engines.target import find_target
     from megatron_sov.omni.generation.replies import Asking, replies
 

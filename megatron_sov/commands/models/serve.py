@@ -1,17 +1,17 @@
-"""`megatron-sov serve TARGET`."""
+"""Options and checks of `megatron-sov serve TARGET`."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import importlib.util
 import os
 from dataclasses import dataclass, field
-from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 from megatron_sov.base.errors import UserError, format_install_command
 from megatron_sov.base.outputs import check_output
-from megatron_sov.base.settings import Flag, ProblemCode, SettingsProblem, add_options, read_options
+from megatron_sov.base.settings import DeclaredCommand, Flag, ProblemCode, SettingsProblem
 from megatron_sov.commands.shared_options import ModelPath
 from megatron_sov.infer.request import RankOptions
 from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
@@ -50,38 +50,36 @@ class ServeOptions(PluginOptions, RankOptions):
         return found
 
 
-add_arguments = partial(add_options, cls=ServeOptions)
+@dataclass(frozen=True)
+class ServeRequest:
+    """Checked input of `serve_run.serve_target`."""
+
+    target: Path
+    settings: ServeSettings
+    changes: tuple[str, ...]
+    """`--set` of the engine."""
+    nproc: int | None
 
 
-def run(args: argparse.Namespace) -> int:
-    options = read_options(ServeOptions, args)
+def check_serve(options: ServeOptions) -> ServeRequest:
     load_plugins(options.plugins)
     settings = dataclasses.replace(options.serving, name=options.model_name,
-                                   api_key=_key(options.api_key_env))
-    # refuses a wrong --nproc before a model is read
+                                   api_key=_read_api_key(options.api_key_env))
     num_ranks(options.nproc)
     check_model_path(options.target)
     check_model_folder(options.target)
     check_output("--address-file", settings.address_file)
-
-    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-    prepare_megatron()
-    # aiohttp is optional; its absence is told before weights are loaded
-    try:
-        import aiohttp  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("aiohttp") is None:
         raise UserError("aiohttp, which speaks HTTP, is not installed for this Python; "
-                        f"{format_install_command('serve')}") from None
-    from megatron_sov.infer.engines.target import find_target
-    from megatron_sov.serve.run import serve
-
-    serve(find_target(options.target), settings, options.settings, options.nproc)
-    return 0
+                        f"{format_install_command('serve')}")
+    return ServeRequest(options.target, settings, options.settings, options.nproc)
 
 
-def _key(variable: str | None) -> str:
-    """Return the key that a variable of the environment holds; "" where none is named."""
+SERVE = DeclaredCommand(ServeOptions, check_serve, "megatron_sov.commands.models.serve_run:serve_target")
+
+
+def _read_api_key(variable: str | None) -> str:
+    """Return the value of an environment variable, "" for `None`."""
     if variable is None:
         return ""
     key = os.environ.get(variable, "")

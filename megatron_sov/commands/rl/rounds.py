@@ -111,9 +111,6 @@ def run_generate(args: argparse.Namespace) -> int:
                         "the policy of a later one; name rounds up to it, or raise it here and in `rl train`")
     round_prompts(prompts, rollout, rounds[0])  # which refuses too few of them
     environment = environment_of(options, config)
-    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-    prepare_megatron()
     from megatron_sov.infer.engines.target import find_target
 
     start = find_target(options.start_from)
@@ -264,7 +261,7 @@ def run_train(args: argparse.Namespace) -> int:
     options = read_options(RlTrainOptions, args)
     if not is_complete(options, "policy"):
         parsed = parse_rounds(options, lambda config: retain_policies(add_rounds(config)))
-        train_rounds(options, parsed, args.began_s, wait_s=options.wait)
+        train_rounds(options, parsed, wait_s=options.wait)
     return ExitCode.OK
 
 
@@ -308,13 +305,9 @@ def parse_rounds(args: RoundsOptions, completed: Callable[[RunConfig], RunConfig
     return ParsedRounds(parsed, prompts, version, gate_of(args, parsed.config, parsed.start), heldout)
 
 
-def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, *, wait_s: float = 0.0,
+def train_rounds(args: RoundsOptions, parsed: ParsedRounds, *, wait_s: float = 0.0,
                  rollouts: LiveRollouts | None = None, validation: Validation | None = None) -> None:
     """Train the rounds. Without `rollouts` other jobs generate and judge each within `wait_s` seconds."""
-    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-    from megatron_sov.train.data.rounds import BEHAVIOUR, rounds_of, rounds_source
-
-    prepare_megatron()
     from megatron_sov.post.distillation.distill import OnPolicyDistillation, TaughtFactory, measure_teacher
     from megatron_sov.post.policy import check_sources, objective_of, texts_of
     from megatron_sov.post.preference import round_objective_of
@@ -324,6 +317,7 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, *, w
     from megatron_sov.post.rl.run import RolloutCycle
     from megatron_sov.post.rl.validation import SampledRounds
     from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.data.rounds import BEHAVIOUR, rounds_of, rounds_source
     from megatron_sov.train.objectives.objective import columns_of
     from megatron_sov.train.stages.stage import Stage, run_stage
 
@@ -362,7 +356,7 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, began_s: float, *, w
     run_stage(Stage(config, RunFolder(args.run), objective, start, args.resume, texts, (source,),
                     before=after, after=after, feed=cycle, end_gate=parsed.gate,
                     faults=parsed.stage.faults, until=args.until, dry_run=args.dry_run,
-                    notes=parsed.stage.notes), args.nproc, began_s)
+                    notes=parsed.stage.notes), args.nproc)
 
 
 TRAIN = build_command(RlTrainOptions, run_train)
@@ -391,15 +385,14 @@ class RlRunOptions(RoundsOptions, AskingOptions, JudgeOptions, ServerOptions):
 
 def run_all(args: argparse.Namespace) -> int:
     """As `run_rl`, of what was typed."""
-    return run_rl(read_options(RlRunOptions, args), args.began_s)
+    return run_rl(read_options(RlRunOptions, args))
 
 
-def run_rl(options: RlRunOptions, began_s: float) -> int:
+def run_rl(options: RlRunOptions) -> int:
     """Write, judge and train all rounds; returns 0 when the run is complete.
 
     Args:
         options: of the command.
-        began_s: Unix time at which it began.
 
     Raises:
         UserError: a mistake in the arguments, or the store does not belong to the run.
@@ -412,14 +405,11 @@ def run_rl(options: RlRunOptions, began_s: float) -> int:
         from megatron_sov.infer.engines.server_process import check_engine_program
 
         check_engine_program(options.engine, options.engine_url, options.engine_python)
-    _run(options, parse_rounds(options, is_asked=options.environment is None), began_s)
+    _run(options, parse_rounds(options, is_asked=options.environment is None))
     return ExitCode.OK
 
 
-def _run(args: RlRunOptions, parsed: ParsedRounds, began_s: float) -> None:
-    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-    prepare_megatron()
+def _run(args: RlRunOptions, parsed: ParsedRounds) -> None:
     from megatron_sov.infer.engines.target import find_target
     from megatron_sov.post.rl.generate.live import LiveRollouts
     from megatron_sov.post.rl.generate.writers import GenerationSettings
@@ -445,7 +435,7 @@ def _run(args: RlRunOptions, parsed: ParsedRounds, began_s: float) -> None:
         reward=RewardJudge(args.reward, args.reward_set, args.workers, parsed.reward_version))
     validation = _validation(args, parsed, rollouts, start, environment=environment, servers=servers)
     try:
-        train_rounds(args, parsed, began_s, rollouts=rollouts, validation=validation)
+        train_rounds(args, parsed, rollouts=rollouts, validation=validation)
     # workers that judge end with the run, also with one that failed
     finally:
         rollouts.close()

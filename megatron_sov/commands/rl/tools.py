@@ -79,9 +79,6 @@ def _run(args: ToolsRunOptions) -> int:
     check_model_path(args.target)
     check_output_folder(args.output, KIND, args.overwrite)
 
-    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-    prepare_megatron()
     from megatron_sov.infer.tool_policy import EngineChoice, EpisodePlayer
     from megatron_sov.post.distillation.teacher import weights_digest
 

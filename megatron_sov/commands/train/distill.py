@@ -67,9 +67,6 @@ def run_states(typed: argparse.Namespace) -> int:
     args = read_options(DistillStatesOptions, typed)
     load_plugins(args.plugins)
     check_model_path(args.teacher)
-    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-    prepare_megatron()
     from megatron_sov.base.artifacts import read_manifest
     from megatron_sov.infer.engines.target import find_target
     from megatron_sov.post.distillation.state_files import KIND, Kept
@@ -142,14 +139,11 @@ def run(typed: argparse.Namespace) -> int:
     readers = _readers_of(args, parsed.config.data.paths)
 
     from megatron_sov.chat.vocabulary import check_same_tokens
-    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-    from megatron_sov.train.data.token_shards import as_input, open_sources, tokenizer_folder
-
-    prepare_megatron()
     from megatron_sov.post.distillation.distill import (
         Distillation, KeptTeacher, TaughtFactory, measure_teacher)
     from megatron_sov.post.distillation.state_files import KIND, StateFiles
     from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.data.token_shards import as_input, open_sources, tokenizer_folder
     from megatron_sov.train.objectives.objective import formats_of
     from megatron_sov.train.stages.stage import Stage, run_stage
 
@@ -181,7 +175,7 @@ def run(typed: argparse.Namespace) -> int:
                     faults=parsed.faults, until=args.until, dry_run=args.dry_run,
                     notes=parsed.notes, besides=tuple(
                         as_input(KIND, path) for path in states if (path / MANIFEST).is_file())),
-              args.nproc, typed.began_s)
+              args.nproc)
     return 0
 
 

@@ -108,9 +108,6 @@ def is_complete(args: StageOptions, objective: BuiltIn) -> bool:
             return False
     except UserError:
         return False
-    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-    prepare_megatron()
     from megatron_sov.train.stages.stage import tell_complete
 
     gate: str | None = None

@@ -28,9 +28,6 @@ def run_pretrain(typed: argparse.Namespace) -> int:
     if not args.dry_run:
         parsed = parsed.with_checkpoint(args.run)
 
-    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-    prepare_megatron()
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.stages.stage import Stage, run_stage
@@ -38,7 +35,7 @@ def run_pretrain(typed: argparse.Namespace) -> int:
     objective = get_factory(parsed.config, LanguageModelling)
     stage = Stage(parsed.config, RunFolder(args.run), objective, parsed.start, args.resume,
                   faults=parsed.faults, until=args.until, dry_run=args.dry_run, notes=parsed.notes)
-    run_stage(stage, args.nproc, typed.began_s)
+    run_stage(stage, args.nproc)
     return 0
 
 
@@ -58,9 +55,6 @@ def run_extend(typed: argparse.Namespace) -> int:
     request = stage_request(args, "lm", lengthens=True)
     faults = parse(args.inject, num_ranks(args.nproc))
 
-    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-    prepare_megatron()
     from megatron_sov.post.extend.stages import planned_stages
     from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.objectives.objective import formats_of
@@ -84,7 +78,7 @@ def run_extend(typed: argparse.Namespace) -> int:
 
     try:
         run_stages(stages, start, get_factory(stages[-1].config, LanguageModelling), args.nproc, args.resume,
-                   typed.began_s, faults, gate, dry_run=args.dry_run)
+                   faults, gate, dry_run=args.dry_run)
     finally:
         for folder in () if args.dry_run else (args.run / STAGES, args.run):
             with contextlib.suppress(OSError):  # not empty: a stage has begun
@@ -106,12 +100,9 @@ def run_sft(typed: argparse.Namespace) -> int:
         parsed = parsed.with_checkpoint(args.run)
     gate = gate_of(args, parsed.config, parsed.start)
 
-    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-    from megatron_sov.train.data.token_shards import open_sources
-
-    prepare_megatron()
     from megatron_sov.post.sft import SupervisedFineTuning
     from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.data.token_shards import open_sources
     from megatron_sov.train.objectives.objective import formats_of
     from megatron_sov.train.stages.stage import Stage, run_stage
 
@@ -120,7 +111,7 @@ def run_sft(typed: argparse.Namespace) -> int:
     stage = Stage(parsed.config, RunFolder(args.run), objective, parsed.start, args.resume,
                   tuple(sources), end_gate=gate, faults=parsed.faults, until=args.until,
                   dry_run=args.dry_run, notes=parsed.notes)
-    run_stage(stage, args.nproc, typed.began_s)
+    run_stage(stage, args.nproc)
     return 0
 
 

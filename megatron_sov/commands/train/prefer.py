@@ -62,13 +62,10 @@ def run(typed: argparse.Namespace) -> int:
     # looked up before Megatron is imported
     fixed = _fixed_reference(args.reference, parsed.config)
 
-    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-    from megatron_sov.train.data.token_shards import as_input, open_sources
-
-    prepare_megatron()
     from megatron_sov.post.preference import HELDOUT_PAIRS, measure_heldout_pairs, objective_of
     from megatron_sov.post.reference import COLUMN
     from megatron_sov.runs.folder import REFERENCE, RunFolder
+    from megatron_sov.train.data.token_shards import as_input, open_sources
     from megatron_sov.train.objectives.objective import columns_of, formats_of
     from megatron_sov.train.stages.stage import Stage, run_stage
 
@@ -95,7 +92,7 @@ def run(typed: argparse.Namespace) -> int:
                     sources if reference is None else reference.sources, before=before, after=after,
                     end_gate=gate, faults=parsed.faults, until=args.until, dry_run=args.dry_run,
                     notes=parsed.notes, besides=() if fixed is None else (as_input(REFERENCE, fixed),)),
-              args.nproc, typed.began_s)
+              args.nproc)
     return 0
 
 

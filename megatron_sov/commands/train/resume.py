@@ -53,7 +53,7 @@ def run(typed: argparse.Namespace) -> int:
         print(f"resume: megatron-sov {name} {shlex.join(words)}", flush=True)
         for change in option_changes(options, options_of_words(parser, words)):
             print(f"resume: {change}", flush=True)
-    return run_words(name, parser, words, typed.began_s)
+    return run_words(name, parser, words)
 
 
 def typed_options(began: TypedCommand) -> tuple[str, Parser, Any]:
@@ -75,11 +75,10 @@ def enter_folder(began: TypedCommand) -> bool:
     return is_elsewhere
 
 
-def run_words(name: str, parser: Parser, words: list[str], began_s: float) -> int:
+def run_words(name: str, parser: Parser, words: list[str]) -> int:
     """Run a command by its words, as if they had been typed; returns its exit code."""
     export_command([*name.split(), *words])
     arguments = parser.parse_args(words)
-    arguments.began_s = began_s
     return int(COMMANDS[name].load().run(arguments))
 
 

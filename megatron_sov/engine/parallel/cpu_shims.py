@@ -1,6 +1,6 @@
 """Patches that let unmodified megatron-core run on CPUs over gloo, and fix its defects.
 
-Call `prepare_megatron()` once before any import of megatron; with CUDA it does nothing. Each patch is a
+`megatron_sov.engine` calls `prepare_megatron()` before any of its modules imports megatron. Each patch is a
 function whose docstring names the assumption or defect. `patch_defects` fixes defects that occur on any
 device. No part is reimplemented: model, schedules, dispatchers, optimizers and process groups are the
 library's, on CPU tensors.

@@ -27,7 +27,6 @@ import torch.distributed as dist
 from megatron_sov.base.errors import ExitCode, SilentCorruption, UserError, first_error_line, to_exit_code
 from megatron_sov.base.plugins.loading import execute_files, list_executed_files
 from megatron_sov.base.settings import count_cores
-from megatron_sov.engine.parallel import cpu_shims
 from megatron_sov.engine.parallel.device import on_gpu
 from megatron_sov.engine.parallel.world import LOCALHOST, STORE_PORT
 from megatron_sov.model.families import supported as models
@@ -78,7 +77,6 @@ def read_plan(descriptor: int) -> Callable[[], Any]:
     os.close(descriptor)
     num_threads, files, families = pickle.load(file)  # noqa: S301
     torch.set_num_threads(num_threads)
-    cpu_shims.prepare_megatron()
     execute_files(files)
     for reference in families:
         models.FAMILY_PLUGINS.load(reference)
@@ -133,7 +131,6 @@ def launch_ranks(main: Callable[[], Any], nproc: int | None, num_threads: int = 
     Raises:
         KeyboardInterrupt: after a second SIGINT, or after one before the ranks handled signals.
     """
-    cpu_shims.prepare_megatron()
     if has_launcher():
         if num_threads:
             torch.set_num_threads(num_threads)
@@ -163,7 +160,6 @@ def run_in_fork(work: Callable[[], Any]) -> int:
 
     Under torchrun or Slurm this process runs it itself.
     """
-    cpu_shims.prepare_megatron()
     return _run_rank(work) if has_launcher() else _run_round(work, 1, new_processes=False).code
 
 

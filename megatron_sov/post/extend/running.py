@@ -25,7 +25,7 @@ from megatron_sov.model.config import GateConfig, RunConfig
 from megatron_sov.post.extend.stages import (
     Decontamination, PlannedStage, refuse_contaminated, search_contamination)
 from megatron_sov.runs.checkpoints import find_checkpoint, latest_checkpoint
-from megatron_sov.runs.launch_environment import is_first_rank
+from megatron_sov.runs.launch_environment import get_command_start, is_first_rank
 from megatron_sov.train.data.token_shards import TEXTS, Source, open_sources, tokenizer_folder
 from megatron_sov.train.data.views import SHORT
 from megatron_sov.train.guards.fault_injection import Fault
@@ -311,7 +311,7 @@ def decide_verdict(cells: Sequence[Cell], loss: float, start_loss: float, gate: 
 
 
 def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFactory, nproc: int | None,
-               resume: bool, began_s: float, faults: tuple[Fault, ...] = (),
+               resume: bool, faults: tuple[Fault, ...] = (),
                end_gate: EndGate | None = None, *, dry_run: bool = False) -> None:
     """Run all stages. If a stage is not complete, return under a launcher and raise otherwise.
 
@@ -321,7 +321,6 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
         objective: factory of the objective.
         nproc: local processes.
         resume: whether folders may contain the runs already.
-        began_s: Unix time at which the work on the first incomplete stage began.
         faults: injected faults, once in each stage.
         end_gate: gate of the last checkpoint.
         dry_run: check and describe each stage without running it or searching its data.
@@ -332,6 +331,7 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
         StopRequested: the run was asked to stop, and everything is saved.
     """
     first, formats = start, formats_of(objective)
+    stage_start_s = get_command_start()
     prepared = [make_needles(stage.config, start, formats) for stage in stages]
     start_loss: float | None = None
     # With one stage the gate begins inside the stage.
@@ -356,10 +356,10 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
                           extra_sources=needles.sources, after=gate.completion, gate=gate,
                           end_gate=judge, faults=faults)
         was_complete = stage.folder.completion() is not None
-        if not run_stage(stage, nproc, began_s):
+        if not run_stage(stage, nproc, stage_start_s):
             return
         if not was_complete:
-            began_s = time.time()  # the next stage begins
+            stage_start_s = time.time()
         start = planned.folder.path if dry_run else find_checkpoint(planned.folder.path)
 
 

@@ -31,7 +31,7 @@ from megatron_sov.plan.calibration.fitting import (
     fullest, refuse_on_this_machine, refuse_on_this_node, refuse_too_large)
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import STAGES, RunEvents, RunFolder
-from megatron_sov.runs.launch_environment import has_launcher, is_first_rank, num_ranks
+from megatron_sov.runs.launch_environment import get_command_start, has_launcher, is_first_rank, num_ranks
 from megatron_sov.runs.lock import RunLock
 from megatron_sov.runs.obs.events import EVENTS
 from megatron_sov.schedules import changed_schedule
@@ -97,13 +97,13 @@ class Stage:
     """Defaults that were taken, and why, in words."""
 
 
-def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> bool:
+def run_stage(stage: Stage, nproc: int | None, start_s: float | None = None) -> bool:
     """Run a stage to its end.
 
     Args:
         stage: what to run.
         nproc: local processes.
-        began_s: Unix time at which the work on it began; None: now.
+        start_s: Unix time at which the work on the stage began; None: the start of the command.
 
     Returns:
         Whether it is complete, or a dry run; False only under a launcher, whose ranks leave in peace however
@@ -114,7 +114,7 @@ def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> 
         StopRequested: it was asked to stop, and everything is saved.
         GateFailed: its gate has not passed within its steps, and everything is saved.
     """
-    begin = _Begin(time.time() if began_s is None else began_s, stage.resume)
+    begin = _Begin(get_command_start() if start_s is None else start_s, stage.resume)
     stage.config.check(num_ranks(nproc))
     models.get_family(stage.config.model.family).check(stage.config.model)
     # torchrun starts the same command again

@@ -272,8 +272,8 @@ def test_the_first_stage_that_works_began_with_the_command_and_each_later_one_wi
     stages = [SimpleNamespace(config=config, folder=Folder(f"stage-{i}", i < complete)) for i in range(3)]
     ran: list[tuple[str, Path, float]] = []
 
-    def run_stage(stage: Any, nproc: int | None, began_s: float) -> bool:
-        ran.append((stage.folder.path.name, stage.start_from, began_s))
+    def run_stage(stage: Any, nproc: int | None, start_s: float) -> bool:
+        ran.append((stage.folder.path.name, stage.start_from, start_s))
         return True
 
     monkeypatch.setattr(running, "run_stage", run_stage)
@@ -282,9 +282,10 @@ def test_the_first_stage_that_works_began_with_the_command_and_each_later_one_wi
                             data=(), sources=(), before=None, after=None))
     monkeypatch.setattr(running, "with_needles_in_blends", lambda config: config)
     monkeypatch.setattr(running, "find_checkpoint", lambda path: path / "checkpoints/step-4")
+    monkeypatch.setattr(running, "get_command_start", lambda: 1000.0)
     monkeypatch.setattr(running, "time", SimpleNamespace(time=lambda: 4000.0 + 1000 * len(ran)))
     objective: Any = SimpleNamespace()
-    run_stages(stages, Path("start"), objective, 1, True, began_s=1000.0)  # type: ignore[arg-type]
+    run_stages(stages, Path("start"), objective, 1, True)  # type: ignore[arg-type]
     starts = [Path("start"), *(Path(f"stage-{i}/checkpoints/step-4") for i in range(2))]
     assert ran == [(f"stage-{i}", starts[i], begins_s[i]) for i in range(3)]
 
