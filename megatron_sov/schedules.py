@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from megatron_sov.model.config.train import OptimConfig
 
 
-def decayed(form: str, done: float) -> float:
+def compute_decay_factor(form: str, done: float) -> float:
     """Return what is left of a decay, from 1 to 0, when the share `done` of it has passed.
 
     Args:
@@ -33,7 +33,7 @@ def decayed(form: str, done: float) -> float:
     return 1 - math.sqrt(done) if form == "one_minus_sqrt" else 1 - done
 
 
-def rate(optim: OptimConfig, at: int, end: int, warmup: int) -> float:
+def compute_learning_rate(optim: OptimConfig, at: int, end: int, warmup: int) -> float:
     """Return the learning rate at a place of a run, counted in steps or in tokens.
 
     A linear warm-up (over half the run at most), then by `optim.schedule`:
@@ -61,7 +61,7 @@ def rate(optim: OptimConfig, at: int, end: int, warmup: int) -> float:
         form, done = optim.decay_form, max(0.0, (at - (end - decay)) / decay)
     else:
         form, done = optim.schedule, (at - warmup) / max(1, end - warmup)
-    return optim.min_lr + (optim.lr - optim.min_lr) * decayed(form, done)
+    return optim.min_lr + (optim.lr - optim.min_lr) * compute_decay_factor(form, done)
 
 
 def _turns(optim: OptimConfig, end: int, warmup: int) -> list[int]:
@@ -105,7 +105,7 @@ class Schedule:
         for first in self._changes():
             phase = bisect.bisect_right(self._starts, first) - 1
             # Uses the stretches so far: they are made in order, and each knows the tokens before it.
-            before = self.tokens(first - 1) if first else 0
+            before = self.count_tokens(first - 1) if first else 0
             self.stretches.append(Stretch(first, phase,
                                           data.batch_size_at(config.train, self.phases[phase], first),
                                           self.phases[phase].seq_len, before))
@@ -119,14 +119,14 @@ class Schedule:
             found |= {s for s in data.find_ramp_changes(self._train, phase) if start < s < end}
         return sorted(found)
 
-    def stretch(self, step: int) -> Stretch:
+    def get_stretch(self, step: int) -> Stretch:
         """Return the stretch that step `step` (0-based) belongs to."""
         # The last stretch that begins at or before the step.
         return self.stretches[bisect.bisect_right(self.stretches, step, key=lambda s: s.first_step) - 1]
 
-    def tokens(self, step: int) -> int:
+    def count_tokens(self, step: int) -> int:
         """Return the tokens of all steps up to the end of step `step`, padding counted in."""
-        stretch = self.stretch(step)
+        stretch = self.get_stretch(step)
         return stretch.tokens_before + (step + 1 - stretch.first_step) * stretch.tokens_per_step
 
     def learning_rate(self, step: int) -> float:
@@ -135,15 +135,16 @@ class Schedule:
         The run's schedule passes over all phases; one with a rate of its own has a schedule of its
         own inside the phase.
         """
-        number = self.stretch(step).phase
+        number = self.get_stretch(step).phase
         phase, start = self.phases[number], self._starts[number]
         if phase.lr:
-            value = rate(self._own(phase), step - start + 1, self._end(number) - start, phase.rewarm_steps)
+            value = compute_learning_rate(self._own(phase), step - start + 1, self._end(number) - start,
+                                          phase.rewarm_steps)
         elif self._optim.schedule_by == "tokens":
-            value = rate(self._optim, self.tokens(step), self.tokens(self.num_steps - 1),
-                         self._optim.warmup_tokens)
+            value = compute_learning_rate(self._optim, self.count_tokens(step),
+                                          self.count_tokens(self.num_steps - 1), self._optim.warmup_tokens)
         else:
-            value = rate(self._optim, step + 1, self.num_steps, self._optim.warmup_steps)
+            value = compute_learning_rate(self._optim, step + 1, self.num_steps, self._optim.warmup_steps)
         # A phase with a rate of its own has used `rewarm_steps` as its warm-up above.
         rewarmed = [(start, phase.rewarm_steps)] if not phase.lr else []
         # A factor on the schedule, so that the schedule itself does not depend on when a run was
@@ -153,13 +154,14 @@ class Schedule:
                 value *= (step + 1 - first) / steps
         return value
 
-    def turns(self) -> list[int]:
+    def list_turning_steps(self) -> list[int]:
         """Return the steps (0-based) at which a warm-up is over or a decay begins."""
         optim = self._optim
         if optim.schedule_by == "tokens":
             # Tokens grow with the step, so a binary search finds the step of a token count.
-            places = _turns(optim, self.tokens(self.num_steps - 1), optim.warmup_tokens)
-            found = [bisect.bisect_right(range(self.num_steps), place, key=self.tokens) for place in places]
+            places = _turns(optim, self.count_tokens(self.num_steps - 1), optim.warmup_tokens)
+            found = [bisect.bisect_right(range(self.num_steps), place, key=self.count_tokens)
+                     for place in places]
         else:
             found = _turns(optim, self.num_steps, optim.warmup_steps)
         for number, (phase, start) in enumerate(zip(self.phases, self._starts, strict=True)):
@@ -180,7 +182,7 @@ class Schedule:
         return self._starts[phase + 1] if phase + 1 < len(self._starts) else self.num_steps
 
 
-def changed_schedule(before: RunConfig, now: RunConfig, done: int) -> str | None:
+def describe_schedule_change(before: RunConfig, now: RunConfig, done: int) -> str | None:
     """Return what a run that goes on with other settings should know about its learning rate; None where it
     is what it would have been.
 
