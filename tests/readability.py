@@ -26,8 +26,8 @@ ROOT = Path(__file__).parents[1]
 LIMITS = Path(__file__).with_name("readability.json")
 SOURCES = ("megatron_sov", "data_prep", "tokenizer", "docs", "README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 VAGUE_WORDS = frozenset(re.findall(r"\w+", """
-    what whatever which whose that this these those it its they them their theirs one ones other others another
-    such as so here there then than each any all none nobody nothing something someone"""))
+    what whatever which whose that this these those it its they them their theirs one ones other others
+    another such as so here there then than each any all none nobody nothing something someone"""))
 VAGUE_NAMES = frozenset(re.findall(r"\w+", """
     what of as so that it its own here there one ones other others such all any each none told said asked held
     kept made given shown meant placed known seen wanted left found done behind beside apart anew again whole
@@ -227,7 +227,7 @@ def find_misses(measures: Mapping[str, float]) -> list[str]:
 
 
 def find_excesses(measures: Mapping[str, float], limits: Mapping[str, float]) -> list[str]:
-    """Return a sentence for each measure beyond its limit; without an entry in `limits` the goal is the limit."""
+    """Return a sentence for each measure beyond its limit, which is the goal unless `limits` has an entry."""
     problems = []
     for measure, value in measures.items():
         goal = GOALS[measure]
