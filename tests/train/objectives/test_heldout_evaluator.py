@@ -80,7 +80,7 @@ def drafts() -> list[list[float]]:
     over documents find."""
     from types import SimpleNamespace
 
-    from megatron_sov.train.objectives.heldout_evaluator import _drafts
+    from megatron_sov.train.objectives.heldout_evaluator import _count_accepted_drafts
     from megatron_sov.train.objectives.microbatch import MicroBatch
 
     generator = torch.Generator().manual_seed(3)
@@ -97,7 +97,7 @@ def drafts() -> list[list[float]]:
             if weights[place + 1] > 0:
                 counted += 1
                 accepted += int(drafted[place] == chosen[place + 1])
-    return [_drafts([chosen, drafted], head, batch).tolist(), [accepted, counted]]  # type: ignore[arg-type]
+    return [_count_accepted_drafts([chosen, drafted], head, batch).tolist(), [accepted, counted]]  # type: ignore[arg-type]
 
 
 @pytest.mark.distributed
