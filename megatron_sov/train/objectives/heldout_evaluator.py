@@ -104,8 +104,9 @@ class HeldoutEvaluator:
         self._bytes = (None if bytes_of_token is None
                        else torch.from_numpy(bytes_of_token).to(get_local_device()))
         self._rows_per_batch = rows_per_batch
-        self._batches = {s.name: self._load_micro_batches(i, s, seq_len, max_tokens, world) for i, s in enumerate(sources)
-                         if s.num_tokens.get("heldout", 0) > 1}
+        self._batches = {
+            source.name: self._load_micro_batches(index, source, seq_len, max_tokens, world)
+            for index, source in enumerate(sources) if source.num_tokens.get("heldout", 0) > 1}
 
     @classmethod
     def of(cls, config: RunConfig, sources: list[Source], max_seq_len: int,
@@ -166,7 +167,9 @@ class HeldoutEvaluator:
             size_bytes = torch.full_like(losses, math.nan)
         else:
             size_bytes = self._bytes[batch.labels].double()
-        accepted, drafts = _count_accepted_drafts(hidden, head, batch) if len(hidden) > 1 else losses.new_zeros(2)
+        accepted, drafts = losses.new_zeros(2)
+        if len(hidden) > 1:
+            accepted, drafts = _count_accepted_drafts(hidden, head, batch)
         sums = {"nats": (losses * counted).sum(), "tokens": counted.sum(),
                 "size_bytes": (size_bytes * counted).sum(), "accepted": accepted, "drafts": drafts}
         for part, (column, chosen) in PARTS.items():
