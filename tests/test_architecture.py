@@ -72,7 +72,7 @@ MAY_START = {"megatron_sov/engine/parallel/launcher.py": "ranks",
 MAY_RENAME = {"megatron_sov/checkpoint/host_snapshot.py": "of a folder that has no name yet",
               "megatron_sov/runs/checkpoints.py": "sets checkpoints aside",
               "megatron_sov/sandbox/enclosures.py": "flattens what it deletes",
-              "megatron_sov/commands/evaluate/eval_passk.py": "into an artifact that is made"}
+              "megatron_sov/commands/evaluate/eval_passk_run.py": "into an artifact that is made"}
 """File outside of work that gives results their names by `os.rename` or `os.replace` -> why."""
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}
 SAID = re.compile(r"__doc__|str\((e|error)\)|\{e\}|std(out|err)|\b(said|shown|why)\b")
@@ -97,8 +97,8 @@ ALONE = {
     "data_prep/curate/sources/pdf.py": "reads PDF files; web archives are another subject",
     "megatron_sov/base/pages/markdown.py": "text of strangers in Markdown; exports are another subject",
     "megatron_sov/infer/decoder/logprobs.py": "log-probabilities of given answers, at any layout",
-    "megatron_sov/commands/operate/run_table.py": "a table of runs; one run in full is another subject",
-    "megatron_sov/commands/operate/job_summary.py": "checks and prices a job; submitting is another subject",
+    "megatron_sov/commands/operate/runs/run_table.py": "a table of runs; one run in full is another subject",
+    "megatron_sov/commands/operate/submit/job_summary.py": "checks and prices a job",
     "megatron_sov/commands/rl/rl_reward.py": "a command",
     "megatron_sov/commands/train/forgetting_gate.py": "runs `eval lm`; stages are another subject",
     "megatron_sov/checkpoint/gather.py": "megatron's side of exporting a live model",

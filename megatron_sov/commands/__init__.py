@@ -11,19 +11,19 @@ DATA, TRAIN, POST_TRAIN, EVALUATE, PUBLISH, OPERATE = (
 
 COMMANDS = {
     "inspect": Command(
-        "megatron_sov.commands.inspect",
+        "megatron_sov.commands.inspect:INSPECT",
         "say what a folder or file is, what it was made from, and show some of its rows",
         DATA, "inspect.md",
         ("inspect shards",
          "inspect runs/pretrain --verify")),
     "map": Command(
-        "megatron_sov.commands.map",
+        "megatron_sov.commands.map:MAP",
         "apply a class of yours to every row of a file, here or on a cluster",
         DATA, "own_code.md",
         ("map corpus.jsonl ./my_map.py:Shorten --output shortened --workers 2",
          "map corpus.jsonl ./my_map.py:Shorten --output shortened --set words=3")),
     "score": Command(
-        "megatron_sov.commands.score",
+        "megatron_sov.commands.score:SCORE",
         "score a file of responses with a reward: a verifier, a rule or a judge",
         DATA, "rewards.md",
         ("score --reward math --input answers.jsonl --output math.jsonl",
@@ -35,13 +35,13 @@ COMMANDS = {
         ("codec import ta-tok ta_tok.pth ta-tok",
          "codec inspect ta-tok")),
     "recipes": Command(
-        "megatron_sov.commands.models.recipes",
+        "megatron_sov.commands.models.recipes:RECIPES",
         "list the recipes, or print one with every setting and its source",
         TRAIN, "recipes.md",
         ("recipes",
          "recipes tiny-qwen3 --yaml")),
     "plan": Command(
-        "megatron_sov.commands.operate.plan",
+        "megatron_sov.commands.operate.plan.plan:PLAN",
         "what a run will do at each step, and what it takes on a cluster: layout, memory, speed, "
         "days, cost",
         TRAIN, "plan.md",
@@ -163,7 +163,7 @@ COMMANDS = {
         ("ssp fuse probe --output merged",
          "ssp fuse runs/sft/checkpoints/step-50 runs/sft/checkpoints/step-100:2 --output merged")),
     "generate": Command(
-        "megatron_sov.commands.models.generate",
+        "megatron_sov.commands.models.generate:GENERATE",
         "continue prompts with a checkpoint or a Hugging Face folder",
         EVALUATE, "generate.md",
         ('generate hf --prompt "The model"',
@@ -175,13 +175,13 @@ COMMANDS = {
         ("eval ppl runs/pretrain --data tokens",
          "eval lm hf --tasks quiz --task-dir tasks --output scores.json")),
     "eval difference": Command(
-        "megatron_sov.commands.evaluate.eval_results:DIFFERENCE",
+        "megatron_sov.commands.evaluate.scores.difference:DIFFERENCE",
         "compare two models item by item, with confidence intervals",
         EVALUATE, "compare.md",
         ("eval difference base.json tuned.json",
          "eval difference base.json tuned.json --tasks quiz --json")),
     "eval contamination": Command(
-        "megatron_sov.commands.evaluate.eval_results:CONTAMINATION",
+        "megatron_sov.commands.evaluate.scores.contamination:CONTAMINATION",
         "find test items that are in the training data, and the score without them",
         EVALUATE, "compare.md",
         ("eval contamination base.json --data tokens",
@@ -194,7 +194,7 @@ COMMANDS = {
         ("convert to-hf runs/sft hf",
          "convert from-hf hf checkpoint")),
     "chat": Command(
-        "megatron_sov.commands.models.chat",
+        "megatron_sov.commands.models.chat:CHAT",
         "talk to a checkpoint, a Hugging Face folder or an endpoint in the terminal",
         PUBLISH, "chat.md",
         ("chat runs/sft",
@@ -206,32 +206,32 @@ COMMANDS = {
         ("serve runs/sft --name mine --port 8000",
          "serve hf --api-key-env SERVE_KEY")),
     "report": Command(
-        "megatron_sov.commands.operate.report",
+        "megatron_sov.commands.operate.runs.report:REPORT",
         "write the self-contained HTML report of one or more runs",
         PUBLISH, "report.md",
         ("report runs/pretrain",
          "report runs/sft runs/dpo")),
     "submit": Command(
-        "megatron_sov.commands.operate.submit",
+        "megatron_sov.commands.operate.submit.submit",
         "submit a stage or a chain of stages to a Slurm cluster",
         OPERATE, "slurm.md",
         ("submit pretrain --cluster h100 --account mine --nodes 4 solar-open-102b --data tokens "
          "--run runs/big",
          "submit chain solar-open-102b --account mine --dry-run")),
     "status": Command(
-        "megatron_sov.commands.operate.status",
+        "megatron_sov.commands.operate.runs.status:STATUS",
         "show step, speed, time left, restarts and use of time of runs",
         OPERATE, "watching.md",
         ("status runs",
          "status runs/pretrain --follow")),
     "logs": Command(
-        "megatron_sov.commands.operate.logs",
+        "megatron_sov.commands.operate.runs.logs:LOGS",
         "show what a run's processes wrote, across ranks and restarts",
         OPERATE, "watching.md",
         ("logs runs/pretrain",
          "logs runs/pretrain --rank 3 --tail 20")),
     "doctor": Command(
-        "megatron_sov.commands.operate.doctor",
+        "megatron_sov.commands.operate.doctor.doctor:DOCTOR",
         "say what this machine has, what is missing, and how to add it",
         OPERATE, "install.md",
         ("doctor",

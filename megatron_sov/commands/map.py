@@ -1,8 +1,7 @@
-"""`megatron-sov map ROWS FILE.py:STEP --output DIR`: a class of the user's own over rows."""
+"""`megatron-sov map ROWS FILE.py:STEP --output DIR`."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,8 +19,8 @@ from megatron_sov.base.plugins import registry
 from megatron_sov.base.plugins.loading import LoadedPlugin
 from megatron_sov.base.plugins.registry import PluginRequest, Registry, check_methods
 from megatron_sov.base.settings import (
-    AtLeastOne, Flag, NotNegative, ProblemCode, SettingsProblem, add_options, count_cores, parse_nested,
-    read_options, requires_field)
+    AtLeastOne, DeclaredCommand, Flag, NotNegative, ProblemCode, SettingsProblem, count_cores, parse_nested,
+    requires_field)
 from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
 from megatron_sov.work.processes.pool import map_in_threads
 from megatron_sov.work.progress.jobs import Executor, Job, run_job, run_share, worker_executor
@@ -29,14 +28,14 @@ from megatron_sov.work.progress.journal import Journal, begin_journal, list_fini
 from megatron_sov.work.progress.progress_bar import create_bar
 from megatron_sov.work.submit.arrays import (
     ClusterOptions, SharedWork, check_no_active_jobs, check_restarts, load_array_profile, submit_shares)
+from megatron_sov.work.submit.ray_executor import ray_executor
 
 KIND, ROWS, FAILED = "rows", "rows.jsonl", "failed.jsonl"
 BATCH_ROWS = 64
-"""Rows that are kept together; at a kill each process loses at most `pool.WAITING_PER_WORKER` times as
-many."""
+"""Rows per journal record; a kill loses at most `pool.WAITING_PER_WORKER` batches per process."""
 SHARES = "map"
 Batch = list[tuple[int, bytes]]
-"""Numbers of lines, and the lines: who does them parses them."""
+"""(line number, unparsed line) pairs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,31 +72,29 @@ class MapOptions(RedoOptions, OverwriteOptions, ClusterOptions):
         return self.rows / ROWS if self.rows.is_dir() else self.rows
 
 
-add_arguments = partial(add_options, cls=MapOptions)
-
-
-def _check(loaded: LoadedPlugin) -> None:
+def _check_step(loaded: LoadedPlugin) -> None:
     check_methods(loaded.value, loaded.reference, "a step", {"do": ("row",)})
 
 
-STEPS: Registry[type[Any]] = Registry("step", {}, _check)
-"""Classes of the user's own."""
+STEPS: Registry[type[Any]] = Registry("step", {}, _check_step)
+"""Steps of users' files."""
 
 
 @dataclass(frozen=True)
-class MapOrder:
-    """What a command was asked for: a job from which any process makes the same."""
+class MapWork:
+    """A checked command, from which every process builds the same job."""
 
     options: MapOptions
     step: PluginRequest
     input_digest: str
     num_rows: int
-    """Of the input."""
+    """Rows of the input."""
 
     def job(self, workers: int, done: Callable[[Batch], object] = lambda batch: None) -> Job[Batch]:
-        """Return the job, done in so many processes of this machine."""
+        """Build the job for `workers` local processes; `done` receives each finished batch."""
         options = self.options
-        return Job(made_by="megatron-sov map", output=options.output, items=_batches(options.file), done=done,
+        return Job(made_by="megatron-sov map", output=options.output, items=_read_batches(options.file),
+                   done=done,
                    identity={"rows": self.input_digest, "step": self.step.name, "code": dict(self.step.files),
                              "settings": dict(self.step.settings), "skip_failures": options.skip_failures,
                              "batch_rows": BATCH_ROWS},
@@ -106,24 +103,23 @@ class MapOrder:
     def _executor(self, workers: int) -> Executor[Batch]:
         arguments = self.step, self.options.skip_failures, self.options.threads
         if self.options.ray:
-            from megatron_sov.work.submit.ray_executor import ray_executor
-
-            return ray_executor(_stepper, arguments, workers, self.options.ray, gpus=self.options.gpus)
-        return worker_executor(_stepper, arguments, workers)
+            return ray_executor(_build_batch_step, arguments, workers, self.options.ray,
+                                gpus=self.options.gpus)
+        return worker_executor(_build_batch_step, arguments, workers)
 
     def publish(self, journal: Journal) -> None:
-        """Write the artifact, and say what it holds."""
+        """Write the artifact and print its row counts."""
         options, counts = self.options, {"num_rows": 0, "num_failed": 0}
         with create_artifact(options.output, KIND, overwrite=options.overwrite) as artifact:
-            # a record's lines begin with the file that they belong to
+            # the first byte of a record's line selects its file
             files = {b"+": artifact.path / ROWS, b"-": artifact.path / FAILED}
-            with open(files[b"+"], "wb") as made, open(files[b"-"], "wb") as failed:
+            with open(files[b"+"], "wb") as rows, open(files[b"-"], "wb") as failed:
                 for _, record in journal.records():
                     for line in record.split(b"\n")[:-1]:
-                        (made if line[:1] == b"+" else failed).write(line[1:] + b"\n")
+                        (rows if line[:1] == b"+" else failed).write(line[1:] + b"\n")
                         counts["num_rows" if line[:1] == b"+" else "num_failed"] += 1
             if not options.skip_failures:
-                # an empty list of failures would say that failures were allowed
+                # an empty failed.jsonl would suggest that failures were allowed
                 files[b"-"].unlink()
             artifact.content = counts | {"num_rows_in": self.num_rows}
             artifact.settings = {"step": self.step.reference, "code": dict(self.step.files),
@@ -137,114 +133,115 @@ class MapOrder:
 
 @dataclass(frozen=True)
 class MapShare:
-    """The work of an array: each task does every `num_shares`-th batch."""
+    """Work of an array job: each task executes every `num_shares`-th batch."""
 
-    order: MapOrder
+    work: MapWork
     num_shares: int
 
     def __call__(self, task: int) -> None:
-        # a class that kills its process would be started again and again by Slurm
+        # Slurm would restart a step that kills its process forever
         check_restarts("megatron-sov map", "take more --workers")
-        run_share(self.order.job(1), task, self.num_shares)
+        run_share(self.work.job(1), task, self.num_shares)
 
 
 @dataclass(frozen=True)
 class MapFinish:
-    """The work of the last job."""
+    """Work of the last job: remaining batches and the artifact."""
 
-    order: MapOrder
+    work: MapWork
 
     def __call__(self, task: int) -> None:
-        """Do what is left, and write the artifact."""
-        run_job(self.order.job(1))
+        run_job(self.work.job(1))
 
 
-def run(args: argparse.Namespace) -> int:
-    """Do what is not done, or submit it.
+def map_rows(options: MapOptions) -> int:
+    """Execute or submit the unfinished batches.
 
     Raises:
-        UserError: bad rows, a class that is no step or fails, or nothing can be written there.
+        UserError: invalid rows, an invalid or failing step, or an output that cannot be written.
     """
-    options = read_options(MapOptions, args)
     if options.rows.is_dir():
         read_manifest(options.rows, KIND)
-    asked = registry.request_plugin(options.step, parse_nested(options.settings), {}, STEPS)
-    # built once before any work: a bad argument is told here and not by each worker
-    registry.build_plugin(asked, {}, STEPS)
+    step = registry.request_plugin(options.step, parse_nested(options.settings), {}, STEPS)
+    # report wrong arguments here, not in each worker
+    registry.build_plugin(step, {}, STEPS)
     num_rows = check_rows(options.file, "ROWS", "")
-    # a complete output is told by `_submit`; whoever works here must not write over it
+    # `_submit_work` accepts a complete output
     if not (options.cluster and (options.output / MANIFEST).is_file()):
         check_output_folder(options.output, KIND, options.overwrite)
     check_creatable(options.output)
-    order = MapOrder(options, asked, hash_file(options.file), num_rows)
+    work = MapWork(options, step, hash_file(options.file), num_rows)
     if options.cluster:
-        _submit(order)
+        _submit_work(work)
         return ExitCode.OK
-    # jobs that work on it already would do the same rows again
+    # active jobs would execute the same rows
     check_no_active_jobs(slurm_folder(options.output))
     with create_bar("map", num_rows, "row") as bar:
-        run_job(order.job(options.workers, lambda batch: bar.update(len(batch))), redo=options.redo)
+        run_job(work.job(options.workers, lambda batch: bar.update(len(batch))), redo=options.redo)
     return ExitCode.OK
 
 
-def _batches(file: Path) -> Iterator[Batch]:
+MAP = DeclaredCommand(MapOptions, map_rows)
+
+
+def _read_batches(file: Path) -> Iterator[Batch]:
     lines = read_lines(file, "ROWS")
     while batch := list(islice(lines, BATCH_ROWS)):
         yield batch
 
 
-def _stepper(asked: PluginRequest, skip_failures: bool, threads: int) -> Callable[[Batch], bytes]:
-    """Return what makes a record of a batch: a line for each row that came of it, behind "+", and for each
-    that failed, behind "-"."""
-    # in the worker: a class of the user's own need not be picklable
-    step = registry.build_plugin(asked, {}, STEPS).value
+def _build_batch_step(request: PluginRequest, skip_failures: bool, threads: int) -> Callable[[Batch], bytes]:
+    """Build the function that converts a batch to a record: "+" and a line per output row, "-" and a line per
+    failed row."""
+    # built in the worker, because a user's object may not be picklable
+    step = registry.build_plugin(request, {}, STEPS).value
 
-    def do(line: tuple[int, bytes]) -> bytes:
+    def convert(line: tuple[int, bytes]) -> bytes:
         number, raw = line
         row = parse_row(raw, "")
         if isinstance(row, str):
             raise UserError(f"line {number}: {row}; the file has changed since it was checked")
         try:
-            return b"".join(b"+" + line for line in _lines_of(step.do(dict(row))))
-        # a mistake that the class itself explains passes, whatever --skip-failures says
+            return b"".join(b"+" + line for line in _format_rows(step.do(dict(row))))
+        # the step's own explanation of a mistake, also with --skip-failures
         except UserError:
             raise
-        # a step that ends the process would end all of them, and tell of a success
+        # SystemExit(0) of a step would end the worker with success
         except (Exception, SystemExit, GeneratorExit) as e:
             if not skip_failures:
-                raise UserError(f"line {number}: {asked.reference} fails ({format_error(e)}); mend it, "
+                raise UserError(f"line {number}: {request.reference} fails ({format_error(e)}); mend it, "
                                 "or pass --skip-failures to list such rows and go on") from None
             return b"-" + format_json_line({"line": number, "error": format_error(e), "row": row})
 
     if threads == 1:
-        return lambda batch: b"".join(map(do, batch))
-    # threads end in any order; line numbers bring the rows back into that of the input
+        return lambda batch: b"".join(map(convert, batch))
+    # threads finish in any order: sort by line number
     return lambda batch: b"".join(record for _, record in sorted(
-        map_in_threads(lambda line: (line[0], do(line)), batch, threads)))
+        map_in_threads(lambda line: (line[0], convert(line)), batch, threads)))
 
 
-def _lines_of(made: Any) -> list[bytes]:
-    if made is None:
+def _format_rows(result: Any) -> list[bytes]:
+    if result is None:
         return []
-    rows = made if isinstance(made, list) else [made]
+    rows = result if isinstance(result, list) else [result]
     if wrong := [row for row in rows if not isinstance(row, dict)]:
         raise TypeError(f"it returns a {type(wrong[0]).__name__}, must be a row, a list of rows, or None")
-    # NaN is no JSON: other readers of the file would fail on it
+    # JSON has no NaN
     return [format_json_line(row, allow_nan=False) for row in rows]
 
 
-def _submit(order: MapOrder) -> None:
-    """Submit what is not done, or tell how far jobs are that work on it."""
-    # jobs run in folders of their own
-    options = replace(order.options, output=order.options.output.absolute(),
-                      rows=order.options.rows.absolute())
-    order, profile = replace(order, options=options), load_array_profile(options)
+def _submit_work(work: MapWork) -> None:
+    """Submit the unfinished batches, or print the progress of active jobs."""
+    # jobs run in other folders
+    options = replace(work.options, output=work.options.output.absolute(),
+                      rows=work.options.rows.absolute())
+    work, profile = replace(work, options=options), load_array_profile(options)
     if (options.output / MANIFEST).is_file() and not options.overwrite:
         print(f"{options.output}: complete from before")
         return
-    job = order.job(1)
+    job = work.job(1)
     submit_shares(options.output, SharedWork(
-        SHARES, format_json(job.identity), -(-order.num_rows // BATCH_ROWS), "batches",
+        SHARES, format_json(job.identity), -(-work.num_rows // BATCH_ROWS), "batches",
         num_done=lambda: len(list_finished_items(job.output, job.identity)),
         begin=lambda: begin_journal(job.output, job.made_by, job.identity, redo=options.redo),
-        share=partial(MapShare, order), finish=MapFinish(order)), profile, options.workers)
+        share=partial(MapShare, work), finish=MapFinish(work)), profile, options.workers)

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from megatron_sov.cli import main
-from megatron_sov.commands.operate.run_state import read_run_state
+from megatron_sov.commands.operate.runs.run_state import read_run_state
 from megatron_sov.runs.folder import FAULTS
 from megatron_sov.runs.lock import read_lock
 from megatron_sov.runs.obs.events import EVENTS, read_events

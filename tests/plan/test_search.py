@@ -15,7 +15,7 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.base.settings import ProblemCode, SettingsProblem
-from megatron_sov.commands.operate.submit import STAGE_PARSERS
+from megatron_sov.commands.operate.submit.stage_parsers import STAGE_PARSERS
 from megatron_sov.model.config import ParallelConfig, apply_settings
 from megatron_sov.operate.slurm.stages import work_of
 from megatron_sov.plan.pages.telling import (

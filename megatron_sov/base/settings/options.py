@@ -190,9 +190,10 @@ class DeclaredCommand:
     check: Callable[[Any], Any]
     """Receives the options and checks all that needs no heavy import. Returns the argument of `run_function`,
     or an exit code if nothing is left to run."""
-    run_function: str = ""
-    """`module:function`, imported after the checks. The module imports torch and the like at its top; the
-    function returns an exit code, or None for 0. "": `check` does all the work."""
+    run_function: str | Mapping[type, str] = ""
+    """`module:function`, imported after the checks, or class of `check`'s result -> `module:function`. The
+    module imports torch and the like at its top; the function returns an exit code, or None for 0. "":
+    `check` does all the work."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         add_options(parser, self.options)
@@ -206,7 +207,9 @@ class DeclaredCommand:
         request = self.check(options)
         if isinstance(request, int):
             return request
-        return import_reference(self.run_function)(request) or ExitCode.OK
+        function = self.run_function
+        reference = function if isinstance(function, str) else function[type(request)]
+        return import_reference(reference)(request) or ExitCode.OK
 
 
 def build_command(cls: type, run: Callable[[argparse.Namespace], int]) -> SimpleNamespace:

@@ -1,13 +1,11 @@
-"""`megatron-sov eval lm`: score a model on lm-eval's tasks."""
+"""`megatron-sov eval lm`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Annotated
 
-from megatron_sov.base.artifacts import format_json
-from megatron_sov.base.errors import ExitCode
-from megatron_sov.base.settings import Flag, build_command, read_options
+from megatron_sov.base.settings import DeclaredCommand, Flag
 from megatron_sov.bench.lm.settings import Settings
 from megatron_sov.commands.shared_options import TARGET_HELP
 
@@ -24,20 +22,5 @@ class EvalLmOptions:
     """Print the figures as JSON."""
 
 
-def run_lm(args: EvalLmOptions) -> int:
-    """Measure, write, and print the table.
-
-    Raises:
-        UserError: the model, a task or a setting cannot be used.
-        StopRequested: a signal asked for it.
-    """
-    from megatron_sov.bench.lm.results import table
-    from megatron_sov.bench.lm.run import evaluate
-
-    found = evaluate(args.target, [name for name in args.tasks.split(",") if name], args.settings)
-    if found is not None:
-        print(format_json(found).rstrip() if args.json else table(found))
-    return ExitCode.OK
-
-
-LM = build_command(EvalLmOptions, lambda typed: run_lm(read_options(EvalLmOptions, typed)))
+LM = DeclaredCommand(EvalLmOptions, lambda options: options,
+                     "megatron_sov.commands.evaluate.eval_lm_run:evaluate_tasks")

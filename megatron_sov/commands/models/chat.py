@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from megatron_sov.base.errors import ExitCode, UserError, escape_controls, suggest_name
-from megatron_sov.base.settings import (
-    AtLeastOne, Flag, ProblemCode, SettingsProblem, add_options, read_options)
+from megatron_sov.base.settings import AtLeastOne, DeclaredCommand, Flag, ProblemCode, SettingsProblem
 from megatron_sov.commands.models.serve import ServeOptions
 from megatron_sov.commands.shared_options import AnyTarget, list_option_words
 from megatron_sov.infer.request import RankOptions, SampleSeed, Temperature, TopP
@@ -33,7 +30,7 @@ Ctrl-C stops an answer. A line that ends with \\ goes on in the next one."""
 
 @dataclass(frozen=True)
 class ChatSampling:
-    """How each next token is chosen."""
+    """Sampling of answers."""
 
     temperature: Temperature = 0.7
     top_p: TopP = 1.0
@@ -59,44 +56,42 @@ class ChatOptions(PluginOptions, RankOptions):
     """Tokens of the longest conversation with its answer (default: as the model takes, up to 8,192)."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return an address that cannot be asked."""
         if not self.target:
             return [SettingsProblem(ProblemCode.TYPE, "target", "is empty, where a model is to be named")]
         return (list(find_address_problems("target", self.target.rstrip("/"), "--api-key-env"))
                 if is_url(self.target) else [])
 
 
-add_arguments = partial(add_options, cls=ChatOptions)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Talk until the input ends."""
-    options = read_options(ChatOptions, args)
+def chat(options: ChatOptions) -> int:
+    """Answer lines of the standard input until it ends."""
     if not is_url(options.target):
         check_model_path(Path(options.target))
         check_model_folder(Path(options.target))
     if missing := find_missing_libraries():
         raise UserError(missing[0])
-    with _model(options) as model:
-        given = {"temperature": options.sampling.temperature, "top_p": options.sampling.top_p,
-                 "seed": options.sampling.seed}
-        sampling = {name: value for name, value in given.items() if value is not None}
-        session = ChatSession(model, sampling | _longest(options, model))
+    with _serve_model(options) as model:
+        settings = {"temperature": options.sampling.temperature, "top_p": options.sampling.top_p,
+                    "seed": options.sampling.seed}
+        sampling = {name: value for name, value in settings.items() if value is not None}
+        session = ChatSession(model, sampling | _choose_max_tokens(options, model))
         session.system = options.system
         Terminal(session).talk()
     return ExitCode.OK
 
 
-def _longest(options: ChatOptions, model: ChatModel) -> dict[str, int]:
+CHAT = DeclaredCommand(ChatOptions, chat)
+
+
+def _choose_max_tokens(options: ChatOptions, model: ChatModel) -> dict[str, int]:
     if options.sampling.max_tokens is not None:
         return {"max_tokens": options.sampling.max_tokens}
-    # room for the conversation is left, however long the model would go on
+    # the other half of the context is for the conversation
     return {} if model.context_tokens is None else {"max_tokens": max(1, model.context_tokens // 2)}
 
 
 @contextlib.contextmanager
-def _model(options: ChatOptions) -> Iterator[ChatModel]:
-    """Give the model; one of this machine runs until the context ends."""
+def _serve_model(options: ChatOptions) -> Iterator[ChatModel]:
+    """Yield the model: at its address, or served by a local process until the context ends."""
     if is_url(options.target):
         yield model_at(options.target.rstrip("/"), options.api_key_env, options.model or "")
         return
@@ -110,94 +105,91 @@ def _model(options: ChatOptions) -> Iterator[ChatModel]:
 
 
 class Terminal:
-    """Reads lines and shows answers; without a terminal each line of the input gets an answer, and nothing
-    else is printed."""
+    """Reads lines and prints answers; implements `ChatScreen`. Without a terminal, prints only answers."""
 
     def __init__(self, session: ChatSession) -> None:
         self._session = session
         self._is_tty = sys.stdin.isatty() and sys.stdout.isatty()
-        self._num_thought, self._is_open = 0, False
+        self._num_thought_chars, self._is_open = 0, False
         self._commands: dict[str, Callable[[], None]] = {
-            "help": lambda: self.note(HELP), "think": self._think, "clear": session.clear}
+            "help": lambda: self.note(HELP), "think": self._show_thoughts, "clear": session.clear}
 
     def talk(self) -> None:
-        """Answer until the input ends."""
         if self._is_tty:
             with contextlib.suppress(ImportError):
-                import readline  # noqa: F401  # which gives `input` a line that can be edited
+                # makes the line of `input` editable
+                import readline  # noqa: F401  # missing in some builds of Python
             self.note(f"{self._session.model.name}: ask something, "
                       "/help shows what else can be typed, Ctrl-D ends")
-        for line in self._lines():
+        for line in self._read_messages():
             if not line.strip():
                 continue
             if not line.startswith("/"):
-                self._ask(line)
+                self._answer(line)
                 continue
             name = line[1:].strip()
             if name == "quit":
                 return
             try:
-                self._command(name)()
+                self._get_command(name)()
             except UserError as e:
                 self.note(str(e))
 
-    def _lines(self) -> Iterator[str]:
-        """Yield what the user types, with its continued lines."""
+    def _read_messages(self) -> Iterator[str]:
+        """Yield typed messages; a line that ends with a backslash continues on the next line."""
         if not self._is_tty:
             yield from (line.rstrip("\n") for line in sys.stdin)
             return
-        begun = ""
+        typed = ""
         while True:
             try:
-                line = input("... " if begun else "\nyou> ")
+                line = input("... " if typed else "\nyou> ")
             except EOFError:
                 print()
                 return
-            except KeyboardInterrupt:  # which stops answers, and here takes back what was typed
-                begun = ""
+            except KeyboardInterrupt:  # discards the typed lines
+                typed = ""
                 self.note("\nCtrl-D ends")
                 continue
             if line.endswith("\\"):
-                begun += line[:-1] + "\n"
+                typed += line[:-1] + "\n"
                 continue
-            yield begun + line
-            begun = ""
+            yield typed + line
+            typed = ""
 
-    def _command(self, name: str) -> Callable[[], None]:
+    def _get_command(self, name: str) -> Callable[[], None]:
         if name not in self._commands:
             raise UserError(f"/{name}: does not exist{suggest_name(name, self._commands)}; /help shows what "
                             "does")
         return self._commands[name]
 
-    def _ask(self, text: str) -> None:
+    def _answer(self, text: str) -> None:
         session = self._session
-        self._num_thought, self._is_open = 0, True
+        self._num_thought_chars, self._is_open = 0, True
         try:
             session.ask(text, self)
-            self._close()
+            self._end_line()
             if not session.turns or session.turns[-1].user != text:
                 self.note("the model has ended its answer without a word")
             elif not session.turns[-1].is_whole:
                 self.note("the answer is cut at the longest that it may be (--max-new-tokens)")
         except KeyboardInterrupt:
-            self._close()
+            self._end_line()
             self.note("stopped")
         except (BadAnswer, TimeoutError) as e:
-            self._close()
+            self._end_line()
             self.note(str(e))
 
-    # what `ChatScreen` asks for
-
     def think(self, piece: str) -> None:
-        self._num_thought += len(piece)
+        self._num_thought_chars += len(piece)
         if self._is_tty:
-            self._write(f"\r\033[2K\033[2mthinking: {self._num_thought:,} characters (/think)\033[0m")
+            self._write(f"\r\033[2K\033[2mthinking: {self._num_thought_chars:,} characters (/think)\033[0m")
 
     def say(self, piece: str) -> None:
-        if self._num_thought and self._is_tty:
+        if self._num_thought_chars and self._is_tty:
             self._write("\n")
-        self._num_thought = 0
-        # a terminal obeys control characters; a file or pipe gets the text as it is
+        self._num_thought_chars = 0
+        # a terminal executes control characters; files and pipes receive the text unchanged
         self._write(escape_controls(piece) if self._is_tty else piece)
 
     def note(self, text: str) -> None:
@@ -207,20 +199,18 @@ class Terminal:
     def _write(self, text: str) -> None:
         print(text, end="", flush=True)
 
-    def _close(self) -> None:
+    def _end_line(self) -> None:
         if self._is_open:
             self._write("\n")
         self._is_open = False
 
-    # commands
-
-    def _think(self) -> None:
+    def _show_thoughts(self) -> None:
         turns = self._session.turns
         if not turns:
             raise UserError("the chat has no turn yet; ask something first, then use /think")
-        self.note(_thoughts_of(turns[-1]) or f"{self._session.model.name} has written no thoughts")
+        self.note(_join_thoughts(turns[-1]) or f"{self._session.model.name} has written no thoughts")
 
 
-def _thoughts_of(turn: ChatTurn) -> str:
+def _join_thoughts(turn: ChatTurn) -> str:
     return "\n".join(message["reasoning_content"] for message in turn.messages
                      if message.get("reasoning_content"))

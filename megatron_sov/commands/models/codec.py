@@ -1,4 +1,4 @@
-"""`megatron-sov codec import | reconstruct | inspect`: tokenizers and decoders of media."""
+"""`megatron-sov codec import | reconstruct | inspect`."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-from megatron_sov.base.artifacts import format_json
-from megatron_sov.base.errors import ExitCode
 from megatron_sov.base.settings import (
-    Actions, AtLeastOne, Flag, ProblemCode, SettingsProblem, add_actions, run_action)
+    Actions, AtLeastOne, DeclaredCommand, Flag, ProblemCode, SettingsProblem, add_actions, run_action)
 from megatron_sov.commands.shared_options import OverwriteOptions
 
 OWN_OPTIONS = {"codebooks": ("num_codebooks", ("mimi", "dac")),
                "side_pixels": ("side_pixels", ("vqmodel",))}
-"""Option -> argument of a codec's `of_folder`, and the kinds that take it."""
+"""Option of `codec import` -> argument of `import_codec`, and codec kinds with this argument."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +32,6 @@ class CodecImportOptions(OverwriteOptions):
     """Height and width of pictures of vqmodel (default: as config.json says)."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return options of other kinds."""
         return [SettingsProblem(ProblemCode.RULE, name, f"is for {' and '.join(kinds)}", getattr(self, name),
                                 f"leave it out for {self.kind}")
                 for name, (_, kinds) in OWN_OPTIONS.items()
@@ -63,38 +60,10 @@ class CodecInspectOptions:
     """Print as JSON."""
 
 
-def _import(args: CodecImportOptions) -> int:
-    from megatron_sov.omni.codecs.published import import_codec
-
-    given = {argument: value for name, (argument, _) in OWN_OPTIONS.items()
-             if (value := getattr(args, name)) is not None}
-    import_codec(args.kind, args.source, args.output, overwrite=args.overwrite, **given)
-    print(f"wrote codec {args.output}")
-    return ExitCode.OK
-
-
-def _reconstruct(args: ReconstructOptions) -> int:
-    from megatron_sov.omni.generation.reconstruction import reconstruct
-
-    for file in reconstruct(args.codec, args.files, args.output):
-        print(f"wrote {file}")
-    return ExitCode.OK
-
-
-def _inspect(args: CodecInspectOptions) -> int:
-    from megatron_sov.omni.codecs.folder import inspected
-
-    facts = inspected(args.codec)
-    if args.json:
-        print(format_json(facts), end="")
-        return ExitCode.OK
-    print(f"kind        {facts['codec']}\nparameters  {facts['num_parameters']:,}")
-    for name, value in facts["config"].items():
-        print(f"settings    {name} = {value}")
-    return ExitCode.OK
-
-
-ACTIONS: Actions = {"import": (CodecImportOptions, _import), "inspect": (CodecInspectOptions, _inspect),
-                    "reconstruct": (ReconstructOptions, _reconstruct)}
+RUN = "megatron_sov.commands.models.codec_run"
+ACTIONS: Actions = {
+    "import": DeclaredCommand(CodecImportOptions, lambda options: options, f"{RUN}:import_files"),
+    "inspect": DeclaredCommand(CodecInspectOptions, lambda options: options, f"{RUN}:inspect_codec"),
+    "reconstruct": DeclaredCommand(ReconstructOptions, lambda options: options, f"{RUN}:reconstruct_files")}
 add_arguments = partial(add_actions, actions=ACTIONS)
 run = partial(run_action, ACTIONS)

@@ -1,40 +1,27 @@
-"""`megatron-sov generate TARGET --prompt TEXT ...`."""
+"""Options and checks of `megatron-sov generate TARGET --prompt TEXT ...`."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from annotated_types import MinLen
 
-from megatron_sov.base.artifacts import write_output
-from megatron_sov.base.errors import ExitCode, UserError, escape_controls
+from megatron_sov.base.errors import UserError
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import (
-    AtLeastOne, Flag, NotNegativeInt, ProblemCode, SettingsProblem, add_options, read_options)
+    AtLeastOne, DeclaredCommand, Flag, NotNegativeInt, ProblemCode, SettingsProblem)
 from megatron_sov.base.settings.problem import UNSET
 from megatron_sov.chat.media_tokens import AUDIO, IMAGE
-from megatron_sov.commands.shared_options import ModelPath, get_target_step
-from megatron_sov.infer.engine import MEGATRON, ChosenEngine, Engine, choose_engine, run_with_engine
-from megatron_sov.infer.prompts import (
-    EncodedPrompts, ModelPrompt, check_engine, check_length, encode_prompts, format_responses, read_prompts)
-from megatron_sov.infer.request import (
-    Batching, GenerationResult, RankOptions, Sampling, StopRule, WholeSampling)
+from megatron_sov.commands.shared_options import ModelPath
+from megatron_sov.infer.engine import MEGATRON, ChosenEngine
+from megatron_sov.infer.prompts import ModelPrompt, read_prompts
+from megatron_sov.infer.request import Batching, RankOptions, Sampling, WholeSampling
 from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
 from megatron_sov.runs.checkpoints import check_model_path
 from megatron_sov.runs.folder import RunEvents
-
-if TYPE_CHECKING:
-    from megatron_sov.infer.engines.target import Target
-    from megatron_sov.omni.generation.prompts import ShownMedia
-    from megatron_sov.omni.generation.replies import MediaDecoders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,33 +42,9 @@ class CodecsOptions:
     """Longest speech of a reply, in its tokens (default: the reply's length)."""
 
 
-def shown_media(args: CodecsOptions, root: Path) -> ShownMedia:
-    """Return what sees and hears media below a folder."""
-    from megatron_sov.omni.generation.prompts import ShownMedia
-
-    given = {IMAGE: args.image_tokenizer, AUDIO: args.audio_tokenizer}
-    return ShownMedia(root, {kind: folder for kind, folder in given.items() if folder is not None})
-
-
-def media_decoders(args: CodecsOptions) -> MediaDecoders:
-    from megatron_sov.omni.generation.replies import MediaDecoders
-
-    given = {IMAGE: args.image_decoder, AUDIO: args.vocoder}
-    return MediaDecoders({kind: folder for kind, folder in given.items() if folder is not None})
-
-
-def check_media(args: CodecsOptions, out: dict[str, Path]) -> None:
-    """Raise `UserError` where a folder is asked for and nothing makes what belongs there, or no codec is
-    there."""
-    for kind, option, codec in ((IMAGE, "--image-decoder", args.image_decoder),
-                                (AUDIO, "--vocoder", args.vocoder)):
-        if kind in out and codec is None:
-            raise UserError(f"--out-{kind} {out[kind]}: needs {option} CODEC, which makes files of tokens")
-
-
 @dataclass(frozen=True)
 class ReplySampling(WholeSampling):
-    """How each token of a reply is chosen."""
+    """Sampling of replies."""
 
     max_new_tokens: AtLeastOne = 1024
     """Longest reply."""
@@ -126,7 +89,7 @@ class GenerateOptions(CodecsOptions, PluginOptions, RankOptions):
 
     @property
     def has_media(self) -> bool:
-        """Whether media are shown to the model, or made by it."""
+        """Whether the prompt or the reply contains media."""
         return bool(self.image or self.audio or self.out_image or self.out_audio)
 
     def problems(self) -> list[SettingsProblem]:
@@ -141,154 +104,90 @@ class GenerateOptions(CodecsOptions, PluginOptions, RankOptions):
                  (self.logprobs and not self.json, "logprobs", UNSET, "goes with --json", "add it"),
                  *((os.path.isfile(text), "prompt", text, "names a file, whose name would be continued",
                     f"pass --prompts {text}, lines of JSON with \"prompt\"") for text in self.prompt)]
-        return [SettingsProblem(ProblemCode.RULE, key, rule, value, way_out) for broken, key, value, rule,
-                way_out in rules
-                if broken]
+        return [SettingsProblem(ProblemCode.RULE, key, rule, value, fix)
+                for is_broken, key, value, rule, fix in rules if is_broken]
 
     def _media_problems(self) -> list[SettingsProblem]:
-        given = {"prompts": self.prompts, "sampling.num_drafts": self.sampling.num_drafts,
-                 "output": self.output, "samples": self.samples if self.samples > 1 else None,
-                 "stop": self.stop, "logprobs": self.logprobs, "run": self.run}
-        found = [SettingsProblem(ProblemCode.RULE, key, "does not go with media", UNSET,
-                                 "leave it out (`eval media` asks many prompts)")
-                 for key, value in given.items() if value]
+        text_options = {"prompts": self.prompts, "sampling.num_drafts": self.sampling.num_drafts,
+                        "output": self.output, "samples": self.samples if self.samples > 1 else None,
+                        "stop": self.stop, "logprobs": self.logprobs, "run": self.run}
+        problems = [SettingsProblem(ProblemCode.RULE, key, "does not go with media", UNSET,
+                                    "leave it out (`eval media` asks many prompts)")
+                    for key, value in text_options.items() if value]
         if self.engine not in (None, MEGATRON):
-            found.append(SettingsProblem(ProblemCode.RULE, "engine", "does not keep blocks of media whole",
-                                         self.engine, f"use {MEGATRON}"))
+            problems.append(SettingsProblem(ProblemCode.RULE, "engine", "does not keep blocks of media whole",
+                                            self.engine, f"use {MEGATRON}"))
         if not (self.prompt or self.image or self.audio):
-            found.append(SettingsProblem(ProblemCode.MISSING, "", "there is nothing to answer",
-                                         way_out="pass --prompt TEXT, --image FILE or --audio FILE"))
-        return found
+            problems.append(SettingsProblem(ProblemCode.MISSING, "", "there is nothing to answer",
+                                            way_out="pass --prompt TEXT, --image FILE or --audio FILE"))
+        return problems
 
 
-add_arguments = partial(add_options, cls=GenerateOptions)
+@dataclass(frozen=True)
+class GenerateRequest:
+    """Checked input of `generate_run.generate_texts`."""
+
+    options: GenerateOptions
+    prompts: list[ModelPrompt]
+    """Each prompt `options.samples` times, because each continuation has its own random numbers."""
+    events: RunEvents
 
 
-def run(args: argparse.Namespace) -> int:
-    """Continue the prompts and print what the model wrote."""
-    options = read_options(GenerateOptions, args)
+@dataclass(frozen=True)
+class MediaRequest:
+    """Checked input of `generate_media_run.generate_media`."""
+
+    options: GenerateOptions
+    root: Path
+    """Common folder of --image and --audio."""
+    parts: list[dict[str, Any]]
+    """Message parts with paths below `root`: pictures, then sounds."""
+    output_folders: dict[str, Path]
+    """`IMAGE` or `AUDIO` -> folder."""
+
+
+def check_generate(options: GenerateOptions) -> GenerateRequest | MediaRequest:
     load_plugins(options.plugins)
     if options.has_media:
-        return _run_with_media(options)
-    # samples are copies of the prompt: each continuation has random numbers of its own
+        return _check_media(options)
     prompts = [prompt for prompt in read_prompts(options.prompt, options.prompts)
                for _ in range(options.samples)]
     check_model_path(options.target)
     check_output("--output", options.output)
-    events = RunEvents(options.run)
-
-    from megatron_sov.infer.engines.target import find_target
-
-    target = find_target(options.target)
-    asked = encode_prompts(target, [p.text for p in prompts], options.chat)
-    stop = StopRule(asked.end_ids, options.stop, asked.decode)
-    found = _continue(options, target, asked, stop)
-    if found is None:
-        return 0  # the job's first process prints
-    texts = [asked.response(i, stop.truncate_text(asked.decode(c)))
-             for i, c in enumerate(found.continuations)]
-    if options.output is not None:
-        write_output(options.output, format_responses(prompts, texts, found))
-    else:
-        _show(options, prompts, texts, found)
-    step = get_target_step(target, events)
-    for prompt, text in zip(prompts, texts, strict=True):
-        events.add("sample", step=step, prompt=prompt.text, text=text, target=prompt.target)
-    return 0
+    return GenerateRequest(options, prompts, RunEvents(options.run))
 
 
-def _continue(options: GenerateOptions, target: Target, asked: EncodedPrompts,
-              stop: StopRule) -> GenerationResult | None:
-    """Return what the chosen engine writes; None where another process of the job prints."""
-    sampling = options.sampling
-    longest = asked.longest + sampling.max_new_tokens
-    engine_name = options.engine or choose_engine(target)
-    check_length(target, longest, "prompt and --max-new-tokens", "shorten one of them")
-    check_engine(engine_name, target, options.settings, options.nproc, num_drafts=sampling.num_drafts)
-
-    def work(engine: Engine) -> dict[str, object]:
-        return vars(engine.generate(asked.ids, sampling, stop=stop))
-
-    answer = run_with_engine(engine_name, target, work, longest=longest, batching=options.batching,
-                             settings=options.settings, nproc=options.nproc)
-    if answer is None:
-        return None
-    found = GenerationResult(**answer)
-    if sampling.num_drafts:
-        share = found.accepted / found.drafted if found.drafted else 0.0
-        print(f"drafts: {found.drafted}, accepted {share:.1%}", file=sys.stderr)
-    return found
+GENERATE = DeclaredCommand(GenerateOptions, check_generate, {
+    GenerateRequest: "megatron_sov.commands.models.generate_run:generate_texts",
+    MediaRequest: "megatron_sov.commands.models.generate_media_run:generate_media"})
 
 
-def _show(options: GenerateOptions, prompts: list[ModelPrompt], texts: list[str],
-          found: GenerationResult) -> None:
-    if options.json:
-        rows: list[dict[str, object]] = [
-            {"prompt": p.text, "text": t, "tokens": c}
-            for p, t, c in zip(prompts, texts, found.continuations, strict=True)]
-        if options.logprobs:
-            for row, logprobs, reason in zip(rows, found.logprobs, found.finish_reasons, strict=True):
-                row |= {"logprobs": logprobs, "temperature": found.temperature, "finish_reason": reason}
-        print(json.dumps(rows, ensure_ascii=False, indent=1))
-        return
-    for prompt, text in zip(prompts, texts, strict=True):
-        # an answer does not go on from its question, so each has a line that says who speaks
-        shown = f"user: {prompt.text}\nassistant: {text}" if options.chat else f"{prompt.text}{text}"
-        # a terminal obeys control characters; a file or pipe gets the text as it is
-        if sys.stdout.isatty():
-            shown = escape_controls(shown)
-        print(f"{shown}\n" if len(prompts) > 1 else shown)
+def _check_media(options: GenerateOptions) -> MediaRequest:
+    folders = {IMAGE: options.out_image, AUDIO: options.out_audio}
+    output_folders = {kind: folder for kind, folder in folders.items() if folder is not None}
+    check_decoders(options, output_folders)
+    files = [(IMAGE, file) for file in options.image] + [(AUDIO, file) for file in options.audio]
+    root = _find_common_folder([file for _, file in files])
+    parts = [{"type": kind, "path": str(Path(os.path.abspath(file)).relative_to(root))}
+             for kind, file in files]
+    check_model_path(options.target)
+    return MediaRequest(options, root, parts, output_folders)
 
 
-def _run_with_media(args: GenerateOptions) -> int:
-    """Answer the prompts, each with all the media before it; print text and files.
-
-    Raises:
-        UserError: a codec is missing, or see `omni.generation.replies`.
-    """
-    out = {kind: folder for kind, folder in ((IMAGE, args.out_image), (AUDIO, args.out_audio))
-           if folder is not None}
-    check_media(args, out)
-    # all pictures, then all sounds, in the order of the command line
-    files = [(kind, file) for kind, given in ((IMAGE, args.image), (AUDIO, args.audio)) for file in given]
-    root = _root([file for _, file in files])
-    # paths below one root, as rows of `eval media` have them
-    parts: list[dict[str, Any]] = [{"type": kind, "path": str(Path(os.path.abspath(file)).relative_to(root))}
-                                   for kind, file in files]
-    check_model_path(args.target)
-    from megatron_sov.infer.engines.target import find_target
-    from megatron_sov.omni.generation.replies import Asking, replies
-
-    asking = Asking(shown_media(args, root), media_decoders(args), out, args.sampling,
-                    chat=args.chat, max_audio_tokens=args.max_audio_tokens, batching=args.batching,
-                    with_features=not args.no_features)
-    prompts = [[*parts, *([{"type": "text", "text": text}] if text else [])] for text in args.prompt or [""]]
-    found = replies(find_target(args.target), prompts, asking, settings=args.settings, nproc=args.nproc)
-    if found is None:
-        return ExitCode.OK  # the job's first process prints
-    if args.json:
-        print(json.dumps([{"prompt": prompt, "text": reply.text,
-                           "pictures": list(map(str, reply.made.pictures)),
-                           "sounds": list(map(str, reply.made.sounds)),
-                           "broken_pictures": reply.made.num_broken}
-                          for prompt, reply in zip(args.prompt or [""], found, strict=True)],
-                         ensure_ascii=False, indent=1))
-        return ExitCode.OK
-    for reply in found:
-        if reply.text:
-            print(reply.text)
-        for file in (*reply.made.pictures, *reply.made.sounds):
-            print(f"wrote {file}")
-        if reply.made.num_broken:
-            print(f"{reply.made.num_broken} pictures broke off; raise --max-new-tokens")
-    return ExitCode.OK
+def check_decoders(options: CodecsOptions, output_folders: dict[str, Path]) -> None:
+    """Raise `UserError` for an output folder without the codec that decodes its files."""
+    for kind, option, codec in ((IMAGE, "--image-decoder", options.image_decoder),
+                                (AUDIO, "--vocoder", options.vocoder)):
+        if kind in output_folders and codec is None:
+            raise UserError(f"--out-{kind} {output_folders[kind]}: needs {option} CODEC, which makes files "
+                            "of tokens")
 
 
-def _root(files: Sequence[Path]) -> Path:
-    """Return the folder that all media lie in."""
+def _find_common_folder(files: list[Path]) -> Path:
     for file in files:
         if not file.is_file():
             raise UserError(f"{file}: is no file; name a picture or a sound")
-    # not resolved: a link among the files is followed by the reader, which refuses what leads out
-    return Path(os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
-                if files else os.getcwd())
+    if not files:
+        return Path(os.getcwd())
+    # links stay unresolved: the reader follows links and refuses targets outside the folder
+    return Path(os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files]))

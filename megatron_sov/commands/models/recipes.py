@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated
 
+import yaml
+
 from megatron_sov.base.artifacts import format_json
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.figures import format_count
 from megatron_sov.base.plugins.loading import is_reference
-from megatron_sov.base.settings import add_options, excludes_field, read_options
+from megatron_sov.base.settings import DeclaredCommand, excludes_field
 from megatron_sov.model import objectives, recipes
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families import supported as models
@@ -22,13 +22,13 @@ from megatron_sov.model.recipes.sources import (
     Sources, ValueSource, derive_sources, label_changes, list_settings)
 
 TINY = "tiny-"
-"""Begin of the names of recipes that train on a laptop."""
+"""Prefix of recipes that train on a laptop."""
 JOBS = {"lm": "pretrain", "extend": "extend the context", "sft": "fine-tune", "distill": "distill",
         "preference": "learn from preferences", "policy": "reinforcement learning"}
-"""Objective, or extend -> heading of its recipes."""
-GIVEN = ValueSource("yours", "--config or --set")
+"""Objective, or `extend` -> heading in the list of recipes."""
+USER_VALUE = ValueSource("yours", "--config or --set")
 KINDS = {"L": "sliding", "D": "linear", "G": "global"}
-"""Letters of a pattern of layers -> what a summary calls their attention."""
+"""Letter of `attention_pattern` -> name of the attention."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,66 +43,62 @@ class RecipesOptions(RecipeOptions):
     """List the recipes for a laptop: the same structures with a few million parameters."""
 
 
-add_arguments = partial(add_options, cls=RecipesOptions)
-
-
-def run(typed: argparse.Namespace) -> int:
-    """List recipes, families and objectives with their origin, or print one recipe's settings
-    and their sources.
+def show_recipes(options: RecipesOptions) -> int:
+    """Print the list of recipes, families and objectives, or the settings of one recipe with their sources.
 
     Raises:
-        UserError: the recipe or a --set key does not exist, or --set or --json stands without a recipe.
+        UserError: an unknown recipe or setting, or --set, --json or --yaml without a recipe.
     """
-    args = read_options(RecipesOptions, typed)
-    if args.recipe is None and not args.configs:
-        for given, used in (("--json", args.json), ("--yaml", args.yaml),
-                            (f"--set {''.join(args.settings[:1])}", args.settings)):
-            if used:
-                raise UserError(f"{given}: needs a recipe; name one of {', '.join(recipes.names())}")
-        load_plugins(args.plugins)
-        print(format_recipe_list(args.tiny))
-        return 0
-    asked = request_recipe(args)
-    config = asked.config()
-    if args.json:
+    if options.recipe is None and not options.configs:
+        for option, is_set in (("--json", options.json), ("--yaml", options.yaml),
+                               (f"--set {''.join(options.settings[:1])}", options.settings)):
+            if is_set:
+                raise UserError(f"{option}: needs a recipe; name one of {', '.join(recipes.names())}")
+        load_plugins(options.plugins)
+        print(format_recipe_list(options.tiny))
+        return ExitCode.OK
+    request = request_recipe(options)
+    config = request.config()
+    if options.json:
         print(format_json(config), end="")
-    elif args.yaml:
-        import yaml
-
+    elif options.yaml:
         print(yaml.safe_dump(json.loads(format_json(config)), sort_keys=False, allow_unicode=True), end="")
     else:
-        print(format_settings(config, _sources(args.recipe or config.recipe, asked.base, config)))
-    return 0
+        sources = _derive_sources(options.recipe or config.recipe, request.base, config)
+        print(format_settings(config, sources))
+    return ExitCode.OK
 
 
-def _sources(name: str, base: RunConfig, config: RunConfig) -> Sources:
-    """Return where each value comes from; files and --set are compared with the recipe that they change."""
+RECIPES = DeclaredCommand(RecipesOptions, show_recipes)
+
+
+def _derive_sources(name: str, base: RunConfig, config: RunConfig) -> Sources:
+    """Return the source of each value: the recipe, or --config and --set for changed values."""
     try:
         sources, before = ({}, base) if is_reference(name) else (recipes.sources(name), recipes.get(name))
-    except UserError:  # the file of a run whose recipe is not here
+    except UserError:  # config.json of a run with an unknown recipe
         sources, before = {}, base
-    return derive_sources(sources, label_changes(before, config, GIVEN))
+    return derive_sources(sources, label_changes(before, config, USER_VALUE))
 
 
 def format_recipe_list(tiny: bool = False) -> str:
-    """Return a line for each recipe, under the job that it is for and by size; then the model families, the
-    objectives, and what files add.
+    """List the recipes by job and size, then model families, objectives, and plugins.
 
     Args:
-        tiny: list the `tiny-` recipes, which train on a laptop, in place of the others.
+        tiny: list only the `tiny-` recipes, instead of the others.
     """
     configs = {name: recipes.get(name) for name in recipes.names() if name.startswith(TINY) == tiny}
     counts = {name: count_params(config.model).total for name, config in configs.items()}
     width = max(map(len, configs))
     lines = list[str]()
     for job, heading in JOBS.items():
-        names = sorted((name for name, config in configs.items() if _job(config) == job),
+        names = sorted((name for name, config in configs.items() if _get_job(config) == job),
                        key=lambda name: (counts[name], name))
         lines += [f"{heading}:",
                   *(f"  {name:<{width}}  {format_recipe_summary(configs[name])}" for name in names), ""]
     commands = (f"{name} (megatron-sov {command})" for name, command in objectives.BUILT_IN.items())
     lines += [f"model families: {', '.join(models.FAMILIES)}", f"objectives: {', '.join(commands)}"]
-    rows = [(name, origin, _tried(name)) for name, origin in recipes.RECIPE_PLUGINS.listing()]
+    rows = [(name, origin, _try_summary(name)) for name, origin in recipes.RECIPE_PLUGINS.listing()]
     rows += [(name, origin, "model family") for name, origin in models.FAMILY_PLUGINS.listing()]
     rows += [(name, origin, "objective") for name, origin in objectives.OBJECTIVE_PLUGINS.listing()]
     if rows:
@@ -114,13 +110,12 @@ def format_recipe_list(tiny: bool = False) -> str:
     return "\n".join([*lines, "", more])
 
 
-def _job(config: RunConfig) -> str:
+def _get_job(config: RunConfig) -> str:
     return "extend" if config.extend.stages else config.objective.name
 
 
-def _tried(name: str) -> str:
-    """Return the summary of a package's recipe, or why there is none:
-    one package must not hide all others."""
+def _try_summary(name: str) -> str:
+    """Format a plugin's recipe, or its error: a broken plugin must not hide the others."""
     try:
         return format_recipe_summary(recipes.get(name))
     except UserError as e:
@@ -128,13 +123,13 @@ def _tried(name: str) -> str:
 
 
 def format_settings(config: RunConfig, sources: Sources) -> str:
-    """Return a line for every setting: name, value, kind of source, and where it stands or why."""
-    found = list_settings(config, sources)
-    values = [json.dumps(s.value, ensure_ascii=False) for s in found]
-    width, value_width = max(len(s.key) for s in found), max(map(len, values))
+    """Format one line per setting: name, value, kind and location of its source."""
+    settings = list_settings(config, sources)
+    values = [json.dumps(s.value, ensure_ascii=False) for s in settings]
+    width, value_width = max(len(s.key) for s in settings), max(map(len, values))
     return "\n".join(
         f"{s.key:<{width}}  {value:<{value_width}}  {s.source.kind:<11}  {s.source.where}".rstrip()
-        for s, value in zip(found, values, strict=True))
+        for s, value in zip(settings, values, strict=True))
 
 
 def format_recipe_summary(config: RunConfig) -> str:

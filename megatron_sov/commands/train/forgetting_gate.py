@@ -17,7 +17,7 @@ from megatron_sov.base.errors import ExitCode, StopRequested, UserError, warn
 from megatron_sov.base.settings import add_options, read_options
 from megatron_sov.bench.score_differences import (
     FORGOTTEN, NOT_KNOWN, NOT_PROVEN, Forgetting, judge, read_scored)
-from megatron_sov.commands.evaluate.eval_lm import EvalLmOptions, run_lm
+from megatron_sov.commands.evaluate.eval_lm import LM, EvalLmOptions
 from megatron_sov.runs.folder import GATE, RunEvents
 from megatron_sov.runs.launch_environment import has_launcher, is_first_rank
 from megatron_sov.work.processes.children import run_command
@@ -104,7 +104,7 @@ class ForgettingGate:
         words = [*self._words(target, when), *more]
         # the ranks are there already; else a command of its own starts them
         if has_launcher():
-            code = run_lm(_eval_options(words))
+            code = LM.run_options(_eval_options(words))
         else:
             print(f"forgetting gate: evaluates {target}", file=sys.stderr, flush=True)
             code = run_command(["megatron_sov", "eval", "lm", *words], "continue with --resume")

@@ -10,7 +10,7 @@ import pytest
 from megatron_sov.base.artifacts import find_damaged_files, read_manifest
 from megatron_sov.base.errors import ExitCode
 from megatron_sov.cli import main
-from megatron_sov.commands.evaluate import eval_passk
+from megatron_sov.commands.evaluate import eval_passk_run as eval_passk
 from megatron_sov.eval.pass_at_k import format_table
 from megatron_sov.infer.engines.transformers_engine import HfEngine
 from megatron_sov.publish.report.run_data import Run

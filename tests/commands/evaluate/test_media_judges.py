@@ -8,8 +8,8 @@ import jiwer
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.commands.evaluate.eval_media import (
-    PAIRS, MediaRow, compute_media_figures, load_judge, read_media_rows)
+from megatron_sov.commands.evaluate.eval_media import PAIRS, MediaRow, load_judge, read_media_rows
+from megatron_sov.commands.evaluate.eval_media_run import compute_media_figures
 from megatron_sov.eval.statistics import compute_wilson_interval
 
 WORDS = [{"type": "text", "text": "Say it."}]

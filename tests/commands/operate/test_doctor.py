@@ -7,8 +7,8 @@ import json
 import pytest
 
 from megatron_sov import cli
-from megatron_sov.commands.operate import doctor
-from megatron_sov.commands.operate.doctor import MachineCheck
+from megatron_sov.commands.operate.doctor import checks as doctor, gpu_checks
+from megatron_sov.commands.operate.doctor.checks import MachineCheck
 
 GOOD = [MachineCheck("Python", "ok", "3.11.7"), MachineCheck("GPU", "missing", "torch is a CPU build"),
         MachineCheck("Disk", "warning", "1.0 GB free", "free some")]
@@ -49,7 +49,7 @@ def test_this_machine_can_train(capsys: pytest.CaptureFixture[str]) -> None:
 def test_missing_compiler_and_ninja_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.setattr(doctor, "_has_gpu", lambda: True)
-    (check,) = doctor.iter_compiler_checks()
+    monkeypatch.setattr(gpu_checks, "has_gpu", lambda: True)
+    (check,) = gpu_checks.iter_compiler_checks()
     assert check.status == "warning" and "no c++ and no ninja in PATH" in check.detail
     assert "apt-get install" in check.remedy

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_sov import cli, recipes
-from megatron_sov.commands.operate import logs, run_state as states
-from megatron_sov.commands.operate.logs import LogFile, LogTail
+from megatron_sov.commands.operate.runs import logs_run as logs
+from megatron_sov.commands.operate.runs.logs_run import LogFile, LogTail
 from megatron_sov.runs.obs.events import LONGEST_LINE_BYTES, EventLog
 
 Follow = Callable[..., list[str]]
@@ -119,7 +119,7 @@ def test_following_sees_new_lines_files_and_events_and_ends_when_the_run_is_quie
         log.write("stop", step=9, reason="SIGUSR1")
         log.close()
 
-    pauses = int(logs.ENDED_AFTER_S / logs.LOOK_EVERY_S)
+    pauses = int(logs.SILENCE_S / logs.POLL_S)
     lines = follow([nothing] * (pauses - 1) + [goes_on] + [lambda: happened.append("quiet")] * 10 * pauses,
                    "--tail", "1")
     assert happened == ["goes on"] + ["quiet"] * (pauses + 1)
@@ -134,8 +134,8 @@ def test_following_sees_new_lines_files_and_events_and_ends_when_the_run_is_quie
 @pytest.mark.parametrize("state", ["running", "silent", "waiting"])
 def test_a_run_that_may_go_on_is_followed_until_its_reader_goes(
         state: str, run: Path, follow: Follow, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(states, "read_run_state", lambda run: SimpleNamespace(state=state))
-    pauses = int(10 * logs.ENDED_AFTER_S / logs.LOOK_EVERY_S)
+    monkeypatch.setattr(logs, "read_run_state", lambda run: SimpleNamespace(state=state))
+    pauses = int(10 * logs.SILENCE_S / logs.POLL_S)
     file = run / "slurm/logs/17-0/rank-2.log"
     lines = follow([*[nothing] * pauses, lambda: file.write_text("two\ngoes on\n")])
     assert lines[-1] == "[job 17 rank 2] goes on"

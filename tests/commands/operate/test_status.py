@@ -15,10 +15,10 @@ import pytest
 
 from megatron_sov import cli, recipes
 from megatron_sov.base.errors import UserError
-from megatron_sov.commands.operate import status
-from megatron_sov.commands.operate.run_state import (
+from megatron_sov.commands.operate.runs import status_run as status
+from megatron_sov.commands.operate.runs.run_state import (
     RunStart, RunState, find_runs, format_run_state, read_run_state)
-from megatron_sov.commands.operate.run_table import format_runs
+from megatron_sov.commands.operate.runs.run_table import format_runs
 from megatron_sov.model.config import apply_settings
 from megatron_sov.runs.obs.history import UNFINISHED
 
@@ -261,7 +261,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch, run: Path, *later: list[dict[str, A
         with open(run / "events.jsonl", "a") as file:
             file.write("".join(json.dumps({"time_s": NOW_S, **event}) + "\n" for event in piece))
 
-    monkeypatch.setattr(status, "STATE_EVERY_S", 0.0)
+    monkeypatch.setattr(status, "POLL_STATE_S", 0.0)
     monkeypatch.setattr(status.time, "sleep", sleep)
 
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from megatron_sov.base.artifacts import create_artifact, find_damaged_files, read_manifest
 from megatron_sov.base.errors import ExitCode
 from megatron_sov.cli import main
-from megatron_sov.commands.evaluate import eval_passk
+from megatron_sov.commands.evaluate import eval_passk_run as eval_passk
 from megatron_sov.commands.rl import ssp
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 

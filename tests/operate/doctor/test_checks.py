@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.commands.operate import doctor
-from megatron_sov.commands.operate.doctor import MachineCheck
+from megatron_sov.commands.operate.doctor import checks as doctor, gpu_checks
+from megatron_sov.commands.operate.doctor.checks import MachineCheck
 from megatron_sov.operate import contract
 
 
@@ -196,7 +196,7 @@ def test_the_recipes_that_the_gpu_can_take_are_listed(site: Path, monkeypatch: p
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     module(site, "transformer_engine", pytorch=text)
-    check = only(doctor.iter_quantization_checks())
+    check = only(gpu_checks.iter_quantization_checks())
     assert (check.name, check.status, check.detail) == ("train.fp8", status, detail)
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_sov import cli, recipes
 from megatron_sov.base.artifacts import read_manifest
-from megatron_sov.commands.operate.logs import list_log_files
+from megatron_sov.commands.operate.runs.logs_run import list_log_files
 from megatron_sov.model.config import apply_settings
 from megatron_sov.runs.obs.events import final_step_events, read_events
 from megatron_sov.train.side_jobs.evaluations import Evaluations

@@ -25,7 +25,8 @@ from megatron_sov.base.command_line import Parser
 from megatron_sov.base.settings import read_command_options
 from megatron_sov.bench.lm.settings import TaskSources
 from megatron_sov.bench.lm.tasks import refuse_unknown
-from megatron_sov.commands.operate.submit import STAGE_PARSERS, list_chains, read_chain
+from megatron_sov.commands.operate.submit.chain import list_chains, read_chain
+from megatron_sov.commands.operate.submit.stage_parsers import STAGE_PARSERS
 from megatron_sov.operate.slurm.stages import STAGES, work_of
 from megatron_sov.plan.calibration.fitting import fullest
 from megatron_sov.post.rl.reward import reward_version

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.commands.operate.submit import STAGE_PARSERS
+from megatron_sov.commands.operate.submit.stage_parsers import STAGE_PARSERS
 from megatron_sov.operate.slurm.stages import STAGES
 from megatron_sov.operate.slurm.submission import Prepared, SubmitRequest, prepare
 from megatron_sov.work.clusters import client, cluster

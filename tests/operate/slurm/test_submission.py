@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.commands.operate.submit import STAGE_PARSERS
+from megatron_sov.commands.operate.submit.stage_parsers import STAGE_PARSERS
 from megatron_sov.model import recipes
 from megatron_sov.model.config import apply_settings
 from megatron_sov.operate.slurm import submission

@@ -13,7 +13,7 @@ from hypothesis import given, strategies as st
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.pages.page import Chart
-from megatron_sov.commands.operate.run_state import format_run_state, read_run_state
+from megatron_sov.commands.operate.runs.run_state import format_run_state, read_run_state
 from megatron_sov.publish.report.charts import MAX_POINTS, heldout_charts, loss_charts, needle_charts
 from megatron_sov.publish.report.page import render
 from megatron_sov.publish.report.run_data import read_run

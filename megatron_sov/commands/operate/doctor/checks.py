@@ -1,13 +1,11 @@
-"""`megatron-sov doctor`: what works on this machine, what is missing, and the command that adds it.
+"""Checks of `megatron-sov doctor`: one generator per subject. Checks change nothing on the machine.
 
-One function per subject, each returning checks; nothing here changes anything.  Optional parts are looked for
-in the way that tells the truth: Transformer Engine by importing it (its bare package installs without a GPU
-and fails on import), apex by its files (a package of another kind bears the same name).
+Transformer Engine is checked by an import, because its package without GPU libraries installs and then fails
+to import.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib
 import importlib.metadata
@@ -19,15 +17,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 
 from megatron_sov.base.artifacts import format_json
+from megatron_sov.base.command_line import import_reference
 from megatron_sov.base.errors import ExitCode, UserError, format_error, format_install_command
-from megatron_sov.base.settings import add_options, read_options
+from megatron_sov.commands.operate.doctor.doctor import DoctorOptions
 from megatron_sov.operate.contract import first_difference
 from megatron_sov.sandbox.sandbox import machine_enclosure
 from megatron_sov.version import OUR_PACKAGES
@@ -47,41 +45,52 @@ CONTRACT_LIBRARIES = {"megatron.core": "megatron-core", "torch": "torch",
 """Package of `operate/contract.json` -> its distribution."""
 TE_COMMAND = format_install_command("gpu",
                                     "--no-build-isolation") + " (needs a CUDA toolchain, see docs/install.md)"
-DEEP_EP_REMEDY = ("build the commit that containers/install.sh names: DEEPEP_ARCH=10.0 sh "
-                  "containers/install.sh")
 ENCLOSED_BY = {"namespaces": "programs have processes, files and a network of their own",
                "landlock": "programs are kept to their folder and away from the network by Landlock and a "
                            "filter of system calls; namespaces, which hold better, are not allowed"}
 _COMMAND_TIMEOUT_S = 60
+ENGINE_CHECKS = "megatron_sov.commands.operate.doctor.gpu_checks:iter_engine_checks"
 
 
 @dataclass(frozen=True)
 class MachineCheck:
-    """What was found about one subject."""
+    """Result of one check."""
 
     name: str
-    """The subject."""
     status: Status
-    """ok: works; missing: an optional part is not there; warning: works, but look at it; broken:
-    needed and does not work."""
+    """ok: works; missing: optional and absent; warning: works, with a problem; broken: required, but
+    unusable."""
     detail: str
-    """What was found."""
     remedy: str = ""
-    """What adds or mends it; empty where there is nothing to do."""
+    """Command or action that installs or repairs the part; "": none needed."""
+
+
+def show_checks(options: DoctorOptions) -> int:
+    """Print every check; return 2 if training on this machine's CPU cannot work."""
+    checks = run_checks()
+    works = not any(check.status == "broken" for check in checks)
+    if options.json:
+        print(format_json({"works": works, "checks": [dataclasses.asdict(check) for check in checks]}),
+              end="")
+    else:
+        print(format_checks(checks))
+        print("\nThis machine can train." if works
+              else "\nThis machine cannot train yet: mend what is broken above.")
+    return ExitCode.OK if works else ExitCode.USER_ERROR
 
 
 def run_checks() -> list[MachineCheck]:
-    """Look at everything, in the order in which it is read: what is needed first,
-    then accelerators, cluster, machine."""
-    groups = (iter_python_checks, iter_package_checks, iter_shadow_checks, iter_torch_checks,
-              iter_transformer_engine_checks, iter_compiler_checks, iter_contract_checks,
-              iter_quantization_checks, iter_deep_ep_checks, iter_linear_attention_checks,
-              iter_optional_checks, iter_sandbox_checks, iter_slurm_checks, iter_resource_checks)
-    return [check for group in groups for check in group()]
+    """Run all checks in display order: required parts, then accelerators, cluster and machine."""
+    checks = [*iter_python_checks(), *iter_package_checks(), *iter_shadow_checks(), *iter_torch_checks(),
+              *iter_transformer_engine_checks(), *iter_contract_checks()]
+    # `megatron_sov.engine` imports torch, whose failure is reported above
+    if _import_torch() is not None:
+        checks += import_reference(ENGINE_CHECKS)()
+    return [*checks, *iter_optional_checks(), *iter_sandbox_checks(), *iter_slurm_checks(),
+            *iter_resource_checks()]
 
 
 def iter_python_checks() -> Iterator[MachineCheck]:
-    """The interpreter's version."""
     needed = ".".join(map(str, MIN_PYTHON))
     if sys.version_info >= MIN_PYTHON:
         yield MachineCheck("Python", "ok", platform.python_version())
@@ -91,7 +100,7 @@ def iter_python_checks() -> Iterator[MachineCheck]:
 
 
 def installed_version(distribution: str) -> str | None:
-    """Return the version of an installed distribution, or None; nothing is imported."""
+    """Return the version from a distribution's metadata, without an import; None: not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -99,7 +108,7 @@ def installed_version(distribution: str) -> str | None:
 
 
 def iter_package_checks() -> Iterator[MachineCheck]:
-    """The libraries that every path needs, by their metadata."""
+    """Check `REQUIRED_PACKAGES` by their metadata."""
     for name in REQUIRED_PACKAGES:
         version = installed_version(name)
         if version is None:
@@ -109,17 +118,16 @@ def iter_package_checks() -> Iterator[MachineCheck]:
 
 
 def iter_shadow_checks() -> Iterator[MachineCheck]:
-    """Foreign packages that install a top-level name of ours and would be imported,
-    or overwrite it, in our place."""
+    """Find foreign packages that install a top-level name of `OUR_PACKAGES` and shadow or overwrite it."""
     root = Path(__file__).parents[3]
     owners = importlib.metadata.packages_distributions()
     for name in OUR_PACKAGES:
-        # found and not imported: a foreign package would run here
+        # `find_spec`, not an import: an import would run the code of a foreign package
         spec = importlib.util.find_spec(name)
         found = Path(spec.origin).parent if spec and spec.origin else None
         foreign = sorted(set(owners.get(name, [])) - {"megatron-sov"})
         if found != root / name:
-            # a folder on the path belongs to no distribution that pip could take away
+            # pip cannot uninstall a plain folder of PYTHONPATH
             remedy = (f"pip uninstall {' '.join(foreign)}" if foreign
                       else "remove that folder from PYTHONPATH, or start elsewhere")
             yield MachineCheck(name, "broken", f"is imported from {found}, not from {root / name}", remedy)
@@ -132,14 +140,14 @@ def iter_shadow_checks() -> Iterator[MachineCheck]:
 
 
 def iter_torch_checks() -> Iterator[MachineCheck]:
-    """PyTorch, its process groups, and the GPUs it sees."""
+    """Check torch, its process groups and its GPUs."""
     try:
-        import torch
-        import torch.distributed as dist
+        torch: Any = importlib.import_module("torch")
     except Exception as e:  # a broken CUDA library raises OSError, a broken build RuntimeError
         yield MachineCheck("torch", "broken", f"cannot be imported ({type(e).__name__}: {e})",
                            "make setup, or pip install torch again")
         return
+    dist = torch.distributed
     yield MachineCheck("torch", "ok", f"{torch.__version__}, " + (f"CUDA {torch.version.cuda}"
                                                                   if torch.version.cuda
                                                                   else "CPU build"))
@@ -166,14 +174,14 @@ def iter_torch_checks() -> Iterator[MachineCheck]:
                            "pip install torch from the default index")
 
 
-def _cudnn(version: int) -> str:
-    """Return a version of cuDNN, which torch counts as major * 10,000 + minor * 100 + patch."""
+def _format_cudnn_version(version: int) -> str:
+    """Format torch's integer version of cuDNN: major * 10,000 + minor * 100 + patch."""
     return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
 
 
 def iter_transformer_engine_checks() -> Iterator[MachineCheck]:
-    """Transformer Engine, by importing it; a machine with GPUs cannot train in bf16 without."""
-    gpu = _has_gpu()
+    """Import Transformer Engine; a machine with GPUs needs it for `train.precision = bf16`."""
+    gpu = has_gpu()
     if importlib.util.find_spec("transformer_engine") is None:
         yield MachineCheck("Transformer Engine", "broken" if gpu else "missing",
                            "is not installed; fused GPU kernels need it"
@@ -182,32 +190,20 @@ def iter_transformer_engine_checks() -> Iterator[MachineCheck]:
         return
     try:
         importlib.import_module("transformer_engine.pytorch")
-    except Exception as e:  # it raises RuntimeError, OSError or ImportError, depending on what is missing
+    except Exception as e:  # RuntimeError, OSError or ImportError, depending on the missing library
         first_line = (str(e).splitlines() or ["no message"])[0]
         yield MachineCheck("Transformer Engine", "broken" if gpu else "warning",
                            f"is installed but does not import ({type(e).__name__}: {first_line})", TE_COMMAND)
         return
-    if gpu and (found := _other_cudnn()):
+    if gpu and (found := _describe_cudnn_mismatch()):
         yield MachineCheck("Transformer Engine", "warning", found, 'export CUDNN_HOME="$(python -c \'import '
                            'nvidia.cudnn as n; print(n.__path__[0])\')" for all processes: torch\'s own')
         return
     yield MachineCheck("Transformer Engine", "ok", installed_version("transformer-engine") or "imports")
 
 
-def iter_compiler_checks() -> Iterator[MachineCheck]:
-    """The C++ compiler and ninja, which recomputing norms and expert activations on GPUs needs."""
-    from megatron_sov.engine.parallel.storage_extension import TOOLS_COMMAND, find_missing_tools
-
-    if missing := find_missing_tools():
-        yield MachineCheck("C++ compiler", "warning" if _has_gpu() else "missing",
-                           f"no {' and no '.join(missing)} in PATH; gpu.recompute_modules = layernorm or "
-                           "moe_act needs a C++ compiler and ninja", TOOLS_COMMAND)
-    else:
-        yield MachineCheck("C++ compiler", "ok", "with ninja")
-
-
 def iter_contract_checks() -> Iterator[MachineCheck]:
-    """Signatures that this project calls, in the sources of each library that is installed."""
+    """Compare the signatures in contract.json with the sources of each installed library."""
     checked = []
     for package, distribution in CONTRACT_LIBRARIES.items():
         version = installed_version(distribution)
@@ -231,86 +227,33 @@ def iter_contract_checks() -> Iterator[MachineCheck]:
         yield MachineCheck("signatures", "ok", f"{', '.join(checked)}: as this project calls them")
 
 
-def _other_cudnn() -> str:
-    """Return what is wrong where Transformer Engine has loaded another cuDNN than torch, as it does where the
-    system has one too; empty: nothing."""
-    import torch
-    import transformer_engine.pytorch as te
-
-    theirs, ours = ".".join(map(str, te.get_cudnn_version())), torch.backends.cudnn.version()
-    if ours is None or _cudnn(ours) == theirs:
+def _describe_cudnn_mismatch() -> str:
+    """Describe a version mismatch between the cuDNN of Transformer Engine and of torch; "": none."""
+    te = importlib.import_module("transformer_engine.pytorch")
+    te_version = ".".join(map(str, te.get_cudnn_version()))
+    torch_version = importlib.import_module("torch").backends.cudnn.version()
+    if torch_version is None or _format_cudnn_version(torch_version) == te_version:
         return ""
-    return (f"has loaded cuDNN {theirs}, and torch {_cudnn(ours)}: parts of the one do not load with the "
-            "other, and Transformer Engine has no fused attention then (gpu.attention)")
+    return (f"has loaded cuDNN {te_version}, and torch {_format_cudnn_version(torch_version)}: parts of "
+            "the one do not load with the other, and Transformer Engine has no fused attention then "
+            "(gpu.attention)")
 
 
-def iter_quantization_checks() -> Iterator[MachineCheck]:
-    """The recipes of `train.fp8` that the first GPU can take, by Transformer Engine's own answer."""
-    if not _has_gpu():
-        yield MachineCheck("train.fp8", "missing", "none of its recipes: there is no GPU here")
-        return
-    from megatron_sov.engine.parallel.device import find_fp8_problems
-
+def _import_torch() -> Any:
+    """Return torch, or None if its import fails."""
     try:
-        reasons = find_fp8_problems()
-    except Exception:  # transformer_engine_checks says what is wrong with it, and how to mend that
-        yield MachineCheck("train.fp8", "missing", "none of its recipes: Transformer Engine does not work")
-        return
-    yield MachineCheck("train.fp8", "missing" if all(reasons.values()) else "ok", _there_and_not(reasons))
-
-
-def _there_and_not(reasons: dict[str, str]) -> str:
-    """Return in words which of several are there, and which are not, and why; empty reasons: it is."""
-    there = ", ".join(name for name, why in reasons.items() if not why)
-    return "; ".join(filter(None, [there, *(f"not {name} ({why})" for name, why in reasons.items() if why)]))
-
-
-def _absent(name: str, module: str, remedy: str) -> MachineCheck | None:
-    """Return what to say of a library for GPUs that is not installed, or that serves nothing here; None: it
-    is to be tried."""
-    if importlib.util.find_spec(module) is None:
-        return MachineCheck(name, "missing", "is not installed; optional", remedy)
-    if not _has_gpu():
-        return MachineCheck(name, "missing", "is installed, and serves on GPUs alone; there is none here")
-    return None
-
-
-def iter_deep_ep_checks() -> Iterator[MachineCheck]:
-    """DeepEP, which `parallel.expert_dispatcher` may name, by importing what the library does."""
-    if absent := _absent("DeepEP", "deep_ep", DEEP_EP_REMEDY):
-        yield absent
-        return
-    from megatron_sov.engine.parallel.device import DEEP_EP_NAMES, find_deep_ep_problem
-
-    reasons = {dispatcher: find_deep_ep_problem(dispatcher) for dispatcher in DEEP_EP_NAMES}
-    yield MachineCheck("DeepEP", "warning" if all(reasons.values()) else "ok", _there_and_not(reasons),
-                       DEEP_EP_REMEDY if any(reasons.values()) else "")
-
-
-def iter_linear_attention_checks() -> Iterator[MachineCheck]:
-    """flash-linear-attention, which `gpu.linear_attention` may name, by importing its kernels."""
-    name, remedy = "flash-linear-attention", "pip install fla-core==0.6.0, for models with linear attention"
-    if absent := _absent(name, "fla", remedy):
-        yield absent
-        return
-    from megatron_sov.engine.parallel.device import find_fla_problem
-
-    reason = find_fla_problem()
-    yield MachineCheck(name, "warning" if reason else "ok", _there_and_not({"Kimi Delta Attention": reason}),
-                       remedy if reason else "")
-
-
-def _has_gpu() -> bool:
-    """Return whether torch sees a GPU; False where it does not import, which has a check of its own."""
-    try:
-        import torch
+        return importlib.import_module("torch")
     except Exception:
-        return False
-    return torch.cuda.is_available()
+        return None
+
+
+def has_gpu() -> bool:
+    torch = _import_torch()
+    return torch is not None and bool(torch.cuda.is_available())
 
 
 def iter_optional_checks() -> Iterator[MachineCheck]:
-    """Trackers and rollout engines, by their metadata."""
+    """Check `OPTIONAL_PACKAGES` by their metadata."""
     for name, extra in OPTIONAL_PACKAGES.items():
         version = installed_version(name)
         if version is None:
@@ -320,7 +263,7 @@ def iter_optional_checks() -> Iterator[MachineCheck]:
 
 
 def iter_sandbox_checks() -> Iterator[MachineCheck]:
-    """What encloses the programs of a model, by enclosing one."""
+    """Start one program in the sandbox."""
     try:
         found = machine_enclosure()
     except UserError as e:
@@ -333,8 +276,8 @@ def iter_sandbox_checks() -> Iterator[MachineCheck]:
         yield MachineCheck("Sandbox", "ok", f"{found}: {ENCLOSED_BY[found]}")
 
 
-def first_line_of(command: list[str]) -> str | None:
-    """Return the first line that a program prints, or None where it is missing, fails or hangs."""
+def _read_first_line(command: list[str]) -> str | None:
+    """Return the first line of a program's output; None: a missing, failed or hung program."""
     if shutil.which(command[0]) is None:
         return None
     try:
@@ -346,8 +289,7 @@ def first_line_of(command: list[str]) -> str | None:
 
 
 def iter_slurm_checks() -> Iterator[MachineCheck]:
-    """The scheduler's client."""
-    version = first_line_of(["sbatch", "--version"])
+    version = _read_first_line(["sbatch", "--version"])
     if version is None:
         yield MachineCheck("Slurm", "missing",
                            "sbatch is not on PATH or does not answer; jobs run on this machine only",
@@ -357,18 +299,19 @@ def iter_slurm_checks() -> Iterator[MachineCheck]:
 
 
 def iter_resource_checks() -> Iterator[MachineCheck]:
-    """Cores, memory and disk, as this process may use them."""
-    # the cores that this process may use: Slurm and containers give fewer than there are
+    """Check the cores, memory and disk space of this process."""
+    # Slurm and containers allow fewer cores than the machine has
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     yield MachineCheck("CPU cores", "ok", str(cores))
     free_memory_bytes = psutil.virtual_memory().available
-    yield _room("Memory", free_memory_bytes, MIN_FREE_MEMORY_BYTES,
+    yield _check_free_space("Memory", free_memory_bytes, MIN_FREE_MEMORY_BYTES,
                 "close other programs, or use a smaller micro-batch")
     free_disk_bytes = shutil.disk_usage(Path.cwd()).free
-    yield _room("Disk", free_disk_bytes, MIN_FREE_DISK_BYTES, f"free some space on the disk of {Path.cwd()}")
+    yield _check_free_space("Disk", free_disk_bytes, MIN_FREE_DISK_BYTES,
+                            f"free some space on the disk of {Path.cwd()}")
 
 
-def _room(name: str, free_bytes: int, wanted_bytes: int, remedy: str) -> MachineCheck:
+def _check_free_space(name: str, free_bytes: int, wanted_bytes: int, remedy: str) -> MachineCheck:
     detail = f"{free_bytes / 1e9:.1f} GB free"
     if free_bytes >= wanted_bytes:
         return MachineCheck(name, "ok", detail)
@@ -376,35 +319,8 @@ def _room(name: str, free_bytes: int, wanted_bytes: int, remedy: str) -> Machine
                         f"{detail}, less than the {wanted_bytes / 1e9:.0f} GB that the demo wants", remedy)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DoctorOptions:
-    """Show what this machine has, and what is missing."""
-
-    json: bool = False
-    """Print the checks as JSON."""
-
-
-add_arguments = partial(add_options, cls=DoctorOptions)
-
-
-def run(typed: argparse.Namespace) -> int:
-    """Print every check; return 0 when training on this machine's CPU works,
-    2 when something it needs is broken."""
-    args = read_options(DoctorOptions, typed)
-    checks = run_checks()
-    works = not any(check.status == "broken" for check in checks)
-    if args.json:
-        print(format_json({"works": works, "checks": [dataclasses.asdict(check) for check in checks]}),
-              end="")
-    else:
-        print(format_checks(checks))
-        print("\nThis machine can train." if works
-              else "\nThis machine cannot train yet: mend what is broken above.")
-    return ExitCode.OK if works else ExitCode.USER_ERROR
-
-
 def format_checks(checks: list[MachineCheck]) -> str:
-    """Return one line per check, and a line with the remedy under it where there is one."""
+    """Format one line per check, and its remedy on the next line."""
     name_width = max(len(check.name) for check in checks)
     lines = []
     for check in checks:

@@ -11,7 +11,7 @@ from megatron_sov.base.figures import NO_VALUE, format_count, format_duration, f
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from megatron_sov.commands.operate.run_state import RunState
+    from megatron_sov.commands.operate.runs.run_state import RunState
 
 HEAD = ("run", "stage", "recipe", "step", "loss", "held-out", "tokens", "state", "last change")
 RIGHT = frozenset(("step", "loss", "held-out", "tokens", "last change"))

@@ -1,0 +1,1 @@
+"""Commands on the result files of `megatron-sov eval lm`."""

@@ -1,0 +1,49 @@
+"""`megatron-sov eval contamination OUT.json --data ...`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.outputs import check_output
+from megatron_sov.base.settings import AtLeastOne, DeclaredCommand, Flag, count_cores
+from megatron_sov.commands.shared_options import RecordOptions
+from megatron_sov.runs.folder import RunEvents
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalContaminationOptions(RecordOptions):
+    """Find items of a score that are in the training data, and the score without them."""
+
+    results: Annotated[Path, Flag("OUT.json")]
+    """Results of `megatron-sov eval lm`."""
+    data: Annotated[tuple[Path, ...], Flag(many=True)]
+    """What the model was trained on: folders of token shards (their training split), or files and folders
+    of text; several may follow, and it may be repeated."""
+    text_field: Annotated[str, Flag(value="NAME")] = "text"
+    """Field that holds the text of JSONL and Parquet."""
+    workers: AtLeastOne = field(default_factory=count_cores)
+    """Processes that search (default: one for each core)."""
+
+
+@dataclass(frozen=True)
+class ContaminationRequest:
+    """Checked input of `scores_run.find_contamination`."""
+
+    options: EvalContaminationOptions
+    events: RunEvents
+
+
+def check_contamination(options: EvalContaminationOptions) -> ContaminationRequest:
+    events = RunEvents(options.run)
+    check_output("OUT.json", options.results)
+    for path in options.data:
+        if not path.exists():
+            raise UserError(f"--data {path}: does not exist; pass token shards, or files of text")
+    return ContaminationRequest(options, events)
+
+
+CONTAMINATION = DeclaredCommand(EvalContaminationOptions, check_contamination,
+                                "megatron_sov.commands.evaluate.scores.scores_run:find_contamination")

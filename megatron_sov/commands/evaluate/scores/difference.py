@@ -1,0 +1,51 @@
+"""`megatron-sov eval difference A.json B.json`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.outputs import check_output, refuse_input_as_output
+from megatron_sov.base.settings import DeclaredCommand, Flag
+from megatron_sov.commands.shared_options import parse_task_names
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalDifferenceOptions:
+    """Compare two models item by item, with confidence intervals."""
+
+    first: Annotated[Path, Flag("A.json")]
+    """Results of `megatron-sov eval lm`."""
+    second: Annotated[Path, Flag("B.json")]
+    """Those of the model to compare with it."""
+    tasks: Annotated[str | None, Flag(value="A,B")] = None
+    """These alone (default: all that both have)."""
+    json: bool = False
+    """Print the figures as JSON."""
+    out: Annotated[Path | None, Flag("--output", "FILE")] = None
+    """Also write the figures into a JSON file, which appears whole."""
+
+
+@dataclass(frozen=True)
+class DifferenceRequest:
+    """Checked input of `scores_run.compare_scores`."""
+
+    options: EvalDifferenceOptions
+    tasks: list[str]
+    """[]: all tasks that both files contain."""
+
+
+def check_difference(options: EvalDifferenceOptions) -> DifferenceRequest:
+    if options.out is not None:
+        check_output("--output", options.out)
+        refuse_input_as_output("--output", options.out, options.first, options.second)
+    tasks = parse_task_names(options.tasks)
+    if options.tasks is not None and not tasks:
+        raise UserError(f"--tasks {options.tasks!r}: names no task; name some, separated by commas")
+    return DifferenceRequest(options, tasks)
+
+
+DIFFERENCE = DeclaredCommand(EvalDifferenceOptions, check_difference,
+                             "megatron_sov.commands.evaluate.scores.scores_run:compare_scores")

@@ -1,0 +1,79 @@
+"""Runs `megatron-sov eval difference` and `eval contamination` on result files of `eval lm`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from megatron_sov.base.artifacts import format_json, write_output
+from megatron_sov.base.documents import RecordReading
+from megatron_sov.bench.contamination import ContaminationCheck, check
+from megatron_sov.bench.score_differences import differences, read_scored, said, table
+from megatron_sov.commands.evaluate.scores.contamination import ContaminationRequest
+from megatron_sov.commands.evaluate.scores.difference import DifferenceRequest
+
+EVENT = "eval_contamination"
+
+
+def compare_scores(request: DifferenceRequest) -> None:
+    """Print the difference of each metric with its confidence interval.
+
+    Raises:
+        UserError: a damaged file, or results with different settings.
+    """
+    options = request.options
+    rows = differences(read_scored(options.first), read_scored(options.second), request.tasks)
+    values = {"first": str(options.first), "second": str(options.second),
+              "differences": [row.fields() for row in rows]}
+    if options.out is not None:
+        write_output(options.out, format_json(values))
+    print(json.dumps(values, indent=1, ensure_ascii=False) if options.json else table(rows))
+
+
+def find_contamination(request: ContaminationRequest) -> None:
+    """Add the contamination of each task to OUT.json, and write the positions to OUT.hits.json.
+
+    Raises:
+        UserError: unreadable results or data.
+    """
+    options = request.options
+    scored = read_scored(options.results)
+    checked = check(scored, options.data, RecordReading(text_field=options.text_field), options.workers)
+    results = checked.results
+    # the positions first: results with contamination always have their file of hits
+    hits_file = options.results.with_name(f"{options.results.name.removesuffix('.json')}.hits.json")
+    write_output(hits_file, format_json(checked.hits))
+    write_output(options.results, format_json(results))
+    figures = {}
+    for name, task in results.tasks.items():
+        figures[name] = task.contamination and asdict(task.contamination)
+        if task.contamination is not None:
+            request.events.add(EVENT, step=results.model.step, model_hash=results.model.hash, task=name,
+                               task_hash=task.task_hash, metric=_get_first_metric(checked, name),
+                               **asdict(task.contamination))
+    print(json.dumps(figures, indent=1, ensure_ascii=False) if options.json
+          else _format_contamination(checked, hits_file))
+
+
+def _get_first_metric(checked: ContaminationCheck, task: str) -> str | None:
+    metrics = checked.results.tasks[task].metrics
+    return said(metrics[0]) if metrics else None
+
+
+def _format_contamination(checked: ContaminationCheck, hits_file: Path) -> str:
+    lines = []
+    for name, task in checked.results.tasks.items():
+        contamination = task.contamination
+        if contamination is None:
+            continue
+        metric = task.metrics[0] if task.metrics else None
+        value = "not known" if metric is None or metric.value is None else f"{metric.value:.4f}"
+        without = contamination.value_without
+        value_without = "not known" if without is None else f"{without:.4f}"
+        line = (f"{name}: {contamination.items_hit:,} of {task.items:,} items found; "
+                f"{_get_first_metric(checked, name)} {value}, {value_without} without them")
+        if too_short := checked.too_short.get(name, 0):
+            line += f"; {too_short:,} items are too short to be looked for"
+        lines.append(line)
+    return "\n".join([*lines, f"{checked.num_documents:,} documents searched; places in {hits_file}"])

@@ -1,0 +1,94 @@
+"""Runs the actions of `megatron-sov convert` that write or show weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.base.artifacts import format_json
+from megatron_sov.commands.models.convert import (
+    AverageOptions, ConvertInspectOptions, FromHfOptions, FromPeftOptions, MegatronImport, ToHfOptions,
+    ToPeftOptions)
+from megatron_sov.convert.averaging import average, choose_checkpoints
+from megatron_sov.convert.hf_export import to_hf
+from megatron_sov.convert.hf_import import from_hf
+from megatron_sov.convert.megatron_import import from_megatron
+from megatron_sov.convert.peft import describe_adapter, from_peft, open_weights, to_peft
+from megatron_sov.model.families.count import count_params
+
+
+def import_hf(options: FromHfOptions) -> None:
+    from_hf(options.hf_dir, options.out, options.dtype, workers=options.workers, overwrite=options.overwrite,
+            redo=options.redo)
+    print(f"wrote checkpoint {options.out}")
+
+
+def export_hf(options: ToHfOptions) -> None:
+    to_hf(options.checkpoint, options.out, options.dtype, max_shard_bytes=options.max_shard_bytes,
+          workers=options.workers, overwrite=options.overwrite, redo=options.redo)
+    print(f"wrote Hugging Face folder {options.out}")
+
+
+def import_megatron(request: MegatronImport) -> None:
+    options = request.options
+    result = from_megatron(options.megatron_dir, options.out, options.dtype, family=request.family,
+                           overrides=request.overrides, tokenizer=options.tokenizer, workers=options.workers,
+                           overwrite=options.overwrite, redo=options.redo)
+    iteration = "" if result.iteration is None else f", iteration {result.iteration}"
+    print(f"wrote checkpoint {options.out}: a model of family {result.model.family}{iteration}")
+    if result.num_padded_rows:
+        print(f"left out {result.num_padded_rows} rows of the vocabulary's matrices that stand behind the "
+              f"{result.model.vocab_size} token ids")
+    if result.num_optimizer_tensors:
+        print(f"left out {result.num_optimizer_tensors} tensors of the optimizer, which begins anew")
+
+
+def export_peft(options: ToPeftOptions) -> None:
+    to_peft(options.checkpoint, options.out, base_name=options.base_name, overwrite=options.overwrite)
+    print(f"wrote PEFT adapter {options.out}")
+
+
+def import_peft(options: FromPeftOptions) -> None:
+    from_peft(options.peft_dir, options.out, options.base, overwrite=options.overwrite)
+    print(f"wrote checkpoint {options.out}")
+
+
+def average_checkpoints(options: AverageOptions) -> None:
+    checkpoints = choose_checkpoints(options.run, options.last, (options.from_step, options.to_step),
+                                     options.weights, options.decay)
+    average(checkpoints, options.out, workers=options.workers, overwrite=options.overwrite,
+            redo=options.redo)
+    print(f"wrote checkpoint {options.out}, the mean of {len(checkpoints)}")
+
+
+def show_weights(options: ConvertInspectOptions) -> None:
+    facts = _describe_weights(options.a)
+    if options.json:
+        print(format_json(facts), end="")
+        return
+    for section in ("weights", "parameters", "model"):
+        print(section)
+        for name, value in facts[section].items():
+            print(f"  {name:<24} {value:,}" if type(value) is int else f"  {name:<24} {value}")
+
+
+def _describe_weights(path: Path) -> dict[str, Any]:
+    """Describe weights by the headers of their files."""
+    weights = open_weights(path)
+    dtypes: dict[str, int] = {}
+    size_bytes = 0
+    for link in weights.links:
+        for name, shape in link.hf_shapes().items():
+            dtype = weights.get_dtype(name)
+            label = str(dtype).removeprefix("torch.")
+            dtypes[label] = dtypes.get(label, 0) + 1
+            size_bytes += math.prod(shape) * dtype.itemsize
+    return {
+        "weights": {"path": str(path), "num_tensors": len(weights.list_names()), "size_bytes": size_bytes,
+                    "dtypes": ", ".join(f"{label} x {n:,}" for label, n in sorted(dtypes.items())),
+                    **describe_adapter(weights)},
+        "parameters": dataclasses.asdict(count_params(weights.model)),
+        "model": dataclasses.asdict(weights.model),
+    }

@@ -1,0 +1,1 @@
+"""Planning of runs before they start."""

@@ -1,0 +1,123 @@
+"""Runs `megatron-sov plan` for recipes: the schedule, the price on a cluster, or tokens within a budget."""
+
+from __future__ import annotations
+
+import math
+
+from megatron_sov.base.artifacts import format_json, read_manifest
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.figures import format_count, format_value
+from megatron_sov.commands.operate.plan.plan import PlanOptions, RecipePlan
+from megatron_sov.model.config import RunConfig, parse_data_paths
+from megatron_sov.model.config.data import split_source_name
+from megatron_sov.model.recipes.requested import RecipeRequest, load_plugins, request_recipe
+from megatron_sov.plan.on_cluster import (
+    budget_rows, budget_text, memory_lines, placed, pretraining_requests, searched)
+from megatron_sov.plan.pages import telling
+from megatron_sov.plan.pricing import machines
+from megatron_sov.plan.speed.parameters import read_parameters
+from megatron_sov.schedules import Schedule
+
+
+def plan_recipe(plan: RecipePlan) -> None:
+    options = plan.options
+    has_budget = options.days is not None or options.budget is not None
+    if has_budget and options.recipe is None and not options.configs:
+        load_plugins(options.plugins)
+        print_budget(options, pretraining_requests(options.settings))
+    else:
+        print_plan(options, request_recipe(options))
+
+
+def print_plan(options: PlanOptions, request: RecipeRequest) -> None:
+    """Print the plan of one recipe or stage.
+
+    Raises:
+        UserError: settings without a valid schedule, or a run that does not fit the cluster's GPUs.
+    """
+    if options.days is not None or options.budget is not None:
+        print_budget(options, {request.base.recipe: request})
+    elif options.cluster is not None:
+        _print_on_cluster(options, options.cluster, request)
+    else:
+        _print_schedule(options, request)
+
+
+def print_budget(options: PlanOptions, requests: dict[str, RecipeRequest]) -> None:
+    """Print the tokens that each recipe reaches within --days and --budget."""
+    assert options.cluster is not None
+    where = machines(options.cluster, options.nodes)
+    parameters = options.parameters and read_parameters(options.parameters)
+    rows = budget_rows(requests, where, options.days, options.budget, parameters)
+    if options.json:
+        print(format_json({"cluster": options.cluster, "nodes": where.nodes, "gpus": where.num_ranks,
+                           "days": options.days, "budget_usd": options.budget,
+                           "recipes": [row.as_json() for row in rows]}))
+    else:
+        print(budget_text(rows, where))
+
+
+def _print_schedule(options: PlanOptions, request: RecipeRequest) -> None:
+    config = request.config()
+    # the fewest processes that form whole replicas of the dense layers and of the experts
+    num_ranks = options.nproc or math.lcm(config.parallel.ranks_per_replica,
+                                          config.parallel.ranks_per_expert_replica)
+    config.check(num_ranks)
+    data_lines = _describe_data(options, config)
+    if options.json:
+        print(format_json(telling.timetable_json(config)))
+    else:
+        print("\n".join([telling.size_line(config), *data_lines, memory_lines(config, num_ranks)]))
+        print(f"\n{telling.timetable_text(config)}")
+
+
+def _print_on_cluster(options: PlanOptions, cluster: str, request: RecipeRequest) -> None:
+    """Print layout, memory, speed, days and cost on a cluster."""
+    where = machines(cluster, options.nodes)
+    parameters = options.parameters and read_parameters(options.parameters)
+    plan = (searched(request, where, _list_recipe_words(options), parameters) if options.sweep
+            else placed(request, where, parameters))
+    data_lines = _describe_data(options, plan.config)
+    if options.json:
+        print(format_json(telling.timetable_json(plan.config) | plan.as_json()))
+        return
+    print("\n".join([*data_lines, plan.as_text()]))
+    if not options.sweep:
+        print(f"\n{telling.timetable_text(plan.config)}")
+
+
+def _describe_data(options: PlanOptions, config: RunConfig) -> list[str]:
+    """Return lines with the passes over --data and with vocabulary settings to change.
+
+    Raises:
+        UserError: a --data folder without token shards, or a vocabulary larger than the model's.
+    """
+    shards = [read_manifest(split_source_name(path)[1], "tokens").content
+              for path in parse_data_paths(options.data)]
+    if not shards:
+        return []
+    vocab_size = max(content["vocab_size"] for content in shards)
+    if vocab_size > config.model.vocab_size:
+        raise UserError(f"--data: its tokenizer has {vocab_size:,} ids, the model only model.vocab_size = "
+                        f"{config.model.vocab_size:,}; pass --set model.vocab_size={vocab_size}")
+    tokens = sum(source["splits"]["train"]["num_tokens"]
+                 for content in shards for source in content["sources"])
+    schedule = Schedule(config)
+    read = schedule.count_tokens(schedule.num_steps - 1)
+    lines = [f"data: {format_count(tokens)} tokens, of which the run reads {format_count(read)} "
+             f"({format_value(read / max(tokens, 1), 3)} passes)"]
+    if vocab_size < config.model.vocab_size and options.start_from is None:
+        lines.append(f"data: its tokenizer has {vocab_size:,} ids, model.vocab_size is "
+                     f"{config.model.vocab_size:,}; pass --set model.vocab_size={vocab_size} for a model "
+                     "without unused ones")
+    return lines
+
+
+def _list_recipe_words(options: PlanOptions) -> list[str]:
+    """Return the command-line words that name the recipe."""
+    words = [options.recipe] if options.recipe else []
+    for path in options.configs:
+        words += ["--config", str(path)]
+    for plugin in options.plugins:
+        words += ["--plugin", plugin]
+    return words

@@ -1,0 +1,1 @@
+"""State, logs and reports of run folders."""

@@ -1,0 +1,25 @@
+"""`megatron-sov status RUN [RUN ...] [--json | --follow]`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from megatron_sov.base.settings import DeclaredCommand, Flag, excludes_field
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusOptions:
+    """Show the state of runs."""
+
+    runs: Annotated[tuple[Path, ...], Flag("RUN")]
+    """Run folders, or folders that hold runs."""
+    json: Annotated[bool, excludes_field("follow")] = False
+    """Print the state of every run as JSON."""
+    follow: bool = False
+    """Print a line for each new step, evaluation, checkpoint and incident of one run until it ends."""
+
+
+STATUS = DeclaredCommand(StatusOptions, lambda options: options,
+                         "megatron_sov.commands.operate.runs.status_run:show_status")

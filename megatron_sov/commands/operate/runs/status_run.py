@@ -1,0 +1,104 @@
+"""Runs `megatron-sov status`: one run in full, several runs as a table, or the events of one run as they are
+written."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.base.errors import UserError, escape_controls
+from megatron_sov.commands.operate.runs.run_state import (
+    RunState, RunStateReader, find_runs, format_run_state, read_run_state)
+from megatron_sov.commands.operate.runs.run_table import format_runs
+from megatron_sov.commands.operate.runs.status import StatusOptions
+from megatron_sov.runs.obs.events import EVENTS, GrowingFile, parse_event
+from megatron_sov.runs.obs.figures import parse_number
+from megatron_sov.runs.obs.history import describe_event
+
+POLL_EVENTS_S, POLL_STATE_S = 0.5, 5.0
+"""Seconds between two reads of a followed run's events, and of its state."""
+MAX_TIME_S = 1e11
+ALIVE = ("running", "silent", "waiting", "not started")
+"""States in which a run may still write events."""
+
+
+def show_status(options: StatusOptions) -> None:
+    """Print the state of the runs.
+
+    Raises:
+        UserError: a folder without a run, or --follow with several runs.
+    """
+    paths = list(dict.fromkeys(run for path in options.runs for run in find_runs(path)))
+    if options.follow:
+        if len(paths) > 1:
+            raise UserError(f"--follow: follows one run, and there are {len(paths)} "
+                            f"({', '.join(map(str, paths[:3]))}); name one")
+        follow_run(paths[0])
+        return
+    states = [read_run_state(path) for path in paths]
+    if options.json:
+        print(json.dumps([_list_fields(state) for state in states], indent=1, ensure_ascii=False))
+    elif len(states) == 1:
+        print(format_run_state(states[0]))
+    else:
+        print(format_runs(states, options.runs[0] if len(options.runs) == 1 else None))
+
+
+def follow_run(run: Path) -> None:
+    """Print the state of a run, then a line per event, until the run ends or Ctrl-C."""
+    file, reader = GrowingFile(run / EVENTS), RunStateReader(run)
+    generation = file.generation
+    polled_s = -math.inf
+    try:
+        while True:
+            for raw in file.lines():
+                if file.generation != generation:  # a new run in the same folder
+                    generation, reader = file.generation, RunStateReader(run)
+                event = parse_event(raw)
+                if event is None:
+                    continue
+                reader.add(event)
+                if math.isfinite(polled_s) and (line := _format_event(event, reader)):
+                    print(escape_controls(line), flush=True)
+            # reading the state may query Slurm
+            if time.monotonic() - polled_s >= POLL_STATE_S:
+                state = reader.state()
+                if math.isinf(polled_s) or state.state not in ALIVE:
+                    print(escape_controls(format_run_state(state)), flush=True)
+                if state.state not in ALIVE:
+                    return
+                polled_s = time.monotonic()
+            time.sleep(POLL_EVENTS_S)
+    except KeyboardInterrupt:
+        return
+
+
+def _format_event(event: dict[str, Any], reader: RunStateReader) -> str | None:
+    """Format an event as a line; None for events without a text for people."""
+    text = describe_event(event)
+    if event["event"] == "step":
+        text = reader.progress()
+    elif event["event"] == "eval":
+        heldout = event.get("heldout")
+        sources = heldout if isinstance(heldout, dict) else {}
+        losses = [f"{name} {parse_number(row.get('loss')):.4f}" for name, row in sources.items()
+                  if isinstance(row, dict)]
+        text = f"held-out loss {', '.join(losses)}"
+    elif event["event"] == "checkpoint":
+        text = f"saved {event.get('path')}"
+    if text is None:
+        return None
+    time_s = parse_number(event.get("time_s"))
+    clock = time.strftime("%H:%M:%S", time.localtime(time_s)) if 0 <= time_s < MAX_TIME_S else "--:--:--"
+    return f"{clock}  {text}"
+
+
+def _list_fields(state: RunState) -> dict[str, Any]:
+    """Return the fields of a state as JSON values; NaN becomes null."""
+    fields = {**asdict(state), "path": str(state.path), "restarts": state.restarts}
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in fields.items()}

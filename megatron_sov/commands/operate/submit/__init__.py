@@ -1,0 +1,1 @@
+"""Submission of stages and chains to Slurm."""

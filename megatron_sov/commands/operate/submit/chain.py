@@ -1,0 +1,123 @@
+"""Chain files of `megatron-sov submit chain`: stages and their order, in YAML."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_sov.base.errors import UserError, suggest_name
+from megatron_sov.base.settings import AtLeastOne, NotNegativeInt, parse_settings_yaml, read_settings_text
+from megatron_sov.work.clusters import cluster
+
+WORK = re.compile(r"\$WORK\b|\$\{WORK\}")
+
+
+@dataclass(frozen=True)
+class ChainStage:
+    """One stage of a chain file."""
+
+    stage: str
+    """Name in `operate.slurm.stages.STAGES`."""
+    arguments: str
+    """Arguments of the stage's command, quoted as in a shell; `$WORK` stands for the variable WORK."""
+    name: str = ""
+    """Name in the chain; "": `stage`."""
+    after: tuple[str, ...] | None = None
+    """Names of the stages that must be complete; null: the previous stage."""
+    cluster: str = ""
+    """Cluster profile; "": the chain's profile."""
+    nodes: AtLeastOne = 1
+    """Nodes of a training stage."""
+    min_nodes: NotNegativeInt = 0
+    """Minimum nodes after a node failure; 0: all `nodes`."""
+    nodes_set: tuple[str, ...] = ()
+    """N:key=value: settings on N nodes."""
+    engine_nodes: NotNegativeInt = 0
+    """rl-run --engine vllm: additional nodes, for engine servers."""
+    array: NotNegativeInt = 0
+    """data pack: number of tasks that share the inputs."""
+    time_limit: str | None = None
+    """Replaces the profile's time limit."""
+    note: str = ""
+    """Comment in the stage's script of --scripts."""
+
+    @property
+    def label(self) -> str:
+        return self.name or self.stage
+
+    def argv(self, work: str | None) -> tuple[str, ...]:
+        """Split the arguments as a shell does.
+
+        Args:
+            work: value of `$WORK`; None: the environment variable.
+
+        Raises:
+            UserError: unmatched quotes, or an unset WORK.
+        """
+        try:
+            argv = shlex.split(self.arguments, comments=True)
+        except ValueError as e:
+            raise UserError(f"arguments = {self.arguments!r}: cannot be read as a shell would ({e}); "
+                            "mend its quotes") from None
+        return tuple(WORK.sub(lambda match: get_work_folder() if work is None else work, word)
+                     for word in argv)
+
+
+@dataclass(frozen=True)
+class ChainConfig:
+    """Content of a chain file."""
+
+    stages: tuple[ChainStage, ...]
+    cluster: str = ""
+    """Cluster profile of all stages; "": --cluster."""
+    description: str = ""
+    """One line."""
+
+
+def get_work_folder() -> str:
+    """Return the absolute path in the environment variable WORK.
+
+    Raises:
+        UserError: WORK is not set.
+    """
+    if not os.environ.get("WORK"):
+        raise UserError("$WORK is not set; export WORK=FOLDER, a folder on a disk that all nodes see")
+    return str(Path(os.environ["WORK"]).absolute())
+
+
+def list_chains() -> list[str]:
+    """Return the names of the package's chain files."""
+    return [*cluster.list_packaged_files("chains")]
+
+
+def read_chain(name: str) -> ChainConfig:
+    """Read a chain file, by a name in `list_chains` or by its path.
+
+    Raises:
+        UserError: a missing or invalid file, or an invalid order of stages.
+    """
+    if name in list_chains():
+        text = cluster.list_packaged_files("chains")[name].read_text(encoding="utf-8")
+    elif Path(name).is_file():
+        text = read_settings_text(Path(name), name)
+    else:
+        known = list_chains()
+        raise UserError(f"{name}: does not exist{suggest_name(name, known)} (chains: {', '.join(known)}; "
+                        "your own: a YAML file with `stages`, docs/slurm.md)")
+    config = parse_settings_yaml(ChainConfig, text, name, rules=False)
+    if not config.stages:
+        raise UserError(f"{name}: has no stages")
+    labels = [stage.label for stage in config.stages]
+    if repeated := [label for label, count in Counter(labels).items() if count > 1]:
+        raise UserError(f"{name}: {repeated[0]!r} names two stages; give one of them another `name`")
+    for number, stage in enumerate(config.stages):
+        # only earlier stages: a chain has no cycle
+        for before in stage.after or ():
+            if before not in labels[:number]:
+                raise UserError(f"{name}: {stage.label} comes after {before!r}, which is no stage before it"
+                                f"{suggest_name(before, labels[:number])}")
+    return config

@@ -1,0 +1,229 @@
+"""Runs `megatron-sov submit chain`. A stage starts when its predecessors are complete. --scripts writes the
+stages' scripts for `sbatch` instead."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_sov.base.artifacts import format_json, translate_disk_errors, write_atomically
+from megatron_sov.base.errors import UserError
+from megatron_sov.commands.operate.submit.chain import (
+    ChainConfig, ChainStage, get_work_folder, list_chains, read_chain)
+from megatron_sov.commands.operate.submit.job_summary import check_data, show_dry_run
+from megatron_sov.commands.operate.submit.stage_parsers import STAGE_PARSERS
+from megatron_sov.operate.slurm import submission
+from megatron_sov.operate.slurm.stages import SubmitOptions, check_inputs
+from megatron_sov.operate.slurm.submission import READY_ROOT, ReadySubmission
+from megatron_sov.runs.folder import ATTEMPTS, read_last_log_line
+from megatron_sov.runs.obs.events import read_events
+from megatron_sov.work.clusters import client, cluster
+
+
+@dataclass(frozen=True)
+class ChainLink:
+    """A stage of a chain with its job scripts."""
+
+    name: str
+    after: tuple[str, ...]
+    prepared: submission.Prepared
+
+    @property
+    def complete(self) -> bool:
+        """Whether the stage's completion manifest exists."""
+        return self.prepared.work.done.is_file()
+
+
+@dataclass(frozen=True)
+class ChainSubmission:
+    """Submissions of a chain: content of CHAIN.yaml.jobs.json."""
+
+    time_s: float = 0.0
+    """Unix time of the last submission."""
+    jobs: dict[str, list[str]] = field(default_factory=dict)
+    """Stage -> job ids; successors wait for the last job."""
+
+
+def run_chain(chain: str, options: SubmitOptions) -> None:
+    """Submit a chain, or write its scripts and print their paths."""
+    if options.scripts is None:
+        submit_chain(chain, options)
+        return
+    for script in write_scripts(chain, options.scripts, options):
+        print(script)
+
+
+def submit_chain(chain: str, options: SubmitOptions) -> None:
+    """Submit the incomplete stages of a chain, after checks of all stages.
+
+    Args:
+        chain: name in `list_chains`, or path of a chain file.
+        options: options of `submit`.
+
+    Raises:
+        UserError: an invalid file or stage, a problem with Slurm, or jobs of an earlier submission.
+    """
+    links = prepare_links(chain, options)
+    if options.dry_run:
+        for link in links:
+            state = "complete" if link.complete else "to be submitted"
+            print(f"# {link.name}: {state}, after {', '.join(link.after) or 'nothing'}")
+            show_dry_run(link.prepared)
+        return
+    # in order: a stage may read outputs of earlier stages
+    promised: set[Path] = set()
+    for link in links:
+        check_inputs(link.prepared.work, promised)
+        promised.add(link.prepared.work.target)
+    state_file = _get_state_file(chain)
+    before = ChainSubmission()
+    if state_file.is_file():
+        before = ChainSubmission(**json.loads(state_file.read_text(encoding="utf-8")))
+    if before.jobs:
+        active = client.read_active_states([number for numbers in before.jobs.values() for number in numbers])
+        for link in links:
+            print(f"{link.name}: {_describe_state(link, before, active)}")
+        # a second job of a stage would write to the same folders
+        if active:
+            raise UserError(f"{chain}: jobs of it wait or run; wait for them, "
+                            f"or `scancel {' '.join(active)}`")
+        if not options.continue_chain:
+            raise UserError(f"{chain}: was submitted before; pass --continue to submit what is not complete")
+    open_links = [link for link in links if not link.complete]
+    # check all stages with Slurm before the first submission
+    for link in open_links:
+        submission.check(link.prepared)
+    _submit_links(open_links, before, state_file)
+    if not open_links:
+        print(f"{chain}: every stage is complete")
+
+
+def _get_state_file(chain: str) -> Path:
+    """Return the path of CHAIN.yaml.jobs.json: next to a user's chain file, in $WORK for a packaged chain."""
+    if chain in list_chains():
+        return Path(get_work_folder(), f"{chain}.yaml.jobs.json")
+    return Path(f"{chain}.jobs.json")
+
+
+def _submit_links(links: list[ChainLink], before: ChainSubmission, state_file: Path) -> None:
+    """Submit all stages in order; cancel all jobs if one submission fails."""
+    now = ChainSubmission(time.time(), {})
+    try:
+        for link in links:
+            # stages that are already complete have no job
+            after = [now.jobs[name][-1] for name in link.after if name in now.jobs]
+            now.jobs[link.name] = jobs = submission.submit(link.prepared, after)
+            print(f"{link.name}: submitted as job {' and '.join(jobs)}"
+                  + (f", after job {' and '.join(after)}" if after else ""))
+        # inside `try`: --continue needs this file, so jobs are cancelled if it cannot be written
+        if links:
+            write_atomically(state_file, format_json(ChainSubmission(now.time_s, before.jobs | now.jobs)))
+    except UserError:
+        # successors of a missing job would wait forever
+        client.cancel_jobs([number for numbers in now.jobs.values() for number in numbers])
+        raise
+
+
+def _describe_state(link: ChainLink, before: ChainSubmission, active: dict[str, str]) -> str:
+    """Describe the state of a stage of an earlier submission."""
+    if link.complete:
+        return "complete"
+    numbers = before.jobs.get(link.name, [])
+    for number in numbers:
+        if number in active:
+            return f"job {number} is {active[number].lower()}"
+    records = link.prepared.work.records
+    # the records include attempts before this submission
+    ends = [r for file in (records / ATTEMPTS, *sorted(records.glob(f"task-*/{ATTEMPTS}")))
+            for r in read_events(file)
+            if r["event"] == "end" and r["time_s"] >= before.time_s and r["outcome"] != "complete"]
+    if ends:
+        return f"not complete, its job ended by: {ends[-1]['outcome']}, {ends[-1]['reason']}"
+    if lines := [line for number in numbers if (line := read_last_log_line(records, number))]:
+        return f"not complete, its job ended before it began its work: {lines[-1]}"
+    return (f"not complete, its job {' and '.join(numbers) or '(none)'} never began: "
+            "an earlier stage failed, or it was cancelled")
+
+
+def prepare_links(chain: str, options: SubmitOptions) -> list[ChainLink]:
+    """Build the job scripts of a chain's stages, without writing a file or querying Slurm.
+
+    Raises:
+        UserError: an invalid stage, or two stages with the same folder.
+    """
+    config = read_chain(chain)
+    links: list[ChainLink] = []
+    for number, stage in enumerate(config.stages):
+        before = (config.stages[number - 1].label,) if number else ()
+        after = before if stage.after is None else stage.after
+        needs = tuple(link.prepared.work.done for link in links if link.name in after)
+        ready = _describe_script(chain, number, stage, options) if options.scripts is not None else None
+        try:
+            request = _build_request(config, stage, options, needs, ready)
+            prepared = submission.prepare(request, STAGE_PARSERS, check_data)
+            links.append(ChainLink(stage.label, after, prepared))
+        except UserError as e:
+            raise UserError(f"{chain}: stage {stage.label}: {e}") from None
+    # records and logs of a stage lie in its folder
+    targets = Counter((link.prepared.work.records, link.prepared.work.stage) for link in links)
+    if same := [records for (records, _), count in targets.items() if count > 1]:
+        raise UserError(f"{chain}: two stages write to {same[0].parent}; give each a folder of its own")
+    return links
+
+
+def _build_request(config: ChainConfig, stage: ChainStage, options: SubmitOptions, needs: tuple[Path, ...],
+             ready: ReadySubmission | None) -> submission.SubmitRequest:
+    """Build the submission request of a stage.
+
+    Args:
+        config: the chain.
+        stage: the stage.
+        options: options of `submit`.
+        needs: completion manifests of the preceding stages.
+        ready: script of --scripts.
+    """
+    chosen = stage.cluster or options.cluster or config.cluster
+    if not chosen:
+        raise UserError("names no cluster; add a line `cluster: PROFILE` to the file, or pass --cluster")
+    profile = cluster.load_profile(chosen, account=options.account, partition=options.partition,
+                                   needs_account=ready is None)
+    return submission.SubmitRequest(
+        stage.stage, stage.argv(READY_ROOT if ready else None), profile, stage.nodes, stage.min_nodes or None,
+        cluster.parse_node_settings(stage.nodes_set), stage.array, needs,
+        stage.time_limit or options.time_limit, ready, chosen, stage.engine_nodes)
+
+
+def _describe_script(chain: str, number: int, stage: ChainStage, options: SubmitOptions) -> ReadySubmission:
+    assert options.scripts is not None, chain
+    name = f"{Path(chain).stem}-{stage.label}"
+    chosen = f" --cluster {options.cluster}" if options.cluster else ""
+    return ReadySubmission(name, options.scripts / f"{number + 1:02}-{stage.label}.sbatch",
+                           f"megatron-sov submit chain {chain}{chosen} --scripts {options.scripts}",
+                           stage.note)
+
+
+def write_scripts(chain: str, folder: Path, options: SubmitOptions) -> list[Path]:
+    """Write the scripts of a chain and return their paths in the order of submission.
+
+    Args:
+        chain: name in `list_chains`, or path of a chain file.
+        folder: receives the scripts; the scripts' comments name this path.
+        options: options of `submit`.
+
+    Raises:
+        UserError: an invalid chain, or an existing script, which a user may have edited.
+    """
+    links = prepare_links(chain, options)
+    scripts = {job.script: text for link in links
+               for job, text in zip(link.prepared.jobs, link.prepared.texts, strict=True)}
+    if existing := [path for path in scripts if path.exists()]:
+        raise UserError(f"{existing[0]}: is there already, and may have been changed; "
+                        "remove it, or choose another --scripts folder")
+    with translate_disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for path, text in scripts.items():
+        write_atomically(path, text)
+    return list(scripts)

@@ -1,0 +1,26 @@
+"""Runs `megatron-sov submit --prove`."""
+
+import sys
+
+from megatron_sov.engine.parallel.cpu_shims import prepare_without_gpu
+from megatron_sov.model.config import apply_settings
+from megatron_sov.operate.slurm.submission import Prepared
+
+# a proof runs on CPUs even if the machine has a GPU: before the first import of megatron-core
+prepare_without_gpu()
+
+from megatron_sov.proof.proving import EQUAL, as_text, prove_run  # noqa: E402
+
+
+def prove_layouts(prepared: Prepared) -> bool:
+    """Print and return whether every layout of a training stage computes the same as one process."""
+    config = prepared.work.config
+    assert config is not None
+    [job] = prepared.jobs
+    for nodes, settings in job.layouts.items():
+        small, verdict = prove_run(apply_settings(config, list(settings)),
+                                   nodes * job.profile.tasks_per_node)
+        print(as_text(small, verdict), file=sys.stderr)  # stdout may be redirected to a script file
+        if verdict.outcome != EQUAL:
+            return False
+    return True
