@@ -16,7 +16,7 @@ from megatron_sov.chat.encode import TYPE_TEXT
 from megatron_sov.model.config import PhaseConfig, RunConfig
 from megatron_sov.model.config.data import split_source_name
 from megatron_sov.model.modality import EncoderInputs, get_banks, get_encoder_inputs
-from megatron_sov.train.data.token_shards import ChainedLengths, Documents, Source, names_of_sources
+from megatron_sov.train.data.token_shards import ChainedLengths, Documents, Source, name_sources
 
 
 class LongDocuments:
@@ -63,10 +63,10 @@ class LongDocuments:
 
 # Chats as text: of their tokens the weights say what is learned, and not who wrote them.
 
-TEXT = "text"
+TEXT_FORMAT = "text"
 
 
-class AsText:
+class TextView:
     """Documents whose tokens are all of the type of text."""
 
     is_plain = False
@@ -77,7 +77,7 @@ class AsText:
         self.banks = get_banks(documents)
 
     def __reduce__(self) -> tuple[Any, ...]:  # its lengths are maps of files
-        return AsText, (self._documents,)
+        return TextView, (self._documents,)
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
         return self._documents.tokens(document, start, count)
@@ -98,16 +98,17 @@ class AsText:
         return get_encoder_inputs(self._documents, document, start, count)
 
 
-def as_text(source: Source) -> Source:
+def view_as_text(source: Source) -> Source:
     """Return a source as one of text: it is cut where a row ends, and its held-out documents, which would be
     judged as responses, are left aside."""
-    if source.format == TEXT:
+    if source.format == TEXT_FORMAT:
         return source
-    return dataclasses.replace(source, format=TEXT, made=AsText(source.shard("train")),
+    return dataclasses.replace(source, format=TEXT_FORMAT,
+                               train_documents=TextView(source.open_split("train")),
                                num_tokens={"train": source.num_tokens["train"], "heldout": 0})
 
 
-LONG, SHORT = "@", "/"
+LONG_MARK, PIECES_MARK = "@", "/"
 
 
 # The documents of a source cut into short pieces: what a phase at that length would read, for rehearsal at
@@ -142,7 +143,7 @@ class PieceLengths:
         return (self[piece] for piece in range(len(self)))
 
 
-class Pieces:
+class DocumentPieces:
     """The documents of `documents` in pieces of at most `max_tokens` tokens; a piece knows nothing
     of the one before."""
 
@@ -183,7 +184,7 @@ class Pieces:
         return get_encoder_inputs(self._documents, whole, first + start, count)
 
 
-def with_views(config: RunConfig, sources: list[Source]) -> list[Source]:
+def add_source_views(config: RunConfig, sources: list[Source]) -> list[Source]:
     """Return the sources and what the blends make of them: NAME@N, the documents of NAME with at least N
     tokens; NAME/N, all its documents in pieces of at most N.
 
@@ -200,7 +201,7 @@ def with_views(config: RunConfig, sources: list[Source]) -> list[Source]:
 
 def _view(name: str, known: dict[str, Source]) -> Source | None:
     """Return the view that a name means; None where it means none, and the plan names the unknown source."""
-    kind = next((mark for mark in (LONG, SHORT) if name.rpartition(mark)[0] in known), None)
+    kind = next((mark for mark in (LONG_MARK, PIECES_MARK) if name.rpartition(mark)[0] in known), None)
     if kind is None:
         return None
     base, _, number = name.rpartition(kind)
@@ -208,27 +209,28 @@ def _view(name: str, known: dict[str, Source]) -> Source | None:
         raise UserError(f"data.phases blend {name!r}: after the {kind} stands a number of tokens, e.g. "
                         f"{base}{kind}8192")
     source, tokens = known[base], int(number)
-    if kind == SHORT:
+    if kind == PIECES_MARK:
         if source.is_chat:
             raise UserError(f"data.phases blend {name!r}: conversations of {base} stay whole; "
                             f"name {base} alone")
-        return dataclasses.replace(source, name=name, share=0.0, made=Pieces(source.shard("train"), tokens),
+        return dataclasses.replace(source, name=name, share=0.0,
+                                   train_documents=DocumentPieces(source.open_split("train"), tokens),
                                    num_tokens={"train": source.num_tokens["train"], "heldout": 0})
     if source.group > 1:
         raise UserError(f"data.phases blend {name!r}: documents of {base} belong together by "
                         f"{source.group}; name {base} alone, and see data.over_long")
-    documents = LongDocuments(source.shard("train"), tokens)
+    documents = LongDocuments(source.open_split("train"), tokens)
     if not len(documents.index):
         raise UserError(f"data.phases blend {name!r}: source {base} has no document of {tokens} "
                         "tokens or more")
-    return dataclasses.replace(source, name=name, share=0.0, made=documents,
+    return dataclasses.replace(source, name=name, share=0.0, train_documents=documents,
                                num_tokens={"train": int(documents.lengths.sum()), "heldout": 0})
 
 
 # Phases that the data brings along: what `sov-data mix --blend` has shared out by the tags of its
 # sources.
 
-def with_mixed_phases(config: RunConfig, recipe: RunConfig) -> RunConfig:
+def apply_data_phases(config: RunConfig, recipe: RunConfig) -> RunConfig:
     """Return the settings with the blends of the data's own phases.
 
     A phase takes the blend of the data's phase of its name where its own is empty, or is the recipe's and
@@ -249,7 +251,7 @@ def with_mixed_phases(config: RunConfig, recipe: RunConfig) -> RunConfig:
         content = read_manifest(split_source_name(path)[1], "tokens").content
     except UserError:
         return config  # told where the data is opened, with everything else that is wrong with it
-    names = names_of_sources(path, content)
+    names = name_sources(path, content)
     mixed = {phase: {names.get(name, name): share for name, share in blend.items()}
              for phase, blend in _mixed_phases_of(path, content).items()}
     known = {*names.values()}
@@ -278,6 +280,6 @@ def _source_names(phase: PhaseConfig) -> set[str]:
     """Return the sources that a blend names, without the lengths of their documents."""
     names = set()
     for name in phase.blend:
-        mark = next((mark for mark in (LONG, SHORT) if mark in name), None)
+        mark = next((mark for mark in (LONG_MARK, PIECES_MARK) if mark in name), None)
         names.add(name if mark is None else name.rpartition(mark)[0])
     return names

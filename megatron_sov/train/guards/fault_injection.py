@@ -22,12 +22,12 @@ from megatron_sov.base.errors import UserError, suggest_name, warn
 from megatron_sov.runs.folder import FAULTS
 from megatron_sov.runs.obs.events import EventLog
 
-STATES: dict[str, tuple[str, ...]] = {
+FAULT_STATES: dict[str, tuple[str, ...]] = {
     "kill": ("start", "load", "step", "save"), "raise": ("start", "load", "step", "save"), "hang": ("step",),
     "nan": ("step",), "spike": ("step",), "bitflip": ("step",), "miscompute": ("step",),
     "slow-rank": ("step",), "corrupt-checkpoint": ("save",)}
 """Kind of fault -> the states of a run in which it can come."""
-OPTIONS: dict[str, dict[str, float | None]] = {
+FAULT_OPTIONS: dict[str, dict[str, float | None]] = {
     "spike": {"factor": 1e4}, "slow-rank": {"seconds": 0.1, "steps": 100.0},
     "bitflip": {"bit": None}, "miscompute": {"bit": None}}
 """Kind of fault -> what can be said beside where it comes, and what holds otherwise (None: a bit of the
@@ -52,7 +52,7 @@ class Fault:
         return f"{self.kind}@{self.state}={self.at},rank={self.rank}{options}"
 
 
-def parse(texts: Sequence[str], num_ranks: int) -> tuple[Fault, ...]:
+def parse_faults(texts: Sequence[str], num_ranks: int) -> tuple[Fault, ...]:
     """Return the faults that --inject arguments name.
 
     Raises:
@@ -86,9 +86,9 @@ def _parts(text: str) -> Iterator[str]:
 
 def _parse_one(text: str) -> Fault:
     kind, _, rest = text.partition("@")
-    if kind not in STATES:
-        raise UserError(f"--inject {text}: there is no fault {kind!r}{suggest_name(kind, STATES)} (faults: "
-                        f"{', '.join(STATES)})")
+    if kind not in FAULT_STATES:
+        raise UserError(f"--inject {text}: there is no fault {kind!r}{suggest_name(kind, FAULT_STATES)} "
+                        f"(faults: {', '.join(FAULT_STATES)})")
     values: dict[str, float] = {}
     for setting in rest.split(","):
         name, _, value = setting.partition("=")
@@ -96,22 +96,22 @@ def _parse_one(text: str) -> Fault:
             values[name] = float(value)
         except ValueError:
             values[name] = math.nan
-        whole = name in (*STATES[kind], "rank", "bit")
-        known = whole or name in OPTIONS.get(kind, {})
+        whole = name in (*FAULT_STATES[kind], "rank", "bit")
+        known = whole or name in FAULT_OPTIONS.get(kind, {})
         if not known or not 0 <= values[name] < math.inf or (whole and values[name] % 1):
-            allowed = (*STATES[kind], "rank", *OPTIONS.get(kind, {}))
+            allowed = (*FAULT_STATES[kind], "rank", *FAULT_OPTIONS.get(kind, {}))
             raise UserError(f"--inject {text}: {setting!r} must be "
                             f"{' or '.join(f'{a}=NUMBER' for a in allowed)}")
-    states = [name for name in STATES[kind] if name in values]
+    states = [name for name in FAULT_STATES[kind] if name in values]
     if len(states) != 1:
         raise UserError(f"--inject {text}: must say once when it comes, "
-                        f"by {' or '.join(f'{s}=N' for s in STATES[kind])}")
-    stated = {name: values.get(name, default) for name, default in OPTIONS.get(kind, {}).items()}
+                        f"by {' or '.join(f'{s}=N' for s in FAULT_STATES[kind])}")
+    stated = {name: values.get(name, default) for name, default in FAULT_OPTIONS.get(kind, {}).items()}
     options = {name: number for name, number in stated.items() if number is not None}
     return Fault(kind, states[0], int(values[states[0]]), int(values.get("rank", 0)), options)
 
 
-def not_come(faults: Sequence[Fault], run: Path) -> list[Fault]:
+def list_pending_faults(faults: Sequence[Fault], run: Path) -> list[Fault]:
     """Return the faults that have not come in the life of a run folder."""
     return [fault for fault in faults if not _file(fault, run / FAULTS).is_file()]
 
@@ -120,7 +120,7 @@ def _file(fault: Fault, folder: Path) -> Path:
     return folder / f"{fault.name}.json"
 
 
-def corrupt(checkpoint: Path) -> None:
+def corrupt_checkpoint(checkpoint: Path) -> None:
     """Change one byte in the middle of a checkpoint's largest file."""
     file = max((f for f in checkpoint.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
     with open(file, "r+b") as f:
@@ -131,7 +131,7 @@ def corrupt(checkpoint: Path) -> None:
         f.write(bytes([byte ^ 0xFF]))
 
 
-class Faults:
+class FaultInjector:
     """The faults of one process of a run."""
 
     def __init__(self, faults: Sequence[Fault], run: Path, rank: int) -> None:
@@ -140,7 +140,7 @@ class Faults:
         self._folder = run / FAULTS
         self._told: set[str] = set()
 
-    def due(self, kind: str, state: str, step: int) -> Fault | None:
+    def take_due(self, kind: str, state: str, step: int) -> Fault | None:
         """Return a fault of this kind that comes to this process now, and has not come before;
         it is noted as come."""
         for fault in self._faults:
@@ -167,21 +167,21 @@ class Faults:
         """Kill this process, raise an error, or stand still, where such a fault is due."""
         if not self._faults:
             return
-        if self.due("kill", state, step):
+        if self.take_due("kill", state, step):
             os.kill(os.getpid(), signal.SIGKILL)
-        if (fault := self.due("raise", state, step)) is not None:
+        if (fault := self.take_due("raise", state, step)) is not None:
             raise RuntimeError(f"--inject {fault.name}")
-        if self.due("hang", state, step):
+        if self.take_due("hang", state, step):
             while True:
                 time.sleep(1)
 
-    def loss_factor(self, step: int) -> float:
+    def get_loss_factor(self, step: int) -> float:
         """Return what this process's loss is multiplied by."""
         if not self._faults:
             return 1.0
-        if self.due("nan", "step", step):
+        if self.take_due("nan", "step", step):
             return math.nan
-        spike = self.due("spike", "step", step)
+        spike = self.take_due("spike", "step", step)
         return 1.0 if spike is None else spike.options["factor"]
 
     def delay_s(self, step: int) -> float:
@@ -192,7 +192,7 @@ class Faults:
             self._note(fault, step)
         return sum(f.options["seconds"] for f in slow)
 
-    def tell(self, events: EventLog) -> None:
+    def record_events(self, events: EventLog) -> None:
         """Write an event for every fault that came since the last call, also for processes that could not."""
         if not self._faults or not events.is_open or not self._folder.is_dir():
             return

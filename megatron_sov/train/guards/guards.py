@@ -25,7 +25,7 @@ from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import GuardConfig
 from megatron_sov.runs.obs import routing
 from megatron_sov.runs.obs.events import EventLog
-from megatron_sov.train.guards.fault_injection import Fault, Faults
+from megatron_sov.train.guards.fault_injection import Fault, FaultInjector
 from megatron_sov.train.guards.step_guard import StepGuard
 from megatron_sov.train.guards.watchdog import Watchdog
 
@@ -105,7 +105,7 @@ class SdcChecks:
     def __init__(self, settings: GuardConfig) -> None:
         self._settings = settings
 
-    def probe_is_due(self, step: int) -> bool:
+    def is_probe_due(self, step: int) -> bool:
         """Return whether a micro-batch is computed twice in this step (1-based)."""
         return self._settings.probe_every_steps > 0 and step % self._settings.probe_every_steps == 0
 
@@ -247,8 +247,7 @@ class Guards:
     """The guards of one process."""
 
     def __init__(self, settings: GuardConfig, world: ParallelWorld, run: Path, faults: Sequence[Fault],
-                 on_hang: Callable[[int, dict[str, list[int]]], None], *,
-                 losses_compare: bool = True) -> None:
+                 on_hang: Callable[[int, dict[str, list[int]]], None]) -> None:
         """Set them up; the watchdog's thread starts, and watches nothing yet.
 
         Args:
@@ -257,9 +256,8 @@ class Guards:
             run: the run's folder.
             faults: what is to come on purpose, to see what the guards do about it.
             on_hang: see `Watchdog`.
-            losses_compare: see `StepGuard`.
         """
-        self.step_guard = StepGuard(settings, world.is_main, losses_compare=losses_compare)
+        self.step_guard = StepGuard(settings, world.is_main)
         """Refuses steps that must not be learned."""
         self.watchdog = Watchdog(run, world.rank, settings.hang_timeout_s, on_hang)
         """Ends a process whose step stands still."""
@@ -269,7 +267,7 @@ class Guards:
         """Finds slow processes."""
         self.routing = RoutingMonitor(settings)
         """Finds routers that collapse."""
-        self.faults = Faults(faults, run, world.rank)
+        self.faults = FaultInjector(faults, run, world.rank)
         """Does to the run what the others are there for."""
 
     def observe(self, step: int, expert_load: ExpertLoad, events: EventLog) -> None:

@@ -26,7 +26,7 @@ MIN_STEPS = 20
 
 
 @dataclass(frozen=True)
-class Refusal:
+class StepRejection:
     """Why a step was refused."""
 
     reason: str
@@ -44,24 +44,25 @@ class Refusal:
 class StepGuard:
     """Says before each update whether it may be done; the same on every process."""
 
-    def __init__(self, settings: GuardConfig, is_main: bool, *, losses_compare: bool = True) -> None:
+    def __init__(self, settings: GuardConfig, is_main: bool) -> None:
         """Begin without a step.
 
         Args:
             settings: what is refused.
             is_main: whether this is rank 0.
-            losses_compare: whether a loss far above the others is a reason; that it is no number always is.
         """
-        self._settings, self._is_main, self._losses_compare = settings, is_main, losses_compare
+        self._settings, self._is_main = settings, is_main
+        self.compares_losses = True
+        """Whether a loss far above the others is a reason; a loss that is not finite always is."""
         self._losses: list[float] = []
         self._grad_norms: list[float] = []
         self._usual_then: tuple[list[float], list[float]] = [], []
-        self.in_a_row = 0
+        self.consecutive_rejections = 0
         """Steps refused since the last one that was learned."""
         self._suspect_in_a_row = 0
         self.rollbacks: list[dict[str, int]] = []
         """``{"at": step, "to": step of the checkpoint}`` of each time that weights were taken back."""
-        self.refusal: Refusal | None = None
+        self.rejection: StepRejection | None = None
         """Why the last step was refused, if it was."""
 
     @property
@@ -70,9 +71,9 @@ class StepGuard:
         that the weights must be at fault."""
         return 0 < self._settings.rollback_after_skips <= self._suspect_in_a_row
 
-    def forget_refusals(self) -> None:
+    def reset_rejections(self) -> None:
         """Count anew: a step was learned, or other weights are judged from now on."""
-        self.in_a_row, self._suspect_in_a_row, self.refusal = 0, 0, None
+        self.consecutive_rejections, self._suspect_in_a_row, self.rejection = 0, 0, None
 
     def enter(self, step: int, ledger: Ledger) -> None:
         """Begin a step (0-based): what was usual no longer is, where the data change."""
@@ -80,7 +81,7 @@ class StepGuard:
             # another length or blend has another usual loss: its first steps would all look like outliers
             self._losses, self._grad_norms = [], []
 
-    def accepts(self, loss: float, grad_norm: float) -> bool:
+    def accept_step(self, loss: float, grad_norm: float) -> bool:
         """Return whether the step with these figures may be learned; called by all processes together,
         before the update.
 
@@ -94,24 +95,24 @@ class StepGuard:
         main_loss, main_grad_norm = told["loss"], told["grad_norm"]
         if not told["objections"]:
             self._remember(main_loss, main_grad_norm)
-            self.forget_refusals()
+            self.reset_rejections()
             return True
         # what was usual is kept as it was: `loop.attribute` asks later whether other figures would have been
         # refused then
         self._usual_then = list(self._losses), list(self._grad_norms)
         # rank 0's figures may be sound where another process has NaN: then the reason is that one
-        self.refusal = self._objection(main_loss, main_grad_norm) or Refusal(
+        self.rejection = self._objection(main_loss, main_grad_norm) or StepRejection(
             "another process has a number that is not finite", main_loss, main_grad_norm, finite=False,
             weights_suspect=True)
-        self.in_a_row += 1
-        if self.refusal.weights_suspect:
+        self.consecutive_rejections += 1
+        if self.rejection.weights_suspect:
             self._suspect_in_a_row += 1
         # NaN would make every mean NaN; finite outliers enter, so that what lasts becomes usual
-        if self.refusal.finite:
+        if self.rejection.finite:
             self._remember(main_loss, main_grad_norm)
         return False
 
-    def was_unusual(self, loss: float, grad_norm: float) -> bool:
+    def would_have_rejected(self, loss: float, grad_norm: float) -> bool:
         """Return whether the guard would have objected to these figures in the place of the step that it
         refused last."""
         now = self._losses, self._grad_norms
@@ -126,32 +127,33 @@ class StepGuard:
             values.append(value)
             del values[:-self._settings.window_steps]
 
-    def _objection(self, loss: float, grad_norm: float) -> Refusal | None:
+    def _objection(self, loss: float, grad_norm: float) -> StepRejection | None:
         figures = (("loss", loss, self._losses), ("gradient norm", grad_norm, self._grad_norms))
         for name, value, _ in figures:
             if not math.isfinite(value):
-                return Refusal(f"the {name} is {value:g}", loss, grad_norm, finite=False,
+                return StepRejection(f"the {name} is {value:g}", loss, grad_norm, finite=False,
                                weights_suspect=True)
         if not (self._settings.skip and self._settings.sigma):
             return None
         # with few steps a standard deviation says nothing; then every finite number is accepted
-        for name, value, usual in figures[0 if self._losses_compare else 1:]:
+        for name, value, usual in figures[0 if self.compares_losses else 1:]:
             if len(usual) >= max(MIN_STEPS, self._settings.window_steps // 2):
                 mean, sigma = float(np.mean(usual)), float(np.std(usual, ddof=1))
                 # one-sided: a loss or norm far below the others does no harm
                 if value > mean + self._settings.sigma * sigma:
                     reason = (f"the {name} is {value:g}, {(value - mean) / sigma if sigma else math.inf:.1f} "
                               f"standard deviations above the mean {mean:g} of the last {len(usual)} steps")
-                    return Refusal(reason, loss, grad_norm, finite=True, weights_suspect=name == "loss")
+                    return StepRejection(reason, loss, grad_norm, finite=True, weights_suspect=name == "loss")
         return None
 
     def state(self) -> dict[str, Any]:
-        return {"losses": list(self._losses), "grad_norms": list(self._grad_norms), "in_a_row": self.in_a_row,
+        return {"losses": list(self._losses), "grad_norms": list(self._grad_norms),
+                "in_a_row": self.consecutive_rejections,
                 "suspect_in_a_row": self._suspect_in_a_row, "rollbacks": list(self.rollbacks)}
 
     def restore(self, state: dict[str, Any]) -> None:
         self._losses, self._grad_norms = list(state["losses"]), list(state["grad_norms"])
-        self.in_a_row, self._suspect_in_a_row = state["in_a_row"], state["suspect_in_a_row"]
+        self.consecutive_rejections, self._suspect_in_a_row = state["in_a_row"], state["suspect_in_a_row"]
         self.rollbacks = list(state["rollbacks"])
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megatron_sov.base.errors import ExitCode
 
-HANG = "hang"
+HANG_FOLDER = "hang"
 """Folder inside a run folder with the stacks of processes that stood still."""
 MAX_GRACE_S = 10.0
 """Time that the other processes get to notice too, before the first one ends and breaks their connections."""
@@ -35,7 +35,7 @@ class Watchdog:
             on_hang: called on rank 0 with the step and, for each place in the code,
                 the ranks that stand there.
         """
-        self._folder, self._rank, self._timeout_s, self._on_hang = run / HANG, rank, timeout_s, on_hang
+        self._folder, self._rank, self._timeout_s, self._on_hang = run / HANG_FOLDER, rank, timeout_s, on_hang
         self._watched: tuple[int, float] | None = None
         self._main_thread = threading.get_ident()
         self._closed = threading.Event()
