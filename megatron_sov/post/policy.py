@@ -468,8 +468,8 @@ def check_sources(config: RunConfig, sources: list[Source]) -> None:
         UserError: text is missing, or a source is called `SOURCE`.
     """
     if [source.name for source in sources].count(ROUNDS_SOURCE) > 1:
-        raise UserError(f"--data: has a source {ROUNDS_SOURCE!r}, as the run's own rounds are called; pack it "
-                        "under another name")
+        raise UserError(f"--data: has a source {ROUNDS_SOURCE!r}, as the run's own rounds are called; pack "
+                        "it under another name")
     policy, there = config.policy, [source for source in sources if source.share > 0 and source.num_tokens[
         "train"]]
     if policy.on_policy_share < 1 and not there:
