@@ -102,14 +102,8 @@ class Trainer:
         self.objective = objective(ObjectiveContext(
             config, self.batches, world, folder.path, self._write_event, self.guards.watchdog.paused))
         self.guards.step_guard.compares_losses = has_comparable_loss(self.objective)
-        stateful_parts: dict[str, Stateful] = {"guard": self.guards.step_guard,
-                                               **get_checkpoint_parts(self.objective)}
-        if gate is not None:
-            stateful_parts["gate"] = gate
-        if feed is not None:
-            stateful_parts[FEED_STATE] = feed
         self.checkpointer = Checkpointer(config, folder, sources, self.model, self.optimizer, self.batches,
-                                         stateful_parts, self._handle_saved)
+                                         self._list_stateful_parts(), self._handle_saved)
         self.forward_backward = ForwardBackward(config, self.model, self.optimizer, self.expert_load,
                                                 len(sources), self.guards.faults,
                                                 self.guards.stragglers.clock)
@@ -164,6 +158,16 @@ class Trainer:
 
     def _write_event(self, event: str, **fields: Any) -> None:
         self.events.write(event, **fields)  # looked up now: `open_records` replaces the log
+
+    def _list_stateful_parts(self) -> dict[str, Stateful]:
+        """Return name in the checkpoint -> further part of the run with a state."""
+        parts: dict[str, Stateful] = {"guard": self.guards.step_guard,
+                                      **get_checkpoint_parts(self.objective)}
+        if self.gate is not None:
+            parts["gate"] = self.gate
+        if self._feed is not None:
+            parts[FEED_STATE] = self._feed
+        return parts
 
     # starting and resuming
 
