@@ -12,8 +12,8 @@ import numpy as np
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.rollouts.prompts import PromptPiece
-from megatron_sov.rollouts.rows import LENGTH, NOT_WRITTEN, UNFINISHED, Key, RolloutPart, later
-from megatron_sov.rollouts.store import Judgements, RolloutStore, keys_of, problems_of
+from megatron_sov.rollouts.rows import LENGTH, NOT_WRITTEN, UNFINISHED, Key, RolloutPart, select_last_attempts
+from megatron_sov.rollouts.store import RewardsByRow, RolloutStore, read_keys, read_problems
 from megatron_sov.work.tables.parquet import read_strings
 
 FACT_COLUMNS = ("versions", "finish_reason")
@@ -76,7 +76,7 @@ JudgeGroups = Callable[[Sequence[Sequence[JudgedResponse]]], Sequence[JudgedGrou
 
 
 @dataclass(frozen=True)
-class GatheredPiece:
+class JudgedPiece:
     """A piece of a round, in the form that one process sends to the process that plans the round."""
 
     number: int
@@ -102,14 +102,14 @@ class GatheredPiece:
 
 
 @dataclass(frozen=True)
-class Gathered:
+class JudgedRound:
     """The pieces of a round, joined."""
 
     number: int
     """Of the round, from 1."""
     parts: tuple[RolloutPart, ...]
     """Parts of the store that contain the responses."""
-    pieces: tuple[GatheredPiece, ...]
+    pieces: tuple[JudgedPiece, ...]
 
     @cached_property
     def rows(self) -> np.ndarray:
@@ -122,7 +122,7 @@ class Gathered:
         return list(starmap(slice, pairwise(ends)))
 
     @cached_property
-    def group_of_row(self) -> np.ndarray:
+    def row_groups(self) -> np.ndarray:
         """[rows] int64."""
         counts = [count for piece in self.pieces for count in piece.counts]
         return np.repeat(np.arange(len(counts)), counts)
@@ -132,7 +132,7 @@ class Gathered:
         return [reason for piece in self.pieces for reason in piece.reasons]
 
     @cached_property
-    def domain_of_row(self) -> list[str]:
+    def row_domains(self) -> list[str]:
         domains: list[str] = []
         for piece in self.pieces:
             for domain, count in zip(piece.domains, piece.counts, strict=True):
@@ -153,7 +153,7 @@ class Gathered:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoundOfStore:
+class StoredRound:
     """The responses of a round in a store."""
 
     store: RolloutStore
@@ -182,8 +182,8 @@ class RoundOfStore:
         used = [part for part in parts if part.piece < self.num_pieces]
         return self._describe_missing(used) or used
 
-    def gather(self, number: int, parts: Mapping[int, RolloutPart], judge: JudgeGroups,
-               domain: Callable[[str], str]) -> GatheredPiece:
+    def judge_piece(self, number: int, parts: Mapping[int, RolloutPart], judge: JudgeGroups,
+               domain: Callable[[str], str]) -> JudgedPiece:
         """Read a piece of the round.
 
         Args:
@@ -205,14 +205,14 @@ class RoundOfStore:
             if row.finish_reason != UNFINISHED:
                 finished[row.part].append(row)
         for part in parts.values():
-            judgements = self.store.judgements(self.reward_version, [part])
+            judgements = self.store.read_judgements(self.reward_version, [part])
             for response in _join_rewards(finished[part.name], judgements, unjudged):
                 responses_of[response.rollout.key.prompt].append(response)
         groups = [sorted(group, key=lambda r: r.rollout.key.sample) for group in responses_of.values()]
         judged = judge(groups)
         responses = [response for group in groups for response in group]
         first_attempts = [r.rollout for r in responses if not r.rollout.attempt]
-        return GatheredPiece(
+        return JudgedPiece(
             number=number, rows=_build_rows(responses, judged, parts), counts=list(map(len, groups)),
             reasons=[group.reason for group in judged], domains=list(map(domain, responses_of)),
             components=_collect_components(responses), unjudged=unjudged,
@@ -220,7 +220,7 @@ class RoundOfStore:
             begun={(rollout.first_version, rollout.key.policy) for rollout in first_attempts},
             policies={r.rollout.key.policy for r in responses})
 
-    def describe_wait(self, gathered: Gathered) -> str:
+    def describe_wait(self, gathered: JudgedRound) -> str:
         """Return which responses the round waits for, or ""."""
         # Unfinished responses alone: responses whose reward failed would fail again.
         waiting = sum(len(piece.unfinished) for piece in gathered.pieces)
@@ -253,7 +253,7 @@ class RoundOfStore:
             rows += facts
             invalid |= {(row.key, row.attempt) for row, problem in zip(facts, problems, strict=True)
                         if problem}
-        last = later(rows)
+        last = select_last_attempts(rows)
         valid = [row for row in last if (row.key, row.attempt) not in invalid]
         return valid, len(last) - len(valid)
 
@@ -284,7 +284,7 @@ def read_facts(store: RolloutStore, part: RolloutPart) -> tuple[list[RolloutFact
     Raises:
         UserError: the part is damaged.
     """
-    table = store.table_of(part, FACT_COLUMNS)
+    table = store.read_columns(part, FACT_COLUMNS)
     column = table["versions"].combine_chunks()
     versions, num_tokens = column.flatten().to_numpy().astype(np.int64), column.value_lengths().to_numpy()
     ends = np.cumsum(num_tokens, dtype=np.int64)
@@ -297,7 +297,7 @@ def read_facts(store: RolloutStore, part: RolloutPart) -> tuple[list[RolloutFact
     sums = version_sums[ends] - version_sums[starts]
     written_places = np.append(np.flatnonzero(is_written), 0)  # the last row may have no generated token
     first = np.where(num_written > 0, np.append(versions, 0)[written_places[written_before[starts]]], 0)
-    columns = zip(keys_of(table), table["attempt"].to_pylist(), read_strings(table["finish_reason"]),
+    columns = zip(read_keys(table), table["attempt"].to_pylist(), read_strings(table["finish_reason"]),
                   zip(num_tokens.tolist(), num_written.tolist(), first.tolist(), sums.tolist(), strict=True),
                   strict=True)
     facts = []
@@ -305,10 +305,10 @@ def read_facts(store: RolloutStore, part: RolloutPart) -> tuple[list[RolloutFact
         facts.append(RolloutFacts(
             key, attempt, reason or "", num_tokens=tokens, num_written=written, first_version=version,
             sum_versions=total, part=part.name, row=index))
-    return facts, problems_of(table)
+    return facts, read_problems(table)
 
 
-def _join_rewards(rows: Sequence[RolloutFacts], judgements: Judgements, unjudged: Counter[str]
+def _join_rewards(rows: Sequence[RolloutFacts], judgements: RewardsByRow, unjudged: Counter[str]
                   ) -> list[JudgedResponse]:
     """Return the rows that have a reward, and count the others in `unjudged` by status."""
     responses = []
