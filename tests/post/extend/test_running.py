@@ -25,7 +25,7 @@ from megatron_sov.post.extend import running
 from megatron_sov.post.extend.running import (
     StageGate, add_needles_to_blends, build_needles, compute_mean_loss, decide_verdict, describe_small_suite,
     run_stages)
-from megatron_sov.train.stages.evaluate import HeldoutLoss
+from megatron_sov.train.objectives.heldout_evaluator import HeldoutLoss
 
 # A stage's gate: when it looks, what it takes for a pass, and what it leaves in events,
 # checkpoint and manifest.
