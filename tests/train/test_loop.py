@@ -208,19 +208,19 @@ ANSWERED = """
 import os, signal, sys, time
 from megatron_sov.work.processes.stop_signals import StopFlag
 stop, answers = StopFlag(), []
-with stop.answered_by(lambda name: answers.append((name, time.monotonic()))):
+with stop.answer_first_signal(lambda name: answers.append((name, time.monotonic()))):
     began = time.monotonic()
     os.kill(os.getpid(), int(sys.argv[1]))
     os.kill(os.getpid(), int(sys.argv[1]))
     while not answers:
         time.sleep(0.001)
-with stop.answered_by(print):
+with stop.answer_first_signal(print):
     pass
 print(stop.reason, [name for name, _ in answers])
 # A C call that holds the main thread: no Python handler runs before it ends.
 import ctypes, threading
 libc = ctypes.CDLL(None)
-with stop.answered_by(lambda name: answers.append((name, time.monotonic()))):
+with stop.answer_first_signal(lambda name: answers.append((name, time.monotonic()))):
     threading.Timer(0.1, lambda: os.kill(os.getpid(), int(sys.argv[1]))).start()
     held = time.monotonic() + 0.6
     while time.monotonic() < held:
