@@ -186,13 +186,10 @@ def warm(doubles: list[str]) -> None:
     gc.disable()  # what is imported stays
     import pytest  # noqa: F401  (files of jobs import it)
 
-    from megatron_sov.engine.parallel import cpu_shims
-
     sys.path[:0] = doubles
     of_te = any(Path(folder, "transformer_engine").exists() for folder in doubles)
     if of_te:
         import transformer_engine.pytorch  # noqa: F401  (one that is not imported is hidden on a CPU)
-    cpu_shims.prepare_megatron()
     from megatron_sov.engine.model import specs
     from megatron_sov.train.objectives import data_objective  # noqa: F401  (ranks need it)
     from megatron_sov.train.stages import stage  # noqa: F401  (ranks need it)
