@@ -13,13 +13,13 @@ import torch
 
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
+from megatron_sov.commands.train.setup.stage_options import check_chats
 from megatron_sov.engine.parallel import collectives
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.post.sft import SupervisedFineTuning
 from megatron_sov.train.data.rows import PackedRow, join_rows
 from megatron_sov.train.objectives.microbatch import from_row
 from megatron_sov.train.objectives.objective import GlobalBatch, total_loss
-from megatron_sov.train.stages.stage_config import check_chats
 from tests.head_config import head_config
 
 TEXT, PROMPT, RESPONSE, LENGTH = 0, 1, 2, 12

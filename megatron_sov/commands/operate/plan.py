@@ -137,11 +137,11 @@ def _read_request(args: PlanOptions) -> RecipeRequest:
 
 def _base_of(start_from: Path, stage: Stage) -> RunConfig:
     """Return the settings that a stage of post-training begins with; weights are not opened."""
+    from megatron_sov.commands.train.setup.stage_options import find_start
     from megatron_sov.model.families import supported as families
     from megatron_sov.model.families.family import extract_text_config
     from megatron_sov.model.pretrained import CONFIG, find_hub_name, read_json
     from megatron_sov.runs.checkpoints import IMPORTED_RECIPE, read_checkpoint_settings
-    from megatron_sov.train.stages.stage_config import find_start
 
     # the folder of a run has a config.json too, without the type of a Hugging Face model
     fields = read_json(start_from / CONFIG) if (start_from / CONFIG).is_file() else {}
@@ -164,12 +164,12 @@ def _completed(args: PlanOptions, asked: RecipeRequest, stage: Stage) -> RecipeR
     Raises:
         UserError: the data cannot be read, are of another kind, or nothing says how long the stage is.
     """
+    from megatron_sov.commands.train.setup.data_defaults import complete_stage
+    from megatron_sov.commands.train.setup.stage_options import check_chats
     from megatron_sov.model.objectives import COMMAND_FORMATS
     from megatron_sov.plan.pricing import machines
     from megatron_sov.runs.launch_environment import MAX_LOCAL_RANKS
     from megatron_sov.train.data.token_shards import open_sources
-    from megatron_sov.train.stages.stage_config import check_chats
-    from megatron_sov.train.stages.stage_defaults import complete_stage
 
     config = asked.config()
     said = {setting.partition("=")[0] for setting in asked.settings}

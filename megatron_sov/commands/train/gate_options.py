@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Annotated
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Flag, NotNegative
 from megatron_sov.commands.shared_options import named_tasks
+from megatron_sov.commands.train.setup.stage_options import StageOptions, TunedStageOptions
 from megatron_sov.model.config import RunConfig, apply_settings, layout_settings
 from megatron_sov.model.recipes.requested import BuiltIn
 from megatron_sov.runs.folder import CONFIG, RunFolder, read_command
 from megatron_sov.runs.launch_environment import typed_command
-from megatron_sov.train.stages.stage_config import StageOptions, TunedStageOptions
 
 if TYPE_CHECKING:
-    from megatron_sov.train.stages.gate import EndGate
+    from megatron_sov.train.guards.gate import EndGate
 
 DEFAULT_TOLERANCE = 0.03
 

@@ -21,9 +21,9 @@ from megatron_sov.base.plugins.loading import is_reference
 from megatron_sov.base.settings import read_options
 from megatron_sov.commands import COMMANDS
 from megatron_sov.commands.shared_options import words_of
+from megatron_sov.commands.train.setup.stage_options import StageOptions
 from megatron_sov.runs.folder import CONFIG, RunFolder, TypedCommand, read_command
 from megatron_sov.runs.launch_environment import export_command, has_launcher, is_first_rank
-from megatron_sov.train.stages.stage_config import StageOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -26,9 +26,9 @@ from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.train.data.ledger import plan
 from megatron_sov.train.data.token_shards import open_sources
 from megatron_sov.train.data.views import with_views
+from megatron_sov.train.guards.gate import EndVerdict
 from megatron_sov.train.objectives.data_objective import LanguageModelling
 from megatron_sov.train.stages import stage as stage_module
-from megatron_sov.train.stages.gate import EndVerdict
 from megatron_sov.train.stages.stage import Stage, run_stage
 from megatron_sov.work.clusters.chips import Gpu
 
