@@ -1,4 +1,4 @@
-"""The pages about synthesis and difficulty: their commands run in order, against endpoints of this machine."""
+"""The pages about synthesis and difficulty: their commands run in order, against local endpoints."""
 
 from __future__ import annotations
 
