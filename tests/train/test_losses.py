@@ -14,17 +14,13 @@ import pytest
 import torch
 
 from megatron_sov import recipes
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
+from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import IdBlock, apply_settings
+from megatron_sov.post.sft import SupervisedFineTuning
 from megatron_sov.train.data.rows import PackedRow
-
-prepare_megatron()
-from megatron_sov.base.errors import UserError  # noqa: E402
-from megatron_sov.post.sft import SupervisedFineTuning  # noqa: E402
-from megatron_sov.train.objectives.data_objective import LanguageModelling  # noqa: E402
-from megatron_sov.train.objectives.data_objective import MTP, DataObjective  # noqa: E402
-from megatron_sov.train.objectives.microbatch import MicroBatch, build_micro_batch  # noqa: E402
-from megatron_sov.train.objectives.objective import (  # noqa: E402
+from megatron_sov.train.objectives.data_objective import MTP, DataObjective, LanguageModelling
+from megatron_sov.train.objectives.microbatch import MicroBatch, build_micro_batch
+from megatron_sov.train.objectives.objective import (
     GlobalBatch, LossSums, check_has_targets, compute_total_loss, get_checkpoint_parts, per_source)
 
 

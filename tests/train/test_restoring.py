@@ -10,16 +10,13 @@ import pytest
 
 from megatron_sov.base.artifacts import MANIFEST, create_artifact
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.model.config import GuardConfig
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.obs.events import EVENTS, read_events
+from megatron_sov.train import recovery
 from megatron_sov.train.data.ledger import Ledger, LedgerEntry
+from megatron_sov.train.guards.step_guard import StepGuard, StepRejection
 from tests.tiny import tiny_model
-
-prepare_megatron()
-from megatron_sov.train import recovery  # noqa: E402
-from megatron_sov.train.guards.step_guard import StepGuard, StepRejection  # noqa: E402
 
 
 @pytest.fixture
@@ -46,7 +43,7 @@ def names(run: RunFolder) -> list[str]:
 
 def test_the_newest_up_to_a_step_is_taken_and_nothing_is_touched(run: RunFolder, alone: Any) -> None:
     assert found(run, alone) == "step-6"
-    assert [found(run, alone, not_after=step) for step in (6, 5, 2, 1)] == [
+    assert [found(run, alone, last_step=step) for step in (6, 5, 2, 1)] == [
         "step-6", "step-4", "step-2", None]
     assert names(run) == ["step-2", "step-4", "step-6"] and not (run.path / EVENTS).exists()
 
@@ -75,7 +72,7 @@ def test_damaged_ones_are_set_aside_for_the_one_before_and_said(
 
 def test_damage_after_the_step_asked_for_is_not_looked_for(run: RunFolder, alone: Any) -> None:
     (run.checkpoint(6) / "state.json").unlink()
-    assert found(run, alone, not_after=4) == "step-4"
+    assert found(run, alone, last_step=4) == "step-4"
     assert names(run) == ["step-2", "step-4", "step-6"]
 
 
