@@ -371,7 +371,7 @@ class PolicyLearning(DataObjective):
 
     def doubt(self, step: int, meters: Mapping[str, float]) -> str:
         """Return a warning if the first step of a round clips labels, or if the engine samples from another
-        model; see `train.objectives.objective.doubt_of`."""
+        model; see `train.objectives.objective.get_doubt`."""
         # Later steps of a round have moved the policy and may be clipped for good reasons.
         is_first = (step - 1) % self._rollout.steps_per_round == 0
         if is_first and (share := meters.get("clip_share", 0.0)) > MAX_CLIP_SHARE:
@@ -431,9 +431,9 @@ class PolicyObjective:
     """Factory of the objective, with the data that it needs."""
 
     formats: tuple[str, ...]
-    """See `train.objectives.objective.formats_of`."""
+    """See `train.objectives.objective.get_formats`."""
     columns: Mapping[str, NeededColumn]
-    """See `train.objectives.objective.columns_of`."""
+    """See `train.objectives.objective.get_columns`."""
     kind: type[DataObjective] = PolicyLearning
 
     def __call__(self, context: ObjectiveContext) -> DataObjective:

@@ -19,7 +19,7 @@ from megatron_sov.base.documents import ROLLOUTS
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError
 from megatron_sov.train.data.streams import PackedSegment
-from megatron_sov.train.data.token_shards import Documents, Source, open_sources
+from megatron_sov.train.data.token_shards import Documents, DocumentView, Source, open_sources
 
 ROUNDS_SOURCE = "rollouts"
 """Name of the source."""
@@ -63,7 +63,7 @@ class PublishedRound:
     """Indices of the steps that are passed over, because they would change no weight."""
 
 
-class RoundDocuments:
+class RoundDocuments(DocumentView):
     """The documents of all rounds that are open.
 
     Batches are prepared in another thread: a round is there whole or not at all.
@@ -164,36 +164,19 @@ class RoundDocuments:
         return [PackedSegment(first + i, 0, self.lengths[first + i])
                 for i in self._rounds[number].steps[step]]
 
-    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
-        documents, index = self._find(document)
-        return documents.tokens(index, start, count)
-
-    def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
-        documents, index = self._find(document)
-        return documents.loss_weights(index, start, count)
-
-    def types(self, document: int, start: int, count: int) -> np.ndarray:
-        documents, index = self._find(document)
-        return documents.types(index, start, count)
-
     def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
-        """As `Documents.column`."""
-        documents, index = self._find(document)
         if name not in self.trainer_columns:
-            return documents.column(name, index, start, count)
+            return super().column(name, document, start, count)
+        _, index, _ = self.locate(document)
         opened = self._rounds[document >> _ROUND_BITS]
         first = opened.starts[index] + start
-        found: np.ndarray = opened.trainer_columns[name][first:first + count]
-        return found
+        column: np.ndarray = opened.trainer_columns[name][first:first + count]
+        return column
 
-    def routes(self, document: int, start: int, count: int) -> np.ndarray:
-        documents, index = self._find(document)
-        return documents.routes(index, start, count)
-
-    def _find(self, document: int) -> tuple[Documents, int]:
+    def locate(self, document: int) -> tuple[Documents, int, int]:
         documents = self._rounds[document >> _ROUND_BITS].documents
         assert documents is not None, f"document {document} of a round without any"
-        return documents, document & ((1 << _ROUND_BITS) - 1)
+        return documents, document & ((1 << _ROUND_BITS) - 1), 0
 
 
 class _Lengths:
@@ -207,7 +190,7 @@ class _Lengths:
 
     def __getitem__(self, documents: Any) -> Any:
         if isinstance(documents, int):
-            found, index = self._rounds._find(documents)
+            found, index, _ = self._rounds.locate(documents)
             return int(found.lengths[index])
         return np.array([self[int(document)] for document in documents], np.int64)
 

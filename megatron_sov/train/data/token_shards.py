@@ -24,7 +24,7 @@ from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.chat.marks import KIND
 from megatron_sov.chat.vocabulary import find_difference
 from megatron_sov.model.config.data import split_source_name
-from megatron_sov.model.modality import NO_BANKS, Banks, EncoderInputs, load_modality, read_banks
+from megatron_sov.model.modality import NO_BANKS, Banks, EncoderInputs, get_encoder_inputs, load_modality, read_banks
 from megatron_sov.runs.launch_environment import is_first_rank
 from megatron_sov.train.data.token_manifest import check_token_manifest
 
@@ -225,6 +225,38 @@ class Documents(Protocol):
         ...
 
 
+class DocumentView:
+    """Documents that are stored in other documents; a subclass implements `locate`."""
+
+    def locate(self, document: int) -> tuple[Documents, int, int]:
+        """Return the documents that store `document`, its index there, and its first token there."""
+        raise NotImplementedError
+
+    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
+        documents, index, first = self.locate(document)
+        return documents.tokens(index, first + start, count)
+
+    def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
+        documents, index, first = self.locate(document)
+        return documents.loss_weights(index, first + start, count)
+
+    def types(self, document: int, start: int, count: int) -> np.ndarray:
+        documents, index, first = self.locate(document)
+        return documents.types(index, first + start, count)
+
+    def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
+        documents, index, first = self.locate(document)
+        return documents.column(name, index, first + start, count)
+
+    def routes(self, document: int, start: int, count: int) -> np.ndarray:
+        documents, index, first = self.locate(document)
+        return documents.routes(index, first + start, count)
+
+    def encoder_inputs(self, document: int, start: int, count: int) -> EncoderInputs:
+        documents, index, first = self.locate(document)
+        return get_encoder_inputs(documents, index, first + start, count)
+
+
 class TokenShard:
     """The documents of one source and split; opening it costs the same for any size."""
 
@@ -383,7 +415,7 @@ class TokenShard:
         return slice(first, first + count)
 
 
-class ShardChain:
+class ShardChain(DocumentView):
     """The documents of several shards one after the other; opening it costs the same for
     shards of any size."""
 
@@ -400,29 +432,9 @@ class ShardChain:
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardChain, self._opened_by
 
-    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
+    def locate(self, document: int) -> tuple[Documents, int, int]:
         shard, index = self.lengths.find(document)
-        return self._shards[shard].tokens(index, start, count)
-
-    def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
-        shard, index = self.lengths.find(document)
-        return self._shards[shard].loss_weights(index, start, count)
-
-    def types(self, document: int, start: int, count: int) -> np.ndarray:
-        shard, index = self.lengths.find(document)
-        return self._shards[shard].types(index, start, count)
-
-    def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
-        shard, index = self.lengths.find(document)
-        return self._shards[shard].column(name, index, start, count)
-
-    def routes(self, document: int, start: int, count: int) -> np.ndarray:
-        shard, index = self.lengths.find(document)
-        return self._shards[shard].routes(index, start, count)
-
-    def encoder_inputs(self, document: int, start: int, count: int) -> EncoderInputs:
-        shard, index = self.lengths.find(document)
-        return self._shards[shard].encoder_inputs(index, start, count)
+        return self._shards[shard], index, 0
 
 
 @dataclass(frozen=True)
