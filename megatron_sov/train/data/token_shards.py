@@ -24,7 +24,8 @@ from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.chat.marks import KIND
 from megatron_sov.chat.vocabulary import find_difference
 from megatron_sov.model.config.data import split_source_name
-from megatron_sov.model.modality import NO_BANKS, Banks, EncoderInputs, get_encoder_inputs, load_modality, read_banks
+from megatron_sov.model.modality import (
+    NO_BANKS, Banks, EncoderInputs, get_encoder_inputs, load_modality, read_banks)
 from megatron_sov.runs.launch_environment import is_first_rank
 from megatron_sov.train.data.token_manifest import check_token_manifest
 

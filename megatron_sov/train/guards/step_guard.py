@@ -1,10 +1,10 @@
 """Rejection of steps whose loss or gradient norm is not finite, or far above the usual values.
 
 The rule is OLMo-core's (`SkipStepOptimizer`): a value is rejected above mean + `sigma` standard deviations
-of the last `window_steps` steps, once the window holds half of them and at least 20. As in OLMo-core, values
-of rejected steps enter the window, so that a lasting change becomes usual; unlike there, low values are
-accepted. Several losses above the limit in a row make the weights suspect. Large gradients at a usual loss do not: a
-model that begins to learn a new skill has them.
+of the last `window_steps` steps, once the window holds half of them and at least 20. As in OLMo-core,
+values of rejected steps enter the window, so that a lasting change becomes usual; unlike there, low values
+are accepted. Several losses above the limit in a row make the weights suspect. Large gradients at a usual
+loss do not: a model that begins to learn a new skill has them.
 """
 
 from __future__ import annotations
