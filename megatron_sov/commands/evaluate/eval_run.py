@@ -21,7 +21,7 @@ from megatron_sov.infer.engines.target import Target, find_target
 from megatron_sov.infer.engines.transformers_engine import HfEngine
 from megatron_sov.model.config import Language, NeedleConfig, parse_data_paths
 from megatron_sov.post.preference import CHOSEN_LIKELIER, HELDOUT_PAIRS, measure_pairs
-from megatron_sov.post.reference import document_logprobs, document_logprobs_hf
+from megatron_sov.post.reference import score_documents, score_documents_by_hf
 from megatron_sov.runs.launch_environment import is_first_rank
 from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
 from megatron_sov.work.progress.progress_bar import create_bar
@@ -78,11 +78,11 @@ def evaluate_pairs(request: TaskRequest[PairsOptions]) -> None:
 
     def measure_policy(loaded: Any) -> dict[str, Any]:
         num_rows = compute_rows_per_batch(loaded, seq_len)
-        return measure_pairs(sources, lambda documents, chosen: document_logprobs(
+        return measure_pairs(sources, lambda documents, chosen: score_documents(
             loaded, documents, chosen, seq_len, num_rows), seq_len)
 
     def measure_hf(model: Any) -> dict[str, Any]:
-        return measure_pairs(sources, lambda documents, chosen: document_logprobs_hf(
+        return measure_pairs(sources, lambda documents, chosen: score_documents_by_hf(
             model, documents, chosen, seq_len), seq_len)
 
     figures = measure_target(options, target, measure_policy, measure_hf)
