@@ -1,6 +1,6 @@
-"""The documented Python interface: what stands in `__all__`, and on docs/api.md.
+"""The documented Python interface: the names in `__all__`, see docs/api.md.
 
-Names are found on first use, so that `import megatron_sov` imports neither torch nor megatron.
+Names are imported on first use, so that `import megatron_sov` imports neither torch nor megatron.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
     "read_events", "read_meters", "read_rounds", "recipes", "rl_run", "sft", "train_tokenizer",
     "with_denominators",
 ]
-_PLACES = {
+_MODULES = {
     "__version__": "version", "UserError": "base.errors", "RunConfig": "model.config",
     "apply_settings": "model.config", "from_dict": "model.config", "Family": "model.families.family",
     "Document": "base.documents", "LeftOut": "base.documents", "NeededColumn": "train.data.requirements",
@@ -56,10 +56,10 @@ _FOLDERS = {"convert": "convert", "recipes": "model.recipes"}
 def __getattr__(name: str) -> Any:
     if name in _FOLDERS:
         return importlib.import_module(f"{__name__}.{_FOLDERS[name]}")
-    place = _PLACES.get(name)
-    if place is None:
+    module = _MODULES.get(name)
+    if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{place}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""`python -m megatron_sov` is `megatron-sov`."""
+"""`python -m megatron_sov`: runs `megatron-sov`."""
 
 import sys
 

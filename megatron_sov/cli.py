@@ -1,8 +1,4 @@
-"""The door: `megatron-sov COMMAND ...`.
-
-Each command is a file below `commands/` with `add_arguments(parser)` and `run(args) -> exit code`.  Only the
-chosen command's module is imported, and none imports torch before its arguments are parsed and checked.
-"""
+"""The program `megatron-sov COMMAND ...`. Imports only the module of the typed command."""
 
 from __future__ import annotations
 
@@ -27,7 +23,7 @@ PROGRAM = "megatron-sov"
 
 
 def build_help_parser() -> argparse.ArgumentParser:
-    """Return the top-level parser, for its help; sub-commands parse their own arguments."""
+    """Build the top-level parser, which prints the program's help only."""
     texts = {name: c.help for name, c in COMMANDS.items()}
     groups = {name: c.group for name, c in COMMANDS.items()}
     parser = argparse.ArgumentParser(
@@ -46,36 +42,36 @@ def build_help_parser() -> argparse.ArgumentParser:
 
 
 def build_parser() -> Parser:
-    """Return the parser of all commands, those of two words below their first."""
+    """Build the parser of all commands; commands of two words are below their first word."""
     parser = build_program_parser(PROGRAM, "Train your own language model.",
                                   {name: command for name, command in COMMANDS.items() if " " not in name})
-    top = _sub_commands(parser)
+    top = _find_subparsers(parser)
     for first in dict.fromkeys(name.split()[0] for name in COMMANDS if " " in name):
         group = top.choices[first] if first in top.choices else top.add_parser(first, help=f"{first} COMMAND")
         import_commands(group)
-        below = _sub_commands(group)
+        below = _find_subparsers(group)
         if below is None:
             below = group.add_subparsers(metavar="COMMAND", parser_class=type(group))
-            # shells look for the second word first, not for RECIPE
+            # shell completion proposes the second word before RECIPE
             group._actions.insert(0, group._actions.pop())
         for second in list_subcommands(first):
             COMMANDS[f"{first} {second}"].declare(second, below)
     return parser
 
 
-def _sub_commands(parser: argparse.ArgumentParser) -> Any:
+def _find_subparsers(parser: argparse.ArgumentParser) -> Any:
     return next((a for a in parser._actions if isinstance(a, argparse._SubParsersAction)), None)
 
 
 def run_command(argv: list[str], began_s: float) -> int:
-    """Parse and run one command; raises what the command raises.
+    """Parse and run one command.
 
     Args:
-        argv: its name and arguments.
-        began_s: Unix time at which the command started; see `get_command_start`.
+        argv: name and arguments.
+        began_s: Unix time when the command started; see `get_command_start`.
 
     Raises:
-        UserError: if its fix is known, with all faults of the command line and the line that works.
+        UserError: an error with a fix lists all errors of the command line and a corrected line.
     """
     set_command_start(began_s)
     try:
@@ -90,7 +86,7 @@ def run_command(argv: list[str], began_s: float) -> int:
 
 
 def _run_once(argv: list[str], only_checks: bool = False) -> int:
-    """Run a command line as it was typed; `only_checks`: by --dry-run, or only parse it."""
+    """Run a command line once; `only_checks` adds --dry-run, or only parses the line."""
     if argv[:1] == ["help"] and len(argv) > 1:
         argv = [*argv[1:], "--help"]
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -128,19 +124,19 @@ def _run_once(argv: list[str], only_checks: bool = False) -> int:
 
 
 def split_command(argv: list[str]) -> tuple[str, list[str]]:
-    """Return a command line's command, of two words where there is such a one, and what follows it."""
+    """Split a command line into the command, of one or two words, and its arguments."""
     words = 2 if " ".join(argv[:2]) in COMMANDS else 1
     return " ".join(argv[:words]), argv[words:]
 
 
 def list_subcommands(name: str) -> dict[str, str]:
-    """Return second word -> help of the commands of two words that begin with a word."""
+    """Return second word -> help of the two-word commands that begin with `name`."""
     return {command.removeprefix(f"{name} "): c.help for command, c in COMMANDS.items()
             if command.startswith(f"{name} ")}
 
 
 def _run_group(name: str, children: dict[str, str], rest: list[str]) -> int:
-    """Print the help of a word that is a command with a second one only."""
+    """Print the help of a first word that needs a second word."""
     if rest and rest[0] not in ("-h", "--help"):
         raise unknown_command(f"{PROGRAM} {name}", rest[0], list(children), rest[1:])
     argparse.ArgumentParser(prog=f"{PROGRAM} {name}", usage=f"{PROGRAM} {name} COMMAND ...",
@@ -154,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run `megatron-sov`; a `UserError` becomes one message and `ExitCode.USER_ERROR`.
 
     Args:
-        argv: command and arguments; None: those of this process, which then began when the process did.
+        argv: command and arguments; None: `sys.argv`, with the start time of the process.
     """
     if argv is None:
         return run_to_exit_code(lambda: run_command(sys.argv[1:], process_started_s()))

@@ -137,6 +137,6 @@ def test_how_a_command_ended_is_how_the_function_ends(
     monkeypatch.setattr(children.subprocess, "Popen",
                         lambda argv, **more: real([sys.executable, "-c", program], **more))
     with pytest.raises(type(error)) as e:
-        api._run(["eval"])
+        api._run_command(["eval"])
     assert str(e.value) == str(error)
     assert capfd.readouterr().err == said

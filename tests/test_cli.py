@@ -18,6 +18,7 @@ import pytest
 from megatron_sov import cli
 from megatron_sov.base import command_line
 from megatron_sov.base.errors import ExitCode
+from megatron_sov.base.settings import DeclaredCommand
 from megatron_sov.runs.launch_environment import get_command_start
 
 ROOT = Path(__file__).parents[1]
@@ -173,3 +174,20 @@ def test_importing_the_engine_prepares_megatron() -> None:
     """In an unprepared process megatron compiles its functions: 9 s in the first step on a CPU."""
     tree = ast.parse((ROOT / "megatron_sov/engine/__init__.py").read_text(encoding="utf-8"))
     assert ast.unparse(tree.body[-1]) == "prepare_megatron()"
+
+
+def test_every_run_function_exists() -> None:
+    """Read from the sources: an import of all modules would take as long as torch."""
+    commands = [loaded for command in cli.COMMANDS.values() if isinstance(
+        loaded := command.load(), DeclaredCommand)]
+    commands += [action for command in cli.COMMANDS.values()
+                 for action in getattr(command.load(), "ACTIONS", {}).values()
+                 if isinstance(action, DeclaredCommand)]
+    assert len(commands) > 20
+    for declared in commands:
+        functions = declared.run_function
+        for reference in [functions] if isinstance(functions, str) else functions.values():
+            if reference:
+                module, _, name = reference.partition(":")
+                tree = ast.parse((ROOT / module.replace(".", "/")).with_suffix(".py").read_text())
+                assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}

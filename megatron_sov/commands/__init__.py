@@ -1,4 +1,4 @@
-"""The commands of `megatron-sov`, each a row of this table, and the words of the trade that lead to one."""
+"""Registry of the commands of `megatron-sov`: module, help, page and examples of each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from megatron_sov.base.command_line import Command
 DATA, TRAIN, POST_TRAIN, EVALUATE, PUBLISH, OPERATE = (
     "data (more: sov-data --help, sov-tokenizer --help)", "train", "post-train", "evaluate",
     "serve and publish", "operate")
-"""Headings of the help, in the order in which a model meets them."""
+"""Headings of the help, in the order of a model's life."""
 
 COMMANDS = {
     "inspect": Command(
