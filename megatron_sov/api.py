@@ -4,8 +4,6 @@ A process that has used torch cannot fork ranks, and a notebook usually has. The
 usual.
 """
 
-from __future__ import annotations
-
 import importlib
 import io
 import json
@@ -59,15 +57,9 @@ def pretrain(config: RunConfig, data: Mapping[AnyPath, float] | Iterable[AnyPath
     with tempfile.TemporaryDirectory(prefix="sov-config-") as folder:
         file = Path(folder) / "config.json"
         file.write_text(format_json(config.to_dict()), encoding="utf-8")
-        words = ["pretrain", "--config", str(file), "--run", str(run)]
-        words += [word for path, weight in weights.items() for word in ("--data", f"{path}:{float(weight)}")]
-        words += _format_plugins(plugins) + ([] if nproc is None else ["--nproc", str(nproc)])
-        words += (([] if start_from is None else ["--from", str(start_from)])
-                  + (["--resume"] if resume else []))
-        sys.stdout.write(_run_command(words))
-    completion = RunFolder(Path(run)).completion()
-    assert completion is not None, f"{run}: pretrain ended with 0"
-    return completion
+        words = ["--config", str(file), *_format_data(weights)]
+        options = {"plugin": list(plugins), "nproc": nproc, "from": start_from, "resume": resume}
+        return _run_training("pretrain", run, words, options)
 
 
 def sft(start_from: AnyPath, data: Data, run: AnyPath, *, settings: Settings = (), **options: Any
@@ -186,8 +178,7 @@ def generate(model: AnyPath, prompts: Sequence[str], *, max_new_tokens: int = 64
         Continuations in the order of `prompts`.
 
     Raises:
-        UserError: an input needs a change, which the message names.
-        RuntimeError: another failure; see stderr.
+        UserError, RuntimeError: see `pretrain`.
     """
     with tempfile.TemporaryDirectory(prefix="sov-prompts-") as folder:
         file = Path(folder) / "prompts.jsonl"
@@ -295,10 +286,6 @@ def _format_options(options: Mapping[str, Any]) -> list[str]:
             elif item is not None and item is not False:
                 words += [flag, str(item)]
     return words
-
-
-def _format_plugins(references: Sequence[str]) -> list[str]:
-    return [word for reference in references for word in ("--plugin", reference)]
 
 
 def _run_command(words: list[str], module: str = "megatron_sov") -> str:

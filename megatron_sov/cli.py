@@ -1,7 +1,5 @@
 """The program `megatron-sov COMMAND ...`. Imports only the module of the typed command."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

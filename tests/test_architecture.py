@@ -97,7 +97,6 @@ ALONE = {
     "data_prep/curate/sources/pdf.py": "reads PDF files; web archives are another subject",
     "megatron_sov/base/pages/markdown.py": "text of strangers in Markdown; exports are another subject",
     "megatron_sov/infer/decoder/logprobs.py": "log-probabilities of given answers, at any layout",
-    "megatron_sov/commands/operate/runs/run_table.py": "a table of runs; one run in full is another subject",
     "megatron_sov/commands/operate/submit/job_summary.py": "checks and prices a job",
     "megatron_sov/commands/rl/rl_reward.py": "a command",
     "megatron_sov/commands/train/forgetting_gate.py": "runs `eval lm`; stages are another subject",

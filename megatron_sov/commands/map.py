@@ -1,7 +1,5 @@
 """`megatron-sov map ROWS FILE.py:STEP --output DIR`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial

@@ -1,7 +1,5 @@
 """`megatron-sov score --reward NAME --input ROWS.jsonl --output OUT.jsonl`."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys

@@ -1,10 +1,8 @@
 """`megatron-sov eval ppl | needle | pairs | passk | media | lm`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Generic, TypeVar
+from typing import Annotated
 
 from megatron_sov.base.command_line import Command
 from megatron_sov.base.settings import Actions, AtLeastOne, DeclaredCommand, Flag, add_actions, run_action
@@ -12,7 +10,6 @@ from megatron_sov.commands.evaluate.task import HeldoutOptions, OutOptions, chec
 from megatron_sov.commands.shared_options import ModelPath
 from megatron_sov.infer.request import RankOptions
 from megatron_sov.model.config import Language, NeedleKind
-from megatron_sov.runs.folder import RunEvents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,25 +53,10 @@ class PairsOptions(HeldoutOptions, OutOptions, RankOptions):
     target: ModelPath
 
 
-T = TypeVar("T", PplOptions, NeedleOptions, PairsOptions)
-
-
-@dataclass(frozen=True)
-class TaskRequest(Generic[T]):
-    """Checked options of a task, and the events of --run."""
-
-    options: T
-    events: RunEvents
-
-
-def _check(options: T) -> TaskRequest[T]:
-    return TaskRequest(options, check_task(options, options.target))
-
-
 RUN = "megatron_sov.commands.evaluate.eval_run"
-PPL = DeclaredCommand(PplOptions, _check, f"{RUN}:evaluate_ppl")
-NEEDLE = DeclaredCommand(NeedleOptions, _check, f"{RUN}:evaluate_needle")
-PAIRS = DeclaredCommand(PairsOptions, _check, f"{RUN}:evaluate_pairs")
+PPL = DeclaredCommand(PplOptions, check_task, f"{RUN}:evaluate_ppl")
+NEEDLE = DeclaredCommand(NeedleOptions, check_task, f"{RUN}:evaluate_needle")
+PAIRS = DeclaredCommand(PairsOptions, check_task, f"{RUN}:evaluate_pairs")
 ACTIONS: Actions = {
     "ppl": PPL, "needle": NEEDLE, "pairs": PAIRS,
     "passk": Command("megatron_sov.commands.evaluate.eval_passk:PASSK",

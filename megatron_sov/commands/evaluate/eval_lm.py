@@ -1,7 +1,5 @@
 """`megatron-sov eval lm`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """Options and checks of `megatron-sov eval media`."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Runs `megatron-sov eval media`: compares replies, as text or as recognised by judges, with the answers."""
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Options and checks of `megatron-sov eval passk`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated

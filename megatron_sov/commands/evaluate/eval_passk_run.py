@@ -1,8 +1,6 @@
 """Runs `megatron-sov eval passk`: samples and judges responses and estimates pass@k. A repeated command
 resumes a killed one."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,14 +1,12 @@
 """Runs `megatron-sov eval ppl`, `eval needle` and `eval pairs`."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import asdict, replace
 from typing import Any, get_args
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.vocabulary import check_same_tokens
-from megatron_sov.commands.evaluate.eval import NeedleOptions, PairsOptions, PplOptions, TaskRequest
+from megatron_sov.commands.evaluate.eval import NeedleOptions, PairsOptions, PplOptions
 from megatron_sov.commands.evaluate.task_run import measure_target, record_figures
 from megatron_sov.commands.shared_options import get_target_step
 from megatron_sov.eval.heldout_loss import (
@@ -22,6 +20,7 @@ from megatron_sov.infer.engines.transformers_engine import HfEngine
 from megatron_sov.model.config import Language, NeedleConfig, parse_data_paths
 from megatron_sov.post.preference import CHOSEN_LIKELIER, HELDOUT_PAIRS, measure_pairs
 from megatron_sov.post.reference import score_documents, score_documents_by_hf
+from megatron_sov.runs.folder import RunEvents
 from megatron_sov.runs.launch_environment import is_first_rank
 from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
 from megatron_sov.work.progress.progress_bar import create_bar
@@ -30,8 +29,8 @@ LANGUAGES: tuple[Language, ...] = get_args(Language)
 DEFAULT_HELDOUT_TOKENS = 65536
 
 
-def evaluate_ppl(request: TaskRequest[PplOptions]) -> None:
-    options, events = request.options, request.events
+def evaluate_ppl(options: PplOptions) -> None:
+    events = RunEvents(options.run)
     target = find_target(options.target)
     seq_len = options.seq_len or target.trained_tokens
     default_tokens = target.config.data.heldout_tokens if target.config else DEFAULT_HELDOUT_TOKENS
@@ -50,8 +49,8 @@ def evaluate_ppl(request: TaskRequest[PplOptions]) -> None:
         events.add("eval", step=get_target_step(target, events), heldout=losses)
 
 
-def evaluate_needle(request: TaskRequest[NeedleOptions]) -> None:
-    options, events = request.options, request.events
+def evaluate_needle(options: NeedleOptions) -> None:
+    events = RunEvents(options.run)
     target = find_target(options.target)
     suite = _build_suite(options, target)
 
@@ -66,8 +65,8 @@ def evaluate_needle(request: TaskRequest[NeedleOptions]) -> None:
         events.add("needle", when="eval", step=get_target_step(target, events), **result)
 
 
-def evaluate_pairs(request: TaskRequest[PairsOptions]) -> None:
-    options, events = request.options, request.events
+def evaluate_pairs(options: PairsOptions) -> None:
+    events = RunEvents(options.run)
     target = find_target(options.target)
     seq_len = options.seq_len or target.trained_tokens
     sources = open_sources(parse_data_paths(options.data), target.vocab_size, ("preference",))

@@ -1,10 +1,8 @@
 """Options and checks shared by tasks of `megatron-sov eval`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import AtLeastOne, Flag
@@ -31,9 +29,9 @@ class HeldoutOptions(RecordOptions):
     """Tokens of a row (default: the longest that was trained on)."""
 
 
-def check_task(options: OutOptions, model: Path) -> RunEvents:
-    """Check --output and the model's path, and return the events of --run."""
-    events = RunEvents(options.run)
+def check_task(options: Any) -> Any:
+    """Check --run, --output and TARGET of a task's options, and return the options."""
+    RunEvents(options.run)
     check_output("--output", options.out)
-    check_model_path(model)
-    return events
+    check_model_path(options.target)
+    return options

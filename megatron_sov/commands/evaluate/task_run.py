@@ -1,7 +1,5 @@
 """Runs a task of `megatron-sov eval` on a checkpoint or a Hugging Face folder, and prints its figures."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from typing import Any

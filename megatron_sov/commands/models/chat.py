@@ -1,7 +1,5 @@
 """`megatron-sov chat TARGET`."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """`megatron-sov codec import | reconstruct | inspect`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path

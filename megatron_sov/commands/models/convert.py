@@ -1,7 +1,5 @@
 """Options and checks of the actions of `megatron-sov convert`."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -174,31 +172,24 @@ class MegatronImport:
 OptionsT = TypeVar("OptionsT", bound=PluginOptions)
 
 
-def _check_paths(*names: str) -> Callable[[OptionsT], OptionsT]:
-    """Return a check that loads --plugin and refuses missing models.
+def _check_paths(*names: str, kinds: tuple[str, ...] = (), expected: str = ""
+                 ) -> Callable[[OptionsT], OptionsT]:
+    """Return a check that loads --plugin, and refuses missing models and models of other `kinds`.
 
     Args:
         names: option fields with paths of models.
+        kinds: accepted kinds of folders; (): all.
+        expected: `kinds` in words.
     """
     def check(options: OptionsT) -> OptionsT:
         for name in names:
             check_model_path(getattr(options, name))
+            if kinds:
+                check_folder_kind(getattr(options, name), kinds, expected)
         load_plugins(options.plugins)
         return options
 
     return check
-
-
-def _check_from_hf(options: FromHfOptions) -> FromHfOptions:
-    _check_paths("hf_dir")(options)
-    check_folder_kind(options.hf_dir, (HF_MODEL,), "a Hugging Face folder")
-    return options
-
-
-def _check_to_hf(options: ToHfOptions) -> ToHfOptions:
-    _check_paths("checkpoint")(options)
-    check_folder_kind(options.checkpoint, (CHECKPOINT_KIND, RUN), "a checkpoint or a run")
-    return options
 
 
 def _check_from_megatron(options: FromMegatronOptions) -> MegatronImport:
@@ -237,8 +228,12 @@ def parse_model_settings(settings: Sequence[str]) -> dict[str, Any]:
 
 
 ACTIONS: Actions = {
-    "from-hf": DeclaredCommand(FromHfOptions, _check_from_hf, f"{RUN_MODULE}:import_hf"),
-    "to-hf": DeclaredCommand(ToHfOptions, _check_to_hf, f"{RUN_MODULE}:export_hf"),
+    "from-hf": DeclaredCommand(
+        FromHfOptions, _check_paths("hf_dir", kinds=(HF_MODEL,), expected="a Hugging Face folder"),
+        f"{RUN_MODULE}:import_hf"),
+    "to-hf": DeclaredCommand(
+        ToHfOptions, _check_paths("checkpoint", kinds=(CHECKPOINT_KIND, RUN),
+                                  expected="a checkpoint or a run"), f"{RUN_MODULE}:export_hf"),
     "from-megatron": DeclaredCommand(FromMegatronOptions, _check_from_megatron,
                                      f"{RUN_MODULE}:import_megatron"),
     "to-peft": DeclaredCommand(ToPeftOptions, _check_paths("checkpoint"), f"{RUN_MODULE}:export_peft"),

@@ -1,7 +1,5 @@
 """Runs the actions of `megatron-sov convert` that write or show weights."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Options and checks of `megatron-sov generate TARGET --prompt TEXT ...`."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass, field
 from pathlib import Path

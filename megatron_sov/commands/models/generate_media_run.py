@@ -1,7 +1,5 @@
 """Runs `megatron-sov generate` with pictures or sounds in prompts or replies."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Runs `megatron-sov generate` on text prompts."""
 
-from __future__ import annotations
-
 import json
 import sys
 

@@ -1,7 +1,5 @@
 """`megatron-sov recipes [RECIPE] [--set key=value ...] [--json | --yaml]`."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from typing import Annotated

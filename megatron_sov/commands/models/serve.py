@@ -1,7 +1,5 @@
 """Options and checks of `megatron-sov serve TARGET`."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import os

@@ -18,7 +18,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.commands.operate.runs import status_run as status
 from megatron_sov.commands.operate.runs.run_state import (
     RunStart, RunState, find_runs, format_run_state, read_run_state)
-from megatron_sov.commands.operate.runs.run_table import format_runs
+from megatron_sov.commands.operate.runs.status_run import format_runs
 from megatron_sov.model.config import apply_settings
 from megatron_sov.runs.obs.history import UNFINISHED
 

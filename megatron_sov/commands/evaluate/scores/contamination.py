@@ -1,7 +1,5 @@
 """`megatron-sov eval contamination OUT.json --data ...`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -28,21 +26,13 @@ class EvalContaminationOptions(RecordOptions):
     """Processes that search (default: one for each core)."""
 
 
-@dataclass(frozen=True)
-class ContaminationRequest:
-    """Checked input of `scores_run.find_contamination`."""
-
-    options: EvalContaminationOptions
-    events: RunEvents
-
-
-def check_contamination(options: EvalContaminationOptions) -> ContaminationRequest:
-    events = RunEvents(options.run)
+def check_contamination(options: EvalContaminationOptions) -> EvalContaminationOptions:
+    RunEvents(options.run)
     check_output("OUT.json", options.results)
     for path in options.data:
         if not path.exists():
             raise UserError(f"--data {path}: does not exist; pass token shards, or files of text")
-    return ContaminationRequest(options, events)
+    return options
 
 
 CONTAMINATION = DeclaredCommand(EvalContaminationOptions, check_contamination,

@@ -1,7 +1,5 @@
 """`megatron-sov eval difference A.json B.json`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -28,23 +26,13 @@ class EvalDifferenceOptions:
     """Also write the figures into a JSON file, which appears whole."""
 
 
-@dataclass(frozen=True)
-class DifferenceRequest:
-    """Checked input of `scores_run.compare_scores`."""
-
-    options: EvalDifferenceOptions
-    tasks: list[str]
-    """[]: all tasks that both files contain."""
-
-
-def check_difference(options: EvalDifferenceOptions) -> DifferenceRequest:
+def check_difference(options: EvalDifferenceOptions) -> EvalDifferenceOptions:
     if options.out is not None:
         check_output("--output", options.out)
         refuse_input_as_output("--output", options.out, options.first, options.second)
-    tasks = parse_task_names(options.tasks)
-    if options.tasks is not None and not tasks:
+    if options.tasks is not None and not parse_task_names(options.tasks):
         raise UserError(f"--tasks {options.tasks!r}: names no task; name some, separated by commas")
-    return DifferenceRequest(options, tasks)
+    return options
 
 
 DIFFERENCE = DeclaredCommand(EvalDifferenceOptions, check_difference,

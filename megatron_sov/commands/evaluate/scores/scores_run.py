@@ -1,7 +1,5 @@
 """Runs `megatron-sov eval difference` and `eval contamination` on result files of `eval lm`."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -10,20 +8,22 @@ from megatron_sov.base.artifacts import format_json, write_output
 from megatron_sov.base.documents import RecordReading
 from megatron_sov.bench.contamination import ContaminationCheck, check
 from megatron_sov.bench.score_differences import differences, read_scored, said, table
-from megatron_sov.commands.evaluate.scores.contamination import ContaminationRequest
-from megatron_sov.commands.evaluate.scores.difference import DifferenceRequest
+from megatron_sov.commands.evaluate.scores.contamination import EvalContaminationOptions
+from megatron_sov.commands.evaluate.scores.difference import EvalDifferenceOptions
+from megatron_sov.commands.shared_options import parse_task_names
+from megatron_sov.runs.folder import RunEvents
 
 EVENT = "eval_contamination"
 
 
-def compare_scores(request: DifferenceRequest) -> None:
+def compare_scores(options: EvalDifferenceOptions) -> None:
     """Print the difference of each metric with its confidence interval.
 
     Raises:
         UserError: a damaged file, or results with different settings.
     """
-    options = request.options
-    rows = differences(read_scored(options.first), read_scored(options.second), request.tasks)
+    rows = differences(read_scored(options.first), read_scored(options.second),
+                       parse_task_names(options.tasks))
     values = {"first": str(options.first), "second": str(options.second),
               "differences": [row.fields() for row in rows]}
     if options.out is not None:
@@ -31,13 +31,13 @@ def compare_scores(request: DifferenceRequest) -> None:
     print(json.dumps(values, indent=1, ensure_ascii=False) if options.json else table(rows))
 
 
-def find_contamination(request: ContaminationRequest) -> None:
+def find_contamination(options: EvalContaminationOptions) -> None:
     """Add the contamination of each task to OUT.json, and write the positions to OUT.hits.json.
 
     Raises:
         UserError: unreadable results or data.
     """
-    options = request.options
+    events = RunEvents(options.run)
     scored = read_scored(options.results)
     checked = check(scored, options.data, RecordReading(text_field=options.text_field), options.workers)
     results = checked.results
@@ -49,9 +49,9 @@ def find_contamination(request: ContaminationRequest) -> None:
     for name, task in results.tasks.items():
         figures[name] = task.contamination and asdict(task.contamination)
         if task.contamination is not None:
-            request.events.add(EVENT, step=results.model.step, model_hash=results.model.hash, task=name,
-                               task_hash=task.task_hash, metric=_get_first_metric(checked, name),
-                               **asdict(task.contamination))
+            events.add(EVENT, step=results.model.step, model_hash=results.model.hash, task=name,
+                       task_hash=task.task_hash, metric=_get_first_metric(checked, name),
+                       **asdict(task.contamination))
     print(json.dumps(figures, indent=1, ensure_ascii=False) if options.json
           else _format_contamination(checked, hits_file))
 

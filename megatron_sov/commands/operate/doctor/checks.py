@@ -4,8 +4,6 @@ Transformer Engine is checked by an import, because its package without GPU libr
 to import.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import importlib.metadata
@@ -83,9 +81,15 @@ def run_checks() -> list[MachineCheck]:
     """Run all checks in display order: required parts, then accelerators, cluster and machine."""
     checks = [*iter_python_checks(), *iter_package_checks(), *iter_shadow_checks(), *iter_torch_checks(),
               *iter_transformer_engine_checks(), *iter_contract_checks()]
-    # `megatron_sov.engine` imports torch, whose failure is reported above
+    # `megatron_sov.engine` imports torch, whose failure is reported above, and megatron-core
     if _import_torch() is not None:
-        checks += import_reference(ENGINE_CHECKS)()
+        try:
+            iter_engine_checks = import_reference(ENGINE_CHECKS)
+        except Exception as e:
+            checks.append(MachineCheck("megatron.core", "broken", f"cannot be imported ({format_error(e)})",
+                                       "make setup, or pip install megatron-core again"))
+        else:
+            checks += iter_engine_checks()
     return [*checks, *iter_optional_checks(), *iter_sandbox_checks(), *iter_slurm_checks(),
             *iter_resource_checks()]
 
@@ -119,7 +123,7 @@ def iter_package_checks() -> Iterator[MachineCheck]:
 
 def iter_shadow_checks() -> Iterator[MachineCheck]:
     """Find foreign packages that install a top-level name of `OUR_PACKAGES` and shadow or overwrite it."""
-    root = Path(__file__).parents[3]
+    root = Path(__file__).parents[4]
     owners = importlib.metadata.packages_distributions()
     for name in OUR_PACKAGES:
         # `find_spec`, not an import: an import would run the code of a foreign package

@@ -1,7 +1,5 @@
 """`megatron-sov doctor [--json]`."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from megatron_sov.base.settings import DeclaredCommand

@@ -1,7 +1,5 @@
 """Checks of `megatron-sov doctor` that need `megatron_sov.engine`, and therefore a working torch."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterator
 

@@ -1,12 +1,4 @@
-"""Options and checks of `megatron-sov plan`.
-
-`plan RECIPE [--set key=value ...] [--nproc N | --cluster P --nodes N [--sweep]]`: settings of each step, and
-memory, time and cost on a cluster. `plan [RECIPE] --cluster P [--days D] [--budget USD]`: tokens within a
-budget. `plan [sft|prefer|distill] --from FOLDER [--data DIR] --cluster P`: fine-tuning of a model.
-`plan --calibrate RUN ... --output FILE`: fit the speed model to runs.
-"""
-
-from __future__ import annotations
+"""Options and checks of `megatron-sov plan`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,34 +58,26 @@ class PlanOptions(RecipeOptions):
 
 
 @dataclass(frozen=True)
-class RecipePlan:
-    """Options of a plan that opens no model and no data of a stage of post-training."""
+class PlanRequest:
+    """Checked options; the subclass selects the run function."""
 
     options: PlanOptions
 
 
-@dataclass(frozen=True)
-class TuningPlan:
-    """Options of a plan with --from."""
-
-    options: PlanOptions
+class RecipePlan(PlanRequest):
+    """A plan without --from."""
 
 
-@dataclass(frozen=True)
-class LayoutProof:
-    """Options of --prove."""
-
-    options: PlanOptions
+class TuningPlan(PlanRequest):
+    """A plan with --from."""
 
 
-@dataclass(frozen=True)
-class SpeedCalibration:
-    """Options of --calibrate."""
-
-    options: PlanOptions
+class LayoutProof(PlanRequest):
+    """--prove."""
 
 
-PlanRequest = RecipePlan | TuningPlan | LayoutProof | SpeedCalibration
+class SpeedCalibration(PlanRequest):
+    """--calibrate."""
 
 
 def check_plan(options: PlanOptions) -> PlanRequest:

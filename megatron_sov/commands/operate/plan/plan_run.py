@@ -1,7 +1,5 @@
 """Runs `megatron-sov plan` for recipes: the schedule, the price on a cluster, or tokens within a budget."""
 
-from __future__ import annotations
-
 import math
 
 from megatron_sov.base.artifacts import format_json, read_manifest

@@ -1,7 +1,5 @@
 """Runs `megatron-sov plan --from FOLDER`: the plan of a stage of post-training."""
 
-from __future__ import annotations
-
 import dataclasses
 from functools import partial
 from pathlib import Path

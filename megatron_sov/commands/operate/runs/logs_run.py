@@ -2,12 +2,8 @@
 
 Under Slurm each start of a job writes `RUN/slurm/logs/<job>-<restart>/`: a file per rank, srun's output and
 the preflight check of the nodes. The job's script writes `RUN/slurm/<job>.log`; jobs that evaluate an export
-write the same files next to the export. Hung processes write their stacks to `RUN/hang`; exports and
-evaluations during training write logs of their own. A run on one machine writes to its terminal;
-`RUN/events.jsonl` records warnings, stops and restarts of every run.
+write the same files next to the export. Hung processes write their stacks to `RUN/hang`.
 """
-
-from __future__ import annotations
 
 import re
 import time

@@ -1,7 +1,5 @@
 """`megatron-sov report RUN [RUN ...] [--output FILE]`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated

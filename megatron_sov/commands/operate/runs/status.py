@@ -1,7 +1,5 @@
 """`megatron-sov status RUN [RUN ...] [--json | --follow]`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated

@@ -1,19 +1,18 @@
 """Runs `megatron-sov status`: one run in full, several runs as a table, or the events of one run as they are
 written."""
 
-from __future__ import annotations
-
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.errors import UserError, escape_controls
+from megatron_sov.base.figures import NO_VALUE, format_count, format_duration, format_value
 from megatron_sov.commands.operate.runs.run_state import (
     RunState, RunStateReader, find_runs, format_run_state, read_run_state)
-from megatron_sov.commands.operate.runs.run_table import format_runs
 from megatron_sov.commands.operate.runs.status import StatusOptions
 from megatron_sov.runs.obs.events import EVENTS, GrowingFile, parse_event
 from megatron_sov.runs.obs.figures import parse_number
@@ -24,6 +23,9 @@ POLL_EVENTS_S, POLL_STATE_S = 0.5, 5.0
 MAX_TIME_S = 1e11
 ALIVE = ("running", "silent", "waiting", "not started")
 """States in which a run may still write events."""
+HEAD = ("run", "stage", "recipe", "step", "loss", "held-out", "tokens", "state", "last change")
+RIGHT = frozenset(("step", "loss", "held-out", "tokens", "last change"))
+"""Right-aligned columns."""
 
 
 def show_status(options: StatusOptions) -> None:
@@ -102,3 +104,22 @@ def _list_fields(state: RunState) -> dict[str, Any]:
     fields = {**asdict(state), "path": str(state.path), "restarts": state.restarts}
     return {name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in fields.items()}
+
+
+def format_runs(states: Sequence[RunState], root: Path | None = None) -> str:
+    """Format a table with a row per run; run names are relative to `root`."""
+    rows = [HEAD, *(_list_cells(state, root) for state in states)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
+    return "\n".join("  ".join(cell.rjust(width) if name in RIGHT else cell.ljust(width)
+                               for name, cell, width in zip(HEAD, row, widths, strict=True)).rstrip()
+                     for row in rows)
+
+
+def _list_cells(state: RunState, root: Path | None) -> tuple[str, ...]:
+    name = state.path.relative_to(root) if root and state.path.is_relative_to(root) else state.path
+    age_s = state.last_event_age_s
+    return (str(name), state.stage or NO_VALUE, state.recipe or NO_VALUE,
+            f"{state.step:,}/{state.num_steps:,}", format_value(state.loss),
+            format_value(state.heldout_bits_per_byte),
+            format_count(state.tokens) if state.tokens else NO_VALUE,
+            state.state, f"{format_duration(max(0.0, age_s))} ago" if math.isfinite(age_s) else NO_VALUE)

@@ -1,7 +1,5 @@
 """Chain files of `megatron-sov submit chain`: stages and their order, in YAML."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

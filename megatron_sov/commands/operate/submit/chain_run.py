@@ -1,8 +1,6 @@
 """Runs `megatron-sov submit chain`. A stage starts when its predecessors are complete. --scripts writes the
 stages' scripts for `sbatch` instead."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections import Counter
@@ -58,10 +56,6 @@ def run_chain(chain: str, options: SubmitOptions) -> None:
 
 def submit_chain(chain: str, options: SubmitOptions) -> None:
     """Submit the incomplete stages of a chain, after checks of all stages.
-
-    Args:
-        chain: name in `list_chains`, or path of a chain file.
-        options: options of `submit`.
 
     Raises:
         UserError: an invalid file or stage, a problem with Slurm, or jobs of an earlier submission.
@@ -176,15 +170,7 @@ def prepare_links(chain: str, options: SubmitOptions) -> list[ChainLink]:
 
 def _build_request(config: ChainConfig, stage: ChainStage, options: SubmitOptions, needs: tuple[Path, ...],
              ready: ReadySubmission | None) -> submission.SubmitRequest:
-    """Build the submission request of a stage.
-
-    Args:
-        config: the chain.
-        stage: the stage.
-        options: options of `submit`.
-        needs: completion manifests of the preceding stages.
-        ready: script of --scripts.
-    """
+    """Build the request of a stage. `needs`: completion manifests of its predecessors."""
     chosen = stage.cluster or options.cluster or config.cluster
     if not chosen:
         raise UserError("names no cluster; add a line `cluster: PROFILE` to the file, or pass --cluster")
@@ -207,11 +193,6 @@ def _describe_script(chain: str, number: int, stage: ChainStage, options: Submit
 
 def write_scripts(chain: str, folder: Path, options: SubmitOptions) -> list[Path]:
     """Write the scripts of a chain and return their paths in the order of submission.
-
-    Args:
-        chain: name in `list_chains`, or path of a chain file.
-        folder: receives the scripts; the scripts' comments name this path.
-        options: options of `submit`.
 
     Raises:
         UserError: an invalid chain, or an existing script, which a user may have edited.

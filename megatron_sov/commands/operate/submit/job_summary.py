@@ -1,8 +1,6 @@
 """What a training job of a cluster reads, takes and costs: checks of its data before it is submitted, and the
 summary that `submit` prints."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import sys

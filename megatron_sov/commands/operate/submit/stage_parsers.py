@@ -1,7 +1,5 @@
 """Parsers of the commands that `megatron-sov submit` can submit."""
 
-from __future__ import annotations
-
 import argparse
 from functools import partial
 

@@ -1,7 +1,5 @@
 """`megatron-sov submit STAGE --cluster P --nodes N ARGUMENTS...` and `megatron-sov submit chain CHAIN`."""
 
-from __future__ import annotations
-
 import argparse
 import shlex
 

@@ -1,7 +1,5 @@
 """Runs `megatron-sov submit STAGE`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from megatron_sov.base.command_line import import_reference
@@ -17,16 +15,7 @@ PROVE = "megatron_sov.commands.operate.submit.prove_run:prove_layouts"
 
 
 def submit_stage(stage: str, argv: list[str], options: SubmitOptions) -> int:
-    """Submit a job for a stage.
-
-    Args:
-        stage: name in `STAGES`.
-        argv: arguments of the stage's command.
-        options: options of `submit`.
-
-    Returns:
-        3 if --prove finds a difference, otherwise 0.
-    """
+    """Submit a job for a stage, and return 0, or 3 if --prove finds a difference."""
     if options.continue_chain:
         raise UserError("--continue: belongs to a chain; a stage continues by itself when it is "
                         "submitted again")
