@@ -93,7 +93,7 @@ def _query_backends(heads: int, groups: int, size: tuple[int, int], window: int,
                     variables: tuple[str | None, ...]) -> tuple[bool, str]:
     """Return whether FlashAttention serves, and why no cuDNN kernel does ("" if one does), for the given
     environment `variables`."""
-    from transformer_engine.pytorch.attention.dot_product_attention import utils
+    from transformer_engine.pytorch.attention.dot_product_attention import utils  # optional package
 
     params = {"qkv_layout": "thd_thd_thd", "batch_size": QUERY_DOCUMENTS, "num_heads": heads,
               "num_gqa_groups": groups, "max_seqlen_q": QUERY_TOKENS, "max_seqlen_kv": QUERY_TOKENS,

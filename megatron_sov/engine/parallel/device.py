@@ -167,6 +167,7 @@ def release_gpu_memory() -> None:
 
 def toggle_nsys_recording(*, on: bool) -> None:
     """Start or stop recording in nsys, with the library's NVTX ranges. Does nothing without nsys."""
+    # `prepare_megatron` needs this module before megatron may be imported
     from megatron.core.utils import configure_nvtx_profiling
 
     configure_nvtx_profiling(on)
@@ -309,7 +310,7 @@ FP8_FUNCTIONS = {"tensorwise": "is_fp8_available", "blockwise": "is_fp8_block_sc
 
 def find_fp8_problems() -> dict[str, str]:
     """Return recipe -> Transformer Engine's reason against it on this GPU, or ""."""
-    import transformer_engine.pytorch as te
+    import transformer_engine.pytorch as te  # optional package
 
     checks = {fp8: getattr(te, name)(return_reason=True) for fp8, name in FP8_FUNCTIONS.items()}
     return {fp8: "" if available else str(reason) for fp8, (available, reason) in checks.items()}
