@@ -19,6 +19,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -420,7 +421,7 @@ def _is_leftover(folder: Path, pid: int) -> bool:
 
 def _has_ended(pid: int) -> bool:
     """Return whether a process has ended; zombies count as ended."""
-    import psutil
+    import psutil  # not at the top: it is slow to import, and few commands find a leftover
 
     with contextlib.suppress(psutil.Error):
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
@@ -576,8 +577,6 @@ def find_damaged_files(path: str | Path, names: Iterable[str] | None = None, wor
         workers: number of hashing threads.
         on_checked: called with each checked file's size in bytes, from any thread.
     """
-    from concurrent.futures import ThreadPoolExecutor
-
     records = read_manifest(path).files
 
     def check_file(name: str) -> str | None:

@@ -177,6 +177,7 @@ class Parser(argparse.ArgumentParser):
 def _find_wrong_values(parsed: argparse.Namespace) -> UserError | None:
     """Return the error about option values of a proposed line that the command rejects; values that stand
     for what nobody typed are not rejected."""
+    # not at the top: `base.settings` imports this module
     from megatron_sov.base.settings import SettingsError, read_options
 
     try:

@@ -269,15 +269,15 @@ def format_install_command(extra: str, options: str = "") -> str:
     the extra's packages themselves, never "megatron-sov": the name is not registered on the package index,
     and whoever registers it could run code on the user's machine.
     """
-    root = Path(__file__).parents[2]
-    from importlib import metadata
+    from importlib import metadata  # not at the top: it is slow to import, and only missing packages need it
 
+    root = Path(__file__).parents[2]
     # sys.executable: the user's active Python may be another environment
     begin = f"{shlex.quote(sys.executable)} -m pip install {options}".strip()
     if (root / "setup.py").is_file():
         return f"{begin} -e {shlex.quote(f'{root}[{extra}]')} -c {shlex.quote(str(root / 'constraints.txt'))}"
     try:
-    # the wheel's metadata lists the extra's packages with the versions of this release
+        # the wheel's metadata lists the extra's packages with the versions of this release
         lines = metadata.requires("megatron-sov") or []
     except metadata.PackageNotFoundError:  # a copy of the source folders
         lines = []

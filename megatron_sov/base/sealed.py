@@ -263,7 +263,7 @@ def open_sealed_parquet(file: Path, remedy: str = RUN_AGAIN, *, is_required: boo
         UserError: the file is damaged.
         OSError, pyarrow.ArrowException: the file cannot be opened.
     """
-    from pyarrow import parquet
+    from pyarrow import parquet  # not at the top: it is slow to import, and most seals are of JSON files
 
     check_seal(file, remedy, is_required=is_required, seal=seal)
     return parquet.ParquetFile(file, page_checksum_verification=True, **options)

@@ -25,9 +25,9 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.chat.vocabulary import check_same_tokenizer
 from megatron_sov.checkpoint.safetensors_files import TensorSpec
 from megatron_sov.checkpoint.sharded_tensors import format_block_name, write_index
+from megatron_sov.convert.companion_files import copy_carried_fields
 from megatron_sov.convert.dtypes import KEEP, check_space, convert_tensor
-from megatron_sov.convert.hf_import import (
-    build_index, copy_carried_fields, hash_file_plan, plan_files, verify_source, write_files)
+from megatron_sov.convert.hf_import import build_index, hash_file_plan, plan_files, verify_source, write_files
 from megatron_sov.convert.peft import AdaptedWeights, open_checkpoint_weights, record_inputs
 from megatron_sov.convert.sources import PART, CheckpointWeights
 from megatron_sov.model.config import LoraConfig, ModelConfig, RunConfig

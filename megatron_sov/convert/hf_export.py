@@ -23,12 +23,14 @@ from megatron_sov.base.figures import format_size
 from megatron_sov.base.pages.markdown import escape_md
 from megatron_sov.checkpoint.safetensors_files import TensorSpec
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
+from megatron_sov.convert.companion_files import (
+    CARRIED_FIELDS, add_turn_ends, copy_carried_fields, copy_companions, describe_split_conflict,
+    move_chat_template, read_generation_ids, read_token_ids, to_id_list)
 from megatron_sov.convert.dtypes import (
     KEEP, check_dtype_name, check_space, choose_export_dtype, convert_tensor)
 from megatron_sov.convert.hf_import import (
-    CARRIED_FIELDS, add_turn_ends, check_copies, copy_carried_fields, copy_companions,
-    describe_split_conflict, find_differing_copies, get_duplicates, hash_file_plan, move_chat_template,
-    plan_shards, read_generation_ids, read_token_ids, to_id_list, verify_source, write_files)
+    check_copies, find_differing_copies, get_duplicates, hash_file_plan, plan_shards, verify_source,
+    write_files)
 from megatron_sov.convert.peft import AdaptedWeights, UpdateRounding, open_weights, record_inputs
 from megatron_sov.convert.sources import (
     HfWeights, Weights, check_dtypes, has_same_bits, list_ignored_prefixes, resolve_run)
@@ -202,9 +204,9 @@ def _cast_to_narrower(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, t
 
 def _loading_checks(side: HfWeights) -> list[ParityCheck]:
     """Load the folder with transformers, and check the reported keys."""
-    _check_memory(side.path)
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM  # slow to import, and few exports are loaded
 
+    _check_memory(side.path)
     try:
         _, keys = load_and_compare(AutoModelForCausalLM, side.path, left_out=list_ignored_prefixes(side.path),
                                    **{"dtype": "auto", **find_low_bit_options(side.path)})
@@ -327,7 +329,7 @@ def _find_companions(source: Weights) -> tuple[Path, TokenIds]:
 
 def _write_readme(export: Path, source: Path) -> None:
     """Write a model card with the provenance of `source`. Users edit it, so it is not in the manifest."""
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import ModelCard, ModelCardData  # slow to import
 
     # Folder names are left out: the same model must give the same bytes.
     content = read_manifest(export).content

@@ -4,13 +4,14 @@ here."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_args
 
 from megatron_sov.base.settings import Flag
 from megatron_sov.infer.request import Batching, GenerationResult, NamedTensors, Sampling, StopRule, Tokens
 
 if TYPE_CHECKING:
-    from megatron_sov.infer.engines.server_engine import ServerLocations
     from megatron_sov.infer.engines.target import Target
 
 EngineName = Literal["megatron", "transformers", "vllm"]
@@ -24,6 +25,20 @@ PRECISION_KEY = "train.precision"
 """Setting of the engines megatron and transformers."""
 ENGINE_SET = "--engine-set"
 """Option for layout and precision in commands whose --set is for other settings."""
+
+
+@dataclass(frozen=True)
+class ServerLocations:
+    """Locations of engine servers, their logs and their interpreter."""
+
+    logs: Path
+    """Log folder of servers started here."""
+    urls: tuple[str, ...] = ()
+    """Addresses of running servers; empty: start servers here."""
+    python: Path | None = None
+    """Python interpreter with the engine; None uses `SOV_ENGINE_PYTHON` or the current interpreter."""
+    command: tuple[str, ...] = ()
+    """Command that replaces the engine's own."""
 
 
 class Engine(Protocol):
@@ -93,13 +108,11 @@ def run_with_engine(name: str, target: Target, work: Callable[[Engine], Any], *,
         UserError: the engine is not installed or cannot load the model.
         SystemExit: a process failed and has reported its error.
     """
-    # Imported here, so that commands parse options without torch.
+    # Import only the chosen engine: each takes seconds, and commands parse options without torch.
     if name == MEGATRON:
-        from megatron_sov.infer.decoder.generator import MegatronEngine
-        from megatron_sov.infer.engines.load import run_forward_model
+        from megatron_sov.infer.engines.load import run_megatron_engine
 
-        return run_forward_model(target, settings, nproc,
-                                 lambda loaded: work(MegatronEngine(loaded.policy, batching)), option)
+        return run_megatron_engine(target, settings, nproc, work, batching, option)
     if name in SERVER_ENGINES:
         from megatron_sov.infer.engines.server_engine import open_server_engine, parse_server_settings
 

@@ -13,15 +13,15 @@ from megatron_sov.base.documents.files import refuse_tables
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AtLeastOne, Flag, SettingsError
 from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder
-from megatron_sov.chat.folder import TOKENIZER_JSON, read_chat_encoder
+from megatron_sov.chat.folder import TOKENIZER_JSON, open_tokenizer, read_chat_encoder
 from megatron_sov.chat.marks import build_text_decoder, prepend_mark
+from megatron_sov.convert.companion_files import read_generation_ids, to_id_list
 from megatron_sov.infer.engine import (
-    ENGINE_SET, MEGATRON, PRECISION_KEY, SERVER_ENGINES, TRANSFORMERS, ChosenEngine)
+    ENGINE_SET, MEGATRON, PRECISION_KEY, SERVER_ENGINES, TRANSFORMERS, ChosenEngine, ServerLocations)
 from megatron_sov.infer.request import GenerationResult
 from megatron_sov.work.endpoints.transport import find_address_problems
 
 if TYPE_CHECKING:
-    from megatron_sov.infer.engines.server_engine import ServerLocations
     from megatron_sov.infer.engines.target import Target
     from megatron_sov.model.modality import FeatureTokens, MediaEncoding
 
@@ -118,8 +118,6 @@ class ServerOptions:
         Raises:
             UserError: --engine-url is not an address.
         """
-        from megatron_sov.infer.engines.server_engine import ServerLocations
-
         for url in self.engine_url:
             if problems := find_address_problems("--engine-url", url, "the environment"):
                 raise SettingsError("", problems)
@@ -161,7 +159,7 @@ class PromptEncoder:
     """
 
     def __init__(self, target: Target, chat: bool, encoding: MediaEncoding | None = None) -> None:
-        from megatron_sov.infer.engines.load import load_tokenizer
+        from megatron_sov.infer.engines.load import load_tokenizer  # not at the top: it imports torch
 
         tokenizer = load_tokenizer(target.tokenizer_folder)
         eos = tokenizer.eos_token_id
@@ -254,21 +252,17 @@ def read_stop_ids(target: Target, eos: int | None, encoder: ChatEncoder | None) 
         eos: eos id of the tokenizer.
         encoder: chat encoder, for prompts with a chat template.
     """
-    from megatron_sov.convert.hf_import import read_generation_ids, to_id_list
-
     configured = to_id_list(read_generation_ids(target.tokenizer_folder).eos)
     turn_ends = () if encoder is None else encoder.end_ids()
     return tuple(sorted({*configured, *turn_ends, *(() if eos is None else (int(eos),))}))
 
 
 def _read_feature_tokens(folder: Path, encoding: MediaEncoding) -> FeatureTokens:
-    from tokenizers import Tokenizer
+    from megatron_sov.model.modality import load_modality  # not at the top: `--help` loads no numpy
 
-    from megatron_sov.model.modality import load_modality
-
-    omni = load_modality()
+    tokenizer = open_tokenizer(folder)
     try:
-        return omni.feature_tokens(Tokenizer.from_file(str(folder / TOKENIZER_JSON)), encoding)
+        return load_modality().feature_tokens(tokenizer, encoding)
     except Exception as e:  # the binding raises a bare Exception
         raise UserError(f"{folder}: its tokenizer cannot be read ({e}); restore it from its source") from None
 

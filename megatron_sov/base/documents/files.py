@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import io
 import os
@@ -84,7 +83,6 @@ TEXT_SUFFIXES = JSONL_SUFFIXES | frozenset([
 PARQUET_SUFFIX = ".parquet"
 ARROW_SUFFIXES = frozenset([".arrow", ".feather"])
 """Endings of Arrow files and streams, as written by `save_to_disk` of Hugging Face datasets."""
-_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 JSON_SUFFIX = ".json"
 """Ending of a JSON list or of JSON lines; other JSON is not data."""
 RECORD_SUFFIXES = JSONL_SUFFIXES | ARROW_SUFFIXES | {PARQUET_SUFFIX}
@@ -441,7 +439,7 @@ def open_parquet(file: Path) -> Any:
     Raises:
         BadRecord: the file is not Parquet, or truncated.
     """
-    import pyarrow
+    import pyarrow  # not at the top: it is slow to import, and `--help` reads no data
 
     try:
         opened = sealed.open_sealed_parquet(file)
@@ -458,53 +456,6 @@ def open_parquet(file: Path) -> Any:
                         f"is not a Parquet file, or only a part of one ({reason}); fetch it again") from None
 
 
-@contextlib.contextmanager
-def open_arrow_batches(file: Path) -> Iterator[tuple[list[str], Iterator[Any]]]:
-    """Yield the column names and batches of an Arrow file or stream.
-
-    Raises:
-        BadRecord: another format or damage; raised also while reading batches.
-    """
-    import pyarrow
-    from pyarrow import ipc
-
-    try:
-        with pyarrow.OSFile(str(file)) as opened:
-            begin = opened.read(6)
-            # a file begins with magic bytes, a stream with a continuation mark (before 2019: with a length)
-            is_file, is_old = begin == b"ARROW1", begin[:4] != _STREAM_END[:4]
-            opened.seek(0)
-            reader = ipc.open_file(opened) if is_file else ipc.open_stream(opened)
-            batches: Iterator[Any]
-            if is_file:
-                batches = map(reader.get_batch, range(reader.num_record_batches))
-            else:
-                batches = _iter_stream(reader, opened, is_old)
-            yield reader.schema.names, map(_validate_batch, batches)
-    except (pyarrow.ArrowException, OSError) as e:
-        reason = first_error_line(e)[:200]
-        raise BadRecord("arrow", f"is not an Arrow file, or only a part of one ({reason}); the batches "
-                                 "before the damage are read; fetch it again") from None
-
-
-def _iter_stream(reader: Any, opened: Any, is_old: bool) -> Iterator[Any]:
-    """Yield the batches of a stream, and check its end mark: nothing else shows a truncation between batches.
-
-    The end mark of old streams (before 2019) cannot be distinguished from data.
-    """
-    import pyarrow
-
-    yield from reader
-    opened.seek(max(0, opened.size() - len(_STREAM_END)))
-    if not is_old and opened.read() != _STREAM_END:
-        raise pyarrow.ArrowInvalid("the end of the stream is missing")
-
-
-def _validate_batch(batch: Any) -> Any:
-    batch.validate(full=True)
-    return batch
-
-
 def open_bytes(file: Path, compression: str = "") -> IO[bytes]:
     """Open a file for reading, decompressing ".gz" or ".zst"."""
     if compression == ".gz":
@@ -518,7 +469,7 @@ class ZstdFile(io.RawIOBase):
     """Decompressed bytes of a `.zst` file with one or more frames; wrap it in `io.BufferedReader`."""
 
     def __init__(self, file: Path) -> None:
-        import pyarrow
+        import pyarrow  # not at the top, as in `open_parquet`
 
         self._stream = pyarrow.input_stream(os.fspath(file), compression="zstd")
 

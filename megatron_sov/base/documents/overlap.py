@@ -18,21 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sov.base.documents.scripts import RUN_HANGUL_SCRIPTS, RUN_SCRIPTS, list_code_points
-
 RUN_WORDS = 10
 """Length of a run in words."""
 TWELFTHS = 12
 """Size of one word, the measure of unit sizes."""
-_INVISIBLE = ((0x034F, 0x0350), (0x115F, 0x1161), (0x17B4, 0x17B6), (0x180B, 0x1810), (0x3164, 0x3165),
-              (0xFE00, 0xFE10), (0xFFA0, 0xFFA1), (0xE0000, 0xE1000))
-"""Invisible code points (Default_Ignorable_Code_Point) outside the category Cf."""
-_NAMED_PLANES = 0x30000
-"""End of the code points with a category lookup; higher ones are Han, invisible or unassigned."""
-_COMMANDS = ("text", "textbf", "textit", "textrm", "texttt", "textsf", "textsc", "emph", "mathrm", "mathbf",
-             "mathit", "mathsf", "mathtt", "boldsymbol", "bm", "left", "right", "big", "bigl", "bigr",
-             "displaystyle", "textstyle", "limits", "quad", "qquad", "underline")
-"""TeX commands that change appearance only."""
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 # an odd number has an inverse modulo 2^64, which allows shifting prefix sums to any position
 _INVERSE = np.uint64(pow(int(_BASE), -1, 1 << 64))
@@ -66,7 +55,7 @@ class Units:
     def run_ends(self, words: int = RUN_WORDS) -> NDArray[np.int64]:
         """Return the end (exclusive) of each run of `words` words; run i begins at unit i. Empty if too
         short."""
-        from megatron_sov.base.documents import unit_scan
+        from megatron_sov.base.documents import unit_scan  # not at the top, as in `find_units`
 
         ends = np.empty(len(self.sizes), np.int64)
         return ends[:unit_scan.find_run_ends(self.sizes, words * TWELFTHS, ends)]
@@ -99,6 +88,7 @@ def find_units(text: str) -> Units:
     Ignores punctuation, symbols, tags, entities, TeX commands of formatting, hyphenation at line ends,
     thousands separators and invisible characters.
     """
+    # not at the top: numba is slow to import, and `--help` compares no texts
     from megatron_sov.base.documents import unit_scan
 
     places = None
@@ -108,39 +98,23 @@ def find_units(text: str) -> Units:
         codes = np.frombuffer(text.lower().encode("ascii"), np.uint8).astype(np.uint32)
     else:
         folded = unicodedata.normalize("NFKC", text)
-        codes = _to_code_points(folded)
-        fold_flags = unit_scan.fold_case(codes, _get_folds(), _get_classes())
+        codes = unit_scan.to_code_points(folded)
+        fold_flags = unit_scan.fold_case(codes, unit_scan.get_folds(), unit_scan.get_classes())
         # a letter that folds to several (such as ß) changes indices: fold the text itself
         if fold_flags & 2:
             folded = fold_text(text)
-            codes = _to_code_points(folded)
+            codes = unit_scan.to_code_points(folded)
         if fold_flags & 1:
             # remove invisible characters first: inside a word they must not split it
-            places = np.flatnonzero(_get_classes()[codes] != unit_scan.IGNORED)
+            places = np.flatnonzero(unit_scan.get_classes()[codes] != unit_scan.IGNORED)
             codes = codes[places]
     count = len(codes)
     hashes, sizes = np.empty(count, np.uint64), np.empty(count, np.uint8)
     begins, ends = np.empty(count, np.int64), np.empty(count, np.int64)
     # the arrays have room for one unit per character; cut them to the number of units
-    count = unit_scan.scan_units(codes, _get_classes(), _hash_commands(), hashes, sizes, begins, ends)
+    count = unit_scan.scan_units(codes, unit_scan.get_classes(), unit_scan.hash_commands(), hashes, sizes,
+                                 begins, ends)
     return Units(folded, places, hashes[:count], sizes[:count], begins[:count], ends[:count])
-
-
-def _to_code_points(text: str) -> NDArray[np.uint32]:
-    return np.frombuffer(bytearray(text.encode("utf-32-le", errors="surrogatepass")), np.uint32)
-
-
-def list_units(text: str) -> list[str]:
-    """Return the units of a text as strings, without ignored characters."""
-    from megatron_sov.base.documents import unit_scan
-
-    parsed, classes, strings = find_units(text), _get_classes(), list[str]()
-    passed_over = (unit_scan.SEPARATOR, unit_scan.IGNORED)
-    for i in range(len(parsed.hashes)):
-        start, stop = parsed.span(i, i + 1)
-        characters = parsed.folded[start:stop].casefold()
-        strings.append("".join(c for c in characters if classes[ord(c)] not in passed_over))
-    return strings
 
 
 def hash_runs(text: str, words: int = RUN_WORDS) -> list[int]:
@@ -193,46 +167,3 @@ def _compute_powers(count: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]
 
 
 _get_cached_powers = lru_cache(maxsize=9)(_compute_powers)
-
-
-@lru_cache(maxsize=1)
-def _get_classes() -> NDArray[np.uint8]:
-    """Return the class of each code point (classes of `unit_scan`)."""
-    from megatron_sov.base.documents import unit_scan
-
-    classes = np.full(0x110000, unit_scan.WORD, np.uint8)
-    for begin, end in list_code_points(RUN_SCRIPTS):
-        classes[begin:end] = unit_scan.QUARTER
-    for begin, end in list_code_points(RUN_HANGUL_SCRIPTS):
-        classes[begin:end] = unit_scan.THIRD
-    # after the ranges of scripts, which include some marks and digits
-    for code in range(_NAMED_PLANES):
-        category = unicodedata.category(chr(code))
-        if category[0] in "PSZ" or category == "Cc":
-            classes[code] = unit_scan.SEPARATOR
-        elif category == "Cf":
-            classes[code] = unit_scan.IGNORED
-        elif category == "Nd":
-            classes[code] = unit_scan.DIGIT + unicodedata.digit(chr(code))
-    for begin, end in _INVISIBLE:
-        classes[begin:end] = unit_scan.IGNORED
-    return classes
-
-
-@lru_cache(maxsize=1)
-def _get_folds() -> NDArray[np.uint32]:
-    """Return the case-folded code point of each code point; `unit_scan.MANY` if there are several."""
-    from megatron_sov.base.documents import unit_scan
-
-    folds = np.arange(0x110000, dtype=np.uint32)
-    for code in range(_NAMED_PLANES):
-        if (folded := chr(code).casefold()) != chr(code):
-            folds[code] = ord(folded) if len(folded) == 1 else unit_scan.MANY
-    return folds
-
-
-@lru_cache(maxsize=1)
-def _hash_commands() -> NDArray[np.uint64]:
-    from megatron_sov.base.documents import unit_scan
-
-    return np.sort(np.array([unit_scan.hash_word(_to_code_points(name)) for name in _COMMANDS], np.uint64))

@@ -14,12 +14,12 @@ from typing import IO, Any, cast
 from megatron_sov.base.documents.files import (
     ARROW_SUFFIXES, BYTE_ORDER_MARK, DOCUMENT_BYTES, JSON_SUFFIX, JSONL_SUFFIXES, PARQUET_SUFFIX,
     TEXT_SUFFIXES, WHOLE_FILE_BYTES, FileSpan, cut_at_blank_lines, is_records, iter_spans, list_files,
-    open_arrow_batches, open_bytes, open_parquet)
+    open_bytes, open_parquet)
 from megatron_sov.base.documents.layouts import FOREIGN, Renames, unread_fields
 from megatron_sov.base.documents.records import (
     DIALOGUE, BadRecord, Document, RecordParser, RecordReading, create_length_error, decode_utf8,
     find_table_problem, list_read_fields, parse_json_value, parse_line, parse_record)
-from megatron_sov.base.errors import UserError, first_error_line
+from megatron_sov.base.errors import UserError
 
 _ESCAPE_CHARS = 16
 """Characters at the end of a window that may be the beginning of an escape, word or number."""
@@ -125,12 +125,8 @@ class _ByteWindow:
 MAX_REPORT_BYTES = 1000
 """Bytes of a bad record's content in its report."""
 _BLOCK_BYTES = 1 << 20
-_ROWS = 256
-"""Rows of a Parquet file decoded at a time (fewer if rows are long)."""
-_ROWS_BYTES = 64 << 20
 _JSON_BEGINS = re.compile(rb'\s*(?:\[\s*)?\{\s*"(?:[^"\\\n]|\\.)*"\s*:')
 """Beginning of JSON (a list, lines or one object); plain text does not begin like this."""
-_JSON_TYPE = "extension<arrow.json>"
 TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
 """Suffixes of plain-text tables -> column separator."""
 
@@ -224,26 +220,33 @@ class CountedSpan:
         Raises:
             UserError: the file is unreadable.
         """
-        span = self.span
         try:
-            if span.suffix == PARQUET_SUFFIX:
-                file = open_parquet(span.file)
-                columns = _choose_columns(file.schema_arrow.names, self.reading)
-                yield from self._iter_rows(_iter_batches(file, range(span.start, span.stop), columns),
-                                           columns)
-            elif span.suffix in ARROW_SUFFIXES:
-                with open_arrow_batches(span.file) as (names, batches):
-                    columns = _choose_columns(names, self.reading)
-                    yield from self._iter_rows(_iter_slices(batches), columns)
+            if self.span.suffix == PARQUET_SUFFIX or self.span.suffix in ARROW_SUFFIXES:
+                yield from self._read_table()
             else:
-                with _open_span(span) as f:
+                with _open_span(self.span) as f:
                     yield from self._read_bytes(f)
         except BadRecord as e:
             yield e
         except OSError as e:
-            raise UserError(f"{span.file}: cannot be read ({e.strerror or e}); "
+            raise UserError(f"{self.span.file}: cannot be read ({e.strerror or e}); "
                             "check the path and its permissions") from e
 
+    def _read_table(self) -> Iterator[Document | BadRecord]:
+        """Read the row groups of a Parquet file, or an Arrow file."""
+        # not at the top: pyarrow is slow to import, and `--help` reads no data
+        from megatron_sov.base.documents import arrow_rows
+
+        span = self.span
+        if span.suffix == PARQUET_SUFFIX:
+            file = open_parquet(span.file)
+            columns = _choose_columns(file.schema_arrow.names, self.reading)
+            batches = arrow_rows.iter_parquet_batches(file, range(span.start, span.stop), columns)
+            yield from self._convert_rows(batches, columns, arrow_rows.convert_value)
+        else:
+            with arrow_rows.open_arrow_batches(span.file) as (names, batches):
+                columns = _choose_columns(names, self.reading)
+                yield from self._convert_rows(batches, columns, arrow_rows.convert_value)
     def _read_bytes(self, f: IO[bytes]) -> Iterator[Document | BadRecord]:
         if self.span.suffix in JSONL_SUFFIXES:
             return self._iter_lines(f)
@@ -347,7 +350,8 @@ class CountedSpan:
             raise BadRecord("table", f"is a table (columns: {', '.join(names)[:200]}); save it as Parquet or "
                                      "JSON lines, e.g. with to_parquet or to_json of `datasets`")
 
-    def _iter_rows(self, batches: Iterator[Any], columns: list[str]) -> Iterator[Document | BadRecord]:
+    def _convert_rows(self, batches: Iterator[Any], columns: list[str],
+                      convert_value: Callable[[Any, bool], Any]) -> Iterator[Document | BadRecord]:
         # columns of a reward keep their nulls
         padded = {*DIALOGUE, *(name for target, sources in self.reading.renames if target in DIALOGUE
                                for name in sources)}
@@ -355,7 +359,7 @@ class CountedSpan:
             for i in range(batch.num_rows):
                 self.num_lines += 1
                 try:
-                    record = {name: _convert_value(batch.column(name)[i], name in padded) for name in columns}
+                    record = {name: convert_value(batch.column(name)[i], name in padded) for name in columns}
                     yield self.parse(record, f"{self.span.file}:{self.num_lines}", self.num_lines,
                                      self.reading)
                 except BadRecord as e:
@@ -426,64 +430,3 @@ def _choose_columns(names: list[str], reading: RecordReading) -> list[str]:
     if reading.kind != "text":
         needed |= list_read_fields(reading)
     return [name for name in names if name in needed]
-
-
-def _iter_slices(batches: Iterator[Any]) -> Iterator[Any]:
-    for batch in batches:
-        for start in range(0, batch.num_rows, _ROWS):
-            yield batch.slice(start, _ROWS)
-
-
-def _iter_batches(file: Any, row_groups: range, columns: list[str]) -> Iterator[Any]:
-    """Yield rows in batches of at most `_ROWS` rows and about `_ROWS_BYTES`."""
-    import pyarrow
-
-    try:
-        for number in row_groups:
-            group = file.metadata.row_group(number)
-            # estimate from the mean row size of the group
-            rows = _ROWS_BYTES * max(group.num_rows, 1) // max(group.total_byte_size, 1)
-            yield from file.iter_batches(batch_size=min(max(rows, 1), _ROWS), row_groups=[number],
-                                         columns=columns)
-    except (pyarrow.ArrowException, OSError) as e:
-        raise BadRecord("parquet", f"is damaged ({first_error_line(e)}); what came before is read; "
-                                   "fetch it again") from None
-
-
-def _convert_value(scalar: Any, is_padded: bool) -> Any:
-    try:
-        value = scalar.as_py()
-    except UnicodeDecodeError as e:
-        raise BadRecord("utf8", f"is not UTF-8 ({e.reason} at byte {e.start} of a column)") from None
-    except (LookupError, OverflowError, ValueError) as e:  # a date or time zone outside Python's range
-        raise BadRecord("parquet", f"has a value that cannot be read ({type(e).__name__}: {e})") from None
-    return _remove_padding(value, scalar.type) if is_padded or _JSON_TYPE in str(scalar.type) else value
-
-
-def _remove_padding(value: Any, form: Any) -> Any:
-    """Remove the nulls that a table adds to objects, which share the fields of all objects in their column.
-
-    A field that is null in the whole file was written as null and stays. Strings of Arrow's JSON type become
-    JSON values with their nulls: `datasets` stores values of several types this way, such as arguments of
-    calls.
-
-    Args:
-        value: the Python value.
-        form: its Arrow type.
-    """
-    import pyarrow
-
-    if value is None:
-        return None
-    if str(form) == _JSON_TYPE:
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError) as e:
-            raise BadRecord("json", f"has {str(value)[:40]!r} in a column of JSON, which is not JSON "
-                                    f"({e})") from None
-    if pyarrow.types.is_struct(form):
-        return {field.name: _remove_padding(value[field.name], field.type) for field in form
-                if value[field.name] is not None or pyarrow.types.is_null(field.type)}
-    if isinstance(value, list) and hasattr(form, "value_type"):
-        return [_remove_padding(part, form.value_type) for part in value]
-    return value

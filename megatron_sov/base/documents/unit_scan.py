@@ -1,11 +1,16 @@
-"""Numba loops of `overlap`: split folded text into units, and units into runs."""
+"""Numba loops of `overlap`: split folded text into units, and units into runs. The tables of code points that
+they read are built here, because numba's cache knows only this file's constants."""
 
 from __future__ import annotations
+
+import unicodedata
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_sov.base.documents.compiled import jit_compile
+from megatron_sov.base.documents.scripts import RUN_HANGUL_SCRIPTS, RUN_SCRIPTS, list_code_points
 
 SEPARATOR, WORD, QUARTER, THIRD, IGNORED, DIGIT = 0, 1, 2, 3, 4, 16
 """Classes of characters: separates words, belongs to a word, is a unit that counts as a quarter or a third of
@@ -24,6 +29,15 @@ _LESS, _MORE, _AND, _SEMICOLON, _BACKSLASH, _SLASH, _MARK, _NUMBER = (
     0x3C, 0x3E, 0x26, 0x3B, 0x5C, 0x2F, 0x21, 0x23)
 _APOSTROPHE, _ARABIC_THOUSANDS = 0x2019, 0x066C
 _NEW_LINE, _RETURN, _TAB = 0x0A, 0x0D, 0x09
+_INVISIBLE = ((0x034F, 0x0350), (0x115F, 0x1161), (0x17B4, 0x17B6), (0x180B, 0x1810), (0x3164, 0x3165),
+              (0xFE00, 0xFE10), (0xFFA0, 0xFFA1), (0xE0000, 0xE1000))
+"""Invisible code points (Default_Ignorable_Code_Point) outside the category Cf."""
+_NAMED_PLANES = 0x30000
+"""End of the code points with a category lookup; higher ones are Han, invisible or unassigned."""
+_COMMANDS = ("text", "textbf", "textit", "textrm", "texttt", "textsf", "textsc", "emph", "mathrm", "mathbf",
+             "mathit", "mathsf", "mathtt", "boldsymbol", "bm", "left", "right", "big", "bigl", "bigr",
+             "displaystyle", "textstyle", "limits", "quad", "qquad", "underline")
+"""TeX commands that change appearance only."""
 
 
 @jit_compile
@@ -225,3 +239,45 @@ def find_run_ends(sizes: NDArray[np.uint8], target: int, ends: NDArray[np.int64]
         ends[begin] = end
         size -= np.int64(sizes[begin])
     return len(sizes)
+
+
+def to_code_points(text: str) -> NDArray[np.uint32]:
+    return np.frombuffer(bytearray(text.encode("utf-32-le", errors="surrogatepass")), np.uint32)
+
+
+@lru_cache(maxsize=1)
+def get_classes() -> NDArray[np.uint8]:
+    """Return the class of each code point."""
+    classes = np.full(0x110000, WORD, np.uint8)
+    for begin, end in list_code_points(RUN_SCRIPTS):
+        classes[begin:end] = QUARTER
+    for begin, end in list_code_points(RUN_HANGUL_SCRIPTS):
+        classes[begin:end] = THIRD
+    # after the ranges of scripts, which include some marks and digits
+    for code in range(_NAMED_PLANES):
+        category = unicodedata.category(chr(code))
+        if category[0] in "PSZ" or category == "Cc":
+            classes[code] = SEPARATOR
+        elif category == "Cf":
+            classes[code] = IGNORED
+        elif category == "Nd":
+            classes[code] = DIGIT + unicodedata.digit(chr(code))
+    for begin, end in _INVISIBLE:
+        classes[begin:end] = IGNORED
+    return classes
+
+
+@lru_cache(maxsize=1)
+def get_folds() -> NDArray[np.uint32]:
+    """Return the case-folded code point of each code point; `MANY` if there are several."""
+    folds = np.arange(0x110000, dtype=np.uint32)
+    for code in range(_NAMED_PLANES):
+        if (folded := chr(code).casefold()) != chr(code):
+            folds[code] = ord(folded) if len(folded) == 1 else MANY
+    return folds
+
+
+@lru_cache(maxsize=1)
+def hash_commands() -> NDArray[np.uint64]:
+    """Return the sorted hashes of the TeX commands that `scan_units` ignores."""
+    return np.sort(np.array([hash_word(to_code_points(name)) for name in _COMMANDS], np.uint64))

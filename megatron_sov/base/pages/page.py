@@ -10,14 +10,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import jinja2
 
 from megatron_sov.base.errors import escape_controls
 from megatron_sov.base.pages.plots import HeatMap, LinePlot
 from megatron_sov.version import __version__
 
-if TYPE_CHECKING:
-    import jinja2
 
 @dataclass(frozen=True)
 class Chart:
@@ -193,8 +193,6 @@ def render_chat() -> str:
 
 @lru_cache(maxsize=1)
 def _load_templates() -> jinja2.Environment:
-    import jinja2
-
     # StrictUndefined: a misspelt name in a template raises an error instead of leaving a gap
     return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
                               finalize=_escape_value, loader=jinja2.FunctionLoader(_read_resource))

@@ -224,6 +224,7 @@ class Bound:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
         """Return the type's schema followed by this bound; called by pydantic."""
+        # pydantic is loaded when it calls this method
         from pydantic_core import PydanticCustomError, core_schema
 
         def check_value(value: Any) -> Any:

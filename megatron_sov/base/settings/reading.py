@@ -9,7 +9,8 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cache
-from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from megatron_sov.base.errors import find_nearest_name, suggest_name
 from megatron_sov.base.hints.removed import was_removed
@@ -93,18 +94,16 @@ def try_parse_settings(cls: type[S], raw: object, instead: KeyHint = no_hint) ->
                                                                                        list[SettingsProblem]]:
     """Return (settings or None, violated declarations in field order), without checking rules between
     fields."""
-    from pydantic import ValidationError
-
     if not isinstance(raw, Mapping):
         return None, [SettingsProblem(ProblemCode.TYPE, "", "must be an object of settings", raw)]
     try:
-        # strict JSON converts lists to tuples and text to paths, and nothing else
         text = json.dumps(raw, default=_convert_dataclass)
-        return _get_adapter(cast(Any, cls)).validate_json(text, strict=True, extra="forbid"), []
-    except ValidationError as e:
-        return None, _sort_by_field(cls, explain_validation_error(cls, e, instead))
+        settings, error = _get_validator(cast(Any, cls))(text)
     except (TypeError, ValueError, RecursionError) as e:
         return None, [SettingsProblem(ProblemCode.TYPE, "", f"holds a value that JSON does not have ({e})")]
+    if error is not None:
+        return None, _sort_by_field(cls, explain_validation_error(cls, error, instead))
+    return settings, []
 
 
 def _convert_dataclass(value: Any) -> dict[str, Any]:
@@ -183,8 +182,6 @@ def parse_arguments(made: Any, given: Mapping[str, Any], where: str, *, prefix: 
     Raises:
         SettingsError: lists all arguments that are unknown, missing or of a wrong type.
     """
-    from pydantic import TypeAdapter, ValidationError
-
     accepted = {name: p for name, p in [*inspect.signature(made).parameters.items()][num_ours:]
                 if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     hints = _get_declared_types(made)
@@ -194,13 +191,10 @@ def parse_arguments(made: Any, given: Mapping[str, Any], where: str, *, prefix: 
         if name not in given:
             problems += [_missing_problem(name)] if parameter.default is parameter.empty else []
             continue
-        try:
-            text = json.dumps(given[name])
-            arguments[name] = TypeAdapter(hints.get(name, Any)).validate_json(text, strict=True,
-                                                                              extra="forbid")
-        except ValidationError as e:
-            problems += [problem.with_prefix(name)
-                         for problem in explain_validation_error(hints.get(name, Any), e)]
+        hint = hints.get(name, Any)
+        arguments[name], error = _build_validator(hint)(json.dumps(given[name]))
+        if error is not None:
+            problems += [problem.with_prefix(name) for problem in explain_validation_error(hint, error)]
     if problems:
         raise SettingsError(where,
                             [problem.with_prefix(prefix) if prefix else problem for problem in problems])
@@ -384,8 +378,6 @@ def _locate_error(cls: Any, loc: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any]
 
 
 def _list_choices(hint: Any) -> tuple[Any, ...]:
-    from typing import Literal
-
     if get_origin(hint) is Literal:
         return get_args(hint)
     return tuple(choice for inner in get_args(hint) for choice in _list_choices(inner))
@@ -406,9 +398,6 @@ def get_inner_hint(hint: Any, part: Any) -> Any:
 
 def _strip_bounds(hint: Any) -> Any:
     """Remove bounds from a type; of a union, return the member that has fields or items."""
-    from types import UnionType
-    from typing import Union
-
     if get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
     if get_origin(hint) in (Union, UnionType):
@@ -430,12 +419,25 @@ def list_fields(cls: Any) -> tuple[str, ...]:
     return tuple(f.name for f in dataclasses.fields(cls) if f.init and f.metadata.get("is_written", True))
 
 
-@cache
-def _get_adapter(cls: Any) -> Any:
-    """Return the pydantic adapter of a class (cached: building it takes longer than all checks of a run)."""
-    from pydantic import TypeAdapter
+def _build_validator(hint: Any) -> Callable[[str], tuple[Any, Any]]:
+    """Return the function that parses JSON text as a type: (value, None), or (None, pydantic's
+    `ValidationError`). Strict JSON converts lists to tuples and text to paths, and nothing else."""
+    # not at the top: pydantic is slow to import, and `--help` validates nothing
+    from pydantic import TypeAdapter, ValidationError
 
-    return TypeAdapter(cls)
+    adapter = TypeAdapter(hint)
+
+    def validate_json(text: str) -> tuple[Any, Any]:
+        try:
+            return adapter.validate_json(text, strict=True, extra="forbid"), None
+        except ValidationError as e:
+            return None, e
+
+    return validate_json
+
+
+# cached: building the adapter of a class takes longer than all checks of a run
+_get_validator = cache(_build_validator)
 
 
 def _sort_by_field(cls: Any, problems: list[SettingsProblem]) -> list[SettingsProblem]:

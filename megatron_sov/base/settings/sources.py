@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import yaml
+
 from megatron_sov.base.settings.problem import (
     UNSET, ProblemCode, SettingsError, SettingsProblem, shorten_text)
 from megatron_sov.base.settings.reading import (
@@ -107,8 +109,6 @@ def _refuse_file(where: str, rule: str, way_out: str, line: int = 0) -> Settings
 @cache
 def _build_loader() -> Any:
     """Return PyYAML's safe loader extended by numbers such as 2e9 and 10.8e12, which are text in YAML 1.1."""
-    import yaml  # not at the top: command-line parsers start without it
-
     class Loader(yaml.SafeLoader):
         """Reads numbers as in YAML 1.2 and JSON."""
 
@@ -158,8 +158,6 @@ def _parse_number(text: str) -> float:
 
 
 def _read_yaml(text: str) -> LocatedDocument:
-    import yaml
-
     located = LocatedDocument()
     # an empty loader for `dispose` below, if the constructor fails on the text
     loader = _build_loader()("")
@@ -193,8 +191,6 @@ class _NodeConverter:
         self.loader, self.found, self.num_values = loader, found, 0
 
     def convert(self, node: Any, place: Place, depth: int) -> Any:
-        import yaml
-
         line = node.start_mark.line + 1
         self.num_values += 1
         # aliases count at each use: ten levels of ten aliases make 10^10 values
@@ -222,8 +218,6 @@ class _NodeConverter:
         return value if value is None or isinstance(value, (str, int, float, bool)) else node.value
 
     def _convert_mapping(self, node: Any, place: Place, depth: int) -> dict[str, Any]:
-        import yaml
-
         mapping: dict[str, Any] = {}
         merged: dict[str, Any] = {}
         for key_node, child in node.value:

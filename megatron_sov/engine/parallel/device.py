@@ -158,6 +158,11 @@ def get_local_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu() else CPU
 
 
+def describe_local_device() -> str:
+    """Return the device of this process by name ("cuda:1", "cpu"), the same for all threads."""
+    return f"cuda:{local_gpu_index(torch.cuda.device_count())}" if on_gpu() else "cpu"
+
+
 def release_gpu_memory() -> None:
     """Release cached GPU memory, for example of a deleted model."""
     if on_gpu():

@@ -17,8 +17,10 @@ from megatron_sov.checkpoint import load
 from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model.language_model import build_run_model
 from megatron_sov.engine.parallel import launcher, world
+from megatron_sov.infer.decoder.generator import MegatronEngine
 from megatron_sov.infer.engines.target import (
     Target, build_inference_config, open_as_checkpoint, report_precision)
+from megatron_sov.infer.request import Batching
 from megatron_sov.model.config import RunConfig
 from megatron_sov.runs.launch_environment import is_first_rank
 
@@ -93,6 +95,13 @@ def run_forward_model(target: Target, settings: Sequence[str], nproc: int | None
         if not is_first_rank():
             return None
         return json.loads(result.read_text(encoding="utf-8"))
+
+
+def run_megatron_engine(target: Target, settings: Sequence[str], nproc: int | None,
+                        work: Callable[[MegatronEngine], Any], batching: Batching | None, option: str) -> Any:
+    """Run `work` with an engine of the loaded model; arguments as in `run_forward_model`."""
+    return run_forward_model(target, settings, nproc,
+                             lambda loaded: work(MegatronEngine(loaded.policy, batching)), option)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

@@ -11,7 +11,7 @@ import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError, apply_changes
 from megatron_sov.convert.sources import HfWeights
+from megatron_sov.infer.engine import ServerLocations
 from megatron_sov.infer.engines.fleet import AddressKeeper, Fleet, ServerKeeper
 from megatron_sov.infer.engines.server_process import (
     PROGRAMS, EngineServers, ServerProcess, check_engine_program)
@@ -39,20 +40,6 @@ GROUP, GROUPED_TOKENS = 8, 256
 cost of a request for short answers of small models; long answers stay separate so that each frees its
 capacity when it ends."""
 _LOOK_S = 0.2
-
-
-@dataclass(frozen=True)
-class ServerLocations:
-    """Locations of engine servers, their logs and their interpreter."""
-
-    logs: Path
-    """Log folder of servers started here."""
-    urls: tuple[str, ...] = ()
-    """Addresses of running servers; empty: start servers here."""
-    python: Path | None = None
-    """Python interpreter with the engine; None uses `SOV_ENGINE_PYTHON` or the current interpreter."""
-    command: tuple[str, ...] = ()
-    """Command that replaces the engine's own."""
 
 
 def parse_server_settings(engine: str, settings: Sequence[str], option: str) -> EngineServers:

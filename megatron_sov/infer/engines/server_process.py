@@ -21,7 +21,6 @@ from annotated_types import Gt, Le
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AboveZero, AtLeastOne, ProblemCode, SettingsProblem
 from megatron_sov.infer import vllm_worker
-from megatron_sov.runs.launch_environment import local_gpu_index
 from megatron_sov.work.endpoints.token_server import TokenServer
 from megatron_sov.work.endpoints.transport import find_missing_libraries
 from megatron_sov.work.endpoints.vllm_server import VLLM, SendFiles, VllmServer
@@ -132,14 +131,12 @@ class EngineServers:
         """Return the function that sends weights to a vLLM server; None: the server reads files."""
         if self.transfer == "files":
             return None
-        import torch
-
-        from megatron_sov.engine.parallel.device import on_gpu
+        # not at the top: both import torch, and settings are checked without it
+        from megatron_sov.engine.parallel.device import describe_local_device
         from megatron_sov.infer.vllm_worker.sov_weight_group import send_files
 
-        # Pass the GPU explicitly: each thread has its own current device.
-        return partial(send_files, device=f"cuda:{local_gpu_index(torch.cuda.device_count())}" if on_gpu()
-                       else "cpu")
+        # pass the GPU explicitly: each thread has its own current device
+        return partial(send_files, device=describe_local_device())
 
     def format_devices(self, number: int) -> str | None:
         """Return CUDA_VISIBLE_DEVICES for a server; None: all GPUs."""
