@@ -24,7 +24,7 @@ from torch.nn.functional import dropout, gelu, rms_norm, silu
 
 from megatron_sov.base.errors import UserError, format_error
 from megatron_sov.engine.model.attention import DocumentAttention
-from megatron_sov.engine.model.attention_kernels import cache_attention_decisions
+from megatron_sov.engine.model.attention_kernels import cache_attention_decisions, load_attention_utils
 from megatron_sov.engine.model.gpu_settings import (
     OVERLAP_FIELDS, KernelContext, exchanges_heads, expert_settings, fp8_settings, keep_ends_in_bf16,
     transformer_settings, uses_delta_kernels, uses_document_attention)
@@ -368,9 +368,7 @@ def _finish_attention(config: Any, spec: Any, kind: str, window: int, model: Mod
         module = LatentDocumentAttention if latent else DocumentAttention
         attention.core_attention = ModuleSpec(module=module, params={"window_tokens": window})
     if uses_transformer_engine(config.params_dtype) and (config.exchanges_heads or not config.own_attention):
-        from transformer_engine.pytorch.attention.dot_product_attention import utils  # optional package
-
-        cache_attention_decisions(utils)
+        cache_attention_decisions(load_attention_utils())
     if window not in (0, model.sliding_window_tokens) and not config.own_attention:
         attention.core_attention = _set_window(attention.core_attention, window)
     if latent:
