@@ -29,7 +29,7 @@ WRITERS_PER_CORE = 2
 MIN_FILE_BYTES = 64 << 20
 """Lower limit when files are made smaller than `MAX_FILE_BYTES` to give each thread a file."""
 INDICES = "indices"
-"""Folder for `WrittenSnapshot` files inside an incomplete checkpoint; deleted when the checkpoint is
+"""Folder for `SnapshotRecord` files inside an incomplete checkpoint; deleted when the checkpoint is
 complete."""
 
 
@@ -89,7 +89,7 @@ class HostSnapshot:
             torch.cuda.synchronize()
 
     def write(self, folder: Path, rank: int) -> None:
-        """Write the copy to files in `folder`, then a `WrittenSnapshot` for the rank that completes the
+        """Write the copy to files in `folder`, then a `SnapshotRecord` for the rank that completes the
         checkpoint.
 
         Raises:

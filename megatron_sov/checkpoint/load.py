@@ -229,7 +229,7 @@ def initialize_weights(model: LanguageModel, config: ModelConfig, seed: int, *,
 
 def save_checkpoint(path: Path, model: LanguageModel, optimizer: Optimizer | None, state: dict[str, Any],
                     settings: dict[str, Any], tokenizer: Path | None) -> None:
-    """Save one checkpoint and wait until it is complete (collective). Runs use a `Saver` instead.
+    """Save a checkpoint and wait for its completion (collective). Runs use a `CheckpointSaver` instead.
 
     Args:
         path: folder of the checkpoint; must not exist.

@@ -163,7 +163,7 @@ def _build_unique_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def read_block(path: Path, start: int, shape: Sequence[int], block: Sequence[slice], dtype: torch.dtype
                ) -> torch.Tensor:
-    """Open `path` and return a block of a tensor; arguments and errors as in `fill_from`."""
+    """Open `path` and return a block of a tensor; arguments and errors as in `read_block_into`."""
     out = torch.empty([s.stop - s.start for s in block], dtype=dtype)
     fd = os.open(path, os.O_RDONLY)
     try:

@@ -40,7 +40,7 @@ from megatron_sov.runs.checkpoints import (
 SAVE_TIMEOUT_S = 1800.0
 _LOOK_EVERY_S = 0.02
 PROGRESS = ("written", "completed", "failed", "late")
-"""Counters of the save in progress, summed over processes at the end of each step (see `Saver.progress`)."""
+"""Counters of the save in progress, summed over processes after each step (`CheckpointSaver.progress`)."""
 FINISH_TIMEOUT_S = 60.0
 """Time for a pending checkpoint to complete after an error has ended the training."""
 IDLE_LIMIT_S = 1.0
@@ -217,7 +217,7 @@ class CheckpointSaver:
         """Complete the save in progress after an error has ended the training.
 
         Uses no collectives, because other processes may be dead. Each process waits for its own files, at
-        most `FINISH_WITHIN_S`; rank 0 waits for the files of other ranks and completes the checkpoint if
+        most `FINISH_TIMEOUT_S`; rank 0 waits for the files of other ranks and completes the checkpoint if
         possible. Raises nothing, so that the error that ended the training is the reported error.
         """
         w, self._writing = self._writing, None
@@ -252,8 +252,8 @@ class CheckpointSaver:
 
 
 def _wait_for_ranks(folder: Path, end_s: float) -> bool:
-    """Wait until every rank has written its `WrittenSnapshot`; False if files stop growing or time is
-    over."""
+    """Wait until every rank has written its `SnapshotRecord`; False if files stop growing or the time runs
+    out."""
     size, grew_s = -1, time.monotonic()
     while not all(SnapshotRecord.file(folder, rank).is_file() for rank in range(dist.get_world_size())):
         now_s = time.monotonic()

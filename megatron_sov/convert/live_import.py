@@ -35,7 +35,7 @@ def export_weights(model: LanguageModel, dtype: str = KEEP, *,
     Args:
         model: local part of the model.
         dtype: "float32", "bfloat16", "float16", "float64" or "keep" (float32 for float64 models, and
-            `peft.merged_dtype` with an adapter); router biases are always float32.
+            `peft.get_merged_dtype` with an adapter); router biases are always float32.
         everywhere: yield tensors on every process, for engines in the trainer's processes; otherwise on rank
             0.
 

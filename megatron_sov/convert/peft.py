@@ -210,7 +210,7 @@ def get_merged_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def merge_adapter(weight: torch.Tensor, place: AdapterPlace, tensors: dict[str, torch.Tensor],
                   lora: LoraConfig) -> torch.Tensor:
-    """Return the merged weight [rows, columns] in `merged_dtype`; the caller rounds it once.
+    """Return the merged weight [rows, columns] in the dtype of `get_merged_dtype`; the caller rounds it once.
 
     Args:
         weight: base weight [rows, columns].
@@ -230,7 +230,7 @@ def merge_adapter(weight: torch.Tensor, place: AdapterPlace, tensors: dict[str, 
 
 
 class AdaptedWeights:
-    """Tensors of an adapter's base with the adapter merged; all in `merged_dtype`."""
+    """Tensors of an adapter's base with the adapter merged, in the dtype of `get_merged_dtype`."""
 
     def __init__(self, path: Path, base: AdapterBase) -> None:
         self.path, self.base = path, CheckpointWeights(find_adapter_base(path, base))

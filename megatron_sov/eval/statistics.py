@@ -35,7 +35,8 @@ class Mean:
 def estimate_mean(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Mean:
     """Return the mean of item scores with its confidence interval.
 
-    Scores between 0 and 1 get the interval of `mean_interval`, other scores Student's t over clusters.
+    Scores between 0 and 1 get the interval of `compute_mean_interval`, other scores Student's t over
+    clusters.
 
     Args:
         values: one finite score per item.
@@ -196,8 +197,8 @@ def compute_cluster_sums(values: Sequence[float], clusters: Sequence[Hashable] |
 
 
 def compute_difference_interval(differences: Sequence[float]) -> tuple[float, float]:
-    """Return a confidence interval for the mean of paired differences of shares: `mean_interval` of (1 + d) /
-    2.
+    """Return a confidence interval for the mean of paired differences d between shares:
+    `compute_mean_interval` of (1 + d) / 2.
 
     Raises:
         ValueError: there is no difference, or one is not between -1 and 1.

@@ -180,8 +180,8 @@ class PromptEncoder:
         self._decode = build_text_decoder(target.tokenizer_folder / TOKENIZER_JSON, self.end_ids,
                                           lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))
 
-    def ask(self, prompts: Sequence[str | Conversation]) -> list[list[int]]:
-        """Encode prompts, see `asked_of`.
+    def encode_prompts(self, prompts: Sequence[str | Conversation]) -> list[list[int]]:
+        """Encode prompts, see `encode_prompts`.
 
         Raises:
             UserError: a prompt is invalid, or the tokenizer has ids that the model lacks.
@@ -202,7 +202,7 @@ class PromptEncoder:
         return [i for piece, id_ in pieces for i in (
             self._tokenizer.encode(piece, add_special_tokens=False) if id_ is None else [id_])]
 
-    def encode(self, text: str) -> list[int]:
+    def encode_text(self, text: str) -> list[int]:
         """Encode the beginning of an answer.
 
         Raises:
@@ -213,14 +213,14 @@ class PromptEncoder:
         _check_ids([ids], self._target)
         return ids
 
-    def answer(self, text: str) -> list[int]:
+    def encode_answer(self, text: str) -> list[int]:
         """Encode a whole answer with its end: the end of an assistant turn, or eos without chat template.
 
         Raises:
             UserError: the text is invalid, or the tokenizer has ids that the model lacks.
         """
         if self.encoder is None:
-            return [*self.encode(text), *self._eos]
+            return [*self.encode_text(text), *self._eos]
         _check_surrogates([text])
         try:
             # The learned tokens of an assistant turn are the answer and its end.
@@ -231,7 +231,7 @@ class PromptEncoder:
         _check_ids([ids], self._target)
         return ids
 
-    def id_of(self, token: str) -> int | None:
+    def find_token_id(self, token: str) -> int | None:
         """Return the id of a token; None if the tokenizer lacks it."""
         token_id = self._tokenizer.convert_tokens_to_ids(token)
         return None if token_id is None or token_id == self._tokenizer.unk_token_id else int(token_id)
@@ -281,7 +281,7 @@ def encode_prompts(target: Target, prompts: Sequence[str | Conversation], chat: 
     """
     _check_surrogates(prompts)  # before loading the tokenizer
     asker = PromptEncoder(target, chat)
-    ids = asker.ask(prompts)
+    ids = asker.encode_prompts(prompts)
     return EncodedPrompts(ids, asker.end_ids, asker.decode, list(map(asker.opened_thoughts, ids)))
 
 

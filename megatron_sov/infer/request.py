@@ -272,7 +272,7 @@ class GenerationResult:
     """Log-probability of each new token under the sampled distribution: softmax(logits / temperature),
     truncated by `top_k` and `top_p`. At temperature 0: softmax(logits)."""
     finish_reasons: list[str]
-    """`STOP` or `LENGTH`; `LENGTH` also for continuations that `Bounds.should_stop` ended."""
+    """`STOP` or `LENGTH`; `LENGTH` also for continuations that `GenerationBounds.should_stop` ended."""
     temperature: float
     """Temperature of the log-probabilities; a trainer divides its logits by it."""
     version: int

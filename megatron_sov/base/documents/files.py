@@ -232,7 +232,7 @@ def walk_files(folder: Path, skipped: list[Path]) -> Iterator[str]:
 
     Args:
         folder: the folder.
-        skipped: receives hidden entries (`is_hidden`) and unreadable ones (`why_left_out`).
+        skipped: receives hidden entries (`is_hidden`) and unreadable entries.
 
     Raises:
         UserError: a folder cannot be listed.

@@ -153,7 +153,7 @@ def parse_sharegpt(turns: Any, name: str) -> Messages:
     """Parse messages of the form `{"from": ..., "value": ...}`; a `function_call`'s value is JSON text.
 
     Raises:
-        BadRecord: as `read_messages`.
+        BadRecord: as `parse_messages`.
     """
     return parse_messages(convert_sharegpt(turns, name), name)
 
@@ -203,7 +203,7 @@ def parse_tools_and_kwargs(tools: Any, template_kwargs: Any) -> dict[str, Any]:
     """Parse the fields of a `Conversation` other than its messages.
 
     Args:
-        tools: as in `read_tools`; None: no tools.
+        tools: as in `parse_tools`; None: no tools.
         template_kwargs: variables of the chat template; None: no variables.
 
     Raises:

@@ -76,7 +76,7 @@ def scan_units(codes: NDArray[np.uint32], classes: NDArray[np.uint8], commands: 
     Args:
         codes: code points of the text without `IGNORED` characters.
         classes: code point -> class.
-        commands: sorted `word_hash` of the TeX commands that are only markup.
+        commands: sorted `hash_word` of the TeX commands that are only markup.
         hashes: output, 64-bit hash of each unit; all outputs have room for one unit per code point.
         sizes: output, size of each unit in twelfths of a word.
         begins: output, first index of each unit in `codes`.

@@ -206,7 +206,7 @@ def build_example(haystack: Haystack, generator: np.random.Generator, length: in
         generator: random numbers.
         length: tokens of prompt and answer.
         depth: position of the requested needle, 0 = start, 1 = directly before the question.
-        num_distractors: number of distractors, see `distractors_of`.
+        num_distractors: number of distractors, see `count_distractors`.
     """
     form = haystack.form
     slots = form.draw_sentence(generator, test=True)

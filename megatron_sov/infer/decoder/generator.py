@@ -279,7 +279,7 @@ class DecodingBatch:
                     output = self._decoder.predict(output, ahead)
                 if active:
                     drafts[:, depth] = self._choose_drafts(output, places, active, guesses)
-            # `accepted_by_chance` needs the drafting distributions; greedy drafts need none.
+            # `accept_sampled_drafts` needs the drafting distributions; greedy drafts need no distributions.
             for number, item in enumerate(active if guesses else []):
                 item.sequence.guesses = torch.stack([g[number] for g in guesses])
         if active:  # other stages need the drafts for the next row
@@ -332,7 +332,7 @@ def pack_tokens(pieces: Sequence[ScoredTokens], width: int) -> torch.Tensor:
 
 
 def unpack_tokens(table: torch.Tensor) -> list[ScoredTokens]:
-    """Inverse of `table_of`."""
+    """Unpack the table of `pack_tokens`."""
     width = table.shape[1] // 2
     logprobs = table[:, 1 + width:].contiguous().view(torch.float64)
     return [(row[1:1 + row[0]], row_logprobs[:row[0]])

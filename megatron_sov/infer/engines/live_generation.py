@@ -1,8 +1,7 @@
-"""Generate continuously: sequences join and leave while others are in progress, and tokens are reported one
-by one.
+"""Generate continuously: sequences join and leave the running batch, and each token is reported at once.
 
-All processes of a layout run `continue_live`. The first process has an `Office`, which decides before each
-row which sequences join and leave, and receives the new tokens; the other processes follow its orders.
+All processes of a layout run `generate_live`. The first process has a `RequestSource`, which decides before
+each row which sequences join and leave, and receives the new tokens; the other processes apply its decisions.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ class TokenEvent:
 class RequestSource(Protocol):
     """Queue of requests on the first process."""
 
-    def orders(self, num_free: int, is_idle: bool) -> BatchChanges:
+    def choose_changes(self, num_free: int, is_idle: bool) -> BatchChanges:
         """Return the changes before the next row.
 
         Args:
@@ -78,7 +77,7 @@ class RequestSource(Protocol):
         """
         ...
 
-    def tell(self, news: Sequence[TokenEvent]) -> None:
+    def report_tokens(self, events: Sequence[TokenEvent]) -> None:
         """Receive the tokens of a row."""
         ...
 
@@ -98,22 +97,22 @@ class _LiveSequence:
 
 
 def generate_live(model: ForwardModel, batching: Batching, longest: int,
-                  office: RequestSource | None) -> None:
-    """Generate until the office orders the end (collective).
+                  source: RequestSource | None) -> None:
+    """Generate until the source ends the generation (collective).
 
     Args:
         model: model that generates.
         batching: memory limits.
         longest: tokens of the longest sequence, prompt and continuation.
-        office: queue of requests; None on all processes except the first.
+        source: queue of requests; None on all processes except the first.
     """
     room = batching.slots(batching.batch_size, longest, model.model.architecture.count_state_tokens())
     cache = CacheSize(room, longest)
     with CachedDecoder(model, cache) as decoder:
         live = _Live(DecodingBatch(decoder, cache, batching.prefill_tokens), cache.slots)
-        while live.follow_orders(office):
-            if (news := live.decode_row()) and office is not None:
-                office.tell(news)
+        while live.apply_changes(source):
+            if (events := live.decode_row()) and source is not None:
+                source.report_tokens(events)
 
 
 class _Live:
@@ -125,21 +124,21 @@ class _Live:
         self._sequences: dict[int, _LiveSequence] = {}
         self._written: dict[int, int] = {}
 
-    def follow_orders(self, office: RequestSource | None) -> bool:
-        """Apply the orders of the first process; return False at the end."""
-        orders = BatchChanges()
-        if office is not None:
-            orders = office.orders(self._num_slots * self._size - len(self._sequences), not self._sequences)
+    def apply_changes(self, source: RequestSource | None) -> bool:
+        """Apply the changes that the first process chooses; return False at the end."""
+        changes = BatchChanges()
+        if source is not None:
+            changes = source.choose_changes(self._num_slots * self._size - len(self._sequences), not self._sequences)
         if dist.get_world_size() > 1:
-            # All processes apply the same orders, which determine the rows that they run together.
-            orders = broadcast_object(orders)
-        for number in orders.leaving:
+            # all processes apply the same changes, because they run the rows together
+            changes = broadcast_object(changes)
+        for number in changes.leaving:
             place = self._remove_sequence(number)
             if place is not None and place.continuation is not None:
                 self._decoding.leave(place.continuation)
-        for joining in orders.joining:
+        for joining in changes.joining:
             self._add_sequence(joining)
-        return not orders.ends
+        return not changes.ends
 
     def _add_sequence(self, joining: NewSequence) -> None:
         shares = [place.share for place in self._sequences.values()]
@@ -167,11 +166,11 @@ class _Live:
         # Per sequence: token count (0 or 1), token id, float64 bits of its log-probability. Each sequence is
         # on one process and zero on the others, so the sum is its token.
         table = torch.zeros(len(self._sequences), 3, dtype=torch.int64)
-        for decode_row, (number, place) in zip(table, self._sequences.items(), strict=True):
-            # Without drafts, a row yields at most one token per sequence.
+        for row, (number, place) in zip(table, self._sequences.items(), strict=True):
+            # without drafts, a row yields at most one token per sequence
             if place.continuation is not None and len(place.continuation.logprobs) > self._written[number]:
                 bits = torch.tensor([place.continuation.logprobs[-1]], dtype=torch.float64).view(torch.int64)
-                decode_row[:] = torch.tensor([1, place.continuation.tokens[-1], int(bits[0])])
+                row[:] = torch.tensor([1, place.continuation.tokens[-1], int(bits[0])])
         table = all_reduce_replicas(table)
         logprobs = table[:, 2].contiguous().view(torch.float64).tolist()
         # Count 0: the sequence waits, or its prompt is still being read.

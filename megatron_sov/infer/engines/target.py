@@ -131,8 +131,8 @@ def open_as_checkpoint(target: Target) -> Iterator[Path]:
 
 def build_inference_config(checkpoint: Path, settings: Sequence[str], nproc: int | None, option: str = "--set"
                      ) -> RunConfig:
-    """Return the config for running a checkpoint: one process, precision of `inference_precision`, then
-    `settings`.
+    """Return the config for running a checkpoint: one process, the precision of `choose_inference_precision`,
+    then `settings`.
 
     Args:
         checkpoint: checkpoint folder.

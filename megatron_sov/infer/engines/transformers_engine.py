@@ -55,7 +55,7 @@ def load_hf(folder: Path, dtype: torch.dtype | None = None) -> Any:
 
     Args:
         folder: Hugging Face folder.
-        dtype: dtype of the weights; None uses `inference_precision`.
+        dtype: dtype of the weights; None uses `choose_inference_precision`.
 
     Raises:
         UserError: transformers cannot load the folder, or would initialize missing weights.
