@@ -1,5 +1,5 @@
-"""Interface of inference engines: our generator on Megatron-Core, transformers, and vLLM servers. No torch
-here."""
+"""Interface for inference engines: our generator on Megatron-Core, transformers, and vLLM servers. Without
+torch."""
 
 from __future__ import annotations
 
@@ -16,33 +16,34 @@ if TYPE_CHECKING:
 
 EngineName = Literal["megatron", "transformers", "vllm"]
 MEGATRON, TRANSFORMERS, VLLM = ENGINES = get_args(EngineName)
-"""Engine names: megatron runs checkpoints at any layout, the others run Hugging Face folders."""
+"""Engine names: megatron runs checkpoints at any layout, transformers and vllm run Hugging Face folders."""
 SERVER_ENGINES = (VLLM,)
 """Engines that run as servers."""
 ChosenEngine = Annotated[EngineName | None, Flag(
     help="What runs the model (default: transformers for a Hugging Face folder)")]
 PRECISION_KEY = "train.precision"
-"""Setting of the engines megatron and transformers."""
+"""Precision setting for megatron and transformers."""
 ENGINE_SET = "--engine-set"
-"""Option for layout and precision in commands whose --set is for other settings."""
+"""Option for layout and precision in commands where --set has another meaning."""
 
 
 @dataclass(frozen=True)
 class ServerLocations:
-    """Locations of engine servers, their logs and their interpreter."""
+    """Addresses, logs and interpreter for engine servers."""
 
     logs: Path
-    """Log folder of servers started here."""
+    """Log folder for servers started here."""
     urls: tuple[str, ...] = ()
-    """Addresses of running servers; empty: start servers here."""
+    """Addresses where servers already run; empty: start servers here."""
     python: Path | None = None
-    """Python interpreter with the engine; None uses `SOV_ENGINE_PYTHON` or the current interpreter."""
+    """Python interpreter with the engine; None: `SOV_ENGINE_PYTHON` or the current interpreter."""
     command: tuple[str, ...] = ()
-    """Command that replaces the engine's own."""
+    """Replaces the engine's start command."""
 
 
 class Engine(Protocol):
-    """A loaded model that continues prompts. Methods are collective, and return the same on all processes."""
+    """A loaded model that continues prompts. Methods are collective and return equal results on all
+    processes."""
 
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: StopRule | None = None,
                  streams: Sequence[int] | None = None) -> GenerationResult:
