@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import random
-from torch.utils.cpp_extension import get_default_build_root, load_inline
+from torch.utils import cpp_extension
 
 from megatron_sov.base.artifacts import create_file
 from megatron_sov.base.errors import UserError, first_error_line
@@ -71,7 +71,7 @@ def load_storage_extension(recompute_modules: Collection[str] | None) -> None:
 def extension_file(source: str) -> Path:
     """Return the path of the compiled extension: one for each version of its source, torch, Python and
     kind of machine, in the folder of TORCH_EXTENSIONS_DIR (default: ~/.cache/torch_extensions)."""
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     digest = hashlib.sha256(source.encode()).hexdigest()[:8]
     build = f"torch{torch.__version__}-{sys.implementation.cache_tag}-{platform.machine()}"
     return root / f"megatron-sov-{build}" / digest / f"{NAME}.so"
@@ -99,7 +99,7 @@ def _compile(file: Path, source: str, setting: str) -> None:
                         f"{OTHER_MODULES}")
     try:
         with create_file(file, create_parents=True) as finished, tempfile.TemporaryDirectory() as folder:
-            load_inline(NAME, source, functions=["share_storage"], build_directory=folder)
+            cpp_extension.load_inline(NAME, source, functions=["share_storage"], build_directory=folder)
             shutil.copyfile(Path(folder, f"{NAME}.so"), finished)
     except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as e:
         reason = next((line for line in str(e).splitlines() if "error:" in line), first_error_line(e))

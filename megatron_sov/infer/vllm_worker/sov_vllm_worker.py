@@ -69,7 +69,8 @@ class FilesEngine(WeightTransferEngine[FilesInit, FilesUpdate]):
         # keep the group until every worker has finished: closing the group would break slower transfers
         self._group = WeightGroup(
             meeting, 1 + config.data_parallel_index * config.world_size + config.rank,
-            find_local_address(meeting.host, meeting.port), self.device if meeting.backend == "nccl" else device)
+            find_local_address(meeting.host, meeting.port),
+            self.device if meeting.backend == "nccl" else device)
         tensors = self._group.receive()
         self.model.load_weights(tensors)
         # every worker must take part in every broadcast, even if the worker needs no further tensor

@@ -158,7 +158,7 @@ def test_worker_gets_an_error_when_the_trainer_leaves() -> None:
         list(worker.receive())
 
 
-def test_own_host_is_the_address_seen_by_the_peer() -> None:
+def test_local_address_is_the_address_seen_by_the_peer() -> None:
     with socket.create_server(("127.0.0.1", 0)) as there:
         assert find_local_address("localhost", there.getsockname()[1]) == "127.0.0.1"
 
