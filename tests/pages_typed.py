@@ -127,7 +127,7 @@ def parse(line: str) -> Any:
     program, *argv = shlex.split(line, comments=True)
     if program != "megatron-sov":
         return read_command_options(importlib.import_module(ENTRIES[program]).build_parser().parse_args(argv))
-    name, rest = cli.named(argv)
+    name, rest = cli.split_command(argv)
     parser = Parser(prog=f"megatron-sov {name}")
     cli.COMMANDS[name].load().add_arguments(parser)
     return read_command_options(parser.parse_args(rest))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from data_prep.synth.known import FILES, generator_class
+from data_prep.synth import known
 from data_prep.synth.options import SynthOptions
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import add_options, read_options
@@ -21,7 +21,7 @@ def run(typed: argparse.Namespace) -> int:
     """Run `sov-data synth`; returns the exit code."""
     options = read_options(SynthOptions, typed)
     if options.list:
-        print("\n".join(_settings(options.generator) if options.generator else map(_help, FILES)))
+        print("\n".join(_settings(options.generator) if options.generator else map(_help, known.FILES)))
         return 0
     from data_prep.synth.running import run_synth  # imported late: --help and --list need none of it
 
@@ -30,14 +30,14 @@ def run(typed: argparse.Namespace) -> int:
 
 def _help(name: str) -> str:
     try:
-        return f"{name:<20} {generator_class(name).help}"
+        return f"{name:<20} {known.generator_class(name).help}"
     except UserError as e:  # a library is missing, which the others do not need
         return f"{name:<20} {e}"
 
 
 def _settings(name: str) -> list[str]:
     """Return a line for each setting of a generator: name, default and help."""
-    cls = generator_class(name)
+    cls = known.generator_class(name)
     helps = cls.help_of_settings or get_field_help(cls.Settings)
     lines = [f"{name} (version {cls.version}): {cls.help}", f"prompts: {', '.join(sorted(cls.prompts()))}"]
     for one in dataclasses.fields(cls.Settings):

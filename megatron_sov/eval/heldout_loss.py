@@ -24,8 +24,8 @@ from megatron_sov.train.data.order import OrderedSample
 from megatron_sov.train.data.rows import PackedRow, heldout_samples
 from megatron_sov.train.data.token_bytes import token_bytes
 from megatron_sov.train.data.token_shards import TEXTS, Documents, Source, open_sources, tokenizer_folder
-from megatron_sov.train.stages.evaluate import (
-    PARTS, SUMS, HeldoutEvaluator, HeldoutLoss, heldout_row, result_of)
+from megatron_sov.train.objectives.heldout_evaluator import (
+    PARTS, SUMS, HeldoutEvaluator, HeldoutLoss, compute_result, heldout_row)
 from megatron_sov.work.progress.progress_bar import create_bar
 
 ROW_TOKENS = 8192
@@ -34,7 +34,7 @@ ROW_TOKENS = 8192
 
 @dataclass(frozen=True)
 class HeldoutData:
-    """Held-out splits of token artifacts, cut into rows as by `train.stages.evaluate.HeldoutEvaluator`."""
+    """Held-out splits of token artifacts, cut into rows as by `HeldoutEvaluator`."""
 
     sources: list[Source]
     """All sources, including sources without a held-out split."""
@@ -127,7 +127,7 @@ def evaluate_rows(data: HeldoutData, compute_losses: Callable[[PackedRow], np.nd
                     sums[f"{part}_tokens"] += int(in_part.sum())
                 bar.update()
             if sums["tokens"]:
-                results[source.name] = result_of(sums)
+                results[source.name] = compute_result(sums)
     return results
 
 

@@ -39,11 +39,11 @@ from megatron_sov.runs.obs.validation import VALIDATION
 from megatron_sov.train.data.requirements import NeededColumn
 from megatron_sov.train.data.rounds import ADVANTAGE, SHARE
 from megatron_sov.train.data.token_shards import Documents, Source
+from megatron_sov.train.guards.gate import GateView
 from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective
 from megatron_sov.train.objectives.microbatch import MicroBatch
 from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, per_source, with_denominators
-from megatron_sov.train.stages.gate import GateView
 
 PREFERENCE, CHOSEN = "preference", "chosen"
 """Terms of the loss: preferences, and cross-entropy of chosen responses."""

@@ -44,9 +44,9 @@ from megatron_sov.train.data.order import OrderedSample
 from megatron_sov.train.data.rows import join_rows, rows_per_micro_batch, sample_row
 from megatron_sov.train.data.streams import PackedSegment, Row, best_fit
 from megatron_sov.train.data.token_shards import Documents, Source
+from megatron_sov.train.feed import FeedView
+from megatron_sov.train.guards.gate import GateView
 from megatron_sov.train.objectives.microbatch import MicroBatch, from_row
-from megatron_sov.train.stages.feed import FeedView
-from megatron_sov.train.stages.gate import GateView
 from megatron_sov.work.progress.progress_bar import create_bar
 
 MICRO_BATCHES = 8

@@ -241,6 +241,11 @@ def check_run_folder(path: Path) -> None:
                         "pass the folder given to --run")
 
 
+def find_tokenizer_folder(start: Path) -> Path:
+    """Return the tokenizer's folder of a checkpoint or Hugging Face folder, which may lack it."""
+    return start if is_hf_folder(start) else start / "tokenizer"
+
+
 def find_checkpoint(path: Path) -> Path:
     """Return `path` if it is a checkpoint, or the newest checkpoint of run `path`.
 

@@ -35,7 +35,7 @@ from megatron_sov.train.checkpointer import TrainState
 from megatron_sov.train.data.ledger import LedgerEntry
 from megatron_sov.train.data.token_shards import Source, as_input, provenance
 from megatron_sov.train.guards.step_guard import Refusal
-from megatron_sov.train.stages.evaluate import HeldoutLoss
+from megatron_sov.train.objectives.heldout_evaluator import HeldoutLoss
 from megatron_sov.work.clusters.chips import find_device_chip
 from megatron_sov.work.progress.progress_bar import ProgressBar
 

@@ -41,19 +41,19 @@ from megatron_sov.train.checkpointer import Checkpointer, TrainState, start_enco
 from megatron_sov.train.computation import Computation, StepSums
 from megatron_sov.train.data.ledger import LedgerEntry
 from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.feed import Feed
 from megatron_sov.train.guards.fault_injection import Fault, corrupt
+from megatron_sov.train.guards.gate import Gate
 from megatron_sov.train.guards.guards import Guards
 from megatron_sov.train.guards.step_guard import Refusal
 from megatron_sov.train.objectives.data_batches import DataBatches, ObjectiveContext
+from megatron_sov.train.objectives.heldout_evaluator import HeldoutEvaluator, HeldoutLoss
 from megatron_sov.train.objectives.objective import (
     GlobalBatch, Objective, columns_of, doubt_of, headline_of, is_comparable, parts_of,
     refuse_nothing_learned)
 from megatron_sov.train.recorder import Recorder, StepResult, peak_memory
 from megatron_sov.train.side_jobs.side_jobs import Garbage, Profiling, SideJobs
-from megatron_sov.train.stages.announcement import banner, memory_of
-from megatron_sov.train.stages.evaluate import HeldoutEvaluator, HeldoutLoss
-from megatron_sov.train.stages.feed import Feed
-from megatron_sov.train.stages.gate import Gate
+from megatron_sov.train.stages.announcement import format_banner, memory_of
 from megatron_sov.train.stopping import CurrentWork, StopFlag
 
 ObjectiveFactory = Callable[[ObjectiveContext], Objective]
@@ -220,7 +220,7 @@ class Trainer:
         entries = self.batches.ledger.entries
         if self.world.is_main:
             steps = range(self.step, self.num_steps)
-            told = banner(self.config, self.world.size, self.folder.path, steps, entries, self.sources,
+            told = format_banner(self.config, self.world.size, self.folder.path, steps, entries, self.sources,
                           memory_of(self.config, self.world.size), torch.get_num_threads())
             print(f"{told}\n", end="", file=sys.stderr, flush=True)
         self.recorder.judge_by(headline_of(self.objective), comparable=is_comparable(self.objective))

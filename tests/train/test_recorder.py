@@ -24,8 +24,8 @@ from megatron_sov.runs.obs.meters import Meter, format_recent_means
 from megatron_sov.train.checkpointer import TrainState
 from megatron_sov.train.data.ledger import LedgerEntry
 from megatron_sov.train.guards.step_guard import Refusal
+from megatron_sov.train.objectives.heldout_evaluator import HeldoutLoss
 from megatron_sov.train.recorder import Efficiency, Recorder, StepResult, peak_tflops
-from megatron_sov.train.stages.evaluate import HeldoutLoss
 
 # Figures of a step's efficiency.
 

@@ -11,6 +11,10 @@ from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.figures import format_count, format_days, format_money, format_value
 from megatron_sov.chat.vocabulary import check_same_tokens
+from megatron_sov.commands.train.setup.data_defaults import complete_stage
+from megatron_sov.commands.train.setup.feasibility import count_epochs, count_tokens, refuse_unfit_data
+from megatron_sov.commands.train.setup.packed_files import find_files, fix_by_packing, list_packable_formats
+from megatron_sov.commands.train.setup.stage_options import find_start
 from megatron_sov.model.config import RunConfig, apply_settings, parse_data_paths
 from megatron_sov.model.objectives import FORMATS
 from megatron_sov.operate.slurm.stages import StageWork, path_of
@@ -18,11 +22,8 @@ from megatron_sov.operate.slurm.submission import Prepared, show
 from megatron_sov.plan.on_cluster import quote_run
 from megatron_sov.plan.pages.quote import QuoteTotals, totals
 from megatron_sov.plan.pricing import Machines, pricing
+from megatron_sov.runs.checkpoints import find_tokenizer_folder
 from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
-from megatron_sov.train.stages.feasibility import count_epochs, count_tokens, refuse_unfit_data
-from megatron_sov.train.stages.packed_files import find_files, fix_by_packing, list_packable_formats
-from megatron_sov.train.stages.stage_config import find_start, tokenizer_of
-from megatron_sov.train.stages.stage_defaults import complete_stage
 from megatron_sov.work.clusters.cluster import ClusterProfile, parse_time_limit
 from megatron_sov.work.clusters.units import SECONDS_PER_DAY
 
@@ -56,7 +57,7 @@ def check_data(work: StageWork) -> StageWork:
         config = complete_stage(asked, config, stage, work.num_ranks or None).config
     refuse_unfit_data(asked, config, sources, is_initial=is_initial)
     if work.start_from is not None and work.start_from.exists():
-        check_same_tokens(tokenizer_folder(sources), tokenizer_of(find_start(work.start_from)))
+        check_same_tokens(tokenizer_folder(sources), find_tokenizer_folder(find_start(work.start_from)))
     has_epochs = not config.rollout.rounds and not config.extend.stages
     return dataclasses.replace(
         work, config=dataclasses.replace(
@@ -70,7 +71,7 @@ def _refuse_files(work: StageWork) -> None:
     if not any(path_of(text).is_file() for text in work.data):
         return
     formats = list_packable_formats(work.kind.objective)
-    tokenizer = tokenizer_of(find_start(work.start_from)) if work.start_from else None
+    tokenizer = find_tokenizer_folder(find_start(work.start_from)) if work.start_from else None
     for file in find_files(work.data, work.target, formats, tokenizer):
         fix = fix_by_packing(file.file, tokenizer, ["--format", file.format]) if tokenizer else None
         raise UserError(f"--data {file.argument}: is a file, and the processes of a job read packed folders; "

@@ -137,11 +137,11 @@ def _read_request(args: PlanOptions) -> RecipeRequest:
 
 def _base_of(start_from: Path, stage: Stage) -> RunConfig:
     """Return the settings that a stage of post-training begins with; weights are not opened."""
+    from megatron_sov.commands.train.setup.stage_options import find_start
     from megatron_sov.model.families import supported as families
     from megatron_sov.model.families.family import extract_text_config
     from megatron_sov.model.pretrained import CONFIG, find_hub_name, read_json
     from megatron_sov.runs.checkpoints import IMPORTED_RECIPE, read_checkpoint_settings
-    from megatron_sov.train.stages.stage_config import find_start
 
     # the folder of a run has a config.json too, without the type of a Hugging Face model
     fields = read_json(start_from / CONFIG) if (start_from / CONFIG).is_file() else {}
@@ -164,12 +164,12 @@ def _completed(args: PlanOptions, asked: RecipeRequest, stage: Stage) -> RecipeR
     Raises:
         UserError: the data cannot be read, are of another kind, or nothing says how long the stage is.
     """
+    from megatron_sov.commands.train.setup.data_defaults import complete_stage
+    from megatron_sov.commands.train.setup.stage_options import check_chats
     from megatron_sov.model.objectives import COMMAND_FORMATS
     from megatron_sov.plan.pricing import machines
     from megatron_sov.runs.launch_environment import MAX_LOCAL_RANKS
     from megatron_sov.train.data.token_shards import open_sources
-    from megatron_sov.train.stages.stage_config import check_chats
-    from megatron_sov.train.stages.stage_defaults import complete_stage
 
     config = asked.config()
     said = {setting.partition("=")[0] for setting in asked.settings}
@@ -314,7 +314,7 @@ def _data_lines(args: PlanOptions, config: RunConfig) -> list[str]:
     tokens = sum(source["splits"]["train"]["num_tokens"]
                  for content in found for source in content["sources"])
     schedule = Schedule(config)
-    read = schedule.tokens(schedule.num_steps - 1)
+    read = schedule.count_tokens(schedule.num_steps - 1)
     lines = [f"data: {format_count(tokens)} tokens, of which the run reads {format_count(read)} "
              f"({format_value(read / max(tokens, 1), 3)} passes)"]
     if vocab_size < config.model.vocab_size and args.start_from is None:

@@ -24,6 +24,7 @@ from megatron_sov.commands.rl.teachers import (
 from megatron_sov.commands.score import JudgeOptions
 from megatron_sov.commands.train.gate_options import (
     TunedOptions, gate_of, is_complete, refuse_unknown_benchmarks)
+from megatron_sov.commands.train.setup.stage_options import ParsedStage, parse_stage, request_with_model
 from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, SERVER_ENGINES, Engine, choose_engine
 from megatron_sov.infer.prompts import EngineOptions, ServerOptions, check_engine
 from megatron_sov.infer.request import Batching
@@ -34,11 +35,10 @@ from megatron_sov.model.objectives import get_factory
 from megatron_sov.model.recipes.requested import RecipeOptions
 from megatron_sov.post.rl.reward import ENVIRONMENT, RewardJudge, refuse_unjudged, reward_version
 from megatron_sov.rollouts.prompts import PromptList, list_set_aside, round_prompts, rounds_between
-from megatron_sov.runs.checkpoints import check_model_path, hash_checkpoint_files
+from megatron_sov.runs.checkpoints import check_model_path, find_tokenizer_folder, hash_checkpoint_files
 from megatron_sov.runs.folder import FIXED_ROLLOUT_SETTINGS, ROUNDS, VALIDATION, RunFolder, fixed_settings
 from megatron_sov.runs.launch_environment import is_first_rank
 from megatron_sov.runs.rounds import RunPolicies, build_start_policy, find_round_policy
-from megatron_sov.train.stages.stage_config import ParsedStage, parse_stage, request_with_model, tokenizer_of
 from megatron_sov.work.progress.locks import Claims
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from megatron_sov.post.rl.generate.servers import LiveServers
     from megatron_sov.post.rl.generate.writers import GenerationSettings, RolloutWriter
     from megatron_sov.post.rl.validation import Validation
-    from megatron_sov.train.stages.gate import EndGate
+    from megatron_sov.train.guards.gate import EndGate
 
 
 def refuse_no_tokenizer(start_from: Path, folder: Path) -> None:
@@ -125,7 +125,7 @@ def run_generate(args: argparse.Namespace) -> int:
 
 
 def _config(args: RlGenerateOptions, num_prompts: int) -> RunConfig:
-    from megatron_sov.train.stages.stage_defaults import complete_stage  # numpy
+    from megatron_sov.commands.train.setup.data_defaults import complete_stage  # numpy
 
     asked = request_with_model(args, args.start_from, "policy")
     # as `rl train` completes them, or the two would count rounds otherwise
@@ -323,7 +323,7 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, *, wait_s: float = 0
 
     config, start = parsed.stage.config, parsed.stage.start
     assert start is not None, f"--from is required, it is {args.start_from}"
-    tokenizer = tokenizer_of(start)
+    tokenizer = find_tokenizer_folder(start)
     refuse_no_tokenizer(args.start_from, tokenizer)
     texts = texts_of(config)
     policies = RunPolicies(args.run, build_start_policy(start), config.rollout, fixed_settings(config) | {

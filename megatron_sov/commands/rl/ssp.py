@@ -19,8 +19,8 @@ from megatron_sov.base.documents.rows import check_rows
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.settings import (
     AtLeastOne, Flag, at_most_field, build_command, parse_nested, read_options)
-from megatron_sov.commands.evaluate.eval_judged import PROMPT, EvalPasskOptions, JudgedSamplingOptions
-from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions, words_of
+from megatron_sov.commands.evaluate.eval_passk import PROMPT, EvalPasskOptions, JudgedSamplingOptions
+from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions, list_option_words
 from megatron_sov.infer.request import RankOptions
 from megatron_sov.judge.rewards.registry import make, order
 from megatron_sov.model.config import split_weight
@@ -152,7 +152,7 @@ def _words(args: SspProbeOptions, candidate: ProbedCheckpoint, problems: Path) -
     folder = candidate.folder(args.output)
     same = {field.name: getattr(args, field.name) for cls in (JudgedSamplingOptions, RankOptions)
             for field in fields(cls)}
-    return ["eval", "passk", *words_of(EvalPasskOptions(
+    return ["eval", "passk", *list_option_words(EvalPasskOptions(
         **same, target=candidate.path, input=problems, k=tuple(sorted({1, args.k})), output=folder,
         overwrite=folder.exists()))]  # what is there is of files that have changed since
 

@@ -17,21 +17,21 @@ from megatron_sov.base.settings import (
 from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
 from megatron_sov.commands.train.gate_options import (
     GateOptions, gate_of, is_complete, refuse_unknown_benchmarks)
+from megatron_sov.commands.train.setup.stage_options import parse_stage
 from megatron_sov.infer.request import RankOptions
 from megatron_sov.model.config import DistillationConfig, RunConfig, parse_data_paths
 from megatron_sov.model.config.data import split_source_name
 from megatron_sov.model.objectives import get_factory
 from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
-from megatron_sov.runs.checkpoints import check_model_path
+from megatron_sov.runs.checkpoints import check_model_path, find_tokenizer_folder
 from megatron_sov.runs.launch_environment import is_first_rank
-from megatron_sov.train.stages.stage_config import parse_stage, tokenizer_of
 
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target
     from megatron_sov.post.distillation.state_files import StateFiles
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.data.token_shards import Source
-    from megatron_sov.train.stages.gate import GateView
+    from megatron_sov.train.guards.gate import GateView
 
 LENGTHS = ("rollout.rounds", "train.epochs")
 """Settings that say how long a run of rounds is."""
@@ -152,7 +152,7 @@ def run(typed: argparse.Namespace) -> int:
     sources = open_sources(config.data.paths, config.model.vocab_size, formats_of(made))
     _refuse_views(config, sources)
     if parsed.start is not None:
-        check_same_tokens(tokenizer_folder(sources), tokenizer_of(parsed.start))
+        check_same_tokens(tokenizer_folder(sources), find_tokenizer_folder(parsed.start))
     states: list[Path] = []
     # a complete run needs no states any more: they may have been deleted
     if folder.completion() is None:

@@ -17,13 +17,13 @@ from megatron_sov.base.errors import ExitCode, StopRequested, UserError, warn
 from megatron_sov.base.settings import add_options, read_options
 from megatron_sov.bench.score_differences import (
     FORGOTTEN, NOT_KNOWN, NOT_PROVEN, Forgetting, judge, read_scored)
-from megatron_sov.commands.evaluate.benchmarks import EvalLmOptions, run_lm
+from megatron_sov.commands.evaluate.eval_lm import EvalLmOptions, run_lm
 from megatron_sov.runs.folder import GATE, RunEvents
 from megatron_sov.runs.launch_environment import has_launcher, is_first_rank
 from megatron_sov.work.processes.children import run_command
 
 if TYPE_CHECKING:
-    from megatron_sov.train.stages.gate import EndVerdict
+    from megatron_sov.train.guards.gate import EndVerdict
 
 EVENT = "forgetting_gate"
 OWN = ("--tasks", "--output", "--cache", "--run", "--nproc")
@@ -32,7 +32,7 @@ OWN = ("--tasks", "--output", "--cache", "--run", "--nproc")
 
 @dataclass(frozen=True)
 class ForgettingGate:
-    """A `train.stages.gate.EndGate` that compares the last checkpoint with what the stage started from."""
+    """A `train.guards.gate.EndGate` that compares the last checkpoint with what the stage started from."""
 
     run: Path
     """The run's folder."""
@@ -70,7 +70,7 @@ class ForgettingGate:
         self._evaluate(checkpoint, "last", ["--run", str(self.run)])
         if not is_first_rank():
             return None
-        from megatron_sov.train.stages.gate import EndVerdict
+        from megatron_sov.train.guards.gate import EndVerdict
 
         first, last = (read_scored(self._output(when)) for when in ("start", "last"))
         found = judge(first, last, self.tolerance)

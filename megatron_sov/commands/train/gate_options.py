@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Annotated
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Flag, NotNegative
-from megatron_sov.commands.shared_options import named_tasks
+from megatron_sov.commands.shared_options import parse_task_names
+from megatron_sov.commands.train.setup.stage_options import StageOptions, TunedStageOptions
 from megatron_sov.model.config import RunConfig, apply_settings, layout_settings
 from megatron_sov.model.recipes.requested import BuiltIn
 from megatron_sov.runs.folder import CONFIG, RunFolder, read_command
 from megatron_sov.runs.launch_environment import typed_command
-from megatron_sov.train.stages.stage_config import StageOptions, TunedStageOptions
 
 if TYPE_CHECKING:
-    from megatron_sov.train.stages.gate import EndGate
+    from megatron_sov.train.guards.gate import EndGate
 
 DEFAULT_TOLERANCE = 0.03
 
@@ -62,7 +62,7 @@ def gate_of(args: GateOptions, config: RunConfig, start: Path | None) -> EndGate
             if value is not None:
                 raise UserError(f"{option} {value}: is for --gate TASKS; add it, or leave this out")
         return None
-    tasks = named_tasks(args.gate)
+    tasks = parse_task_names(args.gate)
     if not tasks:
         raise UserError(f"--gate {args.gate!r}: names no task; name some, separated by commas")
     # a run from scratch has nothing to forget

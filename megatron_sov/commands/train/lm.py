@@ -9,13 +9,13 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import build_command, read_options
 from megatron_sov.commands.train.gate_options import (
     TunedOptions, gate_of, is_complete, refuse_unknown_benchmarks)
+from megatron_sov.commands.train.setup.stage_options import (
+    StageOptions, find_start, parse_stage, refuse_many_converters, stage_request)
 from megatron_sov.model.objectives import get_factory
 from megatron_sov.runs.folder import STAGES
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.guards.fault_injection import parse
 from megatron_sov.train.stages.shared_copies import convert_start
-from megatron_sov.train.stages.stage_config import (
-    StageOptions, find_start, parse_stage, refuse_many_converters, stage_request)
 
 
 def run_pretrain(typed: argparse.Namespace) -> int:
@@ -55,10 +55,10 @@ def run_extend(typed: argparse.Namespace) -> int:
     request = stage_request(args, "lm", lengthens=True)
     faults = parse(args.inject, num_ranks(args.nproc))
 
+    from megatron_sov.commands.train.setup.feasibility import refuse_unfit
     from megatron_sov.post.extend.stages import planned_stages
     from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.objectives.objective import formats_of
-    from megatron_sov.train.stages.feasibility import refuse_unfit
 
     # all stages are planned before the first one starts
     stages = planned_stages(request, args.start_from, args.run, args.nproc,

@@ -15,17 +15,17 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Flag, add_options, read_options
 from megatron_sov.commands.train.gate_options import (
     TunedOptions, gate_of, is_complete, refuse_unknown_benchmarks)
+from megatron_sov.commands.train.setup.stage_options import ParsedStage, parse_stage
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import REFERENCE_METHODS, PreferenceMethod
 from megatron_sov.model.objectives import get_factory
 from megatron_sov.runs.checkpoints import (
     CHECKPOINT_KIND, RUN, check_folder_kind, check_model_path, find_checkpoint)
-from megatron_sov.train.stages.stage_config import ParsedStage, parse_stage
 
 if TYPE_CHECKING:
     from megatron_sov.post.reference import Reference
     from megatron_sov.train.data.token_shards import Source
-    from megatron_sov.train.stages.gate import GateView
+    from megatron_sov.train.guards.gate import GateView
 
 
 @dataclass(frozen=True, kw_only=True)

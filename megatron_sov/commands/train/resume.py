@@ -20,10 +20,10 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import is_reference
 from megatron_sov.base.settings import read_options
 from megatron_sov.commands import COMMANDS
-from megatron_sov.commands.shared_options import words_of
+from megatron_sov.commands.shared_options import list_option_words
+from megatron_sov.commands.train.setup.stage_options import StageOptions
 from megatron_sov.runs.folder import CONFIG, RunFolder, TypedCommand, read_command
 from megatron_sov.runs.launch_environment import export_command, has_launcher, is_first_rank
-from megatron_sov.train.stages.stage_config import StageOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,8 +45,8 @@ def run(typed: argparse.Namespace) -> int:
     began = read_command(folder)
     name, parser, options = typed_options(began)
     goes_on = in_folder(options, folder, began)
-    refuse_unsaid_code(folder, began, words_of(goes_on), typed.arguments)
-    words = [*words_of(dataclasses.replace(goes_on, plugins=())), *typed.arguments]
+    refuse_unsaid_code(folder, began, list_option_words(goes_on), typed.arguments)
+    words = [*list_option_words(dataclasses.replace(goes_on, plugins=())), *typed.arguments]
     if enter_folder(began) and is_first_rank():
         print(f"resume: paths are read from {began.folder}, where the run was begun")
     if is_first_rank():

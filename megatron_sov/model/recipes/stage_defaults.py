@@ -2,7 +2,7 @@
 torch).
 
 The architecture comes from --from. Learning rate, schedule and epochs come from this table, by stage and
-model size. Sample lengths and batch sizes follow from the data (`train.stages.stage_defaults`).
+model size. Sample lengths and batch sizes follow from the data (`commands.train.setup.data_defaults`).
 """
 
 from __future__ import annotations

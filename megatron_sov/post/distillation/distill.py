@@ -38,12 +38,12 @@ from megatron_sov.train.data.order import OrderedSample
 from megatron_sov.train.data.requirements import NeededColumn
 from megatron_sov.train.data.rows import RowOrigin, heldout_samples, join_rows, sample_row
 from megatron_sov.train.data.token_shards import TEXTS, Source
+from megatron_sov.train.guards.gate import GateView
 from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective
 from megatron_sov.train.objectives.microbatch import MicroBatch, from_row
 from megatron_sov.train.objectives.objective import (
     GlobalBatch, LossSums, columns_of, formats_of, per_source, with_denominators)
-from megatron_sov.train.stages.gate import GateView
 
 DIVERGENCE, CROSS_ENTROPY = "divergence", "cross_entropy"
 SPLIT = "heldout"

@@ -24,16 +24,15 @@ from megatron_sov.infer.engines.target import Target
 from megatron_sov.model.config import GateConfig, RunConfig
 from megatron_sov.post.extend.stages import (
     Decontamination, PlannedStage, refuse_contaminated, search_contamination)
-from megatron_sov.runs.checkpoints import find_checkpoint, latest_checkpoint
+from megatron_sov.runs.checkpoints import find_checkpoint, find_tokenizer_folder, latest_checkpoint
 from megatron_sov.runs.launch_environment import get_command_start, is_first_rank
 from megatron_sov.train.data.token_shards import TEXTS, Source, open_sources, tokenizer_folder
 from megatron_sov.train.data.views import SHORT
 from megatron_sov.train.guards.fault_injection import Fault
+from megatron_sov.train.guards.gate import EndGate, GateView
+from megatron_sov.train.objectives.heldout_evaluator import HeldoutLoss
 from megatron_sov.train.objectives.objective import formats_of
-from megatron_sov.train.stages.evaluate import HeldoutLoss
-from megatron_sov.train.stages.gate import EndGate, GateView
 from megatron_sov.train.stages.stage import Stage, run_stage
-from megatron_sov.train.stages.stage_config import tokenizer_of
 from megatron_sov.train.trainer import ObjectiveFactory
 
 
@@ -83,7 +82,7 @@ def make_needles(config: RunConfig, start: Path, formats: tuple[str, ...] = TEXT
     if SOURCE_NAME in (s.name for s in data):
         raise UserError(f"--data: a source named {SOURCE_NAME!r} is reserved for documents made on the fly; "
                         "pack that text under another name (--input NAME=PATH)")
-    tokenizer = tokenizer_folder(data) or tokenizer_of(start)
+    tokenizer = tokenizer_folder(data) or find_tokenizer_folder(start)
     suite = build_suite(needle, open_haystacks(data, "heldout", tokenizer, languages=needle.languages))
     lengths = _document_lengths(config)
     if not lengths:

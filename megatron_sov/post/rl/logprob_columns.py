@@ -30,7 +30,7 @@ from megatron_sov.runs.checkpoints import hash_checkpoint_files
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.data.requirements import replayed_routes
 from megatron_sov.train.data.rounds import Round
-from megatron_sov.train.stages.feed import FeedView
+from megatron_sov.train.feed import FeedView
 
 REFERENCE_NOTE = "reference.json"
 """File of RUN/rounds with the digest of the reference model."""

@@ -22,7 +22,7 @@ from megatron_sov.post.rl.validation import SampledRounds
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.checkpoints import hash_checkpoint_files
 from megatron_sov.train.data.rounds import ADVANTAGE, Round, RoundDocuments
-from megatron_sov.train.stages.feed import FeedView
+from megatron_sov.train.feed import FeedView
 
 EVENT_FIELDS = ("groups", "unjudged", "reward_version", "policies", "means")
 """Fields of a round's manifest in its event."""

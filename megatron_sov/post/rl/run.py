@@ -28,7 +28,7 @@ from megatron_sov.post.rl.publish.publisher import Publisher
 from megatron_sov.post.rl.round_loader import RoundLoader
 from megatron_sov.post.rl.validation import Validation
 from megatron_sov.runs.rounds import RunPolicies
-from megatron_sov.train.stages.feed import FeedView
+from megatron_sov.train.feed import FeedView
 
 NO_ROUND = "data"
 """Digest of a round that learns from packed data instead of responses."""
@@ -38,7 +38,7 @@ POLL_S = (1.0, 10.0)
 
 @dataclass(kw_only=True)
 class RolloutCycle:
-    """Makes the rounds of a run available to the training loop: a `train.stages.feed.Feed`."""
+    """Makes the rounds of a run available to the training loop: a `train.feed.Feed`."""
 
     rollout: RolloutConfig
     policies: RunPolicies
@@ -53,7 +53,7 @@ class RolloutCycle:
     store: Path | None = None
     """Rollout store, for the event that tells viewers its path."""
     meters: Mapping[str, float] = field(default_factory=dict)
-    """Figures of the open round, see `train.stages.feed.Feed`."""
+    """Figures of the open round, see `train.feed.Feed`."""
     _has_announced: bool = False
 
     def bring(self, view: FeedView, asked_to_stop: Callable[[], bool]) -> str | None:

@@ -29,7 +29,7 @@ from megatron_sov.post.policy import REVERSE_KL
 from megatron_sov.post.reference import run_with_weights, write_logprobs
 from megatron_sov.train.data.rounds import BEHAVIOUR, DOMAINS, Round
 from megatron_sov.train.data.token_shards import Documents
-from megatron_sov.train.stages.feed import FeedView
+from megatron_sov.train.feed import FeedView
 from megatron_sov.work.endpoints.answers import BadAnswer, RequestRefused
 from megatron_sov.work.endpoints.vllm_server import VllmServer
 

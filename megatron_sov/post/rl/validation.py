@@ -31,7 +31,7 @@ from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.runs.obs.validation import RESPONSES, ROUND_SAMPLES, VALIDATION, format_validation
 from megatron_sov.runs.rounds import Policy
-from megatron_sov.train.stages.feed import FeedView
+from megatron_sov.train.feed import FeedView
 
 MAX_TABLES = 100
 """Limit of the rounds, and of the validations, whose samples are recorded."""

@@ -20,7 +20,7 @@ from megatron_sov.train.data.ledger import LedgerEntry, over_long
 from megatron_sov.train.data.token_shards import Source
 
 
-def banner(config: RunConfig, num_ranks: int, run: Path, steps: range, entries: Sequence[LedgerEntry],
+def format_banner(config: RunConfig, num_ranks: int, run: Path, steps: range, entries: Sequence[LedgerEntry],
            sources: Sequence[Source], memory: Account, num_threads: int = 0) -> str:
     """Return what a run is about to do, a few lines.
 
@@ -99,7 +99,7 @@ def memory_of(config: RunConfig, num_ranks: int) -> Account:
     return account(config, num_ranks, 0, max(phase.seq_len for phase in config.data.phases))
 
 
-def summary(run: Path, checkpoint: Path, done: TrainState, wall_s: float, config: RunConfig,
+def format_summary(run: Path, checkpoint: Path, done: TrainState, wall_s: float, config: RunConfig,
             headline: Sequence[Meter], sources: Sequence[Source]) -> str:
     """Return what came of a complete run, and what to type next.
 

@@ -34,23 +34,22 @@ from megatron_sov.runs.folder import STAGES, RunEvents, RunFolder
 from megatron_sov.runs.launch_environment import get_command_start, has_launcher, is_first_rank, num_ranks
 from megatron_sov.runs.lock import RunLock
 from megatron_sov.runs.obs.events import EVENTS
-from megatron_sov.schedules import changed_schedule
+from megatron_sov.schedules import describe_schedule_change
 from megatron_sov.train.checkpointer import newest_sound, refuse_other_base
 from megatron_sov.train.data.ledger import (
     LedgerEntry, over_long, plan, refuse_over_long, refuse_over_long_pairs)
 from megatron_sov.train.data.requirements import refuse_unreadable, refuse_without_columns
 from megatron_sov.train.data.token_shards import Source, open_sources, tokenizer_folder
 from megatron_sov.train.data.views import with_views
+from megatron_sov.train.feed import Feed
 from megatron_sov.train.guards.fault_injection import Fault, Faults, not_come
+from megatron_sov.train.guards.gate import EndGate, Gate, GateView, conclude
 from megatron_sov.train.loop import train
 from megatron_sov.train.objectives.objective import columns_of, formats_of
 from megatron_sov.train.side_jobs.evaluations import refuse_unjudged
 from megatron_sov.train.side_jobs.side_jobs import SideJobs
-from megatron_sov.train.stages.announcement import banner, memory_of, summary
-from megatron_sov.train.stages.feed import Feed
-from megatron_sov.train.stages.gate import EndGate, Gate, GateView, conclude
+from megatron_sov.train.stages.announcement import format_banner, format_summary, memory_of
 from megatron_sov.train.stages.shared_copies import SHARED, find_copy
-from megatron_sov.train.stages.stage_config import tokenizer_of
 from megatron_sov.train.stopping import StopFlag
 from megatron_sov.train.trainer import ObjectiveFactory, Trainer
 
@@ -203,7 +202,7 @@ def _tell(stage: Stage, data: _Data, count: int) -> None:
     steps = range(checkpoints.checkpoint_step(newest) if newest else 0, stage.config.num_steps())
     if stage.notes:
         print(_defaults(stage))
-    print(banner(stage.config, count, stage.folder.path, steps, data.planned, data.sources,
+    print(format_banner(stage.config, count, stage.folder.path, steps, data.planned, data.sources,
                  memory_of(stage.config, count)))
     told = newest or stage.start_from or f"initial weights, train.seed = {stage.config.train.seed}"
     print(f"  start      {told}")
@@ -224,7 +223,7 @@ def _check_start(stage: Stage, data: _Data) -> None:
         raise UserError(f"--until {stage.until}: the run is at step {checkpoints.checkpoint_step(newest)} "
                         "already; name a later step")
     if (start := newest or stage.start_from) is not None:
-        check_same_tokens(tokenizer_folder(data.sources), tokenizer_of(start))
+        check_same_tokens(tokenizer_folder(data.sources), checkpoints.find_tokenizer_folder(start))
     elif stage.config.lora.on:
         raise UserError(f"lora.rank = {stage.config.lora.rank}: adapters are trained beside a model that "
                         "exists; name it by --from")
@@ -436,7 +435,7 @@ def _restore(stage: Stage, trainer: Trainer, newest: Path | None) -> bool:
 def _tell_changes(stage: Stage, trainer: Trainer) -> None:
     """Say that a run goes on with another learning rate than it would have had."""
     earlier = stage.folder.config()
-    told = changed_schedule(earlier, stage.config, trainer.step) if earlier is not None else None
+    told = describe_schedule_change(earlier, stage.config, trainer.step) if earlier is not None else None
     if told is not None and trainer.world.is_main:
         warn(f"{stage.folder.path}: {told}")
 
@@ -465,6 +464,6 @@ def _finish(stage: Stage, trainer: Trainer) -> None:
         "checkpoint": f"{stage.folder.checkpoints.name}/{last.name}",
         "checkpoint_sha256": manifest_sha256(last), **extra}))
     if trainer.world.is_main:
-        told = summary(stage.folder.path, last, trainer.state, trainer.wall_s(), trainer.config,
+        told = format_summary(stage.folder.path, last, trainer.state, trainer.wall_s(), trainer.config,
                        trainer.recorder.headline, trainer.sources)
         print(f"{told}\n", end="", file=sys.stderr, flush=True)

@@ -24,7 +24,7 @@ from megatron_sov.model.recipes import get
 from megatron_sov.post.extend import running
 from megatron_sov.post.extend.running import (
     StageGate, asks_too_little, decide_verdict, make_needles, mean_loss, run_stages, with_needles_in_blends)
-from megatron_sov.train.stages.evaluate import HeldoutLoss
+from megatron_sov.train.objectives.heldout_evaluator import HeldoutLoss
 
 # A stage's gate: when it looks, what it takes for a pass, and what it leaves in events,
 # checkpoint and manifest.

@@ -16,13 +16,13 @@ from hypothesis import given, strategies as st
 from megatron_sov.base.documents.overlap import hash_windows
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
+from megatron_sov.commands.train.setup.stage_options import TunedStageOptions, stage_request
 from megatron_sov.model.config import ExtendStageConfig, PartConfig, YarnConfig
 from megatron_sov.post.extend.stages import (
     WINDOW_TOKENS, planned_stages, refuse_contaminated, search_contamination, stage_blend)
 from megatron_sov.runs.checkpoints import find_checkpoint
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.train.data.token_shards import Source
-from megatron_sov.train.stages.stage_config import TunedStageOptions, stage_request
 from tests.typed_words import typed
 
 # The search of the training text: what is planted is found, what is not there is not, and a gate that would

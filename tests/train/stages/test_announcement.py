@@ -23,7 +23,8 @@ from megatron_sov.train.data.token_shards import Source
 
 prepare_megatron()
 from megatron_sov.train.checkpointer import TrainState  # noqa: E402
-from megatron_sov.train.stages.announcement import banner, memory_of, planned_tokens, summary  # noqa: E402
+from megatron_sov.train.stages.announcement import (  # noqa: E402
+    format_banner, format_summary, memory_of, planned_tokens)
 
 CONFIG = apply_settings(recipes.get("tiny-solar-open"), ["train.steps=4"])
 ENTRIES = (LedgerEntry(0, "one", 100, 2, {"web": 1.0}),
@@ -35,7 +36,7 @@ def test_a_run_says_what_it_is_about_to_do(monkeypatch: pytest.MonkeyPatch) -> N
     sources = [Source(name, None, "text", {}, {"train": tokens}, 0.5)
                for name, tokens in (("web", 500), ("code", 600))]
     gib = 2**30
-    told = banner(config, 2, Path("runs/a"), range(2, 6), ENTRIES, sources,
+    told = format_banner(config, 2, Path("runs/a"), range(2, 6), ENTRIES, sources,
                   Account(gib, gib, 4 * gib, gib, gib // 2, gib // 2, on_host=130 * gib)).splitlines()
     assert told[0] == "tiny-solar-open: 2.5 M parameters (1.32 M active), steps 3 to 6, 1.2 K tokens"
     assert told[1] == ("  processes  2: ep 2, dp 2; fp32, 6 GiB of weights, gradients and optimizer each, "
@@ -44,7 +45,7 @@ def test_a_run_says_what_it_is_about_to_do(monkeypatch: pytest.MonkeyPatch) -> N
     assert told[3].startswith("  run        runs/a, a checkpoint every ")
     monkeypatch.setattr("megatron_sov.train.stages.announcement.over_long", lambda *_: [])
     chats = [dataclasses.replace(source, format="chat") for source in sources[:1]]
-    told = banner(config, 2, Path("runs/a"), range(2, 6), ENTRIES[:1], chats,
+    told = format_banner(config, 2, Path("runs/a"), range(2, 6), ENTRIES[:1], chats,
                   memory_of(config, 2)).splitlines()
     assert told[2] == "  data       web 800 tokens with padding"
 
@@ -70,7 +71,7 @@ def test_a_run_says_what_came_of_it(tmp_path: Path) -> None:
     (run / "events.jsonl").write_text("".join(
         json.dumps(event) + "\n" for event in [*steps, *ranked, *evals]))
     headline = [Meter("pairs_right", "pairs right", "share", "higher", heldout="heldout_pairs.pairs_right")]
-    told = summary(run, run / "checkpoints/step-6", TrainState(6, 1_500_000), 125.4, CONFIG, headline,
+    told = format_summary(run, run / "checkpoints/step-6", TrainState(6, 1_500_000), 125.4, CONFIG, headline,
                    sources).splitlines()
     # the loss of pairs says nothing, and is left out
     # code: the held-out data were not the same before the first step
@@ -81,7 +82,7 @@ def test_a_run_says_what_came_of_it(tmp_path: Path) -> None:
     assert [line.split("megatron-sov ")[1] for line in told[2:]] == [
         f"report {run}", f"chat {run}", f"convert to-hf {run} HF_DIR"]  # in the form that it was trained in
     adapter = apply_settings(CONFIG, ["lora.rank=4"])
-    told = summary(run, run / "c", TrainState(6, 1), 1.0, adapter, headline, sources[1:2]).splitlines()
+    told = format_summary(run, run / "c", TrainState(6, 1), 1.0, adapter, headline, sources[1:2]).splitlines()
     assert told[-1].endswith(f"megatron-sov convert to-peft {run} PEFT_DIR")
     assert told[3].endswith(f"megatron-sov generate {run} --prompt TEXT")
 
@@ -90,7 +91,7 @@ def test_the_commands_that_go_on_can_be_pasted(tmp_path: Path) -> None:
     run = tmp_path / "a $(id) b"
     run.mkdir()
     (run / "events.jsonl").write_text("")
-    told = summary(run, run / "checkpoints/step-6", TrainState(6, 1), 1.0, apply_settings(
+    told = format_summary(run, run / "checkpoints/step-6", TrainState(6, 1), 1.0, apply_settings(
         CONFIG, ["lora.rank=4"]), [], [source("web", "chat")]).splitlines()
     assert [str(run) in shlex.split(line) for line in told[2:]] == [True] * 4
 
@@ -105,7 +106,7 @@ def test_an_adapter_says_how_much_learns() -> None:
     learn = sum(math.prod(shape) for of in find_adapted_modules(config.model, config.lora)
                 for shape in of.shapes(config.lora).values())
     total = count_params(config.model).total + learn
-    told = banner(config, 1, Path("r"), range(4), ENTRIES, [], memory_of(config, 1)).splitlines()
+    told = format_banner(config, 1, Path("r"), range(4), ENTRIES, [], memory_of(config, 1)).splitlines()
     learning = f"{format_count(learn)} of {format_count(total)} parameters learn"
     assert told[2] == (f"  adapter    of rank 4: {learning} "
                        f"({format_share(learn / total)}); `megatron-sov convert to-peft` writes it for PEFT")

@@ -30,9 +30,9 @@ from megatron_sov.work.clusters.chips import Gpu
 
 prepare_megatron()
 from megatron_sov.engine.parallel.launcher import RestartPolicy  # noqa: E402
+from megatron_sov.train.guards.gate import EndVerdict  # noqa: E402
 from megatron_sov.train.objectives.data_objective import LanguageModelling  # noqa: E402
 from megatron_sov.train.stages import stage as stage_module  # noqa: E402
-from megatron_sov.train.stages.gate import EndVerdict  # noqa: E402
 from megatron_sov.train.stages.stage import Stage, run_stage  # noqa: E402
 
 SMALL = ("model.vocab_size=368", 'data.phases=[{"name": "main", "seq_len": 32}]', "train.steps=4",

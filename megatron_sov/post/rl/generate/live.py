@@ -11,7 +11,7 @@ from megatron_sov.post.rl.generate.writers import GenerationSettings, RolloutWri
 from megatron_sov.post.rl.reward import JudgingJob, RewardJudge
 from megatron_sov.rollouts.prompts import list_set_aside
 from megatron_sov.runs.rounds import Policy
-from megatron_sov.train.stages.feed import FeedView
+from megatron_sov.train.feed import FeedView
 from megatron_sov.work.progress.locks import Claims
 
 

@@ -33,7 +33,7 @@ from megatron_sov.post.rl.generate.writers import GenerationSettings, LoadPolicy
 from megatron_sov.rollouts.prompts import round_prompts
 from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Rollout
 from megatron_sov.runs.rounds import Policy, can_generate_round
-from megatron_sov.train.stages.feed import FeedView
+from megatron_sov.train.feed import FeedView
 from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer, TokenRequest
 from megatron_sov.work.progress.progress_bar import create_bar
 

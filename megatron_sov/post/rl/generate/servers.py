@@ -21,7 +21,7 @@ from megatron_sov.infer.engines.target import find_target
 from megatron_sov.infer.request import Tokens
 from megatron_sov.model.pretrained import CONFIG
 from megatron_sov.runs.rounds import Policy
-from megatron_sov.train.stages.feed import FeedView
+from megatron_sov.train.feed import FeedView
 
 COMPARED_TOKENS = 256
 """Tokens of a prompt whose log-probabilities are compared after a weight update."""

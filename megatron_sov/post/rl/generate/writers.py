@@ -29,7 +29,7 @@ from megatron_sov.runs.checkpoints import read_adapter_base
 from megatron_sov.runs.folder import ROUNDS
 from megatron_sov.runs.launch_environment import is_first_rank
 from megatron_sov.runs.rounds import Policy, can_generate_round
-from megatron_sov.train.stages.feed import FeedView
+from megatron_sov.train.feed import FeedView
 from megatron_sov.work.progress.locks import Claims
 from megatron_sov.work.progress.progress_bar import create_bar
 

@@ -12,10 +12,10 @@ import pytest
 
 from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.errors import UserError
+from megatron_sov.commands.train.setup import packed_files
+from megatron_sov.commands.train.setup.packed_files import FilePacking, find_files, warn_of_changed_files
 from megatron_sov.runs.folder import COMMAND, CONFIG, RunFolder
 from megatron_sov.runs.launch_environment import COMMAND_VARIABLE
-from megatron_sov.train.stages import packed_files
-from megatron_sov.train.stages.packed_files import FilePacking, find_files, warn_of_changed_files
 
 CHAT = {"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]}
 ALPACA = {"instruction": "Say hello.", "input": "", "output": "Hello."}

@@ -28,7 +28,7 @@ from megatron_sov.commands.evaluate.task import (
     HeldoutOptions, OutOptions, begin_task, measure_target, show_figures, write_figures)
 from megatron_sov.commands.score import JudgeOptions, RewardName, RewardSet
 from megatron_sov.commands.shared_options import (
-    ModelPath, OverwriteOptions, RecordOptions, RedoOptions, step_of)
+    ModelPath, OverwriteOptions, RecordOptions, RedoOptions, get_target_step)
 from megatron_sov.infer.engine import ChosenEngine, Engine, choose_engine, run_with_engine
 from megatron_sov.infer.prompts import EncodedPrompts, check_engine, check_length, encode_prompts
 from megatron_sov.infer.request import (
@@ -175,7 +175,7 @@ def run_passk(args: EvalPasskOptions) -> int:
         artifact.writer.settings = plan.whole
         if (plan.target.path / MANIFEST).is_file():
             artifact.writer.add_input(plan.target.path)
-    events.add(KIND, step=step_of(plan.target, events), input=str(args.input), reward=plan.order.name,
+    events.add(KIND, step=get_target_step(plan.target, events), input=str(args.input), reward=plan.order.name,
                reward_version=plan.reward.version, sampling=plan.model["sampling"], **figures)
     from megatron_sov.eval.pass_at_k import format_table
 
@@ -320,7 +320,7 @@ def run_pairs(args: PairsOptions) -> int:
     if found is not None:
         write_figures(args.out, found)
         for source, figures in found.items():
-            events.add(HELDOUT_PAIRS, step=step_of(target, events), source=source, **figures)
+            events.add(HELDOUT_PAIRS, step=get_target_step(target, events), source=source, **figures)
         show_figures(args.json, found, "\n".join(
             f"{source}: chosen likelier than rejected in {100 * r[CHOSEN_LIKELIER]:.1f} % of "
             f"{r['pairs']:,} pairs"

@@ -12,6 +12,9 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
+from megatron_sov.commands.train.setup import feasibility
+from megatron_sov.commands.train.setup.data_defaults import complete_stage
+from megatron_sov.commands.train.setup.feasibility import count_epochs, least_hours, refuse_unfit
 from megatron_sov.model.config import apply_settings
 from megatron_sov.model.config.run import add_rounds
 from megatron_sov.model.recipes.requested import RecipeRequest
@@ -19,10 +22,7 @@ from megatron_sov.model.recipes.stage_defaults import Stage
 from megatron_sov.plan.calibration import fitting
 from megatron_sov.plan.footprint.memory import account
 from megatron_sov.train.data.token_shards import open_sources
-from megatron_sov.train.stages import feasibility
-from megatron_sov.train.stages.feasibility import count_epochs, least_hours, refuse_unfit
-from megatron_sov.train.stages.stage_defaults import complete_stage
-from tests.train.stages.test_stage_defaults import completed, request
+from tests.commands.train.setup.test_data_defaults import completed, request
 
 
 def refused(asked: RecipeRequest, stage: Stage = "sft", *, dry_run: bool = False) -> str:

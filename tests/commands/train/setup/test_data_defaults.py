@@ -11,6 +11,8 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
+from megatron_sov.commands.train.setup import data_defaults as stage_defaults
+from megatron_sov.commands.train.setup.data_defaults import complete_stage, epoch_samples
 from megatron_sov.model.config import PhaseConfig, RunConfig, apply_settings
 from megatron_sov.model.config.run import add_rounds
 from megatron_sov.model.recipes.requested import RecipeRequest
@@ -18,8 +20,6 @@ from megatron_sov.model.recipes.stage_defaults import DEFAULTS, Stage, build_bas
 from megatron_sov.plan.footprint.memory import account
 from megatron_sov.train.data.order import SampleOrder
 from megatron_sov.train.data.token_shards import open_sources
-from megatron_sov.train.stages import stage_defaults
-from megatron_sov.train.stages.stage_defaults import complete_stage, epoch_samples
 
 MODEL = dataclasses.replace(recipes.get("tiny-qwen3").model, vocab_size=368, max_position_tokens=512)
 

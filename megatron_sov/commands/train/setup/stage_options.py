@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.base.settings import AtLeastOne, Flag, SettingsError
+from megatron_sov.commands.train.setup.packed_files import (
+    DataFile, FilePacking, find_files, fix_by_packing, list_packable_formats, warn_of_changed_files)
 from megatron_sov.model import recipes
 from megatron_sov.model.config import ModelConfig, RunConfig, parse_data_paths, split_weight
 from megatron_sov.model.config.data import split_source_name
@@ -23,13 +25,11 @@ from megatron_sov.model.recipes.requested import (
     BuiltIn, RecipeOptions, RecipeRequest, TrainingOptions, request_recipe, request_training)
 from megatron_sov.model.recipes.stage_defaults import Stage, build_base_config
 from megatron_sov.runs.checkpoints import (
-    IMPORTED_RECIPE, check_model_path, find_checkpoint, read_checkpoint_settings)
+    IMPORTED_RECIPE, check_model_path, find_checkpoint, find_tokenizer_folder, read_checkpoint_settings)
 from megatron_sov.runs.folder import RunFolder, read_started_settings
 from megatron_sov.runs.gpu_driver import list_visible_gpus
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.guards.fault_injection import STATES, Fault, parse
-from megatron_sov.train.stages.packed_files import (
-    DataFile, FilePacking, find_files, fix_by_packing, list_packable_formats, warn_of_changed_files)
 from megatron_sov.train.stages.shared_copies import convert_start, find_copy
 
 if TYPE_CHECKING:
@@ -113,9 +113,9 @@ def parse_stage(args: StageOptions, objective: BuiltIn, *, needs_data: bool = Tr
             than the command's, or nothing to start from.
     """
     # numpy, which --help does without
+    from megatron_sov.commands.train.setup.data_defaults import complete_stage
+    from megatron_sov.commands.train.setup.feasibility import refuse_unfit
     from megatron_sov.train.data.views import with_mixed_phases
-    from megatron_sov.train.stages.feasibility import refuse_unfit
-    from megatron_sov.train.stages.stage_defaults import complete_stage
 
     asked = stage_request(args, objective, needs_data=needs_data)
     stage: Stage | None = None if objective == "lm" else objective
@@ -249,7 +249,7 @@ def _packing_of(args: StageOptions, objective: BuiltIn) -> FilePacking:
 def _tokenizer_for(args: StageOptions, first: DataFile) -> Path:
     """Return the folder of the tokenizer that packs files; `UserError` if there is none."""
     if args.start_from is not None:
-        return tokenizer_of(find_start(args.start_from))
+        return find_tokenizer_folder(find_start(args.start_from))
     folders = [Path(split_source_name(split_weight(text, "--data")[0])[1]) for text in args.data]
     for folder in folders:
         if folder.is_dir():
@@ -275,7 +275,7 @@ def _fix_without_tokenizer(recipe: str | None, first: DataFile) -> Fix | None:
 def _tokenizer_hint(start_from: Path | None) -> Path | None:
     """Return the folder of the tokenizer of --from; None: it cannot be found yet."""
     try:
-        return tokenizer_of(find_start(start_from)) if start_from is not None else None
+        return find_tokenizer_folder(find_start(start_from)) if start_from is not None else None
     except UserError:  # raised where --from is read
         return None
 
@@ -347,8 +347,3 @@ def refuse_many_converters(start: Path, run: Path) -> None:
                         Fix(words={str(start): f"{start.name}-checkpoint"},
                             before=(f"megatron-sov convert from-hf {shlex.quote(str(start))} "
                                     f"{shlex.quote(start.name)}-checkpoint",)))
-
-
-def tokenizer_of(start: Path) -> Path:
-    """Return the folder where the tokenizer of a checkpoint, or of a Hugging Face folder, lies."""
-    return start if is_hf_folder(start) else start / "tokenizer"

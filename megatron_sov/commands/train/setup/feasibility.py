@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.base.figures import format_count, format_value
+from megatron_sov.commands.train.setup.data_defaults import epoch_samples, open_all_sources, said_settings
 from megatron_sov.model import recipes
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families.count import compute_train_flops_per_token, count_params
@@ -18,7 +19,6 @@ from megatron_sov.plan.calibration.fitting import refuse_on_this_machine
 from megatron_sov.runs.gpu_driver import list_visible_gpus
 from megatron_sov.runs.launch_environment import has_launcher, num_ranks
 from megatron_sov.train.data.token_shards import Source
-from megatron_sov.train.stages.stage_defaults import epoch_samples, open_all_sources, said_settings
 from megatron_sov.work.clusters.chips import find_device_chip
 from megatron_sov.work.clusters.units import SECONDS_PER_HOUR
 

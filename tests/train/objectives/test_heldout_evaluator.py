@@ -80,8 +80,8 @@ def drafts() -> list[list[float]]:
     over documents find."""
     from types import SimpleNamespace
 
+    from megatron_sov.train.objectives.heldout_evaluator import _count_accepted_drafts
     from megatron_sov.train.objectives.microbatch import MicroBatch
-    from megatron_sov.train.stages.evaluate import _drafts
 
     generator = torch.Generator().manual_seed(3)
     bounds = [0, 7, 8, 20, 24]
@@ -97,7 +97,7 @@ def drafts() -> list[list[float]]:
             if weights[place + 1] > 0:
                 counted += 1
                 accepted += int(drafted[place] == chosen[place + 1])
-    return [_drafts([chosen, drafted], head, batch).tolist(), [accepted, counted]]  # type: ignore[arg-type]
+    return [_count_accepted_drafts([chosen, drafted], head, batch).tolist(), [accepted, counted]]  # type: ignore[arg-type]
 
 
 @pytest.mark.distributed
@@ -122,7 +122,7 @@ def losses_of_turns(data: str) -> dict[str, Any]:
 
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig
-    from megatron_sov.train.stages.evaluate import HeldoutEvaluator
+    from megatron_sov.train.objectives.heldout_evaluator import HeldoutEvaluator
 
     head = SimpleNamespace(logprobs=lambda hidden, labels: -(labels % 7).float())
     policy: Any = SimpleNamespace(map=lambda batches, work: [work([None], head, batch) for batch in batches])

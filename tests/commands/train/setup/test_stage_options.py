@@ -10,10 +10,11 @@ import pytest
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import format_json
 from megatron_sov.base.errors import UserError
+from megatron_sov.commands.train.setup.stage_options import (
+    StageOptions, find_start, parse_stage, stage_request)
 from megatron_sov.engine.parallel import launcher
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.model.recipes.requested import request_training
-from megatron_sov.train.stages.stage_config import StageOptions, find_start, parse_stage, stage_request
 from tests.packing import Packed
 from tests.typed_words import typed
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from megatron_sov.train.checkpointer import Checkpointer
+from megatron_sov.train.guards.gate import GateView
 from megatron_sov.train.objectives.data_batches import DataBatches
-from megatron_sov.train.stages.gate import GateView
 
 
 class FeedView(GateView, Protocol):

@@ -104,8 +104,9 @@ class HeldoutEvaluator:
         self._bytes = (None if bytes_of_token is None
                        else torch.from_numpy(bytes_of_token).to(get_local_device()))
         self._rows_per_batch = rows_per_batch
-        self._batches = {s.name: self._load(i, s, seq_len, max_tokens, world) for i, s in enumerate(sources)
-                         if s.num_tokens.get("heldout", 0) > 1}
+        self._batches = {
+            source.name: self._load_micro_batches(index, source, seq_len, max_tokens, world)
+            for index, source in enumerate(sources) if source.num_tokens.get("heldout", 0) > 1}
 
     @classmethod
     def of(cls, config: RunConfig, sources: list[Source], max_seq_len: int,
@@ -116,7 +117,7 @@ class HeldoutEvaluator:
         return cls(sources, sizes, max_seq_len, config.train.micro_batch_size,
                    config.data.heldout_tokens, world)
 
-    def _load(self, index: int, source: Source, seq_len: int, max_tokens: int,
+    def _load_micro_batches(self, index: int, source: Source, seq_len: int, max_tokens: int,
               world: ParallelWorld) -> list[PackedRow]:
         """Return this rank's micro-batches; every rank has the same number,
         the last ones may be padding only."""
@@ -143,7 +144,7 @@ class HeldoutEvaluator:
             done: called on the last pipeline stage after each micro-batch.
         """
         def sums_of(hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
-            sums = self._sums(hidden, head, batch)
+            sums = self._sum_losses(hidden, head, batch)
             done()
             return sums
 
@@ -155,10 +156,10 @@ class HeldoutEvaluator:
             reduced = collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local.cpu()))
             total = unflatten_tensors(reduced, SUMS)
             if total["tokens"] > 0:  # of prompts alone nothing is learned, and a loss of 0 would look perfect
-                results[name] = result_of({key: float(value) for key, value in total.items()})
+                results[name] = compute_result({key: float(value) for key, value in total.items()})
         return results
 
-    def _sums(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
+    def _sum_losses(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
         losses = -head.logprobs(hidden[0], batch.labels).double()
         counted = (batch.weights > 0).double()
         if self._bytes is None:
@@ -166,7 +167,9 @@ class HeldoutEvaluator:
             size_bytes = torch.full_like(losses, math.nan)
         else:
             size_bytes = self._bytes[batch.labels].double()
-        accepted, drafts = _drafts(hidden, head, batch) if len(hidden) > 1 else losses.new_zeros(2)
+        accepted, drafts = losses.new_zeros(2)
+        if len(hidden) > 1:
+            accepted, drafts = _count_accepted_drafts(hidden, head, batch)
         sums = {"nats": (losses * counted).sum(), "tokens": counted.sum(),
                 "size_bytes": (size_bytes * counted).sum(), "accepted": accepted, "drafts": drafts}
         for part, (column, chosen) in PARTS.items():
@@ -182,7 +185,7 @@ def heldout_row(sample: OrderedSample, documents: Documents, source: Source, seq
     return with_turns(sample_row(sample, documents, seq_len, columns=(KIND,)), documents)
 
 
-def result_of(sums: Mapping[str, float]) -> HeldoutLoss:
+def compute_result(sums: Mapping[str, float]) -> HeldoutLoss:
     """Return the means that a source's sums make."""
     nats, size_bytes = sums["nats"], sums["size_bytes"]
     bits_per_byte = nats / math.log(2) / size_bytes if size_bytes else math.nan
@@ -194,7 +197,7 @@ def result_of(sums: Mapping[str, float]) -> HeldoutLoss:
                        kinds={part: parts[part] for part in KINDS if part in parts})
 
 
-def _drafts(hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
+def _count_accepted_drafts(hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
     """Return [2] float64: how many drafts of the first prediction layer the trunk accepts,
     and how many there are.
 

@@ -1,0 +1,1 @@
+"""How the arguments of a training command become a checked stage."""
