@@ -1,4 +1,4 @@
-"""Read spans of data files as documents, and report bad records between them."""
+"""Read file spans as documents, and report bad records in between."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_sov.base.documents.records import (
 from megatron_sov.base.errors import UserError
 
 _ESCAPE_CHARS = 16
-"""Characters at the end of a window that may be the beginning of an escape, word or number."""
+"""Characters at the end of a window that may begin an escape, word or number."""
 
 
 def iter_json_items(read: Callable[[int], bytes], limit_bytes: int) -> Iterator[Any]:
@@ -36,7 +36,7 @@ def iter_json_items(read: Callable[[int], bytes], limit_bytes: int) -> Iterator[
     try:
         if window.next_char() != "[":
             raise BadRecord("json", "is not a JSON list; pass a list of records, or JSON Lines")
-        # parse one value at a time instead of the whole file
+        # parse value by value instead of the whole file
         window.at += 1
         if window.next_char() != "]":
             yield window.parse_item()
@@ -55,7 +55,7 @@ def iter_json_items(read: Callable[[int], bytes], limit_bytes: int) -> Iterator[
 
 
 class _ByteWindow:
-    """A decoded window of a file and the current position in it."""
+    """A decoded window into a file, with the current position."""
 
     def __init__(self, read: Callable[[int], bytes], limit_bytes: int) -> None:
         self._read, self._limit = read, limit_bytes
@@ -63,7 +63,7 @@ class _ByteWindow:
         self._text, self.at, self._is_whole = "", 0, False
 
     def next_char(self) -> str:
-        """Move to the next character that is not blank, and return it; "" at the end."""
+        """Move to the next character that is not blank, and return the character; "" at the end."""
         while True:
             while self.at < len(self._text):
                 if (char := self._text[self.at]) not in " \t\r\n":
@@ -74,7 +74,7 @@ class _ByteWindow:
             self._grow()
 
     def parse_item(self) -> Any:
-        """Parse the item at the current position, and move after it.
+        """Parse the item at the current position, and move behind the item.
 
         Raises:
             BadRecord: the item is not valid JSON, or too long.
@@ -106,7 +106,7 @@ class _ByteWindow:
             self._grow()
 
     def _grow(self) -> None:
-        """Read at least as many bytes as the window holds, so that an item is parsed only a few times."""
+        """Read at least as many bytes as the window holds: an item is then parsed only a few times."""
         # drop the text before the current position
         remaining = max(_BLOCK_BYTES, len(self._text) - self.at)
         parts = [self._text[self.at:]]
@@ -123,16 +123,16 @@ class _ByteWindow:
 
 
 MAX_REPORT_BYTES = 1000
-"""Bytes of a bad record's content in its report."""
+"""Bytes of a bad record quoted in the report."""
 _BLOCK_BYTES = 1 << 20
 _JSON_BEGINS = re.compile(rb'\s*(?:\[\s*)?\{\s*"(?:[^"\\\n]|\\.)*"\s*:')
-"""Beginning of JSON (a list, lines or one object); plain text does not begin like this."""
+"""Beginning of JSON (a list, lines or an object); plain text begins differently."""
 TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
-"""Suffixes of plain-text tables -> column separator."""
+"""Plain-text table suffix -> column separator."""
 
 
 def read_documents(files: Iterable[Path], reading: RecordReading | None = None) -> Iterator[Document]:
-    """Yield the non-empty documents of files, in order.
+    """Yield the non-empty documents in `files`, in order.
 
     Raises:
         UserError: a file is unreadable or not UTF-8, or has a malformed record (named by line or row).
@@ -153,7 +153,7 @@ def read_documents(files: Iterable[Path], reading: RecordReading | None = None) 
 
 def read_records(path: Path, tell: Callable[[str], object] = lambda sentence: None,
                  renames: Renames = ()) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (location, fields) of each record in a file or a dataset's folder, without conversion.
+    """Yield (location, fields) per record in a file or dataset folder, without conversion.
 
     Args:
         path: the file or folder.
@@ -186,7 +186,7 @@ def find_unread_fields(span: FileSpan, reading: RecordReading) -> list[str]:
     def parse(record: dict[str, Any], where: str, number: int, _: RecordReading) -> list[str]:
         return unread_fields(record, reading.kind or "chat", reading.renames, list_read_fields(reading))
 
-    # as prompts: for prompts, all columns of a table are read
+    # as prompts: for prompts, every table column is read
     fields = next(iter(CountedSpan(span, RecordReading("prompt"), parse)), None)
     return fields if isinstance(fields, list) else []
 
@@ -197,7 +197,7 @@ def _number_fields(record: dict[str, Any], where: str, number: int, reading: Rec
 
 
 def format_location(file: Path, item: BadRecord, lines_before: int) -> str:
-    """Format the location of a bad record: the file, and its line or row."""
+    """Format a bad record's location: file, and line or row."""
     return f"{file}:{lines_before + item.line}" if item.line else str(file)
 
 
@@ -207,7 +207,7 @@ def read_span(span: FileSpan, reading: RecordReading) -> Iterator[Document | Bad
 
 
 class CountedSpan:
-    """Iterates over documents and bad records of a span; afterwards, `num_lines` is its number of lines or
+    """Iterates over a span's documents and bad records; afterwards, `num_lines` is the number of lines or
     rows."""
 
     def __init__(self, span: FileSpan, reading: RecordReading, parse: RecordParser = parse_record) -> None:
@@ -233,7 +233,7 @@ class CountedSpan:
                             "check the path and its permissions") from e
 
     def _read_table(self) -> Iterator[Document | BadRecord]:
-        """Read the row groups of a Parquet file, or an Arrow file."""
+        """Read Parquet row groups or an Arrow file."""
         # not at the top: pyarrow is slow to import, and `--help` reads no data
         from megatron_sov.base.documents import arrow_rows
 
@@ -272,13 +272,13 @@ class CountedSpan:
 
     def _iter_lines(self, f: IO[bytes]) -> Iterator[Document | BadRecord]:
         limit = self.reading.max_document_bytes
-        # a compressed file is one span, and its size does not limit the length of its text
+        # a compressed file is a single span, whose size does not limit the length of the text
         remaining = float("inf") if self.span.compression else self.span.stop - self.span.start
         while remaining > 0 and (line := _read_guarded(f.readline, limit + 1)):
             self.num_lines += 1
             remaining -= len(line)
             if len(line) > limit and not line.endswith(b"\n"):
-                # skip the rest of an overlong line in blocks without keeping it
+                # skip the rest of an overlong line block by block
                 while (rest := _read_guarded(f.readline, _BLOCK_BYTES)):
                     remaining -= len(rest)
                     if rest.endswith(b"\n"):
@@ -305,7 +305,7 @@ class CountedSpan:
             raise BadRecord("fields", f"is plain text, which has no field {fields[0]!r}; "
                                       "pass JSONL or Parquet")
         position = span.start
-        # endings that do not declare the content: JSON data would be trained on as text
+        # endings that do not declare the content: JSON data would be trained as text
         is_vague = span.suffix in (".txt", ".text") or span.suffix not in TEXT_SUFFIXES
         blocks = _iter_blocks(f, None if span.compression else span.stop - span.start)
         limit_bytes = span.document_bytes
@@ -332,7 +332,7 @@ class CountedSpan:
         if not self.reading.by_line:
             yield Document(str(self.span.file), text)
             return
-        # only line feeds end a line: other separators that `splitlines` knows may be part of a text
+        # only line feeds end a line: further separators known to `splitlines` may be part of a text
         for line in text.removesuffix("\n").split("\n"):
             self.num_lines += 1
             if line.strip():
@@ -378,7 +378,7 @@ def _open_span(span: FileSpan) -> IO[bytes]:
 
 
 def _read_guarded(read: Callable[[int], bytes], size: int) -> bytes:
-    """Read from a stream that may be compressed.
+    """Read from a possibly compressed stream.
 
     Raises:
         BadRecord: the compressed data is truncated or damaged.
@@ -391,7 +391,7 @@ def _read_guarded(read: Callable[[int], bytes], size: int) -> bytes:
 
 
 def _iter_blocks(f: IO[bytes], remaining: int | None) -> Iterator[bytes]:
-    """Yield up to `remaining` bytes of a stream (None: all) in blocks."""
+    """Yield up to `remaining` bytes from a stream (None: until the end) in blocks."""
     while ((size := _BLOCK_BYTES if remaining is None else min(_BLOCK_BYTES, remaining))
            and (block := _read_guarded(f.read, size))):
         remaining = None if remaining is None else remaining - len(block)
@@ -412,14 +412,14 @@ def _prepend_block(first: bytes, blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _choose_columns(names: list[str], reading: RecordReading) -> list[str]:
-    """Return the columns to read: all columns for prompts, otherwise the fields of the kind.
+    """Return the columns to read: every column for prompts, otherwise the kind's fields.
 
     Raises:
         BadRecord: the rows are of another kind, or two columns have the same name.
     """
     if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise BadRecord("parquet", f"has two columns {repeated[0]!r}; rename or remove one")
-    # the other columns of a prompt are for the reward
+    # a prompt's remaining columns are for the reward
     if reading.kind == "prompt":
         return names
     if problem := find_table_problem(names, reading):
