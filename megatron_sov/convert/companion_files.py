@@ -21,17 +21,17 @@ from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.pretrained import CONFIG, read_json
 
 CARRIED_FIELDS = "config_fields"
-"""Manifest key of a checkpoint: fields of config.json that do not describe the model."""
+"""Checkpoint manifest key: config.json fields that do not describe the model."""
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
                    GENERATION_CONFIG)
-"""Files to copy; other files, such as code, are not copied."""
+"""Files to copy; further files, for example code, are not copied."""
 
 
 
 def copy_carried_fields(checkpoint: Path) -> dict[str, Any]:
-    """Return manifest content with the `CARRIED_FIELDS` of `checkpoint`, for checkpoints derived from it."""
+    """Return manifest content with the `CARRIED_FIELDS` of `checkpoint`, for derived checkpoints."""
     fields = read_manifest(checkpoint).content.get(CARRIED_FIELDS)
     return {CARRIED_FIELDS: fields} if fields else {}
 
@@ -59,7 +59,7 @@ def move_chat_template(folder: Path) -> None:
     config_file, template_file = folder / CONFIG_JSON, folder / TEMPLATE_FILE
     config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
     template = config.pop("chat_template", None)
-    # A list has several named templates, which transformers reads from tokenizer_config.json.
+    # a list has several named templates, which transformers reads from tokenizer_config.json
     if not isinstance(template, str):
         return
     if not template_file.exists():
@@ -84,7 +84,7 @@ def add_turn_ends(folder: Path, tokens: TokenIds) -> TokenIds:
 
 
 def read_generation_ids(folder: Path) -> TokenIds:
-    """Return the token ids for generation_config.json: those of `read_token_ids`, and the ends of turns.
+    """Return token ids for generation_config.json: the ids from `read_token_ids`, and the turn ends.
 
     Raises:
         UserError: see `read_token_ids`.
@@ -108,8 +108,8 @@ def to_id_list(ids: int | list[int] | None) -> list[int]:
 
 
 def read_token_ids(folder: Path) -> TokenIds:
-    """Read the token ids of a folder. The first file with an id wins: generation_config.json, config.json,
-    its `text_config`, the special tokens of the tokenizer.
+    """Read a folder's token ids. The first file with an id wins: generation_config.json, config.json,
+    `text_config` in config.json, the tokenizer's special tokens.
 
     Raises:
         UserError: a file is damaged, or `eos_token` is not in the tokenizer.
@@ -125,7 +125,7 @@ def read_token_ids(folder: Path) -> TokenIds:
 
 
 def _find_special_ids(folder: Path, names: list[str]) -> dict[str, int]:
-    """Return the ids of the special tokens that tokenizer_config.json names by text."""
+    """Return ids for special tokens that tokenizer_config.json names by text."""
     texts = {name: text for name in names if (text := read_special_token(folder, f"{name}_token"))}
     if not texts or not (folder / TOKENIZER_JSON).is_file():
         return {}
@@ -139,7 +139,7 @@ def _find_special_ids(folder: Path, names: list[str]) -> dict[str, int]:
 
 
 def describe_split_conflict(folder: Path, split: str | None) -> str | None:
-    """Return a warning if tokenizer.json splits text unlike `split`, which transformers uses for this
+    """Return a warning if tokenizer.json splits text unlike `split`, which transformers uses for the model
     family."""
     tokenizer_file = folder / "tokenizer.json"
     if split is None or not tokenizer_file.is_file():

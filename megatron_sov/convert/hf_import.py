@@ -1,4 +1,4 @@
-"""Import a Hugging Face folder as a checkpoint; memory holds two blocks of each file being written."""
+"""Import a Hugging Face folder as a checkpoint; memory holds two blocks per file being written."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ from megatron_sov.work.progress.resumable import resumable_artifact
 # Duplicated tensors: Hugging Face folders store embedding and head of a prediction layer a second time. A
 # checkpoint stores each once.
 def get_duplicates(weights: Weights) -> dict[str, str]:
-    """Return name -> original for all tensors that an export stores twice."""
+    """Return name -> original for tensors that an export stores twice."""
     return models.get_family(weights.model.family).find_copies(weights.model)
 
 
 def find_differing_copies(folder: HfWeights) -> list[str]:
-    """Return the duplicated tensors of `folder` that differ from their original in a bit or dtype."""
+    """Return duplicated tensors in `folder` that differ from the original in a bit or dtype."""
     return [name for name, other in folder.copies.items() if not has_same_bits(folder.read(name),
                                                                               folder.read(other))]
 
@@ -62,7 +62,7 @@ def check_copies(folder: HfWeights) -> None:
                         "has no embedding or head of its own here; save the model with equal tensors")
 
 
-# Safetensors files, several at a time; memory holds two tensors of each.
+# Safetensors files, several at a time; memory holds two tensors per file.
 def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:
     """Divide tensors, in order, into files of at most `max_shard_bytes`; a larger tensor gets its own
     file."""
@@ -78,7 +78,7 @@ def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int) -> list[list[
 
 
 def hash_file_plan(files: Mapping[str, list[TensorSpec]]) -> str:
-    """Hash the tensor names of each file, to recognize an unfinished conversion with the same plan."""
+    """Hash the tensor names per file, to recognize an unfinished conversion with the same plan."""
     names = json.dumps([[file, [spec.name for spec in specs]] for file, specs in files.items()])
     return hashlib.sha256(names.encode()).hexdigest()[:16]
 
@@ -105,7 +105,7 @@ def write_files(folder: Path, files: dict[str, list[TensorSpec]], read: TensorSo
         finish(name, record)
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # each file has its own thread
+    torch.set_num_threads(1)  # a thread per file
     pool = ThreadPoolExecutor(workers)
     try:
         for future in as_completed([pool.submit(write_one, name) for name in files]):
@@ -115,17 +115,17 @@ def write_files(folder: Path, files: dict[str, list[TensorSpec]], read: TensorSo
         torch.set_num_threads(threads)
 
 
-# Source files are hashed during the conversion. A written file counts as finished only after its source files
-# were verified, and the artifact is published only after all were.
+# Source files are hashed during the conversion. A written file counts as finished only after the file's
+# sources are verified, and the artifact is published only after every source file is verified.
 class SourceCheck:
-    """Verification of source files in progress; see `checked_source`."""
+    """Running verification of source files; see `verify_source`."""
 
     def __init__(self, weights: Weights, damage: dict[str, Future[str | None]], remedy: str,
                  base: SourceCheck | None) -> None:
         self._weights, self._damage, self._remedy, self._base = weights, damage, remedy, base
 
     def wait_for(self, names: Iterable[str]) -> None:
-        """Wait until the files of the given Hugging Face tensors are verified.
+        """Wait until the source files for the Hugging Face tensors `names` are verified.
 
         Raises:
             UserError: a file is missing or differs from the manifest; the message lists its tensors.
@@ -137,7 +137,7 @@ class SourceCheck:
         self._refuse_damage(file for file in self._damage if file in files)
 
     def wait_for_all(self) -> None:
-        """Wait until all files are verified; raises `UserError` like `require`."""
+        """Wait until every source file is verified; raises `UserError` like `wait_for`."""
         self._refuse_damage(self._damage)
 
     def _refuse_damage(self, files: Iterable[str]) -> None:
@@ -150,8 +150,7 @@ class SourceCheck:
 
 @contextlib.contextmanager
 def verify_source(weights: Weights, workers: int) -> Iterator[SourceCheck]:
-    """Verify source files (without parts such as the optimizer) against their manifest during the `with`
-    block.
+    """Verify source files (model part only) against the manifest during the `with` block.
 
     Args:
         weights: source of the conversion.
@@ -171,7 +170,7 @@ def verify_source(weights: Weights, workers: int) -> Iterator[SourceCheck]:
 
 @contextlib.contextmanager
 def _check_folder(weights: Weights, workers: int, base: SourceCheck | None) -> Iterator[SourceCheck]:
-    """Verify the files of one folder; `base` verifies the base model of an adapter."""
+    """Verify a folder's files; `base` verifies an adapter's base model."""
     path, pool = weights.path, ThreadPoolExecutor(workers)
     damage: dict[str, Future[str | None]] = {}
     remedy = DAMAGED_HF
@@ -186,7 +185,7 @@ def _check_folder(weights: Weights, workers: int, base: SourceCheck | None) -> I
     try:
         yield check
         check.wait_for_all()
-    # A damaged file may have caused the exception; its message names the remedy.
+    # a damaged file may have caused the exception, and the damage message names the remedy
     except Exception:
         check.wait_for_all()
         raise
@@ -235,23 +234,23 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
 
 @dataclass(frozen=True)
 class ImportSource:
-    """Source of a checkpoint: weights under Hugging Face names and companion files."""
+    """Source for a checkpoint: weights under Hugging Face names and companion files."""
 
     weights: Weights
-    """Source of the tensors; its folder and the dtype determine every byte of the checkpoint."""
+    """Tensor source; folder and dtype determine every byte in the checkpoint."""
     command: str
     """Command name for messages and the progress bar."""
     tokenizer: Path | None
     """Tokenizer folder."""
     tokens: TokenIds
-    """Special token ids, for tokenizer files without them."""
+    """Special token ids, for tokenizer files without ids."""
     content: Mapping[str, Any]
     """Additional manifest entries."""
 
 
 def write_imported(out: Path, source: ImportSource, dtype: str, *, workers: int, overwrite: bool,
                    redo: bool) -> None:
-    """Write a checkpoint (part `model`, step 0); it appears when complete.
+    """Write a checkpoint (part `model`, step 0), which appears when complete.
 
     Args:
         out: checkpoint to write.
@@ -304,7 +303,7 @@ def write_imported(out: Path, source: ImportSource, dtype: str, *, workers: int,
 
 def plan_files(links: dict[str, Link], dtype_of: Callable[[str], torch.dtype],
                dtype: str) -> dict[str, list[TensorSpec]]:
-    """Return file name -> blocks of the checkpoint.
+    """Return file name -> checkpoint blocks.
 
     Args:
         links: block name -> link.
@@ -318,7 +317,7 @@ def plan_files(links: dict[str, Link], dtype_of: Callable[[str], torch.dtype],
 
 
 def build_index(files: dict[str, list[TensorSpec]], links: dict[str, Link]) -> Index:
-    """Return the index for the blocks of `planned_files`."""
+    """Return the index for the blocks in `files`."""
     index: Index = {}
     for file, blocks in files.items():
         for spec in blocks:
