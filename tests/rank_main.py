@@ -92,7 +92,7 @@ def _function(file: str, name: str) -> Any:
 
 def run_jobs(jobs_file: Path) -> int:
     """Run every job; each rank writes its result as JSON beside the jobs file."""
-    # not at the top: it hides a Transformer Engine that `warm` has not imported
+    # not before `warm` has put doubles on the path: the engine imports megatron, and hides Transformer Engine
     from megatron_sov.engine.parallel import launcher
 
     jobs = json.loads(jobs_file.read_text())

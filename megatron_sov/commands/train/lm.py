@@ -56,12 +56,12 @@ def run_extend(typed: argparse.Namespace) -> int:
     faults = parse(args.inject, num_ranks(args.nproc))
 
     from megatron_sov.commands.train.setup.feasibility import refuse_unfit
-    from megatron_sov.post.extend.stages import planned_stages
+    from megatron_sov.post.extend.stages import plan_stages
     from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.objectives.objective import formats_of
 
     # all stages are planned before the first one starts
-    stages = planned_stages(request, args.start_from, args.run, args.nproc,
+    stages = plan_stages(request, args.start_from, args.run, args.nproc,
                             lambda config: formats_of(get_factory(config, LanguageModelling)))
     refuse_unknown_benchmarks(stages[-1].config)
     for stage in stages:
