@@ -182,8 +182,7 @@ def rename_unless_taken(built: Path, path: Path) -> bool:
 
 
 def delete_folder(path: Path, hidden: Path) -> None:
-    """Rename a folder to `hidden` and delete the folder: a kill never leaves a half-deleted folder under the
-    old name.
+    """Rename a folder to `hidden`, then delete: a kill leaves no half-deleted folder under the old name.
 
     Raises:
         FileNotFoundError: another process deleted it first.
@@ -349,8 +348,8 @@ def create_artifact(path: str | Path, kind: str, *, overwrite: bool = False) -> 
 
 @contextlib.contextmanager
 def _create_locked_folder(temporary: Path, path: Path) -> Iterator[None]:
-    """Create and lock a temporary folder. Without the lock, a process in another container or on another
-    machine, where the PID in the name means nothing, would delete the folder as a leftover."""
+    """Create and lock a temporary folder: elsewhere, where the PID in the name means nothing, an unlocked
+    folder counts as a leftover."""
     try:
         temporary.mkdir()
     except FileExistsError:  # processes in different containers may have the same PID

@@ -4,12 +4,11 @@ torch."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_args
 
 from megatron_sov.base.settings import Flag
-from megatron_sov.infer.request import Batching, GenerationResult, NamedTensors, Sampling, StopRule, Tokens
+from megatron_sov.infer.request import (
+    Batching, GenerationResult, NamedTensors, Sampling, ServerLocations, StopRule, Tokens)
 
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target
@@ -25,20 +24,6 @@ PRECISION_KEY = "train.precision"
 """Precision setting for megatron and transformers."""
 ENGINE_SET = "--engine-set"
 """Option for layout and precision in commands where --set has another meaning."""
-
-
-@dataclass(frozen=True)
-class ServerLocations:
-    """Addresses, logs and interpreter for engine servers."""
-
-    logs: Path
-    """Log folder for servers started here."""
-    urls: tuple[str, ...] = ()
-    """Addresses where servers already run; empty: start servers here."""
-    python: Path | None = None
-    """Python interpreter with the engine; None: `SOV_ENGINE_PYTHON` or the current interpreter."""
-    command: tuple[str, ...] = ()
-    """Replaces the engine's start command."""
 
 
 class Engine(Protocol):

@@ -1,10 +1,11 @@
-"""Sampling settings, stop rules and results for inference engines."""
+"""Sampling settings, stop rules, server locations and results for inference engines."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 from annotated_types import Gt, Le
@@ -260,6 +261,20 @@ class WeightVersion:
                 weights.close()  # type: ignore[union-attr]
             raise
         self._version, self._failure = version, None
+
+
+@dataclass(frozen=True)
+class ServerLocations:
+    """Addresses, logs and interpreter for engine servers."""
+
+    logs: Path
+    """Log folder for servers started here."""
+    urls: tuple[str, ...] = ()
+    """Addresses where servers already run; empty: start servers here."""
+    python: Path | None = None
+    """Python interpreter with the engine; None: `SOV_ENGINE_PYTHON` or the current interpreter."""
+    command: tuple[str, ...] = ()
+    """Replaces the engine's start command."""
 
 
 @dataclass(frozen=True)

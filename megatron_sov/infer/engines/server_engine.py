@@ -23,13 +23,12 @@ from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError, apply_changes
 from megatron_sov.convert.sources import HfWeights
-from megatron_sov.infer.engine import ServerLocations
 from megatron_sov.infer.engines.fleet import AddressKeeper, Fleet, ServerKeeper
 from megatron_sov.infer.engines.server_process import (
     PROGRAMS, EngineServers, ServerProcess, check_engine_program)
 from megatron_sov.infer.request import (
-    GenerationBounds, GenerationResult, NamedTensors, Sampling, ScoredTokens, StopRule, Tokens, WeightVersion,
-    check_no_drafts, check_no_rules)
+    GenerationBounds, GenerationResult, NamedTensors, Sampling, ScoredTokens, ServerLocations, StopRule,
+    Tokens, WeightVersion, check_no_drafts, check_no_rules)
 from megatron_sov.train.data.requirements import shape_of
 from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer, TokenRequest
 
