@@ -118,7 +118,7 @@ class EngineChoice:
     nproc: int | None
     """Local processes."""
     option: str = "--set"
-    """Option behind `settings`, for messages."""
+    """Option that sets `settings`, for messages."""
 
 
 class EpisodePlayer:

@@ -74,7 +74,7 @@ class _ByteWindow:
             self._grow()
 
     def parse_item(self) -> Any:
-        """Parse the item at the current position, and move behind the item.
+        """Parse the item at the current position, and move past the item.
 
         Raises:
             BadRecord: the item is not valid JSON, or too long.

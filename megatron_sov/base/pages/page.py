@@ -109,7 +109,7 @@ class PageSection:
 
 @dataclass(frozen=True)
 class Panel:
-    """A small box on a page's first screen, beside further panels on wide screens."""
+    """A small box on a page's first screen; on wide screens, panels share a row."""
 
     title: str
     columns: int

@@ -98,7 +98,7 @@ _setup_kernel = UnquantizedFusedMoEMethod._setup_kernel
 
 
 def _setup_new_kernel(self: Any, *args: Any, **kwargs: Any) -> Any:
-    # On CPUs, vLLM 0.32 packs experts only while there is no kernel, and would silently ignore updated
+    # On CPUs, vLLM 0.32 packs experts only until the kernel exists, and would silently ignore updated
     # experts.
     self.moe_kernel = None
     return _setup_kernel(self, *args, **kwargs)

@@ -20,7 +20,7 @@ from megatron_sov.work.endpoints.answers import (
 
 
 class HttpClient:
-    """Client of one address; the arguments are those of `Transport`."""
+    """Client for an address; arguments as in `Transport`."""
 
     def __init__(self, url: str, key_env: str, timeout_s: float, key: str, max_bytes: int,
                  keepalive_s: float) -> None:
