@@ -62,8 +62,7 @@ def test_iter_leaves_keeps_lists_and_empty_groups() -> None:
     ([1], [("type", "")]), ("text", [("type", "")]), (None, [("type", "")]),
     ({"name": "x", "either": {1, 2}}, [("type", "")]),
 ])
-def test_all_problems_have_code_and_key_in_field_order(
-        raw: Any, codes: list[tuple[str, str]]) -> None:
+def test_all_problems_have_code_and_key_in_field_order(raw: Any, codes: list[tuple[str, str]]) -> None:
     with pytest.raises(SettingsError) as e:
         parse_settings(Recipe, raw, "f.json")
     assert e.value.codes == codes

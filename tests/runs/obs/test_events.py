@@ -57,8 +57,7 @@ def test_events_are_flushed_before_close(tmp_path: Path) -> None:
     log.close()
 
 
-def test_incomplete_last_line_is_skipped_and_terminated(
-        tmp_path: Path) -> None:
+def test_incomplete_last_line_is_skipped_and_terminated(tmp_path: Path) -> None:
     path = tmp_path / EVENTS
     path.write_text('{"event": "step", "step": 1}\n{"event": "step", "st')
     assert [e["step"] for e in read_events(path)] == [1]
