@@ -167,7 +167,7 @@ def test_processes_are_told_when_the_work_began_and_after_a_restart_anew(
     ready, launcher.does = stage(), started_three_times
     before_s = time.time()
     with pytest.raises(StopRequested):
-        run_stage(ready, 2, began_s=1000.0)
+        run_stage(ready, 2, start_s=1000.0)
     assert begun_s[0] == 1000.0 and before_s <= begun_s[1] <= begun_s[2] <= time.time()
     told = events(ready.folder, "restart")
     assert [(e["step"], e["exit_code"]) for e in told] == [(0, 137), (3, 1)]
