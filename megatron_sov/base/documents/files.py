@@ -380,8 +380,8 @@ def iter_spans(file: Path, span_bytes: int = SPAN_BYTES, *, read_as: str = "") -
     """
     try:
         size_bytes = file.stat().st_size
-        file_span = FileSpan(file, 0, size_bytes,
-                             max(size_bytes, 1) if size_bytes <= WHOLE_FILE_BYTES else DOCUMENT_BYTES, size_bytes)
+        document_bytes = max(size_bytes, 1) if size_bytes <= WHOLE_FILE_BYTES else DOCUMENT_BYTES
+        file_span = FileSpan(file, 0, size_bytes, document_bytes, size_bytes)
         suffix = read_as or file_span.suffix
         if suffix == PARQUET_SUFFIX:
             yield from _iter_row_groups(file_span, span_bytes)
