@@ -99,7 +99,7 @@ ALONE = {
     "megatron_sov/infer/decoder/logprobs.py": "log-probabilities of given answers, at any layout",
     "megatron_sov/commands/operate/run_table.py": "a table of runs; one run in full is another subject",
     "megatron_sov/commands/operate/job_summary.py": "checks and prices a job; submitting is another subject",
-    "megatron_sov/commands/rl/rl_reward.py": "a command",
+    "megatron_sov/commands/rl/store/reward.py": "a command",
     "megatron_sov/commands/train/forgetting_gate.py": "runs `eval lm`; stages are another subject",
     "megatron_sov/checkpoint/gather.py": "megatron's side of exporting a live model",
     "megatron_sov/judge/rewards/check_program.py": _INSIDE,

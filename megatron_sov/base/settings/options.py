@@ -100,6 +100,8 @@ class Flag:
     """Help for a type shared by several classes; otherwise the docstring under the field."""
     writes: bool = False
     """Whether the command writes this path; fields whose names begin with `out` always count."""
+    may_be_missing: bool = False
+    """Whether this input need not exist yet, because another job creates it."""
 
 
 def count_cores() -> int:
@@ -353,6 +355,8 @@ def _end_dry_run(settings: Any, raw: Mapping[str, Any]) -> list[SettingsProblem]
         if option.is_written:
             outputs += paths
         elif option.hint is Path:
+            if option.flag.may_be_missing:
+                paths = [path for path in paths if path.exists()]
             inputs += paths
             problems += [SettingsProblem(ProblemCode.FILE, option.dest, "does not exist", path,
                                          "check the path")

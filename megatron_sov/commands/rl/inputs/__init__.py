@@ -1,0 +1,1 @@
+"""Inputs that commands of reinforcement learning share: prompts, environments, teachers."""
