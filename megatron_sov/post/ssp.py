@@ -42,7 +42,6 @@ class MeasuredCheckpoint:
     """Results of a checkpoint in a domain."""
 
     checkpoint: str
-    """Name of the checkpoint."""
     domain: str
     figures: Mapping[str, Any]
     """See `JudgedItem.figures`."""

@@ -25,8 +25,6 @@ _ROW = np.dtype([("key", "<u8", 2), ("attempt", np.int32), ("is_unfinished", boo
 
 @dataclass
 class StoreCheck:
-    """Counts and problems of a checked store."""
-
     parts: int = 0
     rows: int = 0
     rewards: int = 0
@@ -154,7 +152,6 @@ def format_time(time_s: float) -> str:
 
 
 def check_with_progress(store: RolloutStore) -> StoreCheck:
-    """Check a store with a progress bar."""
     with create_bar("read", len(list((store.path / store.ROWS).iterdir())), "part") as bar:
         return check_store(store, bar.update)
 

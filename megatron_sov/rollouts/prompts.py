@@ -151,7 +151,6 @@ class PromptList(Sequence[RolloutPrompt]):
 
     @property
     def ids(self) -> list[str]:
-        """The ids; no record is read."""
         return [f"{number:0{HASH_DIGITS}x}" for number in self._numbers[self._rows].tolist()]
 
     def read_record(self, prompt: str) -> Mapping[str, Any]:
@@ -176,7 +175,6 @@ class PromptList(Sequence[RolloutPrompt]):
         return replace(self, _rows=self._rows[places])
 
     def find_indices(self, ids: Iterable[str]) -> np.ndarray:
-        """Return the sorted indices of some ids."""
         import numpy as np
 
         wanted = np.array([int(prompt, 16) for prompt in ids], np.uint64)
@@ -272,7 +270,6 @@ def _iter_records(path: Path, renames: Renames, option: str) -> Iterator[tuple[s
 
 
 def _warn_once(option: str, sentence: str) -> None:
-    """Warn on the first process."""
     if is_first_rank():
         warn(f"{option} {sentence}")
 
@@ -290,7 +287,6 @@ class UnusedRows:
     rows: Sequence[Mapping[str, Any]]
     """Entries of `SET_ASIDE`."""
     account: RecordAccount
-    """Counts of all rows of the file."""
 
 
 def find_unused_rows(prompts: PromptList, too_long: Mapping[str, int], limit: int) -> UnusedRows:

@@ -44,7 +44,6 @@ class Rollout:
 
     key: Key
     round: int
-    """Round of the response, from 1."""
     attempt: int
     """0, or the attempt of the unfinished row that this row continues and replaces, plus 1."""
     record: Mapping[str, Any]
@@ -64,7 +63,6 @@ class Rollout:
     temperature: float
     """Temperature of the distribution of `logprobs`."""
     engine: str
-    """Name of the engine."""
     began_s: float
     """Unix time."""
     ended_s: float
@@ -127,7 +125,6 @@ class RewardRow:
 
     key: Key
     attempt: int
-    """Attempt of the judged row."""
     reward_version: str
     """Version of the reward's code and settings."""
     reward: float | None
@@ -135,9 +132,7 @@ class RewardRow:
     status: str
     """See `rewards.reward.Result`: scored, timeout, failed, refused."""
     components: Mapping[str, float] = field(default_factory=dict)
-    """Components of the reward by name."""
     reason: str = ""
-    """Why the response has no reward."""
 
 
 def read_domain(record: Mapping[str, Any]) -> str:

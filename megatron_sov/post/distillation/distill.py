@@ -53,9 +53,7 @@ class RunTeacher(Protocol):
     """A teacher whose distributions a run learns."""
 
     teacher: str
-    """Digest of its weights."""
     divergence: Divergence
-    """The divergence to minimise."""
 
     def verify(self, world: ParallelWorld) -> None:
         """Verify the teacher's files; called by all processes together before the first read.
@@ -136,7 +134,6 @@ class StoredTeacher:
         return tuple(batches)
 
     def at(self, batch: MicroBatch, head: Head, split: str = "train") -> Teacher:
-        """See `RunTeacher.at`."""
         pieces = context.get_local_pieces(len(batch.labels))
         if self._asked.top_k:
             ids, logprobs = unpack_rows(self._read_rows(batch.origins, pieces, split))
@@ -275,7 +272,6 @@ class LiveTeacher:
                      for batch, output in zip(batches, outputs, strict=True))
 
     def at(self, batch: MicroBatch, head: Head, split: str = "train") -> Teacher:
-        """See `RunTeacher.at`."""
         assert batch.said is not None and self._model is not None, "the teacher has not read the micro-batch"
         outputs = context.select_local(batch.said)
         if top_k := self._asked.top_k:
@@ -388,7 +384,6 @@ class TeacherFactory:
     """Factory of an objective with a teacher in its context."""
 
     made: Callable[[ObjectiveContext], Any]
-    """Factory of the objective."""
     teachers: Sequence[RunTeacher]
     """The teacher; empty: the run is complete, and no objective is built."""
 

@@ -127,9 +127,7 @@ class StateFiles:
         self.kept = StateFormat(content["dtype"], content.get("top_k", 0), content.get("temperature", 1.0),
                          content.get("translated", False))
         self.dtype = torch.int32 if self.kept.top_k else DTYPES[self.kept.dtype]
-        """Dtype of a row."""
         self.width = 2 * self.kept.top_k or self.hidden_size
-        """Length of a row."""
         indices = self._find_sources(sources, [i for i in manifest.inputs if i["kind"] == "tokens"])
         self.sources = {index: own for own, index in enumerate(indices)}
         """Index of a source in the run -> its index in the artifact."""

@@ -118,9 +118,7 @@ class ArtifactOnRanks:
     """An artifact that all ranks write into."""
 
     folder: Path
-    """Folder of its files."""
     finished: frozenset[str]
-    """Files that an earlier command finished."""
     on_main: Callable[[Callable[[ResumableArtifact], None]], None]
     """Calls a function with the artifact on the first rank; called by all ranks together."""
 

@@ -60,7 +60,6 @@ class TranslatedStates:
     """A document in the teacher's tokens."""
 
     ids: list[int]
-    """The teacher's token ids."""
     at: np.ndarray
     """[student's tokens] int64: the teacher's token that ends where the student's ends; -1: none does."""
     text: np.ndarray

@@ -252,9 +252,7 @@ class GateVerdict:
     loss: float
     """Held-out loss on the short context, nats per token."""
     loss_limit: float
-    """Limit of `loss`."""
     threshold: float
-    """Required accuracy."""
     rows: list[dict[str, Any]] = field(default_factory=list)
     """Accuracy of every row."""
 
@@ -266,7 +264,6 @@ class GateVerdict:
         return {**asdict(self), "judged": self.passed}
 
     def lines(self) -> list[str]:
-        """Describe the failures, one line each."""
         lines = [f"{_describe_row(r)}: {r['correct']} of {r['samples']} right over all depths = "
                  f"{r['accuracy']:.1%}, below {self.threshold:.0%}" for r in self.failing_rows]
         lines += [f"{_describe_row(asdict(c))}, depth {c.depth:.0%}: {c.correct} of {c.samples} right, "

@@ -144,7 +144,6 @@ class PlannedStage:
     """One run of an extension."""
 
     config: RunConfig
-    """Resolved settings."""
     folder: RunFolder
     """RUN for the last stage, RUN/stages/<number>-<name> for those before."""
     min_steps: int

@@ -46,13 +46,10 @@ class LogprobColumns:
     """Columns to compute. `OLD`: log p(label) of the policy that begins a round; `REFERENCE`: of the initial
     model; `TEACHER`: of the teachers."""
     temperature: float
-    """Divisor of logits."""
     routes: RouteShape | None
     """Shape of expert routes that the policy replays; None: no replay. The reference routes by itself."""
     start: Path
-    """Checkpoint of the reference model."""
     reference_sha256: str = ""
-    """Digest of the reference model's weights."""
     teachers: tuple[ScoringTeacher, ...] = ()
 
     def compute(self, view: FeedView, opened: Round, *, is_first: bool) -> dict[str, np.ndarray]:

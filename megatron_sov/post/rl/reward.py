@@ -41,7 +41,6 @@ class RewardSummary:
 
     parts: int = 0
     tally: ScoringTally = field(default_factory=ScoringTally)
-    """Figures of the judged responses."""
     unfinished: int = 0
     """Responses that a later attempt continues, without a reward."""
     left: int = 0
@@ -57,12 +56,10 @@ class JudgingJob:
     store: RolloutStore
     claims: Claims
     version: str
-    """Version of the reward."""
     judge: JudgeRows
     rounds: range | None
     """None: all rounds, also those that jobs generate later."""
     provenance: dict[str, Any]
-    """Fields of the manifests."""
     wait_s: float = 0.0
     """How long to wait for more responses, unless `rounds` are complete and cannot grow. Claims of jobs that
     may be dead are waited for in any case."""
@@ -172,7 +169,6 @@ class RewardJudge:
     """A reward whose worker processes start with the first rows and end with `close`."""
 
     name: str
-    """See `reward_version`."""
     settings: Sequence[str]
     workers: int
     version: str

@@ -34,7 +34,6 @@ class OpenedRound:
     """Identity and figures of a round that is open for training."""
 
     digest: str
-    """Digest of its documents."""
     meters: Mapping[str, float]
     """Headline meters; on process 0 alone."""
 
@@ -44,7 +43,6 @@ class RoundLoader:
     """Opens the rounds of a run; an object on each process, called by all together."""
 
     documents: RoundDocuments
-    """The data source whose rounds are opened."""
     rollout: RolloutConfig
     columns: LogprobColumns
     store: Path | None = None

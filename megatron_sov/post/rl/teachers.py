@@ -54,7 +54,6 @@ class ScoringTeacher:
     sha256: str = ""
     """Digest of the weights; servers report none."""
     urls: tuple[str, ...] = ()
-    """Addresses of its servers."""
 
 
 def find_teacher(domain: str, teachers: Sequence[ScoringTeacher]) -> int | None:
@@ -64,7 +63,6 @@ def find_teacher(domain: str, teachers: Sequence[ScoringTeacher]) -> int | None:
 
 
 def describe_teachers(teachers: Sequence[ScoringTeacher]) -> dict[str, str]:
-    """Return domain -> digest of its teacher."""
     return {teacher.domain: teacher.sha256 or "servers" for teacher in teachers}
 
 

@@ -45,11 +45,9 @@ class Validation:
     """Validates the policies of a run; an object on each process, called by all together."""
 
     run: Path
-    """Folder of the run."""
     rollouts: LiveRollouts
     """Generates and judges the validation store."""
     rollout: RolloutConfig
-    """Settings of the run."""
     num_responses: int
     """Responses of a complete validation."""
     right_from: float
@@ -194,7 +192,6 @@ class SampledRounds:
     num_rows: int
     """Responses of a round; 0: none."""
     num_rounds: int
-    """Rounds of the run."""
 
     def record(self, view: FeedView, store: RolloutStore, number: int, version: str, kind: str = ROUND_SAMPLES
                ) -> None:

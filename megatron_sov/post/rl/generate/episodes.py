@@ -43,8 +43,6 @@ CONTINUATION = "goes_on"
 
 @dataclass(frozen=True)
 class PlannedEpisode:
-    """An episode to play."""
-
     task: Task
     key: Key
     previous: Rollout | None
@@ -69,7 +67,6 @@ class Episodes:
     version: str
     """Version of the environment, which is that of its rewards."""
     decode: Callable[[list[int]], str]
-    """Token ids -> text."""
     end_ids: tuple[int, ...]
     """Tokens that end a turn."""
     rollout: RolloutConfig
@@ -77,7 +74,6 @@ class Episodes:
     chosen_by: dict[str, Any]
     """Settings of sampling besides those of `rollout`, for the key."""
     clock_s: Callable[[], float] = time.monotonic
-    """Clock of the deadline."""
     with_routes: bool = False
     """Whether engines return expert routes."""
 
@@ -185,7 +181,6 @@ class _RunningEpisode:
     """Guards the fields below: no request is sent after the abort."""
     is_aborted: bool = False
     request: str = ""
-    """Name of the last request."""
 
 
 class ServerEpisodePlayer:

@@ -44,7 +44,6 @@ class SampleAttempt:
     """0: from the prompts; otherwise the unfinished rows of attempt `number - 1` are continued."""
     policy: Policy
     unfinished: tuple[Rollout, ...] = ()
-    """Rows to continue."""
 
     @property
     def name(self) -> str:
@@ -339,7 +338,6 @@ class PieceQueue:
     """How long to wait without work before the job ends. Claims of jobs that may be dead are waited for
     anyway."""
     provenance: Mapping[str, Any]
-    """Fields of the parts' manifests."""
     patience: IdleTimeout = field(default_factory=IdleTimeout)
     asked_to_stop: Callable[[], bool] = lambda: False
     """Whether to begin no further attempt."""

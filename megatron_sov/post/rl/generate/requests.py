@@ -123,7 +123,6 @@ class PendingRow:
     name: str
     """Name by which the request can be aborted."""
     future: Future[Any]
-    """Done when the row is generated."""
     build_row: Callable[[], Rollout]
     """Returns the row once `future` is done."""
     is_begun: Callable[[], bool]
@@ -148,7 +147,6 @@ class RowRequests(Protocol):
         ...
 
     def close(self) -> None:
-        """Abort all rows under way."""
         ...
 
 

@@ -57,7 +57,6 @@ class ResponseSource:
     chosen_by: dict[str, Any]
     """Settings of sampling besides those of `rollout`, for the key."""
     clock_s: Callable[[], float] = time.monotonic
-    """Clock of the deadline."""
     with_routes: bool = False
     """Whether rows keep the expert routes of their tokens."""
 

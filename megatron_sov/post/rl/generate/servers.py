@@ -35,7 +35,6 @@ class ServerSettings:
     """How to start the servers of a run."""
 
     engine: str
-    """Name of the engine."""
     start: Path
     """Checkpoint or Hugging Face folder that the run starts from."""
     places: ServerLocations

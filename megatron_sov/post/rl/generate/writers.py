@@ -89,15 +89,12 @@ class GenerationSettings:
 
     store: StoreSettings
     prompts: PromptList
-    """Prompts of the rounds."""
     set_aside: UnusedRows
     """Prompts that no round uses, with the reason."""
     rollout: RolloutConfig
     run: Path
-    """Folder of the run."""
     source: RolloutSource
     provenance: Mapping[str, Any]
-    """Fields of the parts' manifests."""
     max_gen_batches: int = 1
     """`policy.max_gen_batches`: above 1 rounds may need further prompts."""
 
@@ -197,13 +194,11 @@ class EngineSettings:
     settings: Sequence[str]
     """`key=value` changes of layout and precision (megatron), or of servers."""
     nproc: int | None = None
-    """Local processes (megatron)."""
     option: str = "--set"
     """Option that `settings` come from, for messages."""
     with_routes: bool = False
     """Whether the engine returns expert routes."""
     places: ServerLocations | None = None
-    """Addresses and log folder of servers."""
 
 
 def run_policies(engine: EngineSettings, start: Target, work: Callable[[Engine, LoadPolicy], Any]) -> Any:

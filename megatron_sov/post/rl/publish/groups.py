@@ -37,15 +37,12 @@ class RolloutFacts:
     attempt: int
     finish_reason: str
     num_tokens: int
-    """Tokens after the prompt."""
     num_written: int
     """Tokens that a policy generated."""
     first_version: int
     """Optimizer step of the policy of the first generated token; 0 without tokens."""
     sum_versions: int
-    """Sum over the generated tokens."""
     part: str
-    """Name of the part in the store."""
     row: int
     """Index in that part, from 0."""
 
@@ -80,7 +77,6 @@ class JudgedPiece:
     """A piece of a round, in the form that one process sends to the process that plans the round."""
 
     number: int
-    """Of the piece, from 0."""
     rows: np.ndarray
     """[judged responses] `ROW`, ordered by prompt and sample."""
     counts: list[int]
@@ -88,7 +84,6 @@ class JudgedPiece:
     reasons: list[str]
     """For each prompt why its group does not learn, or `advantages.LEARNS`."""
     domains: list[str]
-    """Domain of each prompt."""
     components: dict[str, np.ndarray]
     """Component of the reward -> [responses that have it] float64."""
     unfinished: set[str]
@@ -98,7 +93,6 @@ class JudgedPiece:
     begun: set[tuple[int, str]]
     """Step and digest of the policies of first attempts."""
     policies: set[str]
-    """Digests of all policies."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +100,6 @@ class JudgedRound:
     """The pieces of a round, joined."""
 
     number: int
-    """Of the round, from 1."""
     parts: tuple[RolloutPart, ...]
     """Parts of the store that contain the responses."""
     pieces: tuple[JudgedPiece, ...]
@@ -158,7 +151,6 @@ class StoredRound:
 
     store: RolloutStore
     number: int
-    """Of the round, from 1."""
     pieces: Sequence[PromptPiece]
     """All pieces that the round may have."""
     num_pieces: int
@@ -325,7 +317,6 @@ def _join_rewards(rows: Sequence[RolloutFacts], judgements: RewardsByRow, unjudg
 
 def _build_rows(responses: Sequence[JudgedResponse], groups: Sequence[JudgedGroup],
                 parts: Mapping[int, RolloutPart]) -> np.ndarray:
-    """Return [responses] `ROW`."""
     index_of_part = {part.name: index for index, part in parts.items()}
     advantages: list[float] = []
     orders: list[int] = []

@@ -65,8 +65,6 @@ TRUNCATED = (LENGTH, "tokens", "unended")
 
 @dataclass(kw_only=True)
 class Publisher:
-    """Publishes the rounds of a run."""
-
     config: RunConfig
     rounds: Path
     """RUN/rounds."""
@@ -75,7 +73,6 @@ class Publisher:
     prompts: PromptList
     reward_version: str
     tokenizer: Path
-    """Folder of the model's tokenizer."""
     is_own: Callable[[int, str], bool] = lambda step, sha256: True
     """(step, digest) -> whether a policy belongs to this run, as far as known."""
     chosen_by: Mapping[str, Any] = field(default_factory=dict)
@@ -470,9 +467,7 @@ class _RoundInputs:
     """Parts of the store for a round, as the first process found them."""
 
     num_further: int
-    """Limit of the pieces of further prompts."""
     num_pieces: int
-    """Pieces in use."""
     parts: tuple[RolloutPart, ...] = ()
 
 

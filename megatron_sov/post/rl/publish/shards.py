@@ -66,15 +66,12 @@ class WrittenShard:
     """Counts and files of a shard, for the manifest."""
 
     counts: Mapping[str, int]
-    """`COUNTS`."""
     files: Mapping[str, FileRecord]
     """Path in the round -> digest and size of the file."""
 
 
 @dataclass(frozen=True)
 class ShardWriter:
-    """Writes the shards of a round."""
-
     store: RolloutStore
     temperature: float
     """Required sampling temperature of the responses."""
