@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -65,7 +66,7 @@ class EpisodesRequest:
     version: str
     """Version of the environment's code and settings."""
     limits: EpisodeLimits
-    tasks: list[dict[str, Any]]
+    tasks: Sequence[Mapping[str, Any]]
 
 
 def list_environments(options: ToolsListOptions) -> int:

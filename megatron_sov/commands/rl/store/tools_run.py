@@ -46,7 +46,7 @@ def play_tasks(request: EpisodesRequest) -> None:
 def _build_identity(request: EpisodesRequest, player: EpisodePlayer) -> dict[str, object]:
     """Return tasks, environment, limits, model and sampling; a journal continues only with equal ones."""
     sampling, target = request.options.sampling, player.target
-    settings = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed,
+    settings: dict[str, object] = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed,
                 "engine": player.engine}
     model: dict[str, object] = {"path": str(target.path), "step": target.step,
                                 "weights": hash_weights(target), "chat": player.chat}
