@@ -74,7 +74,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> Callable[..., StageGate]:
             loss=run.loss, bits_per_byte=1.0, tokens=100)})
         monkeypatch.setattr(running.collectives, "all_reduce_world", lambda values: values)
         clean: Any = SimpleNamespace(fields=lambda: {"questions_found": 0})
-        needles: Any = SimpleNamespace(measure=run.measure, record=run.record)
+        needles: Any = SimpleNamespace(measure_scores=run.measure, record=run.record)
         run.gate = StageGate(SETTINGS, needles, SimpleNamespace(seq_len=64), start_loss, min_steps, clean)
         return run.gate
 
