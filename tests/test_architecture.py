@@ -100,6 +100,7 @@ ALONE = {
     "megatron_sov/commands/operate/run_table.py": "a table of runs; one run in full is another subject",
     "megatron_sov/commands/operate/job_summary.py": "checks and prices a job; submitting is another subject",
     "megatron_sov/commands/rl/store/reward.py": "a command",
+    "megatron_sov/commands/rl/inputs/teacher_models.py": "opens teachers; rounds are another subject",
     "megatron_sov/commands/train/forgetting_gate.py": "runs `eval lm`; stages are another subject",
     "megatron_sov/checkpoint/gather.py": "megatron's side of exporting a live model",
     "megatron_sov/judge/rewards/check_program.py": _INSIDE,

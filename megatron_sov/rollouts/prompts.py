@@ -97,11 +97,7 @@ class PromptList(Sequence[RolloutPrompt]):
 
     @classmethod
     def from_prompts(cls, prompts: Iterable[RolloutPrompt], option: str = OPTION) -> PromptList:
-        """Write prompts to a temporary file, and keep the first of each id.
-
-        Raises:
-            UserError: the folder of temporary files is full.
-        """
+        """Write prompts to a temporary file, and keep the first of each id."""
         import numpy as np
 
         with translate_disk_errors(Path(tempfile.gettempdir())):
@@ -314,11 +310,7 @@ def find_unused_rows(prompts: PromptList, too_long: Mapping[str, int], limit: in
 
 
 def write_unused_rows(store: Path, aside: UnusedRows) -> None:
-    """Write the unused prompts into a store, so that the trainer of its rounds orders the same prompts.
-
-    Raises:
-        UserError: the store lists other prompts.
-    """
+    """Write the unused prompts into a store, so that the trainer of its rounds orders the same prompts."""
     file = store / UNUSED_ROWS_FILE
     if file.is_file():
         if read_too_long(store) != set(aside.too_long):
@@ -364,9 +356,6 @@ def select_round_prompts(prompts: PromptList, rollout: RolloutConfig, number: in
 
     Each epoch is a permutation. A round may continue in the next epoch; its prompts come later there, so that
     no round contains a prompt twice.
-
-    Raises:
-        UserError: the file has fewer prompts than a round.
     """
     import numpy as np
 
@@ -401,9 +390,6 @@ def plan_round_pieces(prompts: PromptList, rollout: RolloutConfig, number: int, 
         rollout: seed, prompts of a round and of a piece.
         number: of the round, from 1.
         more: pieces of further prompts; fewer are returned if the file has no more prompts.
-
-    Raises:
-        UserError: see `round_prompts`.
     """
     import numpy as np
 
@@ -449,11 +435,7 @@ def _shuffle_indices(count: int, *entropy: int) -> np.ndarray:
 
 
 def parse_round_range(given: str) -> range:
-    """Parse the rounds of --rounds.
-
-    Raises:
-        UserError: the text has another form.
-    """
+    """Parse the rounds of --rounds."""
     match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", given)
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= first <= last:
@@ -470,9 +452,6 @@ def find_budget(rollout: RolloutConfig, prompt: str, record: Mapping[str, Any], 
         prompt: id, for messages.
         record: record of the prompt; its field `target_tokens` holds if there are no budgets.
         sample: index of the response in its group.
-
-    Raises:
-        UserError: `target_tokens` is not a positive whole number.
     """
     budgets = rollout.budgets_tokens
     if budgets:

@@ -223,10 +223,6 @@ class StorePlan:
 
 def describe_missing_rows(parts: Sequence[RolloutPart], rounds: range | None) -> str | None:
     """Return the missing rows as the end of a sentence; "": none are missing; None: no part records the plan.
-
-    Args:
-        parts: all parts of rollouts of these rounds.
-        rounds: None: all rounds that the newest part records.
     """
     # A later command may have planned more rounds, which the newest part records.
     newest = max(parts, key=lambda part: part.created_s, default=None)

@@ -117,10 +117,6 @@ def are_rows_sound(table: pa.Table, vocab_size: int) -> bool:
 def table_to_rollouts(table: pa.Table, columns: Sequence[str]) -> list[Rollout]:
     """Convert a table with the columns of `schema_for` to rows.
 
-    Args:
-        table: from `RolloutStore.read`.
-        columns: fields that were read; others get empty values.
-
     Raises:
         ValueError: a field has another type.
     """
@@ -330,11 +326,6 @@ class RolloutStore(Table[RolloutPart]):
     def add_rollouts(self, name: str, rows: Sequence[Rollout], provenance: Mapping[str, Any]) -> None:
         """Publish a part of rollouts. Rows with problems are written too; readers skip them.
 
-        Args:
-            name: see `part_name`.
-            rows: rows of the round.
-            provenance: JSON values about the job and its policy.
-
         Raises:
             AlreadyPublished: the part exists with other rows, which stay.
             UserError: the rows cannot be written.
@@ -368,9 +359,6 @@ class RolloutStore(Table[RolloutPart]):
         Args:
             name: of the part.
             fields: fields to read (`NAMES`) in addition to key, round and attempt; None: all.
-
-        Raises:
-            UserError: the part does not exist or is damaged.
         """
         rows, problems = self.read_rows_with_problems(name, fields)
         if (count := sum(map(bool, problems))) and name not in self._told:
@@ -384,9 +372,6 @@ class RolloutStore(Table[RolloutPart]):
                                 ) -> tuple[list[Rollout], list[str]]:
         """Return all rows of a part, and the problem of each row ("" for sound rows); arguments as
         `read_rollouts`.
-
-        Raises:
-            UserError: the part does not exist or is damaged.
         """
         part, names = self.part(name), NAMES if fields is None else fields
         table = self.read_columns(part, names)
@@ -400,11 +385,7 @@ class RolloutStore(Table[RolloutPart]):
         return rows, problems
 
     def read_columns(self, part: RolloutPart, fields: Sequence[str]) -> pa.Table:
-        """Return fields of all rows of a part as columns, without checking the rules of rows.
-
-        Raises:
-            UserError: the part is damaged.
-        """
+        """Return fields of all rows of a part as columns, without checking the rules of rows."""
         table = self.read(part, select_schema(fields))
         if strangers := set(table["round"].unique().to_pylist()) - {part.round}:
             raise UserError(f"{part.file}: has a row of round {strangers.pop()}; the store did not write it")

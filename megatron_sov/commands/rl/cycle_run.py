@@ -26,17 +26,12 @@ from megatron_sov.runs.folder import VALIDATION
 
 
 def run_cycle(request: CycleRequest) -> None:
-    """Generate, judge and train all rounds.
-
-    Raises:
-        UserError: prompts, environment, store or teacher do not fit the run.
-        StopRequested: the run was asked to stop, and everything is saved.
-    """
+    """Generate, judge and train all rounds."""
     builder = RolloutBuilder.open(request)
     rollouts = builder.build_training_rollouts()
     validation = builder.build_validation(rollouts)
     try:
-        train_rounds(request.options, request.rounds, rollouts=rollouts, validation=validation)
+        train_rounds(request.rounds, rollouts, validation)
     finally:
         # Worker processes of the reward end with the run, after a failure too.
         rollouts.close()
@@ -57,11 +52,7 @@ class RolloutBuilder:
 
     @classmethod
     def open(cls, request: CycleRequest) -> RolloutBuilder:
-        """Open the start and check that responses fit its context.
-
-        Raises:
-            UserError: start or environment do not fit the settings.
-        """
+        """Open the start and check that responses fit its context."""
         options, stage = request.options, request.rounds.stage
         assert stage.start is not None, "--from is required"
         start = find_target(stage.start)
@@ -72,11 +63,7 @@ class RolloutBuilder:
                    servers=_build_servers(request, start))
 
     def build_training_rollouts(self) -> LiveRollouts:
-        """Return the rollouts of --prompts in --store.
-
-        Raises:
-            UserError: a prompt is empty, all prompts are too long, or too few remain for a round.
-        """
+        """Return the rollouts of --prompts in --store."""
         options, rounds = self.request.options, self.request.rounds
         config = rounds.stage.config
         source, unused = build_rollout_source(options, config, rounds.prompts, self.start,
@@ -97,9 +84,6 @@ class RolloutBuilder:
 
         Args:
             training: rollouts of the run, whose reward judges the validation too.
-
-        Raises:
-            UserError: a prompt is empty, or all prompts are too long.
         """
         options, rounds = self.request.options, self.request.rounds
         if rounds.validation_prompts is None:

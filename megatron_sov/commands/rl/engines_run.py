@@ -41,11 +41,7 @@ class RestartableServer(Protocol):
 
 
 def keep_servers(options: RlEnginesOptions) -> None:
-    """Keep the servers running until SIGTERM or SIGINT.
-
-    Raises:
-        UserError: a mistake in the settings, or a server fails to start too often.
-    """
+    """Keep the servers running until SIGTERM or SIGINT."""
     check_engine_program(options.engine, (), options.engine_python)
     request = request_with_model(options, options.start_from, "policy")
     config = complete_stage(request, request.config(), "policy", None, 0).config
@@ -78,14 +74,6 @@ def keep_servers(options: RlEnginesOptions) -> None:
 def keep_server(server: RestartableServer, address: str, restarts: int, stop: threading.Event, *,
                 poll_s: float = POLL_S, restart_s: float = RESTART_S) -> str:
     """Keep a server running until `stop` is set; return the reason if it cannot be started, or "".
-
-    Args:
-        server: not started yet.
-        address: address of the server, for messages.
-        restarts: limit of consecutive failed starts.
-        stop: ends the server.
-        poll_s: interval between two looks at the server.
-        restart_s: pause before a restart.
     """
     num_failures = 0
     try:

@@ -50,11 +50,7 @@ class GenerateRequest:
 
 
 def check_generate(options: RlGenerateOptions) -> GenerateRequest:
-    """Check settings, prompts and environment.
-
-    Raises:
-        UserError: settings or prompts are unusable, or the trainer of --run has other settings.
-    """
+    """Check settings, prompts and environment."""
     # numpy; the help of the command does without
     from megatron_sov.commands.train.setup.data_defaults import complete_stage
     from megatron_sov.commands.train.setup.stage_options import request_with_model
@@ -81,11 +77,7 @@ GENERATE = DeclaredCommand(RlGenerateOptions, check_generate,
 
 
 def choose_rounds(text: str | None, last: int) -> range:
-    """Return the rounds of --rounds; without the option, rounds 1 to `last`.
-
-    Raises:
-        UserError: --rounds has another form, or `rollout.rounds` is 0 and --rounds is missing.
-    """
+    """Return the rounds of --rounds; without the option, rounds 1 to `last`."""
     if text is not None:
         return parse_round_range(text)
     if not last:

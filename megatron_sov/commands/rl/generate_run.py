@@ -31,11 +31,7 @@ from megatron_sov.work.progress.locks import Claims
 
 
 def generate_rollouts(request: GenerateRequest) -> int:
-    """Write the missing responses of the rounds, and print how many.
-
-    Raises:
-        UserError: the start is unusable, or the store has another tokenizer or other prompts.
-    """
+    """Write the missing responses of the rounds, and print how many."""
     options, config = request.options, request.config
     start = find_target(options.start_from)
     if not (start.path / MANIFEST).is_file():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -52,8 +52,9 @@ class RlTrainOptions(RoundsOptions):
 
 @dataclass(frozen=True)
 class RoundsRequest:
-    """Checked input of a run that trains on rounds."""
+    """Checked input of `train_run.train_rounds`."""
 
+    options: RoundsOptions
     stage: ParsedStage
     """Settings and start of the run."""
     prompts: PromptList
@@ -63,28 +64,18 @@ class RoundsRequest:
     """Gate of the last policy."""
     validation_prompts: PromptList | None
     """Prompts of --validation that training does not use; None: no validation."""
+    wait_s: float = 0.0
+    """Time limit of other jobs for each round."""
 
 
-@dataclass(frozen=True)
-class TrainRequest:
-    """Checked input of `train_run.train_on_store`."""
-
-    options: RlTrainOptions
-    rounds: RoundsRequest
-
-
-def check_train(options: RlTrainOptions) -> TrainRequest | int:
-    """Check the options; print the summary of a complete run instead.
-
-    Raises:
-        UserError: a mistake in the options.
-    """
+def check_train(options: RlTrainOptions) -> RoundsRequest | int:
+    """Check the options; print the summary of a complete run instead."""
     if is_complete(options, "policy"):
         return ExitCode.OK
-    return TrainRequest(options, check_rounds(options, complete_train_settings))
+    return replace(check_rounds(options, complete_train_settings), wait_s=options.wait)
 
 
-TRAIN = DeclaredCommand(RlTrainOptions, check_train, "megatron_sov.commands.rl.train_run:train_on_store")
+TRAIN = DeclaredCommand(RlTrainOptions, check_train, "megatron_sov.commands.rl.train_run:train_rounds")
 
 
 def complete_train_settings(config: RunConfig) -> RunConfig:
@@ -100,9 +91,6 @@ def check_rounds(options: RoundsOptions, complete: Callable[[RunConfig], RunConf
         options: options of the command.
         complete: adds the settings that follow from others.
         is_asked: whether each row must be a prompt for a policy, see `read_prompts`.
-
-    Raises:
-        UserError: a mistake in the options.
     """
     prompts = options.read(is_asked=is_asked)
     version = resolve_reward_version(options.reward, options.reward_set)
@@ -118,4 +106,4 @@ def check_rounds(options: RoundsOptions, complete: Callable[[RunConfig], RunConf
         validation_prompts = read_validation_prompts(options.validation, options.renames, prompts,
                                                      is_asked=is_asked)
     gate = gate_of(options, stage.config, stage.start)
-    return RoundsRequest(stage, prompts, version, gate, validation_prompts)
+    return RoundsRequest(options, stage, prompts, version, gate, validation_prompts)

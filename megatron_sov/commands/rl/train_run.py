@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_sov.commands.rl.inputs.prompts import check_tokenizer
 from megatron_sov.commands.rl.inputs.teacher_models import open_live_teacher, open_scoring_teachers
-from megatron_sov.commands.rl.train import RoundsOptions, RoundsRequest, TrainRequest
+from megatron_sov.commands.rl.train import RoundsRequest
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.objectives import Factory, get_factory
 from megatron_sov.post.distillation.distill import (
@@ -30,27 +30,21 @@ from megatron_sov.train.objectives.objective import columns_of
 from megatron_sov.train.stages.stage import Stage, run_stage
 
 
-def train_on_store(request: TrainRequest) -> None:
-    """Train on the rounds that `rl generate` and `rl reward` have completed.
-
-    Raises:
-        UserError: the store or a teacher does not belong to the run.
-        StopRequested: a round was not completed within --wait, and everything is saved.
-    """
-    train_rounds(request.options, request.rounds, wait_s=request.options.wait)
-
-
-def train_rounds(options: RoundsOptions, request: RoundsRequest, *, wait_s: float = 0.0,
-                 rollouts: LiveRollouts | None = None, validation: Validation | None = None) -> None:
+def train_rounds(request: RoundsRequest, rollouts: LiveRollouts | None = None,
+                 validation: Validation | None = None) -> None:
     """Train the rounds of a run.
 
     Args:
-        options: options of the command.
         request: checked settings and prompts.
-        wait_s: without `rollouts`: time limit of other jobs for each round, in seconds.
-        rollouts: generates and judges the rounds; None: other jobs do.
+        rollouts: generates and judges the rounds; None: `rl generate` and `rl reward` do, within
+            `request.wait_s` per round.
         validation: validates the policies; None: no validation.
+
+    Raises:
+        UserError: the store or a teacher does not belong to the run.
+        StopRequested: a round is not complete in time, and everything is saved.
     """
+    options = request.options
     config, start = request.stage.config, request.stage.start
     assert start is not None, f"--from is required, it is {options.start_from}"
     tokenizer = find_tokenizer_folder(start)
@@ -76,7 +70,7 @@ def train_rounds(options: RoundsOptions, request: RoundsRequest, *, wait_s: floa
     loader = RoundLoader(documents=rounds, rollout=config.rollout, columns=columns, store=options.store,
                          samples=SampledRounds(config.obs.sample_rows, config.rollout.rounds))
     cycle = RolloutCycle(rollout=config.rollout, policies=policies, rollouts=rollouts, publisher=publisher,
-                         loader=loader, validation=validation, wait_s=wait_s, store=options.store)
+                         loader=loader, validation=validation, wait_s=request.wait_s, store=options.store)
     measure = partial(measure_teacher, sources=texts, teacher=teacher)
     stage = Stage(
         config=config, folder=RunFolder(options.run), objective=objective, start_from=start,

@@ -74,11 +74,7 @@ class TokenTranslation:
     """From the student's tokens to a teacher's, and from the teacher's probabilities to the student's."""
 
     def __init__(self, student: Path, teacher: Path, vocab_size: int, teacher_vocab_size: int) -> None:
-        """Read both tokenizers.
-
-        Raises:
-            UserError: a tokenizer.json cannot be read.
-        """
+        """Read both tokenizers."""
         self._student, self._teacher = _open_checked(student), _open_checked(teacher)
         self._teacher_folder = teacher
         self._ours, self._theirs = spellings(student, vocab_size), spellings(teacher, teacher_vocab_size)

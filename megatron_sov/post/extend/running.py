@@ -96,11 +96,7 @@ def build_needles(config: RunConfig, start: Path, formats: tuple[str, ...] = TEX
 
 def _document_lengths(config: RunConfig) -> dict[str, int]:
     """Return source -> document length in tokens: `needle`, as long as the longest phase, and `needle/N` if a
-    blend has it.
-
-    Raises:
-        UserError: N is not a number.
-    """
+    blend has it."""
     named = dict.fromkeys(name for phase in config.data.phases for name in phase.blend)
     lengths: dict[str, int] = {}
     if config.needle.train_share or SOURCE_NAME in named:

@@ -128,11 +128,6 @@ class LogprobColumns:
 
 def _check_models(file: Path, given: Mapping[str, str], message: str) -> None:
     """Record the models of a run's columns in `file`, and raise `UserError` if the file names other models.
-
-    Args:
-        file: the JSON note.
-        given: name -> digest of a model's weights.
-        message: text of the error, with {begun} and {given} for the models.
     """
     if not file.is_file():
         write_atomically(file, format_json(dict(given)))

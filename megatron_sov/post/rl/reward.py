@@ -85,11 +85,7 @@ class JudgingJob:
         return self.summary
 
     def step(self) -> bool:
-        """Judge one part, or wait for a moment; return whether more parts may come.
-
-        Raises:
-            UserError: see `run`.
-        """
+        """Judge one part, or wait for a moment; return whether more parts may come."""
         if self._pending is None:
             # One lookup for all parts, repeated at the end, because other jobs generate and judge meanwhile.
             self._pending, self._refused, self._has_judged = deque(self.find_unjudged()), [], False
@@ -185,15 +181,7 @@ class RewardJudge:
 
 
 def resolve_reward_version(name: str, settings: Sequence[str]) -> str:
-    """Return the version of a reward, under which the store keeps its judgements.
-
-    Args:
-        name: a built-in reward, FILE.py:NAME, `ENVIRONMENT` or `NO_REWARD`.
-        settings: `key=value`.
-
-    Raises:
-        UserError: the reward or a setting does not exist.
-    """
+    """Return the version of a reward, under which the store keeps its judgements."""
     if name in (ENVIRONMENT, NO_REWARD):
         if settings:
             action = "copies the rewards of the rows and" if name == ENVIRONMENT else "judges nothing and"
@@ -205,11 +193,7 @@ def resolve_reward_version(name: str, settings: Sequence[str]) -> str:
 
 def check_reward_fields(name: str, settings: Sequence[str], prompts: Iterable[RolloutPrompt], given: str
                         ) -> None:
-    """Refuse prompts if all of them lack a field that the reward needs.
-
-    Raises:
-        UserError: every prompt lacks a field.
-    """
+    """Refuse prompts if all of them lack a field that the reward needs."""
     if name in (ENVIRONMENT, NO_REWARD):
         return
     reward_order = order(name, parse_nested(settings, "--reward-set"))

@@ -220,11 +220,7 @@ class _ScoringRequests:
         self._pending = {self._pool.submit(self._score_rows, document) for document in range(len(lengths))}
 
     def advance(self, limit_s: float) -> bool:
-        """Collect answers for `limit_s` seconds; return whether some are pending.
-
-        Raises:
-            UserError: no server scores a response.
-        """
+        """Collect answers for `limit_s` seconds; return whether some are pending."""
         done, self._pending = wait(self._pending, limit_s, FIRST_EXCEPTION)
         for future in done:
             future.result()

@@ -65,9 +65,6 @@ class PromptOptions:
 
         Args:
             is_asked: whether each row must be a prompt for a policy, see `read_prompts`.
-
-        Raises:
-            UserError: the file or --columns cannot be read.
         """
         return read_prompts(self.prompts, parse_renames(self.renames, ()), is_asked=is_asked)
 
@@ -76,14 +73,7 @@ class PromptOptions:
 
 
 def drop_unused_prompts(source: str, prompts: PromptList, unused: UnusedRows, store: Path) -> PromptList:
-    """Return the prompts without those that are too long, and print the counts of the file.
-
-    Args:
-        source: option and file, for the line.
-        prompts: all prompts of the file.
-        unused: rows that no round uses.
-        store: rollout store, whose `UNUSED_ROWS_FILE` lists these rows.
-    """
+    """Return the prompts without those that are too long, and print the counts of the file."""
     if is_first_rank():
         listed = f"; {store / UNUSED_ROWS_FILE} lists them" if unused.rows else ""
         print(f"{source}: {unused.account.describe()}{listed}", file=sys.stderr)
@@ -99,9 +89,6 @@ def read_validation_prompts(file: Path, renames: Sequence[str], training: Prompt
         renames: values of --columns.
         training: prompts of --prompts.
         is_asked: whether each row must be a prompt for a policy, see `read_prompts`.
-
-    Raises:
-        UserError: the file cannot be read, or --prompts contains all of its prompts.
     """
     prompts = read_prompts(file, parse_renames(renames, ()), VALIDATION_OPTION, is_asked=is_asked)
     shared = find_shared_prompts(prompts, training)
@@ -128,11 +115,7 @@ class EnvironmentRequest:
 
 
 def resolve_environment(options: SamplingOptions, config: RunConfig) -> EnvironmentRequest | None:
-    """Return the environment of --environment, or None.
-
-    Raises:
-        UserError: --environment, --env-set or --limit contradict the settings.
-    """
+    """Return the environment of --environment, or None."""
     if options.environment is None:
         return None
     rollout = config.rollout
@@ -155,11 +138,7 @@ def resolve_environment(options: SamplingOptions, config: RunConfig) -> Environm
 
 def check_sequence_length(rollout: RolloutConfig, environment: EnvironmentRequest | None, start: Target
                           ) -> None:
-    """Check that prompt and response, or the longest turn, fit the context of the model.
-
-    Raises:
-        UserError: the limits exceed the context.
-    """
+    """Check that prompt and response, or the longest turn, fit the context of the model."""
     turn = "" if environment is None else " and a turn's max_turn_tokens"
     check_length(start, count_max_tokens(rollout, environment), f"rollout.max_prompt_tokens = "
                  f"{rollout.max_prompt_tokens}, rollout.max_new_tokens = {rollout.max_new_tokens}{turn}",
@@ -174,15 +153,7 @@ def count_max_tokens(rollout: RolloutConfig, environment: EnvironmentRequest | N
 
 
 def check_tokenizer(start_from: Path, folder: Path) -> None:
-    """Check that the start has a tokenizer.
-
-    Args:
-        start_from: path of --from, for the message.
-        folder: folder that should contain tokenizer.json.
-
-    Raises:
-        UserError: there is no tokenizer.
-    """
+    """Check that the start has a tokenizer."""
     if not (folder / TOKENIZER_JSON).is_file():
         raise UserError(f"--from {start_from}: has no tokenizer with it, and responses need one; start from "
                         "a checkpoint or Hugging Face folder that has one")

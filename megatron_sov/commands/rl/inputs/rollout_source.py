@@ -32,9 +32,6 @@ def build_rollout_source(options: SamplingOptions, config: RunConfig, prompts: P
         start: model of the first round, with tokenizer and chat template.
         engine_name: engine that generates the responses.
         environment: tool environment; None: single responses.
-
-    Raises:
-        UserError: a prompt is empty, all prompts are too long, or the model has no chat template.
     """
     folder, rollout = start.tokenizer_folder, config.rollout
     chat = read_chat_encoder(folder)

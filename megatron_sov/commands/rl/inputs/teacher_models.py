@@ -22,16 +22,7 @@ TRAINING_FIELDS = ("init_std", "mtp_loss_coeff", "router_bias_update_rate", "seq
 
 def open_scoring_teachers(options: ScoringTeacherOptions, config: RunConfig, tokenizer: Path
                           ) -> tuple[ScoringTeacher, ...]:
-    """Return the teachers that score responses, ordered by domain.
-
-    Args:
-        options: options of the command.
-        config: settings of the run.
-        tokenizer: folder with the model's tokenizer.
-
-    Raises:
-        UserError: a path is not a checkpoint, or architecture or tokenizer differ from the model's.
-    """
+    """Return the teachers that score responses, ordered by domain."""
     urls: dict[str, list[str]] = {}
     teachers = []
     for teacher in options.parse_teachers():
@@ -47,12 +38,7 @@ def open_scoring_teachers(options: ScoringTeacherOptions, config: RunConfig, tok
 
 def open_live_teacher(options: ScoringTeacherOptions, config: RunConfig, tokenizer: Path, nproc: int | None
                       ) -> LiveTeacher | None:
-    """Return the teacher whose distributions the run learns (policy.method=gkd), or None.
-
-    Raises:
-        UserError: the path is not a checkpoint, the tokenizer differs, or the memory is too small for both
-            models.
-    """
+    """Return the teacher whose distributions the run learns (policy.method=gkd), or None."""
     if not config.policy.learns_distributions:
         return None
     [teacher] = options.parse_teachers()
@@ -62,11 +48,7 @@ def open_live_teacher(options: ScoringTeacherOptions, config: RunConfig, tokeniz
 
 
 def check_teacher_model(location: str, target: Target, config: RunConfig, tokenizer: Path) -> None:
-    """Check that a teacher has the run's architecture, since its weights replace the model's for a while.
-
-    Raises:
-        UserError: architecture or tokenizer differ.
-    """
+    """Check that a teacher has the run's architecture, since its weights replace the model's for a while."""
     if not target.is_hf:
         model, teacher = asdict(config.model), asdict(target.model)
         different = [name for name in model if model[name] != teacher[name] and name not in TRAINING_FIELDS]

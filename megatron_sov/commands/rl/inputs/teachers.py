@@ -51,18 +51,7 @@ def _split_domain(text: str) -> tuple[str, str]:
 
 def check_teachers(options: ScoringTeacherOptions, policy: PolicyConfig, reward: str, file: Path,
                    prompts: PromptList) -> None:
-    """Check that the objective learns from the teachers, and that every prompt has a teacher.
-
-    Args:
-        options: options of the command.
-        policy: settings of the objective.
-        reward: value of --reward.
-        file: file of --prompts.
-        prompts: prompts in `file`.
-
-    Raises:
-        UserError: teachers and settings contradict each other, or a domain has no teacher.
-    """
+    """Check that the objective learns from the teachers, and that every prompt has a teacher."""
     parts, teachers = policy.parts, options.parse_teachers()
     if policy.learns_distributions:
         _check_single_teacher(teachers)

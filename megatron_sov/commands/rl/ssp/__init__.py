@@ -1,1 +1,1 @@
-"""`megatron-sov ssp probe | fuse`, and `megatron-sov rl knowledge`, which prepares text for the same stage."""
+"""`megatron-sov ssp probe | fuse`, and `megatron-sov rl knowledge`."""

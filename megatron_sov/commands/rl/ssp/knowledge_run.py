@@ -42,11 +42,7 @@ class SectionFields:
 
 
 def write_knowledge(options: KnowledgeOptions) -> None:
-    """Write the text and print the counts of sections.
-
-    Raises:
-        UserError: a bad file, or no section is left; nothing is written then.
-    """
+    """Write the text and print the counts of sections."""
     fields = _read_fields(options)
     # The test is read first, since no section of its answers may be written.
     answers = read_answers(options.tests, options.answer_field)
@@ -90,15 +86,7 @@ class TestAnswers:
 
 
 def read_answers(files: Iterable[Path], name: str) -> TestAnswers:
-    """Read the answers of the test.
-
-    Args:
-        files: JSON lines of the test.
-        name: field of the answer.
-
-    Raises:
-        UserError: a file cannot be read, or a row has no answer.
-    """
+    """Read the answers of the test."""
     answers = TestAnswers()
     for file in files:
         check_rows(file, "--tests", "")
@@ -123,9 +111,6 @@ def iter_sections(files: Iterable[Path], fields: SectionFields, answers: set[int
         fields: names of the records' fields.
         answers: hashes of ten words that no section may contain.
         counts: outcome -> sections; updated.
-
-    Raises:
-        UserError: a file cannot be read, or a line is not a JSON object.
     """
     used: set[str] = set()
     for file in files:

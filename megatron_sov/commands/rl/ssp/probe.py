@@ -63,11 +63,7 @@ class ProbeCommand(DeclaredCommand):
 
 
 def check_probe(options: SspProbeOptions) -> ProbeRequest:
-    """Check problems, reward and checkpoints before the first command starts.
-
-    Raises:
-        UserError: a file, folder, reward or checkpoint is unusable, or a domain has two files.
-    """
+    """Check problems, reward and checkpoints before the first command starts."""
     problems: dict[str, Path] = {}
     for text in options.problem_sets:
         files = _parse_problem_set(text)

@@ -1,7 +1,7 @@
 """Runs `megatron-sov ssp probe`: an `eval passk` over all problems for each checkpoint, then the table.
 
-Each checkpoint is a process of its own, so its weights are loaded once, and the commands that --dry-run prints
-may run on other machines.
+Each checkpoint has a process of its own, so its weights are loaded once, and other machines may run the
+commands that --dry-run prints.
 """
 
 from __future__ import annotations
@@ -33,11 +33,7 @@ from megatron_sov.work.progress.progress_bar import create_bar
 
 def probe_checkpoints(request: ProbeRequest) -> int:
     """Evaluate the checkpoints without results and write the table. Returns 0, or the exit code of a failed
-    command.
-
-    Raises:
-        UserError: the folder holds a probe under other conditions, or a launcher started this command.
-    """
+    command."""
     options = request.options
     events, candidates = RunEvents(options.run), find_candidates(options.checkpoints)
     if request.only_checks:

@@ -15,13 +15,7 @@ from megatron_sov.work.progress.progress_bar import create_bar
 
 
 def judge_store(request: RewardRequest) -> int:
-    """Judge the responses without a reward of this version.
-
-    Raises:
-        UserError: the store does not exist, or the reward fails for every row.
-        GateFailed: no judged response has a reward.
-        StopRequested: no job has created the store within the wait time.
-    """
+    """Judge the responses without a reward of this version."""
     options = request.options
     store = wait_for_store(options.store, options.wait)
     with start_judge(options.reward, options.reward_set, options.workers) as judge:
@@ -36,12 +30,7 @@ def judge_store(request: RewardRequest) -> int:
 
 
 def wait_for_store(path: Path, wait_s: float) -> RolloutStore:
-    """Open a store, and wait up to `wait_s` seconds until the generating job has created it.
-
-    Raises:
-        UserError: there is no store, or `path` is something else.
-        StopRequested: no job has created the store in time.
-    """
+    """Open a store, and wait up to `wait_s` seconds until the generating job has created it."""
     # The jobs of a round start together, so this job may start before the store exists.
     ends_s = time.monotonic() + wait_s
     while not path.exists() and time.monotonic() < ends_s:  # created by a rename, so complete at once

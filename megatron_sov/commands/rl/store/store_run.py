@@ -19,11 +19,7 @@ TIMES = {"began_s": "began", "ended_s": "ended"}
 
 
 def show_row(options: StoreShowOptions) -> None:
-    """Print one row of a part with its rewards.
-
-    Raises:
-        UserError: the store has no such part or row, or the part is damaged.
-    """
+    """Print one row of a part with its rewards."""
     store = RolloutStore.open(options.store)
     if store.key_of(options.part) is None or not store.has_part(options.part):
         raise UserError(f"PART {options.part!r}: {options.store} has no such part (`megatron-sov inspect` "
@@ -78,11 +74,7 @@ def _format_lines(fields: dict[str, Any]) -> Iterator[str]:
 
 
 def clean_store(request: StoreGcRequest) -> None:
-    """Delete unused folders of a store.
-
-    Raises:
-        UserError: no rewards of a --version exist, or --rounds without --yes.
-    """
+    """Delete unused folders of a store."""
     options = request.options
     store = RolloutStore.open(options.store)
     folders = store.versions()

@@ -78,11 +78,7 @@ def list_environments(options: ToolsListOptions) -> int:
 
 
 def check_episodes(options: ToolsRunOptions) -> EpisodesRequest:
-    """Check environment, tasks, model path and output.
-
-    Raises:
-        UserError: one of them is unusable.
-    """
+    """Check environment, tasks, model path and output."""
     request = order(options.environment, parse_nested(options.settings))
     environment, version = make(request)
     limits = apply_changes(LIMITS[options.limits], options.changes, "--limit")

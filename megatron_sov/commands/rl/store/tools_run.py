@@ -21,11 +21,7 @@ from megatron_sov.work.progress.progress_bar import create_bar
 
 
 def play_tasks(request: EpisodesRequest) -> None:
-    """Play the tasks with the model, write the episodes, and print a summary.
-
-    Raises:
-        UserError: the model or the engine is unusable.
-    """
+    """Play the tasks with the model, write the episodes, and print a summary."""
     options, limits = request.options, request.limits
     choice = EngineChoice(options.engine, options.engine_set, options.nproc, ENGINE_SET)
     player = EpisodePlayer(options.target, choice, limits, "lower them with --limit")
@@ -46,8 +42,9 @@ def play_tasks(request: EpisodesRequest) -> None:
 def _build_identity(request: EpisodesRequest, player: EpisodePlayer) -> dict[str, object]:
     """Return tasks, environment, limits, model and sampling; a journal continues only with equal ones."""
     sampling, target = request.options.sampling, player.target
-    settings: dict[str, object] = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed,
-                "engine": player.engine}
+    settings: dict[str, object] = {
+        "temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed,
+        "engine": player.engine}
     model: dict[str, object] = {"path": str(target.path), "step": target.step,
                                 "weights": hash_weights(target), "chat": player.chat}
     identity: dict[str, object] = identity_of(digest_of(request.tasks), request.version, request.limits,

@@ -261,11 +261,7 @@ class ServerEpisodePlayer:
             self._free_hosts.append(host)
 
     def _request_turn(self, running: _RunningEpisode, episode: Episode) -> TokenAnswer | None:
-        """Request the next turn; None: the episode was aborted.
-
-        Raises:
-            UserError: no server answers any more.
-        """
+        """Request the next turn; None: the episode was aborted."""
         limit = left_of(episode, self._table.limits)
         [request] = self._engine.requests([episode.ids], [replace(self._sampling, max_new_tokens=limit)],
                                           self._end_ids)

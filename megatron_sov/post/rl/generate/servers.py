@@ -68,11 +68,7 @@ class LiveServers:
 
     def is_opening(self, limit_s: float) -> bool:
         """Start the servers on the first process, wait up to `limit_s`, and return whether they are still
-        starting.
-
-        Raises:
-            UserError: they cannot be started.
-        """
+        starting."""
         if self.engine is None and self._opening is None:
             self._opening = self._pool.submit(self._open_servers)
         if self._opening is not None and wait([self._opening], limit_s).done:
@@ -95,11 +91,7 @@ class LiveServers:
             self._loaded_step = 0
 
     def push_weights(self, view: FeedView, policy: Policy) -> None:
-        """Send the live weights to the servers; called by all processes together.
-
-        Raises:
-            UserError: the servers reject the weights.
-        """
+        """Send the live weights to the servers; called by all processes together."""
         began_s = time.monotonic()
         if run_on_main(view.world, lambda: self._loaded_step != policy.step):
             self._send_weights(view, policy)
@@ -113,9 +105,6 @@ class LiveServers:
             view: the run, whose model is the policy.
             policy: identity of the live weights.
             prompt: token ids, whose log-probabilities by trainer and servers must agree.
-
-        Raises:
-            UserError: the log-probabilities of a server differ.
         """
         text = list(prompt[:COMPARED_TOKENS])
         if len(text) > 1:

@@ -137,11 +137,7 @@ class Publisher:
     def _compare_with_previous(self, number: int) -> None:
         """Compare prompts, reward and sampling with the previous round, once per run: other prompts or
         sampling settings raise, since rounds continue their order; another reward or environment warns, since
-        a new version of this program may have changed it.
-
-        Raises:
-            UserError: prompts or sampling settings differ.
-        """
+        a new version of this program may have changed it."""
         if self._has_compared:
             return
         last = next((n for n in range(number - 1, 0, -1) if is_published(self.rounds, n)), 0)
@@ -496,15 +492,7 @@ class _Selection:
 
 
 def read_further_pieces(rounds: Path, number: int) -> int:
-    """Return the requested pieces of further prompts of a round (`policy.max_gen_batches`).
-
-    Args:
-        rounds: RUN/rounds.
-        number: of the round, from 1.
-
-    Raises:
-        UserError: the file of the request is damaged.
-    """
+    """Return the requested pieces of further prompts of a round (`policy.max_gen_batches`)."""
     file = _further_file(rounds, number)
     if not file.is_file():
         return 0
