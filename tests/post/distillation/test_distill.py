@@ -151,9 +151,6 @@ def test_losses_are_the_papers(ranks: Any, job: Any, kept: dict[str, Any]) -> No
 
 
 def test_a_run_goes_on_with_its_own_teacher_alone() -> None:
-    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-    prepare_megatron()
     from megatron_sov.base.errors import UserError
     from megatron_sov.post.distillation.distill import Distillation
 

@@ -9,13 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-prepare_megatron()
-from megatron_sov.base.errors import UserError  # noqa: E402
-from megatron_sov.model.config import DistillationConfig  # noqa: E402
-from megatron_sov.post.distillation.distill import StoredTeacher  # noqa: E402
-from megatron_sov.post.distillation.state_files import StateFormat  # noqa: E402
+from megatron_sov.base.errors import UserError
+from megatron_sov.model.config import DistillationConfig
+from megatron_sov.post.distillation.distill import StoredTeacher
+from megatron_sov.post.distillation.state_files import StateFormat
 
 
 def files_of(kept: StateFormat, **more: Any) -> Any:

@@ -12,22 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-prepare_megatron()
-from safetensors.torch import load_file  # noqa: E402
-
-from megatron_sov.base.artifacts import create_artifact, find_damaged_files  # noqa: E402
-from megatron_sov.base.errors import UserError  # noqa: E402
-from megatron_sov.cli import main  # noqa: E402
-from megatron_sov.infer.engines.target import Target  # noqa: E402
-from megatron_sov.post.distillation import teacher as teaching  # noqa: E402
-from megatron_sov.post.distillation.state_files import (  # noqa: E402
-    HEAD_WEIGHT, StateFiles, StateFormat, unpack_rows)
-from megatron_sov.post.distillation.teacher import (  # noqa: E402
-    FORMATS, TeacherReading, hash_weights, read_documents)
-from megatron_sov.train.data.token_shards import open_sources  # noqa: E402
+from megatron_sov.base.artifacts import create_artifact, find_damaged_files
+from megatron_sov.base.errors import UserError
+from megatron_sov.cli import main
+from megatron_sov.infer.engines.target import Target
+from megatron_sov.post.distillation import teacher as teaching
+from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFiles, StateFormat, unpack_rows
+from megatron_sov.post.distillation.teacher import FORMATS, TeacherReading, hash_weights, read_documents
+from megatron_sov.train.data.token_shards import open_sources
 
 FAMILY, TOP_K = "exaone_moe", 5
 

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.eval.needle.suite import Cell
 from megatron_sov.eval.statistics import compute_wilson_interval
 from megatron_sov.model.config import GateConfig, NeedleKind, PhaseConfig, RunConfig, apply_settings
@@ -29,8 +28,6 @@ from megatron_sov.train.objectives.heldout_evaluator import HeldoutLoss
 
 # A stage's gate: when it looks, what it takes for a pass, and what it leaves in events,
 # checkpoint and manifest.
-
-prepare_megatron()
 
 SETTINGS = GateConfig(every_steps=4, min_accuracy=0.9, loss_tolerance_nats=0.1)
 

@@ -368,6 +368,15 @@ def test_what_goes_on_of_several_pieces_is_written_together(tmp_path: Path, prom
         assert row.tokens.tolist() == expected(int(row.prompt_tokens[0]))[:len(row.tokens)]
 
 
+def test_published_attempts_are_released(tmp_path: Path, prompts: PromptList) -> None:
+    job = Job(tmp_path / "store", prompts, lambda: 0)
+    [attempt] = job.pending.claim_attempts()
+    other_job = Claims(job.store.claims, 60)
+    assert other_job.take(attempt.name) is None
+    job.queue.publish([attempt], job.source.write(job.engine, [attempt]))
+    assert other_job.take(attempt.name) is not None
+
+
 def test_two_jobs_share_the_pieces_and_the_first_of_two_stays(tmp_path: Path, prompts: PromptList,
                                                               capsys: pytest.CaptureFixture[str]) -> None:
     slept: list[float] = []
