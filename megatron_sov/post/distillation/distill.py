@@ -84,11 +84,7 @@ class StoredTeacher:
 
     def __init__(self, folders: Sequence[StateFiles], asked: DistillationConfig, sources: Sequence[Source],
                  vocab_size: int) -> None:
-        """Check the outputs against the settings.
-
-        Raises:
-            UserError: an artifact has other outputs or another vocabulary, or lacks a source.
-        """
+        """Check the outputs against the settings."""
         for files in folders:
             check_outputs(files, asked, vocab_size)
         self._by_source = {index: files for files in folders for index in files.sources}

@@ -112,9 +112,6 @@ class StateFiles:
         Args:
             folder: the artifact.
             sources: sources of the run, which must include those of the artifact.
-
-        Raises:
-            UserError: the artifact belongs to other data, or is damaged.
         """
         self._opened_by = folder, sources
         manifest = read_manifest(folder, KIND)

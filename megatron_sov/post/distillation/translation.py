@@ -151,9 +151,6 @@ class TokenTranslation:
         """Return a document of the student's tokens in the teacher's.
 
         Special tokens that both have are themselves; others are read as their text.
-
-        Raises:
-            UserError: the teacher's tokenizer changes texts, so that nothing can be aligned.
         """
         theirs: list[int] = []
         lengths: list[int] = []

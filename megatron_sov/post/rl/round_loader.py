@@ -63,9 +63,6 @@ class RoundLoader:
             number: of the round, from 1.
             is_first: whether the next step is the first of the round.
             figures: seconds of generating and judging, for the event.
-
-        Raises:
-            UserError: the files of the round are damaged, or a column cannot be computed.
         """
         seq_len = view.config.data.phases[0].seq_len
         read = partial(self.documents.read, number, seq_len, self.rollout.steps_per_round)

@@ -79,11 +79,7 @@ class Episodes:
 
     def write(self, engine: Engine, attempts: Sequence[SampleAttempt],
               should_yield: Callable[[], bool] = never_yield) -> list[list[Rollout]] | None:
-        """Return the rows of attempts that are played together, see `writers.RolloutSource`.
-
-        Raises:
-            UserError: the environment rejects a task, or it is too long.
-        """
+        """Return the rows of attempts that are played together, see `writers.RolloutSource`."""
         policy = EnginePolicy(engine, self.build_turn_sampling, StopRule(self.end_ids))
         rows: list[list[Rollout]] | None = run_with_policy(
             policy, lambda sampler: self.play_attempts(sampler, attempts, should_yield))

@@ -135,11 +135,7 @@ class RowRequests(Protocol):
     rollout: RolloutConfig
 
     def begin(self, attempt: SampleAttempt) -> list[PendingRow]:
-        """Request all rows of an attempt, in order.
-
-        Raises:
-            UserError: a prompt is too long, or the chat template rejects it.
-        """
+        """Request all rows of an attempt, in order."""
         ...
 
     def abort(self, names: Sequence[str]) -> None:

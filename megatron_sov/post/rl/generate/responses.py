@@ -86,11 +86,7 @@ class ResponseSource:
 
     def write(self, engine: Engine, attempts: Sequence[SampleAttempt],
               should_yield: Callable[[], bool] = never_yield) -> list[list[Rollout]]:
-        """Return the rows of attempts that are generated together, see `writers.RolloutSource`.
-
-        Raises:
-            UserError: a prompt is too long, or the chat template rejects it.
-        """
+        """Return the rows of attempts that are generated together, see `writers.RolloutSource`."""
         began_s, ends_s = time.time(), self.clock_s() + self.rollout.deadline_s
         pairs = [(attempt, row) for attempt in attempts
                  for row in attempt.unfinished or self._build_rows(attempt, began_s)]
@@ -116,11 +112,7 @@ class ResponseSource:
         return self._encode_prompts([prompt])[0]
 
     def begin(self, attempt: SampleAttempt) -> list[Rollout]:
-        """Return the rows of an attempt before its first token.
-
-        Raises:
-            UserError: a prompt is too long, or the chat template rejects it.
-        """
+        """Return the rows of an attempt before its first token."""
         return list(attempt.unfinished) or self._build_rows(attempt, time.time())
 
     def build_row_sampling(self, row: Rollout) -> Sampling:

@@ -179,9 +179,6 @@ class StoredRound:
             parts: parts of the piece, by their index among all parts of the round.
             judge: computes the advantages of groups.
             domain: prompt -> its domain.
-
-        Raises:
-            UserError: the store contains responses to other prompts, or a part is damaged.
         """
         rows, num_invalid = self._read_last_attempts(list(parts.values()))
         unjudged = Counter({INVALID: num_invalid} if num_invalid else {})

@@ -108,11 +108,7 @@ class Publisher:
         return ""
 
     def check_store(self) -> None:
-        """Check that the store folder is missing, empty, or a store of this model's tokenizer.
-
-        Raises:
-            UserError: it contains other files, or a store of another tokenizer.
-        """
+        """Check that the store folder is missing, empty, or a store of this model's tokenizer."""
         if self._store_exists():
             _ = self._opened_store
 
