@@ -403,7 +403,7 @@ def named_in_tables(found: list[Source]) -> set[str]:
 
 
 def lonely(found: list[Source]) -> list[str]:
-    """Return the short files that one other file imports, and no table of commands or steps names: such a file
+    """Return the short files that one other file imports and no table of commands or steps names: such a file
     belongs into its user."""
     modules, users = by_module(found), users_of(found)
     short = {name for name, source in modules.items() if source.path.name != "__init__.py"

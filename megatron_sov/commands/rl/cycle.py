@@ -1,4 +1,4 @@
-"""Options and checks of `megatron-sov rl run`: one command generates, judges and trains all rounds."""
+"""Options and checks for `megatron-sov rl run`: one command generates, judges and trains all rounds."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ class RlRunOptions(RoundsOptions, SamplingOptions, JudgeOptions, ServerOptions):
 
 @dataclass(frozen=True)
 class CycleRequest:
-    """Checked input of `cycle_run.run_cycle`."""
+    """Checked input for `cycle_run.run_cycle`."""
 
     options: RlRunOptions
     rounds: RoundsRequest
 
 
 def check_cycle(options: RlRunOptions) -> CycleRequest | int:
-    """Check the options; print the summary of a complete run instead."""
+    """Check the options. If the run is complete, print its summary instead."""
     if is_complete(options, "policy"):
         return ExitCode.OK
     # checked before anything is written; the first process runs the servers

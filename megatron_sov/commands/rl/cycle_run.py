@@ -1,4 +1,4 @@
-"""Runs `megatron-sov rl run`: builds the generating and judging parts of the cycle, and trains."""
+"""Runs `megatron-sov rl run`: builds the parts that generate and judge, and trains."""
 
 from __future__ import annotations
 
@@ -41,14 +41,13 @@ def run_cycle(request: CycleRequest) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutBuilder:
-    """Builds the rollouts of training and validation, which share start, environment and servers."""
+    """Builds the rollouts for training and validation, which share start, environment and servers."""
 
     request: CycleRequest
     start: Target
-    """Model of the first round."""
     environment: EnvironmentRequest | None
     servers: LiveServers | None
-    """Engine servers; None: the model of the run generates."""
+    """Engine servers; None: the trained model generates."""
 
     @classmethod
     def open(cls, request: CycleRequest) -> RolloutBuilder:
@@ -63,7 +62,7 @@ class RolloutBuilder:
                    servers=_build_servers(request, start))
 
     def build_training_rollouts(self) -> LiveRollouts:
-        """Return the rollouts of --prompts in --store."""
+        """Return the rollouts that answer --prompts in --store."""
         options, rounds = self.request.options, self.request.rounds
         config = rounds.stage.config
         source, unused = build_rollout_source(options, config, rounds.prompts, self.start,
@@ -80,7 +79,7 @@ class RolloutBuilder:
         return LiveRollouts(settings=settings, writer=self._build_writer(settings), reward=reward)
 
     def build_validation(self, training: LiveRollouts) -> Validation | None:
-        """Return the validation of the run's policies on --validation, or None without the option.
+        """Return the validation on --validation, or None without the option.
 
         Args:
             training: rollouts of the run, whose reward judges the validation too.

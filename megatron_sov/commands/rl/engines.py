@@ -1,4 +1,4 @@
-"""Options and checks of `megatron-sov rl engines`."""
+"""Options and checks for `megatron-sov rl engines`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from megatron_sov.infer.engine import MEGATRON
 
 @dataclass(frozen=True, kw_only=True)
 class RlEnginesOptions(RlRunOptions):
-    """Keep the servers of an `rl run` on this machine; takes the arguments of the run, which reaches the
+    """Keep the servers for an `rl run` on this machine. Takes the arguments of the run, which reaches the
     servers by its --engine-url."""
 
     port: Annotated[int, Ge(1), Le(65535), Flag(value="N")] = 8000
-    """Port of the first server; further servers have the next ports."""
+    """Port of the first server; further servers use the next ports."""
 
 
 def check_engines(options: RlEnginesOptions) -> RlEnginesOptions:

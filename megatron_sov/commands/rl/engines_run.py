@@ -1,4 +1,4 @@
-"""Runs `megatron-sov rl engines`: engine servers of a run whose trainer is on other machines."""
+"""Runs `megatron-sov rl engines`: engine servers for a run whose trainer is on other machines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_sov.infer.engines.server_process import ServerProcess, check_engin
 from megatron_sov.model.pretrained import CONFIG, is_hf_folder
 
 POLL_S = 1.0
-"""Interval between two looks at a server, or at the folder of the model."""
+"""Interval between two looks at a server, or at the model's folder."""
 RESTART_S = 10.0
 """Pause before a restart, in which the trainer notices the failure: it sends its weights to a new server."""
 
@@ -102,7 +102,7 @@ def keep_server(server: RestartableServer, address: str, restarts: int, stop: th
 
 
 def _wait_for_model(options: RlEnginesOptions, stop: threading.Event) -> Path:
-    """Return the Hugging Face folder that the servers load: --from, or the run's conversion of it."""
+    """Return the Hugging Face folder that the servers load: --from, or the run's conversion."""
     if is_hf_folder(options.start_from):
         return options.start_from
     model = options.run / "engines" / "model"

@@ -1,4 +1,4 @@
-"""Options and checks of `megatron-sov rl generate`."""
+"""Options and checks for `megatron-sov rl generate`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_sov.runs.folder import FIXED_ROLLOUT_SETTINGS, RunFolder
 
 @dataclass(frozen=True, kw_only=True)
 class RlGenerateOptions(RecipeOptions, PromptOptions, SamplingOptions, EngineOptions, ServerOptions):
-    """Write the responses of rounds, by the policies of a run."""
+    """Write responses for rounds, by the policies of a run."""
 
     store: Annotated[Path, Flag(value="DIR", writes=True)]
     """The rollout store; created if it does not exist."""
@@ -30,7 +30,7 @@ class RlGenerateOptions(RecipeOptions, PromptOptions, SamplingOptions, EngineOpt
     run: Annotated[Path, Flag(value="DIR", may_be_missing=True)]
     """The run of `rl train`, whose checkpoints are the later policies; it need not be there yet."""
     rounds: Annotated[str | None, Flag(value="A-B")] = None
-    """Rounds to write (default: all of rollout.rounds)."""
+    """Rounds to write (default: all in rollout.rounds)."""
     wait: Annotated[NotNegative, Flag(value="SECONDS")] = 0.0
     """How long to wait for a policy, or for pieces that other jobs have claimed (default: only until it is
     known that these jobs live; the command then ends with 75)."""
@@ -38,14 +38,14 @@ class RlGenerateOptions(RecipeOptions, PromptOptions, SamplingOptions, EngineOpt
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """Checked input of `generate_run.generate_rollouts`."""
+    """Checked input for `generate_run.generate_rollouts`."""
 
     options: RlGenerateOptions
     config: RunConfig
     rounds: range
     """Rounds to write, from 1."""
     prompts: PromptList
-    """All prompts of the file."""
+    """All prompts in --prompts."""
     environment: EnvironmentRequest | None
 
 
@@ -77,7 +77,7 @@ GENERATE = DeclaredCommand(RlGenerateOptions, check_generate,
 
 
 def choose_rounds(text: str | None, last: int) -> range:
-    """Return the rounds of --rounds; without the option, rounds 1 to `last`."""
+    """Return the rounds in --rounds; without the option, rounds 1 to `last`."""
     if text is not None:
         return parse_round_range(text)
     if not last:
@@ -86,7 +86,7 @@ def choose_rounds(text: str | None, last: int) -> range:
 
 
 def find_other_settings(run: Path, rollout: RolloutConfig) -> list[str]:
-    """Return a sentence for each setting of `rollout` in which the trainer's run differs.
+    """Return a sentence for each setting in `rollout` in which the trainer's run differs.
 
     Both jobs count rounds by these settings: with different values one waits for pieces that the other never
     writes. `rounds`, `max_staleness`, `deadline_s` and `lease_s` may differ, since a resumed run may change

@@ -31,7 +31,7 @@ from megatron_sov.work.progress.locks import Claims
 
 
 def generate_rollouts(request: GenerateRequest) -> int:
-    """Write the missing responses of the rounds, and print how many."""
+    """Write the missing responses in `request.rounds`, and print how many."""
     options, config = request.options, request.config
     start = find_target(options.start_from)
     if not (start.path / MANIFEST).is_file():
@@ -94,8 +94,8 @@ def _build_queue(request: GenerateRequest, store: RolloutStore, prompts: PromptL
 
 
 def _find_further_pieces(options: RlGenerateOptions, config: RunConfig) -> FurtherPieces | None:
-    """Return a function that reads the pieces of further prompts which the trainer requests for a round, and
-    whether the round is published and no longer grows; None without `policy.max_gen_batches`."""
+    """Return a function: round -> requested pieces of further prompts, and whether the round is published and
+    no longer grows. None without `policy.max_gen_batches`."""
     if config.policy.parts.max_gen_batches <= 1:
         return None
     rounds = options.run / ROUNDS

@@ -1,4 +1,4 @@
-"""Options and checks of `megatron-sov rl train`; `rl run` shares them."""
+"""Options and checks for `megatron-sov rl train`; `rl run` shares them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundsOptions(TunedOptions, PromptOptions, StoreRewardOptions, ScoringTeacherOptions):
-    """Options of commands that train on rounds of rollouts."""
+    """Options for commands that train on rounds of rollouts."""
 
     groups: ClassVar[tuple[str, ...]] = ("policy", "rollout", "distillation", "preference")
     validation: Annotated[Path | None, Flag(VALIDATION_OPTION, "FILE|DIR")] = None
@@ -52,24 +52,23 @@ class RlTrainOptions(RoundsOptions):
 
 @dataclass(frozen=True)
 class RoundsRequest:
-    """Checked input of `train_run.train_rounds`."""
+    """Checked input for `train_run.train_rounds`."""
 
     options: RoundsOptions
     stage: ParsedStage
-    """Settings and start of the run."""
     prompts: PromptList
-    """All prompts of --prompts."""
+    """All prompts in --prompts."""
     reward_version: str
     gate: EndGate | None
-    """Gate of the last policy."""
+    """Gate for the last policy."""
     validation_prompts: PromptList | None
-    """Prompts of --validation that training does not use; None: no validation."""
+    """Prompts in --validation that training does not use; None: no validation."""
     wait_s: float = 0.0
-    """Time limit of other jobs for each round."""
+    """Time limit for other jobs per round."""
 
 
 def check_train(options: RlTrainOptions) -> RoundsRequest | int:
-    """Check the options; print the summary of a complete run instead."""
+    """Check the options. If the run is complete, print its summary instead."""
     if is_complete(options, "policy"):
         return ExitCode.OK
     return replace(check_rounds(options, complete_train_settings), wait_s=options.wait)
@@ -85,7 +84,7 @@ def complete_train_settings(config: RunConfig) -> RunConfig:
 
 def check_rounds(options: RoundsOptions, complete: Callable[[RunConfig], RunConfig] = add_rounds, *,
                  is_asked: bool = False) -> RoundsRequest:
-    """Check settings, prompts, reward, teachers and gate of a run.
+    """Check settings, prompts, reward, teachers and gate.
 
     Args:
         options: options of the command.

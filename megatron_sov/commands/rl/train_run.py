@@ -1,4 +1,4 @@
-"""Runs `megatron-sov rl train`: trains on the rounds of a store."""
+"""Runs `megatron-sov rl train`: trains on rounds in `--store`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from megatron_sov.train.stages.stage import Stage, run_stage
 
 def train_rounds(request: RoundsRequest, rollouts: LiveRollouts | None = None,
                  validation: Validation | None = None) -> None:
-    """Train the rounds of a run.
+    """Train the rounds that `rollouts`, or other jobs, complete.
 
     Args:
         request: checked settings and prompts.
@@ -81,7 +81,7 @@ def train_rounds(request: RoundsRequest, rollouts: LiveRollouts | None = None,
 
 
 def _build_policies(run: Path, start: Path, config: RunConfig, texts: Sequence[Source]) -> RunPolicies:
-    """Return the policies of a run; settings and data are part of their identities."""
+    """Return the policies of a run, identified by `fixed_settings(config)`, `train.steps` and data."""
     digests = {text.name: hash_checkpoint_files(text.artifact) for text in texts if text.artifact is not None}
     settings = fixed_settings(config) | {"train.steps": config.train.steps, "data": digests}
     return RunPolicies(run, build_start_policy(start), config.rollout, settings)

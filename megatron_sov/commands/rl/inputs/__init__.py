@@ -1,1 +1,1 @@
-"""Inputs that commands of reinforcement learning share: prompts, environments, teachers."""
+"""Inputs that the `rl` commands share: prompts, environments, teachers."""

@@ -30,7 +30,7 @@ VALIDATION_OPTION = "--validation"
 MAX_LISTED_PROMPTS = 3
 """Held-out prompts that a warning names."""
 ROLLOUT_SETTINGS = {"max_prompt_tokens": "max_prompt_tokens", "max_response_tokens": "max_new_tokens"}
-"""Field of `EpisodeLimits` -> setting of `rollout` with the same meaning."""
+"""Field in `EpisodeLimits` -> setting in `rollout` with the same meaning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,22 +43,22 @@ class SamplingOptions:
         value="ENV", help=f"Play the prompts as tasks of {', '.join(BUILT_IN)}, or of your own class, "
                           "FILE.py:NAME")] = None
     env_set: Annotated[tuple[str, ...], Flag(value="key=value"), requires_field("environment")] = ()
-    """Setting of the environment; may be repeated."""
+    """Setting for the environment; may be repeated."""
     limit: Annotated[tuple[str, ...], Flag(value="key=value"), requires_field("environment")] = ()
-    """Limit of an episode, e.g. max_turns=7; may be repeated."""
+    """Limit for an episode, e.g. max_turns=7; may be repeated."""
     batch_size: BatchSize = Batching.batch_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions:
-    """Options that name the file of prompts."""
+    """Options that name the prompts."""
 
     prompts: Annotated[Path, Flag(value="FILE|DIR")]
     """Rows of JSON lines, JSON, Parquet or Arrow, or a folder of `datasets`: `prompt` or `messages`, or a
     task, and the fields that the reward needs."""
     renames: Annotated[tuple[str, ...], Flag("--columns", "TARGET=FIELD,...")] = ()
-    """Read fields of other names, as prompt=question,answer=solution; FIELD+FIELD joins two fields by a line
-    feed."""
+    """Read fields with other names, as prompt=question,answer=solution; FIELD+FIELD joins two fields by a
+    line feed."""
 
     def read(self, *, is_asked: bool = False) -> PromptList:
         """Read the distinct prompts.
@@ -73,7 +73,7 @@ class PromptOptions:
 
 
 def drop_unused_prompts(source: str, prompts: PromptList, unused: UnusedRows, store: Path) -> PromptList:
-    """Return the prompts without those that are too long, and print the counts of the file."""
+    """Return the prompts without `unused.too_long`, and print the counts for the file."""
     if is_first_rank():
         listed = f"; {store / UNUSED_ROWS_FILE} lists them" if unused.rows else ""
         print(f"{source}: {unused.account.describe()}{listed}", file=sys.stderr)
@@ -82,7 +82,7 @@ def drop_unused_prompts(source: str, prompts: PromptList, unused: UnusedRows, st
 
 def read_validation_prompts(file: Path, renames: Sequence[str], training: PromptList, *, is_asked: bool
                             ) -> PromptList:
-    """Read the prompts of --validation that --prompts does not contain, and warn of the others.
+    """Read the prompts in --validation that --prompts does not contain; warn about the others.
 
     Args:
         file: file of --validation.
@@ -106,16 +106,15 @@ def read_validation_prompts(file: Path, renames: Sequence[str], training: Prompt
 
 @dataclass(frozen=True)
 class EnvironmentRequest:
-    """A tool environment with its settings, and the limits of its episodes."""
+    """A tool environment with its settings, and `EpisodeLimits`."""
 
     order: PluginRequest
     version: str
-    """Version of the environment's code and settings."""
     limits: EpisodeLimits
 
 
 def resolve_environment(options: SamplingOptions, config: RunConfig) -> EnvironmentRequest | None:
-    """Return the environment of --environment, or None."""
+    """Return the environment from --environment, or None."""
     if options.environment is None:
         return None
     rollout = config.rollout
@@ -138,7 +137,7 @@ def resolve_environment(options: SamplingOptions, config: RunConfig) -> Environm
 
 def check_sequence_length(rollout: RolloutConfig, environment: EnvironmentRequest | None, start: Target
                           ) -> None:
-    """Check that prompt and response, or the longest turn, fit the context of the model."""
+    """Check that prompt and response, or the longest turn, fit the model's context."""
     turn = "" if environment is None else " and a turn's max_turn_tokens"
     check_length(start, count_max_tokens(rollout, environment), f"rollout.max_prompt_tokens = "
                  f"{rollout.max_prompt_tokens}, rollout.max_new_tokens = {rollout.max_new_tokens}{turn}",
@@ -146,7 +145,7 @@ def check_sequence_length(rollout: RolloutConfig, environment: EnvironmentReques
 
 
 def count_max_tokens(rollout: RolloutConfig, environment: EnvironmentRequest | None) -> int:
-    """Return the length of the longest sequence in tokens, prompt included."""
+    """Return the tokens in the longest sequence, prompt included."""
     # Engines reserve the full length of a turn, even near the end of an episode.
     turn_tokens = 0 if environment is None else environment.limits.max_turn_tokens
     return rollout.max_prompt_tokens + rollout.max_new_tokens + turn_tokens

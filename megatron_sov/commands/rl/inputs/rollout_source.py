@@ -1,4 +1,4 @@
-"""Builds the source of rollouts: single responses, or episodes of a tool environment."""
+"""Builds the `RolloutSource`: single responses, or episodes in a tool environment."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_sov.rollouts.prompts import PromptList, UnusedRows, find_unused_ro
 def build_rollout_source(options: SamplingOptions, config: RunConfig, prompts: PromptList, start: Target, *,
                          engine_name: str, environment: EnvironmentRequest | None
                          ) -> tuple[RolloutSource, UnusedRows]:
-    """Return the source of rollouts, and the rows of the prompt file that no round uses.
+    """Return the `RolloutSource`, and the rows of --prompts that no round uses.
 
     Args:
         options: sampling options of the command.

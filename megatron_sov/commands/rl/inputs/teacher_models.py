@@ -1,4 +1,4 @@
-"""Opens the teachers of on-policy distillation and checks that they fit the run."""
+"""Opens teachers for on-policy distillation and checks that they fit the run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_sov.runs.launch_environment import num_ranks
 
 SERVER_HINT = "serve it (`megatron-sov serve`), and pass --teacher-url"
 TRAINING_FIELDS = ("init_std", "mtp_loss_coeff", "router_bias_update_rate", "seq_aux_loss_coeff")
-"""Fields of `ModelConfig` that a forward pass does not read."""
+"""Fields in `ModelConfig` that a forward pass does not read."""
 
 
 def open_scoring_teachers(options: ScoringTeacherOptions, config: RunConfig, tokenizer: Path

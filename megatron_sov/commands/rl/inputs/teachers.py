@@ -1,4 +1,4 @@
-"""Options that name the teachers of on-policy distillation, for `megatron-sov rl train` and `rl run`."""
+"""Options that name teachers for on-policy distillation, in `megatron-sov rl train` and `rl run`."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class TeacherOption(NamedTuple):
 
     option: str
     domain: str
-    """Domain of the prompts whose responses the teacher scores; "": all domains."""
+    """The teacher scores responses to prompts in this domain; "": in all domains."""
     location: str
-    """Path of a checkpoint or run, or URL of a server."""
+    """Path to a checkpoint or run, or URL of a server."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ def _check_single_teacher(teachers: list[TeacherOption]) -> None:
 
 
 def _check_one_per_domain(teachers: list[TeacherOption]) -> None:
-    """Raise `UserError` for two teachers of one domain; several URLs are replicas of one teacher."""
+    """Raise `UserError` if a domain has two teachers; several URLs are replicas of one teacher."""
     if len(teachers) > 1 and any(teacher.option == CHECKPOINT_OPTION for teacher in teachers):
         first, second = teachers[:2]
         raise UserError(f"--teacher {first.location}: {second.option} {second.location} is of the same "

@@ -1,4 +1,4 @@
-"""Options of `megatron-sov ssp fuse`."""
+"""Options for `megatron-sov ssp fuse`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class SspFuseOptions(PluginOptions, OverwriteOptions, RedoOptions):
     """Merge the best checkpoint of each domain, or any checkpoints, into one."""
 
     checkpoints: Annotated[tuple[str, ...], Flag("PROBE_DIR|CHECKPOINT[:weight]")]
-    """The folder of a probe, whose best checkpoint of each domain counts once per domain; or checkpoints with
+    """The folder of a probe, whose best checkpoint in each domain counts once per domain; or checkpoints with
     weights (default 1), a run standing for its newest checkpoint."""
     output: Annotated[Path, Flag(value="CHECKPOINT")]
     """Checkpoint to write: the mean of all weights, in float64."""

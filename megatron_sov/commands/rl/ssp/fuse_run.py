@@ -13,7 +13,7 @@ from megatron_sov.post.ssp import TABLE, read_experts
 
 
 def fuse_checkpoints(options: SspFuseOptions) -> None:
-    """Write the weighted mean of the checkpoints, and print their shares."""
+    """Write the weighted mean of `checkpoints`, and print their shares."""
     first, min_checkpoints = Path(options.checkpoints[0]), 2
     # The table of a probe lists the best checkpoints and their weights.
     if (first / TABLE / MANIFEST).is_file():

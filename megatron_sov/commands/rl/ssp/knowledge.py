@@ -1,4 +1,4 @@
-"""Options of `megatron-sov rl knowledge`."""
+"""Options for `megatron-sov rl knowledge`."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ class KnowledgeOptions(OverwriteOptions):
     """Write sections of documents as text for InK-GRPO, without those in the tests."""
 
     input: Annotated[tuple[Path, ...], Flag(value="FILE.jsonl", many=True)]
-    """Records of the training split, a JSON object per line, with the text of a section, or with `messages`,
-    whose assistant turns are the text."""
+    """Records of the training split, a JSON object per line, with a section's text, or with `messages`, whose
+    assistant turns are the text."""
     tests: Annotated[tuple[Path, ...], Flag(value="FILE.jsonl", many=True)]
     """Rows of the test; a section that shares ten consecutive words with an answer is left out."""
     answer_field: Annotated[str, Flag(value="FIELD")] = "answer"
-    """Field of a test's answer."""
+    """Field with the answer in --tests."""
     text_field: Annotated[str, Flag(value="FIELD")] = "text"
-    """Field of a section's text; a dot leads into an object."""
+    """Field with the text; a dot leads into an object."""
     document_field: Annotated[str, Flag(value="FIELD")] = "document"
     """Field that names the section's document."""
     section_field: Annotated[str, Flag(value="FIELD")] = "section"
     """Field that names the section."""
     records_in: Annotated[str, Flag(value="FIELD")] = ""
-    """Field of each record that holds a list of sections, e.g. a question's contexts."""
+    """Field of each record with a list of sections, e.g. a question's contexts."""
     split: Annotated[Annotated[str, Bound(_check_split)] | None, Flag(value="FIELD=VALUE")] = None
     """Take only records with this value, e.g. split=train."""
     output: Annotated[Path, Flag(value="DIR")]

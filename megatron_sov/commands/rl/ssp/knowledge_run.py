@@ -1,9 +1,5 @@
-"""Runs `megatron-sov rl knowledge`: the text of InK-GRPO (arXiv 2601.18129) as chats with one assistant turn,
-which `sov-data pack --format chat` reads.
-
-The text contains each section once, no records of other splits than training, and no section that shares ten
-consecutive words with an answer of the test.
-"""
+"""Runs `megatron-sov rl knowledge`: writes text for InK-GRPO (arXiv 2601.18129) as chats with one assistant
+turn, which `sov-data pack --format chat` reads."""
 
 from __future__ import annotations
 
@@ -24,25 +20,25 @@ from megatron_sov.commands.rl.ssp.knowledge import KNOWLEDGE_KIND, KnowledgeOpti
 KNOWLEDGE_FILE = "knowledge.jsonl"
 INCLUDED, REPEATED, NO_TEXT, NO_NAME, OTHER_SPLIT, IN_ANSWERS = (
     "kept", "repeated", "without_text", "without_document_or_section", "of_another_split", "in_test_answers")
-"""Outcomes of a section."""
+"""Outcomes for a section, as keys of the counts in the manifest."""
 
 
 @dataclass(frozen=True)
 class SectionFields:
-    """Fields of a record; a dot leads into an object."""
+    """Names of a record's fields; a dot leads into an object."""
 
     text: str = "text"
-    """Text of the section; without it, the assistant turns in `messages` are the text."""
+    """Field with the text; without it, the assistant turns in `messages` are the text."""
     document: str = "document"
     section: str = "section"
     inside: str = ""
-    """List of records, e.g. the contexts of a question; "": the row itself is the record."""
+    """Field with a list of records, e.g. a question's contexts; "": the row itself is the record."""
     split: tuple[str, str] | None = None
-    """Field of the row, and its value in records to train on; None: all records."""
+    """Field of the row, and its value in training records; None: all rows."""
 
 
 def write_knowledge(options: KnowledgeOptions) -> None:
-    """Write the text and print the counts of sections."""
+    """Write knowledge.jsonl and print the counts by outcome."""
     fields = _read_fields(options)
     # The test is read first, since no section of its answers may be written.
     answers = read_answers(options.tests, options.answer_field)
@@ -78,7 +74,7 @@ def _read_fields(options: KnowledgeOptions) -> SectionFields:
 
 @dataclass(frozen=True)
 class TestAnswers:
-    """Answers of the test, as hashes of ten consecutive words."""
+    """Answers in --tests, as hashes of ten consecutive words."""
 
     runs: set[int] = field(default_factory=set)
     counts: Counter[str] = field(default_factory=Counter)
@@ -86,7 +82,6 @@ class TestAnswers:
 
 
 def read_answers(files: Iterable[Path], name: str) -> TestAnswers:
-    """Read the answers of the test."""
     answers = TestAnswers()
     for file in files:
         check_rows(file, "--tests", "")
@@ -151,7 +146,7 @@ def _list_records(row: Mapping[str, Any], fields: SectionFields, place: str) -> 
 
 
 def _read_text(record: Mapping[str, Any], fields: SectionFields) -> str:
-    """Return the text of a section: its own field, or the assistant turns of a chat."""
+    """Return a section's text: its own field, or the assistant turns in `messages`."""
     text, messages = read_field(record, fields.text), record.get("messages")
     if text is None and isinstance(messages, list):
         turns = [m.get("content") for m in messages if isinstance(m, dict) and m.get("role") == "assistant"]
@@ -160,7 +155,7 @@ def _read_text(record: Mapping[str, Any], fields: SectionFields) -> str:
 
 
 def _build_key(record: Mapping[str, Any], fields: SectionFields) -> str | None:
-    """Return document and section as one name; None if one of them is missing."""
+    """Return document and section as one name; None if a name is missing."""
     names = [read_field(record, name) for name in (fields.document, fields.section)]
     if not all(isinstance(name, (str, int)) and str(name).strip() for name in names):
         return None
@@ -168,7 +163,7 @@ def _build_key(record: Mapping[str, Any], fields: SectionFields) -> str | None:
 
 
 def read_field(record: Mapping[str, Any], name: str) -> Any:
-    """Return the value of a field, or None; `metadata.section` leads into an object."""
+    """Return a field's value, or None; `metadata.section` leads into an object."""
     value: Any = record
     for part in name.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None

@@ -1,4 +1,4 @@
-"""Options and checks of `megatron-sov ssp probe`."""
+"""Options and checks for `megatron-sov ssp probe`."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class SspProbeOptions(JudgedSamplingOptions, RankOptions):
     """pass@k of a run's checkpoints in each domain, and the best one of each."""
 
     checkpoints: Annotated[tuple[Path, ...], Flag("RUN|CHECKPOINT")]
-    """Checkpoints or Hugging Face folders; a run stands for all of its complete checkpoints."""
+    """Checkpoints or Hugging Face folders; a run stands for its complete checkpoints."""
     problem_sets: Annotated[tuple[str, ...], Flag("--problems", "DOMAIN=FILE.jsonl|DIR", many=True)]
-    """Problems of each domain: a JSON object per line, with `prompt` and the fields that the reward needs; or
-    sets of `sov-data probing-sets`."""
+    """Problems per domain: a JSON object per line, with `prompt` and the fields that the reward needs; or
+    sets written by `sov-data probing-sets`."""
     k: Annotated[AtLeastOne, Flag(value="K"), at_most_field("samples")]
     """The best checkpoint of a domain has the greatest pass@K."""
     output: Annotated[Path, Flag(value="DIR")]
-    """Folder of the probe; the same command continues the probe, and adds checkpoints to it."""
+    """Folder for the probe; the same command continues the probe, and adds checkpoints to it."""
     run: Annotated[Path | None, Flag(value="DIR")] = None
     """Also add the table to this run's events, for its report."""
     dry_run: bool = False
@@ -44,13 +44,13 @@ class SspProbeOptions(JudgedSamplingOptions, RankOptions):
 
 @dataclass(frozen=True)
 class ProbeRequest:
-    """Checked input of `probe_run.probe_checkpoints`."""
+    """Checked input for `probe_run.probe_checkpoints`."""
 
     options: SspProbeOptions
     problems: dict[str, Path]
-    """Domain -> file of problems."""
+    """Domain -> file with problems."""
     only_checks: bool = False
-    """Whether to write nothing: --dry-run of a user writes the problems that the printed commands read."""
+    """Whether to write nothing. A user's --dry-run writes the problems that the printed commands read."""
 
 
 class ProbeCommand(DeclaredCommand):
@@ -84,7 +84,7 @@ PROBE = ProbeCommand(SspProbeOptions, check_probe, "megatron_sov.commands.rl.ssp
 
 
 def _parse_problem_set(text: str) -> dict[str, Path]:
-    """Return domain -> file of one value of --problems."""
+    """Return domain -> file for one value of --problems."""
     domain, equals, name = text.partition("=")
     if not equals and Path(text).is_dir():
         return _read_probing_sets(Path(text))
@@ -95,7 +95,7 @@ def _parse_problem_set(text: str) -> dict[str, Path]:
 
 
 def _read_probing_sets(folder: Path) -> dict[str, Path]:
-    """Return domain -> file of an artifact of `sov-data probing-sets`, whose files must be unchanged."""
+    """Return domain -> file in an artifact of `sov-data probing-sets`, whose files must be unchanged."""
     content = read_manifest(folder, PROBING_SETS).content
     if damage := find_damaged_files(folder):
         raise UserError(f"--problems {folder}: {damage[0]}; these are not the problems that were frozen")

@@ -32,8 +32,8 @@ from megatron_sov.work.progress.progress_bar import create_bar
 
 
 def probe_checkpoints(request: ProbeRequest) -> int:
-    """Evaluate the checkpoints without results and write the table. Returns 0, or the exit code of a failed
-    command."""
+    """Evaluate the checkpoints without results and write the table. Return 0, or the exit code of a failed
+    `eval passk`."""
     options = request.options
     events, candidates = RunEvents(options.run), find_candidates(options.checkpoints)
     if request.only_checks:
@@ -68,7 +68,7 @@ def probe_checkpoints(request: ProbeRequest) -> int:
 
 
 def _describe_conditions(request: ProbeRequest) -> dict[str, Any]:
-    """Return problems, reward and sampling, which must be equal for all checkpoints of a probe."""
+    """Return problems, reward and sampling, which a probe applies to all checkpoints."""
     options, sampling = request.options, request.options.sampling
     version = make(order(options.reward, parse_nested(options.reward_set, "--reward-set"))).version
     # Digests of the files: results for changed problems cannot be compared.
@@ -82,7 +82,7 @@ def _describe_conditions(request: ProbeRequest) -> dict[str, Any]:
 
 
 def _build_command(options: SspProbeOptions, checkpoint: ProbedCheckpoint, problems: Path) -> list[str]:
-    """Return the words of the `eval passk` that answers and judges the problems with a checkpoint."""
+    """Return the words of the `eval passk` that evaluates a checkpoint on `problems`."""
     shared = {field.name: getattr(options, field.name) for cls in (JudgedSamplingOptions, RankOptions)
               for field in fields(cls)}
     folder = checkpoint.folder(options.output)

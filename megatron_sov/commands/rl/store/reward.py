@@ -1,4 +1,4 @@
-"""Options of `megatron-sov rl reward`."""
+"""Options for `megatron-sov rl reward`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class StoreRewardOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardOptions(StoreRewardOptions, JudgeOptions):
-    """Judge the responses of a store with a reward."""
+    """Judge the responses in a store with a reward."""
 
     rounds: Annotated[str | None, Flag(value="A-B")] = None
     """Rounds to judge (default: all that are in the store)."""
@@ -43,13 +43,12 @@ class RewardOptions(StoreRewardOptions, JudgeOptions):
 
 @dataclass(frozen=True)
 class RewardRequest:
-    """Checked input of `reward_run.judge_store`."""
+    """Checked input for `reward_run.judge_store`."""
 
     options: RewardOptions
     rounds: range | None
-    """None: all rounds of the store."""
+    """None: all rounds in the store."""
     version: str
-    """Version of the reward."""
 
 
 def check_reward(options: RewardOptions) -> RewardRequest:

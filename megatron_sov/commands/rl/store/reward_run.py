@@ -15,7 +15,7 @@ from megatron_sov.work.progress.progress_bar import create_bar
 
 
 def judge_store(request: RewardRequest) -> int:
-    """Judge the responses without a reward of this version."""
+    """Judge the responses that lack a reward with `request.version`."""
     options = request.options
     store = wait_for_store(options.store, options.wait)
     with start_judge(options.reward, options.reward_set, options.workers) as judge:

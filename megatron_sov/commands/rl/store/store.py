@@ -1,4 +1,4 @@
-"""Options of `megatron-sov rl store show | gc STORE`."""
+"""Options for `megatron-sov rl store show | gc STORE`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ class StoreOptions:
     """The rollout store that a command reads."""
 
     store: Annotated[Path, Flag("STORE")]
-    """Folder of the store."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +27,7 @@ class StoreShowOptions(StoreOptions):
     part: Annotated[str, Flag("PART")]
     """Name of the part, e.g. round-0001-piece-0000."""
     row: Annotated[int, Flag("ROW")]
-    """Row of the part, from 0."""
+    """Row in the part, from 0."""
     json: bool = False
     """Print JSON."""
 
@@ -38,16 +37,16 @@ class StoreGcOptions(StoreOptions):
     """Delete leftovers of killed jobs, claims on finished work, and the rewards or rounds that you name."""
 
     version: Annotated[tuple[str, ...], Flag(value="V")] = ()
-    """Also delete the rewards of this version; may be repeated."""
+    """Also delete the rewards with this version; may be repeated."""
     rounds: Annotated[str | None, Flag(value="A-B")] = None
-    """Also delete these rounds, with all of their rewards."""
+    """Also delete these rounds with their rewards."""
     yes: bool = False
     """--rounds deletes nothing without it."""
 
 
 @dataclass(frozen=True)
 class StoreGcRequest:
-    """Checked input of `store_run.clean_store`."""
+    """Checked input for `store_run.clean_store`."""
 
     options: StoreGcOptions
     rounds: range

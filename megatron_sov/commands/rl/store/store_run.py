@@ -15,11 +15,11 @@ from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.work.tables.table import delete_folders
 
 TIMES = {"began_s": "began", "ended_s": "ended"}
-"""Field of a row with a Unix time -> its label."""
+"""Field with a Unix time -> its label."""
 
 
 def show_row(options: StoreShowOptions) -> None:
-    """Print one row of a part with its rewards."""
+    """Print one row with its rewards."""
     store = RolloutStore.open(options.store)
     if store.key_of(options.part) is None or not store.has_part(options.part):
         raise UserError(f"PART {options.part!r}: {options.store} has no such part (`megatron-sov inspect` "
@@ -57,7 +57,7 @@ def _describe_turn(row: Rollout, start: int, end: int) -> dict[str, Any]:
 
 
 def _format_lines(fields: dict[str, Any]) -> Iterator[str]:
-    """Yield the lines of a row; the response, the longest field, comes last."""
+    """Yield a line per field; `response`, the longest field, comes last."""
     for name, value in fields.items():
         if name in TIMES:
             yield f"{TIMES[name]}: {format_time(value)}"
@@ -74,7 +74,7 @@ def _format_lines(fields: dict[str, Any]) -> Iterator[str]:
 
 
 def clean_store(request: StoreGcRequest) -> None:
-    """Delete unused folders of a store."""
+    """Delete unused folders in `options.store`."""
     options = request.options
     store = RolloutStore.open(options.store)
     folders = store.versions()

@@ -1,4 +1,4 @@
-"""Options and checks of `megatron-sov tools list | run ENV TARGET`."""
+"""Options and checks for `megatron-sov tools list | run ENV TARGET`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ToolsListOptions:
 
 @dataclass(frozen=True)
 class TurnSampling(WholeSampling):
-    """Sampling of the tokens of a turn."""
+    """Sampling within a turn."""
 
     max_new_tokens: Annotated[AtLeastOne, NO_FLAG] = 1  # `EpisodeLimits` bounds each turn
 
@@ -43,9 +43,9 @@ class ToolsRunOptions(EngineOptions, RedoOptions, OverwriteOptions):
     tasks: Annotated[Path | None, Flag(value="FILE.jsonl")] = None
     """A task per line (default: the environment's examples)."""
     settings: Annotated[tuple[str, ...], Flag("--set", "key=value")] = ()
-    """Setting of the environment, e.g. corpus=laws.jsonl; may be repeated."""
+    """Setting for the environment, e.g. corpus=laws.jsonl; may be repeated."""
     limits: Literal["train", "test"] = "test"
-    """Limits of an episode: the limits of training or of testing."""
+    """Limits for an episode, as in training or in testing."""
     changes: Annotated[tuple[str, ...], Flag("--limit", "key=value")] = ()
     """Another limit, e.g. max_turns=7; may be repeated."""
     target: Annotated[Path, Flag("TARGET")]
@@ -59,12 +59,11 @@ class ToolsRunOptions(EngineOptions, RedoOptions, OverwriteOptions):
 
 @dataclass(frozen=True)
 class EpisodesRequest:
-    """Checked input of `tools_run.play_tasks`."""
+    """Checked input for `tools_run.play_tasks`."""
 
     options: ToolsRunOptions
     environment: PluginRequest
     version: str
-    """Version of the environment's code and settings."""
     limits: EpisodeLimits
     tasks: Sequence[Mapping[str, Any]]
 
