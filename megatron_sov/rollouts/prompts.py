@@ -359,14 +359,15 @@ def select_round_prompts(prompts: PromptList, rollout: RolloutConfig, number: in
 
     count, per_round = len(prompts), rollout.prompts_per_round
     if per_round > count:
-        raise UserError(f"rollout.prompts_per_round = {per_round}: there are {count} prompts, and a round has "
-                        "each prompt at most once; lower it, or add prompts")
+        raise UserError(f"rollout.prompts_per_round = {per_round}: there are {count} prompts, and a round "
+                        "has each prompt at most once; lower it, or add prompts")
     # Position of the round's first prompt in the concatenated epochs.
     epoch, place = divmod((number - 1) * per_round, count)
     order = _epoch_order(rollout.seed, epoch, count, per_round)[place:place + per_round]
     # The round ends in the next epoch, whose order avoids the prompts already in the round.
     if len(order) < per_round:
-        order = np.append(order, _epoch_order(rollout.seed, epoch + 1, count, per_round)[:per_round - len(order)])
+        following = _epoch_order(rollout.seed, epoch + 1, count, per_round)
+        order = np.append(order, following[:per_round - len(order)])
     return prompts.select(order)
 
 

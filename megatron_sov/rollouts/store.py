@@ -75,7 +75,7 @@ def rollouts_to_table(rows: Sequence[Rollout], vocab_size: int) -> pa.Table:
         ValueError: JSON cannot hold a record or an outcome, or routes have another dtype.
     """
     list_columns = {name: build_list_column([getattr(row, name) for row in rows], dtype)
-                for name, dtype in _ARRAYS.items()}
+                    for name, dtype in _ARRAYS.items()}
     columns = _key_columns([row.key for row in rows]) | list_columns
     columns |= {name: [getattr(row, name) for row in rows]
                 for name in ("round", "attempt", "finish_reason", "temperature", "engine", "began_s",

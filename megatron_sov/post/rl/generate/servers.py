@@ -1,4 +1,4 @@
-"""Engine servers that generate with the live weights of a run."""
+"""Engine servers that generate with a run's live weights."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from megatron_sov.runs.rounds import Policy
 from megatron_sov.train.feed import FeedView
 
 COMPARED_TOKENS = 256
-"""Tokens of a prompt whose log-probabilities are compared after a weight update."""
+"""Tokens of a prompt whose log-probabilities `check` compares after a weight update."""
 MAX_GAP_NATS = 0.25
-"""Limit of the mean difference of log-probabilities between trainer and engine per token: bf16 stays far
+"""Limit for the mean difference in log-probabilities between trainer and engine per token: bf16 stays far
 below, a layer with wrong weights is above."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """How to start the servers of a run."""
+    """Settings to start a run's servers."""
 
     engine: str
     start: Path
-    """Checkpoint or Hugging Face folder that the run starts from."""
+    """Checkpoint or Hugging Face folder from --from."""
     places: ServerLocations
     servers: EngineServers
     longest: int
-    """Tokens of the longest sequence."""
+    """Tokens in the longest sequence."""
     vocab_size: int
     with_routes: bool
     """Whether servers return expert routes."""
@@ -48,8 +48,7 @@ class ServerSettings:
 
 @dataclass
 class LiveServers:
-    """Servers that generate with the live weights; an object on each process, of which the first owns the
-    servers."""
+    """Servers with the live weights; each process has an object, and the first process owns the servers."""
 
     settings: ServerSettings
     meters: dict[str, float] = field(default_factory=dict)
@@ -60,7 +59,7 @@ class LiveServers:
     _closed: threading.Event = field(default_factory=threading.Event)
     """Ends the servers, also during their start."""
     _loaded_step: int | None = None
-    """Step of the weights in the servers; None: unknown, because another client may have changed them."""
+    """Step of the servers' weights; None: unknown, because another client may have changed the weights."""
 
     @property
     def is_open(self) -> bool:
@@ -91,7 +90,7 @@ class LiveServers:
             self._loaded_step = 0
 
     def push_weights(self, view: FeedView, policy: Policy) -> None:
-        """Send the live weights to the servers; called by all processes together."""
+        """Send the live weights to the servers; all processes call this together."""
         began_s = time.monotonic()
         if run_on_main(view.world, lambda: self._loaded_step != policy.step):
             self._send_weights(view, policy)
