@@ -154,7 +154,7 @@ def test_prompts_that_nobody_reads_are_refused(command: Command, capsys: pytest.
     assert main(words[:-4]) == 2
     assert "policy.opd_coeff = 1: needs a teacher; add --teacher" in capsys.readouterr().err
     assert main([*words[:-4], "--set", "policy.method=dapo", "--set", "rollout.samples_per_prompt=2"]) == 2
-    assert "--reward none: policy.method = dapo learns from rewards; choose one" in capsys.readouterr().err
+    assert "--reward none: policy.method = dapo learns from rewards; choose a reward" in capsys.readouterr().err
 
 
 def test_a_teacher_whose_weights_would_not_fit_is_told_by_its_first_field(tmp_path: Path) -> None:
