@@ -24,9 +24,9 @@ from megatron_sov.post.rl.validation import SampledRounds, Validation
 from megatron_sov.runs.checkpoints import find_tokenizer_folder, hash_checkpoint_files
 from megatron_sov.runs.folder import ROUNDS, RunFolder, fixed_settings
 from megatron_sov.runs.rounds import RunPolicies, build_start_policy
-from megatron_sov.train.data.rounds import BEHAVIOUR, rounds_of, rounds_source
+from megatron_sov.train.data.rounds import BEHAVIOUR, build_rounds_source, find_round_documents
 from megatron_sov.train.data.token_shards import Source
-from megatron_sov.train.objectives.objective import columns_of
+from megatron_sov.train.objectives.objective import get_columns
 from megatron_sov.train.stages.stage import Stage, run_stage
 
 
@@ -60,12 +60,12 @@ def train_rounds(request: RoundsRequest, rollouts: LiveRollouts | None = None,
     teacher = open_live_teacher(options, config, tokenizer, options.nproc)
     objective = _build_objective(config, teacher)
     scoring_teachers = open_scoring_teachers(options, config, tokenizer) if teacher is None else ()
-    columns = select_columns(config, columns_of(objective), start, scoring_teachers)
+    columns = select_columns(config, get_columns(objective), start, scoring_teachers)
     # The rounds of this source open one by one, as they are published.
-    source = rounds_source(options.run / ROUNDS, config.model.vocab_size, tokenizer, columns.names,
-                           routes=columns.routes, published=(BEHAVIOUR, *list_number_columns(config)))
+    source = build_rounds_source(options.run / ROUNDS, config.model.vocab_size, tokenizer, columns.names,
+                                 routes=columns.routes, published=(BEHAVIOUR, *list_number_columns(config)))
     check_sources(config, [*texts, source])
-    rounds = rounds_of([source])
+    rounds = find_round_documents([source])
     assert rounds is not None, "the source has no rounds"
     loader = RoundLoader(documents=rounds, rollout=config.rollout, columns=columns, store=options.store,
                          samples=SampledRounds(config.obs.sample_rows, config.rollout.rounds))

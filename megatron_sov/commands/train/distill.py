@@ -143,13 +143,13 @@ def run(typed: argparse.Namespace) -> int:
         Distillation, StoredTeacher, TeacherFactory, measure_teacher)
     from megatron_sov.post.distillation.state_files import KIND, StateFiles
     from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.data.token_shards import as_input, open_sources, tokenizer_folder
-    from megatron_sov.train.objectives.objective import formats_of
+    from megatron_sov.train.data.token_shards import describe_input, open_sources, tokenizer_folder
+    from megatron_sov.train.objectives.objective import get_formats
     from megatron_sov.train.stages.stage import Stage, run_stage
 
     config, folder = parsed.config, RunFolder(args.run)
     made = get_factory(config, Distillation)
-    sources = open_sources(config.data.paths, config.model.vocab_size, formats_of(made))
+    sources = open_sources(config.data.paths, config.model.vocab_size, get_formats(made))
     _refuse_views(config, sources)
     if parsed.start is not None:
         check_same_tokens(tokenizer_folder(sources), find_tokenizer_folder(parsed.start))
@@ -175,7 +175,7 @@ def run(typed: argparse.Namespace) -> int:
                     args.resume, tuple(sources), before=after, after=after, end_gate=gate,
                     faults=parsed.faults, until=args.until, dry_run=args.dry_run,
                     notes=parsed.notes, besides=tuple(
-                        as_input(KIND, path) for path in states if (path / MANIFEST).is_file())),
+                        describe_input(KIND, path) for path in states if (path / MANIFEST).is_file())),
               args.nproc)
     return 0
 

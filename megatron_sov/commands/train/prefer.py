@@ -65,14 +65,14 @@ def run(typed: argparse.Namespace) -> int:
     from megatron_sov.post.preference import HELDOUT_PAIRS, measure_heldout_pairs, select_objective
     from megatron_sov.post.reference import COLUMN
     from megatron_sov.runs.folder import REFERENCE, RunFolder
-    from megatron_sov.train.data.token_shards import as_input, open_sources
-    from megatron_sov.train.objectives.objective import columns_of, formats_of
+    from megatron_sov.train.data.token_shards import describe_input, open_sources
+    from megatron_sov.train.objectives.objective import get_columns, get_formats
     from megatron_sov.train.stages.stage import Stage, run_stage
 
     config = parsed.config
     objective = get_factory(config, select_objective(config))
-    sources = tuple(open_sources(config.data.paths, config.model.vocab_size, formats_of(objective)))
-    needed = columns_of(objective)
+    sources = tuple(open_sources(config.data.paths, config.model.vocab_size, get_formats(objective)))
+    needed = get_columns(objective)
     if DESIRABLE not in needed:
         _refuse_other_judgements(config, sources)
     # single judged responses (kto) have no pairs that could be ranked
@@ -91,7 +91,7 @@ def run(typed: argparse.Namespace) -> int:
     run_stage(Stage(config, RunFolder(args.run), objective, parsed.start, args.resume,
                     sources if reference is None else reference.sources, before=before, after=after,
                     end_gate=gate, faults=parsed.faults, until=args.until, dry_run=args.dry_run,
-                    notes=parsed.notes, besides=() if fixed is None else (as_input(REFERENCE, fixed),)),
+                    notes=parsed.notes, besides=() if fixed is None else (describe_input(REFERENCE, fixed),)),
               args.nproc)
     return 0
 

@@ -80,7 +80,7 @@ def column(run: Path, number: int = 1) -> np.ndarray:
 def documents(run: Path, number: int) -> list[tuple[list[int], np.ndarray]]:
     """Return the tokens of each document of a round, and which the student wrote."""
     [source] = open_sources({str(run / f"rounds/{number:04d}"): 1.0}, 368, ("rollouts",))
-    found = source.shard("train")
+    found = source.open_split("train")
     return [(found.tokens(d, 0, n).tolist(), found.loss_weights(d, 0, n) > 0)
             for d, n in enumerate(np.asarray(found.lengths[np.arange(len(found.lengths))]).tolist())]
 
@@ -154,7 +154,8 @@ def test_prompts_that_nobody_reads_are_refused(command: Command, capsys: pytest.
     assert main(words[:-4]) == 2
     assert "policy.opd_coeff = 1: needs a teacher; add --teacher" in capsys.readouterr().err
     assert main([*words[:-4], "--set", "policy.method=dapo", "--set", "rollout.samples_per_prompt=2"]) == 2
-    assert "--reward none: policy.method = dapo learns from rewards; choose a reward" in capsys.readouterr().err
+    assert "--reward none: policy.method = dapo learns from rewards; choose a reward" in (
+        capsys.readouterr().err)
 
 
 def test_a_teacher_whose_weights_would_not_fit_is_told_by_its_first_field(tmp_path: Path) -> None:
