@@ -115,11 +115,7 @@ def are_rows_sound(table: pa.Table, vocab_size: int) -> bool:
 
 
 def table_to_rollouts(table: pa.Table, columns: Sequence[str]) -> list[Rollout]:
-    """Convert a table with the columns from `select_schema` to rows.
-
-    Raises:
-        ValueError: a field has another type.
-    """
+    """Convert a table with the columns from `select_schema` to rows."""
     read: dict[str, list[Any]] = {name: _read_values(table, name) for name in columns if name != "routes"}
     if "routes" in columns:
         read["routes"] = read_routes(table)
@@ -134,11 +130,7 @@ def table_to_rollouts(table: pa.Table, columns: Sequence[str]) -> list[Rollout]:
 
 
 def select_schema(columns: Sequence[str]) -> pa.Schema:
-    """Return the columns that hold `columns`.
-
-    Raises:
-        ValueError: a field does not exist.
-    """
+    """Return the columns that hold `columns`."""
     if unknown := set(columns) - set(NAMES):
         raise ValueError(f"{sorted(unknown)[0]!r} is not a field of a rollout (fields: {', '.join(NAMES)})")
     names = {*_ALWAYS, *columns, *(_ROUTES if "routes" in columns else ())}
@@ -155,11 +147,7 @@ def read_problems(table: pa.Table) -> list[str]:
 
 
 def rewards_to_table(rows: Sequence[RewardRow]) -> pa.Table:
-    """Convert rewards to columns.
-
-    Raises:
-        ValueError: JSON cannot hold the components.
-    """
+    """Convert rewards to columns."""
     columns = _key_columns([row.key for row in rows])
     columns |= {name: [getattr(row, name) for row in rows] for name in ("attempt", "reward")}
     columns |= {name: [_replace_surrogates(getattr(row, name)) for row in rows]
@@ -169,11 +157,7 @@ def rewards_to_table(rows: Sequence[RewardRow]) -> pa.Table:
 
 
 def table_to_rewards(table: pa.Table) -> list[RewardRow]:
-    """Convert a table with the columns `REWARDS` to rewards.
-
-    Raises:
-        ValueError: a field has another type.
-    """
+    """Convert a table with the columns `REWARDS` to rewards."""
     names = ("attempt", "reward_version", "reward", "status", "components", "reason")
     return list(map(RewardRow, read_keys(table), *(_read_values(table, name) for name in names)))
 
@@ -223,11 +207,7 @@ def _route_shape(routes: np.ndarray) -> tuple[int, int, int]:
 
 
 def read_routes(table: pa.Table) -> list[np.ndarray | None]:
-    """Return each row's routes as a view, or None.
-
-    Raises:
-        ValueError: the number of bytes does not fit the shape.
-    """
+    """Return each row's routes as a view, or None."""
     buffers = (scalar.as_buffer() if scalar.is_valid else None
                for chunk in table["routes"].chunks for scalar in chunk)
     shapes = zip(*(table[name].to_pylist() for name in _ROUTES[1:]), strict=True)
