@@ -1,22 +1,27 @@
 """Runs `megatron-sov eval ppl`, `eval needle` and `eval pairs`."""
 
+import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any, get_args
 
+from megatron_sov.base.artifacts import format_json, write_output
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.vocabulary import check_same_tokens
 from megatron_sov.commands.evaluate.eval import NeedleOptions, PairsOptions, PplOptions
-from megatron_sov.commands.evaluate.task_run import measure_target, record_figures
+from megatron_sov.commands.evaluate.task import OutOptions
 from megatron_sov.commands.shared_options import get_target_step
 from megatron_sov.eval.heldout_loss import (
     compute_rows_per_batch, evaluate_forward_model, evaluate_hf, open_heldout)
 from megatron_sov.eval.needle.suite import NeedleSuite, build_suite, format_table, parse_result, run_suite
 from megatron_sov.eval.needle.text import open_haystacks
 from megatron_sov.infer.decoder.generator import MegatronEngine
-from megatron_sov.infer.engine import Engine
+from megatron_sov.infer.engine import PRECISION_KEY, Engine
+from megatron_sov.infer.engines.load import run_forward_model
 from megatron_sov.infer.engines.target import Target, find_target
-from megatron_sov.infer.engines.transformers_engine import HfEngine
+from megatron_sov.infer.engines.transformers_engine import HfEngine, load_configured_hf
+from megatron_sov.infer.request import RankOptions
 from megatron_sov.model.config import Language, NeedleConfig, parse_data_paths
 from megatron_sov.post.preference import CHOSEN_LIKELIER, HELDOUT_PAIRS, measure_pairs
 from megatron_sov.post.reference import score_documents, score_documents_by_hf
@@ -91,6 +96,29 @@ def evaluate_pairs(options: PairsOptions) -> None:
             f"{row['pairs']:,} pairs" for source, row in figures.items()))
         for source, row in figures.items():
             events.add(HELDOUT_PAIRS, step=get_target_step(target, events), source=source, **row)
+
+
+def measure_target(options: RankOptions, target: Target, measure_policy: Callable[[Any], Any],
+                   measure_hf: Callable[[Any], Any]) -> Any:
+    """Measure a checkpoint on ranks, or a Hugging Face folder with transformers; None on ranks after the
+    first."""
+    if not target.is_hf:
+        return run_forward_model(target, options.settings, options.nproc, measure_policy)
+    rank_options = [f"--set {setting}" for setting in options.settings
+                    if setting.partition("=")[0] != PRECISION_KEY]
+    if options.nproc is not None:
+        rank_options.append(f"--nproc {options.nproc}")
+    if rank_options:
+        raise UserError(f"{', '.join(rank_options)}: is for checkpoints, and {target.path} is a Hugging Face "
+                        "folder; leave it out, or convert it first with `megatron-sov convert from-hf`")
+    return measure_hf(load_configured_hf(target.path, options.settings))
+
+
+def record_figures(options: OutOptions, figures: Any, text: str) -> None:
+    """Write figures to --output and print them, as JSON or as `text`."""
+    if options.out is not None:
+        write_output(options.out, format_json(figures))
+    print(json.dumps(figures, indent=1, ensure_ascii=False) if options.json else text)
 
 
 def _format_losses(losses: dict[str, dict[str, Any]]) -> str:
