@@ -322,16 +322,16 @@ class PolicyLearning(DataObjective):
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
-        asked, rollout = context.config.policy, context.config.rollout
-        self._rollout, self._parts = rollout, asked.parts
+        policy, rollout = context.config.policy, context.config.rollout
+        self._rollout, self._parts = rollout, policy.parts
         self._temperature, self._loss = rollout.temperature, PolicyLoss(
-            asked, rollout.max_new_tokens, self.policy_loss)
+            policy, rollout.max_new_tokens, self.policy_loss)
         self.meters = self._loss.meters
         if self._parts.opd_coeff:
             self.headline = (Meter(REVERSE_KL, "KL to the teacher", "nats", "lower"), *self.headline)
         self.coefficients = dict(self._loss.coefficients)
-        if asked.has_text:
-            self.coefficients[KNOWLEDGE] = asked.parts.knowledge_coeff
+        if policy.has_text:
+            self.coefficients[KNOWLEDGE] = policy.parts.knowledge_coeff
         self.coefficients |= self._mtp_coefficient
         self._config = context.config
 
@@ -460,11 +460,11 @@ def check_sources(config: RunConfig, sources: list[Source]) -> None:
     if [source.name for source in sources].count(ROUNDS_SOURCE) > 1:
         raise UserError(f"--data: has a source {ROUNDS_SOURCE!r}, as the run's own rounds are called; pack "
                         "it under another name")
-    policy, there = config.policy, [source for source in sources if source.share > 0 and source.num_tokens[
+    policy, used = config.policy, [source for source in sources if source.share > 0 and source.num_tokens[
         "train"]]
-    if policy.on_policy_share < 1 and not there:
+    if policy.on_policy_share < 1 and not used:
         raise UserError(f"policy.on_policy_share = {policy.on_policy_share:g}: the other rounds learn from "
                         "data; add --data, or set it to 1")
-    if policy.has_text and not any(source.format == TEXT_FORMAT for source in there):
+    if policy.has_text and not any(source.format == TEXT_FORMAT for source in used):
         raise UserError(f"policy.knowledge_coeff = {config.policy.parts.knowledge_coeff} needs text; add "
                         "--data with packed text to train on, or set it to 0")

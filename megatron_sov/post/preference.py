@@ -210,10 +210,10 @@ def measure_heldout_pairs(view: GateView, sources: Sequence[Source], reference_o
     def logprobs_of(documents: Documents, chosen: range) -> np.ndarray:
         return score_documents(view, documents, chosen, seq_len, size)
 
-    figures_of_source = measure_pairs(sources, logprobs_of, seq_len, view.config.preference, reference_of)
-    for name, figures in figures_of_source.items():
+    source_figures = measure_pairs(sources, logprobs_of, seq_len, view.config.preference, reference_of)
+    for name, figures in source_figures.items():
         view.events.write(HELDOUT_PAIRS, step=view.step, source=name, **figures)
-    return figures_of_source
+    return source_figures
 
 
 def measure_pairs(sources: Sequence[Source], logprobs_of: LogprobsOf, seq_len: int,
@@ -233,7 +233,7 @@ def measure_pairs(sources: Sequence[Source], logprobs_of: LogprobsOf, seq_len: i
         log-probability per token; with `asked` the means of `pair_meters`. Ties count half. Pairs with a
         response that begins after `seq_len` tokens are left out.
     """
-    figures_of_source = {}
+    source_figures = {}
     for source in sources:
         chosen = find_heldout_documents(source)
         if not chosen:
@@ -242,10 +242,10 @@ def measure_pairs(sources: Sequence[Source], logprobs_of: LogprobsOf, seq_len: i
         learned = [_learned_tokens(documents, document, seq_len) for document in chosen]
         lengths = torch.tensor([float(mask.sum()) for mask in learned], dtype=torch.float64)
         # Documents of a pair are neighbours, the chosen response first.
-        whole = (lengths.reshape(-1, 2) > 0).all(dim=1)
-        if not whole.any():
+        is_complete = (lengths.reshape(-1, 2) > 0).all(dim=1)
+        if not is_complete.any():
             continue
-        both = whole.repeat_interleave(2)
+        both = is_complete.repeat_interleave(2)
         sums, lengths = _learned_sums(logprobs_of(documents, chosen), learned)[both], lengths[both]
         means = sums / lengths
         figures = {CHOSEN_LIKELIER: _share_above(means[0::2] - means[1::2])}
@@ -254,8 +254,8 @@ def measure_pairs(sources: Sequence[Source], logprobs_of: LogprobsOf, seq_len: i
             reference_sums = None if numbers is None else _learned_sums(numbers, learned)[both]
             meters = compute_pair_meters(asked, compare_values(asked, sums, lengths, reference_sums))
             figures |= {name: float(values.mean()) for name, values in meters.items()}
-        figures_of_source[source.name] = {"pairs": int(whole.sum()), **figures}
-    return figures_of_source
+        source_figures[source.name] = {"pairs": int(is_complete.sum()), **figures}
+    return source_figures
 
 
 def _share_above(differences: torch.Tensor) -> float:
@@ -324,15 +324,15 @@ class PairLearning(DataObjective):
         logprobs = head.logprobs(hidden[0], batch.labels)
         sums = responses.sum_labels(logprobs)
         losses, compared = self._compute_losses(sums, batch, responses)
-        whole = responses.select_pairs()
-        terms = self._compute_terms((losses * whole).sum(), logprobs, hidden, head,
+        complete = responses.select_pairs()
+        terms = self._compute_terms((losses * complete).sum(), logprobs, hidden, head,
                             self._cross_entropy_batch(batch, responses))
         # Truncated pairs have numbers too; `whole` removes them from every sum.
         meters, means = compute_pair_meters(self._asked,
                                             compared.detach()), responses.average_labels(logprobs.detach())
         values = (meters[PAIRS_RIGHT], meters[MARGIN], means[0::2], means[1::2])
         return LossSums(terms, _logged_losses(logprobs, batch, find_learned_labels(batch), self._num_sources),
-                        meters={name: ((value * whole).sum(), whole.sum())
+                        meters={name: ((value * complete).sum(), complete.sum())
                                 for name, value in zip(self.meters, values, strict=True)})
 
     def _cross_entropy_batch(self, batch: MicroBatch, responses: ResponseSpans) -> MicroBatch:
@@ -357,14 +357,15 @@ class PairLearning(DataObjective):
             batch: the micro-batch.
             responses: the learned labels.
         """
-        asked = self._asked
-        means = compare_values(asked, sums, responses.lengths)
+        preference = self._asked
+        means = compare_values(preference, sums, responses.lengths)
         chosen, rejected = means[0::2], means[1::2]
-        if asked.method == "simper":
+        if preference.method == "simper":
             return simper(chosen, rejected), means
-        if asked.method == "orpo":
+        if preference.method == "orpo":
             return orpo(chosen, rejected), means
-        return simpo(chosen, rejected, asked.effective_beta, asked.simpo_gamma, asked.label_smoothing), means
+        return simpo(chosen, rejected, preference.effective_beta, preference.simpo_gamma,
+                     preference.label_smoothing), means
 
 
 class PairLearningWithReference(PairLearning):
@@ -391,10 +392,10 @@ class PairLearningWithReference(PairLearning):
             margins: [P] log ratio of policy to reference of the chosen response, minus that of the rejected
                 response: sums with method dpo, otherwise means over tokens.
         """
-        asked = self._asked
-        if asked.method == "ipo":
-            return ipo(margins, asked.effective_beta)
-        return dpo(margins, asked.effective_beta, asked.label_smoothing)
+        preference = self._asked
+        if preference.method == "ipo":
+            return ipo(margins, preference.effective_beta)
+        return dpo(margins, preference.effective_beta, preference.label_smoothing)
 
 
 class GroupLearning(DataObjective):
@@ -480,22 +481,24 @@ class UnpairedLearning(PairLearning):
         return batch
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
-        asked, responses = self._asked, find_responses(batch)
+        preference, responses = self._asked, find_responses(batch)
         logprobs = head.logprobs(hidden[0], batch.labels)
         # Even documents are the judged responses; odd documents are mismatched, for `_estimate_distance`.
         ratios = _log_ratios(responses, logprobs, batch)[0::2]
-        desirable, whole = _is_desirable(responses, batch), responses.select_pairs()
-        losses = kto(ratios, desirable, self._distance, beta=asked.effective_beta,
-                     desirable_weight=asked.desirable_weight, undesirable_weight=asked.undesirable_weight)
-        terms = self._compute_terms((losses * whole).sum(), logprobs, hidden, head,
+        desirable, complete = _is_desirable(responses, batch), responses.select_pairs()
+        losses = kto(ratios, desirable, self._distance, beta=preference.effective_beta,
+                     desirable_weight=preference.desirable_weight,
+                     undesirable_weight=preference.undesirable_weight)
+        terms = self._compute_terms((losses * complete).sum(), logprobs, hidden, head,
                             self._cross_entropy_batch(batch, responses))
-        rewards, sides = asked.effective_beta * ratios.detach(), (desirable.double(), (~desirable).double())
-        own = find_learned_labels(batch) & responses.select_side(0)
+        rewards, sides = preference.effective_beta * ratios.detach(), (desirable.double(),
+                                                                       (~desirable).double())
+        counted = find_learned_labels(batch) & responses.select_side(0)
         return LossSums(
-            terms, _logged_losses(logprobs, batch, own, self._num_sources),
-            meters={name: ((rewards * side * whole).sum(), (side * whole).sum())
+            terms, _logged_losses(logprobs, batch, counted, self._num_sources),
+            meters={name: ((rewards * side * complete).sum(), (side * complete).sum())
                     for name, side in zip(self.meters, sides, strict=False)}
-            | {"distance": (self._distance * whole.sum(), whole.sum())})
+            | {"distance": (self._distance * complete.sum(), complete.sum())})
 
     def _cross_entropy_batch(self, batch: MicroBatch, responses: ResponseSpans) -> MicroBatch:
         desirable = _is_desirable(responses, batch)

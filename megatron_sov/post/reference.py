@@ -178,10 +178,10 @@ class Reference:
         """
         file, identity = self._folder / IDENTITY, self._read_identity()
         data, max_tokens = identity.get("data_sha256", {}), identity.get("max_tokens", 0)
-        other = [name for name, sha256 in self._identity["data_sha256"].items() if data.get(name) != sha256]
-        if other:
-            raise UserError(f"{file}: holds no log-probabilities of source {other[0]!r} as it is now; resume "
-                            "with the earlier data, or start a new --run --from the last checkpoint")
+        changed = [name for name, sha256 in self._identity["data_sha256"].items() if data.get(name) != sha256]
+        if changed:
+            raise UserError(f"{file}: holds no log-probabilities of source {changed[0]!r} as it is now; "
+                            "resume with the earlier data, or start a new --run --from the last checkpoint")
         if max_tokens < self._identity["max_tokens"]:
             raise UserError(f"{file}: its log-probabilities reach to token {max_tokens} of a document, and "
                             f"samples have {self._identity['max_tokens']} (data.phases); resume with samples "
@@ -482,10 +482,11 @@ def _own_logprobs(model: RunningLogprobs, documents: Documents, rows: list[Row],
     """Return log p(label) of the micro-batches dp_rank, dp_rank + dp_size, ... on the last pipeline stage; an
     empty list on other stages."""
     groups = [rows[i:i + size] for i in range(0, len(rows), size)]
-    own = [build_micro_batch(join_rows([build_row(OrderedSample(0, row), documents, seq_len, routes=routes)
+    local_batches = [build_micro_batch(join_rows([build_row(OrderedSample(0, row), documents, seq_len,
+                                                            routes=routes)
                                for row in group]))
            for group in groups[model.world.dp_rank::model.world.dp_size]]
-    return model.policy.map(own, partial(_compute_logprobs, temperature))
+    return model.policy.map(local_batches, partial(_compute_logprobs, temperature))
 
 
 def _compute_logprobs(temperature: float, hidden: list[torch.Tensor], head: Head, batch: MicroBatch

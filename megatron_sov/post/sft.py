@@ -62,9 +62,9 @@ class ResponseSpans:
     def select_side(self, side: int) -> torch.Tensor:
         """Return the learned labels of documents 2 i + side of whole pairs, [T] bool."""
         # Index R, of labels that are not learned, reads the zero at the end.
-        whole = torch.cat([self.select_pairs().repeat_interleave(2, output_size=len(self)),
+        complete = torch.cat([self.select_pairs().repeat_interleave(2, output_size=len(self)),
                            self.lengths.new_zeros(1)])
-        return (self.index % 2 == side) & (whole[self.index] > 0)
+        return (self.index % 2 == side) & (complete[self.index] > 0)
 
 
 def find_learned_labels(batch: MicroBatch) -> torch.Tensor:
@@ -79,8 +79,8 @@ def find_responses(batch: MicroBatch) -> ResponseSpans:
     # Samples that were joined to one row have padding between them, which is not counted as a document.
     is_document = ~host.inputs.padding[bounds[:-1]]
     num_documents = int(is_document.sum())
-    document_of_segment = is_document.cumsum(0) - 1
-    index = torch.where(is_learned, document_of_segment[compute_segments(host)], num_documents)
+    segment_documents = is_document.cumsum(0) - 1
+    index = torch.where(is_learned, segment_documents[compute_segments(host)], num_documents)
     lengths = torch.bincount(index, minlength=num_documents + 1)[:-1].double()
     device = batch.labels.device
     return ResponseSpans(to_device(index, device), to_device(lengths, device))

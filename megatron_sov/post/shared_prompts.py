@@ -49,13 +49,13 @@ def remove_repeated_prompts(batch: MicroBatch) -> MicroBatch:
     host = batch.host
     if host.inputs.encoder_inputs:
         return batch
-    source, is_kept = np.arange(len(host.labels)), np.ones(len(host.labels), bool)
-    spans = _find_spans(host, source, is_kept)
-    if is_kept.all() or host.inputs.routes is not None:
+    source, is_retained = np.arange(len(host.labels)), np.ones(len(host.labels), bool)
+    spans = _find_spans(host, source, is_retained)
+    if is_retained.all() or host.inputs.routes is not None:
         return batch
-    index = torch.from_numpy(is_kept.nonzero()[0])
+    index = torch.from_numpy(is_retained.nonzero()[0])
     # Map positions in the whole row to positions among the kept tokens.
-    source = (is_kept.cumsum() - 1)[source]
+    source = (is_retained.cumsum() - 1)[source]
     host_batch = _select_tokens(host, index, torch.from_numpy(source), spans)
     if batch.on_host is None:
         return host_batch

@@ -120,8 +120,8 @@ class ProbedCheckpoint:
     @property
     def name(self) -> str:
         path = self.path
-        is_of_run = path.parent.name == CHECKPOINTS_FOLDER
-        return f"{path.parent.parent.name}/{path.name}" if is_of_run else path.name
+        is_in_run = path.parent.name == CHECKPOINTS_FOLDER
+        return f"{path.parent.parent.name}/{path.name}" if is_in_run else path.name
 
     def folder(self, probe: Path) -> Path:
         # The digest separates equal names of different paths.

@@ -111,8 +111,8 @@ class StoredTeacher:
         files = [(folder / name, record) for folder in folders
                  for name, record in read_manifest(folder).files.items()]
         # Checksums read whole files, so each process verifies its share; all raise the same error.
-        own = range(world.rank, len(files), world.size)
-        damaged = next((i + 1 for i in own if find_file_damage(*files[i])), 0)
+        local_files = range(world.rank, len(files), world.size)
+        damaged = next((i + 1 for i in local_files if find_file_damage(*files[i])), 0)
         for number in collectives.gather_numbers(float(damaged)):
             if number:
                 raise UserError(f"{find_file_damage(*files[int(number) - 1])}; make the states again with "
@@ -137,8 +137,8 @@ class StoredTeacher:
             return teachers[0]
         # Padding has no weight, so any teacher may own it.
         owners = torch.zeros(sum(end - first for first, end in pieces), dtype=torch.int64)
-        for here, source, _, _, _ in _iter_overlaps(batch.origins, pieces):
-            owners[here] = kinds.index(self._kind_of[source])
+        for local_slice, source, _, _, _ in _iter_overlaps(batch.origins, pieces):
+            owners[local_slice] = kinds.index(self._kind_of[source])
         return TeachersByToken(owners, teachers)
 
     def heard(self, batch: MicroBatch, split: str = "train") -> torch.Tensor:
@@ -157,10 +157,10 @@ class StoredTeacher:
         rows = torch.zeros(sum(end - first for first, end in pieces), files.width, dtype=files.dtype)
         if top_k:
             rows[:, :top_k] = torch.arange(top_k)  # distinct ids of log-probability 0
-        for here, source, document, start, count in _iter_overlaps(origins, pieces):
+        for local_slice, source, document, start, count in _iter_overlaps(origins, pieces):
             # Most probable tokens have one shape for all teachers.
             if top_k or self._kind_of[source] == kind:
-                rows[here] = self._by_source[source].states(source, split, document, start, count)
+                rows[local_slice] = self._by_source[source].states(source, split, document, start, count)
         return rows
 
     def _load_head(self, kind: int, head: Head) -> torch.Tensor:
@@ -207,24 +207,24 @@ class LiveTeacher:
             UserError: the teacher has another vocabulary size, reads shorter rows, or does not fit the
                 layout.
         """
-        asked, theirs = config.distillation, read_checkpoint_settings(checkpoint)
+        distillation, theirs = config.distillation, read_checkpoint_settings(checkpoint)
         self.teacher = hash_weights(Target(checkpoint, False))
-        self.divergence = Divergence(asked.beta, asked.temperature)
-        self._path, self._asked = checkpoint, asked
+        self.divergence = Divergence(distillation.beta, distillation.temperature)
+        self._path, self._asked = checkpoint, distillation
         # Expert parallelism and the pipeline layout fit the student's layers alone.
         overrides: dict[str, Any] = {} if theirs.model.num_experts else {"ep": 1, "etp": 1}
         if theirs.model.num_layers != config.model.num_layers:
             overrides["pipeline_layout"] = ()
         self._config = dataclasses.replace(config, model=theirs.model, lora=theirs.lora,
                                            parallel=dataclasses.replace(config.parallel, **overrides))
-        if asked.other_tokenizer:
+        if distillation.other_tokenizer:
             raise UserError("distillation.other_tokenizer = True: a teacher of another tokenizer reads whole "
                             "documents; have `megatron-sov distill` learn from it, or choose one of the same")
         if theirs.model.vocab_size != config.model.vocab_size:
             raise UserError(f"--teacher {checkpoint}: has {theirs.model.vocab_size} token ids, the student "
                             f"model.vocab_size = {config.model.vocab_size}; choose a teacher with as many")
-        if asked.top_k >= theirs.model.vocab_size:
-            raise UserError(f"distillation.top_k = {asked.top_k}: must be below the "
+        if distillation.top_k >= theirs.model.vocab_size:
+            raise UserError(f"distillation.top_k = {distillation.top_k}: must be below the "
                             f"{theirs.model.vocab_size} token ids; set it to less, or to 0")
         if config.data.max_seq_len() > theirs.model.max_position_tokens:
             raise UserError(f"--teacher {checkpoint}: reads {theirs.model.max_position_tokens} tokens, and a "
@@ -273,20 +273,20 @@ class LiveTeacher:
 def check_outputs(files: StateFiles, asked: DistillationConfig, vocab_size: int) -> None:
     """Raise `UserError` if the artifact has other outputs than the settings ask for, or another
     vocabulary."""
-    kept = files.kept
-    if kept.top_k != asked.top_k:
-        raise UserError(f"{files.folder}: holds {_describe_outputs(kept.top_k)} of the teacher, and "
+    stored = files.kept
+    if stored.top_k != asked.top_k:
+        raise UserError(f"{files.folder}: holds {_describe_outputs(stored.top_k)} of the teacher, and "
                         f"distillation.top_k = {asked.top_k} asks for {_describe_outputs(asked.top_k)}; set "
-                        f"it to {kept.top_k}, or name another folder")
-    if kept.translated != asked.other_tokenizer:
-        raise UserError(f"{files.folder}: holds {'the student' if kept.translated else 'the teacher'}'s own "
-                        f"tokens, and distillation.other_tokenizer = {asked.other_tokenizer}; set it to "
-                        f"{kept.translated}, or name another folder")
-    if kept.top_k and kept.temperature != asked.temperature:
-        raise UserError(f"{files.folder}: its log-probabilities are those at temperature {kept.temperature}, "
-                        f"and distillation.temperature = {asked.temperature}; set it to that, or name "
+                        f"it to {stored.top_k}, or name another folder")
+    if stored.translated != asked.other_tokenizer:
+        raise UserError(f"{files.folder}: holds {'the student' if stored.translated else 'the teacher'}'s "
+                        f"own tokens, and distillation.other_tokenizer = {asked.other_tokenizer}; set it to "
+                        f"{stored.translated}, or name another folder")
+    if stored.top_k and stored.temperature != asked.temperature:
+        raise UserError(f"{files.folder}: its log-probabilities are those at temperature "
+                        f"{stored.temperature}, and distillation.temperature = {asked.temperature}; set it to that, or name "
                         "another folder")
-    if kept.translated:
+    if stored.translated:
         if files.vocab_size > vocab_size:
             raise UserError(f"{files.folder}: its tokens are those of a tokenizer of {files.vocab_size} ids, "
                             f"the student has model.vocab_size = {vocab_size}; set it, or read other data")
@@ -417,7 +417,7 @@ def _sum_teacher_divergences(view: GateView, index: int, source: Source, teacher
     samples = build_heldout_samples(shard, index, seq_len, config.data.heldout_tokens)
     # Empty rows, so that all processes run equally many batches: they may share experts.
     samples += [OrderedSample(index, ())] * (-len(samples) % (size * world.dp_size))
-    own = [build_micro_batch(join_rows([build_row(s, shard, seq_len) for s in samples[i:i + size]]))
+    local_batches = [build_micro_batch(join_rows([build_row(s, shard, seq_len) for s in samples[i:i + size]]))
            for i in range(world.dp_rank * size, len(samples), size * world.dp_size)]
 
     def sums(hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
@@ -426,6 +426,6 @@ def _sum_teacher_divergences(view: GateView, index: int, source: Source, teacher
         return torch.stack([learned.sum(), (measured.divergence * learned).sum(),
                             (measured.kl * learned).sum()])
 
-    parts = view.policy.map(teacher.read(own), sums)
+    parts = view.policy.map(teacher.read(local_batches), sums)
     local = torch.stack(parts).sum(0).cpu() if parts else torch.zeros(3, dtype=torch.float64)
     return collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local))

@@ -149,15 +149,16 @@ class StateFiles:
     def states(self, source: int, split: str, document: int, start: int, count: int) -> torch.Tensor:
         """Return the rows of `count` tokens of a document, [count, width], as a view. The row of a token
         predicts the next token."""
-        own = self.sources[source]
-        parts = self._parts.get((own, split), [])
-        index_of_part = int(np.searchsorted(self._firsts.get((own, split), ()), document, side="right")) - 1
+        source_index = self.sources[source]
+        parts = self._parts.get((source_index, split), [])
+        part_index = int(np.searchsorted(self._firsts.get((source_index, split), ()), document,
+                                         side="right")) - 1
         # Parts are ordered by documents and may have gaps.
-        if index_of_part < 0 or document >= (parts[index_of_part].first_document
-                                             + parts[index_of_part].num_documents):
+        if part_index < 0 or document >= (parts[part_index].first_document
+                                             + parts[part_index].num_documents):
             raise UserError(f"{self.folder}: has no states of document {document} of source "
-                            f"{self._sources[own].name!r} ({split}); make them again from this data")
-        part = parts[index_of_part]
+                            f"{self._sources[source_index].name!r} ({split}); make them again from this data")
+        part = parts[part_index]
         starts, states = self._open(part)
         index = document - part.first_document
         first = int(starts[index]) + start

@@ -213,8 +213,8 @@ def center_on_threshold(lengths: np.ndarray, right: np.ndarray, width_tokens: fl
         return np.zeros(len(lengths))
     low, high = np.percentile(lengths[right], (LOW_PERCENT, HIGH_PERCENT))
     # Tokens outside the window, 0 inside.
-    away = np.maximum(np.maximum(low - lengths, lengths - high), 0.0)
-    return np.where(right, np.maximum(0.0, 1.0 - away / width_tokens), 0.0)
+    distances = np.maximum(np.maximum(low - lengths, lengths - high), 0.0)
+    return np.where(right, np.maximum(0.0, 1.0 - distances / width_tokens), 0.0)
 
 
 def reward_target_length(lengths: np.ndarray, right: np.ndarray, targets: np.ndarray, width_tokens: float
@@ -230,8 +230,8 @@ def reward_target_length(lengths: np.ndarray, right: np.ndarray, targets: np.nda
     """
     if not right.any():
         return np.zeros(len(lengths))
-    away = lengths - np.where(np.isnan(targets), np.median(lengths[right]), targets)
-    return np.where(right, np.exp(-away ** 2 / (2.0 * width_tokens ** 2)), 0.0)
+    distances = lengths - np.where(np.isnan(targets), np.median(lengths[right]), targets)
+    return np.where(right, np.exp(-distances ** 2 / (2.0 * width_tokens ** 2)), 0.0)
 
 
 def compute_budget_reward(budgets: np.ndarray, longest: int, scale: float) -> np.ndarray:

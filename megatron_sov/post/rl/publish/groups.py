@@ -183,7 +183,7 @@ class StoredRound:
         rows, num_invalid = self._read_last_attempts(list(parts.values()))
         unjudged = Counter({INVALID: num_invalid} if num_invalid else {})
         # Every prompt has an entry: a prompt without responses still counts as a group in its step.
-        responses_of: dict[str, list[JudgedResponse]] = {
+        prompt_responses: dict[str, list[JudgedResponse]] = {
             prompt: [] for prompt in self.pieces[number].prompts.ids}
         finished = defaultdict[str, list[RolloutFacts]](list)
         for row in rows:
@@ -192,14 +192,14 @@ class StoredRound:
         for part in parts.values():
             judgements = self.store.read_judgements(self.reward_version, [part])
             for response in _join_rewards(finished[part.name], judgements, unjudged):
-                responses_of[response.rollout.key.prompt].append(response)
-        groups = [sorted(group, key=lambda r: r.rollout.key.sample) for group in responses_of.values()]
+                prompt_responses[response.rollout.key.prompt].append(response)
+        groups = [sorted(group, key=lambda r: r.rollout.key.sample) for group in prompt_responses.values()]
         judged = judge(groups)
         responses = [response for group in groups for response in group]
         first_attempts = [r.rollout for r in responses if not r.rollout.attempt]
         return JudgedPiece(
             number=number, rows=_build_rows(responses, judged, parts), counts=list(map(len, groups)),
-            reasons=[group.reason for group in judged], domains=list(map(domain, responses_of)),
+            reasons=[group.reason for group in judged], domains=list(map(domain, prompt_responses)),
             components=_collect_components(responses), unjudged=unjudged,
             unfinished={row.key.prompt for row in rows if row.finish_reason == UNFINISHED},
             begun={(rollout.first_version, rollout.key.policy) for rollout in first_attempts},
@@ -255,10 +255,10 @@ class StoredRound:
                                 "--store")
 
     def _check_prompts(self, part: RolloutPart, rows: Sequence[RolloutFacts]) -> None:
-        others = {row.key.prompt for row in rows}.difference(self._prompts_of_piece(part.piece))
-        if others:
+        foreign = {row.key.prompt for row in rows}.difference(self._prompts_of_piece(part.piece))
+        if foreign:
             raise UserError(f"{self.store.path}: round {self.number} holds responses to prompt "
-                            f"{min(others)}, which is not in piece {part.piece} now; pass the --prompts and "
+                            f"{min(foreign)}, which is not in piece {part.piece} now; pass the --prompts and "
                             "rollout settings that they were generated with, or another --store")
 
 
@@ -305,14 +305,14 @@ def _join_rewards(rows: Sequence[RolloutFacts], judgements: RewardsByRow, unjudg
 
 def _build_rows(responses: Sequence[JudgedResponse], groups: Sequence[JudgedGroup],
                 parts: Mapping[int, RolloutPart]) -> np.ndarray:
-    index_of_part = {part.name: index for index, part in parts.items()}
+    part_indices = {part.name: index for index, part in parts.items()}
     advantages: list[float] = []
     orders: list[int] = []
     for group in groups:
         order = {response: index for index, response in enumerate(group.learned)}
         advantages += group.advantages.tolist()
         orders += [order.get(response, -1) for response in range(len(group.advantages))]
-    values = ((index_of_part[facts.part], facts.row, facts.num_tokens, facts.num_written, facts.sum_versions,
+    values = ((part_indices[facts.part], facts.row, facts.num_tokens, facts.num_written, facts.sum_versions,
                response.reward, advantage, facts.finish_reason == LENGTH, order)
               for response, advantage, order in zip(responses, advantages, orders, strict=True)
               for facts in [response.rollout])

@@ -99,11 +99,11 @@ class Publisher:
             if isinstance(plan, str):
                 return plan
             writer = self._shard_writer
-            written_of_rank = run_on_each_rank(lambda rank, size: [writer.write(plan.folder, shard)
+            written_by_rank = run_on_each_rank(lambda rank, size: [writer.write(plan.folder, shard)
                                                           for shard in plan.shards[rank::size]])
             # Rank r wrote the shards r, r + size, ...
-            num_ranks = len(written_of_rank)
-            written = [written_of_rank[i % num_ranks][i // num_ranks] for i in range(len(plan.shards))]
+            num_ranks = len(written_by_rank)
+            written = [written_by_rank[i % num_ranks][i // num_ranks] for i in range(len(plan.shards))]
             run_on_first(partial(self._complete_round, plan, written, building))
         return ""
 
@@ -121,12 +121,12 @@ class Publisher:
             return f"nobody has written to {self.store} yet"
         self._compare_with_previous(number)
         rollout, policy = self.config.rollout, self.config.policy
-        own = math.ceil(rollout.prompts_per_round / rollout.piece_prompts)
+        num_pieces = math.ceil(rollout.prompts_per_round / rollout.piece_prompts)
         requested = read_further_pieces(self.rounds, number)
         # Another run may have requested more pieces in the same store.
-        stored = max((part.piece + 1 - own for part in self._opened_store.parts(number)), default=0)
-        most = max(requested, stored, (policy.parts.max_gen_batches - 1) * own)
-        inputs = _RoundInputs(most, own + requested)
+        stored = max((part.piece + 1 - num_pieces for part in self._opened_store.parts(number)), default=0)
+        most = max(requested, stored, (policy.parts.max_gen_batches - 1) * num_pieces)
+        inputs = _RoundInputs(most, num_pieces + requested)
         parts = self._open_round(number, inputs).parts()
         return parts if isinstance(parts, str) else replace(inputs, parts=tuple(parts))
 
@@ -240,21 +240,22 @@ class Publisher:
         if lacking <= 0:
             return ""
         # Enough to fill the round, given the share of groups that learned so far.
-        wanted = min(lacking * num_prompts / num_learn if num_learn else math.inf, rollout.prompts_per_round)
-        own = math.ceil(rollout.prompts_per_round / rollout.piece_prompts)
-        most = min(len(source.pieces), policy.parts.max_gen_batches * own)
-        more = min(math.ceil(wanted / rollout.piece_prompts), most - source.num_pieces)
+        num_requested = min(lacking * num_prompts / num_learn if num_learn else math.inf,
+                            rollout.prompts_per_round)
+        num_pieces = math.ceil(rollout.prompts_per_round / rollout.piece_prompts)
+        most = min(len(source.pieces), policy.parts.max_gen_batches * num_pieces)
+        more = min(math.ceil(num_requested / rollout.piece_prompts), most - source.num_pieces)
         state = (f"{num_learn} of {num_prompts} groups of round {source.number} learn, and it is to have "
                  f"{rollout.prompts_per_round}")
         if more <= 0:
             why = f"policy.max_gen_batches = {policy.parts.max_gen_batches}"
-            if most < policy.parts.max_gen_batches * own:
+            if most < policy.parts.max_gen_batches * num_pieces:
                 why = "there are no more prompts"
             warn(f"{state}; {why}: it is trained with these")
             return ""
         file = _further_file(self.rounds, source.number)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_sealed_json(file, {"pieces": source.num_pieces - own + more}, file.name)
+        write_sealed_json(file, {"pieces": source.num_pieces - num_pieces + more}, file.name)
         count = sum(len(piece.prompts) for piece in source.pieces[source.num_pieces:][:more])
         return f"{state}: {count} further prompts are asked"
 
@@ -528,10 +529,10 @@ def _iter_pieces(gathered: JudgedRound, selection: _Selection) -> Iterator[Round
         # The better response in a pair comes first.
         trained = trained[np.lexsort((gathered.rows["order"][trained], gathered.row_groups[trained]))]
         rows = gathered.rows[trained]
-        parts, part_of_row = np.unique(rows["part"], return_inverse=True)
+        parts, row_parts = np.unique(rows["part"], return_inverse=True)
         yield RoundPiece(
             parts=tuple(gathered.parts[i].name for i in parts.tolist()),
-            places=np.stack([part_of_row, rows["row"]], 1).astype(np.int32),
+            places=np.stack([row_parts, rows["row"]], 1).astype(np.int32),
             numbers={ADVANTAGE: selection.advantages[trained],
                      GROUP_SHARE: (1 / counts[gathered.row_groups[trained]]).astype(np.float32)},
             num_tokens=int(rows["tokens"].sum()))

@@ -128,8 +128,8 @@ class ShardWriter:
         tables = [self._read_part(name, fields) for name in piece.parts]
         starts = np.cumsum([0, *(table.num_rows for table in tables)])
         index = starts[piece.places[:, 0]] + piece.places[:, 1]
-        whole = pa.concat_tables(tables)
-        table = whole.drop_columns([ROUTES] if self.routes is not None else []).take(index)
+        joined = pa.concat_tables(tables)
+        table = joined.drop_columns([ROUTES] if self.routes is not None else []).take(index)
         prompts, prompt_lengths = _flatten_arrays(table, "prompt_tokens")
         tokens, token_lengths = _flatten_arrays(table, "tokens")
         lengths = prompt_lengths + token_lengths
@@ -146,7 +146,7 @@ class ShardWriter:
         columns = {"bin": ids, BEHAVIOUR: logprobs,
                    **{name + PER_DOCUMENT: piece.numbers[name] for name in self.numbers}}
         if self.routes is not None:
-            routes = read_routes(whole)
+            routes = read_routes(joined)
             columns[ROUTES] = _join_routes(self.routes, table, [routes[i] for i in index.tolist()], lengths)
         return lengths.astype(np.int32), columns, written
 
