@@ -242,11 +242,10 @@ def compute_budget_reward(budgets: np.ndarray, longest: int, scale: float) -> np
 
 
 def reward_length_budget(lengths: np.ndarray, right: np.ndarray, budgets: np.ndarray, longest: int,
-                         scale: float
-                  ) -> np.ndarray:
+                         scale: float) -> np.ndarray:
     """Return HBPO's rewards, [n] (arXiv 2507.15844, R of section 3.2), instead of the verifier's: for right
-    responses `budget_reward` within the budget, and beyond it f_1: the reward of a budget of their length,
-    minus |length - budget| / longest.
+    responses `compute_budget_reward` within the budget, and beyond it f_1: the reward for a budget of their
+    length, minus |length - budget| / longest.
 
     Args:
         lengths: [n] tokens of the responses to one prompt.
@@ -263,13 +262,13 @@ def reward_length_budget(lengths: np.ndarray, right: np.ndarray, budgets: np.nda
 def compute_budget_advantages(rewards: np.ndarray, budgets: np.ndarray, longest: int, scale: float
                               ) -> np.ndarray:
     """Return HBPO's advantage among responses of one budget, [n] (arXiv 2507.15844, section 3.3): their mean
-    reward minus `budget_reward`.
+    reward minus `compute_budget_reward`.
 
     Args:
-        rewards: [n] from `within_budget`.
+        rewards: [n] from `reward_length_budget`.
         budgets: [n] requested tokens.
-        longest: see `within_budget`.
-        scale: see `within_budget`.
+        longest: see `reward_length_budget`.
+        scale: see `reward_length_budget`.
     """
     means = {budget: rewards[budgets == budget].mean() for budget in np.unique(budgets)}
     return np.array([means[budget] for budget in budgets]) - compute_budget_reward(budgets, longest, scale)
