@@ -230,8 +230,8 @@ def measure_pairs(sources: Sequence[Source], logprobs_of: LogprobsOf, seq_len: i
 
     Returns:
         Source -> `pairs`; `chosen_likelier`, the share of pairs whose chosen response has the greater
-        log-probability per token; with `asked` the means of `compute_pair_meters`. Ties count half. Pairs with
-        a response that begins after `seq_len` tokens are left out.
+        log-probability per token; with `asked` the means of `compute_pair_meters`. Ties count half. Pairs
+        with a response that begins after `seq_len` tokens are left out.
     """
     source_figures = {}
     for source in sources:
