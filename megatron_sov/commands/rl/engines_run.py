@@ -60,7 +60,8 @@ def keep_servers(options: RlEnginesOptions) -> None:
 
     servers = [ServerProcess(
         options.engine, number, model, longest=count_max_tokens(config.rollout, None), settings=settings,
-        logs=places.logs / host, with_routes=config.policy.router_replay, python=places.python, port=options.port + number)
+        logs=places.logs / host, with_routes=config.policy.router_replay, python=places.python,
+        port=options.port + number)
         for number in range(settings.servers)]
     threads = [threading.Thread(target=run_server, args=[server]) for server in servers]
     for thread in threads:
