@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.extensions import transformer_engine as te
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
@@ -41,7 +42,7 @@ UINT16_MARK = -1
 
 @dataclass(frozen=True)
 class RecordedRoutes:
-    """Recorded routes of local tokens in one layer."""
+    """Recorded routes for local tokens in a layer."""
 
     experts: torch.Tensor
     """[tokens, top_k] int64; arbitrary values for tokens without a record."""
@@ -50,7 +51,7 @@ class RecordedRoutes:
 
 
 class RouteTable:
-    """Routes of all tokens in the step's local micro-batches, concatenated."""
+    """Routes for the tokens in the step's local micro-batches, concatenated."""
 
     def __init__(self, routes: np.ndarray, first_layer: int) -> None:
         """Copy the routes to the device.
@@ -120,8 +121,6 @@ def replay_routes(config: Any, rows: Sequence[np.ndarray | None]) -> Iterator[li
 
 def find_fusion_problem(model: ModelConfig) -> str:
     """Return why the kernels cannot route this model, or ""."""
-    from megatron.core.extensions import transformer_engine as te
-
     if te.fused_topk_with_score_function is None:
         return ("needs the routing kernels of Transformer Engine 2.7 or newer, and the one here has none; "
                 "install a newer one, or leave it out")
@@ -140,8 +139,6 @@ def find_fusion_problem(model: ModelConfig) -> str:
 def uses_fused_routing(config: Any, logits: torch.Tensor) -> bool:
     """Return whether to use the kernels: `moe_router_fusion` is on, they exist and compute the same
     routing."""
-    from megatron.core.extensions import transformer_engine as te
-
     if not config.moe_router_fusion or te.fused_topk_with_score_function is None:
         return False
     if logits.dtype == torch.float64:
@@ -166,8 +163,6 @@ def _matches_group_score(num_chosen: int, num_groups: int) -> bool:
 def choose_experts_fused(config: Any, logits: torch.Tensor,
                          bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return weights [tokens, experts] (zero if not chosen) and the choice [tokens, experts] bool."""
-    from megatron.core.extensions import transformer_engine as te
-
     weights, chosen = te.fused_topk_with_score_function(
         logits=logits.contiguous(), topk=config.moe_router_topk,
         # a softmax over the chosen experts equals the full softmax divided by the chosen experts' sum
@@ -181,8 +176,6 @@ def choose_experts_fused(config: Any, logits: torch.Tensor,
 
 def compute_balancing_scores(config: Any, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scores [tokens, experts] that sum to 1, and the top K [tokens, experts] bool."""
-    from megatron.core.extensions import transformer_engine as te
-
     chosen, scores = te.fused_compute_score_for_moe_aux_loss(
         logits=logits.contiguous(), topk=config.moe_router_topk,
         score_function=config.moe_router_score_function)
@@ -195,7 +188,7 @@ EPSILON = 1e-20
 
 @dataclass
 class RoutingStep:
-    """State of the current optimizer step, shared by the process's routers.
+    """Optimizer step state, shared by the process's routers.
 
     The config holds it as `routing_step`. Inputs are constant within a step, so recomputation in the backward
     pass sees the values of the forward pass.
@@ -204,7 +197,7 @@ class RoutingStep:
     seq_len: int = 0
     """Tokens per sequence; a micro-batch is a row of whole sequences."""
     num_sequences: int | torch.Tensor = 1
-    """Sequences of the global batch, over which the balancing loss is averaged."""
+    """Sequences in the global batch, over which the balancing loss is averaged."""
     aux_loss: dict[int, torch.Tensor] = field(default_factory=dict)
     """Layer number -> local part of the step's balancing loss, always in the same memory."""
     counts_evaluation: bool = False
@@ -212,9 +205,9 @@ class RoutingStep:
     rows: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     """(local tokens, sequence tokens) -> [local tokens] int64 sequence index, shared by all layers."""
     padding: torch.Tensor | None = None
-    """Padding mask of the current row, for routers that receive none."""
+    """Current row's padding mask, for routers without a mask argument."""
     shared: SharedPrompts | None = None
-    """Shared prompts of the current row; requires a model without pipeline stages."""
+    """Current row's `SharedPrompts`; requires a model without pipeline stages."""
     table: RouteTable | None = None
     """Routes that the step replays. None: routers choose."""
     record: dict[int, list[torch.Tensor]] | None = None
@@ -427,7 +420,7 @@ class BalancedRouter(TopKRouter):
 
     def _get_sequence_index(self, num_tokens: int, step: RoutingStep,
                             device: torch.device) -> tuple[torch.Tensor, int]:
-        """Return the sequence index of each local token, and the number of sequences in the micro-batch."""
+        """Return a sequence index per local token, and the number of sequences in the micro-batch."""
         split = context.get_cp_size() * (self.tp_group.size() if self.config.sequence_parallel else 1)
         key = num_tokens, step.seq_len
         if key not in step.rows:

@@ -1,4 +1,4 @@
-"""Simulates all processes of a layout: one thread per rank, and only one thread runs at a time.
+"""Simulates a layout's processes: a thread per rank, and only a single thread runs at a time.
 
 Megatron-Core and this project run unmodified, with groups of the real sizes: messages, receivers and order
 are those of a cluster. A thread yields only while it waits for others, so every run has the same order. If
@@ -24,9 +24,12 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.tensor_parallel import random
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from torch.distributed import distributed_c10d
 
-from megatron_sov.engine.parallel import cpu_shims
+from megatron_sov.engine.parallel import library_patches
 from megatron_sov.engine.parallel.simulated_messages import (
     CallPart, CallSite, Deadlock, MessageFault, copy_message, detach_tensors, find_call_site, get_reduction,
     reduce_parts)
@@ -40,7 +43,7 @@ STACK_BYTES = 4 << 20
 _M_ARENA_MAX = -8  # malloc.h
 _RANDOM_STATES = ("_CUDA_RNG_STATE_TRACKER", "_CUDA_RNG_STATE_TRACKER_INITIALIZED")
 MAX_NAMED_RANKS = 6
-"""Number of waiting ranks or messages that an error names."""
+"""Waiting ranks or messages named in an error."""
 
 
 @dataclass
@@ -64,13 +67,13 @@ class SimulatedRanks:
         """
         self.size, self.meddle = size, meddle
         self.sites: dict[CallSite, int] = {}
-        """Call site -> number of messages of all ranks."""
+        """Call site -> message count over ranks."""
         self.watch: Callable[[int, CallSite], None] | None = None
         """Called with (rank, call site) for each message."""
         self.calls: dict[tuple[str, int], _Call] = {}
         self.mail: dict[tuple[str, int, int, int], deque[tuple[CallSite, list[torch.Tensor]]]] = {}
         self.rank_groups: dict[Any, list[list[int]]] = {}
-        """Cache of the library's rank groups, which depend only on sizes."""
+        """Cache for the library's rank groups, which depend only on sizes."""
         self._turns = [_create_acquired_lock() for _ in range(size)]
         self._ready: deque[int] = deque(range(size))
         self._waiting: dict[int, str] = {}
@@ -217,7 +220,7 @@ def _add_call_site(site: CallSite) -> Iterator[None]:
 
 
 class _PendingWork(dist.Work):
-    """Handle of a pending message."""
+    """Handle for a pending message."""
 
     def __init__(self, ranks: SimulatedRanks, rank: int, holds: Callable[[], bool], what: str) -> None:
         super().__init__()
@@ -236,7 +239,7 @@ _ProcessGroup: Any = dist.ProcessGroup
 
 
 class SimulatedGroup(_ProcessGroup):
-    """One rank's handle of a process group, called by torch.distributed like NCCL's or gloo's.
+    """A rank's process group handle, called by torch.distributed like NCCL's or gloo's.
 
     The method names are torch's; `all_gather_into_tensor` and `reduce_scatter_tensor` call those that end in
     `_single` or start with `_`, depending on the version.
@@ -388,7 +391,7 @@ class SimulatedGroup(_ProcessGroup):
         return self._call("alltoall", part, exchange_rows)
 
     def _sizes(self, given: Sequence[int] | None, tensor: torch.Tensor) -> list[int]:
-        """Return the number of rows per member; equal parts by default."""
+        """Return the rows per member; equal parts by default."""
         sizes = [int(size) for size in given] if given is not None else []
         return sizes or [len(tensor) // self.size()] * self.size()
 
@@ -465,7 +468,7 @@ def _gather_objects(values: list[Any], value: Any, group: Any = None) -> None:
 
 
 class _RankWorld:
-    """State of torch.distributed for one rank: its groups."""
+    """A rank's torch.distributed state: the groups."""
 
     def __init__(self) -> None:
         self.default_pg: dist.ProcessGroup | None = None
@@ -491,8 +494,6 @@ class _RankWorld:
 
 def _create_world(ranks: SimulatedRanks, rank: int, parallel: ParallelConfig) -> ParallelWorld:
     """Create a rank's world and the layout's groups, and return its place."""
-    from megatron.core import parallel_state, tensor_parallel
-
     world = _RankWorld()
     distributed_c10d._world = world  # type: ignore[assignment]
     all_ranks = range(ranks.size)
@@ -520,17 +521,13 @@ def _create_world(ranks: SimulatedRanks, rank: int, parallel: ParallelConfig) ->
           mock.patch.object(parallel_state, "generate_masked_orthogonal_rank_groups", rank_groups)):
         create_groups(parallel)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    cpu_shims.patch_defects()
+    library_patches.patch_defects()
     return get_parallel_world(rank, ranks.size)
 
 
 @functools.cache
 def _list_rank_attributes() -> tuple[tuple[Any, str], ...]:
     """Return the module and class attributes with one value per rank, as (owner, name)."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import random
-    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
-
     # groups, ranks and buffers
     groups = [(parallel_state, name) for name, value in vars(parallel_state).items()
               if name.startswith("_") and not name.startswith("__") and not callable(value)]
@@ -542,9 +539,6 @@ def _get_initial_state(previous: Sequence[Any]) -> Sequence[Any]:
     """Return initial values for `_list_rank_attributes`; objects that this process already created are not
     shared.
     """
-    from megatron.core.tensor_parallel import random
-    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
-
     initial: dict[tuple[Any, str], Any] = {
         (random, _RANDOM_STATES[0]): None, (random, _RANDOM_STATES[1]): False,
         (MTPLossLoggingHelper, "tracker"): {}}
