@@ -91,8 +91,7 @@ def map_file(file: Path) -> mmap.mmap | bytes:
 
 
 def raise_open_file_limit() -> None:
-    """Raise this process's limit on open files to the hard limit: CPython's mmap keeps the descriptor
-    open."""
+    """Raise this process's limit on open files to the hard limit: each CPython mmap keeps a descriptor."""
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
@@ -323,9 +322,7 @@ class TokenShard:
         """Return `count` token ids of a document from `start`, int64.
 
         Raises:
-            UserError: an id is outside the vocabulary. A vocabulary-parallel embedding would embed it as
-            zeros
-                without an error.
+            UserError: an id is outside the vocabulary, which a vocabulary-parallel embedding would ignore.
         """
         found: np.ndarray = self._tokens[self._range(document, start, count)].astype(np.int64)
         # as uint64, a negative number is a large one
@@ -522,12 +519,12 @@ def open_sources(paths: dict[str, float], vocab_size: int,
             raise UserError(f"{path}: its tokenizer has {manifest.content['vocab_size']} ids, the model only "
                             f"model.vocab_size = {vocab_size}; {fix}")
         sources += _build_sources(path, manifest.content, paths[path] / total_weight, formats)
-    folders: dict[str, Path | None] = {}
+    artifacts: dict[str, Path | None] = {}
     for source in sources:
-        if source.name in folders:
-            raise UserError(f"source {source.name!r}: is in --data {folders[source.name]} and in "
+        if source.name in artifacts:
+            raise UserError(f"source {source.name!r}: is in --data {artifacts[source.name]} and in "
                             f"{source.artifact}; name one of the folders, as --data NAME={source.artifact}")
-        folders[source.name] = source.artifact
+        artifacts[source.name] = source.artifact
     return sources
 
 

@@ -172,8 +172,7 @@ class ExportEvaluations:
             self._fail(job, "its process ended without a result")
 
     def _check_submitted(self, job: EvalJob) -> None:
-        """Read the results of a submitted job, or fail it after a timeout: a failing job leaves no other
-        sign."""
+        """Read the results of a submitted job, or fail it after a timeout: failing jobs leave no sign."""
         mark = self._get_file(job, ".submitted")
         waited_s = time.time() - mark.stat().st_mtime if mark.is_file() else 0.0
         if self._get_result(job).is_file():
