@@ -140,7 +140,7 @@ class SupervisedFineTuning(DataObjective):
         terms, losses = head.cross_entropy(hidden[0], batch.labels, weights)
         terms |= self._mtp_sum(hidden, head, _restrict_to_responses(batch))
         return LossSums(terms, per_source(losses, batch.weights, batch.sources, self._num_sources),
-                        self._typed.measured(losses, batch))
+                        self._typed.compute_meters(losses, batch))
 
 
 def _read_weights(batch: MicroBatch, term: str) -> torch.Tensor:
