@@ -53,7 +53,6 @@ from megatron_sov.train.objectives.objective import (
     refuse_nothing_learned)
 from megatron_sov.train.recorder import Recorder, StepResult, peak_memory
 from megatron_sov.train.side_jobs.side_jobs import Garbage, Profiling, SideJobs
-from megatron_sov.train.stages.announcement import format_banner, memory_of
 from megatron_sov.train.stopping import CurrentWork, StopFlag
 
 ObjectiveFactory = Callable[[ObjectiveContext], Objective]
@@ -218,11 +217,6 @@ class Trainer:
     def announce(self) -> None:
         """Record what runs where."""
         entries = self.batches.ledger.entries
-        if self.world.is_main:
-            steps = range(self.step, self.num_steps)
-            told = format_banner(self.config, self.world.size, self.folder.path, steps, entries, self.sources,
-                          memory_of(self.config, self.world.size), torch.get_num_threads())
-            print(f"{told}\n", end="", file=sys.stderr, flush=True)
         self.recorder.judge_by(headline_of(self.objective), comparable=is_comparable(self.objective))
         self.recorder.begin(self.step, self._continued_from, self.sources, entries,
                             self._started_from if self.world.is_main else None, self._besides)

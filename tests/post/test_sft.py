@@ -16,7 +16,7 @@ from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 
 prepare_megatron()
 from megatron_sov import recipes  # noqa: E402
-from megatron_sov.commands.train.setup.stage_options import check_chats  # noqa: E402
+from megatron_sov.commands.train.setup.training import check_chats  # noqa: E402
 from megatron_sov.engine.parallel import collectives  # noqa: E402
 from megatron_sov.model.config import RunConfig, apply_settings  # noqa: E402
 from megatron_sov.post.sft import SupervisedFineTuning  # noqa: E402

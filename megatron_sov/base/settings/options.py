@@ -92,6 +92,8 @@ class Flag:
     """Placeholder for the value in help, e.g. `SHARE`; "": chosen by type."""
     many: bool = False
     """Whether several values may follow one occurrence of the option."""
+    rest: bool = False
+    """Whether a positional argument takes all remaining words, options included."""
     alone: str | None = None
     """Value of the option if no value follows; None: a value is required."""
     group: str = ""
@@ -187,9 +189,9 @@ class DeclaredCommand:
 
     options: type
     """Settings class; its docstring is the command's description."""
-    check: Callable[[Any], Any]
+    check: Callable[[Any], Any] | str
     """Receives the options and checks all that needs no heavy import. Returns the argument of `run_function`,
-    or an exit code if nothing is left to run."""
+    or an exit code if nothing is left to run. `module:function` if the checks import more than the help."""
     run_function: str = ""
     """`module:function`, imported after the checks. The module imports torch and the like at its top; the
     function returns an exit code, or None for 0. "": `check` does all the work."""
@@ -203,7 +205,8 @@ class DeclaredCommand:
 
     def run_options(self, options: Any) -> int:
         """Run the command with an instance of `options` and return its exit code."""
-        request = self.check(options)
+        check = import_reference(self.check) if isinstance(self.check, str) else self.check
+        request = check(options)
         if isinstance(request, int):
             return request
         return import_reference(self.run_function)(request) or ExitCode.OK
@@ -247,6 +250,9 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
             action.choices = tuple(map(str, get_args(option.hint))) or None
         # `Parser._check_value` leaves values to `read_options`, which reports all mistakes at once
         action.is_setting = True
+        # argparse requires REMAINDER, and would name it next to a missing argument
+        if option.flag.rest:
+            action.required = False
         action.declared = None if option.default is dataclasses.MISSING else option.default
     if _has_derived_dry_run(cls):
         parser.add_argument(DRY_RUN, action="store_true", default=argparse.SUPPRESS,
@@ -260,6 +266,8 @@ def _has_derived_dry_run(cls: Any) -> bool:
 
 
 def _choose_arity(option: _Option) -> dict[str, Any]:
+    if option.flag.rest:
+        return {"nargs": argparse.REMAINDER, "default": argparse.SUPPRESS}
     if option.is_positional:
         if option.repeats:
             return {"nargs": "+" if option.is_required else "*", "default": argparse.SUPPRESS}

@@ -98,7 +98,7 @@ def run_engines(args: argparse.Namespace) -> int:
     if options.engine == MEGATRON:
         raise UserError(f"--engine {options.engine}: has no servers; add --engine vllm, as the run has it")
     from megatron_sov.commands.train.setup.data_defaults import complete_stage
-    from megatron_sov.commands.train.setup.stage_options import request_with_model
+    from megatron_sov.commands.train.setup.starts import request_with_model
     from megatron_sov.infer.engines.server_engine import parse_server_settings
     from megatron_sov.infer.engines.server_process import ServerProcess, check_engine_program
 

@@ -22,9 +22,8 @@ from megatron_sov.commands.rl.rl_reward import JudgedOptions
 from megatron_sov.commands.rl.teachers import (
     ScoringTeacherOptions, live_teacher_of, refuse_teachers, teachers_of)
 from megatron_sov.commands.score import JudgeOptions
-from megatron_sov.commands.train.gate_options import (
-    TunedOptions, gate_of, is_complete, refuse_unknown_benchmarks)
-from megatron_sov.commands.train.setup.stage_options import ParsedStage, parse_stage, request_with_model
+from megatron_sov.commands.train.setup.stage_options import TunedOptions
+from megatron_sov.commands.train.setup.starts import request_with_model
 from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, SERVER_ENGINES, Engine, choose_engine
 from megatron_sov.infer.prompts import EngineOptions, ServerOptions, check_engine
 from megatron_sov.infer.request import Batching
@@ -42,12 +41,12 @@ from megatron_sov.runs.rounds import RunPolicies, build_start_policy, find_round
 from megatron_sov.work.progress.locks import Claims
 
 if TYPE_CHECKING:
+    from megatron_sov.commands.train.setup.training import TrainingRequest
     from megatron_sov.infer.engines.target import Target
     from megatron_sov.post.rl.generate.live import LiveRollouts
     from megatron_sov.post.rl.generate.servers import LiveServers
     from megatron_sov.post.rl.generate.writers import GenerationSettings, RolloutWriter
     from megatron_sov.post.rl.validation import Validation
-    from megatron_sov.train.guards.gate import EndGate
 
 
 def refuse_no_tokenizer(start_from: Path, folder: Path) -> None:
@@ -231,6 +230,7 @@ GENERATE = build_command(RlGenerateOptions, run_generate)
 class RoundsOptions(TunedOptions, PromptOptions, JudgedOptions, ScoringTeacherOptions):
     """What is trained, and where its rounds come from."""
 
+    stage: ClassVar[str] = "rl"
     groups: ClassVar[tuple[str, ...]] = ("policy", "rollout", "distillation", "preference")
     validation: Annotated[Path | None, Flag(VALIDATION_OPTION, "FILE|DIR")] = None
     """Held-out prompts, in the form of --prompts, that `rl run` asks its policies every
@@ -258,8 +258,13 @@ def run_train(args: argparse.Namespace) -> int:
         UserError: a mistake in the arguments, or the store does not belong to the run.
         StopRequested: a round is not there yet, and everything is saved.
     """
+    from megatron_sov.commands.train.setup.training import find_completed_run
+    from megatron_sov.commands.train.training_run import run_training
+
     options = read_options(RlTrainOptions, args)
-    if not is_complete(options, "policy"):
+    if (complete := find_completed_run(options)) is not None:
+        run_training(complete)
+    else:
         parsed = parse_rounds(options, lambda config: retain_policies(add_rounds(config)))
         train_rounds(options, parsed, wait_s=options.wait)
     return ExitCode.OK
@@ -269,12 +274,10 @@ def run_train(args: argparse.Namespace) -> int:
 class ParsedRounds:
     """What a command that trains rounds is to do, checked."""
 
-    stage: ParsedStage
+    stage: TrainingRequest
     prompts: PromptList
     """All of them."""
     reward_version: str
-    gate: EndGate | None
-    """What judges the last policy."""
     heldout: PromptList | None
     """What its policies are validated by; None: they are not."""
 
@@ -291,23 +294,26 @@ def parse_rounds(args: RoundsOptions, completed: Callable[[RunConfig], RunConfig
     Raises:
         UserError: a mistake in them.
     """
+    from megatron_sov.commands.train.setup.training import check_stage
+    from megatron_sov.commands.train.training_run import convert_request_start
+
     prompts = args.read(is_asked=is_asked)
     version = reward_version(args.reward, args.reward_set)
-    parsed = parse_stage(args, "policy", needs_data=False, num_prompts=len(prompts), completed=completed)
-    refuse_unknown_benchmarks(parsed.config)
+    parsed = check_stage(args, num_prompts=len(prompts), complete=completed)
     refuse_unjudged(args.reward, args.reward_set, round_prompts(prompts, parsed.config.rollout, 1),
                     f"--prompts {args.prompts}")
     refuse_teachers(args, parsed.config.policy, args.reward, args.prompts, prompts)
     if not args.dry_run:
-        parsed = parsed.with_checkpoint(args.run)
+        parsed = convert_request_start(parsed)
     heldout = None if args.validation is None else read_heldout(args.validation, args.renames, prompts,
                                                                 is_asked=is_asked)
-    return ParsedRounds(parsed, prompts, version, gate_of(args, parsed.config, parsed.start), heldout)
+    return ParsedRounds(parsed, prompts, version, heldout)
 
 
 def train_rounds(args: RoundsOptions, parsed: ParsedRounds, *, wait_s: float = 0.0,
                  rollouts: LiveRollouts | None = None, validation: Validation | None = None) -> None:
     """Train the rounds. Without `rollouts` other jobs generate and judge each within `wait_s` seconds."""
+    from megatron_sov.commands.train.training_run import run_training
     from megatron_sov.post.distillation.distill import OnPolicyDistillation, TaughtFactory, measure_teacher
     from megatron_sov.post.policy import check_sources, objective_of, texts_of
     from megatron_sov.post.preference import round_objective_of
@@ -316,10 +322,8 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, *, wait_s: float = 0
     from megatron_sov.post.rl.round_loader import RoundLoader
     from megatron_sov.post.rl.run import RolloutCycle
     from megatron_sov.post.rl.validation import SampledRounds
-    from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.data.rounds import BEHAVIOUR, rounds_of, rounds_source
     from megatron_sov.train.objectives.objective import columns_of
-    from megatron_sov.train.stages.stage import Stage, run_stage
 
     config, start = parsed.stage.config, parsed.stage.start
     assert start is not None, f"--from is required, it is {args.start_from}"
@@ -353,10 +357,9 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, *, wait_s: float = 0
     cycle = RolloutCycle(rollout=config.rollout, policies=policies, rollouts=rollouts, publisher=publisher,
                          loader=loader, validation=validation, wait_s=wait_s, store=args.store)
     after = partial(measure_teacher, sources=texts, teacher=teacher)
-    run_stage(Stage(config, RunFolder(args.run), objective, start, args.resume, texts, (source,),
-                    before=after, after=after, feed=cycle, end_gate=parsed.gate,
-                    faults=parsed.stage.faults, until=args.until, dry_run=args.dry_run,
-                    notes=parsed.stage.notes), args.nproc)
+    run_training(parsed.stage, lambda _, stage: replace(
+        stage, objective=objective, sources=texts, extra_sources=(source,), before=after, after=after,
+        feed=cycle))
 
 
 TRAIN = build_command(RlTrainOptions, run_train)
@@ -398,7 +401,11 @@ def run_rl(options: RlRunOptions) -> int:
         UserError: a mistake in the arguments, or the store does not belong to the run.
         StopRequested: it was asked to stop, and everything is saved.
     """
-    if is_complete(options, "policy"):
+    from megatron_sov.commands.train.setup.training import find_completed_run
+    from megatron_sov.commands.train.training_run import run_training
+
+    if (complete := find_completed_run(options)) is not None:
+        run_training(complete)
         return ExitCode.OK
     # before anything is written; the first process has the servers
     if options.engine != MEGATRON and is_first_rank():

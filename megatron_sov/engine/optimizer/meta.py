@@ -13,8 +13,7 @@ from unittest import mock
 from megatron_sov.engine.parallel import cpu_shims
 from megatron_sov.engine.parallel.world import create_groups
 from megatron_sov.model.config import ParallelConfig, RunConfig
-from megatron_sov.plan.footprint.held import StageParams
-from megatron_sov.plan.footprint.states import StatePlace, States
+from megatron_sov.model.process_memory import StageParams, StatePlace, States
 
 if TYPE_CHECKING:
     from megatron_sov.engine.model.language_model import LanguageModel
