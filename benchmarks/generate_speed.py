@@ -51,14 +51,11 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(args.port))
-    from megatron_sov.engine.parallel import cpu_shims
-    from megatron_sov.engine.parallel.device import on_gpu
-
-    cpu_shims.prepare_megatron()
     import torch
 
     from megatron_sov import recipes
     from megatron_sov.engine.parallel import world
+    from megatron_sov.engine.parallel.device import on_gpu
     from megatron_sov.infer.decoder.generator import MegatronEngine
     from megatron_sov.infer.request import Sampling
     from megatron_sov.model.config import apply_settings

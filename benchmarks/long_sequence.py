@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_sov import recipes
-from megatron_sov.engine.parallel import cpu_shims, launcher, world
+from megatron_sov.engine.parallel import launcher, world
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.plan.footprint.memory import Account, account
 from megatron_sov.train.data.token_shards import Source
@@ -117,7 +117,6 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[32_768, 65_536, 131_072])
     args = parser.parse_args()
-    cpu_shims.prepare_megatron()
     print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the start), "
           f"Python {platform.python_version()}; {NPROC} processes of one thread\n"
           "MiB of one process, float32, recomputation on\n")

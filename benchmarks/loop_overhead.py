@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sov import recipes
-from megatron_sov.engine.parallel import collectives, cpu_shims, launcher, world
+from megatron_sov.engine.parallel import collectives, launcher, world
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.runs.obs.events import EventLog
 from megatron_sov.train.data.token_shards import ShardChain, Source
@@ -285,7 +285,6 @@ def on_one_and_more(measure: Callable[[int, Path], None], description: str | Non
     parser.add_argument("--nproc", type=int, default=2)
     parser.add_argument("--turns", type=int, default=turns)
     args = parser.parse_args()
-    cpu_shims.prepare_megatron()
     print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the start), "
           f"Python {platform.python_version()}", flush=True)
     for nproc in sorted({1, args.nproc}):
@@ -298,7 +297,6 @@ def on_one_and_more(measure: Callable[[int, Path], None], description: str | Non
 
 def beside_transformers(turns: int) -> None:
     """Measure beside transformers, each kind of model in a process of its own."""
-    cpu_shims.prepare_megatron()
     print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the start), "
           f"Python {platform.python_version()}; {turns} steps of 2 x {SEQ_LEN} tokens, fp32, one thread",
           flush=True)

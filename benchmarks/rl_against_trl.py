@@ -96,9 +96,6 @@ json.dump(times, open(out, "w"))
 OUR_SCRIPT = '''
 import json, sys, time
 from megatron_sov import cli
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-prepare_megatron()
 from megatron_sov.infer.decoder.generator import MegatronEngine
 from megatron_sov.train.trainer import Trainer
 

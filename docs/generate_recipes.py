@@ -6,7 +6,7 @@ import inspect
 from pathlib import Path
 
 from megatron_sov.base.artifacts import write_atomically
-from megatron_sov.commands.models.recipes import summary
+from megatron_sov.commands.models.recipes import format_recipe_summary
 from megatron_sov.model.recipes import RECIPES, TINY, get, sources
 from megatron_sov.model.recipes.sources import DEFAULT, ValueSource, select_used
 from megatron_sov.plan.search import recommended
@@ -122,7 +122,7 @@ def overview() -> str:
     for name in (n for n in RECIPES if n not in TINY):
         first = " ".join((inspect.getdoc(RECIPES[name].build) or "").partition("\n\n")[0].split())
         about = first.removeprefix("Return ").rstrip(".")
-        rows.append(f"| `{name}` | `{tiny[name]}` | {about} | {summary(get(name))} |\n")
+        rows.append(f"| `{name}` | `{tiny[name]}` | {about} | {format_recipe_summary(get(name))} |\n")
     return "".join(rows)
 
 

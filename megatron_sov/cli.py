@@ -26,7 +26,7 @@ from megatron_sov.runs.launch_environment import (
 PROGRAM = "megatron-sov"
 
 
-def help_parser() -> argparse.ArgumentParser:
+def build_help_parser() -> argparse.ArgumentParser:
     """Return the top-level parser, for its help; sub-commands parse their own arguments."""
     texts = {name: c.help for name, c in COMMANDS.items()}
     groups = {name: c.group for name, c in COMMANDS.items()}
@@ -58,7 +58,7 @@ def build_parser() -> Parser:
             below = group.add_subparsers(metavar="COMMAND", parser_class=type(group))
             # shells look for the second word first, not for RECIPE
             group._actions.insert(0, group._actions.pop())
-        for second in children_of(first):
+        for second in list_subcommands(first):
             COMMANDS[f"{first} {second}"].declare(second, below)
     return parser
 
@@ -94,16 +94,16 @@ def _run_once(argv: list[str], only_checks: bool = False) -> int:
     if argv[:1] == ["help"] and len(argv) > 1:
         argv = [*argv[1:], "--help"]
     if not argv or argv[0] in ("-h", "--help", "help"):
-        help_parser().print_help()
+        build_help_parser().print_help()
         return ExitCode.OK if argv else ExitCode.USER_ERROR
     if argv[0].startswith("-") and argv[0] not in ("--version",):
         raise command_comes_first(PROGRAM, argv, COMMANDS)
-    name, rest = named(argv)
+    name, rest = split_command(argv)
     if name == "--version":
         print(format_version(PROGRAM))
         return ExitCode.OK
     check_command(PROGRAM, argv)
-    children = children_of(name)
+    children = list_subcommands(name)
     if children and name not in COMMANDS:
         return _run_group(name, children, rest)
     if name not in COMMANDS:
@@ -127,13 +127,13 @@ def _run_once(argv: list[str], only_checks: bool = False) -> int:
     return int(module.run(args))
 
 
-def named(argv: list[str]) -> tuple[str, list[str]]:
+def split_command(argv: list[str]) -> tuple[str, list[str]]:
     """Return a command line's command, of two words where there is such a one, and what follows it."""
     words = 2 if " ".join(argv[:2]) in COMMANDS else 1
     return " ".join(argv[:words]), argv[words:]
 
 
-def children_of(name: str) -> dict[str, str]:
+def list_subcommands(name: str) -> dict[str, str]:
     """Return second word -> help of the commands of two words that begin with a word."""
     return {command.removeprefix(f"{name} "): c.help for command, c in COMMANDS.items()
             if command.startswith(f"{name} ")}

@@ -1,8 +1,5 @@
-"""What every optimizer step of a run will be: its phase, batch size, tokens and learning rate, as functions
-of the step alone.
-
-So a run that is resumed, at whatever step and layout, goes on at the rate that it would have had.
-"""
+"""Learning rate, batch size, phase and tokens of each optimizer step, as functions of the step alone, so that
+a resumed run continues with the same learning rate at any layout."""
 
 from __future__ import annotations
 
@@ -20,75 +17,24 @@ if TYPE_CHECKING:
     from megatron_sov.model.config.train import OptimConfig
 
 
-def decayed(form: str, done: float) -> float:
-    """Return what is left of a decay, from 1 to 0, when the share `done` of it has passed.
-
-    Args:
-        form: linear: 1 - t; cosine: (1 + cos(pi t)) / 2 (arXiv 1608.03983); one_minus_sqrt: 1 - sqrt(t)
-            (arXiv 2405.18392).
-        done: t in [0, 1].
-    """
-    if form == "cosine":
-        return (1 + math.cos(math.pi * done)) / 2
-    return 1 - math.sqrt(done) if form == "one_minus_sqrt" else 1 - done
-
-
-def rate(optim: OptimConfig, at: int, end: int, warmup: int) -> float:
-    """Return the learning rate at a place of a run, counted in steps or in tokens.
-
-    A linear warm-up (over half the run at most), then by `optim.schedule`:
-    cosine, linear: decay to `min_lr` over the rest; wsd: constant, then decay in `decay_form` over the last
-    `decay_share`, all that follows the warm-up at most (MiniCPM, arXiv 2404.06395); inverse_sqrt: lr
-    sqrt(warmup / at) (arXiv 1706.03762), not below `min_lr`; constant.
-
-    Args:
-        optim: the schedule's settings.
-        at: steps or tokens up to the end of this step, at least 1.
-        end: steps or tokens of the run.
-        warmup: steps or tokens of the warm-up.
-    """
-    warmup = min(warmup, end // 2)
-    # `at` counts the step itself, so the first step has lr / warmup, not 0.
-    if at <= warmup:
-        return optim.lr * at / warmup
-    if optim.schedule == "constant":
-        return optim.lr
-    if optim.schedule == "inverse_sqrt":
-        return max(optim.min_lr, optim.lr * math.sqrt(max(1, warmup) / at))
-    if optim.schedule == "wsd":
-        # At most what follows the warm-up, so the rate never jumps at their border.
-        decay = max(1, min(round(end * optim.decay_share), end - warmup))
-        form, done = optim.decay_form, max(0.0, (at - (end - decay)) / decay)
-    else:
-        form, done = optim.schedule, (at - warmup) / max(1, end - warmup)
-    return optim.min_lr + (optim.lr - optim.min_lr) * decayed(form, done)
-
-
-def _turns(optim: OptimConfig, end: int, warmup: int) -> list[int]:
-    """Return the steps or tokens after which the warm-up is over and a `wsd` decay begins."""
-    warmup = min(warmup, end // 2)
-    return ([warmup, max(warmup, end - round(end * optim.decay_share))] if optim.schedule == "wsd"
-            else [warmup])
-
-
 @dataclass(frozen=True)
 class Stretch:
-    """Steps of the same phase and batch size."""
+    """Consecutive steps with the same phase and batch size."""
 
     first_step: int
     """0-based."""
     phase: int
-    """Number of the phase."""
+    """Index in `data.phases`."""
     batch_size: int
-    """Samples of a step."""
+    """Samples per step."""
     seq_len: int
-    """Tokens of a sample."""
+    """Tokens per sample."""
     tokens_before: int
-    """Tokens of all steps before, padding counted in."""
+    """Tokens of all earlier steps, including padding."""
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of one step, padding counted in."""
+        """`batch_size * seq_len`, including padding."""
         return self.batch_size * self.seq_len
 
 
@@ -99,98 +45,143 @@ class Schedule:
         self._optim, self._train, self.phases = config.optim, config.train, config.data.phases
         self._starts = config.phase_starts()
         self.num_steps = config.num_steps()
-        """Optimizer steps of the run."""
         self.stretches: list[Stretch] = []
-        """In order, the ramp's as well."""
-        for first in self._changes():
+        for first in self._list_first_steps():
             phase = bisect.bisect_right(self._starts, first) - 1
-            # Uses the stretches so far: they are made in order, and each knows the tokens before it.
-            before = self.tokens(first - 1) if first else 0
-            self.stretches.append(Stretch(first, phase,
-                                          data.batch_size_at(config.train, self.phases[phase], first),
-                                          self.phases[phase].seq_len, before))
+            # `count_tokens` reads the stretches that are already in the list
+            tokens_before = self.count_tokens(first - 1) if first else 0
+            batch_size = data.batch_size_at(config.train, self.phases[phase], first)
+            self.stretches.append(
+                Stretch(first, phase, batch_size, self.phases[phase].seq_len, tokens_before))
 
-    def _changes(self) -> list[int]:
-        """Return the steps at which a phase begins or the batch size changes."""
+    def _list_first_steps(self) -> list[int]:
+        """Return the steps where a phase begins or the batch size changes."""
         ends = [*self._starts[1:], self.num_steps]
-        # A phase of no steps has no stretch: a step belongs to one phase.
-        found = {start for start, end in zip(self._starts, ends, strict=True) if start < end}
+        # a phase without steps has no stretch
+        changes = {start for start, end in zip(self._starts, ends, strict=True) if start < end}
         for phase, start, end in zip(self.phases, self._starts, ends, strict=True):
-            found |= {s for s in data.find_ramp_changes(self._train, phase) if start < s < end}
-        return sorted(found)
+            changes |= {step for step in data.find_ramp_changes(self._train, phase) if start < step < end}
+        return sorted(changes)
 
-    def stretch(self, step: int) -> Stretch:
-        """Return the stretch that step `step` (0-based) belongs to."""
-        # The last stretch that begins at or before the step.
+    def get_stretch(self, step: int) -> Stretch:
+        """Return the `Stretch` that contains `step` (0-based)."""
         return self.stretches[bisect.bisect_right(self.stretches, step, key=lambda s: s.first_step) - 1]
 
-    def tokens(self, step: int) -> int:
-        """Return the tokens of all steps up to the end of step `step`, padding counted in."""
-        stretch = self.stretch(step)
+    def count_tokens(self, step: int) -> int:
+        """Count the tokens of steps 0 to `step`, including `step` and padding."""
+        stretch = self.get_stretch(step)
         return stretch.tokens_before + (step + 1 - stretch.first_step) * stretch.tokens_per_step
 
     def learning_rate(self, step: int) -> float:
-        """Return the learning rate of step `step` (0-based).
-
-        The run's schedule passes over all phases; one with a rate of its own has a schedule of its
-        own inside the phase.
-        """
-        number = self.stretch(step).phase
+        """Return the learning rate of `step` (0-based): by the schedule of its phase if the phase sets `lr`,
+        otherwise by the run's schedule over all phases."""
+        number = self.get_stretch(step).phase
         phase, start = self.phases[number], self._starts[number]
+        rewarmed = [] if phase.lr else [(start, phase.rewarm_steps)]
         if phase.lr:
-            value = rate(self._own(phase), step - start + 1, self._end(number) - start, phase.rewarm_steps)
+            value = compute_learning_rate(self._build_phase_optim(phase), step - start + 1,
+                                          self._get_phase_end(number) - start, phase.rewarm_steps)
         elif self._optim.schedule_by == "tokens":
-            value = rate(self._optim, self.tokens(step), self.tokens(self.num_steps - 1),
-                         self._optim.warmup_tokens)
+            value = compute_learning_rate(self._optim, self.count_tokens(step),
+                                          self.count_tokens(self.num_steps - 1), self._optim.warmup_tokens)
         else:
-            value = rate(self._optim, step + 1, self.num_steps, self._optim.warmup_steps)
-        # A phase with a rate of its own has used `rewarm_steps` as its warm-up above.
-        rewarmed = [(start, phase.rewarm_steps)] if not phase.lr else []
-        # A factor on the schedule, so that the schedule itself does not depend on when a run was
-        # interrupted.
+            value = compute_learning_rate(self._optim, step + 1, self.num_steps, self._optim.warmup_steps)
+        # Re-warming multiplies the scheduled rate: the schedule must not depend on earlier interruptions.
         for first, steps in (*rewarmed, *self._optim.rewarm):
             if first <= step < first + steps:
                 value *= (step + 1 - first) / steps
         return value
 
-    def turns(self) -> list[int]:
-        """Return the steps (0-based) at which a warm-up is over or a decay begins."""
+    def list_turning_steps(self) -> list[int]:
+        """Return the steps (0-based) where a warm-up ends or a decay begins."""
         optim = self._optim
         if optim.schedule_by == "tokens":
-            # Tokens grow with the step, so a binary search finds the step of a token count.
-            places = _turns(optim, self.tokens(self.num_steps - 1), optim.warmup_tokens)
-            found = [bisect.bisect_right(range(self.num_steps), place, key=self.tokens) for place in places]
+            token_counts = _list_turning_points(optim, self.count_tokens(self.num_steps - 1),
+                                                optim.warmup_tokens)
+            turns = [bisect.bisect_right(range(self.num_steps), count, key=self.count_tokens)
+                     for count in token_counts]
         else:
-            found = _turns(optim, self.num_steps, optim.warmup_steps)
+            turns = _list_turning_points(optim, self.num_steps, optim.warmup_steps)
         for number, (phase, start) in enumerate(zip(self.phases, self._starts, strict=True)):
             if phase.lr:
-                found += [start + t for t in _turns(self._own(phase), self._end(number) - start,
-                                                    phase.rewarm_steps)]
+                length = self._get_phase_end(number) - start
+                points = _list_turning_points(self._build_phase_optim(phase), length, phase.rewarm_steps)
+                turns += [start + point for point in points]
             elif phase.rewarm_steps:
-                found.append(start + phase.rewarm_steps)
-        return [turn for turn in (*found, *(first + steps for first, steps in optim.rewarm))
-                if turn < self.num_steps]
+                turns.append(start + phase.rewarm_steps)
+        turns += [first + steps for first, steps in optim.rewarm]
+        return [turn for turn in turns if turn < self.num_steps]
 
-    def _own(self, phase: PhaseConfig) -> OptimConfig:
-        """Return the settings of a phase's own schedule."""
+    def _build_phase_optim(self, phase: PhaseConfig) -> OptimConfig:
         return replace(self._optim, lr=phase.lr, min_lr=min(phase.lr, phase.min_lr or self._optim.min_lr),
                        schedule=phase.schedule or self._optim.schedule)
 
-    def _end(self, phase: int) -> int:
+    def _get_phase_end(self, phase: int) -> int:
         return self._starts[phase + 1] if phase + 1 < len(self._starts) else self.num_steps
 
 
-def changed_schedule(before: RunConfig, now: RunConfig, done: int) -> str | None:
-    """Return what a run that goes on with other settings should know about its learning rate; None where it
-    is what it would have been.
+def compute_learning_rate(optim: OptimConfig, at: int, end: int, warmup: int) -> float:
+    """Compute the learning rate at a position of a run, in steps or in tokens.
+
+    A linear warm-up over at most half of the run, then by `optim.schedule`:
+    cosine, linear: decay to `min_lr` over the rest; wsd: constant, then decay in `decay_form` over the last
+    `decay_share`, at most until the warm-up (MiniCPM, arXiv 2404.06395); inverse_sqrt: lr
+    sqrt(warmup / at) (arXiv 1706.03762), at least `min_lr`; constant.
 
     Args:
-        before: the settings that the run went by so far.
-        now: those that it goes on with.
-        done: steps that it has done.
+        optim: settings of the schedule.
+        at: steps or tokens until the end of this step, at least 1.
+        end: steps or tokens of the run.
+        warmup: steps or tokens of the warm-up.
+    """
+    warmup = min(warmup, end // 2)
+    # `at` includes the step itself: the first step has lr / warmup, not 0
+    if at <= warmup:
+        return optim.lr * at / warmup
+    if optim.schedule == "constant":
+        return optim.lr
+    if optim.schedule == "inverse_sqrt":
+        return max(optim.min_lr, optim.lr * math.sqrt(max(1, warmup) / at))
+    if optim.schedule == "wsd":
+        # a decay that began during the warm-up would make the rate jump at the end of the warm-up
+        decay = max(1, min(round(end * optim.decay_share), end - warmup))
+        form, progress = optim.decay_form, max(0.0, (at - (end - decay)) / decay)
+    else:
+        form, progress = optim.schedule, (at - warmup) / max(1, end - warmup)
+    return optim.min_lr + (optim.lr - optim.min_lr) * compute_decay_factor(form, progress)
+
+
+def compute_decay_factor(form: str, progress: float) -> float:
+    """Compute the remaining factor of a decay, from 1 to 0.
+
+    Args:
+        form: linear: 1 - t; cosine: (1 + cos(pi t)) / 2 (arXiv 1608.03983); one_minus_sqrt: 1 - sqrt(t)
+            (arXiv 2405.18392).
+        progress: t in [0, 1].
+    """
+    if form == "cosine":
+        return (1 + math.cos(math.pi * progress)) / 2
+    return 1 - math.sqrt(progress) if form == "one_minus_sqrt" else 1 - progress
+
+
+def _list_turning_points(optim: OptimConfig, end: int, warmup: int) -> list[int]:
+    """Return the steps or tokens where the warm-up ends and a `wsd` decay begins."""
+    warmup = min(warmup, end // 2)
+    if optim.schedule != "wsd":
+        return [warmup]
+    return [warmup, max(warmup, end - round(end * optim.decay_share))]
+
+
+def describe_schedule_change(before: RunConfig, now: RunConfig, done: int) -> str | None:
+    """Describe how changed settings change the next learning rate of a continued run; None: unchanged.
+
+    Args:
+        before: settings of the run until now.
+        now: settings of the continuation.
+        done: completed steps.
 
     Raises:
-        UserError: it has done more steps than are asked for now.
+        UserError: `now` has fewer steps than `done`.
     """
     old, new = Schedule(before), Schedule(now)
     if new.num_steps < done:
@@ -198,10 +189,9 @@ def changed_schedule(before: RunConfig, now: RunConfig, done: int) -> str | None
                         f"{done}; ask for at least {done}, or start a new --run --from an earlier checkpoint")
     if done in (new.num_steps, 0):
         return None
-    # Compared at the next step: what lies behind cannot change any more.
-    was, is_ = old.learning_rate(min(done, old.num_steps - 1)), new.learning_rate(done)
-    if math.isclose(was, is_, rel_tol=1e-6):
+    old_lr, new_lr = old.learning_rate(min(done, old.num_steps - 1)), new.learning_rate(done)
+    if math.isclose(old_lr, new_lr, rel_tol=1e-6):
         return None
     steps = f" of {old.num_steps} -> {new.num_steps} steps" if old.num_steps != new.num_steps else ""
     return (f"the schedule{steps} is another one than before: step {done + 1} has the learning rate "
-            f"{is_:.4g}, by the earlier settings {was:.4g}")
+            f"{new_lr:.4g}, by the earlier settings {old_lr:.4g}")

@@ -32,7 +32,7 @@ TYPED = {
     "docs/data_pipeline.md": "tests/test_docs_data.py",
     "docs/data_scoring.md": "tests/test_docs_data.py",
     "docs/decontamination.md": "tests/test_docs_data.py",
-    "docs/difficulty.md": "tests/test_docs_synth_solutions.py",
+    "docs/difficulty.md": "tests/test_docs_synth.py",
     "docs/eval.md": "tests/eval/test_eval_pages.py",
     "docs/eval_lm.md": "tests/eval/test_eval_pages.py",
     "docs/eval_suites.md": "tests/eval/test_eval_pages.py",
@@ -46,9 +46,9 @@ TYPED = {
     "docs/rollout_store.md": "tests/commands/rl/test_rl_store.py",
     "docs/serve.md": "tests/serve/test_serve.py",
     "docs/slurm.md": "tests/operate/slurm/test_submit.py",
-    "docs/synth_worlds.md": "tests/test_docs_synth_worlds.py",
-    "docs/synth_autoif.md": "tests/test_docs_synth_autoif.py",
-    "docs/synth_solutions.md": "tests/test_docs_synth_solutions.py",
+    "docs/synth_worlds.md": "tests/test_docs_synth.py",
+    "docs/synth_autoif.md": "tests/test_docs_synth.py",
+    "docs/synth_solutions.md": "tests/test_docs_synth.py",
     "docs/tokenizer.md": "tests/test_docs_data.py",
     "docs/tools.md": "tests/commands/rl/test_tools.py",
     "docs/torchrun.md": "tests/e2e/test_torchrun.py",
@@ -127,7 +127,7 @@ def parse(line: str) -> Any:
     program, *argv = shlex.split(line, comments=True)
     if program != "megatron-sov":
         return read_command_options(importlib.import_module(ENTRIES[program]).build_parser().parse_args(argv))
-    name, rest = cli.named(argv)
+    name, rest = cli.split_command(argv)
     parser = Parser(prog=f"megatron-sov {name}")
     cli.COMMANDS[name].load().add_arguments(parser)
     return read_command_options(parser.parse_args(rest))

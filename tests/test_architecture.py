@@ -72,7 +72,7 @@ MAY_START = {"megatron_sov/engine/parallel/launcher.py": "ranks",
 MAY_RENAME = {"megatron_sov/checkpoint/host_snapshot.py": "of a folder that has no name yet",
               "megatron_sov/runs/checkpoints.py": "sets checkpoints aside",
               "megatron_sov/sandbox/enclosures.py": "flattens what it deletes",
-              "megatron_sov/commands/evaluate/eval_judged.py": "into an artifact that is made"}
+              "megatron_sov/commands/evaluate/eval_passk.py": "into an artifact that is made"}
 """File outside of work that gives results their names by `os.rename` or `os.replace` -> why."""
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}
 SAID = re.compile(r"__doc__|str\((e|error)\)|\{e\}|std(out|err)|\b(said|shown|why)\b")

@@ -109,7 +109,7 @@ def test_the_first_of_two_words_lists_all_that_follow(first: str, capsys: pytest
     with contextlib.suppress(SystemExit):
         assert cli.main([first, "--help"]) == 0
     printed = capsys.readouterr().out
-    for second, text in cli.children_of(first).items():
+    for second, text in cli.list_subcommands(first).items():
         assert re.search(rf"^  {second} +{re.escape(text)}$", printed, re.MULTILINE)
 
 

@@ -67,7 +67,7 @@ def test_every_command_is_one_that_its_program_knows(tmp_path: Path, sources: li
         program, name, *rest = stage.command
         if program == "megatron-sov":
             parser = Parser()
-            command, rest = cli.named([name, *rest])
+            command, rest = cli.split_command([name, *rest])
             COMMANDS[command].load().add_arguments(parser)
             args = read_command_options(parser.parse_args(rest))
             if hasattr(args, "recipe"):

@@ -51,11 +51,11 @@ def test_every_command_on_a_page_parses(line: str) -> None:
 
 @pytest.mark.parametrize(
     "line", [c for c in COMMANDS if c.values[0].startswith("megatron-sov ")
-             and cli.named(c.values[0].split()[1:])[0] in TRAINS])
+             and cli.split_command(c.values[0].split()[1:])[0] in TRAINS])
 def test_every_setting_on_a_page_is_one_that_the_recipe_takes(line: str) -> None:
     """At the number of processes that the command says, or where the environment decides at one that fits."""
     args = parse(line)
-    command = cli.named(line.split()[1:])[0]
+    command = cli.split_command(line.split()[1:])[0]
     trains_by = TRAINS[command]
     # tests/test_own_code.py runs those with code of one's own
     if line in commands_of((ROOT / "docs/own_code.md").read_text()) or is_reference(args.recipe or ""):

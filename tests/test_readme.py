@@ -49,6 +49,8 @@ def gather(folder: Path) -> None:
                  {"role": "assistant", "content": f"A sequence of {i} things."}] for i in range(40)]
         (corpus.path / "chat.jsonl").write_text(
             "".join(json.dumps({"messages": messages}) + "\n" for messages in said))
+        (corpus.path / "benchmarks").mkdir()
+        (corpus.path / "benchmarks/test.jsonl").write_text('{"prompt": "Why?", "language": "en"}\n')
 
 
 @pytest.mark.essential

@@ -14,7 +14,7 @@ from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import OptimConfig, PhaseConfig, RunConfig, TrainConfig
 from megatron_sov.model.config.data import batch_size_at
-from megatron_sov.schedules import Schedule, changed_schedule, decayed
+from megatron_sov.schedules import Schedule, compute_decay_factor, describe_schedule_change
 
 SCHEDULES = ("cosine", "wsd", "linear", "inverse_sqrt", "constant")
 
@@ -70,7 +70,7 @@ def test_wsd_is_constant_then_decays_in_its_form(form: str, left: list[float]) -
     found = rates(20, schedule="wsd", decay_share=0.25, decay_form=form)
     assert found[3:15] == [1.0] * 12
     assert found[15:] == pytest.approx([0.1 + 0.9 * part for part in left])
-    assert decayed(form, 0.0) == 1.0 and decayed(form, 1.0) == pytest.approx(0.0)
+    assert compute_decay_factor(form, 0.0) == 1.0 and compute_decay_factor(form, 1.0) == pytest.approx(0.0)
 
 
 def test_inverse_square_root_is_that_of_the_transformer() -> None:
@@ -97,17 +97,17 @@ def test_tokens_and_batch_sizes_are_those_that_a_count_step_by_step_gives() -> N
         phase = PHASES[sum(step >= start for start in config.phase_starts()) - 1]
         size = batch_size_at(config.train, phase, step)
         spent += size * phase.seq_len
-        assert (schedule.stretch(step).batch_size, schedule.tokens(step)) == (size, spent)
-        assert PHASES[schedule.stretch(step).phase] is phase
+        assert (schedule.get_stretch(step).batch_size, schedule.count_tokens(step)) == (size, spent)
+        assert PHASES[schedule.get_stretch(step).phase] is phase
 
 
 def test_counted_in_tokens_the_rate_follows_what_was_read_not_the_steps() -> None:
     config = run(24, phases=PHASES, train=RAMP, schedule="linear", schedule_by="tokens",
                  warmup_tokens=96, min_lr=0.0)
     schedule = Schedule(config)
-    end = schedule.tokens(23)
+    end = schedule.count_tokens(23)
     for step in range(24):
-        at = schedule.tokens(step)
+        at = schedule.count_tokens(step)
         assert schedule.learning_rate(step) == pytest.approx(at / 96 if at <= 96
                                                              else 1 - (at - 96) / (end - 96))
     falls = [schedule.learning_rate(s) - schedule.learning_rate(s + 1) for s in (8, 14, 21)]
@@ -140,12 +140,13 @@ def test_rates_depend_on_the_step_alone() -> None:
 
 def test_a_run_that_goes_on_with_another_schedule_is_told_its_rates() -> None:
     short, long = run(6, schedule="cosine"), run(12, schedule="cosine")
-    told = changed_schedule(short, long, 4)
+    told = describe_schedule_change(short, long, 4)
     assert told is not None and "of 6 -> 12 steps" in told
     was, now = Schedule(short).learning_rate(4), Schedule(long).learning_rate(4)
     assert f"step 5 has the learning rate {now:.4g}, by the earlier settings {was:.4g}" in told
-    assert changed_schedule(short, short, 4) is None and changed_schedule(short, short, 6) is None
+    assert describe_schedule_change(short, short, 4) is None
+    assert describe_schedule_change(short, short, 6) is None
     own = replace(short.data.phases[0], lr=0.5)
-    assert "step 5 has" in (changed_schedule(short, run(6, (own,), schedule="cosine"), 4) or "")
+    assert "step 5 has" in (describe_schedule_change(short, run(6, (own,), schedule="cosine"), 4) or "")
     with pytest.raises(UserError, match="now make 6 steps, and the run has done 7; ask for at least 7"):
-        changed_schedule(long, short, 7)
+        describe_schedule_change(long, short, 7)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target
     from megatron_sov.runs.folder import RunEvents
 
-def words_of(options: Any) -> list[str]:
+def list_option_words(options: Any) -> list[str]:
     """Return the words that `read_options` reads as these options again: positional arguments, then all that
     is not its default.
 
@@ -80,11 +80,11 @@ class RecordOptions:
     """Also add the figures to this run's events, for its report."""
 
 
-def named_tasks(names: str | None) -> list[str]:
+def parse_task_names(names: str | None) -> list[str]:
     """Return the tasks of an option, separated by commas."""
     return [name for name in (part.strip() for part in (names or "").split(",")) if name]
 
 
-def step_of(target: Target, events: RunEvents) -> int | None:
+def get_target_step(target: Target, events: RunEvents) -> int | None:
     """Return the step of a checkpoint; an export is taken to be of the run's last one."""
     return events.last_step() if target.step is None else target.step

@@ -114,7 +114,7 @@ class PlacedPlan:
         if self.config.extend.stages and self.quotes:
             return totals(self.quotes).tokens
         schedule = Schedule(self.config)
-        return schedule.tokens(schedule.num_steps - 1)
+        return schedule.count_tokens(schedule.num_steps - 1)
 
     def _length(self) -> str:
         """Return the length of the run and the setting that decides it."""

@@ -126,7 +126,7 @@ def run_stages(config: RunConfig, num_ranks: int, *, micro_batch_set: bool = Fal
     if config.extend.stages:
         return [_of_extension(config, stage, num_ranks, micro_batch_set) for stage in config.extend.stages]
     schedule, starts = Schedule(config), [*config.phase_starts(), config.num_steps()]
-    read = [schedule.tokens(step - 1) if step else 0 for step in starts]
+    read = [schedule.count_tokens(step - 1) if step else 0 for step in starts]
     return [RunStage(phase.name, PHASE, _alone(config, phase, ramps=i == 0),
                      starts[i + 1] - starts[i], read[i + 1] - read[i])
             for i, phase in enumerate(config.data.phases) if starts[i + 1] > starts[i]]

@@ -21,8 +21,8 @@ from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE, TYPE_TEXT
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig
 from megatron_sov.post import policy, preference, reference
-from megatron_sov.post.distillation.distill import Distillation, KeptTeacher, TaughtFactory
-from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, Kept, packed
+from megatron_sov.post.distillation.distill import Distillation, StoredTeacher, TeacherFactory
+from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFormat, pack_rows
 from megatron_sov.post.sft import SupervisedFineTuning
 from megatron_sov.train.data.described import source_record
 from megatron_sov.train.data.token_shards import CONTENT_VERSION, Source
@@ -44,10 +44,11 @@ def objective_of(config: RunConfig, sources: Sequence[Source]) -> Callable[[Any]
     """Return what makes the objective that a run learns by."""
     name = config.objective.name
     if name == "distill":
-        return TaughtFactory(Distillation, [_GivenTeacher(config, sources)])
+        return TeacherFactory(Distillation, [_GivenTeacher(config, sources)])
     made: dict[str, Callable[[], Any]] = {
         "lm": lambda: LanguageModelling, "sft": lambda: SupervisedFineTuning,
-        "preference": lambda: preference.objective_of(config), "policy": lambda: policy.objective_of(config)}
+        "preference": lambda: preference.select_objective(config),
+        "policy": lambda: policy.build_policy_objective(config)}
     return made[name]()
 
 
@@ -110,12 +111,12 @@ def _head_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}-teacher.safetensors")
 
 
-class _GivenTeacher(KeptTeacher):
+class _GivenTeacher(StoredTeacher):
     """A teacher whose opinions are drawn when they are asked for."""
 
     def __init__(self, config: RunConfig, sources: Sequence[Source]) -> None:
         asked = config.distillation
-        kept = Kept("float32", asked.top_k, asked.temperature, asked.other_tokenizer)
+        kept = StateFormat("float32", asked.top_k, asked.temperature, asked.other_tokenizer)
         [folder] = config.data.paths
         files: Any = SimpleNamespace(
             folder=Path(folder), kept=kept, vocab_size=config.model.vocab_size, teacher=SOURCE,
@@ -140,4 +141,4 @@ def _states(top_k: int, vocab_size: int, is_silent: bool, document: int) -> torc
     logprobs, ids = torch.randn(_LONGEST, vocab_size, generator=random).log_softmax(-1).topk(top_k)
     if is_silent:
         logprobs[::5] = 1.0
-    return packed(ids, logprobs)
+    return pack_rows(ids, logprobs)

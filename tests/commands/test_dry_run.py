@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from megatron_sov.cli import main
-from megatron_sov.commands.evaluate.eval_judged import EvalPasskOptions
+from megatron_sov.commands.evaluate.eval_passk import EvalPasskOptions
 from megatron_sov.commands.models.generate import GenerateOptions
 from megatron_sov.commands.models.serve import ServeOptions
-from megatron_sov.commands.shared_options import words_of
+from megatron_sov.commands.shared_options import list_option_words
 from megatron_sov.infer.request import Sampling
 from tests.typed_words import typed
 
@@ -127,4 +127,4 @@ def test_mistakes_are_those_of_the_run(capsys: Any, packed_data: Any, tmp_path: 
                      right_from=-0.5, reward_set=("unit=km",)),
     ServeOptions(target=Path("m"))])
 def test_words_are_read_as_the_same_options(options: Any) -> None:
-    assert typed(type(options), words_of(options)) == options
+    assert typed(type(options), list_option_words(options)) == options

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from megatron_sov.cli import main
-from megatron_sov.commands.operate.run_state import read_state
+from megatron_sov.commands.operate.run_state import read_run_state
 from megatron_sov.runs.folder import FAULTS
 from megatron_sov.runs.lock import read_lock
 from megatron_sov.runs.obs.events import EVENTS, read_events
@@ -46,7 +46,7 @@ def test_ctrl_c_is_answered_before_the_step_has_ended(tmp_path: Path, pretrain: 
     until(lambda: is_slow(run), process)
     interrupt(run)
     until(lambda: events(run, "stopping"), process)
-    state = read_state(run)
+    state = read_run_state(run)
     assert state.state == "stopping" and state.why.startswith("stopping after step 4 (about "), state
     assert len(events(run, "step")) == 3
     _, errors = process.communicate(timeout=600)
@@ -58,7 +58,7 @@ def test_ctrl_c_is_answered_before_the_step_has_ended(tmp_path: Path, pretrain: 
     assert stop["step"] == 4 and errors.splitlines()[-1] == (
         "stopped: everything is saved; last checkpoint: step 4; continue with: "
         f"megatron-sov resume '{run}'")
-    assert read_state(run).state == "stopped"
+    assert read_run_state(run).state == "stopped"
     assert [event["step"] for event in events(run, "eval")] == [0]
 
 

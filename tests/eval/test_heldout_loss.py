@@ -12,16 +12,11 @@ import numpy as np
 import pytest
 
 from megatron_sov.base.artifacts import format_json, write_atomically
+from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
+from megatron_sov.eval.heldout_loss import HeldoutData, evaluate_rows, group_into_rows, open_heldout
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
-
-prepare_megatron()
-
-from megatron_sov.base.errors import UserError  # noqa: E402
-from megatron_sov.eval.heldout_loss import (  # noqa: E402
-    HeldoutData, evaluate_rows, group_into_rows, open_heldout)
-from megatron_sov.train.data.token_shards import open_sources  # noqa: E402
+from megatron_sov.train.data.token_shards import open_sources
 
 
 def test_loss_per_byte_of_known_losses(token_shards: Path) -> None:

@@ -27,8 +27,6 @@ def test_data_of_text_need_no_encoder(packed_data: Any) -> None:
 
 
 PROGRAM = """
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-prepare_megatron()
 import sys
 import {modules}
 print([name for name in sys.modules if name.startswith(("megatron_sov.omni", "data_prep.media"))])

@@ -27,7 +27,7 @@ def _trainer(settings: list[str], data: str, run: Path) -> Any:
     from layout_run import small_config
 
     from megatron_sov.engine.parallel import world
-    from megatron_sov.post.preference import heldout_documents, objective_of
+    from megatron_sov.post.preference import find_heldout_documents, select_objective
     from megatron_sov.post.reference import Reference
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.data.token_shards import open_sources
@@ -38,9 +38,9 @@ def _trainer(settings: list[str], data: str, run: Path) -> Any:
     config.check(place.size)
     sources = open_sources(config.data.paths, config.model.vocab_size, ("preference",))
     # The data's manifest stands for that of a checkpoint.
-    reference = Reference(run, Path(data), sources, 128, {s.name: heldout_documents(s) for s in sources})
-    trainer = Trainer(config, place, RunFolder(run), list(reference.sources), objective_of(config))
-    reference.make(trainer)
+    reference = Reference(run, Path(data), sources, 128, {s.name: find_heldout_documents(s) for s in sources})
+    trainer = Trainer(config, place, RunFolder(run), list(reference.sources), select_objective(config))
+    reference.score_heldout(trainer)
     trainer.reference = reference  # type: ignore[attr-defined]
     return trainer
 
@@ -70,7 +70,7 @@ def measured_of(trainer: Any, batch: Any) -> dict[str, float]:
     source: Any = SimpleNamespace(name="pairs", num_tokens={"heldout": 1}, shard=lambda split: documents)
     asked = trainer.config.preference
     (found,) = preference.measure_pairs(
-        [source], lambda d, chosen: preference.document_logprobs(trainer, d, chosen, 128, 2), 128, asked,
+        [source], lambda d, chosen: preference.score_documents(trainer, d, chosen, 128, 2), 128, asked,
         (lambda source: numbers) if asked.method in preference.REFERENCE_METHODS else None).values()
     return found
 

@@ -11,19 +11,16 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-prepare_megatron()
-from megatron_sov import recipes  # noqa: E402
-from megatron_sov.commands.train.setup.training import check_chats  # noqa: E402
-from megatron_sov.engine.parallel import collectives  # noqa: E402
-from megatron_sov.model.config import RunConfig, apply_settings  # noqa: E402
-from megatron_sov.post.sft import SupervisedFineTuning  # noqa: E402
-from megatron_sov.train.data.rows import PackedRow, join_rows  # noqa: E402
-from megatron_sov.train.objectives.microbatch import from_row  # noqa: E402
-from megatron_sov.train.objectives.objective import GlobalBatch, total_loss  # noqa: E402
-from tests.head_config import head_config  # noqa: E402
+from megatron_sov.commands.train.setup.training import check_chats
+from megatron_sov.engine.parallel import collectives
+from megatron_sov.model.config import RunConfig, apply_settings
+from megatron_sov.post.sft import SupervisedFineTuning
+from megatron_sov.train.data.rows import PackedRow, join_rows
+from megatron_sov.train.objectives.microbatch import from_row
+from megatron_sov.train.objectives.objective import GlobalBatch, total_loss
+from tests.head_config import head_config
 
 TEXT, PROMPT, RESPONSE, LENGTH = 0, 1, 2, 12
 VOCAB, ROW = 13, 24

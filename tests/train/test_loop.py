@@ -11,11 +11,8 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-prepare_megatron()
-from megatron_sov.train.loop import train  # noqa: E402
-from megatron_sov.train.stopping import CurrentWork  # noqa: E402
+from megatron_sov.train.loop import train
+from megatron_sov.train.stopping import CurrentWork
 
 
 class Recorded:

@@ -14,17 +14,13 @@ import pytest
 import torch
 
 from megatron_sov import recipes
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
+from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import IdBlock, apply_settings
+from megatron_sov.post.sft import SupervisedFineTuning
 from megatron_sov.train.data.rows import PackedRow
-
-prepare_megatron()
-from megatron_sov.base.errors import UserError  # noqa: E402
-from megatron_sov.post.sft import SupervisedFineTuning  # noqa: E402
-from megatron_sov.train.objectives.data_objective import LanguageModelling  # noqa: E402
-from megatron_sov.train.objectives.data_objective import MTP, DataObjective  # noqa: E402
-from megatron_sov.train.objectives.microbatch import MicroBatch, from_row  # noqa: E402
-from megatron_sov.train.objectives.objective import (  # noqa: E402
+from megatron_sov.train.objectives.data_objective import MTP, DataObjective, LanguageModelling
+from megatron_sov.train.objectives.microbatch import MicroBatch, from_row
+from megatron_sov.train.objectives.objective import (
     GlobalBatch, LossSums, parts_of, per_source, refuse_nothing_learned, total_loss)
 
 

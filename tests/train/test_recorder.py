@@ -14,7 +14,6 @@ import torch
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import create_artifact, manifest_sha256
 from megatron_sov.checkpoint.save import SavedCheckpoint
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.model.families.count import compute_train_flops_per_token
@@ -44,9 +43,6 @@ def test_figures_of_a_step() -> None:
     ("NVIDIA GB200", 2500), ("NVIDIA T4", None)])
 def test_known_peaks(name: str, bf16: float | None) -> None:
     assert peak_tflops(name) == bf16
-
-
-prepare_megatron()
 
 NUM_STEPS = 7
 RESULT = StepResult(loss=2.5, losses={"lm": 2.5}, losses_by_source={"web": 2.4}, grad_norm=1.5, lr=1e-3,

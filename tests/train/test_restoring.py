@@ -10,16 +10,13 @@ import pytest
 
 from megatron_sov.base.artifacts import MANIFEST, create_artifact
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.model.config import GuardConfig
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.obs.events import EVENTS, read_events
+from megatron_sov.train import loop
 from megatron_sov.train.data.ledger import Ledger, LedgerEntry
+from megatron_sov.train.guards.step_guard import Refusal, StepGuard
 from tests.tiny import tiny_model
-
-prepare_megatron()
-from megatron_sov.train import loop  # noqa: E402
-from megatron_sov.train.guards.step_guard import Refusal, StepGuard  # noqa: E402
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.settings import Actions, AtLeastOne, Flag, add_actions, run_action
 from megatron_sov.commands.evaluate.task import (
     HeldoutOptions, OutOptions, begin_task, measure_target, show_figures, write_figures)
-from megatron_sov.commands.shared_options import ModelPath, step_of
+from megatron_sov.commands.shared_options import ModelPath, get_target_step
 from megatron_sov.infer.request import RankOptions
 from megatron_sov.model.config import Language, NeedleConfig, NeedleKind, parse_data_paths
 from megatron_sov.runs.launch_environment import is_first_rank
@@ -88,7 +88,7 @@ def _ppl(args: PplOptions) -> int:
     found = measure_target(args, target, policy_losses, hf_losses)
     if found is not None:
         write_figures(args.out, found)
-        events.add("eval", step=step_of(target, events), heldout=found)
+        events.add("eval", step=get_target_step(target, events), heldout=found)
         show_figures(args.json, found, _loss_table(found))
     return ExitCode.OK
 
@@ -111,7 +111,7 @@ def _needle(args: NeedleOptions) -> int:
                            lambda model: judged(HfEngine(model)))
     if found is not None:
         write_figures(args.out, found)
-        events.add("needle", when="eval", step=step_of(target, events), **found)
+        events.add("needle", when="eval", step=get_target_step(target, events), **found)
         show_figures(args.json, found, format_table(parse_result(found)))
     return ExitCode.OK
 
@@ -165,13 +165,13 @@ def _source_language(word: str) -> tuple[str, Language]:
 
 ACTIONS: Actions = {
     "ppl": (PplOptions, _ppl), "needle": (NeedleOptions, _needle),
-    "pairs": Command("megatron_sov.commands.evaluate.eval_judged:PAIRS",
+    "pairs": Command("megatron_sov.commands.evaluate.eval_passk:PAIRS",
                      "Share of held-out pairs whose better answer the model would rather write"),
-    "passk": Command("megatron_sov.commands.evaluate.eval_judged:PASSK",
+    "passk": Command("megatron_sov.commands.evaluate.eval_passk:PASSK",
                      "Sample responses to prompts, have a reward judge them, estimate pass@k and maj@k"),
     "media": Command("megatron_sov.commands.evaluate.eval_media:MEDIA",
                      "From text, pictures and speech to one another, judged by what is recognised"),
-    "lm": Command("megatron_sov.commands.evaluate.benchmarks:LM",
+    "lm": Command("megatron_sov.commands.evaluate.eval_lm:LM",
                   "Score a model on tasks of lm-eval's form, by its own prompts and metrics, offline",
                   page="eval_lm.md")}
 add_arguments = partial(add_actions, actions=ACTIONS)

@@ -17,7 +17,7 @@ from megatron_sov.base.plugins.loading import call_plugin, load_plugin
 from megatron_sov.base.settings import Flag, build_command, read_options
 from megatron_sov.commands.models.generate import (
     CodecsOptions, ReplySampling, check_media, media_decoders, shown_media)
-from megatron_sov.commands.shared_options import ModelPath, RecordOptions, step_of
+from megatron_sov.commands.shared_options import ModelPath, RecordOptions, get_target_step
 from megatron_sov.eval.statistics import compute_mean_interval, compute_wilson_interval
 from megatron_sov.infer.request import Batching, BatchSize, RankOptions
 from megatron_sov.runs.checkpoints import check_model_path
@@ -45,7 +45,7 @@ class MediaRow:
     """What a judge chooses from; (): anything."""
 
 
-def read_rows(file: Path) -> list[MediaRow]:
+def read_media_rows(file: Path) -> list[MediaRow]:
     """Return the rows of a JSONL file: `content`, `answer`, and `labels` where a judge chooses.
 
     Raises:
@@ -91,7 +91,7 @@ def _kept(character: str) -> str:
     return "" if kind == "Cf" and character != "\N{ZERO WIDTH SPACE}" else " "
 
 
-def figures(rows: Sequence[MediaRow], heard: Sequence[str]) -> dict[str, Any]:
+def compute_media_figures(rows: Sequence[MediaRow], heard: Sequence[str]) -> dict[str, Any]:
     """Return what was recognised against what was asked for.
 
     `accuracy` is the share of exact matches of normalised texts with Wilson's interval; `wer` and `cer` are
@@ -118,7 +118,7 @@ def figures(rows: Sequence[MediaRow], heard: Sequence[str]) -> dict[str, Any]:
 Judge = Callable[[Sequence[Path], Sequence[Sequence[str]]], Sequence[str]]
 """Files and the labels of each to choose from -> what is recognised in each, "" where nothing is."""
 
-def judge_of(said: str) -> Judge:
+def load_judge(said: str) -> Judge:
     """Return the judge of FILE.py:NAME, a function (files, labels) -> texts.
 
     Raises:
@@ -195,7 +195,7 @@ def run_media(args: EvalMediaOptions) -> int:
         return ExitCode.OK  # the job's first process tells
     if args.output is not None:
         write_output(args.output, format_json(found))
-    step = step_of(target, events)
+    step = get_target_step(target, events)
     for name, told in found.items():
         events.add("media", step=step, pair=name, **{k: v for k, v in told.items() if k != "samples"})
     lines = [_line(name, told) for name, told in found.items()]
@@ -209,7 +209,7 @@ def _rows_of(item: str) -> tuple[str, list[MediaRow]]:
     name, _, file = item.partition("=")
     if name not in PAIRS or not file:
         raise UserError(f"--data {item}: must have the form PAIR=FILE.jsonl, with one of {', '.join(PAIRS)}")
-    return name, read_rows(Path(file))
+    return name, read_media_rows(Path(file))
 
 
 def _judges(args: EvalMediaOptions, kinds: set[str]) -> dict[str, Judge]:
@@ -220,7 +220,7 @@ def _judges(args: EvalMediaOptions, kinds: set[str]) -> dict[str, Judge]:
             raise UserError(f"--data: asks for media of kind {kind}, which needs --{kind}-judge: who "
                             "recognises what the model makes")
         if said is not None:
-            found[kind] = judge_of(said)
+            found[kind] = load_judge(said)
     return found
 
 
@@ -240,7 +240,7 @@ def _pair(args: EvalMediaOptions, target: Any, name: str, rows: list[MediaRow],
     heard = _recognised(rows, replied, kind, judges)
     samples = [_sample(row, reply, text, args.media_root)
                for row, reply, text in zip(rows, replied, heard, strict=True)]
-    return {**figures(rows, heard), "samples": samples}
+    return {**compute_media_figures(rows, heard), "samples": samples}
 
 
 def _files(reply: Replied, kind: str) -> list[Path]:

@@ -13,7 +13,7 @@ from megatron_sov.base.artifacts import format_json, write_output
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.outputs import check_output, refuse_input_as_output
 from megatron_sov.base.settings import AtLeastOne, Flag, build_command, count_cores, read_options
-from megatron_sov.commands.shared_options import RecordOptions, named_tasks
+from megatron_sov.commands.shared_options import RecordOptions, parse_task_names
 from megatron_sov.runs.folder import RunEvents
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def run_difference(typed: argparse.Namespace) -> int:
     if args.out is not None:
         check_output("--output", args.out)
         refuse_input_as_output("--output", args.out, args.first, args.second)
-    tasks = named_tasks(args.tasks)
+    tasks = parse_task_names(args.tasks)
     if args.tasks is not None and not tasks:
         raise UserError(f"--tasks {args.tasks!r}: names no task; name some, separated by commas")
     found = differences(read_scored(args.first), read_scored(args.second), tasks)

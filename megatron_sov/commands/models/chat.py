@@ -15,7 +15,7 @@ from megatron_sov.base.errors import ExitCode, UserError, escape_controls, sugge
 from megatron_sov.base.settings import (
     AtLeastOne, Flag, ProblemCode, SettingsProblem, add_options, read_options)
 from megatron_sov.commands.models.serve import ServeOptions
-from megatron_sov.commands.shared_options import AnyTarget, words_of
+from megatron_sov.commands.shared_options import AnyTarget, list_option_words
 from megatron_sov.infer.request import RankOptions, SampleSeed, Temperature, TopP
 from megatron_sov.model.recipes.requested import PluginOptions
 from megatron_sov.runs.checkpoints import check_model_folder, check_model_path
@@ -102,7 +102,7 @@ def _model(options: ChatOptions) -> Iterator[ChatModel]:
         return
     folder = Path(options.target)
     print(f"loading {folder.absolute().name}", file=sys.stderr, flush=True)
-    words = words_of(ServeOptions(target=folder, nproc=options.nproc, settings=options.settings,
+    words = list_option_words(ServeOptions(target=folder, nproc=options.nproc, settings=options.settings,
                                   plugins=options.plugins,
                                   serving=ServeSettings(max_length_tokens=options.max_length)))
     with serve_model(folder, "", options=words[1:]) as server:

@@ -21,7 +21,7 @@ from megatron_sov.base.settings import (
     AtLeastOne, Flag, NotNegativeInt, ProblemCode, SettingsProblem, add_options, read_options)
 from megatron_sov.base.settings.problem import UNSET
 from megatron_sov.chat.media_tokens import AUDIO, IMAGE
-from megatron_sov.commands.shared_options import ModelPath, step_of
+from megatron_sov.commands.shared_options import ModelPath, get_target_step
 from megatron_sov.infer.engine import MEGATRON, ChosenEngine, Engine, choose_engine, run_with_engine
 from megatron_sov.infer.prompts import (
     EncodedPrompts, ModelPrompt, check_engine, check_length, encode_prompts, format_responses, read_prompts)
@@ -191,7 +191,7 @@ def run(args: argparse.Namespace) -> int:
         write_output(options.output, format_responses(prompts, texts, found))
     else:
         _show(options, prompts, texts, found)
-    step = step_of(target, events)
+    step = get_target_step(target, events)
     for prompt, text in zip(prompts, texts, strict=True):
         events.add("sample", step=step, prompt=prompt.text, text=text, target=prompt.target)
     return 0

@@ -60,7 +60,7 @@ def run(typed: argparse.Namespace) -> int:
             if used:
                 raise UserError(f"{given}: needs a recipe; name one of {', '.join(recipes.names())}")
         load_plugins(args.plugins)
-        print(listing(args.tiny))
+        print(format_recipe_list(args.tiny))
         return 0
     asked = request_recipe(args)
     config = asked.config()
@@ -71,7 +71,7 @@ def run(typed: argparse.Namespace) -> int:
 
         print(yaml.safe_dump(json.loads(format_json(config)), sort_keys=False, allow_unicode=True), end="")
     else:
-        print(as_text(config, _sources(args.recipe or config.recipe, asked.base, config)))
+        print(format_settings(config, _sources(args.recipe or config.recipe, asked.base, config)))
     return 0
 
 
@@ -84,7 +84,7 @@ def _sources(name: str, base: RunConfig, config: RunConfig) -> Sources:
     return derive_sources(sources, label_changes(before, config, GIVEN))
 
 
-def listing(tiny: bool = False) -> str:
+def format_recipe_list(tiny: bool = False) -> str:
     """Return a line for each recipe, under the job that it is for and by size; then the model families, the
     objectives, and what files add.
 
@@ -98,7 +98,8 @@ def listing(tiny: bool = False) -> str:
     for job, heading in JOBS.items():
         names = sorted((name for name, config in configs.items() if _job(config) == job),
                        key=lambda name: (counts[name], name))
-        lines += [f"{heading}:", *(f"  {name:<{width}}  {summary(configs[name])}" for name in names), ""]
+        lines += [f"{heading}:",
+                  *(f"  {name:<{width}}  {format_recipe_summary(configs[name])}" for name in names), ""]
     commands = (f"{name} (megatron-sov {command})" for name, command in objectives.BUILT_IN.items())
     lines += [f"model families: {', '.join(models.FAMILIES)}", f"objectives: {', '.join(commands)}"]
     rows = [(name, origin, _tried(name)) for name, origin in recipes.RECIPE_PLUGINS.listing()]
@@ -121,12 +122,12 @@ def _tried(name: str) -> str:
     """Return the summary of a package's recipe, or why there is none:
     one package must not hide all others."""
     try:
-        return summary(recipes.get(name))
+        return format_recipe_summary(recipes.get(name))
     except UserError as e:
         return str(e)
 
 
-def as_text(config: RunConfig, sources: Sources) -> str:
+def format_settings(config: RunConfig, sources: Sources) -> str:
     """Return a line for every setting: name, value, kind of source, and where it stands or why."""
     found = list_settings(config, sources)
     values = [json.dumps(s.value, ensure_ascii=False) for s in found]
@@ -136,7 +137,7 @@ def as_text(config: RunConfig, sources: Sources) -> str:
         for s, value in zip(found, values, strict=True))
 
 
-def summary(config: RunConfig) -> str:
+def format_recipe_summary(config: RunConfig) -> str:
     model, count = config.model, count_params(config.model)
     experts = (f"{model.num_experts_per_token} of {model.num_experts} experts" if model.num_experts
                else "dense")

@@ -70,16 +70,17 @@ class MachineCheck:
     """What adds or mends it; empty where there is nothing to do."""
 
 
-def all_checks() -> list[MachineCheck]:
+def run_checks() -> list[MachineCheck]:
     """Look at everything, in the order in which it is read: what is needed first,
     then accelerators, cluster, machine."""
-    groups = (python_checks, package_checks, shadow_checks, torch_checks, transformer_engine_checks,
-              compiler_checks, contract_checks, quantization_checks, deep_ep_checks, linear_attention_checks,
-              optional_checks, sandbox_checks, slurm_checks, machine_checks)
+    groups = (iter_python_checks, iter_package_checks, iter_shadow_checks, iter_torch_checks,
+              iter_transformer_engine_checks, iter_compiler_checks, iter_contract_checks,
+              iter_quantization_checks, iter_deep_ep_checks, iter_linear_attention_checks,
+              iter_optional_checks, iter_sandbox_checks, iter_slurm_checks, iter_resource_checks)
     return [check for group in groups for check in group()]
 
 
-def python_checks() -> Iterator[MachineCheck]:
+def iter_python_checks() -> Iterator[MachineCheck]:
     """The interpreter's version."""
     needed = ".".join(map(str, MIN_PYTHON))
     if sys.version_info >= MIN_PYTHON:
@@ -97,7 +98,7 @@ def installed_version(distribution: str) -> str | None:
         return None
 
 
-def package_checks() -> Iterator[MachineCheck]:
+def iter_package_checks() -> Iterator[MachineCheck]:
     """The libraries that every path needs, by their metadata."""
     for name in REQUIRED_PACKAGES:
         version = installed_version(name)
@@ -107,7 +108,7 @@ def package_checks() -> Iterator[MachineCheck]:
             yield MachineCheck(name, "ok", version)
 
 
-def shadow_checks() -> Iterator[MachineCheck]:
+def iter_shadow_checks() -> Iterator[MachineCheck]:
     """Foreign packages that install a top-level name of ours and would be imported,
     or overwrite it, in our place."""
     root = Path(__file__).parents[3]
@@ -130,7 +131,7 @@ def shadow_checks() -> Iterator[MachineCheck]:
             yield MachineCheck(name, "ok", "is ours")
 
 
-def torch_checks() -> Iterator[MachineCheck]:
+def iter_torch_checks() -> Iterator[MachineCheck]:
     """PyTorch, its process groups, and the GPUs it sees."""
     try:
         import torch
@@ -170,7 +171,7 @@ def _cudnn(version: int) -> str:
     return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
 
 
-def transformer_engine_checks() -> Iterator[MachineCheck]:
+def iter_transformer_engine_checks() -> Iterator[MachineCheck]:
     """Transformer Engine, by importing it; a machine with GPUs cannot train in bf16 without."""
     gpu = _has_gpu()
     if importlib.util.find_spec("transformer_engine") is None:
@@ -193,7 +194,7 @@ def transformer_engine_checks() -> Iterator[MachineCheck]:
     yield MachineCheck("Transformer Engine", "ok", installed_version("transformer-engine") or "imports")
 
 
-def compiler_checks() -> Iterator[MachineCheck]:
+def iter_compiler_checks() -> Iterator[MachineCheck]:
     """The C++ compiler and ninja, which recomputing norms and expert activations on GPUs needs."""
     from megatron_sov.engine.parallel.storage_extension import TOOLS_COMMAND, find_missing_tools
 
@@ -205,7 +206,7 @@ def compiler_checks() -> Iterator[MachineCheck]:
         yield MachineCheck("C++ compiler", "ok", "with ninja")
 
 
-def contract_checks() -> Iterator[MachineCheck]:
+def iter_contract_checks() -> Iterator[MachineCheck]:
     """Signatures that this project calls, in the sources of each library that is installed."""
     checked = []
     for package, distribution in CONTRACT_LIBRARIES.items():
@@ -243,7 +244,7 @@ def _other_cudnn() -> str:
             "other, and Transformer Engine has no fused attention then (gpu.attention)")
 
 
-def quantization_checks() -> Iterator[MachineCheck]:
+def iter_quantization_checks() -> Iterator[MachineCheck]:
     """The recipes of `train.fp8` that the first GPU can take, by Transformer Engine's own answer."""
     if not _has_gpu():
         yield MachineCheck("train.fp8", "missing", "none of its recipes: there is no GPU here")
@@ -274,7 +275,7 @@ def _absent(name: str, module: str, remedy: str) -> MachineCheck | None:
     return None
 
 
-def deep_ep_checks() -> Iterator[MachineCheck]:
+def iter_deep_ep_checks() -> Iterator[MachineCheck]:
     """DeepEP, which `parallel.expert_dispatcher` may name, by importing what the library does."""
     if absent := _absent("DeepEP", "deep_ep", DEEP_EP_REMEDY):
         yield absent
@@ -286,7 +287,7 @@ def deep_ep_checks() -> Iterator[MachineCheck]:
                        DEEP_EP_REMEDY if any(reasons.values()) else "")
 
 
-def linear_attention_checks() -> Iterator[MachineCheck]:
+def iter_linear_attention_checks() -> Iterator[MachineCheck]:
     """flash-linear-attention, which `gpu.linear_attention` may name, by importing its kernels."""
     name, remedy = "flash-linear-attention", "pip install fla-core==0.6.0, for models with linear attention"
     if absent := _absent(name, "fla", remedy):
@@ -308,7 +309,7 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def optional_checks() -> Iterator[MachineCheck]:
+def iter_optional_checks() -> Iterator[MachineCheck]:
     """Trackers and rollout engines, by their metadata."""
     for name, extra in OPTIONAL_PACKAGES.items():
         version = installed_version(name)
@@ -318,7 +319,7 @@ def optional_checks() -> Iterator[MachineCheck]:
             yield MachineCheck(name, "ok", version)
 
 
-def sandbox_checks() -> Iterator[MachineCheck]:
+def iter_sandbox_checks() -> Iterator[MachineCheck]:
     """What encloses the programs of a model, by enclosing one."""
     try:
         found = machine_enclosure()
@@ -344,7 +345,7 @@ def first_line_of(command: list[str]) -> str | None:
     return lines[0].strip() if lines else None
 
 
-def slurm_checks() -> Iterator[MachineCheck]:
+def iter_slurm_checks() -> Iterator[MachineCheck]:
     """The scheduler's client."""
     version = first_line_of(["sbatch", "--version"])
     if version is None:
@@ -355,7 +356,7 @@ def slurm_checks() -> Iterator[MachineCheck]:
         yield MachineCheck("Slurm", "ok", version)
 
 
-def machine_checks() -> Iterator[MachineCheck]:
+def iter_resource_checks() -> Iterator[MachineCheck]:
     """Cores, memory and disk, as this process may use them."""
     # the cores that this process may use: Slurm and containers give fewer than there are
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -390,19 +391,19 @@ def run(typed: argparse.Namespace) -> int:
     """Print every check; return 0 when training on this machine's CPU works,
     2 when something it needs is broken."""
     args = read_options(DoctorOptions, typed)
-    checks = all_checks()
+    checks = run_checks()
     works = not any(check.status == "broken" for check in checks)
     if args.json:
         print(format_json({"works": works, "checks": [dataclasses.asdict(check) for check in checks]}),
               end="")
     else:
-        print(as_text(checks))
+        print(format_checks(checks))
         print("\nThis machine can train." if works
               else "\nThis machine cannot train yet: mend what is broken above.")
     return ExitCode.OK if works else ExitCode.USER_ERROR
 
 
-def as_text(checks: list[MachineCheck]) -> str:
+def format_checks(checks: list[MachineCheck]) -> str:
     """Return one line per check, and a line with the remedy under it where there is one."""
     name_width = max(len(check.name) for check in checks)
     lines = []

@@ -49,7 +49,7 @@ class LogLine:
     text: str
 
 
-def log_files(run: Path) -> list[LogFile]:
+def list_log_files(run: Path) -> list[LogFile]:
     """Return a run's log files: job scripts and attempts in the order of their starts,
     then what was written beside."""
     found = _of_jobs(run / JOB_LOGS, "")
@@ -107,7 +107,7 @@ def _told(raw: bytes) -> str | None:
     return f"{when} UTC step {event.get('step', event.get('resumed_from', 0))}: {words}"
 
 
-class Tail:
+class LogTail:
     """Reads lines of one log file as it grows, as people read them."""
 
     def __init__(self, file: LogFile) -> None:
@@ -163,7 +163,7 @@ def run(typed: argparse.Namespace) -> int:
     if find_runs(args.run)[-1] != args.run:
         raise UserError(f"{args.run}: holds runs and is none; name one of them: "
                         f"{', '.join(map(str, find_runs(args.run)))}")
-    files = log_files(args.run)
+    files = list_log_files(args.run)
     ranks = sorted({f.rank for f in files if f.rank is not None})
     if args.rank and not set(args.rank) & set(ranks) and not args.follow:
         known = (f"ranks with files: {ranks[0]} to {ranks[-1]}" if ranks
@@ -184,7 +184,7 @@ class _Reader:
     def __init__(self, run: Path, ranks: set[int], tail_lines: int) -> None:
         self._run, self._ranks, self._tail_lines = run, ranks, tail_lines
         # a tail for each file keeps its offset, so no line is shown twice
-        self._tails: dict[Path, Tail] = {}
+        self._tails: dict[Path, LogTail] = {}
 
     def everything(self, follow: bool) -> Iterator[LogLine]:
         """Yield the lines that there are, then, if asked, new ones until the run has ended."""
@@ -203,13 +203,13 @@ class _Reader:
 
     def _look(self, first: bool = False, whole: bool = False) -> Iterator[LogLine]:
         # listed again at each look: a restart brings new files
-        for file in log_files(self._run):
+        for file in list_log_files(self._run):
             if not self._ranks or file.rank in self._ranks:
-                tail = self._tails.setdefault(file.path, Tail(file))
+                tail = self._tails.setdefault(file.path, LogTail(file))
                 lines = tail.lines(whole)
                 yield from deque(lines, self._tail_lines) if first and self._tail_lines > 0 else lines
 
     def _has_ended(self) -> bool:
-        from megatron_sov.commands.operate.run_state import read_state
+        from megatron_sov.commands.operate.run_state import read_run_state
 
-        return read_state(self._run).state not in ("running", "silent", "waiting")
+        return read_run_state(self._run).state not in ("running", "silent", "waiting")

@@ -314,7 +314,7 @@ def _data_lines(args: PlanOptions, config: RunConfig) -> list[str]:
     tokens = sum(source["splits"]["train"]["num_tokens"]
                  for content in found for source in content["sources"])
     schedule = Schedule(config)
-    read = schedule.tokens(schedule.num_steps - 1)
+    read = schedule.count_tokens(schedule.num_steps - 1)
     lines = [f"data: {format_count(tokens)} tokens, of which the run reads {format_count(read)} "
              f"({format_value(read / max(tokens, 1), 3)} passes)"]
     if vocab_size < config.model.vocab_size and args.start_from is None:

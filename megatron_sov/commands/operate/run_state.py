@@ -84,7 +84,7 @@ def living_job(run: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Start:
+class RunStart:
     """One start of a run's processes."""
 
     began_s: float
@@ -129,7 +129,7 @@ class RunState:
     checkpoint_step: int = 0
     checkpoint_age_s: float = math.nan
     last_event_age_s: float = math.nan
-    starts: list[Start] = field(default_factory=list)
+    starts: list[RunStart] = field(default_factory=list)
     warnings: int = 0
     incidents: dict[str, int] = field(default_factory=dict)
     """Kind of incident -> how many there were in the whole life of the run,
@@ -272,7 +272,7 @@ def _overall_bits_per_byte(heldout: Any) -> float:
     return sum(bits) / sum(num_bytes) if sum(num_bytes) > 0 else math.nan
 
 
-def read_state(path: Path, now_s: float | None = None) -> RunState:
+def read_run_state(path: Path, now_s: float | None = None) -> RunState:
     """Read a run folder; arguments and errors as of `RunStateReader.state`."""
     reader = RunStateReader(path)
     for event in read_events(path / EVENTS):
@@ -286,9 +286,9 @@ def _extends(path: Path, config: RunConfig) -> bool:
             or bool(config.extend.gate.every_steps) or any(p.name == PHASE for p in config.data.phases))
 
 
-def _start(attempt: Attempt) -> Start:
+def _start(attempt: Attempt) -> RunStart:
     start = attempt.start
-    return Start(parse_number(start.get("time_s")), parse_whole_number(start.get("resumed_from")),
+    return RunStart(parse_number(start.get("time_s")), parse_whole_number(start.get("resumed_from")),
                  attempt.last_step,
                  parse_whole_number(start.get("num_ranks")), attempt.outcome)
 
@@ -354,7 +354,7 @@ def _find_checkpoint(state: RunState, now_s: float) -> None:
 
 # The same in words, for a terminal.
 
-def in_full(state: RunState) -> str:
+def format_run_state(state: RunState) -> str:
     lines = [f"{state.path}: {', '.join(w for w in (state.stage, state.recipe) if w)}".rstrip(": "),
              f"  state       {state.state}{f' ({state.why})' if state.why else ''}"
              f"{_ago(', last event', state.last_event_age_s)}",

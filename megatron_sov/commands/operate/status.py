@@ -46,7 +46,7 @@ def run(typed: argparse.Namespace) -> int:
     Raises:
         UserError: a folder holds no run, or --follow has several.
     """
-    from megatron_sov.commands.operate.run_state import find_runs, in_full, read_state
+    from megatron_sov.commands.operate.run_state import find_runs, format_run_state, read_run_state
     from megatron_sov.commands.operate.run_table import format_runs
 
     args = read_options(StatusOptions, typed)
@@ -56,11 +56,11 @@ def run(typed: argparse.Namespace) -> int:
             raise UserError(f"--follow: follows one run, and there are {len(paths)} "
                             f"({', '.join(map(str, paths[:3]))}); name one")
         return follow_run(paths[0])
-    states = [read_state(path) for path in paths]
+    states = [read_run_state(path) for path in paths]
     if args.json:
         print(json.dumps([_plain(state) for state in states], indent=1, ensure_ascii=False))
     elif len(states) == 1:
-        print(in_full(states[0]))
+        print(format_run_state(states[0]))
     else:
         print(format_runs(states, args.runs[0] if len(args.runs) == 1 else None))
     return 0
@@ -69,7 +69,7 @@ def run(typed: argparse.Namespace) -> int:
 def follow_run(run: Path) -> int:
     """Print the state of a run, then a line for each event that tells people something, until the run ends or
     Ctrl-C."""
-    from megatron_sov.commands.operate.run_state import RunStateReader, in_full
+    from megatron_sov.commands.operate.run_state import RunStateReader, format_run_state
     from megatron_sov.runs.obs.events import EVENTS, GrowingFile, parse_event
 
     file, reader = GrowingFile(run / EVENTS), RunStateReader(run)
@@ -88,7 +88,7 @@ def follow_run(run: Path) -> int:
             if time.monotonic() - asked_s >= STATE_EVERY_S:
                 state = reader.state()
                 if math.isinf(asked_s) or state.state not in ALIVE:
-                    print(escape_controls(in_full(state)), flush=True)
+                    print(escape_controls(format_run_state(state)), flush=True)
                 if state.state not in ALIVE:
                     return 0
                 asked_s = time.monotonic()

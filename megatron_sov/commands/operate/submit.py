@@ -27,7 +27,7 @@ from megatron_sov.base.errors import ExitCode, Fix, UserError, suggest_name
 from megatron_sov.base.settings import (
     AtLeastOne, NotNegativeInt, add_options, parse_settings_yaml, read_options, read_settings_text)
 from megatron_sov.commands import COMMANDS as PROGRAMS
-from megatron_sov.commands.shared_options import words_of
+from megatron_sov.commands.shared_options import list_option_words
 from megatron_sov.model.config import apply_settings
 from megatron_sov.operate.slurm import submission
 from megatron_sov.operate.slurm.stages import STAGES, Commands, SubmitOptions, check_inputs, check_stage
@@ -87,7 +87,8 @@ class ChainStage:
         except ValueError as e:
             raise UserError(f"arguments = {self.arguments!r}: cannot be read as a shell would ({e}); "
                             "mend its quotes") from None
-        return tuple(WORK.sub(lambda found: work_folder() if work is None else work, word) for word in argv)
+        return tuple(WORK.sub(lambda found: get_work_folder() if work is None else work, word)
+                     for word in argv)
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class ChainConfig:
     """One line for people."""
 
 
-def work_folder() -> str:
+def get_work_folder() -> str:
     """Return the folder of $WORK, absolute.
 
     Raises:
@@ -113,7 +114,7 @@ def work_folder() -> str:
     return str(Path(os.environ["WORK"]).absolute())
 
 
-def chain_names() -> list[str]:
+def list_chains() -> list[str]:
     """Return the names of the chains that come with the package."""
     return [*cluster.list_packaged_files("chains")]
 
@@ -125,12 +126,12 @@ def read_chain(name: str) -> ChainConfig:
         UserError: it is not there, is no YAML, has other fields, or stages that cannot be
             one after the other.
     """
-    if name in chain_names():
+    if name in list_chains():
         text = cluster.list_packaged_files("chains")[name].read_text(encoding="utf-8")
     elif Path(name).is_file():
         text = read_settings_text(Path(name), name)
     else:
-        known = chain_names()
+        known = list_chains()
         raise UserError(f"{name}: does not exist{suggest_name(name, known)} (chains: {', '.join(known)}; "
                         "your own: a YAML file with `stages`, docs/slurm.md)")
     config = parse_settings_yaml(ChainConfig, text, name, rules=False)
@@ -187,7 +188,7 @@ def submit_chain(chain: str, options: SubmitOptions, commands: Commands) -> int:
     """
     from megatron_sov.commands.operate.job_summary import show_dry_run  # imports numpy
 
-    links = links_of(chain, options, commands)
+    links = prepare_links(chain, options, commands)
     if options.dry_run:
         for link in links:
             state = "complete" if link.complete else "to be submitted"
@@ -224,8 +225,8 @@ def submit_chain(chain: str, options: SubmitOptions, commands: Commands) -> int:
 def _state_file(chain: str) -> Path:
     """Return where it stands what was submitted: beside a user's file, in $WORK for a chain that
     comes with the package."""
-    if chain in chain_names():
-        return Path(work_folder(), f"{chain}.yaml.jobs.json")
+    if chain in list_chains():
+        return Path(get_work_folder(), f"{chain}.yaml.jobs.json")
     return Path(f"{chain}.jobs.json")
 
 
@@ -269,7 +270,7 @@ def _state(link: ChainLink, before: Submitted, living: dict[str, str]) -> str:
             "an earlier stage failed, or it was cancelled")
 
 
-def links_of(chain: str, options: SubmitOptions, commands: Commands) -> list[ChainLink]:
+def prepare_links(chain: str, options: SubmitOptions, commands: Commands) -> list[ChainLink]:
     """Return the stages of a chain with their scripts; nothing is written and Slurm is not asked.
 
     Raises:
@@ -341,7 +342,7 @@ def write_scripts(chain: str, folder: Path, options: SubmitOptions, commands: Co
         UserError: something about the chain does not fit, or a script of that name, which may have been
             changed, is there.
     """
-    links = links_of(chain, options, commands)
+    links = prepare_links(chain, options, commands)
     scripts = {job.script: text for link in links
                for job, text in zip(link.prepared.jobs, link.prepared.texts, strict=True)}
     # all are looked at before the first is written
@@ -359,7 +360,7 @@ def write_scripts(chain: str, folder: Path, options: SubmitOptions, commands: Co
 
 def _declare_eval_lm(parser: argparse.ArgumentParser) -> None:
     """Declare what `eval lm` takes, a stage of its own since several jobs may share it."""
-    from megatron_sov.commands.evaluate.benchmarks import EvalLmOptions
+    from megatron_sov.commands.evaluate.eval_lm import EvalLmOptions
 
     add_options(parser, EvalLmOptions)
 
@@ -369,7 +370,7 @@ def _declare(command: str, parser: argparse.ArgumentParser) -> None:
     PROGRAMS[command.replace("-", " ")].load().add_arguments(parser)
 
 
-COMMANDS: Commands = {"eval-lm": _declare_eval_lm} | {name: partial(_declare, name) for name in (
+STAGE_PARSERS: Commands = {"eval-lm": _declare_eval_lm} | {name: partial(_declare, name) for name in (
     "pretrain", "extend", "sft", "prefer", "distill", "convert", "eval", "rl-run", "rl-train", "rl-generate",
     "rl-reward")}
 
@@ -380,7 +381,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = ("ARGUMENTS are what follows the stage's own command: megatron-sov pretrain, extend, "
                      "sft, prefer, distill, convert, eval, eval lm, rl run, rl train, rl generate, rl "
                      "reward; sov-tokenizer; sov-data.  Chains that come "
-                     f"with the package, besides files of your own: {', '.join(chain_names())}.")
+                     f"with the package, besides files of your own: {', '.join(list_chains())}.")
     parser.add_argument("stage", metavar="STAGE", help=f"{', '.join(STAGES)}, or chain: several, from a file")
     parser.add_argument("arguments", metavar="ARGUMENTS", nargs=argparse.REMAINDER,
                         help="the stage's own, or the chain's file")
@@ -405,7 +406,7 @@ def run(typed: argparse.Namespace) -> int:
         words = shlex.split(e.fix.line) if e.fix else []
         if words[:2] != ["submit", typed.stage]:
             raise
-        line = [*words[:2], *words_of(options), *words[2:]]
+        line = [*words[:2], *list_option_words(options), *words[2:]]
         raise UserError(e.sentence, Fix(f"megatron-sov {shlex.join(line)}")) from None
 
 
@@ -416,15 +417,15 @@ def _help(stage: str) -> None:
                   add_help=False)
     add_options(ours, SubmitOptions)
     print(ours.format_help())
-    if stage in COMMANDS:
+    if stage in STAGE_PARSERS:
         parser = Parser(prog=f"megatron-sov submit {stage}", formatter_class=HelpFormatter)
-        COMMANDS[stage](parser)
+        STAGE_PARSERS[stage](parser)
         parser.print_help()
     elif stage in STAGES:
         print(f"`{'sov-tokenizer' if stage == 'tokenizer' else 'sov-data'} --help` lists what comes behind "
               f"submit {stage}")
     else:
-        print(f"submit chain takes one file: {', '.join(chain_names())}, or a YAML file of yours "
+        print(f"submit chain takes one file: {', '.join(list_chains())}, or a YAML file of yours "
               "(docs/slurm.md)")
 
 
@@ -444,7 +445,7 @@ def _stage(stage: str, argv: list[str], options: SubmitOptions) -> int:
                                        cluster.parse_node_settings(options.nodes_set), options.array,
                                        time_limit=options.time_limit, cluster=_cluster_name(options),
                                        engine_nodes=options.engine_nodes)
-    prepared = submission.prepare(request, COMMANDS, check_data)
+    prepared = submission.prepare(request, STAGE_PARSERS, check_data)
     if options.prove and prepared.work.config is None:
         raise UserError(f"--prove: plays the layout of a training stage, and {stage} has none; leave it out")
     if not options.dry_run:
@@ -486,7 +487,7 @@ def _is_proved(prepared: submission.Prepared) -> bool:
 def _chain(argv: list[str], options: SubmitOptions) -> int:
     if len(argv) != 1:
         raise UserError(f"submit chain: takes one file, not {' '.join(argv) or 'none'}; stages and their "
-                        f"arguments stand in it (chains of the package: {', '.join(chain_names())})")
+                        f"arguments stand in it (chains of the package: {', '.join(list_chains())})")
     given = [name for name in ("nodes", "min_nodes", "nodes_set", "engine_nodes", "array")
              if getattr(options, name)]
     if options.prove:
@@ -498,8 +499,8 @@ def _chain(argv: list[str], options: SubmitOptions) -> int:
     if options.scripts is not None and (options.dry_run or options.continue_chain):
         raise UserError(f"--scripts {options.scripts}: submits nothing; leave out --dry-run and --continue")
     if options.scripts is None:
-        return submit_chain(argv[0], options, COMMANDS)
-    for script in write_scripts(argv[0], options.scripts, options, COMMANDS):
+        return submit_chain(argv[0], options, STAGE_PARSERS)
+    for script in write_scripts(argv[0], options.scripts, options, STAGE_PARSERS):
         print(script)
     return 0
 

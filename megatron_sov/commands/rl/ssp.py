@@ -19,8 +19,8 @@ from megatron_sov.base.documents.rows import check_rows
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.settings import (
     AtLeastOne, Flag, at_most_field, build_command, parse_nested, read_options)
-from megatron_sov.commands.evaluate.eval_judged import PROMPT, EvalPasskOptions, JudgedSamplingOptions
-from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions, words_of
+from megatron_sov.commands.evaluate.eval_passk import PROMPT, EvalPasskOptions, JudgedSamplingOptions
+from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions, list_option_words
 from megatron_sov.infer.request import RankOptions
 from megatron_sov.judge.rewards.registry import make, order
 from megatron_sov.model.config import split_weight
@@ -69,14 +69,14 @@ def run_probe(typed: argparse.Namespace) -> int:
     events, domains = RunEvents(args.run), _checked(args)
     from megatron_sov.post import ssp
 
-    candidates = ssp.candidates_of(args.checkpoints)
+    candidates = ssp.find_candidates(args.checkpoints)
     # a proposed line leaves nothing, while --dry-run writes the problems that its commands read
     if getattr(typed, "only_checks", False):
         return ExitCode.OK
-    record_or_check_settings(args.output, args.output / ssp.ASKED, _asked(args, domains), "--output",
+    record_or_check_settings(args.output, args.output / ssp.CONDITIONS, _asked(args, domains), "--output",
                              "answers", {args.output / ssp.PROBLEMS})
     # also those of earlier commands in this folder: the table is of all
-    known = ssp.known_candidates(args.output, candidates)
+    known = ssp.read_candidates(args.output, candidates)
     with translate_disk_errors(args.output):
         problems = ssp.write_problems(args.output, domains)
     missing = [c for c in known if not c.is_done(args.output)]
@@ -152,7 +152,7 @@ def _words(args: SspProbeOptions, candidate: ProbedCheckpoint, problems: Path) -
     folder = candidate.folder(args.output)
     same = {field.name: getattr(args, field.name) for cls in (JudgedSamplingOptions, RankOptions)
             for field in fields(cls)}
-    return ["eval", "passk", *words_of(EvalPasskOptions(
+    return ["eval", "passk", *list_option_words(EvalPasskOptions(
         **same, target=candidate.path, input=problems, k=tuple(sorted({1, args.k})), output=folder,
         overwrite=folder.exists()))]  # what is there is of files that have changed since
 
@@ -180,7 +180,7 @@ def run_fuse(typed: argparse.Namespace) -> int:
     """
     args = read_options(SspFuseOptions, typed)
     load_plugins(args.plugins)
-    from megatron_sov.post.ssp import TABLE, experts_of
+    from megatron_sov.post.ssp import TABLE, read_experts
 
     first, fewest = Path(args.checkpoints[0]), 2
     # a probe says by itself which checkpoints are experts and how often each counts
@@ -189,7 +189,7 @@ def run_fuse(typed: argparse.Namespace) -> int:
             raise UserError(f"{first}: is a probe, whose experts are merged by themselves; leave out "
                             f"{args.checkpoints[1]}")
         # one may be the best in every domain: whatever a probe finds, the next stage has its start
-        found, fewest = experts_of(first), 1
+        found, fewest = read_experts(first), 1
     else:
         found = [(Path(path), weight) for path, weight in (split_weight(c, c) for c in args.checkpoints)]
     from megatron_sov import convert

@@ -15,8 +15,9 @@ from megatron_sov.commands.train.setup.training import TrainingRequest
 from megatron_sov.infer.engines.target import Target, find_target
 from megatron_sov.model.config import DistillationConfig, RunConfig, parse_data_paths
 from megatron_sov.post.distillation import teacher as teacher_module
-from megatron_sov.post.distillation.distill import KeptTeacher, TaughtFactory, check_outputs, measure_teacher
-from megatron_sov.post.distillation.state_files import Kept, StateFiles
+from megatron_sov.post.distillation.distill import (
+    StoredTeacher, TeacherFactory, check_outputs, measure_teacher)
+from megatron_sov.post.distillation.state_files import StateFiles, StateFormat
 from megatron_sov.post.distillation.teacher import TeacherReading
 from megatron_sov.runs.checkpoints import find_tokenizer_folder
 from megatron_sov.runs.folder import RunFolder
@@ -28,13 +29,9 @@ from megatron_sov.train.stages.stage import Stage
 
 
 def save_states(options: DistillStatesOptions) -> None:
-    """Run the teacher over the documents and print the size of the artifact.
-
-    Raises:
-        UserError: the data do not belong to the teacher, or cannot be read.
-    """
+    """Run the teacher over the documents and print the size of the artifact."""
     # states are exact; the most probable tokens are smaller
-    kept = Kept(options.dtype, options.top_k, options.temperature, options.other_tokenizer)
+    kept = StateFormat(options.dtype, options.top_k, options.temperature, options.other_tokenizer)
     reading = TeacherReading(find_target(options.teacher), parse_data_paths(options.data), kept=kept)
     teacher_module.read_documents(reading, options.output, options.settings, options.nproc,
                                   overwrite=options.overwrite, redo=options.redo)
@@ -50,11 +47,7 @@ def save_states(options: DistillStatesOptions) -> None:
 
 
 def add_teacher(request: TrainingRequest, stage: Stage) -> Stage:
-    """Have the teachers read data that no folder of states covers, and open all states.
-
-    Raises:
-        UserError: data, teachers and states do not fit together.
-    """
+    """Have the teachers read data that no folder of states covers, and open all states."""
     config, options = request.config, request.options
     assert isinstance(options, DistillOptions)
     sources = open_sources(config.data.paths, config.model.vocab_size, formats_of(stage.objective))
@@ -62,7 +55,7 @@ def add_teacher(request: TrainingRequest, stage: Stage) -> Stage:
     if request.start is not None:
         check_same_tokens(tokenizer_folder(sources), find_tokenizer_folder(request.start))
     states: list[Path] = []
-    opened: list[KeptTeacher] = []
+    opened: list[StoredTeacher] = []
     # the states of a complete run may have been deleted
     if stage.folder.completion() is None:
         for reader in assign_data(options, config.data.paths):
@@ -71,14 +64,14 @@ def add_teacher(request: TrainingRequest, stage: Stage) -> Stage:
             states += reader.states
         if not options.dry_run:
             # opened here, so that a mismatch shows before processes start
-            opened.append(KeptTeacher([StateFiles(path, sources) for path in states], config.distillation,
+            opened.append(StoredTeacher([StateFiles(path, sources) for path in states], config.distillation,
                                       sources, config.model.vocab_size))
 
     def measure(view: GateView) -> dict[str, Any]:
         return measure_teacher(view, sources, opened[0])
 
     inputs = tuple(as_input(TEACHER_STATES, path) for path in states if (path / MANIFEST).is_file())
-    return replace(stage, objective=TaughtFactory(stage.objective, opened), sources=tuple(sources),
+    return replace(stage, objective=TeacherFactory(stage.objective, opened), sources=tuple(sources),
                    before=measure, after=measure, besides=inputs)
 
 
@@ -111,9 +104,9 @@ def _make_states(request: TrainingRequest, reader: DataReader, sources: list[Sou
     RunFolder(options.run).enter(config, options.resume)
     for path in existing:
         _check_same_form(options, distillation, StateFiles(path, sources), config.model.vocab_size)
-    kept = Kept(options.states_dtype)
+    kept = StateFormat(options.states_dtype)
     if distillation.top_k:
-        kept = Kept(top_k=distillation.top_k, temperature=distillation.temperature,
+        kept = StateFormat(top_k=distillation.top_k, temperature=distillation.temperature,
                     translated=distillation.other_tokenizer)
     # compared above: the existing folders have this teacher's digest
     digest = read_manifest(existing[0], TEACHER_STATES).settings["teacher"] if existing else ""
@@ -135,7 +128,7 @@ def _check_same_form(options: DistillOptions, distillation: DistillationConfig, 
 
 
 def _refuse_other_teacher(teacher: Path, target: Target, existing: list[Path]) -> None:
-    digest = teacher_module.weights_digest(target) if existing else ""
+    digest = teacher_module.hash_weights(target) if existing else ""
     for path in existing:
         made_by = read_manifest(path, TEACHER_STATES).settings
         if made_by["teacher"] != digest:

@@ -13,7 +13,7 @@ from megatron_sov.commands.train.training_run import check_rank_memory, convert_
 from megatron_sov.model.objectives import get_factory
 from megatron_sov.plan.calibration.fitting import estimate_memory
 from megatron_sov.post.extend.running import run_stages
-from megatron_sov.post.extend.stages import planned_stages
+from megatron_sov.post.extend.stages import plan_stages
 from megatron_sov.runs.folder import STAGES
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.objectives.objective import formats_of
@@ -23,7 +23,7 @@ def run_extension(request: ExtensionRequest) -> None:
     """Train all stages. Settings, data and folder of every stage are checked before a Hugging Face folder is
     converted and before the first stage starts."""
     options, kind = request.options, STAGE_KINDS[request.options.stage]
-    stages = planned_stages(
+    stages = plan_stages(
         request.request, options.start_from, options.run, options.nproc,
         lambda config: formats_of(get_factory(config, load_objective(kind, config))))
     last = stages[-1].config

@@ -16,7 +16,7 @@ from megatron_sov.base.errors import ExitCode, StopRequested, UserError, warn
 from megatron_sov.base.settings import add_options, read_options
 from megatron_sov.bench.score_differences import (
     FORGOTTEN, NOT_KNOWN, NOT_PROVEN, Forgetting, judge, read_scored)
-from megatron_sov.commands.evaluate.benchmarks import EvalLmOptions, run_lm
+from megatron_sov.commands.evaluate.eval_lm import EvalLmOptions, run_lm
 from megatron_sov.commands.train.setup.stage_options import FORGETTING_GATE
 from megatron_sov.runs.folder import GATE, RunEvents
 from megatron_sov.runs.launch_environment import has_launcher, is_first_rank

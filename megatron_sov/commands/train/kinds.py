@@ -40,13 +40,13 @@ STAGE_KINDS: dict[str, StageKind] = {
     # a sequence of stages, which `extend_run` plans and runs
     "extend": StageKind("lm", LANGUAGE_MODELLING),
     "sft": StageKind("sft", "megatron_sov.post.sft:SupervisedFineTuning"),
-    "prefer": StageKind("preference", "megatron_sov.post.preference:objective_of",
+    "prefer": StageKind("preference", "megatron_sov.post.preference:select_objective",
                         is_chosen_by_settings=True,
                         fill_stage="megatron_sov.commands.train.prefer_run:add_reference"),
     "distill": StageKind("distill", "megatron_sov.post.distillation.distill:Distillation",
                          fill_stage="megatron_sov.commands.train.distill_run:add_teacher"),
     # filled by `commands.rl`, which passes the store, and for `rl run` the engine, to `run_training`
-    "rl": StageKind("policy", "megatron_sov.post.policy:objective_of", is_chosen_by_settings=True,
+    "rl": StageKind("policy", "megatron_sov.post.policy:build_policy_objective", is_chosen_by_settings=True,
                     needs_data=False),
 }
 """`StageOptions.stage` -> kind."""

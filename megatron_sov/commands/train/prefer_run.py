@@ -13,7 +13,7 @@ from megatron_sov.chat.vocabulary import check_same_tokens
 from megatron_sov.commands.train.setup.stage_options import PreferOptions
 from megatron_sov.commands.train.setup.training import TrainingRequest
 from megatron_sov.model.config import RunConfig
-from megatron_sov.post.preference import HELDOUT_PAIRS, heldout_documents, measure_heldout_pairs
+from megatron_sov.post.preference import HELDOUT_PAIRS, find_heldout_documents, measure_heldout_pairs
 from megatron_sov.post.reference import COLUMN, Reference
 from megatron_sov.runs.checkpoints import find_checkpoint, latest_checkpoint
 from megatron_sov.runs.folder import REFERENCE, RunFolder
@@ -24,12 +24,7 @@ from megatron_sov.train.stages.stage import Stage
 
 
 def add_reference(request: TrainingRequest, stage: Stage) -> Stage:
-    """Open judged responses, and compute the log-probabilities of the reference if the method compares with
-    one.
-
-    Raises:
-        UserError: the data hold judgements that the method cannot learn, or the reference cannot be used.
-    """
+    """Open judged responses, and compute log-probabilities of the reference if the method compares with one."""
     config, options = request.config, request.options
     assert isinstance(options, PreferOptions)
     sources = tuple(open_sources(config.data.paths, config.model.vocab_size, formats_of(stage.objective)))
@@ -46,7 +41,7 @@ def add_reference(request: TrainingRequest, stage: Stage) -> Stage:
 
     def before(view: GateView) -> None:
         if reference is not None:
-            reference.make(view)
+            reference.score_heldout(view)
         measure_heldout_pairs(view, pairs, compute_logprobs)
 
     def after(view: GateView) -> dict[str, Any]:
@@ -67,21 +62,17 @@ def _refuse_other_judgements(config: RunConfig, sources: Sequence[Source]) -> No
 
 def _open_reference(request: TrainingRequest, sources: tuple[Source, ...], pairs: Sequence[Source],
                     other_model: Path | None) -> Reference:
-    """Return the run's reference; if it is not the start of the run, with its log-probabilities.
-
-    Raises:
-        UserError: the folder may not be entered, holds another reference, or an incomplete reference.
-    """
+    """Return the run's reference; if it is not the start of the run, with its log-probabilities."""
     config, options = request.config, request.options
     assert request.start is not None, f"--from is required, it is {options.start_from}"
     folder = RunFolder(options.run)
     reference = Reference(options.run, other_model or request.start, sources, config.data.max_seq_len(),
-                          {source.name: heldout_documents(source) for source in pairs})
+                          {source.name: find_heldout_documents(source) for source in pairs})
     if other_model is not None:
         check_same_tokens(tokenizer_folder(list(sources)), other_model / "tokenizer")
         folder.enter(config, options.resume)
         if not options.dry_run:
-            reference.make_apart(other_model, config, options.nproc)
+            reference.score_in_processes(other_model, config, options.nproc)
     # a resumed run must compare with the same reference as before
     elif latest_checkpoint(folder.checkpoints) is not None:
         reference.refuse_changed()

@@ -19,7 +19,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import is_reference
 from megatron_sov.base.settings import DeclaredCommand, Flag, read_options
 from megatron_sov.commands import COMMANDS
-from megatron_sov.commands.shared_options import words_of
+from megatron_sov.commands.shared_options import list_option_words
 from megatron_sov.commands.train.setup.stage_options import StageOptions
 from megatron_sov.runs.folder import CONFIG, RunFolder, TypedCommand, read_command
 from megatron_sov.runs.launch_environment import export_command, has_launcher, is_first_rank
@@ -48,8 +48,8 @@ def resume_run(options: ResumeOptions) -> int:
     name, parser = _build_parser(first)
     first_options = _parse_options(parser, [*first.words[len(name.split()):], "--resume"])
     resumed = _replace_by_folder(first_options, folder, first)
-    _refuse_unsaid_code(folder, first, words_of(resumed), options.arguments)
-    words = [*words_of(dataclasses.replace(resumed, plugins=())), *options.arguments]
+    _refuse_unsaid_code(folder, first, list_option_words(resumed), options.arguments)
+    words = [*list_option_words(dataclasses.replace(resumed, plugins=())), *options.arguments]
     if first.folder != Path.cwd() and first.folder.is_dir():
         os.chdir(first.folder)  # the command's paths are relative to it
         if is_first_rank():

@@ -69,8 +69,8 @@ def load_objective(kind: StageKind, config: RunConfig) -> Factory:
 
 
 def check_rank_memory(config: RunConfig) -> None:
-    """Refuse a run too large for this process, if it is a rank of torchrun or Slurm; `setup.feasibility` checks
-    other machines."""
+    """Refuse a run too large for this process, if it is a rank of torchrun or Slurm; otherwise
+    `setup.feasibility` has checked the machine."""
     if not has_launcher():
         return
     gpu = get_gpu() if on_gpu() else None

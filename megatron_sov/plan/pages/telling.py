@@ -49,7 +49,8 @@ def steps_to_show(schedule: Schedule, evenly: int) -> list[int]:
     every = -(-len(changes) // MAX_CHANGES)
     found = {0, last, *changes[::every], *(c - 1 for c in changes[::every] if c)}
     found |= {round(last * i / evenly) for i in range(evenly + 1)}
-    return sorted(found | {s for turn in schedule.turns() for s in (turn - 1, turn) if 0 <= s <= last})
+    return sorted(found | {s for turn in schedule.list_turning_steps() for s in (turn - 1, turn)
+                           if 0 <= s <= last})
 
 
 def timetable_rows(config: RunConfig, evenly: int = EVENLY) -> list[TimetableRow]:
@@ -60,9 +61,10 @@ def timetable_rows(config: RunConfig, evenly: int = EVENLY) -> list[TimetableRow
     highest = max(rates) or 1.0
     found = []
     for step, lr in zip(steps, rates, strict=True):
-        stretch = schedule.stretch(step)
+        stretch = schedule.get_stretch(step)
         name = schedule.phases[stretch.phase].name
-        found.append(TimetableRow(step + 1, schedule.tokens(step), name, stretch.batch_size, stretch.seq_len,
+        found.append(TimetableRow(step + 1, schedule.count_tokens(step), name, stretch.batch_size,
+                                  stretch.seq_len,
                                   lr, lr / highest))
     return found
 
@@ -103,7 +105,7 @@ def _blend(blend: dict[str, float]) -> str:
 def timetable_json(config: RunConfig) -> dict[str, Any]:
     schedule = Schedule(config)
     return {"recipe": config.recipe, "parameters": parameters_json(config), "steps": schedule.num_steps,
-            "tokens": schedule.tokens(schedule.num_steps - 1),
+            "tokens": schedule.count_tokens(schedule.num_steps - 1),
             "phases": [{"name": p.name, "first_step": s + 1, "blend": p.blend}
                        for p, s in zip(config.data.phases, config.phase_starts(), strict=True)],
             "schedule": [asdict(row) for row in timetable_rows(config)]}

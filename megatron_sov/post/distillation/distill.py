@@ -30,8 +30,8 @@ from megatron_sov.infer.engines.load import load_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import DistillationConfig
-from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFiles, unpacked
-from megatron_sov.post.distillation.teacher import weights_digest, whole_states
+from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFiles, unpack_rows
+from megatron_sov.post.distillation.teacher import gather_states, hash_weights
 from megatron_sov.runs.checkpoints import read_checkpoint_settings
 from megatron_sov.runs.obs.meters import Meter
 from megatron_sov.train.data.order import OrderedSample
@@ -53,9 +53,7 @@ class RunTeacher(Protocol):
     """A teacher whose distributions a run learns."""
 
     teacher: str
-    """Digest of its weights."""
     divergence: Divergence
-    """The divergence to minimise."""
 
     def verify(self, world: ParallelWorld) -> None:
         """Verify the teacher's files; called by all processes together before the first read.
@@ -88,7 +86,7 @@ class RunTeacher(Protocol):
         ...
 
 
-class KeptTeacher:
+class StoredTeacher:
     """Teacher outputs on disk, of one teacher for each source."""
 
     def __init__(self, folders: Sequence[StateFiles], asked: DistillationConfig, sources: Sequence[Source],
@@ -136,10 +134,9 @@ class KeptTeacher:
         return tuple(batches)
 
     def at(self, batch: MicroBatch, head: Head, split: str = "train") -> Teacher:
-        """See `RunTeacher.at`."""
         pieces = context.get_local_pieces(len(batch.labels))
         if self._asked.top_k:
-            ids, logprobs = unpacked(self._read_rows(batch.origins, pieces, split))
+            ids, logprobs = unpack_rows(self._read_rows(batch.origins, pieces, split))
             # A positive log-probability marks a missing output: `heard` gives it no weight, and 0 stays
             # finite.
             return TeacherTopK(ids, logprobs.where(logprobs[:, :1] <= 0, 0.0), self._asked.keep_remainder)
@@ -160,7 +157,7 @@ class KeptTeacher:
         if not self._asked.other_tokenizer:
             return batch.weights
         rows = self._read_rows(batch.origins, [(0, len(batch.labels))], split)
-        says = unpacked(rows)[1][:, 0] <= 0
+        says = unpack_rows(rows)[1][:, 0] <= 0
         return batch.weights * to_device(says, batch.weights.device)
 
     def _read_rows(self, origins: tuple[RowOrigin, ...], pieces: Sequence[tuple[int, int]], split: str,
@@ -222,7 +219,7 @@ class LiveTeacher:
                 layout.
         """
         asked, theirs = config.distillation, read_checkpoint_settings(checkpoint)
-        self.teacher = weights_digest(Target(checkpoint, False))
+        self.teacher = hash_weights(Target(checkpoint, False))
         self.divergence = Divergence(asked.beta, asked.temperature)
         self._path, self._asked = checkpoint, asked
         # Expert parallelism and the pipeline layout fit the student's layers alone.
@@ -262,7 +259,7 @@ class LiveTeacher:
 
         def compute_outputs(hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
             if not top_k:
-                return whole_states(hidden[0], model)
+                return gather_states(hidden[0], model)
             ids, logprobs = head.find_most_probable(hidden[0], top_k, self.divergence.temperature)
             return torch.cat([ids.to(logprobs.dtype), logprobs], 1)
 
@@ -275,7 +272,6 @@ class LiveTeacher:
                      for batch, output in zip(batches, outputs, strict=True))
 
     def at(self, batch: MicroBatch, head: Head, split: str = "train") -> Teacher:
-        """See `RunTeacher.at`."""
         assert batch.said is not None and self._model is not None, "the teacher has not read the micro-batch"
         outputs = context.select_local(batch.said)
         if top_k := self._asked.top_k:
@@ -384,11 +380,10 @@ class OnPolicyDistillation(Distillation):
 
 
 @dataclasses.dataclass(frozen=True)
-class TaughtFactory:
+class TeacherFactory:
     """Factory of an objective with a teacher in its context."""
 
     made: Callable[[ObjectiveContext], Any]
-    """Factory of the objective."""
     teachers: Sequence[RunTeacher]
     """The teacher; empty: the run is complete, and no objective is built."""
 
@@ -421,7 +416,7 @@ def measure_heldout(view: GateView, sources: Sequence[Source],
     figures = {}
     for index, source in enumerate(sources):
         if source.num_tokens.get(SPLIT, 0) > 1:
-            tokens, divergence, kl = _sum_divergences(view, index, source, teacher).tolist()
+            tokens, divergence, kl = _sum_teacher_divergences(view, index, source, teacher).tolist()
             if tokens:
                 figures[source.name] = {"tokens": int(tokens), "divergence": divergence / tokens,
                                         "kl": kl / tokens}
@@ -438,7 +433,7 @@ def measure_teacher(view: GateView, sources: Sequence[Source], teacher: RunTeach
     return {"teacher": teacher.teacher, "heldout_divergence": measure_heldout(view, sources, teacher)}
 
 
-def _sum_divergences(view: GateView, index: int, source: Source, teacher: RunTeacher) -> torch.Tensor:
+def _sum_teacher_divergences(view: GateView, index: int, source: Source, teacher: RunTeacher) -> torch.Tensor:
     """Return learned tokens, and sums of divergence and KL over them, [3] float64, on every process."""
     config, world, shard = view.config, view.world, source.shard(SPLIT)
     seq_len, size = config.data.max_seq_len(), config.train.micro_batch_size

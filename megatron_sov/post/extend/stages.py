@@ -144,14 +144,13 @@ class PlannedStage:
     """One run of an extension."""
 
     config: RunConfig
-    """Resolved settings."""
     folder: RunFolder
     """RUN for the last stage, RUN/stages/<number>-<name> for those before."""
     min_steps: int
     """Optimizer steps before the gate may end the stage."""
 
 
-def planned_stages(request: RecipeRequest, start_from: Path, run: Path, nproc: int | None,
+def plan_stages(request: RecipeRequest, start_from: Path, run: Path, nproc: int | None,
                    formats: Callable[[RunConfig], tuple[str, ...]] = lambda config: TEXTS,
                    ) -> list[PlannedStage]:
     """Return the stages of the settings in order, all resolved, so that mistakes show before any training.
@@ -189,7 +188,7 @@ def planned_stages(request: RecipeRequest, start_from: Path, run: Path, nproc: i
             raise UserError(f"extend.stages.{number - 1} ({stage.name}): {e}") from None
         last = number == len(wanted.extend.stages)
         folder = RunFolder(run if last else run / STAGES / f"{number}-{stage.name}")
-        blend = stage_blend(stage, sources, previous_tokens, wanted.needle.train_share)
+        blend = build_stage_blend(stage, sources, previous_tokens, wanted.needle.train_share)
         config, min_steps = _resolve_stage(request, stage, model, trained_tokens, blend=blend, nproc=nproc)
         planned.append(PlannedStage(config, folder, min_steps))
         previous_tokens = stage.seq_len
@@ -244,7 +243,7 @@ def _samples_per_rank(config: RunConfig, nproc: int | None) -> int:
     return max(1, config.train.global_batch_size // max(1, replicas))
 
 
-def stage_blend(stage: ExtendStageConfig, sources: list[Source], trained_tokens: int,
+def build_stage_blend(stage: ExtendStageConfig, sources: list[Source], trained_tokens: int,
                 needle_share: float) -> dict[str, float]:
     """Return source name -> share of the samples, with sum 1; empty if the stage names no parts and no blend.
 

@@ -14,10 +14,11 @@ from megatron_sov.base.errors import warn
 from megatron_sov.engine.parallel.world import run_on_each_rank, run_on_main
 from megatron_sov.model.config import RolloutConfig
 from megatron_sov.post.policy import TEACHER, has_other_gradients
-from megatron_sov.post.rl.logprob_columns import TrainerColumns
+from megatron_sov.post.rl.logprob_columns import LogprobColumns
 from megatron_sov.post.rl.publish.advantages import has_advantage
-from megatron_sov.post.rl.publish.metrics import PASS_RATE, describe_groups, find_round_problem, round_meters
-from megatron_sov.post.rl.teachers import reverse_kl
+from megatron_sov.post.rl.publish.metrics import (
+    PASS_RATE, compute_round_meters, describe_groups, find_round_problem)
+from megatron_sov.post.rl.teachers import compute_reverse_kl
 from megatron_sov.post.rl.validation import SampledRounds
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.checkpoints import hash_checkpoint_files
@@ -33,7 +34,6 @@ class OpenedRound:
     """Identity and figures of a round that is open for training."""
 
     digest: str
-    """Digest of its documents."""
     meters: Mapping[str, float]
     """Headline meters; on process 0 alone."""
 
@@ -43,9 +43,8 @@ class RoundLoader:
     """Opens the rounds of a run; an object on each process, called by all together."""
 
     documents: RoundDocuments
-    """The data source whose rounds are opened."""
     rollout: RolloutConfig
-    columns: TrainerColumns
+    columns: LogprobColumns
     store: Path | None = None
     """Rollout store from which sample responses are recorded; None: no samples."""
     samples: SampledRounds = field(default_factory=lambda: SampledRounds(0, 0))
@@ -84,10 +83,10 @@ class RoundLoader:
         meters: Mapping[str, float] = {}
         if view.world.is_main:
             content = read_manifest(opened.path).content
-            divergence = reverse_kl(opened, columns[TEACHER]) if TEACHER in columns else {}
+            divergence = compute_reverse_kl(opened, columns[TEACHER]) if TEACHER in columns else {}
             view.events.write("round", step=view.step, round=number, documents=opened.steps[-1].stop,
                               **figures, **divergence, **{name: content.get(name) for name in EVENT_FIELDS})
-            meters = round_meters(content)
+            meters = compute_round_meters(content)
             self._report_rewards(view, number, content)
         if self.store is not None:
             run_on_main(view.world, partial(self._record_samples, view, self.store, number, opened.path))

@@ -34,7 +34,7 @@ from megatron_sov.runs.folder import STAGES, RunEvents, RunFolder
 from megatron_sov.runs.launch_environment import get_command_start, has_launcher, is_first_rank, num_ranks
 from megatron_sov.runs.lock import RunLock
 from megatron_sov.runs.obs.events import EVENTS
-from megatron_sov.schedules import changed_schedule
+from megatron_sov.schedules import describe_schedule_change
 from megatron_sov.train.checkpointer import newest_sound, refuse_other_base
 from megatron_sov.train.data.ledger import (
     LedgerEntry, over_long, plan, refuse_over_long, refuse_over_long_pairs)
@@ -443,7 +443,7 @@ def _restore(stage: Stage, trainer: Trainer, newest: Path | None) -> bool:
 def _tell_changes(stage: Stage, trainer: Trainer) -> None:
     """Warn if the resumed run has another learning rate schedule than before."""
     earlier = stage.folder.config()
-    told = changed_schedule(earlier, stage.config, trainer.step) if earlier is not None else None
+    told = describe_schedule_change(earlier, stage.config, trainer.step) if earlier is not None else None
     if told is not None and trainer.world.is_main:
         warn(f"{stage.folder.path}: {told}")
 

@@ -10,7 +10,7 @@ import pytest
 from megatron_sov.base.artifacts import find_damaged_files, read_manifest
 from megatron_sov.base.errors import ExitCode
 from megatron_sov.cli import main
-from megatron_sov.commands.evaluate import eval_judged
+from megatron_sov.commands.evaluate import eval_passk
 from megatron_sov.eval.pass_at_k import format_table
 from megatron_sov.infer.engines.transformers_engine import HfEngine
 from megatron_sov.publish.report.run_data import Run
@@ -44,7 +44,7 @@ def judge_rows(rows: list[dict], capsys: pytest.CaptureFixture[str], monkeypatch
     """Return the figures of rows in place of a model's responses."""
     write("prompts.jsonl", [{"prompt": "x"}])
     write("sampled.jsonl", rows)
-    monkeypatch.setattr(eval_judged, "_sample", lambda plan: Path("sampled.jsonl"))
+    monkeypatch.setattr(eval_passk, "_sample", lambda plan: Path("sampled.jsonl"))
     return passk(capsys, str(model), "--input", "prompts.jsonl", "--output", "out", *more)
 
 
@@ -120,7 +120,7 @@ def responses(folder: str) -> list[dict]:
 def test_a_killed_command_goes_on_where_it_was(hf_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
                                                capsys: pytest.CaptureFixture[str]) -> None:
     write("prompts.jsonl", PROMPTS)
-    monkeypatch.setattr(eval_judged, "CALL_SAMPLES", 8)  # two prompts
+    monkeypatch.setattr(eval_passk, "CALL_SAMPLES", 8)  # two prompts
     calls: list[int] = []
     generate = HfEngine.generate
 

@@ -8,7 +8,8 @@ import jiwer
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.commands.evaluate.eval_media import PAIRS, MediaRow, figures, judge_of, read_rows
+from megatron_sov.commands.evaluate.eval_media import (
+    PAIRS, MediaRow, compute_media_figures, load_judge, read_media_rows)
 from megatron_sov.eval.statistics import compute_wilson_interval
 
 WORDS = [{"type": "text", "text": "Say it."}]
@@ -23,13 +24,13 @@ def test_figures_count_what_was_recognised() -> None:
     """Case and punctuation do not count; rates are those of all words and characters together."""
     rows = [MediaRow(WORDS, text, ("a", "b", "c", "d")) for text in ("Hello, world!", "yellow", "서울 시청")]
     heard = ["hello world", "yell oh", ""]
-    told = figures(rows, heard)
+    told = compute_media_figures(rows, heard)
     assert (told["num_rows"], told["accuracy"], told["chance"]) == (3, 1 / 3, 0.25)
     assert told["accuracy_interval"] == list(compute_wilson_interval(1, 3))
     assert told["wer"] == jiwer.wer(["hello world", "yellow", "서울 시청"], ["hello world", "yell oh", ""])
     assert told["wer"] == (0 + 2 + 2) / 5
     assert told["cer"] == pytest.approx((0 + 2 + 5) / (11 + 6 + 5))
-    assert "chance" not in figures([MediaRow(WORDS, "a")], ["a"])
+    assert "chance" not in compute_media_figures([MediaRow(WORDS, "a")], ["a"])
 
 
 @pytest.mark.parametrize(("line", "said"), [
@@ -40,9 +41,9 @@ def test_bad_rows_are_named(tmp_path: Path, line: str, said: str) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(line)
     with pytest.raises(UserError, match=said):
-        read_rows(file)
+        read_media_rows(file)
     file.write_text('\n{"content": [{"type": "text", "text": "a"}], "answer": "b", "labels": ["b", "c"]}\n')
-    assert read_rows(file) == [MediaRow([{"type": "text", "text": "a"}], "b", ("b", "c"))]
+    assert read_media_rows(file) == [MediaRow([{"type": "text", "text": "a"}], "b", ("b", "c"))]
 
 
 FILES, LABELS = [Path("one.png"), Path("two.png")], [("a", "b"), ()]
@@ -52,7 +53,7 @@ def test_a_function_of_a_file_judges(tmp_path: Path) -> None:
     code = tmp_path / "mine.py"
     code.write_text("def seen(files, labels):\n"
                     "    return [f'{file.stem} of {len(of)}' for file, of in zip(files, labels)]\n")
-    assert judge_of(f"{code}:seen")(FILES, LABELS) == ["one of 2", "two of 0"]
+    assert load_judge(f"{code}:seen")(FILES, LABELS) == ["one of 2", "two of 0"]
 
 
 @pytest.mark.parametrize(("code", "said"), [
@@ -62,10 +63,10 @@ def test_a_function_of_a_file_judges(tmp_path: Path) -> None:
 def test_a_judge_that_is_none_is_refused(tmp_path: Path, code: str, said: str) -> None:
     (tmp_path / "mine.py").write_text(code)
     with pytest.raises(UserError, match=said):
-        judge_of(f"{tmp_path / 'mine.py'}:seen")(FILES, LABELS)
+        load_judge(f"{tmp_path / 'mine.py'}:seen")(FILES, LABELS)
 
 
 @pytest.mark.parametrize("said", ["", "python3 judge.py", "judge.py", "mine.txt:seen"])
 def test_a_judge_is_a_function(said: str) -> None:
     with pytest.raises(UserError, match=r"is no code FILE\.py:NAME; name one"):
-        judge_of(said)
+        load_judge(said)

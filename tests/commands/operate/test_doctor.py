@@ -19,7 +19,7 @@ BAD = [*GOOD, MachineCheck("torch", "broken", "cannot be imported", "make setup"
 def test_only_what_is_broken_fails(
     found: list[MachineCheck], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(doctor, "all_checks", lambda: found)
+    monkeypatch.setattr(doctor, "run_checks", lambda: found)
     assert cli.main(["doctor", "--json"]) == code
     printed = json.loads(capsys.readouterr().out)
     assert printed["works"] is (code == 0)
@@ -27,7 +27,7 @@ def test_only_what_is_broken_fails(
 
 
 def test_text_aligns_and_puts_the_remedy_under_its_check() -> None:
-    assert doctor.as_text(BAD).splitlines() == [
+    assert doctor.format_checks(BAD).splitlines() == [
         "ok       Python  3.11.7",
         "missing  GPU     torch is a CPU build",
         "warning  Disk    1.0 GB free",
@@ -50,6 +50,6 @@ def test_missing_compiler_and_ninja_are_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr(doctor, "_has_gpu", lambda: True)
-    (check,) = doctor.compiler_checks()
+    (check,) = doctor.iter_compiler_checks()
     assert check.status == "warning" and "no c++ and no ninja in PATH" in check.detail
     assert "apt-get install" in check.remedy

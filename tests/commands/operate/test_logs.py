@@ -13,7 +13,7 @@ import pytest
 
 from megatron_sov import cli, recipes
 from megatron_sov.commands.operate import logs, run_state as states
-from megatron_sov.commands.operate.logs import LogFile, Tail
+from megatron_sov.commands.operate.logs import LogFile, LogTail
 from megatron_sov.runs.obs.events import LONGEST_LINE_BYTES, EventLog
 
 Follow = Callable[..., list[str]]
@@ -134,7 +134,7 @@ def test_following_sees_new_lines_files_and_events_and_ends_when_the_run_is_quie
 @pytest.mark.parametrize("state", ["running", "silent", "waiting"])
 def test_a_run_that_may_go_on_is_followed_until_its_reader_goes(
         state: str, run: Path, follow: Follow, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(states, "read_state", lambda run: SimpleNamespace(state=state))
+    monkeypatch.setattr(states, "read_run_state", lambda run: SimpleNamespace(state=state))
     pauses = int(10 * logs.ENDED_AFTER_S / logs.LOOK_EVERY_S)
     file = run / "slurm/logs/17-0/rank-2.log"
     lines = follow([*[nothing] * pauses, lambda: file.write_text("two\ngoes on\n")])
@@ -143,6 +143,6 @@ def test_a_run_that_may_go_on_is_followed_until_its_reader_goes(
 
 def test_what_is_no_text_stays_harmless(tmp_path: Path) -> None:
     (file := tmp_path / "rank-0.log").write_bytes(b"\x1b[31m\xff" + b"x" * (LONGEST_LINE_BYTES + 10))
-    lines = list(Tail(LogFile(file, "x", 0)).lines(whole=True))
+    lines = list(LogTail(LogFile(file, "x", 0)).lines(whole=True))
     assert ("".join(line.text for line in lines).startswith("·[31m\ufffdx")
             and not any("\x1b" in line.text for line in lines))

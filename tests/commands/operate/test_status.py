@@ -16,7 +16,8 @@ import pytest
 from megatron_sov import cli, recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.commands.operate import status
-from megatron_sov.commands.operate.run_state import RunState, Start, find_runs, in_full, read_state
+from megatron_sov.commands.operate.run_state import (
+    RunStart, RunState, find_runs, format_run_state, read_run_state)
 from megatron_sov.commands.operate.run_table import format_runs
 from megatron_sov.model.config import apply_settings
 from megatron_sov.runs.obs.history import UNFINISHED
@@ -61,7 +62,7 @@ def test_a_living_run_has_speed_time_left_and_starts_with_reasons(tmp_path: Path
         begin(70, 4), *steps(5, 20, 31), (0.5, "warning", {"text": "x"}))
     (run / "checkpoints/step-4").mkdir(parents=True)
     hold(run)
-    state = read_state(run, NOW_S)
+    state = read_run_state(run, NOW_S)
     assert (state.state, state.step, state.num_steps, state.stage, state.phase) == (
         "running", 20, 40, "pretrain", "main")
     # the last step was a second ago
@@ -69,7 +70,7 @@ def test_a_living_run_has_speed_time_left_and_starts_with_reasons(tmp_path: Path
     assert (state.checkpoint, state.checkpoint_step, state.restarts, state.warnings) == (
         "checkpoints/step-4", 4, 1, 1)
     assert state.starts[0].outcome == "rank 1 was ended by SIGKILL"
-    text = in_full(state)
+    text = format_run_state(state)
     assert "step        20 of 40 (50%), phase main, 20 K tokens, loss 3.0000" in text
     assert ("500 tokens/s, 39.0 s left" in text
             and "from step 0 to step 5, 2 processes: rank 1 was ended by SIGKILL" in text)
@@ -93,9 +94,9 @@ def test_a_run_that_does_not_live_says_why(tmp_path: Path, events: Any, files: d
     run = write_run(tmp_path / "run", *events)
     for name, content in files.items():
         (run / name).write_text(json.dumps(content))
-    found = read_state(run, NOW_S)
+    found = read_run_state(run, NOW_S)
     assert (found.state, found.why) == (state, why)
-    assert in_full(found).startswith(f"{run}: pretrain, tiny-solar-open\n")
+    assert format_run_state(found).startswith(f"{run}: pretrain, tiny-solar-open\n")
 
 
 SQUEUE = """#!/bin/sh
@@ -118,14 +119,14 @@ def test_slurm_says_why_attempts_ended_and_whether_a_job_waits(tmp_path: Path,
     squeue.chmod(0o755)
     monkeypatch.setenv("STATE", "PENDING")
     monkeypatch.setenv("PATH", f"{squeue.parent}:{os.environ['PATH']}")
-    state = read_state(run, NOW_S)
+    state = read_run_state(run, NOW_S)
     assert (state.state, state.why) == ("waiting", "job 17 is pending")
     assert [start.outcome for start in state.starts] == ["cut_off: node-3 went down", UNFINISHED]
     assert "--jobs=17" in (squeue.parent / "asked").read_text()
     monkeypatch.setenv("STATE", "COMPLETED")
-    assert read_state(run, NOW_S).state == "ended"
+    assert read_run_state(run, NOW_S).state == "ended"
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))  # no Slurm here
-    assert read_state(run, NOW_S).state == "ended"
+    assert read_run_state(run, NOW_S).state == "ended"
 
 
 def test_a_run_that_was_only_submitted_has_a_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -154,7 +155,7 @@ def test_a_run_that_was_only_submitted_has_a_state(tmp_path: Path, monkeypatch: 
 def test_a_run_that_holds_its_folder_and_writes_nothing_is_silent(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", begin(300), *steps(1, 9, 200))
     hold(run)
-    assert read_state(run, NOW_S).state == "silent"
+    assert read_run_state(run, NOW_S).state == "silent"
 
 
 def test_a_folder_of_runs_is_a_table_and_json_has_no_nan(tmp_path: Path,
@@ -187,7 +188,7 @@ def test_an_extension_without_stages_or_gate_is_called_one(
         tmp_path: Path, phase: str, events: tuple[tuple[float, str, dict[str, Any]], ...]) -> None:
     phases = json.dumps([{"name": phase, "seq_len": 128}])
     run = write_run(tmp_path / "long", begin(100), *events, settings=(f"data.phases={phases}",))
-    assert read_state(run, NOW_S).stage == "extend"
+    assert read_run_state(run, NOW_S).stage == "extend"
 
 
 def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
@@ -196,7 +197,7 @@ def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
     (tmp_path / "more").mkdir()
     with pytest.raises(UserError, match="holds no run"):
         find_runs(tmp_path)
-    assert "none yet" in in_full(RunState(tmp_path))
+    assert "none yet" in format_run_state(RunState(tmp_path))
 
 
 # What is printed of a state.
@@ -208,11 +209,11 @@ RUNNING = RunState(
     tokens_per_s=51234.5, eta_s=8000.0,
     checkpoint="checkpoints/step-1000", checkpoint_step=1000, checkpoint_age_s=65.0, last_event_age_s=-0.3,
     warnings=2, incidents={"skip": 3, "hang": 0, "alarm": 1},
-    starts=[Start(1_700_000_000.0, 0, 900, 8, "killed"), Start(math.nan, 900, None, 1, "running")])
+    starts=[RunStart(1_700_000_000.0, 0, 900, 8, "killed"), RunStart(math.nan, 900, None, 1, "running")])
 
 
 def test_one_run_in_full() -> None:
-    assert in_full(RUNNING) == """\
+    assert format_run_state(RUNNING) == """\
 runs/a: sft, tiny-solar-open
   state       running (in job 17), last event 0.0 s ago
   step        1,200 of 4,000 (30%), phase main, 19.7 M tokens, loss 2.3457
@@ -245,7 +246,7 @@ def test_several_runs_are_a_table_with_dashes_for_unknown_figures() -> None:
 def test_held_out_quality_counts_every_byte_once(tmp_path: Path, heldout: Any,
                                                    expected: float | None) -> None:
     run = write_run(tmp_path / "run", begin(100), (50, "eval", {"step": 1, "heldout": heldout}))
-    found = read_state(run, NOW_S).heldout_bits_per_byte
+    found = read_run_state(run, NOW_S).heldout_bits_per_byte
     assert math.isnan(found) if expected is None else found == pytest.approx(expected)
 
 

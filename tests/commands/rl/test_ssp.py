@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from megatron_sov.base.artifacts import create_artifact, find_damaged_files, read_manifest
 from megatron_sov.base.errors import ExitCode
 from megatron_sov.cli import main
-from megatron_sov.commands.evaluate import eval_judged
+from megatron_sov.commands.evaluate import eval_passk
 from megatron_sov.commands.rl import ssp
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 
@@ -71,7 +71,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, Path]) -> list[s
         names.append(Path(argv[3]).name)
         return main(argv[1:])
 
-    monkeypatch.setattr(eval_judged, "run_with_engine", planted)
+    monkeypatch.setattr(eval_passk, "run_with_engine", planted)
     monkeypatch.setattr(ssp, "run_command", in_this_process)
     return names
 

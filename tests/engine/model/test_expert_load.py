@@ -61,9 +61,6 @@ def test_all_layers_loads_are_fetched_at_once(monkeypatch: pytest.MonkeyPatch) -
 
     import torch
 
-    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-    prepare_megatron()
     from megatron_sov.engine.model.expert_load import ExpertLoad
 
     model: Any = SimpleNamespace(architecture=SimpleNamespace(

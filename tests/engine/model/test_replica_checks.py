@@ -7,11 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
+from megatron_sov.engine.model.replica_checks import compute_checksum, flip_bit
 from tests.tiny import tiny_trainer
-
-prepare_megatron()
-from megatron_sov.engine.model.replica_checks import compute_checksum, flip_bit  # noqa: E402
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

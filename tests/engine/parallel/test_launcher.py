@@ -65,9 +65,7 @@ CASES = """
 import json, os, signal, sys, time
 from pathlib import Path
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.parallel import cpu_shims, launcher
-
-cpu_shims.prepare_megatron()  # each launcher would import the library for itself
+from megatron_sov.engine.parallel import launcher
 pids = {}
 for case in sys.argv[2:]:
     pids[case] = os.fork()

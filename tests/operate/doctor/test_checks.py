@@ -43,31 +43,32 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_missing_library_is_broken_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {c.name: c.status for c in doctor.package_checks()} == dict.fromkeys(
+    assert {c.name: c.status for c in doctor.iter_package_checks()} == dict.fromkeys(
         doctor.REQUIRED_PACKAGES, "ok")
     monkeypatch.setattr(doctor, "REQUIRED_PACKAGES", ("numpy", "no-such-library"))
-    assert [(c.name, c.status) for c in doctor.package_checks()] == [
+    assert [(c.name, c.status) for c in doctor.iter_package_checks()] == [
         ("numpy", "ok"), ("no-such-library", "broken")]
 
 
 def test_a_foreign_package_that_is_imported_in_our_place_is_broken(site: Path,
                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {c.status for c in doctor.shadow_checks()} == {"ok"}
+    assert {c.status for c in doctor.iter_shadow_checks()} == {"ok"}
     module(site, "tokenizer")
     monkeypatch.delitem(sys.modules, "tokenizer", raising=False)
-    found = {c.name: c for c in doctor.shadow_checks()}
+    found = {c.name: c for c in doctor.iter_shadow_checks()}
     assert found["data_prep"].status == "ok"
     assert found["tokenizer"].status == "broken"
     assert str(site / "tokenizer") in found["tokenizer"].detail
     monkeypatch.setattr(importlib.metadata, "packages_distributions",
                         lambda: {"tokenizer": ["other-tokenizer"]})
-    assert {c.name: c.remedy for c in doctor.shadow_checks()}["tokenizer"] == "pip uninstall other-tokenizer"
+    remedies = {c.name: c.remedy for c in doctor.iter_shadow_checks()}
+    assert remedies["tokenizer"] == "pip uninstall other-tokenizer"
 
 
 def test_a_foreign_distribution_that_owns_our_name_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     owners = {"data_prep": ["megatron-sov", "prep-tools"], "tokenizer": ["megatron-sov"]}
     monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: owners)
-    found = {c.name: c.status for c in doctor.shadow_checks()}
+    found = {c.name: c.status for c in doctor.iter_shadow_checks()}
     assert found == {"megatron_sov": "ok", "tokenizer": "ok", "data_prep": "warning", "slurm": "ok"}
 
 
@@ -75,10 +76,10 @@ def test_torch_without_gpu_works_on_gloo(monkeypatch: pytest.MonkeyPatch) -> Non
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    found = {c.name: c.status for c in doctor.torch_checks()}
+    found = {c.name: c.status for c in doctor.iter_torch_checks()}
     assert found == {"torch": "ok", "gloo": "ok", "GPU": "missing"}
     monkeypatch.setattr(torch.distributed, "is_gloo_available", lambda: False)
-    assert {c.name: c.status for c in doctor.torch_checks()}["gloo"] == "broken"
+    assert {c.name: c.status for c in doctor.iter_torch_checks()}["gloo"] == "broken"
 
 
 def test_gpus_are_listed_with_memory_and_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +90,7 @@ def test_gpus_are_listed_with_memory_and_nccl(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: gpu)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
-    found = {c.name: c for c in doctor.torch_checks()}
+    found = {c.name: c for c in doctor.iter_torch_checks()}
     assert found["GPU 1"].detail == "Test GPU, 141 GiB, compute capability 9.0"
     assert found["NCCL"].status == "broken"
 
@@ -97,7 +98,7 @@ def test_gpus_are_listed_with_memory_and_nccl(monkeypatch: pytest.MonkeyPatch) -
 def test_a_torch_that_does_not_load_is_broken(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (site / "torch.py").write_text("raise OSError('libcudart.so: cannot open shared object file')")
     monkeypatch.delitem(sys.modules, "torch", raising=False)
-    (check,) = doctor.torch_checks()
+    (check,) = doctor.iter_torch_checks()
     assert check.status == "broken"
     assert check.detail == "cannot be imported (OSError: libcudart.so: cannot open shared object file)"
 
@@ -112,7 +113,7 @@ def test_a_torch_that_does_not_load_is_broken(site: Path, monkeypatch: pytest.Mo
 def test_transformer_engine_is_what_imports(site: Path, monkeypatch: pytest.MonkeyPatch, text: str,
                                             status: str, detail: str) -> None:
     module(site, "transformer_engine", pytorch=text)
-    assert [(c.status, c.detail) for c in doctor.transformer_engine_checks()] == [(status, detail)]
+    assert [(c.status, c.detail) for c in doctor.iter_transformer_engine_checks()] == [(status, detail)]
 
 
 def test_signatures_are_compared_with_those_that_this_project_calls(
@@ -130,13 +131,13 @@ def test_signatures_are_compared_with_those_that_this_project_calls(
     for text in ("try:\n    def f(a: int, *, b: int = 1): ...\nfinally: 0\nclass A:\n    def g(self, x): ...",
                  "def f(a, *, b=2): ...", "def f(a, *, b=1): ...\nclass A: ..."):
         (tmp_path / "engine_double/__init__.py").write_text(text)
-        said.append(only(doctor.contract_checks()).detail)
+        said.append(only(doctor.iter_contract_checks()).detail)
     read = "engine-double 1 differs from 2, against which this project was read: "
     assert said == ["engine-double: as this project calls them",
                     f"{read}f of engine_double/__init__.py takes (a, *, b=2), not (a, *, b=1)",
                     f"{read}A.g of engine_double/__init__.py is gone"]
     (tmp_path / "engine_double/__init__.py").write_text("(")
-    assert " cannot be read (SyntaxError: " in only(doctor.contract_checks()).detail
+    assert " cannot be read (SyntaxError: " in only(doctor.iter_contract_checks()).detail
 
 
 def test_signatures_are_read_from_every_folder_of_a_namespace_package(
@@ -158,10 +159,10 @@ def test_a_machine_with_gpus_cannot_train_without_transformer_engine(
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     module(site, "transformer_engine", pytorch="raise OSError('libcublas.so.13: cannot open')")
-    assert [(c.status, c.detail) for c in doctor.transformer_engine_checks()] == [
+    assert [(c.status, c.detail) for c in doctor.iter_transformer_engine_checks()] == [
         ("broken", "is installed but does not import (OSError: libcublas.so.13: cannot open)")]
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
-    assert only(doctor.transformer_engine_checks()).status == "broken"
+    assert only(doctor.iter_transformer_engine_checks()).status == "broken"
 
 
 @pytest.mark.parametrize(("loaded", "status"), [((9, 14, 0), "warning"), ((9, 19, 0), "ok")])
@@ -173,7 +174,7 @@ def test_two_versions_of_cudnn_in_one_process_are_told(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
     module(site, "transformer_engine", pytorch=f"def get_cudnn_version(): return {loaded}")
-    check = only(doctor.transformer_engine_checks())
+    check = only(doctor.iter_transformer_engine_checks())
     assert check.status == status
     if status == "warning":
         assert "has loaded cuDNN 9.14.0, and torch 9.19.0" in check.detail and "CUDNN_HOME" in check.remedy
@@ -195,7 +196,7 @@ def test_the_recipes_that_the_gpu_can_take_are_listed(site: Path, monkeypatch: p
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     module(site, "transformer_engine", pytorch=text)
-    check = only(doctor.quantization_checks())
+    check = only(doctor.iter_quantization_checks())
     assert (check.name, check.status, check.detail) == ("train.fp8", status, detail)
 
 
@@ -206,13 +207,13 @@ def only(found) -> MachineCheck:
 
 def test_programs_are_asked_for_their_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert only(doctor.slurm_checks()).status == "missing"
+    assert only(doctor.iter_slurm_checks()).status == "missing"
     program(tmp_path, "sbatch", "echo slurm 24.11.1")
-    assert only(doctor.slurm_checks()) == MachineCheck("Slurm", "ok", "slurm 24.11.1")
+    assert only(doctor.iter_slurm_checks()) == MachineCheck("Slurm", "ok", "slurm 24.11.1")
 
 
 def test_what_encloses_programs_is_found_by_enclosing_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    check = only(doctor.sandbox_checks())
+    check = only(doctor.iter_sandbox_checks())
     assert (check.status, check.detail.partition(":")[0]) in (
         ("ok", "namespaces"), ("ok", "landlock"), ("missing", "this machine cannot enclose a program"))
 
@@ -220,12 +221,12 @@ def test_what_encloses_programs_is_found_by_enclosing_one(monkeypatch: pytest.Mo
         raise UserError("none: 2 problems\n  namespaces: not allowed\n  landlock: version 0")
 
     monkeypatch.setattr(doctor, "machine_enclosure", refuse)
-    check = only(doctor.sandbox_checks())
+    check = only(doctor.iter_sandbox_checks())
     assert check.status == "missing" and "namespaces: not allowed; landlock: version 0" in check.detail
 
 
 def test_little_disk_is_a_warning_with_the_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")._replace(free=10**9)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    disk = {c.name: c for c in doctor.machine_checks()}["Disk"]
+    disk = {c.name: c for c in doctor.iter_resource_checks()}["Disk"]
     assert (disk.status, disk.detail) == ("warning", "1.0 GB free, less than the 5 GB that the demo wants")

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_sov import cli, recipes
 from megatron_sov.base.artifacts import read_manifest
-from megatron_sov.commands.operate.logs import log_files
+from megatron_sov.commands.operate.logs import list_log_files
 from megatron_sov.model.config import apply_settings
 from megatron_sov.runs.obs.events import final_step_events, read_events
 from megatron_sov.train.side_jobs.evaluations import Evaluations
@@ -192,5 +192,5 @@ def test_a_job_brings_the_figures_of_an_export(site: Path, cluster: Any, until: 
     assert [(e["event"], e["step"], e.get("error")) for e in events] == [("evaluation", 10, None)]
     figures = json.loads((run / "evaluations/step-10.ppl.json").read_text())
     assert set(figures) == {"first", "second"} and all(row["bits_per_byte"] > 0 for row in figures.values())
-    labels = [file.label for file in log_files(run)]
+    labels = [file.label for file in list_log_files(run)]
     assert labels[0].startswith("step-10.ppl job ") and f"{labels[0]} rank 0" in labels

@@ -25,10 +25,10 @@ from megatron_sov.base.command_line import Parser
 from megatron_sov.base.settings import read_command_options
 from megatron_sov.bench.lm.settings import TaskSources
 from megatron_sov.bench.lm.tasks import refuse_unknown
-from megatron_sov.commands.operate.submit import COMMANDS, chain_names, read_chain
+from megatron_sov.commands.operate.submit import STAGE_PARSERS, list_chains, read_chain
 from megatron_sov.operate.slurm.stages import STAGES, work_of
 from megatron_sov.plan.calibration.fitting import fullest
-from megatron_sov.post.rl.reward import reward_version
+from megatron_sov.post.rl.reward import resolve_reward_version
 from megatron_sov.runs.obs.events import final_step_events, read_events
 from megatron_sov.work.clusters import cluster as cluster_profiles
 from megatron_sov.work.clusters.units import GIB
@@ -43,9 +43,9 @@ DOORS = {"data": DATA_COMMANDS, "tokenizer": TOKENIZER_COMMANDS}
 
 
 def test_there_are_scripts_for_the_published_recipes_and_their_tiny_ones() -> None:
-    assert chain_names() == sorted(p.name for p in SCRIPTS.iterdir()) == [*BIG, *TINY]
-    assert set(chain_names()) <= set(recipes.names())
-    for name in chain_names():
+    assert list_chains() == sorted(p.name for p in SCRIPTS.iterdir()) == [*BIG, *TINY]
+    assert set(list_chains()) <= set(recipes.names())
+    for name in list_chains():
         stages = [stage.stage for stage in read_chain(name).stages]
         assert list(dict.fromkeys(stage for stage in stages if stage != "data"))[-9:] == [
             "tokenizer", "pretrain", "extend", "sft", "rl-run", "prefer", "convert", "eval", "eval-lm"], name
@@ -66,12 +66,12 @@ def test_what_submit_does_not_look_at_is_sound(name: str) -> None:
         if stage.stage in DOORS:
             import_module(DOORS[stage.stage][argv.pop(0)].module).add_arguments(parser)
         elif stage.stage in ("rl-run", "eval-lm"):
-            COMMANDS[stage.stage](parser)
+            STAGE_PARSERS[stage.stage](parser)
         else:
             continue
         options = read_command_options(parser.parse_args(argv))
         if stage.stage == "rl-run":
-            assert reward_version(options.reward, options.reward_set), stage
+            assert resolve_reward_version(options.reward, options.reward_set), stage
         elif stage.stage == "eval-lm":
             refuse_unknown(options.tasks.split(","), TaskSources())
 
@@ -85,7 +85,7 @@ def test_the_sources_of_a_recipe_are_what_its_chain_has_packed(name: str) -> Non
             named = [Path(argv[i + 1]).stem for i, word in enumerate(argv) if word == "--input"]
             packed[argv[argv.index("--output") + 1]] = set(named)
         elif STAGES[stage.stage].ranks:
-            work = work_of(stage.stage, list(argv), COMMANDS)
+            work = work_of(stage.stage, list(argv), STAGE_PARSERS)
             assert work.config is not None
             config = work.config
             blends = [*(phase.blend for phase in config.data.phases),
@@ -115,7 +115,7 @@ def test_notes_tell_the_memory_of_the_account(name: str) -> None:
     profile = cluster_profiles.load_profile(chain.cluster, needs_account=False)
     for stage in chain.stages:
         if STAGES[stage.stage].ranks:
-            config = work_of(stage.stage, shlex.split(stage.arguments), COMMANDS).config
+            config = work_of(stage.stage, shlex.split(stage.arguments), STAGE_PARSERS).config
             assert config is not None
             need = fullest(config, stage.nodes * profile.tasks_per_node)[1].total / GIB
             assert re.findall(r"bout (\d+) GiB", stage.note) == [f"{need:.0f}"], (stage.stage, stage.note)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.commands.operate.submit import COMMANDS
+from megatron_sov.commands.operate.submit import STAGE_PARSERS
 from megatron_sov.operate.slurm.stages import STAGES
 from megatron_sov.operate.slurm.submission import Prepared, SubmitRequest, prepare
 from megatron_sov.work.clusters import client, cluster
@@ -48,7 +48,7 @@ NASTY = "it's $HOME `id` \"x\" \\ & | ; > * ? # ! ~ {} ()\t한국어"
 
 
 def prepared(stage: str, words: tuple[str, ...], profile: ClusterProfile, **request: Any) -> Prepared:
-    return prepare(SubmitRequest(stage, words, profile, **request), COMMANDS)
+    return prepare(SubmitRequest(stage, words, profile, **request), STAGE_PARSERS)
 
 
 def script(stage: str, profile: ClusterProfile, *more: str, **request: Any) -> str:

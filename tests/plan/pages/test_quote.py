@@ -241,7 +241,7 @@ def test_phases_have_the_steps_and_tokens_of_the_schedule(recipe: str) -> None:
     schedule, stages = Schedule(config), run_stages(config, 8)
     assert [s.name for s in stages] == [p.name for p in config.data.phases]
     assert sum(s.steps for s in stages) == schedule.num_steps
-    assert sum(s.tokens for s in stages) == schedule.tokens(schedule.num_steps - 1)
+    assert sum(s.tokens for s in stages) == schedule.count_tokens(schedule.num_steps - 1)
     assert {s.kind for s in stages} == {"phase"}
     # the batch size ramps up in the first phase alone, and no later one is judged by its ramp
     assert [s.config.train.ramp_from_batch_size for s in stages] == [8] + [0] * (len(stages) - 1)

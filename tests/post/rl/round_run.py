@@ -10,11 +10,11 @@ from megatron_sov import recipes
 from megatron_sov.engine.parallel import world
 from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
 from megatron_sov.model.config.run import add_rounds
-from megatron_sov.post.policy import objective_of
-from megatron_sov.post.preference import round_objective_of
-from megatron_sov.post.rl.logprob_columns import columns_of_run
+from megatron_sov.post.policy import build_policy_objective
+from megatron_sov.post.preference import build_round_objective
+from megatron_sov.post.rl.logprob_columns import select_columns
 from megatron_sov.post.rl.publish import shards
-from megatron_sov.post.rl.publish.publisher import Publisher, published_numbers
+from megatron_sov.post.rl.publish.publisher import Publisher, list_number_columns
 from megatron_sov.post.rl.round_loader import RoundLoader
 from megatron_sov.post.rl.run import RolloutCycle
 from megatron_sov.rollouts.prompts import read_prompts
@@ -41,11 +41,12 @@ def curve(settings: list[str], folder: str) -> list[dict[str, Any]]:
     config = config_of(settings)
     place = world.join_world(config.parallel)
     config.check(place.size)
-    objective = (round_objective_of if config.policy.learns_preferences else objective_of)(config)
+    objective = (build_round_objective if config.policy.learns_preferences
+                 else build_policy_objective)(config)
     # what a layout computes itself stands beside the rounds: each has rounds of its own
-    columns = columns_of_run(config, objective.columns, Path(folder))
+    columns = select_columns(config, objective.columns, Path(folder))
     source = rounds_source(Path(folder) / "rounds", config.model.vocab_size, None, columns.names,
-                           routes=columns.routes, published=(BEHAVIOUR, *published_numbers(config)))
+                           routes=columns.routes, published=(BEHAVIOUR, *list_number_columns(config)))
     rounds = rounds_of([source])
     assert rounds is not None
     policies = RunPolicies(Path(folder), Policy(Path(folder), 0, "start"), config.rollout, {})

@@ -75,7 +75,7 @@ def view(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def feed_of(folder: Path, monkeypatch: pytest.MonkeyPatch, lacking: Any, names: tuple[str, ...] = (),
             wait_s: float = 0.0, reference: str = "") -> Any:
-    from megatron_sov.post.rl.logprob_columns import TrainerColumns
+    from megatron_sov.post.rl.logprob_columns import LogprobColumns
     from megatron_sov.post.rl.round_loader import RoundLoader
     from megatron_sov.post.rl.run import RolloutCycle
 
@@ -89,7 +89,7 @@ def feed_of(folder: Path, monkeypatch: pytest.MonkeyPatch, lacking: Any, names: 
     monkeypatch.setattr(rounds, "read", read)
     monkeypatch.setattr(rounds, "verify", lambda number, rank, size: None)
 
-    columns = TrainerColumns(names, 1.0, None, folder, reference)
+    columns = LogprobColumns(names, 1.0, None, folder, reference)
     rollout = RolloutConfig(steps_per_round=2, prompts_per_round=2)
     policies = RunPolicies(folder, Policy(folder / "start", 0, "start"), rollout, {})
     policies.restore({"trained": "earlier rounds", "recent": []})
@@ -287,7 +287,7 @@ def test_a_resumed_run_keeps_its_teachers(view: Any, tmp_path: Path, monkeypatch
         write_sealed(file, np.full(8, -float(len(teachers)), np.float32).tobytes(), identity)
 
     monkeypatch.setattr(logprob_columns, "write_teachers", write)
-    monkeypatch.setattr(round_loader, "reverse_kl",
+    monkeypatch.setattr(round_loader, "compute_reverse_kl",
                         lambda opened, column: {"reverse_kl": -float(column.mean())})
 
     def opened(*teachers: ScoringTeacher) -> None:

@@ -14,7 +14,7 @@ from megatron_sov.chat.vocabulary import tokenizer_digest
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig
 from megatron_sov.model.config.run import add_rounds
 from megatron_sov.post.rl.publish.publisher import Publisher
-from megatron_sov.rollouts.prompts import pieces, read_prompts, round_prompts
+from megatron_sov.rollouts.prompts import read_prompts, select_round_prompts, split_into_pieces
 from megatron_sov.rollouts.rows import NOT_WRITTEN, Key, RewardRow, Rollout
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.train.data.order import OrderedSample
@@ -31,7 +31,7 @@ Judged = tuple[Rollout, float]
 def fill(store: RolloutStore, prompts: Any, random: np.random.Generator) -> list[list[Judged]]:
     """Write a round of episodes of which others wrote tokens here and there; returns its groups."""
     groups = []
-    for piece in pieces(round_prompts(prompts, ROLLOUT, 1), 1, ROLLOUT.piece_prompts):
+    for piece in split_into_pieces(select_round_prompts(prompts, ROLLOUT, 1), 1, ROLLOUT.piece_prompts):
         rows = []
         for prompt in piece.prompts:
             for sample in range(ROLLOUT.samples_per_prompt):

@@ -70,7 +70,7 @@ def told(opened: Round, *teachers: Any) -> list[float]:
 
 def test_each_teacher_reads_its_own_documents_and_servers_share_them(opened: Round, servers: list[Any]
                                                                      ) -> None:
-    from megatron_sov.post.rl.teachers import ScoringTeacher, reverse_kl
+    from megatron_sov.post.rl.teachers import ScoringTeacher, compute_reverse_kl
 
     one, other = servers
     expected = [0, 6, 7, 0, 0, 8, 9, 10, 0, 9, 0, 10, 11, 12, 13]
@@ -78,7 +78,7 @@ def test_each_teacher_reads_its_own_documents_and_servers_share_them(opened: Rou
     assert told(opened, *teachers) == expected
     assert [len(asked["token_ids"]) for asked in other.asked] in ([2, 5], [5, 2])
     assert sorted(len(asked["token_ids"]) for asked in one.asked) == [3, 4], "one token has no label"
-    found = reverse_kl(opened, np.array(expected) / -100)
+    found = compute_reverse_kl(opened, np.array(expected) / -100)
     apart = np.array(expected)[np.array(expected) > 0] / 100 - 0.25
     assert found["reverse_kl"] == pytest.approx(apart.mean())
     domains: Any = found["reverse_kl_domains"]

@@ -13,7 +13,7 @@ from hypothesis import given, strategies as st
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.pages.page import Chart
-from megatron_sov.commands.operate.run_state import in_full, read_state
+from megatron_sov.commands.operate.run_state import format_run_state, read_run_state
 from megatron_sov.publish.report.charts import MAX_POINTS, heldout_charts, loss_charts, needle_charts
 from megatron_sov.publish.report.page import render
 from megatron_sov.publish.report.run_data import read_run
@@ -230,7 +230,7 @@ def test_fields_of_a_wrong_type_break_neither_report_nor_status(runs: list[Path]
               for name in cell for bad in BAD]
     (tmp_path / EVENTS).write_text("\n".join([*map(json.dumps, kinds.values()), *lines]) + "\n")
     assert "Held-out loss" in render([read_run(tmp_path)])
-    assert in_full(read_state(tmp_path))
+    assert format_run_state(read_run_state(tmp_path))
 
 
 def test_a_field_of_a_wrong_type_is_left_out_and_the_others_stay() -> None:

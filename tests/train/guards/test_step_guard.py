@@ -10,13 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.model.config import GuardConfig
 from megatron_sov.train.data.ledger import Ledger, LedgerEntry
-
-prepare_megatron()
-from megatron_sov.train.guards import step_guard  # noqa: E402
-from megatron_sov.train.guards.step_guard import StepGuard  # noqa: E402
+from megatron_sov.train.guards import step_guard
+from megatron_sov.train.guards.step_guard import StepGuard
 
 LEDGER = Ledger([LedgerEntry(0, "a", 32, 8, {"x": 1.0}), LedgerEntry(60, "b", 64, 8, {"x": 1.0}),
                  LedgerEntry(70, "c", 64, 16, {"x": 1.0})])

@@ -13,21 +13,18 @@ import torch
 from hypothesis import given, strategies as st
 
 from megatron_sov import recipes
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
+from megatron_sov.engine.parallel import collectives
+from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig, apply_settings
+from megatron_sov.post.sft import SupervisedFineTuning
 from megatron_sov.train.data.order import SampleOrder
+from megatron_sov.train.data.rows import PackedRow
 from megatron_sov.train.data.token_shards import open_sources
-
-prepare_megatron()
-from megatron_sov.engine.parallel import collectives  # noqa: E402
-from megatron_sov.engine.parallel.world import ParallelWorld  # noqa: E402
-from megatron_sov.post.sft import SupervisedFineTuning  # noqa: E402
-from megatron_sov.train.data.rows import PackedRow  # noqa: E402
-from megatron_sov.train.objectives import microbatch  # noqa: E402
-from megatron_sov.train.objectives.data_batches import DataBatches  # noqa: E402
-from megatron_sov.train.objectives.data_objective import LanguageModelling  # noqa: E402
-from megatron_sov.train.objectives.microbatch import from_row, shifted  # noqa: E402
-from megatron_sov.train.objectives.objective import GlobalBatch  # noqa: E402
+from megatron_sov.train.objectives import microbatch
+from megatron_sov.train.objectives.data_batches import DataBatches
+from megatron_sov.train.objectives.data_objective import LanguageModelling
+from megatron_sov.train.objectives.microbatch import from_row, shifted
+from megatron_sov.train.objectives.objective import GlobalBatch
 
 PHASES = ('data.phases=[{"name": "main", "seq_len": 32}, {"name": "late", "seq_len": '
           '64, "global_batch_size": 16}]')

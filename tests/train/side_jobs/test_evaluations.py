@@ -17,7 +17,7 @@ from megatron_sov.base.settings import read_command_options
 from megatron_sov.bench.lm.results import read_results
 from megatron_sov.bench.lm.settings import Settings, TaskSources
 from megatron_sov.commands.evaluate import eval
-from megatron_sov.commands.evaluate.benchmarks import EvalLmOptions
+from megatron_sov.commands.evaluate.eval_lm import EvalLmOptions
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.runs.folder import EVALUATIONS
 from megatron_sov.runs.obs.events import EVENTS, read_events

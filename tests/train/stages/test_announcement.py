@@ -12,19 +12,16 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.base.figures import format_count, format_share
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.model.config import apply_settings
 from megatron_sov.model.families.adapters import find_adapted_modules
 from megatron_sov.model.families.count import count_params
 from megatron_sov.model.process_memory import MemoryEstimate
 from megatron_sov.plan.calibration.fitting import estimate_memory
 from megatron_sov.runs.obs.meters import Meter
+from megatron_sov.train.checkpointer import TrainState
 from megatron_sov.train.data.ledger import LedgerEntry
 from megatron_sov.train.data.token_shards import Source
-
-prepare_megatron()
-from megatron_sov.train.checkpointer import TrainState  # noqa: E402
-from megatron_sov.train.stages.announcement import format_banner, format_summary, planned_tokens  # noqa: E402
+from megatron_sov.train.stages.announcement import format_banner, format_summary, planned_tokens
 
 CONFIG = apply_settings(recipes.get("tiny-solar-open"), ["train.steps=4"])
 ENTRIES = (LedgerEntry(0, "one", 100, 2, {"web": 1.0}),

@@ -16,20 +16,17 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.base.errors import GateFailed, StopRequested, UserError
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
+from megatron_sov.engine.parallel.launcher import RestartPolicy
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.train.data.ledger import plan
 from megatron_sov.train.data.token_shards import open_sources
 from megatron_sov.train.data.views import with_views
-
-prepare_megatron()
-from megatron_sov.engine.parallel.launcher import RestartPolicy  # noqa: E402
-from megatron_sov.train.guards.gate import EndVerdict  # noqa: E402
-from megatron_sov.train.objectives.data_objective import LanguageModelling  # noqa: E402
-from megatron_sov.train.stages import stage as stage_module  # noqa: E402
-from megatron_sov.train.stages.stage import Stage, run_stage  # noqa: E402
+from megatron_sov.train.guards.gate import EndVerdict
+from megatron_sov.train.objectives.data_objective import LanguageModelling
+from megatron_sov.train.stages import stage as stage_module
+from megatron_sov.train.stages.stage import Stage, run_stage
 
 SMALL = ("model.vocab_size=368", 'data.phases=[{"name": "main", "seq_len": 32}]', "train.steps=4",
          "train.global_batch_size=8", "train.micro_batch_size=2", "train.max_restarts=2")

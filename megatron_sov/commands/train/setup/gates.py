@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.commands.shared_options import named_tasks
+from megatron_sov.commands.shared_options import parse_task_names
 from megatron_sov.commands.train.setup.stage_options import GateOptions
 from megatron_sov.model.config import RunConfig, layout_settings
 
@@ -36,7 +36,7 @@ def build_gate(options: GateOptions, config: RunConfig, start: Path | None) -> F
             if value is not None:
                 raise UserError(f"{option} {value}: is for --gate TASKS; add it, or leave this out")
         return None
-    tasks = named_tasks(options.gate)
+    tasks = parse_task_names(options.gate)
     if not tasks:
         raise UserError(f"--gate {options.gate!r}: names no task; name some, separated by commas")
     # a run from scratch has nothing to forget

@@ -184,11 +184,7 @@ def check_chats(config: RunConfig, sources: list[Source]) -> None:
 def stage_request(options: StageOptions, objective: BuiltIn, *, needs_data: bool = True,
                   lengthens: bool = False) -> RecipeRequest:
     """Return the requested settings with the data of --data, whose files are packed, and the architecture of
-    --from instead of the recipe's; see `request_training`.
-
-    Raises:
-        UserError: unusable settings or data, --from names no model, or a model of another family.
-    """
+    --from instead of the recipe's; see `request_training`."""
     # paths are checked before the model is opened, which takes seconds
     if objective == "lm" and options.start_from is not None and options.recipe is None and (
             not options.configs):
@@ -219,11 +215,7 @@ def stage_request(options: StageOptions, objective: BuiltIn, *, needs_data: bool
 
 
 def _plan_packing(options: StageOptions, objective: BuiltIn) -> FilePacking:
-    """Plan the packing of files in --data with the tokenizer of --from, or of packed data in --data.
-
-    Raises:
-        UserError: a file cannot be packed, there is no tokenizer, or the run's folder is taken.
-    """
+    """Plan the packing of files in --data with the tokenizer of --from, or of packed data in --data."""
     formats = list_packable_formats(objective)
     files = find_files(options.data, options.run, formats, find_start_tokenizer(options.start_from))
     if objective == "sft" and len(files) == len(options.data) and {file.format for file in files} == {"text"}:

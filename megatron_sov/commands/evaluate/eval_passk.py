@@ -28,7 +28,7 @@ from megatron_sov.commands.evaluate.task import (
     HeldoutOptions, OutOptions, begin_task, measure_target, show_figures, write_figures)
 from megatron_sov.commands.score import JudgeOptions, RewardName, RewardSet
 from megatron_sov.commands.shared_options import (
-    ModelPath, OverwriteOptions, RecordOptions, RedoOptions, step_of)
+    ModelPath, OverwriteOptions, RecordOptions, RedoOptions, get_target_step)
 from megatron_sov.infer.engine import ChosenEngine, Engine, choose_engine, run_with_engine
 from megatron_sov.infer.prompts import EncodedPrompts, check_engine, check_length, encode_prompts
 from megatron_sov.infer.request import (
@@ -175,7 +175,7 @@ def run_passk(args: EvalPasskOptions) -> int:
         artifact.writer.settings = plan.whole
         if (plan.target.path / MANIFEST).is_file():
             artifact.writer.add_input(plan.target.path)
-    events.add(KIND, step=step_of(plan.target, events), input=str(args.input), reward=plan.order.name,
+    events.add(KIND, step=get_target_step(plan.target, events), input=str(args.input), reward=plan.order.name,
                reward_version=plan.reward.version, sampling=plan.model["sampling"], **figures)
     from megatron_sov.eval.pass_at_k import format_table
 
@@ -296,7 +296,7 @@ def run_pairs(args: PairsOptions) -> int:
     from megatron_sov.eval.heldout_loss import compute_rows_per_batch
     from megatron_sov.infer.engines.target import find_target
     from megatron_sov.post.preference import CHOSEN_LIKELIER, HELDOUT_PAIRS, measure_pairs
-    from megatron_sov.post.reference import document_logprobs, document_logprobs_hf
+    from megatron_sov.post.reference import score_documents, score_documents_by_hf
     from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
 
     target = find_target(args.target)
@@ -309,18 +309,18 @@ def run_pairs(args: PairsOptions) -> int:
 
     def of_policy(loaded: Any) -> dict[str, Any]:
         size = compute_rows_per_batch(loaded, seq_len)
-        return measure_pairs(sources, lambda documents, chosen: document_logprobs(
+        return measure_pairs(sources, lambda documents, chosen: score_documents(
             loaded, documents, chosen, seq_len, size), seq_len)
 
     def of_hf(model: Any) -> dict[str, Any]:
-        return measure_pairs(sources, lambda documents, chosen: document_logprobs_hf(
+        return measure_pairs(sources, lambda documents, chosen: score_documents_by_hf(
             model, documents, chosen, seq_len), seq_len)
 
     found = measure_target(args, target, of_policy, of_hf)
     if found is not None:
         write_figures(args.out, found)
         for source, figures in found.items():
-            events.add(HELDOUT_PAIRS, step=step_of(target, events), source=source, **figures)
+            events.add(HELDOUT_PAIRS, step=get_target_step(target, events), source=source, **figures)
         show_figures(args.json, found, "\n".join(
             f"{source}: chosen likelier than rejected in {100 * r[CHOSEN_LIKELIER]:.1f} % of "
             f"{r['pairs']:,} pairs"
