@@ -24,7 +24,7 @@ from megatron_sov.train.stages.stage import Stage
 
 
 def add_reference(request: TrainingRequest, stage: Stage) -> Stage:
-    """Open judged responses, and compute log-probabilities of the reference if the method compares with one."""
+    """Open judged responses, and score them by the reference if the method compares with one."""
     config, options = request.config, request.options
     assert isinstance(options, PreferOptions)
     sources = tuple(open_sources(config.data.paths, config.model.vocab_size, formats_of(stage.objective)))
