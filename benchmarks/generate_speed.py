@@ -73,10 +73,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         documents = write_text(Path(folder) / "text")
         source = Source("sentences", None, "text", {}, {"train": documents.size}, 1.0,
-                        made=TokenShard(Path(folder) / "text"))
+                        train_documents=TokenShard(Path(folder) / "text"))
         trainer = Trainer(config, place, RunFolder(Path(folder) / "run"), [source], LanguageModelling)
         for _ in range(args.steps):
-            trainer.update()
+            trainer.train_step()
         device = torch.cuda.get_device_name() if on_gpu() else "CPU, 1 thread"
         print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f}), {device}, "
               f"Python {platform.python_version()}, torch {torch.__version__}")

@@ -86,9 +86,9 @@ def step(config: RunConfig, folder: Path) -> None:
     tokens = config.data.phases[0].seq_len
     before, start = resident_bytes("VmRSS"), time.perf_counter()
     source = Source("long", None, "text", {}, {"train": 2 * tokens}, 1.0,
-                    made=OneDocument(tokens, config.model.vocab_size))
+                    train_documents=OneDocument(tokens, config.model.vocab_size))
     trainer = Trainer(config, place, RunFolder(folder / "run"), [source], LanguageModelling)
-    result = trainer.update()
+    result = trainer.train_step()
     assert result is not None and result.num_tokens == tokens
     grown, seconds = resident_bytes("VmHWM") - before, time.perf_counter() - start
     np.save(folder / f"{place.rank}.npy", np.array([before, grown, seconds, result.loss]))

@@ -65,17 +65,17 @@ def our_step(config: RunConfig, place: world.ParallelWorld, source: Source, fold
     """Return one step of the training loop, with its records."""
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.objectives.data_objective import LanguageModelling
-    from megatron_sov.train.stopping import StopFlag
     from megatron_sov.train.trainer import Trainer
+    from megatron_sov.work.processes.stop_signals import StopFlag
 
     trainer, stop = Trainer(config, place, RunFolder(folder / "run"), [source], LanguageModelling), StopFlag()
     if place.is_main:
         trainer.recorder.events = EventLog(folder / "events.jsonl")
 
     def step() -> None:
-        result = trainer.update()
+        result = trainer.train_step()
         assert result is not None
-        trainer.recorder.step(trainer.state, result, trainer.observe())
+        trainer.recorder.record_step(trainer.state, result, trainer.observe_step())
         trainer.checkpointer.sync(stop)
 
     return step

@@ -163,11 +163,11 @@ def saved_bytes(config: RunConfig, folder: Path) -> tuple[int, int]:
     place = world.join_world(config.parallel)
     tokens = config.data.phases[0].seq_len
     source = Source("long", None, "text", {}, {"train": 2 * tokens * config.train.global_batch_size}, 1.0,
-                    made=OneDocument(tokens, config.model.vocab_size))
+                    train_documents=OneDocument(tokens, config.model.vocab_size))
     trainer = Trainer(config, place, RunFolder(folder / "run"), [source], LanguageModelling)
     counter = Counter({weight.untyped_storage().data_ptr() for weight in trainer.model.parameters()})
     with torch.autograd.graph.saved_tensors_hooks(counter.save, counter.give):
-        trainer.update()
+        trainer.train_step()
     found = parallel_state.get_pipeline_model_parallel_rank(), counter.most
     trainer.close()
     world.leave_world()

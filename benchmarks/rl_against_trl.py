@@ -107,7 +107,7 @@ def now():
     return [time.monotonic(), time.process_time()]
 
 
-def noted(*args, inner=Trainer.bring_data, **kwargs):
+def noted(*args, inner=Trainer.fetch_data, **kwargs):
     begins.append(now())
     return inner(*args, **kwargs)
 
@@ -120,7 +120,7 @@ def timed(*args, inner=MegatronEngine.generate, **kwargs):
         times["generate"].append([b - a for a, b in zip(began, now())])
 
 
-Trainer.bring_data, MegatronEngine.generate = noted, timed
+Trainer.fetch_data, MegatronEngine.generate = noted, timed
 code = cli.main(sys.argv[2:])
 begins.append(now())
 times["step"] = [[b - a for a, b in zip(*pair)] for pair in zip(begins, begins[1:])]

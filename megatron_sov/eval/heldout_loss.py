@@ -21,8 +21,8 @@ from megatron_sov.infer.engines.load import LoadedModel
 from megatron_sov.model.config.data import split_source_name
 from megatron_sov.model.modality import check_encoders
 from megatron_sov.train.data.order import OrderedSample
-from megatron_sov.train.data.rows import PackedRow, heldout_samples
-from megatron_sov.train.data.token_bytes import token_bytes
+from megatron_sov.train.data.rows import PackedRow, build_heldout_samples
+from megatron_sov.train.data.token_bytes import count_token_bytes
 from megatron_sov.train.data.token_shards import TEXTS, Documents, Source, open_sources, tokenizer_folder
 from megatron_sov.train.objectives.heldout_evaluator import (
     PARTS, SUMS, HeldoutEvaluator, HeldoutLoss, compute_result, heldout_row)
@@ -52,8 +52,8 @@ class HeldoutData:
     @cached_property
     def _cut_sources(self) -> dict[int, tuple[Documents, list[OrderedSample]]]:
         """Source index -> documents and the samples of its rows."""
-        opened = {index: source.shard("heldout") for index, source in self.judged()}
-        return {index: (shard, heldout_samples(shard, index, self.seq_len, self.max_tokens))
+        opened = {index: source.open_split("heldout") for index, source in self.judged()}
+        return {index: (shard, build_heldout_samples(shard, index, self.seq_len, self.max_tokens))
                 for index, shard in opened.items()}
 
     @property
@@ -68,7 +68,7 @@ class HeldoutData:
     def bytes_of_token(self, vocab_size: int) -> np.ndarray | None:
         """Return the UTF-8 bytes of each token [vocab_size]; None if the data have no tokenizer."""
         folder = tokenizer_folder(self.sources)
-        return None if folder is None else token_bytes(folder, vocab_size)
+        return None if folder is None else count_token_bytes(folder, vocab_size)
 
 
 def open_heldout(paths: dict[str, float], seq_len: int, max_tokens: int, *,

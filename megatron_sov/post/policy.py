@@ -27,9 +27,9 @@ from megatron_sov.post.shared_prompts import share_prompts
 from megatron_sov.runs.obs.meters import Meter
 from megatron_sov.runs.obs.validation import VALIDATION
 from megatron_sov.train.data.requirements import NeededColumn
-from megatron_sov.train.data.rounds import SOURCE
+from megatron_sov.train.data.rounds import ROUNDS_SOURCE
 from megatron_sov.train.data.token_shards import TEXTS, Source, open_sources
-from megatron_sov.train.data.views import TEXT, as_text
+from megatron_sov.train.data.views import TEXT_FORMAT, view_as_text
 from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective
 from megatron_sov.train.objectives.microbatch import MicroBatch
@@ -371,7 +371,7 @@ class PolicyLearning(DataObjective):
 
     def doubt(self, step: int, meters: Mapping[str, float]) -> str:
         """Return a warning if the first step of a round clips labels, or if the engine samples from another
-        model; see `train.objectives.objective.doubt_of`."""
+        model; see `train.objectives.objective.get_doubt`."""
         # Later steps of a round have moved the policy and may be clipped for good reasons.
         is_first = (step - 1) % self._rollout.steps_per_round == 0
         if is_first and (share := meters.get("clip_share", 0.0)) > MAX_CLIP_SHARE:
@@ -431,9 +431,9 @@ class PolicyObjective:
     """Factory of the objective, with the data that it needs."""
 
     formats: tuple[str, ...]
-    """See `train.objectives.objective.formats_of`."""
+    """See `train.objectives.objective.get_formats`."""
     columns: Mapping[str, NeededColumn]
-    """See `train.objectives.objective.columns_of`."""
+    """See `train.objectives.objective.get_columns`."""
     kind: type[DataObjective] = PolicyLearning
 
     def __call__(self, context: ObjectiveContext) -> DataObjective:
@@ -441,7 +441,7 @@ class PolicyObjective:
 
 
 def build_policy_objective(config: RunConfig) -> PolicyObjective:
-    return PolicyObjective((ROLLOUTS, *([TEXT] if config.policy.has_text else [])),
+    return PolicyObjective((ROLLOUTS, *([TEXT_FORMAT] if config.policy.has_text else [])),
                            PolicyLearning.columns_by(config))
 
 
@@ -456,25 +456,25 @@ def open_text_sources(config: RunConfig) -> tuple[Source, ...]:
         return ()
     policy = config.policy
     sources = open_sources(config.data.paths, config.model.vocab_size,
-                           TEXTS if policy.has_text or policy.learns_distributions else (TEXT,))
+                           TEXTS if policy.has_text or policy.learns_distributions else (TEXT_FORMAT,))
     # gkd learns the same labels as `distill`: assistant turns of chats.
-    return tuple(sources if policy.learns_distributions else map(as_text, sources))
+    return tuple(sources if policy.learns_distributions else map(view_as_text, sources))
 
 
 def check_sources(config: RunConfig, sources: list[Source]) -> None:
     """Check that the text term has data, and that no source has the name of the rounds.
 
     Raises:
-        UserError: text is missing, or a source is called `SOURCE`.
+        UserError: text is missing, or a source is called `ROUNDS_SOURCE`.
     """
-    if [source.name for source in sources].count(SOURCE) > 1:
-        raise UserError(f"--data: has a source {SOURCE!r}, as the run's own rounds are called; pack it under "
-                        "another name")
+    if [source.name for source in sources].count(ROUNDS_SOURCE) > 1:
+        raise UserError(f"--data: has a source {ROUNDS_SOURCE!r}, as the run's own rounds are called; pack "
+                        "it under another name")
     policy, there = config.policy, [source for source in sources if source.share > 0 and source.num_tokens[
         "train"]]
     if policy.on_policy_share < 1 and not there:
         raise UserError(f"policy.on_policy_share = {policy.on_policy_share:g}: the other rounds learn from "
                         "data; add --data, or set it to 1")
-    if policy.has_text and not any(source.format == TEXT for source in there):
+    if policy.has_text and not any(source.format == TEXT_FORMAT for source in there):
         raise UserError(f"policy.knowledge_coeff = {config.policy.parts.knowledge_coeff} needs text; add "
                         "--data with packed text to train on, or set it to 0")

@@ -37,7 +37,7 @@ from megatron_sov.post.shared_prompts import share_prompts
 from megatron_sov.runs.obs.meters import Meter
 from megatron_sov.runs.obs.validation import VALIDATION
 from megatron_sov.train.data.requirements import NeededColumn
-from megatron_sov.train.data.rounds import ADVANTAGE, SHARE
+from megatron_sov.train.data.rounds import ADVANTAGE, GROUP_SHARE
 from megatron_sov.train.data.token_shards import Documents, Source
 from megatron_sov.train.guards.gate import GateView
 from megatron_sov.train.objectives.data_batches import ObjectiveContext
@@ -192,7 +192,7 @@ def find_heldout_documents(source: Source) -> range:
     """Return the measured held-out documents of a source, chosen and rejected alternating."""
     if not source.num_tokens.get("heldout"):
         return range(0)
-    return range(min(len(source.shard("heldout").lengths), 2 * MAX_PAIRS))
+    return range(min(len(source.open_split("heldout").lengths), 2 * MAX_PAIRS))
 
 
 def measure_heldout_pairs(view: GateView, sources: Sequence[Source], reference_of: ReferenceOf | None
@@ -238,7 +238,7 @@ def measure_pairs(sources: Sequence[Source], logprobs_of: LogprobsOf, seq_len: i
         chosen = find_heldout_documents(source)
         if not chosen:
             continue
-        documents = source.shard("heldout")
+        documents = source.open_split("heldout")
         learned = [_learned_tokens(documents, document, seq_len) for document in chosen]
         lengths = torch.tensor([float(mask.sum()) for mask in learned], dtype=torch.float64)
         # Documents of a pair are neighbours, the chosen response first.
@@ -402,7 +402,7 @@ class GroupLearning(DataObjective):
     prediction on all responses."""
 
     formats = ("chat",)
-    columns: Mapping[str, NeededColumn] = dict.fromkeys((ADVANTAGE, SHARE), NeededColumn(
+    columns: Mapping[str, NeededColumn] = dict.fromkeys((ADVANTAGE, GROUP_SHARE), NeededColumn(
         "`sov-data groups`, and then `sov-data pack --format chat --column advantage --column group_share`,"))
     meters = ("better_logprob", "worse_logprob")
     comparable_loss = False
@@ -419,7 +419,7 @@ class GroupLearning(DataObjective):
         share."""
         hosts = [m.host for m in batch.micro_batches]
         # Shares of a group add up to 1 over all batches.
-        groups = sum(float(find_responses(m).average_labels(m.columns[SHARE]).sum()) for m in hosts)
+        groups = sum(float(find_responses(m).average_labels(m.columns[GROUP_SHARE]).sum()) for m in hosts)
         learning = [_restrict_weights(m, find_learned_labels(m)) for m in hosts]
         return with_denominators(batch, {PREFERENCE: groups} | self._mtp_targets(learning))
 
@@ -427,7 +427,8 @@ class GroupLearning(DataObjective):
         responses = find_responses(batch)
         logprobs = head.logprobs(hidden[0], batch.labels)
         means = responses.average_labels(logprobs)
-        advantages, shares = (responses.average_labels(batch.columns[name]) for name in (ADVANTAGE, SHARE))
+        advantages, shares = (responses.average_labels(batch.columns[name])
+                              for name in (ADVANTAGE, GROUP_SHARE))
         terms = {PREFERENCE: (grouper(means, advantages) * shares).sum()}
         terms |= self._mtp_sum(hidden, head, _restrict_weights(batch, find_learned_labels(batch)))
         better, worse = ((advantages > 0).double(), (advantages < 0).double())
@@ -587,7 +588,7 @@ def build_round_objective(config: RunConfig) -> policy.PolicyObjective:
     kind: type[LearningOfRounds] = RoundPairs
     columns: dict[str, NeededColumn] = {}
     if method == "grouper":
-        kind, columns = RoundGroups, dict.fromkeys((ADVANTAGE, SHARE), needed)
+        kind, columns = RoundGroups, dict.fromkeys((ADVANTAGE, GROUP_SHARE), needed)
     elif method in REFERENCE_METHODS:
         kind, columns = RoundPairsWithReference, {_reference_column(config): needed}
     return policy.PolicyObjective((ROLLOUTS,), columns, kind)

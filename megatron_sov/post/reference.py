@@ -41,12 +41,12 @@ from megatron_sov.model.modality import EncoderInputs, get_banks, get_encoder_in
 from megatron_sov.runs.checkpoints import hash_checkpoint_files
 from megatron_sov.runs.folder import REFERENCE
 from megatron_sov.train.data.order import OrderedSample
-from megatron_sov.train.data.rows import join_rows, rows_per_micro_batch, sample_row
-from megatron_sov.train.data.streams import PackedSegment, Row, best_fit
+from megatron_sov.train.data.rows import build_row, compute_micro_batch_rows, join_rows
+from megatron_sov.train.data.streams import PackedSegment, Row, pack_best_fit
 from megatron_sov.train.data.token_shards import Documents, Source
 from megatron_sov.train.feed import FeedView
 from megatron_sov.train.guards.gate import GateView
-from megatron_sov.train.objectives.microbatch import MicroBatch, from_row
+from megatron_sov.train.objectives.microbatch import MicroBatch, build_micro_batch
 from megatron_sov.work.progress.progress_bar import create_bar
 
 MICRO_BATCHES = 8
@@ -88,11 +88,11 @@ class Reference:
         self._identity: dict[str, Any] = {
             "reference_sha256": hash_checkpoint_files(start), "max_tokens": max_tokens,
             "data_sha256": {s.name: manifest_sha256(s.artifact) for s in sources if s.artifact is not None}}
-        self._parts = {s.name: ReferenceFiles(self._folder, s.name, s.shard("train")) for s in sources}
+        self._parts = {s.name: ReferenceFiles(self._folder, s.name, s.open_split("train")) for s in sources}
         self.sources = tuple(dataclasses.replace(
-            s, made=WithReference(self._parts[s.name])) for s in sources)
+            s, train_documents=WithReference(self._parts[s.name])) for s in sources)
         """The sources with the column; `make` computes its numbers."""
-        self._heldout = {s.name: ReferenceFiles(self._folder, f"{s.name}.heldout", s.shard("heldout"),
+        self._heldout = {s.name: ReferenceFiles(self._folder, f"{s.name}.heldout", s.open_split("heldout"),
                                                 len(heldout[s.name]))
                          for s in sources if heldout.get(s.name)}
         # Held-out documents are computed and checked like the samples.
@@ -438,7 +438,7 @@ def score_documents_by_hf(model: Any, documents: Documents, chosen: range, seq_l
 
     def score_rows(rows: list[Row]) -> Iterator[np.ndarray]:
         for row in rows:
-            yield -compute_row_losses(model, sample_row(OrderedSample(0, row), documents, seq_len))
+            yield -compute_row_losses(model, build_row(OrderedSample(0, row), documents, seq_len))
 
     _place_numbers(documents, chosen, seq_len, 1, score_rows=score_rows, put=partial(_write_numbers, numbers))
     return numbers
@@ -461,7 +461,7 @@ def _place_numbers(documents: Documents, chosen: range, seq_len: int, at_a_time:
     starts = _compute_starts(documents, chosen)
     lengths = np.diff(starts)
     # A document of one token has no label.
-    rows = best_fit([PackedSegment(d, 0, min(n, seq_len))
+    rows = pack_best_fit([PackedSegment(d, 0, min(n, seq_len))
                      for d, n in zip(chosen, lengths.tolist(), strict=True) if n > 1], seq_len)
     for begin in range(0, len(rows), at_a_time):
         batch = rows[begin:begin + at_a_time]
@@ -481,7 +481,7 @@ def _place_numbers(documents: Documents, chosen: range, seq_len: int, at_a_time:
 def _pad_rows(world: ParallelWorld, rows: list[Row], rows_per_batch: int) -> tuple[list[Row], int]:
     """Append empty rows, so that all processes run equally many micro-batches (they may share experts);
     return the rows, and the number of rows of a micro-batch."""
-    size = rows_per_micro_batch(len(rows), rows_per_batch, world.dp_size)
+    size = compute_micro_batch_rows(len(rows), rows_per_batch, world.dp_size)
     return [*rows, *[()] * (-len(rows) % (size * world.dp_size))], size
 
 
@@ -490,7 +490,7 @@ def _own_logprobs(model: RunningLogprobs, documents: Documents, rows: list[Row],
     """Return log p(label) of the micro-batches dp_rank, dp_rank + dp_size, ... on the last pipeline stage; an
     empty list on other stages."""
     groups = [rows[i:i + size] for i in range(0, len(rows), size)]
-    own = [from_row(join_rows([sample_row(OrderedSample(0, row), documents, seq_len, routes=routes)
+    own = [build_micro_batch(join_rows([build_row(OrderedSample(0, row), documents, seq_len, routes=routes)
                                for row in group]))
            for group in groups[model.world.dp_rank::model.world.dp_size]]
     return model.policy.map(own, partial(_compute_logprobs, temperature))

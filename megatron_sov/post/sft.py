@@ -20,7 +20,7 @@ from megatron_sov.engine.parallel.device import to_device
 from megatron_sov.runs.obs.meters import Meter
 from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective
-from megatron_sov.train.objectives.microbatch import MicroBatch, segments
+from megatron_sov.train.objectives.microbatch import MicroBatch, compute_segments
 from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, per_source, with_denominators
 
 
@@ -80,7 +80,7 @@ def find_responses(batch: MicroBatch) -> ResponseSpans:
     is_document = ~host.inputs.padding[bounds[:-1]]
     num_documents = int(is_document.sum())
     document_of_segment = is_document.cumsum(0) - 1
-    index = torch.where(is_learned, document_of_segment[segments(host)], num_documents)
+    index = torch.where(is_learned, document_of_segment[compute_segments(host)], num_documents)
     lengths = torch.bincount(index, minlength=num_documents + 1)[:-1].double()
     device = batch.labels.device
     return ResponseSpans(to_device(index, device), to_device(lengths, device))
@@ -159,7 +159,7 @@ def weigh_per_unit(batch: MicroBatch, unit: Literal["turn", "sample"], dtype: to
         unit: turn: consecutive learned labels; sample: responses of one conversation.
         dtype: dtype of the weights.
     """
-    is_learned, number = find_learned_labels(batch), segments(batch)
+    is_learned, number = find_learned_labels(batch), compute_segments(batch)
     if unit == "turn":
         # A turn begins at a learned label whose predecessor is not learned or belongs to another sample.
         continues = torch.zeros_like(is_learned)

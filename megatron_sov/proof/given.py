@@ -24,7 +24,7 @@ from megatron_sov.post import policy, preference, reference
 from megatron_sov.post.distillation.distill import Distillation, StoredTeacher, TeacherFactory
 from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFormat, pack_rows
 from megatron_sov.post.sft import SupervisedFineTuning
-from megatron_sov.train.data.described import source_record
+from megatron_sov.train.data.token_manifest import build_source_record
 from megatron_sov.train.data.token_shards import CONTENT_VERSION, Source
 from megatron_sov.train.objectives.data_objective import LanguageModelling
 
@@ -34,7 +34,7 @@ OF_TOKENS = (reference.COLUMN, policy.BEHAVIOUR, policy.OLD, policy.TEACHER)
 """Columns of a log-probability for each token, about what a model says that has learned nothing."""
 SPREAD = 1.5
 """Of them, in nats: ratios to the policy lie on both sides of a clip."""
-OF_RESPONSES = (policy.ADVANTAGE, preference.SHARE, DESIRABLE)
+OF_RESPONSES = (policy.ADVANTAGE, preference.GROUP_SHARE, DESIRABLE)
 """Columns of one number for all tokens of a document, from 0 to 1 (advantages: from -1)."""
 TEACHER_WIDTH = 8
 _LONGEST = 41
@@ -74,7 +74,8 @@ def write_documents(folder: Path, config: RunConfig, seed: int = 0) -> None:
                 writer.write(np.array([len(document["bin"])], np.int32), document)
                 counts["num_tokens"] += len(document["bin"])
         counts["num_bytes"] = counts["num_tokens"]
-        record = source_record(SOURCE, "preference" if are_pairs else "chat", ("loss", "type", *columns),
+        record = build_source_record(SOURCE, "preference" if are_pairs else "chat",
+                                     ("loss", "type", *columns),
                                [{"prefix": SOURCE, **counts}])
         artifact.content = {
             "content_version": CONTENT_VERSION, "tokenizer_sha256": "0" * 64, "vocab_size": vocab_size,

@@ -35,10 +35,6 @@ class Feed(Protocol):
     def bring(self, view: FeedView, asked_to_stop: Callable[[], bool]) -> str | None:
         """Make the data of the next step available. Collective; due checkpoints are saved before.
 
-        Args:
-            view: the trainer.
-            asked_to_stop: whether this process was asked to stop.
-
         Returns:
             None if the data are available, otherwise the reason why the run has to end first.
 

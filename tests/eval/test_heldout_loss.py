@@ -92,7 +92,7 @@ def test_loss_equals_documents_and_strided_windows(seq_len: int, one_rank: None,
     found = ask(capsys, "ppl", str(imported["solar_open"]), "--data", str(token_shards), "--seq-len",
                 str(seq_len), "--max-tokens", "1500")
     for source in open_sources({str(token_shards): 1.0}, 1024):
-        shard, left, nats, labels = source.shard("heldout"), 1500, 0.0, 0
+        shard, left, nats, labels = source.open_split("heldout"), 1500, 0.0, 0
         for document, length in enumerate(shard.lengths):
             # the document's first tokens within the budget, and the label of the last one
             ids = torch.from_numpy(shard.tokens(document, 0, min(int(length), left + 1)).astype(np.int64))

@@ -86,7 +86,7 @@ def _trainer(config: RunConfig, run: str = "not-written") -> Trainer:
 
 
 def _step(trainer: Trainer) -> dict[str, Any]:
-    result = trainer.update()
+    result = trainer.train_step()
     biases: list[Any] = [None] * trainer.world.size
     dist.all_gather_object(biases, {m.layer_number: m.expert_bias.tolist() for m in trainer.model.modules()
                                     if getattr(m, "expert_bias", None) is not None})
@@ -108,7 +108,7 @@ def one_batch(recipe: str, settings: list[str], paths: list[str], objective: str
     load.save_checkpoint(Path(out) / "weights", trainer.model, None, state, config.to_dict(),
               tokenizer_folder(trainer.sources))
     batch = trainer.objective.prepare(trainer.objective.collect(trainer.policy, 0))
-    sums = trainer.computation.sums(batch, trainer.objective, 1)
+    sums = trainer.forward_backward.run(batch, trainer.objective, 1)
     losses = {t: total / batch.targets[t] for t, total in sums.terms.items()}
     with torch.no_grad():
         for parameter in trainer.model.parameters():
@@ -183,11 +183,11 @@ def deferred(settings: list[str], paths: list[str]) -> dict[str, Any]:
         finalize(*args, **kwargs)
 
     trainer.model.config.finalize_model_grads_func = count_reductions
-    losses = [trainer.update().loss for _ in range(2)]
+    losses = [trainer.train_step().loss for _ in range(2)]
     updated = _digest(trainer.model)
     heldout = {name: result.loss for name, result in trainer.evaluate().items()}
     evaluated = _digest(trainer.model)
-    losses += [trainer.update().loss for _ in range(2)]
+    losses += [trainer.train_step().loss for _ in range(2)]
     trainer.model.finish_param_gather()
     result = {"losses": losses, "heldout": heldout, "updated": updated, "evaluated": evaluated,
               "ended": _digest(trainer.model), "groups": len(groups), "on their way": reductions_in_flight,

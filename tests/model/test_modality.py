@@ -21,7 +21,7 @@ def test_data_of_text_need_no_encoder(packed_data: Any) -> None:
     model = recipes.get("tiny-qwen3").model
     sources = open_sources({str(packed_data.text): 1.0}, model.vocab_size)
     seam.check_encoders(model, sources)
-    documents = sources[0].shard("train")
+    documents = sources[0].open_split("train")
     assert len(documents.tokens(0, 0, 3)) == 3 and seam.get_encoder_inputs(documents, 0, 0, 3) == {}
     assert not model.is_multimodal
 

@@ -36,7 +36,7 @@ def kept_by_a_teacher() -> Callable[..., None]:
 
     from megatron_sov.base.artifacts import create_artifact
     from megatron_sov.post.distillation import state_files
-    from megatron_sov.train.data.token_shards import open_sources, provenance
+    from megatron_sov.train.data.token_shards import describe_inputs, open_sources
 
     def write(out: Path, data: list[Path], kept: Any, part_tokens: int = 400, teacher: str = "one") -> None:
         is_other = teacher != "one"
@@ -58,6 +58,6 @@ def kept_by_a_teacher() -> Callable[..., None]:
             save_file({state_files.HEAD_WEIGHT: head}, artifact.path / state_files.HEAD)
             artifact.content = state_files.build_content(parts, hidden, VOCABULARY, kept)
             artifact.settings = {"teacher": f"blake3:{teacher}", "teacher_path": teacher}
-            artifact.inputs += provenance(sources)
+            artifact.inputs += describe_inputs(sources)
 
     return write

@@ -94,7 +94,7 @@ def _trainer(settings: list[str], run: str, rollouts: Any = None) -> Any:
     config.check(place.size)
     documents: Any = (rollouts or Rollouts(60), Texts())
     sources = [Source(name, None, name, {}, {"train": int(made.lengths.sum()), "heldout": 0}, share,
-                      made=made, columns=made.columns)
+                      train_documents=made, columns=made.columns)
                for name, made, share in zip((ROLLOUTS, "text"), documents, (0.75, 0.25), strict=True)]
     check_sources(config, sources)
     return Trainer(config, place, RunFolder(Path(run)), sources, build_policy_objective(config))
@@ -112,7 +112,7 @@ def curve(settings: list[str], run: str, *, write_out: bool) -> list[dict[str, A
         results.append(_written_out(trainer.policy, first))
         trainer.objective.collect = lambda policy, step: collect(policy, step) if step else first
     for _ in range(STEPS):
-        found = trainer.update()
+        found = trainer.train_step()
         results.append({"loss": found.loss, "grad_norm": found.grad_norm, **found.losses, **found.meters})
     trainer.close()
     world.leave_world()
@@ -171,19 +171,19 @@ def test_it_reads_what_its_settings_need() -> None:
     from megatron_sov.model.config import apply_settings
     from megatron_sov.post.policy import build_policy_objective, check_sources
     from megatron_sov.train.data.token_shards import Source
-    from megatron_sov.train.objectives.objective import columns_of, formats_of
+    from megatron_sov.train.objectives.objective import get_columns, get_formats
 
     def made(*settings: str) -> Any:
         return build_policy_objective(apply_settings(recipes.get("tiny-k-exaone"), list(settings)))
 
     least = ("advantage", "behaviour_logprobs", "old_logprobs")
-    assert tuple(columns_of(made("policy.method=gspo"))) == least
-    assert tuple(columns_of(made("policy.method=grpo"))) == least
-    assert tuple(columns_of(made("policy.method=grpo", "policy.kl_coeff=0.04"))) == (
+    assert tuple(get_columns(made("policy.method=gspo"))) == least
+    assert tuple(get_columns(made("policy.method=grpo"))) == least
+    assert tuple(get_columns(made("policy.method=grpo", "policy.kl_coeff=0.04"))) == (
         *least, "reference_logprobs")
-    assert formats_of(made("policy.method=gspo")) == (ROLLOUTS,)
-    assert formats_of(made("policy.method=ink_grpo")) == (ROLLOUTS, "text")
-    assert formats_of(made("policy.method=ink_grpo", "policy.knowledge_coeff=0")) == (ROLLOUTS,)
+    assert get_formats(made("policy.method=gspo")) == (ROLLOUTS,)
+    assert get_formats(made("policy.method=ink_grpo")) == (ROLLOUTS, "text")
+    assert get_formats(made("policy.method=ink_grpo", "policy.knowledge_coeff=0")) == (ROLLOUTS,)
     config = apply_settings(recipes.get("tiny-k-exaone"), ["policy.method=ink_grpo"])
     with pytest.raises(UserError, match=r"policy.knowledge_coeff = 0.1 needs"):
         check_sources(config, [])
@@ -214,7 +214,7 @@ def test_chats_are_text_of_which_the_assistants_turns_are_learned(packed_data: A
     (text,) = open_text_sources(config)
     check_sources(config, [text])
     (chats,) = open_sources(paths, config.model.vocab_size)
-    ours, packed = text.shard("train"), chats.shard("train")
+    ours, packed = text.open_split("train"), chats.open_split("train")
     assert text.format == "text" and not text.num_tokens["heldout"] and len(ours.lengths) > 3
     for document, count in enumerate(map(int, ours.lengths)):
         weights = ours.loss_weights(document, 0, count)

@@ -51,7 +51,7 @@ def test_what_lies_behind_a_sample_counts_for_neither_side(monkeypatch: pytest.M
         events=SimpleNamespace(write=lambda name, **fields: events.append({"name": name, **fields})))
     source = Source("pairs", None, "preference", {}, {"train": 0, "heldout": 59}, 1.0)
     documents = Pairs()
-    monkeypatch.setattr(Source, "shard", lambda self, split: documents)
+    monkeypatch.setattr(Source, "open_split", lambda self, split: documents)
     # right, wrong, a tie, right by what a sample holds; of the last one's response no sample holds anything
     expected = {"pairs": 4, "chosen_likelier": 2.5 / 4, "pairs_right": 2.5 / 4, "margin": 0.25}
     assert preference.measure_heldout_pairs(view, [source], None) == {"pairs": expected}

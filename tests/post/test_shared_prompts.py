@@ -72,7 +72,7 @@ def curve(shares: bool, run: str) -> list[dict[str, Any]]:
                           "policy")
     made: Any = Groups(60)
     source = Source(ROLLOUTS, None, ROLLOUTS, {}, {"train": int(made.lengths.sum()), "heldout": 0}, 1.0,
-                    made=made, columns=made.columns)
+                    train_documents=made, columns=made.columns)
     trainer = Trainer(config, world.join_world(config.parallel), RunFolder(Path(run)), [source],
                       build_policy_objective(config))
     prepare, shares_of = trainer.objective.prepare, list[float]()
@@ -86,7 +86,7 @@ def curve(shares: bool, run: str) -> list[dict[str, Any]]:
     setattr(trainer.objective, "prepare", noted)  # noqa: B010
     results = []
     for _ in range(STEPS):
-        found = trainer.update()
+        found = trainer.train_step()
         assert found is not None
         results.append({"loss": found.loss, "grad_norm": found.grad_norm, "tokens": found.num_tokens,
                         **found.meters, "load": trainer.expert_load.gather().flatten().tolist(),

@@ -370,7 +370,7 @@ def _read(file: Path) -> Any:
     import pyarrow as pa
 
     with pa.memory_map(str(file)) as source:
-        return pa.ipc.open_file(source).read_rows_with_problems()
+        return pa.ipc.open_file(source).read_all()
 
 
 def _lengths(table: Any) -> NDArray[np.int64]:

@@ -324,8 +324,8 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, *, wait_s: float = 0
     from megatron_sov.post.rl.round_loader import RoundLoader
     from megatron_sov.post.rl.run import RolloutCycle
     from megatron_sov.post.rl.validation import SampledRounds
-    from megatron_sov.train.data.rounds import BEHAVIOUR, rounds_of, rounds_source
-    from megatron_sov.train.objectives.objective import columns_of
+    from megatron_sov.train.data.rounds import BEHAVIOUR, build_rounds_source, find_round_documents
+    from megatron_sov.train.objectives.objective import get_columns
 
     config, start = parsed.stage.config, parsed.stage.start
     assert start is not None, f"--from is required, it is {args.start_from}"
@@ -346,13 +346,13 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, *, wait_s: float = 0
     learned = build_round_objective if config.policy.learns_preferences else build_policy_objective
     objective = get_factory(config, learned(config) if teacher is None
                             else TeacherFactory(OnPolicyDistillation, [teacher]))
-    columns = select_columns(config, columns_of(objective), start,
+    columns = select_columns(config, get_columns(objective), start,
                              teachers_of(args, config, tokenizer) if teacher is None else ())
     # a source whose rounds open one by one, as they are published
-    source = rounds_source(args.run / ROUNDS, config.model.vocab_size, tokenizer, columns.names,
+    source = build_rounds_source(args.run / ROUNDS, config.model.vocab_size, tokenizer, columns.names,
                            routes=columns.routes, published=(BEHAVIOUR, *list_number_columns(config)))
     check_sources(config, [*texts, source])
-    rounds = rounds_of([source])
+    rounds = find_round_documents([source])
     assert rounds is not None, "the source has no rounds"
     loader = RoundLoader(documents=rounds, rollout=config.rollout, columns=columns, store=args.store,
                          samples=SampledRounds(config.obs.sample_rows, config.rollout.rounds))

@@ -22,9 +22,9 @@ from megatron_sov.post.distillation.teacher import TeacherReading
 from megatron_sov.runs.checkpoints import find_tokenizer_folder
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.launch_environment import is_first_rank
-from megatron_sov.train.data.token_shards import Source, as_input, open_sources, tokenizer_folder
+from megatron_sov.train.data.token_shards import Source, describe_input, open_sources, tokenizer_folder
 from megatron_sov.train.guards.gate import GateView
-from megatron_sov.train.objectives.objective import formats_of
+from megatron_sov.train.objectives.objective import get_formats
 from megatron_sov.train.stages.stage import Stage
 
 
@@ -50,7 +50,7 @@ def add_teacher(request: TrainingRequest, stage: Stage) -> Stage:
     """Have the teachers read data that no folder of states covers, and open all states."""
     config, options = request.config, request.options
     assert isinstance(options, DistillOptions)
-    sources = open_sources(config.data.paths, config.model.vocab_size, formats_of(stage.objective))
+    sources = open_sources(config.data.paths, config.model.vocab_size, get_formats(stage.objective))
     _refuse_views(config, sources)
     if request.start is not None:
         check_same_tokens(tokenizer_folder(sources), find_tokenizer_folder(request.start))
@@ -70,7 +70,7 @@ def add_teacher(request: TrainingRequest, stage: Stage) -> Stage:
     def measure(view: GateView) -> dict[str, Any]:
         return measure_teacher(view, sources, opened[0])
 
-    inputs = tuple(as_input(TEACHER_STATES, path) for path in states if (path / MANIFEST).is_file())
+    inputs = tuple(describe_input(TEACHER_STATES, path) for path in states if (path / MANIFEST).is_file())
     return replace(stage, objective=TeacherFactory(stage.objective, opened), sources=tuple(sources),
                    before=measure, after=measure, besides=inputs)
 

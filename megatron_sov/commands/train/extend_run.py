@@ -16,7 +16,7 @@ from megatron_sov.post.extend.running import run_stages
 from megatron_sov.post.extend.stages import plan_stages
 from megatron_sov.runs.folder import STAGES
 from megatron_sov.runs.launch_environment import num_ranks
-from megatron_sov.train.objectives.objective import formats_of
+from megatron_sov.train.objectives.objective import get_formats
 
 
 def run_extension(request: ExtensionRequest) -> None:
@@ -25,7 +25,7 @@ def run_extension(request: ExtensionRequest) -> None:
     options, kind = request.options, STAGE_KINDS[request.options.stage]
     stages = plan_stages(
         request.request, options.start_from, options.run, options.nproc,
-        lambda config: formats_of(get_factory(config, load_objective(kind, config))))
+        lambda config: get_formats(get_factory(config, load_objective(kind, config))))
     last = stages[-1].config
     check_benchmarks(last)
     for stage in stages:

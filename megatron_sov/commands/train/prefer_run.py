@@ -17,9 +17,9 @@ from megatron_sov.post.preference import HELDOUT_PAIRS, find_heldout_documents, 
 from megatron_sov.post.reference import COLUMN, Reference
 from megatron_sov.runs.checkpoints import find_checkpoint, latest_checkpoint
 from megatron_sov.runs.folder import REFERENCE, RunFolder
-from megatron_sov.train.data.token_shards import Source, as_input, open_sources, tokenizer_folder
+from megatron_sov.train.data.token_shards import Source, describe_input, open_sources, tokenizer_folder
 from megatron_sov.train.guards.gate import GateView
-from megatron_sov.train.objectives.objective import columns_of, formats_of
+from megatron_sov.train.objectives.objective import get_columns, get_formats
 from megatron_sov.train.stages.stage import Stage
 
 
@@ -27,8 +27,8 @@ def add_reference(request: TrainingRequest, stage: Stage) -> Stage:
     """Open judged responses, and score them by the reference if the method compares with one."""
     config, options = request.config, request.options
     assert isinstance(options, PreferOptions)
-    sources = tuple(open_sources(config.data.paths, config.model.vocab_size, formats_of(stage.objective)))
-    needed_columns = columns_of(stage.objective)
+    sources = tuple(open_sources(config.data.paths, config.model.vocab_size, get_formats(stage.objective)))
+    needed_columns = get_columns(stage.objective)
     if DESIRABLE not in needed_columns:
         _refuse_other_judgements(config, sources)
     # single judged responses (kto) have no pairs that could be ranked
@@ -47,7 +47,7 @@ def add_reference(request: TrainingRequest, stage: Stage) -> Stage:
     def after(view: GateView) -> dict[str, Any]:
         return {HELDOUT_PAIRS: measure_heldout_pairs(view, pairs, compute_logprobs)}
 
-    inputs = () if other_model is None else (as_input(REFERENCE, other_model),)
+    inputs = () if other_model is None else (describe_input(REFERENCE, other_model),)
     return replace(stage, sources=sources if reference is None else reference.sources, before=before,
                    after=after, besides=inputs)
 def _refuse_other_judgements(config: RunConfig, sources: Sequence[Source]) -> None:

@@ -132,5 +132,6 @@ def build_needle_source(documents: NeedleDocuments, share: float, name: str = SO
                             f"({2 * form.needle_tokens(test=False)} tokens); train on longer samples or set "
                             "needle.train_share=0")
     return Source(
-        name=name, artifact=None, format="text", prefixes={}, share=share / (1 - share), made=documents,
+        name=name, artifact=None, format="text", prefixes={}, share=share / (1 - share),
+        train_documents=documents,
         num_tokens={"train": NUM_DOCUMENTS * documents.length_tokens})

@@ -229,7 +229,7 @@ def open_haystacks(sources: Sequence[Source], split: str, tokenizer_folder: Path
                         "pack text with --heldout 0.02")
     texts: dict[Language, list[tuple[DocumentsText, float]]] = {}
     for source in usable:
-        documents = source.shard(split)
+        documents = source.open_split(split)
         name_language = next((name for name in LANGUAGES if name == source.name), None)
         # Priority: the user's choice, the name of the source, its text.
         language = source_languages.get(source.name) or name_language

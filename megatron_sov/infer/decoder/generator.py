@@ -39,7 +39,7 @@ from megatron_sov.infer.request import (
     Batching, GenerationBounds, GenerationResult, NamedTensors, Sampling, ScoredTokens, StopRule, Tokens,
     WeightVersion)
 from megatron_sov.model.modality import EncoderInputs
-from megatron_sov.train.data.requirements import shape_of
+from megatron_sov.train.data.requirements import build_route_shape
 
 
 class DecodingBatch:
@@ -368,7 +368,7 @@ class MegatronEngine:
         if sampling.num_drafts and not self._model.model.architecture.num_mtp_layers:
             raise ValueError(f"num_drafts = {sampling.num_drafts} needs a multi-token prediction layer, "
                              "the model has none")
-        shape = shape_of(self._model.model.architecture) if sampling.with_routes else None
+        shape = build_route_shape(self._model.model.architecture) if sampling.with_routes else None
         numbers = range(len(prompts)) if streams is None else streams
         limits = bounds.limits if bounds else [sampling.max_new_tokens] * len(prompts)
         stop = stop or StopRule()

@@ -29,7 +29,7 @@ from megatron_sov.infer.engines.server_process import (
 from megatron_sov.infer.request import (
     GenerationBounds, GenerationResult, NamedTensors, Sampling, ScoredTokens, StopRule, Tokens, WeightVersion,
     check_no_drafts, check_no_rules)
-from megatron_sov.train.data.requirements import shape_of
+from megatron_sov.train.data.requirements import build_route_shape
 from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer, TokenRequest
 
 SHARD_BYTES = 1 << 30
@@ -160,7 +160,7 @@ class ServerEngine:
     def __init__(self, name: str, fleet: Fleet, folder: Path, weights: Path, room: int, *,
                  with_routes: bool = False) -> None:
         self._engine, self.fleet, self.room = name, fleet, room
-        self._shape = shape_of(HfWeights(folder).model) if with_routes else None
+        self._shape = build_route_shape(HfWeights(folder).model) if with_routes else None
         self._weight_version = WeightVersion(name)
         self._files = WeightFiles(weights)
         self._numbers = itertools.count()

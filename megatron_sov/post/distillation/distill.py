@@ -36,14 +36,14 @@ from megatron_sov.runs.checkpoints import read_checkpoint_settings
 from megatron_sov.runs.obs.meters import Meter
 from megatron_sov.train.data.order import OrderedSample
 from megatron_sov.train.data.requirements import NeededColumn
-from megatron_sov.train.data.rows import RowOrigin, heldout_samples, join_rows, sample_row
+from megatron_sov.train.data.rows import RowOrigin, build_heldout_samples, build_row, join_rows
 from megatron_sov.train.data.token_shards import TEXTS, Source
 from megatron_sov.train.guards.gate import GateView
 from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective
-from megatron_sov.train.objectives.microbatch import MicroBatch, from_row
+from megatron_sov.train.objectives.microbatch import MicroBatch, build_micro_batch
 from megatron_sov.train.objectives.objective import (
-    GlobalBatch, LossSums, columns_of, formats_of, per_source, with_denominators)
+    GlobalBatch, LossSums, get_columns, get_formats, per_source, with_denominators)
 
 DIVERGENCE, CROSS_ENTROPY = "divergence", "cross_entropy"
 SPLIT = "heldout"
@@ -268,12 +268,13 @@ class LiveTeacher:
         outputs = model.map(read, compute_outputs)
         if not outputs:  # a pipeline stage before the last, which computes no loss
             return tuple(batches)
-        return tuple(dataclasses.replace(batch, said=output)
+        return tuple(dataclasses.replace(batch, teacher_output=output)
                      for batch, output in zip(batches, outputs, strict=True))
 
     def at(self, batch: MicroBatch, head: Head, split: str = "train") -> Teacher:
-        assert batch.said is not None and self._model is not None, "the teacher has not read the micro-batch"
-        outputs = context.select_local(batch.said)
+        assert batch.teacher_output is not None and self._model is not None, (
+            "the teacher has not read the micro-batch")
+        outputs = context.select_local(batch.teacher_output)
         if top_k := self._asked.top_k:
             return TeacherTopK(outputs[:, :top_k].long(), outputs[:, top_k:], self._asked.keep_remainder)
         weight = build_head(self._model.model, self._model.head_chunk_tokens).weight
@@ -389,11 +390,11 @@ class TeacherFactory:
 
     @property
     def formats(self) -> tuple[str, ...]:
-        return formats_of(self.made)
+        return get_formats(self.made)
 
     @property
     def columns(self) -> Mapping[str, NeededColumn]:
-        return columns_of(self.made)
+        return get_columns(self.made)
 
     def __call__(self, context: ObjectiveContext) -> Any:
         return self.made(dataclasses.replace(context, teacher=self.teachers[0]))
@@ -435,12 +436,12 @@ def measure_teacher(view: GateView, sources: Sequence[Source], teacher: RunTeach
 
 def _sum_teacher_divergences(view: GateView, index: int, source: Source, teacher: RunTeacher) -> torch.Tensor:
     """Return learned tokens, and sums of divergence and KL over them, [3] float64, on every process."""
-    config, world, shard = view.config, view.world, source.shard(SPLIT)
+    config, world, shard = view.config, view.world, source.open_split(SPLIT)
     seq_len, size = config.data.max_seq_len(), config.train.micro_batch_size
-    samples = heldout_samples(shard, index, seq_len, config.data.heldout_tokens)
+    samples = build_heldout_samples(shard, index, seq_len, config.data.heldout_tokens)
     # Empty rows, so that all processes run equally many batches: they may share experts.
     samples += [OrderedSample(index, ())] * (-len(samples) % (size * world.dp_size))
-    own = [from_row(join_rows([sample_row(s, shard, seq_len) for s in samples[i:i + size]]))
+    own = [build_micro_batch(join_rows([build_row(s, shard, seq_len) for s in samples[i:i + size]]))
            for i in range(world.dp_rank * size, len(samples), size * world.dp_size)]
 
     def sums(hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:

@@ -49,7 +49,7 @@ def read_lengths(source: Source, split: str) -> np.ndarray:
     """Return the length of each document of a split, [documents] int64; the split may be empty."""
     if not source.num_tokens.get(split):
         return np.zeros(0, np.int64)
-    stored = source.shard(split).lengths
+    stored = source.open_split(split).lengths
     return np.asarray(stored[np.arange(len(stored))], np.int64)
 
 
@@ -187,7 +187,7 @@ class StateFiles:
         return np.concatenate([[0], lengths.cumsum()]), rows.view(-1, self.width)
 
     def _read_lengths(self, source: int, split: str) -> Any:
-        return self._sources[source].shard(split).lengths
+        return self._sources[source].open_split(split).lengths
 
     def _find_sources(self, sources: list[Source], inputs: list[dict[str, str]]) -> list[int]:
         artifacts = {manifest_sha256(s.artifact): s.artifact for s in sources if s.artifact is not None}

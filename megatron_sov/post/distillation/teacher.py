@@ -40,7 +40,7 @@ from megatron_sov.post.distillation.state_files import (
 from megatron_sov.post.distillation.translation import TokenTranslation, TranslatedStates
 from megatron_sov.runs.checkpoints import ADAPTER, CHECKPOINT_KIND as CHECKPOINT, MODEL, read_adapter_base
 from megatron_sov.runs.launch_environment import is_first_rank, num_ranks
-from megatron_sov.train.data.token_shards import Source, open_sources, provenance, tokenizer_folder
+from megatron_sov.train.data.token_shards import Source, describe_inputs, open_sources, tokenizer_folder
 from megatron_sov.work.progress.resumable import ResumableArtifact, resumable_artifact
 
 FORMATS = ("text", "chat", "preference", "prompt")
@@ -165,7 +165,7 @@ def _open_artifact(reading: TeacherReading, sources: list[Source], plan: dict[st
     weights = convert.open_weights(reading.target.path)
     model = weights.model
     # Work with another plan is not continued.
-    plan = plan | {"teacher": teacher, "data": [i["manifest_sha256"] for i in provenance(sources)]}
+    plan = plan | {"teacher": teacher, "data": [i["manifest_sha256"] for i in describe_inputs(sources)]}
     with resumable_artifact(out, KIND, "megatron-sov distill states", plan, overwrite=overwrite,
                             redo=redo) as artifact:
         (artifact.path / "states").mkdir(exist_ok=True)
@@ -177,7 +177,7 @@ def _open_artifact(reading: TeacherReading, sources: list[Source], plan: dict[st
         artifact.writer.content = build_content(plan["parts"], model.hidden_size, vocab_size, reading.kept,
                                              model.logits_softcap)
         artifact.writer.settings = {"teacher": teacher, "teacher_path": str(reading.target.path), **layout}
-        artifact.writer.inputs += provenance(sources)
+        artifact.writer.inputs += describe_inputs(sources)
         yield artifact
 
 
@@ -225,7 +225,7 @@ class _Documents:
         Raises:
             UserError: a document is too long for the teacher, or its tokenizer changes the text.
         """
-        shard = self.sources[part.source].shard(part.split)
+        shard = self.sources[part.source].open_split(part.split)
         numbers = range(part.first_document, part.first_document + part.num_documents)
         documents = [shard.tokens(number, 0, int(shard.lengths[number])).tolist() for number in numbers]
         if self.translation is None:
@@ -242,7 +242,7 @@ class _Documents:
                   ) -> list[torch.Tensor]:
         """Convert the teacher's outputs for each document to the data's tokens."""
         assert self.translation is not None
-        shard, kept = self.sources[part.source].shard(part.split), self.reading.kept
+        shard, kept = self.sources[part.source].open_split(part.split), self.reading.kept
         rows = []
         for i, (document, row) in enumerate(zip(translated, outputs, strict=True)):
             number = part.first_document + i

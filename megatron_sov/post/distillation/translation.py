@@ -37,7 +37,7 @@ from tokenizers import Tokenizer
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.folder import open_tokenizer
 from megatron_sov.chat.vocabulary import TOKENIZER_JSON, read_tokenizer
-from megatron_sov.train.data.token_bytes import spellings
+from megatron_sov.train.data.token_bytes import read_token_bytes
 
 UNHEARD = 1.0
 """In the place of the first log-probability, none of which is positive: the teacher says nothing there."""
@@ -81,7 +81,8 @@ class TokenTranslation:
         """
         self._student, self._teacher = _open_checked(student), _open_checked(teacher)
         self._teacher_folder = teacher
-        self._ours, self._theirs = spellings(student, vocab_size), spellings(teacher, teacher_vocab_size)
+        self._ours = read_token_bytes(student, vocab_size)
+        self._theirs = read_token_bytes(teacher, teacher_vocab_size)
         # Reversed, so that of tokens with equal bytes the lowest id stays.
         self._of_bytes = {text: token for token, text in reversed(list(enumerate(self._ours))) if text}
         self._longest = max(map(len, self._of_bytes), default=0)

@@ -28,11 +28,11 @@ from megatron_sov.post.extend.stages import (
 from megatron_sov.runs.checkpoints import find_checkpoint, find_tokenizer_folder, latest_checkpoint
 from megatron_sov.runs.launch_environment import get_command_start, is_first_rank
 from megatron_sov.train.data.token_shards import TEXTS, Source, open_sources, tokenizer_folder
-from megatron_sov.train.data.views import SHORT
+from megatron_sov.train.data.views import PIECES_MARK
 from megatron_sov.train.guards.fault_injection import Fault
 from megatron_sov.train.guards.gate import EndGate, GateView
 from megatron_sov.train.objectives.heldout_evaluator import HeldoutLoss
-from megatron_sov.train.objectives.objective import formats_of
+from megatron_sov.train.objectives.objective import get_formats
 from megatron_sov.train.stages.stage import Stage, run_stage
 from megatron_sov.train.trainer import ObjectiveFactory
 
@@ -107,11 +107,11 @@ def _document_lengths(config: RunConfig) -> dict[str, int]:
     if config.needle.train_share or SOURCE_NAME in named:
         lengths[SOURCE_NAME] = config.data.max_seq_len()
     for name in named:
-        base, mark, number = name.partition(SHORT)
+        base, mark, number = name.partition(PIECES_MARK)
         if base == SOURCE_NAME and mark:
             if not number.isdecimal() or int(number) < 1:
-                raise UserError(f"data.phases blend {name!r}: write a number of tokens after {SHORT}, "
-                                f"e.g. {base}{SHORT}4096")
+                raise UserError(f"data.phases blend {name!r}: write a number of tokens after {PIECES_MARK}, "
+                                f"e.g. {base}{PIECES_MARK}4096")
             lengths[name] = int(number)
     return lengths
 
@@ -330,7 +330,7 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
         GateFailed: the gate of a stage did not pass within its steps.
         StopRequested: the run was asked to stop, and everything is saved.
     """
-    first, formats = start, formats_of(objective)
+    first, formats = start, get_formats(objective)
     stage_start_s = get_command_start()
     prepared = [build_needles(stage.config, start, formats) for stage in stages]
     start_loss: float | None = None

@@ -28,8 +28,8 @@ from megatron_sov.post.rl.teachers import ScoringTeacher, describe_teachers, wri
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.checkpoints import hash_checkpoint_files
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.train.data.requirements import replayed_routes
-from megatron_sov.train.data.rounds import Round
+from megatron_sov.train.data.requirements import build_replay_shape
+from megatron_sov.train.data.rounds import PublishedRound
 from megatron_sov.train.feed import FeedView
 
 REFERENCE_NOTE = "reference.json"
@@ -52,7 +52,7 @@ class LogprobColumns:
     reference_sha256: str = ""
     teachers: tuple[ScoringTeacher, ...] = ()
 
-    def compute(self, view: FeedView, opened: Round, *, is_first: bool) -> dict[str, np.ndarray]:
+    def compute(self, view: FeedView, opened: PublishedRound, *, is_first: bool) -> dict[str, np.ndarray]:
         """Return column -> [tokens of the round] float32; called by all processes together.
 
         Args:
@@ -78,7 +78,8 @@ class LogprobColumns:
                 "it began with"))
         return {name: self._load_column(view, name, opened, is_first=is_first) for name in self.names}
 
-    def _load_column(self, view: FeedView, name: str, opened: Round, *, is_first: bool) -> np.ndarray:
+    def _load_column(self, view: FeedView, name: str, opened: PublishedRound, *,
+                     is_first: bool) -> np.ndarray:
         file, count = column_file(opened.path, name), int(opened.starts[-1])
         # Documents of the first step that learns need no column: the weights have not changed until then.
         num_documents, num_skipped = len(opened.starts) - 1, 0
@@ -102,7 +103,7 @@ class LogprobColumns:
         # Mapped: a process reads the numbers of its own rows.
         return np.memmap(file, np.float32, "r", shape=(count,))
 
-    def _write_column(self, view: FeedView, name: str, opened: Round, num_skipped: int,
+    def _write_column(self, view: FeedView, name: str, opened: PublishedRound, num_skipped: int,
                       identity: str) -> None:
         file = column_file(opened.path, name)
         if name == TEACHER:
@@ -118,7 +119,7 @@ class LogprobColumns:
         else:
             run_with_weights(self.start, view, write)
 
-    def _identify_column(self, opened: Round, name: str) -> str:
+    def _identify_column(self, opened: PublishedRound, name: str) -> str:
         """Return the text that the column's checksum covers: digest of the documents, and of the models other
         than the policy."""
         models = {REFERENCE: self.reference_sha256,
@@ -149,7 +150,7 @@ def _abbreviate(models: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {digest[:12]}".strip() for name, digest in sorted(models.items()))
 
 
-def _describe_fix(opened: Round) -> str:
+def _describe_fix(opened: PublishedRound) -> str:
     run = RunFolder(opened.path.parents[1])
     # Published rounds can be trained again from any earlier checkpoint, or from the start.
     first_step = (int(opened.path.name) - 1) * len(opened.steps)
@@ -169,6 +170,6 @@ def select_columns(config: RunConfig, needed: Collection[str], start: Path,
     temperature = 1.0 if config.policy.learns_preferences else config.rollout.temperature
     return LogprobColumns(
         names=tuple(name for name in needed if name in (OLD, REFERENCE, TEACHER)),
-        temperature=temperature, routes=replayed_routes(config), start=start,
+        temperature=temperature, routes=build_replay_shape(config), start=start,
         reference_sha256=hash_checkpoint_files(start) if REFERENCE in needed else "",
         teachers=tuple(teachers))

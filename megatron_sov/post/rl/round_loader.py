@@ -22,7 +22,7 @@ from megatron_sov.post.rl.teachers import compute_reverse_kl
 from megatron_sov.post.rl.validation import SampledRounds
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.checkpoints import hash_checkpoint_files
-from megatron_sov.train.data.rounds import ADVANTAGE, Round, RoundDocuments
+from megatron_sov.train.data.rounds import ADVANTAGE, PublishedRound, RoundDocuments
 from megatron_sov.train.feed import FeedView
 
 EVENT_FIELDS = ("groups", "unjudged", "reward_version", "policies", "means")
@@ -78,7 +78,7 @@ class RoundLoader:
         columns = self.columns.compute(view, opened, is_first=is_first)
         self._skip_idle_steps(view, number, opened)
         # Opened last, so that a failure leaves the data order unchanged.
-        self.documents.open(number, replace(opened, beside=columns))
+        self.documents.open(number, replace(opened, trainer_columns=columns))
         digest = run_on_main(view.world, partial(hash_checkpoint_files, opened.path))
         meters: Mapping[str, float] = {}
         if view.world.is_main:
@@ -109,7 +109,7 @@ class RoundLoader:
         version = str(read_manifest(published).content["reward_version"])
         self.samples.record(view, RolloutStore.open(store), number, version)
 
-    def _find_idle_steps(self, view: FeedView, number: int, opened: Round) -> frozenset[int]:
+    def _find_idle_steps(self, view: FeedView, number: int, opened: PublishedRound) -> frozenset[int]:
         """Return the steps of a round (from 0) without any gradient: steps without text whose advantages are
         all 0 while no other term has a gradient, and steps without documents."""
         policy, first = view.config.policy, (number - 1) * self.rollout.steps_per_round + 1
@@ -122,20 +122,20 @@ class RoundLoader:
                 idle.append(i)
         return frozenset(idle)
 
-    def _skip_idle_steps(self, view: FeedView, number: int, opened: Round) -> None:
+    def _skip_idle_steps(self, view: FeedView, number: int, opened: PublishedRound) -> None:
         first = (number - 1) * self.rollout.steps_per_round
         for step in sorted(first + i for i in opened.idle):
             if step < view.step:
                 continue
             # The ledger records the skipped steps, so that a resumed run skips them too.
-            view.batches.ledger.pass_over(step, step + 1)
+            view.batches.ledger.skip_steps(step, step + 1)
             if view.world.is_main:
                 groups = describe_groups(read_manifest(opened.path).content.get("groups") or {})
                 warn(f"round {number}: step {step + 1} is passed over, for no group of it learns (groups of "
                      f"the round: {groups})", view.events.write, step=step + 1)
 
 
-def _has_advantages(opened: Round, documents: range) -> bool:
+def _has_advantages(opened: PublishedRound, documents: range) -> bool:
     """Return whether a document of a step has an advantage other than 0."""
     source = opened.documents
     return source is not None and any(

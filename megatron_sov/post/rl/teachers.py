@@ -27,7 +27,7 @@ from megatron_sov.engine.parallel.world import run_on_main
 from megatron_sov.model.modality import EncoderInputs, get_banks, get_encoder_inputs
 from megatron_sov.post.policy import REVERSE_KL
 from megatron_sov.post.reference import run_with_weights, write_logprobs
-from megatron_sov.train.data.rounds import BEHAVIOUR, DOMAINS, Round
+from megatron_sov.train.data.rounds import BEHAVIOUR, DOCUMENT_DOMAINS, PublishedRound
 from megatron_sov.train.data.token_shards import Documents
 from megatron_sov.train.feed import FeedView
 from megatron_sov.work.endpoints.answers import BadAnswer, RequestRefused
@@ -66,9 +66,9 @@ def describe_teachers(teachers: Sequence[ScoringTeacher]) -> dict[str, str]:
     return {teacher.domain: teacher.sha256 or "servers" for teacher in teachers}
 
 
-def read_document_domains(opened: Round) -> list[str]:
+def read_document_domains(opened: PublishedRound) -> list[str]:
     """Return the domain of each document of a round."""
-    runs: Sequence[tuple[str, int]] = read_manifest(opened.path).content.get(DOMAINS, ())
+    runs: Sequence[tuple[str, int]] = read_manifest(opened.path).content.get(DOCUMENT_DOMAINS, ())
     domains = list(chain.from_iterable(repeat(str(name), int(count)) for name, count in runs))
     if len(domains) != len(opened.starts) - 1:
         raise UserError(f"{opened.path}: lists the domains of {len(domains)} documents and has "
@@ -77,7 +77,8 @@ def read_document_domains(opened: Round) -> list[str]:
     return domains
 
 
-def write_teachers(view: FeedView, teachers: Sequence[ScoringTeacher], opened: Round, file: Path, identity:
+def write_teachers(view: FeedView, teachers: Sequence[ScoringTeacher], opened: PublishedRound, file: Path,
+                   identity:
 str
                    ) -> None:
     """Write log p(label) by the teachers for each token of a round; called by all processes together.
@@ -107,7 +108,7 @@ str
     run_on_main(view.world, partial(_join_parts, opened.starts, parts, file, identity))
 
 
-def _assign_teachers(opened: Round, teachers: Sequence[ScoringTeacher]) -> np.ndarray:
+def _assign_teachers(opened: PublishedRound, teachers: Sequence[ScoringTeacher]) -> np.ndarray:
     """Return [documents] int64: index of the teacher of each document."""
     index_of_domain: dict[str, int] = {}
     domains = read_document_domains(opened)
@@ -135,7 +136,7 @@ def _join_parts(starts: np.ndarray, parts: Sequence[tuple[np.ndarray, Path]], fi
         part.unlink()
 
 
-def compute_reverse_kl(opened: Round, teacher: np.ndarray) -> dict[str, object]:
+def compute_reverse_kl(opened: PublishedRound, teacher: np.ndarray) -> dict[str, object]:
     """Estimate KL(student || teacher) in nats per token, for a round and each of its domains: the mean over
     generated tokens of log p(student) - log p(teacher).
 

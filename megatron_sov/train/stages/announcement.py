@@ -15,21 +15,13 @@ from megatron_sov.model.process_memory import MemoryEstimate
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.runs.obs.meters import HeldoutFigures, Meter, format_recent_means
 from megatron_sov.train.checkpointer import TrainState
-from megatron_sov.train.data.ledger import LedgerEntry, over_long
+from megatron_sov.train.data.ledger import LedgerEntry, count_over_long
 from megatron_sov.train.data.token_shards import Source
 
 
 def format_banner(config: RunConfig, num_ranks: int, run: Path, steps: range, entries: Sequence[LedgerEntry],
            sources: Sequence[Source], memory: MemoryEstimate | None = None, num_threads: int = 0) -> str:
-    """Describe the rest of a run in a few lines: model, layout, memory, data.
-
-    Args:
-        run: folder of the run.
-        steps: remaining steps, 0-based.
-        entries: ledger of the whole run.
-        memory: None: leave the figures out.
-        num_threads: CPU threads of a process; 0: unknown.
-    """
+    """Describe the rest of a run: model, layout, memory (if estimated) and data of `steps` (0-based)."""
     count, p, rollout = count_params(config.model), config.parallel, config.rollout
     dp_size = num_ranks // (p.tp * p.pp * p.cp)
     planned = planned_tokens(entries, steps)
@@ -46,7 +38,7 @@ def format_banner(config: RunConfig, num_ranks: int, run: Path, steps: range, en
                             f"{rollout.samples_per_prompt:,} responses")
     fate = {"cut": "their tails are left out", "drop": "they are left out"}.get(config.data.over_long)
     too_long = "".join(f"\n  over-long  {o.source}: {o.count:,} of {o.total:,} are longer than {o.seq_len} "
-                       f"tokens, {fate} (data.over_long)" for o in over_long(sources, entries))
+                       f"tokens, {fate} (data.over_long)" for o in count_over_long(sources, entries))
     return (f"{config.recipe}: {format_count(count.total)} parameters ({format_count(count.active)} active)"
             f"{f', {format_count(count.encoders)} of encoders' if count.encoders else ''}, steps "
             f"{steps.start + 1} to {steps.stop}{length}\n"
@@ -97,13 +89,7 @@ def planned_tokens(entries: Sequence[LedgerEntry], steps: range) -> dict[str, fl
 
 def format_summary(run: Path, checkpoint: Path, done: TrainState, wall_s: float, config: RunConfig,
             headline: Sequence[Meter], sources: Sequence[Source]) -> str:
-    """Describe a complete run, and propose the next commands.
-
-    Args:
-        run: folder of the run.
-        checkpoint: last checkpoint.
-        headline: meters that judge the run.
-    """
+    """Describe a complete run by its last checkpoint and `headline` meters, and propose the next commands."""
     words = shlex.quote(str(run))
     ask = f"chat {words}" if any(source.is_chat for source in sources) else f"generate {words} --prompt TEXT"
     heldout = HeldoutFigures()
@@ -118,7 +104,7 @@ def format_summary(run: Path, checkpoint: Path, done: TrainState, wall_s: float,
     adapter = f"{then}convert to-peft {words} PEFT_DIR" if config.lora.on else ""
     minutes, seconds = divmod(round(wall_s), 60)
     # the loss of compared responses says nothing
-    compared = {source.name for source in sources if source.group > 1 or source.made is not None}
+    compared = {source.name for source in sources if source.group > 1 or source.train_documents is not None}
     figures = (heldout.text(headline, lambda source: source not in compared), means)
     return (f"complete: step {done.step}, {format_count(done.tokens)} tokens in {minutes}:{seconds:02d} min"
             + "".join(f"; {text}" for text in figures if text)

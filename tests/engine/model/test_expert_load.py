@@ -23,7 +23,7 @@ def counted(data: str, run: str) -> dict[str, Any]:
     experts = trainer.expert_load
     seen, states = [], []
     for _ in range(2):
-        trainer.update()
+        trainer.train_step()
         seen.append(experts.gather().sum(dim=1).tolist())
         states.append([experts.biases(), *(p.detach().clone() for p in trainer.model.parameters())])
     documents = DocumentBatch([[1, 2, 3], [4, 5]], torch.device("cpu"), min_tokens=16)

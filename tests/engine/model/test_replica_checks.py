@@ -86,7 +86,7 @@ def repeated(settings: list[str], data: str, run: str) -> list[Any]:
             f"guards.probe_every_steps={every}", *settings, run=run, faults=lie)
         losses, said = [], ""
         try:
-            losses += [trainer.update().loss for _ in range(2)]
+            losses += [trainer.train_step().loss for _ in range(2)]
         except SilentCorruption as e:
             said = str(e)
         found.append([losses, said])

@@ -83,7 +83,7 @@ def written_out(data: list[str], states: str) -> list[dict[str, float]]:
         said = StateFiles(Path(states) / FOLDERS.get(kind, ("top",))[0], sources)
         exact = {index: files for name in (FOLDERS["two"] if kind == "two" else FOLDERS["whole"])
                  for files in [StateFiles(Path(states) / name, sources)] for index in files.sources}
-        trainer.update()
+        trainer.train_step()
         objective = trainer.objective
         batch = objective.prepare(objective.collect(trainer.policy, 1))
         wanted = {"divergence": 0.0, "cross_entropy": 0.0, "kl": 0.0, "entropy": 0.0, "tokens": 0.0,
@@ -121,7 +121,7 @@ def written_out(data: list[str], states: str) -> list[dict[str, float]]:
                                      ("tokens", torch.ones(count))):
                     wanted[name] += float((values.double() * heard).sum())
                 wanted["starts"] = max(wanted["starts"], start)
-        sums = trainer.computation.sums(batch, objective, 2)
+        sums = trainer.forward_backward.run(batch, objective, 2)
         tokens = wanted["tokens"]
         results.append({
             "kind": kind, "tokens": tokens, "denominator": batch.targets["divergence"],

@@ -55,7 +55,7 @@ def everything(out: Path, data: Path) -> torch.Tensor:
     """Return the states of all documents."""
     files = opened(out, data)
     return torch.cat([files.states(i, "train", d, 0, int(n)) for i, s in enumerate(open_sources(
-        {str(data): 1.0}, 1024, FORMATS)) for d, n in enumerate(s.shard("train").lengths)])
+        {str(data): 1.0}, 1024, FORMATS)) for d, n in enumerate(s.open_split("train").lengths)])
 
 
 def test_states_and_head_are_transformers_logits(one_rank: None, hf_models: dict[str, Path], data: Path,
@@ -67,7 +67,7 @@ def test_states_and_head_are_transformers_logits(one_rank: None, hf_models: dict
     files = opened(tmp_path / "states", data)
     head = load_file(files.head)[HEAD_WEIGHT]
     model = AutoModelForCausalLM.from_pretrained(hf_models[FAMILY], dtype=torch.float32).eval()
-    shard = open_sources({str(data): 1.0}, 1024, FORMATS)[1].shard("train")
+    shard = open_sources({str(data): 1.0}, 1024, FORMATS)[1].open_split("train")
     for document in (0, 7, len(shard.lengths) - 1):
         ids = shard.tokens(document, 0, int(shard.lengths[document]))
         with torch.no_grad():
@@ -99,7 +99,7 @@ def test_a_teacher_of_another_tokenizer_is_heard_in_the_students_tokens(
     assert main(command) == 2 and "--top-k 0: a teacher of another tokenizer" in capsys.readouterr().err
     assert main([*command, "--top-k", "9"]) == 0
     sources = open_sources({str(data): 1.0}, 1024, FORMATS)
-    files, shard = opened(tmp_path / "states", data), sources[0].shard("train")
+    files, shard = opened(tmp_path / "states", data), sources[0].open_split("train")
     own = data / "tokenizer"
     both = TokenTranslation(own, teacher, sources[0].vocab_size, 1024)
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()

@@ -71,7 +71,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> Callable[..., StageGate]:
             loss=run.loss, bits_per_byte=1.0, tokens=100)})
         monkeypatch.setattr(running.collectives, "all_reduce_world", lambda values: values)
         clean: Any = SimpleNamespace(fields=lambda: {"questions_found": 0})
-        needles: Any = SimpleNamespace(measure=run.measure, record=run.record)
+        needles: Any = SimpleNamespace(measure_scores=run.measure, record=run.record)
         run.gate = StageGate(SETTINGS, needles, SimpleNamespace(seq_len=64), start_loss, min_steps, clean)
         return run.gate
 
@@ -226,7 +226,7 @@ def test_blends_stay_without_needles_and_where_they_are_named(share: float, blen
 def test_documents_are_as_long_as_the_longest_phase_and_the_test_as_set(token_shards: Path) -> None:
     needles = build_needles(config_of(token_shards, 0.1), token_shards)
     (source,) = needles.sources
-    assert source.name == "needle" and int(source.shard("train").lengths[7]) == 128
+    assert source.name == "needle" and int(source.open_split("train").lengths[7]) == 128
     suite = needles.suite
     assert (suite.kinds, suite.lengths, suite.depths, suite.samples) == (
         ("multi-key",), (256, 512), (0.0, 0.5, 0.95), 20)
@@ -237,9 +237,9 @@ def test_documents_are_as_long_as_the_longest_phase_and_the_test_as_set(token_sh
 def test_blends_name_short_needle_documents(token_shards: Path) -> None:
     config = config_of(token_shards, 0.0, first=1.0, **{"needle/64": 1.0})
     (short,) = build_needles(config, token_shards).sources
-    assert (short.name, short.share, int(short.shard("train").lengths[0])) == ("needle/64", 0.0, 64)
+    assert (short.name, short.share, int(short.open_split("train").lengths[0])) == ("needle/64", 0.0, 64)
     both = build_needles(config_of(token_shards, 0.1, first=1.0, **{"needle/64": 1.0}), token_shards).sources
-    assert {s.name: int(s.shard("train").lengths[0]) for s in both} == {"needle": 128, "needle/64": 64}
+    assert {s.name: int(s.open_split("train").lengths[0]) for s in both} == {"needle": 128, "needle/64": 64}
     with pytest.raises(UserError, match=r"e\.g\. needle/4096"):
         build_needles(config_of(token_shards, 0.1, **{"needle/x": 1.0}), token_shards)
 

@@ -50,7 +50,7 @@ class Packed(Source):
 
     splits: Any = None
 
-    def shard(self, split: str) -> Any:
+    def open_split(self, split: str) -> Any:
         return Texts(self.splits[split])
 
 
@@ -113,7 +113,7 @@ def test_the_search_ends_at_its_bound_and_says_so() -> None:
 def blend_source(name: str, lengths: list[int], share: float, is_chat: bool = False) -> Source:
     documents: Any = Texts([[0] * count for count in lengths])
     return Source(name, None, "chat" if is_chat else "text", {}, {"train": sum(lengths)}, share,
-                  made=documents)
+                  train_documents=documents)
 
 
 @pytest.fixture

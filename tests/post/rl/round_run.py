@@ -20,9 +20,9 @@ from megatron_sov.post.rl.run import RolloutCycle
 from megatron_sov.rollouts.prompts import read_prompts
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.rounds import Policy, RunPolicies
-from megatron_sov.train.data.rounds import BEHAVIOUR, rounds_of, rounds_source
-from megatron_sov.train.stopping import StopFlag
+from megatron_sov.train.data.rounds import BEHAVIOUR, build_rounds_source, find_round_documents
 from megatron_sov.train.trainer import Trainer
+from megatron_sov.work.processes.stop_signals import StopFlag
 
 SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_heads=4", "model.num_kv_heads=2",
             "model.head_dim=8", "model.expert_ffn_dim=16", "model.num_experts=4", "model.dense_ffn_dim=48",
@@ -45,9 +45,9 @@ def curve(settings: list[str], folder: str) -> list[dict[str, Any]]:
                  else build_policy_objective)(config)
     # what a layout computes itself stands beside the rounds: each has rounds of its own
     columns = select_columns(config, objective.columns, Path(folder))
-    source = rounds_source(Path(folder) / "rounds", config.model.vocab_size, None, columns.names,
+    source = build_rounds_source(Path(folder) / "rounds", config.model.vocab_size, None, columns.names,
                            routes=columns.routes, published=(BEHAVIOUR, *list_number_columns(config)))
-    rounds = rounds_of([source])
+    rounds = find_round_documents([source])
     assert rounds is not None
     policies = RunPolicies(Path(folder), Policy(Path(folder), 0, "start"), config.rollout, {})
     published: Any = SimpleNamespace(publish=lambda number: "")
@@ -57,8 +57,8 @@ def curve(settings: list[str], folder: str) -> list[dict[str, Any]]:
     trainer = Trainer(config, place, RunFolder(Path("not-written")), [source], objective, feed=feed)
     stop, taken = StopFlag(), []
     while not trainer.finished:
-        assert trainer.bring_data(stop) is None
-        result = trainer.update()
+        assert trainer.fetch_data(stop) is None
+        result = trainer.train_step()
         if result is None:
             taken.append({"passed over": 1.0})
             continue

@@ -17,7 +17,7 @@ from megatron_sov.base.sealed import write_sealed
 from megatron_sov.model.config import PolicyConfig, RolloutConfig
 from megatron_sov.runs.rounds import Policy, RunPolicies
 from megatron_sov.train.data.ledger import Ledger, LedgerEntry
-from megatron_sov.train.data.rounds import Round, RoundDocuments
+from megatron_sov.train.data.rounds import PublishedRound, RoundDocuments
 
 ENTRY = LedgerEntry(0, "round-0001", 16, 4, {"rollouts": 1.0})
 STEPS = {1: (range(2), range(2, 2)), 2: (range(0), range(3)), 3: (range(1), range(1, 3))}
@@ -81,9 +81,9 @@ def feed_of(folder: Path, monkeypatch: pytest.MonkeyPatch, lacking: Any, names: 
 
     rounds = RoundDocuments(folder, 10, names)
 
-    def read(number: int, seq_len: int, num_steps: int) -> Round:
+    def read(number: int, seq_len: int, num_steps: int) -> PublishedRound:
         documents: Any = Told(number)
-        return Round(folder / f"{number:04d}", documents, STEPS[number], {},
+        return PublishedRound(folder / f"{number:04d}", documents, STEPS[number], {},
                      np.arange(len(documents.lengths) + 1) * 4)
 
     monkeypatch.setattr(rounds, "read", read)
@@ -283,7 +283,7 @@ def test_a_resumed_run_keeps_its_teachers(view: Any, tmp_path: Path, monkeypatch
     from megatron_sov.post.rl import logprob_columns, round_loader
     from megatron_sov.post.rl.teachers import ScoringTeacher
 
-    def write(view: Any, teachers: Any, opened: Round, file: Path, identity: str) -> None:
+    def write(view: Any, teachers: Any, opened: PublishedRound, file: Path, identity: str) -> None:
         write_sealed(file, np.full(8, -float(len(teachers)), np.float32).tobytes(), identity)
 
     monkeypatch.setattr(logprob_columns, "write_teachers", write)

@@ -70,7 +70,7 @@ def test_a_round_holds_the_responses_of_groups_that_learn_step_by_step(publisher
                 for sample in range(4)]
     assert check(publisher.rounds / "0001") == ([], [])
     [source] = open_sources({str(publisher.rounds / "0001"): 1.0}, 368, ("rollouts",))
-    documents = source.shard("train")
+    documents = source.open_split("train")
     for i, row in enumerate(expected):
         count, begin = len(row.prompt_tokens) + len(row.tokens), len(row.prompt_tokens)
         assert documents.tokens(i, 0, count).tolist() == [*row.prompt_tokens, *row.tokens]

@@ -94,7 +94,7 @@ def test_policies_are_validated_when_it_is_due_and_once(store: RolloutStore, vie
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     for every, due in ((2, [1, 3, 5, 6]), (0, [1, 6]), (10, [1, 6])):
         validation, asked = validation_of(store, every)
-        monkeypatch.setattr(validation, "_record", lambda *_: None)
+        monkeypatch.setattr(validation, "_record_figures", lambda *_: None)
         for number in range(1, 7):
             view.step = number - 1
             assert validation.validate(view, number, POLICY, lambda: False) is None

@@ -65,7 +65,7 @@ def test_a_repetition_is_compared_bit_for_bit(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(guards.replica_checks, "list_gradients", lambda model: gradients)
     monkeypatch.setattr(guards.replica_checks, "gather_ranks_where", lambda holds: [0] if holds else [])
     checks = SdcChecks(GuardConfig(probe_every_steps=5))
-    assert [step for step in range(1, 11) if checks.probe_is_due(step)] == [5, 10]
+    assert [step for step in range(1, 11) if checks.is_probe_due(step)] == [5, 10]
     turns: list[int] = []
 
     def compute(turn: int) -> None:

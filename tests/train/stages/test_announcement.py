@@ -40,7 +40,7 @@ def test_a_run_says_what_it_is_about_to_do(monkeypatch: pytest.MonkeyPatch) -> N
                        "7.5 GiB with activations, 130 GiB of the host's memory")
     assert told[2] == "  data       web 600 tokens (1.2 epochs), code 600 tokens (1 epochs)"
     assert told[3].startswith("  run        runs/a, a checkpoint every ")
-    monkeypatch.setattr("megatron_sov.train.stages.announcement.over_long", lambda *_: [])
+    monkeypatch.setattr("megatron_sov.train.stages.announcement.count_over_long", lambda *_: [])
     chats = [dataclasses.replace(source, format="chat") for source in sources[:1]]
     told = format_banner(config, 2, Path("runs/a"), range(2, 6), ENTRIES[:1], chats,
                   estimate_memory(config, 2)).splitlines()

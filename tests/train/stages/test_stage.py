@@ -20,9 +20,9 @@ from megatron_sov.engine.parallel.launcher import RestartPolicy
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.obs.events import EVENTS, read_events
-from megatron_sov.train.data.ledger import plan
+from megatron_sov.train.data.ledger import plan_ledger
 from megatron_sov.train.data.token_shards import open_sources
-from megatron_sov.train.data.views import with_views
+from megatron_sov.train.data.views import add_source_views
 from megatron_sov.train.guards.gate import EndVerdict
 from megatron_sov.train.objectives.data_objective import LanguageModelling
 from megatron_sov.train.stages import stage as stage_module
@@ -213,9 +213,10 @@ def with_views_and_skips(data: Path) -> RunConfig:
 def test_data_is_opened_and_planned_with_its_views(packed_data: Any) -> None:
     settings = with_views_and_skips(packed_data.text)
     data = stage_module._open_data(Stage(settings, RunFolder(Path("run")), LanguageModelling))
-    expected = with_views(settings, open_sources(settings.data.paths, 368))
+    expected = add_source_views(settings, open_sources(settings.data.paths, 368))
     assert [s.name for s in data.sources] == [s.name for s in expected] == ["even", "odd", "even/16"]
-    assert data.planned == plan(settings, expected) and [e.skip for e in data.planned] == [False, True, False]
+    assert data.planned == plan_ledger(settings, expected)
+    assert [e.skip for e in data.planned] == [False, True, False]
 
 
 def test_what_was_checked_is_checked_again_under_the_lock(stage: Callable[..., Stage]) -> None:

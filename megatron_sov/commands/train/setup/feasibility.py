@@ -36,10 +36,7 @@ def refuse_unfit(request: RecipeRequest, config: RunConfig, stage: Stage | None,
     """Refuse a training command that does not fit its data or this machine.
 
     Args:
-        request: requested settings.
-        config: completed settings.
         stage: stage of post-training; None: pretraining or a context extension.
-        nproc: local processes.
         is_initial: whether the run starts from initial weights, so that the vocabulary can be set.
         dry_run: do not limit the hours of work.
         num_prompts: prompts of reinforcement learning.

@@ -100,11 +100,7 @@ def find_files(data: Sequence[str], run: Path, formats: Sequence[str],
                tokenizer: Path | None = None) -> list[DataFile]:
     """Return the arguments of --data that name a file, or a deleted file that `run` has packed.
 
-    Args:
-        data: arguments of --data.
-        run: folder of the run.
-        formats: formats that the command learns from.
-        tokenizer: folder of the model's tokenizer, for proposed commands; None: unknown.
+    `formats` are those that the command learns from; proposed commands name `tokenizer`.
 
     Raises:
         UserError: two files have the same name, a weight is not a number, or the first record of a file has

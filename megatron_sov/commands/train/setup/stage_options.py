@@ -17,11 +17,11 @@ from megatron_sov.model.config.post_training import REFERENCE_METHODS, Preferenc
 from megatron_sov.model.recipes.requested import BuiltIn, TrainingOptions
 from megatron_sov.runs.checkpoints import (
     CHECKPOINT_KIND, RUN, check_folder_kind, check_model_path, find_checkpoint)
-from megatron_sov.train.guards.fault_injection import STATES
+from megatron_sov.train.guards.fault_injection import FAULT_STATES
 
 FORGETTING_GATE = "forgetting_gate"
 """Event of the gate, and its key in RUN/complete.json."""
-INJECT = f"Do this to the run, once, to see what it does ({', '.join(STATES)})."
+INJECT = f"Do this to the run, once, to see what it does ({', '.join(FAULT_STATES)})."
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,11 +25,7 @@ from megatron_sov.train.stages.shared_copies import find_copy
 
 
 def find_start(start_from: Path) -> Path:
-    """Return the checkpoint or Hugging Face folder that --from names; of a run its newest checkpoint.
-
-    Raises:
-        UserError: the path is neither, and no run with a checkpoint.
-    """
+    """Return the checkpoint or Hugging Face folder that --from names; of a run its newest checkpoint."""
     check_model_path(start_from, "--from ")
     return start_from if is_hf_folder(start_from) else find_checkpoint(start_from)
 

@@ -31,8 +31,8 @@ from megatron_sov.runs.checkpoints import find_tokenizer_folder
 from megatron_sov.runs.folder import CONFIG, RunFolder, read_command, read_started_settings
 from megatron_sov.runs.launch_environment import num_ranks, typed_command
 from megatron_sov.train.data.token_shards import Source, open_sources
-from megatron_sov.train.data.views import with_mixed_phases
-from megatron_sov.train.guards.fault_injection import Fault, parse
+from megatron_sov.train.data.views import apply_data_phases
+from megatron_sov.train.guards.fault_injection import Fault, parse_faults
 
 if TYPE_CHECKING:
     from megatron_sov.commands.train.forgetting_gate import ForgettingGate
@@ -74,7 +74,7 @@ def check_stage(options: StageOptions, *, num_prompts: int = 0, complete: Comple
     kind = STAGE_KINDS[options.stage]
     request = stage_request(options, kind.name, needs_data=kind.needs_data)
     stage: Stage | None = None if kind.name == "lm" else kind.name
-    mixed = with_mixed_phases(request.config(), request.base)
+    mixed = apply_data_phases(request.config(), request.base)
     deciding_options: dict[str, Any] = {}
     if hasattr(options, "validation"):
         deciding_options["validation"] = options.validation
@@ -86,7 +86,7 @@ def check_stage(options: StageOptions, *, num_prompts: int = 0, complete: Comple
     config.check(num_ranks(options.nproc))
     refuse_unfit(request, config, stage, options.nproc, is_initial=options.start_from is None,
                  dry_run=options.dry_run, num_prompts=num_prompts)
-    faults = parse(options.inject, num_ranks(options.nproc))
+    faults = parse_faults(options.inject, num_ranks(options.nproc))
     start = None
     if options.start_from is not None:
         start = find_start(options.start_from)
@@ -113,7 +113,7 @@ def check_extension(options: ExtendOptions) -> ExtensionRequest:
         raise UserError(f"--until {options.until}: each of the stages counts its own steps; leave it out, "
                         "and stop the command by Ctrl-C or SIGTERM")
     request = stage_request(options, STAGE_KINDS[options.stage].name, lengthens=True)
-    return ExtensionRequest(options, request, parse(options.inject, num_ranks(options.nproc)))
+    return ExtensionRequest(options, request, parse_faults(options.inject, num_ranks(options.nproc)))
 
 
 def find_completed_run(options: StageOptions) -> TrainingRequest | None:
@@ -147,11 +147,7 @@ def _drop_resume(words: Sequence[str]) -> list[str]:
 
 
 def _check_shards(options: StageOptions, config: RunConfig) -> list[str]:
-    """Check the manifests of token shards and return the formats of the sources.
-
-    Raises:
-        UserError: sources do not fit together or the model, or fine-tuning has no conversations.
-    """
+    """Check the manifests of token shards and return the formats of the sources."""
     if not config.data.paths:
         return []
     sources = open_sources(config.data.paths, config.model.vocab_size, None, warns=False,
@@ -162,11 +158,7 @@ def _check_shards(options: StageOptions, config: RunConfig) -> list[str]:
 
 
 def check_chats(config: RunConfig, sources: list[Source]) -> None:
-    """Check that each term of supervised fine-tuning has data, and that all data have a term.
-
-    Raises:
-        UserError: no conversations; text without `objective.text_coeff`; `objective.text_coeff` without text.
-    """
+    """Check that each term of supervised fine-tuning has data, and that all data have a term."""
     chats = [s.name for s in sources if s.is_chat]
     texts = [s.name for s in sources if not s.is_chat]
     if not chats:

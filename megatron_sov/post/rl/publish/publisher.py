@@ -43,10 +43,11 @@ from megatron_sov.rollouts.rows import LENGTH, Key, RolloutPart, read_domain
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.rounds import TRAINED_GROUPS
-from megatron_sov.train.data.described import source_record
-from megatron_sov.train.data.requirements import replayed_routes
-from megatron_sov.train.data.rounds import ADVANTAGE, DOMAINS, SHARE, SOURCE, folder_of_round
-from megatron_sov.train.data.token_bytes import token_bytes
+from megatron_sov.train.data.requirements import build_replay_shape
+from megatron_sov.train.data.rounds import (
+    ADVANTAGE, DOCUMENT_DOMAINS, GROUP_SHARE, ROUNDS_SOURCE, round_folder)
+from megatron_sov.train.data.token_bytes import count_token_bytes
+from megatron_sov.train.data.token_manifest import build_source_record
 from megatron_sov.train.data.token_shards import CONTENT_VERSION
 
 NO_PAIR = "no_pair"
@@ -147,7 +148,7 @@ class Publisher:
         last = next((n for n in range(number - 1, 0, -1) if is_published(self.rounds, n)), 0)
         if not last:
             return
-        self._has_compared, folder = True, folder_of_round(self.rounds, last)
+        self._has_compared, folder = True, round_folder(self.rounds, last)
         previous = read_manifest(folder, "tokens").content
         if previous.get(PROMPTS, self._prompts_digest) != self._prompts_digest:
             raise UserError(f"{folder}: was made of other prompts, or in another order; pass the "
@@ -203,7 +204,7 @@ class Publisher:
               building: contextlib.ExitStack) -> str | RoundPlan:
         """Return the plan of the round's files in a folder that `building` renames; or a description of
         missing responses."""
-        number, out = source.number, folder_of_round(self.rounds, source.number)
+        number, out = source.number, round_folder(self.rounds, source.number)
         pieces = sorted((piece for share in shares for piece in share), key=lambda piece: piece.number)
         gathered = JudgedRound(number, inputs.parts, tuple(pieces))
         if reason := source.describe_wait(gathered):
@@ -216,7 +217,7 @@ class Publisher:
         content = self._build_content(source, gathered, selection)
         self._prune_rounds(number)
         self._artifact = building.enter_context(create_artifact(out, "tokens"))
-        (self._artifact.path / SOURCE).mkdir()
+        (self._artifact.path / ROUNDS_SOURCE).mkdir()
         shards = split_into_shards(_iter_pieces(gathered, selection))
         return RoundPlan(self._artifact.path, tuple(shards), content)
 
@@ -227,8 +228,8 @@ class Publisher:
         oldest = min(map(checkpoints.checkpoint_step, checkpoints.list_complete(folder)), default=0)
         rollout = self.config.rollout
         for old in range(1, min(oldest // rollout.steps_per_round + 1, number - rollout.keep_rounds)):
-            round_ = folder_of_round(self.rounds, old)
-            if not (round_ / SOURCE).is_dir():
+            round_ = round_folder(self.rounds, old)
+            if not (round_ / ROUNDS_SOURCE).is_dir():
                 continue
             parts = read_manifest(round_).content["store"]
             if not all((self._opened_store.part_path(part["name"]) / MANIFEST).is_file() for part in parts):
@@ -236,7 +237,7 @@ class Publisher:
             with translate_disk_errors(round_):
                 for column in self.rounds.glob(f"{round_.name}.*.f32"):
                     column.unlink()
-                shutil.rmtree(round_ / SOURCE)
+                shutil.rmtree(round_ / ROUNDS_SOURCE)
 
     def _request_further(self, source: StoredRound, gathered: JudgedRound) -> str:
         """Request further prompts if too few groups of a round learn; return the reason to wait, or ""."""
@@ -331,7 +332,7 @@ class Publisher:
             "policies": sorted(set[str]().union(*(piece.policies for piece in gathered.pieces))),
             "store": parts, "means": compute_means(gathered, self.config.rollout, right_from)}
         if self.config.policy.parts.opd_coeff:
-            content[DOMAINS] = _list_domains(gathered, selection)
+            content[DOCUMENT_DOMAINS] = _list_domains(gathered, selection)
         return content
 
     def _complete_round(self, plan: RoundPlan, written: Sequence[WrittenShard],
@@ -341,7 +342,7 @@ class Publisher:
         assert artifact is not None, "no round is under construction"
         shards = [{"prefix": shard.prefix, **files.counts}
                   for shard, files in zip(plan.shards, written, strict=True)]
-        record = source_record(SOURCE, ROLLOUTS, self._shard_writer.sidecars, shards)
+        record = build_source_record(ROUNDS_SOURCE, ROLLOUTS, self._shard_writer.sidecars, shards)
         if self._route_shape is not None:
             record[ROUTES] = self._route_shape.record()
         artifact.content = {**plan.content, "sources": [record]}
@@ -369,14 +370,14 @@ class Publisher:
 
     @cached_property
     def _route_shape(self) -> RouteShape | None:
-        return replayed_routes(self.config)
+        return build_replay_shape(self.config)
 
     @cached_property
     def _shard_writer(self) -> ShardWriter:
         return ShardWriter(
             store=self._opened_store, temperature=self.config.rollout.temperature,
             seq_len=self.config.data.phases[0].seq_len, routes=self._route_shape,
-            bytes_of_token=token_bytes(self.tokenizer, self.config.model.vocab_size),
+            bytes_of_token=count_token_bytes(self.tokenizer, self.config.model.vocab_size),
             numbers=list_number_columns(self.config))
 
     def _select_responses(self, gathered: JudgedRound) -> _Selection:
@@ -512,18 +513,18 @@ def read_further_pieces(rounds: Path, number: int) -> int:
 
 
 def _further_file(rounds: Path, number: int) -> Path:
-    folder = folder_of_round(rounds, number)
+    folder = round_folder(rounds, number)
     return folder.with_name(f"{folder.name}.further.json")
 
 
 def list_number_columns(config: RunConfig) -> tuple[str, ...]:
     """Return the columns of a run's rounds with one number per response."""
     groups = config.policy.learns_preferences and config.documents_per_unit == 1
-    return (ADVANTAGE, SHARE) if groups else (ADVANTAGE,)
+    return (ADVANTAGE, GROUP_SHARE) if groups else (ADVANTAGE,)
 
 
 def is_published(rounds: Path, number: int) -> bool:
-    return (folder_of_round(rounds, number) / MANIFEST).is_file()
+    return (round_folder(rounds, number) / MANIFEST).is_file()
 
 
 def _list_domains(gathered: JudgedRound, selection: _Selection) -> list[tuple[str, int]]:
@@ -549,5 +550,5 @@ def _iter_pieces(gathered: JudgedRound, selection: _Selection) -> Iterator[Round
             parts=tuple(gathered.parts[i].name for i in parts.tolist()),
             places=np.stack([part_of_row, rows["row"]], 1).astype(np.int32),
             numbers={ADVANTAGE: selection.advantages[trained],
-                     SHARE: (1 / counts[gathered.row_groups[trained]]).astype(np.float32)},
+                     GROUP_SHARE: (1 / counts[gathered.row_groups[trained]]).astype(np.float32)},
             num_tokens=int(rows["tokens"].sum()))

@@ -20,8 +20,8 @@ from megatron_sov.base.documents.shard_files import (
 from megatron_sov.base.errors import UserError
 from megatron_sov.rollouts.rows import NOT_WRITTEN
 from megatron_sov.rollouts.store import RULES, RolloutStore, are_rows_sound, read_keys, read_routes
-from megatron_sov.train.data.described import COUNTS
-from megatron_sov.train.data.rounds import ADVANTAGE, BEHAVIOUR, SOURCE
+from megatron_sov.train.data.rounds import ADVANTAGE, BEHAVIOUR, ROUNDS_SOURCE
+from megatron_sov.train.data.token_manifest import COUNTS
 
 SHARD_TOKENS = 1 << 22
 """Response tokens after which a shard ends, at the end of a piece."""
@@ -58,7 +58,7 @@ def split_into_shards(pieces: Iterable[RoundPiece]) -> list[RoundShard]:
         if sum(other.num_tokens for other in groups[-1]) >= SHARD_TOKENS:
             groups.append([])
         groups[-1].append(piece)
-    return [RoundShard(f"{SOURCE}/train-{i:05d}", tuple(group)) for i, group in enumerate(groups)]
+    return [RoundShard(f"{ROUNDS_SOURCE}/train-{i:05d}", tuple(group)) for i, group in enumerate(groups)]
 
 
 @dataclass(frozen=True)
