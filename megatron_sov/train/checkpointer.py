@@ -20,7 +20,7 @@ from megatron_sov.checkpoint import load
 from megatron_sov.checkpoint.load import raise_on_all_ranks
 from megatron_sov.checkpoint.safetensors_files import TensorFile
 from megatron_sov.checkpoint.save import CheckpointMetadata, CheckpointSaver, SavedCheckpoint
-from megatron_sov.convert.hf_import import GENERATION_CONFIG, copy_carried_fields
+from megatron_sov.convert.companion_files import GENERATION_CONFIG, copy_carried_fields
 from megatron_sov.convert.sources import open_shards
 from megatron_sov.engine.model.language_model import LanguageModel
 from megatron_sov.engine.model.local_shards import list_local_shards

@@ -133,6 +133,7 @@ def test_public_config_is_parsed(name: str) -> None:
     assert not {"auto_map", "dtype", "architectures"} & {*carried}
 
 
+@pytest.mark.tier1_cases(5)
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("name", [
     *QUICK.values(),

@@ -25,6 +25,7 @@ from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
 from megatron_sov.train.objectives.data_objective import LanguageModelling
 from megatron_sov.train.trainer import Trainer
 
+PATCHES = ("/parallel/cpu_shims.py", "/parallel/library_patches.py")
 SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_heads=4", "model.num_kv_heads=2",
          "model.head_dim=8", "model.expert_ffn_dim=16", "train.global_batch_size=8",
          "train.micro_batch_size=2", "train.steps=20", "train.head_chunk_tokens=24", "optim.warmup_steps=2",
@@ -61,7 +62,7 @@ def maker() -> str:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if ("/megatron" in code.co_filename and not code.co_filename.endswith("/parallel/cpu_shims.py")
+        if ("/megatron" in code.co_filename and not code.co_filename.endswith(PATCHES)
                 and not code.co_name.startswith("<")):
             return f"{Path(code.co_filename).name}:{code.co_name}"
         frame = frame.f_back

@@ -297,6 +297,7 @@ def paid(enclosure: str, response: str, tests: list) -> tuple[float | None, obje
     return result.reward, result
 
 
+@pytest.mark.tier1_cases(10)
 @pytest.mark.parametrize("name", [*FUNCTIONS, *PROGRAMS])
 def test_no_attacker_is_paid(enclosure: str, name: str) -> None:
     tests = FUNCTION_TESTS if name in FUNCTIONS else PROGRAM_TESTS
@@ -304,6 +305,7 @@ def test_no_attacker_is_paid(enclosure: str, name: str) -> None:
     assert reward == 0.0, result
 
 
+@pytest.mark.tier1_cases(8)
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_no_attacker_replaces_a_framework(enclosure: str, name: str) -> None:
     result = judged(CodeReward(all_or_nothing=False, enclosure=enclosure, number_tolerance=1e-6),
@@ -311,6 +313,7 @@ def test_no_attacker_replaces_a_framework(enclosure: str, name: str) -> None:
     assert (result.reward, result.status) == (0.0, "scored"), result
 
 
+@pytest.mark.tier1_cases(8)
 @pytest.mark.parametrize("ends", ["os._exit(0)", "sys.exit(0)", "os.closerange(3, 64)",
                                   "os.kill(os.getpid(), 9)"])
 @pytest.mark.parametrize("test", [

@@ -103,7 +103,7 @@ def test_a_prompt_is_the_begin_of_its_training_row(site: Site) -> None:
     with pytest.raises(UserError, match="audio, which needs --audio-to"):
         asked(tokenizers={"image": Path("pictures")})
     bare = asked(with_features=False)
-    pads = {prompts.asker.id_of(IMAGE_PAD), prompts.asker.id_of(AUDIO_PAD)}
+    pads = {prompts.asker.find_token_id(IMAGE_PAD), prompts.asker.find_token_id(AUDIO_PAD)}
     assert pads < set(prompts.ids[0]) and not pads & set(bare.ids[0]) and bare.encoder_inputs == [{}, {}]
 
 

@@ -50,7 +50,7 @@ class Numbers:
 
     end_ids = (VOCAB - 1 + 100,)
 
-    def ask(self, prompts: list[str]) -> list[list[int]]:
+    def encode_prompts(self, prompts: list[str]) -> list[list[int]]:
         return [[int(text)] for text in prompts]
 
     def decode(self, tokens: list[int]) -> str:

@@ -72,7 +72,7 @@ class ResponseSource:
         shortest: list[int] = []
         for first in range(0, len(prompts), CHUNK_PROMPTS):
             chunk = list(prompts[first:first + CHUNK_PROMPTS])
-            ids = self.asker.ask([self._read_prompt(prompt) for prompt in chunk])
+            ids = self.asker.encode_prompts([self._read_prompt(prompt) for prompt in chunk])
             lengths = list(map(self._count_tokens, chunk, ids))
             self._check_not_empty(chunk, lengths)
             shortest.append(min(lengths))
@@ -167,7 +167,7 @@ class ResponseSource:
         return rows
 
     def _encode_prompts(self, prompts: Sequence[RolloutPrompt]) -> list[list[int]]:
-        ids = self.asker.ask([self._read_prompt(prompt) for prompt in prompts])
+        ids = self.asker.encode_prompts([self._read_prompt(prompt) for prompt in prompts])
         self._check_not_empty(prompts, list(map(self._count_tokens, prompts, ids)))
         return ids
 
@@ -176,7 +176,7 @@ class ResponseSource:
         budget = find_budget(self.rollout, prompt.id, prompt.record, sample)
         if budget is None or not self.rollout.budget_text:
             return []
-        return self.asker.encode(self.rollout.budget_text.replace("{tokens}", str(budget)))
+        return self.asker.encode_text(self.rollout.budget_text.replace("{tokens}", str(budget)))
 
     def _count_tokens(self, prompt: RolloutPrompt, ids: Sequence[int]) -> int:
         """Return the tokens of a prompt with the longest budget text of its samples; 0 for an empty
