@@ -50,7 +50,7 @@ def format_dry_run(read: Sequence[Path], written: Sequence[Path], said: Sequence
     """Format a command's plan.
 
     Args:
-        read: existing input files and folders.
+        read: input files and folders.
         written: output paths.
         said: (option, value) of options that differ from their defaults.
         overwrite: whether existing outputs may be replaced.
@@ -67,6 +67,8 @@ def format_dry_run(read: Sequence[Path], written: Sequence[Path], said: Sequence
 
 
 def _format_path_size(path: Path) -> str:
+    if not path.exists():  # `Flag.may_be_missing`
+        return "does not exist yet"
     if not path.is_dir():
         return f"{path.stat().st_size:,} bytes"
     files = [file for file in itertools.islice(path.rglob("*"), MAX_FILES) if file.is_file()]
@@ -102,6 +104,8 @@ class Flag:
     """Help for a type shared by several classes; otherwise the docstring under the field."""
     writes: bool = False
     """Whether the command writes the path; true for field names that begin with `out`."""
+    may_be_missing: bool = False
+    """Whether an input need not exist yet, because another job creates it."""
 
 
 def count_cores() -> int:
@@ -364,7 +368,7 @@ def _end_dry_run(settings: Any, raw: Mapping[str, Any]) -> list[SettingsProblem]
             inputs += paths
             problems += [SettingsProblem(ProblemCode.FILE, option.dest, "does not exist", path,
                                          "check the path")
-                         for path in paths if not path.exists()]
+                         for path in paths if not (option.flag.may_be_missing or path.exists())]
         elif _has_path(raw, option.path):
             changed.append((option.key, "" if option.hint is bool else value))
     if problems:

@@ -13,7 +13,7 @@ from megatron_sov import recipes
 from megatron_sov.base.artifacts import manifest_sha256
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
-from megatron_sov.commands.rl.rounds import chosen_rounds
+from megatron_sov.commands.rl.generate import choose_rounds
 from megatron_sov.rollouts.prompts import read_prompts
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.folder import RunFolder
@@ -136,8 +136,8 @@ def test_other_rounds_than_those_of_the_run_are_refused(asked: list[str], tmp_pa
 
 
 def test_rounds_are_named_or_all() -> None:
-    assert chosen_rounds("2", 9) == range(2, 3)
-    assert chosen_rounds("2-4", 9) == range(2, 5)
-    assert chosen_rounds(None, 3) == range(1, 4)
+    assert choose_rounds("2", 9) == range(2, 3)
+    assert choose_rounds("2-4", 9) == range(2, 5)
+    assert choose_rounds(None, 3) == range(1, 4)
     with pytest.raises(UserError, match="there are no rounds"):
-        chosen_rounds(None, 0)
+        choose_rounds(None, 0)
