@@ -193,9 +193,9 @@ class DeclaredCommand:
 
     options: type
     """Settings class; its docstring is the command's description."""
-    check: Callable[[Any], Any] | str
+    check: Callable[[Any], Any]
     """Receives the options and runs the checks that need no heavy import. Returns the argument for
-    `run_function`, or an exit code if no work remains. `module:function` if the checks import numpy."""
+    `run_function`, or an exit code if no work remains."""
     run_function: str = ""
     """`module:function`, imported after the checks. The module imports torch at the top; the function returns
     an exit code, or None for 0. "": `check` does the whole work."""
@@ -209,8 +209,7 @@ class DeclaredCommand:
 
     def run_options(self, options: Any) -> int:
         """Run the command with an instance of `options` and return the exit code."""
-        check = import_reference(self.check) if isinstance(self.check, str) else self.check
-        request = check(options)
+        request = self.check(options)
         if isinstance(request, int):
             return request
         return import_reference(self.run_function)(request) or ExitCode.OK
