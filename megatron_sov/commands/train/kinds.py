@@ -66,4 +66,5 @@ def check_extension(options: ExtendOptions) -> Any:
 PRETRAIN = DeclaredCommand(PretrainOptions, check_training, RUN)
 SFT = DeclaredCommand(SftOptions, check_training, RUN)
 PREFER = DeclaredCommand(PreferOptions, check_training, RUN)
-EXTEND = DeclaredCommand(ExtendOptions, check_extension, "megatron_sov.commands.train.extend_run:run_extension")
+EXTEND = DeclaredCommand(ExtendOptions, check_extension,
+                         "megatron_sov.commands.train.extend_run:run_extension")
