@@ -115,9 +115,9 @@ class Parser(argparse.ArgumentParser):
                     break  # keep the line as corrected by the earlier fixes
                 words = shlex.split(e.fix.line) if e.fix else []
                 program = self.prog.split()
-                is_own = words[:len(program)] == program and self._has_action(words[len(program):])
+                is_same_command = words[:len(program)] == program and self._has_action(words[len(program):])
                 # no fix, several lines to choose from, or a line of another program or command
-                if not is_own or (e.fix and "\n" in e.fix.line):
+                if not is_same_command or (e.fix and "\n" in e.fix.line):
                     raise UserError(join_sentences(sentences), e.fix) from None
                 if words[len(program):] == typed:
                     break
@@ -147,11 +147,11 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"{self.prog}: {rest[0]}: takes an option before it, {option}",
                             Fix(f"{self.prog} {line}"))
         if rest[0].startswith("-") and not Counter(rest) - Counter(self._typed):
-            kept = list(self._typed)
+            remaining = list(self._typed)
             for word in reversed(rest):
-                del kept[len(kept) - 1 - kept[::-1].index(word)]
+                del remaining[len(remaining) - 1 - remaining[::-1].index(word)]
             raise UserError(f"{self.prog}: {shlex.join(rest)}: nothing takes this; leave it out",
-                            Fix(f"{self.prog} {shlex.join(kept)}".rstrip()))
+                            Fix(f"{self.prog} {shlex.join(remaining)}".rstrip()))
         self.error(f"{shlex.join(rest)}: nothing takes this")
 
     def _has_action(self, typed: Sequence[str]) -> bool:
@@ -264,9 +264,9 @@ class Command:
             words: show only examples that begin with these words; "": all.
         """
         begin = f"{words} ".lstrip()
-        shown = [f"  {program} {line}" for line in self.examples if f"{line} ".startswith(begin)]
+        lines = [f"  {program} {line}" for line in self.examples if f"{line} ".startswith(begin)]
         page = [f"page: docs/{self.page}"] if self.page else []
-        return "\n".join([*(["examples:"] if shown else []), *shown, *page])
+        return "\n".join([*(["examples:"] if lines else []), *lines, *page])
 
     def declare(self, name: str, below: Any) -> None:
         """Add the command to `add_subparsers(parser_class=CommandParser)`."""

@@ -241,14 +241,16 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
                          else nearness[item.path[0]]):
         heading = option.flag.group
         into = groups.get(heading) or groups.setdefault(heading, parser.add_argument_group(heading))
-        shown = option.help + _format_default(option)
+        help_text = option.help + _format_default(option)
         # booleans take no value: the option inverts the default
         if option.hint is bool:
-            action = into.add_argument(option.key, dest=option.dest, help=shown, default=argparse.SUPPRESS,
+            action = into.add_argument(option.key, dest=option.dest, help=help_text,
+                                       default=argparse.SUPPRESS,
                                        action="store_false" if option.default is True else "store_true")
         else:
             action = into.add_argument(*([] if option.is_positional else [option.key]), dest=option.dest,
-                                       help=shown, metavar=_choose_metavar(option), **_choose_arity(option))
+                                       help=help_text, metavar=_choose_metavar(option),
+                                       **_choose_arity(option))
             # choices for shell completion; `read_options` checks them
             action.choices = tuple(map(str, get_args(option.hint))) or None
         # `Parser._check_value` leaves values to `read_options`, which reports all mistakes at once
@@ -470,9 +472,9 @@ def _use_option_name(problem: SettingsProblem, names: Mapping[str, str]) -> Sett
         key = key.rpartition(".")[0]
     value = UNSET if isinstance(problem.value, bool) else problem.value
     parent = problem.key.rpartition(".")[0]
-    other = f"{parent}.{problem.other}" if parent else problem.other
+    other_key = f"{parent}.{problem.other}" if parent else problem.other
     return dataclasses.replace(problem, key=names.get(key, problem.key), value=value,
-                               other=names.get(other, problem.other))
+                               other=names.get(other_key, problem.other))
 
 
 def _iter_options(cls: Any, above: tuple[str, ...] = ()) -> Iterator[_Option]:
@@ -483,15 +485,15 @@ def _iter_options(cls: Any, above: tuple[str, ...] = ()) -> Iterator[_Option]:
         if flag.name == "-" or not field.init:
             continue
         path = (*above, field.name)
-        is_made = field.default_factory is not dataclasses.MISSING
+        has_factory = field.default_factory is not dataclasses.MISSING
         if dataclasses.is_dataclass(hint):
             # options show the nested class's own defaults; another factory's defaults would be lost silently
-            if is_made and cast(Any, field.default_factory) is not hint:
+            if has_factory and cast(Any, field.default_factory) is not hint:
                 raise TypeError(f"{cls.__name__}.{field.name}: the defaults are those of {hint}")
             yield from _iter_options(hint, path)
             continue
         yield _Option(path, flag, hint, repeats, field.default,
-                      field.default is dataclasses.MISSING and not is_made,
+                      field.default is dataclasses.MISSING and not has_factory,
                       docs.get(field.name) or _format_help(flag.help))
 
 

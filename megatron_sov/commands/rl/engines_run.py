@@ -59,8 +59,9 @@ def keep_servers(options: RlEnginesOptions) -> None:
             stop.set()
 
     servers = [ServerProcess(
-        options.engine, number, model, count_max_tokens(config.rollout, None), settings, places.logs / host,
-        with_routes=config.policy.router_replay, python=places.python, port=options.port + number)
+        options.engine, number, model, longest=count_max_tokens(config.rollout, None), settings=settings,
+        logs=places.logs / host, with_routes=config.policy.router_replay, python=places.python,
+        port=options.port + number)
         for number in range(settings.servers)]
     threads = [threading.Thread(target=run_server, args=[server]) for server in servers]
     for thread in threads:

@@ -372,9 +372,9 @@ def _run_gate(planned: PlannedStage, needles: Needles, short: HeldoutData, start
 
 def describe_small_suite(config: RunConfig) -> str | None:
     """Return a warning if settings make the gate's needles shorter than its stage, otherwise None."""
-    longest, wanted = max(config.needle.lengths_tokens), max(phase.seq_len for phase in config.data.phases)
-    if longest >= wanted:
+    longest, seq_len = max(config.needle.lengths_tokens), max(phase.seq_len for phase in config.data.phases)
+    if longest >= seq_len:
         return None
     return (f"needle.lengths_tokens = {list(config.needle.lengths_tokens)}: "
-            f"the gate asks at most {longest:,} tokens, and the stage has {wanted:,}; "
+            f"the gate asks at most {longest:,} tokens, and the stage has {seq_len:,}; "
             "leave the setting out, and it asks at the old and the new length")

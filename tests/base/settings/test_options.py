@@ -119,8 +119,7 @@ def test_help_is_the_field_docstring() -> None:
     ("--max-bytes 3", "rule", "--max-bytes", "--max-bytes 3: must be even"),
     ("--limit 3 --overwrite", "rule", "--limit", "--limit 3: goes without --overwrite"),
 ])
-def test_problems_name_the_typed_option(typed: str, code: str, key: str,
-                                                             sentence: str) -> None:
+def test_problems_name_the_typed_option(typed: str, code: str, key: str, sentence: str) -> None:
     with pytest.raises(SettingsError) as e:
         parse(f"f --output d {typed}")
     assert (e.value.codes, str(e.value)) == ([(code, key)], sentence)
@@ -173,8 +172,7 @@ def test_every_writing_command_has_dry_run() -> None:
     assert without == []
 
 
-def test_dry_run_lists_inputs_and_outputs(tmp_path: Path,
-                                                            capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_lists_inputs_and_outputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shards, tokenizer, output = tmp_path / "shards", tmp_path / "tokenizer", tmp_path / "out"
     shards.mkdir()
     tokenizer.mkdir()

@@ -115,8 +115,7 @@ def test_what_only_the_start_tells_is_told_by_its_option(asked: list[str], teach
     bare = tmp_path / "bare"
     shutil.copytree(teacher / "checkpoints/step-2", bare, ignore=shutil.ignore_patterns("tokenizer"))
     assert f"--from {bare}: has no tokenizer with it" in refused("--from", str(bare))
-    assert "--engine-set: parallel.epp: no such setting" in refused(
-        "--engine-set", "parallel.epp=2")
+    assert "--engine-set: parallel.epp: no such setting" in refused("--engine-set", "parallel.epp=2")
     assert "--engine-set lora.rank=2: the adapters of" in refused("--engine-set", "lora.rank=2")
     assert "rollout.max_new_tokens = 6000 make 6064 tokens, but the model has a context of" in refused(
         "--set", "rollout.max_new_tokens=6000")
