@@ -14,7 +14,7 @@ from megatron_sov.base.errors import UserError, warn
 from megatron_sov.commands.rl.engines import RlEnginesOptions
 from megatron_sov.commands.rl.inputs.prompts import count_max_tokens
 from megatron_sov.commands.train.setup.data_defaults import complete_stage
-from megatron_sov.commands.train.setup.stage_options import request_with_model
+from megatron_sov.commands.train.setup.starts import request_with_model
 from megatron_sov.infer.engine import ENGINE_SET
 from megatron_sov.infer.engines.server_engine import parse_server_settings
 from megatron_sov.infer.engines.server_process import ServerProcess, check_engine_program
