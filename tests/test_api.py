@@ -97,7 +97,7 @@ def test_arguments_become_words(function: Any, words: list[str], monkeypatch: py
         seen.append(given)
         raise UserError("enough")
 
-    monkeypatch.setattr(api, "_run", run)
+    monkeypatch.setattr(api, "_run_command", run)
     with pytest.raises(UserError, match="enough"):
         function()
     assert seen == [words]

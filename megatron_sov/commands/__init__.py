@@ -34,31 +34,31 @@ COMMANDS = {
         "what a run will do at each step, and what it takes on a cluster: layout, memory, speed, days, cost",
         TRAIN, "plan.md", ("plan tiny-solar-open", "plan solar-open-102b --cluster b200 --nodes 60")),
     "pretrain": Command(
-        "megatron_sov.commands.train.lm:PRETRAIN",
+        "megatron_sov.commands.train.kinds:PRETRAIN",
         "train a model from token shards, from scratch or --from a checkpoint", TRAIN, "pretrain.md",
         ("pretrain tiny-solar-open --data tokens --run runs/pretrain",
          "pretrain tiny-solar-open --data tokens --run runs/two --nproc 2 --set train.steps=200 --set "
          "optim.lr=1e-3")),
     "extend": Command(
-        "megatron_sov.commands.train.lm:EXTEND",
+        "megatron_sov.commands.train.kinds:EXTEND",
         "train on at longer contexts, stage by stage, each behind a needle gate", TRAIN, "extend.md",
         ("extend tiny-k-exaone-extend --from runs/pretrain --data tokens --run runs/long",
          "extend tiny-k-exaone-extend --from runs/pretrain --data tokens --run runs/long --dry-run")),
     "resume": Command(
-        "megatron_sov.commands.train.resume",
+        "megatron_sov.commands.train.resume:RESUME",
         "continue a stopped run: its folder knows the command and its options", TRAIN, "pretrain.md",
         ("resume runs/pretrain", "resume runs/pretrain --nproc 4 --set train.steps=400")),
     "sft": Command(
-        "megatron_sov.commands.train.lm:SFT", "fine-tune on chats, with an auxiliary text term", POST_TRAIN,
-        "sft.md", ("sft tiny-solar-open --from runs/pretrain --data chats --run runs/sft",
+        "megatron_sov.commands.train.kinds:SFT", "fine-tune on chats, with an auxiliary text term",
+        POST_TRAIN, "sft.md", ("sft tiny-solar-open --from runs/pretrain --data chats --run runs/sft",
          "sft tiny-solar-open --from runs/pretrain --data chats --run runs/lora --set lora.rank=16")),
     "prefer": Command(
-        "megatron_sov.commands.train.prefer",
+        "megatron_sov.commands.train.kinds:PREFER",
         "learn from judged responses: DPO, IPO, SimPO, ORPO, KTO, SimPER, GrouPER", POST_TRAIN, "prefer.md",
         ("prefer tiny-solar-open --from runs/sft --data pairs --run runs/dpo --set optim.lr=5e-5",
          "prefer tiny-solar-open --from runs/sft --data unpaired --run runs/kto --method kto")),
     "distill": Command(
-        "megatron_sov.commands.train.distill",
+        "megatron_sov.commands.train.distill:DISTILL",
         "learn a teacher's distributions, over the whole vocabulary or its top tokens", POST_TRAIN,
         "distill.md",
         ("distill tiny-solar-open --from runs/sft --teacher teacher --data chats --run runs/small",

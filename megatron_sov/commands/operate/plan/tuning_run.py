@@ -8,7 +8,8 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.commands.operate.plan.plan import STAGES, PlanOptions, TuningPlan
 from megatron_sov.commands.operate.plan.plan_run import print_plan
 from megatron_sov.commands.train.setup.data_defaults import complete_stage
-from megatron_sov.commands.train.setup.stage_options import check_chats, find_start
+from megatron_sov.commands.train.setup.starts import find_start
+from megatron_sov.commands.train.setup.training import check_chats
 from megatron_sov.model.config import RunConfig, apply_settings, parse_data_paths
 from megatron_sov.model.families import supported as families
 from megatron_sov.model.families.count import count_params

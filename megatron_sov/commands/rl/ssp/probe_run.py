@@ -39,7 +39,7 @@ def probe_checkpoints(request: ProbeRequest) -> int:
     if request.only_checks:
         return ExitCode.OK
     record_or_check_settings(options.output, options.output / CONDITIONS, _describe_conditions(request),
-                             "--output", "answers", {options.output / PROBLEMS})
+                             option="--output", noun="answers", rewritten_files={options.output / PROBLEMS})
     # The table also contains the checkpoints of earlier commands in this folder.
     checkpoints = read_candidates(options.output, candidates)
     with translate_disk_errors(options.output):
