@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -17,6 +18,10 @@ MIN_SIMILARITY = 0.65
 """Lowest `SequenceMatcher.ratio` of a suggestion; words below it are unrelated, such as days and data."""
 MIN_MISSPELT = 3
 """Letters of a name that may be a misspelt one."""
+MAX_ROW_PROBLEMS = 10
+"""Different problems of rows that a message lists."""
+MAX_PLACES = 3
+"""Rows that are named for each of them."""
 _PRINTED_CONTROLS = {"\n", "\t"}
 _ESCAPES = {code: repr(chr(code))[1:-1] for code in (
     *range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
@@ -97,11 +102,14 @@ class Fix:
     options: tuple[str, ...] = ()
     """Options and values to add or replace: `("--set", "train.epochs=3")`."""
     left_out: tuple[str, ...] = ()
-    """Typed words to remove."""
+    """Typed words to remove, and options with their values: `"--set a.b=1"`."""
     words: Mapping[str, str] = field(default_factory=dict)
     """Typed word, or a path in it -> replacement."""
     before: tuple[str, ...] = ()
     """Commands to run first."""
+    stand_ins: Mapping[str, str] = field(default_factory=dict)
+    """Faulty word, for which no replacement is known -> a sound word, with which checks find further
+    faults."""
 
 
 class UserError(Exception):
@@ -118,10 +126,17 @@ class UserError(Exception):
     recipe 'tiny-qwen'
     """
 
-    def __init__(self, sentence: str = "", fix: Fix | None = None) -> None:
-        """Create the message: `sentence`, followed by `fix.line` if the fix is a whole line."""
+    def __init__(self, sentence: str = "", fix: Fix | None = None, left: str = "") -> None:
+        """Create the message.
+
+        Args:
+            sentence: begins the message.
+            fix: if it is a whole line, its line follows the sentence.
+            left: fault that the line still has.
+        """
         self.sentence, self.fix = sentence, fix
-        super().__init__(f"{sentence}; write\n  {fix.line}" if fix and fix.line else sentence)
+        line = f"; write\n  {fix.line}" if fix and fix.line else ""
+        super().__init__(f"{sentence}{line}" + (f"\nthis line still has a fault: {left}" if left else ""))
 
 
 class DryRun(Exception):
@@ -154,6 +169,42 @@ def format_problems(subject: str, problems: Sequence[str], remedy: str = "") -> 
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     return "\n".join([f"{subject}: {count}{remedy and f'; {remedy}'}",
                       *(f"  {problem}" for problem in problems)])
+
+
+class RowProblems:
+    """Problems of a file's rows; rows with the same problem become one line, and all are counted."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, list[str]] = {}
+        self._counts: Counter[str] = Counter()
+
+    def __bool__(self) -> bool:
+        return bool(self._counts)
+
+    def add(self, place: str, problem: str) -> None:
+        """Add the problem of a row; `place`: "line 3", or another name."""
+        self._counts[problem] += 1
+        # of a file of another format all rows are bad
+        if problem in self._places or len(self._places) < MAX_ROW_PROBLEMS:
+            places = self._places.setdefault(problem, [])
+            if len(places) < MAX_PLACES:
+                places.append(place)
+
+    def format(self, subject: str, remedy: str) -> str:
+        """Format all problems as `format_problems` does."""
+        lines = []
+        for problem, places in self._places.items():
+            more = self._counts[problem] - len(places)
+            ending = f" and {more:,} more" if more else ""
+            # "line 1, line 2" is "lines 1, 2"
+            is_lines = len(places) > 1 and all(place.startswith("line ") for place in places)
+            named = "lines " * is_lines + ", ".join(
+                place.removeprefix("line ") if is_lines else place for place in places)
+            lines.append(f"  {named}{ending}: {problem}")
+        left = len(self._counts) - len(self._places)
+        count = self._counts.total()
+        return "\n".join([f"{subject}: {count:,} bad row{'s' if count > 1 else ''}; {remedy}", *lines,
+                          *([f"  and {left:,} other problems"] if left else [])])
 
 
 def suggest_name(name: str, known: Iterable[str], prefix: str = "") -> str:
@@ -240,8 +291,10 @@ def fix_missing(path: str | os.PathLike[str], *, is_bare: bool = False, is_data:
     folder, name = os.path.split(text)
     is_long = len(name) >= MIN_MISSPELT
     names = os.listdir(folder or ".") if is_long and os.path.isdir(folder or ".") else []
-    neighbours = (other for other in names if other != name and not other.startswith("."))
-    if spelling := find_spelling(name, neighbours):
+    neighbours = [other for other in names if other != name and not other.startswith(".")]
+    # chats -> chats.jsonl
+    same_stem = [other for other in neighbours if is_data and other.partition(".")[0] == name]
+    if spelling := (same_stem[0] if len(same_stem) == 1 else find_spelling(name, neighbours)):
         return Fix(words={text: os.path.join(folder, spelling)})
     hint = suggest_dataset_download(text) if is_data else suggest_download(text, is_bare)
     if not hint:

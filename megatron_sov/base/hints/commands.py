@@ -32,14 +32,17 @@ def unknown_command(program: str, word: str, choices: Sequence[str], typed: Sequ
     begin = f"{program} {word}: does not exist"
     if _names_model(typed):
         by_word |= {one: by_word[f"{one}+model"] for one in [*by_word] if f"{one}+model" in by_word}
+    if (stage := _find_stage(typed)) in by_word and word.lower() in by_word:
+        by_word[word.lower()] = by_word[stage]
     if (text := by_word.get(word.lower())) and kind_of_folder(Path(word)) == "other":
         return _fill_template(begin, text, typed)
-    options = table()["by_option"].get(program, {})
-    given = {normalize(one.partition("=")[0]) for one in (word, *typed) if one.startswith("--")}
-    meant = next((command for option, command in options.items() if normalize(option) in given), "")
+    meant = find_action(program, (word, *typed))
     if word.startswith("-") and meant:
         return UserError(f"{program}: a command comes before its options",
                          Fix(f"{program} {meant} {shlex.join([word, *typed])}"))
+    if typed and typed[0] in choices and word not in by_word:  # sov-tokenizer DIR report
+        return UserError(f"{program}: {typed[0]} comes before {word}",
+                         Fix(f"{program} {shlex.join([typed[0], word, *typed[1:]])}"))
     path = Path(word)
     paths = table()["paths"].get(program)
     if paths and (os.sep in word or path.exists()):
@@ -57,6 +60,44 @@ def unknown_command(program: str, word: str, choices: Sequence[str], typed: Sequ
     close = f"; did you mean '{nearest}'?" if nearest else ""
     fix = Fix(f"{program} {shlex.join([nearest, *typed])}") if nearest and typed else None
     return UserError(f"{begin}{close} (`{program} --help` lists what there is)", fix)
+
+
+def find_action(program: str, typed: Sequence[str]) -> str:
+    """Return the action of a command that takes one of the typed options; "": none is known."""
+    options = table()["by_option"].get(program, {})
+    given = {normalize(one.partition("=")[0]) for one in typed if one.startswith("--")}
+    return next((action for option, action in options.items() if normalize(option) in given), "")
+
+
+def unwrap_launcher(typed: Sequence[str]) -> list[str] | None:
+    """Return the command line that another program's command line starts, e.g. `axolotl train FILE` or
+    `torchrun --nproc_per_node 8 -m megatron_sov sft ...`; None: the first word is no launcher."""
+    word, rest = typed[0], list(typed[1:])
+    launchers = table()["launchers"]
+    if word in launchers["harnesses"].split():
+        return ["eval", "lm", *(rest[1:] if rest[:1] == ["run"] else rest)]
+    if word in launchers["programs"].split():
+        return rest if rest and not rest[0].startswith("-") else ["train", *rest]
+    if word not in launchers["starters"].split():
+        return None
+    processes = ""
+    while rest and not rest[0].endswith(".py") and rest[0] not in ("-m", "--module"):
+        name, equals, value = rest.pop(0).partition("=")
+        takes_value = name.startswith("-") and not equals and rest and not rest[0].startswith("-") and (
+            not rest[0].endswith(".py"))
+        if takes_value:
+            value = rest.pop(0)
+        if "--nproc" in by_word("options").get(normalize(name), ()) or name in ("-n", "-np"):
+            processes = value
+    script = rest[1 if rest[:1] and rest[0].startswith("-") else 0:][:1]
+    rest = rest[rest.index(script[0]) + 1:] if script else rest
+    name = Path(script[0]).stem.removeprefix("run_") if script else "train"
+    if "." in name:  # axolotl.cli.train
+        name = name.rpartition(".")[2]
+    if name not in ("megatron_sov", "megatron-sov"):
+        rest = [name, *rest]
+    rest = unwrap_launcher(rest) or rest if rest else ["train"]
+    return [*rest, "--nproc", processes] if processes.isdigit() and "--nproc" not in rest else rest
 
 
 def _fill_template(begin: str, text: str, typed: Sequence[str]) -> UserError:
@@ -114,6 +155,16 @@ def _names_model(typed: Sequence[str]) -> bool:
         if path.suffix in (".yaml", ".yml", ".json") and path.is_file():
             words += [key.lower() for key in read_foreign(path, lambda key: "." in key)]
     return any(word == "from" or "--from" in by_word("options").get(word, ()) for word in words)
+
+
+def _find_stage(typed: Sequence[str]) -> str:
+    """Return what another program's configuration file among words trains by, e.g. "dpo"; "": unknown."""
+    for path in map(Path, typed):
+        if path.suffix in (".yaml", ".yml", ".json") and path.is_file():
+            for key, values in read_foreign(path, lambda key: "." in key).items():
+                if key.lower() in ("stage", "rl", "rlhf", "algorithm") and values:
+                    return {"pt": "train", "rm": "reward-model"}.get(values[0].lower(), values[0].lower())
+    return ""
 
 
 def _names_output(option: str) -> bool:

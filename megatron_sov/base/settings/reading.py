@@ -15,7 +15,7 @@ from megatron_sov.base.errors import find_nearest_name, suggest_name
 from megatron_sov.base.hints.removed import was_removed
 from megatron_sov.base.hints.table import note_on, table
 from megatron_sov.base.settings.problem import (
-    UNSET, ProblemCode, Relation, SettingsError, SettingsProblem, to_problem)
+    TOKENS_KEY, UNSET, ProblemCode, Relation, SettingsError, SettingsProblem, to_problem)
 
 S = TypeVar("S")
 KeyHint = Callable[[str], str]
@@ -29,6 +29,8 @@ _TYPES = {
     "dataclass": "must be an object of settings", "mapping": "must be an object of settings",
     "none": "must be null"}
 """Prefix of pydantic's error type -> our rule."""
+MIN_TOKEN_DIGITS = 9
+"""Digits of a number of steps that must be one of tokens."""
 _BOUNDS = {"greater_than": "must be above {gt}", "greater_than_equal": "must be at least {ge}",
            "less_than": "must be below {lt}", "less_than_equal": "must be at most {le}",
            "finite_number": "must be a finite number",
@@ -253,7 +255,7 @@ def _convert_error(cls: Any, error: Any, instead: KeyHint) -> SettingsProblem:
             close = (was_removed(value) or _suggest_lower_case(value, known)
                      or _suggest_equivalent(key, value) or suggest_name(value, known))
             words = re.findall(r"[\w.-]+", value.lower())
-            ours = (value.lower(), table()["values"].get(key, {}).get(value.lower(), ""),
+            ours = (value.lower(), _find_equivalent(key, value),
                     find_nearest_name(value, known))
             meant = next((word for word in ours if words and word in known), "")
         return SettingsProblem(ProblemCode.CHOICE, key, f"must be {ctx.get('expected', 'another word')}",
@@ -269,8 +271,11 @@ def _convert_error(cls: Any, error: Any, instead: KeyHint) -> SettingsProblem:
     for begin, rule in _TYPES.items():
         if kind.startswith(f"{begin}_"):
             numbers = _suggest_numbers(begin, value.strip(), key) if isinstance(value, str) else []
-            return SettingsProblem(ProblemCode.TYPE, key, rule, value, _suggest_value(begin, value, key),
-                                   value_to_write="".join(numbers[:1]))
+            way_out, written = _suggest_value(begin, value, key), "".join(numbers[:1])
+            if f"train.{key.rpartition('.')[2]}" == "train.steps" and len(written) >= MIN_TOKEN_DIGITS:
+                written = f"{TOKENS_KEY}{written}"
+                way_out = f"a step is a batch; the tokens of the whole run are {written}"
+            return SettingsProblem(ProblemCode.TYPE, key, rule, value, way_out, value_to_write=written)
     rule = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     code = ProblemCode.RULE if kind in ("value_error", "assertion_error") else ProblemCode.TYPE
     return SettingsProblem(code, key, rule, value)
@@ -284,12 +289,19 @@ def _suggest_lower_case(value: str, known: Collection[str]) -> str:
 def _suggest_equivalent(key: str, value: str) -> str:
     """Suggest our equivalent of another program's value: a value, a setting, a note or a command; "":
     unknown."""
-    if equivalent := table()["values"].get(key, {}).get(value.lower()):
-        return f"; {'pass --set' if '=' in str(equivalent) else 'it is'} {equivalent} here"
     command_notes = table()["commands"]["megatron-sov"] if key.rpartition(".")[2] == "method" else {}
     command = next((text for words, text in command_notes.items() if value.lower() in words.split()), "")
-    hint = note_on(value) or command
-    return f"; {hint}" if hint else ""
+    if hint := note_on(value) or command:
+        return f"; {hint}"
+    equivalent = _find_equivalent(key, value)
+    return f"; {'pass --set' if '=' in equivalent else 'it is'} {equivalent} here" if equivalent else ""
+
+
+def _find_equivalent(key: str, value: str) -> str:
+    """Return what another program's value of a setting or option is here; "": unknown."""
+    values = table()["values"]
+    return str(next((values[name][value.lower()] for name in (key, key.rpartition(".")[2])
+                     if value.lower() in values.get(name, {})), ""))
 
 
 def _suggest_value(expected: str, value: Any, key: str) -> str:

@@ -17,6 +17,7 @@ from megatron_sov.base.artifacts import MANIFEST, find_damaged_files, read_manif
 from megatron_sov.base.digests import hash_file
 from megatron_sov.base.documents.rows import check_rows
 from megatron_sov.base.errors import ExitCode, UserError
+from megatron_sov.base.hints.lines import is_check
 from megatron_sov.base.settings import (
     AtLeastOne, Flag, at_most_field, build_command, parse_nested, read_options)
 from megatron_sov.commands.evaluate.eval_passk import PROMPT, EvalPasskOptions, JudgedSamplingOptions
@@ -71,7 +72,7 @@ def run_probe(typed: argparse.Namespace) -> int:
 
     candidates = ssp.candidates_of(args.checkpoints)
     # a proposed line leaves nothing, while --dry-run writes the problems that its commands read
-    if getattr(typed, "only_checks", False):
+    if is_check():
         return ExitCode.OK
     record_or_check_settings(args.output, args.output / ssp.ASKED, _asked(args, domains), "--output",
                              "answers", {args.output / ssp.PROBLEMS})

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
-from megatron_sov.base.errors import Fix, UserError
+from megatron_sov.base.errors import DryRun, Fix, UserError
+from megatron_sov.base.hints.lines import is_check
 from megatron_sov.base.settings import AtLeastOne, Flag, SettingsError
 from megatron_sov.commands.train.setup.packed_files import (
     DataFile, FilePacking, find_files, fix_by_packing, list_packable_formats, warn_of_changed_files)
@@ -124,6 +125,8 @@ def parse_stage(args: StageOptions, objective: BuiltIn, *, needs_data: bool = Tr
     if formats := _refuse_data(args, mixed):
         decides["data"] = formats
     asked.refuse_inert(mixed, **decides)
+    if is_check() and args.data and not mixed.data.paths:
+        _check_unpacked(asked, mixed, num_ranks(args.nproc))
     found = complete_stage(asked, mixed, stage, args.nproc, num_prompts)
     config = completed(found.config)
     config.check(num_ranks(args.nproc))
@@ -133,7 +136,19 @@ def parse_stage(args: StageOptions, objective: BuiltIn, *, needs_data: bool = Tr
     start = args.start_from and find_start(args.start_from)
     if start is not None:
         refuse_many_converters(start, args.run)
+    if is_check():  # the rest of a dry run imports torch
+        RunFolder(args.run).check_available(args.resume)
+        raise DryRun
     return ParsedStage(config, start, faults, found.notes)
+
+
+def _check_unpacked(asked: RecipeRequest, config: RunConfig, ranks: int) -> NoReturn:
+    """Check the layout of a proposed line whose files are not packed yet, and end the check."""
+    train = config.train
+    if "train.global_batch_size" not in asked.said:  # it would follow from the data
+        train = dataclasses.replace(train, global_batch_size=train.micro_batch_size * ranks)
+    dataclasses.replace(config, train=train).check(ranks)
+    raise DryRun
 
 
 def _refuse_data(args: StageOptions, config: RunConfig) -> list[str]:
@@ -197,8 +212,10 @@ def stage_request(args: StageOptions, objective: BuiltIn, *, needs_data: bool = 
         is_length_set = any(key.startswith("data.phases") for key in asked.said)
         if asked.is_model_only and is_length_set and (problems := config.position_problems()):
             raise SettingsError(f"recipe {config.recipe}", problems)
-        packed = packing.pack()
-        paths = parse_data_paths([packed.get(text, text) for text in args.data])
+        # packing takes seconds, and the check of a proposed line has read the first record of each file
+        packed = {} if is_check() else packing.pack()
+        paths = parse_data_paths([packed.get(text, text) for text in args.data
+                                  if packed or text not in packing.arguments])
     else:
         paths = shards or {path: base.data.paths[path] for path in parse_data_paths(list(base.data.paths))}
         warn_of_changed_files(args.run, () if shards else paths)
