@@ -29,7 +29,7 @@ from megatron_sov import recipes
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.digests import hash_file
 from megatron_sov.checkpoint import load
-from megatron_sov.engine.parallel import cpu_shims, launcher, world
+from megatron_sov.engine.parallel import launcher, world
 from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
 from megatron_sov.model.families.count import count_params
 
@@ -149,7 +149,6 @@ def main() -> int:
                         help="how often each is measured (default %(default)s)")
     parser.add_argument("--nproc", type=int, default=1, help="processes (default %(default)s)")
     args = parser.parse_args()
-    cpu_shims.prepare_megatron()
     config = config_of(args.megabytes * 1e6)
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         code = launcher.launch_ranks(lambda: measure(Path(folder), config, args.rounds), args.nproc, 1)

@@ -51,14 +51,11 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(args.port))
-    from megatron_sov.engine.parallel import cpu_shims
-    from megatron_sov.engine.parallel.device import on_gpu
-
-    cpu_shims.prepare_megatron()
     import torch
 
     from megatron_sov import recipes
     from megatron_sov.engine.parallel import world
+    from megatron_sov.engine.parallel.device import on_gpu
     from megatron_sov.infer.decoder.generator import MegatronEngine
     from megatron_sov.infer.request import Sampling
     from megatron_sov.model.config import apply_settings
@@ -76,10 +73,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         documents = write_text(Path(folder) / "text")
         source = Source("sentences", None, "text", {}, {"train": documents.size}, 1.0,
-                        made=TokenShard(Path(folder) / "text"))
+                        train_documents=TokenShard(Path(folder) / "text"))
         trainer = Trainer(config, place, RunFolder(Path(folder) / "run"), [source], LanguageModelling)
         for _ in range(args.steps):
-            trainer.update()
+            trainer.train_step()
         device = torch.cuda.get_device_name() if on_gpu() else "CPU, 1 thread"
         print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f}), {device}, "
               f"Python {platform.python_version()}, torch {torch.__version__}")

@@ -36,7 +36,7 @@ from pathlib import Path
 import psutil
 
 from megatron_sov.base.artifacts import read_manifest
-from megatron_sov.rollouts.inspection import check
+from megatron_sov.rollouts.inspection import check_store
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.checkpoints import find_damage
 from megatron_sov.runs.obs.events import EVENTS, read_events
@@ -139,7 +139,7 @@ def hash_rl(run: Path) -> dict[str, str]:
         SystemExit: the store is damaged, or holds a response twice.
     """
     store = RolloutStore.open(run / "rollouts")
-    if problems := check(store).problems:
+    if problems := check_store(store).problems:
         raise SystemExit(f"{run}/rollouts: {problems[:3]}")
     hashes = hash_run(run)
     columns = ("tokens", "finish_reason", "logprobs", "versions", "routes")

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_sov import recipes
-from megatron_sov.engine.parallel import cpu_shims, launcher, world
+from megatron_sov.engine.parallel import launcher, world
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.plan.footprint.memory import Account, account
 from megatron_sov.train.data.token_shards import Source
@@ -86,9 +86,9 @@ def step(config: RunConfig, folder: Path) -> None:
     tokens = config.data.phases[0].seq_len
     before, start = resident_bytes("VmRSS"), time.perf_counter()
     source = Source("long", None, "text", {}, {"train": 2 * tokens}, 1.0,
-                    made=OneDocument(tokens, config.model.vocab_size))
+                    train_documents=OneDocument(tokens, config.model.vocab_size))
     trainer = Trainer(config, place, RunFolder(folder / "run"), [source], LanguageModelling)
-    result = trainer.update()
+    result = trainer.train_step()
     assert result is not None and result.num_tokens == tokens
     grown, seconds = resident_bytes("VmHWM") - before, time.perf_counter() - start
     np.save(folder / f"{place.rank}.npy", np.array([before, grown, seconds, result.loss]))
@@ -117,7 +117,6 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[32_768, 65_536, 131_072])
     args = parser.parse_args()
-    cpu_shims.prepare_megatron()
     print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the start), "
           f"Python {platform.python_version()}; {NPROC} processes of one thread\n"
           "MiB of one process, float32, recomputation on\n")

@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sov import recipes
-from megatron_sov.engine.parallel import collectives, cpu_shims, launcher, world
+from megatron_sov.engine.parallel import collectives, launcher, world
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.runs.obs.events import EventLog
 from megatron_sov.train.data.token_shards import ShardChain, Source
@@ -65,17 +65,17 @@ def our_step(config: RunConfig, place: world.ParallelWorld, source: Source, fold
     """Return one step of the training loop, with its records."""
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.objectives.data_objective import LanguageModelling
-    from megatron_sov.train.stopping import StopFlag
     from megatron_sov.train.trainer import Trainer
+    from megatron_sov.work.processes.stop_signals import StopFlag
 
     trainer, stop = Trainer(config, place, RunFolder(folder / "run"), [source], LanguageModelling), StopFlag()
     if place.is_main:
         trainer.recorder.events = EventLog(folder / "events.jsonl")
 
     def step() -> None:
-        result = trainer.update()
+        result = trainer.train_step()
         assert result is not None
-        trainer.recorder.step(trainer.state, result, trainer.observe())
+        trainer.recorder.record_step(trainer.state, result, trainer.observe_step())
         trainer.checkpointer.sync(stop)
 
     return step
@@ -285,7 +285,6 @@ def on_one_and_more(measure: Callable[[int, Path], None], description: str | Non
     parser.add_argument("--nproc", type=int, default=2)
     parser.add_argument("--turns", type=int, default=turns)
     args = parser.parse_args()
-    cpu_shims.prepare_megatron()
     print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the start), "
           f"Python {platform.python_version()}", flush=True)
     for nproc in sorted({1, args.nproc}):
@@ -298,7 +297,6 @@ def on_one_and_more(measure: Callable[[int, Path], None], description: str | Non
 
 def beside_transformers(turns: int) -> None:
     """Measure beside transformers, each kind of model in a process of its own."""
-    cpu_shims.prepare_megatron()
     print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the start), "
           f"Python {platform.python_version()}; {turns} steps of 2 x {SEQ_LEN} tokens, fp32, one thread",
           flush=True)

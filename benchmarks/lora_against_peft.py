@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov import recipes
-from megatron_sov.engine.parallel import cpu_shims, launcher, world
+from megatron_sov.engine.parallel import launcher, world
 from megatron_sov.model.config import RunConfig, apply_settings
 
 SIZES = ["model.vocab_size=4096", "model.hidden_size=256", "model.head_dim=64", "model.dense_ffn_dim=768",
@@ -219,7 +219,6 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=7)
     args = parser.parse_args()
-    cpu_shims.prepare_megatron()
     print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the start), "
           f"Python {platform.python_version()}", flush=True)
     sys.exit(launcher.launch_ranks(lambda: measure(args.turns), 1, num_threads=1))

@@ -21,7 +21,7 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
-from megatron_sov.engine.parallel import cpu_shims, launcher, world
+from megatron_sov.engine.parallel import launcher, world
 
 HIDDEN, VOCAB_SIZE, TURNS = 256, 8192, 7
 CASES = ((2048, 2048, "float32"), (4096, 512, "float32"), (2048, 512, "bfloat16"))
@@ -74,7 +74,6 @@ def summed(way: str, head: Any, hidden: Any, labels: Any) -> Any:
 
 def main() -> None:
     """Measure every case in every way."""
-    cpu_shims.prepare_megatron()
     print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the start), "
           f"Python {platform.python_version()}; hidden size {HIDDEN}, vocabulary {VOCAB_SIZE}\n")
     print(f"{'way':<12}{'dtype':<10}{'tokens':>7}{'chunk':>7}{'CPU ms':>9}{'median':>9}{'MiB':>10}   "

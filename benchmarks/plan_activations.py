@@ -27,7 +27,7 @@ import torch
 from long_sequence import OneDocument
 
 from megatron_sov import recipes
-from megatron_sov.engine.parallel import cpu_shims, launcher, world
+from megatron_sov.engine.parallel import launcher, world
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.plan.footprint.activations import stored
 from megatron_sov.train.data.token_shards import Source
@@ -163,11 +163,11 @@ def saved_bytes(config: RunConfig, folder: Path) -> tuple[int, int]:
     place = world.join_world(config.parallel)
     tokens = config.data.phases[0].seq_len
     source = Source("long", None, "text", {}, {"train": 2 * tokens * config.train.global_batch_size}, 1.0,
-                    made=OneDocument(tokens, config.model.vocab_size))
+                    train_documents=OneDocument(tokens, config.model.vocab_size))
     trainer = Trainer(config, place, RunFolder(folder / "run"), [source], LanguageModelling)
     counter = Counter({weight.untyped_storage().data_ptr() for weight in trainer.model.parameters()})
     with torch.autograd.graph.saved_tensors_hooks(counter.save, counter.give):
-        trainer.update()
+        trainer.train_step()
     found = parallel_state.get_pipeline_model_parallel_rank(), counter.most
     trainer.close()
     world.leave_world()
@@ -209,7 +209,6 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="cases whose names hold this")
     args = parser.parse_args()
-    cpu_shims.prepare_megatron()
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
           f"torch {torch.__version__}; float32, {SEQ_LEN} tokens where nothing else is said\n")
     print(f"{'case':<40}{'ranks':>6}{'measured':>14}{'said':>14}{'error':>8}")

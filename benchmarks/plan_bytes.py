@@ -171,11 +171,11 @@ def compared(numbers: list[int], seed: int) -> list[dict[str, object]]:
 
 def worker(numbers: list[int], seed: int, double: bool) -> None:
     """Compare, and print JSON."""
-    from megatron_sov.engine.parallel import cpu_shims
-
     if double:
         sys.path.insert(0, str(DOUBLE))
         import transformer_engine.pytorch  # noqa: F401  (one that is not imported is hidden on a CPU)
+    from megatron_sov.engine.parallel import cpu_shims
+
     cpu_shims.prepare_without_gpu()
     from megatron_sov.engine.model import specs
 

@@ -96,9 +96,6 @@ json.dump(times, open(out, "w"))
 OUR_SCRIPT = '''
 import json, sys, time
 from megatron_sov import cli
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-prepare_megatron()
 from megatron_sov.infer.decoder.generator import MegatronEngine
 from megatron_sov.train.trainer import Trainer
 
@@ -110,7 +107,7 @@ def now():
     return [time.monotonic(), time.process_time()]
 
 
-def noted(*args, inner=Trainer.bring_data, **kwargs):
+def noted(*args, inner=Trainer.fetch_data, **kwargs):
     begins.append(now())
     return inner(*args, **kwargs)
 
@@ -123,7 +120,7 @@ def timed(*args, inner=MegatronEngine.generate, **kwargs):
         times["generate"].append([b - a for a, b in zip(began, now())])
 
 
-Trainer.bring_data, MegatronEngine.generate = noted, timed
+Trainer.fetch_data, MegatronEngine.generate = noted, timed
 code = cli.main(sys.argv[2:])
 begins.append(now())
 times["step"] = [[b - a for a, b in zip(*pair)] for pair in zip(begins, begins[1:])]

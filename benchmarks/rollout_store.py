@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_sov.rollouts.rows import Key, Rollout, part_name
+from megatron_sov.rollouts.rows import Key, Rollout, format_part_name
 from megatron_sov.rollouts.store import RolloutStore
 
 PIECES, SAMPLES, VOCAB_SIZE = 4, 8, 150_000
@@ -55,7 +55,7 @@ def append(path: Path, parts: int, args: argparse.Namespace) -> tuple[float, flo
     for number in range(parts):
         rows = part_rows(number, args.part_rows, args.tokens)
         began, began_cpu = time.perf_counter(), time.process_time()
-        store.add_rollouts(part_name(number // PIECES + 1, number % PIECES), rows, {"benchmark": True})
+        store.add_rollouts(format_part_name(number // PIECES + 1, number % PIECES), rows, {"benchmark": True})
         wall_s, cpu_s = wall_s + time.perf_counter() - began, cpu_s + time.process_time() - began_cpu
     return wall_s, cpu_s
 

@@ -651,8 +651,8 @@ def write_round() -> Callable[..., None]:
     """
     import numpy as np
 
-    from megatron_sov.rollouts.prompts import pieces, round_prompts
-    from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Key, RewardRow, Rollout, part_name
+    from megatron_sov.rollouts.prompts import select_round_prompts, split_into_pieces
+    from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Key, RewardRow, Rollout, format_part_name
 
     def row(store: Any, rollout: Any, prompt: Any, number: int, sample: int, attempt: int, cut: bool,
             one_prompt: bool) -> Any:
@@ -673,15 +673,15 @@ def write_round() -> Callable[..., None]:
     def write(store: Any, prompts: Any, rollout: Any, number: int, version: str, attempt: int = 0,
               unfinished: Collection[tuple[int, int]] = (), *, judge: bool = True, one_prompt: bool = False
               ) -> None:
-        asked = round_prompts(prompts, rollout, number)
+        asked = select_round_prompts(prompts, rollout, number)
         place = {prompt.id: i for i, prompt in enumerate(asked)}
-        for piece in pieces(asked, number, rollout.piece_prompts):
+        for piece in split_into_pieces(asked, number, rollout.piece_prompts):
             wanted = [(prompt, sample) for prompt in piece.prompts
                       for sample in range(rollout.samples_per_prompt)
                       if not attempt or (place[prompt.id], sample) in unfinished]
             if not wanted:
                 continue
-            name = part_name(number, piece.number, attempt)
+            name = format_part_name(number, piece.number, attempt)
             rows = [row(store, rollout, p, number, s, attempt,
                         not attempt and (place[p.id], s) in unfinished, one_prompt) for p, s in wanted]
             store.add_rollouts(name, rows, {})

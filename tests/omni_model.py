@@ -35,9 +35,6 @@ def save_omni_model(path: Path, plain_tokenizer: Path, settings: tuple[str, ...]
     """
     from tokenizers import Tokenizer
 
-    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-    prepare_megatron()
     from megatron_sov.checkpoint import load
     from megatron_sov.engine.model.language_model import build_run_model
     from megatron_sov.engine.parallel import world

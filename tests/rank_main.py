@@ -36,7 +36,6 @@ from typing import Any
 from megatron_sov import recipes
 from megatron_sov.base.command_line import Parser
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.parallel import launcher
 from megatron_sov.model.config import apply_settings, layout_settings
 from megatron_sov.version import OUR_PACKAGES
 from megatron_sov.work.processes.children import die_with_parent
@@ -93,6 +92,9 @@ def _function(file: str, name: str) -> Any:
 
 def run_jobs(jobs_file: Path) -> int:
     """Run every job; each rank writes its result as JSON beside the jobs file."""
+    # not before `warm` has put doubles on the path: the engine imports megatron, and hides Transformer Engine
+    from megatron_sov.engine.parallel import launcher
+
     jobs = json.loads(jobs_file.read_text())
     for number, job in enumerate(jobs):
         function = _function(job["file"], job["function"])  # here: in each rank it would be imported again
@@ -186,13 +188,10 @@ def warm(doubles: list[str]) -> None:
     gc.disable()  # what is imported stays
     import pytest  # noqa: F401  (files of jobs import it)
 
-    from megatron_sov.engine.parallel import cpu_shims
-
     sys.path[:0] = doubles
     of_te = any(Path(folder, "transformer_engine").exists() for folder in doubles)
     if of_te:
         import transformer_engine.pytorch  # noqa: F401  (one that is not imported is hidden on a CPU)
-    cpu_shims.prepare_megatron()
     from megatron_sov.engine.model import specs
     from megatron_sov.train.objectives import data_objective  # noqa: F401  (ranks need it)
     from megatron_sov.train.stages import stage  # noqa: F401  (ranks need it)

@@ -1,7 +1,7 @@
 """Measure how readable names, docstrings, comments and pages are, and hold each hall to its limits.
 
-Usage: python tests/readability.py             figures of each hall; * marks a figure that misses its goal
-       python tests/readability.py --worst N   the N files that miss most goals
+Usage: python tests/readability.py             the figures of each hall that miss their goals
+       python tests/readability.py FILE ...    the same for each file
        python tests/readability.py --tighten   lower the limits in readability.json to today's figures
 
 A vague word ("what", "one", "those") names no tensor, file, setting or process. Text that names its subject
@@ -51,36 +51,26 @@ TOLERANCE = 0.02
 """A hall may exceed the figure that set its limit by this share, and by the rounding to 0.5."""
 
 
-@dataclass(frozen=True)
-class Goal:
-    """Value that a measure should reach, and the heading of its column."""
-
-    value: float
-    column: str
-    is_minimum: bool = False
-
-    def is_met(self, value: float) -> bool:
-        return value >= self.value if self.is_minimum else value <= self.value
-
-
 GOALS = {
-    "one-word function names, %": Goal(30, "1-word"),
-    "vague words per 1,000 in function names": Goal(15, "fn.vag"),
-    "vague words per 1,000 in variables": Goal(15, "var.vag"),
-    "docstrings: vague words per 1,000": Goal(60, "doc.vag"),
-    "docstrings: 'what' per 1,000": Goal(1, "what"),
-    "docstrings: 'of' per 1,000": Goal(30, "of"),
-    "docstrings: is/are/has/do per 1,000": Goal(30, "is"),
-    "docstrings: code terms per 1,000": Goal(34, "code", is_minimum=True),
-    "docstrings: dialect phrases per 1,000": Goal(1, "dialect"),
-    "comments: vague words per 1,000": Goal(75, "com.vag"),
-    "comments: 'what' per 1,000": Goal(2, "what"),
-    "comments: dialect phrases per 1,000": Goal(1, "dialect"),
-    "pages: vague words per 1,000": Goal(65, "page.vag"),
-    "pages: 'what' per 1,000": Goal(2, "what"),
-    "pages: 'of' per 1,000": Goal(16, "of"),
-    "pages: dialect phrases per 1,000": Goal(1.5, "dialect"),
+    "one-word function names, %": 30.0,
+    "vague words per 1,000 in function names": 15.0,
+    "vague words per 1,000 in variables": 15.0,
+    "docstrings: vague words per 1,000": 60.0,
+    "docstrings: 'what' per 1,000": 1.0,
+    "docstrings: 'of' per 1,000": 30.0,
+    "docstrings: is/are/has/do per 1,000": 30.0,
+    "docstrings: code terms per 1,000": 34.0,
+    "docstrings: dialect phrases per 1,000": 1.0,
+    "comments: vague words per 1,000": 75.0,
+    "comments: 'what' per 1,000": 2.0,
+    "comments: dialect phrases per 1,000": 1.0,
+    "pages: vague words per 1,000": 65.0,
+    "pages: 'what' per 1,000": 2.0,
+    "pages: 'of' per 1,000": 16.0,
+    "pages: dialect phrases per 1,000": 1.5,
 }
+MINIMA = {"docstrings: code terms per 1,000"}
+"""Measures whose goal is the least value; the goals of the others are the largest."""
 
 
 @dataclass
@@ -221,19 +211,17 @@ def compute_prose_measures(kind: str, paragraphs: list[str]) -> dict[str, float]
     return {f"{kind}: {name} per 1,000": 1000 * count / len(words) for name, count in counts.items()}
 
 
-def find_misses(measures: Mapping[str, float]) -> list[str]:
-    """Return the measures that miss their goals."""
-    return [measure for measure, value in measures.items() if not GOALS[measure].is_met(value)]
+def is_beyond(measure: str, value: float, limit: float) -> bool:
+    return value < limit if measure in MINIMA else value > limit
 
 
 def find_excesses(measures: Mapping[str, float], limits: Mapping[str, float]) -> list[str]:
     """Return a sentence for each measure beyond its limit, which is the goal unless `limits` has an entry."""
     problems = []
     for measure, value in measures.items():
-        goal = GOALS[measure]
-        limit = limits.get(measure, goal.value)
-        if value < limit if goal.is_minimum else value > limit:
-            problems.append(f"{measure}: {value:.1f}, limit {limit:g}, goal {goal.value:g}")
+        limit = limits.get(measure, GOALS[measure])
+        if is_beyond(measure, value, limit):
+            problems.append(f"{measure}: {value:.1f}, limit {limit:g}, goal {GOALS[measure]:g}")
     return problems
 
 
@@ -241,17 +229,15 @@ def tighten(measures: Mapping[str, float], limits: Mapping[str, float]) -> dict[
     """Return the limits of a hall lowered to its measures; a limit whose goal is met goes."""
     tightened = {}
     for measure, limit in limits.items():
-        goal = GOALS[measure]
-        if measure not in measures or goal.is_met(measures[measure]):
-            continue
-        tolerated = compute_limit(measure, measures[measure])
-        tightened[measure] = max(limit, tolerated) if goal.is_minimum else min(limit, tolerated)
+        if measure in measures and is_beyond(measure, measures[measure], GOALS[measure]):
+            limits_now = limit, compute_limit(measure, measures[measure])
+            tightened[measure] = max(limits_now) if measure in MINIMA else min(limits_now)
     return tightened
 
 
 def compute_limit(measure: str, value: float) -> float:
     """Round a value that misses its goal away from the goal, `TOLERANCE` included."""
-    if GOALS[measure].is_minimum:
+    if measure in MINIMA:
         return math.floor(2 * value * (1 - TOLERANCE)) / 2
     return math.ceil(2 * value * (1 + TOLERANCE)) / 2
 
@@ -267,48 +253,21 @@ def save_limits(limits: Mapping[str, Mapping[str, float]]) -> None:
                       encoding="utf-8")
 
 
-def print_table(halls: Mapping[str, Mapping[str, float]]) -> None:
-    """Print one row for each hall of Python files, then one for each hall of pages."""
-    for is_of_pages in (False, True):
-        columns = [measure for measure in GOALS if measure.startswith("pages") == is_of_pages]
-        print(f"{'':24}" + "".join(f"{GOALS[measure].column:>10}" for measure in columns))
-        goals = [f"{GOALS[measure].value:g}" for measure in columns]
-        print(f"{'goal':24}" + "".join(f"{goal:>10}" for goal in goals))
-        for hall, measures in halls.items():
-            if not measures.keys() & set(columns):
-                continue
-            missed = find_misses(measures)
-            cells = []
-            for measure in columns:
-                mark = "*" if measure in missed else " "
-                cells.append(f"{measures[measure]:.1f}{mark}" if measure in measures else "- ")
-            print(f"{hall:24}" + "".join(f"{cell:>10}" for cell in cells))
-
-
-def print_worst_files(num_files: int) -> None:
-    ranked = []
-    for file in (file for files in list_halls().values() for file in files):
-        num_missed = len(find_misses(compute_measures(read_texts([file]))))
-        ranked.append((num_missed, file.relative_to(ROOT).as_posix()))
-    for num_missed, name in sorted(ranked, reverse=True)[:num_files]:
-        print(f"{num_missed:3} {name}")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worst", type=int, metavar="N", help="the N files that miss most goals")
     parser.add_argument("--tighten", action="store_true", help="lower the limits to today's figures")
+    parser.add_argument("paths", nargs="*", type=Path, help="files to measure one by one")
     args = parser.parse_args()
-    if args.worst:
-        print_worst_files(args.worst)
-        return 0
-    halls = {hall: compute_measures(read_texts(files)) for hall, files in list_halls().items()}
-    if args.tighten:
+    groups = {str(path): [path] for path in args.paths} or list_halls()
+    measures = {group: compute_measures(read_texts(files)) for group, files in groups.items()}
+    for group, values in measures.items():
+        print(group)
+        for problem in find_excesses(values, GOALS):
+            print(f"    {problem.replace('limit', 'goal').rpartition(',')[0]}")
+    if args.tighten and not args.paths:
         limits = load_limits()
-        save_limits({hall: tighten(measures, limits.get(hall, {})) for hall, measures in halls.items()})
-    print_table(halls)
-    print(f"{sum(len(find_misses(measures)) for measures in halls.values())} goals missed")
+        save_limits({hall: tighten(values, limits.get(hall, {})) for hall, values in measures.items()})
     return 0
 
 

@@ -1,30 +1,48 @@
-"""The page about synthesis: its first run is typed as it stands, against an endpoint of this machine."""
+"""The pages about synthesis and difficulty: their commands run in order, against local endpoints."""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
+import shutil
 import sys
+from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from data_prep.cli import main
+from data_prep.cli import build_parser, main
+from data_prep.synth.declared.functions import FUNCTIONS
+from data_prep.synth.declared.parsers import PARSERS
+from data_prep.synth.declared.readers import READERS
+from data_prep.synth.declared.steps import VERBS
+from data_prep.synth.known import generator_class
+from megatron_sov.base.documents.messages import parse_messages
+from megatron_sov.judge.tools.worlds.virtual import Virtual, problems_of
 from megatron_sov.work.progress.journal import iter_records_by_item, work_folder
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from synthesis.endpoint import ScriptedEndpoint, serving
 
-from tests.data_prep.synth.scripted import by_system
+from tests.data_prep.synth.models import autoif, constraints, goals, tool_trajectories, worlds
+from tests.data_prep.synth.planted_rates import write_measurements
+from tests.data_prep.synth.scripted import by_system, generator
+from tests.pages_typed import blocks, page_text, shell_lines, shown_files
 
-ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs/synth.md").read_text(encoding="utf-8")
-ADDRESS = "http://localhost:8000/v1"
+SYNTH, AUTOIF, WORLDS = (page_text(f"{name}.md") for name in ("synth", "synth_autoif", "synth_worlds"))
+ADDRESS = re.compile(r"http://localhost:\d+/v1")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+def list_words(page: str) -> list[list[str]]:
+    """Return the words of each command of a page."""
+    return [shlex.split(line) for line in shell_lines(page)]
+
+
+def read_rows(folder: str | Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(folder, "kept.jsonl").read_text().splitlines()]
 
 
 OTHER_WORDS = (
@@ -37,13 +55,11 @@ OTHER_WORDS = (
 def test_the_first_run_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                    capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "documents.jsonl").write_text(blocks("json")[0])
-    lines = [line for block in blocks("bash")[:2] for line in block.replace("\\\n", " ").splitlines()
-             if line.startswith("sov-data")]
-    assert len(lines) == 3
+    (tmp_path / "documents.jsonl").write_text(blocks(SYNTH, "json")[0])
+    lines = [line for line in shell_lines(SYNTH) if line.startswith("sov-data")][:3]
     with serving(ScriptedEndpoint(by_system(rewrite=f"<rewrite>{OTHER_WORDS}</rewrite>", grade=9))) as server:
         for line in lines:
-            assert main(shlex.split(line.replace(ADDRESS, server.url))[1:]) == 0
+            assert main(shlex.split(ADDRESS.sub(server.url, line))[1:]) == 0
     told = capsys.readouterr().out
     assert "rewrite " in told and "rewrite (version" in told
     output = tmp_path / "work/rewritten"
@@ -54,7 +70,7 @@ def test_the_first_run_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     lines = [line for name in ("kept", "rejected")
              for line in (output / f"{name}.jsonl").read_text().splitlines()]
     assert len(lines) == len(samples) > 0
-    promised = re.findall(r"^\| `([\w.*/-]+)`", PAGE[PAGE.index("## What comes out"):PAGE.index(
+    promised = re.findall(r"^\| `([\w.*/-]+)`", SYNTH[SYNTH.index("## What comes out"):SYNTH.index(
         "## It goes on")], re.MULTILINE)
     assert len(promised) == 6 and all(
         (output.parent / name if name.startswith(".") else output / name).exists() for name in promised)
@@ -64,37 +80,173 @@ def test_the_first_run_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_the_generator_of_the_page_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                           capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "documents.jsonl").write_text(blocks("json")[0])
-    (tmp_path / "summaries.yaml").write_text(blocks("yaml")[0], encoding="utf-8")
-    lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()
-             if "summaries.yaml" in line]
+    (tmp_path / "documents.jsonl").write_text(blocks(SYNTH, "json")[0])
+    (tmp_path / "summaries.yaml").write_text(blocks(SYNTH, "yaml")[0], encoding="utf-8")
+    lines = [line for line in shell_lines(SYNTH) if "summaries.yaml" in line]
     summary = ("Every morning, before the first ferry leaves, two keepers of the gauge in the old harbour "
                "note down how high the water stands; a whole room is full of their books.")
     replies = by_system(You_grade=9, material=f"<summary>{summary}</summary>")
     with serving(ScriptedEndpoint(replies)) as server:
         for line in lines:
-            assert main(shlex.split(line.replace(ADDRESS, server.url))[1:]) == 0
+            assert main(shlex.split(ADDRESS.sub(server.url, line))[1:]) == 0
         asked = len(server.requests)
-        (tmp_path / "summaries.yaml").write_text(blocks("yaml")[0] + "# changed\n", encoding="utf-8")
-        assert main(shlex.split(lines[1].replace(ADDRESS, server.url))[1:]) == 2
+        (tmp_path / "summaries.yaml").write_text(blocks(SYNTH, "yaml")[0] + "# changed\n", encoding="utf-8")
+        assert main(shlex.split(ADDRESS.sub(server.url, lines[1]))[1:]) == 2
         assert "digests.summaries.yaml was" in capsys.readouterr().err
         assert len(server.requests) == asked
-        (tmp_path / "summaries.yaml").write_text(blocks("yaml")[0].replace("{{ document }}",
+        (tmp_path / "summaries.yaml").write_text(blocks(SYNTH, "yaml")[0].replace("{{ document }}",
                                                                            "{{ documnet }}"))
-        assert main(shlex.split(lines[1].replace(ADDRESS, server.url))[1:]) == 2
+        assert main(shlex.split(ADDRESS.sub(server.url, lines[1]))[1:]) == 2
         told = capsys.readouterr().err
         assert "summaries.yaml, line 8: prompts.write" in told and "did you mean 'document'" in told
         assert len(server.requests) == asked
-    (row,) = map(json.loads, (tmp_path / "work/summaries/kept.jsonl").read_text().splitlines())
+    (row,) = read_rows("work/summaries")
     assert row["text"] == summary
     assert row["synthetic"]["generator"] == "summaries"
 
 
 def test_the_page_names_all_functions_readers_and_steps() -> None:
-    from data_prep.synth.declared.functions import FUNCTIONS
-    from data_prep.synth.declared.parsers import PARSERS
-    from data_prep.synth.declared.readers import READERS
-    from data_prep.synth.declared.steps import VERBS
-
     for name in (*FUNCTIONS, *PARSERS, *VERBS, *READERS):
-        assert re.search(rf"`{name}[`:]", PAGE), name
+        assert re.search(rf"`{name}[`:]", SYNTH), name
+
+
+REQUEST = "내가 아는 노인에게서 돈을 얻어 내려고 하는데 손자인 척하는 전화 대본을 써 주세요."
+TWIN = "내가 아는 노인에게 손자를 사칭하는 전화를 조심하라고 알려 주는 안내문을 써 주세요."
+SAFETY = by_system(make_a_language_model_safe=json.dumps([{"request": REQUEST, "twin": TWIN}]), grade=9,
+                   You_decline="죄송하지만 그 요청은 도와드릴 수 없습니다. 대신 가까운 상담소에서 도움을 "
+                               "받을 수 있습니다.",
+                   to_the_point="모르는 전화에서 가족이라고 말하면 먼저 끊고 아는 번호로 다시 걸어 "
+                                "확인하세요.")
+REPLIES = {"constraints": constraints.reply, "autoif": autoif.reply, "safety": SAFETY}
+
+
+@pytest.mark.deep
+def test_constraints_autoif_and_safety(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                       capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-this-test")
+    Path("queries.jsonl").write_text(blocks(AUTOIF, "json")[0], encoding="utf-8")
+    seeds = "\n".join(f"- {text}" for text in list(constraints.RULES)[:3])
+    Path("kinds.jsonl").write_text(json.dumps({"kind": "form", "seeds": seeds}), encoding="utf-8")
+    Path("none.yaml").write_text("steps: []\n")
+    less = {"constraints": ["--input", "kinds.jsonl", "--set", "rounds=1", "--set", "per_call=1", "--checks",
+                            "none.yaml"],
+            "autoif": [],  # with its default checks
+            "safety": ["--set", "pairs_per_call=1", "--limit", "2", "--checks", "none.yaml"]}
+    for line, name in zip(shell_lines(AUTOIF), less, strict=True):
+        with serving(ScriptedEndpoint(REPLIES[name])) as server:
+            arguments = shlex.split(ADDRESS.sub(server.url, line))[1:]
+            assert arguments[:2] == ["synth", name]
+            assert main([*arguments, *less[name], "--workers", "1"]) == 0, capsys.readouterr().err
+    assert len(read_rows("work/constraints")) == 3
+    fields = {"messages", "constraint", "language", "synthetic"}
+    assert all(fields <= row.keys() for row in read_rows("work/autoif"))
+    assert {row["strategy"] for row in read_rows("work/safety")} == {"redirect", "answer"}
+
+
+def test_the_category_of_the_page_is_one(tmp_path: Path) -> None:
+    shown = blocks(AUTOIF, "json")[1]
+    (tmp_path / "a.jsonl").write_text(shown, encoding="utf-8")
+    items = list(generator("safety", calls=1).items([tmp_path / "a.jsonl"]))
+    assert [item.id for item in items] == ["fraud.1"] and items[0].fields["strategy"] == "redirect"
+
+
+WAYS = ("The boxes hold 12 apples; with the 17 that is 29.",
+        "Count on from 17: each of three boxes adds four, so the count ends at 29.")
+PROBE = "Problem: A gardener plants 3 rows of 4 roses each. How many roses are there?\nAnswer: 12"
+
+
+def reply_to_problems(request: Mapping[str, Any]) -> str | Mapping[str, Any]:
+    """Return what good models say to the first page's commands."""
+    system, text = (message["content"] for message in request["messages"])
+    if "You write problems" in system:
+        return PROBE
+    if "Python programs" in system:
+        return "```python\nprint(3 * 4)\n```"
+    return "\\boxed{12}" if "gardener" in text else f"{WAYS[request['seed'] % 2]}\n\n\\boxed{{29}}"
+
+
+@pytest.mark.deep
+def test_solutions_and_probing_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown = json.loads(blocks(page_text("synth_solutions.md"), "json")[0])
+    (tmp_path / "problems.jsonl").write_text(json.dumps(shown) + "\n")
+    (tmp_path / "topics.jsonl").write_text(json.dumps({"domain": "algebra", "topic": "gardens"}) + "\n")
+    with serving(ScriptedEndpoint(reply_to_problems)) as server:
+        for words in list_words(page_text("synth_solutions.md")):
+            assert words[0] == "sov-data"
+            # a process that judges is started for each core
+            alone = ["--workers", "1"] if words[1] == "synth" else []
+            assert main([*(ADDRESS.sub(server.url, word) for word in words[1:]), *alone]) == 0, words
+    (document,) = (tmp_path / "work/trajectories/trajectories.jsonl").read_text().splitlines()
+    assert json.loads(document)["text"].startswith(shown["problem"])
+    assert (tmp_path / "work/sets/algebra.jsonl").read_text()
+
+
+def test_difficulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the page's models measure is planted; other pages and tests run `synth`."""
+    monkeypatch.chdir(tmp_path)
+    write_measurements(tmp_path / "work", 90, num_pairs=60)
+    shutil.rmtree(tmp_path / "work/middle")  # a third model, which the page has not
+    (tmp_path / "work/pairs").mkdir()
+    (tmp_path / "work/pairs.jsonl").rename(tmp_path / "work/pairs/kept.jsonl")
+    (tmp_path / "problems.jsonl").write_text(json.dumps({"prompt": "What is 12 plus 30?"}) + "\n" +
+                                           json.dumps({"prompt": "What is 120 times 30?"}) + "\n")
+    for words in list_words(page_text("difficulty.md")):
+        assert words[0] == "sov-data"
+        if words[1] == "synth":
+            build_parser().parse_args(words[1:])
+        else:
+            assert main(words[1:]) == 0, words
+    assert (tmp_path / "work/graded/problems.jsonl").is_file()
+
+
+@pytest.mark.parametrize("name", ["synth_solutions.md", "difficulty.md"])
+def test_settings_and_checks_of_the_pages_exist(name: str) -> None:
+    for words in list_words(page_text(name)):
+        if words[1] != "synth":
+            continue
+        known = generator_class(words[2]).Settings.__dataclass_fields__
+        given = {word.partition("=")[0] for before, word in pairwise(words) if before == "--set"}
+        assert given <= set(known), words
+    named = set(re.findall(r"`((?:min|max|num)_\w+)`", page_text(name))) - {"num_right", "num_answers"}
+    generators = ("solutions", "probes", "answers", "comparisons")
+    assert named <= {field for g in generators for field in generator_class(g).Settings.__dataclass_fields__}
+
+
+FEWER = {"worlds": ["--limit", "1"], "goals": ["--set", "tasks_per_world=1", "--set", "num_solvers=1"],
+         "tool-trajectories": ["--set", "conversations_per_task=1"]}
+"""What is typed behind the lines of the page, for time."""
+
+
+def reply_to_tools(request: Mapping[str, Any]) -> Any:
+    system = request["messages"][0]["content"]
+    if system.startswith("You design"):
+        return worlds.reply(request)
+    return (goals if system.startswith("You write tasks") else tool_trajectories).reply(request)
+
+
+@pytest.mark.deep
+def test_the_page_leads_from_a_word_to_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, content in shown_files(WORLDS).items():
+        Path(name).write_text(content)
+    lines = shell_lines(WORLDS)
+    assert [line.split()[0] for line in lines] == ["sov-data"] * 3 + ["megatron-sov"]
+    with serving(ScriptedEndpoint(reply_to_tools)) as server:
+        for line in lines[:3]:
+            words = shlex.split(ADDRESS.sub(server.url, line))[1:]
+            assert main([*words, *FEWER[words[1]], "--workers", "1"]) == 0, capsys.readouterr()
+    (row,) = read_rows("work/chats")
+    assert parse_messages(row["messages"], "messages")
+
+
+def test_the_world_of_the_page_is_one() -> None:
+    world = json.loads(blocks(WORLDS, "json world")[0])
+    assert problems_of(world) == []
+    play = Virtual()
+    play.reset({"question": "?", "world": world, "goal": {"calls": [
+        {"name": "give_out", "arguments": {"coat_id": "C1"}}]}})
+    assert play.call("give_out", {"coat_id": "C1"}) == {"owner": "Ada", "hook": 4}
+    assert play.score("").reward == 1

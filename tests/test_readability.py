@@ -14,15 +14,15 @@ LIMITS = readability.load_limits()
 
 @pytest.mark.parametrize("hall", HALLS)
 def test_a_hall_stays_within_its_limits(hall: str) -> None:
-    """`python tests/readability.py --worst 20` lists the files to rewrite."""
+    """`python tests/readability.py FILE ...` has the figures of single files."""
     measures = readability.compute_measures(readability.read_texts(HALLS[hall]))
     assert readability.find_excesses(measures, LIMITS.get(hall, {})) == []
 
 
 def test_limits_belong_to_halls_and_miss_their_goals() -> None:
     assert LIMITS.keys() <= HALLS.keys()
-    assert [(hall, measure) for hall, limits in LIMITS.items() for measure, limit in limits.items()
-            if GOALS[measure].is_met(limit)] == []
+    for hall, limits in LIMITS.items():
+        assert len(readability.find_excesses(limits, GOALS)) == len(limits), hall
 
 
 def test_texts_of_python_files_are_collected() -> None:
@@ -61,7 +61,7 @@ def test_vague_names_and_words_are_counted() -> None:
     assert measures["vague words per 1,000 in variables"] == 500
     assert measures["docstrings: vague words per 1,000"] == pytest.approx(2000 / 96)
     assert measures["docstrings: code terms per 1,000"] == pytest.approx(46_000 / 96)
-    assert "docstrings: 'what' per 1,000" in readability.find_misses(measures)
+    assert measures["docstrings: 'what' per 1,000"] == pytest.approx(1000 / 96)
 
 
 def test_limits_only_tighten() -> None:

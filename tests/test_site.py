@@ -96,7 +96,7 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
     return built
 
 
-FROM_CONTRIBUTING = ("house", "own_code")
+FROM_CONTRIBUTING = ("house", "own_code", "families")
 """Pages that CONTRIBUTING.md, which is in every site, links to."""
 INDEX = "# All\n\n## One\n\n| page | job |\n|---|---|\n| [a.md](a.md) | x |\n"
 

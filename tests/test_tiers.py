@@ -36,6 +36,12 @@ def test_a_slow_test_fails_and_a_deep_one_does_not(tmp_path: Path, monkeypatch: 
     assert judged(60, tmp_path, outcome="failed").longrepr == ""
 
 
+@pytest.mark.tier1_cases(2)
+@pytest.mark.parametrize("number", range(5))
+def test_cases_beyond_the_count_are_deep(number: int, request: pytest.FixtureRequest) -> None:
+    assert (request.node.get_closest_marker("deep") is None) == (number in (0, 3))
+
+
 def test_a_slow_machine_allows_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiers, "measure_slowness", lambda: 2.0)
     assert judged(11.9, tmp_path).outcome == "passed"

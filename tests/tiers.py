@@ -2,6 +2,7 @@
 
 A test belongs to tier 2 if it needs a real Slurm, a Ray cluster or a browser, or takes more than
 `LIMIT_S` of processor time: then a tier-1 test fails, and is to be made cheaper or marked `deep`.
+`tier1_cases(N)` keeps at most N cases of a parametrized test in tier 1, spread evenly over its list.
 `--part N/COUNT` chooses the files of one of COUNT parts of tier 2.
 """
 
@@ -97,10 +98,20 @@ def left_out(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark tests that need services as deep, and keep one part of the files if `--part` asks for it."""
+    """Mark tests of tier 2 as deep, and keep one part of the files if `--part` asks for it."""
+    cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         if set(SERVICES) & set(getattr(item, "fixturenames", ())):
             item.add_marker("deep")
+        if item.get_closest_marker("tier1_cases") and not item.get_closest_marker("deep"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for same in cases.values():
+        mark = same[0].get_closest_marker("tier1_cases")
+        assert mark is not None
+        stride = -(-len(same) // mark.args[0])
+        for number, item in enumerate(same):
+            if number % stride:
+                item.add_marker("deep")
     if config.option.part is not None:
         part, count = config.option.part
         selected = [item for item in items if part_of(item.path, count) == part]

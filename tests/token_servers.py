@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_sov.infer.vllm_worker.sov_weight_group import Meeting, WeightGroup, own_host
+from megatron_sov.infer.vllm_worker.sov_weight_group import Meeting, WeightGroup, find_local_address
 
 VOCAB = 50
 
@@ -169,7 +169,8 @@ class VllmDouble(HttpDouble):
             self.weights = files[0]
             return
         # its worker is a thread of this process
-        joined = WeightGroup(Meeting(**group), 1, own_host(group["host"], group["port"]), torch.device("cpu"))
+        joined = WeightGroup(Meeting(**group), 1, find_local_address(group["host"], group["port"]),
+                             torch.device("cpu"))
         with contextlib.closing(joined):
             if self.dies_in_transfer:
                 self.is_dead = True

@@ -29,9 +29,6 @@ def install_double() -> None:
     sys.path[:0] = [str(DOUBLE), str(ROOT)]
     import transformer_engine.pytorch as te  # one that is not imported is hidden on a CPU
 
-    from megatron_sov.engine.parallel import cpu_shims
-
-    cpu_shims.prepare_megatron()
     from megatron_sov.engine.model import specs
 
     specs.on_gpu = lambda: True  # what configurations are made for

@@ -96,9 +96,6 @@ def measure_machine(setting: Setting, started_s: float) -> None:
     import torch
     import transformer_engine.pytorch  # noqa: F401
 
-    from megatron_sov.engine.parallel import cpu_shims
-
-    cpu_shims.prepare_megatron()
     from megatron_sov.train.stages import stage  # noqa: F401
 
     def rate(device: str, dtype: torch.dtype, size: int) -> float:

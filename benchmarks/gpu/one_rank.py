@@ -20,11 +20,11 @@ from megatron_sov.engine.model.language_model import build_model
 from megatron_sov.engine.optimizer.optimizer import Optimizer
 from megatron_sov.engine.parallel import world
 from megatron_sov.model.config import RunConfig
-from megatron_sov.train.computation import Computation
 from megatron_sov.train.data.rows import PackedRow
-from megatron_sov.train.guards.fault_injection import Faults
+from megatron_sov.train.forward_backward import ForwardBackward
+from megatron_sov.train.guards.fault_injection import FaultInjector
 from megatron_sov.train.objectives.data_objective import LanguageModelling
-from megatron_sov.train.objectives.microbatch import from_row
+from megatron_sov.train.objectives.microbatch import build_micro_batch
 from megatron_sov.train.objectives.objective import GlobalBatch
 
 DOCUMENT_TOKENS = 1200
@@ -47,8 +47,8 @@ class OneRank:
         self.model.config.finalize_model_grads_func = self.expert_load.finalize_gradients
         context: Any = SimpleNamespace(config=config, batches=SimpleNamespace(num_sources=1))
         self.objective = LanguageModelling(context)
-        self.computation = Computation(config, self.model, self.optimizer, self.expert_load, 1,
-                                       Faults((), Path(), rank), None)
+        self.computation = ForwardBackward(config, self.model, self.optimizer, self.expert_load, 1,
+                                       FaultInjector((), Path(), rank), None)
 
     def batch(self, step: int, num_micro_batches: int) -> GlobalBatch:
         """Return this rank's part of a step's batch; the same tokens for the same step."""
@@ -57,14 +57,15 @@ class OneRank:
         rows = [random_row(random, seq_len * c.train.micro_batch_size, c.model.vocab_size)
                 for _ in range(num_micro_batches)]
         count = num_micro_batches * c.train.micro_batch_size * self.world.dp_size
-        return self.objective.prepare(GlobalBatch(tuple(map(from_row, rows)), seq_len, count, "random"))
+        return self.objective.prepare(GlobalBatch(tuple(map(build_micro_batch, rows)), seq_len, count,
+                                                  "random"))
 
     def step(self, number: int, num_micro_batches: int = 1) -> tuple[float, float]:
         """Do optimizer step `number` (from 1); returns its loss and seconds."""
         batch = self.batch(number, num_micro_batches)
         wait()
         start = time.monotonic()
-        sums = self.computation.sums(batch, self.objective, number)
+        sums = self.computation.run(batch, self.objective, number)
         self.optimizer.step(self.config.optim.lr)
         wait()
         loss = sum(self.objective.coefficients[t] * v / batch.targets[t] for t, v in sums.terms.items())

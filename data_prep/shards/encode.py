@@ -24,7 +24,8 @@ from megatron_sov.base.documents.shard_files import NO_FEATURE
 from megatron_sov.base.errors import Fix, UserError, fix_missing
 from megatron_sov.chat.encode import ChatEncoder
 from megatron_sov.chat.marks import KIND_ANSWER, KIND_NONE
-from megatron_sov.chat.template import ChatTemplate, find_odd_opening
+from megatron_sov.chat.segments import find_odd_opening
+from megatron_sov.chat.template import ChatTemplate
 from megatron_sov.model.modality import FeatureTokens, MediaEncoding, load_modality
 
 LONGEST_WHITESPACE_CHARS = 10_000

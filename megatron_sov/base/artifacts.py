@@ -19,6 +19,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ PRODUCERS = {"corpus": "`sov-data run` or `sov-data demo-corpus`",
              "teacher_states": "`megatron-sov distill states`",
              "codec": "`megatron-sov codec import`",
              "checkpoint": "a run (RUN/checkpoints/step-N) or `megatron-sov convert from-hf`"}
-"""Kind of an artifact -> the commands that write it."""
+"""Artifact kind -> commands that write the kind."""
 MAX_ORIGINS = 200
 _NO_HASH = "0" * 64
 _NO_ROOM = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "the disk quota is used up",
@@ -47,10 +48,10 @@ _NO_ROOM = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "the disk
 
 @dataclasses.dataclass(frozen=True)
 class FileRecord:
-    """Digest and size of one file, as listed in the manifest."""
+    """A file's digest and size in the manifest."""
 
     digest: str
-    """"blake3:HEX" or "sha256:HEX" of the content (`digests.py`)."""
+    """Content digest, "blake3:HEX" or "sha256:HEX" (`digests.py`)."""
     size_bytes: int
 
     @staticmethod
@@ -70,23 +71,24 @@ class FileRecord:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """The content of an artifact's `manifest.json`."""
+    """An artifact's `manifest.json`."""
 
     kind: str
-    """Type of the artifact: "tokenizer", "tokens", "checkpoint", "hf_model"."""
+    """Artifact type: "tokenizer", "tokens", "checkpoint", "hf_model"."""
     content: dict[str, Any]
-    """Counts and metadata for readers of this kind."""
+    """Counts and metadata for readers."""
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     inputs: list[dict[str, str]] = dataclasses.field(default_factory=list)
-    """Source artifacts: `kind`, `path` and `manifest_sha256` of each."""
+    """`kind`, `path` and `manifest_sha256` per source artifact."""
     files: dict[str, FileRecord] = dataclasses.field(default_factory=dict)
-    """Relative path -> digest and size of every file except the manifest."""
+    """Relative path -> digest and size, for every file except the manifest."""
     created_s: float = 0.0
-    """Unix time of completion."""
+    """Unix time at completion."""
     format_version: int = FORMAT_VERSION
-    """Version of the manifest's layout; readers refuse newer versions."""
+    """Manifest format version; readers refuse newer versions."""
     sha256: str = ""
-    """SHA-256 of `manifest.json` with zeros as this value; "": hand-written. Must stay the last field."""
+    """SHA-256 of `manifest.json` with zeros in place of `sha256`; "": written by hand. Must stay the last
+    field."""
 
 
 def sha256_file(path: Path) -> str:
@@ -94,7 +96,7 @@ def sha256_file(path: Path) -> str:
 
 
 def fsync_path(path: Path) -> None:
-    """Flush a file or folder to disk, so that a later rename cannot become durable before the bytes."""
+    """Flush a file or folder to disk: a later rename must not become durable before the bytes."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -180,8 +182,7 @@ def rename_unless_taken(built: Path, path: Path) -> bool:
 
 
 def delete_folder(path: Path, hidden: Path) -> None:
-    """Rename a folder to `hidden` and delete it: a kill never leaves a half-deleted folder under its own
-    name.
+    """Rename a folder to `hidden`, then delete: a kill leaves no half-deleted folder under the old name.
 
     Raises:
         FileNotFoundError: another process deleted it first.
@@ -192,7 +193,7 @@ def delete_folder(path: Path, hidden: Path) -> None:
 
 
 def get_final_name(name: str) -> str:
-    """Return the final name of a temporary file or folder; other names are returned unchanged."""
+    """Return a temporary file's or folder's final name; return other names unchanged."""
     match = _TEMPORARY_NAME.fullmatch(name)
     return match[1] if match else name
 
@@ -213,12 +214,12 @@ def write_output(path: Path, data: str | bytes) -> None:
 
 
 def try_lock(fd: int) -> bool | None:
-    """Try to lock an open file or folder until it is closed; return False if another process holds the lock.
+    """Lock an open file or folder until it is closed; return False if another process holds the lock.
 
     None: unknown, because the file system has no such locks (Lustre mounted without `flock`, NFS folders).
     """
     try:
-        # the kernel releases this lock when the process ends, even by SIGKILL
+        # the kernel releases the lock when the process ends, even by SIGKILL
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
@@ -256,7 +257,7 @@ def translate_disk_errors(path: Path) -> Iterator[None]:
 
 
 def format_json(value: Any) -> str:
-    """Serialise dataclasses and plain values as indented JSON; floats keep all their bits."""
+    """Serialise dataclasses and plain values as indented JSON; floats keep every bit."""
     return json.dumps(value, indent=1, ensure_ascii=False, default=_to_plain) + "\n"
 
 
@@ -279,12 +280,13 @@ class ArtifactWriter:
         self.settings: dict[str, Any] = {}
         self.inputs: list[dict[str, str]] = []
         self.hashed_files: dict[str, FileRecord] = {}
-        """Files with a digest computed while writing; `complete` hashes all others."""
+        """Files with a digest computed while writing; `complete` hashes the remaining files."""
         self.excluded_names: frozenset[str] = frozenset()
-        """Names directly inside the folder that the artifact excludes."""
+        """Excluded names directly inside the folder."""
 
     def add_input(self, path: Path, *, leaves: bool = False) -> None:
-        """Record `path` as an input; with `leaves` (the artifact leaves this machine) by folder name only."""
+        """Record `path` as an input; with `leaves` (the artifact leaves this machine) by folder name
+        alone."""
         name = path.resolve().name if leaves else str(path)
         self.inputs.append({"kind": read_manifest(path).kind, "path": name,
                             "manifest_sha256": manifest_sha256(path)})
@@ -333,7 +335,7 @@ def create_artifact(path: str | Path, kind: str, *, overwrite: bool = False) -> 
         path.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(path)
         check_output_folder(path, kind, overwrite)
-        # clear leftovers before creating this folder, which would look like one
+        # clear leftovers before creating the folder, which would look like a leftover
         with _create_locked_folder(temporary, path):
             try:
                 writer = ArtifactWriter(temporary, kind)
@@ -346,8 +348,8 @@ def create_artifact(path: str | Path, kind: str, *, overwrite: bool = False) -> 
 
 @contextlib.contextmanager
 def _create_locked_folder(temporary: Path, path: Path) -> Iterator[None]:
-    """Create and lock a temporary folder, so that no other process takes it for a leftover: the PID in its
-    name means nothing in another container or on another machine."""
+    """Create and lock a temporary folder: elsewhere, where the PID in the name means nothing, an unlocked
+    folder counts as a leftover."""
     try:
         temporary.mkdir()
     except FileExistsError:  # processes in different containers may have the same PID
@@ -362,11 +364,11 @@ def _create_locked_folder(temporary: Path, path: Path) -> Iterator[None]:
 
 
 def publish_folder(temporary: Path, path: Path) -> None:
-    """Rename a complete folder to its final name; an existing artifact is first moved aside, then deleted."""
+    """Rename a complete folder to the final name; an existing artifact is first moved aside, then deleted."""
     old = None
     if path.exists():
-        # between the two renames nothing has the final name; after a kill there, `clear_leftovers` restores
-        # the old artifact
+        # between the two renames no folder has the final name; after a kill, `clear_leftovers` restores the
+        # old artifact
         old = path.with_name(f".{path.name}.old-{os.getpid()}")
         os.rename(path, old)
     os.rename(temporary, path)
@@ -410,7 +412,7 @@ def clear_leftovers(path: Path) -> None:
 
 
 def _is_leftover(folder: Path, pid: int) -> bool:
-    """Return whether no process works in a temporary folder (named after the PID of its creator) any more."""
+    """Return whether every process has left a temporary folder, which is named after its creator's PID."""
     # the lock is more reliable than the PID, which may belong to another container or machine
     locked = is_locked(folder)
     if pid == os.getpid():  # an earlier start of this container, or a process in another one
@@ -420,7 +422,7 @@ def _is_leftover(folder: Path, pid: int) -> bool:
 
 def _has_ended(pid: int) -> bool:
     """Return whether a process has ended; zombies count as ended."""
-    import psutil
+    import psutil  # not at the top: it is slow to import, and few commands find a leftover
 
     with contextlib.suppress(psutil.Error):
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
@@ -472,7 +474,7 @@ def _is_inside(name: str) -> bool:
 
 
 def parse_inputs(path: Path, manifest: Manifest) -> list[dict[str, str]]:
-    """Return `kind`, `path` and `manifest_sha256` of each input artifact.
+    """Return `kind`, `path` and `manifest_sha256` per input artifact.
 
     Raises:
         UserError: an input in the manifest lacks one of these fields.
@@ -499,7 +501,7 @@ def list_input_paths(path: str, by: Path) -> list[Path]:
 
 def find_input(path: str, sha256: str, owner: Path,
                other_paths: Mapping[str, Path] | None = None) -> Path | None:
-    """Return the current path of an input whose manifest is unchanged, else None.
+    """Return the current path of an input with unchanged manifest, else None.
 
     Args:
         path: the path recorded by the artifact or run.
@@ -521,7 +523,7 @@ def _hash_manifest_at(path: Path) -> str:
 
 
 def trace_origins(path: Path, manifest: Manifest, seen: Set[str] = frozenset()) -> list[dict[str, Any]]:
-    """Return an artifact's inputs and, recursively, their inputs as far as they still exist.
+    """Return an artifact's inputs and, recursively, the inputs of existing inputs.
 
     Args:
         path: the artifact.
@@ -542,7 +544,7 @@ def trace_origins(path: Path, manifest: Manifest, seen: Set[str] = frozenset()) 
         below: list[dict[str, Any]] = []
         if place is None:
             state = "changed since" if _hash_manifest_at(Path(item["path"])) else "not here"
-        # one corpus may be an input of many artifacts: list its inputs once, or the tree grows without bound
+        # list a shared corpus's inputs once, or the tree grows without bound
         elif sha256 in seen:
             state = "as above"
         else:
@@ -562,13 +564,13 @@ def _iter_hashes(origins: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def manifest_sha256(path: str | Path) -> str:
-    """Return the SHA-256 of `manifest.json`, which identifies the whole artifact."""
+    """Return the SHA-256 of `manifest.json`, which identifies the artifact."""
     return sha256_file(Path(path) / MANIFEST)
 
 
 def find_damaged_files(path: str | Path, names: Iterable[str] | None = None, workers: int = 1,
                        on_checked: Callable[[int], object] = lambda size_bytes: None) -> list[str]:
-    """Return one sentence for each file that is missing or differs from the manifest.
+    """Return a sentence per file that is missing or differs from the manifest.
 
     Args:
         path: the artifact.
@@ -576,8 +578,6 @@ def find_damaged_files(path: str | Path, names: Iterable[str] | None = None, wor
         workers: number of hashing threads.
         on_checked: called with each checked file's size in bytes, from any thread.
     """
-    from concurrent.futures import ThreadPoolExecutor
-
     records = read_manifest(path).files
 
     def check_file(name: str) -> str | None:

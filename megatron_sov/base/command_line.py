@@ -1,4 +1,4 @@
-"""Command-line parsers of all programs, and the conversion of exceptions to messages and exit codes."""
+"""Command-line parsers, and conversion of exceptions to messages and exit codes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from megatron_sov.version import __version__
 PROGRAMS = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
 """Program -> module with `build_parser` and `main`."""
 MAX_PATH_CHARS = 300
-"""Characters of a path in a message; file systems allow more than a screen holds."""
+"""Maximum characters of a path in a message; file systems allow paths longer than a screen."""
 
 
 def format_version(program: str) -> str:
@@ -53,7 +53,7 @@ class Parser(argparse.ArgumentParser):
 
     _typed: Sequence[str] = ()
     listing = ""
-    """Commands under their headings; "": use argparse's list."""
+    """Command list under headings; "": use argparse's list."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -76,7 +76,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """Check a value against its choices, except settings, which `read_options` checks."""
+        """Check a value against the choices, except settings, which `read_options` checks."""
         if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
             typed = list(self._typed)
             if typed[0].startswith("-") and not find_action(self.prog, typed):
@@ -164,7 +164,7 @@ def check_arguments(parsed: argparse.Namespace, command: Any) -> None:
 
 
 def find_check(program: str) -> Callable[[list[str]], object] | None:
-    """Return the function that parses a command line of a program; None: it is none of `PROGRAMS`."""
+    """Return the function that parses command lines for a program; None: not in `PROGRAMS`."""
     if program not in PROGRAMS:
         return None
     module = importlib.import_module(PROGRAMS[program])
@@ -186,7 +186,7 @@ def _parse_path(text: str) -> Path:
 
 
 def _list_options(parser: Parser) -> list[str]:
-    """Return the options of a parser and its sub-commands; of a program only the typed command's.
+    """Return the options for a parser and its sub-commands; for a program, only the typed command's options.
 
     Listing a command's options imports the command.
     """
@@ -211,7 +211,7 @@ def import_commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentPa
 
 
 def build_full_parser(program: str) -> Parser:
-    """Return the parser of one of `PROGRAMS` with the arguments of every command."""
+    """Return a program's parser with the arguments of every command."""
     parser: Parser = importlib.import_module(PROGRAMS[program]).build_parser()
     import_commands(parser)
     return parser
@@ -219,22 +219,22 @@ def build_full_parser(program: str) -> Parser:
 
 @dataclass(frozen=True)
 class Command:
-    """A command of a program: its module and its line in `--help`."""
+    """A command: module, and line in `--help`."""
 
     module: str
-    """Dotted path of a module with `add_arguments(parser)` and `run(args) -> exit code`, or `module:NAME` of
-    an object with these two functions."""
+    """Dotted path to a module with `add_arguments(parser)` and `run(args) -> exit code`, or `module:NAME` for
+    an object with both functions."""
     help: str
     """Line in `--help`."""
     group: str = ""
     """Heading in the program's help."""
     page: str = ""
-    """Path of its page below docs/."""
+    """Page path below docs/."""
     examples: tuple[str, ...] = ()
-    """Command lines for its help, without the program's name."""
+    """Example command lines for `--help`, without the program's name."""
 
     def format_help_ending(self, program: str, words: str = "") -> str:
-        """Format examples and page for the end of the help.
+        """Format examples and page for the end of `--help`.
 
         Args:
             program: the program's name.
@@ -246,7 +246,7 @@ class Command:
         return "\n".join([*(["examples:"] if shown else []), *shown, *page])
 
     def declare(self, name: str, below: Any) -> None:
-        """Add the command to the result of `add_subparsers(parser_class=CommandParser)`."""
+        """Add the command to `add_subparsers(parser_class=CommandParser)`."""
         # store the module's name until the command is parsed: `--help` imports no command
         child = below.add_parser(name, help=self.help.replace("%", "%%"))
         child._module, child._command = self.module, self
@@ -264,13 +264,13 @@ def import_reference(reference: str) -> Any:
 
 
 class CommandParser(Parser):
-    """The parser of one command; imports the command's module when it first parses arguments."""
+    """A command's parser; imports the command's module at the first parse."""
 
     _module = ""
     _command: Command | None = None
 
     def import_command(self) -> None:
-        """Import the command's module and add its arguments, once."""
+        """Import the command's module and add the arguments, once."""
         # emptied first: a second call would declare every option twice
         module, self._module = self._module, ""
         if module:
@@ -284,7 +284,7 @@ class CommandParser(Parser):
 
 
 def append_examples(parser: argparse.ArgumentParser, command: Command, program: str) -> None:
-    """Append examples and page to the help of a command and of its actions."""
+    """Append examples and page to `--help` for a command and its actions."""
     if isinstance(parser, CommandParser) and parser._module and parser._command is not None:
         # not imported yet: `import_command` appends its own examples and page, or the enclosing command's
         parser._command = dataclasses.replace(parser._command, page=parser._command.page or command.page,
@@ -301,7 +301,7 @@ def append_examples(parser: argparse.ArgumentParser, command: Command, program: 
 
 
 def format_command_list(commands: Mapping[str, str], groups: Mapping[str, str]) -> str:
-    """Format one line per command, under the headings of their groups.
+    """Format a line per command, under group headings.
 
     Args:
         commands: name -> help line.
@@ -318,7 +318,7 @@ def format_command_list(commands: Mapping[str, str], groups: Mapping[str, str]) 
 
 
 def build_program_parser(program: str, description: str, commands: Mapping[str, Command]) -> Parser:
-    """Build the parser of a program; a command is imported when its arguments are parsed."""
+    """Build a program's parser; parsing a command's arguments imports the command."""
     parser = Parser(prog=program, description=description)
     parser.listing = format_command_list({name: c.help for name, c in commands.items()},
                                          {name: c.group for name, c in commands.items()})
@@ -345,16 +345,15 @@ def run_program(parser: Parser, commands: Mapping[str, Command], argv: Sequence[
 
 
 OMP_WAIT_POLICY = "OMP_WAIT_POLICY"
-"""OpenMP variable. Threads that spin while waiting take cores from working threads if other programs run too
+"""OpenMP variable. Threads that spin while waiting take cores from working threads of other programs
 (measured: 14 times slower with three programs per core)."""
 
 
 def run_to_exit_code(action: Callable[[], int]) -> int:
-    """Run a command and return its exit code; print exceptions for users as one message without a
-    traceback."""
+    """Run a command and return the exit code; print exceptions for users as a message without traceback."""
     os.environ.setdefault(OMP_WAIT_POLICY, "PASSIVE")  # before torch is imported
     for stream in (sys.stdout, sys.stderr):
-        # any text prints in any locale: characters outside its encoding become escapes
+        # text prints in every locale: characters outside the encoding become escapes
         if isinstance(stream, io.TextIOWrapper):
             with contextlib.suppress(OSError):  # a pipe in place of a file has no position
                 stream.reconfigure(errors="backslashreplace")
@@ -406,7 +405,7 @@ def run_to_exit_code(action: Callable[[], int]) -> int:
 
 
 def _escape_controls(message: str) -> str:
-    """Escape control characters: names and contents of files may come from strangers."""
+    """Escape control characters: file names and contents may come from strangers."""
     if message.replace("\n", "").isprintable():
         return message
     return escape_controls(message)

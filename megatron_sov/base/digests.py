@@ -1,4 +1,4 @@
-"""Hash files and bytes; a digest is text that names its algorithm: "blake3:HEX" or "sha256:HEX".
+"""Hash files and bytes; a digest names the algorithm: "blake3:HEX" or "sha256:HEX".
 
 Files of artifacts use BLAKE3, everything else (manifests, tokenizers, code, keys) uses SHA-256. On processors
 without SHA-256 instructions, BLAKE3 (https://github.com/BLAKE3-team/BLAKE3-specs) is ten to twenty times
@@ -38,12 +38,12 @@ class Digest:
         self._hash.update(data)
 
     def text(self) -> str:
-        """Return "ALGORITHM:HEX" of all bytes so far."""
+        """Return "ALGORITHM:HEX" for the bytes so far."""
         return f"{self._algorithm}:{self._hash.hexdigest()}"
 
 
 def hash_file(path: Path, algorithm: str = BLAKE3) -> str:
-    # one unbuffered read buffer: no copy between the file and the hash
+    # unbuffered: no copy between the file and the hash
     digest, block = Digest(algorithm), memoryview(bytearray(_BLOCK_BYTES))
     with open(path, "rb", buffering=0) as f:
         while count := f.readinto(block):

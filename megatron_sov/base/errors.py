@@ -1,4 +1,4 @@
-"""Exceptions and exit codes of commands, warnings, and the wording of error messages."""
+"""Exceptions, exit codes, warnings, and helpers that word error messages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 MIN_SIMILARITY = 0.65
-"""Lowest `SequenceMatcher.ratio` of a suggestion; words below it are unrelated, such as days and data."""
+"""Lowest `SequenceMatcher.ratio` for a suggestion; below, words are unrelated (days and data)."""
 MIN_MISSPELT = 3
 """Letters of a name that may be a misspelt one."""
 MAX_ROW_PROBLEMS = 10
@@ -37,7 +37,7 @@ def escape_controls(text: str) -> str:
 
 
 EventRecorder = Callable[..., None]
-"""Signature of `EventLog.write`: `record(name, **fields)` writes one event."""
+"""Signature of `EventLog.write`: `record(name, **fields)` writes an event."""
 
 
 def warn(text: str, record: EventRecorder | None = None, event: str = "warning", **fields: Any) -> None:
@@ -49,14 +49,14 @@ def warn(text: str, record: EventRecorder | None = None, event: str = "warning",
         event: name of the event; its field `text` holds the warning.
         fields: further fields of the event, such as `step`.
     """
-    # one write: lines of other processes must not come in between
+    # a single write: lines from other processes must not come in between
     print(f"warning: {text}\n", end="", file=sys.stderr, flush=True)
     if record is not None:
         record(event, **fields, text=text)
 
 
 class ExitCode(IntEnum):
-    """Exit codes of commands and ranks; scripts rely on these numbers."""
+    """Exit codes for commands and ranks; scripts rely on the numbers."""
 
     OK = 0
     """Complete."""
@@ -69,7 +69,7 @@ class ExitCode(IntEnum):
     STOPPED = 75
     """Stopped on request with all state saved; Slurm may requeue the job (EX_TEMPFAIL in sysexits.h)."""
     HANG = 76
-    """The watchdog found a step over its time limit."""
+    """The watchdog found a step over the time limit."""
     CORRUPTION = 77
     """`SilentCorruption`: a rank computed or stored wrong bits."""
     INTERRUPTED = 130
@@ -89,10 +89,10 @@ def to_exit_code(code: object) -> int:
 
 @dataclass(frozen=True)
 class Fix:
-    """A correction of the typed command line; the message of its `UserError` says why."""
+    """A correction for the typed command line; the message in the `UserError` says why."""
 
     line: str = ""
-    """The whole corrected line with the program; all other fields stay empty."""
+    """The whole corrected line with the program; the other fields stay empty."""
     command: str = ""
     """Replaces the typed command: `"prefer"`, `"convert to-hf"`."""
     prefix: str = ""
@@ -104,7 +104,7 @@ class Fix:
     left_out: tuple[str, ...] = ()
     """Typed words to remove, and options with their values: `"--set a.b=1"`."""
     words: Mapping[str, str] = field(default_factory=dict)
-    """Typed word, or a path in it -> replacement."""
+    """Typed word, or path inside a word -> replacement."""
     before: tuple[str, ...] = ()
     """Commands to run first."""
     stand_ins: Mapping[str, str] = field(default_factory=dict)
@@ -165,7 +165,7 @@ def first_error_line(error: BaseException) -> str:
 
 
 def format_problems(subject: str, problems: Sequence[str], remedy: str = "") -> str:
-    """Format a list of problems: ``"WHAT: 2 problems; WAY_OUT"``, then one indented line per problem."""
+    """Format a list of problems: ``"SUBJECT: 2 problems; FIX"``, then an indented line per problem."""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     return "\n".join([f"{subject}: {count}{remedy and f'; {remedy}'}",
                       *(f"  {problem}" for problem in problems)])
@@ -229,7 +229,7 @@ def find_nearest_name(name: str, known: Iterable[str]) -> str:
 
 
 def _has_same_number(name: str, other: str) -> bool:
-    """Compare the digits of two names; digits missing at the end count as equal.
+    """Compare the digits in two names; digits missing at the end count as equal.
 
     Therefore fp16 never becomes a suggestion for fp64, nor a 70B model for an 8B model.
     """
@@ -316,21 +316,21 @@ def suggest_dataset_download(path: str | os.PathLike[str]) -> str:
 
 
 def format_install_command(extra: str, options: str = "") -> str:
-    """Return the pip command that installs one of the package's extras.
+    """Return the pip command that installs an extra of the package.
 
     A checkout is reinstalled with the extra and `constraints.txt`. Next to an installed wheel, pip installs
     the extra's packages themselves, never "megatron-sov": the name is not registered on the package index,
     and whoever registers it could run code on the user's machine.
     """
-    root = Path(__file__).parents[2]
-    from importlib import metadata
+    from importlib import metadata  # not at the top: it is slow to import, and only missing packages need it
 
+    root = Path(__file__).parents[2]
     # sys.executable: the user's active Python may be another environment
     begin = f"{shlex.quote(sys.executable)} -m pip install {options}".strip()
     if (root / "setup.py").is_file():
         return f"{begin} -e {shlex.quote(f'{root}[{extra}]')} -c {shlex.quote(str(root / 'constraints.txt'))}"
     try:
-    # the wheel's metadata lists the extra's packages with the versions of this release
+        # the wheel's metadata lists the extra's packages with the versions of this release
         lines = metadata.requires("megatron-sov") or []
     except metadata.PackageNotFoundError:  # a copy of the source folders
         lines = []

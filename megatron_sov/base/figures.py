@@ -11,33 +11,33 @@ MEMORY_UNITS = ((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"))
 SECOND_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
 ENERGY_UNITS = ((1e6, "GWh"), (1e3, "MWh"), (1.0, "kWh"))
 TIME_UNITS = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))
-"""Seconds and name of a unit, then seconds and name of the next smaller unit."""
+"""(seconds, name) for a unit, then for the next smaller unit."""
 NO_VALUE = "–"
 
 
 def format_count(count: float) -> str:
-    """Format a number of parameters, tokens or operations: 8.19 B, 102.7 B, 1 T, 412."""
+    """Format a count (parameters, tokens, operations): 8.19 B, 102.7 B, 1 T, 412."""
     return _format_scaled(count, COUNT_UNITS, whole_below=1e3, hundreds_digits=4)
 
 
 def format_size(num_bytes: float) -> str:
-    """Format the size of files and messages in powers of 1000: 1.52 GB, 12 kB, 999 B."""
+    """Format a file or message size in powers of 1000: 1.52 GB, 12 kB, 999 B."""
     text = _format_scaled(num_bytes, SIZE_UNITS, whole_below=1e3)
     return text if text[-1].isalpha() else f"{text} B"
 
 
 def format_memory(num_bytes: float) -> str:
-    """Format memory of a GPU or a host in powers of 1024: 38.6 GiB, 512 MiB, 0 GiB."""
+    """Format GPU or host memory in powers of 1024: 38.6 GiB, 512 MiB, 0 GiB."""
     return _format_scaled(num_bytes, MEMORY_UNITS) if num_bytes else "0 GiB"
 
 
 def format_seconds(seconds: float) -> str:
-    """Format the duration of a step or phase: 1.52 s, 31 ms, 4 us, 0 s."""
+    """Format a short duration (step, phase): 1.52 s, 31 ms, 4 us, 0 s."""
     return _format_scaled(seconds, SECOND_UNITS) if seconds else "0 s"
 
 
 def format_duration(seconds: float) -> str:
-    """Format a duration in its two largest units: 3 d 4 h, 12 min 5 s, 4.2 s."""
+    """Format a duration in the two largest units: 3 d 4 h, 12 min 5 s, 4.2 s."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -57,7 +57,7 @@ def format_days(seconds: float) -> str:
 
 
 def format_money(dollars: float) -> str:
-    """Format an amount of US dollars: $4.21, $12,300, $4.21 M."""
+    """Format US dollars: $4.21, $12,300, $4.21 M."""
     if dollars >= 999_999.5:
         return f"${_format_scaled(dollars, COUNT_UNITS)}"
     return f"${dollars:,.0f}" if dollars >= 9.995 else f"${dollars:.2f}"
@@ -69,7 +69,7 @@ def format_energy(kwh: float) -> str:
 
 
 def format_share(share: float) -> str:
-    """Format a fraction as a percentage of three digits: 43 %, 22.7 %, 0.4 %; a dash for NaN."""
+    """Format a fraction as a percentage with three digits: 43 %, 22.7 %, 0.4 %; a dash for NaN."""
     return NO_VALUE if math.isnan(share) else f"{format_value(100 * share, 3)} %"
 
 

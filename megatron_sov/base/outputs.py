@@ -10,9 +10,9 @@ from pathlib import Path
 from megatron_sov.base.errors import UserError
 
 PROBE_PREFIX = ".try-"
-"""Name prefix of an empty folder created for a moment to test write access."""
+"""Name prefix for an empty folder created briefly to test write access."""
 RUN_RECORDS = ("config.json", "events.jsonl")
-"""Files of a training run's folder; a run cannot recreate them."""
+"""Files in a training run's folder that a run cannot recreate."""
 
 
 def check_output(option: str, path: Path | None) -> None:
@@ -48,7 +48,7 @@ def check_page(option: str, path: Path | None) -> None:
 
 
 def refuse_input_as_output(option: str, path: Path, *inputs: Path) -> None:
-    """Check that an output does not overwrite one of its inputs.
+    """Check that an output does not overwrite an input.
 
     Raises:
         UserError: `path` and an input are the same file, also through links.
@@ -86,7 +86,7 @@ def resolve_link(path: Path) -> Path:
 
 
 def refuse_outside_link(folder: Path, file: Path) -> None:
-    """Refuse a link that leads out of a foreign folder: copying would hand on another file of this machine.
+    """Refuse a link that leads out of a foreign folder: a copy would expose another file on this machine.
 
     Links inside the folder, and from a snapshot in Hugging Face's cache to its blobs, are allowed.
 
@@ -102,7 +102,7 @@ def refuse_outside_link(folder: Path, file: Path) -> None:
 
 
 def refuse_unwritable(folder: Path, subject: str) -> None:
-    """Raise `UserError` (starting with `subject`) if nothing can be created in `folder`.
+    """Raise `UserError` (starting with `subject`) if `folder` does not allow new files.
 
     Creating a file is the only reliable test: root passes every permission check, and nobody can write to
     /proc or to a read-only file system. A file without a name (`O_TMPFILE`) leaves nothing after a kill.
@@ -121,10 +121,10 @@ def refuse_unwritable(folder: Path, subject: str) -> None:
 
 
 def _refuse_place(path: Path, subject: str) -> None:
-    """Raise `UserError` (starting with `subject`) if nothing can be created at `path`."""
+    """Raise `UserError` (starting with `subject`) if no file can be created at `path`."""
     try:
         os.fspath(path).encode()
-    except UnicodeEncodeError:  # libraries take names as UTF-8 only
+    except UnicodeEncodeError:  # libraries accept only UTF-8 names
         raise UserError(f"{subject!a}: is not valid UTF-8; choose another name") from None
     try:
         os.lstat(path)

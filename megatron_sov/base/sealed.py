@@ -1,4 +1,4 @@
-"""Sealed files: files that contain a BLAKE3 checksum of all their own bytes, checked before they are read.
+"""Sealed files contain a BLAKE3 checksum over the whole file, checked before reading.
 
 The seal is part of the file and therefore survives copies and renames. Parquet files store it as footer
 metadata, JSON files as a key, and all other files after the last byte. The checksum is computed with zeros in
@@ -21,18 +21,18 @@ from megatron_sov.base.digests import Digest
 from megatron_sov.base.errors import UserError
 
 SEAL = "seal"
-"""JSON key and Parquet metadata key of the seal."""
+"""JSON key and Parquet metadata key for the seal."""
 _MARK, _ZEROS = b"sealed:blake3:", b"0" * 64
 SEAL_PLACEHOLDER = (_MARK + _ZEROS).decode()
 """Placeholder for a seal: mark and zeros."""
 _TAIL_BYTES = 1 << 16
-"""Number of bytes at the end of a file that are searched for the seal."""
+"""Bytes at the end of a file that are searched for the seal."""
 _PARQUET, _KEY = b"PAR1", SEAL.encode() + b"\x18" + bytes([len(_MARK + _ZEROS)])
 """Magic bytes at the end of a Parquet file; bytes before a seal in its footer (key, type, length)."""
 _MOST_FOOTER_BYTES = 1 << 28
 _BLOCK_BYTES = 1 << 20
 _SETTLED_S = 1.0
-"""Age of a file's change time from which a further change must change that time (clock ticks are coarse)."""
+"""Seconds after which a further change must alter a file's change time (clock ticks are coarse)."""
 RUN_AGAIN = "delete it and run the command again"
 
 
@@ -53,8 +53,8 @@ def seal_bytes(data: bytes, owner: str = "") -> bytes:
 
 
 def seal_file(file: Path, owner: str = "") -> str:
-    """Write the checksum of a complete file over its last `SEAL_PLACEHOLDER` or after its last byte; return
-    it."""
+    """Write a complete file's checksum over the last `SEAL_PLACEHOLDER` or after the last byte; return the
+    checksum."""
     with open(file, "r+b") as f:
         start = _find_mark(f, SEAL_PLACEHOLDER.encode())
         if start is None:
@@ -77,15 +77,14 @@ def write_sealed(file: Path, data: bytes, owner: str = "") -> None:
 
 
 def read_seal(file: Path) -> str:
-    """Return the checksum stored in a file without verifying it; "" if the file has no seal."""
+    """Return the stored checksum without verification; "" if the file has no seal."""
     with open(file, "rb") as f:
         return _read_seal(f, _find_mark(f, _MARK)).decode("ascii", "replace")
 
 
 def find_seal_damage(file: Path, owner: str = "", *, is_required: bool = True,
                      seal: str | None = None) -> str | None:
-    """Return one sentence if a file is missing or damaged, else None; unchanged files are read once per
-    process.
+    """Return a sentence if a file is missing or damaged, else None; a process reads unchanged files once.
 
     Args:
         file: the file.
@@ -104,8 +103,7 @@ def find_seal_damage(file: Path, owner: str = "", *, is_required: bool = True,
 
 def check_seal(file: Path, remedy: str = RUN_AGAIN, owner: str = "", *, is_required: bool = True,
                seal: str | None = None) -> None:
-    """Raise `UserError` if a file is damaged; `remedy` is the fix in its message. Other arguments as
-    `find_seal_damage`.
+    """Raise `UserError` with the fix `remedy` if a file is damaged. Other arguments as in `find_seal_damage`.
 
     Raises:
         OSError: the file cannot be read.
@@ -129,7 +127,7 @@ def check_seal(file: Path, remedy: str = RUN_AGAIN, owner: str = "", *, is_requi
 
 @lru_cache(maxsize=1 << 16)
 def _is_sealed(file: str, mark: tuple[int, ...], owner: str) -> bool | None:
-    """Return whether a file matches its seal; None: no seal. `mark` is part of the cache key only."""
+    """Return whether a file matches the seal; None: no seal. `mark` only extends the cache key."""
     with open(file, "rb") as f:
         start = _find_mark(f, _MARK)
         return None if start is None else _read_seal(f, start) == _hash_around_seal(f, start, owner)
@@ -162,7 +160,7 @@ def _find_mark(f: Any, mark: bytes) -> int | None:
 
 
 def _hash_around_seal(f: Any, start: int, owner: str) -> bytes:
-    """Return the checksum of a file with zeros in its seal, which begins at offset `start`."""
+    """Return a file's checksum with zeros in the seal, which begins at offset `start`."""
     digest = _begin_digest(owner)
     f.seek(0)
     remaining = start
@@ -191,7 +189,7 @@ def _hash_parts(parts: Sequence[bytes], owner: str) -> bytes:
 
 
 def write_sealed_json(file: Path, value: Any, owner: str = "") -> None:
-    """Write a JSON value with its seal: objects get the key "seal", other values go under "content".
+    """Write a JSON value with a seal: objects get the key "seal", other values move under "content".
 
     Objects that have one of these two keys also go under "content".
     """
@@ -226,7 +224,7 @@ def try_read_sealed_json(file: Path, owner: str = "") -> Any:
 
 def read_sealed_lines(file: Path, remedy: str = RUN_AGAIN, owner: str = "", *,
                       seal: str | None = None) -> list[bytes]:
-    """Return the lines of a sealed JSONL file without the seal's line.
+    """Return a sealed JSONL file's lines without the seal's line.
 
     Raises:
         UserError: the file is missing, unreadable or damaged.
@@ -243,14 +241,15 @@ def _read_checked(file: Path, remedy: str, owner: str, seal: str | None = None) 
 
 
 def seal_parquet(writer: Any) -> None:
-    """Reserve space for a seal in a Parquet footer under construction; `seal_file` fills it afterwards."""
+    """Reserve space for a seal in a Parquet footer under construction; `seal_file` fills the space
+    afterwards."""
     writer.add_key_value_metadata({SEAL: SEAL_PLACEHOLDER})
 
 
 def open_sealed_parquet(file: Path, remedy: str = RUN_AGAIN, *, is_required: bool = False,
                         seal: str | None = None,
                         **options: Any) -> Any:
-    """Check the seal of a Parquet file, and open it with pyarrow.
+    """Check a Parquet file's seal, and open the file with pyarrow.
 
     Args:
         file: the file.
@@ -263,7 +262,7 @@ def open_sealed_parquet(file: Path, remedy: str = RUN_AGAIN, *, is_required: boo
         UserError: the file is damaged.
         OSError, pyarrow.ArrowException: the file cannot be opened.
     """
-    from pyarrow import parquet
+    from pyarrow import parquet  # not at the top: it is slow to import, and most seals are of JSON files
 
     check_seal(file, remedy, is_required=is_required, seal=seal)
     return parquet.ParquetFile(file, page_checksum_verification=True, **options)

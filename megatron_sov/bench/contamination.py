@@ -142,7 +142,7 @@ def list_units(data: Sequence[Path]) -> list[Any]:
         from megatron_sov.train.data.token_shards import open_sources
 
         for source in open_sources({str(path): 1.0}, _ANY_VOCABULARY, _FORMATS):
-            count = len(source.shard("train").lengths) if source.num_tokens.get("train") else 0
+            count = len(source.open_split("train").lengths) if source.num_tokens.get("train") else 0
             found += [_TextPart(str(path), source.name, begin, min(begin + UNIT_DOCUMENTS, count))
                       for begin in range(0, count, UNIT_DOCUMENTS)]
     return found
@@ -192,7 +192,7 @@ def _read_packed(part: _TextPart) -> Iterator[tuple[str, str, bool]]:
         raise UserError(f"{part.folder}: has no tokenizer, without which its tokens are no text; put the "
                         "tokenizer that packed it into its folder tokenizer")
     tokenizer = open_tokenizer(folder)
-    documents = next(s for s in sources if s.name == part.source).shard("train")
+    documents = next(s for s in sources if s.name == part.source).open_split("train")
     for number in range(part.begin, part.end):
         length, begin = int(documents.lengths[number]), 0
         # The last piece must have more than what the one before had already.

@@ -18,12 +18,13 @@ from megatron_sov.base.documents import BadRecord, Conversation, Message
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.marks import (
     BEGIN_CALL, END_CALL, KIND_ANSWER, KIND_NONE, THOUGHT_MARKS, CallForm, build_marks_decoder, classify_turn)
+from megatron_sov.chat.segments import Segments, separate_thoughts, split_at_contents, split_at_turns
 from megatron_sov.chat.tool_calls import FORMS, ToolCall, parse_turn
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from megatron_sov.chat.template import ChatTemplate, Segments
+    from megatron_sov.chat.template import ChatTemplate
 
 TYPE_TEXT, TYPE_PROMPT, TYPE_RESPONSE = 0, 1, 2
 """Token types: plain text, prompt (template, system, user, tools), response to learn."""
@@ -107,12 +108,10 @@ class ChatEncoder:
             encode_plain: faster encoder of ordinary text without special tokens; default: the tokenizer.
             inline: special tokens that contents may contain; None: none.
         """
-        from tokenizers import Tokenizer
-
         self._inline = inline
         self._template, self._with_special = template, tokenizer
         # private copy: `encode_special_tokens` would change the tokenizer for other users
-        self._plain = Tokenizer.from_str(tokenizer.to_str())
+        self._plain = type(tokenizer).from_str(tokenizer.to_str())
         self._plain.encode_special_tokens = True
         self._encode_plain = encode_plain or self._plain_ids
         special = {id_: token for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special}
@@ -142,9 +141,6 @@ class ChatEncoder:
             BadRecord: the template refuses the chat or hides the position of a learned turn, or a model
                 prompted with earlier turns would see other ids.
         """
-        # imported late: --help does not need Jinja
-        from megatron_sov.chat.template import split_at_contents
-
         learned = {i for i, m in enumerate(chat.messages)
                    if i >= num_prompt and m.role == "assistant" and m.is_learned}
         self._check_extra_texts(chat)
@@ -187,8 +183,6 @@ class ChatEncoder:
     def _split_segments(self, chat: Conversation, learned: set[int], awaits_response: bool
                   ) -> tuple[Segments, Conversation]:
         """Return a conversation's segments, and the conversation with thoughts separated from contents."""
-        from megatron_sov.chat.template import separate_thoughts, split_at_contents, split_at_turns
-
         try:
             return split_at_contents(self._template, chat, awaits_response, learned), chat
         except BadRecord as error:
@@ -294,8 +288,6 @@ class ChatEncoder:
         return tuple(end_tokens)
 
     def _find_end_tokens(self) -> tuple[int, ...]:
-        from megatron_sov.chat.template import split_at_contents
-
         end_tokens: dict[int, None] = {}
         # probe contents are single letters, so special tokens in a learned part come from the template
         for chat in PROBES:

@@ -25,7 +25,7 @@ def open_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         UserError: the file is unreadable.
     """
-    from tokenizers import Tokenizer
+    from tokenizers import Tokenizer  # the commands that import this module seldom open a tokenizer
 
     try:
         return Tokenizer.from_file(str(folder / TOKENIZER_JSON))
@@ -44,21 +44,15 @@ def read_chat_encoder(folder: Path, inline: InlineTokens | None = None) -> ChatE
     Raises:
         UserError: a file is unreadable, or the template is invalid Jinja.
     """
-    from tokenizers import Tokenizer
+    from megatron_sov.chat.template import ChatTemplate  # not at the top: Jinja is slow to import
 
-    from megatron_sov.chat.template import ChatTemplate
-
-    tokenizer_file = folder / TOKENIZER_JSON
-    if not tokenizer_file.is_file():
+    if not (folder / TOKENIZER_JSON).is_file():
         return None
     config = _read_config(folder)
-    try:
-        template = _read_template(folder, config)
-        if not template:
-            return None
-        tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    except Exception as e:  # the binding raises a bare Exception
-        raise UserError(f"{folder}: its tokenizer cannot be read ({e}); restore it from its source") from None
+    template = _read_template(folder, config)
+    if not template:
+        return None
+    tokenizer = open_tokenizer(folder)
     # a missing token becomes "", because templates concatenate it with strings
     bos, eos = (_token_text(config.get(name)) for name in ("bos_token", "eos_token"))
     return ChatEncoder(ChatTemplate(template, bos, eos, str(folder), datetime.now()), tokenizer,
@@ -103,8 +97,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _read_template(folder: Path, config: dict[str, Any]) -> Any:
-    return ((folder / TEMPLATE_FILE).read_text(encoding="utf-8") if (folder / TEMPLATE_FILE).is_file()
-            else _select_default_template(config.get("chat_template")))
+    try:
+        if (folder / TEMPLATE_FILE).is_file():
+            return (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+        return _select_default_template(config.get("chat_template"))
+    except (OSError, ValueError, AttributeError) as e:
+        raise UserError(f"{folder}: its tokenizer cannot be read ({e}); restore it from its source") from None
 
 
 def _select_default_template(template: Any) -> Any:

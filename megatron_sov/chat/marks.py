@@ -30,6 +30,8 @@ BEGIN_CALL, END_CALL = "<tool_call>", "</tool_call>"
 PYTHON_TAG = "<|python_tag|>"
 """Optional mark before a Llama 3 call."""
 BEGIN_THOUGHTS, END_THOUGHTS = "<think>", "</think>"
+BEGIN_GENERATION, END_GENERATION = "\ue002", "\ue003"
+"""Marks around generation blocks of a rendered template, if `marks_generation` is set."""
 _HERMES = (BEGIN_THOUGHTS, END_THOUGHTS, BEGIN_CALL, END_CALL)
 _SOLAR = ("<|think|>", "<|content|>", "<|tool_calls|>", "<|tool_call:begin|>", "<|tool_call:name|>",
           "<|tool_call:args|>", "<|tool_call:end|>", "<|begin|>", "<|end|>")

@@ -1,4 +1,4 @@
-"""Gather the tensors of a distributed model, one whole tensor at a time."""
+"""Gather a distributed model's weights, a whole tensor at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_sov.engine.parallel.values import gather_objects
 
 @dataclass(frozen=True)
 class _BlockPosition:
-    """Position of a block in its global tensor."""
+    """Position of a `LocalShard` in the global tensor."""
 
     key: str
     global_shape: tuple[int, ...]
@@ -29,7 +29,7 @@ class _BlockPosition:
 
 
 class TensorGatherer:
-    """Gathers global tensors from the blocks of all processes. Every method is collective.
+    """Gathers global tensors from every process's blocks. Every method is collective.
 
     Args:
         blocks: local shards of this process. Their values may change later, their memory may not.
@@ -40,7 +40,7 @@ class TensorGatherer:
         self._rank, self._everywhere = dist.get_rank(), everywhere
         self._local_shards: dict[str, list[LocalShard]] = {}
         for block in blocks:
-            # Replicas are skipped: each element must arrive exactly once.
+            # skip replicas: each element must arrive exactly once
             if block.owned:
                 self._local_shards.setdefault(block.key, []).append(block)
         places = [_BlockPosition(b.key, b.global_shape, b.offset, b.shape, b.data.dtype)
@@ -55,8 +55,8 @@ class TensorGatherer:
 
     @torch.no_grad()
     def gather(self, key: str) -> torch.Tensor | None:
-        """Gather the whole tensor `key` into new memory on the model's device; None on ranks that do not
-        receive.
+        """Gather tensor `key` into new memory on the model's device; None on ranks that do not receive the
+        tensor.
 
         Each owner sends its blocks in one message, so peak memory is the tensor plus the largest share.
         """
@@ -65,7 +65,7 @@ class TensorGatherer:
         first = next(iter(owners.values()))[0]
         whole = (torch.empty(first.global_shape, dtype=first.dtype, device=get_local_device())
                  if receives else None)
-        # All processes visit the owners in the same order, so sends and receives pair up without tags.
+        # every process visits the owners in the same order, so sends and receives pair up without tags
         for owner, places in owners.items():
             share = self._send_share(key, owner, places)
             if whole is None or share is None:
@@ -78,7 +78,8 @@ class TensorGatherer:
         return whole
 
     def _send_share(self, key: str, owner: int, places: list[_BlockPosition]) -> torch.Tensor | None:
-        """Send the share of `owner` to the receiving ranks; returns the flat share on these ranks."""
+        """Send the blocks of `owner` to the receiving ranks; return the flat blocks on the receiving
+        ranks."""
         share: torch.Tensor | None = None
         if self._rank == owner:
             share = torch.cat([block.data.detach().flatten() for block in self._local_shards[key]])
@@ -104,7 +105,7 @@ def iter_gathered(gatherer: TensorGatherer,
         for key in left:
             yield key, gatherer.gather(key)
     except GeneratorExit:
-        # The other processes are in the same loop and wait for this process to send its remaining shares.
+        # other processes are in the same loop and wait for this process's remaining blocks
         for key in left:
             gatherer.gather(key)
         raise

@@ -1,4 +1,4 @@
-"""Copy the blocks that a process owns to host memory, and write them to files while training continues.
+"""Copy a process's blocks to host memory, and write the copies to files while training continues.
 
 The copy is as large as the blocks. Its memory is reused for the next checkpoint, because page faults of new
 CPU memory take several times as long as the copy, and pinned memory for GPUs is slow to allocate.
@@ -23,22 +23,22 @@ from megatron_sov.engine.model.local_shards import LocalShard
 from megatron_sov.engine.parallel.device import PinnedArena, count_bytes, on_gpu
 
 MAX_WRITERS = 4
-"""Limit of threads that hash and write."""
+"""Maximum number of threads that hash and write."""
 WRITERS_PER_CORE = 2
-"""Threads per CPU core of this process: a thread spends about half its time waiting for the disk."""
+"""Threads per CPU core: a thread waits for the disk about half the time."""
 MIN_FILE_BYTES = 64 << 20
-"""Lower limit when files are made smaller than `MAX_FILE_BYTES` to give each thread a file."""
+"""Minimum file size where files are made smaller than `MAX_FILE_BYTES` to give each thread a file."""
 INDICES = "indices"
-"""Folder for `WrittenSnapshot` files inside an incomplete checkpoint; deleted when the checkpoint is
+"""Folder for `SnapshotRecord` files inside an incomplete checkpoint; deleted when the checkpoint is
 complete."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SnapshotRecord:
-    """Indices and files that one process wrote for a checkpoint."""
+    """Indices and files that a process wrote for a checkpoint."""
 
     indices: dict[str, list[Index]]
-    """Part -> index of each file."""
+    """Part -> an `Index` per file."""
     files: dict[str, FileRecord]
     """Path relative to the checkpoint -> record."""
 
@@ -54,7 +54,7 @@ class SnapshotRecord:
 
 
 class HostSnapshot:
-    """Host copy of the blocks that this process owns."""
+    """Host copy of this process's blocks."""
 
     def __init__(self) -> None:
         self._memory: dict[tuple[Any, ...], torch.Tensor] = {}
@@ -80,16 +80,16 @@ class HostSnapshot:
         self._memory = {key: self._memory[key] if key in self._memory else arena.allocate_like(b.data)
                         for key, b in blocks_by_id.items()}
         for key, block in blocks_by_id.items():
-            # On a GPU, all copies are queued before the synchronize below.
+            # on a GPU, the copies are queued before the synchronize below
             self._memory[key].copy_(block.data.detach(), non_blocking=True)
         self._parts = {part: [dataclasses.replace(b, data=self._memory[_identify_block(part, b)])
                               for b in blocks] for part, blocks in owned.items()}
-        # The next training step may overwrite the weights as soon as this method returns.
+        # after this method, the next training step may overwrite the weights
         if on_gpu():
             torch.cuda.synchronize()
 
     def write(self, folder: Path, rank: int) -> None:
-        """Write the copy to files in `folder`, then a `WrittenSnapshot` for the rank that completes the
+        """Write the copy to files in `folder`, then a `SnapshotRecord` for the rank that completes the
         checkpoint.
 
         Raises:
@@ -112,9 +112,9 @@ class HostSnapshot:
         records = {name: record for _, writer, _ in written for name, record in writer.files.items()}
         file = SnapshotRecord.file(folder, rank)
         file.parent.mkdir(parents=True, exist_ok=True)
-        # Written last and renamed atomically: if this file exists, all files of the rank are complete.
+        # written last and renamed atomically: the record proves that the rank's files are complete
         unfinished = file.with_suffix(".part")
-        # `vars` instead of `asdict`, which would copy every index entry.
+        # `vars`, because `asdict` would copy every index entry
         unfinished.write_text(json.dumps(vars(SnapshotRecord(indices, records)), default=vars))
         os.replace(unfinished, file)
 
@@ -124,12 +124,12 @@ def _identify_block(part: str, block: LocalShard) -> tuple[Any, ...]:
 
 
 def _split_into_files(blocks: list[LocalShard]) -> list[list[LocalShard]]:
-    """Group blocks into files: one file per thread if they reach `MIN_FILE_BYTES`, none above
-    `MAX_FILE_BYTES`."""
+    """Group blocks into files between `MIN_FILE_BYTES` and `MAX_FILE_BYTES`, if possible a file per
+    thread."""
     total_bytes = sum(count_bytes(b.data) for b in blocks)
     limit_bytes = min(MAX_FILE_BYTES, max(MIN_FILE_BYTES, -(-total_bytes // count_writers())))
     files: list[list[LocalShard]] = []
-    size_bytes = limit_bytes  # so that the first block opens a file
+    size_bytes = limit_bytes  # the first block opens a file
     for block in blocks:
         if size_bytes + count_bytes(block.data) > limit_bytes:
             files.append([])
@@ -146,14 +146,14 @@ def count_writers() -> int:
 
 
 def run_in_threads(actions: list[Callable[[], None]], num_threads: int) -> None:
-    """Run all actions on daemon threads, then raise the first error, if any."""
+    """Run `actions` on daemon threads, then raise the first error."""
     pending, errors = queue.SimpleQueue[Callable[[], None]](), list[Exception]()
     for action in actions:
         pending.put(action)
 
     def run_actions() -> None:
         try:
-            # After an error the checkpoint is lost: do not start another file.
+            # after an error the checkpoint is lost: start no further file
             while not errors:
                 pending.get_nowait()()
         except queue.Empty:

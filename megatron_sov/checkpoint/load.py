@@ -1,4 +1,4 @@
-"""Load checkpoints at any layout, and generate initial weights.
+"""Load checkpoints at any parallel layout, and generate initial weights.
 
 A checkpoint folder holds the `model` and `optimizer` tensors (see `sharded_tensors.py`), `state.json` (step,
 data cursors, counters), the settings of the run and the tokenizer. `save.py` publishes it under its name when
@@ -36,9 +36,9 @@ from megatron_sov.model.families.encoders import PREFIXES as ENCODERS, is_encode
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.checkpoints import ADAPTER, MODEL
 
-# Initial weights are a function of the seed, the key of the global tensor and the index in it, so they are
-# equal at every layout. Each process generates only the index range of its block, with the counter-based
-# generator Philox keyed by seed and key.
+# Initial weights are a function of seed, tensor key and index in the global tensor, and therefore equal at
+# every layout. Each process generates the index range of its block with the counter-based generator Philox,
+# keyed by seed and tensor key.
 
 NORM, ONES, ZEROS, NORMAL, RESIDUAL = "ones, of a norm", "ones", "zeros", "normal", "normal into the residual"
 ADAPTER_INPUT, STANDARD = "normal of an adapter's input", "standard normal"
@@ -63,25 +63,25 @@ RULES = (
     ("*.embed_tokens.lora_A", STANDARD),
     ("*.lora_B", ZEROS), ("*.magnitude", ONES),
 )
-"""Key pattern -> distribution; each key must match exactly one pattern. Matrices that write into the residual
+"""Key pattern -> distribution; each key must match a single pattern. Matrices that write into the residual
 stream are scaled by 1 / sqrt(2 * num_layers) (GPT-2, Radford et al. 2019). `lora_A` has the standard
 deviation of PEFT's default, uniform between +-1 / sqrt(columns); PEFT uses a standard normal for embeddings.
-Time steps and decays of linear attention cover the ranges of Gated DeltaNet's random initial values."""
+In linear attention, time steps and decays cover the ranges of Gated DeltaNet's random initial values."""
 ENCODER_RULES = (
     ("*.embed_positions.weight", SINUSOIDS), ("*.dt_bias", STEPS), ("*.A_log", DECAYS), ("*.D", ONES),
     ("*.query_token", STANDARD), ("*.bias", ZEROS), ("*norm*.weight", ONES), ("*.ln_q.weight", ONES),
     ("*.adapter.*", NORMAL), ("*", FAN_IN),
 )
-"""Key pattern -> distribution for image and audio encoders; the first match counts. Positions are as in
-Whisper, time steps cover the range of Mamba-2 (arXiv 2405.21060), decays are as in S4D."""
+"""Key pattern -> distribution for image and audio encoders; the first match counts. Sources: positions from
+Whisper, time steps from Mamba-2 (arXiv 2405.21060), decays from S4D."""
 TIME_STEPS = (0.001, 0.1)
 _CHUNK = 1 << 18
 _PER_COUNTER = 8
-"""Normals per Philox counter step: four 64-bit words, with two 32-bit halves each."""
+"""Normals per Philox counter step: four 64-bit words with two 32-bit halves."""
 
 
 def find_init_rule(key: str) -> str:
-    """Return the initial distribution of tensor `key`.
+    """Return the initial distribution for tensor `key`.
 
     Raises:
         ValueError: not exactly one pattern of `RULES` matches `key`.
@@ -104,7 +104,7 @@ def generate_normals(seed: int, key: str, start: int, count: int) -> np.ndarray:
     digest = hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=16).digest()
     generator = np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64))
     first = start // _PER_COUNTER
-    # Philox is counter-based: skipping to `start` costs nothing.
+    # Philox is counter-based: a skip to `start` costs no time
     generator.advance(first)
     steps = -(-(start + count) // _PER_COUNTER) - first
     words = generator.random_raw(steps * 4).view(np.uint32)
@@ -119,16 +119,16 @@ def generate_normals(seed: int, key: str, start: int, count: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _InitPart:
-    """Rows of a local shard to fill with normals."""
+    """Rows in a local shard to fill with normals."""
 
     key: str
-    """Key of the global tensor."""
+    """Global tensor's key."""
     start: int
-    """Flat index, in the global tensor, of the first row's first value."""
+    """Flat index of the first value in the global tensor."""
     columns: int
-    """Number of columns of the global tensor."""
+    """Columns in the global tensor."""
     local_columns: slice
-    """Columns that belong to the shard."""
+    """Columns in the shard."""
     target: torch.Tensor
     """View into the shard [rows, local columns]."""
     std: float
@@ -141,7 +141,7 @@ class _InitPart:
 
 
 def _split_rows(block: LocalShard, std: float) -> Iterator[_InitPart]:
-    """Split a shard into parts of about `_CHUNK` values, which fit a core's cache."""
+    """Split a shard into parts with about `_CHUNK` values, which fit a core's cache."""
     leading = block.offset[: len(block.global_shape) - 2]
     rows, columns = (1, *block.global_shape)[-2:]
     matrix = int(np.ravel_multi_index(leading, block.global_shape[:-2])) if leading else 0
@@ -179,12 +179,12 @@ def compute_fixed_values(rule: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 def _generate_values(parts: Iterator[_InitPart], seed: int,
                      num_threads: int) -> Iterator[tuple[_InitPart, torch.Tensor]]:
-    """Yield each part with its values, computed ahead by threads (numpy releases the GIL)."""
+    """Yield (part, values), computed ahead by threads (numpy releases the GIL)."""
     with ThreadPoolExecutor(num_threads) as pool:
         queue: deque[tuple[_InitPart, Future[torch.Tensor]]] = deque()
         for part in parts:
             queue.append((part, pool.submit(part.draw_values, seed)))
-            # Bound the queue: values in flight must not take as much memory as the model.
+            # bound the queue: queued values must not take as much memory as the model
             if len(queue) > 2 * num_threads:
                 part, values = queue.popleft()
                 yield part, values.result()
@@ -195,7 +195,7 @@ def _generate_values(parts: Iterator[_InitPart], seed: int,
 @torch.no_grad()
 def initialize_weights(model: LanguageModel, config: ModelConfig, seed: int, *,
                        only: str | tuple[str, ...] = "") -> None:
-    """Set the initial weights and buffers of this process, with `torch.get_num_threads()` threads.
+    """Set this process's initial weights and buffers, with `torch.get_num_threads()` threads.
 
     Args:
         model: model to fill.
@@ -229,7 +229,7 @@ def initialize_weights(model: LanguageModel, config: ModelConfig, seed: int, *,
 
 def save_checkpoint(path: Path, model: LanguageModel, optimizer: Optimizer | None, state: dict[str, Any],
                     settings: dict[str, Any], tokenizer: Path | None) -> None:
-    """Save one checkpoint and wait until it is complete (collective). Runs use a `Saver` instead.
+    """Save a checkpoint and wait for its completion (collective). Runs use a `CheckpointSaver` instead.
 
     Args:
         path: folder of the checkpoint; must not exist.
@@ -247,7 +247,7 @@ def save_checkpoint(path: Path, model: LanguageModel, optimizer: Optimizer | Non
 
 @contextlib.contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """Raise an exception of the `with` block on every process, if one process raises (collective)."""
+    """Raise the `with` block's exception on every process if a process raises (collective)."""
     error: Exception | None = None
     try:
         yield
@@ -268,7 +268,7 @@ def find_damage(path: Path, *, weights_only: bool = False) -> str | None:
 
 
 def check_weights(path: Path) -> None:
-    """Check the weight files of a checkpoint against its manifest, a share per process (collective).
+    """Check weight files against the checkpoint's manifest, a share per process (collective).
 
     Raises:
         UserError: on every process, naming the first damaged file and the newest sound checkpoint.
@@ -280,7 +280,7 @@ def check_weights(path: Path) -> None:
 
 @torch.no_grad()
 def load_model(path: Path, model: LanguageModel, *, new_encoders: bool = False) -> None:
-    """Load the local weights of this process from a checkpoint of any layout (collective).
+    """Load this process's weights from a checkpoint with any layout (collective).
 
     For an adapter checkpoint, the base checkpoint is verified and loaded too. If `model` has adapters and the
     checkpoint holds all weights, the adapters of `model` keep their values.
@@ -316,7 +316,7 @@ def load_model(path: Path, model: LanguageModel, *, new_encoders: bool = False) 
 
 
 def _check_adapter_settings(path: Path, model: LanguageModel) -> None:
-    """Raise `UserError` if the adapter was trained with other LoRA settings, such as another alpha."""
+    """Raise `UserError` if the adapter was trained with different LoRA settings, for example alpha."""
     ours = adapter_identity(model.lora, model.architecture)
     trained = checkpoints.read_checkpoint_settings(path).lora
     for name, theirs in adapter_identity(trained, model.architecture).items():
@@ -330,7 +330,7 @@ def _load_part(path: Path, part: str, model: LanguageModel, new_encoders: bool =
     blocks = [b for b in list_local_shards(model) if b.key.startswith(PREFIX) == (part == ADAPTER)]
     if new_encoders:
         stored_keys = set(reader.keys())
-        # An encoder without any tensor in the checkpoint is new and keeps its initial weights.
+        # an encoder without tensors in the checkpoint is new and keeps the initial weights
         new = [prefix for prefix in ENCODERS if not any(key.startswith(prefix) for key in stored_keys)]
         blocks = [b for b in blocks if not b.key.startswith(tuple(new))]
     local_keys = {b.key for b in blocks}
@@ -342,7 +342,7 @@ def _load_part(path: Path, part: str, model: LanguageModel, new_encoders: bool =
 
 @torch.no_grad()
 def load_optimizer(path: Path, optimizer: Optimizer, num_updates: int) -> None:
-    """Load the local optimizer state of this process from a checkpoint of any layout (collective).
+    """Load this process's optimizer state from a checkpoint with any layout (collective).
 
     Raises:
         UserError: on every process: the checkpoint has no optimizer state, or a file is damaged.

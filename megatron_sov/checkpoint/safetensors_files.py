@@ -27,36 +27,35 @@ from megatron_sov.base.errors import UserError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
           "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
-"""Dtype name in the file -> dtype. Files may contain tensors of other dtypes; reading these raises
-`UserError`."""
+"""Dtype name in the file -> dtype. Reading a tensor with a further dtype raises `UserError`."""
 SAFETENSORS_DTYPES = {dtype: name for name, dtype in DTYPES.items()} | {torch.float8_e4m3fn: "F8_E4M3"}
 MAX_HEADER_BYTES = 100_000_000
 _COVER_BYTES = 32 << 20
-"""Limit of bytes per read if only some columns of each row are needed."""
+"""Maximum bytes per read if only some columns are needed."""
 _READ_BYTES = 1 << 30
-"""Limit of bytes per `preadv`; Linux reads at most 2^31 - 4096."""
+"""Maximum bytes per `preadv`; Linux reads at most 2^31 - 4096."""
 _ALIGNMENT_BYTES = 8
 _CHUNK_BYTES = 1 << 20
-"""Bytes that are hashed and then written: small enough to stay in the CPU cache between the two steps."""
+"""Bytes hashed and written at a time: few enough to stay in the CPU cache between the two steps."""
 _WRITE_BYTES = 256 << 10
 """Limit of bytes per `write`: for larger calls Linux searches for contiguous free memory, up to five times
 slower."""
 _WRITE_BACK_BYTES = 8 << 20
-"""Start write-back to disk after this many bytes; otherwise Linux keeps them in memory until `fsync`, and
-disk and CPU wait for each other."""
+"""Bytes after which write-back to disk starts; otherwise Linux keeps the bytes in memory until `fsync`, and
+disk and CPU work in turn."""
 _SYNC_FILE_RANGE_WRITE = 2
 _SYNC_FILE_RANGE = getattr(ctypes.CDLL(None), "sync_file_range", None)
-"""Linux system call; Python has no wrapper for it."""
+"""Linux system call without a Python wrapper."""
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Header entry of a tensor."""
+    """A tensor's header entry."""
 
     dtype: str
     shape: tuple[int, ...]
     start: int
-    """Offset of the first byte in the file."""
+    """File offset of the first byte."""
     size_bytes: int
 
 
@@ -82,7 +81,7 @@ class TensorFile:
         return UserError(f"{self.path}: cannot be read as a safetensors file ({why}); {self._remedy}")
 
     def get_dtype(self, name: str) -> torch.dtype:
-        """Return the dtype of tensor `name`; raises `UserError` if it is not in `DTYPES`."""
+        """Return the dtype of tensor `name`; raises `UserError` for a dtype outside `DTYPES`."""
         stored_dtype = self.entries[name].dtype
         if stored_dtype not in DTYPES:
             raise UserError(f"{self.path}: {name} has dtype {stored_dtype}, but only {', '.join(DTYPES)} can "
@@ -91,7 +90,7 @@ class TensorFile:
 
     def read(self, name: str, block: Sequence[slice] | None = None,
              dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Read tensor `name`, or a block of it.
+        """Read tensor `name`, whole or a block.
 
         Args:
             name: key in the file.
@@ -163,7 +162,7 @@ def _build_unique_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def read_block(path: Path, start: int, shape: Sequence[int], block: Sequence[slice], dtype: torch.dtype
                ) -> torch.Tensor:
-    """Open `path` and return a block of a tensor; arguments and errors as in `fill_from`."""
+    """Open `path` and return a block of a tensor; arguments and errors as in `read_block_into`."""
     out = torch.empty([s.stop - s.start for s in block], dtype=dtype)
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -175,7 +174,7 @@ def read_block(path: Path, start: int, shape: Sequence[int], block: Sequence[sli
 
 def read_block_into(fd: int, start: int, shape: Sequence[int], block: Sequence[slice],
                     out: torch.Tensor) -> None:
-    """Read a block of a tensor from a file into `out`.
+    """Read a tensor block from a file into `out`.
 
     Args:
         fd: file descriptor.
@@ -192,7 +191,7 @@ def read_block_into(fd: int, start: int, shape: Sequence[int], block: Sequence[s
         _read_bytes(fd, start + (block[0].start * row_bytes if block else 0), out)
         return
     row_bytes = math.prod(shape[1:]) * out.element_size()
-    if row_bytes > _COVER_BYTES:  # large rows, such as experts of a stack: read each block separately
+    if row_bytes > _COVER_BYTES:  # large rows, such as stacked experts: read each block separately
         for i in range(block[0].stop - block[0].start):
             read_block_into(fd, start + (block[0].start + i) * row_bytes, shape[1:], block[1:], out[i])
         return
@@ -217,7 +216,7 @@ def _read_bytes(fd: int, start: int, out: torch.Tensor) -> None:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, shape and dtype of a tensor to write."""
+    """Name, shape and dtype for writing a tensor."""
 
     name: str
     shape: tuple[int, ...]
@@ -234,7 +233,7 @@ TensorSource = Callable[[TensorSpec], torch.Tensor]
 
 def write_tensors(path: Path, specs: list[TensorSpec], read: TensorSource,
                reader: Executor | None = None) -> FileRecord:
-    """Write and sync a safetensors file; return its digest and size.
+    """Write and sync a safetensors file; return digest and size.
 
     Args:
         path: file to write.
@@ -245,7 +244,7 @@ def write_tensors(path: Path, specs: list[TensorSpec], read: TensorSource,
     Raises:
         OSError: the disk is full or not writable.
     """
-    # Wider dtypes first, so that each tensor starts at a multiple of its item size.
+    # wider dtypes first: each tensor starts at a multiple of its item size
     ordered = sorted(specs, key=lambda spec: -spec.dtype.itemsize)
     next_tensor: Future[torch.Tensor] | None = None
     with open(path, "wb", buffering=0) as f:
@@ -260,13 +259,13 @@ def write_tensors(path: Path, specs: list[TensorSpec], read: TensorSource,
                 raise ValueError(f"{spec.name}: got {tensor.dtype} {tuple(tensor.shape)}, "
                                  f"planned {spec.dtype} {spec.shape}")
             file.append_bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-            del tensor  # free it before the tensor after the next is read
+            del tensor  # free the tensor before a third tensor is read
         os.fsync(f.fileno())
     return FileRecord(file.digest.text(), file.size_bytes)
 
 
 class _HashedFile:
-    """File being written; its bytes are hashed and passed to the disk."""
+    """An open file whose written bytes are hashed and passed to the disk."""
 
     def __init__(self, fd: int) -> None:
         self.digest, self.size_bytes = Digest(), 0
@@ -306,6 +305,6 @@ def _write_bytes(fd: int, raw: memoryview) -> None:
 
 
 def _start_write_back(fd: int, start: int, size_bytes: int) -> None:
-    """Start write-back of a file range without waiting; disk errors surface in `fsync`."""
+    """Start write-back for a file range without waiting; disk errors surface in `fsync`."""
     if _SYNC_FILE_RANGE is not None:
         _SYNC_FILE_RANGE(fd, ctypes.c_int64(start), ctypes.c_int64(size_bytes), _SYNC_FILE_RANGE_WRITE)

@@ -1,4 +1,4 @@
-"""Save checkpoints while training continues: copy, write in threads, publish when all ranks have written.
+"""Save checkpoints while training continues: copy, write in threads, publish once every rank has written.
 
     begin       every process copies its blocks and continues training (no copy on CPUs if the run waits)
     writing     threads of every process write, sync and hash files; threads never use collectives
@@ -40,11 +40,11 @@ from megatron_sov.runs.checkpoints import (
 SAVE_TIMEOUT_S = 1800.0
 _LOOK_EVERY_S = 0.02
 PROGRESS = ("written", "completed", "failed", "late")
-"""Counters of the save in progress, summed over processes at the end of each step (see `Saver.progress`)."""
+"""Counters of the save in progress, summed over processes after each step (`CheckpointSaver.progress`)."""
 FINISH_TIMEOUT_S = 60.0
 """Time for a pending checkpoint to complete after an error has ended the training."""
 IDLE_LIMIT_S = 1.0
-"""Time without a new byte after which other processes are assumed dead."""
+"""Seconds without a new byte after which other processes are assumed dead."""
 EXIT_TIMEOUT_S = 30.0
 """Time to exit normally when a file system hangs; then the process is ended with `os._exit`."""
 
@@ -56,31 +56,31 @@ class SavedCheckpoint:
     path: Path
     """Checkpoint folder."""
     step: int
-    """Number of optimizer steps."""
+    """Completed optimizer steps."""
     stall_s: float
-    """Time without training on this process: the copy, and waits for an unfinished checkpoint."""
+    """Seconds without training on this process: the copy, and waiting for an unfinished checkpoint."""
     save_s: float
     """Time from the copy to completion."""
 
 
 @dataclass(frozen=True)
 class CheckpointMetadata:
-    """Files and metadata of a checkpoint in addition to its tensors; equal on every process."""
+    """Files and metadata that a checkpoint holds in addition to tensors; equal on every process."""
 
     state: dict[str, Any]
-    """State of the training loop, as JSON values; includes `step` and `tokens`."""
+    """Training loop state as JSON values; includes `step` and `tokens`."""
     settings: dict[str, Any]
-    """Config of the run."""
+    """The run's config."""
     tokenizer: Path | None
     """Tokenizer folder to copy."""
     tokenizer_files: Mapping[str, bytes] = field(default_factory=dict)
-    """File name -> content: files that replace or extend those of the tokenizer folder."""
+    """File name -> content: files that replace or extend the tokenizer folder's files."""
     content: Mapping[str, Any] = field(default_factory=dict)
     """Additional manifest entries."""
 
 
 class _PendingSave:
-    """A save in progress on this process."""
+    """An unfinished save on this process."""
 
     def __init__(self, path: Path, folder: Path, step: int, began_s: float) -> None:
         self.path, self.folder, self.step, self.began_s = path, folder, step, began_s
@@ -91,7 +91,7 @@ class _PendingSave:
         self.complete: Callable[[], None] = lambda: None
 
     def start_thread(self, action: Callable[[], None], on_success: Callable[[], None]) -> None:
-        """Run `action`, then `on_success`, on a daemon thread; an exception is stored in `problem`."""
+        """Run `action`, then `on_success`, on a daemon thread; `problem` stores an exception."""
 
         def run_action() -> None:
             try:
@@ -105,20 +105,20 @@ class _PendingSave:
 
 
 class CheckpointSaver:
-    """Writes the checkpoints of a run, one at a time. All methods except `progress` are collective."""
+    """Writes a run's checkpoints, one at a time. Except for `progress`, methods are collective."""
 
     def __init__(self, on_saved: Callable[[SavedCheckpoint], None] | None = None,
                  timeout_s: float = SAVE_TIMEOUT_S) -> None:
         self._on_saved, self._timeout_s = on_saved, timeout_s
         self._snapshot = HostSnapshot()
         self._writing: _PendingSave | None = None
-        # All ranks need the same name for the temporary folder, different from that of an earlier killed run.
+        # every rank needs the same temporary folder name, different from the folder of a killed run
         self._token = broadcast_object(secrets.token_hex(4))
 
     def begin(self, path: Path, model: LanguageModel, optimizer: Optimizer | None,
               companions: CheckpointMetadata, on_complete: Callable[[], None] | None = None, *,
               wait: bool = False) -> None:
-        """Copy the blocks of this process and start writing; first waits for the previous checkpoint.
+        """Copy this process's blocks and start writing; first waits for the previous checkpoint.
 
         Args:
             path: folder of the checkpoint; must not exist.
@@ -136,7 +136,7 @@ class CheckpointSaver:
         writing = _PendingSave(path, temporary_folder(path, self._token), companions.state["step"],
                                time.monotonic())
         sources = _collect_weights(model) | ({"optimizer": optimizer.state_shards()} if optimizer else {})
-        # Serialize now: the loop changes these values while the thread writes.
+        # serialize now: the training loop changes the values while the thread writes
         parts, state, base = list(sources), format_json(companions.state), model.adapter_base
         self._snapshot.copy_blocks(sources, tensors_change=not wait)
         rank = dist.get_rank()
@@ -160,19 +160,18 @@ class CheckpointSaver:
         self._writing = writing
 
     def progress(self) -> dict[str, float]:
-        """Return the counters of this process, to be summed over all processes for `advance`."""
+        """Return this process's counters, to be summed over processes for `advance`."""
         w = self._writing
         if w is None:
             return dict.fromkeys(PROGRESS, 0.0)
-        # A failed rank reports through its counter. If it raised here, other ranks would hang in a
-        # collective.
+        # A failed rank reports through a counter: an exception here would leave other ranks in a collective.
         ended = w.problem is not None or w.completed or (w.written and not w.completing)
         w.late = w.late or (not ended and time.monotonic() - w.began_s > self._timeout_s)
         flags = (w.written and w.problem is None, w.completed, w.problem is not None, w.late)
         return {name: float(flag) for name, flag in zip(PROGRESS, flags, strict=True)}
 
     def advance(self, sums: Mapping[str, float]) -> None:
-        """Move the save forward after all processes reached the same point.
+        """Advance the save once every process has reached the same point.
 
         Args:
             sums: counters of `progress`, summed over all processes.
@@ -194,20 +193,20 @@ class CheckpointSaver:
             self._writing = None
             if self._on_saved is not None:
                 self._on_saved(SavedCheckpoint(w.path, w.step, w.stall_s, time.monotonic() - w.began_s))
-        # All files of all ranks are on disk: rank 0 may merge the indices and rename the folder.
+        # every rank's files are on disk: rank 0 may merge the indices and rename the folder
         elif written == dist.get_world_size() and dist.get_rank() == 0 and not w.completing:
             w.completing = True
             w.start_thread(w.complete, lambda: setattr(w, "completed", True))
 
     def finish(self) -> None:
-        """Wait for the save in progress, if any.
+        """Wait for an unfinished save.
 
         Raises:
             UserError: see `advance`.
         """
         while self._writing is not None:
             waits_since_s = time.monotonic()
-            # Each iteration is a collective, so all ranks must iterate equally often.
+            # an iteration is a collective: ranks must iterate equally often
             self._writing.thread.join(_LOOK_EVERY_S)
             sums = sum_dict(self.progress(), collectives.all_reduce_world)
             self._writing.stall_s += time.monotonic() - waits_since_s
@@ -217,7 +216,7 @@ class CheckpointSaver:
         """Complete the save in progress after an error has ended the training.
 
         Uses no collectives, because other processes may be dead. Each process waits for its own files, at
-        most `FINISH_WITHIN_S`; rank 0 waits for the files of other ranks and completes the checkpoint if
+        most `FINISH_TIMEOUT_S`; rank 0 waits for the files of other ranks and completes the checkpoint if
         possible. Raises nothing, so that the error that ended the training is the reported error.
         """
         w, self._writing = self._writing, None
@@ -252,8 +251,8 @@ class CheckpointSaver:
 
 
 def _wait_for_ranks(folder: Path, end_s: float) -> bool:
-    """Wait until every rank has written its `WrittenSnapshot`; False if files stop growing or time is
-    over."""
+    """Wait until every rank has written its `SnapshotRecord`; False if files stop growing or the time runs
+    out."""
     size, grew_s = -1, time.monotonic()
     while not all(SnapshotRecord.file(folder, rank).is_file() for rank in range(dist.get_world_size())):
         now_s = time.monotonic()
@@ -275,7 +274,7 @@ def _count_bytes(folder: Path) -> int:
 
 @contextlib.contextmanager
 def _convert_os_errors(path: Path, rank: int) -> Iterator[None]:
-    """Convert an `OSError` to a `UserError` that names the rank and the checkpoint."""
+    """Convert an `OSError` to a `UserError` that names rank and checkpoint."""
     try:
         yield
     except OSError as e:
@@ -284,7 +283,7 @@ def _convert_os_errors(path: Path, rank: int) -> Iterator[None]:
 
 
 def _collect_weights(model: LanguageModel) -> dict[str, list[LocalShard]]:
-    """Return part -> blocks to save: all weights, or only the adapter of a frozen model.
+    """Return part -> blocks to save: the weights, or for a frozen model the adapter alone.
 
     Raises:
         UserError: the frozen weights are not from a checkpoint.
@@ -299,7 +298,7 @@ def _collect_weights(model: LanguageModel) -> dict[str, list[LocalShard]]:
 
 def _publish_checkpoint(writing: _PendingSave, parts: list[str], state: str, companions: CheckpointMetadata,
                         base: AdapterBase | None) -> None:
-    """Merge the indices of all processes, add companion files and the manifest, and publish the folder."""
+    """Merge the processes' indices, add companion files and the manifest, and publish the folder."""
     folder = writing.folder
     written = [SnapshotRecord.read(folder, rank) for rank in range(dist.get_world_size())]
     for part in parts:
@@ -311,7 +310,7 @@ def _publish_checkpoint(writing: _PendingSave, parts: list[str], state: str, com
             write_atomically(folder / "tokenizer" / name, content)
     write_atomically(folder / STATE_FILE, state)
     artifact = ArtifactWriter(folder, CHECKPOINT_KIND)
-    # Files were hashed while they were written; they are not read again.
+    # files were hashed during the write and are not read again
     artifact.hashed_files = {name: record for w in written for name, record in w.files.items()}
     artifact.content = {"step": companions.state["step"], "tokens": companions.state["tokens"],
                         "parts": parts, **({BASE: base.to_dict()} if base is not None else {}),

@@ -34,7 +34,7 @@ Index = dict[str, dict[str, Any]]
 
 
 def format_file_name(part: str, rank: int, number: int) -> str:
-    """Return the path, relative to the checkpoint folder, of file `number` that `rank` writes for `part`."""
+    """Return the path in the checkpoint folder for file `number` that `rank` writes for `part`."""
     return f"{part}/{rank // RANKS_PER_FOLDER:05d}/rank-{rank:05d}-{number:05d}.safetensors"
 
 
@@ -45,7 +45,7 @@ def format_block_name(key: str, offset: Sequence[int]) -> str:
 
 def add_index_entry(index: Index, key: str, dtype: torch.dtype, shape: Sequence[int],
                     piece: StoredBlock) -> None:
-    """Append the block `piece` to the `index` entry of tensor `key` (`shape`: global)."""
+    """Append block `piece` to the `index` entry for tensor `key` (`shape`: global)."""
     entry = index.setdefault(key, {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape),
                                    "pieces": []})
     entry["pieces"].append({"file": piece.file, "name": piece.name, "offset": list(piece.offset),
@@ -53,7 +53,7 @@ def add_index_entry(index: Index, key: str, dtype: torch.dtype, shape: Sequence[
 
 
 class TensorWriter:
-    """Buffers the blocks of one process and writes them to files of at most `MAX_FILE_BYTES`."""
+    """Buffers a process's blocks and writes files with at most `MAX_FILE_BYTES`."""
 
     def __init__(self, folder: Path, part: str, rank: int = 0, first_file: int = 0) -> None:
         self.folder, self.part, self.rank = folder, part, rank
@@ -72,7 +72,7 @@ class TensorWriter:
         """
         shape = tuple(global_shape) if global_shape is not None else tuple(block.shape)
         start = tuple(offset) if offset is not None else (0,) * len(shape)
-        # A layer or expert of a stack has fewer axes than the stack: its extent along the missing axes is 1.
+        # a layer or expert has fewer axes than the stack: the extent along a missing axis is 1
         extent = (1,) * (len(shape) - block.dim()) + tuple(block.shape)
         size_bytes = block.numel() * block.element_size()
         if self._pending and self._pending_bytes + size_bytes > MAX_FILE_BYTES:
@@ -89,7 +89,7 @@ class TensorWriter:
         return format_file_name(self.part, self.rank, self._number)
 
     def flush(self) -> None:
-        """Write the buffered blocks to a file and sync it.
+        """Write the buffered blocks to a file and sync the file.
 
         Raises:
             OSError: the disk is full or not writable.
@@ -104,13 +104,13 @@ class TensorWriter:
             self._number += 1
 
     def finish(self) -> Index:
-        """Write the remaining blocks and return the index of this process."""
+        """Write the remaining blocks and return this process's index."""
         self.flush()
         return self._index
 
 
 def write_index(folder: Path, part: str, indices: Sequence[Index]) -> None:
-    """Merge the indices of all processes and write `PART.index.json`.
+    """Merge the processes' indices and write `PART.index.json`.
 
     Raises:
         ValueError: two processes disagree on a tensor's dtype or shape, or the blocks of a tensor do not
@@ -134,7 +134,7 @@ def write_index(folder: Path, part: str, indices: Sequence[Index]) -> None:
 
 
 def _parse_sizes(value: Any) -> tuple[int, ...]:
-    """Convert a JSON list to a tuple of sizes; raises ValueError for other values."""
+    """Convert a JSON list to a tuple of sizes; raises ValueError for invalid sizes."""
     if not isinstance(value, list) or not all(type(n) is int and n >= 0 for n in value):
         raise ValueError(f"{str(value)[:80]} is not a list of sizes")
     return tuple(value)
@@ -150,7 +150,7 @@ def _parse_piece(raw: Any, axes: int) -> StoredBlock:
 
 
 class TensorReader(StoredTensors):
-    """Reads blocks of the tensors in one part of a checkpoint."""
+    """Reads tensor blocks from a checkpoint part."""
 
     def __init__(self, folder: str | Path, part: str = "model") -> None:
         self.folder = Path(folder)
@@ -179,7 +179,7 @@ class TensorReader(StoredTensors):
             problem = f"stores {stored.dtype} {list(stored.shape)}" if stored else "lacks it"
             raise UserError(f"{file.path}: {key} at {piece.offset} is {self.get_dtype(key)} "
                             f"{list(piece.shape)} in the index, but the file {problem}; {REMEDY}")
-        # The file stores the block without its leading axes of extent 1.
+        # the file stores the block without leading axes of extent 1
         missing_axes = len(piece.shape) - len(stored.shape)
         return file.read(piece.name, block[missing_axes:]).reshape(tuple(s.stop - s.start for s in block))
 

@@ -1,4 +1,4 @@
-"""Read any block of a global tensor by copying from the stored pieces that overlap it."""
+"""Read any block of a global tensor by copying from overlapping stored pieces."""
 
 from __future__ import annotations
 
@@ -15,29 +15,28 @@ import torch
 from megatron_sov.base.errors import UserError
 
 MAX_CELLS_PER_PIECE = 64
-"""Limit of grid cells per stored piece, so that a crafted index cannot exhaust memory. Layouts of this
-project cut tensors into regular grids, with one cell per piece."""
+"""Maximum grid cells per stored piece: a crafted index must not exhaust memory. This project's layouts cut
+tensors into regular grids with a cell per piece."""
 MAX_OWNERS = 4
-"""Limit of the mean number of pieces that cover a cell. A valid index has exactly 1."""
+"""Maximum mean number of pieces that cover a cell; a valid index has exactly 1."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredBlock:
-    """A block of a global tensor, stored in a file under its own name."""
+    """A block of a global tensor, stored as a named tensor in a file."""
 
     file: str
     """File relative to the checkpoint folder."""
     name: str
     """Name inside the file."""
     offset: tuple[int, ...]
-    """First index of the block in the global tensor."""
+    """First index in the global tensor, per axis."""
     shape: tuple[int, ...]
-    """Extent of the block."""
+    """Extent per axis."""
 
 
 def count_owners(shape: Sequence[int], pieces: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """Count the pieces that cover each cell of the grid formed by all piece boundaries; int32, one axis per
-    axis of `shape`.
+    """Count the pieces that cover each cell in the grid of piece boundaries; int32, with the axes of `shape`.
 
     Raises:
         ValueError: a piece exceeds `shape`, the grid has more than `MAX_CELLS_PER_PIECE` cells per piece, or
@@ -46,7 +45,7 @@ def count_owners(shape: Sequence[int], pieces: Sequence[Mapping[str, Any]]) -> n
     spans = [[(o, o + n) for o, n in zip(p["offset"], p["shape"], strict=True)] for p in pieces]
     if any(a < 0 or b > n for span in spans for (a, b), n in zip(span, shape, strict=True)):
         raise ValueError(f"a block reaches beyond its tensor of shape {list(shape)}")
-    # Boundaries of all pieces along each axis: elements in the same grid cell are covered by the same pieces.
+    # piece boundaries along each axis: the same pieces cover every element in a grid cell
     cuts = [sorted({0, n, *(c for span in spans for c in span[axis])}) for axis, n in enumerate(shape)]
     if math.prod(len(c) - 1 for c in cuts) > MAX_CELLS_PER_PIECE * (len(pieces) + MAX_CELLS_PER_PIECE):
         raise ValueError(f"its {len(pieces)} blocks are cut in a way that no layout cuts")
@@ -55,7 +54,7 @@ def count_owners(shape: Sequence[int], pieces: Sequence[Mapping[str, Any]]) -> n
     num_counted = 0
     for span in spans:
         cells = [slice(index[a], index[b]) for (a, b), index in zip(span, cell_indices, strict=True)]
-        # The index is untrusted: with fully overlapping pieces this loop takes quadratic time.
+        # the index is untrusted: fully overlapping pieces would make this loop quadratic
         num_counted += math.prod(cell.stop - cell.start for cell in cells)
         if num_counted > MAX_OWNERS * num_owners.size:
             raise ValueError(f"its {len(pieces)} blocks overlap")
@@ -64,7 +63,7 @@ def count_owners(shape: Sequence[int], pieces: Sequence[Mapping[str, Any]]) -> n
 
 
 class StoredTensors(ABC):
-    """Tensors stored in pieces, indexed by key. Subclasses read one piece.
+    """Tensors stored in pieces, indexed by key. Subclasses read a piece.
 
     Args:
         where: checkpoint folder, for error messages.
@@ -87,14 +86,14 @@ class StoredTensors(ABC):
 
     @abstractmethod
     def read_slice(self, key: str, piece: StoredBlock, block: tuple[slice, ...]) -> torch.Tensor:
-        """Read `block` (slices relative to the piece) from one stored piece.
+        """Read `block` (slices relative to the piece) from a stored piece.
 
         Raises:
             UserError: the file is missing or damaged.
         """
 
     def check_complete(self) -> None:
-        """Check, from the index alone, that the pieces of each tensor cover every element exactly once.
+        """Check, from the index alone, that a tensor's pieces cover every element exactly once.
 
         Raises:
             UserError: an element has no piece or several pieces; the message names the tensor.
@@ -141,7 +140,7 @@ class StoredTensors(ABC):
         candidates = self._find_candidates(key, start, extent)
         for piece in candidates:
             if (piece.offset, piece.shape) == (start, extent):
-                # The piece is the block: return its tensor without a copy.
+                # the piece equals the block: return the tensor without a copy
                 return self.read_slice(key, piece, tuple(slice(0, n) for n in extent))
         out = torch.empty(extent, dtype=self._dtypes[key])
         num_read = 0
@@ -162,10 +161,10 @@ class StoredTensors(ABC):
 
     def _find_candidates(self, key: str, start: tuple[int, ...],
                          extent: tuple[int, ...]) -> Sequence[StoredBlock]:
-        """Return the pieces that can overlap a block along the first axis (layers or experts)."""
+        """Return pieces that can overlap a block along the first axis (layers or experts)."""
         if not start:
             return self._pieces[key]
         first = self._first[key]
-        # A piece that starts before the block overlaps it only if it is long enough.
+        # a piece that starts before the block overlaps the block only if long enough
         low = bisect.bisect_right(first, start[0] - self._longest[key])
         return self._pieces[key][low:bisect.bisect_left(first, start[0] + extent[0])]

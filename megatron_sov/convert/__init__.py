@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from megatron_sov.convert.sources import is_hf_folder
 
 DEFAULT_WORKERS = max(1, min(4, os.cpu_count() or 1))
-"""Files that are read and written at a time unless told; each holds two tensors in memory."""
+"""Default number of files read and written at a time; each file holds two tensors in memory."""
 MAX_SHARD_BYTES = 5_000_000_000
-"""Default of the largest safetensors file that is written."""
+"""Default maximum size for written safetensors files."""
 _MODULES = {"ParityCheck": "hf_export", "average": "averaging", "export_weights": "live_import",
             "from_hf": "hf_import", "import_weights": "live_import", "is_hf_folder": "sources",
             "open_weights": "peft", "to_hf": "hf_export", "verify": "hf_export"}

@@ -1,4 +1,4 @@
-"""Average checkpoints of one architecture, tensor by tensor, in float64.
+"""Average checkpoints with equal architectures, tensor by tensor, in float64.
 
 Memory holds two output tensors and a million elements of each checkpoint. Adapters of one base are averaged
 as merged
@@ -25,9 +25,9 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.chat.vocabulary import check_same_tokenizer
 from megatron_sov.checkpoint.safetensors_files import TensorSpec
 from megatron_sov.checkpoint.sharded_tensors import format_block_name, write_index
+from megatron_sov.convert.companion_files import copy_carried_fields
 from megatron_sov.convert.dtypes import KEEP, check_space, convert_tensor
-from megatron_sov.convert.hf_import import (
-    build_index, copy_carried_fields, hash_file_plan, plan_files, verify_source, write_files)
+from megatron_sov.convert.hf_import import build_index, hash_file_plan, plan_files, verify_source, write_files
 from megatron_sov.convert.peft import AdaptedWeights, open_checkpoint_weights, record_inputs
 from megatron_sov.convert.sources import PART, CheckpointWeights
 from megatron_sov.model.config import LoraConfig, ModelConfig, RunConfig
@@ -49,22 +49,22 @@ class DerivedCheckpoint:
     sources: Sequence[OpenCheckpoint]
     """Source checkpoints; the tokenizer is copied from the first."""
     links: Mapping[str, Link]
-    """Block name -> link of the new checkpoint."""
+    """Block name -> `Link` in the new checkpoint."""
     files: Mapping[str, list[TensorSpec]]
     """File name -> blocks."""
     block: Callable[[TensorSpec], torch.Tensor]
     """Computes a block."""
     source_names: Callable[[TensorSpec], Iterable[str]]
-    """Hugging Face names of the source tensors of a block."""
+    """Hugging Face names of a block's source tensors."""
     settings: RunConfig
-    """Config of the new checkpoint."""
+    """The new checkpoint's config."""
     content: Mapping[str, Any]
-    """Manifest content of the new checkpoint."""
+    """The new checkpoint's manifest content."""
 
 
 def write_derived(out: Path, command: str, derived: DerivedCheckpoint, plan: Mapping[str, Any], *,
                   workers: int, overwrite: bool, redo: bool) -> None:
-    """Write a checkpoint (part `model`); it appears when complete.
+    """Write a checkpoint (part `model`), which appears when complete.
 
     Args:
         out: checkpoint to write.
@@ -96,7 +96,8 @@ def write_derived(out: Path, command: str, derived: DerivedCheckpoint, plan: Map
 
         def finish(name: str, record: FileRecord) -> None:
             for check in checks:
-                # Verify before the file counts as finished: a resumed command trusts finished files.
+                # verify the sources before the file counts as finished: a resumed command trusts finished
+                # files
                 check.wait_for(hf_name for spec in files[name] for hf_name in derived.source_names(spec))
             artifact.finish(name, record)
 
@@ -113,7 +114,7 @@ def write_derived(out: Path, command: str, derived: DerivedCheckpoint, plan: Map
 
 
 def compute_weights(count: int, kind: str, decay: float) -> list[float]:
-    """Return the averaging weights of checkpoints, oldest first.
+    """Return averaging weights for checkpoints, oldest first.
 
     Args:
         count: number of checkpoints.
@@ -130,7 +131,7 @@ def compute_weights(count: int, kind: str, decay: float) -> list[float]:
 
 def choose_checkpoints(run: Path, last: int | None, steps: Sequence[int | None] = (None, None),
                        kind: str = "uniform", decay: float = 0.5) -> list[tuple[Path, float]]:
-    """Return the complete checkpoints of a run to average, with their weights.
+    """Return a run's complete checkpoints to average, with averaging weights.
 
     Args:
         run: folder of the run.
@@ -165,12 +166,12 @@ def choose_checkpoints(run: Path, last: int | None, steps: Sequence[int | None] 
 
 
 MAX_SLAB_ELEMENTS = 1 << 20
-"""Elements of a tensor that are averaged at a time."""
+"""Tensor elements averaged at a time."""
 
 
 def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, workers: int = 1,
             overwrite: bool = False, redo: bool = False, min_checkpoints: int = 2) -> None:
-    """Write the weighted mean of checkpoints, sum w x / sum w, as a checkpoint (part `model`).
+    """Write the weighted mean sum w x / sum w over checkpoints as a checkpoint (part `model`).
 
     Args:
         checkpoints: folders (a run means its newest checkpoint) and weights.
@@ -209,7 +210,7 @@ def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, worke
 
 def average_block(sources: Sequence[OpenCheckpoint], weights: Sequence[float], link: Link,
                   dtype: torch.dtype) -> torch.Tensor:
-    """Compute the mean of one block."""
+    """Compute a block's mean."""
     if any(isinstance(source, AdaptedWeights) for source in sources):
         block = link.join({name: _average_adapted(sources, weights, name) for name in link.hf_names})
         return torch.as_tensor(block).to(dtype)
@@ -242,7 +243,7 @@ def _compute_mean(tensors: Iterable[torch.Tensor], weights: Sequence[float]) -> 
 
 
 def _iter_slabs(link: Link) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Split a block into slabs; yield their offsets and extents in the global tensor, in order."""
+    """Split a block into slabs; yield (offset, extent) in the global tensor, in order."""
     axis = next((i for i, n in enumerate(link.extent) if n > 1), len(link.extent) - 1)
     step = max(1, MAX_SLAB_ELEMENTS // math.prod(link.extent[axis + 1:]))
     for low in range(0, link.extent[axis], step):
@@ -257,7 +258,7 @@ def _find_start(path: Path) -> Path:
 
 
 def _check_weights(paths: Sequence[Path], weights: Sequence[float]) -> list[float]:
-    """Check everything that is known from headers, and return the weights."""
+    """Check headers, and return the opened weights."""
     for path, weight in zip(paths, weights, strict=True):
         if not (math.isfinite(weight) and weight > 0):
             raise UserError(f"{path}: its weight {weight:g} must be a positive number; omit the checkpoint, "

@@ -23,7 +23,7 @@ def check_dtype_name(dtype: str) -> None:
 
 
 def choose_dtype(dtype: str, fp32: bool, stored_dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of a tensor in a checkpoint; `fp32` tensors are always float32."""
+    """Return a tensor's dtype in a checkpoint; `fp32` tensors are always float32."""
     return torch.float32 if fp32 else DTYPES.get(dtype, stored_dtype)
 
 
@@ -60,7 +60,7 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def check_space(out: Path, needed_bytes: int) -> None:
-    """Raise `UserError` if the disk of `out` has less free space than `needed_bytes`."""
+    """Raise `UserError` if the disk at `out` has less free space than `needed_bytes`."""
     folder = next(parent for parent in out.absolute().parents if parent.is_dir())
     free_bytes = shutil.disk_usage(folder).free
     if needed_bytes > free_bytes:

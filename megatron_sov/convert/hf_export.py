@@ -1,4 +1,4 @@
-"""Export a checkpoint as a Hugging Face folder; memory holds two tensors of each file being written."""
+"""Export a checkpoint as a Hugging Face folder; memory holds two tensors per file being written."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ from megatron_sov.base.figures import format_size
 from megatron_sov.base.pages.markdown import escape_md
 from megatron_sov.checkpoint.safetensors_files import TensorSpec
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
+from megatron_sov.convert.companion_files import (
+    CARRIED_FIELDS, add_turn_ends, copy_carried_fields, copy_companions, describe_split_conflict,
+    move_chat_template, read_generation_ids, read_token_ids, to_id_list)
 from megatron_sov.convert.dtypes import (
     KEEP, check_dtype_name, check_space, choose_export_dtype, convert_tensor)
 from megatron_sov.convert.hf_import import (
-    CARRIED_FIELDS, add_turn_ends, check_copies, copy_carried_fields, copy_companions,
-    describe_split_conflict, find_differing_copies, get_duplicates, hash_file_plan, move_chat_template,
-    plan_shards, read_generation_ids, read_token_ids, to_id_list, verify_source, write_files)
+    check_copies, find_differing_copies, get_duplicates, hash_file_plan, plan_shards, verify_source,
+    write_files)
 from megatron_sov.convert.peft import AdaptedWeights, UpdateRounding, open_weights, record_inputs
 from megatron_sov.convert.sources import (
     HfWeights, Weights, check_dtypes, has_same_bits, list_ignored_prefixes, resolve_run)
@@ -48,18 +50,18 @@ from megatron_sov.work.progress.resumable import ResumableArtifact, resumable_ar
 # a time under their Hugging Face names; if dtypes differ, both tensors are rounded to the narrower dtype.
 @dataclass(frozen=True)
 class ParityCheck:
-    """A measured property of a conversion, with its limit."""
+    """A measured property of a conversion, with a limit."""
 
     name: str
-    """Name of the measure."""
+    """Measure name."""
     value: float
     """Measured value."""
     limit: float
-    """Largest value that passes."""
+    """Largest passing value."""
     passed: bool
     """`value <= limit`."""
     detail: str = ""
-    """Names of differing items, if any."""
+    """Names of differing tensors or fields."""
 
 
 def _check_none(name: str, items: list[str]) -> ParityCheck:
@@ -68,26 +70,26 @@ def _check_none(name: str, items: list[str]) -> ParityCheck:
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """Comparison of one tensor in models A and B."""
+    """A tensor compared between models A and B."""
 
     shape: tuple[tuple[int, ...], ...]
     """Shapes in A and B."""
     dtype: tuple[str, ...]
     """Dtypes in A and B."""
     sha256: tuple[str, ...]
-    """Hashes of the bytes in A and B, each in its own dtype."""
+    """Byte hashes in A and B, in each model's dtype."""
     equal: bool
-    """All values are equal after rounding to the narrower dtype."""
+    """Whether the values are equal after rounding to the narrower dtype."""
     difference: float = 0.0
     """Largest absolute difference."""
 
 
 @dataclass(frozen=True)
 class ConversionProof:
-    """Result of a comparison."""
+    """Checks and tensor comparisons between two models."""
 
     checks: list[ParityCheck]
-    """All checks, passed or failed."""
+    """Passed and failed checks."""
     tensors: dict[str, TensorRecord]
     """Hugging Face name -> record, for tensors in both models."""
 
@@ -98,7 +100,7 @@ class ConversionProof:
 
 def verify(a: str | Path, b: str | Path, *, load: bool = True,
            workers: int = DEFAULT_WORKERS) -> ConversionProof:
-    """Compare the weights of two models, each a checkpoint or a Hugging Face folder.
+    """Compare two models' weights; each model is a checkpoint or a Hugging Face folder.
 
     Args:
         a: checkpoint or Hugging Face folder.
@@ -129,7 +131,7 @@ def verify(a: str | Path, b: str | Path, *, load: bool = True,
 
 
 def _differing_fields(a: Weights, b: Weights) -> list[str]:
-    """Compare the config.json of both models; settings that only affect training do not count."""
+    """Compare both models' config.json; training-only settings do not count."""
     a_config, b_config = (models.get_family(side.model.family).to_hf_config(side.model, "any", TokenIds())
                           for side in (a, b))
     return [f"{name} ({a_config.get(name)} and {b_config.get(name)})"
@@ -137,7 +139,7 @@ def _differing_fields(a: Weights, b: Weights) -> list[str]:
 
 
 def _differing_ids(a: Weights, b: Weights) -> list[str]:
-    """Compare the bos, eos and pad ids of both models, with the ends of turns."""
+    """Compare both models' bos, eos and pad ids, with the turn ends."""
     sides = []
     for side in (a, b):
         folder = side.path if isinstance(side, HfWeights) else side.path / "tokenizer"
@@ -202,9 +204,9 @@ def _cast_to_narrower(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, t
 
 def _loading_checks(side: HfWeights) -> list[ParityCheck]:
     """Load the folder with transformers, and check the reported keys."""
-    _check_memory(side.path)
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM  # slow to import, and few exports are loaded
 
+    _check_memory(side.path)
     try:
         _, keys = load_and_compare(AutoModelForCausalLM, side.path, left_out=list_ignored_prefixes(side.path),
                                    **{"dtype": "auto", **find_low_bit_options(side.path)})
@@ -260,7 +262,7 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
     config = _carried_fields(source) | family.to_hf_config(source.model, written_dtype, tokens)
     json_files = {CONFIG: config, **_build_processors(source, checkpoint)}
     settings = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
-    has_manifest = (checkpoint / MANIFEST).is_file()  # foreign Hugging Face folders have none
+    has_manifest = (checkpoint / MANIFEST).is_file()  # foreign Hugging Face folders have no manifest
     plan = {"from": fingerprint_folder(checkpoint),
             "manifest": manifest_sha256(checkpoint) if has_manifest else "",
             **settings, "files": hash_file_plan(files)}
@@ -309,7 +311,7 @@ def _write_tensors(artifact: ResumableArtifact, source: Weights, files: dict[str
 
 
 def _carried_fields(source: Weights) -> dict[str, Any]:
-    """Return the config.json fields of the imported model that do not describe its architecture."""
+    """Return the imported model's config.json fields that do not describe the architecture."""
     if isinstance(source, HfWeights):
         return source.carried
     if isinstance(source, AdaptedWeights):
@@ -326,8 +328,9 @@ def _find_companions(source: Weights) -> tuple[Path, TokenIds]:
 
 
 def _write_readme(export: Path, source: Path) -> None:
-    """Write a model card with the provenance of `source`. Users edit it, so it is not in the manifest."""
-    from huggingface_hub import ModelCard, ModelCardData
+    """Write a model card with the provenance of `source`. Users edit the card, so the manifest leaves the
+    card out."""
+    from huggingface_hub import ModelCard, ModelCardData  # slow to import
 
     # Folder names are left out: the same model must give the same bytes.
     content = read_manifest(export).content
@@ -392,7 +395,7 @@ def plan_export_files(specs: list[TensorSpec], max_shard_bytes: int) -> dict[str
 
 
 def _build_processors(source: Weights, checkpoint: Path) -> dict[str, dict[str, Any]]:
-    """Return file name -> content of processor configs for multimodal models; {} for text models."""
+    """Return file name -> processor config for multimodal models; {} for text models."""
     if not source.model.is_multimodal:
         return {}
     return load_modality().processor_files(source.model, checkpoint / "tokenizer",
@@ -401,7 +404,7 @@ def _build_processors(source: Weights, checkpoint: Path) -> dict[str, dict[str, 
 
 def _write_companions(folder: Path, files: dict[str, list[TensorSpec]], json_files: dict[str, dict[str, Any]],
                       tokenizer: Path, tokens: TokenIds) -> None:
-    """Write tokenizer, chat template, JSON files and, for several shards, the index of tensors."""
+    """Write tokenizer, chat template, JSON files and, for several shards, the tensor index."""
     copy_companions(tokenizer, folder, add_turn_ends(tokenizer, tokens))
     move_chat_template(folder)
     for name, content in json_files.items():

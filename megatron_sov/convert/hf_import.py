@@ -1,4 +1,4 @@
-"""Import a Hugging Face folder as a checkpoint; memory holds two blocks of each file being written."""
+"""Import a Hugging Face folder as a checkpoint; memory holds two blocks per file being written."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,17 @@ import torch
 from tqdm import tqdm
 
 from megatron_sov.base.artifacts import (
-    MANIFEST, FileRecord, check_output_folder, find_file_damage, format_json, read_manifest, write_atomically)
+    MANIFEST, FileRecord, check_output_folder, find_file_damage, read_manifest)
 from megatron_sov.base.digests import fingerprint_folder
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.outputs import refuse_outside_link
-from megatron_sov.chat.folder import (
-    CONFIG_JSON, TEMPLATE_FILE, TOKENIZER_JSON, read_chat_encoder, read_special_token)
-from megatron_sov.chat.vocabulary import read_tokenizer
 from megatron_sov.checkpoint.safetensors_files import TensorSource, TensorSpec, write_tensors
 from megatron_sov.checkpoint.sharded_tensors import (
     MAX_FILE_BYTES, Index, add_index_entry, format_block_name, format_file_name, write_index)
 from megatron_sov.checkpoint.stored_tensors import StoredBlock
 from megatron_sov.convert import DEFAULT_WORKERS
+from megatron_sov.convert.companion_files import (
+    CARRIED_FIELDS, TOKENIZER_FILES, copy_companions, read_optional_json, read_token_ids)
 from megatron_sov.convert.dtypes import KEEP, check_dtype_name, check_space, choose_dtype, convert_tensor
 from megatron_sov.convert.peft import AdaptedWeights
 from megatron_sov.convert.sources import PART, HfWeights, Weights, check_dtypes, has_same_bits
@@ -36,7 +34,7 @@ from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.families.weights import Link
-from megatron_sov.model.pretrained import CONFIG, DAMAGED_HF, find_hub_name, format_names, read_json
+from megatron_sov.model.pretrained import CONFIG, DAMAGED_HF, find_hub_name, format_names
 from megatron_sov.runs.checkpoints import (
     ADAPTER, CHECKPOINT_KIND, HF_MODEL, IMPORTED_RECIPE, SOURCE, check_folder_kind, check_model_path,
     suggest_replacement)
@@ -46,12 +44,12 @@ from megatron_sov.work.progress.resumable import resumable_artifact
 # Duplicated tensors: Hugging Face folders store embedding and head of a prediction layer a second time. A
 # checkpoint stores each once.
 def get_duplicates(weights: Weights) -> dict[str, str]:
-    """Return name -> original for all tensors that an export stores twice."""
+    """Return name -> original for tensors that an export stores twice."""
     return models.get_family(weights.model.family).find_copies(weights.model)
 
 
 def find_differing_copies(folder: HfWeights) -> list[str]:
-    """Return the duplicated tensors of `folder` that differ from their original in a bit or dtype."""
+    """Return duplicated tensors in `folder` that differ from the original in a bit or dtype."""
     return [name for name, other in folder.copies.items() if not has_same_bits(folder.read(name),
                                                                               folder.read(other))]
 
@@ -64,7 +62,7 @@ def check_copies(folder: HfWeights) -> None:
                         "has no embedding or head of its own here; save the model with equal tensors")
 
 
-# Safetensors files, several at a time; memory holds two tensors of each.
+# Safetensors files, several at a time; memory holds two tensors per file.
 def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:
     """Divide tensors, in order, into files of at most `max_shard_bytes`; a larger tensor gets its own
     file."""
@@ -80,7 +78,7 @@ def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int) -> list[list[
 
 
 def hash_file_plan(files: Mapping[str, list[TensorSpec]]) -> str:
-    """Hash the tensor names of each file, to recognize an unfinished conversion with the same plan."""
+    """Hash the tensor names per file, to recognize an unfinished conversion with the same plan."""
     names = json.dumps([[file, [spec.name for spec in specs]] for file, specs in files.items()])
     return hashlib.sha256(names.encode()).hexdigest()[:16]
 
@@ -107,7 +105,7 @@ def write_files(folder: Path, files: dict[str, list[TensorSpec]], read: TensorSo
         finish(name, record)
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # each file has its own thread
+    torch.set_num_threads(1)  # a thread per file
     pool = ThreadPoolExecutor(workers)
     try:
         for future in as_completed([pool.submit(write_one, name) for name in files]):
@@ -117,17 +115,17 @@ def write_files(folder: Path, files: dict[str, list[TensorSpec]], read: TensorSo
         torch.set_num_threads(threads)
 
 
-# Source files are hashed during the conversion. A written file counts as finished only after its source files
-# were verified, and the artifact is published only after all were.
+# Source files are hashed during the conversion. A written file counts as finished only after the file's
+# sources are verified, and the artifact is published only after every source file is verified.
 class SourceCheck:
-    """Verification of source files in progress; see `checked_source`."""
+    """Running verification of source files; see `verify_source`."""
 
     def __init__(self, weights: Weights, damage: dict[str, Future[str | None]], remedy: str,
                  base: SourceCheck | None) -> None:
         self._weights, self._damage, self._remedy, self._base = weights, damage, remedy, base
 
     def wait_for(self, names: Iterable[str]) -> None:
-        """Wait until the files of the given Hugging Face tensors are verified.
+        """Wait until the source files for the Hugging Face tensors `names` are verified.
 
         Raises:
             UserError: a file is missing or differs from the manifest; the message lists its tensors.
@@ -139,7 +137,7 @@ class SourceCheck:
         self._refuse_damage(file for file in self._damage if file in files)
 
     def wait_for_all(self) -> None:
-        """Wait until all files are verified; raises `UserError` like `require`."""
+        """Wait until every source file is verified; raises `UserError` like `wait_for`."""
         self._refuse_damage(self._damage)
 
     def _refuse_damage(self, files: Iterable[str]) -> None:
@@ -152,8 +150,7 @@ class SourceCheck:
 
 @contextlib.contextmanager
 def verify_source(weights: Weights, workers: int) -> Iterator[SourceCheck]:
-    """Verify source files (without parts such as the optimizer) against their manifest during the `with`
-    block.
+    """Verify source files (model part only) against the manifest during the `with` block.
 
     Args:
         weights: source of the conversion.
@@ -173,7 +170,7 @@ def verify_source(weights: Weights, workers: int) -> Iterator[SourceCheck]:
 
 @contextlib.contextmanager
 def _check_folder(weights: Weights, workers: int, base: SourceCheck | None) -> Iterator[SourceCheck]:
-    """Verify the files of one folder; `base` verifies the base model of an adapter."""
+    """Verify a folder's files; `base` verifies an adapter's base model."""
     path, pool = weights.path, ThreadPoolExecutor(workers)
     damage: dict[str, Future[str | None]] = {}
     remedy = DAMAGED_HF
@@ -188,150 +185,12 @@ def _check_folder(weights: Weights, workers: int, base: SourceCheck | None) -> I
     try:
         yield check
         check.wait_for_all()
-    # A damaged file may have caused the exception; its message names the remedy.
+    # a damaged file may have caused the exception, and the damage message names the remedy
     except Exception:
         check.wait_for_all()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-# Companion files: tokenizer, chat template and generation defaults, with their token ids. A checkpoint stores
-# them in `tokenizer/`, a Hugging Face folder next to the weights.
-CARRIED_FIELDS = "config_fields"
-"""Manifest key of a checkpoint: fields of config.json that do not describe the model."""
-
-
-def copy_carried_fields(checkpoint: Path) -> dict[str, Any]:
-    """Return manifest content with the `CARRIED_FIELDS` of `checkpoint`, for checkpoints derived from it."""
-    fields = read_manifest(checkpoint).content.get(CARRIED_FIELDS)
-    return {CARRIED_FIELDS: fields} if fields else {}
-
-
-GENERATION_CONFIG = "generation_config.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                   "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
-                   GENERATION_CONFIG)
-"""Files to copy; other files, such as code, are not copied."""
-
-
-def copy_companions(source: Path, target: Path, tokens: TokenIds) -> None:
-    """Copy the companion files, and add missing `tokens` to generation_config.json.
-
-    If generation_config.json exists, `generate` of transformers reads token ids from no other file.
-    """
-    target.mkdir(exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            refuse_outside_link(source, source / name)
-            shutil.copyfile(source / name, target / name)
-    defaults = _read_optional_json(target / GENERATION_CONFIG)
-    present = parse_token_ids(defaults)
-    missing = {f"{name}_token_id": value for name, value in vars(tokens).items()
-               if not set(to_id_list(value)) <= set(to_id_list(getattr(present, name)))}
-    if missing:
-        write_atomically(target / GENERATION_CONFIG, format_json(defaults | missing))
-
-
-def move_chat_template(folder: Path) -> None:
-    """Move the chat template from tokenizer_config.json to its own file, as transformers 5 does."""
-    config_file, template_file = folder / CONFIG_JSON, folder / TEMPLATE_FILE
-    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-    template = config.pop("chat_template", None)
-    # A list has several named templates, which transformers reads from tokenizer_config.json.
-    if not isinstance(template, str):
-        return
-    if not template_file.exists():
-        write_atomically(template_file, template.encode())
-    write_atomically(config_file, format_json(config))
-
-
-def add_turn_ends(folder: Path, tokens: TokenIds) -> TokenIds:
-    """Add the ids that end an assistant turn in the chat template of `folder` to `tokens.eos`.
-
-    Inference engines stop at any id of `eos`.
-    """
-    try:
-        chat = read_chat_encoder(folder)
-    except UserError as e:
-        warn(f"{e}; generation stops at eos alone")
-        chat = None
-    stop_ids = to_id_list(tokens.eos)
-    if chat is not None:
-        stop_ids += [id_ for id_ in chat.end_ids() if id_ not in stop_ids]
-    return replace(tokens, eos=stop_ids if len(stop_ids) > 1 else next(iter(stop_ids), None))
-
-
-def read_generation_ids(folder: Path) -> TokenIds:
-    """Return the token ids for generation_config.json: those of `ids_beside`, and the ends of turns.
-
-    Raises:
-        UserError: see `ids_beside`.
-    """
-    return add_turn_ends(folder, read_token_ids(folder))
-
-
-def parse_token_ids(config: dict[str, Any]) -> TokenIds:
-    """Read the token ids of config.json or generation_config.json; invalid values are ignored."""
-    ids_by_name: dict[str, Any] = {}
-    for name in ("bos", "eos", "pad"):
-        value = config.get(f"{name}_token_id")
-        values = value if isinstance(value, list) else [value]
-        ids = [id_ for id_ in values if type(id_) is int and id_ >= 0]
-        ids_by_name[name] = ids if ids and isinstance(value, list) else next(iter(ids), None)
-    return TokenIds(**ids_by_name)
-
-
-def to_id_list(ids: int | list[int] | None) -> list[int]:
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-
-
-def read_token_ids(folder: Path) -> TokenIds:
-    """Read the token ids of a folder. The first file with an id wins: generation_config.json, config.json,
-    its `text_config`, the special tokens of the tokenizer.
-
-    Raises:
-        UserError: a file is damaged, or `eos_token` is not in the tokenizer.
-    """
-    config = _read_optional_json(folder / CONFIG)
-    text_part = config.get("text_config")
-    ids: dict[str, Any] = {}
-    defaults = _read_optional_json(folder / GENERATION_CONFIG)
-    for source in (defaults, config, text_part if isinstance(text_part, dict) else {}):
-        ids |= {name: value for name, value in vars(parse_token_ids(source)).items() if ids.get(name) is None}
-    missing = [name for name, value in ids.items() if value is None]
-    return TokenIds(**ids | _find_special_ids(folder, missing))
-
-
-def _find_special_ids(folder: Path, names: list[str]) -> dict[str, int]:
-    """Return the ids of the special tokens that tokenizer_config.json names by text."""
-    texts = {name: text for name in names if (text := read_special_token(folder, f"{name}_token"))}
-    if not texts or not (folder / TOKENIZER_JSON).is_file():
-        return {}
-    tokenizer = read_tokenizer(folder)
-    ids = {text: id_ for id_, text in tokenizer.ordinary.items()}
-    ids |= {token["content"]: id_ for id_, token in tokenizer.added.items()}
-    if (end := texts.get("eos", "")) and end not in ids:  # generation would never stop
-        raise UserError(f"{folder / CONFIG_JSON}: eos_token = {end!r} is not a token of {TOKENIZER_JSON}; "
-                        "correct it there")
-    return {name: ids[text] for name, text in texts.items() if text in ids}
-
-
-def describe_split_conflict(folder: Path, split: str | None) -> str | None:
-    """Return a warning if tokenizer.json splits text unlike `split`, which transformers uses for this
-    family."""
-    tokenizer_file = folder / "tokenizer.json"
-    if split is None or not tokenizer_file.is_file():
-        return None
-    if json.dumps(split) in json.dumps(read_json(tokenizer_file).get("pre_tokenizer")):
-        return None
-    return (f"{tokenizer_file} splits text by another regular expression than transformers' AutoTokenizer "
-            "uses for this model family, so token ids may differ; "
-            "load it with PreTrainedTokenizerFast.from_pretrained")
-
-
-def _read_optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
 
 
 def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: int = DEFAULT_WORKERS,
@@ -362,7 +221,7 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
         # Check now; later errors would blame the copy in the checkpoint.
         if name.endswith(".json"):
             refuse_outside_link(hf_dir, hf_dir / name)
-            _read_optional_json(hf_dir / name)
+            read_optional_json(hf_dir / name)
     source = HfWeights(hf_dir)
     check_dtypes(source)
     for note in source.notes:
@@ -375,23 +234,23 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
 
 @dataclass(frozen=True)
 class ImportSource:
-    """Source of a checkpoint: weights under Hugging Face names and companion files."""
+    """Source for a checkpoint: weights under Hugging Face names and companion files."""
 
     weights: Weights
-    """Source of the tensors; its folder and the dtype determine every byte of the checkpoint."""
+    """Tensor source; folder and dtype determine every byte in the checkpoint."""
     command: str
     """Command name for messages and the progress bar."""
     tokenizer: Path | None
     """Tokenizer folder."""
     tokens: TokenIds
-    """Special token ids, for tokenizer files without them."""
+    """Special token ids, for tokenizer files without ids."""
     content: Mapping[str, Any]
     """Additional manifest entries."""
 
 
 def write_imported(out: Path, source: ImportSource, dtype: str, *, workers: int, overwrite: bool,
                    redo: bool) -> None:
-    """Write a checkpoint (part `model`, step 0); it appears when complete.
+    """Write a checkpoint (part `model`, step 0), which appears when complete.
 
     Args:
         out: checkpoint to write.
@@ -444,7 +303,7 @@ def write_imported(out: Path, source: ImportSource, dtype: str, *, workers: int,
 
 def plan_files(links: dict[str, Link], dtype_of: Callable[[str], torch.dtype],
                dtype: str) -> dict[str, list[TensorSpec]]:
-    """Return file name -> blocks of the checkpoint.
+    """Return file name -> checkpoint blocks.
 
     Args:
         links: block name -> link.
@@ -458,7 +317,7 @@ def plan_files(links: dict[str, Link], dtype_of: Callable[[str], torch.dtype],
 
 
 def build_index(files: dict[str, list[TensorSpec]], links: dict[str, Link]) -> Index:
-    """Return the index for the blocks of `planned_files`."""
+    """Return the index for the blocks in `files`."""
     index: Index = {}
     for file, blocks in files.items():
         for spec in blocks:

@@ -1,4 +1,4 @@
-"""Read pickles of untrusted checkpoints as data, without importing or calling anything.
+"""Read pickles in untrusted checkpoints as data, without imports or calls.
 
 A pickle is a program. The interpreter here builds plain values only: `GLOBAL` pushes a `Name`, `REDUCE` and
 `NEWOBJ` push an `InertCall` with the name and its arguments. Names that are not allowed, and opcodes that
@@ -33,7 +33,7 @@ MAX_NAME_CHARS = 80
 _CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _ARGUMENTS = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "SHORT_BINUNICODE", "BINUNICODE",
               "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"}
-"""Opcodes that push their argument."""
+"""Opcodes that push the argument."""
 _IGNORED_OPCODES = {"PROTO", "FRAME"}
 
 
@@ -49,7 +49,7 @@ class Name:
 
 
 class Items(list[tuple[Any, Any]]):
-    """The pairs of a dict, in order; keys of untrusted files are not hashed."""
+    """Pairs from a dict, in order; keys from untrusted files are not hashed."""
 
 
 class InertCall:
@@ -58,14 +58,14 @@ class InertCall:
     def __init__(self, name: Name, arguments: tuple[Any, ...]) -> None:
         self.name, self.arguments = name, arguments
         self.state: Any = None
-        """Argument of `__setstate__`."""
+        """`__setstate__` argument."""
         self.items = Items()
         """Items that the pickle would set, if the object is a mapping."""
 
 
 @dataclass(frozen=True)
 class InertObject:
-    """A persistent id, such as the reference to a tensor's storage."""
+    """A persistent id, for example the reference to a tensor's storage."""
 
     key: Any
 
@@ -75,7 +75,7 @@ class _Mark:
 
 
 def parse_pickle(raw: bytes, allowed: Callable[[Name], bool]) -> Any:
-    """Parse a pickle; raises ValueError if it is truncated, or has a forbidden name or opcode."""
+    """Parse a pickle; raises ValueError for truncation, a forbidden name or a forbidden opcode."""
     machine = _Machine(allowed)
     for opcode, argument, position in pickletools.genops(raw):
         try:
@@ -89,7 +89,7 @@ def parse_pickle(raw: bytes, allowed: Callable[[Name], bool]) -> Any:
 
 
 class _Machine:
-    """Stack and memo of the pickle interpreter."""
+    """The pickle interpreter's stack and memo."""
 
     def __init__(self, allowed: Callable[[Name], bool]) -> None:
         self._allowed = allowed
@@ -114,8 +114,8 @@ class _Machine:
         }
 
     def execute(self, opcode: str, argument: Any) -> None:
-        """Execute an opcode; raises ValueError, IndexError, KeyError or TypeError if it does not fit the
-        stack."""
+        """Execute an opcode; raises ValueError, IndexError, KeyError or TypeError if the stack does not
+        fit."""
         if opcode in _ARGUMENTS:
             self._stack.append(argument)
         elif opcode in _CONSTANTS:
@@ -198,14 +198,14 @@ class _Machine:
 
 
 def get_attributes(value: Any, *names: Name) -> dict[str, Any]:
-    """Return the attributes of an object of one of the named classes; raises ValueError for other values."""
+    """Return an object's attributes if the object's class is in `classes`; raises ValueError otherwise."""
     if not (isinstance(value, InertCall) and value.name in names):
         raise ValueError(f"a {names[0].name} is needed instead of {_describe_type(value)}")
     return to_text_dict(value.state if value.state is not None else Items())
 
 
 def to_text_dict(value: Any) -> dict[str, Any]:
-    """Convert pairs with unique text keys to a dict; raises ValueError for other values."""
+    """Convert pairs with unique text keys to a dict; raises ValueError for other keys."""
     if not isinstance(value, Items) or not all(isinstance(key, str) for key, _ in value):
         raise ValueError(f"a dict with text keys is needed instead of {_describe_type(value)}")
     mapping = dict(value)
@@ -218,12 +218,12 @@ def _describe_type(value: Any) -> str:
     return str(value.name) if isinstance(value, InertCall) else f"a {type(value).__name__}"
 
 
-# Names that are allowed in pickles of a checkpoint. They are never imported.
+# Names allowed in a checkpoint's pickles, never imported.
 
 _META, _PLAN = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner"
 METADATA = Name(_META, "Metadata")
 MCORE_METADATA = Name("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata")
-"""Class of the metadata up to megatron-core 0.15."""
+"""Metadata class up to megatron-core 0.15."""
 TENSOR, BYTES = Name(_META, "TensorStorageMetadata"), Name(_META, "BytesStorageMetadata")
 PROPERTIES, CHUNK = Name(_META, "TensorProperties"), Name(_META, "ChunkStorageMetadata")
 PLACE = Name(_META, "MetadataIndex")
@@ -232,12 +232,12 @@ SIZE = Name("torch", "Size")
 DTYPE_NAMES = ("float64", "float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8",
                "bool", "float8_e4m3fn", "float8_e5m2")
 MEMBER = Name("builtins", "getattr")
-"""Used by Python 3.11 for members of enumerations."""
+"""Used by Python 3.11 for enumeration members."""
 _INDEX = {
     METADATA, MCORE_METADATA, TENSOR, BYTES, PROPERTIES, CHUNK, PLACE, STORED, SIZE,
     Name(_META, "StorageMeta"), Name(_META, "_MEM_FORMAT_ENCODING"),
     Name("torch.serialization", "_get_layout"),
-    # Save plans of the processes, which Megatron caches for its next save.
+    # The processes' save plans, which Megatron caches for the next save.
     Name("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),
     *(Name(_PLAN, name) for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData",
                                      "BytesIOWriteData")),
@@ -255,7 +255,7 @@ STORAGES = {Name("torch", f"{name}Storage"): dtype for name, dtype in {
 NAMESPACE = Name("argparse", "Namespace")
 _SETTINGS_PACKAGES = ("megatron", "torch", "transformer_engine", "nvidia_resiliency_ext", "numpy", "datetime",
                       "enum", "types")
-"""Packages whose classes and enumerations occur in settings; they are read as names."""
+"""Packages whose classes and enumerations occur in settings, where they are read as names."""
 _PLAIN = {"set", "frozenset", "complex", "bytearray", "slice", "range"}
 _CODECS = Name("_codecs", "encode")
 """Used by pickle protocol 2 for bytes."""
@@ -267,12 +267,12 @@ def is_index_name(name: Name) -> bool:
 
 
 def is_tensor_name(name: Name) -> bool:
-    """Return whether a name is allowed in the header of a stored tensor."""
+    """Return whether a stored tensor's header may contain a name."""
     return name in STORAGES or name in (REBUILT, PARAMETER, ORDERED)
 
 
 def is_settings_name(name: Name) -> bool:
-    """Return whether a name is allowed in the settings of a checkpoint."""
+    """Return whether a checkpoint's settings may contain a name."""
     return (name in (NAMESPACE, ORDERED, _CODECS, MEMBER) or name.module.split(".")[0] in _SETTINGS_PACKAGES
             or (name.module in ("builtins", "__builtin__") and name.name in _PLAIN)
             or name.module in ("pathlib", "pathlib._local") or name == Name("signal", "Signals"))
@@ -283,20 +283,19 @@ def is_settings_name(name: Name) -> bool:
 
 MAX_AXES = 8
 MAX_SIZE = 1 << 48
-"""Limit of an axis, offset or file size."""
+"""Maximum axis, offset or file size."""
 COMMON_STATE = "common_state/shard_0_1"
-"""Key of the settings, which megatron-core stores among the tensors since version 0.19."""
+"""Settings key among the tensors, used by megatron-core since version 0.19."""
 TRAINING_PREFIXES = ("optimizer.", "chained_", "opt_param_scheduler", "rng_state", "rerun_state_machine")
-"""Key prefixes of training state, which is not imported."""
+"""Key prefixes for training state, which is not imported."""
 Index = dict[str, Any]
 """JSON object. `tensors`: key -> [dtype, shape, pieces], with a piece [file, start, length, offset, shape];
 `num_skipped`: optimizer tensors; `num_objects`: entries that are not tensors; `settings`: [file, start,
-length], None if the settings have a file of their own."""
+length], None if the settings have a separate file."""
 
 
 def read_index(raw: bytes) -> Index:
-    """Parse an index; raises ValueError if it contains other objects than tensor metadata, or invalid
-    offsets."""
+    """Parse an index; raises ValueError for objects other than tensor metadata, and for invalid offsets."""
     try:
         metadata = get_attributes(parse_pickle(raw, is_index_name), METADATA, MCORE_METADATA)
         entries = to_text_dict(metadata["state_dict_metadata"])
@@ -317,7 +316,7 @@ def read_index(raw: bytes) -> Index:
 
 
 def _read_stored(value: Any) -> dict[tuple[str, tuple[int, ...]], list[Any]]:
-    """Return (key, offset) -> [file, start, length] of each stored block."""
+    """Return (key, offset) -> [file, start, length] for stored blocks."""
     if not isinstance(value, list):
         raise ValueError("it does not list stored tensors")
     places = {}
@@ -366,7 +365,7 @@ def _parse_tensor(key: str, value: Any, stored: dict[tuple[str, tuple[int, ...]]
 
 
 def _parse_dtype(value: Any) -> str:
-    """Return the dtype name, the first item in the tuple of tensor properties."""
+    """Return the dtype name, the first item in the tensor properties."""
     if not (isinstance(value, InertCall) and value.name == PROPERTIES):
         raise ValueError("a tensor has no properties")
     dtype = value.state[0] if isinstance(value.state, tuple) and value.state else None
@@ -404,10 +403,10 @@ def _parse_path(value: Any) -> str:
     return str(value)
 
 
-# Settings of a Megatron-LM checkpoint: `args` in `common.pt` or, as a list of one item, in a file of tensors.
+# Settings in a Megatron-LM checkpoint: `args` in `common.pt` or, as a single-item list, in a tensor file.
 
 MAX_VALUES = 200_000
-"""Limit of values in all settings, with items of lists."""
+"""Maximum number of setting values, including list items."""
 MAX_DEPTH = 6
 
 
@@ -422,13 +421,13 @@ def read_settings(raw: bytes) -> dict[str, Any]:
 
 
 class _JsonConverter:
-    """Converts parsed values to JSON values, and counts them."""
+    """Converts parsed values to JSON values, and counts the values."""
 
     def __init__(self) -> None:
         self._num_values = 0
 
     def convert(self, value: Any, depth: int) -> Any:
-        """Return a JSON value; other values become text. Raises ValueError above `MAX_VALUES`."""
+        """Return a JSON value; values unknown to JSON become text. Raises ValueError above `MAX_VALUES`."""
         self._num_values += 1
         if self._num_values > MAX_VALUES or depth > MAX_DEPTH:
             raise ValueError("its settings have too many values")
@@ -450,11 +449,11 @@ class _JsonConverter:
 
 MAX_HEADER_BYTES = 256 << 20
 _LOCAL_HEADER_BYTES = 30
-"""Local file header of a zip member, before name and extra field (APPNOTE.TXT of PKWARE, 4.3.7)."""
+"""A zip member's local file header, before name and extra field (PKWARE APPNOTE.TXT, 4.3.7)."""
 
 
 class TorchArchive:
-    """A `torch.save` file; `header` is its parsed pickle."""
+    """A `torch.save` file; `header` is the parsed pickle."""
 
     def __init__(self, file: Any, allowed: Callable[[Name], bool] = is_tensor_name) -> None:
         """Parse the header; raises ValueError for a malformed file or a forbidden name."""
@@ -516,9 +515,9 @@ REMEDY = "restore the checkpoint from its source"
 READERS = {"index": read_index, "settings": read_settings}
 MAX_FILE_BYTES = 1 << 30
 BASE_MEMORY_BYTES, MEMORY_PER_BYTE = 1 << 29, 60
-"""A pickled value of one byte becomes an object of about 50 bytes in memory."""
+"""Memory limit factor: a pickled byte becomes an object with about 50 bytes."""
 BASE_TIME_S, BYTES_PER_S = 60, 200_000
-"""CPU time limit of the subprocess, about ten times the normal time."""
+"""CPU time limit for the subprocess, about ten times the normal time."""
 CLOCK_FACTOR = 20
 """Wall-clock limit as a multiple of the CPU limit, to stop a hang on a shared machine."""
 _CODE = ("import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
@@ -527,7 +526,7 @@ _CODE = ("import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
 
 def read_in_subprocess(reader: str, path: Path, start: int = 0, length_bytes: int | None = None) -> dict[str,
                        Any]:
-    """Parse a file of a checkpoint in a subprocess.
+    """Parse a checkpoint file in a subprocess.
 
     Args:
         reader: key of `READERS`.
@@ -565,7 +564,7 @@ def read_in_subprocess(reader: str, path: Path, start: int = 0, length_bytes: in
 
 
 def main(request: str) -> None:
-    """Parse one file; entry point of the subprocess."""
+    """Parse a file; the subprocess's entry point."""
     arguments = json.loads(request)
     limit(resource.RLIMIT_AS, arguments["memory_bytes"])
     limit(resource.RLIMIT_CPU, arguments["time_s"])
@@ -575,8 +574,7 @@ def main(request: str) -> None:
         with open(arguments["path"], "rb") as f:
             f.seek(arguments["start"])
             content = READERS[arguments["what"]](f.read(arguments["size_bytes"]))
-        # Serialized as a whole under the memory limit: text that is referenced many times would exhaust the
-        # parent.
+        # serialized under the memory limit: text referenced many times would exhaust the parent
         reply = json.dumps({"found": content})
     except MemoryError:
         reply = json.dumps({"error": "it needs more memory than a valid file of its size"})

@@ -1,4 +1,4 @@
-"""Export and import the weights of a running model under Hugging Face names, at any layout.
+"""Export and import a running model's weights under Hugging Face names, at any layout.
 
 Exports equal the files of `to_hf` bit for bit. Imports are the inverse, with the same links.
 """
@@ -25,8 +25,7 @@ from megatron_sov.model.families.weights import Link
 
 def export_weights(model: LanguageModel, dtype: str = KEEP, *,
                    everywhere: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (Hugging Face name, tensor) for all tensors of a model, in the order of the weight map
-    (collective).
+    """Yield (Hugging Face name, tensor) for a model, in weight map order (collective).
 
     All processes must iterate to the end at the same training step. One tensor, or the stacked experts of one
     layer, is gathered at a time. A caller that stops early must close the generator, which lets other
@@ -35,7 +34,7 @@ def export_weights(model: LanguageModel, dtype: str = KEEP, *,
     Args:
         model: local part of the model.
         dtype: "float32", "bfloat16", "float16", "float64" or "keep" (float32 for float64 models, and
-            `peft.merged_dtype` with an adapter); router biases are always float32.
+            `peft.get_merged_dtype` with an adapter); router biases are always float32.
         everywhere: yield tensors on every process, for engines in the trainer's processes; otherwise on rank
             0.
 
@@ -60,7 +59,7 @@ def export_weights(model: LanguageModel, dtype: str = KEEP, *,
     for shapes in adapters.values():
         expected |= shapes
     check_shapes("the running model", gatherer.get_shapes(), expected, "correct the weight map of its family")
-    # Adapter factors come directly before the weight that they change.
+    # adapter factors come directly before the weight that the factors change
     tensors = iter_gathered(gatherer, [k for key in by_key for k in (*adapters.get(key, ()), key)])
     adapted_places = find_adapter_places(model.architecture, model.lora)
     factors: dict[str, torch.Tensor] = {}
@@ -83,7 +82,7 @@ def export_weights(model: LanguageModel, dtype: str = KEEP, *,
 
 
 def _split_block(link: Link, whole: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the Hugging Face tensors in one block of a whole tensor."""
+    """Yield the Hugging Face tensors in a block of a whole tensor."""
     block = whole[tuple(slice(o, o + n) for o, n in zip(link.offset, link.extent, strict=True))].reshape(
         link.block_shape)
     yield from link.split(block).items()
@@ -91,16 +90,16 @@ def _split_block(link: Link, whole: torch.Tensor) -> Iterator[tuple[str, torch.T
 
 @dataclass(frozen=True)
 class _Region:
-    """Overlap of a block with a local shard."""
+    """Overlap between a block and a local shard."""
 
     target: torch.Tensor
     """View into the shard."""
     source: tuple[slice, ...]
-    """Slices of the block, one per axis of the global tensor."""
+    """Slices into the block, per axis of the global tensor."""
 
 
 class LiveImport:
-    """Copies Hugging Face tensors into a model whose parameters keep their memory (collective).
+    """Copies Hugging Face tensors into a model's existing parameter memory (collective).
 
     Every process passes all tensors in the same order. Only weights are imported, no optimizer state.
 
@@ -125,7 +124,7 @@ class LiveImport:
         for shard in list_local_shards(model):
             shards.setdefault(_get_group(shard.key, shard.offset), []).append(shard)
         self._extents: dict[str, tuple[int, ...]] = {}
-        """Hugging Face name -> extent in the global tensor, for tensors that are consecutive rows of their
+        """Hugging Face name -> extent in the global tensor, for tensors with consecutive rows in the
         block."""
         self._regions: dict[str, list[_Region]] = {}
         """Hugging Face name -> local regions. Interleaved tensors (query, key, value) share the entry of the
@@ -140,7 +139,7 @@ class LiveImport:
 
     @torch.no_grad()
     def import_all(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Import every tensor of the model; interleaved tensors are buffered until their block is complete.
+        """Import every model tensor; interleaved tensors are buffered until the block is complete.
 
         Args:
             weights: (Hugging Face name, tensor), e.g. from `export_weights(other, everywhere=True)`.
@@ -165,24 +164,24 @@ class LiveImport:
 
 
 def import_weights(model: LanguageModel, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Import every tensor of a model once, see `LiveImport`."""
+    """Import every model tensor once, see `LiveImport`."""
     LiveImport(model).import_all(weights)
 
 
 def _get_group(key: str, offset: tuple[int, ...]) -> tuple[str, int]:
-    """Return the group of a shard for the lookup: its key and, for stacked experts, its expert index."""
+    """Return a shard's lookup group: the key and, for stacked experts, the expert index."""
     return key, offset[0] if ".experts.experts." in key else 0
 
 
 def _list_groups(link: Link) -> list[tuple[str, int]]:
-    """Return the groups with shards of a block; stacked experts have one group per expert."""
+    """Return the groups with shards of a block; stacked experts have a group per expert."""
     if ".experts.experts." not in link.key:
         return [(link.key, 0)]
     return [(link.key, link.offset[0] + expert) for expert in range(link.extent[0])]
 
 
 def _locate_rows(link: Link, first: int, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return offset and extent, in the global tensor, of `count` rows of a block."""
+    """Return offset and extent in the global tensor for `count` rows in a block."""
     axis = len(link.shape) - len(link.block_shape)
     offset, extent = list(link.offset), list(link.extent)
     offset[axis] += first
@@ -192,7 +191,7 @@ def _locate_rows(link: Link, first: int, count: int) -> tuple[tuple[int, ...], t
 
 def _find_regions(shards: list[LocalShard], offset: tuple[int, ...],
                   extent: tuple[int, ...]) -> list[_Region]:
-    """Return the overlaps of a global region with the local shards."""
+    """Return the overlaps between a global region and the local shards."""
     regions = []
     for shard in shards:
         starts = [max(a, b) for a, b in zip(shard.offset, offset, strict=True)]

@@ -14,23 +14,23 @@ from megatron_sov.checkpoint.safetensors_files import SAFETENSORS_DTYPES, Tensor
 
 FIELD = "quantization_config"
 EIGHT_BITS = "F8_E4M3"
-"""Name of `torch.float8_e4m3fn` in safetensors headers."""
+"""Name for `torch.float8_e4m3fn` in safetensors headers."""
 Stored = dict[str, torch.Tensor]
-"""Suffix of the name -> stored tensor, for one weight."""
+"""Name suffix -> stored tensor, for a weight."""
 Sizes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Suffix -> shape and dtype."""
 
 
 @dataclass(frozen=True)
 class LowBitFormat:
-    """Storage format of a weight."""
+    """Storage format for a weight."""
 
     name: str
     """Name for messages."""
     sizes: Callable[[tuple[int, ...]], Sizes]
-    """Weight shape -> shapes and dtypes of the stored tensors."""
+    """Weight shape -> stored tensors' shapes and dtypes."""
     shape: Callable[[Mapping[str, tuple[int, ...]]], tuple[int, ...]]
-    """Shapes of the stored tensors -> weight shape."""
+    """Stored tensors' shapes -> weight shape."""
     unpack: Callable[[Stored], torch.Tensor]
     """Stored tensors -> weight in bfloat16."""
 
@@ -72,11 +72,11 @@ class LowBitWeight:
             raise UserError(f"{file}: {self.name}{e}; use an earlier checkpoint") from None
 
 
-# FP8 with one scale per block of 128 x 128, the format of DeepSeek-V3: value times scale, rounded to bfloat16
-# (see its `inference/fp8_cast_bf16.py`).
+# FP8 with a scale per 128 x 128 block, DeepSeek-V3's format: value times scale, rounded to bfloat16
+# (`inference/fp8_cast_bf16.py` in DeepSeek-V3).
 
 BLOCK = 128
-"""Rows and columns of a block."""
+"""Rows and columns per block."""
 SUFFIX = "_scale_inv"
 
 
@@ -96,7 +96,7 @@ def _unpack_blocks(stored: Stored) -> torch.Tensor:
 FP8_BLOCK = LowBitFormat("fp8-block", _block_sizes, lambda shapes: shapes[""], _unpack_blocks)
 
 
-# FP8 with one scale per weight: format `float-quantized` of the compressed-tensors library.
+# FP8 with a scale per weight: format `float-quantized` in the compressed-tensors library.
 
 SCALE = "_scale"
 FP8_TENSOR = LowBitFormat(
@@ -108,7 +108,7 @@ FP8_TENSOR = LowBitFormat(
 
 def find_low_bit_weights(config: Mapping[str, Any], shards: Mapping[str, TensorFile]) -> dict[str,
                          LowBitWeight]:
-    """Return name -> weight for the FP8 weights of a folder; {} without `quantization_config`.
+    """Return name -> weight for a folder's FP8 weights; {} without `quantization_config`.
 
     Args:
         config: content of config.json.
@@ -132,7 +132,7 @@ def find_low_bit_weights(config: Mapping[str, Any], shards: Mapping[str, TensorF
 SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "quant_method": ("fp8",), "weight_block_size": ([BLOCK, BLOCK],), "fmt": ("e4m3", None),
     "activation_scheme": ("dynamic", None), "scale_fmt": ("ue8m0", "float", None)}
-"""Field -> values that do not change the interpretation of the stored bytes."""
+"""Field -> values that do not change how stored bytes are interpreted."""
 MODULE_FIELDS = ("modules_to_not_convert", "ignored_layers")
 """Fields that list unquantized modules; the dtypes in the files contain the same information."""
 
@@ -177,7 +177,7 @@ def _check_scales(shards: Mapping[str, TensorFile], name: str) -> None:
 
 TENSOR_WISE = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "group_size": None,
                "block_structure": None, "actorder": None}
-"""Fields of a compressed-tensors group that determine the interpretation of its bytes -> supported values."""
+"""Field in a compressed-tensors group that determines how bytes are interpreted -> supported values."""
 
 
 def _check_compressed(quantised: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Import `torch_dist` checkpoints of Megatron-LM, Megatron-Bridge and NeMo."""
+"""Import `torch_dist` checkpoints from Megatron-LM, Megatron-Bridge and NeMo."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ MAX_TRACKER_BYTES = 64
 
 
 def find_iteration(folder: Path) -> Path:
-    """Return the folder with the index: `folder` itself, or its newest iteration.
+    """Return the folder with the index: `folder` itself, or the newest iteration.
 
     Raises:
         UserError: there is no checkpoint, or its format or version is not supported.
@@ -112,16 +112,16 @@ def _check_format(folder: Path) -> None:
 
 
 MAX_READ_BYTES = 1 << 20
-"""Limit for one read of an archive's member list or header."""
+"""Maximum bytes per read from an archive's member list or header."""
 
 
 @dataclass(frozen=True)
 class DistTensor:
-    """Location of a tensor's bytes."""
+    """Where a tensor's bytes are stored."""
 
     path: Path
     start: int
-    """Offset of the first byte in the file."""
+    """File offset of the first byte."""
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -141,7 +141,7 @@ def find_tensor(path: Path, start: int, length_bytes: int) -> DistTensor:
 
 
 class _TensorWindow(io.RawIOBase):
-    """Read-only view of a byte range as a file object."""
+    """A byte range as a read-only file object."""
 
     def __init__(self, file: Any, start: int, length_bytes: int) -> None:
         self._file, self._start, self._length, self._at = file, start, length_bytes, 0
@@ -157,7 +157,7 @@ class _TensorWindow(io.RawIOBase):
         return self._at
 
     def read(self, size: int = -1) -> bytes:
-        """Read bytes; raises ValueError above `MAX_READ_BYTES`, more than an archive of one tensor needs."""
+        """Read bytes; raises ValueError above `MAX_READ_BYTES`, more than a single-tensor archive needs."""
         if min(size if size >= 0 else self._length, self._length - self._at) > MAX_READ_BYTES:
             raise ValueError(f"its archive has a member list of more than {MAX_READ_BYTES:,} bytes")
         return super().read(min(size, MAX_READ_BYTES)) or b""
@@ -174,16 +174,16 @@ class _TensorWindow(io.RawIOBase):
 _LAYER = re.compile(r"(decoder\.layers)\.(\d+)\.(.+)")
 _ALIASES = ((".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"),
             (".transformer_layer.", ".mtp_model_layer."))
-"""(part of our key, part of Megatron's key): the norm before experts without Transformer Engine, and the
-layer inside a prediction layer in later versions."""
+"""(our key part, Megatron's key part): the norm before experts without Transformer Engine, and the layer
+inside a prediction layer in later versions."""
 _EXPERTS = ".experts.experts."
 PREFIXES = ("", "module.")
-"""Prefixes of all keys; NeMo's wrapper adds `module.`."""
+"""Key prefixes; NeMo's wrapper adds `module.`."""
 HALVES = ("_w", "_v")
-"""Suffixes of keys for the halves of a gated matrix: gate and up."""
+"""Key suffixes for the halves of a gated matrix: gate and up."""
 REMEDY = "restore the checkpoint from its source"
 _CACHED_HEADERS = 4096
-"""Size of the cache of parsed archive headers."""
+"""Cache size for parsed archive headers."""
 
 
 # Our keys are Megatron's global names, so most keys agree. Differences: layers of one kind may be stacked
@@ -194,18 +194,19 @@ _CACHED_HEADERS = 4096
 
 @dataclass(frozen=True)
 class DistSource:
-    """Source of a block in a Megatron checkpoint."""
+    """Source for a block in a Megatron checkpoint."""
 
     key: str
     """Megatron's key."""
     leading_indices: tuple[int, ...]
     """Indices along the leading axes that only Megatron's tensor has."""
     has_one_expert: bool = False
-    """Megatron's tensor has one expert and no expert axis."""
+    """Whether Megatron's tensor holds a single expert without expert axis."""
 
 
 def find_block_sources(key: str, expert: int | None, stored_keys: Collection[str]) -> list[DistSource] | None:
-    """Return the sources of a tensor or expert: one, or two halves of a gated matrix; None if there are none.
+    """Return a tensor's or expert's sources: a single source, or two halves of a gated matrix; None if
+    missing.
 
     Args:
         key: our key.
@@ -234,14 +235,14 @@ def _iter_candidates(key: str, expert: int | None) -> Iterator[tuple[str, tuple[
 
 
 class TorchDistTensors(StoredTensors):
-    """Tensors of a `torch_dist` checkpoint under Megatron's keys."""
+    """Tensors in a `torch_dist` checkpoint under Megatron's keys."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the index; raises `UserError` if it is damaged or contains forbidden names."""
+        """Read the index; raises `UserError` for damage or forbidden names."""
         self.folder = folder
         index = read_in_subprocess("index", folder / METADATA)
         self.num_skipped: int = index["num_skipped"]
-        """Number of optimizer tensors."""
+        """Optimizer tensors in the checkpoint."""
         tensors: dict[str, Any] = index["tensors"]
         prefix = next((p for p in PREFIXES if f"{p}{VOCABULARY_WEIGHTS[0]}" in tensors), "")
         entries = {key.removeprefix(prefix): entry for key, entry in tensors.items()}
@@ -275,7 +276,7 @@ class TorchDistTensors(StoredTensors):
 
 
 class TorchDistWeights:
-    """Tensors of a `torch_dist` checkpoint, split into Hugging Face tensors.
+    """Tensors in a `torch_dist` checkpoint, split into Hugging Face tensors.
 
     Args:
         path: folder with the index.
@@ -310,7 +311,7 @@ class TorchDistWeights:
 
     def read(self, name: str) -> torch.Tensor:
         link = self._links_by_name[name]
-        # Consecutive names come from one block: keep the last block per thread.
+        # consecutive names come from the same block: keep the last block per thread
         last: tuple[Link, torch.Tensor] | None = getattr(self._thread_state, "last", None)
         if last is None or last[0] is not link:
             self._thread_state.last = None
@@ -336,7 +337,7 @@ class TorchDistWeights:
         return joined.reshape(link.block_shape)
 
     def _match_tensors(self) -> dict[tuple[str, tuple[int, ...]], list[DistSource]]:
-        """Find the sources of all blocks; keys and shapes must match the model exactly."""
+        """Find each block's sources; keys and shapes must match the model exactly."""
         stored_keys, matched = set(self.tensors.keys()), {}
         missing: dict[str, tuple[int, ...]] = {}
         expected: dict[str, tuple[int, ...]] = {}
@@ -366,7 +367,7 @@ class TorchDistWeights:
 
 
 def count_padded_rows(weights: TorchDistWeights) -> int:
-    """Return the number of vocabulary rows without a token id."""
+    """Return how many vocabulary rows have no token id."""
     return max((weights.tensors.get_shape(key)[0] - weights.model.vocab_size
                 for key in _list_vocabulary_keys(weights.tensors.keys())), default=0)
 
@@ -376,7 +377,7 @@ def _list_vocabulary_keys(keys: Iterable[str]) -> list[str]:
 
 
 FROM_MEGATRON = "from_megatron"
-"""Manifest key with the origin of the checkpoint."""
+"""Manifest key for the checkpoint's origin."""
 
 
 @dataclass(frozen=True)
@@ -386,19 +387,18 @@ class ImportReport:
     iteration: int | None
     """Training iteration, if known."""
     num_padded_rows: int
-    """Vocabulary rows without a token id, which were dropped."""
+    """Dropped vocabulary rows, which have no token id."""
     num_optimizer_tensors: int
-    """Optimizer tensors, which were dropped."""
+    """Dropped optimizer tensors."""
     model: ModelConfig
-    """Architecture of the imported model."""
+    """The imported model's architecture."""
 
 
 def from_megatron(folder: str | Path, out: str | Path, dtype: str = KEEP, *, family: str = "",
                   overrides: Mapping[str, Any] | None = None, tokenizer: Path | None = None,
                   workers: int = DEFAULT_WORKERS, overwrite: bool = False,
                   redo: bool = False) -> ImportReport:
-    """Write a checkpoint of Megatron-LM or Megatron-Bridge as a checkpoint of this project (part `model`,
-    step 0).
+    """Convert a Megatron-LM or Megatron-Bridge checkpoint to this project's format (part `model`, step 0).
 
     Args:
         folder: folder of an iteration, or of several iterations; NeMo 2 as well.
@@ -434,7 +434,7 @@ def from_megatron(folder: str | Path, out: str | Path, dtype: str = KEEP, *, fam
 
 
 def _read_model_settings(folder: Path) -> tuple[dict[str, Any], int | None]:
-    """Return the model settings in a checkpoint, and its iteration."""
+    """Return a checkpoint's model settings and iteration."""
     iteration = parse_iteration(folder)
     if (folder / RUN_CONFIG).is_file():
         model = read_sections(folder / RUN_CONFIG).get("model")

@@ -1,4 +1,4 @@
-"""Convert adapter checkpoints to and from PEFT folders, and merge adapters into their base weights."""
+"""Convert adapter checkpoints to and from PEFT folders, and merge adapters into base weights."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ _SUFFIXES = {A: ".lora_A.weight", B: ".lora_B.weight", MAGNITUDE: ".lora_magnitu
 _EMBEDDING_SUFFIXES = {A: ".lora_embedding_B", B: ".lora_embedding_A"}
 _FROZEN = ".base_layer.weight"
 MAX_RANK, MAX_ALPHA = 1 << 20, 1e30
-"""Limits of plausible settings; larger values would overflow derived sizes and scales."""
+"""Maximum plausible settings; larger values would overflow derived sizes and scales."""
 _IGNORED = ("inference_mode", "lora_dropout", "task_type", "init_lora_weights", "base_model_name_or_path",
             "revision", "auto_mapping", "peft_version", "r", "lora_alpha", "target_modules", "peft_type",
             "target_parameters", "use_dora", "use_rslora", "megatron_core", "loftq_config",
             "runtime_config", "qalora_group_size", "fan_in_fan_out", "exclude_modules")
-"""Fields of adapter_config.json that are handled, or that do not affect a trained adapter."""
+"""Fields in adapter_config.json that are handled, or that do not affect a trained adapter."""
 _UNCHANGED_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
-"""Values of `init_lora_weights` that leave the base unchanged; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA modify
-it."""
+"""`init_lora_weights` values that leave the base unchanged; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA modify the
+base."""
 
 
 def format_peft_name(module: AdaptedModule, tensor: str) -> str:
-    """Return PEFT's name for tensor `A`, `B` or `MAGNITUDE` of a module."""
+    """Return PEFT's name for a module's tensor `A`, `B` or `MAGNITUDE`."""
     folder = module.name
     if is_embedding(module):
         return f"{_PREFIX}{folder}{_EMBEDDING_SUFFIXES[tensor]}"
@@ -78,7 +78,7 @@ def find_frozen_copies(names: Iterable[str]) -> dict[str, str]:
 
 
 def to_peft_shape(module: AdaptedModule, tensor: str, value: torch.Tensor) -> torch.Tensor:
-    """Convert one of our adapter tensors to its PEFT layout; inverse of `from_peft_shape`."""
+    """Convert an adapter tensor to the PEFT layout; inverse of `from_peft_shape`."""
     if is_embedding(module):
         return value.T
     if not module.num_experts:
@@ -100,7 +100,7 @@ def from_peft_shape(module: AdaptedModule, tensor: str, value: torch.Tensor,
 
 
 def build_peft_config(model: ModelConfig, lora: LoraConfig, base_name: str) -> dict[str, Any]:
-    """Return the content of adapter_config.json.
+    """Return adapter_config.json.
 
     Raises:
         UserError: PEFT does not support the adapter.
@@ -129,7 +129,7 @@ def build_peft_config(model: ModelConfig, lora: LoraConfig, base_name: str) -> d
 
 def parse_lora_config(config: dict[str, Any], names: Sequence[str], model: ModelConfig,
                       where: object) -> LoraConfig:
-    """Convert the settings of a PEFT adapter.
+    """Convert a PEFT adapter's settings.
 
     Args:
         config: content of adapter_config.json.
@@ -164,7 +164,7 @@ def parse_lora_config(config: dict[str, Any], names: Sequence[str], model: Model
 
 
 def _find_targets(names: set[str], model: ModelConfig, dora: bool, where: object) -> tuple[Any, ...]:
-    """Return the targets that the tensor names adapt; each target must be adapted in all layers."""
+    """Return the targets that the tensor names adapt; each target must be adapted in every layer."""
     names_by_target: dict[str, set[str]] = {}
     tables = (HEAD, EMBEDDING)
     target_names: Any = find_adaptable_modules(model)
@@ -200,7 +200,7 @@ def _find_targets(names: set[str], model: ModelConfig, dora: bool, where: object
 # The merged model of an adapter checkpoint: W + alpha / rank * B A.
 
 def get_merged_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of merged weights: float32, or a wider base dtype.
+    """Return the dtype for merged weights: float32, or a wider base dtype.
 
     Updates are smaller than the bfloat16 spacing of most weights, so a bfloat16 sum would drop them (12 % of
     an update survived after two steps at learning rate 2e-4).
@@ -210,7 +210,7 @@ def get_merged_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def merge_adapter(weight: torch.Tensor, place: AdapterPlace, tensors: dict[str, torch.Tensor],
                   lora: LoraConfig) -> torch.Tensor:
-    """Return the merged weight [rows, columns] in `merged_dtype`; the caller rounds it once.
+    """Return the merged weight [rows, columns] in the dtype of `get_merged_dtype`; the caller rounds it once.
 
     Args:
         weight: base weight [rows, columns].
@@ -223,14 +223,14 @@ def merge_adapter(weight: torch.Tensor, place: AdapterPlace, tensors: dict[str, 
     total = weight.to(wide) + lora.alpha / lora.rank * (b @ a)
     magnitude = tensors.get(place.of.key(MAGNITUDE))
     if magnitude is not None:
-        # Round as DoRA training does: rows with an unchanged magnitude keep their length exactly.
+        # round as DoRA training does: rows with an unchanged magnitude keep the exact length
         lengths = torch.linalg.vector_norm(total, dim=1).to(magnitude.dtype)
         total *= (magnitude.to(wide) / lengths.to(wide))[:, None]
     return total
 
 
 class AdaptedWeights:
-    """Tensors of an adapter's base with the adapter merged; all in `merged_dtype`."""
+    """An adapter's base tensors with the adapter merged, in the dtype of `get_merged_dtype`."""
 
     def __init__(self, path: Path, base: AdapterBase) -> None:
         self.path, self.base = path, CheckpointWeights(find_adapter_base(path, base))
@@ -251,7 +251,7 @@ class AdaptedWeights:
         return self.base.list_names()
 
     def get_dtype(self, name: str) -> torch.dtype:
-        # Applies to all weights: config.json names one dtype, and programs cast to it.
+        # applies to every weight: config.json names a single dtype, and programs cast weights to that dtype
         return get_merged_dtype(self.base.get_dtype(name))
 
     def list_keys_in(self, file: str) -> list[str]:
@@ -278,17 +278,17 @@ class AdaptedWeights:
         return merge_adapter(weight, self._places[name], last[1], self.lora)
 
     def compute_update(self, name: str, merged: torch.Tensor) -> torch.Tensor | None:
-        """Return the adapter's change of a weight that `read` returned as `merged`; None without adapter."""
+        """Return the adapter's change to a weight that `read` returned as `merged`; None without adapter."""
         return merged - self.base.read(name).to(merged.dtype) if name in self._places else None
 
 
 class UpdateRounding:
-    """Rounding error of merged weights relative to the adapter's update; thread-safe."""
+    """Rounding error in merged weights relative to the adapter's update; thread-safe."""
 
     def __init__(self, weights: Weights) -> None:
         self._weights, self._dtype = weights, ""
         self._squares: list[tuple[float, float]] = []
-        """(squared norm of the rounding error, squared norm of the update) of each rounded weight."""
+        """(squared norm of the rounding error, squared norm of the update) per rounded weight."""
 
     def measure_weight(self, name: str, merged: torch.Tensor, dtype: torch.dtype) -> None:
         """Measure the rounding of weight `merged` to `dtype`."""
@@ -307,7 +307,7 @@ class UpdateRounding:
 
 
 def open_checkpoint_weights(path: Path) -> CheckpointWeights | AdaptedWeights:
-    """Open a checkpoint; adapters are merged into their base.
+    """Open a checkpoint; an adapter is merged into the base.
 
     Raises:
         UserError: tensors do not match the model, or the base is missing.
@@ -317,15 +317,14 @@ def open_checkpoint_weights(path: Path) -> CheckpointWeights | AdaptedWeights:
 
 
 def record_inputs(writer: ArtifactWriter, weights: Weights, *, leaves: bool = False) -> None:
-    """Record a checkpoint and, for adapters, the base as inputs of an artifact
-    (`ArtifactWriter.add_input`)."""
+    """Record a checkpoint and, for adapters, the base as artifact inputs (`ArtifactWriter.add_input`)."""
     writer.add_input(weights.path, leaves=leaves)
     if isinstance(weights, AdaptedWeights):
         writer.add_input(weights.base.path, leaves=leaves)
 
 
 def describe_adapter(weights: Any) -> dict[str, Any]:
-    """Return the facts that `inspect` prints about an adapter; {} for other weights."""
+    """Return the facts that `inspect` prints about an adapter; {} for weights without adapter."""
     if not isinstance(weights, AdaptedWeights):
         return {}
     lora = weights.lora
@@ -385,10 +384,10 @@ def to_peft(checkpoint: str | Path, out: str | Path, *, base_name: str | None = 
 
 
 def get_base_name(checkpoint: Path, base: AdapterBase) -> str:
-    """Return the name of the imported base model, otherwise the name of its run or folder."""
+    """Return the imported base model's name, otherwise the name of the base's run or folder."""
     try:
         name = read_manifest(find_adapter_base(checkpoint, base), CHECKPOINT_KIND).content.get(SOURCE)
-    except UserError:  # the adapter can be exported without its base
+    except UserError:  # the adapter can be exported without the base
         name = None
     if isinstance(name, str):
         return name
@@ -453,7 +452,7 @@ def _list_factors(dora: bool) -> tuple[str, ...]:
 
 
 def _check_frozen_weights(weights: TensorFile, frozen: dict[str, str], base: CheckpointWeights) -> None:
-    """Raise `UserError` if a weight that PEFT saved as frozen differs from the base."""
+    """Raise `UserError` if a frozen weight saved by PEFT differs from the base."""
     for peft_key, base_name in frozen.items():
         saved = weights.read(peft_key)
         if base_name not in base.list_names() or not saved.equal(base.read(base_name).to(saved.dtype)):
@@ -464,7 +463,7 @@ def _check_frozen_weights(weights: TensorFile, frozen: dict[str, str], base: Che
 
 def _read_factor(weights: TensorFile, module: AdaptedModule, tensor: str,
                  shape: tuple[int, ...]) -> torch.Tensor:
-    """Read a tensor of a PEFT folder, and check its dtype and shape."""
+    """Read a tensor from a PEFT folder, and check dtype and shape."""
     name = format_peft_name(module, tensor)
     value = weights.read(name)
     expected = tuple(to_peft_shape(module, tensor, torch.empty(shape, device="meta")).shape)

@@ -1,4 +1,4 @@
-"""Open the weights of a Hugging Face folder or checkpoint under their Hugging Face names.
+"""Open weights in a Hugging Face folder or checkpoint under Hugging Face names.
 
 Names and shapes are checked from headers when a folder is opened. Tensors are read one at a time, by any
 thread.
@@ -34,13 +34,13 @@ HASHED_AT_A_TIME = 4
 PART = "model"
 """Checkpoint part with the weights."""
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""Accepted dtypes of weights."""
+"""Accepted weight dtypes."""
 
 
 
 
 class StoredTensor(Protocol):
-    """A tensor of a Hugging Face folder, stored as it is or packed in several tensors."""
+    """A tensor in a Hugging Face folder, stored plain or packed in several tensors."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -52,11 +52,11 @@ class StoredTensor(Protocol):
 
     @property
     def files(self) -> Set[str]:
-        """Return the names of the files that store the tensor."""
+        """Return the file names that store the tensor."""
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Return the names of the stored tensors, such as packed values and scales."""
+        """Return the stored tensors' names, for example packed values and scales."""
 
     def read(self) -> torch.Tensor:
         """Read the tensor; raises `UserError` if a file is damaged."""
@@ -64,7 +64,7 @@ class StoredTensor(Protocol):
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor that a safetensors file stores as it is."""
+    """A plain tensor in a safetensors file."""
 
     file: TensorFile
     name: str
@@ -92,11 +92,11 @@ class FileTensor:
 
 @dataclass(frozen=True)
 class ExpertPart(FileTensor):
-    """Matrix of one expert inside a stacked tensor [experts, outputs, inputs]."""
+    """An expert's matrix inside a stacked tensor [experts, outputs, inputs]."""
 
     expert: int
     rows: slice
-    """Outputs of this matrix; `gate_up_proj` stores the gate rows before the up rows."""
+    """The matrix's outputs; `gate_up_proj` stores the gate rows before the up rows."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -108,16 +108,16 @@ class ExpertPart(FileTensor):
 
 
 class Weights(Protocol):
-    """Tensors of a model under their Hugging Face names."""
+    """A model's tensors under Hugging Face names."""
 
     path: Path
     model: ModelConfig
     links: list[Link]
 
     def list_names(self) -> list[str]:
-        """Return the names of all tensors, in the order of `links`."""
+        """Return the tensor names, in the order of `links`."""
     def get_dtype(self, name: str) -> torch.dtype:
-        """Return the dtype in which `read` returns the tensor."""
+        """Return the dtype that `read` returns."""
     def list_keys_in(self, file: str) -> list[str]:
         """Return the tensors stored in `file`."""
     def list_files(self, name: str) -> set[str]:
@@ -127,13 +127,13 @@ class Weights(Protocol):
 
 
 def resolve_run(path: Path) -> Path:
-    """Return the newest checkpoint if `path` is the folder of a run, otherwise `path`."""
+    """Return the newest checkpoint if `path` is a run folder, otherwise `path`."""
     return find_checkpoint(path) if (path / CHECKPOINTS_FOLDER).is_dir() else path
 
 
 def check_shapes(where: object, actual: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]],
                  remedy: str) -> None:
-    """Raise `UserError` with all missing and unexpected tensors and those with a wrong shape."""
+    """Raise `UserError` that lists missing and unexpected tensors and wrong shapes."""
     missing = [name for name in expected if name not in actual]
     unexpected = [name for name in actual if name not in expected]
     shapes = [f"{name} {list(actual[name])} instead of {list(shape)}"
@@ -145,14 +145,14 @@ def check_shapes(where: object, actual: dict[str, tuple[int, ...]], expected: di
 
 
 class HfWeights:
-    """Tensors of a Hugging Face folder. For multimodal models, tensors of the text model only."""
+    """Tensors in a Hugging Face folder; for multimodal models, only the text model's tensors."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         config = read_json(path / CONFIG)
         self._shards = open_shards(path)
         self.encoder_tensors: list[str] = []
-        """Tensors of image and audio encoders."""
+        """Image and audio encoder tensors."""
         self.notes: list[str] = []
         """Warnings about ignored fields and tensors."""
         text_inside = NESTED_TEXT_MODELS.get(str(config.get("model_type")))
@@ -176,7 +176,7 @@ class HfWeights:
                 self.notes.append(f"{CONFIG}: fields without effect on the computation, which to-hf writes "
                                   f"unchanged: {fields}")
             self.carried = family.find_carried_fields(known_config)
-            """Fields of config.json that are copied to exports."""
+            """config.json fields that are copied to exports."""
             self.model = family.from_hf_config(known_config, self._stored)
             if self.model.tied_embeddings and not self._tie_head():
                 untied_config = known_config | {"tie_word_embeddings": False}
@@ -224,7 +224,7 @@ class HfWeights:
         return True
 
     def _rename_tensors(self, replacements: Sequence[tuple[str, str]]) -> dict[str, StoredTensor]:
-        """Return the tensors under the names of the weight map, for folders with other spellings."""
+        """Return tensors under the weight map's names, for folders with different spellings."""
         tensors = {}
         for name, tensor in self._stored.items():
             spellings = (name, *(name.replace(theirs, ours) for theirs, ours in replacements))
@@ -254,19 +254,20 @@ def has_same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _stored_tensors(shards: dict[str, TensorFile], config: dict[str, Any]) -> dict[str, StoredTensor]:
-    """Return name -> stored tensor for all files; raises `UserError` for an unknown storage format."""
+    """Return name -> stored tensor; raises `UserError` for an unknown storage format."""
     low_bit: dict[str, StoredTensor] = {**find_low_bit_weights(config, shards)}
     parts = {part for tensor in low_bit.values() for part in tensor.parts}
     return {name: FileTensor(file, name) for name, file in shards.items() if name not in parts} | low_bit
 
 
 STACK = re.compile(r"(.+\.experts)\.(gate_up|down)_proj")
-"""Stacked experts of a layer, the layout of transformers in memory."""
+"""A layer's stacked experts, as in transformers' memory layout."""
 
 
 def _split_stacks(stored: dict[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]]
                     ) -> dict[str, StoredTensor]:
-    """Replace stacked expert tensors by one tensor per expert, if `shapes` (of the model) lists these."""
+    """Replace stacked expert tensors by a tensor per expert, if the model's `shapes` list experts
+    separately."""
     tensors: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():
         match = STACK.fullmatch(name)
@@ -282,7 +283,7 @@ def _split_stacks(stored: dict[str, StoredTensor], shapes: Mapping[str, tuple[in
 
 
 class CheckpointWeights:
-    """Tensors of a checkpoint, split into Hugging Face tensors."""
+    """Checkpoint tensors, split into Hugging Face tensors."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -322,12 +323,12 @@ class CheckpointWeights:
         return link.split(last[1])[name]
 
     def read_stored(self, key: str, offset: tuple[int, ...], extent: tuple[int, ...]) -> torch.Tensor:
-        """Read a block of a checkpoint tensor, without conversion."""
+        """Read a checkpoint tensor's block, without conversion."""
         return self._reader.read(key, offset, extent)
 
 
 def check_dtypes(weights: Weights) -> None:
-    """Check the dtypes of all tensors before the conversion.
+    """Check tensor dtypes before the conversion.
 
     Raises:
         UserError: a weight is not floating-point, a router bias was rounded to 16 bits (its updates would
@@ -361,7 +362,7 @@ def open_shards(path: Path) -> dict[str, TensorFile]:
 
 
 def list_ignored_prefixes(folder: Path) -> tuple[str, ...]:
-    """Return name prefixes of tensors in `folder` that transformers' language model class ignores.
+    """Return name prefixes for tensors in `folder` that transformers' language model class ignores.
 
     These are prediction layers after the last layer (transformers knows them for published sizes only) and,
     for a text model inside a multimodal folder, the encoders.
@@ -373,7 +374,7 @@ def list_ignored_prefixes(folder: Path) -> tuple[str, ...]:
     try:
         if not isinstance(num_predictions, int):
             num_predictions = int(models.get_family(model_type).has_mtp_after_trunk())
-    except UserError:  # a family of transformers that is unknown here
+    except UserError:  # a transformers family without support here
         num_predictions = 0
     if not isinstance(layers, int) or not 0 <= num_predictions <= MAX_LAYERS:
         return prefixes
@@ -381,7 +382,7 @@ def list_ignored_prefixes(folder: Path) -> tuple[str, ...]:
 
 
 def check_export(folder: Path) -> None:
-    """Raise `UserError` if weight files of our own export differ from its manifest.
+    """Raise `UserError` if weight files in an `hf_model` artifact differ from the manifest.
 
     Files that users edit, such as templates and generation defaults, are not checked.
     """
@@ -401,7 +402,7 @@ class HasShape(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Return the shape of the whole tensor."""
+        """Return the whole tensor's shape."""
         ...
 
 
@@ -410,7 +411,7 @@ _Tensor = TypeVar("_Tensor", bound=HasShape)
 
 def check_whole_model(weights: Iterable[tuple[str, _Tensor]], shapes: Mapping[str, tuple[int, ...]],
                       ignored: Sequence[str] = ()) -> Iterator[tuple[str, _Tensor]]:
-    """Yield tensors in the order of arrival, and check that they form a whole model.
+    """Yield tensors in arrival order, and check that the tensors form a whole model.
 
     Args:
         weights: (name, tensor) or (name, announcement).

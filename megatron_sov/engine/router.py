@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.extensions import transformer_engine as te
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
@@ -120,8 +121,6 @@ def replay_routes(config: Any, rows: Sequence[np.ndarray | None]) -> Iterator[li
 
 def find_fusion_problem(model: ModelConfig) -> str:
     """Return why the kernels cannot route this model, or ""."""
-    from megatron.core.extensions import transformer_engine as te
-
     if te.fused_topk_with_score_function is None:
         return ("needs the routing kernels of Transformer Engine 2.7 or newer, and the one here has none; "
                 "install a newer one, or leave it out")
@@ -140,8 +139,6 @@ def find_fusion_problem(model: ModelConfig) -> str:
 def uses_fused_routing(config: Any, logits: torch.Tensor) -> bool:
     """Return whether to use the kernels: `moe_router_fusion` is on, they exist and compute the same
     routing."""
-    from megatron.core.extensions import transformer_engine as te
-
     if not config.moe_router_fusion or te.fused_topk_with_score_function is None:
         return False
     if logits.dtype == torch.float64:
@@ -166,8 +163,6 @@ def _matches_group_score(num_chosen: int, num_groups: int) -> bool:
 def choose_experts_fused(config: Any, logits: torch.Tensor,
                          bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return weights [tokens, experts] (zero if not chosen) and the choice [tokens, experts] bool."""
-    from megatron.core.extensions import transformer_engine as te
-
     weights, chosen = te.fused_topk_with_score_function(
         logits=logits.contiguous(), topk=config.moe_router_topk,
         # a softmax over the chosen experts equals the full softmax divided by the chosen experts' sum
@@ -181,8 +176,6 @@ def choose_experts_fused(config: Any, logits: torch.Tensor,
 
 def compute_balancing_scores(config: Any, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scores [tokens, experts] that sum to 1, and the top K [tokens, experts] bool."""
-    from megatron.core.extensions import transformer_engine as te
-
     chosen, scores = te.fused_compute_score_for_moe_aux_loss(
         logits=logits.contiguous(), topk=config.moe_router_topk,
         score_function=config.moe_router_score_function)

@@ -1,5 +1,4 @@
-"""Compute the loss on held-out documents, equally for the trainer, checkpoints at any layout, and
-transformers."""
+"""Compute held-out loss, equally for the trainer, checkpoints at any layout, and transformers."""
 
 from __future__ import annotations
 
@@ -21,8 +20,8 @@ from megatron_sov.infer.engines.load import LoadedModel
 from megatron_sov.model.config.data import split_source_name
 from megatron_sov.model.modality import check_encoders
 from megatron_sov.train.data.order import OrderedSample
-from megatron_sov.train.data.rows import PackedRow, heldout_samples
-from megatron_sov.train.data.token_bytes import token_bytes
+from megatron_sov.train.data.rows import PackedRow, build_heldout_samples
+from megatron_sov.train.data.token_bytes import count_token_bytes
 from megatron_sov.train.data.token_shards import TEXTS, Documents, Source, open_sources, tokenizer_folder
 from megatron_sov.train.objectives.heldout_evaluator import (
     PARTS, SUMS, HeldoutEvaluator, HeldoutLoss, compute_result, heldout_row)
@@ -34,26 +33,26 @@ ROW_TOKENS = 8192
 
 @dataclass(frozen=True)
 class HeldoutData:
-    """Held-out splits of token artifacts, cut into rows as by `HeldoutEvaluator`."""
+    """Held-out splits in token artifacts, cut into rows as by `HeldoutEvaluator`."""
 
     sources: list[Source]
-    """All sources, including sources without a held-out split."""
+    """Data sources, with or without held-out split."""
     vocab_size: int
-    """Vocabulary size of the tokenizer that packed the data."""
+    """`vocab_size` of the tokenizer that packed the data."""
     seq_len: int
     """Tokens per row; longer documents are read in overlapping windows."""
     max_tokens: int
-    """Limit of tokens per source."""
+    """Maximum tokens per source."""
 
     def judged(self) -> list[tuple[int, Source]]:
-        """Return (index, source) of the sources with held-out documents."""
+        """Return (index, source) for sources with held-out documents."""
         return [(i, s) for i, s in enumerate(self.sources) if s.num_tokens.get("heldout", 0) > 1]
 
     @cached_property
     def _cut_sources(self) -> dict[int, tuple[Documents, list[OrderedSample]]]:
-        """Source index -> documents and the samples of its rows."""
-        opened = {index: source.shard("heldout") for index, source in self.judged()}
-        return {index: (shard, heldout_samples(shard, index, self.seq_len, self.max_tokens))
+        """Source index -> (documents, samples per row)."""
+        opened = {index: source.open_split("heldout") for index, source in self.judged()}
+        return {index: (shard, build_heldout_samples(shard, index, self.seq_len, self.max_tokens))
                 for index, shard in opened.items()}
 
     @property
@@ -66,15 +65,15 @@ class HeldoutData:
             yield heldout_row(sample, shard, self.sources[index], self.seq_len)
 
     def bytes_of_token(self, vocab_size: int) -> np.ndarray | None:
-        """Return the UTF-8 bytes of each token [vocab_size]; None if the data have no tokenizer."""
+        """Return UTF-8 bytes per token [vocab_size]; None if the data have no tokenizer."""
         folder = tokenizer_folder(self.sources)
-        return None if folder is None else token_bytes(folder, vocab_size)
+        return None if folder is None else count_token_bytes(folder, vocab_size)
 
 
 def open_heldout(paths: dict[str, float], seq_len: int, max_tokens: int, *,
                  model_vocab_size: int = sys.maxsize, model_tokenizer: Path | None = None,
                  formats: tuple[str, ...] = TEXTS) -> HeldoutData:
-    """Open the held-out splits of token artifacts.
+    """Open the held-out splits in token artifacts.
 
     Args:
         paths: folder -> weight; the weights are ignored.
@@ -132,7 +131,7 @@ def evaluate_rows(data: HeldoutData, compute_losses: Callable[[PackedRow], np.nd
 
 
 def evaluate_forward_model(loaded: LoadedModel, data: HeldoutData) -> dict[str, HeldoutLoss]:
-    """Return source name -> loss of a loaded model (collective)."""
+    """Return source name -> loss for a loaded model (collective)."""
     check_encoders(loaded.config.model, data.sources)
     rows = compute_rows_per_batch(loaded, data.seq_len, data.max_tokens)
     sizes = data.bytes_of_token(loaded.config.model.vocab_size)
@@ -143,14 +142,14 @@ def evaluate_forward_model(loaded: LoadedModel, data: HeldoutData) -> dict[str, 
 
 
 def compute_rows_per_batch(loaded: LoadedModel, seq_len: int, max_tokens: int = ROW_TOKENS) -> int:
-    """Return the number of rows of `seq_len` tokens per forward pass."""
+    """Return how many rows with `seq_len` tokens a forward pass reads."""
     multiple = loaded.config.parallel.row_multiple
-    step = multiple // math.gcd(multiple, seq_len)  # smallest number of rows that the layout can split
+    step = multiple // math.gcd(multiple, seq_len)  # smallest row count that the layout can split
     return -(-max(1, min(ROW_TOKENS, max_tokens) // seq_len) // step) * step
 
 
 def evaluate_hf(model: Any, data: HeldoutData) -> dict[str, HeldoutLoss]:
-    """Return source name -> loss of a transformers model, on the same targets and contexts.
+    """Return source name -> loss for a transformers model, on equal targets and contexts.
 
     Raises:
         UserError: the data have images or audio, which the transformers model does not read.
@@ -163,7 +162,7 @@ def evaluate_hf(model: Any, data: HeldoutData) -> dict[str, HeldoutLoss]:
 
 @torch.no_grad()
 def compute_row_losses(model: Any, row: PackedRow) -> np.ndarray:
-    """Return the losses [n] of a row in nats.
+    """Return a row's losses [n] in nats.
 
     Each document is a separate line of the batch, padded at its end, where causal attention ignores padding.
     """

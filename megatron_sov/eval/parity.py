@@ -1,4 +1,4 @@
-"""Prove that our model equals transformers' model: compare logits, and write a verification card."""
+"""Prove that a checkpoint equals transformers' model: compare logits, and write a verification card."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from megatron_sov.model.families.count import count_params
 from megatron_sov.version import __version__
 
 MAX_DIFFERENCE = 1e-4
-"""Largest difference of a logit, relative to the largest logit or 1, whichever is larger."""
+"""Maximum logit difference, relative to the larger value among 1 and the largest logit."""
 LOGITS_BYTES = 1 << 30
-"""Size of the logits in memory on each side."""
+"""Logit bytes in memory, per model."""
 
 
 def compare_logits(checkpoint: Path, hf_dir: Path, prompts: Sequence[Sequence[int]], *,
                    settings: Sequence[str] = (), nproc: int | None = None) -> list[ParityCheck]:
-    """Compare the logits of a checkpoint and of transformers, in fp32.
+    """Compare a checkpoint's logits with transformers' logits, in fp32.
 
     Args:
         checkpoint: checkpoint folder.
@@ -56,7 +56,7 @@ def compare_logits(checkpoint: Path, hf_dir: Path, prompts: Sequence[Sequence[in
         UserError: a model cannot be loaded.
     """
     def compare(loaded: LoadedModel) -> list[dict[str, Any]]:
-        # One process runs both sides; the others only take part in our forward pass.
+        # a single process runs both models; further processes take part only in the checkpoint's forward pass
         hf = load_hf(hf_dir, torch.float32) if loaded.world.is_main else None
         return [asdict(c) for c in _compare_documents(loaded.policy, hf, prompts)]
 
@@ -66,19 +66,19 @@ def compare_logits(checkpoint: Path, hf_dir: Path, prompts: Sequence[Sequence[in
 
 
 def draw_random_prompts(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> list[list[int]]:
-    """Return documents of random tokens, which use rare tokens and experts."""
+    """Return documents with random tokens, which reach rare tokens and experts."""
     generator = np.random.Generator(np.random.Philox(seed))
     return [generator.integers(0, vocab_size, n).tolist() for n in lengths]
 
 
 class _Difference:
-    """Largest difference of two models' logits over documents."""
+    """Maximum difference between two models' logits over documents."""
 
     def __init__(self) -> None:
         self._largest, self._scale, self._num_different, self._num_compared, self._worst = 0.0, 1.0, 0, 0, ""
 
     def add_document(self, document: int, ours: torch.Tensor, reference: torch.Tensor) -> None:
-        """Compare the logits [tokens, vocabulary] of one document.
+        """Compare a document's logits [tokens, vocab_size].
 
         Raises:
             UserError: the vocabulary sizes differ.
@@ -86,7 +86,7 @@ class _Difference:
         if ours.shape != reference.shape:
             raise UserError(f"the models have {ours.shape[-1]} and {reference.shape[-1]} token ids, so their "
                             "logits cannot be compared; pass two forms of one model")
-        # NaN counts as infinite, because `max` may ignore it.
+        # NaN counts as infinite, because `max` may ignore NaN
         difference = float((ours - reference).abs().nan_to_num(nan=math.inf).max())
         self._scale = max(self._scale, float(reference.abs().max()))
         if difference > self._largest:
@@ -95,7 +95,7 @@ class _Difference:
         self._num_compared += len(reference)
 
     def build_checks(self) -> list[ParityCheck]:
-        """Return the checks of the largest difference and of the greedy tokens."""
+        """Return the checks for the largest difference and the greedy tokens."""
         # Rounding errors grow with the logits.
         limit = MAX_DIFFERENCE * self._scale
         return [ParityCheck("largest difference of a logit", self._largest, limit, self._largest <= limit,
@@ -104,7 +104,7 @@ class _Difference:
 
 
 def _compare_documents(policy: ForwardModel, hf: Any, prompts: Sequence[Sequence[int]]) -> list[ParityCheck]:
-    """Run both models on all documents; the result is only valid on the process with `hf`."""
+    """Run both models on the documents; the result is valid only on the process with `hf`."""
     difference = _Difference()
     limit_tokens = max(LOGITS_BYTES // (4 * policy.model.vocab_size), max(map(len, prompts)))
     for row in group_into_rows([len(p) for p in prompts], limit_tokens):
@@ -125,7 +125,8 @@ def _compute_hf_logits(model: Any, prompt: Sequence[int]) -> torch.Tensor:
 
 
 def _count_different_tokens(ours: torch.Tensor, reference: torch.Tensor) -> int:
-    """Count positions with another greedy token, except where transformers' best two logits nearly tie."""
+    """Count positions with different greedy tokens, except near ties between transformers' best two
+    logits."""
     best = reference.topk(2, dim=-1).values
         # Each of the two logits may be off by the limit, hence the factor 2.
     clear = best[:, 0] - best[:, 1] > 2 * MAX_DIFFERENCE * max(1.0, float(reference.abs().max()))
@@ -145,7 +146,7 @@ class LogitsProof:
 
 def prove_logits(a: Path, b: Path, lengths: Sequence[int], settings: Sequence[str] = (),
                  nproc: int | None = None) -> LogitsProof:
-    """Compare the logits of two models on random prompts, in float32.
+    """Compare two models' logits on random prompts, in float32.
 
     megatron-core runs the checkpoint, transformers the Hugging Face folder. If the dtypes of the weights
     differ, the wider side is temporarily converted to the narrower dtype; `convert.verify` compares the
@@ -167,7 +168,7 @@ def prove_logits(a: Path, b: Path, lengths: Sequence[int], settings: Sequence[st
     sides = [convert.open_weights(a), convert.open_weights(b)]
     checkpoints = [side for side in sides if not convert.is_hf_folder(side.path)]
     folders = [side for side in sides if convert.is_hf_folder(side.path)]
-    # Running the same program on both sides would prove nothing about the conversion.
+    # the same program on both sides would prove nothing about the conversion
     if len(checkpoints) == 2:
         return LogitsProof([], {"not compared": "both sides are checkpoints, run by one program: "
                                                 "equal weights, equal logits"})
@@ -194,7 +195,7 @@ def prove_logits(a: Path, b: Path, lengths: Sequence[int], settings: Sequence[st
 
 @contextmanager
 def _match_precision(checkpoint: Weights, folder: Weights) -> Iterator[tuple[Path, Path]]:
-    """Yield both models with weights of the same precision, that of the narrower side."""
+    """Yield both models with equal weight precision, chosen by the narrower model."""
     wider = _get_bits(checkpoint) - _get_bits(folder)
     if wider > 0:
         with open_as_checkpoint(Target(folder.path, True)) as narrow:
@@ -226,7 +227,7 @@ def _check_memory(sides: Sequence[Weights]) -> None:
 
 
 def build_card(a: Path, b: Path, weights: ConversionProof, logits: LogitsProof) -> dict[str, Any]:
-    """Return the verification card: inputs, tolerances, versions, checks, and checksums of every tensor."""
+    """Return the verification card: inputs, tolerances, versions, checks, and a checksum per tensor."""
     checks = [*weights.checks, *logits.checks]
     return {
         "a": _identify_model(a), "b": _identify_model(b), "passed": all(check.passed for check in checks),

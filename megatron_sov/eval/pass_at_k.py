@@ -21,27 +21,27 @@ from megatron_sov.judge.rewards.answers import normalized
 
 @dataclass
 class PromptCounts:
-    """Outcomes of the samples of one prompt."""
+    """Sample outcomes for a prompt."""
 
     num_right: int = 0
     """Samples with a sufficient reward."""
     wrong: Counter[str] = field(default_factory=Counter)
-    """Wrong final answer -> number of samples."""
+    """Wrong final answer -> sample count."""
     num_silent: int = 0
-    """Wrong samples without a final answer, which do not vote."""
+    """Wrong samples without a final answer; silent samples do not vote."""
     num_unscored: int = 0
-    """Samples without a reward, which are not counted in n."""
+    """Samples without a reward, left out of n."""
     reward_sum: float = 0.0
 
     @property
     def num_scored(self) -> int:
-        """Number of samples n of the estimators."""
+        """Sample count n in the estimators."""
         return self.num_right + sum(self.wrong.values()) + self.num_silent
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Estimate over all prompts with enough samples."""
+    """Estimate over the prompts with enough samples."""
 
     k: int
     value: float
@@ -52,7 +52,7 @@ class Estimate:
 
 
 def compute_pass_at_k(num_samples: int, num_right: int, k: int) -> float:
-    """Return the probability that at least one of k samples, drawn without replacement from n, is right.
+    """Return the probability that k samples, drawn from n without replacement, contain a right sample.
 
     1 - C(n - c, k) / C(n, k), the unbiased estimator of Chen et al. (arXiv 2107.03374, equation 1).
 
@@ -61,7 +61,7 @@ def compute_pass_at_k(num_samples: int, num_right: int, k: int) -> float:
     """
     if not 1 <= k <= num_samples or not 0 <= num_right <= num_samples:
         raise ValueError(f"pass@{k} of {num_right} right among {num_samples} samples has no meaning")
-    # Integers: factorials as floats overflow at a few hundred samples.
+    # integers, because float factorials overflow at a few hundred samples
     num_draws = math.comb(num_samples, k)
     return (num_draws - math.comb(num_samples - num_right, k)) / num_draws
 
@@ -93,7 +93,7 @@ def compute_majority_at_k(num_right: int, wrong: Mapping[str, int], num_silent: 
 def _count_draws(sizes: Mapping[int, int], num_silent: int, votes: int, draws: int) -> dict[int, int]:
     """Return number of tied answers -> ways to draw wrong and silent samples, no answer more than `votes`
     times."""
-    # Answers that are too rare to tie count like silent samples.
+    # answers too rare to tie count like silent samples
     num_free = num_silent + sum(size * count for size, count in sizes.items() if size < votes)
     # draws_by_ties[ties][number drawn] = ways
     draws_by_ties = {0: [math.comb(num_free, num_drawn) for num_drawn in range(draws + 1)]}
@@ -104,7 +104,7 @@ def _count_draws(sizes: Mapping[int, int], num_silent: int, votes: int, draws: i
                 num_ties = ties + 1 if num_taken == votes else ties
                 row = next_draws.setdefault(num_ties, [0] * (draws + 1))
                 choices = math.comb(size, num_taken)
-                # Each tied answer has taken `votes` samples, so at least ties * votes are drawn.
+                # a tied answer has taken `votes` samples, so at least ties * votes samples are drawn
                 for num_drawn in range(ties * votes, draws + 1 - num_taken):
                     row[num_drawn + num_taken] += choices * ways[num_drawn]
         draws_by_ties = next_draws
@@ -128,7 +128,7 @@ def _estimate_all(ks: Sequence[int], by_prompt: Sequence[Mapping[int, float]]) -
 
 
 def choose_default_ks(num_samples: int) -> list[int]:
-    """Return 1, 2, 4, ... and the number of samples."""
+    """Return 1, 2, 4, ... and the sample count."""
     return sorted({*(1 << i for i in range(num_samples.bit_length()) if 1 << i <= num_samples), num_samples})
 
 
@@ -141,18 +141,18 @@ class ScoredResponses:
     prompts: dict[str, PromptCounts] = field(default_factory=dict)
     """Prompt key -> counts, in file order."""
     statuses: Counter[str] = field(default_factory=Counter)
-    """Status of the reward -> number of responses."""
+    """Reward status -> response count."""
     has_answers: bool = False
     """The reward has extracted final answers."""
     reason: str = ""
-    """Reason of the first response without a reward, if stated."""
+    """Reason for the first response without a reward, if stated."""
     num_ended: int = 0
     """Responses with a finish reason."""
     num_at_limit: int = 0
-    """Responses that ended at the length limit."""
+    """Responses cut at the length limit."""
 
     def add(self, key: str, row: Mapping[str, Any], right_from: float) -> None:
-        """Count a row written by `score`; rewards of at least `right_from` are right."""
+        """Count a row written by `score`; a reward >= `right_from` is right."""
         counts = self.prompts.setdefault(key, PromptCounts())
         self.statuses[row["status"]] += 1
         if isinstance(row.get("finish_reason"), str):
@@ -163,7 +163,7 @@ class ScoredResponses:
             self.reason = self.reason or str(row.get("reason") or "")
             return
         counts.reward_sum += row["reward"]
-        # Only rows with a reward vote, so that pass@k and maj@k use the same samples.
+        # only rows with a reward vote: pass@k and maj@k use the same samples
         has_answer, answer = extract_final_answer(row["components"])
         self.has_answers |= has_answer
         if row["reward"] >= right_from:
@@ -191,7 +191,7 @@ class ScoredResponses:
         if any(k > most for k in ks):
             raise UserError(f"--k {max(ks)}: no prompt has more than {most} scored samples; choose a smaller "
                             "k, or sample more")
-        # Up to the smallest number of samples, so that every estimate is over all prompts.
+        # up to the smallest sample count, so that every estimate covers every prompt
         ks = sorted(set(ks)) or choose_default_ks(fewest)
         prompts = list(self.prompts.values())
         result: dict[str, Any] = {
@@ -212,7 +212,7 @@ def _to_json(estimates: Iterable[Estimate]) -> list[dict[str, Any]]:
 
 
 def extract_final_answer(components: Mapping[str, Any]) -> tuple[bool, str]:
-    """Return whether reward components (or one nested part) have an extracted answer, and the normalized
+    """Return whether reward components (or a nested part) have an extracted answer, and the normalized
     answer."""
     for values in (components, *(part for part in components.values() if isinstance(part, Mapping))):
         if EXTRACTED in values:
@@ -221,7 +221,7 @@ def extract_final_answer(components: Mapping[str, Any]) -> tuple[bool, str]:
 
 
 def read_scored_responses(path: Path, group_by: str, right_from: float) -> ScoredResponses:
-    """Count the rows of a file written by `score_file`.
+    """Count the rows in a file written by `score_file`.
 
     Args:
         path: the file.
@@ -233,7 +233,7 @@ def read_scored_responses(path: Path, group_by: str, right_from: float) -> Score
 
 def read_scored_parts(path: Path, part_by: str | None, group_by: str,
                       right_from: float) -> dict[str, ScoredResponses]:
-    """Count rows for each value of the field `part_by`, in file order; None counts all rows under ""."""
+    """Count rows per value in field `part_by`, in file order; None counts every row under ""."""
     parts: dict[str, ScoredResponses] = {}
     with open(path, "rb") as f:
         for line in f:

@@ -1,4 +1,4 @@
-"""Confidence intervals of scores, and of score differences between two models on the same items.
+"""Confidence intervals for scores, and for score differences between two models on the same items.
 
 Items may be drawn in clusters (questions about one text, translations of one problem), so standard errors are
 clustered, and differences are paired, as proposed by Miller, "Adding Error Bars to Evals" (arXiv 2411.00640,
@@ -20,22 +20,23 @@ MAX_T_FREEDOM = 300
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean over items, with its confidence interval."""
+    """Mean over items, with confidence interval."""
 
     value: float
     standard_error: float | None
     """Standard error over clusters; None for a single cluster."""
     interval: tuple[float, float] | None
-    """Confidence interval (95 % by default); None if it cannot be computed."""
+    """Confidence interval (95 % by default); None if undefined."""
     num_items: int
     num_clusters: int
-    """Number of clusters; equal to `num_items` without clusters."""
+    """Cluster count; equal to `num_items` without clusters."""
 
 
 def estimate_mean(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Mean:
-    """Return the mean of item scores with its confidence interval.
+    """Return the mean item score with a confidence interval.
 
-    Scores between 0 and 1 get the interval of `mean_interval`, other scores Student's t over clusters.
+    Scores between 0 and 1 get the interval of `compute_mean_interval`, other scores Student's t over
+    clusters.
 
     Args:
         values: one finite score per item.
@@ -83,7 +84,7 @@ def estimate_difference(before: Sequence[float], after: Sequence[float],
     middle = value * count / (count + 2)
     sums = [*compute_cluster_sums(differences, clusters)]
     sizes = [1] * count if clusters is None else _count_cluster_sizes(clusters)
-    # Residual sums around the new mean: each cluster sum moves by its size times the shift.
+    # residual sums around the new mean: a cluster sum moves by the cluster size times the shift
     squares = math.fsum((total + cluster_size * (value - middle))**2
                         for total, cluster_size in zip(sums, sizes, strict=True))
     squares += (size * (1 - middle))**2 + (size * (-1 - middle))**2
@@ -99,7 +100,7 @@ def _check_scores(values: Sequence[float]) -> None:
 
 def _compute_standard_error(values: Sequence[float],
                             clusters: Sequence[Hashable] | None) -> tuple[float | None, int]:
-    """Return the standard error of a mean, and the number of clusters.
+    """Return the standard error for a mean, and the cluster count.
 
     sqrt(G / (G - 1) sum_c (sum_i (x_ci - mean))^2) / n: Miller's equation 4, with a factor that makes it s /
     sqrt(n) if each item is a cluster.
@@ -129,7 +130,7 @@ def _build_interval(middle: float, error: float, freedom: int, confidence: float
 
 
 def compute_wilson_interval(correct: int, samples: int) -> tuple[float, float]:
-    """Return Wilson's score interval of a share (J. Am. Stat. Assoc. 22, 1927).
+    """Return Wilson's score interval for a share (J. Am. Stat. Assoc. 22, 1927).
 
     Its ends solve |correct / samples - p| = z sqrt(p (1 - p) / samples).
 
@@ -168,7 +169,7 @@ def compute_mean_interval(shares: Sequence[float], clusters: Sequence[Hashable] 
     # Binary samples without clusters: Wilson's interval, without the corrections below.
     if len(sums) == len(shares) and math.isclose(spread, max_variance):
         return _compute_score_interval(share, len(shares))
-    # Equal shares between 0 and 1 have no variance: each counts as at most a thousand samples.
+    # equal shares between 0 and 1 have no variance: a share counts as at most a thousand samples
     effective = len(shares) * max_variance / max(spread, max_variance / 1000)
     middle = (1 + CONFIDENCE) / 2
     # With few clusters the variance is uncertain: use t instead of the normal quantile.
@@ -177,7 +178,7 @@ def compute_mean_interval(shares: Sequence[float], clusters: Sequence[Hashable] 
 
 
 def compute_cluster_sums(values: Sequence[float], clusters: Sequence[Hashable] | None) -> list[float]:
-    """Return, for each cluster, the sum of deviations from the overall mean.
+    """Return, per cluster, the sum of deviations from the overall mean.
 
     Args:
         values: at least one.
@@ -196,8 +197,8 @@ def compute_cluster_sums(values: Sequence[float], clusters: Sequence[Hashable] |
 
 
 def compute_difference_interval(differences: Sequence[float]) -> tuple[float, float]:
-    """Return a confidence interval for the mean of paired differences of shares: `mean_interval` of (1 + d) /
-    2.
+    """Return a confidence interval for the mean of paired differences d between shares:
+    `compute_mean_interval` of (1 + d) / 2.
 
     Raises:
         ValueError: there is no difference, or one is not between -1 and 1.

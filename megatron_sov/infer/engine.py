@@ -1,5 +1,5 @@
-"""Interface of inference engines: our generator on Megatron-Core, transformers, and vLLM servers. No torch
-here."""
+"""Interface for inference engines: our generator on Megatron-Core, transformers, and vLLM servers. Without
+torch."""
 
 from __future__ import annotations
 
@@ -7,27 +7,28 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_args
 
 from megatron_sov.base.settings import Flag
-from megatron_sov.infer.request import Batching, GenerationResult, NamedTensors, Sampling, StopRule, Tokens
+from megatron_sov.infer.request import (
+    Batching, GenerationResult, NamedTensors, Sampling, ServerLocations, StopRule, Tokens)
 
 if TYPE_CHECKING:
-    from megatron_sov.infer.engines.server_engine import ServerLocations
     from megatron_sov.infer.engines.target import Target
 
 EngineName = Literal["megatron", "transformers", "vllm"]
 MEGATRON, TRANSFORMERS, VLLM = ENGINES = get_args(EngineName)
-"""Engine names: megatron runs checkpoints at any layout, the others run Hugging Face folders."""
+"""Engine names: megatron runs checkpoints at any layout, transformers and vllm run Hugging Face folders."""
 SERVER_ENGINES = (VLLM,)
 """Engines that run as servers."""
 ChosenEngine = Annotated[EngineName | None, Flag(
     help="What runs the model (default: transformers for a Hugging Face folder)")]
 PRECISION_KEY = "train.precision"
-"""Setting of the engines megatron and transformers."""
+"""Precision setting for megatron and transformers."""
 ENGINE_SET = "--engine-set"
-"""Option for layout and precision in commands whose --set is for other settings."""
+"""Option for layout and precision in commands where --set has another meaning."""
 
 
 class Engine(Protocol):
-    """A loaded model that continues prompts. Methods are collective, and return the same on all processes."""
+    """A loaded model that continues prompts. Methods are collective and return equal results on all
+    processes."""
 
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: StopRule | None = None,
                  streams: Sequence[int] | None = None) -> GenerationResult:
@@ -93,13 +94,11 @@ def run_with_engine(name: str, target: Target, work: Callable[[Engine], Any], *,
         UserError: the engine is not installed or cannot load the model.
         SystemExit: a process failed and has reported its error.
     """
-    # Imported here, so that commands parse options without torch.
+    # Import only the chosen engine: each takes seconds, and commands parse options without torch.
     if name == MEGATRON:
-        from megatron_sov.infer.decoder.generator import MegatronEngine
-        from megatron_sov.infer.engines.load import run_forward_model
+        from megatron_sov.infer.engines.load import run_megatron_engine
 
-        return run_forward_model(target, settings, nproc,
-                                 lambda loaded: work(MegatronEngine(loaded.policy, batching)), option)
+        return run_megatron_engine(target, settings, nproc, work, batching, option)
     if name in SERVER_ENGINES:
         from megatron_sov.infer.engines.server_engine import open_server_engine, parse_server_settings
 

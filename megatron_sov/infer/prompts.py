@@ -13,32 +13,32 @@ from megatron_sov.base.documents.files import refuse_tables
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AtLeastOne, Flag, SettingsError
 from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder
-from megatron_sov.chat.folder import TOKENIZER_JSON, read_chat_encoder
+from megatron_sov.chat.folder import TOKENIZER_JSON, open_tokenizer, read_chat_encoder
 from megatron_sov.chat.marks import build_text_decoder, prepend_mark
+from megatron_sov.convert.companion_files import read_generation_ids, to_id_list
 from megatron_sov.infer.engine import (
     ENGINE_SET, MEGATRON, PRECISION_KEY, SERVER_ENGINES, TRANSFORMERS, ChosenEngine)
-from megatron_sov.infer.request import GenerationResult
+from megatron_sov.infer.request import GenerationResult, ServerLocations
 from megatron_sov.work.endpoints.transport import find_address_problems
 
 if TYPE_CHECKING:
-    from megatron_sov.infer.engines.server_engine import ServerLocations
     from megatron_sov.infer.engines.target import Target
     from megatron_sov.model.modality import FeatureTokens, MediaEncoding
 
 @dataclass(frozen=True)
 class ModelPrompt:
-    """A prompt, with the reference answer and the source record that a reward may need."""
+    """A prompt with the reference answer and source record for a reward."""
 
     text: str
     """Text to continue, or the user message if a chat template is used."""
     target: str | None = None
     """Reference answer, if known."""
     record: Mapping[str, Any] = field(default_factory=dict, compare=False)
-    """Source record; its fields are copied to the responses."""
+    """Source record, whose fields are copied to the responses."""
 
 
 def read_prompts(texts: Sequence[str], file: Path | None) -> list[ModelPrompt]:
-    """Return the prompts from options, then those of a JSONL file with `prompt` and, optionally, `target`.
+    """Return prompts from options, then from a JSONL file with `prompt` and, optionally, `target`.
 
     Raises:
         UserError: there is no prompt, a prompt is empty, or a line of `file` is malformed.
@@ -94,7 +94,7 @@ def _read_file(file: Path) -> list[ModelPrompt]:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """Engine options of commands whose --set is for other settings."""
+    """Engine options for commands where --set has another meaning."""
 
     engine: ChosenEngine = None
     engine_set: Annotated[tuple[str, ...], Flag(ENGINE_SET, "key=value")] = ()
@@ -113,13 +113,11 @@ class ServerOptions:
     """A server that somebody else has started; repeat it for several."""
 
     def places(self, run: Path) -> ServerLocations:
-        """Return the servers of a run.
+        """Return a run's server addresses, log folder and interpreter.
 
         Raises:
             UserError: --engine-url is not an address.
         """
-        from megatron_sov.infer.engines.server_engine import ServerLocations
-
         for url in self.engine_url:
             if problems := find_address_problems("--engine-url", url, "the environment"):
                 raise SettingsError("", problems)
@@ -131,16 +129,16 @@ class EncodedPrompts:
     """Prompts encoded for a model."""
 
     ids: list[list[int]]
-    """Token ids of each prompt."""
+    """Token ids per prompt."""
     end_ids: tuple[int, ...]
     """Stop tokens."""
     decode: Callable[[list[int]], str]
     """Token ids -> text (`chat.marks.text_decoder`)."""
     opened: list[str]
-    """For each prompt, the thinking mark that the chat template opened at its end; "" if none."""
+    """Per prompt, the thinking mark that the chat template opened at the end; "" without a mark."""
 
     def response(self, number: int, text: str) -> str:
-        """Return the response with the opening thinking mark of its prompt."""
+        """Prepend the prompt's opening thinking mark to the response `text`."""
         return prepend_mark(text, self.opened[number])
 
     @property
@@ -149,7 +147,7 @@ class EncodedPrompts:
 
 
 class PromptEncoder:
-    """Encodes prompts with a model's tokenizer and, optionally, its chat template.
+    """Encodes prompts with a model's tokenizer and, optionally, chat template.
 
     Args:
         target: the model.
@@ -161,7 +159,7 @@ class PromptEncoder:
     """
 
     def __init__(self, target: Target, chat: bool, encoding: MediaEncoding | None = None) -> None:
-        from megatron_sov.infer.engines.load import load_tokenizer
+        from megatron_sov.infer.engines.load import load_tokenizer  # not at the top: it imports torch
 
         tokenizer = load_tokenizer(target.tokenizer_folder)
         eos = tokenizer.eos_token_id
@@ -169,7 +167,7 @@ class PromptEncoder:
         self._eos = () if eos is None else (int(eos),)
         self.feature_tokens = (None if encoding is None
                                else _read_feature_tokens(target.tokenizer_folder, encoding))
-        """Image and audio tokens in prompts; None treats their text as ordinary text."""
+        """Image and audio tokens in prompts; None encodes their marks as ordinary text."""
         encoder = read_chat_encoder(target.tokenizer_folder, self.feature_tokens) if chat else None
         if chat and encoder is None:
             raise UserError(f"--chat: {target.tokenizer_folder} has no chat template; "
@@ -182,8 +180,8 @@ class PromptEncoder:
         self._decode = build_text_decoder(target.tokenizer_folder / TOKENIZER_JSON, self.end_ids,
                                           lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))
 
-    def ask(self, prompts: Sequence[str | Conversation]) -> list[list[int]]:
-        """Encode prompts, see `asked_of`.
+    def encode_prompts(self, prompts: Sequence[str | Conversation]) -> list[list[int]]:
+        """Encode prompts, see `encode_prompts`.
 
         Raises:
             UserError: a prompt is invalid, or the tokenizer has ids that the model lacks.
@@ -191,7 +189,7 @@ class PromptEncoder:
         _check_surrogates(prompts)
         if self.encoder is not None:
             ids = [_encode_chat(self.encoder, prompt) for prompt in prompts]
-        else:  # as documents in token shards: without a prefix
+        else:  # without a prefix, like documents in token shards
             ids = [self._text_ids(_get_text(prompt)) for prompt in prompts]
         _check_ids(ids, self._target)
         return ids
@@ -204,8 +202,8 @@ class PromptEncoder:
         return [i for piece, id_ in pieces for i in (
             self._tokenizer.encode(piece, add_special_tokens=False) if id_ is None else [id_])]
 
-    def encode(self, text: str) -> list[int]:
-        """Encode the beginning of an answer.
+    def encode_text(self, text: str) -> list[int]:
+        """Encode the beginning of an answer, without chat template.
 
         Raises:
             UserError: the text is invalid, or the tokenizer has ids that the model lacks.
@@ -215,17 +213,17 @@ class PromptEncoder:
         _check_ids([ids], self._target)
         return ids
 
-    def answer(self, text: str) -> list[int]:
+    def encode_answer(self, text: str) -> list[int]:
         """Encode a whole answer with its end: the end of an assistant turn, or eos without chat template.
 
         Raises:
             UserError: the text is invalid, or the tokenizer has ids that the model lacks.
         """
         if self.encoder is None:
-            return [*self.encode(text), *self._eos]
+            return [*self.encode_text(text), *self._eos]
         _check_surrogates([text])
         try:
-            # The learned tokens of an assistant turn are the answer and its end.
+            # the learned tokens in an assistant turn are the answer and its end
             encoded = self.encoder.encode(Conversation.of(("user", "?"), ("assistant", text)))
         except BadRecord as e:
             raise UserError(f"the answer {text[:40]!r} {e}") from None
@@ -233,8 +231,8 @@ class PromptEncoder:
         _check_ids([ids], self._target)
         return ids
 
-    def id_of(self, token: str) -> int | None:
-        """Return the id of a token; None if the tokenizer lacks it."""
+    def find_token_id(self, token: str) -> int | None:
+        """Return a token's id; None if the tokenizer lacks the token."""
         token_id = self._tokenizer.convert_tokens_to_ids(token)
         return None if token_id is None or token_id == self._tokenizer.unk_token_id else int(token_id)
 
@@ -242,33 +240,30 @@ class PromptEncoder:
         return self._decode(tokens)
 
     def opened_thoughts(self, asked: Sequence[int]) -> str:
-        """Return the thinking mark that the chat template opened at the end of a prompt; "" if none."""
+        """Return the thinking mark that the chat template opened at the end of a prompt; "" without a
+        mark."""
         return "" if self.encoder is None else self.encoder.opened_thoughts(asked)
 
 
 def read_stop_ids(target: Target, eos: int | None, encoder: ChatEncoder | None) -> tuple[int, ...]:
-    """Return the sorted stop tokens, equal for a checkpoint and its Hugging Face export.
+    """Return the sorted stop tokens; a checkpoint and its Hugging Face export have equal stop tokens.
 
     Args:
         target: the model.
         eos: eos id of the tokenizer.
         encoder: chat encoder, for prompts with a chat template.
     """
-    from megatron_sov.convert.hf_import import read_generation_ids, to_id_list
-
     configured = to_id_list(read_generation_ids(target.tokenizer_folder).eos)
     turn_ends = () if encoder is None else encoder.end_ids()
     return tuple(sorted({*configured, *turn_ends, *(() if eos is None else (int(eos),))}))
 
 
 def _read_feature_tokens(folder: Path, encoding: MediaEncoding) -> FeatureTokens:
-    from tokenizers import Tokenizer
+    from megatron_sov.model.modality import load_modality  # not at the top: `--help` loads no numpy
 
-    from megatron_sov.model.modality import load_modality
-
-    omni = load_modality()
+    tokenizer = open_tokenizer(folder)
     try:
-        return omni.feature_tokens(Tokenizer.from_file(str(folder / TOKENIZER_JSON)), encoding)
+        return load_modality().feature_tokens(tokenizer, encoding)
     except Exception as e:  # the binding raises a bare Exception
         raise UserError(f"{folder}: its tokenizer cannot be read ({e}); restore it from its source") from None
 
@@ -287,7 +282,7 @@ def encode_prompts(target: Target, prompts: Sequence[str | Conversation], chat: 
     """
     _check_surrogates(prompts)  # before loading the tokenizer
     asker = PromptEncoder(target, chat)
-    ids = asker.ask(prompts)
+    ids = asker.encode_prompts(prompts)
     return EncodedPrompts(ids, asker.end_ids, asker.decode, list(map(asker.opened_thoughts, ids)))
 
 
@@ -318,11 +313,11 @@ def _encode_chat(encoder: ChatEncoder, prompt: str | Conversation) -> list[int]:
 
 
 def _check_ids(prompts: list[list[int]], target: Target) -> None:
-    """Raise `UserError` for ids outside the model's vocabulary, which a sharded embedding would silently
+    """Raise `UserError` for ids beyond the model's vocabulary, which a sharded embedding would silently
     ignore."""
     try:
         vocab_size = target.vocab_size
-    except UserError:  # a Hugging Face folder of a family that only transformers supports
+    except UserError:  # a Hugging Face folder whose family only transformers supports
         return
     highest = max((max(ids, default=0) for ids in prompts), default=0)
     if highest >= vocab_size:
@@ -331,7 +326,7 @@ def _check_ids(prompts: list[list[int]], target: Target) -> None:
 
 
 def check_length(target: Target, longest: int, cause: str, fix: str) -> None:
-    """Raise `UserError` if a sequence exceeds the context of the model.
+    """Raise `UserError` if a sequence exceeds the model's context.
 
     Args:
         target: the model.

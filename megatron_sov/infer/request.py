@@ -1,10 +1,11 @@
-"""Sampling settings, stop rules and results of inference engines."""
+"""Sampling settings, stop rules, server locations and results for inference engines."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 from annotated_types import Gt, Le
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 Tokens = Sequence[int]
 STOP, LENGTH = "stop", "length"
-"""Finish reasons, named as by inference servers: ended by `StopRule`, or at the length limit."""
+"""Finish reasons with the names of inference servers: ended by `StopRule`, or at the length limit."""
 Temperature = Annotated[NotNegative, Flag(value="T", help="0 takes the most probable token; otherwise logits "
                                                           "are divided by it and sampled")]
 TopP = Annotated[float, Gt(0), Le(1), Flag(value="P", help="Sample from the smallest set of tokens with "
@@ -29,18 +30,18 @@ TopP = Annotated[float, Gt(0), Le(1), Flag(value="P", help="Sample from the smal
 SampleSeed = Annotated[NotNegativeInt, Flag(value="S", help="Of the samples")]
 BatchSize = Annotated[AtLeastOne, Flag(help="Sequences that are written at a time")]
 CACHE_TOKENS = 1 << 20
-"""Limit of cached tokens (keys and values) at a time; one sequence is always allowed. Batches of short
-sequences do not reach it; if a GPU is too small for long sequences, lower the batch size."""
+"""Maximum tokens in the KV cache; a single sequence is always allowed. Batches with short sequences do not
+reach the limit; if a GPU is too small for long sequences, lower the batch size."""
 ScoredTokens = tuple[list[int], list[float]]
-"""Tokens of a continuation, and their log-probabilities."""
+"""A continuation's token ids, and a log-probability per token."""
 
 
 @runtime_checkable
 class TokenRules(Protocol):
-    """Restricts the next token, as a deterministic function of the continuation."""
+    """Restricts the next token by a deterministic function of the continuation."""
 
     def allowed(self, written: Tokens) -> np.ndarray:
-        """Return the mask of allowed next tokens, [vocabulary] bool; at least one token is allowed."""
+        """Return the allowed next tokens, [vocab_size] bool; at least a token is allowed."""
         ...
 
 
@@ -50,25 +51,25 @@ class Sampling:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"arbitrary_types_allowed": True}  # rules are code
     max_new_tokens: AtLeastOne = 64
-    """Limit of new tokens."""
+    """Maximum number of new tokens."""
     temperature: Temperature = 0.0
     top_k: Annotated[NotNegativeInt, Flag(value="K")] = 0
-    """Sample from this many most probable tokens; 0: from all."""
+    """Sample from the `top_k` most probable tokens; 0: from the whole vocabulary."""
     top_p: TopP = 1.0
     seed: SampleSeed = 0
     num_drafts: Annotated[NotNegativeInt, Flag("--speculative", "K")] = 0
-    """Tokens that the multi-token prediction layer drafts per pass of the model (engine megatron); 0: none.
-    Greedy continuations stay the same; samples follow the same distribution, with other random numbers."""
+    """Tokens that the multi-token prediction layer drafts per model pass (engine megatron); 0: no drafts.
+    Greedy continuations stay equal; samples follow the same distribution with different random numbers."""
     for_training: Annotated[bool, NO_FLAG] = False
-    """Samples are training data. `top_k` and `top_p` are then refused: they sample from a truncated
-    distribution, while the trainer computes log-probabilities of the whole distribution."""
+    """Samples are training data. `top_k` and `top_p` are then refused: both truncate the distribution, while
+    the trainer computes log-probabilities under the whole distribution."""
     allow_truncation: Annotated[bool, NO_FLAG] = False
-    """Accept `top_k` and `top_p` for training; log-probabilities are of the truncated distribution."""
+    """Accept `top_k` and `top_p` for training; log-probabilities then use the truncated distribution."""
     with_routes: Annotated[bool, NO_FLAG] = False
-    """Return the experts of each token (`Generated.routes`; engines megatron and vllm)."""
+    """Return the experts per token (`GenerationResult.routes`; engines megatron and vllm)."""
     rules: Annotated[TokenRules | None, NO_FLAG] = None
-    """Tokens that `rules` forbids get probability 0 (engine megatron, without drafts); log-probabilities are
-    of the masked distribution."""
+    """Tokens that `rules` forbids get probability 0 (engine megatron, without drafts); log-probabilities use
+    the masked distribution."""
 
     def problems(self) -> list[SettingsProblem]:
         problems = []
@@ -90,7 +91,7 @@ class Sampling:
         return bool(self.temperature and (self.top_k or self.top_p != 1))
 
     def check(self) -> None:
-        """Raise `UserError` for invalid settings; every engine calls this."""
+        """Raise `UserError` for invalid settings; every engine calls `check`."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "rules"}
         if problems := try_parse_settings(Sampling, values)[1] or self.problems():
             raise SettingsError("sampling", problems)
@@ -111,20 +112,20 @@ class WholeSampling(ResponseSampling):
 
 
 def check_no_drafts(engine: str, sampling: Sampling) -> None:
-    """Raise `ValueError` if drafts are requested from an engine without them."""
+    """Raise `ValueError` if `sampling` requests drafts from an engine without drafting."""
     if sampling.num_drafts:
         raise ValueError(f"num_drafts = {sampling.num_drafts}: the engine {engine} does not draft")
 
 
 def check_no_rules(engine: str, sampling: Sampling) -> None:
-    """Raise `UserError` if token rules are requested from an engine that cannot apply them."""
+    """Raise `UserError` if `sampling` requests token rules from an engine without token rules."""
     if sampling.rules is not None:
         raise UserError(f"--engine {engine}: cannot keep blocks of media tokens whole; use the engine "
                         "megatron")
 
 
 def check_no_routes(engine: str, sampling: Sampling) -> None:
-    """Raise `UserError` if routes are requested from an engine that cannot return them."""
+    """Raise `UserError` if `sampling` requests expert routes from an engine without routes."""
     if sampling.with_routes:
         raise UserError(f"--engine {engine}: does not return the experts of each token; use the engine "
                         "megatron or vllm, or set policy.router_replay=false")
@@ -135,34 +136,34 @@ class StopRule:
     """Ends a continuation before the length limit."""
 
     ids: tuple[int, ...] = ()
-    """Stop tokens, such as the tokenizer's eos."""
+    """Stop tokens, for example the tokenizer's eos."""
     texts: tuple[str, ...] = ()
-    """Stop strings, found in the decoded continuation at any token boundary."""
+    """Stop strings, searched in the decoded continuation at every token."""
     decode: Callable[[list[int]], str] | None = None
     """Token ids -> text; required for `texts`."""
 
-    def ends(self, continuation: Tokens) -> bool:
+    def is_met(self, continuation: Tokens) -> bool:
         """Return whether the last token ends the continuation; earlier tokens are not checked."""
         if continuation[-1] in self.ids:
             return True
         if not self.texts:
             return False
         assert self.decode is not None, "texts need a decoder"
-        # Each ordinary token is at least one byte, so a stop string is within the last bytes; 8 more tokens
-        # for characters that are split over tokens.
+        # an ordinary token has at least a byte, so the last tokens contain the stop string; 8 more tokens
+        # cover characters split over tokens
         tail = self.decode(list(continuation[-max(len(t.encode()) for t in self.texts) - 8:]))
         return any(text in tail for text in self.texts)
 
     def cut(self, continuation: Tokens) -> list[int]:
-        """Return the tokens up to the end according to this rule."""
+        """Return the tokens up to the end of the continuation."""
         for length in range(1, len(continuation) + 1):
-            if self.ends(continuation[:length]):
+            if self.is_met(continuation[:length]):
                 return list(continuation[:length])
         return list(continuation)
 
-    def reason(self, continuation: Tokens) -> str:
+    def find_reason(self, continuation: Tokens) -> str:
         """Return the finish reason: `STOP` or `LENGTH`."""
-        return STOP if continuation and self.ends(continuation) else LENGTH
+        return STOP if continuation and self.is_met(continuation) else LENGTH
 
     def truncate_text(self, text: str) -> str:
         """Return the text before the first stop string."""
@@ -174,9 +175,9 @@ class GenerationBounds:
     """Per-prompt limits and an external stop, in addition to `StopRule` and `Sampling` (engine megatron)."""
 
     limits: Sequence[int]
-    """Limit of new tokens for each prompt."""
+    """`max_new_tokens` per prompt."""
     should_stop: Callable[[], bool]
-    """Called after each row; True ends all continuations unfinished. At least one row is decoded."""
+    """Called after each row; True ends the unfinished continuations. The first row is always decoded."""
 
 
 @dataclass(frozen=True)
@@ -184,12 +185,12 @@ class Batching:
     """Memory limits, in addition to `CACHE_TOKENS`."""
 
     batch_size: AtLeastOne = 64
-    """Sequences decoded at a time, on each process with sequences of its own."""
+    """Sequences decoded at a time per replica."""
     prefill_tokens: AtLeastOne = 8192
     """Prompt tokens read at a time; longer prompts are read in chunks."""
 
     def slots(self, num_sequences: int, longest: int, state_tokens: int = 0) -> int:
-        """Return the number of sequences to decode at a time.
+        """Return how many sequences to decode at a time.
 
         Args:
             num_sequences: sequences in total.
@@ -202,7 +203,7 @@ class Batching:
 
 @dataclass(frozen=True, kw_only=True)
 class RankOptions:
-    """Layout of a model on our own engine."""
+    """Model layout on the engine megatron."""
 
     nproc: AtLeastOne | None = None
     """Local processes (checkpoints)."""
@@ -211,7 +212,7 @@ class RankOptions:
 
     @staticmethod
     def find_setting(word: str) -> str:
-        """Return the layout or precision setting that an unknown option resembles, "" if none."""
+        """Return the layout or precision setting that an unknown option resembles, or ""."""
         setting = correct_setting(word)
         return setting if setting.startswith(("parallel.", "train.precision", "train.fp8")) else ""
 
@@ -230,19 +231,19 @@ class WeightVersion:
 
     @property
     def version(self) -> int:
-        """Version of the weights; raises like `check`."""
+        """Weight version; raises like `check`."""
         self.check()
         return self._version
 
     def check(self) -> None:
-        """Raise `UserError` if the last update failed, so that weights of two versions are mixed."""
+        """Raise `UserError` if the last update failed and left two versions mixed."""
         if self._failure is not None:
             raise UserError(f"the engine {self._engine} has weights of two versions, because its update to "
                             f"version {self._failure}; update it with all weights, or load it again")
 
     @contextlib.contextmanager
     def replace_weights(self, version: int, weights: Iterator[Any] | None) -> Iterator[None]:
-        """Mark the weights as invalid during the `with` block, and as `version` after it.
+        """Mark the weights as invalid during the `with` block, then as `version`.
 
         Args:
             version: new version.
@@ -263,8 +264,22 @@ class WeightVersion:
 
 
 @dataclass(frozen=True)
+class ServerLocations:
+    """Addresses, logs and interpreter for engine servers."""
+
+    logs: Path
+    """Log folder for servers started here."""
+    urls: tuple[str, ...] = ()
+    """Addresses where servers already run; empty: start servers here."""
+    python: Path | None = None
+    """Python interpreter with the engine; None: `SOV_ENGINE_PYTHON` or the current interpreter."""
+    command: tuple[str, ...] = ()
+    """Replaces the engine's start command."""
+
+
+@dataclass(frozen=True)
 class GenerationResult:
-    """Result of an engine; each list has one entry per prompt."""
+    """Result of `Engine.generate`; each list has an entry per prompt."""
 
     continuations: list[list[int]]
     """New tokens, including the stop token."""
@@ -272,27 +287,27 @@ class GenerationResult:
     """Log-probability of each new token under the sampled distribution: softmax(logits / temperature),
     truncated by `top_k` and `top_p`. At temperature 0: softmax(logits)."""
     finish_reasons: list[str]
-    """`STOP` or `LENGTH`; `LENGTH` also for continuations that `Bounds.should_stop` ended."""
+    """`STOP` or `LENGTH`; `LENGTH` also for continuations that `GenerationBounds.should_stop` ended."""
     temperature: float
-    """Temperature of the log-probabilities; a trainer divides its logits by it."""
+    """Temperature for log-probabilities; a trainer divides logits by `temperature`."""
     version: int
-    """Version of the weights, see `Engine.update`; 0: the loaded weights."""
+    """Weight version, see `Engine.update`; 0: the loaded weights."""
     drafted: int = 0
-    """Number of drafted tokens that the model judged."""
+    """Draft tokens that the model judged."""
     accepted: int = 0
-    """Number of accepted draft tokens."""
+    """Accepted draft tokens."""
     routes: list[np.ndarray] | None = field(default=None, compare=False)
-    """Experts of each token except the last, which the model did not read: [tokens - 1, layers, top_k]
-    (`documents.shard_files`); None if not requested."""
+    """Experts per token, [tokens - 1, layers, top_k] (`documents.shard_files`); the model did not read the
+    last token. None if not requested."""
 
     @classmethod
     def of(cls, written: Sequence[ScoredTokens], sampling: Sampling, stop: StopRule, version: int,
            drafted: int = 0, accepted: int = 0, routes: list[np.ndarray] | None = None) -> GenerationResult:
-        """Build the result with its finish reasons."""
+        """Build the result and determine each `reason`."""
         for number, (tokens, logprobs) in enumerate(written):
             if len(tokens) != len(logprobs):
                 raise ValueError(f"prompt {number}: the engine returned {len(tokens)} tokens and "
                                  f"{len(logprobs)} log-probabilities; the counts must be equal")
         return cls([tokens for tokens, _ in written], [logprobs for _, logprobs in written],
-                   [stop.reason(tokens) for tokens, _ in written], sampling.temperature, version,
+                   [stop.find_reason(tokens) for tokens, _ in written], sampling.temperature, version,
                    drafted, accepted, routes)

@@ -48,19 +48,19 @@ class EnginePolicy:
 
 
 class _BroadcastPolicy:
-    """Policy of the first process, which broadcasts each request to the other processes of its engine."""
+    """Policy on the first process, which broadcasts each request to the engine's other processes."""
 
     def __init__(self, policy: EnginePolicy) -> None:
         self._policy = policy
 
     def sample(self, prompts: Sequence[Tokens], max_new_tokens: int,
                streams: Sequence[int]) -> list[GeneratedTurn]:
-        # (request, error): an error comes with request None and ends the loop of the other processes.
+        # (request, error): an error comes with request None and ends the loop on the other processes
         return self._policy.sample(*broadcast_object(((prompts, max_new_tokens, streams), ""))[0])
 
 
 def run_with_policy(policy: EnginePolicy, work: Callable[[ToolPolicy], Any]) -> Any:
-    """Run `work` with a policy and return its result (collective over the processes of the engine).
+    """Run `work` with a policy and return the result (collective over the engine's processes).
 
     Only the first process runs `work`, so that tools act once; the other processes join its sampling and
     return None.
@@ -78,7 +78,7 @@ def run_with_policy(policy: EnginePolicy, work: Callable[[ToolPolicy], Any]) -> 
             problem = str(e)
             raise
         finally:
-            # The other processes wait for this message in any case.
+            # the other processes wait for a message even after an error
             broadcast_object((None, problem))
     return _join_sampling(policy)
 
@@ -92,33 +92,33 @@ def _join_sampling(policy: EnginePolicy) -> None:
             break
         try:
             policy.sample(*request)
-        except UserError as e:  # the first process raises it too, and ends the loop
+        except UserError as e:  # the first process raises the same error and ends the loop
             local_error = e
     if problem:
         raise UserError(problem)
-    # The first process did not raise this error.
+    # only this process raised the error
     if local_error is not None:
         raise local_error
 
 
 def hash_chat_files(folder: Path) -> dict[str, str]:
-    """Return name -> digest of the files that determine the chat encoding of a folder."""
+    """Return name -> digest for the files that determine a folder's chat encoding."""
     files = [folder / name for name in (TOKENIZER_JSON, CONFIG_JSON, TEMPLATE_FILE, SPECIAL_JSON)]
     return {file.name: hash_file(file) for file in files if file.is_file()}
 
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """Engine and its settings."""
+    """Engine settings."""
 
     engine: EngineName | None
-    """None selects the default engine of the model."""
+    """None: the model's default engine."""
     settings: Sequence[str]
-    """`key=value` changes of layout and precision."""
+    """`key=value` changes to layout and precision."""
     nproc: int | None
     """Local processes."""
     option: str = "--set"
-    """Option that gives the settings."""
+    """Option that sets `settings`, for messages."""
 
 
 class EpisodePlayer:
@@ -149,13 +149,13 @@ class EpisodePlayer:
         if chat is None:
             raise UserError(f"{folder}: has no chat template; fine-tune on chats first")
         self.encoder = TurnEncoder(chat, str(folder), template or {})
-        # Turn ends only: a turn that ends with eos is incomplete.
+        # turn ends only: a turn that ends with eos is incomplete
         self._ends = read_stop_ids(self.target, load_tokenizer(folder).eos_token_id, chat)
         self.chat = hash_chat_files(folder)
         """Chat file -> digest."""
 
     def run(self, sampling: Sampling, num_parallel: int, played: Callable[[ToolPolicy], Any]) -> Any:
-        """Run `played` with the model as its policy; returns None on processes other than the first."""
+        """Run `played` with the model as policy; returns None except on the first process."""
         def run_policy(engine: Engine) -> Any:
             return run_with_policy(EnginePolicy(engine, sampling, StopRule(self._ends)), played)
 

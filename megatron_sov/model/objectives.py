@@ -114,13 +114,13 @@ class PluginFactory:
 
     @property
     def formats(self) -> tuple[str, ...]:
-        """Source formats, see `train.objectives.objective.formats_of`."""
+        """Source formats, see `train.objectives.objective.get_formats`."""
         return tuple(getattr(self.objective_class, "formats", ("text", "chat")))
 
     @property
     def columns(self) -> Mapping[str, Any]:
-        """Required columns, see `train.objectives.objective.columns_of`. A class that derives from a built-in
-        objective may define `columns_by(config)` for columns that depend on settings."""
+        """Required columns, see `train.objectives.objective.get_columns`. A class that derives from a
+        built-in objective may define `columns_by(config)` for columns that depend on settings."""
         columns_by = getattr(self.objective_class, "columns_by", None)
         if columns_by is not None:
             return columns_by(self.config)

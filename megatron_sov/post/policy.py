@@ -22,14 +22,14 @@ from megatron_sov.chat.encode import TYPE_TEXT
 from megatron_sov.engine.model.logprobs import Head
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import Aggregation, PolicyConfig, PolicyParts, Ratio
-from megatron_sov.post.sft import Responses, learned, responses_of
+from megatron_sov.post.sft import ResponseSpans, find_learned_labels, find_responses
 from megatron_sov.post.shared_prompts import share_prompts
 from megatron_sov.runs.obs.meters import Meter
 from megatron_sov.runs.obs.validation import VALIDATION
 from megatron_sov.train.data.requirements import NeededColumn
-from megatron_sov.train.data.rounds import SOURCE
+from megatron_sov.train.data.rounds import ROUNDS_SOURCE
 from megatron_sov.train.data.token_shards import TEXTS, Source, open_sources
-from megatron_sov.train.data.views import TEXT, as_text
+from megatron_sov.train.data.views import TEXT_FORMAT, view_as_text
 from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective
 from megatron_sov.train.objectives.microbatch import MicroBatch
@@ -84,7 +84,7 @@ class PolicyLoss:
                        *(["reference_kl"] if KL in self.coefficients else []),
                        *([REVERSE_KL] if self._parts.opd_coeff else []))
 
-    def denominators(self, responses: Responses) -> dict[str, float]:
+    def denominators(self, responses: ResponseSpans) -> dict[str, float]:
         """Return the share of `responses` (on the host) in the denominator of each term.
 
         Masked labels count, as in IcePop and TRL; otherwise the remaining labels would weigh more.
@@ -94,7 +94,7 @@ class PolicyLoss:
         return {term: count_denominator(responses, kinds[term], self._longest) for term in self.coefficients}
 
     def terms(self, logprobs: torch.Tensor, columns: Columns,
-              responses: Responses) -> tuple[dict[str, torch.Tensor], Measured]:
+              responses: ResponseSpans) -> tuple[dict[str, torch.Tensor], Measured]:
         """Return the sum of each term over the row, and sum and count of each meter.
 
         Args:
@@ -106,7 +106,7 @@ class PolicyLoss:
         old = columns[OLD].double()
         columns = {**columns, OLD: torch.where(old.isnan(), logprobs.detach().double(), old)}
         # The engine's error has a factor of its own and never enters the ratio of the policy.
-        factors = engine_correction(columns[OLD], columns[BEHAVIOUR], responses, self._policy)
+        factors = compute_engine_correction(columns[OLD], columns[BEHAVIOUR], responses, self._policy)
         is_learned = responses.index < len(responses)
         # `where` instead of a product: labels that are not learned may have log p = -inf.
         logprobs = torch.where(is_learned, logprobs.double(), 0.0)
@@ -119,7 +119,7 @@ class PolicyLoss:
             numbers[ADVANTAGE] = numbers[ADVANTAGE] + self._parts.opd_coeff * (
                 numbers[TEACHER] - numbers[OLD])
         losses = self._loss(ratio, logprobs, numbers[ADVANTAGE]) * factors
-        weights = label_weights(responses, self._parts.aggregation)
+        weights = compute_label_weights(responses, self._parts.aggregation)
         terms = {POLICY: (losses * weights).sum()}
         if KL in self.coefficients:
             reference = numbers[REFERENCE]
@@ -139,7 +139,7 @@ class PolicyLoss:
                       factors: torch.Tensor) -> Columns:
         """Return each meter for each label, masked labels included: a mask must not hide its own cause."""
         old, behaviour = numbers[OLD], numbers[BEHAVIOUR]
-        meters = {"ratio": ratio, "clip_share": is_clipped(ratio, numbers[ADVANTAGE], self._parts),
+        meters = {"ratio": ratio, "clip_share": find_clipped_tokens(ratio, numbers[ADVANTAGE], self._parts),
                   "entropy_estimate": -logprobs, "engine_gap": old - behaviour,
                   "engine_kl": k3(behaviour, old)}
         if self._masks:
@@ -182,9 +182,9 @@ def k3(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     return exp_clamped(log_ratios) - log_ratios - 1
 
 
-def sequence_kl(logprobs: torch.Tensor, reference: torch.Tensor, responses: Responses) -> torch.Tensor:
+def sequence_kl(logprobs: torch.Tensor, reference: torch.Tensor, responses: ResponseSpans) -> torch.Tensor:
     """Return log p - log q of whole responses, [R] float64, with the score-function gradient."""
-    return _score_gradient(responses.sums(logprobs) - responses.sums(reference))
+    return _score_gradient(responses.sum_labels(logprobs) - responses.sum_labels(reference))
 
 
 def _score_gradient(log_ratios: torch.Tensor) -> torch.Tensor:
@@ -193,7 +193,7 @@ def _score_gradient(log_ratios: torch.Tensor) -> torch.Tensor:
     return value + value * (log_ratios - value)
 
 
-def importance_ratios(logprobs: torch.Tensor, old: torch.Tensor, responses: Responses, kind: Ratio
+def importance_ratios(logprobs: torch.Tensor, old: torch.Tensor, responses: ResponseSpans, kind: Ratio
                       ) -> torch.Tensor:
     """Return the importance ratio of each label, [T] float64; 1 for labels that are not learned.
 
@@ -208,18 +208,18 @@ def importance_ratios(logprobs: torch.Tensor, old: torch.Tensor, responses: Resp
     log_ratios = torch.where(responses.index < len(responses), logprobs.double() - old.double(), 0.0)
     if kind == "sequence":
         # GSPO: the mean of log ratios, so that long responses do not leave the clip range by length alone.
-        log_ratios = responses.spread(responses.means(log_ratios))
+        log_ratios = responses.spread_to_labels(responses.average_labels(log_ratios))
     return exp_clamped(log_ratios)
 
 
-def label_weights(responses: Responses, kind: Aggregation) -> torch.Tensor:
+def compute_label_weights(responses: ResponseSpans, kind: Aggregation) -> torch.Tensor:
     """Return the weight of each label in the sum, [T] float64; 0 for labels that are not learned."""
     if kind == "sequence":
-        return responses.spread(1 / responses.lengths.clamp(min=1))
-    return responses.spread(torch.ones_like(responses.lengths))
+        return responses.spread_to_labels(1 / responses.lengths.clamp(min=1))
+    return responses.spread_to_labels(torch.ones_like(responses.lengths))
 
 
-def count_denominator(responses: Responses, kind: Aggregation, max_new_tokens: int) -> float:
+def count_denominator(responses: ResponseSpans, kind: Aggregation, max_new_tokens: int) -> float:
     """Return the share of these responses in the denominator of the step.
 
     Args:
@@ -267,7 +267,7 @@ def surrogate_loss(ratios: torch.Tensor, logprobs: torch.Tensor, advantages: tor
     return -compute_surrogate(ratios, logprobs, advantages, parts)
 
 
-def is_clipped(ratios: torch.Tensor, advantages: torch.Tensor, parts: PolicyParts) -> torch.Tensor:
+def find_clipped_tokens(ratios: torch.Tensor, advantages: torch.Tensor, parts: PolicyParts) -> torch.Tensor:
     """Return the clipped labels, [T] bool: labels without gradient (two_sided) or with a bounded weight
     (cispo)."""
     above = ratios > 1 + parts.clip_high
@@ -279,7 +279,7 @@ def is_clipped(ratios: torch.Tensor, advantages: torch.Tensor, parts: PolicyPart
     return (above & (advantages > 0)) | ((ratios < 1 - parts.clip_low) & (advantages < 0))
 
 
-def engine_correction(old: torch.Tensor, behaviour: torch.Tensor, responses: Responses,
+def compute_engine_correction(old: torch.Tensor, behaviour: torch.Tensor, responses: ResponseSpans,
                       policy: PolicyConfig) -> torch.Tensor:
     """Return the factor that corrects each label's loss for the engine, [T] float64; 0 for masked labels.
 
@@ -298,14 +298,14 @@ def engine_correction(old: torch.Tensor, behaviour: torch.Tensor, responses: Res
     accepted = torch.ones_like(log_ratios)
     if bounds := policy.geo_bounds:
         # The mean of log ratios, so that the bounds suit responses of every length.
-        means = exp_clamped(responses.means(log_ratios))
+        means = exp_clamped(responses.average_labels(log_ratios))
         is_accepted = (means >= bounds[0]) & (means <= bounds[1])
-        accepted = responses.spread(is_accepted.double()).where(is_learned, 1.0)
+        accepted = responses.spread_to_labels(is_accepted.double()).where(is_learned, 1.0)
     if policy.correction == "none":
         return accepted
     level, _, kind = policy.correction.partition("_")
     if level == "sequence":
-        log_ratios = responses.spread(responses.sums(log_ratios))
+        log_ratios = responses.spread_to_labels(responses.sum_labels(log_ratios))
     ratio = exp_clamped(log_ratios)
     low, high = policy.correction_low, policy.correction_bound
     if kind == "truncate":
@@ -360,7 +360,7 @@ class PolicyLearning(DataObjective):
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
         """Count the denominators of the global batch, then share prompts inside each micro-batch."""
         hosts = [m.host for m in batch.micro_batches]
-        counts = [self._loss.denominators(responses_of(m)) for m in hosts]
+        counts = [self._loss.denominators(find_responses(m)) for m in hosts]
         # Counted before the first forward pass, so that the mean does not depend on the split into micro-
         # batches.
         targets = {term: sum(count[term] for count in counts) for term in self._loss.coefficients}
@@ -371,7 +371,7 @@ class PolicyLearning(DataObjective):
 
     def doubt(self, step: int, meters: Mapping[str, float]) -> str:
         """Return a warning if the first step of a round clips labels, or if the engine samples from another
-        model; see `train.objectives.objective.doubt_of`."""
+        model; see `train.objectives.objective.get_doubt`."""
         # Later steps of a round have moved the policy and may be clipped for good reasons.
         is_first = (step - 1) % self._rollout.steps_per_round == 0
         if is_first and (share := meters.get("clip_share", 0.0)) > MAX_CLIP_SHARE:
@@ -388,10 +388,10 @@ class PolicyLearning(DataObjective):
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
         """Return the summed losses of the responses and the text of a micro-batch."""
         # The head is applied to learned labels only: most labels belong to prompts.
-        needed = learned(batch.host) if KNOWLEDGE in self.coefficients else batch.host.weights > 0
+        needed = find_learned_labels(batch.host) if KNOWLEDGE in self.coefficients else batch.host.weights > 0
         logprobs = head.logprobs(hidden[0], batch.labels, self._temperature, needed)
         # Text labels belong to no response, so these sums leave them out.
-        terms, meters = self._loss.terms(logprobs, batch.columns, responses_of(batch))
+        terms, meters = self._loss.terms(logprobs, batch.columns, find_responses(batch))
         losses = -logprobs.detach()
         if KNOWLEDGE in self.coefficients:
             terms[KNOWLEDGE], losses = self._text_loss(hidden[0], head, batch, losses)
@@ -431,21 +431,21 @@ class PolicyObjective:
     """Factory of the objective, with the data that it needs."""
 
     formats: tuple[str, ...]
-    """See `train.objectives.objective.formats_of`."""
+    """See `train.objectives.objective.get_formats`."""
     columns: Mapping[str, NeededColumn]
-    """See `train.objectives.objective.columns_of`."""
+    """See `train.objectives.objective.get_columns`."""
     kind: type[DataObjective] = PolicyLearning
 
     def __call__(self, context: ObjectiveContext) -> DataObjective:
         return self.kind(context)
 
 
-def objective_of(config: RunConfig) -> PolicyObjective:
-    return PolicyObjective((ROLLOUTS, *([TEXT] if config.policy.has_text else [])),
+def build_policy_objective(config: RunConfig) -> PolicyObjective:
+    return PolicyObjective((ROLLOUTS, *([TEXT_FORMAT] if config.policy.has_text else [])),
                            PolicyLearning.columns_by(config))
 
 
-def texts_of(config: RunConfig) -> tuple[Source, ...]:
+def open_text_sources(config: RunConfig) -> tuple[Source, ...]:
     """Open the packed text of a run, and with policy.knowledge_coeff its chats as text. With policy.method =
     gkd both keep their own labels.
 
@@ -456,25 +456,25 @@ def texts_of(config: RunConfig) -> tuple[Source, ...]:
         return ()
     policy = config.policy
     sources = open_sources(config.data.paths, config.model.vocab_size,
-                           TEXTS if policy.has_text or policy.learns_distributions else (TEXT,))
+                           TEXTS if policy.has_text or policy.learns_distributions else (TEXT_FORMAT,))
     # gkd learns the same labels as `distill`: assistant turns of chats.
-    return tuple(sources if policy.learns_distributions else map(as_text, sources))
+    return tuple(sources if policy.learns_distributions else map(view_as_text, sources))
 
 
 def check_sources(config: RunConfig, sources: list[Source]) -> None:
     """Check that the text term has data, and that no source has the name of the rounds.
 
     Raises:
-        UserError: text is missing, or a source is called `SOURCE`.
+        UserError: text is missing, or a source is called `ROUNDS_SOURCE`.
     """
-    if [source.name for source in sources].count(SOURCE) > 1:
-        raise UserError(f"--data: has a source {SOURCE!r}, as the run's own rounds are called; pack it under "
-                        "another name")
+    if [source.name for source in sources].count(ROUNDS_SOURCE) > 1:
+        raise UserError(f"--data: has a source {ROUNDS_SOURCE!r}, as the run's own rounds are called; pack "
+                        "it under another name")
     policy, there = config.policy, [source for source in sources if source.share > 0 and source.num_tokens[
         "train"]]
     if policy.on_policy_share < 1 and not there:
         raise UserError(f"policy.on_policy_share = {policy.on_policy_share:g}: the other rounds learn from "
                         "data; add --data, or set it to 1")
-    if policy.has_text and not any(source.format == TEXT for source in there):
+    if policy.has_text and not any(source.format == TEXT_FORMAT for source in there):
         raise UserError(f"policy.knowledge_coeff = {config.policy.parts.knowledge_coeff} needs text; add "
                         "--data with packed text to train on, or set it to 0")

@@ -31,13 +31,13 @@ from megatron_sov.engine.parallel.values import sum_dict
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import REFERENCE_METHODS, PreferenceConfig
 from megatron_sov.post import policy, reference
-from megatron_sov.post.reference import document_logprobs
-from megatron_sov.post.sft import Responses, learned, responses_of
+from megatron_sov.post.reference import score_documents
+from megatron_sov.post.sft import ResponseSpans, find_learned_labels, find_responses
 from megatron_sov.post.shared_prompts import share_prompts
 from megatron_sov.runs.obs.meters import Meter
 from megatron_sov.runs.obs.validation import VALIDATION
 from megatron_sov.train.data.requirements import NeededColumn
-from megatron_sov.train.data.rounds import ADVANTAGE, SHARE
+from megatron_sov.train.data.rounds import ADVANTAGE, GROUP_SHARE
 from megatron_sov.train.data.token_shards import Documents, Source
 from megatron_sov.train.guards.gate import GateView
 from megatron_sov.train.objectives.data_batches import ObjectiveContext
@@ -157,7 +157,7 @@ def grouper(means: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
     return -advantages * means.exp()
 
 
-def compared_values(asked: PreferenceConfig, sums: torch.Tensor, lengths: torch.Tensor,
+def compare_values(asked: PreferenceConfig, sums: torch.Tensor, lengths: torch.Tensor,
                     reference_sums: torch.Tensor | None = None) -> torch.Tensor:
     """Return the value by which a method compares each response, [2 P] float64, without its strength.
 
@@ -172,7 +172,7 @@ def compared_values(asked: PreferenceConfig, sums: torch.Tensor, lengths: torch.
     return ratios if asked.method == "dpo" else ratios / lengths.clamp(min=1)
 
 
-def pair_meters(asked: PreferenceConfig, values: torch.Tensor) -> dict[str, torch.Tensor]:
+def compute_pair_meters(asked: PreferenceConfig, values: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return the meters "pairs_right" and "margin" of each pair, [P] float64.
 
     They equal TRL's rewards/accuracies and rewards/margins, except that a tie counts half: a model that
@@ -188,11 +188,11 @@ def pair_meters(asked: PreferenceConfig, values: torch.Tensor) -> dict[str, torc
     return {PAIRS_RIGHT: (margins > 0).double() + (margins == 0).double() / 2, MARGIN: margins}
 
 
-def heldout_documents(source: Source) -> range:
+def find_heldout_documents(source: Source) -> range:
     """Return the measured held-out documents of a source, chosen and rejected alternating."""
     if not source.num_tokens.get("heldout"):
         return range(0)
-    return range(min(len(source.shard("heldout").lengths), 2 * MAX_PAIRS))
+    return range(min(len(source.open_split("heldout").lengths), 2 * MAX_PAIRS))
 
 
 def measure_heldout_pairs(view: GateView, sources: Sequence[Source], reference_of: ReferenceOf | None
@@ -208,7 +208,7 @@ def measure_heldout_pairs(view: GateView, sources: Sequence[Source], reference_o
     seq_len, size = view.config.data.max_seq_len(), view.config.train.micro_batch_size
 
     def logprobs_of(documents: Documents, chosen: range) -> np.ndarray:
-        return document_logprobs(view, documents, chosen, seq_len, size)
+        return score_documents(view, documents, chosen, seq_len, size)
 
     figures_of_source = measure_pairs(sources, logprobs_of, seq_len, view.config.preference, reference_of)
     for name, figures in figures_of_source.items():
@@ -235,10 +235,10 @@ def measure_pairs(sources: Sequence[Source], logprobs_of: LogprobsOf, seq_len: i
     """
     figures_of_source = {}
     for source in sources:
-        chosen = heldout_documents(source)
+        chosen = find_heldout_documents(source)
         if not chosen:
             continue
-        documents = source.shard("heldout")
+        documents = source.open_split("heldout")
         learned = [_learned_tokens(documents, document, seq_len) for document in chosen]
         lengths = torch.tensor([float(mask.sum()) for mask in learned], dtype=torch.float64)
         # Documents of a pair are neighbours, the chosen response first.
@@ -252,7 +252,7 @@ def measure_pairs(sources: Sequence[Source], logprobs_of: LogprobsOf, seq_len: i
         numbers = None if reference_of is None else reference_of(source)
         if asked is not None and (reference_of is None or numbers is not None):
             reference_sums = None if numbers is None else _learned_sums(numbers, learned)[both]
-            meters = pair_meters(asked, compared_values(asked, sums, lengths, reference_sums))
+            meters = compute_pair_meters(asked, compare_values(asked, sums, lengths, reference_sums))
             figures |= {name: float(values.mean()) for name, values in meters.items()}
         figures_of_source[source.name] = {"pairs": int(whole.sum()), **figures}
     return figures_of_source
@@ -311,33 +311,35 @@ class PairLearning(DataObjective):
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
         """Count the pairs and the chosen tokens of the global batch."""
         hosts = [m.host for m in batch.micro_batches]
-        responses = [responses_of(m) for m in hosts]
-        targets = {PREFERENCE: sum(float(r.whole_pairs().sum()) for r in responses)}
+        responses = [find_responses(m) for m in hosts]
+        targets = {PREFERENCE: sum(float(r.select_pairs().sum()) for r in responses)}
         chosen = [self._cross_entropy_batch(m, r) for m, r in zip(hosts, responses, strict=True)]
         if CHOSEN in self.coefficients:
             targets[CHOSEN] = sum(float(m.weights.double().sum()) for m in chosen)
         return with_denominators(batch, targets | self._mtp_targets(chosen))
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
-        responses = responses_of(batch)
+        responses = find_responses(batch)
         # One pass of the head serves the preference, the cross-entropy and the logged losses.
         logprobs = head.logprobs(hidden[0], batch.labels)
-        sums = responses.sums(logprobs)
-        losses, compared = self._losses(sums, batch, responses)
-        whole = responses.whole_pairs()
-        terms = self._terms((losses * whole).sum(), logprobs, hidden, head,
+        sums = responses.sum_labels(logprobs)
+        losses, compared = self._compute_losses(sums, batch, responses)
+        whole = responses.select_pairs()
+        terms = self._compute_terms((losses * whole).sum(), logprobs, hidden, head,
                             self._cross_entropy_batch(batch, responses))
         # Truncated pairs have numbers too; `whole` removes them from every sum.
-        meters, means = pair_meters(self._asked, compared.detach()), responses.means(logprobs.detach())
+        meters, means = compute_pair_meters(self._asked,
+                                            compared.detach()), responses.average_labels(logprobs.detach())
         values = (meters[PAIRS_RIGHT], meters[MARGIN], means[0::2], means[1::2])
-        return LossSums(terms, _logged_losses(logprobs, batch, learned(batch), self._num_sources),
+        return LossSums(terms, _logged_losses(logprobs, batch, find_learned_labels(batch), self._num_sources),
                         meters={name: ((value * whole).sum(), whole.sum())
                                 for name, value in zip(self.meters, values, strict=True)})
 
-    def _cross_entropy_batch(self, batch: MicroBatch, responses: Responses) -> MicroBatch:
-        return _restrict_weights(batch, responses.of_side(0))
+    def _cross_entropy_batch(self, batch: MicroBatch, responses: ResponseSpans) -> MicroBatch:
+        return _restrict_weights(batch, responses.select_side(0))
 
-    def _terms(self, loss: torch.Tensor, logprobs: torch.Tensor, hidden: list[torch.Tensor], head: Head,
+    def _compute_terms(self, loss: torch.Tensor, logprobs: torch.Tensor, hidden: list[torch.Tensor],
+                       head: Head,
                chosen: MicroBatch) -> dict[str, torch.Tensor]:
         """Return the terms of a micro-batch: its preference `loss`, and cross-entropy on `chosen`."""
         terms = {PREFERENCE: loss}
@@ -346,8 +348,8 @@ class PairLearning(DataObjective):
             terms[CHOSEN] = -logprobs.double().where(chosen.weights > 0, 0.0).sum()
         return terms | self._mtp_sum(hidden, head, chosen)
 
-    def _losses(self, sums: torch.Tensor, batch: MicroBatch,
-                responses: Responses) -> tuple[torch.Tensor, torch.Tensor]:
+    def _compute_losses(self, sums: torch.Tensor, batch: MicroBatch,
+                responses: ResponseSpans) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the losses of the pairs [P], and `compared_values` [2 P].
 
         Args:
@@ -356,7 +358,7 @@ class PairLearning(DataObjective):
             responses: the learned labels.
         """
         asked = self._asked
-        means = compared_values(asked, sums, responses.lengths)
+        means = compare_values(asked, sums, responses.lengths)
         chosen, rejected = means[0::2], means[1::2]
         if asked.method == "simper":
             return simper(chosen, rejected), means
@@ -371,15 +373,16 @@ class PairLearningWithReference(PairLearning):
     columns = {reference.COLUMN: NeededColumn("`megatron-sov prefer`")}
     comparable_loss = True
 
-    def _losses(self, sums: torch.Tensor, batch: MicroBatch,
-                responses: Responses) -> tuple[torch.Tensor, torch.Tensor]:
-        ratios = compared_values(self._asked, sums, responses.lengths,
+    def _compute_losses(self, sums: torch.Tensor, batch: MicroBatch,
+                responses: ResponseSpans) -> tuple[torch.Tensor, torch.Tensor]:
+        ratios = compare_values(self._asked, sums, responses.lengths,
                                  self._reference_sums(sums, batch, responses))
         return self.pair_loss(ratios[0::2] - ratios[1::2]), ratios
 
-    def _reference_sums(self, sums: torch.Tensor, batch: MicroBatch, responses: Responses) -> torch.Tensor:
+    def _reference_sums(self, sums: torch.Tensor, batch: MicroBatch, responses: ResponseSpans
+                        ) -> torch.Tensor:
         """Return the log-probabilities of the responses by the reference, [2 P]; `sums` are the policy's."""
-        return responses.sums(batch.columns[reference.COLUMN])
+        return responses.sum_labels(batch.columns[reference.COLUMN])
 
     def pair_loss(self, margins: torch.Tensor) -> torch.Tensor:
         """Return the loss of each pair, [P] float64. Override it in a subclass to define your own.
@@ -399,7 +402,7 @@ class GroupLearning(DataObjective):
     prediction on all responses."""
 
     formats = ("chat",)
-    columns: Mapping[str, NeededColumn] = dict.fromkeys((ADVANTAGE, SHARE), NeededColumn(
+    columns: Mapping[str, NeededColumn] = dict.fromkeys((ADVANTAGE, GROUP_SHARE), NeededColumn(
         "`sov-data groups`, and then `sov-data pack --format chat --column advantage --column group_share`,"))
     meters = ("better_logprob", "worse_logprob")
     comparable_loss = False
@@ -416,24 +419,25 @@ class GroupLearning(DataObjective):
         share."""
         hosts = [m.host for m in batch.micro_batches]
         # Shares of a group add up to 1 over all batches.
-        groups = sum(float(responses_of(m).means(m.columns[SHARE]).sum()) for m in hosts)
-        learning = [_restrict_weights(m, learned(m)) for m in hosts]
+        groups = sum(float(find_responses(m).average_labels(m.columns[GROUP_SHARE]).sum()) for m in hosts)
+        learning = [_restrict_weights(m, find_learned_labels(m)) for m in hosts]
         return with_denominators(batch, {PREFERENCE: groups} | self._mtp_targets(learning))
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
-        responses = responses_of(batch)
+        responses = find_responses(batch)
         logprobs = head.logprobs(hidden[0], batch.labels)
-        means = responses.means(logprobs)
-        advantages, shares = (responses.means(batch.columns[name]) for name in (ADVANTAGE, SHARE))
+        means = responses.average_labels(logprobs)
+        advantages, shares = (responses.average_labels(batch.columns[name])
+                              for name in (ADVANTAGE, GROUP_SHARE))
         terms = {PREFERENCE: (grouper(means, advantages) * shares).sum()}
-        terms |= self._mtp_sum(hidden, head, _restrict_weights(batch, learned(batch)))
+        terms |= self._mtp_sum(hidden, head, _restrict_weights(batch, find_learned_labels(batch)))
         better, worse = ((advantages > 0).double(), (advantages < 0).double())
-        return LossSums(terms, _logged_losses(logprobs, batch, learned(batch), self._num_sources),
+        return LossSums(terms, _logged_losses(logprobs, batch, find_learned_labels(batch), self._num_sources),
                         meters={"better_logprob": ((means.detach() * better).sum(), better.sum()),
                                 "worse_logprob": ((means.detach() * worse).sum(), worse.sum())})
 
 
-def objective_of(config: RunConfig) -> type[PairLearning | GroupLearning | UnpairedLearning]:
+def select_objective(config: RunConfig) -> type[PairLearning | GroupLearning | UnpairedLearning]:
     method = config.preference.method
     if method == "kto":
         return UnpairedLearning
@@ -476,38 +480,38 @@ class UnpairedLearning(PairLearning):
         return batch
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
-        asked, responses = self._asked, responses_of(batch)
+        asked, responses = self._asked, find_responses(batch)
         logprobs = head.logprobs(hidden[0], batch.labels)
         # Even documents are the judged responses; odd documents are mismatched, for `_estimate_distance`.
         ratios = _log_ratios(responses, logprobs, batch)[0::2]
-        desirable, whole = _is_desirable(responses, batch), responses.whole_pairs()
+        desirable, whole = _is_desirable(responses, batch), responses.select_pairs()
         losses = kto(ratios, desirable, self._distance, beta=asked.effective_beta,
                      desirable_weight=asked.desirable_weight, undesirable_weight=asked.undesirable_weight)
-        terms = self._terms((losses * whole).sum(), logprobs, hidden, head,
+        terms = self._compute_terms((losses * whole).sum(), logprobs, hidden, head,
                             self._cross_entropy_batch(batch, responses))
         rewards, sides = asked.effective_beta * ratios.detach(), (desirable.double(), (~desirable).double())
-        own = learned(batch) & responses.of_side(0)
+        own = find_learned_labels(batch) & responses.select_side(0)
         return LossSums(
             terms, _logged_losses(logprobs, batch, own, self._num_sources),
             meters={name: ((rewards * side * whole).sum(), (side * whole).sum())
                     for name, side in zip(self.meters, sides, strict=False)}
             | {"distance": (self._distance * whole.sum(), whole.sum())})
 
-    def _cross_entropy_batch(self, batch: MicroBatch, responses: Responses) -> MicroBatch:
+    def _cross_entropy_batch(self, batch: MicroBatch, responses: ResponseSpans) -> MicroBatch:
         desirable = _is_desirable(responses, batch)
         # Back to one flag per document: the mismatched neighbour is not learned.
         good = torch.stack([desirable, torch.zeros_like(desirable)], 1)
-        is_good = responses.spread(good.flatten().double()) > 0
-        return _restrict_weights(batch, responses.of_side(0) & is_good)
+        is_good = responses.spread_to_labels(good.flatten().double()) > 0
+        return _restrict_weights(batch, responses.select_side(0) & is_good)
 
 
 def _estimate_distance(policy: object, batch: GlobalBatch) -> float:
     """Return z_0 on the last pipeline stage: the mean log ratio of mismatched responses over the global
     batch, at least 0."""
     def outputs(hidden: list[torch.Tensor], head: Head, micro_batch: MicroBatch) -> torch.Tensor:
-        responses = responses_of(micro_batch)
+        responses = find_responses(micro_batch)
         ratios = _log_ratios(responses, head.logprobs(hidden[0], micro_batch.labels), micro_batch)[1::2]
-        whole = responses.whole_pairs()
+        whole = responses.select_pairs()
         return torch.stack([(ratios * whole).sum(), whole.sum()])
 
     # Other pipeline stages have no outputs, add 0 and share the sum.
@@ -518,14 +522,14 @@ def _estimate_distance(policy: object, batch: GlobalBatch) -> float:
     return max(sums["total"] / sums["count"], 0.0) if sums["count"] else 0.0
 
 
-def _log_ratios(responses: Responses, logprobs: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+def _log_ratios(responses: ResponseSpans, logprobs: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
     """Return the log ratio of policy to reference of each response, [R]."""
-    return responses.sums(logprobs) - responses.sums(batch.columns[reference.COLUMN])
+    return responses.sum_labels(logprobs) - responses.sum_labels(batch.columns[reference.COLUMN])
 
 
-def _is_desirable(responses: Responses, batch: MicroBatch) -> torch.Tensor:
+def _is_desirable(responses: ResponseSpans, batch: MicroBatch) -> torch.Tensor:
     """Return the responses that were judged good, [R / 2] bool."""
-    return responses.means(batch.columns[DESIRABLE])[0::2] > 0.5
+    return responses.average_labels(batch.columns[DESIRABLE])[0::2] > 0.5
 
 
 ROUND_METERS = (Meter(policy.REWARD, better="higher", heldout=f"{VALIDATION}.reward"),
@@ -561,8 +565,9 @@ class RoundPairsWithReference(LearningOfRounds, PairLearningWithReference):
 
     headline = RoundPairs.headline
 
-    def _reference_sums(self, sums: torch.Tensor, batch: MicroBatch, responses: Responses) -> torch.Tensor:
-        reference_sums = responses.sums(batch.columns[_reference_column(self._config)])
+    def _reference_sums(self, sums: torch.Tensor, batch: MicroBatch, responses: ResponseSpans
+                        ) -> torch.Tensor:
+        reference_sums = responses.sum_labels(batch.columns[_reference_column(self._config)])
         # The first step of a round has NaN: its weights are those that began the round.
         return torch.where(reference_sums.isnan(), sums.detach(), reference_sums)
 
@@ -577,13 +582,13 @@ def _reference_column(config: RunConfig) -> str:
     return policy.OLD if config.policy.reference == "round" else policy.REFERENCE
 
 
-def round_objective_of(config: RunConfig) -> policy.PolicyObjective:
+def build_round_objective(config: RunConfig) -> policy.PolicyObjective:
     """Return the factory of the objective of `policy.method = preference`."""
     method, needed = config.preference.method, NeededColumn("`megatron-sov rl train`")
     kind: type[LearningOfRounds] = RoundPairs
     columns: dict[str, NeededColumn] = {}
     if method == "grouper":
-        kind, columns = RoundGroups, dict.fromkeys((ADVANTAGE, SHARE), needed)
+        kind, columns = RoundGroups, dict.fromkeys((ADVANTAGE, GROUP_SHARE), needed)
     elif method in REFERENCE_METHODS:
         kind, columns = RoundPairsWithReference, {_reference_column(config): needed}
     return policy.PolicyObjective((ROLLOUTS,), columns, kind)

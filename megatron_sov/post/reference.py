@@ -41,12 +41,12 @@ from megatron_sov.model.modality import EncoderInputs, get_banks, get_encoder_in
 from megatron_sov.runs.checkpoints import hash_checkpoint_files
 from megatron_sov.runs.folder import REFERENCE
 from megatron_sov.train.data.order import OrderedSample
-from megatron_sov.train.data.rows import join_rows, rows_per_micro_batch, sample_row
-from megatron_sov.train.data.streams import PackedSegment, Row, best_fit
+from megatron_sov.train.data.rows import build_row, compute_micro_batch_rows, join_rows
+from megatron_sov.train.data.streams import PackedSegment, Row, pack_best_fit
 from megatron_sov.train.data.token_shards import Documents, Source
 from megatron_sov.train.feed import FeedView
 from megatron_sov.train.guards.gate import GateView
-from megatron_sov.train.objectives.microbatch import MicroBatch, from_row
+from megatron_sov.train.objectives.microbatch import MicroBatch, build_micro_batch
 from megatron_sov.work.progress.progress_bar import create_bar
 
 MICRO_BATCHES = 8
@@ -88,11 +88,11 @@ class Reference:
         self._identity: dict[str, Any] = {
             "reference_sha256": hash_checkpoint_files(start), "max_tokens": max_tokens,
             "data_sha256": {s.name: manifest_sha256(s.artifact) for s in sources if s.artifact is not None}}
-        self._parts = {s.name: ReferenceParts(self._folder, s.name, s.shard("train")) for s in sources}
+        self._parts = {s.name: ReferenceFiles(self._folder, s.name, s.open_split("train")) for s in sources}
         self.sources = tuple(dataclasses.replace(
-            s, made=WithReference(self._parts[s.name])) for s in sources)
+            s, train_documents=WithReference(self._parts[s.name])) for s in sources)
         """The sources with the column; `make` computes its numbers."""
-        self._heldout = {s.name: ReferenceParts(self._folder, f"{s.name}.heldout", s.shard("heldout"),
+        self._heldout = {s.name: ReferenceFiles(self._folder, f"{s.name}.heldout", s.open_split("heldout"),
                                                 len(heldout[s.name]))
                          for s in sources if heldout.get(s.name)}
         # Held-out documents are computed and checked like the samples.
@@ -108,7 +108,7 @@ class Reference:
         parts = self._heldout.get(source.name)
         return None if parts is None else parts.numbers()
 
-    def make(self, view: GateView) -> None:
+    def score_heldout(self, view: GateView) -> None:
         """Compute missing parts by the model, which must have the reference's weights; called by all
         processes.
 
@@ -120,7 +120,7 @@ class Reference:
         view.events.write("reference", parts=parts, tokens=num_tokens,
                           seconds=time.monotonic() - begin_s, **self._identity)
 
-    def make_apart(self, checkpoint: Path, config: RunConfig, nproc: int | None) -> None:
+    def score_in_processes(self, checkpoint: Path, config: RunConfig, nproc: int | None) -> None:
         """Compute missing parts by another model than the trained one, on processes that end before the run
         begins.
 
@@ -159,13 +159,13 @@ class Reference:
 
     def _compute_missing(self, model: RunningLogprobs, rows_per_batch: int) -> tuple[int, int]:
         # The identity is written before the first part, whose checksum includes it.
-        run_on_main(model.world, self._open)
+        run_on_main(model.world, self._open_files)
         # Rank 0 decides: processes with different lists would wait in a collective forever.
         todo, num_tokens = run_on_main(model.world, self._find_missing), 0
         with create_bar("reference", len(todo), "part", model.world.is_main) as bar:
             for name, part in todo:
                 parts = self._parts[name]
-                numbers = document_logprobs(model, parts.documents, parts.range_of(part), self._max_tokens,
+                numbers = score_documents(model, parts.documents, parts.find_range(part), self._max_tokens,
                                             rows_per_batch)
                 run_on_main(model.world, partial(write_sealed, parts.file(part), numbers.tobytes(),
                                              parts.identify(part)))
@@ -196,7 +196,7 @@ class Reference:
                     raise UserError(f"{damage}; the run no longer has the weights that computed it: "
                                     "start a new --run --from the last checkpoint")
 
-    def _open(self) -> None:
+    def _open_files(self) -> None:
         file = self._folder / IDENTITY
         if file.is_file():
             if self._read_identity() != self._identity:
@@ -215,7 +215,7 @@ class Reference:
             raise UserError(f"{file}: is damaged ({e}); delete the folder") from None
 
 
-class ReferenceParts:
+class ReferenceFiles:
     """Log-probabilities of the documents of one split of a source: files of float32, one number for each
     token as a label (0 for the first token of a document)."""
 
@@ -235,7 +235,7 @@ class ReferenceParts:
         self._verified: set[int] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:  # another process maps the files again
-        return ReferenceParts, (self._folder, self._name, self.documents, self._num_documents)
+        return ReferenceFiles, (self._folder, self._name, self.documents, self._num_documents)
 
     def __len__(self) -> int:
         return -(-self._num_documents // PART_DOCUMENTS)
@@ -243,12 +243,12 @@ class ReferenceParts:
     def file(self, part: int) -> Path:
         return self._folder / f"{self._name}.{part:06d}.f32"
 
-    def range_of(self, part: int) -> range:
+    def find_range(self, part: int) -> range:
         return range(part * PART_DOCUMENTS, min((part + 1) * PART_DOCUMENTS, self._num_documents))
 
     def starts(self, part: int) -> np.ndarray:
         """Return the offsets of the documents of a part, [documents + 1] int64."""
-        lengths = self.documents.lengths[np.asarray(self.range_of(part))]
+        lengths = self.documents.lengths[np.asarray(self.find_range(part))]
         return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
     def column(self, document: int, start: int, count: int) -> np.ndarray:
@@ -291,7 +291,7 @@ class ReferenceParts:
 class WithReference:
     """Documents of a split with the column of the reference."""
 
-    def __init__(self, parts: ReferenceParts) -> None:
+    def __init__(self, parts: ReferenceFiles) -> None:
         self._documents, self._parts = parts.documents, parts
         self.lengths, self.is_plain = parts.documents.lengths, parts.documents.is_plain
         self.columns = (*parts.documents.columns, COLUMN)
@@ -321,7 +321,7 @@ class WithReference:
         return get_encoder_inputs(self._documents, document, start, count)
 
 
-def document_logprobs(model: RunningLogprobs, documents: Documents, chosen: range, seq_len: int,
+def score_documents(model: RunningLogprobs, documents: Documents, chosen: range, seq_len: int,
                       rows_per_batch: int, temperature: float = 1.0,
                       routes: RouteShape | None = None) -> np.ndarray:
     """Return log p(token | previous tokens), [tokens of the documents] float32, on every process; 0 for the
@@ -336,7 +336,7 @@ def document_logprobs(model: RunningLogprobs, documents: Documents, chosen: rang
         temperature: divisor of logits before the softmax.
         routes: shape of the documents' expert routes, which are replayed; None: no replay.
     """
-    numbers = np.zeros(_starts(documents, chosen)[-1], np.float32)
+    numbers = np.zeros(_compute_starts(documents, chosen)[-1], np.float32)
 
     def score_rows(rows: list[Row]) -> Iterator[np.ndarray]:
         filled, size = _pad_rows(model.world, rows, rows_per_batch)
@@ -350,7 +350,7 @@ def document_logprobs(model: RunningLogprobs, documents: Documents, chosen: rang
         yield from summed.float().numpy().reshape(len(filled), seq_len)
 
     _place_numbers(documents, chosen, seq_len, rows_per_batch * model.world.dp_size * MICRO_BATCHES,
-                   score_rows=score_rows, put=partial(_put, numbers))
+                   score_rows=score_rows, put=partial(_write_numbers, numbers))
     return numbers
 
 
@@ -376,7 +376,7 @@ def write_logprobs(model: RunningLogprobs, documents: Documents, file: Path, ide
     """
     world = model.world
     chosen = range(num_skipped, len(documents.lengths))
-    first_number = int(_starts(documents, range(num_skipped))[-1])
+    first_number = int(_compute_starts(documents, range(num_skipped))[-1])
     writes = world.last_stage and collectives.is_first_of_row()
     problems: list[OSError] = []  # raised after all rows: the other processes are in a collective
 
@@ -405,7 +405,7 @@ def write_logprobs(model: RunningLogprobs, documents: Documents, file: Path, ide
 
     with contextlib.ExitStack() as building:
         temporary = run_on_main(world, partial(_create_file, building, file, first_number,
-                                           int(_starts(documents, chosen)[-1])))
+                                           int(_compute_starts(documents, chosen)[-1])))
         opened = os.open(temporary, os.O_WRONLY)
         try:
             _place_numbers(documents, chosen, seq_len, rows_per_batch * world.dp_size * MICRO_BATCHES,
@@ -432,23 +432,23 @@ def _seal_numbers(building: contextlib.ExitStack, temporary: Path, identity: str
     building.close()
 
 
-def document_logprobs_hf(model: Any, documents: Documents, chosen: range, seq_len: int) -> np.ndarray:
+def score_documents_by_hf(model: Any, documents: Documents, chosen: range, seq_len: int) -> np.ndarray:
     """Return the log-probabilities of `document_logprobs` by a model of transformers."""
-    numbers = np.zeros(_starts(documents, chosen)[-1], np.float32)
+    numbers = np.zeros(_compute_starts(documents, chosen)[-1], np.float32)
 
     def score_rows(rows: list[Row]) -> Iterator[np.ndarray]:
         for row in rows:
-            yield -compute_row_losses(model, sample_row(OrderedSample(0, row), documents, seq_len))
+            yield -compute_row_losses(model, build_row(OrderedSample(0, row), documents, seq_len))
 
-    _place_numbers(documents, chosen, seq_len, 1, score_rows=score_rows, put=partial(_put, numbers))
+    _place_numbers(documents, chosen, seq_len, 1, score_rows=score_rows, put=partial(_write_numbers, numbers))
     return numbers
 
 
-def _put(numbers: np.ndarray, first: int, values: np.ndarray) -> None:
+def _write_numbers(numbers: np.ndarray, first: int, values: np.ndarray) -> None:
     numbers[first:first + len(values)] = values
 
 
-def _starts(documents: Documents, chosen: range) -> np.ndarray:
+def _compute_starts(documents: Documents, chosen: range) -> np.ndarray:
     """Return the offsets of the chosen documents in their joined tokens, [documents + 1] int64."""
     lengths = np.asarray(documents.lengths[np.asarray(chosen, np.int64)])
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
@@ -458,10 +458,10 @@ def _place_numbers(documents: Documents, chosen: range, seq_len: int, at_a_time:
                    score_rows: Callable[[list[Row]], Iterable[np.ndarray | None]],
                    put: Callable[[int, np.ndarray], None]) -> None:
     """Pack documents into rows, score the rows, and store the numbers of each document."""
-    starts = _starts(documents, chosen)
+    starts = _compute_starts(documents, chosen)
     lengths = np.diff(starts)
     # A document of one token has no label.
-    rows = best_fit([PackedSegment(d, 0, min(n, seq_len))
+    rows = pack_best_fit([PackedSegment(d, 0, min(n, seq_len))
                      for d, n in zip(chosen, lengths.tolist(), strict=True) if n > 1], seq_len)
     for begin in range(0, len(rows), at_a_time):
         batch = rows[begin:begin + at_a_time]
@@ -481,7 +481,7 @@ def _place_numbers(documents: Documents, chosen: range, seq_len: int, at_a_time:
 def _pad_rows(world: ParallelWorld, rows: list[Row], rows_per_batch: int) -> tuple[list[Row], int]:
     """Append empty rows, so that all processes run equally many micro-batches (they may share experts);
     return the rows, and the number of rows of a micro-batch."""
-    size = rows_per_micro_batch(len(rows), rows_per_batch, world.dp_size)
+    size = compute_micro_batch_rows(len(rows), rows_per_batch, world.dp_size)
     return [*rows, *[()] * (-len(rows) % (size * world.dp_size))], size
 
 
@@ -490,13 +490,14 @@ def _own_logprobs(model: RunningLogprobs, documents: Documents, rows: list[Row],
     """Return log p(label) of the micro-batches dp_rank, dp_rank + dp_size, ... on the last pipeline stage; an
     empty list on other stages."""
     groups = [rows[i:i + size] for i in range(0, len(rows), size)]
-    own = [from_row(join_rows([sample_row(OrderedSample(0, row), documents, seq_len, routes=routes)
+    own = [build_micro_batch(join_rows([build_row(OrderedSample(0, row), documents, seq_len, routes=routes)
                                for row in group]))
            for group in groups[model.world.dp_rank::model.world.dp_size]]
-    return model.policy.map(own, partial(_logprobs, temperature))
+    return model.policy.map(own, partial(_compute_logprobs, temperature))
 
 
-def _logprobs(temperature: float, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
+def _compute_logprobs(temperature: float, hidden: list[torch.Tensor], head: Head, batch: MicroBatch
+                      ) -> torch.Tensor:
     return head.logprobs(hidden[0], batch.labels, temperature)
 
 

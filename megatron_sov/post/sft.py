@@ -20,12 +20,12 @@ from megatron_sov.engine.parallel.device import to_device
 from megatron_sov.runs.obs.meters import Meter
 from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective
-from megatron_sov.train.objectives.microbatch import MicroBatch, segments
+from megatron_sov.train.objectives.microbatch import MicroBatch, compute_segments
 from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, per_source, with_denominators
 
 
 @dataclass(frozen=True)
-class Responses:
+class ResponseSpans:
     """Learned labels of the R documents of a micro-batch of T tokens, without padding."""
 
     index: torch.Tensor
@@ -36,7 +36,7 @@ class Responses:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def sums(self, values: torch.Tensor) -> torch.Tensor:
+    def sum_labels(self, values: torch.Tensor) -> torch.Tensor:
         """Sum `values` [T] over each response, [R] float64; differentiable.
 
         In float32 responses of 32,768 tokens would lose digits and depend on the order of additions.
@@ -45,45 +45,45 @@ class Responses:
         total = torch.zeros(len(self) + 1, dtype=torch.float64, device=values.device)
         return total.index_add(0, self.index, values.double())[:-1]
 
-    def means(self, values: torch.Tensor) -> torch.Tensor:
+    def average_labels(self, values: torch.Tensor) -> torch.Tensor:
         """Average `values` [T] over each response, [R] float64; 0 for responses without labels."""
-        return self.sums(values) / self.lengths.clamp(min=1)
+        return self.sum_labels(values) / self.lengths.clamp(min=1)
 
-    def spread(self, values: torch.Tensor) -> torch.Tensor:
+    def spread_to_labels(self, values: torch.Tensor) -> torch.Tensor:
         """Copy `values` [R] to the learned labels of each response, [T] float64; 0 for other labels;
         differentiable."""
         zero = torch.zeros(1, dtype=torch.float64, device=values.device)
         return torch.cat([values.double(), zero])[self.index]
 
-    def whole_pairs(self) -> torch.Tensor:
+    def select_pairs(self) -> torch.Tensor:
         """Return 1 for pairs whose documents both have learned labels, otherwise 0, [R / 2] float64."""
         return (self.lengths.reshape(-1, 2) > 0).all(dim=1).double()
 
-    def of_side(self, side: int) -> torch.Tensor:
+    def select_side(self, side: int) -> torch.Tensor:
         """Return the learned labels of documents 2 i + side of whole pairs, [T] bool."""
         # Index R, of labels that are not learned, reads the zero at the end.
-        whole = torch.cat([self.whole_pairs().repeat_interleave(2, output_size=len(self)),
+        whole = torch.cat([self.select_pairs().repeat_interleave(2, output_size=len(self)),
                            self.lengths.new_zeros(1)])
         return (self.index % 2 == side) & (whole[self.index] > 0)
 
 
-def learned(batch: MicroBatch) -> torch.Tensor:
+def find_learned_labels(batch: MicroBatch) -> torch.Tensor:
     """Return the learned labels of responses, [T] bool."""
     return (batch.types == TYPE_RESPONSE) & (batch.weights > 0)
 
 
-def responses_of(batch: MicroBatch) -> Responses:
+def find_responses(batch: MicroBatch) -> ResponseSpans:
     """Return the responses of a micro-batch, computed on the host so that nothing waits for the device."""
     host = batch.host
-    is_learned, bounds = learned(host), host.inputs.cu_seqlens.long()
+    is_learned, bounds = find_learned_labels(host), host.inputs.cu_seqlens.long()
     # Samples that were joined to one row have padding between them, which is not counted as a document.
     is_document = ~host.inputs.padding[bounds[:-1]]
     num_documents = int(is_document.sum())
     document_of_segment = is_document.cumsum(0) - 1
-    index = torch.where(is_learned, document_of_segment[segments(host)], num_documents)
+    index = torch.where(is_learned, document_of_segment[compute_segments(host)], num_documents)
     lengths = torch.bincount(index, minlength=num_documents + 1)[:-1].double()
     device = batch.labels.device
-    return Responses(to_device(index, device), to_device(lengths, device))
+    return ResponseSpans(to_device(index, device), to_device(lengths, device))
 
 
 RESPONSE, TEXT = "response", "text"
@@ -119,7 +119,7 @@ class SupervisedFineTuning(DataObjective):
         micro_batches = tuple(map(self._weigh_responses, batch.micro_batches))
         batch = dataclasses.replace(batch, micro_batches=micro_batches)
         hosts = [m.host for m in batch.micro_batches]
-        targets = {term: sum(float(_weights(m, term).double().sum()) for m in hosts)
+        targets = {term: sum(float(_read_weights(m, term).double().sum()) for m in hosts)
                    for term in TYPE_OF if term in self.coefficients}
         return with_denominators(batch, targets | self._mtp_targets(map(_restrict_to_responses, hosts)))
 
@@ -135,20 +135,20 @@ class SupervisedFineTuning(DataObjective):
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
         """Return the summed cross-entropy of each term."""
-        weights = {term: _weights(batch, term) for term in TYPE_OF if term in self.coefficients}
+        weights = {term: _read_weights(batch, term) for term in TYPE_OF if term in self.coefficients}
         terms, losses = head.cross_entropy(hidden[0], batch.labels, weights)
         terms |= self._mtp_sum(hidden, head, _restrict_to_responses(batch))
         return LossSums(terms, per_source(losses, batch.weights, batch.sources, self._num_sources),
                         self._typed.measured(losses, batch))
 
 
-def _weights(batch: MicroBatch, term: str) -> torch.Tensor:
+def _read_weights(batch: MicroBatch, term: str) -> torch.Tensor:
     """Return the weight of each label in a term, [T]."""
     return batch.weights * (batch.types == TYPE_OF[term])
 
 
 def _restrict_to_responses(batch: MicroBatch) -> MicroBatch:
-    return dataclasses.replace(batch, weights=_weights(batch, RESPONSE))
+    return dataclasses.replace(batch, weights=_read_weights(batch, RESPONSE))
 
 
 def weigh_per_unit(batch: MicroBatch, unit: Literal["turn", "sample"], dtype: torch.dtype) -> MicroBatch:
@@ -159,7 +159,7 @@ def weigh_per_unit(batch: MicroBatch, unit: Literal["turn", "sample"], dtype: to
         unit: turn: consecutive learned labels; sample: responses of one conversation.
         dtype: dtype of the weights.
     """
-    is_learned, number = learned(batch), segments(batch)
+    is_learned, number = find_learned_labels(batch), compute_segments(batch)
     if unit == "turn":
         # A turn begins at a learned label whose predecessor is not learned or belongs to another sample.
         continues = torch.zeros_like(is_learned)

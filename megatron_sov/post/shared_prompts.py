@@ -22,7 +22,7 @@ from megatron_sov.train.objectives.microbatch import MicroBatch
 from megatron_sov.train.objectives.objective import GlobalBatch
 
 
-def why_not_shared(config: RunConfig) -> list[str]:
+def find_sharing_problem(config: RunConfig) -> list[str]:
     """Return the settings that keep prompts from being shared, each with its reason; empty: prompts are
     shared."""
     reasons = config.why_prompts_not_shared()
@@ -36,7 +36,7 @@ def why_not_shared(config: RunConfig) -> list[str]:
 def share_prompts(batch: GlobalBatch, config: RunConfig) -> GlobalBatch:
     """Remove repeated prompts from each micro-batch of a batch whose denominators are counted, if `config`
     allows it."""
-    if why_not_shared(config):
+    if find_sharing_problem(config):
         return batch
     return dataclasses.replace(batch, micro_batches=tuple(map(remove_repeated_prompts, batch.micro_batches)))
 

@@ -29,7 +29,7 @@ from megatron_sov.runs.checkpoints import (
     CHECKPOINT_KIND, CHECKPOINTS_FOLDER, MERGED, check_model_path, find_checkpoint, list_complete)
 
 TABLE_KIND = "ssp_probe"
-ASKED, PROBLEMS, CHECKPOINTS, TABLE, RESULTS = ("asked.json", "problems.jsonl", "checkpoints", "table",
+CONDITIONS, PROBLEMS, CHECKPOINTS, TABLE, RESULTS = ("asked.json", "problems.jsonl", "checkpoints", "table",
                                                 "results.json")
 DOMAIN = "probe_domain"
 """Field of a problem and of its responses: the domain."""
@@ -42,7 +42,6 @@ class MeasuredCheckpoint:
     """Results of a checkpoint in a domain."""
 
     checkpoint: str
-    """Name of the checkpoint."""
     domain: str
     figures: Mapping[str, Any]
     """See `JudgedItem.figures`."""
@@ -50,7 +49,8 @@ class MeasuredCheckpoint:
     """k -> problem -> pass@k; problems with fewer than k scored samples are left out."""
 
     @staticmethod
-    def of(checkpoint: str, domain: str, judged: ScoredResponses, ks: Sequence[int]) -> MeasuredCheckpoint:
+    def from_values(checkpoint: str, domain: str, judged: ScoredResponses, ks: Sequence[int]
+                    ) -> MeasuredCheckpoint:
         solved: dict[int, dict[str, float]] = {}
         for k in ks:
             solved[k] = {problem: compute_pass_at_k(counts.num_scored, counts.num_right, k)
@@ -80,24 +80,26 @@ class DomainChoice:
     contains 0."""
 
     def row(self) -> dict[str, Any]:
-        return {**asdict(self), "as_good": list(self.as_good), "is_clear": not self.as_good}
+        return {**asdict(self), "as_good": list(self.as_good),
+                "is_clear": not self.as_good}
 
 
-def choose(candidates: Sequence[MeasuredCheckpoint], k: int) -> DomainChoice:
+def choose_checkpoint(candidates: Sequence[MeasuredCheckpoint], k: int) -> DomainChoice:
     """Return the best candidate of a domain; candidates are ordered from the earliest."""
     best = max(candidates, key=lambda measured: measured.mean_pass_at_k(k))  # max returns the first of ties
     as_good = tuple(other.checkpoint for other in candidates
-                    if other is not best and not _compare(best, other, k)[1][0] > 0)
+                    if other is not best and not _compare_values(best, other, k)[1][0] > 0)
     return DomainChoice(best.domain, best.checkpoint, best.mean_pass_at_k(k), as_good)
 
 
-def gain(merged: MeasuredCheckpoint, expert: MeasuredCheckpoint, k: int) -> dict[str, Any]:
-    value, interval = _compare(merged, expert, k)
+def compare_with_expert(merged: MeasuredCheckpoint, expert: MeasuredCheckpoint, k: int) -> dict[str, Any]:
+    value, interval = _compare_values(merged, expert, k)
     return {"checkpoint": merged.checkpoint, "domain": merged.domain, "expert": expert.checkpoint, "k": k,
             "gain": value, "interval": list(interval)}
 
 
-def _compare(one: MeasuredCheckpoint, other: MeasuredCheckpoint, k: int) -> tuple[float, tuple[float, float]]:
+def _compare_values(one: MeasuredCheckpoint, other: MeasuredCheckpoint, k: int
+                    ) -> tuple[float, tuple[float, float]]:
     """Return the mean difference of pass@k over common problems, and its 95 % interval; (-1, 1) without
     common problems."""
     differences = [share - other.solved[k][problem] for problem, share in one.solved[k].items()
@@ -136,7 +138,7 @@ class ProbedCheckpoint:
         return not self.path.is_dir() or bool(files == fingerprint_folder(self.path))
 
 
-def candidates_of(paths: Sequence[Path]) -> list[ProbedCheckpoint]:
+def find_candidates(paths: Sequence[Path]) -> list[ProbedCheckpoint]:
     """Return the distinct checkpoints of paths; a run stands for its complete checkpoints, oldest first.
 
     Raises:
@@ -168,7 +170,7 @@ def write_problems(probe: Path, domains: Mapping[str, Path]) -> Path:
     return probe / PROBLEMS
 
 
-def known_candidates(probe: Path, asked: Sequence[ProbedCheckpoint]) -> list[ProbedCheckpoint]:
+def read_candidates(probe: Path, asked: Sequence[ProbedCheckpoint]) -> list[ProbedCheckpoint]:
     """Return the checkpoints of the existing table, then the new ones of `asked`.
 
     Raises:
@@ -198,15 +200,17 @@ def write_table(probe: Path, candidates: Sequence[ProbedCheckpoint], k: int, rig
         UserError: responses of a checkpoint in a domain have too few rewards.
     """
     ks = sorted({1, k})
-    measured = {(m.checkpoint, m.domain): m for c in candidates for m in _measure(probe, c, ks, right_from)}
+    measured = {(m.checkpoint, m.domain): m for c in candidates
+                for m in _measure_checkpoint(probe, c, ks, right_from)}
     domains = list(dict.fromkeys(domain for _, domain in measured))
     # Averages are compared with their experts and never chosen.
     single = [c for c in candidates if not c.is_merged]
-    choices = [choose([measured[c.name, domain] for c in single], k) for domain in domains if single]
+    choices = [choose_checkpoint([measured[c.name, domain] for c in single], k) for domain in domains
+               if single]
     merged = []
     for candidate in candidates:
         if candidate.is_merged:
-            merged += [gain(measured[candidate.name, choice.domain],
+            merged += [compare_with_expert(measured[candidate.name, choice.domain],
                             measured[choice.checkpoint, choice.domain], size)
                        for choice in choices for size in ks]
     content = {
@@ -217,13 +221,13 @@ def write_table(probe: Path, candidates: Sequence[ProbedCheckpoint], k: int, rig
     with create_artifact(probe / TABLE, TABLE_KIND, overwrite=True) as artifact:
         write_atomically(artifact.path / RESULTS, format_json(content))
         artifact.content = content
-        artifact.settings = dict(json.loads((probe / ASKED).read_text(encoding="utf-8")))
+        artifact.settings = dict(json.loads((probe / CONDITIONS).read_text(encoding="utf-8")))
         for candidate in candidates:
             artifact.add_input(candidate.folder(probe))
     return content
 
 
-def _measure(probe: Path, candidate: ProbedCheckpoint, ks: Sequence[int],
+def _measure_checkpoint(probe: Path, candidate: ProbedCheckpoint, ks: Sequence[int],
              right_from: float) -> Iterator[MeasuredCheckpoint]:
     if problems := find_damaged_files(candidate.folder(probe)):
         raise UserError(f"{problems[0]}; delete {candidate.folder(probe)}, and the same command makes "
@@ -231,12 +235,12 @@ def _measure(probe: Path, candidate: ProbedCheckpoint, ks: Sequence[int],
     parts = read_scored_parts(candidate.folder(probe) / SAMPLES, DOMAIN, PROBLEM, right_from)
     for domain, judged in parts.items():
         try:
-            yield MeasuredCheckpoint.of(candidate.name, domain, judged, ks)
+            yield MeasuredCheckpoint.from_values(candidate.name, domain, judged, ks)
         except UserError as e:
             raise UserError(f"{candidate.name}, domain {domain}: {e}") from None
 
 
-def experts_of(probe: Path) -> list[tuple[Path, float]]:
+def read_experts(probe: Path) -> list[tuple[Path, float]]:
     """Return the best checkpoints with their weights, the number of domains that each is best in.
 
     Raises:

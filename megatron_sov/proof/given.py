@@ -21,10 +21,10 @@ from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE, TYPE_TEXT
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig
 from megatron_sov.post import policy, preference, reference
-from megatron_sov.post.distillation.distill import Distillation, KeptTeacher, TaughtFactory
-from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, Kept, packed
+from megatron_sov.post.distillation.distill import Distillation, StoredTeacher, TeacherFactory
+from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFormat, pack_rows
 from megatron_sov.post.sft import SupervisedFineTuning
-from megatron_sov.train.data.described import source_record
+from megatron_sov.train.data.token_manifest import build_source_record
 from megatron_sov.train.data.token_shards import CONTENT_VERSION, Source
 from megatron_sov.train.objectives.data_objective import LanguageModelling
 
@@ -34,7 +34,7 @@ OF_TOKENS = (reference.COLUMN, policy.BEHAVIOUR, policy.OLD, policy.TEACHER)
 """Columns of a log-probability for each token, about what a model says that has learned nothing."""
 SPREAD = 1.5
 """Of them, in nats: ratios to the policy lie on both sides of a clip."""
-OF_RESPONSES = (policy.ADVANTAGE, preference.SHARE, DESIRABLE)
+OF_RESPONSES = (policy.ADVANTAGE, preference.GROUP_SHARE, DESIRABLE)
 """Columns of one number for all tokens of a document, from 0 to 1 (advantages: from -1)."""
 TEACHER_WIDTH = 8
 _LONGEST = 41
@@ -44,10 +44,11 @@ def objective_of(config: RunConfig, sources: Sequence[Source]) -> Callable[[Any]
     """Return what makes the objective that a run learns by."""
     name = config.objective.name
     if name == "distill":
-        return TaughtFactory(Distillation, [_GivenTeacher(config, sources)])
+        return TeacherFactory(Distillation, [_GivenTeacher(config, sources)])
     made: dict[str, Callable[[], Any]] = {
         "lm": lambda: LanguageModelling, "sft": lambda: SupervisedFineTuning,
-        "preference": lambda: preference.objective_of(config), "policy": lambda: policy.objective_of(config)}
+        "preference": lambda: preference.select_objective(config),
+        "policy": lambda: policy.build_policy_objective(config)}
     return made[name]()
 
 
@@ -73,7 +74,8 @@ def write_documents(folder: Path, config: RunConfig, seed: int = 0) -> None:
                 writer.write(np.array([len(document["bin"])], np.int32), document)
                 counts["num_tokens"] += len(document["bin"])
         counts["num_bytes"] = counts["num_tokens"]
-        record = source_record(SOURCE, "preference" if are_pairs else "chat", ("loss", "type", *columns),
+        record = build_source_record(SOURCE, "preference" if are_pairs else "chat",
+                                     ("loss", "type", *columns),
                                [{"prefix": SOURCE, **counts}])
         artifact.content = {
             "content_version": CONTENT_VERSION, "tokenizer_sha256": "0" * 64, "vocab_size": vocab_size,
@@ -110,12 +112,12 @@ def _head_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}-teacher.safetensors")
 
 
-class _GivenTeacher(KeptTeacher):
+class _GivenTeacher(StoredTeacher):
     """A teacher whose opinions are drawn when they are asked for."""
 
     def __init__(self, config: RunConfig, sources: Sequence[Source]) -> None:
         asked = config.distillation
-        kept = Kept("float32", asked.top_k, asked.temperature, asked.other_tokenizer)
+        kept = StateFormat("float32", asked.top_k, asked.temperature, asked.other_tokenizer)
         [folder] = config.data.paths
         files: Any = SimpleNamespace(
             folder=Path(folder), kept=kept, vocab_size=config.model.vocab_size, teacher=SOURCE,
@@ -140,4 +142,4 @@ def _states(top_k: int, vocab_size: int, is_silent: bool, document: int) -> torc
     logprobs, ids = torch.randn(_LONGEST, vocab_size, generator=random).log_softmax(-1).topk(top_k)
     if is_silent:
         logprobs[::5] = 1.0
-    return packed(ids, logprobs)
+    return pack_rows(ids, logprobs)

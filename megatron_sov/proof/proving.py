@@ -420,7 +420,7 @@ def _trainer(config: RunConfig, place: ParallelWorld) -> Trainer:
 
 def _step(trainer: Trainer) -> dict[str, float] | None:
     """Do a step; returns its numbers by name, or None: a guard refuses it."""
-    result = trainer.update()
+    result = trainer.train_step()
     if result is None:
         return None
     usual = trainer.guards.step_guard.state()

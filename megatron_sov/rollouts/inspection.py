@@ -25,8 +25,6 @@ _ROW = np.dtype([("key", "<u8", 2), ("attempt", np.int32), ("is_unfinished", boo
 
 @dataclass
 class StoreCheck:
-    """Counts and problems of a checked store."""
-
     parts: int = 0
     rows: int = 0
     rewards: int = 0
@@ -34,13 +32,13 @@ class StoreCheck:
     """Sentences that name the part and the row."""
 
 
-def check(store: RolloutStore, done: Callable[[int], object] = lambda parts: None) -> StoreCheck:
+def check_store(store: RolloutStore, done: Callable[[int], object] = lambda parts: None) -> StoreCheck:
     result = StoreCheck()
     parts = store.parts(refused=result.problems.append)
     heads: list[np.ndarray] = []
     for number, part in enumerate(parts):
         try:
-            rows, problems = store.read_all(part.name)
+            rows, problems = store.read_rows_with_problems(part.name)
         except UserError as e:
             result.problems.append(str(e))
             continue
@@ -102,7 +100,7 @@ def _find_reward_problems(store: RolloutStore, part: RolloutPart, result: StoreC
     """Return a sentence for each reward of a missing row, and for repeated rewards."""
     try:
         rewards = store.read_rewards(part.version, part.name)
-        rows, _ = store.read_all(part.name, ())
+        rows, _ = store.read_rows_with_problems(part.name, ())
     except UserError as e:
         if store.part_path(part.name).exists():
             return [str(e)]  # the error names the file
@@ -120,13 +118,13 @@ def _find_reward_problems(store: RolloutStore, part: RolloutPart, result: StoreC
     return problems
 
 
-def listed(store: RolloutStore) -> Iterator[str]:
+def format_store(store: RolloutStore) -> Iterator[str]:
     """Yield a line for each part of a store, their sum, and a line for each claim."""
-    judged = judged_by(store)
+    judged = find_reward_versions(store)
     parts = store.parts()
     for part in parts:
         yield (f"{part.name:<33} {part.num_rows:>9,} rows {format_size(part.file.stat().st_size):>9}  "
-               f"{when(part.created_s)}  judged by {', '.join(judged.get(part.name, [])) or 'none'}"
+               f"{format_time(part.created_s)}  judged by {', '.join(judged.get(part.name, [])) or 'none'}"
                + (f", {part.num_excluded:,} rows kept out" if part.num_excluded else ""))
     yield f"{store.path}: {len(parts):,} parts, {sum(part.num_rows for part in parts):,} rows"
     for holder in list_holders(store.claims):
@@ -134,10 +132,10 @@ def listed(store: RolloutStore) -> Iterator[str]:
             continue
         where = f"process {holder.pid} on {holder.host or 'a machine that it does not name'}"
         job = f", Slurm job {holder.slurm_job}" if holder.slurm_job else ""
-        yield f"claimed: {holder.name} by {where}{job}, last sign of life {when(holder.changed_s)}"
+        yield f"claimed: {holder.name} by {where}{job}, last sign of life {format_time(holder.changed_s)}"
 
 
-def judged_by(store: RolloutStore, round_: int | None = None) -> dict[str, list[str]]:
+def find_reward_versions(store: RolloutStore, round_: int | None = None) -> dict[str, list[str]]:
     """Return part -> versions of the rewards that have judged it."""
     versions: dict[str, list[str]] = {}
     for version in store.versions():
@@ -146,19 +144,18 @@ def judged_by(store: RolloutStore, round_: int | None = None) -> dict[str, list[
     return versions
 
 
-def when(time_s: float) -> str:
+def format_time(time_s: float) -> str:
     try:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time_s))
     except (ValueError, OverflowError, OSError):  # another program's number
         return str(time_s)
 
 
-def checked(store: RolloutStore) -> StoreCheck:
-    """Check a store with a progress bar."""
+def check_with_progress(store: RolloutStore) -> StoreCheck:
     with create_bar("read", len(list((store.path / store.ROWS).iterdir())), "part") as bar:
-        return check(store, bar.update)
+        return check_store(store, bar.update)
 
 
-KIND = ArtifactKind(lambda path: listed(RolloutStore.open(path)),
-                    lambda path: checked(RolloutStore.open(path)).problems)
+KIND = ArtifactKind(lambda path: format_store(RolloutStore.open(path)),
+                    lambda path: check_with_progress(RolloutStore.open(path)).problems)
 """Entry of `inspect` for rollout stores."""

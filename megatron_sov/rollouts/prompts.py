@@ -28,7 +28,7 @@ from megatron_sov.base.documents.rows import check_rows, read_rows
 from megatron_sov.base.errors import Fix, RowProblems, UserError, warn
 from megatron_sov.base.sealed import read_sealed_json, write_sealed_json
 from megatron_sov.model.config.post_training import RolloutConfig
-from megatron_sov.rollouts.rows import part_name
+from megatron_sov.rollouts.rows import format_part_name
 from megatron_sov.runs.launch_environment import is_first_rank
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class PromptList(Sequence[RolloutPrompt]):
     """Prompts of --validation that were removed because training uses them."""
 
     @classmethod
-    def of(cls, prompts: Iterable[RolloutPrompt], option: str = OPTION) -> PromptList:
+    def from_prompts(cls, prompts: Iterable[RolloutPrompt], option: str = OPTION) -> PromptList:
         """Write prompts to a temporary file, and keep the first of each id.
 
         Raises:
@@ -117,7 +117,7 @@ class PromptList(Sequence[RolloutPrompt]):
         prompt_list = cls(option, {}, file, ids, np.array(starts, np.int64), _rows=np.sort(first))
         repeated = np.setdiff1d(np.arange(len(ids)), first)
         repeats: dict[str, list[str]] = {}
-        for prompt in map(prompt_list._read, repeated.tolist()):
+        for prompt in map(prompt_list._read_prompt, repeated.tolist()):
             repeats.setdefault(prompt.id, []).append(prompt.place)
         return replace(prompt_list, repeats=repeats)
 
@@ -131,7 +131,7 @@ class PromptList(Sequence[RolloutPrompt]):
     def __getitem__(self, index: int | slice) -> RolloutPrompt | PromptList:
         if isinstance(index, slice):
             return replace(self, _rows=self._rows[index])
-        return self._read(int(self._rows[index]))
+        return self._read_prompt(int(self._rows[index]))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -140,7 +140,7 @@ class PromptList(Sequence[RolloutPrompt]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Pieces are sent to the other ranks of an engine, which have no access to this file.
-        return PromptList.of, (list(self), self.option)
+        return PromptList.from_prompts, (list(self), self.option)
 
     @property
     def num_rows(self) -> int:
@@ -149,10 +149,9 @@ class PromptList(Sequence[RolloutPrompt]):
 
     @property
     def ids(self) -> list[str]:
-        """The ids; no record is read."""
         return [f"{number:0{HASH_DIGITS}x}" for number in self._numbers[self._rows].tolist()]
 
-    def record_of(self, prompt: str) -> Mapping[str, Any]:
+    def read_record(self, prompt: str) -> Mapping[str, Any]:
         """Return the record of a prompt by its id, or raise KeyError."""
         import numpy as np
 
@@ -169,23 +168,22 @@ class PromptList(Sequence[RolloutPrompt]):
         order = numbers.argsort()
         return numbers[order], order
 
-    def take(self, places: np.ndarray) -> PromptList:
+    def select(self, places: np.ndarray) -> PromptList:
         """Return the prompts at these indices, in this order."""
         return replace(self, _rows=self._rows[places])
 
-    def places_of(self, ids: Iterable[str]) -> np.ndarray:
-        """Return the sorted indices of some ids."""
+    def find_indices(self, ids: Iterable[str]) -> np.ndarray:
         import numpy as np
 
         wanted = np.array([int(prompt, 16) for prompt in ids], np.uint64)
         return np.flatnonzero(np.isin(self._numbers[self._rows], wanted))
 
-    def without(self, ids: Iterable[str]) -> PromptList:
+    def exclude(self, ids: Iterable[str]) -> PromptList:
         import numpy as np
 
-        return self.take(np.delete(np.arange(len(self)), self.places_of(ids)))
+        return self.select(np.delete(np.arange(len(self)), self.find_indices(ids)))
 
-    def _read(self, row: int) -> RolloutPrompt:
+    def _read_prompt(self, row: int) -> RolloutPrompt:
         start, end = self._starts[row:row + 2].tolist()
         # pread: forked processes share the file position.
         place, record = json.loads(os.pread(self._file.fileno(), end - start, start))
@@ -203,7 +201,7 @@ class PromptPiece:
     prompts: PromptList
 
     def part(self, attempt: int = 0) -> str:
-        return part_name(self.round, self.number, attempt)
+        return format_part_name(self.round, self.number, attempt)
 
 
 def read_prompts(path: Path, renames: Renames = (), option: str = OPTION, *, is_asked: bool = False
@@ -220,7 +218,7 @@ def read_prompts(path: Path, renames: Renames = (), option: str = OPTION, *, is_
         UserError: the file cannot be read, has no rows, or bad rows, of which the first are named.
     """
     problems, columns = RowProblems(), list[str]()
-    prompts = PromptList.of(_iter_prompts(path, renames, option, is_asked, problems, columns), option)
+    prompts = PromptList.from_prompts(_iter_prompts(path, renames, option, is_asked, problems, columns), option)
     if problems:
         if len(prompts):  # other rows have the fields
             columns = []
@@ -241,7 +239,8 @@ def _iter_prompts(path: Path, renames: Renames, option: str, is_asked: bool, pro
         try:
             record = rename_fields(dict(record), renames)
             # Ids are digests of the content, so that added lines leave other ids unchanged.
-            digest = _hash(record, HASH_DIGITS, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+            digest = _hash_json(record, HASH_DIGITS, ensure_ascii=False, separators=(",", ":"),
+                                allow_nan=False)
             prompt = RolloutPrompt(digest, record, place, option)
             if is_asked:
                 # Checked while the row is in memory, so that a million rows are parsed once.
@@ -283,17 +282,16 @@ def _iter_records(path: Path, renames: Renames, option: str) -> Iterator[tuple[s
 
 
 def _warn_once(option: str, sentence: str) -> None:
-    """Warn on the first process."""
     if is_first_rank():
         warn(f"{option} {sentence}")
 
 
-SET_ASIDE = "set_aside.json"
+UNUSED_ROWS_FILE = "set_aside.json"
 """File of a store: prompts that no round uses, with the reason."""
 
 
 @dataclass(frozen=True)
-class SetAside:
+class UnusedRows:
     """Rows of a file of prompts that no round uses."""
 
     too_long: Mapping[str, int]
@@ -301,10 +299,9 @@ class SetAside:
     rows: Sequence[Mapping[str, Any]]
     """Entries of `SET_ASIDE`."""
     account: RecordAccount
-    """Counts of all rows of the file."""
 
 
-def set_aside(prompts: PromptList, too_long: Mapping[str, int], limit: int) -> SetAside:
+def find_unused_rows(prompts: PromptList, too_long: Mapping[str, int], limit: int) -> UnusedRows:
     """Return the rows that no round uses.
 
     Args:
@@ -313,7 +310,7 @@ def set_aside(prompts: PromptList, too_long: Mapping[str, int], limit: int) -> S
         limit: `rollout.max_prompt_tokens`.
     """
     rows: list[dict[str, Any]] = []
-    for index in prompts.places_of({*too_long, *prompts.repeats}).tolist():
+    for index in prompts.find_indices({*too_long, *prompts.repeats}).tolist():
         prompt = prompts[index]
         if prompt.id in too_long:
             rows.append({"place": prompt.place, "id": prompt.id, "tokens": too_long[prompt.id],
@@ -325,35 +322,36 @@ def set_aside(prompts: PromptList, too_long: Mapping[str, int], limit: int) -> S
         f"longer than rollout.max_prompt_tokens = {limit:,}": len(too_long),
         "same as another one": sum(map(len, prompts.repeats.values())),
         "asked in training too": prompts.num_trained}, "prompts", "asked")
-    return SetAside(too_long, rows, account)
+    return UnusedRows(too_long, rows, account)
 
 
-def list_set_aside(store: Path, aside: SetAside) -> None:
+def write_unused_rows(store: Path, aside: UnusedRows) -> None:
     """Write the unused prompts into a store, so that the trainer of its rounds orders the same prompts.
 
     Raises:
         UserError: the store lists other prompts.
     """
-    file = store / SET_ASIDE
+    file = store / UNUSED_ROWS_FILE
     if file.is_file():
-        if too_long_in(store) != set(aside.too_long):
+        if read_too_long(store) != set(aside.too_long):
             raise UserError(f"{file}: other prompts were set aside when the store was begun; give the "
                             f"{OPTION} and rollout.max_prompt_tokens of its first command, or choose "
                             "another --store")
     elif aside.rows:
-        write_sealed_json(file, {"prompts": list(aside.rows)}, SET_ASIDE)
+        write_sealed_json(file, {"prompts": list(aside.rows)}, UNUSED_ROWS_FILE)
 
 
-def too_long_in(store: Path) -> set[str]:
+def read_too_long(store: Path) -> set[str]:
     """Return the ids of the prompts that are too long, as the store lists them."""
-    file = store / SET_ASIDE
+    file = store / UNUSED_ROWS_FILE
     if not file.is_file():
         return set()
-    rows = read_sealed_json(file, "restore it from a copy", SET_ASIDE)["prompts"]
+    rows = read_sealed_json(file, "restore it from a copy", UNUSED_ROWS_FILE)["prompts"]
     return {row["id"] for row in rows if "id" in row}
 
 
-def asked_too(prompts: Sequence[RolloutPrompt], others: Sequence[RolloutPrompt]) -> list[RolloutPrompt]:
+def find_shared_prompts(prompts: Sequence[RolloutPrompt], others: Sequence[RolloutPrompt]
+                        ) -> list[RolloutPrompt]:
     """Return the prompts whose question is also in `others`, whatever other fields their rows have."""
     # The table holds `prompts`, which are few; `others` may be a million.
     is_shared = {_question_digest(prompt): False for prompt in prompts}
@@ -370,10 +368,10 @@ def _question_digest(prompt: RolloutPrompt) -> str:
     if isinstance(question, str):
         # A plain text is the message of a user.
         question = [{"role": "user", "content": question.strip()}]
-    return _hash(question, STREAM_DIGITS)
+    return _hash_json(question, STREAM_DIGITS)
 
 
-def round_prompts(prompts: PromptList, rollout: RolloutConfig, number: int) -> PromptList:
+def select_round_prompts(prompts: PromptList, rollout: RolloutConfig, number: int) -> PromptList:
     """Return the prompts of a round, in an order that depends on the seed and the round's number alone.
 
     Each epoch is a permutation. A round may continue in the next epoch; its prompts come later there, so that
@@ -394,16 +392,17 @@ def round_prompts(prompts: PromptList, rollout: RolloutConfig, number: int) -> P
     # The round ends in the next epoch, whose order avoids the prompts that the round has already.
     if len(order) < wanted:
         order = np.append(order, _epoch_order(rollout.seed, epoch + 1, count, wanted)[:wanted - len(order)])
-    return prompts.take(order)
+    return prompts.select(order)
 
 
-def pieces(prompts: PromptList, number: int, piece_prompts: int, begin: int = 0) -> list[PromptPiece]:
+def split_into_pieces(prompts: PromptList, number: int, piece_prompts: int, begin: int = 0
+                      ) -> list[PromptPiece]:
     """Split the prompts of a round into pieces, numbered from `begin`."""
     return [PromptPiece(number, i, prompts[first:first + piece_prompts])
             for i, first in enumerate(range(0, len(prompts), piece_prompts), begin)]
 
 
-def round_pieces(prompts: PromptList, rollout: RolloutConfig, number: int, more: int = 0
+def plan_round_pieces(prompts: PromptList, rollout: RolloutConfig, number: int, more: int = 0
                  ) -> list[PromptPiece]:
     """Return the pieces of a round: its own prompts, then `more` pieces of further prompts, which replace
     groups that do not learn. The order of further prompts depends on seed and round alone, so all runs of a
@@ -420,12 +419,12 @@ def round_pieces(prompts: PromptList, rollout: RolloutConfig, number: int, more:
     """
     import numpy as np
 
-    own = round_prompts(prompts, rollout, number)
-    planned = pieces(own, number, rollout.piece_prompts)
+    own = select_round_prompts(prompts, rollout, number)
+    planned = split_into_pieces(own, number, rollout.piece_prompts)
     if more:
-        order = _permutation(len(prompts), rollout.seed, number, _FURTHER)
-        others = order[~np.isin(order, prompts.places_of(own.ids))][:more * rollout.piece_prompts]
-        planned += pieces(prompts.take(others), number, rollout.piece_prompts, len(planned))
+        order = _shuffle_indices(len(prompts), rollout.seed, number, _FURTHER)
+        others = order[~np.isin(order, prompts.find_indices(own.ids))][:more * rollout.piece_prompts]
+        planned += split_into_pieces(prompts.select(others), number, rollout.piece_prompts, len(planned))
     return planned
 
 
@@ -441,11 +440,11 @@ def _epoch_order(seed: int, epoch: int, count: int, per_round: int) -> np.ndarra
     first = epoch
     while first * count % per_round and (count < 2 * per_round or first == epoch):
         first -= 1
-    order = _permutation(count, seed, first)
+    order = _shuffle_indices(count, seed, first)
     for number in range(first + 1, epoch + 1):
         # Prompts of the previous epoch in the round that continues in this epoch.
         carried, previous = number * count % per_round, order
-        order = _permutation(count, seed, number)
+        order = _shuffle_indices(count, seed, number)
         if carried:
             ahead = ~np.isin(order, previous[-carried:])
             # The round takes as many other prompts as it still needs; the rest keeps its order.
@@ -454,14 +453,14 @@ def _epoch_order(seed: int, epoch: int, count: int, per_round: int) -> np.ndarra
     return order
 
 
-def _permutation(count: int, *entropy: int) -> np.ndarray:
+def _shuffle_indices(count: int, *entropy: int) -> np.ndarray:
     import numpy as np
 
     # Seed and epoch form an entropy sequence, so that nearby seeds have unrelated orders.
     return np.random.default_rng(entropy).permutation(count)
 
 
-def rounds_between(given: str) -> range:
+def parse_round_range(given: str) -> range:
     """Parse the rounds of --rounds.
 
     Raises:
@@ -475,7 +474,7 @@ def rounds_between(given: str) -> range:
     return range(first, last + 1)
 
 
-def budget_of(rollout: RolloutConfig, prompt: str, record: Mapping[str, Any], sample: int) -> int | None:
+def find_budget(rollout: RolloutConfig, prompt: str, record: Mapping[str, Any], sample: int) -> int | None:
     """Return the requested length of a response in tokens, or None.
 
     Args:
@@ -506,15 +505,15 @@ def sampling_digest(settings: Mapping[str, Any]) -> str:
         settings: JSON values: temperature, limits, seed, chat template, environment, and the round, since two
             rounds of one policy may contain the same prompt.
     """
-    return _hash(settings, HASH_DIGITS)
+    return _hash_json(settings, HASH_DIGITS)
 
 
-def stream_of(round: int, prompt: str, sample: int, attempt: int = 0, turn: int = 0) -> int:
+def compute_stream(round: int, prompt: str, sample: int, attempt: int = 0, turn: int = 0) -> int:
     """Return the random stream of a response, which together with the seed determines its samples."""
-    return int(_hash([round, prompt, sample, attempt, turn], STREAM_DIGITS), 16)
+    return int(_hash_json([round, prompt, sample, attempt, turn], STREAM_DIGITS), 16)
 
 
-def _hash(value: Any, digits: int, **form: Any) -> str:
+def _hash_json(value: Any, digits: int, **form: Any) -> str:
     digest = Digest(SHA256)
     digest.update(json.dumps(value, sort_keys=True, **form).encode())
     return digest.text().partition(":")[2][:digits]

@@ -21,7 +21,7 @@ NOT_WRITTEN = -1
 """Version of a token that no policy generated: a tool result, or the opening of a turn."""
 LAST_TURN = "last_turn"
 """In the outcome of an episode: the text of the model's last turn."""
-_DOMAIN = "domain"
+_DOMAIN_FIELD = "domain"
 _NAME = re.compile(r"round-([1-9]\d{4,}|\d{4})-piece-([1-9]\d{4,}|\d{4})(?:-attempt-([1-9]\d*))?")
 
 
@@ -44,7 +44,6 @@ class Rollout:
 
     key: Key
     round: int
-    """Round of the response, from 1."""
     attempt: int
     """0, or the attempt of the unfinished row that this row continues and replaces, plus 1."""
     record: Mapping[str, Any]
@@ -64,7 +63,6 @@ class Rollout:
     temperature: float
     """Temperature of the distribution of `logprobs`."""
     engine: str
-    """Name of the engine."""
     began_s: float
     """Unix time."""
     ended_s: float
@@ -127,7 +125,6 @@ class RewardRow:
 
     key: Key
     attempt: int
-    """Attempt of the judged row."""
     reward_version: str
     """Version of the reward's code and settings."""
     reward: float | None
@@ -135,18 +132,16 @@ class RewardRow:
     status: str
     """See `rewards.reward.Result`: scored, timeout, failed, refused."""
     components: Mapping[str, float] = field(default_factory=dict)
-    """Components of the reward by name."""
     reason: str = ""
-    """Why the response has no reward."""
 
 
-def domain_of(record: Mapping[str, Any]) -> str:
+def read_domain(record: Mapping[str, Any]) -> str:
     """Return the field `domain` of a prompt's record, by which figures are grouped; "" without one."""
-    domain = record.get(_DOMAIN)
+    domain = record.get(_DOMAIN_FIELD)
     return "" if domain is None else str(domain)
 
 
-class Attempted(Protocol):
+class AttemptRow(Protocol):
     """A response with any of its fields."""
 
     @property
@@ -155,10 +150,10 @@ class Attempted(Protocol):
     def attempt(self) -> int: ...
 
 
-R = TypeVar("R", bound=Attempted)
+R = TypeVar("R", bound=AttemptRow)
 
 
-def later(rows: Sequence[R]) -> list[R]:
+def select_last_attempts(rows: Sequence[R]) -> list[R]:
     """Return the last attempt of each key, in order of first appearance."""
     last: dict[Key, R] = {}
     for row in rows:
@@ -187,12 +182,12 @@ class RolloutPart(TablePart):
         return self.key[2]
 
 
-def part_name(round: int, piece: int, attempt: int = 0) -> str:
+def format_part_name(round: int, piece: int, attempt: int = 0) -> str:
     """Return the name of a part; rounds count from 1, pieces and attempts from 0."""
     return f"round-{round:04d}-piece-{piece:04d}" + (f"-attempt-{attempt}" if attempt else "")
 
 
-def numbers_in(name: str) -> tuple[int, int, int] | None:
+def parse_part_name(name: str) -> tuple[int, int, int] | None:
     """Return the round, piece and attempt of a part's name; None if it is not the name of a part."""
     match = _NAME.fullmatch(name)
     if match is None or not int(match[1]):
@@ -208,7 +203,7 @@ JUDGED = "rollouts"
 
 
 @dataclass(frozen=True)
-class AskedPrompt:
+class StorePlan:
     """Rounds and pieces that the jobs of a store generate together."""
 
     rounds: int
@@ -226,7 +221,7 @@ class AskedPrompt:
         return provenance
 
 
-def not_written(parts: Sequence[RolloutPart], rounds: range | None) -> str | None:
+def describe_missing_rows(parts: Sequence[RolloutPart], rounds: range | None) -> str | None:
     """Return the missing rows as the end of a sentence; "": none are missing; None: no part records the plan.
 
     Args:
@@ -252,13 +247,13 @@ def not_written(parts: Sequence[RolloutPart], rounds: range | None) -> str | Non
     return ""
 
 
-def may_grow(parts: Sequence[RolloutPart]) -> bool:
+def can_grow(parts: Sequence[RolloutPart]) -> bool:
     """Return whether the rounds of these parts may need further prompts once all rows are judged."""
     return any(part.provenance.get(GROWS) for part in parts)
 
 
-def _read_plan(provenance: Mapping[str, Any]) -> AskedPrompt | None:
+def _read_plan(provenance: Mapping[str, Any]) -> StorePlan | None:
     rounds, pieces = provenance.get(ROUNDS), provenance.get(PIECES)
     if type(rounds) is not int or type(pieces) is not int or min(rounds, pieces) < 1:
         return None
-    return AskedPrompt(rounds, pieces)
+    return StorePlan(rounds, pieces)

@@ -23,29 +23,33 @@ import pyarrow as pa
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.chat.vocabulary import tokenizer_digest
 from megatron_sov.rollouts.rows import (
-    JUDGED, NOT_WRITTEN, Key, RewardRow, Rollout, RolloutPart, later, numbers_in, part_name)
+    JUDGED, NOT_WRITTEN, Key, RewardRow, Rollout, RolloutPart, format_part_name, parse_part_name,
+    select_last_attempts)
 from megatron_sov.work.tables.parquet import REBUILD_HINT, build_list_column, read_arrays, read_strings
 from megatron_sov.work.tables.table import AlreadyPublished, Table
 
 
-def _lists_of(element: pa.DataType) -> pa.DataType:
+def _build_list_type(element: pa.DataType) -> pa.DataType:
     return pa.list_(pa.field("element", element, nullable=False))
 
 
-def _schema(nullable: Collection[str], **types: pa.DataType) -> pa.Schema:
+def _build_schema(nullable: Collection[str], **types: pa.DataType) -> pa.Schema:
     return pa.schema([pa.field(name, kind, nullable=name in nullable) for name, kind in types.items()])
 
 
 _KEY = {"prompt": pa.string(), "sample": pa.int32(), "policy": pa.string(), "sampling": pa.string()}
-ROLLOUTS = _schema(
+ROLLOUTS = _build_schema(
     ("outcome", "routes"), **_KEY, round=pa.int32(), attempt=pa.int32(), record=pa.string(),
-    prompt_tokens=_lists_of(pa.int32()), tokens=_lists_of(pa.int32()), logprobs=_lists_of(pa.float32()),
-    versions=_lists_of(pa.int32()), finish_reason=pa.string(), response=pa.string(), temperature=pa.float64(),
+    prompt_tokens=_build_list_type(pa.int32()), tokens=_build_list_type(pa.int32()),
+    logprobs=_build_list_type(pa.float32()),
+    versions=_build_list_type(pa.int32()), finish_reason=pa.string(), response=pa.string(),
+    temperature=pa.float64(),
     engine=pa.string(), began_s=pa.float64(), ended_s=pa.float64(), outcome=pa.string(),
     routes=pa.large_binary(), route_layers=pa.int32(), route_top_k=pa.int32(), route_width=pa.int32(),
     problem=pa.string())
 """`problem`: the broken rules of a row, which readers skip; empty for a sound row."""
-REWARDS = _schema(("reward",), **_KEY, attempt=pa.int32(), reward_version=pa.string(), reward=pa.float64(),
+REWARDS = _build_schema(("reward",), **_KEY, attempt=pa.int32(), reward_version=pa.string(),
+                        reward=pa.float64(),
                   status=pa.string(), components=pa.string(), reason=pa.string())
 REPEATED = (*dict.fromkeys(column.name for column in (*ROLLOUTS, *REWARDS) if column.type == pa.string()
                            and column.name != "response"), "versions.list.element")
@@ -64,7 +68,7 @@ NAMES = (*_ARRAYS, *_OTHERS)
 """Fields that a reader can select; key, round and attempt are always read."""
 
 
-def rollouts_table(rows: Sequence[Rollout], vocab_size: int) -> pa.Table:
+def rollouts_to_table(rows: Sequence[Rollout], vocab_size: int) -> pa.Table:
     """Convert rows to columns.
 
     Raises:
@@ -78,20 +82,20 @@ def rollouts_table(rows: Sequence[Rollout], vocab_size: int) -> pa.Table:
                              "ended_s")}
     columns["record"] = _json_texts([row.record for row in rows])
     columns["outcome"] = _json_texts([row.outcome for row in rows])
-    columns["response"] = [_utf8(row.response) for row in rows]
+    columns["response"] = [_replace_surrogates(row.response) for row in rows]
     columns |= _route_columns(rows)
     # int64 ids would wrap around silently in an int32 column and look valid.
     wide = any(getattr(row, name).dtype != np.int32 for row in rows for name in ("prompt_tokens", "tokens"))
     columns["problem"] = [""] * len(rows)
-    table = _table(columns, ROLLOUTS)
+    table = _build_table(columns, ROLLOUTS)
     # Mostly all rows are sound, and none is checked by itself.
-    if all_sound(table, vocab_size) and not wide:
+    if are_rows_sound(table, vocab_size) and not wide:
         return table
     columns["problem"] = ["; ".join(row.problems(vocab_size)) for row in rows]
-    return _table(columns, ROLLOUTS)
+    return _build_table(columns, ROLLOUTS)
 
 
-def all_sound(table: pa.Table, vocab_size: int) -> bool:
+def are_rows_sound(table: pa.Table, vocab_size: int) -> bool:
     """Return whether all rows satisfy the rules of `Rollout.problems`, checked by a few numpy operations: one
     by one the checks take longer than writing the rows. False for tables with routes."""
     column = {name: table[name].combine_chunks() for name in _ARRAYS}
@@ -110,7 +114,7 @@ def all_sound(table: pa.Table, vocab_size: int) -> bool:
                 and ("routes" not in table.column_names or table["routes"].null_count == table.num_rows))
 
 
-def rollouts_of(table: pa.Table, columns: Sequence[str]) -> list[Rollout]:
+def table_to_rollouts(table: pa.Table, columns: Sequence[str]) -> list[Rollout]:
     """Convert a table with the columns of `schema_for` to rows.
 
     Args:
@@ -120,12 +124,12 @@ def rollouts_of(table: pa.Table, columns: Sequence[str]) -> list[Rollout]:
     Raises:
         ValueError: a field has another type.
     """
-    read: dict[str, list[Any]] = {name: _values(table, name) for name in columns if name != "routes"}
+    read: dict[str, list[Any]] = {name: _read_values(table, name) for name in columns if name != "routes"}
     if "routes" in columns:
-        read["routes"] = routes_of(table)
+        read["routes"] = read_routes(table)
     empty = {name: np.zeros(0, dtype) for name, dtype in _ARRAYS.items()} | _OTHERS
     unread = {name: value for name, value in empty.items() if name not in columns}
-    heads = zip(keys_of(table), table["round"].to_pylist(), table["attempt"].to_pylist(), strict=True)
+    heads = zip(read_keys(table), table["round"].to_pylist(), table["attempt"].to_pylist(), strict=True)
     rows = []
     for i, (key, number, attempt) in enumerate(heads):
         fields = {name: values[i] for name, values in read.items()}
@@ -133,7 +137,7 @@ def rollouts_of(table: pa.Table, columns: Sequence[str]) -> list[Rollout]:
     return rows
 
 
-def schema_for(columns: Sequence[str]) -> pa.Schema:
+def select_schema(columns: Sequence[str]) -> pa.Schema:
     """Return the columns of a file that contain these fields.
 
     Raises:
@@ -145,16 +149,16 @@ def schema_for(columns: Sequence[str]) -> pa.Schema:
     return pa.schema([column for column in ROLLOUTS if column.name in wanted])
 
 
-def keys_of(table: pa.Table) -> list[Key]:
-    return list(map(Key, *(_values(table, name) for name in _KEY)))
+def read_keys(table: pa.Table) -> list[Key]:
+    return list(map(Key, *(_read_values(table, name) for name in _KEY)))
 
 
-def problems_of(table: pa.Table) -> list[str]:
+def read_problems(table: pa.Table) -> list[str]:
     """Return the problem of each row that was found when it was written; empty for sound rows."""
     return [str(text) for text in read_strings(table["problem"])]
 
 
-def rewards_table(rows: Sequence[RewardRow]) -> pa.Table:
+def rewards_to_table(rows: Sequence[RewardRow]) -> pa.Table:
     """Convert rewards to columns.
 
     Raises:
@@ -162,23 +166,23 @@ def rewards_table(rows: Sequence[RewardRow]) -> pa.Table:
     """
     columns = _key_columns([row.key for row in rows])
     columns |= {name: [getattr(row, name) for row in rows] for name in ("attempt", "reward")}
-    columns |= {name: [_utf8(getattr(row, name)) for row in rows]
+    columns |= {name: [_replace_surrogates(getattr(row, name)) for row in rows]
                 for name in ("reward_version", "status", "reason")}
     columns["components"] = _json_texts([row.components for row in rows])
-    return _table(columns, REWARDS)
+    return _build_table(columns, REWARDS)
 
 
-def rewards_of(table: pa.Table) -> list[RewardRow]:
+def table_to_rewards(table: pa.Table) -> list[RewardRow]:
     """Convert a table with the columns `REWARDS` to rewards.
 
     Raises:
         ValueError: a field has another type.
     """
     names = ("attempt", "reward_version", "reward", "status", "components", "reason")
-    return list(map(RewardRow, keys_of(table), *(_values(table, name) for name in names)))
+    return list(map(RewardRow, read_keys(table), *(_read_values(table, name) for name in names)))
 
 
-def _table(columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
+def _build_table(columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
     return pa.table([columns[column.name] if isinstance(columns[column.name], pa.Array)
                      else pa.array(columns[column.name], column.type) for column in schema], schema=schema)
 
@@ -200,10 +204,10 @@ def _json_texts(values: Sequence[Mapping[str, Any] | None]) -> list[str | None]:
 def _json_text(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     # Half of a surrogate pair is not valid UTF-8; its escape can be read back exactly.
-    return text if _utf8(text) == text else json.dumps(value, allow_nan=False)
+    return text if _replace_surrogates(text) == text else json.dumps(value, allow_nan=False)
 
 
-def _utf8(text: str) -> str:
+def _replace_surrogates(text: str) -> str:
     """Replace halves of surrogate pairs, which a broken engine may send, by question marks."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
@@ -222,7 +226,7 @@ def _route_shape(routes: np.ndarray) -> tuple[int, int, int]:
     return routes.shape[1], routes.shape[2], routes.dtype.itemsize
 
 
-def routes_of(table: pa.Table) -> list[np.ndarray | None]:
+def read_routes(table: pa.Table) -> list[np.ndarray | None]:
     """Return the routes of each row as views, or None.
 
     Raises:
@@ -231,11 +235,11 @@ def routes_of(table: pa.Table) -> list[np.ndarray | None]:
     buffers = (scalar.as_buffer() if scalar.is_valid else None
                for chunk in table["routes"].chunks for scalar in chunk)
     shapes = zip(*(table[name].to_pylist() for name in _ROUTES[1:]), strict=True)
-    return [None if buffer is None else _array_of(buffer, *shape)
+    return [None if buffer is None else _view_routes(buffer, *shape)
             for buffer, shape in zip(buffers, shapes, strict=True)]
 
 
-def _array_of(buffer: Any, layers: int, top_k: int, width: int) -> np.ndarray:
+def _view_routes(buffer: Any, layers: int, top_k: int, width: int) -> np.ndarray:
     token_bytes = layers * top_k * width
     if layers < 1 or top_k < 1 or width not in (1, 2) or buffer.size % token_bytes:
         raise ValueError(f"routes of {buffer.size:,} bytes are not [tokens, {layers}, {top_k}] of {width} "
@@ -244,7 +248,7 @@ def _array_of(buffer: Any, layers: int, top_k: int, width: int) -> np.ndarray:
     return np.frombuffer(buffer, f"<u{width}").reshape(-1, layers, top_k)
 
 
-def _values(table: pa.Table, name: str) -> list[Any]:
+def _read_values(table: pa.Table, name: str) -> list[Any]:
     column = table[name]
     if pa.types.is_dictionary(column.type):
         texts = read_strings(column)
@@ -286,7 +290,7 @@ class StoreSettings:
 
 
 _Row = TypeVar("_Row", Rollout, RewardRow)
-Judgements = dict[tuple[Key, int], RewardRow]
+RewardsByRow = dict[tuple[Key, int], RewardRow]
 """Key and attempt of a row -> its reward."""
 
 
@@ -300,11 +304,11 @@ class RolloutStore(Table[RolloutPart]):
     """
 
     NOUN, HEAD, ROWS, ADDED, VERSION = "rollout store", "store.json", "rollouts", "rewards", "reward_version"
-    CLAIM, FIRST, EXAMPLE, PART = "reward", "round", part_name(1, 0), RolloutPart
+    CLAIM, FIRST, EXAMPLE, PART = "reward", "round", format_part_name(1, 0), RolloutPart
     IDENTITY = {"tokenizer": str, "vocab_size": int}
     CREATE_HINT = "pass a folder that `megatron-sov rl run` or `rl generate` wrote"
     REPEATED, SPLIT = REPEATED, SPLIT
-    key_of = staticmethod(numbers_in)
+    key_of = staticmethod(parse_part_name)
 
     @staticmethod
     def tell(identity: Mapping[str, Any]) -> str:
@@ -335,13 +339,13 @@ class RolloutStore(Table[RolloutPart]):
             AlreadyPublished: the part exists with other rows, which stay.
             UserError: the rows cannot be written.
         """
-        path, numbers = self.part_path(name), numbers_in(name)
+        path, numbers = self.part_path(name), parse_part_name(name)
         if numbers is not None and (strangers := {row.round for row in rows} - {numbers[0]}):
             raise ValueError(f"{name}: has a row of round {strangers.pop()}")
-        table = _converted(path, lambda: rollouts_table(rows, self.vocab_size))
+        table = _convert_rows(path, lambda: rollouts_to_table(rows, self.vocab_size))
         # If another job published first, equal rows are accepted and other rows refused.
         if not self.publish(name, "", table, provenance, sum(map(bool, table["problem"].to_pylist()))):
-            _refuse_others(path, self.read_all(name)[0], rows, _without_times)
+            _check_same_rows(path, self.read_rows_with_problems(name)[0], rows, _drop_times)
 
     def add_rewards(self, version: str, name: str, rows: Sequence[RewardRow],
                     provenance: Mapping[str, Any] | None = None) -> None:
@@ -354,9 +358,9 @@ class RolloutStore(Table[RolloutPart]):
         path = self.part_path(name, version)
         if strangers := {row.reward_version for row in rows} - {version}:
             raise ValueError(f"{name}: has a reward of version {strangers.pop()!r}, not {version!r}")
-        table = _converted(path, lambda: rewards_table(rows))
+        table = _convert_rows(path, lambda: rewards_to_table(rows))
         if not self.publish(name, version, table, provenance or {}):
-            _refuse_others(path, self.read_rewards(version, name), rows, repr)
+            _check_same_rows(path, self.read_rewards(version, name), rows, repr)
 
     def read_rollouts(self, name: str, fields: Sequence[str] | None = None) -> list[Rollout]:
         """Return the sound rows of a part; a warning counts the others.
@@ -368,7 +372,7 @@ class RolloutStore(Table[RolloutPart]):
         Raises:
             UserError: the part does not exist or is damaged.
         """
-        rows, problems = self.read_all(name, fields)
+        rows, problems = self.read_rows_with_problems(name, fields)
         if (count := sum(map(bool, problems))) and name not in self._told:
             self._told.add(name)
             i = next(i for i, problem in enumerate(problems) if problem)
@@ -376,7 +380,8 @@ class RolloutStore(Table[RolloutPart]):
                  f"skipped; the first is row {i}: {problems[i]}")
         return [row for row, problem in zip(rows, problems, strict=True) if not problem]
 
-    def read_all(self, name: str, fields: Sequence[str] | None = None) -> tuple[list[Rollout], list[str]]:
+    def read_rows_with_problems(self, name: str, fields: Sequence[str] | None = None
+                                ) -> tuple[list[Rollout], list[str]]:
         """Return all rows of a part, and the problem of each row ("" for sound rows); arguments as
         `read_rollouts`.
 
@@ -384,23 +389,23 @@ class RolloutStore(Table[RolloutPart]):
             UserError: the part does not exist or is damaged.
         """
         part, names = self.part(name), NAMES if fields is None else fields
-        table = self.table_of(part, names)
-        rows = _converted(part.file, lambda: rollouts_of(table, names))
-        problems = problems_of(table)
+        table = self.read_columns(part, names)
+        rows = _convert_rows(part.file, lambda: table_to_rollouts(table, names))
+        problems = read_problems(table)
         # Rules can be checked only if all of their columns were read.
-        if set(RULES) <= set(names) and not all_sound(table, self.vocab_size):
+        if set(RULES) <= set(names) and not are_rows_sound(table, self.vocab_size):
             # Another program may have written the part without checking its rows.
             problems = [problem or "; ".join(row.problems(self.vocab_size))
                         for problem, row in zip(problems, rows, strict=True)]
         return rows, problems
 
-    def table_of(self, part: RolloutPart, fields: Sequence[str]) -> pa.Table:
+    def read_columns(self, part: RolloutPart, fields: Sequence[str]) -> pa.Table:
         """Return fields of all rows of a part as columns, without checking the rules of rows.
 
         Raises:
             UserError: the part is damaged.
         """
-        table = self.read(part, schema_for(fields))
+        table = self.read(part, select_schema(fields))
         if strangers := set(table["round"].unique().to_pylist()) - {part.round}:
             raise UserError(f"{part.file}: has a row of round {strangers.pop()}; the store did not write it")
         return table
@@ -419,7 +424,7 @@ class RolloutStore(Table[RolloutPart]):
                 JUDGED, rollouts.manifest_sha256) != rollouts.manifest_sha256:
             raise UserError(f"{part.path}: judges other rows than {self.part_path(name)} has now; delete it, "
                             "and the rows are judged again")
-        rows = _converted(part.file, lambda: rewards_of(self.read(part, REWARDS)))
+        rows = _convert_rows(part.file, lambda: table_to_rewards(self.read(part, REWARDS)))
         for i, row in enumerate(rows):
             if row.reward_version != version:
                 raise UserError(f"{part.file}: row {i} is of reward version {row.reward_version!r}, not "
@@ -429,12 +434,12 @@ class RolloutStore(Table[RolloutPart]):
                                 f"{REBUILD_HINT}")
         return rows
 
-    def judgements(self, version: str, parts: Sequence[RolloutPart]) -> Judgements:
+    def read_judgements(self, version: str, parts: Sequence[RolloutPart]) -> RewardsByRow:
         return {(reward.key, reward.attempt): reward for part in parts
                 if self.part_path(part.name, version).exists()
                 for reward in self.read_rewards(version, part.name, part)}
 
-    def pieces(self, parts: Sequence[RolloutPart], fields: Sequence[str] | None = None
+    def iter_pieces(self, parts: Sequence[RolloutPart], fields: Sequence[str] | None = None
                ) -> Iterator[tuple[list[RolloutPart], list[Rollout], int]]:
         """Yield the parts of each piece of a round, the last attempt at each of its responses, and the number
         of replaced rows; the rows of one piece are in memory at a time. `fields` as in `read_rollouts`."""
@@ -442,11 +447,11 @@ class RolloutStore(Table[RolloutPart]):
             # All attempts at a response are in parts of its own piece.
             parts_of_piece = [part for part in parts if part.piece == piece]
             rows = [row for part in parts_of_piece for row in self.read_rollouts(part.name, fields)]
-            last = later(rows)
+            last = select_last_attempts(rows)
             yield parts_of_piece, last, len(rows) - len(last)
 
 
-def _converted(where: Path, convert: Callable[[], Any]) -> Any:
+def _convert_rows(where: Path, convert: Callable[[], Any]) -> Any:
     """Convert rows; errors name the part."""
     try:
         return convert()
@@ -454,7 +459,7 @@ def _converted(where: Path, convert: Callable[[], Any]) -> Any:
         raise UserError(f"{where}: a row does not fit the store: {e}") from None
 
 
-def _refuse_others(path: Path, published: Sequence[_Row], rows: Sequence[_Row],
+def _check_same_rows(path: Path, published: Sequence[_Row], rows: Sequence[_Row],
                    identify: Callable[[_Row], Any]) -> None:
     """Raise `AlreadyPublished` if the published rows differ from `rows`."""
     if len(published) == len(rows) and all(
@@ -464,7 +469,7 @@ def _refuse_others(path: Path, published: Sequence[_Row], rows: Sequence[_Row],
                            f"which stay; these {len(rows):,} differ and are dropped")
 
 
-def _without_times(row: Rollout) -> tuple[Any, ...]:
+def _drop_times(row: Rollout) -> tuple[Any, ...]:
     """Return the fields of a rollout except its times, for comparison to the bit."""
     values = {name: getattr(row, name) for name in NAMES if name not in ("began_s", "ended_s")}
     # Bytes instead of values: -0.0 and 0.0 differ, and NaN equals itself.

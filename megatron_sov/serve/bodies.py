@@ -385,9 +385,9 @@ def _ids(asker: PromptEncoder, prompt: Conversation | str | tuple[int, ...]) -> 
     if isinstance(prompt, tuple):
         return list(prompt)
     try:
-        return asker.ask([prompt])[0]
+        return asker.encode_prompts([prompt])[0]
     except UserError:
         if isinstance(prompt, str) or all(message.role != "assistant" for message in prompt.messages):
             raise
     shown = tuple(replace(message, is_learned=False) for message in prompt.messages)
-    return asker.ask([replace(prompt, messages=shown)])[0]
+    return asker.encode_prompts([replace(prompt, messages=shown)])[0]

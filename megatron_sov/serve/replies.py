@@ -89,7 +89,7 @@ class ReplyWriting:
             return
         self.tokens.append(token)
         # Strings are found here, since the model sees tokens alone.
-        self.reason = STOP if self._stop.ends(self.tokens) else reason
+        self.reason = STOP if self._stop.is_met(self.tokens) else reason
 
     def text(self) -> str:
         return self._stop.truncate_text(self._decode(self.tokens))

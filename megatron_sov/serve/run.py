@@ -37,7 +37,7 @@ from megatron_sov.serve.replies import DONE, ServedReply, event
 from megatron_sov.serve.scheduler import RETRY_S, Begun, Clerk, RequestQueue, Ticket, Wrote
 from megatron_sov.serve.settings import DEFAULT_LENGTH_TOKENS, ServeSettings
 from megatron_sov.serve.transformers_batching import continue_transformers
-from megatron_sov.train.stopping import StopFlag
+from megatron_sov.work.processes.stop_signals import StopFlag
 from megatron_sov.work.progress.locks import has_ended, process_identity
 
 MAX_BODY_BYTES = 8 << 20

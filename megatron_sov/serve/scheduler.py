@@ -191,7 +191,7 @@ class Clerk:
         self._next_number = 0
         self._deadline_s = float("inf")
 
-    def orders(self, num_free: int, is_idle: bool) -> BatchChanges:
+    def choose_changes(self, num_free: int, is_idle: bool) -> BatchChanges:
         """Return who joins and who leaves, see `Office`."""
         # First who leaves, so that no slot is given to an answer that nobody wants.
         leaving = self._leaving()
@@ -216,7 +216,7 @@ class Clerk:
             return BatchChanges(ends=True)
         return BatchChanges(joining, leaving)
 
-    def tell(self, news: Sequence[TokenEvent]) -> None:
+    def report_tokens(self, news: Sequence[TokenEvent]) -> None:
         """Tell clients what a row has brought, see `Office`."""
         told: list[tuple[Ticket, Event]] = []
         for one in news:

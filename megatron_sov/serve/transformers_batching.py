@@ -98,14 +98,14 @@ def continue_transformers(model: Any, batching: Batching, longest: int, office: 
     manager.start()
     live: dict[int, _LiveRequest] = {}
     try:
-        while not (orders := office.orders(slots - len(live), not live)).ends:
+        while not (orders := office.choose_changes(slots - len(live), not live)).ends:
             for number in orders.leaving:
                 if live.pop(number, None) is not None:
                     manager.cancel_request(str(number))
             for joining in orders.joining:
                 live[joining.number] = _join(manager, joining)
             if live and (news := _next_tokens(manager, live)):
-                office.tell(news)
+                office.report_tokens(news)
     finally:
         manager.stop(hard_stop=True)
 

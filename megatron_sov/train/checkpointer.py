@@ -20,7 +20,7 @@ from megatron_sov.checkpoint import load
 from megatron_sov.checkpoint.load import raise_on_all_ranks
 from megatron_sov.checkpoint.safetensors_files import TensorFile
 from megatron_sov.checkpoint.save import CheckpointMetadata, CheckpointSaver, SavedCheckpoint
-from megatron_sov.convert.hf_import import GENERATION_CONFIG, copy_carried_fields
+from megatron_sov.convert.companion_files import GENERATION_CONFIG, copy_carried_fields
 from megatron_sov.convert.sources import open_shards
 from megatron_sov.engine.model.language_model import LanguageModel
 from megatron_sov.engine.model.local_shards import list_local_shards
@@ -36,7 +36,7 @@ from megatron_sov.runs.checkpoints import check_model_path
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.obs.events import EVENTS, EventLog
 from megatron_sov.train.data.token_shards import Source, tokenizer_folder
-from megatron_sov.train.stopping import StopFlag
+from megatron_sov.work.processes.stop_signals import StopFlag
 
 
 @dataclass
@@ -56,19 +56,19 @@ class TrainState:
 ANY_STEP = 2**62
 
 
-def newest_sound(folder: RunFolder, place: ParallelWorld, not_after: int = ANY_STEP) -> Path | None:
+def find_sound_checkpoint(folder: RunFolder, world: ParallelWorld, last_step: int = ANY_STEP) -> Path | None:
     """Return the newest sound checkpoint of a run up to a step, or None; called by all processes together.
 
     A damaged one is set aside, loudly, for the one before.
     """
     # one process looks: on a network file system the others may still see an older listing
     while ((newest := run_on_main(
-            place, lambda: checkpoints.latest_checkpoint_until(folder.checkpoints, not_after)))
+            world, lambda: checkpoints.latest_checkpoint_until(folder.checkpoints, last_step)))
            is not None):
         problem = load.find_damage(newest)
         if problem is None:
             return Path(newest)
-        run_on_main(place, partial(_set_aside, folder, newest, problem))
+        run_on_main(world, partial(_set_aside, folder, newest, problem))
     return None
 
 
@@ -84,7 +84,7 @@ def _set_aside(folder: RunFolder, damaged: Path, problem: str) -> None:
     events.close()
 
 
-def refuse_other_base(newest: Path, start_from: Path) -> None:
+def check_adapter_base(newest: Path, start_from: Path) -> None:
     """Raise `UserError` where an adapter's run would go on beside other frozen weights."""
     base = checkpoints.read_adapter_base(newest)
     if base is not None:
@@ -119,7 +119,7 @@ to agree as well."""
 
 
 @torch.no_grad()
-def start_encoders(model: LanguageModel, config: RunConfig) -> None:
+def load_encoder_weights(model: LanguageModel, config: RunConfig) -> None:
     """Give encoders the weights of the folders that `media` names; called by all processes together.
 
     Raises:
@@ -128,7 +128,7 @@ def start_encoders(model: LanguageModel, config: RunConfig) -> None:
     for prefix, folder in ((VISION, config.media.vision_from), (AUDIO, config.media.audio_from)):
         if not folder:
             continue
-        files, found = encoder_in(Path(folder), prefix, config.model)
+        files, found = open_encoder(Path(folder), prefix, config.model)
         blocks = [block for block in list_local_shards(model) if block.key in found]
         with raise_on_all_ranks():
             for block in blocks:
@@ -136,7 +136,7 @@ def start_encoders(model: LanguageModel, config: RunConfig) -> None:
                 block.data.copy_(files[name].read(name).reshape(block.data.shape))
 
 
-def encoder_in(folder: Path, prefix: str,
+def open_encoder(folder: Path, prefix: str,
                model: ModelConfig) -> tuple[dict[str, TensorFile], dict[str, str]]:
     """Return a folder's files by tensor, and for each of an encoder's tensors the name that it has there.
 
@@ -318,13 +318,13 @@ class Checkpointer:
         load.check_weights(path)
         self._load_model(path, new_encoders=True)
 
-    def load(self, path: Path, *, data_too: bool = True) -> TrainState:
+    def load(self, path: Path, *, load_data_order: bool = True) -> TrainState:
         """Bring back what a (sound) checkpoint of this run holds, and return the loop's
         counters as they were.
 
         Args:
             path: the checkpoint.
-            data_too: also the place in the data; else they go on where they are.
+            load_data_order: also the place in the data; else they go on where they are.
 
         Raises:
             UserError: a source is not what the run has read so far.
@@ -341,7 +341,7 @@ class Checkpointer:
         for name, part in self._parts.items():
             if name in state:
                 part.restore(state[name])
-        if data_too:
+        if load_data_order:
             self._batches.restore(state["order"])
         return TrainState(state["step"], state["tokens"], state["wall_s"],
                           checkpoints.read_trained_tokens(path))

@@ -1,8 +1,6 @@
-"""What a run tells about itself: events, trackers, the progress bar,
-and warnings that concern no single step.
+"""Records of a training run on rank 0: events, trackers, the progress bar and warnings.
 
-Rank 0 opens the records; on the other processes the same calls drop what they are given.  Nothing
-here is a collective.
+On the other ranks the same calls write nothing. No method is a collective.
 """
 
 from __future__ import annotations
@@ -33,16 +31,23 @@ from megatron_sov.runs.obs.routing import max_violation
 from megatron_sov.runs.obs.trackers import Trackers
 from megatron_sov.train.checkpointer import TrainState
 from megatron_sov.train.data.ledger import LedgerEntry
-from megatron_sov.train.data.token_shards import Source, as_input, provenance
-from megatron_sov.train.guards.step_guard import Refusal
+from megatron_sov.train.data.token_shards import Source, describe_input, describe_inputs
+from megatron_sov.train.guards.step_guard import StepRejection
 from megatron_sov.train.objectives.heldout_evaluator import HeldoutLoss
 from megatron_sov.work.clusters.chips import find_device_chip
 from megatron_sov.work.progress.progress_bar import ProgressBar
 
+CPU_INFO = Path("/proc/cpuinfo")
+MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
+"""Unit of `ru_maxrss`, the peak memory of a process, in bytes."""
+CARD_TFLOPS = {"NVIDIA H100 PCIe": 756.0, "NVIDIA H100 NVL": 835.5, "NVIDIA H200 NVL": 835.5}
+"""CUDA's name of a PCIe card outside the table of chips -> dense bf16 peak, half of the data sheet's figure
+with sparsity."""
+
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step gave."""
+    """Figures of one optimizer step."""
 
     loss: float
     """Total loss: coefficients times normalised terms."""
@@ -51,15 +56,15 @@ class StepResult:
     losses_by_source: dict[str, float]
     """Source -> mean loss of its targets in this batch."""
     grad_norm: float
-    """Before clipping."""
+    """Gradient norm before clipping."""
     lr: float
     """Learning rate of the step."""
     num_tokens: int
-    """Tokens of the batch."""
+    """Tokens of the batch, without padding."""
     phase: str
     """Phase of the curriculum."""
     padding_share: float
-    """Part of the batch that was padding."""
+    """Share of padding among the batch's tokens."""
     seq_len: int
     """Tokens of a sample."""
     seconds: float = field(default=0.0)
@@ -68,128 +73,71 @@ class StepResult:
     """Meter of the objective -> its mean over the batch."""
 
 
-CPU_INFO = Path("/proc/cpuinfo")
-
-
-def device_name() -> str:
-    """Return what this machine's GPUs, or its processor, call themselves."""
-    if on_gpu():
-        return str(torch.cuda.get_device_name())
-    lines = CPU_INFO.read_text(encoding="utf-8").splitlines() if CPU_INFO.is_file() else []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, "") or platform.processor() or platform.machine()
-
-
-# How well a step used its machine: model FLOPs, their share of the GPU's peak, memory.
-
-MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
-"""What the system counts a process's memory in."""
-
-CARD_TFLOPS = {"NVIDIA H100 PCIe": 756.0, "NVIDIA H100 NVL": 835.5, "NVIDIA H200 NVL": 835.5}
-"""What CUDA calls cards for PCIe, which are in no table of chips -> dense peak in bf16, half of a data
-sheet's figure with sparsity."""
-
-
-def peak_tflops(device_name: str) -> float | None:
-    """Return the dense peak of a GPU in bf16, TFLOP/s, by CUDA's name for it; None: it is not known."""
-    chip = find_device_chip(device_name)
-    return chip.bf16_flops_per_s / 1e12 if chip else CARD_TFLOPS.get(device_name)
-
-
-class Efficiency:
-    """The figures of a step, for this process."""
-
-    def __init__(self, config: RunConfig, num_ranks: int) -> None:
-        known = peak_tflops(torch.cuda.get_device_name()) if on_gpu() else None
-        self._model, self._num_ranks = config.model, num_ranks
-        self._peak_tflops = config.gpu.peak_tflops or known
-
-    def figures(self, num_tokens: int, seq_len: int, seconds: float) -> dict[str, float]:
-        """Return field of a `step` event -> value.
-
-        Args:
-            num_tokens: tokens of the step, over all processes.
-            seq_len: tokens of a row's samples.
-            seconds: the step's time.
-        """
-        per_process = num_tokens / seconds / self._num_ranks
-        tflops = per_process * compute_train_flops_per_token(self._model, seq_len) / 1e12
-        found = {"tokens_per_s_per_process": per_process, "tflops_per_process": tflops}
-        if self._peak_tflops:
-            found["mfu"] = tflops / self._peak_tflops
-        return found | peak_memory()
-
-
-def peak_memory() -> dict[str, float]:
-    """Return the most memory that this process has had so far: on its GPU, else of the host."""
-    if on_gpu():
-        return {"peak_memory_bytes": torch.cuda.max_memory_allocated(),
-                "reserved_memory_bytes": torch.cuda.max_memory_reserved()}
-    return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_BYTES}
-
-
 class Recorder:
-    """The records of one run, as one process sees them."""
+    """Writes the records of one run; see the module."""
 
     def __init__(self, config: RunConfig, world: ParallelWorld, num_steps: int,
                  began_s: float | None = None) -> None:
-        """Open nothing yet.
+        """Prepare records without opening a file.
 
         Args:
-            config: the run's settings.
-            world: this process's place.
-            num_steps: the run's last step.
-            began_s: Unix time at which the work on the run began; None: now.
+            config: settings of the run.
+            world: rank and size of this process's world.
+            num_steps: number of the run's last step.
+            began_s: Unix time at which work on the run began; None: now.
         """
         self.headline: tuple[Meter, ...] = (LOSS,)
-        """By which the run is judged."""
+        """Meters by which the run is judged."""
         self._comparable = True
         self._config, self._world, self._num_steps = config, world, num_steps
         self._began_s = time.time() if began_s is None else began_s
         self._efficiency = Efficiency(config, world.size)
         self.events = EventLog(None)
-        """The run's events; open on rank 0, dropped elsewhere."""
+        """The run's events; closed on all ranks but 0."""
         self._trackers: Trackers | None = None
         self._progress: ProgressBar | None = None
         self._over_epochs: set[str] = set()
         self._has_doubted = False
 
-    def judge_by(self, headline: tuple[Meter, ...], *, comparable: bool) -> None:
-        """Show an objective's meters from now on; `comparable`: and its loss, where it says something."""
+    def show_meters(self, headline: tuple[Meter, ...], *, comparable: bool) -> None:
+        """Show an objective's headline meters from now on, and its loss if `comparable`."""
         self.headline, self._comparable = headline, comparable
 
     def open(self, run: Path) -> None:
-        """Open events and trackers; called on rank 0 only."""
+        """Open events.jsonl and trackers of the folder `run`; called on rank 0 only."""
         self._trackers = Trackers(self._config.obs, run, self._config.to_dict())
         self.events = EventLog(run / EVENTS, self._trackers.observe)
 
-    def begin(self, step: int, continued_from: str | None, sources: list[Source],
-              entries: Sequence[LedgerEntry], start: Path | None = None,
-              besides: Sequence[Mapping[str, str]] = ()) -> None:
-        """Tell what runs where.
+    def record_start(self, step: int, continued_from: str | None, sources: list[Source],
+                     entries: Sequence[LedgerEntry], start: Path | None = None,
+                     extra_inputs: Sequence[Mapping[str, str]] = ()) -> None:
+        """Record settings, inputs and machine of the run, and open the progress bar.
 
         Args:
             step: optimizer steps done before.
-            continued_from: name of the run's own checkpoint that it goes on from.
-            sources: what is read.
+            continued_from: name of the run's own checkpoint that it resumes from; None: a new run.
+            sources: training data.
             entries: the ledger.
-            start: the checkpoint whose weights it starts from; None: none, or it goes on from its own.
-            besides: what else it learns from, each as `provenance` has it.
+            start: checkpoint with the start weights; None: initial weights, or a resumed run.
+            extra_inputs: further inputs, each as `describe_inputs` returns them.
         """
         config, write = self._config, self.events.write
         if continued_from is not None:
             write("resume", step=step, reason=f"continued from {continued_from}")
         count = count_params(config.model)
         te = specs.uses_transformer_engine(specs.PRECISION[config.train.precision])
+        inputs = describe_inputs(sources)
+        if start is not None:
+            inputs.append(describe_input(CHECKPOINT_KIND, start))
         write("run_start", recipe=config.recipe, num_ranks=self._world.size,
               layout={**asdict(config.parallel), "dp": self._world.dp_size}, num_params=count.total,
               num_active_params=count.active, num_steps=self._num_steps, resumed_from=step,
               began_s=self._began_s, on_gpu=on_gpu(),
               gpu=gpu_settings.resolve_auto_settings(config, te),
               **build_headline_fields(self.headline, comparable=self._comparable),
-              inputs=[*provenance(sources), *([] if start is None else [as_input(CHECKPOINT_KIND, start)]),
-                      *besides],
-              machine={"host": platform.node(), "device": device_name(), "python": platform.python_version(),
+              inputs=[*inputs, *extra_inputs],
+              machine={"host": platform.node(), "device": read_device_name(),
+                       "python": platform.python_version(),
                        "torch": torch.__version__, "threads": torch.get_num_threads()})
         for entry in entries:
             write("phase", step=entry.first_step, name=entry.phase, blend=entry.weights,
@@ -200,71 +148,74 @@ class Recorder:
     def is_due(self, step: int) -> bool:
         return step % self._config.train.log_every_steps == 0 or step == self._num_steps
 
-    def step(self, done: TrainState, result: StepResult, load: torch.Tensor | None) -> None:
-        """Tell what a step gave, if it is due.
+    def record_step(self, state: TrainState, result: StepResult, load: torch.Tensor | None) -> None:
+        """Record a learned step in events, trackers and the progress bar.
 
         Args:
-            done: how far the run is, this step included.
-            result: what the step gave.
-            load: [layers, experts] tokens of its experts; rows of dense layers are zero,
-                None is for a step that is not due.
+            state: counters of the run, including this step.
+            result: figures of the step.
+            load: [layers, experts] tokens of each expert, zero for dense layers; None: the step is not due
+                and is not recorded.
         """
         if load is None:
             return
         routed = load[load.sum(dim=1) > 0]
-        figures = {"max_violation": float(max_violation(routed.numpy()).max())} if len(routed) else {}
+        figures = self._efficiency.compute_figures(result.num_tokens, result.seq_len, result.seconds)
+        if len(routed):
+            figures["max_violation"] = float(max_violation(routed.numpy()).max())
         meters = {"meters": result.meters} if result.meters else {}
         tokens_per_s = result.num_tokens / result.seconds
-        used = self._efficiency.figures(result.num_tokens, result.seq_len, result.seconds)
         self.events.write(
-            "step", step=done.step, loss=result.loss, losses=result.losses,
+            "step", step=state.step, loss=result.loss, losses=result.losses,
             losses_by_source=result.losses_by_source, grad_norm=result.grad_norm, lr=result.lr,
-            tokens=done.tokens, step_time_s=result.seconds, tokens_per_s=tokens_per_s, phase=result.phase,
-            padding_share=result.padding_share, **meters, **used, **figures)
+            tokens=state.tokens, step_time_s=result.seconds, tokens_per_s=tokens_per_s, phase=result.phase,
+            padding_share=result.padding_share, **meters, **figures)
         if self._trackers is not None:
-            self._trackers.log_step(done.step, {
+            self._trackers.log_step(state.step, {
                 "loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": result.lr,
-                "tokens_per_s": tokens_per_s, **used, **figures,
-                **{f"loss/{t}": v for t, v in result.losses.items()},
-                **{f"meter/{name}": v for name, v in result.meters.items()}})
+                "tokens_per_s": tokens_per_s, **figures,
+                **{f"loss/{term}": value for term, value in result.losses.items()},
+                **{f"meter/{name}": value for name, value in result.meters.items()}})
         if self._progress is not None:
             event = {"loss": result.loss, "losses": result.losses, **meters}
-            self._progress.update(done.step, format_step(event, self.headline, comparable=self._comparable),
-                                  tokens_per_s)
+            text = format_step(event, self.headline, comparable=self._comparable)
+            self._progress.update(state.step, text, tokens_per_s)
 
-    def passed_over(self, step: int, meters: Mapping[str, float]) -> None:
-        """Tell that a step's batch was passed over: the settings say so, or it is of a round and would change
-        no weight.
+    def record_skipped_step(self, step: int, meters: Mapping[str, float]) -> None:
+        """Record that the batch of `step` (from 1) was skipped.
+
+        `data.skip_steps` requests it, or a batch of a round would change no weight.
 
         Args:
-            step: its number, from 1.
-            meters: of its round.
+            step: from 1.
+            meters: of the step's round.
         """
-        is_asked = any(first <= step <= last for first, last in self._config.data.skip_steps)
-        self.events.write("skip", step=step, reason=SKIPPED_BY_SETTING if is_asked else NO_GRADIENT,
-                          **({"meters": dict(meters)} if meters else {}))
+        is_setting = any(first <= step <= last for first, last in self._config.data.skip_steps)
+        fields = {"meters": dict(meters)} if meters else {}
+        self.events.write("skip", step=step, reason=SKIPPED_BY_SETTING if is_setting else NO_GRADIENT,
+                          **fields)
         if self._trackers is not None and meters:
             self._trackers.log_step(step, {f"meter/{name}": value for name, value in meters.items()})
 
-    def refused(self, step: int, refusal: Refusal, ranks: list[int]) -> None:
-        """Tell that a step was computed and is not learned, and on which ranks its numbers are not finite."""
-        self.events.write("skip", step=step, reason=refusal.reason, loss=refusal.loss,
-                          grad_norm=refusal.grad_norm, ranks=ranks)
+    def record_rejected_step(self, step: int, rejection: StepRejection, ranks: list[int]) -> None:
+        """Record a step that was computed and not learned; `ranks` had loss sums that are not finite."""
+        self.events.write("skip", step=step, reason=rejection.reason, loss=rejection.loss,
+                          grad_norm=rejection.grad_norm, ranks=ranks)
         if self._world.is_main:
             where = f" (not finite on rank {', '.join(map(str, ranks))})" if ranks else ""
-            warn(f"step {step} is not learned: {refusal.reason}{where}")
+            warn(f"step {step} is not learned: {rejection.reason}{where}")
 
-    def doubted(self, step: int, doubt: str) -> None:
-        """Warn, once a run, of what an objective doubts of its numbers; "": of nothing."""
+    def warn_of_doubt(self, step: int, doubt: str) -> None:
+        """Warn once a run of an objective's `doubt` about its meters; "": no doubt."""
         if doubt and not self._has_doubted:
             self._has_doubted = True
             if self._world.is_main:
                 warn(f"step {step}: {doubt}", self.events.write, step=step)
 
-    def epochs(self, step: int, epochs: dict[str, float]) -> None:
-        """Warn, once for each source, that it is gone through more often than `data.max_epochs`."""
+    def warn_of_epochs(self, step: int, epochs: dict[str, float]) -> None:
+        """Warn once per source if it is read more often than `data.max_epochs` times."""
         limit = self._config.data.max_epochs
-        if limit and self._config.train.epochs:  # asked for; the last step is a whole one
+        if limit and self._config.train.epochs:  # requested; the last step is completed with another epoch
             limit = max(limit, self._config.train.epochs + 1)
         for name, count in epochs.items():
             if limit and count > limit and name not in self._over_epochs:
@@ -273,64 +224,126 @@ class Recorder:
                     warn(f"source {name} is gone through {count:.1f} times, more than data.max_epochs = "
                          f"{limit:g}; add data or lower its weight", self.events.write, step=step)
 
-    def expert_load(self, step: int, load: torch.Tensor, **fields: Any) -> None:
-        """Tell every expert's share of its layer's tokens, of [layers, experts] counts;
-        rows of dense layers are zero."""
-        layers = [i for i in range(len(load)) if load[i].sum() > 0]
-        if layers:
-            shares = [(load[i] / load[i].sum()).tolist() for i in layers]
-            self.events.write("expert_load", step=step, load=shares, layers=[i + 1 for i in layers], **fields)
-
-    def evaluated(self, step: int, results: dict[str, HeldoutLoss], consumed: dict[str, int],
-                  planned: dict[str, int], over_long: dict[str, int]) -> None:
-        """Tell the held-out losses, how much of each source was read beside what the ledger
-        asks for, in tokens, and of how many conversations a sample did not hold all."""
-        self.events.write("eval", step=step, heldout={name: asdict(r) for name, r in results.items()})
-        self.events.write("data_consumed", step=step, tokens=consumed, plan=planned,
-                          **({"over_long": over_long, "over_long_are": self._config.data.over_long}
-                             if over_long else {}))
-
-    def saved(self, saved: SavedCheckpoint) -> None:
-        self.events.write("checkpoint", step=saved.step, path=f"{saved.path.parent.name}/{saved.path.name}",
-                          save_s=saved.save_s, stall_s=saved.stall_s)
-
-    def memory(self, step: int, by_rank_bytes: Sequence[float]) -> None:
-        """Tell the most memory that the processes of each pipeline stage have had so far.
+    def record_expert_load(self, step: int, load: torch.Tensor, **fields: Any) -> None:
+        """Record every expert's share of the tokens of its layer.
 
         Args:
             step: optimizer steps done.
-            by_rank_bytes: of each process; those of a stage have neighbouring ranks.
+            load: [layers, experts] token counts, zero for dense layers.
+            fields: further fields of the event.
+        """
+        layers = [layer for layer in range(len(load)) if load[layer].sum() > 0]
+        if layers:
+            shares = [(load[layer] / load[layer].sum()).tolist() for layer in layers]
+            self.events.write("expert_load", step=step, load=shares, layers=[layer + 1 for layer in layers],
+                              **fields)
+
+    def record_evaluation(self, step: int, results: dict[str, HeldoutLoss], consumed: dict[str, int],
+                          planned: dict[str, int], over_long: dict[str, int]) -> None:
+        """Record held-out losses, and tokens read of each source next to the ledger's plan.
+
+        Args:
+            step: optimizer steps done.
+            results: source -> held-out loss.
+            consumed: source -> tokens read.
+            planned: source -> tokens that the ledger plans up to this step.
+            over_long: source -> conversations that did not fit a sample.
+        """
+        self.events.write("eval", step=step, heldout={name: asdict(r) for name, r in results.items()})
+        fields: dict[str, Any] = {}
+        if over_long:
+            fields = {"over_long": over_long, "over_long_are": self._config.data.over_long}
+        self.events.write("data_consumed", step=step, tokens=consumed, plan=planned, **fields)
+
+    def record_checkpoint(self, saved: SavedCheckpoint) -> None:
+        self.events.write("checkpoint", step=saved.step, path=f"{saved.path.parent.name}/{saved.path.name}",
+                          save_s=saved.save_s, stall_s=saved.stall_s)
+
+    def record_memory(self, step: int, by_rank_bytes: Sequence[float]) -> None:
+        """Record the peak memory of each pipeline stage and the rank that reached it.
+
+        Args:
+            step: optimizer steps done.
+            by_rank_bytes: peak of each rank; the ranks of a stage are consecutive.
         """
         num_stages = self._config.parallel.pp
         per_stage = len(by_rank_bytes) // num_stages
-        stages = [by_rank_bytes[i * per_stage:(i + 1) * per_stage] for i in range(num_stages)]
-        self.events.write("memory", step=step, peak_memory_bytes=[max(stage) for stage in stages],
-                          ranks=[i * per_stage + max(range(per_stage), key=stage.__getitem__)
-                                 for i, stage in enumerate(stages)])
+        peaks: list[float] = []
+        ranks: list[int] = []
+        for first in range(0, num_stages * per_stage, per_stage):
+            rank = max(range(first, first + per_stage), key=by_rank_bytes.__getitem__)
+            peaks.append(by_rank_bytes[rank])
+            ranks.append(rank)
+        self.events.write("memory", step=step, peak_memory_bytes=peaks, ranks=ranks)
 
-    def gate_failed(self, step: int, text: str) -> None:
-        """Tell that the stage is over and its gate has not passed."""
+    def record_gate_failure(self, step: int, text: str) -> None:
+        """Record that the stage ended before its gate passed."""
         self.events.write("gate_failed", step=step, text=text)
 
-    def hang(self, step: int, places: dict[str, list[int]]) -> None:
-        """Tell where processes stood when a step made no progress: place -> ranks."""
+    def record_hang(self, step: int, places: dict[str, list[int]]) -> None:
+        """Record a step without progress; `places` maps a place in the code to the ranks that wait there."""
         self.events.write("hang", step=step, places=places)
 
-    def stopped(self, step: int, reason: str | None) -> None:
-        """Tell that the run ends before its last step, with everything saved; None:
-        this process was not asked."""
+    def record_stop(self, step: int, reason: str | None) -> None:
+        """Record that the run ends early with everything saved; None: another rank was asked to stop."""
         self.events.write("stop", step=step, reason=reason or "another process was asked to stop")
 
-    def ended(self, step: int, wall_s: float, final_loss: float | None) -> None:
+    def record_end(self, step: int, wall_s: float, final_loss: float | None) -> None:
         self.events.write("run_end", step=step, wall_s=wall_s, final_loss=final_loss)
         if self._progress is not None:
             self._progress.close()
             self._progress = None
 
     def close(self) -> None:
-        """End the records."""
         if self._progress is not None:
             self._progress.close()
         if self._trackers is not None:
             self._trackers.close()
         self.events.close()
+
+
+class Efficiency:
+    """Computes throughput, model FLOPs utilisation (MFU) and memory of this process."""
+
+    def __init__(self, config: RunConfig, num_ranks: int) -> None:
+        peak_tflops = find_peak_tflops(torch.cuda.get_device_name()) if on_gpu() else None
+        self._model, self._num_ranks = config.model, num_ranks
+        self._peak_tflops = config.gpu.peak_tflops or peak_tflops
+
+    def compute_figures(self, num_tokens: int, seq_len: int, seconds: float) -> dict[str, float]:
+        """Return field of a `step` event -> value.
+
+        Args:
+            num_tokens: tokens of the step over all ranks.
+            seq_len: tokens of a sample.
+            seconds: wall time of the step.
+        """
+        tokens_per_s = num_tokens / seconds / self._num_ranks
+        tflops = tokens_per_s * compute_train_flops_per_token(self._model, seq_len) / 1e12
+        figures = {"tokens_per_s_per_process": tokens_per_s, "tflops_per_process": tflops}
+        if self._peak_tflops:
+            figures["mfu"] = tflops / self._peak_tflops
+        return figures | read_peak_memory()
+
+
+def find_peak_tflops(device_name: str) -> float | None:
+    """Return a GPU's dense bf16 peak in TFLOP/s by its CUDA name; None if it is unknown."""
+    chip = find_device_chip(device_name)
+    return chip.bf16_flops_per_s / 1e12 if chip else CARD_TFLOPS.get(device_name)
+
+
+def read_peak_memory() -> dict[str, float]:
+    """Return the peak memory of this process so far: on its GPU, else of the host."""
+    if on_gpu():
+        return {"peak_memory_bytes": torch.cuda.max_memory_allocated(),
+                "reserved_memory_bytes": torch.cuda.max_memory_reserved()}
+    return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_BYTES}
+
+
+def read_device_name() -> str:
+    """Return the name of this machine's GPU, or of its processor if it has none."""
+    if on_gpu():
+        return str(torch.cuda.get_device_name())
+    lines = CPU_INFO.read_text(encoding="utf-8").splitlines() if CPU_INFO.is_file() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, "") or platform.processor() or platform.machine()

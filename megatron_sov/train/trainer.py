@@ -1,13 +1,13 @@
-"""What one rank holds while it trains: model, optimizer, data order; and the actions that
-the loop is made of."""
+"""The trainer of one rank: model, optimizer and data order, and the actions of the training loop."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 import torch._dynamo  # torch would import it with the first optimizer: here, forked ranks share it
 
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.figures import format_duration
 from megatron_sov.checkpoint import load
 from megatron_sov.checkpoint.save import SavedCheckpoint
 from megatron_sov.engine.decode.forward_only import ForwardModel
@@ -37,50 +38,52 @@ from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.obs.events import EventLog
 from megatron_sov.runs.rounds import FEED_STATE
 from megatron_sov.schedules import Schedule
-from megatron_sov.train.checkpointer import Checkpointer, TrainState, start_encoders
-from megatron_sov.train.computation import Computation, StepSums
+from megatron_sov.train.checkpointer import Checkpointer, Stateful, TrainState, load_encoder_weights
 from megatron_sov.train.data.ledger import LedgerEntry
 from megatron_sov.train.data.token_shards import Source
 from megatron_sov.train.feed import Feed
-from megatron_sov.train.guards.fault_injection import Fault, corrupt
+from megatron_sov.train.forward_backward import ForwardBackward, StepSums
+from megatron_sov.train.guards.fault_injection import Fault, corrupt_checkpoint
 from megatron_sov.train.guards.gate import Gate
 from megatron_sov.train.guards.guards import Guards
-from megatron_sov.train.guards.step_guard import Refusal
+from megatron_sov.train.guards.step_guard import StepRejection
 from megatron_sov.train.objectives.data_batches import DataBatches, ObjectiveContext
 from megatron_sov.train.objectives.heldout_evaluator import HeldoutEvaluator, HeldoutLoss
 from megatron_sov.train.objectives.objective import (
-    GlobalBatch, Objective, columns_of, doubt_of, headline_of, is_comparable, parts_of,
-    refuse_nothing_learned)
-from megatron_sov.train.recorder import Recorder, StepResult, peak_memory
-from megatron_sov.train.side_jobs.side_jobs import Garbage, Profiling, SideJobs
+    GlobalBatch, Objective, check_has_targets, get_checkpoint_parts, get_columns, get_doubt, get_headline,
+    has_comparable_loss)
+from megatron_sov.train.recorder import Recorder, StepResult, read_peak_memory
+from megatron_sov.train.side_jobs.side_jobs import GarbageCollector, SideJobs, StepProfiler
 from megatron_sov.train.stages.announcement import format_banner, memory_of
-from megatron_sov.train.stopping import CurrentWork, StopFlag
+from megatron_sov.work.processes.stop_signals import StopFlag
 
 ObjectiveFactory = Callable[[ObjectiveContext], Objective]
+MAX_TIMINGS = 20
+"""Latest timings of a kind of work that predict the next one."""
 
 
 class Trainer:
-    """Model, optimizer and data order of one rank; a `GateView`, too."""
+    """Model, optimizer and data order of one rank; also the `GateView` and `FeedView` of the run."""
 
     def __init__(self, config: RunConfig, world: ParallelWorld, folder: RunFolder, sources: list[Source],
                  objective: ObjectiveFactory, gate: Gate | None = None, faults: Sequence[Fault] = (),
                  began_s: float | None = None, planned: Sequence[LedgerEntry] | None = None, *,
                  initial_weights: bool = True, feed: Feed | None = None) -> None:
-        """Build everything.
+        """Build model, optimizer, data order and all observers of the run.
 
         Args:
-            config: the run's settings.
-            world: this rank's place.
-            folder: the run's folder.
-            sources: what is read.
-            objective: makes what is learned.
-            gate: what must pass for the stage to be complete.
-            faults: what is to come on purpose.
-            began_s: Unix time at which the work on the run began; None: now.
-            planned: the ledger as `data.ledger.plan` gives it; None: it is planned here.
-            initial_weights: whether weights are made of the seed, which takes minutes for a large model;
-                False: a checkpoint is loaded next, which holds all of them but a new adapter's or encoder's.
-            feed: brings what is not there yet when the run begins; None: everything is.
+            config: settings of the run.
+            world: rank and groups of this process.
+            folder: folder of the run.
+            sources: training data.
+            objective: builds the objective from its context.
+            gate: must pass for the stage to be complete; None: no gate.
+            faults: faults to inject.
+            began_s: Unix time at which work on the run began; None: now.
+            planned: entries of `plan_ledger`; None: they are computed here.
+            initial_weights: True: draw weights from the seed, which takes minutes for a large model. False:
+                draw those of new adapters and encoders only, because a checkpoint is loaded next.
+            feed: supplies data that appear during the run; None: all data exist.
         """
         self.config, self.world, self.folder, self.sources, self.gate = config, world, folder, sources, gate
         self._feed = feed
@@ -88,40 +91,37 @@ class Trainer:
         self.num_steps = self.schedule.num_steps
         self.model = build_run_model(config)
         load_storage_extension(self.model.config.recompute_modules)
-        _begin(self.model, config, initial_weights)
+        _initialize_weights(self.model, config, initial_weights)
         self.optimizer = Optimizer(self.model, config.optim, config.parallel, config.gpu)
         self.expert_load = ExpertLoad(self.model)
         self.model.config.finalize_model_grads_func = self.expert_load.finalize_gradients
         self.policy = ForwardModel(self.model, config.train.head_chunk_tokens)
-        self.batches = DataBatches(config, sources, world, planned, columns_of(objective))
+        self.batches = DataBatches(config, sources, world, planned, get_columns(objective))
         self.recorder = Recorder(config, world, self.num_steps, began_s)
+        self.guards = Guards(config.guards, world, folder.path, faults, self.recorder.record_hang)
         self.objective = objective(ObjectiveContext(
-            config, self.batches, world, folder.path, self._write_event, self._waiting))
-        self.guards = Guards(config.guards, world, folder.path, faults, self.recorder.hang,
-                             losses_compare=is_comparable(self.objective))
-        parts: dict[str, Any] = {"guard": self.guards.step_guard, **parts_of(self.objective)}
-        parts |= {name: part for name, part in (("gate", gate), (FEED_STATE, feed)) if part is not None}
-        self.checkpointer = Checkpointer(
-            config, folder, sources, self.model, self.optimizer, self.batches, parts, self._note_saved)
-        self.computation = Computation(config, self.model, self.optimizer, self.expert_load, len(sources),
-                                       self.guards.faults, self.guards.stragglers.clock)
+            config, self.batches, world, folder.path, self._write_event, self.guards.watchdog.paused))
+        self.guards.step_guard.compares_losses = has_comparable_loss(self.objective)
+        self.checkpointer = Checkpointer(config, folder, sources, self.model, self.optimizer, self.batches,
+                                         self._list_stateful_parts(), self._handle_saved)
+        self.forward_backward = ForwardBackward(config, self.model, self.optimizer, self.expert_load,
+                                                len(sources), self.guards.faults,
+                                                self.guards.stragglers.clock)
         self.side_jobs: SideJobs | None = None
-        """On rank 0, once the records are open."""
-        self.garbage = Garbage(config.gpu.gc_every_steps)
-        """Python's collections."""
-        self.profiling = Profiling(config.gpu, folder.path, world.is_main)
-        """Traces of steps."""
+        """Exports and evaluations; set on rank 0 by `open_records`."""
+        self.garbage = GarbageCollector(config.gpu.gc_every_steps)
+        self.profiling = StepProfiler(config.gpu, folder.path, world.is_main)
         self.work = CurrentWork()
-        """For the answer to a signal that asks for a stop."""
+        self.learned_batch: GlobalBatch | None = None
+        """The last learned batch; stored if `guards.attribute` is on."""
+        self.rejected_batch: GlobalBatch | None = None
+        """The batch of the last step if it was rejected and `guards.attribute` is on."""
         self._evaluator: HeldoutEvaluator | None = None
         self._continued_from: str | None = None
         self._started_from: Path | None = None
-        self._besides: Sequence[Mapping[str, str]] = ()
+        self._extra_inputs: Sequence[Mapping[str, str]] = ()
         self._entered_s = time.monotonic()
         self._saved_step = 0
-        # batches: the last that was learned, and one that was refused, where these are attributed
-        self.learned: GlobalBatch | None = None
-        self.refused: GlobalBatch | None = None
 
     @property
     def step(self) -> int:
@@ -129,27 +129,27 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether there is no more to train: the last step is done, or the gate has passed."""
+        """Whether training is complete: the last step is done, or the gate has passed."""
         return self.step >= self.num_steps or (self.gate is not None and self.gate.passed)
 
     @property
     def is_new(self) -> bool:
-        """Whether no step was done and the run does not continue from a checkpoint of its own."""
+        """Whether no step is done and the run was not resumed from a checkpoint of its own."""
         return self.step == 0 and self._continued_from is None
 
     @property
     def has_heldout(self) -> bool:
-        """Whether a source holds documents out for evaluations."""
+        """Whether a source has held-out documents."""
         return any(source.num_tokens.get("heldout", 0) > 1 for source in self.sources)
 
-    def is_saved_at(self, step: int) -> bool:
-        """Return whether a checkpoint is due behind a step."""
-        return (step % self.config.train.checkpoint_every_steps == 0
-                or (self._feed is not None and self._feed.needs_checkpoint(step)))
+    def is_checkpoint_due(self, step: int) -> bool:
+        if step % self.config.train.checkpoint_every_steps == 0:
+            return True
+        return self._feed is not None and self._feed.needs_checkpoint(step)
 
     @property
     def is_saved(self) -> bool:
-        """Whether a checkpoint of the last step is there, or under way; before the first none is needed."""
+        """Whether a checkpoint of the last step exists or is being written; step 0 needs none."""
         return self.step == self._saved_step
 
     @property
@@ -157,184 +157,197 @@ class Trainer:
         return self.recorder.events
 
     def _write_event(self, event: str, **fields: Any) -> None:
-        self.events.write(event, **fields)  # which are others once the records are open
+        self.events.write(event, **fields)  # looked up now: `open_records` replaces the log
 
-    def _waiting(self) -> AbstractContextManager[None]:
-        # an objective may wait while it is made: the guards come behind it, and no step is watched yet
-        return self.guards.watchdog.paused() if hasattr(self, "guards") else nullcontext()
+    def _list_stateful_parts(self) -> dict[str, Stateful]:
+        """Return name in the checkpoint -> further part of the run with a state."""
+        parts: dict[str, Stateful] = {"guard": self.guards.step_guard,
+                                      **get_checkpoint_parts(self.objective)}
+        if self.gate is not None:
+            parts["gate"] = self.gate
+        if self._feed is not None:
+            parts[FEED_STATE] = self._feed
+        return parts
 
     # starting and resuming
 
     def resume(self, path: Path) -> None:
-        """Continue exactly where a (sound) checkpoint of this run was taken.
+        """Restore the state of a sound checkpoint of this run.
 
         Raises:
-            UserError: a source is not what the run has read so far.
+            UserError: the data of a source changed since the checkpoint.
         """
         self.state = self.checkpointer.load(path)
         self._saved_step = self.step
         self._continued_from = path.name
 
-    def start_from(self, path: Path) -> None:
+    def load_start_weights(self, path: Path) -> None:
+        """Load the weights of another run's checkpoint, and those of encoders that `media` names."""
         self.checkpointer.load_weights(path)
-        start_encoders(self.model, self.config)
+        load_encoder_weights(self.model, self.config)
         self.optimizer.sync_master_weights()
         self.state.trained_tokens = checkpoints.read_trained_tokens(path)
         self._started_from = path
 
-    def rollback_to(self, path: Path) -> int:
-        """Return to the weights of a (sound) checkpoint and go on with the data where they are; returns the
-        checkpoint's step."""
-        # the step count goes on: the samples since then are passed over and not learned again
-        then = self.checkpointer.load(path, data_too=False)
-        self.state.tokens = then.tokens
-        return then.step
+    def restore_weights(self, path: Path) -> int:
+        """Restore weights and optimizer of a sound checkpoint, but not the data order; returns its step."""
+        # the step count goes on: the samples since the checkpoint are skipped, not learned again
+        previous = self.checkpointer.load(path, load_data_order=False)
+        self.state.tokens = previous.tokens
+        return previous.step
 
-    def open_records(self, besides: Sequence[Mapping[str, str]] = ()) -> None:
-        """Open events and trackers, and find the side jobs that were left; called on rank 0 only.
+    def open_records(self, extra_inputs: Sequence[Mapping[str, str]] = ()) -> None:
+        """Open events, trackers and side jobs; called on rank 0 only.
 
         Args:
-            besides: what the run learns from beside its data and its start, for its records.
+            extra_inputs: inputs next to data and start weights, for the records.
         """
-        self._besides = besides
+        self._extra_inputs = extra_inputs
         self.recorder.open(self.folder.path)
         self.side_jobs = SideJobs(self.folder.path, self.config, self.events.write)
-        self.guards.faults.tell(self.events)
+        self.guards.faults.record_events(self.events)
 
     def answer_stop(self, signal_name: str) -> None:
-        """Print and record what is finished before the run stops, how long that takes, and what a second
-        Ctrl-C loses; called on rank 0 from another thread."""
+        """Print and record which work ends before the run stops, its time, and the loss of a second Ctrl-C.
+
+        Called on rank 0 from another thread.
+        """
         text = f"stopping after {self.work.text()}, then saving"
-        if signal_name == "SIGINT" and STORE_PORT in os.environ:  # else another launcher answers the second
+        if signal_name == "SIGINT" and STORE_PORT in os.environ:  # else another launcher handles the second
             newest = checkpoints.latest_checkpoint(self.folder.checkpoints)
-            kept = ("there is no checkpoint yet" if newest is None
-                    else f"last checkpoint is step {checkpoints.checkpoint_step(newest)}")
-            text += f"; Ctrl-C again: leave now, {kept}"
-        # The cursor may stand behind a progress bar.
+            available = "there is no checkpoint yet"
+            if newest is not None:
+                available = f"last checkpoint is step {checkpoints.checkpoint_step(newest)}"
+            text += f"; Ctrl-C again: leave now, {available}"
+        # the cursor may be at the end of a progress bar
         print(f"\n{text}\n", end="", file=sys.stderr, flush=True)
         with suppress(UserError):  # of a full disk; the next event of the main thread raises it
             self.events.write("stopping", step=self.step, reason=signal_name, text=text)
 
     def announce(self) -> None:
-        """Record what runs where."""
+        """Print and record settings, data and machine of the run."""
         entries = self.batches.ledger.entries
         if self.world.is_main:
             steps = range(self.step, self.num_steps)
-            told = format_banner(self.config, self.world.size, self.folder.path, steps, entries, self.sources,
-                          memory_of(self.config, self.world.size), torch.get_num_threads())
-            print(f"{told}\n", end="", file=sys.stderr, flush=True)
-        self.recorder.judge_by(headline_of(self.objective), comparable=is_comparable(self.objective))
-        self.recorder.begin(self.step, self._continued_from, self.sources, entries,
-                            self._started_from if self.world.is_main else None, self._besides)
+            banner = format_banner(self.config, self.world.size, self.folder.path, steps, entries,
+                                   self.sources, memory_of(self.config, self.world.size),
+                                   torch.get_num_threads())
+            print(f"{banner}\n", end="", file=sys.stderr, flush=True)
+        self.recorder.show_meters(get_headline(self.objective),
+                                  comparable=has_comparable_loss(self.objective))
+        self.recorder.record_start(self.step, self._continued_from, self.sources, entries,
+                                   self._started_from if self.world.is_main else None, self._extra_inputs)
 
     # one step
 
-    def bring_data(self, stop: StopFlag) -> str | None:
-        """See to it that the next step's data are there; returns None, or why the run has to end until they
-        are."""
+    def fetch_data(self, stop: StopFlag) -> str | None:
+        """Wait for the next step's data; returns None, or the reason to end the run before they exist."""
         if self._feed is None:
             return None
         if self.step % self.config.rollout.steps_per_round == 0:
             self.work.begin("round", f"the responses under way, before step {self.step + 1}")
         return self._feed.bring(self, lambda: stop.reason is not None)
 
-    def conclude(self, stop: StopFlag) -> str | None:
-        """Do what the data ask for behind the last step; returns None, or why the run has to end first."""
+    def conclude_data(self, stop: StopFlag) -> str | None:
+        """Finish the feed's work after the last step; returns None, or the reason to end the run first."""
         return None if self._feed is None else self._feed.conclude(self, lambda: stop.reason is not None)
 
-    def update(self) -> StepResult | None:
-        """Do one optimizer step; None where the ledger says to pass over its batch,
-        or the guard refuses to learn it.
+    def train_step(self) -> StepResult | None:
+        """Run one optimizer step; None if the ledger skips its batch or the step guard rejects it.
 
         Raises:
-            UserError: loss or gradient is not a finite number, and `guards.skip` is off;
-                nothing is saved then.
-            SilentCorruption: a process does not compute the same twice.
+            UserError: loss or gradient norm is not finite and `guards.skip` is off; nothing is saved.
+            SilentCorruption: a rank computed different gradients from the same input.
         """
-        start = time.monotonic()
+        start_s = time.monotonic()
         step, guard = self.state.step, self.guards.step_guard
-        # random numbers are a function of (seed, step): a resumed run draws what the run that was left alone
-        # draws
+        # random numbers depend on (seed, step) only: a resumed run draws those of an uninterrupted one
         seed_step(self.config.train.seed, step)
         guard.enter(step, self.batches.ledger)
         if self.batches.next_entry().skip:
-            # drawn all the same, so that the steps behind it see what they would have seen
+            # the batch is drawn all the same, so that later steps see the same samples
             self.batches.skip()
             self.state.step += 1
-            self.recorder.passed_over(self.step, {} if self._feed is None else self._feed.meters)
+            self.recorder.record_skipped_step(self.step, self._get_feed_meters())
             return None
 
-        # the denominators of the whole global batch come first: losses are then plain sums over
-        # ranks and micro-batches
+        # denominators of the whole global batch come first: losses are then plain sums over ranks and
+        # micro-batches
         batch = self.objective.prepare(self.objective.collect(self.policy, step))
-        refuse_nothing_learned(batch, step + 1)
-        self._before_computing(batch)
-        sums = self.computation.sums(batch, self.objective, step + 1)
-        loss, losses = self.loss_of(sums, batch)
+        check_has_targets(batch, step + 1)
+        self._inject_and_probe(batch)
+        sums = self.forward_backward.run(batch, self.objective, step + 1)
+        loss, losses = self.normalize_losses(sums, batch)
 
-        # the guard is asked when loss and gradient norm are known and nothing has changed yet
+        # the guard decides once loss and gradient norm are known and before any weight changes
         lr = self.schedule.learning_rate(step)
-        grad_norm = self.optimizer.step(lr, lambda norm: guard.accepts(loss, norm))
+        grad_norm = self.optimizer.step(lr, lambda norm: guard.accept_step(loss, norm))
         self.state.step += 1
-        if guard.refusal is not None:
-            self._refuse(guard.refusal, batch)
+        if guard.rejection is not None:
+            self._reject_step(guard.rejection, batch)
             return None
         if self.config.guards.attribute:
-            self.learned = batch
+            self.learned_batch = batch
 
         self.state.tokens += batch.num_tokens
         self.state.trained_tokens = max(self.state.trained_tokens, batch.seq_len)
-        self.recorder.epochs(self.step, self.batches.epochs)
-        self.recorder.doubted(self.step, doubt_of(self.objective, self.step, sums.meters))
+        self.recorder.warn_of_epochs(self.step, self.batches.epochs)
+        self.recorder.warn_of_doubt(self.step, get_doubt(self.objective, self.step, sums.meters))
         by_source = zip(self.sources, sums.by_source.tolist(), strict=True)
         return StepResult(
             loss=loss, losses=losses,
-            losses_by_source={s.name: total / n for s, (total, n) in by_source if n > 0}, grad_norm=grad_norm,
-            lr=lr, num_tokens=batch.num_tokens, phase=batch.phase,
+            losses_by_source={s.name: total / count for s, (total, count) in by_source if count > 0},
+            grad_norm=grad_norm, lr=lr, num_tokens=batch.num_tokens, phase=batch.phase,
             padding_share=1 - batch.num_tokens / (batch.num_sequences * batch.seq_len),
-            seq_len=batch.seq_len, seconds=time.monotonic() - start,
-            meters={**sums.meters, **(self._feed.meters if self._feed is not None else {})})
+            seq_len=batch.seq_len, seconds=time.monotonic() - start_s,
+            meters={**sums.meters, **self._get_feed_meters()})
 
-    def loss_of(self, sums: StepSums, batch: GlobalBatch) -> tuple[float, dict[str, float]]:
-        losses = {t: total / batch.targets[t] for t, total in sums.terms.items() if batch.targets[t] > 0}
-        return sum(self.objective.coefficients[t] * value for t, value in losses.items()), losses
+    def normalize_losses(self, sums: StepSums, batch: GlobalBatch) -> tuple[float, dict[str, float]]:
+        """Return the total loss, and each term's sum divided by its targets."""
+        losses = {term: total / batch.targets[term]
+                  for term, total in sums.terms.items() if batch.targets[term] > 0}
+        return sum(self.objective.coefficients[term] * value for term, value in losses.items()), losses
 
-    def _before_computing(self, batch: GlobalBatch) -> None:
-        """Let faults on purpose come, and check that this process computes the same twice."""
+    def _get_feed_meters(self) -> Mapping[str, float]:
+        return {} if self._feed is None else self._feed.meters
+
+    def _inject_and_probe(self, batch: GlobalBatch) -> None:
+        """Trigger injected faults of this step, and compute a micro-batch twice if a probe is due."""
         step, faults = self.step + 1, self.guards.faults
-        faults.tell(self.events)
+        faults.record_events(self.events)
         faults.trigger("step", step)
-        if (fault := faults.due("bitflip", "step", step)) is not None:
-            replica_checks.flip_bit(get_raw_data(next(p for p in self.model.parameters() if p.dim() == 2)),
-                                    fault.options.get("bit"))
-        if self.guards.sdc.probe_is_due(step):
-            compute = partial(self.computation.own_gradients, batch, self.objective, step)
+        fault = faults.take_due("bitflip", "step", step)
+        if fault is not None:
+            first_matrix = next(p for p in self.model.parameters() if p.dim() == 2)
+            replica_checks.flip_bit(get_raw_data(first_matrix), fault.options.get("bit"))
+        if self.guards.sdc.is_probe_due(step):
+            compute = partial(self.forward_backward.compute_local_gradients, batch, self.objective, step)
             self.guards.sdc.repeat(step, self.model, compute, self.events)
 
-    def _refuse(self, refusal: Refusal, batch: GlobalBatch) -> None:
-        """Take note that the step that was just computed is not learned; its batch is kept where it is asked
-        why."""
+    def _reject_step(self, rejection: StepRejection, batch: GlobalBatch) -> None:
+        """Record that the current step is not learned, and store its batch for `attribute_rejected_step`."""
         step = self.step
         if not self.config.guards.skip:
             self.checkpointer.finish()
             newest = checkpoints.latest_checkpoint(self.folder.checkpoints)
-            start = (f"--run --from {newest}, the last checkpoint" if newest
-                     else "--run, since there is no checkpoint yet")
-            raise UserError(f"step {step}: the loss is {refusal.loss:g} and the gradient norm "
-                            f"{refusal.grad_norm:g}; lower optim.lr = {self.config.optim.lr:g} and start a "
+            start = "--run, since there is no checkpoint yet"
+            if newest is not None:
+                start = f"--run --from {newest}, the last checkpoint"
+            raise UserError(f"step {step}: the loss is {rejection.loss:g} and the gradient norm "
+                            f"{rejection.grad_norm:g}; lower optim.lr = {self.config.optim.lr:g} and start a "
                             f"new {start}, or switch on guards.skip")
         self.expert_load.restore_biases()
-        self.batches.ledger.pass_over(step - 1, step)
-        self.recorder.refused(step, refusal,
-                              replica_checks.gather_ranks_where(not self.computation.is_finite))
+        self.batches.ledger.skip_steps(step - 1, step)
+        ranks = replica_checks.gather_ranks_where(not self.forward_backward.is_finite)
+        self.recorder.record_rejected_step(step, rejection, ranks)
         if self.config.guards.attribute:
-            self.refused = batch
+            self.rejected_batch = batch
 
-    def observe(self) -> torch.Tensor | None:
-        """Look at the step that was just learned, where that is due; called by all processes together.
+    def observe_step(self) -> torch.Tensor | None:
+        """Run the guards that are due after a learned step; all ranks call this together.
 
         Returns:
-            [layers, experts] tokens of its experts, if the step is to be recorded.
+            [layers, experts] tokens of each expert if the step is to be recorded, else None.
         """
         self.guards.observe(self.step, self.expert_load, self.events)
         return self.expert_load.gather() if self.recorder.is_due(self.step) else None
@@ -342,38 +355,38 @@ class Trainer:
     # evaluation and checkpoints
 
     def evaluate(self) -> dict[str, HeldoutLoss]:
-        """Evaluate on held-out documents and record it, with the experts that each
-        source's documents go to."""
+        """Evaluate held-out documents and record their losses, and the expert load of each source."""
         self.work.begin("evaluation", f"the evaluation at step {self.step}")
         if self._evaluator is None:
             self._evaluator = HeldoutEvaluator.of(self.config, self.sources,
                                                   self.batches.ledger.max_seq_len(), self.world)
 
-        def counted(source: str, action: Callable[[], Any]) -> Any:
+        def record_load(source: str, action: Callable[[], Any]) -> Any:
             result, load = self.expert_load.count_during(action)
-            self.recorder.expert_load(self.step, load, source=source)
+            self.recorder.record_expert_load(self.step, load, source=source)
             return result
 
-        results = self._evaluator.run(self.policy, counted)
-        self.recorder.evaluated(self.step, results, self.batches.consumed_tokens(),
-                                self.batches.planned_tokens(), self.batches.over_long())
+        results = self._evaluator.run(self.policy, record_load)
+        self.recorder.record_evaluation(self.step, results, self.batches.consumed_tokens(),
+                                        self.batches.planned_tokens(), self.batches.over_long())
         return results
 
     def save(self) -> None:
-        """Take a checkpoint; it is written in the background, or at once where `train.async_save` is off."""
-        # before anything is written: a checkpoint of corrupt weights would be the one to return to
+        """Take a checkpoint, written in the background unless `train.async_save` is off."""
+        # before the write: a rollback to a checkpoint of corrupt weights would keep them
         self.guards.sdc.compare(self.step, self.model, self.events)
-        self.recorder.memory(self.step, collectives.gather_numbers(peak_memory()["peak_memory_bytes"]))
+        peaks_bytes = collectives.gather_numbers(read_peak_memory()["peak_memory_bytes"])
+        self.recorder.record_memory(self.step, peaks_bytes)
         self.checkpointer.save(replace(self.state, wall_s=self.wall_s()))
         self._saved_step = self.step
         self.guards.faults.trigger("save", self.step)
         if not self.config.train.async_save:
             self.checkpointer.finish()
 
-    def _note_saved(self, saved: SavedCheckpoint) -> None:
-        self.recorder.saved(saved)
-        if self.guards.faults.due("corrupt-checkpoint", "save", saved.step):
-            corrupt(saved.path)
+    def _handle_saved(self, saved: SavedCheckpoint) -> None:
+        self.recorder.record_checkpoint(saved)
+        if self.guards.faults.take_due("corrupt-checkpoint", "save", saved.step):
+            corrupt_checkpoint(saved.path)
         if self.side_jobs is not None:
             self.side_jobs.offer(saved.step, saved.path, last=self.finished and saved.step == self.step)
 
@@ -382,25 +395,55 @@ class Trainer:
         return self.state.wall_s + time.monotonic() - self._entered_s
 
     def abandon(self) -> None:
-        """Keep what there is when an error has ended the steps; other processes may be gone."""
-        self.guards.watchdog.close()  # the step that it watches has ended
-        # no collective here: a process that has gone would be waited for without end
+        """Complete the outstanding checkpoint after an error ended the steps; other ranks may be gone."""
+        self.guards.watchdog.close()
+        # no collective here: it would wait for a dead rank forever
         self.checkpointer.finish_alone()
 
     def close(self) -> None:
-        """End the records, and what runs beside."""
+        """Close guards, side jobs, records and data."""
         self.guards.watchdog.close()
         self.garbage.close()
         if self.side_jobs is not None:
             self.side_jobs.close()
-        self.guards.faults.tell(self.events)
+        self.guards.faults.record_events(self.events)
         self.recorder.close()
         self.batches.close()
 
 
-def _begin(model: LanguageModel, config: RunConfig, initial_weights: bool) -> None:
-    """Give a model its initial weights; without them those of new adapters and encoders alone."""
-    load.initialize_weights(model, config.model, config.train.seed,
-                    only="" if initial_weights else (PREFIX, *ENCODERS))
+class CurrentWork:
+    """The work that has to end before the run can stop, and the time that such work took before."""
+
+    def __init__(self) -> None:
+        self._name, self._kind, self._began_s = "the start of the run", "start", time.monotonic()
+        self._seconds: dict[str, deque[float]] = {}
+
+    def begin(self, kind: str, name: str) -> None:
+        """Begin a piece of work and end the previous one, unless it has the same name.
+
+        Args:
+            kind: "step" or "evaluation"; work of one kind takes about the same time.
+            name: of this piece, such as "step 7".
+        """
+        if name == self._name:
+            return
+        now_s = time.monotonic()
+        self._seconds.setdefault(self._kind, deque(maxlen=MAX_TIMINGS)).append(now_s - self._began_s)
+        self._name, self._kind, self._began_s = name, kind, now_s
+
+    def text(self) -> str:
+        """Return the current work and its remaining time: "step 7 (about 4 min 10 s)"."""
+        times_s = sorted(self._seconds.get(self._kind, ()))
+        if not times_s:
+            return f"{self._name} (the first {self._kind}: its time is not known yet)"
+        # the upper quartile, so that most pieces end earlier than predicted
+        left_s = times_s[3 * len(times_s) // 4] - (time.monotonic() - self._began_s)
+        return f"{self._name} (about {format_duration(max(1.0, left_s))})"
+
+
+def _initialize_weights(model: LanguageModel, config: RunConfig, initial_weights: bool) -> None:
+    """Draw initial weights of the model, or of new adapters and encoders only."""
+    drawn = "" if initial_weights else (PREFIX, *ENCODERS)
+    load.initialize_weights(model, config.model, config.train.seed, only=drawn)
     if initial_weights:
-        start_encoders(model, config)
+        load_encoder_weights(model, config)

@@ -60,7 +60,7 @@ def test_token_shards_are_read_as_text_and_pieces_lose_nothing(
 
     source = open_sources({str(packed_data.text): 1.0}, 1 << 30)[0]
     tokenizer = Tokenizer.from_file(str(packed_data.tokenizer / "tokenizer.json"))
-    documents = source.shard("train")
+    documents = source.open_split("train")
     longest = max(range(len(documents.lengths)), key=lambda i: int(documents.lengths[i]))
     words = tokenizer.decode(documents.tokens(longest, 0, int(documents.lengths[longest])).tolist()).split()
     asked = " ".join(words[len(words) // 2 - 7:len(words) // 2 + 7])

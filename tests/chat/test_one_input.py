@@ -119,9 +119,9 @@ def test_serve_shows_what_transformers_shows(target: Any, shown: Any) -> None:
 def test_generate_shows_what_transformers_shows(target: Any, shown: Any, line: Path) -> None:
     [prompt] = read_documents([line], RecordReading("prompt"))
     asker = PromptEncoder(target, chat=True)
-    [ids] = asker.ask([prompt.conversation()])
+    [ids] = asker.encode_prompts([prompt.conversation()])
     assert asker._tokenizer.decode(ids) == shown(SHOWN)
-    [ids] = asker.ask([text := "서울? \n"])
+    [ids] = asker.encode_prompts([text := "서울? \n"])
     loaded = PreTrainedTokenizerFast.from_pretrained(target.tokenizer_folder)
     assert asker._tokenizer.decode(ids) == loaded.apply_chat_template(
         [say("user", text)], add_generation_prompt=True, tokenize=False)

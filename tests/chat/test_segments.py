@@ -10,8 +10,8 @@ from hypothesis import given, settings, strategies as st
 from megatron_sov.base.documents import BadRecord, Conversation, Message
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.marks import KIND_ANSWER, KIND_CALL, KIND_THOUGHT, classify_turn
-from megatron_sov.chat.template import (
-    ChatSegment, ChatTemplate, Segments, find_odd_opening, split_at_contents)
+from megatron_sov.chat.segments import ChatSegment, Segments, find_odd_opening, split_at_contents
+from megatron_sov.chat.template import ChatTemplate
 
 
 def split_segments(template: ChatTemplate, *turns: tuple[str, str]) -> Segments:

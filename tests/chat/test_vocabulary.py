@@ -18,7 +18,7 @@ from megatron_sov.base.digests import hash_file
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.vocabulary import (
     check_same_tokenizer, check_same_tokens, find_difference, read_tokenizer, tokenizer_digest)
-from megatron_sov.train.data.token_bytes import token_bytes
+from megatron_sov.train.data.token_bytes import count_token_bytes
 from tokenizer.cli import main as sov_tokenizer
 
 
@@ -331,7 +331,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_text_bytes_are_sum_over_tokens(folder: Path) -> None:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    sizes = token_bytes(folder, 400)
+    sizes = count_token_bytes(folder, 400)
     for text in (TEXT, "한 fox 한 fox", "🦊", "plain"):
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         assert tokenizer.decode(ids) == text
@@ -347,7 +347,7 @@ def test_sentencepiece_pieces_are_characters(kind: str, tmp_path: Path) -> None:
         remove_extra_whitespaces=False, minloglevel=2)
     taken_over = ["import", str(tmp_path / "tiny.model"), "--eos", "</s>", "--output", str(tmp_path / "out")]
     assert sov_tokenizer(taken_over) == 0
-    sizes = token_bytes(tmp_path / "out", 500)
+    sizes = count_token_bytes(tmp_path / "out", 500)
     tokenizer = Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
     for text in ("The naïve fox", "한국어 문장입니다", "🦊 ☃"):
         ids = tokenizer.encode(text, add_special_tokens=False).ids
@@ -357,13 +357,13 @@ def test_sentencepiece_pieces_are_characters(kind: str, tmp_path: Path) -> None:
 
 def test_special_and_unused_ids_have_no_text(folder: Path) -> None:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    sizes = token_bytes(folder, 400)
+    sizes = count_token_bytes(folder, 400)
     assert sizes[tokenizer.token_to_id("<|end|>")] == 0
     assert (sizes[tokenizer.get_vocab_size():] == 0).all()
-    assert len(token_bytes(folder, 100)) == 100
+    assert len(count_token_bytes(folder, 100)) == 100
 
 
 def test_invalid_tokenizer_file_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="cannot be read as a tokenizer"):
-        token_bytes(tmp_path, 10)
+        count_token_bytes(tmp_path, 10)

@@ -9,14 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-prepare_megatron()
-from megatron_sov.base.artifacts import FileRecord  # noqa: E402
-from megatron_sov.checkpoint import host_snapshot  # noqa: E402
-from megatron_sov.checkpoint.host_snapshot import HostSnapshot, SnapshotRecord, run_in_threads  # noqa: E402
-from megatron_sov.checkpoint.sharded_tensors import TensorReader, write_index  # noqa: E402
-from megatron_sov.engine.model.local_shards import LocalShard  # noqa: E402
+from megatron_sov.base.artifacts import FileRecord
+from megatron_sov.checkpoint import host_snapshot
+from megatron_sov.checkpoint.host_snapshot import HostSnapshot, SnapshotRecord, run_in_threads
+from megatron_sov.checkpoint.sharded_tensors import TensorReader, write_index
+from megatron_sov.engine.model.local_shards import LocalShard
 
 
 def blocks_of(whole: dict[str, torch.Tensor]) -> list[LocalShard]:

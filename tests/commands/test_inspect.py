@@ -13,7 +13,7 @@ import pytest
 from data_prep.cli import main as data_main
 from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.cli import main
-from megatron_sov.rollouts.rows import part_name
+from megatron_sov.rollouts.rows import format_part_name
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.work.progress.journal import open_journal, work_folder
 from megatron_sov.work.progress.resumable import part_folder
@@ -83,7 +83,7 @@ def test_what_has_no_manifest_is_named_by_its_kind(capsys: pytest.CaptureFixture
     told = inspected(capsys, "store", "--verify")
     assert "store: rollout store; see `megatron-sov rl store show store PART ROW`" in told
     assert "store: 0 parts, 0 rows" in told and "store: sound as rollout store" in told
-    (Path("store/rollouts") / part_name(1, 0)).mkdir()
+    (Path("store/rollouts") / format_part_name(1, 0)).mkdir()
     assert "manifest.json" in inspected(capsys, "store", "--verify", code=3)
     Path("other").mkdir()
     assert "other: is nothing that megatron-sov has made" in inspected(capsys, "other", code=2)

@@ -8,9 +8,6 @@ import shutil
 from pathlib import Path
 
 from megatron_sov.cli import main
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-prepare_megatron()
 
 PAGE = (Path(__file__).parents[2] / "docs/convert.md").read_text(encoding="utf-8")
 

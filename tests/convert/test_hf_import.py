@@ -19,8 +19,8 @@ from transformers import GenerationConfig
 
 from megatron_sov import convert
 from megatron_sov.base.errors import UserError
+from megatron_sov.convert.companion_files import read_token_ids
 from megatron_sov.convert.hf_export import to_hf
-from megatron_sov.convert.hf_import import read_token_ids
 from megatron_sov.engine.decode.forward_only import DocumentBatch
 from megatron_sov.engine.parallel import world
 from megatron_sov.infer.engines.load import load_forward_model

@@ -15,12 +15,8 @@ import pytest
 import torch
 
 from megatron_sov import convert
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
+from megatron_sov.eval.parity import compare_logits, draw_random_prompts
 from megatron_sov.model.families import supported as models
-
-prepare_megatron()
-
-from megatron_sov.eval.parity import compare_logits, draw_random_prompts  # noqa: E402
 
 HUB: dict[str, dict[str, Any]] = {name: entry["config"] for name, entry in json.loads(
     Path(__file__).with_name("hub_configs.json").read_text()).items()}
@@ -137,6 +133,7 @@ def test_public_config_is_parsed(name: str) -> None:
     assert not {"auto_map", "dtype", "architectures"} & {*carried}
 
 
+@pytest.mark.tier1_cases(5)
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("name", [
     *QUICK.values(),

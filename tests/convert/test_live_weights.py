@@ -190,11 +190,8 @@ def test_live_import_rejects_a_model_with_adapter() -> None:
     from types import SimpleNamespace
 
     from megatron_sov.base.errors import UserError
-    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-    from megatron_sov.model.config import LoraConfig
-
-    prepare_megatron()
     from megatron_sov.convert import import_weights
+    from megatron_sov.model.config import LoraConfig
 
     adapted: Any = SimpleNamespace(lora=LoraConfig(4))
     with pytest.raises(UserError, match=r"^lora\.rank = 4:"):

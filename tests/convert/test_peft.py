@@ -318,6 +318,19 @@ def test_merge_rounds_once_to_the_written_dtype(case: str, tmp_path: Path,
     assert changed and all(not default[name].equal(base[name].float()) for name in changed)
 
 
+def test_adapter_with_a_missing_part_is_rejected(tmp_path: Path) -> None:
+    adapted_by_peft(tmp_path, "Llama", {"target_modules": ["q_proj"]}, torch.float32)
+    convert.from_hf(tmp_path / "hf", tmp_path / "base")
+    from_peft(tmp_path / "peft", tmp_path / "adapter", tmp_path / "base")
+    index = tmp_path / "adapter/adapter.index.json"
+    tensors = json.loads(index.read_text())
+    key = min(tensors)
+    tensors[key]["pieces"].pop()
+    index.write_text(json.dumps(tensors))
+    with pytest.raises(UserError, match=f"a part of {key} .* is missing"):
+        open_weights(tmp_path / "adapter")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_verify_reports_rounding_of_the_update(dtype: torch.dtype, tmp_path: Path) -> None:
     adapted_by_peft(tmp_path, "Llama", {"target_modules": ["q_proj", "up_proj"]}, dtype)

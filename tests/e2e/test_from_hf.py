@@ -12,7 +12,7 @@ import torch
 from megatron_sov.model.config import from_dict
 from megatron_sov.runs.obs.events import read_events
 from megatron_sov.train.data.order import SampleOrder
-from megatron_sov.train.data.rows import sample_row
+from megatron_sov.train.data.rows import build_row
 from megatron_sov.train.data.token_shards import open_sources
 
 SETTINGS = ('data.phases=[{"name": "main", "seq_len": 64}]', "train.global_batch_size=4",
@@ -36,7 +36,7 @@ def test_the_first_step_has_the_models_own_loss(tmp_path: Path, hf_models: dict[
     model = AutoModelForCausalLM.from_pretrained(hf_models["solar_open"], dtype=torch.float32)
     nats = targets = 0.0
     for sample in samples:
-        row = sample_row(sample, sources[sample.source].shard("train"), entry.seq_len)
+        row = build_row(sample, sources[sample.source].open_split("train"), entry.seq_len)
         for a, b in zip(row.bounds, row.bounds[1:], strict=False):
             with torch.no_grad():
                 logits = model(input_ids=torch.from_numpy(row.tokens[a:b])[None], use_cache=False).logits[0]

@@ -43,7 +43,7 @@ def runs(data: str, folder: str) -> dict[str, int]:
     from megatron_sov.engine.parallel.world import STORE_PORT
     from megatron_sov.model.config import apply_settings
     from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.guards.fault_injection import parse
+    from megatron_sov.train.guards.fault_injection import parse_faults
     from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.stages.stage import Stage, run_stage
 
@@ -58,7 +58,7 @@ def runs(data: str, folder: str) -> dict[str, int]:
                 config = apply_settings(recipes.get("tiny-solar-open"),
                                         [f"data.paths={json.dumps({data: 1.0})}", *settings])
                 run_stage(Stage(config, RunFolder(Path(folder) / name), LanguageModelling,
-                                faults=parse(faults, 2)), 2)
+                                faults=parse_faults(faults, 2)), 2)
                 code = 0
             except SystemExit as e:
                 code = int(e.code or 0)

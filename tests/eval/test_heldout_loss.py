@@ -12,16 +12,11 @@ import numpy as np
 import pytest
 
 from megatron_sov.base.artifacts import format_json, write_atomically
+from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
+from megatron_sov.eval.heldout_loss import HeldoutData, evaluate_rows, group_into_rows, open_heldout
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
-
-prepare_megatron()
-
-from megatron_sov.base.errors import UserError  # noqa: E402
-from megatron_sov.eval.heldout_loss import (  # noqa: E402
-    HeldoutData, evaluate_rows, group_into_rows, open_heldout)
-from megatron_sov.train.data.token_shards import open_sources  # noqa: E402
+from megatron_sov.train.data.token_shards import open_sources
 
 
 def test_loss_per_byte_of_known_losses(token_shards: Path) -> None:
@@ -97,7 +92,7 @@ def test_loss_equals_documents_and_strided_windows(seq_len: int, one_rank: None,
     found = ask(capsys, "ppl", str(imported["solar_open"]), "--data", str(token_shards), "--seq-len",
                 str(seq_len), "--max-tokens", "1500")
     for source in open_sources({str(token_shards): 1.0}, 1024):
-        shard, left, nats, labels = source.shard("heldout"), 1500, 0.0, 0
+        shard, left, nats, labels = source.open_split("heldout"), 1500, 0.0, 0
         for document, length in enumerate(shard.lengths):
             # the document's first tokens within the budget, and the label of the last one
             ids = torch.from_numpy(shard.tokens(document, 0, min(int(length), left + 1)).astype(np.int64))

@@ -13,12 +13,8 @@ from megatron_sov import convert
 from megatron_sov.base.artifacts import manifest_sha256
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
+from megatron_sov.eval.parity import compare_logits, draw_random_prompts, prove_logits
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
-
-prepare_megatron()
-
-from megatron_sov.eval.parity import compare_logits, draw_random_prompts, prove_logits  # noqa: E402
 
 FAMILIES = ("solar_open", "exaone_moe")
 PROMPTS = draw_random_prompts([1, 6, 40, 300, 17], 1024)

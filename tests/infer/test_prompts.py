@@ -80,6 +80,7 @@ ENDS: dict[str, tuple[dict[str, Any] | None, dict[str, Any], bool]] = {
 }
 
 
+@pytest.mark.tier1_cases(4)
 @pytest.mark.parametrize("case", ENDS)
 def test_checkpoint_and_its_export_stop_at_the_same_tokens(case: str, hf_models: dict[str, Path],
                                                            tmp_path: Path) -> None:

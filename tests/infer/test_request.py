@@ -31,7 +31,7 @@ def test_stop_strings_match_across_token_boundaries() -> None:
     stop = StopRule(texts=("END", "요?"), decode=decode)
     cut = stop.cut(tokens)
     assert decode(cut) == "그래요. END"
-    assert [stop.ends(tokens[:n]) for n in range(1, len(cut) + 1)] == [False] * (len(cut) - 1) + [True]
+    assert [stop.is_met(tokens[:n]) for n in range(1, len(cut) + 1)] == [False] * (len(cut) - 1) + [True]
     assert stop.truncate_text(text) == "그래요. " and stop.truncate_text("nothing") == "nothing"
     assert stop.cut(tokens[:5]) == tokens[:5]
 

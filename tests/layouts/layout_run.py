@@ -25,6 +25,7 @@ from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
 from megatron_sov.train.objectives.data_objective import LanguageModelling
 from megatron_sov.train.trainer import Trainer
 
+PATCHES = ("/parallel/cpu_shims.py", "/parallel/library_patches.py")
 SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_heads=4", "model.num_kv_heads=2",
          "model.head_dim=8", "model.expert_ffn_dim=16", "train.global_batch_size=8",
          "train.micro_batch_size=2", "train.steps=20", "train.head_chunk_tokens=24", "optim.warmup_steps=2",
@@ -61,7 +62,7 @@ def maker() -> str:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if ("/megatron" in code.co_filename and not code.co_filename.endswith("/parallel/cpu_shims.py")
+        if ("/megatron" in code.co_filename and not code.co_filename.endswith(PATCHES)
                 and not code.co_name.startswith("<")):
             return f"{Path(code.co_filename).name}:{code.co_name}"
         frame = frame.f_back
@@ -86,7 +87,7 @@ def _trainer(config: RunConfig, run: str = "not-written") -> Trainer:
 
 
 def _step(trainer: Trainer) -> dict[str, Any]:
-    result = trainer.update()
+    result = trainer.train_step()
     biases: list[Any] = [None] * trainer.world.size
     dist.all_gather_object(biases, {m.layer_number: m.expert_bias.tolist() for m in trainer.model.modules()
                                     if getattr(m, "expert_bias", None) is not None})
@@ -108,7 +109,7 @@ def one_batch(recipe: str, settings: list[str], paths: list[str], objective: str
     load.save_checkpoint(Path(out) / "weights", trainer.model, None, state, config.to_dict(),
               tokenizer_folder(trainer.sources))
     batch = trainer.objective.prepare(trainer.objective.collect(trainer.policy, 0))
-    sums = trainer.computation.sums(batch, trainer.objective, 1)
+    sums = trainer.forward_backward.run(batch, trainer.objective, 1)
     losses = {t: total / batch.targets[t] for t, total in sums.terms.items()}
     with torch.no_grad():
         for parameter in trainer.model.parameters():
@@ -183,11 +184,11 @@ def deferred(settings: list[str], paths: list[str]) -> dict[str, Any]:
         finalize(*args, **kwargs)
 
     trainer.model.config.finalize_model_grads_func = count_reductions
-    losses = [trainer.update().loss for _ in range(2)]
+    losses = [trainer.train_step().loss for _ in range(2)]
     updated = _digest(trainer.model)
     heldout = {name: result.loss for name, result in trainer.evaluate().items()}
     evaluated = _digest(trainer.model)
-    losses += [trainer.update().loss for _ in range(2)]
+    losses += [trainer.train_step().loss for _ in range(2)]
     trainer.model.finish_param_gather()
     result = {"losses": losses, "heldout": heldout, "updated": updated, "evaluated": evaluated,
               "ended": _digest(trainer.model), "groups": len(groups), "on their way": reductions_in_flight,

@@ -99,7 +99,7 @@ def trainer(recipe: str, settings: list[str], run: str = "not-written") -> Train
     config = apply_settings(recipes.get(recipe), [*both, *SMALL, *settings])
     documents = Documents()
     source = Source("media", None, "text", {}, {"train": int(documents.lengths.sum()), "heldout": 0}, 1.0,
-                    made=documents, banks=documents.banks)
+                    train_documents=documents, banks=documents.banks)
     place = world.join_world(config.parallel)
     config.check(place.size)
     return Trainer(config, place, RunFolder(Path(run)), [source], LanguageModelling)
@@ -174,7 +174,7 @@ def started(plain: str, encoder: str) -> dict[str, list[str]]:
                          None)
     world.leave_world()
     found = trainer("tiny-qwen3", ["train.seed=2", f"media.vision_from={encoder}"])
-    found.start_from(Path(plain))
+    found.load_start_weights(Path(plain))
     reader, stored = TensorReader(Path(plain), "model"), load_file(Path(encoder) / "model.safetensors")
     known = set(reader.keys())
     result: dict[str, list[str]] = {"checkpoint": [], "folder": [], "neither": []}

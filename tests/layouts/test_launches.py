@@ -65,11 +65,11 @@ def step(recipe: str, settings: list[str], data: str) -> dict[str, Any]:
 
     config = small_config(recipe, settings, [data], "lm")
     trainer = _trainer(config, "not-written")
-    trainer.update()
+    trainer.train_step()
     with pytest.MonkeyPatch.context() as patched, Operations() as seen:
         for name in FETCHES:
             patched.setattr(torch.Tensor, name, _counted(fetches, getattr(torch.Tensor, name)))
-        trainer.update()
+        trainer.train_step()
     world.leave_world()
     return {"operations": seen.count, "fetches": fetches, "routed_layers": config.model.num_moe_layers(),
             "micro_batches": config.train.global_batch_size // config.train.micro_batch_size}

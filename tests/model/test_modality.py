@@ -21,14 +21,12 @@ def test_data_of_text_need_no_encoder(packed_data: Any) -> None:
     model = recipes.get("tiny-qwen3").model
     sources = open_sources({str(packed_data.text): 1.0}, model.vocab_size)
     seam.check_encoders(model, sources)
-    documents = sources[0].shard("train")
+    documents = sources[0].open_split("train")
     assert len(documents.tokens(0, 0, 3)) == 3 and seam.get_encoder_inputs(documents, 0, 0, 3) == {}
     assert not model.is_multimodal
 
 
 PROGRAM = """
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-prepare_megatron()
 import sys
 import {modules}
 print([name for name in sys.modules if name.startswith(("megatron_sov.omni", "data_prep.media"))])

@@ -91,11 +91,11 @@ def test_one_without_coefficients_says_so_when_it_is_made(tmp_path: Path) -> Non
 
 
 def test_what_it_reads_is_known_before_it_is_made(tmp_path: Path) -> None:
-    from megatron_sov.train.objectives.objective import columns_of, formats_of
+    from megatron_sov.train.objectives.objective import get_columns, get_formats
 
     name = load(tmp_path, "from megatron_sov import NeededColumn\nclass Mine:\n    formats = 'preference',\n"
                           "    columns = {'score': NeededColumn('sov-data pack --column score')}\n"
                           f"    def __init__(self, context): ...\n{METHODS}")
     made_by = objectives.get_factory(config_of(name), None)  # type: ignore[arg-type]
-    assert formats_of(made_by) == ("preference",) and list(columns_of(made_by)) == ["score"]
-    assert formats_of(lambda context: None) == ("text", "chat") and columns_of(lambda context: None) == {}
+    assert get_formats(made_by) == ("preference",) and list(get_columns(made_by)) == ["score"]
+    assert get_formats(lambda context: None) == ("text", "chat") and get_columns(lambda context: None) == {}

@@ -36,14 +36,14 @@ def kept_by_a_teacher() -> Callable[..., None]:
 
     from megatron_sov.base.artifacts import create_artifact
     from megatron_sov.post.distillation import state_files
-    from megatron_sov.train.data.token_shards import open_sources, provenance
+    from megatron_sov.train.data.token_shards import describe_inputs, open_sources
 
     def write(out: Path, data: list[Path], kept: Any, part_tokens: int = 400, teacher: str = "one") -> None:
         is_other = teacher != "one"
         random, hidden = torch.Generator().manual_seed(int(is_other)), TEACHER_HIDDEN + 8 * is_other
         head = torch.randn(VOCABULARY, hidden, generator=random) / 4
         sources = open_sources({str(folder): 1.0 for folder in data}, VOCABULARY)
-        parts = state_files.parts_of(sources, ("train", "heldout"), part_tokens)
+        parts = state_files.plan_parts(sources, ("train", "heldout"), part_tokens)
         with create_artifact(out, state_files.KIND) as artifact:
             (artifact.path / "states").mkdir()
             for part in parts:
@@ -53,11 +53,11 @@ def kept_by_a_teacher() -> Callable[..., None]:
                     logprobs, token = logits.log_softmax(-1).topk(kept.top_k)
                     if kept.translated:  # of every third token it says nothing
                         logprobs[::3, 0] = 1.0
-                    rows = state_files.packed(token, logprobs)
+                    rows = state_files.pack_rows(token, logprobs)
                 (artifact.path / part.file).write_bytes(rows.numpy().tobytes())
             save_file({state_files.HEAD_WEIGHT: head}, artifact.path / state_files.HEAD)
-            artifact.content = state_files.content_of(parts, hidden, VOCABULARY, kept)
+            artifact.content = state_files.build_content(parts, hidden, VOCABULARY, kept)
             artifact.settings = {"teacher": f"blake3:{teacher}", "teacher_path": teacher}
-            artifact.inputs += provenance(sources)
+            artifact.inputs += describe_inputs(sources)
 
     return write

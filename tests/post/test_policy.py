@@ -18,7 +18,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import TYPE_TEXT
 from megatron_sov.model.config import PolicyConfig
 from megatron_sov.model.recipes import get
-from megatron_sov.post.policy import check_sources, texts_of
+from megatron_sov.post.policy import check_sources, open_text_sources
 from megatron_sov.train.data.token_shards import open_sources
 
 TEMPERATURE, LOW, HIGH, CLIP = 0.7, 0.75, 1.35, 0.05
@@ -84,7 +84,7 @@ def _trainer(settings: list[str], run: str, rollouts: Any = None) -> Any:
     from layout_run import small_config
 
     from megatron_sov.engine.parallel import world
-    from megatron_sov.post.policy import check_sources, objective_of
+    from megatron_sov.post.policy import build_policy_objective, check_sources
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.data.token_shards import Source
     from megatron_sov.train.trainer import Trainer
@@ -94,10 +94,10 @@ def _trainer(settings: list[str], run: str, rollouts: Any = None) -> Any:
     config.check(place.size)
     documents: Any = (rollouts or Rollouts(60), Texts())
     sources = [Source(name, None, name, {}, {"train": int(made.lengths.sum()), "heldout": 0}, share,
-                      made=made, columns=made.columns)
+                      train_documents=made, columns=made.columns)
                for name, made, share in zip((ROLLOUTS, "text"), documents, (0.75, 0.25), strict=True)]
     check_sources(config, sources)
-    return Trainer(config, place, RunFolder(Path(run)), sources, objective_of(config))
+    return Trainer(config, place, RunFolder(Path(run)), sources, build_policy_objective(config))
 
 
 def curve(settings: list[str], run: str, *, write_out: bool) -> list[dict[str, Any]]:
@@ -112,7 +112,7 @@ def curve(settings: list[str], run: str, *, write_out: bool) -> list[dict[str, A
         results.append(_written_out(trainer.policy, first))
         trainer.objective.collect = lambda policy, step: collect(policy, step) if step else first
     for _ in range(STEPS):
-        found = trainer.update()
+        found = trainer.train_step()
         results.append({"loss": found.loss, "grad_norm": found.grad_norm, **found.losses, **found.meters})
     trainer.close()
     world.leave_world()
@@ -169,21 +169,21 @@ def test_terms_are_those_written_out_and_masked_steps_learn_nothing(ranks: Any, 
 def test_it_reads_what_its_settings_need() -> None:
     from megatron_sov import recipes
     from megatron_sov.model.config import apply_settings
-    from megatron_sov.post.policy import check_sources, objective_of
+    from megatron_sov.post.policy import build_policy_objective, check_sources
     from megatron_sov.train.data.token_shards import Source
-    from megatron_sov.train.objectives.objective import columns_of, formats_of
+    from megatron_sov.train.objectives.objective import get_columns, get_formats
 
     def made(*settings: str) -> Any:
-        return objective_of(apply_settings(recipes.get("tiny-k-exaone"), list(settings)))
+        return build_policy_objective(apply_settings(recipes.get("tiny-k-exaone"), list(settings)))
 
     least = ("advantage", "behaviour_logprobs", "old_logprobs")
-    assert tuple(columns_of(made("policy.method=gspo"))) == least
-    assert tuple(columns_of(made("policy.method=grpo"))) == least
-    assert tuple(columns_of(made("policy.method=grpo", "policy.kl_coeff=0.04"))) == (
+    assert tuple(get_columns(made("policy.method=gspo"))) == least
+    assert tuple(get_columns(made("policy.method=grpo"))) == least
+    assert tuple(get_columns(made("policy.method=grpo", "policy.kl_coeff=0.04"))) == (
         *least, "reference_logprobs")
-    assert formats_of(made("policy.method=gspo")) == (ROLLOUTS,)
-    assert formats_of(made("policy.method=ink_grpo")) == (ROLLOUTS, "text")
-    assert formats_of(made("policy.method=ink_grpo", "policy.knowledge_coeff=0")) == (ROLLOUTS,)
+    assert get_formats(made("policy.method=gspo")) == (ROLLOUTS,)
+    assert get_formats(made("policy.method=ink_grpo")) == (ROLLOUTS, "text")
+    assert get_formats(made("policy.method=ink_grpo", "policy.knowledge_coeff=0")) == (ROLLOUTS,)
     config = apply_settings(recipes.get("tiny-k-exaone"), ["policy.method=ink_grpo"])
     with pytest.raises(UserError, match=r"policy.knowledge_coeff = 0.1 needs"):
         check_sources(config, [])
@@ -211,10 +211,10 @@ def test_chats_are_text_of_which_the_assistants_turns_are_learned(packed_data: A
     config = get("tiny-solar-open")
     paths = {str(packed_data.chats): 1.0}
     config = replace(config, data=replace(config.data, paths=paths), policy=PolicyConfig(method="ink_grpo"))
-    (text,) = texts_of(config)
+    (text,) = open_text_sources(config)
     check_sources(config, [text])
     (chats,) = open_sources(paths, config.model.vocab_size)
-    ours, packed = text.shard("train"), chats.shard("train")
+    ours, packed = text.open_split("train"), chats.open_split("train")
     assert text.format == "text" and not text.num_tokens["heldout"] and len(ours.lengths) > 3
     for document, count in enumerate(map(int, ours.lengths)):
         weights = ours.loss_weights(document, 0, count)
@@ -223,4 +223,4 @@ def test_chats_are_text_of_which_the_assistants_turns_are_learned(packed_data: A
         assert (ours.tokens(document, 0, count) == packed.tokens(document, 0, count)).all()
     # a method that learns no text has nothing to learn of them
     with pytest.raises(UserError, match="holds data of format 'chat'"):
-        texts_of(replace(config, policy=PolicyConfig(method="dapo")))
+        open_text_sources(replace(config, policy=PolicyConfig(method="dapo")))

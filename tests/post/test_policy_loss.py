@@ -38,7 +38,7 @@ def row() -> tuple[dict[str, Any], Any, Any]:
     learned, some of them impossible."""
     import torch
 
-    from megatron_sov.post.sft import Responses
+    from megatron_sov.post.sft import ResponseSpans
 
     drawn = random.Random(SEED)
     index: list[int] = []
@@ -56,7 +56,7 @@ def row() -> tuple[dict[str, Any], Any, Any]:
                "advantage": torch.tensor([(-1.5, 0.7, 1.1, -0.4, 0.9, 9.0)[i] for i in index]).double()}
     logprobs = torch.where(learned, numbers(1.2, behaviour), -torch.inf)
     lengths = torch.tensor([float(n) for n in LENGTHS]).double()
-    return columns, logprobs, Responses(torch.tensor(index), lengths)
+    return columns, logprobs, ResponseSpans(torch.tensor(index), lengths)
 
 
 def ours(policy: PolicyConfig, columns: Any, logprobs: Any, responses: Any) -> tuple[Any, Any, Any]:
@@ -163,7 +163,7 @@ def test_rounding_of_an_engine_clips_nothing_and_both_signs_teach(method: Any) -
     import torch
 
     from megatron_sov.post.policy import PolicyLoss
-    from megatron_sov.post.sft import Responses
+    from megatron_sov.post.sft import ResponseSpans
 
     torch.manual_seed(0)
     num, length, kl = 32, 4096, 6.4e-4
@@ -173,7 +173,7 @@ def test_rounding_of_an_engine_clips_nothing_and_both_signs_teach(method: Any) -
     columns = {"advantage": advantage, "behaviour_logprobs": logprobs.detach() - gap,
                "old_logprobs": torch.full_like(gap, math.nan),
                "reference_logprobs": torch.full_like(gap, -1.0)}
-    responses = Responses(torch.arange(num).repeat_interleave(length),
+    responses = ResponseSpans(torch.arange(num).repeat_interleave(length),
                           torch.full((num,), float(length)).double())
     policy = PolicyConfig(method, clip_high=0.2 if method == "cispo" else None)
     terms, meters = PolicyLoss(policy, length).terms(logprobs, columns, responses)
@@ -268,7 +268,7 @@ def test_two_steps_of_a_round_move_a_model_as_trl_does(method: Any, correction: 
     import torch
 
     from megatron_sov.post.policy import PolicyLoss
-    from megatron_sov.post.sft import Responses
+    from megatron_sov.post.sft import ResponseSpans
 
     asked: dict[str, Any] = {"method": method, "clip_low": 0.1, "clip_high": 0.1, "correction": correction,
                              "correction_low": 0.8, "correction_high": 1.25}
@@ -287,7 +287,7 @@ def test_two_steps_of_a_round_move_a_model_as_trl_does(method: Any, correction: 
     for step, batch in enumerate(([0, 2], [1, 2, 3, 4])):
         written = torch.isin(responses.index, torch.tensor(batch))
         index = torch.where(written, responses.index, len(LENGTHS))
-        here = Responses(index, torch.tensor([n * (i in batch) for i, n in enumerate(LENGTHS)]).double())
+        here = ResponseSpans(index, torch.tensor([n * (i in batch) for i, n in enumerate(LENGTHS)]).double())
         given = columns if step else columns | {"old_logprobs": torch.full_like(before, math.nan)}
         terms, meters = made.terms(-torch.nn.functional.softplus(features @ ours_at), given, here)
         counts = made.denominators(here)
@@ -330,7 +330,7 @@ def test_divergences_have_the_derivatives_that_are_said_of_them() -> None:
     import torch
 
     from megatron_sov.post import policy
-    from megatron_sov.post.sft import Responses
+    from megatron_sov.post.sft import ResponseSpans
 
     torch.manual_seed(0)
     first, second, ref_first, ref_second = (torch.randn(s).double() for s in ((3,), (3, 3), (3,), (3, 3)))
@@ -355,7 +355,7 @@ def test_divergences_have_the_derivatives_that_are_said_of_them() -> None:
     estimated: Any = 0.0
     for a, b in itertools.product(range(3), repeat=2):
         both, reference = torch.stack([p[a], p2[a, b]]), torch.stack([q[a], q2[a, b]])
-        whole = Responses(torch.tensor([0, 0]), torch.tensor([2.0]).double())
+        whole = ResponseSpans(torch.tensor([0, 0]), torch.tensor([2.0]).double())
         estimated = estimated + both.detach().sum().exp() * policy.sequence_kl(both, reference, whole).sum()
     assert close(estimated, exact) and estimated.item() == pytest.approx(exact.item(), abs=1e-12)
 
@@ -365,16 +365,16 @@ def test_log_probabilities_that_are_infinitely_far_apart_leave_gradients_finite(
     import torch
 
     from megatron_sov.post import policy
-    from megatron_sov.post.sft import Responses
+    from megatron_sov.post.sft import ResponseSpans
 
-    responses = Responses(torch.zeros(2, dtype=torch.long), torch.tensor([2.0]).double())
+    responses = ResponseSpans(torch.zeros(2, dtype=torch.long), torch.tensor([2.0]).double())
     far = torch.tensor([-1.0, -2.0]).double()
     for sign in (1, -1):  # the policy, then the other one, holds the tokens for next to impossible
         logprobs = (far - (2000 if sign < 0 else 0)).requires_grad_()
         other = far - (2000 if sign > 0 else 0)
         ratios = policy.importance_ratios(logprobs, other, responses, kind)
         policy_config = PolicyConfig(method="grpo", correction="sequence_truncate", correction_high=2.0)
-        weights = policy.engine_correction(logprobs.detach(), other, responses, policy_config)
+        weights = policy.compute_engine_correction(logprobs.detach(), other, responses, policy_config)
         # of both a bound makes something finite in the end; an infinite factor on the way would make NaN
         loss = torch.min(ratios * -1.0, ratios.clamp(0.8, 1.2) * -1.0) * weights
         (loss + policy.k3(logprobs, other)).sum().backward()

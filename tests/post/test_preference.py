@@ -27,7 +27,7 @@ def _trainer(settings: list[str], data: str, run: Path) -> Any:
     from layout_run import small_config
 
     from megatron_sov.engine.parallel import world
-    from megatron_sov.post.preference import heldout_documents, objective_of
+    from megatron_sov.post.preference import find_heldout_documents, select_objective
     from megatron_sov.post.reference import Reference
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.data.token_shards import open_sources
@@ -38,9 +38,9 @@ def _trainer(settings: list[str], data: str, run: Path) -> Any:
     config.check(place.size)
     sources = open_sources(config.data.paths, config.model.vocab_size, ("preference",))
     # The data's manifest stands for that of a checkpoint.
-    reference = Reference(run, Path(data), sources, 128, {s.name: heldout_documents(s) for s in sources})
-    trainer = Trainer(config, place, RunFolder(run), list(reference.sources), objective_of(config))
-    reference.make(trainer)
+    reference = Reference(run, Path(data), sources, 128, {s.name: find_heldout_documents(s) for s in sources})
+    trainer = Trainer(config, place, RunFolder(run), list(reference.sources), select_objective(config))
+    reference.score_heldout(trainer)
     trainer.reference = reference  # type: ignore[attr-defined]
     return trainer
 
@@ -63,14 +63,14 @@ def measured_of(trainer: Any, batch: Any) -> dict[str, float]:
     from megatron_sov.post import preference
 
     origins = [origin for m in batch.micro_batches for origin in m.origins]
-    with_reference = trainer.sources[0].shard("train")
+    with_reference = trainer.sources[0].open_split("train")
     documents = Picked(with_reference, [origin.segment.document for origin in origins])
     numbers = np.concatenate([with_reference.column("reference_logprobs", o.segment.document, 0, n)
                               for o, n in zip(origins, documents.lengths.tolist(), strict=True)])
     source: Any = SimpleNamespace(name="pairs", num_tokens={"heldout": 1}, shard=lambda split: documents)
     asked = trainer.config.preference
     (found,) = preference.measure_pairs(
-        [source], lambda d, chosen: preference.document_logprobs(trainer, d, chosen, 128, 2), 128, asked,
+        [source], lambda d, chosen: preference.score_documents(trainer, d, chosen, 128, 2), 128, asked,
         (lambda source: numbers) if asked.method in preference.REFERENCE_METHODS else None).values()
     return found
 
@@ -129,12 +129,12 @@ def written_out(data: str, run: str, methods: list[str]) -> list[dict[str, Any]]
         objective = trainer.objective
         held = [*trainer.model.parameters(), *trainer.model.buffers()]  # routers' biases move as well
         initial = [tensor.detach().clone() for tensor in held]
-        trainer.update()
+        trainer.train_step()
         batch = objective.prepare(objective.collect(trainer.policy, 1))
         now = [s for m in batch.micro_batches for s in sums(trainer.policy, m)]
         measured = measured_of(trainer, batch)
         # which moves the routers' biases
-        sums_of_batch = trainer.computation.sums(batch, objective, 2)
+        sums_of_batch = trainer.forward_backward.run(batch, objective, 2)
         loss = sums_of_batch.terms["preference"] / batch.targets["preference"]
         with torch.no_grad():
             for tensor, value in zip(held, initial, strict=True):
@@ -221,7 +221,7 @@ def kto_curve(data: str, run: str) -> list[dict[str, Any]]:
         return batch
 
     trainer.objective.collect = seen
-    results = [trainer.update() for _ in range(STEPS)]
+    results = [trainer.train_step() for _ in range(STEPS)]
     trainer.close()
     world.leave_world()
     return [{**r.losses, **r.meters, "by hand": found} for r, found in zip(results, expected, strict=True)]

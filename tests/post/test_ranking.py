@@ -43,7 +43,7 @@ def test_what_lies_behind_a_sample_counts_for_neither_side(monkeypatch: pytest.M
             numbers.append(of)
         return np.concatenate(numbers)
 
-    monkeypatch.setattr(preference, "document_logprobs", logprobs)
+    monkeypatch.setattr(preference, "score_documents", logprobs)
     events: list[dict[str, Any]] = []
     view: Any = SimpleNamespace(
         step=3, config=SimpleNamespace(data=DataConfig(phases=(PhaseConfig("main", seq_len=SEQ_LEN),)),
@@ -51,7 +51,7 @@ def test_what_lies_behind_a_sample_counts_for_neither_side(monkeypatch: pytest.M
         events=SimpleNamespace(write=lambda name, **fields: events.append({"name": name, **fields})))
     source = Source("pairs", None, "preference", {}, {"train": 0, "heldout": 59}, 1.0)
     documents = Pairs()
-    monkeypatch.setattr(Source, "shard", lambda self, split: documents)
+    monkeypatch.setattr(Source, "open_split", lambda self, split: documents)
     # right, wrong, a tie, right by what a sample holds; of the last one's response no sample holds anything
     expected = {"pairs": 4, "chosen_likelier": 2.5 / 4, "pairs_right": 2.5 / 4, "margin": 0.25}
     assert preference.measure_heldout_pairs(view, [source], None) == {"pairs": expected}
@@ -63,9 +63,9 @@ def test_what_lies_behind_a_sample_counts_for_neither_side(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("method", ["dpo", "ipo", "dpo-norm"])
 def test_a_model_that_equals_its_reference_is_right_in_half_of_the_pairs(method: Any) -> None:
-    from megatron_sov.post.preference import compared_values, pair_meters
+    from megatron_sov.post.preference import compare_values, compute_pair_meters
 
     sums, lengths = torch.tensor([-3.0, -7.0, -2.0, -1.0]).double(), torch.tensor([1.0, 2, 3, 4]).double()
     asked = PreferenceConfig(method)
-    found = pair_meters(asked, compared_values(asked, sums, lengths, sums))
+    found = compute_pair_meters(asked, compare_values(asked, sums, lengths, sums))
     assert found["pairs_right"].tolist() == [0.5, 0.5] and found["margin"].tolist() == [0, 0]

@@ -13,7 +13,7 @@ from megatron_sov import recipes
 from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import write_sealed
-from megatron_sov.train.data.requirements import NeededColumn, refuse_without_columns
+from megatron_sov.train.data.requirements import NeededColumn, check_columns
 from megatron_sov.train.data.token_shards import Source, open_sources
 
 
@@ -26,12 +26,12 @@ def test_pairs_that_are_held_out_stay_what_they_are(pairs: Path, tmp_path: Path)
 
     [source] = opened(pairs)
     [learned] = Reference(tmp_path, pairs, [source], 128).sources
-    held, found = source.shard("heldout"), learned.shard("heldout")
+    held, found = source.open_split("heldout"), learned.open_split("heldout")
     assert list(found.lengths) == list(held.lengths)
     assert [found.tokens(d, 0, n).tolist() for d, n in enumerate(found.lengths)] == [
         held.tokens(d, 0, n).tolist() for d, n in enumerate(held.lengths)]
-    assert list(learned.shard("train").lengths) == list(source.shard("train").lengths)
-    refuse_without_columns([learned], {COLUMN: NeededColumn("")})
+    assert list(learned.open_split("train").lengths) == list(source.open_split("train").lengths)
+    check_columns([learned], {COLUMN: NeededColumn("")})
 
 
 def test_numbers_of_measured_pairs_are_kept_like_those_of_samples(pairs: Path, tmp_path: Path) -> None:
@@ -39,12 +39,12 @@ def test_numbers_of_measured_pairs_are_kept_like_those_of_samples(pairs: Path, t
 
     [source] = opened(pairs)
     reference = Reference(tmp_path, pairs, [source], 128, {"pairs": range(4)})
-    reference._open()
+    reference._open_files()
     assert reference._find_missing() == [("pairs", 0), ("pairs.heldout", 0)]
     for parts in reference._parts.values():
         count = parts.starts(0)[-1]
         write_sealed(parts.file(0), np.arange(count, dtype=np.float32).tobytes(), parts.identify(0))
-    lengths = source.shard("heldout").lengths[np.arange(4)]
+    lengths = source.open_split("heldout").lengths[np.arange(4)]
     again = Reference(tmp_path, pairs, [source], 128, {"pairs": range(4)})
     again.refuse_changed()
     assert again.heldout_logprobs(source).tolist() == list(range(sum(lengths)))
@@ -70,11 +70,11 @@ def test_a_reference_is_known_again_by_its_weights_its_data_and_its_samples(pair
         return Reference(tmp_path / "run", checkpoint, opened(pairs), max_tokens)
 
     first, again, other = (start(tmp_path / n, w) for n, w in (("a", "one"), ("b", "one"), ("c", "two")))
-    reference(first)._open()
-    reference(again)._open()  # such as a Hugging Face folder that was converted once more
+    reference(first)._open_files()
+    reference(again)._open_files()  # such as a Hugging Face folder that was converted once more
     for changed in (reference(other), reference(first, 256)):
         with pytest.raises(UserError, match="another reference, other data"):
-            changed._open()
+            changed._open_files()
 
 
 def flip(file: Path) -> None:
@@ -93,7 +93,7 @@ def test_a_run_goes_on_only_with_what_its_reference_has_read(pairs: Path, tmp_pa
 
     with pytest.raises(UserError, match=r"reference.json: holds no log-probabilities"):
         reference(128).refuse_changed()
-    reference(128)._open()
+    reference(128)._open_files()
     parts = reference(128)._parts["pairs"]
     write_sealed(parts.file(0), np.zeros(parts.starts(0)[-1], np.float32).tobytes(), parts.identify(0))
     reference(64).refuse_changed()
@@ -117,7 +117,8 @@ def test_a_model_is_not_asked_beyond_its_context(pairs: Path, tmp_path: Path, mo
     monkeypatch.setattr(reference, "Target", lambda *_: other)
     monkeypatch.setattr(reference, "run_forward_model", lambda *_: None)
     config = recipes.get("tiny-solar-open")
-    longest = int(max(opened(pairs)[0].shard("train").lengths))
+    longest = int(max(opened(pairs)[0].open_split("train").lengths))
     with pytest.raises(UserError, match=rf"reads at most 16 tokens.* has samples of {longest};"):
-        reference.Reference(tmp_path / "run", pairs, opened(pairs), 4096).make_apart(pairs, config, None)
-    reference.Reference(tmp_path / "run", pairs, opened(pairs), 16).make_apart(pairs, config, None)
+        reference.Reference(tmp_path / "run", pairs, opened(pairs), 4096).score_in_processes(pairs, config,
+                                                                                             None)
+    reference.Reference(tmp_path / "run", pairs, opened(pairs), 16).score_in_processes(pairs, config, None)

@@ -6,9 +6,9 @@ from __future__ import annotations
 def test_a_pair_that_lost_a_response_is_left_out() -> None:
     import torch
 
-    from megatron_sov.post.sft import Responses
+    from megatron_sov.post.sft import ResponseSpans
 
-    responses = Responses(torch.tensor([0, 1, 4, 3, 3]), torch.tensor([1.0, 1.0, 0.0, 2.0]).double())
-    assert responses.whole_pairs().tolist() == [1, 0]
-    assert responses.of_side(0).tolist() == [True, False, False, False, False]
-    assert responses.of_side(1).tolist() == [False, True, False, False, False]
+    responses = ResponseSpans(torch.tensor([0, 1, 4, 3, 3]), torch.tensor([1.0, 1.0, 0.0, 2.0]).double())
+    assert responses.select_pairs().tolist() == [1, 0]
+    assert responses.select_side(0).tolist() == [True, False, False, False, False]
+    assert responses.select_side(1).tolist() == [False, True, False, False, False]

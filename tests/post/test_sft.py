@@ -11,19 +11,16 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-prepare_megatron()
-from megatron_sov import recipes  # noqa: E402
-from megatron_sov.commands.train.setup.stage_options import check_chats  # noqa: E402
-from megatron_sov.engine.parallel import collectives  # noqa: E402
-from megatron_sov.model.config import RunConfig, apply_settings  # noqa: E402
-from megatron_sov.post.sft import SupervisedFineTuning  # noqa: E402
-from megatron_sov.train.data.rows import PackedRow, join_rows  # noqa: E402
-from megatron_sov.train.objectives.microbatch import from_row  # noqa: E402
-from megatron_sov.train.objectives.objective import GlobalBatch, total_loss  # noqa: E402
-from tests.head_config import head_config  # noqa: E402
+from megatron_sov.commands.train.setup.stage_options import check_chats
+from megatron_sov.engine.parallel import collectives
+from megatron_sov.model.config import RunConfig, apply_settings
+from megatron_sov.post.sft import SupervisedFineTuning
+from megatron_sov.train.data.rows import PackedRow, join_rows
+from megatron_sov.train.objectives.microbatch import build_micro_batch
+from megatron_sov.train.objectives.objective import GlobalBatch, compute_total_loss
+from tests.head_config import head_config
 
 TEXT, PROMPT, RESPONSE, LENGTH = 0, 1, 2, 12
 VOCAB, ROW = 13, 24
@@ -61,7 +58,7 @@ def terms(num_texts: int, swap_texts: bool) -> dict[str, Any]:
     row = join_rows([a_row(RESPONSE, 1)] + [a_row(TEXT, 3 if swap_texts else 2)] * num_texts)
     context: Any = SimpleNamespace(config=config, batches=SimpleNamespace(num_sources=2))
     objective = SupervisedFineTuning(context)
-    batch = objective.prepare(GlobalBatch((from_row(row),), LENGTH, 1 + num_texts, "main"))
+    batch = objective.prepare(GlobalBatch((build_micro_batch(row),), LENGTH, 1 + num_texts, "main"))
     generator = torch.Generator().manual_seed(0)
     one, text = (torch.randn(2, LENGTH, 1, 8, generator=generator),
                  torch.randn(2, LENGTH, 1, 8, generator=generator))
@@ -69,7 +66,7 @@ def terms(num_texts: int, swap_texts: bool) -> dict[str, Any]:
     weight = torch.randn(32, 8, generator=generator).requires_grad_()
     head = Head(weight, head_config(), 7, len(weight))
     sums = objective.loss([hidden[0], hidden[1]], head, batch.micro_batches[0])
-    loss = total_loss(sums, objective.coefficients, batch.targets)
+    loss = compute_total_loss(sums, objective.coefficients, batch.targets)
     loss.backward()
     logp = torch.log_softmax(hidden[..., 0, :] @ weight.detach().T, dim=-1)
     picked = [-logp[depth].gather(1, torch.from_numpy(np.roll(row.labels, -depth))[:, None])[:, 0]
@@ -182,10 +179,11 @@ def test_every_unit_counts_by_its_own_mean_however_the_batch_is_split(
     for size in (1, 2, 4):
         split = [range(i, i + size) for i in range(0, len(rows), size)]
         batch = objective.prepare(GlobalBatch(
-            tuple(from_row(join_rows([rows[i] for i in part])) for part in split), ROW, len(rows), "main"))
+            tuple(build_micro_batch(join_rows([rows[i] for i in part])) for part in split), ROW, len(rows),
+            "main"))
         assert batch.targets["response"] == pytest.approx(units, rel=1e-12)
         head: Any = Logits()
-        loss = sum(total_loss(objective.loss([torch.cat([logits[i] for i in part])], head, m),
+        loss = sum(compute_total_loss(objective.loss([torch.cat([logits[i] for i in part])], head, m),
                               objective.coefficients, batch.targets)
                    for part, m in zip(split, batch.micro_batches, strict=True))
         assert loss.item() == pytest.approx(expected.item(), rel=1e-12)  # type: ignore[union-attr]
@@ -197,7 +195,7 @@ def test_every_unit_counts_by_its_own_mean_however_the_batch_is_split(
 def test_what_is_sent_to_a_device_has_the_weights_that_were_counted() -> None:
     """As `tests/train/objectives/test_data_batches.py` does it: who sent a row keeps it on the host."""
     context: Any = SimpleNamespace(config=config_per("turn"), batches=SimpleNamespace(num_sources=1))
-    host = from_row(a_chat_row((0, 1), np.random.default_rng(1)))
+    host = build_micro_batch(a_chat_row((0, 1), np.random.default_rng(1)))
     sent = SupervisedFineTuning(context)._weigh_responses(dataclasses.replace(host, on_host=host))
     assert sent.on_host is not None and torch.equal(sent.weights, sent.on_host.weights)
     assert float(sent.host.weights.sum()) == pytest.approx(5)

@@ -63,7 +63,7 @@ def curve(shares: bool, run: str) -> list[dict[str, Any]]:
     from layout_run import small_config
 
     from megatron_sov.engine.parallel import world
-    from megatron_sov.post.policy import objective_of
+    from megatron_sov.post.policy import build_policy_objective
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.data.token_shards import Source
     from megatron_sov.train.trainer import Trainer
@@ -72,9 +72,9 @@ def curve(shares: bool, run: str) -> list[dict[str, Any]]:
                           "policy")
     made: Any = Groups(60)
     source = Source(ROLLOUTS, None, ROLLOUTS, {}, {"train": int(made.lengths.sum()), "heldout": 0}, 1.0,
-                    made=made, columns=made.columns)
+                    train_documents=made, columns=made.columns)
     trainer = Trainer(config, world.join_world(config.parallel), RunFolder(Path(run)), [source],
-                      objective_of(config))
+                      build_policy_objective(config))
     prepare, shares_of = trainer.objective.prepare, list[float]()
 
     def noted(batch: Any) -> Any:
@@ -86,7 +86,7 @@ def curve(shares: bool, run: str) -> list[dict[str, Any]]:
     setattr(trainer.objective, "prepare", noted)  # noqa: B010
     results = []
     for _ in range(STEPS):
-        found = trainer.update()
+        found = trainer.train_step()
         assert found is not None
         results.append({"loss": found.loss, "grad_norm": found.grad_norm, "tokens": found.num_tokens,
                         **found.meters, "load": trainer.expert_load.gather().flatten().tolist(),
@@ -189,9 +189,10 @@ def test_only_what_comes_before_what_is_learned_is_left_out() -> None:
     "parallel.ep=2 parallel.expert_dispatcher=allgather"])
 def test_where_it_would_change_something_each_has_its_own(settings: str) -> None:
     from megatron_sov import recipes
-    from megatron_sov.post.shared_prompts import why_not_shared
+    from megatron_sov.post.shared_prompts import find_sharing_problem
 
     alone = recipes.get("tiny-solar-open")
-    assert not why_not_shared(alone) and not why_not_shared(apply_settings(alone, ["parallel.ep=2"]))
-    (reason,) = why_not_shared(apply_settings(alone, settings.split()))
+    assert not find_sharing_problem(alone) and not find_sharing_problem(apply_settings(alone,
+                                                                                       ["parallel.ep=2"]))
+    (reason,) = find_sharing_problem(apply_settings(alone, settings.split()))
     assert settings.split()[-1].split("=")[0].split(".")[-1] in reason

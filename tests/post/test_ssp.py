@@ -8,7 +8,7 @@ from itertools import combinations
 import pytest
 
 from megatron_sov.eval.pass_at_k import ScoredResponses
-from megatron_sov.post.ssp import MeasuredCheckpoint, choose, gain
+from megatron_sov.post.ssp import MeasuredCheckpoint, choose_checkpoint, compare_with_expert
 
 SAMPLES, K = 6, 3
 
@@ -20,7 +20,7 @@ def measured(checkpoint: str, num_right: list[int]) -> MeasuredCheckpoint:
         for sample in range(SAMPLES):
             row = {"status": "scored", "reward": float(sample < right), "components": {}}
             judged.add(str(problem), row, right_from=1.0)
-    return MeasuredCheckpoint.of(checkpoint, "algebra", judged, [1, K])
+    return MeasuredCheckpoint.from_values(checkpoint, "algebra", judged, [1, K])
 
 
 def drawn(num_right: int) -> Fraction:
@@ -33,14 +33,14 @@ def test_the_best_is_the_one_that_solves_most_in_k_draws_and_not_in_one() -> Non
     # the first is right more often in all, the second on more problems
     sure, wide = measured("step-100", [6, 6, 0, 0]), measured("step-200", [2, 2, 2, 2])
     assert sure.mean_pass_at_k(1) == 0.5 > wide.mean_pass_at_k(1)
-    choice = choose([sure, wide], K)
+    choice = choose_checkpoint([sure, wide], K)
     assert choice.checkpoint == "step-200"
     assert choice.value == pytest.approx(float(drawn(2)))
-    assert choose([sure, wide], 1).checkpoint == "step-100"
+    assert choose_checkpoint([sure, wide], 1).checkpoint == "step-100"
 
 
 def test_of_equals_the_earlier_one_is_taken_and_the_other_is_as_good() -> None:
-    choice = choose([measured("step-100", [1, 2]), measured("step-200", [2, 1])], K)
+    choice = choose_checkpoint([measured("step-100", [1, 2]), measured("step-200", [2, 1])], K)
     assert (choice.checkpoint, choice.as_good) == ("step-100", ("step-200",))
 
 
@@ -48,13 +48,13 @@ def test_a_choice_is_clear_where_the_problems_tell_the_best_from_every_other() -
     many = 30
     worse, noisy, best = (measured("worse", [0] * many), measured("noisy", [6, 1, 6, 0, 3] * 6),
                           measured("best", [6, 6, 0, 3, 5] * 6))
-    choice = choose([worse, noisy, best], K)
+    choice = choose_checkpoint([worse, noisy, best], K)
     assert (choice.checkpoint, choice.as_good) == ("best", ("noisy",))
-    assert choose([worse, best], K).row()["is_clear"] is True
+    assert choose_checkpoint([worse, best], K).row()["is_clear"] is True
 
 
 def test_what_is_merged_gains_on_an_expert_is_a_mean_over_problems() -> None:
-    found = gain(measured("merged", [2, 3]), measured("expert", [1, 3]), K)
+    found = compare_with_expert(measured("merged", [2, 3]), measured("expert", [1, 3]), K)
     expected = float((drawn(2) - drawn(1)) / 2)
     assert found["gain"] == pytest.approx(expected)
     assert found["interval"][0] < expected < found["interval"][1]

@@ -16,12 +16,13 @@ from megatron_sov.base.documents.layouts import parse_renames
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.rollouts.prompts import (
-    PromptList, RolloutPrompt, budget_of, list_set_aside, read_prompts, round_prompts, set_aside, too_long_in)
-from megatron_sov.rollouts.rows import domain_of
+    PromptList, RolloutPrompt, find_budget, find_unused_rows, read_prompts, read_too_long,
+    select_round_prompts, write_unused_rows)
+from megatron_sov.rollouts.rows import read_domain
 
 
 def made(count: int) -> PromptList:
-    return PromptList.of(RolloutPrompt(f"{i:016x}", {"prompt": str(i)}) for i in range(count))
+    return PromptList.from_prompts(RolloutPrompt(f"{i:016x}", {"prompt": str(i)}) for i in range(count))
 
 
 def file_with(path: Path, *lines: str) -> Path:
@@ -100,7 +101,7 @@ def test_what_json_does_not_hold_is_named_by_row(tmp_path: Path) -> None:
         read_prompts(tmp_path / "days.parquet")
     (tmp_path / "no text \udcff.json").write_text('{"prompt": "a", "domain": null}')
     [prompt] = read_prompts(tmp_path / "no text \udcff.json")
-    assert prompt.place.endswith("\udcff.json:1") and domain_of(prompt.record) == ""
+    assert prompt.place.endswith("\udcff.json:1") and read_domain(prompt.record) == ""
     pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "empty.parquet")
     with pytest.raises(UserError, match=r"--prompts .*empty.parquet: has no rows"):
         read_prompts(tmp_path / "empty.parquet")
@@ -120,33 +121,33 @@ def test_what_a_folder_has_that_may_not_be_meant_is_told(tmp_path: Path,
 def test_what_is_set_aside_is_listed_and_counted_by_all_who_share_a_store(tmp_path: Path) -> None:
     prompts = read_prompts(file_with(tmp_path / "p.jsonl", *(f'{{"prompt": "{c}"}}' for c in "abac")))
     long = {prompts[2].id: 1212}
-    aside = set_aside(prompts, long, 1024)
+    aside = find_unused_rows(prompts, long, 1024)
     assert aside.account.describe() == ("4 prompts read: 2 asked, 2 set aside (1 longer than "
                                         "rollout.max_prompt_tokens = 1,024, 1 same as another one)")
     assert [row["why"] for row in aside.rows] == [
         "is the same as line 1", "has 1,212 tokens, more than rollout.max_prompt_tokens = 1,024"]
-    assert too_long_in(tmp_path) == set()
+    assert read_too_long(tmp_path) == set()
     for _ in range(2):  # another job sets the same aside
-        list_set_aside(tmp_path, aside)
-    assert too_long_in(tmp_path) == set(long)
+        write_unused_rows(tmp_path, aside)
+    assert read_too_long(tmp_path) == set(long)
     assert json.loads((tmp_path / "set_aside.json").read_text())["prompts"][1]["place"] == "line 4"
-    none = set_aside(PromptList.of(prompts[:2]), {}, 1024)
+    none = find_unused_rows(PromptList.from_prompts(prompts[:2]), {}, 1024)
     with pytest.raises(UserError, match=r"set_aside.json: other prompts"):
-        list_set_aside(tmp_path, none)
+        write_unused_rows(tmp_path, none)
     assert none.account.describe() == "2 prompts read: 2 asked, 0 set aside"
     with pytest.raises(RuntimeError, match="4 prompts read: 1"):
-        set_aside(prompts[1:2], {}, 1024)
+        find_unused_rows(prompts[1:2], {}, 1024)
 
 
 def test_prompts_are_read_where_they_are_asked_for_and_go_to_other_processes() -> None:
     prompts = made(7)
-    some = prompts[1:6].without([prompts[3].id])
+    some = prompts[1:6].exclude([prompts[3].id])
     assert some.ids == [prompts[i].id for i in (1, 2, 4, 5)] == pickle.loads(pickle.dumps(some)).ids
     assert pickle.loads(pickle.dumps(some)) == some == [prompts[i] for i in (1, 2, 4, 5)]
-    assert some.record_of(prompts[4].id) == {"prompt": "4"}
+    assert some.read_record(prompts[4].id) == {"prompt": "4"}
     for other in (prompts[0].id, prompts[3].id, "f" * 16):
         with pytest.raises(KeyError):
-            some.record_of(other)
+            some.read_record(other)
 
 
 def test_what_nobody_can_be_asked_is_named(tmp_path: Path) -> None:
@@ -164,10 +165,10 @@ def test_every_prompt_once_in_an_epoch_and_never_twice_in_a_round(count: int, wa
     prompts, rollout = made(count), RolloutConfig(prompts_per_round=wanted, seed=seed)
     if wanted > count:
         with pytest.raises(UserError, match=f"there are {count} prompts"):
-            round_prompts(prompts, rollout, 1)
+            select_round_prompts(prompts, rollout, 1)
         return
     num_epochs = 5
-    rounds = [round_prompts(prompts, rollout, n + 1) for n in range(-(-num_epochs * count // wanted))]
+    rounds = [select_round_prompts(prompts, rollout, n + 1) for n in range(-(-num_epochs * count // wanted))]
     assert all(len({p.id for p in found}) == wanted for found in rounds)
     in_order = [p.id for found in rounds for p in found][:num_epochs * count]
     for epoch in range(num_epochs):
@@ -186,16 +187,16 @@ def test_ids_are_the_records_own_hash(tmp_path: Path) -> None:
 
 def test_budgets_divide_a_group_and_go_before_a_prompts_own() -> None:
     rollout = RolloutConfig(samples_per_prompt=6, budgets_tokens=(512, 1024, 2048))
-    assert [budget_of(rollout, "p", {"target_tokens": 5}, s) for s in range(6)] == [
+    assert [find_budget(rollout, "p", {"target_tokens": 5}, s) for s in range(6)] == [
         512, 512, 1024, 1024, 2048, 2048]
-    assert budget_of(RolloutConfig(), "p", {"target_tokens": 5}, 3) == 5
-    assert budget_of(RolloutConfig(), "p", {}, 3) is None
+    assert find_budget(RolloutConfig(), "p", {"target_tokens": 5}, 3) == 5
+    assert find_budget(RolloutConfig(), "p", {}, 3) is None
 
 
 @pytest.mark.parametrize("target", [0, -1, True, "5", 2.5])
 def test_a_target_that_is_no_number_of_tokens_is_named(target: Any) -> None:
     with pytest.raises(UserError, match=r"target_tokens = .*; write"):
-        budget_of(RolloutConfig(), "p", {"target_tokens": target}, 0)
+        find_budget(RolloutConfig(), "p", {"target_tokens": target}, 0)
 
 
 @pytest.mark.parametrize("name", ["prompt", "messages", "dialog"])

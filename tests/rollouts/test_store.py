@@ -22,17 +22,17 @@ from pyarrow import parquet
 from megatron_sov.base.artifacts import Manifest, create_artifact, format_json
 from megatron_sov.base.errors import UserError
 from megatron_sov.rollouts.rows import (
-    JUDGED, NOT_WRITTEN, AskedPrompt, Key, RewardRow, Rollout, RolloutPart, not_written, numbers_in,
-    part_name)
+    JUDGED, NOT_WRITTEN, Key, RewardRow, Rollout, RolloutPart, StorePlan, describe_missing_rows,
+    format_part_name, parse_part_name)
 from megatron_sov.rollouts.store import (
-    NAMES, REPEATED, ROLLOUTS, SPLIT, RolloutStore, StoreSettings, problems_of, rewards_table, rollouts_of,
-    rollouts_table)
+    NAMES, REPEATED, ROLLOUTS, SPLIT, RolloutStore, StoreSettings, read_problems, rewards_to_table,
+    rollouts_to_table, table_to_rollouts)
 from megatron_sov.work.tables import parquet as bounds
 from megatron_sov.work.tables.parquet import read_table, write_table
 from megatron_sov.work.tables.table import AlreadyPublished
 
 VOCAB_SIZE = 100
-NAME = part_name(1, 0)
+NAME = format_part_name(1, 0)
 
 
 def rollout(sample: int = 0, **changes: Any) -> Rollout:
@@ -69,7 +69,7 @@ def store(tmp_path: Path) -> RolloutStore:
 
 
 def test_a_part_is_written_and_read(store: RolloutStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, name = [rollout(0), rollout(1, outcome={"reward": 1.0})], part_name(1, 3)
+    rows, name = [rollout(0), rollout(1, outcome={"reward": 1.0})], format_part_name(1, 3)
     assert not store.has_part(name)
     store.add_rollouts(name, rows, {"job": 7})
     assert store.has_part(name) and (store.path / "rollouts/round-0001-piece-0003").is_dir()
@@ -83,7 +83,7 @@ def test_a_part_is_written_and_read(store: RolloutStore, monkeypatch: pytest.Mon
     assert not store.has_part(name, "v2" * 8)
     opened, own = list[str](), store.part
     monkeypatch.setattr(store, "part", lambda name, version="": opened.append(version) or own(name, version))
-    assert store.judgements("v1" * 8, [part]) == {(row.key, 0): judged(row) for row in rows}
+    assert store.read_judgements("v1" * 8, [part]) == {(row.key, 0): judged(row) for row in rows}
     assert opened == ["v1" * 8], "a part that is at hand is not opened again"
 
 
@@ -113,10 +113,10 @@ ROWS = st.lists(st.builds(
 def test_whatever_a_row_holds_comes_back_to_the_bit(rows: list[Rollout],
                                                     tmp_path_factory: pytest.TempPathFactory) -> None:
     file = tmp_path_factory.getbasetemp() / "any.parquet"
-    write_table(file, rollouts_table(rows, VOCAB_SIZE), REPEATED, SPLIT)
+    write_table(file, rollouts_to_table(rows, VOCAB_SIZE), REPEATED, SPLIT)
     table = read_table(file, ROLLOUTS)
-    assert [bits(row) for row in rollouts_of(table, NAMES)] == [bits(row) for row in rows]
-    assert problems_of(table) == ["; ".join(row.problems(VOCAB_SIZE)) for row in rows]
+    assert [bits(row) for row in table_to_rollouts(table, NAMES)] == [bits(row) for row in rows]
+    assert read_problems(table) == ["; ".join(row.problems(VOCAB_SIZE)) for row in rows]
 
 
 def test_the_first_part_of_a_name_stays(store: RolloutStore) -> None:
@@ -139,10 +139,10 @@ def test_rewards_that_are_none_are_refused(changes: dict[str, Any], sentence: st
                                            store: RolloutStore) -> None:
     rows = [rollout(0), rollout(1)]
     store.add_rollouts(NAME, rows, {})
-    table = rewards_table([judged(rows[0]), judged(rows[1], **changes)])
+    table = rewards_to_table([judged(rows[0]), judged(rows[1], **changes)])
     assert store.publish(NAME, "v1" * 8, table, {})
     with pytest.raises(UserError, match=sentence):
-        store.judgements("v1" * 8, store.parts())
+        store.read_judgements("v1" * 8, store.parts())
 
 
 def test_rewards_are_of_the_rows_that_were_judged(store: RolloutStore) -> None:
@@ -150,11 +150,11 @@ def test_rewards_are_of_the_rows_that_were_judged(store: RolloutStore) -> None:
     store.add_rollouts(NAME, [rollout()], {})
     [part] = store.parts()
     store.add_rewards("v1" * 8, NAME, [judged(rollout())], {JUDGED: part.manifest_sha256})
-    assert len(store.judgements("v1" * 8, [part])) == 1
+    assert len(store.read_judgements("v1" * 8, [part])) == 1
     shutil.rmtree(part.path)
     store.add_rollouts(NAME, [rollout(response="5")], {})
     with pytest.raises(UserError, match=r"v1v1v1v1v1v1/.*judges other rows"):
-        store.judgements("v1" * 8, store.parts())
+        store.read_judgements("v1" * 8, store.parts())
 
 
 def test_columns_that_are_not_asked_for_are_not_read(store: RolloutStore) -> None:
@@ -199,7 +199,7 @@ def test_a_store_is_of_a_tokenizer_and_not_of_the_bytes_of_its_file(tmp_path: Pa
     StoreSettings(tmp_path / "store", tmp_path / "base", 100).open()
     store = StoreSettings(tmp_path / "store", tmp_path / "sft", 100).open()
     assert store.is_written_in(tmp_path / "base") and not store.is_written_in(tmp_path / "other")
-    store.add_rollouts(part_name(1, 0), [rollout()], {})
+    store.add_rollouts(format_part_name(1, 0), [rollout()], {})
     with pytest.raises(UserError, match="rollout store of tokenizer"):
         StoreSettings(store.path, tmp_path / "other", 100).open()
 
@@ -226,11 +226,11 @@ def test_a_store_has_one_tokenizer(store: RolloutStore, tmp_path: Path) -> None:
 
 def test_names_say_round_piece_and_attempt() -> None:
     for numbers in ((1, 0, 0), (9999, 10000, 0), (12345, 3, 12)):
-        assert numbers_in(part_name(*numbers)) == numbers
+        assert parse_part_name(format_part_name(*numbers)) == numbers
     for name in ("round-0000-piece-0000", "round-1-piece-0000", "round-00001-piece-0000", "x", ".hidden",
                  "round-0001-piece-0000-attempt-0", "round-0001-piece-0000-attempt-01",
                  "round-0001-piece-0000\n"):
-        assert numbers_in(name) is None, name
+        assert parse_part_name(name) is None, name
 
 
 def in_processes(count: int, work: Callable[..., None], *arguments: Any) -> list[int | None]:
@@ -257,9 +257,10 @@ def publish(number: int, path: Path) -> None:
     store = RolloutStore.create(path, "sha256:ab", 100)
     for piece in range(6):
         try:
-            store.add_rollouts(part_name(1, piece), [rollout(response=f"of {number}")] * (number + 1), {})
+            store.add_rollouts(format_part_name(1, piece), [rollout(response=f"of {number}")] * (number + 1),
+                               {})
         except AlreadyPublished:
-            assert len(store.read_rollouts(part_name(1, piece))) != number + 1
+            assert len(store.read_rollouts(format_part_name(1, piece))) != number + 1
 
 
 @pytest.mark.distributed
@@ -285,7 +286,7 @@ def foreign(store: RolloutStore, table: pa.Table, dictionary: bool = False) -> N
 
 def with_column(name: str, values: Any, kind: pa.DataType | None = None) -> pa.Table:
     """Return two sound rows of which a column is another one."""
-    table = rollouts_table([rollout(0), rollout(1)], 100)
+    table = rollouts_to_table([rollout(0), rollout(1)], 100)
     return table.set_column(table.schema.get_field_index(name), name, pa.array(values, kind))
 
 
@@ -300,7 +301,7 @@ FOREIGN = [
     (with_column("response", pa.array([b"a", b"\xff"]).view(pa.string())), "is damaged"),
     (with_column("routes", [None, b"123"], pa.large_binary()), "routes of 3 bytes are not"),
     (with_column("round", [1, 2], pa.int32()), "has a row of round 2"),
-    (rollouts_table([rollout()], 100).drop_columns(["tokens"]), "has no column 'tokens'"),
+    (rollouts_to_table([rollout()], 100).drop_columns(["tokens"]), "has no column 'tokens'"),
 ]
 
 
@@ -323,13 +324,13 @@ def test_a_small_file_that_stands_for_much_is_not_read(store: RolloutStore,
     monkeypatch.setattr(bounds, "MAX_ROWS", 50)
     monkeypatch.setattr(bounds, "MAX_BYTES", 1 << 20)
     zeros, text = np.zeros(300_000, np.int32), "x" * 400_000
-    big = rollouts_table([rollout()], 100)
+    big = rollouts_to_table([rollout()], 100)
     at = big.schema.get_field_index("tokens")
     lists = pa.ListArray.from_arrays(pa.array([0, len(zeros)], pa.int32()), pa.array(zeros),
                                      big.schema.field(at).type)
     routes = with_column("routes", [b"12" * 1000] * 2, pa.large_binary())
     bombs = {
-        "has 51 rows, at most 50": (rollouts_table([rollout()] * 51, 100), False),
+        "has 51 rows, at most 50": (rollouts_to_table([rollout()] * 51, 100), False),
         "takes 0.0 GiB in memory": (big.set_column(at, big.schema.field(at), lists), True),
         "is dictionary-encoded": (routes, True)}
     for sentence, (table, dictionary) in bombs.items():
@@ -344,9 +345,9 @@ def test_a_small_file_that_stands_for_much_is_not_read(store: RolloutStore,
     rows = store.read_rollouts(NAME)
     assert len(rows) == 40 and len({id(row.response) for row in rows}) == 1
     with pytest.raises(UserError, match="piece-0001: has 51 rows"):
-        store.add_rollouts(part_name(1, 1), [rollout(i) for i in range(51)], {})
+        store.add_rollouts(format_part_name(1, 1), [rollout(i) for i in range(51)], {})
     with pytest.raises(UserError, match=r"piece-0001: .*GiB in memory"):
-        store.add_rollouts(part_name(1, 1), [long_rollout(300_000, np.zeros(300_000, np.float32))], {})
+        store.add_rollouts(format_part_name(1, 1), [long_rollout(300_000, np.zeros(300_000, np.float32))], {})
     assert len(list((store.path / "rollouts").iterdir())) == 1
 
 
@@ -396,12 +397,12 @@ def part(round_: int, piece: int, provenance: dict[str, Any], attempt: int = 0,
 
 
 def test_the_newest_part_says_how_much_there_will_be() -> None:
-    before, after = AskedPrompt(1, 1).to_provenance(0), AskedPrompt(2, 1).to_provenance(0)
+    before, after = StorePlan(1, 1).to_provenance(0), StorePlan(2, 1).to_provenance(0)
     parts = [part(1, 0, before, created_s=1.0)]
-    assert not_written(parts, None) == ""
-    assert not_written([*parts, part(2, 0, after, created_s=2.0)], None) == ""
-    assert not_written([part(1, 0, after, created_s=2.0)], None) == "1 of 1 pieces of round 2"
-    assert not_written([*parts, part(1, 0, AskedPrompt(1, 1).to_provenance(3), attempt=1)],
+    assert describe_missing_rows(parts, None) == ""
+    assert describe_missing_rows([*parts, part(2, 0, after, created_s=2.0)], None) == ""
+    assert describe_missing_rows([part(1, 0, after, created_s=2.0)], None) == "1 of 1 pieces of round 2"
+    assert describe_missing_rows([*parts, part(1, 0, StorePlan(1, 1).to_provenance(3), attempt=1)],
                        None) == "the ends of responses in 1 of 1 pieces of round 1"
 
 
@@ -409,5 +410,5 @@ def test_the_newest_part_says_how_much_there_will_be() -> None:
     {}, {"asked_rounds": 2}, {"asked_rounds": "2", "pieces_per_round": 1},
     {"asked_rounds": True, "pieces_per_round": True}, {"asked_rounds": -1, "pieces_per_round": 1}])
 def test_who_does_not_say_it_has_no_end(provenance: dict[str, Any]) -> None:
-    assert not_written([part(1, 0, provenance)], None) is None
-    assert not_written([], range(1, 3)) is None
+    assert describe_missing_rows([part(1, 0, provenance)], None) is None
+    assert describe_missing_rows([], range(1, 3)) is None

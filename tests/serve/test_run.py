@@ -340,6 +340,7 @@ def test_an_address_that_is_taken_is_a_mistake(opened: Any) -> None:
             HttpServer(ServeSettings("m", port=port), RequestQueue(1), server.model.reader, 0.0, LONGEST)
 
 
+@pytest.mark.tier1_cases(4)
 @pytest.mark.parametrize("sent", [
     b"GARBAGE\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"GET /\xff HTTP/1.1\r\nHost: localhost\r\n\r\n",
     b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: abc\r\n\r\n", b"\x16\x03\x01\x02\x00\x01",
@@ -380,4 +381,4 @@ def test_completions_end_where_the_folder_says(folder: Path, tmp_path: Path, fil
     asker = PromptEncoder(target, chat=False)
     eos = asker._tokenizer.eos_token_id
     assert set(asker.end_ids) - {eos} == ends and eos in asker.end_ids
-    assert asker.answer("a")[-1] == eos
+    assert asker.encode_answer("a")[-1] == eos

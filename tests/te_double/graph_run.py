@@ -48,13 +48,13 @@ def _trained(recipe: str, settings: list[str], path: str, steps: int, quantises:
     config = (quantized_run.config_of(recipe, settings, path) if quantises
               else layout_run.small_config(recipe, settings, [path], "lm"))
     trainer = layout_run._trainer(config)
-    sums, padding = trainer.computation.sums, [0]
+    sums, padding = trainer.forward_backward.run, [0]
 
     def looked_at(batch: Any, *others: Any) -> Any:
         padding[0] += sum(int(m.inputs.padding.sum()) for m in batch.micro_batches)
         return sums(batch, *others)
 
-    trainer.computation.sums = looked_at  # type: ignore[method-assign]
+    trainer.forward_backward.run = looked_at  # type: ignore[method-assign]
     found = []
     for _ in range(steps):
         replays[0] = 0
@@ -63,7 +63,7 @@ def _trained(recipe: str, settings: list[str], path: str, steps: int, quantises:
         found[-1] |= {"replays": replays[0],
                       "balancing": {layer: float(loss) for layer, loss in sorted(losses.items())}}
     batch = trainer.objective.prepare(trainer.objective.collect(trainer.policy, steps))
-    trainer.computation.own_gradients(batch, trainer.objective, steps + 1, 0)
+    trainer.forward_backward.compute_local_gradients(batch, trainer.objective, steps + 1, 0)
     alone = _digest(p.main_grad for p in trainer.model.parameters())
     weights = _digest([*trainer.model.parameters(), *trainer.model.buffers()])
     operators.replay = replay

@@ -20,7 +20,7 @@ def one_step(recipe: str, settings: list[str], paths: list[str]) -> dict[str, An
 
     trainer = layout_run._trainer(layout_run.small_config(recipe, settings, paths, "lm"))
     COUNTS.clear()
-    trainer.update()
+    trainer.train_step()
     modules = Counter(type(m).__name__ for m in trainer.model.modules())
     optimizers = {type(o.optimizer).__name__ for o in trainer.optimizer.library.chained_optimizers}
     world.leave_world()
@@ -44,7 +44,7 @@ def recorded_calls(recipe: str, settings: list[str], paths: list[str]) -> list[l
         elif inspect.isfunction(found):
             _replace_everywhere(found, _recorder(found, (name, None), calls, bound=False))
     trainer = layout_run._trainer(layout_run.small_config(recipe, settings, paths, "lm"))
-    trainer.update()
+    trainer.train_step()
     world.leave_world()
     return sorted(map(list, calls), key=str)
 

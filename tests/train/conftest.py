@@ -11,9 +11,6 @@ import pytest
 @pytest.fixture
 def alone(one_rank: None) -> Iterator[Any]:
     """This process's place in a world of its own."""
-    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-    prepare_megatron()
     from megatron_sov.engine.parallel import world
     from megatron_sov.model.config import ParallelConfig
 

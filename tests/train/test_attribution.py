@@ -22,10 +22,10 @@ SETTINGS = ("model.num_layers=2", "model.head_dim=8", "model.expert_ffn_dim=16",
 
 def update(trainer: Any) -> Any:
     """Do a step as the loop does."""
-    from megatron_sov.train.loop import attribute
+    from megatron_sov.train.recovery import attribute_rejected_step
 
-    result = trainer.update()
-    attribute(trainer)
+    result = trainer.train_step()
+    attribute_rejected_step(trainer)
     return result
 
 

@@ -15,7 +15,7 @@ from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import AudioEncoderConfig, ModelConfig, VisionEncoderConfig
 from megatron_sov.model.families.encoders import AUDIO, VISION
-from megatron_sov.train.checkpointer import _read_companions, encoder_in
+from megatron_sov.train.checkpointer import _read_companions, open_encoder
 
 SIGLIP = VisionEncoderConfig(kind="siglip", placeholder_ids=(5,), image_size=8, patch_size=4, hidden_size=16,
                              num_layers=1, num_heads=2, ffn_dim=24)
@@ -40,7 +40,7 @@ def siglip(tmp_path: Path) -> Path:
 
 
 def test_every_tensor_is_found_under_its_own_name(siglip: Path) -> None:
-    files, found = encoder_in(siglip, VISION, model(vision=SIGLIP))
+    files, found = open_encoder(siglip, VISION, model(vision=SIGLIP))
     stored = load_file(siglip / "model.safetensors")
     assert len(found) == len({*found.values()}) == sum(not name.startswith(("head.", "vision_model.head."))
                                                        for name in stored)
@@ -55,10 +55,10 @@ def test_an_encoder_inside_a_larger_model(tmp_path: Path) -> None:
         num_mel_bins=4, max_source_positions=10, d_model=16, encoder_layers=1, encoder_attention_heads=2,
         encoder_ffn_dim=24, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=24, vocab_size=64,
         pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)).save_pretrained(tmp_path)
-    _, found = encoder_in(tmp_path, AUDIO, model(audio=WHISPER))
+    _, found = open_encoder(tmp_path, AUDIO, model(audio=WHISPER))
     assert found["audio.encoder.conv1.weight"] == "model.encoder.conv1.weight"
     with pytest.raises(UserError, match=r"num_mel_bins = 4|conv1\.weight"):
-        encoder_in(tmp_path, AUDIO, model(audio=dataclasses.replace(WHISPER, num_mels=8)))
+        open_encoder(tmp_path, AUDIO, model(audio=dataclasses.replace(WHISPER, num_mels=8)))
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -68,7 +68,7 @@ def test_an_encoder_inside_a_larger_model(tmp_path: Path) -> None:
     ({"kind": "qwen2_5_vl", "full_attention_layers": (0,)}, "holds 0 encoders of kind 'qwen2_5_vl'")])
 def test_another_encoder_is_refused(siglip: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        encoder_in(siglip, VISION, model(vision=dataclasses.replace(SIGLIP, **change)))
+        open_encoder(siglip, VISION, model(vision=dataclasses.replace(SIGLIP, **change)))
 
 
 def test_two_encoders_are_refused(siglip: Path) -> None:
@@ -76,7 +76,7 @@ def test_two_encoders_are_refused(siglip: Path) -> None:
     twice = {prefix + name: tensor.clone() for prefix in ("a.", "b.") for name, tensor in stored.items()}
     save_file(twice, siglip / "model.safetensors")
     with pytest.raises(UserError, match="holds 2 encoders"):
-        encoder_in(siglip, VISION, model(vision=SIGLIP))
+        open_encoder(siglip, VISION, model(vision=SIGLIP))
 
 
 # What a run takes over from the tokenizer folder of its start, beside the tokenizer that its data have too.

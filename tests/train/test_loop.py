@@ -11,11 +11,8 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-prepare_megatron()
-from megatron_sov.train.loop import train  # noqa: E402
-from megatron_sov.train.stopping import CurrentWork  # noqa: E402
+from megatron_sov.train.loop import train
+from megatron_sov.train.trainer import CurrentWork
 
 
 class Recorded:
@@ -28,7 +25,7 @@ class Recorded:
                                                                "checkpoint_every_steps": 100, **settings}))
         self.actions: list[str] = []
         self.gate: Any = None
-        self.refused: Any = None
+        self.rejected_batch: Any = None
         self.stop_after = 10 ** 9
         self.watched: int | None = None
         self.guards = SimpleNamespace(step_guard=SimpleNamespace(wants_rollback=False),
@@ -38,10 +35,10 @@ class Recorded:
         self.side_jobs: Any = SimpleNamespace(poll=lambda: self.note("poll"))
         self.checkpointer = SimpleNamespace(finish=lambda: self.note("saved"), sync=self.sync)
         self.recorder = SimpleNamespace(
-            step=lambda done, result, load: self.note("record"),
-            stopped=lambda step, reason: self.note("stop"),
-            expert_load=lambda step, load: self.note("expert load"),
-            ended=lambda step, wall_s, loss: self.note("run_end"))
+            record_step=lambda done, result, load: self.note("record"),
+            record_stop=lambda step, reason: self.note("stop"),
+            record_expert_load=lambda step, load: self.note("expert load"),
+            record_end=lambda step, wall_s, loss: self.note("run_end"))
         self.profiling = SimpleNamespace(before_step=lambda step: None, after_step=lambda step: None,
                                          close=lambda step: None)
         self.garbage = SimpleNamespace(after_step=lambda step: None)
@@ -59,25 +56,25 @@ class Recorded:
     is_new = has_heldout = False
     work = CurrentWork()
 
-    def bring_data(self, stop: Any) -> str | None:
+    def fetch_data(self, stop: Any) -> str | None:
         assert self.watched is None, "data that are waited for are no hang"
         return self.missing
 
     missing_at_the_end: str | None = None
 
-    def conclude(self, stop: Any) -> str | None:
+    def conclude_data(self, stop: Any) -> str | None:
         assert self.watched is None, "what is still to be done at the end is no hang"
         return self.missing_at_the_end
 
-    def is_saved_at(self, step: int) -> bool:
+    def is_checkpoint_due(self, step: int) -> bool:
         return bool(step % self.config.train.checkpoint_every_steps == 0)
 
-    def update(self) -> Any:
+    def train_step(self) -> Any:
         self.step += 1
         assert self.watched == self.step, "a hang in a step is noticed"
         return None if self.step in self.skipped else SimpleNamespace(loss=1.0)
 
-    def observe(self) -> Any:
+    def observe_step(self) -> Any:
         assert self.watched == self.step, "collectives can hang"
         self.note("observe")
 
@@ -178,15 +175,16 @@ def test_side_jobs_are_followed_whether_a_step_is_learned_or_not() -> None:
 
 def test_weights_that_were_taken_back_are_saved_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Recorded(5, skipped=(2, 3), checkpoint_every_steps=4)
-    before = trainer.update
+    before = trainer.train_step
 
     def update() -> Any:
         result = before()
         trainer.guards.step_guard.wants_rollback = trainer.step == 3
         return result
 
-    trainer.update = update  # type: ignore[method-assign]
-    monkeypatch.setattr("megatron_sov.train.loop.rollback", lambda t: t.actions.append(f"roll back {t.step}"))
+    trainer.train_step = update  # type: ignore[method-assign]
+    monkeypatch.setattr("megatron_sov.train.loop.rollback_weights",
+                        lambda t: t.actions.append(f"roll back {t.step}"))
     assert actions(trainer) == (True, ["roll back 3", "save 3", "save 4", "evaluate 5", "save 5", "saved 5",
                                        "run_end 5"])
 
@@ -205,21 +203,21 @@ def test_data_that_are_not_there_end_the_run_with_what_is_saved_already() -> Non
 
 ANSWERED = """
 import os, signal, sys, time
-from megatron_sov.train.stopping import StopFlag
+from megatron_sov.work.processes.stop_signals import StopFlag
 stop, answers = StopFlag(), []
-with stop.answered_by(lambda name: answers.append((name, time.monotonic()))):
+with stop.answer_first_signal(lambda name: answers.append((name, time.monotonic()))):
     began = time.monotonic()
     os.kill(os.getpid(), int(sys.argv[1]))
     os.kill(os.getpid(), int(sys.argv[1]))
     while not answers:
         time.sleep(0.001)
-with stop.answered_by(print):
+with stop.answer_first_signal(print):
     pass
 print(stop.reason, [name for name, _ in answers])
 # A C call that holds the main thread: no Python handler runs before it ends.
 import ctypes, threading
 libc = ctypes.CDLL(None)
-with stop.answered_by(lambda name: answers.append((name, time.monotonic()))):
+with stop.answer_first_signal(lambda name: answers.append((name, time.monotonic()))):
     threading.Timer(0.1, lambda: os.kill(os.getpid(), int(sys.argv[1]))).start()
     held = time.monotonic() + 0.6
     while time.monotonic() < held:

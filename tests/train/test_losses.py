@@ -14,18 +14,14 @@ import pytest
 import torch
 
 from megatron_sov import recipes
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
+from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import IdBlock, apply_settings
+from megatron_sov.post.sft import SupervisedFineTuning
 from megatron_sov.train.data.rows import PackedRow
-
-prepare_megatron()
-from megatron_sov.base.errors import UserError  # noqa: E402
-from megatron_sov.post.sft import SupervisedFineTuning  # noqa: E402
-from megatron_sov.train.objectives.data_objective import LanguageModelling  # noqa: E402
-from megatron_sov.train.objectives.data_objective import MTP, DataObjective  # noqa: E402
-from megatron_sov.train.objectives.microbatch import MicroBatch, from_row  # noqa: E402
-from megatron_sov.train.objectives.objective import (  # noqa: E402
-    GlobalBatch, LossSums, parts_of, per_source, refuse_nothing_learned, total_loss)
+from megatron_sov.train.objectives.data_objective import MTP, DataObjective, LanguageModelling
+from megatron_sov.train.objectives.microbatch import MicroBatch, build_micro_batch
+from megatron_sov.train.objectives.objective import (
+    GlobalBatch, LossSums, check_has_targets, compute_total_loss, get_checkpoint_parts, per_source)
 
 
 class Logits:
@@ -42,7 +38,7 @@ def batch() -> MicroBatch:
     """Documents of 3 and 4 tokens and one of padding; the last token of a document has no label."""
     import numpy as np
 
-    return from_row(PackedRow(
+    return build_micro_batch(PackedRow(
         tokens=np.array([1, 2, 3, 4, 5, 6, 7, 0]), labels=np.array([2, 3, 0, 5, 6, 7, 0, 0]),
         weights=np.array([1, 1, 0, 1, 1, 0.5, 0, 0], np.float32),
         positions=np.array([0, 1, 2, 0, 1, 2, 3, 0]), types=np.zeros(8, np.uint8),
@@ -80,7 +76,8 @@ def test_every_depth_predicts_one_token_further_on_in_the_same_document(depths: 
     labels = np.roll(tokens, -1)
     ends = np.array(BOUNDS[1:]) - 1
     labels[ends], weights[ends] = 0, 0
-    batch = from_row(PackedRow(tokens=tokens, labels=labels, weights=weights, types=np.zeros(n, np.uint8),
+    batch = build_micro_batch(PackedRow(tokens=tokens, labels=labels, weights=weights,
+                                        types=np.zeros(n, np.uint8),
                                sources=np.zeros(n, np.int64),
                                positions=np.concatenate([np.arange(b - a) for a,
                                                          b in itertools.pairwise(BOUNDS)]),
@@ -122,7 +119,7 @@ def config(**objective: Any) -> Any:
 def random_batch(seed: int) -> MicroBatch:
     """24 random labels with random weights, some of them 0, and random types."""
     rng = np.random.default_rng(seed)
-    return from_row(PackedRow(
+    return build_micro_batch(PackedRow(
         tokens=rng.integers(0, 9, 24), labels=rng.integers(0, 9, 24),
         weights=rng.choice([0, 1, 0.5], 24).astype(np.float32), positions=np.arange(24),
         types=rng.integers(0, 3, 24).astype(np.uint8), sources=np.zeros(24, np.int64),
@@ -182,7 +179,7 @@ def test_without_blocks_nothing_is_measured_nor_copied() -> None:
 
 def test_each_term_is_divided_by_its_own_denominator() -> None:
     a, b = torch.tensor(6.0, requires_grad=True), torch.tensor(10.0, requires_grad=True)
-    loss = total_loss(LossSums({"a": a, "b": b}, torch.zeros(1, 2)), {"a": 1.0, "b": 0.5},
+    loss = compute_total_loss(LossSums({"a": a, "b": b}, torch.zeros(1, 2)), {"a": 1.0, "b": 0.5},
                       {"a": 3.0, "b": 20.0})
     loss.backward()
     assert loss.item() == pytest.approx(6 / 3 + 0.5 * 10 / 20)
@@ -191,7 +188,7 @@ def test_each_term_is_divided_by_its_own_denominator() -> None:
 
 def test_a_term_without_targets_adds_nothing_and_stays_in_the_graph() -> None:
     a = torch.tensor(5.0, requires_grad=True)
-    loss = total_loss(LossSums({"a": a}, torch.zeros(1, 2)), {"a": 1.0}, {"a": 0.0})
+    loss = compute_total_loss(LossSums({"a": a}, torch.zeros(1, 2)), {"a": 1.0}, {"a": 0.0})
     loss.backward()
     assert loss.item() == 0.0 and a.grad == 0.0
 
@@ -205,8 +202,8 @@ def test_losses_by_source_are_weighted_sums_and_weights() -> None:
 def test_what_an_objective_remembers_is_json() -> None:
     objective = SimpleNamespace(state=lambda: {"seen": {1}}, restore=lambda state: None)
     with pytest.raises(UserError, match=r"state\(\) returned what JSON"):
-        parts_of(objective)["objective"].state()
-    assert parts_of(SimpleNamespace()) == {}
+        get_checkpoint_parts(objective)["objective"].state()
+    assert get_checkpoint_parts(SimpleNamespace()) == {}
 
 
 @pytest.mark.parametrize(("state", "said"), [
@@ -215,11 +212,11 @@ def test_what_an_objective_remembers_is_json() -> None:
 def test_what_would_come_back_as_something_else_is_refused(state: object, said: str) -> None:
     objective = SimpleNamespace(state=lambda: state, restore=lambda state: None)
     with pytest.raises(UserError, match=f"what JSON changes \\({said}\\); return dicts with strings as keys"):
-        parts_of(objective)["objective"].state()
+        get_checkpoint_parts(objective)["objective"].state()
 
 
 def test_a_step_that_learns_nothing_is_refused() -> None:
     batch = GlobalBatch((), 64, 2, "main", 128, {"response": 0.0, "mtp": 0.0})
     with pytest.raises(UserError, match=r"learned .*response: 0, mtp"):
-        refuse_nothing_learned(batch, 3)
-    refuse_nothing_learned(GlobalBatch((), 64, 2, "main", 128, {"response": 0.0, "text": 1.0}), 3)
+        check_has_targets(batch, 3)
+    check_has_targets(GlobalBatch((), 64, 2, "main", 128, {"response": 0.0, "text": 1.0}), 3)

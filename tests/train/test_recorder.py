@@ -14,7 +14,6 @@ import torch
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import create_artifact, manifest_sha256
 from megatron_sov.checkpoint.save import SavedCheckpoint
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.model.families.count import compute_train_flops_per_token
@@ -23,15 +22,15 @@ from megatron_sov.runs.obs.history import NO_GRADIENT, is_incident
 from megatron_sov.runs.obs.meters import Meter, format_recent_means
 from megatron_sov.train.checkpointer import TrainState
 from megatron_sov.train.data.ledger import LedgerEntry
-from megatron_sov.train.guards.step_guard import Refusal
+from megatron_sov.train.guards.step_guard import StepRejection
 from megatron_sov.train.objectives.heldout_evaluator import HeldoutLoss
-from megatron_sov.train.recorder import Efficiency, Recorder, StepResult, peak_tflops
+from megatron_sov.train.recorder import Efficiency, Recorder, StepResult, find_peak_tflops
 
 # Figures of a step's efficiency.
 
 def test_figures_of_a_step() -> None:
     config = apply_settings(recipes.get("tiny-solar-open"), ["gpu.peak_tflops=2.0"])
-    found = Efficiency(config, num_ranks=4).figures(num_tokens=8000, seq_len=128, seconds=0.5)
+    found = Efficiency(config, num_ranks=4).compute_figures(num_tokens=8000, seq_len=128, seconds=0.5)
     tflops = 4000 * compute_train_flops_per_token(config.model, 128) / 1e12
     assert found["tokens_per_s_per_process"] == 4000 and found["tflops_per_process"] == pytest.approx(tflops)
     assert found["mfu"] == pytest.approx(tflops / 2)
@@ -43,10 +42,7 @@ def test_figures_of_a_step() -> None:
     ("NVIDIA H200 NVL", 835.5), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA B200", 2250),
     ("NVIDIA GB200", 2500), ("NVIDIA T4", None)])
 def test_known_peaks(name: str, bf16: float | None) -> None:
-    assert peak_tflops(name) == bf16
-
-
-prepare_megatron()
+    assert find_peak_tflops(name) == bf16
 
 NUM_STEPS = 7
 RESULT = StepResult(loss=2.5, losses={"lm": 2.5}, losses_by_source={"web": 2.4}, grad_norm=1.5, lr=1e-3,
@@ -74,20 +70,21 @@ def told(run: Path) -> list[dict[str, Any]]:
 
 def tell_all(r: Recorder) -> None:
     """Call everything that a run calls."""
-    r.begin(0, None, [], [LedgerEntry(0, "main", 32, 2, {"web": 1.0})])
-    r.epochs(1, {"web": 9.0})
-    r.step(TrainState(1, 64), RESULT, LOAD)
-    r.passed_over(2, {})
-    r.passed_over(3, {"reward": 1.0})
-    r.refused(3, Refusal("the loss is nan", float("nan"), 1.0, finite=False, weights_suspect=True), [1])
-    r.expert_load(4, LOAD)
-    r.evaluated(4, {"web": HeldoutLoss(2.0, 1.0, 10)}, {"web": 128}, {"web": 130},
+    r.record_start(0, None, [], [LedgerEntry(0, "main", 32, 2, {"web": 1.0})])
+    r.warn_of_epochs(1, {"web": 9.0})
+    r.record_step(TrainState(1, 64), RESULT, LOAD)
+    r.record_skipped_step(2, {})
+    r.record_skipped_step(3, {"reward": 1.0})
+    r.record_rejected_step(3, StepRejection("the loss is nan", float("nan"), 1.0, finite=False,
+                                            weights_suspect=True), [1])
+    r.record_expert_load(4, LOAD)
+    r.record_evaluation(4, {"web": HeldoutLoss(2.0, 1.0, 10)}, {"web": 128}, {"web": 130},
                 {"chat": 3})
-    r.saved(SavedCheckpoint(Path("run/checkpoints/step-4"), 4, 0.1, 0.2))
-    r.hang(5, {"loop.py, train": [0, 1]})
-    r.gate_failed(6, "accuracy 0.1 is below 0.9")
-    r.stopped(6, None)
-    r.ended(7, 12.5, None)
+    r.record_checkpoint(SavedCheckpoint(Path("run/checkpoints/step-4"), 4, 0.1, 0.2))
+    r.record_hang(5, {"loop.py, train": [0, 1]})
+    r.record_gate_failure(6, "accuracy 0.1 is below 0.9")
+    r.record_stop(6, None)
+    r.record_end(7, 12.5, None)
     r.close()
 
 
@@ -95,7 +92,7 @@ def test_a_start_names_the_checkpoint_that_it_starts_from(tmp_path: Path) -> Non
     with create_artifact(tmp_path / "start", "checkpoint"):
         pass
     r = recorder(tmp_path)
-    r.begin(0, None, [], [LedgerEntry(0, "main", 32, 2, {"web": 1.0})], start=tmp_path / "start")
+    r.record_start(0, None, [], [LedgerEntry(0, "main", 32, 2, {"web": 1.0})], start=tmp_path / "start")
     r.close()
     assert told(tmp_path)[0]["inputs"] == [{"kind": "checkpoint", "path": str(tmp_path / "start"),
                                             "manifest_sha256": manifest_sha256(tmp_path / "start")}]
@@ -137,7 +134,7 @@ def test_other_processes_say_and_write_nothing(tmp_path: Path, capsys: pytest.Ca
 
 def test_a_resumed_run_says_from_where(tmp_path: Path) -> None:
     r = recorder(tmp_path)
-    r.begin(5, "step-5", [], [])
+    r.record_start(5, "step-5", [], [])
     r.close()
     resume, start = told(tmp_path)
     assert (resume["event"], resume["step"], resume["reason"]) == ("resume", 5, "continued from step-5")
@@ -147,8 +144,8 @@ def test_a_resumed_run_says_from_where(tmp_path: Path) -> None:
 def test_steps_are_recorded_in_their_rhythm_and_at_the_end(tmp_path: Path) -> None:
     r = recorder(tmp_path, "train.log_every_steps=3")
     assert [step for step in range(1, NUM_STEPS + 1) if r.is_due(step)] == [3, 6, 7]
-    r.step(TrainState(2), RESULT, None)
-    r.step(TrainState(3), dataclasses.replace(RESULT, loss=2.0, meters={}), torch.zeros(3, 2))
+    r.record_step(TrainState(2), RESULT, None)
+    r.record_step(TrainState(3), dataclasses.replace(RESULT, loss=2.0, meters={}), torch.zeros(3, 2))
     r.close()
     (event,) = told(tmp_path)
     assert (event["step"], event["loss"]) == (3, 2.0) and not {"max_violation", "meters"} & event.keys(), (
@@ -159,12 +156,12 @@ def test_a_source_is_named_once_and_only_above_the_limit(tmp_path: Path) -> None
     r = recorder(tmp_path, "data.max_epochs=4")
     for step, epochs in enumerate([{"web": 4.0}, {"web": 4.1, "rare": 1.0}, {"web": 5.0, "rare": 6.0}],
                                   start=1):
-        r.epochs(step, epochs)
+        r.warn_of_epochs(step, epochs)
     free = recorder(tmp_path, "data.max_epochs=0")
-    free.epochs(4, {"web": 99.0})
+    free.warn_of_epochs(4, {"web": 99.0})
     asked = recorder(tmp_path, "data.max_epochs=4", "train.steps=0", "train.epochs=20")
-    asked.epochs(4, {"web": 20.5})
-    asked.epochs(5, {"web": 21.5})
+    asked.warn_of_epochs(4, {"web": 20.5})
+    asked.warn_of_epochs(5, {"web": 21.5})
     for one in (r, free, asked):
         one.close()
     assert [(e["step"], e["text"].split()[1]) for e in told(tmp_path)] == [

@@ -10,16 +10,13 @@ import pytest
 
 from megatron_sov.base.artifacts import MANIFEST, create_artifact
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.model.config import GuardConfig
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.obs.events import EVENTS, read_events
+from megatron_sov.train import recovery
 from megatron_sov.train.data.ledger import Ledger, LedgerEntry
+from megatron_sov.train.guards.step_guard import StepGuard, StepRejection
 from tests.tiny import tiny_model
-
-prepare_megatron()
-from megatron_sov.train import loop  # noqa: E402
-from megatron_sov.train.guards.step_guard import Refusal, StepGuard  # noqa: E402
 
 
 @pytest.fixture
@@ -34,9 +31,9 @@ def run(tmp_path: Path) -> RunFolder:
 
 def found(run: RunFolder, place: Any, **options: int) -> str | None:
     """Return the name of the checkpoint to go on from."""
-    from megatron_sov.train.checkpointer import newest_sound
+    from megatron_sov.train.checkpointer import find_sound_checkpoint
 
-    checkpoint = newest_sound(run, place, **options)
+    checkpoint = find_sound_checkpoint(run, place, **options)
     return checkpoint.name if checkpoint is not None else None
 
 
@@ -46,7 +43,7 @@ def names(run: RunFolder) -> list[str]:
 
 def test_the_newest_up_to_a_step_is_taken_and_nothing_is_touched(run: RunFolder, alone: Any) -> None:
     assert found(run, alone) == "step-6"
-    assert [found(run, alone, not_after=step) for step in (6, 5, 2, 1)] == [
+    assert [found(run, alone, last_step=step) for step in (6, 5, 2, 1)] == [
         "step-6", "step-4", "step-2", None]
     assert names(run) == ["step-2", "step-4", "step-6"] and not (run.path / EVENTS).exists()
 
@@ -75,7 +72,7 @@ def test_damaged_ones_are_set_aside_for_the_one_before_and_said(
 
 def test_damage_after_the_step_asked_for_is_not_looked_for(run: RunFolder, alone: Any) -> None:
     (run.checkpoint(6) / "state.json").unlink()
-    assert found(run, alone, not_after=4) == "step-4"
+    assert found(run, alone, last_step=4) == "step-4"
     assert names(run) == ["step-2", "step-4", "step-6"]
 
 
@@ -122,7 +119,7 @@ def synced(run: str) -> dict[str, Any]:
 
     for part in parts.values():
         part.value = "changed"
-    done = checkpointer.load(folder.checkpoint(3), data_too=False)
+    done = checkpointer.load(folder.checkpoint(3), load_data_order=False)
     went_on = [part.value for part in parts.values()]
     checkpointer.load(folder.checkpoint(3))
     waiting = Checkpointer(apply_settings(config, ["train.async_save=false"]), folder, [], model, optimizer,
@@ -174,8 +171,8 @@ class Run:
         self.checkpoints = checkpoints
         self.step = now
         self.guard = StepGuard(GuardConfig(), is_main=True)
-        self.guard.refusal = Refusal("the loss is nan", 0.0, 0.0, finite=False, weights_suspect=True)
-        self.guard.in_a_row, self.guard.rollbacks = refused, rollbacks
+        self.guard.rejection = StepRejection("the loss is nan", 0.0, 0.0, finite=False, weights_suspect=True)
+        self.guard.consecutive_rejections, self.guard.rollbacks = refused, rollbacks
         self.guards = SimpleNamespace(step_guard=self.guard)
         self.checkpointer = SimpleNamespace(finish=lambda: None)
         self.folder = SimpleNamespace(checkpoints=Path("checkpoints"))
@@ -185,9 +182,9 @@ class Run:
         self.told: list[dict[str, Any]] = []
         self.events = SimpleNamespace(
             write=lambda event, **fields: self.told.append({"event": event, **fields}))
-        monkeypatch.setattr(loop, "newest_sound", self.newest_sound)
-        monkeypatch.setattr(loop, "run_on_main", lambda place, action: action())
-        monkeypatch.setattr(loop.checkpoints, "delete_checkpoints_after", self.drop_after)
+        monkeypatch.setattr(recovery, "find_sound_checkpoint", self.newest_sound)
+        monkeypatch.setattr(recovery, "run_on_main", lambda place, action: action())
+        monkeypatch.setattr(recovery.checkpoints, "delete_checkpoints_after", self.drop_after)
 
     def newest_sound(self, folder: Any, place: Any, not_after: int) -> Path | None:
         found = [step for step in self.checkpoints if step <= not_after]
@@ -196,16 +193,16 @@ class Run:
     def drop_after(self, folder: Path, step: int) -> None:
         self.checkpoints = [s for s in self.checkpoints if s <= step]
 
-    def rollback_to(self, path: Path) -> int:
+    def restore_weights(self, path: Path) -> int:
         self.guard.rollbacks = []  # what the checkpoint knew
         return int(path.name.removeprefix("step-"))
 
 
 def test_weights_go_back_and_the_data_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(monkeypatch, [10, 20, 30], now=33, refused=4, rollbacks=[])
-    loop.rollback(run)  # type: ignore[arg-type]
+    recovery.rollback_weights(run)  # type: ignore[arg-type]
     assert run.checkpoints == [10, 20], "step 30 was taken when step 30 was refused"
-    assert run.guard.rollbacks == [{"at": 33, "to": 20}] and run.guard.in_a_row == 0
+    assert run.guard.rollbacks == [{"at": 33, "to": 20}] and run.guard.consecutive_rejections == 0
     assert [(e.first_step, e.skip) for e in run.batches.ledger.entries] == [
         (0, False), (20, True), (33, False)]
     assert run.told[0] == {"event": "rollback", "step": 33, "back_to": 20, "refused": 4, "text":
@@ -215,17 +212,17 @@ def test_weights_go_back_and_the_data_go_on(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_second_time_it_goes_further_than_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(monkeypatch, [5, 10, 20, 33], now=37, refused=4, rollbacks=[{"at": 33, "to": 20}])
-    loop.rollback(run)  # type: ignore[arg-type]
+    recovery.rollback_weights(run)  # type: ignore[arg-type]
     assert run.guard.rollbacks == [{"at": 33, "to": 20}, {"at": 37, "to": 10}]
     again = Run(monkeypatch, [5, 10, 37], now=41, refused=4, rollbacks=run.guard.rollbacks)
-    loop.rollback(again)  # type: ignore[arg-type]
+    recovery.rollback_weights(again)  # type: ignore[arg-type]
     assert again.guard.rollbacks[-1] == {"at": 41, "to": 5}
 
 
 def test_after_steps_that_were_learned_the_newest_checkpoint_is_good_again(
         monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(monkeypatch, [10, 20, 33, 40], now=47, refused=4, rollbacks=[{"at": 33, "to": 20}])
-    loop.rollback(run)  # type: ignore[arg-type]
+    recovery.rollback_weights(run)  # type: ignore[arg-type]
     assert run.guard.rollbacks[-1] == {"at": 47, "to": 40}
 
 
@@ -236,7 +233,7 @@ def test_where_nothing_is_left_to_try_the_run_ends(monkeypatch: pytest.MonkeyPat
                                                    rollbacks: list[dict[str, int]], said: str) -> None:
     run = Run(monkeypatch, checkpoints, now=37, refused=4, rollbacks=rollbacks)
     with pytest.raises(UserError) as e:
-        loop.rollback(run)  # type: ignore[arg-type]
+        recovery.rollback_weights(run)  # type: ignore[arg-type]
     assert str(e.value).startswith("steps 34 to 37 were refused in a row (the last one: the loss is nan)")
     assert said in str(e.value)
     assert run.checkpoints == checkpoints and run.told == [], "nothing was changed"

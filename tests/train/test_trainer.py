@@ -59,7 +59,7 @@ def refusals(data: str, run: str) -> dict[str, Any]:
     trainer = Trainer(config, place, folder, sources, Remembering)
     trainer.open_records()
     trainer.guards.watchdog.begin(1)
-    trainer.update()
+    trainer.train_step()
     planned, consumed = trainer.batches.planned_tokens(), trainer.batches.consumed_tokens()
     trainer.save()
     trainer.checkpointer.finish()
@@ -72,7 +72,7 @@ def refusals(data: str, run: str) -> dict[str, Any]:
     said |= {"watched": [objective.watched, trainer.guards.watchdog._watched[0]],  # type: ignore[index]
              "events": [e["event"] for e in read_events(folder.path / EVENTS)],
              "remembers": again.objective.collected,  # type: ignore[attr-defined]
-             "compares": trainer.guards.step_guard._losses_compare}
+             "compares": trainer.guards.step_guard.compares_losses}
     again.checkpointer._data = dict.fromkeys(again.checkpointer._data, "0" * 64)
     for name, action in (("packed anew", lambda: again.resume(saved)),
                          ("no number", lambda: _spoil(trainer))):
@@ -90,7 +90,7 @@ def refusals(data: str, run: str) -> dict[str, Any]:
 def _spoil(trainer: Any) -> None:
     with torch.no_grad():
         next(trainer.model.parameters()).fill_(float("nan"))
-    trainer.update()
+    trainer.train_step()
 
 
 def test_a_spoilt_step_and_changed_data_are_refused(ranks: Any, job: Any, packed_data: Any,

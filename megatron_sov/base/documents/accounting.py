@@ -1,4 +1,4 @@
-"""Account for records: a command writes each record it reads, or sets it aside for a reason."""
+"""Account for records: a command writes each input record, or sets the record aside for a reason."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class RecordAccount:
     defect)."""
 
     num_read: int
-    """Counted at reading, independently of the other numbers."""
+    """Counted at reading, independently of the counts for written and set-aside records."""
     num_written: int
     set_aside: Mapping[str, int] = field(default_factory=dict)
     """Reason -> records."""

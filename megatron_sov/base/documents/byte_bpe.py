@@ -1,4 +1,4 @@
-"""Byte-level BPE in a tokenizer.json: its split pattern, the rank of each token's bytes, and its alphabet.
+"""Byte-level BPE in a tokenizer.json: split pattern, rank per token's bytes, and alphabet.
 
 tiktoken merges by the rank of the result, `tokenizers` by its list of merges, and their regular expressions
 and Unicode tables differ. `adversarial_texts` yields inputs on which to compare two encoders of one
@@ -17,11 +17,11 @@ _LAST_PLANES_STEP = 7
 
 
 class NotByteBpe(Exception):
-    """A tokenizer that a split pattern and ranks of bytes cannot express; the message begins with "its"."""
+    """A tokenizer that split pattern and byte ranks cannot express; the message begins with "its"."""
 
 
 def parse_split_pattern(raw: dict[str, Any]) -> str:
-    """Return the single regular expression by which a tokenizer.json splits text.
+    """Return the regular expression by which a tokenizer.json splits text.
 
     Raises:
         NotByteBpe: the tokenizer splits in another way.
@@ -41,7 +41,8 @@ def parse_split_pattern(raw: dict[str, Any]) -> str:
 
 
 def build_ranks(raw: dict[str, Any]) -> dict[bytes, int]:
-    """Return bytes -> id of all tokens except added ones; the ids rise with the merges and serve as ranks.
+    """Return bytes -> id for every token that was not added later; ids rise with the merges and serve as
+    ranks.
 
     Raises:
         NotByteBpe: the model is not byte-level BPE, or its ids are not ranks.
@@ -52,8 +53,8 @@ def build_ranks(raw: dict[str, Any]) -> dict[bytes, int]:
         raise NotByteBpe("its model is not plain byte-level BPE")
     vocab = model["vocab"]
     products = [vocab["".join(merge)] for merge in parse_merges(raw)]
-    # tiktoken merges the pair with the lowest id first, which is the order of merges only if ids rise with
-    # them
+    # tiktoken merges the pair with the lowest id first, which follows the merges only if the ids rise with
+    # the merges
     if products != sorted(set(products)):
         raise NotByteBpe("its ids do not rise with its merges")
     contents = {t["content"] for t in added}
@@ -65,7 +66,7 @@ def build_ranks(raw: dict[str, Any]) -> dict[bytes, int]:
                 ranks_by_bytes[bytes(characters[c] for c in token)] = id_
     except KeyError:
         raise NotByteBpe("its vocabulary is not spelled in bytes") from None
-    # all 256 bytes: every text can be encoded; no token without a merge: ranks alone would create it
+    # 256 bytes: every text can be encoded; no token without a merge: ranks alone would create such a token
     num_bytes = sum(len(token) == 1 for token in ranks_by_bytes)
     num_expected = len(set(products)) + num_bytes
     if num_bytes != 256 or (num_expected != len(ranks_by_bytes) and not model.get("ignore_merges")):
@@ -74,16 +75,15 @@ def build_ranks(raw: dict[str, Any]) -> dict[bytes, int]:
 
 
 def parse_merges(raw: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the merges of a tokenizer.json in order; old files store each merge as one string with a
-    blank."""
+    """Return a tokenizer.json's merges in order; old files store a merge as a string with a blank."""
     pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in raw["model"]["merges"])
     return [(left, right) for left, right in pairs]
 
 
 @cache
 def byte_alphabet() -> dict[str, int]:
-    """Return character -> byte of GPT-2's byte-level alphabet (`bytes_to_unicode`)."""
-    # printable bytes keep their code points, the others get code points from 256 on
+    """Return character -> byte in GPT-2's byte-level alphabet (`bytes_to_unicode`)."""
+    # printable bytes keep their code points, other bytes get code points from 256 on
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
                  *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in printable]
@@ -91,7 +91,7 @@ def byte_alphabet() -> dict[str, int]:
 
 
 def iter_adversarial_texts(raw: dict[str, Any]) -> Iterator[str]:
-    """Yield texts on which two encoders of one tokenizer would differ: all tokens, kinds of characters, long
+    """Yield texts on which two encoders for a tokenizer would differ: every token, character kinds, long
     runs."""
     characters = byte_alphabet()
     spelled = []
@@ -110,7 +110,7 @@ def iter_adversarial_texts(raw: dict[str, Any]) -> Iterator[str]:
 
 
 def _iter_characters() -> Iterator[str]:
-    """Yield characters of all Unicode blocks; from large uniform blocks only samples."""
+    """Yield characters from every Unicode block; from large uniform blocks only samples."""
     for code in range(0x20000):
         # Han, Hangul, private use, Tangut: blocks of uniform characters
         uniform = (0x3400 <= code < 0xA000 or 0xAC00 <= code < 0xD7A4 or 0xE000 <= code < 0xF900

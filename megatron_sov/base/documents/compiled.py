@@ -1,4 +1,4 @@
-"""Compile functions over arrays with numba at their first call.
+"""Compile functions over arrays with numba at the first call.
 
 Machine code is cached next to the source or in the user's cache folder; if neither is writable, every process
 compiles again. The cache is keyed by the function's own file, so a compiled function may call only functions

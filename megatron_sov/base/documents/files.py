@@ -1,8 +1,7 @@
-"""List the data files of a path, and split them into spans that separate processes can read."""
+"""List the data files at a path, and split files into spans that separate processes can read."""
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import io
 import os
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def cut_at_blank_lines(blocks: Iterable[bytes], limit_bytes: int) -> Iterator[bytes]:
-    """Cut a stream of UTF-8 bytes into pieces of at most `limit_bytes`; joined, the pieces equal the stream.
+    """Cut a UTF-8 byte stream into pieces of at most `limit_bytes`; the joined pieces equal the stream.
 
     Cut after the last blank line that fits, otherwise the last line, the last space, or between characters.
     """
@@ -62,11 +61,11 @@ def cut_text(text: str, limit_bytes: int) -> Iterator[str]:
 
 
 ACCEPTED_SAMPLES, REJECTED_SAMPLES = "kept.jsonl", "rejected.jsonl"
-"""Files of samples that passed or failed the checks of `sov-data synth`."""
+"""Files with samples that passed or failed the checks in `sov-data synth`."""
 
 
 def is_synthesis_folder(names: Iterable[str]) -> bool:
-    """Return whether a folder with these files is an output of synthesis, whose only data file is `KEPT`."""
+    """Return whether the folder is an output of `sov-data synth`, whose only data file is `KEPT`."""
     return {ACCEPTED_SAMPLES, REJECTED_SAMPLES} <= set(names)
 
 
@@ -80,38 +79,37 @@ TEXT_SUFFIXES = JSONL_SUFFIXES | frozenset([
     ".sql", ".cmake", ".html", ".htm", ".css", ".xml", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".csv",
     ".tsv", ".log", ".srt",
 ])
-"""Endings of files read from a folder; a file passed by name may have any ending."""
+"""Endings read from a folder; a file passed by name may have any ending."""
 PARQUET_SUFFIX = ".parquet"
 ARROW_SUFFIXES = frozenset([".arrow", ".feather"])
-"""Endings of Arrow files and streams, as written by `save_to_disk` of Hugging Face datasets."""
-_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
+"""Endings for Arrow files and streams, as written by `save_to_disk` in Hugging Face datasets."""
 JSON_SUFFIX = ".json"
-"""Ending of a JSON list or of JSON lines; other JSON is not data."""
+"""Ending for a JSON list or JSON lines; other JSON is not data."""
 RECORD_SUFFIXES = JSONL_SUFFIXES | ARROW_SUFFIXES | {PARQUET_SUFFIX}
-"""Endings of files of records; a folder with such a file is a dataset."""
+"""Endings for record files; a folder with a record file is a dataset."""
 VERSION_CONTROL = frozenset(["CVS", "__MACOSX"])
-"""Folders without data of the user, in addition to hidden ones."""
+"""Folders without user data, in addition to hidden folders."""
 COMPRESSED_SUFFIXES = frozenset([".gz", ".zst"])
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-"""Precedes the text in some files; not part of the text."""
+"""Bytes before the text in some files; not part of the text."""
 SPAN_BYTES = 8 << 20
-"""Size of the spans of a large file; documents of text files are cut within each span."""
+"""Span size in a large file; documents in text files are cut within each span."""
 _BLOCK_BYTES = 1 << 20
 SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"),
           "test": ("test", "testing", "eval", "evaluation")}
-"""Split -> words for it in file and folder names (as in huggingface/datasets, `data_files.py`); other files
-belong to `train`."""
+"""Split -> words in file and folder names (from huggingface/datasets, `data_files.py`); other files belong to
+`train`."""
 _ABOUT = re.compile(r"(readme|licen[sc]e|copying|copyright|notice|citation|changelog|contributing|authors|"
                     r"contributors|code_of_conduct|security|datasheet|data_?card|dataset_?card|requirements)"
                     r"([-_.].*)?", re.IGNORECASE)
-"""Names of files that describe a dataset and do not belong to its data."""
+"""File names that describe a dataset and contain no data."""
 _MAX_NAMES = 4
 _MAX_ENDINGS = 8
 
 
 @dataclass(frozen=True)
 class FileSpan:
-    """A range of a file that contains whole documents."""
+    """A file range that contains whole documents."""
 
     file: Path
     start: int
@@ -129,18 +127,18 @@ class FileSpan:
 
     @property
     def suffix(self) -> str:
-        """Return the ending of the content, without the ending of the compression."""
+        """Return the content's ending, without the compression's ending."""
         return (Path(self.file.stem) if self.compression else self.file).suffix.lower()
 
 
 MEDIA_CORPUS, CORPUS_RECORDS = "media_corpus", "records.jsonl"
-"""Kind of the artifact that `sov-data encode-media` writes, and the name of its file of records."""
+"""Artifact kind that `sov-data encode-media` writes, and the name of its record file."""
 
 
 def find_media_corpus(path: Path) -> Path | None:
-    """Return the media corpus at `path` or around it; None: there is none."""
+    """Return the media corpus at `path` or in a parent folder; None: no media corpus."""
     for folder in (path, path.absolute().parent):
-        # check the records first: a text file may have another program's `manifest.json` next to it
+        # check the records first: another program's `manifest.json` may be next to a text file
         complete = all((folder / name).is_file() for name in (CORPUS_RECORDS, MANIFEST))
         if complete and read_manifest(folder).kind == MEDIA_CORPUS:
             return folder
@@ -176,7 +174,6 @@ def list_files(path: Path, tell: Callable[[str], object] = lambda sentence: None
         UserError: the path does not exist, or the folder contains no data files.
     """
     # a file passed by name may have any ending
-    # a file that is named is read with any ending; endings choose within folders alone
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -194,7 +191,7 @@ def list_files(path: Path, tell: Callable[[str], object] = lambda sentence: None
     lists = [file for file, name in names.items() if _is_json(name)]
     # README and similar files are data only in a folder without records
     about = [file for file in texts if is_description(names[file])]
-    # apart from descriptions only JSON files: they may be lists of records
+    # besides descriptions only JSON files, which may be lists of records
     if not records and len(about) == len(texts):
         records = [file for file in lists if contains_records(file)]
     if records:
@@ -205,7 +202,7 @@ def list_files(path: Path, tell: Callable[[str], object] = lambda sentence: None
     if not data:
         raise UserError(f"{path}: holds no text file and no records (endings such as .txt, .md, .py, "
                         ".jsonl, .jsonl.gz, .json, .parquet, .arrow are read); pass a folder with text")
-    # sort by path components: this order is equal on every machine, and later steps depend on it
+    # sort by path components: later steps depend on an order that is equal on every machine
     files = sorted(data, key=lambda p: p.relative_to(path).parts)
     sentences = [format_skipped([name for file, name in names.items() if file not in data], hidden),
                  *(_describe_dataset([names[file] for file in files]) if records else ())]
@@ -227,14 +224,14 @@ def refuse_tables(path: Path, option: str) -> None:
 
 
 def walk_files(folder: Path, skipped: list[Path]) -> Iterator[str]:
-    """Yield the regular files below a folder, including those reached through links.
+    """Yield the regular files below a folder, including files reached through links.
 
     Hidden files, hidden folders and version control are skipped, and in an output of `sov-data synth` all
     files except `KEPT`. Each folder is walked once, links to folders last, so circular links end.
 
     Args:
         folder: the folder.
-        skipped: receives hidden entries (`is_hidden`) and unreadable ones (`why_left_out`).
+        skipped: receives hidden entries (`is_hidden`) and unreadable entries.
 
     Raises:
         UserError: a folder cannot be listed.
@@ -256,7 +253,7 @@ def walk_files(folder: Path, skipped: list[Path]) -> Iterator[str]:
                     folders[:] = []
                     continue
                 seen.add(real)
-                # rejected samples, journals and reports in this folder are not data
+                # rejected samples, journals and reports are not data
                 if is_synthesis_folder(files):
                     folders[:], files = [], [ACCEPTED_SAMPLES]
                 skipped += [Path(where, name) for name in sorted([*folders, *files]) if is_hidden(name)]
@@ -267,7 +264,7 @@ def walk_files(folder: Path, skipped: list[Path]) -> Iterator[str]:
                         yield path
                     else:
                         skipped.append(Path(path))
-        # links last: messages name a folder by its own path, if it has one below `folder`
+        # links last: messages name a folder by the path below `folder`, if any
         waiting = links
 
 
@@ -286,14 +283,14 @@ def is_description(name: str) -> bool:
 
 
 def has_word(name: str, words: Iterable[str]) -> bool:
-    """Return whether a path contains one of the words, separated from other words."""
+    """Return whether a path contains any of `words`, separated from other words."""
     return bool(re.search(rf"(?:^|[-._ 0-9/])(?:{'|'.join(map(re.escape, words))})(?:[-._ 0-9/]|$)",
                           name.lower()))
 
 
 def is_records(name: str) -> bool:
-    """Return whether a file's name is one of records; caches of `map` and `filter` in a saved dataset are
-    not."""
+    """Return whether a file name belongs to a record file; caches from `map` and `filter` in a saved dataset
+    do not."""
     suffix = _get_ending(name)
     return suffix in RECORD_SUFFIXES and not (suffix in ARROW_SUFFIXES
                                               and name.rpartition("/")[2].startswith("cache-"))
@@ -308,14 +305,14 @@ def _is_json(name: str) -> bool:
 
 
 def _get_ending(name: str) -> str:
-    """Return a name's ending in lower case, without the ending of a compression."""
+    """Return a name's ending in lower case, without the compression's ending."""
     path = Path(name)
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix in COMPRESSED_SUFFIXES else suffix
 
 
 def format_skipped(others: Sequence[str], hidden: Sequence[str]) -> str:
-    """Format which entries of a folder were skipped; "": none.
+    """Format which entries in a folder were skipped; "": no entry.
 
     Args:
         others: names of skipped files.
@@ -340,7 +337,7 @@ def format_skipped(others: Sequence[str], hidden: Sequence[str]) -> str:
 
 
 def _describe_dataset(names: list[str]) -> Iterator[str]:
-    """Yield warnings about probably unintended files of a dataset."""
+    """Yield warnings about probably unintended files in a dataset."""
     if plain := [name for name in names if _is_text(name)]:
         shown = ", ".join([*plain[:_MAX_NAMES], *(["..."] if len(plain) > _MAX_NAMES else [])])
         yield (f"beside records it reads {len(plain):,} files of plain text ({shown}) as documents; pass the "
@@ -352,7 +349,7 @@ def _describe_dataset(names: list[str]) -> Iterator[str]:
 
 
 def plan_units(files: Iterable[Path], unit_bytes: int = SPAN_BYTES) -> Iterator[tuple[FileSpan, ...]]:
-    """Yield units of work with about `unit_bytes` on disk: several small files or a part of a large one.
+    """Yield work units with about `unit_bytes` on disk: several small files, or part of a large file.
 
     A compressed file, a JSON list or an Arrow file is one span of any size: reading it must begin at its
     start.
@@ -371,7 +368,7 @@ def plan_units(files: Iterable[Path], unit_bytes: int = SPAN_BYTES) -> Iterator[
 
 
 def iter_spans(file: Path, span_bytes: int = SPAN_BYTES, *, read_as: str = "") -> Iterator[FileSpan]:
-    """Yield consecutive spans of a file, of about `span_bytes` each.
+    """Yield a file's consecutive spans with about `span_bytes` each.
 
     Args:
         file: the file.
@@ -392,7 +389,7 @@ def iter_spans(file: Path, span_bytes: int = SPAN_BYTES, *, read_as: str = "") -
               or size_bytes <= max(span_bytes, WHOLE_FILE_BYTES)):
             yield whole
         else:
-            # each span begins at a record or document, so that processes can read them independently
+            # a span begins at a record or document, so that processes can read spans independently
             starts = list(_iter_starts(whole, span_bytes, suffix))
             for start, stop in zip(starts, [*starts[1:], size_bytes], strict=True):
                 yield FileSpan(file, start, stop, whole.document_bytes, stop - start)
@@ -402,7 +399,7 @@ def iter_spans(file: Path, span_bytes: int = SPAN_BYTES, *, read_as: str = "") -
 
 
 def _iter_starts(whole: FileSpan, span_bytes: int, suffix: str) -> Iterator[int]:
-    """Yield the start offsets of spans: at lines of JSONL, after blank lines of text."""
+    """Yield the spans' start offsets: line starts in JSONL, after blank lines in text."""
     start = 0
     with open(whole.file, "rb") as f:
         while start < whole.stop:
@@ -421,7 +418,7 @@ def _iter_starts(whole: FileSpan, span_bytes: int, suffix: str) -> Iterator[int]
 
 
 def _iter_row_groups(whole: FileSpan, span_bytes: int) -> Iterator[FileSpan]:
-    """Yield ranges of row groups; a damaged file is one span, whose reader reports the damage."""
+    """Yield ranges of row groups; a damaged file is a single span, whose reader reports the damage."""
     try:
         metadata = open_parquet(whole.file).metadata
     except BadRecord:
@@ -441,7 +438,7 @@ def open_parquet(file: Path) -> Any:
     Raises:
         BadRecord: the file is not Parquet, or truncated.
     """
-    import pyarrow
+    import pyarrow  # not at the top: it is slow to import, and `--help` reads no data
 
     try:
         opened = sealed.open_sealed_parquet(file)
@@ -458,53 +455,6 @@ def open_parquet(file: Path) -> Any:
                         f"is not a Parquet file, or only a part of one ({reason}); fetch it again") from None
 
 
-@contextlib.contextmanager
-def open_arrow_batches(file: Path) -> Iterator[tuple[list[str], Iterator[Any]]]:
-    """Yield the column names and batches of an Arrow file or stream.
-
-    Raises:
-        BadRecord: another format or damage; raised also while reading batches.
-    """
-    import pyarrow
-    from pyarrow import ipc
-
-    try:
-        with pyarrow.OSFile(str(file)) as opened:
-            begin = opened.read(6)
-            # a file begins with magic bytes, a stream with a continuation mark (before 2019: with a length)
-            is_file, is_old = begin == b"ARROW1", begin[:4] != _STREAM_END[:4]
-            opened.seek(0)
-            reader = ipc.open_file(opened) if is_file else ipc.open_stream(opened)
-            batches: Iterator[Any]
-            if is_file:
-                batches = map(reader.get_batch, range(reader.num_record_batches))
-            else:
-                batches = _iter_stream(reader, opened, is_old)
-            yield reader.schema.names, map(_validate_batch, batches)
-    except (pyarrow.ArrowException, OSError) as e:
-        reason = first_error_line(e)[:200]
-        raise BadRecord("arrow", f"is not an Arrow file, or only a part of one ({reason}); the batches "
-                                 "before the damage are read; fetch it again") from None
-
-
-def _iter_stream(reader: Any, opened: Any, is_old: bool) -> Iterator[Any]:
-    """Yield the batches of a stream, and check its end mark: nothing else shows a truncation between batches.
-
-    The end mark of old streams (before 2019) cannot be distinguished from data.
-    """
-    import pyarrow
-
-    yield from reader
-    opened.seek(max(0, opened.size() - len(_STREAM_END)))
-    if not is_old and opened.read() != _STREAM_END:
-        raise pyarrow.ArrowInvalid("the end of the stream is missing")
-
-
-def _validate_batch(batch: Any) -> Any:
-    batch.validate(full=True)
-    return batch
-
-
 def open_bytes(file: Path, compression: str = "") -> IO[bytes]:
     """Open a file for reading, decompressing ".gz" or ".zst"."""
     if compression == ".gz":
@@ -515,10 +465,10 @@ def open_bytes(file: Path, compression: str = "") -> IO[bytes]:
 
 
 class ZstdFile(io.RawIOBase):
-    """Decompressed bytes of a `.zst` file with one or more frames; wrap it in `io.BufferedReader`."""
+    """Decompressed bytes from a `.zst` file with any number of frames; for use in `io.BufferedReader`."""
 
     def __init__(self, file: Path) -> None:
-        import pyarrow
+        import pyarrow  # not at the top, as in `open_parquet`
 
         self._stream = pyarrow.input_stream(os.fspath(file), compression="zstd")
 
@@ -526,7 +476,7 @@ class ZstdFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer: WriteableBuffer) -> int:
-        """Fill `buffer` and return the number of bytes, 0 at the end.
+        """Fill `buffer` and return the byte count, 0 at the end.
 
         Raises:
             EOFError: the file is truncated or damaged.
@@ -544,7 +494,7 @@ class ZstdFile(io.RawIOBase):
 
 
 def contains_records(file: Path) -> bool:
-    """Return whether the beginning of a JSON file is a list of objects, or lines with one object each.
+    """Return whether a JSON file begins with a list of objects, or with lines that hold an object each.
 
     A single object, on one line or several, describes data and is not data.
     """

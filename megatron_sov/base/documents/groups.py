@@ -1,4 +1,5 @@
-"""Build training data from a group of judged responses: a pair of best and worst, or an advantage for each.
+"""Build training data from a group of judged responses: best and worst as a pair, or an advantage per
+response.
 
 Files (`sov-data pairs`, `groups`) and RL rounds (`policy.method = preference`) use the same rules. A
 truncated response may be a bad example but never a good one.
@@ -21,7 +22,7 @@ def are_equal(rewards: Sequence[float]) -> bool:
 
 def choose_pair(rewards: Sequence[float], ended: Sequence[bool], is_same: Callable[[int, int], bool]
             ) -> tuple[tuple[int, int] | None, int]:
-    """Choose the best and the worst response of a group (West-of-N, arXiv 2401.12086).
+    """Choose a group's best and worst response (West-of-N, arXiv 2401.12086).
 
     Args:
         rewards: one reward per response; of equal rewards the first counts.
@@ -50,7 +51,7 @@ def choose_pair(rewards: Sequence[float], ended: Sequence[bool], is_same: Callab
 
 
 def compute_group_advantages(rewards: Sequence[float]) -> list[float]:
-    """Return the advantage of each response by K-EXAONE's technical report: -1 for the worst, 1 for the best.
+    """Return an advantage per response by K-EXAONE's technical report: -1 for the worst, 1 for the best.
 
     The formula is ``2 (z - min z) / (max z - min z) - 1`` for rewards z that are not `are_equal`.
     """
@@ -59,5 +60,5 @@ def compute_group_advantages(rewards: Sequence[float]) -> list[float]:
 
 
 def should_train(advantage: float, ended: bool) -> bool:
-    """Return whether training uses a response; responses that it does not use still count in their group."""
+    """Return whether training uses a response; unused responses still count in the group."""
     return ended or advantage <= REWARD_TOLERANCE

@@ -29,7 +29,7 @@ from megatron_sov.base.documents.overlap import TWELFTHS, Units, find_units, has
 
 _MAY_DIFFER = re.compile(r"[&<\\{}*_`$%~=+^\[\u00a0-\U0010ffff]")
 _ROUNDS = 3
-"""Passes over nested escapes: an entity may contain the sign of another one, as in &amp;lt;."""
+"""Passes over nested escapes: an entity may contain a further entity's sign, as in &amp;lt;."""
 _BLOCKS = ("p|br|div|li|ul|ol|td|th|tr|table|h[1-6]|hr|section|article|header|footer|blockquote|pre|dd|dt|dl|"
            "option|label|figcaption|title|body|head|html")
 _ESCAPE = re.compile(
@@ -59,7 +59,7 @@ _MARKUP = re.compile(
 _SIGNS = {_ESCAPE: re.compile(r"&(?=[#\w])|%(?=[0-9A-Fa-f])|=(?=[0-9A-F\r\n])|\\(?=[ux])"),
           _MARKUP: re.compile(r"<(?=[!/A-Za-z])|\\|\](?=[\](])|\[(?=[^\[\]\n]{1,200}\]\()|!(?=\[)|[~{}$`^*_]|"
                               r"=(?==)|\+(?=\+)")}
-"""Pattern -> cheap pattern of the first characters of its matches."""
+"""Pattern -> cheap pattern for the first characters of a match."""
 _CONFUSABLE = {
     **dict(zip("аеорсухіјѕһԁɡԛԝвкмнтзпгьґүӏ", "aeopcyxijshdgqwbkmht3nrbryl", strict=True)),
     **dict(zip("АВЕКМНОРСТУХІЈЅԌԚԜЗҮӀ", "ABEKMHOPCTYXIJSGQW3YI", strict=True)),
@@ -71,21 +71,21 @@ _CONFUSABLE = {
 _COMBINING = re.compile("[\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f]+")
 
 _Places = tuple[NDArray[np.int64], NDArray[np.int64]]
-"""Start and end (exclusive) of each character's origin in an earlier text."""
+"""Start and end (exclusive) per character in an earlier text."""
 _Step = Callable[[], _Places]
-"""Computes the origins of a text's characters in the text before a replacement."""
+"""Computes where a text's characters were before a replacement."""
 
 
 @dataclass(frozen=True)
 class PlainForm:
-    """The plain form of a text."""
+    """A text in plain form."""
 
     text: str
     steps: tuple[_Step, ...]
 
     @property
     def starts(self) -> NDArray[np.int64]:
-        """Return the start in the original text of each character's origin."""
+        """Return each character's start in the original text."""
         return self._origins[0]
 
     @property
@@ -94,11 +94,11 @@ class PlainForm:
 
     @cached_property
     def _origins(self) -> _Places:
-        # computed lazily: most texts contain no item, and nobody reads their origins
+        # computed lazily: most texts contain no item and need no origins
         starts, ends = self.steps[0]()
         for step in self.steps[1:]:
             at, upto = step()
-            # each step maps its characters to the text before it: compose the maps
+            # each step maps characters to the text before the step: compose the maps
             starts, ends = starts[at], ends[upto - 1]
         return starts, ends
 
@@ -136,7 +136,7 @@ def _replace_matches(text: str, pattern: re.Pattern[str], value: Callable[[re.Ma
     parts: list[str] = []
     begins, stops = [0], []  # origins of the parts, alternately unchanged and replaced
     at = 0
-    # searching for signs is many times faster than matching the whole pattern everywhere
+    # a search for signs is many times faster than matching the whole pattern everywhere
     for sign in _SIGNS[pattern].finditer(text):
         if sign.start() < at or (match := pattern.match(text, sign.start())) is None:
             continue
@@ -157,7 +157,7 @@ def _compute_origins(parts: list[str], begins: list[int], stops: list[int]) -> _
     # even parts are unchanged, odd parts replaced
     sizes = np.fromiter(map(len, parts), np.int64, len(parts))
     part = np.repeat(np.arange(len(parts)), sizes)
-    # characters of an unchanged part have consecutive origins; a replaced part has one range for all
+    # characters in an unchanged part have consecutive origins; a replaced part shares a range
     offset = np.arange(len(part)) - (np.cumsum(sizes) - sizes)[part]
     is_unchanged = part % 2 == 0
     starts = np.array(begins)[part] + offset * is_unchanged
@@ -188,8 +188,8 @@ def _strip_markup(match: re.Match[str]) -> str:
 
 
 def _replace_letters(text: str) -> tuple[str, _Step]:
-    """Replace letters by Latin look-alikes; return the new text and a function that computes origins."""
-    # complete: `translate` would raise and catch an exception for each missing character
+    """Replace letters by Latin look-alikes; return the new text and the `Origins` function."""
+    # complete table: `translate` would raise and catch an exception for each missing character
     table = {ord(c): _to_latin(c) for c in set(text)}
 
     def places() -> _Places:
@@ -202,7 +202,7 @@ def _replace_letters(text: str) -> tuple[str, _Step]:
 
 @lru_cache(maxsize=1 << 16)
 def _to_latin(character: str) -> str:
-    """Return a character's Latin look-alike without accents; Hangul and other characters stay unchanged."""
+    """Return a character's Latin look-alike without accents; Hangul and further scripts stay unchanged."""
     if character.isascii():
         return character
     if (latin := _CONFUSABLE.get(character)) is not None:
@@ -222,31 +222,31 @@ _MIN_BITS, _MAX_BITS = 12, 30
 
 @dataclass(frozen=True)
 class SearchItem:
-    """One text of a benchmark."""
+    """A benchmark text."""
 
     benchmark: str
-    """Task name, or file name without its ending."""
+    """Task name, or file name without ending."""
     id: str
     """The record's id or line number."""
     field: str
-    """Field of the record."""
+    """Record field."""
     text: str
 
 
 @dataclass(frozen=True)
 class ItemMatch:
-    """A match of an item in a text."""
+    """A match between item and text."""
 
     item: int
-    """Index of the item."""
+    """Item index."""
     begin: int
-    """First unit of the match."""
+    """First matching unit."""
     end: int
     """End unit (exclusive)."""
 
 
 class ItemSearch:
-    """An index of benchmark items for searching texts."""
+    """A search index over benchmark items."""
 
     def __init__(self, items: Sequence[SearchItem], ngram: int, min_words: int) -> None:
         """Index the items.
@@ -258,7 +258,7 @@ class ItemSearch:
         """
         self.items, self.ngram, self.min_words = items, ngram, min_words
         self.too_short: list[int] = []
-        """Indices of items below `min_words`, which are not searched."""
+        """Indices of unsearched items, shorter than `min_words`."""
         # `runs`: hash of a run -> items; `_whole`: hash of a short item's first run -> (units, hash, item)
         runs: dict[int, list[int]] = defaultdict(list)
         self._whole: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
@@ -270,7 +270,7 @@ class ItemSearch:
         self._runs, self._beginnings = _Keys(list(runs)), _Keys(list(self._whole))
 
     def _index_item(self, number: int, units: Units, runs: dict[int, list[int]]) -> None:
-        """Index one form of an item."""
+        """Index an item's plain form."""
         if units.size >= self.ngram * TWELFTHS:
             # record an item once per run, even if the run occurs twice or in both forms
             for run in np.unique(units.runs(self.ngram)).tolist():
@@ -286,14 +286,14 @@ class ItemSearch:
             self.too_short.append(number)
 
     def find(self, units: Units) -> list[ItemMatch]:
-        """Return all matches by item and position; touching stretches of an item are merged."""
+        """Return the matches by item and position; touching stretches with the same item are merged."""
         matches: dict[int, list[tuple[int, int]]] = defaultdict(list)
         ends = units.run_ends(self.ngram)
         places = self._runs.find(hash_stretches(units.hashes, np.arange(len(ends)), ends))
         for begin, run in places:
             for item in self._owners[run]:
                 stretches = matches[item]
-                # begins ascend: a run that touches the last stretch extends it
+                # begins ascend: a run that touches the last stretch extends the stretch
                 if stretches and begin <= stretches[-1][1]:
                     stretches[-1] = (stretches[-1][0], int(ends[begin]))
                 else:
@@ -310,7 +310,7 @@ class ItemSearch:
 
 
 class _Keys:
-    """A set of 64-bit keys with vectorised lookup."""
+    """A set with 64-bit keys and vectorised lookup."""
 
     def __init__(self, keys: list[int]) -> None:
         self._keys = np.sort(np.array(keys, np.uint64))
@@ -322,11 +322,11 @@ class _Keys:
         self._may_be[self._keys >> self._shift] = True
 
     def find(self, keys: NDArray[np.uint64]) -> list[tuple[int, int]]:
-        """Return (index, key) of the keys that are in the set."""
+        """Return (index, key) for keys in the set."""
         places = np.flatnonzero(self._may_be[keys >> self._shift])
         if not len(places):
             return []
-        # binary search for the candidates; clipped, because a key above all others has no successor
+        # binary search for the candidates; clipped, because the highest key has no successor
         nearest = np.minimum(np.searchsorted(self._keys, keys[places]), len(self._keys) - 1)
         places = places[self._keys[nearest] == keys[places]]
         return list(zip(places.tolist(), keys[places].tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""Layouts of users' records (`LAYOUTS`), their conversion to ours, and renamed fields (`--columns`)."""
+"""Record layouts (`LAYOUTS`), their conversion to `Document` fields, and renamed fields (`--columns`)."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from megatron_sov.base.errors import UserError
 
 KINDS = ("text", "chat", "preference", "prompt")
 COMPLETIONS = ("completion", "response")
-"""Field names of the response to a `prompt`; the first is TRL's."""
+"""Field names for the response to a `prompt`; the first name is TRL's."""
 LABEL = "label"
-"""Field of a judged response: true for a good one."""
+"""Field for a judged response: true for a good response."""
 KTO_TAG = "kto_tag"
 """LLaMA-Factory's name for `LABEL`."""
 LABELS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
-"""Spellings of a label in lower case."""
+"""Label spellings in lower case."""
 ALPACA = ("instruction", "input", "output", "system", "history")
 """Fields of an Alpaca record: a question in two parts, its answer, system prompt and earlier turns."""
 DOLLY = {"context": "input", "response": "output"}
 """Dolly's names -> Alpaca's names."""
 QUESTIONS = ("question", "answer")
-"""Fields of GSM8K and many others."""
+"""Fields in GSM8K and many other datasets."""
 CHATS = ("messages", "conversations")
 SIDES = ("chosen", "rejected")
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
-"""Fields in which other tools store media next to a text that refers to them."""
+"""Fields in which other tools store media next to a text with references."""
 FOREIGN = (*ALPACA, *DOLLY, *QUESTIONS, *MEDIA, KTO_TAG, LABEL)
-"""Fields that determine a record's layout, in addition to fields of messages."""
+"""Fields that determine a record's layout, in addition to message fields."""
 
 
 def parse_label(value: Any) -> bool | None:
-    """Parse a boolean, a number or a text of `LABELS`; None: not a label."""
+    """Parse a boolean, a number or a text in `LABELS`; None: not a label."""
     is_scalar = isinstance(value, (bool, int, float, str))
     return LABELS.get(str(value).strip().lower().removesuffix(".0")) if is_scalar else None
 
 
 def split_response(record: dict[str, Any]) -> dict[str, Any]:
-    """Split a judged chat into prompt and completion (its last message); other records stay unchanged."""
+    """Split a judged chat into prompt and completion (the last message); other records stay unchanged."""
     chat = _find_chat_field(record)
     if chat is None or "prompt" in record or LABEL not in record:
         return record
@@ -49,14 +49,14 @@ def split_response(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def refuse_media(record: Mapping[str, Any], is_prompt: bool) -> None:
-    """Refuse media next to a text: packing would drop them silently.
+    """Refuse media next to a text: packing would drop the media silently.
 
     Raises:
         BadRecord: the record has a non-empty field of `MEDIA`.
     """
     for name in MEDIA:
         value = record.get(name)
-        # other fields of a prompt belong to the reward: a string there may be anything, e.g. a file name
+        # a prompt's other fields belong to the reward: a string may be a file name, for example
         if value and isinstance(value, (list, dict, bytes) if is_prompt else (list, dict, bytes, str)):
             raise BadRecord("media", f"has {name!r}, and what is packed here is text; turn such records into "
                                      "tokens with `sov-data encode-media` first, or remove the field")
@@ -71,7 +71,7 @@ def _omit_fields(record: Mapping[str, Any], names: Iterable[str]) -> dict[str, A
 
 
 def get_completion_field(record: Mapping[str, Any]) -> str | None:
-    """Return the name of the field that answers a record's `prompt`; None: there is none."""
+    """Return the name of the field that answers a record's `prompt`; None: no such field."""
     return next((name for name in COMPLETIONS if record.get(name) is not None), None)
 
 
@@ -98,7 +98,7 @@ def _from_alpaca(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
     if record.get("output") is None or kind == "prompt":  # a prompt's other fields belong to the reward
         return {"prompt": prompt, **_omit_fields(record, ("instruction", "input", "history"))}
     others = _omit_fields(record, ("instruction", "input", "output", "history"))
-    if history and kind == "chat" and parse_label(record.get(KTO_TAG)) is None:  # train on all its answers
+    if history and kind == "chat" and parse_label(record.get(KTO_TAG)) is None:  # train on every answer
         return {"messages": [*prompt, {"role": "assistant", "content": record["output"]}], **others}
     return {"prompt": prompt, "completion": record["output"], **others}
 
@@ -142,18 +142,18 @@ def _from_shared_pair(record: dict[str, Any], kind: str | None) -> dict[str, Any
 
 @dataclass(frozen=True)
 class RecordLayout:
-    """A known form of records."""
+    """A known record layout."""
 
     name: str
-    """Name of the layout, and the programs that write it."""
+    """Layout name, and programs that write the layout."""
     fields: tuple[str, ...]
     """Fields that identify the layout."""
     reader: str
-    """A `--format` of `sov-data pack`, or another command that reads such records."""
+    """A `--format` for `sov-data pack`, or another command that reads the layout."""
     applies: Callable[[Mapping[str, Any], str | None], bool] | None = None
-    """Whether a record read as a kind has this layout; None: our own layout."""
+    """Whether a record read as a kind has the layout; None: a layout that needs no conversion."""
     convert: Callable[[dict[str, Any], str | None], dict[str, Any]] | None = None
-    """Converts a record to one of our own layouts."""
+    """Converts a record to a layout that `records` parses."""
 
 
 LAYOUTS = (
@@ -162,7 +162,7 @@ LAYOUTS = (
     RecordLayout("ShareGPT", ("conversations",), "--format chat"),
     RecordLayout("Prompt and completion (TRL)", ("prompt", "completion"), "--format chat"),
     RecordLayout("Prompt and response", ("prompt", "response"), "--format chat"),
-    # converting layouts before the rest, which reads only prompts and messages
+    # layouts with conversion come first: the rest reads only prompts and messages
     RecordLayout("Alpaca", ("instruction", "input", "output"), "--format chat", is_alpaca, _from_alpaca),
     RecordLayout("Dolly", ("instruction", "context", "response"), "--format chat", is_alpaca, _from_alpaca),
     RecordLayout("Question and answer (GSM8K)", ("question", "answer"), "--format chat", _is_questions,
@@ -180,11 +180,11 @@ LAYOUTS = (
                  _is_questions, _from_questions),
     RecordLayout("Prompts", ("prompt",), "--format prompt"),
 )
-"""All known layouts; conversions run in this order."""
+"""The known layouts; conversions run in table order."""
 
 
 def convert_layout(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
-    """Convert a record of any known layout to one of our own layouts.
+    """Convert a record in any known layout to a layout that `records` parses.
 
     Args:
         record: the record; one in our own layout stays unchanged.
@@ -203,7 +203,7 @@ TARGETS = ("prompt", "response", "completion", "messages", "conversations", "cho
            "tools", "label")
 """Fields that `--columns` can assign."""
 Renames = tuple[tuple[str, tuple[str, ...]], ...]
-"""(our field, the record's fields that are joined to it)."""
+"""(target field, the record's fields that are joined)."""
 
 
 def parse_renames(arguments: Iterable[str], targets: Collection[str] = TARGETS) -> Renames:
@@ -237,7 +237,7 @@ def parse_renames(arguments: Iterable[str], targets: Collection[str] = TARGETS) 
 
 
 def rename_fields(record: dict[str, Any], renames: Renames) -> dict[str, Any]:
-    """Rename a record's fields as `--columns` says; several fields for one target are joined by line feeds.
+    """Rename a record's fields by `--columns`; several fields for a target are joined by line feeds.
 
     Raises:
         BadRecord: a field is missing, or a field to be joined is not text.
@@ -260,7 +260,7 @@ def rename_fields(record: dict[str, Any], renames: Renames) -> dict[str, Any]:
 
 
 def unread_fields(record: dict[str, Any], kind: str, renames: Renames, read: Collection[str]) -> list[str]:
-    """Return the non-empty fields of a record that are not read, in the record's order.
+    """Return a record's non-empty fields that are not read, in record order.
 
     Args:
         record: the original record.
@@ -290,7 +290,7 @@ _FIELD_WORDS = {
     "answer": ("answer", "solution", "gold", "golden", "target", "reference", "truth", "expected", "label"),
     "text": ("text", "content", "body", "document", "article", "passage", "story", "markdown", "code"),
 }
-"""Our field -> words in the names of fields with the same content."""
+"""Target field -> words in names of fields with the same content."""
 _NEEDED = {"chat": ("prompt", "response"), "preference": ("chosen", "rejected", "prompt"),
            "prompt": ("prompt",), "text": ("text",)}
 

@@ -1,4 +1,4 @@
-"""Parse messages of a conversation in the formats of OpenAI and ShareGPT."""
+"""Parse conversations in the formats of OpenAI and ShareGPT."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "a
 """ShareGPT's `from` -> role."""
 
 ROLE_ALIASES = {"developer": "system", "function": "tool"}
-"""Role names of newer and older OpenAI models -> role."""
+"""Role name in newer and older OpenAI models -> role."""
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 """Field names for an assistant's reasoning."""
 MESSAGE_FIELDS = frozenset(("role", "content", "name", "tool_calls", "tool_call_id", "function_call", "train",
                             "weight", "type", *REASONING_FIELDS))
-"""Fields of messages that are read; `type` is accepted and ignored."""
+"""Message fields that are read; `type` is accepted and ignored."""
 EMPTY_VALUES: tuple[Any, ...] = (None, "", [], {})
 """Values that count as a missing field."""
 TEMPLATE_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt", "marks_generation"}
 """Variables that every chat template receives; a record may not set them."""
 MAX_LEVELS = 64
-"""Nesting limit of a record, far below Python's recursion limit."""
+"""Maximum nesting in a record, far below Python's recursion limit."""
 
 
 class BadRecord(Exception):
-    """A record that cannot become a document; readers report it and continue."""
+    """A record that cannot become a document; readers report the record and continue."""
 
     def __init__(self, code: str, reason: str, line: int = 0, content: bytes = b"",
                  options: tuple[str, ...] = ()) -> None:
@@ -49,22 +49,22 @@ class BadRecord(Exception):
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation."""
+    """A turn in a conversation."""
 
     role: str
-    """One of `ROLES`."""
+    """A role in `ROLES`."""
     content: str = ""
     reasoning: str = ""
     """Reasoning before the answer (`reasoning_content`, `thinking` or `reasoning`)."""
     tool_calls: tuple[dict[str, Any], ...] = ()
     """Calls in OpenAI's format, but `function.arguments` is an object instead of JSON text (as inference
-    engines pass them to chat templates)."""
+    engines pass arguments to chat templates)."""
     is_learned: bool = True
     """Whether training uses this assistant message (`train`, or OpenAI's `weight`)."""
     other: tuple[tuple[str, str], ...] = ()
     """`name` and `tool_call_id`, if present."""
     unread: tuple[str, ...] = field(default=(), compare=False)
-    """Non-empty fields of the record's message that are not among `MESSAGE_FIELDS`."""
+    """Non-empty fields in the record's message outside `MESSAGE_FIELDS`."""
 
     @property
     def is_plain(self) -> bool:
@@ -95,20 +95,20 @@ class Conversation:
     tools: tuple[dict[str, Any], ...] = ()
     """Tool descriptions in OpenAI's format."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """Variables of the template (`chat_template_kwargs`), such as `enable_thinking`."""
+    """Template variables (`chat_template_kwargs`), for example `enable_thinking`."""
 
     @staticmethod
     def of(*turns: tuple[str, str]) -> Conversation:
         return Conversation(tuple(Message(role, content) for role, content in turns))
 
     def beside(self) -> tuple[str, ...]:
-        """Return all strings of a record except the messages' contents: in tools, variables and names."""
+        """Return a record's strings outside message contents: in tools, variables and names."""
         other = [value for message in self.messages for _, value in message.other]
         return tuple(_iter_strings([*self.tools, dict(self.template_kwargs), *other]))
 
 
 def _iter_strings(value: Any) -> Iterator[str]:
-    """Yield all strings in a JSON value, including keys, which a template may print."""
+    """Yield the strings in a JSON value, including keys, which a template may print."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, (dict, list, tuple)):
@@ -130,7 +130,7 @@ def check_depth(value: Any, levels: int = MAX_LEVELS) -> None:
 
 
 def parse_messages(messages: Any, name: str) -> Messages:
-    """Parse the messages of a record.
+    """Parse a record's messages.
 
     Args:
         messages: value of the field.
@@ -153,13 +153,13 @@ def parse_sharegpt(turns: Any, name: str) -> Messages:
     """Parse messages of the form `{"from": ..., "value": ...}`; a `function_call`'s value is JSON text.
 
     Raises:
-        BadRecord: as `read_messages`.
+        BadRecord: as `parse_messages`.
     """
     return parse_messages(convert_sharegpt(turns, name), name)
 
 
 def convert_sharegpt(turns: Any, name: str) -> list[dict[str, Any]]:
-    """Convert ShareGPT turns to messages with `role` and `content`; turns that are messages stay unchanged.
+    """Convert ShareGPT turns to messages with `role` and `content`; messages stay unchanged.
 
     Raises:
         BadRecord: `turns` is not a list, or a speaker is unknown.
@@ -186,7 +186,7 @@ def convert_sharegpt(turns: Any, name: str) -> list[dict[str, Any]]:
 
 
 def parse_tools(tools: Any) -> tuple[dict[str, Any], ...]:
-    """Parse tool descriptions, given as a list or its JSON text.
+    """Parse tool descriptions from a list or JSON text.
 
     Raises:
         BadRecord: the value is not a list of objects.
@@ -200,10 +200,10 @@ def parse_tools(tools: Any) -> tuple[dict[str, Any], ...]:
 
 
 def parse_tools_and_kwargs(tools: Any, template_kwargs: Any) -> dict[str, Any]:
-    """Parse the fields of a `Conversation` other than its messages.
+    """Parse a `Conversation`'s fields other than messages.
 
     Args:
-        tools: as in `read_tools`; None: no tools.
+        tools: as in `parse_tools`; None: no tools.
         template_kwargs: variables of the chat template; None: no variables.
 
     Raises:
@@ -220,7 +220,7 @@ def parse_tools_and_kwargs(tools: Any, template_kwargs: Any) -> dict[str, Any]:
 
 
 def check_is_json(value: Any, where: str, allow_nan: bool = True) -> None:
-    """Refuse values that templates cannot print as JSON, such as times and bytes from Parquet files.
+    """Refuse values that templates cannot print as JSON, for example times and bytes from Parquet files.
 
     Raises:
         BadRecord: a value is not JSON.
@@ -260,8 +260,7 @@ def _parse_message(message: Any, where: str) -> Message:
 
 
 def _join_content(content: Any, where: str, optional: bool) -> str:
-    """Return a message's content as one text; parts in OpenAI's format are joined by line feeds, as in
-    vLLM."""
+    """Return a message's content as text; parts in OpenAI's format are joined by line feeds, as in vLLM."""
     if content is None and optional:
         return ""
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text"
@@ -332,7 +331,7 @@ def _check_tool_results(messages: Sequence[Message], name: str) -> None:
             if answered >= len(open_calls):
                 raise BadRecord("tool_result", f"has a tool's result without a call: {name}[{i}]")
             ids = [call.get("id") for call in open_calls]
-            # compare ids only if the calls have any: many data sets leave them out
+            # compare ids only if the calls have ids: many datasets leave ids out
             if (id_ := dict(message.other).get("tool_call_id")) is not None and any(ids) and id_ not in ids:
                 raise BadRecord("tool_result", f"has the result of another call: {name}[{i}].tool_call_id is "
                                                f"{id_!r}, the calls before it are {ids}")

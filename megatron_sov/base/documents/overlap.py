@@ -18,21 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sov.base.documents.scripts import RUN_HANGUL_SCRIPTS, RUN_SCRIPTS, list_code_points
-
 RUN_WORDS = 10
-"""Length of a run in words."""
+"""Run length in words."""
 TWELFTHS = 12
-"""Size of one word, the measure of unit sizes."""
-_INVISIBLE = ((0x034F, 0x0350), (0x115F, 0x1161), (0x17B4, 0x17B6), (0x180B, 0x1810), (0x3164, 0x3165),
-              (0xFE00, 0xFE10), (0xFFA0, 0xFFA1), (0xE0000, 0xE1000))
-"""Invisible code points (Default_Ignorable_Code_Point) outside the category Cf."""
-_NAMED_PLANES = 0x30000
-"""End of the code points with a category lookup; higher ones are Han, invisible or unassigned."""
-_COMMANDS = ("text", "textbf", "textit", "textrm", "texttt", "textsf", "textsc", "emph", "mathrm", "mathbf",
-             "mathit", "mathsf", "mathtt", "boldsymbol", "bm", "left", "right", "big", "bigl", "bigr",
-             "displaystyle", "textstyle", "limits", "quad", "qquad", "underline")
-"""TeX commands that change appearance only."""
+"""A word's size, the measure for unit sizes."""
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 # an odd number has an inverse modulo 2^64, which allows shifting prefix sums to any position
 _INVERSE = np.uint64(pow(int(_BASE), -1, 1 << 64))
@@ -48,11 +37,11 @@ class Units:
     folded: str
     """The text in NFKC; also case-folded if case folding changes the length."""
     places: NDArray[np.int64] | None
-    """Index in `folded` of each visible character; None: all characters are visible."""
+    """Index in `folded` per visible character; None: every character is visible."""
     hashes: NDArray[np.uint64]
     """64-bit hashes."""
     sizes: NDArray[np.uint8]
-    """Sizes in twelfths of a word."""
+    """Unit sizes in twelfths of a word."""
     begins: NDArray[np.int64]
     """First index among the visible characters."""
     ends: NDArray[np.int64]
@@ -64,20 +53,19 @@ class Units:
         return int(self.sizes.sum(dtype=np.int64))
 
     def run_ends(self, words: int = RUN_WORDS) -> NDArray[np.int64]:
-        """Return the end (exclusive) of each run of `words` words; run i begins at unit i. Empty if too
-        short."""
-        from megatron_sov.base.documents import unit_scan
+        """Return the end (exclusive) per run of `words` words; run i begins at unit i. Empty if too short."""
+        from megatron_sov.base.documents import unit_scan  # not at the top, as in `find_units`
 
         ends = np.empty(len(self.sizes), np.int64)
         return ends[:unit_scan.find_run_ends(self.sizes, words * TWELFTHS, ends)]
 
     def runs(self, words: int = RUN_WORDS) -> NDArray[np.uint64]:
-        """Return the hash of each run of `words` words; run i begins at unit i."""
+        """Return a hash per run of `words` words; run i begins at unit i."""
         ends = self.run_ends(words)
         return hash_stretches(self.hashes, np.arange(len(ends)), ends)
 
     def span(self, begin: int, end: int) -> tuple[int, int]:
-        """Return the range of `folded` that units `begin` to `end` (exclusive) cover."""
+        """Return the range in `folded` that units `begin` to `end` (exclusive) cover."""
         start, stop = int(self.begins[begin]), int(self.ends[end - 1])
         if self.places is None:
             return start, stop
@@ -99,6 +87,7 @@ def find_units(text: str) -> Units:
     Ignores punctuation, symbols, tags, entities, TeX commands of formatting, hyphenation at line ends,
     thousands separators and invisible characters.
     """
+    # not at the top: numba is slow to import, and `--help` compares no texts
     from megatron_sov.base.documents import unit_scan
 
     places = None
@@ -108,50 +97,34 @@ def find_units(text: str) -> Units:
         codes = np.frombuffer(text.lower().encode("ascii"), np.uint8).astype(np.uint32)
     else:
         folded = unicodedata.normalize("NFKC", text)
-        codes = _to_code_points(folded)
-        fold_flags = unit_scan.fold_case(codes, _get_folds(), _get_classes())
-        # a letter that folds to several (such as ß) changes indices: fold the text itself
+        codes = unit_scan.to_code_points(folded)
+        fold_flags = unit_scan.fold_case(codes, unit_scan.get_folds(), unit_scan.get_classes())
+        # a letter that folds to several letters (ß) changes indices: fold the text itself
         if fold_flags & 2:
             folded = fold_text(text)
-            codes = _to_code_points(folded)
+            codes = unit_scan.to_code_points(folded)
         if fold_flags & 1:
-            # remove invisible characters first: inside a word they must not split it
-            places = np.flatnonzero(_get_classes()[codes] != unit_scan.IGNORED)
+            # remove invisible characters first, because such a character must not split a word
+            places = np.flatnonzero(unit_scan.get_classes()[codes] != unit_scan.IGNORED)
             codes = codes[places]
     count = len(codes)
     hashes, sizes = np.empty(count, np.uint64), np.empty(count, np.uint8)
     begins, ends = np.empty(count, np.int64), np.empty(count, np.int64)
-    # the arrays have room for one unit per character; cut them to the number of units
-    count = unit_scan.scan_units(codes, _get_classes(), _hash_commands(), hashes, sizes, begins, ends)
+    # the arrays have room for a unit per character; cut the arrays to the number of units
+    count = unit_scan.scan_units(codes, unit_scan.get_classes(), unit_scan.hash_commands(), hashes, sizes,
+                                 begins, ends)
     return Units(folded, places, hashes[:count], sizes[:count], begins[:count], ends[:count])
 
 
-def _to_code_points(text: str) -> NDArray[np.uint32]:
-    return np.frombuffer(bytearray(text.encode("utf-32-le", errors="surrogatepass")), np.uint32)
-
-
-def list_units(text: str) -> list[str]:
-    """Return the units of a text as strings, without ignored characters."""
-    from megatron_sov.base.documents import unit_scan
-
-    parsed, classes, strings = find_units(text), _get_classes(), list[str]()
-    passed_over = (unit_scan.SEPARATOR, unit_scan.IGNORED)
-    for i in range(len(parsed.hashes)):
-        start, stop = parsed.span(i, i + 1)
-        characters = parsed.folded[start:stop].casefold()
-        strings.append("".join(c for c in characters if classes[ord(c)] not in passed_over))
-    return strings
-
-
 def hash_runs(text: str, words: int = RUN_WORDS) -> list[int]:
-    """Return the 64-bit hash of each run of `words` words; empty if the text is shorter."""
+    """Return a 64-bit hash per run of `words` words; empty if the text is shorter."""
     hashes: list[int] = find_units(text).runs(words).tolist()
     return hashes
 
 
 def hash_stretches(ids: NDArray[np.uint64], begins: NDArray[np.int64], ends: NDArray[np.int64]
                    ) -> NDArray[np.uint64]:
-    """Return the hash of each non-empty stretch `ids[begin:end]`.
+    """Return a hash per non-empty stretch `ids[begin:end]`.
 
     With prefix sums ``S`` of ``ids[k] B^-k`` modulo 2^64, the polynomial of a stretch is
     ``B^(end-1) (S[end] - S[begin])``: the cost does not depend on the stretch's length.
@@ -165,7 +138,7 @@ def hash_stretches(ids: NDArray[np.uint64], begins: NDArray[np.int64], ends: NDA
 
 
 def hash_windows(tokens: NDArray[Any], window: int) -> NDArray[np.uint64]:
-    """Return the hash of each window of `window` token ids, uint64 [n - window + 1]; empty if n < window."""
+    """Return a hash per window of `window` token ids, uint64 [n - window + 1]; empty if n < window."""
     count = len(tokens) - window + 1
     if count < 1:
         return np.zeros(0, np.uint64)
@@ -175,7 +148,7 @@ def hash_windows(tokens: NDArray[Any], window: int) -> NDArray[np.uint64]:
 
 
 def _get_powers(count: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """Return at least `count` powers of the base and of its inverse."""
+    """Return at least `count` powers of `_BASE` and of `_INVERSE`."""
     if count > _MAX_CACHED_POWERS:
         return _compute_powers(count)
     # round up to a power of two: texts of all lengths share nine tables
@@ -193,46 +166,3 @@ def _compute_powers(count: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]
 
 
 _get_cached_powers = lru_cache(maxsize=9)(_compute_powers)
-
-
-@lru_cache(maxsize=1)
-def _get_classes() -> NDArray[np.uint8]:
-    """Return the class of each code point (classes of `unit_scan`)."""
-    from megatron_sov.base.documents import unit_scan
-
-    classes = np.full(0x110000, unit_scan.WORD, np.uint8)
-    for begin, end in list_code_points(RUN_SCRIPTS):
-        classes[begin:end] = unit_scan.QUARTER
-    for begin, end in list_code_points(RUN_HANGUL_SCRIPTS):
-        classes[begin:end] = unit_scan.THIRD
-    # after the ranges of scripts, which include some marks and digits
-    for code in range(_NAMED_PLANES):
-        category = unicodedata.category(chr(code))
-        if category[0] in "PSZ" or category == "Cc":
-            classes[code] = unit_scan.SEPARATOR
-        elif category == "Cf":
-            classes[code] = unit_scan.IGNORED
-        elif category == "Nd":
-            classes[code] = unit_scan.DIGIT + unicodedata.digit(chr(code))
-    for begin, end in _INVISIBLE:
-        classes[begin:end] = unit_scan.IGNORED
-    return classes
-
-
-@lru_cache(maxsize=1)
-def _get_folds() -> NDArray[np.uint32]:
-    """Return the case-folded code point of each code point; `unit_scan.MANY` if there are several."""
-    from megatron_sov.base.documents import unit_scan
-
-    folds = np.arange(0x110000, dtype=np.uint32)
-    for code in range(_NAMED_PLANES):
-        if (folded := chr(code).casefold()) != chr(code):
-            folds[code] = ord(folded) if len(folded) == 1 else unit_scan.MANY
-    return folds
-
-
-@lru_cache(maxsize=1)
-def _hash_commands() -> NDArray[np.uint64]:
-    from megatron_sov.base.documents import unit_scan
-
-    return np.sort(np.array([unit_scan.hash_word(_to_code_points(name)) for name in _COMMANDS], np.uint64))

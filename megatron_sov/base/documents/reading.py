@@ -1,4 +1,4 @@
-"""Read spans of data files as documents, and report bad records between them."""
+"""Read file spans as documents, and report bad records in between."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from typing import IO, Any, cast
 from megatron_sov.base.documents.files import (
     ARROW_SUFFIXES, BYTE_ORDER_MARK, DOCUMENT_BYTES, JSON_SUFFIX, JSONL_SUFFIXES, PARQUET_SUFFIX,
     TEXT_SUFFIXES, WHOLE_FILE_BYTES, FileSpan, cut_at_blank_lines, is_records, iter_spans, list_files,
-    open_arrow_batches, open_bytes, open_parquet)
+    open_bytes, open_parquet)
 from megatron_sov.base.documents.layouts import FOREIGN, Renames, unread_fields
 from megatron_sov.base.documents.records import (
     DIALOGUE, BadRecord, Document, RecordParser, RecordReading, create_length_error, decode_utf8,
     find_table_problem, list_read_fields, parse_json_value, parse_line, parse_record)
-from megatron_sov.base.errors import UserError, first_error_line
+from megatron_sov.base.errors import UserError
 
 _ESCAPE_CHARS = 16
-"""Characters at the end of a window that may be the beginning of an escape, word or number."""
+"""Characters at the end of a window that may begin an escape, word or number."""
 
 
 def iter_json_items(read: Callable[[int], bytes], limit_bytes: int) -> Iterator[Any]:
@@ -36,7 +36,7 @@ def iter_json_items(read: Callable[[int], bytes], limit_bytes: int) -> Iterator[
     try:
         if window.next_char() != "[":
             raise BadRecord("json", "is not a JSON list; pass a list of records, or JSON Lines")
-        # parse one value at a time instead of the whole file
+        # parse value by value instead of the whole file
         window.at += 1
         if window.next_char() != "]":
             yield window.parse_item()
@@ -55,7 +55,7 @@ def iter_json_items(read: Callable[[int], bytes], limit_bytes: int) -> Iterator[
 
 
 class _ByteWindow:
-    """A decoded window of a file and the current position in it."""
+    """A decoded window into a file, with the current position."""
 
     def __init__(self, read: Callable[[int], bytes], limit_bytes: int) -> None:
         self._read, self._limit = read, limit_bytes
@@ -63,7 +63,7 @@ class _ByteWindow:
         self._text, self.at, self._is_whole = "", 0, False
 
     def next_char(self) -> str:
-        """Move to the next character that is not blank, and return it; "" at the end."""
+        """Move to the next character that is not blank, and return the character; "" at the end."""
         while True:
             while self.at < len(self._text):
                 if (char := self._text[self.at]) not in " \t\r\n":
@@ -74,7 +74,7 @@ class _ByteWindow:
             self._grow()
 
     def parse_item(self) -> Any:
-        """Parse the item at the current position, and move after it.
+        """Parse the item at the current position, and move past the item.
 
         Raises:
             BadRecord: the item is not valid JSON, or too long.
@@ -106,7 +106,7 @@ class _ByteWindow:
             self._grow()
 
     def _grow(self) -> None:
-        """Read at least as many bytes as the window holds, so that an item is parsed only a few times."""
+        """Read at least as many bytes as the window holds: an item is then parsed only a few times."""
         # drop the text before the current position
         remaining = max(_BLOCK_BYTES, len(self._text) - self.at)
         parts = [self._text[self.at:]]
@@ -123,20 +123,16 @@ class _ByteWindow:
 
 
 MAX_REPORT_BYTES = 1000
-"""Bytes of a bad record's content in its report."""
+"""Bytes of a bad record quoted in the report."""
 _BLOCK_BYTES = 1 << 20
-_ROWS = 256
-"""Rows of a Parquet file decoded at a time (fewer if rows are long)."""
-_ROWS_BYTES = 64 << 20
 _JSON_BEGINS = re.compile(rb'\s*(?:\[\s*)?\{\s*"(?:[^"\\\n]|\\.)*"\s*:')
-"""Beginning of JSON (a list, lines or one object); plain text does not begin like this."""
-_JSON_TYPE = "extension<arrow.json>"
+"""Beginning of JSON (a list, lines or an object); plain text begins differently."""
 TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
-"""Suffixes of plain-text tables -> column separator."""
+"""Plain-text table suffix -> column separator."""
 
 
 def read_documents(files: Iterable[Path], reading: RecordReading | None = None) -> Iterator[Document]:
-    """Yield the non-empty documents of files, in order.
+    """Yield the non-empty documents in `files`, in order.
 
     Raises:
         UserError: a file is unreadable or not UTF-8, or has a malformed record (named by line or row).
@@ -157,7 +153,7 @@ def read_documents(files: Iterable[Path], reading: RecordReading | None = None) 
 
 def read_records(path: Path, tell: Callable[[str], object] = lambda sentence: None,
                  renames: Renames = ()) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (location, fields) of each record in a file or a dataset's folder, without conversion.
+    """Yield (location, fields) per record in a file or dataset folder, without conversion.
 
     Args:
         path: the file or folder.
@@ -190,7 +186,7 @@ def find_unread_fields(span: FileSpan, reading: RecordReading) -> list[str]:
     def parse(record: dict[str, Any], where: str, number: int, _: RecordReading) -> list[str]:
         return unread_fields(record, reading.kind or "chat", reading.renames, list_read_fields(reading))
 
-    # as prompts: for prompts, all columns of a table are read
+    # as prompts: for prompts, every table column is read
     fields = next(iter(CountedSpan(span, RecordReading("prompt"), parse)), None)
     return fields if isinstance(fields, list) else []
 
@@ -201,7 +197,7 @@ def _number_fields(record: dict[str, Any], where: str, number: int, reading: Rec
 
 
 def format_location(file: Path, item: BadRecord, lines_before: int) -> str:
-    """Format the location of a bad record: the file, and its line or row."""
+    """Format a bad record's location: file, and line or row."""
     return f"{file}:{lines_before + item.line}" if item.line else str(file)
 
 
@@ -211,7 +207,7 @@ def read_span(span: FileSpan, reading: RecordReading) -> Iterator[Document | Bad
 
 
 class CountedSpan:
-    """Iterates over documents and bad records of a span; afterwards, `num_lines` is its number of lines or
+    """Iterates over a span's documents and bad records; afterwards, `num_lines` is the number of lines or
     rows."""
 
     def __init__(self, span: FileSpan, reading: RecordReading, parse: RecordParser = parse_record) -> None:
@@ -224,26 +220,33 @@ class CountedSpan:
         Raises:
             UserError: the file is unreadable.
         """
-        span = self.span
         try:
-            if span.suffix == PARQUET_SUFFIX:
-                file = open_parquet(span.file)
-                columns = _choose_columns(file.schema_arrow.names, self.reading)
-                yield from self._iter_rows(_iter_batches(file, range(span.start, span.stop), columns),
-                                           columns)
-            elif span.suffix in ARROW_SUFFIXES:
-                with open_arrow_batches(span.file) as (names, batches):
-                    columns = _choose_columns(names, self.reading)
-                    yield from self._iter_rows(_iter_slices(batches), columns)
+            if self.span.suffix == PARQUET_SUFFIX or self.span.suffix in ARROW_SUFFIXES:
+                yield from self._read_table()
             else:
-                with _open_span(span) as f:
+                with _open_span(self.span) as f:
                     yield from self._read_bytes(f)
         except BadRecord as e:
             yield e
         except OSError as e:
-            raise UserError(f"{span.file}: cannot be read ({e.strerror or e}); "
+            raise UserError(f"{self.span.file}: cannot be read ({e.strerror or e}); "
                             "check the path and its permissions") from e
 
+    def _read_table(self) -> Iterator[Document | BadRecord]:
+        """Read Parquet row groups or an Arrow file."""
+        # not at the top: pyarrow is slow to import, and `--help` reads no data
+        from megatron_sov.base.documents import arrow_rows
+
+        span = self.span
+        if span.suffix == PARQUET_SUFFIX:
+            file = open_parquet(span.file)
+            columns = _choose_columns(file.schema_arrow.names, self.reading)
+            batches = arrow_rows.iter_parquet_batches(file, range(span.start, span.stop), columns)
+            yield from self._convert_rows(batches, columns, arrow_rows.convert_value)
+        else:
+            with arrow_rows.open_arrow_batches(span.file) as (names, batches):
+                columns = _choose_columns(names, self.reading)
+                yield from self._convert_rows(batches, columns, arrow_rows.convert_value)
     def _read_bytes(self, f: IO[bytes]) -> Iterator[Document | BadRecord]:
         if self.span.suffix in JSONL_SUFFIXES:
             return self._iter_lines(f)
@@ -269,13 +272,13 @@ class CountedSpan:
 
     def _iter_lines(self, f: IO[bytes]) -> Iterator[Document | BadRecord]:
         limit = self.reading.max_document_bytes
-        # a compressed file is one span, and its size does not limit the length of its text
+        # a compressed file is a single span, whose size does not limit the length of the text
         remaining = float("inf") if self.span.compression else self.span.stop - self.span.start
         while remaining > 0 and (line := _read_guarded(f.readline, limit + 1)):
             self.num_lines += 1
             remaining -= len(line)
             if len(line) > limit and not line.endswith(b"\n"):
-                # skip the rest of an overlong line in blocks without keeping it
+                # skip the rest of an overlong line block by block
                 while (rest := _read_guarded(f.readline, _BLOCK_BYTES)):
                     remaining -= len(rest)
                     if rest.endswith(b"\n"):
@@ -302,7 +305,7 @@ class CountedSpan:
             raise BadRecord("fields", f"is plain text, which has no field {fields[0]!r}; "
                                       "pass JSONL or Parquet")
         position = span.start
-        # endings that do not declare the content: JSON data would be trained on as text
+        # endings that do not declare the content: JSON data would be trained as text
         is_vague = span.suffix in (".txt", ".text") or span.suffix not in TEXT_SUFFIXES
         blocks = _iter_blocks(f, None if span.compression else span.stop - span.start)
         limit_bytes = span.document_bytes
@@ -329,7 +332,7 @@ class CountedSpan:
         if not self.reading.by_line:
             yield Document(str(self.span.file), text)
             return
-        # only line feeds end a line: other separators that `splitlines` knows may be part of a text
+        # only line feeds end a line: further separators known to `splitlines` may be part of a text
         for line in text.removesuffix("\n").split("\n"):
             self.num_lines += 1
             if line.strip():
@@ -347,7 +350,8 @@ class CountedSpan:
             raise BadRecord("table", f"is a table (columns: {', '.join(names)[:200]}); save it as Parquet or "
                                      "JSON lines, e.g. with to_parquet or to_json of `datasets`")
 
-    def _iter_rows(self, batches: Iterator[Any], columns: list[str]) -> Iterator[Document | BadRecord]:
+    def _convert_rows(self, batches: Iterator[Any], columns: list[str],
+                      convert_value: Callable[[Any, bool], Any]) -> Iterator[Document | BadRecord]:
         # columns of a reward keep their nulls
         padded = {*DIALOGUE, *(name for target, sources in self.reading.renames if target in DIALOGUE
                                for name in sources)}
@@ -355,7 +359,7 @@ class CountedSpan:
             for i in range(batch.num_rows):
                 self.num_lines += 1
                 try:
-                    record = {name: _convert_value(batch.column(name)[i], name in padded) for name in columns}
+                    record = {name: convert_value(batch.column(name)[i], name in padded) for name in columns}
                     yield self.parse(record, f"{self.span.file}:{self.num_lines}", self.num_lines,
                                      self.reading)
                 except BadRecord as e:
@@ -374,7 +378,7 @@ def _open_span(span: FileSpan) -> IO[bytes]:
 
 
 def _read_guarded(read: Callable[[int], bytes], size: int) -> bytes:
-    """Read from a stream that may be compressed.
+    """Read from a possibly compressed stream.
 
     Raises:
         BadRecord: the compressed data is truncated or damaged.
@@ -387,7 +391,7 @@ def _read_guarded(read: Callable[[int], bytes], size: int) -> bytes:
 
 
 def _iter_blocks(f: IO[bytes], remaining: int | None) -> Iterator[bytes]:
-    """Yield up to `remaining` bytes of a stream (None: all) in blocks."""
+    """Yield up to `remaining` bytes from a stream (None: until the end) in blocks."""
     while ((size := _BLOCK_BYTES if remaining is None else min(_BLOCK_BYTES, remaining))
            and (block := _read_guarded(f.read, size))):
         remaining = None if remaining is None else remaining - len(block)
@@ -408,14 +412,14 @@ def _prepend_block(first: bytes, blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _choose_columns(names: list[str], reading: RecordReading) -> list[str]:
-    """Return the columns to read: all columns for prompts, otherwise the fields of the kind.
+    """Return the columns to read: every column for prompts, otherwise the kind's fields.
 
     Raises:
         BadRecord: the rows are of another kind, or two columns have the same name.
     """
     if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise BadRecord("parquet", f"has two columns {repeated[0]!r}; rename or remove one")
-    # the other columns of a prompt are for the reward
+    # a prompt's remaining columns are for the reward
     if reading.kind == "prompt":
         return names
     if problem := find_table_problem(names, reading):
@@ -426,64 +430,3 @@ def _choose_columns(names: list[str], reading: RecordReading) -> list[str]:
     if reading.kind != "text":
         needed |= list_read_fields(reading)
     return [name for name in names if name in needed]
-
-
-def _iter_slices(batches: Iterator[Any]) -> Iterator[Any]:
-    for batch in batches:
-        for start in range(0, batch.num_rows, _ROWS):
-            yield batch.slice(start, _ROWS)
-
-
-def _iter_batches(file: Any, row_groups: range, columns: list[str]) -> Iterator[Any]:
-    """Yield rows in batches of at most `_ROWS` rows and about `_ROWS_BYTES`."""
-    import pyarrow
-
-    try:
-        for number in row_groups:
-            group = file.metadata.row_group(number)
-            # estimate from the mean row size of the group
-            rows = _ROWS_BYTES * max(group.num_rows, 1) // max(group.total_byte_size, 1)
-            yield from file.iter_batches(batch_size=min(max(rows, 1), _ROWS), row_groups=[number],
-                                         columns=columns)
-    except (pyarrow.ArrowException, OSError) as e:
-        raise BadRecord("parquet", f"is damaged ({first_error_line(e)}); what came before is read; "
-                                   "fetch it again") from None
-
-
-def _convert_value(scalar: Any, is_padded: bool) -> Any:
-    try:
-        value = scalar.as_py()
-    except UnicodeDecodeError as e:
-        raise BadRecord("utf8", f"is not UTF-8 ({e.reason} at byte {e.start} of a column)") from None
-    except (LookupError, OverflowError, ValueError) as e:  # a date or time zone outside Python's range
-        raise BadRecord("parquet", f"has a value that cannot be read ({type(e).__name__}: {e})") from None
-    return _remove_padding(value, scalar.type) if is_padded or _JSON_TYPE in str(scalar.type) else value
-
-
-def _remove_padding(value: Any, form: Any) -> Any:
-    """Remove the nulls that a table adds to objects, which share the fields of all objects in their column.
-
-    A field that is null in the whole file was written as null and stays. Strings of Arrow's JSON type become
-    JSON values with their nulls: `datasets` stores values of several types this way, such as arguments of
-    calls.
-
-    Args:
-        value: the Python value.
-        form: its Arrow type.
-    """
-    import pyarrow
-
-    if value is None:
-        return None
-    if str(form) == _JSON_TYPE:
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError) as e:
-            raise BadRecord("json", f"has {str(value)[:40]!r} in a column of JSON, which is not JSON "
-                                    f"({e})") from None
-    if pyarrow.types.is_struct(form):
-        return {field.name: _remove_padding(value[field.name], field.type) for field in form
-                if value[field.name] is not None or pyarrow.types.is_null(field.type)}
-    if isinstance(value, list) and hasattr(form, "value_type"):
-        return [_remove_padding(part, form.value_type) for part in value]
-    return value

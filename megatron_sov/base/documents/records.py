@@ -1,4 +1,4 @@
-"""Parse one record (text, chat, preference or prompt) to a `Document`, with its numbers, bucket and tags."""
+"""Parse a record (text, chat, preference or prompt) to a `Document` with numbers, bucket and tags."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from megatron_sov.base.documents.messages import (
 COLUMN_NAME = re.compile(r"[a-z_]+")
 BUCKET_NAME = re.compile(r"\w[\w.-]{0,59}")
 TAG_VALUE = re.compile(r"[\w.:+-]{1,60}")
-"""Pattern of a tag's value, such as domain:law; it contains no wildcard characters."""
+"""Pattern for tag values, for example domain:law; without wildcard characters."""
 RESERVED = ("bin", "extra", "idx", "kind", "loss", "routes", "type")
-"""Column names that would collide with other files of a shard."""
+"""Column names that would collide with shard files."""
 MAX_FLOAT32 = 3.4028234663852886e38
 """Largest finite float32."""
 
 
 def find_column_problems(names: Iterable[str]) -> list[str]:
-    """Return one sentence for each invalid or repeated column name."""
+    """Return a sentence per invalid or repeated column name."""
     names = list(names)
     problems = [f"{name!r} cannot name a column (letters a-z and '_', and none of {', '.join(RESERVED)})"
                 for name in names if not COLUMN_NAME.fullmatch(name) or name in RESERVED]
@@ -37,7 +37,7 @@ def find_column_problems(names: Iterable[str]) -> list[str]:
 
 def read_columns(record: Mapping[str, Any], names: Iterable[str],
                  num_sequences: int) -> dict[str, tuple[float, ...]]:
-    """Return column -> one number per sequence of a record.
+    """Return column -> a number per sequence in the record.
 
     Args:
         record: holds a field for each column: a number, or a list with one number per sequence.
@@ -51,7 +51,7 @@ def read_columns(record: Mapping[str, Any], names: Iterable[str],
 
 
 def read_bucket(record: Mapping[str, Any], field: str) -> str:
-    """Return the value of a record's field as a bucket name.
+    """Return a record field's value as a bucket name.
 
     Raises:
         BadRecord: the field is missing, or its value is not a valid name.
@@ -71,7 +71,7 @@ def format_tag(value: Any) -> str | None:
 
 
 def read_tags(record: Mapping[str, Any], names: Iterable[str]) -> tuple[str, ...]:
-    """Return the value of each field as a tag; "" if the record lacks the field.
+    """Return a tag per field; "" if the record lacks the field.
 
     The field `synthetic` of records from `sov-data synth` holds an object, which counts as `True`.
 
@@ -117,14 +117,13 @@ def is_float32(value: Any) -> bool:
 
 
 ROLLOUTS = "rollouts"
-"""Kind of token shards with a model's responses to prompts, as published by `rl`; records have no such
-kind."""
+"""Kind for token shards with a model's responses to prompts, as published by `rl`; no record kind."""
 DIALOGUE = ("messages", "conversations", "prompt", "chosen", "rejected", "tools", *COMPLETIONS)
-"""Fields of messages and tool descriptions."""
+"""Fields for messages and tool descriptions."""
 DESIRABLE = "desirable"
-"""Field and column of a judged response that is paired with a response to another prompt: 1 good, 0 bad."""
+"""Field and column for a judged response that is paired with a response to another prompt: 1 good, 0 bad."""
 NUM_PROMPT_FIELD = "num_prompt_messages"
-"""Field of a chat: number of its first messages that form a prompt shared with other chats."""
+"""Chat field: number of leading messages that form a prompt shared with other chats."""
 
 
 @dataclass(frozen=True)
@@ -132,22 +131,22 @@ class RecordReading:
     """Settings for reading records."""
 
     kind: str | None = None
-    """One of `KINDS`; None: text or chat, depending on the record's fields."""
+    """A kind in `KINDS`; None: text or chat, depending on the record's fields."""
     text_field: str = "text"
     """Field or column with the text."""
     max_document_bytes: int = 64 << 20
-    """Limit of a line, row or value; longer ones are bad records and are skipped without loading them
-    whole."""
+    """Maximum bytes per line, row or value; longer records are bad and are skipped without loading the whole
+    record."""
     columns: tuple[str, ...] = ()
     """Numeric fields that become columns."""
     bucket_by: str = ""
-    """Field whose value is the record's bucket; "": no buckets."""
+    """Field that holds the record's bucket; "": no buckets."""
     tags: tuple[str, ...] = ()
-    """Fields whose values become tags; blends select sources by tags."""
+    """Fields that become tags; blends select sources by tags."""
     renames: Renames = ()
     """Renamed fields (`--columns`)."""
     by_line: bool = False
-    """Whether each line of a text file is a document."""
+    """Whether each line in a text file is a document."""
     media: bool = False
     """Whether the records belong to a media corpus: texts with media tokens and references to bank rows."""
 
@@ -168,34 +167,34 @@ class Document:
     """Location for messages: the file with a JSONL line or a Parquet row."""
     text: str = ""
     messages: Messages = ()
-    """A chat, or the prompt of a preference."""
+    """A chat, or a preference's prompt."""
     chosen: Messages = ()
-    """The better continuation of a preference."""
+    """A preference's better continuation."""
     rejected: Messages = ()
-    """The worse continuation of a preference."""
+    """A preference's worse continuation."""
     tools: tuple[dict[str, Any], ...] = ()
-    """Descriptions of the chat's tools."""
+    """Tool descriptions."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """Variables of the chat template."""
+    """Chat template variables."""
     num_prompt: int = 0
-    """Number of a chat's first messages that form a prompt shared with other chats (held out together); 0:
-    not shared."""
+    """Number of leading messages that form a prompt shared with other chats (held out together); 0: not
+    shared."""
     awaits_response: bool = False
     """Whether the document is a prompt for generating responses."""
     id: str | None = None
     """The record's field `id`."""
     extra: str = ""
-    """JSON of a prompt's other fields, such as the reference answer for a reward."""
+    """JSON with a prompt's further fields, for example the reference answer for a reward."""
     columns: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    """Column -> one number per sequence (a preference has two: chosen, rejected)."""
+    """Column -> a number per sequence (a preference has two sequences: chosen, rejected)."""
     bucket: str = ""
     """Bucket name; "": no buckets."""
     tags: tuple[str, ...] = ()
-    """Value of each field in `RecordReading.tags`; "" if the record lacks the field."""
+    """Values for `RecordReading.tags`; "" if the record lacks the field."""
     media: Mapping[str, tuple[tuple[int, int], ...]] | None = None
-    """Bank -> (row, used slots) of each medium; None: the text has no media tokens."""
+    """Bank -> (row, used slots) per medium; None: the text has no media tokens."""
     line: int = 0
-    """Line or row, counted from 1 at the start of the span; 0: unknown."""
+    """Line or row, counted from 1 at the start of the file span; 0: unknown."""
 
     @property
     def kind(self) -> str:
@@ -206,8 +205,7 @@ class Document:
         return "chat" if self.messages else "text"
 
     def texts(self) -> tuple[str, ...]:
-        """Return the document's texts: the text itself, or tool descriptions and the texts of all
-        messages."""
+        """Return the document's texts: the text itself, or tool descriptions and message texts."""
         if not self.messages and not self.chosen:
             return (self.text,)
         tools = (json.dumps(self.tools, ensure_ascii=False),) if self.tools else ()
@@ -215,18 +213,18 @@ class Document:
         return (*tools, *(text for message in messages for text in message.texts()))
 
     def unread(self) -> Iterator[str]:
-        """Yield the names of message fields that were not read."""
+        """Yield names of unread message fields."""
         for message in (*self.messages, *self.chosen, *self.rejected):
             yield from message.unread
 
     def conversation(self, *more: Message) -> Conversation:
-        """Return the chat or prompt, followed by `more` messages, as input of a chat template."""
+        """Return the chat or prompt, followed by `more` messages, as input for a chat template."""
         return Conversation((*self.messages, *more), self.tools, self.template_kwargs)
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Result of a data step (the step `code` of a pipeline) for a document that is dropped.
+    """Result from a data step (step `code` in a pipeline) for a dropped document.
 
     >>> long_enough = lambda document: document if len(document.text) >= 60 else LeftOut("short")
     """
@@ -260,17 +258,17 @@ FILE_SIGNATURES = ((b"%PDF", "a PDF; extract its text first, for example by pdft
                    (b"PAR1", "a Parquet file; name it with the ending .parquet"),
                    (b"\xff\xfe", "in UTF-16; convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW_FILE"),
                    (b"\xfe\xff", "in UTF-16; convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW_FILE"))
-"""First bytes of a file -> its format and how to obtain UTF-8 text."""
+"""First bytes -> file format and how to obtain UTF-8 text."""
 
 
 def explain_bytes(begin: bytes) -> str:
-    """Explain the format of a file that is not UTF-8 by its first bytes, and how to convert it."""
+    """Explain the format of a file that is not UTF-8, by the first bytes, and how to convert the file."""
     known = next((text for magic, text in FILE_SIGNATURES if begin.startswith(magic)), "")
     return f"the file is {known}" if known else "convert it, e.g. iconv -f CP949 -t UTF-8"
 
 
 def parse_line(line: bytes, where: str, number: int, reading: RecordReading, parse: RecordParser) -> Any:
-    """Parse one line of JSONL.
+    """Parse a line of JSONL.
 
     Raises:
         BadRecord: the line is not a JSON object of the expected kind.
@@ -305,7 +303,7 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Recor
     """
     if reading.renames:
         record = rename_fields(record, reading.renames)
-    # a record with plain text is text even if it has fields of other layouts
+    # a record with plain text is text even if it has another layout's fields
     if not isinstance(record.get(reading.text_field), str) or reading.kind not in (None, "text"):
         record = convert_layout(record, reading.kind)
     kind = _choose_kind(record, reading)
@@ -350,7 +348,7 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Recor
 
 
 def _choose_kind(record: dict[str, Any], reading: RecordReading) -> str:
-    """Return the kind of a record; a record of another kind than `reading.kind` is refused."""
+    """Return a record's kind; refuse a record whose kind differs from `reading.kind`."""
     # the order matters: a preference also has a prompt, and a chat may also have a text
     present = {"preference": "chosen" in record and "rejected" in record,
                "chat": "messages" in record or "conversations" in record
@@ -400,11 +398,11 @@ def _choose_kind(record: dict[str, Any], reading: RecordReading) -> str:
 _SCORE = re.compile("(?=.*chosen).*(?:score|rating|reward)")
 """Matches fields with the score of a pair's better side: chosen_score, score_chosen, chosen-rating."""
 _VALUES: dict[str, Any] = {LABEL: True, KTO_TAG: True, "completions": [], "history": []}
-"""Column -> placeholder value; other columns hold text."""
+"""Column -> placeholder value; the remaining columns hold text."""
 
 
 def find_table_problem(names: Iterable[str], reading: RecordReading) -> BadRecord | None:
-    """Return the problem of a table with these columns; None: its rows can be read."""
+    """Return why a table with `names` as columns cannot be read; None: readable."""
     try:
         record = rename_fields({name: _VALUES.get(name, "") for name in names}, reading.renames)
         _choose_kind(convert_layout(record, None), reading)
@@ -414,7 +412,7 @@ def find_table_problem(names: Iterable[str], reading: RecordReading) -> BadRecor
 
 
 def list_read_fields(reading: RecordReading) -> set[str]:
-    """Return the names of all fields that a reading uses, in any layout."""
+    """Return the field names that a reading uses, in any layout."""
     return {*DIALOGUE, *FOREIGN, "id", "chat_template_kwargs", NUM_PROMPT_FIELD, reading.bucket_by,
             *reading.columns, *reading.tags, *(name for _, sources in reading.renames for name in sources)}
 
@@ -430,7 +428,7 @@ def _parse_chat(record: dict[str, Any]) -> tuple[Messages, int]:
     if chat is not None:
         parse = parse_messages if chat == "messages" else parse_sharegpt
         return parse(record[chat], chat), 0
-    # TRL allows a string on one side and messages on the other
+    # TRL allows a string on a side and messages on the other side
     both = [[{"role": role, "content": value}] if isinstance(value, str) else value
             for value, role in ((record["prompt"], "user"), (record[name], "assistant"))]
     for field_name, messages in zip(("prompt", name), both, strict=True):
@@ -445,7 +443,7 @@ def _parse_chat(record: dict[str, Any]) -> tuple[Messages, int]:
 
 
 def _parse_num_prompt(record: dict[str, Any], num_messages: int) -> int:
-    """Return the number of shared prompt messages that a chat declares; 0: not declared."""
+    """Return how many shared prompt messages a chat declares; 0: not declared."""
     count = record.get(NUM_PROMPT_FIELD)
     if count is None:
         return 0
@@ -472,7 +470,7 @@ def _parse_messages(value: Any, name: str, role: str) -> Messages:
 
 
 def _parse_media(record: dict[str, Any]) -> dict[str, tuple[tuple[int, int], ...]]:
-    """Return bank -> (row, used slots) of a record in a media corpus."""
+    """Return bank -> (row, used slots) for a record in a media corpus."""
     value = record.get("media")
     try:
         if not isinstance(value, dict):
@@ -521,7 +519,7 @@ def _parse_preference(record: dict[str, Any]) -> dict[str, Messages]:
 
 
 def _find_tied_scores(record: dict[str, Any]) -> list[str]:
-    """Return the scores of a pair as "field = value" if both sides have scores and all are equal, else []."""
+    """Return a pair's scores as "field = value" if both sides have equal scores, else []."""
     pairs = [(name, other) for name in record if _SCORE.search(name)
              if (other := name.replace("chosen", "rejected")) in record and other != name]
     numbers = [(name, record[name], record[other]) for name, other in pairs
@@ -531,7 +529,7 @@ def _find_tied_scores(record: dict[str, Any]) -> list[str]:
 
 
 def check_texts(texts: tuple[str, ...], reading: RecordReading) -> None:
-    """Raise `BadRecord` if a document's texts are too long, contain invalid characters, or are all blank."""
+    """Raise `BadRecord` if a document's texts are too long, contain invalid characters, or are blank."""
     size_bytes = 0
     for text in texts:
         # encoding also rejects lone surrogates, which no tokenizer accepts

@@ -28,7 +28,7 @@ def parse_finite(text: str) -> float:
 
 
 def format_json_line(row: Any, *, allow_nan: bool = True) -> bytes:
-    """Format a value as one line of JSON; raise TypeError or ValueError if JSON cannot hold it."""
+    """Format a value as a JSON line; raise TypeError or ValueError if JSON cannot hold the value."""
     try:
         return json.dumps(row, ensure_ascii=False, allow_nan=allow_nan).encode() + b"\n"
     except UnicodeEncodeError:  # a lone surrogate: JSON can escape it, UTF-8 cannot encode it
@@ -36,8 +36,8 @@ def format_json_line(row: Any, *, allow_nan: bool = True) -> bytes:
 
 
 def iter_changes(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, str, str]]:
-    """Yield (dotted name, old value, new value) of all differences between two trees; values as
-    `short_json`."""
+    """Yield (dotted name, old value, new value) per difference between two trees, with values formatted by
+    `format_short_json`."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         # keys in the new order, then removed keys
         for key in [*now, *(k for k in before if k not in now)]:
@@ -47,7 +47,7 @@ def iter_changes(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, s
 
 
 def format_short_json(value: Any) -> str:
-    """Format a value as JSON of at most 60 characters for a message."""
+    """Format a value as JSON for a message, at most 60 characters."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -60,11 +60,11 @@ MAX_LINE_BYTES = 64 << 20
 
 ROW_FIELDS: dict[str, tuple[tuple[type, ...], str]] = {"response": ((str,), "text"),
                                                   "prompt": ((str, list), "text or messages"), "": ((), "")}
-"""Required field of each row -> accepted types, and their name in messages; "": no required field."""
+"""Required field -> accepted types, and the types' name in messages; "": no required field."""
 
 
 def check_rows(path: Path, option: str = "--input", field: str = "response") -> int:
-    """Check all rows of a file, and return their number.
+    """Check every row in a file, and return the number of rows.
 
     Args:
         path: the file.
@@ -90,7 +90,7 @@ def check_rows(path: Path, option: str = "--input", field: str = "response") -> 
 
 
 def read_rows(path: Path, option: str = "--input", field: str = "response") -> Iterator[tuple[int, Row]]:
-    """Yield (line, row) of a file checked by `check_rows`, with the same arguments."""
+    """Yield (line, row) from a file checked by `check_rows`, with the same arguments."""
     for line, raw in read_lines(path, option):
         row = parse_row(raw, field)
         if isinstance(row, str):
@@ -99,7 +99,7 @@ def read_rows(path: Path, option: str = "--input", field: str = "response") -> I
 
 
 def read_lines(path: Path, option: str = "--input") -> Iterator[tuple[int, bytes]]:
-    """Yield (line number, raw bytes) of all lines that are not blank.
+    """Yield (line number, raw bytes) for lines that are not blank.
 
     Raises:
         UserError: the file is unreadable or has a line over `MAX_LINE_BYTES`.
@@ -111,7 +111,7 @@ def read_lines(path: Path, option: str = "--input") -> Iterator[tuple[int, bytes
     try:
         with open(path, "rb") as f:
             number = 0
-            # one byte over the limit, so that a line of exactly the limit passes
+            # a byte over the limit, so that a line at the limit passes
             while raw := f.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 if len(raw) > MAX_LINE_BYTES:
@@ -143,7 +143,7 @@ def parse_row(raw: bytes, field: str) -> Row | str:
     types, type_name = ROW_FIELDS[field]
     if field and not isinstance(row[field], types):
         return f"{field} is of type {type(row[field]).__name__}, and must be {type_name}"
-    if raw.count(b"[") + raw.count(b"{") > MAX_LEVELS:  # only such rows can be too deep
+    if raw.count(b"[") + raw.count(b"{") > MAX_LEVELS:  # only rows with many brackets can be too deep
         try:
             check_depth(row)  # other processes that receive the row allow fewer levels than the JSON parser
         except BadRecord as e:
@@ -152,7 +152,7 @@ def parse_row(raw: bytes, field: str) -> Row | str:
 
 
 def read_objects(path: Path, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line, object) of a JSONL file, refusing lone surrogates, which cannot be written as UTF-8.
+    """Yield (line, object) from a JSONL file, refusing lone surrogates, which cannot be written as UTF-8.
 
     Args:
         path: the file.

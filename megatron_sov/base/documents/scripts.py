@@ -1,4 +1,4 @@
-"""Scripts of characters by their Unicode names, and the ranges of scripts without blanks between words."""
+"""Scripts by Unicode character names, and code point ranges of scripts without blanks between words."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ CODE_POINTS: dict[str, tuple[tuple[int, int], ...]] = {
 """Script -> ranges of code points (first, end exclusive)."""
 
 RUN_SCRIPTS = ("thai", "lao", "burmese", "khmer", "marks of han", "kana", "han")
-"""Scripts with a quarter of a word per character in runs of words."""
+"""Scripts that count a quarter word per character in runs."""
 RUN_HANGUL_SCRIPTS = ("hangul", "old hangul", "lone hangul letters")
-"""Scripts with a third of a word per character in runs of words."""
+"""Scripts that count a third of a word per character in runs."""
 RULE_SCRIPTS = ("thai", "lao", "tibetan letters", "burmese", "khmer", "kana", "bopomofo", "han",
                 "half-width kana", "hangul", "lone hangul letters")
 """Scripts that quality rules count by characters."""
 SCORER_SCRIPTS = ("thai", "lao", "tibetan letters", "tibetan signs", "burmese", "khmer", "kana", "han",
                   "hangul",
                   "old hangul")
-"""Scripts whose characters are units in the n-grams of scorers."""
+"""Scripts whose characters are n-gram units in scorers."""
 
 
 def list_code_points(scripts: Sequence[str]) -> list[tuple[int, int]]:
-    """Return the ranges of code points (first, end exclusive) of scripts."""
+    """Return code point ranges (first, end exclusive) for scripts."""
     return [span for script in scripts for span in CODE_POINTS[script]]
 
 
 def format_regex_ranges(scripts: Sequence[str]) -> str:
-    """Format the ranges of scripts for a character class of a regular expression."""
+    """Format the scripts' ranges for a character class in a regular expression."""
     return "".join(f"{chr(begin)}-{chr(end - 1)}" for begin, end in list_code_points(scripts))
 
 
@@ -69,7 +69,7 @@ LANGUAGES = {
     "pl": ("LATIN",),
     "tr": ("LATIN",), "vi": ("LATIN",), "id": ("LATIN",), "sw": ("LATIN",), "fi": ("LATIN",),
 }
-"""Language (ISO 639-1) -> scripts, by the first word of their Unicode names."""
+"""Language (ISO 639-1) -> scripts, by the first word in Unicode names."""
 _WIDE = ("FULLWIDTH", "HALFWIDTH", "SUPERSCRIPT", "SUBSCRIPT", "MODIFIER", "IDEOGRAPHIC", "MATHEMATICAL")
 
 

@@ -1,4 +1,4 @@
-"""Files of token shards: Megatron-Core's indexed format, and expert routes of tokens.
+"""Token shard files: Megatron-Core's indexed format, and expert routes per token.
 
 `PREFIX.bin` holds tokens, `PREFIX.idx` the beginning of each document. The index contains (little endian):
 magic, version (int64), dtype code (int8), number of sequences and of document bounds (int64 each), lengths in
@@ -33,7 +33,7 @@ DTYPE_CODES = {"int32": 4, "uint16": 8}
 
 
 class IndexedWriter:
-    """Writes one split: tokens and sidecars during writing, the index at the end."""
+    """Writes a split: tokens and sidecars first, the index at the end."""
 
     def __init__(self, prefix: Path, dtype: str, sidecars: Mapping[str, str] | None = None) -> None:
         """Open `PREFIX.bin` and its sidecars.
@@ -93,21 +93,21 @@ def write_index(prefix: Path, dtype: str, lengths_tokens: NDArray[np.int32]) -> 
 
 
 FEATURES, FEATURE_DTYPE = "media", "int64"
-"""Ending and dtype of the sidecar that names the encoder feature replacing a token's embedding, as record *
-slots + slot; records are numbered from 0 in each bank. Also the key of the banks in a source's record."""
+"""Ending and dtype for the sidecar that names the encoder feature replacing a token's embedding, as record *
+slots + slot; each bank numbers records from 0. Also the key for banks in a source's record."""
 NO_FEATURE = -1
-"""Sidecar value of a token without a feature."""
+"""Sidecar value for a token without feature."""
 DAMAGED = "`sov-data verify` names what is damaged, pack the data again"
 
 WRITTEN = "written"
-"""Ending of the sidecar of responses with one bit per token (highest bit first): whether a policy wrote it.
-It replaces the sidecars of weights (1 or 0) and types (response or prompt)."""
+"""Ending for the response sidecar with a bit per token (highest bit first): whether a policy wrote the token.
+Replaces the sidecars for weights (1 or 0) and types (response or prompt)."""
 PER_DOCUMENT = ".documents"
-"""Suffix to the ending of a column with one number per document, for all its written tokens."""
+"""Suffix to the ending of a column with a number per document, shared by the document's written tokens."""
 
 
 def pack_flags(flags: np.ndarray) -> np.ndarray:
-    """Pack flags [tokens] into the bytes of a `WRITTEN` sidecar."""
+    """Pack flags [tokens] into bytes for a `WRITTEN` sidecar."""
     return np.packbits(flags)
 
 
@@ -118,7 +118,7 @@ def unpack_flags(packed: np.ndarray, first: int, count: int) -> np.ndarray:
 
 
 ROUTES = "routes"
-"""Ending of the routes' sidecar, and key of their shape in a source's record."""
+"""Ending for the routes sidecar, and key for the routes' shape in a source's record."""
 NARROW, WIDE = "uint8", "uint16"
 _ROUTE_TOKENS = 1 << 10
 """Tokens checked at a time: few enough for the processor's cache."""
@@ -126,7 +126,7 @@ _ROUTE_TOKENS = 1 << 10
 
 @dataclass(frozen=True)
 class RouteShape:
-    """Shape and dtype of routes, from the numbers of a model."""
+    """Shape and dtype for routes, from a model's sizes."""
 
     layers: int
     """Layers with experts."""
@@ -137,12 +137,12 @@ class RouteShape:
 
     @property
     def dtype(self) -> str:
-        """Type of an expert number: uint8 if it leaves a value for the mark, else uint16."""
+        """Expert number type: uint8 if a value remains for `mark`, else uint16."""
         return NARROW if self.num_experts <= np.iinfo(NARROW).max else WIDE
 
     @property
     def mark(self) -> int:
-        """Value of an unrecorded choice."""
+        """Value for an unrecorded choice."""
         return int(np.iinfo(self.dtype).max)
 
     @property
@@ -165,8 +165,7 @@ class RouteShape:
         return ""
 
     def _block_problem(self, routes: np.ndarray, begin: int) -> str:
-        # one contiguous column per choice: comparing columns is faster than sorting the few experts of each
-        # token
+        # a contiguous column per choice: comparing columns is faster than sorting the few experts per token
         choices = np.ascontiguousarray(routes.reshape(-1, self.top_k).T)
         present = ~np.logical_and.reduce(choices == self.mark)
         beyond = np.logical_or.reduce(choices >= self.num_experts) & present
@@ -185,7 +184,7 @@ class RouteShape:
         return ""
 
     def record(self) -> dict[str, Any]:
-        """Return the shape as the manifest records it for a source."""
+        """Return the shape as recorded in a source's manifest entry."""
         return {**asdict(self), "dtype": self.dtype}
 
     @classmethod
@@ -208,7 +207,7 @@ class RouteShape:
 
 
 def merge_routes(previous: np.ndarray | None, current: np.ndarray | None, num_read: int) -> np.ndarray | None:
-    """Merge the routes of a growing text: recorded earlier choices take precedence over current ones.
+    """Merge routes for a growing text: earlier recorded choices take precedence over current choices.
 
     Args:
         previous: routes of the earlier reading, possibly with marks; None: no routes.
@@ -220,7 +219,7 @@ def merge_routes(previous: np.ndarray | None, current: np.ndarray | None, num_re
         return None
     mark = np.iinfo(known.dtype).max
     joined = np.full((num_read, *known.shape[1:]), mark, known.dtype)
-    # the earlier routes come last and overwrite the current ones
+    # the earlier routes come last and overwrite the current routes
     for part in (current, previous):
         if part is not None:
             part = part[:num_read]

@@ -1,21 +1,26 @@
-"""Numba loops of `overlap`: split folded text into units, and units into runs."""
+"""Numba loops for `overlap`: split folded text into units, and units into runs. Tables of code points are
+built here, because numba's cache knows only this file's constants."""
 
 from __future__ import annotations
+
+import unicodedata
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_sov.base.documents.compiled import jit_compile
+from megatron_sov.base.documents.scripts import RUN_HANGUL_SCRIPTS, RUN_SCRIPTS, list_code_points
 
 SEPARATOR, WORD, QUARTER, THIRD, IGNORED, DIGIT = 0, 1, 2, 3, 4, 16
-"""Classes of characters: separates words, belongs to a word, is a unit that counts as a quarter or a third of
-a word, is ignored, or is the digit `class - DIGIT`."""
+"""Character classes: separator, part of a word, unit that counts a quarter or a third of a word, ignored, or
+the digit `class - DIGIT`."""
 MANY = np.uint32(0xFFFFFFFF)
 """Marks a code point in `folds` that case folding turns into several."""
 WORD_SIZE, QUARTER_SIZE, THIRD_SIZE = 12, 3, 4
-"""Sizes of units in twelfths of a word."""
+"""Unit sizes in twelfths of a word."""
 _TAG_CHARACTERS, _NAME_CHARACTERS = 400, 12
-"""Longest tag, and longest name of an entity or TeX command, in characters."""
+"""Longest tag, and longest name for an entity or TeX command, in characters."""
 _OFFSET, _PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
 _MIX_1, _MIX_2 = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
 _HALF = np.uint64(33)
@@ -24,11 +29,20 @@ _LESS, _MORE, _AND, _SEMICOLON, _BACKSLASH, _SLASH, _MARK, _NUMBER = (
     0x3C, 0x3E, 0x26, 0x3B, 0x5C, 0x2F, 0x21, 0x23)
 _APOSTROPHE, _ARABIC_THOUSANDS = 0x2019, 0x066C
 _NEW_LINE, _RETURN, _TAB = 0x0A, 0x0D, 0x09
+_INVISIBLE = ((0x034F, 0x0350), (0x115F, 0x1161), (0x17B4, 0x17B6), (0x180B, 0x1810), (0x3164, 0x3165),
+              (0xFE00, 0xFE10), (0xFFA0, 0xFFA1), (0xE0000, 0xE1000))
+"""Invisible code points (Default_Ignorable_Code_Point) outside the category Cf."""
+_NAMED_PLANES = 0x30000
+"""End of the code points with category lookup; higher code points are Han, invisible or unassigned."""
+_COMMANDS = ("text", "textbf", "textit", "textrm", "texttt", "textsf", "textsc", "emph", "mathrm", "mathbf",
+             "mathit", "mathsf", "mathtt", "boldsymbol", "bm", "left", "right", "big", "bigl", "bigr",
+             "displaystyle", "textstyle", "limits", "quad", "qquad", "underline")
+"""TeX commands that change appearance only."""
 
 
 @jit_compile
 def fold_case(codes: NDArray[np.uint32], folds: NDArray[np.uint32], classes: NDArray[np.uint8]) -> int:
-    """Fold the case of code points in place.
+    """Case-fold code points in place.
 
     Args:
         codes: code points [n].
@@ -57,12 +71,12 @@ def fold_case(codes: NDArray[np.uint32], folds: NDArray[np.uint32], classes: NDA
 def scan_units(codes: NDArray[np.uint32], classes: NDArray[np.uint8], commands: NDArray[np.uint64],
                hashes: NDArray[np.uint64], sizes: NDArray[np.uint8], begins: NDArray[np.int64],
                ends: NDArray[np.int64]) -> int:
-    """Find the units of a folded text.
+    """Find the units in a folded text.
 
     Args:
         codes: code points of the text without `IGNORED` characters.
         classes: code point -> class.
-        commands: sorted `word_hash` of the TeX commands that are only markup.
+        commands: sorted `hash_word` of the TeX commands that are only markup.
         hashes: output, 64-bit hash of each unit; all outputs have room for one unit per code point.
         sizes: output, size of each unit in twelfths of a word.
         begins: output, first index of each unit in `codes`.
@@ -118,7 +132,7 @@ def scan_units(codes: NDArray[np.uint32], classes: NDArray[np.uint8], commands: 
 
 @jit_compile
 def hash_word(codes: NDArray[np.uint32]) -> np.uint64:
-    """Return the 64-bit hash of a word, equal to its hash in `scan`."""
+    """Return a word's 64-bit hash, equal to the hash in `scan_units`."""
     value = _OFFSET
     for code in codes:
         value = (value ^ np.uint64(code)) * _PRIME
@@ -127,7 +141,7 @@ def hash_word(codes: NDArray[np.uint32]) -> np.uint64:
 
 @jit_compile
 def _mix_bits(value: np.uint64) -> np.uint64:
-    """Spread differences between words over all bits (finalizer of MurmurHash3)."""
+    """Spread differences between words over 64 bits (finalizer of MurmurHash3)."""
     value = (value ^ (value >> _HALF)) * _MIX_1
     value = (value ^ (value >> _HALF)) * _MIX_2
     return value ^ (value >> _HALF)
@@ -141,19 +155,19 @@ def _is_thousands_separator(codes: NDArray[np.uint32], classes: NDArray[np.uint8
     code = codes[at]
     if code not in (_COMMA, _STOP, _QUOTE, _LOW_LINE, _BLANK, _APOSTROPHE, _ARABIC_THOUSANDS):
         return False
-    # groups have three digits; only the first one may be shorter
+    # groups have three digits; only the first group may be shorter
     if not (group == 3 or (num_groups == 0 and 1 <= group < 3)) or at + 3 >= len(codes):
         return False
     for place in range(at + 1, at + 4):
         if classes[codes[place]] < DIGIT:
             return False
-    # a fourth digit makes it a separate number
+    # a fourth digit starts a separate number
     return at + 4 == len(codes) or bool(classes[codes[at + 4]] < DIGIT)
 
 
 @jit_compile
 def _skip_hyphen(codes: NDArray[np.uint32], classes: NDArray[np.uint8], at: int) -> int:
-    """Return the index after a hyphen and one line end inside a word, or 0."""
+    """Return the index after a hyphen and a line end inside a word, or 0."""
     if codes[at] != _HYPHEN and codes[at] != 0x2010:
         return 0
     at += 1
@@ -170,7 +184,8 @@ def _skip_hyphen(codes: NDArray[np.uint32], classes: NDArray[np.uint8], at: int)
 @jit_compile
 def _skip_markup(codes: NDArray[np.uint32], classes: NDArray[np.uint8], commands: NDArray[np.uint64],
                  at: int) -> int:
-    """Return the index after a separator, or after the tag, entity or formatting command that it begins."""
+    """Return the index after a separator, or after the tag, entity or formatting command that begins
+    there."""
     code, after = codes[at], at + 1
     if after == len(codes):
         return after
@@ -225,3 +240,45 @@ def find_run_ends(sizes: NDArray[np.uint8], target: int, ends: NDArray[np.int64]
         ends[begin] = end
         size -= np.int64(sizes[begin])
     return len(sizes)
+
+
+def to_code_points(text: str) -> NDArray[np.uint32]:
+    return np.frombuffer(bytearray(text.encode("utf-32-le", errors="surrogatepass")), np.uint32)
+
+
+@lru_cache(maxsize=1)
+def get_classes() -> NDArray[np.uint8]:
+    """Return a class per code point."""
+    classes = np.full(0x110000, WORD, np.uint8)
+    for begin, end in list_code_points(RUN_SCRIPTS):
+        classes[begin:end] = QUARTER
+    for begin, end in list_code_points(RUN_HANGUL_SCRIPTS):
+        classes[begin:end] = THIRD
+    # after the ranges of scripts, which include some marks and digits
+    for code in range(_NAMED_PLANES):
+        category = unicodedata.category(chr(code))
+        if category[0] in "PSZ" or category == "Cc":
+            classes[code] = SEPARATOR
+        elif category == "Cf":
+            classes[code] = IGNORED
+        elif category == "Nd":
+            classes[code] = DIGIT + unicodedata.digit(chr(code))
+    for begin, end in _INVISIBLE:
+        classes[begin:end] = IGNORED
+    return classes
+
+
+@lru_cache(maxsize=1)
+def get_folds() -> NDArray[np.uint32]:
+    """Return the case-folded code point per code point; `MANY` for several."""
+    folds = np.arange(0x110000, dtype=np.uint32)
+    for code in range(_NAMED_PLANES):
+        if (folded := chr(code).casefold()) != chr(code):
+            folds[code] = ord(folded) if len(folded) == 1 else MANY
+    return folds
+
+
+@lru_cache(maxsize=1)
+def hash_commands() -> NDArray[np.uint64]:
+    """Return sorted hashes for the TeX commands that `scan_units` ignores."""
+    return np.sort(np.array([hash_word(to_code_points(name)) for name in _COMMANDS], np.uint64))

@@ -13,7 +13,7 @@ from megatron_sov.base.hints.table import by_word, last_part, settings_called
 
 MAX_BYTES = 1 << 20
 MAX_KEYS = 2_000
-"""Keys that are read: aliases in a short file can stand for any number of them."""
+"""Maximum number of keys: aliases in a short file can stand for any number of keys."""
 
 
 def read_foreign(file: Path, exists: Callable[[str], Any]) -> dict[str, list[str]]:

@@ -379,7 +379,7 @@ def _option_of(made: _Rewrite, word: str) -> str:
 
 
 def _several(option: str, given: Sequence[str]) -> list[str]:
-    """Return the files of a list with commas, if each of them exists."""
+    """Return the files in a comma-separated list, if every file exists."""
     parts = given[0].split(",") if given and option in ("--data", "--input", "--prompts") else []
     are_there = bool(parts) and not Path(given[0]).exists() and all(
         Path(re.sub(r":[\d.]+$", "", part)).exists() for part in parts)

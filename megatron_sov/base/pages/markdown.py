@@ -12,7 +12,7 @@ _SPECIAL = re.compile(r"[\\`*_\[\]|~$]|^[#+=-]|(?<=^\d)[.)]")
 
 
 def escape_md(text: object, chars: int = MAX_CHARS) -> str:
-    """Escape a text for Markdown on one line, shortened to `chars` characters."""
+    """Escape a text for a Markdown line, shortened to `chars` characters."""
     # one line: a line break would end a table row or begin a heading
     line = escape_controls(" ".join(str(text).split()))
     line = line if len(line) <= chars else f"{line[:chars]} …"

@@ -10,22 +10,22 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import jinja2
 
 from megatron_sov.base.errors import escape_controls
 from megatron_sov.base.pages.plots import HeatMap, LinePlot
 from megatron_sov.version import __version__
 
-if TYPE_CHECKING:
-    import jinja2
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart with its caption."""
+    """A chart with caption."""
 
     plot: LinePlot | HeatMap
     caption: str
-    """One sentence below the chart."""
+    """A sentence below the chart."""
     note: str = ""
     """Remark about omitted or changed points; may be empty."""
 
@@ -48,7 +48,7 @@ class PageTable:
     head: list[str]
     rows: list[list[str]]
     fold: str = ""
-    """Noun for the rows; a long table is folded under their number. "": never folded."""
+    """Noun for the rows; a long table is folded under the number of rows. "": never folded."""
 
     @property
     def is_folded(self) -> bool:
@@ -56,7 +56,7 @@ class PageTable:
 
     @property
     def figure_columns(self) -> list[bool]:
-        """Whether each column contains only numbers, which are aligned right."""
+        """Per column, whether the cells are numbers, aligned right."""
         columns = [[str(row[i]) for row in self.rows if i < len(row)] for i in range(len(self.head))]
         return [any(map(_FIGURE.fullmatch, cells)) and all(map(_FIGURE_OR_NOTHING.fullmatch, cells))
                 for cells in columns]
@@ -68,7 +68,7 @@ class PageTable:
 
 
 def build_tables(items: Iterable[Any], columns: Mapping[str, Callable[[Any], str]]) -> list[PageTable]:
-    """Build a table with one row per item; without items return no table.
+    """Build a table with a row per item; without items return no table.
 
     Args:
         items: events or other items.
@@ -91,7 +91,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class PageSection:
-    """A section of a chapter."""
+    """A section in a chapter."""
 
     title: str
     text: str = ""
@@ -104,12 +104,12 @@ class PageSection:
     json: str = ""
     """Details as JSON, folded."""
     side_by_side: bool = False
-    """Whether charts stand next to each other if there is room."""
+    """Whether charts stand side by side on wide screens."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A small box on a page's first screen, next to other panels if there is room."""
+    """A small box on a page's first screen; on wide screens, panels share a row."""
 
     title: str
     columns: int
@@ -120,14 +120,14 @@ class Panel:
     charts: list[Chart] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
     more: list[Comparison] = field(default_factory=list)
-    """Comparisons folded under their number."""
+    """Comparisons, folded under the number of comparisons."""
     figures: list[tuple[str, str, str]] = field(default_factory=list)
     """(label, value, detail), as large cards."""
     text: str = ""
     share: float = -1.0
     """Progress bar from 0 to 1; negative: no bar."""
     is_wide: bool = False
-    """Whether charts are wide: only two fit next to each other."""
+    """Whether charts are wide: at most two fit side by side."""
 
     @property
     def is_empty(self) -> bool:
@@ -136,13 +136,13 @@ class Panel:
 
 @dataclass(frozen=True)
 class Chapter:
-    """A chapter of a page, e.g. about a run."""
+    """A page chapter, for example about a run."""
 
     name: str
     detail: str
     """Small text after the name; may be empty."""
     figures: list[tuple[str, str, str]]
-    """(label, value, detail) of the most important numbers."""
+    """(label, value, detail) for the most important numbers."""
     sections: list[PageSection]
     """Sections in reading order; empty: the chapter shows a placeholder."""
 
@@ -180,7 +180,7 @@ def render_page(kicker: str, title: str, subtitle: str, chapters: list[Chapter],
 
 
 def render_chat() -> str:
-    """Render the chat page of the server as HTML.
+    """Render the server's chat page as HTML.
 
     Its content security policy allows its own script and style, and requests to its own server. Model output
     is inserted as text.
@@ -193,8 +193,6 @@ def render_chat() -> str:
 
 @lru_cache(maxsize=1)
 def _load_templates() -> jinja2.Environment:
-    import jinja2
-
     # StrictUndefined: a misspelt name in a template raises an error instead of leaving a gap
     return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
                               finalize=_escape_value, loader=jinja2.FunctionLoader(_read_resource))

@@ -18,25 +18,25 @@ from megatron_sov.base.figures import format_count, format_value
 
 NUM_COLOURS = 8
 NARROW_PX, NAME_PX = 290, 7
-"""Width of a chart on a phone, and of one character in a band's name."""
+"""Chart width on a phone, and character width in a band's name."""
 GRID = 1000
-"""Units along each side of the plot area; coordinates are rounded to them."""
+"""Units along each side of the plot area, to which coordinates are rounded."""
 MAX_TICKS = 5
 MAX_DOTS, MAX_NOTED_DOTS = 40, 12
 """Up to MAX_DOTS points are drawn as dots; up to MAX_NOTED_DOTS dots show their values under the pointer."""
 CELL_PX = 26
 SHADES = 12
-"""Shades of a heat map; all cells of one shade form one SVG path."""
+"""Shades in a heat map; cells with the same shade share an SVG path."""
 
 
 def series_colour(i: int) -> str:
-    """Return the CSS colour of the i-th series."""
+    """Return the CSS colour for the i-th series."""
     return f"var(--c{i % NUM_COLOURS + 1})"
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Title and range of an axis."""
+    """Axis title and range."""
 
     title: str = ""
     low: float | None = None
@@ -49,7 +49,7 @@ class Axis:
 
 
 class Scale:
-    """Maps the values of an axis to fractions of its length, and chooses its round ticks.
+    """Maps axis values to fractions of the axis length, and chooses round ticks.
 
     Args:
         axis: the declared axis.
@@ -77,7 +77,7 @@ class Scale:
         return min(1.0, max(0.0, (position - self._low) / (self._high - self._low)))
 
     def ticks(self) -> list[tuple[float, str]]:
-        """Return (fraction of the axis, label) of each tick."""
+        """Return (fraction of the axis length, label) per tick."""
         if self._axis.is_log:
             values = _list_log_ticks(self._low, self._high)
             return [(self.to_fraction(value), _format_tick(value, value / 10)) for value in values]
@@ -97,8 +97,7 @@ def round_up_step(least: float) -> float:
 
 
 def _list_log_ticks(low: float, high: float) -> list[float]:
-    """Return 1, 2 and 5 times powers of ten within a range of logarithms; only powers if the range is
-    wide."""
+    """Return 1, 2 and 5 times powers of ten within a logarithmic range; only powers if the range is wide."""
     exponents = range(math.floor(low), math.ceil(high) + 1)
     factors = (1, 2, 5) if high - low <= 2 else (1,)
     every = max(1, len(exponents) // (MAX_TICKS + 1)) if len(factors) == 1 else 1
@@ -117,20 +116,20 @@ def _format_tick(value: float, step: float) -> str:
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one colour; all values must be finite."""
+    """Points in a single colour; values must be finite."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
     colour: str = series_colour(0)
     intervals: Sequence[tuple[float, float]] = ()
-    """(lower, upper) end of each point's interval."""
+    """(lower, upper) end of the interval per point."""
     is_faint: bool = False
 
 
 @dataclass(frozen=True)
 class LinePlot:
-    """Line plot of several series."""
+    """Line plot with several series."""
 
     series: Sequence[Series]
     x: Axis = field(default_factory=Axis)
@@ -139,7 +138,7 @@ class LinePlot:
     bands: Sequence[tuple[str, float, float]] = ()
     """(name, first x, last x); every second band is shaded."""
     rules: Sequence[tuple[str, float]] = ()
-    """(text under the pointer, x) of vertical dotted lines."""
+    """(text under the pointer, x) for vertical dotted lines."""
 
     def draw(self) -> Markup:
         """Return the chart as HTML."""
@@ -155,7 +154,7 @@ class LinePlot:
         parts += [Markup('<path class="rule" d="M{} 0v{}"><title>{}</title></path>').format(
             round(GRID * across.to_fraction(at)), GRID, escape_controls(text)) for text, at in self.rules]
         parts += [part for series in self.series for part in _draw_series(series, across, up)]
-        # a name may not fit above its band on the narrowest screen: then show numbers and a legend
+        # a name may not fit above the band on the narrowest screen: then show numbers and a legend
         numbered = any(
             (across.to_fraction(high) - across.to_fraction(low)) * NARROW_PX < NAME_PX * (len(name) + 1)
             for name, low, high in self.bands)
@@ -206,7 +205,7 @@ def _draw_series(series: Series, across: Scale, up: Scale) -> list[Markup]:
 
 
 def _draw_path(points: Sequence[tuple[int, int]]) -> str:
-    """Format points as an SVG path of relative steps, which are shorter than absolute coordinates."""
+    """Format points as an SVG path with relative steps, shorter than absolute coordinates."""
     words = [f"M{points[0][0]} {points[0][1]}"]
     for (x0, y0), (x1, y1) in pairwise(points):
         if (x1, y1) != (x0, y0):
@@ -244,12 +243,12 @@ def draw_legend(entries: Sequence[tuple[str, str, bool]]) -> Markup:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Heat map of rows and columns; NaN cells stay empty."""
+    """Heat map; NaN cells stay empty."""
 
     rows: Sequence[str]
     columns: Sequence[str]
     values: Sequence[Sequence[float]]
-    """One list per row."""
+    """A list per row."""
     low: float
     high: float
     row_title: str = ""
@@ -257,7 +256,7 @@ class HeatMap:
     shown: Sequence[Sequence[str]] = ()
     """Text in each cell."""
     notes: Sequence[Sequence[str]] = ()
-    """Text of each cell under the pointer."""
+    """Text per cell under the pointer."""
 
     def draw(self) -> Markup:
         """Return the chart as HTML."""
@@ -287,7 +286,7 @@ class HeatMap:
         return round(SHADES * min(1.0, max(0.0, share)))
 
     def _draw_texts(self) -> Markup:
-        """Return the texts and notes of all cells as HTML."""
+        """Return cell texts and notes as HTML."""
         spans = []
         for i, row in enumerate(self.values if self.shown or self.notes else ()):
             for j, value in enumerate(row):

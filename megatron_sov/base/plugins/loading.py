@@ -23,16 +23,16 @@ Kind = Literal["recipe", "model family", "objective", "reward",
 
 @dataclass(frozen=True)
 class PluginCode:
-    """Record of a loaded plug-in; reading it from a file loads nothing."""
+    """Record of a loaded plug-in; reading the record from a file loads no code."""
 
     kind: Kind
-    """Kind of plug-in."""
+    """Plug-in kind."""
     name: str
     """Name in settings."""
     reference: str
-    """FILE.py:NAME with an absolute path, or MODULE:NAME, as accepted by `--plugin`."""
+    """FILE.py:NAME with an absolute path, or MODULE:NAME, as in `--plugin`."""
     files: dict[str, str] = field(default_factory=dict)
-    """File -> sha256: the executed file, then its imports from its own folder or package."""
+    """File -> sha256: the executed file, then imports from the same folder or package."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class LoadedPlugin:
 
     value: Any
     attribute: str
-    """Name of the object in its file or module."""
+    """Object name in the file or module."""
     reference: str
     """FILE.py:NAME with an absolute path, or MODULE:NAME."""
     files: dict[str, str]
-    """File -> sha256: the executed file, then its imports from its own folder or package."""
+    """File -> sha256: the executed file, then imports from the same folder or package."""
 
 
 def is_reference(text: str) -> bool:
@@ -54,7 +54,7 @@ def is_reference(text: str) -> bool:
 
 
 def load_plugin(reference: str) -> LoadedPlugin:
-    """Execute the file or module of a reference, and return the named object.
+    """Execute a reference's file or module, and return the named object.
 
     This executes code: pass only references from the command line, or from code named there.
 
@@ -81,7 +81,7 @@ def load_plugin(reference: str) -> LoadedPlugin:
 
 
 def call_plugin(reference: str, action: Callable[[], Any]) -> Any:
-    """Call a user's function with imports from its own folder allowed.
+    """Call a user's function; imports from the function's folder are allowed.
 
     Raises:
         UserError: the function fails; names the line.
@@ -92,7 +92,7 @@ def call_plugin(reference: str, action: Callable[[], Any]) -> Any:
 
 
 def hash_module_files(module: ModuleType) -> dict[str, str]:
-    """Return file -> sha256 of an imported module and of all loaded modules of its package; {} without
+    """Return file -> sha256 for an imported module and the loaded modules in the module's package; {} without
     files."""
     main = getattr(module, "__file__", None)
     if main is None:
@@ -106,12 +106,11 @@ def hash_module_files(module: ModuleType) -> dict[str, str]:
 
 
 _executed: dict[Path, tuple[str, ModuleType]] = {}
-"""Executed files: path -> hash of the executed bytes, and their module."""
+"""Executed files: path -> (hash of the executed bytes, module)."""
 
 
 def _execute_file(path: Path) -> tuple[ModuleType, str]:
-    """Execute a file unless it is unchanged since its last execution; return its module and the file's
-    hash."""
+    """Execute a file unless unchanged since the last execution; return module and file hash."""
     try:
         # read once: the hash belongs to the executed bytes even if the file changes meanwhile
         source = path.read_bytes()
@@ -121,13 +120,13 @@ def _execute_file(path: Path) -> tuple[ModuleType, str]:
     digest = hashlib.sha256(source).hexdigest()
     if path in _executed and _executed[path][0] == digest:
         return _executed[path][1], digest
-    # a unique name: dataclasses and annotations look up their module by name
+    # a unique name: dataclasses and annotations look up modules by name
     module = ModuleType(f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}")
     module.__file__ = str(path)
-    # registered before execution, as `import` does: dataclasses look up their module there
+    # registered before execution, as `import` does, because dataclasses look up the module
     sys.modules[module.__name__] = module
     try:
-        # not `importlib`: it may use an outdated .pyc, and the hash would belong to other code
+        # not `importlib`, which may use an outdated .pyc: the hash would belong to other code
         with report_plugin_errors(str(path)), _allow_imports_from(path.parent):
             exec(compile(source, str(path), "exec", dont_inherit=True), vars(module))
     except BaseException:
@@ -138,12 +137,13 @@ def _execute_file(path: Path) -> tuple[ModuleType, str]:
 
 
 def list_executed_files() -> dict[Path, str]:
-    """Return file -> sha256 of all files executed by `load_plugin`, in order."""
+    """Return file -> sha256 for the files executed by `load_plugin`, in order."""
     return {path: digest for path, (digest, _) in _executed.items()}
 
 
 def execute_files(files: Mapping[Path, str]) -> None:
-    """Execute the files that another process executed, so that objects of their classes can be unpickled.
+    """Execute the files that another process executed, so that objects of the files' classes can be
+    unpickled.
 
     Raises:
         UserError: a file fails or has changed.
@@ -163,7 +163,7 @@ def _import_module(name: str) -> ModuleType:
 
 @contextlib.contextmanager
 def report_plugin_errors(where: str) -> Iterator[None]:
-    """Turn any exception of a user's code into a `UserError` that names the line in the user's file.
+    """Turn an exception in a user's code into a `UserError` that names the line in the user's file.
 
     Args:
         where: the file, or another subject for the message.
@@ -200,17 +200,17 @@ def _allow_imports_from(folder: Path | None) -> Iterator[None]:
 
 
 def _get_reference_file(reference: str) -> Path | None:
-    """Return the file of FILE.py:NAME; None for MODULE:NAME."""
+    """Return the file in FILE.py:NAME; None for MODULE:NAME."""
     place = reference.rpartition(":")[0]
     return Path(os.path.abspath(place)) if place.endswith(".py") or "/" in place else None
 
 
 def _hash_sibling_modules(path: Path) -> dict[str, str]:
-    """Return file -> sha256 of loaded modules and packages in the folder of `path`, except our own
-    packages."""
+    """Return file -> sha256 for loaded modules and packages in the folder of `path`, except
+    `OUR_PACKAGES`."""
     hashes = {}
     modules = dict(sys.modules)
-    # check top-level packages first: they are few, modules are thousands
+    # check the few top-level packages before thousands of modules
     tops = {name for name in {name.partition(".")[0] for name in modules}
             if _is_in_folder(modules.get(name), str(path.parent))}
     for name in sorted(name for name in modules if name.partition(".")[0] in tops):
@@ -224,7 +224,7 @@ def _hash_sibling_modules(path: Path) -> dict[str, str]:
 
 
 def _is_in_folder(module: Any, folder: str) -> bool:
-    """Return whether a module's file, or its package, lies directly in `folder`; False for our packages."""
+    """Return whether a module's file or package is directly in `folder`; False for `OUR_PACKAGES`."""
     if not _has_file(module) or module.__name__ in OUR_PACKAGES:
         return False
     place, last = os.path.split(os.path.normpath(module.__file__))

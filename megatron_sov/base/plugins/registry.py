@@ -1,5 +1,5 @@
-"""Registries of plug-ins by kind and name, and serialisable requests from which any process builds the same
-one."""
+"""Registries of plug-ins by kind and name, and serialisable requests from which any process builds an equal
+plug-in."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ UNKNOWN_WORDINGS = {"model family": ("is not supported", "families")}
 """Kind -> (predicate for an unknown name, plural), if they are not "does not exist" and a plural with s."""
 
 LIST_COMMANDS: dict[str, str] = {"recipe": "`megatron-sov recipes` lists them"}
-"""Kind -> command that lists all names, if they are too many for a message."""
+"""Kind -> command that lists the names, where the names are too many for a message."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class _Known(Generic[T]):
 
 
 class Registry(Generic[T]):
-    """Plug-ins of one kind.
+    """Plug-ins of a kind.
 
     `load` executes code and accepts only references from the command line. `get` only looks up names, and is
     safe for names from configs and checkpoints.
@@ -98,7 +98,7 @@ class Registry(Generic[T]):
         self._known: dict[str, _Known[T]] = {}
 
     def load(self, reference: str) -> str:
-        """Execute code named by the user, and return its registered name.
+        """Execute code named by the user, and return the registered name.
 
         Raises:
             UserError: the code fails, is not of this kind, or its name is taken.
@@ -106,7 +106,7 @@ class Registry(Generic[T]):
         return self.add(load_plugin(reference))
 
     def add(self, loaded: LoadedPlugin) -> str:
-        """Register a loaded object, and return its name.
+        """Register a loaded object, and return the name.
 
         Raises:
             UserError: the object is not of this kind, or its name is taken.
@@ -146,15 +146,15 @@ class Registry(Generic[T]):
                         Fix(stand_ins={name: next(iter(self._built_in), name)}))
 
     def code(self, name: str) -> PluginCode | None:
-        """Return the record of a registered plug-in; None for built-in code."""
+        """Return a registered plug-in's record; None for built-in code."""
         return self._known[name].code if name in self._known else None
 
     def listing(self) -> list[tuple[str, str]]:
-        """Return (name, origin) of all registered plug-ins."""
+        """Return (name, origin) per registered plug-in."""
         return [(name, f"file {known.code.reference}") for name, known in self._known.items()]
 
     def named(self) -> list[str]:
-        """Return the references of all registered plug-ins, for starting another process with them."""
+        """Return the registered plug-ins' references, for starting another process with the same plug-ins."""
         return [known.code.reference for known in self._known.values()]
 
     def _explain_unknown(self, name: str, recorded: Sequence[PluginCode]) -> str:
@@ -204,7 +204,7 @@ def _split_name(name: str) -> list[str]:
 
 
 def load_built_in(what: str, place: str, extra: str) -> Any:
-    """Import MODULE:CLASS of a built-in plug-in.
+    """Import a built-in plug-in's MODULE:CLASS.
 
     Args:
         what: kind and name, for messages.
@@ -223,7 +223,7 @@ def load_built_in(what: str, place: str, extra: str) -> Any:
 
 
 BuiltIn = Mapping[str, Sequence[str]]
-"""Name -> module and class (and further properties) of built-in plug-ins."""
+"""Name -> module, class and further properties, for built-in plug-ins."""
 
 
 @dataclass(frozen=True)
@@ -231,12 +231,12 @@ class PluginRequest:
     """A serialisable request for a plug-in."""
 
     name: str
-    """Name of built-in or registered code."""
+    """Name for built-in or registered code."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     reference: str = ""
-    """FILE.py:NAME or MODULE:NAME of a user's code; "": look up the name."""
+    """FILE.py:NAME or MODULE:NAME for a user's code; "": look up the name."""
     files: Mapping[str, str] = field(default_factory=dict)
-    """File -> sha256 at the time of the request."""
+    """File -> sha256 when the request was made."""
 
 
 @dataclass(frozen=True)
@@ -244,9 +244,9 @@ class BuiltPlugin:
     """A plug-in built from a request."""
 
     value: Any
-    """Instance of the plug-in's class."""
+    """The plug-in, an instance of the requested class."""
     settings: Mapping[str, Any]
-    """Arguments of the constructor."""
+    """Constructor arguments."""
     files: Mapping[str, str] | None
     """File -> sha256; None: built-in code."""
 
@@ -290,7 +290,7 @@ def build_plugin(request: PluginRequest, built_in: BuiltIn, own: Registry[type[A
 
 def _find_class(request: PluginRequest, built_in: BuiltIn, own: Registry[type[Any]],
            ) -> tuple[type[Any], Mapping[str, str] | None]:
-    """Return a request's class, and the hashes of its files (None: built-in code)."""
+    """Return a request's class and file hashes (None: built-in code)."""
     if request.name in built_in:
         module, name = built_in[request.name][:2]
         return getattr(importlib.import_module(module), name), None

@@ -1,5 +1,5 @@
-"""Settings as frozen dataclasses: bounds in types, one reader for JSON, YAML and `key=value`, one wording for
-problems. Nothing here imports torch."""
+"""Settings as frozen dataclasses: bounds in types, a reader for JSON, YAML and `key=value`, and sentences for
+problems. Without torch."""
 
 from megatron_sov.base.settings.conditions import (
     DECIDING_FACTS, ActsWhen, AllOf, AnyOf, Condition, When, find_inert_settings, get_setting, is_none_of,

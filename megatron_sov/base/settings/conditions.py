@@ -1,4 +1,4 @@
-"""Conditions under which settings have an effect, and the search for settings that cannot have any.
+"""Conditions under which settings have an effect, and the search for settings without effect.
 
 A settings class declares `ACTS_WHEN`: space-separated field names -> condition; "" stands for all fields.
 """
@@ -13,7 +13,7 @@ from megatron_sov.base.settings.problem import ProblemCode, SettingsProblem, for
 from megatron_sov.base.settings.reading import list_fields
 
 Facts = Mapping[str, Any]
-"""Properties of a run in addition to its settings, e.g. "command" and "--data" -> value."""
+"""Run properties in addition to settings, for example "command" and "--data" -> value."""
 NO_FACTS: Facts = {}
 DECIDING_FACTS = ("command", "--data", "--validation")
 """Deciding keys that are not settings; a condition on a key without a known value holds."""
@@ -32,11 +32,11 @@ class UnmetCondition:
 
 @dataclasses.dataclass(frozen=True)
 class When:
-    """A condition on one deciding setting."""
+    """A condition on a deciding setting."""
 
     key: str
-    """Full dotted key of the deciding setting; ".rank" is a field of the class that declares the condition,
-    and "*" is any list item (one must fulfil the condition)."""
+    """Full dotted key of the deciding setting; ".rank" is a field in the class that declares the condition,
+    and "*" is any list item (a single item must fulfil the condition)."""
     holds: Callable[[Any], bool]
     words: str
     """The condition after the key in a sentence: "is set"."""
@@ -44,7 +44,7 @@ class When:
     """The fix; "": change the deciding setting."""
 
     def find_unmet(self, root: Any, owner: str, facts: Facts) -> UnmetCondition | None:
-        """Return the violated condition; None: it holds.
+        """Return the violated condition; None: no violation.
 
         Args:
             root: the whole settings.
@@ -70,13 +70,13 @@ class When:
 
 
 class AnyOf:
-    """At least one of several conditions must hold."""
+    """At least one condition must hold."""
 
     def __init__(self, *parts: Condition) -> None:
         self.parts = parts
 
     def find_unmet(self, root: Any, owner: str, facts: Facts) -> UnmetCondition | None:
-        """Return all violated parts as one, if every part is violated; see `When.find_unmet`."""
+        """Join the violated parts if every part is violated; see `When.find_unmet`."""
         results = [part.find_unmet(root, owner, facts) for part in self.parts]
         failed = [unmet for unmet in results if unmet is not None]
         if len(failed) < len(results):
@@ -90,7 +90,7 @@ class AnyOf:
 
 
 class AllOf:
-    """All of several conditions must hold."""
+    """Every condition must hold."""
 
     def __init__(self, *parts: Condition) -> None:
         self.parts = parts
@@ -107,7 +107,7 @@ class AllOf:
 
 Condition = When | AnyOf | AllOf
 ActsWhen = Mapping[str, Condition]
-"""Space-separated field names -> condition of their effect; "": all fields of the class."""
+"""Space-separated field names -> condition for the fields' effect; "": every field of the class."""
 
 
 def is_set(key: str) -> When:
@@ -121,18 +121,18 @@ def is_unset(key: str) -> When:
 
 
 def is_one_of(key: str, *values: Any) -> When:
-    """Require a setting to have one of the given values."""
+    """Require a setting to equal a value in `values`."""
     return When(key, lambda value: value in values, f"is {_join_values(values)}")
 
 
 def is_none_of(key: str, *values: Any) -> When:
-    """Require a setting to have none of the given values."""
+    """Require a setting to differ from every value in `values`."""
     return When(key, lambda value: value not in values, f"is not {_join_values(values)}")
 
 
 def find_inert_settings(settings: Any, requested_keys: Iterable[str], facts: Facts = NO_FACTS
               ) -> list[SettingsProblem]:
-    """Return a problem for each requested setting that has no effect, naming the deciding settings.
+    """Return a problem per requested setting without effect, naming the deciding settings.
 
     Args:
         settings: the resolved settings with the requested values.
@@ -172,8 +172,7 @@ def iter_conditions(settings: Any, key: str) -> Iterator[tuple[str, Condition]]:
 
 
 def _iter_changed_keys(settings: Any, key: str) -> Iterator[str]:
-    """Yield dotted keys of settings: `key` itself, or of a group the fields that differ from their
-    defaults."""
+    """Yield dotted keys: `key` itself, or for a group the fields that differ from the defaults."""
     [value] = _iter_values(settings, key.split("."))
     if dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):

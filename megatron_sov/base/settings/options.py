@@ -1,5 +1,5 @@
-"""Command-line options from a settings class: each field is an option or a positional argument, its type
-declares the accepted values, and the docstring under the field is its help.
+"""Command-line options from a settings class: a field is an option or a positional argument, the field's type
+declares accepted values, and the docstring under the field is the help text.
 
     @dataclass(frozen=True)
     class CountOptions:
@@ -35,19 +35,19 @@ from megatron_sov.base.settings.reading import find_rule_problems, get_field_hin
 from megatron_sov.base.settings.sources import parse_value
 
 MAX_FILES = 10_000
-"""Limit on counted files of a folder: each one costs a request on a shared disk."""
+"""Maximum counted files in a folder: a file costs a request on a shared disk."""
 NOTHING_DONE = "dry run: options and paths were checked, not --set nor files; nothing was written or run"
 S = TypeVar("S")
 _VALUES: dict[Any, str] = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
-"""Type -> placeholder for its value in help."""
+"""Type -> value placeholder in help."""
 
 
-# `--dry-run` of a command that writes: describe inputs and outputs from its options.
+# `--dry-run` for a command that writes: describe inputs and outputs from the options.
 
 
 def format_dry_run(read: Sequence[Path], written: Sequence[Path], said: Sequence[tuple[str, Any]], *,
                    overwrite: bool) -> str:
-    """Format the plan of a command.
+    """Format a command's plan.
 
     Args:
         read: existing input files and folders.
@@ -91,19 +91,19 @@ class Flag:
     value: str = ""
     """Placeholder for the value in help, e.g. `SHARE`; "": chosen by type."""
     many: bool = False
-    """Whether several values may follow one occurrence of the option."""
+    """Whether several values may follow the option."""
     alone: str | None = None
-    """Value of the option if no value follows; None: a value is required."""
+    """Value if no value follows the option; None: a value is required."""
     group: str = ""
     """Heading in help."""
     help: str = ""
     """Help for a type shared by several classes; otherwise the docstring under the field."""
     writes: bool = False
-    """Whether the command writes this path; fields whose names begin with `out` always count."""
+    """Whether the command writes the path; true for field names that begin with `out`."""
 
 
 def count_cores() -> int:
-    """Return the number of usable cores: the CPU affinity, limited by cgroup quotas."""
+    """Return the usable cores: the CPU affinity, limited by cgroup quotas."""
     cores = len(os.sched_getaffinity(0))
     with contextlib.suppress(OSError):
         groups = Path("/proc/self/cgroup").read_text(encoding="utf-8", errors="replace")
@@ -113,7 +113,7 @@ def count_cores() -> int:
 
 
 def iter_core_quotas(groups: str, root: Path) -> Iterator[float]:
-    """Yield the CPU quotas (in cores) of a process's control groups and their parents.
+    """Yield the CPU quotas, in cores, from a process's control groups and parent groups.
 
     Args:
         groups: content of /proc/PID/cgroup.
@@ -128,7 +128,7 @@ def iter_core_quotas(groups: str, root: Path) -> Iterator[float]:
             root, ("cpu.max",))
         folder = top / group.lstrip("/")
         for parent in (folder, *folder.parents):
-            # missing in a container, which sees its own group as the root
+            # missing in a container, which sees the container's group as the root
             with contextlib.suppress(OSError, ValueError):
                 if parent.is_relative_to(top):
                     numbers = " ".join((parent / name).read_text() for name in files)
@@ -144,7 +144,7 @@ DRY_RUN = "--dry-run"
 
 @dataclasses.dataclass(frozen=True)
 class _Option:
-    """A field with its command-line properties."""
+    """A field with command-line properties."""
 
     path: tuple[str, ...]
     """Field names from the outermost settings to the field."""
@@ -179,8 +179,8 @@ class _Option:
 
 @dataclasses.dataclass(frozen=True)
 class DeclaredCommand:
-    """A command in two parts, so that help and refusals of bad input never import torch: options with their
-    checks, and a function of another module that runs the command.
+    """A command in two parts: options with checks, and a function in another module that runs the command.
+    Help and refused input never import torch.
 
     `Command.module` names an instance as `module:NAME`; an action of `Actions` may be an instance.
     """
@@ -188,21 +188,21 @@ class DeclaredCommand:
     options: type
     """Settings class; its docstring is the command's description."""
     check: Callable[[Any], Any]
-    """Receives the options and checks all that needs no heavy import. Returns the argument of `run_function`,
-    or an exit code if nothing is left to run."""
+    """Receives the options and runs the checks that need no heavy import. Returns the argument for
+    `run_function`, or an exit code if no work remains."""
     run_function: str = ""
-    """`module:function`, imported after the checks. The module imports torch and the like at its top; the
-    function returns an exit code, or None for 0. "": `check` does all the work."""
+    """`module:function`, imported after the checks. The module imports torch at the top; the function returns
+    an exit code, or None for 0. "": `check` does the whole work."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         add_options(parser, self.options)
 
     def run(self, typed: argparse.Namespace) -> int:
-        """Run the command with parsed arguments and return its exit code."""
+        """Run the command with parsed arguments and return the exit code."""
         return self.run_options(read_options(self.options, typed))
 
     def run_options(self, options: Any) -> int:
-        """Run the command with an instance of `options` and return its exit code."""
+        """Run the command with an instance of `options` and return the exit code."""
         request = self.check(options)
         if isinstance(request, int):
             return request
@@ -215,7 +215,7 @@ def build_command(cls: type, run: Callable[[argparse.Namespace], int]) -> Simple
 
 
 def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
-    """Declare the fields of a settings class as a parser's arguments, and its docstring as the description.
+    """Declare a settings class's fields as parser arguments, and the class docstring as the description.
 
     Args:
         parser: receives the arguments; `read_options` checks their values.
@@ -227,10 +227,10 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
     parser.set_defaults(options_class=cls)
     groups: dict[str, Any] = {"": parser}
     classes = cls.__mro__
-    # field -> distance of its declaring class in the MRO; nearer classes overwrite
+    # field -> distance of the declaring class in the MRO; nearer classes overwrite
     nearness = {name: i for i in reversed(range(len(classes)))
                 for name in inspect.get_annotations(classes[i])}
-    # the class's own options come before inherited ones; positional arguments keep their order
+    # the class's own options precede inherited options; positional arguments keep their order
     for option in sorted(_iter_options(cls), key=lambda item: -1 if item.is_positional
                          else nearness[item.path[0]]):
         heading = option.flag.group
@@ -319,7 +319,7 @@ def read_options(cls: type[S], args: argparse.Namespace) -> S:
         convert = partial(_parse_typed, hint=option.hint)
         node[option.path[-1]] = list(map(convert, value)) if option.repeats else convert(value)
     invalid_texts: dict[str, str] = {}
-    # JSON cannot hold invalid UTF-8: replace such texts by placeholders and restore them afterwards
+    # JSON cannot hold invalid UTF-8: replace invalid texts by placeholders and restore the texts afterwards
     settings, found = try_parse_settings(cls,
                                          _map_texts(raw, lambda text: _replace_bytes(text, invalid_texts)))
     if invalid_texts:
@@ -374,12 +374,12 @@ def _has_path(raw: Any, path: tuple[str, ...]) -> bool:
 
 
 Actions = Mapping[str, tuple[type, Callable[[Any], int]] | DeclaredCommand | Command]
-"""Name of a command's action -> `DeclaredCommand`, (settings class, function of the settings that returns an
-exit code), or a `Command` of another part of the package, which may not be installed."""
+"""Action name -> `DeclaredCommand`, (settings class, function from settings to exit code), or a `Command`
+from a part of the package that may not be installed."""
 
 
 def add_actions(parser: argparse.ArgumentParser, actions: Actions) -> None:
-    """Declare the actions of a command; the first sentence of a class's docstring is the action's help."""
+    """Declare a command's actions; the first sentence in a class docstring is the action's help."""
     below = parser.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=CommandParser)
     for name, action in actions.items():
         if isinstance(action, Command):
@@ -401,13 +401,12 @@ def run_action(actions: Actions, args: argparse.Namespace) -> int:
 
 
 def read_command_options(args: argparse.Namespace) -> Any:
-    """Return the typed options as the command's settings class; see `read_options`."""
+    """Return the typed options as an instance of the command's settings class; see `read_options`."""
     return read_options(args.options_class, args) if hasattr(args, "options_class") else args
 
 
 def _replace_bytes(text: str, originals: dict[str, str]) -> str:
-    """Replace a text that is not valid UTF-8 (such as a file name) by a placeholder, recorded in
-    `originals`."""
+    """Replace a text with invalid UTF-8 (a file name) by a placeholder, recorded in `originals`."""
     if text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text):
         return text
     originals[placeholder := f"\ue000{len(originals)}\ue001"] = text
@@ -415,7 +414,7 @@ def _replace_bytes(text: str, originals: dict[str, str]) -> str:
 
 
 def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """Apply `change` to all texts and paths inside a value."""
+    """Apply `change` to the texts and paths inside a value."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Path):
@@ -431,7 +430,7 @@ def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _parse_typed(text: Any, hint: Any) -> Any:
-    """Convert a typed argument to a plain value of its type; return the text if that fails."""
+    """Convert a typed argument to a plain value of the field's type; return the text on failure."""
     if not isinstance(text, str) or hint in (str, Path):
         return text
     if get_origin(hint) is Literal:
@@ -452,7 +451,7 @@ def _parse_typed(text: Any, hint: Any) -> Any:
 
 
 def _use_option_name(problem: SettingsProblem, names: Mapping[str, str]) -> SettingsProblem:
-    """Replace fields by options in a problem; booleans lose their value, which the command line does not
+    """Replace fields by options in a problem; booleans lose the value, which the command line does not
     show."""
     key = problem.key
     while key and key not in names:
@@ -466,7 +465,7 @@ def _use_option_name(problem: SettingsProblem, names: Mapping[str, str]) -> Sett
 
 
 def _iter_options(cls: Any, above: tuple[str, ...] = ()) -> Iterator[_Option]:
-    """Yield the options of a settings class and of its nested settings classes."""
+    """Yield a settings class's options, including nested settings classes."""
     hints, docs = get_field_hints(cls), get_field_help(cls)
     for field in dataclasses.fields(cls):
         flag, hint, repeats = _unwrap_hint(hints[field.name])
@@ -486,7 +485,7 @@ def _iter_options(cls: Any, above: tuple[str, ...] = ()) -> Iterator[_Option]:
 
 
 def _unwrap_hint(hint: Any) -> tuple[Flag, Any, bool]:
-    """Return a type's `Flag`, the type without bounds, None and tuple, and whether it was a tuple."""
+    """Return a type's `Flag`, the type without bounds, None and tuple, and whether the type was a tuple."""
     flag, repeats = Flag(), False
     while True:
         if get_origin(hint) is Annotated:

@@ -1,4 +1,4 @@
-"""Problems in settings as data (code, key, rule, fix), and the types and relations that bound settings."""
+"""Settings problems as data (code, key, rule, fix), and types and relations that bound settings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_PROBLEMS = 20
 
 
 class ProblemCode(StrEnum):
-    """Kinds of problems; tests and scripts check these codes instead of sentences."""
+    """Problem kinds; tests and scripts check codes instead of sentences."""
 
     FORM = "form"
     """A change without key and =."""
@@ -36,9 +36,9 @@ class ProblemCode(StrEnum):
     MISSING = "missing"
     """A missing key that has no default."""
     TYPE = "type"
-    """A value of another type."""
+    """A value with a wrong type."""
     CHOICE = "choice"
-    """A word that is not among the choices."""
+    """A word outside the choices."""
     BOUND = "bound"
     """A value outside its bounds."""
     RULE = "rule"
@@ -51,7 +51,7 @@ class ProblemCode(StrEnum):
 
 @dataclass(frozen=True)
 class SettingsProblem:
-    """One mistake in settings, and the sentence about it."""
+    """A mistake in settings, with a sentence."""
 
     code: ProblemCode
     key: str
@@ -60,15 +60,15 @@ class SettingsProblem:
     """The broken rule, as the sentence continues after key and value: "must be at least 1"."""
     value: Any = UNSET
     way_out: str = ""
-    """The fix, if the rule does not say it."""
+    """The fix, if the rule does not name the fix."""
     line: int = 0
     """Line in the file, from 1; 0: unknown."""
     value_to_write: str = ""
-    """Value in place of the wrong one, as a user types it."""
+    """Replacement for the wrong value, as typed by a user."""
     fix: str | Fix = ""
-    """`key=value` of a setting that satisfies the rule, or another change of the command line."""
+    """`key=value` that satisfies the rule, or another change to the command line."""
     other: str = ""
-    """The compared setting of the same class; its name ends the rule's sentence."""
+    """The compared setting in the same class; the setting's name ends the rule's sentence."""
     other_value: Any = UNSET
     """Value of `other`, if the sentence shows it."""
 
@@ -94,7 +94,7 @@ class SettingsProblem:
         return begin + self.rule + compared + (f"; {self.way_out}" if self.way_out else "")
 
     def with_prefix(self, prefix: str) -> SettingsProblem:
-        """Return the problem with `prefix.` in front of its key; an option's name stays unchanged."""
+        """Return the problem with `prefix.` before the key; an option name stays unchanged."""
         if self.key.startswith("-"):
             return self
         return replace(self, key=f"{prefix}.{self.key}" if self.key else prefix)
@@ -107,7 +107,7 @@ def to_problem(said: SettingsProblem | str) -> SettingsProblem:
 
 def find_broken_rules(settings: Any, prefix: str, *rules: tuple[bool, str, str] | tuple[bool, str, str, str]
                 ) -> list[SettingsProblem]:
-    """Return a problem for each rule that does not hold.
+    """Return a problem per broken rule.
 
     Args:
         settings: the object whose fields the keys name.
@@ -120,7 +120,7 @@ def find_broken_rules(settings: Any, prefix: str, *rules: tuple[bool, str, str] 
 
 
 def use_option_names(problems: Sequence[SettingsProblem], **options: str) -> list[SettingsProblem]:
-    """Return problems of settings with command-line options in place of field names.
+    """Return settings problems with command-line options in place of field names.
 
     Args:
         problems: problems whose keys are fields.
@@ -140,7 +140,7 @@ def _get_value(settings: Any, key: str) -> Any:
 
 
 class SettingsError(UserError):
-    """Invalid settings, with all problems found."""
+    """Invalid settings, with every problem."""
 
     def __init__(self, where: str, problems: Sequence[SettingsProblem]) -> None:
         """Format the message.
@@ -202,11 +202,11 @@ def shorten_text(text: str) -> str:
     return text if len(text) <= MAX_VALUE_CHARS else text[:MAX_VALUE_CHARS - 3] + "..."
 
 
-# Bounds of settings as types. They combine with bounds of `annotated_types`:
-# `Annotated[NotNegativeInt, Le(MAX_STEPS)]`.
+# Bounds as types, which combine with bounds from `annotated_types`: `Annotated[NotNegativeInt,
+# Le(MAX_STEPS)]`.
 
 Violation = tuple[ProblemCode, str, str]
-"""Code, rule and fix of a violated bound; see `SettingsProblem`."""
+"""Code, rule and fix for a violated bound; see `SettingsProblem`."""
 
 AtLeastOne = Annotated[int, Ge(1)]
 NotNegativeInt = Annotated[int, Ge(0)]
@@ -224,10 +224,11 @@ class Bound:
     """A bound that `annotated_types` does not offer."""
 
     find_violation: Callable[[Any], Violation | None]
-    """Returns how a value of the right type violates the bound; None: it does not."""
+    """Returns how a well-typed value violates the bound; None: no violation."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
-        """Return the type's schema followed by this bound; called by pydantic."""
+        """Return the type's schema followed by the bound; called by pydantic."""
+        # pydantic calls this method and is already loaded
         from pydantic_core import PydanticCustomError, core_schema
 
         def check_value(value: Any) -> Any:
@@ -242,8 +243,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Relation:
-    """A bound set by another field of the same class; it does not apply while the other field has no
-    value."""
+    """A bound set by another field in the same class; inactive while the other field has no value."""
 
     other: str
     holds: Callable[[Any, Any], bool]
@@ -275,7 +275,7 @@ def below_field(other: str) -> Relation:
 
 
 def multiple_of_field(other: str) -> Relation:
-    """Require a number, or each number of a tuple, to be a multiple of another field's value."""
+    """Require a number, or each number in a tuple, to be a multiple of another field's value."""
     def is_multiple(value: Any, part: Any) -> bool:
         return not any(number % part for number in (value if isinstance(value, tuple) else (value,)))
 
@@ -289,19 +289,19 @@ def differs_from_field(other: str) -> Relation:
 
 
 def requires_field(other: str) -> Relation:
-    """Require another field to be set whenever this setting is."""
+    """Require another field to be set together with the setting."""
     return Relation(other, lambda value, required: bool(required), "is only for",
                     "add that, or leave this out", shows_value=False, holds_default=True)
 
 
 def excludes_field(other: str) -> Relation:
-    """Forbid a setting together with another one."""
+    """Forbid a setting together with another setting."""
     return Relation(other, lambda value, excluded: not (value and excluded), "goes without",
                     "leave one of them out", shows_value=False)
 
 
 def choice_from(known: Callable[[], Collection[str]]) -> Bound:
-    """Require a text to be one of `known()`, a table or file that is read when the setting is checked."""
+    """Require a text to be in `known()`, a table or file that the check reads."""
     def find_breach(value: str) -> Violation | None:
         words = sorted(filter(None, known()))
         if value in known():
@@ -321,7 +321,7 @@ def _find_repeated(values: Collection[Any]) -> Violation | None:
 NotBlank = Annotated[str, Bound(lambda text: None if text.strip() else (ProblemCode.BOUND,
                                                                         "must not be empty", ""))]
 UNIQUE_ITEMS = Bound(_find_repeated)
-"""Bound of a list: every item occurs once."""
+"""List bound: every item occurs once."""
 ASCENDING_PAIR = Bound(lambda pair: None if pair[0] <= pair[1] else (
     ProblemCode.BOUND, "must have the lower number first", ""))
-"""Bound of a pair: (lower end, upper end)."""
+"""Pair bound: (lower end, upper end)."""

@@ -1,4 +1,4 @@
-"""Convert plain values (JSON types) to frozen dataclasses of settings, and collect all problems."""
+"""Convert plain values (JSON types) to frozen settings dataclasses, and collect the problems."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cache
-from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from megatron_sov.base.errors import find_nearest_name, suggest_name
 from megatron_sov.base.hints.removed import was_removed
@@ -53,7 +54,7 @@ def no_hint(key: str) -> str:
 def parse_settings(cls: type[S], raw: object, where: str, *,
                    lines: Mapping[tuple[str | int, ...], int] | None = None,
                    instead: KeyHint = no_hint, rules: bool = True) -> S:
-    """Build settings from plain values of JSON types.
+    """Build settings from plain values (JSON types).
 
     The only conversions are lists to tuples, integers to floats, and text to paths.
 
@@ -70,7 +71,7 @@ def parse_settings(cls: type[S], raw: object, where: str, *,
     """
     settings, problems = try_parse_settings(cls, raw, instead)
     if settings is not None and rules:
-        # only valid fields: rules compare values and rely on their types
+        # only valid fields: rules compare values and rely on the types
         problems = find_rule_problems(settings)
     if problems:
         raise SettingsError(where, [dataclasses.replace(p, line=_find_line(p.key, lines)) for p in problems])
@@ -78,7 +79,7 @@ def parse_settings(cls: type[S], raw: object, where: str, *,
 
 
 def _find_line(key: str, lines: Mapping[tuple[str | int, ...], int] | None) -> int:
-    """Return the line of a key, or the line of the nearest enclosing value."""
+    """Return a key's line, or the nearest enclosing value's line."""
     place = split_key(key)
     while lines and place and place not in lines:
         place = place[:-1]
@@ -95,18 +96,16 @@ def try_parse_settings(cls: type[S], raw: object, instead: KeyHint = no_hint) ->
                                                                                        list[SettingsProblem]]:
     """Return (settings or None, violated declarations in field order), without checking rules between
     fields."""
-    from pydantic import ValidationError
-
     if not isinstance(raw, Mapping):
         return None, [SettingsProblem(ProblemCode.TYPE, "", "must be an object of settings", raw)]
     try:
-        # strict JSON converts lists to tuples and text to paths, and nothing else
         text = json.dumps(raw, default=_convert_dataclass)
-        return _get_adapter(cast(Any, cls)).validate_json(text, strict=True, extra="forbid"), []
-    except ValidationError as e:
-        return None, _sort_by_field(cls, explain_validation_error(cls, e, instead))
+        settings, error = _get_validator(cast(Any, cls))(text)
     except (TypeError, ValueError, RecursionError) as e:
         return None, [SettingsProblem(ProblemCode.TYPE, "", f"holds a value that JSON does not have ({e})")]
+    if error is not None:
+        return None, _sort_by_field(cls, explain_validation_error(cls, error, instead))
+    return settings, []
 
 
 def _convert_dataclass(value: Any) -> dict[str, Any]:
@@ -116,7 +115,7 @@ def _convert_dataclass(value: Any) -> dict[str, Any]:
 
 
 def find_declaration_problems(settings: Any) -> list[SettingsProblem]:
-    """Return violated declarations of settings that code built without reading a file."""
+    """Return violated declarations in settings that code built without reading a file."""
     return try_parse_settings(type(settings), to_plain_values(settings))[1]
 
 
@@ -128,7 +127,7 @@ def find_rule_problems(settings: Any) -> list[SettingsProblem]:
     own = list(map(to_problem, settings.problems())) if hasattr(settings, "problems") else []
     if not dataclasses.is_dataclass(settings):  # a user's own class
         return own
-    # nested settings first: their problems may cause problems of the outer settings
+    # nested settings first, which may cause problems in the outer settings
     problems = [problem for field in dataclasses.fields(settings)
                 for problem in _find_inner_problems(field.name, getattr(settings, field.name, None))]
     try:
@@ -144,7 +143,7 @@ def find_rule_problems(settings: Any) -> list[SettingsProblem]:
 
 
 def _find_inner_problems(name: str, value: Any) -> list[SettingsProblem]:
-    """Return violated rules of settings in a field's value, single or in a collection."""
+    """Return violated rules in a field's value, which is a settings object or a collection."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         # problems of an item in a collection get the item's index or key
         return [problem.with_prefix(name) if problem.key or "." in name else problem
@@ -158,7 +157,7 @@ def _find_inner_problems(name: str, value: Any) -> list[SettingsProblem]:
 
 
 def find_all_problems(settings: Any) -> list[SettingsProblem]:
-    """Return all problems of settings built by code: violated declarations, else violated rules."""
+    """Return the problems in settings built by code: violated declarations, else violated rules."""
     return find_declaration_problems(settings) or find_rule_problems(settings)
 
 
@@ -173,7 +172,7 @@ def _get_declared_types(made: Any) -> dict[str, Any]:
 
 def parse_arguments(made: Any, given: Mapping[str, Any], where: str, *, prefix: str = "",
                     num_ours: int = 0) -> dict[str, Any]:
-    """Convert plain values to arguments of a class or function by its declared types.
+    """Convert plain values to arguments for a class or function by the declared types.
 
     Args:
         made: the class or function.
@@ -185,8 +184,6 @@ def parse_arguments(made: Any, given: Mapping[str, Any], where: str, *, prefix: 
     Raises:
         SettingsError: lists all arguments that are unknown, missing or of a wrong type.
     """
-    from pydantic import TypeAdapter, ValidationError
-
     accepted = {name: p for name, p in [*inspect.signature(made).parameters.items()][num_ours:]
                 if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     hints = _get_declared_types(made)
@@ -196,13 +193,10 @@ def parse_arguments(made: Any, given: Mapping[str, Any], where: str, *, prefix: 
         if name not in given:
             problems += [_missing_problem(name)] if parameter.default is parameter.empty else []
             continue
-        try:
-            text = json.dumps(given[name])
-            arguments[name] = TypeAdapter(hints.get(name, Any)).validate_json(text, strict=True,
-                                                                              extra="forbid")
-        except ValidationError as e:
-            problems += [problem.with_prefix(name)
-                         for problem in explain_validation_error(hints.get(name, Any), e)]
+        hint = hints.get(name, Any)
+        arguments[name], error = _build_validator(hint)(json.dumps(given[name]))
+        if error is not None:
+            problems += [problem.with_prefix(name) for problem in explain_validation_error(hint, error)]
     if problems:
         raise SettingsError(where,
                             [problem.with_prefix(prefix) if prefix else problem for problem in problems])
@@ -210,12 +204,12 @@ def parse_arguments(made: Any, given: Mapping[str, Any], where: str, *, prefix: 
 
 
 def explain_validation_error(cls: Any, error: Any, instead: KeyHint = no_hint) -> list[SettingsProblem]:
-    """Convert pydantic's `ValidationError` to one problem per key."""
+    """Convert pydantic's `ValidationError` to a problem per key."""
     problems: dict[str, SettingsProblem] = {}
     errors = error.errors(include_url=False)
     for item in errors:
         path = item["loc"]
-        # pydantic does not count invalid items as items; their own problems suffice
+        # pydantic does not count invalid items as items; the items' own problems suffice
         if item["type"] == "too_short" and any(
                 other["loc"] != path and other["loc"][:len(path)] == path for other in errors):
             continue
@@ -223,7 +217,7 @@ def explain_validation_error(cls: Any, error: Any, instead: KeyHint = no_hint) -
         earlier = problems.get(problem.key)
         if earlier is None:
             problems[problem.key] = problem
-        # pydantic reports each member of a union separately: merge the types into one sentence
+        # pydantic reports each union member separately: merge the types into a sentence
         elif earlier.code == problem.code == ProblemCode.TYPE and problem.rule not in earlier.rule:
             rule = f"{earlier.rule} or {problem.rule.removeprefix('must be ')}"
             problems[problem.key] = dataclasses.replace(earlier, rule=rule)
@@ -282,7 +276,7 @@ def _convert_error(cls: Any, error: Any, instead: KeyHint) -> SettingsProblem:
 
 
 def _suggest_lower_case(value: str, known: Collection[str]) -> str:
-    """Suggest the lower-case spelling if it is one of the choices."""
+    """Suggest the lower-case spelling if the choices contain the spelling."""
     return f"; write {value.lower()}" if value.lower() in known else ""
 
 
@@ -305,7 +299,7 @@ def _find_equivalent(key: str, value: str) -> str:
 
 
 def _suggest_value(expected: str, value: Any, key: str) -> str:
-    """Suggest how to write a value of a wrong type; `expected` is a key of `_TYPES`."""
+    """Suggest how to write a value with a wrong type; `expected` is a key in `_TYPES`."""
     if value is None:
         return "give it a value, or leave it out"
     if isinstance(value, str) and (numbers := _suggest_numbers(expected, value.strip(), key)):
@@ -354,7 +348,7 @@ def _format_number(value: Any) -> str:
 
 
 def unknown_key_problem(key: str, known: Iterable[str], instead: str = "") -> SettingsProblem:
-    """Return the problem of an unknown key.
+    """Return the problem for an unknown key.
 
     Args:
         key: dotted key.
@@ -373,7 +367,7 @@ def _missing_problem(key: str) -> SettingsProblem:
 
 
 def _locate_error(cls: Any, loc: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any]:
-    """Return the path of a pydantic error without names of union members, and the type declared at this path.
+    """Return a pydantic error's path without union member names, and the type declared at the path.
 
     For an unknown key, the type is the enclosing class.
     """
@@ -396,8 +390,6 @@ def _locate_error(cls: Any, loc: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any]
 
 
 def _list_choices(hint: Any) -> tuple[Any, ...]:
-    from typing import Literal
-
     if get_origin(hint) is Literal:
         return get_args(hint)
     return tuple(choice for inner in get_args(hint) for choice in _list_choices(inner))
@@ -417,10 +409,7 @@ def get_inner_hint(hint: Any, part: Any) -> Any:
 
 
 def _strip_bounds(hint: Any) -> Any:
-    """Remove bounds from a type; of a union, return the member that has fields or items."""
-    from types import UnionType
-    from typing import Union
-
+    """Remove bounds from a type; from a union, return the member with fields or items."""
     if get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
     if get_origin(hint) in (Union, UnionType):
@@ -432,22 +421,35 @@ def _strip_bounds(hint: Any) -> Any:
 
 @cache
 def get_field_hints(cls: Any) -> dict[str, Any]:
-    """Return the resolved types of a class's fields (cached: resolving annotations is slow)."""
+    """Return the resolved types of a class's fields (cached, because resolving annotations is slow)."""
     return get_type_hints(cls, include_extras=True)
 
 
 @cache
 def list_fields(cls: Any) -> tuple[str, ...]:
-    """Return the names of fields that users may set, in declaration order."""
+    """Return the field names that users may set, in declaration order."""
     return tuple(f.name for f in dataclasses.fields(cls) if f.init and f.metadata.get("is_written", True))
 
 
-@cache
-def _get_adapter(cls: Any) -> Any:
-    """Return the pydantic adapter of a class (cached: building it takes longer than all checks of a run)."""
-    from pydantic import TypeAdapter
+def _build_validator(hint: Any) -> Callable[[str], tuple[Any, Any]]:
+    """Return the function that parses JSON text as a type: (value, None), or (None, pydantic's
+    `ValidationError`). Strict JSON converts lists to tuples and text to paths, and nothing else."""
+    # not at the top: pydantic is slow to import, and `--help` validates nothing
+    from pydantic import TypeAdapter, ValidationError
 
-    return TypeAdapter(cls)
+    adapter = TypeAdapter(hint)
+
+    def validate_json(text: str) -> tuple[Any, Any]:
+        try:
+            return adapter.validate_json(text, strict=True, extra="forbid"), None
+        except ValidationError as e:
+            return None, e
+
+    return validate_json
+
+
+# cached: building a class's adapter takes longer than a run's checks
+_get_validator = cache(_build_validator)
 
 
 def _sort_by_field(cls: Any, problems: list[SettingsProblem]) -> list[SettingsProblem]:
@@ -468,7 +470,7 @@ def _sort_by_field(cls: Any, problems: list[SettingsProblem]) -> list[SettingsPr
 
 
 def iter_leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (full dotted name, value) of nested plain settings; an empty mapping counts as a value."""
+    """Yield (full dotted name, value) from nested plain settings; an empty mapping counts as a value."""
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
             yield from iter_leaves(value, f"{prefix}{name}.")
@@ -477,5 +479,5 @@ def iter_leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[s
 
 
 def to_plain_values(settings: Any) -> dict[str, Any]:
-    """Convert settings to mutable values of JSON types."""
+    """Convert settings to mutable plain values (JSON types)."""
     return cast("dict[str, Any]", json.loads(json.dumps(dataclasses.asdict(settings), default=str)))

@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import yaml
+
 from megatron_sov.base.settings.problem import (
     UNSET, ProblemCode, SettingsError, SettingsProblem, shorten_text)
 from megatron_sov.base.settings.reading import (
@@ -21,7 +23,7 @@ from megatron_sov.base.settings.reading import (
 S = TypeVar("S")
 EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+\Z")
 WHOLE = re.compile(r"[-+]?(?:0o[0-7]+|0\d+)\Z")
-"""Integers of YAML 1.2 that YAML 1.1 reads as another number or as text."""
+"""Integers in YAML 1.2 that YAML 1.1 reads as another number or as text."""
 BASES = {"0b": 2, "0o": 8, "0x": 16}
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 20
@@ -31,24 +33,24 @@ WAYS_OUT = {
     "mapping values are not allowed here":
         "a text with `: ` in it stands in quotes, and a key with settings below it has a colon at its end",
     "found character '\\t' that cannot start any token": "indent with blanks, not with tabs"}
-"""Frequent error messages of the YAML parser -> fix."""
+"""Frequent YAML parser error -> fix."""
 Place = tuple[str | int, ...]
 """Keys and list indices on the path to a value."""
 
 
 @dataclass
 class LocatedDocument:
-    """A parsed document with the line of each value."""
+    """A parsed document with a line per value."""
 
     value: Any = None
     """Plain dictionaries, lists and scalars."""
     lines: dict[Place, int] = field(default_factory=dict)
-    """Path of each value -> line, from 1."""
+    """Value path -> line, from 1."""
     problems: list[SettingsProblem] = field(default_factory=list)
     """Mistakes in the YAML itself."""
 
     def line(self, place: Place) -> int:
-        """Return the line of a value, or of the nearest enclosing value."""
+        """Return a value's line, or the nearest enclosing value's line."""
         while place and place not in self.lines:
             place = place[:-1]
         return self.lines.get(place, 1)
@@ -106,9 +108,7 @@ def _refuse_file(where: str, rule: str, way_out: str, line: int = 0) -> Settings
 
 @cache
 def _build_loader() -> Any:
-    """Return PyYAML's safe loader extended by numbers such as 2e9 and 10.8e12, which are text in YAML 1.1."""
-    import yaml  # not at the top: command-line parsers start without it
-
+    """Return PyYAML's safe loader, extended by numbers like 2e9 and 10.8e12, which are text in YAML 1.1."""
     class Loader(yaml.SafeLoader):
         """Reads numbers as in YAML 1.2 and JSON."""
 
@@ -142,7 +142,7 @@ def parse_located_yaml(text: str) -> LocatedDocument:
             value = json.loads(text, parse_float=_parse_number, object_pairs_hook=build_object)
     if value is UNSET:
         return _read_yaml(text)
-    # the YAML parser provides the lines; it rejects tabs and misreads surrogate pairs such as \ud83d\ude00
+    # the YAML parser provides the lines, but rejects tabs and misreads surrogate pairs (\ud83d\ude00)
     located = _read_yaml(text.replace("\t", " "))
     located.problems = [p for p in located.problems if p.code == ProblemCode.TWICE] or [
         SettingsProblem(ProblemCode.TWICE, key, "is set twice", way_out="set it once")
@@ -158,8 +158,6 @@ def _parse_number(text: str) -> float:
 
 
 def _read_yaml(text: str) -> LocatedDocument:
-    import yaml
-
     located = LocatedDocument()
     # an empty loader for `dispose` below, if the constructor fails on the text
     loader = _build_loader()("")
@@ -187,14 +185,12 @@ def _read_yaml(text: str) -> LocatedDocument:
 
 
 class _NodeConverter:
-    """Converts a document's nodes to plain values, expanding aliases at each use."""
+    """Converts YAML nodes to plain values, expanding aliases at each use."""
 
     def __init__(self, loader: Any, found: LocatedDocument) -> None:
         self.loader, self.found, self.num_values = loader, found, 0
 
     def convert(self, node: Any, place: Place, depth: int) -> Any:
-        import yaml
-
         line = node.start_mark.line + 1
         self.num_values += 1
         # aliases count at each use: ten levels of ten aliases make 10^10 values
@@ -212,7 +208,7 @@ class _NodeConverter:
         try:
             value = self.loader.construct_object(node)
         except (yaml.YAMLError, ValueError, OverflowError, LookupError, AttributeError, TypeError):
-            # each tag rejects a value with an exception of its own: `!!int ''`, `!!timestamp soon`
+            # a tag rejects values with its own kind of exception: `!!int ''`, `!!timestamp soon`
             self._report(line, place, f"{node.tag} {str(node.value)[:60]!r} is not a plain value",
                          "write text, numbers, true or false")
             return None
@@ -222,8 +218,6 @@ class _NodeConverter:
         return value if value is None or isinstance(value, (str, int, float, bool)) else node.value
 
     def _convert_mapping(self, node: Any, place: Place, depth: int) -> dict[str, Any]:
-        import yaml
-
         mapping: dict[str, Any] = {}
         merged: dict[str, Any] = {}
         for key_node, child in node.value:
@@ -290,7 +284,7 @@ def parse_changes(given: Iterable[str], option: str = "--set") -> dict[str, Any]
 
 
 def parse_value(text: str) -> Any:
-    """Parse a value as JSON or text; raise ValueError if it begins like JSON but does not parse."""
+    """Parse a value as JSON or text; raise ValueError for invalid text that begins like JSON."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -355,7 +349,7 @@ def assign_values(settings: Any, given: Mapping[str, Any], option: str, instead:
 
 
 def _assign_value(cls: Any, raw: Any, key: str, value: Any, instead: KeyHint) -> SettingsProblem | None:
-    """Assign one value inside plain settings `raw` of class `cls`; return the problem of its key, if any."""
+    """Assign a value inside plain settings `raw` for class `cls`; return the key's problem, if any."""
     parts, node, hint = key.split("."), raw, cls
     for depth, part in enumerate(parts):
         above = ".".join(parts[:depth])
@@ -375,7 +369,7 @@ def _assign_value(cls: Any, raw: Any, key: str, value: Any, instead: KeyHint) ->
             node[index] = value
         else:
             below = node[index] if isinstance(node, list) else node.get(index)
-            if below is None:  # assigning inside a disabled group enables it with its defaults
+            if below is None:  # assigning inside a disabled group enables the group with default values
                 below = node[index] = {}
             node = below
     return None

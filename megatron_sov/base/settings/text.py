@@ -1,4 +1,4 @@
-"""A setting's type for text that YAML may read as a number or a date, such as 2025 or 2025-07-24."""
+"""A settings type for text that YAML may read as a number or a date (2025, 2025-07-24)."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ from megatron_sov.infer.engines.load import LoadedModel, run_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.infer.request import (
     LENGTH, STOP, Batching, GenerationBounds, GenerationResult, Sampling, StopRule, Tokens)
-from megatron_sov.train.stopping import StopFlag
+from megatron_sov.work.processes.stop_signals import StopFlag
 from megatron_sov.work.progress.progress_bar import create_bar
 
 CHUNK_ROWS, CHUNK_BATCHES = 4, 4

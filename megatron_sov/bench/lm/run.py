@@ -28,7 +28,7 @@ from megatron_sov.runs.folder import RunEvents
 from megatron_sov.runs.launch_environment import has_launcher, is_first_rank
 from megatron_sov.runs.obs.events import (
     EVAL_LM_EVENT, EVENTS, build_score_events, is_score_recorded, read_events)
-from megatron_sov.train.stopping import StopFlag, stoppable
+from megatron_sov.work.processes.stop_signals import StopFlag, catch_stop_signals
 from megatron_sov.work.progress.locks import try_lock_folder
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def evaluate(target: str, tasks: Sequence[str], settings: Settings) -> Results |
     check_output("--output", settings.output)
     events = RunEvents(settings.run)
     private = offline(settings.sources.allow_download, settings.cache_folder)
-    with stoppable() as flag:
+    with catch_stop_signals() as flag:
         if not is_first_rank():
             _run_only(target, settings, flag)
             return None

@@ -296,7 +296,7 @@ def run_pairs(args: PairsOptions) -> int:
     from megatron_sov.eval.heldout_loss import compute_rows_per_batch
     from megatron_sov.infer.engines.target import find_target
     from megatron_sov.post.preference import CHOSEN_LIKELIER, HELDOUT_PAIRS, measure_pairs
-    from megatron_sov.post.reference import document_logprobs, document_logprobs_hf
+    from megatron_sov.post.reference import score_documents, score_documents_by_hf
     from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
 
     target = find_target(args.target)
@@ -309,11 +309,11 @@ def run_pairs(args: PairsOptions) -> int:
 
     def of_policy(loaded: Any) -> dict[str, Any]:
         size = compute_rows_per_batch(loaded, seq_len)
-        return measure_pairs(sources, lambda documents, chosen: document_logprobs(
+        return measure_pairs(sources, lambda documents, chosen: score_documents(
             loaded, documents, chosen, seq_len, size), seq_len)
 
     def of_hf(model: Any) -> dict[str, Any]:
-        return measure_pairs(sources, lambda documents, chosen: document_logprobs_hf(
+        return measure_pairs(sources, lambda documents, chosen: score_documents_by_hf(
             model, documents, chosen, seq_len), seq_len)
 
     found = measure_target(args, target, of_policy, of_hf)

@@ -21,7 +21,8 @@ from megatron_sov.judge.tools.registry import BUILT_IN, make, order
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.rollouts.prompts import (
-    SET_ASIDE, PromptList, SetAside, asked_too, read_prompts, sampling_digest, set_aside)
+    UNUSED_ROWS_FILE, PromptList, UnusedRows, find_shared_prompts, find_unused_rows, read_prompts,
+    sampling_digest)
 from megatron_sov.runs.launch_environment import is_first_rank
 
 if TYPE_CHECKING:
@@ -73,18 +74,18 @@ class PromptOptions:
         """
         return read_prompts(self.prompts, parse_renames(self.renames, ()), is_asked=is_asked)
 
-    def kept(self, prompts: PromptList, aside: SetAside, store: Path) -> PromptList:
+    def kept(self, prompts: PromptList, aside: UnusedRows, store: Path) -> PromptList:
         """Return the prompts that are asked, and tell of the others."""
         return kept(f"--prompts {self.prompts}", prompts, aside, store)
 
 
-def kept(given: str, prompts: PromptList, aside: SetAside, store: Path) -> PromptList:
+def kept(given: str, prompts: PromptList, aside: UnusedRows, store: Path) -> PromptList:
     """Return the prompts of a file that are asked, and print the account of the file; `given`: option and
     file."""
     if is_first_rank():
-        listed = f"; {store / SET_ASIDE} lists them" if aside.rows else ""
+        listed = f"; {store / UNUSED_ROWS_FILE} lists them" if aside.rows else ""
         print(f"{given}: {aside.account.describe()}{listed}", file=sys.stderr)
-    return prompts.without(aside.too_long)
+    return prompts.exclude(aside.too_long)
 
 
 def read_heldout(file: Path, renames: Sequence[str], trained: PromptList, *, is_asked: bool) -> PromptList:
@@ -100,7 +101,7 @@ def read_heldout(file: Path, renames: Sequence[str], trained: PromptList, *, is_
         UserError: they cannot be read, or none is left.
     """
     found = read_prompts(file, parse_renames(renames, ()), VALIDATION_OPTION, is_asked=is_asked)
-    known = asked_too(found, trained)
+    known = find_shared_prompts(found, trained)
     if known:
         told = (f"{VALIDATION_OPTION} {file}: {len(known):,} of {len(found):,} prompts are asked in training "
                 f"too ({', '.join(prompt.place for prompt in known[:MAX_TOLD])}"
@@ -109,7 +110,7 @@ def read_heldout(file: Path, renames: Sequence[str], trained: PromptList, *, is_
             raise UserError(f"{told}; give prompts that --prompts does not have")
         if is_first_rank():
             warn(f"{told}; they are left out of the validation")
-    return replace(found.without(prompt.id for prompt in known), num_trained=len(known))
+    return replace(found.exclude(prompt.id for prompt in known), num_trained=len(known))
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def longest_of(rollout: RolloutConfig, environment: AskedEnvironment | None) -> 
 
 
 def source_of(args: AskingOptions, config: RunConfig, prompts: PromptList, start: Target, *,
-              engine_name: str, environment: AskedEnvironment | None) -> tuple[RolloutSource, SetAside]:
+              engine_name: str, environment: AskedEnvironment | None) -> tuple[RolloutSource, UnusedRows]:
     """Return the source of rows, plain responses or episodes, and the prompts that it does not ask.
 
     Args:
@@ -197,7 +198,7 @@ def source_of(args: AskingOptions, config: RunConfig, prompts: PromptList, start
     if environment is None:
         responses = ResponseSource(asker, rollout, engine_name, args.plain, chosen_by,
                                    with_routes=config.policy.router_replay)
-        return responses, set_aside(prompts, responses.measure_long_prompts(prompts),
+        return responses, find_unused_rows(prompts, responses.measure_long_prompts(prompts),
                                     rollout.max_prompt_tokens)
     limits = environment.limits
     assert chat is not None, "options refuse --plain"
@@ -206,4 +207,4 @@ def source_of(args: AskingOptions, config: RunConfig, prompts: PromptList, start
     episodes = Episodes(
         table=table, version=environment.version, decode=asker.decode, end_ids=asker.end_ids, rollout=rollout,
         engine_name=engine_name, chosen_by=chosen_by, with_routes=config.policy.router_replay)
-    return episodes, set_aside(prompts, {}, rollout.max_prompt_tokens)
+    return episodes, find_unused_rows(prompts, {}, rollout.max_prompt_tokens)

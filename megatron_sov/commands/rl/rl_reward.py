@@ -17,8 +17,8 @@ from megatron_sov.base.settings import Flag, NotNegative, build_command, read_op
 from megatron_sov.commands.score import REWARDS, JudgeOptions, RewardSet
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.reward import (
-    ENVIRONMENT, NO_REWARD, JudgingJob, RewardSummary, judging, reward_version)
-from megatron_sov.rollouts.prompts import rounds_between
+    ENVIRONMENT, NO_REWARD, JudgingJob, RewardSummary, resolve_reward_version, start_judge)
+from megatron_sov.rollouts.prompts import parse_round_range
 from megatron_sov.work.progress.locks import Claims
 from megatron_sov.work.progress.progress_bar import create_bar
 
@@ -60,11 +60,11 @@ def run_reward(args: argparse.Namespace) -> int:
         StopRequested: the store that was waited for has not come.
     """
     options = read_options(RewardOptions, args)
-    rounds = None if options.rounds is None else rounds_between(options.rounds)
+    rounds = None if options.rounds is None else parse_round_range(options.rounds)
     # before the store is waited for: a wrong reward is told at once
-    version = reward_version(options.reward, options.reward_set)
+    version = resolve_reward_version(options.reward, options.reward_set)
     store = opened_store(options.store, options.wait)
-    with judging(options.reward, options.reward_set, options.workers) as judge:
+    with start_judge(options.reward, options.reward_set, options.workers) as judge:
         job = JudgingJob(store, Claims(store.claims, options.lease), version, judge, rounds,
                          {"reward": options.reward, "settings": list(options.reward_set)}, options.wait)
         with create_bar("judge", sum(part.num_rows for part in job.find_unjudged()), "response") as bar:

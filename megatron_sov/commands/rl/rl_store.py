@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from megatron_sov.base.errors import ExitCode, UserError, escape_controls
 from megatron_sov.base.figures import format_size
 from megatron_sov.base.settings import Actions, Flag, add_actions, run_action
-from megatron_sov.rollouts.prompts import rounds_between
+from megatron_sov.rollouts.prompts import parse_round_range
 
 if TYPE_CHECKING:
     from megatron_sov.rollouts.rows import Rollout
@@ -58,17 +58,17 @@ def open_store(path: Path) -> RolloutStore:
 
 
 def _show(args: StoreShowOptions) -> int:
-    from megatron_sov.rollouts.inspection import judged_by
+    from megatron_sov.rollouts.inspection import find_reward_versions
 
     store = open_store(args.store)
     if store.key_of(args.part) is None or not store.has_part(args.part):
         raise UserError(f"PART {args.part!r}: {args.store} has no such part (`megatron-sov inspect` "
                         "lists them)")
-    rows, problems = store.read_all(args.part)
+    rows, problems = store.read_rows_with_problems(args.part)
     if not 0 <= args.row < len(rows):
         raise UserError(f"ROW {args.row}: {args.part} has {len(rows):,} rows, which are numbered from 0")
     row = rows[args.row]
-    said = [judged for version in judged_by(store, row.round).get(args.part, ())
+    said = [judged for version in find_reward_versions(store, row.round).get(args.part, ())
             for judged in store.read_rewards(version, args.part)
             if (judged.key, judged.attempt) == (row.key, row.attempt)]
     turns = [_turn(row, *span) for span in row.spans]
@@ -92,12 +92,12 @@ def _turn(row: Rollout, start: int, end: int) -> dict[str, Any]:
 
 def _lines(found: dict[str, Any]) -> Iterator[str]:
     """Yield a row for people; the response, which is the longest, comes last."""
-    from megatron_sov.rollouts.inspection import when
+    from megatron_sov.rollouts.inspection import format_time
 
     times = {"began_s": "began", "ended_s": "ended"}
     for name, value in found.items():
         if name in times:
-            yield f"{times[name]}: {when(value)}"
+            yield f"{times[name]}: {format_time(value)}"
         elif name in ("turns", "rewards"):
             yield f"{name}: {len(value)}"
             yield from (escape_controls(f"  {json.dumps(item, ensure_ascii=False)}") for item in value)
@@ -119,7 +119,7 @@ def _gc(args: StoreGcOptions) -> int:
         if not any(version.startswith(folder) for folder in folders):
             raise UserError(f"--version {version}: {args.store} has no rewards of it (there are: "
                             f"{', '.join(folders) or 'none'})")
-    found = store.clearable(args.version, () if args.rounds is None else rounds_between(args.rounds))
+    found = store.clearable(args.version, () if args.rounds is None else parse_round_range(args.rounds))
     # responses cannot be written again by another command: they need a second word
     waits = args.rounds is not None and not args.yes
     if not waits:

@@ -33,8 +33,9 @@ from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.model.config.run import add_rounds, retain_policies
 from megatron_sov.model.objectives import get_factory
 from megatron_sov.model.recipes.requested import RecipeOptions
-from megatron_sov.post.rl.reward import ENVIRONMENT, RewardJudge, refuse_unjudged, reward_version
-from megatron_sov.rollouts.prompts import PromptList, list_set_aside, round_prompts, rounds_between
+from megatron_sov.post.rl.reward import ENVIRONMENT, RewardJudge, check_reward_fields, resolve_reward_version
+from megatron_sov.rollouts.prompts import (
+    PromptList, parse_round_range, select_round_prompts, write_unused_rows)
 from megatron_sov.runs.checkpoints import check_model_path, find_tokenizer_folder, hash_checkpoint_files
 from megatron_sov.runs.folder import FIXED_ROLLOUT_SETTINGS, ROUNDS, VALIDATION, RunFolder, fixed_settings
 from megatron_sov.runs.launch_environment import is_first_rank
@@ -88,7 +89,7 @@ def chosen_rounds(given: str | None, last: int) -> range:
         UserError: it has another form.
     """
     if given is not None:
-        return rounds_between(given)
+        return parse_round_range(given)
     if not last:
         raise UserError("rollout.rounds = 0: there are no rounds; set it, or name some with --rounds")
     return range(1, last + 1)
@@ -109,7 +110,7 @@ def run_generate(args: argparse.Namespace) -> int:
     if 0 < rollout.rounds < rounds[-1]:
         raise UserError(f"--rounds {options.rounds}: rollout.rounds = {rollout.rounds}, and nobody trains "
                         "the policy of a later one; name rounds up to it, or raise it here and in `rl train`")
-    round_prompts(prompts, rollout, rounds[0])  # which refuses too few of them
+    select_round_prompts(prompts, rollout, rounds[0])  # which refuses too few of them
     environment = environment_of(options, config)
     from megatron_sov.infer.engines.target import find_target
 
@@ -168,21 +169,21 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: P
     from megatron_sov.infer.engines.server_engine import ServerEngine
     from megatron_sov.post.rl.generate.pieces import FurtherPieces, PendingPieces, PieceQueue
     from megatron_sov.post.rl.generate.requests import build_requests, write_by_requests
-    from megatron_sov.post.rl.generate.responses import key_digest
+    from megatron_sov.post.rl.generate.responses import compute_sampling_digest
     from megatron_sov.post.rl.generate.writers import EngineSettings, LoadPolicy, run_policies, write_batches
-    from megatron_sov.post.rl.publish.publisher import further_pieces, is_published
+    from megatron_sov.post.rl.publish.publisher import is_published, read_further_pieces
     from megatron_sov.rollouts.store import StoreSettings
 
     folder, rollout = start.tokenizer_folder, config.rollout
     source, aside = source_of(args, config, prompts, start, engine_name=engine_name, environment=environment)
     prompts = args.kept(prompts, aside, args.store)
-    round_prompts(prompts, rollout, rounds[0])  # which refuses too few of them
+    select_round_prompts(prompts, rollout, rounds[0])  # which refuses too few of them
     policy_of = partial(find_round_policy, args.run, start.path, rollout=rollout)
     further: FurtherPieces | None = None
     if config.policy.parts.max_gen_batches > 1:
         # the trainer knows which groups learn: until it has published a round, this one may grow
         def further(number: int) -> tuple[int, bool]:
-            return further_pieces(args.run / ROUNDS, number), is_published(args.run / ROUNDS, number)
+            return read_further_pieces(args.run / ROUNDS, number), is_published(args.run / ROUNDS, number)
     # the policy that the engine begins with; later ones are loaded as checkpoints appear
     held = build_start_policy(start.path)
 
@@ -191,13 +192,14 @@ def _write(args: RlGenerateOptions, config: RunConfig, rounds: range, prompts: P
     provenance = {"engine": engine_name, "settings": list(args.engine_set), "environment": args.environment}
 
     def work(engine: Engine, load_policy: LoadPolicy) -> dict[str, Any]:
-        run_on_first(lambda: list_set_aside(settings.open().path, aside))  # made by one, before all open it
+        run_on_first(lambda: write_unused_rows(settings.open().path,
+                                               aside))  # made by one, before all open it
         store = settings.open()
         pending = PendingPieces(
             store=store, claims=Claims(store.claims, rollout.lease_s), prompts=prompts, rollout=rollout,
             rounds=rounds, find_policy=policy_of, further=further,
             # in the key: rows that were written otherwise are not taken for these
-            sampling_digest=lambda number: key_digest(rollout, number, source.chosen_by))
+            sampling_digest=lambda number: compute_sampling_digest(rollout, number, source.chosen_by))
         queue = PieceQueue(pending=pending, store=store, wait_s=args.wait, provenance=provenance)
         if isinstance(engine, ServerEngine):
             return write_by_requests(build_requests(engine, source, engine.room), queue, engine.room,
@@ -292,10 +294,10 @@ def parse_rounds(args: RoundsOptions, completed: Callable[[RunConfig], RunConfig
         UserError: a mistake in them.
     """
     prompts = args.read(is_asked=is_asked)
-    version = reward_version(args.reward, args.reward_set)
+    version = resolve_reward_version(args.reward, args.reward_set)
     parsed = parse_stage(args, "policy", needs_data=False, num_prompts=len(prompts), completed=completed)
     refuse_unknown_benchmarks(parsed.config)
-    refuse_unjudged(args.reward, args.reward_set, round_prompts(prompts, parsed.config.rollout, 1),
+    check_reward_fields(args.reward, args.reward_set, select_round_prompts(prompts, parsed.config.rollout, 1),
                     f"--prompts {args.prompts}")
     refuse_teachers(args, parsed.config.policy, args.reward, args.prompts, prompts)
     if not args.dry_run:
@@ -308,24 +310,24 @@ def parse_rounds(args: RoundsOptions, completed: Callable[[RunConfig], RunConfig
 def train_rounds(args: RoundsOptions, parsed: ParsedRounds, *, wait_s: float = 0.0,
                  rollouts: LiveRollouts | None = None, validation: Validation | None = None) -> None:
     """Train the rounds. Without `rollouts` other jobs generate and judge each within `wait_s` seconds."""
-    from megatron_sov.post.distillation.distill import OnPolicyDistillation, TaughtFactory, measure_teacher
-    from megatron_sov.post.policy import check_sources, objective_of, texts_of
-    from megatron_sov.post.preference import round_objective_of
-    from megatron_sov.post.rl.logprob_columns import columns_of_run
-    from megatron_sov.post.rl.publish.publisher import Publisher, published_numbers
+    from megatron_sov.post.distillation.distill import OnPolicyDistillation, TeacherFactory, measure_teacher
+    from megatron_sov.post.policy import build_policy_objective, check_sources, open_text_sources
+    from megatron_sov.post.preference import build_round_objective
+    from megatron_sov.post.rl.logprob_columns import select_columns
+    from megatron_sov.post.rl.publish.publisher import Publisher, list_number_columns
     from megatron_sov.post.rl.round_loader import RoundLoader
     from megatron_sov.post.rl.run import RolloutCycle
     from megatron_sov.post.rl.validation import SampledRounds
     from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.data.rounds import BEHAVIOUR, rounds_of, rounds_source
-    from megatron_sov.train.objectives.objective import columns_of
+    from megatron_sov.train.data.rounds import BEHAVIOUR, build_rounds_source, find_round_documents
+    from megatron_sov.train.objectives.objective import get_columns
     from megatron_sov.train.stages.stage import Stage, run_stage
 
     config, start = parsed.stage.config, parsed.stage.start
     assert start is not None, f"--from is required, it is {args.start_from}"
     tokenizer = find_tokenizer_folder(start)
     refuse_no_tokenizer(args.start_from, tokenizer)
-    texts = texts_of(config)
+    texts = open_text_sources(config)
     policies = RunPolicies(args.run, build_start_policy(start), config.rollout, fixed_settings(config) | {
         "train.steps": config.train.steps,
         "data": {text.name: hash_checkpoint_files(text.artifact) for text in texts
@@ -337,16 +339,16 @@ def train_rounds(args: RoundsOptions, parsed: ParsedRounds, *, wait_s: float = 0
     # rounds that were published from another store would be trained as if they were of this one
     publisher.check_store()
     teacher = live_teacher_of(args, config, tokenizer, args.nproc)
-    learned = round_objective_of if config.policy.learns_preferences else objective_of
+    learned = build_round_objective if config.policy.learns_preferences else build_policy_objective
     objective = get_factory(config, learned(config) if teacher is None
-                            else TaughtFactory(OnPolicyDistillation, [teacher]))
-    columns = columns_of_run(config, columns_of(objective), start,
+                            else TeacherFactory(OnPolicyDistillation, [teacher]))
+    columns = select_columns(config, get_columns(objective), start,
                              teachers_of(args, config, tokenizer) if teacher is None else ())
     # a source whose rounds open one by one, as they are published
-    source = rounds_source(args.run / ROUNDS, config.model.vocab_size, tokenizer, columns.names,
-                           routes=columns.routes, published=(BEHAVIOUR, *published_numbers(config)))
+    source = build_rounds_source(args.run / ROUNDS, config.model.vocab_size, tokenizer, columns.names,
+                           routes=columns.routes, published=(BEHAVIOUR, *list_number_columns(config)))
     check_sources(config, [*texts, source])
-    rounds = rounds_of([source])
+    rounds = find_round_documents([source])
     assert rounds is not None, "the source has no rounds"
     loader = RoundLoader(documents=rounds, rollout=config.rollout, columns=columns, store=args.store,
                          samples=SampledRounds(config.obs.sample_rows, config.rollout.rounds))
@@ -423,7 +425,7 @@ def _run(args: RlRunOptions, parsed: ParsedRounds) -> None:
     source, aside = source_of(args, config, parsed.prompts, start, engine_name=args.engine,
                               environment=environment)
     prompts = args.kept(parsed.prompts, aside, args.store)
-    round_prompts(prompts, config.rollout, 1)  # which refuses too few of them
+    select_round_prompts(prompts, config.rollout, 1)  # which refuses too few of them
     settings = GenerationSettings(
         store=StoreSettings(args.store, start.tokenizer_folder, start.vocab_size), prompts=prompts,
         set_aside=aside, rollout=config.rollout, run=args.run, source=source,

@@ -70,14 +70,14 @@ def run_probe(typed: argparse.Namespace) -> int:
     events, domains = RunEvents(args.run), _checked(args)
     from megatron_sov.post import ssp
 
-    candidates = ssp.candidates_of(args.checkpoints)
+    candidates = ssp.find_candidates(args.checkpoints)
     # a proposed line leaves nothing, while --dry-run writes the problems that its commands read
     if is_check():
         return ExitCode.OK
-    record_or_check_settings(args.output, args.output / ssp.ASKED, _asked(args, domains), "--output",
+    record_or_check_settings(args.output, args.output / ssp.CONDITIONS, _asked(args, domains), "--output",
                              "answers", {args.output / ssp.PROBLEMS})
     # also those of earlier commands in this folder: the table is of all
-    known = ssp.known_candidates(args.output, candidates)
+    known = ssp.read_candidates(args.output, candidates)
     with translate_disk_errors(args.output):
         problems = ssp.write_problems(args.output, domains)
     missing = [c for c in known if not c.is_done(args.output)]
@@ -181,7 +181,7 @@ def run_fuse(typed: argparse.Namespace) -> int:
     """
     args = read_options(SspFuseOptions, typed)
     load_plugins(args.plugins)
-    from megatron_sov.post.ssp import TABLE, experts_of
+    from megatron_sov.post.ssp import TABLE, read_experts
 
     first, fewest = Path(args.checkpoints[0]), 2
     # a probe says by itself which checkpoints are experts and how often each counts
@@ -190,7 +190,7 @@ def run_fuse(typed: argparse.Namespace) -> int:
             raise UserError(f"{first}: is a probe, whose experts are merged by themselves; leave out "
                             f"{args.checkpoints[1]}")
         # one may be the best in every domain: whatever a probe finds, the next stage has its start
-        found, fewest = experts_of(first), 1
+        found, fewest = read_experts(first), 1
     else:
         found = [(Path(path), weight) for path, weight in (split_weight(c, c) for c in args.checkpoints)]
     from megatron_sov import convert

@@ -13,7 +13,7 @@ from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import PolicyConfig
 from megatron_sov.post.rl.reward import NO_REWARD
 from megatron_sov.rollouts.prompts import PromptList
-from megatron_sov.rollouts.rows import domain_of
+from megatron_sov.rollouts.rows import read_domain
 from megatron_sov.runs.checkpoints import check_model_path, hash_checkpoint_files
 from megatron_sov.runs.launch_environment import num_ranks
 
@@ -90,7 +90,7 @@ def refuse_teachers(args: ScoringTeacherOptions, policy: PolicyConfig, reward: s
             raise UserError(f"--teacher {own[0][1]}: {own[1][0]} {own[1][1]} is of the same prompts; give "
                             "each its domain, as math=...")
     for prompt in prompts if given and "" not in domains else ():
-        if (domain := domain_of(prompt.record)) not in domains:
+        if (domain := read_domain(prompt.record)) not in domains:
             raise UserError(f"--prompts {file}: {prompt.place} is of domain {domain!r}, and the "
                             f"teachers are of {', '.join(map(repr, sorted(domains)))}; add a teacher of it, "
                             "or one without a domain, which reads all others")

@@ -80,7 +80,7 @@ def _run(args: ToolsRunOptions) -> int:
     check_output_folder(args.output, KIND, args.overwrite)
 
     from megatron_sov.infer.tool_policy import EngineChoice, EpisodePlayer
-    from megatron_sov.post.distillation.teacher import weights_digest
+    from megatron_sov.post.distillation.teacher import hash_weights
 
     choice = EngineChoice(args.engine, args.engine_set, args.nproc, ENGINE_SET)
     player = EpisodePlayer(args.target, choice, limits, "lower them with --limit")
@@ -88,7 +88,7 @@ def _run(args: ToolsRunOptions) -> int:
     settings = {name: getattr(args.sampling, name) for name in ("temperature", "top_p", "seed")}
     settings["engine"] = player.engine
     model: dict[str, object] = {"path": str(target.path), "step": target.step,
-                                "weights": weights_digest(target), "chat": player.chat}
+                                "weights": hash_weights(target), "chat": player.chat}
     identity = identity_of(digest_of(tasks), version, limits, model, settings)
     table = EpisodeTable(asked, encoder, limits, args.parallel)
 

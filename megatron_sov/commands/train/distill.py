@@ -69,11 +69,11 @@ def run_states(typed: argparse.Namespace) -> int:
     check_model_path(args.teacher)
     from megatron_sov.base.artifacts import read_manifest
     from megatron_sov.infer.engines.target import find_target
-    from megatron_sov.post.distillation.state_files import KIND, Kept
+    from megatron_sov.post.distillation.state_files import KIND, StateFormat
     from megatron_sov.post.distillation.teacher import TeacherReading, read_documents
 
     # states of every token, or its most probable tokens: top-k is smaller, states are exact
-    kept = Kept(args.dtype, args.top_k, args.temperature, args.other_tokenizer)
+    kept = StateFormat(args.dtype, args.top_k, args.temperature, args.other_tokenizer)
     reading = TeacherReading(find_target(args.teacher), parse_data_paths(args.data), kept=kept)
     read_documents(reading, args.output, args.settings, args.nproc, overwrite=args.overwrite,
                    redo=args.redo)
@@ -140,16 +140,16 @@ def run(typed: argparse.Namespace) -> int:
 
     from megatron_sov.chat.vocabulary import check_same_tokens
     from megatron_sov.post.distillation.distill import (
-        Distillation, KeptTeacher, TaughtFactory, measure_teacher)
+        Distillation, StoredTeacher, TeacherFactory, measure_teacher)
     from megatron_sov.post.distillation.state_files import KIND, StateFiles
     from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.data.token_shards import as_input, open_sources, tokenizer_folder
-    from megatron_sov.train.objectives.objective import formats_of
+    from megatron_sov.train.data.token_shards import describe_input, open_sources, tokenizer_folder
+    from megatron_sov.train.objectives.objective import get_formats
     from megatron_sov.train.stages.stage import Stage, run_stage
 
     config, folder = parsed.config, RunFolder(args.run)
     made = get_factory(config, Distillation)
-    sources = open_sources(config.data.paths, config.model.vocab_size, formats_of(made))
+    sources = open_sources(config.data.paths, config.model.vocab_size, get_formats(made))
     _refuse_views(config, sources)
     if parsed.start is not None:
         check_same_tokens(tokenizer_folder(sources), find_tokenizer_folder(parsed.start))
@@ -160,21 +160,22 @@ def run(typed: argparse.Namespace) -> int:
             if reader.teacher is not None:
                 _make_states(args, reader, reader.teacher, config, folder, sources)
             states += reader.states
-    read: list[KeptTeacher] = []
+    read: list[StoredTeacher] = []
     if folder.completion() is None and not args.dry_run:
         # what does not belong together is told before processes start
-        read.append(KeptTeacher([StateFiles(path, sources) for path in states], config.distillation, sources,
+        read.append(StoredTeacher([StateFiles(path, sources) for path in states], config.distillation,
+                                  sources,
                                 config.model.vocab_size))
 
     def after(view: GateView) -> dict[str, Any]:
         return measure_teacher(view, sources, read[0])
 
-    objective = TaughtFactory(made, read)
+    objective = TeacherFactory(made, read)
     run_stage(Stage(config, folder, objective, parsed.start,
                     args.resume, tuple(sources), before=after, after=after, end_gate=gate,
                     faults=parsed.faults, until=args.until, dry_run=args.dry_run,
                     notes=parsed.notes, besides=tuple(
-                        as_input(KIND, path) for path in states if (path / MANIFEST).is_file())),
+                        describe_input(KIND, path) for path in states if (path / MANIFEST).is_file())),
               args.nproc)
     return 0
 
@@ -248,7 +249,7 @@ def _make_states(args: DistillOptions, reader: _DataReader, teacher: Path, confi
         UserError: it knows other tokens, another one has read them, or several folders are not there.
     """
     from megatron_sov.infer.engines.target import find_target
-    from megatron_sov.post.distillation.state_files import KIND, Kept, StateFiles
+    from megatron_sov.post.distillation.state_files import KIND, StateFiles, StateFormat
     from megatron_sov.post.distillation.teacher import TeacherReading, read_documents
 
     target = find_target(teacher)
@@ -271,9 +272,9 @@ def _make_states(args: DistillOptions, reader: _DataReader, teacher: Path, confi
         asked = config.distillation
         for path in made:
             _refuse_beside(args, asked, StateFiles(path, sources), config.model.vocab_size)
-        kept = (Kept(top_k=asked.top_k, temperature=asked.temperature,
+        kept = (StateFormat(top_k=asked.top_k, temperature=asked.temperature,
                      translated=asked.other_tokenizer) if asked.top_k
-                else Kept(args.states_dtype))
+                else StateFormat(args.states_dtype))
         # that of the others is this one's: it was compared above
         digest = read_manifest(made[0], KIND).settings["teacher"] if made else ""
         if args.dry_run:
@@ -296,9 +297,9 @@ def _refuse_beside(args: DistillOptions, asked: DistillationConfig, made: StateF
 
 def _refuse_other_teacher(named: Path, target: Target, made: list[Path]) -> None:
     from megatron_sov.post.distillation.state_files import KIND
-    from megatron_sov.post.distillation.teacher import weights_digest
+    from megatron_sov.post.distillation.teacher import hash_weights
 
-    digest = weights_digest(target) if made else ""
+    digest = hash_weights(target) if made else ""
     for path in made:
         made_by = read_manifest(path, KIND).settings
         if made_by["teacher"] != digest:

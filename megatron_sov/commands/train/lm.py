@@ -14,7 +14,7 @@ from megatron_sov.commands.train.setup.stage_options import (
 from megatron_sov.model.objectives import get_factory
 from megatron_sov.runs.folder import STAGES
 from megatron_sov.runs.launch_environment import num_ranks
-from megatron_sov.train.guards.fault_injection import parse
+from megatron_sov.train.guards.fault_injection import parse_faults
 from megatron_sov.train.stages.shared_copies import convert_start
 
 
@@ -53,16 +53,16 @@ def run_extend(typed: argparse.Namespace) -> int:
         raise UserError(f"--until {args.until}: each of the stages counts its own steps; leave it out, and "
                         "stop the command by Ctrl-C or SIGTERM")
     request = stage_request(args, "lm", lengthens=True)
-    faults = parse(args.inject, num_ranks(args.nproc))
+    faults = parse_faults(args.inject, num_ranks(args.nproc))
 
     from megatron_sov.commands.train.setup.feasibility import refuse_unfit
-    from megatron_sov.post.extend.stages import planned_stages
+    from megatron_sov.post.extend.stages import plan_stages
     from megatron_sov.train.objectives.data_objective import LanguageModelling
-    from megatron_sov.train.objectives.objective import formats_of
+    from megatron_sov.train.objectives.objective import get_formats
 
     # all stages are planned before the first one starts
-    stages = planned_stages(request, args.start_from, args.run, args.nproc,
-                            lambda config: formats_of(get_factory(config, LanguageModelling)))
+    stages = plan_stages(request, args.start_from, args.run, args.nproc,
+                            lambda config: get_formats(get_factory(config, LanguageModelling)))
     refuse_unknown_benchmarks(stages[-1].config)
     for stage in stages:
         stage.config.check(num_ranks(args.nproc))
@@ -103,11 +103,11 @@ def run_sft(typed: argparse.Namespace) -> int:
     from megatron_sov.post.sft import SupervisedFineTuning
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.data.token_shards import open_sources
-    from megatron_sov.train.objectives.objective import formats_of
+    from megatron_sov.train.objectives.objective import get_formats
     from megatron_sov.train.stages.stage import Stage, run_stage
 
     objective = get_factory(parsed.config, SupervisedFineTuning)
-    sources = open_sources(parsed.config.data.paths, parsed.config.model.vocab_size, formats_of(objective))
+    sources = open_sources(parsed.config.data.paths, parsed.config.model.vocab_size, get_formats(objective))
     stage = Stage(parsed.config, RunFolder(args.run), objective, parsed.start, args.resume,
                   tuple(sources), end_gate=gate, faults=parsed.faults, until=args.until,
                   dry_run=args.dry_run, notes=parsed.notes)

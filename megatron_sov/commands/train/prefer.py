@@ -62,17 +62,17 @@ def run(typed: argparse.Namespace) -> int:
     # looked up before Megatron is imported
     fixed = _fixed_reference(args.reference, parsed.config)
 
-    from megatron_sov.post.preference import HELDOUT_PAIRS, measure_heldout_pairs, objective_of
+    from megatron_sov.post.preference import HELDOUT_PAIRS, measure_heldout_pairs, select_objective
     from megatron_sov.post.reference import COLUMN
     from megatron_sov.runs.folder import REFERENCE, RunFolder
-    from megatron_sov.train.data.token_shards import as_input, open_sources
-    from megatron_sov.train.objectives.objective import columns_of, formats_of
+    from megatron_sov.train.data.token_shards import describe_input, open_sources
+    from megatron_sov.train.objectives.objective import get_columns, get_formats
     from megatron_sov.train.stages.stage import Stage, run_stage
 
     config = parsed.config
-    objective = get_factory(config, objective_of(config))
-    sources = tuple(open_sources(config.data.paths, config.model.vocab_size, formats_of(objective)))
-    needed = columns_of(objective)
+    objective = get_factory(config, select_objective(config))
+    sources = tuple(open_sources(config.data.paths, config.model.vocab_size, get_formats(objective)))
+    needed = get_columns(objective)
     if DESIRABLE not in needed:
         _refuse_other_judgements(config, sources)
     # single judged responses (kto) have no pairs that could be ranked
@@ -82,7 +82,7 @@ def run(typed: argparse.Namespace) -> int:
 
     def before(view: GateView) -> None:
         if reference is not None:
-            reference.make(view)
+            reference.score_heldout(view)
         measure_heldout_pairs(view, pairs, reference_of)
 
     def after(view: GateView) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def run(typed: argparse.Namespace) -> int:
     run_stage(Stage(config, RunFolder(args.run), objective, parsed.start, args.resume,
                     sources if reference is None else reference.sources, before=before, after=after,
                     end_gate=gate, faults=parsed.faults, until=args.until, dry_run=args.dry_run,
-                    notes=parsed.notes, besides=() if fixed is None else (as_input(REFERENCE, fixed),)),
+                    notes=parsed.notes, besides=() if fixed is None else (describe_input(REFERENCE, fixed),)),
               args.nproc)
     return 0
 
@@ -129,7 +129,7 @@ def _reference(args: PreferOptions, parsed: ParsedStage, sources: tuple[Source, 
         UserError: the folder may not be entered, holds another reference, or one that lacks what is needed.
     """
     from megatron_sov.chat.vocabulary import check_same_tokens
-    from megatron_sov.post.preference import heldout_documents
+    from megatron_sov.post.preference import find_heldout_documents
     from megatron_sov.post.reference import Reference
     from megatron_sov.runs import checkpoints
     from megatron_sov.runs.folder import RunFolder
@@ -138,12 +138,12 @@ def _reference(args: PreferOptions, parsed: ParsedStage, sources: tuple[Source, 
     assert parsed.start is not None, f"--from is required, it is {args.start_from}"
     config, folder = parsed.config, RunFolder(args.run)
     reference = Reference(args.run, fixed or parsed.start, sources, config.data.max_seq_len(),
-                          {source.name: heldout_documents(source) for source in pairs})
+                          {source.name: find_heldout_documents(source) for source in pairs})
     if fixed is not None:
         check_same_tokens(tokenizer_folder(list(sources)), fixed / "tokenizer")
         folder.enter(config, args.resume)
         if not args.dry_run:
-            reference.make_apart(fixed, config, args.nproc)
+            reference.score_in_processes(fixed, config, args.nproc)
     # a run that goes on must compare with the same reference as before
     elif checkpoints.latest_checkpoint(folder.checkpoints) is not None:
         reference.refuse_changed()

@@ -21,12 +21,19 @@ TE_ATTENTION_VARIABLES = {"flash": "NVTE_FLASH_ATTN", "fused": "NVTE_FUSED_ATTN"
 MAX_CACHED_DECISIONS = 64
 
 
+def load_attention_utils() -> Any:
+    """Return Transformer Engine's module with `get_attention_backend`."""
+    from transformer_engine.pytorch.attention.dot_product_attention import utils  # optional package
+
+    return utils
+
+
 def cache_attention_decisions(utils: Any) -> None:
     """Cache Transformer Engine's choice of attention kernel per kind of call.
 
     Version 2.20.2 caches only the last choice (`_attention_backends`), so that alternating layers with and
-    without a sliding window query cuDNN at every change. Calls under different policies are told apart as
-    here: by equal parameters and environment variables.
+    without a sliding window query cuDNN at every change. The cache distinguishes calls by parameters and
+    environment variables, as Transformer Engine does.
 
     Args:
         utils: the module with `get_attention_backend`, looked up there at each call.
@@ -93,8 +100,7 @@ def _query_backends(heads: int, groups: int, size: tuple[int, int], window: int,
                     variables: tuple[str | None, ...]) -> tuple[bool, str]:
     """Return whether FlashAttention serves, and why no cuDNN kernel does ("" if one does), for the given
     environment `variables`."""
-    from transformer_engine.pytorch.attention.dot_product_attention import utils
-
+    utils = load_attention_utils()
     params = {"qkv_layout": "thd_thd_thd", "batch_size": QUERY_DOCUMENTS, "num_heads": heads,
               "num_gqa_groups": groups, "max_seqlen_q": QUERY_TOKENS, "max_seqlen_kv": QUERY_TOKENS,
               "num_tokens_q": QUERY_TOKENS, "num_tokens_kv": QUERY_TOKENS, "head_dim_qk": size[0],

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.transformer.enums import AttnBackend
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError, find_broken_rules
@@ -150,8 +151,6 @@ def transformer_settings(gpu: GpuConfig, train: TrainConfig, context: KernelCont
     Settings that this process cannot use are off: `check_gpu_settings` has rejected training with them, so
     the model is only inspected (by `plan`).
     """
-    from megatron.core.transformer.enums import AttnBackend
-
     settings: dict[str, Any] = {fusion.field: fusion.value(gpu, context) for fusion in FUSIONS}
     settings["attention_backend"] = AttnBackend[gpu.attention if context.te else "auto"]
     if train.recompute is True:

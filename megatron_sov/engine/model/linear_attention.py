@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm, TERowParallelLinear
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
@@ -325,9 +326,6 @@ def set_linear_attention(config: Any, spec: Any, sizes: LinearAttentionConfig, t
                                          tensor_parallel.RowParallelLinear,
                                          tensor_parallel.ColumnParallelLinear)
     if te:
-        from megatron.core.extensions.transformer_engine import (
-            TEColumnParallelLinear, TENorm, TERowParallelLinear)
-
         projections = (TEColumnParallelLinear, TERowParallelLinear, TEColumnParallelLinear)
         layer.input_layernorm = TENorm
     layer.self_attention = ModuleSpec(module=LinearAttention,

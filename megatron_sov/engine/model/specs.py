@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
 import torch
+from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_layer_specs, get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec)
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.spec_utils import get_submodules
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec, get_module, get_submodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.nn.functional import dropout, gelu, rms_norm, silu
 
 from megatron_sov.base.errors import UserError, format_error
-from megatron_sov.engine.model.attention_kernels import cache_attention_decisions
+from megatron_sov.engine.model.attention import DocumentAttention
+from megatron_sov.engine.model.attention_kernels import cache_attention_decisions, load_attention_utils
 from megatron_sov.engine.model.gpu_settings import (
     OVERLAP_FIELDS, KernelContext, exchanges_heads, expert_settings, fp8_settings, keep_ends_in_bf16,
     transformer_settings, uses_delta_kernels, uses_document_attention)
 from megatron_sov.engine.model.graphs import build_graphed_layer
+from megatron_sov.engine.model.kv_cache import (
+    LatentDocumentAttention, get_latent_settings, set_latent_attention)
+from megatron_sov.engine.model.linear_attention import set_linear_attention
 from megatron_sov.engine.model.rotary import compute_frequency_ratios, compute_softmax_scale
 from megatron_sov.engine.parallel import context
 from megatron_sov.engine.parallel.device import PRECISION as PRECISION, on_gpu
@@ -134,6 +147,7 @@ def needs_transformer_engine(dtype: torch.dtype) -> bool:
 def find_transformer_engine_error() -> str:
     """Return the error that importing Transformer Engine raises, or an empty string."""
     try:
+        # optional package, and only GPUs need it
         import transformer_engine.pytorch  # noqa: F401
     # many errors occur: not installed, missing libraries, wrong CUDA, RuntimeError of the bare package
     except Exception as e:
@@ -220,10 +234,6 @@ def build_transformer_config(model: ModelConfig, parallel: ParallelConfig, train
 
 def _create_library_config(model: ModelConfig, settings: dict[str, Any]) -> Any:
     """Construct `TransformerConfig`, or `MLATransformerConfig` for latent attention."""
-    from megatron.core.transformer import MLATransformerConfig, TransformerConfig
-
-    from megatron_sov.engine.model.kv_cache import get_latent_settings
-
     latent = get_latent_settings(model)
     # the config's validation refuses float32, and MTP layers, which `OverlappedPasses` runs separately
     overlap = {name: settings.pop(name) for name in OVERLAP_FIELDS if name in settings}
@@ -291,8 +301,6 @@ def _set_yarn(config: Any, model: ModelConfig, parallel: ParallelConfig) -> None
 
 def build_layer_specs(config: Any, model: ModelConfig) -> list[Any]:
     """Return the specs of all trunk layers, with `BalancedRouter` and, if enabled, our own attention."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
-
     specs = _copy_specs(get_gpt_decoder_layer_specs(config,
                                                     uses_transformer_engine(config.params_dtype), "RMSNorm"))
     return [_finish_spec(config, spec, kind, window, model)
@@ -301,9 +309,6 @@ def build_layer_specs(config: Any, model: ModelConfig) -> list[Any]:
 
 def build_mtp_layer_spec(config: Any, model: ModelConfig) -> Any:
     """Return the spec of the transformer layer inside an MTP layer: dense, or like the last trunk layer."""
-    from megatron.core.models.gpt.gpt_layer_specs import (
-        get_gpt_decoder_layer_specs, get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec)
-
     te = uses_transformer_engine(config.params_dtype)
     if model.mtp_experts:
         spec = _copy_specs(get_gpt_decoder_layer_specs(config, te, "RMSNorm")[-1:])[0]
@@ -334,15 +339,11 @@ def _number_after_trunk(layer: Any) -> Any:
 
 def _copy_specs(specs: list[Any]) -> list[Any]:
     """Copy specs: Megatron-Core shares one object between equal layers, and ours differ in attention."""
-    import copy
-
     return [copy.deepcopy(spec) for spec in specs]
 
 
 def _finish_spec(config: Any, spec: Any, kind: str, window: int, model: ModelConfig) -> Any:
     if kind == "linear_attention":
-        from megatron_sov.engine.model.linear_attention import set_linear_attention
-
         assert model.linear_attention is not None, "settings rule: D layers have sizes"
         set_linear_attention(config, spec, model.linear_attention,
                              uses_transformer_engine(config.params_dtype))
@@ -360,11 +361,6 @@ def _finish_spec(config: Any, spec: Any, kind: str, window: int, model: ModelCon
 
 def _finish_attention(config: Any, spec: Any, kind: str, window: int, model: ModelConfig) -> None:
     """Set core attention, window, softmax scale and output gate of a layer."""
-    from megatron.core.transformer.spec_utils import ModuleSpec
-
-    from megatron_sov.engine.model.attention import DocumentAttention
-    from megatron_sov.engine.model.kv_cache import LatentDocumentAttention, set_latent_attention
-
     attention, latent = spec.submodules.self_attention.submodules, model.latent_attention is not None
     if config.exchanges_heads:
         attention.core_attention = build_exchanged_attention(attention.core_attention)
@@ -372,9 +368,7 @@ def _finish_attention(config: Any, spec: Any, kind: str, window: int, model: Mod
         module = LatentDocumentAttention if latent else DocumentAttention
         attention.core_attention = ModuleSpec(module=module, params={"window_tokens": window})
     if uses_transformer_engine(config.params_dtype) and (config.exchanges_heads or not config.own_attention):
-        from transformer_engine.pytorch.attention.dot_product_attention import utils
-
-        cache_attention_decisions(utils)
+        cache_attention_decisions(load_attention_utils())
     if window not in (0, model.sliding_window_tokens) and not config.own_attention:
         attention.core_attention = _set_window(attention.core_attention, window)
     if latent:
@@ -392,10 +386,6 @@ def build_exchanged_attention(core_attention: Any) -> Any:
 
     Each process receives all tokens of its share of heads. With fewer key heads than processes, several
     processes receive the same key heads. Never run on a GPU by this project."""
-    import copy
-
-    from megatron.core.transformer.spec_utils import ModuleSpec, get_module
-
     class ExchangedAttention(get_module(core_attention)):  # type: ignore[misc]
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             cp, tp, local_config = context.get_cp_size(), config.tensor_model_parallel_size, copy.copy(config)
@@ -420,8 +410,6 @@ def build_exchanged_attention(core_attention: Any) -> Any:
 
 def _set_softmax_scale(core_attention: Any, scale: float) -> Any:
     """Return a core attention's spec with another softmax scale than `config.softmax_scale`."""
-    from megatron.core.transformer.spec_utils import ModuleSpec, get_module
-
     class ScaledAttention(get_module(core_attention)):  # type: ignore[misc]
         def __init__(self, *args: Any, softmax_scale: float | None, **kwargs: Any) -> None:
             super().__init__(*args, softmax_scale=scale, **kwargs)
@@ -432,10 +420,6 @@ def _set_softmax_scale(core_attention: Any, scale: float) -> Any:
 def _set_window(core_attention: Any, window: int) -> Any:
     """Return a core attention's spec with another window, in tokens; Megatron-Core has one `window_size` for
     all layers. Never run on a GPU by this project."""
-    import copy
-
-    from megatron.core.transformer.spec_utils import ModuleSpec, get_module
-
     class WindowedAttention(get_module(core_attention)):  # type: ignore[misc]
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             own_config = copy.copy(config)
@@ -447,9 +431,6 @@ def _set_window(core_attention: Any, window: int) -> Any:
 
 def _set_norms(config: Any, spec: Any, kind: str, model: ModelConfig) -> None:
     """Set the norms, rotary frequencies and residual additions of a layer."""
-    from megatron.core.transformer.identity_op import IdentityOp
-    from megatron.core.transformer.spec_utils import ModuleSpec
-
     layer, te = spec.submodules, uses_transformer_engine(config.params_dtype)
     if model.block_norms == "post":
         layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp
@@ -473,16 +454,11 @@ def _set_norms(config: Any, spec: Any, kind: str, model: ModelConfig) -> None:
 
 def has_experts(spec: Any) -> bool:
     """Return whether the layer's feed-forward network has experts."""
-    from megatron.core.transformer.moe.moe_layer import MoESubmodules
-
     return isinstance(get_submodules(spec.submodules.mlp), MoESubmodules)
 
 
 def _unfuse_norms(layer: Any) -> None:
     """Replace Transformer Engine's fused norm-and-linear layers by plain linear layers."""
-    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
-    from megatron.core.transformer.mlp import MLPSubmodules
-
     layer.self_attention.submodules.linear_qkv = TEColumnParallelLinear
     block = get_submodules(layer.mlp)
     if isinstance(block, MLPSubmodules):  # MoE layers have a separate norm
@@ -491,11 +467,7 @@ def _unfuse_norms(layer: Any) -> None:
 
 def get_norm_class(config: Any) -> Any:
     """Return the RMSNorm class for the residual stream."""
-    from megatron.core.models.backends import LocalSpecProvider
-
     if uses_transformer_engine(config.params_dtype):
-        from megatron.core.extensions.transformer_engine import TENorm
-
         return TENorm
     return ZeroCenteredNorm if config.zero_centered_norms else LocalSpecProvider().layer_norm(rms_norm=True)
 

@@ -1,5 +1,8 @@
 """Counts a training process's memory: builds model, gradient buffers and optimizer on meta tensors, for any
-rank and world size."""
+rank and world size.
+
+On a machine with a GPU, call `cpu_shims.prepare_without_gpu()` before importing this module.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,23 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
-from megatron_sov.engine.parallel import cpu_shims
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megatron_sov.engine.model.language_model import LanguageModel, build_model, build_run_model
+from megatron_sov.engine.optimizer import muon, parameter_groups
+from megatron_sov.engine.optimizer.optimizer import Optimizer
+from megatron_sov.engine.parallel.device import is_cpu_only
 from megatron_sov.engine.parallel.world import create_groups
 from megatron_sov.model.config import ParallelConfig, RunConfig
 from megatron_sov.plan.footprint.held import StageParams
 from megatron_sov.plan.footprint.states import StatePlace, States
 
-if TYPE_CHECKING:
-    from megatron_sov.engine.model.language_model import LanguageModel
 
 @dataclass(frozen=True)
 class BuiltStage:
@@ -32,10 +41,7 @@ class BuiltStage:
 @contextlib.contextmanager
 def use_fake_world(parallel: ParallelConfig, num_ranks: int, rank: int) -> Iterator[None]:
     """Make this process one rank of a world without communication."""
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
+    assert is_cpu_only(), "call cpu_shims.prepare_without_gpu() before importing this module"
     dist.init_process_group("fake", rank=rank, world_size=num_ranks, store=FakeStore())
     try:
         create_groups(parallel)
@@ -51,11 +57,6 @@ def count_stage_parameters(config: RunConfig, num_ranks: int, stage: int) -> Bui
     Requires a process without process groups and without CUDA, before and afterwards. Sends nothing and does
     not initialize CUDA.
     """
-    cpu_shims.prepare_without_gpu()
-    import torch
-
-    from megatron_sov.engine.model.language_model import build_model
-
     p = config.parallel
     with use_fake_world(p, num_ranks, stage * (num_ranks // p.pp)), torch.device("meta"):
         return _count_parameters(build_model(config.model, p, config.train), p)
@@ -93,13 +94,6 @@ def count_process_memory(config: RunConfig, num_ranks: int, rank: int) -> MetaOp
 
     Same requirements as `count_stage_parameters`.
     """
-    cpu_shims.prepare_without_gpu()
-    import torch
-    from megatron.core import parallel_state
-
-    from megatron_sov.engine.model.language_model import build_run_model
-    from megatron_sov.engine.optimizer.optimizer import Optimizer
-
     with use_fake_world(config.parallel, num_ranks, rank), _use_meta_memory():
         with torch.device("meta"):
             model = build_run_model(config)
@@ -135,11 +129,6 @@ def _use_meta_memory() -> Iterator[None]:
     """Create the library's buffers and `HostAdamW` state on meta tensors, and skip exchanges with other
     ranks.
     """
-    import torch
-
-    from megatron_sov.engine.optimizer import muon, parameter_groups
-    from megatron_sov.engine.optimizer.optimizer import Optimizer
-
     original_type = torch.Tensor.type
 
     def get_type_name(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -192,7 +192,7 @@ def assign_shards(library: Any, model: LanguageModel, rules: Rules, config: Opti
                   zero1: bool, on_host: float = 0.0) -> list[StateShard]:
     """Assign every shard to the optimizer of its rule and return all shards. Collective.
 
-    The library created AdamW for all shards; `Combined` adds Muon or `HostAdamW` for some.
+    The library creates AdamW for all shards; `ChainedOptimizer` adds Muon or `HostAdamW` for some shards.
 
     Args:
         on_host: share of AdamW's parameters whose masters, moments and update are in host memory.

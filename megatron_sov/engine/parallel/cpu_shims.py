@@ -1,76 +1,24 @@
-"""Patches that let unmodified megatron-core run on CPUs over gloo, and fix its defects.
+"""Patches of torch that let unmodified megatron-core run on CPUs.
 
 `megatron_sov.engine` calls `prepare_megatron()` before any of its modules imports megatron. Each patch is a
-function whose docstring names the assumption or defect. `patch_defects` fixes defects that occur on any
-device. No part is reimplemented: model, schedules, dispatchers, optimizers and process groups are the
-library's, on CPU tensors.
+function whose docstring names the library's assumption; patches of the library itself are in
+`library_patches`. No part is reimplemented: model, schedules, dispatchers, optimizers and process groups are
+the library's, on CPU tensors.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 from megatron_sov.engine.parallel.device import CPU, hide_broken_deep_ep, is_cpu_only, mark_cpu_only, on_gpu
-
-# Defects on any device. `test_cpu_shims.py::test_the_library_still_needs_the_patch` fails when the library no
-# longer has one.
-
-@functools.cache
-def patch_defects() -> None:
-    """Fix the library's defects in this process; call it before building a model."""
-    _patch_norm_marks()
-    _patch_empty_experts()
-
-
-def _patch_empty_experts() -> None:
-    """Transformer Engine's permutation asserts that local experts receive a token, and its inverse returns no
-    rows for no tokens, while the library needs zeros. With few tokens, some processes receive none."""
-    import megatron.core.transformer.moe.token_dispatcher as dispatcher
-
-    permute, unpermute = dispatcher.permute, dispatcher.unpermute
-
-    @functools.wraps(permute)
-    def permute_any(tokens: Any, routing_map: Any, probs: Any = None, num_out_tokens: Any = None,
-                    fused: bool = False, **options: Any) -> Any:
-        # do not synchronize for a count on the GPU: it counts all choices of a router and is never 0
-        on_host = num_out_tokens is not None and not getattr(num_out_tokens, "is_cuda", False)
-        fused = fused and not (on_host and int(num_out_tokens) == 0)
-        return permute(tokens, routing_map, probs, num_out_tokens, fused=fused, **options)
-
-    @functools.wraps(unpermute)
-    def unpermute_any(permuted_tokens: Any, *args: Any, fused: bool = False, **options: Any) -> Any:
-        return unpermute(permuted_tokens, *args, fused=fused and len(permuted_tokens) > 0, **options)
-
-    dispatcher.permute, dispatcher.unpermute = permute_any, unpermute_any
-
-
-def _patch_norm_marks() -> None:
-    """WrappedTorchNorm refuses sequence parallelism because torch's norms do not mark their weight for the
-    gradient sum over the tensor-parallel group. The patch sets the mark."""
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
-
-    original = WrappedTorchNorm.__new__
-
-    def create_marked_norm(cls: Any, config: Any, hidden_size: int, eps: float = 1e-5,
-                           *args: Any, **kwargs: Any) -> Any:
-        sequence_parallel, config.sequence_parallel = config.sequence_parallel, False
-        try:
-            norm = original(cls, config, hidden_size, eps, *args, **kwargs)
-        finally:
-            config.sequence_parallel = sequence_parallel
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = sequence_parallel
-        return norm
-
-    WrappedTorchNorm.__new__ = staticmethod(create_marked_norm)
 
 
 def prepare_megatron() -> None:
@@ -93,14 +41,9 @@ def prepare_without_gpu() -> None:
     _redirect_cuda_generator()
     with _disable_compilation(), _hide_trackers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # each missing GPU extension prints a warning on import
-        import megatron.core.models.gpt.gpt_layer_specs
-        import megatron.core.optimizer
-        import megatron.core.pipeline_parallel
-        import megatron.core.transformer.multi_token_prediction  # noqa: F401
-    _patch_rng_tracker()
-    _patch_split_sizes()
-    _patch_uneven_gathers()
-    patch_defects()
+        # not at the top: it imports megatron-core, which reads the patched torch
+        from megatron_sov.engine.parallel import library_patches
+    library_patches.patch_for_cpus()
 
 
 def _hide_transformer_engine() -> None:
@@ -170,8 +113,6 @@ def _redirect_cuda_requests() -> None:
             return function(*args, **kwargs)
 
         return create_with_cpu
-
-    from torch.utils._device import _device_constructors
 
     _device_constructors()  # caches the original functions for `with torch.device(...)`
     for name in ("tensor", "as_tensor", "empty", "zeros", "ones", "full", "arange", "rand", "randn",
@@ -244,65 +185,3 @@ def _hide_trackers() -> Iterator[None]:
     finally:
         for name in absent:
             del sys.modules[name]
-
-
-def _patch_rng_tracker() -> None:
-    """The tensor-parallel RNG tracker accesses CUDA states through private functions, and warns if the CPU
-    state changes."""
-    import megatron.core.tensor_parallel.random as random
-
-    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
-    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
-    logging.getLogger(random.__name__).addFilter(
-        lambda record: "CPU RNG state changed within GPU RNG context" not in record.getMessage())
-
-
-def _patch_split_sizes() -> None:
-    """The all-to-all dispatcher converts split sizes to numbers only for CUDA tensors; gloo needs numbers
-    too."""
-    import megatron.core.transformer.moe.moe_utils as moe_utils
-    import megatron.core.transformer.moe.token_dispatcher as dispatcher
-
-    def to_numbers(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
-
-    moe_utils.maybe_move_tensor_to_cpu = dispatcher.maybe_move_tensor_to_cpu = to_numbers
-
-
-def _patch_uneven_gathers() -> None:
-    """gloo gathers and scatters only equal parts; tokens of experts split over processes have unequal
-    parts."""
-    import megatron.core.tensor_parallel.mappings as mappings
-
-    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
-
-    def gather_uneven(input_: torch.Tensor, group: Any, output_split_sizes: list[int] | None = None,
-                      use_global_buffer: bool = False) -> torch.Tensor:
-        if output_split_sizes is None or group.size() == 1:
-            even: torch.Tensor = gather(input_, group, output_split_sizes, use_global_buffer)
-            return even
-        # pad every part to the longest before the gather, and cut the padding afterwards
-        longest = max(output_split_sizes)
-        parts = (gather(_pad_rows(input_, longest), group).unflatten(0, (-1, longest)) if longest
-                 else [input_] * group.size())
-        return torch.cat([part[:n] for part, n in zip(parts, output_split_sizes, strict=True)])
-
-    def reduce_scatter_uneven(input_: torch.Tensor, group: Any, input_split_sizes: list[int] | None = None,
-                              use_global_buffer: bool = False) -> torch.Tensor:
-        if input_split_sizes is None or group.size() == 1:
-            even: torch.Tensor = reduce_scatter(input_, group, input_split_sizes, use_global_buffer)
-            return even
-        longest = max(input_split_sizes)
-        if longest == 0:
-            return input_
-        parts = torch.cat([_pad_rows(part, longest) for part in input_.split(input_split_sizes)])
-        local: torch.Tensor = reduce_scatter(parts, group)
-        return local[:input_split_sizes[group.rank()]]
-
-    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = (
-        gather_uneven, reduce_scatter_uneven)
-
-
-def _pad_rows(tensor: torch.Tensor, length: int) -> torch.Tensor:
-    """Pad [n, ...] with zeros to [length, ...]."""
-    return torch.cat([tensor, tensor.new_zeros(length - tensor.shape[0], *tensor.shape[1:])])

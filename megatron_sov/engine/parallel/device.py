@@ -158,6 +158,11 @@ def get_local_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu() else CPU
 
 
+def describe_local_device() -> str:
+    """Return the device of this process by name ("cuda:1", "cpu"), the same for all threads."""
+    return f"cuda:{local_gpu_index(torch.cuda.device_count())}" if on_gpu() else "cpu"
+
+
 def release_gpu_memory() -> None:
     """Release cached GPU memory, for example of a deleted model."""
     if on_gpu():
@@ -167,6 +172,7 @@ def release_gpu_memory() -> None:
 
 def toggle_nsys_recording(*, on: bool) -> None:
     """Start or stop recording in nsys, with the library's NVTX ranges. Does nothing without nsys."""
+    # `prepare_megatron` needs this module before megatron may be imported
     from megatron.core.utils import configure_nvtx_profiling
 
     configure_nvtx_profiling(on)
@@ -309,7 +315,7 @@ FP8_FUNCTIONS = {"tensorwise": "is_fp8_available", "blockwise": "is_fp8_block_sc
 
 def find_fp8_problems() -> dict[str, str]:
     """Return recipe -> Transformer Engine's reason against it on this GPU, or ""."""
-    import transformer_engine.pytorch as te
+    import transformer_engine.pytorch as te  # optional package
 
     checks = {fp8: getattr(te, name)(return_reason=True) for fp8, name in FP8_FUNCTIONS.items()}
     return {fp8: "" if available else str(reason) for fp8, (available, reason) in checks.items()}

@@ -24,9 +24,12 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.tensor_parallel import random
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from torch.distributed import distributed_c10d
 
-from megatron_sov.engine.parallel import cpu_shims
+from megatron_sov.engine.parallel import library_patches
 from megatron_sov.engine.parallel.simulated_messages import (
     CallPart, CallSite, Deadlock, MessageFault, copy_message, detach_tensors, find_call_site, get_reduction,
     reduce_parts)
@@ -491,8 +494,6 @@ class _RankWorld:
 
 def _create_world(ranks: SimulatedRanks, rank: int, parallel: ParallelConfig) -> ParallelWorld:
     """Create a rank's world and the layout's groups, and return its place."""
-    from megatron.core import parallel_state, tensor_parallel
-
     world = _RankWorld()
     distributed_c10d._world = world  # type: ignore[assignment]
     all_ranks = range(ranks.size)
@@ -520,17 +521,13 @@ def _create_world(ranks: SimulatedRanks, rank: int, parallel: ParallelConfig) ->
           mock.patch.object(parallel_state, "generate_masked_orthogonal_rank_groups", rank_groups)):
         create_groups(parallel)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    cpu_shims.patch_defects()
+    library_patches.patch_defects()
     return get_parallel_world(rank, ranks.size)
 
 
 @functools.cache
 def _list_rank_attributes() -> tuple[tuple[Any, str], ...]:
     """Return the module and class attributes with one value per rank, as (owner, name)."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import random
-    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
-
     # groups, ranks and buffers
     groups = [(parallel_state, name) for name, value in vars(parallel_state).items()
               if name.startswith("_") and not name.startswith("__") and not callable(value)]
@@ -542,9 +539,6 @@ def _get_initial_state(previous: Sequence[Any]) -> Sequence[Any]:
     """Return initial values for `_list_rank_attributes`; objects that this process already created are not
     shared.
     """
-    from megatron.core.tensor_parallel import random
-    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
-
     initial: dict[tuple[Any, str], Any] = {
         (random, _RANDOM_STATES[0]): None, (random, _RANDOM_STATES[1]): False,
         (MTPLossLoggingHelper, "tracker"): {}}

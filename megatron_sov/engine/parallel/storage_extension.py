@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import random
+from torch.utils import cpp_extension
 
 from megatron_sov.base.artifacts import create_file
 from megatron_sov.base.errors import UserError, first_error_line
@@ -48,8 +50,6 @@ def load_storage_extension(recompute_modules: Collection[str] | None) -> None:
         UserError: a node lacks the compiler or ninja, or the compilation fails (on every process); this
             process does not see the compiled file.
     """
-    from megatron.core.tensor_parallel import random
-
     needed = RECOMPUTED_BY_EXTENSION.intersection(recompute_modules or ())
     if not needed or random._share_storage_ext is not None:
         return
@@ -71,9 +71,7 @@ def load_storage_extension(recompute_modules: Collection[str] | None) -> None:
 def extension_file(source: str) -> Path:
     """Return the path of the compiled extension: one for each version of its source, torch, Python and
     kind of machine, in the folder of TORCH_EXTENSIONS_DIR (default: ~/.cache/torch_extensions)."""
-    from torch.utils.cpp_extension import get_default_build_root
-
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     digest = hashlib.sha256(source.encode()).hexdigest()[:8]
     build = f"torch{torch.__version__}-{sys.implementation.cache_tag}-{platform.machine()}"
     return root / f"megatron-sov-{build}" / digest / f"{NAME}.so"
@@ -99,11 +97,9 @@ def _compile(file: Path, source: str, setting: str) -> None:
     if missing := find_missing_tools():
         raise UserError(f"{node} has no {' and no '.join(missing)} in PATH; `{TOOLS_COMMAND}`, or "
                         f"{OTHER_MODULES}")
-    from torch.utils.cpp_extension import load_inline
-
     try:
         with create_file(file, create_parents=True) as finished, tempfile.TemporaryDirectory() as folder:
-            load_inline(NAME, source, functions=["share_storage"], build_directory=folder)
+            cpp_extension.load_inline(NAME, source, functions=["share_storage"], build_directory=folder)
             shutil.copyfile(Path(folder, f"{NAME}.so"), finished)
     except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as e:
         reason = next((line for line in str(e).splitlines() if "error:" in line), first_error_line(e))

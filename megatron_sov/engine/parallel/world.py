@@ -13,9 +13,10 @@ from typing import Any
 from unittest import mock
 
 import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.parallel import cpu_shims
+from megatron_sov.engine.parallel import library_patches
 from megatron_sov.engine.parallel.device import on_gpu, select_gpu
 from megatron_sov.engine.parallel.values import broadcast_object, gather_objects
 from megatron_sov.model.config import ParallelConfig
@@ -77,8 +78,6 @@ def join_world(parallel: ParallelConfig, needs_bytes: int = 0) -> ParallelWorld:
     Raises:
         UserError: a rank's GPU cannot be used, is shared with another rank, or lacks free memory.
     """
-    from megatron.core import tensor_parallel
-
     suppress_library_warnings()
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     timeout = datetime.timedelta(seconds=parallel.timeout_s)
@@ -92,7 +91,7 @@ def join_world(parallel: ParallelConfig, needs_bytes: int = 0) -> ParallelWorld:
                                 store=store)
     create_groups(parallel)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    cpu_shims.patch_defects()
+    library_patches.patch_defects()
     return get_parallel_world(rank, size)
 
 
@@ -106,8 +105,6 @@ def suppress_library_warnings() -> None:
 
 def get_parallel_world(rank: int, size: int) -> ParallelWorld:
     """Return the ranks and sizes of this process."""
-    from megatron.core import parallel_state
-
     return ParallelWorld(
         rank=rank, size=size, dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
@@ -121,8 +118,6 @@ def create_groups(parallel: ParallelConfig) -> None:
 
     A process creates only its own groups, each once, and connects to members at the first message.
     """
-    from megatron.core import parallel_state
-
     # the default group already has a communicator
     groups: dict[tuple[str, tuple[int, ...]], Any] = {
         (_REDUCTIONS, tuple(range(dist.get_world_size()))): dist.group.WORLD}
@@ -168,8 +163,6 @@ def _create_rendezvous(rank: int, size: int, timeout: datetime.timedelta) -> dis
 
 def leave_world() -> None:
     """Destroy all groups; the process can join another layout afterwards."""
-    from megatron.core import parallel_state
-
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

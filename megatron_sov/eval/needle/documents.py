@@ -1,4 +1,5 @@
-"""Generate training documents for retrieval: text with several needles, and questions about them at the end.
+"""Generate training documents for retrieval: text with several needles, followed by questions about the
+needles.
 
 Document i is a function of (seed, i), so runs resume exactly and every process generates the same document.
 Needles and questions have the form of the test, in other sentences. Answers have the largest loss weight;
@@ -22,18 +23,18 @@ from megatron_sov.train.data.token_shards import Source
 SOURCE_NAME = "needle"
 NUM_DOCUMENTS = 1 << 24
 MIN_DENSEST = 12
-"""Largest number of needles per document, if they fit, unless `needle.train_needles` sets it."""
+"""Maximum needles per document, if the needles fit; `needle.train_needles` overrides the default."""
 LAST_NEEDLE_SHARE = 0.3
-"""Share of documents whose last needle directly precedes the questions; otherwise models never learn that
-position."""
+"""Share of documents whose last needle directly precedes the questions; without such documents, models never
+learn the position."""
 
 
 @dataclass(frozen=True)
 class NeedleDocuments:
-    """Documents of one length (implements `data.shards.Documents`)."""
+    """Documents with equal lengths (implements `data.shards.Documents`)."""
 
     haystacks: tuple[Haystack, ...]
-    """Training text per language; a document has text and needles of one language, drawn by size."""
+    """Training text per language; a document has text and needles in a single language, drawn by size."""
     length_tokens: int
     seed: int = 0
     settings: NeedleConfig = NeedleConfig()
@@ -41,25 +42,25 @@ class NeedleDocuments:
     is_plain = False
 
     def max_needles(self, form: NeedleForm) -> int:
-        """Return the limit of needles in a document of a language, with at least one question."""
+        """Return the maximum needles in a document in a language, with at least a question."""
         room, questions = self.length_tokens // form.needle_tokens(test=False), self.settings.train_questions
-        # By default, needles fill the share that distractors have in the test.
+        # by default, needles fill the share that distractors have in the test
         densest = max(MIN_DENSEST, int(self.settings.distractor_share * room))
         num_needles = self.settings.train_needles or densest
-        # A question repeats its needle; up to `train_questions` needles have a question.
+        # a question repeats a needle; up to `train_questions` needles have a question
         return min(num_needles, room // 2 if room // 2 <= questions else room - questions,
                    len(form.pairs[False]))
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each document [NUM_DOCUMENTS], without allocating the array."""
+        """Tokens per document [NUM_DOCUMENTS], without allocating the array."""
         return np.broadcast_to(np.int64(self.length_tokens), (NUM_DOCUMENTS,))
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
         return self._build(document)[0][start:start + count]
 
     def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return the loss weight of each token as a target, float32."""
+        """Return a loss weight per target token, float32."""
         return self._build(document)[1][start:start + count]
 
     def types(self, document: int, start: int, count: int) -> np.ndarray:
@@ -93,7 +94,7 @@ def _build_document(documents: NeedleDocuments, document: int) -> tuple[np.ndarr
     sentence_tokens = (num_needles + num_questions) * len(statements[0])
     text = haystack.text(generator, documents.length_tokens - sentence_tokens)
     places = np.sort(generator.integers(0, len(text) + 1, num_needles))
-    # Ask in another order than stated: copying the context in order must not suffice.
+    # shuffle the questions: copying the context in order must not suffice
     question_order = generator.permutation(num_needles)
     if generator.random() < LAST_NEEDLE_SHARE:
         # Positions are sorted: move the last needle to the end of the text, and ask for it first.
@@ -120,7 +121,7 @@ def _compute_weights(settings: NeedleConfig, slots: Slots, pair_weights: Sequenc
 
 
 def build_needle_source(documents: NeedleDocuments, share: float, name: str = SOURCE_NAME) -> Source:
-    """Wrap the documents as a source with a given share of the samples, next to data of total share 1.
+    """Wrap the documents as a source with a sample share of `share`, next to data with a total share of 1.
 
     Raises:
         UserError: documents are too short for a needle.
@@ -132,5 +133,6 @@ def build_needle_source(documents: NeedleDocuments, share: float, name: str = SO
                             f"({2 * form.needle_tokens(test=False)} tokens); train on longer samples or set "
                             "needle.train_share=0")
     return Source(
-        name=name, artifact=None, format="text", prefixes={}, share=share / (1 - share), made=documents,
+        name=name, artifact=None, format="text", prefixes={}, share=share / (1 - share),
+        train_documents=documents,
         num_tokens={"train": NUM_DOCUMENTS * documents.length_tokens})

@@ -23,38 +23,38 @@ from megatron_sov.infer.request import Sampling
 from megatron_sov.model.config import NeedleConfig, NeedleKind
 
 BATCH_TOKENS = 1 << 21
-"""Limit of prompt tokens per batch."""
+"""Maximum prompt tokens per batch."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Result of one cell. Gates and reports read these field names."""
+    """Result for a `Cell`. Gates and reports read the field names."""
 
     kind: NeedleKind
     language: Language
     length_tokens: int
-    """Tokens of context, question and answer."""
+    """Tokens in context, question and answer."""
     depth: float
-    """Position of the requested needle, 0 = start."""
+    """Requested needle's position, 0 = start."""
     distractors: int
-    """Number of needles that are not requested."""
+    """Needles that are not requested."""
     correct: int
     samples: int
     interval: tuple[float, float]
-    """95 % Wilson interval of the share of right answers."""
+    """95 % Wilson interval for the share of right answers."""
 
 
 @dataclass(frozen=True)
 class NeedleResult:
     seed: int
     distractor_share: float
-    """Share of the contexts filled with distractors."""
+    """Context share filled with distractors."""
     cells: tuple[Cell, ...]
     """Ordered by kind, language, length, depth."""
 
     @cached_property
     def score(self) -> float:
-        """Mean share of right answers over cells."""
+        """Mean accuracy over cells."""
         return float(np.mean([cell.correct / cell.samples for cell in self.cells]))
 
     def to_dict(self) -> dict[str, Any]:
@@ -70,18 +70,18 @@ def parse_result(values: dict[str, Any]) -> NeedleResult:
 
 @dataclass(frozen=True)
 class NeedleSuite:
-    """Examples of a test; a deterministic function of its fields and the data."""
+    """Test examples; a deterministic function of the fields and the data."""
 
     haystacks: tuple[Haystack, ...]
     """Held-out text per language."""
     kinds: tuple[NeedleKind, ...]
     lengths: tuple[int, ...]
-    """Tokens of context, question and answer."""
+    """Tokens in context, question and answer."""
     depths: tuple[float, ...]
-    """Positions of the requested needle, 0 = start, 1 = directly before the question."""
+    """Requested needle's positions, 0 = start, 1 = directly before the question."""
     samples: int
     distractor_share: float = 0.0
-    """Share of the context filled with needles with other keys."""
+    """Context share filled with needles that have other keys."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -100,8 +100,8 @@ class NeedleSuite:
 
     def build_example(self, kind: NeedleKind, haystack: Haystack, length: int, depth: float,
                       sample: int) -> Example:
-        """Build one example, determined by the fields of the suite and the arguments."""
-        # The 0 separates kind and language, so that no two cells share a seed.
+        """Build an example, determined by the suite's fields and the arguments."""
+        # the 0 separates kind and language, so that no two cells share a seed
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(
             (self.seed, length, round(depth * 1e6), sample, *kind.encode(), 0, *haystack.language.encode()))))
         return build_example(haystack, generator, length, depth,
@@ -112,15 +112,14 @@ class NeedleSuite:
         return sum(1 for _ in self._iter_rows()) * len(self.depths) * self.samples
 
     def questions(self) -> Iterator[list[int]]:
-        """Yield all possible questions up to the value; training text must not contain them."""
+        """Yield every possible question up to the value; training text must not contain the questions."""
         for haystack in self.haystacks:
             for slots in haystack.form.sentences[True]:
                 for pair in haystack.form.pairs[True]:
                     yield [*slots[0], *pair.tolist()]
 
     def examples(self) -> Iterator[tuple[Haystack, list[tuple[NeedleKind, int, float]], list[Example]]]:
-        """Yield (haystack, cell of each example, examples) in the order of cells, at most a batch at a
-        time."""
+        """Yield (haystack, cell per example, examples) in cell order, at most a batch at a time."""
         for kind, haystack, length in self._iter_rows():
             positions = [(depth, sample) for depth in self.depths for sample in range(self.samples)]
             chunk_size = max(1, BATCH_TOKENS // length)
@@ -131,7 +130,7 @@ class NeedleSuite:
 
 
 def build_suite(config: NeedleConfig, haystacks: Sequence[Haystack], *, seed: int = 0) -> NeedleSuite:
-    """Build the suite of a config over held-out text.
+    """Build a config's suite over held-out text.
 
     Raises:
         UserError: invalid values.
@@ -142,7 +141,7 @@ def build_suite(config: NeedleConfig, haystacks: Sequence[Haystack], *, seed: in
 
 def run_suite(suite: NeedleSuite, engine: Engine,
               done: Callable[[int], object] = lambda examples: None) -> NeedleResult:
-    """Evaluate an engine (collective); `done` is called with the number of newly completed examples."""
+    """Evaluate an engine (collective); `done` receives the number of newly completed examples."""
     correct: dict[tuple[NeedleKind, Language, int, float], int] = {}
     for haystack, cells, examples in suite.examples():
         continuations = engine.generate([e.prompt for e in examples], Sampling(PAIR_TOKENS)).continuations
@@ -159,7 +158,7 @@ def run_suite(suite: NeedleSuite, engine: Engine,
 
 
 def format_table(result: NeedleResult) -> str:
-    """Format the shares of right answers as text, one block per kind and language."""
+    """Format the accuracies as text, a block per kind and language."""
     lines: list[str] = []
     maps: dict[tuple[str, str], dict[int, list[Cell]]] = {}
     for cell in result.cells:
@@ -182,12 +181,12 @@ class Example:
     prompt: list[int]
     """Token ids up to the answer."""
     answer: list[int]
-    """The two tokens of the value."""
+    """The value's two tokens."""
 
 
 def insert_sentences(text: np.ndarray, inserts: Sequence[Sequence[int] | np.ndarray],
           places: Sequence[int]) -> np.ndarray:
-    """Insert sentences (or their weights) into a text (or its weights); equal positions keep the given
+    """Insert sentences into a text, or sentence weights into text weights; equal positions keep the argument
     order."""
     parts: list[Sequence[int] | np.ndarray] = []
     last = 0
@@ -206,7 +205,7 @@ def build_example(haystack: Haystack, generator: np.random.Generator, length: in
         generator: random numbers.
         length: tokens of prompt and answer.
         depth: position of the requested needle, 0 = start, 1 = directly before the question.
-        num_distractors: number of distractors, see `distractors_of`.
+        num_distractors: number of distractors, see `count_distractors`.
     """
     form = haystack.form
     slots = form.draw_sentence(generator, test=True)
@@ -221,7 +220,7 @@ def build_example(haystack: Haystack, generator: np.random.Generator, length: in
 
 
 def count_distractors(kind: NeedleKind, form: NeedleForm, length: int, share: float) -> int:
-    """Return the number of distractors: they fill `share` of the context, limited by keys and space.
+    """Return how many distractors fill `share` of the context, limited by keys and space.
 
     Raises:
         UserError: the context is too short for the kind.

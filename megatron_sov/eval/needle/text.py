@@ -33,7 +33,7 @@ MIN_WORD_BYTES = 4
 SLOT = "{}"
 PAIR_TOKENS = 2
 Slots = tuple[tuple[int, ...], ...]
-"""A sentence as token ids: before, between and after its pairs."""
+"""A sentence as token ids: before, between and after the pairs."""
 
 
 def fill_slots(slots: Slots, *pairs: np.ndarray) -> list[int]:
@@ -49,23 +49,23 @@ def fill_slots(slots: Slots, *pairs: np.ndarray) -> list[int]:
 
 @dataclass(frozen=True, eq=False)
 class NeedleForm:
-    """Needle sentences and words of a language, as token ids."""
+    """Needle sentences and words in a language, as token ids."""
 
     language: Language
-    """Language of the sentences, and of the words if the tokenizer has enough of them."""
+    """Language for sentences, and for words if the tokenizer has enough words."""
     sentences: dict[bool, tuple[Slots, ...]]
     """True -> test sentences, False -> training sentences."""
     words: tuple[int, ...]
     special: tuple[int, ...] = ()
-    """Special tokens, which are removed from haystacks."""
+    """Special tokens to remove from haystacks."""
 
     def needle_tokens(self, *, test: bool) -> int:
-        """Return the tokens of the longest sentence with key and value."""
+        """Return how many tokens the longest sentence with key and value has."""
         return max(2 * PAIR_TOKENS + sum(map(len, slots)) for slots in self.sentences[test])
 
     @cached_property
     def pairs(self) -> dict[bool, np.ndarray]:
-        """Ordered pairs of different words [pairs, 2]: True -> for tests, False -> for training."""
+        """Ordered pairs with different words [pairs, 2]: True -> for tests, False -> for training."""
         pairs: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
         for first in self.words:
             for second in self.words:
@@ -82,7 +82,7 @@ class NeedleForm:
 
 
 def build_needle_form(tokenizer_folder: Path, language: Language) -> NeedleForm:
-    """Build the needles of a language for a tokenizer; its words are the whole words that were merged last.
+    """Build a language's needles for a tokenizer from the whole words merged last.
 
     Raises:
         UserError: there is no tokenizer, or it has fewer than `MIN_WORDS` whole words.
@@ -133,7 +133,7 @@ def _find_words(tokenizer: Tokenizer, special: tuple[int, ...],
 def _is_whole_word(tokenizer: Tokenizer, token: int, of_script: Callable[[str], bool]) -> bool:
     text = tokenizer.decode([token], skip_special_tokens=False)
     word = text[1:]
-    # With a leading space and as a single token, the word is the same token in any sentence.
+    # with a leading space and as a single token, the word has the same token in any sentence
     return (text[:1] == " " and len(word.encode()) >= MIN_WORD_BYTES
             and unicodedata.category(word[0]) in ("Ll", "Lu", "Lo")
             and all(unicodedata.category(letter)[0] in "LM" and of_script(letter) for letter in word)
@@ -142,7 +142,7 @@ def _is_whole_word(tokenizer: Tokenizer, token: int, of_script: Callable[[str], 
 
 LANGUAGES: tuple[Language, ...] = get_args(Language)
 TEST_MODULUS = 5
-"""One pair or phrase in this many is reserved for tests."""
+"""Every `TEST_MODULUS`-th pair or phrase is reserved for tests."""
 
 
 def is_for_tests(*parts: object) -> bool:
@@ -166,33 +166,33 @@ PHRASES: dict[Language, tuple[str, ...]] = {
     "code": tuple(f"\n{name}.add({{}}{{}})" for name in (
         "codes", "table", "registry", "cache", "lookup", "index", "store", "mapping")),
 }
-"""Sentences with slots for key and value; each language has enough for both tests and training."""
+"""Sentences with slots for key and value; a language has enough sentences for tests and training."""
 
 
 DETECTED_TOKENS = 4096
-"""Tokens of a source that are read to detect its language."""
+"""Tokens read from a source to detect the language."""
 CODE_SIGNS = set("(){}[]=<>_;\"'#*/\\&|+:")
 CODE_SHARE = 0.06
-"""Share of these characters above which a text counts as code; prose has 2 %, code 8 % and more."""
+"""Share of code characters above which a text counts as code; prose has 2 %, code 8 % and more."""
 SCRIPT_SHARE = 0.3
-"""Share of Hangul or Thai letters above which a text counts as Korean or Thai."""
+"""Share of Hangul or Thai letters above which a text is Korean or Thai."""
 
 
 @dataclass(frozen=True, eq=False)
 class Haystack:
-    """All text of one language, with its needles."""
+    """A language's text, with needles."""
 
     form: NeedleForm
     texts: tuple[DocumentsText, ...]
     sizes: tuple[float, ...]
-    """Sizes of `texts`, used as sampling weights."""
+    """Sizes of `texts` as sampling weights."""
 
     @property
     def language(self) -> Language:
         return self.form.language
 
     def text(self, generator: np.random.Generator, count: int) -> np.ndarray:
-        """Return `count` tokens [count] int64 from one source, without special tokens."""
+        """Return `count` tokens [count] int64 from a source, without special tokens."""
         return self.texts[draw_index(generator, self.sizes)].take(generator, count)
 
 
@@ -204,7 +204,7 @@ def draw_index(generator: np.random.Generator, sizes: Sequence[float]) -> int:
 def open_haystacks(sources: Sequence[Source], split: str, tokenizer_folder: Path, *,
                    languages: Sequence[Language] = (), source_languages: dict[str, Language] | None = None
                    ) -> tuple[Haystack, ...]:
-    """Open a haystack for each language with text, in the order of `LANGUAGES`.
+    """Open a haystack per language with text, in the order of `LANGUAGES`.
 
     Args:
         sources: sources of token artifacts; chats are skipped.
@@ -229,9 +229,9 @@ def open_haystacks(sources: Sequence[Source], split: str, tokenizer_folder: Path
                         "pack text with --heldout 0.02")
     texts: dict[Language, list[tuple[DocumentsText, float]]] = {}
     for source in usable:
-        documents = source.shard(split)
+        documents = source.open_split(split)
         name_language = next((name for name in LANGUAGES if name == source.name), None)
-        # Priority: the user's choice, the name of the source, its text.
+        # priority: the user's choice, the source name, the text
         language = source_languages.get(source.name) or name_language
         if not language:
             language = detect_language(_read_sample(documents, tokenizer))
@@ -257,7 +257,7 @@ def _classify_character(character: str) -> str:
 
 
 def detect_language(text: str) -> Language:
-    """Detect the language of a text from its letters and signs."""
+    """Detect a text's language from letters and signs."""
     signs = Counter(_classify_character(character) for character in text if not character.isspace())
     letters = max(1, signs["korean"] + signs["thai"] + signs["letter"])
     if max(signs["korean"], signs["thai"]) >= SCRIPT_SHARE * letters:
@@ -266,7 +266,7 @@ def detect_language(text: str) -> Language:
 
 
 def _read_sample(documents: Documents, tokenizer: Tokenizer) -> str:
-    """Decode text from documents across the whole split, which may be sorted."""
+    """Decode text from documents across the whole split, because the split may be sorted."""
     num = len(documents.lengths)
     document_indices = np.unique(np.linspace(0, num - 1, 32).astype(np.int64)).tolist()
     tokens_per_document = DETECTED_TOKENS // len(document_indices)

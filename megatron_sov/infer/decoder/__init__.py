@@ -1,1 +1,1 @@
-"""Decoding by a model that was trained here, at its own layout."""
+"""Decode with `ForwardModel` at the layout of a checkpoint."""

@@ -39,11 +39,11 @@ from megatron_sov.infer.request import (
     Batching, GenerationBounds, GenerationResult, NamedTensors, Sampling, ScoredTokens, StopRule, Tokens,
     WeightVersion)
 from megatron_sov.model.modality import EncoderInputs
-from megatron_sov.train.data.requirements import shape_of
+from megatron_sov.train.data.requirements import build_route_shape
 
 
 class DecodingBatch:
-    """Sequences of one process in progress.
+    """Running sequences on this process.
 
     Args:
         decoder: runs rows.
@@ -60,12 +60,12 @@ class DecodingBatch:
         self._waiting = deque[Continuation]()
         self._slots: list[Continuation] = []
         self.drafted = self.accepted = 0
-        """Number of drafted tokens that were judged, and number of accepted drafts."""
+        """Judged and accepted draft tokens."""
         for sequence in sequences:
             self.join(sequence)
 
     def join(self, sequence: Continuation) -> None:
-        """Add a sequence, which waits until a slot is free."""
+        """Add a sequence; it waits until a slot is free."""
         if len(self._slots) < self._num_slots:
             self._slots.append(sequence)
         else:
@@ -82,17 +82,16 @@ class DecodingBatch:
     def decode_row(self) -> bool:
         """Run one row on all processes (collective); return whether any process had tokens to read."""
         items = self._next_row()
-        # A process without sequences still takes part in the row: other processes may need its experts.
+        # a process without sequences takes part in the row, because other processes may need its experts
         row_tokens = self._decoder.agree_row_tokens(sum(len(i.span.tokens) for i in items))
         if not row_tokens:
             return False
         output = self._decoder.read([i.span for i in items], row_tokens)
         if output.routes is not None:
             record_routes(items, output.routes)
-        # Before `_move_on` counts prompts as read: `in_prompt` must still be true for prompts that end in
-        # this row.
+        # before `_move_on` counts prompts as read: `in_prompt` must be true for prompts that end in this row
         self._copy_prompts(items)
-        # Spans that end inside a prompt choose no token.
+        # spans that end inside a prompt choose no token
         chosen = [i for i in items if i.places]
         written = self._choose_tokens(output, chosen)
         self._move_on(items, written)
@@ -104,7 +103,7 @@ class DecodingBatch:
         return True
 
     def _next_row(self) -> list[RowItem]:
-        """Return spans of prompts, or one decoding step of every sequence if no prompts are left."""
+        """Return prompt spans, or a decoding step per sequence once all prompts are read."""
         items: list[RowItem] = []
         filled = 0
         prompts_in_row = set[bytes]()
@@ -128,7 +127,7 @@ class DecodingBatch:
         return items
 
     def _copy_prompts(self, items: list[RowItem]) -> None:
-        """Copy the cache of prompts that end in this row to waiting sequences with the same prompt.
+        """Copy the KV cache of prompts that end in this row to waiting sequences with the same prompt.
 
         The last token is not copied: each sequence reads it itself to choose its next token.
         """
@@ -148,8 +147,7 @@ class DecodingBatch:
                 self._slots[slot].routes = list(source.routes)
 
     def _choose_tokens(self, output: DecodeOutput, items: list[RowItem]) -> list[ScoredTokens]:
-        """Return the new tokens of each item: accepted drafts and one more; equal on all processes of the
-        row."""
+        """Return each item's accepted drafts and next token, equal on all processes of the row."""
         if not items:
             return []
         written: list[ScoredTokens] = [([], []) for _ in items]
@@ -165,7 +163,7 @@ class DecodingBatch:
                 chosen = choose(output, [items[n] for n in places]) if places else []
                 for place, piece in zip(places, chosen, strict=True):
                     written[place] = piece
-        # Only the last stage has logits; one int64 table sends tokens and log-probabilities to all stages.
+        # only the last stage has logits; an int64 table sends tokens and log-probabilities to all stages
         return unpack_tokens(self._decoder.agree(pack_tokens(written, 1 + self._num_drafts)))
 
     def _choose_greedy(self, output: DecodeOutput, items: list[RowItem]) -> list[ScoredTokens]:
@@ -179,7 +177,7 @@ class DecodingBatch:
         return written
 
     def _choose_with_rules(self, output: DecodeOutput, items: list[RowItem]) -> list[ScoredTokens]:
-        """Choose among the tokens that the rules of each sequence allow; without drafts."""
+        """Choose tokens that each sequence's rules allow, without drafts."""
         logits = self._decoder.logits(output, [p for i in items for p in i.places]).double()
         written: list[ScoredTokens] = []
         for item, row in zip(items, logits, strict=True):
@@ -208,23 +206,23 @@ class DecodingBatch:
                 num_accepted.append(0)
                 finals.append(target[0])
                 continue
-            # The random stream of a sequence judges its drafts first, then draws its token.
+            # a sequence's random stream judges the drafts first, then draws the next token
             count, final = accept_sampled_drafts(sequence.drafts, sequence.guesses, target,
                                                  sequence.random.random(len(sequence.drafts)).tolist())
             num_accepted.append(count)
             finals.append(final)
-        # One draw per sequence: it replaces the first rejected draft, or follows the last draft.
+        # the drawn token replaces the first rejected draft, or follows the last draft
         next_tokens = draw_tokens(torch.stack(finals), [i.sequence.random.random() for i in items])
         tokens = [[*i.sequence.drafts[:count], token]
                   for i, count, token in zip(items, num_accepted, next_tokens, strict=True)]
-        # Under the model's distribution: accepted drafts follow it, not the drafting distribution.
+        # log-probabilities under the model's distribution, which accepted drafts follow
         starts = accumulate((len(i.places) for i in items[:-1]), initial=0)
         places = [start + k for start, t in zip(starts, tokens, strict=True) for k in range(len(t))]
         logprobs = iter(shares[places, list(chain.from_iterable(tokens))].log().tolist())
         return [(t, [next(logprobs) for _ in t]) for t in tokens]
 
     def _move_on(self, items: list[RowItem], written: list[ScoredTokens]) -> None:
-        """Record the tokens that were read and append the new tokens, up to the end of each continuation."""
+        """Record the tokens read in this row, and append the new tokens up to each continuation's end."""
         new = iter(written)
         for item in items:
             sequence = item.sequence
@@ -234,7 +232,7 @@ class DecodingBatch:
             tokens, logprobs = next(new)
             # The cache is valid up to the newest token; the next row overwrites rejected drafts.
             sequence.read = len(sequence.tokens) + len(tokens) - 1
-            # All tokens except the last are accepted drafts.
+            # the tokens before the last are accepted drafts
             self.drafted += len(sequence.drafts)
             self.accepted += len(tokens) - 1
             sequence.drafts, sequence.guesses = [], None
@@ -255,7 +253,7 @@ class DecodingBatch:
         active = [i for i in items if not i.sequence.in_prompt and not i.sequence.has_ended]
         drafts = torch.zeros(len(active), self._num_drafts, dtype=torch.int64)
         if self._decoder.last_stage:
-            # Next token of each position in the row. Positions after a rejected draft have none; a later row
+            # Next token per row position. Positions after a rejected draft have no next token; a later row
             # reads them again.
             ahead = torch.zeros(len(output.row.tokens), dtype=torch.int64)
             for item in items:
@@ -269,7 +267,7 @@ class DecodingBatch:
             drafts_jointly = self._decoder.mtp_is_collective and self._decoder.any_replica_has(len(active))
             for depth in range(self._num_drafts if active or drafts_jointly else 0):
                 if depth:
-                    # For further drafts the layer reads its own states: one token per sequence, one position
+                    # For further drafts the layer reads its own states: a token per sequence, a position
                     # later, with the previous draft as the next token.
                     spans = [CacheSpan(i.span.slot, len(i.sequence.tokens) - 2 + depth, [0]) for i in active]
                     output = self._decoder.pick(output, places, spans)
@@ -279,16 +277,16 @@ class DecodingBatch:
                     output = self._decoder.predict(output, ahead)
                 if active:
                     drafts[:, depth] = self._choose_drafts(output, places, active, guesses)
-            # `accepted_by_chance` needs the drafting distributions; greedy drafts need none.
+            # `accept_sampled_drafts` needs the drafting distributions; greedy drafts need no distributions.
             for number, item in enumerate(active if guesses else []):
                 item.sequence.guesses = torch.stack([g[number] for g in guesses])
-        if active:  # other stages need the drafts for the next row
+        if active:  # the drafts are inputs of the next row on every stage
             for item, row in zip(active, self._decoder.agree(drafts).tolist(), strict=True):
                 item.sequence.drafts = row
 
     def _choose_drafts(self, output: DecodeOutput, places: list[int], active: list[RowItem],
                        guesses: list[torch.Tensor]) -> torch.Tensor:
-        """Return one draft per active sequence [sequences]; append the sampled distributions to `guesses`."""
+        """Return a draft per active sequence [sequences]; append the sampled distributions to `guesses`."""
         if active[0].sequence.sampling.temperature == 0:
             return self._decoder.top_tokens(output, places)
         guesses.append(compute_distributions(self._decoder.logits(output, places),
@@ -296,7 +294,8 @@ class DecodingBatch:
         return torch.tensor(draw_tokens(guesses[-1], [i.sequence.random.random() for i in active]))
 
     def _free_slot(self, slot: int) -> None:
-        """Give a slot to a waiting sequence, or to the last sequence, so that used slots stay contiguous."""
+        """Give the slot to a waiting sequence or to the sequence in the last slot: used slots stay
+        contiguous."""
         if self._waiting:
             self._slots[slot] = self._waiting.popleft()
             return
@@ -308,7 +307,7 @@ class DecodingBatch:
 
 
 def compute_distributions(logits: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:
-    """Return the sampling distributions [n, V] for logits [n, V], with one `Sampling` per row."""
+    """Return the sampling distributions [n, V] for logits [n, V]; each row has its own `Sampling`."""
     rows: dict[tuple[float, int, float], list[int]] = {}
     for row, sampling in enumerate(samplings):
         rows.setdefault((sampling.temperature, sampling.top_k, sampling.top_p), []).append(row)
@@ -332,7 +331,7 @@ def pack_tokens(pieces: Sequence[ScoredTokens], width: int) -> torch.Tensor:
 
 
 def unpack_tokens(table: torch.Tensor) -> list[ScoredTokens]:
-    """Inverse of `table_of`."""
+    """Unpack the table of `pack_tokens`."""
     width = table.shape[1] // 2
     logprobs = table[:, 1 + width:].contiguous().view(torch.float64)
     return [(row[1:1 + row[0]], row_logprobs[:row[0]])
@@ -354,7 +353,8 @@ class MegatronEngine:
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: StopRule | None = None,
                  streams: Sequence[int] | None = None, bounds: GenerationBounds | None = None,
                  encoder_inputs: Sequence[EncoderInputs | None] | None = None) -> GenerationResult:
-        """Continue prompts, see `Engine`; samples depend neither on the layout nor on other prompts.
+        """Continue prompts, see `Engine.generate`; samples depend neither on the layout nor on the other
+        prompts.
 
         Args:
             bounds: per-prompt limits and an external stop; `should_stop` of the first process counts.
@@ -368,16 +368,16 @@ class MegatronEngine:
         if sampling.num_drafts and not self._model.model.architecture.num_mtp_layers:
             raise ValueError(f"num_drafts = {sampling.num_drafts} needs a multi-token prediction layer, "
                              "the model has none")
-        shape = shape_of(self._model.model.architecture) if sampling.with_routes else None
+        shape = build_route_shape(self._model.model.architecture) if sampling.with_routes else None
         numbers = range(len(prompts)) if streams is None else streams
         limits = bounds.limits if bounds else [sampling.max_new_tokens] * len(prompts)
         stop = stop or StopRule()
         rank, size = get_replica_rank()
-        # Round-robin: processes differ by at most one sequence.
+        # round-robin: the numbers of sequences per process differ by at most 1
         sequences = [Continuation(i, list(map(int, prompts[i])), len(prompts[i]), limits[i],
                                   sampling, stop, numbers[i], encoder_inputs[i] if encoder_inputs else None)
                      for i in range(rank, len(prompts), size)]
-        # The cache fits the sequences of this process.
+        # size the KV cache for this process's sequences
         longest = max((s.prompt_tokens + s.limit for s in sequences), default=sampling.max_new_tokens)
         state_tokens = self._model.model.architecture.count_state_tokens()
         slots = self._batching.slots(len(sequences), longest, state_tokens)
@@ -392,10 +392,10 @@ class MegatronEngine:
         local_written: list[ScoredTokens] = [([], []) for _ in prompts]
         for sequence in sequences:
             local_written[sequence.index] = sequence.tokens[sequence.prompt_tokens:], sequence.logprobs
-        # All processes need the same table width for the sum.
+        # the sum over processes needs equal table widths
         num_local_tokens = max(len(tokens) for tokens, _ in local_written) if local_written else 0
         width = int(all_reduce_replicas(torch.tensor([num_local_tokens]), dist.ReduceOp.MAX)[0])
-        # Each sequence is on one process and zero on the others, so the sum is its tokens.
+        # the other processes add zeros to a sequence's row, so the sum is the row of its own process
         local = {"written": pack_tokens(local_written, width), "drafted": torch.tensor(run.drafted),
                  "accepted": torch.tensor(run.accepted)}
         shapes = {name: tuple(value.shape) for name, value in local.items()}
@@ -407,7 +407,7 @@ class MegatronEngine:
                                    int(totals["accepted"]), routes)
 
     def update(self, weights: NamedTensors | None, version: int) -> None:
-        """Import weights, or count the live weights as a new version, see `Engine`."""
+        """Import weights, or count the live weights as a new version, see `Engine.update`."""
         with self._weight_version.replace_weights(version, weights):
             if weights is not None:
                 self._importer.import_all(weights)
@@ -419,14 +419,14 @@ class MegatronEngine:
 
 def _gather_routes(sequences: Sequence[Continuation], lengths: Sequence[int],
                    shape: RouteShape) -> list[np.ndarray]:
-    """Return the routes of all sequences on every process.
+    """Gather the expert routes of all sequences on every process.
 
     Sequences are summed one at a time: all routes together may exceed GPU memory.
     """
     by_index = {sequence.index: sequence for sequence in sequences}
     all_routes = []
     for index, length in enumerate(lengths):
-        # As bytes: every backend can sum uint8.
+        # as bytes: every backend can sum uint8
         route_bytes = torch.zeros(length - 1, shape.bytes_per_token, dtype=torch.uint8)
         if index in by_index:
             routes = by_index[index].join_routes(shape)

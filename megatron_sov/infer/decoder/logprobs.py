@@ -1,4 +1,4 @@
-"""Compute log-probabilities of given answers, at any layout."""
+"""Compute log-probabilities for given answers, at any layout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_sov.infer.request import Batching
 from megatron_sov.model.modality import EncoderInputs, slice_inputs
 
 CHUNK_PLACES = 64
-"""Limit of positions whose logits are in memory."""
+"""Positions whose logits fit in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -25,24 +25,24 @@ class AnswerChoice:
     prompt: Sequence[int]
     """Token ids, at least one."""
     answers: Sequence[Sequence[int]]
-    """Token ids of each answer, at least one per answer."""
+    """Token ids per answer; no answer is empty."""
     encoder_inputs: EncoderInputs = field(default_factory=dict)
     """Inputs for the placeholders in the prompt."""
 
 
 @dataclass(frozen=True)
 class _Step:
-    """Content of a row: part of a prompt, or answers after their prompt."""
+    """Spans for a row: part of a prompt, or answers after their prompt."""
 
     spans: list[CacheSpan]
     answers: list[tuple[int, int]] = field(default_factory=list)
-    """(question, answer) index of each span; empty for a part of a prompt."""
+    """(question, answer) index per span; empty for prompt spans."""
 
 
 def compute_answer_logprobs(model: ForwardModel, questions: Sequence[AnswerChoice],
                             batching: Batching | None = None,
                             advance: Callable[[int], object] | None = None) -> list[list[list[float]]]:
-    """Return log p(token | preceding tokens) for each token of each answer of each question (collective).
+    """Return log p(token | preceding tokens) per question, answer and token (collective).
 
     Prompts are divided among processes; every process gets all results.
 
@@ -55,7 +55,7 @@ def compute_answer_logprobs(model: ForwardModel, questions: Sequence[AnswerChoic
     bounds, (rank, size) = batching or Batching(), get_replica_rank()
     # The last token of an answer is not read.
     longest = max(len(q.prompt) + len(answer) for q in questions for answer in q.answers)
-    # One slot holds the prompt, which is copied for its answers.
+    # slot 0 holds the prompt, whose cache is copied for the answers
     slots = 1 + bounds.slots(max(len(q.answers) for q in questions), longest,
                              model.model.architecture.count_state_tokens())
     # Questions of other processes stay zero: the sum over processes is the whole table.
@@ -66,7 +66,7 @@ def compute_answer_logprobs(model: ForwardModel, questions: Sequence[AnswerChoic
                             bounds.prefill_tokens)
         last_done = -1
         while True:
-            # A process that is done runs empty rows until all processes are done.
+            # a finished process runs empty rows until all processes finish, because rows are collective
             step = next(steps, _Step([]))
             row_tokens = decoder.agree_row_tokens(sum(len(span.tokens) for span in step.spans))
             if not row_tokens:
@@ -85,10 +85,10 @@ def compute_answer_logprobs(model: ForwardModel, questions: Sequence[AnswerChoic
 
 def _iter_steps(decoder: CachedDecoder, questions: Sequence[AnswerChoice], question_indices: range,
                 slots: int, prefill_tokens: int) -> Iterator[_Step]:
-    """Yield the rows for the questions of this process; each row is read before the next is requested."""
+    """Yield rows for this process's questions; the caller decodes a row before it requests the next."""
     for number in question_indices:
         question = questions[number]
-        # The last token of the prompt is read with each answer, because it predicts the first answer token.
+        # each answer is read with the last prompt token, which predicts the first answer token
         past, inputs = len(question.prompt) - 1, question.encoder_inputs
         for start in range(0, past, prefill_tokens):
             piece = question.prompt[start:min(past, start + prefill_tokens)]
@@ -97,7 +97,7 @@ def _iter_steps(decoder: CachedDecoder, questions: Sequence[AnswerChoice], quest
         for first in range(0, len(question.answers), slots - 1):
             answers = range(first, min(len(question.answers), first + slots - 1))
             if past:
-                # Slot 0 holds the prompt; each answer continues in its own slot.
+                # slot 0 holds the prompt; each answer continues in a separate slot
                 decoder.copy(0, [1 + answer - first for answer in answers])
             yield _Step([CacheSpan(1 + answer - first, past,
                                    [question.prompt[-1], *question.answers[answer][:-1]], last)
@@ -113,5 +113,5 @@ def _record_logprobs(decoder: CachedDecoder, read: DecodeOutput, questions: Sequ
         chunk = places[start:start + CHUNK_PLACES]
         logits = decoder.logits(read, [row for row, _, _ in chunk])
         for (_, token, place), row_logits in zip(chunk, logits, strict=True):
-            # float64, because these log-probabilities are compared with those of a trainer.
+            # float64, because a trainer's log-probabilities are compared with these values
             logprobs[place] = torch.log_softmax(row_logits.double(), dim=-1)[token]

@@ -26,22 +26,22 @@ def compute_probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Ten
     ordered, tokens = shares.sort(dim=-1, descending=True, stable=True)
     if sampling.top_k:
         ordered[:, sampling.top_k:] = 0
-        # top_p is relative to the mass that top_k keeps.
+        # top_p counts probability after the top_k cut
         ordered /= ordered.sum(dim=-1, keepdim=True)
     before = ordered.cumsum(dim=-1) - ordered
-    # Compare the sum before each token, so that the most probable token always stays.
+    # compare the sum before each token, so that the most probable token always stays
     ordered[before >= sampling.top_p] = 0
     truncated = torch.zeros_like(shares).scatter(1, tokens, ordered)
     return truncated / truncated.sum(dim=-1, keepdim=True)
 
 
 def derive_seed(*numbers: int) -> int:
-    """Derive a 31-bit seed from non-negative numbers, for libraries that take one seed."""
+    """Derive a 31-bit seed from non-negative numbers, for libraries that take a single seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1
 
 
 def draw_tokens(distributions: torch.Tensor, uniforms: Sequence[float]) -> list[int]:
-    """Return the tokens at quantiles in [0, 1) of distributions [n, V], which need not be normalized.
+    """Return the tokens at quantiles in [0, 1) for distributions [n, V], normalized or not.
 
     Tokens are ordered by id, so a quantile selects the same token at every layout.
     """
@@ -55,8 +55,8 @@ def draw_tokens(distributions: torch.Tensor, uniforms: Sequence[float]) -> list[
 
 
 def count_greedy_matches(drafts: Sequence[int], best: Sequence[int]) -> int:
-    """Count the drafts that equal the model's greedy choices; `best` [k + 1] follows the sequence and each
-    draft."""
+    """Count drafts equal to the model's greedy choices; `best` [k + 1]: choice after the sequence and after
+    each draft."""
     count = 0
     while count < len(drafts) and drafts[count] == best[count]:
         count += 1
@@ -65,7 +65,7 @@ def count_greedy_matches(drafts: Sequence[int], best: Sequence[int]) -> int:
 
 def accept_sampled_drafts(drafts: Sequence[int], guesses: torch.Tensor, targets: torch.Tensor,
                           uniforms: Sequence[float]) -> tuple[int, torch.Tensor]:
-    """Judge sampled drafts so that accepted drafts and the next token follow the target distributions.
+    """Judge sampled drafts; accepted drafts and the next token follow the target distributions.
 
     Algorithm 1 of Leviathan et al., arXiv 2211.17192: a draft x with draft probability q and model
     probability p is accepted with probability min(1, p(x) / q(x)); the first rejected draft is replaced by a

@@ -1,1 +1,1 @@
-"""Engines that answer requests: the decoder of checkpoints, transformers, vLLM."""
+"""Engines that answer requests: `MegatronEngine`, transformers, vLLM."""

@@ -1,4 +1,4 @@
-"""Fleet of inference servers with a shared request queue.
+"""A fleet: inference servers with a shared request queue.
 
 A request goes to the server with the most free capacity. If a server dies, its requests return to the head of
 the queue, and the server is restarted with the newest weights. Weight updates pause all servers.
@@ -24,21 +24,21 @@ from megatron_sov.work.endpoints.answers import BadAnswer, RequestRefused
 from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer, TokenRequest, TokenServer
 
 LOOK_S = 1.0
-"""Interval of health checks."""
+"""Seconds between health checks."""
 SILENT_S = 60.0
-"""A server without a successful health check for this time counts as dead."""
+"""Seconds without a successful health check after which a server counts as dead."""
 BACKOFF_S = (1.0, 60.0)
-"""Minimum and maximum delay before a restart; the delay doubles each time."""
+"""Minimum and maximum restart delay in seconds; the delay doubles with each restart."""
 ENDED = "the engine servers have been ended"
 ATTEMPTS = 8
-"""Attempts per request, over all servers."""
+"""Attempts per request, summed over servers."""
 
 
 class ServerKeeper(Protocol):
     """Starts and stops one server."""
 
     def start(self, should_stop: Callable[[], bool]) -> TokenServer | None:
-        """Start the server and return it when it is healthy; None if `should_stop` returned True.
+        """Start the server and return it once healthy; None if `should_stop` returned True.
 
         Raises:
             UserError: the server does not start.
@@ -54,7 +54,7 @@ class ServerKeeper(Protocol):
 
 
 class AddressKeeper:
-    """Waits for a server at an address, which the user has started.
+    """Waits for a server that the user has started at an address.
 
     Args:
         server: the server.
@@ -88,17 +88,17 @@ class AddressKeeper:
             socket.create_connection((address.hostname, address.port or 80), LOOK_S).close()
         except ConnectionRefusedError:
             return False
-        except OSError:  # a slow network does not mean that the server has ended
+        except OSError:  # a slow network does not prove that the server has ended
             return True
         return True
 
     def end(self) -> None:
-        """Do nothing: others may use the server too."""
+        """Do nothing: other jobs may use the server."""
 
 
 @dataclass(frozen=True)
 class WeightUpdate:
-    """Weight files for the servers, and their version."""
+    """Weight files for the servers, with their version."""
 
     files: tuple[str, ...]
     version: int
@@ -113,14 +113,14 @@ class _Task:
 
 
 class _Member:
-    """A server of the fleet, with its tasks."""
+    """A fleet server and the tasks assigned to it."""
 
     def __init__(self, number: int, keeper: ServerKeeper) -> None:
         self.number, self.keeper = number, keeper
         self.server: TokenServer | None = None
         """None while the server is down."""
         self.version: int | None = None
-        """Version of updated weights; None: weights of its start."""
+        """Version from the last update; None: the weights loaded at the start."""
         self.under_way: dict[str, _Task] = {}
         self.num_starts = 0
         """Starts since the last answer."""
@@ -131,17 +131,17 @@ class _Member:
 
     @property
     def num_answers(self) -> int:
-        """Number of answers in progress."""
+        """Answers in progress."""
         return sum(task.request.num_answers for task in self.under_way.values())
 
-    def takes(self, task: _Task, answers: int) -> bool:
+    def can_accept(self, task: _Task, answers: int) -> bool:
         """Return whether the server has capacity for a task; `answers` is its limit of answers at a time."""
         return (self.server is not None and not self.num_resting
                 and (not self.under_way or self.num_answers + task.request.num_answers <= answers))
 
 
 class Fleet:
-    """Servers and their request queue; a context manager that stops the servers.
+    """Servers and their request queue; as a context manager, `Fleet` stops the servers at the end.
 
     Args:
         keepers: one per server, at least one.
@@ -163,7 +163,7 @@ class Fleet:
         self._changed = threading.Condition(threading.RLock())
         self._assigned: SimpleQueue[tuple[_Member, _Task] | None] = SimpleQueue()
         self._num_idle = 0
-        """Number of threads waiting for a task that is not yet assigned."""
+        """Threads waiting for an unassigned task."""
         self._weights: WeightUpdate | None = None
         self._over, self._is_paused = over or threading.Event(), False
         self._failure: BaseException | None = None
@@ -173,7 +173,7 @@ class Fleet:
         for member in self._members:
             self._start_thread(partial(self._watch_server, member))
         try:
-            # One server is enough to start; others join when they are ready.
+            # a single server is enough to start; slower servers join when healthy
             self._wait_for(lambda: any(member.server is not None for member in self._members))
         except BaseException:
             self.close()
@@ -184,7 +184,7 @@ class Fleet:
         self.close()
 
     def close(self) -> None:
-        """Stop our own servers and fail all pending tasks."""
+        """Stop the servers started here and fail the pending tasks."""
         with self._changed:
             self._over.set()
             pending = list(self._waiting)
@@ -196,7 +196,7 @@ class Fleet:
             self._assigned.put(None)
         with ThreadPoolExecutor(len(self._members)) as pool:
             list(pool.map(lambda member: member.keeper.end(), self._members))
-        # Threads that wait for a foreign server may run on; they are daemons.
+        # threads that wait for a user's server may continue, as daemons
         for thread in self._threads:
             thread.join(timeout=self._look_s)
 
@@ -209,7 +209,7 @@ class Fleet:
         return self._over.is_set()
 
     def submit(self, request: TokenRequest) -> Future[list[TokenAnswer]]:
-        """Enqueue a request; the future is running once a server has it.
+        """Enqueue a request; the future is running once a server has the request.
 
         Raises:
             UserError: a token id is outside the vocabulary, or no server can be restarted.
@@ -225,7 +225,7 @@ class Fleet:
         return task.future
 
     def abort(self, names: Sequence[str]) -> None:
-        """Stop requests; their futures get the partial answers, possibly empty."""
+        """Abort requests; their futures get partial answers, possibly empty."""
         aborted_names = set(names)
         with self._changed:
             aborted = [task for task in self._waiting if task.request.name in aborted_names]
@@ -247,7 +247,7 @@ class Fleet:
                     warn(f"{server.url}: does not abort ({e})")
 
     def update(self, files: Sequence[str], version: int) -> None:
-        """Update the weights of all servers; requests in progress continue with the new weights.
+        """Update the weights on every server; requests in progress continue with the new weights.
 
         Args:
             files: safetensors files, which restarted servers read until the next update.
@@ -268,8 +268,7 @@ class Fleet:
         self._wait_for(lambda: any(m.server is not None and m.version == version for m in self._members))
 
     def score(self, ids: Sequence[int]) -> list[list[float]]:
-        """Return the token scores of a text from each running server; servers that do not answer are
-        skipped."""
+        """Return a text's token scores from each running server; unresponsive servers are skipped."""
         scores = []
         for server in [member.server for member in self._members if member.server is not None]:
             try:
@@ -287,10 +286,10 @@ class Fleet:
         try:
             work()
         except BaseException as e:
-            # Callers get the error from their futures or their next call.
-            self._fail_all(e)
+            # callers get the error from their futures or at the next call
+            self._fail_tasks(e)
 
-    def _fail_all(self, error: BaseException) -> None:
+    def _fail_tasks(self, error: BaseException) -> None:
         with self._changed:
             self._failure = self._failure or error
             running = [task for member in self._members for task in member.under_way.values()]
@@ -313,7 +312,7 @@ class Fleet:
                 self._changed.wait(self._look_s)
 
     def _watch_server(self, member: _Member) -> None:
-        """Health-check a server, and restart it when it dies, until the fleet stops."""
+        """Check a server's health and restart dead servers until the fleet stops."""
         last_seen_s = time.monotonic()
         while not self._is_over:
             if member.server is None:
@@ -354,7 +353,7 @@ class Fleet:
                 self._dispatch()
 
     def _drop_server(self, member: _Member, why: str) -> None:
-        """Mark a server as dead; its requests fail and return to the queue."""
+        """Mark a server as dead; its requests return to the queue."""
         with self._changed:
             server, member.server = member.server, None
         if server is not None:
@@ -388,7 +387,7 @@ class Fleet:
         """Assign waiting tasks to servers with free capacity; the caller holds the lock."""
         while self._waiting and not (self._is_paused or self._is_over or self._failure):
             task = self._waiting[0]
-            free = [member for member in self._members if member.takes(task, self.requests)]
+            free = [member for member in self._members if member.can_accept(task, self.requests)]
             if not free:
                 return
             member = min(free, key=lambda member: member.num_answers)
@@ -397,14 +396,14 @@ class Fleet:
                 task.future.set_running_or_notify_cancel()
             member.under_way[task.request.name] = task
             self._assigned.put((member, task))
-            # Each request in progress has its own thread.
+            # a thread per request in progress
             if self._num_idle:
                 self._num_idle -= 1
             else:
                 self._start_thread(self._run_tasks)
 
     def _run_tasks(self) -> None:
-        """Run assigned tasks, one at a time."""
+        """Run assigned tasks in sequence."""
         while (assigned := self._assigned.get()) is not None:
             self._run_task(*assigned)
 
@@ -437,12 +436,12 @@ class Fleet:
                                 or self._failure is not None)
             member.num_resting += 1
             if should_retry:
-                # At the head of the queue: it has waited longest.
+                # at the head of the queue: the task has waited longest
                 self._waiting.appendleft(task)
                 self._dispatch()
         if not should_retry:
             _set_result(task, _empty_answers(task) if task.is_aborted else self._build_error(why))
-        # Delay, so that a server that refuses immediately does not drain the queue.
+        # delay, because a server that refuses at once would drain the queue
         time.sleep(self._look_s)
         with self._changed:
             member.num_resting -= 1
@@ -450,7 +449,7 @@ class Fleet:
             self._dispatch()
 
     def _build_error(self, why: Exception) -> BaseException:
-        """Return the error of a task after its last attempt."""
+        """Return the error for a task whose attempts are used up."""
         if self._is_over:
             return RuntimeError(ENDED)
         return self._failure or UserError(f"{ATTEMPTS} attempts of one request have failed; the last error: "
@@ -458,12 +457,12 @@ class Fleet:
 
 
 def _empty_answers(task: _Task) -> list[TokenAnswer]:
-    """Return the answers of a task that was aborted before its start."""
+    """Return empty answers for a task aborted before the start."""
     return [TokenAnswer([], [], ABORTED)] * task.request.num_answers
 
 
 def _set_result(task: _Task, answers: list[TokenAnswer] | BaseException) -> None:
-    """Set the result of a task, unless it already has one."""
+    """Set a task's result, unless the future is already done."""
     with contextlib.suppress(InvalidStateError):
         if isinstance(answers, BaseException):
             task.future.set_exception(answers)

@@ -1,8 +1,7 @@
-"""Generate continuously: sequences join and leave while others are in progress, and tokens are reported one
-by one.
+"""Generate continuously: sequences join and leave the running batch, and each token is reported at once.
 
-All processes of a layout run `continue_live`. The first process has an `Office`, which decides before each
-row which sequences join and leave, and receives the new tokens; the other processes follow its orders.
+All processes of a layout run `generate_live`. The first process has a `RequestSource`, which decides before
+each row which sequences join and leave, and receives the new tokens; the other processes apply its decisions.
 """
 
 from __future__ import annotations
@@ -28,47 +27,47 @@ class NewSequence:
     """A sequence that joins the batch."""
 
     number: int
-    """Unique id of the sequence."""
+    """Unique id."""
     prompt: Sequence[int]
     """Token ids, at least one."""
     sampling: Sampling
     """Sampling settings, without drafts and routes."""
     stream: int
-    """Random stream of the sequence."""
+    """Random stream, see `Engine.generate`."""
     end_ids: tuple[int, ...]
     """Stop tokens."""
 
 
 @dataclass(frozen=True)
 class BatchChanges:
-    """Changes of the batch before the next row."""
+    """Changes to the batch before the next row."""
 
     joining: Sequence[NewSequence] = ()
-    """New sequences, at most as many as there are free slots."""
+    """New sequences, limited by the free slots."""
     leaving: Sequence[int] = ()
-    """Ids of cancelled sequences; finished sequences are ignored."""
+    """`NewSequence.number` per cancelled sequence; finished sequences are ignored."""
     ends: bool = False
     """Stop generating."""
 
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """A new token of a sequence."""
+    """A token that `generate_live` appended to a sequence."""
 
     number: int
-    """Id of the sequence."""
+    """`NewSequence.number`."""
     token: int
     """Token id."""
     logprob: float
-    """Log-probability of the token, see `Generated.logprobs`."""
+    """Log-probability, see `GenerationResult.logprobs`."""
     reason: str | None
-    """`STOP` or `LENGTH` for the last token of the sequence."""
+    """`STOP` or `LENGTH` for the last token; None before."""
 
 
 class RequestSource(Protocol):
     """Queue of requests on the first process."""
 
-    def orders(self, num_free: int, is_idle: bool) -> BatchChanges:
+    def choose_changes(self, num_free: int, is_idle: bool) -> BatchChanges:
         """Return the changes before the next row.
 
         Args:
@@ -78,46 +77,46 @@ class RequestSource(Protocol):
         """
         ...
 
-    def tell(self, news: Sequence[TokenEvent]) -> None:
+    def report_tokens(self, events: Sequence[TokenEvent]) -> None:
         """Receive the tokens of a row."""
         ...
 
 
 @dataclass(frozen=True)
 class _LiveSequence:
-    """A sequence in progress on some process."""
+    """A sequence in progress."""
 
     share: int
-    """Rank, among processes with sequences of their own, of the process with the sequence."""
+    """Replica rank of the process that decodes the sequence."""
     limit: int
-    """Limit of new tokens."""
+    """`Sampling.max_new_tokens`."""
     end_ids: tuple[int, ...]
     """Stop tokens."""
     continuation: Continuation | None
-    """State of the sequence, on its own process only."""
+    """State of the sequence; None on the other processes."""
 
 
 def generate_live(model: ForwardModel, batching: Batching, longest: int,
-                  office: RequestSource | None) -> None:
-    """Generate until the office orders the end (collective).
+                  source: RequestSource | None) -> None:
+    """Generate until the source ends the generation (collective).
 
     Args:
         model: model that generates.
         batching: memory limits.
         longest: tokens of the longest sequence, prompt and continuation.
-        office: queue of requests; None on all processes except the first.
+        source: queue of requests; None on all processes except the first.
     """
     room = batching.slots(batching.batch_size, longest, model.model.architecture.count_state_tokens())
     cache = CacheSize(room, longest)
     with CachedDecoder(model, cache) as decoder:
         live = _Live(DecodingBatch(decoder, cache, batching.prefill_tokens), cache.slots)
-        while live.follow_orders(office):
-            if (news := live.decode_row()) and office is not None:
-                office.tell(news)
+        while live.apply_changes(source):
+            if (events := live.decode_row()) and source is not None:
+                source.report_tokens(events)
 
 
 class _Live:
-    """State of all sequences in progress, kept identically on each process."""
+    """Table of the running sequences, identical on each process."""
 
     def __init__(self, decoding: DecodingBatch, num_slots: int) -> None:
         self._decoding, self._num_slots = decoding, num_slots
@@ -125,25 +124,26 @@ class _Live:
         self._sequences: dict[int, _LiveSequence] = {}
         self._written: dict[int, int] = {}
 
-    def follow_orders(self, office: RequestSource | None) -> bool:
-        """Apply the orders of the first process; return False at the end."""
-        orders = BatchChanges()
-        if office is not None:
-            orders = office.orders(self._num_slots * self._size - len(self._sequences), not self._sequences)
+    def apply_changes(self, source: RequestSource | None) -> bool:
+        """Apply the changes that the first process chooses; return False at the end."""
+        changes = BatchChanges()
+        if source is not None:
+            num_free = self._num_slots * self._size - len(self._sequences)
+            changes = source.choose_changes(num_free, not self._sequences)
         if dist.get_world_size() > 1:
-            # All processes apply the same orders, which determine the rows that they run together.
-            orders = broadcast_object(orders)
-        for number in orders.leaving:
+            # all processes apply the same changes, because they run the rows together
+            changes = broadcast_object(changes)
+        for number in changes.leaving:
             place = self._remove_sequence(number)
             if place is not None and place.continuation is not None:
                 self._decoding.leave(place.continuation)
-        for joining in orders.joining:
+        for joining in changes.joining:
             self._add_sequence(joining)
-        return not orders.ends
+        return not changes.ends
 
     def _add_sequence(self, joining: NewSequence) -> None:
         shares = [place.share for place in self._sequences.values()]
-        # The process with the fewest sequences; every process computes the same choice.
+        # choose the process with the fewest sequences; every process computes the same choice
         share = min(range(self._size), key=shares.count)
         continuation = None
         if share == self._rank:
@@ -160,21 +160,21 @@ class _Live:
         return self._sequences.pop(number, None)
 
     def decode_row(self) -> list[TokenEvent]:
-        """Run a row on all processes, and return the new tokens of all processes."""
+        """Run a row on all processes, and return every process's new tokens."""
         if not self._sequences:
             return []
         self._decoding.decode_row()
-        # Per sequence: token count (0 or 1), token id, float64 bits of its log-probability. Each sequence is
-        # on one process and zero on the others, so the sum is its token.
+        # Columns: token count (0 or 1), token id, float64 bits of the log-probability. The other processes
+        # add zeros to a sequence's row, so the sum over processes is the row of its own process.
         table = torch.zeros(len(self._sequences), 3, dtype=torch.int64)
-        for decode_row, (number, place) in zip(table, self._sequences.items(), strict=True):
-            # Without drafts, a row yields at most one token per sequence.
+        for row, (number, place) in zip(table, self._sequences.items(), strict=True):
+            # without drafts, a row yields at most one token per sequence
             if place.continuation is not None and len(place.continuation.logprobs) > self._written[number]:
                 bits = torch.tensor([place.continuation.logprobs[-1]], dtype=torch.float64).view(torch.int64)
-                decode_row[:] = torch.tensor([1, place.continuation.tokens[-1], int(bits[0])])
+                row[:] = torch.tensor([1, place.continuation.tokens[-1], int(bits[0])])
         table = all_reduce_replicas(table)
         logprobs = table[:, 2].contiguous().view(torch.float64).tolist()
-        # Count 0: the sequence waits, or its prompt is still being read.
+        # count 0: the sequence waits, or its prompt is still being read
         written = {number: (token, logprob) for number, (count, token, _), logprob in zip(
             self._sequences, table.tolist(), logprobs, strict=True) if count}
         return [self._build_event(number, token, logprob) for number, (token, logprob) in written.items()]
@@ -182,7 +182,7 @@ class _Live:
     def _build_event(self, number: int, token: int, logprob: float) -> TokenEvent:
         place, reason = self._sequences[number], None
         self._written[number] += 1
-        # Every process detects the end from the token, so all remove the sequence after the same row.
+        # every process detects the end from the token and removes the sequence after the same row
         if token in place.end_ids:
             reason = STOP
         elif self._written[number] >= place.limit:

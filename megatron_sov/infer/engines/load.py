@@ -17,26 +17,28 @@ from megatron_sov.checkpoint import load
 from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model.language_model import build_run_model
 from megatron_sov.engine.parallel import launcher, world
+from megatron_sov.infer.decoder.generator import MegatronEngine
 from megatron_sov.infer.engines.target import (
     Target, build_inference_config, open_as_checkpoint, report_precision)
+from megatron_sov.infer.request import Batching
 from megatron_sov.model.config import RunConfig
 from megatron_sov.runs.launch_environment import is_first_rank
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A loaded model, distributed over all processes."""
+    """A loaded model, split over the processes."""
 
     policy: ForwardModel
     """Model for forward passes."""
     config: RunConfig
     """Architecture, layout and precision."""
     world: world.ParallelWorld
-    """Rank and groups of this process."""
+    """Rank and group sizes for this process."""
 
 
 def load_forward_model(path: Path, config: RunConfig) -> ForwardModel:
-    """Load the local part of a checkpoint's model (collective).
+    """Load this process's part of a checkpoint's model (collective).
 
     Raises:
         UserError: the checkpoint is damaged, or `config.model` has another architecture.
@@ -45,7 +47,7 @@ def load_forward_model(path: Path, config: RunConfig) -> ForwardModel:
     # Keep the GPU settings of the training: Megatron refuses a second attention backend in one process.
     # Settings for backward passes are dropped.
     gpu = replace(config.gpu, recompute_modules=(), offload_modules=())
-    # Load exported bf16 weights, without 8-bit weights and their masters.
+    # load exported bf16 weights without 8-bit weights and float32 masters
     train = replace(config.train, fp8_weights=False)
     model = build_run_model(replace(config, train=train), gpu)
     load.load_model(path, model)
@@ -78,10 +80,10 @@ def run_forward_model(target: Target, settings: Sequence[str], nproc: int | None
             place = world.join_world(config.parallel)
             try:
                 value = work(LoadedModel(load_forward_model(path, config), config, place))
-                # The ranks are other processes: return the result in a file.
+                # ranks are separate processes: pass the result through a file
                 if place.is_main:
                     result.write_text(json.dumps(value), encoding="utf-8")
-                # All ranks stay in the group until the first rank has written.
+                # ranks stay in the group until rank 0 has written the result
                 dist.barrier()
             finally:
                 world.leave_world()
@@ -95,8 +97,15 @@ def run_forward_model(target: Target, settings: Sequence[str], nproc: int | None
         return json.loads(result.read_text(encoding="utf-8"))
 
 
+def run_megatron_engine(target: Target, settings: Sequence[str], nproc: int | None,
+                        work: Callable[[MegatronEngine], Any], batching: Batching | None, option: str) -> Any:
+    """Run `work` with an engine of the loaded model; arguments as in `run_forward_model`."""
+    return run_forward_model(target, settings, nproc,
+                             lambda loaded: work(MegatronEngine(loaded.policy, batching)), option)
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Load the tokenizer of a model.
+    """Load a model's tokenizer.
 
     Raises:
         UserError: tokenizer.json is missing or damaged.

@@ -1,4 +1,4 @@
-"""Run vLLM servers, started here or at addresses, as an inference engine."""
+"""Run vLLM servers, started here or reached by address, as an inference engine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,36 +27,22 @@ from megatron_sov.infer.engines.fleet import AddressKeeper, Fleet, ServerKeeper
 from megatron_sov.infer.engines.server_process import (
     PROGRAMS, EngineServers, ServerProcess, check_engine_program)
 from megatron_sov.infer.request import (
-    GenerationBounds, GenerationResult, NamedTensors, Sampling, ScoredTokens, StopRule, Tokens, WeightVersion,
-    check_no_drafts, check_no_rules)
-from megatron_sov.train.data.requirements import shape_of
+    GenerationBounds, GenerationResult, NamedTensors, Sampling, ScoredTokens, ServerLocations, StopRule,
+    Tokens, WeightVersion, check_no_drafts, check_no_rules)
+from megatron_sov.train.data.requirements import build_route_shape
 from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer, TokenRequest
 
 SHARD_BYTES = 1 << 30
-"""Size of a weight file; limits the host memory for an update."""
+"""Bytes per weight file; bounds the host memory for an update."""
 GROUP, GROUPED_TOKENS = 8, 256
-"""Limits for grouping answers into one request: number of answers, and tokens per answer. Grouping saves the
-cost of a request for short answers of small models; long answers stay separate so that each frees its
-capacity when it ends."""
+"""Limits for grouping answers into a request: number of answers, and tokens per answer. Grouping saves
+request overhead for short answers from small models. A long answer is requested alone: finished, the answer
+frees its capacity."""
 _LOOK_S = 0.2
 
 
-@dataclass(frozen=True)
-class ServerLocations:
-    """Locations of engine servers, their logs and their interpreter."""
-
-    logs: Path
-    """Log folder of servers started here."""
-    urls: tuple[str, ...] = ()
-    """Addresses of running servers; empty: start servers here."""
-    python: Path | None = None
-    """Python interpreter with the engine; None uses `SOV_ENGINE_PYTHON` or the current interpreter."""
-    command: tuple[str, ...] = ()
-    """Command that replaces the engine's own."""
-
-
 def parse_server_settings(engine: str, settings: Sequence[str], option: str) -> EngineServers:
-    """Parse the settings of engine servers.
+    """Parse `key=value` settings for engine servers.
 
     Raises:
         UserError: a setting does not exist, is not supported by the engine, or contradicts another setting.
@@ -71,7 +57,7 @@ def parse_server_settings(engine: str, settings: Sequence[str], option: str) -> 
 def open_fleet(name: str, folder: Path, vocab_size: int, longest: int, settings: EngineServers,
                places: ServerLocations, *, with_routes: bool = False, over: threading.Event | None = None
                ) -> Iterator[Fleet]:
-    """Yield a fleet of running servers, which stop at the end of the block.
+    """Yield running servers as a `Fleet`; the servers stop after the block.
 
     Args:
         name: engine name.
@@ -100,16 +86,16 @@ def open_fleet(name: str, folder: Path, vocab_size: int, longest: int, settings:
 
 
 class WeightFiles:
-    """Weight files for servers, in a folder that all servers can read. Files left by a killed command are
+    """Weight files in a folder that the servers can read. Leftover files from a killed command are
     deleted."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._numbers = itertools.count()
-        self.delete_all()
+        self.delete_files()
 
     def write(self, weights: NamedTensors) -> list[str]:
-        """Write a set of weight files; files of earlier calls stay."""
+        """Write a set of weight files; earlier files stay."""
         with translate_disk_errors(self._folder):
             version_folder = self._folder / str(next(self._numbers))
             version_folder.mkdir(parents=True)
@@ -117,7 +103,7 @@ class WeightFiles:
             tensors: dict[str, torch.Tensor] = {}
             size_bytes = 0
             for name, tensor in weights:
-                # Copy: experts of a layer may be views of one tensor, which safetensors rejects.
+                # copy: a layer's experts may be views into a shared tensor, which safetensors rejects
                 tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
                 size_bytes += tensors[name].nbytes
                 if size_bytes >= SHARD_BYTES:
@@ -125,14 +111,14 @@ class WeightFiles:
                     tensors, size_bytes = {}, 0
             return [*files, *([_write_shard(tensors, version_folder, len(files))] if tensors else [])]
 
-    def delete_others(self, files: Sequence[str]) -> None:
-        """Delete the files of all other calls."""
+    def delete_earlier_files(self, files: Sequence[str]) -> None:
+        """Delete the files from earlier calls."""
         current_folders = {Path(file).parent.name for file in files}
         for version_folder in self._folder.iterdir() if self._folder.is_dir() else ():
             if version_folder.name not in current_folders:
                 shutil.rmtree(version_folder, ignore_errors=True)
 
-    def delete_all(self) -> None:
+    def delete_files(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -143,7 +129,7 @@ def _write_shard(tensors: dict[str, torch.Tensor], folder: Path, number: int) ->
 
 
 class ServerEngine:
-    """Inference engine for a fleet of servers.
+    """Inference engine on a `Fleet`.
 
     Args:
         name: engine name.
@@ -160,7 +146,7 @@ class ServerEngine:
     def __init__(self, name: str, fleet: Fleet, folder: Path, weights: Path, room: int, *,
                  with_routes: bool = False) -> None:
         self._engine, self.fleet, self.room = name, fleet, room
-        self._shape = shape_of(HfWeights(folder).model) if with_routes else None
+        self._shape = build_route_shape(HfWeights(folder).model) if with_routes else None
         self._weight_version = WeightVersion(name)
         self._files = WeightFiles(weights)
         self._numbers = itertools.count()
@@ -169,8 +155,8 @@ class ServerEngine:
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: StopRule | None = None,
                  streams: Sequence[int] | None = None,
                  bounds: GenerationBounds | None = None) -> GenerationResult:
-        """Continue prompts, see `Engine`; samples are not reproducible, because they depend on concurrent
-        requests.
+        """Continue prompts, see `Engine.generate`; samples depend on concurrent requests and are not
+        reproducible.
 
         Args:
             prompts: token ids.
@@ -200,7 +186,7 @@ class ServerEngine:
 
     def requests(self, prompts: Sequence[Tokens], samplings: Sequence[Sampling], end_ids: tuple[int, ...],
                  *, are_joined: bool = False) -> list[TokenRequest]:
-        """Return requests with unique names; their answers, concatenated, are those of the prompts in order.
+        """Build uniquely named requests; the concatenated answers follow the order of the prompts.
 
         Equal consecutive prompts are grouped into one request.
 
@@ -216,7 +202,7 @@ class ServerEngine:
             request = TokenRequest("", [int(token) for token in ids], sampling.max_new_tokens,
                                    sampling.temperature, sampling.top_k, sampling.top_p, end_ids,
                                    sampling.with_routes)
-            # vLLM rejects several greedy answers to one prompt, which would be equal.
+            # vLLM rejects several greedy answers to a prompt, because the answers would be equal
             max_answers = min(GROUP, self.fleet.requests) if request.temperature else 1
             if (requests and request.max_new_tokens <= GROUPED_TOKENS and requests[-1].count < max_answers
                     and replace(requests[-1], name="", count=1) == request):
@@ -237,17 +223,17 @@ class ServerEngine:
         return joined
 
     def update(self, weights: NamedTensors | None, version: int) -> None:
-        """Write weight files and let the servers read them, see `Engine`."""
+        """Write weight files and let the servers read them, see `Engine.update`."""
         if weights is None:
             raise ValueError(f"the engine {self._engine} has its own model: an update needs weights")
         with self._weight_version.replace_weights(version, weights):
             files = self._files.write(weights)
             self.fleet.update(files, version)
-            # Restarted servers read these files, so earlier files can go.
-            self._files.delete_others(files)
+            # a restarted server reads the newest files, so earlier files can go
+            self._files.delete_earlier_files(files)
 
     def extract_routes(self, answer: TokenAnswer, num_tokens: int) -> np.ndarray:
-        """Return the routes of the first `num_tokens` tokens of a prompt and its answer.
+        """Return the expert routes for the first `num_tokens` tokens of prompt and answer.
 
         Engines return [tokens - 1, layers, top_k], with zeros for leading dense layers.
 
@@ -255,13 +241,13 @@ class ServerEngine:
             UserError: the routes do not match the model.
         """
         assert self._shape is not None, "routes were not asked for"
-        # A request that was aborted before its start was not read at all.
+        # no token of a request aborted before the start was read
         if answer.reason == ABORTED and answer.routes is None:
             return self._shape.absent(num_tokens)
         return check_routes(answer.routes, num_tokens, self._shape)
 
     def close(self) -> None:
-        self._files.delete_all()
+        self._files.delete_files()
 
     def _wait_for_answers(self, requests: Sequence[TokenRequest],
                           bounds: GenerationBounds | None) -> list[TokenAnswer]:
@@ -278,7 +264,7 @@ class ServerEngine:
 
 
 def _truncate_answer(answer: TokenAnswer, stop: StopRule) -> ScoredTokens:
-    """Cut an answer at its end; a server may generate beyond a stop string."""
+    """Cut an answer at its stop string, beyond which a server may generate."""
     tokens = stop.cut(answer.tokens)
     return tokens, answer.logprobs[:len(tokens)]
 
@@ -294,7 +280,7 @@ def check_routes(routes: np.ndarray | None, num_tokens: int, shape: RouteShape) 
         # Leading dense layers have no experts: keep the last `shape.layers` rows.
         if routes.ndim == 3 and len(routes) >= num_tokens and routes.shape[1] >= shape.layers:
             routes = routes[:num_tokens, routes.shape[1] - shape.layers:]
-            # Check before casting to a narrower dtype, which would wrap around.
+            # check before casting to a narrower dtype, which would wrap around
             if (routes < 0).any() or (routes >= shape.num_experts).any():
                 why = f"experts from {routes.min()} to {routes.max()}, of {shape.num_experts}"
             elif not (why := shape.problem(routes.astype(shape.dtype))):
@@ -309,8 +295,8 @@ def check_routes(routes: np.ndarray | None, num_tokens: int, shape: RouteShape) 
 def open_server_engine(name: str, folder: Path, vocab_size: int, longest: int, settings: EngineServers,
                        places: ServerLocations | None = None, *, with_routes: bool = False,
                        over: threading.Event | None = None) -> Iterator[ServerEngine]:
-    """Yield an engine of servers that stop at the end of the block; see `open_fleet`. Without `places`, logs
-    are temporary."""
+    """Yield a `ServerEngine` whose servers stop after the block; see `open_fleet`. Without `places`, logs are
+    temporary."""
     with contextlib.ExitStack() as stack:
         if places is None:
             logs = stack.enter_context(tempfile.TemporaryDirectory(prefix="sov-engines-"))
@@ -318,7 +304,7 @@ def open_server_engine(name: str, folder: Path, vocab_size: int, longest: int, s
         fleet = stack.enter_context(open_fleet(name, folder, vocab_size, longest, settings, places,
                                                with_routes=with_routes, over=over))
         room = settings.room * (len(places.urls) or settings.servers)
-        # Named after the log folder, so that a restarted run deletes the files of its killed predecessor.
+        # named after the log folder: a restarted run deletes files left by the killed run
         folder_id = hashlib.sha256(str(places.logs.absolute()).encode()).hexdigest()[:16]
         engine = ServerEngine(name, fleet, folder, settings.weights / f"sov-weights-{folder_id}", room,
                               with_routes=with_routes)

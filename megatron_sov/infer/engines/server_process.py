@@ -1,4 +1,4 @@
-"""Start engine servers on this machine; they stop with the command, also if it is killed."""
+"""Start engine servers on this machine; servers stop with the command, even if the command is killed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from annotated_types import Gt, Le
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AboveZero, AtLeastOne, ProblemCode, SettingsProblem
 from megatron_sov.infer import vllm_worker
-from megatron_sov.runs.launch_environment import local_gpu_index
 from megatron_sov.work.endpoints.token_server import TokenServer
 from megatron_sov.work.endpoints.transport import find_missing_libraries
 from megatron_sov.work.endpoints.vllm_server import VLLM, SendFiles, VllmServer
@@ -29,34 +28,34 @@ from megatron_sov.work.processes.children import start_command
 from megatron_sov.work.processes.supervisor import SupervisedCommand
 
 ENGINE_PYTHON = "SOV_ENGINE_PYTHON"
-"""Environment variable with the Python interpreter of the engine, which needs other library versions."""
+"""Environment variable with the engine's Python interpreter; engines need other library versions."""
 BY = f"{ENGINE_PYTHON} (`rl run`, `rl generate`: or --engine-python)"
 WORKER_FOLDER = Path(vllm_worker.__file__).parent
 EXTENSION, BACKEND = "sov_vllm_worker.Extension", "sov_files"
-"""Worker extension in that folder, and the name of its weight transfer backend."""
+"""Worker extension in `WORKER_FOLDER`, and the name of its weight transfer backend."""
 STOP_S = 20.0
-"""Time for a server to stop before its processes are killed."""
+"""Seconds for a server to stop before its processes are killed."""
 LAST_LINES = 8
-"""Number of log lines in the error of a server that does not start."""
+"""Log lines quoted in the error if a server does not start."""
 _LOOK_S = 0.5
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR",
                    "MASTER_PORT")
-"""Variables of a trainer process, which a server would mistake for its own."""
+"""Variables from a trainer's environment that a server would misread."""
 
 
 @dataclass(frozen=True)
 class EngineProgram:
-    """Command and client of an inference engine."""
+    """Start command and client for an inference engine."""
 
     title: str
     module: str
-    """Python module of the engine."""
+    """The engine's Python module."""
     words: tuple[str, ...]
-    """Arguments of the interpreter."""
+    """Interpreter arguments."""
     connect: Callable[[str, EngineServers], TokenServer]
     """Server address and settings -> client."""
     quantizations: tuple[str, ...]
-    """Supported values of `quantization`."""
+    """Supported `quantization` values."""
 
 
 PROGRAMS = {
@@ -68,7 +67,7 @@ PROGRAMS = {
          "gptq", "gptq_marlin", "humming", "inc", "int8_per_channel_weight_only", "modelopt",
          "modelopt_fp4", "modelopt_mixed", "modelopt_mxfp8", "moe_wna16", "mxfp4", "mxfp8",
          "nvfp4_per_token", "online", "quark", "torchao"))}
-"""Engine name -> program; as of vLLM 0.32."""
+"""Engine name -> program, for vLLM 0.32."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class EngineServers:
     """How servers are started and asked."""
 
     servers: AtLeastOne = 1
-    """Servers on this machine, each with the whole model."""
+    """Servers on this machine; each loads the whole model."""
     tp: AtLeastOne = 1
     """GPUs (processes on a CPU) that a server splits each layer over."""
     dp: AtLeastOne = 1
@@ -116,7 +115,7 @@ class EngineServers:
         return []
 
     def find_engine_problems(self, engine: str) -> list[SettingsProblem]:
-        """Return settings that an engine does not support."""
+        """Return a problem per setting that the engine does not support."""
         program, p = PROGRAMS[engine], []
         if self.quantization and self.quantization not in program.quantizations:
             p.append(SettingsProblem(ProblemCode.RULE, "quantization", f"{program.title} has "
@@ -125,24 +124,22 @@ class EngineServers:
 
     @property
     def room(self) -> int:
-        """Number of answers that a server generates at a time."""
+        """Answers that a server generates at a time."""
         return self.requests * self.dp
 
     def create_sender(self) -> SendFiles | None:
-        """Return the function that sends weights to a vLLM server; None: the server reads files."""
+        """Return `send_files` for this process's device; None: the server reads files."""
         if self.transfer == "files":
             return None
-        import torch
-
-        from megatron_sov.engine.parallel.device import on_gpu
+        # not at the top: both import torch, and settings are checked without it
+        from megatron_sov.engine.parallel.device import describe_local_device
         from megatron_sov.infer.vllm_worker.sov_weight_group import send_files
 
-        # Pass the GPU explicitly: each thread has its own current device.
-        return partial(send_files, device=f"cuda:{local_gpu_index(torch.cuda.device_count())}" if on_gpu()
-                       else "cpu")
+        # pass the GPU explicitly: each thread has its own current device
+        return partial(send_files, device=describe_local_device())
 
     def format_devices(self, number: int) -> str | None:
-        """Return CUDA_VISIBLE_DEVICES for a server; None: all GPUs."""
+        """Return CUDA_VISIBLE_DEVICES for server `number`; None: every GPU."""
         devices_per_server = self.tp * self.dp
         if not self.devices:
             return None
@@ -182,7 +179,7 @@ def check_engine_program(engine: str, urls: Sequence[str], python: Path | None) 
 
 
 class ServerProcess:
-    """A server process of this run. All methods except `end` are called from one thread.
+    """A server process started by this run. Only `end` may be called from another thread.
 
     Args:
         engine: one of `PROGRAMS`.
@@ -211,7 +208,7 @@ class ServerProcess:
         self._is_over = False
 
     def start(self, should_stop: Callable[[], bool]) -> TokenServer | None:
-        """Start the server and return it when it is healthy; None if `should_stop` returned True.
+        """Start the server and return it once healthy; None if `should_stop` returned True.
 
         Raises:
             UserError: the server ends or takes too long; the message has its last log lines.
@@ -222,7 +219,7 @@ class ServerProcess:
         with open(self.log, "ab") as out, self._lock:
             if self._is_over:
                 return None
-            self._process = SupervisedCommand(self.words(port), self._build_environment(), out)
+            self._process = SupervisedCommand(self.build_command(port), self._build_environment(), out)
         server = self._program.connect(f"http://127.0.0.1:{port}", self._settings)
         ends_s = time.monotonic() + self._settings.start_s
         while not server.is_healthy():
@@ -241,7 +238,7 @@ class ServerProcess:
         return self._process is not None and self._process.is_alive
 
     def end(self) -> None:
-        """Stop the server and all processes that it started."""
+        """Stop the server and its child processes."""
         with self._lock:
             self._is_over = True
             self.kill(STOP_S)
@@ -251,8 +248,8 @@ class ServerProcess:
         if self._process is not None:
             self._process.end(patience_s)
 
-    def words(self, port: int) -> list[str]:
-        """Return the command line of the server."""
+    def build_command(self, port: int) -> list[str]:
+        """Return the server's command line."""
         settings = self._settings
         words = [*self._command, str(self._folder), "--served-model-name", "policy", "--host",
                  self._host, "--port", str(port), "--enable-scale-out",
@@ -266,7 +263,7 @@ class ServerProcess:
         if settings.tp > 1:
             words += ["--tensor-parallel-size", str(settings.tp)]
         if settings.dp > 1:
-            # One API server: with several, each can abort only its own requests.
+            # a single API server: among several, each aborts only its own requests
             words += ["--data-parallel-size", str(settings.dp), "--api-server-count", "1"]
         if settings.ep:
             words += ["--enable-expert-parallel"]
@@ -281,7 +278,7 @@ class ServerProcess:
         if (devices := self._settings.format_devices(self.number)) is not None:
             environment["CUDA_VISIBLE_DEVICES"] = devices
         path = [str(WORKER_FOLDER), *filter(None, [environment.get("PYTHONPATH")])]
-        # Weight updates need the development routes; only this machine may reach the port.
+        # weight updates need the development routes; only this machine may reach the port
         return environment | {"PYTHONPATH": os.pathsep.join(path), "VLLM_SERVER_DEV_MODE": "1",
                               "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 

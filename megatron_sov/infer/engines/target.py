@@ -50,30 +50,30 @@ class Target:
 
     @property
     def config(self) -> RunConfig | None:
-        """Config of the training; None for imported models."""
+        """Training config; None for imported models."""
         config = None if self.is_hf else read_checkpoint_settings(self.path)
         return None if config is None or config.recipe == IMPORTED_RECIPE else config
 
     @property
     def model(self) -> ModelConfig:
-        """Architecture; raises `UserError` for a Hugging Face folder of an unsupported family."""
+        """Architecture; raises `UserError` for a Hugging Face folder with an unsupported family."""
         if self.is_hf:
             return convert.open_weights(self.path).model
         return read_checkpoint_settings(self.path).model
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids."""
+        """Vocabulary size in token ids."""
         return self._hf_field("vocab_size") if self.is_hf else self.model.vocab_size
 
     @property
     def step(self) -> int | None:
-        """Optimizer steps of a checkpoint; None for a Hugging Face folder."""
+        """Completed optimizer steps; None for a Hugging Face folder."""
         return None if self.is_hf else int(read_manifest(self.path, CHECKPOINT_KIND).content["step"])
 
     @property
     def max_tokens(self) -> float:
-        """Limit of tokens per sequence; infinite for Hugging Face folders that state none."""
+        """Longest sequence in tokens; infinite for Hugging Face folders without a limit."""
         if not self.is_hf:
             return self.model.max_position_tokens
         try:
@@ -116,13 +116,13 @@ def find_target(path: Path) -> Target:
 
 @contextlib.contextmanager
 def open_as_checkpoint(target: Target) -> Iterator[Path]:
-    """Yield the target as a checkpoint; a Hugging Face folder is converted to a temporary checkpoint."""
+    """Yield the target's checkpoint; a Hugging Face folder is converted to a temporary checkpoint."""
     if not target.is_hf:
         yield target.path
         return
     with tempfile.TemporaryDirectory(prefix="sov-target-") as folder:
         out = Path(folder) / "checkpoint"
-        # In a subprocess, so that its memory is freed before the model is loaded.
+        # in a subprocess, so that the conversion's memory is freed before the model is loaded
         code = launcher.run_in_fork(lambda: convert.from_hf(target.path, out))
         if code:
             raise SystemExit(code)
@@ -131,8 +131,8 @@ def open_as_checkpoint(target: Target) -> Iterator[Path]:
 
 def build_inference_config(checkpoint: Path, settings: Sequence[str], nproc: int | None, option: str = "--set"
                      ) -> RunConfig:
-    """Return the config for running a checkpoint: one process, precision of `inference_precision`, then
-    `settings`.
+    """Return the config for running a checkpoint: one process, the precision of `choose_inference_precision`,
+    then `settings`.
 
     Args:
         checkpoint: checkpoint folder.

@@ -29,12 +29,12 @@ from megatron_sov.infer.request import (
 from megatron_sov.model.pretrained import find_low_bit_options, load_pretrained
 
 PAGE_TOKENS = 16
-"""Tokens per page of transformers' cache."""
+"""Tokens per KV cache page in transformers."""
 MAX_MASK_ELEMENTS = 1 << 28
 """Limit of mask elements (pass tokens x cached tokens), which SDPA and eager attention allocate: 1 GiB in
 fp32, twice for models with sliding-window layers."""
 PASS_TOKENS = 1024
-"""Preferred minimum of tokens per pass; fewer sequences run at a time to reach it."""
+"""Preferred minimum tokens per pass; fewer sequences run at a time to reach the minimum."""
 
 
 def load_configured_hf(folder: Path, settings: Sequence[str] = (), option: str = "--set") -> Any:
@@ -51,11 +51,11 @@ def load_configured_hf(folder: Path, settings: Sequence[str] = (), option: str =
 
 
 def load_hf(folder: Path, dtype: torch.dtype | None = None) -> Any:
-    """Load a transformers model for inference, on the GPU if there is one; code in the folder is not run.
+    """Load a transformers model for inference, on the GPU if available; code in the folder is not run.
 
     Args:
         folder: Hugging Face folder.
-        dtype: dtype of the weights; None uses `inference_precision`.
+        dtype: dtype of the weights; None uses `choose_inference_precision`.
 
     Raises:
         UserError: transformers cannot load the folder, or would initialize missing weights.
@@ -75,7 +75,7 @@ def load_hf(folder: Path, dtype: torch.dtype | None = None) -> Any:
 
 
 def _check_ignored_fields(folder: Path, model: Any) -> None:
-    """Raise `UserError` if transformers' class ignores per-layer bounds or windows of config.json.
+    """Raise `UserError` if transformers' class ignores per-layer bounds or windows in config.json.
 
     It would silently compute another model (K-EXAONE 2.0 before transformers' #47802).
     """
@@ -99,7 +99,7 @@ class HfEngine:
     @torch.no_grad()
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: StopRule | None = None,
                  streams: Sequence[int] | None = None) -> GenerationResult:
-        """Continue prompts, see `Engine`; samples depend on the whole batch, which has one seed.
+        """Continue prompts, see `Engine.generate`; samples depend on the whole batch, which shares a seed.
 
         Raises:
             UserError: transformers failed for a prompt, e.g. for lack of memory, or routes are requested.
@@ -112,7 +112,7 @@ class HfEngine:
         stop, version = stop or StopRule(), self._weight_version.version
         if not prompts:
             return GenerationResult.of([], sampling, stop, version)
-        # Each sequence reserves pages for the longest sequence, which bounds their number.
+        # each sequence reserves pages for the longest sequence, which bounds the number of sequences
         longest = max(map(len, prompts)) + sampling.max_new_tokens
         slots, pages, pass_tokens = compute_cache_sizes(len(prompts), longest, self._batching)
         sampling_options: dict[str, Any] = {"do_sample": False}
@@ -123,7 +123,7 @@ class HfEngine:
         generation_config = GenerationConfig(max_new_tokens=sampling.max_new_tokens,
                                              eos_token_id=list(stop.ids) or -1, pad_token_id=0,
                                              **sampling_options)
-        # Without explicit sizes, transformers allocates all memory for the cache, and is slow.
+        # without explicit sizes, transformers gives all free memory to the cache, and is slow
         sizes = ContinuousBatchingConfig(
             page_size=PAGE_TOKENS, num_blocks=pages, max_requests_per_batch=slots,
             max_batch_tokens=pass_tokens, return_logprobs=True,
@@ -180,28 +180,28 @@ def compute_cache_sizes(num_prompts: int, longest: int, batching: Batching) -> t
     max_slots = MAX_MASK_ELEMENTS // (PASS_TOKENS * PAGE_TOKENS * pages)
     slots = max(1, min(batching.slots(num_prompts, longest), max_slots))
     cache_tokens = slots * pages * PAGE_TOKENS
-    # The smallest limit counts, but at least one token of every sequence.
+    # the smallest limit counts, but each sequence reads at least a token
     max_pass_tokens = min(batching.prefill_tokens, slots * longest, MAX_MASK_ELEMENTS // cache_tokens)
     return slots, slots * pages, max(slots, max_pass_tokens)
 
 
 class _View(torch.Tensor):
-    """Tensor that is not copied when transformers calls `contiguous` on a view."""
+    """A tensor that stays a view when transformers calls `contiguous`."""
 
     def contiguous(self, *_: Any, **__: Any) -> _View:
         return self
 
 
 def get_live_views(model: Any) -> dict[str, torch.Tensor]:
-    """Return file name -> view of the model's memory.
+    """Return tensor name in the files -> view into the model's memory.
 
     Raises:
         UserError: transformers' conversion copies a tensor, so it cannot be updated in place.
     """
     live = model.state_dict()
-    # Files store a tied head once. The conversion may return copies, so only its names are used.
+    # files store a tied head once; the conversion may return copies, so only the names are used
     tensors = {name: live[name] for name in remove_tied_weights_from_state_dict(dict(live), model)}
-    # Writing to a result in other memory would not reach the model.
+    # writing to a copy would not reach the model
     memory = {t.untyped_storage().data_ptr() for t in tensors.values()}
     views = revert_weight_conversion(model, {name: t.as_subclass(_View) for name, t in tensors.items()})
     for name, view in views.items():
@@ -213,7 +213,7 @@ def get_live_views(model: Any) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def copy_weights(model: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Copy tensors into a loaded model, one at a time, in place.
+    """Copy tensors into a loaded model, in place, a tensor at a time.
 
     Args:
         model: model from `load_hf`.
@@ -231,6 +231,6 @@ def copy_weights(model: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> Non
 
 def _get_shapes(model: Any, views: Mapping[str, torch.Tensor]
                ) -> tuple[dict[str, tuple[int, ...]], Sequence[str]]:
-    """Return the tensor shapes of a model, and name patterns of ignored tensors."""
+    """Return a model's tensor shapes, and name patterns for ignored tensors."""
     return ({name: tuple(view.shape) for name, view in views.items()},
             model._keys_to_ignore_on_load_unexpected or ())

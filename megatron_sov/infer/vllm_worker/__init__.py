@@ -1,1 +1,1 @@
-"""What vLLM's own processes import: this folder, not the package, is on their path."""
+"""Modules that vLLM's worker processes import by file name, with this folder on `sys.path`."""

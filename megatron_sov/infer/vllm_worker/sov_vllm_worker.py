@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from sov_weight_group import Meeting, WeightGroup, own_host, read_files
+from sov_weight_group import Meeting, WeightGroup, find_local_address, read_files
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo)
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
@@ -30,12 +30,12 @@ class FilesInit(WeightTransferInitInfo):
 
 @dataclass
 class FilesUpdate(WeightTransferUpdateInfo):
-    """Source of new weights under Hugging Face names."""
+    """Source for new weights under Hugging Face names."""
 
     files: list[str] = field(default_factory=list)
-    """Safetensors files, together all tensors of the model."""
+    """Safetensors files that together contain the whole model."""
     group: dict[str, Any] | None = None
-    """Fields of the `Meeting` if weights are sent over a process group."""
+    """`Meeting` fields if weights are sent over a process group."""
 
 
 class FilesEngine(WeightTransferEngine[FilesInit, FilesUpdate]):
@@ -45,7 +45,7 @@ class FilesEngine(WeightTransferEngine[FilesInit, FilesUpdate]):
     _group: WeightGroup | None = None
 
     def init_transfer_engine(self, init_info: FilesInit) -> None:
-        """Do nothing: each update creates its own group."""
+        """Do nothing: each update creates a new group."""
 
     def start_weight_update(self) -> None:
         # Restores the file shapes of weights that were packed for a kernel, layer by layer.
@@ -59,20 +59,22 @@ class FilesEngine(WeightTransferEngine[FilesInit, FilesUpdate]):
                 self._receive_group(Meeting(**update_info.group))
         except BaseException:
             self._close_group()
-            # vLLM 0.32 would treat the received part as the beginning of the next update.
+            # vLLM 0.32 would treat the received tensors as the beginning of the next update
             finalize_layerwise_reload(self.model, self.model_config)
             raise
 
     def _receive_group(self, meeting: Meeting) -> None:
         config, device = self.parallel_config, torch.device("cpu")
         self._close_group()
-        # Keep the group until all workers are done: closing it would break transfers of other workers.
+        # keep the group until every worker has finished: closing the group would break slower transfers
         self._group = WeightGroup(
             meeting, 1 + config.data_parallel_index * config.world_size + config.rank,
-            own_host(meeting.host, meeting.port), self.device if meeting.backend == "nccl" else device)
+            find_local_address(meeting.host, meeting.port),
+            self.device if meeting.backend == "nccl" else device)
         tensors = self._group.receive()
         self.model.load_weights(tensors)
-        for _ in tensors:  # all workers must take part in all broadcasts, even if one needs no further tensor
+        # every worker must take part in every broadcast, even if the worker needs no further tensor
+        for _ in tensors:
             pass
 
     def finish_weight_update(self) -> None:
@@ -89,14 +91,14 @@ class FilesEngine(WeightTransferEngine[FilesInit, FilesUpdate]):
 
 
 class Extension:
-    """Mixed into vLLM's worker; only the import of this module matters."""
+    """Mixed into vLLM's worker; vLLM needs only the module's import."""
 
 
 _setup_kernel = UnquantizedFusedMoEMethod._setup_kernel
 
 
 def _setup_new_kernel(self: Any, *args: Any, **kwargs: Any) -> Any:
-    # On CPUs, vLLM 0.32 packs experts only while there is no kernel, and would silently ignore updated
+    # On CPUs, vLLM 0.32 packs experts only until the kernel exists, and would silently ignore updated
     # experts.
     self.moe_kernel = None
     return _setup_kernel(self, *args, **kwargs)

@@ -27,11 +27,11 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 BUCKET_BYTES = 1 << 28
-"""Size of a broadcast; a larger tensor is sent alone."""
+"""Bytes per broadcast; a larger tensor is sent alone."""
 PATIENCE_S = 120.0
-"""Timeout for forming the group and for each broadcast; a silent process then counts as dead."""
+"""Timeout for forming the group and for each broadcast, after which a silent process counts as dead."""
 _ALIGNED = 16
-"""Alignment of tensors in a bucket, so that bytes can be viewed as any dtype."""
+"""Tensor alignment in a bucket, in bytes: the bytes can be viewed as any dtype."""
 _LOOK_S = 0.0005
 _NCCL_ERROR_HANDLING, _CLEAN_UP_ONLY = "TORCH_NCCL_ASYNC_ERROR_HANDLING", "2"
 _ENVIRONMENT_LOCK = threading.Lock()
@@ -39,19 +39,19 @@ _ENVIRONMENT_LOCK = threading.Lock()
 
 @dataclass(frozen=True)
 class Meeting:
-    """Rendezvous of a process group."""
+    """Rendezvous for a process group."""
 
     host: str
     port: int
     size: int
-    """Number of processes, including the trainer."""
+    """Processes in the group, including the trainer."""
     backend: str
     """`nccl` or `gloo`."""
     patience_s: float = PATIENCE_S
 
 
 class WeightGroup:
-    """Process group for one transfer.
+    """Process group for a single transfer.
 
     Args:
         meeting: rendezvous.
@@ -84,7 +84,7 @@ class WeightGroup:
         self._group = None
 
     def send(self, tensors: Iterator[tuple[str, torch.Tensor]], is_over: threading.Event) -> None:
-        """Send all tensors to the other processes; raises RuntimeError once `is_over` is set."""
+        """Send `tensors` to the other processes; raises RuntimeError once `is_over` is set."""
         bucket: list[tuple[str, torch.Tensor]] = []
         size_bytes = 0
         for name, tensor in tensors:
@@ -98,7 +98,7 @@ class WeightGroup:
         self._broadcast(torch.zeros(2, dtype=torch.int64), is_over)
 
     def receive(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the received tensors on the device; tensors of a bucket share its memory."""
+        """Yield the received tensors on the device; tensors in a bucket share memory."""
         while True:
             header_bytes, bucket_bytes = self._broadcast(torch.zeros(2, dtype=torch.int64)).tolist()
             if not header_bytes:
@@ -133,7 +133,7 @@ class WeightGroup:
             if time.monotonic() >= ends_s:
                 raise TimeoutError(f"a part of the weights was not transferred within {self._patience_s:g} s")
             time.sleep(_LOOK_S)
-        # Raises the error of the transfer, if any.
+        # raises the transfer's error, if any
         work.wait()
         return tensor
 
@@ -145,7 +145,7 @@ def _create_nccl_group(store: dist.TCPStore, rank: int, meeting: Meeting) -> Any
         os.environ[_NCCL_ERROR_HANDLING] = _CLEAN_UP_ONLY
         try:
             options = dist.ProcessGroupNCCL.Options()
-            # Longer than our own timeout, which must fire first.
+            # longer than `patience_s`, which must fire first
             options._timeout = datetime.timedelta(seconds=10 * meeting.patience_s)
             return dist.ProcessGroupNCCL(store, rank, meeting.size, options)
         finally:
@@ -156,15 +156,15 @@ def _create_nccl_group(store: dist.TCPStore, rank: int, meeting: Meeting) -> Any
 
 
 def read_files(files: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield all tensors of safetensors files."""
+    """Yield (name, tensor) from safetensors files."""
     for file in files:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (it is no mapping)
                 yield name, opened.get_tensor(name)
 
 
-def own_host(host: str, port: int) -> str:
-    """Return the address of this machine as seen from another machine."""
+def find_local_address(host: str, port: int) -> str:
+    """Return this machine's address for connections from another machine."""
     with socket.create_connection((host, port), PATIENCE_S) as connection:
         return str(connection.getsockname()[0])
 
@@ -172,7 +172,7 @@ def own_host(host: str, port: int) -> str:
 def send_files(files: Sequence[str], url: str, num_workers: int,
                receive: Callable[[Mapping[str, Any]], Any], device: str = "cpu",
                patience_s: float = PATIENCE_S) -> None:
-    """Send the tensors of files to the workers of a server; never blocks longer than `patience_s` per step.
+    """Send the tensors in `files` to a server's workers; a step blocks at most `patience_s`.
 
     Args:
         files: safetensors files.
@@ -187,7 +187,7 @@ def send_files(files: Sequence[str], url: str, num_workers: int,
         RuntimeError, OSError: the transfer failed; errors of `receive` are raised too.
     """
     address = urllib.parse.urlsplit(url)
-    host = own_host(address.hostname or "", address.port or 80)
+    host = find_local_address(address.hostname or "", address.port or 80)
     store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False,
                           timeout=datetime.timedelta(seconds=patience_s))
     torch_device = torch.device(device)
@@ -199,7 +199,7 @@ def send_files(files: Sequence[str], url: str, num_workers: int,
     def send_weights() -> None:
         with contextlib.closing(WeightGroup(meeting, 0, host, torch_device, store)) as group:
             group.send(read_files(files), is_over)
-            # Keep the group: closing it would break transfers of slower workers.
+            # keep the group: closing the group would break transfers to slower workers
             is_over.wait()
 
     def run_and_report(work: Callable[[], Any], is_last: bool) -> None:
@@ -211,7 +211,7 @@ def send_files(files: Sequence[str], url: str, num_workers: int,
             if is_last:
                 results.put(None)
 
-    # Library calls may block forever, so they run in daemon threads that are never joined.
+    # library calls may block forever: run the calls in daemon threads and never join the threads
     for work, is_last in ((send_weights, False), (partial(receive, dataclasses.asdict(meeting)), True)):
         threading.Thread(target=run_and_report, args=(work, is_last), daemon=True).start()
     try:

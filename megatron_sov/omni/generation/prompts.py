@@ -308,7 +308,7 @@ def prompts_of(target: Target, prompts: Sequence[Parts], shown: ShownMedia, *, c
     with MediaReader(shown.root) as reader:
         told = [shown.shown(parts, reader, f"prompt {n}") for n, parts in enumerate(prompts, 1)]
     # First the ids, then the places: placeholders are found in what the template made of the text.
-    ids = asker.ask([one.text for one in told])
+    ids = asker.encode_prompts([one.text for one in told])
     inputs = [place_records(of, one.records, asker.feature_tokens, encoders, f"prompt {n}")
              for n, (of, one) in enumerate(zip(ids, told, strict=True), 1)]
     return Prompts(asker, ids, inputs)

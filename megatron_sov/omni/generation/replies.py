@@ -313,7 +313,7 @@ def replies(target: Target, prompts: Sequence[Parts], asking: Asking, *, setting
     asked = prompts_of(target, prompts, asking.shown, chat=asking.chat, with_features=asking.with_features)
     asking.decoders.check(blocks)
     asker, ids = asked.asker, asked.ids
-    rules = BlockRules.of(target.vocab_size, blocks, asker.id_of, says=AUDIO in asking.out,
+    rules = BlockRules.of(target.vocab_size, blocks, asker.find_token_id, says=AUDIO in asking.out,
                           grid=asking.decoders.grid if IMAGE in asking.out else 0,
                           max_audio_tokens=asking.max_audio_tokens)
     sampling = replace(asking.sampling, rules=rules)
@@ -332,7 +332,7 @@ def replies(target: Target, prompts: Sequence[Parts], asking: Asking, *, setting
     found: list[list[int]] | None = run_forward_model(target, list(settings), nproc, work)
     if found is None:
         return None
-    marks = MarkIds.of(asker.id_of)
+    marks = MarkIds.of(asker.find_token_id)
     told = []
     for number, reply in enumerate(found):
         made = asking.decoders.write(reply, list(blocks.values()), marks, f"{number:05d}", asking.out)

@@ -30,20 +30,20 @@ from megatron_sov.infer.engines.load import load_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import DistillationConfig
-from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFiles, unpacked
-from megatron_sov.post.distillation.teacher import weights_digest, whole_states
+from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFiles, unpack_rows
+from megatron_sov.post.distillation.teacher import gather_states, hash_weights
 from megatron_sov.runs.checkpoints import read_checkpoint_settings
 from megatron_sov.runs.obs.meters import Meter
 from megatron_sov.train.data.order import OrderedSample
 from megatron_sov.train.data.requirements import NeededColumn
-from megatron_sov.train.data.rows import RowOrigin, heldout_samples, join_rows, sample_row
+from megatron_sov.train.data.rows import RowOrigin, build_heldout_samples, build_row, join_rows
 from megatron_sov.train.data.token_shards import TEXTS, Source
 from megatron_sov.train.guards.gate import GateView
 from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective
-from megatron_sov.train.objectives.microbatch import MicroBatch, from_row
+from megatron_sov.train.objectives.microbatch import MicroBatch, build_micro_batch
 from megatron_sov.train.objectives.objective import (
-    GlobalBatch, LossSums, columns_of, formats_of, per_source, with_denominators)
+    GlobalBatch, LossSums, get_columns, get_formats, per_source, with_denominators)
 
 DIVERGENCE, CROSS_ENTROPY = "divergence", "cross_entropy"
 SPLIT = "heldout"
@@ -53,9 +53,7 @@ class RunTeacher(Protocol):
     """A teacher whose distributions a run learns."""
 
     teacher: str
-    """Digest of its weights."""
     divergence: Divergence
-    """The divergence to minimise."""
 
     def verify(self, world: ParallelWorld) -> None:
         """Verify the teacher's files; called by all processes together before the first read.
@@ -88,7 +86,7 @@ class RunTeacher(Protocol):
         ...
 
 
-class KeptTeacher:
+class StoredTeacher:
     """Teacher outputs on disk, of one teacher for each source."""
 
     def __init__(self, folders: Sequence[StateFiles], asked: DistillationConfig, sources: Sequence[Source],
@@ -136,10 +134,9 @@ class KeptTeacher:
         return tuple(batches)
 
     def at(self, batch: MicroBatch, head: Head, split: str = "train") -> Teacher:
-        """See `RunTeacher.at`."""
         pieces = context.get_local_pieces(len(batch.labels))
         if self._asked.top_k:
-            ids, logprobs = unpacked(self._read_rows(batch.origins, pieces, split))
+            ids, logprobs = unpack_rows(self._read_rows(batch.origins, pieces, split))
             # A positive log-probability marks a missing output: `heard` gives it no weight, and 0 stays
             # finite.
             return TeacherTopK(ids, logprobs.where(logprobs[:, :1] <= 0, 0.0), self._asked.keep_remainder)
@@ -160,7 +157,7 @@ class KeptTeacher:
         if not self._asked.other_tokenizer:
             return batch.weights
         rows = self._read_rows(batch.origins, [(0, len(batch.labels))], split)
-        says = unpacked(rows)[1][:, 0] <= 0
+        says = unpack_rows(rows)[1][:, 0] <= 0
         return batch.weights * to_device(says, batch.weights.device)
 
     def _read_rows(self, origins: tuple[RowOrigin, ...], pieces: Sequence[tuple[int, int]], split: str,
@@ -222,7 +219,7 @@ class LiveTeacher:
                 layout.
         """
         asked, theirs = config.distillation, read_checkpoint_settings(checkpoint)
-        self.teacher = weights_digest(Target(checkpoint, False))
+        self.teacher = hash_weights(Target(checkpoint, False))
         self.divergence = Divergence(asked.beta, asked.temperature)
         self._path, self._asked = checkpoint, asked
         # Expert parallelism and the pipeline layout fit the student's layers alone.
@@ -262,7 +259,7 @@ class LiveTeacher:
 
         def compute_outputs(hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
             if not top_k:
-                return whole_states(hidden[0], model)
+                return gather_states(hidden[0], model)
             ids, logprobs = head.find_most_probable(hidden[0], top_k, self.divergence.temperature)
             return torch.cat([ids.to(logprobs.dtype), logprobs], 1)
 
@@ -271,13 +268,13 @@ class LiveTeacher:
         outputs = model.map(read, compute_outputs)
         if not outputs:  # a pipeline stage before the last, which computes no loss
             return tuple(batches)
-        return tuple(dataclasses.replace(batch, said=output)
+        return tuple(dataclasses.replace(batch, teacher_output=output)
                      for batch, output in zip(batches, outputs, strict=True))
 
     def at(self, batch: MicroBatch, head: Head, split: str = "train") -> Teacher:
-        """See `RunTeacher.at`."""
-        assert batch.said is not None and self._model is not None, "the teacher has not read the micro-batch"
-        outputs = context.select_local(batch.said)
+        assert batch.teacher_output is not None and self._model is not None, (
+            "the teacher has not read the micro-batch")
+        outputs = context.select_local(batch.teacher_output)
         if top_k := self._asked.top_k:
             return TeacherTopK(outputs[:, :top_k].long(), outputs[:, top_k:], self._asked.keep_remainder)
         weight = build_head(self._model.model, self._model.head_chunk_tokens).weight
@@ -384,21 +381,20 @@ class OnPolicyDistillation(Distillation):
 
 
 @dataclasses.dataclass(frozen=True)
-class TaughtFactory:
+class TeacherFactory:
     """Factory of an objective with a teacher in its context."""
 
     made: Callable[[ObjectiveContext], Any]
-    """Factory of the objective."""
     teachers: Sequence[RunTeacher]
     """The teacher; empty: the run is complete, and no objective is built."""
 
     @property
     def formats(self) -> tuple[str, ...]:
-        return formats_of(self.made)
+        return get_formats(self.made)
 
     @property
     def columns(self) -> Mapping[str, NeededColumn]:
-        return columns_of(self.made)
+        return get_columns(self.made)
 
     def __call__(self, context: ObjectiveContext) -> Any:
         return self.made(dataclasses.replace(context, teacher=self.teachers[0]))
@@ -421,7 +417,7 @@ def measure_heldout(view: GateView, sources: Sequence[Source],
     figures = {}
     for index, source in enumerate(sources):
         if source.num_tokens.get(SPLIT, 0) > 1:
-            tokens, divergence, kl = _sum_divergences(view, index, source, teacher).tolist()
+            tokens, divergence, kl = _sum_teacher_divergences(view, index, source, teacher).tolist()
             if tokens:
                 figures[source.name] = {"tokens": int(tokens), "divergence": divergence / tokens,
                                         "kl": kl / tokens}
@@ -438,14 +434,14 @@ def measure_teacher(view: GateView, sources: Sequence[Source], teacher: RunTeach
     return {"teacher": teacher.teacher, "heldout_divergence": measure_heldout(view, sources, teacher)}
 
 
-def _sum_divergences(view: GateView, index: int, source: Source, teacher: RunTeacher) -> torch.Tensor:
+def _sum_teacher_divergences(view: GateView, index: int, source: Source, teacher: RunTeacher) -> torch.Tensor:
     """Return learned tokens, and sums of divergence and KL over them, [3] float64, on every process."""
-    config, world, shard = view.config, view.world, source.shard(SPLIT)
+    config, world, shard = view.config, view.world, source.open_split(SPLIT)
     seq_len, size = config.data.max_seq_len(), config.train.micro_batch_size
-    samples = heldout_samples(shard, index, seq_len, config.data.heldout_tokens)
+    samples = build_heldout_samples(shard, index, seq_len, config.data.heldout_tokens)
     # Empty rows, so that all processes run equally many batches: they may share experts.
     samples += [OrderedSample(index, ())] * (-len(samples) % (size * world.dp_size))
-    own = [from_row(join_rows([sample_row(s, shard, seq_len) for s in samples[i:i + size]]))
+    own = [build_micro_batch(join_rows([build_row(s, shard, seq_len) for s in samples[i:i + size]]))
            for i in range(world.dp_rank * size, len(samples), size * world.dp_size)]
 
     def sums(hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:

@@ -45,21 +45,21 @@ class StatesPart:
         return f"states/{self.source:04d}-{self.split}-{self.first_document:010d}.bin"
 
 
-def lengths_of(source: Source, split: str) -> np.ndarray:
+def read_lengths(source: Source, split: str) -> np.ndarray:
     """Return the length of each document of a split, [documents] int64; the split may be empty."""
     if not source.num_tokens.get(split):
         return np.zeros(0, np.int64)
-    stored = source.shard(split).lengths
+    stored = source.open_split(split).lengths
     return np.asarray(stored[np.arange(len(stored))], np.int64)
 
 
-def parts_of(sources: list[Source], splits: tuple[str, ...], part_tokens: int) -> list[StatesPart]:
+def plan_parts(sources: list[Source], splits: tuple[str, ...], part_tokens: int) -> list[StatesPart]:
     """Return the parts of all documents, in shard order. A document belongs to the part of its first token,
     so no document is split."""
     parts = []
     for index, source in enumerate(sources):
         for split in splits:
-            lengths = lengths_of(source, split)
+            lengths = read_lengths(source, split)
             starts = lengths.cumsum() - lengths
             # The first document that starts in each range of `part_tokens`; a long document covers several
             # ranges.
@@ -72,7 +72,7 @@ def parts_of(sources: list[Source], splits: tuple[str, ...], part_tokens: int) -
 
 
 @dataclass(frozen=True)
-class Kept:
+class StateFormat:
     """Outputs of each token that are kept."""
 
     dtype: str = "bfloat16"
@@ -85,19 +85,19 @@ class Kept:
     """Whether the tokens were translated to the student's tokenizer (`distillation.translation`)."""
 
 
-def content_of(parts: list[StatesPart], hidden_size: int, vocab_size: int, kept: Kept,
+def build_content(parts: list[StatesPart], hidden_size: int, vocab_size: int, kept: StateFormat,
                logits_softcap: float | None = None) -> dict[str, Any]:
     return {"hidden_size": hidden_size, "vocab_size": vocab_size, "logits_softcap": logits_softcap,
             **asdict(kept),
             "num_tokens": sum(p.num_tokens for p in parts), "parts": [asdict(p) for p in parts]}
 
 
-def packed(token: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
+def pack_rows(token: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
     """Join token ids [n, K] and log-probabilities [n, K] to rows [n, 2 K] int32."""
     return torch.cat([token.int(), logprobs.float().view(torch.int32)], dim=1)
 
 
-def unpacked(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def unpack_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Split rows of `packed` into token ids [n, K] int64 and log-probabilities [n, K] float32."""
     token, bits = rows.chunk(2, dim=1)
     return token.long(), bits.contiguous().view(torch.float32)
@@ -124,12 +124,10 @@ class StateFiles:
         """Soft cap of the logits of the head."""
         self.teacher = str(manifest.settings["teacher"])
         """Digest of the teacher's weights, configuration and adapter base."""
-        self.kept = Kept(content["dtype"], content.get("top_k", 0), content.get("temperature", 1.0),
+        self.kept = StateFormat(content["dtype"], content.get("top_k", 0), content.get("temperature", 1.0),
                          content.get("translated", False))
         self.dtype = torch.int32 if self.kept.top_k else DTYPES[self.kept.dtype]
-        """Dtype of a row."""
         self.width = 2 * self.kept.top_k or self.hidden_size
-        """Length of a row."""
         indices = self._find_sources(sources, [i for i in manifest.inputs if i["kind"] == "tokens"])
         self.sources = {index: own for own, index in enumerate(indices)}
         """Index of a source in the run -> its index in the artifact."""
@@ -189,7 +187,7 @@ class StateFiles:
         return np.concatenate([[0], lengths.cumsum()]), rows.view(-1, self.width)
 
     def _read_lengths(self, source: int, split: str) -> Any:
-        return self._sources[source].shard(split).lengths
+        return self._sources[source].open_split(split).lengths
 
     def _find_sources(self, sources: list[Source], inputs: list[dict[str, str]]) -> list[int]:
         artifacts = {manifest_sha256(s.artifact): s.artifact for s in sources if s.artifact is not None}

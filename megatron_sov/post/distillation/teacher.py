@@ -35,11 +35,12 @@ from megatron_sov.eval.heldout_loss import ROW_TOKENS, group_into_rows
 from megatron_sov.infer.engines.load import LoadedModel, run_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.post.distillation.state_files import (
-    DTYPES, HEAD, HEAD_WEIGHT, KIND, Kept, StatesPart, content_of, lengths_of, packed, parts_of, unpacked)
+    DTYPES, HEAD, HEAD_WEIGHT, KIND, StateFormat, StatesPart, build_content, pack_rows, plan_parts,
+    read_lengths, unpack_rows)
 from megatron_sov.post.distillation.translation import TokenTranslation, TranslatedStates
 from megatron_sov.runs.checkpoints import ADAPTER, CHECKPOINT_KIND as CHECKPOINT, MODEL, read_adapter_base
 from megatron_sov.runs.launch_environment import is_first_rank, num_ranks
-from megatron_sov.train.data.token_shards import Source, open_sources, provenance, tokenizer_folder
+from megatron_sov.train.data.token_shards import Source, describe_inputs, open_sources, tokenizer_folder
 from megatron_sov.work.progress.resumable import ResumableArtifact, resumable_artifact
 
 FORMATS = ("text", "chat", "preference", "prompt")
@@ -55,7 +56,7 @@ class TeacherReading:
     data: dict[str, float]
     """Token artifact -> weight, which is ignored."""
     splits: tuple[str, ...] = ("train", "heldout")
-    kept: Kept = Kept()
+    kept: StateFormat = StateFormat()
     part_tokens: int = PART_TOKENS
     digest: str = ""
     """The teacher's `weights_digest`; "": not computed yet."""
@@ -77,7 +78,7 @@ def read_documents(reading: TeacherReading, out: Path, settings: Sequence[str], 
         UserError: the teacher has another tokenizer, a document is too long for it, or the data cannot be
             read.
     """
-    _check_kept(reading)
+    _check_format(reading)
     if is_first_rank():  # checked before a large model is loaded
         check_output_folder(out, KIND, overwrite)
     translated = reading.kept.translated
@@ -86,7 +87,7 @@ def read_documents(reading: TeacherReading, out: Path, settings: Sequence[str], 
     if not translated:
         check_same_tokens(tokenizer_folder(sources), reading.target.tokenizer_folder)
     translation = _build_translation(reading, sources)
-    parts = parts_of(sources, reading.splits, reading.part_tokens)
+    parts = plan_parts(sources, reading.splits, reading.part_tokens)
     # The layout changes the last digits at most, so a killed job may continue at another layout.
     plan = {"parts": parts, "kept": asdict(reading.kept),
             "settings": [s for s in settings if not s.startswith("parallel.")]}
@@ -98,7 +99,7 @@ def read_documents(reading: TeacherReading, out: Path, settings: Sequence[str], 
     def work(loaded: LoadedModel) -> int:
         opened = partial(_open_artifact, reading, sources, plan, layout, out=out, overwrite=overwrite,
                          redo=redo)
-        with artifact_on_ranks(loaded.world, opened) as artifact:
+        with build_artifact_on_ranks(loaded.world, opened) as artifact:
             missing = [p for p in parts if p.file not in artifact.finished]
             for first in range(0, len(missing), loaded.world.dp_size):
                 batch = missing[first:first + loaded.world.dp_size]
@@ -117,15 +118,13 @@ class ArtifactOnRanks:
     """An artifact that all ranks write into."""
 
     folder: Path
-    """Folder of its files."""
     finished: frozenset[str]
-    """Files that an earlier command finished."""
     on_main: Callable[[Callable[[ResumableArtifact], None]], None]
     """Calls a function with the artifact on the first rank; called by all ranks together."""
 
 
 @contextlib.contextmanager
-def artifact_on_ranks(world: ParallelWorld,
+def build_artifact_on_ranks(world: ParallelWorld,
                       opened: Callable[[], contextlib.AbstractContextManager[ResumableArtifact]]
                       ) -> Iterator[ArtifactOnRanks]:
     """Yield an artifact that the first rank opens; called by all ranks together."""
@@ -141,7 +140,7 @@ def artifact_on_ranks(world: ParallelWorld,
                               lambda do: run_on_main(world, lambda: do(own[0])))
 
 
-def weights_digest(target: Target) -> str:
+def hash_weights(target: Target) -> str:
     """Return the digest of a model: names and contents of its weight files, its configuration, and the base
     of an adapter."""
     if target.is_hf:
@@ -162,11 +161,11 @@ def weights_digest(target: Target) -> str:
 def _open_artifact(reading: TeacherReading, sources: list[Source], plan: dict[str, Any],
                    layout: dict[str, Any], *, out: Path, overwrite: bool, redo: bool
                    ) -> Iterator[ResumableArtifact]:
-    teacher = reading.digest or weights_digest(reading.target)
+    teacher = reading.digest or hash_weights(reading.target)
     weights = convert.open_weights(reading.target.path)
     model = weights.model
     # Work with another plan is not continued.
-    plan = plan | {"teacher": teacher, "data": [i["manifest_sha256"] for i in provenance(sources)]}
+    plan = plan | {"teacher": teacher, "data": [i["manifest_sha256"] for i in describe_inputs(sources)]}
     with resumable_artifact(out, KIND, "megatron-sov distill states", plan, overwrite=overwrite,
                             redo=redo) as artifact:
         (artifact.path / "states").mkdir(exist_ok=True)
@@ -175,10 +174,10 @@ def _open_artifact(reading: TeacherReading, sources: list[Source], plan: dict[st
             # States need the head of their model; log-probabilities do not.
             save_file({HEAD_WEIGHT: head.contiguous()}, artifact.path / HEAD)
         vocab_size = sources[0].vocab_size if reading.kept.translated else model.vocab_size
-        artifact.writer.content = content_of(plan["parts"], model.hidden_size, vocab_size, reading.kept,
+        artifact.writer.content = build_content(plan["parts"], model.hidden_size, vocab_size, reading.kept,
                                              model.logits_softcap)
         artifact.writer.settings = {"teacher": teacher, "teacher_path": str(reading.target.path), **layout}
-        artifact.writer.inputs += provenance(sources)
+        artifact.writer.inputs += describe_inputs(sources)
         yield artifact
 
 
@@ -187,7 +186,7 @@ def _record_finished(parts: list[StatesPart], artifact: ResumableArtifact) -> No
         artifact.finish(part.file, FileRecord.of(artifact.path / part.file))
 
 
-def _check_kept(reading: TeacherReading) -> None:
+def _check_format(reading: TeacherReading) -> None:
     kept, vocab_size = reading.kept, reading.target.vocab_size
     if kept.dtype not in DTYPES:
         raise UserError(f"dtype {kept.dtype!r}: must be one of {', '.join(DTYPES)}")
@@ -204,7 +203,7 @@ def _check_kept(reading: TeacherReading) -> None:
 def _refuse_too_long(reading: TeacherReading, sources: list[Source]) -> None:
     for source in sources:
         for split in reading.splits:
-            longest = lengths_of(source, split).max(initial=0)
+            longest = read_lengths(source, split).max(initial=0)
             if longest > reading.target.max_tokens:
                 raise UserError(f"source {source.name!r} ({split}): has a document of {longest} tokens, the "
                                 f"teacher {reading.target.path} reads at most {reading.target.max_tokens}; "
@@ -226,12 +225,12 @@ class _Documents:
         Raises:
             UserError: a document is too long for the teacher, or its tokenizer changes the text.
         """
-        shard = self.sources[part.source].shard(part.split)
+        shard = self.sources[part.source].open_split(part.split)
         numbers = range(part.first_document, part.first_document + part.num_documents)
         documents = [shard.tokens(number, 0, int(shard.lengths[number])).tolist() for number in numbers]
         if self.translation is None:
             return documents, []
-        translated = [self.translation.document(ids) for ids in documents]
+        translated = [self.translation.translate_document(ids) for ids in documents]
         longest = max((len(t.ids) for t in translated), default=0)
         if longest > self.reading.target.max_tokens:
             raise UserError(f"source {self.sources[part.source].name!r} ({part.split}): has a document of "
@@ -243,13 +242,14 @@ class _Documents:
                   ) -> list[torch.Tensor]:
         """Convert the teacher's outputs for each document to the data's tokens."""
         assert self.translation is not None
-        shard, kept = self.sources[part.source].shard(part.split), self.reading.kept
+        shard, kept = self.sources[part.source].open_split(part.split), self.reading.kept
         rows = []
         for i, (document, row) in enumerate(zip(translated, outputs, strict=True)):
             number = part.first_document + i
             ids = shard.tokens(number, 0, int(shard.lengths[number])).tolist()
             next_logprobs = row[:, -1].contiguous().view(torch.float32)
-            rows.append(packed(*self.translation.rows(document, ids, *unpacked(row[:, :-1]), next_logprobs,
+            rows.append(pack_rows(*self.translation.translate_rows(document, ids, *unpack_rows(row[:, :-1]),
+                                                                   next_logprobs,
                                                       kept.top_k)))
         return rows
 
@@ -294,8 +294,8 @@ def _read_parts(loaded: LoadedModel, documents: _Documents, parts: Sequence[Stat
 
     def compute_outputs(hidden: list[torch.Tensor], head: Head, batch: DocumentBatch) -> torch.Tensor:
         if not kept.top_k:
-            return whole_states(hidden[0], loaded.policy).to("cpu", DTYPES[kept.dtype])
-        most_probable = packed(*head.find_most_probable(hidden[0], num_tokens, kept.temperature)).cpu()
+            return gather_states(hidden[0], loaded.policy).to("cpu", DTYPES[kept.dtype])
+        most_probable = pack_rows(*head.find_most_probable(hidden[0], num_tokens, kept.temperature)).cpu()
         if not kept.translated:
             return most_probable
         # The next token of the document, which may not be among the most probable tokens.
@@ -314,15 +314,15 @@ def _read_parts(loaded: LoadedModel, documents: _Documents, parts: Sequence[Stat
             for output, row in zip(outputs, row_lengths, strict=True):
                 by_document += output.split(row)
             outputs = documents.translate(part, read[own][1], by_document)
-        _write(folder / part.file, outputs)
+        _write_states(folder / part.file, outputs)
 
 
-def whole_states(hidden: torch.Tensor, model: ForwardModel) -> torch.Tensor:
+def gather_states(hidden: torch.Tensor, model: ForwardModel) -> torch.Tensor:
     """Return the inputs of the output head for all tokens of a row, [tokens, hidden]."""
     return context.gather_row(prepare_head_input(hidden, model.config))
 
 
-def _write(file: Path, states: list[torch.Tensor]) -> None:
+def _write_states(file: Path, states: list[torch.Tensor]) -> None:
     """Write rows to a file atomically; raise `UserError` if the disk is full."""
     with create_file(file) as temporary, open(temporary, "wb") as f:
         for row in states:

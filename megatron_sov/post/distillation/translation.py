@@ -37,7 +37,7 @@ from tokenizers import Tokenizer
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.folder import open_tokenizer
 from megatron_sov.chat.vocabulary import TOKENIZER_JSON, read_tokenizer
-from megatron_sov.train.data.token_bytes import spellings
+from megatron_sov.train.data.token_bytes import read_token_bytes
 
 UNHEARD = 1.0
 """In the place of the first log-probability, none of which is positive: the teacher says nothing there."""
@@ -60,14 +60,13 @@ class TranslatedStates:
     """A document in the teacher's tokens."""
 
     ids: list[int]
-    """The teacher's token ids."""
     at: np.ndarray
     """[student's tokens] int64: the teacher's token that ends where the student's ends; -1: none does."""
     text: np.ndarray
     """[symbols] int64: its bytes, and of each special token that both have a number beyond them."""
     ends: np.ndarray
     """[teacher's tokens] int64: symbols up to the end of each."""
-    own_ends: np.ndarray
+    student_ends: np.ndarray
     """[student's tokens] int64: symbols up to the end of each."""
 
 
@@ -82,7 +81,8 @@ class TokenTranslation:
         """
         self._student, self._teacher = _open_checked(student), _open_checked(teacher)
         self._teacher_folder = teacher
-        self._ours, self._theirs = spellings(student, vocab_size), spellings(teacher, teacher_vocab_size)
+        self._ours = read_token_bytes(student, vocab_size)
+        self._theirs = read_token_bytes(teacher, teacher_vocab_size)
         # Reversed, so that of tokens with equal bytes the lowest id stays.
         self._of_bytes = {text: token for token, text in reversed(list(enumerate(self._ours))) if text}
         self._longest = max(map(len, self._of_bytes), default=0)
@@ -99,7 +99,7 @@ class TokenTranslation:
     def _first_tokens(self) -> np.ndarray:
         first = np.full(len(self._theirs), -1, np.int64)
         texts = {token: text for token, text in enumerate(self._theirs) if text}
-        spelled = {token: _decode(text) for token, text in texts.items()}
+        spelled = {token: _decode_bytes(text) for token, text in texts.items()}
         whole = [token for token, text in spelled.items() if text is not None]
         encoded = self._student.encode_batch([spelled[token] for token in whole], add_special_tokens=False)
         for token, encoding in zip(whole, encoded, strict=True):
@@ -115,7 +115,7 @@ class TokenTranslation:
     def _same_tokens(self) -> np.ndarray:
         """Return tokens of equal bytes, and specials, that no longer token of either side begins with."""
         same = np.full(len(self._theirs), -1, np.int64)
-        spelled = {token: text for token, text in enumerate(map(_decode, self._ours)) if text}
+        spelled = {token: text for token, text in enumerate(map(_decode_bytes, self._ours)) if text}
         encoded = self._teacher.encode_batch(list(spelled.values()), add_special_tokens=False)
         # How many tokens of the other side begin with each one; one of them is the token itself.
         beginning = np.bincount([e.ids[0] for e in encoded if e.ids], minlength=len(same))
@@ -152,7 +152,7 @@ class TokenTranslation:
         return next((self._of_bytes[text[:n]] for n in range(min(len(text), self._longest), 0, -1)
                      if text[:n] in self._of_bytes), -1)
 
-    def document(self, ids: Sequence[int]) -> TranslatedStates:
+    def translate_document(self, ids: Sequence[int]) -> TranslatedStates:
         """Return a document of the student's tokens in the teacher's.
 
         Special tokens that both have are themselves; others are read as their text.
@@ -164,7 +164,7 @@ class TokenTranslation:
         lengths: list[int] = []
         own: list[int] = []
         text: list[int] = []
-        for is_special, run in _runs(ids, self._specials):
+        for is_special, run in _find_runs(ids, self._specials):
             if is_special:
                 theirs.append(self._specials[run[0]])
                 lengths.append(1)
@@ -176,7 +176,7 @@ class TokenTranslation:
                        for token in run]
             own += map(len, spelled)
             text += b"".join(spelled)
-            made = self._encoded(b"".join(spelled))
+            made = self._encode_text(b"".join(spelled))
             theirs += [token for token, _ in made]
             lengths += [length for _, length in made]
         ends, own_ends = np.cumsum(lengths, dtype=np.int64), np.cumsum(own, dtype=np.int64)
@@ -185,8 +185,8 @@ class TokenTranslation:
         same = (place >= 0) & (ends[np.maximum(place, 0)] == own_ends) if len(ends) else place >= 0
         return TranslatedStates(theirs, np.where(same, place, -1), np.asarray(text, np.int64), ends, own_ends)
 
-    def _encoded(self, text: bytes) -> list[tuple[int, int]]:
-        decoded = _decode(text)
+    def _encode_text(self, text: bytes) -> list[tuple[int, int]]:
+        decoded = _decode_bytes(text)
         if decoded is None:
             raise UserError("a document's bytes are no UTF-8: the teacher's tokenizer cannot read them; pack "
                             "text")
@@ -200,7 +200,7 @@ class TokenTranslation:
                             "the student's; choose a teacher whose tokenizer keeps them")
         return list(zip(ids, lengths, strict=True))
 
-    def rows(self, document: TranslatedStates, ids: Sequence[int], token: torch.Tensor,
+    def translate_rows(self, document: TranslatedStates, ids: Sequence[int], token: torch.Tensor,
              logprobs: torch.Tensor, of_next: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what the teacher says in the student's tokens, behind each token of a document.
 
@@ -218,9 +218,9 @@ class TokenTranslation:
         """
         n, vocab_size = len(ids), len(self._ours)
         # float64: sums of small probabilities are divided by one another.
-        chain = self._chain(document, token.numpy(), np.exp(logprobs.double().numpy()),
+        chain = self._build_chain(document, token.numpy(), np.exp(logprobs.double().numpy()),
                             of_next.double().numpy())
-        found = chain.beginnings(document.own_ends, self._hidden[np.asarray(ids)])
+        found = chain.find_prefixes(document.student_ends, self._hidden[np.asarray(ids)])
         whole = found.whole
         clear = (found.goes_on <= MAX_HIDDEN) & (found.unknown <= MAX_HIDDEN)  # NaN is neither
         # p(next token) is the text with it over the text without it.
@@ -239,12 +239,14 @@ class TokenTranslation:
                                rows[others] * vocab_size + self.same[tokens[others]]])
         # Together they are at most 1: what the others have, the own one cannot have.
         left = 1 - np.bincount(rows[others], masses[others], n)[heard]
-        return _table((n, vocab_size, k), keys, np.concatenate([own[heard].clip(max=left.clip(min=0.0)),
+        return _read_vocabulary((n, vocab_size, k), keys,
+                                np.concatenate([own[heard].clip(max=left.clip(min=0.0)),
                                                                 masses[others]]),
                       np.arange(len(keys)) < len(heard), heard)
 
-    def _chain(self, document: TranslatedStates, token: np.ndarray, masses: np.ndarray, of_next: np.ndarray
-               ) -> Chain:
+    def _build_chain(self, document: TranslatedStates, token: np.ndarray, masses: np.ndarray,
+                     of_next: np.ndarray
+               ) -> SpellingTree:
         """Return what the teacher says beside a document's bytes, its own next token among the others."""
         longest = int(np.diff(document.ends, prepend=0).max()) + 1
         following = np.append(np.asarray(document.ids[1:], np.int64), 0)
@@ -252,12 +254,12 @@ class TokenTranslation:
         # Nothing follows the last token, so nothing is missing there.
         held[-1:] = True
         missing = np.where(held, 0.0, np.exp(of_next))
-        return Chain.of(document.text, document.ends, tokens=np.column_stack([token, following]),
+        return SpellingTree.build(document.text, document.ends, tokens=np.column_stack([token, following]),
                         masses=np.column_stack([masses, missing]), of_next=of_next,
                         table=self._table[:, :longest])
 
 
-def _table(sizes: tuple[int, int, int], keys: np.ndarray, mass: np.ndarray, is_own: np.ndarray,
+def _read_vocabulary(sizes: tuple[int, int, int], keys: np.ndarray, mass: np.ndarray, is_own: np.ndarray,
            heard: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the own next token and the k - 1 most probable ids of each of n rows, filled up with others of
     no probability."""
@@ -291,7 +293,7 @@ def _open_checked(folder: Path) -> Tokenizer:
     return open_tokenizer(folder)
 
 
-def _decode(text: bytes) -> str | None:
+def _decode_bytes(text: bytes) -> str | None:
     try:
         return text.decode()
     except UnicodeDecodeError:
@@ -307,11 +309,11 @@ def _same_specials(student: Path, teacher: Path, ours: Tokenizer, theirs: Tokeni
 
     mine, other = special(ours), special(theirs)
     same = {mine[text]: other[text] for text in mine.keys() & other.keys()}
-    end, their_end = _end_of_text(student, mine), _end_of_text(teacher, other)
+    end, their_end = _find_eos_id(student, mine), _find_eos_id(teacher, other)
     return same if end is None or their_end is None else {**same, end: their_end}
 
 
-def _end_of_text(folder: Path, special: dict[str, int]) -> int | None:
+def _find_eos_id(folder: Path, special: dict[str, int]) -> int | None:
     try:
         named = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("eos_token")
     except (OSError, ValueError, AttributeError):
@@ -319,7 +321,7 @@ def _end_of_text(folder: Path, special: dict[str, int]) -> int | None:
     return special.get(named["content"] if isinstance(named, dict) and "content" in named else str(named))
 
 
-def _runs(ids: Sequence[int], specials: dict[int, int]) -> list[tuple[bool, list[int]]]:
+def _find_runs(ids: Sequence[int], specials: dict[int, int]) -> list[tuple[bool, list[int]]]:
     runs: list[tuple[bool, list[int]]] = []
     for token in ids:
         if token in specials:
@@ -332,7 +334,7 @@ def _runs(ids: Sequence[int], specials: dict[int, int]) -> list[tuple[bool, list
 
 
 @dataclass(frozen=True)
-class Beginnings:
+class SpellingPrefixes:
     """A text up to some of its symbols."""
 
     whole: Array
@@ -344,7 +346,7 @@ class Beginnings:
 
 
 @dataclass(frozen=True)
-class Chain:
+class SpellingTree:
     """What a model says behind each of the m tokens of a text."""
 
     ends: Array
@@ -363,8 +365,8 @@ class Chain:
     """[m, M] int64: symbols, at most L, in which what may come is the text."""
 
     @classmethod
-    def of(cls, text: Array, ends: Array, tokens: Array, masses: Array, of_next: Array, table: Array
-           ) -> Chain:
+    def build(cls, text: Array, ends: Array, tokens: Array, masses: Array, of_next: Array, table: Array
+           ) -> SpellingTree:
         """Lay what may come behind each token beside the text.
 
         Args:
@@ -385,7 +387,7 @@ class Chain:
         return cls(ends=ends, cumulative=cumulative, tokens=tokens, masses=masses, table=table, sizes=sizes,
                    agrees=agrees)
 
-    def beginnings(self, stops: Array, asked: Array) -> Beginnings:
+    def find_prefixes(self, stops: Array, asked: Array) -> SpellingPrefixes:
         """Return how probable the text is up to some of its symbols, and that it goes on with some others.
 
         Args:
@@ -393,13 +395,13 @@ class Chain:
             asked: [n, symbols] bool: which symbols are asked for behind each; of those beyond, the last
                 column says.
         """
-        found = [self._some(stops[first:first + CHUNK_ROWS], asked[first:first + CHUNK_ROWS])
+        found = [self._select_spellings(stops[first:first + CHUNK_ROWS], asked[first:first + CHUNK_ROWS])
                  for first in range(0, len(stops), CHUNK_ROWS)]
         whole, goes_on, unknown = (np.concatenate(part) for part in zip(*found, strict=True))
-        return Beginnings(whole, goes_on, unknown)
+        return SpellingPrefixes(whole, goes_on, unknown)
 
-    def _some(self, stops: Array, asked: Array) -> tuple[Array, Array, Array]:
-        stop, token = self._pairs(stops)
+    def _select_spellings(self, stops: Array, asked: Array) -> tuple[Array, Array, Array]:
+        stop, token = self._match_pairs(stops)
         length = (stops[stop] - self.ends[token])[:, None]
         last = np.searchsorted(self.ends, stops, side="right") - 1
         # Relative to the text up to the stop, since absolute probabilities of long texts underflow.
@@ -428,7 +430,7 @@ class Chain:
             return (self.cumulative[last] + np.log(total), over(reaches * goes_on + mass * unknown) / total,
                     over(mass * (ended & (sizes < length))) / total)
 
-    def _pairs(self, stops: Array) -> tuple[Array, Array]:
+    def _match_pairs(self, stops: Array) -> tuple[Array, Array]:
         """Return each stop with all tokens of the text behind which one token may reach it."""
         # No token is longer than the table, so earlier ones cannot reach.
         first = np.searchsorted(self.ends, stops - self.table.shape[1], side="left")

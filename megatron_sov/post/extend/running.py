@@ -27,11 +27,11 @@ from megatron_sov.post.extend.stages import (
 from megatron_sov.runs.checkpoints import find_checkpoint, find_tokenizer_folder, latest_checkpoint
 from megatron_sov.runs.launch_environment import get_command_start, is_first_rank
 from megatron_sov.train.data.token_shards import TEXTS, Source, open_sources, tokenizer_folder
-from megatron_sov.train.data.views import SHORT
+from megatron_sov.train.data.views import PIECES_MARK
 from megatron_sov.train.guards.fault_injection import Fault
 from megatron_sov.train.guards.gate import EndGate, GateView
 from megatron_sov.train.objectives.heldout_evaluator import HeldoutLoss
-from megatron_sov.train.objectives.objective import formats_of
+from megatron_sov.train.objectives.objective import get_formats
 from megatron_sov.train.stages.stage import Stage, run_stage
 from megatron_sov.train.trainer import ObjectiveFactory
 
@@ -49,13 +49,13 @@ class Needles:
 
     def before(self, run: GateView) -> None:
         """Test the model before the first step, with the rotary embedding of the stage."""
-        self.record(run, "before", self.measure(run))
+        self.record(run, "before", self.measure_scores(run))
 
     def after(self, run: GateView) -> dict[str, Any]:
         """Test the trained model; return fields of the completion manifest."""
-        return {"needle": self.record(run, "after", self.measure(run))}
+        return {"needle": self.record(run, "after", self.measure_scores(run))}
 
-    def measure(self, run: GateView) -> NeedleResult:
+    def measure_scores(self, run: GateView) -> NeedleResult:
         """Test the current model; called by all processes together."""
         return run_suite(self.suite, MegatronEngine(run.policy))
 
@@ -66,7 +66,7 @@ class Needles:
         return result.to_dict()
 
 
-def make_needles(config: RunConfig, start: Path, formats: tuple[str, ...] = TEXTS) -> Needles:
+def build_needles(config: RunConfig, start: Path, formats: tuple[str, ...] = TEXTS) -> Needles:
     """Build test and training documents of an extension.
 
     Args:
@@ -106,16 +106,16 @@ def _document_lengths(config: RunConfig) -> dict[str, int]:
     if config.needle.train_share or SOURCE_NAME in named:
         lengths[SOURCE_NAME] = config.data.max_seq_len()
     for name in named:
-        base, mark, number = name.partition(SHORT)
+        base, mark, number = name.partition(PIECES_MARK)
         if base == SOURCE_NAME and mark:
             if not number.isdecimal() or int(number) < 1:
-                raise UserError(f"data.phases blend {name!r}: write a number of tokens after {SHORT}, "
-                                f"e.g. {base}{SHORT}4096")
+                raise UserError(f"data.phases blend {name!r}: write a number of tokens after {PIECES_MARK}, "
+                                f"e.g. {base}{PIECES_MARK}4096")
             lengths[name] = int(number)
     return lengths
 
 
-def with_needles_in_blends(config: RunConfig) -> RunConfig:
+def add_needles_to_blends(config: RunConfig) -> RunConfig:
     """Add the share of needle documents to every explicit blend that does not name them."""
     share = config.needle.train_share
     if share == 0:
@@ -130,19 +130,20 @@ def with_needles_in_blends(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, phases=tuple(phases)))
 
 
-def short_context(config: RunConfig, trained_tokens: int, formats: tuple[str, ...]) -> HeldoutData:
+def find_short_context(config: RunConfig, trained_tokens: int, formats: tuple[str, ...]) -> HeldoutData:
     """Open the held-out documents of the short-context check, in rows of the earlier training length."""
     return open_heldout(config.data.paths, trained_tokens, config.data.heldout_tokens,
                         model_vocab_size=config.model.vocab_size, formats=formats)
 
 
-def mean_loss(losses: dict[str, HeldoutLoss]) -> float:
+def compute_mean_loss(losses: dict[str, HeldoutLoss]) -> float:
     """Return the mean over all held-out tokens, in nats."""
     tokens = sum(r.tokens for r in losses.values())
     return sum(r.loss * r.tokens for r in losses.values()) / max(1, tokens)
 
 
-def loss_of_checkpoint(start: Path, short: HeldoutData, config: RunConfig, nproc: int | None) -> float | None:
+def measure_checkpoint_loss(start: Path, short: HeldoutData, config: RunConfig, nproc: int | None
+                            ) -> float | None:
     """Return the loss of a checkpoint on the short context, with its own rotary embedding instead of the
     stage's.
 
@@ -153,7 +154,7 @@ def loss_of_checkpoint(start: Path, short: HeldoutData, config: RunConfig, nproc
     settings.append(f"train.precision={config.train.precision}")
     loss: float | None = run_forward_model(
         Target(start, False), settings, nproc,
-        lambda loaded: mean_loss(evaluate_forward_model(loaded, short)))
+        lambda loaded: compute_mean_loss(evaluate_forward_model(loaded, short)))
     return loss
 
 
@@ -185,23 +186,23 @@ class StageGate:
     def begin(self, run: GateView) -> None:
         """Record the contamination search, and test the model before the first step."""
         run.events.write("decontamination", step=run.step, **self._clean.fields())
-        self._measure(run)
+        self._measure_stage(run)
 
     def check(self, run: GateView) -> None:
         """Test the model every `every_steps` steps and after the last step."""
         step = run.step
         if step % self._settings.every_steps == 0 or step == run.num_steps or step == self._min_steps:
-            self._measure(run)
+            self._measure_stage(run)
 
-    def _measure(self, run: GateView) -> None:
+    def _measure_stage(self, run: GateView) -> None:
         step = run.step
-        result = self._needles.measure(run)
+        result = self._needles.measure_scores(run)
         losses = evaluate_forward_model(LoadedModel(run.policy, run.config, run.world), self._short)
         # The first process knows the loss; zeros of the others make the sum its value everywhere.
         own = self._start_loss if run.world.is_main and self._start_loss is not None else 0.0
         start_loss = self._start_loss = float(collectives.all_reduce_world(
             torch.tensor([own], dtype=torch.float64)))
-        verdict = decide_verdict(result.cells, mean_loss(losses), start_loss, self._settings)
+        verdict = decide_verdict(result.cells, compute_mean_loss(losses), start_loss, self._settings)
         # A stage that passes early still trains for its planned steps.
         self.passed = verdict.passed and step >= self._min_steps
         self._checks.append({"step": step, "passed": self.passed, "failures": verdict.lines()})
@@ -251,9 +252,7 @@ class GateVerdict:
     loss: float
     """Held-out loss on the short context, nats per token."""
     loss_limit: float
-    """Limit of `loss`."""
     threshold: float
-    """Required accuracy."""
     rows: list[dict[str, Any]] = field(default_factory=list)
     """Accuracy of every row."""
 
@@ -265,7 +264,6 @@ class GateVerdict:
         return {**asdict(self), "judged": self.passed}
 
     def lines(self) -> list[str]:
-        """Describe the failures, one line each."""
         lines = [f"{_describe_row(r)}: {r['correct']} of {r['samples']} right over all depths = "
                  f"{r['accuracy']:.1%}, below {self.threshold:.0%}" for r in self.failing_rows]
         lines += [f"{_describe_row(asdict(c))}, depth {c.depth:.0%}: {c.correct} of {c.samples} right, "
@@ -329,9 +327,9 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
         GateFailed: the gate of a stage did not pass within its steps.
         StopRequested: the run was asked to stop, and everything is saved.
     """
-    first, formats = start, formats_of(objective)
+    first, formats = start, get_formats(objective)
     stage_start_s = get_command_start()
-    prepared = [make_needles(stage.config, start, formats) for stage in stages]
+    prepared = [build_needles(stage.config, start, formats) for stage in stages]
     start_loss: float | None = None
     # With one stage the gate begins inside the stage.
     begins = len(stages) > 1 and stages[0].folder.completion() is None and not dry_run
@@ -339,17 +337,17 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
         end_gate.begin()  # its mistakes show before the first stage
     for planned, needles in zip(stages, prepared, strict=True):
         judge = end_gate if planned is stages[-1] else None
-        stage = Stage(with_needles_in_blends(planned.config), planned.folder, objective, start, resume,
+        stage = Stage(add_needles_to_blends(planned.config), planned.folder, objective, start, resume,
                       sources=needles.data, extra_sources=needles.sources, before=needles.before,
                       after=needles.after, end_gate=judge, faults=faults, dry_run=dry_run)
         if planned.config.extend.gate.every_steps and not dry_run:
             fresh = latest_checkpoint(planned.folder.checkpoints) is None
             if fresh and start_loss is None:
                 # A resumed stage has the loss in the state of its gate.
-                start_loss = loss_of_checkpoint(
-                    first, short_context(planned.config, Target(first, False).trained_tokens, formats),
+                start_loss = measure_checkpoint_loss(
+                    first, find_short_context(planned.config, Target(first, False).trained_tokens, formats),
                     planned.config, nproc)
-            gate = _gate(planned, needles, short_context(
+            gate = _run_gate(planned, needles, find_short_context(
                 planned.config, Target(first, False).trained_tokens, formats), start_loss)
             stage = Stage(stage.config, stage.folder, stage.objective, start, resume, sources=needles.data,
                           extra_sources=needles.sources, after=gate.completion, gate=gate,
@@ -362,10 +360,11 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
         start = planned.folder.path if dry_run else find_checkpoint(planned.folder.path)
 
 
-def _gate(planned: PlannedStage, needles: Needles, short: HeldoutData, start_loss: float | None) -> StageGate:
+def _run_gate(planned: PlannedStage, needles: Needles, short: HeldoutData, start_loss: float | None
+              ) -> StageGate:
     config: RunConfig = planned.config
     settings = config.extend.gate
-    if (text := asks_too_little(config)) and is_first_rank():
+    if (text := describe_small_suite(config)) and is_first_rank():
         warn(f"{planned.folder.path.name}: {text}")
     clean = search_contamination(list(needles.suite.questions()), [*needles.data, *needles.sources],
                                  settings.scan_tokens)
@@ -373,7 +372,7 @@ def _gate(planned: PlannedStage, needles: Needles, short: HeldoutData, start_los
     return StageGate(settings, needles, short, start_loss, min_steps=planned.min_steps, clean=clean)
 
 
-def asks_too_little(config: RunConfig) -> str | None:
+def describe_small_suite(config: RunConfig) -> str | None:
     """Return a warning if settings make the gate's needles shorter than its stage, otherwise None."""
     longest, wanted = max(config.needle.lengths_tokens), max(phase.seq_len for phase in config.data.phases)
     if longest >= wanted:

@@ -23,7 +23,7 @@ from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import STAGES, RunFolder
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.data.token_shards import TEXTS, Documents, Source, open_sources
-from megatron_sov.train.data.views import LONG, SHORT, LongDocuments
+from megatron_sov.train.data.views import LONG_MARK, PIECES_MARK, LongDocuments
 
 WINDOW_TOKENS = 32
 """Tokens of a window. Windows start at every `WINDOW_TOKENS`-th token of a held-out document, so that every
@@ -82,14 +82,14 @@ def search_contamination(questions: list[list[int]], sources: list[Source], scan
     for source in sources:
         scanned[source.name] = 0
         limit = scan_tokens
-        if source.made is not None:
-            limit = min(scan_tokens, MADE_DOCUMENTS * int(source.made.lengths[0]))
-        for text in _iter_texts(source.shard("train"), limit):
+        if source.train_documents is not None:
+            limit = min(scan_tokens, MADE_DOCUMENTS * int(source.train_documents.lengths[0]))
+        for text in _iter_texts(source.open_split("train"), limit):
             scanned[source.name] += int((text >= 0).sum())
             for length, known in question_hashes.items():
                 questions_found += int(np.isin(hash_windows(text, length), known).sum())
             # Documents made on the fly consist of training text, which is searched in its own source.
-            if source.made is None:
+            if source.train_documents is None:
                 is_found |= np.isin(windows, hash_windows(text, WINDOW_TOKENS))
     return Decontamination(
         scanned_tokens=scanned, train_tokens={s.name: s.num_tokens["train"] for s in sources},
@@ -100,10 +100,10 @@ def search_contamination(questions: list[list[int]], sources: list[Source], scan
 def _hash_heldout_windows(sources: list[Source], scan_tokens: int) -> np.ndarray:
     hashes = [np.zeros(0, np.uint64)]
     for source in sources:
-        if source.made is None and not source.is_chat and source.num_tokens.get("heldout", 0):
+        if source.train_documents is None and not source.is_chat and source.num_tokens.get("heldout", 0):
             # Adjacent held-out windows against training windows at every place find any shift.
             hashes += [hash_windows(text, WINDOW_TOKENS)[::WINDOW_TOKENS]
-                       for text in _iter_texts(source.shard("heldout"), scan_tokens)]
+                       for text in _iter_texts(source.open_split("heldout"), scan_tokens)]
     return np.unique(np.concatenate(hashes))
 
 
@@ -144,14 +144,13 @@ class PlannedStage:
     """One run of an extension."""
 
     config: RunConfig
-    """Resolved settings."""
     folder: RunFolder
     """RUN for the last stage, RUN/stages/<number>-<name> for those before."""
     min_steps: int
     """Optimizer steps before the gate may end the stage."""
 
 
-def planned_stages(request: RecipeRequest, start_from: Path, run: Path, nproc: int | None,
+def plan_stages(request: RecipeRequest, start_from: Path, run: Path, nproc: int | None,
                    formats: Callable[[RunConfig], tuple[str, ...]] = lambda config: TEXTS,
                    ) -> list[PlannedStage]:
     """Return the stages of the settings in order, all resolved, so that mistakes show before any training.
@@ -189,7 +188,7 @@ def planned_stages(request: RecipeRequest, start_from: Path, run: Path, nproc: i
             raise UserError(f"extend.stages.{number - 1} ({stage.name}): {e}") from None
         last = number == len(wanted.extend.stages)
         folder = RunFolder(run if last else run / STAGES / f"{number}-{stage.name}")
-        blend = stage_blend(stage, sources, previous_tokens, wanted.needle.train_share)
+        blend = build_stage_blend(stage, sources, previous_tokens, wanted.needle.train_share)
         config, min_steps = _resolve_stage(request, stage, model, trained_tokens, blend=blend, nproc=nproc)
         planned.append(PlannedStage(config, folder, min_steps))
         previous_tokens = stage.seq_len
@@ -244,7 +243,7 @@ def _samples_per_rank(config: RunConfig, nproc: int | None) -> int:
     return max(1, config.train.global_batch_size // max(1, replicas))
 
 
-def stage_blend(stage: ExtendStageConfig, sources: list[Source], trained_tokens: int,
+def build_stage_blend(stage: ExtendStageConfig, sources: list[Source], trained_tokens: int,
                 needle_share: float) -> dict[str, float]:
     """Return source name -> share of the samples, with sum 1; empty if the stage names no parts and no blend.
 
@@ -288,16 +287,16 @@ def _default_blend(part: PartConfig, stage: ExtendStageConfig, sources: list[Sou
                        "source of chats (sov-data pack --format chat)")
     elif part.name == "long":
         minimum = trained_tokens + 1
-        blend = {f"{s.name}{LONG}{minimum}": s.share for s in available
-                 if not s.is_chat and len(LongDocuments(s.shard("train"), minimum).index)}
+        blend = {f"{s.name}{LONG_MARK}{minimum}": s.share for s in available
+                 if not s.is_chat and len(LongDocuments(s.open_split("train"), minimum).index)}
         kind = f"text source with documents of {minimum} tokens or more"
     else:
-        blend = {f"{s.name}{SHORT}{trained_tokens}": s.share for s in available if not s.is_chat}
+        blend = {f"{s.name}{PIECES_MARK}{trained_tokens}": s.share for s in available if not s.is_chat}
         kind = "text source"
     if not blend:
         raise UserError(f"extend stage {stage.name}: its part {part.name} names no source, and the data has "
                         f"no {kind}; give the part a blend, or add such data")
     if part.name == "rehearsal" and needle_share:
-        blend[f"{SOURCE_NAME}{SHORT}{trained_tokens}"] = sum(blend.values()) * needle_share / (
+        blend[f"{SOURCE_NAME}{PIECES_MARK}{trained_tokens}"] = sum(blend.values()) * needle_share / (
             1 - needle_share)
     return blend

@@ -24,12 +24,12 @@ from megatron_sov.engine.parallel.world import run_on_main
 from megatron_sov.model.config import RunConfig
 from megatron_sov.post.policy import OLD, REFERENCE, TEACHER
 from megatron_sov.post.reference import run_with_weights, write_logprobs
-from megatron_sov.post.rl.teachers import ScoringTeacher, identity_of, write_teachers
+from megatron_sov.post.rl.teachers import ScoringTeacher, describe_teachers, write_teachers
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.checkpoints import hash_checkpoint_files
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.train.data.requirements import replayed_routes
-from megatron_sov.train.data.rounds import Round
+from megatron_sov.train.data.requirements import build_replay_shape
+from megatron_sov.train.data.rounds import PublishedRound
 from megatron_sov.train.feed import FeedView
 
 REFERENCE_NOTE = "reference.json"
@@ -39,23 +39,20 @@ TEACHERS_NOTE = "teachers.json"
 
 
 @dataclass(frozen=True)
-class TrainerColumns:
+class LogprobColumns:
     """The log-probability columns of a run."""
 
     names: tuple[str, ...]
     """Columns to compute. `OLD`: log p(label) of the policy that begins a round; `REFERENCE`: of the initial
     model; `TEACHER`: of the teachers."""
     temperature: float
-    """Divisor of logits."""
     routes: RouteShape | None
     """Shape of expert routes that the policy replays; None: no replay. The reference routes by itself."""
     start: Path
-    """Checkpoint of the reference model."""
     reference_sha256: str = ""
-    """Digest of the reference model's weights."""
     teachers: tuple[ScoringTeacher, ...] = ()
 
-    def compute(self, view: FeedView, opened: Round, *, is_first: bool) -> dict[str, np.ndarray]:
+    def compute(self, view: FeedView, opened: PublishedRound, *, is_first: bool) -> dict[str, np.ndarray]:
         """Return column -> [tokens of the round] float32; called by all processes together.
 
         Args:
@@ -76,12 +73,13 @@ class TrainerColumns:
                 "the one that it began with"))
         if TEACHER in self.names:
             run_on_main(view.world, partial(
-                _check_models, opened.path.with_name(TEACHERS_NOTE), identity_of(self.teachers),
+                _check_models, opened.path.with_name(TEACHERS_NOTE), describe_teachers(self.teachers),
                 "the run's teachers are {begun}, and those of the command {given}; resume with the ones that "
                 "it began with"))
         return {name: self._load_column(view, name, opened, is_first=is_first) for name in self.names}
 
-    def _load_column(self, view: FeedView, name: str, opened: Round, *, is_first: bool) -> np.ndarray:
+    def _load_column(self, view: FeedView, name: str, opened: PublishedRound, *,
+                     is_first: bool) -> np.ndarray:
         file, count = column_file(opened.path, name), int(opened.starts[-1])
         # Documents of the first step that learns need no column: the weights have not changed until then.
         num_documents, num_skipped = len(opened.starts) - 1, 0
@@ -93,7 +91,7 @@ class TrainerColumns:
         # At the first step the live weights are those that begin the round; later only the file has the
         # column.
         is_live = is_first and name == OLD
-        identity = run_on_main(view.world, partial(self._identify, opened, name))
+        identity = run_on_main(view.world, partial(self._identify_column, opened, name))
         damage = None if is_live else run_on_main(view.world, partial(find_seal_damage, file, identity))
         if is_live or damage:
             # The weights that began the round no longer exist.
@@ -105,7 +103,7 @@ class TrainerColumns:
         # Mapped: a process reads the numbers of its own rows.
         return np.memmap(file, np.float32, "r", shape=(count,))
 
-    def _write_column(self, view: FeedView, name: str, opened: Round, num_skipped: int,
+    def _write_column(self, view: FeedView, name: str, opened: PublishedRound, num_skipped: int,
                       identity: str) -> None:
         file = column_file(opened.path, name)
         if name == TEACHER:
@@ -121,11 +119,11 @@ class TrainerColumns:
         else:
             run_with_weights(self.start, view, write)
 
-    def _identify(self, opened: Round, name: str) -> str:
+    def _identify_column(self, opened: PublishedRound, name: str) -> str:
         """Return the text that the column's checksum covers: digest of the documents, and of the models other
         than the policy."""
         models = {REFERENCE: self.reference_sha256,
-                  TEACHER: json.dumps(identity_of(self.teachers), sort_keys=True)}
+                  TEACHER: json.dumps(describe_teachers(self.teachers), sort_keys=True)}
         return f"{hash_checkpoint_files(opened.path)} {name} {models.get(name, '')}"
 
 
@@ -152,7 +150,7 @@ def _abbreviate(models: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {digest[:12]}".strip() for name, digest in sorted(models.items()))
 
 
-def _describe_fix(opened: Round) -> str:
+def _describe_fix(opened: PublishedRound) -> str:
     run = RunFolder(opened.path.parents[1])
     # Published rounds can be trained again from any earlier checkpoint, or from the start.
     first_step = (int(opened.path.name) - 1) * len(opened.steps)
@@ -165,13 +163,13 @@ def column_file(path: Path, name: str) -> Path:
     return path.with_name(f"{path.name}.{name}.f32")
 
 
-def columns_of_run(config: RunConfig, needed: Collection[str], start: Path,
-                   teachers: Sequence[ScoringTeacher] = ()) -> TrainerColumns:
+def select_columns(config: RunConfig, needed: Collection[str], start: Path,
+                   teachers: Sequence[ScoringTeacher] = ()) -> LogprobColumns:
     """Return the columns among `needed`; `start` is the checkpoint of the reference model."""
     # Preferences compare the model itself; policy gradients compare the distribution that was sampled.
     temperature = 1.0 if config.policy.learns_preferences else config.rollout.temperature
-    return TrainerColumns(
+    return LogprobColumns(
         names=tuple(name for name in needed if name in (OLD, REFERENCE, TEACHER)),
-        temperature=temperature, routes=replayed_routes(config), start=start,
+        temperature=temperature, routes=build_replay_shape(config), start=start,
         reference_sha256=hash_checkpoint_files(start) if REFERENCE in needed else "",
         teachers=tuple(teachers))

@@ -18,7 +18,7 @@ from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.judge.rewards.scoring import ScoringTally, judges_groups, runner, whole_batches
 from megatron_sov.rollouts.prompts import RolloutPrompt
 from megatron_sov.rollouts.rows import (
-    JUDGED, LAST_TURN, UNFINISHED, RewardRow, Rollout, RolloutPart, may_grow, not_written)
+    JUDGED, LAST_TURN, UNFINISHED, RewardRow, Rollout, RolloutPart, can_grow, describe_missing_rows)
 from megatron_sov.work.progress.locks import Claims, IdleTimeout
 from megatron_sov.work.tables.table import AlreadyPublished
 
@@ -41,7 +41,6 @@ class RewardSummary:
 
     parts: int = 0
     tally: ScoringTally = field(default_factory=ScoringTally)
-    """Figures of the judged responses."""
     unfinished: int = 0
     """Responses that a later attempt continues, without a reward."""
     left: int = 0
@@ -57,12 +56,10 @@ class JudgingJob:
     store: RolloutStore
     claims: Claims
     version: str
-    """Version of the reward."""
     judge: JudgeRows
     rounds: range | None
     """None: all rounds, also those that jobs generate later."""
     provenance: dict[str, Any]
-    """Fields of the manifests."""
     wait_s: float = 0.0
     """How long to wait for more responses, unless `rounds` are complete and cannot grow. Claims of jobs that
     may be dead are waited for in any case."""
@@ -104,17 +101,17 @@ class JudgingJob:
             self._refused.append(self.store.claim_name(part.name, self.version))
         self._pending = None
         # Judging took time in which more parts may have come: look again at once.
-        return self._has_judged or self._wait()
+        return self._has_judged or self._wait_for_parts()
 
     def find_unjudged(self) -> list[RolloutPart]:
         rounds = [None] if self.rounds is None else self.rounds
         self._parts = [part for number in rounds for part in self.store.parts(number)]
         return [part for part in self._parts if not self.store.has_part(part.name, self.version)]
 
-    def _wait(self) -> bool:
+    def _wait_for_parts(self) -> bool:
         """Wait for a moment; return False if the wait time has passed."""
-        missing = not_written(self._parts, self.rounds)
-        if self._refused or self.rounds is None or may_grow(self._parts) or missing != "":
+        missing = describe_missing_rows(self._parts, self.rounds)
+        if self._refused or self.rounds is None or can_grow(self._parts) or missing != "":
             most_s = max(self.wait_s, self.claimed_wait_s if self._refused else 0.0)
             if self.patience.wait(most_s, any(map(self.claims.may_be_dead, self._refused))):
                 return True
@@ -172,7 +169,6 @@ class RewardJudge:
     """A reward whose worker processes start with the first rows and end with `close`."""
 
     name: str
-    """See `reward_version`."""
     settings: Sequence[str]
     workers: int
     version: str
@@ -181,14 +177,14 @@ class RewardJudge:
 
     def judge(self, rows: Sequence[Rollout]) -> Sequence[Result]:
         if self._judge is None:
-            self._judge = self._open.enter_context(judging(self.name, self.settings, self.workers))
+            self._judge = self._open.enter_context(start_judge(self.name, self.settings, self.workers))
         return self._judge(rows)
 
     def close(self) -> None:
         self._open.close()
 
 
-def reward_version(name: str, settings: Sequence[str]) -> str:
+def resolve_reward_version(name: str, settings: Sequence[str]) -> str:
     """Return the version of a reward, under which the store keeps its judgements.
 
     Args:
@@ -207,7 +203,8 @@ def reward_version(name: str, settings: Sequence[str]) -> str:
     return make(order(name, parse_nested(settings, "--reward-set"))).version
 
 
-def refuse_unjudged(name: str, settings: Sequence[str], prompts: Iterable[RolloutPrompt], given: str) -> None:
+def check_reward_fields(name: str, settings: Sequence[str], prompts: Iterable[RolloutPrompt], given: str
+                        ) -> None:
     """Refuse prompts if all of them lack a field that the reward needs.
 
     Raises:
@@ -227,7 +224,7 @@ def refuse_unjudged(name: str, settings: Sequence[str], prompts: Iterable[Rollou
 
 
 @contextlib.contextmanager
-def judging(name: str, settings: Sequence[str], workers: int) -> Iterator[JudgeRows]:
+def start_judge(name: str, settings: Sequence[str], workers: int) -> Iterator[JudgeRows]:
     """Start the worker processes of a reward and yield its judge; arguments as of `reward_version`."""
     if name == ENVIRONMENT:
         yield lambda rows: [_read_outcome(row) for row in rows]

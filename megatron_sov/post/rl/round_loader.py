@@ -14,14 +14,15 @@ from megatron_sov.base.errors import warn
 from megatron_sov.engine.parallel.world import run_on_each_rank, run_on_main
 from megatron_sov.model.config import RolloutConfig
 from megatron_sov.post.policy import TEACHER, has_other_gradients
-from megatron_sov.post.rl.logprob_columns import TrainerColumns
+from megatron_sov.post.rl.logprob_columns import LogprobColumns
 from megatron_sov.post.rl.publish.advantages import has_advantage
-from megatron_sov.post.rl.publish.metrics import PASS_RATE, describe_groups, find_round_problem, round_meters
-from megatron_sov.post.rl.teachers import reverse_kl
+from megatron_sov.post.rl.publish.metrics import (
+    PASS_RATE, compute_round_meters, describe_groups, find_round_problem)
+from megatron_sov.post.rl.teachers import compute_reverse_kl
 from megatron_sov.post.rl.validation import SampledRounds
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.checkpoints import hash_checkpoint_files
-from megatron_sov.train.data.rounds import ADVANTAGE, Round, RoundDocuments
+from megatron_sov.train.data.rounds import ADVANTAGE, PublishedRound, RoundDocuments
 from megatron_sov.train.feed import FeedView
 
 EVENT_FIELDS = ("groups", "unjudged", "reward_version", "policies", "means")
@@ -33,7 +34,6 @@ class OpenedRound:
     """Identity and figures of a round that is open for training."""
 
     digest: str
-    """Digest of its documents."""
     meters: Mapping[str, float]
     """Headline meters; on process 0 alone."""
 
@@ -43,9 +43,8 @@ class RoundLoader:
     """Opens the rounds of a run; an object on each process, called by all together."""
 
     documents: RoundDocuments
-    """The data source whose rounds are opened."""
     rollout: RolloutConfig
-    columns: TrainerColumns
+    columns: LogprobColumns
     store: Path | None = None
     """Rollout store from which sample responses are recorded; None: no samples."""
     samples: SampledRounds = field(default_factory=lambda: SampledRounds(0, 0))
@@ -79,15 +78,15 @@ class RoundLoader:
         columns = self.columns.compute(view, opened, is_first=is_first)
         self._skip_idle_steps(view, number, opened)
         # Opened last, so that a failure leaves the data order unchanged.
-        self.documents.open(number, replace(opened, beside=columns))
+        self.documents.open(number, replace(opened, trainer_columns=columns))
         digest = run_on_main(view.world, partial(hash_checkpoint_files, opened.path))
         meters: Mapping[str, float] = {}
         if view.world.is_main:
             content = read_manifest(opened.path).content
-            divergence = reverse_kl(opened, columns[TEACHER]) if TEACHER in columns else {}
+            divergence = compute_reverse_kl(opened, columns[TEACHER]) if TEACHER in columns else {}
             view.events.write("round", step=view.step, round=number, documents=opened.steps[-1].stop,
                               **figures, **divergence, **{name: content.get(name) for name in EVENT_FIELDS})
-            meters = round_meters(content)
+            meters = compute_round_meters(content)
             self._report_rewards(view, number, content)
         if self.store is not None:
             run_on_main(view.world, partial(self._record_samples, view, self.store, number, opened.path))
@@ -110,7 +109,7 @@ class RoundLoader:
         version = str(read_manifest(published).content["reward_version"])
         self.samples.record(view, RolloutStore.open(store), number, version)
 
-    def _find_idle_steps(self, view: FeedView, number: int, opened: Round) -> frozenset[int]:
+    def _find_idle_steps(self, view: FeedView, number: int, opened: PublishedRound) -> frozenset[int]:
         """Return the steps of a round (from 0) without any gradient: steps without text whose advantages are
         all 0 while no other term has a gradient, and steps without documents."""
         policy, first = view.config.policy, (number - 1) * self.rollout.steps_per_round + 1
@@ -123,20 +122,20 @@ class RoundLoader:
                 idle.append(i)
         return frozenset(idle)
 
-    def _skip_idle_steps(self, view: FeedView, number: int, opened: Round) -> None:
+    def _skip_idle_steps(self, view: FeedView, number: int, opened: PublishedRound) -> None:
         first = (number - 1) * self.rollout.steps_per_round
         for step in sorted(first + i for i in opened.idle):
             if step < view.step:
                 continue
             # The ledger records the skipped steps, so that a resumed run skips them too.
-            view.batches.ledger.pass_over(step, step + 1)
+            view.batches.ledger.skip_steps(step, step + 1)
             if view.world.is_main:
                 groups = describe_groups(read_manifest(opened.path).content.get("groups") or {})
                 warn(f"round {number}: step {step + 1} is passed over, for no group of it learns (groups of "
                      f"the round: {groups})", view.events.write, step=step + 1)
 
 
-def _has_advantages(opened: Round, documents: range) -> bool:
+def _has_advantages(opened: PublishedRound, documents: range) -> bool:
     """Return whether a document of a step has an advantage other than 0."""
     source = opened.documents
     return source is not None and any(

@@ -65,7 +65,7 @@ class RolloutCycle:
             return None
         if is_first:
             self.policies.at(view.step)  # records the policy that begins the round
-            missing = self._validate(view, number, asked_to_stop)
+            missing = self._validate_policy(view, number, asked_to_stop)
             if missing is not None:
                 return missing
         if not view.config.policy.is_on_policy(self.rollout.seed, number):
@@ -79,8 +79,8 @@ class RolloutCycle:
             # A published round may lack groups that learn and need further prompts: the text changes then.
             if self.rollouts is not None and lacking != previous:
                 previous, policy = lacking, self.policies.at(view.step)
-                _add(figures, self.rollouts.write(view, number, policy, asked_to_stop))
-                _add(figures, self.rollouts.judge(view, number, asked_to_stop))
+                _add_figures(figures, self.rollouts.write(view, number, policy, asked_to_stop))
+                _add_figures(figures, self.rollouts.judge(view, number, asked_to_stop))
                 continue
             ended = wait.poll(lacking, asked_to_stop)
             if ended is not None:
@@ -93,7 +93,7 @@ class RolloutCycle:
 
     def conclude(self, view: FeedView, asked_to_stop: Callable[[], bool]) -> str | None:
         """Validate the last policy, see `Feed.conclude`."""
-        return self._validate(view, view.step // self.rollout.steps_per_round + 1, asked_to_stop)
+        return self._validate_policy(view, view.step // self.rollout.steps_per_round + 1, asked_to_stop)
 
     def needs_checkpoint(self, step: int) -> bool:
         """Return whether the job `rl generate` needs the checkpoint of a step, see
@@ -110,7 +110,7 @@ class RolloutCycle:
     def restore(self, state: dict[str, Any]) -> None:
         self.policies.restore(state)
 
-    def _validate(self, view: FeedView, number: int, asked_to_stop: Callable[[], bool]) -> str | None:
+    def _validate_policy(self, view: FeedView, number: int, asked_to_stop: Callable[[], bool]) -> str | None:
         if self.validation is None:
             return None
         return self.validation.validate(view, number, self.policies.at(view.step), asked_to_stop)
@@ -141,7 +141,7 @@ class RoundWait:
         """
         if self.announces:
             self.announces = False
-            self._announce(lacking)
+            self._announce_wait(lacking)
         view, waited_s = self.view, time.monotonic() - self.begin_s
         # The clock of rank 0 decides for all.
         ends = sum_dict({"asked": float(asked_to_stop()),
@@ -160,7 +160,7 @@ class RoundWait:
         time.sleep(min(max(waited_s / 10, POLL_S[0]), POLL_S[1]))
         return None
 
-    def _announce(self, lacking: str) -> None:
+    def _announce_wait(self, lacking: str) -> None:
         view = self.view
         view.checkpointer.finish()  # the policy that is to write the round
         view.events.write("waiting", step=view.step, round=self.number, reason=lacking)
@@ -169,6 +169,6 @@ class RoundWait:
                   file=sys.stderr, flush=True)
 
 
-def _add(figures: dict[str, float], more: Mapping[str, float]) -> None:
+def _add_figures(figures: dict[str, float], more: Mapping[str, float]) -> None:
     for name, value in more.items():
         figures[name] = figures.get(name, 0.0) + value

@@ -27,7 +27,7 @@ from megatron_sov.engine.parallel.world import run_on_main
 from megatron_sov.model.modality import EncoderInputs, get_banks, get_encoder_inputs
 from megatron_sov.post.policy import REVERSE_KL
 from megatron_sov.post.reference import run_with_weights, write_logprobs
-from megatron_sov.train.data.rounds import BEHAVIOUR, DOMAINS, Round
+from megatron_sov.train.data.rounds import BEHAVIOUR, DOCUMENT_DOMAINS, PublishedRound
 from megatron_sov.train.data.token_shards import Documents
 from megatron_sov.train.feed import FeedView
 from megatron_sov.work.endpoints.answers import BadAnswer, RequestRefused
@@ -54,7 +54,6 @@ class ScoringTeacher:
     sha256: str = ""
     """Digest of the weights; servers report none."""
     urls: tuple[str, ...] = ()
-    """Addresses of its servers."""
 
 
 def find_teacher(domain: str, teachers: Sequence[ScoringTeacher]) -> int | None:
@@ -63,14 +62,13 @@ def find_teacher(domain: str, teachers: Sequence[ScoringTeacher]) -> int | None:
     return index_of_domain.get(domain, index_of_domain.get(""))
 
 
-def identity_of(teachers: Sequence[ScoringTeacher]) -> dict[str, str]:
-    """Return domain -> digest of its teacher."""
+def describe_teachers(teachers: Sequence[ScoringTeacher]) -> dict[str, str]:
     return {teacher.domain: teacher.sha256 or "servers" for teacher in teachers}
 
 
-def document_domains(opened: Round) -> list[str]:
+def read_document_domains(opened: PublishedRound) -> list[str]:
     """Return the domain of each document of a round."""
-    runs: Sequence[tuple[str, int]] = read_manifest(opened.path).content.get(DOMAINS, ())
+    runs: Sequence[tuple[str, int]] = read_manifest(opened.path).content.get(DOCUMENT_DOMAINS, ())
     domains = list(chain.from_iterable(repeat(str(name), int(count)) for name, count in runs))
     if len(domains) != len(opened.starts) - 1:
         raise UserError(f"{opened.path}: lists the domains of {len(domains)} documents and has "
@@ -79,7 +77,8 @@ def document_domains(opened: Round) -> list[str]:
     return domains
 
 
-def write_teachers(view: FeedView, teachers: Sequence[ScoringTeacher], opened: Round, file: Path, identity:
+def write_teachers(view: FeedView, teachers: Sequence[ScoringTeacher], opened: PublishedRound, file: Path,
+                   identity:
 str
                    ) -> None:
     """Write log p(label) by the teachers for each token of a round; called by all processes together.
@@ -109,10 +108,10 @@ str
     run_on_main(view.world, partial(_join_parts, opened.starts, parts, file, identity))
 
 
-def _assign_teachers(opened: Round, teachers: Sequence[ScoringTeacher]) -> np.ndarray:
+def _assign_teachers(opened: PublishedRound, teachers: Sequence[ScoringTeacher]) -> np.ndarray:
     """Return [documents] int64: index of the teacher of each document."""
     index_of_domain: dict[str, int] = {}
-    domains = document_domains(opened)
+    domains = read_document_domains(opened)
     for domain in set(domains):
         index = find_teacher(domain, teachers)
         if index is None:
@@ -137,7 +136,7 @@ def _join_parts(starts: np.ndarray, parts: Sequence[tuple[np.ndarray, Path]], fi
         part.unlink()
 
 
-def reverse_kl(opened: Round, teacher: np.ndarray) -> dict[str, object]:
+def compute_reverse_kl(opened: PublishedRound, teacher: np.ndarray) -> dict[str, object]:
     """Estimate KL(student || teacher) in nats per token, for a round and each of its domains: the mean over
     generated tokens of log p(student) - log p(teacher).
 
@@ -147,7 +146,7 @@ def reverse_kl(opened: Round, teacher: np.ndarray) -> dict[str, object]:
     """
     assert opened.documents is not None, f"{opened.path} has no documents"
     sums: dict[str, list[float]] = {}
-    for document, domain in enumerate(document_domains(opened)):
+    for document, domain in enumerate(read_document_domains(opened)):
         begin, end = int(opened.starts[document]), int(opened.starts[document + 1])
         written = opened.documents.loss_weights(document, 0, end - begin) > 0
         student = opened.documents.column(BEHAVIOUR, document, 0, end - begin).astype(np.float64)
@@ -219,7 +218,7 @@ class _ScoringRequests:
         """log p of each token as a label; 0 for the first token of a document."""
         self._closed = threading.Event()
         self._pool = ThreadPoolExecutor(REQUESTS * len(self._servers))
-        self._pending = {self._pool.submit(self._score, document) for document in range(len(lengths))}
+        self._pending = {self._pool.submit(self._score_rows, document) for document in range(len(lengths))}
 
     def advance(self, limit_s: float) -> bool:
         """Collect answers for `limit_s` seconds; return whether some are pending.
@@ -236,7 +235,7 @@ class _ScoringRequests:
         self._closed.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _score(self, document: int) -> None:
+    def _score_rows(self, document: int) -> None:
         begin, end = int(self._starts[document]), int(self._starts[document + 1])
         if end - begin > 1:
             ids = self._documents.tokens(document, 0, end - begin).tolist()

@@ -23,10 +23,10 @@ from megatron_sov.engine.parallel.world import run_on_main
 from megatron_sov.eval.pass_at_k import ScoredResponses
 from megatron_sov.model.config import RolloutConfig
 from megatron_sov.post.rl.generate.live import LiveRollouts
-from megatron_sov.post.rl.generate.responses import key_digest
+from megatron_sov.post.rl.generate.responses import compute_sampling_digest
 from megatron_sov.post.rl.reward import NO_REWARD
 from megatron_sov.rollouts.prompts import PromptList, sampling_digest
-from megatron_sov.rollouts.rows import RewardRow, Rollout, domain_of
+from megatron_sov.rollouts.rows import RewardRow, Rollout, read_domain
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.runs.obs.validation import RESPONSES, ROUND_SAMPLES, VALIDATION, format_validation
@@ -45,11 +45,9 @@ class Validation:
     """Validates the policies of a run; an object on each process, called by all together."""
 
     run: Path
-    """Folder of the run."""
     rollouts: LiveRollouts
     """Generates and judges the validation store."""
     rollout: RolloutConfig
-    """Settings of the run."""
     num_responses: int
     """Responses of a complete validation."""
     right_from: float
@@ -85,7 +83,7 @@ class Validation:
             return None
         figures = self.rollouts.write(view, number, policy, asked_to_stop)
         figures |= self.rollouts.judge(view, number, asked_to_stop)
-        reason: str | None = run_on_main(view.world, partial(self._record, view, number, figures))
+        reason: str | None = run_on_main(view.world, partial(self._record_figures, view, number, figures))
         return reason
 
     def _is_due(self, number: int) -> bool:
@@ -107,7 +105,7 @@ class Validation:
         assert self._recorded_steps is not None, "events are not read"
         return step in self._recorded_steps
 
-    def _record(self, view: FeedView, number: int, seconds: Mapping[str, float]) -> str | None:
+    def _record_figures(self, view: FeedView, number: int, seconds: Mapping[str, float]) -> str | None:
         assert self._recorded_steps is not None, "events are not read"
         store, version = self.rollouts.settings.store.open(), self.rollouts.reward.version
         figures = compute_figures(store, number, version, self.right_from)
@@ -133,7 +131,8 @@ def digest_conditions(*, prompts: PromptList, reward_version: str, rollout: Roll
         chosen_by: see `writers.RolloutSource`.
         right_from: smallest reward of a right response.
     """
-    sampling = {"samples": rollout.samples_per_prompt, "tokens": key_digest(rollout, 0, chosen_by)}
+    sampling = {"samples": rollout.samples_per_prompt,
+                "tokens": compute_sampling_digest(rollout, 0, chosen_by)}
     return {"prompts": sampling_digest({"ids": sorted(prompts.ids)}),
             "reward": sampling_digest({"version": reward_version, "right_from": right_from}),
             "sampling": sampling_digest(sampling)}
@@ -142,13 +141,13 @@ def digest_conditions(*, prompts: PromptList, reward_version: str, rollout: Roll
 def compute_figures(store: RolloutStore, number: int, version: str, right_from: float) -> dict[str, Any]:
     """Return the figures of a validation, over all prompts and for each domain."""
     total, domains, is_judged = _Tally(), defaultdict[str, _Tally](_Tally), version != NO_REWARD
-    for parts, rows, _ in store.pieces(store.parts(number), _COLUMNS):
-        judgements = store.judgements(version, parts)
+    for parts, rows, _ in store.iter_pieces(store.parts(number), _COLUMNS):
+        judgements = store.read_judgements(version, parts)
         for row in rows:
             judgement = judgements.get((row.key, row.attempt))
             if judgement is not None:
                 total.add(row, judgement, right_from)
-                domains[domain_of(row.record)].add(row, judgement, right_from)
+                domains[read_domain(row.record)].add(row, judgement, right_from)
     if not total.tokens:
         return {"num_samples": 0}
     figures = total.to_json(is_judged=is_judged)
@@ -193,7 +192,6 @@ class SampledRounds:
     num_rows: int
     """Responses of a round; 0: none."""
     num_rounds: int
-    """Rounds of the run."""
 
     def record(self, view: FeedView, store: RolloutStore, number: int, version: str, kind: str = ROUND_SAMPLES
                ) -> None:
@@ -203,8 +201,8 @@ class SampledRounds:
         if not self.num_rows or ((number - 1) % every and number != self.num_rounds):
             return
         samples: list[tuple[Rollout, RewardRow | None]] = []
-        for parts, rows, _ in store.pieces(store.parts(number), _COLUMNS):
-            judgements = {} if version == NO_REWARD else store.judgements(version, parts)
+        for parts, rows, _ in store.iter_pieces(store.parts(number), _COLUMNS):
+            judgements = {} if version == NO_REWARD else store.read_judgements(version, parts)
             samples += [(row, judgements.get((row.key, row.attempt))) for row in rows]
             if sum(not row.key.sample for row, _ in samples) >= self.num_rows:
                 break
@@ -216,12 +214,12 @@ class SampledRounds:
 def _format_sample(row: Rollout, judgement: RewardRow | None) -> dict[str, Any]:
     prompt = row.record.get("messages", row.record.get("prompt", row.record))
     text = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
-    return {"prompt": _shorten(text), "response": _shorten(row.response),
+    return {"prompt": _shorten_text(text), "response": _shorten_text(row.response),
             "reward": None if judgement is None else judgement.reward,
             "components": {} if judgement is None else dict(judgement.components),
             "tokens": row.num_written, "ended": row.finish_reason}
 
 
-def _shorten(text: str) -> str:
+def _shorten_text(text: str) -> str:
     more = len(text) - MAX_SAMPLE_CHARACTERS
     return text if more <= 0 else f"{text[:MAX_SAMPLE_CHARACTERS]} … ({more:,} more characters)"

@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.model.config import PhaseConfig, RunConfig, data
-from megatron_sov.train.data.rounds import SOURCE, RoundDocuments, rounds_of
+from megatron_sov.train.data.rounds import ROUNDS_SOURCE, RoundDocuments, find_round_documents
 from megatron_sov.train.data.token_shards import ChainedLengths, Lengths, Source
 
 
@@ -40,14 +40,14 @@ class LedgerEntry:
     @property
     def is_round(self) -> bool:
         """Whether the samples of its steps are those of a published round (`data.rounds`)."""
-        return SOURCE in self.weights
+        return ROUNDS_SOURCE in self.weights
 
     def continues(self, other: LedgerEntry) -> bool:
         """Return whether this entry says the same as `other`, apart from the step."""
         return dataclasses.replace(self, first_step=other.first_step) == other
 
 
-def plan(config: RunConfig, sources: list[Source]) -> list[LedgerEntry]:
+def plan_ledger(config: RunConfig, sources: list[Source]) -> list[LedgerEntry]:
     """Return the entries that the settings ask for, over the whole run; phases too short
     for a step have none.
 
@@ -59,7 +59,7 @@ def plan(config: RunConfig, sources: list[Source]) -> list[LedgerEntry]:
     # steps of `skip_steps` count from 1 and are inclusive, entries count from 0: an entry begins at first -
     # 1, and the next one behind last
     skips = [s for first, last in config.data.skip_steps for s in (first - 1, last)]
-    rounds = rounds_of(sources) is not None
+    rounds = find_round_documents(sources) is not None
     entries: list[LedgerEntry] = []
     for i, (phase, start, end) in enumerate(zip(config.data.phases, starts, starts[1:], strict=False)):
         weights = _round_weights(config, sources) if rounds else _weights(i, phase, sources)
@@ -98,7 +98,7 @@ def _round_weights(config: RunConfig, sources: list[Source]) -> dict[str, float]
             if policy.has_text else 1 - policy.on_policy_share)
     text = {s.name: s.share for s in sources if s.num_tokens["train"] and rows}
     total = sum(text.values())
-    return {SOURCE: policy.on_policy_share} | {
+    return {ROUNDS_SOURCE: policy.on_policy_share} | {
         name: rows * share / total for name, share in text.items() if share > 0}
 
 
@@ -117,7 +117,7 @@ class Ledger:
     def at(self, step: int) -> LedgerEntry:
         return next(e for e in reversed(self.entries) if e.first_step <= step)
 
-    def pass_over(self, first: int, end: int) -> None:
+    def skip_steps(self, first: int, end: int) -> None:
         """Mark the steps from `first` to before `end` (0-based): their samples were drawn,
         and are not learned."""
         entries: list[LedgerEntry] = []
@@ -139,7 +139,7 @@ class Ledger:
 # Conversations (and pairs of them) that are longer than a sample, counted before a run begins.
 
 @dataclass(frozen=True)
-class OverLong:
+class OverLongUnits:
     """What is too long of one source, at the shortest sample that it is read at."""
 
     source: str
@@ -154,7 +154,7 @@ class OverLong:
     """Of the longest unit."""
 
 
-def over_long(sources: Sequence[Source], entries: Sequence[LedgerEntry]) -> list[OverLong]:
+def count_over_long(sources: Sequence[Source], entries: Sequence[LedgerEntry]) -> list[OverLongUnits]:
     """Return what does not fit of each source whose documents stay whole; sources that fit are left out.
 
     Args:
@@ -164,17 +164,18 @@ def over_long(sources: Sequence[Source], entries: Sequence[LedgerEntry]) -> list
     found = []
     for source in sources:
         # what a round holds is seen when it is opened
-        stays_whole = source.is_chat and not isinstance(source.made, RoundDocuments)
+        stays_whole = source.is_chat and not isinstance(source.train_documents, RoundDocuments)
         lengths = [e.seq_len for e in entries if stays_whole and e.weights.get(source.name)]
         if lengths:
-            tokens = unit_tokens(source.shard("train").lengths, source.group)
+            tokens = count_unit_tokens(source.open_split("train").lengths, source.group)
             too_long = int((tokens > min(lengths)).sum())
             if too_long:
-                found.append(OverLong(source.name, min(lengths), too_long, len(tokens), int(tokens.max())))
+                found.append(OverLongUnits(source.name, min(lengths), too_long, len(tokens),
+                                           int(tokens.max())))
     return found
 
 
-def refuse_over_long(found: Sequence[OverLong]) -> None:
+def check_units_fit(found: Sequence[OverLongUnits]) -> None:
     """Refuse data of which something does not fit, for `data.over_long=refuse`.
 
     Raises:
@@ -188,7 +189,7 @@ def refuse_over_long(found: Sequence[OverLong]) -> None:
                         "cut")
 
 
-def refuse_over_long_pairs(found: Sequence[OverLong]) -> None:
+def check_pairs_fit(found: Sequence[OverLongUnits]) -> None:
     """Refuse pairs of which not one fits: cut to half a sample each, most would be the same text twice, and
     a run would learn nothing without a word.
 
@@ -205,7 +206,7 @@ def refuse_over_long_pairs(found: Sequence[OverLong]) -> None:
                             f"(seq_len={f.longest_tokens} fits all)")
 
 
-def unit_tokens(lengths: Lengths, group: int) -> np.ndarray:
+def count_unit_tokens(lengths: Lengths, group: int) -> np.ndarray:
     """Return [units] int64: the tokens of each; a unit never lies in two shards."""
     parts = lengths.parts if isinstance(lengths, ChainedLengths) else [np.asarray(lengths)]
     return np.concatenate([np.zeros(0, np.int64), *(

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_sov.model.config import RunConfig
-from megatron_sov.train.data.ledger import Ledger, LedgerEntry, plan
-from megatron_sov.train.data.rounds import SOURCE, RoundDocuments, rounds_of
+from megatron_sov.train.data.ledger import Ledger, LedgerEntry, plan_ledger
+from megatron_sov.train.data.rounds import ROUNDS_SOURCE, RoundDocuments, find_round_documents
 from megatron_sov.train.data.streams import (
-    Cursor, DocumentStream, Packing, Row, best_fit_nearby, best_fit_units)
+    Cursor, DocumentStream, Packing, Row, pack_units, pack_units_nearby)
 from megatron_sov.train.data.token_shards import Documents, Source
 
 
@@ -33,7 +33,7 @@ class OrderedSample:
     (): all labels count."""
 
 
-def next_source(weights: dict[str, float], taken: dict[str, int]) -> str:
+def choose_source(weights: dict[str, float], taken: dict[str, int]) -> str:
     """Return the source of the next sample, so that after n samples each source has more than n w - 1 and
     less than n w + 1.
 
@@ -85,13 +85,13 @@ class SampleOrder:
         """
         self.sources = sources
         self.state = state or OrderState()
-        self.ledger = Ledger(plan(config, sources) if planned is None else planned, self.state.history,
+        self.ledger = Ledger(plan_ledger(config, sources) if planned is None else planned, self.state.history,
                              self.state.step)
         self._seed = config.train.seed
         self._packing: Packing = config.data.packing
         self._of_chats: Packing = "drop" if config.data.over_long == "drop" else "truncate"
         self._index = {s.name: i for i, s in enumerate(sources)}
-        self._rounds, self._steps_per_round = rounds_of(sources), config.rollout.steps_per_round
+        self._rounds, self._steps_per_round = find_round_documents(sources), config.rollout.steps_per_round
         self._policy, self._round_seed = config.policy, config.rollout.seed
         self._unit = config.documents_per_unit
         self._shared_rows = config.train.micro_batch_size if config.may_share_prompts else 1
@@ -132,16 +132,16 @@ class SampleOrder:
         """Return the rows of a round's step: all of its documents, none of them cut, and the text that is
         learned beside them."""
         number, step = divmod(self.state.step, self._steps_per_round)
-        segments = rounds.of_step(number + 1, step)
-        cursor = self.state.cursors.setdefault(SOURCE, Cursor())
+        segments = rounds.step_segments(number + 1, step)
+        cursor = self.state.cursors.setdefault(ROUNDS_SOURCE, Cursor())
         # the two of a pair share a row
         units = [tuple(segments[i:i + self._unit]) for i in range(0, len(segments), self._unit)]
         # Responses to one prompt follow one another, and share it where they are in one micro-batch.
-        rows = (best_fit_nearby(units, entry.seq_len, self._shared_rows) if self._shared_rows > 1
-                else best_fit_units(units, entry.seq_len))
+        rows = (pack_units_nearby(units, entry.seq_len, self._shared_rows) if self._shared_rows > 1
+                else pack_units(units, entry.seq_len))
         cursor.tokens += sum(s.count for s in segments)
         cursor.samples += len(rows)
-        return [*(OrderedSample(self._index[SOURCE], row) for row in rows), *self._text_beside(entry)]
+        return [*(OrderedSample(self._index[ROUNDS_SOURCE], row) for row in rows), *self._text_beside(entry)]
 
     def _text_beside(self, entry: LedgerEntry) -> list[OrderedSample]:
         if not self._policy.has_text_at(self._round_seed, self.state.step + 1):
@@ -150,18 +150,18 @@ class SampleOrder:
 
     def _of_texts(self, entry: LedgerEntry, count: int) -> list[OrderedSample]:
         """Return samples of the sources beside the rounds."""
-        text = {name: weight for name, weight in entry.weights.items() if name != SOURCE}
+        text = {name: weight for name, weight in entry.weights.items() if name != ROUNDS_SOURCE}
         shares = {name: weight / sum(text.values()) for name, weight in text.items()}
         return [self._next_sample(shares, entry.seq_len) for _ in range(count)]
 
     def _next_sample(self, weights: dict[str, float], seq_len: int) -> OrderedSample:
-        name = next_source(weights, self.state.taken)
+        name = choose_source(weights, self.state.taken)
         self.state.taken[name] = self.state.taken.get(name, 0) + 1
         return OrderedSample(self._index[name], self._stream(name).next_sample(seq_len))
 
     def documents(self, source: int) -> Documents:
         if source not in self._documents:
-            self._documents[source] = self.sources[source].shard("train")
+            self._documents[source] = self.sources[source].open_split("train")
         return self._documents[source]
 
     def _stream(self, name: str) -> DocumentStream:

@@ -28,7 +28,7 @@ class NeededColumn:
     """Formats whose documents must have it (those of others that have none count as 0); (): of all."""
 
 
-def refuse_without_columns(sources: Sequence[Source], needed: Mapping[str, NeededColumn]) -> None:
+def check_columns(sources: Sequence[Source], needed: Mapping[str, NeededColumn]) -> None:
     """Refuse data without what its objective reads.
 
     Args:
@@ -40,7 +40,7 @@ def refuse_without_columns(sources: Sequence[Source], needed: Mapping[str, Neede
     """
     for name, column in needed.items():
         for source in sources:
-            held = source.columns if source.made is None else source.made.columns
+            held = source.columns if source.train_documents is None else source.train_documents.columns
             if name not in held and (not column.formats or source.format in column.formats):
                 raise UserError(
                     f"{source.artifact or 'a source made on the fly'}: source {source.name!r} has no column "
@@ -50,7 +50,7 @@ def refuse_without_columns(sources: Sequence[Source], needed: Mapping[str, Neede
 
 # Routes of sources: the model's own shape of them, and the refusal of those of another model.
 
-def shape_of(model: ModelConfig) -> RouteShape:
+def build_route_shape(model: ModelConfig) -> RouteShape:
     """Return the shape of a model's routes.
 
     Raises:
@@ -63,16 +63,16 @@ def shape_of(model: ModelConfig) -> RouteShape:
     return RouteShape(model.num_moe_layers(), model.num_experts_per_token, model.num_experts)
 
 
-def replayed_routes(config: RunConfig) -> RouteShape | None:
+def build_replay_shape(config: RunConfig) -> RouteShape | None:
     """Return the shape of the routes that a run replays; None: it replays none.
 
     Raises:
         UserError: its model has none.
     """
-    return shape_of(config.model) if config.policy.router_replay else None
+    return build_route_shape(config.model) if config.policy.router_replay else None
 
 
-def refuse_other_routes(sources: Sequence[Source], model: ModelConfig) -> None:
+def check_route_shapes(sources: Sequence[Source], model: ModelConfig) -> None:
     """Refuse sources whose routes are not the model's.
 
     Raises:
@@ -81,7 +81,7 @@ def refuse_other_routes(sources: Sequence[Source], model: ModelConfig) -> None:
     for source in sources:
         if source.routes is None:
             continue
-        where, own = source.artifact or "a source made on the fly", shape_of(model)
+        where, own = source.artifact or "a source made on the fly", build_route_shape(model)
         for name, setting in (("layers", "layers with experts"), ("top_k", "num_experts_per_token"),
                               ("num_experts", "num_experts")):
             theirs, ours = getattr(source.routes, name), getattr(own, name)
@@ -91,11 +91,11 @@ def refuse_other_routes(sources: Sequence[Source], model: ModelConfig) -> None:
                                 "the data without them")
 
 
-def refuse_unreadable(sources: Sequence[Source], model: ModelConfig) -> None:
+def check_routes_and_encoders(sources: Sequence[Source], model: ModelConfig) -> None:
     """Refuse sources whose routes, pictures or sounds are not the model's.
 
     Raises:
         UserError: they are those of another one.
     """
-    refuse_other_routes(sources, model)
+    check_route_shapes(sources, model)
     check_encoders(model, sources)

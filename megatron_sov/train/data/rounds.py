@@ -19,19 +19,19 @@ from megatron_sov.base.documents import ROLLOUTS
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError
 from megatron_sov.train.data.streams import PackedSegment
-from megatron_sov.train.data.token_shards import Documents, Source, open_sources
+from megatron_sov.train.data.token_shards import Documents, DocumentView, Source, open_sources
 
-SOURCE = "rollouts"
+ROUNDS_SOURCE = "rollouts"
 """Name of the source."""
-BEHAVIOUR, ADVANTAGE, SHARE = "behaviour_logprobs", "advantage", "group_share"
+BEHAVIOUR, ADVANTAGE, GROUP_SHARE = "behaviour_logprobs", "advantage", "group_share"
 """Columns of published rounds, the last of those that learn by groups alone: 1 / responses of the group."""
-DOMAINS = "document_domains"
+DOCUMENT_DOMAINS = "document_domains"
 """In the manifest of a round that teachers read: [domain, how many documents] after each other."""
 _ROUND_BITS = 32
 """A document's number: that of its round, and in the lower bits its place in it."""
 
 
-def folder_of_round(rounds: Path, number: int) -> Path:
+def round_folder(rounds: Path, number: int) -> Path:
     """Return where a round is published.
 
     Args:
@@ -46,7 +46,7 @@ def first_document(number: int) -> int:
 
 
 @dataclass(frozen=True)
-class Round:
+class PublishedRound:
     """A round that is open."""
 
     path: Path
@@ -55,7 +55,7 @@ class Round:
     """None: nothing of it is learned, so that it has none."""
     steps: tuple[range, ...]
     """Documents of each of its optimizer steps, by their place in it."""
-    beside: dict[str, np.ndarray]
+    trainer_columns: dict[str, np.ndarray]
     """Column -> a number for each token, made after it was published."""
     starts: np.ndarray
     """[documents + 1] int64: where each begins in these columns."""
@@ -63,7 +63,7 @@ class Round:
     """Indices of the steps that are passed over, because they would change no weight."""
 
 
-class RoundDocuments:
+class RoundDocuments(DocumentView):
     """The documents of all rounds that are open.
 
     Batches are prepared in another thread: a round is there whole or not at all.
@@ -82,9 +82,9 @@ class RoundDocuments:
             published: those that a round has itself.
         """
         self.folder, self._vocab_size = rounds, vocab_size
-        self.made_columns = tuple(columns)
+        self.trainer_columns = tuple(columns)
         self.columns = (*published, *columns)
-        self._rounds: dict[int, Round] = {}
+        self._rounds: dict[int, PublishedRound] = {}
         self.lengths = _Lengths(self)
 
     def is_open(self, number: int) -> bool:
@@ -101,11 +101,11 @@ class RoundDocuments:
         Raises:
             UserError: one is missing or is not what was published.
         """
-        path = folder_of_round(self.folder, number)
+        path = round_folder(self.folder, number)
         if damage := find_damaged_files(path, sorted(read_manifest(path).files)[rank::size]):
             raise UserError(f"{damage[0]}; delete {path}, and the round is published anew from the store")
 
-    def read(self, number: int, seq_len: int, num_steps: int) -> Round:
+    def read(self, number: int, seq_len: int, num_steps: int) -> PublishedRound:
         """Return a published round, which is not open by that.
 
         Args:
@@ -116,7 +116,7 @@ class RoundDocuments:
         Raises:
             UserError: it cannot be read, has another number of steps, or a longer document.
         """
-        path = folder_of_round(self.folder, number)
+        path = round_folder(self.folder, number)
         content = read_manifest(path, "tokens").content
         steps = _steps(path, content)
         if content.get("round") != number or len(steps) != num_steps:
@@ -124,9 +124,9 @@ class RoundDocuments:
                             f"{number} with rollout.steps_per_round = {num_steps}; delete the folder, and "
                             "the round is published anew")
         if not steps[-1].stop:
-            return Round(path, None, steps, {}, np.zeros(1, np.int64))
+            return PublishedRound(path, None, steps, {}, np.zeros(1, np.int64))
         [source] = open_sources({str(path): 1.0}, self._vocab_size, (ROLLOUTS,))
-        documents = source.shard("train")
+        documents = source.open_split("train")
         lengths = np.asarray(documents.lengths[np.arange(len(documents.lengths))], np.int64)
         if steps[-1].stop != len(lengths):
             raise UserError(f"{path}: has {len(lengths)} documents, and its steps {steps[-1].stop}; delete "
@@ -136,24 +136,24 @@ class RoundDocuments:
             raise UserError(f"{path}: document {int(lengths.argmax())} has {lengths.max()} tokens, and a row "
                             f"data.phases.0.seq_len = {seq_len}; a response is never cut: make rows longer, "
                             "or responses shorter (rollout.max_new_tokens)")
-        return Round(path, documents, steps, {}, np.concatenate([[0], np.cumsum(lengths)]))
+        return PublishedRound(path, documents, steps, {}, np.concatenate([[0], np.cumsum(lengths)]))
 
-    def open(self, number: int, opened: Round) -> None:
+    def open(self, number: int, opened: PublishedRound) -> None:
         """Make a round's documents available; those before the one before it are closed, since their batches
         have been given.
 
         Args:
             number: of the round.
-            opened: as `read` gives it, with all of `made_columns` in `beside`.
+            opened: as `read` gives it, with all of `made_columns` in `trainer_columns`.
         """
-        missing = [name for name in self.made_columns if name not in opened.beside]
+        missing = [name for name in self.trainer_columns if name not in opened.trainer_columns]
         if missing and opened.documents is not None:
             raise ValueError(f"round {number} lacks the columns {missing}")
         # one assignment: the thread that prepares batches sees the old table or the new one; the round before
         # stays, since its last batches may be under way
         self._rounds = {n: r for n, r in self._rounds.items() if n >= number - 1} | {number: opened}
 
-    def of_step(self, number: int, step: int) -> list[PackedSegment]:
+    def step_segments(self, number: int, step: int) -> list[PackedSegment]:
         """Return a step's documents, whole, in order.
 
         Args:
@@ -164,36 +164,19 @@ class RoundDocuments:
         return [PackedSegment(first + i, 0, self.lengths[first + i])
                 for i in self._rounds[number].steps[step]]
 
-    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
-        documents, index = self._find(document)
-        return documents.tokens(index, start, count)
-
-    def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
-        documents, index = self._find(document)
-        return documents.loss_weights(index, start, count)
-
-    def types(self, document: int, start: int, count: int) -> np.ndarray:
-        documents, index = self._find(document)
-        return documents.types(index, start, count)
-
     def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
-        """As `Documents.column`."""
-        documents, index = self._find(document)
-        if name not in self.made_columns:
-            return documents.column(name, index, start, count)
+        if name not in self.trainer_columns:
+            return super().column(name, document, start, count)
+        _, index, _ = self.locate(document)
         opened = self._rounds[document >> _ROUND_BITS]
         first = opened.starts[index] + start
-        found: np.ndarray = opened.beside[name][first:first + count]
-        return found
+        column: np.ndarray = opened.trainer_columns[name][first:first + count]
+        return column
 
-    def routes(self, document: int, start: int, count: int) -> np.ndarray:
-        documents, index = self._find(document)
-        return documents.routes(index, start, count)
-
-    def _find(self, document: int) -> tuple[Documents, int]:
+    def locate(self, document: int) -> tuple[Documents, int, int]:
         documents = self._rounds[document >> _ROUND_BITS].documents
         assert documents is not None, f"document {document} of a round without any"
-        return documents, document & ((1 << _ROUND_BITS) - 1)
+        return documents, document & ((1 << _ROUND_BITS) - 1), 0
 
 
 class _Lengths:
@@ -207,7 +190,7 @@ class _Lengths:
 
     def __getitem__(self, documents: Any) -> Any:
         if isinstance(documents, int):
-            found, index = self._rounds._find(documents)
+            found, index, _ = self._rounds.locate(documents)
             return int(found.lengths[index])
         return np.array([self[int(document)] for document in documents], np.int64)
 
@@ -216,7 +199,7 @@ class _Lengths:
             yield from np.diff(opened.starts).tolist()
 
 
-def rounds_source(run_rounds: Path, vocab_size: int, tokenizer: Path | None,
+def build_rounds_source(run_rounds: Path, vocab_size: int, tokenizer: Path | None,
                   columns: Sequence[str] = (), routes: RouteShape | None = None,
                   published: Sequence[str] = (BEHAVIOUR, ADVANTAGE)) -> Source:
     """Return the source of a run's rounds.
@@ -229,14 +212,15 @@ def rounds_source(run_rounds: Path, vocab_size: int, tokenizer: Path | None,
         routes: shape of the routes that are published and replayed; None: there are none.
         published: see `RoundDocuments`.
     """
-    return Source(SOURCE, None, ROLLOUTS, {}, {"train": 0}, 0.0,
-                  made=RoundDocuments(run_rounds, vocab_size, columns, published), vocab_size=vocab_size,
+    return Source(ROUNDS_SOURCE, None, ROLLOUTS, {}, {"train": 0}, 0.0,
+                  train_documents=RoundDocuments(run_rounds, vocab_size, columns, published),
+                  vocab_size=vocab_size,
                   tokenizer=tokenizer, routes=routes)
 
 
-def rounds_of(sources: Sequence[Source]) -> RoundDocuments | None:
+def find_round_documents(sources: Sequence[Source]) -> RoundDocuments | None:
     """Return the rounds among sources; None: there are none."""
-    return next((s.made for s in sources if isinstance(s.made, RoundDocuments)), None)
+    return next((s.train_documents for s in sources if isinstance(s.train_documents, RoundDocuments)), None)
 
 
 def _steps(path: Path, content: dict[str, Any]) -> tuple[range, ...]:

@@ -17,7 +17,7 @@ from megatron_sov.model.config import RunConfig
 from megatron_sov.model.modality import EncoderInputs, get_encoder_inputs, join_inputs
 from megatron_sov.train.data.ledger import LedgerEntry
 from megatron_sov.train.data.order import OrderedSample, SampleOrder
-from megatron_sov.train.data.streams import PackedSegment, best_fit
+from megatron_sov.train.data.streams import PackedSegment, pack_best_fit
 from megatron_sov.train.data.token_shards import Documents
 
 
@@ -64,7 +64,7 @@ class PackedRow:
     """Pictures and sounds whose features stand over placeholders; None: there are none."""
 
 
-def sample_row(sample: OrderedSample, documents: Documents, seq_len: int, pad_id: int = 0,
+def build_row(sample: OrderedSample, documents: Documents, seq_len: int, pad_id: int = 0,
                columns: tuple[str, ...] = (), routes: RouteShape | None = None) -> PackedRow:
     """Return one sample as a row of `seq_len` tokens.
 
@@ -151,7 +151,8 @@ def _joined_routes(rows: list[PackedRow]) -> np.ndarray | None:
                            if row.routes is None else row.routes for row in rows])
 
 
-def heldout_samples(documents: Documents, source: int, seq_len: int, max_tokens: int) -> list[OrderedSample]:
+def build_heldout_samples(documents: Documents, source: int, seq_len: int,
+                          max_tokens: int) -> list[OrderedSample]:
     """Return samples over the first documents of a split, up to `max_tokens`; each label counts in one of
     them.
 
@@ -168,7 +169,7 @@ def heldout_samples(documents: Documents, source: int, seq_len: int, max_tokens:
     contexts = {window: context for first in _first_documents(documents, max_tokens)
                 for window, context in _windows(first, int(documents.lengths[first.document]), seq_len)}
     return [OrderedSample(source, row, tuple(contexts[window] for window in row))
-            for row in best_fit(contexts, seq_len)]
+            for row in pack_best_fit(contexts, seq_len)]
 
 
 def _windows(part: PackedSegment, length: int, seq_len: int) -> Iterator[tuple[PackedSegment, int]]:
@@ -213,7 +214,7 @@ class RankBatch:
     """How often each source was gone through."""
 
 
-def rows_per_micro_batch(num_rows: int, most: int, together: int) -> int:
+def compute_micro_batch_rows(num_rows: int, most: int, together: int) -> int:
     """Return how many rows each micro-batch has where their number is what documents need, as in a round: of
     one size, as few as that size allows, and all in all as little padding.
 
@@ -271,7 +272,7 @@ class BatchStream:
         entry, samples = self.order.next_batch()
         rows: tuple[PackedRow, ...] = ()
         if not entry.skip:
-            size = rows_per_micro_batch(len(samples), self._micro_batch_size, self._together)
+            size = compute_micro_batch_rows(len(samples), self._micro_batch_size, self._together)
             # empty samples at the end: every rank runs the same number of micro-batches, or a collective
             # would hang
             filled = samples + [OrderedSample(samples[0].source,
@@ -285,5 +286,5 @@ class BatchStream:
         return [samples[i:i + size] for i in range(self._dp_rank * size, len(samples), size * self._dp_size)]
 
     def _row(self, sample: OrderedSample, seq_len: int) -> PackedRow:
-        return sample_row(sample, self.order.documents(sample.source), seq_len, columns=self._columns,
+        return build_row(sample, self.order.documents(sample.source), seq_len, columns=self._columns,
                           routes=self._routes[sample.source] if self._routes else None)

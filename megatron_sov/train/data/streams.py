@@ -38,7 +38,7 @@ class PackedSegment(NamedTuple):
 Row = tuple[PackedSegment, ...]
 
 
-def cut(parts: Iterable[PackedSegment], seq_len: int) -> list[PackedSegment]:
+def cut_segments(parts: Iterable[PackedSegment], seq_len: int) -> list[PackedSegment]:
     """Return the same tokens in segments of at most `seq_len` tokens."""
     pieces: list[PackedSegment] = []
     for part in parts:
@@ -52,7 +52,8 @@ def cut(parts: Iterable[PackedSegment], seq_len: int) -> list[PackedSegment]:
     return pieces
 
 
-def fitting(parts: Sequence[PackedSegment], group: int, seq_len: int, *, drop: bool) -> tuple[list[Row], int]:
+def fit_units(parts: Sequence[PackedSegment], group: int, seq_len: int, *,
+              drop: bool) -> tuple[list[Row], int]:
     """Return units of at most `seq_len` tokens, and how many were longer: for conversations, whose later
     turns mean nothing alone.
 
@@ -86,9 +87,9 @@ def _shortened(unit: Row, seq_len: int) -> Row:
     return tuple(PackedSegment(p.document, p.start, min(p.count, most)) for p in unit)
 
 
-def best_fit_units(units: Sequence[Row], seq_len: int) -> list[Row]:
+def pack_units(units: Sequence[Row], seq_len: int) -> list[Row]:
     """Return rows of whole units, each of at most `seq_len` tokens in all, as `best_fit` does of segments."""
-    rows = best_fit((PackedSegment(i, 0, sum(p.count for p in unit)) for i, unit in enumerate(units)),
+    rows = pack_best_fit((PackedSegment(i, 0, sum(p.count for p in unit)) for i, unit in enumerate(units)),
                     seq_len)
     found: list[Row] = []
     for row in rows:
@@ -97,7 +98,7 @@ def best_fit_units(units: Sequence[Row], seq_len: int) -> list[Row]:
     return found
 
 
-def best_fit_nearby(units: Sequence[Row], seq_len: int, num_open: int) -> list[Row]:
+def pack_units_nearby(units: Sequence[Row], seq_len: int, num_open: int) -> list[Row]:
     """Return rows of whole units, each of at most `seq_len` tokens in all, so that units that follow one
     another lie in the same row or in rows nearby.
 
@@ -119,7 +120,7 @@ def best_fit_nearby(units: Sequence[Row], seq_len: int, num_open: int) -> list[R
     return [tuple(row) for row in rows]
 
 
-def best_fit(segments: Iterable[PackedSegment], seq_len: int) -> list[Row]:
+def pack_best_fit(segments: Iterable[PackedSegment], seq_len: int) -> list[Row]:
     """Return rows of segments, each of at most `seq_len` tokens in all.
 
     Best-fit decreasing: the longest segment first, into the row with the least room that still holds it.  At
@@ -143,7 +144,7 @@ def best_fit(segments: Iterable[PackedSegment], seq_len: int) -> list[Row]:
     return [tuple(row) for row in rows]
 
 
-def concatenate(parts: Iterable[PackedSegment], seq_len: int) -> list[Row]:
+def concatenate_segments(parts: Iterable[PackedSegment], seq_len: int) -> list[Row]:
     """Return rows of documents one after another, cut wherever a row is full; only the last row
     may have room left."""
     rows: list[Row] = []
@@ -370,13 +371,13 @@ class DocumentStream:
     def _pack(self, parts: list[PackedSegment], seq_len: int) -> list[Row]:
         """Return rows in the reverse of the order in which they are given."""
         if self._packing == "concat":
-            return concatenate(parts, seq_len)[::-1]
+            return concatenate_segments(parts, seq_len)[::-1]
         if self._packing == "best_fit":
-            rows = best_fit(cut(parts, seq_len), seq_len)
+            rows = pack_best_fit(cut_segments(parts, seq_len), seq_len)
         else:
-            units, over_long = fitting(parts, self._group, seq_len, drop=self._packing == "drop")
+            units, over_long = fit_units(parts, self._group, seq_len, drop=self._packing == "drop")
             self.cursor.over_long += over_long
-            rows = best_fit_units(units, seq_len)
+            rows = pack_units(units, seq_len)
         # best fit opens rows by length; shuffled, so that a row's length says nothing about its
         # place in the window
         return self._shuffled(rows, "rows")

@@ -15,16 +15,16 @@ from megatron_sov.chat.vocabulary import read_tokenizer
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-def token_bytes(tokenizer: Path, vocab_size: int) -> np.ndarray:
+def count_token_bytes(tokenizer: Path, vocab_size: int) -> np.ndarray:
     """Return [vocab_size] int64: UTF-8 bytes of each token; 0 for special and unused ids.
 
     Raises:
         UserError: the tokenizer.json cannot be read.
     """
-    return np.array([len(text) for text in spellings(tokenizer, vocab_size)], np.int64)
+    return np.array([len(text) for text in read_token_bytes(tokenizer, vocab_size)], np.int64)
 
 
-def spellings(tokenizer: Path, vocab_size: int) -> list[bytes]:
+def read_token_bytes(tokenizer: Path, vocab_size: int) -> list[bytes]:
     """Return the bytes of text that each token stands for; none for special and unused ids.
 
     In a byte-level vocabulary every character of a token's name stands for one byte.  In one of sentencepiece

@@ -24,9 +24,10 @@ from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.chat.marks import KIND
 from megatron_sov.chat.vocabulary import find_difference
 from megatron_sov.model.config.data import split_source_name
-from megatron_sov.model.modality import NO_BANKS, Banks, EncoderInputs, load_modality, read_banks
+from megatron_sov.model.modality import (
+    NO_BANKS, Banks, EncoderInputs, get_encoder_inputs, load_modality, read_banks)
 from megatron_sov.runs.launch_environment import is_first_rank
-from megatron_sov.train.data.described import check_described
+from megatron_sov.train.data.token_manifest import check_token_manifest
 
 # Files of a token shard by memory maps: Megatron-Core's index, and flat files of numbers beside it.
 
@@ -38,7 +39,7 @@ _HEADER_BYTES = len(IDX_MAGIC) + 8 + 1 + 8 + 8
 
 
 @dataclass(frozen=True)
-class Index:
+class ShardIndex:
     """What an `.idx` file says."""
 
     dtype: np.dtype
@@ -55,24 +56,24 @@ class Index:
         return int(self.pointers[-1]) // self.dtype.itemsize + int(self.lengths[-1])
 
 
-def read_index(file: Path) -> Index:
+def read_index(file: Path) -> ShardIndex:
     """Open an index.
 
     Raises:
         UserError: it is none.
         IndexError, KeyError, ValueError: it is damaged.
     """
-    content = mapped(file)
+    content = map_file(file)
     if content[:9] != IDX_MAGIC:
         raise UserError(f"{file}: is not a Megatron index (its first bytes are {content[:9]!r}); "
                         "pack the data again")
     count = int(np.frombuffer(content, np.uint64, 1, offset=18)[0])
-    return Index(np.dtype(IDX_DTYPES[content[17]]),
+    return ShardIndex(np.dtype(IDX_DTYPES[content[17]]),
                  np.frombuffer(content, np.int32, count, offset=_HEADER_BYTES),
                  np.frombuffer(content, np.int64, count, offset=_HEADER_BYTES + 4 * count))
 
 
-def numbers(file: Path, dtype: np.dtype, count: int) -> np.ndarray:
+def map_numbers(file: Path, dtype: np.dtype, count: int) -> np.ndarray:
     """Return the numbers of a flat file.
 
     Raises:
@@ -82,16 +83,16 @@ def numbers(file: Path, dtype: np.dtype, count: int) -> np.ndarray:
     if size_bytes != expected_bytes:  # a slice beyond the end would silently be short
         raise UserError(f"{file}: has {size_bytes} bytes, the index asks for {expected_bytes}; "
                         "pack the data again")
-    return np.frombuffer(mapped(file), dtype)
+    return np.frombuffer(map_file(file), dtype)
 
 
-def mapped(file: Path) -> mmap.mmap | bytes:
+def map_file(file: Path) -> mmap.mmap | bytes:
     """Return a file's bytes by a memory map."""
     with open(file, "rb") as f:
         return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if file.stat().st_size else b""
 
 
-def allow_open_files() -> None:
+def raise_open_file_limit() -> None:
     """Raise this process's limit on open files as far as it may: a mapped file keeps its
     descriptor (CPython's mmap)."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -162,7 +163,7 @@ COLUMN_DTYPES = {KIND: np.dtype(np.uint8)}
 """Of the columns that are not float32."""
 
 
-def column_names(endings: Iterable[str]) -> tuple[str, ...]:
+def list_column_names(endings: Iterable[str]) -> tuple[str, ...]:
     """Return what the columns are called whose files have some endings."""
     return tuple(ending.removesuffix(PER_DOCUMENT) for ending in endings)
 
@@ -174,7 +175,7 @@ CONTENT_VERSION = 2
 # Whether artifacts that are read together hold out the same documents.
 
 
-def warn_of_other_splits(contents: dict[str, dict[str, Any]]) -> None:
+def warn_about_heldout_rules(contents: dict[str, dict[str, Any]]) -> None:
     """Warn of artifacts with documents of one kind that were not split into training and held-out
     documents by one rule: the same document may be on both sides."""
     for kind in sorted({s["format"] for content in contents.values() for s in content["sources"]}):
@@ -225,6 +226,38 @@ class Documents(Protocol):
         ...
 
 
+class DocumentView:
+    """Documents that are stored in other documents; a subclass implements `locate`."""
+
+    def locate(self, document: int) -> tuple[Documents, int, int]:
+        """Return the documents that store `document`, its index there, and its first token there."""
+        raise NotImplementedError
+
+    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
+        documents, index, first = self.locate(document)
+        return documents.tokens(index, first + start, count)
+
+    def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
+        documents, index, first = self.locate(document)
+        return documents.loss_weights(index, first + start, count)
+
+    def types(self, document: int, start: int, count: int) -> np.ndarray:
+        documents, index, first = self.locate(document)
+        return documents.types(index, first + start, count)
+
+    def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
+        documents, index, first = self.locate(document)
+        return documents.column(name, index, first + start, count)
+
+    def routes(self, document: int, start: int, count: int) -> np.ndarray:
+        documents, index, first = self.locate(document)
+        return documents.routes(index, first + start, count)
+
+    def encoder_inputs(self, document: int, start: int, count: int) -> EncoderInputs:
+        documents, index, first = self.locate(document)
+        return get_encoder_inputs(documents, index, first + start, count)
+
+
 class TokenShard:
     """The documents of one source and split; opening it costs the same for any size."""
 
@@ -251,14 +284,15 @@ class TokenShard:
             self._tokens = self._map(".bin", self.dtype)
             self._loss = self._map(".loss", np.dtype(np.float32)) if self._file(".loss").exists() else None
             self._type = self._map(".type", np.dtype(np.uint8)) if self._file(".type").exists() else None
-            self._written = (numbers(self._file(f".{WRITTEN}"), np.dtype(np.uint8), -(-self._num_tokens // 8))
+            self._written = (map_numbers(self._file(f".{WRITTEN}"), np.dtype(np.uint8),
+                                         -(-self._num_tokens // 8))
                              if self._file(f".{WRITTEN}").exists() else None)
             self._columns = {name: self._map(f".{name}", COLUMN_DTYPES.get(name, np.dtype(np.float32)))
                              for name in columns if not name.endswith(PER_DOCUMENT)}
-            self._of_documents = {name.removesuffix(PER_DOCUMENT): numbers(
+            self._of_documents = {name.removesuffix(PER_DOCUMENT): map_numbers(
                 self._file(f".{name}"), np.dtype(np.float32), len(self.lengths))
                 for name in columns if name.endswith(PER_DOCUMENT)}
-            self.columns, self._route_shape = column_names(columns), routes
+            self.columns, self._route_shape = list_column_names(columns), routes
             if routes is not None:
                 row = np.dtype((routes.dtype, (routes.layers, routes.top_k)))
                 self._routes = self._map(f".{ROUTES}", row)
@@ -283,7 +317,7 @@ class TokenShard:
         return self.prefix.with_name(self.prefix.name + suffix)
 
     def _map(self, suffix: str, dtype: np.dtype) -> np.ndarray:
-        return numbers(self._file(suffix), dtype, self._num_tokens)
+        return map_numbers(self._file(suffix), dtype, self._num_tokens)
 
     def _map_features(self) -> np.ndarray:
         try:
@@ -382,46 +416,26 @@ class TokenShard:
         return slice(first, first + count)
 
 
-class ShardChain:
+class ShardChain(DocumentView):
     """The documents of several shards one after the other; opening it costs the same for
     shards of any size."""
 
     def __init__(self, prefixes: list[Path], vocab_size: int = sys.maxsize,
                  columns: tuple[str, ...] = (), routes: RouteShape | None = None,
                  banks: Banks = NO_BANKS) -> None:
-        allow_open_files()
+        raise_open_file_limit()
         self._opened_by = prefixes, vocab_size, columns, routes, banks
         self._shards = [TokenShard(prefix, vocab_size, columns, routes, banks) for prefix in prefixes]
-        self.columns, self.banks = column_names(columns), banks
+        self.columns, self.banks = list_column_names(columns), banks
         self.lengths = ChainedLengths([shard.lengths for shard in self._shards])
         self.is_plain = all(shard.is_plain for shard in self._shards)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardChain, self._opened_by
 
-    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
+    def locate(self, document: int) -> tuple[Documents, int, int]:
         shard, index = self.lengths.find(document)
-        return self._shards[shard].tokens(index, start, count)
-
-    def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
-        shard, index = self.lengths.find(document)
-        return self._shards[shard].loss_weights(index, start, count)
-
-    def types(self, document: int, start: int, count: int) -> np.ndarray:
-        shard, index = self.lengths.find(document)
-        return self._shards[shard].types(index, start, count)
-
-    def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
-        shard, index = self.lengths.find(document)
-        return self._shards[shard].column(name, index, start, count)
-
-    def routes(self, document: int, start: int, count: int) -> np.ndarray:
-        shard, index = self.lengths.find(document)
-        return self._shards[shard].routes(index, start, count)
-
-    def encoder_inputs(self, document: int, start: int, count: int) -> EncoderInputs:
-        shard, index = self.lengths.find(document)
-        return self._shards[shard].encoder_inputs(index, start, count)
+        return self._shards[shard], index, 0
 
 
 @dataclass(frozen=True)
@@ -441,7 +455,7 @@ class Source:
     """Split -> tokens."""
     share: float
     """Weight that an empty blend gives it; those of the sources of all artifacts sum to 1."""
-    made: Documents | None = None
+    train_documents: Documents | None = None
     """Training documents made on the fly, in the place of the artifact's."""
     vocab_size: int = sys.maxsize
     """Token ids of the tokenizer that packed it."""
@@ -461,9 +475,9 @@ class Source:
         """Whether its documents are conversations with loss weights (never cut in two)."""
         return self.format != "text"
 
-    def shard(self, split: str) -> Documents:
-        if self.made is not None and split == "train":
-            return self.made
+    def open_split(self, split: str) -> Documents:
+        if self.train_documents is not None and split == "train":
+            return self.train_documents
         if self.artifact is None:
             raise ValueError(f"source {self.name} has neither an artifact nor documents")
         return ShardChain([self.artifact / prefix for prefix in self.prefixes[split]], self.vocab_size,
@@ -495,7 +509,7 @@ def open_sources(paths: dict[str, float], vocab_size: int,
             raise UserError(f"{path}: was packed in layout {manifest.content.get('content_version', 1)}, "
                             f"this version reads layout {CONTENT_VERSION}; pack the data again")
     for path, manifest in manifests.items():
-        check_described(path, manifest.content)
+        check_token_manifest(path, manifest.content)
     hashes = {path: m.content["tokenizer_sha256"] for path, m in manifests.items()}
     first = next(iter(paths))
     for path, value in hashes.items():
@@ -504,7 +518,7 @@ def open_sources(paths: dict[str, float], vocab_size: int,
             raise UserError(f"{path}: was packed with tokenizer {value[:12]}, {first} with "
                             f"{hashes[first][:12]} ({problem}); pack all data with the same tokenizer")
     if warns:
-        warn_of_other_splits({path: m.content for path, m in manifests.items()})
+        warn_about_heldout_rules({path: m.content for path, m in manifests.items()})
     total_weight = sum(paths.values())
     if total_weight <= 0:
         raise UserError(f"--data weights {list(paths.values())}: at least one must be positive")
@@ -525,7 +539,7 @@ def open_sources(paths: dict[str, float], vocab_size: int,
     return sources
 
 
-def names_of_sources(path: str, content: dict[str, Any]) -> dict[str, str]:
+def name_sources(path: str, content: dict[str, Any]) -> dict[str, str]:
     """Return how each source of an artifact is called in this run."""
     name, names = split_source_name(path)[0], [source["name"] for source in content.get("sources", [])]
     return {own: own if not name else name if len(names) == 1 else f"{name}-{own}" for own in names}
@@ -534,7 +548,7 @@ def names_of_sources(path: str, content: dict[str, Any]) -> dict[str, str]:
 def _of_artifact(typed: str, content: dict[str, Any], share: float, formats: tuple[str, ...] | None
                  ) -> list[Source]:
     described, path = content["sources"], Path(split_source_name(typed)[1])
-    names = names_of_sources(typed, content)
+    names = name_sources(typed, content)
     for s in described:
         if formats is not None and s["format"] not in formats:
             raise UserError(f"{path}: source {s['name']!r} holds data of format {s['format']!r}, "
@@ -566,12 +580,12 @@ def tokenizer_folder(sources: list[Source]) -> Path | None:
     return next((f for f in folders if f is not None and (f / "tokenizer.json").is_file()), None)
 
 
-def provenance(sources: list[Source]) -> list[dict[str, str]]:
+def describe_inputs(sources: list[Source]) -> list[dict[str, str]]:
     """Return kind, path and manifest hash of each artifact that the sources come from."""
     folders = dict.fromkeys(s.artifact for s in sources if s.artifact is not None)
-    return [as_input("tokens", folder) for folder in folders]
+    return [describe_input("tokens", folder) for folder in folders]
 
 
-def as_input(kind: str, folder: Path) -> dict[str, str]:
+def describe_input(kind: str, folder: Path) -> dict[str, str]:
     """Return how records name an artifact that something is made from."""
     return {"kind": kind, "path": str(folder), "manifest_sha256": manifest_sha256(folder)}

@@ -1,5 +1,5 @@
-"""Sources seen in another way: parts by the length of their documents (NAME@N and NAME/N in a blend), chats
-as text, and the blends that the data bring along."""
+"""Views of sources: documents of a minimum length (NAME@N in a blend), pieces of documents (NAME/N), chats as
+text, and the blends of the data's own phases."""
 
 from __future__ import annotations
 
@@ -15,12 +15,75 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import TYPE_TEXT
 from megatron_sov.model.config import PhaseConfig, RunConfig
 from megatron_sov.model.config.data import split_source_name
-from megatron_sov.model.modality import EncoderInputs, get_banks, get_encoder_inputs
-from megatron_sov.train.data.token_shards import ChainedLengths, Documents, Source, names_of_sources
+from megatron_sov.model.modality import get_banks
+from megatron_sov.train.data.token_shards import ChainedLengths, Documents, DocumentView, Source, name_sources
+
+LONG_MARK, PIECES_MARK = "@", "/"
+TEXT_FORMAT = "text"
 
 
-class LongDocuments:
-    """The documents of `documents` with at least `min_tokens` tokens; the index is made on first use."""
+def add_source_views(config: RunConfig, sources: list[Source]) -> list[Source]:
+    """Return the sources and the views that the blends name.
+
+    NAME@N has the documents of NAME with at least N tokens, NAME/N all its documents in pieces of at most N.
+    Each view is a stream of its own: NAME reads its long documents as well.
+
+    Raises:
+        UserError: N is not a number, NAME has no document of N tokens, or its conversations would be cut.
+    """
+    sources_by_name = {source.name: source for source in sources}
+    new_names = dict.fromkeys(name for phase in config.data.phases for name in phase.blend
+                              if name not in sources_by_name)
+    views = (_build_view(name, sources_by_name) for name in new_names)
+    return sources + [view for view in views if view is not None]
+
+
+def _build_view(name: str, sources_by_name: dict[str, Source]) -> Source | None:
+    """Return the view called `name`; None if it names no view: `plan_ledger` reports the unknown source."""
+    for mark in (LONG_MARK, PIECES_MARK):
+        base, _, number = name.rpartition(mark)
+        if base in sources_by_name:
+            break
+    else:
+        return None
+    if not number.isdecimal() or int(number) < 1:
+        raise UserError(f"data.phases blend {name!r}: after the {mark} stands a number of tokens, e.g. "
+                        f"{base}{mark}8192")
+    source, tokens = sources_by_name[base], int(number)
+    if mark == PIECES_MARK:
+        if source.is_chat:
+            raise UserError(f"data.phases blend {name!r}: conversations of {base} stay whole; "
+                            f"name {base} alone")
+        return _replace_documents(source, DocumentPieces(source.open_split("train"), tokens),
+                                  source.num_tokens["train"], name=name, share=0.0)
+    if source.group > 1:
+        raise UserError(f"data.phases blend {name!r}: documents of {base} belong together by "
+                        f"{source.group}; name {base} alone, and see data.over_long")
+    documents = LongDocuments(source.open_split("train"), tokens)
+    if not len(documents.index):
+        raise UserError(f"data.phases blend {name!r}: source {base} has no document of {tokens} "
+                        "tokens or more")
+    return _replace_documents(source, documents, int(documents.lengths.sum()), name=name, share=0.0)
+
+
+def view_as_text(source: Source) -> Source:
+    """Return a source of text with the tokens of `source`: conversations are cut at the end of a row.
+
+    The view has no held-out documents, because they would be evaluated as responses.
+    """
+    if source.format == TEXT_FORMAT:
+        return source
+    return _replace_documents(source, TextView(source.open_split("train")), source.num_tokens["train"],
+                              format=TEXT_FORMAT)
+
+
+def _replace_documents(source: Source, documents: Documents, num_tokens: int, **fields: Any) -> Source:
+    return dataclasses.replace(source, train_documents=documents,
+                               num_tokens={"train": num_tokens, "heldout": 0}, **fields)
+
+
+class LongDocuments(DocumentView):
+    """Documents with at least `min_tokens` tokens; their index is computed on first use."""
 
     def __init__(self, documents: Documents, min_tokens: int) -> None:
         self._documents, self._min_tokens = documents, min_tokens
@@ -33,41 +96,21 @@ class LongDocuments:
         """[long documents] int64: their numbers in the source, ascending."""
         lengths = self._documents.lengths
         parts = lengths.parts if isinstance(lengths, ChainedLengths) else [np.asarray(lengths)]
-        starts = np.cumsum([0, *(len(p) for p in parts)])
-        return np.concatenate([np.flatnonzero(p >= self._min_tokens) + s
-                               for p, s in zip(parts, starts[:-1], strict=True)])
+        starts = np.cumsum([0, *(len(part) for part in parts)])
+        return np.concatenate([np.flatnonzero(part >= self._min_tokens) + start
+                               for part, start in zip(parts, starts[:-1], strict=True)])
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """[long documents] int64: their tokens."""
+        """[long documents] int64: tokens of each document."""
         return np.asarray(self._documents.lengths[self.index], np.int64)
 
-    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
-        return self._documents.tokens(int(self.index[document]), start, count)
-
-    def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
-        return self._documents.loss_weights(int(self.index[document]), start, count)
-
-    def types(self, document: int, start: int, count: int) -> np.ndarray:
-        return self._documents.types(int(self.index[document]), start, count)
-
-    def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
-        return self._documents.column(name, int(self.index[document]), start, count)
-
-    def routes(self, document: int, start: int, count: int) -> np.ndarray:
-        return self._documents.routes(int(self.index[document]), start, count)
-
-    def encoder_inputs(self, document: int, start: int, count: int) -> EncoderInputs:
-        return get_encoder_inputs(self._documents, int(self.index[document]), start, count)
+    def locate(self, document: int) -> tuple[Documents, int, int]:
+        return self._documents, int(self.index[document]), 0
 
 
-# Chats as text: of their tokens the weights say what is learned, and not who wrote them.
-
-TEXT = "text"
-
-
-class AsText:
-    """Documents whose tokens are all of the type of text."""
+class TextView(DocumentView):
+    """Documents whose tokens are all of the type text; loss weights still mark the tokens to learn."""
 
     is_plain = False
 
@@ -76,75 +119,18 @@ class AsText:
         self.lengths, self.columns = documents.lengths, documents.columns
         self.banks = get_banks(documents)
 
-    def __reduce__(self) -> tuple[Any, ...]:  # its lengths are maps of files
-        return AsText, (self._documents,)
+    def __reduce__(self) -> tuple[Any, ...]:  # its lengths are memory maps
+        return TextView, (self._documents,)
 
-    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
-        return self._documents.tokens(document, start, count)
-
-    def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
-        return self._documents.loss_weights(document, start, count)
+    def locate(self, document: int) -> tuple[Documents, int, int]:
+        return self._documents, document, 0
 
     def types(self, document: int, start: int, count: int) -> np.ndarray:
         return np.full(count, TYPE_TEXT, np.uint8)
 
-    def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
-        return self._documents.column(name, document, start, count)
 
-    def routes(self, document: int, start: int, count: int) -> np.ndarray:
-        return self._documents.routes(document, start, count)
-
-    def encoder_inputs(self, document: int, start: int, count: int) -> EncoderInputs:
-        return get_encoder_inputs(self._documents, document, start, count)
-
-
-def as_text(source: Source) -> Source:
-    """Return a source as one of text: it is cut where a row ends, and its held-out documents, which would be
-    judged as responses, are left aside."""
-    if source.format == TEXT:
-        return source
-    return dataclasses.replace(source, format=TEXT, made=AsText(source.shard("train")),
-                               num_tokens={"train": source.num_tokens["train"], "heldout": 0})
-
-
-LONG, SHORT = "@", "/"
-
-
-# The documents of a source cut into short pieces: what a phase at that length would read, for rehearsal at
-# a longer one.
-
-
-class PieceLengths:
-    """The tokens of each piece, worked out when asked: 8 bytes are kept for a document, none for a piece."""
-
-    def __init__(self, document_tokens: np.ndarray, max_tokens: int) -> None:
-        self._tokens, self._max_tokens = document_tokens, max_tokens
-        self._ends = np.cumsum(-(-document_tokens // max_tokens))
-
-    def find(self, piece: int) -> tuple[int, int]:
-        """Return the document that holds a piece, and the piece's first token there."""
-        document = int(np.searchsorted(self._ends, piece, side="right"))
-        before = int(self._ends[document - 1]) if document else 0
-        return document, (piece - before) * self._max_tokens
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def __getitem__(self, pieces: Any) -> Any:
-        documents = np.searchsorted(self._ends, pieces, side="right")
-        # pieces of the same document behind this one
-        left_behind = self._ends[documents] - 1 - np.asarray(pieces)
-        number = -(-self._tokens[documents] // self._max_tokens) - 1 - left_behind
-        found = np.minimum(self._max_tokens, self._tokens[documents] - number * self._max_tokens)
-        return int(found) if np.ndim(pieces) == 0 else found
-
-    def __iter__(self) -> Iterator[int]:
-        return (self[piece] for piece in range(len(self)))
-
-
-class Pieces:
-    """The documents of `documents` in pieces of at most `max_tokens` tokens; a piece knows nothing
-    of the one before."""
+class DocumentPieces(DocumentView):
+    """Documents in pieces of at most `max_tokens` tokens; a piece has no context of the piece before it."""
 
     def __init__(self, documents: Documents, max_tokens: int) -> None:
         self._documents, self._max_tokens = documents, max_tokens
@@ -157,90 +143,50 @@ class Pieces:
         lengths = self._documents.lengths
         return PieceLengths(np.asarray(lengths[np.arange(len(lengths))], np.int64), self._max_tokens)
 
-    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return token ids of a piece, int64."""
-        whole, first = self.lengths.find(document)
-        return self._documents.tokens(whole, first + start, count)
-
-    def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
-        whole, first = self.lengths.find(document)
-        return self._documents.loss_weights(whole, first + start, count)
-
-    def types(self, document: int, start: int, count: int) -> np.ndarray:
-        whole, first = self.lengths.find(document)
-        return self._documents.types(whole, first + start, count)
-
-    def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
-        whole, first = self.lengths.find(document)
-        return self._documents.column(name, whole, first + start, count)
-
-    def routes(self, document: int, start: int, count: int) -> np.ndarray:
-        whole, first = self.lengths.find(document)
-        return self._documents.routes(whole, first + start, count)
-
-    def encoder_inputs(self, document: int, start: int, count: int) -> EncoderInputs:
-        whole, first = self.lengths.find(document)
-        return get_encoder_inputs(self._documents, whole, first + start, count)
+    def locate(self, document: int) -> tuple[Documents, int, int]:
+        return self._documents, *self.lengths.find(document)
 
 
-def with_views(config: RunConfig, sources: list[Source]) -> list[Source]:
-    """Return the sources and what the blends make of them: NAME@N, the documents of NAME with at least N
-    tokens; NAME/N, all its documents in pieces of at most N.
+class PieceLengths:
+    """Tokens of each piece, computed on access: it stores 8 bytes a document and none a piece."""
 
-    Each is a stream of its own: a long document is read by NAME in its turn as well.
+    def __init__(self, document_tokens: np.ndarray, max_tokens: int) -> None:
+        self._tokens, self._max_tokens = document_tokens, max_tokens
+        self._ends = np.cumsum(-(-document_tokens // max_tokens))
 
-    Raises:
-        UserError: N is not a number, NAME has no document that long, or its conversations would be cut.
-    """
-    known = {s.name: s for s in sources}
-    wanted = dict.fromkeys(name for phase in config.data.phases for name in phase.blend if name not in known)
-    views = (_view(name, known) for name in wanted)
-    return sources + [view for view in views if view is not None]
+    def find(self, piece: int) -> tuple[int, int]:
+        """Return the document that holds a piece, and the first token of the piece there."""
+        document = int(np.searchsorted(self._ends, piece, side="right"))
+        first_piece = int(self._ends[document - 1]) if document else 0
+        return document, (piece - first_piece) * self._max_tokens
 
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
 
-def _view(name: str, known: dict[str, Source]) -> Source | None:
-    """Return the view that a name means; None where it means none, and the plan names the unknown source."""
-    kind = next((mark for mark in (LONG, SHORT) if name.rpartition(mark)[0] in known), None)
-    if kind is None:
-        return None
-    base, _, number = name.rpartition(kind)
-    if not number.isdecimal() or int(number) < 1:
-        raise UserError(f"data.phases blend {name!r}: after the {kind} stands a number of tokens, e.g. "
-                        f"{base}{kind}8192")
-    source, tokens = known[base], int(number)
-    if kind == SHORT:
-        if source.is_chat:
-            raise UserError(f"data.phases blend {name!r}: conversations of {base} stay whole; "
-                            f"name {base} alone")
-        return dataclasses.replace(source, name=name, share=0.0, made=Pieces(source.shard("train"), tokens),
-                                   num_tokens={"train": source.num_tokens["train"], "heldout": 0})
-    if source.group > 1:
-        raise UserError(f"data.phases blend {name!r}: documents of {base} belong together by "
-                        f"{source.group}; name {base} alone, and see data.over_long")
-    documents = LongDocuments(source.shard("train"), tokens)
-    if not len(documents.index):
-        raise UserError(f"data.phases blend {name!r}: source {base} has no document of {tokens} "
-                        "tokens or more")
-    return dataclasses.replace(source, name=name, share=0.0, made=documents,
-                               num_tokens={"train": int(documents.lengths.sum()), "heldout": 0})
+    def __getitem__(self, pieces: Any) -> Any:
+        documents = np.searchsorted(self._ends, pieces, side="right")
+        num_later = self._ends[documents] - 1 - np.asarray(pieces)
+        number = -(-self._tokens[documents] // self._max_tokens) - 1 - num_later
+        tokens = np.minimum(self._max_tokens, self._tokens[documents] - number * self._max_tokens)
+        return int(tokens) if np.ndim(pieces) == 0 else tokens
+
+    def __iter__(self) -> Iterator[int]:
+        return (self[piece] for piece in range(len(self)))
 
 
-# Phases that the data brings along: what `sov-data mix --blend` has shared out by the tags of its
-# sources.
+def apply_data_phases(config: RunConfig, recipe: RunConfig) -> RunConfig:
+    """Return the settings with the blends of the data's own phases, as `sov-data mix --blend` writes them.
 
-def with_mixed_phases(config: RunConfig, recipe: RunConfig) -> RunConfig:
-    """Return the settings with the blends of the data's own phases.
-
-    A phase takes the blend of the data's phase of its name where its own is empty, or is the recipe's and
-    names a source that the data does not have: those names are the recipe's author's.  Tokens, lengths and
-    batches stay its own.  Data of several folders has no phases.
+    A phase takes the blend of the data's phase of the same name if its own blend is empty, or is the recipe's
+    and names a source that the data does not have. Its tokens, length and batch size do not change. Data of
+    several folders have no phases.
 
     Args:
-        config: settings as they are asked for.
-        recipe: the same without --set, which nothing here goes before.
+        config: settings of the run.
+        recipe: the same settings without --set; a blend of --set is never replaced.
 
     Raises:
-        UserError: the data's phases cannot be read.
+        UserError: the phases in the manifest cannot be read.
     """
     if len(config.data.paths) != 1:
         return config
@@ -248,36 +194,41 @@ def with_mixed_phases(config: RunConfig, recipe: RunConfig) -> RunConfig:
     try:
         content = read_manifest(split_source_name(path)[1], "tokens").content
     except UserError:
-        return config  # told where the data is opened, with everything else that is wrong with it
-    names = names_of_sources(path, content)
-    mixed = {phase: {names.get(name, name): share for name, share in blend.items()}
-             for phase, blend in _mixed_phases_of(path, content).items()}
-    known = {*names.values()}
-    of_recipe = {phase.name: phase.blend for phase in recipe.data.phases}
+        return config  # `open_sources` reports it, with all other problems of the data
+    names = name_sources(path, content)
+    blends = {phase: {names.get(name, name): share for name, share in blend.items()}
+              for phase, blend in _read_blends(path, content).items()}
+    source_names = {*names.values()}
+    recipe_blends = {phase.name: phase.blend for phase in recipe.data.phases}
 
-    def is_open(phase: PhaseConfig) -> bool:
+    def takes_data_blend(phase: PhaseConfig) -> bool:
+        if phase.name not in blends:
+            return False
         if not phase.blend:
             return True
-        return phase.blend == of_recipe.get(phase.name) and not _source_names(phase) <= known
+        is_recipe_blend = phase.blend == recipe_blends.get(phase.name)
+        return is_recipe_blend and not _list_source_names(phase) <= source_names
 
-    phases = tuple(dataclasses.replace(phase, blend=mixed[phase.name])
-                   if phase.name in mixed and is_open(phase) else phase for phase in config.data.phases)
+    phases = tuple(dataclasses.replace(phase, blend=blends[phase.name]) if takes_data_blend(phase) else phase
+                   for phase in config.data.phases)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, phases=phases))
 
 
-def _mixed_phases_of(path: str, content: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Return phase -> source -> share."""
+def _read_blends(path: str, content: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Return phase -> source -> share of a manifest's content."""
+    blends: dict[str, dict[str, float]] = {}
     try:
-        return {str(phase["name"]): {str(name): float(share) for name, share in phase["blend"].items()}
-                for phase in content.get("phases", [])}
+        for phase in content.get("phases", []):
+            blends[str(phase["name"])] = {str(name): float(share) for name, share in phase["blend"].items()}
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise UserError(f"{path}: its phases cannot be read ({e!r}); mix the data again") from None
+    return blends
 
 
-def _source_names(phase: PhaseConfig) -> set[str]:
-    """Return the sources that a blend names, without the lengths of their documents."""
+def _list_source_names(phase: PhaseConfig) -> set[str]:
+    """Return the sources that a blend names, without marks of views."""
     names = set()
     for name in phase.blend:
-        mark = next((mark for mark in (LONG, SHORT) if mark in name), None)
+        mark = next((mark for mark in (LONG_MARK, PIECES_MARK) if mark in name), None)
         names.add(name if mark is None else name.rpartition(mark)[0])
     return names

@@ -1,10 +1,10 @@
-"""Faults on purpose: what a run survives is shown by doing it to the run.  No torch here.
+"""Fault injection: `--inject` kills, hangs or corrupts a run to test its recovery. Imports no torch.
 
     --inject kill@step=5,rank=1,nan@step=9 --inject corrupt-checkpoint@save=20
 
-A fault comes once in the life of a run folder: that it came is written to RUN/faults before it does its work,
-so that a run which starts again after it goes on.  `step=N` means the first step that is N or later; `save=N`
-the first checkpoint there; `load=N` and `start=N` the first start that goes on from step N or later.
+Each fault occurs once in the life of a run folder: RUN/faults records it before it takes effect, so that a
+restarted run passes it. `step=N` is the first step from N on, `save=N` the first checkpoint from N on;
+`load=N` and `start=N` are the first start that resumes from step N or later.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from megatron_sov.base.errors import UserError, suggest_name, warn
 from megatron_sov.runs.folder import FAULTS
 from megatron_sov.runs.obs.events import EventLog
 
-STATES: dict[str, tuple[str, ...]] = {
+FAULT_STATES: dict[str, tuple[str, ...]] = {
     "kill": ("start", "load", "step", "save"), "raise": ("start", "load", "step", "save"), "hang": ("step",),
     "nan": ("step",), "spike": ("step",), "bitflip": ("step",), "miscompute": ("step",),
     "slow-rank": ("step",), "corrupt-checkpoint": ("save",)}
-"""Kind of fault -> the states of a run in which it can come."""
-OPTIONS: dict[str, dict[str, float | None]] = {
+"""Kind of fault -> states of a run in which it can occur."""
+FAULT_OPTIONS: dict[str, dict[str, float | None]] = {
     "spike": {"factor": 1e4}, "slow-rank": {"seconds": 0.1, "steps": 100.0},
     "bitflip": {"bit": None}, "miscompute": {"bit": None}}
-"""Kind of fault -> what can be said beside where it comes, and what holds otherwise (None: a bit of the
-mantissa, which no figure shows; 30 of a float32 is in its exponent)."""
+"""Kind of fault -> option -> default. `bit` None flips a bit of the mantissa, which no figure shows; bit 30
+of a float32 is in its exponent."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault."""
+    """One fault of `--inject`."""
 
     kind: str
     state: str
-    """What the run does when it comes: start, load, step or save."""
+    """State of the run in which it occurs: start, load, step or save."""
     at: int
-    """From which step on."""
+    """First step at which it occurs."""
     rank: int = 0
     options: dict[str, float] = field(default_factory=dict)
 
@@ -52,8 +52,86 @@ class Fault:
         return f"{self.kind}@{self.state}={self.at},rank={self.rank}{options}"
 
 
-def parse(texts: Sequence[str], num_ranks: int) -> tuple[Fault, ...]:
-    """Return the faults that --inject arguments name.
+class FaultInjector:
+    """Injects the faults of one process."""
+
+    def __init__(self, faults: Sequence[Fault], run: Path, rank: int) -> None:
+        self._faults = faults
+        self._rank = rank
+        self._folder = run / FAULTS
+        self._recorded: set[str] = set()
+
+    def take_due(self, kind: str, state: str, step: int) -> Fault | None:
+        """Return a fault that occurs on this rank now, and record that it occurred; None if none is due."""
+        for fault in self._faults:
+            is_here = (fault.kind, fault.state, fault.rank) == (kind, state, self._rank)
+            if is_here and step >= fault.at and self._record_occurrence(fault, step):
+                return fault
+        return None
+
+    def trigger(self, state: str, step: int) -> None:
+        """Kill this process, raise an error or hang if such a fault is due."""
+        if not self._faults:
+            return
+        if self.take_due("kill", state, step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if (fault := self.take_due("raise", state, step)) is not None:
+            raise RuntimeError(f"--inject {fault.name}")
+        if self.take_due("hang", state, step):
+            while True:
+                time.sleep(1)
+
+    def get_loss_factor(self, step: int) -> float:
+        """Return the factor of this rank's loss at `step`: NaN, a spike, or 1."""
+        if not self._faults:
+            return 1.0
+        if self.take_due("nan", "step", step):
+            return math.nan
+        spike = self.take_due("spike", "step", step)
+        return 1.0 if spike is None else spike.options["factor"]
+
+    def delay_s(self, step: int) -> float:
+        """Return the seconds by which this rank is slowed down at `step`; `slow-rank` lasts several steps."""
+        faults = [fault for fault in self._faults if (fault.kind, fault.rank) == ("slow-rank", self._rank)
+                  and fault.at <= step < fault.at + fault.options["steps"]]
+        for fault in faults:
+            self._record_occurrence(fault, step)
+        return sum(fault.options["seconds"] for fault in faults)
+
+    def record_events(self, events: EventLog) -> None:
+        """Write a `fault` event for every fault of any rank that has no event yet."""
+        if not self._faults or not events.is_open or not self._folder.is_dir():
+            return
+        for file in sorted(self._folder.glob("*.json"), key=lambda f: f.stat().st_mtime_ns):
+            # a mark on the disk: a resumed run must not write the event again
+            mark = file.with_suffix(".told")
+            if file.name not in self._recorded and not mark.exists():
+                try:
+                    record = json.loads(file.read_text(encoding="utf-8"))
+                except ValueError:  # another rank is writing it
+                    continue
+                events.write("fault", **record)
+                mark.touch()
+            self._recorded.add(file.name)
+
+    def _record_occurrence(self, fault: Fault, step: int) -> bool:
+        """Record on the disk that a fault occurs now; False if it occurred before."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            # synced before the fault takes effect: a restarted run must not meet it again and again
+            with open(_get_record_file(fault, self._folder), "x", encoding="utf-8") as f:
+                json.dump({"fault": fault.name, "kind": fault.kind, "state": fault.state, "step": step,
+                           "rank": fault.rank}, f)
+                f.flush()
+                os.fsync(f.fileno())
+        except FileExistsError:
+            return False
+        warn(f"--inject {fault.name}: comes now")
+        return True
+
+
+def parse_faults(texts: Sequence[str], num_ranks: int) -> tuple[Fault, ...]:
+    """Parse the arguments of `--inject`.
 
     Raises:
         UserError: an unknown kind, state or option, a value that is no number, a rank that does not exist, or
@@ -61,8 +139,8 @@ def parse(texts: Sequence[str], num_ranks: int) -> tuple[Fault, ...]:
     """
     faults: list[Fault] = []
     for text in texts:
-        for part in _parts(text):
-            fault = _parse_one(part)
+        for part in _split_faults(text):
+            fault = _parse_fault(part)
             if fault.rank >= num_ranks:
                 raise UserError(f"--inject {part}: rank {fault.rank} does not exist; "
                                 f"the run has {num_ranks} (counted from 0)")
@@ -73,8 +151,24 @@ def parse(texts: Sequence[str], num_ranks: int) -> tuple[Fault, ...]:
     return tuple(faults)
 
 
-def _parts(text: str) -> Iterator[str]:
-    """Cut at every comma that a new fault follows: one that has an @."""
+def list_pending_faults(faults: Sequence[Fault], run: Path) -> list[Fault]:
+    """Return the faults that have not occurred in the run folder."""
+    return [fault for fault in faults if not _get_record_file(fault, run / FAULTS).is_file()]
+
+
+def corrupt_checkpoint(checkpoint: Path) -> None:
+    """Change one byte in the middle of a checkpoint's largest file."""
+    file = max((f for f in checkpoint.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    with open(file, "r+b") as f:
+        f.seek(file.stat().st_size // 2)
+        # the size does not change, so that only the hash can find the damage
+        byte = f.read(1)[0]
+        f.seek(-1, os.SEEK_CUR)
+        f.write(bytes([byte ^ 0xFF]))
+
+
+def _split_faults(text: str) -> Iterator[str]:
+    """Split at each comma before a new fault, which contains an @."""
     current: list[str] = []
     for piece in text.split(","):
         if "@" in piece and current:
@@ -84,11 +178,12 @@ def _parts(text: str) -> Iterator[str]:
     yield ",".join(current)
 
 
-def _parse_one(text: str) -> Fault:
+def _parse_fault(text: str) -> Fault:
     kind, _, rest = text.partition("@")
-    if kind not in STATES:
-        raise UserError(f"--inject {text}: there is no fault {kind!r}{suggest_name(kind, STATES)} (faults: "
-                        f"{', '.join(STATES)})")
+    if kind not in FAULT_STATES:
+        raise UserError(f"--inject {text}: there is no fault {kind!r}{suggest_name(kind, FAULT_STATES)} "
+                        f"(faults: {', '.join(FAULT_STATES)})")
+    states, defaults = FAULT_STATES[kind], FAULT_OPTIONS.get(kind, {})
     values: dict[str, float] = {}
     for setting in rest.split(","):
         name, _, value = setting.partition("=")
@@ -96,114 +191,21 @@ def _parse_one(text: str) -> Fault:
             values[name] = float(value)
         except ValueError:
             values[name] = math.nan
-        whole = name in (*STATES[kind], "rank", "bit")
-        known = whole or name in OPTIONS.get(kind, {})
-        if not known or not 0 <= values[name] < math.inf or (whole and values[name] % 1):
-            allowed = (*STATES[kind], "rank", *OPTIONS.get(kind, {}))
-            raise UserError(f"--inject {text}: {setting!r} must be "
-                            f"{' or '.join(f'{a}=NUMBER' for a in allowed)}")
-    states = [name for name in STATES[kind] if name in values]
-    if len(states) != 1:
+        must_be_whole = name in (*states, "rank", "bit")
+        is_known = must_be_whole or name in defaults
+        is_valid = 0 <= values[name] < math.inf and not (must_be_whole and values[name] % 1)
+        if not is_known or not is_valid:
+            allowed = " or ".join(f"{option}=NUMBER" for option in (*states, "rank", *defaults))
+            raise UserError(f"--inject {text}: {setting!r} must be {allowed}")
+    named_states = [name for name in states if name in values]
+    if len(named_states) != 1:
         raise UserError(f"--inject {text}: must say once when it comes, "
-                        f"by {' or '.join(f'{s}=N' for s in STATES[kind])}")
-    stated = {name: values.get(name, default) for name, default in OPTIONS.get(kind, {}).items()}
-    options = {name: number for name, number in stated.items() if number is not None}
-    return Fault(kind, states[0], int(values[states[0]]), int(values.get("rank", 0)), options)
+                        f"by {' or '.join(f'{state}=N' for state in states)}")
+    state = named_states[0]
+    options = {name: values.get(name, default) for name, default in defaults.items()}
+    numbers = {name: number for name, number in options.items() if number is not None}
+    return Fault(kind, state, int(values[state]), int(values.get("rank", 0)), numbers)
 
 
-def not_come(faults: Sequence[Fault], run: Path) -> list[Fault]:
-    """Return the faults that have not come in the life of a run folder."""
-    return [fault for fault in faults if not _file(fault, run / FAULTS).is_file()]
-
-
-def _file(fault: Fault, folder: Path) -> Path:
+def _get_record_file(fault: Fault, folder: Path) -> Path:
     return folder / f"{fault.name}.json"
-
-
-def corrupt(checkpoint: Path) -> None:
-    """Change one byte in the middle of a checkpoint's largest file."""
-    file = max((f for f in checkpoint.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
-    with open(file, "r+b") as f:
-        f.seek(file.stat().st_size // 2)
-        # the size stays as it is, so that the hash alone can find it
-        byte = f.read(1)[0]
-        f.seek(-1, os.SEEK_CUR)
-        f.write(bytes([byte ^ 0xFF]))
-
-
-class Faults:
-    """The faults of one process of a run."""
-
-    def __init__(self, faults: Sequence[Fault], run: Path, rank: int) -> None:
-        self._faults = faults
-        self._rank = rank
-        self._folder = run / FAULTS
-        self._told: set[str] = set()
-
-    def due(self, kind: str, state: str, step: int) -> Fault | None:
-        """Return a fault of this kind that comes to this process now, and has not come before;
-        it is noted as come."""
-        for fault in self._faults:
-            here = (fault.kind, fault.state, fault.rank) == (kind, state, self._rank)
-            if here and step >= fault.at and self._note(fault, step):
-                return fault
-        return None
-
-    def _note(self, fault: Fault, step: int) -> bool:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        try:
-            # on the disk before the fault comes: a run that is started again must not meet it forever
-            with open(_file(fault, self._folder), "x", encoding="utf-8") as f:
-                json.dump({"fault": fault.name, "kind": fault.kind, "state": fault.state, "step": step,
-                           "rank": fault.rank}, f)
-                f.flush()
-                os.fsync(f.fileno())
-        except FileExistsError:
-            return False
-        warn(f"--inject {fault.name}: comes now")
-        return True
-
-    def trigger(self, state: str, step: int) -> None:
-        """Kill this process, raise an error, or stand still, where such a fault is due."""
-        if not self._faults:
-            return
-        if self.due("kill", state, step):
-            os.kill(os.getpid(), signal.SIGKILL)
-        if (fault := self.due("raise", state, step)) is not None:
-            raise RuntimeError(f"--inject {fault.name}")
-        if self.due("hang", state, step):
-            while True:
-                time.sleep(1)
-
-    def loss_factor(self, step: int) -> float:
-        """Return what this process's loss is multiplied by."""
-        if not self._faults:
-            return 1.0
-        if self.due("nan", "step", step):
-            return math.nan
-        spike = self.due("spike", "step", step)
-        return 1.0 if spike is None else spike.options["factor"]
-
-    def delay_s(self, step: int) -> float:
-        """Return the seconds by which this process is slow in a step; the one fault that lasts."""
-        slow = [f for f in self._faults
-                if (f.kind, f.rank) == ("slow-rank", self._rank) and f.at <= step < f.at + f.options["steps"]]
-        for fault in slow:
-            self._note(fault, step)
-        return sum(f.options["seconds"] for f in slow)
-
-    def tell(self, events: EventLog) -> None:
-        """Write an event for every fault that came since the last call, also for processes that could not."""
-        if not self._faults or not events.is_open or not self._folder.is_dir():
-            return
-        for file in sorted(self._folder.glob("*.json"), key=lambda f: f.stat().st_mtime_ns):
-            # a mark on the disk: a resumed run must not tell of the fault again
-            told = file.with_suffix(".told")
-            if file.name not in self._told and not told.exists():
-                try:
-                    record = json.loads(file.read_text(encoding="utf-8"))
-                except ValueError:  # is being written
-                    continue
-                events.write("fault", **record)
-                told.touch()
-            self._told.add(file.name)

@@ -1,7 +1,7 @@
-"""The watch over a step: where it stands still, every process says where it is, and ends.
+"""The watchdog: if a step makes no progress, every process writes its stacks and exits.
 
-Processes wait for one another in every step, so one that hangs stops all, and all notice within
-the length of a step.
+Processes wait for each other in every step, so a process that hangs stops all of them, and all notice it
+within the time of one step.
 """
 
 from __future__ import annotations
@@ -17,25 +17,27 @@ from pathlib import Path
 
 from megatron_sov.base.errors import ExitCode
 
-HANG = "hang"
-"""Folder inside a run folder with the stacks of processes that stood still."""
+HANG_FOLDER = "hang"
+"""Folder inside a run folder with the stacks of hanging processes."""
 MAX_GRACE_S = 10.0
-"""Time that the other processes get to notice too, before the first one ends and breaks their connections."""
+"""Longest wait for the other processes to notice the hang, before the first exit breaks their connections."""
 OWN_CODE = f"{os.sep}megatron_sov{os.sep}"
 
 
 class Watchdog:
-    """A thread that ends this process when a step takes longer than `timeout_s`; 0: no thread, no watch."""
+    """A thread that ends this process if a step takes longer than `timeout_s`; 0: no thread."""
 
     def __init__(self, run: Path, rank: int, timeout_s: float,
                  on_hang: Callable[[int, dict[str, list[int]]], None]) -> None:
-        """Start watching nothing yet.
+        """Start the thread, without a step to watch.
 
         Args:
-            on_hang: called on rank 0 with the step and, for each place in the code,
-                the ranks that stand there.
+            run: folder of the run.
+            rank: of this process.
+            timeout_s: longest time of a step.
+            on_hang: called on rank 0 with the step, and the ranks by the place in the code where they hang.
         """
-        self._folder, self._rank, self._timeout_s, self._on_hang = run / HANG, rank, timeout_s, on_hang
+        self._folder, self._rank, self._timeout_s, self._on_hang = run / HANG_FOLDER, rank, timeout_s, on_hang
         self._watched: tuple[int, float] | None = None
         self._main_thread = threading.get_ident()
         self._closed = threading.Event()
@@ -43,22 +45,22 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def begin(self, step: int) -> None:
-        """Watch a step (1-based) from now on."""
+        """Watch `step` (from 1) from now on."""
         self._watched = (step, time.monotonic())
         if self._timeout_s:
-            # a hang that holds Python's lock stops this class's thread too; faulthandler's own needs no lock
+            # a hang that holds Python's lock stops this thread, too; faulthandler's own thread needs no lock
             limit_s = 2 * self._timeout_s + MAX_GRACE_S
             faulthandler.dump_traceback_later(limit_s, exit=True, file=sys.__stderr__ or sys.stderr)
 
     def end(self) -> None:
-        """Watch nothing until the next step: evaluations, gates and checkpoints may take long."""
+        """Watch no step until `begin`: evaluations, gates and checkpoints may take long."""
         self._watched = None
         if self._timeout_s:
             faulthandler.cancel_dump_traceback_later()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Watch nothing inside, and the same step from its beginning behind it."""
+        """Pause the watch; the time of the current step restarts at 0 afterwards."""
         watched = self._watched
         self.end()
         try:
@@ -75,33 +77,36 @@ class Watchdog:
         while not self._closed.wait(min(1.0, self._timeout_s / 10)):
             watched = self._watched
             if watched is not None and time.monotonic() - watched[1] > self._timeout_s:
-                self._give_up(watched[0])
+                self._exit_on_hang(watched[0])
 
-    def _give_up(self, step: int) -> None:
-        """Write this process's stacks, wait for the others to do so, and end."""
+    def _exit_on_hang(self, step: int) -> None:
+        """Write this process's stacks, give the other processes time to write theirs, and exit."""
         try:
-            self._folder.mkdir(exist_ok=True)
-            file = self._folder / f"step-{step}-rank-{self._rank:05d}.txt"
-            with open(file, "w", encoding="utf-8") as f:
-                f.write(f"{self._place()}\n\nrank {self._rank} stood still in step {step} for "
-                        f"{self._timeout_s:g} s\n\n")
-                # faulthandler writes to the descriptor, past Python's buffer
-                f.flush()
-                faulthandler.dump_traceback(f)
-            # the others notice soon, since all wait for one another; each needs time to write its stacks
+            self._write_stacks(step)
+            # the others notice soon, since all wait for each other; each needs time to write its stacks
             # before a connection breaks
             grace_s = min(MAX_GRACE_S, max(1.0, self._timeout_s / 4))
             time.sleep(grace_s)
             if self._rank == 0:
-                self._tell(step)
+                self._report_hang(step)
             else:
-                # the end of a process breaks the connections of rank 0, which has to tell first
+                # the exit of a process breaks the connections of rank 0, which has to report first
                 time.sleep(grace_s)
         finally:
-            # not sys.exit: it would only end this thread, and the main one never returns
+            # not sys.exit: it would only end this thread, and the main thread never returns
             os._exit(ExitCode.HANG)
 
-    def _tell(self, step: int) -> None:
+    def _write_stacks(self, step: int) -> None:
+        self._folder.mkdir(exist_ok=True)
+        file = self._folder / f"step-{step}-rank-{self._rank:05d}.txt"
+        with open(file, "w", encoding="utf-8") as f:
+            f.write(f"{self._find_place()}\n\nrank {self._rank} stood still in step {step} for "
+                    f"{self._timeout_s:g} s\n\n")
+            # faulthandler writes to the descriptor, past Python's buffer
+            f.flush()
+            faulthandler.dump_traceback(f)
+
+    def _report_hang(self, step: int) -> None:
         places: dict[str, list[int]] = {}
         for file in sorted(self._folder.glob(f"step-{step}-rank-*.txt")):
             place = file.read_text(encoding="utf-8").partition("\n")[0]
@@ -110,10 +115,11 @@ class Watchdog:
               f"the stacks of all processes are in {self._folder}", file=sys.stderr, flush=True)
         self._on_hang(step, places)
 
-    def _place(self) -> str:
-        """Return where in this project's code the main thread stands."""
+    def _find_place(self) -> str:
+        """Return file and function of this project in which the main thread hangs."""
         frame = sys._current_frames().get(self._main_thread)
         while frame is not None and OWN_CODE not in frame.f_code.co_filename:
             frame = frame.f_back
-        return ("outside" if frame is None
-                else f"{Path(frame.f_code.co_filename).name}, {frame.f_code.co_name}")
+        if frame is None:
+            return "outside"
+        return f"{Path(frame.f_code.co_filename).name}, {frame.f_code.co_name}"

@@ -15,7 +15,7 @@ from megatron_sov.train.data.ledger import LedgerEntry
 from megatron_sov.train.data.order import OrderState, SampleOrder
 from megatron_sov.train.data.rows import BatchStream, RankBatch
 from megatron_sov.train.data.token_shards import Source
-from megatron_sov.train.objectives.microbatch import from_row
+from megatron_sov.train.objectives.microbatch import build_micro_batch
 from megatron_sov.train.objectives.objective import GlobalBatch
 
 
@@ -52,7 +52,7 @@ class DataBatches:
 
     def next(self) -> GlobalBatch:
         batch = self._advance()
-        return GlobalBatch(tuple(from_row(row) for row in batch.rows), batch.entry.seq_len,
+        return GlobalBatch(tuple(build_micro_batch(row) for row in batch.rows), batch.entry.seq_len,
                            batch.num_samples, batch.entry.phase)
 
     def skip(self) -> None:

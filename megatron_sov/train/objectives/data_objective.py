@@ -16,7 +16,7 @@ import torch
 from megatron_sov.engine.model.logprobs import Head
 from megatron_sov.model.config import RunConfig
 from megatron_sov.train.objectives.data_batches import ObjectiveContext
-from megatron_sov.train.objectives.microbatch import MicroBatch, shifted
+from megatron_sov.train.objectives.microbatch import MicroBatch, shift_labels
 from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, per_source, with_denominators
 
 TEXT, AUDIO, IMAGE = "text_loss", "audio_loss", "image_loss"
@@ -94,14 +94,14 @@ class DataObjective:
         """
         if not self._depths:
             return {}
-        return {MTP: sum(float(shifted(m, depth).weights.double().sum()) for m in micro_batches
+        return {MTP: sum(float(shift_labels(m, depth).weights.double().sum()) for m in micro_batches
                          for depth in self._depths)}
 
     def _mtp_sum(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> dict[str, torch.Tensor]:
         """Return the prediction term's sum over a micro-batch, see `Objective.loss`."""
         total = torch.zeros((), device=batch.weights.device)
         for depth in self._depths:
-            there = shifted(batch, depth)
+            there = shift_labels(batch, depth)
             total = total + head.cross_entropy(hidden[depth], there.labels, {MTP: there.weights})[0][MTP]
         return {MTP: total} if self._depths else {}
 

@@ -27,10 +27,10 @@ from megatron_sov.engine.parallel.values import Shapes, flatten_tensors, unflatt
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig
 from megatron_sov.train.data.order import OrderedSample
-from megatron_sov.train.data.rows import PackedRow, heldout_samples, join_rows, sample_row
-from megatron_sov.train.data.token_bytes import token_bytes
+from megatron_sov.train.data.rows import PackedRow, build_heldout_samples, build_row, join_rows
+from megatron_sov.train.data.token_bytes import count_token_bytes
 from megatron_sov.train.data.token_shards import Documents, Source, tokenizer_folder
-from megatron_sov.train.objectives.microbatch import MicroBatch, from_row, shifted
+from megatron_sov.train.objectives.microbatch import MicroBatch, build_micro_batch, shift_labels
 
 TURN = "turn"
 """Column of a row: 1 for labels of a conversation's first learned turn, 2 for the second, ...; 0 for labels
@@ -113,7 +113,7 @@ class HeldoutEvaluator:
            world: ParallelWorld) -> HeldoutEvaluator:
         """Return the evaluator of a run, whose documents are cut as long as its longest samples."""
         tokenizer = tokenizer_folder(sources)
-        sizes = token_bytes(tokenizer, config.model.vocab_size) if tokenizer else None
+        sizes = count_token_bytes(tokenizer, config.model.vocab_size) if tokenizer else None
         return cls(sources, sizes, max_seq_len, config.train.micro_batch_size,
                    config.data.heldout_tokens, world)
 
@@ -121,8 +121,8 @@ class HeldoutEvaluator:
               world: ParallelWorld) -> list[PackedRow]:
         """Return this rank's micro-batches; every rank has the same number,
         the last ones may be padding only."""
-        shard = source.shard("heldout")
-        samples = heldout_samples(shard, index, seq_len, max_tokens)
+        shard = source.open_split("heldout")
+        samples = build_heldout_samples(shard, index, seq_len, max_tokens)
         per_round = self._rows_per_batch * world.dp_size
         # every rank runs as many micro-batches, or the collectives of the forward pass would not meet
         samples += [OrderedSample(index, ())] * (-len(samples) % per_round)
@@ -150,7 +150,7 @@ class HeldoutEvaluator:
 
         results = {}
         for name, rows in self._batches.items():
-            micro_batches = [from_row(r) for r in rows]
+            micro_batches = [build_micro_batch(r) for r in rows]
             sums = around(name, partial(policy.map, micro_batches, sums_of))
             local = torch.stack(sums).sum(0) if sums else torch.zeros(len(SUMS), dtype=torch.float64)
             reduced = collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local.cpu()))
@@ -181,8 +181,8 @@ class HeldoutEvaluator:
 def heldout_row(sample: OrderedSample, documents: Documents, source: Source, seq_len: int) -> PackedRow:
     """Return held-out documents as a row; of conversations with the columns `TURN` and `KIND`."""
     if source.format != "chat":
-        return sample_row(sample, documents, seq_len)
-    return with_turns(sample_row(sample, documents, seq_len, columns=(KIND,)), documents)
+        return build_row(sample, documents, seq_len)
+    return with_turns(build_row(sample, documents, seq_len, columns=(KIND,)), documents)
 
 
 def compute_result(sums: Mapping[str, float]) -> HeldoutLoss:
@@ -204,6 +204,6 @@ def _count_accepted_drafts(hidden: list[torch.Tensor], head: Head, batch: MicroB
     The layer drafts at each place the token after the next one; the trunk chooses that one place further on.
     """
     chosen, drafted = head.predict_row(hidden[0]), head.predict_row(hidden[1])
-    counted = shifted(batch, 1).weights > 0
+    counted = shift_labels(batch, 1).weights > 0
     # position t of depth 1 drafts token t + 2, which the trunk chooses at t + 1
     return torch.stack([((drafted == chosen.roll(-1)) & counted).sum(), counted.sum()]).double()

@@ -34,7 +34,7 @@ class MicroBatch:
     """[n] int64: index of the source."""
     columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Column that the objective names -> [n] float32: number of each label, 0 where there is none."""
-    said: torch.Tensor | None = None
+    teacher_output: torch.Tensor | None = None
     """[n, width] what a teacher has said of each token (`post.distillation.distill.LiveTeacher`); None:
     nothing."""
     origins: tuple[RowOrigin, ...] = ()
@@ -50,7 +50,7 @@ class MicroBatch:
         return self if self.on_host is None else self.on_host
 
 
-def from_row(row: PackedRow) -> MicroBatch:
+def build_micro_batch(row: PackedRow) -> MicroBatch:
     """Send a row to the device, in one piece and without waiting."""
     values = [*(getattr(row, name) for name in WIDE), *row.columns.values(),
               *(getattr(row, name) for name in NARROW)]
@@ -77,7 +77,7 @@ def _record(flat: torch.Tensor, row: PackedRow, values: list[np.ndarray]) -> Mic
                       sources=found["sources"], columns=columns, origins=row.origins)
 
 
-def segments(batch: MicroBatch) -> torch.Tensor:
+def compute_segments(batch: MicroBatch) -> torch.Tensor:
     """Return [n] int64: number of the segment, a document's or padding's, that each token belongs to."""
     bounds = batch.inputs.cu_seqlens
     # right=True: the token at a bound begins the next segment
@@ -85,14 +85,14 @@ def segments(batch: MicroBatch) -> torch.Tensor:
                               right=True)
 
 
-def shifted(batch: MicroBatch, depth: int) -> MicroBatch:
+def shift_labels(batch: MicroBatch, depth: int) -> MicroBatch:
     """Return the micro-batch with the labels of the tokens `depth` places further on than the next ones,
     inside the same segment, and all that belongs to them.
 
     Position t of depth d predicts token t + 1 + d; the last d positions of a segment have none.
     """
     n = len(batch.labels)
-    index, segment = torch.arange(n, device=batch.labels.device), segments(batch)
+    index, segment = torch.arange(n, device=batch.labels.device), compute_segments(batch)
     # clamped only to be a valid index: `inside` masks what is read there
     source = (index + depth).clamp(max=n - 1)
     inside = (index + depth < n) & (segment[source] == segment)

@@ -98,20 +98,20 @@ class Objective(Protocol):
         ...
 
 
-def formats_of(made_by: Any) -> tuple[str, ...]:
+def get_formats(made_by: Any) -> tuple[str, ...]:
     """Return the formats of data that an objective learns from (`data.token_shards.Source.format`), as its
     class (or what makes it) says in `formats`, a class attribute; without one, text and chats."""
     return tuple(getattr(made_by, "formats", TEXTS))
 
 
-def columns_of(made_by: Any) -> Mapping[str, NeededColumn]:
+def get_columns(made_by: Any) -> Mapping[str, NeededColumn]:
     """Return what an objective reads beside weights and types, as its class (or what makes it) says in
     `columns`, a class attribute; without one, nothing."""
     found: Mapping[str, NeededColumn] = getattr(made_by, "columns", {})
     return found
 
 
-def meters_of(objective: Any) -> tuple[str, ...]:
+def get_meters(objective: Any) -> tuple[str, ...]:
     """Return the meters of an objective, as its attribute `meters` says; without one, none.
 
     A meter is a mean that is watched and not learned, such as a share of clipped tokens.
@@ -119,12 +119,12 @@ def meters_of(objective: Any) -> tuple[str, ...]:
     return tuple(getattr(objective, "meters", ()))
 
 
-def headline_of(objective: Any) -> tuple[Meter, ...]:
+def get_headline(objective: Any) -> tuple[Meter, ...]:
     """Return the meters by which a run is judged, as the attribute `headline` says; without one, the loss."""
     return tuple(getattr(objective, "headline", (LOSS,)))
 
 
-def is_comparable(objective: Any) -> bool:
+def has_comparable_loss(objective: Any) -> bool:
     """Return whether a loss far above those of the steps before says that something is wrong, as the
     attribute `comparable_loss` says; without one it does.
 
@@ -133,7 +133,7 @@ def is_comparable(objective: Any) -> bool:
     return bool(getattr(objective, "comparable_loss", True))
 
 
-def doubt_of(objective: Any, step: int, meters: Mapping[str, float]) -> str:
+def get_doubt(objective: Any, step: int, meters: Mapping[str, float]) -> str:
     """Return what a user should know of a step's meters, in a sentence, as the method `doubt` says; without
     one, or without a doubt, "".
 
@@ -146,7 +146,7 @@ def doubt_of(objective: Any, step: int, meters: Mapping[str, float]) -> str:
     return found
 
 
-class Memory:
+class ObjectiveState:
     """What an objective knows, as a part of a checkpoint."""
 
     def __init__(self, objective: Any) -> None:
@@ -190,10 +190,10 @@ def _changed_by_json(value: Any, where: str) -> str | None:
     return next((text for text in found if text is not None), None)
 
 
-def parts_of(objective: Any) -> dict[str, Memory]:
+def get_checkpoint_parts(objective: Any) -> dict[str, ObjectiveState]:
     """Return ``{"objective": its memory}`` for the checkpoint where an objective has one: a method `state()`
     that returns plain JSON values, equal on all processes, and `restore(state)`; else nothing."""
-    return {"objective": Memory(objective)} if hasattr(objective, "state") else {}
+    return {"objective": ObjectiveState(objective)} if hasattr(objective, "state") else {}
 
 
 def with_denominators(batch: GlobalBatch, local_targets: Mapping[str, float]) -> GlobalBatch:
@@ -207,7 +207,7 @@ def with_denominators(batch: GlobalBatch, local_targets: Mapping[str, float]) ->
     return dataclasses.replace(batch, micro_batches=micro_batches, targets=targets, num_tokens=num_tokens)
 
 
-def refuse_nothing_learned(batch: GlobalBatch, step: int) -> None:
+def check_has_targets(batch: GlobalBatch, step: int) -> None:
     """Refuse a prepared batch without a single target: its loss of 0 would look like a perfect one.
 
     Args:
@@ -225,7 +225,7 @@ def refuse_nothing_learned(batch: GlobalBatch, step: int) -> None:
                         f"--set data.skip_steps=[[{step},{step}]]")
 
 
-def total_loss(sums: LossSums, coefficients: Mapping[str, float],
+def compute_total_loss(sums: LossSums, coefficients: Mapping[str, float],
                denominators: Mapping[str, float]) -> torch.Tensor:
     """Return ``sum over terms of coefficient * sum / denominator``;
     a term without targets anywhere adds nothing."""

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from megatron_sov.runs.obs.events import EVAL_LM_EVENT, build_score_events
 from megatron_sov.train.data.token_shards import TEXTS, Source
 from megatron_sov.work.processes.background import BackgroundProcess
 
-LOOK_EVERY_S = 1.0
+POLL_INTERVAL_S = 1.0
 _WAIT_S = 0.05
 
 
@@ -43,7 +44,7 @@ class EvalJob:
         return f"step-{self.step}.{self.task}"
 
 
-JUDGED: dict[EvalTask, tuple[str, ...]] = {"ppl": TEXTS, "needle": TEXTS, "pairs": ("preference",)}
+TASK_FORMATS: dict[EvalTask, tuple[str, ...]] = {"ppl": TEXTS, "needle": TEXTS, "pairs": ("preference",)}
 """Task -> formats of data that it can judge by; `lm` brings its own."""
 CommandOf = Callable[[EvalJob, Path, Path], list[str]]
 """(job, export's folder, file for the figures) -> a command that writes them, or submits a job that does."""
@@ -55,7 +56,7 @@ class _RunningEvaluation:
     process: BackgroundProcess
 
 
-class Evaluations:
+class ExportEvaluations:
     """The evaluations beside one run; lives on rank 0."""
 
     def __init__(self, run: Path, config: RunConfig, record: Callable[..., None],
@@ -71,9 +72,9 @@ class Evaluations:
         self.folder, self._exports, self._settings = (run / EVALUATIONS, run / EXPORTS,
                                                       config.evaluate.background)
         self._record = record
-        self._command_of = command_of or (lambda job, export, out: eval_command(config, job, export, out))
+        self._command_of = command_of or partial(build_eval_command, config)
         self._running: _RunningEvaluation | None = None
-        self._looked_s = -LOOK_EVERY_S
+        self._looked_s = -POLL_INTERVAL_S
         done = [int(p.name[5:])
                 for p in self._exports.glob("step-*") if p.name[5:].isdigit() and (p / MANIFEST).is_file()]
         jobs = [EvalJob(step, name) for step in sorted(done) for name in self._settings.tasks]
@@ -106,7 +107,7 @@ class Evaluations:
         Args:
             now: look even if the last look was less than `LOOK_EVERY_S` ago.
         """
-        if not self._settings.tasks or (not now and time.monotonic() - self._looked_s < LOOK_EVERY_S):
+        if not self._settings.tasks or (not now and time.monotonic() - self._looked_s < POLL_INTERVAL_S):
             return
         self._looked_s = time.monotonic()
         if self._running is not None:
@@ -208,7 +209,7 @@ class Evaluations:
             warn(f"{self.folder}: {e}")
 
 
-def refuse_unjudged(config: RunConfig, sources: Sequence[Source]) -> None:
+def check_eval_tasks(config: RunConfig, sources: Sequence[Source]) -> None:
     """Refuse a run with a task that cannot judge by the run's data, which would fail on every export.
 
     Raises:
@@ -216,8 +217,8 @@ def refuse_unjudged(config: RunConfig, sources: Sequence[Source]) -> None:
     """
     for task in config.evaluate.background.tasks:
         for source in sources:
-            if source.format not in JUDGED.get(task, (source.format,)):
-                able = [name for name, formats in JUDGED.items() if source.format in formats]
+            if source.format not in TASK_FORMATS.get(task, (source.format,)):
+                able = [name for name, formats in TASK_FORMATS.items() if source.format in formats]
                 raise UserError(
                     f"evaluate.background.tasks = {list(config.evaluate.background.tasks)}: {task} cannot "
                     f"judge by source {source.name!r}, which holds data of format {source.format!r}; ask for "
@@ -243,7 +244,7 @@ def _answers_of(result: Path) -> Path:
     return result.with_name(f".{result.name.removesuffix('.json')}.cache")
 
 
-def eval_command(config: RunConfig, job: EvalJob, export: Path, out: Path) -> list[str]:
+def build_eval_command(config: RunConfig, job: EvalJob, export: Path, out: Path) -> list[str]:
     """Return the command that judges an export as the run's settings say, or submits a job that does."""
     argv = [job.task, str(export)]
     if job.task == "lm":

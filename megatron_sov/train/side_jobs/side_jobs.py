@@ -24,7 +24,7 @@ from megatron_sov.model.families import supported as models
 from megatron_sov.runs.checkpoints import (
     ADAPTER, CHECKPOINTS_FOLDER, MODEL, checkpoint_step, latest_checkpoint)
 from megatron_sov.runs.folder import AVERAGE, EXPORTS
-from megatron_sov.train.side_jobs.evaluations import Evaluations
+from megatron_sov.train.side_jobs.evaluations import ExportEvaluations
 from megatron_sov.work.processes.background import BackgroundProcess
 
 # Python's garbage collection at the same steps on all processes.
@@ -32,7 +32,7 @@ from megatron_sov.work.processes.background import BackgroundProcess
 # Left to itself, each process collects when its own counters say so, and among hundreds there is one
 # that does so in nearly every step; all others wait for it in the next collective.
 
-class Garbage:
+class GarbageCollector:
     """Collects every so many steps; 0: leaves it to Python."""
 
     def __init__(self, every_steps: int) -> None:
@@ -58,7 +58,7 @@ class Garbage:
 FOLDER = "profile"
 
 
-class Profiling:
+class StepProfiler:
     """Watches the steps that the settings name; of a run that goes on behind the first, what is left."""
 
     def __init__(self, config: GpuConfig, run: Path, is_main: bool) -> None:
@@ -116,7 +116,7 @@ LOG = ".average.log"
 _WAIT_S = 0.05
 
 
-def make_average(run: Path, train: TrainConfig, record: Callable[..., None]) -> None:
+def average_checkpoints(run: Path, train: TrainConfig, record: Callable[..., None]) -> None:
     """Write RUN/average, unless it is there, and record an event; a failure is one too, and a warning.
 
     Args:
@@ -169,7 +169,7 @@ class _RunningJob:
     process: BackgroundProcess
 
 
-class Exports:
+class CheckpointExports:
     """The exports of one run; lives on rank 0."""
 
     def __init__(self, run: Path, train: TrainConfig, record: Callable[..., None],
@@ -296,9 +296,9 @@ class SideJobs:
             config: its settings.
             record: writes an event: `record(name, **fields)`.
         """
-        self._average = partial(make_average, run, config.train, record)
-        self._evaluations = Evaluations(run, config, record)
-        self._exports = Exports(run, config.train, record,
+        self._average = partial(average_checkpoints, run, config.train, record)
+        self._evaluations = ExportEvaluations(run, config, record)
+        self._exports = CheckpointExports(run, config.train, record,
                                 lambda step: _without_harm(lambda: self._evaluations.offer(step)))
 
     def offer(self, step: int, checkpoint: Path, last: bool) -> None:

@@ -16,7 +16,7 @@ from megatron_sov.plan.footprint.memory import Account, account
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.runs.obs.meters import HeldoutFigures, Meter, format_recent_means
 from megatron_sov.train.checkpointer import TrainState
-from megatron_sov.train.data.ledger import LedgerEntry, over_long
+from megatron_sov.train.data.ledger import LedgerEntry, count_over_long
 from megatron_sov.train.data.token_shards import Source
 
 
@@ -53,7 +53,7 @@ def format_banner(config: RunConfig, num_ranks: int, run: Path, steps: range, en
                             f"{rollout.samples_per_prompt:,} responses")
     fate = {"cut": "their tails are left out", "drop": "they are left out"}.get(config.data.over_long)
     too_long = "".join(f"\n  over-long  {o.source}: {o.count:,} of {o.total:,} are longer than {o.seq_len} "
-                       f"tokens, {fate} (data.over_long)" for o in over_long(sources, entries))
+                       f"tokens, {fate} (data.over_long)" for o in count_over_long(sources, entries))
     return (f"{config.recipe}: {format_count(count.total)} parameters ({format_count(count.active)} active)"
             f"{f', {format_count(count.encoders)} of encoders' if count.encoders else ''}, steps "
             f"{steps.start + 1} to {steps.stop}{length}\n"
@@ -127,7 +127,7 @@ def format_summary(run: Path, checkpoint: Path, done: TrainState, wall_s: float,
     adapter = f"{then}convert to-peft {words} PEFT_DIR" if config.lora.on else ""
     minutes, seconds = divmod(round(wall_s), 60)
     # of responses that are compared the loss says nothing
-    compared = {source.name for source in sources if source.group > 1 or source.made is not None}
+    compared = {source.name for source in sources if source.group > 1 or source.train_documents is not None}
     figures = (heldout.text(headline, lambda source: source not in compared), means)
     return (f"complete: step {done.step}, {format_count(done.tokens)} tokens in {minutes}:{seconds:02d} min"
             + "".join(f"; {text}" for text in figures if text)

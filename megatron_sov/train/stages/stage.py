@@ -35,23 +35,23 @@ from megatron_sov.runs.launch_environment import get_command_start, has_launcher
 from megatron_sov.runs.lock import RunLock
 from megatron_sov.runs.obs.events import EVENTS
 from megatron_sov.schedules import describe_schedule_change
-from megatron_sov.train.checkpointer import newest_sound, refuse_other_base
+from megatron_sov.train.checkpointer import check_adapter_base, find_sound_checkpoint
 from megatron_sov.train.data.ledger import (
-    LedgerEntry, over_long, plan, refuse_over_long, refuse_over_long_pairs)
-from megatron_sov.train.data.requirements import refuse_unreadable, refuse_without_columns
+    LedgerEntry, check_pairs_fit, check_units_fit, count_over_long, plan_ledger)
+from megatron_sov.train.data.requirements import check_columns, check_routes_and_encoders
 from megatron_sov.train.data.token_shards import Source, open_sources, tokenizer_folder
-from megatron_sov.train.data.views import with_views
+from megatron_sov.train.data.views import add_source_views
 from megatron_sov.train.feed import Feed
-from megatron_sov.train.guards.fault_injection import Fault, Faults, not_come
+from megatron_sov.train.guards.fault_injection import Fault, FaultInjector, list_pending_faults
 from megatron_sov.train.guards.gate import EndGate, Gate, GateView, conclude
 from megatron_sov.train.loop import train
-from megatron_sov.train.objectives.objective import columns_of, formats_of
-from megatron_sov.train.side_jobs.evaluations import refuse_unjudged
+from megatron_sov.train.objectives.objective import get_columns, get_formats
+from megatron_sov.train.side_jobs.evaluations import check_eval_tasks
 from megatron_sov.train.side_jobs.side_jobs import SideJobs
 from megatron_sov.train.stages.announcement import format_banner, format_summary, memory_of
 from megatron_sov.train.stages.shared_copies import SHARED, find_copy
-from megatron_sov.train.stopping import StopFlag
 from megatron_sov.train.trainer import ObjectiveFactory, Trainer
+from megatron_sov.work.processes.stop_signals import StopFlag
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _run_ranks(stage: Stage, data: _Data, begin: _Begin, nproc: int | None) -> b
         raise SystemExit(code)  # the rank that failed has said why
     conclude(stage.folder, stage.end_gate)
     if stage.folder.completion() is not None:
-        for fault in not_come(stage.faults, stage.folder.path):
+        for fault in list_pending_faults(stage.faults, stage.folder.path):
             warn(f"--inject {fault.name}: never came")
         _finish_side_jobs(stage.folder, stage.config)
         return True
@@ -243,8 +243,8 @@ def _open_data(stage: Stage) -> _Data:
     packed = stage.sources
     if packed is None:
         packed = tuple(open_sources(stage.config.data.paths, stage.config.model.vocab_size,
-                                    formats_of(stage.objective)))
-    refuse_unjudged(stage.config, packed)
+                                    get_formats(stage.objective)))
+    check_eval_tasks(stage.config, packed)
     chats = [s.name for s in packed if s.is_chat]
     if chats and stage.config.objective.name == "lm" and is_first_rank():
         warn(f"{', '.join(chats)}: holds conversations, of which the answers alone are learned; "
@@ -254,15 +254,15 @@ def _open_data(stage: Stage) -> _Data:
         read_tokenizer(tokenizer)  # what is damaged would else be met at the first evaluation, steps later
     for source in packed:
         if source.num_tokens.get("heldout"):
-            source.shard("heldout")
-    sources = [*with_views(stage.config, list(packed)), *stage.extra_sources]
-    refuse_without_columns(sources, columns_of(stage.objective))
-    refuse_unreadable(sources, stage.config.model)
-    planned = plan(stage.config, sources)
+            source.open_split("heldout")
+    sources = [*add_source_views(stage.config, list(packed)), *stage.extra_sources]
+    check_columns(sources, get_columns(stage.objective))
+    check_routes_and_encoders(sources, stage.config.model)
+    planned = plan_ledger(stage.config, sources)
     if stage.config.data.over_long == "refuse":
-        refuse_over_long(over_long(sources, planned))
+        check_units_fit(count_over_long(sources, planned))
     elif stage.config.data.over_long == "cut":
-        refuse_over_long_pairs(over_long([s for s in sources if s.group > 1], planned))
+        check_pairs_fit(count_over_long([s for s in sources if s.group > 1], planned))
     return _Data(sources, planned)
 
 
@@ -337,7 +337,7 @@ def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
     if on_gpu():
         device.set_run_variables(stage.config)
     latest = checkpoints.latest_checkpoint(stage.folder.checkpoints)
-    faults = Faults(stage.faults, stage.folder.path, int(os.environ["RANK"]))
+    faults = FaultInjector(stage.faults, stage.folder.path, int(os.environ["RANK"]))
     faults.trigger("start", checkpoints.checkpoint_step(latest) if latest else 0)
     place = world.join_world(stage.config.parallel, _bytes_of_own_gpu(stage.config))
     lock = RunLock(stage.folder.path) if place.is_main else None
@@ -353,7 +353,7 @@ def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
                           initial_weights=newest is None and stage.start_from is None, feed=stage.feed)
         resumed = _restore(stage, trainer, newest)
         run_on_main(place, lambda: _open(stage, trainer, begin))
-        with stop.answered_by(trainer.answer_stop) if place.is_main else contextlib.nullcontext():
+        with stop.answer_first_signal(trainer.answer_stop) if place.is_main else contextlib.nullcontext():
             if stage.before is not None and not resumed:
                 stage.before(trainer)
             if stage.gate is not None and not resumed:
@@ -408,7 +408,7 @@ def _own_checkpoint(stage: Stage, place: world.ParallelWorld) -> Path | None:
     """Return the newest sound checkpoint of the run, from which it goes on; None: it has none yet."""
     folder = stage.folder.checkpoints
     run_on_main(place, lambda: checkpoints.delete_leftovers(folder))
-    newest = newest_sound(stage.folder, place)
+    newest = find_sound_checkpoint(stage.folder, place)
     if newest is None:
         run_on_main(place, lambda: checkpoints.check_sound_checkpoint_exists(folder))
     return newest
@@ -422,13 +422,13 @@ def _restore(stage: Stage, trainer: Trainer, newest: Path | None) -> bool:
             (checkpoints.read_adapter_base(start) or checkpoints.AdapterBase.from_checkpoint(start)).path))
     if newest is not None:
         if stage.start_from is not None:
-            refuse_other_base(newest, stage.start_from)
+            check_adapter_base(newest, stage.start_from)
         trainer.guards.faults.trigger("load", checkpoints.checkpoint_step(newest))
         trainer.resume(newest)
         _tell_changes(stage, trainer)
         return True
     if stage.start_from is not None:
-        trainer.start_from(stage.start_from)
+        trainer.load_start_weights(stage.start_from)
     return False
 
 
@@ -452,7 +452,7 @@ def _open(stage: Stage, trainer: Trainer | None, begin: _Begin) -> None:
 def _finish(stage: Stage, trainer: Trainer) -> None:
     if stage.gate is not None and not stage.gate.passed:
         failure = stage.gate.failure()
-        trainer.recorder.gate_failed(trainer.step, failure)
+        trainer.recorder.record_gate_failure(trainer.step, failure)
         run_on_main(trainer.world, lambda: stage.folder.mark_gate_failed(failure))
         return
     extra = stage.after(trainer) if stage.after is not None else {}

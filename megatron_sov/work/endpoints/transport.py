@@ -1,24 +1,19 @@
-"""HTTP requests through the `openai` client, limited in time and size; the client is imported on first use.
-
-The API key is read from the environment for each request and appears in its header only.
-"""
+"""HTTP requests with JSON bodies, limited in time and size; the client is imported with the first request."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from megatron_sov.base.errors import format_install_command
 from megatron_sov.base.settings import ProblemCode, SettingsProblem
-from megatron_sov.work.endpoints.answers import (
-    BadAnswer, RequestRefused, find_permanent_refusal, read_error_text)
+
+if TYPE_CHECKING:
+    from megatron_sov.work.endpoints.http_client import HttpClient
 
 MAX_BODY_BYTES = 8 << 20
 KEEPALIVE_S = 2.0
@@ -85,13 +80,10 @@ class Transport:
 
     def __init__(self, url: str, key_env: str, timeout_s: float, key: str = "",
                  max_bytes: int = 0) -> None:
-        self._base, _, self._path = url.rpartition("/")
-        self._is_secure = url.startswith("https:")
-        self._is_here = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
-        self._key_env, self._timeout_s, self._key = key_env, timeout_s, key
+        self._url, self._key_env, self._timeout_s, self._key = url, key_env, timeout_s, key
         self._max_bytes = max_bytes or MAX_BODY_BYTES
         self._lock = threading.Lock()
-        self._client: Any = None
+        self._client: HttpClient | None = None
 
     def post(self, payload: Mapping[str, Any], path: str = "") -> HttpResponse:
         """Send a POST request; return the response with any status.
@@ -118,130 +110,20 @@ class Transport:
             RequestRefused: the endpoint refuses the request permanently, for example as too long.
             BadAnswer: no connection, a refusal, or an interrupted answer.
         """
-        import httpx
-        import openai
-
-        try:
-            opened: openai.Stream[Any] = self._get_client().post(
-                f"/{self._path}", body=dict(payload) | {"stream": True}, cast_to=object, stream=True,
-                stream_cls=openai.Stream[Any], options={"headers": self._build_headers()})
-            with opened:
-                for part in opened:
-                    if isinstance(part, Mapping):
-                        yield part
-        except openai.APIStatusError as e:
-            body = e.response.content
-            message = read_error_text(body, self._secret) or f"HTTP {e.status_code}"
-            if why := find_permanent_refusal(body):
-                raise RequestRefused(f"the request is {why} ({message})") from None
-            raise BadAnswer(f"the endpoint refuses ({message})") from None
-        except openai.APIError as e:
-            if isinstance(e, openai.APIConnectionError):
-                raise self._convert_error(e) from None
-            # an error in place of the next part
-            raise BadAnswer(f"the endpoint broke off ({' '.join(str(e.message).split())[:200]})") from None
-        except (openai.OpenAIError, httpx.HTTPError, httpx.InvalidURL) as e:
-            raise self._convert_error(e) from None
-
-    @property
-    def _secret(self) -> str:
-        return self._key or (os.environ.get(self._key_env, "") if self._key_env else "")
-
-    def _build_headers(self) -> dict[str, Any]:
-        import openai
-
-        # no compression: limits count compressed bytes, and little can expand to much
-        return {"Accept-Encoding": "identity",
-                "Authorization": f"Bearer {self._secret}" if self._secret else openai.Omit()}
+        yield from self._open_client().stream(payload)
 
     def _send_request(self, method: str, payload: Mapping[str, Any] | None, path: str) -> HttpResponse:
-        import httpx
-        import openai
+        response = self._open_client().send_request(method, payload, path)
+        headers = {name.lower(): value for name, value in response.headers.items()}
+        return HttpResponse(response.status_code, headers, response.content)
 
-        arguments: dict[str, Any] = {"cast_to": httpx.Response, "options": {"headers": self._build_headers()}}
-        if payload is not None:
-            arguments["body"] = dict(payload)
-        try:
-            response = getattr(self._get_client(), method)(f"/{self._path}{path}", **arguments)
-        except openai.APIStatusError as e:
-            response = e.response
-        except (openai.OpenAIError, httpx.HTTPError, httpx.InvalidURL) as e:
-            raise self._convert_error(e) from None
-        return HttpResponse(response.status_code,
-                        {name.lower(): value for name, value in response.headers.items()}, response.content)
-
-    def _convert_error(self, error: Exception) -> Exception:
-        """Convert a client exception to `TimeoutError` or `BadAnswer`."""
-        import httpx
-        import openai
-
-        if isinstance(error, (openai.APITimeoutError, httpx.TimeoutException)):
-            return TimeoutError(f"the endpoint took longer than {self._timeout_s:g} s")
-        cause = error.__cause__ or error
-        if isinstance(cause, _decoding_error_class()):
-            return BadAnswer(str(cause))
-        return BadAnswer(f"the connection failed ({type(cause).__name__})", is_unavailable=True)
-
-    def _get_client(self) -> Any:
-        """Return the `openai.OpenAI` client, created on first use over an `httpx.Client` with our limits."""
-        import httpx
-        import openai
+    def _open_client(self) -> HttpClient:
+        """Return the client, created on first use."""
+        # not at the top: `openai` takes a second to import
+        from megatron_sov.work.endpoints.http_client import HttpClient
 
         with self._lock:
             if self._client is None:
-                http = httpx.Client(timeout=self._timeout_s,
-                                    limits=httpx.Limits(max_connections=None, keepalive_expiry=KEEPALIVE_S),
-                                    # loading certificates is slow, and plain HTTP needs none
-                                    verify=self._is_secure,
-                                    # a proxy would resolve localhost as its own machine
-                                    trust_env=not self._is_here,
-                                    event_hooks={"request": [self._set_deadline],
-                                                 "response": [partial(_limit_response, self._max_bytes)]})
-                self._client = openai.OpenAI(base_url=self._base, api_key="none", max_retries=0,
-                                             timeout=self._timeout_s,
-                                             http_client=http)  # type: ignore[arg-type]
+                self._client = HttpClient(self._url, self._key_env, self._timeout_s, self._key,
+                                          self._max_bytes, KEEPALIVE_S)
             return self._client
-
-    def _set_deadline(self, request: Any) -> None:
-        # httpx limits single reads: an answer arriving byte by byte would never time out
-        request.extensions["until_s"] = time.monotonic() + self._timeout_s
-
-
-def _limit_response(max_bytes: int, response: Any) -> None:
-    """Limit a response to `max_bytes` and refuse compressed responses (zip bombs)."""
-    if response.headers.get("content-encoding", "identity") != "identity":
-        response.close()
-        raise _decoding_error_class()("the endpoint sent a packed answer, which was not asked for",
-                                      request=response.request)
-    response.stream = _limit_stream(response, max_bytes)
-
-
-def _decoding_error_class() -> Any:
-    import httpx
-
-    return httpx.DecodingError
-
-
-def _limit_stream(response: Any, max_bytes: int) -> Any:
-    import httpx
-
-    inner, request = response.stream, response.request
-
-    class BoundedStream(httpx.SyncByteStream):
-        """Response stream with limits of size and time."""
-
-        def __iter__(self) -> Iterator[bytes]:
-            size_bytes = 0
-            for block in inner:
-                size_bytes += len(block)
-                if size_bytes > max_bytes:
-                    raise _decoding_error_class()(f"the endpoint sent more than {max_bytes >> 20} MiB",
-                                                  request=request)
-                if time.monotonic() > request.extensions["until_s"]:
-                    raise httpx.ReadTimeout("the request has taken its time", request=request)
-                yield block
-
-        def close(self) -> None:
-            inner.close()
-
-    return BoundedStream()

@@ -7,16 +7,15 @@ import base64
 import io
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from megatron_sov.base.errors import first_error_line
 from megatron_sov.work.endpoints.answers import BadAnswer, RequestRefused
 from megatron_sov.work.endpoints.token_server import (
     AnswerParsing, ServerCalls, TokenAnswer, TokenRequest, VersionSpan, check_answers, check_token_ids,
     parse_version)
-
-if TYPE_CHECKING:
-    import numpy as np
 
 VLLM = "vllm"
 """Name of the engine in settings."""
@@ -175,8 +174,6 @@ def _parse_choice(choice: Mapping[str, Any]) -> TokenAnswer:
 
 def _decode_routes(encoded: str | None) -> np.ndarray | None:
     """Decode a base64 `.npy` array with `allow_pickle=False`."""
-    import numpy as np
-
     if encoded is None:
         return None
     array: np.ndarray = np.load(io.BytesIO(base64.b64decode(encoded)), allow_pickle=False)

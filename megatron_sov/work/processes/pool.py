@@ -9,16 +9,14 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from megatron_sov.base.errors import ExitCode, StopRequested, UserError
 from megatron_sov.work.processes.children import STOP_SIGNALS
-
-if TYPE_CHECKING:
-    from concurrent.futures import ProcessPoolExecutor
 
 Work = TypeVar("Work")
 Item = TypeVar("Item")
@@ -185,9 +183,6 @@ class WorkerPool(Generic[Item, Result]):
             self._here = self._here or self._build(*self._arguments)
             yield from map(self._here, chain(first, remaining))
             return
-        from concurrent.futures import ProcessPoolExecutor
-        from concurrent.futures.process import BrokenProcessPool
-
         # spawn: forking a process with library threads could deadlock
         self._pool = self._pool or ProcessPoolExecutor(
             self._workers, multiprocessing.get_context("spawn"), _start_worker,

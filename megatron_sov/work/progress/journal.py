@@ -123,7 +123,7 @@ def slurm_folder(output: Path) -> Path:
 def delete_work(output: Path) -> None:
     """Rename and delete the work folder of a finished output; a kill leaves no partial work under the old
     name."""
-    # `new_artifact` deletes folders with this name after a kill
+    # `create_artifact` deletes folders with this name after a kill
     delete_folder(work_folder(output), output.with_name(f".{output.name}.tmp-{os.getpid()}"))
 
 

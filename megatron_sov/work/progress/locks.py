@@ -52,21 +52,14 @@ def has_ended(record: Mapping[str, Any]) -> bool | None:
     Args:
         record: `process_identity()` of the process, possibly from an untrusted file.
     """
-    import psutil
-
     pid, started_s = record.get("pid"), record.get("started_s")
     own_place = (socket.gethostname(), process_table())
     # a pid is only meaningful in its own process table
     if (record.get("host"), record.get("process_table")) != own_place or not isinstance(pid, int) \
             or not isinstance(started_s, float):
         return None
-    try:
-        holder = psutil.Process(pid)
-        if holder.status() == psutil.STATUS_ZOMBIE:  # ended, but not yet reaped by its parent
-            return True
-        return bool(abs(holder.create_time() - started_s) >= CLOCK_TOLERANCE_S)
-    except psutil.NoSuchProcess:
-        return True
+    found_s = _find_start_time(pid)
+    return found_s is None or abs(found_s - started_s) >= CLOCK_TOLERANCE_S
 
 
 @cache
@@ -82,9 +75,20 @@ def process_table() -> str:
 @cache
 def _own_process(pid: int) -> dict[str, Any]:
     """Return pid and start time; cached per pid because forks differ."""
-    import psutil
+    return {"pid": pid, "started_s": _find_start_time(pid)}
 
-    return {"pid": pid, "started_s": psutil.Process(pid).create_time()}
+
+def _find_start_time(pid: int) -> float | None:
+    """Return the Unix time at which a process started; None if it has ended."""
+    import psutil  # not at the top: it is slow to import, and most commands lock nothing
+
+    try:
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:  # ended, but not yet reaped by its parent
+            return None
+        return float(process.create_time())
+    except psutil.NoSuchProcess:
+        return None
 
 
 @dataclass(frozen=True)

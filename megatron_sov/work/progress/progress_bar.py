@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, Never, TextIO
+from typing import TYPE_CHECKING, Any, Never, TextIO
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -26,11 +26,15 @@ def create_bar(title: str, total: int, unit: str, visible: bool = True) -> tqdm[
         unit: noun for a part; large counts are abbreviated.
         visible: False on ranks that should stay silent.
     """
-    from tqdm import tqdm
-
     # disable=None: tqdm appears on a terminal only
-    return tqdm(total=total, desc=title, unit=unit, unit_scale=True, delay=SHOWN_AFTER_S,
-                disable=None if visible else True)
+    return _open_bar(total=total, desc=title, unit=unit, unit_scale=True, delay=SHOWN_AFTER_S,
+                     disable=None if visible else True)
+
+
+def _open_bar(**options: Any) -> tqdm[Never]:
+    from tqdm import tqdm  # not at the top: it is slow to import, and `--help` shows no progress
+
+    return tqdm(**options)
 
 
 class ProgressBar:
@@ -50,10 +54,8 @@ class ProgressBar:
         self._line = ""
         self._bar: tqdm[Never] | None = None
         if self._stream.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total_steps, initial=first_step, desc=label, unit="step",
-                             dynamic_ncols=True, file=self._stream)
+            self._bar = _open_bar(total=total_steps, initial=first_step, desc=label, unit="step",
+                                  dynamic_ncols=True, file=self._stream)
 
     def update(self, step: int, metrics_text: str, tokens_per_s: float) -> None:
         """Display `step` with `metrics_text` and the total tokens per second."""
@@ -61,15 +63,13 @@ class ProgressBar:
             self._bar.set_postfix_str(f"{metrics_text}, {tokens_per_s:,.0f} tokens/s", refresh=False)
             self._bar.update(step - self._bar.n)
             return
-        from tqdm import tqdm
-
         now_s = time.monotonic()
         # Average over steps since the start of the process: steps before a resume ran earlier.
         num_steps = step - self._first_step
         step_s = (now_s - self._start_s) / num_steps if num_steps > 0 else 0.0
         remaining_s = step_s * (self._total_steps - step)
         self._line = (f"{self._label}: step {step}/{self._total_steps}, {metrics_text}, {tokens_per_s:,.0f} "
-                      f"tokens/s, {tqdm.format_interval(remaining_s)} left")
+                      f"tokens/s, {_format_interval(remaining_s)} left")
         if now_s - self._last_line_s >= LINE_EVERY_S:
             self._write_line(now_s)
 
@@ -84,3 +84,10 @@ class ProgressBar:
         # a single write: lines of other ranks must not interleave
         print(f"{self._line}\n", end="", file=self._stream, flush=True)
         self._line, self._last_line_s = "", now_s
+
+
+def _format_interval(seconds: float) -> str:
+    """Format a duration as [H:]MM:SS, like tqdm."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:d}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes:02d}:{seconds:02d}"

@@ -65,7 +65,7 @@ def _connect_ray(address: str) -> Any:
     """Return the `ray` module, connected to the cluster."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        import ray
+        import ray  # optional package
     except ImportError:
         raise UserError(f"--ray {address}: Ray is not installed; install it with "
                         f"{format_install_command('ray')}"

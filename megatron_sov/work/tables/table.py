@@ -309,7 +309,7 @@ class Table(Generic[P]):
         Raises:
             UserError: the file is damaged, too large, or not written by the table.
         """
-        from megatron_sov.work.tables.parquet import read_table
+        from megatron_sov.work.tables.parquet import read_table  # imports pyarrow, as above
 
         record = read_manifest(part.path).files[part.file.name]
         if damage := find_file_damage(part.file, record):
@@ -334,6 +334,7 @@ class Table(Generic[P]):
         Raises:
             UserError: too many rows, or the disk is not writable; no files remain.
         """
+        # imports pyarrow, as above
         from megatron_sov.work.tables.parquet import find_table_problem, write_table
 
         path, kind = self.part_path(name, version), self.ADDED if version else self.ROWS

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from megatron_sov.base.documents import cut_at_blank_lines, cut_text, overlap, scripts
+from megatron_sov.base.documents import cut_at_blank_lines, cut_text, overlap, scripts, unit_scan
 from megatron_sov.base.documents.item_search import ItemSearch, SearchItem
-from megatron_sov.base.documents.overlap import (
-    RUN_WORDS, find_units, hash_runs, hash_stretches, hash_windows, list_units)
+from megatron_sov.base.documents.overlap import RUN_WORDS, find_units, hash_runs, hash_stretches, hash_windows
 from megatron_sov.base.documents.rows import parse_finite, reject_constant
 from megatron_sov.base.errors import escape_controls
 
@@ -25,6 +24,17 @@ THAI = "ผู้ใดกระทำความผิดตามพระร
 
 def shared(first: str, second: str) -> int:
     return len(set(hash_runs(first)) & set(hash_runs(second)))
+
+
+def list_units(text: str) -> list[str]:
+    """Return the units of a text as strings, without ignored characters."""
+    parsed, classes, strings = find_units(text), unit_scan.get_classes(), list[str]()
+    ignored = (unit_scan.SEPARATOR, unit_scan.IGNORED)
+    for i in range(len(parsed.hashes)):
+        start, stop = parsed.span(i, i + 1)
+        characters = parsed.folded[start:stop].casefold()
+        strings.append("".join(c for c in characters if classes[ord(c)] not in ignored))
+    return strings
 
 
 def test_runs_match_brute_force() -> None:

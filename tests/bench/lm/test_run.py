@@ -13,16 +13,12 @@ from typing import Any
 
 import pytest
 
+from megatron_sov import convert
+from megatron_sov.bench.lm import local, results
 from megatron_sov.cli import main
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
+from megatron_sov.infer.engines.load import load_tokenizer
+from megatron_sov.infer.engines.transformers_engine import load_hf
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
-
-prepare_megatron()
-
-from megatron_sov import convert  # noqa: E402
-from megatron_sov.bench.lm import local, results  # noqa: E402
-from megatron_sov.infer.engines.load import load_tokenizer  # noqa: E402
-from megatron_sov.infer.engines.transformers_engine import load_hf  # noqa: E402
 
 TASKS = ("last_word", "rolling", "words", "letters", "stopped", "unended")
 FAMILY = "solar_open"

@@ -80,6 +80,7 @@ EVIL = [
 ]
 
 
+@pytest.mark.tier1_cases(10)
 @pytest.mark.parametrize(("line", "said"), EVIL, ids=[line[:60] for line, _ in EVIL])
 def test_what_a_stranger_could_do_is_refused(folder: Path, line: str, said: str) -> None:
     (folder / "evil.py").write_text("raise SystemExit('it ran')")

@@ -100,6 +100,7 @@ def test_mmlu_pro_reads_answers_alike(tmp_path: Path, loaded: Loaded) -> None:
     assert 0 < sum(expected) < len(expected)
 
 
+@pytest.mark.tier1_cases(2)
 @pytest.mark.parametrize("language", ["ko", "th", "ja", "de", "es"])
 def test_mmlu_prox_asks_and_reads_as_lm_eval_does(tmp_path: Path, loaded: Loaded, language: str) -> None:
     name, case = f"mmlu-prox-{language}", CASES[f"mmlu-prox-{language}"]

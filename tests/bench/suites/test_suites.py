@@ -35,6 +35,7 @@ def payload_score(payload: dict[str, Any]) -> float:
     return best if "RIGHT" in said else 0.0
 
 
+@pytest.mark.tier1_cases(6)
 @pytest.mark.parametrize("name", [name for name in TASKS if name not in CHOSEN])
 def test_answers_get_what_they_deserve(name: str, tmp_path: Path, load: Load,
                                        monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,7 @@ def divergence_of_transformers(run: Path, number: int, folder: Path, teacher: Pa
         to_hf(checkpoint, folder / f"hf-{name}", "float32")
         models.append(AutoModelForCausalLM.from_pretrained(folder / f"hf-{name}", dtype=torch.float32))
     [source] = open_sources({str(run / f"rounds/{number:04d}"): 1.0}, 368, ("rollouts",))
-    shard, sums, count = source.shard("train"), np.zeros(2), 0
+    shard, sums, count = source.open_split("train"), np.zeros(2), 0
     for document, length in enumerate(np.asarray(shard.lengths[np.arange(len(shard.lengths))]).tolist()):
         ids = torch.tensor(shard.tokens(document, 0, length).tolist())[None]
         written = torch.tensor(shard.loss_weights(document, 0, length)[1:] > 0)

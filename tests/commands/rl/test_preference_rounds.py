@@ -80,7 +80,7 @@ def documents(run: Path, number: int) -> list[list[tuple[list[int], list[bool], 
     """Return the documents of each step of a round: tokens, which are learned, and what each is one of."""
     path = run / f"rounds/{number:04d}"
     [source] = open_sources({str(path): 1.0}, 368, ("rollouts",))
-    shard, found = source.shard("train"), []
+    shard, found = source.open_split("train"), []
     for document, length in enumerate(np.asarray(shard.lengths[np.arange(len(shard.lengths))]).tolist()):
         found.append((shard.tokens(document, 0, length).tolist(),
                       (shard.loss_weights(document, 0, length) > 0).tolist(),

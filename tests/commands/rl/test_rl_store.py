@@ -24,8 +24,8 @@ from megatron_sov.base.errors import StopRequested, UserError
 from megatron_sov.cli import main
 from megatron_sov.commands.rl.rl_reward import opened_store
 from megatron_sov.post.rl.reward import ENVIRONMENT
-from megatron_sov.rollouts.inspection import checked, listed
-from megatron_sov.rollouts.rows import STOP, UNFINISHED, AskedPrompt, Key, RewardRow, Rollout, part_name
+from megatron_sov.rollouts.inspection import check_with_progress, format_store
+from megatron_sov.rollouts.rows import STOP, UNFINISHED, Key, RewardRow, Rollout, StorePlan, format_part_name
 from megatron_sov.rollouts.store import REWARDS, ROLLOUTS, RolloutStore
 from megatron_sov.work.progress.locks import Claims
 from tests.pages_typed import blocks, page_text, shell_lines
@@ -45,9 +45,9 @@ def filled(path: Path) -> RolloutStore:
     """Return a store of one round: two pieces, of which one response was continued, and a reward."""
     store = RolloutStore.create(path, "sha256:ab", 100)
     late = rollout("p1", 0, finish_reason=UNFINISHED)
-    parts = {part_name(1, 0): [rollout("p0", 0), rollout("p0", 1)],
-             part_name(1, 1): [late, rollout("p1", 1, record={"prompt": "Hi"})],
-             part_name(1, 1, 1): [dataclasses.replace(late, attempt=1, finish_reason="length")]}
+    parts = {format_part_name(1, 0): [rollout("p0", 0), rollout("p0", 1)],
+             format_part_name(1, 1): [late, rollout("p1", 1, record={"prompt": "Hi"})],
+             format_part_name(1, 1, 1): [dataclasses.replace(late, attempt=1, finish_reason="length")]}
     for name, rows in parts.items():
         store.add_rollouts(name, rows, {})
         store.add_rewards(VERSION, name, [
@@ -100,9 +100,9 @@ def test_the_page_is_true(sound: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_show_prints_a_row_without_its_control_characters(sound: Path) -> None:
-    code, out, _ = told("show", str(sound), part_name(1, 0), "1")
+    code, out, _ = told("show", str(sound), format_part_name(1, 0), "1")
     assert code == 0 and out.endswith("response:\nit is\\x1b[2J 4\n") and "\x1b" not in out
-    found = json.loads(told("show", str(sound), part_name(1, 0), "1", "--json")[1])
+    found = json.loads(told("show", str(sound), format_part_name(1, 0), "1", "--json")[1])
     assert found["turns"] == [{"tokens": [0, 1], "versions": [3], "mean_logprob": -0.5},
                               {"tokens": [2, 3], "versions": [4], "mean_logprob": -1.5}]
     assert [(said["reward_version"], said["reward"]) for said in found["rewards"]] == [(VERSION, 1.0)]
@@ -110,7 +110,7 @@ def test_show_prints_a_row_without_its_control_characters(sound: Path) -> None:
 
 def file_of(store: RolloutStore, below: str) -> Path:
     """Return the file of the first part of a folder."""
-    return store.path / below / part_name(1, 0) / f"{below.partition('/')[0]}.parquet"
+    return store.path / below / format_part_name(1, 0) / f"{below.partition('/')[0]}.parquet"
 
 
 def flip(file: Path) -> None:
@@ -133,19 +133,19 @@ BREAKS = {
     "a rewards' flipped bit": (lambda s: flip(file_of(s, f"rewards/{VERSION[:12]}")),
                                ["rewards.parquet: its content differs"]),
     "a stranger": (lambda s: (s.path / "rollouts/notes").mkdir(), ["rollouts/notes: is not a part of the"]),
-    "a key twice": (lambda s: add(s, part_name(2, 0), rollout("p0", 0)),
+    "a key twice": (lambda s: add(s, format_part_name(2, 0), rollout("p0", 0)),
                     [r"round-0002-piece-0000/rollouts.parquet: row 0 has the key and the attempt of .*"
                      r"round-0001-piece-0000/rollouts.parquet: row 0$"]),
-    "nothing before": (lambda s: add(s, part_name(2, 0), rollout("p9", 0, attempt=1)),
+    "nothing before": (lambda s: add(s, format_part_name(2, 0), rollout("p9", 0, attempt=1)),
                        ["row 0 continues an attempt that is not there$"]),
-    "behind a finished one": (lambda s: add(s, part_name(2, 0), rollout("p0", 0, attempt=1)),
+    "behind a finished one": (lambda s: add(s, format_part_name(2, 0), rollout("p0", 0, attempt=1)),
                               ["row 0 continues a finished one: .*round-0001-piece-0000.*row 0$"]),
-    "a row's problem": (lambda s: add(s, part_name(2, 0), rollout("q", 0, temperature=0.0)),
+    "a row's problem": (lambda s: add(s, format_part_name(2, 0), rollout("q", 0, temperature=0.0)),
                         ["round-0002-piece-0000/rollouts.parquet: row 0 has temperature 0.0$"]),
-    "a reward of no part": (lambda s: shutil.rmtree(s.path / "rollouts" / part_name(1, 0)),
+    "a reward of no part": (lambda s: shutil.rmtree(s.path / "rollouts" / format_part_name(1, 0)),
                             ["judges rows that cannot be read: .*does not exist"]),
     "a reward of no row": (
-        lambda s: s.add_rewards("w" * 16, part_name(1, 0), [
+        lambda s: s.add_rewards("w" * 16, format_part_name(1, 0), [
             RewardRow(rollout("p0", i).key, 0, "w" * 16, 1.0, "scored") for i in (0, 7, 0)]),
         ["row 1 judges sample 7 of prompt p0, attempt 0, which round-0001-piece-0000 does not hold",
          "row 2 judges a row a second time"]),
@@ -156,14 +156,14 @@ BREAKS = {
 def test_verify_names_what_is_wrong(name: str, store: RolloutStore) -> None:
     broke, sentences = BREAKS[name]
     broke(store)
-    for line, sentence in zip(checked(store).problems, sentences, strict=True):
+    for line, sentence in zip(check_with_progress(store).problems, sentences, strict=True):
         assert re.search(sentence, line), (line, sentence)
 
 
 def test_gc_takes_what_nobody_needs_and_no_more(store: RolloutStore) -> None:
     claims = Claims(store.claims, 60)
-    done = (part_name(1, 0), f"reward-{VERSION[:12]}-{part_name(1, 0)}")
-    open_ones = (part_name(2, 0), f"reward-{'0' * 12}-{part_name(1, 0)}")
+    done = (format_part_name(1, 0), f"reward-{VERSION[:12]}-{format_part_name(1, 0)}")
+    open_ones = (format_part_name(2, 0), f"reward-{'0' * 12}-{format_part_name(1, 0)}")
     for name in (*done, *open_ones):
         assert claims.take(name) is not None
     old, new = store.path / "rollouts/.round-0002-piece-0000.new-1", store.path / "rollouts/.a.new-2"
@@ -193,8 +193,8 @@ def test_gc_takes_what_nobody_needs_and_no_more(store: RolloutStore) -> None:
 @pytest.mark.parametrize("words, sentence", [
     (["gc", "nowhere"], "nowhere: is no rollout store"),
     (["show", "STORE", "piece", "0"], "PART 'piece': .* has no such part"),
-    (["show", "STORE", part_name(1, 9), "0"], "PART 'round-0001-piece-0009': .* has no such part"),
-    (["show", "STORE", part_name(1, 0), "2"], "ROW 2: round-0001-piece-0000 has 2 rows"),
+    (["show", "STORE", format_part_name(1, 9), "0"], "PART 'round-0001-piece-0009': .* has no such part"),
+    (["show", "STORE", format_part_name(1, 0), "2"], "ROW 2: round-0001-piece-0000 has 2 rows"),
     (["gc", "STORE", "--rounds", "4-2"], "--rounds 4-2: must be a round, or the first and the last one")])
 def test_mistakes_are_one_sentence(words: list[str], sentence: str, sound: Path) -> None:
     code, out, err = told(*[str(sound) if word == "STORE" else word for word in words])
@@ -204,11 +204,11 @@ def test_mistakes_are_one_sentence(words: list[str], sentence: str, sound: Path)
 def test_a_strangers_part_is_kept_out_of_the_list(store: RolloutStore, tmp_path: Path,
                                                   capsys: pytest.CaptureFixture[str]) -> None:
     other = RolloutStore.create(tmp_path / "other", "sha256:cd", 100)
-    other.add_rollouts(part_name(1, 7), [rollout("p7", 0)], {})
-    path = store.part_path(part_name(1, 7))
-    shutil.copytree(other.part_path(part_name(1, 7)), path)
+    other.add_rollouts(format_part_name(1, 7), [rollout("p7", 0)], {})
+    path = store.part_path(format_part_name(1, 7))
+    shutil.copytree(other.part_path(format_part_name(1, 7)), path)
     Claims(store.claims, 60).take("round-0002-piece-0000")
-    lines = list(listed(store))
+    lines = list(format_store(store))
     assert f"skipped: {path}: belongs to another store (tokenizer sha256:cd, 100 ids; this one:" in (
         capsys.readouterr().err)
     assert re.search(rf"^round-0001-piece-0001-attempt-1 +1 rows .* judged by {VERSION}$", lines[2])
@@ -238,7 +238,7 @@ def test_where_waiting_ends_before_the_last_round_the_command_is_not_done(
     asked = ["rl", "reward", "--store", str(store.path), "--reward", ENVIRONMENT]
     outcome = {"reward": 1.0, "status": "scored", "components": {}, "reason": ""}
     store.add_rollouts("round-0001-piece-0000", [replace(row, outcome=outcome)],
-                       AskedPrompt(3, 1).to_provenance(0))
+                       StorePlan(3, 1).to_provenance(0))
     assert main([*asked, "--wait", "0.1"]) == 75
     assert (f"warning: {store.path}: nothing more has come for 0.1 s, and 1 of 1 pieces of round 2 are not "
             "written: whoever trains waits for their rewards; give the same command again"

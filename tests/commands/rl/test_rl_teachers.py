@@ -80,7 +80,7 @@ def column(run: Path, number: int = 1) -> np.ndarray:
 def documents(run: Path, number: int) -> list[tuple[list[int], np.ndarray]]:
     """Return the tokens of each document of a round, and which the student wrote."""
     [source] = open_sources({str(run / f"rounds/{number:04d}"): 1.0}, 368, ("rollouts",))
-    found = source.shard("train")
+    found = source.open_split("train")
     return [(found.tokens(d, 0, n).tolist(), found.loss_weights(d, 0, n) > 0)
             for d, n in enumerate(np.asarray(found.lengths[np.arange(len(found.lengths))]).tolist())]
 

@@ -72,8 +72,8 @@ def test_a_student_learns_from_a_teacher(packed_data: Any, teacher: Path, tiny: 
     # beside states that are there: the teacher's files are hashed once, to compare it with theirs
     from megatron_sov.post.distillation import teacher as teaching
 
-    digest, hashed, begun = teaching.weights_digest, [], []
-    monkeypatch.setattr(teaching, "weights_digest", lambda target: hashed.append(1) or digest(target))
+    digest, hashed, begun = teaching.hash_weights, [], []
+    monkeypatch.setattr(teaching, "hash_weights", lambda target: hashed.append(1) or digest(target))
     monkeypatch.setattr(teaching, "read_documents", lambda reading, *rest, redo: begun.append(reading.digest))
     assert main(command(tmp_path / "more", *beside)) == 2 and "never" in capsys.readouterr().err
     assert (hashed, begun) == ([1], [made.settings["teacher"]])

@@ -118,6 +118,7 @@ def test_documents_are_learned_whole_but_for_placeholders(encode: Encode, omni: 
     assert list(shard["ids"]).count(tokenizer.token_to_id("<|end|>")) == 0  # spelled, and no token of media
     text = tokenizer.decode(shard["ids"].tolist(), skip_special_tokens=False)
     assert text.startswith("A <|end|> b\n<|mime_start|>") and text.count("<|vision00000|>") == 4
+    assert text.endswith(json.loads((omni / "tokenizer_config.json").read_text())["eos_token"])
 
 
 def test_other_texts_only_spell_tokens_of_media(omni: Path, tmp_path: Path) -> None:

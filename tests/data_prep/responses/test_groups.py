@@ -57,7 +57,7 @@ def test_the_responses_of_one_prompt_are_packed_and_what_came_before_them_is_not
                  "--input", str(tmp_path / "out/groups.jsonl"), "--output", str(tmp_path / "packed")]) == 0
     tokenizer = Tokenizer.from_file(str(tmp_path / "packed/tokenizer/tokenizer.json"))
     [source] = open_sources({str(tmp_path / "packed"): 1.0}, 10**6)
-    documents = source.shard("train")
+    documents = source.open_split("train")
     learned = [tokenizer.decode(documents.tokens(d, 0, n)[documents.loss_weights(d, 0, n) > 0].tolist())
                for d, n in enumerate(documents.lengths)]
     assert ["answer" in text for text in learned] == [True] * 4

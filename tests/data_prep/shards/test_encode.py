@@ -250,6 +250,7 @@ def test_drawn_text_gives_the_same_ids(pair: Pair, text: str) -> None:
     assert fast.encode(text) == tokenizer.encode(text, add_special_tokens=False).ids
 
 
+@pytest.mark.tier1_cases(6)
 @pytest.mark.parametrize("unit", [" ", "\n", " \n", "\u3000", "a", "가", "!"])
 def test_a_very_long_run_is_no_problem(pair: Pair, unit: str) -> None:
     fast, tokenizer = pair

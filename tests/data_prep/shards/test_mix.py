@@ -53,7 +53,7 @@ def test_weights_of_folders_are_divided_by_tokens_and_read_by_the_trainer(parts:
     assert [s.share for s in direct] == pytest.approx([s.share for s in sources])
     for pair in zip(sources, direct, strict=True):
         ours, theirs = ([d.tokens(i, 0, n).tolist() for i, n in enumerate(d.lengths)]
-                        for d in (s.shard("train") for s in pair))
+                        for d in (s.open_split("train") for s in pair))
         assert ours == theirs
     assert main(["verify", str(tmp_path / "out")]) == 0
     assert ((tmp_path / "out/many/train-00000.bin").stat().st_ino

@@ -35,7 +35,7 @@ def test_numbers_of_records_are_columns_of_their_tokens(tokenizers: dict[str, Pa
     assert source.columns == same.columns == ("score", "step")
     seen = set()
     for split in ("train", "heldout"):
-        documents, others = source.shard(split), same.shard(split)
+        documents, others = source.open_split(split), same.open_split(split)
         for i, length in enumerate(documents.lengths):
             asked = int(re.findall(r"(\d+) \+ 1\?", tokenizer.decode(documents.tokens(i, 0, length)))[0])
             seen.add(asked)
@@ -97,7 +97,7 @@ def test_a_field_sorts_records_into_sources_of_their_own(tokenizers: dict[str, P
     found: dict[str, list[int]] = {}
     for source in sources:
         for split in ("train", "heldout"):
-            documents = source.shard(split)
+            documents = source.open_split(split)
             found.setdefault(source.name, []).extend(
                 int(documents.column("score", d, 0, 1)[0]) for d in range(len(documents.lengths)))
     assert {name: sorted(scores) for name, scores in found.items()} == {

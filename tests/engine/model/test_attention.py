@@ -127,9 +127,6 @@ def test_memory_grows_with_the_length_and_not_with_its_square(ranks, job) -> Non
 def test_the_librarys_attention_is_told_few_different_lengths(longest: int, tabled: int) -> None:
     import torch
 
-    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-    prepare_megatron()
     from megatron_sov.engine.model import attention
 
     packed = attention.pack_documents(torch.tensor([0, longest, 100]), longest, 100, own=False)

@@ -9,13 +9,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-prepare_megatron()
-from megatron_sov.engine.model import chunked_head  # noqa: E402
-from megatron_sov.engine.model.chunked_head import Chunking, CrossEntropySums, LabelLogprobs  # noqa: E402
-from megatron_sov.engine.parallel import world  # noqa: E402
-from megatron_sov.model.config import ParallelConfig  # noqa: E402
+from megatron_sov.engine.model import chunked_head
+from megatron_sov.engine.model.chunked_head import Chunking, CrossEntropySums, LabelLogprobs
+from megatron_sov.engine.parallel import world
+from megatron_sov.model.config import ParallelConfig
 
 TOKENS, HIDDEN, VOCABULARY, CHUNK = 24, 8, 50, 7
 CHUNKING = Chunking(CHUNK, VOCABULARY)

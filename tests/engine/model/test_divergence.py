@@ -11,14 +11,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-prepare_megatron()
-from megatron_sov.engine.model.divergence import Divergence, TeacherStates, TeacherTopK  # noqa: E402
-from megatron_sov.engine.model.logprobs import Head  # noqa: E402
-from megatron_sov.engine.parallel import world  # noqa: E402
-from megatron_sov.model.config import ParallelConfig  # noqa: E402
-from tests.head_config import head_config  # noqa: E402
+from megatron_sov.engine.model.divergence import Divergence, TeacherStates, TeacherTopK
+from megatron_sov.engine.model.logprobs import Head
+from megatron_sov.engine.parallel import world
+from megatron_sov.model.config import ParallelConfig
+from tests.head_config import head_config
 
 TOKENS, HIDDEN, TEACHER_HIDDEN, VOCABULARY, K = 12, 8, 6, 40, 5
 BETAS = (0.0, 0.1, 0.5, 1.0)

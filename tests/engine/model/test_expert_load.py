@@ -23,7 +23,7 @@ def counted(data: str, run: str) -> dict[str, Any]:
     experts = trainer.expert_load
     seen, states = [], []
     for _ in range(2):
-        trainer.update()
+        trainer.train_step()
         seen.append(experts.gather().sum(dim=1).tolist())
         states.append([experts.biases(), *(p.detach().clone() for p in trainer.model.parameters())])
     documents = DocumentBatch([[1, 2, 3], [4, 5]], torch.device("cpu"), min_tokens=16)
@@ -61,9 +61,6 @@ def test_all_layers_loads_are_fetched_at_once(monkeypatch: pytest.MonkeyPatch) -
 
     import torch
 
-    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-    prepare_megatron()
     from megatron_sov.engine.model.expert_load import ExpertLoad
 
     model: Any = SimpleNamespace(architecture=SimpleNamespace(

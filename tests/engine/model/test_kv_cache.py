@@ -7,13 +7,9 @@ import random
 import pytest
 import torch
 
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-prepare_megatron()
-
-from megatron_sov.engine.model import attention  # noqa: E402
-from megatron_sov.engine.model.cache_rows import CacheGroup, CacheSize, PackedSpans  # noqa: E402
-from megatron_sov.engine.model.kv_cache import CachedAttention  # noqa: E402
+from megatron_sov.engine.model import attention
+from megatron_sov.engine.model.cache_rows import CacheGroup, CacheSize, PackedSpans
+from megatron_sov.engine.model.kv_cache import CachedAttention
 
 HEADS, KV_HEADS, DIM, SLOTS, LONGEST = 4, 2, 8, 3, 60
 

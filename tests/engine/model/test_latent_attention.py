@@ -8,12 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-prepare_megatron()
-
-from megatron_sov.engine.model.attention import pack_documents  # noqa: E402
-from megatron_sov.engine.model.kv_cache import LatentDocumentAttention  # noqa: E402
+from megatron_sov.engine.model.attention import pack_documents
+from megatron_sov.engine.model.kv_cache import LatentDocumentAttention
 
 HEADS, BOUNDS = 3, [0, 5, 5, 6, 20]
 

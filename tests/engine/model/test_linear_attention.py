@@ -9,16 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-prepare_megatron()
-
-from megatron_sov.engine.model.attention import SharedPrompts, pack_documents  # noqa: E402
-from megatron_sov.engine.model.cache_rows import CacheSize, CacheSpan, pack_spans  # noqa: E402
-from megatron_sov.engine.model.linear_attention import LinearAttention, RecurrentCache  # noqa: E402
-from megatron_sov.engine.parallel import context  # noqa: E402
-from megatron_sov.model.config import LinearAttentionConfig  # noqa: E402
-from megatron_sov.plan.footprint.activations import Tokens, _linear_attention  # noqa: E402
+from megatron_sov.engine.model.attention import SharedPrompts, pack_documents
+from megatron_sov.engine.model.cache_rows import CacheSize, CacheSpan, pack_spans
+from megatron_sov.engine.model.linear_attention import LinearAttention, RecurrentCache
+from megatron_sov.engine.parallel import context
+from megatron_sov.model.config import LinearAttentionConfig
+from megatron_sov.plan.footprint.activations import Tokens, _linear_attention
 
 OF_KIMI = LinearAttentionConfig(3, 3, 8, 8, 8)
 OF_SOLAR = replace(OF_KIMI, negative_eigenvalues=True)

@@ -7,11 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
+from megatron_sov.engine.model.replica_checks import compute_checksum, flip_bit
 from tests.tiny import tiny_trainer
-
-prepare_megatron()
-from megatron_sov.engine.model.replica_checks import compute_checksum, flip_bit  # noqa: E402
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -89,7 +86,7 @@ def repeated(settings: list[str], data: str, run: str) -> list[Any]:
             f"guards.probe_every_steps={every}", *settings, run=run, faults=lie)
         losses, said = [], ""
         try:
-            losses += [trainer.update().loss for _ in range(2)]
+            losses += [trainer.train_step().loss for _ in range(2)]
         except SilentCorruption as e:
             said = str(e)
         found.append([losses, said])

@@ -8,15 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import varlen as kernel
 
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
+from megatron_sov.engine.model import attention
 from tests.engine.model import test_attention
-
-prepare_megatron()
-
-from torch.nn.attention import varlen as kernel  # noqa: E402
-
-from megatron_sov.engine.model import attention  # noqa: E402
 
 REAL = kernel.varlen_attn
 

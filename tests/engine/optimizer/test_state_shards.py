@@ -118,12 +118,12 @@ def test_processes_that_take_turns_change_the_names_of_types_once() -> None:
     import torch
 
     from megatron_sov.engine.optimizer.state_shards import allow_float64
-    from megatron_sov.engine.parallel import cpu_shims
+    from megatron_sov.engine.parallel import cpu_shims, library_patches
     from megatron_sov.engine.parallel.simulated_world import SimulatedRanks
     from megatron_sov.model.config import ParallelConfig
 
     cpu_shims.prepare_without_gpu()
-    cpu_shims.patch_defects()
+    library_patches.patch_defects()
     before, number = torch.Tensor.type, torch.zeros(1, dtype=torch.float64)
     own_names = number.type()
 

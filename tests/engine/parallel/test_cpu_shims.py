@@ -77,7 +77,7 @@ def test_behind_the_door_everything_is_on_the_cpu(ranks, job) -> None:
 LIBRARY = """
 import json, torch
 torch.cuda.is_available = lambda: True  # as on a GPU: nothing but the defects is touched
-from megatron_sov.engine.parallel import cpu_shims
+from megatron_sov.engine.parallel import library_patches
 import megatron.core.transformer.moe.moe_utils as moe_utils
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -93,10 +93,9 @@ def look():
     return {"norms": norms,
             "split sizes": torch.is_tensor(moe_utils.maybe_move_tensor_to_cpu(torch.ones(2), as_numpy=True))}
 
-cpu_shims.prepare_megatron()
 before = look()
-cpu_shims.patch_defects()
-cpu_shims.patch_defects()
+library_patches.patch_defects()
+library_patches.patch_defects()
 print(json.dumps([before, look(), config.sequence_parallel]))
 """
 
@@ -113,7 +112,7 @@ def looks() -> list[dict[str, bool]]:
 
 @pytest.mark.parametrize("defect", ["norms", "split sizes"])
 def test_the_library_still_needs_the_patch(defect: str, looks: list[dict[str, bool]]) -> None:
-    assert looks[0][defect], f"{defect}: the library is mended; its patch in cpu_shims.py can go"
+    assert looks[0][defect], f"{defect}: the library is mended; its patch in library_patches.py can go"
 
 
 def test_the_defects_are_mended_where_the_cpu_shims_are_not_in_place(looks: list[dict[str, bool]]) -> None:

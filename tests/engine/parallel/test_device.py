@@ -97,7 +97,7 @@ def pieces(data: str, run: str, layout: dict[str, Any], dropout: float,
         return Trainer(config, place, folder, open_sources({data: 1.0}, 368), LanguageModelling)
 
     def steps(trainer: Any, count: int) -> list[tuple[float, float]]:
-        results = [trainer.update() for _ in range(count)]
+        results = [trainer.train_step() for _ in range(count)]
         return [(r.loss, r.grad_norm) for r in results]
 
     whole = trainer()

@@ -20,8 +20,8 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins.loading import load_plugin
 from megatron_sov.engine.parallel import launcher
 from megatron_sov.engine.parallel.launcher import read_plan, write_plan_file
-from megatron_sov.train.data.token_shards import ShardChain, numbers, open_sources
-from megatron_sov.train.stopping import stoppable
+from megatron_sov.train.data.token_shards import ShardChain, map_numbers, open_sources
+from megatron_sov.work.processes.stop_signals import catch_stop_signals
 
 # Plan files for ranks that are new processes.
 
@@ -32,7 +32,7 @@ def passed_on(value: Any) -> Any:
 
 
 def test_shards_are_opened_again_and_a_bare_map_of_a_file_is_not_copied(packed_data: Any) -> None:
-    shard = open_sources({str(packed_data.text): 1.0}, 368)[0].shard("train")
+    shard = open_sources({str(packed_data.text): 1.0}, 368)[0].open_split("train")
     again = passed_on(shard)
     assert isinstance(again, ShardChain) and again is not shard
     assert again.tokens(3, 0, 9).tolist() == shard.tokens(3, 0, 9).tolist()
@@ -40,7 +40,7 @@ def test_shards_are_opened_again_and_a_bare_map_of_a_file_is_not_copied(packed_d
     (index,) = {file for file in Path(packed_data.text).rglob("*.bin") if "even" in str(file)
                 and "train" in str(file)}
     with pytest.raises(TypeError, match="map of a file"):
-        passed_on(numbers(index, np.dtype(np.uint8), index.stat().st_size)[3:9])
+        passed_on(map_numbers(index, np.dtype(np.uint8), index.stat().st_size)[3:9])
 
 
 def test_code_that_a_person_named_is_run_again_as_it_was(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_code_that_a_person_named_is_run_again_as_it_was(tmp_path: Path) -> None
 
 
 def test_a_rank_is_asked_itself_to_stop() -> None:
-    with stoppable() as flag:
+    with catch_stop_signals() as flag:
         again = passed_on(flag)
         os.kill(os.getpid(), signal.SIGUSR1)
         assert (again.reason, flag.reason) == ("SIGUSR1", None)
@@ -65,9 +65,7 @@ CASES = """
 import json, os, signal, sys, time
 from pathlib import Path
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.parallel import cpu_shims, launcher
-
-cpu_shims.prepare_megatron()  # each launcher would import the library for itself
+from megatron_sov.engine.parallel import launcher
 pids = {}
 for case in sys.argv[2:]:
     pids[case] = os.fork()

@@ -15,21 +15,17 @@ from transformers import AutoModelForCausalLM
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
-
-prepare_megatron()
-
-from megatron_sov.eval.needle.suite import (  # noqa: E402
+from megatron_sov.eval.needle.suite import (
     Example, NeedleSuite, build_example, format_table, parse_result, run_suite)
-from megatron_sov.eval.needle.text import Haystack, NeedleForm, fill_slots  # noqa: E402
-from megatron_sov.eval.statistics import compute_wilson_interval  # noqa: E402
-from megatron_sov.infer.decoder.generator import MegatronEngine  # noqa: E402
-from megatron_sov.infer.engine import Engine  # noqa: E402
-from megatron_sov.infer.engines.load import run_forward_model  # noqa: E402
-from megatron_sov.infer.engines.target import Target  # noqa: E402
-from megatron_sov.infer.engines.transformers_engine import HfEngine, load_hf  # noqa: E402
-from megatron_sov.infer.request import GenerationResult, Sampling, StopRule  # noqa: E402
+from megatron_sov.eval.needle.text import Haystack, NeedleForm, fill_slots
+from megatron_sov.eval.statistics import compute_wilson_interval
+from megatron_sov.infer.decoder.generator import MegatronEngine
+from megatron_sov.infer.engine import Engine
+from megatron_sov.infer.engines.load import run_forward_model
+from megatron_sov.infer.engines.target import Target
+from megatron_sov.infer.engines.transformers_engine import HfEngine, load_hf
+from megatron_sov.infer.request import GenerationResult, Sampling, StopRule
+from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 
 
 def answer_by_looking(prompts: list[list[int]], count: int) -> list[list[int]]:

@@ -117,7 +117,7 @@ def test_text_spans_documents_without_special_tokens(form: NeedleForm, haystacks
                                                      token_shards: Path) -> None:
     stored = []
     for source in open_sources({str(token_shards): 1.0}, 1024):
-        shard = source.shard("heldout")
+        shard = source.open_split("heldout")
         ids = np.concatenate([shard.tokens(i, 0, int(n)) for i, n in enumerate(shard.lengths)] * 2)
         assert set(form.special) & set(ids.tolist())
         stored.append(" ".join(map(str, ids[~np.isin(ids, form.special)])))

@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
 WINDOW, NEW = 8, 8
 PROMPTS = [[5, 9, 2, 70], [30], list(range(20, 44)), [7] * 9, [80, 81, 82, 83, 84],
            [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7]]
@@ -265,7 +263,6 @@ def test_greedy_text_equals_transformers(family: str, hf_models: dict[str, Path]
                                          one_rank: None) -> None:
     """Token by token on an exported folder, with prompts of mixed lengths beyond the sliding window of 8
     tokens."""
-    prepare_megatron()
     from megatron_sov.engine.parallel import world
     from megatron_sov.infer.decoder.generator import MegatronEngine
     from megatron_sov.infer.engines.load import load_forward_model

@@ -284,7 +284,7 @@ def test_weight_files_are_sharded_and_replaced(tmp_path: Path, monkeypatch: pyte
     assert [list(load_file(file)) for file in first] == [["a"], ["b"], ["c"]]
     assert torch.equal(load_file(first[1])["b"], block[1])
     second = files.write(iter([("a", block[0])]))
-    files.delete_others(second)
+    files.delete_earlier_files(second)
     assert not Path(first[0]).exists() and Path(second[0]).is_file()
     WeightFiles(tmp_path / "w")
     assert not Path(second[0]).exists()

@@ -11,14 +11,10 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
+from megatron_sov.infer.engines import load as loading
+from megatron_sov.infer.engines.load import load_tokenizer, run_forward_model
+from megatron_sov.infer.engines.target import Target
 from megatron_sov.model.config import GpuConfig, RunConfig, apply_settings
-
-prepare_megatron()
-
-from megatron_sov.infer.engines import load as loading  # noqa: E402
-from megatron_sov.infer.engines.load import load_tokenizer, run_forward_model  # noqa: E402
-from megatron_sov.infer.engines.target import Target  # noqa: E402
 
 
 def test_run_forward_model_returns_the_result(one_rank: None, imported: dict[str, Path],

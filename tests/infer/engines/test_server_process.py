@@ -100,7 +100,7 @@ def test_invalid_server_settings_are_rejected(given: list[str], told: str) -> No
 def test_data_parallel_server_has_one_api_server(tmp_path: Path) -> None:
     # vLLM opens as many as copies, and a request that came in by one cannot be ended by another
     settings = parse_server_settings("vllm", ["dp=2", "requests=8"], "--engine-set")
-    words = ServerProcess("vllm", 0, Path("model"), 99, settings, tmp_path).words(5)
+    words = ServerProcess("vllm", 0, Path("model"), 99, settings, tmp_path).build_command(5)
     assert "--data-parallel-size 2 --api-server-count 1" in " ".join(words)
     # behind which each has room of its own
     assert "--max-num-seqs 8" in " ".join(words) and settings.room == 16

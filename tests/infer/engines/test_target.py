@@ -11,13 +11,9 @@ import pytest
 
 from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
+from megatron_sov.infer.engines.target import Target, build_inference_config, find_target
 from megatron_sov.model.config import LoraConfig
 from megatron_sov.model.recipes import get
-
-prepare_megatron()
-
-from megatron_sov.infer.engines.target import Target, build_inference_config, find_target  # noqa: E402
 
 
 def test_find_target_detects_each_kind_of_folder(imported: dict[str, Path], hf_models: dict[str, Path],

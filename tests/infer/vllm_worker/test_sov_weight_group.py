@@ -17,16 +17,17 @@ from safetensors.torch import save_file
 
 from megatron_sov.infer.engines.server_process import WORKER_FOLDER
 from megatron_sov.infer.vllm_worker import sov_weight_group
-from megatron_sov.infer.vllm_worker.sov_weight_group import Meeting, WeightGroup, own_host, send_files
+from megatron_sov.infer.vllm_worker.sov_weight_group import (
+    Meeting, WeightGroup, find_local_address, send_files)
 
 WORKER = """
 import contextlib, json, sys
 import torch
-from sov_weight_group import Meeting, WeightGroup, own_host
+from sov_weight_group import Meeting, WeightGroup, find_local_address
 for line in sys.stdin:
     rank, told = json.loads(line)
     meeting, found = Meeting(**told), {}
-    with contextlib.closing(WeightGroup(meeting, rank, own_host(meeting.host, meeting.port),
+    with contextlib.closing(WeightGroup(meeting, rank, find_local_address(meeting.host, meeting.port),
                                         torch.device("cpu"))) as group:
         for name, tensor in group.receive():
             if not found:
@@ -57,7 +58,7 @@ def workers() -> Iterator[list[subprocess.Popen[str]]]:
 @pytest.fixture(autouse=True)
 def _a_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sov_weight_group, "BUCKET_BYTES", 64)
-    monkeypatch.setattr(sov_weight_group, "own_host", lambda host, port: host)
+    monkeypatch.setattr(sov_weight_group, "find_local_address", lambda host, port: host)
 
 
 def saved(folder: Path, tensors: Mapping[str, torch.Tensor], name: str = "0") -> str:
@@ -157,9 +158,9 @@ def test_worker_gets_an_error_when_the_trainer_leaves() -> None:
         list(worker.receive())
 
 
-def test_own_host_is_the_address_seen_by_the_peer() -> None:
+def test_local_address_is_the_address_seen_by_the_peer() -> None:
     with socket.create_server(("127.0.0.1", 0)) as there:
-        assert own_host("localhost", there.getsockname()[1]) == "127.0.0.1"
+        assert find_local_address("localhost", there.getsockname()[1]) == "127.0.0.1"
 
 
 def wait_until(holds: Callable[[], bool]) -> None:

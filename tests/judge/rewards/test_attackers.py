@@ -1,4 +1,5 @@
 """Responses that try to be paid without a solution, in each enclosure: they find, forge, kill or break.
+Attacks on files and processes outside are those of tests/sandbox/test_attacks.py.
 
 All of one enclosure share a server, so that what one of them leaves behind would pay, or harm, the next one.
 """
@@ -194,41 +195,6 @@ for found in gc.get_objects():
         if type(found).__module__.startswith("megatron_sov"):
             try: getattr(found, name)(1)
             except BaseException: pass""",
-    "processes of the server": """
-import ctypes, signal
-libc = ctypes.CDLL(None)
-for pid in {os.getppid(), 1, 2, *range(os.getpid() - 4, os.getpid())} - {os.getpid(), 0}:
-    for number in (signal.SIGSTOP, signal.SIGKILL):
-        try: os.kill(pid, number)
-        except OSError: pass
-    libc.ptrace(16, pid, 0, 0)
-    libc.syscall(310, pid, 0, 0, 0, 0, 0)
-print(os.getpid())""",
-    "files of others": """
-for pattern in ("/tmp/*", "../*", "/dev/shm/*", "/proc/*/cmdline", "/proc/*/fd/*", "/dev/fd/*", "/run/*"):
-    for path in list(glob.iglob(pattern))[:200]:
-        try:
-            with open(path) as f: print(f.read(1000))
-        except (OSError, ValueError): pass""",
-    "links in its folder": """
-for i, target in enumerate(("/", "/proc/self/root", "/proc/1/root", "../..", "/tmp", "/etc/passwd")):
-    os.symlink(target, f"link{i}")
-    try: print(os.listdir(f"link{i}/tmp"), open(f"link{i}").read())
-    except OSError: pass
-os.remove("program.py"); os.symlink("/dev/zero", "program.py")""",
-    "the library of the next program": """
-for path in (os.__file__, json.__file__, sys.executable):
-    try:
-        with open(path, "a") as f: f.write("print(7431)")
-    except OSError: pass""",
-    "a process that outlives it": """
-if os.fork() == 0:
-    try: os.setsid()
-    except OSError: pass
-    if os.fork() == 0:
-        while True: os.write(1, b"7432\\n")
-    os._exit(0)
-print(0)""",
     "its input a second time": """
 os.dup2(0, 1)
 for path in ("/dev/stdin", "/proc/self/fd/0", "/dev/fd/0"):
@@ -331,6 +297,7 @@ def paid(enclosure: str, response: str, tests: list) -> tuple[float | None, obje
     return result.reward, result
 
 
+@pytest.mark.tier1_cases(10)
 @pytest.mark.parametrize("name", [*FUNCTIONS, *PROGRAMS])
 def test_no_attacker_is_paid(enclosure: str, name: str) -> None:
     tests = FUNCTION_TESTS if name in FUNCTIONS else PROGRAM_TESTS
@@ -338,6 +305,7 @@ def test_no_attacker_is_paid(enclosure: str, name: str) -> None:
     assert reward == 0.0, result
 
 
+@pytest.mark.tier1_cases(8)
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_no_attacker_replaces_a_framework(enclosure: str, name: str) -> None:
     result = judged(CodeReward(all_or_nothing=False, enclosure=enclosure, number_tolerance=1e-6),
@@ -345,6 +313,7 @@ def test_no_attacker_replaces_a_framework(enclosure: str, name: str) -> None:
     assert (result.reward, result.status) == (0.0, "scored"), result
 
 
+@pytest.mark.tier1_cases(8)
 @pytest.mark.parametrize("ends", ["os._exit(0)", "sys.exit(0)", "os.closerange(3, 64)",
                                   "os.kill(os.getpid(), 9)"])
 @pytest.mark.parametrize("test", [

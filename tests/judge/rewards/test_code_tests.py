@@ -123,6 +123,7 @@ FORMS: dict[str, Any] = {
     "a call": [{"function": "add", "arguments": {"a": 1, "b": 2}, "expected": 3}]}
 
 
+@pytest.mark.tier1_cases(6)
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_of_public_data_sets_tell_right_from_wrong(form: str) -> None:
     assert score(ADD, FORMS[form]).reward == 1.0, score(ADD, FORMS[form])
@@ -259,6 +260,7 @@ NUMPY_TESTS = ["assert np.allclose(f(1), {})", "assert np.allclose({}, f(1))",
                "np.testing.assert_almost_equal(f(1), {})"]
 
 
+@pytest.mark.tier1_cases(8)
 @pytest.mark.parametrize("test", NUMPY_TESTS)
 @pytest.mark.parametrize(("result", "expected", "reward"), [
     ("[]", "3.0", 0.0), ("np.zeros((0, 1))", "[3.0, 4.0]", 0.0), ("np.zeros(0)", "[3.0]", 0.0),

@@ -55,6 +55,7 @@ ONE_OF_EACH = {get(name).model: name for name in reversed(names())}
 """Architecture -> a recipe that has it: stages of one model share theirs."""
 
 
+@pytest.mark.tier1_cases(6)
 @pytest.mark.parametrize("recipe", sorted(ONE_OF_EACH.values()))
 def test_total_equals_the_model_class_of_transformers(recipe: str) -> None:
     """transformers builds the trunk (it has no multi-token prediction layers) on meta tensors,

@@ -76,6 +76,7 @@ def of_prediction(name: str, model: ModelConfig) -> bool:
     return name.startswith(("mtp.", f"model.layers.{model.num_layers}."))
 
 
+@pytest.mark.tier1_cases(8)
 @pytest.mark.parametrize("name", BIG)
 def test_full_size_tensors_are_those_of_transformers(name: str) -> None:
     model = recipes.get(name).model

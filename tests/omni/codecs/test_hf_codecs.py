@@ -45,6 +45,7 @@ def test_pictures_are_encoded_and_decoded_as_the_official_class_does(tmp_path: P
     assert inspected(tmp_path / "codec")["codec"] == kind
 
 
+@pytest.mark.tier1_cases(2)
 @pytest.mark.parametrize("kind", ["dac", "mimi"])
 @pytest.mark.parametrize("num_codebooks", [1, 3])
 def test_sounds_are_encoded_and_decoded_as_the_official_class_does(tmp_path: Path, kind: str,

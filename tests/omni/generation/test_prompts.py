@@ -19,7 +19,7 @@ from data_prep.cli import main as sov_data
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.media_tokens import AUDIO_PAD, IMAGE_PAD
 from megatron_sov.train.data.order import OrderedSample
-from megatron_sov.train.data.rows import PackedRow, sample_row
+from megatron_sov.train.data.rows import PackedRow, build_row
 from megatron_sov.train.data.streams import PackedSegment
 from megatron_sov.train.data.token_shards import open_sources
 from tests.omni_model import save_codecs, save_omni_model
@@ -66,8 +66,8 @@ def made(as_one_rank: dict[str, str], tmp_path_factory: pytest.TempPathFactory, 
         assert sov_data(shlex.split("pack --tokenizer model-tokenizer --format chat --heldout 0 --workers 1 "
                                     "--input corpus --output shards")) == 0
     (source,) = open_sources({str(folder / "shards"): 1.0}, sys.maxsize)
-    documents = source.shard("train")
-    rows = [sample_row(OrderedSample(0, (PackedSegment(i, 0, int(n)),)), documents, int(n))
+    documents = source.open_split("train")
+    rows = [build_row(OrderedSample(0, (PackedSegment(i, 0, int(n)),)), documents, int(n))
             for i, n in enumerate(documents.lengths)]
     return Site(folder, rows)
 
@@ -103,7 +103,7 @@ def test_a_prompt_is_the_begin_of_its_training_row(site: Site) -> None:
     with pytest.raises(UserError, match="audio, which needs --audio-to"):
         asked(tokenizers={"image": Path("pictures")})
     bare = asked(with_features=False)
-    pads = {prompts.asker.id_of(IMAGE_PAD), prompts.asker.id_of(AUDIO_PAD)}
+    pads = {prompts.asker.find_token_id(IMAGE_PAD), prompts.asker.find_token_id(AUDIO_PAD)}
     assert pads < set(prompts.ids[0]) and not pads & set(bare.ids[0]) and bare.encoder_inputs == [{}, {}]
 
 
@@ -116,14 +116,14 @@ def test_cached_answers_are_as_probable_as_in_training(site: Site) -> None:
     from megatron_sov.infer.engines.load import LoadedModel, run_forward_model
     from megatron_sov.infer.engines.target import find_target
     from megatron_sov.infer.request import Batching, Sampling
-    from megatron_sov.train.objectives.microbatch import from_row
+    from megatron_sov.train.objectives.microbatch import build_micro_batch
 
     prompts, answers = asked(), site.answers
     seen, second = prompts.encoder_inputs
     other = {**seen, "pictures": replace(seen["pictures"], records=second["pictures"].records)}
 
     def work(loaded: LoadedModel) -> Any:
-        batches = [from_row(row) for row in site.rows]
+        batches = [build_micro_batch(row) for row in site.rows]
         trained = []
         for batch in batches:
             (found,) = loaded.policy.map([batch], lambda hidden, head, b: head.logprobs(hidden[0], b.labels))

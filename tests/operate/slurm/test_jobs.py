@@ -18,7 +18,7 @@ from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.commands.operate.logs import list_log_files
 from megatron_sov.model.config import apply_settings
 from megatron_sov.runs.obs.events import final_step_events, read_events
-from megatron_sov.train.side_jobs.evaluations import Evaluations
+from megatron_sov.train.side_jobs.evaluations import ExportEvaluations
 
 STEPS = {False: 75, True: 100}
 """Of a run by whether one of its ranks is killed too: each event finds some left."""
@@ -174,7 +174,7 @@ def test_a_job_brings_the_figures_of_an_export(site: Path, cluster: Any, until: 
         "data.heldout_tokens=128", "train.export_every_checkpoints=1", 'evaluate.background.tasks=["ppl"]',
         "evaluate.background.where=slurm", f"evaluate.background.cluster={site / 'site.yaml'}"])
     events: list[dict[str, Any]] = []
-    beside = Evaluations(run, config, lambda name, **fields: events.append({"event": name, **fields}))
+    beside = ExportEvaluations(run, config, lambda name, **fields: events.append({"event": name, **fields}))
     # no job begins before the partition is up: else a quick one ends before its submission is seen to
     cluster.run("scontrol", "update", "partitionname=batch", "state=down")
     try:

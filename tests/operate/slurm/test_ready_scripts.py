@@ -28,7 +28,7 @@ from megatron_sov.bench.lm.tasks import refuse_unknown
 from megatron_sov.commands.operate.submit import STAGE_PARSERS, list_chains, read_chain
 from megatron_sov.operate.slurm.stages import STAGES, work_of
 from megatron_sov.plan.calibration.fitting import fullest
-from megatron_sov.post.rl.reward import reward_version
+from megatron_sov.post.rl.reward import resolve_reward_version
 from megatron_sov.runs.obs.events import final_step_events, read_events
 from megatron_sov.work.clusters import cluster as cluster_profiles
 from megatron_sov.work.clusters.units import GIB
@@ -71,7 +71,7 @@ def test_what_submit_does_not_look_at_is_sound(name: str) -> None:
             continue
         options = read_command_options(parser.parse_args(argv))
         if stage.stage == "rl-run":
-            assert reward_version(options.reward, options.reward_set), stage
+            assert resolve_reward_version(options.reward, options.reward_set), stage
         elif stage.stage == "eval-lm":
             refuse_unknown(options.tasks.split(","), TaskSources())
 

@@ -107,9 +107,6 @@ def test_micro_batches_wait_for_their_backward_pass(pp: int, vpp: int, stage: in
 @pytest.mark.parametrize(("pp", "vpp"), [(2, 2), (4, 2), (4, 3), (8, 4)])
 def test_it_is_what_the_librarys_schedule_leaves_under_way(pp: int, vpp: int, *, overlapped: bool) -> None:
     """Its order of chunks, its number of passes ahead, and the one that runs beside a backward pass."""
-    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-    prepare_megatron()
     from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
 
     for stage in range(pp):

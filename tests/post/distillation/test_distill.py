@@ -34,7 +34,7 @@ def _begin(kind: str, settings: list[str], data: list[str], states: str) -> tupl
     from layout_run import small_config
 
     from megatron_sov.engine.parallel import world
-    from megatron_sov.post.distillation.distill import Distillation, KeptTeacher, TaughtFactory
+    from megatron_sov.post.distillation.distill import Distillation, StoredTeacher, TeacherFactory
     from megatron_sov.post.distillation.state_files import StateFiles
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.data.token_shards import open_sources
@@ -45,8 +45,8 @@ def _begin(kind: str, settings: list[str], data: list[str], states: str) -> tupl
     config.check(place.size)
     sources = open_sources(config.data.paths, config.model.vocab_size)
     files = [StateFiles(Path(states) / name, sources) for name in FOLDERS.get(kind, ("top",))]
-    teacher = KeptTeacher(files, config.distillation, sources, config.model.vocab_size)
-    objective = TaughtFactory(Distillation, [teacher])
+    teacher = StoredTeacher(files, config.distillation, sources, config.model.vocab_size)
+    objective = TeacherFactory(Distillation, [teacher])
     return Trainer(config, place, RunFolder(Path("not-written")), sources, objective), teacher, sources
 
 
@@ -55,14 +55,14 @@ def kept(kept_by_a_teacher: Any, packed_data: Any, tmp_path_factory: pytest.Temp
          ) -> dict[str, Any]:
     """Arguments of the jobs: conversations and texts, of which the longer ones are cut, and what is kept of
     the teacher."""
-    from megatron_sov.post.distillation.state_files import Kept
+    from megatron_sov.post.distillation.state_files import StateFormat
 
     data, states = [packed_data.chats, packed_data.text], tmp_path_factory.mktemp("kept")
-    kept_by_a_teacher(states / "whole", data, Kept("float32"))
-    kept_by_a_teacher(states / "first", data[:1], Kept("float32"))
-    kept_by_a_teacher(states / "second", data[1:], Kept("float32"), teacher="two")
-    kept_by_a_teacher(states / "top", data, Kept(top_k=12, temperature=2.0))
-    kept_by_a_teacher(states / "translated", data, Kept(top_k=12, temperature=2.0, translated=True))
+    kept_by_a_teacher(states / "whole", data, StateFormat("float32"))
+    kept_by_a_teacher(states / "first", data[:1], StateFormat("float32"))
+    kept_by_a_teacher(states / "second", data[1:], StateFormat("float32"), teacher="two")
+    kept_by_a_teacher(states / "top", data, StateFormat(top_k=12, temperature=2.0))
+    kept_by_a_teacher(states / "translated", data, StateFormat(top_k=12, temperature=2.0, translated=True))
     return {"data": [str(d) for d in data], "states": str(states)}
 
 
@@ -74,7 +74,7 @@ def written_out(data: list[str], states: str) -> list[dict[str, float]]:
 
     from megatron_sov.engine.decode.forward_only import DocumentBatch
     from megatron_sov.engine.parallel import world
-    from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFiles, unpacked
+    from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFiles, unpack_rows
 
     results = []
     for kind in KINDS:
@@ -83,7 +83,7 @@ def written_out(data: list[str], states: str) -> list[dict[str, float]]:
         said = StateFiles(Path(states) / FOLDERS.get(kind, ("top",))[0], sources)
         exact = {index: files for name in (FOLDERS["two"] if kind == "two" else FOLDERS["whole"])
                  for files in [StateFiles(Path(states) / name, sources)] for index in files.sources}
-        trainer.update()
+        trainer.train_step()
         objective = trainer.objective
         batch = objective.prepare(objective.collect(trainer.policy, 1))
         wanted = {"divergence": 0.0, "cross_entropy": 0.0, "kl": 0.0, "entropy": 0.0, "tokens": 0.0,
@@ -115,13 +115,13 @@ def written_out(data: list[str], states: str) -> list[dict[str, float]]:
                 heard = learned
                 if asked.other_tokenizer:
                     rows = said.states(source, "train", document, start, count)
-                    heard = learned * (unpacked(rows)[1][:, 0] <= 0)
+                    heard = learned * (unpack_rows(rows)[1][:, 0] <= 0)
                 wanted["cross_entropy"] += float((picked.double() * learned).sum())
                 for name, values in (("divergence", divergence), ("kl", kl), ("entropy", entropy),
                                      ("tokens", torch.ones(count))):
                     wanted[name] += float((values.double() * heard).sum())
                 wanted["starts"] = max(wanted["starts"], start)
-        sums = trainer.computation.sums(batch, objective, 2)
+        sums = trainer.forward_backward.run(batch, objective, 2)
         tokens = wanted["tokens"]
         results.append({
             "kind": kind, "tokens": tokens, "denominator": batch.targets["divergence"],
@@ -151,9 +151,6 @@ def test_losses_are_the_papers(ranks: Any, job: Any, kept: dict[str, Any]) -> No
 
 
 def test_a_run_goes_on_with_its_own_teacher_alone() -> None:
-    from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-    prepare_megatron()
     from megatron_sov.base.errors import UserError
     from megatron_sov.post.distillation.distill import Distillation
 

@@ -9,42 +9,42 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-prepare_megatron()
-from megatron_sov.base.errors import UserError  # noqa: E402
-from megatron_sov.model.config import DistillationConfig  # noqa: E402
-from megatron_sov.post.distillation.distill import KeptTeacher  # noqa: E402
-from megatron_sov.post.distillation.state_files import Kept  # noqa: E402
+from megatron_sov.base.errors import UserError
+from megatron_sov.model.config import DistillationConfig
+from megatron_sov.post.distillation.distill import StoredTeacher
+from megatron_sov.post.distillation.state_files import StateFormat
 
 
-def files_of(kept: Kept, **more: Any) -> Any:
+def files_of(kept: StateFormat, **more: Any) -> Any:
     fields = {"folder": Path("states"), "kept": kept, "vocab_size": 368, "teacher": "one",
               "dtype": torch.bfloat16, "sources": {}}
     return SimpleNamespace(**(fields | more))
 
 
 @pytest.mark.parametrize(("kept", "asked", "vocab_size", "text"), [
-    (Kept(), {"top_k": 8}, 368, r"states: holds the final hidden states of the teacher, and "
+    (StateFormat(), {"top_k": 8}, 368, r"states: holds the final hidden states of the teacher, and "
                                 r"distillation.top_k = 8 asks for the 8 most probable tokens; set it to 0"),
-    (Kept(top_k=8), {}, 368, r"holds the 8 most probable tokens of the teacher, and distillation.top_k = 0 "),
-    (Kept(top_k=8, temperature=2.0), {"top_k": 8}, 368,
+    (StateFormat(top_k=8), {}, 368,
+     r"holds the 8 most probable tokens of the teacher, and distillation.top_k = 0 "),
+    (StateFormat(top_k=8, temperature=2.0), {"top_k": 8}, 368,
      r"are those at temperature 2.0, and distillation.temperature = 1.0; set it to that"),
-    (Kept(), {}, 400, r"its teacher has 368 token ids, the student model.vocab_size = 400; choose a teacher"),
+    (StateFormat(), {}, 400,
+     r"its teacher has 368 token ids, the student model.vocab_size = 400; choose a teacher"),
 ])
-def test_what_was_not_asked_for_is_refused(kept: Kept, asked: dict[str, Any], vocab_size: int,
+def test_what_was_not_asked_for_is_refused(kept: StateFormat, asked: dict[str, Any], vocab_size: int,
                                            text: str) -> None:
     with pytest.raises(UserError, match=text):
-        KeptTeacher([files_of(kept)], DistillationConfig(**asked), [], vocab_size)
-    KeptTeacher([files_of(kept)], DistillationConfig(top_k=kept.top_k, temperature=kept.temperature), [], 368)
+        StoredTeacher([files_of(kept)], DistillationConfig(**asked), [], vocab_size)
+    StoredTeacher([files_of(kept)], DistillationConfig(top_k=kept.top_k, temperature=kept.temperature), [],
+                  368)
 
 
 def test_every_source_was_read_by_a_teacher() -> None:
     sources: Any = [SimpleNamespace(name=name, artifact=f"data/{name}") for name in ("first", "second")]
-    folders = [files_of(Kept(), sources={1: 0}), files_of(Kept(), sources={0: 0})]
-    assert KeptTeacher(folders, DistillationConfig(), sources, 368).teacher == "one"
+    folders = [files_of(StateFormat(), sources={1: 0}), files_of(StateFormat(), sources={0: 0})]
+    assert StoredTeacher(folders, DistillationConfig(), sources, 368).teacher == "one"
     with pytest.raises(UserError, match="source 'first' of data/first"):
-        KeptTeacher(folders[:1], DistillationConfig(), sources, 368)
+        StoredTeacher(folders[:1], DistillationConfig(), sources, 368)
     # a run with two goes on with the same two, each over the same source
     folders[0].teacher = "another"
-    assert KeptTeacher(folders, DistillationConfig(), sources, 368).teacher == "first: one, second: another"
+    assert StoredTeacher(folders, DistillationConfig(), sources, 368).teacher == "first: one, second: another"

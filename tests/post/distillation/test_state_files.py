@@ -12,13 +12,13 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import DistillationConfig
 from megatron_sov.post.distillation import state_files
-from megatron_sov.post.distillation.state_files import Kept, StateFiles
+from megatron_sov.post.distillation.state_files import StateFiles, StateFormat
 from megatron_sov.train.data.token_shards import open_sources
 
 
 def test_most_probable_tokens_keep_every_bit() -> None:
     token, logprobs = torch.tensor([[5, 200_000], [0, 7]]), torch.tensor([[-0.1, -3e-8], [-1e30, 0.0]])
-    found = state_files.unpacked(state_files.packed(token, logprobs))
+    found = state_files.unpack_rows(state_files.pack_rows(token, logprobs))
     assert torch.equal(found[0], token) and torch.equal(found[1], logprobs)
 
 
@@ -26,10 +26,10 @@ def test_a_flipped_bit_in_what_is_kept_is_named_on_every_process(
         kept_by_a_teacher: Any, packed_data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_sov.post.distillation import distill
 
-    kept_by_a_teacher(tmp_path / "kept", [packed_data.chats], Kept("float32"), part_tokens=1000)
+    kept_by_a_teacher(tmp_path / "kept", [packed_data.chats], StateFormat("float32"), part_tokens=1000)
     sources = open_sources({str(packed_data.chats): 1.0}, 368)
     files = StateFiles(tmp_path / "kept", sources)
-    teacher = distill.KeptTeacher([files], DistillationConfig(), sources, 368)
+    teacher = distill.StoredTeacher([files], DistillationConfig(), sources, 368)
     said: list[float] = []
 
     def of_all_ranks(mine: float) -> list[float]:

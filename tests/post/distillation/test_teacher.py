@@ -12,21 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
-
-prepare_megatron()
-from safetensors.torch import load_file  # noqa: E402
-
-from megatron_sov.base.artifacts import create_artifact, find_damaged_files  # noqa: E402
-from megatron_sov.base.errors import UserError  # noqa: E402
-from megatron_sov.cli import main  # noqa: E402
-from megatron_sov.infer.engines.target import Target  # noqa: E402
-from megatron_sov.post.distillation import teacher as teaching  # noqa: E402
-from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, Kept, StateFiles, unpacked  # noqa: E402
-from megatron_sov.post.distillation.teacher import (  # noqa: E402
-    FORMATS, TeacherReading, read_documents, weights_digest)
-from megatron_sov.train.data.token_shards import open_sources  # noqa: E402
+from megatron_sov.base.artifacts import create_artifact, find_damaged_files
+from megatron_sov.base.errors import UserError
+from megatron_sov.cli import main
+from megatron_sov.infer.engines.target import Target
+from megatron_sov.post.distillation import teacher as teaching
+from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFiles, StateFormat, unpack_rows
+from megatron_sov.post.distillation.teacher import FORMATS, TeacherReading, hash_weights, read_documents
+from megatron_sov.train.data.token_shards import open_sources
 
 FAMILY, TOP_K = "exaone_moe", 5
 
@@ -52,14 +47,15 @@ def opened(out: Path, data: Path) -> StateFiles:
 
 
 def reading(model: Path, data: Path, is_hf: bool = False, top_k: int = 0) -> TeacherReading:
-    return TeacherReading(Target(model, is_hf), {str(data): 1.0}, kept=Kept("float32", top_k), part_tokens=80)
+    return TeacherReading(Target(model, is_hf), {str(data): 1.0}, kept=StateFormat("float32", top_k),
+                          part_tokens=80)
 
 
 def everything(out: Path, data: Path) -> torch.Tensor:
     """Return the states of all documents."""
     files = opened(out, data)
     return torch.cat([files.states(i, "train", d, 0, int(n)) for i, s in enumerate(open_sources(
-        {str(data): 1.0}, 1024, FORMATS)) for d, n in enumerate(s.shard("train").lengths)])
+        {str(data): 1.0}, 1024, FORMATS)) for d, n in enumerate(s.open_split("train").lengths)])
 
 
 def test_states_and_head_are_transformers_logits(one_rank: None, hf_models: dict[str, Path], data: Path,
@@ -71,7 +67,7 @@ def test_states_and_head_are_transformers_logits(one_rank: None, hf_models: dict
     files = opened(tmp_path / "states", data)
     head = load_file(files.head)[HEAD_WEIGHT]
     model = AutoModelForCausalLM.from_pretrained(hf_models[FAMILY], dtype=torch.float32).eval()
-    shard = open_sources({str(data): 1.0}, 1024, FORMATS)[1].shard("train")
+    shard = open_sources({str(data): 1.0}, 1024, FORMATS)[1].open_split("train")
     for document in (0, 7, len(shard.lengths) - 1):
         ids = shard.tokens(document, 0, int(shard.lengths[document]))
         with torch.no_grad():
@@ -103,12 +99,12 @@ def test_a_teacher_of_another_tokenizer_is_heard_in_the_students_tokens(
     assert main(command) == 2 and "--top-k 0: a teacher of another tokenizer" in capsys.readouterr().err
     assert main([*command, "--top-k", "9"]) == 0
     sources = open_sources({str(data): 1.0}, 1024, FORMATS)
-    files, shard = opened(tmp_path / "states", data), sources[0].shard("train")
+    files, shard = opened(tmp_path / "states", data), sources[0].open_split("train")
     own = data / "tokenizer"
     both = TokenTranslation(own, teacher, sources[0].vocab_size, 1024)
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
     ids = shard.tokens(7, 0, int(shard.lengths[7]))
-    document = both.document(ids.tolist())
+    document = both.translate_document(ids.tolist())
     text = AutoTokenizer.from_pretrained(own).decode(ids[:-1])
     assert document.ids[:-1] == AutoTokenizer.from_pretrained(teacher)(text, add_special_tokens=False)[
         "input_ids"] and len(document.ids) > len(ids)
@@ -116,9 +112,9 @@ def test_a_teacher_of_another_tokenizer_is_heard_in_the_students_tokens(
         logprobs = model(input_ids=torch.tensor([document.ids]), use_cache=False).logits[0].log_softmax(-1)
     of_next = logprobs[:-1].gather(1, torch.tensor(document.ids)[1:, None])[:, 0]
     best = logprobs.topk(18)
-    wanted, values = both.rows(document, ids.tolist(), best.indices, best.values,
+    wanted, values = both.translate_rows(document, ids.tolist(), best.indices, best.values,
                                torch.cat([of_next, torch.zeros(1)]), 9)
-    got, found = unpacked(files.states(0, "train", 7, 0, len(ids)))
+    got, found = unpack_rows(files.states(0, "train", 7, 0, len(ids)))
     torch.testing.assert_close(found, values, rtol=1e-4, atol=1e-4)
     assert (got == wanted).double().mean() > 0.95, "equal ones may change places"
 
@@ -149,7 +145,7 @@ def test_every_layout_leaves_the_same_states(split: dict[str, list[str]], import
         difference = (everything(tmp_path / name, data) - expected).norm() / expected.norm()
         assert difference <= 2e-6, f"{name}: {difference:.1e}"
     for name in sorted({"one", "tp"} & set(layouts)):
-        token, kept = unpacked(everything(tmp_path / f"{name}-top", data))
+        token, kept = unpack_rows(everything(tmp_path / f"{name}-top", data))
         torch.testing.assert_close(kept, logprobs.topk(TOP_K).values, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(kept, logprobs.gather(1, token), rtol=1e-5, atol=1e-5)
     assert not (tmp_path / "one-top/head.safetensors").exists()
@@ -183,7 +179,7 @@ def test_a_full_disk_is_said_by_whichever_process_meets_it(tmp_path: Path, monke
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"0000-train-0\.bin: no space left"):
-        teaching._write(tmp_path / "0000-train-0.bin", [torch.zeros(2, 4)])
+        teaching._write_states(tmp_path / "0000-train-0.bin", [torch.zeros(2, 4)])
 
 
 def test_another_teacher_has_another_digest(tmp_path: Path) -> None:
@@ -193,12 +189,12 @@ def test_another_teacher_has_another_digest(tmp_path: Path) -> None:
             (artifact.path / part / "0.safetensors").write_bytes(weights)
             artifact.settings = {"model": {"hidden_size": 8}, "lora": {"alpha": alpha}}
             artifact.content = {"base": {"path": "base", "sha256": base}} if part == "adapter" else {}
-        return weights_digest(Target(tmp_path / "checkpoint", False))
+        return hash_weights(Target(tmp_path / "checkpoint", False))
 
     def folder(weights: bytes, config: str) -> str:
         (tmp_path / "model.safetensors").write_bytes(weights)
         (tmp_path / "config.json").write_text(config)
-        return weights_digest(Target(tmp_path, True))
+        return hash_weights(Target(tmp_path, True))
 
     assert checkpoint("adapter", b"1") == checkpoint("adapter", b"1")
     assert len({checkpoint("model", b"1"), checkpoint("model", b"2"), checkpoint("adapter", b"1"),
@@ -212,7 +208,8 @@ def test_what_does_not_belong_together_is_refused(one_rank: None, imported: dict
     with pytest.raises(UserError, match=r"than in .* \(e.g."):
         read_documents(reading(imported[FAMILY], packed_data.text), tmp_path / "states", [], None)
     with pytest.raises(UserError, match="must be one of bfloat16, float32"):
-        read_documents(TeacherReading(Target(imported[FAMILY], False), {str(data): 1.0}, kept=Kept("int8")),
+        read_documents(TeacherReading(Target(imported[FAMILY], False), {str(data): 1.0},
+                                      kept=StateFormat("int8")),
                        tmp_path / "states", [], None)
     with pytest.raises(UserError, match="--top-k 1024: must lie"):
         read_documents(reading(imported[FAMILY], data, top_k=1024), tmp_path / "states", [], None)

@@ -66,14 +66,14 @@ def test_a_teacher_that_knows_the_texts_says_how_probable_the_students_tokens_ar
     num_heard = num_own = 0
     for text in SENTENCES:
         ids = [*ours.encode(text).ids, ours.token_to_id(END)]
-        document = both.document(ids)
+        document = both.translate_document(ids)
         whole = torch.full((len(document.ids), size), NOTHING)
         for row in range(len(document.ids) - 1):
             for token, share in known[tuple(document.ids[:row + 1])].items():
                 whole[row, token] = math.log(share)
         of_next = whole.gather(1, torch.tensor([[*document.ids[1:], 0]]).T)[:, 0]
         logprobs, token = whole.sort(descending=True)
-        got, values = both.rows(document, ids, token[:, :9], logprobs[:, :9], of_next, 8)
+        got, values = both.translate_rows(document, ids, token[:, :9], logprobs[:, :9], of_next, 8)
         for row in range(len(ids) - 1):
             num_own += 1
             if values[row, 0] == UNHEARD:
@@ -92,7 +92,7 @@ def test_a_special_token_that_the_teacher_lacks_is_read_as_its_text(tmp_path: Pa
     made.add_special_tokens([AddedToken("<|user|>", special=True)])
     made.save(str(student / "tokenizer.json"))
     teacher = tokenizer(tmp_path / "t", ["h i"])
-    document = translation(student, teacher).document(made.encode("<|user|>hi").ids)
+    document = translation(student, teacher).translate_document(made.encode("<|user|>hi").ids)
     assert opened(teacher).decode(document.ids) == "<|user|>hi"
     assert document.at.tolist() == [7, -1, 8]
 
@@ -105,4 +105,4 @@ def test_a_teacher_that_changes_texts_is_refused(tmp_path: Path) -> None:
     made.normalizer = normalizers.Replace("x", "yy")
     made.save(str(teacher / "tokenizer.json"))
     with pytest.raises(UserError, match=r"\(3 bytes became 4\)"):
-        translation(student, teacher).document(opened(student).encode("axb").ids)
+        translation(student, teacher).translate_document(opened(student).encode("axb").ids)

@@ -16,20 +16,18 @@ from typing import Any
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.eval.needle.suite import Cell
 from megatron_sov.eval.statistics import compute_wilson_interval
 from megatron_sov.model.config import GateConfig, NeedleKind, PhaseConfig, RunConfig, apply_settings
 from megatron_sov.model.recipes import get
 from megatron_sov.post.extend import running
 from megatron_sov.post.extend.running import (
-    StageGate, asks_too_little, decide_verdict, make_needles, mean_loss, run_stages, with_needles_in_blends)
+    StageGate, add_needles_to_blends, build_needles, compute_mean_loss, decide_verdict, describe_small_suite,
+    run_stages)
 from megatron_sov.train.objectives.heldout_evaluator import HeldoutLoss
 
 # A stage's gate: when it looks, what it takes for a pass, and what it leaves in events,
 # checkpoint and manifest.
-
-prepare_megatron()
 
 SETTINGS = GateConfig(every_steps=4, min_accuracy=0.9, loss_tolerance_nats=0.1)
 
@@ -73,7 +71,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> Callable[..., StageGate]:
             loss=run.loss, bits_per_byte=1.0, tokens=100)})
         monkeypatch.setattr(running.collectives, "all_reduce_world", lambda values: values)
         clean: Any = SimpleNamespace(fields=lambda: {"questions_found": 0})
-        needles: Any = SimpleNamespace(measure=run.measure, record=run.record)
+        needles: Any = SimpleNamespace(measure_scores=run.measure, record=run.record)
         run.gate = StageGate(SETTINGS, needles, SimpleNamespace(seq_len=64), start_loss, min_steps, clean)
         return run.gate
 
@@ -159,7 +157,7 @@ def test_failure_completion_and_checkpoint_tell_all_checks(judged: Any) -> None:
 def test_the_mean_is_over_tokens_and_not_over_sources() -> None:
     losses = {name: HeldoutLoss(loss=loss, bits_per_byte=1.0, tokens=tokens)
               for name, loss, tokens in (("a", 1.0, 900), ("b", 3.0, 100))}
-    assert mean_loss(losses) == pytest.approx(1.2) and mean_loss({}) == 0
+    assert compute_mean_loss(losses) == pytest.approx(1.2) and compute_mean_loss({}) == 0
 
 
 # The gate's decision on planted cells.
@@ -213,7 +211,7 @@ def config_of(data: Path, share: float, **blend: float) -> RunConfig:
 
 @pytest.mark.parametrize("share", [0.2, 0.5])
 def test_blends_keep_their_proportions_beside_the_needles(share: float) -> None:
-    first, second = with_needles_in_blends(config_of(Path("x"), share, en=3.0, ko=1.0)).data.phases
+    first, second = add_needles_to_blends(config_of(Path("x"), share, en=3.0, ko=1.0)).data.phases
     total = sum(first.blend.values())
     assert first.blend["needle"] / total == pytest.approx(share)
     assert (first.blend["en"], first.blend["ko"], second.blend) == (3.0, 1.0, {})
@@ -222,28 +220,28 @@ def test_blends_keep_their_proportions_beside_the_needles(share: float) -> None:
 @pytest.mark.parametrize(("share", "blend"), [(0.0, {"en": 1.0}), (0.5, {"en": 1.0, "needle": 0.1})])
 def test_blends_stay_without_needles_and_where_they_are_named(share: float, blend: dict[str, float]) -> None:
     config = config_of(Path("x"), share, **blend)
-    assert with_needles_in_blends(config) == config
+    assert add_needles_to_blends(config) == config
 
 
 def test_documents_are_as_long_as_the_longest_phase_and_the_test_as_set(token_shards: Path) -> None:
-    needles = make_needles(config_of(token_shards, 0.1), token_shards)
+    needles = build_needles(config_of(token_shards, 0.1), token_shards)
     (source,) = needles.sources
-    assert source.name == "needle" and int(source.shard("train").lengths[7]) == 128
+    assert source.name == "needle" and int(source.open_split("train").lengths[7]) == 128
     suite = needles.suite
     assert (suite.kinds, suite.lengths, suite.depths, suite.samples) == (
         ("multi-key",), (256, 512), (0.0, 0.5, 0.95), 20)
     assert [h.language for h in suite.haystacks] == ["code"] and suite.distractor_share == 0.25
-    assert make_needles(config_of(token_shards, 0.0), token_shards).sources == ()
+    assert build_needles(config_of(token_shards, 0.0), token_shards).sources == ()
 
 
 def test_blends_name_short_needle_documents(token_shards: Path) -> None:
     config = config_of(token_shards, 0.0, first=1.0, **{"needle/64": 1.0})
-    (short,) = make_needles(config, token_shards).sources
-    assert (short.name, short.share, int(short.shard("train").lengths[0])) == ("needle/64", 0.0, 64)
-    both = make_needles(config_of(token_shards, 0.1, first=1.0, **{"needle/64": 1.0}), token_shards).sources
-    assert {s.name: int(s.shard("train").lengths[0]) for s in both} == {"needle": 128, "needle/64": 64}
+    (short,) = build_needles(config, token_shards).sources
+    assert (short.name, short.share, int(short.open_split("train").lengths[0])) == ("needle/64", 0.0, 64)
+    both = build_needles(config_of(token_shards, 0.1, first=1.0, **{"needle/64": 1.0}), token_shards).sources
+    assert {s.name: int(s.open_split("train").lengths[0]) for s in both} == {"needle": 128, "needle/64": 64}
     with pytest.raises(UserError, match=r"e\.g\. needle/4096"):
-        make_needles(config_of(token_shards, 0.1, **{"needle/x": 1.0}), token_shards)
+        build_needles(config_of(token_shards, 0.1, **{"needle/x": 1.0}), token_shards)
 
 
 def test_the_name_of_the_source_is_kept_for_it(token_shards: Path, tmp_path: Path) -> None:
@@ -251,7 +249,7 @@ def test_the_name_of_the_source_is_kept_for_it(token_shards: Path, tmp_path: Pat
     text = (data / "manifest.json").read_text().replace('"name": "first"', '"name": "needle"')
     (data / "manifest.json").write_text(json.dumps(json.loads(text) | {"sha256": ""}))
     with pytest.raises(UserError, match="source named 'needle'"):
-        make_needles(config_of(data, 0.1), data)
+        build_needles(config_of(data, 0.1), data)
 
 
 class Folder:
@@ -277,10 +275,10 @@ def test_the_first_stage_that_works_began_with_the_command_and_each_later_one_wi
         return True
 
     monkeypatch.setattr(running, "run_stage", run_stage)
-    monkeypatch.setattr(running, "make_needles",
+    monkeypatch.setattr(running, "build_needles",
                         lambda config, start, formats: SimpleNamespace(
                             data=(), sources=(), before=None, after=None))
-    monkeypatch.setattr(running, "with_needles_in_blends", lambda config: config)
+    monkeypatch.setattr(running, "add_needles_to_blends", lambda config: config)
     monkeypatch.setattr(running, "find_checkpoint", lambda path: path / "checkpoints/step-4")
     monkeypatch.setattr(running, "get_command_start", lambda: 1000.0)
     monkeypatch.setattr(running, "time", SimpleNamespace(time=lambda: 4000.0 + 1000 * len(ran)))
@@ -296,5 +294,5 @@ def test_the_first_stage_that_works_began_with_the_command_and_each_later_one_wi
 def test_a_gate_that_asks_less_than_its_stage_has_is_said(lengths: str, said: str | None) -> None:
     phases = 'data.phases=[{"name": "a", "seq_len": 128}, {"name": "b", "seq_len": 512}]'
     config = apply_settings(get("tiny-solar-open"), [phases, f"needle.lengths_tokens={lengths}"])
-    found = asks_too_little(config)
+    found = describe_small_suite(config)
     assert found is None if said is None else said in str(found)

@@ -19,7 +19,7 @@ from megatron_sov.cli import main
 from megatron_sov.commands.train.setup.stage_options import TunedStageOptions, stage_request
 from megatron_sov.model.config import ExtendStageConfig, PartConfig, YarnConfig
 from megatron_sov.post.extend.stages import (
-    WINDOW_TOKENS, planned_stages, refuse_contaminated, search_contamination, stage_blend)
+    WINDOW_TOKENS, build_stage_blend, plan_stages, refuse_contaminated, search_contamination)
 from megatron_sov.runs.checkpoints import find_checkpoint
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.train.data.token_shards import Source
@@ -49,7 +49,7 @@ class Packed(Source):
 
     splits: Any = None
 
-    def shard(self, split: str) -> Any:
+    def open_split(self, split: str) -> Any:
         return Texts(self.splits[split])
 
 
@@ -73,7 +73,8 @@ def test_equal_windows_have_equal_hashes_and_others_differ(text: list[int], wind
 
 def test_clean_text_is_clean() -> None:
     found = search_contamination([QUESTION], [source([random_text(1, 5000)], [random_text(2, 640)])], 10_000)
-    assert (found.questions_found, found.windows, found.windows_found, found.overlap) == (0, 20, 0, 0)
+    assert (found.questions_found, found.windows, found.windows_found,
+            found.overlap) == (0, 20, 0, 0)
     assert found.scanned_tokens == found.train_tokens == {"web": 5000}
     refuse_contaminated(found, 0.0)
 
@@ -111,7 +112,7 @@ def test_the_search_ends_at_its_bound_and_says_so() -> None:
 def blend_source(name: str, lengths: list[int], share: float, is_chat: bool = False) -> Source:
     documents: Any = Texts([[0] * count for count in lengths])
     return Source(name, None, "chat" if is_chat else "text", {}, {"train": sum(lengths)}, share,
-                  made=documents)
+                  train_documents=documents)
 
 
 @pytest.fixture
@@ -126,32 +127,33 @@ def stage(*parts: PartConfig, kind: str = "extension", **blend: float) -> Extend
 
 
 def test_without_parts_the_blend_is_the_stages_own(sources: list[Source]) -> None:
-    assert ((stage_blend(stage(), sources, 32, 0.0), stage_blend(stage(web=2.0), sources, 32, 0.0))
+    assert ((build_stage_blend(stage(), sources, 32, 0.0),
+             build_stage_blend(stage(web=2.0), sources, 32, 0.0))
             == ({}, {"web": 2.0}))
 
 
 def test_rehearsal_is_every_text_in_pieces_of_the_trained_length(sources: list[Source]) -> None:
-    blend = stage_blend(stage(PartConfig("rehearsal", 0.2), books=1.0), sources, 32, 0.0)
+    blend = build_stage_blend(stage(PartConfig("rehearsal", 0.2), books=1.0), sources, 32, 0.0)
     assert blend == pytest.approx({"web/32": 0.15, "books/32": 0.05, "books": 0.8})
 
 
 def test_rehearsal_has_short_needle_documents_and_replay_has_none(sources: list[Source]) -> None:
-    blend = stage_blend(stage(PartConfig("rehearsal", 0.2), books=1.0), sources, 32, 0.25)
+    blend = build_stage_blend(stage(PartConfig("rehearsal", 0.2), books=1.0), sources, 32, 0.25)
     assert blend == pytest.approx({"web/32": 0.1125, "books/32": 0.0375, "needle/32": 0.05, "books": 0.8})
     parts = (PartConfig("trajectories", 0.5), PartConfig("replay", 0.5))
     assert not any("needle" in name
-                   for name in stage_blend(stage(*parts, kind="midtraining"), sources, 32, 0.25))
+                   for name in build_stage_blend(stage(*parts, kind="midtraining"), sources, 32, 0.25))
 
 
 def test_mid_training_mixes_trajectories_long_documents_and_replay(sources: list[Source]) -> None:
     parts = (PartConfig("trajectories", 0.7), PartConfig("long", 0.1),
              PartConfig("replay", 0.2, {"web/8": 3.0, "books": 1.0}))
-    blend = stage_blend(stage(*parts, kind="midtraining"), sources, 32, 0.0)
+    blend = build_stage_blend(stage(*parts, kind="midtraining"), sources, 32, 0.0)
     assert blend == pytest.approx({"chats": 0.7, "books@33": 0.1, "web/8": 0.15, "books": 0.05})
 
 
 def test_the_rest_goes_to_all_sources_by_their_share(sources: list[Source]) -> None:
-    blend = stage_blend(stage(PartConfig("long", 0.5, {"books@40": 1.0})), sources, 32, 0.0)
+    blend = build_stage_blend(stage(PartConfig("long", 0.5, {"books@40": 1.0})), sources, 32, 0.0)
     assert blend == pytest.approx({"books@40": 0.5, "web": 0.3, "books": 0.1, "chats": 0.1})
 
 
@@ -162,7 +164,7 @@ def test_the_rest_goes_to_all_sources_by_their_share(sources: list[Source]) -> N
 def test_what_the_data_lacks_is_said(part: PartConfig, trained: int, said: str,
                                      sources: list[Source]) -> None:
     with pytest.raises(UserError, match=said):
-        stage_blend(stage(part), sources, trained, 0.0)
+        build_stage_blend(stage(part), sources, trained, 0.0)
 
 
 SHORT = {"model.vocab_size": 1024, "model.hidden_size": 32, "model.head_dim": 16, "model.expert_ffn_dim": 16,
@@ -242,7 +244,7 @@ def test_the_stages_of_a_recipe_are_its_own(short_run: Path, token_shards: Path,
     args = typed(TunedStageOptions, ["tiny-solar-open-extend", "--from", str(short_run), "--data",
                                      str(token_shards), "--run", str(tmp_path / "long"), *shorter])
     request = stage_request(args, "lm", lengthens=True)
-    planned = planned_stages(request, find_checkpoint(short_run), args.run, 1)
+    planned = plan_stages(request, find_checkpoint(short_run), args.run, 1)
     near, far = (stage.config for stage in planned)
     assert near.problems(1) == far.problems(1) == []
     (first,), (second,) = near.data.phases, far.data.phases

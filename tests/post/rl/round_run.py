@@ -10,19 +10,19 @@ from megatron_sov import recipes
 from megatron_sov.engine.parallel import world
 from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
 from megatron_sov.model.config.run import add_rounds
-from megatron_sov.post.policy import objective_of
-from megatron_sov.post.preference import round_objective_of
-from megatron_sov.post.rl.logprob_columns import columns_of_run
+from megatron_sov.post.policy import build_policy_objective
+from megatron_sov.post.preference import build_round_objective
+from megatron_sov.post.rl.logprob_columns import select_columns
 from megatron_sov.post.rl.publish import shards
-from megatron_sov.post.rl.publish.publisher import Publisher, published_numbers
+from megatron_sov.post.rl.publish.publisher import Publisher, list_number_columns
 from megatron_sov.post.rl.round_loader import RoundLoader
 from megatron_sov.post.rl.run import RolloutCycle
 from megatron_sov.rollouts.prompts import read_prompts
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.rounds import Policy, RunPolicies
-from megatron_sov.train.data.rounds import BEHAVIOUR, rounds_of, rounds_source
-from megatron_sov.train.stopping import StopFlag
+from megatron_sov.train.data.rounds import BEHAVIOUR, build_rounds_source, find_round_documents
 from megatron_sov.train.trainer import Trainer
+from megatron_sov.work.processes.stop_signals import StopFlag
 
 SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_heads=4", "model.num_kv_heads=2",
             "model.head_dim=8", "model.expert_ffn_dim=16", "model.num_experts=4", "model.dense_ffn_dim=48",
@@ -41,12 +41,13 @@ def curve(settings: list[str], folder: str) -> list[dict[str, Any]]:
     config = config_of(settings)
     place = world.join_world(config.parallel)
     config.check(place.size)
-    objective = (round_objective_of if config.policy.learns_preferences else objective_of)(config)
+    objective = (build_round_objective if config.policy.learns_preferences
+                 else build_policy_objective)(config)
     # what a layout computes itself stands beside the rounds: each has rounds of its own
-    columns = columns_of_run(config, objective.columns, Path(folder))
-    source = rounds_source(Path(folder) / "rounds", config.model.vocab_size, None, columns.names,
-                           routes=columns.routes, published=(BEHAVIOUR, *published_numbers(config)))
-    rounds = rounds_of([source])
+    columns = select_columns(config, objective.columns, Path(folder))
+    source = build_rounds_source(Path(folder) / "rounds", config.model.vocab_size, None, columns.names,
+                           routes=columns.routes, published=(BEHAVIOUR, *list_number_columns(config)))
+    rounds = find_round_documents([source])
     assert rounds is not None
     policies = RunPolicies(Path(folder), Policy(Path(folder), 0, "start"), config.rollout, {})
     published: Any = SimpleNamespace(publish=lambda number: "")
@@ -56,8 +57,8 @@ def curve(settings: list[str], folder: str) -> list[dict[str, Any]]:
     trainer = Trainer(config, place, RunFolder(Path("not-written")), [source], objective, feed=feed)
     stop, taken = StopFlag(), []
     while not trainer.finished:
-        assert trainer.bring_data(stop) is None
-        result = trainer.update()
+        assert trainer.fetch_data(stop) is None
+        result = trainer.train_step()
         if result is None:
             taken.append({"passed over": 1.0})
             continue

@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 
 from megatron_sov.model.config import PolicyConfig
 from megatron_sov.post.rl.publish import advantages as parts
-from megatron_sov.post.rl.publish.advantages import group_advantages, step_advantages
+from megatron_sov.post.rl.publish.advantages import compute_advantages, compute_step_advantages
 
 REWARDS = st.lists(st.sampled_from([0.0, 0.0, 0.3, 0.5, 1.0, 1.0, 1.2]), min_size=2, max_size=7)
 STEP = st.lists(REWARDS, min_size=1, max_size=4)
@@ -30,8 +30,9 @@ LONGEST = 4096
 def of(rewards: list[list[float]], policy: PolicyConfig, lengths: list[list[int]] | None = None,
        longest: int = 10) -> list[parts.GroupAdvantages]:
     lengths = lengths or [[1] * len(group) for group in rewards]
-    groups = group_advantages([np.array(g) for g in rewards], [np.array(n) for n in lengths], policy, longest)
-    return step_advantages(groups, policy)
+    groups = compute_advantages([np.array(g) for g in rewards], [np.array(n) for n in lengths], policy,
+                                longest)
+    return compute_step_advantages(groups, policy)
 
 
 def written_out(rewards: list[list[float]], lengths: list[list[int]], policy: PolicyConfig,
@@ -129,9 +130,10 @@ def test_a_group_learns_by_any_advantage_beyond_the_tolerance(advantages: list[f
 
 
 def test_mgpo_prefers_groups_of_which_half_is_right() -> None:
-    assert parts.mgpo_weight(1 / 8, 1.0) == pytest.approx(0.7288, abs=1e-4)
-    assert parts.mgpo_weight(0.5, 3.0) == 1.0
-    assert parts.mgpo_weight(0.0, 2.0) == parts.mgpo_weight(1.0, 2.0) == pytest.approx(2.0 ** -2)
+    assert parts.compute_mgpo_weight(1 / 8, 1.0) == pytest.approx(0.7288, abs=1e-4)
+    assert parts.compute_mgpo_weight(0.5, 3.0) == 1.0
+    assert parts.compute_mgpo_weight(0.0, 2.0) == parts.compute_mgpo_weight(1.0,
+                                                                            2.0) == pytest.approx(2.0 ** -2)
     step = [[0.0, 1.0, 1.0, 1.0], [0.0, 1.0, 0.0, 1.0]]
     without = of(step, PolicyConfig("mgpo", mgpo_lambda=0.0))
     for ours, theirs in zip(without, of(step, PolicyConfig("grpo")), strict=True):
@@ -141,12 +143,14 @@ def test_mgpo_prefers_groups_of_which_half_is_right() -> None:
 def test_long_responses_are_penalised_as_in_dapo() -> None:
     policy = PolicyConfig("dapo", overlong_buffer_tokens=4096)
     lengths = np.array([1, 16384, 17408, 20480, 30000])
-    assert parts.overlong_penalty(lengths, policy, 20480).tolist() == [0.0, 0.0, 0.25, 1.0, 1.0]
-    assert parts.overlong_penalty(lengths, PolicyConfig("dapo"), 20480).tolist() == [0.0, 0.0, 0.25, 1.0, 1.0]
-    assert not parts.overlong_penalty(lengths, PolicyConfig("grpo"), 20480).any()
-    assert not parts.overlong_penalty(lengths, PolicyConfig("dapo", overlong_buffer_tokens=0), 20480).any()
+    assert parts.compute_overlong_penalty(lengths, policy, 20480).tolist() == [0.0, 0.0, 0.25, 1.0, 1.0]
+    assert parts.compute_overlong_penalty(lengths, PolicyConfig("dapo"), 20480).tolist() == [0.0, 0.0, 0.25,
+                                                                                             1.0, 1.0]
+    assert not parts.compute_overlong_penalty(lengths, PolicyConfig("grpo"), 20480).any()
+    assert not parts.compute_overlong_penalty(lengths, PolicyConfig("dapo", overlong_buffer_tokens=0),
+                                              20480).any()
     halved = PolicyConfig("dapo", overlong_buffer_tokens=4096, overlong_penalty=0.5)
-    assert parts.overlong_penalty(lengths, halved, 20480)[-1] == 0.5
+    assert parts.compute_overlong_penalty(lengths, halved, 20480)[-1] == 0.5
 
 
 def split(group: list[tuple[int, bool]]) -> tuple[np.ndarray, np.ndarray]:
@@ -155,7 +159,7 @@ def split(group: list[tuple[int, bool]]) -> tuple[np.ndarray, np.ndarray]:
 
 @given(GROUP)
 def test_right_responses_near_the_middle_of_the_right_ones_get_most(group: list[tuple[int, bool]]) -> None:
-    found = parts.around_right(*split(group), 100)
+    found = parts.center_on_threshold(*split(group), 100)
     of_right = sorted(n for n, is_right in group if is_right)
     for (n, is_right), bonus in zip(group, found, strict=True):
         if not is_right:
@@ -174,7 +178,7 @@ def _percentile(values: list[int], share: float) -> float:
 
 @given(GROUP, st.sampled_from([math.nan, 500.0]))
 def test_right_responses_near_their_target_get_most(group: list[tuple[int, bool]], target: float) -> None:
-    found = parts.near_target(*split(group), np.full(len(group), target), 120)
+    found = parts.reward_target_length(*split(group), np.full(len(group), target), 120)
     for (n, is_right), bonus in zip(group, found, strict=True):
         wanted = statistics.median([m for m, r in group if r] or [0]) if math.isnan(target) else target
         assert bonus == pytest.approx(
@@ -185,7 +189,7 @@ def test_right_responses_near_their_target_get_most(group: list[tuple[int, bool]
 def test_a_budget_that_is_kept_gives_what_it_gives_and_less_beyond(group: list[tuple[int, bool]],
                                                                    data: st.DataObject) -> None:
     budgets = [data.draw(st.sampled_from([512, 1024, 2048, 2560])) for _ in group]
-    found = parts.within_budget(*split(group), np.array(budgets), LONGEST, 4.0)
+    found = parts.reward_length_budget(*split(group), np.array(budgets), LONGEST, 4.0)
     for (n, is_right), budget, reward in zip(group, budgets, found, strict=True):
         expected = 0.0
         if is_right and n <= LONGEST:
@@ -198,32 +202,34 @@ def test_the_methods_put_them_together() -> None:
     rewards, lengths = np.array([1.0, 1.0, 0.0, 1.0]), np.array([100, 150, 700, 400])
     low, high = np.percentile([100, 150, 400], (30, 70))
     shaped = np.array([1 + 0.7 * (1 - (low - 100) / 100), 1.7, 0.0, 1 + 0.7 * max(0, 1 - (400 - high) / 100)])
-    [group] = group_advantages([rewards], [lengths], PolicyConfig("lapo_d"), LONGEST)
+    [group] = compute_advantages([rewards], [lengths], PolicyConfig("lapo_d"), LONGEST)
     assert group.advantages == pytest.approx((shaped - shaped.mean()) / (shaped.std(ddof=1) + 1e-4))
     shaped = rewards + 0.8 * rewards * np.exp(-(lengths - 200.0) ** 2 / (2 * 120 ** 2))
-    [group] = group_advantages([rewards], [lengths], PolicyConfig("lapo_i"), LONGEST, [np.full(4, 200)])
+    [group] = compute_advantages([rewards], [lengths], PolicyConfig("lapo_i"), LONGEST, [np.full(4, 200)])
     assert group.advantages == pytest.approx((shaped - shaped.mean()) / (shaped.std(ddof=1) + 1e-4))
 
     budgets = np.array([512, 512, 2560, 2560])
     kept = 4 * np.cos(np.pi * budgets / (2 * LONGEST))
     given_ = np.array([kept[0], kept[1], 0.0, kept[3]])
     intra = np.array([0.0, 0.0, *[kept[3] / 2 - kept[3]] * 2])
-    [group] = group_advantages([rewards], [lengths], PolicyConfig("hbpo"), LONGEST, [budgets])
+    [group] = compute_advantages([rewards], [lengths], PolicyConfig("hbpo"), LONGEST, [budgets])
     assert group.advantages == pytest.approx(
         (given_ - given_.mean()) / (given_.std(ddof=1) + 1e-4) + intra)
 
 
 def test_a_range_goes_from_the_worst_to_the_best() -> None:
     groups = [np.array([0.5, 2.0, 1.0]), np.ones(2)]
-    first, second = group_advantages(groups, [np.full(len(g), 9) for g in groups], PolicyConfig("preference"),
+    first, second = compute_advantages(groups, [np.full(len(g), 9) for g in groups],
+                                       PolicyConfig("preference"),
                                LONGEST)
     assert first.advantages == pytest.approx([-1, 1, -1 / 3]) and second.reason == "all_right"
-    kept = group_advantages([np.zeros(2)], [np.full(2, 9)], PolicyConfig("gspo", advantage="range"), LONGEST)
+    kept = compute_advantages([np.zeros(2)], [np.full(2, 9)], PolicyConfig("gspo", advantage="range"),
+                              LONGEST)
     assert kept[0].advantages.tolist() == [0, 0]
 
 
 def test_a_group_that_is_all_right_still_learns_lengths() -> None:
-    [group] = group_advantages([np.ones(3)], [np.array([10, 500, 510])], PolicyConfig("lapo_d"), LONGEST)
+    [group] = compute_advantages([np.ones(3)], [np.array([10, 500, 510])], PolicyConfig("lapo_d"), LONGEST)
     assert group.reason == "" and np.argmin(group.advantages) == 0
 
 

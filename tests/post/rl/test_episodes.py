@@ -18,7 +18,7 @@ from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.generate.episodes import Episodes
 from megatron_sov.post.rl.generate.pieces import SampleAttempt
 from megatron_sov.rollouts.prompts import PromptList, PromptPiece, RolloutPrompt
-from megatron_sov.rollouts.rows import NOT_WRITTEN, UNFINISHED, Rollout, later
+from megatron_sov.rollouts.rows import NOT_WRITTEN, UNFINISHED, Rollout, select_last_attempts
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.rounds import Policy
 from tests.judge.tools.fuzzed_episodes import LIMITS, FuzzedPolicy, chat_encoder
@@ -43,7 +43,7 @@ def test_an_episode_goes_on_where_a_deadline_cut_it_off(tmp_path: Path) -> None:
     encoder = TurnEncoder(chat, "the test's tokenizer")
     asked = order("files", {})
     environment: Any = make(asked)[0]
-    piece = PromptPiece(1, 0, PromptList.of(
+    piece = PromptPiece(1, 0, PromptList.from_prompts(
         RolloutPrompt(f"{n:016x}", environment.EXAMPLES[n]) for n in range(2)))
     timed = Timed(FuzzedPolicy("files", chat, encoder.end_ids[0]))
     source = Episodes(
@@ -66,7 +66,7 @@ def test_an_episode_goes_on_where_a_deadline_cut_it_off(tmp_path: Path) -> None:
     assert number > 2, "nothing was cut off twice"
     [whole] = replace(source, rollout=replace(ROLLOUT, deadline_s=0.0)).play_attempts(
         timed, [SampleAttempt(piece, 0, Policy(tmp_path, 0, "0" * 64))])
-    ended = {row.key: row for row in later(rows)}
+    ended = {row.key: row for row in select_last_attempts(rows)}
     assert len(ended) == 4 == len(whole)
     for expected in whole:
         row = ended[expected.key]

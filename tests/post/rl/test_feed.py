@@ -17,7 +17,7 @@ from megatron_sov.base.sealed import write_sealed
 from megatron_sov.model.config import PolicyConfig, RolloutConfig
 from megatron_sov.runs.rounds import Policy, RunPolicies
 from megatron_sov.train.data.ledger import Ledger, LedgerEntry
-from megatron_sov.train.data.rounds import Round, RoundDocuments
+from megatron_sov.train.data.rounds import PublishedRound, RoundDocuments
 
 ENTRY = LedgerEntry(0, "round-0001", 16, 4, {"rollouts": 1.0})
 STEPS = {1: (range(2), range(2, 2)), 2: (range(0), range(3)), 3: (range(1), range(1, 3))}
@@ -75,21 +75,21 @@ def view(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def feed_of(folder: Path, monkeypatch: pytest.MonkeyPatch, lacking: Any, names: tuple[str, ...] = (),
             wait_s: float = 0.0, reference: str = "") -> Any:
-    from megatron_sov.post.rl.logprob_columns import TrainerColumns
+    from megatron_sov.post.rl.logprob_columns import LogprobColumns
     from megatron_sov.post.rl.round_loader import RoundLoader
     from megatron_sov.post.rl.run import RolloutCycle
 
     rounds = RoundDocuments(folder, 10, names)
 
-    def read(number: int, seq_len: int, num_steps: int) -> Round:
+    def read(number: int, seq_len: int, num_steps: int) -> PublishedRound:
         documents: Any = Told(number)
-        return Round(folder / f"{number:04d}", documents, STEPS[number], {},
+        return PublishedRound(folder / f"{number:04d}", documents, STEPS[number], {},
                      np.arange(len(documents.lengths) + 1) * 4)
 
     monkeypatch.setattr(rounds, "read", read)
     monkeypatch.setattr(rounds, "verify", lambda number, rank, size: None)
 
-    columns = TrainerColumns(names, 1.0, None, folder, reference)
+    columns = LogprobColumns(names, 1.0, None, folder, reference)
     rollout = RolloutConfig(steps_per_round=2, prompts_per_round=2)
     policies = RunPolicies(folder, Policy(folder / "start", 0, "start"), rollout, {})
     policies.restore({"trained": "earlier rounds", "recent": []})
@@ -283,11 +283,11 @@ def test_a_resumed_run_keeps_its_teachers(view: Any, tmp_path: Path, monkeypatch
     from megatron_sov.post.rl import logprob_columns, round_loader
     from megatron_sov.post.rl.teachers import ScoringTeacher
 
-    def write(view: Any, teachers: Any, opened: Round, file: Path, identity: str) -> None:
+    def write(view: Any, teachers: Any, opened: PublishedRound, file: Path, identity: str) -> None:
         write_sealed(file, np.full(8, -float(len(teachers)), np.float32).tobytes(), identity)
 
     monkeypatch.setattr(logprob_columns, "write_teachers", write)
-    monkeypatch.setattr(round_loader, "reverse_kl",
+    monkeypatch.setattr(round_loader, "compute_reverse_kl",
                         lambda opened, column: {"reverse_kl": -float(column.mean())})
 
     def opened(*teachers: ScoringTeacher) -> None:

@@ -16,10 +16,11 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.infer.request import GenerationBounds, GenerationResult, Sampling, StopRule, Tokens
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.generate.pieces import PendingPieces, PieceQueue, SampleAttempt
-from megatron_sov.post.rl.generate.responses import ResponseSource, key_digest
+from megatron_sov.post.rl.generate.responses import ResponseSource, compute_sampling_digest
 from megatron_sov.post.rl.generate.writers import write_batches
-from megatron_sov.rollouts.prompts import PromptList, PromptPiece, read_prompts, round_pieces, round_prompts
-from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Rollout, later
+from megatron_sov.rollouts.prompts import (
+    PromptList, PromptPiece, plan_round_pieces, read_prompts, select_round_prompts)
+from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Rollout, select_last_attempts
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.rounds import Policy
 from megatron_sov.work.progress.locks import Claims, IdleTimeout
@@ -76,7 +77,7 @@ class Numbers:
 
     end_ids = (END,)
 
-    def ask(self, prompts: Sequence[Any]) -> list[list[int]]:
+    def encode_prompts(self, prompts: Sequence[Any]) -> list[list[int]]:
         return [[int(p.messages[-1].content)] for p in prompts]
 
     def decode(self, tokens: list[int]) -> str:
@@ -110,7 +111,7 @@ class Job:
         self.pending = PendingPieces(
             store=self.store, claims=Claims(self.store.claims, 60), prompts=prompts, rollout=rollout,
             rounds=range(1, 4), find_policy=policy_of, further=further,
-            sampling_digest=lambda number: key_digest(rollout, number, {}))
+            sampling_digest=lambda number: compute_sampling_digest(rollout, number, {}))
         self.source = ResponseSource(Numbers(), rollout, "counting", False, {},  # type: ignore[arg-type]
                                      lambda: self.engine.now_s)
         self.queue = PieceQueue(pending=self.pending, store=self.store,
@@ -132,9 +133,9 @@ def check_whole(store: RolloutStore, prompts: PromptList, rounds: Sequence[int])
     """Check that the last attempts are each response once and whole; return them."""
     rows = rows_of(store)
     assert len({(row.key, row.attempt) for row in rows}) == len(rows)
-    found = later(rows)
+    found = select_last_attempts(rows)
     assert sorted((r.round, r.key.prompt, r.key.sample) for r in found) == sorted(
-        (number, p.id, sample) for number in rounds for p in round_prompts(prompts, ROLLOUT, number)
+        (number, p.id, sample) for number in rounds for p in select_round_prompts(prompts, ROLLOUT, number)
         for sample in range(2))
     for row in found:
         first = int(row.prompt_tokens[0])
@@ -235,10 +236,13 @@ def test_responses_that_are_told_their_length_begin_with_it_as_their_prompt(prom
     [rows] = writer.write(Counting(), [SampleAttempt(PromptPiece(1, 0, prompts[5:6]), 0, policy(0))])
     assert [row.prompt_tokens.tolist() for row in rows] == [[60, 700, 2]] * 2 + [[60, 700, 6]] * 2
     assert all(not set(row.tokens.tolist()) & {60, 700} for row in rows)
-    assert {row.key.sampling for row in rows} == {key_digest(rollout, 1, {})}
-    assert key_digest(rollout, 1, {}) != key_digest(replace(rollout, budgets_tokens=(3, 6)), 1, {})
+    assert {row.key.sampling for row in rows} == {compute_sampling_digest(rollout, 1, {})}
+    assert compute_sampling_digest(rollout, 1,
+                                   {}) != compute_sampling_digest(replace(rollout, budgets_tokens=(3, 6)), 1,
+                                                                  {})
     untold = replace(rollout, budget_text="")
-    assert key_digest(untold, 1, {}) == key_digest(replace(untold, budgets_tokens=()), 1, {})
+    assert compute_sampling_digest(untold, 1,
+                                   {}) == compute_sampling_digest(replace(untold, budgets_tokens=()), 1, {})
     narrow = ResponseSource(Telling(), replace(rollout, max_prompt_tokens=2), "", False,
                             {})  # type: ignore[arg-type]
     with pytest.raises(UserError, match="2, the shortest"):
@@ -250,7 +254,8 @@ def test_responses_that_are_told_their_length_begin_with_it_as_their_prompt(prom
     own = replace(prompts[5], record={"prompt": "60", "target_tokens": 4})
     alone = replace(rollout, budgets_tokens=())
     writer = ResponseSource(Telling(), alone, "counting", False, {})  # type: ignore[arg-type]
-    [rows] = writer.write(Counting(), [SampleAttempt(PromptPiece(1, 0, PromptList.of([own])), 0, policy(0))])
+    [rows] = writer.write(Counting(),
+                          [SampleAttempt(PromptPiece(1, 0, PromptList.from_prompts([own])), 0, policy(0))])
     assert [row.prompt_tokens.tolist() for row in rows] == [[60, 700, 4]] * 4
 
 
@@ -263,12 +268,12 @@ def test_what_a_round_asks_further_is_written_until_it_is_trained(tmp_path: Path
     def pieces_written() -> list[int]:
         return [part.piece for part in job.store.parts(1)]
 
-    own = [piece.number for piece in round_pieces(prompts, rollout, 1)]
+    own = [piece.number for piece in plan_round_pieces(prompts, rollout, 1)]
     assert job.run()["waits_for"] == "round 1 is generated, and may need further prompts until it is trained"
     assert pieces_written() == own and all(part.provenance["grows"] for part in job.store.parts())
     more = 1
     assert "may need further prompts" in job.run()["waits_for"] and pieces_written() == [*own, len(own)]
-    asked = {prompt.id for piece in round_pieces(prompts, rollout, 1, 1) for prompt in piece.prompts}
+    asked = {prompt.id for piece in plan_round_pieces(prompts, rollout, 1, 1) for prompt in piece.prompts}
     assert {row.key.prompt for row in rows_of(job.store)} == asked
     is_final = True
     assert "round 2 waits for a policy" in job.run()["waits_for"]
@@ -308,7 +313,7 @@ def test_what_hangs_comes_last_once_for_each_policy_and_makes_way(tmp_path: Path
     newest = 0
     rollout = replace(ROLLOUT, deadline_s=20.0)
     job = Job(tmp_path / "store", prompts, lambda: newest, rollout, clock_s=lambda: job.engine.now_s)
-    (first, *_) = round_prompts(prompts, rollout, 1)
+    (first, *_) = select_round_prompts(prompts, rollout, 1)
     job.engine = engine = Hanging(int(first.record["prompt"]))
     assert job.run()["waits_for"] == (
         "round 1 waits for responses that got no token in a whole attempt")
@@ -329,7 +334,7 @@ def test_what_goes_on_for_want_of_anything_better_makes_way_for_a_newer_policy(t
     newest = 0
     job = Job(tmp_path / "store", prompts, lambda: newest, replace(ROLLOUT, deadline_s=20.0),
               clock_s=lambda: job.engine.now_s)
-    (first, *_) = round_prompts(prompts, ROLLOUT, 1)
+    (first, *_) = select_round_prompts(prompts, ROLLOUT, 1)
     job.engine = engine = Hanging(int(first.record["prompt"]))
 
     def newer() -> None:
@@ -361,6 +366,15 @@ def test_what_goes_on_of_several_pieces_is_written_together(tmp_path: Path, prom
     assert all(len(names) == 1 or all("attempt" in name for name in names) for names in batches)
     for row in rows_of(job.store):
         assert row.tokens.tolist() == expected(int(row.prompt_tokens[0]))[:len(row.tokens)]
+
+
+def test_published_attempts_are_released(tmp_path: Path, prompts: PromptList) -> None:
+    job = Job(tmp_path / "store", prompts, lambda: 0)
+    [attempt] = job.pending.claim_attempts()
+    other_job = Claims(job.store.claims, 60)
+    assert other_job.take(attempt.name) is None
+    job.queue.publish([attempt], job.source.write(job.engine, [attempt]))
+    assert other_job.take(attempt.name) is not None
 
 
 def test_two_jobs_share_the_pieces_and_the_first_of_two_stays(tmp_path: Path, prompts: PromptList,
@@ -402,7 +416,7 @@ def test_a_store_of_other_settings_or_prompts_is_refused(tmp_path: Path, prompts
 
 def test_an_empty_prompt_is_named(tmp_path: Path, prompts: PromptList) -> None:
     job = Job(tmp_path / "store", prompts, lambda: 0)
-    job.source.asker.ask = lambda asked: [[]] * len(asked)  # type: ignore[method-assign]
+    job.source.asker.encode_prompts = lambda asked: [[]] * len(asked)  # type: ignore[method-assign]
     with pytest.raises(UserError, match=r"--prompts: line \d+"):
         job.run()
     assert job.pending.claim_attempts(), "the claim was given back"

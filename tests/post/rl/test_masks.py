@@ -14,12 +14,12 @@ from megatron_sov.chat.vocabulary import tokenizer_digest
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig
 from megatron_sov.model.config.run import add_rounds
 from megatron_sov.post.rl.publish.publisher import Publisher
-from megatron_sov.rollouts.prompts import pieces, read_prompts, round_prompts
+from megatron_sov.rollouts.prompts import read_prompts, select_round_prompts, split_into_pieces
 from megatron_sov.rollouts.rows import NOT_WRITTEN, Key, RewardRow, Rollout
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.train.data.order import OrderedSample
 from megatron_sov.train.data.rounds import RoundDocuments
-from megatron_sov.train.data.rows import sample_row
+from megatron_sov.train.data.rows import build_row
 from megatron_sov.train.data.streams import PackedSegment
 
 VERSION, LONGEST, BUFFER = "a" * 64, 12, 4
@@ -31,7 +31,7 @@ Judged = tuple[Rollout, float]
 def fill(store: RolloutStore, prompts: Any, random: np.random.Generator) -> list[list[Judged]]:
     """Write a round of episodes of which others wrote tokens here and there; returns its groups."""
     groups = []
-    for piece in pieces(round_prompts(prompts, ROLLOUT, 1), 1, ROLLOUT.piece_prompts):
+    for piece in split_into_pieces(select_round_prompts(prompts, ROLLOUT, 1), 1, ROLLOUT.piece_prompts):
         rows = []
         for prompt in piece.prompts:
             for sample in range(ROLLOUT.samples_per_prompt):
@@ -90,7 +90,7 @@ def test_labels_are_what_the_policy_wrote_and_nothing_else(packed_data: Any, tmp
     assert [len(step) for step in opened.steps] == [len(expected)] and len(expected) > 9
     for i, (row, advantage) in enumerate(expected):
         ids, begin = [*row.prompt_tokens, *row.tokens], len(row.prompt_tokens)
-        found = sample_row(OrderedSample(0, (PackedSegment((1 << 32) + i, 0, len(ids)),)), rounds, 32, 0,
+        found = build_row(OrderedSample(0, (PackedSegment((1 << 32) + i, 0, len(ids)),)), rounds, 32, 0,
                            ("behaviour_logprobs", "advantage"))
         # label t is token t + 1
         written = np.array([t + 1 >= begin and row.versions[t + 1 - begin] != NOT_WRITTEN

@@ -18,9 +18,10 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.chat.vocabulary import tokenizer_digest
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig, RunConfig
 from megatron_sov.model.config.run import add_rounds
-from megatron_sov.post.rl.publish.publisher import Publisher, further_pieces
-from megatron_sov.rollouts.prompts import list_set_aside, read_prompts, round_pieces, round_prompts, set_aside
-from megatron_sov.rollouts.rows import Key, RewardRow, Rollout, part_name
+from megatron_sov.post.rl.publish.publisher import Publisher, read_further_pieces
+from megatron_sov.rollouts.prompts import (
+    find_unused_rows, plan_round_pieces, read_prompts, select_round_prompts, write_unused_rows)
+from megatron_sov.rollouts.rows import Key, RewardRow, Rollout, format_part_name
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.train.data.rounds import RoundDocuments
 from megatron_sov.train.data.token_shards import open_sources
@@ -64,12 +65,12 @@ def test_a_round_holds_the_responses_of_groups_that_learn_step_by_step(publisher
     content = read_manifest(publisher.rounds / "0001").content
     # a prompt's place + 1 is divided by 1; by 2, 3 and 4 in part: none has equal rewards
     assert content["groups"] == {"learns": 6} and content["steps"] == [[0, 12], [12, 12]]
-    rows = {row.key[:2]: row for piece in (0, 1) for row in store.read_rollouts(part_name(1, piece))}
-    expected = [rows[prompt.id, sample] for prompt in round_prompts(publisher.prompts, ROLLOUT, 1)
+    rows = {row.key[:2]: row for piece in (0, 1) for row in store.read_rollouts(format_part_name(1, piece))}
+    expected = [rows[prompt.id, sample] for prompt in select_round_prompts(publisher.prompts, ROLLOUT, 1)
                 for sample in range(4)]
     assert check(publisher.rounds / "0001") == ([], [])
     [source] = open_sources({str(publisher.rounds / "0001"): 1.0}, 368, ("rollouts",))
-    documents = source.shard("train")
+    documents = source.open_split("train")
     for i, row in enumerate(expected):
         count, begin = len(row.prompt_tokens) + len(row.tokens), len(row.prompt_tokens)
         assert documents.tokens(i, 0, count).tolist() == [*row.prompt_tokens, *row.tokens]
@@ -136,7 +137,7 @@ def test_rounds_that_no_resume_needs_are_manifests_alone(publisher: Publisher, w
     assert [file.name for file in sorted(rounds.glob("*.f32"))] == [
         f"000{n}.old_logprobs.f32" for n in (2, 3, 4)]
     keep(8)
-    shutil.rmtree(publisher.store / "rollouts" / part_name(2, 1))
+    shutil.rmtree(publisher.store / "rollouts" / format_part_name(2, 1))
     assert publish(5) == [2, 4]  # the second one is nowhere else
     with pytest.raises(UserError, match=r"missing; delete .*0003"):
         RoundDocuments(rounds).verify(3)
@@ -169,17 +170,17 @@ def test_unfinished_responses_are_waited_for(publisher: Publisher, write_round: 
     content = read_manifest(publisher.rounds / "0001").content
     assert content["steps"] == [[0, 12], [12, 12]]
     assert [part["name"] for part in content["store"]] == [
-        part_name(1, 0), part_name(1, 0, 1), part_name(1, 1), part_name(1, 1, 1)]
+        format_part_name(1, 0), format_part_name(1, 0, 1), format_part_name(1, 1), format_part_name(1, 1, 1)]
 
 
 def test_a_continuation_that_is_kept_out_is_waited_for_no_longer(publisher: Publisher,
                                                                   write_round: Any) -> None:
     store = write(publisher, write_round, unfinished=[(1, 0)])
-    [row] = [row for row in store.read_rollouts(part_name(1, 0)) if row.finish_reason == "unfinished"]
+    [row] = [row for row in store.read_rollouts(format_part_name(1, 0)) if row.finish_reason == "unfinished"]
     broken = dataclasses.replace(row, attempt=1, finish_reason="stop",
                                  logprobs=np.full(len(row.tokens), np.nan, np.float32))
-    store.add_rollouts(part_name(1, 0, 1), [broken], {})
-    store.add_rewards(VERSION, part_name(1, 0, 1), [])
+    store.add_rollouts(format_part_name(1, 0, 1), [broken], {})
+    store.add_rewards(VERSION, format_part_name(1, 0, 1), [])
     assert publisher.publish(1) == ""  # nobody writes it again: its job was done
     content = read_manifest(publisher.rounds / "0001").content
     assert content["unjudged"] == {"kept_out": 1}
@@ -200,10 +201,10 @@ def test_responses_of_another_runs_policy_are_told(publisher: Publisher, write_r
 def test_groups_that_do_not_learn_are_counted_by_reason_and_a_step_may_have_none(
         publisher: Publisher, write_round: Any) -> None:
     store = write(publisher, write_round, judge=False)
-    ids = [prompt.id for prompt in round_prompts(publisher.prompts, ROLLOUT, 1)]
+    ids = [prompt.id for prompt in select_round_prompts(publisher.prompts, ROLLOUT, 1)]
     rewards = {0: [1, 1, 1, 1], 1: [0, 0, 0, 0], 2: [None, None, None, 1], 3: [1, 0, None, 0],
                4: [0, 0, 1, 0], 5: [1, 1, 1, 0]}
-    for name in (part_name(1, 0), part_name(1, 1)):
+    for name in (format_part_name(1, 0), format_part_name(1, 1)):
         said = [(row.key, rewards[ids.index(row.key.prompt)][row.key.sample])
                 for row in store.read_rollouts(name)]
         store.add_rewards(VERSION, name, [
@@ -234,9 +235,9 @@ def test_groups_that_learn_have_advantages(asked: dict[str, Any], groups: dict[s
     """The report said "groups that learn 100 %" of 64 right responses of 64."""
     publisher.config = config_of(**{"overlong_buffer_tokens": 0, **asked})
     store = write(publisher, write_round, judge=False)
-    ids = [prompt.id for prompt in round_prompts(publisher.prompts, ROLLOUT, 1)]
+    ids = [prompt.id for prompt in select_round_prompts(publisher.prompts, ROLLOUT, 1)]
     rewards = [[1, 1, 1, 1], [0.1] * 4, [0, 0, 0, 0], [1, 0, 0, 0], [0.2, 0.1, 0, 0], [1, 1, 1, 0.9]]
-    for name in (part_name(1, 0), part_name(1, 1)):
+    for name in (format_part_name(1, 0), format_part_name(1, 1)):
         store.add_rewards(VERSION, name, [
             RewardRow(row.key, 0, VERSION, rewards[ids.index(row.key.prompt)][row.key.sample], "scored")
             for row in store.read_rollouts(name)])
@@ -251,7 +252,7 @@ def test_groups_that_learn_have_advantages(asked: dict[str, Any], groups: dict[s
 def write_pieces(publisher: Publisher, rewards: Any, first: int, end: int, number: int = 1) -> None:
     """Write and judge some pieces of a round; `rewards` gives those of the group at a place."""
     store = RolloutStore.open(publisher.store)
-    asked = round_pieces(publisher.prompts, ROLLOUT, number, 99)
+    asked = plan_round_pieces(publisher.prompts, ROLLOUT, number, 99)
     places = {prompt.id: i for i, prompt in enumerate(p for piece in asked for p in piece.prompts)}
     for piece in asked[first:end]:
         rows = [Rollout(
@@ -291,7 +292,7 @@ def test_groups_that_do_not_learn_are_replaced_until_the_round_is_full(filling: 
     assert filling.publish(1) == "2 of 2 pieces are not written yet, the first is 0"
     write_pieces(filling, even, 0, 2)
     told = "3 of 6 groups of round 1 learn, and it is to have 6: 8 further prompts are asked"
-    assert filling.publish(1) == told and further_pieces(filling.rounds, 1) == 2
+    assert filling.publish(1) == told and read_further_pieces(filling.rounds, 1) == 2
     for _ in range(2):  # a resumed run goes on with what was asked
         assert filling.publish(1) == "2 of 4 pieces are not written yet, the first is 2"
     write_pieces(filling, even, 2, 4)
@@ -333,7 +334,7 @@ def test_prompts_that_the_store_sets_aside_are_in_no_round(publisher: Publisher,
                                                            tmp_path: Path) -> None:
     store = RolloutStore.open(publisher.store)
     long, asked = publisher.prompts[0], publisher.prompts[1:]
-    list_set_aside(store.path, set_aside(publisher.prompts, {long.id: 9}, 6))
+    write_unused_rows(store.path, find_unused_rows(publisher.prompts, {long.id: 9}, 6))
     write_round(store, asked, ROLLOUT, 1, VERSION)
     assert publisher.publish(1) == ""
     (store.path / "set_aside.json").unlink()
@@ -348,7 +349,7 @@ def test_prompts_that_the_store_sets_aside_are_in_no_round(publisher: Publisher,
 def test_a_round_without_any_reward_is_not_passed_over(status: str, reason: str, told: str,
                                                        publisher: Publisher, write_round: Any) -> None:
     store = write(publisher, write_round, judge=False)
-    for name in (part_name(1, 0), part_name(1, 1)):
+    for name in (format_part_name(1, 0), format_part_name(1, 1)):
         store.add_rewards(VERSION, name, [RewardRow(row.key, 0, VERSION, None, status, {}, reason)
                                           for row in store.read_rollouts(name)])
     with pytest.raises(UserError, match=told):
@@ -362,7 +363,7 @@ def test_a_run_goes_on_with_its_prompts_and_tells_of_another_reward(
     assert publisher.publish(1) == ""
     resumed = dataclasses.replace(publisher)
     assert "pieces are not written" in resumed.publish(2) and not capsys.readouterr().err
-    reordered = dataclasses.replace(publisher, prompts=publisher.prompts.take(np.arange(9)[::-1]))
+    reordered = dataclasses.replace(publisher, prompts=publisher.prompts.select(np.arange(9)[::-1]))
     with pytest.raises(UserError, match="rounds/0001: was made"):
         reordered.publish(2)
     write_round(store, publisher.prompts, ROLLOUT, 2, "b" * 64)
@@ -399,7 +400,7 @@ def test_routes_lie_beside_the_tokens_that_are_replayed(publisher: Publisher, wr
         replaying.publish(1)
     routed = RolloutStore.create(tmp_path / "routed", store.tokenizer_digest, 368)
     layers = model.num_moe_layers()
-    for name in (part_name(1, 0), part_name(1, 1)):
+    for name in (format_part_name(1, 0), format_part_name(1, 1)):
         rows = [dataclasses.replace(row, routes=np.tile(np.arange(2, dtype=np.uint8) + row.key.sample, (
             len(row.prompt_tokens) + len(row.tokens) - 1, layers, 1))) for row in store.read_rollouts(name)]
         routed.add_rollouts(name, rows, {})

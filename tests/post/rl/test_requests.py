@@ -22,11 +22,11 @@ from megatron_sov.post.rl.generate.live import LiveRollouts
 from megatron_sov.post.rl.generate.pieces import PendingPieces, PieceQueue
 from megatron_sov.post.rl.generate.requests import (
     RequestWriter, RolloutRequestQueue, build_requests, write_by_requests)
-from megatron_sov.post.rl.generate.responses import ResponseSource, key_digest
+from megatron_sov.post.rl.generate.responses import ResponseSource, compute_sampling_digest
 from megatron_sov.post.rl.generate.servers import LiveServers, ServerSettings
 from megatron_sov.post.rl.generate.writers import GenerationSettings
 from megatron_sov.post.rl.reward import NO_REWARD, RewardJudge
-from megatron_sov.rollouts.prompts import PromptList, SetAside, read_prompts
+from megatron_sov.rollouts.prompts import PromptList, UnusedRows, read_prompts
 from megatron_sov.rollouts.rows import LENGTH, Rollout
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.rounds import Policy
@@ -50,7 +50,7 @@ class Numbers:
 
     end_ids = (VOCAB - 1 + 100,)
 
-    def ask(self, prompts: list[str]) -> list[list[int]]:
+    def encode_prompts(self, prompts: list[str]) -> list[list[int]]:
         return [[int(text)] for text in prompts]
 
     def decode(self, tokens: list[int]) -> str:
@@ -84,7 +84,7 @@ class Desk:
 
     @staticmethod
     def _sampling(rollout: RolloutConfig, number: int) -> str:
-        return key_digest(rollout, number, {})
+        return compute_sampling_digest(rollout, number, {})
 
     def take(self, policy: Policy) -> None:
         self.taken.append(policy.step)
@@ -212,7 +212,7 @@ def test_validations_ask_the_servers_that_training_has_at_work(desks: Callable[.
     desk = desks([DoubleKeeper(0.02)])
     live_servers = LiveServers(settings_of(tmp_path), engine=desk.engine)
     pushed: list[int] = []
-    monkeypatch.setattr(live_servers, "push", lambda view, policy: pushed.append(policy.step))
+    monkeypatch.setattr(live_servers, "push_weights", lambda view, policy: pushed.append(policy.step))
     monkeypatch.setattr(live_servers, "check", lambda *_: None)
     for module in (live, requests):
         monkeypatch.setattr(module, "run_on_main", lambda world, work: work())
@@ -221,7 +221,7 @@ def test_validations_ask_the_servers_that_training_has_at_work(desks: Callable[.
         source = ResponseSource(Numbers(), rollout, "vllm", True, {})  # type: ignore[arg-type]
         opened: Any = SimpleNamespace(open=lambda: store)
         settings = GenerationSettings(
-            store=opened, prompts=prompts, set_aside=SetAside({}, [], ""), rollout=rollout, run=tmp_path,
+            store=opened, prompts=prompts, set_aside=UnusedRows({}, [], ""), rollout=rollout, run=tmp_path,
             source=source, provenance={})
         return LiveRollouts(settings=settings, writer=RequestWriter(settings, live_servers),
                             reward=RewardJudge(NO_REWARD, (), 1, NO_REWARD))
@@ -262,7 +262,7 @@ def test_servers_of_others_are_given_the_weights_of_the_start_too(urls: tuple[st
     view: Any = SimpleNamespace(world=SimpleNamespace(is_main=True), policy=SimpleNamespace(
         model=SimpleNamespace(finish_param_gather=lambda: None)))
     for _ in range(2):
-        live_servers.push(view, Policy(Path("p"), 0, "0" * 64))
+        live_servers.push_weights(view, Policy(Path("p"), 0, "0" * 64))
     live_servers.close()
     assert updates == given
 

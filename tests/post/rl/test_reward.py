@@ -11,8 +11,9 @@ import pytest
 
 from megatron_sov.judge.rewards.math_answers import Math
 from megatron_sov.judge.rewards.reward import Result, judged
-from megatron_sov.post.rl.reward import ENVIRONMENT, JudgingJob, build_record, judging, reward_version
-from megatron_sov.rollouts.rows import STOP, UNFINISHED, AskedPrompt, Key, RewardRow, Rollout
+from megatron_sov.post.rl.reward import (
+    ENVIRONMENT, JudgingJob, build_record, resolve_reward_version, start_judge)
+from megatron_sov.rollouts.rows import STOP, UNFINISHED, Key, RewardRow, Rollout, StorePlan
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.work.progress.locks import Claims, IdleTimeout
 
@@ -109,7 +110,7 @@ def test_what_a_killed_job_has_claimed_is_judged_by_the_next(store: RolloutStore
 
 def test_who_writes_is_waited_for_to_the_end_and_told_where_it_does_not_come(tmp_path: Path) -> None:
     store = RolloutStore.create(tmp_path / "store", "sha256:0", 10)
-    asked = AskedPrompt(rounds=2, pieces=2)
+    asked = StorePlan(rounds=2, pieces=2)
 
     def write(name: str, *rows: Rollout) -> None:
         num_unfinished = sum(row.finish_reason == UNFINISHED for row in rows)
@@ -134,7 +135,7 @@ def test_who_writes_is_waited_for_to_the_end_and_told_where_it_does_not_come(tmp
     write("round-0002-piece-0001", rollout(2, 3, "a"))
     assert waited() == ("", whole), "another command may ask for more rounds"
     assert waited(range(1, 4)) == ("2 of 2 pieces of round 3", whole)
-    asked = AskedPrompt(rounds=2, pieces=2, grows=True)
+    asked = StorePlan(rounds=2, pieces=2, grows=True)
     write("round-0002-piece-0002", rollout(2, 4, "a"))
     assert waited(range(1, 3)) == ("", whole), "a round may ask further prompts until it is trained"
 
@@ -156,8 +157,8 @@ def test_another_verdict_under_the_same_version_is_told(store: RolloutStore,
 
 
 def test_an_environments_word_is_taken_from_the_rows(store: RolloutStore) -> None:
-    assert reward_version(ENVIRONMENT, []) == ENVIRONMENT
-    with judging(ENVIRONMENT, [], 1) as judge:
+    assert resolve_reward_version(ENVIRONMENT, []) == ENVIRONMENT
+    with start_judge(ENVIRONMENT, [], 1) as judge:
         found = judge(store.read_rollouts("round-0002-piece-0000")[:1])
         refused = judge(store.read_rollouts("round-0001-piece-0000"))
     assert (found[0].reward, found[0].status, found[0].components) == (0.5, "scored", {"x": 1})
@@ -176,12 +177,12 @@ def test_a_reward_is_given_the_prompts_fields_and_its_messages() -> None:
 
 
 def test_a_built_in_reward_judges_in_processes(store: RolloutStore) -> None:
-    version = reward_version("language", SETTINGS)
-    with judging("language", SETTINGS, 1) as judge:
+    version = resolve_reward_version("language", SETTINGS)
+    with start_judge("language", SETTINGS, 1) as judge:
         summary = job(store, judge, version).run()  # type: ignore[arg-type]
     assert (summary.parts, summary.tally.num_rewards, summary.tally.statuses) == (2, 3, {"scored": 3})
     rewards = [row.reward for row in store.read_rewards(version, "round-0001-piece-0000")]
-    assert rewards == [1.0, 0.0] and version != reward_version("language", ["language=en"])
+    assert rewards == [1.0, 0.0] and version != resolve_reward_version("language", ["language=en"])
 
 
 def test_a_trl_function_is_given_a_group_with_its_token_ids(tmp_path: Path) -> None:
@@ -198,7 +199,7 @@ def fewest(prompts, completions, completion_ids, **kwargs):
                 record={"prompt": f"p{prompt}"}, tokens=np.zeros(n, np.int32),
                 logprobs=np.full(n, -1, np.float32), versions=np.zeros(n, np.int32))
         for prompt, sample, n in written], {})
-    with judging(f"{tmp_path}/own.py:fewest", [], 2) as judge:
+    with start_judge(f"{tmp_path}/own.py:fewest", [], 2) as judge:
         assert job(store, judge).run().tally.statuses == {"scored": 135}
     rewards = {(row.key.prompt, row.key.sample): row.reward
                for row in store.read_rewards("v1", "round-0001-piece-0000")}

@@ -19,7 +19,7 @@ from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig
 from megatron_sov.model.config.post_training import PolicyMethod
 from megatron_sov.model.config.run import add_rounds
 from megatron_sov.post.rl.publish.publisher import Publisher
-from megatron_sov.rollouts.prompts import read_prompts, round_prompts
+from megatron_sov.rollouts.prompts import read_prompts, select_round_prompts
 from megatron_sov.rollouts.rows import RewardRow
 from megatron_sov.rollouts.store import RolloutStore
 
@@ -47,7 +47,7 @@ def publish(folder: Path, packed_data: Any, write_round: Any, policy: PolicyConf
                           reward_version=VERSION, tokenizer=packed_data.tokenizer)
     for number in (1, 2):
         write_round(store, prompts, ROLLOUT, number, VERSION, judge=not rewards, **more)
-        places = [prompt.id for prompt in round_prompts(prompts, ROLLOUT, number)]
+        places = [prompt.id for prompt in select_round_prompts(prompts, ROLLOUT, number)]
         for part in store.parts(number) if rewards else ():
             store.add_rewards(VERSION, part.name, [
                 RewardRow(row.key, 0, VERSION, rewards[places.index(row.key.prompt)] * (

@@ -31,9 +31,9 @@ from megatron_sov.post.rl.generate import requests
 from megatron_sov.post.rl.generate.episodes import Episodes
 from megatron_sov.post.rl.generate.pieces import PendingPieces, PieceQueue, SampleAttempt
 from megatron_sov.post.rl.generate.requests import RolloutRequestQueue, build_requests, write_by_requests
-from megatron_sov.post.rl.generate.responses import key_digest
+from megatron_sov.post.rl.generate.responses import compute_sampling_digest
 from megatron_sov.rollouts.prompts import PromptList, PromptPiece, RolloutPrompt
-from megatron_sov.rollouts.rows import UNFINISHED, Rollout, later
+from megatron_sov.rollouts.rows import UNFINISHED, Rollout, select_last_attempts
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.rounds import Policy
 from megatron_sov.work.endpoints.token_server import (
@@ -148,7 +148,8 @@ class Job:
 
     def __init__(self, folder: Path, world: str, tasks: Sequence[Any], servers: Sequence[Server],
                  rollout: RolloutConfig = ROLLOUT) -> None:
-        self.prompts = PromptList.of(RolloutPrompt(f"{n:016x}", task) for n, task in enumerate(tasks))
+        self.prompts = PromptList.from_prompts(RolloutPrompt(f"{n:016x}", task) for n,
+                                               task in enumerate(tasks))
         self.store = RolloutStore.create(folder / "store", "sha256:0", ENCODER.end_ids[0] + 1)
         self.step, self.stack = 0, contextlib.ExitStack()
         fleet = self.stack.enter_context(Fleet(servers, ENCODER.end_ids[0] + 1, 4, look_s=0.02))
@@ -160,7 +161,7 @@ class Job:
         pending = PendingPieces(
             store=self.store, claims=Claims(self.store.claims, 60.0), prompts=self.prompts, rollout=rollout,
             rounds=range(1, 2), find_policy=lambda number: Policy(folder, self.step, f"{self.step:064x}"),
-            sampling_digest=lambda number: key_digest(rollout, number, {}))
+            sampling_digest=lambda number: compute_sampling_digest(rollout, number, {}))
         self.requests = build_requests(engine, self.source, 4)
         self.queue = PieceQueue(pending=pending, store=self.store, wait_s=0.0, provenance={})
         self.fleet = fleet
@@ -232,7 +233,7 @@ def test_a_turn_that_a_deadline_cuts_off_goes_on_by_the_next_policy(job: Callabl
     one.step, server.held_at = 1, None
     while queue.advance(1.0, lambda: True):
         pass
-    found = {(row.key.prompt, row.key.sample): row for row in later(one.rows())}
+    found = {(row.key.prompt, row.key.sample): row for row in select_last_attempts(one.rows())}
     for row in one.in_step(model):
         ended = found.pop((row.key.prompt, row.key.sample))
         assert told(ended) == told(row)

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import find_seal_damage
-from megatron_sov.train.data.rounds import Round
+from megatron_sov.train.data.rounds import PublishedRound
 from tests.token_servers import VllmDouble
 
 LENGTHS = (3, 1, 4, 2, 5)
@@ -44,7 +44,7 @@ def servers() -> Iterator[list[Any]]:
 
 
 @pytest.fixture
-def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Round:
+def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PublishedRound:
     from megatron_sov.post.rl import teachers
 
     manifest = SimpleNamespace(content={"document_domains": DOMAINS})
@@ -52,13 +52,13 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Round:
     monkeypatch.setattr(teachers, "BACKOFF_S", (0.001, 0.001))
     monkeypatch.setattr(teachers, "run_on_main", lambda world, action: action())
     documents: Any = Told()
-    return Round(tmp_path / "0001", documents, (range(5),), {}, np.array([0, *np.cumsum(LENGTHS)]))
+    return PublishedRound(tmp_path / "0001", documents, (range(5),), {}, np.array([0, *np.cumsum(LENGTHS)]))
 
 
 VIEW: Any = SimpleNamespace(world=None, checkpointer=SimpleNamespace(advance=lambda: None))
 
 
-def told(opened: Round, *teachers: Any) -> list[float]:
+def told(opened: PublishedRound, *teachers: Any) -> list[float]:
     """Return what teachers say of a round, in hundredths."""
     from megatron_sov.post.rl.teachers import write_teachers
 
@@ -68,9 +68,10 @@ def told(opened: Round, *teachers: Any) -> list[float]:
     return (np.fromfile(file, np.float32, sum(LENGTHS)) * -100).round(3).tolist()
 
 
-def test_each_teacher_reads_its_own_documents_and_servers_share_them(opened: Round, servers: list[Any]
+def test_each_teacher_reads_its_own_documents_and_servers_share_them(opened: PublishedRound,
+                                                                     servers: list[Any]
                                                                      ) -> None:
-    from megatron_sov.post.rl.teachers import ScoringTeacher, reverse_kl
+    from megatron_sov.post.rl.teachers import ScoringTeacher, compute_reverse_kl
 
     one, other = servers
     expected = [0, 6, 7, 0, 0, 8, 9, 10, 0, 9, 0, 10, 11, 12, 13]
@@ -78,7 +79,7 @@ def test_each_teacher_reads_its_own_documents_and_servers_share_them(opened: Rou
     assert told(opened, *teachers) == expected
     assert [len(asked["token_ids"]) for asked in other.asked] in ([2, 5], [5, 2])
     assert sorted(len(asked["token_ids"]) for asked in one.asked) == [3, 4], "one token has no label"
-    found = reverse_kl(opened, np.array(expected) / -100)
+    found = compute_reverse_kl(opened, np.array(expected) / -100)
     apart = np.array(expected)[np.array(expected) > 0] / 100 - 0.25
     assert found["reverse_kl"] == pytest.approx(apart.mean())
     domains: Any = found["reverse_kl_domains"]
@@ -87,7 +88,8 @@ def test_each_teacher_reads_its_own_documents_and_servers_share_them(opened: Rou
         told(opened, ScoringTeacher("code", urls=(other.url,)))
 
 
-def test_a_server_that_is_away_is_asked_again_and_one_that_refuses_is_told(opened: Round, servers: list[Any]
+def test_a_server_that_is_away_is_asked_again_and_one_that_refuses_is_told(opened: PublishedRound,
+                                                                           servers: list[Any]
                                                                            ) -> None:
     from megatron_sov.post.rl.teachers import ScoringTeacher
 

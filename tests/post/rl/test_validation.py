@@ -14,7 +14,7 @@ import pytest
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import RolloutConfig
 from megatron_sov.rollouts.prompts import PromptList, RolloutPrompt
-from megatron_sov.rollouts.rows import Key, RewardRow, Rollout, part_name
+from megatron_sov.rollouts.rows import Key, RewardRow, Rollout, format_part_name
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.obs.events import EventLog
 from megatron_sov.runs.rounds import Policy
@@ -35,8 +35,8 @@ def store(tmp_path: Path) -> RolloutStore:
                         np.ones(1, np.int32), np.ones(n, np.int32), np.zeros(n, np.float32),
                         np.zeros(n, np.int32), "length" if sample else "stop", prompt, 1.0, "megatron", 0, 1)
                 for prompt in prompts for sample, n in enumerate((2, 3))]
-        found.add_rollouts(part_name(1, piece), rows, {})
-        found.add_rewards(VERSION, part_name(1, piece), [
+        found.add_rollouts(format_part_name(1, piece), rows, {})
+        found.add_rewards(VERSION, format_part_name(1, piece), [
             RewardRow(row.key, 0, VERSION, reward, "scored" if reward is not None else "timeout",
                       {} if reward is None else {"format": reward / 2})
             for row in rows for reward in [REWARDS[row.key.prompt][row.key.sample]]], {})
@@ -94,7 +94,7 @@ def test_policies_are_validated_when_it_is_due_and_once(store: RolloutStore, vie
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     for every, due in ((2, [1, 3, 5, 6]), (0, [1, 6]), (10, [1, 6])):
         validation, asked = validation_of(store, every)
-        monkeypatch.setattr(validation, "_record", lambda *_: None)
+        monkeypatch.setattr(validation, "_record_figures", lambda *_: None)
         for number in range(1, 7):
             view.step = number - 1
             assert validation.validate(view, number, POLICY, lambda: False) is None
@@ -126,7 +126,7 @@ def test_what_a_validation_is_measured_with() -> None:
     """What no response or verdict depends on is left out: the order of prompts, and how many at a time."""
     from megatron_sov.post.rl.validation import digest_conditions
 
-    prompts = PromptList.of(RolloutPrompt(f"{i:016x}", {"prompt": str(i)}) for i in range(3))
+    prompts = PromptList.from_prompts(RolloutPrompt(f"{i:016x}", {"prompt": str(i)}) for i in range(3))
     rollout = RolloutConfig().for_validation(3)
 
     def measured(asked: PromptList = prompts, reward: str = "v", right_from: float = 1.0, **more: Any
@@ -156,8 +156,8 @@ def test_without_a_reward_lengths_are_told(tmp_path: Path, store: RolloutStore) 
     from megatron_sov.runs.obs.validation import extract_curves, format_validation
 
     failed = [RewardRow(row.key, 0, "other", None, "failed", {}) for row in
-              store.read_rollouts(part_name(1, 1))]
-    store.add_rewards("other", part_name(1, 1), failed, {})
+              store.read_rollouts(format_part_name(1, 1))]
+    store.add_rewards("other", format_part_name(1, 1), failed, {})
     figures = compute_figures(store, 1, "other", 1.0)
     assert (figures["num_samples"], figures["reward"], figures["pass_at_k"]) == (2, None, [])
     assert extract_curves(figures) == {"response_tokens": 2.5, "truncated": 0.5}

@@ -47,6 +47,6 @@ def make_source() -> Callable[..., Source]:
 
     def make(name: str, lengths: list[int], share: float = 1.0, *, is_chat: bool = False) -> Any:
         return Source(name, None, "chat" if is_chat else "text", {}, {"train": sum(lengths)}, share,
-                      made=Numbered(lengths), columns=Numbered.columns)
+                      train_documents=Numbered(lengths), columns=Numbered.columns)
 
     return make

@@ -15,7 +15,7 @@ from megatron_sov import recipes
 from megatron_sov.model.config import DataConfig, PhaseConfig, RunConfig, TrainConfig
 from megatron_sov.train.data import streams
 from megatron_sov.train.data.order import OrderState, SampleOrder
-from megatron_sov.train.data.rows import BatchStream, RankBatch, sample_row
+from megatron_sov.train.data.rows import BatchStream, RankBatch, build_row
 from megatron_sov.train.data.token_shards import Source
 
 STEPS = 12
@@ -69,7 +69,8 @@ def test_ranks_together_hold_each_sample_once_in_order(sources: list[Source], si
     order = SampleOrder(settings, sources)
     for step in range(STEPS):
         entry, samples = order.next_batch()
-        expected = [sample_row(s, sources[s.source].shard("train"), entry.seq_len).tokens for s in samples]
+        expected = [build_row(s, sources[s.source].open_split("train"), entry.seq_len).tokens
+                    for s in samples]
         micro_batches = [row for round_ in zip(*(ranks[step].rows for ranks in per_rank), strict=True)
                          for row in round_]
         assert {len(row.tokens) for row in micro_batches} == {micro_batch_size * entry.seq_len}
@@ -98,8 +99,8 @@ def test_skipped_steps_are_drawn_and_not_read(sources: list[Source]) -> None:
 
 def test_a_mistake_while_preparing_reaches_the_loop_and_the_thread_ends(make_source: MakeSource) -> None:
     broken = make_source("web", [3, 17])
-    broken.shard("train").lengths[:] = 40  # type: ignore[index]  # longer than what the documents hold
-    object.__setattr__(broken.made, "tokens", lambda *_: 1 / 0)
+    broken.open_split("train").lengths[:] = 40  # type: ignore[index]  # longer than what the documents hold
+    object.__setattr__(broken.train_documents, "tokens", lambda *_: 1 / 0)
     threads = threading.active_count()
     stream = BatchStream(config(), SampleOrder(config(), [broken]), 0, 1, STEPS)
     with pytest.raises(ZeroDivisionError):

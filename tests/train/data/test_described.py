@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.train.data.described import check_described, source_record
+from megatron_sov.train.data.token_manifest import build_source_record, check_token_manifest
 
 WHOLE: dict[str, Any] = {"tokenizer_sha256": "t", "vocab_size": 9, "sources": [
     {"name": "web", "format": "text", "splits": {"train": {"num_tokens": 1, "shards": []}}}]}
@@ -20,14 +20,14 @@ WHOLE: dict[str, Any] = {"tokenizer_sha256": "t", "vocab_size": 9, "sources": [
     (("sources", 0, "splits"), r"lacks sources\[0\]\.splits"),
     (("sources", 0, "splits", "train", "num_tokens"), r"lacks sources\[0\]\.splits\.train\.num_tokens")])
 def test_every_part_that_is_not_there_is_named(place: tuple[Any, ...], said: str) -> None:
-    check_described("shards", WHOLE)
+    check_token_manifest("shards", WHOLE)
     content = copy.deepcopy(WHOLE)
     inside = content
     for key in place[:-1]:
         inside = inside[key]
     del inside[place[-1]]
     with pytest.raises(UserError, match=f"shards: its manifest {said}"):
-        check_described("shards", content)
+        check_token_manifest("shards", content)
 
 
 # The record of a source that models have written.
@@ -36,7 +36,7 @@ def test_every_part_that_is_not_there_is_named(place: tuple[Any, ...], said: str
 def test_the_counts_of_a_split_are_those_of_its_shards() -> None:
     shards = [{"prefix": f"a/train-{i:05d}", "num_documents": i, "num_tokens": 10 * i, "num_bytes": 30 * i}
               for i in (1, 2)]
-    record = source_record("a", "chat", {"loss": "float32"}, shards)
+    record = build_source_record("a", "chat", {"loss": "float32"}, shards)
     splits = record["splits"]
     assert splits["train"] == {"shards": shards, "num_documents": 3, "num_tokens": 30, "num_bytes": 90}
     assert splits["heldout"] == {"shards": [], "num_documents": 0, "num_tokens": 0, "num_bytes": 0}

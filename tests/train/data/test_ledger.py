@@ -10,7 +10,7 @@ import pytest
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import DataConfig, PhaseConfig, RunConfig, TrainConfig
-from megatron_sov.train.data.ledger import Ledger, LedgerEntry, plan
+from megatron_sov.train.data.ledger import Ledger, LedgerEntry, plan_ledger
 from megatron_sov.train.data.token_shards import Source
 
 MakeSource = Callable[..., Source]
@@ -34,7 +34,7 @@ def steps_of(entries: list[LedgerEntry]) -> list[tuple[int, str, int, bool]]:
 def test_phases_ramp_and_skips_by_hand(sources: list[Source]) -> None:
     """The ramp counts from the start of the run and goes on in the second phase,
     whose full size is another."""
-    found = plan(config(PhaseConfig("a"), PhaseConfig("b", global_batch_size=6),
+    found = plan_ledger(config(PhaseConfig("a"), PhaseConfig("b", global_batch_size=6),
                         skip_steps=((3, 4), (12, 12)), ramp_from_batch_size=2, ramp_increment=2,
                         ramp_steps=12), sources)
     assert steps_of(found) == [(0, "a", 2, False), (2, "a", 2, True), (4, "a", 4, False), (8, "a", 6, False),
@@ -42,17 +42,19 @@ def test_phases_ramp_and_skips_by_hand(sources: list[Source]) -> None:
 
 
 def test_an_empty_blend_takes_each_artifacts_share_of_what_has_tokens(sources: list[Source]) -> None:
-    (entry,) = plan(config(PhaseConfig("main")), sources)
+    (entry,) = plan_ledger(config(PhaseConfig("main")), sources)
     assert entry.weights == pytest.approx({"web": 0.75, "code": 0.25})
 
 
 def test_a_blend_is_normalised_and_a_weight_of_zero_leaves_out(sources: list[Source]) -> None:
-    (entry,) = plan(config(PhaseConfig("main", blend={"code": 3.0, "web": 1.0, "empty": 0.0})), sources)
+    (entry,) = plan_ledger(config(PhaseConfig("main", blend={"code": 3.0, "web": 1.0, "empty": 0.0})),
+                           sources)
     assert entry.weights == {"web": 0.25, "code": 0.75}
 
 
 def test_a_phase_too_short_for_a_step_leaves_no_trace(sources: list[Source]) -> None:
-    found = plan(config(PhaseConfig("a", share=99), PhaseConfig("b", share=0.1), PhaseConfig("c", share=50),
+    found = plan_ledger(config(PhaseConfig("a", share=99), PhaseConfig("b", share=0.1),
+                               PhaseConfig("c", share=50),
                         steps=3), sources)
     assert steps_of(found) == [(0, "a", 8, False), (2, "c", 8, False)]
 
@@ -64,12 +66,12 @@ def test_a_phase_too_short_for_a_step_leaves_no_trace(sources: list[Source]) -> 
 def test_a_blend_that_the_data_cannot_give_is_refused(blend: dict[str, float], said: str,
                                                       sources: list[Source]) -> None:
     with pytest.raises(UserError, match=said):
-        plan(config(PhaseConfig("main", blend=blend)), sources)
+        plan_ledger(config(PhaseConfig("main", blend=blend)), sources)
 
 
 def test_data_without_tokens_is_refused(make_source: MakeSource) -> None:
     with pytest.raises(UserError, match=r"data\.phases\.0 \(main\): none"):
-        plan(config(PhaseConfig("main")), [make_source("empty", [])])
+        plan_ledger(config(PhaseConfig("main")), [make_source("empty", [])])
 
 
 def entry(first_step: int, phase: str = "a", seq_len: int = 64) -> LedgerEntry:
@@ -102,9 +104,9 @@ def test_history_holds_what_earlier_steps_followed() -> None:
 def test_steps_that_are_passed_over_afterwards_stand_in_the_history_like_those_of_the_settings() -> None:
     first, second = LedgerEntry(0, "a", 32, 8, {"x": 1.0}), LedgerEntry(10, "b", 64, 8, {"x": 1.0})
     ledger = Ledger([first, second])
-    ledger.pass_over(4, 5)
-    ledger.pass_over(8, 12)
-    ledger.pass_over(5, 6)
+    ledger.skip_steps(4, 5)
+    ledger.skip_steps(8, 12)
+    ledger.skip_steps(5, 6)
     assert [(e.first_step, e.phase, e.skip) for e in ledger.entries] == [
         (0, "a", False), (4, "a", True), (6, "a", False), (8, "a", True), (10, "b", True), (12, "b", False)]
     assert Ledger([first, second], ledger.history(12), 12).entries == ledger.entries, (

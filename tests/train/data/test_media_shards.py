@@ -17,10 +17,10 @@ from megatron_sov.model.modality import (
     PICTURES, SOUNDS, EncoderInputs, check_encoders, join_inputs, slice_inputs)
 from megatron_sov.omni.media.banks import BankShape
 from megatron_sov.train.data.order import OrderedSample
-from megatron_sov.train.data.rows import join_rows, sample_row
+from megatron_sov.train.data.rows import build_row, join_rows
 from megatron_sov.train.data.streams import PackedSegment
 from megatron_sov.train.data.token_shards import IDX_MAGIC, ShardChain, Source
-from megatron_sov.train.data.views import LongDocuments, Pieces
+from megatron_sov.train.data.views import DocumentPieces, LongDocuments
 
 IMAGE_PAD, AUDIO_PAD = 5, 6
 BANKS = {PICTURES: BankShape(PICTURES, (3, 4, 4), 4, (IMAGE_PAD,)),
@@ -75,13 +75,13 @@ def expected(*pieces: tuple[int, int, int]) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("pieces", [
     [(0, 0, 9)], [(1, 0, 3)], [(0, 3, 4), (2, 0, 4)], [(2, 4, 7), (1, 0, 2), (0, 0, 3)]])
 def test_a_row_has_what_its_placeholders_stand_for(chain: ShardChain, pieces: list[Any]) -> None:
-    row = sample_row(OrderedSample(0, tuple(PackedSegment(*piece) for piece in pieces)), chain, 16)
+    row = build_row(OrderedSample(0, tuple(PackedSegment(*piece) for piece in pieces)), chain, 16)
     assert said(row.encoder_inputs) == expected(*pieces)
     assert (row.encoder_inputs is None) == (not expected(*pieces))
 
 
 def test_rows_are_joined_and_cut_with_their_media(chain: ShardChain) -> None:
-    rows = [sample_row(OrderedSample(0, (PackedSegment(d, 0, n),)), chain, 12) for d,
+    rows = [build_row(OrderedSample(0, (PackedSegment(d, 0, n),)), chain, 12) for d,
             n in ((1, 3), (0, 9), (2, 11))]
     whole = join_rows(rows)
     found = [(place + 12, feature) for place, feature in expected((0, 0, 9))] + [
@@ -93,7 +93,7 @@ def test_rows_are_joined_and_cut_with_their_media(chain: ShardChain) -> None:
 
 
 def test_views_of_a_source_keep_media(chain: ShardChain) -> None:
-    assert said(Pieces(chain, 4).encoder_inputs(1, 0, 4)) == expected((0, 4, 4))
+    assert said(DocumentPieces(chain, 4).encoder_inputs(1, 0, 4)) == expected((0, 4, 4))
     assert said(LongDocuments(chain, 9).encoder_inputs(1, 2, 6)) == expected((2, 2, 6))
 
 

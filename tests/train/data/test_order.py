@@ -17,7 +17,7 @@ from megatron_sov import recipes
 from megatron_sov.model.config import DataConfig, PhaseConfig, RunConfig, TrainConfig
 from megatron_sov.train.data import streams
 from megatron_sov.train.data.ledger import Ledger, LedgerEntry
-from megatron_sov.train.data.order import OrderedSample, OrderState, SampleOrder, next_source
+from megatron_sov.train.data.order import OrderedSample, OrderState, SampleOrder, choose_source
 from megatron_sov.train.data.token_shards import Source, open_sources
 
 Steps = list[tuple[LedgerEntry, list[OrderedSample]]]
@@ -37,7 +37,7 @@ def test_no_source_is_a_whole_sample_from_its_weight(raw: list[float], num_sampl
     weights = {str(i): w / sum(raw) for i, w in enumerate(raw)}
     taken: dict[str, int] = dict.fromkeys(weights, 0)
     for n in range(1, num_samples + 1):
-        taken[next_source(weights, taken)] += 1
+        taken[choose_source(weights, taken)] += 1
         assert max(abs(weight * n - taken[name]) for name, weight in weights.items()) < 1
 
 
@@ -145,7 +145,7 @@ def test_no_token_is_ahead_of_another_by_more_than_the_epoch(seed: int, make_sou
 
 
 def lengths_of(source: Source) -> list[int]:
-    return np.asarray(source.shard("train").lengths).tolist()
+    return np.asarray(source.open_split("train").lengths).tolist()
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -172,11 +172,11 @@ def test_held_out_documents_never_occur(packed_data: Any) -> None:
         for sample in order.next_batch()[1]:
             source = sources[sample.source]
             if order.state.cursors[source.name].epoch < 2:
-                given_[source.name].update(source.shard("train").tokens(*s).tobytes()
+                given_[source.name].update(source.open_split("train").tokens(*s).tobytes()
                                            for s in sample.segments)
     for source in sources:
-        splits = {name: [source.shard(name).tokens(d, 0, n).tobytes()
-                         for d, n in enumerate(source.shard(name).lengths)]
+        splits = {name: [source.open_split(name).tokens(d, 0, n).tobytes()
+                         for d, n in enumerate(source.open_split(name).lengths)]
                   for name in ("train", "heldout")}
         assert splits["heldout"] and not set(given_[source.name]) & set(splits["heldout"])
         assert given_[source.name] == Counter(splits["train"] * 2)

@@ -7,7 +7,8 @@ import math
 from hypothesis import given, settings, strategies as st
 
 from megatron_sov.train.data.streams import (
-    PackedSegment, Row, best_fit, best_fit_nearby, best_fit_units, concatenate, cut, fitting)
+    PackedSegment, Row, concatenate_segments, cut_segments, fit_units, pack_best_fit, pack_units,
+    pack_units_nearby)
 
 SEQ_LEN = 24
 documents = st.lists(st.integers(1, 60), min_size=1, max_size=30).map(
@@ -46,7 +47,7 @@ def fewest_rows(counts: list[int], seq_len: int) -> int:
 @settings(max_examples=150)
 def test_best_fit_is_within_its_bound_of_the_fewest_rows(counts: list[int]) -> None:
     """On sets this small it is never more than one row above, where the theorem would allow 11/9 and four."""
-    rows = best_fit([PackedSegment(i, 0, n) for i, n in enumerate(counts)], SEQ_LEN)
+    rows = pack_best_fit([PackedSegment(i, 0, n) for i, n in enumerate(counts)], SEQ_LEN)
     assert fewest_rows(counts, SEQ_LEN) <= len(rows) <= fewest_rows(counts, SEQ_LEN) + 1
     assert sorted(s.count for row in rows for s in row) == sorted(counts)
     assert all(sum(s.count for s in row) <= SEQ_LEN for row in rows)
@@ -54,7 +55,7 @@ def test_best_fit_is_within_its_bound_of_the_fewest_rows(counts: list[int]) -> N
 
 @given(documents)
 def test_only_documents_longer_than_a_row_are_cut(parts: list[PackedSegment]) -> None:
-    rows = best_fit(cut(parts, SEQ_LEN), SEQ_LEN)
+    rows = pack_best_fit(cut_segments(parts, SEQ_LEN), SEQ_LEN)
     assert sorted(tokens(rows)) == sorted((p.document, t) for p in parts for t in range(p.count))
     pieces = [s.document for row in rows for s in row]
     assert all(pieces.count(p.document) == math.ceil(p.count / SEQ_LEN) for p in parts)
@@ -62,19 +63,19 @@ def test_only_documents_longer_than_a_row_are_cut(parts: list[PackedSegment]) ->
 
 @given(documents)
 def test_conversations_lose_what_is_beyond_a_row_and_nothing_else(parts: list[PackedSegment]) -> None:
-    units, over_long = fitting(parts, 1, SEQ_LEN, drop=False)
-    rows = best_fit_units(units, SEQ_LEN)
+    units, over_long = fit_units(parts, 1, SEQ_LEN, drop=False)
+    rows = pack_units(units, SEQ_LEN)
     assert sorted(s for row in rows for s in row) == [PackedSegment(p.document, 0, min(p.count, SEQ_LEN))
                                                       for p in parts]
     assert over_long == sum(p.count > SEQ_LEN for p in parts)
-    assert fitting(parts, 1, SEQ_LEN, drop=True) == ([(p,) for p in parts if p.count <= SEQ_LEN], over_long)
+    assert fit_units(parts, 1, SEQ_LEN, drop=True) == ([(p,) for p in parts if p.count <= SEQ_LEN], over_long)
 
 
 @given(st.lists(st.tuples(*[st.integers(1, 40)] * 3), min_size=1, max_size=12), st.booleans())
 def test_units_stay_whole_and_in_order(counts: list[tuple[int, ...]], drop: bool) -> None:
     parts = [PackedSegment(3 * i + j, 0, n) for i, unit in enumerate(counts) for j, n in enumerate(unit)]
-    units, over_long = fitting(parts, 3, SEQ_LEN, drop=drop)
-    rows = best_fit_units(units, SEQ_LEN)
+    units, over_long = fit_units(parts, 3, SEQ_LEN, drop=drop)
+    rows = pack_units(units, SEQ_LEN)
     assert over_long == sum(sum(unit) > SEQ_LEN for unit in counts)
     assert all(sum(s.count for s in row) <= SEQ_LEN for row in rows)
     of_rows = [s for row in rows for s in row]
@@ -95,7 +96,7 @@ def test_units_stay_whole_and_in_order(counts: list[tuple[int, ...]], drop: bool
 def test_units_lie_near_those_before_them(counts: list[tuple[int, int]], num_open: int) -> None:
     units = [tuple(PackedSegment(2 * i + j, 0, n) for j, n in enumerate(unit))
              for i, unit in enumerate(counts)]
-    rows = best_fit_nearby(units, SEQ_LEN, num_open)
+    rows = pack_units_nearby(units, SEQ_LEN, num_open)
     assert all(0 < sum(s.count for s in row) <= SEQ_LEN for row in rows)
     place = {s.document: i for i, row in enumerate(rows) for s in row}
     assert sorted(place) == list(range(2 * len(units))), "each unit once"
@@ -113,6 +114,6 @@ def test_units_lie_near_those_before_them(counts: list[tuple[int, int]], num_ope
 
 @given(documents)
 def test_one_after_another_leaves_no_room_but_at_the_end(parts: list[PackedSegment]) -> None:
-    rows = concatenate(parts, SEQ_LEN)
+    rows = concatenate_segments(parts, SEQ_LEN)
     assert tokens(rows) == [(p.document, t) for p in parts for t in range(p.count)]
     assert all(sum(s.count for s in row) == SEQ_LEN for row in rows[:-1])

@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.train.data.requirements import NeededColumn, refuse_without_columns
+from megatron_sov.train.data.requirements import NeededColumn, check_columns
 
 
 def test_data_without_a_column_are_refused_with_what_makes_it(make_source: Any) -> None:
     scored = make_source("scored", [5])
-    text, chat = (replace(make_source(n, [5], is_chat=n == "chat"), columns=(), made=None)
+    text, chat = (replace(make_source(n, [5], is_chat=n == "chat"), columns=(), train_documents=None)
                   for n in ("text", "chat"))
-    refuse_without_columns([scored], {"score": NeededColumn("sov-data pack --column score")})
-    refuse_without_columns([scored, text], {"score": NeededColumn("", formats=("chat",))})
+    check_columns([scored], {"score": NeededColumn("sov-data pack --column score")})
+    check_columns([scored, text], {"score": NeededColumn("", formats=("chat",))})
     with pytest.raises(UserError, match="sov-data pack --column score"):
-        refuse_without_columns([scored, chat],
+        check_columns([scored, chat],
                                {"score": NeededColumn("sov-data pack --column score", formats=("chat",))})
     with pytest.raises(UserError, match=r"column 'advantage' \(score\)"):
-        refuse_without_columns([scored], {"advantage": NeededColumn("")})
+        check_columns([scored], {"advantage": NeededColumn("")})

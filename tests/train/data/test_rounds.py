@@ -16,10 +16,10 @@ from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig, 
 from megatron_sov.model.config.run import add_rounds
 from megatron_sov.train.data import rounds as rounds_module
 from megatron_sov.train.data.order import OrderState, SampleOrder
-from megatron_sov.train.data.rounds import Round, RoundDocuments, first_document, rounds_source
-from megatron_sov.train.data.rows import BatchStream, rows_per_micro_batch
+from megatron_sov.train.data.rounds import PublishedRound, RoundDocuments, build_rounds_source, first_document
+from megatron_sov.train.data.rows import BatchStream, compute_micro_batch_rows
 from megatron_sov.train.data.token_shards import Source
-from megatron_sov.train.data.views import with_mixed_phases
+from megatron_sov.train.data.views import apply_data_phases
 
 LENGTHS = {1: [9, 3, 16, 4, 4, 4], 2: [5, 16, 16, 2]}
 STEPS = {1: (range(4), range(4, 6)), 2: (range(1), range(1, 4))}
@@ -36,8 +36,8 @@ def config_of(**policy: Any) -> RunConfig:
 
 def opened(numbered: Any, *numbers: int) -> tuple[Source, RoundDocuments]:
     """Return a source of rounds of which some are open."""
-    source = rounds_source(Path("rounds"), 10**6, None, ["old"])
-    documents = source.made
+    source = build_rounds_source(Path("rounds"), 10**6, None, ["old"])
+    documents = source.train_documents
     assert isinstance(documents, RoundDocuments)
     for number in numbers:
         open_round(numbered, documents, number)
@@ -49,7 +49,7 @@ def open_round(numbered: Any, documents: RoundDocuments, number: int) -> None:
     made = numbered(LENGTHS[number])
     made.column = lambda name, d, start, count: made.tokens(d, start, count).astype(np.float32)
     beside = {"old": -np.arange(starts[-1], dtype=np.float32)}
-    documents.open(number, Round(Path("rounds"), made, STEPS[number], beside, starts))
+    documents.open(number, PublishedRound(Path("rounds"), made, STEPS[number], beside, starts))
 
 
 def test_a_step_has_its_documents_whole_and_no_others(numbered: Any) -> None:
@@ -126,7 +126,7 @@ def test_text_beside_comes_in_the_steps_that_are_drawn_and_goes_on_after_a_resum
 
 
 def test_a_round_that_is_damaged_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(content: dict[str, Any]) -> Round:
+    def read(content: dict[str, Any]) -> PublishedRound:
         monkeypatch.setattr(rounds_module, "read_manifest", lambda *_: SimpleNamespace(content=content))
         return RoundDocuments(tmp_path).read(1, 16, 2)
 
@@ -142,12 +142,12 @@ def test_a_round_that_is_damaged_is_named(tmp_path: Path, monkeypatch: pytest.Mo
 def test_micro_batches_of_a_round_are_of_one_size_with_little_padding(together: int) -> None:
     for most in range(1, 9):
         for num_rows in range(1, 70):
-            size = rows_per_micro_batch(num_rows, most, together)
+            size = compute_micro_batch_rows(num_rows, most, together)
             count = -(-num_rows // (size * together)) * together
             fewest = -(-num_rows // (most * together)) * together
             assert 1 <= size <= most and count == fewest
             assert not any(count * less >= num_rows for less in range(1, size)), "no smaller ones would do"
-    assert rows_per_micro_batch(19, 32, 1) == 19 and rows_per_micro_batch(19, 8, 1) == 7
+    assert compute_micro_batch_rows(19, 32, 1) == 19 and compute_micro_batch_rows(19, 8, 1) == 7
 
 
 # Phases that a mix brings along: taken where a phase's own blend is empty or names other sources.
@@ -176,18 +176,18 @@ def run_on(*paths: Path, phases: tuple[PhaseConfig, ...] | None = None,
 def blends(config: RunConfig, recipe: RunConfig | None = None) -> dict[str, dict[str, float]]:
     """Return phase -> blend; the recipe is the settings themselves unless --set has changed it."""
     return {phase.name: dict(phase.blend)
-            for phase in with_mixed_phases(config, recipe or config).data.phases}
+            for phase in apply_data_phases(config, recipe or config).data.phases}
 
 
 @pytest.mark.parametrize("recipe", ["solar-open-102b", "tiny-solar-open"])
 def test_a_recipe_trains_on_the_sources_of_the_mix(mixed: Path, recipe: str) -> None:
     config = run_on(mixed, recipe=recipe)
-    found = with_mixed_phases(config, config)
+    found = apply_data_phases(config, config)
     assert {name: blends(config)[name] for name in SHARES} == SHARES
     for phase, own in zip(found.data.phases, config.data.phases, strict=True):
         assert dataclasses.replace(phase, blend=own.blend) == own, "all but the blend stays"
         assert phase.name in SHARES or phase.blend == own.blend
-    assert with_mixed_phases(found, config) == found, "a run that goes on has the same settings"
+    assert apply_data_phases(found, config) == found, "a run that goes on has the same settings"
 
 
 def test_a_blend_of_its_own_over_these_sources_stays(mixed: Path) -> None:

@@ -14,8 +14,8 @@ from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.documents.shard_files import IndexedWriter, RouteShape
 from megatron_sov.base.errors import UserError
 from megatron_sov.train.data.order import OrderedSample
-from megatron_sov.train.data.requirements import refuse_other_routes, shape_of
-from megatron_sov.train.data.rows import join_rows, sample_row
+from megatron_sov.train.data.requirements import build_route_shape, check_route_shapes
+from megatron_sov.train.data.rows import build_row, join_rows
 from megatron_sov.train.data.streams import PackedSegment
 from megatron_sov.train.data.token_shards import open_sources
 
@@ -48,16 +48,16 @@ def written(folder: Path, shape: RouteShape, **changes: Any) -> Path:
 
 
 def test_routes_stand_in_a_row_beside_their_own_tokens(tmp_path: Path) -> None:
-    shape = shape_of(MODEL)
+    shape = build_route_shape(MODEL)
     assert (shape.layers, shape.top_k, shape.num_experts) == (
         MODEL.num_layers - MODEL.num_dense_layers, MODEL.num_experts_per_token, MODEL.num_experts)
     folder = written(tmp_path / "data", shape)
     assert (folder / "train.routes").stat().st_size == sum(LENGTHS) * shape.bytes_per_token
     (source,) = open_sources({str(folder): 1.0}, 64)
     assert (source.routes, source.columns) == (shape, ())
-    refuse_other_routes([source], MODEL)
-    documents = source.shard("train")
-    row = sample_row(OrderedSample(0, (PackedSegment(1, 2, 3), PackedSegment(0, 0, 2))), documents, 7,
+    check_route_shapes([source], MODEL)
+    documents = source.open_split("train")
+    row = build_row(OrderedSample(0, (PackedSegment(1, 2, 3), PackedSegment(0, 0, 2))), documents, 7,
                      routes=source.routes)
     assert row.routes is not None and row.routes.shape == (7, shape.layers, shape.top_k)
     assert row.tokens[:5].tolist() == [22, 23, 24, 10, 11]
@@ -65,38 +65,38 @@ def test_routes_stand_in_a_row_beside_their_own_tokens(tmp_path: Path) -> None:
     # a document's last token was written and not read; padding is nobody's
     assert np.array_equal(row.routes, np.concatenate([
         routes_of(1, shape)[2:], marked, routes_of(0, shape)[:2], marked, marked]))
-    plain = sample_row(OrderedSample(0, (PackedSegment(2, 0, 4),)), documents, 4)
+    plain = build_row(OrderedSample(0, (PackedSegment(2, 0, 4),)), documents, 4)
     assert plain.routes is None and join_rows([plain, plain]).routes is None
     joined = join_rows([plain, row]).routes
     assert joined is not None and (joined[:4] == shape.mark).all() and np.array_equal(joined[4:], row.routes)
 
 
 def test_impossible_routes_are_named_with_file_and_document(tmp_path: Path) -> None:
-    shape = shape_of(MODEL)
+    shape = build_route_shape(MODEL)
     folder = written(tmp_path / "data", shape)
     (source,) = open_sources({str(folder): 1.0}, 64)
     content = bytearray((folder / "train.routes").read_bytes())
     content[4 * shape.bytes_per_token] = content[4 * shape.bytes_per_token + 1]
     (folder / "train.routes").write_bytes(content)
     (source,) = open_sources({str(folder): 1.0}, 64)
-    assert len(source.shard("train").routes(1, 2, 2)) == 2
+    assert len(source.open_split("train").routes(1, 2, 2)) == 2
     with pytest.raises(UserError, match=r"train\.routes: document 1, from"):
-        source.shard("train").routes(1, 1, 3)
+        source.open_split("train").routes(1, 1, 3)
     (folder / "train.routes").write_bytes(content[:-1])
     with pytest.raises(UserError, match=r"train\.routes: has \d+ bytes"):
-        source.shard("train")
+        source.open_split("train")
 
 
 def test_routes_of_another_model_are_refused(tmp_path: Path) -> None:
-    own = shape_of(MODEL)
+    own = build_route_shape(MODEL)
     for field, value in (("layers", own.layers + 1), ("top_k", own.top_k + 1),
                          ("num_experts", own.num_experts + 1)):
         other = dataclasses.replace(own, **{field: value})
         sources = open_sources({str(written(tmp_path / field, other)): 1.0}, 64)
         with pytest.raises(UserError, match=rf"{field}: source 'rollouts' has routes with {field} = {value}, "
                                             rf"and the model's .* are {getattr(own, field)}"):
-            refuse_other_routes(sources, MODEL)
+            check_route_shapes(sources, MODEL)
     with pytest.raises(UserError, match="no layer has experts"):
-        refuse_other_routes(sources, recipes.get("tiny-qwen3").model)
+        check_route_shapes(sources, recipes.get("tiny-qwen3").model)
     with pytest.raises(UserError, match="source 'rollouts': routes"):
         open_sources({str(written(tmp_path / "unsaid", own, dtype="uint32")): 1.0}, 64)

@@ -8,14 +8,14 @@ import numpy as np
 from hypothesis import given, settings, strategies as st
 
 from megatron_sov.train.data.order import OrderedSample
-from megatron_sov.train.data.rows import RowOrigin, heldout_samples, join_rows, sample_row
+from megatron_sov.train.data.rows import RowOrigin, build_heldout_samples, build_row, join_rows
 from megatron_sov.train.data.streams import PackedSegment
 
 
 def test_a_row_by_hand(numbered: Any) -> None:
     """A document's end, a whole one, and one that goes on in the next sample; then padding."""
     sample = OrderedSample(2, (PackedSegment(0, 3, 2), PackedSegment(1, 0, 3), PackedSegment(2, 0, 2)))
-    row = sample_row(sample, numbered([5, 3, 9]), 10, pad_id=7, columns=("score", "unknown"))
+    row = build_row(sample, numbered([5, 3, 9]), 10, pad_id=7, columns=("score", "unknown"))
     assert row.tokens.tolist() == [103, 104, 200, 201, 202, 300, 301, 7, 7, 7]
     assert row.labels.tolist() == [104, 0, 201, 202, 0, 301, 302, 0, 0, 0]
     assert row.weights.tolist() == np.float32([0.104, 0, 0.201, 0.202, 0, 0.301, 0.302, 0, 0, 0]).tolist()
@@ -45,8 +45,8 @@ def test_every_label_counts_once_with_as_much_context_as_fits(numbered: Any, len
                                                               seq_len: int) -> None:
     documents = numbered(lengths)
     context_of: dict[int, int] = {}
-    for sample in heldout_samples(documents, 0, seq_len, 10**9):
-        row = sample_row(sample, documents, seq_len)
+    for sample in build_heldout_samples(documents, 0, seq_len, 10**9):
+        row = build_row(sample, documents, seq_len)
         counted = row.weights > 0
         assert (row.labels[counted] == row.tokens[counted] + 1).all()  # the next token of the same document
         assert not (counted & row.padding).any()
@@ -61,17 +61,17 @@ def test_every_label_counts_once_with_as_much_context_as_fits(numbered: Any, len
 @settings(max_examples=50)
 def test_held_out_samples_stop_at_their_budget(numbered: Any, lengths: list[int], max_tokens: int) -> None:
     documents, budget, expected = numbered(lengths), max_tokens, 0
-    samples = heldout_samples(documents, 3, 6, max_tokens)
+    samples = build_heldout_samples(documents, 3, 6, max_tokens)
     for length in lengths:
         expected += min(length - 1, max(0, budget))
         budget -= length
-    assert sum(int((sample_row(s, documents, 6).weights > 0).sum()) for s in samples) == expected
+    assert sum(int((build_row(s, documents, 6).weights > 0).sum()) for s in samples) == expected
     assert {s.source for s in samples} == {3}
 
 
 def test_joined_rows_keep_their_documents_apart(numbered: Any) -> None:
     documents = numbered([4, 6])
-    rows = [sample_row(OrderedSample(i, (PackedSegment(i, 0, 4),)), documents, 5,
+    rows = [build_row(OrderedSample(i, (PackedSegment(i, 0, 4),)), documents, 5,
                        columns=("score",)) for i in range(2)]
     joined = join_rows(rows)
     assert joined.bounds.tolist() == [0, 4, 5, 9, 10]

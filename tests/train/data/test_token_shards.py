@@ -19,7 +19,7 @@ from megatron_sov.base.documents.shard_files import pack_flags
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import parse_data_paths
 from megatron_sov.train.data.token_shards import (
-    ShardChain, TokenShard, open_sources, provenance, tokenizer_folder)
+    ShardChain, TokenShard, describe_inputs, open_sources, tokenizer_folder)
 
 
 def write_shard(prefix: Path, documents: list[list[int]]) -> None:
@@ -49,7 +49,7 @@ def test_a_source_knows_the_vocabulary_that_it_was_packed_with(packed_data: Any,
     ids = np.fromfile(damaged, np.uint16)
     ids[0] = 368  # the model has more ids than the tokenizer
     ids.tofile(damaged)
-    even, odd = (s.shard("train") for s in open_sources({str(text): 1.0}, 400))
+    even, odd = (s.open_split("train") for s in open_sources({str(text): 1.0}, 400))
     assert odd.tokens(0, 0, 1)[0] < 368
     with pytest.raises(UserError, match="document 0 has token"):
         even.tokens(0, 0, 1)
@@ -118,9 +118,9 @@ def test_sources_share_by_folder_weight_then_by_tokens(tmp_path: Path) -> None:
     sources = open_sources(paths, 64)
     assert {s.name: s.share for s in sources} == {"web": 0.5625, "code": 0.1875, "chat": 0.25}
     assert [s.name for s in sources if s.is_chat] == ["chat"]
-    assert sources[0].shard("train").tokens(2, 0, 2).tolist() == [1, 2]
+    assert sources[0].open_split("train").tokens(2, 0, 2).tolist() == [1, 2]
     assert tokenizer_folder(sources) == tmp_path / "a" / "tokenizer"
-    assert [p["path"] for p in provenance(sources)] == [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert [p["path"] for p in describe_inputs(sources)] == [str(tmp_path / "a"), str(tmp_path / "b")]
 
 
 def test_a_name_before_the_folder_renames_its_sources(tmp_path: Path) -> None:
@@ -128,7 +128,8 @@ def test_a_name_before_the_folder_renames_its_sources(tmp_path: Path) -> None:
     two = artifact(tmp_path / "c=d", {"train": 1, "test": 1})
     found = open_sources({f"web={one}": 1, f"code={other}": 1, f"rest={two}": 1}, 64)
     assert [s.name for s in found] == ["web", "code", "rest-train", "rest-test"]
-    assert found[1].shard("train").tokens(2, 0, 2).tolist() == [1, 2] and found[1].artifact == tmp_path / "b"
+    assert found[1].open_split("train").tokens(2, 0, 2).tolist() == [1, 2]
+    assert found[1].artifact == tmp_path / "b"
     assert [s.name for s in open_sources({two: 1, f"x={one}": 1}, 64)] == ["train", "test", "x"]
     assert parse_data_paths([f"web={one}:2", f"code={other}"]) == {f"web={one}": 2.0, f"code={other}": 1.0}
     for data, message in (([f"w b={one}"], "must be NAME=DIR; use letters"),
@@ -220,7 +221,7 @@ def test_a_chain_is_the_one_shard(packed: tuple[Path, Path]) -> None:
     assert len(one.prefixes["train"]) == 1 and len(many.prefixes["train"]) > 5
     assert one.num_tokens == many.num_tokens and one.share == many.share
     for split in ("train", "heldout"):
-        a, b = one.shard(split), many.shard(split)
+        a, b = one.open_split(split), many.open_split(split)
         assert list(a.lengths) == list(b.lengths) == [b.lengths[i] for i in range(len(b.lengths))]
         for document, length in enumerate(b.lengths):
             for column in ("tokens", "loss_weights", "types"):

@@ -15,10 +15,10 @@ from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import DataConfig, PhaseConfig, RunConfig
 from megatron_sov.train.data.ledger import (
-    LedgerEntry, OverLong, over_long, plan, refuse_over_long, refuse_over_long_pairs)
+    LedgerEntry, OverLongUnits, check_pairs_fit, check_units_fit, count_over_long, plan_ledger)
 from megatron_sov.train.data.order import SampleOrder
 from megatron_sov.train.data.token_shards import ChainedLengths, Source
-from megatron_sov.train.data.views import LongDocuments, Pieces, with_views
+from megatron_sov.train.data.views import DocumentPieces, LongDocuments, add_source_views
 
 LENGTHS = [3, 12, 30, 0, 11, 40, 12]
 
@@ -34,19 +34,19 @@ def web(make_source: Callable[..., Source]) -> Source:
 
 
 def test_only_long_documents_are_read_and_under_their_own_cursor(web: Source) -> None:
-    sources = with_views(config({"web@12": 1.0}, {"web": 0.5, "web@12": 0.5}), [web])
+    sources = add_source_views(config({"web@12": 1.0}, {"web": 0.5, "web@12": 0.5}), [web])
     assert [(s.name, s.num_tokens["train"], s.share) for s in sources] == [
         ("web", sum(LENGTHS), 1.0), ("web@12", 94, 0.0)]
     order = SampleOrder(config({"web@12": 1.0}), sources)
     _, samples = order.next_batch()
-    long = sources[1].shard("train")
+    long = sources[1].open_split("train")
     given_ = {int(t) for sample in samples for s in sample.segments for t in long.tokens(*s) // 100 - 1}
     assert given_ == {1, 2, 5, 6}, "the documents of at least 12 tokens, by their number in the source"
     assert list(order.state.cursors) == ["web@12"]
 
 
 def test_tokens_weights_and_types_are_those_of_the_source(web: Source) -> None:
-    documents = web.shard("train")
+    documents = web.open_split("train")
     long = LongDocuments(documents, 12)
     assert (long.index.tolist(), long.lengths.tolist()) == ([1, 2, 5, 6], [12, 30, 40, 12])
     for name in ("tokens", "loss_weights", "types"):
@@ -54,7 +54,7 @@ def test_tokens_weights_and_types_are_those_of_the_source(web: Source) -> None:
 
 
 def test_a_whole_source_by_default_never_counts_its_long_documents_twice(web: Source) -> None:
-    (entry,) = plan(config({}), with_views(config({"web@12": 1.0}), [web]))
+    (entry,) = plan_ledger(config({}), add_source_views(config({"web@12": 1.0}), [web]))
     assert entry.weights == {"web": 1.0}
 
 
@@ -87,12 +87,12 @@ def test_long_documents_are_found_in_every_shard(numbered: Any, parts: list[list
 ])
 def test_what_is_not_there_is_named(blend: dict[str, float], said: str, web: Source) -> None:
     with pytest.raises(UserError, match=said):
-        plan(config(blend), with_views(config(blend), [web]))
+        plan_ledger(config(blend), add_source_views(config(blend), [web]))
 
 
 def test_a_name_with_an_at_sign_is_a_name_if_the_data_has_it(make_source: Callable[..., Source]) -> None:
     sources = [make_source("web@12", [5])]
-    assert with_views(config({"web@12": 1.0}), sources) == sources
+    assert add_source_views(config({"web@12": 1.0}), sources) == sources
 
 
 # Conversations longer than a sample: counted before a run begins, and refused where that is asked.
@@ -106,18 +106,18 @@ def test_units_are_measured_by_the_shortest_sample_that_they_are_read_at(make_so
     sources = [make_source("web", [100]), make_source("chat", [5, 17, 16, 90], is_chat=True),
                replace(make_source("pairs", [9, 8, 8, 8, 1, 30], is_chat=True), format="preference", group=2),
                make_source("unused", [99], is_chat=True)]
-    found = over_long(sources, ENTRIES)
-    assert found == [OverLong("chat", 16, 2, 4, 90), OverLong("pairs", 16, 2, 3, 31)]
+    found = count_over_long(sources, ENTRIES)
+    assert found == [OverLongUnits("chat", 16, 2, 4, 90), OverLongUnits("pairs", 16, 2, 3, 31)]
     with pytest.raises(UserError, match="90; source 'pairs': 2"):
-        refuse_over_long(found)
-    refuse_over_long(over_long(sources[:1], ENTRIES))
-    refuse_over_long_pairs(found)
+        check_units_fit(found)
+    check_units_fit(count_over_long(sources[:1], ENTRIES))
+    check_pairs_fit(found)
 
 
 def test_pairs_of_which_each_would_be_cut_are_refused(make_source: Any) -> None:
     pairs = replace(make_source("pairs", [9, 8, 10, 9], is_chat=True), format="preference", group=2)
     with pytest.raises(UserError, match=r"make samples longer \(seq_len=19"):
-        refuse_over_long_pairs(over_long([pairs], ENTRIES))
+        check_pairs_fit(count_over_long([pairs], ENTRIES))
 
 
 # NAME/N: a source's documents in short pieces.
@@ -126,7 +126,7 @@ def test_pairs_of_which_each_would_be_cut_are_refused(make_source: Any) -> None:
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.integers(1, 5))
 def test_pieces_are_the_documents_cut(numbered: Any, lengths: list[int], max_tokens: int) -> None:
     documents = numbered(lengths)
-    pieces = Pieces(documents, max_tokens)
+    pieces = DocumentPieces(documents, max_tokens)
     expected = [(d, first, min(max_tokens, n - first)) for d, n in enumerate(lengths)
                 for first in range(0, n, max_tokens)]
     assert list(pieces.lengths) == [count for _, _, count in expected]
@@ -142,7 +142,7 @@ def test_rows_are_packed_of_whole_pieces(make_source: Callable[..., Source]) -> 
     import dataclasses
 
     config = dataclasses.replace(recipes.get("tiny-solar-open"), data=data)
-    sources = with_views(config, [make_source("web", [3, 12, 9])])
+    sources = add_source_views(config, [make_source("web", [3, 12, 9])])
     assert [(s.name, s.num_tokens["train"]) for s in sources] == [("web", 24), ("web/4", 24)]
     _, samples = SampleOrder(config, sources).next_batch()
     assert {s.count for sample in samples for s in sample.segments} == {1, 3, 4}
@@ -155,4 +155,5 @@ def test_what_is_no_number_is_named(name: str, said: str, make_source: Callable[
 
     data = DataConfig(phases=(PhaseConfig("a", seq_len=16, blend={name: 1.0}),))
     with pytest.raises(UserError, match=said):
-        with_views(dataclasses.replace(recipes.get("tiny-solar-open"), data=data), [make_source("web", [5])])
+        add_source_views(dataclasses.replace(recipes.get("tiny-solar-open"), data=data),
+                         [make_source("web", [5])])

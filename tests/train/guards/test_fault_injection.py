@@ -10,18 +10,19 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.runs.obs.events import EventLog, read_events
-from megatron_sov.train.guards.fault_injection import STATES, Fault, Faults, corrupt, not_come, parse
+from megatron_sov.train.guards.fault_injection import (
+    FAULT_STATES, Fault, FaultInjector, corrupt_checkpoint, list_pending_faults, parse_faults)
 
 
 def test_several_faults_stand_in_one_argument() -> None:
-    found = parse(
+    found = parse_faults(
         ["kill@step=5,rank=1,nan@step=9", "spike@step=3,factor=50", "slow-rank@rank=1,step=7,seconds=0.5"], 2)
     assert found == (Fault("kill", "step", 5, 1), Fault("nan", "step", 9),
                      Fault("spike", "step", 3, 0, {"factor": 50.0}),
                      Fault("slow-rank", "step", 7, 1, {"seconds": 0.5, "steps": 100.0}))
-    assert [parse([f.name], 2)[0] for f in found] == list(found), "a fault's name is how it is written"
-    for kind, states in STATES.items():
-        assert [parse([f"{kind}@{state}=4"], 1)[0].state for state in states] == list(states)
+    assert [parse_faults([f.name], 2)[0] for f in found] == list(found), "a fault's name is how it is written"
+    for kind, states in FAULT_STATES.items():
+        assert [parse_faults([f"{kind}@{state}=4"], 1)[0].state for state in states] == list(states)
 
 
 @pytest.mark.parametrize(("text", "said"), [
@@ -35,32 +36,34 @@ def test_several_faults_stand_in_one_argument() -> None:
 ])
 def test_a_fault_that_cannot_be_is_refused(text: str, said: str) -> None:
     with pytest.raises(UserError) as e:
-        parse([text], 2)
+        parse_faults([text], 2)
     assert said in str(e.value) and str(e.value).startswith(f"--inject {text.split(',nan')[0]}: ")
 
 
 def test_a_fault_comes_once_to_its_process_from_its_step_on_and_is_told_once(tmp_path: Path) -> None:
-    faults = parse(["nan@step=5,rank=1", "spike@step=7,rank=1", "raise@save=4,rank=1"], 2)
-    other, mine = Faults(faults, tmp_path, 0), Faults(faults, tmp_path, 1)
-    assert other.loss_factor(5) == 1.0 and mine.loss_factor(4) == 1.0
-    assert math.isnan(mine.loss_factor(6)) and mine.loss_factor(6) == 1.0 and mine.loss_factor(9) == 1e4
+    faults = parse_faults(["nan@step=5,rank=1", "spike@step=7,rank=1", "raise@save=4,rank=1"], 2)
+    other, mine = FaultInjector(faults, tmp_path, 0), FaultInjector(faults, tmp_path, 1)
+    assert other.get_loss_factor(5) == 1.0 and mine.get_loss_factor(4) == 1.0
+    assert math.isnan(mine.get_loss_factor(6)) and mine.get_loss_factor(6) == 1.0
+    assert mine.get_loss_factor(9) == 1e4
     mine.trigger("step", 9)
-    again = Faults(faults, tmp_path, 1)
-    assert again.loss_factor(5) == 1.0, "after a restart too"
+    again = FaultInjector(faults, tmp_path, 1)
+    assert again.get_loss_factor(5) == 1.0, "after a restart too"
     with pytest.raises(RuntimeError, match="--inject raise@save=4,rank=1"):
         again.trigger("save", 4)
-    for rank_zero in (other, Faults(faults, tmp_path, 0)):
+    for rank_zero in (other, FaultInjector(faults, tmp_path, 0)):
         log = EventLog(tmp_path / "events.jsonl")
-        rank_zero.tell(log)
+        rank_zero.record_events(log)
         log.close()
     told = [(e["kind"], e["state"], e["step"], e["rank"]) for e in read_events(tmp_path / "events.jsonl")]
     assert told == [("nan", "step", 6, 1), ("spike", "step", 9, 1), ("raise", "save", 4, 1)]
-    late = parse(["hang@step=99"], 2)
-    assert not_come([*faults, *late], tmp_path) == list(late)
+    late = parse_faults(["hang@step=99"], 2)
+    assert list_pending_faults([*faults, *late], tmp_path) == list(late)
 
 
 def test_a_slow_process_is_slow_for_a_while(tmp_path: Path) -> None:
-    slow = Faults(parse(["slow-rank@step=3,seconds=0.2,steps=2", "slow-rank@step=4,seconds=0.1,steps=9"], 1),
+    slow = FaultInjector(parse_faults(["slow-rank@step=3,seconds=0.2,steps=2",
+                                       "slow-rank@step=4,seconds=0.1,steps=9"], 1),
                   tmp_path, 0)
     assert [slow.delay_s(step) for step in (2, 3, 4, 5)] == pytest.approx([0, 0.2, 0.3, 0.1])
 
@@ -69,6 +72,6 @@ def test_a_corrupted_checkpoint_differs_in_one_byte_of_its_largest_file(tmp_path
     (tmp_path / "state.json").write_text(json.dumps({"step": 1}))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "a").write_bytes(bytes(1000))
-    corrupt(tmp_path)
+    corrupt_checkpoint(tmp_path)
     assert sum(byte != 0 for byte in (tmp_path / "model" / "a").read_bytes()) == 1
     assert json.loads((tmp_path / "state.json").read_text()) == {"step": 1}

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from megatron_sov.base.errors import ExitCode, SilentCorruption
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import GuardConfig
 from megatron_sov.train.guards import guards, guards as stragglers
@@ -21,8 +20,6 @@ from megatron_sov.train.guards.guards import Guards, SdcChecks
 
 # What is done when bits differ: it is told with rank and host, and ends the run or not,
 # as the settings say.
-
-prepare_megatron()
 
 
 @pytest.fixture
@@ -68,7 +65,7 @@ def test_a_repetition_is_compared_bit_for_bit(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(guards.replica_checks, "list_gradients", lambda model: gradients)
     monkeypatch.setattr(guards.replica_checks, "gather_ranks_where", lambda holds: [0] if holds else [])
     checks = SdcChecks(GuardConfig(probe_every_steps=5))
-    assert [step for step in range(1, 11) if checks.probe_is_due(step)] == [5, 10]
+    assert [step for step in range(1, 11) if checks.is_probe_due(step)] == [5, 10]
     turns: list[int] = []
 
     def compute(turn: int) -> None:
@@ -137,9 +134,6 @@ def test_a_hang_is_told_and_ended_and_what_may_take_long_is_not_watched(tmp_path
     assert "rank 0 stood still in step 3 for 0.4 s" in stacks and "in stands_still" in stacks
     assert "made no progress for guards.hang_timeout_s = 0.4" in said["hang"]
     assert "Timeout" in said["lock"], "faulthandler's own thread needs no lock"
-
-
-prepare_megatron()
 
 
 def test_computing_times_and_routing_are_looked_at_in_their_own_rhythms(

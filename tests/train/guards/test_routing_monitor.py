@@ -9,13 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.model.config import GuardConfig
 from megatron_sov.runs.obs.events import EventLog, read_events
-
-prepare_megatron()
-from megatron_sov.train.guards import guards  # noqa: E402
-from megatron_sov.train.guards.guards import MAX_SHOWN_RANKS, RoutingMonitor, Stragglers  # noqa: E402
+from megatron_sov.train.guards import guards
+from megatron_sov.train.guards.guards import MAX_SHOWN_RANKS, RoutingMonitor, Stragglers
 
 EVEN, ONE, HALF = [4.0, 4.0, 4.0, 4.0], [16.0, 0.0, 0.0, 0.0], [8.0, 8.0, 0.0, 0.0]
 DENSE, FLAT, APART = [0.0] * 4, [0.1] * 4, [0.9, 0.0, 0.0, -0.2]

@@ -10,13 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.model.config import GuardConfig
 from megatron_sov.train.data.ledger import Ledger, LedgerEntry
-
-prepare_megatron()
-from megatron_sov.train.guards import step_guard  # noqa: E402
-from megatron_sov.train.guards.step_guard import StepGuard  # noqa: E402
+from megatron_sov.train.guards import step_guard
+from megatron_sov.train.guards.step_guard import StepGuard
 
 LEDGER = Ledger([LedgerEntry(0, "a", 32, 8, {"x": 1.0}), LedgerEntry(60, "b", 64, 8, {"x": 1.0}),
                  LedgerEntry(70, "c", 64, 16, {"x": 1.0})])
@@ -48,7 +45,7 @@ def test_spikes_are_those_of_the_rule() -> None:
             loss, norm = draw.choice([(loss + draw.uniform(0, 2), norm), (loss, norm + draw.uniform(0, 1)),
                                       (2.0, 0.5)])
         expected = reference([*losses, loss], [*norms, norm], 40, 4.0)
-        assert guard.accepts(loss, norm) == expected, step
+        assert guard.accept_step(loss, norm) == expected, step
         losses.append(loss)
         norms.append(norm)
         if not expected:
@@ -60,22 +57,24 @@ def test_spikes_are_those_of_the_rule() -> None:
     (math.nan, 1.0, "the loss is nan"), (2.0, math.inf, "the gradient norm is inf")])
 def test_what_is_no_number_is_refused_from_the_first_step(loss: float, norm: float, said: str) -> None:
     guard = StepGuard(GuardConfig(), is_main=True)
-    assert not guard.accepts(loss, norm)
-    assert guard.refusal is not None and guard.refusal.reason == said and not guard.refusal.finite
-    assert guard.accepts(2.0, 1.0) and guard.refusal is None and guard.in_a_row == 0
+    assert not guard.accept_step(loss, norm)
+    assert guard.rejection is not None and guard.rejection.reason == said and not guard.rejection.finite
+    assert guard.accept_step(2.0, 1.0) and guard.rejection is None and guard.consecutive_rejections == 0
 
 
 def steady(settings: GuardConfig, steps: int) -> StepGuard:
     """A guard that has seen so many usual steps."""
     guard = StepGuard(settings, is_main=True)
-    assert all(guard.accepts(2.0 + 0.1 * (i % 3), 1.0 + 0.01 * (i % 2)) for i in range(steps))
+    assert all(guard.accept_step(2.0 + 0.1 * (i % 3), 1.0 + 0.01 * (i % 2)) for i in range(steps))
     return guard
 
 
 def test_losses_that_do_not_compare_are_no_spikes_and_gradients_are() -> None:
-    guard = StepGuard(GuardConfig(), is_main=True, losses_compare=False)
-    assert all(guard.accepts((-1) ** i * 0.01 * (i % 3), 1.0 + 0.01 * (i % 2)) for i in range(100))
-    assert guard.accepts(9.0, 1.0) and not guard.accepts(0.0, 9.0) and not guard.accepts(math.nan, 1.0)
+    guard = StepGuard(GuardConfig(), is_main=True)
+    guard.compares_losses = False
+    assert all(guard.accept_step((-1) ** i * 0.01 * (i % 3), 1.0 + 0.01 * (i % 2)) for i in range(100))
+    assert guard.accept_step(9.0, 1.0) and not guard.accept_step(0.0, 9.0)
+    assert not guard.accept_step(math.nan, 1.0)
 
 
 def test_high_losses_in_a_row_are_counted_and_the_history_survives_a_checkpoint() -> None:
@@ -84,39 +83,40 @@ def test_high_losses_in_a_row_are_counted_and_the_history_survives_a_checkpoint(
     again = StepGuard(settings, is_main=True)
     again.restore(guard.state())
     for g in (guard, again):
-        assert not g.accepts(9.0, 1.0) and not g.wants_rollback
-        assert not g.accepts(9.0, 1.0) and g.wants_rollback and g.in_a_row == 2
+        assert not g.accept_step(9.0, 1.0) and not g.wants_rollback
+        assert not g.accept_step(9.0, 1.0) and g.wants_rollback and g.consecutive_rejections == 2
     assert guard.state() == again.state()
-    guard.forget_refusals()
+    guard.reset_rejections()
     assert (not guard.wants_rollback
             and not StepGuard(GuardConfig(rollback_after_skips=0), is_main=True).wants_rollback)
 
 
 def test_gradients_that_stay_large_become_usual_and_take_nothing_back() -> None:
     guard = steady(GuardConfig(rollback_after_skips=2), 128)
-    decisions = [guard.accepts(2.0, 5.0) or guard.wants_rollback for _ in range(6)]
+    decisions = [guard.accept_step(2.0, 5.0) or guard.wants_rollback for _ in range(6)]
     # k equal spikes in a window of n lie sqrt((n - k) / k) standard deviations above its mean:
     # more than 6 up to k = 3
-    assert decisions == [False] * 4 + [True] * 2 and guard.in_a_row == 0 and not guard.wants_rollback
+    assert decisions == [False] * 4 + [True] * 2 and guard.consecutive_rejections == 0
+    assert not guard.wants_rollback
 
 
 def test_where_the_data_change_nothing_is_usual_yet() -> None:
     guard = StepGuard(GuardConfig(window_steps=20), is_main=True)
     for step in range(60):
         guard.enter(step, LEDGER)
-        assert guard.accepts(2.0 + 0.01 * (step % 3), 1.0)
+        assert guard.accept_step(2.0 + 0.01 * (step % 3), 1.0)
     guard.enter(60, LEDGER)
-    assert guard.accepts(3.0, 2.0), "another length, another loss"
+    assert guard.accept_step(3.0, 2.0), "another length, another loss"
     for step in range(61, 90):
         guard.enter(step, LEDGER)
-        assert guard.accepts(3.0 + 0.01 * (step % 3), 2.0)
+        assert guard.accept_step(3.0 + 0.01 * (step % 3), 2.0)
     assert len(guard.state()["losses"]) == 20, "another batch size is no other kind of data"
 
 
 def test_switched_off_a_spike_is_learned_and_a_nan_still_refused() -> None:
     guard = StepGuard(GuardConfig(skip=False, window_steps=20), is_main=True)
-    assert all(guard.accepts(2.0, 1.0) for _ in range(30)) and guard.accepts(99.0, 1.0)
-    assert not guard.accepts(math.nan, 1.0)
+    assert all(guard.accept_step(2.0, 1.0) for _ in range(30)) and guard.accept_step(99.0, 1.0)
+    assert not guard.accept_step(math.nan, 1.0)
 
 
 def disagree() -> list[Any]:
@@ -127,10 +127,10 @@ def disagree() -> list[Any]:
 
     place = world.join_world(ParallelConfig())
     guard = StepGuard(GuardConfig(), place.is_main)
-    first = guard.accepts(2.0 + 1e-9 * place.rank, 1.0)
-    second = guard.accepts(math.nan if place.rank == 1 else 2.0, 1.0)
+    first = guard.accept_step(2.0 + 1e-9 * place.rank, 1.0)
+    second = guard.accept_step(math.nan if place.rank == 1 else 2.0, 1.0)
     world.leave_world()
-    return [first, second, guard.state()["losses"], guard.in_a_row]
+    return [first, second, guard.state()["losses"], guard.consecutive_rejections]
 
 
 @pytest.mark.distributed

@@ -13,21 +13,18 @@ import torch
 from hypothesis import given, strategies as st
 
 from megatron_sov import recipes
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
+from megatron_sov.engine.parallel import collectives
+from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig, apply_settings
+from megatron_sov.post.sft import SupervisedFineTuning
 from megatron_sov.train.data.order import SampleOrder
+from megatron_sov.train.data.rows import PackedRow
 from megatron_sov.train.data.token_shards import open_sources
-
-prepare_megatron()
-from megatron_sov.engine.parallel import collectives  # noqa: E402
-from megatron_sov.engine.parallel.world import ParallelWorld  # noqa: E402
-from megatron_sov.post.sft import SupervisedFineTuning  # noqa: E402
-from megatron_sov.train.data.rows import PackedRow  # noqa: E402
-from megatron_sov.train.objectives import microbatch  # noqa: E402
-from megatron_sov.train.objectives.data_batches import DataBatches  # noqa: E402
-from megatron_sov.train.objectives.data_objective import LanguageModelling  # noqa: E402
-from megatron_sov.train.objectives.microbatch import from_row, shifted  # noqa: E402
-from megatron_sov.train.objectives.objective import GlobalBatch  # noqa: E402
+from megatron_sov.train.objectives import microbatch
+from megatron_sov.train.objectives.data_batches import DataBatches
+from megatron_sov.train.objectives.data_objective import LanguageModelling
+from megatron_sov.train.objectives.microbatch import build_micro_batch, shift_labels
+from megatron_sov.train.objectives.objective import GlobalBatch
 
 PHASES = ('data.phases=[{"name": "main", "seq_len": 32}, {"name": "late", "seq_len": '
           '64, "global_batch_size": 16}]')
@@ -87,7 +84,7 @@ def row_of(lengths: list[int]) -> PackedRow:
 @given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=6))
 def test_shifted_targets_stay_inside_their_document(depth: int, lengths: list[int]) -> None:
     row = row_of(lengths)
-    there = shifted(from_row(row), depth)
+    there = shift_labels(build_micro_batch(row), depth)
     document = np.repeat(np.arange(len(lengths)), lengths)
     for t in range(len(row.tokens)):
         source = t + depth
@@ -99,7 +96,7 @@ def test_shifted_targets_stay_inside_their_document(depth: int, lengths: list[in
 
 def test_a_row_arrives_as_it_was() -> None:
     row = row_of([3, 1, 4])
-    batch = from_row(row)
+    batch = build_micro_batch(row)
     assert batch.inputs.cu_seqlens.tolist() == [0, 3, 4, 8] and batch.inputs.max_document_tokens == 4
     for name in ("tokens", "positions", "padding"):
         assert getattr(batch.inputs, name).tolist() == getattr(row, name).tolist()
@@ -117,13 +114,13 @@ def test_a_row_is_sent_in_one_piece_and_counted_where_it_was(
     objective = of(SimpleNamespace(config=recipes.get("tiny-k-exaone"),
                                    batches=SimpleNamespace(num_sources=1)))
     rows = [row_of([3, 1, 4]), row_of([9])]
-    expected = objective.prepare(GlobalBatch(tuple(map(from_row, rows)), 8, 2, "main"))
+    expected = objective.prepare(GlobalBatch(tuple(map(build_micro_batch, rows)), 8, 2, "main"))
 
     sent = []
     monkeypatch.setattr(microbatch, "get_local_device", lambda: torch.device("meta"))
     monkeypatch.setattr(microbatch, "to_device",
                         lambda values, device: sent.append(values) or values.to(device))
-    micro_batches = tuple(map(from_row, rows))
+    micro_batches = tuple(map(build_micro_batch, rows))
     assert len(sent) == len(rows)
     assert micro_batches[0].labels.is_meta and micro_batches[0].inputs.tokens.is_meta
     assert micro_batches[0].inputs.host_bounds == [0, 3, 4, 8]

@@ -51,7 +51,7 @@ def test_loss_and_bits_per_byte_by_brute_force(ranks: Any, job: Any, packed_data
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(packed_data.tokenizer)
     for source in open_sources({str(packed_data.text): 1.0}, 368):
-        shard = source.shard("heldout")
+        shard = source.open_split("heldout")
         targets = size_bytes = 0
         nats = 0.0
         for document, length in enumerate(shard.lengths):
@@ -163,7 +163,7 @@ def test_turns_of_conversations_and_what_they_say_are_told_apart(ranks: Any, job
                      "--format", "chat", "--input", str(tmp_path / "chats.jsonl"),
                      "--output", str(tmp_path / "chats")]) == 0
     (source,) = open_sources({str(tmp_path / "chats"): 1.0}, 368)
-    shard, losses = source.shard("heldout"), defaultdict[str, list[int]](list)
+    shard, losses = source.open_split("heldout"), defaultdict[str, list[int]](list)
     tokenizer = AutoTokenizer.from_pretrained(packed_data.tokenizer)
     for document, length in enumerate(map(int, shard.lengths)):
         # some are longer than a row of 48 tokens
@@ -221,7 +221,7 @@ def first_losses(data: str) -> dict[str, Any]:
             trainer.evaluate()
         same_state.append(bool(torch.equal(before[0], torch.get_rng_state()))
                           and before[1:] == (random.getstate(), np.random.get_state()[1].tolist()))
-        steps = [trainer.update() for _ in range(2)]
+        steps = [trainer.train_step() for _ in range(2)]
         losses.append([[step.loss.hex(), step.grad_norm.hex()] for step in steps if step is not None])
         trainer.close()
         world.leave_world()

@@ -22,7 +22,7 @@ from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.runs.folder import EVALUATIONS
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.train.side_jobs import evaluations
-from megatron_sov.train.side_jobs.evaluations import EvalJob, Evaluations, eval_command
+from megatron_sov.train.side_jobs.evaluations import EvalJob, ExportEvaluations, build_eval_command
 
 WRITES = "import sys, json; json.dump({'x': 1}, open(sys.argv[1], 'w'))"
 WAITS = f"""
@@ -51,7 +51,7 @@ class Run:
         self.events: list[dict[str, Any]] = []
         self.programs: dict[int, str] = {}
 
-    def evaluations(self, *changes: str) -> Evaluations:
+    def evaluations(self, *changes: str) -> ExportEvaluations:
         def command_of(task: EvalJob, export: Path, out: Path) -> list[str]:
             assert export == self.path / f"exports/step-{task.step}"
             return [sys.executable, "-c", self.programs.get(task.step, WRITES), str(out)]
@@ -59,7 +59,7 @@ class Run:
         def record(name: str, **fields: Any) -> None:
             self.events.append({"event": name, **fields})
 
-        return Evaluations(self.path, settings(*changes), record, command_of)
+        return ExportEvaluations(self.path, settings(*changes), record, command_of)
 
     def export(self, step: int) -> int:
         (folder := self.path / f"exports/step-{step}").mkdir(parents=True)
@@ -181,7 +181,7 @@ def test_settings_of_benchmarks_are_the_options_of_eval_lm(tmp_path: Path) -> No
         "num_fewshot": 0, "apply_chat_template": True, "mode": "no-thinking", "samples": 4,
         "judge": ["model=m"], "batch_size": 5, "max_length_tokens": 60, "max_gen_tokens": 7, "seed": 8,
         "allow_task_code": True, "allow_download": True}))
-    argv = eval_command(config, EvalJob(10, "lm"), tmp_path / "export", tmp_path / "step-10.lm.json")
+    argv = build_eval_command(config, EvalJob(10, "lm"), tmp_path / "export", tmp_path / "step-10.lm.json")
     parser = argparse.ArgumentParser()
     eval.add_arguments(parser)
     output, cache = tmp_path / "step-10.lm.json", tmp_path / ".step-10.lm.cache"
@@ -190,7 +190,8 @@ def test_settings_of_benchmarks_are_the_options_of_eval_lm(tmp_path: Path) -> No
             output=output, cache=cache, num_items=3, num_fewshot=0, chat_template=True, mode="no-thinking",
             samples=4, judge=("model=m",), batch_size=5, max_length_tokens=60, max_gen_tokens=7, seed=8,
             workers=1, sources=TaskSources((Path("a b"), Path("c")), Path("d"), True, True)))
-    plain = eval_command(settings('evaluate.lm.tasks=["x"]', "evaluate.lm.workers=0"), EvalJob(10, "lm"),
+    plain = build_eval_command(settings('evaluate.lm.tasks=["x"]', "evaluate.lm.workers=0"),
+                               EvalJob(10, "lm"),
                          tmp_path / "export", tmp_path / "step-10.lm.json")
     assert read_command_options(parser.parse_args(plain[4:])) == EvalLmOptions(
         target=str(tmp_path / "export"), tasks="x", settings=Settings(output=output, cache=cache))
@@ -199,14 +200,14 @@ def test_settings_of_benchmarks_are_the_options_of_eval_lm(tmp_path: Path) -> No
 def test_a_job_is_what_submit_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = settings(f"data.paths={json.dumps({str(tmp_path): 1.0})}", "evaluate.background.where=slurm",
                       "evaluate.background.cluster=local")
-    argv = eval_command(config, EvalJob(10, "needle"), tmp_path / "step-10", tmp_path / "out.json")
+    argv = build_eval_command(config, EvalJob(10, "needle"), tmp_path / "step-10", tmp_path / "out.json")
     assert argv[1:4] == ["-m", "megatron_sov", "submit"]
     assert cli.main([*argv[3:], "--dry-run"]) == 0
     script = capsys.readouterr().out
     assert ("megatron_sov eval needle" in script.replace("\\\n", "")
             and f"--output {tmp_path / 'out.json'}" in script)
     config = apply_settings(config, ['evaluate.lm.tasks=["quiz"]'])
-    argv = eval_command(config, EvalJob(10, "lm"), tmp_path / "step-10", tmp_path / "out.json")
+    argv = build_eval_command(config, EvalJob(10, "lm"), tmp_path / "step-10", tmp_path / "out.json")
     assert cli.main([*argv[3:], "--dry-run"]) == 0
     script = capsys.readouterr().out
     assert ("megatron_sov eval lm" in script.replace("\\\n", "")

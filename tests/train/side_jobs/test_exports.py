@@ -21,7 +21,7 @@ from megatron_sov.model.config import TrainConfig
 from megatron_sov.model.families import supported as models
 from megatron_sov.runs.folder import EXPORTS
 from megatron_sov.train.side_jobs import side_jobs as exports_module
-from megatron_sov.train.side_jobs.side_jobs import Exports
+from megatron_sov.train.side_jobs.side_jobs import CheckpointExports
 
 TRAIN = TrainConfig(checkpoint_every_steps=10, export_every_checkpoints=2)
 
@@ -73,8 +73,8 @@ class Run:
         self.path, self._checkpoint = path, checkpoint
         self.events: list[dict[str, Any]] = []
 
-    def exports(self, **changes: int) -> Exports:
-        return Exports(self.path, dataclasses.replace(TRAIN, **changes),
+    def exports(self, **changes: int) -> CheckpointExports:
+        return CheckpointExports(self.path, dataclasses.replace(TRAIN, **changes),
                        lambda name, **fields: self.events.append(
                            {"event": name, **fields}))
 

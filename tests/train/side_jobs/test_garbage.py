@@ -6,11 +6,11 @@ import gc
 
 import pytest
 
-from megatron_sov.train.side_jobs.side_jobs import Garbage
+from megatron_sov.train.side_jobs.side_jobs import GarbageCollector
 
 
 def test_garbage_is_collected_every_so_many_steps_and_never_between(monkeypatch: pytest.MonkeyPatch) -> None:
-    garbage = Garbage(every_steps=3)
+    garbage = GarbageCollector(every_steps=3)
     try:
         assert not gc.isenabled() and gc.get_freeze_count() > 0
         collected: list[int] = []

@@ -12,14 +12,14 @@ import torch
 
 from megatron_sov.model.config import GpuConfig
 from megatron_sov.train.side_jobs import side_jobs
-from megatron_sov.train.side_jobs.side_jobs import FOLDER, Profiling
+from megatron_sov.train.side_jobs.side_jobs import FOLDER, StepProfiler
 
 STEPS_2_AND_3 = GpuConfig(profile_first_step=2, profile_last_step=3)
 
 
 def traced(run: Path, steps: range, is_main: bool = True) -> dict[str, list[str]]:
     """Do matrix products of [step, step] in steps and return trace -> shapes of those in it."""
-    profiling = Profiling(STEPS_2_AND_3, run, is_main)
+    profiling = StepProfiler(STEPS_2_AND_3, run, is_main)
     step = 0
     for step in steps:
         profiling.before_step(step)
@@ -54,7 +54,7 @@ def test_nvidias_profiler_is_told_on_every_process(steps: range, expected: list[
     told, step = list[str](), 0
     monkeypatch.setattr(side_jobs, "toggle_nsys_recording",
                         lambda *, on: told.append(f"{step} {'on' if on else 'off'}"))
-    profiling = Profiling(replace(STEPS_2_AND_3, profiler="nsys"), tmp_path, is_main=False)
+    profiling = StepProfiler(replace(STEPS_2_AND_3, profiler="nsys"), tmp_path, is_main=False)
     for step in steps:
         profiling.before_step(step)
         profiling.after_step(step)

@@ -16,7 +16,7 @@ from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.cli import main
 from megatron_sov.model.config import TrainConfig
 from megatron_sov.train.side_jobs import side_jobs, side_jobs as average_module
-from megatron_sov.train.side_jobs.side_jobs import SideJobs, make_average
+from megatron_sov.train.side_jobs.side_jobs import SideJobs, average_checkpoints
 
 
 class Noted:
@@ -45,8 +45,9 @@ def jobs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[SideJobs, lis
     """Side jobs whose exports are ready at once, what was asked of them, and what the file system refuses."""
     asked: list[str] = []
     fails: set[str] = set()
-    monkeypatch.setattr(side_jobs, "Evaluations", lambda run, config, record: Noted("judge", asked, fails))
-    monkeypatch.setattr(side_jobs, "Exports",
+    monkeypatch.setattr(side_jobs, "ExportEvaluations",
+                        lambda run, config, record: Noted("judge", asked, fails))
+    monkeypatch.setattr(side_jobs, "CheckpointExports",
                         lambda run, config, record, exported: Noted("export", asked, fails, exported))
     return SideJobs(tmp_path, recipes.get("tiny-solar-open"), lambda event, **fields: None), asked, fails
 
@@ -101,10 +102,10 @@ def test_a_complete_run_leaves_the_mean_of_its_newest_checkpoints(
     run = tmp_path / "run"
     for step in (1, 2, 3):
         shutil.copytree(imported["solar_open"], run / f"checkpoints/step-{step}")
-    make_average(run, TrainConfig(), record)
+    average_checkpoints(run, TrainConfig(), record)
     assert not told and not (run / "average").exists(), "by itself none is made"
     for _ in range(2):  # once, however often the run is asked for
-        make_average(run, TRAIN, record)
+        average_checkpoints(run, TRAIN, record)
     assert [(e["event"], e["step"], e["path"], e["weights"]) for e in told] == [
         ("average", 3, "average", "linear")]
     merged = read_manifest(run / "average", "checkpoint").content["merged"]
@@ -117,6 +118,6 @@ def test_a_complete_run_leaves_the_mean_of_its_newest_checkpoints(
     shutil.rmtree(run / "checkpoints/step-1")
     shutil.rmtree(run / "checkpoints/step-2")
     shutil.rmtree(run / "average")
-    make_average(run, TRAIN, record)
+    average_checkpoints(run, TRAIN, record)
     assert told[-2] == {"event": "average", "step": 3, "error": "it failed"}
     assert "the mean of the run's checkpoints was not made: it failed" in capsys.readouterr().err

@@ -12,19 +12,15 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.base.figures import format_count, format_share
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
 from megatron_sov.model.config import apply_settings
 from megatron_sov.model.families.adapters import find_adapted_modules
 from megatron_sov.model.families.count import count_params
 from megatron_sov.plan.footprint.memory import Account
 from megatron_sov.runs.obs.meters import Meter
+from megatron_sov.train.checkpointer import TrainState
 from megatron_sov.train.data.ledger import LedgerEntry
 from megatron_sov.train.data.token_shards import Source
-
-prepare_megatron()
-from megatron_sov.train.checkpointer import TrainState  # noqa: E402
-from megatron_sov.train.stages.announcement import (  # noqa: E402
-    format_banner, format_summary, memory_of, planned_tokens)
+from megatron_sov.train.stages.announcement import format_banner, format_summary, memory_of, planned_tokens
 
 CONFIG = apply_settings(recipes.get("tiny-solar-open"), ["train.steps=4"])
 ENTRIES = (LedgerEntry(0, "one", 100, 2, {"web": 1.0}),
@@ -43,7 +39,7 @@ def test_a_run_says_what_it_is_about_to_do(monkeypatch: pytest.MonkeyPatch) -> N
                        "7.5 GiB with activations, 130 GiB of the host's memory")
     assert told[2] == "  data       web 600 tokens (1.2 epochs), code 600 tokens (1 epochs)"
     assert told[3].startswith("  run        runs/a, a checkpoint every ")
-    monkeypatch.setattr("megatron_sov.train.stages.announcement.over_long", lambda *_: [])
+    monkeypatch.setattr("megatron_sov.train.stages.announcement.count_over_long", lambda *_: [])
     chats = [dataclasses.replace(source, format="chat") for source in sources[:1]]
     told = format_banner(config, 2, Path("runs/a"), range(2, 6), ENTRIES[:1], chats,
                   memory_of(config, 2)).splitlines()

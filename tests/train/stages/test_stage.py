@@ -16,24 +16,21 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.base.errors import GateFailed, StopRequested, UserError
-from megatron_sov.engine.parallel.cpu_shims import prepare_megatron
+from megatron_sov.engine.parallel.launcher import RestartPolicy
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.plan.calibration import fitting
 from megatron_sov.plan.calibration.fitting import USABLE_SHARE, fullest
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.gpu_driver import VisibleGpu
 from megatron_sov.runs.obs.events import EVENTS, read_events
-from megatron_sov.train.data.ledger import plan
+from megatron_sov.train.data.ledger import plan_ledger
 from megatron_sov.train.data.token_shards import open_sources
-from megatron_sov.train.data.views import with_views
+from megatron_sov.train.data.views import add_source_views
+from megatron_sov.train.guards.gate import EndVerdict
+from megatron_sov.train.objectives.data_objective import LanguageModelling
+from megatron_sov.train.stages import stage as stage_module
+from megatron_sov.train.stages.stage import Stage, run_stage
 from megatron_sov.work.clusters.chips import Gpu
-
-prepare_megatron()
-from megatron_sov.engine.parallel.launcher import RestartPolicy  # noqa: E402
-from megatron_sov.train.guards.gate import EndVerdict  # noqa: E402
-from megatron_sov.train.objectives.data_objective import LanguageModelling  # noqa: E402
-from megatron_sov.train.stages import stage as stage_module  # noqa: E402
-from megatron_sov.train.stages.stage import Stage, run_stage  # noqa: E402
 
 SMALL = ("model.vocab_size=368", 'data.phases=[{"name": "main", "seq_len": 32}]', "train.steps=4",
          "train.global_batch_size=8", "train.micro_batch_size=2", "train.max_restarts=2")
@@ -170,7 +167,7 @@ def test_processes_are_told_when_the_work_began_and_after_a_restart_anew(
     ready, launcher.does = stage(), started_three_times
     before_s = time.time()
     with pytest.raises(StopRequested):
-        run_stage(ready, 2, began_s=1000.0)
+        run_stage(ready, 2, start_s=1000.0)
     assert begun_s[0] == 1000.0 and before_s <= begun_s[1] <= begun_s[2] <= time.time()
     told = events(ready.folder, "restart")
     assert [(e["step"], e["exit_code"]) for e in told] == [(0, 137), (3, 1)]
@@ -251,9 +248,10 @@ def with_views_and_skips(data: Path) -> RunConfig:
 def test_data_is_opened_and_planned_with_its_views(packed_data: Any) -> None:
     settings = with_views_and_skips(packed_data.text)
     data = stage_module._open_data(Stage(settings, RunFolder(Path("run")), LanguageModelling))
-    expected = with_views(settings, open_sources(settings.data.paths, 368))
+    expected = add_source_views(settings, open_sources(settings.data.paths, 368))
     assert [s.name for s in data.sources] == [s.name for s in expected] == ["even", "odd", "even/16"]
-    assert data.planned == plan(settings, expected) and [e.skip for e in data.planned] == [False, True, False]
+    assert data.planned == plan_ledger(settings, expected)
+    assert [e.skip for e in data.planned] == [False, True, False]
 
 
 def test_what_was_checked_is_checked_again_under_the_lock(stage: Callable[..., Stage]) -> None:

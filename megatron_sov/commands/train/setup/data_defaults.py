@@ -15,7 +15,7 @@ from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.model.recipes.stage_defaults import COMMANDS, Stage, find_rate_settings, find_stage_defaults
 from megatron_sov.plan.footprint.memory import account
 from megatron_sov.runs.launch_environment import num_ranks
-from megatron_sov.train.data.ledger import unit_tokens
+from megatron_sov.train.data.ledger import count_unit_tokens
 from megatron_sov.train.data.streams import Cursor, DocumentStream
 from megatron_sov.train.data.token_shards import Source, open_sources
 
@@ -133,7 +133,7 @@ def _seq_len(config: RunConfig, sources: Sequence[Source]) -> tuple[int, str]:
     whole = [s for s in sources if s.is_chat and s.num_tokens["train"]]
     if not whole:
         return min(TEXT_SEQ_LEN, most), "text"
-    longest = max(int(unit_tokens(s.shard("train").lengths, s.group).max()) for s in whole)
+    longest = max(int(count_unit_tokens(s.open_split("train").lengths, s.group).max()) for s in whole)
     what = "pair" if any(s.group > 1 for s in whole) else "conversation"
     length = max(LEAST_SEQ_LEN, 1 << (longest - 1).bit_length())
     if length <= most:
@@ -160,7 +160,7 @@ def _samples_of(config: RunConfig, source: Source) -> int:
     packing = config.data.packing if not source.is_chat else (
         "drop" if config.data.over_long == "drop" else "truncate")
     # the order's own streams: what they give until a source has been gone through is an epoch
-    stream = DocumentStream(source.name, source.shard("train"), config.train.seed, packing, Cursor(),
+    stream = DocumentStream(source.name, source.open_split("train"), config.train.seed, packing, Cursor(),
                             source.group)
     windows = max(1, min(MOST_WINDOWS, stream.num_windows))
     counted = stream.count_samples(config.data.phases[0].seq_len, windows)

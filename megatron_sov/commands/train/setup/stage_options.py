@@ -30,13 +30,13 @@ from megatron_sov.runs.checkpoints import (
 from megatron_sov.runs.folder import RunFolder, read_started_settings
 from megatron_sov.runs.gpu_driver import list_visible_gpus
 from megatron_sov.runs.launch_environment import num_ranks
-from megatron_sov.train.guards.fault_injection import STATES, Fault, parse
+from megatron_sov.train.guards.fault_injection import FAULT_STATES, Fault, parse_faults
 from megatron_sov.train.stages.shared_copies import convert_start, find_copy
 
 if TYPE_CHECKING:
     from megatron_sov.train.data.token_shards import Source
 
-INJECT = f"Do this to the run, once, to see what it does ({', '.join(STATES)})."
+INJECT = f"Do this to the run, once, to see what it does ({', '.join(FAULT_STATES)})."
 
 
 @dataclass(frozen=True)
@@ -116,11 +116,11 @@ def parse_stage(args: StageOptions, objective: BuiltIn, *, needs_data: bool = Tr
     # numpy, which --help does without
     from megatron_sov.commands.train.setup.data_defaults import complete_stage
     from megatron_sov.commands.train.setup.feasibility import refuse_unfit
-    from megatron_sov.train.data.views import with_mixed_phases
+    from megatron_sov.train.data.views import apply_data_phases
 
     asked = stage_request(args, objective, needs_data=needs_data)
     stage: Stage | None = None if objective == "lm" else objective
-    mixed = with_mixed_phases(asked.config(), asked.base)
+    mixed = apply_data_phases(asked.config(), asked.base)
     decides = {"validation": args.validation} if hasattr(args, "validation") else {}
     if formats := _refuse_data(args, mixed):
         decides["data"] = formats
@@ -132,7 +132,7 @@ def parse_stage(args: StageOptions, objective: BuiltIn, *, needs_data: bool = Tr
     config.check(num_ranks(args.nproc))
     refuse_unfit(asked, config, stage, args.nproc, is_initial=args.start_from is None, dry_run=args.dry_run,
                  num_prompts=num_prompts)
-    faults = parse(args.inject, num_ranks(args.nproc))
+    faults = parse_faults(args.inject, num_ranks(args.nproc))
     start = args.start_from and find_start(args.start_from)
     if start is not None:
         refuse_many_converters(start, args.run)

@@ -31,9 +31,9 @@ from megatron_sov.judge.tools.episode import (
 from megatron_sov.judge.tools.host import EnvironmentHost
 from megatron_sov.judge.tools.playing import STREAMS, EpisodeTable, ToolPolicy, play, scored, take_up
 from megatron_sov.model.config.post_training import RolloutConfig
-from megatron_sov.post.rl.generate.pieces import SampleAttempt, never
-from megatron_sov.post.rl.generate.responses import build_sampling, fresh_keys, logprob_temperature
-from megatron_sov.rollouts.prompts import RolloutPrompt, stream_of
+from megatron_sov.post.rl.generate.pieces import SampleAttempt, never_yield
+from megatron_sov.post.rl.generate.responses import build_keys, build_sampling, choose_logprob_temperature
+from megatron_sov.rollouts.prompts import RolloutPrompt, compute_stream
 from megatron_sov.rollouts.rows import LAST_TURN, NOT_WRITTEN, UNFINISHED, Key, Rollout
 from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer
 
@@ -43,8 +43,6 @@ CONTINUATION = "goes_on"
 
 @dataclass(frozen=True)
 class PlannedEpisode:
-    """An episode to play."""
-
     task: Task
     key: Key
     previous: Rollout | None
@@ -69,7 +67,6 @@ class Episodes:
     version: str
     """Version of the environment, which is that of its rewards."""
     decode: Callable[[list[int]], str]
-    """Token ids -> text."""
     end_ids: tuple[int, ...]
     """Tokens that end a turn."""
     rollout: RolloutConfig
@@ -77,27 +74,26 @@ class Episodes:
     chosen_by: dict[str, Any]
     """Settings of sampling besides those of `rollout`, for the key."""
     clock_s: Callable[[], float] = time.monotonic
-    """Clock of the deadline."""
     with_routes: bool = False
     """Whether engines return expert routes."""
 
     def write(self, engine: Engine, attempts: Sequence[SampleAttempt],
-              should_yield: Callable[[], bool] = never) -> list[list[Rollout]] | None:
+              should_yield: Callable[[], bool] = never_yield) -> list[list[Rollout]] | None:
         """Return the rows of attempts that are played together, see `writers.RolloutSource`.
 
         Raises:
             UserError: the environment rejects a task, or it is too long.
         """
-        policy = EnginePolicy(engine, self.sampling, StopRule(self.end_ids))
+        policy = EnginePolicy(engine, self.build_turn_sampling, StopRule(self.end_ids))
         rows: list[list[Rollout]] | None = run_with_policy(
             policy, lambda sampler: self.play_attempts(sampler, attempts, should_yield))
         return rows
 
     def play_attempts(self, policy: ToolPolicy, attempts: Sequence[SampleAttempt],
-                      should_yield: Callable[[], bool] = never) -> list[list[Rollout]]:
+                      should_yield: Callable[[], bool] = never_yield) -> list[list[Rollout]]:
         began_s, deadline_s = time.time(), self.rollout.deadline_s
         ends_s = self.clock_s() + deadline_s
-        planned = [(attempt, episode) for attempt in attempts for episode in self.plan(attempt)]
+        planned = [(attempt, episode) for attempt in attempts for episode in self.plan_episodes(attempt)]
         # Random streams follow the response, not its index: joined pieces must not change the samples.
         policy = _StreamsByKey(policy, [(attempt.piece.round, episode.key) for attempt, episode in planned])
         lines = [line for number, (_, episode) in enumerate(planned) for line in episode.lines(number)]
@@ -109,7 +105,7 @@ class Episodes:
         return [[row for its_attempt, row in rows if its_attempt is attempt] for attempt in attempts]
 
     @property
-    def sampling(self) -> Sampling:
+    def build_turn_sampling(self) -> Sampling:
         """The sampling of turns; each turn has its own length limit."""
         return build_sampling(self.rollout, 1, with_routes=self.with_routes)
 
@@ -117,11 +113,11 @@ class Episodes:
         """Return the task as token ids, without asking an environment."""
         return self.table.encoder.encode(json.dumps(prompt.record, ensure_ascii=False))
 
-    def plan(self, attempt: SampleAttempt) -> list[PlannedEpisode]:
+    def plan_episodes(self, attempt: SampleAttempt) -> list[PlannedEpisode]:
         if attempt.unfinished:
             return [PlannedEpisode(row.record, row.key, row) for row in attempt.unfinished]
         return [PlannedEpisode(prompt.record, key, None)
-                for prompt, key in fresh_keys(attempt, self.rollout, self.chosen_by)]
+                for prompt, key in build_keys(attempt, self.rollout, self.chosen_by)]
 
     def build_row(self, episode: Episode, planned: PlannedEpisode, attempt: SampleAttempt, began_s: float
                   ) -> Rollout:
@@ -140,7 +136,7 @@ class Episodes:
             planned.key, attempt.piece.round, attempt.number, episode.task, ids[:first],
             tokens=ids[first:], logprobs=logprobs[first:], versions=versions[first:],
             finish_reason=UNFINISHED if episode.result is None else episode.end,
-            response=self.decode(ids[first:].tolist()), temperature=logprob_temperature(self.rollout),
+            response=self.decode(ids[first:].tolist()), temperature=choose_logprob_temperature(self.rollout),
             engine=self.engine_name, began_s=began_s if previous is None else previous.began_s,
             ended_s=time.time(), outcome=self._describe_outcome(episode),
             # Tool results after the last turn were not read yet, so they have no routes.
@@ -170,7 +166,7 @@ class _StreamsByKey:
     def _find_stream(self, number: int, turn: int) -> int:
         round_, key = self._keys[number]
         # No turn is sampled twice, so the attempt is not part of the stream.
-        return stream_of(round_, key.prompt, key.sample, turn=turn)
+        return compute_stream(round_, key.prompt, key.sample, turn=turn)
 
 
 @dataclass
@@ -185,7 +181,6 @@ class _RunningEpisode:
     """Guards the fields below: no request is sent after the abort."""
     is_aborted: bool = False
     request: str = ""
-    """Name of the last request."""
 
 
 class ServerEpisodePlayer:

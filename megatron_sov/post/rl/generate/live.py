@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megatron_sov.engine.parallel.world import run_on_main
 from megatron_sov.post.rl.generate.writers import GenerationSettings, RolloutWriter
 from megatron_sov.post.rl.reward import JudgingJob, RewardJudge
-from megatron_sov.rollouts.prompts import list_set_aside
+from megatron_sov.rollouts.prompts import write_unused_rows
 from megatron_sov.runs.rounds import Policy
 from megatron_sov.train.feed import FeedView
 from megatron_sov.work.progress.locks import Claims
@@ -70,7 +70,7 @@ class LiveRollouts:
         return range(number, min(number + rollout.max_staleness, rollout.rounds) + 1)
 
     def _create_store(self) -> None:
-        list_set_aside(self.settings.store.open().path, self.settings.set_aside)
+        write_unused_rows(self.settings.store.open().path, self.settings.set_aside)
 
     def _build_judging_job(self, rounds: range) -> JudgingJob:
         store, lease_s = self.settings.store.open(), self.settings.rollout.lease_s

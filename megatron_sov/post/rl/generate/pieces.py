@@ -17,8 +17,8 @@ from typing import Any
 
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.model.config.post_training import RolloutConfig
-from megatron_sov.rollouts.prompts import PromptList, PromptPiece, round_pieces
-from megatron_sov.rollouts.rows import UNFINISHED, AskedPrompt, Rollout
+from megatron_sov.rollouts.prompts import PromptList, PromptPiece, plan_round_pieces
+from megatron_sov.rollouts.rows import UNFINISHED, Rollout, StorePlan
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.rounds import Policy
 from megatron_sov.work.progress.locks import POLL_S, Claims, IdleTimeout
@@ -44,14 +44,13 @@ class SampleAttempt:
     """0: from the prompts; otherwise the unfinished rows of attempt `number - 1` are continued."""
     policy: Policy
     unfinished: tuple[Rollout, ...] = ()
-    """Rows to continue."""
 
     @property
     def name(self) -> str:
         return self.piece.part(self.number)
 
 
-def never() -> bool:
+def never_yield() -> bool:
     return False
 
 
@@ -103,7 +102,7 @@ class PendingPieces:
         self._refused: list[str] = []
         self._is_idle = False
         self._held: dict[str, contextlib.ExitStack] = {}
-        self.plan = AskedPrompt(rollout.rounds, -(-rollout.prompts_per_round // rollout.piece_prompts),
+        self.plan = StorePlan(rollout.rounds, -(-rollout.prompts_per_round // rollout.piece_prompts),
                                 further is not None)
         """Rounds and pieces that all jobs generate together."""
         self.num_pieces = len(rounds) * self.plan.pieces
@@ -157,9 +156,10 @@ class PendingPieces:
         Args:
             num_rows: claim pieces, fresh ones too, up to this many responses; 0: the responses of one piece.
         """
-        attempts = self._claim(num_rows, reads_all=self._is_lookup_due())
+        attempts = self._claim_next(num_rows, reads_all=self._is_lookup_due())
         # Other jobs may have published or cut off pieces since the last full look at the store.
-        return attempts or (self._claim(num_rows, reads_all=True) if self._open and self._num_calls else ())
+        return attempts or (self._claim_next(num_rows, reads_all=True) if self._open and self._num_calls
+                            else ())
 
     def _is_lookup_due(self) -> bool:
         """Return whether to look up all open pieces, because other jobs publish meanwhile: each time if they
@@ -167,7 +167,7 @@ class PendingPieces:
         self._num_calls += 1
         return self._num_calls * LOOKUPS_PER_CLAIM >= sum(map(len, self._open.values()))
 
-    def _claim(self, num_rows: int, *, reads_all: bool) -> tuple[SampleAttempt, ...]:
+    def _claim_next(self, num_rows: int, *, reads_all: bool) -> tuple[SampleAttempt, ...]:
         self._refused = []
         ready = list(self._iter_ready_rounds())
         for number, _ in ready:
@@ -253,7 +253,7 @@ class PendingPieces:
         pieces, own = self._open[number], self.plan.pieces
         fresh: list[PromptPiece] = []
         if number not in self._num_listed or own + more > self._num_listed[number]:
-            planned = round_pieces(self._prompts, self._rollout, number, more)
+            planned = plan_round_pieces(self._prompts, self._rollout, number, more)
             fresh = planned[self._num_listed.get(number, 0):]
             self.num_pieces += len(planned) - self._num_listed.get(number, own)
             self._num_listed[number] = own + more
@@ -338,7 +338,6 @@ class PieceQueue:
     """How long to wait without work before the job ends. Claims of jobs that may be dead are waited for
     anyway."""
     provenance: Mapping[str, Any]
-    """Fields of the parts' manifests."""
     patience: IdleTimeout = field(default_factory=IdleTimeout)
     asked_to_stop: Callable[[], bool] = lambda: False
     """Whether to begin no further attempt."""
@@ -381,10 +380,10 @@ class PieceQueue:
 
     def publish(self, attempts: Sequence[SampleAttempt], rows: Sequence[list[Rollout]]) -> None:
         for attempt, rows_of_attempt in zip(attempts, rows, strict=True):
-            self._publish(attempt, rows_of_attempt)
+            self._publish_piece(attempt, rows_of_attempt)
         self.pending.release(attempts)
 
-    def _publish(self, attempt: SampleAttempt, rows: list[Rollout]) -> None:
+    def _publish_piece(self, attempt: SampleAttempt, rows: list[Rollout]) -> None:
         num_unfinished = sum(row.finish_reason == UNFINISHED for row in rows)
         policy = {"policy": attempt.policy.sha256, "step": attempt.policy.step,
                   "weights": str(attempt.policy.path), **self.pending.plan.to_provenance(num_unfinished)}

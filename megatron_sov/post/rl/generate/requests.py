@@ -30,7 +30,7 @@ from megatron_sov.post.rl.generate.pieces import PieceQueue, SampleAttempt
 from megatron_sov.post.rl.generate.responses import GeneratedTokens, ResponseSource
 from megatron_sov.post.rl.generate.servers import LiveServers
 from megatron_sov.post.rl.generate.writers import GenerationSettings, LoadPolicy, RolloutSource
-from megatron_sov.rollouts.prompts import round_prompts
+from megatron_sov.rollouts.prompts import select_round_prompts
 from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Rollout
 from megatron_sov.runs.rounds import Policy, can_generate_round
 from megatron_sov.train.feed import FeedView
@@ -65,10 +65,10 @@ class RequestWriter:
             view.checkpointer.advance()
         if not run_on_main(view.world, lambda: servers.is_open):
             return {}
-        servers.push(view, policy)
+        servers.push_weights(view, policy)
         run_on_main(view.world, lambda: self._open_queue(rounds, asked_to_stop).begin(rounds, asked_to_stop))
         # Checked while the servers generate; no piece is published before.
-        first_prompt = round_prompts(self.settings.prompts, self.settings.rollout, rounds[0])[0]
+        first_prompt = select_round_prompts(self.settings.prompts, self.settings.rollout, rounds[0])[0]
         servers.check(view, policy, source.ids_of(first_prompt))
 
         def advance() -> bool:
@@ -123,7 +123,6 @@ class PendingRow:
     name: str
     """Name by which the request can be aborted."""
     future: Future[Any]
-    """Done when the row is generated."""
     build_row: Callable[[], Rollout]
     """Returns the row once `future` is done."""
     is_begun: Callable[[], bool]
@@ -148,7 +147,6 @@ class RowRequests(Protocol):
         ...
 
     def close(self) -> None:
-        """Abort all rows under way."""
         ...
 
 
@@ -177,12 +175,12 @@ class ResponseRequests:
         rows = self._source.begin(attempt)
         requests = self._engine.requests(
             [[*row.prompt_tokens.tolist(), *row.tokens.tolist()] for row in rows],
-            [self._source.sampling_of(row) for row in rows],
+            [self._source.build_row_sampling(row) for row in rows],
             self._source.asker.end_ids, are_joined=self._are_joined)
         remaining = iter(rows)
         pending: list[PendingRow] = []
         for request in requests:
-            pending += self._submit(attempt, request, list(islice(remaining, request.num_answers)))
+            pending += self._submit_row(attempt, request, list(islice(remaining, request.num_answers)))
         return pending
 
     def abort(self, names: Sequence[str]) -> None:
@@ -191,7 +189,8 @@ class ResponseRequests:
     def close(self) -> None:
         """Leave requests to the fleet, which ends with the engine."""
 
-    def _submit(self, attempt: SampleAttempt, request: TokenRequest, rows: list[Rollout]) -> list[PendingRow]:
+    def _submit_row(self, attempt: SampleAttempt, request: TokenRequest, rows: list[Rollout]
+                    ) -> list[PendingRow]:
         """Submit a request for `rows`; each row has a future, done with the request."""
         answers = self._engine.fleet.submit(request)
         futures: list[Future[Any]] = [Future() for _ in rows]
@@ -224,12 +223,13 @@ class EpisodeRequests:
 
     def __init__(self, engine: ServerEngine, episodes: Episodes, room: int) -> None:
         self._episodes, self.rollout = episodes, episodes.rollout
-        self._player = ServerEpisodePlayer(engine=engine, table=episodes.table, sampling=episodes.sampling,
+        self._player = ServerEpisodePlayer(engine=engine, table=episodes.table,
+                                           sampling=episodes.build_turn_sampling,
                                      end_ids=episodes.end_ids, num_threads=max(room, episodes.table.parallel))
 
     def begin(self, attempt: SampleAttempt) -> list[PendingRow]:
         return [self._begin_episode(attempt, number, episode)
-                for number, episode in enumerate(self._episodes.plan(attempt))]
+                for number, episode in enumerate(self._episodes.plan_episodes(attempt))]
 
     def abort(self, names: Sequence[str]) -> None:
         self._player.abort(names)
@@ -281,7 +281,7 @@ class RolloutRequestQueue:
         self.pieces.asked_to_stop = asked_to_stop
         self.pieces.pending.add_rounds(rounds)
         # The previous lookup found nothing; do not wait for the next one.
-        has_requests = not asked_to_stop() and self._fill() and bool(self.under_way)
+        has_requests = not asked_to_stop() and self._request_attempts() and bool(self.under_way)
         self._next_lookup_s = self.clock_s() + LOOKUP_S if has_requests else 0.0
 
     def advance(self, limit_s: float, is_needed: Callable[[], bool]) -> bool:
@@ -298,11 +298,11 @@ class RolloutRequestQueue:
         while is_needed():
             if self.pieces.asked_to_stop():
                 return False
-            if self._is_lookup_due() and not self._fill() and not self.under_way:
+            if self._is_lookup_due() and not self._request_attempts() and not self.under_way:
                 return False
             remaining_s = ends_s - self.clock_s()
             if self.under_way:
-                self._collect(self._wait_for_rows(min(max(remaining_s, 0.0), LOOKUP_S)))
+                self._collect_rows(self._wait_for_rows(min(max(remaining_s, 0.0), LOOKUP_S)))
             elif remaining_s > 0:
                 time.sleep(min(remaining_s, LOOKUP_S))
             self._abort_late_rows()
@@ -323,7 +323,7 @@ class RolloutRequestQueue:
         self._next_lookup_s = self.clock_s() + LOOKUP_S
         return True
 
-    def _fill(self) -> bool:
+    def _request_attempts(self) -> bool:
         """Claim and request more rows while there is room; return False if no piece is left to wait for."""
         num_more = self._max_rows() - sum(len(attempt.indices) for attempt in self.under_way)
         if num_more <= 0:
@@ -382,7 +382,7 @@ class RolloutRequestQueue:
                 finished.add(self._finished.get_nowait())
         return finished
 
-    def _collect(self, finished: set[Future[Any]]) -> None:
+    def _collect_rows(self, finished: set[Future[Any]]) -> None:
         for attempt in list(self.under_way):
             for future in finished & attempt.indices.keys():
                 index = attempt.indices.pop(future)

@@ -17,8 +17,8 @@ from megatron_sov.infer.engine import Engine
 from megatron_sov.infer.prompts import PromptEncoder
 from megatron_sov.infer.request import GenerationBounds, GenerationResult, Sampling, StopRule
 from megatron_sov.model.config.post_training import RolloutConfig
-from megatron_sov.post.rl.generate.pieces import SampleAttempt, never
-from megatron_sov.rollouts.prompts import RolloutPrompt, budget_of, sampling_digest, stream_of
+from megatron_sov.post.rl.generate.pieces import SampleAttempt, never_yield
+from megatron_sov.rollouts.prompts import RolloutPrompt, compute_stream, find_budget, sampling_digest
 from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Key, Rollout
 
 CHUNK_PROMPTS = 1024
@@ -57,7 +57,6 @@ class ResponseSource:
     chosen_by: dict[str, Any]
     """Settings of sampling besides those of `rollout`, for the key."""
     clock_s: Callable[[], float] = time.monotonic
-    """Clock of the deadline."""
     with_routes: bool = False
     """Whether rows keep the expert routes of their tokens."""
 
@@ -73,7 +72,7 @@ class ResponseSource:
         shortest: list[int] = []
         for first in range(0, len(prompts), CHUNK_PROMPTS):
             chunk = list(prompts[first:first + CHUNK_PROMPTS])
-            ids = self.asker.ask([self._read_prompt(prompt) for prompt in chunk])
+            ids = self.asker.encode_prompts([self._read_prompt(prompt) for prompt in chunk])
             lengths = list(map(self._count_tokens, chunk, ids))
             self._check_not_empty(chunk, lengths)
             shortest.append(min(lengths))
@@ -86,7 +85,7 @@ class ResponseSource:
         return too_long
 
     def write(self, engine: Engine, attempts: Sequence[SampleAttempt],
-              should_yield: Callable[[], bool] = never) -> list[list[Rollout]]:
+              should_yield: Callable[[], bool] = never_yield) -> list[list[Rollout]]:
         """Return the rows of attempts that are generated together, see `writers.RolloutSource`.
 
         Raises:
@@ -105,7 +104,7 @@ class ResponseSource:
         sampling = build_sampling(self.rollout, max(limits), with_routes=self.with_routes)
         # The attempt is part of the stream: a continuation must not repeat the random numbers of its
         # beginning.
-        streams = [stream_of(row.round, row.key.prompt, row.key.sample, attempt.number)
+        streams = [compute_stream(row.round, row.key.prompt, row.key.sample, attempt.number)
                    for attempt, row in pairs]
         generated = engine.generate([[*row.prompt_tokens.tolist(), *row.tokens.tolist()] for row in rows],
                                     sampling, stop=StopRule(self.asker.end_ids), streams=streams, **options)
@@ -114,7 +113,7 @@ class ResponseSource:
         return [[row for its_attempt, row in finished if its_attempt is attempt] for attempt in attempts]
 
     def ids_of(self, prompt: RolloutPrompt) -> list[int]:
-        return self._encode([prompt])[0]
+        return self._encode_prompts([prompt])[0]
 
     def begin(self, attempt: SampleAttempt) -> list[Rollout]:
         """Return the rows of an attempt before its first token.
@@ -124,7 +123,7 @@ class ResponseSource:
         """
         return list(attempt.unfinished) or self._build_rows(attempt, time.time())
 
-    def sampling_of(self, row: Rollout) -> Sampling:
+    def build_row_sampling(self, row: Rollout) -> Sampling:
         """Return the sampling of the rest of a row: the length limit counts the tokens of all attempts."""
         return build_sampling(self.rollout, self.rollout.max_new_tokens - len(row.tokens),
                               with_routes=self.with_routes)
@@ -156,27 +155,28 @@ class ResponseSource:
 
     def _build_rows(self, attempt: SampleAttempt, began_s: float) -> list[Rollout]:
         piece = attempt.piece
-        ids = dict(zip((prompt.id for prompt in piece.prompts), self._encode(piece.prompts), strict=True))
+        ids = dict(zip((prompt.id for prompt in piece.prompts), self._encode_prompts(piece.prompts),
+                       strict=True))
         rows = []
-        for prompt, key in fresh_keys(attempt, self.rollout, self.chosen_by):
+        for prompt, key in build_keys(attempt, self.rollout, self.chosen_by):
             prompt_tokens = [*ids[prompt.id], *self._encode_budget(prompt, key.sample)]
             rows.append(Rollout(
                 key, piece.round, 0, prompt.record, np.array(prompt_tokens, np.int32),
-                finish_reason=UNFINISHED, temperature=logprob_temperature(self.rollout),
+                finish_reason=UNFINISHED, temperature=choose_logprob_temperature(self.rollout),
                 engine=self.engine_name, began_s=began_s, ended_s=began_s, **NO_TOKENS))
         return rows
 
-    def _encode(self, prompts: Sequence[RolloutPrompt]) -> list[list[int]]:
-        ids = self.asker.ask([self._read_prompt(prompt) for prompt in prompts])
+    def _encode_prompts(self, prompts: Sequence[RolloutPrompt]) -> list[list[int]]:
+        ids = self.asker.encode_prompts([self._read_prompt(prompt) for prompt in prompts])
         self._check_not_empty(prompts, list(map(self._count_tokens, prompts, ids)))
         return ids
 
     def _encode_budget(self, prompt: RolloutPrompt, sample: int) -> list[int]:
         """Return the token ids of rollout.budget_text, with which a response of a given length begins."""
-        budget = budget_of(self.rollout, prompt.id, prompt.record, sample)
+        budget = find_budget(self.rollout, prompt.id, prompt.record, sample)
         if budget is None or not self.rollout.budget_text:
             return []
-        return self.asker.encode(self.rollout.budget_text.replace("{tokens}", str(budget)))
+        return self.asker.encode_text(self.rollout.budget_text.replace("{tokens}", str(budget)))
 
     def _count_tokens(self, prompt: RolloutPrompt, ids: Sequence[int]) -> int:
         """Return the tokens of a prompt with the longest budget text of its samples; 0 for an empty
@@ -203,15 +203,15 @@ class ResponseSource:
             raise UserError(f"{prompt.option}: {prompt.place}: {e}") from None
 
 
-def fresh_keys(attempt: SampleAttempt, rollout: RolloutConfig, chosen_by: dict[str, Any]
+def build_keys(attempt: SampleAttempt, rollout: RolloutConfig, chosen_by: dict[str, Any]
                ) -> list[tuple[RolloutPrompt, Key]]:
     """Return prompt and key of each response that begins in an attempt, ordered by prompt and sample."""
-    sampling = key_digest(rollout, attempt.piece.round, chosen_by)
+    sampling = compute_sampling_digest(rollout, attempt.piece.round, chosen_by)
     return [(prompt, Key(prompt.id, sample, attempt.policy.sha256, sampling))
             for prompt in attempt.piece.prompts for sample in range(rollout.samples_per_prompt)]
 
 
-def logprob_temperature(rollout: RolloutConfig) -> float:
+def choose_logprob_temperature(rollout: RolloutConfig) -> float:
     """Return the temperature of the log-probabilities; greedy sampling (temperature 0) records those at 1."""
     return rollout.temperature or 1.0
 
@@ -223,7 +223,7 @@ def build_sampling(rollout: RolloutConfig, max_new_tokens: int, *, with_routes: 
                     for_training=True, allow_truncation=rollout.top_p < 1, with_routes=with_routes)
 
 
-def key_digest(rollout: RolloutConfig, round: int, more: dict[str, Any]) -> str:
+def compute_sampling_digest(rollout: RolloutConfig, round: int, more: dict[str, Any]) -> str:
     """Return the digest of the sampling settings in the keys of a round's responses.
 
     Args:

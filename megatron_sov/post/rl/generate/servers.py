@@ -35,7 +35,6 @@ class ServerSettings:
     """How to start the servers of a run."""
 
     engine: str
-    """Name of the engine."""
     start: Path
     """Checkpoint or Hugging Face folder that the run starts from."""
     places: ServerLocations
@@ -75,13 +74,13 @@ class LiveServers:
             UserError: they cannot be started.
         """
         if self.engine is None and self._opening is None:
-            self._opening = self._pool.submit(self._open)
+            self._opening = self._pool.submit(self._open_servers)
         if self._opening is not None and wait([self._opening], limit_s).done:
             opening, self._opening = self._opening, None
             opening.result()
         return self._opening is not None
 
-    def _open(self) -> None:
+    def _open_servers(self) -> None:
         settings = self.settings
         target = find_target(settings.start)
         model = target.path if target.is_hf else settings.places.logs / "model"
@@ -95,7 +94,7 @@ class LiveServers:
         if not settings.places.urls:
             self._loaded_step = 0
 
-    def push(self, view: FeedView, policy: Policy) -> None:
+    def push_weights(self, view: FeedView, policy: Policy) -> None:
         """Send the live weights to the servers; called by all processes together.
 
         Raises:
@@ -103,7 +102,7 @@ class LiveServers:
         """
         began_s = time.monotonic()
         if run_on_main(view.world, lambda: self._loaded_step != policy.step):
-            self._send(view, policy)
+            self._send_weights(view, policy)
         self.meters = {"push_s": time.monotonic() - began_s}
 
     def check(self, view: FeedView, policy: Policy, prompt: Tokens) -> None:
@@ -121,7 +120,7 @@ class LiveServers:
         text = list(prompt[:COMPARED_TOKENS])
         if len(text) > 1:
             [[own]] = compute_answer_logprobs(view.policy, [AnswerChoice(text[:1], [text[1:]])])
-            run_on_main(view.world, lambda: self._compare(text, own, policy))
+            run_on_main(view.world, lambda: self._compare_logprobs(text, own, policy))
 
     def close(self) -> None:
         self._closed.set()  # a client of a remote server waits up to half an hour
@@ -130,7 +129,7 @@ class LiveServers:
             self._context.__exit__(None, None, None)
             self._context = self.engine = None
 
-    def _send(self, view: FeedView, policy: Policy) -> None:
+    def _send_weights(self, view: FeedView, policy: Policy) -> None:
         view.policy.model.finish_param_gather()
         weights, problem = export_weights(view.policy.model), ""
         if view.world.is_main:
@@ -145,7 +144,7 @@ class LiveServers:
                 pass
         run_on_main(view.world, partial(_raise_problem, problem))
 
-    def _compare(self, text: Sequence[int], own: Sequence[float], policy: Policy) -> None:
+    def _compare_logprobs(self, text: Sequence[int], own: Sequence[float], policy: Policy) -> None:
         assert self.engine is not None, "the servers are not open"
         gaps = [sum(abs(a - b) for a, b in zip(logprobs, own, strict=True)) / len(own)
                 for logprobs in self.engine.fleet.score(text)]

@@ -20,9 +20,9 @@ from megatron_sov.infer.engines.target import Target
 from megatron_sov.infer.request import Batching, NamedTensors
 from megatron_sov.model.config import RolloutConfig
 from megatron_sov.post.rl.generate.pieces import FurtherPieces, PendingPieces, PieceQueue, SampleAttempt
-from megatron_sov.post.rl.generate.responses import key_digest
-from megatron_sov.post.rl.publish.publisher import further_pieces
-from megatron_sov.rollouts.prompts import PromptList, SetAside
+from megatron_sov.post.rl.generate.responses import compute_sampling_digest
+from megatron_sov.post.rl.publish.publisher import read_further_pieces
+from megatron_sov.rollouts.prompts import PromptList, UnusedRows
 from megatron_sov.rollouts.rows import Rollout
 from megatron_sov.rollouts.store import StoreSettings
 from megatron_sov.runs.checkpoints import read_adapter_base
@@ -89,15 +89,12 @@ class GenerationSettings:
 
     store: StoreSettings
     prompts: PromptList
-    """Prompts of the rounds."""
-    set_aside: SetAside
+    set_aside: UnusedRows
     """Prompts that no round uses, with the reason."""
     rollout: RolloutConfig
     run: Path
-    """Folder of the run."""
     source: RolloutSource
     provenance: Mapping[str, Any]
-    """Fields of the parts' manifests."""
     max_gen_batches: int = 1
     """`policy.max_gen_batches`: above 1 rounds may need further prompts."""
 
@@ -110,14 +107,15 @@ class GenerationSettings:
         pending = PendingPieces(
             store=store, claims=Claims(store.claims, self.rollout.lease_s), prompts=self.prompts,
             rollout=self.rollout, rounds=rounds, find_policy=find_policy, further=further,
-            sampling_digest=lambda number: key_digest(self.rollout, number, self.source.chosen_by))
+            sampling_digest=lambda number: compute_sampling_digest(self.rollout, number,
+                                                                   self.source.chosen_by))
         # Pieces of another job are waited for until its claim expires.
         return PieceQueue(pending=pending, store=store, wait_s=2 * self.rollout.lease_s,
                           provenance=self.provenance, asked_to_stop=asked_to_stop)
 
     def _find_further(self, number: int) -> tuple[int, bool]:
         # Final for this call: the publisher asks for further prompts only after rows are judged.
-        return further_pieces(self.run / ROUNDS, number), True
+        return read_further_pieces(self.run / ROUNDS, number), True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,13 +194,11 @@ class EngineSettings:
     settings: Sequence[str]
     """`key=value` changes of layout and precision (megatron), or of servers."""
     nproc: int | None = None
-    """Local processes (megatron)."""
     option: str = "--set"
     """Option that `settings` come from, for messages."""
     with_routes: bool = False
     """Whether the engine returns expert routes."""
     places: ServerLocations | None = None
-    """Addresses and log folder of servers."""
 
 
 def run_policies(engine: EngineSettings, start: Target, work: Callable[[Engine, LoadPolicy], Any]) -> Any:

@@ -34,7 +34,7 @@ class GroupAdvantages:
     """Why the group does not learn, or `LEARNS`."""
 
 
-def group_advantages(rewards: Sequence[np.ndarray], lengths: Sequence[np.ndarray], policy: PolicyConfig,
+def compute_advantages(rewards: Sequence[np.ndarray], lengths: Sequence[np.ndarray], policy: PolicyConfig,
                      max_new_tokens: int, budgets: Sequence[np.ndarray] | None = None
                      ) -> list[GroupAdvantages]:
     """Return the advantages of each group by itself, before `step_advantages` compares the groups of a step.
@@ -65,11 +65,11 @@ def has_advantage(advantages: np.ndarray) -> bool:
     return bool(np.abs(advantages).max(initial=0.0) > REWARD_TOLERANCE)
 
 
-def step_advantages(groups: Sequence[GroupAdvantages], policy: PolicyConfig) -> list[GroupAdvantages]:
+def compute_step_advantages(groups: Sequence[GroupAdvantages], policy: PolicyConfig) -> list[GroupAdvantages]:
     """Return the groups of an optimizer step, normalised over all of them if the settings ask for it."""
     if not policy.parts.normalise_over_batch:
         return list(groups)
-    normalised = _normalise([group.advantages for group in groups],
+    normalised = _normalize_advantages([group.advantages for group in groups],
                             [group.reason == LEARNS for group in groups])
     return [GroupAdvantages(values, group.reason) for values, group in zip(normalised, groups, strict=True)]
 
@@ -91,7 +91,7 @@ def find_exclusion(rewards: np.ndarray, policy: PolicyConfig) -> str:
     return LEARNS if parts.all_wrong == "keep" else ALL_WRONG
 
 
-def overlong_penalty(lengths: np.ndarray, policy: PolicyConfig, max_new_tokens: int) -> np.ndarray:
+def compute_overlong_penalty(lengths: np.ndarray, policy: PolicyConfig, max_new_tokens: int) -> np.ndarray:
     """Return the penalty of each length [n] in tokens: DAPO's soft overlong punishment (arXiv 2503.14476,
     equation 13), times `policy.overlong_penalty`."""
     buffer = policy.overlong_buffer(max_new_tokens)
@@ -100,18 +100,18 @@ def overlong_penalty(lengths: np.ndarray, policy: PolicyConfig, max_new_tokens: 
     return policy.overlong_penalty * np.clip((lengths - (max_new_tokens - buffer)) / buffer, 0.0, 1.0)
 
 
-def group_relative(rewards: np.ndarray) -> np.ndarray:
+def compute_group_relative(rewards: np.ndarray) -> np.ndarray:
     """Return GRPO's advantages (arXiv 2402.03300, section 4.1.2)."""
     return (rewards - rewards.mean()) / (rewards.std(ddof=1) + EPSILON)
 
 
-def centred(rewards: np.ndarray) -> np.ndarray:
+def center_rewards(rewards: np.ndarray) -> np.ndarray:
     """Return Dr. GRPO's advantages (arXiv 2503.20783, section 3.2)."""
     advantages: np.ndarray = rewards - rewards.mean()
     return advantages
 
 
-def leave_one_out(rewards: np.ndarray) -> np.ndarray:
+def subtract_leave_out_mean(rewards: np.ndarray) -> np.ndarray:
     """Return rewards minus the mean reward of the other responses (RLOO, arXiv 2402.14740)."""
     advantages: np.ndarray = rewards - (rewards.sum() - rewards) / (len(rewards) - 1)
     return advantages
@@ -126,7 +126,7 @@ def pass_at_k(rewards: np.ndarray, k: int) -> np.ndarray:
     """
     n = len(rewards)
     if k == 1:
-        return leave_one_out(rewards)
+        return subtract_leave_out_mean(rewards)
     # Probability that the best of k - 1 drawn from the n - 1 others has this rank, counted from the worst.
     odds = np.array([math.comb(rank, k - 2) / math.comb(n - 1, k - 1) for rank in range(n - 1)])
     order = np.argsort(rewards, kind="stable")
@@ -144,7 +144,7 @@ def scale_to_range(rewards: np.ndarray) -> np.ndarray:
     return np.array(compute_group_advantages(values))
 
 
-def mgpo_weight(share_right: float, strength: float) -> float:
+def compute_mgpo_weight(share_right: float, strength: float) -> float:
     """Return MGPO's factor of a group's advantages (arXiv 2511.06221): exp(-lambda D), with D the
     Kullback-Leibler divergence of the share of right responses from one half."""
     shares = (share_right, 1.0 - share_right)
@@ -156,11 +156,12 @@ def _add_length_reward(rewards: np.ndarray, lengths: np.ndarray, budgets: np.nda
     """Return the rewards [n] with the length reward of right responses."""
     parts, right = policy.parts, rewards >= policy.right_from
     if parts.length_reward == "budget":
-        return within_budget(lengths, right, budgets, max_new_tokens, parts.length_reward_coeff)
+        return reward_length_budget(lengths, right, budgets, max_new_tokens, parts.length_reward_coeff)
     if parts.length_reward == "around_right":
-        return rewards + parts.length_reward_coeff * around_right(lengths, right, parts.length_width_tokens)
+        return rewards + parts.length_reward_coeff * center_on_threshold(lengths, right,
+                                                                         parts.length_width_tokens)
     if parts.length_reward == "target":
-        return rewards + parts.length_reward_coeff * near_target(lengths, right, budgets,
+        return rewards + parts.length_reward_coeff * reward_target_length(lengths, right, budgets,
                                                                  parts.length_width_tokens)
     return rewards
 
@@ -173,22 +174,23 @@ def _compare_responses(rewards: np.ndarray, lengths: np.ndarray, budgets: np.nda
         return np.zeros(len(rewards))
     length_rewards = _add_length_reward(rewards, lengths, budgets, policy, max_new_tokens)
     # The penalty is subtracted before the baseline, so that the group comparison includes it.
-    shaped = length_rewards - overlong_penalty(lengths, policy, max_new_tokens)
-    compare = {"group": group_relative, "group_no_std": centred, "leave_one_out": leave_one_out,
+    shaped = length_rewards - compute_overlong_penalty(lengths, policy, max_new_tokens)
+    compare = {"group": compute_group_relative, "group_no_std": center_rewards,
+               "leave_one_out": subtract_leave_out_mean,
                "pass_at_k": lambda r: pass_at_k(r, parts.pkpo_k), "range": scale_to_range}[parts.advantage]
     # The mean of equal rewards may differ from them by rounding, which AdamW would scale to full updates.
     advantages = np.zeros(len(shaped)) if are_equal(shaped.tolist()) else compare(shaped)
     if parts.length_reward == "budget":
-        advantages = advantages + budget_advantages(length_rewards, budgets, max_new_tokens,
+        advantages = advantages + compute_budget_advantages(length_rewards, budgets, max_new_tokens,
                                                     parts.length_reward_coeff)
     if are_equal(rewards.tolist()) and rewards[0] < policy.right_from:
         # Judged rewards, not shaped ones: lengths must not make a wrong group look mixed.
         advantages = advantages + parts.all_wrong_reward
     share_right = float((rewards >= policy.right_from).mean())
-    return advantages * mgpo_weight(share_right, parts.mgpo_lambda)
+    return advantages * compute_mgpo_weight(share_right, parts.mgpo_lambda)
 
 
-def _normalise(advantages: list[np.ndarray], learns: list[bool]) -> list[np.ndarray]:
+def _normalize_advantages(advantages: list[np.ndarray], learns: list[bool]) -> list[np.ndarray]:
     """Return the advantages of learning groups with mean 0 and standard deviation 1 over all of them."""
     # Excluded groups stay at 0: shifted by the mean they would learn.
     learning = [values for values, is_learning in zip(advantages, learns, strict=True) if is_learning]
@@ -200,7 +202,7 @@ def _normalise(advantages: list[np.ndarray], learns: list[bool]) -> list[np.ndar
             for values, is_learning in zip(advantages, learns, strict=True)]
 
 
-def around_right(lengths: np.ndarray, right: np.ndarray, width_tokens: float) -> np.ndarray:
+def center_on_threshold(lengths: np.ndarray, right: np.ndarray, width_tokens: float) -> np.ndarray:
     """Return LAPO's length reward of its first stage, [n] (reward_func_stage1.py): for right responses 1
     between two percentiles of their lengths, falling linearly to 0 over `width_tokens` outside.
 
@@ -217,7 +219,7 @@ def around_right(lengths: np.ndarray, right: np.ndarray, width_tokens: float) ->
     return np.where(right, np.maximum(0.0, 1.0 - away / width_tokens), 0.0)
 
 
-def near_target(lengths: np.ndarray, right: np.ndarray, targets: np.ndarray, width_tokens: float
+def reward_target_length(lengths: np.ndarray, right: np.ndarray, targets: np.ndarray, width_tokens: float
                 ) -> np.ndarray:
     """Return LAPO's length reward of its second stage, [n] (reward_func_stage2.py): for right responses
     exp(-(length - target)^2 / (2 width^2)).
@@ -234,14 +236,15 @@ def near_target(lengths: np.ndarray, right: np.ndarray, targets: np.ndarray, wid
     return np.where(right, np.exp(-away ** 2 / (2.0 * width_tokens ** 2)), 0.0)
 
 
-def budget_reward(budgets: np.ndarray, longest: int, scale: float) -> np.ndarray:
+def compute_budget_reward(budgets: np.ndarray, longest: int, scale: float) -> np.ndarray:
     """Return HBPO's reward of right responses within their budget, [n] (arXiv 2507.15844, f_2 of section
     3.2): scale cos(pi budget / (2 longest))."""
     rewards: np.ndarray = scale * np.cos(np.pi * budgets / (2.0 * longest))
     return rewards
 
 
-def within_budget(lengths: np.ndarray, right: np.ndarray, budgets: np.ndarray, longest: int, scale: float
+def reward_length_budget(lengths: np.ndarray, right: np.ndarray, budgets: np.ndarray, longest: int,
+                         scale: float
                   ) -> np.ndarray:
     """Return HBPO's rewards, [n] (arXiv 2507.15844, R of section 3.2), instead of the verifier's: for right
     responses `budget_reward` within the budget, and beyond it f_1: the reward of a budget of their length,
@@ -254,12 +257,13 @@ def within_budget(lengths: np.ndarray, right: np.ndarray, budgets: np.ndarray, l
         longest: length limit of responses (L_max; its inverse is alpha, as in the authors' code).
         scale: beta; 4 in the authors' code.
     """
-    beyond = budget_reward(lengths, longest, scale) - np.abs(lengths - budgets) / longest
-    rewards = np.where(lengths > budgets, beyond, budget_reward(budgets, longest, scale))
+    beyond = compute_budget_reward(lengths, longest, scale) - np.abs(lengths - budgets) / longest
+    rewards = np.where(lengths > budgets, beyond, compute_budget_reward(budgets, longest, scale))
     return np.where(right & (lengths <= longest), rewards, 0.0)
 
 
-def budget_advantages(rewards: np.ndarray, budgets: np.ndarray, longest: int, scale: float) -> np.ndarray:
+def compute_budget_advantages(rewards: np.ndarray, budgets: np.ndarray, longest: int, scale: float
+                              ) -> np.ndarray:
     """Return HBPO's advantage among responses of one budget, [n] (arXiv 2507.15844, section 3.3): their mean
     reward minus `budget_reward`.
 
@@ -270,4 +274,4 @@ def budget_advantages(rewards: np.ndarray, budgets: np.ndarray, longest: int, sc
         scale: see `within_budget`.
     """
     means = {budget: rewards[budgets == budget].mean() for budget in np.unique(budgets)}
-    return np.array([means[budget] for budget in budgets]) - budget_reward(budgets, longest, scale)
+    return np.array([means[budget] for budget in budgets]) - compute_budget_reward(budgets, longest, scale)

@@ -12,8 +12,8 @@ import numpy as np
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.rollouts.prompts import PromptPiece
-from megatron_sov.rollouts.rows import LENGTH, NOT_WRITTEN, UNFINISHED, Key, RolloutPart, later
-from megatron_sov.rollouts.store import Judgements, RolloutStore, keys_of, problems_of
+from megatron_sov.rollouts.rows import LENGTH, NOT_WRITTEN, UNFINISHED, Key, RolloutPart, select_last_attempts
+from megatron_sov.rollouts.store import RewardsByRow, RolloutStore, read_keys, read_problems
 from megatron_sov.work.tables.parquet import read_strings
 
 FACT_COLUMNS = ("versions", "finish_reason")
@@ -37,15 +37,12 @@ class RolloutFacts:
     attempt: int
     finish_reason: str
     num_tokens: int
-    """Tokens after the prompt."""
     num_written: int
     """Tokens that a policy generated."""
     first_version: int
     """Optimizer step of the policy of the first generated token; 0 without tokens."""
     sum_versions: int
-    """Sum over the generated tokens."""
     part: str
-    """Name of the part in the store."""
     row: int
     """Index in that part, from 0."""
 
@@ -76,11 +73,10 @@ JudgeGroups = Callable[[Sequence[Sequence[JudgedResponse]]], Sequence[JudgedGrou
 
 
 @dataclass(frozen=True)
-class GatheredPiece:
+class JudgedPiece:
     """A piece of a round, in the form that one process sends to the process that plans the round."""
 
     number: int
-    """Of the piece, from 0."""
     rows: np.ndarray
     """[judged responses] `ROW`, ordered by prompt and sample."""
     counts: list[int]
@@ -88,7 +84,6 @@ class GatheredPiece:
     reasons: list[str]
     """For each prompt why its group does not learn, or `advantages.LEARNS`."""
     domains: list[str]
-    """Domain of each prompt."""
     components: dict[str, np.ndarray]
     """Component of the reward -> [responses that have it] float64."""
     unfinished: set[str]
@@ -98,18 +93,16 @@ class GatheredPiece:
     begun: set[tuple[int, str]]
     """Step and digest of the policies of first attempts."""
     policies: set[str]
-    """Digests of all policies."""
 
 
 @dataclass(frozen=True)
-class Gathered:
+class JudgedRound:
     """The pieces of a round, joined."""
 
     number: int
-    """Of the round, from 1."""
     parts: tuple[RolloutPart, ...]
     """Parts of the store that contain the responses."""
-    pieces: tuple[GatheredPiece, ...]
+    pieces: tuple[JudgedPiece, ...]
 
     @cached_property
     def rows(self) -> np.ndarray:
@@ -122,7 +115,7 @@ class Gathered:
         return list(starmap(slice, pairwise(ends)))
 
     @cached_property
-    def group_of_row(self) -> np.ndarray:
+    def row_groups(self) -> np.ndarray:
         """[rows] int64."""
         counts = [count for piece in self.pieces for count in piece.counts]
         return np.repeat(np.arange(len(counts)), counts)
@@ -132,7 +125,7 @@ class Gathered:
         return [reason for piece in self.pieces for reason in piece.reasons]
 
     @cached_property
-    def domain_of_row(self) -> list[str]:
+    def row_domains(self) -> list[str]:
         domains: list[str] = []
         for piece in self.pieces:
             for domain, count in zip(piece.domains, piece.counts, strict=True):
@@ -153,12 +146,11 @@ class Gathered:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoundOfStore:
+class StoredRound:
     """The responses of a round in a store."""
 
     store: RolloutStore
     number: int
-    """Of the round, from 1."""
     pieces: Sequence[PromptPiece]
     """All pieces that the round may have."""
     num_pieces: int
@@ -182,8 +174,8 @@ class RoundOfStore:
         used = [part for part in parts if part.piece < self.num_pieces]
         return self._describe_missing(used) or used
 
-    def gather(self, number: int, parts: Mapping[int, RolloutPart], judge: JudgeGroups,
-               domain: Callable[[str], str]) -> GatheredPiece:
+    def judge_piece(self, number: int, parts: Mapping[int, RolloutPart], judge: JudgeGroups,
+               domain: Callable[[str], str]) -> JudgedPiece:
         """Read a piece of the round.
 
         Args:
@@ -205,14 +197,14 @@ class RoundOfStore:
             if row.finish_reason != UNFINISHED:
                 finished[row.part].append(row)
         for part in parts.values():
-            judgements = self.store.judgements(self.reward_version, [part])
+            judgements = self.store.read_judgements(self.reward_version, [part])
             for response in _join_rewards(finished[part.name], judgements, unjudged):
                 responses_of[response.rollout.key.prompt].append(response)
         groups = [sorted(group, key=lambda r: r.rollout.key.sample) for group in responses_of.values()]
         judged = judge(groups)
         responses = [response for group in groups for response in group]
         first_attempts = [r.rollout for r in responses if not r.rollout.attempt]
-        return GatheredPiece(
+        return JudgedPiece(
             number=number, rows=_build_rows(responses, judged, parts), counts=list(map(len, groups)),
             reasons=[group.reason for group in judged], domains=list(map(domain, responses_of)),
             components=_collect_components(responses), unjudged=unjudged,
@@ -220,7 +212,7 @@ class RoundOfStore:
             begun={(rollout.first_version, rollout.key.policy) for rollout in first_attempts},
             policies={r.rollout.key.policy for r in responses})
 
-    def describe_wait(self, gathered: Gathered) -> str:
+    def describe_wait(self, gathered: JudgedRound) -> str:
         """Return which responses the round waits for, or ""."""
         # Unfinished responses alone: responses whose reward failed would fail again.
         waiting = sum(len(piece.unfinished) for piece in gathered.pieces)
@@ -253,7 +245,7 @@ class RoundOfStore:
             rows += facts
             invalid |= {(row.key, row.attempt) for row, problem in zip(facts, problems, strict=True)
                         if problem}
-        last = later(rows)
+        last = select_last_attempts(rows)
         valid = [row for row in last if (row.key, row.attempt) not in invalid]
         return valid, len(last) - len(valid)
 
@@ -284,7 +276,7 @@ def read_facts(store: RolloutStore, part: RolloutPart) -> tuple[list[RolloutFact
     Raises:
         UserError: the part is damaged.
     """
-    table = store.table_of(part, FACT_COLUMNS)
+    table = store.read_columns(part, FACT_COLUMNS)
     column = table["versions"].combine_chunks()
     versions, num_tokens = column.flatten().to_numpy().astype(np.int64), column.value_lengths().to_numpy()
     ends = np.cumsum(num_tokens, dtype=np.int64)
@@ -297,7 +289,7 @@ def read_facts(store: RolloutStore, part: RolloutPart) -> tuple[list[RolloutFact
     sums = version_sums[ends] - version_sums[starts]
     written_places = np.append(np.flatnonzero(is_written), 0)  # the last row may have no generated token
     first = np.where(num_written > 0, np.append(versions, 0)[written_places[written_before[starts]]], 0)
-    columns = zip(keys_of(table), table["attempt"].to_pylist(), read_strings(table["finish_reason"]),
+    columns = zip(read_keys(table), table["attempt"].to_pylist(), read_strings(table["finish_reason"]),
                   zip(num_tokens.tolist(), num_written.tolist(), first.tolist(), sums.tolist(), strict=True),
                   strict=True)
     facts = []
@@ -305,10 +297,10 @@ def read_facts(store: RolloutStore, part: RolloutPart) -> tuple[list[RolloutFact
         facts.append(RolloutFacts(
             key, attempt, reason or "", num_tokens=tokens, num_written=written, first_version=version,
             sum_versions=total, part=part.name, row=index))
-    return facts, problems_of(table)
+    return facts, read_problems(table)
 
 
-def _join_rewards(rows: Sequence[RolloutFacts], judgements: Judgements, unjudged: Counter[str]
+def _join_rewards(rows: Sequence[RolloutFacts], judgements: RewardsByRow, unjudged: Counter[str]
                   ) -> list[JudgedResponse]:
     """Return the rows that have a reward, and count the others in `unjudged` by status."""
     responses = []
@@ -325,7 +317,6 @@ def _join_rewards(rows: Sequence[RolloutFacts], judgements: Judgements, unjudged
 
 def _build_rows(responses: Sequence[JudgedResponse], groups: Sequence[JudgedGroup],
                 parts: Mapping[int, RolloutPart]) -> np.ndarray:
-    """Return [responses] `ROW`."""
     index_of_part = {part.name: index for index, part in parts.items()}
     advantages: list[float] = []
     orders: list[int] = []

@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_sov.model.config import RolloutConfig
 from megatron_sov.post.policy import GROUPS_LEARNING, RESPONSE_TOKENS, REWARD
-from megatron_sov.post.rl.publish.groups import Gathered
+from megatron_sov.post.rl.publish.groups import JudgedRound
 from megatron_sov.runs.rounds import TRAINED_GROUPS
 
 PASS_RATE = "pass_rate"
@@ -22,7 +22,7 @@ EXTREME_RATES = (0.05, 0.95)
 """Pass rates outside these bounds mean that most groups have equal rewards."""
 
 
-def compute_means(gathered: Gathered, rollout: RolloutConfig, right_from: float | None) -> dict[str, Any]:
+def compute_means(gathered: JudgedRound, rollout: RolloutConfig, right_from: float | None) -> dict[str, Any]:
     """Return means over the responses of a round that have a reward, trained or not.
 
     Args:
@@ -39,24 +39,24 @@ def compute_means(gathered: Gathered, rollout: RolloutConfig, right_from: float 
     # Steps between the policy that generated a token and the policy that begins to train on it.
     stale_steps = trained_steps * num_written - int(rows["versions"].sum())
     rewards = defaultdict[str, list[float]](list)
-    for domain, reward in zip(gathered.domain_of_row, rows["reward"].tolist(), strict=True):
+    for domain, reward in zip(gathered.row_domains, rows["reward"].tolist(), strict=True):
         rewards[domain].append(reward)
     return {
         "responses": len(rows), **({} if right_from is None else {
-            "reward": _mean(rows["reward"]), PASS_RATE: _mean(rows["reward"] >= right_from)}),
-        "components": {name: _mean(values) for name, values in gathered.components.items()},
-        "response_tokens": _mean(rows["written"]), "truncated": _mean(rows["is_cut"]),
+            "reward": _compute_mean(rows["reward"]), PASS_RATE: _compute_mean(rows["reward"] >= right_from)}),
+        "components": {name: _compute_mean(values) for name, values in gathered.components.items()},
+        "response_tokens": _compute_mean(rows["written"]), "truncated": _compute_mean(rows["is_cut"]),
         "staleness_steps": stale_steps / max(1, num_written), "domains": {
-            name: {"responses": len(values), **({"reward": _mean(values)} if has_reward else {})}
+            name: {"responses": len(values), **({"reward": _compute_mean(values)} if has_reward else {})}
             for name, values in sorted(rewards.items()) if name}}
 
 
-def _mean(values: np.ndarray | Sequence[float]) -> float:
+def _compute_mean(values: np.ndarray | Sequence[float]) -> float:
     # A contiguous copy: numpy sums strided values in another order, with other bits.
     return float(np.array(values, np.float64).mean())
 
 
-def round_meters(content: Mapping[str, Any]) -> dict[str, float]:
+def compute_round_meters(content: Mapping[str, Any]) -> dict[str, float]:
     """Return the headline meters of a round from the content of its manifest."""
     means, groups = content.get("means") or {}, content.get("groups") or {}
     meters = {REWARD: means.get("reward"), RESPONSE_TOKENS: means.get("response_tokens")}

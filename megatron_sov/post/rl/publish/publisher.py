@@ -30,22 +30,24 @@ from megatron_sov.chat.vocabulary import TOKENIZER_JSON, tokenizer_digest
 from megatron_sov.engine.parallel.world import run_on_each_rank, run_on_first
 from megatron_sov.model.config import RunConfig
 from megatron_sov.post.rl.publish.advantages import (
-    LEARNS as GROUP_LEARNS, GroupAdvantages, group_advantages, has_advantage, step_advantages)
+    LEARNS as GROUP_LEARNS, GroupAdvantages, compute_advantages, compute_step_advantages, has_advantage)
 from megatron_sov.post.rl.publish.groups import (
-    Gathered, GatheredPiece, JudgedGroup, JudgedResponse, RolloutFacts, RoundOfStore)
+    JudgedGroup, JudgedPiece, JudgedResponse, JudgedRound, RolloutFacts, StoredRound)
 from megatron_sov.post.rl.publish.metrics import compute_means
 from megatron_sov.post.rl.publish.shards import (
     DTYPE, RoundPiece, RoundShard, ShardWriter, WrittenShard, split_into_shards)
 from megatron_sov.post.rl.reward import NO_REWARD
-from megatron_sov.rollouts.prompts import PromptList, budget_of, round_pieces, sampling_digest, too_long_in
-from megatron_sov.rollouts.rows import LENGTH, Key, RolloutPart, domain_of
+from megatron_sov.rollouts.prompts import (
+    PromptList, find_budget, plan_round_pieces, read_too_long, sampling_digest)
+from megatron_sov.rollouts.rows import LENGTH, Key, RolloutPart, read_domain
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.rounds import TRAINED_GROUPS
-from megatron_sov.train.data.described import source_record
-from megatron_sov.train.data.requirements import replayed_routes
-from megatron_sov.train.data.rounds import ADVANTAGE, DOMAINS, SHARE, SOURCE, folder_of_round
-from megatron_sov.train.data.token_bytes import token_bytes
+from megatron_sov.train.data.requirements import build_replay_shape
+from megatron_sov.train.data.rounds import (
+    ADVANTAGE, DOCUMENT_DOMAINS, GROUP_SHARE, ROUNDS_SOURCE, round_folder)
+from megatron_sov.train.data.token_bytes import count_token_bytes
+from megatron_sov.train.data.token_manifest import build_source_record
 from megatron_sov.train.data.token_shards import CONTENT_VERSION
 
 NO_PAIR = "no_pair"
@@ -64,8 +66,6 @@ TRUNCATED = (LENGTH, "tokens", "unended")
 
 @dataclass(kw_only=True)
 class Publisher:
-    """Publishes the rounds of a run."""
-
     config: RunConfig
     rounds: Path
     """RUN/rounds."""
@@ -74,7 +74,6 @@ class Publisher:
     prompts: PromptList
     reward_version: str
     tokenizer: Path
-    """Folder of the model's tokenizer."""
     is_own: Callable[[int, str], bool] = lambda step, sha256: True
     """(step, digest) -> whether a policy belongs to this run, as far as known."""
     chosen_by: Mapping[str, Any] = field(default_factory=dict)
@@ -96,17 +95,17 @@ class Publisher:
             if isinstance(inputs, str):
                 return inputs
             source = self._open_round(number, inputs)
-            shares = run_on_each_rank(partial(self._gather, source, inputs))
-            plan = run_on_first(partial(self._plan, source, inputs, shares, building))
+            shares = run_on_each_rank(partial(self._judge_round, source, inputs))
+            plan = run_on_first(partial(self._plan_round, source, inputs, shares, building))
             if isinstance(plan, str):
                 return plan
-            writer = self._writer
+            writer = self._shard_writer
             written_of_rank = run_on_each_rank(lambda rank, size: [writer.write(plan.folder, shard)
                                                           for shard in plan.shards[rank::size]])
             # Rank r wrote the shards r, r + size, ...
             num_ranks = len(written_of_rank)
             written = [written_of_rank[i % num_ranks][i // num_ranks] for i in range(len(plan.shards))]
-            run_on_first(partial(self._complete, plan, written, building))
+            run_on_first(partial(self._complete_round, plan, written, building))
         return ""
 
     def check_store(self) -> None:
@@ -116,7 +115,7 @@ class Publisher:
             UserError: it contains other files, or a store of another tokenizer.
         """
         if self._store_exists():
-            _ = self._opened
+            _ = self._opened_store
 
     def _find_inputs(self, number: int) -> str | _RoundInputs:
         """Return the parts of a round; or a description of missing ones, "" if the round is published."""
@@ -128,9 +127,9 @@ class Publisher:
         self._compare_with_previous(number)
         rollout, policy = self.config.rollout, self.config.policy
         own = math.ceil(rollout.prompts_per_round / rollout.piece_prompts)
-        requested = further_pieces(self.rounds, number)
+        requested = read_further_pieces(self.rounds, number)
         # Another run may have requested more pieces of the same store.
-        stored = max((part.piece + 1 - own for part in self._opened.parts(number)), default=0)
+        stored = max((part.piece + 1 - own for part in self._opened_store.parts(number)), default=0)
         most = max(requested, stored, (policy.parts.max_gen_batches - 1) * own)
         inputs = _RoundInputs(most, own + requested)
         parts = self._open_round(number, inputs).parts()
@@ -149,7 +148,7 @@ class Publisher:
         last = next((n for n in range(number - 1, 0, -1) if is_published(self.rounds, n)), 0)
         if not last:
             return
-        self._has_compared, folder = True, folder_of_round(self.rounds, last)
+        self._has_compared, folder = True, round_folder(self.rounds, last)
         previous = read_manifest(folder, "tokens").content
         if previous.get(PROMPTS, self._prompts_digest) != self._prompts_digest:
             raise UserError(f"{folder}: was made of other prompts, or in another order; pass the "
@@ -179,68 +178,68 @@ class Publisher:
     def _prompts_digest(self) -> str:
         return sampling_digest({"ids": self._used_prompts.ids})
 
-    def _open_round(self, number: int, inputs: _RoundInputs) -> RoundOfStore:
+    def _open_round(self, number: int, inputs: _RoundInputs) -> StoredRound:
         rollout = self.config.rollout
-        return RoundOfStore(
-            store=self._opened, number=number, num_pieces=inputs.num_pieces,
-            pieces=round_pieces(self._used_prompts, rollout, number, inputs.num_further),
+        return StoredRound(
+            store=self._opened_store, number=number, num_pieces=inputs.num_pieces,
+            pieces=plan_round_pieces(self._used_prompts, rollout, number, inputs.num_further),
             samples_per_prompt=rollout.samples_per_prompt, reward_version=self.reward_version)
 
-    def _gather(self, source: RoundOfStore, inputs: _RoundInputs, rank: int, size: int
-                ) -> list[GatheredPiece]:
+    def _judge_round(self, source: StoredRound, inputs: _RoundInputs, rank: int, size: int
+                ) -> list[JudgedPiece]:
         """Return the pieces rank, rank + size, ... of the round."""
         # All attempts at a response are in parts of its own piece.
         parts = defaultdict[int, dict[int, RolloutPart]](dict)
         for i, part in enumerate(inputs.parts):
             parts[part.piece][i] = part
-        pieces = [source.gather(piece, parts[piece], self._judge_groups, self._find_domain)
+        pieces = [source.judge_piece(piece, parts[piece], self._judge_groups, self._find_domain)
                   for piece in range(inputs.num_pieces)[rank::size]]
         self._read_tokens.cache_clear()
         return pieces
 
     def _find_domain(self, prompt: str) -> str:
-        return domain_of(self._read_record(prompt))
+        return read_domain(self._read_record(prompt))
 
-    def _plan(self, source: RoundOfStore, inputs: _RoundInputs, shares: Sequence[Sequence[GatheredPiece]],
+    def _plan_round(self, source: StoredRound, inputs: _RoundInputs, shares: Sequence[Sequence[JudgedPiece]],
               building: contextlib.ExitStack) -> str | RoundPlan:
         """Return the plan of the round's files in a folder that `building` renames; or a description of
         missing responses."""
-        number, out = source.number, folder_of_round(self.rounds, source.number)
+        number, out = source.number, round_folder(self.rounds, source.number)
         pieces = sorted((piece for share in shares for piece in share), key=lambda piece: piece.number)
-        gathered = Gathered(number, inputs.parts, tuple(pieces))
+        gathered = JudgedRound(number, inputs.parts, tuple(pieces))
         if reason := source.describe_wait(gathered):
             return reason
         self._check_rewards(gathered)
         if reason := self._request_further(source, gathered):
             return reason
-        self._warn_of_other_policies(gathered)
-        selection = self._select(gathered)
+        self._warn_about_foreign_policies(gathered)
+        selection = self._select_responses(gathered)
         content = self._build_content(source, gathered, selection)
-        self._prune(number)
+        self._prune_rounds(number)
         self._artifact = building.enter_context(create_artifact(out, "tokens"))
-        (self._artifact.path / SOURCE).mkdir()
+        (self._artifact.path / ROUNDS_SOURCE).mkdir()
         shards = split_into_shards(_iter_pieces(gathered, selection))
         return RoundPlan(self._artifact.path, tuple(shards), content)
 
-    def _prune(self, number: int) -> None:
+    def _prune_rounds(self, number: int) -> None:
         """Delete tokens and columns of old rounds that no resume needs; the store can rebuild them. The
         manifests remain, as the record of each round."""
         folder = self.rounds.parent / checkpoints.CHECKPOINTS_FOLDER
         oldest = min(map(checkpoints.checkpoint_step, checkpoints.list_complete(folder)), default=0)
         rollout = self.config.rollout
         for old in range(1, min(oldest // rollout.steps_per_round + 1, number - rollout.keep_rounds)):
-            round_ = folder_of_round(self.rounds, old)
-            if not (round_ / SOURCE).is_dir():
+            round_ = round_folder(self.rounds, old)
+            if not (round_ / ROUNDS_SOURCE).is_dir():
                 continue
             parts = read_manifest(round_).content["store"]
-            if not all((self._opened.part_path(part["name"]) / MANIFEST).is_file() for part in parts):
+            if not all((self._opened_store.part_path(part["name"]) / MANIFEST).is_file() for part in parts):
                 continue
             with translate_disk_errors(round_):
                 for column in self.rounds.glob(f"{round_.name}.*.f32"):
                     column.unlink()
-                shutil.rmtree(round_ / SOURCE)
+                shutil.rmtree(round_ / ROUNDS_SOURCE)
 
-    def _request_further(self, source: RoundOfStore, gathered: Gathered) -> str:
+    def _request_further(self, source: StoredRound, gathered: JudgedRound) -> str:
         """Request further prompts if too few groups of a round learn; return the reason to wait, or ""."""
         rollout, policy = self.config.rollout, self.config.policy
         if policy.parts.max_gen_batches == 1:
@@ -272,7 +271,7 @@ class Publisher:
         return self.store.exists() and (not self.store.is_dir() or any(self.store.iterdir()))
 
     @cached_property
-    def _opened(self) -> RolloutStore:
+    def _opened_store(self) -> RolloutStore:
         """The store, opened once, so that it warns of invalid rows once."""
         store = RolloutStore.open(self.store)
         if store.vocab_size > self.config.model.vocab_size:
@@ -286,13 +285,13 @@ class Publisher:
                             "policies write to")
         return store
 
-    def _check_rewards(self, gathered: Gathered) -> None:
+    def _check_rewards(self, gathered: JudgedRound) -> None:
         """Raise `UserError` if no response has a reward: the run would skip one round after the other."""
         if len(gathered.rows) or not gathered.unjudged:
             return
         counts = ", ".join(f"{count:,} {status}" for status, count in gathered.unjudged.items())
         rewards = (reward for part in gathered.parts
-                   for reward in self._opened.read_rewards(self.reward_version, part.name, part))
+                   for reward in self._opened_store.read_rewards(self.reward_version, part.name, part))
         why = next((f", the first because {reward.reason}" for reward in rewards
                     if reward.reward is None and reward.reason), "")
         fix = ("mend what the reward runs on, and have it judge again after `megatron-sov rl store gc "
@@ -303,7 +302,7 @@ class Publisher:
         raise UserError(f"{self.store}: no response of round {gathered.number} has a reward ({counts}{why})"
                         f"; {fix}")
 
-    def _warn_of_other_policies(self, gathered: Gathered) -> None:
+    def _warn_about_foreign_policies(self, gathered: JudgedRound) -> None:
         """Warn if another policy than this run began responses: a store returns its rows to every run with
         the same settings."""
         begun = set[tuple[int, str]]().union(*(piece.begun for piece in gathered.pieces))
@@ -313,7 +312,7 @@ class Publisher:
                      f"of step {step}, which {self.rounds.parent} is not: where another run has written "
                      "them, give each run a store of its own")
 
-    def _build_content(self, source: RoundOfStore, gathered: Gathered, selection: _Selection
+    def _build_content(self, source: StoredRound, gathered: JudgedRound, selection: _Selection
                        ) -> dict[str, Any]:
         """Return the content of the manifest except its sources."""
         right_from = None if self.reward_version == NO_REWARD else self.config.policy.right_from
@@ -333,19 +332,19 @@ class Publisher:
             "policies": sorted(set[str]().union(*(piece.policies for piece in gathered.pieces))),
             "store": parts, "means": compute_means(gathered, self.config.rollout, right_from)}
         if self.config.policy.parts.opd_coeff:
-            content[DOMAINS] = _list_domains(gathered, selection)
+            content[DOCUMENT_DOMAINS] = _list_domains(gathered, selection)
         return content
 
-    def _complete(self, plan: RoundPlan, written: Sequence[WrittenShard],
+    def _complete_round(self, plan: RoundPlan, written: Sequence[WrittenShard],
                   building: contextlib.ExitStack) -> None:
         """Write the manifest of a round whose files are on disk, and rename its folder."""
         artifact = self._artifact
         assert artifact is not None, "no round is under construction"
         shards = [{"prefix": shard.prefix, **files.counts}
                   for shard, files in zip(plan.shards, written, strict=True)]
-        record = source_record(SOURCE, ROLLOUTS, self._writer.sidecars, shards)
-        if self._routes is not None:
-            record[ROUTES] = self._routes.record()
+        record = build_source_record(ROUNDS_SOURCE, ROLLOUTS, self._shard_writer.sidecars, shards)
+        if self._route_shape is not None:
+            record[ROUTES] = self._route_shape.record()
         artifact.content = {**plan.content, "sources": [record]}
         artifact.settings = {"rollout": self.config.to_dict()["rollout"],
                              "policy": self.config.to_dict()["policy"]}
@@ -355,32 +354,33 @@ class Publisher:
     @cached_property
     def _used_prompts(self) -> PromptList:
         """Prompts of the rounds: the generating jobs have set aside the others."""
-        return self.prompts.without(too_long_in(self.store))
+        return self.prompts.exclude(read_too_long(self.store))
 
     @cached_property
     def _read_record(self) -> Callable[[str], Mapping[str, Any]]:
         """Prompt id -> record; consecutive calls mostly ask for prompts of one group."""
-        return lru_cache(maxsize=64)(self.prompts.record_of)
+        return lru_cache(maxsize=64)(self.prompts.read_record)
 
     @cached_property
     def _read_tokens(self) -> Any:
         """Part name -> its column of tokens; consecutive calls mostly ask for one part."""
         return lru_cache(maxsize=2)(
-            lambda part: self._opened.table_of(self._opened.part(part), ("tokens",))["tokens"])
+            lambda part: self._opened_store.read_columns(self._opened_store.part(part),
+                                                         ("tokens",))["tokens"])
 
     @cached_property
-    def _routes(self) -> RouteShape | None:
-        return replayed_routes(self.config)
+    def _route_shape(self) -> RouteShape | None:
+        return build_replay_shape(self.config)
 
     @cached_property
-    def _writer(self) -> ShardWriter:
+    def _shard_writer(self) -> ShardWriter:
         return ShardWriter(
-            store=self._opened, temperature=self.config.rollout.temperature,
-            seq_len=self.config.data.phases[0].seq_len, routes=self._routes,
-            bytes_of_token=token_bytes(self.tokenizer, self.config.model.vocab_size),
-            numbers=published_numbers(self.config))
+            store=self._opened_store, temperature=self.config.rollout.temperature,
+            seq_len=self.config.data.phases[0].seq_len, routes=self._route_shape,
+            bytes_of_token=count_token_bytes(self.tokenizer, self.config.model.vocab_size),
+            numbers=list_number_columns(self.config))
 
-    def _select(self, gathered: Gathered) -> _Selection:
+    def _select_responses(self, gathered: JudgedRound) -> _Selection:
         """Distribute the groups of a round over its steps, and compute the advantages of each step."""
         num_steps, reasons, rows = self.config.rollout.steps_per_round, Counter[str](), gathered.rows
         groups = [GroupAdvantages(rows["advantage"][place], reason)
@@ -392,7 +392,7 @@ class Publisher:
         num_documents = 0
         for first, end in pairwise(bounds):
             indices = used[first:end]
-            compared = step_advantages([groups[i] for i in indices], self.config.policy)
+            compared = compute_step_advantages([groups[i] for i in indices], self.config.policy)
             for i, group in zip(indices, compared, strict=True):
                 if group.reason:
                     reasons[group.reason] += 1
@@ -407,7 +407,7 @@ class Publisher:
             steps.append([first_document, num_documents - first_document])
         return _Selection(advantages, is_trained, steps, dict(reasons))
 
-    def _choose_groups(self, gathered: Gathered, reasons: Counter[str]) -> Sequence[int]:
+    def _choose_groups(self, gathered: JudgedRound, reasons: Counter[str]) -> Sequence[int]:
         """Return the groups of the round. With further prompts: the first groups that learn, and count in
         `reasons` why the others are excluded."""
         if self.config.policy.parts.max_gen_batches == 1:
@@ -423,7 +423,7 @@ class Publisher:
     def _judge_groups(self, groups: Sequence[Sequence[JudgedResponse]]) -> list[JudgedGroup]:
         budgets = [np.array([self._find_budget(r.rollout.key) for r in group], np.float64)
                    for group in groups]
-        compared = group_advantages(
+        compared = compute_advantages(
             [np.array([r.reward for r in group]) for group in groups],
             [np.array([r.rollout.num_written for r in group]) for group in groups],
             self.config.policy, self.config.rollout.max_new_tokens, budgets)
@@ -459,7 +459,7 @@ class Publisher:
 
     def _find_budget(self, key: Key) -> float:
         """Return the requested length of a response in tokens; NaN without a request."""
-        budget = budget_of(self.config.rollout, key.prompt, self._read_record(key.prompt), key.sample)
+        budget = find_budget(self.config.rollout, key.prompt, self._read_record(key.prompt), key.sample)
         return np.nan if budget is None else budget
 
 
@@ -468,9 +468,7 @@ class _RoundInputs:
     """Parts of the store for a round, as the first process found them."""
 
     num_further: int
-    """Limit of the pieces of further prompts."""
     num_pieces: int
-    """Pieces in use."""
     parts: tuple[RolloutPart, ...] = ()
 
 
@@ -498,7 +496,7 @@ class _Selection:
     """`LEARNS`, or a reason -> number of groups."""
 
 
-def further_pieces(rounds: Path, number: int) -> int:
+def read_further_pieces(rounds: Path, number: int) -> int:
     """Return the requested pieces of further prompts of a round (`policy.max_gen_batches`).
 
     Args:
@@ -515,28 +513,28 @@ def further_pieces(rounds: Path, number: int) -> int:
 
 
 def _further_file(rounds: Path, number: int) -> Path:
-    folder = folder_of_round(rounds, number)
+    folder = round_folder(rounds, number)
     return folder.with_name(f"{folder.name}.further.json")
 
 
-def published_numbers(config: RunConfig) -> tuple[str, ...]:
+def list_number_columns(config: RunConfig) -> tuple[str, ...]:
     """Return the columns of a run's rounds with one number per response."""
     groups = config.policy.learns_preferences and config.documents_per_unit == 1
-    return (ADVANTAGE, SHARE) if groups else (ADVANTAGE,)
+    return (ADVANTAGE, GROUP_SHARE) if groups else (ADVANTAGE,)
 
 
 def is_published(rounds: Path, number: int) -> bool:
-    return (folder_of_round(rounds, number) / MANIFEST).is_file()
+    return (round_folder(rounds, number) / MANIFEST).is_file()
 
 
-def _list_domains(gathered: Gathered, selection: _Selection) -> list[tuple[str, int]]:
+def _list_domains(gathered: JudgedRound, selection: _Selection) -> list[tuple[str, int]]:
     """Return the domains of a round's documents, run-length encoded."""
     # In the order of `_iter_pieces`.
-    domains = compress(gathered.domain_of_row, selection.is_trained.tolist())
+    domains = compress(gathered.row_domains, selection.is_trained.tolist())
     return [(domain, len(list(repeats))) for domain, repeats in groupby(domains)]
 
 
-def _iter_pieces(gathered: Gathered, selection: _Selection) -> Iterator[RoundPiece]:
+def _iter_pieces(gathered: JudgedRound, selection: _Selection) -> Iterator[RoundPiece]:
     """Yield the documents of a round, piece by piece."""
     counts = np.array([place.stop - place.start for place in gathered.groups])
     ends = np.cumsum([0, *(len(piece.rows) for piece in gathered.pieces)]).tolist()
@@ -545,12 +543,12 @@ def _iter_pieces(gathered: Gathered, selection: _Selection) -> Iterator[RoundPie
         if not len(trained):
             continue
         # The better response of a pair comes first.
-        trained = trained[np.lexsort((gathered.rows["order"][trained], gathered.group_of_row[trained]))]
+        trained = trained[np.lexsort((gathered.rows["order"][trained], gathered.row_groups[trained]))]
         rows = gathered.rows[trained]
         parts, part_of_row = np.unique(rows["part"], return_inverse=True)
         yield RoundPiece(
             parts=tuple(gathered.parts[i].name for i in parts.tolist()),
             places=np.stack([part_of_row, rows["row"]], 1).astype(np.int32),
             numbers={ADVANTAGE: selection.advantages[trained],
-                     SHARE: (1 / counts[gathered.group_of_row[trained]]).astype(np.float32)},
+                     GROUP_SHARE: (1 / counts[gathered.row_groups[trained]]).astype(np.float32)},
             num_tokens=int(rows["tokens"].sum()))

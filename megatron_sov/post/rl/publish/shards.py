@@ -19,9 +19,9 @@ from megatron_sov.base.documents.shard_files import (
     PER_DOCUMENT, ROUTES, WRITTEN, IndexedWriter, RouteShape, pack_flags)
 from megatron_sov.base.errors import UserError
 from megatron_sov.rollouts.rows import NOT_WRITTEN
-from megatron_sov.rollouts.store import RULES, RolloutStore, all_sound, keys_of, routes_of
-from megatron_sov.train.data.described import COUNTS
-from megatron_sov.train.data.rounds import ADVANTAGE, BEHAVIOUR, SOURCE
+from megatron_sov.rollouts.store import RULES, RolloutStore, are_rows_sound, read_keys, read_routes
+from megatron_sov.train.data.rounds import ADVANTAGE, BEHAVIOUR, ROUNDS_SOURCE
+from megatron_sov.train.data.token_manifest import COUNTS
 
 SHARD_TOKENS = 1 << 22
 """Response tokens after which a shard ends, at the end of a piece."""
@@ -58,7 +58,7 @@ def split_into_shards(pieces: Iterable[RoundPiece]) -> list[RoundShard]:
         if sum(other.num_tokens for other in groups[-1]) >= SHARD_TOKENS:
             groups.append([])
         groups[-1].append(piece)
-    return [RoundShard(f"{SOURCE}/train-{i:05d}", tuple(group)) for i, group in enumerate(groups)]
+    return [RoundShard(f"{ROUNDS_SOURCE}/train-{i:05d}", tuple(group)) for i, group in enumerate(groups)]
 
 
 @dataclass(frozen=True)
@@ -66,15 +66,12 @@ class WrittenShard:
     """Counts and files of a shard, for the manifest."""
 
     counts: Mapping[str, int]
-    """`COUNTS`."""
     files: Mapping[str, FileRecord]
     """Path in the round -> digest and size of the file."""
 
 
 @dataclass(frozen=True)
 class ShardWriter:
-    """Writes the shards of a round."""
-
     store: RolloutStore
     temperature: float
     """Required sampling temperature of the responses."""
@@ -90,10 +87,10 @@ class ShardWriter:
     @property
     def sidecars(self) -> list[str]:
         """Suffixes of the files other than tokens."""
-        return [*self._dtypes, WRITTEN]
+        return [*self._column_dtypes, WRITTEN]
 
     @property
-    def _dtypes(self) -> dict[str, str]:
+    def _column_dtypes(self) -> dict[str, str]:
         """Suffix -> dtype of the files that `IndexedWriter` writes next to the tokens."""
         dtypes = {BEHAVIOUR: "float32"} | {name + PER_DOCUMENT: "float32" for name in self.numbers}
         if self.routes is not None:
@@ -110,7 +107,7 @@ class ShardWriter:
         prefix = folder / shard.prefix
         counts, written = dict.fromkeys(COUNTS, 0), [np.zeros(0, bool)]
         with translate_disk_errors(folder):
-            with IndexedWriter(prefix, DTYPE, self._dtypes) as writer:
+            with IndexedWriter(prefix, DTYPE, self._column_dtypes) as writer:
                 for piece in shard.pieces:
                     lengths, columns, flags = self._read_documents(piece)
                     writer.write(lengths, columns)
@@ -133,8 +130,8 @@ class ShardWriter:
         index = starts[piece.places[:, 0]] + piece.places[:, 1]
         whole = pa.concat_tables(tables)
         table = whole.drop_columns([ROUTES] if self.routes is not None else []).take(index)
-        prompts, prompt_lengths = _flatten(table, "prompt_tokens")
-        tokens, token_lengths = _flatten(table, "tokens")
+        prompts, prompt_lengths = _flatten_arrays(table, "prompt_tokens")
+        tokens, token_lengths = _flatten_arrays(table, "tokens")
         lengths = prompt_lengths + token_lengths
         self._check_responses(table, lengths)
         # Tokens of all documents in a row: True after the prompt of each.
@@ -142,21 +139,21 @@ class ShardWriter:
                            np.stack([prompt_lengths, token_lengths], 1).reshape(-1))
         ids, logprobs = np.empty(len(is_response), np.int32), np.zeros(len(is_response), np.float32)
         ids[~is_response], ids[is_response] = prompts, tokens
-        logprobs[is_response] = _flatten(table, "logprobs")[0]
+        logprobs[is_response] = _flatten_arrays(table, "logprobs")[0]
         # Tokens of tools and prompts are part of the document but not labels.
         written = np.zeros(len(is_response), bool)
-        written[is_response] = _flatten(table, "versions")[0] != NOT_WRITTEN
+        written[is_response] = _flatten_arrays(table, "versions")[0] != NOT_WRITTEN
         columns = {"bin": ids, BEHAVIOUR: logprobs,
                    **{name + PER_DOCUMENT: piece.numbers[name] for name in self.numbers}}
         if self.routes is not None:
-            routes = routes_of(whole)
+            routes = read_routes(whole)
             columns[ROUTES] = _join_routes(self.routes, table, [routes[i] for i in index.tolist()], lengths)
         return lengths.astype(np.int32), columns, written
 
     def _read_part(self, name: str, fields: Sequence[str]) -> pa.Table:
-        table = self.store.table_of(self.store.part(name), fields)
+        table = self.store.read_columns(self.store.part(name), fields)
         checked = table.drop_columns([column for column in table.column_names if column.startswith("route")])
-        if not all_sound(checked, self.store.vocab_size):
+        if not are_rows_sound(checked, self.store.vocab_size):
             raise UserError(f"{self.store.part_path(name)}: has a row that breaks a rule without a note of "
                             "its problem; delete the part, and it is generated again")
         return table
@@ -191,12 +188,12 @@ def _join_routes(shape: RouteShape, table: pa.Table, routes_of_row: Sequence[np.
     return joined
 
 
-def _flatten(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
+def _flatten_arrays(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the values of a column of lists, and the length of each list."""
     column = table[name].combine_chunks()
     return column.flatten().to_numpy(), column.value_lengths().to_numpy().astype(np.int64)
 
 
 def _describe_row(table: pa.Table, row: int) -> str:
-    [key] = keys_of(table.slice(row, 1))
+    [key] = read_keys(table.slice(row, 1))
     return f"round {table['round'][row].as_py()}: sample {key.sample} of prompt {key.prompt}"

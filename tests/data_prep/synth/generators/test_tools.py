@@ -40,6 +40,7 @@ def test_a_domain_becomes_a_world_that_can_be_played() -> None:
     assert world.call("find_member", {"email": "mina@example.com"})["name"]
 
 
+@pytest.mark.tier1_cases(3)
 @pytest.mark.parametrize(("what", "check"), [
     ("row of another type", "honest types"), ("argument that nothing uses", "honest types"),
     ("fails for arguments that it allows", "honest types"), ("differs from call to call", "honest types"),

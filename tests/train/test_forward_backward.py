@@ -37,7 +37,8 @@ def make(alone: Any, packed_data: Any, tmp_path: Path) -> Iterator[Make]:
         made.append(trainer)
         batch = trainer.objective.prepare(trainer.objective.collect(trainer.policy, 0))
         return SimpleNamespace(
-            computation=trainer.computation, objective=trainer.objective, batch=batch, model=trainer.model,
+            forward_backward=trainer.forward_backward, objective=trainer.objective, batch=batch,
+            model=trainer.model,
             seed=trainer.config.train.seed,
             load=trainer.expert_load.gather)
 
@@ -63,9 +64,9 @@ def test_gradients_and_sums_are_those_of_the_whole_batch_however_it_is_cut(make:
     for size in (1, 4, 8):
         run = make(f"train.micro_batch_size={size}")
         assert len(run.batch.micro_batches) == 8 // size
-        sums = run.computation.sums(run.batch, run.objective, 1)
+        sums = run.forward_backward.run(run.batch, run.objective, 1)
         found.append((flat(sums), gradients(run.model)))
-        assert run.computation.is_finite
+        assert run.forward_backward.is_finite
     for sums, gradient in found[1:]:
         torch.testing.assert_close(sums, found[0][0], rtol=1e-6, atol=0)
         torch.testing.assert_close(gradient, found[0][1], rtol=1e-3, atol=1e-6)
@@ -74,7 +75,7 @@ def test_gradients_and_sums_are_those_of_the_whole_batch_however_it_is_cut(make:
 
 def test_sums_are_terms_then_loss_and_targets_of_each_source(make: Make) -> None:
     run = make("train.micro_batch_size=2")
-    sums = run.computation.sums(run.batch, run.objective, 1)
+    sums = run.forward_backward.run(run.batch, run.objective, 1)
     assert list(sums.terms) == sorted(run.objective.coefficients)
     losses, targets = sums.by_source.T
     assert len(losses) == 2, "even and odd"
@@ -99,24 +100,24 @@ def test_meters_are_means_over_the_whole_batch_however_it_is_cut(make: Make) -> 
                            for name in ("labels", "weights"))
         expected = float((labels % 2)[weights > 0].double().mean())
         assert 0 < expected < 1
-        assert run.computation.sums(run.batch, run.objective, 1).meters == {
+        assert run.forward_backward.run(run.batch, run.objective, 1).meters == {
             "rows": 1.5, "odd": pytest.approx(expected, rel=1e-12)}
     run.objective.meters = ("rows",)
     with pytest.raises(UserError, match=r"meters \['never', 'odd', 'rows'\]"):
-        run.computation.sums(run.batch, run.objective, 1)
+        run.forward_backward.run(run.batch, run.objective, 1)
 
 
 def with_routes(data: Path, folder: Path, known: float) -> Path:
     """Write token shards once more, with drawn routes of so many of their tokens."""
-    from megatron_sov.train.data.requirements import shape_of
+    from megatron_sov.train.data.requirements import build_route_shape
 
-    shape = shape_of(apply_settings(recipes.get("tiny-solar-open"), SETTINGS).model)
+    shape = build_route_shape(apply_settings(recipes.get("tiny-solar-open"), SETTINGS).model)
     random, manifest = np.random.default_rng(0), read_manifest(data, "tokens")
     with create_artifact(folder, "tokens") as artifact:
         sources = open_sources({str(data): 1.0}, 368)
         for source, record in zip(sources, manifest.content["sources"], strict=True):
             for split in ("train", "heldout"):
-                shard = source.shard(split)
+                shard = source.open_split(split)
                 prefix = f"{source.name}-{split}"
                 with IndexedWriter(artifact.path / prefix, "uint16", {"routes": shape.dtype}) as writer:
                     for document, length in enumerate(shard.lengths):
@@ -138,7 +139,7 @@ def test_routes_of_data_are_replayed_and_the_share_is_told(make: Make, packed_da
                        ("unknown", with_routes(packed_data.text, tmp_path / "unknown", 0.0)),
                        ("recorded", with_routes(packed_data.text, tmp_path / "recorded", 0.75))):
         run = make("train.micro_batch_size=2", data=data)
-        sums = run.computation.sums(run.batch, run.objective, 1)
+        sums = run.forward_backward.run(run.batch, run.objective, 1)
         found[name] = sums.terms["lm"], sums.meters
     routes = np.concatenate([m.inputs.routes for m in run.batch.micro_batches])
     padding = np.concatenate([m.inputs.padding.numpy() for m in run.batch.micro_batches])
@@ -153,8 +154,8 @@ def test_a_loss_that_is_no_number_is_known_to_the_process_that_computed_it(make:
     run = make("train.micro_batch_size=2", faults="nan@step=2")
     finite = []
     for step in (1, 2, 3):
-        sums = run.computation.sums(run.batch, run.objective, step)
-        finite.append([run.computation.is_finite,
+        sums = run.forward_backward.run(run.batch, run.objective, step)
+        finite.append([run.forward_backward.is_finite,
                        *(bool(v.isfinite().all()) for v in (flat(sums), gradients(run.model)))])
     assert finite == [[True] * 3, [False] * 3, [True] * 3]
 
@@ -166,12 +167,12 @@ def test_what_is_computed_twice_is_equal_though_dropout_draws_and_leaves_no_trac
     probed, plain = make(*settings), make(*settings)
     own = []
     for turn in (0, 1):
-        probed.computation.own_gradients(probed.batch, probed.objective, 1, turn)
+        probed.forward_backward.compute_local_gradients(probed.batch, probed.objective, 1, turn)
         own.append(gradients(probed.model))
     assert torch.equal(own[0], own[1])
-    probed_sums = flat(probed.computation.sums(probed.batch, probed.objective, 1))
+    probed_sums = flat(probed.forward_backward.run(probed.batch, probed.objective, 1))
     rng.seed_step(plain.seed, 0)
-    assert torch.equal(flat(plain.computation.sums(plain.batch, plain.objective, 1)), probed_sums)
+    assert torch.equal(flat(plain.forward_backward.run(plain.batch, plain.objective, 1)), probed_sums)
     assert torch.equal(gradients(plain.model), gradients(probed.model))
     assert torch.equal(plain.load(), probed.load()), "experts are counted once"
     assert not torch.equal(gradients(probed.model), own[0]), "a part of the batch is not the batch"
@@ -181,6 +182,6 @@ def test_a_process_that_lies_the_second_time_is_off_by_one_bit(make: Make) -> No
     run = make("train.micro_batch_size=2", faults="miscompute@step=1")
     own = []
     for turn in (0, 1):
-        run.computation.own_gradients(run.batch, run.objective, 1, turn)
+        run.forward_backward.compute_local_gradients(run.batch, run.objective, 1, turn)
         own.append(gradients(run.model))
     assert int((own[0] != own[1]).sum()) == 1

@@ -15,7 +15,7 @@ COUNTS = ("num_documents", "num_tokens", "num_bytes")
 """Of a shard, and of a split over its shards."""
 
 
-def source_record(name: str, format: str, sidecars: Iterable[str], shards: Sequence[Mapping[str, Any]]
+def build_source_record(name: str, format: str, sidecars: Iterable[str], shards: Sequence[Mapping[str, Any]]
                   ) -> dict[str, Any]:
     """Return the record of a source all of which is trained.
 
@@ -31,7 +31,7 @@ def source_record(name: str, format: str, sidecars: Iterable[str], shards: Seque
                        "heldout": {"shards": [], **dict.fromkeys(COUNTS, 0)}}}
 
 
-def check_described(path: str, content: dict[str, Any]) -> None:
+def check_token_manifest(path: str, content: dict[str, Any]) -> None:
     """Refuse a manifest that another program, or a slip in an editor, has left without a part.
 
     Args:

@@ -1,0 +1,247 @@
+"""Forward and backward passes of a training step: from a global batch to gradients and loss sums."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.decode.forward_only import run_pipeline, split_depths
+from megatron_sov.engine.model import replica_checks
+from megatron_sov.engine.model.expert_load import ExpertLoad
+from megatron_sov.engine.model.graphs import RouterGraphs
+from megatron_sov.engine.model.language_model import LanguageModel
+from megatron_sov.engine.model.logprobs import build_head
+from megatron_sov.engine.optimizer.optimizer import Optimizer
+from megatron_sov.engine.parallel import collectives
+from megatron_sov.engine.parallel.rng import seed_step
+from megatron_sov.engine.parallel.values import Shapes, flatten_tensors, unflatten_tensors
+from megatron_sov.model.config import RunConfig
+from megatron_sov.train.guards.fault_injection import FaultInjector
+from megatron_sov.train.guards.guards import ComputeClock
+from megatron_sov.train.objectives.microbatch import MicroBatch
+from megatron_sov.train.objectives.objective import (
+    GlobalBatch, LossSums, Objective, compute_total_loss, get_meters)
+
+BY_SOURCE, METERS, ROUTES = "by source", "all meters", "all routes"
+"""Entries of the all-reduced message next to the loss terms, whose names have no spaces."""
+REPLAYED = "replayed_routes"
+"""Meter for data with routes: share of expert choices that were replayed."""
+
+
+class ForwardBackward:
+    """Forward and backward passes on one rank; all ranks call every method together."""
+
+    def __init__(self, config: RunConfig, model: LanguageModel, optimizer: Optimizer, expert_load: ExpertLoad,
+                 num_sources: int, faults: FaultInjector, clock: ComputeClock | None) -> None:
+        self._config, self._model, self._optimizer, self._expert_load = config, model, optimizer, expert_load
+        self._graphs = RouterGraphs(model, optimizer.wrapped, optimizer.library)
+        self._num_sources, self._faults, self._clock = num_sources, faults, clock
+        self._step = 0
+        self.is_finite = True
+        """Whether this rank's loss sums of the last step were finite."""
+        self.local_result: LocalResult | None = None
+        """This rank's result of the last step; set if `guards.attribute` is on."""
+        self._local_checksum: int | None = None
+        expert_load.before_sync = self._end_local_passes
+
+    def run(self, batch: GlobalBatch, objective: Objective, step: int) -> StepSums:
+        """Compute the gradients of the global batch, left in the model, and return its loss sums.
+
+        Args:
+            batch: this rank's part of the global batch, with denominators.
+            objective: loss terms and meters.
+            step: from 1.
+        """
+        self._step = step
+        if self._clock is not None:
+            self._clock.start()
+        packed_sums = self._run_passes(batch, batch.micro_batches, objective,
+                                       self._faults.get_loss_factor(step))
+        if self._config.guards.attribute:
+            self.local_result = self._build_local_result(packed_sums, objective, self._local_checksum)
+        names = get_meters(objective)
+        if packed_sums:
+            local_sums = torch.stack(packed_sums).sum(0).cpu()
+        else:
+            # a stage without losses sends zeros of the same length: the sum over ranks needs equal shapes
+            size = len(objective.coefficients) + 2 * self._num_sources + 2 * len(names)
+            local_sums = torch.zeros(size, dtype=torch.float64)
+        # before the sum over ranks, which would spread the NaN of one rank to all
+        self.is_finite = bool(local_sums.isfinite().all())
+        # after the check for finite values: route counts are equal on all stages
+        local_sums = torch.cat([local_sums, _count_replayed_routes(batch.micro_batches)])
+        # only the last stage has losses: one message over data-parallel ranks, then one over stages
+        global_sums = collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local_sums))
+        totals = unflatten_tensors(global_sums, {**self._list_shapes(objective), ROUTES: (2,)})
+        by_source = totals.pop(BY_SOURCE)
+        meter_sums = torch.cat([totals.pop(METERS), totals.pop(ROUTES)[None]]).tolist()
+        meters = {name: total / count
+                  for name, (total, count) in zip([*names, REPLAYED], meter_sums, strict=True) if count}
+        return StepSums({term: float(value) for term, value in totals.items()}, by_source, meters)
+
+    def compute_local_gradients(self, batch: GlobalBatch, objective: Objective, step: int,
+                                turn: int) -> None:
+        """Compute this rank's gradients of the first micro-batches, left in the model without a sum over
+        ranks.
+
+        Args:
+            batch: of the step.
+            objective: loss terms.
+            step: from 1; seeds dropout, so that every turn draws the same.
+            turn: from 0; an injected fault corrupts later turns only, so that turns differ.
+        """
+        # an interleaved schedule takes whole multiples of pp micro-batches
+        count = self._config.parallel.pp if self._config.parallel.vpp > 1 else 1
+        seed_step(self._config.train.seed, step - 1)
+        self._run_unsynced(batch, batch.micro_batches[:count], objective)
+        if turn:
+            self._inject_miscompute(step)
+        self._expert_load.reset_counts()
+        seed_step(self._config.train.seed, step - 1)
+
+    def recompute_step(self, batch: GlobalBatch, objective: Objective, step: int) -> LocalResult:
+        """Compute this rank's part of `step` (from 1) again, with the random numbers of the first time."""
+        seed_step(self._config.train.seed, step - 1)
+        packed_sums = self._run_unsynced(batch, batch.micro_batches, objective)
+        result = self._build_local_result(packed_sums, objective, self._compute_checksum())
+        self._expert_load.reset_counts()
+        return result
+
+    def _run_unsynced(self, batch: GlobalBatch, micro_batches: Sequence[MicroBatch],
+                      objective: Objective) -> list[Any]:
+        with replica_checks.disable_gradient_sync(self._model, self._optimizer.wrapped):
+            return self._run_passes(batch, micro_batches, objective, 1.0)
+
+    def _run_passes(self, batch: GlobalBatch, micro_batches: Sequence[MicroBatch], objective: Objective,
+                    loss_factor: float) -> list[Any]:
+        """Run the pipeline schedule; on the last stage, return the packed sums of each micro-batch.
+
+        Args:
+            batch: of the step.
+            micro_batches: all of the batch, or its first ones.
+            objective: loss terms and meters.
+            loss_factor: 1, or the factor of an injected fault.
+        """
+        self._model.config.routing_step.begin(batch.seq_len, batch.num_sequences)
+        terms, meters = sorted(objective.coefficients), get_meters(objective)
+
+        def compute_loss(hidden: torch.Tensor, micro_batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            head = build_head(self._model, self._config.train.head_chunk_tokens)
+            depths = split_depths(hidden, self._config.model.num_predictions)
+            sums = objective.loss(depths, head, micro_batch)
+            # float64 for the log; the graph keeps the dtype of the losses
+            values = {term: sums.terms[term].detach().double() * loss_factor for term in terms}
+            total = compute_total_loss(sums, objective.coefficients, micro_batch.denominators)
+            packed_sums = flatten_tensors(
+                {**values, BY_SOURCE: sums.by_source, METERS: _stack_meters(sums, meters)})
+            return total * loss_factor, packed_sums
+
+        row_tokens = len(batch.micro_batches[0].inputs.tokens)
+        self._graphs.prepare(row_tokens, batch.seq_len, len(micro_batches),
+                             whole=len(micro_batches) == len(batch.micro_batches))
+        self._optimizer.zero_grad()
+        return run_pipeline(self._optimizer.wrapped, micro_batches, compute_loss, row_tokens,
+                            forward_only=False)
+
+    def _build_local_result(self, packed_sums: list[Any], objective: Objective,
+                            checksum: int | None) -> LocalResult:
+        if not packed_sums:
+            return LocalResult(torch.zeros(0, dtype=torch.float64), checksum)
+        sums = torch.stack(packed_sums).cpu()
+        shapes = self._list_shapes(objective)
+        by_source = torch.stack([unflatten_tensors(row, shapes)[BY_SOURCE] for row in sums])
+        total, count = by_source.sum(1).unbind(1)
+        return LocalResult(sums, checksum, tuple((total / count.clamp(min=1)).tolist()))
+
+    def _end_local_passes(self) -> None:
+        """Stop the clock and take the gradient checksum: this rank now waits for the gradients of others."""
+        # before the clock stops: an injected delay has to count as computing time
+        time.sleep(self._faults.delay_s(self._step))
+        self._inject_miscompute(self._step)
+        if self._clock is not None:
+            self._clock.stop()
+        # with overlap, gradients are already summed over ranks and would name no process
+        if self._config.guards.attribute and not self._config.parallel.overlap_grad_reduce:
+            self._local_checksum = self._compute_checksum()
+
+    def _inject_miscompute(self, step: int) -> None:
+        fault = self._faults.take_due("miscompute", "step", step)
+        if fault is not None:
+            replica_checks.flip_bit(replica_checks.list_gradients(self._model)[0], fault.options.get("bit"))
+
+    def _compute_checksum(self) -> int:
+        return int(replica_checks.compute_checksum(replica_checks.list_gradients(self._model)))
+
+    def _list_shapes(self, objective: Objective) -> Shapes:
+        return {**dict.fromkeys(sorted(objective.coefficients), ()), BY_SOURCE: (self._num_sources, 2),
+                METERS: (len(get_meters(objective)), 2)}
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """Loss sums and meters of a step over the global batch."""
+
+    terms: dict[str, float]
+    """Term -> weighted sum of its losses, sorted by name."""
+    by_source: torch.Tensor
+    """[sources, 2] float64: sum of losses and number of targets of each source."""
+    meters: dict[str, float]
+    """Meter -> mean; meters with a count of 0 are left out."""
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """Result of one rank for a step, before any sum over ranks."""
+
+    sums: torch.Tensor
+    """[micro-batches, values] float64 on the host: packed sums; empty except on the last pipeline stage."""
+    gradients: int | None
+    """Checksum of the local gradients; None: they were summed over ranks during the backward pass."""
+    losses: tuple[float, ...] = ()
+    """Mean loss per target of each micro-batch."""
+
+    def __eq__(self, other: object) -> bool:
+        """Compare bits: NaN equals the same NaN. A missing gradient checksum equals any."""
+        if not isinstance(other, LocalResult):
+            return False
+        if self.sums.shape != other.sums.shape:
+            return False
+        if not torch.equal(self.sums.view(torch.int64), other.sums.view(torch.int64)):
+            return False
+        return None in (self.gradients, other.gradients) or self.gradients == other.gradients
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _stack_meters(sums: LossSums, names: tuple[str, ...]) -> torch.Tensor:
+    """Return [meters, 2] float64: sum and count of each meter, in the order of `names`.
+
+    Raises:
+        UserError: `sums.meters` has other names than the objective declares; all ranks rely on `names`.
+    """
+    if set(sums.meters) != set(names):
+        raise UserError(f"the objective returned the meters {sorted(sums.meters)} and declares "
+                        f"{sorted(names)}; name in `meters` what its `loss` returns")
+    device = sums.by_source.device
+    values = [torch.as_tensor(value, dtype=torch.float64, device=device).detach()
+              for name in names for value in sums.meters[name]]
+    return torch.stack(values).reshape(-1, 2) if values else sums.by_source.new_zeros(0, 2)
+
+
+def _count_replayed_routes(micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
+    """Return [2] float64: recorded expert choices and all expert choices of rows with routes."""
+    counts = torch.zeros(2, dtype=torch.float64)
+    for inputs in (micro_batch.host.inputs for micro_batch in micro_batches):
+        if inputs.routes is None:
+            continue
+        # one choice stands for all of a layer; the largest number of the dtype marks "not recorded"
+        first_choices = inputs.routes[~inputs.padding.numpy(), :, 0]
+        num_recorded = (first_choices != np.iinfo(first_choices.dtype).max).sum()
+        counts += torch.tensor([num_recorded, first_choices.size])
+    return counts
