@@ -146,11 +146,13 @@ def check_arguments(parsed: argparse.Namespace, command: Any) -> None:
 
     try:
         options_class = getattr(parsed, "options_class", None)
-        if hasattr(parsed, "dry_run") or hasattr(options_class, "dry_run"):
+        has_dry_run = hasattr(parsed, "dry_run") or hasattr(options_class, "dry_run")
+        if options_class is not None:
+            options = read_options(options_class, parsed)
+        if has_dry_run:
             parsed.dry_run = True
             command.run(parsed)
         elif options_class is not None:
-            options = read_options(options_class, parsed)
             action = getattr(command, "ACTIONS", {}).get(getattr(parsed, "action", ""), command)
             action = action.load() if isinstance(action, Command) else action
             if isinstance(action, DeclaredCommand) and action.run_function:  # else the check does the work
@@ -158,7 +160,9 @@ def check_arguments(parsed: argparse.Namespace, command: Any) -> None:
             elif check := getattr(action, "check_proposal", None):
                 check(options)
     except SettingsError as e:
-        problems = [problem for problem in e.problems if not is_placeholder(str(problem.value))]
+        # some commands take --dry-run with other options alone
+        problems = [problem for problem in e.problems
+                    if not is_placeholder(str(problem.value)) and problem.key != "--dry-run"]
         if problems:
             raise SettingsError(e.where, problems) from None
 

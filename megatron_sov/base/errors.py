@@ -7,10 +7,11 @@ import os
 import re
 import shlex
 import sys
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -172,39 +173,30 @@ def format_problems(subject: str, problems: Sequence[str], remedy: str = "") -> 
 
 
 class RowProblems:
-    """Problems of a file's rows; rows with the same problem become one line, and all are counted."""
+    """Problems of a file's rows; rows with the same problem become one line."""
 
     def __init__(self) -> None:
-        self._places: dict[str, list[str]] = {}
-        self._counts: Counter[str] = Counter()
+        self._places: defaultdict[str, list[str]] = defaultdict(list)
 
     def __bool__(self) -> bool:
-        return bool(self._counts)
+        return bool(self._places)
 
     def add(self, place: str, problem: str) -> None:
         """Add the problem of a row; `place`: "line 3", or another name."""
-        self._counts[problem] += 1
-        # of a file of another format all rows are bad
-        if problem in self._places or len(self._places) < MAX_ROW_PROBLEMS:
-            places = self._places.setdefault(problem, [])
-            if len(places) < MAX_PLACES:
-                places.append(place)
+        self._places[problem].append(place)
 
     def format(self, subject: str, remedy: str) -> str:
         """Format all problems as `format_problems` does."""
-        lines = []
-        for problem, places in self._places.items():
-            more = self._counts[problem] - len(places)
-            ending = f" and {more:,} more" if more else ""
-            # "line 1, line 2" is "lines 1, 2"
-            is_lines = len(places) > 1 and all(place.startswith("line ") for place in places)
-            named = "lines " * is_lines + ", ".join(
-                place.removeprefix("line ") if is_lines else place for place in places)
-            lines.append(f"  {named}{ending}: {problem}")
-        left = len(self._counts) - len(self._places)
-        count = self._counts.total()
-        return "\n".join([f"{subject}: {count:,} bad row{'s' if count > 1 else ''}; {remedy}", *lines,
-                          *([f"  and {left:,} other problems"] if left else [])])
+        count = sum(map(len, self._places.values()))
+        lines = [f"{subject}: {count:,} bad row{'s' if count > 1 else ''}; {remedy}"]
+        for problem, places in islice(self._places.items(), MAX_ROW_PROBLEMS):
+            more = f" and {len(places) - MAX_PLACES:,} more" if len(places) > MAX_PLACES else ""
+            named = ", ".join(places[:MAX_PLACES])
+            if len(places) > 1:  # "line 1, line 2" is "lines 1, 2"
+                named = re.sub(r"\Aline ", "lines ", named).replace(", line ", ", ")
+            lines.append(f"  {named}{more}: {problem}")
+        left = len(self._places) - MAX_ROW_PROBLEMS
+        return "\n".join([*lines, *([f"  and {left:,} other problems"] if left > 0 else [])])
 
 
 def suggest_name(name: str, known: Iterable[str], prefix: str = "") -> str:

@@ -218,7 +218,8 @@ def read_prompts(path: Path, renames: Renames = (), option: str = OPTION, *, is_
         UserError: the file cannot be read, has no rows, or bad rows, of which the first are named.
     """
     problems, columns = RowProblems(), list[str]()
-    prompts = PromptList.from_prompts(_iter_prompts(path, renames, option, is_asked, problems, columns), option)
+    found = _iter_prompts(path, renames, option, is_asked, problems, columns)
+    prompts = PromptList.from_prompts(found, option)
     if problems:
         if len(prompts):  # other rows have the fields
             columns = []
@@ -232,7 +233,7 @@ def read_prompts(path: Path, renames: Renames = (), option: str = OPTION, *, is_
 
 def _iter_prompts(path: Path, renames: Renames, option: str, is_asked: bool, problems: RowProblems,
                   columns: list[str]) -> Iterator[RolloutPrompt]:
-    """Yield the valid rows of a file, repetitions included; append the others to `problems`, and values of
+    """Yield the valid rows, repetitions included; append the others to `problems`, and values of
     --columns with which a row may be a prompt to `columns`."""
     unread: dict[str, None] = {}
     for place, record in _iter_records(path, renames, option):

@@ -80,24 +80,18 @@ def unwrap_launcher(typed: Sequence[str]) -> list[str] | None:
         return rest if rest and not rest[0].startswith("-") else ["train", *rest]
     if word not in launchers["starters"].split():
         return None
-    processes = ""
-    while rest and not rest[0].endswith(".py") and rest[0] not in ("-m", "--module"):
-        name, equals, value = rest.pop(0).partition("=")
-        takes_value = name.startswith("-") and not equals and rest and not rest[0].startswith("-") and (
-            not rest[0].endswith(".py"))
-        if takes_value:
-            value = rest.pop(0)
-        if "--nproc" in by_word("options").get(normalize(name), ()) or name in ("-n", "-np"):
-            processes = value
-    script = rest[1 if rest[:1] and rest[0].startswith("-") else 0:][:1]
-    rest = rest[rest.index(script[0]) + 1:] if script else rest
-    name = Path(script[0]).stem.removeprefix("run_") if script else "train"
-    if "." in name:  # axolotl.cli.train
-        name = name.rpartition(".")[2]
-    if name not in ("megatron_sov", "megatron-sov"):
-        rest = [name, *rest]
-    rest = unwrap_launcher(rest) or rest if rest else ["train"]
-    return [*rest, "--nproc", processes] if processes.isdigit() and "--nproc" not in rest else rest
+    # options of the starter, then a script or `-m MODULE`, then its arguments
+    at = next((n for n, one in enumerate(rest) if one.endswith(".py") or one in ("-m", "--module")),
+              len(rest))
+    ours = by_word("options")
+    words = [part for one in rest[:at] for part in one.split("=", 1)]
+    processes = next((value for name, value in pairwise(words) if value.isdigit() and (
+        "--nproc" in ours.get(normalize(name), ()) or name in ("-n", "-np"))), "")
+    script, *rest = rest[at + (rest[at:at + 1] in (["-m"], ["--module"])):] or ["train.py"]
+    name = script.removesuffix(".py").replace("/", ".").rpartition(".")[2].removeprefix("run_")
+    rest = rest if name == "megatron_sov" else [name, *rest]
+    rest = unwrap_launcher(rest) or rest if rest else ["--help"]
+    return [*rest, "--nproc", processes] if processes and "--nproc" not in rest else rest
 
 
 def _fill_template(begin: str, text: str, typed: Sequence[str]) -> UserError:
@@ -151,20 +145,22 @@ def _with_output(line: str, typed: Sequence[str]) -> str:
 def _names_model(typed: Sequence[str]) -> bool:
     """Return whether words, or another program's configuration file among them, name a model."""
     words = [normalize(one.partition("=")[0]) for one in typed if one.startswith("-")]
-    for path in map(Path, typed):
-        if path.suffix in (".yaml", ".yml", ".json") and path.is_file():
-            words += [key.lower() for key in read_foreign(path, lambda key: "." in key)]
+    words += [key.lower() for key in _read_configurations(typed)]
     return any(word == "from" or "--from" in by_word("options").get(word, ()) for word in words)
 
 
 def _find_stage(typed: Sequence[str]) -> str:
     """Return what another program's configuration file among words trains by, e.g. "dpo"; "": unknown."""
-    for path in map(Path, typed):
-        if path.suffix in (".yaml", ".yml", ".json") and path.is_file():
-            for key, values in read_foreign(path, lambda key: "." in key).items():
-                if key.lower() in ("stage", "rl", "rlhf", "algorithm") and values:
-                    return {"pt": "train", "rm": "reward-model"}.get(values[0].lower(), values[0].lower())
-    return ""
+    stages = [values[0].lower() for key, values in _read_configurations(typed).items()
+              if key.lower() in ("stage", "rl", "rlhf", "algorithm") and values]
+    return {"pt": "train", "rm": "reward-model"}.get(stages[0], stages[0]) if stages else ""
+
+
+def _read_configurations(typed: Sequence[str]) -> dict[str, list[str]]:
+    """Return key -> values of other programs' configuration files among words."""
+    return {key: values for path in map(Path, typed)
+            if path.suffix in (".yaml", ".yml", ".json") and path.is_file()
+            for key, values in read_foreign(path, lambda key: "." in key).items()}
 
 
 def _names_output(option: str) -> bool:

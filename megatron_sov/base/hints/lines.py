@@ -25,7 +25,7 @@ _PLACEHOLDER = re.compile(r"(?!ACCOUNT\Z)(?:[AB]|[A-Z][A-Z_]+)(?:[|:,/][A-Z_]+)*
                           r"|\[NAME=\].*|(?:\w+=FIELD,?)+\Z|\w+=FILE\Z|(?:\w+\.)+\w+=[A-Z]+\Z")
 """Word of a proposed line that stands for a value that nobody typed: DIR, FILE|DIR, DIR:WEIGHT, A.json,
 [NAME=]PATH, en=FILE, prompt=FIELD.  Checks accept any ACCOUNT."""
-_ADVICE = re.compile(r"(?:pass|add|take|use|write|set|name yours with|with|by) `?(?:--set )?"
+_ADVICE = re.compile(r"(?:pass|add|take|use|write|set|name yours with) `?(?:--set )?"
                      r"((--[a-z][\w-]*) (?!(?:to|or|and|for|of|in|on|is|with|as|if|by|the|a|at)\b)"
                      r"([^\s`;,)(]+)|[a-z_]+(?:\.\w+)+=[^\s`;,)(]+)(?! to `)")
 """Option or setting with its value, as a sentence recommends it."""
@@ -65,9 +65,12 @@ class _Proposal:
         if error is not None and not any(_names_word(error.sentence, word)
                                          for word in [*placeholders, *self.new_paths]):
             return error
-        said = " ".join([*self.sentences, *self.left])
+        return self.find_path_fault(" ".join([*self.sentences, *self.left]), is_named=False)
+
+    def find_path_fault(self, said: str, *, is_named: bool) -> UserError | None:
+        """Return the first fault of a path that a message names, or does not name; no check is run."""
         return next((fault for path, fault in find_path_faults(self.program, self.line)
-                     if not _names_word(said, path)), None)
+                     if _names_word(said, path) == is_named), None)
 
     def _run_check(self) -> UserError | None:
         token = _is_check.set(True)
@@ -111,13 +114,14 @@ def propose_line(program: str, typed: Sequence[str], error: UserError, check: Ch
     made = _Proposal(program, typed, check, list(typed))
     tried = {tuple(typed)}
     fault: UserError | None = error
-    while fault is not None and len(made.sentences) < MAX_FAULTS:
+    while fault is not None and len(made.sentences) + len(made.left) < MAX_FAULTS:
         if fault.fix is None:
-            fault = _find_path_fault(made, fault) or fault
+            fault = made.find_path_fault(fault.sentence, is_named=True) or fault
         fix = _find_fix(made, fault)
         if fix is None:
             made.left.append(fault.sentence)
-            other = _find_other_fault(made)
+            # checks see no further than a fault without a fix
+            other = made.find_path_fault(" ".join([*made.sentences, *made.left]), is_named=False)
             if fault is error and other is None:
                 return error
             fault = other
@@ -160,19 +164,6 @@ def _find_fix(made: _Proposal, fault: UserError) -> Fix | None:
                                  or words[1].partition("=")[0] in after.sentence):
             return fix
     return None
-
-
-def _find_path_fault(made: _Proposal, fault: UserError) -> UserError | None:
-    """Return the fault with a fix of a path that another fault names."""
-    return next((other for path, other in find_path_faults(made.program, made.line)
-                 if other.fix is not None and _names_word(fault.sentence, path)), None)
-
-
-def _find_other_fault(made: _Proposal) -> UserError | None:
-    """Return a path fault that is not said yet; no check sees further than a fault without a fix."""
-    said = " ".join([*made.sentences, *made.left])
-    return next((fault for path, fault in find_path_faults(made.program, made.line)
-                 if not _names_word(said, path)), None)
 
 
 def mend_line(program: str, line: Sequence[str], fix: Fix) -> list[str] | None:

@@ -12,22 +12,17 @@ from pathlib import Path
 
 from megatron_sov.base.errors import Fix, UserError, fix_missing
 from megatron_sov.base.hints.kinds import DATA_SUFFIXES, kind_of_folder
+from megatron_sov.base.hints.table import table
+from megatron_sov.base.hints.values import value_after
 
-INPUTS = ("--from", "--data", "--prompts", "--input", "--tokenizer", "--teacher", "--reference", "--base",
-          "--validation")
-"""Options that name a file or folder to read."""
 DATA_OPTIONS = ("--data", "--prompts", "--input", "--validation")
-KIND_NAMES = {"tokenizer": "a tokenizer", "run": "a run", "checkpoint": "a checkpoint",
-              "hf": "a Hugging Face folder",
-              "peft": "an adapter", "tokens": "token shards", "megatron": "a Megatron-LM checkpoint"}
-FORMATS = {"sft": "chat", "prefer": "preference"}
-"""Command -> format of the records that it learns from; others learn from text."""
+INPUTS = (*DATA_OPTIONS, "--from", "--tokenizer", "--teacher", "--reference", "--base")
+"""Options that name a file or folder to read."""
 
 
 def find_path_faults(program: str, line: Sequence[str]) -> Iterator[tuple[str, UserError]]:
     """Yield (path as typed, its fault) for the paths of a command line."""
-    words = [part for word in line
-             for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    words = [part for word in line for part in (word.split("=", 1) if word[:2] == "--" else [word])]
     for option, value in pairwise(words):
         path = re.sub(r"(?<=.):[\d.]+\Z", "", value)
         if "=" in path and not Path(path).exists():
@@ -58,29 +53,25 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
     if place.name == "manifest.json" and kind_of_folder(place.parent) == "tokens":
         return UserError(f"--data {path}: is the manifest of token shards; pass their folder",
                          Fix(words={path: str(place.parent)}))
-    if not place.is_dir():
-        return None
-    kind = kind_of_folder(place)
-    if kind in KIND_NAMES and kind != "tokens":
-        return UserError(f"--data {path}: is {KIND_NAMES[kind]}, where token shards or a file of records are "
-                         "needed",
+    kind, kinds = kind_of_folder(place), table()["kinds"]
+    if kind in kinds and kind != "tokens":
+        return UserError(f"--data {path}: is {kinds[kind]}; pass token shards or a file of records",
                          Fix(options=("--data", _find_only("tokens") or "DIR")))
-    files = [name for name in os.listdir(place) if name.endswith(DATA_SUFFIXES) and name != "manifest.json"]
-    if kind in KIND_NAMES or not files:
+    if kind == "tokens" or not place.is_dir() or not any(
+            name.endswith(DATA_SUFFIXES) for name in os.listdir(place) if name != "manifest.json"):
         return None
     tokenizer, before = _find_tokenizer(line)
     shards = name_free_path(f"{place.name}-tokens")
-    kinds = ["--format", FORMATS[line[0]]] if line[0] in FORMATS else []
-    pack = shlex.join(["sov-data", "pack", "--tokenizer", tokenizer, *kinds, "--input", path, "--output",
-                       shards])
+    form = {"sft": "--format chat ", "prefer": "--format preference "}.get(line[0], "")
+    pack = f"sov-data pack --tokenizer {tokenizer} {form}" + shlex.join(["--input", path, "--output", shards])
     return UserError(f"--data {path}: is a folder of text, which has to be packed first",
                      Fix(words={path: shards}, before=(*before, pack)))
 
 
 def _find_tokenizer(line: Sequence[str]) -> tuple[str, tuple[str, ...]]:
-    """Return a tokenizer to pack with, and the commands that make it: that of --from, or the only one of the
-    current folder."""
-    start = next((value for option, value in pairwise(line) if option == "--from"), "")
+    """Return a tokenizer to pack with, that of --from or the only one of the current folder, and the commands
+    that make it."""
+    start = value_after(line, "--from")
     if start and (Path(start) / "tokenizer.json").is_file():
         output = name_free_path(f"{Path(start).name}-tokenizer")
         return output, (shlex.join(["sov-tokenizer", "import", start, "--output", output]),)
@@ -96,11 +87,8 @@ def _find_only(kind: str) -> str:
 def _find_output_fault(path: str) -> UserError | None:
     """Return the fault of a run's folder that holds something else."""
     place = Path(path)
-    if place.is_file():
-        return UserError(f"--run {path}: is a file, where a new folder is needed",
-                         Fix(options=("--run", name_free_path(f"{place.with_suffix('')}-run"))))
-    kind = kind_of_folder(place)
-    if kind not in KIND_NAMES or kind == "run":
+    held = "a file" if place.is_file() else table()["kinds"].get(kind_of_folder(place), "")
+    if held in ("", table()["kinds"]["run"]):
         return None
-    return UserError(f"--run {path}: is {KIND_NAMES[kind]}, where a new folder is needed",
-                     Fix(options=("--run", name_free_path(f"{path}-run"))))
+    return UserError(f"--run {path}: is {held}, where a new folder is needed",
+                     Fix(options=("--run", name_free_path(f"{place.with_suffix('')}-run"))))

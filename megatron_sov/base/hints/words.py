@@ -111,7 +111,6 @@ class _Rewrite:
         if not value or value.lower() in SWITCHED:
             holes["run"] = value_after(self.typed, "--run", "--output_dir", "--output-dir") or "RUN"
         holes["output"] = value_after(self.typed, "--output") or "DIR"
-        # the value of an option is no folder of ours: --format hf
         taken = {word for option, word in pairwise(self.typed) if option.startswith("-")}
         folder = next((word for word in self.typed if word not in taken and not word.startswith("-")), "DIR")
         fix = None if Path(folder).exists() else fix_missing(folder)
@@ -232,12 +231,9 @@ def _propose_resume(parser: argparse.ArgumentParser, typed: Sequence[str]) -> No
     run = next((value for option, value in pairwise(typed) if option == "--resume"
                 and not value.startswith("-")), "")
     if run:
-        kept = [word for option, word in pairwise(typed) if option == "--set"]
-        sets = [part for setting in kept for part in ("--set", setting)]
-        program = parser.prog.split()[0]
-        raise UserError(f"{parser.prog}: --resume takes no value; `{program} resume RUN` continues a run by "
-                        "its recipe, data and settings",
-                        Fix(f"{program} resume {shlex.join([run, *sets])}"))
+        sets = [part for pair in pairwise(typed) if pair[0] == "--set" for part in pair]
+        raise UserError(f"{parser.prog}: --resume takes no value; `megatron-sov resume RUN` continues a run",
+                        Fix(f"megatron-sov resume {shlex.join([run, *sets])}"))
 
 
 def _move_run(parser: argparse.ArgumentParser, typed: Sequence[str]) -> None:
@@ -325,8 +321,7 @@ def _add_foreign(made: _Rewrite, option: str, file: str, leaves: Mapping[str, li
     # values that follow from several, e.g. accumulated micro-batches, are computed from the file too
     made.typed = [*made.typed, *(word for key, values in leaves.items()
                                  for word in (f"--{last_part(key)}", *values[:1]))]
-    renamed = []
-    # a file with sections of ours alone is the user's own, with keys in wrong places
+    renamed = []  # of a file with sections of ours alone: the user's own, with keys in wrong places
     is_own = made.exists is not None and all(made.exists(key.partition(".")[0]) for key in leaves)
     for key, values in leaves.items():
         num_words = len(made.words) + len(made.first)

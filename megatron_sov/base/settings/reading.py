@@ -285,10 +285,11 @@ def _suggest_equivalent(key: str, value: str) -> str:
     unknown."""
     command_notes = table()["commands"]["megatron-sov"] if key.rpartition(".")[2] == "method" else {}
     command = next((text for words, text in command_notes.items() if value.lower() in words.split()), "")
-    if hint := note_on(value) or command:
-        return f"; {hint}"
     equivalent = _find_equivalent(key, value)
-    return f"; {'pass --set' if '=' in equivalent else 'it is'} {equivalent} here" if equivalent else ""
+    if equivalent and not command:
+        return f"; {'pass --set' if '=' in equivalent else 'it is'} {equivalent} here"
+    hint = command or note_on(value)
+    return f"; {hint}" if hint else ""
 
 
 def _find_equivalent(key: str, value: str) -> str:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sov.base.documents.layouts import describe_turns
 from megatron_sov.base.errors import Fix, RowProblems, UserError
 from megatron_sov.base.hints.commands import unwrap_launcher
 from megatron_sov.base.hints.lines import mend_line, propose_line
 from megatron_sov.base.hints.paths import find_path_faults
-from tests.base.hints.test_lines import lines
+from tests.base.hints.test_lines import CHAT, lines
 from tests.base.hints.test_words import answer
 
 
@@ -108,6 +109,12 @@ def test_a_command_of_ours_is_no_launcher() -> None:
     assert unwrap_launcher(["serve", "hf"]) is None
 
 
+def test_turns_of_foreign_names_cannot_be_named() -> None:
+    record = {"id": 1, "utterances": [{"speaker": "a", "text": "b"}]}
+    assert describe_turns(record).startswith("'utterances' is a list of turns with 'speaker' and 'text'")
+    assert describe_turns({"messages": [{"role": "user", "content": "b"}]}) == ""
+
+
 def test_equal_problems_of_rows_are_one_line() -> None:
     problems = RowProblems()
     for number in range(1, 21):
@@ -131,22 +138,18 @@ def test_equal_problems_of_rows_are_one_line() -> None:
     ("megatron-sov recipes tiny-llama --set checkpoint.every_steps=2",
      ["--set train.checkpoint_every_steps=2"]),
     ("sov-data sample d --n 2 --split validation", ["sov-data sample d --count 2 --split heldout"]),
-    ("sov-tokenizer train --input t.txt --output o", ["--preset", "is missing"]),
-    ("sov-data pack --tokenizer tok --input c.jsonl --heldout 5% --output o",
+    ("sov-tokenizer train --files t.txt --vocab_size 9 --output o", ["--preset is missing"]),
+    ("sov-data pack --tokenizer tok2 --input c.jsonl --heldout 5% --output o",
      ["--heldout 0.05 --text-field content"]),
-    ("sov-data pack --tokenizer tok --format chat --input turns.jsonl --output o",
-     ["'utterances' is a list of turns with 'speaker' and 'text'"]),
     ("megatron-sov serve hf --tensor-parallel-size 2 --max-model-len 9",
      ["in one process", "write\n  megatron-sov serve hf --max-length 9"])])
 def test_the_answer_has_every_fault_and_the_line(typed: str, parts: list[str], tmp_path: Path,
                                                  monkeypatch: pytest.MonkeyPatch,
                                                  capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    turns = {"utterances": [{"speaker": "a", "text": "b"}]}
-    for name, text in {"hf/model.safetensors": "", "hf/config.json": "{}", "t.jsonl": '{"messages": []}',
+    for name, text in {"hf/model.safetensors": "", "hf/config.json": "{}", "t.jsonl": CHAT,
                        "t.txt": "a", "tok/manifest.json": json.dumps({"kind": "tokenizer"}),
                        "d/manifest.json": "{}", "c.jsonl": '{"content": "x"}',
-                       "turns.jsonl": json.dumps(turns),
                        "run/events.jsonl": "", "run/config.json": "{}",
                        "own.yml": "train: {steps: 2, lr: 3e-4, warmup: 3}\noptim: {learning_rate: 3e-4}",
                        "axolotl.yml": "base_model: hf\nlora_r: 8\ndatasets: [{path: t.jsonl, type: x}]",
