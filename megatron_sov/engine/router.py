@@ -42,7 +42,7 @@ UINT16_MARK = -1
 
 @dataclass(frozen=True)
 class RecordedRoutes:
-    """Recorded routes of local tokens in one layer."""
+    """Recorded routes for local tokens in a layer."""
 
     experts: torch.Tensor
     """[tokens, top_k] int64; arbitrary values for tokens without a record."""
@@ -51,7 +51,7 @@ class RecordedRoutes:
 
 
 class RouteTable:
-    """Routes of all tokens in the step's local micro-batches, concatenated."""
+    """Routes for the tokens in the step's local micro-batches, concatenated."""
 
     def __init__(self, routes: np.ndarray, first_layer: int) -> None:
         """Copy the routes to the device.
@@ -188,7 +188,7 @@ EPSILON = 1e-20
 
 @dataclass
 class RoutingStep:
-    """State of the current optimizer step, shared by the process's routers.
+    """Optimizer step state, shared by the process's routers.
 
     The config holds it as `routing_step`. Inputs are constant within a step, so recomputation in the backward
     pass sees the values of the forward pass.
@@ -197,7 +197,7 @@ class RoutingStep:
     seq_len: int = 0
     """Tokens per sequence; a micro-batch is a row of whole sequences."""
     num_sequences: int | torch.Tensor = 1
-    """Sequences of the global batch, over which the balancing loss is averaged."""
+    """Sequences in the global batch, over which the balancing loss is averaged."""
     aux_loss: dict[int, torch.Tensor] = field(default_factory=dict)
     """Layer number -> local part of the step's balancing loss, always in the same memory."""
     counts_evaluation: bool = False
@@ -205,9 +205,9 @@ class RoutingStep:
     rows: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     """(local tokens, sequence tokens) -> [local tokens] int64 sequence index, shared by all layers."""
     padding: torch.Tensor | None = None
-    """Padding mask of the current row, for routers that receive none."""
+    """Current row's padding mask, for routers without a mask argument."""
     shared: SharedPrompts | None = None
-    """Shared prompts of the current row; requires a model without pipeline stages."""
+    """Current row's `SharedPrompts`; requires a model without pipeline stages."""
     table: RouteTable | None = None
     """Routes that the step replays. None: routers choose."""
     record: dict[int, list[torch.Tensor]] | None = None
@@ -420,7 +420,7 @@ class BalancedRouter(TopKRouter):
 
     def _get_sequence_index(self, num_tokens: int, step: RoutingStep,
                             device: torch.device) -> tuple[torch.Tensor, int]:
-        """Return the sequence index of each local token, and the number of sequences in the micro-batch."""
+        """Return a sequence index per local token, and the number of sequences in the micro-batch."""
         split = context.get_cp_size() * (self.tp_group.size() if self.config.sequence_parallel else 1)
         key = num_tokens, step.seq_len
         if key not in step.rows:

@@ -50,7 +50,7 @@ class HeldoutData:
 
     @cached_property
     def _cut_sources(self) -> dict[int, tuple[Documents, list[OrderedSample]]]:
-        """Source index -> (documents, samples per row)."""
+        """Source index -> (`Documents`, `OrderedSample` per row)."""
         opened = {index: source.open_split("heldout") for index, source in self.judged()}
         return {index: (shard, build_heldout_samples(shard, index, self.seq_len, self.max_tokens))
                 for index, shard in opened.items()}
@@ -73,7 +73,7 @@ class HeldoutData:
 def open_heldout(paths: dict[str, float], seq_len: int, max_tokens: int, *,
                  model_vocab_size: int = sys.maxsize, model_tokenizer: Path | None = None,
                  formats: tuple[str, ...] = TEXTS) -> HeldoutData:
-    """Open the held-out splits in token artifacts.
+    """Open the held-out splits in token artifacts as `HeldoutData`.
 
     Args:
         paths: folder -> weight; the weights are ignored.
@@ -131,7 +131,7 @@ def evaluate_rows(data: HeldoutData, compute_losses: Callable[[PackedRow], np.nd
 
 
 def evaluate_forward_model(loaded: LoadedModel, data: HeldoutData) -> dict[str, HeldoutLoss]:
-    """Return source name -> loss for a loaded model (collective)."""
+    """Return source name -> loss for a `ForwardModel` (collective)."""
     check_encoders(loaded.config.model, data.sources)
     rows = compute_rows_per_batch(loaded, data.seq_len, data.max_tokens)
     sizes = data.bytes_of_token(loaded.config.model.vocab_size)
@@ -149,7 +149,8 @@ def compute_rows_per_batch(loaded: LoadedModel, seq_len: int, max_tokens: int = 
 
 
 def evaluate_hf(model: Any, data: HeldoutData) -> dict[str, HeldoutLoss]:
-    """Return source name -> loss for a transformers model, on equal targets and contexts.
+    """Return source name -> loss for a transformers model, on the targets and contexts of
+    `evaluate_forward_model`.
 
     Raises:
         UserError: the data have images or audio, which the transformers model does not read.
@@ -162,7 +163,7 @@ def evaluate_hf(model: Any, data: HeldoutData) -> dict[str, HeldoutLoss]:
 
 @torch.no_grad()
 def compute_row_losses(model: Any, row: PackedRow) -> np.ndarray:
-    """Return a row's losses [n] in nats.
+    """Return the losses [n] at a row's targets, in nats (`-log p`).
 
     Each document is a separate line of the batch, padded at its end, where causal attention ignores padding.
     """

@@ -95,7 +95,7 @@ class _Difference:
         self._num_compared += len(reference)
 
     def build_checks(self) -> list[ParityCheck]:
-        """Return the checks for the largest difference and the greedy tokens."""
+        """Return a `ParityCheck` for the largest difference and for the greedy tokens."""
         # Rounding errors grow with the logits.
         limit = MAX_DIFFERENCE * self._scale
         return [ParityCheck("largest difference of a logit", self._largest, limit, self._largest <= limit,

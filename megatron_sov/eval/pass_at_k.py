@@ -35,13 +35,13 @@ class PromptCounts:
 
     @property
     def num_scored(self) -> int:
-        """Sample count n in the estimators."""
+        """Samples with a reward, n in `compute_pass_at_k`."""
         return self.num_right + sum(self.wrong.values()) + self.num_silent
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Estimate over the prompts with enough samples."""
+    """`Mean` over the prompts with enough samples."""
 
     k: int
     value: float
@@ -52,7 +52,8 @@ class Estimate:
 
 
 def compute_pass_at_k(num_samples: int, num_right: int, k: int) -> float:
-    """Return the probability that k samples, drawn from n without replacement, contain a right sample.
+    """Return the probability that k samples, drawn from n without replacement, contain a right sample
+    (`pass@k`).
 
     1 - C(n - c, k) / C(n, k), the unbiased estimator of Chen et al. (arXiv 2107.03374, equation 1).
 
@@ -67,8 +68,8 @@ def compute_pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 
 
 def compute_majority_at_k(num_right: int, wrong: Mapping[str, int], num_silent: int, k: int) -> float:
-    """Return the probability that the most frequent final answer of k samples, drawn without replacement, is
-    right.
+    """Return the probability that the most frequent final answer among k samples, drawn without replacement,
+    is right (`maj@k`).
 
     A tie of m answers is broken uniformly. All draws are counted, as the coefficient of x^k in a product of
     one polynomial per answer: given a right samples among k, another answer may occur less than a times, or a
@@ -174,7 +175,7 @@ class ScoredResponses:
             counts.num_silent += 1
 
     def figures(self, ks: Sequence[int] = ()) -> dict[str, Any]:
-        """Return pass@k, maj@k and the mean reward as JSON values.
+        """Return `pass@k`, `maj@k` and the mean reward as JSON values.
 
         Args:
             ks: values of k; empty: 1, 2, 4, ... up to the smallest number of scored samples of a prompt.

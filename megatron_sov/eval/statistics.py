@@ -20,7 +20,7 @@ MAX_T_FREEDOM = 300
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean over items, with confidence interval."""
+    """Mean over `num_items` items, with confidence interval."""
 
     value: float
     standard_error: float | None
@@ -33,7 +33,7 @@ class Mean:
 
 
 def estimate_mean(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Mean:
-    """Return the mean item score with a confidence interval.
+    """Return the mean item score with a confidence interval as `Mean`.
 
     Scores between 0 and 1 get the interval of `compute_mean_interval`, other scores Student's t over
     clusters.

@@ -108,9 +108,9 @@ class ServerOptions:
     """Servers for `--engine vllm`."""
 
     engine_python: Annotated[Path | None, Flag(value="FILE")] = None
-    """The interpreter that has the engine (default: SOV_ENGINE_PYTHON of the environment, or this one)."""
+    """Python interpreter with the engine (default: $SOV_ENGINE_PYTHON, or the current interpreter)."""
     engine_url: Annotated[tuple[str, ...], Flag(value="URL")] = ()
-    """A server that somebody else has started; repeat it for several."""
+    """Address of a running server; repeat the option for several servers."""
 
     def places(self, run: Path) -> ServerLocations:
         """Return a run's server addresses, log folder and interpreter.

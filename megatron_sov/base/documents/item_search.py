@@ -188,7 +188,7 @@ def _strip_markup(match: re.Match[str]) -> str:
 
 
 def _replace_letters(text: str) -> tuple[str, _Step]:
-    """Replace letters by Latin look-alikes; return the new text and the `Origins` function."""
+    """Replace letters by Latin look-alikes; return the new text and the `_Step` that computes origins."""
     # complete table: `translate` would raise and catch an exception for each missing character
     table = {ord(c): _to_latin(c) for c in set(text)}
 

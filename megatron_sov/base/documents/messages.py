@@ -49,7 +49,7 @@ class BadRecord(Exception):
 
 @dataclass(frozen=True)
 class Message:
-    """A turn in a conversation."""
+    """A turn in a `Conversation`."""
 
     role: str
     """A role in `ROLES`."""
@@ -76,7 +76,7 @@ class Message:
         return (*((self.reasoning,) if self.reasoning else ()), self.content, *calls)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the message as a dictionary for chat templates."""
+        """Return `role`, `content` and further fields as a dictionary for chat templates."""
         # templates of gpt-oss read `thinking`
         optional = {"reasoning_content": self.reasoning, "thinking": self.reasoning,
                     "tool_calls": list(self.tool_calls)}

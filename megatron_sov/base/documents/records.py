@@ -169,13 +169,13 @@ class Document:
     messages: Messages = ()
     """A chat, or a preference's prompt."""
     chosen: Messages = ()
-    """A preference's better continuation."""
+    """A preference's better continuation (`chosen`)."""
     rejected: Messages = ()
-    """A preference's worse continuation."""
+    """A preference's worse continuation (`rejected`)."""
     tools: tuple[dict[str, Any], ...] = ()
-    """Tool descriptions."""
+    """Tool descriptions (`tools`)."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """Chat template variables."""
+    """Chat template variables (`chat_template_kwargs`)."""
     num_prompt: int = 0
     """Number of leading messages that form a prompt shared with other chats (held out together); 0: not
     shared."""

@@ -243,7 +243,7 @@ def draw_legend(entries: Sequence[tuple[str, str, bool]]) -> Markup:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Heat map; NaN cells stay empty."""
+    """Heat map over `values`; NaN cells stay empty."""
 
     rows: Sequence[str]
     columns: Sequence[str]

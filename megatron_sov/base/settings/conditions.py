@@ -70,7 +70,7 @@ class When:
 
 
 class AnyOf:
-    """At least one condition must hold."""
+    """At least one condition must hold (`When`, `AllOf`)."""
 
     def __init__(self, *parts: Condition) -> None:
         self.parts = parts
@@ -90,7 +90,7 @@ class AnyOf:
 
 
 class AllOf:
-    """Every condition must hold."""
+    """Every condition must hold (`When`, `AnyOf`)."""
 
     def __init__(self, *parts: Condition) -> None:
         self.parts = parts

@@ -321,7 +321,7 @@ def _find_repeated(values: Collection[Any]) -> Violation | None:
 NotBlank = Annotated[str, Bound(lambda text: None if text.strip() else (ProblemCode.BOUND,
                                                                         "must not be empty", ""))]
 UNIQUE_ITEMS = Bound(_find_repeated)
-"""List bound: every item occurs once."""
+"""List bound for `Annotated`: every item occurs once."""
 ASCENDING_PAIR = Bound(lambda pair: None if pair[0] <= pair[1] else (
     ProblemCode.BOUND, "must have the lower number first", ""))
-"""Pair bound: (lower end, upper end)."""
+"""Pair bound for `Annotated`: (lower end, upper end)."""

@@ -1,4 +1,4 @@
-"""Generation with a KV cache, at any layout.
+"""Generate with a KV cache, at any `ParallelConfig`.
 
 A row of spans passes through the pipeline stages one after the other, and through all chunks of an
 interleaved stage in turn. Processes of a context-parallel group read different sequences, as data-parallel
@@ -46,7 +46,7 @@ def all_reduce_replicas(values: torch.Tensor, operation: Any = dist.ReduceOp.SUM
 
 @dataclass(frozen=True)
 class DecodeOutput:
-    """Output of a forward pass over a row of spans."""
+    """Output from a forward pass over `PackedSpans`."""
 
     row: SpanRow
     """The row."""
@@ -167,7 +167,7 @@ class CachedDecoder:
         return self._build_head().top_tokens(self._gather_states(read, places)).cpu()
 
     def best_tokens(self, read: DecodeOutput, places: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return `top_tokens` and the log-probability [places] of each, on the last stage."""
+        """Return `top_tokens` and a log-probability [places] per token, on the last stage."""
         tokens, logprobs = self._build_head().best_tokens(self._gather_states(read, places))
         return tokens.cpu(), logprobs.cpu()
 

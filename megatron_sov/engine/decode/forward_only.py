@@ -27,12 +27,12 @@ class HasInputs(Protocol):
 
     @property
     def inputs(self) -> ModelInputs:
-        """Inputs of the model."""
+        """`ModelInputs` for the chunks."""
         ...
 
 
 Loss = Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]
-"""(hidden states of the last stage, micro-batch) -> (scalar to differentiate, anything to return)."""
+"""(last stage's hidden states, micro-batch) -> (scalar to differentiate, result)."""
 
 
 def run_pipeline(chunks: Sequence[Any], micro_batches: Sequence[HasInputs], loss: Loss, row_tokens: int, *,
@@ -107,8 +107,8 @@ class ForwardModel:
 
     @torch.no_grad()
     def map(self, micro_batches: Sequence[HasInputs], outputs: Outputs) -> list[Any]:
-        """Run forward and return the value of `outputs` for each micro-batch, on the last stage; empty on
-        other stages and without micro-batches."""
+        """Run forward and return `outputs` per micro-batch, on the last stage; empty on other stages and
+        without micro-batches."""
         if not micro_batches:
             return []
 
@@ -130,7 +130,7 @@ class ForwardModel:
             self.model.train(was_training)
 
     def logits(self, micro_batch: HasInputs, positions: torch.Tensor) -> torch.Tensor:
-        """Return full logits at positions of a micro-batch, on every process.
+        """Return full logits at a micro-batch's positions, on every process.
 
         [positions, vocabulary] float32 (float64 under fp64).
         """
@@ -155,7 +155,7 @@ class DocumentBatch:
         spans = lengths + ([num_padding] if num_padding else [])
         flat = torch.tensor([t for d in documents for t in d] + [0] * num_padding, dtype=torch.int64)
         self.ends = torch.tensor(lengths).cumsum(0) - 1
-        """[documents] int64 row index of each document's last token."""
+        """[documents] int64 row index for each document's last token."""
         self.inputs = ModelInputs(
             tokens=flat.to(device), positions=torch.cat([torch.arange(n) for n in spans]).to(device),
             cu_seqlens=torch.tensor([0, *spans]).cumsum(0).to(torch.int32).to(device),

@@ -1,4 +1,4 @@
-"""Low-rank adapters of a chunk's linear layers, output head and token embedding, at any layout.
+"""Low-rank adapters on a `Chunk`'s linear layers, output head and token embedding, at any layout.
 
 Megatron-Core's checkpoints do not contain the adapters' parameters; `local_shards` adds the blocks.
 """
@@ -32,7 +32,7 @@ COLUMN_PARALLEL = ("linear_qkv", "linear_q_proj", "_up_proj", "linear_fc1", "out
                    "self_attention.in_proj")
 """Suffixes of layers whose weight is split by rows."""
 REPLICATED = "_down_proj"
-"""Suffix of replicated layers (narrow latent projections). All other layers are split by columns."""
+"""Suffix for replicated layers (narrow latent projections). The remaining layers are split by columns."""
 
 OUTPUT_HEAD = "output_layer"
 
@@ -208,7 +208,7 @@ class LinearAdapter(torch.nn.Module):
 
     @torch.no_grad()
     def _compute_update(self) -> torch.Tensor:
-        """Return the local block of alpha / rank B A, in the shape of the layer's weight."""
+        """Return the local block of alpha / rank B A, shaped like the layer's weight."""
         width = self.factors[0].A.shape[1]
         columns: list[torch.Tensor | None] = [None] * len(self._lengths)
         for factors in self.factors:
@@ -217,8 +217,8 @@ class LinearAdapter(torch.nn.Module):
 
     @torch.no_grad()
     def compute_row_lengths(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the L2 norm of each local row of W + alpha / rank B A, computed in float32 or wider and
-        rounded to the weight's dtype."""
+        """Return the L2 norm per local row of W + alpha / rank B A, computed in float32 or wider and rounded
+        to the weight's dtype."""
         wide = torch.promote_types(weight.dtype, torch.float32)
         lengths = torch.linalg.vector_norm(weight + self._compute_update(), dim=1, dtype=wide)
         if self._row and self._group.size() > 1:
@@ -241,7 +241,7 @@ class LinearAdapter(torch.nn.Module):
 
     def adapt_output(self, weight: torch.Tensor, inputs: torch.Tensor, output: torch.Tensor,
                      bias: torch.Tensor | None) -> torch.Tensor:
-        """Return the output of the adapted layer.
+        """Return the adapted layer's output.
 
         Args:
             weight: the frozen weight.
@@ -256,7 +256,7 @@ class LinearAdapter(torch.nn.Module):
         return scaled if bias is None else scaled + bias
 
     def _compute_row_scale(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the ratio of trained to current row lengths (DoRA), [rows]."""
+        """Return trained / current row lengths (DoRA), [rows]."""
         # the current length is a constant for the gradient (DoRA, section 4.3; PEFT does the same)
         lengths = self.compute_row_lengths(weight)
         return self._concatenate_parts([None if f is None else f.magnitude for f in self._parts],
@@ -264,7 +264,7 @@ class LinearAdapter(torch.nn.Module):
 
     @torch.no_grad()
     def compute_effective_weight(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the effective weight of the adapted layer, without gradient."""
+        """Return the adapted layer's effective weight, without gradient."""
         adapted = weight + self._compute_update()
         return adapted * self._compute_row_scale(weight)[:, None] if self._dora else adapted
 
@@ -304,7 +304,7 @@ _EMBEDDING = "embedding.word_embeddings"
 
 
 class EmbeddingAdapter(torch.nn.Module):
-    """The adapter of the token embedding."""
+    """The token embedding's adapter."""
 
     def __init__(self, of: AdaptedModule, lora: LoraConfig, config: Any, rows: int) -> None:
         """Create the factors; `load.initialize_weights` sets their values.
@@ -320,7 +320,7 @@ class EmbeddingAdapter(torch.nn.Module):
         self.factors = AdapterFactors(of, lora, config, None, rows)
 
     def forward(self, tokens: torch.Tensor, embedding: Any) -> torch.Tensor:
-        """Return the adapter's addition to the embedding of tokens [rows, n]."""
+        """Return the adapter's addition to token embeddings, for ids [rows, n]."""
         b, group = self.factors.B, embedding.tp_group
         rows = tokens - embedding.vocab_start_index
         not_local = (rows < 0) | (rows >= len(b))
@@ -344,14 +344,14 @@ def build_embedding_hook(adapter: EmbeddingAdapter) -> Callable[..., torch.Tenso
 
 
 class Adapters(torch.nn.Module):
-    """The adapters of a chunk. AdaptedModule layers reference adapters only through forward hooks."""
+    """A `Chunk`'s adapters. Adapted layers reference adapters only through forward hooks."""
 
     def __init__(self, chunk: Any, model: ModelConfig, lora: LoraConfig) -> None:
-        """Create the adapters for the modules of a chunk and register their hooks."""
+        """Create adapters for a chunk's modules and register the forward hooks."""
         super().__init__()
         self.linears = torch.nn.ModuleList()
         self.head: LinearAdapter | None = None
-        """Adapter of the output head, whose weight the losses use."""
+        """Adapter for the output head, whose weight the losses use."""
         self.embedding: EmbeddingAdapter | None = None
         by_linear: dict[str, list[AdaptedModule]] = {}
         for of in find_adapted_modules(model, lora):
@@ -371,7 +371,7 @@ class Adapters(torch.nn.Module):
 
     def _attach_adapters(self, layer: Any, path: str, modules: list[AdaptedModule], lora: LoraConfig,
               config: Any) -> None:
-        """Attach adapters to one linear layer, or to the same linear layer of each local expert."""
+        """Attach adapters to a linear layer, or to the same linear layer in each local expert."""
         def create_adapter(expert: int | None = None) -> LinearAdapter:
             adapter = LinearAdapter(modules, lora, config, expert)
             self.linears.append(adapter)
@@ -394,7 +394,7 @@ class Adapters(torch.nn.Module):
         yield from (module for module in self.modules() if isinstance(module, AdapterFactors))
 
     def set_magnitudes(self, chunk: Any) -> None:
-        """Initialize the trained row lengths (DoRA) of all adapters from the frozen weights."""
+        """Initialize trained row lengths (DoRA) from the frozen weights."""
         for module in chunk.modules():
             for hook in module._forward_hooks.values():
                 if isinstance(adapter := getattr(hook, "adapter", None), LinearAdapter):

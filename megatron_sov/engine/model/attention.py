@@ -37,15 +37,15 @@ from megatron_sov.engine.parallel.device import to_device
 # bounds and call with a plain torch double of the kernel; an H200 run compared them with a dense softmax.
 
 MAX_HEAD_DIM = 256
-"""Limit of torch's flash attention, which also requires multiples of 8."""
+"""Maximum head size for torch's flash attention, which also requires multiples of 8."""
 
 Span = tuple[int, int, int]
-"""Row indices: start of a document, its first query, end of its queries. Keys run from start to end."""
+"""Row indices per document: start, first query, end of queries. Keys run from start to end."""
 
 
 @dataclass(frozen=True)
 class PieceBounds:
-    """Document bounds in the queries of a piece and in the keys that the queries reach."""
+    """Document bounds in a piece's queries and in the keys that the queries reach."""
 
     queries: torch.Tensor
     """[documents + 1] int32 cumulative lengths, on the device."""
@@ -58,7 +58,7 @@ class PieceBounds:
 
 
 def find_first_keys(documents: Sequence[Span], window_tokens: int) -> list[int]:
-    """Return the row index of each document's first key within the window (0: no window)."""
+    """Return the row index per document at which keys within the window begin (0: no window)."""
     return [max(a, start - window_tokens + 1) if window_tokens else a for a, start, _ in documents]
 
 
@@ -124,31 +124,31 @@ QUERY_BLOCK x (QUERY_BLOCK + window) with a sliding window."""
 
 @dataclass(frozen=True)
 class SharedPrompts:
-    """A row that stores the common prompt of several documents once.
+    """A row that stores a prompt shared by several documents once.
 
     Hidden states depend only on earlier tokens, so only attention reads the prompt once per document."""
 
     source: torch.Tensor
-    """[tokens of the expanded row] int64: index of the token, or the stored copy, in the packed row."""
+    """[expanded tokens] int64: index in the packed row for the token or the token's stored copy."""
     spans: list[Span]
     """Documents in the expanded row: start, first stored token, end."""
     padding: torch.Tensor
-    """[tokens of the expanded row] bool, True where a token is padding."""
+    """[expanded tokens] bool, True for padding."""
 
 
 @dataclass(frozen=True)
 class LengthGroups:
-    """The documents of a row grouped by length: with many short documents, kernel launches and slicing would
-    take most of the time."""
+    """A row's documents grouped by length: with many short documents, kernel launches and slicing would take
+    most of the time."""
 
     order: torch.Tensor | None
-    """[tokens] int64 row index of each token in the grouped order. None: the row is already grouped."""
+    """[tokens] int64 row index per token in grouped order. None: the row is already grouped."""
     inverse: torch.Tensor | None
-    """[tokens] int64 position of each row token in the grouped order."""
+    """[tokens] int64 grouped position per row token."""
     groups: list[tuple[int, int, int]]
-    """(documents, queries per document, keys per document) of each group."""
+    """(documents, queries per document, keys per document) per group."""
     keys: torch.Tensor | None = None
-    """[keys] int64 row index of the keys in grouped order, for shared prompts. None: same as `order`."""
+    """[keys] int64 row index per key in grouped order, for shared prompts. None: same as `order`."""
 
 
 def _permute_rows(values: torch.Tensor, order: torch.Tensor | None,
@@ -159,7 +159,7 @@ def _permute_rows(values: torch.Tensor, order: torch.Tensor | None,
 
 
 class _Permutation(torch.autograd.Function):
-    """Permutation of rows whose backward pass is a gather by the inverse, not a scatter-add."""
+    """Row permutation whose backward pass gathers by the inverse instead of a scatter-add."""
 
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
@@ -175,7 +175,7 @@ class _Permutation(torch.autograd.Function):
 
 @dataclass
 class PackedDocuments(PackedSeqParams):
-    """Packed-sequence parameters with the documents of a row.
+    """`PackedSeqParams` with a row's documents.
 
     If `DocumentAttention` serves, `max_seqlen_q` is the row length, so that the library's rotary table covers
     every position. The library's class has cumulative lengths on the device alone, and no shared prompts.
@@ -185,13 +185,13 @@ class PackedDocuments(PackedSeqParams):
     bounds: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int32))
     """[documents + 1] int32 cumulative document lengths."""
     longest_tokens: int = 0
-    """Length of the longest document."""
+    """Longest document in tokens."""
     row_tokens: int = 0
-    """Length of the whole row."""
+    """Row length in tokens."""
     spans: list[list[Span]] = field(default_factory=list)
-    """For each local piece, its documents or parts of documents, in order."""
+    """Documents, whole or in part, per local piece."""
     piece_bounds: dict[int, list[PieceBounds]] = field(default_factory=dict)
-    """Window -> bounds of the local pieces, cached by the first layer that needs the window."""
+    """Window -> `PieceBounds` per local piece, cached by the first layer that needs the window."""
     length_groups: LengthGroups | None = None
     """Documents grouped by length, computed by the first layer that needs them."""
     shared: SharedPrompts | None = None
@@ -203,7 +203,7 @@ class PackedDocuments(PackedSeqParams):
 
     @cached_property
     def chunks(self) -> DocumentChunks:
-        """The whole row's documents in the form of linear attention."""
+        """The whole row's documents as `DocumentChunks`, for linear attention."""
         if self.shared is not None:
             return chunk_documents(self.shared.spans, self.bounds.device)
         bounds = self.bounds.tolist() if self.host_bounds is None else self.host_bounds
@@ -237,7 +237,7 @@ class PackedDocuments(PackedSeqParams):
 
 def _group_documents(documents: Sequence[Span], device: torch.device,
                      shared: SharedPrompts | None) -> LengthGroups:
-    """Group the documents of a row by length."""
+    """Group a row's documents by length."""
     by_length: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
     row_index = 0  # of a document's first query in the row
     for start, first, stop in documents:
@@ -259,7 +259,7 @@ def _group_documents(documents: Sequence[Span], device: torch.device,
 def pack_documents(bounds: torch.Tensor, max_document_tokens: int, row_tokens: int, *, own: bool = True,
                    host_bounds: Sequence[int] | None = None, shared: SharedPrompts | None = None,
                    bucketed: bool = True) -> PackedDocuments:
-    """Build the `PackedDocuments` of a row.
+    """Build `PackedDocuments` for a row.
 
     Args:
         bounds: [documents + 1] int32 cumulative lengths, from 0 to `row_tokens`.
@@ -303,7 +303,7 @@ def _round_up_to_power_of_two(number: int) -> int:
 
 def attend_document(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
                     window_tokens: int) -> torch.Tensor:
-    """Attend from the last m of L tokens of a document.
+    """Attend from the last m tokens of a document with L tokens.
 
     query [m, heads, head_dim], key and value [L, kv_heads, head_dim] -> [m, heads, head_dim].
 
@@ -359,7 +359,7 @@ def attend_document_list(documents: Sequence[tuple[torch.Tensor, ...]], scale: f
 
 def attend_equal_lengths(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                          scale: float) -> torch.Tensor:
-    """Attend causally in a batch of documents with equal lengths, without a window.
+    """Attend causally in a batch with equal document lengths, without a window.
 
     query [documents, m, heads, head_dim], key and value [documents, L, kv_heads, head_dim] -> [documents, m,
     heads, head_dim]; the m queries align with the last m keys."""
@@ -475,7 +475,7 @@ class DocumentAttention(MegatronModule):
 
     def _gather_reachable_keys(self, key: torch.Tensor,
                                value: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
-        """Gather the keys and values that the queries of each local piece reach.
+        """Gather the keys and values that each local piece's queries reach.
 
         Args:
             key, value: [local tokens, kv_heads, head_dim].

@@ -1,4 +1,4 @@
-"""Which attention kernel Transformer Engine selects for packed rows, and a cache of its selections."""
+"""Attention kernels that Transformer Engine selects for packed rows, and a cache for the selections."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def load_attention_utils() -> Any:
 
 
 def cache_attention_decisions(utils: Any) -> None:
-    """Cache Transformer Engine's choice of attention kernel per kind of call.
+    """Cache Transformer Engine's attention kernel per kind of call.
 
     Version 2.20.2 caches only the last choice (`_attention_backends`), so that alternating layers with and
     without a sliding window query cuDNN at every change. The cache distinguishes calls by parameters and
@@ -57,7 +57,7 @@ def cache_attention_decisions(utils: Any) -> None:
 
 
 def get_head_sizes(model: ModelConfig) -> tuple[int, int]:
-    """Return the head sizes of queries and values in Transformer Engine's attention."""
+    """Return head sizes for queries and values in Transformer Engine's attention."""
     latent = model.latent_attention
     if latent is None:
         return model.head_dim, model.head_dim

@@ -1,4 +1,4 @@
-"""Rows of spans: new tokens of several cached sequences, packed side by side.
+"""Rows of spans: new tokens for several cached sequences, packed side by side.
 
 A cache has one slot per active sequence. To roll back tokens, read the next ones at their positions.
 """
@@ -18,47 +18,47 @@ from megatron_sov.model.modality import EncoderInputs, join_inputs
 
 @dataclass(frozen=True)
 class CacheSize:
-    """Limits of a cache."""
+    """KV cache size."""
 
     slots: int
-    """Number of sequences."""
+    """Cached sequences."""
     max_tokens: int
-    """Length of the longest sequence in tokens, drafts included."""
+    """Longest sequence in tokens, drafts included."""
     step_tokens: int = 1
     """Longest span that may be rolled back; longer spans stay."""
 
 
 @dataclass(frozen=True)
 class CacheSpan:
-    """New tokens of one sequence."""
+    """A sequence's new tokens."""
 
     slot: int
-    """Slot of the sequence."""
+    """The sequence's slot."""
     past: int
-    """Number of cached tokens to keep; later ones are rolled back."""
+    """Cached tokens to keep; later tokens are rolled back."""
     tokens: Sequence[int]
     """New tokens, at least one."""
     encoder_inputs: EncoderInputs | None = None
-    """Images and audio of these tokens, with positions relative to the first. None: no media."""
+    """Images and audio for the span, with positions relative to the first token. None: no media."""
 
 
 @dataclass
 class CacheGroup:
-    """Adjacent spans of equal length in adjacent slots."""
+    """Adjacent spans with equal lengths in adjacent slots."""
 
     start: int
-    """Row index of the first token."""
+    """First token's row index."""
     slot: int
-    """Slot of the first span."""
+    """First span's slot."""
     length: int
-    """Tokens of each span."""
+    """Tokens per span."""
     past: list[int]
-    """Cached tokens of each sequence."""
+    """Cached tokens per sequence."""
 
 
 @dataclass
 class PackedSpans(PackedSeqParams):
-    """Packed-sequence parameters of a row of spans; Megatron-Core sees the row as one sequence."""
+    """`PackedSeqParams` for a row of spans; Megatron-Core sees the row as a single sequence."""
 
     groups: list[CacheGroup] = field(default_factory=list)
     """Groups in row order."""
@@ -72,13 +72,13 @@ class SpanRow:
     tokens: torch.Tensor
     """[tokens] int64."""
     positions: torch.Tensor
-    """[tokens] int64, counted from the start of each sequence."""
+    """[tokens] int64 position in the sequence."""
     ends: list[int]
-    """Row index after the last token of each span."""
+    """Row index after the last token, per span."""
     packed: PackedSpans
-    """Attention parameters of the spans."""
+    """`PackedSpans` for attention."""
     encoder_inputs: EncoderInputs | None = None
-    """Images and audio of the row's tokens. None: no media."""
+    """Images and audio in the row. None: no media."""
 
     def padding(self, sequence_parallel: bool) -> torch.Tensor:
         """Return the padding mask [tokens] bool; under sequence parallelism the local part."""
@@ -91,7 +91,7 @@ class SpanRow:
 
 
 def pack_spans(spans: Sequence[CacheSpan], row_tokens: int, device: torch.device) -> SpanRow:
-    """Pack spans into a row of `row_tokens` tokens, a length that the layout can split."""
+    """Pack spans into a row with `row_tokens` tokens, a length that the layout can split."""
     groups: list[CacheGroup] = []
     ends: list[int] = []
     tokens: list[int] = []

@@ -55,7 +55,7 @@ class OutputHead(ColumnParallelLinear):
 
 
 class PredictionLayer(MultiTokenPredictionLayer):
-    """Multi-token prediction (MTP) layer for rows of packed documents.
+    """Multi-token prediction (MTP) layer for packed documents.
 
     Megatron-Core shifts tokens in a loop over documents and splits each document separately under context
     parallelism. This class shifts and splits whole rows. Test:
@@ -114,7 +114,7 @@ class PredictionLayer(MultiTokenPredictionLayer):
 
 
 def shift_tokens(tokens: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
-    """Shift tokens left by one inside each document; the last token of a document becomes 0.
+    """Shift tokens left inside each document; a document's last token becomes 0.
 
     Args:
         tokens: [tokens] int64, the whole row.
@@ -128,12 +128,12 @@ def shift_tokens(tokens: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """Model inputs of one micro-batch: a row of packed documents, not split over processes."""
+    """Model inputs for a micro-batch: a row of packed documents, not split over processes."""
 
     tokens: torch.Tensor
     """[tokens] int64."""
     positions: torch.Tensor
-    """[tokens] int64, counted from the start of each document."""
+    """[tokens] int64 position in the document."""
     cu_seqlens: torch.Tensor
     """[documents + 1] int32: cumulative document lengths, from 0 to the number of tokens."""
     max_document_tokens: int
@@ -168,12 +168,12 @@ def offloaded_activations(config: Any) -> Iterator[None]:
 
 
 class LayerInputs(NamedTuple):
-    """Inputs of a chunk's first layer on this process."""
+    """Inputs for a chunk's first layer on this process."""
 
     embedded: torch.Tensor | None
     """[local tokens, 1, hidden]. None: layers read the tensor sent by the previous pipeline stage."""
     positions: torch.Tensor
-    """[1, local tokens] int64, counted from the start of each document."""
+    """[1, local tokens] int64 position in the document."""
     rotary: torch.Tensor
     """Rotary angles [local tokens, 1, 1, channels], or a table by position for the fused kernel."""
     packed: Any
@@ -190,7 +190,7 @@ class Chunk(LanguageModule):
     """
 
     def __init__(self, config: Any, model: ModelConfig, vp_stage: int | None) -> None:
-        """Create the modules of this pipeline stage.
+        """Create this pipeline stage's modules.
 
         Args:
             config: the library's `TransformerConfig`.
@@ -199,11 +199,11 @@ class Chunk(LanguageModule):
         """
         super().__init__(config)
         self.adapters: Adapters | None = None
-        """Low-rank adapters of the linear layers, trained instead of the weights."""
+        """Low-rank adapters on the linear layers, trained instead of the weights."""
         self.encoders: MediaEncoders | None = None
-        """Encoders of images and audio. Only the first chunk of a multimodal model has them."""
+        """Image and audio encoders, only on a multimodal model's first chunk."""
         self.wait_for_head: Callable[[], None] | None = None
-        """Waits until the all-gather of the updated head weight finishes. None: no gather is pending."""
+        """Waits until the updated head weight's all-gather finishes. None: no gather is pending."""
         self._excludes_weights = False
         """Whether `_start_offloading` has excluded the weights from activation offloading."""
         # Megatron-Core's schedules, gradient reductions and data-parallel wrapper read these attributes
@@ -247,7 +247,7 @@ class Chunk(LanguageModule):
         return declared
 
     def forward(self, inputs: ModelInputs, first_route: int | None = None) -> torch.Tensor:
-        """Run the chunk on the local tokens of a row.
+        """Run the chunk on a row's local tokens.
 
         Args:
             inputs: the whole row.
@@ -298,7 +298,7 @@ class Chunk(LanguageModule):
         return hidden
 
     def forward_cached(self, row: SpanRow) -> torch.Tensor:
-        """Run the trunk on new tokens of sequences in the KV cache (`kv_cache`).
+        """Run the trunk on new tokens for cached sequences (`kv_cache`).
 
         Returns:
             Hidden states [tokens / sequence-parallel size, 1, hidden]; the row is not split for context
@@ -313,7 +313,7 @@ class Chunk(LanguageModule):
             packed_seq_params=row.packed, padding_mask=row.padding(self.config.sequence_parallel)[None])
 
     def predict_cached(self, row: SpanRow, hidden: torch.Tensor, ahead: torch.Tensor) -> torch.Tensor:
-        """Run the MTP layer on new tokens of sequences in the KV cache.
+        """Run the MTP layer on new tokens for cached sequences.
 
         Args:
             row: the new tokens.
@@ -335,7 +335,7 @@ class Chunk(LanguageModule):
         return embedded
 
     def _compute_angles(self, packed: Any) -> torch.Tensor:
-        """Return rotary angles for all positions of the longest document, [positions, 1, 1, channels]."""
+        """Return rotary angles for the longest document, [positions, 1, 1, channels]."""
         table = self.rotary_pos_emb(max(packed.max_seqlen_q, packed.max_seqlen_kv), packed_seq=True)
         angles: torch.Tensor = table[0] if isinstance(table, tuple) else table  # YaRN also returns a factor
         return angles
@@ -380,7 +380,7 @@ class Chunk(LanguageModule):
 
 
 class OverlappedPasses(TransformerModelChunkSchedulePlan):
-    """Schedule plan of a micro-batch, cut at expert dispatch and combine (`parallel.expert_overlap`).
+    """A micro-batch's schedule plan, cut at expert dispatch and combine (`parallel.expert_overlap`).
 
     Megatron-Core computes a part of another micro-batch while tokens travel. Its first and last node handle
     neither padding nor our losses, and it accepts no MTP layer for packed rows, so the MTP layers run in the
@@ -440,7 +440,7 @@ def _build_rotary_embedding(config: Any, model: ModelConfig, cp_group: Any) -> A
 
 
 def _build_block_spec(config: Any, model: ModelConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """Return the layer specs of this chunk's part of the trunk."""
+    """Return the layer specs for this chunk's trunk layers."""
     first = get_transformer_layer_offset(config, vp_stage)
     local = build_layer_specs(config, model)[first:first + get_num_layers_to_build(config, vp_stage)]
     return TransformerBlockSubmodules(layer_specs=local, layer_norm=get_norm_class(config))

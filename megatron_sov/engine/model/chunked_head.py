@@ -22,22 +22,22 @@ from torch.autograd.function import once_differentiable
 from megatron_sov.engine.parallel import context
 
 PRODUCT_ROWS = 8192
-"""Rows of the weight gradient per float32 product, which limits the temporary memory."""
+"""Weight gradient rows per float32 product, which limits temporary memory."""
 
 
 @dataclass(frozen=True)
 class Chunking:
-    """How the head is split into chunks of tokens."""
+    """How the head splits tokens into chunks."""
 
     chunk_tokens: int
     """C."""
     token_rows: int
-    """Local rows of the head weight that belong to token ids; padding rows follow."""
+    """Local head weight rows with token ids; padding rows follow."""
     softcap: float | None = None
     """Cap on the logits, applied before the temperature (`ModelConfig.logits_softcap`)."""
 
     def split_tokens(self, num_tokens: int) -> list[slice]:
-        """Return the chunks of `num_tokens` tokens in order; with 0 tokens, one empty chunk."""
+        """Return chunks over `num_tokens` tokens in order; with 0 tokens, an empty chunk."""
         return [slice(i, i + self.chunk_tokens) for i in range(0, max(1, num_tokens), self.chunk_tokens)]
 
 
@@ -105,7 +105,7 @@ def project_logits(states: torch.Tensor, weight: torch.Tensor, token_rows: int,
 
 @dataclass(frozen=True)
 class HeadGradients:
-    """Gradients of the token losses, accumulated over chunks; unneeded gradients are None or empty."""
+    """Token loss gradients, accumulated over chunks; unneeded gradients are None or empty."""
 
     token_weights: tuple[torch.Tensor, ...] = ()
     """[n] each, in the logits' dtype."""

@@ -1,5 +1,5 @@
-"""The gated delta rule in plain torch, with a fused alternative: linear attention of Kimi Delta Attention
-(arXiv 2510.26692), computed in chunks by the WY form of arXiv 2406.06484.
+"""The gated delta rule in plain torch, with a fused alternative: linear attention from Kimi Delta Attention
+(arXiv 2510.26692), computed in chunks by the WY form in arXiv 2406.06484.
 
 For each head with state S [key channels, value channels], per-token decay g <= 0 of each key channel and
 learning rate b:
@@ -24,32 +24,32 @@ from megatron_sov.engine.parallel.device import FLA_KERNEL, to_device
 CHUNK_TOKENS = 64
 """Tokens per chunk."""
 NORM_EPS = 1e-6
-"""Added to the squared norm of queries and keys (transformers' `l2norm`, as in flash-linear-attention)."""
+"""Added to the squared norm in queries and keys (transformers' `l2norm`, as in flash-linear-attention)."""
 
 
 @dataclass(frozen=True)
 class DocumentChunks:
-    """Documents of a row cut into chunks.
+    """A row's documents cut into chunks.
 
     Order: the first chunk of every document, then all second chunks, and so on; documents with more chunks
     come first."""
 
     tokens: torch.Tensor
-    """[chunks * CHUNK] int64 row index of each entry; the row's length for empty entries."""
+    """[chunks * CHUNK] int64 row index per entry; the row's length for empty entries."""
     places: torch.Tensor
-    """[outputs] int64 entry of each output token."""
+    """[outputs] int64 entry per output token."""
     positions: torch.Tensor
     """[tokens] int64, counted from the start of each document."""
     steps: list[int]
-    """Number of documents with a first chunk, a second chunk, and so on."""
+    """Document counts with at least 1, 2, ... chunks."""
     order: list[int]
-    """Documents by falling number of chunks; ties keep their order."""
+    """Documents by falling chunk count; ties keep the order."""
     bounds: torch.Tensor
-    """[documents + 1] int64 row indices: start of each document and end of the last."""
+    """[documents + 1] int64 row indices: document starts, then the end."""
     host_bounds: torch.Tensor
     """`bounds` on the host, which avoids a device synchronization."""
     output_tokens: torch.Tensor
-    """[outputs] int64 row indices of the output tokens."""
+    """[outputs] int64 row index per output token."""
 
 
 def chunk_documents(documents: Sequence[tuple[int, int, int]], device: torch.device) -> DocumentChunks:
@@ -87,7 +87,7 @@ def normalize_l2(values: torch.Tensor) -> torch.Tensor:
 def apply_delta_rule(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor,
                      rate: torch.Tensor, *, chunks: DocumentChunks,
                      state: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Apply the delta rule to the documents of a row, with one state per document.
+    """Apply the delta rule to a row's documents, with a state per document.
 
     Args:
         query, key: [tokens, key heads, key channels], normalized; queries are already scaled.
@@ -131,7 +131,7 @@ def apply_delta_rule(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 
 def apply_fused_delta_rule(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor,
                            rate: torch.Tensor, *, chunks: DocumentChunks, dtype: torch.dtype) -> torch.Tensor:
-    """Apply the delta rule to all documents of a row from zero states, with flash-linear-attention's kernels.
+    """Apply the delta rule to a row's documents from zero states, with flash-linear-attention's kernels.
 
     Never run on a GPU by this project: tests compare the call with the kernels' signatures, and the results
     with the plain torch versions in the same package.
@@ -165,7 +165,7 @@ def _load_fla_kernel() -> Callable[..., tuple[torch.Tensor, None]]:
 
 def _compute_decayed_products(lefts: Sequence[torch.Tensor], right: torch.Tensor,
                               decays: torch.Tensor) -> list[torch.Tensor]:
-    """Return the products of each token in a chunk with itself and all earlier tokens, with decayed channels.
+    """Return products between each token in a chunk and the tokens up to it, with decayed channels.
 
     A channel decays between two tokens by the quotient of their cumulative decays. To keep every factor at
     most 1, the chunk is halved recursively: tokens of a later half decay from the middle to the token, tokens

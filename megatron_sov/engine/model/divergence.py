@@ -38,17 +38,17 @@ PADDING_LOGIT = -1e30
 
 
 TokenSubset = slice | torch.Tensor
-"""A subset of the n local tokens: a slice, or indices [C]."""
+"""A subset among n local tokens: a slice, or indices [C]."""
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Kind and temperature of the divergence."""
+    """Divergence kind and temperature."""
 
     beta: float = 0.0
     """0: forward KL; 1: reverse KL; between: generalized Jensen-Shannon."""
     temperature: float = 1.0
-    """Divisor of both models' logits."""
+    """Divisor for both models' logits."""
 
 
 class Teacher(Protocol):
@@ -90,7 +90,7 @@ class TeacherStates:
 
 @dataclass(frozen=True)
 class TeacherTopK:
-    """The teacher's K most probable tokens and their log-probabilities."""
+    """The teacher's K most probable tokens with log-probabilities."""
 
     ids: torch.Tensor
     """[n, K] int64, distinct within a position."""
@@ -132,15 +132,15 @@ class TeacherTopK:
 
 @dataclass(frozen=True)
 class TeachersByToken:
-    """Several teachers, each responsible for some tokens."""
+    """Several teachers; each teacher covers some tokens."""
 
     owners: torch.Tensor
-    """[n] int64 on the CPU: index of each token's teacher."""
+    """[n] int64 on the CPU: teacher index per token."""
     teachers: Sequence[Teacher]
 
     def compare(self, part: TokenSubset, student: torch.Tensor, divergence: Divergence, token_rows: int
                 ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Let each teacher compare its own tokens, see `Teacher`."""
+        """Let each teacher compare the tokens assigned to it, see `Teacher`."""
         assert isinstance(part, slice), "DivergenceSums passes chunks as slices"
         owners = self.owners[part]
         values, derivative = student.new_zeros(3, len(student)), torch.zeros_like(student)
@@ -154,7 +154,7 @@ class TeachersByToken:
 
 
 class DivergenceSums(torch.autograd.Function):
-    """Weighted sums of token divergences; each sum is differentiable."""
+    """Weighted sums over token divergences; each sum is differentiable."""
 
     @staticmethod
     def forward(ctx: Any, states: torch.Tensor, weight: torch.Tensor, teacher: Teacher,

@@ -105,9 +105,9 @@ class Fusion:
     """A fused kernel: enabled if possible, unless its setting is off."""
 
     setting: str
-    """Field of `GpuConfig`."""
+    """`GpuConfig` field."""
     field: str
-    """Field of the library's `TransformerConfig`."""
+    """`TransformerConfig` field."""
     is_possible: Callable[[KernelContext], bool]
     """Whether the kernel can be enabled in this model and layout."""
     is_correct: Callable[[ModelConfig], bool] = lambda model: True
@@ -169,7 +169,7 @@ def transformer_settings(gpu: GpuConfig, train: TrainConfig, context: KernelCont
 
 
 def expert_settings(gpu: GpuConfig, context: KernelContext) -> dict[str, Any]:
-    """Return the `TransformerConfig` fields of models with experts."""
+    """Return the `TransformerConfig` fields for models with experts."""
     parallel, dispatcher = context.parallel, context.parallel.expert_dispatcher
     overlap = {"moe_shared_expert_overlap": gpu.shared_expert_overlap == "on" and context.te,
                "overlap_moe_expert_parallel_comm": parallel.expert_overlap == "micro_batches",
@@ -185,7 +185,7 @@ def expert_settings(gpu: GpuConfig, context: KernelContext) -> dict[str, Any]:
 
 
 def gradient_settings(gpu: GpuConfig, parallel: ParallelConfig, *, bf16: bool) -> dict[str, Any]:
-    """Return fields of `DistributedDataParallelConfig`; `bf16`: parameters are bf16."""
+    """Return `DistributedDataParallelConfig` fields; `bf16`: parameters are bf16."""
     # the wrapper must wait for delayed weight gradients before it reduces them
     delayed = parallel.delay_weight_grads or parallel.expert_overlap == "weight_gradients"
     return {"delay_wgrad_compute": delayed,
@@ -206,7 +206,7 @@ def moment_settings(gpu: GpuConfig) -> dict[str, Any]:
 
 
 def resolve_auto_settings(config: RunConfig, te: bool) -> dict[str, Any]:
-    """Return the effective value of each setting that may be `auto`: on or off, or the attention."""
+    """Return the effective value per setting that may be `auto`: on or off, or the attention."""
     context = KernelContext(te, config.model, config.parallel)
     own_attention = uses_document_attention(context, config.gpu.attention, config.train.deterministic)
     by_name = exchanges_heads(context, config.gpu.attention) or not own_attention
@@ -236,7 +236,7 @@ def uses_document_attention(context: KernelContext, attention: str, deterministi
 
 
 MAX_FLA_KEY_DIM = 256
-"""Largest key head size of flash-linear-attention's kernels."""
+"""Maximum key head size in flash-linear-attention's kernels."""
 
 
 def uses_delta_kernels(context: KernelContext, gpu: GpuConfig, deterministic: bool) -> bool:
@@ -344,7 +344,7 @@ def check_gpu_settings(config: RunConfig, te: bool) -> None:
 
 
 def _linear_attention_rules(config: RunConfig, context: KernelContext) -> list[tuple[bool, str, str, str]]:
-    """Return the rules of `gpu.linear_attention` = fla as (holds, setting, fault, fix)."""
+    """Return the rules for `gpu.linear_attention` = fla as (holds, setting, fault, fix)."""
     if config.gpu.linear_attention != "fla":
         return []
     sizes = context.model.linear_attention
@@ -363,7 +363,7 @@ def _linear_attention_rules(config: RunConfig, context: KernelContext) -> list[t
 
 
 def _overlap_rules(config: RunConfig, te: bool) -> list[tuple[bool, str, str, str]]:
-    """Return the rules of `parallel.expert_overlap` and `delay_weight_grads`."""
+    """Return the rules for `parallel.expert_overlap` and `delay_weight_grads`."""
     parallel, train = config.parallel, config.train
     passes = parallel.expert_overlap == "micro_batches"
     spreads = parallel.expert_overlap == "weight_gradients"
@@ -379,7 +379,7 @@ def _overlap_rules(config: RunConfig, te: bool) -> list[tuple[bool, str, str, st
 
 
 def _attention_rules(config: RunConfig, context: KernelContext) -> list[tuple[bool, str, str, str]]:
-    """Return the violated rules of `gpu.attention`."""
+    """Return the violated rules for `gpu.attention`."""
     rules: list[tuple[str, str]] = []
     attention = config.gpu.attention
     if attention not in ("auto", "local") and not context.te:

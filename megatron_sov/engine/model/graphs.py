@@ -27,7 +27,7 @@ from megatron_sov.engine.parallel.device import get_local_device
 
 
 class RouterGraphs:
-    """The graphs of a model in training. All methods are collective."""
+    """CUDA graphs for a model in training. Methods are collective."""
 
     def __init__(self, model: Any, wrapped: list[Any], optimizer: Any) -> None:
         """Store references; `prepare` captures.
@@ -123,7 +123,7 @@ def _disable_rng_states() -> Iterator[None]:
 
 
 def build_graphed_layer(layer: Any) -> Any:
-    """Return a subclass of an MoE layer whose graphs receive the padding mask, which Megatron-Core drops.
+    """Return an MoE layer subclass whose graphs receive the padding mask, which Megatron-Core drops.
 
     Args:
         layer: the library's layer class, or a subclass.

@@ -33,8 +33,7 @@ from megatron_sov.model.config import ModelConfig
 
 
 class CachedAttention(torch.nn.Module):
-    """Core attention of one layer with its cache; replaces the layer's core attention inside
-    `use_kv_cache`."""
+    """A layer's core attention with KV cache; replaces the layer's core attention inside `use_kv_cache`."""
 
     def __init__(self, size: CacheSize, softmax_scale: float, window_tokens: int) -> None:
         """Set the limits; `forward` allocates the cache.
@@ -53,13 +52,13 @@ class CachedAttention(torch.nn.Module):
         """Keys and values [slots, kv_heads, capacity, head_dim], one tensor if both are equal. None before
         the first token."""
         self.up_weight: torch.Tensor | None = None
-        """Up-projection weight of latent attention with its adapter merged, computed once. None before the
-        first token."""
+        """Latent attention's up-projection weight with merged adapter, computed once. None before the first
+        token."""
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
                 attn_mask_type: Any = None, attention_bias: None = None,
                 packed_seq_params: PackedSpans | None = None) -> torch.Tensor:
-        """Cache the new keys and values and attend to all cached tokens.
+        """Cache the new keys and values and attend to the cached tokens.
 
         Args:
             query: [tokens, heads, head_dim]; key and value: [tokens, kv_heads, head_dim]. If key and value
@@ -89,7 +88,7 @@ class CachedAttention(torch.nn.Module):
 
     def _attend_step(self, group: CacheGroup, query: torch.Tensor, key: torch.Tensor,
                      value: torch.Tensor) -> torch.Tensor:
-        """Attend from a few new tokens of many sequences: [sequences, new, heads, head_dim]."""
+        """Attend from a few new tokens in many sequences: [sequences, new, heads, head_dim]."""
         assert self.stored is not None
         device, count = query.device, len(group.past)
         past = torch.tensor(group.past, device=device)[:, None]
@@ -120,7 +119,7 @@ class CachedAttention(torch.nn.Module):
 
     def _attend_first(self, group: CacheGroup, query: torch.Tensor, key: torch.Tensor,
                       value: torch.Tensor) -> torch.Tensor:
-        """Attend from the first tokens of several sequences: [sequences, new, heads, head_dim]."""
+        """Attend from the first tokens in several sequences: [sequences, new, heads, head_dim]."""
         assert self.stored is not None
         for cache, new in zip(self.stored, (key, value), strict=False):
             cache[group.slot:group.slot + len(group.past), :, :group.length] = new.transpose(1, 2)
@@ -128,7 +127,7 @@ class CachedAttention(torch.nn.Module):
 
     def _attend_long_span(self, slot: int, past: int, query: torch.Tensor, key: torch.Tensor,
                           value: torch.Tensor) -> torch.Tensor:
-        """Attend from a span longer than a step, of one sequence: [new, heads, head_dim]."""
+        """Attend from a sequence's span that is longer than a step: [new, heads, head_dim]."""
         assert self.stored is not None
         slot_caches = [stored[slot] for stored in self.stored]
         # read before writing: in a ring, new tokens overwrite tokens that the first query still sees
@@ -152,7 +151,7 @@ class CachedAttention(torch.nn.Module):
 
 @contextlib.contextmanager
 def use_kv_cache(model: Any, size: CacheSize) -> Iterator[list[CachedAttention | RecurrentCache]]:
-    """Replace the core attention of a `LanguageModel` by caches, and yield the cache of each layer.
+    """Replace a `LanguageModel`'s core attention by `CachedAttention`, and yield the caches per layer.
 
     On exit the previous core attention returns."""
     config, architecture = model.config, model.architecture
@@ -187,7 +186,8 @@ def use_kv_cache(model: Any, size: CacheSize) -> Iterator[list[CachedAttention |
 # replicated.
 
 NORM_EPS = 1e-6
-"""Epsilon of both latent norms, independent of the model's `norm_eps` (transformers' `DeepseekV3RMSNorm`)."""
+"""Epsilon for both latent norms, independent of the model's `norm_eps` (transformers'
+`DeepseekV3RMSNorm`)."""
 
 
 def get_latent_settings(model: ModelConfig) -> dict[str, Any]:
@@ -332,7 +332,7 @@ class LatentAttention(MLASelfAttention):
         return output
 
     def _get_norm_weight(self) -> torch.Tensor:
-        """Return the weight of the norm on the compressed keys and values."""
+        """Return the norm weight for compressed keys and values."""
         fused = getattr(self.linear_kv_up_proj, "layer_norm_weight", None)
         weight: torch.Tensor = self.kv_layernorm.weight if fused is None else fused
         return weight
@@ -369,7 +369,7 @@ class LatentDocumentAttention(DocumentAttention):
 
 
 def set_latent_attention(spec: Any) -> None:
-    """Set `LatentAttention` in a layer spec, with the checkpoint names of the fused modules."""
+    """Set `LatentAttention` in a layer spec, with checkpoint names for the fused modules."""
     spec.submodules.self_attention.module = LatentAttention
     spec.submodules.sharded_state_dict_keys_map |= {
         "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",

@@ -1,4 +1,4 @@
-"""Builds the language model of a process from its chunks and prepares its parameters."""
+"""Builds a process's `LanguageModel` from chunks and prepares the parameters."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        """Write the gradients of gate and up into the two halves of one tensor."""
+        """Write the gradients for gate and up into the two halves of a tensor."""
         values, activated = ctx.saved_tensors
         gate, up = values.chunk(2, dim=-1)
         gradients = torch.empty_like(values)
@@ -126,7 +126,7 @@ def mark_parameters(chunk: torch.nn.Module) -> None:
 
 
 class LanguageModel(torch.nn.ModuleList):
-    """The local part of the model: one chunk, or several with an interleaved pipeline."""
+    """The local part of the model: a `Chunk`, or several with an interleaved pipeline."""
 
     def __init__(self, chunks: list[Chunk], architecture: ModelConfig,
                  lora: LoraConfig = NO_ADAPTERS,
@@ -139,18 +139,18 @@ class LanguageModel(torch.nn.ModuleList):
         self.encoder_training = encoder_training
         """Settings that say which encoder weights train."""
         self.adapter_base: AdapterBase | None = None
-        """Checkpoint of the frozen weights. None: the weights train, or were initialized from a seed."""
+        """Checkpoint with the frozen weights. None: the weights train, or were initialized from a seed."""
         self.chunks: tuple[Any, ...] = tuple(chunks)
         """Chunks in layer order."""
         self.config = chunks[0].config
         """The library's `TransformerConfig`."""
         self.vocab_size = architecture.vocab_size
-        """Number of token ids; a chunk's `vocab_size` is padded to a multiple of the tensor-parallel size."""
+        """Token ids; a chunk's `vocab_size` is padded to a multiple of the tensor-parallel size."""
         self.fp8_placeholders = quantized_weights.create_placeholders(self)
         """`id(parameter)` -> meta tensor that stands for an FP8 weight, see `quantized_weights`."""
         self.iter_masters: Callable[[Any, torch.nn.Parameter | None], Iterator[Any]] | None = None
-        """Maps a block of an FP8 weight to the float32 master blocks on this process. None: no optimizer
-        has created masters yet."""
+        """Maps an FP8 weight's block to the float32 master blocks on this process. None: no optimizer has
+        created masters yet."""
         self.quantize_masters: Callable[[], None] | None = None
         """Quantizes the FP8 weights from their master weights."""
         self.pending_gather: Callable[[], None] | None = None
@@ -184,7 +184,7 @@ class LanguageModel(torch.nn.ModuleList):
 def build_model(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
                 gpu: GpuConfig = DEFAULT_GPU, lora: LoraConfig = NO_ADAPTERS,
                 encoder_training: MediaConfig = ENCODER_TRAINING) -> LanguageModel:
-    """Build the local part of the model, with uninitialized weights."""
+    """Build this process's part of the model, with uninitialized weights."""
     config = build_transformer_config(model, parallel, train, gpu)
     patch_packed_rotation()
     patch_dispatcher_combine()
@@ -201,7 +201,7 @@ def build_model(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig
 
 
 def build_run_model(config: RunConfig, gpu: GpuConfig | None = None) -> LanguageModel:
-    """Build the model of a run config, see `build_model`; `gpu` replaces `config.gpu`."""
+    """Build a run config's model, see `build_model`; `gpu` replaces `config.gpu`."""
     return build_model(config.model, config.parallel, config.train, config.gpu if gpu is None else gpu,
                        config.lora, config.media)
 

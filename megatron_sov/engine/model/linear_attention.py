@@ -29,7 +29,7 @@ from megatron_sov.engine.parallel import context
 from megatron_sov.model.config import LinearAttentionConfig
 
 SPLIT_AXES = {"A_log": 0, "dt_bias": 0, "conv1d.weight": 0}
-"""Name -> axis of the parameters split by heads, without projections."""
+"""Name -> axis for parameters split by heads, without projections."""
 
 
 class WeightModule(torch.nn.Module):
@@ -70,7 +70,7 @@ class LinearAttention(MegatronModule):
     def __init__(self, config: Any, layer_number: int, projections: tuple[Any, Any, Any],
                  sizes: LinearAttentionConfig, pg_collection: Any, cp_comm_type: str | None = None,
                  name: str | None = None) -> None:
-        """Create the local part of the layer.
+        """Create this process's part of the layer.
 
         Args:
             config: the library's `TransformerConfig`.
@@ -83,7 +83,7 @@ class LinearAttention(MegatronModule):
         super().__init__(config)
         self.layer_number, self.sizes, self._group = layer_number, sizes, pg_collection.tp
         self.heads = sizes.num_key_heads // self._group.size()
-        """Number of local heads."""
+        """Local heads."""
         self.in_proj = self._build_projection(projections[0], config.hidden_size,
                                               sizes.num_key_heads * sum(sizes.projected), "fc1")
         dtype = config.params_dtype
@@ -103,7 +103,7 @@ class LinearAttention(MegatronModule):
             self._build_projection(projections[2], sizes.gate_rank, sizes.num_key_heads * width, "fc1")
             for width in (sizes.key_head_dim, sizes.value_head_dim))
         self.state_cache: RecurrentCache | None = None
-        """Cache of generated sequences. None: the layer reads rows of documents."""
+        """`RecurrentCache` for generated sequences. None: the layer reads packed documents."""
 
     def _build_projection(self, kind: Any, inputs: int, outputs: int, buffer: str) -> Any:
         """Create a linear layer whose outputs are split by heads."""
@@ -160,7 +160,7 @@ class LinearAttention(MegatronModule):
         return (-log_decay.exp() * softplus(step + bias))[..., None, :], rate.sigmoid()
 
     def _attend_documents(self, inputs: torch.Tensor, packed: PackedDocuments) -> torch.Tensor:
-        """Map [tokens, heads, channels] to [tokens, heads, 1, value channels] for rows of documents."""
+        """Map [tokens, heads, channels] to [tokens, heads, 1, value channels] for packed documents."""
         is_split = context.get_cp_size() > 1
         if is_split:
             inputs = context.exchange_tokens(inputs)
@@ -183,7 +183,7 @@ class LinearAttention(MegatronModule):
         return output_heads
 
     def get_convolution_weight(self, heads: slice = slice(None)) -> torch.Tensor:
-        """Return the convolution weight [channels, taps] of `heads`, in float32 or wider."""
+        """Return the convolution weight [channels, taps] for `heads`, in float32 or wider."""
         weight = self.conv1d().unflatten(0, (self.heads, -1))[heads]
         return weight.flatten(0, 1).squeeze(1).to(torch.promote_types(weight.dtype, torch.float32))
 
@@ -209,7 +209,7 @@ class LinearAttention(MegatronModule):
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (),
                            metadata: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Return the shards of all parameters; all but the norm are split by heads."""
+        """Return the parameter shards; except for the norm, parameters are split by heads."""
         group = (metadata or {}).get("dp_cp_group")
         declared: dict[str, Any] = {}
         parameters: dict[str, torch.Tensor] = {name: getattr(self, name) for name in ("A_log", "dt_bias")}
@@ -224,7 +224,7 @@ class LinearAttention(MegatronModule):
 
 
 class RecurrentCache:
-    """Cache of one layer for generation: recurrent state and the last convolution inputs per slot.
+    """A layer's cache for generation: recurrent state and the last convolution inputs per slot.
 
     Of a step that may be rolled back (`CacheSize.step_tokens`) only the first token enters the state at once;
     the inputs of the others are stored separately and enter with the next step if accepted.
@@ -258,7 +258,7 @@ class RecurrentCache:
 
     def _read_spans(self, group: CacheGroup, convolved: torch.Tensor, gates: torch.Tensor,
                     wide: torch.Tensor) -> torch.Tensor:
-        """Process one span for each of several sequences: [sequences, tokens, ...]."""
+        """Process a span per sequence: [sequences, tokens, ...]."""
         assert self._state is not None and self._inputs is not None and self._gates is not None
         slots, length = slice(group.slot, group.slot + len(group.past)), group.length
         self._reset_slots(group)

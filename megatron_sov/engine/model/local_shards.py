@@ -1,4 +1,4 @@
-"""The blocks of global tensors on this process: access for initialization, checkpoints and exports.
+"""Blocks of global tensors on this process: access for initialization, checkpoints and exports.
 
 A block is a view of a live parameter or buffer with its offset in a global tensor, whose name and shape are
 equal at every layout. Writing to the view changes the model. For FP8 weights the blocks are views of the
@@ -24,15 +24,15 @@ class LocalShard:
     """A contiguous block of a global tensor, in this process's memory."""
 
     key: str
-    """Name of the global tensor."""
+    """Global tensor's name."""
     data: torch.Tensor
-    """View of the live memory; its shape equals the last axes of the block."""
+    """View into live memory, shaped like the block's last axes."""
     global_shape: tuple[int, ...]
-    """Shape of the global tensor."""
+    """Global tensor's shape."""
     offset: tuple[int, ...]
-    """Index of the block's first element in the global tensor."""
+    """First element's index in the global tensor."""
     replica: tuple[int, ...]
-    """Rank among processes with the same block, as (pipeline, tensor parallel, data parallel)."""
+    """Rank among processes with an equal block, as (pipeline, tensor parallel, data parallel)."""
 
     @property
     def owned(self) -> bool:
@@ -62,7 +62,7 @@ def list_local_shards(model: LanguageModel, *, rounded: bool = False) -> list[Lo
 
 def _iter_value_blocks(model: LanguageModel, block: LocalShard, parameter: torch.nn.Parameter | None,
                        rounded: bool) -> Iterator[LocalShard]:
-    """Yield the block, or for an FP8 weight the blocks of its initial values or masters."""
+    """Yield the block, or for an FP8 weight the blocks with initial values or masters."""
     if id(parameter) not in model.fp8_placeholders:
         yield block
     elif model.iter_masters is None:
@@ -73,7 +73,7 @@ def _iter_value_blocks(model: LanguageModel, block: LocalShard, parameter: torch
 
 
 def list_declared_blocks(model: LanguageModel) -> list[LocalShard]:
-    """Return the blocks that the model declares; blocks of FP8 weights are parts of meta tensors."""
+    """Return the blocks that the model declares; for FP8 weights, blocks are parts of meta tensors."""
     model.finish_param_gather()
     blocks = []
     for chunk in model.chunks:
@@ -107,7 +107,7 @@ def _get_address(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 class ParameterLookup:
-    """Finds the parameter that a block is a view of."""
+    """Finds the parameter whose memory a block views."""
 
     def __init__(self, model: LanguageModel) -> None:
         placed = sorted(((_get_address(model.fp8_placeholders.get(id(p), p)), p) for p in model.parameters()),

@@ -22,7 +22,7 @@ from megatron_sov.engine.parallel.device import to_device
 
 @dataclass(frozen=True)
 class DivergenceStatistics:
-    """Divergence statistics per label of a row, without gradient.
+    """Divergence statistics per label in a row, without gradient.
 
     Each [T] float32 (float64 under fp64), equal on all processes of the tensor- and context-parallel groups.
     """
@@ -37,7 +37,7 @@ class DivergenceStatistics:
 
 @dataclass(frozen=True)
 class Head:
-    """The output head of the last pipeline stage."""
+    """The last pipeline stage's output head."""
 
     weight: torch.Tensor
     """[V / tp, H] local rows; V is padded to a multiple of tp."""
@@ -46,13 +46,13 @@ class Head:
     chunk_tokens: int
     """C."""
     vocab_size: int
-    """Number of token ids, without padding."""
+    """Token ids, without padding."""
     logits_softcap: float | None = None
     """Cap on the logits. None: no cap."""
 
     def cross_entropy(self, hidden: torch.Tensor, labels: torch.Tensor,
                       weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Return weighted sums of the losses ``-log p(label)``, and the losses.
+        """Return weighted sums over the losses ``-log p(label)``, and the losses.
 
         The weights are known before the logits, so one pass applies the head and computes losses and
         gradients. Each further term adds one product with the head weight.
@@ -73,7 +73,7 @@ class Head:
 
     def divergence(self, hidden: torch.Tensor, teacher: Teacher, weights: Mapping[str, torch.Tensor],
                    divergence: Divergence) -> tuple[dict[str, torch.Tensor], DivergenceStatistics]:
-        """Return weighted sums of the divergences from a teacher, and per-label statistics.
+        """Return weighted sums over divergences from a teacher, and per-label statistics.
 
         As in `cross_entropy`, the weights are known in advance and the head is applied once.
 
@@ -126,7 +126,7 @@ class Head:
 
     @torch.no_grad()
     def best_tokens(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return `top_tokens` and the log-probability [n] float32 (float64 under fp64) of each."""
+        """Return `top_tokens` and log-probabilities [n] float32 (float64 under fp64)."""
         best = [_find_best_tokens(self._project_logits(s, self._chunking.token_rows))
                 for s in states.split(self.chunk_tokens)]
         return torch.cat([token for token, _ in best]), torch.cat([logprob for _, logprob in best])

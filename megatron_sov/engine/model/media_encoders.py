@@ -24,7 +24,7 @@ Block = tuple[str, torch.Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ..
 
 
 class MediaEncoders(torch.nn.Module):
-    """The encoders of a model; the first chunk owns them."""
+    """A model's encoders, owned by the first `Chunk`."""
 
     def __init__(self, model: ModelConfig, config: Any) -> None:
         """Create the encoders; `load.initialize_weights` or a checkpoint sets their weights.
@@ -105,7 +105,7 @@ class MediaEncoders(torch.nn.Module):
 
 
 def _compute_local_index(row_tokens: int, sequence_parallel: bool, cut_for_context: bool) -> np.ndarray:
-    """Return [row tokens] int64: local index of the row's tokens, -1 on other processes."""
+    """Return [row tokens] int64: local token index, -1 on other processes."""
     if cut_for_context:
         local_tokens = context.compute_row_index(row_tokens, sequence_parallel, torch.device("cpu")).numpy()
     else:

@@ -1,4 +1,4 @@
-"""Layout-independent sums of module outputs and their gradients, for finding where two layouts differ.
+"""Layout-independent sums over module outputs and gradients, for finding where two layouts differ.
 
 Each module has two sums per step, over all tokens, channels and micro-batches: of values and of squares."""
 
@@ -21,40 +21,40 @@ Sums = tuple[float, float]
 Place = tuple[int, str]
 BEFORE_FORWARD = "before the first module"
 AFTER_FORWARD, AFTER_BACKWARD = "forward behind ", "backward of "
-"""Prefixes of step parts: a module has returned, or the gradient of a module's output has arrived."""
+"""Prefixes for step parts: a module has returned, or the gradient for a module's output has arrived."""
 REDUCTION_GROUP = "DATA_PARALLEL"
 """Substring in the names of gradient reduction groups; reduction may overlap with the backward pass."""
 _EXPERT = re.compile(r"\.local_experts\.\d+")
 _PARTIAL = re.compile(r"\.mlp\.experts(\.local_experts\.\d+(\.linear_fc2)?)?$")
 """Expert modules whose output is partial under expert tensor parallelism."""
 MAX_EXPERTS = 16
-"""Maximum number of local experts per layer for sums per expert."""
+"""Maximum local experts per layer for sums per expert."""
 _REPLICA_TOLERANCE = 1e-12
 """Relative tolerance: sums this close belong to replicas of a tensor; sums of two parts differ more."""
 
 
 @dataclass
 class ModuleSums:
-    """Sums and messages of one process."""
+    """A process's sums and messages."""
 
     group: tuple[int, ...]
-    """Ranks of its tensor-parallel group."""
+    """Ranks in the tensor-parallel group."""
     expert_group: tuple[int, ...]
-    """Ranks of its expert tensor-parallel group."""
+    """Ranks in the expert tensor-parallel group."""
     step: int = 1
-    """Number of the current step, set by the caller."""
+    """Current step, set by the caller."""
     forward: dict[Place, Sums] = field(default_factory=dict)
-    """(step, module) -> sums of its outputs, in the order of first calls."""
+    """(step, module) -> output sums, in the order of first calls."""
     backward: dict[Place, Sums] = field(default_factory=dict)
     """(step, module) -> sums over the gradients of the module's outputs, ordered by the last gradient's
     arrival: a module called twice, for example an embedding with MTP layers, is complete only after the
     last."""
     sent: dict[Place, dict[CallSite, None]] = field(default_factory=dict)
-    """(step, part), for example part `forward of MODULE`, in the order of first messages -> call sites."""
+    """(step, part), for example part `forward of MODULE` -> call sites, in the order of first messages."""
     part: str = "building"
 
     def enter(self, part: str) -> None:
-        """Start a part of the step."""
+        """Start a step part."""
         self.part, place = part, (self.step, part)
         if part.startswith(AFTER_BACKWARD):
             self.sent[place] = self.sent.pop(place, {})  # same order as `backward`: by last gradient
@@ -67,7 +67,7 @@ class ModuleSums:
         self.enter(BEFORE_FORWARD)
 
     def note(self, site: CallSite) -> None:
-        """Record the call site of a message."""
+        """Record a message's call site."""
         self.sent.setdefault((self.step, self.part), {})[site] = None
 
 
@@ -146,7 +146,7 @@ def _select_step(sums: Mapping[Place, Sums], step: int) -> dict[str, Sums]:
 
 
 def _merge_ranks(parts: Sequence[Mapping[str, Sums]], seen: Sequence[ModuleSums]) -> dict[str, Sums]:
-    """Add up the sums of all processes, counting replicas once."""
+    """Add up the processes' sums, counting replicas once."""
     joined: dict[str, Sums] = {}
     for name in dict.fromkeys(name for part in parts for name in part):
         groups: dict[tuple[int, ...], list[Sums]] = defaultdict(list)

@@ -23,7 +23,7 @@ def is_quantized(parameter: torch.Tensor) -> bool:
 
 
 def create_placeholders(module: torch.nn.Module) -> dict[int, torch.nn.Parameter]:
-    """Return `id(weight)` -> meta tensor of its shape and dtype, for each FP8 weight.
+    """Return `id(weight)` -> meta tensor with equal shape and dtype, per FP8 weight.
 
     Megatron-Core declares blocks as views of weights, and a view of an FP8 weight would be a bf16 copy.
     """
@@ -53,7 +53,7 @@ def use_placeholders(module: torch.nn.Module, by: dict[int, torch.nn.Parameter])
 
 
 def view_initial_values(parameter: Any, place: torch.Tensor) -> torch.Tensor:
-    """Return the part of a weight's initial bf16 values, which exist until the weight has masters.
+    """Return part of a weight's initial bf16 values, which exist until the weight has masters.
 
     Args:
         parameter: the weight.
@@ -71,7 +71,7 @@ def dequantize_weight(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def get_raw_data(parameter: torch.Tensor) -> torch.Tensor:
-    """Return the memory of a weight: the weight, or its FP8 bytes."""
+    """Return a weight's memory: the weight, or the FP8 bytes."""
     quantized: Any = parameter
     data: torch.Tensor = (quantized.get_data_tensors(rowwise_data=True, columnwise_data=False)
                           if is_quantized(parameter) else parameter)
@@ -87,7 +87,7 @@ def shares_gradient_memory(config: Any) -> bool:
 
 
 def optimizer_settings(config: Any) -> dict[str, Any]:
-    """Return the FP8 fields of the library's `OptimizerConfig`."""
+    """Return the FP8 fields for `OptimizerConfig`."""
     if not config.fp8_param:
         return {}
     return {"fp8_recipe": config.fp8_recipe,
@@ -95,7 +95,7 @@ def optimizer_settings(config: Any) -> dict[str, Any]:
 
 
 def quantize_local_ranges(optimizers: list[Any]) -> None:
-    """Quantize the local ranges of FP8 weights from the masters; a gather then completes the weights.
+    """Quantize local FP8 weight ranges from the masters; a gather then completes the weights.
 
     Args:
         optimizers: the library's distributed optimizers.

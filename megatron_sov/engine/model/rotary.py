@@ -16,7 +16,7 @@ from megatron_sov.model.config.model import Llama3RopeConfig
 
 
 def compute_frequencies(model: ModelConfig) -> torch.Tensor:
-    """Return the angle per position of each rotated channel pair, [pairs] float64.
+    """Return the angle per position for each rotated channel pair, [pairs] float64.
 
     RoPE (Su et al., arXiv 2104.09864, sec. 3.2.2), with one of these scalings: YaRN's "NTK-by-parts" (Peng et
     al., arXiv 2309.00071, eq. 17-22), with the ends of its ramp rounded outwards to whole channels as in
@@ -56,7 +56,7 @@ def _scale_llama3(plain: torch.Tensor, scaling: Llama3RopeConfig) -> torch.Tenso
 
 
 def set_frequencies(embedding: Any, model: ModelConfig, dtype: torch.dtype) -> None:
-    """Set the frequencies of Megatron-Core's rotary embedding from `compute_frequencies`.
+    """Set the frequencies in Megatron-Core's rotary embedding by `compute_frequencies`.
 
     float64 models get float64 frequencies, which the library would round; scalings that the library lacks get
     float32. If no layer rotates, the table has one entry per position but no channels, instead of half a GiB
@@ -95,7 +95,7 @@ def compute_frequency_ratios(model: ModelConfig) -> list[float] | None:
 
 
 def compute_softmax_scale(model: ModelConfig, kind: str) -> float:
-    """Return the softmax scale of layers of a kind (`ModelConfig.layer_types`).
+    """Return the softmax scale for a layer kind (`ModelConfig.layer_types`).
 
     YaRN multiplies cosine and sine by ``m = 0.1 ln(factor) + 1`` (arXiv 2309.00071, eq. 22). Rotations are
     linear, so queries and keys grow by m and their products by m^2: equal to a softmax scale of
@@ -136,7 +136,7 @@ def _rotate_rows(t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor,
 
 
 def _get_cosine_sine(angles: Any, dtype: torch.dtype, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cosine and sine of angles [tokens, 1, 1, channels], each [tokens, 1, channels].
+    """Return cosine and sine for angles [tokens, 1, 1, channels], each [tokens, 1, channels].
 
     The result is cached on the angles tensor: queries and keys of all layers share it.
     """

@@ -51,7 +51,7 @@ class BlockOutput(torch.nn.Module):
     """Residual addition: ``residual + multiplier * dropout(norm(output))``."""
 
     norm: torch.nn.Module | None
-    """RMSNorm of the block's output. None: no norm."""
+    """RMSNorm on the block's output. None: no norm."""
 
     def __init__(self, config: Any, norm: Any, multiplier: float) -> None:
         """Create the norm.
@@ -263,7 +263,7 @@ def _moe_settings(model: ModelConfig, te: bool) -> dict[str, Any]:
 
 
 def _build_pipeline_layout(model: ModelConfig, parallel: ParallelConfig) -> list[list[str]]:
-    """Return the contents of each chunk in the terms of `pipeline_model_parallel_layout`."""
+    """Return each chunk's contents in the terms of `pipeline_model_parallel_layout`."""
     chunks = [["decoder"] * layers for layers in parallel.pipeline_layout]
     chunks[0].insert(0, "embedding")
     chunks[-1] += [*["mtp"] * model.num_mtp_layers, "loss"]
@@ -300,7 +300,7 @@ def _set_yarn(config: Any, model: ModelConfig, parallel: ParallelConfig) -> None
 
 
 def build_layer_specs(config: Any, model: ModelConfig) -> list[Any]:
-    """Return the specs of all trunk layers, with `BalancedRouter` and, if enabled, our own attention."""
+    """Return the trunk layers' specs, with `BalancedRouter` and, if enabled, `DocumentAttention`."""
     specs = _copy_specs(get_gpt_decoder_layer_specs(config,
                                                     uses_transformer_engine(config.params_dtype), "RMSNorm"))
     return [_finish_spec(config, spec, kind, window, model)
@@ -325,7 +325,7 @@ def build_mtp_layer_spec(config: Any, model: ModelConfig) -> Any:
 
 
 def _number_after_trunk(layer: Any) -> Any:
-    """Return a subclass of the MTP layer's transformer layer that counts from num_layers + 1.
+    """Return a subclass of the MTP layer's transformer layer that counts from `num_layers` + 1.
 
     Megatron-Core numbers MTP layers from 1 and looks up windows and rotations by that number, in lists with
     the MTP layer's entry last: the layer would silently use the attention of the first trunk layer.
@@ -360,7 +360,7 @@ def _finish_spec(config: Any, spec: Any, kind: str, window: int, model: ModelCon
 
 
 def _finish_attention(config: Any, spec: Any, kind: str, window: int, model: ModelConfig) -> None:
-    """Set core attention, window, softmax scale and output gate of a layer."""
+    """Set a layer's core attention, window, softmax scale and output gate."""
     attention, latent = spec.submodules.self_attention.submodules, model.latent_attention is not None
     if config.exchanges_heads:
         attention.core_attention = build_exchanged_attention(attention.core_attention)
@@ -397,7 +397,7 @@ def build_exchanged_attention(core_attention: Any) -> Any:
         def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
                     attn_mask_type: Any = None, attention_bias: None = None,
                     packed_seq_params: Any = None) -> torch.Tensor:
-            """Attend; shapes as of `DocumentAttention`."""
+            """Attend; shapes as in `DocumentAttention`."""
             copies = max(1, context.get_cp_size() // key.shape[1])
             if copies > 1:
                 key, value = (t.repeat_interleave(copies, dim=1) for t in (key, value))
@@ -430,7 +430,7 @@ def _set_window(core_attention: Any, window: int) -> Any:
 
 
 def _set_norms(config: Any, spec: Any, kind: str, model: ModelConfig) -> None:
-    """Set the norms, rotary frequencies and residual additions of a layer."""
+    """Set a layer's norms, rotary frequencies and residual additions."""
     layer, te = spec.submodules, uses_transformer_engine(config.params_dtype)
     if model.block_norms == "post":
         layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp

@@ -30,17 +30,17 @@ from megatron_sov.plan.footprint.states import StatePlace, States
 
 @dataclass(frozen=True)
 class BuiltStage:
-    """Parameters of one pipeline stage."""
+    """A pipeline stage's parameters."""
 
     params: StageParams
-    """Parameters of the stage's first process."""
+    """Parameters on the stage's first process."""
     whole: int
-    """Parameters of the whole stage, each counted once."""
+    """Parameters in the whole stage, each counted once."""
 
 
 @contextlib.contextmanager
 def use_fake_world(parallel: ParallelConfig, num_ranks: int, rank: int) -> Iterator[None]:
-    """Make this process one rank of a world without communication."""
+    """Make this process a rank in a world without communication."""
     assert is_cpu_only(), "call cpu_shims.prepare_without_gpu() before importing this module"
     dist.init_process_group("fake", rank=rank, world_size=num_ranks, store=FakeStore())
     try:
@@ -52,7 +52,7 @@ def use_fake_world(parallel: ParallelConfig, num_ranks: int, rank: int) -> Itera
 
 
 def count_stage_parameters(config: RunConfig, num_ranks: int, stage: int) -> BuiltStage:
-    """Count the parameters of a pipeline stage, with the modules that training builds.
+    """Count a pipeline stage's parameters, with the modules that training builds.
 
     Requires a process without process groups and without CUDA, before and afterwards. Sends nothing and does
     not initialize CUDA.
@@ -77,20 +77,20 @@ def _count_parameters(model: LanguageModel, parallel: ParallelConfig) -> BuiltSt
 
 @dataclass(frozen=True)
 class MetaOptimizer:
-    """Memory of one training process."""
+    """A training process's memory."""
 
     states: States
-    """Bytes per kind of state."""
+    """Bytes per state kind."""
     stage: int
-    """Index of the pipeline stage."""
+    """Pipeline stage index."""
     place: StatePlace
     """Data-parallel ranks."""
     shapes: list[list[tuple[int, ...]]]
-    """Parameter shapes of each chunk, in the library's order of registration."""
+    """Parameter shapes per chunk, in the library's registration order."""
 
 
 def count_process_memory(config: RunConfig, num_ranks: int, rank: int) -> MetaOptimizer:
-    """Count the memory of a process, with the modules and optimizers that training builds.
+    """Count a process's memory, with the modules and optimizers that training builds.
 
     Same requirements as `count_stage_parameters`.
     """
@@ -145,7 +145,7 @@ def _use_meta_memory() -> Iterator[None]:
 
 
 def _count_states(model: Any, optimizer: Any) -> States:
-    """Count the bytes of weights, gradients, optimizer state and buffers."""
+    """Count the bytes in weights, gradients, optimizer state and buffers."""
     storages, counters = {}, 0
     for chunk in model.chunks:
         for weight in chunk.parameters():

@@ -25,13 +25,13 @@ class Matrix:
     """A two-dimensional weight, or one expert's slice of a three-dimensional one."""
 
     key: str
-    """Name of the global tensor."""
+    """Global tensor's name."""
     index: tuple[int, ...]
     """Index on the leading axes (expert); empty for a two-dimensional weight."""
     rows: int
-    """Number of outputs."""
+    """Output rows."""
     columns: int
-    """Number of inputs."""
+    """Input columns."""
 
     @property
     def cost(self) -> int:
@@ -40,7 +40,7 @@ class Matrix:
 
 
 def split_matrix(matrix: Matrix, config: Any) -> list[torch.Tensor]:
-    """Return the row indices [count] of each part that is orthogonalized separately.
+    """Return the row indices [count] per part that is orthogonalized separately.
 
     A fused QKV weight holds the rows of queries, key and value for each query group; the first weight of a
     gated feed-forward block holds the rows of gate and up. Each of these is a separate matrix (as with
@@ -102,7 +102,7 @@ ROUND_ELEMENTS = 1 << 24
 
 @dataclass(frozen=True)
 class MatrixPlace:
-    """Position of a piece in its matrix."""
+    """A piece's position in the matrix."""
 
     matrix: Matrix
     row: int
@@ -122,19 +122,19 @@ class MatrixPlace:
 
 @dataclass(frozen=True)
 class _ExchangeRound:
-    """Pieces that one process sends and receives in a round, by process of the group."""
+    """Pieces that a process sends and receives in a round, by process in the group."""
 
     sent: list[list[int]]
-    """Indices of local pieces, by the process that computes their matrix."""
+    """Local piece indices, by the process that computes the matrix."""
     computed: list[list[MatrixPlace]]
     """Places of the pieces whose matrices this process computes, by the holding process."""
 
 
 class MatrixExchange:
-    """Assignment of matrices to processes. Creation and `run` are collective over the group."""
+    """Assigns matrices to processes. Creation and `run` are collective over the group."""
 
     def __init__(self, places: list[MatrixPlace], group: dist.ProcessGroup) -> None:
-        """Exchange the places of all pieces and plan the rounds.
+        """Exchange the pieces' places and plan the rounds.
 
         Args:
             places: places of the local pieces.
@@ -227,7 +227,7 @@ class _MatrixPiece:
 
     shard: StateShard
     start: int
-    """Index of the first element in the shard."""
+    """First element's index in the shard."""
     shape: tuple[int, int]
 
     def slice_of(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -237,7 +237,7 @@ class _MatrixPiece:
 
 
 class Muon:
-    """Muon over the local shards of matrices, in cooperation with the processes that hold the other parts.
+    """Muon over local matrix shards, in cooperation with the processes that hold the remaining parts.
 
     Same step as torch.optim.Muon: momentum, Newton-Schulz, decoupled weight decay. The momentum is stored
     with the shards.

@@ -1,5 +1,4 @@
-"""The device of this process: CUDA or CPU, its environment variables, host memory, and optional GPU
-libraries."""
+"""This process's device (CUDA or CPU), environment variables, host memory, and optional GPU libraries."""
 
 from __future__ import annotations
 
@@ -100,7 +99,7 @@ _variables: dict[str, str] = {}
 
 
 def set_run_variables(config: RunConfig) -> None:
-    """Set the variables of `build_run_variables` that the environment lacks; call before CUDA starts.
+    """Set the variables from `build_run_variables` that the environment lacks; call before CUDA starts.
     Replaces values from an earlier run in this process.
 
     Raises:
@@ -142,11 +141,11 @@ def on_gpu() -> bool:
 
 
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-"""`train.precision` -> dtype of weights and activations."""
+"""`train.precision` -> dtype for weights and activations."""
 
 
 def choose_inference_precision() -> Literal["bf16", "fp32"]:
-    """Return the default precision of inference: bf16 on GPUs, fp32 on CPUs.
+    """Return the default inference precision: bf16 on GPUs, fp32 on CPUs.
 
     It does not depend on the engine or the dtype of stored weights, so a checkpoint and its Hugging Face
     folder generate the same text."""
@@ -154,17 +153,17 @@ def choose_inference_precision() -> Literal["bf16", "fp32"]:
 
 
 def get_local_device() -> torch.device:
-    """Return the device of parameters and batches."""
+    """Return the device for parameters and batches."""
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu() else CPU
 
 
 def describe_local_device() -> str:
-    """Return the device of this process by name ("cuda:1", "cpu"), the same for all threads."""
+    """Return this process's device by name ("cuda:1", "cpu"), equal in every thread."""
     return f"cuda:{local_gpu_index(torch.cuda.device_count())}" if on_gpu() else "cpu"
 
 
 def release_gpu_memory() -> None:
-    """Release cached GPU memory, for example of a deleted model."""
+    """Release cached GPU memory, for example from a deleted model."""
     if on_gpu():
         gc.collect()
         torch.cuda.empty_cache()  # does not start CUDA
@@ -197,7 +196,7 @@ class PinnedArena:
     """Allocates pinned host memory in few large pieces: torch rounds each allocation up to a power of two."""
 
     def __init__(self, total_bytes: int) -> None:
-        """Prepare for tensors of `total_bytes` in total."""
+        """Prepare for tensors with `total_bytes` in total."""
         self._piece_bytes = min(ARENA_BYTES, total_bytes + _ALIGN_BYTES)
         self._free = torch.empty(0, dtype=torch.uint8)
 
@@ -219,7 +218,7 @@ def count_bytes(tensor: torch.Tensor) -> int:
 # would only wait for a rank that has failed.
 
 def get_gpu() -> Gpu:
-    """Return the model and memory of this process's GPU."""
+    """Return this process's GPU model and memory."""
     properties = torch.cuda.get_device_properties(local_gpu_index(torch.cuda.device_count()))
     return Gpu(properties.name, properties.total_memory)
 
@@ -330,7 +329,7 @@ DEEP_EP_NAMES = {"deepep": ("deep_ep.Buffer", "deep_ep.utils.EventHandle", "deep
 
 @functools.cache
 def find_deep_ep_problem(dispatcher: str) -> str:
-    """Return the error of importing DeepEP for a dispatcher, or ""."""
+    """Return the error from importing DeepEP for a dispatcher, or ""."""
     for name in DEEP_EP_NAMES[dispatcher]:
         module, _, last = name.rpartition(".")
         try:
@@ -343,7 +342,7 @@ def find_deep_ep_problem(dispatcher: str) -> str:
 # flash-linear-attention (package fla-core).
 
 FLA_KERNEL = ("fla.ops.kda", "chunk_kda")
-"""Module and function of the kernel."""
+"""Module and function with the kernel."""
 MIN_FLA_VERSION = (0, 6)
 """Oldest version whose signature this project has checked."""
 

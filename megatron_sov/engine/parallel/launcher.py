@@ -38,7 +38,7 @@ from megatron_sov.work.processes.children import STOP_SIGNALS, die_with_parent
 
 @contextlib.contextmanager
 def write_plan_file(work: Callable[[], Any], num_threads: int) -> Iterator[int]:
-    """Yield the descriptor of a file from which new processes read their work.
+    """Yield the descriptor for a file from which new processes read work.
 
     Args:
         work: runs one rank. The pickle contains its references; modules by name, users' files by path and
@@ -96,10 +96,10 @@ be_rank(int(sys.argv[1]))"""
 
 @dataclass(frozen=True)
 class RestartPolicy:
-    """Restart policy of local ranks after a fault."""
+    """Restart policy for local ranks after a fault."""
 
     limit: int
-    """Number of consecutive restarts without progress."""
+    """Maximum consecutive restarts without progress."""
     progress: Callable[[], Any]
     """Returns a value that changes when the run progresses."""
     note: Callable[[int, str], None]
@@ -110,7 +110,7 @@ class RestartPolicy:
 
 def launch_ranks(main: Callable[[], Any], nproc: int | None, num_threads: int = 0,
                  restarts: RestartPolicy | None = None) -> int:
-    """Run `main` in every process of the run and return the command's exit code.
+    """Run `main` in every process and return the command's exit code.
 
     Under torchrun or Slurm (RANK is set) this process is one rank. Otherwise it starts `nproc` local ranks.
     On CPUs these are forks after the heavy imports, which share memory and start at once. On GPUs they are
@@ -173,10 +173,10 @@ def _count_threads(count: int) -> int:
 
 @dataclass
 class _Outcome:
-    """How a round of local ranks ended."""
+    """How a round with local ranks ended."""
 
     code: int = 0
-    """Exit code of the first failing rank; a user error takes precedence."""
+    """The first failing rank's exit code; a user error takes precedence."""
     cause: str = ""
     """First failing rank and its end."""
     stop_requested: bool = False
@@ -242,7 +242,7 @@ def _become_new_process(plan: int) -> NoReturn:
 
 
 def be_rank(plan: int) -> NoReturn:
-    """Run the work of a plan as a rank, and exit.
+    """Run a plan's work as a rank, and exit.
 
     Args:
         plan: descriptor of the plan file.

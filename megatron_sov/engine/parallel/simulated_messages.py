@@ -1,4 +1,4 @@
-"""Messages between simulated processes: their call sites, reductions and copies."""
+"""Messages between simulated processes: call sites, reductions and copies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 RELAY_FILES = ("/parallel/collectives.py", "/parallel/simulated_world.py", "/parallel/simulated_messages.py")
-"""Files that send on behalf of their callers."""
+"""Files that send on behalf of callers."""
 
 
 class Deadlock(Exception):
@@ -43,7 +43,7 @@ faults."""
 
 @dataclass
 class CallPart:
-    """One member's inputs and outputs of a collective call."""
+    """A member's inputs and outputs in a collective call."""
 
     inputs: list[torch.Tensor]
     outputs: list[torch.Tensor]
@@ -52,7 +52,7 @@ class CallPart:
     how: str = ""
     """Attribute that must be equal on all members: reduction, source or target rank."""
     value: Any = None
-    """Python object of a gather of objects."""
+    """Python object in an object gather."""
     values: list[Any] = field(default_factory=list)
     """List that receives all members' objects."""
 
@@ -85,7 +85,7 @@ def check_same_kind(tensors: Sequence[torch.Tensor]) -> None:
 
 
 def get_reduction(opts: Any) -> str:
-    """Return the name of a call's reduction, for example `SUM`."""
+    """Return a call's reduction by name, for example `SUM`."""
     operation = getattr(opts, "reduceOp", dist.ReduceOp.SUM)
     return str(getattr(operation, "op", operation)).rpartition(".")[2]
 

@@ -1,4 +1,4 @@
-"""Simulates all processes of a layout: one thread per rank, and only one thread runs at a time.
+"""Simulates a layout's processes: a thread per rank, and only a single thread runs at a time.
 
 Megatron-Core and this project run unmodified, with groups of the real sizes: messages, receivers and order
 are those of a cluster. A thread yields only while it waits for others, so every run has the same order. If
@@ -43,7 +43,7 @@ STACK_BYTES = 4 << 20
 _M_ARENA_MAX = -8  # malloc.h
 _RANDOM_STATES = ("_CUDA_RNG_STATE_TRACKER", "_CUDA_RNG_STATE_TRACKER_INITIALIZED")
 MAX_NAMED_RANKS = 6
-"""Number of waiting ranks or messages that an error names."""
+"""Waiting ranks or messages named in an error."""
 
 
 @dataclass
@@ -67,13 +67,13 @@ class SimulatedRanks:
         """
         self.size, self.meddle = size, meddle
         self.sites: dict[CallSite, int] = {}
-        """Call site -> number of messages of all ranks."""
+        """Call site -> message count over ranks."""
         self.watch: Callable[[int, CallSite], None] | None = None
         """Called with (rank, call site) for each message."""
         self.calls: dict[tuple[str, int], _Call] = {}
         self.mail: dict[tuple[str, int, int, int], deque[tuple[CallSite, list[torch.Tensor]]]] = {}
         self.rank_groups: dict[Any, list[list[int]]] = {}
-        """Cache of the library's rank groups, which depend only on sizes."""
+        """Cache for the library's rank groups, which depend only on sizes."""
         self._turns = [_create_acquired_lock() for _ in range(size)]
         self._ready: deque[int] = deque(range(size))
         self._waiting: dict[int, str] = {}
@@ -220,7 +220,7 @@ def _add_call_site(site: CallSite) -> Iterator[None]:
 
 
 class _PendingWork(dist.Work):
-    """Handle of a pending message."""
+    """Handle for a pending message."""
 
     def __init__(self, ranks: SimulatedRanks, rank: int, holds: Callable[[], bool], what: str) -> None:
         super().__init__()
@@ -239,7 +239,7 @@ _ProcessGroup: Any = dist.ProcessGroup
 
 
 class SimulatedGroup(_ProcessGroup):
-    """One rank's handle of a process group, called by torch.distributed like NCCL's or gloo's.
+    """A rank's process group handle, called by torch.distributed like NCCL's or gloo's.
 
     The method names are torch's; `all_gather_into_tensor` and `reduce_scatter_tensor` call those that end in
     `_single` or start with `_`, depending on the version.
@@ -391,7 +391,7 @@ class SimulatedGroup(_ProcessGroup):
         return self._call("alltoall", part, exchange_rows)
 
     def _sizes(self, given: Sequence[int] | None, tensor: torch.Tensor) -> list[int]:
-        """Return the number of rows per member; equal parts by default."""
+        """Return the rows per member; equal parts by default."""
         sizes = [int(size) for size in given] if given is not None else []
         return sizes or [len(tensor) // self.size()] * self.size()
 
@@ -468,7 +468,7 @@ def _gather_objects(values: list[Any], value: Any, group: Any = None) -> None:
 
 
 class _RankWorld:
-    """State of torch.distributed for one rank: its groups."""
+    """A rank's torch.distributed state: the groups."""
 
     def __init__(self) -> None:
         self.default_pg: dist.ProcessGroup | None = None

@@ -32,7 +32,7 @@ from megatron_sov.engine.parallel.world import run_on_each_rank
 
 NAME = "share_storage_ext"
 RECOMPUTED_BY_EXTENSION = {"layernorm", "moe_act"}
-"""Values of `gpu.recompute_modules` whose outputs the library frees and recomputes in place."""
+"""`gpu.recompute_modules` values whose outputs the library frees and recomputes in place."""
 TOOLS_COMMAND = "apt-get install g++ ninja-build"
 OTHER_MODULES = 'recompute other modules (gpu.recompute_modules=["moe"])'
 
@@ -69,8 +69,8 @@ def load_storage_extension(recompute_modules: Collection[str] | None) -> None:
 
 
 def extension_file(source: str) -> Path:
-    """Return the path of the compiled extension: one for each version of its source, torch, Python and
-    kind of machine, in the folder of TORCH_EXTENSIONS_DIR (default: ~/.cache/torch_extensions)."""
+    """Return the compiled extension's path in TORCH_EXTENSIONS_DIR (default: ~/.cache/torch_extensions); it
+    depends on source, torch version, Python version and machine kind."""
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     digest = hashlib.sha256(source.encode()).hexdigest()[:8]
     build = f"torch{torch.__version__}-{sys.implementation.cache_tag}-{platform.machine()}"
@@ -78,7 +78,7 @@ def extension_file(source: str) -> Path:
 
 
 def _load(file: Path) -> Any:
-    """Import the compiled extension; ImportError or OSError if it is missing or of another torch."""
+    """Import the compiled extension; ImportError or OSError if missing or built for another torch."""
     spec = importlib.util.spec_from_file_location(NAME, file)
     assert spec is not None and spec.loader is not None
     extension = importlib.util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""Messages of named numbers and plain Python values between processes.
+"""Messages with named numbers and plain Python values between processes.
 
 This module does not import megatron: processes communicate before megatron may be loaded.
 """
@@ -15,11 +15,11 @@ import torch.distributed as dist
 # Named numbers share a message: ten numbers cost as much as a single number.
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""Name -> shape, in the order of the flat tensor."""
+"""Name -> shape, in flat tensor order."""
 
 
 def flatten_tensors(values: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Concatenate tensors of one dtype to a flat tensor, in the order of the mapping."""
+    """Concatenate tensors with equal dtype to a flat tensor, in mapping order."""
     return torch.cat([value.reshape(-1) for value in values.values()])
 
 

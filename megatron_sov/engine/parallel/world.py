@@ -24,7 +24,7 @@ from megatron_sov.model.config import ParallelConfig
 _joins = itertools.count()
 LOCALHOST = "127.0.0.1"
 STORE_PORT = "SOV_STORE_PORT"
-"""Environment variable with the port of the local launcher's rendezvous store."""
+"""Environment variable with the local launcher's rendezvous store port."""
 _REDUCTIONS = "reductions"
 _GROUP_PURPOSES = {
     **dict.fromkeys((
@@ -39,7 +39,7 @@ _GROUP_PURPOSES = {
     **dict.fromkeys((
         "EXPERT_MODEL_PARALLEL_GROUP", "EXPERT_TENSOR_PARALLEL_GROUP",
         "EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP"), "experts")}
-"""Description of a library group -> purpose; other groups have their own purpose.
+"""Library group description -> purpose; each remaining group has a separate purpose.
 
 Groups with the same members and purpose share a communicator. A communicator executes messages in order, so
 expert messages must not queue after gradient reductions, nor pipeline messages after either."""
@@ -47,12 +47,12 @@ expert messages must not queue after gradient reductions, nor pipeline messages 
 
 @dataclass(frozen=True)
 class ParallelWorld:
-    """Ranks and sizes of this process in the layout."""
+    """This process's ranks and sizes in the layout."""
 
     rank: int
     """Global rank."""
     size: int
-    """Number of processes."""
+    """World size."""
     dp_rank: int
     """Data-parallel rank."""
     dp_size: int
@@ -104,7 +104,7 @@ def suppress_library_warnings() -> None:
 
 
 def get_parallel_world(rank: int, size: int) -> ParallelWorld:
-    """Return the ranks and sizes of this process."""
+    """Return this process's ranks and sizes."""
     return ParallelWorld(
         rank=rank, size=size, dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),

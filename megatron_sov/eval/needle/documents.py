@@ -1,5 +1,5 @@
-"""Generate training documents for retrieval: text with several needles, followed by questions about the
-needles.
+"""Generate training documents for retrieval (`NeedleConfig`): text with several needles, followed by
+questions about the needles.
 
 Document i is a function of (seed, i), so runs resume exactly and every process generates the same document.
 Needles and questions have the form of the test, in other sentences. Answers have the largest loss weight;
@@ -82,7 +82,7 @@ class NeedleDocuments:
 
 @lru_cache(maxsize=8)
 def _build_document(documents: NeedleDocuments, document: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return tokens [length] int64 and loss weights [length] float32; each question repeats a needle."""
+    """Return `tokens` [length] int64 and loss weights [length] float32; each question repeats a needle."""
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence((documents.seed, document))))
     haystack = documents.haystacks[draw_index(generator, [sum(h.sizes) for h in documents.haystacks])]
     form, settings = haystack.form, documents.settings

@@ -1,4 +1,4 @@
-"""Evaluate needle-in-a-haystack retrieval over kinds, languages, context lengths and depths, with
+"""Evaluate needle-in-a-haystack retrieval over kinds, languages, context lengths and depths (`Cell`), with
 distractors.
 
 Each cell (kind, language, length, depth) has several examples. An answer is right if greedy decoding returns
@@ -54,7 +54,7 @@ class NeedleResult:
 
     @cached_property
     def score(self) -> float:
-        """Mean accuracy over cells."""
+        """Mean accuracy over `cells`."""
         return float(np.mean([cell.correct / cell.samples for cell in self.cells]))
 
     def to_dict(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def parse_result(values: dict[str, Any]) -> NeedleResult:
 
 @dataclass(frozen=True)
 class NeedleSuite:
-    """Test examples; a deterministic function of the fields and the data."""
+    """Test examples for each `Cell`; a deterministic function of the fields and the data."""
 
     haystacks: tuple[Haystack, ...]
     """Held-out text per language."""
@@ -119,7 +119,8 @@ class NeedleSuite:
                     yield [*slots[0], *pair.tolist()]
 
     def examples(self) -> Iterator[tuple[Haystack, list[tuple[NeedleKind, int, float]], list[Example]]]:
-        """Yield (haystack, cell per example, examples) in cell order, at most a batch at a time."""
+        """Yield (`Haystack`, cell per example, examples) in cell order, at most `BATCH_TOKENS` prompt tokens
+        at a time."""
         for kind, haystack, length in self._iter_rows():
             positions = [(depth, sample) for depth in self.depths for sample in range(self.samples)]
             chunk_size = max(1, BATCH_TOKENS // length)
@@ -130,7 +131,7 @@ class NeedleSuite:
 
 
 def build_suite(config: NeedleConfig, haystacks: Sequence[Haystack], *, seed: int = 0) -> NeedleSuite:
-    """Build a config's suite over held-out text.
+    """Build the `NeedleSuite` for a `NeedleConfig` over held-out text.
 
     Raises:
         UserError: invalid values.
@@ -158,7 +159,7 @@ def run_suite(suite: NeedleSuite, engine: Engine,
 
 
 def format_table(result: NeedleResult) -> str:
-    """Format the accuracies as text, a block per kind and language."""
+    """Format a `NeedleResult` as text, a block per kind and language."""
     lines: list[str] = []
     maps: dict[tuple[str, str], dict[int, list[Cell]]] = {}
     for cell in result.cells:

@@ -82,7 +82,7 @@ class NeedleForm:
 
 
 def build_needle_form(tokenizer_folder: Path, language: Language) -> NeedleForm:
-    """Build a language's needles for a tokenizer from the whole words merged last.
+    """Build a language's `NeedleForm` for a tokenizer from the whole words merged last.
 
     Raises:
         UserError: there is no tokenizer, or it has fewer than `MIN_WORDS` whole words.
@@ -146,8 +146,8 @@ TEST_MODULUS = 5
 
 
 def is_for_tests(*parts: object) -> bool:
-    """Return whether a pair or phrase is reserved for tests, by a hash that is independent of run and
-    data."""
+    """Return whether a pair or phrase is reserved for tests (`TEST_MODULUS`), by a hash that is independent
+    of run and data."""
     digest = hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % TEST_MODULUS == 0
 
@@ -180,7 +180,7 @@ SCRIPT_SHARE = 0.3
 
 @dataclass(frozen=True, eq=False)
 class Haystack:
-    """A language's text, with needles."""
+    """A language's text, with a `NeedleForm`."""
 
     form: NeedleForm
     texts: tuple[DocumentsText, ...]
@@ -257,7 +257,7 @@ def _classify_character(character: str) -> str:
 
 
 def detect_language(text: str) -> Language:
-    """Detect a text's language from letters and signs."""
+    """Detect a text's language in `LANGUAGES` from letters and signs."""
     signs = Counter(_classify_character(character) for character in text if not character.isspace())
     letters = max(1, signs["korean"] + signs["thai"] + signs["letter"])
     if max(signs["korean"], signs["thai"]) >= SCRIPT_SHARE * letters:

@@ -72,40 +72,42 @@ PROGRAMS = {
 
 @dataclass(frozen=True)
 class EngineServers:
-    """How servers are started and asked."""
+    """Settings for starting engine servers and for requests."""
 
     servers: AtLeastOne = 1
     """Servers on this machine; each loads the whole model."""
     tp: AtLeastOne = 1
-    """GPUs (processes on a CPU) that a server splits each layer over."""
+    """GPUs (on a CPU: processes) over which a server splits each layer."""
     dp: AtLeastOne = 1
-    """Copies of the model inside a server."""
+    """Model copies inside a server."""
     ep: bool = False
-    """Whether experts are split over all GPUs of a server, rather than each of them."""
+    """Whether whole experts are spread over a server's `tp` * `dp` GPUs; false: each expert is split over
+    `tp` GPUs."""
     memory_share: Annotated[float, Gt(0), Le(1)] = 0.9
-    """Of a GPU's memory."""
+    """Share of GPU memory that a server may use."""
     quantization: str = ""
-    """The engine's name, e.g. fp8; empty: the weights as they are."""
+    """Quantization by the engine's name, e.g. fp8; empty: the stored weights."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the weights and of what is computed; auto: as the folder has them."""
+    """Weights and computation; auto: the folder's dtype."""
     requests: AtLeastOne = 256
-    """Responses that each copy of the model writes at a time."""
+    """Responses that a model copy generates at a time."""
     devices: tuple[str, ...] = ()
-    """GPUs of the servers, in order; empty: all that there are, which a trainer on this machine needs too."""
+    """CUDA device ids for the servers, in order; empty: every GPU, which a trainer on this machine needs
+    too."""
     start_s: AboveZero = 1800.0
-    """For a server to load the model."""
+    """Time limit for a server to load the model."""
     answer_s: AboveZero = 7200.0
-    """For a response."""
+    """Time limit for a response."""
     restarts: AtLeastOne = 5
-    """Starts of a server without one answer in between, before the command ends."""
+    """Server starts in a row without an answer, after which the command ends."""
     weights: Path = Path("/dev/shm")
-    """Where new weights lie for servers to read: shared memory, or a folder that servers of other machines
-    see too, unless a collective brings them."""
+    """Folder for new weights (`transfer` = files): shared memory, or a folder that servers on other machines
+    see too."""
     transfer: Literal["files", "collective"] = "files"
-    """How weights come from there to servers: these read files, or the trainer sends them over a group of
-    NCCL (without a GPU: gloo) with a server's workers, which must reach its machine."""
+    """files: servers read weight files. collective: the trainer sends weights to the servers' workers over
+    NCCL (without a GPU: gloo); workers must reach the trainer's machine."""
     more: tuple[str, ...] = ()
-    """Further words of the server's command line."""
+    """Further words for the server's command line."""
 
     def problems(self) -> list[SettingsProblem]:
         num_devices = self.servers * self.tp * self.dp
