@@ -201,9 +201,8 @@ def check_proposal(args: PackOptions) -> None:
 def _fix_record(fault: BadRecord | None, kind: str) -> Fix | None:
     if fault is None or not fault.options:
         return None
-    # --columns names fields of records of a format, and text has one field
-    is_renamed = fault.options[0] == "--columns"
-    return Fix(options=(*(("--format", kind) if is_renamed else ()), *fault.options))
+    # --columns names fields of records of a format
+    return Fix(options=(*(("--format", kind) * (fault.options[0] == "--columns")), *fault.options))
 
 
 def parse_sources(arguments: Sequence[str]) -> list[PackSource]:
@@ -417,9 +416,8 @@ def _refusal(source: EncodedSource, work: Path, dtype: str, reading: RecordReadi
     place = row["file"] if row["line"] is None else f"{row['file']}:{row['line']}"
     items = (item for unit, _ in source.units for span in unit for item in read_span(span, reading))
     first = next((item for item in items if isinstance(item, BadRecord) and item.code != "empty"), None)
-    # of a damaged line the others can be packed; of a field that is not there nothing is left
     fix = _fix_record(first, reading.kind or "text")
-    if fix is None and row["code"] == "json":
+    if fix is None and row["code"] == "json":  # the other lines can be packed
         fix = Fix(options=("--on-bad", "quarantine"))
     return UserError(f"{place}: {row['reason']}; or list such records and go on: --on-bad quarantine", fix)
 

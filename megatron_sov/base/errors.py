@@ -109,8 +109,7 @@ class Fix:
     before: tuple[str, ...] = ()
     """Commands to run first."""
     stand_ins: Mapping[str, str] = field(default_factory=dict)
-    """Faulty word, for which no replacement is known -> a sound word, with which checks find further
-    faults."""
+    """Faulty word without a known replacement -> sound word with which checks find further faults."""
 
 
 class UserError(Exception):

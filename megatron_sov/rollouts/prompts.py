@@ -221,11 +221,10 @@ def read_prompts(path: Path, renames: Renames = (), option: str = OPTION, *, is_
     found = _iter_prompts(path, renames, option, is_asked, problems, columns)
     prompts = PromptList.from_prompts(found, option)
     if problems:
-        if len(prompts):  # other rows have the fields
-            columns = []
-        remedy = f"pass --columns {columns[0]}" if columns else "correct or remove these rows"
+        is_renamed = bool(columns) and not len(prompts)  # else other rows have the fields
+        remedy = f"pass --columns {columns[0]}" if is_renamed else "correct or remove these rows"
         raise UserError(problems.format(f"{option} {path}", remedy),
-                        Fix(options=("--columns", columns[0])) if columns else None)
+                        Fix(options=("--columns", columns[0])) if is_renamed else None)
     if not prompts:
         raise UserError(f"{option} {path}: has no rows")
     return prompts

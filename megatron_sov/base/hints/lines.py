@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megatron_sov.base.errors import DryRun, Fix, UserError
 from megatron_sov.base.hints.paths import find_path_faults
@@ -28,7 +28,6 @@ _PLACEHOLDER = re.compile(r"(?!ACCOUNT\Z)(?:[AB]|[A-Z][A-Z_]+)(?:[|:,/][A-Z_]+)*
 _ADVICE = re.compile(r"(?:pass|add|take|use|write|set|name yours with) `?(?:--set )?"
                      r"((--[a-z][\w-]*) (?!(?:to|or|and|for|of|in|on|is|with|as|if|by|the|a|at)\b)"
                      r"([^\s`;,)(]+)|[a-z_]+(?:\.\w+)+=[^\s`;,)(]+)(?! to `)")
-"""Option or setting with its value, as a sentence recommends it."""
 _is_check = ContextVar("is_check", default=False)
 
 Check = Callable[[list[str]], object]
@@ -60,7 +59,7 @@ class _Proposal:
 
     def find_fault(self) -> UserError | None:
         """Return the next fault of the line; None: its check passes, or ends at a value that nobody typed."""
-        error = self._run_check()
+        error = self.run_check()
         placeholders = [word for word in self.line if is_placeholder(word) and word not in self.typed]
         if error is not None and not any(_names_word(error.sentence, word)
                                          for word in [*placeholders, *self.new_paths]):
@@ -72,7 +71,7 @@ class _Proposal:
         return next((fault for path, fault in find_path_faults(self.program, self.line)
                      if _names_word(said, path) == is_named), None)
 
-    def _run_check(self) -> UserError | None:
+    def run_check(self) -> UserError | None:
         token = _is_check.set(True)
         try:
             with _without_output(), contextlib.suppress(DryRun):
@@ -80,7 +79,7 @@ class _Proposal:
         except UserError as e:
             return e
         except SystemExit:  # of a command that the check started, and that printed why
-            return None
+            pass
         finally:
             _is_check.reset(token)
         return None
@@ -92,8 +91,7 @@ class _Proposal:
             line = [word for word in line if word != "--dry-run"]
         new_faults = [fault for fault in self.left if not _is_said(fault, self.sentences)]
         # a line that has the fault that it was to mend is worth nothing
-        is_useless = len(new_faults) < len(self.left) or line == list(self.typed)
-        if is_useless:
+        if len(new_faults) < len(self.left) or line == list(self.typed):
             return UserError(join_sentences([*self.sentences, *new_faults]))
         lines = [*self.before, f"{self.program} {shlex.join(line)}"]
         left = join_sentences(new_faults) if new_faults else ""
@@ -105,11 +103,9 @@ def propose_line(program: str, typed: Sequence[str], error: UserError, check: Ch
     """Return one error for all faults of a command line, with the line that works.
 
     Args:
-        program: e.g. "sov-data".
-        typed: its arguments.
-        error: the first fault.
+        error: the first fault of `program` with the arguments `typed`.
         check: runs all checks of a line and nothing else; raises `UserError`.
-        find_check: returns the check of another program; None: it is none of ours.
+        find_check: returns the check of another program of ours.
     """
     made = _Proposal(program, typed, check, list(typed))
     tried = {tuple(typed)}
@@ -131,8 +127,7 @@ def propose_line(program: str, typed: Sequence[str], error: UserError, check: Ch
             named, *mended = shlex.split(fix.line)
             other_check = None if "\n" in fix.line else find_check(named)
             if other_check is None:
-                sentences = [*made.sentences, fault.sentence, *made.left]
-                return error if fault is error else UserError(join_sentences(sentences), fix)
+                return UserError(join_sentences([*made.sentences, fault.sentence, *made.left]), fix)
             made.program, made.check = named, other_check
         if tuple(mended) in tried and not fix.stand_ins:
             made.left.append(fault.sentence)
@@ -154,12 +149,10 @@ def _find_fix(made: _Proposal, fault: UserError) -> Fix | None:
         return fault.fix
     for found in _ADVICE.finditer(fault.sentence):
         words = (found[2], found[3]) if found[2] else ("--set", found[1])
-        fix = Fix(options=words)
-        mended = mend_line(made.program, made.line, fix)
+        mended = mend_line(made.program, made.line, fix := Fix(options=words))
         if is_placeholder(words[1]) or "..." in words[1] or mended is None:
             continue
-        tried = _Proposal(made.program, made.typed, made.check, mended, stand_ins=made.stand_ins)
-        after = tried._run_check()
+        after = replace(made, line=mended).run_check()
         if after is None or not (after.sentence == fault.sentence or words[0] in after.sentence
                                  or words[1].partition("=")[0] in after.sentence):
             return fix

@@ -44,7 +44,6 @@ def name_free_path(name: str) -> str:
 def _find_input_fault(program: str, line: Sequence[str], option: str, path: str) -> UserError | None:
     place = Path(path)
     if not place.exists():
-        # the command's own check knows words that are no paths, such as names of teachers
         fix = fix_missing(path, is_data=option in DATA_OPTIONS)
         hint = "download it first" if fix and fix.before else "take the one of a similar name"
         return UserError(f"{option} {path}: does not exist; {hint}", fix) if fix else None

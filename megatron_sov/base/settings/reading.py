@@ -295,8 +295,8 @@ def _suggest_equivalent(key: str, value: str) -> str:
 def _find_equivalent(key: str, value: str) -> str:
     """Return what another program's value of a setting or option is here; "": unknown."""
     values = table()["values"]
-    return str(next((values[name][value.lower()] for name in (key, key.rpartition(".")[2])
-                     if value.lower() in values.get(name, {})), ""))
+    known = {**values.get(key.rpartition(".")[2], {}), **values.get(key, {})}
+    return str(known.get(value.lower(), ""))
 
 
 def _suggest_value(expected: str, value: Any, key: str) -> str:

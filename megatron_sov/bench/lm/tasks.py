@@ -395,8 +395,9 @@ def _find_named(names: Sequence[str], sources: TaskSources) -> tuple[FoundTasks,
 
 def check_names(names: Sequence[str], sources: TaskSources) -> None:
     """Raise `UserError` for a task that is neither in folders of ours nor to be downloaded."""
+    found, named = _find_named(names, sources)
     if not sources.allow_download:
-        _closure(_find_named(names, sources)[1], _find_named(names, sources)[0], {})
+        _closure(named, found, {})
 
 
 def _load(manager: Any, name: str) -> Any:
@@ -452,8 +453,8 @@ def _unknown(name: str, found: FoundTasks) -> UserError:
         return UserError(f"task {name!r}: is a file, and tasks are named; write --task-dir {folder} "
                          "--tasks NAME, with the name that stands after `task:` in it")
     package = importlib.util.find_spec("lm_eval")
-    folders = [entry.name for place in (package and package.submodule_search_locations) or ()
-               for entry in (Path(place) / "tasks").glob("[a-z]*") if entry.is_dir()]
+    folders = [entry.parent.name for place in (package and package.submodule_search_locations) or ()
+               for entry in Path(place).glob("tasks/[a-z]*/*.yaml")]
     # a folder of lm-eval has the name of its main task or group
     nearest = "" if name in folders else find_nearest_name(name, [*found.definitions, *folders])
     meant = f"; did you mean {nearest!r}?" if nearest else ""

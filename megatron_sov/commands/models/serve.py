@@ -82,13 +82,11 @@ def _refuse_layout(options: ServeOptions) -> None:
     """Raise `UserError` for processes and settings of our own decoder, which does not run Hugging Face
     folders."""
     given = [f"--nproc {options.nproc}"] if options.nproc is not None else []
-    given += [f"--set {setting}" for setting in options.settings
-              if setting.partition("=")[0] != PRECISION_KEY]
+    given += [f"--set {one}" for one in options.settings if one.partition("=")[0] != PRECISION_KEY]
     if is_hf_folder(options.target) and (given or num_ranks(options.nproc) > 1):
-        said = ", ".join(given) or "several processes"
-        raise UserError(f"{said}: {options.target} is a Hugging Face folder, which transformers runs in one "
-                        "process; leave it out, or serve a checkpoint that `megatron-sov convert from-hf` "
-                        "makes of it", Fix(left_out=tuple(given)))
+        raise UserError(f"{', '.join(given) or 'several processes'}: {options.target} is a Hugging Face "
+                        "folder, which transformers runs in one process; leave it out, or serve a checkpoint "
+                        "that `megatron-sov convert from-hf` makes of it", Fix(left_out=tuple(given)))
 
 
 SERVE = DeclaredCommand(ServeOptions, check_serve, "megatron_sov.commands.models.serve_run:serve_target")

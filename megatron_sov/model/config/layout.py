@@ -156,8 +156,7 @@ class ParallelConfig:
         return problems
 
     def _nearest_sizes(self, model: ModelConfig) -> dict[str, int]:
-        """Return setting -> the largest size that divides the model and is at most the one that is set; no
-        entry: it divides the model."""
+        """Return setting -> the largest size that divides the model below one that does not."""
         widths = [model.num_heads, model.num_kv_heads, model.dense_ffn_dim if model.has_dense_layers() else 0]
         if model.num_moe_layers():
             widths.append(model.num_shared_experts * model.expert_ffn_dim)

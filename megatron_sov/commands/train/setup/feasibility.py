@@ -85,9 +85,8 @@ def refuse_unfit_data(asked: RecipeRequest, config: RunConfig, sources: Sequence
         return
     is_length_set = any(key in (*CONSENTS, "data.phases") or key.startswith("extend.stages") for key in said)
     if (is_recipe and not is_length_set) or (asked.is_model_only and "train.epochs" not in said):
-        lengths = ("train.steps=", "train.tokens=")
-        _refuse_many_epochs(config, sources,
-                            [setting for setting in asked.settings if setting.startswith(lengths)])
+        lengths = [one for one in asked.settings if one.startswith(("train.steps=", "train.tokens="))]
+        _refuse_many_epochs(config, sources, lengths)
 
 
 def _refuse_small_vocabulary(config: RunConfig, sources: Sequence[Source]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 from megatron_sov.base.errors import DryRun, Fix, UserError
 from megatron_sov.base.hints.lines import is_check
@@ -18,7 +18,8 @@ from megatron_sov.base.settings import AtLeastOne, Flag, SettingsError
 from megatron_sov.commands.train.setup.packed_files import (
     DataFile, FilePacking, find_files, fix_by_packing, list_packable_formats, warn_of_changed_files)
 from megatron_sov.model import recipes
-from megatron_sov.model.config import ModelConfig, RunConfig, parse_data_paths, split_weight
+from megatron_sov.model.config import (
+    ModelConfig, RunConfig, apply_settings, parse_data_paths, split_weight)
 from megatron_sov.model.config.data import split_source_name
 from megatron_sov.model.families.count import count_params
 from megatron_sov.model.pretrained import find_hub_name, is_hf_folder
@@ -126,7 +127,11 @@ def parse_stage(args: StageOptions, objective: BuiltIn, *, needs_data: bool = Tr
         decides["data"] = formats
     asked.refuse_inert(mixed, **decides)
     if is_check() and args.data and not mixed.data.paths:
-        _check_unpacked(asked, mixed, num_ranks(args.nproc))
+        if "train.global_batch_size" not in asked.said:  # it would follow from the data
+            size = mixed.train.micro_batch_size * num_ranks(args.nproc)
+            mixed = apply_settings(mixed, [f"train.global_batch_size={size}"])
+        mixed.check(num_ranks(args.nproc))
+        raise DryRun
     found = complete_stage(asked, mixed, stage, args.nproc, num_prompts)
     config = completed(found.config)
     config.check(num_ranks(args.nproc))
@@ -140,15 +145,6 @@ def parse_stage(args: StageOptions, objective: BuiltIn, *, needs_data: bool = Tr
         RunFolder(args.run).check_available(args.resume)
         raise DryRun
     return ParsedStage(config, start, faults, found.notes)
-
-
-def _check_unpacked(asked: RecipeRequest, config: RunConfig, ranks: int) -> NoReturn:
-    """Check the layout of a proposed line whose files are not packed yet, and end the check."""
-    train = config.train
-    if "train.global_batch_size" not in asked.said:  # it would follow from the data
-        train = dataclasses.replace(train, global_batch_size=train.micro_batch_size * ranks)
-    dataclasses.replace(config, train=train).check(ranks)
-    raise DryRun
 
 
 def _refuse_data(args: StageOptions, config: RunConfig) -> list[str]:
