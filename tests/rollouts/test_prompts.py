@@ -91,7 +91,7 @@ def test_what_json_does_not_hold_is_named_by_row(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table({"prompt": ["a", "b"], "raw": [b"\0", b"\1"]}), tmp_path / "bytes.parquet")
-    with pytest.raises(UserError, match=r"(?s)--prompts .*bytes.parquet:1: holds a value that .*:2: "):
+    with pytest.raises(UserError, match=r"(?s)--prompts .*bytes.parquet:1, .*:2: holds a value that "):
         read_prompts(tmp_path / "bytes.parquet")
     with pytest.raises(UserError, match=r"--prompts .*nowhere"):
         read_prompts(tmp_path / "nowhere")

@@ -17,7 +17,6 @@ from megatron_sov.base.hints.values import value_after
 
 DATA_OPTIONS = ("--data", "--prompts", "--input", "--validation")
 INPUTS = (*DATA_OPTIONS, "--from", "--tokenizer", "--teacher", "--reference", "--base")
-"""Options that name a file or folder to read."""
 
 
 def find_path_faults(program: str, line: Sequence[str]) -> Iterator[tuple[str, UserError]]:

@@ -318,6 +318,7 @@ def _read_words(parser: argparse.ArgumentParser, made: _Rewrite) -> None:
 def _add_foreign(made: _Rewrite, option: str, file: str, leaves: Mapping[str, list[str]]) -> None:
     """Add the settings of another program's configuration file that there are here."""
     said, lost = list(made.said), []
+    has_data = "--data" in made.typed  # else the file's own
     # values that follow from several, e.g. accumulated micro-batches, are computed from the file too
     made.typed = [*made.typed, *(word for key, values in leaves.items()
                                  for word in (f"--{last_part(key)}", *values[:1]))]
@@ -325,19 +326,20 @@ def _add_foreign(made: _Rewrite, option: str, file: str, leaves: Mapping[str, li
     is_own = made.exists is not None and all(made.exists(key.partition(".")[0]) for key in leaves)
     for key, values in leaves.items():
         num_words = len(made.words) + len(made.first)
-        if values and made.is_our_setting(key):
+        if values and "." in key and made.is_our_setting(key):
             made.words += ["--set", f"{key}={values[0] if len(values) == 1 else json.dumps(values)}"]
         elif values and is_translated(key):
             made.replace(f"--{last_part(key)}", values)
-            meant = " ".join(made.words[num_words - len(made.first):]).removeprefix("--set ")
-            renamed.append(f"{key} is {meant}")
+            added = made.words[num_words - len(made.first):]
+            if has_data and added[:1] == ["--data"]:
+                del made.words[num_words - len(made.first):]
+            renamed.append(f"{key} is {' '.join(added).removeprefix('--set ')}")
         if len(made.words) + len(made.first) == num_words:
             lost.append(key)
     made.said, made.is_changed = said, True
     without = f", without {', '.join(lost[:12])}{' ...' if len(lost) > 12 else ''}" if lost else ""
-    what = "is another program's configuration; its settings follow"
-    if is_own:
-        what = f"has keys in wrong places: {', '.join(renamed)} here; correct the file, or pass its settings"
+    what = (f"has keys in wrong places: {', '.join(renamed)} here; correct the file, or pass its settings"
+            if is_own else "is another program's configuration; its settings follow")
     made.said.append(f"{option} {file}: {what}{without}")
 
 
