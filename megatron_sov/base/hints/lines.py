@@ -107,8 +107,7 @@ def propose_line(program: str, typed: Sequence[str], error: UserError, check: Ch
         check: runs all checks of a line and nothing else; raises `UserError`.
         find_check: returns the check of another program of ours.
     """
-    made = _Proposal(program, typed, check, list(typed))
-    tried = {tuple(typed)}
+    made, tried = _Proposal(program, typed, check, list(typed)), {tuple(typed)}
     fault: UserError | None = error
     while fault is not None and len(made.sentences) + len(made.left) < MAX_FAULTS:
         if fault.fix is None:
