@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -171,30 +170,23 @@ def format_problems(subject: str, problems: Sequence[str], remedy: str = "") -> 
                       *(f"  {problem}" for problem in problems)])
 
 
-class RowProblems:
-    """Problems of a file's rows; rows with the same problem become one line."""
-
-    def __init__(self) -> None:
-        self._places: defaultdict[str, list[str]] = defaultdict(list)
-
-    def __bool__(self) -> bool:
-        return bool(self._places)
+class RowProblems(dict[str, list[str]]):
+    """Problem of rows -> the rows, e.g. "line 3"; rows with the same problem become one line."""
 
     def add(self, place: str, problem: str) -> None:
-        """Add the problem of a row; `place`: "line 3", or another name."""
-        self._places[problem].append(place)
+        self.setdefault(problem, []).append(place)
 
     def format(self, subject: str, remedy: str) -> str:
         """Format all problems as `format_problems` does."""
-        count = sum(map(len, self._places.values()))
+        count = sum(map(len, self.values()))
         lines = [f"{subject}: {count:,} bad row{'s' if count > 1 else ''}; {remedy}"]
-        for problem, places in islice(self._places.items(), MAX_ROW_PROBLEMS):
+        for problem, places in islice(self.items(), MAX_ROW_PROBLEMS):
             more = f" and {len(places) - MAX_PLACES:,} more" if len(places) > MAX_PLACES else ""
             named = ", ".join(places[:MAX_PLACES])
             if len(places) > 1:  # "line 1, line 2" is "lines 1, 2"
                 named = re.sub(r"\Aline ", "lines ", named).replace(", line ", ", ")
             lines.append(f"  {named}{more}: {problem}")
-        left = len(self._places) - MAX_ROW_PROBLEMS
+        left = len(self) - MAX_ROW_PROBLEMS
         return "\n".join([*lines, *([f"  and {left:,} other problems"] if left > 0 else [])])
 
 

@@ -11,8 +11,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-from megatron_sov.base.errors import DryRun, Fix, UserError
+from megatron_sov.base.errors import DryRun, Fix, UserError, fix_missing
 from megatron_sov.base.hints.paths import find_path_faults
 
 MAX_FAULTS = 8
@@ -68,8 +69,14 @@ class _Proposal:
 
     def find_path_fault(self, said: str, *, is_named: bool) -> UserError | None:
         """Return the first fault of a path that a message names, or does not name; no check is run."""
-        return next((fault for path, fault in find_path_faults(self.program, self.line)
-                     if _names_word(said, path) == is_named), None)
+        found = next((fault for path, fault in find_path_faults(self.program, self.line)
+                      if _names_word(said, path) == is_named), None)
+        if found is not None or not is_named:
+            return found
+        # a misspelt path without an option, which the command itself has found missing
+        fixes = [fix_missing(word, is_data=True) for word in self.line[1:]
+                 if _names_word(said, word) and "does not exist" in said and not Path(word).exists()]
+        return next((UserError(said, fix) for fix in fixes if fix and not fix.before), None)
 
     def run_check(self) -> UserError | None:
         token = _is_check.set(True)
