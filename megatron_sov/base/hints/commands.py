@@ -80,7 +80,6 @@ def unwrap_launcher(typed: Sequence[str]) -> list[str] | None:
         return rest if rest and not rest[0].startswith("-") else ["train", *rest]
     if word not in launchers["starters"].split():
         return None
-    # options of the starter, then a script or `-m MODULE`, then its arguments
     at = next((n for n, one in enumerate(rest) if one.endswith(".py") or one in ("-m", "--module")),
               len(rest))
     ours = by_word("options")

@@ -73,7 +73,7 @@ class _Proposal:
                       if _names_word(said, path) == is_named), None)
         if found is not None or not is_named:
             return found
-        # a misspelt path without an option, which the command itself has found missing
+        # a misspelt path without an option
         fixes = [fix_missing(word, is_data=True) for word in self.line[1:]
                  if _names_word(said, word) and "does not exist" in said and not Path(word).exists()]
         return next((UserError(said, fix) for fix in fixes if fix and not fix.before), None)
