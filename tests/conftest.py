@@ -474,8 +474,7 @@ def measure_page(open_page: OpenPage, tmp_path: Path) -> MeasurePage:
     One browser holds all screens as frames; the page's policy lets the measuring script run by its hash.
     """
 
-    def measured(file: Path,
-                 screens: tuple[Screen, ...] = SCREENS) -> dict[tuple[str, int], dict[str, Any]]:
+    def measured(file: Path, screens: tuple[Screen, ...] = SCREENS) -> dict[tuple[str, int], dict[str, Any]]:
         script = LAYOUT_JS.read_text(encoding="utf-8")
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         page = file.read_text(encoding="utf-8").replace("script-src ", f"script-src 'sha256-{digest}' ", 1)
@@ -602,8 +601,7 @@ def packed_data(tmp_path_factory: pytest.TempPathFactory,
 
 def _pip(*arguments: str, cwd: Path, **environment: str) -> None:
     command = [sys.executable, "-m", "pip", "--quiet", "--no-input", *arguments]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True,
-                          env={**os.environ, **environment})
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr
 
 

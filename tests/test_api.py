@@ -117,8 +117,7 @@ def test_rounds_and_meters_are_tables(tmp_path: Path) -> None:
 
 def test_mistakes_are_raised_with_the_commands_own_words(tmp_path: Path) -> None:
     config = megatron_sov.model.recipes.get("tiny-qwen3")
-    with pytest.raises(UserError,
-                       match=r"^--data .*none: does not exist; check its path"):
+    with pytest.raises(UserError, match=r"^--data .*none: does not exist; check its path"):
         api.pretrain(config, [tmp_path / "none"], tmp_path / "run")
 
 

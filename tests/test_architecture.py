@@ -95,13 +95,11 @@ ALONE = {
     "megatron_sov/work/endpoints/http_client.py": "imports openai, which its user must not import at the top",
     "megatron_sov/base/hints/search.py": "search by meaning; words of a line are another subject",
     "megatron_sov/base/hints/values.py": "values of other programs; their names are another subject",
-    "data_prep/shards/sample.py": "a command",
-    "data_prep/curate/sources/pdf.py": "reads PDF files; web archives are another subject",
     "megatron_sov/base/pages/markdown.py": "text of strangers in Markdown; exports are another subject",
     "megatron_sov/infer/decoder/logprobs.py": "log-probabilities of given answers, at any layout",
     "megatron_sov/commands/operate/run_table.py": "a table of runs; one run in full is another subject",
     "megatron_sov/commands/operate/job_summary.py": "checks and prices a job; submitting is another subject",
-    "megatron_sov/commands/rl/rl_reward.py": "a command",
+    "megatron_sov/commands/rl/inputs/teacher_models.py": "opens teachers; rounds are another subject",
     "megatron_sov/commands/train/forgetting_gate.py": "runs `eval lm`; stages are another subject",
     "megatron_sov/checkpoint/gather.py": "megatron's side of exporting a live model",
     "megatron_sov/judge/rewards/check_program.py": _INSIDE,
@@ -408,11 +406,13 @@ def named_in_tables(found: list[Source]) -> set[str]:
 
 
 def lonely(found: list[Source]) -> list[str]:
-    """Return the short files that one other file imports: such a one belongs into its user."""
+    """Return the short files that one other file imports and no table of commands or steps names: such a file
+    belongs into its user."""
     modules, users = by_module(found), users_of(found)
     short = {name for name, source in modules.items() if source.path.name != "__init__.py"
              and len(source.path.read_text(encoding="utf-8").splitlines()) < MIN_LINES_OF_ONE_USER}
-    return sorted(modules[name].name for name in short & users.keys() if len(users[name]) == 1)
+    return sorted(modules[name].name for name in short & users.keys() - named_in_tables(found)
+                  if len(users[name]) == 1)
 
 
 def count_lines(found: list[Source]) -> int:

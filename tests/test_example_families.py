@@ -96,8 +96,7 @@ def test_each_file_has_a_header_and_an_odd_model() -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("family", ODD)
-def test_bits_and_logits_are_those_of_transformers(family: str, ranks: Any, job: Any,
-                                                   tmp_path: Path) -> None:
+def test_bits_and_logits_are_those_of_transformers(family: str, ranks: Any, job: Any, tmp_path: Path) -> None:
     reference, config = reference_of(family), ODD[family]()
     folder = tmp_path / f"{family}-0"
     folder.mkdir()

@@ -110,8 +110,7 @@ def test_finds_nothing():
 WHOLE = 'import pytest\npytest.importorskip("no_such_package")\n'
 
 
-def test_skips_count_as_failures_where_all_is_needed_and_nothing_is_left_behind(
-        tmp_path: Path) -> None:
+def test_skips_count_as_failures_where_all_is_needed_and_nothing_is_left_behind(tmp_path: Path) -> None:
     (tmp_path / "test_one.py").write_text(SKIPS)
     (tmp_path / "test_two.py").write_text(LEAVES)
     (tmp_path / "test_whole.py").write_text(WHOLE)

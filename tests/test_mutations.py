@@ -100,8 +100,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "distill states": (M, "distill", "states", "@hf", "--data", "@text", "--output", "@out"),
     "run": (D, "run", "@raw/pipeline.yaml", "--output", "@out", "--workers", "1"),
 }
-REFUSED = {
-    "extend": "the tokenizer has too few whole words for needles", "eval needle": "the same"}
+REFUSED = {"extend": "the tokenizer has too few whole words for needles", "eval needle": "the same"}
 """Commands that end with 2 although nothing is broken: what is broken comes first."""
 WEIGHTS_READ = ("pretrain from hf", "from-hf", "verify", "generate --chat", "distill states")
 """Commands that take nothing else from @hf than a whole model: one tensor less, and they refuse it."""

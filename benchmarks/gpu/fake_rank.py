@@ -50,14 +50,14 @@ def prepare() -> None:
     fake_gpu.install()
     sys.path[:0] = [str(DOUBLE), str(ROOT)]
     _give_kernels_shapes()
+    import megatron_sov.engine  # noqa: F401  before the library, for which it replaces kernels of triton
+
     compile_, torch.compile = torch.compile, _as_it_is  # type: ignore[assignment]
     import megatron.core.models.gpt.gpt_layer_specs
     import megatron.core.optimizer
     import megatron.core.pipeline_parallel
     import megatron.core.tensor_parallel.random as random
     import megatron.core.transformer.multi_token_prediction  # noqa: F401
-
-    import megatron_sov.engine  # noqa: F401  before the library, for which it stands in for kernels of triton
 
     torch.compile = compile_
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.cuda.get_rng_state()

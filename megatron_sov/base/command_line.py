@@ -120,11 +120,11 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"{self.prog}: {rest[0]}: takes an option before it, {option}",
                             Fix(f"{self.prog} {line}"))
         if rest[0].startswith("-") and not Counter(rest) - Counter(self._typed):
-            kept = list(self._typed)
+            remaining = list(self._typed)
             for word in reversed(rest):
-                del kept[len(kept) - 1 - kept[::-1].index(word)]
+                del remaining[len(remaining) - 1 - remaining[::-1].index(word)]
             raise UserError(f"{self.prog}: {shlex.join(rest)}: nothing takes this; leave it out",
-                            Fix(f"{self.prog} {shlex.join(kept)}".rstrip()))
+                            Fix(f"{self.prog} {shlex.join(remaining)}".rstrip()))
         self.error(f"{shlex.join(rest)}: nothing takes this")
 
     def _update_words(self, typed: Sequence[str]) -> Sequence[str]:
@@ -146,19 +146,18 @@ def check_arguments(parsed: argparse.Namespace, command: Any) -> None:
 
     try:
         options_class = getattr(parsed, "options_class", None)
-        has_dry_run = hasattr(parsed, "dry_run") or hasattr(options_class, "dry_run")
-        if options_class is not None:
-            options = read_options(options_class, parsed)
-        if has_dry_run:
+        if options_class is None:
+            return
+        options = read_options(options_class, parsed)
+        action = getattr(command, "ACTIONS", {}).get(getattr(parsed, "action", ""), command)
+        action = action.load() if isinstance(action, Command) else action
+        if isinstance(action, DeclaredCommand) and action.run_function:  # else the check does the work
+            action.check(options)
+        elif hasattr(options_class, "dry_run"):
             parsed.dry_run = True
             command.run(parsed)
-        elif options_class is not None:
-            action = getattr(command, "ACTIONS", {}).get(getattr(parsed, "action", ""), command)
-            action = action.load() if isinstance(action, Command) else action
-            if isinstance(action, DeclaredCommand) and action.run_function:  # else the check does the work
-                action.check(options)
-            elif check := getattr(action, "check_proposal", None):
-                check(options)
+        elif check := getattr(action, "check_proposal", None):
+            check(options)
     except SettingsError as e:
         # some commands take --dry-run with other options alone
         problems = [problem for problem in e.problems
@@ -245,9 +244,9 @@ class Command:
             words: show only examples that begin with these words; "": all.
         """
         begin = f"{words} ".lstrip()
-        shown = [f"  {program} {line}" for line in self.examples if f"{line} ".startswith(begin)]
+        lines = [f"  {program} {line}" for line in self.examples if f"{line} ".startswith(begin)]
         page = [f"page: docs/{self.page}"] if self.page else []
-        return "\n".join([*(["examples:"] if shown else []), *shown, *page])
+        return "\n".join([*(["examples:"] if lines else []), *lines, *page])
 
     def declare(self, name: str, below: Any) -> None:
         """Add the command to `add_subparsers(parser_class=CommandParser)`."""

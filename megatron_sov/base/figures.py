@@ -40,10 +40,10 @@ def format_duration(seconds: float) -> str:
     """Format a duration in the two largest units: 3 d 4 h, 12 min 5 s, 4.2 s."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
-    whole = round(seconds)
+    rounded = round(seconds)
     for unit_s, unit, smaller_s, smaller in TIME_UNITS:
-        if whole >= unit_s:
-            return f"{whole // unit_s} {unit} {whole % unit_s // smaller_s} {smaller}"
+        if rounded >= unit_s:
+            return f"{rounded // unit_s} {unit} {rounded % unit_s // smaller_s} {smaller}"
     raise AssertionError(f"no unit for {seconds} s")
 
 

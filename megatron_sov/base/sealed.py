@@ -195,9 +195,9 @@ def write_sealed_json(file: Path, value: Any, owner: str = "") -> None:
     """
     # flat if possible: other programs find the keys at the top level
     is_flat = isinstance(value, dict) and not {SEAL, "content"} & value.keys()
-    whole = {**value, SEAL: SEAL_PLACEHOLDER} if is_flat else {"content": value, SEAL: SEAL_PLACEHOLDER}
+    content = {**value, SEAL: SEAL_PLACEHOLDER} if is_flat else {"content": value, SEAL: SEAL_PLACEHOLDER}
     # ASCII only: file names may hold bytes that are not valid UTF-8
-    write_atomically(file, seal_bytes((json.dumps(whole, indent=1) + "\n").encode(), owner))
+    write_atomically(file, seal_bytes((json.dumps(content, indent=1) + "\n").encode(), owner))
 
 
 def read_sealed_json(file: Path, remedy: str = RUN_AGAIN, owner: str = "", *, seal: str | None = None) -> Any:

@@ -92,7 +92,7 @@ COMMANDS = {
         ("distill states teacher --data chats --output states",
          "distill states teacher --data chats --top-k 128 --output top")),
     "rl run": Command(
-        "megatron_sov.commands.rl.rounds:RUN",
+        "megatron_sov.commands.rl.cycle:RUN",
         "reinforcement learning by one command: the model that learns writes its own rounds",
         POST_TRAIN, "rl.md",
         ("rl run tiny-solar-open --from runs/sft --prompts prompts.jsonl --reward math --store store "
@@ -108,7 +108,7 @@ COMMANDS = {
          "rl engines tiny-solar-open --from runs/sft --prompts prompts.jsonl --reward math --store store "
          "--run runs/rl --engine vllm --engine-set servers=2 --engine-python vllm/bin/python")),
     "rl generate": Command(
-        "megatron_sov.commands.rl.rounds:GENERATE",
+        "megatron_sov.commands.rl.generate:GENERATE",
         "write responses to the prompts of rounds into a store, by the newest policy",
         POST_TRAIN, "rl_generate.md",
         ("rl generate tiny-solar-open --from runs/sft --prompts prompts.jsonl --store store --run "
@@ -116,13 +116,13 @@ COMMANDS = {
          "rl generate tiny-solar-open --from runs/sft --prompts prompts.jsonl --store store --run "
          "runs/rl --wait 3600")),
     "rl reward": Command(
-        "megatron_sov.commands.rl.rl_reward:REWARD",
+        "megatron_sov.commands.rl.store.reward:REWARD",
         "judge the responses of a store that a reward has not judged yet",
         POST_TRAIN, "rl_generate.md",
         ("rl reward --store store --reward math",
          "rl reward --store store --reward math --wait 3600")),
     "rl train": Command(
-        "megatron_sov.commands.rl.rounds:TRAIN",
+        "megatron_sov.commands.rl.train:TRAIN",
         "reinforcement learning: train the rounds of responses that are written and judged",
         POST_TRAIN, "rl.md",
         ("rl train tiny-solar-open --from runs/sft --prompts prompts.jsonl --reward math --store "
@@ -130,13 +130,13 @@ COMMANDS = {
          "rl train tiny-solar-open --from runs/sft --prompts prompts.jsonl --reward math --store "
          "store --run runs/rl --wait 600")),
     "rl store": Command(
-        "megatron_sov.commands.rl.rl_store",
+        "megatron_sov.commands.rl.store.store",
         "show, gc: the rollout store between generation, reward and training",
         POST_TRAIN, "rollout_store.md",
         ("rl store show store round-0001-piece-0000 0",
          "rl store gc store --rounds 1-3 --yes")),
     "rl knowledge": Command(
-        "megatron_sov.commands.rl.rl_knowledge",
+        "megatron_sov.commands.rl.ssp.knowledge:KNOWLEDGE",
         "in-domain text for InK-GRPO: each section once, none of the test's answers",
         POST_TRAIN, "ssp.md",
         ("rl knowledge --input laws.jsonl --text-field text --document-field law "
@@ -144,20 +144,20 @@ COMMANDS = {
          "rl knowledge --input laws.jsonl --text-field text --document-field law "
          "--section-field section --tests test.jsonl --split split=train --output knowledge")),
     "tools": Command(
-        "megatron_sov.commands.rl.tools",
+        "megatron_sov.commands.rl.store.tools",
         "list, run: tool environments, played by a model",
         POST_TRAIN, "tools.md",
         ("tools list",
          "tools run virtual work/sft --output work/episodes")),
     "ssp probe": Command(
-        "megatron_sov.commands.rl.ssp:PROBE",
+        "megatron_sov.commands.rl.ssp.probe:PROBE",
         "pass@k of a run's checkpoints in each domain, and the best one of each",
         POST_TRAIN, "ssp.md",
         ("ssp probe runs/sft --problems algebra=algebra.jsonl --reward math --k 8 --output probe",
          "ssp probe runs/sft --problems algebra=algebra.jsonl geometry=geometry.jsonl --reward math "
          "--samples 16 --k 8 --output probe")),
     "ssp fuse": Command(
-        "megatron_sov.commands.rl.ssp:FUSE",
+        "megatron_sov.commands.rl.ssp.fuse:FUSE",
         "merge the best checkpoint of each domain, or any checkpoints, into one",
         POST_TRAIN, "ssp.md",
         ("ssp fuse probe --output merged",

@@ -51,7 +51,7 @@ class RecordedRoutes:
 
 
 class RouteTable:
-    """Routes for the tokens in the step's local micro-batches, concatenated."""
+    """Routes for the tokens in the step's local micro-batches, concatenated, read by `BalancedRouter`."""
 
     def __init__(self, routes: np.ndarray, first_layer: int) -> None:
         """Copy the routes to the device.
@@ -90,7 +90,7 @@ class RouteTable:
 
 @contextlib.contextmanager
 def replay_routes(config: Any, rows: Sequence[np.ndarray | None]) -> Iterator[list[int | None]]:
-    """Replay recorded routes inside the context.
+    """Replay recorded routes (`RouteTable`) inside the context.
 
     Args:
         config: the library's config, with `routing_step`.
@@ -120,7 +120,7 @@ def replay_routes(config: Any, rows: Sequence[np.ndarray | None]) -> Iterator[li
 # the router's sum of two if K is twice the number of chosen groups.
 
 def find_fusion_problem(model: ModelConfig) -> str:
-    """Return why the kernels cannot route this model, or ""."""
+    """Return why the kernels cannot route this model (`gpu.router_fusion`), or ""."""
     if te.fused_topk_with_score_function is None:
         return ("needs the routing kernels of Transformer Engine 2.7 or newer, and the one here has none; "
                 "install a newer one, or leave it out")
@@ -188,7 +188,7 @@ EPSILON = 1e-20
 
 @dataclass
 class RoutingStep:
-    """Optimizer step state, shared by the process's routers.
+    """Optimizer step state, shared by the process's `BalancedRouter` modules.
 
     The config holds it as `routing_step`. Inputs are constant within a step, so recomputation in the backward
     pass sees the values of the forward pass.
@@ -441,5 +441,5 @@ def _limit_to_groups(scores: torch.Tensor, num_groups: int, num_kept: int) -> to
 
 
 def _expand_documents(numbers: torch.Tensor, shared: SharedPrompts | None) -> torch.Tensor:
-    """Expand values [tokens, ...] so that shared prompt tokens appear once per document."""
+    """Expand values [tokens, ...] so that `SharedPrompts` tokens appear once per document."""
     return numbers if shared is None else numbers[shared.source]

@@ -62,13 +62,7 @@ class PolicyLoss:
     """``-sum over labels of weight * engine correction * surrogate``, and the divergence from a reference."""
 
     def __init__(self, policy: PolicyConfig, max_new_tokens: int, loss: LabelLoss | None = None) -> None:
-        """Select the parts of the loss.
-
-        Args:
-            policy: the settings.
-            max_new_tokens: length limit of responses.
-            loss: loss of each label; None: the surrogate that the settings name.
-        """
+        """Select the parts of the loss."""
         self._loss = loss or partial(surrogate_loss, parts=policy.parts)
         self._policy, self._parts, self._longest = policy, policy.parts, max_new_tokens
         self.coefficients = {POLICY: 1.0}
@@ -462,11 +456,7 @@ def open_text_sources(config: RunConfig) -> tuple[Source, ...]:
 
 
 def check_sources(config: RunConfig, sources: list[Source]) -> None:
-    """Check that the text term has data, and that no source has the name of the rounds.
-
-    Raises:
-        UserError: text is missing, or a source is called `ROUNDS_SOURCE`.
-    """
+    """Check that the text term has data, and that no source has the name of the rounds."""
     if [source.name for source in sources].count(ROUNDS_SOURCE) > 1:
         raise UserError(f"--data: has a source {ROUNDS_SOURCE!r}, as the run's own rounds are called; pack "
                         "it under another name")

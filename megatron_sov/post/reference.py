@@ -100,11 +100,7 @@ class Reference:
 
     def heldout_logprobs(self, source: Source) -> np.ndarray | None:
         """Return the log-probabilities of a source's measured held-out documents, float32; None if none are
-        measured.
-
-        Raises:
-            UserError: a file is missing or damaged.
-        """
+        measured."""
         parts = self._heldout.get(source.name)
         return None if parts is None else parts.numbers()
 
@@ -252,11 +248,7 @@ class ReferenceFiles:
         return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
     def column(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return log p of `count` tokens of a document from `start`, float32.
-
-        Raises:
-            UserError: the file is missing or has another size.
-        """
+        """Return log p of `count` tokens of a document from `start`, float32."""
         part, index = divmod(document, PART_DOCUMENTS)
         starts, numbers = self._open(part)
         logprobs: np.ndarray = numbers[starts[index] + start:starts[index] + start + count]

@@ -152,13 +152,7 @@ def _restrict_to_responses(batch: MicroBatch) -> MicroBatch:
 
 
 def weigh_per_unit(batch: MicroBatch, unit: Literal["turn", "sample"], dtype: torch.dtype) -> MicroBatch:
-    """Scale the weights of response labels so that they add up to 1 in each unit; other weights stay.
-
-    Args:
-        batch: on the host or the device, without synchronisation.
-        unit: turn: consecutive learned labels; sample: responses of one conversation.
-        dtype: dtype of the weights.
-    """
+    """Scale the weights of response labels so that they add up to 1 in each unit; other weights stay."""
     is_learned, number = find_learned_labels(batch), compute_segments(batch)
     if unit == "turn":
         # A turn begins at a learned label whose predecessor is not learned or belongs to another sample.

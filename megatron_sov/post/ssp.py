@@ -139,11 +139,7 @@ class ProbedCheckpoint:
 
 
 def find_candidates(paths: Sequence[Path]) -> list[ProbedCheckpoint]:
-    """Return the distinct checkpoints of paths; a run stands for its complete checkpoints, oldest first.
-
-    Raises:
-        UserError: a path is not a checkpoint, or a run has none.
-    """
+    """Return the distinct checkpoints of paths; a run stands for its complete checkpoints, oldest first."""
     candidates: dict[Path, ProbedCheckpoint] = {}
     for path in paths:
         check_model_path(path)
@@ -171,11 +167,7 @@ def write_problems(probe: Path, domains: Mapping[str, Path]) -> Path:
 
 
 def read_candidates(probe: Path, asked: Sequence[ProbedCheckpoint]) -> list[ProbedCheckpoint]:
-    """Return the checkpoints of the existing table, then the new ones of `asked`.
-
-    Raises:
-        UserError: two checkpoints have one name.
-    """
+    """Return the checkpoints of the existing table, then the new ones of `asked`."""
     earlier = _read_table(probe)[0] if (probe / TABLE / MANIFEST).is_file() else []
     candidates = {c.path: c for c in [*earlier, *asked]}
     names: dict[str, Path] = {}
@@ -189,12 +181,6 @@ def read_candidates(probe: Path, asked: Sequence[ProbedCheckpoint]) -> list[Prob
 def write_table(probe: Path, candidates: Sequence[ProbedCheckpoint], k: int, right_from: float
                 ) -> dict[str, Any]:
     """Write the table of all checkpoints and return its content.
-
-    Args:
-        probe: the folder, with the responses of all candidates.
-        candidates: ordered from the earliest.
-        k: the pass@k that decides.
-        right_from: smallest reward of a right response.
 
     Raises:
         UserError: responses of a checkpoint in a domain have too few rewards.
@@ -241,11 +227,7 @@ def _measure_checkpoint(probe: Path, candidate: ProbedCheckpoint, ks: Sequence[i
 
 
 def read_experts(probe: Path) -> list[tuple[Path, float]]:
-    """Return the best checkpoints with their weights, the number of domains that each is best in.
-
-    Raises:
-        UserError: the folder has no complete probe.
-    """
+    """Return the best checkpoints with their weights, the number of domains that each is best in."""
     weights: dict[Path, float] = {}
     for path in _read_table(probe)[1]:
         weights[path] = weights.get(path, 0.0) + 1.0

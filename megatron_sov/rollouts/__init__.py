@@ -1,2 +1,2 @@
-"""The store of generation, reward and training jobs: prompts, rollouts, rewards, claims. Does not import
+"""Rollout stores, which generation, reward and training share: prompts, rows, parts. Does not import
 torch."""

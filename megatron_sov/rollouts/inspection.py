@@ -1,5 +1,4 @@
-"""Inspection of a rollout store: a list of parts and claims, and checks of files, rows, keys and rewards with
-one part in memory at a time."""
+"""Lists the parts and claims in a rollout store, and checks files, rows, keys and rewards, part by part."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from megatron_sov.work.progress.progress_bar import create_bar
 
 _ROW = np.dtype([("key", "<u8", 2), ("attempt", np.int32), ("is_unfinished", bool),
                  ("part", np.int32), ("row", np.int32)])
-"""Head of a row, 29 bytes, which stays in memory while other parts are read."""
+"""Head of a row (29 bytes), kept in memory while `check_store` reads further parts."""
 
 
 @dataclass
@@ -71,12 +70,12 @@ def _hash_key(key: Key) -> bytes:
 
 
 def _find_key_problems(heads: np.ndarray, parts: list[RolloutPart]) -> list[str]:
-    """Return a sentence for each key whose attempts are not 0, 1, ... after unfinished ones."""
+    """Return a sentence for each key whose attempts are not 0, 1, ... after unfinished attempts."""
     # lexsort takes its last key first: equal keys become neighbours, ordered by attempt.
     heads = heads[np.lexsort((heads["attempt"], *heads["key"].T))]
     follows = np.append([False], (heads["key"][1:] == heads["key"][:-1]).all(1))[:len(heads)]
     previous = np.concatenate([heads[:1], heads[:-1]])
-    # A row is compared with its neighbour alone, so it breaks at most one of the three rules.
+    # A row is compared with its neighbour alone, so a row breaks at most one rule.
     repeats = follows & (heads["attempt"] == previous["attempt"])
     continues = follows & (heads["attempt"] == previous["attempt"] + 1)
     begins = ~follows & (heads["attempt"] == 0)
@@ -97,7 +96,7 @@ def _describe_row(head: np.void, parts: list[RolloutPart]) -> str:
 
 
 def _find_reward_problems(store: RolloutStore, part: RolloutPart, result: StoreCheck) -> list[str]:
-    """Return a sentence for each reward of a missing row, and for repeated rewards."""
+    """Return a sentence for each reward without a row, and for repeated rewards."""
     try:
         rewards = store.read_rewards(part.version, part.name)
         rows, _ = store.read_rows_with_problems(part.name, ())
@@ -106,20 +105,20 @@ def _find_reward_problems(store: RolloutStore, part: RolloutPart, result: StoreC
             return [str(e)]  # the error names the file
         return [f"{part.path}: judges rows that cannot be read: {e}"]
     result.parts, result.rewards = result.parts + 1, result.rewards + len(rewards)
-    stored, seen, problems = {(row.key, row.attempt) for row in rows}, set(), []
+    stored, judged_keys, problems = {(row.key, row.attempt) for row in rows}, set(), []
     for i, reward in enumerate(rewards):
         key = (reward.key, reward.attempt)
         if key not in stored:
             problems.append(f"{part.file}: row {i} judges sample {reward.key.sample} of prompt "
                             f"{reward.key.prompt}, attempt {reward.attempt}, which {part.name} does not hold")
-        if key in seen:
+        if key in judged_keys:
             problems.append(f"{part.file}: row {i} judges a row a second time")
-        seen.add(key)
+        judged_keys.add(key)
     return problems
 
 
 def format_store(store: RolloutStore) -> Iterator[str]:
-    """Yield a line for each part of a store, their sum, and a line for each claim."""
+    """Yield a line per part, a line with the sums, and a line per claim."""
     judged = find_reward_versions(store)
     parts = store.parts()
     for part in parts:
@@ -136,7 +135,7 @@ def format_store(store: RolloutStore) -> Iterator[str]:
 
 
 def find_reward_versions(store: RolloutStore, round_: int | None = None) -> dict[str, list[str]]:
-    """Return part -> versions of the rewards that have judged it."""
+    """Return part name -> versions of the rewards in `STORE/rewards`."""
     versions: dict[str, list[str]] = {}
     for version in store.versions():
         for part in store.parts(round_, version):
@@ -158,4 +157,4 @@ def check_with_progress(store: RolloutStore) -> StoreCheck:
 
 KIND = ArtifactKind(lambda path: format_store(RolloutStore.open(path)),
                     lambda path: check_with_progress(RolloutStore.open(path)).problems)
-"""Entry of `inspect` for rollout stores."""
+"""Entry for rollout stores in `megatron-sov inspect`."""

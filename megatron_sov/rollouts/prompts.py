@@ -1,7 +1,5 @@
-"""Prompts of a run: read from a file, ordered by seed and round, split into pieces.
-
-Order, pieces and random streams are functions of the settings, so a repeated piece has the same responses.
-"""
+"""Prompts for rollouts: read from a file, ordered by seed and round, split into pieces. Order, pieces and
+random streams depend on `RolloutConfig` alone, so a repeated piece has the same responses."""
 
 from __future__ import annotations
 
@@ -36,23 +34,22 @@ if TYPE_CHECKING:
 
 OPTION = "--prompts"
 TARGET = "target_tokens"
-"""Field of a prompt's record: requested length of responses in tokens."""
+"""Field in a prompt's record with the requested response length in tokens."""
 HASH_DIGITS, STREAM_DIGITS = 16, 15
 """Hexadecimal digits of the ids of prompts and settings, and of random streams: 60 bits fit an engine's int64
 and differ for all responses of a run."""
 _FURTHER = 1
-"""Seeds the order of further prompts, next to seed and round: the order of an epoch contains each prompt
-once."""
+"""Entropy for the order of further prompts, in addition to seed and round."""
 
 
 @dataclass(frozen=True)
 class RolloutPrompt:
-    """A prompt, or a task of an environment."""
+    """A prompt, or a task for an environment."""
 
     id: str
-    """First hexadecimal digits of the record's SHA-256."""
+    """First `HASH_DIGITS` digits of the record's SHA-256."""
     record: Mapping[str, Any]
-    """Row of the file: `prompt` or `messages`, or a task, and the fields that the reward needs."""
+    """Row in the file: `prompt` or `messages`, or a task, and the fields that the reward needs."""
     place: str = field(default="", compare=False)
     """Place in the file, e.g. "line 7"."""
     option: str = field(default=OPTION, compare=False)
@@ -65,7 +62,7 @@ class RolloutPrompt:
             BadRecord: the record is not a prompt.
         """
         record = dict(self.record)
-        # Both names are in use; `parse_record` knows one.
+        # Files use both names; `parse_record` reads `prompt`.
         if "messages" in record:
             if "prompt" in record:
                 raise BadRecord("fields", "has 'prompt' and 'messages'; leave one of them out")
@@ -75,31 +72,26 @@ class RolloutPrompt:
 
 @dataclass(frozen=True, eq=False)
 class PromptList(Sequence[RolloutPrompt]):
-    """An ordered list of distinct prompts on disk: a million take 24 MB of memory, and records are read on
-    access."""
+    """An ordered list of distinct prompts on disk. A million prompts take 24 MB of memory; `record` is read
+    on access."""
 
     option: str
-    """Option that names the file."""
     repeats: Mapping[str, Sequence[str]]
-    """Id -> places of its repetitions in the file, which are not used."""
+    """Id -> places in the file where the prompt is repeated; repetitions are not used."""
     _file: BinaryIO
-    """Unnamed temporary file, deleted when the last process closes it."""
+    """Unnamed temporary file, deleted when the last process closes `_file`."""
     _numbers: np.ndarray
-    """[rows of the file] uint64: ids as numbers."""
+    """[rows in the file] uint64: ids as numbers."""
     _starts: np.ndarray
-    """[rows of the file + 1] int64: byte offsets."""
+    """[rows in the file + 1] int64: byte offsets."""
     _rows: np.ndarray
-    """[prompts] int64: rows of the file in this list, in order."""
+    """[prompts] int64: rows in the file, in list order."""
     num_trained: int = 0
-    """Prompts of --validation that were removed because training uses them."""
+    """Prompts removed from --validation because training uses them."""
 
     @classmethod
     def from_prompts(cls, prompts: Iterable[RolloutPrompt], option: str = OPTION) -> PromptList:
-        """Write prompts to a temporary file, and keep the first of each id.
-
-        Raises:
-            UserError: the folder of temporary files is full.
-        """
+        """Write prompts to a temporary file, without repeated ids."""
         import numpy as np
 
         with translate_disk_errors(Path(tempfile.gettempdir())):
@@ -139,12 +131,12 @@ class PromptList(Sequence[RolloutPrompt]):
     __hash__ = None  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Pieces are sent to the other ranks of an engine, which have no access to this file.
+        # Pieces are sent to other ranks of an engine, which have no access to `_file`.
         return PromptList.from_prompts, (list(self), self.option)
 
     @property
     def num_rows(self) -> int:
-        """Rows of the file, repetitions included."""
+        """Rows in the file, repetitions included."""
         return len(self._numbers)
 
     @property
@@ -152,7 +144,7 @@ class PromptList(Sequence[RolloutPrompt]):
         return [f"{number:0{HASH_DIGITS}x}" for number in self._numbers[self._rows].tolist()]
 
     def read_record(self, prompt: str) -> Mapping[str, Any]:
-        """Return the record of a prompt by its id, or raise KeyError."""
+        """Return the record of the prompt with this id, or raise KeyError."""
         import numpy as np
 
         numbers, order = self._sorted_numbers
@@ -163,20 +155,20 @@ class PromptList(Sequence[RolloutPrompt]):
 
     @cached_property
     def _sorted_numbers(self) -> tuple[np.ndarray, np.ndarray]:
-        """Ids as sorted numbers, and the index of each in this list."""
+        """Ids as sorted numbers, and the list index of each id."""
         numbers = self._numbers[self._rows]
         order = numbers.argsort()
         return numbers[order], order
 
     def select(self, places: np.ndarray) -> PromptList:
-        """Return the prompts at these indices, in this order."""
+        """Return the prompts at `indices`, in this order."""
         return replace(self, _rows=self._rows[places])
 
     def find_indices(self, ids: Iterable[str]) -> np.ndarray:
         import numpy as np
 
-        wanted = np.array([int(prompt, 16) for prompt in ids], np.uint64)
-        return np.flatnonzero(np.isin(self._numbers[self._rows], wanted))
+        id_numbers = np.array([int(prompt, 16) for prompt in ids], np.uint64)
+        return np.flatnonzero(np.isin(self._numbers[self._rows], id_numbers))
 
     def exclude(self, ids: Iterable[str]) -> PromptList:
         import numpy as np
@@ -192,12 +184,12 @@ class PromptList(Sequence[RolloutPrompt]):
 
 @dataclass(frozen=True)
 class PromptPiece:
-    """Prompts of a round that one job claims together, and publishes as one part of the store."""
+    """Prompts that a job claims together and publishes as one part in the store."""
 
     round: int
     """From 1."""
     number: int
-    """Index among the pieces of its round, from 0."""
+    """Index within the round, from 0."""
     prompts: PromptList
 
     def part(self, attempt: int = 0) -> str:
@@ -238,7 +230,7 @@ def _iter_prompts(path: Path, renames: Renames, option: str, is_asked: bool, pro
     for place, record in _iter_records(path, renames, option):
         try:
             record = rename_fields(dict(record), renames)
-            # Ids are digests of the content, so that added lines leave other ids unchanged.
+            # Ids are digests of the content, so added lines leave existing ids unchanged.
             digest = _hash_json(record, HASH_DIGITS, ensure_ascii=False, separators=(",", ":"),
                                 allow_nan=False)
             prompt = RolloutPrompt(digest, record, place, option)
@@ -269,7 +261,7 @@ def _propose_columns(record: Mapping[str, Any], fault: BadRecord, renames: Renam
 
 
 def _iter_records(path: Path, renames: Renames, option: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield place and record of each row; null fields of a table are left out."""
+    """Yield place and record for each row; null fields in a table are left out."""
     if path.is_dir() or path.suffix.lower() in {*ARROW_SUFFIXES, PARQUET_SUFFIX, JSON_SUFFIX}:
         try:
             for place, record in read_records(path, partial(_warn_once, option), renames):
@@ -287,22 +279,22 @@ def _warn_once(option: str, sentence: str) -> None:
 
 
 UNUSED_ROWS_FILE = "set_aside.json"
-"""File of a store: prompts that no round uses, with the reason."""
+"""File in a store with the prompts that no round uses."""
 
 
 @dataclass(frozen=True)
 class UnusedRows:
-    """Rows of a file of prompts that no round uses."""
+    """Rows in a prompt file that no round uses."""
 
     too_long: Mapping[str, int]
-    """Id -> number of tokens."""
+    """Id -> tokens."""
     rows: Sequence[Mapping[str, Any]]
-    """Entries of `SET_ASIDE`."""
+    """Entries in `UNUSED_ROWS_FILE`."""
     account: RecordAccount
 
 
 def find_unused_rows(prompts: PromptList, too_long: Mapping[str, int], limit: int) -> UnusedRows:
-    """Return the rows that no round uses.
+    """Return repeated prompts and prompts longer than `rollout.max_prompt_tokens`.
 
     Args:
         prompts: all prompts of the file.
@@ -326,11 +318,7 @@ def find_unused_rows(prompts: PromptList, too_long: Mapping[str, int], limit: in
 
 
 def write_unused_rows(store: Path, aside: UnusedRows) -> None:
-    """Write the unused prompts into a store, so that the trainer of its rounds orders the same prompts.
-
-    Raises:
-        UserError: the store lists other prompts.
-    """
+    """Write `unused` into a store, so that the trainer orders the same prompts."""
     file = store / UNUSED_ROWS_FILE
     if file.is_file():
         if read_too_long(store) != set(aside.too_long):
@@ -342,7 +330,7 @@ def write_unused_rows(store: Path, aside: UnusedRows) -> None:
 
 
 def read_too_long(store: Path) -> set[str]:
-    """Return the ids of the prompts that are too long, as the store lists them."""
+    """Return the ids of too long prompts from `UNUSED_ROWS_FILE`."""
     file = store / UNUSED_ROWS_FILE
     if not file.is_file():
         return set()
@@ -352,11 +340,11 @@ def read_too_long(store: Path) -> set[str]:
 
 def find_shared_prompts(prompts: Sequence[RolloutPrompt], others: Sequence[RolloutPrompt]
                         ) -> list[RolloutPrompt]:
-    """Return the prompts whose question is also in `others`, whatever other fields their rows have."""
-    # The table holds `prompts`, which are few; `others` may be a million.
+    """Return the prompts whose question is also in `others`; further fields in the record may differ."""
+    # The table holds `prompts`, a few; `others` may be a million.
     is_shared = {_question_digest(prompt): False for prompt in prompts}
-    for other in others:
-        digest = _question_digest(other)
+    for candidate in others:
+        digest = _question_digest(candidate)
         if digest in is_shared:
             is_shared[digest] = True
     return [prompt for prompt in prompts if is_shared[_question_digest(prompt)]]
@@ -366,38 +354,37 @@ def _question_digest(prompt: RolloutPrompt) -> str:
     record = prompt.record
     question = record.get("messages", record.get("prompt", record))
     if isinstance(question, str):
-        # A plain text is the message of a user.
+        # A plain text equals a user message with this text.
         question = [{"role": "user", "content": question.strip()}]
     return _hash_json(question, STREAM_DIGITS)
 
 
 def select_round_prompts(prompts: PromptList, rollout: RolloutConfig, number: int) -> PromptList:
-    """Return the prompts of a round, in an order that depends on the seed and the round's number alone.
+    """Return the prompts for a round, in an order that depends on `rollout.seed` and the round's number
+    alone.
 
     Each epoch is a permutation. A round may continue in the next epoch; its prompts come later there, so that
     no round contains a prompt twice.
-
-    Raises:
-        UserError: the file has fewer prompts than a round.
     """
     import numpy as np
 
-    count, wanted = len(prompts), rollout.prompts_per_round
-    if wanted > count:
-        raise UserError(f"rollout.prompts_per_round = {wanted}: there are {count} prompts, and a round has "
-                        "each prompt at most once; lower it, or add prompts")
-    # Position of the round's first prompt in the concatenation of all epochs.
-    epoch, place = divmod((number - 1) * wanted, count)
-    order = _epoch_order(rollout.seed, epoch, count, wanted)[place:place + wanted]
-    # The round ends in the next epoch, whose order avoids the prompts that the round has already.
-    if len(order) < wanted:
-        order = np.append(order, _epoch_order(rollout.seed, epoch + 1, count, wanted)[:wanted - len(order)])
+    count, per_round = len(prompts), rollout.prompts_per_round
+    if per_round > count:
+        raise UserError(f"rollout.prompts_per_round = {per_round}: there are {count} prompts, and a round "
+                        "has each prompt at most once; lower it, or add prompts")
+    # Position of the round's first prompt in the concatenated epochs.
+    epoch, place = divmod((number - 1) * per_round, count)
+    order = _epoch_order(rollout.seed, epoch, count, per_round)[place:place + per_round]
+    # The round ends in the next epoch, whose order avoids the prompts already in the round.
+    if len(order) < per_round:
+        following = _epoch_order(rollout.seed, epoch + 1, count, per_round)
+        order = np.append(order, following[:per_round - len(order)])
     return prompts.select(order)
 
 
 def split_into_pieces(prompts: PromptList, number: int, piece_prompts: int, begin: int = 0
                       ) -> list[PromptPiece]:
-    """Split the prompts of a round into pieces, numbered from `begin`."""
+    """Split a round's prompts into pieces, numbered from `begin`."""
     return [PromptPiece(number, i, prompts[first:first + piece_prompts])
             for i, first in enumerate(range(0, len(prompts), piece_prompts), begin)]
 
@@ -413,41 +400,38 @@ def plan_round_pieces(prompts: PromptList, rollout: RolloutConfig, number: int, 
         rollout: seed, prompts of a round and of a piece.
         number: of the round, from 1.
         more: pieces of further prompts; fewer are returned if the file has no more prompts.
-
-    Raises:
-        UserError: see `round_prompts`.
     """
     import numpy as np
 
-    own = select_round_prompts(prompts, rollout, number)
-    planned = split_into_pieces(own, number, rollout.piece_prompts)
+    round_list = select_round_prompts(prompts, rollout, number)
+    planned = split_into_pieces(round_list, number, rollout.piece_prompts)
     if more:
         order = _shuffle_indices(len(prompts), rollout.seed, number, _FURTHER)
-        others = order[~np.isin(order, prompts.find_indices(own.ids))][:more * rollout.piece_prompts]
-        planned += split_into_pieces(prompts.select(others), number, rollout.piece_prompts, len(planned))
+        further = order[~np.isin(order, prompts.find_indices(round_list.ids))][:more * rollout.piece_prompts]
+        planned += split_into_pieces(prompts.select(further), number, rollout.piece_prompts, len(planned))
     return planned
 
 
 def _epoch_order(seed: int, epoch: int, count: int, per_round: int) -> np.ndarray:
-    """Return the order of an epoch's prompts, [count] int64.
+    """Return [count] int64: the order of prompts in an epoch.
 
     If a round began in the previous epoch, its prompts from there come after the end of that round. The end
     of that epoch depends on its own predecessor only if an epoch has fewer than two rounds.
     """
     import numpy as np
 
-    # Go back to an epoch that begins with a round, or whose end depends on no earlier epoch.
+    # Go back to an epoch that begins with a round, or whose end does not depend on earlier epochs.
     first = epoch
     while first * count % per_round and (count < 2 * per_round or first == epoch):
         first -= 1
     order = _shuffle_indices(count, seed, first)
     for number in range(first + 1, epoch + 1):
-        # Prompts of the previous epoch in the round that continues in this epoch.
+        # Prompts from the previous epoch in the round that continues in this epoch.
         carried, previous = number * count % per_round, order
         order = _shuffle_indices(count, seed, number)
         if carried:
             ahead = ~np.isin(order, previous[-carried:])
-            # The round takes as many other prompts as it still needs; the rest keeps its order.
+            # The round takes further prompts up to `per_round`; the rest keeps the shuffled order.
             ahead &= np.cumsum(ahead) <= per_round - carried
             order = np.concatenate([order[ahead], order[~ahead]])
     return order
@@ -461,11 +445,6 @@ def _shuffle_indices(count: int, *entropy: int) -> np.ndarray:
 
 
 def parse_round_range(given: str) -> range:
-    """Parse the rounds of --rounds.
-
-    Raises:
-        UserError: the text has another form.
-    """
     match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", given)
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= first <= last:
@@ -475,16 +454,13 @@ def parse_round_range(given: str) -> range:
 
 
 def find_budget(rollout: RolloutConfig, prompt: str, record: Mapping[str, Any], sample: int) -> int | None:
-    """Return the requested length of a response in tokens, or None.
+    """Return the requested response length in tokens, or None.
 
     Args:
         rollout: `budgets_tokens` divide a group into equal parts, in order of samples.
         prompt: id, for messages.
         record: record of the prompt; its field `target_tokens` holds if there are no budgets.
         sample: index of the response in its group.
-
-    Raises:
-        UserError: `target_tokens` is not a positive whole number.
     """
     budgets = rollout.budgets_tokens
     if budgets:
@@ -499,7 +475,7 @@ def find_budget(rollout: RolloutConfig, prompt: str, record: Mapping[str, Any], 
 
 
 def sampling_digest(settings: Mapping[str, Any]) -> str:
-    """Return the digest of sampling settings in the key of a response.
+    """Return the digest of sampling settings in a response's `Key`.
 
     Args:
         settings: JSON values: temperature, limits, seed, chat template, environment, and the round, since two
@@ -509,7 +485,7 @@ def sampling_digest(settings: Mapping[str, Any]) -> str:
 
 
 def compute_stream(round: int, prompt: str, sample: int, attempt: int = 0, turn: int = 0) -> int:
-    """Return the random stream of a response, which together with the seed determines its samples."""
+    """Return the random stream for a response; stream and seed determine the sampled tokens."""
     return int(_hash_json([round, prompt, sample, attempt, turn], STREAM_DIGITS), 16)
 
 

@@ -1,5 +1,4 @@
-"""Rows of the rollout store: responses and their rewards, in parts whose provenance names rounds and
-pieces."""
+"""Rows in the rollout store: responses and rewards, in parts named by round and piece."""
 
 from __future__ import annotations
 
@@ -15,66 +14,66 @@ if TYPE_CHECKING:
     import numpy as np
 
 STOP, LENGTH, UNFINISHED = "stop", "length", "unfinished"
-"""Finish reasons: the model ended the response; it reached the token limit; a deadline cut it off, and the
-next attempt continues it."""
+"""Finish reasons: the model ended the response; the response reached the token limit; a deadline cut the
+response off, and the next attempt continues it."""
 NOT_WRITTEN = -1
-"""Version of a token that no policy generated: a tool result, or the opening of a turn."""
+"""Version for tokens that no policy generated: tool results, and the opening of a turn."""
 LAST_TURN = "last_turn"
-"""In the outcome of an episode: the text of the model's last turn."""
+"""Key in the outcome of an episode: the text in the model's last turn."""
 _DOMAIN_FIELD = "domain"
 _NAME = re.compile(r"round-([1-9]\d{4,}|\d{4})-piece-([1-9]\d{4,}|\d{4})(?:-attempt-([1-9]\d*))?")
 
 
 class Key(NamedTuple):
-    """Identity of a response; the store contains each key once per attempt."""
+    """Identity of a response; a store contains each key once per attempt."""
 
     prompt: str
-    """Id of the prompt's record, see `rollouts.prompts`."""
+    """Id of the prompt, see `rollouts.prompts.RolloutPrompt`."""
     sample: int
-    """Index in its group, from 0."""
+    """Index in the group, from 0."""
     policy: str
-    """Digest of the policy of its first token (`runs.rounds.Policy`)."""
+    """Digest of the policy that generated the first token (`runs.rounds.Policy`)."""
     sampling: str
-    """Digest of the sampling settings."""
+    """Digest from `rollouts.prompts.sampling_digest`."""
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One response, token for token as the policy generated it."""
+    """One response, with the tokens exactly as the policy generated them."""
 
     key: Key
     round: int
     attempt: int
-    """0, or the attempt of the unfinished row that this row continues and replaces, plus 1."""
+    """0 for a new response; a continuation has the attempt of the unfinished row plus 1."""
     record: Mapping[str, Any]
-    """Record of the prompt, with the fields that a reward needs (answer, tests, domain, ...)."""
+    """Record from the prompt file, with the fields that a reward needs (answer, tests, domain, ...)."""
     prompt_tokens: np.ndarray
     """[prompt] int32."""
     tokens: np.ndarray
     """[n] int32: tokens after the prompt, tool results included."""
     logprobs: np.ndarray
-    """[n] float32: log-probability under the sampled distribution; 0 for tokens that no policy generated."""
+    """[n] float32: log-probability under the sampled distribution; 0 if no policy generated the token."""
     versions: np.ndarray
-    """[n] int32: optimizer step of the weights that generated the token, or `NOT_WRITTEN`."""
+    """[n] int32: optimizer step whose weights generated the token, or `NOT_WRITTEN`."""
     finish_reason: str
     """`STOP`, `LENGTH`, `UNFINISHED`, or how an episode with tools ended (`tools.episode.ENDS`)."""
     response: str
-    """Text of the tokens, after the opening mark of thoughts if the template contains it."""
+    """Decoded tokens, after the opening mark for thoughts if the template contains the mark."""
     temperature: float
-    """Temperature of the distribution of `logprobs`."""
+    """Sampling temperature, by which `logprobs` are computed."""
     engine: str
     began_s: float
     """Unix time."""
     ended_s: float
     """Unix time."""
     outcome: Mapping[str, Any] | None = None
-    """Result of an episode by its environment: reward, status, components, reason, reward_version."""
+    """Result from the environment: reward, status, components, reason, reward_version."""
     routes: np.ndarray | None = None
-    """[prompt + n - 1, layers, K] uint8 or uint16: experts of each token that the policy read."""
+    """[prompt + n - 1, layers, K] uint8 or uint16: experts for each token that the policy read."""
 
     @property
     def is_written(self) -> np.ndarray:
-        """[n] bool: tokens that a policy generated."""
+        """[n] bool: whether a policy generated the token."""
         import numpy as np
 
         return np.asarray(self.versions != NOT_WRITTEN)
@@ -85,7 +84,7 @@ class Rollout:
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """The turns of the policy, as half-open intervals of `tokens`."""
+        """The policy's turns, as half-open intervals in `tokens`."""
         import numpy as np
 
         written = np.concatenate([[False], self.is_written, [False]])
@@ -94,7 +93,7 @@ class Rollout:
         return list(zip(edges[0::2].tolist(), edges[1::2].tolist(), strict=True))
 
     def problems(self, vocab_size: int) -> list[str]:
-        """Return a sentence for each broken rule; a row with problems is not trained on."""
+        """Return a sentence for each broken rule; rows with problems are not trained on."""
         import numpy as np
 
         n, written = len(self.tokens), self.is_written
@@ -112,7 +111,7 @@ class Rollout:
             (len(written) != len(self.logprobs) or not self.logprobs[~written].any(),
              "has log-probabilities of tokens that no policy generated"),
             (self.temperature > 0, f"has temperature {self.temperature}"),
-            # The last token was never read, so it has no route.
+            # The last token was never read, so no route exists for it.
             (self.routes is None or len(self.routes) == len(self.prompt_tokens) + n - 1,
              f"has routes of {0 if self.routes is None else len(self.routes)} tokens; one belongs to each of "
              f"{len(self.prompt_tokens) + n - 1} that were read")]
@@ -121,14 +120,14 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class RewardRow:
-    """One reward of one response."""
+    """One reward for one response."""
 
     key: Key
     attempt: int
     reward_version: str
-    """Version of the reward's code and settings."""
+    """Version of code and settings."""
     reward: float | None
-    """None: the response has no reward, and `status` says why; never 0 instead."""
+    """None: `status` explains why there is no reward; never 0 instead."""
     status: str
     """See `rewards.reward.Result`: scored, timeout, failed, refused."""
     components: Mapping[str, float] = field(default_factory=dict)
@@ -136,13 +135,13 @@ class RewardRow:
 
 
 def read_domain(record: Mapping[str, Any]) -> str:
-    """Return the field `domain` of a prompt's record, by which figures are grouped; "" without one."""
+    """Return `record["domain"]` as text, or ""."""
     domain = record.get(_DOMAIN_FIELD)
     return "" if domain is None else str(domain)
 
 
 class AttemptRow(Protocol):
-    """A response with any of its fields."""
+    """A response with `key` and `attempt`."""
 
     @property
     def key(self) -> Key: ...
@@ -154,17 +153,17 @@ R = TypeVar("R", bound=AttemptRow)
 
 
 def select_last_attempts(rows: Sequence[R]) -> list[R]:
-    """Return the last attempt of each key, in order of first appearance."""
+    """Return the last attempt for each key, in order of first appearance."""
     last: dict[Key, R] = {}
     for row in rows:
-        # A dict keeps the position of a key when its value is replaced.
+        # A dict preserves a key's position when the value is replaced.
         if row.key not in last or row.attempt > last[row.key].attempt:
             last[row.key] = row
     return list(last.values())
 
 
 class RolloutPart(TablePart):
-    """A part of a store: one attempt at a piece of a round."""
+    """A part in a store: one attempt at one piece."""
 
     @property
     def round(self) -> int:
@@ -178,17 +177,17 @@ class RolloutPart(TablePart):
 
     @property
     def attempt(self) -> int:
-        """0, or the number of the continuation."""
+        """0, or the continuation's number."""
         return self.key[2]
 
 
 def format_part_name(round: int, piece: int, attempt: int = 0) -> str:
-    """Return the name of a part; rounds count from 1, pieces and attempts from 0."""
+    """Return a part's name; rounds count from 1, pieces and attempts from 0."""
     return f"round-{round:04d}-piece-{piece:04d}" + (f"-attempt-{attempt}" if attempt else "")
 
 
 def parse_part_name(name: str) -> tuple[int, int, int] | None:
-    """Return the round, piece and attempt of a part's name; None if it is not the name of a part."""
+    """Return round, piece and attempt from a part's name; None for other names."""
     match = _NAME.fullmatch(name)
     if match is None or not int(match[1]):
         return None
@@ -196,25 +195,25 @@ def parse_part_name(name: str) -> tuple[int, int, int] | None:
 
 
 ROUNDS, PIECES, UNFINISHED_ROWS, GROWS = "asked_rounds", "pieces_per_round", "unfinished", "grows"
-"""Fields in the provenance of a part of rollouts: the last planned round, the pieces of each round,
-unfinished rows of this part, and whether a round may need further prompts until it is trained."""
+"""Fields in a part's provenance: the last planned round, pieces per round, unfinished rows in this part, and
+whether a round may need further prompts until training."""
 JUDGED = "rollouts"
-"""Field in the provenance of rewards: hash of the judged part's manifest."""
+"""Field in a reward's provenance: hash of the judged part's manifest."""
 
 
 @dataclass(frozen=True)
 class StorePlan:
-    """Rounds and pieces that the jobs of a store generate together."""
+    """Rounds and pieces that jobs generate together into a store."""
 
     rounds: int
     """The last round, from 1."""
     pieces: int
-    """Pieces of each round, without further prompts."""
+    """Pieces per round, without further prompts."""
     grows: bool = False
-    """Whether a round may need further prompts until it is trained."""
+    """Whether a round may need further prompts until training."""
 
     def to_provenance(self, unfinished: int) -> dict[str, int]:
-        """Return the provenance of a part with `unfinished` unfinished rows."""
+        """Return the provenance for a part with `unfinished` unfinished rows."""
         provenance = {ROUNDS: self.rounds, PIECES: self.pieces, UNFINISHED_ROWS: unfinished}
         if self.grows:
             provenance[GROWS] = True
@@ -222,18 +221,14 @@ class StorePlan:
 
 
 def describe_missing_rows(parts: Sequence[RolloutPart], rounds: range | None) -> str | None:
-    """Return the missing rows as the end of a sentence; "": none are missing; None: no part records the plan.
-
-    Args:
-        parts: all parts of rollouts of these rounds.
-        rounds: None: all rounds that the newest part records.
-    """
-    # A later command may have planned more rounds, which the newest part records.
+    """Return the missing rows as the end of a sentence; "": no rows are missing; None: no part records the
+    plan."""
+    # A later command may have planned more rounds; the newest part records the last plan.
     newest = max(parts, key=lambda part: part.created_s, default=None)
     plan = None if newest is None else _read_plan(newest.provenance)
     if plan is None:
         return None
-    # Sorted by attempt, so that the last attempt of each piece remains: it counts the unfinished rows.
+    # Sorted by attempt, so the dict retains the last attempt per piece, which counts the unfinished rows.
     last = {(part.round, part.piece): part for part in sorted(parts, key=lambda part: part.attempt)}
     written = Counter(number for number, _ in last)
     unfinished = Counter(number for (number, _), part in last.items()
@@ -248,7 +243,7 @@ def describe_missing_rows(parts: Sequence[RolloutPart], rounds: range | None) ->
 
 
 def can_grow(parts: Sequence[RolloutPart]) -> bool:
-    """Return whether the rounds of these parts may need further prompts once all rows are judged."""
+    """Return whether the rounds may need further prompts after judging."""
     return any(part.provenance.get(GROWS) for part in parts)
 
 

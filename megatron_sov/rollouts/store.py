@@ -47,7 +47,7 @@ ROLLOUTS = _build_schema(
     engine=pa.string(), began_s=pa.float64(), ended_s=pa.float64(), outcome=pa.string(),
     routes=pa.large_binary(), route_layers=pa.int32(), route_top_k=pa.int32(), route_width=pa.int32(),
     problem=pa.string())
-"""`problem`: the broken rules of a row, which readers skip; empty for a sound row."""
+"""Column `problem`: the rules that a row breaks; "" for a sound row. Readers skip rows with problems."""
 REWARDS = _build_schema(("reward",), **_KEY, attempt=pa.int32(), reward_version=pa.string(),
                         reward=pa.float64(),
                   status=pa.string(), components=pa.string(), reason=pa.string())
@@ -55,17 +55,17 @@ REPEATED = (*dict.fromkeys(column.name for column in (*ROLLOUTS, *REWARDS) if co
                            and column.name != "response"), "versions.list.element")
 """Parquet leaves with dictionary encoding."""
 SPLIT = ("logprobs.list.element",)
-"""Parquet leaves of floats with byte-stream-split encoding."""
+"""Parquet leaves with byte-stream-split encoding of floats."""
 _ALWAYS = (*_KEY, "round", "attempt", "problem")
 _ROUTES = ("routes", "route_layers", "route_top_k", "route_width")
 RULES = ("prompt_tokens", "tokens", "logprobs", "versions", "temperature")
-"""Columns that `Rollout.problems` checks, together with `routes` if they are read."""
+"""Columns that `Rollout.problems` checks; `routes` in addition if they are read."""
 _ARRAYS = {"prompt_tokens": np.int32, "tokens": np.int32, "logprobs": np.float32, "versions": np.int32}
 _OTHERS: dict[str, Any] = {"record": {}, "finish_reason": "", "response": "", "temperature": 1.0,
                            "engine": "", "began_s": 0.0, "ended_s": 0.0, "outcome": None, "routes": None}
-"""Field -> its value in a row that was read without it."""
+"""Field -> value in rows that were read without the field."""
 NAMES = (*_ARRAYS, *_OTHERS)
-"""Fields that a reader can select; key, round and attempt are always read."""
+"""Fields that a reader can select; `key`, `round` and `attempt` are always read."""
 
 
 def rollouts_to_table(rows: Sequence[Rollout], vocab_size: int) -> pa.Table:
@@ -74,9 +74,9 @@ def rollouts_to_table(rows: Sequence[Rollout], vocab_size: int) -> pa.Table:
     Raises:
         ValueError: JSON cannot hold a record or an outcome, or routes have another dtype.
     """
-    lists_of = {name: build_list_column([getattr(row, name) for row in rows], dtype)
-                for name, dtype in _ARRAYS.items()}
-    columns = _key_columns([row.key for row in rows]) | lists_of
+    list_columns = {name: build_list_column([getattr(row, name) for row in rows], dtype)
+                    for name, dtype in _ARRAYS.items()}
+    columns = _key_columns([row.key for row in rows]) | list_columns
     columns |= {name: [getattr(row, name) for row in rows]
                 for name in ("round", "attempt", "finish_reason", "temperature", "engine", "began_s",
                              "ended_s")}
@@ -88,7 +88,7 @@ def rollouts_to_table(rows: Sequence[Rollout], vocab_size: int) -> pa.Table:
     wide = any(getattr(row, name).dtype != np.int32 for row in rows for name in ("prompt_tokens", "tokens"))
     columns["problem"] = [""] * len(rows)
     table = _build_table(columns, ROLLOUTS)
-    # Mostly all rows are sound, and none is checked by itself.
+    # Usually all rows are sound, and `Rollout.problems` need not run row by row.
     if are_rows_sound(table, vocab_size) and not wide:
         return table
     columns["problem"] = ["; ".join(row.problems(vocab_size)) for row in rows]
@@ -96,8 +96,8 @@ def rollouts_to_table(rows: Sequence[Rollout], vocab_size: int) -> pa.Table:
 
 
 def are_rows_sound(table: pa.Table, vocab_size: int) -> bool:
-    """Return whether all rows satisfy the rules of `Rollout.problems`, checked by a few numpy operations: one
-    by one the checks take longer than writing the rows. False for tables with routes."""
+    """Return whether all rows satisfy `Rollout.problems`, checked by a few numpy operations, since checks row
+    by row take longer than writing. False for tables with routes."""
     column = {name: table[name].combine_chunks() for name in _ARRAYS}
     flat = {name: array.flatten().to_numpy() for name, array in column.items()}
     lengths = {name: array.value_lengths().to_numpy() for name, array in column.items()}
@@ -108,22 +108,14 @@ def are_rows_sound(table: pa.Table, vocab_size: int) -> bool:
                 and ((ids >= 0) & (ids < vocab_size)).all()
                 # NaN fails both comparisons.
                 and ((logprobs <= 0) & (logprobs > -np.inf)).all()
-                # Log-probabilities of tokens that no policy generated would be trained on.
+                # Training would use log-probabilities at tokens that no policy generated.
                 and not logprobs[flat["versions"] == NOT_WRITTEN].any()
                 and (table["temperature"].to_numpy() > 0).all()
                 and ("routes" not in table.column_names or table["routes"].null_count == table.num_rows))
 
 
 def table_to_rollouts(table: pa.Table, columns: Sequence[str]) -> list[Rollout]:
-    """Convert a table with the columns of `schema_for` to rows.
-
-    Args:
-        table: from `RolloutStore.read`.
-        columns: fields that were read; others get empty values.
-
-    Raises:
-        ValueError: a field has another type.
-    """
+    """Convert a table with the columns from `select_schema` to rows."""
     read: dict[str, list[Any]] = {name: _read_values(table, name) for name in columns if name != "routes"}
     if "routes" in columns:
         read["routes"] = read_routes(table)
@@ -138,15 +130,11 @@ def table_to_rollouts(table: pa.Table, columns: Sequence[str]) -> list[Rollout]:
 
 
 def select_schema(columns: Sequence[str]) -> pa.Schema:
-    """Return the columns of a file that contain these fields.
-
-    Raises:
-        ValueError: a field does not exist.
-    """
+    """Return the columns that hold `columns`."""
     if unknown := set(columns) - set(NAMES):
         raise ValueError(f"{sorted(unknown)[0]!r} is not a field of a rollout (fields: {', '.join(NAMES)})")
-    wanted = {*_ALWAYS, *columns, *(_ROUTES if "routes" in columns else ())}
-    return pa.schema([column for column in ROLLOUTS if column.name in wanted])
+    names = {*_ALWAYS, *columns, *(_ROUTES if "routes" in columns else ())}
+    return pa.schema([column for column in ROLLOUTS if column.name in names])
 
 
 def read_keys(table: pa.Table) -> list[Key]:
@@ -154,16 +142,12 @@ def read_keys(table: pa.Table) -> list[Key]:
 
 
 def read_problems(table: pa.Table) -> list[str]:
-    """Return the problem of each row that was found when it was written; empty for sound rows."""
+    """Return the `problem` column; "" for sound rows."""
     return [str(text) for text in read_strings(table["problem"])]
 
 
 def rewards_to_table(rows: Sequence[RewardRow]) -> pa.Table:
-    """Convert rewards to columns.
-
-    Raises:
-        ValueError: JSON cannot hold the components.
-    """
+    """Convert rewards to columns."""
     columns = _key_columns([row.key for row in rows])
     columns |= {name: [getattr(row, name) for row in rows] for name in ("attempt", "reward")}
     columns |= {name: [_replace_surrogates(getattr(row, name)) for row in rows]
@@ -173,11 +157,7 @@ def rewards_to_table(rows: Sequence[RewardRow]) -> pa.Table:
 
 
 def table_to_rewards(table: pa.Table) -> list[RewardRow]:
-    """Convert a table with the columns `REWARDS` to rewards.
-
-    Raises:
-        ValueError: a field has another type.
-    """
+    """Convert a table with the columns `REWARDS` to rewards."""
     names = ("attempt", "reward_version", "reward", "status", "components", "reason")
     return list(map(RewardRow, read_keys(table), *(_read_values(table, name) for name in names)))
 
@@ -192,8 +172,8 @@ def _key_columns(keys: Sequence[Key]) -> dict[str, Any]:
 
 
 def _json_texts(values: Sequence[Mapping[str, Any] | None]) -> list[str | None]:
-    """Convert each value to JSON; samples of a prompt share a record, which is converted once."""
-    # By identity, since mappings have no hash; `values` keeps the objects alive, so ids stay unique.
+    """Convert each value to JSON; samples with one prompt share a record, which is converted once."""
+    # By identity, since mappings have no hash. `values` holds the objects alive, so ids stay unique.
     texts: dict[int, str | None] = {id(None): None}
     for value in values:
         if id(value) not in texts:
@@ -203,12 +183,12 @@ def _json_texts(values: Sequence[Mapping[str, Any] | None]) -> list[str | None]:
 
 def _json_text(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    # Half of a surrogate pair is not valid UTF-8; its escape can be read back exactly.
+    # Half a surrogate pair is not valid UTF-8; the escape can be read back exactly.
     return text if _replace_surrogates(text) == text else json.dumps(value, allow_nan=False)
 
 
 def _replace_surrogates(text: str) -> str:
-    """Replace halves of surrogate pairs, which a broken engine may send, by question marks."""
+    """Replace half surrogate pairs, which a broken engine may send, by question marks."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -227,11 +207,7 @@ def _route_shape(routes: np.ndarray) -> tuple[int, int, int]:
 
 
 def read_routes(table: pa.Table) -> list[np.ndarray | None]:
-    """Return the routes of each row as views, or None.
-
-    Raises:
-        ValueError: the number of bytes does not fit the shape.
-    """
+    """Return each row's routes as a view, or None."""
     buffers = (scalar.as_buffer() if scalar.is_valid else None
                for chunk in table["routes"].chunks for scalar in chunk)
     shapes = zip(*(table[name].to_pylist() for name in _ROUTES[1:]), strict=True)
@@ -244,7 +220,7 @@ def _view_routes(buffer: Any, layers: int, top_k: int, width: int) -> np.ndarray
     if layers < 1 or top_k < 1 or width not in (1, 2) or buffer.size % token_bytes:
         raise ValueError(f"routes of {buffer.size:,} bytes are not [tokens, {layers}, {top_k}] of {width} "
                          "bytes each")
-    # A view of Arrow's memory: routes are the largest column.
+    # A view into Arrow's memory, since routes are the largest column.
     return np.frombuffer(buffer, f"<u{width}").reshape(-1, layers, top_k)
 
 
@@ -257,7 +233,7 @@ def _read_values(table: pa.Table, name: str) -> list[Any]:
 
 
 def _from_json(texts: Sequence[str | None]) -> list[Any]:
-    """Parse JSON texts; equal texts become one object, as samples of a prompt share its record."""
+    """Parse JSON texts; equal texts become one object, as samples with one prompt share the record."""
     parsed: dict[str | None, Any] = {None: None}
     read: Callable[[str], Any] = json.loads
     for text in texts:
@@ -273,7 +249,7 @@ def _from_json(texts: Sequence[str | None]) -> list[Any]:
 
 @dataclass(frozen=True)
 class StoreSettings:
-    """Folder of a rollout store, and the tokenizer of its tokens."""
+    """Folder of a rollout store, and the tokenizer for `tokens`."""
 
     path: Path
     tokenizer: Path
@@ -291,14 +267,14 @@ class StoreSettings:
 
 _Row = TypeVar("_Row", Rollout, RewardRow)
 RewardsByRow = dict[tuple[Key, int], RewardRow]
-"""Key and attempt of a row -> its reward."""
+"""(key, attempt) -> reward."""
 
 
 class RolloutStore(Table[RolloutPart]):
     """An existing store; `RolloutStore.create` takes the digest of the tokenizer and the vocabulary size.
 
     >>> store = RolloutStore.create("rollouts", "sha256:0123", 2048)
-    >>> store.add_rollouts(part_name(1, 0), [], {"policy": "initial"})
+    >>> store.add_rollouts(format_part_name(1, 0), [], {"policy": "initial"})
     >>> RolloutStore.open("rollouts").vocab_size
     2048
     """
@@ -315,7 +291,7 @@ class RolloutStore(Table[RolloutPart]):
         return f"tokenizer {str(identity.get('tokenizer'))[:24]}, {identity.get('vocab_size')} ids"
 
     def is_written_in(self, tokenizer: Path) -> bool:
-        """Return whether the store has the tokenizer of this folder."""
+        """Return whether the store uses the tokenizer in this folder."""
         return self.tokenizer_digest == tokenizer_digest(tokenizer)
 
     @property
@@ -324,16 +300,11 @@ class RolloutStore(Table[RolloutPart]):
 
     @property
     def vocab_size(self) -> int:
-        """Upper bound of token ids."""
+        """Upper bound for token ids."""
         return int(self.identity["vocab_size"])
 
     def add_rollouts(self, name: str, rows: Sequence[Rollout], provenance: Mapping[str, Any]) -> None:
-        """Publish a part of rollouts. Rows with problems are written too; readers skip them.
-
-        Args:
-            name: see `part_name`.
-            rows: rows of the round.
-            provenance: JSON values about the job and its policy.
+        """Publish a part with rollouts. Rows with problems are written too; readers skip them.
 
         Raises:
             AlreadyPublished: the part exists with other rows, which stay.
@@ -343,13 +314,13 @@ class RolloutStore(Table[RolloutPart]):
         if numbers is not None and (strangers := {row.round for row in rows} - {numbers[0]}):
             raise ValueError(f"{name}: has a row of round {strangers.pop()}")
         table = _convert_rows(path, lambda: rollouts_to_table(rows, self.vocab_size))
-        # If another job published first, equal rows are accepted and other rows refused.
+        # If another job published first, equal rows are accepted and different rows refused.
         if not self.publish(name, "", table, provenance, sum(map(bool, table["problem"].to_pylist()))):
             _check_same_rows(path, self.read_rows_with_problems(name)[0], rows, _drop_times)
 
     def add_rewards(self, version: str, name: str, rows: Sequence[RewardRow],
                     provenance: Mapping[str, Any] | None = None) -> None:
-        """Publish the rewards of a part's rows.
+        """Publish rewards for the rows in a part.
 
         Raises:
             AlreadyPublished: the rewards exist with other rows, which stay.
@@ -363,14 +334,11 @@ class RolloutStore(Table[RolloutPart]):
             _check_same_rows(path, self.read_rewards(version, name), rows, repr)
 
     def read_rollouts(self, name: str, fields: Sequence[str] | None = None) -> list[Rollout]:
-        """Return the sound rows of a part; a warning counts the others.
+        """Return the sound rows in a part, and warn about the number of invalid rows.
 
         Args:
             name: of the part.
             fields: fields to read (`NAMES`) in addition to key, round and attempt; None: all.
-
-        Raises:
-            UserError: the part does not exist or is damaged.
         """
         rows, problems = self.read_rows_with_problems(name, fields)
         if (count := sum(map(bool, problems))) and name not in self._told:
@@ -382,42 +350,34 @@ class RolloutStore(Table[RolloutPart]):
 
     def read_rows_with_problems(self, name: str, fields: Sequence[str] | None = None
                                 ) -> tuple[list[Rollout], list[str]]:
-        """Return all rows of a part, and the problem of each row ("" for sound rows); arguments as
-        `read_rollouts`.
-
-        Raises:
-            UserError: the part does not exist or is damaged.
-        """
+        """Return all rows in a part, and a problem per row ("" for sound rows); arguments as in
+        `read_rollouts`."""
         part, names = self.part(name), NAMES if fields is None else fields
         table = self.read_columns(part, names)
         rows = _convert_rows(part.file, lambda: table_to_rollouts(table, names))
         problems = read_problems(table)
-        # Rules can be checked only if all of their columns were read.
+        # Rules can be checked only if all columns in `RULES` were read.
         if set(RULES) <= set(names) and not are_rows_sound(table, self.vocab_size):
-            # Another program may have written the part without checking its rows.
+            # Another program may have written the part without these checks.
             problems = [problem or "; ".join(row.problems(self.vocab_size))
                         for problem, row in zip(problems, rows, strict=True)]
         return rows, problems
 
     def read_columns(self, part: RolloutPart, fields: Sequence[str]) -> pa.Table:
-        """Return fields of all rows of a part as columns, without checking the rules of rows.
-
-        Raises:
-            UserError: the part is damaged.
-        """
+        """Return fields of all rows in a part as columns, without `Rollout.problems`."""
         table = self.read(part, select_schema(fields))
         if strangers := set(table["round"].unique().to_pylist()) - {part.round}:
             raise UserError(f"{part.file}: has a row of round {strangers.pop()}; the store did not write it")
         return table
 
     def read_rewards(self, version: str, name: str, rollouts: RolloutPart | None = None) -> list[RewardRow]:
-        """Return the rewards of a part's rows.
+        """Return the rewards for the rows in a part.
 
         Raises:
             UserError: the rewards do not exist, are damaged, or judge rows that were replaced.
         """
         part = self.part(name, version)
-        # Rows that were deleted and generated again have the same keys.
+        # Rows that were deleted and generated again have equal keys.
         if rollouts is None and self.part_path(name).exists():
             rollouts = self.part(name)
         if rollouts is not None and part.provenance.get(
@@ -441,14 +401,14 @@ class RolloutStore(Table[RolloutPart]):
 
     def iter_pieces(self, parts: Sequence[RolloutPart], fields: Sequence[str] | None = None
                ) -> Iterator[tuple[list[RolloutPart], list[Rollout], int]]:
-        """Yield the parts of each piece of a round, the last attempt at each of its responses, and the number
-        of replaced rows; the rows of one piece are in memory at a time. `fields` as in `read_rollouts`."""
+        """Yield, piece by piece: parts, last attempts (see `select_last_attempts`), and the number of
+        replaced rows; `fields` as in `read_rollouts`."""
         for piece in sorted({part.piece for part in parts}):
-            # All attempts at a response are in parts of its own piece.
-            parts_of_piece = [part for part in parts if part.piece == piece]
-            rows = [row for part in parts_of_piece for row in self.read_rollouts(part.name, fields)]
+            # All attempts at a response are in parts with the same piece number.
+            piece_parts = [part for part in parts if part.piece == piece]
+            rows = [row for part in piece_parts for row in self.read_rollouts(part.name, fields)]
             last = select_last_attempts(rows)
-            yield parts_of_piece, last, len(rows) - len(last)
+            yield piece_parts, last, len(rows) - len(last)
 
 
 def _convert_rows(where: Path, convert: Callable[[], Any]) -> Any:
@@ -470,8 +430,8 @@ def _check_same_rows(path: Path, published: Sequence[_Row], rows: Sequence[_Row]
 
 
 def _drop_times(row: Rollout) -> tuple[Any, ...]:
-    """Return the fields of a rollout except its times, for comparison to the bit."""
+    """Return a rollout's fields except `began_s` and `ended_s`, for comparison to the bit."""
     values = {name: getattr(row, name) for name in NAMES if name not in ("began_s", "ended_s")}
-    # Bytes instead of values: -0.0 and 0.0 differ, and NaN equals itself.
+    # Bytes instead of values: -0.0 and 0.0 differ, and NaN equals NaN.
     return (row.key, row.attempt, *((value.tobytes(), value.shape) if isinstance(value, np.ndarray) else value
                                     for value in values.values()))

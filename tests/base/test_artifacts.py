@@ -68,8 +68,7 @@ def test_artifact_round_trip(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "deep/er").iterdir()] == ["a"]
 
 
-def test_killed_writer_leaves_no_artifact_and_leftovers_are_cleared(
-        tmp_path: Path) -> None:
+def test_killed_writer_leaves_no_artifact_and_leftovers_are_cleared(tmp_path: Path) -> None:
     path = tmp_path / "a"
     killed_in_the_middle("""
         with artifacts.create_artifact(path, "tokens") as writer:
@@ -109,8 +108,7 @@ def test_folder_of_running_process_is_kept(tmp_path: Path) -> None:
     assert other.exists()
 
 
-def test_folder_of_zombie_process_is_cleared(
-        tmp_path: Path) -> None:
+def test_folder_of_zombie_process_is_cleared(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "pass"]) as child:
         while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
             time.sleep(0.001)

@@ -57,8 +57,7 @@ def test_user_errors_become_message_and_exit_code(
 @pytest.mark.deep
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
 @pytest.mark.parametrize("buffered", ["", "1"])
-def test_full_disk_is_reported_and_closed_pipe_is_not(
-        buffered: str) -> None:
+def test_full_disk_is_reported_and_closed_pipe_is_not(buffered: str) -> None:
     def run(stdout: int) -> tuple[int, str]:
         done = subprocess.run([sys.executable, "-m", "megatron_sov", "recipes"], check=False, text=True,
                               stdout=stdout, stderr=subprocess.PIPE, cwd=Path(__file__).parents[2],
@@ -147,8 +146,7 @@ def test_exit_code_256_is_not_success(code: int, reported: int) -> None:
 
 @pytest.mark.parametrize(("message", "policy"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
 @pytest.mark.parametrize("program", ["megatron_sov", "data_prep", "tokenizer"])
-def test_openmp_threads_wait_passively_by_default(
-        program: str, message: str | None, policy: str) -> None:
+def test_openmp_threads_wait_passively_by_default(program: str, message: str | None, policy: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     if message is not None:
         environment["OMP_WAIT_POLICY"] = message
@@ -178,8 +176,7 @@ def test_suggest_nearest_name() -> None:
     assert suggest_name("stepz", ["steps"], "train.") == "; did you mean 'train.steps'?"
 
 
-def test_missing_hub_model_suggests_download(tmp_path: Path,
-                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_hub_model_suggests_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     assert "`hf download Qwen/Qwen3-8B --local-dir Qwen3-8B`" in suggest_download(Path("Qwen/Qwen3-8B"))
@@ -187,8 +184,7 @@ def test_missing_hub_model_suggests_download(tmp_path: Path,
         assert suggest_download(path) == "", path
 
 
-def test_install_command_for_checkout_and_wheel(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_install_command_for_checkout_and_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = Path(errors.__file__).parents[2]
     monkeypatch.setattr(sys, "executable", "/my env/python")
     pip = "'/my env/python' -m pip"

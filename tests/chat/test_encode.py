@@ -124,8 +124,7 @@ THINKS = ("{% for m in messages %}[BOS]{{ m.role }}\n{% if m.role == 'assistant'
           "{{ m.reasoning_content or '' }}</think>{% endif %}{{ m.content | trim }}"
           "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} {{ c.function.arguments | tojson }}"
           "</call>{% endfor %}[EOS]\n{% endfor %}{% if add_generation_prompt %}[BOS]assistant\n{% endif %}")
-FORGETS = THINKS.replace("{{ m.reasoning_content or '' }}",
-                         "{{ m.reasoning_content if loop.last else '' }}")
+FORGETS = THINKS.replace("{{ m.reasoning_content or '' }}", "{{ m.reasoning_content if loop.last else '' }}")
 BLOCKS = ("{% for m in messages %}[BOS]{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
           "{{ m.content | upper }}[EOS]\n{% endgeneration %}{% else %}{{ m.content }}[EOS]\n{% endif %}"
           "{% endfor %}{% if add_generation_prompt %}[BOS]assistant\n{% endif %}")
@@ -223,8 +222,7 @@ def test_overlapping_turns_are_rejected(tokenizer: PreTrainedTokenizerFast) -> N
         encoder(tokenizer, closes).encode(chat)
 
 
-def test_turn_header_without_generation_prompt_is_not_learned(
-        tokenizer: PreTrainedTokenizerFast) -> None:
+def test_turn_header_without_generation_prompt_is_not_learned(tokenizer: PreTrainedTokenizerFast) -> None:
     """Trimmed contents, located by prefixes instead of marks."""
     trims = SPACED.replace("m.content }} ", "m.content | trim }}")
     for content in ("hello", " hello"):
@@ -271,8 +269,7 @@ def test_templates_receive_contents_unchanged(tokenizer: PreTrainedTokenizerFast
 
 @pytest.mark.parametrize("dropped", ["<think>b</think>c", "b\n</think>\n\nc",
                                      "<think>b</think><think>x</think>c"])
-def test_unlearned_turn_may_lose_thoughts(tokenizer: PreTrainedTokenizerFast,
-                                          dropped: str) -> None:
+def test_unlearned_turn_may_lose_thoughts(tokenizer: PreTrainedTokenizerFast, dropped: str) -> None:
     r1 = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
     cuts = CHATML.replace("m.content", "m.content.split('</think>')[-1] | replace('c', '')")
     chat = user_then(Message("assistant", dropped, is_learned=False), Message("assistant", "d"))
@@ -290,8 +287,7 @@ FULL = "{% for m in messages %}[BOS]{{ m.role }}\n" \
        "{% endfor %}{% if add_generation_prompt %}[BOS]assistant\n{% endif %}"
 
 
-def test_docs_chat_has_thought_call_and_answer(
-        tokenizer: PreTrainedTokenizerFast) -> None:
+def test_docs_chat_has_thought_call_and_answer(tokenizer: PreTrainedTokenizerFast) -> None:
     (example,) = blocks(page_text("chats.md"), "json")
     document = parse_record(json.loads(example), "chats.md", 1, RecordReading("chat"))
     chat = encoder(tokenizer, FULL).encode(document.conversation())

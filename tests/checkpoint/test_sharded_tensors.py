@@ -200,8 +200,7 @@ def test_index_must_match_its_files(tmp_path: Path) -> None:
             call(TensorReader(tmp_path))
         return str(e.value)
 
-    assert "w points to ../x, which is outside" in refused(
-        lambda w: w["pieces"][0].update(file="../x"))
+    assert "w points to ../x, which is outside" in refused(lambda w: w["pieces"][0].update(file="../x"))
     assert "w points to /x" in refused(lambda w: w["pieces"][0].update(file="/x"))
     assert "a part of w [6, 2] is missing (the pieces begin at (0, 0))" in refused(
         lambda w: w["pieces"].pop())

@@ -177,8 +177,7 @@ def run_and_kill(data: str, folder: str) -> dict[str, Any]:
     assert os.waitpid(started(whole), 0)[1] == 0
     limited = apply_settings(config, ["train.save_timeout_s=1"])
     hung = os.waitstatus_to_exitcode(os.waitpid(started(Path(folder) / "hung", limited, hangs), 0)[1])
-    for state in (stepping, lambda: writing("model"), loading,
-                  lambda: writing("model.index.json")):
+    for state in (stepping, lambda: writing("model"), loading, lambda: writing("model.index.json")):
         killed(state())
     assert os.waitpid(started(broken), 0)[1] == 0
     return {"hung": hung, "left": left, "damaged": found,

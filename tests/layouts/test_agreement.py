@@ -99,8 +99,7 @@ def test_every_layout_trains_as_one_process_does(ranks: Any, job: Any, packed_da
         **common, "settings": [*base, *x.settings], "is_reference": False}) for x in layouts), timeout_s=1200)
     assert reference["scratch"][0]["loss"] > reference["scratch"][-1]["loss"]
     half = reference["scratch"][num_steps // 2:]
-    assert (half == reference["continued"]
-            and reference["continued apart"] == {"model": 0, "optimizer": 0})
+    assert (half == reference["continued"] and reference["continued apart"] == {"model": 0, "optimizer": 0})
     rows, problems = [], []
     for layout, per_rank in zip(layouts, others, strict=True):
         assert all(r["scratch"] == per_rank[0]["scratch"] for r in per_rank), (

@@ -133,8 +133,7 @@ def make(config: dict[str, Any], folder: Path, seed: int) -> None:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name.endswith(("bias", "norm.weight", "layernorm.weight", "norm1.weight",
-                          "norm2.weight")):
+        if name.endswith(("bias", "norm.weight", "layernorm.weight", "norm1.weight", "norm2.weight")):
             # Gemma adds 1 to the weight
             is_zero_centered = config["model_type"].startswith("gemma")
             is_factor = name.endswith("weight") and not is_zero_centered

@@ -83,8 +83,7 @@ def test_layouts_agree_with_one_rank(ranks: Any, job: Any, tmp_path: Path, names
 
 
 @pytest.mark.distributed
-def test_gradients_reach_encoders_exactly_when_they_are_trained(ranks: Any, job: Any,
-                                                                tmp_path: Path) -> None:
+def test_gradients_reach_encoders_exactly_when_they_are_trained(ranks: Any, job: Any, tmp_path: Path) -> None:
     cases = {"both": (True, True), "adapters": (False, True), "none": (False, False)}
     results = ranks(*(job(RUN, "one_batch", 1, {
         "recipe": "tiny-qwen3", "out": str(tmp_path / name), "settings": [

@@ -220,8 +220,7 @@ def test_cut_work_is_all_work(name: str, layout: dict[str, int]) -> None:
 
 
 def test_latent_projections_are_whole_on_every_rank() -> None:
-    one, eight = (traffic.products(a_workload("deepseek-v3", tp=tp, sp=tp > 1), "attention")
-                  for tp in (1, 8))
+    one, eight = (traffic.products(a_workload("deepseek-v3", tp=tp, sp=tp > 1), "attention") for tp in (1, 8))
     cut = [a.flops / b.flops for a, b in zip(one, eight, strict=True)]
     assert sorted(cut) == [1, 1, 8, 8, 8]
 

@@ -144,8 +144,7 @@ def test_blocks() -> None:
 
 def test_cut_over_tensor_parallel_ranks() -> None:
     cut = replace(W, tp=2, sp=True)
-    for count in (traffic.attention_bytes, traffic.dense_bytes, traffic.moe_bytes,
-                  traffic.head_bytes):
+    for count in (traffic.attention_bytes, traffic.dense_bytes, traffic.moe_bytes, traffic.head_bytes):
         assert count(cut) == count(W) / 2
     assert traffic.dense_bytes(replace(W, tp=2)) > traffic.dense_bytes(cut)
 

@@ -158,8 +158,7 @@ def test_what_only_a_sliding_layer_does_wrong_is_found(monkeypatch: pytest.Monke
         *CUT_ROW, "parallel.cp=4"]), 4)[1].outcome == DIFFERS
 
 
-def test_a_standstill_is_a_refutation(small: Miniature, whole: Any,
-                                      monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_standstill_is_a_refutation(small: Miniature, whole: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import megatron.core.transformer.moe.token_dispatcher as dispatcher
 
     real = dispatcher.all_to_all

@@ -70,8 +70,7 @@ def test_find_damage_names_changed_file(run: Path) -> None:
     ("num_layers", None, "model.num_layers = null"),
     ("no_such_field", 1, "model.no_such_field: no such setting"),
 ])
-def test_invalid_model_settings_raise_user_error(name: str, value: object, said: str,
-                                                 tmp_path: Path) -> None:
+def test_invalid_model_settings_raise_user_error(name: str, value: object, said: str, tmp_path: Path) -> None:
     raw = recipes.get("tiny-solar-open").to_dict()
     raw["model"][name] = value
     with create_artifact(tmp_path / "step-1", CHECKPOINT_KIND) as artifact:
@@ -212,8 +211,7 @@ UNKNOWN = {"empty": ((), "is empty"), "read": (("README.md",), "holds README.md 
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_unknown_folder_error_describes_content(command: str, tmp_path: Path
-                                                                         ) -> None:
+def test_unknown_folder_error_describes_content(command: str, tmp_path: Path) -> None:
     for name, (files, said) in UNKNOWN.items():
         (tmp_path / name).mkdir()
         for file in files:

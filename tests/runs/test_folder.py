@@ -57,8 +57,7 @@ def test_existing_run_requires_resume(tmp_path: Path) -> None:
     folder.enter(CONFIG_OF_RUN, resume=True)
 
 
-def test_start_records_previous_settings_and_command(tmp_path: Path,
-                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+def test_start_records_previous_settings_and_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(COMMAND_VARIABLE, json.dumps(["pretrain", "tiny-solar-open"]))
     folder = start_run(tmp_path / "run")
     EventLog(folder.path / EVENTS).close()
@@ -132,8 +131,7 @@ def test_complete_run_rejects_more_steps(tmp_path: Path) -> None:
         folder.enter(longer, resume=True)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"recipe": 3}', '{"step": [0]}',
-                                     '{"step": 1, "gate": [1]}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"recipe": 3}', '{"step": [0]}', '{"step": 1, "gate": [1]}'])
 def test_damaged_files_raise_user_error(tmp_path: Path, content: str) -> None:
     folder = start_run(tmp_path / "run")
     (tmp_path / "run" / CONFIG).write_text(content)

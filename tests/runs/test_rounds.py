@@ -100,8 +100,7 @@ def train_rounds(policies: RunPolicies, rounds: range) -> list[Policy]:
     return found
 
 
-def test_policy_digests_survive_resume_from_any_checkpoint(
-        tmp_path: Path) -> None:
+def test_policy_digests_survive_resume_from_any_checkpoint(tmp_path: Path) -> None:
     start, run = write_checkpoint(tmp_path / "start"), tmp_path / "run"
     whole = create_policies(run, start, lr=1)
     expected = train_rounds(whole, range(1, 6))

@@ -1,5 +1,4 @@
-"""A server on two processes, of which each writes answers of its own: what one process writes; a key; the end
-with its parent.  The second command of docs/serve.md."""
+"""A server of several processes, and of a model with linear attention."""
 
 from __future__ import annotations
 
@@ -51,3 +50,38 @@ def test_two_processes_answer_what_one_writes_and_end_with_their_parent(
         parent.wait()
         two.thread.join(600)
         assert two.ended and not os.path.exists(f"/proc/{two.pid}")
+
+
+def kept(longest: list[int]) -> list[dict[str, int]]:
+    """Return the numbers that layers of each kind keep of two sequences, for caches of several lengths."""
+    import torch
+
+    from megatron_sov.engine.decode.cached_decoder import CachedDecoder
+    from megatron_sov.engine.decode.forward_only import ForwardModel
+    from megatron_sov.engine.model.cache_rows import CacheSize, CacheSpan
+    from megatron_sov.engine.model.kv_cache import CachedAttention
+    from megatron_sov.engine.parallel import world
+    from tests.tiny import tiny_model
+
+    _, model = tiny_model("tiny-solar-open2", "model.num_experts=4", layout={})
+    found = []
+    for tokens in longest:
+        with CachedDecoder(ForwardModel(model, 50), CacheSize(2, tokens)) as decoder:
+            for past, length in ((0, 7), (7, 1), (8, 1)):
+                spans = [CacheSpan(slot, past, [5] * length) for slot in range(2)]
+                decoder.read(spans, decoder.agree_row_tokens(2 * length))
+            sizes = {"linear": 0, "attention": 0}
+            for layer in decoder._layers:
+                kind = "attention" if isinstance(layer, CachedAttention) else "linear"
+                tensors = layer.stored or () if isinstance(layer, CachedAttention) else vars(layer).values()
+                sizes[kind] += sum(t.numel() for t in tensors if isinstance(t, torch.Tensor))
+            found.append(sizes)
+    world.leave_world()
+    return found
+
+
+@pytest.mark.distributed
+def test_what_linear_layers_keep_is_constant_in_length(ranks: Any, job: Any) -> None:
+    ((short, long),) = ranks(job(__file__, "kept", 1, {"longest": [64, 4096]}))[0]
+    assert short["linear"] == long["linear"] > 0
+    assert long["attention"] == short["attention"] * (4096 + 1) // (64 + 1)

@@ -1,4 +1,4 @@
-"""An answer as it grows: what is sure stays, and comes soon."""
+"""Answers while they are written: stops, turns and calls."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 
 from megatron_sov.base.documents.byte_bpe import byte_alphabet
+from megatron_sov.chat.tool_calls import ServedTurn, ToolCall, parse_served_turn
 from megatron_sov.infer.request import LENGTH, STOP
-from megatron_sov.serve.replies import ReplyWriting
+from megatron_sov.serve.replies import ReplyWriting, turn_so_far
 
 TEXT = "Ein Bär 곰 sagt: stop. Und 🐻‍❄️ sagt nichts."
 
@@ -47,3 +48,49 @@ def test_a_token_or_the_length_ends_it(by_bytes: Tokenizer) -> None:
         ended.add(token, reason)
     cut.add(65, LENGTH)
     assert (ended.tokens, ended.reason) == ([65, 0], STOP) and (cut.tokens, cut.reason) == ([65], LENGTH)
+
+
+ADD = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
+CALL = ToolCall("add", {"a": 1})
+TOOLS = [{"type": "function", "function": {"name": "add"}}]
+TURNS = {
+    "plain": (" Hello <b>world</b>.\n", False, ServedTurn("", " Hello <b>world</b>.\n")),
+    "thoughts": ("<think>\n1 + 1\n</think>\n\n2 <think> 3", False, ServedTurn("1 + 1", "2 <think> 3")),
+    "thoughts opened by the template": ("1 + 1\n</think>\n2", True, ServedTurn("1 + 1", "2")),
+    "opened twice": ("<think>1 + 1</think>2", True, ServedTurn("1 + 1", "2")),
+    "cut in thoughts": ("<think>1 + 1 </thi", False, ServedTurn("1 + 1 </thi", "")),
+    "an end without a beginning": ("2</think>3", False, ServedTurn("", "2</think>3")),
+    "no more than a mark": ("<think", False, ServedTurn("", "<think")),
+    "a call": (f"<think>x</think>I add.\n{ADD}", False, ServedTurn("x", "I add.", (CALL,))),
+    "two calls": (f"{ADD}\n{ADD}\nDone.", False, ServedTurn("", "\nDone.", (CALL, CALL))),
+    "a call in thoughts": (f"<think>{ADD}</think>2", False, ServedTurn(ADD, "2")),
+    "malformed": ("So: <tool_call>{add}</tool_call> ", False,
+                  ServedTurn("", "So: <tool_call>{add}</tool_call> ")),
+    "one of two is malformed": (f"{ADD}<tool_call>", False, ServedTurn("", f"{ADD}<tool_call>")),
+    "indented code": ("<think>\nplan\n</think>\n\n    return 42\n", False,
+                      ServedTurn("plan", "    return 42\n")),
+    "indented thoughts": ("<think>\n  a\n b \n</think>\tx", False, ServedTurn("  a\n b ", "\tx")),
+    "one line feed": ("plan</think>\n  - a\n  - b", True, ServedTurn("plan", "  - a\n  - b")),
+    "no line feed": ("plan</think> a", True, ServedTurn("plan", " a")),
+    "a line of blanks": ("plan</think>\n  \n  a", True, ServedTurn("plan", "  \n  a")),
+    "carriage return": ("<think>a</think>\r\nb", False, ServedTurn("a", "\r\nb")),
+    "white space": ("  \n ", False, ServedTurn("", "  \n ")), "nothing": ("", True, ServedTurn("", "")),
+}
+
+
+@pytest.mark.parametrize(("text", "in_thoughts", "expected"), TURNS.values(), ids=TURNS)
+def test_a_turn_that_is_being_written_is_the_beginning_of_the_whole(text: str, in_thoughts: bool,
+                                                                    expected: ServedTurn) -> None:
+    assert parse_served_turn(text, in_thoughts, TOOLS) == expected
+    for tools in (TOOLS, []):
+        told = ServedTurn("", "")
+        for end in range(len(text) + 1):
+            turn = turn_so_far(text[:end], in_thoughts, tools)
+            assert turn.thoughts.startswith(told.thoughts) and turn.content.startswith(told.content)
+            told = turn
+        whole = parse_served_turn(text, in_thoughts, tools)
+        assert whole.thoughts.startswith(told.thoughts) and whole.content.startswith(told.content)
+
+
+def test_without_tools_a_call_is_text() -> None:
+    assert parse_served_turn(f"I say {ADD}", False, []) == ServedTurn("", f"I say {ADD}")

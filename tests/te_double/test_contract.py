@@ -58,8 +58,7 @@ REASONS = {
 def test_the_double_has_the_real_signatures(name: str) -> None:
     ours, theirs = described(OURS, name), TE[name]
     if ours is None:
-        assert theirs is None or name.removeprefix(f"{contract.TE}.pytorch.") in (
-            NOT_DOUBLED | NOT_REACHED)
+        assert theirs is None or name.removeprefix(f"{contract.TE}.pytorch.") in (NOT_DOUBLED | NOT_REACHED)
     elif isinstance(theirs, dict):
         wrong = {method: (text, theirs.get(method)) for method, text in ours.items()
                  if method not in theirs or not is_same(text, theirs[method])}

@@ -89,8 +89,7 @@ def test_a_smaller_share_is_a_part_of_a_larger_one() -> None:
 def test_pieces_are_cut_at_blank_lines_and_chosen_by_their_content() -> None:
     text = "".join(f"paragraph {i} with words\n\n" for i in range(4000))
     found = list(pieces(Document("x", text)))
-    assert ("".join(p.text for p in found) == text
-            and all(len(p.raw) <= PIECE_BYTES for p in found))
+    assert ("".join(p.text for p in found) == text and all(len(p.raw) <= PIECE_BYTES for p in found))
     assert all(p.text.endswith("\n\n") for p in found)
     buckets = [p.bucket for p in found]
     assert 0 < min(buckets) < NUM_BUCKETS // 4 and NUM_BUCKETS * 3 // 4 < max(buckets) < NUM_BUCKETS

@@ -86,8 +86,8 @@ def byte_alphabet() -> dict[str, int]:
     # printable bytes keep their code points, other bytes get code points from 256 on
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
                  *range(ord("®"), ord("ÿ") + 1)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    unprintable = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(unprintable)}
 
 
 def iter_adversarial_texts(raw: dict[str, Any]) -> Iterator[str]:

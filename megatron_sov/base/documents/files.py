@@ -331,17 +331,17 @@ def format_skipped(others: Sequence[str], hidden: Sequence[str]) -> str:
         noun = "file" if len(others) == 1 else "files"
         parts.append(f"{len(others):,} {noun} ({', '.join(shown)})")
     if hidden:
-        shown_hidden = [*sorted(hidden)[:_MAX_NAMES], *(["..."] if len(hidden) > _MAX_NAMES else [])]
-        parts.append(f"{len(hidden):,} hidden ({', '.join(shown_hidden)})")
+        hidden_names = [*sorted(hidden)[:_MAX_NAMES], *(["..."] if len(hidden) > _MAX_NAMES else [])]
+        parts.append(f"{len(hidden):,} hidden ({', '.join(hidden_names)})")
     return f"passed over {' and '.join(parts)}" if parts else ""
 
 
 def _describe_dataset(names: list[str]) -> Iterator[str]:
     """Yield warnings about probably unintended files in a dataset."""
     if plain := [name for name in names if _is_text(name)]:
-        shown = ", ".join([*plain[:_MAX_NAMES], *(["..."] if len(plain) > _MAX_NAMES else [])])
-        yield (f"beside records it reads {len(plain):,} files of plain text ({shown}) as documents; pass the "
-               "files of records to leave them out")
+        plain_names = ", ".join([*plain[:_MAX_NAMES], *(["..."] if len(plain) > _MAX_NAMES else [])])
+        yield (f"beside records it reads {len(plain):,} files of plain text ({plain_names}) as documents; "
+               "pass the files of records to leave them out")
     splits = [split for split, words in SPLITS.items() if any(has_word(name, words) for name in names)]
     if len(splits) > 1:
         yield (f"it reads the splits {', '.join(splits)} as one source; pass the files of one split to keep "
@@ -380,19 +380,19 @@ def iter_spans(file: Path, span_bytes: int = SPAN_BYTES, *, read_as: str = "") -
     """
     try:
         size_bytes = file.stat().st_size
-        whole = FileSpan(file, 0, size_bytes,
-                         max(size_bytes, 1) if size_bytes <= WHOLE_FILE_BYTES else DOCUMENT_BYTES, size_bytes)
-        suffix = read_as or whole.suffix
+        document_bytes = max(size_bytes, 1) if size_bytes <= WHOLE_FILE_BYTES else DOCUMENT_BYTES
+        file_span = FileSpan(file, 0, size_bytes, document_bytes, size_bytes)
+        suffix = read_as or file_span.suffix
         if suffix == PARQUET_SUFFIX:
-            yield from _iter_row_groups(whole, span_bytes)
-        elif (whole.compression or suffix == JSON_SUFFIX or suffix in ARROW_SUFFIXES
+            yield from _iter_row_groups(file_span, span_bytes)
+        elif (file_span.compression or suffix == JSON_SUFFIX or suffix in ARROW_SUFFIXES
               or size_bytes <= max(span_bytes, WHOLE_FILE_BYTES)):
-            yield whole
+            yield file_span
         else:
             # a span begins at a record or document, so that processes can read spans independently
-            starts = list(_iter_starts(whole, span_bytes, suffix))
+            starts = list(_iter_starts(file_span, span_bytes, suffix))
             for start, stop in zip(starts, [*starts[1:], size_bytes], strict=True):
-                yield FileSpan(file, start, stop, whole.document_bytes, stop - start)
+                yield FileSpan(file, start, stop, file_span.document_bytes, stop - start)
     except OSError as e:
         raise UserError(f"{file}: cannot be read ({e.strerror or e}); "
                         "check the path and its permissions") from e

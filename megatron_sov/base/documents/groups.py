@@ -39,11 +39,11 @@ def choose_pair(rewards: Sequence[float], ended: Sequence[bool], is_same: Callab
         return next(i for i in candidates if are_equal((rewards[i], reward)))
 
     worst = first_equal(min(rewards), places)
-    whole = [i for i in places if ended[i]]
-    if not whole:
+    complete = [i for i in places if ended[i]]
+    if not complete:
         return None, 1
-    highest = max(rewards[i] for i in whole)
-    best = first_equal(highest, whole)
+    highest = max(rewards[i] for i in complete)
+    best = first_equal(highest, complete)
     passed_over = int(not are_equal((highest, max(rewards))))
     if are_equal((rewards[best], rewards[worst])) or is_same(best, worst):
         return None, passed_over

@@ -125,8 +125,8 @@ def to_plain_form(text: str) -> PlainForm | None:
 
 
 def list_search_forms(text: str) -> list[str]:
-    other = to_plain_form(text)
-    return [text] if other is None else [text, other.text]
+    plain_form = to_plain_form(text)
+    return [text] if plain_form is None else [text, plain_form.text]
 
 
 def _replace_matches(text: str, pattern: re.Pattern[str], value: Callable[[re.Match[str]], str]
@@ -278,8 +278,8 @@ class ItemSearch:
                     runs[run].append(number)
         elif units.size >= self.min_words * TWELFTHS:
             count = len(units.hashes)
-            whole = hash_stretches(units.hashes, np.array([0]), np.array([count]))
-            entry = (count, int(whole[0]), number)
+            stretch = hash_stretches(units.hashes, np.array([0]), np.array([count]))
+            entry = (count, int(stretch[0]), number)
             if entry not in (entries := self._whole[int(units.runs(self.min_words)[0])]):
                 entries.append(entry)
         elif number not in self.too_short:
@@ -300,10 +300,10 @@ class ItemSearch:
                     stretches.append((begin, int(ends[begin])))
         if self._whole:
             for begin, run in self._beginnings.find(units.runs(self.min_words)):
-                for count, whole, item in self._whole[run]:
+                for count, stretch_hash, item in self._whole[run]:
                     end = begin + count
                     # the first words match; compare the hash of the whole item
-                    if end <= len(units.hashes) and whole == int(hash_stretches(
+                    if end <= len(units.hashes) and stretch_hash == int(hash_stretches(
                             units.hashes[begin:end], np.array([0]), np.array([count]))[0]):
                         matches[item].append((begin, end))
         return [ItemMatch(item, *stretch) for item in sorted(matches) for stretch in matches[item]]

@@ -97,10 +97,10 @@ def _from_alpaca(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
     prompt = [*history, {"role": "user", "content": question}]
     if record.get("output") is None or kind == "prompt":  # a prompt's other fields belong to the reward
         return {"prompt": prompt, **_omit_fields(record, ("instruction", "input", "history"))}
-    others = _omit_fields(record, ("instruction", "input", "output", "history"))
+    fields = _omit_fields(record, ("instruction", "input", "output", "history"))
     if history and kind == "chat" and parse_label(record.get(KTO_TAG)) is None:  # train on every answer
-        return {"messages": [*prompt, {"role": "assistant", "content": record["output"]}], **others}
-    return {"prompt": prompt, "completion": record["output"], **others}
+        return {"messages": [*prompt, {"role": "assistant", "content": record["output"]}], **fields}
+    return {"prompt": prompt, "completion": record["output"], **fields}
 
 
 def _is_questions(record: Mapping[str, Any], kind: str | None) -> bool:

@@ -252,11 +252,11 @@ def _parse_message(message: Any, where: str) -> Message:
                                   "which only an assistant's message has")
     if role in ("user", "assistant") and not (content.strip() or calls):
         raise BadRecord("empty_turn", f"has an empty turn: {where} ({role}) says nothing; remove it")
-    other = tuple((key, message[key]) for key in ("name", "tool_call_id")
+    more_fields = tuple((key, message[key]) for key in ("name", "tool_call_id")
                   if isinstance(message.get(key), str) and message[key])
     unread = tuple(name for name, value in message.items()
                    if name not in MESSAGE_FIELDS and value not in EMPTY_VALUES)
-    return Message(role, content, reasoning, calls, _is_learned(message, where), other, unread)
+    return Message(role, content, reasoning, calls, _is_learned(message, where), more_fields, unread)
 
 
 def _join_content(content: Any, where: str, optional: bool) -> str:
@@ -307,8 +307,8 @@ def _parse_calls(calls: Any, where: str) -> tuple[dict[str, Any], ...]:
             raise BadRecord("tool_call", f"{where}[{i}].function.arguments is {str(arguments)[:40]!r}, must "
                                          "be a JSON object")
         check_is_json(arguments, f"{where}[{i}].function.arguments", allow_nan=False)
-        known = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-        parsed.append({**known, "type": "function", "function": {"name": name, "arguments": arguments}})
+        id_field = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        parsed.append({**id_field, "type": "function", "function": {"name": name, "arguments": arguments}})
     return tuple(parsed)
 
 

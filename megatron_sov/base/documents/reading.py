@@ -345,8 +345,8 @@ class CountedSpan:
         cells = head.decode(errors="replace").split(TABLE_SUFFIXES[self.span.suffix])
         names = [name.strip().strip('"') for name in cells]
         # columns with names of known fields: the table contains records
-        known = {self.reading.text_field, *DIALOGUE, *FOREIGN}
-        if self.reading.kind not in (None, "text") or known & {*names}:
+        record_fields = {self.reading.text_field, *DIALOGUE, *FOREIGN}
+        if self.reading.kind not in (None, "text") or record_fields & {*names}:
             raise BadRecord("table", f"is a table (columns: {', '.join(names)[:200]}); save it as Parquet or "
                                      "JSON lines, e.g. with to_parquet or to_json of `datasets`")
 

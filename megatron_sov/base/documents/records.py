@@ -263,8 +263,8 @@ FILE_SIGNATURES = ((b"%PDF", "a PDF; extract its text first, for example by pdft
 
 def explain_bytes(begin: bytes) -> str:
     """Explain the format of a file that is not UTF-8, by the first bytes, and how to convert the file."""
-    known = next((text for magic, text in FILE_SIGNATURES if begin.startswith(magic)), "")
-    return f"the file is {known}" if known else "convert it, e.g. iconv -f CP949 -t UTF-8"
+    file_format = next((text for magic, text in FILE_SIGNATURES if begin.startswith(magic)), "")
+    return f"the file is {file_format}" if file_format else "convert it, e.g. iconv -f CP949 -t UTF-8"
 
 
 def parse_line(line: bytes, where: str, number: int, reading: RecordReading, parse: RecordParser) -> Any:

@@ -214,11 +214,11 @@ def merge_routes(previous: np.ndarray | None, current: np.ndarray | None, num_re
         current: routes of the current reading from the text's beginning; None: no routes.
         num_read: number of tokens read so far; tokens without a route get the mark.
     """
-    known = previous if current is None else current
-    if known is None:
+    available = previous if current is None else current
+    if available is None:
         return None
-    mark = np.iinfo(known.dtype).max
-    joined = np.full((num_read, *known.shape[1:]), mark, known.dtype)
+    mark = np.iinfo(available.dtype).max
+    joined = np.full((num_read, *available.shape[1:]), mark, available.dtype)
     # the earlier routes come last and overwrite the current routes
     for part in (current, previous):
         if part is not None:

@@ -59,9 +59,9 @@ class Scale:
 
     def __init__(self, axis: Axis, values: Iterable[float], padding: float = 0.0) -> None:
         self._axis = axis
-        known = list(values) or [0.0, 1.0]
-        low = min(known) if axis.low is None else axis.low
-        high = max(known) if axis.high is None else axis.high
+        bounds = list(values) or [0.0, 1.0]
+        low = min(bounds) if axis.low is None else axis.low
+        high = max(bounds) if axis.high is None else axis.high
         if axis.is_log:
             low, high = math.log10(low), math.log10(high)
         if not high > low:

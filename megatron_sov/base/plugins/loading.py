@@ -75,8 +75,8 @@ def load_plugin(reference: str) -> LoadedPlugin:
         module = _import_module(place)
         loaded = LoadedPlugin(None, name, reference, hash_module_files(module))
     if not hasattr(module, name):
-        known = [n for n in vars(module) if not n.startswith("_")]
-        raise UserError(f"{reference}: {place} has no {name!r}{suggest_name(name, known)}")
+        public_names = [n for n in vars(module) if not n.startswith("_")]
+        raise UserError(f"{reference}: {place} has no {name!r}{suggest_name(name, public_names)}")
     return LoadedPlugin(getattr(module, name), name, loaded.reference, loaded.files)
 
 

@@ -114,13 +114,13 @@ class Registry(Generic[T]):
         loaded = self._adapt(loaded) if self._adapt else loaded
         self._check(loaded)
         name = self._own_name(loaded.value) if self._own_name else loaded.attribute
-        known = self._known.get(name)
+        registered = self._known.get(name)
         if name in self._built_in:
             raise UserError(f"{loaded.reference}: is called {name!r} like a built-in {self.kind}; "
                             "give it another name")
         # the same reference is the same code: commands and configs may both name it
-        if known is not None and known.code.reference != loaded.reference:
-            raise UserError(f"{loaded.reference}: is called {name!r} like {known.code.reference}; "
+        if registered is not None and registered.code.reference != loaded.reference:
+            raise UserError(f"{loaded.reference}: is called {name!r} like {registered.code.reference}; "
                             "give one of them another name")
         code = PluginCode(self.kind, name, loaded.reference, loaded.files)
         self._known[name] = _Known(cast(T, loaded.value), code)
@@ -151,11 +151,11 @@ class Registry(Generic[T]):
 
     def listing(self) -> list[tuple[str, str]]:
         """Return (name, origin) per registered plug-in."""
-        return [(name, f"file {known.code.reference}") for name, known in self._known.items()]
+        return [(name, f"file {plugin.code.reference}") for name, plugin in self._known.items()]
 
     def named(self) -> list[str]:
         """Return the registered plug-ins' references, for starting another process with the same plug-ins."""
-        return [known.code.reference for known in self._known.values()]
+        return [plugin.code.reference for plugin in self._known.values()]
 
     def _explain_unknown(self, name: str, recorded: Sequence[PluginCode]) -> str:
         if is_reference(name):
@@ -167,14 +167,14 @@ class Registry(Generic[T]):
                 return (f"{self.kind} {name!r}: stands in {code.reference}, which is run only when the "
                         "command line itself names it; if you know it and trust it, "
                         f"add --plugin {shlex.quote(code.reference)}")
-        known = [*self._built_in, *self._known]
+        names = [*self._built_in, *self._known]
         absent, plural = UNKNOWN_WORDINGS.get(self.kind, ("does not exist", f"{self.kind}s"))
-        listed = LIST_COMMANDS.get(self.kind, f"{plural}: {', '.join(known)}")
+        listed = LIST_COMMANDS.get(self.kind, f"{plural}: {', '.join(names)}")
         if self.kind in UNKNOWN_WORDINGS:
-            close = was_removed(name) or suggest_spelling(name, known)
+            close = was_removed(name) or suggest_spelling(name, names)
         else:
-            close = (was_removed(name) or suggest_longer_names(name, known) or suggest_name(name, known)
-                     or suggest_same_family(name, known))
+            close = (was_removed(name) or suggest_longer_names(name, names) or suggest_name(name, names)
+                     or suggest_same_family(name, names))
         return f"{self.kind} {name!r}: {absent}{close} ({listed}; your own are named FILE.py:NAME)"
 
 
@@ -261,10 +261,10 @@ def request_plugin(name: str, settings: Mapping[str, Any], built_in: BuiltIn,
     if name in built_in:
         return PluginRequest(name, settings)
     if is_reference(name):
-        known_as = own.load(name)
-        code = own.code(known_as)
+        plugin_name = own.load(name)
+        code = own.code(plugin_name)
         assert code is not None, f"{name} was loaded and has no record"
-        return PluginRequest(known_as, settings, code.reference, code.files)
+        return PluginRequest(plugin_name, settings, code.reference, code.files)
     # fail early for unknown names; each process looks up the name again
     own.get(name)
     return PluginRequest(name, settings)
@@ -278,13 +278,13 @@ def build_plugin(request: PluginRequest, built_in: BuiltIn, own: Registry[type[A
             fails or has changed since the request.
     """
     plugin_class, files = _find_class(request, built_in, own)
-    what = f"{own.kind} {request.reference or request.name}"
-    settings = parse_arguments(plugin_class, request.settings, what)
-    with report_plugin_errors(what):
+    subject = f"{own.kind} {request.reference or request.name}"
+    settings = parse_arguments(plugin_class, request.settings, subject)
+    with report_plugin_errors(subject):
         value = plugin_class(**settings)
         problems = find_rule_problems(value)
     if problems:
-        raise SettingsError(what, problems)
+        raise SettingsError(subject, problems)
     return BuiltPlugin(value, settings, files)
 
 

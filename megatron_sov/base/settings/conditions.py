@@ -60,9 +60,9 @@ class When:
             fails = not any(map(self.holds, values))
         if not fails:
             return None
-        shown = _public_key(key)
-        return UnmetCondition({shown: values if "*" in key else values[0]}, self.text(owner),
-                     self.way_out or f"leave it out, or change {shown}")
+        public_key = _public_key(key)
+        return UnmetCondition({public_key: values if "*" in key else values[0]}, self.text(owner),
+                     self.way_out or f"leave it out, or change {public_key}")
 
     def text(self, owner: str) -> str:
         """Format the condition as a clause."""

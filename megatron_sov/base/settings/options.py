@@ -50,7 +50,7 @@ def format_dry_run(read: Sequence[Path], written: Sequence[Path], said: Sequence
     """Format a command's plan.
 
     Args:
-        read: existing input files and folders.
+        read: input files and folders.
         written: output paths.
         said: (option, value) of options that differ from their defaults.
         overwrite: whether existing outputs may be replaced.
@@ -67,6 +67,8 @@ def format_dry_run(read: Sequence[Path], written: Sequence[Path], said: Sequence
 
 
 def _format_path_size(path: Path) -> str:
+    if not path.exists():  # `Flag.may_be_missing`
+        return "does not exist yet"
     if not path.is_dir():
         return f"{path.stat().st_size:,} bytes"
     files = [file for file in itertools.islice(path.rglob("*"), MAX_FILES) if file.is_file()]
@@ -100,6 +102,8 @@ class Flag:
     """Help for a type shared by several classes; otherwise the docstring under the field."""
     writes: bool = False
     """Whether the command writes the path; true for field names that begin with `out`."""
+    may_be_missing: bool = False
+    """Whether an input need not exist yet, because another job creates it."""
 
 
 def count_cores() -> int:
@@ -235,14 +239,16 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
                          else nearness[item.path[0]]):
         heading = option.flag.group
         into = groups.get(heading) or groups.setdefault(heading, parser.add_argument_group(heading))
-        shown = option.help + _format_default(option)
+        help_text = option.help + _format_default(option)
         # booleans take no value: the option inverts the default
         if option.hint is bool:
-            action = into.add_argument(option.key, dest=option.dest, help=shown, default=argparse.SUPPRESS,
+            action = into.add_argument(option.key, dest=option.dest, help=help_text,
+                                       default=argparse.SUPPRESS,
                                        action="store_false" if option.default is True else "store_true")
         else:
             action = into.add_argument(*([] if option.is_positional else [option.key]), dest=option.dest,
-                                       help=shown, metavar=_choose_metavar(option), **_choose_arity(option))
+                                       help=help_text, metavar=_choose_metavar(option),
+                                       **_choose_arity(option))
             # choices for shell completion; `read_options` checks them
             action.choices = tuple(map(str, get_args(option.hint))) or None
         # `Parser._check_value` leaves values to `read_options`, which reports all mistakes at once
@@ -356,7 +362,7 @@ def _end_dry_run(settings: Any, raw: Mapping[str, Any]) -> list[SettingsProblem]
             inputs += paths
             problems += [SettingsProblem(ProblemCode.FILE, option.dest, "does not exist", path,
                                          "check the path")
-                         for path in paths if not path.exists()]
+                         for path in paths if not (option.flag.may_be_missing or path.exists())]
         elif _has_path(raw, option.path):
             changed.append((option.key, "" if option.hint is bool else value))
     if problems:
@@ -459,9 +465,9 @@ def _use_option_name(problem: SettingsProblem, names: Mapping[str, str]) -> Sett
         key = key.rpartition(".")[0]
     value = UNSET if isinstance(problem.value, bool) else problem.value
     parent = problem.key.rpartition(".")[0]
-    other = f"{parent}.{problem.other}" if parent else problem.other
+    other_key = f"{parent}.{problem.other}" if parent else problem.other
     return dataclasses.replace(problem, key=names.get(key, problem.key), value=value,
-                               other=names.get(other, problem.other))
+                               other=names.get(other_key, problem.other))
 
 
 def _iter_options(cls: Any, above: tuple[str, ...] = ()) -> Iterator[_Option]:
@@ -472,15 +478,15 @@ def _iter_options(cls: Any, above: tuple[str, ...] = ()) -> Iterator[_Option]:
         if flag.name == "-" or not field.init:
             continue
         path = (*above, field.name)
-        is_made = field.default_factory is not dataclasses.MISSING
+        has_factory = field.default_factory is not dataclasses.MISSING
         if dataclasses.is_dataclass(hint):
             # options show the nested class's own defaults; another factory's defaults would be lost silently
-            if is_made and cast(Any, field.default_factory) is not hint:
+            if has_factory and cast(Any, field.default_factory) is not hint:
                 raise TypeError(f"{cls.__name__}.{field.name}: the defaults are those of {hint}")
             yield from _iter_options(hint, path)
             continue
         yield _Option(path, flag, hint, repeats, field.default,
-                      field.default is dataclasses.MISSING and not is_made,
+                      field.default is dataclasses.MISSING and not has_factory,
                       docs.get(field.name) or _format_help(flag.help))
 
 

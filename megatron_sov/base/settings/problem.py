@@ -89,8 +89,8 @@ class SettingsProblem:
             begin = f"{key} = {format_setting(self.value)} " if key else f"{format_setting(self.value)} "
         compared = ""
         if self.other:
-            shown = "" if self.other_value is UNSET else f" = {format_setting(self.other_value)}"
-            compared = f" {self.other}{shown}"
+            value_text = "" if self.other_value is UNSET else f" = {format_setting(self.other_value)}"
+            compared = f" {self.other}{value_text}"
         return begin + self.rule + compared + (f"; {self.way_out}" if self.way_out else "")
 
     def with_prefix(self, prefix: str) -> SettingsProblem:
@@ -155,10 +155,10 @@ class SettingsError(UserError):
             line = f", line {problems[0].line}" if problems[0].line else ""
             super().__init__((f"{where}{line}: " if where else "") + problems[0].sentence, fix)
             return
-        shown = [str(problem) for problem in problems[:MAX_PROBLEMS]]
+        sentences = [str(problem) for problem in problems[:MAX_PROBLEMS]]
         if len(problems) > MAX_PROBLEMS:
-            shown.append(f"and {len(problems) - MAX_PROBLEMS} more")
-        super().__init__(format_problems(where or "command line", shown), fix)
+            sentences.append(f"and {len(problems) - MAX_PROBLEMS} more")
+        super().__init__(format_problems(where or "command line", sentences), fix)
 
     @property
     def codes(self) -> list[tuple[str, str]]:
@@ -257,12 +257,12 @@ class Relation:
     """Whether the field's own default is compatible with every value of the other field."""
 
     def find_problem(self, settings: Any, name: str) -> SettingsProblem | None:
-        value, other = getattr(settings, name), getattr(settings, self.other)
+        value, bound = getattr(settings, name), getattr(settings, self.other)
         is_default = value == type(settings).__dataclass_fields__[name].default
-        if value is None or (is_default and self.holds_default) or self.holds(value, other):
+        if value is None or (is_default and self.holds_default) or self.holds(value, bound):
             return None
         return SettingsProblem(ProblemCode.RULE, name, self.rule, value, self.way_out, other=self.other,
-                               other_value=other if self.shows_value else UNSET)
+                               other_value=bound if self.shows_value else UNSET)
 
 
 def at_most_field(other: str) -> Relation:

@@ -124,9 +124,9 @@ def find_rule_problems(settings: Any) -> list[SettingsProblem]:
 
     Checks nested settings, relations declared by fields, and the class's own `problems()`.
     """
-    own = list(map(to_problem, settings.problems())) if hasattr(settings, "problems") else []
+    class_problems = list(map(to_problem, settings.problems())) if hasattr(settings, "problems") else []
     if not dataclasses.is_dataclass(settings):  # a user's own class
-        return own
+        return class_problems
     # nested settings first, which may cause problems in the outer settings
     problems = [problem for field in dataclasses.fields(settings)
                 for problem in _find_inner_problems(field.name, getattr(settings, field.name, None))]
@@ -138,7 +138,7 @@ def find_rule_problems(settings: Any) -> list[SettingsProblem]:
         for relation in getattr(hint, "__metadata__", ()):
             if isinstance(relation, Relation) and (problem := relation.find_problem(settings, name)):
                 problems.append(problem)
-    problems += own
+    problems += class_problems
     return _sort_by_field(type(settings), [p for i, p in enumerate(problems) if p not in problems[:i]])
 
 
@@ -243,17 +243,16 @@ def _convert_error(cls: Any, error: Any, instead: KeyHint) -> SettingsProblem:
     if kind in _MISSING:
         return _missing_problem(key)
     if kind in ("literal_error", "enum"):
-        known = [word for word in _list_choices(hint) if isinstance(word, str)]
-        close, meant = "", ""
+        choices = [word for word in _list_choices(hint) if isinstance(word, str)]
+        close, nearest = "", ""
         if isinstance(value, str):
-            close = (was_removed(value) or _suggest_lower_case(value, known)
-                     or _suggest_equivalent(key, value) or suggest_name(value, known))
+            close = (was_removed(value) or _suggest_lower_case(value, choices)
+                     or _suggest_equivalent(key, value) or suggest_name(value, choices))
             words = re.findall(r"[\w.-]+", value.lower())
-            ours = (value.lower(), _find_equivalent(key, value),
-                    find_nearest_name(value, known))
-            meant = next((word for word in ours if words and word in known), "")
+            ours = (value.lower(), _find_equivalent(key, value), find_nearest_name(value, choices))
+            nearest = next((word for word in ours if words and word in choices), "")
         return SettingsProblem(ProblemCode.CHOICE, key, f"must be {ctx.get('expected', 'another word')}",
-                               value, close.removeprefix("; "), value_to_write=meant)
+                               value, close.removeprefix("; "), value_to_write=nearest)
     if kind == "bound":
         return SettingsProblem(ProblemCode(ctx["code"]), key, ctx["rule"], value, ctx["way_out"])
     # `Lt(math.inf)` declares finite numbers

@@ -361,8 +361,8 @@ def _assign_value(cls: Any, raw: Any, key: str, value: Any, instead: KeyHint) ->
         elif not isinstance(node, dict):
             return SettingsProblem(ProblemCode.UNKNOWN, key, f"{above} is a value and has no fields")
         elif dataclasses.is_dataclass(hint) and part not in list_fields(cast(Any, hint)):
-            here = ".".join(parts[:depth + 1])
-            return unknown_key_problem(here, list_fields(cast(Any, hint)), instead(here))
+            parent_key = ".".join(parts[:depth + 1])
+            return unknown_key_problem(parent_key, list_fields(cast(Any, hint)), instead(parent_key))
         index: Any = int(part) if isinstance(node, list) else part
         hint = get_inner_hint(hint, part)
         if depth == len(parts) - 1:

@@ -1,1 +1,1 @@
-"""Commands of reinforcement learning, of tools, of probing and fusing."""
+"""Commands for reinforcement learning: `rl`, `ssp` and `tools`."""

@@ -58,7 +58,7 @@ class DecodeOutput:
 
 
 class CachedDecoder:
-    """A model with KV caches, and a context manager: inside, only the decoder may use the model.
+    """A `ForwardModel` with KV caches, and a context manager: inside, only the decoder may use the model.
 
     All calls are collective over the replica; `read` is collective over all processes that share experts.
     """
@@ -172,7 +172,7 @@ class CachedDecoder:
         return tokens.cpu(), logprobs.cpu()
 
     def logits(self, read: DecodeOutput, places: Sequence[int]) -> torch.Tensor:
-        """Return full logits [places, vocabulary] at row indices, on the last stage."""
+        """Return full logits [places, vocab_size] at row indices, on the last stage."""
         return self._build_head().logits(self._gather_states(read, places))
 
     def copy(self, source: int, targets: Sequence[int]) -> None:

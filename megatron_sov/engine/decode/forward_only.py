@@ -37,7 +37,8 @@ Loss = Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]
 
 def run_pipeline(chunks: Sequence[Any], micro_batches: Sequence[HasInputs], loss: Loss, row_tokens: int, *,
                  forward_only: bool) -> list[Any]:
-    """Run all micro-batches through all pipeline stages.
+    """Run micro-batches through the pipeline stages by Megatron-Core's schedule
+    (`get_forward_backward_func`).
 
     Args:
         chunks: the model's chunks; for gradients, their data-parallel wrappers.
@@ -97,7 +98,7 @@ def split_depths(hidden: torch.Tensor, num_predictions: int) -> list[torch.Tenso
 
 
 class ForwardModel:
-    """A model in evaluation mode without quantization. All calls are collective."""
+    """A `LanguageModel` in evaluation mode without quantization. Calls are collective."""
 
     def __init__(self, model: LanguageModel, head_chunk_tokens: int) -> None:
         self.model = model
@@ -146,7 +147,8 @@ class ForwardModel:
 
 
 class DocumentBatch:
-    """Micro-batch with inputs only: documents in one row, padded to a length that the layout can split."""
+    """Micro-batch with `ModelInputs` only: documents in a row, padded to a length that the layout can
+    split."""
 
     def __init__(self, documents: Sequence[Sequence[int]], device: torch.device, min_tokens: int = 0) -> None:
         multiple = context.get_row_multiple()

@@ -286,7 +286,7 @@ def is_row_parallel(of: AdaptedModule) -> bool:
 
 
 def get_effective_weight(linear: Any) -> torch.Tensor:
-    """Return a linear layer's weight with its adapter merged, without gradient."""
+    """Return a linear layer's weight with merged `LinearAdapter`, without gradient."""
     weight: torch.Tensor = linear.weight
     for hook in linear._forward_hooks.values():
         if isinstance(adapter := getattr(hook, "adapter", None), LinearAdapter):
@@ -304,7 +304,7 @@ _EMBEDDING = "embedding.word_embeddings"
 
 
 class EmbeddingAdapter(torch.nn.Module):
-    """The token embedding's adapter."""
+    """The token embedding's adapter (`LoraConfig`)."""
 
     def __init__(self, of: AdaptedModule, lora: LoraConfig, config: Any, rows: int) -> None:
         """Create the factors; `load.initialize_weights` sets their values.
@@ -336,7 +336,7 @@ class EmbeddingAdapter(torch.nn.Module):
 
 
 def build_embedding_hook(adapter: EmbeddingAdapter) -> Callable[..., torch.Tensor]:
-    """Return the forward hook that adds the adapter's output to the embedding."""
+    """Return the forward hook that adds `EmbeddingAdapter.forward` to the embedding."""
     def add_adapter_output(module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
         return output + adapter(inputs[0], module)
 
@@ -406,7 +406,7 @@ class Adapters(torch.nn.Module):
 
 
 def _build_linear_hook(adapter: LinearAdapter) -> Callable[..., Any]:
-    """Return the forward hook that replaces a linear layer's output by the adapted output."""
+    """Return the forward hook that replaces a linear layer's output by `LinearAdapter.adapt_output`."""
     def replace_output(module: Any, inputs: tuple[Any, ...], outputs: tuple[Any, Any]) -> tuple[Any, Any]:
         output, skipped_bias = outputs
         bias = getattr(module, "bias", None)

@@ -79,14 +79,14 @@ def compute_piece_bounds(spans: Sequence[Sequence[Span]], window_tokens: int,
 
 
 def supports_varlen(query: torch.Tensor) -> bool:
-    """Return whether torch's flash attention supports the query's device, dtype and head size."""
+    """Return whether torch's `varlen_attn` supports the query's device, dtype and head size."""
     return (query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
             and query.shape[-1] <= MAX_HEAD_DIM and query.shape[-1] % 8 == 0)
 
 
 def attend_documents(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: PieceBounds,
                      scale: float, window_tokens: int) -> torch.Tensor:
-    """Attend causally inside each document; its last query aligns with its last key.
+    """Attend causally inside each document (`varlen_attn`); the last query aligns with the last key.
 
     query [queries, heads, head_dim], key and value [keys, kv_heads, head_dim] -> [queries, heads, head_dim].
 
@@ -211,7 +211,7 @@ class PackedDocuments(PackedSeqParams):
 
     @cached_property
     def unsplit(self) -> PackedDocuments:
-        """The whole row's documents for Transformer Engine's attention with exchanged heads."""
+        """The whole row's documents for `ExchangedAttention`."""
         return pack_documents(self.bounds, self.longest_tokens, self.row_tokens, own=False,
                               bucketed=self.bucketed)
 
@@ -237,7 +237,7 @@ class PackedDocuments(PackedSeqParams):
 
 def _group_documents(documents: Sequence[Span], device: torch.device,
                      shared: SharedPrompts | None) -> LengthGroups:
-    """Group a row's documents by length."""
+    """Group a row's documents by length as `LengthGroups`."""
     by_length: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
     row_index = 0  # of a document's first query in the row
     for start, first, stop in documents:
@@ -359,7 +359,8 @@ def attend_document_list(documents: Sequence[tuple[torch.Tensor, ...]], scale: f
 
 def attend_equal_lengths(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                          scale: float) -> torch.Tensor:
-    """Attend causally in a batch with equal document lengths, without a window.
+    """Attend causally by `scaled_dot_product_attention` in a batch with equal document lengths, without a
+    window.
 
     query [documents, m, heads, head_dim], key and value [documents, L, kv_heads, head_dim] -> [documents, m,
     heads, head_dim]; the m queries align with the last m keys."""
@@ -389,7 +390,7 @@ def _build_band_mask(queries: int, keys: int, window_tokens: int, device: torch.
 def _split_by_document(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
                        documents: Sequence[Span],
                        begins: Sequence[int], first: int) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Split a piece into (queries, keys, values) per document.
+    """Split a piece into (queries, keys, values) per `Span`.
 
     Args:
         begins: row index of each document's first key.

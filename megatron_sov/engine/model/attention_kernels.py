@@ -1,4 +1,5 @@
-"""Attention kernels that Transformer Engine selects for packed rows, and a cache for the selections."""
+"""Attention kernels that Transformer Engine selects for packed rows (`gpu.attention`), and a cache for the
+selections."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ def load_attention_utils() -> Any:
 
 
 def cache_attention_decisions(utils: Any) -> None:
-    """Cache Transformer Engine's attention kernel per kind of call.
+    """Cache the result of Transformer Engine's `get_attention_backend` per kind of call.
 
     Version 2.20.2 caches only the last choice (`_attention_backends`), so that alternating layers with and
     without a sliding window query cuDNN at every change. The cache distinguishes calls by parameters and
@@ -57,7 +58,7 @@ def cache_attention_decisions(utils: Any) -> None:
 
 
 def get_head_sizes(model: ModelConfig) -> tuple[int, int]:
-    """Return head sizes for queries and values in Transformer Engine's attention."""
+    """Return (`head_dim_qk`, `head_dim_v`) for Transformer Engine's attention."""
     latent = model.latent_attention
     if latent is None:
         return model.head_dim, model.head_dim

@@ -18,7 +18,7 @@ from megatron_sov.model.modality import EncoderInputs, join_inputs
 
 @dataclass(frozen=True)
 class CacheSize:
-    """KV cache size."""
+    """KV cache size, for `CachedDecoder`."""
 
     slots: int
     """Cached sequences."""
@@ -30,7 +30,7 @@ class CacheSize:
 
 @dataclass(frozen=True)
 class CacheSpan:
-    """A sequence's new tokens."""
+    """A sequence's new tokens in a `SpanRow`."""
 
     slot: int
     """The sequence's slot."""

@@ -42,7 +42,7 @@ from megatron_sov.model.modality import EncoderInputs
 
 
 class OutputHead(ColumnParallelLinear):
-    """Output head that losses use as a bare weight.
+    """Output head, a `ColumnParallelLinear` that losses use as a bare weight.
 
     Losses read `weight` and never call `forward`, so `gradient_accumulation_fusion` stays off in its own
     config: with the fusion, Megatron-Core's class requires APEX even if Transformer Engine accumulates."""
@@ -190,7 +190,7 @@ class Chunk(LanguageModule):
     """
 
     def __init__(self, config: Any, model: ModelConfig, vp_stage: int | None) -> None:
-        """Create this pipeline stage's modules.
+        """Create this pipeline stage's modules from `build_layer_specs`.
 
         Args:
             config: the library's `TransformerConfig`.
@@ -247,7 +247,7 @@ class Chunk(LanguageModule):
         return declared
 
     def forward(self, inputs: ModelInputs, first_route: int | None = None) -> torch.Tensor:
-        """Run the chunk on a row's local tokens.
+        """Run the chunk on a row's local tokens; returns hidden states [local tokens, 1, hidden].
 
         Args:
             inputs: the whole row.
@@ -286,7 +286,7 @@ class Chunk(LanguageModule):
                            self._local_padding(inputs.padding, first_route))
 
     def run_mtp_layers(self, hidden: torch.Tensor, inputs: ModelInputs, row: LayerInputs) -> torch.Tensor:
-        """Append the MTP layers' hidden states to the trunk's, and wait for the head weight."""
+        """Append each `PredictionLayer`'s hidden states to the trunk's, and wait for the head weight."""
         if self.mtp_process:
             # MTP layers have no rows in the route table: generation records trunk routes only
             hidden = self.mtp(input_ids=inputs.tokens, position_ids=row.positions, hidden_states=hidden,
@@ -313,7 +313,7 @@ class Chunk(LanguageModule):
             packed_seq_params=row.packed, padding_mask=row.padding(self.config.sequence_parallel)[None])
 
     def predict_cached(self, row: SpanRow, hidden: torch.Tensor, ahead: torch.Tensor) -> torch.Tensor:
-        """Run the MTP layer on new tokens for cached sequences.
+        """Run the `PredictionLayer` on new tokens for cached sequences.
 
         Args:
             row: the new tokens.
@@ -356,7 +356,7 @@ class Chunk(LanguageModule):
 
     def _insert_features(self, embedded: Any, row_tokens: int, inputs: EncoderInputs | None, *,
                          cut_for_context: bool = True) -> Any:
-        """Replace placeholder embeddings by encoder features on the chunk that embeds tokens."""
+        """Replace placeholder embeddings by `MediaEncoders` features on the chunk that embeds tokens."""
         if self.encoders is not None:
             with_features: torch.Tensor = self.encoders(embedded, row_tokens, inputs,
                                                         cut_for_context=cut_for_context)
@@ -425,7 +425,7 @@ class OverlappedPasses(TransformerModelChunkSchedulePlan):
 
 
 def _build_rotary_embedding(config: Any, model: ModelConfig, cp_group: Any) -> Any:
-    """Build the rotary embedding. Models with YaRN or latent attention use the library's YaRN module."""
+    """Build the `RotaryEmbedding`; models with YaRN or latent attention use `YarnRotaryEmbedding`."""
     settings = {"kv_channels": config.kv_channels, "rotary_percent": model.rope_share,
                 "rotary_interleaved": config.rotary_interleaved, "rotary_base": model.rope_theta,
                 "use_cpu_initialization": config.use_cpu_initialization}

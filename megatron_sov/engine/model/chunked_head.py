@@ -1,4 +1,5 @@
-"""Output head and vocabulary softmax in chunks of tokens, with gradients in the same pass.
+"""Output head and vocabulary softmax in chunks of `train.head_chunk_tokens` tokens, with gradients in the
+same pass.
 
 Shapes: T tokens of a row, n local tokens (gathered under sequence parallelism), C tokens of a chunk, H hidden
 size, V vocabulary (split over the tensor-parallel group). Logits of shape n x V never exist.
@@ -42,7 +43,7 @@ class Chunking:
 
 
 class CrossEntropySums(torch.autograd.Function):
-    """Weighted sums of token cross-entropies; each sum is differentiable."""
+    """`autograd.Function` for weighted sums of token cross-entropies; each sum is differentiable."""
 
     @staticmethod
     def forward(ctx: Any, states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor,
@@ -105,7 +106,7 @@ def project_logits(states: torch.Tensor, weight: torch.Tensor, token_rows: int,
 
 @dataclass(frozen=True)
 class HeadGradients:
-    """Token loss gradients, accumulated over chunks; unneeded gradients are None or empty."""
+    """Token loss gradients, accumulated over chunks; gradients without `requires_grad` are None or empty."""
 
     token_weights: tuple[torch.Tensor, ...] = ()
     """[n] each, in the logits' dtype."""
@@ -139,7 +140,7 @@ class HeadGradients:
 
     def add_chunk(self, part: slice, states: torch.Tensor, weight: torch.Tensor, by_logits: torch.Tensor,
                   sums: torch.Tensor) -> None:
-        """Add the gradients of a chunk.
+        """Add a chunk's gradients to `HeadGradients`.
 
         Args:
             part: the chunk's tokens.

@@ -29,7 +29,7 @@ NORM_EPS = 1e-6
 
 @dataclass(frozen=True)
 class DocumentChunks:
-    """A row's documents cut into chunks.
+    """A row's documents cut into chunks of `CHUNK` tokens.
 
     Order: the first chunk of every document, then all second chunks, and so on; documents with more chunks
     come first."""
@@ -53,7 +53,7 @@ class DocumentChunks:
 
 
 def chunk_documents(documents: Sequence[tuple[int, int, int]], device: torch.device) -> DocumentChunks:
-    """Cut adjacent documents into chunks; the first document starts at 0.
+    """Cut adjacent documents into `DocumentChunks`; the first document starts at 0.
 
     Args:
         documents: row indices (start, first output token, end) of each.

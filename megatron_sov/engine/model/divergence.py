@@ -43,7 +43,7 @@ TokenSubset = slice | torch.Tensor
 
 @dataclass(frozen=True)
 class Divergence:
-    """Divergence kind and temperature."""
+    """Divergence kind (`beta`) and `temperature`."""
 
     beta: float = 0.0
     """0: forward KL; 1: reverse KL; between: generalized Jensen-Shannon."""
@@ -132,7 +132,7 @@ class TeacherTopK:
 
 @dataclass(frozen=True)
 class TeachersByToken:
-    """Several teachers; each teacher covers some tokens."""
+    """A `Teacher` per token, from several teachers."""
 
     owners: torch.Tensor
     """[n] int64 on the CPU: teacher index per token."""
@@ -154,7 +154,7 @@ class TeachersByToken:
 
 
 class DivergenceSums(torch.autograd.Function):
-    """Weighted sums over token divergences; each sum is differentiable."""
+    """`autograd.Function` for weighted sums over token divergences; each sum is differentiable."""
 
     @staticmethod
     def forward(ctx: Any, states: torch.Tensor, weight: torch.Tensor, teacher: Teacher,

@@ -1,4 +1,4 @@
-"""Tokens per expert and selection biases in a model's routers."""
+"""Tokens per expert and selection biases in a model's `BalancedRouter` modules."""
 
 from __future__ import annotations
 

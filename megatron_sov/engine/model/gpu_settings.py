@@ -90,7 +90,7 @@ def disable_quantization(config: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class KernelContext:
-    """The circumstances that decide which settings can be used."""
+    """Model, layout and `te`, which decide the usable `GpuConfig` settings."""
 
     te: bool
     """Whether the model uses Transformer Engine modules."""
@@ -102,7 +102,7 @@ class KernelContext:
 
 @dataclass(frozen=True)
 class Fusion:
-    """A fused kernel: enabled if possible, unless its setting is off."""
+    """A fused kernel, enabled if possible unless the `GpuConfig` field is off."""
 
     setting: str
     """`GpuConfig` field."""
@@ -114,7 +114,7 @@ class Fusion:
     """Whether `auto` enables the kernel: it computes this model correctly. Called only if `is_possible`."""
 
     def value(self, gpu: GpuConfig, context: KernelContext) -> bool:
-        """Return the value of the library's field."""
+        """Return the value for `field` in `TransformerConfig`."""
         chosen = getattr(gpu, self.setting)
         return (chosen != "off" and context.te and self.is_possible(context)
                 and (chosen == "on" or self.is_correct(context.model)))
@@ -240,7 +240,7 @@ MAX_FLA_KEY_DIM = 256
 
 
 def uses_delta_kernels(context: KernelContext, gpu: GpuConfig, deterministic: bool) -> bool:
-    """Return whether layers with linear attention train with flash-linear-attention's kernels.
+    """Return whether `LinearAttention` layers train with flash-linear-attention's kernels.
 
     Triton autotunes kernels in each process, so results are not deterministic.
 
@@ -286,7 +286,7 @@ def _find_nondeterminism() -> str:
 
 
 def check_gpu_settings(config: RunConfig, te: bool) -> None:
-    """Raise an error for settings that this process cannot use.
+    """Raise `SettingsError` for settings that this process cannot use.
 
     Args:
         config: valid run settings.

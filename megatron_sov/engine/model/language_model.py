@@ -110,7 +110,8 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def mark_parameters(chunk: torch.nn.Module) -> None:
-    """Set the attributes by which Megatron-Core reduces gradients and counts parameters in the norm.
+    """Set `allreduce` and `tensor_model_parallel`, by which Megatron-Core reduces gradients and counts
+    parameters in the norm.
 
     Gradients of routed experts are summed over the expert data-parallel group. Megatron-Core marks experts
     only for expert-parallel sizes above 1: with `ep = 1` and `etp != tp` each tensor-parallel process would
@@ -173,7 +174,7 @@ class LanguageModel(torch.nn.ModuleList):
 
     @property
     def head_weight(self) -> torch.Tensor:
-        """Output head weight [padded vocabulary / tensor-parallel size, hidden], on the last stage."""
+        """Output head weight [padded vocab_size / tp, hidden], on the last stage."""
         last = self.chunks[-1]
         tied = last.share_embeddings_and_output_weights
         weight: torch.Tensor = last.shared_embedding_or_output_weight() if tied else last.output_layer.weight
@@ -184,7 +185,7 @@ class LanguageModel(torch.nn.ModuleList):
 def build_model(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
                 gpu: GpuConfig = DEFAULT_GPU, lora: LoraConfig = NO_ADAPTERS,
                 encoder_training: MediaConfig = ENCODER_TRAINING) -> LanguageModel:
-    """Build this process's part of the model, with uninitialized weights."""
+    """Build this process's part of a `LanguageModel`, with uninitialized weights."""
     config = build_transformer_config(model, parallel, train, gpu)
     patch_packed_rotation()
     patch_dispatcher_combine()

@@ -113,7 +113,7 @@ class Optimizer:
         return grad_norm
 
     def _update_weights(self) -> None:
-        """Update the masters, then gather the weights unless the gather is deferred.
+        """Update the masters, then gather the weights unless `_deferred_gather` postpones the gather.
 
         If gradients share memory with the gather, the gather of the first optimizer would overwrite the
         gradients of the second (experts), so all updates come first.
@@ -146,7 +146,7 @@ class Optimizer:
 
     @torch.no_grad()
     def _quantize_masters(self) -> None:
-        """Quantize FP8 weights from their masters on all processes. Collective."""
+        """Quantize FP8 weights from the masters on every process (`quantized_weights`). Collective."""
         quantized_weights.quantize_local_ranges(self.library.chained_optimizers)
         parameter_groups.gather_parameters(self.wrapped)
 

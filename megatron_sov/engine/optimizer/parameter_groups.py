@@ -30,7 +30,7 @@ from megatron_sov.model.families.encoders import is_frozen, is_position_table
 
 
 def wrap_chunks(model: LanguageModel, parallel: ParallelConfig, gpu: GpuConfig = DEFAULT_GPU) -> list[Any]:
-    """Wrap every chunk in the data-parallel wrapper and set the schedules' communication hooks.
+    """Wrap every chunk in `DistributedDataParallel` and set the schedules' communication hooks.
 
     Gradients are plain sums over processes. With ZeRO-1 the parameters move to one buffer per dtype.
     """
@@ -102,7 +102,7 @@ def has_gathered(wrapped: list[Any]) -> bool:
 
 @dataclass(frozen=True)
 class GroupRule:
-    """Update rule of one parameter."""
+    """A parameter's update rule, from `optim.groups`."""
 
     algorithm: Algorithm
     lr_scale: float
@@ -131,7 +131,7 @@ class ChainedOptimizer:
 
 
 def build_rules(model: LanguageModel, config: OptimConfig) -> Rules:
-    """Return the rule of every parameter. Collective.
+    """Return `id(parameter)` -> `GroupRule`. Collective.
 
     Raises:
         UserError: on every process, if a group's pattern matches no tensor or every parameter is frozen.
@@ -190,7 +190,7 @@ def _require_gradient(module: torch.nn.Module, inputs: Any, output: torch.Tensor
 
 def assign_shards(library: Any, model: LanguageModel, rules: Rules, config: OptimConfig, *,
                   zero1: bool, on_host: float = 0.0) -> list[StateShard]:
-    """Assign every shard to the optimizer of its rule and return all shards. Collective.
+    """Assign every `StateShard` to the optimizer of its `GroupRule` and return the shards. Collective.
 
     The library creates AdamW for all shards; `ChainedOptimizer` adds Muon or `HostAdamW` for some shards.
 

@@ -59,7 +59,7 @@ def _iter_row_rectangles(shape: Sequence[int], index: int, start: int, stop: int
 
 
 class ShardOptimizer(Protocol):
-    """Interface of the optimizers that update shards: AdamW or Muon."""
+    """Interface for optimizers that update a `StateShard`: AdamW or Muon."""
 
     param_groups: list[dict[str, Any]]
     """Groups of shards with their settings."""
@@ -193,7 +193,7 @@ dtypes by type name."""
 
 def iter_shard_blocks(model: LanguageModel, shards: Iterable[StateShard]) -> Iterator[tuple[LocalShard,
                                                                                             StateShard]]:
-    """Yield (block, shard) for every block that this process updates, completely or in part."""
+    """Yield (`LocalShard`, `StateShard`) for every block that this process updates, completely or in part."""
     of_parameter = {id(shard.parameter): shard for shard in shards}
     lookup = ParameterLookup(model)
     for block in list_declared_blocks(model):

@@ -28,14 +28,14 @@ def all_reduce_dp(values: torch.Tensor) -> torch.Tensor:
 
 
 def all_reduce_world(values: torch.Tensor) -> torch.Tensor:
-    """Sum a float64 tensor over all processes."""
+    """Sum a float64 tensor over every process, by `all_reduce`."""
     total = to_comm_device(values.clone())
     dist.all_reduce(total)
     return total.cpu()
 
 
 def gather_numbers(value: float) -> list[float]:
-    """Return the number of each rank. Collective."""
+    """Return a number per rank, by `all_gather`. Collective."""
     values = torch.zeros(dist.get_world_size(), dtype=torch.float64)
     values[dist.get_rank()] = value
     return [float(v) for v in all_reduce_world(values)]

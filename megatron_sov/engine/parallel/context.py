@@ -1,4 +1,5 @@
-"""Context parallelism: splits a row of n tokens over c processes with equal shares of causal attention.
+"""Context parallelism (`parallel.cp`): splits a row with n tokens over c processes with equal shares of
+causal attention.
 
 The row is cut into 2c equal pieces; process r holds pieces r and 2c - 1 - r, an early and a late one
 ("zigzag", as in Megatron-LM and Llama 3, arXiv 2407.21783, section 3.3.2). Under sequence parallelism the
@@ -20,7 +21,7 @@ from megatron.core import parallel_state
 
 
 def get_cp_size() -> int:
-    """Return c, the number of processes that share a row."""
+    """Return c = `parallel.cp`, the number of processes that share a row."""
     return int(parallel_state.get_context_parallel_world_size())
 
 

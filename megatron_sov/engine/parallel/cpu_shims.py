@@ -1,4 +1,4 @@
-"""Patches of torch that let unmodified megatron-core run on CPUs.
+"""Patches of torch that let unmodified megatron-core run on CPUs (`prepare_megatron`).
 
 `megatron_sov.engine` calls `prepare_megatron()` before any of its modules imports megatron. Each patch is a
 function whose docstring names the library's assumption; patches of the library itself are in
@@ -54,7 +54,7 @@ def _hide_transformer_engine() -> None:
 
 
 class _Stream:
-    """Stands for torch.cuda.Stream and Event: CPU work is already in program order."""
+    """Stands for `torch.cuda.Stream` and `torch.cuda.Event`: CPU work is already in program order."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.order = "program"
@@ -76,7 +76,7 @@ class _Stream:
 
 
 def _patch_current_device() -> None:
-    """megatron reads device, streams and memory statistics from torch.cuda, and marks ranges for a
+    """megatron reads device, streams and memory statistics from `torch.cuda`, and marks ranges for a
     profiler."""
     cuda: Any = torch.cuda
     cuda.current_device = lambda: CPU

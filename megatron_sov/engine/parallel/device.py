@@ -134,7 +134,8 @@ def is_cpu_only() -> bool:
 
 
 def on_gpu() -> bool:
-    """Return whether this process computes on a CUDA device, without starting CUDA."""
+    """Return whether this process computes on a CUDA device, without starting CUDA; False after
+    `mark_cpu_only`."""
     # ask the driver: torch's default check starts CUDA, and a forked process could not use it afterwards
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     return not _on_cpu and torch.cuda.is_available()
@@ -145,7 +146,7 @@ PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float6
 
 
 def choose_inference_precision() -> Literal["bf16", "fp32"]:
-    """Return the default inference precision: bf16 on GPUs, fp32 on CPUs.
+    """Return the default `train.precision` for inference: bf16 on GPUs, fp32 on CPUs.
 
     It does not depend on the engine or the dtype of stored weights, so a checkpoint and its Hugging Face
     folder generate the same text."""
@@ -363,7 +364,7 @@ def find_fla_problem() -> str:
 
 
 def hide_broken_deep_ep() -> None:
-    """Hide a broken DeepEP from Megatron-Core, which catches only ImportError."""
+    """Hide a broken DeepEP from Megatron-Core, which catches only `ImportError`."""
     if importlib.util.find_spec("deep_ep") is None:
         return
     if find_deep_ep_problem("deepep").partition(":")[0] not in (

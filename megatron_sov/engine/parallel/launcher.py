@@ -96,7 +96,7 @@ be_rank(int(sys.argv[1]))"""
 
 @dataclass(frozen=True)
 class RestartPolicy:
-    """Restart policy for local ranks after a fault."""
+    """Restart policy for local ranks after a fault, for `launch_ranks`."""
 
     limit: int
     """Maximum consecutive restarts without progress."""
@@ -242,7 +242,7 @@ def _become_new_process(plan: int) -> NoReturn:
 
 
 def be_rank(plan: int) -> NoReturn:
-    """Run a plan's work as a rank, and exit.
+    """Run the work from `read_plan` as a rank, and exit.
 
     Args:
         plan: descriptor of the plan file.
@@ -256,7 +256,7 @@ def be_rank(plan: int) -> NoReturn:
 
 
 def _run_and_exit(main: Callable[[], Any]) -> NoReturn:
-    """Run a rank and exit with its code."""
+    """Run a rank and exit with the rank's `ExitCode`."""
     code: int = ExitCode.CRASH
     try:
         code = _run_rank(main)

@@ -43,7 +43,7 @@ faults."""
 
 @dataclass
 class CallPart:
-    """A member's inputs and outputs in a collective call."""
+    """A member's inputs and outputs in a collective `_Call`."""
 
     inputs: list[torch.Tensor]
     outputs: list[torch.Tensor]
@@ -91,7 +91,7 @@ def get_reduction(opts: Any) -> str:
 
 
 def reduce_parts(kind: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Reduce the members' tensors in rank order."""
+    """Reduce the members' `CallPart` tensors in rank order."""
     check_same_kind(parts)
     stacked = torch.stack(list(parts))
     reductions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -56,7 +56,7 @@ class _Call:
 
 
 class SimulatedRanks:
-    """The simulated ranks and their schedule."""
+    """The simulated ranks and their schedule; `run` plays a layout."""
 
     def __init__(self, size: int, meddle: MessageFault | None = None) -> None:
         """Store the settings; `run` starts the threads.
@@ -220,7 +220,7 @@ def _add_call_site(site: CallSite) -> Iterator[None]:
 
 
 class _PendingWork(dist.Work):
-    """Handle for a pending message."""
+    """`Work` handle for a pending message."""
 
     def __init__(self, ranks: SimulatedRanks, rank: int, holds: Callable[[], bool], what: str) -> None:
         super().__init__()
@@ -468,7 +468,7 @@ def _gather_objects(values: list[Any], value: Any, group: Any = None) -> None:
 
 
 class _RankWorld:
-    """A rank's torch.distributed state: the groups."""
+    """A rank's `torch.distributed` state: the groups."""
 
     def __init__(self) -> None:
         self.default_pg: dist.ProcessGroup | None = None

@@ -1,4 +1,4 @@
-"""Process groups: joining the run's processes, and a process's ranks in the layout."""
+"""Process groups: `join_world` joins the run's processes, `ParallelWorld` holds a process's ranks."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def suppress_library_warnings() -> None:
 
 
 def get_parallel_world(rank: int, size: int) -> ParallelWorld:
-    """Return this process's ranks and sizes."""
+    """Return this process's ranks and sizes from `parallel_state`."""
     return ParallelWorld(
         rank=rank, size=size, dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
@@ -114,7 +114,7 @@ def get_parallel_world(rank: int, size: int) -> ParallelWorld:
 
 
 def create_groups(parallel: ParallelConfig) -> None:
-    """Create the layout's process groups. Collective.
+    """Create the layout's process groups by `initialize_model_parallel`. Collective.
 
     A process creates only its own groups, each once, and connects to members at the first message.
     """

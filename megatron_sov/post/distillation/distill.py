@@ -56,11 +56,7 @@ class RunTeacher(Protocol):
     divergence: Divergence
 
     def verify(self, world: ParallelWorld) -> None:
-        """Verify the teacher's files; called by all processes together before the first read.
-
-        Raises:
-            UserError: a file is missing or damaged; on every process.
-        """
+        """Verify the teacher's files; called by all processes together before the first read."""
         ...
 
     def read(self, batches: Sequence[MicroBatch]) -> tuple[MicroBatch, ...]:
@@ -75,9 +71,6 @@ class RunTeacher(Protocol):
             batch: the micro-batch.
             head: the student's head, whose vocabulary shard the teacher's head follows.
             split: split of the documents.
-
-        Raises:
-            UserError: the teacher has not read a document.
         """
         ...
 
@@ -91,11 +84,7 @@ class StoredTeacher:
 
     def __init__(self, folders: Sequence[StateFiles], asked: DistillationConfig, sources: Sequence[Source],
                  vocab_size: int) -> None:
-        """Check the outputs against the settings.
-
-        Raises:
-            UserError: an artifact has other outputs or another vocabulary, or lacks a source.
-        """
+        """Check the outputs against the settings."""
         for files in folders:
             check_outputs(files, asked, vocab_size)
         self._by_source = {index: files for files in folders for index in files.sources}
@@ -245,11 +234,7 @@ class LiveTeacher:
         self._model: ForwardModel | None = None
 
     def verify(self, world: ParallelWorld) -> None:
-        """Load the model; called by all processes together.
-
-        Raises:
-            UserError: a file is damaged.
-        """
+        """Load the model; called by all processes together."""
         self._model = load_forward_model(self._path, self._config)
 
     def read(self, batches: Sequence[MicroBatch]) -> tuple[MicroBatch, ...]:
@@ -363,11 +348,7 @@ class Distillation(DataObjective):
         return {"teacher": self._teacher.teacher}
 
     def restore(self, state: dict[str, str]) -> None:
-        """Check that a resumed run has the same teacher: its loss curve would mix two targets.
-
-        Raises:
-            UserError: the teacher is another one.
-        """
+        """Check that a resumed run has the same teacher: its loss curve would mix two targets."""
         if state["teacher"] != self._teacher.teacher:
             raise UserError(f"--teacher: is {self._teacher.teacher}, and the run has learned from "
                             f"{state['teacher']} so far; resume with that teacher, or start a new --run "
@@ -404,11 +385,6 @@ def measure_heldout(view: GateView, sources: Sequence[Source],
                     teacher: RunTeacher) -> dict[str, dict[str, float]]:
     """Measure the divergence on the held-out documents of each source, and record it; called by all processes
     together.
-
-    Args:
-        view: the run.
-        sources: sources of the run, in order.
-        teacher: their teacher, with outputs for held-out documents.
 
     Returns:
         Source -> `tokens`, the learned ones of up to `data.heldout_tokens`, and means over them:

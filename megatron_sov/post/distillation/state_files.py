@@ -112,9 +112,6 @@ class StateFiles:
         Args:
             folder: the artifact.
             sources: sources of the run, which must include those of the artifact.
-
-        Raises:
-            UserError: the artifact belongs to other data, or is damaged.
         """
         self._opened_by = folder, sources
         manifest = read_manifest(folder, KIND)
@@ -151,11 +148,7 @@ class StateFiles:
 
     def states(self, source: int, split: str, document: int, start: int, count: int) -> torch.Tensor:
         """Return the rows of `count` tokens of a document, [count, width], as a view. The row of a token
-        predicts the next token.
-
-        Raises:
-            UserError: the artifact lacks these tokens.
-        """
+        predicts the next token."""
         own = self.sources[source]
         parts = self._parts.get((own, split), [])
         index_of_part = int(np.searchsorted(self._firsts.get((own, split), ()), document, side="right")) - 1

@@ -74,11 +74,7 @@ class TokenTranslation:
     """From the student's tokens to a teacher's, and from the teacher's probabilities to the student's."""
 
     def __init__(self, student: Path, teacher: Path, vocab_size: int, teacher_vocab_size: int) -> None:
-        """Read both tokenizers.
-
-        Raises:
-            UserError: a tokenizer.json cannot be read.
-        """
+        """Read both tokenizers."""
         self._student, self._teacher = _open_checked(student), _open_checked(teacher)
         self._teacher_folder = teacher
         self._ours = read_token_bytes(student, vocab_size)
@@ -156,9 +152,6 @@ class TokenTranslation:
         """Return a document of the student's tokens in the teacher's.
 
         Special tokens that both have are themselves; others are read as their text.
-
-        Raises:
-            UserError: the teacher's tokenizer changes texts, so that nothing can be aligned.
         """
         theirs: list[int] = []
         lengths: list[int] = []

@@ -73,9 +73,6 @@ def build_needles(config: RunConfig, start: Path, formats: tuple[str, ...] = TEX
         config: resolved settings.
         start: checkpoint or Hugging Face folder of the start; its tokenizer is used if the data have none.
         formats: data formats of the objective; needles are hidden in text alone.
-
-    Raises:
-        UserError: the data have no text for training or tests, or the settings define no test.
     """
     needle = config.needle
     data = open_sources(config.data.paths, config.model.vocab_size, formats)
@@ -96,11 +93,7 @@ def build_needles(config: RunConfig, start: Path, formats: tuple[str, ...] = TEX
 
 def _document_lengths(config: RunConfig) -> dict[str, int]:
     """Return source -> document length in tokens: `needle`, as long as the longest phase, and `needle/N` if a
-    blend has it.
-
-    Raises:
-        UserError: N is not a number.
-    """
+    blend has it."""
     named = dict.fromkeys(name for phase in config.data.phases for name in phase.blend)
     lengths: dict[str, int] = {}
     if config.needle.train_share or SOURCE_NAME in named:

@@ -161,9 +161,6 @@ def plan_stages(request: RecipeRequest, start_from: Path, run: Path, nproc: int 
         run: folder of the run.
         nproc: local processes.
         formats: settings -> data formats of the objective.
-
-    Raises:
-        UserError: settings, data or a folder do not allow a stage.
     """
     start, model = find_target(start_from), request.base.model
     # The trained length of all earlier runs: fine-tuning on short chats does not shorten it.
@@ -253,9 +250,6 @@ def build_stage_blend(stage: ExtendStageConfig, sources: list[Source], trained_t
         trained_tokens: sample length before the stage: longer documents are long, documents cut to it are
             short.
         needle_share: share of needle documents in a phase, and in its rehearsal part.
-
-    Raises:
-        UserError: the data has no source for a part.
     """
     if not stage.parts:
         return dict(stage.blend)

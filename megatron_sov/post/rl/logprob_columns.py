@@ -33,9 +33,9 @@ from megatron_sov.train.data.rounds import PublishedRound
 from megatron_sov.train.feed import FeedView
 
 REFERENCE_NOTE = "reference.json"
-"""File of RUN/rounds with the digest of the reference model."""
+"""File in RUN/rounds with the reference model's digest."""
 TEACHERS_NOTE = "teachers.json"
-"""File of RUN/rounds with domain -> identity of its teacher."""
+"""File in RUN/rounds with domain -> `describe_teachers`."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,17 @@ class LogprobColumns:
     """The log-probability columns of a run."""
 
     names: tuple[str, ...]
-    """Columns to compute. `OLD`: log p(label) of the policy that begins a round; `REFERENCE`: of the initial
-    model; `TEACHER`: of the teachers."""
+    """Columns to compute. `OLD`: log p(label) by the policy that begins a round; `REFERENCE`: by the initial
+    model; `TEACHER`: by the teachers."""
     temperature: float
     routes: RouteShape | None
-    """Shape of expert routes that the policy replays; None: no replay. The reference routes by itself."""
+    """Shape of the expert routes that the policy replays; None: no replay. The reference routes by itself."""
     start: Path
     reference_sha256: str = ""
     teachers: tuple[ScoringTeacher, ...] = ()
 
     def compute(self, view: FeedView, opened: PublishedRound, *, is_first: bool) -> dict[str, np.ndarray]:
-        """Return column -> [tokens of the round] float32; called by all processes together.
+        """Return column -> [tokens in the round] float32; all processes call this together.
 
         Args:
             view: the run.
@@ -81,7 +81,7 @@ class LogprobColumns:
     def _load_column(self, view: FeedView, name: str, opened: PublishedRound, *,
                      is_first: bool) -> np.ndarray:
         file, count = column_file(opened.path, name), int(opened.starts[-1])
-        # Documents of the first step that learns need no column: the weights have not changed until then.
+        # Documents of the first learning step need no column: the weights have not changed until then.
         num_documents, num_skipped = len(opened.starts) - 1, 0
         if name == OLD:
             num_skipped = next((step.stop for i, step in enumerate(opened.steps) if i not in opened.idle),
@@ -100,7 +100,7 @@ class LogprobColumns:
             if damage and view.world.is_main and file.exists():
                 warn(f"{damage}; it is computed again", view.events.write, step=view.step)
             self._write_column(view, name, opened, num_skipped, identity)
-        # Mapped: a process reads the numbers of its own rows.
+        # Mapped: a process reads the numbers for its own rows.
         return np.memmap(file, np.float32, "r", shape=(count,))
 
     def _write_column(self, view: FeedView, name: str, opened: PublishedRound, num_skipped: int,
@@ -120,21 +120,16 @@ class LogprobColumns:
             run_with_weights(self.start, view, write)
 
     def _identify_column(self, opened: PublishedRound, name: str) -> str:
-        """Return the text that the column's checksum covers: digest of the documents, and of the models other
-        than the policy."""
+        """Return the text for the column's checksum: digests of the documents and of models other than the
+        policy."""
         models = {REFERENCE: self.reference_sha256,
                   TEACHER: json.dumps(describe_teachers(self.teachers), sort_keys=True)}
         return f"{hash_checkpoint_files(opened.path)} {name} {models.get(name, '')}"
 
 
 def _check_models(file: Path, given: Mapping[str, str], message: str) -> None:
-    """Record the models of a run's columns in `file`, and raise `UserError` if the file names other models.
-
-    Args:
-        file: the JSON note.
-        given: name -> digest of a model's weights.
-        message: text of the error, with {begun} and {given} for the models.
-    """
+    """Record the models behind a run's columns in `file`, and raise `UserError` if `file` names other
+    models."""
     if not file.is_file():
         write_atomically(file, format_json(dict(given)))
         return
@@ -165,8 +160,8 @@ def column_file(path: Path, name: str) -> Path:
 
 def select_columns(config: RunConfig, needed: Collection[str], start: Path,
                    teachers: Sequence[ScoringTeacher] = ()) -> LogprobColumns:
-    """Return the columns among `needed`; `start` is the checkpoint of the reference model."""
-    # Preferences compare the model itself; policy gradients compare the distribution that was sampled.
+    """Return the columns in `needed`; `start` is the reference model's checkpoint."""
+    # Preferences compare the model itself; policy gradients compare the sampled distribution.
     temperature = 1.0 if config.policy.learns_preferences else config.rollout.temperature
     return LogprobColumns(
         names=tuple(name for name in needed if name in (OLD, REFERENCE, TEACHER)),

@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from megatron_sov.rollouts.store import RolloutStore
 
 ENVIRONMENT = "environment"
-"""Reward that the environment of an episode computed and its row contains; also its version, because the keys
-of the rows contain the environment's version."""
+"""Reward from an episode's environment, stored in the row; also its version, because the keys of rows contain
+the environment's version."""
 NO_REWARD = "none"
-"""Reward of a run that learns from teachers alone: 0 for every response; also its version."""
+"""Reward for runs that learn from teachers alone: 0 for every response; also its version."""
 COLUMNS = ("record", "tokens", "response", "finish_reason", "outcome")
-"""Columns of rollouts that the job reads."""
+"""Columns in rollouts that the job reads."""
 JudgeRows = Callable[[Sequence[Rollout]], Sequence[Result]]
 
 
@@ -42,29 +42,29 @@ class RewardSummary:
     parts: int = 0
     tally: ScoringTally = field(default_factory=ScoringTally)
     unfinished: int = 0
-    """Responses that a later attempt continues, without a reward."""
+    """Responses without a reward, because a later attempt continues them."""
     left: int = 0
-    """Parts that other jobs have claimed."""
+    """Parts claimed by other jobs."""
     waited_for: str = ""
     """Responses that were not generated within the wait time."""
 
 
 @dataclass
 class JudgingJob:
-    """Judges the parts of a store that a reward has not judged."""
+    """Judges the parts in a store that lack rewards with `version`."""
 
     store: RolloutStore
     claims: Claims
     version: str
     judge: JudgeRows
     rounds: range | None
-    """None: all rounds, also those that jobs generate later."""
+    """None: all rounds, including rounds that jobs generate later."""
     provenance: dict[str, Any]
     wait_s: float = 0.0
-    """How long to wait for more responses, unless `rounds` are complete and cannot grow. Claims of jobs that
-    may be dead are waited for in any case."""
+    """How long to wait for more responses, unless `rounds` are complete and cannot grow. Claims of possibly
+    dead jobs are waited for in any case."""
     claimed_wait_s: float = 0.0
-    """How long to wait at least for parts that other jobs have claimed."""
+    """How long to wait at least for parts claimed by other jobs."""
     progress: Callable[[int], object] = lambda count: None
     """Called with the number of judged responses."""
     patience: IdleTimeout = field(default_factory=IdleTimeout)
@@ -75,21 +75,13 @@ class JudgingJob:
     _has_judged: bool = False
 
     def run(self) -> RewardSummary:
-        """Judge until no part is left and none appears within the wait time.
-
-        Raises:
-            UserError: the reward fails for every row; published parts stay.
-        """
+        """Judge until no part is left and none appears within the wait time."""
         while self.step():
             pass
         return self.summary
 
     def step(self) -> bool:
-        """Judge one part, or wait for a moment; return whether more parts may come.
-
-        Raises:
-            UserError: see `run`.
-        """
+        """Judge one part, or wait for a moment; return whether more parts may come."""
         if self._pending is None:
             # One lookup for all parts, repeated at the end, because other jobs generate and judge meanwhile.
             self._pending, self._refused, self._has_judged = deque(self.find_unjudged()), [], False
@@ -120,12 +112,12 @@ class JudgingJob:
         return False
 
     def _judge_claimed(self, part: RolloutPart) -> bool:
-        """Claim and judge a part; return False if another job has claimed it."""
+        """Claim and judge a part; return False if another job holds the claim."""
         claim = self.claims.take(self.store.claim_name(part.name, self.version))
         if claim is None:
             return False
         with claim.renew_while_open():
-            # Another job may have judged it between the lookup and the claim.
+            # Another job may have judged the part between the lookup and the claim.
             if not self.store.has_part(part.name, self.version):
                 self._judge_part(part)
         return True
@@ -153,9 +145,9 @@ class JudgingJob:
             self._report_differences(part, rewards)
 
     def _report_differences(self, part: RolloutPart, rewards: Sequence[RewardRow]) -> None:
-        """Warn if another job, whose claim had expired, published other rewards of the same rows."""
+        """Warn if another job, whose claim had expired, published different rewards for the same rows."""
         published = self.store.read_rewards(self.version, part.name, part)
-        # The first published rewards stay. A difference means that the reward is not a function of the row.
+        # The first published rewards stay. A difference means that the reward depends on more than the row.
         published_rewards = {(row.key, row.attempt): row.reward for row in published}
         num_others = sum(published_rewards.get((row.key, row.attempt)) != row.reward for row in rewards)
         if num_others:
@@ -185,15 +177,7 @@ class RewardJudge:
 
 
 def resolve_reward_version(name: str, settings: Sequence[str]) -> str:
-    """Return the version of a reward, under which the store keeps its judgements.
-
-    Args:
-        name: a built-in reward, FILE.py:NAME, `ENVIRONMENT` or `NO_REWARD`.
-        settings: `key=value`.
-
-    Raises:
-        UserError: the reward or a setting does not exist.
-    """
+    """Return a reward's version, under which the store keeps rewards."""
     if name in (ENVIRONMENT, NO_REWARD):
         if settings:
             action = "copies the rewards of the rows and" if name == ENVIRONMENT else "judges nothing and"
@@ -205,11 +189,7 @@ def resolve_reward_version(name: str, settings: Sequence[str]) -> str:
 
 def check_reward_fields(name: str, settings: Sequence[str], prompts: Iterable[RolloutPrompt], given: str
                         ) -> None:
-    """Refuse prompts if all of them lack a field that the reward needs.
-
-    Raises:
-        UserError: every prompt lacks a field.
-    """
+    """Check that a prompt exists with all fields that the reward needs."""
     if name in (ENVIRONMENT, NO_REWARD):
         return
     reward_order = order(name, parse_nested(settings, "--reward-set"))
@@ -225,7 +205,8 @@ def check_reward_fields(name: str, settings: Sequence[str], prompts: Iterable[Ro
 
 @contextlib.contextmanager
 def start_judge(name: str, settings: Sequence[str], workers: int) -> Iterator[JudgeRows]:
-    """Start the worker processes of a reward and yield its judge; arguments as of `reward_version`."""
+    """Start the worker processes of a reward and yield the judge; arguments as for
+    `resolve_reward_version`."""
     if name == ENVIRONMENT:
         yield lambda rows: [_read_outcome(row) for row in rows]
         return
@@ -246,8 +227,8 @@ def start_judge(name: str, settings: Sequence[str], workers: int) -> Iterator[Ju
 
 
 def build_record(row: Rollout) -> dict[str, Any]:
-    """Return a response as a record for rewards: the fields of its prompt, and those of `generate`. The
-    response of an episode is the text of its last turn."""
+    """Return a response as a record for rewards: the prompt's fields, and the fields of `generate`. For an
+    episode, the response is the text in the last turn."""
     record = dict(row.record)
     if "messages" in record:
         record.setdefault("prompt", record["messages"])
@@ -258,7 +239,7 @@ def build_record(row: Rollout) -> dict[str, Any]:
 
 
 def flatten_components(components: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Yield the numeric components of a reward, nested ones as `part.name`."""
+    """Yield a reward's numeric components, nested components as `part.name`."""
     for name, value in components.items():
         if isinstance(value, Mapping):
             yield from flatten_components(value, f"{prefix}{name}.")

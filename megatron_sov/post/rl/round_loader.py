@@ -26,12 +26,12 @@ from megatron_sov.train.data.rounds import ADVANTAGE, PublishedRound, RoundDocum
 from megatron_sov.train.feed import FeedView
 
 EVENT_FIELDS = ("groups", "unjudged", "reward_version", "policies", "means")
-"""Fields of a round's manifest in its event."""
+"""Fields in a round's manifest that its event repeats."""
 
 
 @dataclass(frozen=True)
 class OpenedRound:
-    """Identity and figures of a round that is open for training."""
+    """Identity and figures of a round opened for training."""
 
     digest: str
     meters: Mapping[str, float]
@@ -40,16 +40,16 @@ class OpenedRound:
 
 @dataclass(kw_only=True)
 class RoundLoader:
-    """Opens the rounds of a run; an object on each process, called by all together."""
+    """Opens a run's rounds; each process has an object, and all processes call it together."""
 
     documents: RoundDocuments
     rollout: RolloutConfig
     columns: LogprobColumns
     store: Path | None = None
-    """Rollout store from which sample responses are recorded; None: no samples."""
+    """Rollout store for sample responses; None: no samples."""
     samples: SampledRounds = field(default_factory=lambda: SampledRounds(0, 0))
     _has_warned: bool = False
-    """Whether the previous round had few groups that learn."""
+    """Whether few groups learned in the previous round."""
 
     def is_open(self, number: int) -> bool:
         return self.documents.is_open(number)
@@ -63,13 +63,10 @@ class RoundLoader:
             number: of the round, from 1.
             is_first: whether the next step is the first of the round.
             figures: seconds of generating and judging, for the event.
-
-        Raises:
-            UserError: the files of the round are damaged, or a column cannot be computed.
         """
         seq_len = view.config.data.phases[0].seq_len
         read = partial(self.documents.read, number, seq_len, self.rollout.steps_per_round)
-        run_on_each_rank(partial(self.documents.verify, number))  # all processes raise the error of one
+        run_on_each_rank(partial(self.documents.verify, number))  # all processes raise an error
         run_on_main(view.world, lambda: read() and None)
         opened = read()
         # Rank 0 decides: processes that skip different steps would wait for one another forever.
@@ -93,7 +90,7 @@ class RoundLoader:
         return OpenedRound(digest, meters)
 
     def _report_rewards(self, view: FeedView, number: int, content: Mapping[str, Any]) -> None:
-        """Print the pass rate of the initial policy, and warn of the first of several rounds in which few
+        """Print the initial policy's pass rate, and warn about the first of several rounds in which few
         groups learn."""
         means = content.get("means") or {}
         if not view.step and PASS_RATE in means:
@@ -110,8 +107,8 @@ class RoundLoader:
         self.samples.record(view, RolloutStore.open(store), number, version)
 
     def _find_idle_steps(self, view: FeedView, number: int, opened: PublishedRound) -> frozenset[int]:
-        """Return the steps of a round (from 0) without any gradient: steps without text whose advantages are
-        all 0 while no other term has a gradient, and steps without documents."""
+        """Return the steps in a round (from 0) without any gradient: steps without documents, and steps
+        without text whose advantages are all 0 while no other term has a gradient."""
         policy, first = view.config.policy, (number - 1) * self.rollout.steps_per_round + 1
         learns_anyway = has_other_gradients(view.config)
         idle = []
@@ -127,7 +124,7 @@ class RoundLoader:
         for step in sorted(first + i for i in opened.idle):
             if step < view.step:
                 continue
-            # The ledger records the skipped steps, so that a resumed run skips them too.
+            # The ledger records skipped steps, so a resumed run skips them too.
             view.batches.ledger.skip_steps(step, step + 1)
             if view.world.is_main:
                 groups = describe_groups(read_manifest(opened.path).content.get("groups") or {})
@@ -136,7 +133,7 @@ class RoundLoader:
 
 
 def _has_advantages(opened: PublishedRound, documents: range) -> bool:
-    """Return whether a document of a step has an advantage other than 0."""
+    """Return whether a document in a step has an advantage other than 0."""
     source = opened.documents
     return source is not None and any(
         has_advantage(source.column(ADVANTAGE, document, 0, int(source.lengths[document])))

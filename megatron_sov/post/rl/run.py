@@ -31,14 +31,14 @@ from megatron_sov.runs.rounds import RunPolicies
 from megatron_sov.train.feed import FeedView
 
 NO_ROUND = "data"
-"""Digest of a round that learns from packed data instead of responses."""
+"""Digest for a round that learns from packed data instead of responses."""
 POLL_S = (1.0, 10.0)
-"""Bounds of the interval between two looks at the store: a tenth of the time waited so far."""
+"""Bounds for the interval between two looks at the store: a tenth of the time waited so far."""
 
 
 @dataclass(kw_only=True)
 class RolloutCycle:
-    """Makes the rounds of a run available to the training loop: a `train.feed.Feed`."""
+    """Makes a run's rounds available to the training loop: a `train.feed.Feed`."""
 
     rollout: RolloutConfig
     policies: RunPolicies
@@ -49,7 +49,7 @@ class RolloutCycle:
     loader: RoundLoader
     validation: Validation | None = None
     wait_s: float = 0.0
-    """Time limit of waiting for the other jobs."""
+    """Time limit for other jobs."""
     store: Path | None = None
     """Rollout store, for the event that tells viewers its path."""
     meters: Mapping[str, float] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class RolloutCycle:
     _has_announced: bool = False
 
     def bring(self, view: FeedView, asked_to_stop: Callable[[], bool]) -> str | None:
-        """Write, judge and publish the round of the next step, and open it for training; see `Feed.bring`."""
+        """Write, judge and publish the next step's round, and open it for training; see `Feed.bring`."""
         self._announce_store(view)
         rounds_done, step = divmod(view.step, self.rollout.steps_per_round)
         number, is_first = rounds_done + 1, step == 0
@@ -69,14 +69,14 @@ class RolloutCycle:
             if missing is not None:
                 return missing
         if not view.config.policy.is_on_policy(self.rollout.seed, number):
-            if is_first:  # the data are among the settings that identify a policy
+            if is_first:  # the data identify a policy, next to settings and start
                 self.policies.begin(view.step, NO_ROUND)
             self.meters = {}
             return None
         begin_s, figures = time.monotonic(), dict[str, float]()
         wait, previous = RoundWait(view, number, self.wait_s, announces=self.rollouts is None), ""
         while lacking := self.publisher.publish(number):
-            # A published round may lack groups that learn and need further prompts: the text changes then.
+            # A published round may lack learning groups and need further prompts: `lacking` changes then.
             if self.rollouts is not None and lacking != previous:
                 previous, policy = lacking, self.policies.at(view.step)
                 _add_figures(figures, self.rollouts.write(view, number, policy, asked_to_stop))
@@ -96,8 +96,7 @@ class RolloutCycle:
         return self._validate_policy(view, view.step // self.rollout.steps_per_round + 1, asked_to_stop)
 
     def needs_checkpoint(self, step: int) -> bool:
-        """Return whether the job `rl generate` needs the checkpoint of a step, see
-        `Feed.needs_checkpoint`."""
+        """Return whether the job `rl generate` needs a step's checkpoint, see `Feed.needs_checkpoint`."""
         return self.rollouts is None and step % self.rollout.steps_per_round == 0
 
     def close(self) -> None:
@@ -129,7 +128,7 @@ class RoundWait:
     number: int
     wait_s: float
     announces: bool
-    """Whether to record the first wait: its checkpoint is the policy that the other jobs need."""
+    """Whether to record the first wait: its checkpoint is the policy that other jobs need."""
     begin_s: float = field(default_factory=time.monotonic)
 
     def poll(self, lacking: str, asked_to_stop: Callable[[], bool]) -> str | None:
@@ -143,7 +142,7 @@ class RoundWait:
             self.announces = False
             self._announce_wait(lacking)
         view, waited_s = self.view, time.monotonic() - self.begin_s
-        # The clock of rank 0 decides for all.
+        # Rank 0's clock decides for all ranks.
         ends = sum_dict({"asked": float(asked_to_stop()),
                          "late": float(view.world.is_main and waited_s >= self.wait_s)},
                         collectives.all_reduce_world)

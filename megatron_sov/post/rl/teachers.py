@@ -38,26 +38,26 @@ REQUESTS = 32
 ATTEMPTS = 8
 """Attempts at one response, over all servers."""
 BACKOFF_S = (1.0, 60.0)
-"""Bounds of the pause before a retry, which doubles each time."""
+"""Bounds for the pause before a retry; each pause is twice the previous one."""
 SLICE_S = 5.0
-"""Seconds of requests between two collectives: the other processes wait for a message meanwhile."""
+"""Seconds of requests between two collectives; other processes wait for a message meanwhile."""
 
 
 @dataclass(frozen=True)
 class ScoringTeacher:
-    """A model that scores the responses of a student."""
+    """A model that scores a student's responses."""
 
     domain: str
-    """Domain of the prompts whose responses it scores; "": all prompts without another teacher."""
+    """Domain of the prompts whose responses the teacher scores; "": all prompts without another teacher."""
     checkpoint: Path | None = None
-    """Its weights; None: its servers score."""
+    """Checkpoint; None: servers score."""
     sha256: str = ""
     """Digest of the weights; servers report none."""
     urls: tuple[str, ...] = ()
 
 
 def find_teacher(domain: str, teachers: Sequence[ScoringTeacher]) -> int | None:
-    """Return the index of the teacher of a domain, or None."""
+    """Return the index of a domain's teacher, or None."""
     index_of_domain = {teacher.domain: index for index, teacher in enumerate(teachers)}
     return index_of_domain.get(domain, index_of_domain.get(""))
 
@@ -67,7 +67,7 @@ def describe_teachers(teachers: Sequence[ScoringTeacher]) -> dict[str, str]:
 
 
 def read_document_domains(opened: PublishedRound) -> list[str]:
-    """Return the domain of each document of a round."""
+    """Return the domain of each document in a round."""
     runs: Sequence[tuple[str, int]] = read_manifest(opened.path).content.get(DOCUMENT_DOMAINS, ())
     domains = list(chain.from_iterable(repeat(str(name), int(count)) for name, count in runs))
     if len(domains) != len(opened.starts) - 1:
@@ -221,11 +221,7 @@ class _ScoringRequests:
         self._pending = {self._pool.submit(self._score_rows, document) for document in range(len(lengths))}
 
     def advance(self, limit_s: float) -> bool:
-        """Collect answers for `limit_s` seconds; return whether some are pending.
-
-        Raises:
-            UserError: no server scores a response.
-        """
+        """Collect answers for `limit_s` seconds; return whether some are pending."""
         done, self._pending = wait(self._pending, limit_s, FIRST_EXCEPTION)
         for future in done:
             future.result()

@@ -122,15 +122,7 @@ class Validation:
 
 def digest_conditions(*, prompts: PromptList, reward_version: str, rollout: RolloutConfig,
                       chosen_by: dict[str, Any], right_from: float) -> dict[str, str]:
-    """Return digests of the conditions of a validation: prompts, reward and sampling.
-
-    Args:
-        prompts: held-out prompts; their order does not matter.
-        reward_version: version of the reward's code and settings.
-        rollout: settings from `RolloutConfig.for_validation`.
-        chosen_by: see `writers.RolloutSource`.
-        right_from: smallest reward of a right response.
-    """
+    """Return digests of the conditions of a validation: prompts, reward and sampling."""
     sampling = {"samples": rollout.samples_per_prompt,
                 "tokens": compute_sampling_digest(rollout, 0, chosen_by)}
     return {"prompts": sampling_digest({"ids": sorted(prompts.ids)}),

@@ -107,8 +107,7 @@ def test_folder_is_read_recursively_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("span_bytes", [150, 1000, 2_000_000])
-def test_spans_cover_all_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                  span_bytes: int) -> None:
+def test_spans_cover_all_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, span_bytes: int) -> None:
     texts = ["a", "b" * 700, *(f"text {i}\n한국어" for i in range(300))]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts) + "\n\n")
     monkeypatch.setattr("megatron_sov.base.documents.files.WHOLE_FILE_BYTES", 100)
@@ -223,8 +222,7 @@ def test_compressed_frames_are_joined(frames: list[bytes], size: int) -> None:
 def test_truncated_compressed_file_is_detected(tmp_path: Path, cut: int) -> None:
     raw = zstandard.compress(b"first") + zstandard.compress(bytes(range(256)) * 40, 1)
     (tmp_path / "a.zst").write_bytes(raw[: len(raw) - min(cut, len(raw) // 3)])
-    with (pytest.raises(EOFError, match="Truncated"),
-          io.BufferedReader(ZstdFile(tmp_path / "a.zst")) as f):
+    with (pytest.raises(EOFError, match="Truncated"), io.BufferedReader(ZstdFile(tmp_path / "a.zst")) as f):
         f.read()
     (tmp_path / "b.zst").write_bytes(b"no zstd at all")
     with pytest.raises(EOFError), io.BufferedReader(ZstdFile(tmp_path / "b.zst")) as f:

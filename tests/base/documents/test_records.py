@@ -237,8 +237,7 @@ def test_mixed_text_and_splits_are_reported(tmp_path: Path) -> None:
     assert "1 files of plain text (docs/guide.md)" in messages[0] and "splits train, test" in messages[0]
 
 
-def test_missing_hub_dataset_suggests_download(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_hub_dataset_suggests_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="hf download HuggingFaceH4/ultrachat_200k --repo-type dataset"):
         list_files(Path("HuggingFaceH4/ultrachat_200k"))
@@ -277,8 +276,7 @@ def test_text_with_brackets_is_text(tmp_path: Path, content: str) -> None:
     ('{"text": "a",\n"b": 1}', "is not valid JSON", 0),
     ("", "", 0), ("3", "is a JSON int", 0),
 ])
-def test_damaged_json_list_names_record(tmp_path: Path, content: str, messages: str,
-                                               num_good: int) -> None:
+def test_damaged_json_list_names_record(tmp_path: Path, content: str, messages: str, num_good: int) -> None:
     (tmp_path / "a.json").write_text(content)
     items = [item for span in iter_spans(tmp_path / "a.json") for item in read_span(span,
                                                                                   RecordReading("text"))]

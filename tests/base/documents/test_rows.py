@@ -49,8 +49,7 @@ def test_account_sentence(account: RecordAccount, line: str) -> None:
 
 @pytest.mark.parametrize(("num_read", "num_written", "aside"), [
     (1, 0, {}), (0, 1, {}), (3, 1, {"json": 1}), (3, 1, {"json": 3}), (2, 2, {"json": 1, "empty": 0})])
-def test_unbalanced_account_raises(num_read: int, num_written: int,
-                                                 aside: dict[str, int]) -> None:
+def test_unbalanced_account_raises(num_read: int, num_written: int, aside: dict[str, int]) -> None:
     with pytest.raises(RuntimeError, match=f"add up: {num_read} records read: {num_written} written"):
         RecordAccount(num_read, num_written, aside)
     tally = RecordTally(num_read, num_written)

@@ -17,8 +17,7 @@ from megatron_sov.cli import main
 from megatron_sov.model.config import apply_settings, from_dict
 from megatron_sov.model.config.run import setting_names
 
-PROGRAMS = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli",
-            "sov-tokenizer": "tokenizer.cli"}
+PROGRAMS = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
 
 
 def run(typed: str) -> int:

@@ -14,8 +14,7 @@ HOSTILE = "</script><script>window.hacked = 1</script>"
 
 
 def test_page_escapes_text_and_allows_own_scripts_only() -> None:
-    drawn = Chart(LinePlot([Series(HOSTILE, [1.0], [1.0], HOSTILE)], Axis(HOSTILE)), HOSTILE,
-                  HOSTILE)
+    drawn = Chart(LinePlot([Series(HOSTILE, [1.0], [1.0], HOSTILE)], Axis(HOSTILE)), HOSTILE, HOSTILE)
     page = render_page("Report", HOSTILE, HOSTILE, [Chapter(HOSTILE, HOSTILE, [(HOSTILE,) * 3], [
         PageSection(HOSTILE, HOSTILE, [drawn], [PageTable([HOSTILE], [[HOSTILE]])],
                     comparisons=[Comparison(HOSTILE, [(HOSTILE, HOSTILE)], HOSTILE)])])], opening=[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -118,8 +119,7 @@ def test_help_is_the_field_docstring() -> None:
     ("--max-bytes 3", "rule", "--max-bytes", "--max-bytes 3: must be even"),
     ("--limit 3 --overwrite", "rule", "--limit", "--limit 3: goes without --overwrite"),
 ])
-def test_problems_name_the_typed_option(typed: str, code: str, key: str,
-                                                             sentence: str) -> None:
+def test_problems_name_the_typed_option(typed: str, code: str, key: str, sentence: str) -> None:
     with pytest.raises(SettingsError) as e:
         parse(f"f --output d {typed}")
     assert (e.value.codes, str(e.value)) == ([(code, key)], sentence)
@@ -172,8 +172,7 @@ def test_every_writing_command_has_dry_run() -> None:
     assert without == []
 
 
-def test_dry_run_lists_inputs_and_outputs(tmp_path: Path,
-                                                            capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_lists_inputs_and_outputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shards, tokenizer, output = tmp_path / "shards", tmp_path / "tokenizer", tmp_path / "out"
     shards.mkdir()
     tokenizer.mkdir()
@@ -203,6 +202,17 @@ def test_dry_run_reports_all_missing_inputs(tmp_path: Path, capsys: pytest.Captu
     assert tokenizer_cli.main(["media", "gone", "--image-tokens", "4", "--output", "out", "--dry-run"]) == 2
     output = capsys.readouterr().err
     assert 'TOKENIZER = "gone" does not exist' in output
+
+
+def test_dry_run_accepts_an_input_that_another_job_creates(tmp_path: Path, capsys: pytest.CaptureFixture[str]
+                                                           ) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "1?"}\n')
+    words = ["rl", "generate", "--from", str(tmp_path), "--prompts", str(tmp_path / "prompts.jsonl"),
+             "--store", str(tmp_path / "store"), "--run", str(tmp_path / "new"), "--dry-run"]
+    assert cli.main(words) == 0
+    assert f"{tmp_path}/new: does not exist yet\n" in capsys.readouterr().out
+    assert cli.main([*words[:2], *words[4:], "--from", str(tmp_path / "gone")]) == 2
+    assert re.search("--from .*gone.*: does not exist", capsys.readouterr().err)
 
 
 def test_dry_run_checks_options_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

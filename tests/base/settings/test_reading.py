@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import data_prep.cli
+from megatron_sov import cli
 from megatron_sov.base.settings import (
     SettingsError, apply_changes, find_declaration_problems, iter_leaves, parse_arguments, parse_changes,
     parse_located_yaml, parse_nested, parse_settings, read_settings_file, to_plain_values)
@@ -62,8 +64,7 @@ def test_iter_leaves_keeps_lists_and_empty_groups() -> None:
     ([1], [("type", "")]), ("text", [("type", "")]), (None, [("type", "")]),
     ({"name": "x", "either": {1, 2}}, [("type", "")]),
 ])
-def test_all_problems_have_code_and_key_in_field_order(
-        raw: Any, codes: list[tuple[str, str]]) -> None:
+def test_all_problems_have_code_and_key_in_field_order(raw: Any, codes: list[tuple[str, str]]) -> None:
     with pytest.raises(SettingsError) as e:
         parse_settings(Recipe, raw, "f.json")
     assert e.value.codes == codes
@@ -240,3 +241,33 @@ def test_unreadable_settings_file_is_refused(tmp_path: Path) -> None:
         with pytest.raises(SettingsError) as e:
             read_settings_file(Recipe, tmp_path / name)
         assert e.value.codes == [("file", "")], name
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], int], str, str]] = {
+    "pretrain": (cli.main, "pretrain tiny-qwen3 --data DIR --run r", "train.steps"),
+    "score": (cli.main, "score --reward length --input FILE --output o.jsonl", "max_length"),
+    "synth": (data_prep.cli.main, "synth solutions --input FILE --engine http://a:1 --model m --output s",
+              "num_draws"),
+}
+MISTAKES = {
+    "{key}": "--set: '{key}' must have the form key=value",
+    "{key}=[8": "--set: {key}: [8 begins like JSON but does not parse",
+    "{key}x=1": "{key}x: no such setting; did you mean '{key}'?",
+    "{key}=many": '{key} = "many" must be a whole number',
+    "{key}=null": "{key} = null must be a whole number; give it a value, or leave it out",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_set_mistakes_have_equal_messages(
+        command: str, mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("DIR").mkdir()
+    Path("FILE").write_text('{"response": "a", "text": "a"}\n')
+    main, line, key = COMMANDS[command]
+    assert main([*line.split(), "--set", mistake.format(key=key)]) == 2
+    error = capsys.readouterr().err
+    assert MISTAKES[mistake].format(key=key) in error and len(error.splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["DIR", "FILE"], "nothing is left behind"

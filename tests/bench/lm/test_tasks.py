@@ -162,8 +162,7 @@ def test_names_that_mean_two_things_are_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("split", ["test_split", "validation_split"])
-def test_no_prompt_holds_its_own_answer(folder: Path, split: str,
-                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_prompt_holds_its_own_answer(folder: Path, split: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EvaluatedLM, "_prompt_tokens", lambda self, prompt: list(map(ord, prompt)))
     rows = [{"q": f"question {i}", "a": f"answer {i}"} for i in range(6)]
     (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -55,8 +55,7 @@ def test_the_page_is_typed(media: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert open_codec("speech-tokenizer").codebook_size == 3 * 64
     assert cli.main(["codec", "inspect", "audio-tokenizer", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["config"]["config"]["codebook_size"] == 512
-    assert str(parts_of([7, 8, 1003, 1001, 9, 1002], [VocabularyBlock(AUDIO, 1000, 512)],
-                        MarkIds())) in PAGE
+    assert str(parts_of([7, 8, 1003, 1001, 9, 1002], [VocabularyBlock(AUDIO, 1000, 512)], MarkIds())) in PAGE
 
 
 @pytest.mark.parametrize(("line", "said"), [

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
-from megatron_sov.commands.rl.engines import keep
+from megatron_sov.commands.rl.engines_run import keep_server
 
 
 class Scripted:
@@ -44,7 +44,7 @@ def test_a_server_that_ends_is_started_again_and_one_that_cannot_be_is_told(
         starts: tuple[str, ...], why: str, capsys: pytest.CaptureFixture[str]) -> None:
     is_over = threading.Event()
     server = Scripted(*starts, is_over=is_over)
-    assert keep(server, "n2:8000", 2, is_over, look_s=0, rest_s=0) == why
+    assert keep_server(server, "n2:8000", 2, is_over, poll_s=0, restart_s=0) == why
     assert server.done == [*starts, "end"]
     said = capsys.readouterr()
     assert "n2:8000: its server has ended (see engine-0.log), and is started again" in said.err

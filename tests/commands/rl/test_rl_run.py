@@ -191,8 +191,7 @@ def test_another_reward_judges_what_is_there_and_another_run_learns_from_it(
     store = RolloutStore.open(folder / "whole-store")
 
     def parts() -> dict[str, str]:
-        return {part.name: manifest_sha256(store.path / "rollouts" / part.name)
-                for part in store.parts()}
+        return {part.name: manifest_sha256(store.path / "rollouts" / part.name) for part in store.parts()}
 
     before, (first,) = parts(), store.versions()
     assert len(before) == 6

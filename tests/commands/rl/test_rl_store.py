@@ -22,7 +22,7 @@ from pyarrow import parquet
 
 from megatron_sov.base.errors import StopRequested, UserError
 from megatron_sov.cli import main
-from megatron_sov.commands.rl.rl_reward import opened_store
+from megatron_sov.commands.rl.store.reward_run import wait_for_store
 from megatron_sov.post.rl.reward import ENVIRONMENT
 from megatron_sov.rollouts.inspection import check_with_progress, format_store
 from megatron_sov.rollouts.rows import STOP, UNFINISHED, Key, RewardRow, Rollout, StorePlan, format_part_name
@@ -219,14 +219,14 @@ def test_a_strangers_part_is_kept_out_of_the_list(store: RolloutStore, tmp_path:
 def test_a_store_that_is_not_made_yet_is_waited_for(tmp_path: Path) -> None:
     path = tmp_path / "store"
     threading.Timer(0.2, RolloutStore.create, (path, "sha256:" + "0" * 64, 512)).start()
-    assert opened_store(path, 600.0).vocab_size == 512
+    assert wait_for_store(path, 600.0).vocab_size == 512
 
 
 def test_one_that_never_comes_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"store: is no rollout store \(it has no store.json\)"):
-        opened_store(tmp_path / "store", 0.0)
+        wait_for_store(tmp_path / "store", 0.0)
     with pytest.raises(StopRequested, match=r"store: nobody has made this store within 0.1 s"):
-        opened_store(tmp_path / "store", 0.1)
+        wait_for_store(tmp_path / "store", 0.1)
 
 
 def test_where_waiting_ends_before_the_last_round_the_command_is_not_done(

@@ -18,7 +18,7 @@ from megatron_sov import recipes
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
-from megatron_sov.commands.rl.teachers import _refuse_other_model
+from megatron_sov.commands.rl.inputs.teacher_models import check_teacher_model
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.runs.obs.events import read_events
 from megatron_sov.runs.obs.meters import format_step, read_headline
@@ -154,7 +154,8 @@ def test_prompts_that_nobody_reads_are_refused(command: Command, capsys: pytest.
     assert main(words[:-4]) == 2
     assert "policy.opd_coeff = 1: needs a teacher; add --teacher" in capsys.readouterr().err
     assert main([*words[:-4], "--set", "policy.method=dapo", "--set", "rollout.samples_per_prompt=2"]) == 2
-    assert "--reward none: policy.method = dapo learns from rewards; choose one" in capsys.readouterr().err
+    assert "--reward none: policy.method = dapo learns from rewards; choose a reward" in (
+        capsys.readouterr().err)
 
 
 def test_a_teacher_whose_weights_would_not_fit_is_told_by_its_first_field(tmp_path: Path) -> None:
@@ -165,7 +166,7 @@ def test_a_teacher_whose_weights_would_not_fit_is_told_by_its_first_field(tmp_pa
     def refused(model: ModelConfig, tokenizer: Path, *, is_hf: bool = False) -> str:
         target: Any = SimpleNamespace(is_hf=is_hf, model=model, tokenizer_folder=tokenizer)
         with pytest.raises(UserError) as told:
-            _refuse_other_model("here", target, config, tmp_path)
+            check_teacher_model("here", target, config, tmp_path)
         return str(told.value)
 
     assert refused(replace(own, rope_theta=5.0, mtp_loss_coeff=9.0), tmp_path).startswith(

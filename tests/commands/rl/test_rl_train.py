@@ -44,8 +44,7 @@ class Rounds:
 
     def new_store(self, name: str) -> RolloutStore:
         """Return a store in the start's tokenizer."""
-        return RolloutStore.create(self.folder / name,
-                                   tokenizer_digest(self.text / "tokenizer"), 368)
+        return RolloutStore.create(self.folder / name, tokenizer_digest(self.text / "tokenizer"), 368)
 
     def store(self, name: str, numbers: range) -> Path:
         """Write rounds into a store, which is made where it is not there."""

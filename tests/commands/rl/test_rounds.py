@@ -13,7 +13,7 @@ from megatron_sov import recipes
 from megatron_sov.base.artifacts import manifest_sha256
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
-from megatron_sov.commands.rl.rounds import chosen_rounds
+from megatron_sov.commands.rl.generate import choose_rounds
 from megatron_sov.rollouts.prompts import read_prompts
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.folder import RunFolder
@@ -115,8 +115,7 @@ def test_what_only_the_start_tells_is_told_by_its_option(asked: list[str], teach
     bare = tmp_path / "bare"
     shutil.copytree(teacher / "checkpoints/step-2", bare, ignore=shutil.ignore_patterns("tokenizer"))
     assert f"--from {bare}: has no tokenizer with it" in refused("--from", str(bare))
-    assert "--engine-set: parallel.epp: no such setting" in refused(
-        "--engine-set", "parallel.epp=2")
+    assert "--engine-set: parallel.epp: no such setting" in refused("--engine-set", "parallel.epp=2")
     assert "--engine-set lora.rank=2: the adapters of" in refused("--engine-set", "lora.rank=2")
     assert "rollout.max_new_tokens = 6000 make 6064 tokens, but the model has a context of" in refused(
         "--set", "rollout.max_new_tokens=6000")
@@ -136,8 +135,8 @@ def test_other_rounds_than_those_of_the_run_are_refused(asked: list[str], tmp_pa
 
 
 def test_rounds_are_named_or_all() -> None:
-    assert chosen_rounds("2", 9) == range(2, 3)
-    assert chosen_rounds("2-4", 9) == range(2, 5)
-    assert chosen_rounds(None, 3) == range(1, 4)
+    assert choose_rounds("2", 9) == range(2, 3)
+    assert choose_rounds("2-4", 9) == range(2, 5)
+    assert choose_rounds(None, 3) == range(1, 4)
     with pytest.raises(UserError, match="there are no rounds"):
-        chosen_rounds(None, 0)
+        choose_rounds(None, 0)

@@ -17,7 +17,7 @@ from megatron_sov.base.artifacts import create_artifact, find_damaged_files, rea
 from megatron_sov.base.errors import ExitCode
 from megatron_sov.cli import main
 from megatron_sov.commands.evaluate import eval_passk
-from megatron_sov.commands.rl import ssp
+from megatron_sov.commands.rl.ssp import probe_run
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 
 SAMPLES = 4
@@ -72,7 +72,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, Path]) -> list[s
         return main(argv[1:])
 
     monkeypatch.setattr(eval_passk, "run_with_engine", planted)
-    monkeypatch.setattr(ssp, "run_command", in_this_process)
+    monkeypatch.setattr(probe_run, "run_command", in_this_process)
     return names
 
 
@@ -105,9 +105,9 @@ def test_the_planted_best_of_each_domain_is_found_and_nothing_is_asked_twice(
 
 def test_a_killed_probe_goes_on_at_the_checkpoint_where_it_was(asked: list[str],
                                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    run = ssp.run_command
+    run = probe_run.run_command
     with monkeypatch.context() as killed:
-        killed.setattr(ssp, "run_command",
+        killed.setattr(probe_run, "run_command",
                        lambda argv, go_on_by: run(argv, go_on_by) if not asked else ExitCode.STOPPED)
         assert main(["ssp", "probe", "first", "second", *ASK]) == ExitCode.STOPPED
     assert not Path("probe/table").exists()

@@ -67,8 +67,7 @@ def test_files_of_a_corpus_are_compared_with_its_hashes(corpus: Path,
     assert "summary.json" in inspect(capsys, corpus, "--verify", code=ExitCode.GATE_FAILED)[0]
 
 
-def test_a_corpus_of_another_command_has_no_steps(tmp_path: Path,
-                                                  capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_corpus_of_another_command_has_no_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "problems.jsonl").write_text('{"problem": "1 + 1?"}\n')
     ArtifactWriter(tmp_path, "corpus").complete()
     lines = inspect(capsys, tmp_path)

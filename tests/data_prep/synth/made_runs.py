@@ -22,8 +22,7 @@ OTHER = ("In winter the potter fires her kiln with birch, since oak burns too sl
 def sample(record: Mapping[str, Any], failed: str = "", **more: Any) -> dict[str, Any]:
     """Return a sample as candidates hold it; `failed`: the check of its generator that it does not pass."""
     verdicts = [{"check": failed or "grounded", "passed": not failed, "detail": "as the generator saw it"}]
-    return {"record": dict(record), "verdicts": verdicts, "notes": {"tries": 1}, "group": "",
-            **more}
+    return {"record": dict(record), "verdicts": verdicts, "notes": {"tries": 1}, "group": "", **more}
 
 
 def chat(question: str, answer: str, *before: Mapping[str, str]) -> dict[str, Any]:
@@ -32,8 +31,7 @@ def chat(question: str, answer: str, *before: Mapping[str, str]) -> dict[str, An
                          {"role": "assistant", "content": answer}]}
 
 
-def made_run(output: Path, items: Sequence[Sequence[Mapping[str, Any]]], **run: Any
-             ) -> Path:
+def made_run(output: Path, items: Sequence[Sequence[Mapping[str, Any]]], **run: Any) -> Path:
     """Write a folder whose items have these samples; item i is called i0, i1, ..."""
     output.mkdir(parents=True, exist_ok=True)
     (output / "run.json").write_text(json.dumps({**RUN, **run}))

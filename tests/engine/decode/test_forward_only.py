@@ -10,8 +10,7 @@ import pytest
 
 from tests.tiny import tiny_model
 
-SELECTIVE = ["train.recompute=selective",
-             'gpu.recompute_modules=["core_attn", "mlp", "moe"]']
+SELECTIVE = ["train.recompute=selective", 'gpu.recompute_modules=["core_attn", "mlp", "moe"]']
 
 
 def step(recipe: str, layout: dict[str, Any], settings: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -69,8 +69,7 @@ def test_on_gpus_16_bit_alone_takes_transformer_engine(monkeypatch: pytest.Monke
 
     broken = tmp_path / "transformer_engine"
     broken.mkdir()
-    (broken / "__init__.py").write_text(
-        "raise OSError('libcublas.so.13: cannot open shared object file')")
+    (broken / "__init__.py").write_text("raise OSError('libcublas.so.13: cannot open shared object file')")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(specs, "on_gpu", lambda: True)
     specs.find_transformer_engine_error.cache_clear()

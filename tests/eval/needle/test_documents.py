@@ -111,8 +111,7 @@ def test_single_needle_documents_are_unchanged() -> None:
     form = NeedleForm("english", {True: (sentence(10), sentence(30)), False: (sentence(50), sentence(70))},
                       tuple(range(100, 164)))
     haystack = Haystack(form, (Numbers(), Numbers()), (3.0, 1.0))
-    few = NeedleConfig(train_needles=9, train_questions=4, answer_weight=3.0,
-                       text_weight=0.25)
+    few = NeedleConfig(train_needles=9, train_questions=4, answer_weight=3.0, text_weight=0.25)
     found = hashlib.sha256()
     for length, seed, settings in ((128, 0, NeedleConfig()), (500, 7, few)):
         made = NeedleDocuments((haystack, haystack), length, seed, settings)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from megatron_sov.base.errors import UserError
 from megatron_sov.infer.decoder.sampling import (
     accept_sampled_drafts, compute_probabilities, count_greedy_matches, draw_tokens)
-from megatron_sov.infer.request import Sampling
+from megatron_sov.infer.request import Sampling, WeightVersion
 
 LOGITS = torch.tensor([[0.3, 2.0, -1.0, 1.1, 1.9], [0.0, 0.0, 0.0, 0.0, 5.0]])
 
@@ -80,3 +83,32 @@ def test_speculative_samples_follow_the_models_distribution() -> None:
     chi_squared = float(((pairs - expected) ** 2 / expected).sum())
     assert chi_squared < 37.7, "15 degrees of freedom: above this by chance once in a thousand"
     assert 0.2 * count < taken < 1.8 * count
+
+
+def test_version_changes_after_the_update() -> None:
+    held = WeightVersion("own")
+    assert held.version == 0
+    with held.replace_weights(3, None), pytest.raises(UserError, match="update to version 3"):
+        held.check()
+    assert held.version == 3
+
+
+def test_failed_update_invalidates_weights() -> None:
+    closed = []
+
+    def weights() -> Iterator[tuple[str, None]]:
+        try:
+            yield "a", None
+        finally:
+            closed.append(True)
+
+    held, stream = WeightVersion("own"), weights()
+    with pytest.raises(RuntimeError, match="cable"), held.replace_weights(1, stream):
+        next(stream)
+        raise RuntimeError("a cable was pulled")
+    assert closed == [True], "the processes that gather the weights wait for this one"
+    with pytest.raises(UserError, match=r"1 failed \(a cable"):
+        held.check()
+    with held.replace_weights(2, iter(())):
+        pass
+    assert held.version == 2

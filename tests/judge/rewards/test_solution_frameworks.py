@@ -82,8 +82,7 @@ def test_assertions_are_counted_where_they_are_evaluated(text: str, counted: int
         ticks.append(function)
         return function
 
-    names = {"x": 1, "lib": Library(), "assert_close": lambda y: None, "insert": int,
-             TICK: tick}
+    names = {"x": 1, "lib": Library(), "assert_close": lambda y: None, "insert": int, TICK: tick}
     tree = ast.fix_missing_locations(AssertionCounter().visit(ast.parse(text)))
     exec(compile(tree, "test", "exec"), names)
     assert len(ticks) == counted

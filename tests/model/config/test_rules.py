@@ -270,8 +270,7 @@ def test_what_adapters_cannot_be_with_is_told_by_its_key(recipe: str, settings: 
 
 def test_every_problem_is_listed_at_once_with_field_value_and_rule(small: Small) -> None:
     with pytest.raises(SettingsError) as e:
-        apply_settings(small(), ["train.steps=-5", "optim.lr=-1", "model.num_heads=0",
-                                 'lora.targets=["x"]'])
+        apply_settings(small(), ["train.steps=-5", "optim.lr=-1", "model.num_heads=0", 'lora.targets=["x"]'])
     assert e.value.codes == [("bound", "model.num_heads"), ("bound", "optim.lr"), ("bound", "train.steps"),
                              ("choice", "lora.targets.0")]
     wrong = apply_settings(small(), ["model.num_kv_heads=3", "parallel.tp=3", "optim.min_lr=1"])

@@ -119,8 +119,7 @@ def test_a_prediction_layer_is_not_adapted_nor_are_its_experts(recipe: str) -> N
 SEQ_LEN = 64
 
 
-@pytest.mark.parametrize("recipe", ["tiny-solar-open", "tiny-k-exaone", "tiny-qwen3",
-                                    "tiny-deepseek-v3"])
+@pytest.mark.parametrize("recipe", ["tiny-solar-open", "tiny-k-exaone", "tiny-qwen3", "tiny-deepseek-v3"])
 def test_torch_counts_as_many_in_transformers(recipe: str) -> None:
     """Eager attention multiplies every query with every key, which the formula is asked for as well."""
     torch = pytest.importorskip("torch")

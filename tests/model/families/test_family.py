@@ -84,8 +84,7 @@ def test_full_size_tensors_are_those_of_transformers(name: str) -> None:
     mtp = {key: value for key, value in ours.items() if of_prediction(key, model)}
     theirs = transformers_tensors(model)
     assert {key: value for key, value in ours.items() if key not in mtp} == theirs
-    assert bool(mtp) == (
-        name in ("k-exaone-236b", "deepseek-v3"))
+    assert bool(mtp) == (name in ("k-exaone-236b", "deepseek-v3"))
 
 
 def test_prediction_layer_has_the_published_names_and_shapes() -> None:

@@ -14,8 +14,7 @@ from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import ANY_VALUE, HARMLESS_FIELDS, TokenIds, load_transformers_fields
 from tests.freeze_fields import OF_EXAMPLES, TABLE, find_fields
 
-READ_BY_FAMILIES = {
-    "_attn_implementation"}
+READ_BY_FAMILIES = {"_attn_implementation"}
 """Fields of `HARMLESS` that models of our families read themselves."""
 
 

@@ -89,8 +89,7 @@ def test_pictures_are_whole_and_the_same_at_other_layouts(
     for reply in replies:  # a picture that has begun is whole, or the reply ended in it
         assert reply["broken_pictures"] <= 1 and "<|" not in reply["text"]
     files = {file.name: file.read_bytes() for file in Path("one").iterdir()}
-    ran = run_command(*shlex.split(ASK.format(site, layout)), "--nproc", "2", "--set",
-                      f"parallel.{layout}=2")
+    ran = run_command(*shlex.split(ASK.format(site, layout)), "--nproc", "2", "--set", f"parallel.{layout}=2")
     assert ran.returncode == 0, ran.stderr
     assert {file.name: file.read_bytes() for file in Path(layout).iterdir()} == files
 

@@ -116,8 +116,7 @@ def test_runs_lie_as_their_parameters_do(drawn: list[tuple[int, int, bool]], num
 def test_gaps_are_zero1s(sharded: bool, numel: int) -> None:
     """By hand: 100 up to 128, 70 up to 192 twice; 326 up to a multiple of 3 and 128."""
     sizes = [Size(100, 1, 0, False), Size(70, 2, 0, False)]
-    assert laid_out(sizes, sharded=sharded, num_ranks=3, bucket_numel=None,
-                    end_multiple=128).numel == numel
+    assert laid_out(sizes, sharded=sharded, num_ranks=3, bucket_numel=None, end_multiple=128).numel == numel
 
 
 # Estimates of what libraries take, by their formulas.

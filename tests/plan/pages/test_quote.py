@@ -255,8 +255,7 @@ def test_stages_of_an_extension_are_those_that_extend_trains() -> None:
     assert [s.tokens for s in stages] == [2000 * 1024 * 32768] * 2
     # `extend` fills a row of the longest stage with samples of a shorter one, unless somebody chose
     assert [s.config.train.micro_batch_size for s in stages] == [8, 1]
-    assert [s.config.train.micro_batch_size
-            for s in run_stages(config, 512, micro_batch_set=True)] == [1, 1]
+    assert [s.config.train.micro_batch_size for s in run_stages(config, 512, micro_batch_set=True)] == [1, 1]
     for stage in stages:
         stage.config.check(512)
 

@@ -213,8 +213,7 @@ def test_the_methods_put_them_together() -> None:
     given_ = np.array([kept[0], kept[1], 0.0, kept[3]])
     intra = np.array([0.0, 0.0, *[kept[3] / 2 - kept[3]] * 2])
     [group] = compute_advantages([rewards], [lengths], PolicyConfig("hbpo"), LONGEST, [budgets])
-    assert group.advantages == pytest.approx(
-        (given_ - given_.mean()) / (given_.std(ddof=1) + 1e-4) + intra)
+    assert group.advantages == pytest.approx((given_ - given_.mean()) / (given_.std(ddof=1) + 1e-4) + intra)
 
 
 def test_a_range_goes_from_the_worst_to_the_best() -> None:

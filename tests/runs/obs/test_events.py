@@ -8,10 +8,12 @@ import struct
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
 from megatron_sov.runs.obs.events import EVENTS, EventLog, final_step_events, read_events
+from megatron_sov.runs.obs.routing import count_dead_experts, load_entropy, max_violation
 
 
 def float_bits(x: float) -> bytes:
@@ -57,8 +59,7 @@ def test_events_are_flushed_before_close(tmp_path: Path) -> None:
     log.close()
 
 
-def test_incomplete_last_line_is_skipped_and_terminated(
-        tmp_path: Path) -> None:
+def test_incomplete_last_line_is_skipped_and_terminated(tmp_path: Path) -> None:
     path = tmp_path / EVENTS
     path.write_text('{"event": "step", "step": 1}\n{"event": "step", "st')
     assert [e["step"] for e in read_events(path)] == [1]
@@ -99,3 +100,16 @@ def test_events_with_invalid_steps_are_skipped(tmp_path: Path) -> None:
     odd = ['"x"', "NaN", "[1]", "1.5", "1e308", "1" * 400, "[" * 100_000]
     file.write_text("".join(f'{{"event": "step", "step": {step}}}\n' for step in [*odd, "null", "7"]))
     assert [e["step"] for e in read_events(file)] == [None, 7]  # a folder that is judged is at no step
+
+
+def test_load_statistics_of_layers() -> None:
+    load = np.array([[2.0, 2.0, 2.0, 2.0], [8.0, 0.0, 0.0, 0.0], [4.0, 2.0, 2.0, 0.0]])
+    assert max_violation(load) == pytest.approx([0, 8 / 2 - 1, 4 / 2 - 1])
+    assert count_dead_experts(load).tolist() == [0, 3, 1]
+    third = -(0.5 * math.log(0.5) + 2 * 0.25 * math.log(0.25)) / math.log(4)
+    assert load_entropy(load) == pytest.approx([1, 0, third])
+    assert load_entropy(10 * load) == pytest.approx([1, 0, third]), "shares or counts"
+
+
+def test_single_expert_is_balanced() -> None:
+    assert load_entropy(np.array([[5.0]])) == 1 and max_violation(np.array([[5.0]])) == 0

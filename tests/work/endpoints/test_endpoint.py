@@ -94,8 +94,7 @@ def test_concurrent_equal_requests_are_sent_once(tmp_path: Path) -> None:
         assert (found, len(server.requests)) == (["yes"] * 4, 1)
 
 
-def test_localhost_bypasses_proxy(tmp_path: Path,
-                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_localhost_bypasses_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     with serving(ScriptedEndpoint(lambda request: "yes")) as server:
         Endpoint(f"{server.url}/chat/completions", "", LIMITS, EndpointCache(tmp_path / "a")).ask(

@@ -168,8 +168,7 @@ def test_routes_are_decoded_without_unpickling() -> None:
         _parse_choices(answer(np.array([{}], object)), "http://here")
 
 
-def test_idle_connection_is_not_reused(
-        double: VllmDouble, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_connection_is_not_reused(double: VllmDouble, monkeypatch: pytest.MonkeyPatch) -> None:
     places: list[Any] = []
     answer = double._answer
     monkeypatch.setattr(double, "_answer", lambda handler, body: (

@@ -57,8 +57,7 @@ def test_every_prefix_of_journal_is_valid(tmp_path: Path) -> None:
     assert found == sorted(found) and set(found) == set(range(10))
 
 
-def test_other_identity_is_rejected_unless_redo(
-        tmp_path: Path) -> None:
+def test_other_identity_is_rejected_unless_redo(tmp_path: Path) -> None:
     out, other = tmp_path / "out", {**ASKED, "sampling": {"top_p": 1.0, "seed": 2}}
     write_records(out, (0, b""))
     assert list_finished_items(out, other) == set()

@@ -48,8 +48,7 @@ def test_folder_removed_before_locking_is_not_locked(
         raise AssertionError("two hold the output")
 
 
-def test_folder_removed_before_opening_is_not_locked(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_removed_before_opening_is_not_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(path: Path, flags: int) -> int:
         path.rmdir()
         raise FileNotFoundError(path)
@@ -75,8 +74,7 @@ sys.stdin.read()
     assert not is_locked(tmp_path / "missing")
 
 
-def test_file_system_without_locks_is_tolerated(tmp_path: Path,
-                                                monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_system_without_locks_is_tolerated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(fd: int, operation: int) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
@@ -95,8 +93,7 @@ def test_file_system_without_locks_is_tolerated(tmp_path: Path,
     assert other.is_dir()
 
 
-def test_lock_file_replaces_unlockable_folder(tmp_path: Path,
-                                              monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_file_replaces_unlockable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = artifacts.try_lock
 
     def holds_files(fd: int) -> bool | None:  # as NFS does

@@ -93,8 +93,7 @@ def test_invalid_numbers_are_ignored() -> None:
 # A warning is one line for people, and an event where a run keeps events.
 
 
-def test_warning_is_printed_and_recorded_equally(tmp_path: Path,
-                                                 capsys: pytest.CaptureFixture[str]) -> None:
+def test_warning_is_printed_and_recorded_equally(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     events = EventLog(tmp_path / "events.jsonl")
     warn("the disk is slow", events.write, step=3)
     warn("weights went back", events.write, "rollback", step=4, back_to=2)

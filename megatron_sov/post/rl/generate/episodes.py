@@ -38,7 +38,7 @@ from megatron_sov.rollouts.rows import LAST_TURN, NOT_WRITTEN, UNFINISHED, Key, 
 from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer
 
 CONTINUATION = "goes_on"
-"""In the outcome of an unfinished row: lines of `EpisodeLines`, as JSON."""
+"""Key in an unfinished row's outcome: lines of `EpisodeLines`, as JSON."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class PlannedEpisode:
     """The unfinished row to continue; None: a new episode."""
 
     def lines(self, number: int) -> list[dict[str, Any]]:
-        """Return the recorded lines of the unfinished episode, renumbered to `number`."""
+        """Return the recorded lines from `previous`, renumbered to `number`."""
         if self.previous is None or not self.previous.outcome or CONTINUATION not in self.previous.outcome:
             return []
         recorded = json.loads(self.previous.outcome[CONTINUATION])
@@ -59,31 +59,27 @@ class PlannedEpisode:
 
 @dataclass(frozen=True)
 class Episodes:
-    """Plays the episodes of attempts. All processes of an engine call it together; the first gets the
-    rows."""
+    """Plays episodes for `SampleAttempt`s. All processes of an engine call `write` together; the first
+    process gets the rows."""
 
     table: EpisodeTable
     """Environment, limits and tokenizer."""
     version: str
-    """Version of the environment, which is that of its rewards."""
+    """Version of the environment and of the reward."""
     decode: Callable[[list[int]], str]
     end_ids: tuple[int, ...]
     """Tokens that end a turn."""
     rollout: RolloutConfig
     engine_name: str
     chosen_by: dict[str, Any]
-    """Settings of sampling besides those of `rollout`, for the key."""
+    """Sampling settings besides `rollout`, for the key."""
     clock_s: Callable[[], float] = time.monotonic
     with_routes: bool = False
     """Whether engines return expert routes."""
 
     def write(self, engine: Engine, attempts: Sequence[SampleAttempt],
               should_yield: Callable[[], bool] = never_yield) -> list[list[Rollout]] | None:
-        """Return the rows of attempts that are played together, see `writers.RolloutSource`.
-
-        Raises:
-            UserError: the environment rejects a task, or it is too long.
-        """
+        """Return the rows of attempts played together, see `writers.RolloutSource`."""
         policy = EnginePolicy(engine, self.build_turn_sampling, StopRule(self.end_ids))
         rows: list[list[Rollout]] | None = run_with_policy(
             policy, lambda sampler: self.play_attempts(sampler, attempts, should_yield))
@@ -94,7 +90,7 @@ class Episodes:
         began_s, deadline_s = time.time(), self.rollout.deadline_s
         ends_s = self.clock_s() + deadline_s
         planned = [(attempt, episode) for attempt in attempts for episode in self.plan_episodes(attempt)]
-        # Random streams follow the response, not its index: joined pieces must not change the samples.
+        # Random streams follow the response, not the index: joined pieces must not change the samples.
         policy = _StreamsByKey(policy, [(attempt.piece.round, episode.key) for attempt, episode in planned])
         lines = [line for number, (_, episode) in enumerate(planned) for line in episode.lines(number)]
         episodes = play([episode.task for _, episode in planned], policy, self.table, EpisodeLines(lines),
@@ -106,7 +102,7 @@ class Episodes:
 
     @property
     def build_turn_sampling(self) -> Sampling:
-        """The sampling of turns; each turn has its own length limit."""
+        """Return the sampling for turns; a turn has a length limit of its own."""
         return build_sampling(self.rollout, 1, with_routes=self.with_routes)
 
     def ids_of(self, prompt: RolloutPrompt) -> list[int]:
@@ -121,7 +117,7 @@ class Episodes:
 
     def build_row(self, episode: Episode, planned: PlannedEpisode, attempt: SampleAttempt, began_s: float
                   ) -> Rollout:
-        """Return the row of a finished or cut-off episode."""
+        """Return the row for a finished or cut-off episode."""
         previous = planned.previous
         first, ids = len(episode.prompt), np.array(episode.ids, np.int32)
         versions = np.full(len(ids), NOT_WRITTEN, np.int32)
@@ -130,7 +126,7 @@ class Episodes:
             versions[start:end] = attempt.policy.step if turn.versions is None else turn.versions
             logprobs[start:end] = np.minimum(np.array(turn.logprobs, np.float32), 0)
         if previous is not None:
-            # Tokens of earlier attempts keep their policy.
+            # Tokens from earlier attempts keep the version of their policy.
             versions[first:first + len(previous.versions)] = previous.versions
         return Rollout(
             planned.key, attempt.piece.round, attempt.number, episode.task, ids[:first],
@@ -139,7 +135,7 @@ class Episodes:
             response=self.decode(ids[first:].tolist()), temperature=choose_logprob_temperature(self.rollout),
             engine=self.engine_name, began_s=began_s if previous is None else previous.began_s,
             ended_s=time.time(), outcome=self._describe_outcome(episode),
-            # Tool results after the last turn were not read yet, so they have no routes.
+            # Tool results after the last turn were not read yet, so no routes exist for them.
             routes=merge_routes(episode.routes, None, len(ids) - 1))
 
     def _describe_outcome(self, episode: Episode) -> dict[str, Any]:
@@ -153,7 +149,7 @@ class Episodes:
 
 
 class _StreamsByKey:
-    """A policy whose random streams follow the response of each episode instead of its index in the batch."""
+    """A policy whose random streams follow the response in an episode instead of the index in a batch."""
 
     def __init__(self, policy: ToolPolicy, keys: Sequence[tuple[int, Key]]) -> None:
         self._policy, self._keys = policy, keys
@@ -165,13 +161,13 @@ class _StreamsByKey:
 
     def _find_stream(self, number: int, turn: int) -> int:
         round_, key = self._keys[number]
-        # No turn is sampled twice, so the attempt is not part of the stream.
+        # No turn is sampled twice, so the stream does not depend on the attempt.
         return compute_stream(round_, key.prompt, key.sample, turn=turn)
 
 
 @dataclass
 class _RunningEpisode:
-    """An episode in a thread of the player."""
+    """An episode in a thread of `ServerEpisodePlayer`."""
 
     number: int
     task: Task
@@ -220,7 +216,7 @@ class ServerEpisodePlayer:
         """End episodes early: inside a turn, or after the tool calls under way."""
         requests = []
         for name in names:
-            episode = self._running.get(name)  # None: it has just ended in its thread
+            episode = self._running.get(name)  # None: the episode has just ended in its thread
             if episode is not None:
                 with episode.lock:
                     episode.is_aborted = True
@@ -242,7 +238,7 @@ class ServerEpisodePlayer:
             while not episode.end:
                 answer = self._request_turn(running, episode)
                 if answer is None or not self._append_turn(running, episode, answer, host):
-                    # The next episode would end the server session of this one, which may be continued.
+                    # The next episode would end the server session, which may be continued.
                     host.end()
                     return episode
             episode.result = scored(host, episode)
@@ -261,11 +257,7 @@ class ServerEpisodePlayer:
             self._free_hosts.append(host)
 
     def _request_turn(self, running: _RunningEpisode, episode: Episode) -> TokenAnswer | None:
-        """Request the next turn; None: the episode was aborted.
-
-        Raises:
-            UserError: no server answers any more.
-        """
+        """Request the next turn; None: the episode was aborted."""
         limit = left_of(episode, self._table.limits)
         [request] = self._engine.requests([episode.ids], [replace(self._sampling, max_new_tokens=limit)],
                                           self._end_ids)
@@ -279,7 +271,7 @@ class ServerEpisodePlayer:
 
     def _append_turn(self, running: _RunningEpisode, episode: Episode, answer: TokenAnswer,
                      host: EnvironmentHost) -> bool:
-        """Append a turn to the episode; return False if the answer is a part of a turn."""
+        """Append a turn to the episode; return False for an incomplete turn."""
         ids = StopRule(self._end_ids).cut(answer.tokens)
         routes = None
         if self._sampling.with_routes:

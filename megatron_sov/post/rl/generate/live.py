@@ -1,4 +1,4 @@
-"""Rollouts that a run generates and judges itself, with its live weights."""
+"""Rollouts that a run generates and judges with its live weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from megatron_sov.work.progress.locks import Claims
 
 @dataclass(kw_only=True)
 class LiveRollouts:
-    """Generates and judges rounds of a store; an object on each process, called by all together."""
+    """Generates and judges rounds in a store; each process has an object, and all processes call it
+    together."""
 
     settings: GenerationSettings
     writer: RolloutWriter
@@ -25,8 +26,7 @@ class LiveRollouts:
 
     def write(self, view: FeedView, number: int, policy: Policy, asked_to_stop: Callable[[], bool]
               ) -> dict[str, float]:
-        """Generate the pending pieces of a round, and of the rounds that `rollout.max_staleness` allows after
-        it.
+        """Generate the pending pieces of round `number` and of later rounds within `rollout.max_staleness`.
 
         Args:
             view: the run, whose model is the policy.
@@ -38,17 +38,17 @@ class LiveRollouts:
             Seconds of generation, and figures of the servers.
         """
         begin_s = time.monotonic()
-        # Rank 0 creates the store before the others open it.
+        # Rank 0 creates the store before other ranks open it.
         run_on_main(view.world, self._create_store)
         figures = self.writer.write(view, self._find_rounds(number), policy, asked_to_stop)
         return {"write_s": time.monotonic() - begin_s, **figures}
 
     def judge(self, view: FeedView, number: int, asked_to_stop: Callable[[], bool]) -> dict[str, float]:
-        """Judge the rows of the generated rounds on rank 0; return the seconds."""
+        """Judge the generated rows on rank 0; return the seconds."""
         begin_s = time.monotonic()
         rounds = self._find_rounds(number)
         if not self.writer.completes_all:
-            rounds = rounds[:1]  # servers still generate the others
+            rounds = rounds[:1]  # servers still generate later rounds
         jobs: list[JudgingJob] = []
 
         def judge_part() -> bool:

@@ -25,23 +25,23 @@ from megatron_sov.work.progress.locks import POLL_S, Claims, IdleTimeout
 from megatron_sov.work.tables.table import AlreadyPublished
 
 LOOKUPS_PER_CLAIM = 64
-"""Open pieces that each `claim_attempts` looks up in the store, on average."""
+"""Open pieces that a call of `claim_attempts` looks up in the store, on average."""
 NEWER, FRESH, SAME, STUCK = range(4)
 """Order of attempts: continued by a newer policy than the previous attempt (or than this job first saw);
 fresh pieces; continued by the same policy; continued although the previous attempt added no token."""
 WAIT = "wait"
 """Returned instead of attempts: ask again."""
 FurtherPieces = Callable[[int], tuple[int, bool]]
-"""Round -> pieces of further prompts that it needs, and whether this number is final."""
+"""Round -> required pieces of further prompts, and whether this number is final."""
 
 
 @dataclass(frozen=True)
 class SampleAttempt:
-    """An attempt at the responses of a piece."""
+    """An attempt at the responses of one piece."""
 
     piece: PromptPiece
     number: int
-    """0: from the prompts; otherwise the unfinished rows of attempt `number - 1` are continued."""
+    """0: from the prompts; otherwise the attempt continues the unfinished rows of attempt `number - 1`."""
     policy: Policy
     unfinished: tuple[Rollout, ...] = ()
 
@@ -56,22 +56,22 @@ def never_yield() -> bool:
 
 @dataclass
 class _PieceState:
-    """State of a piece that is not complete, as this job knows it."""
+    """State of an incomplete piece, as this job knows it."""
 
     next_attempt: int = 0
     open_tokens: int = 0
-    """Tokens of the unfinished responses."""
+    """Tokens in the unfinished responses."""
     is_stuck: bool = False
     """Whether the previous attempt added no token."""
     previous_step: int | None = None
-    """Step of the policy of the previous attempt, or the first policy that this job saw if another job made
-    it."""
+    """Policy step of the previous attempt; if another job made the attempt, the first step that this job
+    saw."""
     claimed_step: int | None = None
-    """Step of the policy with which this job makes the next attempt."""
+    """Policy step of the next attempt by this job."""
 
 
 class PendingPieces:
-    """Pieces of some rounds that the store lacks, with the claims of this job."""
+    """Pieces that the store lacks in `rounds`, with this job's claims."""
 
     def __init__(self, *, store: RolloutStore, claims: Claims, prompts: PromptList, rollout: RolloutConfig,
                  rounds: range, find_policy: Callable[[int], Policy | None],
@@ -114,7 +114,7 @@ class PendingPieces:
         return not self._open
 
     def add_rounds(self, rounds: range) -> None:
-        """Look for these rounds too. A round that was complete may need further prompts by now."""
+        """Look for these rounds too. A complete round may need further prompts by now."""
         for number in rounds:
             self._open.setdefault(number, {})
         self.num_pieces += max(0, rounds[-1] - self._last_round) * self.plan.pieces
@@ -131,7 +131,7 @@ class PendingPieces:
 
     @property
     def waiting_reason(self) -> str:
-        """Why no attempt can be claimed, as the end of a sentence."""
+        """Reason why no attempt can be claimed, as the end of a sentence."""
         number = next(iter(self._open))
         if self._find_policy(number) is None:
             at_least = number - 1 - self._rollout.max_staleness
@@ -144,7 +144,8 @@ class PendingPieces:
 
     @property
     def may_be_dead(self) -> bool:
-        """Whether a job with a conflicting claim has not renewed it since the last `claim_attempts`."""
+        """Whether a job with a conflicting claim has not renewed the claim since the last
+        `claim_attempts`."""
         return any(map(self._claims.may_be_dead, self._refused))
 
     def claim_attempts(self, num_rows: int = 0) -> tuple[SampleAttempt, ...]:
@@ -162,8 +163,9 @@ class PendingPieces:
                             else ())
 
     def _is_lookup_due(self) -> bool:
-        """Return whether to look up all open pieces, because other jobs publish meanwhile: each time if they
-        are few, so seldom if they are many that a call costs LOOKUPS_PER_CLAIM lookups on average."""
+        """Return whether to look up all open pieces, because other jobs publish meanwhile. Few pieces are
+        looked up in every call, many pieces so seldom that a call costs `LOOKUPS_PER_CLAIM` lookups on
+        average."""
         self._num_calls += 1
         return self._num_calls * LOOKUPS_PER_CLAIM >= sum(map(len, self._open.values()))
 
@@ -182,7 +184,7 @@ class PendingPieces:
         most = num_rows or self._rollout.piece_prompts * self._rollout.samples_per_prompt
         count, self._is_idle = 0, False
         for rank, piece, policy in self._iter_candidates(ready):
-            # Attempts of a batch have one policy and one reason to yield to a newer one.
+            # Attempts in a batch share policy and reason to yield to a newer policy.
             if batch is not None and (policy != batch[1] or (rank != batch[0] and not num_rows)):
                 break
             # The same policy continues cut-off responses only if there is nothing better to do.
@@ -194,13 +196,13 @@ class PendingPieces:
                 batch = rank, policy
                 self._is_idle = rank in (SAME, STUCK)
                 count += len(attempt.unfinished) or len(piece.prompts) * self._rollout.samples_per_prompt
-            # A fresh piece fills the engine alone; continued rows are joined up to the size of one piece.
+            # A fresh piece fills the engine alone; continued rows are joined up to the size of a piece.
             if attempts and (count >= most or (rank == FRESH and not num_rows)):
                 break
         return tuple(attempts)
 
     def release(self, attempts: Sequence[SampleAttempt] | None = None) -> None:
-        """Release the claims of `attempts`, published or not; None: all claims."""
+        """Release the claims on `attempts`, published or not; None: all claims."""
         for name in list(self._held) if attempts is None else [attempt.name for attempt in attempts]:
             if (claim := self._held.pop(name, None)) is not None:
                 claim.close()
@@ -212,7 +214,7 @@ class PendingPieces:
         return newest is not None and newest.step > policy.step
 
     def _rank_piece(self, piece: PromptPiece, policy: Policy) -> int | None:
-        """Return the rank of the next attempt at a piece; None: it waits."""
+        """Return the rank of a piece's next attempt; None: the piece waits."""
         state = self._states[piece.part()]
         if piece.part(state.next_attempt) in self._held:
             return None
@@ -248,7 +250,7 @@ class PendingPieces:
                             if self._rank_piece(piece, policy) == FRESH)
 
     def _update_round(self, number: int, *, reads_all: bool) -> None:
-        """Look up the pieces of a round in the store: all of them, or those that this job claimed."""
+        """Look up a round's pieces in the store: all pieces, or the pieces that this job claimed."""
         more, is_final = self._further(number)
         pieces, own = self._open[number], self.plan.pieces
         fresh: list[PromptPiece] = []
@@ -273,25 +275,25 @@ class PendingPieces:
     def _needs_attempt(self, piece: PromptPiece) -> bool:
         """Return whether a piece needs another attempt, and record its number."""
         state = self._states.setdefault(piece.part(), _PieceState())
-        # The last published attempt says which rows are unfinished.
+        # The last published attempt lists the unfinished rows.
         while self._store.has_part(name := piece.part(state.next_attempt)):
             rows = self._store.read_rollouts(name, ("finish_reason", "versions"))
             self._check_rows(piece, state.next_attempt, rows)
             if all(row.finish_reason != UNFINISHED for row in rows):
                 del self._states[piece.part()]
                 return False
-            # Rows hold the tokens of all attempts so far: an equal number means that this attempt added none.
+            # Rows hold the tokens of all attempts, so an equal number means that this attempt added no token.
             num_tokens = sum(len(row.versions) for row in rows)
             state.is_stuck = state.next_attempt > 0 and num_tokens == state.open_tokens
             state.open_tokens = sum(len(row.versions) for row in rows if row.finish_reason == UNFINISHED)
             # `claimed_step` is None if another job made the attempt; `_rank_piece` then takes the first
-            # policy it sees.
+            # policy.
             state.next_attempt += 1
             state.previous_step, state.claimed_step = state.claimed_step, None
         return True
 
     def _check_rows(self, piece: PromptPiece, number: int, rows: Sequence[Rollout]) -> None:
-        """Raise `UserError` if this job would never write these rows: they would count as complete."""
+        """Raise `UserError` if this job would never write these rows: the rows would count as complete."""
         prompt_ids = set(piece.prompts.ids)
         sampling = self._sampling_digest(piece.round)
         for row in rows:
@@ -307,13 +309,13 @@ class PendingPieces:
                             "that began the store, or choose another --store")
 
     def _claim_piece(self, piece: PromptPiece, policy: Policy) -> SampleAttempt | None:
-        """Claim the next attempt at a piece; None: another job has it."""
+        """Claim a piece's next attempt; None: another job holds the claim."""
         state = self._states[piece.part()]
         claim = self._claims.take(name := piece.part(state.next_attempt))
         if claim is None:
             self._refused.append(name)
             return None
-        if self._store.has_part(name):  # another job published it since the lookup
+        if self._store.has_part(name):  # published by another job since the lookup
             claim.release()
             self._claimed_pieces[name] = piece.part()
             return None
@@ -330,12 +332,12 @@ class PendingPieces:
 
 @dataclass(kw_only=True)
 class PieceQueue:
-    """Work of the first process of a generating job: claim attempts, wait, publish rows."""
+    """Claims attempts, waits, and publishes rows, on the first process of a generating job."""
 
     pending: PendingPieces
     store: RolloutStore
     wait_s: float
-    """How long to wait without work before the job ends. Claims of jobs that may be dead are waited for
+    """How long to wait without work before the job ends. Claims of possibly dead jobs are waited for
     anyway."""
     provenance: Mapping[str, Any]
     patience: IdleTimeout = field(default_factory=IdleTimeout)
@@ -343,7 +345,7 @@ class PieceQueue:
     """Whether to begin no further attempt."""
     summary: dict[str, Any] = field(default_factory=lambda: {
         "parts": 0, "responses": 0, "unfinished": 0, "tokens": 0, "waits_for": ""})
-    """Counts of this job, and why it ended before all pieces were complete."""
+    """Counts for this job, and the reason if the job ended before all pieces were complete."""
     clock_s: Callable[[], float] = time.monotonic
     _policy: Policy | None = None
     _checked_s: float = 0.0
@@ -395,6 +397,6 @@ class PieceQueue:
             self.summary["parts"] += 1
             self.summary["responses"] += len(rows)
             self.summary["unfinished"] += num_unfinished
-            # Tokens of earlier attempts were counted by the jobs that generated them.
+            # The jobs that generated the tokens of earlier attempts have counted them.
             earlier = sum(len(row.tokens) for row in attempt.unfinished)
             self.summary["tokens"] += sum(len(row.tokens) for row in rows) - earlier

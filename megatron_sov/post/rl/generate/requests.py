@@ -38,24 +38,24 @@ from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer, Token
 from megatron_sov.work.progress.progress_bar import create_bar
 
 SLICE_S = 5.0
-"""Seconds of generation between two collectives: the other processes wait for a message meanwhile."""
+"""Seconds of generation between two collectives; other processes wait for a message meanwhile."""
 LOOKUP_S = 1.0
-"""Seconds between two lookups of pending pieces in the store."""
+"""Seconds between two lookups for pending pieces in the store."""
 AHEAD = 2
-"""Requested responses as multiples of those that the servers generate at a time, if other jobs generate too
-or a deadline runs: further claims would only wait in the queue."""
+"""Limit of requested responses, as a multiple of `room`, if other jobs generate too or a deadline runs:
+further claims would only wait in the queue."""
 
 
 @dataclass
 class RequestWriter:
-    """Generates rows by servers that get the live weights of a run."""
+    """Generates rows by servers that receive the run's live weights."""
 
     completes_all: ClassVar[bool] = False
     settings: GenerationSettings
     servers: LiveServers
     _policy: Policy | None = None
     _queue: RolloutRequestQueue | None = None
-    """Requests of this process across rounds; on the first process alone."""
+    """Requests across rounds; on the first process alone."""
 
     def write(self, view: FeedView, rounds: range, policy: Policy, asked_to_stop: Callable[[], bool]
               ) -> dict[str, float]:
@@ -95,7 +95,7 @@ class RequestWriter:
         return self._queue
 
     def _find_policy(self, number: int) -> Policy | None:
-        """Return the live policy if it may write round `number`."""
+        """Return the live policy if round `number` allows its step."""
         policy = self._policy
         if policy is None or not can_generate_round(policy.step, number, self.settings.rollout):
             return None
@@ -104,14 +104,14 @@ class RequestWriter:
 
 def write_by_requests(requests: RowRequests, pieces: PieceQueue, room: int, load_policy: LoadPolicy
                       ) -> dict[str, Any]:
-    """Generate all pending pieces by checkpoints as they appear; return `pieces.summary`."""
+    """Generate all pending pieces by checkpoints as checkpoints appear; return `pieces.summary`."""
     queue = RolloutRequestQueue(requests=requests, pieces=pieces, load_policy=load_policy, room=room)
     with create_bar("write", pieces.pending.num_pieces, "piece") as bar:
         try:
             while queue.advance(SLICE_S, lambda: True):
                 bar.update(pieces.pending.num_complete - bar.n)
         finally:
-            # After a failure too: a remaining claim would block other jobs until its lease ends.
+            # After a failure too: a remaining claim would block other jobs until the lease ends.
             queue.close()
     return pieces.summary
 
@@ -121,7 +121,7 @@ class PendingRow:
     """A row that a server generates."""
 
     name: str
-    """Name by which the request can be aborted."""
+    """Name for `abort`."""
     future: Future[Any]
     build_row: Callable[[], Rollout]
     """Returns the row once `future` is done."""
@@ -130,16 +130,12 @@ class PendingRow:
 
 
 class RowRequests(Protocol):
-    """Requests rows from servers, each row by itself."""
+    """Requests rows from servers, row by row."""
 
     rollout: RolloutConfig
 
     def begin(self, attempt: SampleAttempt) -> list[PendingRow]:
-        """Request all rows of an attempt, in order.
-
-        Raises:
-            UserError: a prompt is too long, or the chat template rejects it.
-        """
+        """Request all rows of an attempt, in order."""
         ...
 
     def abort(self, names: Sequence[str]) -> None:
@@ -152,20 +148,19 @@ class RowRequests(Protocol):
 
 def build_requests(engine: ServerEngine, source: RolloutSource, room: int, *, is_live: bool = False
                    ) -> RowRequests:
-    """Return the requests of a source, at most `room` at a time; `is_live`: this run changes the weights
-    itself."""
+    """Return the requests for `source`, at most `room` at a time; `is_live`: this run changes the weights."""
     if isinstance(source, Episodes):
         return EpisodeRequests(engine, source, room)
     assert isinstance(source, ResponseSource), f"{type(source).__name__} sends no requests"
     rollout = source.rollout
-    # Join samples of a prompt if neither new weights nor a deadline interrupt the round and no slot waits.
+    # Join a prompt's samples if neither new weights nor a deadline interrupt the round and no slot waits.
     are_joined = (is_live and not rollout.max_staleness and not rollout.deadline_s
                   and rollout.prompts_per_round * rollout.samples_per_prompt <= room)
     return ResponseRequests(engine, source, are_joined=are_joined)
 
 
 class ResponseRequests:
-    """Requests of single-turn responses: one per row, or one for several short rows."""
+    """Requests for single-turn responses: one per row, or one for several short rows."""
 
     def __init__(self, engine: ServerEngine, source: ResponseSource, *, are_joined: bool = False) -> None:
         self._engine, self._source, self.rollout = engine, source, source.rollout
@@ -219,7 +214,7 @@ class ResponseRequests:
 
 
 class EpisodeRequests:
-    """Requests of episodes with tools: one per turn of each row."""
+    """Requests for episodes with tools: one per turn and row."""
 
     def __init__(self, engine: ServerEngine, episodes: Episodes, room: int) -> None:
         self._episodes, self.rollout = episodes, episodes.rollout
@@ -254,30 +249,30 @@ class PendingAttempt:
     """Future of an unfinished row -> index in `rows`."""
     rows: list[PendingRow]
     deadlines_s: dict[int, float] = field(default_factory=dict)
-    """Index of a begun row -> time of its deadline."""
+    """Index in `rows` -> deadline; only rows that have begun."""
     finished: dict[int, Rollout] = field(default_factory=dict)
     aborted: set[int] = field(default_factory=set)
 
 
 @dataclass(kw_only=True)
 class RolloutRequestQueue:
-    """Requests under way; on the process that owns the servers."""
+    """Pending requests, on the process that owns the servers."""
 
     requests: RowRequests
     pieces: PieceQueue
     load_policy: LoadPolicy | None
-    """Loads another policy into the servers; None: they always have the live policy."""
+    """Loads another policy into the servers; None: the servers always have the live policy."""
     room: int
     """Responses that the servers generate at a time."""
     clock_s: Callable[[], float] = time.monotonic
     under_way: list[PendingAttempt] = field(default_factory=list)
     _loaded_step: int = 0
-    """Step of the policy in the servers."""
+    """Step of the servers' weights."""
     _next_lookup_s: float = 0.0
     _finished: SimpleQueue[Future[Any]] = field(default_factory=SimpleQueue)
 
     def begin(self, rounds: range, asked_to_stop: Callable[[], bool]) -> None:
-        """Request the pending pieces of `rounds`, in addition to earlier ones, if their policy exists."""
+        """Request the pending pieces in `rounds`, in addition to earlier rounds, if a policy exists."""
         self.pieces.asked_to_stop = asked_to_stop
         self.pieces.pending.add_rounds(rounds)
         # The previous lookup found nothing; do not wait for the next one.
@@ -311,13 +306,13 @@ class RolloutRequestQueue:
         return False
 
     def close(self) -> None:
-        """Abort all rows under way and release their claims."""
+        """Abort the pending rows and release their claims."""
         self.requests.close()
         self.pieces.pending.release()
 
     def _is_lookup_due(self) -> bool:
-        """Return whether to look for pending pieces: after each published piece, and every LOOKUP_S seconds,
-        since a lookup reads the store for each piece."""
+        """Return whether to look for pending pieces: after each published piece, and every `LOOKUP_S`
+        seconds, since a lookup reads the store piece by piece."""
         if self.clock_s() < self._next_lookup_s:
             return False
         self._next_lookup_s = self.clock_s() + LOOKUP_S
@@ -360,7 +355,7 @@ class RolloutRequestQueue:
         self.under_way.append(PendingAttempt(attempt, indices, rows))
 
     def _abort_late_rows(self) -> None:
-        """Abort the rows whose deadline has passed."""
+        """Abort the rows after `deadlines_s`."""
         deadline_s, now_s = self.requests.rollout.deadline_s, self.clock_s()
         for attempt in self.under_way if deadline_s else ():
             late = set()

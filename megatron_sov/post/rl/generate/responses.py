@@ -22,11 +22,11 @@ from megatron_sov.rollouts.prompts import RolloutPrompt, compute_stream, find_bu
 from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Key, Rollout
 
 CHUNK_PROMPTS = 1024
-"""Prompts whose token ids are in memory at a time while all prompts are measured."""
+"""Prompts whose token ids are in memory at a time in `measure_long_prompts`."""
 NO_TOKENS: dict[str, Any] = {
     "tokens": np.zeros(0, np.int32), "logprobs": np.zeros(0, np.float32), "versions": np.zeros(0, np.int32),
     "response": ""}
-"""Fields of a response without tokens."""
+"""Fields for a response without tokens."""
 
 
 @dataclass(frozen=True)
@@ -38,30 +38,30 @@ class GeneratedTokens:
     reason: str
     """`STOP`, `LENGTH` or `UNFINISHED`."""
     versions: Sequence[int]
-    """Step of the policy that generated each token."""
+    """Policy step per token."""
     routes: np.ndarray | None
     """[tokens read, layers, K], prompt and row included; None: not requested."""
 
 
 @dataclass(frozen=True)
 class ResponseSource:
-    """Generates the responses of attempts. All processes of an engine call it together, and each gets all
+    """Generates responses for attempts. All processes of an engine call `write` together, and all get the
     rows."""
 
     asker: PromptEncoder
-    """Prompt encoder with the tokenizer of the policies."""
+    """Prompt encoder with the policies' tokenizer."""
     rollout: RolloutConfig
     engine_name: str
     plain: bool
     """Whether prompts are continued without the chat template."""
     chosen_by: dict[str, Any]
-    """Settings of sampling besides those of `rollout`, for the key."""
+    """Sampling settings besides `rollout`, for the key."""
     clock_s: Callable[[], float] = time.monotonic
     with_routes: bool = False
-    """Whether rows keep the expert routes of their tokens."""
+    """Whether rows keep expert routes."""
 
     def measure_long_prompts(self, prompts: Sequence[RolloutPrompt]) -> dict[str, int]:
-        """Return the token counts of the prompts over rollout.max_prompt_tokens, by id.
+        """Return id -> tokens for prompts longer than `rollout.max_prompt_tokens`.
 
         All prompts are measured before the first round: a run could not replace a prompt of a late round.
 
@@ -86,11 +86,7 @@ class ResponseSource:
 
     def write(self, engine: Engine, attempts: Sequence[SampleAttempt],
               should_yield: Callable[[], bool] = never_yield) -> list[list[Rollout]]:
-        """Return the rows of attempts that are generated together, see `writers.RolloutSource`.
-
-        Raises:
-            UserError: a prompt is too long, or the chat template rejects it.
-        """
+        """Return the rows of attempts generated together, see `writers.RolloutSource`."""
         began_s, ends_s = time.time(), self.clock_s() + self.rollout.deadline_s
         pairs = [(attempt, row) for attempt in attempts
                  for row in attempt.unfinished or self._build_rows(attempt, began_s)]
@@ -102,7 +98,7 @@ class ResponseSource:
             # Engines without `Bounds` serve runs without a deadline.
             options["bounds"] = GenerationBounds(limits, lambda: self.clock_s() >= ends_s or should_yield())
         sampling = build_sampling(self.rollout, max(limits), with_routes=self.with_routes)
-        # The attempt is part of the stream: a continuation must not repeat the random numbers of its
+        # The stream depends on the attempt: a continuation must not repeat the random numbers of its
         # beginning.
         streams = [compute_stream(row.round, row.key.prompt, row.key.sample, attempt.number)
                    for attempt, row in pairs]
@@ -116,15 +112,11 @@ class ResponseSource:
         return self._encode_prompts([prompt])[0]
 
     def begin(self, attempt: SampleAttempt) -> list[Rollout]:
-        """Return the rows of an attempt before its first token.
-
-        Raises:
-            UserError: a prompt is too long, or the chat template rejects it.
-        """
+        """Return an attempt's rows before the first token."""
         return list(attempt.unfinished) or self._build_rows(attempt, time.time())
 
     def build_row_sampling(self, row: Rollout) -> Sampling:
-        """Return the sampling of the rest of a row: the length limit counts the tokens of all attempts."""
+        """Return the sampling for the rest of a row, within `rollout.max_new_tokens` for all attempts."""
         return build_sampling(self.rollout, self.rollout.max_new_tokens - len(row.tokens),
                               with_routes=self.with_routes)
 
@@ -141,7 +133,7 @@ class ResponseSource:
 
     def _append_generated(self, row: Rollout, generated: GenerationResult, index: int, limit: int,
                           attempt: SampleAttempt) -> Rollout:
-        # Engines without `Bounds` generate up to the largest limit of the batch.
+        # Engines without `GenerationBounds` generate up to the largest limit in the batch.
         tokens, logprobs = generated.continuations[index][:limit], generated.logprobs[index][:limit]
         reason = STOP if generated.finish_reasons[index] == STOP else LENGTH
         if len(generated.continuations[index]) > limit:
@@ -172,18 +164,17 @@ class ResponseSource:
         return ids
 
     def _encode_budget(self, prompt: RolloutPrompt, sample: int) -> list[int]:
-        """Return the token ids of rollout.budget_text, with which a response of a given length begins."""
+        """Return the token ids of `rollout.budget_text`, with which a response of requested length begins."""
         budget = find_budget(self.rollout, prompt.id, prompt.record, sample)
         if budget is None or not self.rollout.budget_text:
             return []
         return self.asker.encode_text(self.rollout.budget_text.replace("{tokens}", str(budget)))
 
     def _count_tokens(self, prompt: RolloutPrompt, ids: Sequence[int]) -> int:
-        """Return the tokens of a prompt with the longest budget text of its samples; 0 for an empty
-        prompt."""
+        """Return a prompt's tokens, with the longest budget text among the samples; 0 for an empty prompt."""
         if not len(ids):
             return 0
-        # Samples of one budget stand together in the group.
+        # Samples with equal budgets are consecutive in a group.
         size = self.rollout.samples_per_prompt // max(1, len(self.rollout.budgets_tokens))
         samples = range(0, self.rollout.samples_per_prompt, size)
         return len(ids) + max(len(self._encode_budget(prompt, sample)) for sample in samples)
@@ -205,26 +196,26 @@ class ResponseSource:
 
 def build_keys(attempt: SampleAttempt, rollout: RolloutConfig, chosen_by: dict[str, Any]
                ) -> list[tuple[RolloutPrompt, Key]]:
-    """Return prompt and key of each response that begins in an attempt, ordered by prompt and sample."""
+    """Return prompt and key for each new response, ordered by prompt and sample."""
     sampling = compute_sampling_digest(rollout, attempt.piece.round, chosen_by)
     return [(prompt, Key(prompt.id, sample, attempt.policy.sha256, sampling))
             for prompt in attempt.piece.prompts for sample in range(rollout.samples_per_prompt)]
 
 
 def choose_logprob_temperature(rollout: RolloutConfig) -> float:
-    """Return the temperature of the log-probabilities; greedy sampling (temperature 0) records those at 1."""
+    """Return the temperature for log-probabilities: `rollout.temperature`, or 1 for greedy sampling (0)."""
     return rollout.temperature or 1.0
 
 
 def build_sampling(rollout: RolloutConfig, max_new_tokens: int, *, with_routes: bool) -> Sampling:
-    """Return the sampling of an engine. Settings reject top_p < 1 if a trainer compares with the full
+    """Return the engine's sampling. Settings reject top_p < 1 if a trainer compares with the full
     distribution."""
     return Sampling(max_new_tokens, rollout.temperature, top_p=rollout.top_p, seed=rollout.seed,
                     for_training=True, allow_truncation=rollout.top_p < 1, with_routes=with_routes)
 
 
 def compute_sampling_digest(rollout: RolloutConfig, round: int, more: dict[str, Any]) -> str:
-    """Return the digest of the sampling settings in the keys of a round's responses.
+    """Return the digest of sampling settings for the keys in a round.
 
     Args:
         rollout: its piece size and deadline are left out, since no token depends on them.

@@ -1,4 +1,4 @@
-"""Engine servers that generate with the live weights of a run."""
+"""Engine servers that generate with a run's live weights."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from megatron_sov.runs.rounds import Policy
 from megatron_sov.train.feed import FeedView
 
 COMPARED_TOKENS = 256
-"""Tokens of a prompt whose log-probabilities are compared after a weight update."""
+"""Tokens of a prompt whose log-probabilities `check` compares after a weight update."""
 MAX_GAP_NATS = 0.25
-"""Limit of the mean difference of log-probabilities between trainer and engine per token: bf16 stays far
+"""Limit for the mean difference in log-probabilities between trainer and engine per token: bf16 stays far
 below, a layer with wrong weights is above."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """How to start the servers of a run."""
+    """Settings to start a run's servers."""
 
     engine: str
     start: Path
-    """Checkpoint or Hugging Face folder that the run starts from."""
+    """Checkpoint or Hugging Face folder from --from."""
     places: ServerLocations
     servers: EngineServers
     longest: int
-    """Tokens of the longest sequence."""
+    """Tokens in the longest sequence."""
     vocab_size: int
     with_routes: bool
     """Whether servers return expert routes."""
@@ -48,8 +48,7 @@ class ServerSettings:
 
 @dataclass
 class LiveServers:
-    """Servers that generate with the live weights; an object on each process, of which the first owns the
-    servers."""
+    """Servers with the live weights; each process has an object, and the first process owns the servers."""
 
     settings: ServerSettings
     meters: dict[str, float] = field(default_factory=dict)
@@ -60,7 +59,7 @@ class LiveServers:
     _closed: threading.Event = field(default_factory=threading.Event)
     """Ends the servers, also during their start."""
     _loaded_step: int | None = None
-    """Step of the weights in the servers; None: unknown, because another client may have changed them."""
+    """Step of the servers' weights; None: unknown, because another client may have changed the weights."""
 
     @property
     def is_open(self) -> bool:
@@ -68,11 +67,7 @@ class LiveServers:
 
     def is_opening(self, limit_s: float) -> bool:
         """Start the servers on the first process, wait up to `limit_s`, and return whether they are still
-        starting.
-
-        Raises:
-            UserError: they cannot be started.
-        """
+        starting."""
         if self.engine is None and self._opening is None:
             self._opening = self._pool.submit(self._open_servers)
         if self._opening is not None and wait([self._opening], limit_s).done:
@@ -95,11 +90,7 @@ class LiveServers:
             self._loaded_step = 0
 
     def push_weights(self, view: FeedView, policy: Policy) -> None:
-        """Send the live weights to the servers; called by all processes together.
-
-        Raises:
-            UserError: the servers reject the weights.
-        """
+        """Send the live weights to the servers; all processes call this together."""
         began_s = time.monotonic()
         if run_on_main(view.world, lambda: self._loaded_step != policy.step):
             self._send_weights(view, policy)
@@ -113,9 +104,6 @@ class LiveServers:
             view: the run, whose model is the policy.
             policy: identity of the live weights.
             prompt: token ids, whose log-probabilities by trainer and servers must agree.
-
-        Raises:
-            UserError: the log-probabilities of a server differ.
         """
         text = list(prompt[:COMPARED_TOKENS])
         if len(text) > 1:

@@ -1,4 +1,4 @@
-"""Writers of rollouts behind one protocol: `RowWriter` runs batches on the live model, `RequestWriter`
+"""Writers for rollouts behind one protocol: `RowWriter` runs batches on the live model, `RequestWriter`
 (requests.py) sends requests to engine servers."""
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from megatron_sov.work.progress.locks import Claims
 from megatron_sov.work.progress.progress_bar import create_bar
 
 LoadPolicy = Callable[[Policy], None]
-"""Loads another policy into the engine; all of its processes call it together."""
+"""Loads another policy into the engine; all processes call it together."""
 
 
 class RolloutSource(Protocol):
@@ -42,12 +42,13 @@ class RolloutSource(Protocol):
 
     @property
     def chosen_by(self) -> dict[str, Any]:
-        """Settings of sampling besides those of `rollout`, see `responses.key_digest`."""
+        """Sampling settings besides `rollout`, see `compute_sampling_digest`."""
         ...
 
     def write(self, engine: Engine, attempts: Sequence[SampleAttempt],
               should_yield: Callable[[], bool]) -> list[list[Rollout]] | None:
-        """Return the rows of each attempt. All processes of the engine call it; the first one needs the rows.
+        """Return the rows per attempt. All processes of the engine call this; the first process needs the
+        rows.
 
         Args:
             engine: generates the tokens.
@@ -58,14 +59,15 @@ class RolloutSource(Protocol):
 
 
 class RolloutWriter(Protocol):
-    """Generates pending pieces of rounds into the store. All processes call it together."""
+    """Generates pending pieces into the store. All processes call `write` together."""
 
     completes_all: ClassVar[bool]
-    """Whether `write` completes all rounds; otherwise the first one."""
+    """Whether `write` completes all rounds; otherwise only the first round."""
 
     def write(self, view: FeedView, rounds: range, policy: Policy, asked_to_stop: Callable[[], bool]
               ) -> dict[str, float]:
-        """Complete the first of `rounds` by the live model, and as many of the others as `policy` may write.
+        """Complete the first of `rounds` by the live model, and later rounds as far as `policy` may write
+        them.
 
         Args:
             view: the run, whose model is the policy.
@@ -85,18 +87,18 @@ class RolloutWriter(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
-    """Where the rollouts of a run are stored, and which prompts they answer."""
+    """Store, prompts and source for the rollouts of a run."""
 
     store: StoreSettings
     prompts: PromptList
     set_aside: UnusedRows
-    """Prompts that no round uses, with the reason."""
+    """Prompts that no round uses."""
     rollout: RolloutConfig
     run: Path
     source: RolloutSource
     provenance: Mapping[str, Any]
     max_gen_batches: int = 1
-    """`policy.max_gen_batches`: above 1 rounds may need further prompts."""
+    """`policy.max_gen_batches`: above 1, rounds may need further prompts."""
 
     def build_queue(self, rounds: range, find_policy: Callable[[int], Policy | None],
                     asked_to_stop: Callable[[], bool]) -> PieceQueue:
@@ -109,7 +111,7 @@ class GenerationSettings:
             rollout=self.rollout, rounds=rounds, find_policy=find_policy, further=further,
             sampling_digest=lambda number: compute_sampling_digest(self.rollout, number,
                                                                    self.source.chosen_by))
-        # Pieces of another job are waited for until its claim expires.
+        # Pieces of another job are waited for until the job's claim expires.
         return PieceQueue(pending=pending, store=store, wait_s=2 * self.rollout.lease_s,
                           provenance=self.provenance, asked_to_stop=asked_to_stop)
 
@@ -120,12 +122,12 @@ class GenerationSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RowWriter:
-    """Generates rows in batches by the live model of a run."""
+    """Generates rows in batches by a run's live model."""
 
     completes_all: ClassVar[bool] = True
     settings: GenerationSettings
     batching: Batching
-    """Memory bound of generation."""
+    """Memory bound for generation."""
 
     def write(self, view: FeedView, rounds: range, policy: Policy, asked_to_stop: Callable[[], bool]
               ) -> dict[str, float]:
@@ -149,7 +151,7 @@ class RowWriter:
 def write_batches(engine: Engine, source: RolloutSource, queue: PieceQueue, *, loaded: Policy,
                   load_policy: LoadPolicy | None = None, after_batch: Callable[[], None] = lambda: None
                   ) -> dict[str, Any]:
-    """Generate all pending pieces, batch by batch. All processes of the engine call it together.
+    """Generate all pending pieces, batch by batch. All processes of the engine call this together.
 
     Args:
         engine: generates the tokens.
@@ -168,7 +170,7 @@ def write_batches(engine: Engine, source: RolloutSource, queue: PieceQueue, *, l
             if isinstance(attempts, str):
                 continue
             try:
-                # Weights change between batches only, so each new token of a row has one version.
+                # Weights change between batches only, so each new token in a row has one version.
                 if attempts[0].policy != loaded:
                     assert load_policy is not None, f"the live model is the policy, not {attempts[0].policy}"
                     loaded = attempts[0].policy
@@ -176,7 +178,7 @@ def write_batches(engine: Engine, source: RolloutSource, queue: PieceQueue, *, l
                 rows = source.write(engine, attempts, queue.should_yield)
                 run_on_first(partial(queue.publish, attempts, rows or []))
             finally:
-                # After a failure too: a remaining claim would block other jobs until its lease ends.
+                # After a failure too: a remaining claim would block other jobs until the lease ends.
                 queue.pending.release()
             after_batch()
     summary: dict[str, Any] = run_on_first(lambda: queue.summary)
@@ -185,14 +187,14 @@ def write_batches(engine: Engine, source: RolloutSource, queue: PieceQueue, *, l
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """An engine and the limits of its sequences."""
+    """An engine with sequence limits."""
 
     name: str
     longest: int
-    """Tokens of the longest sequence, prompt and response."""
+    """Tokens in the longest sequence, prompt and response."""
     batching: Batching
     settings: Sequence[str]
-    """`key=value` changes of layout and precision (megatron), or of servers."""
+    """`key=value` changes to layout and precision (megatron), or to servers."""
     nproc: int | None = None
     option: str = "--set"
     """Option that `settings` come from, for messages."""
@@ -236,7 +238,7 @@ def _load_checkpoint(policy: Policy, loaded: LoadedModel, engine: MegatronEngine
     """Load a checkpoint into the live model; each process reads its own shard."""
     model = loaded.policy.model
     if read_adapter_base(policy.path) is not None and not model.lora.on:
-        # The run trains an adapter and its base has none: use the weights with the adapter merged.
+        # The run trains an adapter, and the loaded model has none: use the weights with the adapter merged.
         engine.update(_read_tensors(policy), policy.step)
         return
     load.check_weights(policy.path)

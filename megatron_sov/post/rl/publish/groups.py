@@ -164,11 +164,7 @@ class StoredRound:
         return [prompt for piece in self.pieces[:self.num_pieces] for prompt in piece.prompts.ids]
 
     def parts(self) -> list[RolloutPart] | str:
-        """Return the parts of the round, or a description of the missing ones.
-
-        Raises:
-            UserError: the store contains responses in other pieces.
-        """
+        """Return the parts of the round, or a description of the missing ones."""
         parts = self.store.parts(self.number)
         self._check_pieces(parts)
         used = [part for part in parts if part.piece < self.num_pieces]
@@ -183,9 +179,6 @@ class StoredRound:
             parts: parts of the piece, by their index among all parts of the round.
             judge: computes the advantages of groups.
             domain: prompt -> its domain.
-
-        Raises:
-            UserError: the store contains responses to other prompts, or a part is damaged.
         """
         rows, num_invalid = self._read_last_attempts(list(parts.values()))
         unjudged = Counter({INVALID: num_invalid} if num_invalid else {})
@@ -272,9 +265,6 @@ class StoredRound:
 
 def read_facts(store: RolloutStore, part: RolloutPart) -> tuple[list[RolloutFacts], list[str]]:
     """Return the rows of a part, and the problem of each row ("" without one).
-
-    Raises:
-        UserError: the part is damaged.
     """
     table = store.read_columns(part, FACT_COLUMNS)
     column = table["versions"].combine_chunks()

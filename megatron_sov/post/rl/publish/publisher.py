@@ -109,11 +109,7 @@ class Publisher:
         return ""
 
     def check_store(self) -> None:
-        """Check that the store folder is missing, empty, or a store of this model's tokenizer.
-
-        Raises:
-            UserError: it contains other files, or a store of another tokenizer.
-        """
+        """Check that the store folder is missing, empty, or a store of this model's tokenizer."""
         if self._store_exists():
             _ = self._opened_store
 
@@ -138,11 +134,7 @@ class Publisher:
     def _compare_with_previous(self, number: int) -> None:
         """Compare prompts, reward and sampling with the previous round, once per run: other prompts or
         sampling settings raise, since rounds continue their order; another reward or environment warns, since
-        a new version of this program may have changed it.
-
-        Raises:
-            UserError: prompts or sampling settings differ.
-        """
+        a new version of this program may have changed it."""
         if self._has_compared:
             return
         last = next((n for n in range(number - 1, 0, -1) if is_published(self.rounds, n)), 0)
@@ -497,15 +489,7 @@ class _Selection:
 
 
 def read_further_pieces(rounds: Path, number: int) -> int:
-    """Return the requested pieces of further prompts of a round (`policy.max_gen_batches`).
-
-    Args:
-        rounds: RUN/rounds.
-        number: of the round, from 1.
-
-    Raises:
-        UserError: the file of the request is damaged.
-    """
+    """Return the requested pieces of further prompts of a round (`policy.max_gen_batches`)."""
     file = _further_file(rounds, number)
     if not file.is_file():
         return 0

@@ -1,4 +1,4 @@
-"""Items of benchmarks are found in every disguise, and nothing else is."""
+"""Decontamination: items are found in every disguise, by their plain text."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given, strategies as st
 
-from data_prep.curate.decontamination.step import Decontaminate, DecontaminateSettings
+from data_prep.curate.decontamination.step import (
+    FIELDS, Decontaminate, DecontaminateSettings, benchmark_files, find_hits, places, read_items)
+from megatron_sov.base.documents.item_search import ItemSearch, SearchItem, to_plain_form
+from megatron_sov.base.documents.overlap import find_units
+from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import find_all_problems
-from tests.data_prep.curate.decontamination.disguises import DISGUISES, ITEMS
+from tests.data_prep.curate.decontamination.disguises import DISGUISES, ITEMS, MARKUP_DISGUISES
 from tests.data_prep.curate.pipeline.memory_view import MemoryView, docs, outcomes
 from tests.typed_words import keys_of
 
@@ -65,3 +70,64 @@ def test_settings_that_cannot_be_are_all_told(tmp_path: Path, bench: Path) -> No
     (tmp_path / "empty.jsonl").write_text("")
     (told,) = find_all_problems(DecontaminateSettings(benchmarks=(bench, tmp_path)))
     assert told.rule.endswith("empty.jsonl: has no records; each line is a JSON object")
+
+
+NAMES = ("english", "short")
+SEARCH = ItemSearch([SearchItem("bench", name, "text", ITEMS[name]) for name in NAMES], 10, 5)
+
+
+@pytest.mark.parametrize("disguise", MARKUP_DISGUISES)
+def test_an_item_is_found_at_its_place(disguise: str) -> None:
+    for name in NAMES:
+        planted = MARKUP_DISGUISES[disguise](ITEMS[name])
+        text = f"Some of it stands before.\n\n{planted}\n\nMore of it behind, &amp; <b>bold</b>."
+        found = [hit for hit in find_hits(text, SEARCH, 0) if hit.item == name]
+        assert found, planted
+        start, stop = text.index(planted), text.index(planted) + len(planted)
+        assert all(start <= hit.start < hit.stop <= stop for hit in found)
+
+
+@pytest.mark.parametrize("text", [
+    "if a < b and c > d: return {x: y for x, y in pairs}  # a_b * c",
+    r"Let $f\colon A \to B$ with \alpha < \beta and x^{2} + \frac{1}{2} \neq 0; see \cite{a} &c.",
+    "AT&T; R&D 100% of it, 50%off; C:\\new\\table\\u12", "<<<>>> &&& {{{ }}} [](x) \\", "",
+    "Zażółć gęślą jaźń",
+    "Он купил яблоки на рынке и продал их за городом", "\ud800 <b>"])
+def test_ordinary_text_has_a_plain_form_with_places(text: str) -> None:
+    assert find_hits(text, SEARCH, 0) == []
+    if (found := to_plain_form(text)) is not None:
+        assert len(found.text) == len(found.starts) == len(found.ends)
+        assert (found.starts < found.ends).all() and (found.starts >= 0).all()
+        assert (found.ends <= len(text)).all()
+
+
+@given(st.text(alphabet=st.sampled_from("aB1,. \n\u200bé\u0301한\u1112\u1161\u11abภำ字ﬁİßｶﾞ½"), max_size=30))
+def test_a_unit_stands_in_its_place(text: str) -> None:
+    found = find_units(text)
+    stretches = [(i, i + 1) for i in range(len(found.hashes))]
+    for (i, _), (start, stop) in zip(stretches, places(text, found, stretches), strict=True):
+        assert 0 <= start < stop <= len(text)
+        assert found.hashes[i] in find_units(text[start:stop]).hashes
+
+
+def test_fields_may_hold_strings_lists_objects_and_messages(tmp_path: Path) -> None:
+    records = [{"id": 3, "question": {"stem": "Why?", "choices": ["a", "b"]}},
+               {"prompt": [{"role": "user", "content": "Say it."}], "text": "  "},
+               {"task_id": "x/1", "query": "One", "text": "Two"}]
+    (tmp_path / "quiz.jsonl").write_text("\n".join(map(json.dumps, records)))
+    assert read_items([tmp_path], FIELDS) == [
+        SearchItem("quiz", "3", "question", "Why?\na\nb"), SearchItem("quiz", "line 2", "prompt", "Say it."),
+        SearchItem("quiz", "x/1", "query", "One"), SearchItem("quiz", "x/1", "text", "Two")]
+    (tmp_path / "quiz.jsonl").write_text(json.dumps(records[0]))
+    (item,) = read_items([tmp_path / "quiz.jsonl"], ["question.stem"])
+    assert item == SearchItem("quiz", "3", "question.stem", "Why?")
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no file, and no folder with \.jsonl files"):
+        benchmark_files([tmp_path])
+    (tmp_path / "quiz.jsonl").write_text('{"title": "x"}')
+    with pytest.raises(UserError, match=r"quiz.jsonl:1: has text in none of the fields question, .*title"):
+        read_items([tmp_path], FIELDS)
+    (problem,) = DecontaminateSettings(benchmarks=(tmp_path,)).problems()
+    assert problem.rule.startswith(f"{tmp_path / 'quiz.jsonl'}:1: has text in none of"), "before a run"

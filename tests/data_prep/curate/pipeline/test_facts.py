@@ -1,4 +1,4 @@
-"""An output's documents, counted: as a plain loop over them counts, however shards are cut."""
+"""Counts of documents, and their sums over parts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.curate.pipeline import facts
+from data_prep.curate.pipeline.counts import MAX_SAMPLES, Counts, sample_order
 from data_prep.curate.pipeline.facts import add_facts, facts_of_output, write_shard_facts
 
 
@@ -51,3 +52,26 @@ def test_of_very_many_values_the_largest_are_named(monkeypatch: pytest.MonkeyPat
     once = add_facts([part])
     assert once["values"]["topic"] == {"b": [1, 30], "c": [2, 20], "(others)": [5, 15]}
     assert add_facts([once, once])["values"]["topic"] == {"b": [2, 60], "c": [4, 40], "(others)": [10, 30]}
+
+
+def counted(identifiers: list[int]) -> Counts:
+    counts = Counts()
+    for i in identifiers:
+        counts.count(f"d{i}", "three" if i % 3 == 0 else "", "é" * i, "x" if i % 3 == 1 else None)
+    return counts
+
+
+def test_counts_of_parts_are_the_counts_of_the_whole() -> None:
+    whole = counted(list(range(1, 100)))
+    parts = Counts.together(counted(list(range(start, 100, 4))).to_dict() for start in (3, 1, 4, 2))
+    assert parts.to_dict() == whole.to_dict()
+    assert (whole.documents_in, whole.documents_kept, whole.documents_changed) == (99, 66, 33)
+    assert whole.bytes_in == sum(2 * i for i in range(1, 100))
+    assert whole.bytes_kept == 33 + sum(2 * i for i in range(2, 100, 3))
+    assert whole.dropped == {"three": {"documents": 33, "bytes": sum(2 * i for i in range(3, 100, 3))}}
+
+
+def test_samples_are_those_whose_identifiers_hash_lowest() -> None:
+    dropped = [{"id": f"d{i}", "reason": "three", "before": "é" * i} for i in range(3, 100, 3)]
+    lowest = sorted(dropped, key=sample_order)[:MAX_SAMPLES]
+    assert counted(list(range(1, 100))).samples == {"dropped": lowest}

@@ -69,8 +69,7 @@ class FusedAdam(torch.optim.Optimizer):
             for param in group["params"]:
                 if len(self.state[param]) == 0:
                     self.initialize_state(param, store_param_remainders=False)
-                gradient = (getattr(param, "decoupled_grad", None) if self.use_decoupled_grad
-                            else param.grad)
+                gradient = (getattr(param, "decoupled_grad", None) if self.use_decoupled_grad else param.grad)
                 if gradient is not None:
                     self._update(param, gradient, group)
 

@@ -1,0 +1,1 @@
+"""Inputs that the `rl` commands share: prompts, environments, teachers."""

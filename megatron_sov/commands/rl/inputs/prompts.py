@@ -1,0 +1,158 @@
+"""Options that name prompts or an environment, and their checks before a model is loaded."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from megatron_sov.base.documents.layouts import parse_renames
+from megatron_sov.base.errors import UserError, warn
+from megatron_sov.base.plugins.registry import PluginRequest
+from megatron_sov.base.settings import Flag, apply_changes, excludes_field, parse_nested, requires_field
+from megatron_sov.chat.vocabulary import TOKENIZER_JSON
+from megatron_sov.infer.prompts import check_length
+from megatron_sov.infer.request import Batching, BatchSize
+from megatron_sov.judge.tools.environment import LIMITS, EpisodeLimits
+from megatron_sov.judge.tools.registry import BUILT_IN, make, order
+from megatron_sov.model.config import RunConfig
+from megatron_sov.model.config.post_training import RolloutConfig
+from megatron_sov.rollouts.prompts import (
+    UNUSED_ROWS_FILE, PromptList, UnusedRows, find_shared_prompts, read_prompts)
+from megatron_sov.runs.launch_environment import is_first_rank
+
+if TYPE_CHECKING:
+    from megatron_sov.infer.engines.target import Target
+
+VALIDATION_OPTION = "--validation"
+MAX_LISTED_PROMPTS = 3
+"""Held-out prompts that a warning names."""
+ROLLOUT_SETTINGS = {"max_prompt_tokens": "max_prompt_tokens", "max_response_tokens": "max_new_tokens"}
+"""Field in `EpisodeLimits` -> setting in `rollout` with the same meaning."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How responses are sampled from prompts."""
+
+    plain: Annotated[bool, excludes_field("environment")] = False
+    """Continue each prompt without the chat template."""
+    environment: Annotated[str | None, Flag(
+        value="ENV", help=f"Play the prompts as tasks of {', '.join(BUILT_IN)}, or of your own class, "
+                          "FILE.py:NAME")] = None
+    env_set: Annotated[tuple[str, ...], Flag(value="key=value"), requires_field("environment")] = ()
+    """Setting for the environment; may be repeated."""
+    limit: Annotated[tuple[str, ...], Flag(value="key=value"), requires_field("environment")] = ()
+    """Limit for an episode, e.g. max_turns=7; may be repeated."""
+    batch_size: BatchSize = Batching.batch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """Options that name the prompts."""
+
+    prompts: Annotated[Path, Flag(value="FILE|DIR")]
+    """Rows of JSON lines, JSON, Parquet or Arrow, or a folder of `datasets`: `prompt` or `messages`, or a
+    task, and the fields that the reward needs."""
+    renames: Annotated[tuple[str, ...], Flag("--columns", "TARGET=FIELD,...")] = ()
+    """Read fields with other names, as prompt=question,answer=solution; FIELD+FIELD joins two fields by a
+    line feed."""
+
+    def read(self, *, is_asked: bool = False) -> PromptList:
+        """Read the distinct prompts.
+
+        Args:
+            is_asked: whether each row must be a prompt for a policy, see `read_prompts`.
+        """
+        return read_prompts(self.prompts, parse_renames(self.renames, ()), is_asked=is_asked)
+
+    def drop_unused(self, prompts: PromptList, unused: UnusedRows, store: Path) -> PromptList:
+        return drop_unused_prompts(f"--prompts {self.prompts}", prompts, unused, store)
+
+
+def drop_unused_prompts(source: str, prompts: PromptList, unused: UnusedRows, store: Path) -> PromptList:
+    """Return the prompts without `unused.too_long`, and print the counts for the file."""
+    if is_first_rank():
+        listed = f"; {store / UNUSED_ROWS_FILE} lists them" if unused.rows else ""
+        print(f"{source}: {unused.account.describe()}{listed}", file=sys.stderr)
+    return prompts.exclude(unused.too_long)
+
+
+def read_validation_prompts(file: Path, renames: Sequence[str], training: PromptList, *, is_asked: bool
+                            ) -> PromptList:
+    """Read the prompts in --validation that --prompts does not contain; warn about the others.
+
+    Args:
+        file: file of --validation.
+        renames: values of --columns.
+        training: prompts of --prompts.
+        is_asked: whether each row must be a prompt for a policy, see `read_prompts`.
+    """
+    prompts = read_prompts(file, parse_renames(renames, ()), VALIDATION_OPTION, is_asked=is_asked)
+    shared = find_shared_prompts(prompts, training)
+    if shared:
+        places = ", ".join(prompt.place for prompt in shared[:MAX_LISTED_PROMPTS])
+        more = ", ..." if len(shared) > MAX_LISTED_PROMPTS else ""
+        overlap = (f"{VALIDATION_OPTION} {file}: {len(shared):,} of {len(prompts):,} prompts are asked in "
+                   f"training too ({places}{more})")
+        if len(shared) == len(prompts):
+            raise UserError(f"{overlap}; give prompts that --prompts does not have")
+        if is_first_rank():
+            warn(f"{overlap}; they are left out of the validation")
+    return replace(prompts.exclude(prompt.id for prompt in shared), num_trained=len(shared))
+
+
+@dataclass(frozen=True)
+class EnvironmentRequest:
+    """A tool environment with its settings, and `EpisodeLimits`."""
+
+    order: PluginRequest
+    version: str
+    limits: EpisodeLimits
+
+
+def resolve_environment(options: SamplingOptions, config: RunConfig) -> EnvironmentRequest | None:
+    """Return the environment from --environment, or None."""
+    if options.environment is None:
+        return None
+    rollout = config.rollout
+    if rollout.budget_text:
+        raise UserError(f"--environment {options.environment}: turns of episodes have no length budget, and "
+                        f"rollout.budget_text = {rollout.budget_text!r} sets one; leave one of them out")
+    for limit in options.limit:
+        name = limit.partition("=")[0]
+        if name in ROLLOUT_SETTINGS:
+            raise UserError(f"--limit {limit}: is rollout.{ROLLOUT_SETTINGS[name]}; set it there")
+    # A turn is one response, so `rollout.max_new_tokens` bounds it.
+    max_turn_tokens = min(EpisodeLimits.max_turn_tokens, rollout.max_new_tokens)
+    from_rollout = [f"{name}={getattr(rollout, setting)}" for name, setting in ROLLOUT_SETTINGS.items()]
+    changes = [*from_rollout, f"max_turn_tokens={max_turn_tokens}", *options.limit]
+    limits = apply_changes(LIMITS["train"], changes, "--limit")
+    request = order(options.environment, parse_nested(options.env_set, "--env-set"))
+    _, version = make(request)
+    return EnvironmentRequest(request, version, limits)
+
+
+def check_sequence_length(rollout: RolloutConfig, environment: EnvironmentRequest | None, start: Target
+                          ) -> None:
+    """Check that prompt and response, or the longest turn, fit the model's context."""
+    turn = "" if environment is None else " and a turn's max_turn_tokens"
+    check_length(start, count_max_tokens(rollout, environment), f"rollout.max_prompt_tokens = "
+                 f"{rollout.max_prompt_tokens}, rollout.max_new_tokens = {rollout.max_new_tokens}{turn}",
+                 "lower them")
+
+
+def count_max_tokens(rollout: RolloutConfig, environment: EnvironmentRequest | None) -> int:
+    """Return the tokens in the longest sequence, prompt included."""
+    # Engines reserve the full length of a turn, even near the end of an episode.
+    turn_tokens = 0 if environment is None else environment.limits.max_turn_tokens
+    return rollout.max_prompt_tokens + rollout.max_new_tokens + turn_tokens
+
+
+def check_tokenizer(start_from: Path, folder: Path) -> None:
+    """Check that the start has a tokenizer."""
+    if not (folder / TOKENIZER_JSON).is_file():
+        raise UserError(f"--from {start_from}: has no tokenizer with it, and responses need one; start from "
+                        "a checkpoint or Hugging Face folder that has one")

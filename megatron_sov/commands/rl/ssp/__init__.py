@@ -1,0 +1,1 @@
+"""`megatron-sov ssp probe | fuse`, and `megatron-sov rl knowledge`."""

@@ -1,0 +1,1 @@
+"""Commands on rollout stores and tool environments: `rl reward`, `rl store`, `tools`."""

@@ -1,0 +1,65 @@
+"""Options for `megatron-sov rl store show | gc STORE`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+from megatron_sov.base.settings import Actions, DeclaredCommand, Flag, add_actions, run_action
+from megatron_sov.rollouts.prompts import parse_round_range
+
+RUN_MODULE = "megatron_sov.commands.rl.store.store_run"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreOptions:
+    """The rollout store that a command reads."""
+
+    store: Annotated[Path, Flag("STORE")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreShowOptions(StoreOptions):
+    """Print one row with its rewards."""
+
+    part: Annotated[str, Flag("PART")]
+    """Name of the part, e.g. round-0001-piece-0000."""
+    row: Annotated[int, Flag("ROW")]
+    """Row in the part, from 0."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreGcOptions(StoreOptions):
+    """Delete leftovers of killed jobs, claims on finished work, and the rewards or rounds that you name."""
+
+    version: Annotated[tuple[str, ...], Flag(value="V")] = ()
+    """Also delete the rewards with this version; may be repeated."""
+    rounds: Annotated[str | None, Flag(value="A-B")] = None
+    """Also delete these rounds with their rewards."""
+    yes: bool = False
+    """--rounds deletes nothing without it."""
+
+
+@dataclass(frozen=True)
+class StoreGcRequest:
+    """Checked input for `store_run.clean_store`."""
+
+    options: StoreGcOptions
+    rounds: range
+    """Rounds to delete, from 1; may be empty."""
+
+
+def check_gc(options: StoreGcOptions) -> StoreGcRequest:
+    rounds = range(0) if options.rounds is None else parse_round_range(options.rounds)
+    return StoreGcRequest(options, rounds)
+
+
+ACTIONS: Actions = {
+    "show": DeclaredCommand(StoreShowOptions, lambda options: options, f"{RUN_MODULE}:show_row"),
+    "gc": DeclaredCommand(StoreGcOptions, check_gc, f"{RUN_MODULE}:clean_store")}
+add_arguments = partial(add_actions, actions=ACTIONS)
+run = partial(run_action, ACTIONS)

@@ -1,0 +1,108 @@
+"""Options and checks for `megatron-sov rl train`; `rl run` shares them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from megatron_sov.base.errors import ExitCode
+from megatron_sov.base.settings import DeclaredCommand, Flag, NotNegative, ProblemCode, SettingsProblem
+from megatron_sov.commands.rl.inputs.prompts import VALIDATION_OPTION, PromptOptions, read_validation_prompts
+from megatron_sov.commands.rl.inputs.teachers import ScoringTeacherOptions, check_teachers
+from megatron_sov.commands.rl.store.reward import StoreRewardOptions
+from megatron_sov.commands.train.gate_options import (
+    TunedOptions, gate_of, is_complete, refuse_unknown_benchmarks)
+from megatron_sov.commands.train.setup.stage_options import ParsedStage, parse_stage
+from megatron_sov.model.config import RunConfig
+from megatron_sov.model.config.run import add_rounds, retain_policies
+from megatron_sov.post.rl.reward import check_reward_fields, resolve_reward_version
+from megatron_sov.rollouts.prompts import PromptList, select_round_prompts
+
+if TYPE_CHECKING:
+    from megatron_sov.train.guards.gate import EndGate
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundsOptions(TunedOptions, PromptOptions, StoreRewardOptions, ScoringTeacherOptions):
+    """Options for commands that train on rounds of rollouts."""
+
+    groups: ClassVar[tuple[str, ...]] = ("policy", "rollout", "distillation", "preference")
+    validation: Annotated[Path | None, Flag(VALIDATION_OPTION, "FILE|DIR")] = None
+    """Held-out prompts, in the form of --prompts, that `rl run` asks its policies every
+    rollout.validation_every_rounds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RlTrainOptions(RoundsOptions):
+    """Train on rounds that other jobs write and judge."""
+
+    wait: Annotated[NotNegative, Flag(value="SECONDS")] = 0.0
+    """How long to wait for a round that is not written and judged yet, before the run ends with 75
+    (default: not at all)."""
+
+    def problems(self) -> list[SettingsProblem]:
+        if self.validation is None:
+            return []
+        return [SettingsProblem(
+            ProblemCode.RULE, "validation", "needs an engine that asks the policy, and `rl train` has none",
+            self.validation, "use `rl run`, or measure its checkpoints by `megatron-sov eval passk`")]
+
+
+@dataclass(frozen=True)
+class RoundsRequest:
+    """Checked input for `train_run.train_rounds`."""
+
+    options: RoundsOptions
+    stage: ParsedStage
+    prompts: PromptList
+    """All prompts in --prompts."""
+    reward_version: str
+    gate: EndGate | None
+    """Gate for the last policy."""
+    validation_prompts: PromptList | None
+    """Prompts in --validation that training does not use; None: no validation."""
+    wait_s: float = 0.0
+    """Time limit for other jobs per round."""
+
+
+def check_train(options: RlTrainOptions) -> RoundsRequest | int:
+    """Check the options. If the run is complete, print its summary instead."""
+    if is_complete(options, "policy"):
+        return ExitCode.OK
+    return replace(check_rounds(options, complete_train_settings), wait_s=options.wait)
+
+
+TRAIN = DeclaredCommand(RlTrainOptions, check_train, "megatron_sov.commands.rl.train_run:train_rounds")
+
+
+def complete_train_settings(config: RunConfig) -> RunConfig:
+    """Add the settings that follow from the rounds, and retain the checkpoints that `rl generate` loads."""
+    return retain_policies(add_rounds(config))
+
+
+def check_rounds(options: RoundsOptions, complete: Callable[[RunConfig], RunConfig] = add_rounds, *,
+                 is_asked: bool = False) -> RoundsRequest:
+    """Check settings, prompts, reward, teachers and gate.
+
+    Args:
+        options: options of the command.
+        complete: adds the settings that follow from others.
+        is_asked: whether each row must be a prompt for a policy, see `read_prompts`.
+    """
+    prompts = options.read(is_asked=is_asked)
+    version = resolve_reward_version(options.reward, options.reward_set)
+    stage = parse_stage(options, "policy", needs_data=False, num_prompts=len(prompts), completed=complete)
+    refuse_unknown_benchmarks(stage.config)
+    first_round = select_round_prompts(prompts, stage.config.rollout, 1)
+    check_reward_fields(options.reward, options.reward_set, first_round, f"--prompts {options.prompts}")
+    check_teachers(options, stage.config.policy, options.reward, options.prompts, prompts)
+    if not options.dry_run:
+        stage = stage.with_checkpoint(options.run)
+    validation_prompts = None
+    if options.validation is not None:
+        validation_prompts = read_validation_prompts(options.validation, options.renames, prompts,
+                                                     is_asked=is_asked)
+    gate = gate_of(options, stage.config, stage.start)
+    return RoundsRequest(options, stage, prompts, version, gate, validation_prompts)
