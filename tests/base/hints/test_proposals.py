@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from tests.base.hints.test_lines import CHAT, lines
 from tests.base.hints.test_words import answer
 
 
-def propose(typed: str, check, fault: UserError) -> str:
+def propose(typed: str, check: Callable[[list[str]], None], fault: UserError) -> str:
     return str(propose_line("sov-data", typed.split(), fault, check))
 
 
