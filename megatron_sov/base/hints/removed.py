@@ -28,7 +28,7 @@ PIPELINE: dict[str, str] = _TABLES["pipeline"]
 """Format, step, or FORMAT.option or STEP.setting of a pipeline file -> what to use in its place."""
 KINDS: dict[str, str] = _TABLES["kinds"]
 """Kind of artifact -> what to use in its place."""
-FOLDERS: dict[str, str] = _TABLES["folders"]
+FOLDERS: dict[str, tuple[str, str]] = _TABLES["folders"]
 """File that a folder of a removed command holds -> what made the folder, and what to use in its place."""
 
 

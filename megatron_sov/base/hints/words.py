@@ -532,8 +532,8 @@ def _answer(parser: argparse.ArgumentParser, made: _Rewrite) -> UserError:
     missing = [f"{action.option_strings[0]} {placeholder(action)}" for action in parser._actions
                if action.required and action.option_strings and not set(action.option_strings) & set(written)]
     if missing:
-        names = " and ".join(text.partition(" ")[0] for text in missing)
-        made.said.append(f"{names} {'is' if len(missing) == 1 else 'are'} missing")
+        lacking = " and ".join(text.partition(" ")[0] for text in missing)
+        made.said.append(f"{lacking} {'is' if len(missing) == 1 else 'are'} missing")
     first = list(made.first)
     free, others = split_words(parser, words)
     if made.named and free and len(made.named) + len(free) == len(made.positionals):
