@@ -28,7 +28,8 @@ from pathlib import Path
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import ModelConfig, RunConfig, apply_settings
-from megatron_sov.plan.footprint.states import StageBuffers, StatePlace, States
+from megatron_sov.model.process_memory import StatePlace, States
+from megatron_sov.plan.footprint.states import StageBuffers
 
 DOUBLE = Path(__file__).parents[1] / "tests" / "te_double"
 PATTERNS = ("*router.weight", "embedding.*", "decoder.layers.0.*", "*experts.linear_fc2.weight",

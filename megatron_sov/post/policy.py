@@ -36,13 +36,13 @@ from megatron_sov.train.objectives.microbatch import MicroBatch
 from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, per_source, with_denominators
 
 REWARD, RESPONSE_TOKENS, GROUPS_LEARNING = "reward", "response_tokens", "groups_learning"
-"""Meters of a round, shown with each of its steps."""
+"""Meters of a round, shown with each step."""
 REVERSE_KL = "reverse_kl"
 """Meter: KL(student || teacher), in nats per token."""
 MAX_LOG_RATIO = 20.0
-"""Bound of log-probability ratios, in nats, as in verl's losses."""
+"""Bound for log-probability ratios, in nats, as in verl's losses."""
 POLICY, KL = "policy", "kl"
-"""Terms of the loss."""
+"""Names of loss terms."""
 ADVANTAGE, BEHAVIOUR, OLD, REFERENCE, TEACHER = (
     "advantage", "behaviour_logprobs", "old_logprobs", "reference_logprobs", "teacher_logprobs")
 """Columns: the advantage of the response; log p(label) by the engine that generated it; by the trainer before
@@ -55,7 +55,7 @@ Columns = Mapping[str, torch.Tensor]
 LabelLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(ratios, log-probabilities, advantages), each [T], -> losses [T]."""
 Measured = dict[str, tuple[torch.Tensor, torch.Tensor]]
-"""Meter -> sum and count over the labels of a row."""
+"""Meter -> sum and count over a row's labels."""
 
 
 class PolicyLoss:
@@ -68,8 +68,8 @@ class PolicyLoss:
         self.coefficients = {POLICY: 1.0}
         if self._parts.kl != "none" and self._parts.kl_coeff > 0:
             self.coefficients[KL] = self._parts.kl_coeff
-        # Ratios never use the log-probabilities of the engine. A clip as narrow as GSPO's would mistake the
-        # engine's rounding for a policy step and drop responses below the mean of their group.
+        # Ratios never use the engine's log-probabilities. A clip as narrow as GSPO's would mistake the
+        # engine's rounding for a policy step and drop responses below the group mean.
         self.columns = (ADVANTAGE, BEHAVIOUR, OLD, *([REFERENCE] if KL in self.coefficients else []),
                         *([TEACHER] if self._parts.opd_coeff else []))
         self._masks = policy.correction.endswith("mask") or policy.geo_bounds is not None
@@ -79,7 +79,8 @@ class PolicyLoss:
                        *([REVERSE_KL] if self._parts.opd_coeff else []))
 
     def denominators(self, responses: ResponseSpans) -> dict[str, float]:
-        """Return the share of `responses` (on the host) in the denominator of each term.
+        """Return the share of `responses` (on the host) in each term's denominator. Masked labels count, as
+        in IcePop and TRL; otherwise the remaining labels would weigh more.
 
         Masked labels count, as in IcePop and TRL; otherwise the remaining labels would weigh more.
         """
@@ -89,17 +90,17 @@ class PolicyLoss:
 
     def terms(self, logprobs: torch.Tensor, columns: Columns,
               responses: ResponseSpans) -> tuple[dict[str, torch.Tensor], Measured]:
-        """Return the sum of each term over the row, and sum and count of each meter.
+        """Return each term's sum over the row, and each meter's sum and count.
 
         Args:
             logprobs: [T] of the policy, differentiable; any value for labels that are not learned.
             columns: column name -> [T].
             responses: the learned labels.
         """
-        # The first step of a round runs at the weights that began it, so its ratios are 1.
+        # The first step in a round runs at the weights that began the round, so the ratios are 1.
         old = columns[OLD].double()
         columns = {**columns, OLD: torch.where(old.isnan(), logprobs.detach().double(), old)}
-        # The engine's error has a factor of its own and never enters the ratio of the policy.
+        # The engine's error has a separate factor and never enters the policy's ratio.
         factors = compute_engine_correction(columns[OLD], columns[BEHAVIOUR], responses, self._policy)
         is_learned = responses.index < len(responses)
         # `where` instead of a product: labels that are not learned may have log p = -inf.
@@ -107,9 +108,8 @@ class PolicyLoss:
         numbers = {name: torch.where(is_learned, columns[name].double(), 0.0) for name in self.columns}
         ratio = importance_ratios(logprobs, numbers[OLD], responses, self._parts.ratio)
         if self._parts.opd_coeff:
-            # log p of the student is taken before the step, at the weights that its tokens were sampled from.
-            # The advantage then has no gradient, and advantage * grad log p is the gradient of the reverse
-            # KL.
+            # log p of the student is taken before the step, at the weights that sampled the tokens. The
+            # advantage then has no gradient, and advantage * grad log p is the gradient of the reverse KL.
             numbers[ADVANTAGE] = numbers[ADVANTAGE] + self._parts.opd_coeff * (
                 numbers[TEACHER] - numbers[OLD])
         losses = self._loss(ratio, logprobs, numbers[ADVANTAGE]) * factors
@@ -118,7 +118,7 @@ class PolicyLoss:
         if KL in self.coefficients:
             reference = numbers[REFERENCE]
             if self._parts.kl == "sequence":
-                # Without label weights: the denominator of this term counts responses.
+                # Without label weights: the term's denominator counts responses.
                 terms[KL] = sequence_kl(logprobs, reference, responses).sum()
             else:
                 if self._parts.kl == "k1":
@@ -131,7 +131,7 @@ class PolicyLoss:
 
     def _token_meters(self, ratio: torch.Tensor, logprobs: torch.Tensor, numbers: Columns,
                       factors: torch.Tensor) -> Columns:
-        """Return each meter for each label, masked labels included: a mask must not hide its own cause."""
+        """Return each meter per label, masked labels included: a mask must not hide its own cause."""
         old, behaviour = numbers[OLD], numbers[BEHAVIOUR]
         meters = {"ratio": ratio, "clip_share": find_clipped_tokens(ratio, numbers[ADVANTAGE], self._parts),
                   "entropy_estimate": -logprobs, "engine_gap": old - behaviour,
@@ -177,7 +177,7 @@ def k3(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 def sequence_kl(logprobs: torch.Tensor, reference: torch.Tensor, responses: ResponseSpans) -> torch.Tensor:
-    """Return log p - log q of whole responses, [R] float64, with the score-function gradient."""
+    """Return log p - log q for whole responses, [R] float64, with the score-function gradient."""
     return _score_gradient(responses.sum_labels(logprobs) - responses.sum_labels(reference))
 
 
@@ -189,7 +189,7 @@ def _score_gradient(log_ratios: torch.Tensor) -> torch.Tensor:
 
 def importance_ratios(logprobs: torch.Tensor, old: torch.Tensor, responses: ResponseSpans, kind: Ratio
                       ) -> torch.Tensor:
-    """Return the importance ratio of each label, [T] float64; 1 for labels that are not learned.
+    """Return the importance ratio per label, [T] float64; 1 for labels that are not learned.
 
     Args:
         logprobs: [T] of the policy, differentiable.
@@ -207,14 +207,14 @@ def importance_ratios(logprobs: torch.Tensor, old: torch.Tensor, responses: Resp
 
 
 def compute_label_weights(responses: ResponseSpans, kind: Aggregation) -> torch.Tensor:
-    """Return the weight of each label in the sum, [T] float64; 0 for labels that are not learned."""
+    """Return the weight per label, [T] float64; 0 for labels that are not learned."""
     if kind == "sequence":
         return responses.spread_to_labels(1 / responses.lengths.clamp(min=1))
     return responses.spread_to_labels(torch.ones_like(responses.lengths))
 
 
 def count_denominator(responses: ResponseSpans, kind: Aggregation, max_new_tokens: int) -> float:
-    """Return the share of these responses in the denominator of the step.
+    """Return the share of `responses` in the step's denominator.
 
     Args:
         responses: on the host.
@@ -231,7 +231,7 @@ def count_denominator(responses: ResponseSpans, kind: Aggregation, max_new_token
 
 def compute_surrogate(ratios: torch.Tensor, logprobs: torch.Tensor, advantages: torch.Tensor,
                       parts: PolicyParts) -> torch.Tensor:
-    """Return the surrogate objective of each label, [T] float64, to be maximised.
+    """Return the surrogate objective per label, [T] float64, to be maximized.
 
     At ratios of 1 the gradient of each kind is that of REINFORCE: advantage * grad log p.
 
@@ -257,7 +257,7 @@ def compute_surrogate(ratios: torch.Tensor, logprobs: torch.Tensor, advantages: 
 
 def surrogate_loss(ratios: torch.Tensor, logprobs: torch.Tensor, advantages: torch.Tensor,
                    parts: PolicyParts) -> torch.Tensor:
-    """Return the negative surrogate of each label, [T] float64."""
+    """Return the negative surrogate per label, [T] float64."""
     return -compute_surrogate(ratios, logprobs, advantages, parts)
 
 
@@ -269,13 +269,13 @@ def find_clipped_tokens(ratios: torch.Tensor, advantages: torch.Tensor, parts: P
         return above
     if parts.clip == "none":
         return torch.zeros_like(above)
-    # The bound acts on the side that the advantage pushes to.
+    # The bound acts on the side to which the advantage pushes.
     return (above & (advantages > 0)) | ((ratios < 1 - parts.clip_low) & (advantages < 0))
 
 
 def compute_engine_correction(old: torch.Tensor, behaviour: torch.Tensor, responses: ResponseSpans,
                       policy: PolicyConfig) -> torch.Tensor:
-    """Return the factor that corrects each label's loss for the engine, [T] float64; 0 for masked labels.
+    """Return the factor that corrects the loss for the engine, [T] float64; 0 for masked labels.
 
     Args:
         old: [T] log p by the trainer.
@@ -287,7 +287,7 @@ def compute_engine_correction(old: torch.Tensor, behaviour: torch.Tensor, respon
             speed kills stability", Liu et al. 2025; `seq_mean_k1` in verl).
     """
     is_learned = responses.index < len(responses)
-    # Labels that are not learned get a ratio of 1, whatever their columns hold.
+    # Labels that are not learned get a ratio of 1, whatever `old` and `behaviour` contain.
     log_ratios = torch.where(is_learned, old.double() - behaviour.double(), 0.0)
     accepted = torch.ones_like(log_ratios)
     if bounds := policy.geo_bounds:
@@ -322,16 +322,16 @@ class PolicyLearning(DataObjective):
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
-        asked, rollout = context.config.policy, context.config.rollout
-        self._rollout, self._parts = rollout, asked.parts
+        policy, rollout = context.config.policy, context.config.rollout
+        self._rollout, self._parts = rollout, policy.parts
         self._temperature, self._loss = rollout.temperature, PolicyLoss(
-            asked, rollout.max_new_tokens, self.policy_loss)
+            policy, rollout.max_new_tokens, self.policy_loss)
         self.meters = self._loss.meters
         if self._parts.opd_coeff:
             self.headline = (Meter(REVERSE_KL, "KL to the teacher", "nats", "lower"), *self.headline)
         self.coefficients = dict(self._loss.coefficients)
-        if asked.has_text:
-            self.coefficients[KNOWLEDGE] = asked.parts.knowledge_coeff
+        if policy.has_text:
+            self.coefficients[KNOWLEDGE] = policy.parts.knowledge_coeff
         self.coefficients |= self._mtp_coefficient
         self._config = context.config
 
@@ -342,7 +342,7 @@ class PolicyLearning(DataObjective):
 
     def policy_loss(self, ratio: torch.Tensor, logprobs: torch.Tensor, advantage: torch.Tensor
                     ) -> torch.Tensor:
-        """Return the loss of each response token, [T] float64.
+        """Return the loss per response token, [T] float64.
 
         Args:
             ratio: [T] importance ratio of the policy to the weights that began the round, differentiable.
@@ -352,7 +352,7 @@ class PolicyLearning(DataObjective):
         return surrogate_loss(ratio, logprobs, advantage, self._parts)
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
-        """Count the denominators of the global batch, then share prompts inside each micro-batch."""
+        """Count the denominators in the global batch, then share prompts inside each micro-batch."""
         hosts = [m.host for m in batch.micro_batches]
         counts = [self._loss.denominators(find_responses(m)) for m in hosts]
         # Counted before the first forward pass, so that the mean does not depend on the split into micro-
@@ -364,9 +364,9 @@ class PolicyLearning(DataObjective):
         return share_prompts(with_denominators(batch, targets | self._mtp_targets(hosts)), self._config)
 
     def doubt(self, step: int, meters: Mapping[str, float]) -> str:
-        """Return a warning if the first step of a round clips labels, or if the engine samples from another
+        """Return a warning if the first step in a round clips labels, or if the engine samples from another
         model; see `train.objectives.objective.get_doubt`."""
-        # Later steps of a round have moved the policy and may be clipped for good reasons.
+        # Later steps have moved the policy and may clip for good reasons.
         is_first = (step - 1) % self._rollout.steps_per_round == 0
         if is_first and (share := meters.get("clip_share", 0.0)) > MAX_CLIP_SHARE:
             return (f"{share:.0%} of the tokens are clipped in a round's first step, whose ratios are 1 but "
@@ -380,7 +380,7 @@ class PolicyLearning(DataObjective):
         return ""
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
-        """Return the summed losses of the responses and the text of a micro-batch."""
+        """Return the summed losses over responses and text in a micro-batch."""
         # The head is applied to learned labels only: most labels belong to prompts.
         needed = find_learned_labels(batch.host) if KNOWLEDGE in self.coefficients else batch.host.weights > 0
         logprobs = head.logprobs(hidden[0], batch.labels, self._temperature, needed)
@@ -397,8 +397,8 @@ class PolicyLearning(DataObjective):
 
     def _text_loss(self, hidden: torch.Tensor, head: Head, batch: MicroBatch,
                    losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the summed cross-entropy of text labels at temperature 1, and `losses` [T] with these labels
-        filled in. Most micro-batches have no text and skip the second pass through the head."""
+        """Return the summed cross-entropy over text labels at temperature 1, and `losses` [T] with these
+        labels filled in. Micro-batches without text skip the second pass through the head."""
         if not bool((_is_text(batch.host) & (batch.host.weights > 0)).any()):
             return losses.new_zeros(()), losses
         is_text = _is_text(batch)
@@ -411,8 +411,8 @@ def _is_text(batch: MicroBatch) -> torch.Tensor:
 
 
 def has_other_gradients(config: RunConfig) -> bool:
-    """Return whether a step whose advantages are all 0 still has gradients: from a divergence, a teacher,
-    preferences, multi-token prediction, expert balancing, or a custom loss."""
+    """Return whether a step with advantages 0 still has gradients: from a divergence, a teacher, preferences,
+    multi-token prediction, expert balancing, or a custom loss."""
     model, parts = config.model, config.policy.parts
     balances = model.num_moe_layers() and (model.seq_aux_loss_coeff or model.router_bias_update_rate)
     return (config.objective.name != "policy" or not config.policy.learns_from_rewards
@@ -422,7 +422,7 @@ def has_other_gradients(config: RunConfig) -> bool:
 
 @dataclass(frozen=True)
 class PolicyObjective:
-    """Factory of the objective, with the data that it needs."""
+    """Factory for the objective, with the required data."""
 
     formats: tuple[str, ...]
     """See `train.objectives.objective.get_formats`."""
@@ -451,7 +451,7 @@ def open_text_sources(config: RunConfig) -> tuple[Source, ...]:
     policy = config.policy
     sources = open_sources(config.data.paths, config.model.vocab_size,
                            TEXTS if policy.has_text or policy.learns_distributions else (TEXT_FORMAT,))
-    # gkd learns the same labels as `distill`: assistant turns of chats.
+    # gkd learns the same labels as `distill`: assistant turns in chats.
     return tuple(sources if policy.learns_distributions else map(view_as_text, sources))
 
 
@@ -460,11 +460,11 @@ def check_sources(config: RunConfig, sources: list[Source]) -> None:
     if [source.name for source in sources].count(ROUNDS_SOURCE) > 1:
         raise UserError(f"--data: has a source {ROUNDS_SOURCE!r}, as the run's own rounds are called; pack "
                         "it under another name")
-    policy, there = config.policy, [source for source in sources if source.share > 0 and source.num_tokens[
+    policy, used = config.policy, [source for source in sources if source.share > 0 and source.num_tokens[
         "train"]]
-    if policy.on_policy_share < 1 and not there:
+    if policy.on_policy_share < 1 and not used:
         raise UserError(f"policy.on_policy_share = {policy.on_policy_share:g}: the other rounds learn from "
                         "data; add --data, or set it to 1")
-    if policy.has_text and not any(source.format == TEXT_FORMAT for source in there):
+    if policy.has_text and not any(source.format == TEXT_FORMAT for source in used):
         raise UserError(f"policy.knowledge_coeff = {config.policy.parts.knowledge_coeff} needs text; add "
                         "--data with packed text to train on, or set it to 0")

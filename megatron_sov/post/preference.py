@@ -46,17 +46,17 @@ from megatron_sov.train.objectives.microbatch import MicroBatch
 from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, per_source, with_denominators
 
 PREFERENCE, CHOSEN = "preference", "chosen"
-"""Terms of the loss: preferences, and cross-entropy of chosen responses."""
+"""Loss terms: preferences, and cross-entropy on chosen responses."""
 PAIRS_RIGHT, MARGIN, CHOSEN_LIKELIER = "pairs_right", "margin", "chosen_likelier"
-"""Meters of pairs, see `pair_meters` and `measure_pairs`."""
+"""Meters for pairs, see `compute_pair_meters` and `measure_pairs`."""
 HELDOUT_PAIRS = "heldout_pairs"
-"""Event with the meters of a source's held-out pairs."""
+"""Event with the meters for a source's held-out pairs."""
 MAX_PAIRS = 2048
-"""Limit of the measured held-out pairs of a source."""
+"""Limit for measured held-out pairs per source."""
 LogprobsOf = Callable[[Documents, range], np.ndarray]
-"""(documents, indices) -> log-probabilities of their tokens, see `document_logprobs`."""
+"""(documents, indices) -> log-probabilities of their tokens, see `score_documents`."""
 ReferenceOf = Callable[[Source], np.ndarray | None]
-"""Source -> log-probabilities of its `heldout_documents` by the reference; None if unknown."""
+"""Source -> reference log-probabilities for `find_heldout_documents`; None if unknown."""
 MADE_BY = "`sov-data unpaired`, and then `sov-data pack --format preference --column desirable`,"
 
 
@@ -69,7 +69,7 @@ def dpo(margins: torch.Tensor, beta: float, label_smoothing: float = 0.0) -> tor
         beta: strength of the reference.
         label_smoothing: share of pairs with the wrong order.
     """
-    # logsigmoid instead of log(sigmoid): large margins of long responses would round to log 0.
+    # logsigmoid instead of log(sigmoid): large margins between long responses would round to log 0.
     return (-(1 - label_smoothing) * logsigmoid(beta * margins)
             - label_smoothing * logsigmoid(-beta * margins))
 
@@ -97,7 +97,7 @@ def kto(ratios: torch.Tensor, desirable: torch.Tensor, distance: float, beta: fl
         desirable_weight: weight of good responses.
         undesirable_weight: weight of bad responses.
     """
-    # The distance is a constant of the step: only the ratios have a gradient.
+    # The distance is constant within a step: only the ratios have a gradient.
     scaled = beta * (ratios - distance)
     return torch.where(desirable, desirable_weight * (1 - scaled.sigmoid()),
                        undesirable_weight * (1 - (-scaled).sigmoid()))
@@ -142,7 +142,7 @@ def orpo(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
 
 def _log_odds(means: torch.Tensor) -> torch.Tensor:
     """Return log(p / (1 - p)) for p = exp(means), finite if p rounds to 1."""
-    # Above one half expm1 keeps the digits of 1 - p, below it log1p does.
+    # Above one half expm1 keeps the digits of 1 - p, below one half log1p does.
     certain = means.clamp(max=-2.0**-40)
     return certain - torch.where(certain > -math.log(2), (-certain.expm1()).log(), (-certain.exp()).log1p())
 
@@ -159,7 +159,7 @@ def grouper(means: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
 
 def compare_values(asked: PreferenceConfig, sums: torch.Tensor, lengths: torch.Tensor,
                     reference_sums: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the value by which a method compares each response, [2 P] float64, without its strength.
+    """Return the value by which a method compares each response, [2 P] float64, without `beta`.
 
     Args:
         asked: the settings of the method.
@@ -168,7 +168,7 @@ def compare_values(asked: PreferenceConfig, sums: torch.Tensor, lengths: torch.T
         reference_sums: [2 P] log-probabilities by the reference; None: the method has no reference.
     """
     ratios = sums if reference_sums is None else sums - reference_sums
-    # DPO compares whole responses, all other methods means over tokens.
+    # DPO compares whole responses, other methods means over tokens.
     return ratios if asked.method == "dpo" else ratios / lengths.clamp(min=1)
 
 
@@ -180,7 +180,7 @@ def compute_pair_meters(asked: PreferenceConfig, values: torch.Tensor) -> dict[s
 
     Args:
         asked: the method and its strength.
-        values: [2 P] from `compared_values`.
+        values: [2 P] from `compare_values`.
     """
     strength = 1.0 if asked.method in ("simper", "orpo") else asked.effective_beta
     rewards = strength * values
@@ -189,7 +189,7 @@ def compute_pair_meters(asked: PreferenceConfig, values: torch.Tensor) -> dict[s
 
 
 def find_heldout_documents(source: Source) -> range:
-    """Return the measured held-out documents of a source, chosen and rejected alternating."""
+    """Return a source's measured held-out documents, chosen and rejected alternating."""
     if not source.num_tokens.get("heldout"):
         return range(0)
     return range(min(len(source.open_split("heldout").lengths), 2 * MAX_PAIRS))
@@ -202,7 +202,7 @@ def measure_heldout_pairs(view: GateView, sources: Sequence[Source], reference_o
     Args:
         view: the run.
         sources: preferences.
-        reference_of: see `ReferenceOf`; if it returns None, `pair_meters` are left out. None: the method has
+        reference_of: see `ReferenceOf`; if it returns None, pair meters are left out. None: the method has
             no reference.
     """
     seq_len, size = view.config.data.max_seq_len(), view.config.train.micro_batch_size
@@ -210,16 +210,16 @@ def measure_heldout_pairs(view: GateView, sources: Sequence[Source], reference_o
     def logprobs_of(documents: Documents, chosen: range) -> np.ndarray:
         return score_documents(view, documents, chosen, seq_len, size)
 
-    figures_of_source = measure_pairs(sources, logprobs_of, seq_len, view.config.preference, reference_of)
-    for name, figures in figures_of_source.items():
+    source_figures = measure_pairs(sources, logprobs_of, seq_len, view.config.preference, reference_of)
+    for name, figures in source_figures.items():
         view.events.write(HELDOUT_PAIRS, step=view.step, source=name, **figures)
-    return figures_of_source
+    return source_figures
 
 
 def measure_pairs(sources: Sequence[Source], logprobs_of: LogprobsOf, seq_len: int,
                   asked: PreferenceConfig | None = None,
                   reference_of: ReferenceOf | None = None) -> dict[str, dict[str, Any]]:
-    """Measure the held-out pairs of each source.
+    """Measure the held-out pairs in each source.
 
     Args:
         sources: preferences.
@@ -230,10 +230,10 @@ def measure_pairs(sources: Sequence[Source], logprobs_of: LogprobsOf, seq_len: i
 
     Returns:
         Source -> `pairs`; `chosen_likelier`, the share of pairs whose chosen response has the greater
-        log-probability per token; with `asked` the means of `pair_meters`. Ties count half. Pairs with a
-        response that begins after `seq_len` tokens are left out.
+        log-probability per token; with `asked` the means of `compute_pair_meters`. Ties count half. Pairs
+        with a response that begins after `seq_len` tokens are left out.
     """
-    figures_of_source = {}
+    source_figures = {}
     for source in sources:
         chosen = find_heldout_documents(source)
         if not chosen:
@@ -241,11 +241,11 @@ def measure_pairs(sources: Sequence[Source], logprobs_of: LogprobsOf, seq_len: i
         documents = source.open_split("heldout")
         learned = [_learned_tokens(documents, document, seq_len) for document in chosen]
         lengths = torch.tensor([float(mask.sum()) for mask in learned], dtype=torch.float64)
-        # Documents of a pair are neighbours, the chosen response first.
-        whole = (lengths.reshape(-1, 2) > 0).all(dim=1)
-        if not whole.any():
+        # A pair's documents are neighbours, the chosen response first.
+        is_complete = (lengths.reshape(-1, 2) > 0).all(dim=1)
+        if not is_complete.any():
             continue
-        both = whole.repeat_interleave(2)
+        both = is_complete.repeat_interleave(2)
         sums, lengths = _learned_sums(logprobs_of(documents, chosen), learned)[both], lengths[both]
         means = sums / lengths
         figures = {CHOSEN_LIKELIER: _share_above(means[0::2] - means[1::2])}
@@ -254,8 +254,8 @@ def measure_pairs(sources: Sequence[Source], logprobs_of: LogprobsOf, seq_len: i
             reference_sums = None if numbers is None else _learned_sums(numbers, learned)[both]
             meters = compute_pair_meters(asked, compare_values(asked, sums, lengths, reference_sums))
             figures |= {name: float(values.mean()) for name, values in meters.items()}
-        figures_of_source[source.name] = {"pairs": int(whole.sum()), **figures}
-    return figures_of_source
+        source_figures[source.name] = {"pairs": int(is_complete.sum()), **figures}
+    return source_figures
 
 
 def _share_above(differences: torch.Tensor) -> float:
@@ -264,17 +264,17 @@ def _share_above(differences: torch.Tensor) -> float:
 
 
 def _learned_tokens(documents: Documents, document: int, seq_len: int) -> np.ndarray:
-    """Return the learned tokens of a document up to `seq_len`, [tokens] bool."""
+    """Return the learned tokens in a document up to `seq_len`, [tokens] bool."""
     length = int(documents.lengths[document])
     learned: np.ndarray = ((documents.types(document, 0, length) == TYPE_RESPONSE)
                            & (documents.loss_weights(document, 0, length) > 0))
-    # The first token is not a label; tokens after the last label of a sample have no number.
+    # The first token is not a label; tokens after a sample's last label have no number.
     learned[:1] = learned[seq_len + 1:] = False
     return learned
 
 
 def _learned_sums(logprobs: np.ndarray, learned: Sequence[np.ndarray]) -> torch.Tensor:
-    """Return the sum of the learned log-probabilities of each document, [documents] float64.
+    """Return the sum of learned log-probabilities per document, [documents] float64.
 
     Args:
         logprobs: [tokens of all documents].
@@ -309,7 +309,7 @@ class PairLearning(DataObjective):
         self.coefficients |= self._mtp_coefficient
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
-        """Count the pairs and the chosen tokens of the global batch."""
+        """Count pairs and chosen tokens in the global batch."""
         hosts = [m.host for m in batch.micro_batches]
         responses = [find_responses(m) for m in hosts]
         targets = {PREFERENCE: sum(float(r.select_pairs().sum()) for r in responses)}
@@ -320,19 +320,19 @@ class PairLearning(DataObjective):
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
         responses = find_responses(batch)
-        # One pass of the head serves the preference, the cross-entropy and the logged losses.
+        # One pass through the head serves the preference, the cross-entropy and the logged losses.
         logprobs = head.logprobs(hidden[0], batch.labels)
         sums = responses.sum_labels(logprobs)
         losses, compared = self._compute_losses(sums, batch, responses)
-        whole = responses.select_pairs()
-        terms = self._compute_terms((losses * whole).sum(), logprobs, hidden, head,
+        complete = responses.select_pairs()
+        terms = self._compute_terms((losses * complete).sum(), logprobs, hidden, head,
                             self._cross_entropy_batch(batch, responses))
         # Truncated pairs have numbers too; `whole` removes them from every sum.
         meters, means = compute_pair_meters(self._asked,
                                             compared.detach()), responses.average_labels(logprobs.detach())
         values = (meters[PAIRS_RIGHT], meters[MARGIN], means[0::2], means[1::2])
         return LossSums(terms, _logged_losses(logprobs, batch, find_learned_labels(batch), self._num_sources),
-                        meters={name: ((value * whole).sum(), whole.sum())
+                        meters={name: ((value * complete).sum(), complete.sum())
                                 for name, value in zip(self.meters, values, strict=True)})
 
     def _cross_entropy_batch(self, batch: MicroBatch, responses: ResponseSpans) -> MicroBatch:
@@ -341,7 +341,7 @@ class PairLearning(DataObjective):
     def _compute_terms(self, loss: torch.Tensor, logprobs: torch.Tensor, hidden: list[torch.Tensor],
                        head: Head,
                chosen: MicroBatch) -> dict[str, torch.Tensor]:
-        """Return the terms of a micro-batch: its preference `loss`, and cross-entropy on `chosen`."""
+        """Return the terms for a micro-batch: the preference `loss`, and cross-entropy on `chosen`."""
         terms = {PREFERENCE: loss}
         if CHOSEN in self.coefficients:
             # `where` instead of a product: labels that are not learned may have log p = -inf.
@@ -350,21 +350,22 @@ class PairLearning(DataObjective):
 
     def _compute_losses(self, sums: torch.Tensor, batch: MicroBatch,
                 responses: ResponseSpans) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the losses of the pairs [P], and `compared_values` [2 P].
+        """Return the losses [P] and `compare_values` [2 P] for the pairs.
 
         Args:
             sums: [2 P] log-probabilities of chosen and rejected responses, alternating.
             batch: the micro-batch.
             responses: the learned labels.
         """
-        asked = self._asked
-        means = compare_values(asked, sums, responses.lengths)
+        preference = self._asked
+        means = compare_values(preference, sums, responses.lengths)
         chosen, rejected = means[0::2], means[1::2]
-        if asked.method == "simper":
+        if preference.method == "simper":
             return simper(chosen, rejected), means
-        if asked.method == "orpo":
+        if preference.method == "orpo":
             return orpo(chosen, rejected), means
-        return simpo(chosen, rejected, asked.effective_beta, asked.simpo_gamma, asked.label_smoothing), means
+        return simpo(chosen, rejected, preference.effective_beta, preference.simpo_gamma,
+                     preference.label_smoothing), means
 
 
 class PairLearningWithReference(PairLearning):
@@ -381,7 +382,7 @@ class PairLearningWithReference(PairLearning):
 
     def _reference_sums(self, sums: torch.Tensor, batch: MicroBatch, responses: ResponseSpans
                         ) -> torch.Tensor:
-        """Return the log-probabilities of the responses by the reference, [2 P]; `sums` are the policy's."""
+        """Return the reference log-probabilities of the responses, [2 P]; `sums` are the policy's."""
         return responses.sum_labels(batch.columns[reference.COLUMN])
 
     def pair_loss(self, margins: torch.Tensor) -> torch.Tensor:
@@ -391,10 +392,10 @@ class PairLearningWithReference(PairLearning):
             margins: [P] log ratio of policy to reference of the chosen response, minus that of the rejected
                 response: sums with method dpo, otherwise means over tokens.
         """
-        asked = self._asked
-        if asked.method == "ipo":
-            return ipo(margins, asked.effective_beta)
-        return dpo(margins, asked.effective_beta, asked.label_smoothing)
+        preference = self._asked
+        if preference.method == "ipo":
+            return ipo(margins, preference.effective_beta)
+        return dpo(margins, preference.effective_beta, preference.label_smoothing)
 
 
 class GroupLearning(DataObjective):
@@ -415,10 +416,10 @@ class GroupLearning(DataObjective):
         self.coefficients = {PREFERENCE: 1.0} | self._mtp_coefficient
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
-        """Count the groups of the global batch; a group that is split over batches counts in each by its
+        """Count the groups in the global batch; a group split over batches counts in each batch by its
         share."""
         hosts = [m.host for m in batch.micro_batches]
-        # Shares of a group add up to 1 over all batches.
+        # A group's shares add up to 1 over all batches.
         groups = sum(float(find_responses(m).average_labels(m.columns[GROUP_SHARE]).sum()) for m in hosts)
         learning = [_restrict_weights(m, find_learned_labels(m)) for m in hosts]
         return with_denominators(batch, {PREFERENCE: groups} | self._mtp_targets(learning))
@@ -447,13 +448,13 @@ def select_objective(config: RunConfig) -> type[PairLearning | GroupLearning | U
 
 
 def _restrict_weights(batch: MicroBatch, labels: torch.Tensor) -> MicroBatch:
-    """Set the weights of all labels outside `labels` [T] bool to 0."""
+    """Set the weights outside `labels` [T] bool to 0."""
     return dataclasses.replace(batch, weights=batch.weights * labels)
 
 
 def _logged_losses(logprobs: torch.Tensor, batch: MicroBatch, counted: torch.Tensor,
                    num_sources: int) -> torch.Tensor:
-    """Return the cross-entropy of `counted` labels [T] bool for each source, see `per_source`."""
+    """Return the cross-entropy on `counted` labels [T] bool per source, see `per_source`."""
     return per_source((-logprobs.detach()).where(counted, 0.0), counted.to(batch.weights.dtype),
                       batch.sources, num_sources)
 
@@ -471,42 +472,44 @@ class UnpairedLearning(PairLearning):
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
         self._distance = 0.0
-        """z_0 of the current step."""
+        """z_0 in the current step."""
 
     def collect(self, policy: object, step: int) -> GlobalBatch:
-        """Return the next batch of the data order, and compute z_0, which all losses of the step use."""
+        """Return the next batch in the data order, and compute z_0, which all losses in the step use."""
         batch = super().collect(policy, step)
         self._distance = _estimate_distance(policy, batch)
         return batch
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
-        asked, responses = self._asked, find_responses(batch)
+        preference, responses = self._asked, find_responses(batch)
         logprobs = head.logprobs(hidden[0], batch.labels)
         # Even documents are the judged responses; odd documents are mismatched, for `_estimate_distance`.
         ratios = _log_ratios(responses, logprobs, batch)[0::2]
-        desirable, whole = _is_desirable(responses, batch), responses.select_pairs()
-        losses = kto(ratios, desirable, self._distance, beta=asked.effective_beta,
-                     desirable_weight=asked.desirable_weight, undesirable_weight=asked.undesirable_weight)
-        terms = self._compute_terms((losses * whole).sum(), logprobs, hidden, head,
+        desirable, complete = _is_desirable(responses, batch), responses.select_pairs()
+        losses = kto(ratios, desirable, self._distance, beta=preference.effective_beta,
+                     desirable_weight=preference.desirable_weight,
+                     undesirable_weight=preference.undesirable_weight)
+        terms = self._compute_terms((losses * complete).sum(), logprobs, hidden, head,
                             self._cross_entropy_batch(batch, responses))
-        rewards, sides = asked.effective_beta * ratios.detach(), (desirable.double(), (~desirable).double())
-        own = find_learned_labels(batch) & responses.select_side(0)
+        rewards, sides = preference.effective_beta * ratios.detach(), (desirable.double(),
+                                                                       (~desirable).double())
+        counted = find_learned_labels(batch) & responses.select_side(0)
         return LossSums(
-            terms, _logged_losses(logprobs, batch, own, self._num_sources),
-            meters={name: ((rewards * side * whole).sum(), (side * whole).sum())
+            terms, _logged_losses(logprobs, batch, counted, self._num_sources),
+            meters={name: ((rewards * side * complete).sum(), (side * complete).sum())
                     for name, side in zip(self.meters, sides, strict=False)}
-            | {"distance": (self._distance * whole.sum(), whole.sum())})
+            | {"distance": (self._distance * complete.sum(), complete.sum())})
 
     def _cross_entropy_batch(self, batch: MicroBatch, responses: ResponseSpans) -> MicroBatch:
         desirable = _is_desirable(responses, batch)
-        # Back to one flag per document: the mismatched neighbour is not learned.
+        # Back to a flag per document: the mismatched neighbour is not learned.
         good = torch.stack([desirable, torch.zeros_like(desirable)], 1)
         is_good = responses.spread_to_labels(good.flatten().double()) > 0
         return _restrict_weights(batch, responses.select_side(0) & is_good)
 
 
 def _estimate_distance(policy: object, batch: GlobalBatch) -> float:
-    """Return z_0 on the last pipeline stage: the mean log ratio of mismatched responses over the global
+    """Return z_0 on the last pipeline stage: the mean log ratio over mismatched responses in the global
     batch, at least 0."""
     def outputs(hidden: list[torch.Tensor], head: Head, micro_batch: MicroBatch) -> torch.Tensor:
         responses = find_responses(micro_batch)
@@ -518,12 +521,12 @@ def _estimate_distance(policy: object, batch: GlobalBatch) -> float:
     sums_of_batches = policy.map(batch.micro_batches, outputs)  # type: ignore[attr-defined]
     total, count = torch.stack(sums_of_batches).sum(0).tolist() if sums_of_batches else (0.0, 0.0)
     sums = sum_dict({"total": total, "count": count}, collectives.all_reduce_dp)
-    # A negative estimate of a divergence is noise.
+    # A negative estimate for a divergence is noise.
     return max(sums["total"] / sums["count"], 0.0) if sums["count"] else 0.0
 
 
 def _log_ratios(responses: ResponseSpans, logprobs: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-    """Return the log ratio of policy to reference of each response, [R]."""
+    """Return the log ratio between policy and reference per response, [R]."""
     return responses.sum_labels(logprobs) - responses.sum_labels(batch.columns[reference.COLUMN])
 
 
@@ -568,7 +571,7 @@ class RoundPairsWithReference(LearningOfRounds, PairLearningWithReference):
     def _reference_sums(self, sums: torch.Tensor, batch: MicroBatch, responses: ResponseSpans
                         ) -> torch.Tensor:
         reference_sums = responses.sum_labels(batch.columns[_reference_column(self._config)])
-        # The first step of a round has NaN: its weights are those that began the round.
+        # The first step in a round has NaN: its weights are the weights that began the round.
         return torch.where(reference_sums.isnan(), sums.detach(), reference_sums)
 
 
@@ -583,7 +586,7 @@ def _reference_column(config: RunConfig) -> str:
 
 
 def build_round_objective(config: RunConfig) -> policy.PolicyObjective:
-    """Return the factory of the objective of `policy.method = preference`."""
+    """Return the objective factory for `policy.method = preference`."""
     method, needed = config.preference.method, NeededColumn("`megatron-sov rl train`")
     kind: type[LearningOfRounds] = RoundPairs
     columns: dict[str, NeededColumn] = {}

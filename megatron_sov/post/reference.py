@@ -50,12 +50,12 @@ from megatron_sov.train.objectives.microbatch import MicroBatch, build_micro_bat
 from megatron_sov.work.progress.progress_bar import create_bar
 
 MICRO_BATCHES = 8
-"""Micro-batches of a process that run through the model at a time."""
+"""Micro-batches that a process runs through the model at a time."""
 IDENTITY = "reference.json"
 COLUMN = "reference_logprobs"
 """Column: log p(label) by the reference."""
 PART_DOCUMENTS = 4096
-"""Documents of a part, which is a file."""
+"""Documents per part; a part is a file."""
 
 
 class RunningLogprobs(Protocol):
@@ -71,7 +71,7 @@ class RunningLogprobs(Protocol):
 
 
 class Reference:
-    """Computes the reference columns of a run before its first step."""
+    """Computes a run's reference columns before the first step."""
 
     def __init__(self, run: Path, start: Path, sources: Sequence[Source], max_tokens: int,
                  heldout: Mapping[str, range] = MappingProxyType({})) -> None:
@@ -91,7 +91,7 @@ class Reference:
         self._parts = {s.name: ReferenceFiles(self._folder, s.name, s.open_split("train")) for s in sources}
         self.sources = tuple(dataclasses.replace(
             s, train_documents=WithReference(self._parts[s.name])) for s in sources)
-        """The sources with the column; `make` computes its numbers."""
+        """Sources with the column; `score_heldout` computes the numbers."""
         self._heldout = {s.name: ReferenceFiles(self._folder, f"{s.name}.heldout", s.open_split("heldout"),
                                                 len(heldout[s.name]))
                          for s in sources if heldout.get(s.name)}
@@ -99,8 +99,8 @@ class Reference:
         self._parts |= {f"{name}.heldout": parts for name, parts in self._heldout.items()}
 
     def heldout_logprobs(self, source: Source) -> np.ndarray | None:
-        """Return the log-probabilities of a source's measured held-out documents, float32; None if none are
-        measured."""
+        """Return the log-probabilities of a source's measured held-out documents, float32; None without such
+        documents."""
         parts = self._heldout.get(source.name)
         return None if parts is None else parts.numbers()
 
@@ -145,7 +145,7 @@ class Reference:
                                 "samples shorter (data.phases)")
 
     def _find_missing(self) -> list[tuple[str, int]]:
-        """Return the missing and the damaged parts, and warn of the damaged ones."""
+        """Return missing and damaged parts, and warn about damaged parts."""
         damages = {(name, part): damage for name, parts in self._parts.items() for part in range(len(parts))
                    if (damage := parts.damage(part))}
         for (name, part), damage in damages.items():
@@ -154,7 +154,7 @@ class Reference:
         return list(damages)
 
     def _compute_missing(self, model: RunningLogprobs, rows_per_batch: int) -> tuple[int, int]:
-        # The identity is written before the first part, whose checksum includes it.
+        # The identity is written before the first part, because the part's checksum includes it.
         run_on_main(model.world, self._open_files)
         # Rank 0 decides: processes with different lists would wait in a collective forever.
         todo, num_tokens = run_on_main(model.world, self._find_missing), 0
@@ -178,10 +178,10 @@ class Reference:
         """
         file, identity = self._folder / IDENTITY, self._read_identity()
         data, max_tokens = identity.get("data_sha256", {}), identity.get("max_tokens", 0)
-        other = [name for name, sha256 in self._identity["data_sha256"].items() if data.get(name) != sha256]
-        if other:
-            raise UserError(f"{file}: holds no log-probabilities of source {other[0]!r} as it is now; resume "
-                            "with the earlier data, or start a new --run --from the last checkpoint")
+        changed = [name for name, sha256 in self._identity["data_sha256"].items() if data.get(name) != sha256]
+        if changed:
+            raise UserError(f"{file}: holds no log-probabilities of source {changed[0]!r} as it is now; "
+                            "resume with the earlier data, or start a new --run --from the last checkpoint")
         if max_tokens < self._identity["max_tokens"]:
             raise UserError(f"{file}: its log-probabilities reach to token {max_tokens} of a document, and "
                             f"samples have {self._identity['max_tokens']} (data.phases); resume with samples "
@@ -212,8 +212,8 @@ class Reference:
 
 
 class ReferenceFiles:
-    """Log-probabilities of the documents of one split of a source: files of float32, one number for each
-    token as a label (0 for the first token of a document)."""
+    """Log-probabilities for the documents in one split of a source: float32 files with one number per token
+    as a label (0 for the first token in a document)."""
 
     def __init__(self, folder: Path, name: str, documents: Documents,
                  num_documents: int | None = None) -> None:
@@ -243,7 +243,7 @@ class ReferenceFiles:
         return range(part * PART_DOCUMENTS, min((part + 1) * PART_DOCUMENTS, self._num_documents))
 
     def starts(self, part: int) -> np.ndarray:
-        """Return the offsets of the documents of a part, [documents + 1] int64."""
+        """Return the offsets of the documents in a part, [documents + 1] int64."""
         lengths = self.documents.lengths[np.asarray(self.find_range(part))]
         return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
@@ -255,15 +255,15 @@ class ReferenceFiles:
         return logprobs
 
     def numbers(self) -> np.ndarray:
-        """Return the numbers of all documents, joined; errors as in `column`."""
+        """Return the numbers for all documents, joined; errors as in `column`."""
         return np.concatenate([self._open(part)[1] for part in range(len(self))])
 
     def damage(self, part: int) -> str | None:
-        """Return a sentence if the file of a part is missing or damaged, otherwise None."""
+        """Return a sentence if a part's file is missing or damaged, otherwise None."""
         return find_seal_damage(self.file(part), self.identify(part))
 
     def identify(self, part: int) -> str:
-        """Return the text that the checksum of a part covers: reference, data and lengths of the folder."""
+        """Return the text for a part's checksum: reference, data and lengths in RUN/reference."""
         file = self._folder / IDENTITY
         identity = file.read_text(encoding="utf-8") if file.is_file() else ""
         return f"{identity}{self.file(part).name}"
@@ -281,7 +281,7 @@ class ReferenceFiles:
 
 
 class WithReference:
-    """Documents of a split with the column of the reference."""
+    """Documents in a split, with the reference column."""
 
     def __init__(self, parts: ReferenceFiles) -> None:
         self._documents, self._parts = parts.documents, parts
@@ -333,7 +333,7 @@ def score_documents(model: RunningLogprobs, documents: Documents, chosen: range,
     def score_rows(rows: list[Row]) -> Iterator[np.ndarray]:
         filled, size = _pad_rows(model.world, rows, rows_per_batch)
         values = torch.zeros(len(filled) // size, size * seq_len, dtype=torch.float64)
-        # Each process fills its own micro-batches and leaves zeros for the others, so the sum has all values.
+        # Each process fills its own micro-batches and leaves zeros elsewhere, so the sum contains all values.
         own = _own_logprobs(model, documents, filled, size, seq_len=seq_len, temperature=temperature,
                             routes=routes)
         if own:
@@ -370,7 +370,7 @@ def write_logprobs(model: RunningLogprobs, documents: Documents, file: Path, ide
     chosen = range(num_skipped, len(documents.lengths))
     first_number = int(_compute_starts(documents, range(num_skipped))[-1])
     writes = world.last_stage and collectives.is_first_of_row()
-    problems: list[OSError] = []  # raised after all rows: the other processes are in a collective
+    problems: list[OSError] = []  # raised after all rows: other processes are in a collective
 
     def score_rows(rows: list[Row]) -> Iterator[np.ndarray | None]:
         filled, size = _pad_rows(world, rows, rows_per_batch)
@@ -409,8 +409,8 @@ def write_logprobs(model: RunningLogprobs, documents: Documents, file: Path, ide
 
 
 def _create_file(building: contextlib.ExitStack, file: Path, num_nan: int, num_zeros: int) -> Path:
-    """Create a temporary file of NaN and zeros, which `building` renames to `file` at its end; return its
-    path."""
+    """Create a temporary file with NaN and zeros, which `building` renames to `file` at the end; return the
+    temporary path."""
     temporary, block = building.enter_context(create_file(file)), np.full(1 << 20, np.nan, "<f4")
     with translate_disk_errors(file), open(temporary, "wb") as f:
         for first in range(0, num_nan, len(block)):
@@ -425,7 +425,7 @@ def _seal_numbers(building: contextlib.ExitStack, temporary: Path, identity: str
 
 
 def score_documents_by_hf(model: Any, documents: Documents, chosen: range, seq_len: int) -> np.ndarray:
-    """Return the log-probabilities of `document_logprobs` by a model of transformers."""
+    """Return the log-probabilities of `score_documents`, computed by a transformers model."""
     numbers = np.zeros(_compute_starts(documents, chosen)[-1], np.float32)
 
     def score_rows(rows: list[Row]) -> Iterator[np.ndarray]:
@@ -441,7 +441,7 @@ def _write_numbers(numbers: np.ndarray, first: int, values: np.ndarray) -> None:
 
 
 def _compute_starts(documents: Documents, chosen: range) -> np.ndarray:
-    """Return the offsets of the chosen documents in their joined tokens, [documents + 1] int64."""
+    """Return the offsets of `chosen` documents in their joined tokens, [documents + 1] int64."""
     lengths = np.asarray(documents.lengths[np.asarray(chosen, np.int64)])
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
@@ -449,7 +449,7 @@ def _compute_starts(documents: Documents, chosen: range) -> np.ndarray:
 def _place_numbers(documents: Documents, chosen: range, seq_len: int, at_a_time: int, *,
                    score_rows: Callable[[list[Row]], Iterable[np.ndarray | None]],
                    put: Callable[[int, np.ndarray], None]) -> None:
-    """Pack documents into rows, score the rows, and store the numbers of each document."""
+    """Pack documents into rows, score the rows, and store the numbers per document."""
     starts = _compute_starts(documents, chosen)
     lengths = np.diff(starts)
     # A document of one token has no label.
@@ -459,13 +459,13 @@ def _place_numbers(documents: Documents, chosen: range, seq_len: int, at_a_time:
         batch = rows[begin:begin + at_a_time]
         for row, scores in zip(batch, score_rows(batch), strict=False):
             if scores is None:
-                continue  # a row of another process
+                continue  # a row on another process
             offset = 0
             for document, start, count in row:
                 index = document - chosen.start
-                # A document that continues after the row has one more label: the first token outside.
+                # A document that continues after the row has another label: the first token outside.
                 labels = min(count, int(lengths[index]) - start - 1)
-                # The number of a label is stored at the label's own token, one position later.
+                # The number for a label is stored at the label's own token, one position later.
                 put(int(starts[index]) + start + 1, scores[offset:offset + labels])
                 offset += count
 
@@ -479,13 +479,14 @@ def _pad_rows(world: ParallelWorld, rows: list[Row], rows_per_batch: int) -> tup
 
 def _own_logprobs(model: RunningLogprobs, documents: Documents, rows: list[Row], size: int, *, seq_len: int,
                   temperature: float, routes: RouteShape | None) -> list[torch.Tensor]:
-    """Return log p(label) of the micro-batches dp_rank, dp_rank + dp_size, ... on the last pipeline stage; an
+    """Return log p(label) for micro-batches dp_rank, dp_rank + dp_size, ... on the last pipeline stage; an
     empty list on other stages."""
     groups = [rows[i:i + size] for i in range(0, len(rows), size)]
-    own = [build_micro_batch(join_rows([build_row(OrderedSample(0, row), documents, seq_len, routes=routes)
+    local_batches = [build_micro_batch(join_rows([build_row(OrderedSample(0, row), documents, seq_len,
+                                                            routes=routes)
                                for row in group]))
            for group in groups[model.world.dp_rank::model.world.dp_size]]
-    return model.policy.map(own, partial(_compute_logprobs, temperature))
+    return model.policy.map(local_batches, partial(_compute_logprobs, temperature))
 
 
 def _compute_logprobs(temperature: float, hidden: list[torch.Tensor], head: Head, batch: MicroBatch

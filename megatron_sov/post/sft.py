@@ -26,22 +26,23 @@ from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, per_s
 
 @dataclass(frozen=True)
 class ResponseSpans:
-    """Learned labels of the R documents of a micro-batch of T tokens, without padding."""
+    """Learned labels in the R documents of a micro-batch with T tokens, without padding."""
 
     index: torch.Tensor
-    """[T] int64: document of each learned label; R for all other labels."""
+    """[T] int64: document of each learned label; R for other labels."""
     lengths: torch.Tensor
-    """[R] float64: learned labels of each document; 0 if its end was cut off."""
+    """[R] float64: learned labels per document; 0 if the document's end was cut off."""
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def sum_labels(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum `values` [T] over each response, [R] float64; differentiable.
+        """Sum `values` [T] over each response, [R] float64; differentiable. In float32, responses with 32,768
+        tokens would lose digits and depend on the order of additions.
 
         In float32 responses of 32,768 tokens would lose digits and depend on the order of additions.
         """
-        # The last bin collects the labels that are not learned, and is cut off.
+        # The last bin collects labels that are not learned, and is cut off.
         total = torch.zeros(len(self) + 1, dtype=torch.float64, device=values.device)
         return total.index_add(0, self.index, values.double())[:-1]
 
@@ -60,27 +61,27 @@ class ResponseSpans:
         return (self.lengths.reshape(-1, 2) > 0).all(dim=1).double()
 
     def select_side(self, side: int) -> torch.Tensor:
-        """Return the learned labels of documents 2 i + side of whole pairs, [T] bool."""
-        # Index R, of labels that are not learned, reads the zero at the end.
-        whole = torch.cat([self.select_pairs().repeat_interleave(2, output_size=len(self)),
+        """Return the learned labels in documents 2 i + side of complete pairs, [T] bool."""
+        # Index R, for labels that are not learned, reads the zero at the end.
+        complete = torch.cat([self.select_pairs().repeat_interleave(2, output_size=len(self)),
                            self.lengths.new_zeros(1)])
-        return (self.index % 2 == side) & (whole[self.index] > 0)
+        return (self.index % 2 == side) & (complete[self.index] > 0)
 
 
 def find_learned_labels(batch: MicroBatch) -> torch.Tensor:
-    """Return the learned labels of responses, [T] bool."""
+    """Return the learned response labels, [T] bool."""
     return (batch.types == TYPE_RESPONSE) & (batch.weights > 0)
 
 
 def find_responses(batch: MicroBatch) -> ResponseSpans:
-    """Return the responses of a micro-batch, computed on the host so that nothing waits for the device."""
+    """Return the responses in a micro-batch, computed on the host so that nothing waits for the device."""
     host = batch.host
     is_learned, bounds = find_learned_labels(host), host.inputs.cu_seqlens.long()
-    # Samples that were joined to one row have padding between them, which is not counted as a document.
+    # Samples joined to one row have padding between them, which is not counted as a document.
     is_document = ~host.inputs.padding[bounds[:-1]]
     num_documents = int(is_document.sum())
-    document_of_segment = is_document.cumsum(0) - 1
-    index = torch.where(is_learned, document_of_segment[compute_segments(host)], num_documents)
+    segment_documents = is_document.cumsum(0) - 1
+    index = torch.where(is_learned, segment_documents[compute_segments(host)], num_documents)
     lengths = torch.bincount(index, minlength=num_documents + 1)[:-1].double()
     device = batch.labels.device
     return ResponseSpans(to_device(index, device), to_device(lengths, device))
@@ -88,7 +89,7 @@ def find_responses(batch: MicroBatch) -> ResponseSpans:
 
 RESPONSE, TEXT = "response", "text"
 TYPE_OF = {TEXT: TYPE_TEXT, RESPONSE: TYPE_RESPONSE}
-"""Term -> token type (the `.type` sidecar) of its labels; prompts belong to no term."""
+"""Term -> token type (the `.type` sidecar) of its labels; no term learns prompts."""
 
 
 class SupervisedFineTuning(DataObjective):
@@ -113,8 +114,8 @@ class SupervisedFineTuning(DataObjective):
         self.meters = self._typed.meters
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
-        """Count the denominator of each term over the global batch, in units of `objective.loss_per`."""
-        # Weights first: denominators are sums of the weights that `loss` uses.
+        """Count each term's denominator over the global batch, in units of `objective.loss_per`."""
+        # Weights first: denominators sum the weights that `loss` uses.
         batch = self._with_types(batch)
         micro_batches = tuple(map(self._weigh_responses, batch.micro_batches))
         batch = dataclasses.replace(batch, micro_batches=micro_batches)
@@ -134,16 +135,16 @@ class SupervisedFineTuning(DataObjective):
         return dataclasses.replace(weighted, on_host=on_host)
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
-        """Return the summed cross-entropy of each term."""
+        """Return the summed cross-entropy per term."""
         weights = {term: _read_weights(batch, term) for term in TYPE_OF if term in self.coefficients}
         terms, losses = head.cross_entropy(hidden[0], batch.labels, weights)
         terms |= self._mtp_sum(hidden, head, _restrict_to_responses(batch))
         return LossSums(terms, per_source(losses, batch.weights, batch.sources, self._num_sources),
-                        self._typed.measured(losses, batch))
+                        self._typed.compute_meters(losses, batch))
 
 
 def _read_weights(batch: MicroBatch, term: str) -> torch.Tensor:
-    """Return the weight of each label in a term, [T]."""
+    """Return the label weights in a term, [T]."""
     return batch.weights * (batch.types == TYPE_OF[term])
 
 
@@ -152,7 +153,8 @@ def _restrict_to_responses(batch: MicroBatch) -> MicroBatch:
 
 
 def weigh_per_unit(batch: MicroBatch, unit: Literal["turn", "sample"], dtype: torch.dtype) -> MicroBatch:
-    """Scale the weights of response labels so that they add up to 1 in each unit; other weights stay."""
+    """Scale the weights of response labels so that they add up to 1 in each unit; other weights stay. Unit
+    `turn`: consecutive learned labels; `sample`: the responses in one conversation."""
     is_learned, number = find_learned_labels(batch), compute_segments(batch)
     if unit == "turn":
         # A turn begins at a learned label whose predecessor is not learned or belongs to another sample.
@@ -160,7 +162,7 @@ def weigh_per_unit(batch: MicroBatch, unit: Literal["turn", "sample"], dtype: to
         continues[1:] = is_learned[:-1] & (number[1:] == number[:-1])
         number = ((is_learned & ~continues).cumsum(0) - 1).clamp(min=0)
     weights = batch.weights.double()
-    # float64, because the weights of a long turn are many small numbers.
+    # float64, because a long turn has many small weights.
     totals = weights.new_zeros(len(is_learned) + 1).index_add_(0, number, weights * is_learned)
     scaled = torch.where(is_learned, weights / totals[number], weights)
     return dataclasses.replace(batch, weights=scaled.to(dtype))

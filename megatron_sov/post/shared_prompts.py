@@ -23,8 +23,7 @@ from megatron_sov.train.objectives.objective import GlobalBatch
 
 
 def find_sharing_problem(config: RunConfig) -> list[str]:
-    """Return the settings that keep prompts from being shared, each with its reason; empty: prompts are
-    shared."""
+    """Return the settings that prevent sharing, each with a reason; empty: prompts are shared."""
     reasons = config.why_prompts_not_shared()
     place = KernelContext(uses_transformer_engine(PRECISION[config.train.precision]), config.model,
                           config.parallel)
@@ -34,28 +33,29 @@ def find_sharing_problem(config: RunConfig) -> list[str]:
 
 
 def share_prompts(batch: GlobalBatch, config: RunConfig) -> GlobalBatch:
-    """Remove repeated prompts from each micro-batch of a batch whose denominators are counted, if `config`
-    allows it."""
+    """Remove repeated prompts from each micro-batch after its denominators are counted, if `config` allows
+    sharing."""
     if find_sharing_problem(config):
         return batch
     return dataclasses.replace(batch, micro_batches=tuple(map(remove_repeated_prompts, batch.micro_batches)))
 
 
 def remove_repeated_prompts(batch: MicroBatch) -> MicroBatch:
-    """Return a micro-batch without the repeated prompts of its documents; without repetitions `batch` itself.
+    """Return a micro-batch without repeated prompts; without repetitions `batch` itself. Micro-batches with
+    images stay whole: placeholder tokens for different images are equal.
 
     Micro-batches with images stay whole: the placeholder tokens of two different images are equal.
     """
     host = batch.host
     if host.inputs.encoder_inputs:
         return batch
-    source, is_kept = np.arange(len(host.labels)), np.ones(len(host.labels), bool)
-    spans = _find_spans(host, source, is_kept)
-    if is_kept.all() or host.inputs.routes is not None:
+    source, is_retained = np.arange(len(host.labels)), np.ones(len(host.labels), bool)
+    spans = _find_spans(host, source, is_retained)
+    if is_retained.all() or host.inputs.routes is not None:
         return batch
-    index = torch.from_numpy(is_kept.nonzero()[0])
+    index = torch.from_numpy(is_retained.nonzero()[0])
     # Map positions in the whole row to positions among the kept tokens.
-    source = (is_kept.cumsum() - 1)[source]
+    source = (is_retained.cumsum() - 1)[source]
     host_batch = _select_tokens(host, index, torch.from_numpy(source), spans)
     if batch.on_host is None:
         return host_batch
@@ -85,7 +85,7 @@ def _find_spans(host: MicroBatch, source: np.ndarray, is_kept: np.ndarray) -> li
         key = int(positions[start]), tokens[start:start + prompt_tokens].tobytes()
         first = first_starts.setdefault(key, start)
         if prompt_tokens and first != start:
-            # The first document with this prompt keeps it; this document keeps its remaining tokens.
+            # The first document with this prompt keeps the prompt; this document keeps the remaining tokens.
             source[start:start + prompt_tokens] = np.arange(first, first + prompt_tokens)
             is_kept[start:start + prompt_tokens] = False
             spans.append((start, start + prompt_tokens, stop))
@@ -96,7 +96,7 @@ def _find_spans(host: MicroBatch, source: np.ndarray, is_kept: np.ndarray) -> li
 
 def _select_tokens(batch: MicroBatch, index: torch.Tensor, source: torch.Tensor, spans: list[Span]
                    ) -> MicroBatch:
-    """Return a micro-batch of the tokens at `index` ([kept tokens] int64); see `SharedPrompts` for `source`
+    """Return a micro-batch with the tokens at `index` ([kept tokens] int64); see `SharedPrompts` for `source`
     and `spans`."""
     inputs = batch.inputs
     bounds = list(accumulate((stop - first for _, first, stop in spans), initial=0))

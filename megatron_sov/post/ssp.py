@@ -32,14 +32,14 @@ TABLE_KIND = "ssp_probe"
 CONDITIONS, PROBLEMS, CHECKPOINTS, TABLE, RESULTS = ("asked.json", "problems.jsonl", "checkpoints", "table",
                                                 "results.json")
 DOMAIN = "probe_domain"
-"""Field of a problem and of its responses: the domain."""
+"""Field with the domain, in problems and responses."""
 SAMPLES, PROBLEM = "samples.jsonl", "prompt_index"
-"""File of `eval passk` with all responses, and its field with the index of the problem."""
+"""File of `eval passk` with all responses, and its field with the problem's index."""
 
 
 @dataclass(frozen=True)
 class MeasuredCheckpoint:
-    """Results of a checkpoint in a domain."""
+    """Results for a checkpoint in a domain."""
 
     checkpoint: str
     domain: str
@@ -74,7 +74,7 @@ class DomainChoice:
     domain: str
     checkpoint: str
     value: float
-    """Its pass@k; the maximum of several estimates is biased upwards."""
+    """pass@k of `checkpoint`; the maximum of several estimates is biased upwards."""
     as_good: tuple[str, ...]
     """Checkpoints that are not significantly worse: the 95 % interval of the mean difference over problems
     contains 0."""
@@ -85,8 +85,8 @@ class DomainChoice:
 
 
 def choose_checkpoint(candidates: Sequence[MeasuredCheckpoint], k: int) -> DomainChoice:
-    """Return the best candidate of a domain; candidates are ordered from the earliest."""
-    best = max(candidates, key=lambda measured: measured.mean_pass_at_k(k))  # max returns the first of ties
+    """Return the best candidate in a domain; candidates are ordered from the earliest."""
+    best = max(candidates, key=lambda measured: measured.mean_pass_at_k(k))  # max returns the first tie
     as_good = tuple(other.checkpoint for other in candidates
                     if other is not best and not _compare_values(best, other, k)[1][0] > 0)
     return DomainChoice(best.domain, best.checkpoint, best.mean_pass_at_k(k), as_good)
@@ -100,7 +100,7 @@ def compare_with_expert(merged: MeasuredCheckpoint, expert: MeasuredCheckpoint, 
 
 def _compare_values(one: MeasuredCheckpoint, other: MeasuredCheckpoint, k: int
                     ) -> tuple[float, tuple[float, float]]:
-    """Return the mean difference of pass@k over common problems, and its 95 % interval; (-1, 1) without
+    """Return the mean difference in pass@k over common problems, and its 95 % interval; (-1, 1) without
     common problems."""
     differences = [share - other.solved[k][problem] for problem, share in one.solved[k].items()
                    if problem in other.solved[k]]
@@ -111,25 +111,25 @@ def _compare_values(one: MeasuredCheckpoint, other: MeasuredCheckpoint, k: int
 
 @dataclass(frozen=True)
 class ProbedCheckpoint:
-    """A checkpoint of the probe."""
+    """A checkpoint in the probe."""
 
     path: Path
     is_merged: bool
-    """Whether it is an average of other checkpoints; averages are compared with them and never chosen."""
+    """Whether the checkpoint is an average; averages are compared and never chosen."""
 
     @property
     def name(self) -> str:
         path = self.path
-        is_of_run = path.parent.name == CHECKPOINTS_FOLDER
-        return f"{path.parent.parent.name}/{path.name}" if is_of_run else path.name
+        is_in_run = path.parent.name == CHECKPOINTS_FOLDER
+        return f"{path.parent.parent.name}/{path.name}" if is_in_run else path.name
 
     def folder(self, probe: Path) -> Path:
-        # The digest separates equal names of different paths.
+        # The digest separates equal names with different paths.
         digest = hashlib.sha256(str(self.path).encode()).hexdigest()[:8]
         return probe / CHECKPOINTS / f"{self.name.replace('/', '-')}-{digest}"
 
     def is_done(self, probe: Path) -> bool:
-        """Return whether the probe has its responses, by the files that `path` has now."""
+        """Return whether the probe has responses by the files that `path` has now."""
         folder = self.folder(probe)
         if not (folder / MANIFEST).is_file():
             return False
@@ -139,7 +139,7 @@ class ProbedCheckpoint:
 
 
 def find_candidates(paths: Sequence[Path]) -> list[ProbedCheckpoint]:
-    """Return the distinct checkpoints of paths; a run stands for its complete checkpoints, oldest first."""
+    """Return the distinct checkpoints in `paths`; a run stands for its complete checkpoints, oldest first."""
     candidates: dict[Path, ProbedCheckpoint] = {}
     for path in paths:
         check_model_path(path)
@@ -159,7 +159,7 @@ def _read_candidate(path: Path) -> ProbedCheckpoint:
 
 
 def write_problems(probe: Path, domains: Mapping[str, Path]) -> Path:
-    """Write the problems of all domains into the folder of the probe, and return the file."""
+    """Write the problems of all domains into the probe's folder, and return the file."""
     lines = [json.dumps({**row, DOMAIN: domain}) + "\n" for domain, file in domains.items()
              for _, row in read_rows(file, "--problems", "prompt")]
     write_atomically(probe / PROBLEMS, "".join(lines))
@@ -167,7 +167,7 @@ def write_problems(probe: Path, domains: Mapping[str, Path]) -> Path:
 
 
 def read_candidates(probe: Path, asked: Sequence[ProbedCheckpoint]) -> list[ProbedCheckpoint]:
-    """Return the checkpoints of the existing table, then the new ones of `asked`."""
+    """Return the checkpoints in the existing table, then the new checkpoints."""
     earlier = _read_table(probe)[0] if (probe / TABLE / MANIFEST).is_file() else []
     candidates = {c.path: c for c in [*earlier, *asked]}
     names: dict[str, Path] = {}
@@ -180,7 +180,7 @@ def read_candidates(probe: Path, asked: Sequence[ProbedCheckpoint]) -> list[Prob
 
 def write_table(probe: Path, candidates: Sequence[ProbedCheckpoint], k: int, right_from: float
                 ) -> dict[str, Any]:
-    """Write the table of all checkpoints and return its content.
+    """Write the table and return its content.
 
     Raises:
         UserError: responses of a checkpoint in a domain have too few rewards.
@@ -227,7 +227,7 @@ def _measure_checkpoint(probe: Path, candidate: ProbedCheckpoint, ks: Sequence[i
 
 
 def read_experts(probe: Path) -> list[tuple[Path, float]]:
-    """Return the best checkpoints with their weights, the number of domains that each is best in."""
+    """Return the best checkpoints with weights: the number of domains in which each is best."""
     weights: dict[Path, float] = {}
     for path in _read_table(probe)[1]:
         weights[path] = weights.get(path, 0.0) + 1.0
@@ -247,7 +247,7 @@ def _read_table(probe: Path) -> tuple[list[ProbedCheckpoint], list[Path]]:
 
 
 def format_table(content: Mapping[str, Any]) -> str:
-    """Format the table as text; a star marks the best checkpoint of a domain."""
+    """Format the table as text; a star marks the best checkpoint in a domain."""
     k, domains = content["k"], content["domains"]
     cells = {(row["checkpoint"], row["domain"]): next(e for e in row["pass_at_k"] if e["k"] == k)
              for row in content["table"]}

@@ -1,4 +1,4 @@
-"""What brings data that come while the run goes on: the loop asks it before every step."""
+"""Protocol of a feed: data that become available during the run."""
 
 from __future__ import annotations
 
@@ -11,64 +11,45 @@ from megatron_sov.train.objectives.data_batches import DataBatches
 
 
 class FeedView(GateView, Protocol):
-    """What a feed sees of the run that it feeds."""
+    """Part of the trainer that a feed uses."""
 
     @property
     def batches(self) -> DataBatches:
-        """Those of the data order."""
-        ...
+        """Batches of the data order."""
 
     @property
     def checkpointer(self) -> Checkpointer:
-        """The run's checkpoints: the data may wait for one that is still being written."""
-        ...
+        """Checkpoints of the run: data may wait for a checkpoint that is still being written."""
 
 
 class Feed(Protocol):
-    """Makes the data of a step available."""
+    """Makes the data of each step available."""
 
     def close(self) -> None:
-        """End what it has at work, on each process; it is not asked again."""
-        ...
+        """End background work on this process; no other method is called afterwards."""
 
     @property
     def meters(self) -> Mapping[str, float]:
-        """Meter -> what the feed knows of the next step's data; on process 0 alone."""
-        ...
+        """Meter -> value for the data of the next step; on rank 0 only."""
 
-    def conclude(self, view: FeedView, asked_to_stop: Callable[[], bool]) -> str | None:
-        """Do what is left behind the last step; called as `bring` is, and again where a run is resumed that
-        ended during it.
+    def bring(self, view: FeedView, asked_to_stop: Callable[[], bool]) -> str | None:
+        """Make the data of the next step available. Collective; due checkpoints are saved before.
 
         Returns:
-            None: nothing is left; else why the run has to end first.
+            None if the data are available, otherwise the reason why the run has to end first.
+
+        Raises:
+            UserError: the data cannot be used.
         """
-        ...
+
+    def conclude(self, view: FeedView, asked_to_stop: Callable[[], bool]) -> str | None:
+        """Do the remaining work after the last step, also after a resume. Returns as `bring`."""
 
     def needs_checkpoint(self, step: int) -> bool:
-        """Return whether others make its data of the checkpoint behind a step."""
-        ...
+        """Return whether data are generated from the checkpoint after a step."""
 
     def state(self) -> dict[str, Any]:
         """As `Stateful.state`."""
-        ...
 
     def restore(self, state: dict[str, Any]) -> None:
         """As `Stateful.restore`."""
-        ...
-
-    def bring(self, view: FeedView, asked_to_stop: Callable[[], bool]) -> str | None:
-        """See to it that the next step's data are there; called by all processes together, with no step
-        watched and everything saved that was to be saved.
-
-        Args:
-            view: the run.
-            asked_to_stop: whether this process was asked to stop.
-
-        Returns:
-            None: they are there; else why the run has to end until they are.
-
-        Raises:
-            UserError: they cannot be used.
-        """
-        ...

@@ -54,7 +54,6 @@ from megatron_sov.train.objectives.objective import (
     has_comparable_loss)
 from megatron_sov.train.recorder import Recorder, StepResult, read_peak_memory
 from megatron_sov.train.side_jobs.side_jobs import GarbageCollector, SideJobs, StepProfiler
-from megatron_sov.train.stages.announcement import format_banner, memory_of
 from megatron_sov.work.processes.stop_signals import StopFlag
 
 ObjectiveFactory = Callable[[ObjectiveContext], Objective]
@@ -227,12 +226,6 @@ class Trainer:
     def announce(self) -> None:
         """Print and record settings, data and machine of the run."""
         entries = self.batches.ledger.entries
-        if self.world.is_main:
-            steps = range(self.step, self.num_steps)
-            banner = format_banner(self.config, self.world.size, self.folder.path, steps, entries,
-                                   self.sources, memory_of(self.config, self.world.size),
-                                   torch.get_num_threads())
-            print(f"{banner}\n", end="", file=sys.stderr, flush=True)
         self.recorder.show_meters(get_headline(self.objective),
                                   comparable=has_comparable_loss(self.objective))
         self.recorder.record_start(self.step, self._continued_from, self.sources, entries,

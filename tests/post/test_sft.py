@@ -13,7 +13,7 @@ import torch
 
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
-from megatron_sov.commands.train.setup.stage_options import check_chats
+from megatron_sov.commands.train.setup.training import check_chats
 from megatron_sov.engine.parallel import collectives
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.post.sft import SupervisedFineTuning

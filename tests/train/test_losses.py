@@ -170,8 +170,8 @@ def test_without_blocks_nothing_is_measured_nor_copied() -> None:
     learner = LanguageModelling(SimpleNamespace(config=made,
                                                 batches=SimpleNamespace(num_sources=1)))  # type: ignore[arg-type]
     one = random_batch(0)
-    assert learner.meters == () and learner._typed.weighted(one) is one
-    assert learner._typed.measured(torch.zeros(24), one) == {}
+    assert learner.meters == () and learner._typed.scale_weights(one) is one
+    assert learner._typed.compute_meters(torch.zeros(24), one) == {}
 
 
 # Sums, denominators and the total loss.

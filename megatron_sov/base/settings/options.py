@@ -94,6 +94,8 @@ class Flag:
     """Placeholder for the value in help, e.g. `SHARE`; "": chosen by type."""
     many: bool = False
     """Whether several values may follow the option."""
+    rest: bool = False
+    """Whether a positional argument takes all remaining words, options included."""
     alone: str | None = None
     """Value if no value follows the option; None: a value is required."""
     group: str = ""
@@ -253,6 +255,9 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
             action.choices = tuple(map(str, get_args(option.hint))) or None
         # `Parser._check_value` leaves values to `read_options`, which reports all mistakes at once
         action.is_setting = True
+        # argparse requires REMAINDER, and would name it next to a missing argument
+        if option.flag.rest:
+            action.required = False
         action.declared = None if option.default is dataclasses.MISSING else option.default
     if _has_derived_dry_run(cls):
         parser.add_argument(DRY_RUN, action="store_true", default=argparse.SUPPRESS,
@@ -266,6 +271,8 @@ def _has_derived_dry_run(cls: Any) -> bool:
 
 
 def _choose_arity(option: _Option) -> dict[str, Any]:
+    if option.flag.rest:
+        return {"nargs": argparse.REMAINDER, "default": argparse.SUPPRESS}
     if option.is_positional:
         if option.repeats:
             return {"nargs": "+" if option.is_required else "*", "default": argparse.SUPPRESS}

@@ -14,7 +14,7 @@ from megatron_sov.chat.vocabulary import check_same_tokens
 from megatron_sov.commands.train.setup.data_defaults import complete_stage
 from megatron_sov.commands.train.setup.feasibility import count_epochs, count_tokens, refuse_unfit_data
 from megatron_sov.commands.train.setup.packed_files import find_files, fix_by_packing, list_packable_formats
-from megatron_sov.commands.train.setup.stage_options import find_start
+from megatron_sov.commands.train.setup.starts import find_start
 from megatron_sov.model.config import RunConfig, apply_settings, parse_data_paths
 from megatron_sov.model.objectives import FORMATS
 from megatron_sov.operate.slurm.stages import StageWork, path_of

@@ -137,7 +137,7 @@ def _read_request(args: PlanOptions) -> RecipeRequest:
 
 def _base_of(start_from: Path, stage: Stage) -> RunConfig:
     """Return the settings that a stage of post-training begins with; weights are not opened."""
-    from megatron_sov.commands.train.setup.stage_options import find_start
+    from megatron_sov.commands.train.setup.starts import find_start
     from megatron_sov.model.families import supported as families
     from megatron_sov.model.families.family import extract_text_config
     from megatron_sov.model.pretrained import CONFIG, find_hub_name, read_json
@@ -165,7 +165,7 @@ def _completed(args: PlanOptions, asked: RecipeRequest, stage: Stage) -> RecipeR
         UserError: the data cannot be read, are of another kind, or nothing says how long the stage is.
     """
     from megatron_sov.commands.train.setup.data_defaults import complete_stage
-    from megatron_sov.commands.train.setup.stage_options import check_chats
+    from megatron_sov.commands.train.setup.training import check_chats
     from megatron_sov.model.objectives import COMMAND_FORMATS
     from megatron_sov.plan.pricing import machines
     from megatron_sov.runs.launch_environment import MAX_LOCAL_RANKS

@@ -8,9 +8,8 @@ from typing import Annotated, Literal
 from megatron_sov.base.errors import ExitCode
 from megatron_sov.base.settings import DeclaredCommand, Flag, ProblemCode, SettingsProblem
 from megatron_sov.commands.rl.inputs.prompts import SamplingOptions
-from megatron_sov.commands.rl.train import RoundsOptions, RoundsRequest, check_rounds
+from megatron_sov.commands.rl.train import RoundsOptions, RoundsRequest, check_rounds, report_completed_run
 from megatron_sov.commands.score import JudgeOptions
-from megatron_sov.commands.train.gate_options import is_complete
 from megatron_sov.infer.engine import ENGINE_SET, MEGATRON
 from megatron_sov.infer.prompts import ServerOptions
 from megatron_sov.post.rl.reward import ENVIRONMENT
@@ -49,7 +48,7 @@ class CycleRequest:
 
 def check_cycle(options: RlRunOptions) -> CycleRequest | int:
     """Check the options. If the run is complete, print its summary instead."""
-    if is_complete(options, "policy"):
+    if report_completed_run(options):
         return ExitCode.OK
     # checked before anything is written; the first process runs the servers
     if options.engine != MEGATRON and is_first_rank():

@@ -14,7 +14,7 @@ from megatron_sov.base.errors import UserError, warn
 from megatron_sov.commands.rl.engines import RlEnginesOptions
 from megatron_sov.commands.rl.inputs.prompts import count_max_tokens
 from megatron_sov.commands.train.setup.data_defaults import complete_stage
-from megatron_sov.commands.train.setup.stage_options import request_with_model
+from megatron_sov.commands.train.setup.starts import request_with_model
 from megatron_sov.infer.engine import ENGINE_SET
 from megatron_sov.infer.engines.server_engine import parse_server_settings
 from megatron_sov.infer.engines.server_process import ServerProcess, check_engine_program
@@ -59,8 +59,9 @@ def keep_servers(options: RlEnginesOptions) -> None:
             stop.set()
 
     servers = [ServerProcess(
-        options.engine, number, model, count_max_tokens(config.rollout, None), settings, places.logs / host,
-        with_routes=config.policy.router_replay, python=places.python, port=options.port + number)
+        options.engine, number, model, longest=count_max_tokens(config.rollout, None), settings=settings,
+        logs=places.logs / host, with_routes=config.policy.router_replay, python=places.python,
+        port=options.port + number)
         for number in range(settings.servers)]
     threads = [threading.Thread(target=run_server, args=[server]) for server in servers]
     for thread in threads:

@@ -53,7 +53,7 @@ def check_generate(options: RlGenerateOptions) -> GenerateRequest:
     """Check settings, prompts and environment."""
     # numpy; the help of the command does without
     from megatron_sov.commands.train.setup.data_defaults import complete_stage
-    from megatron_sov.commands.train.setup.stage_options import request_with_model
+    from megatron_sov.commands.train.setup.starts import request_with_model
 
     check_model_path(options.start_from, "--from ")
     prompts = options.read(is_asked=options.environment is None)

@@ -12,22 +12,21 @@ from megatron_sov.base.settings import DeclaredCommand, Flag, NotNegative, Probl
 from megatron_sov.commands.rl.inputs.prompts import VALIDATION_OPTION, PromptOptions, read_validation_prompts
 from megatron_sov.commands.rl.inputs.teachers import ScoringTeacherOptions, check_teachers
 from megatron_sov.commands.rl.store.reward import StoreRewardOptions
-from megatron_sov.commands.train.gate_options import (
-    TunedOptions, gate_of, is_complete, refuse_unknown_benchmarks)
-from megatron_sov.commands.train.setup.stage_options import ParsedStage, parse_stage
+from megatron_sov.commands.train.setup.stage_options import TunedOptions
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.run import add_rounds, retain_policies
 from megatron_sov.post.rl.reward import check_reward_fields, resolve_reward_version
 from megatron_sov.rollouts.prompts import PromptList, select_round_prompts
 
 if TYPE_CHECKING:
-    from megatron_sov.train.guards.gate import EndGate
+    from megatron_sov.commands.train.setup.training import TrainingRequest
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundsOptions(TunedOptions, PromptOptions, StoreRewardOptions, ScoringTeacherOptions):
     """Options for commands that train on rounds of rollouts."""
 
+    stage: ClassVar[str] = "rl"
     groups: ClassVar[tuple[str, ...]] = ("policy", "rollout", "distillation", "preference")
     validation: Annotated[Path | None, Flag(VALIDATION_OPTION, "FILE|DIR")] = None
     """Held-out prompts, in the form of --prompts, that `rl run` asks its policies every
@@ -55,12 +54,10 @@ class RoundsRequest:
     """Checked input for `train_run.train_rounds`."""
 
     options: RoundsOptions
-    stage: ParsedStage
+    stage: TrainingRequest
     prompts: PromptList
     """All prompts in --prompts."""
     reward_version: str
-    gate: EndGate | None
-    """Gate for the last policy."""
     validation_prompts: PromptList | None
     """Prompts in --validation that training does not use; None: no validation."""
     wait_s: float = 0.0
@@ -69,12 +66,26 @@ class RoundsRequest:
 
 def check_train(options: RlTrainOptions) -> RoundsRequest | int:
     """Check the options. If the run is complete, print its summary instead."""
-    if is_complete(options, "policy"):
+    if report_completed_run(options):
         return ExitCode.OK
     return replace(check_rounds(options, complete_train_settings), wait_s=options.wait)
 
 
 TRAIN = DeclaredCommand(RlTrainOptions, check_train, "megatron_sov.commands.rl.train_run:train_rounds")
+
+
+def report_completed_run(options: RoundsOptions) -> bool:
+    """Report a run that is complete, before its inputs are needed; return whether it is."""
+    # numpy and torch; the help of the command does without
+    from megatron_sov.commands.train.setup.training import find_completed_run
+
+    completed = find_completed_run(options)
+    if completed is None:
+        return False
+    from megatron_sov.commands.train.training_run import run_training
+
+    run_training(completed)
+    return True
 
 
 def complete_train_settings(config: RunConfig) -> RunConfig:
@@ -91,18 +102,21 @@ def check_rounds(options: RoundsOptions, complete: Callable[[RunConfig], RunConf
         complete: adds the settings that follow from others.
         is_asked: whether each row must be a prompt for a policy, see `read_prompts`.
     """
+    # numpy and torch; the help of the command does without
+    from megatron_sov.commands.train.setup.training import check_stage
+
     prompts = options.read(is_asked=is_asked)
     version = resolve_reward_version(options.reward, options.reward_set)
-    stage = parse_stage(options, "policy", needs_data=False, num_prompts=len(prompts), completed=complete)
-    refuse_unknown_benchmarks(stage.config)
+    stage = check_stage(options, num_prompts=len(prompts), complete=complete)
     first_round = select_round_prompts(prompts, stage.config.rollout, 1)
     check_reward_fields(options.reward, options.reward_set, first_round, f"--prompts {options.prompts}")
     check_teachers(options, stage.config.policy, options.reward, options.prompts, prompts)
     if not options.dry_run:
-        stage = stage.with_checkpoint(options.run)
+        from megatron_sov.commands.train.training_run import convert_request_start
+
+        stage = convert_request_start(stage)
     validation_prompts = None
     if options.validation is not None:
         validation_prompts = read_validation_prompts(options.validation, options.renames, prompts,
                                                      is_asked=is_asked)
-    gate = gate_of(options, stage.config, stage.start)
-    return RoundsRequest(options, stage, prompts, version, gate, validation_prompts)
+    return RoundsRequest(options, stage, prompts, version, validation_prompts)

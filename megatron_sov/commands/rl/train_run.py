@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from megatron_sov.commands.rl.inputs.prompts import check_tokenizer
 from megatron_sov.commands.rl.inputs.teacher_models import open_live_teacher, open_scoring_teachers
 from megatron_sov.commands.rl.train import RoundsRequest
+from megatron_sov.commands.train.training_run import run_training
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.objectives import Factory, get_factory
 from megatron_sov.post.distillation.distill import (
@@ -22,12 +24,11 @@ from megatron_sov.post.rl.round_loader import RoundLoader
 from megatron_sov.post.rl.run import RolloutCycle
 from megatron_sov.post.rl.validation import SampledRounds, Validation
 from megatron_sov.runs.checkpoints import find_tokenizer_folder, hash_checkpoint_files
-from megatron_sov.runs.folder import ROUNDS, RunFolder, fixed_settings
+from megatron_sov.runs.folder import ROUNDS, fixed_settings
 from megatron_sov.runs.rounds import RunPolicies, build_start_policy
 from megatron_sov.train.data.rounds import BEHAVIOUR, build_rounds_source, find_round_documents
 from megatron_sov.train.data.token_shards import Source
 from megatron_sov.train.objectives.objective import get_columns
-from megatron_sov.train.stages.stage import Stage, run_stage
 
 
 def train_rounds(request: RoundsRequest, rollouts: LiveRollouts | None = None,
@@ -72,12 +73,9 @@ def train_rounds(request: RoundsRequest, rollouts: LiveRollouts | None = None,
     cycle = RolloutCycle(rollout=config.rollout, policies=policies, rollouts=rollouts, publisher=publisher,
                          loader=loader, validation=validation, wait_s=request.wait_s, store=options.store)
     measure = partial(measure_teacher, sources=texts, teacher=teacher)
-    stage = Stage(
-        config=config, folder=RunFolder(options.run), objective=objective, start_from=start,
-        resume=options.resume, sources=texts, extra_sources=(source,), before=measure, after=measure,
-        feed=cycle, end_gate=request.gate, faults=request.stage.faults, until=options.until,
-        dry_run=options.dry_run, notes=request.stage.notes)
-    run_stage(stage, options.nproc)
+    run_training(request.stage, lambda _, stage: replace(
+        stage, objective=objective, sources=texts, extra_sources=(source,), before=measure, after=measure,
+        feed=cycle))
 
 
 def _build_policies(run: Path, start: Path, config: RunConfig, texts: Sequence[Source]) -> RunPolicies:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_sov.base.command_line import Parser
 from megatron_sov.base.errors import ExitCode, StopRequested, UserError, warn
@@ -18,14 +17,12 @@ from megatron_sov.base.settings import add_options, read_options
 from megatron_sov.bench.score_differences import (
     FORGOTTEN, NOT_KNOWN, NOT_PROVEN, Forgetting, judge, read_scored)
 from megatron_sov.commands.evaluate.eval_lm import EvalLmOptions, run_lm
+from megatron_sov.commands.train.setup.stage_options import FORGETTING_GATE
 from megatron_sov.runs.folder import GATE, RunEvents
 from megatron_sov.runs.launch_environment import has_launcher, is_first_rank
+from megatron_sov.train.guards.gate import EndVerdict
 from megatron_sov.work.processes.children import run_command
 
-if TYPE_CHECKING:
-    from megatron_sov.train.guards.gate import EndVerdict
-
-EVENT = "forgetting_gate"
 OWN = ("--tasks", "--output", "--cache", "--run", "--nproc")
 """Arguments of `eval lm` that the gate gives itself."""
 
@@ -44,10 +41,10 @@ class ForgettingGate:
     """How much worse a task's first figure may be."""
     words: tuple[str, ...]
     """Further arguments of `eval lm`."""
-    name: str = EVENT
+    name: str = FORGETTING_GATE
     """Of the event, and of the verdict in the completion manifest."""
 
-    def refuse_wrong_arguments(self) -> None:
+    def check_arguments(self) -> None:
         """Raise `UserError` where `eval lm` would not take them."""
         words = self._words(self.start, "start")
         try:
@@ -70,8 +67,6 @@ class ForgettingGate:
         self._evaluate(checkpoint, "last", ["--run", str(self.run)])
         if not is_first_rank():
             return None
-        from megatron_sov.train.guards.gate import EndVerdict
-
         first, last = (read_scored(self._output(when)) for when in ("start", "last"))
         found = judge(first, last, self.tolerance)
         # before the verdict is told: a report shows a gate that did not pass as well

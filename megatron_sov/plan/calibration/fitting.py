@@ -16,10 +16,11 @@ from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.base.figures import format_memory
 from megatron_sov.model import recipes
 from megatron_sov.model.config import ModelConfig, ParallelConfig, RunConfig
+from megatron_sov.model.process_memory import MemoryEstimate, StatePlace
 from megatron_sov.plan.footprint.activations import kinds
 from megatron_sov.plan.footprint.held import chunk_layers
 from megatron_sov.plan.footprint.memory import Account, account
-from megatron_sov.plan.footprint.states import StageBuffers, StatePlace, states_of
+from megatron_sov.plan.footprint.states import StageBuffers, states_of
 from megatron_sov.runs.gpu_driver import list_visible_gpus
 from megatron_sov.runs.launch_environment import has_launcher, num_ranks
 from megatron_sov.work.clusters.chips import Gpu
@@ -76,6 +77,13 @@ def _distinct_stages(config: RunConfig) -> list[int]:
         edge = config.train.fp8 != "none" or config.optim.groups
         known.setdefault((alike, stage == 0, stage == p.pp - 1, stage if edge else None), stage)
     return list(known.values())
+
+
+def estimate_memory(config: RunConfig, num_ranks: int) -> MemoryEstimate:
+    """Estimate the memory of a run's processes at the longest samples."""
+    first = account(config, num_ranks, 0, max(phase.seq_len for phase in config.data.phases))
+    return MemoryEstimate(states=first.states, peak=first.total, on_host=first.on_host,
+                          fullest=fullest(config, num_ranks)[1].total)
 
 
 def usable_bytes(gpu: Gpu) -> int:
@@ -204,15 +212,17 @@ def refuse_on_nodes(config: RunConfig, count: int, per_node: int, memory_bytes: 
         _refuse(config, count, fullest, memory_bytes, "has", gpu)
 
 
-def refuse_on_this_node(config: RunConfig, gpu: Gpu | None) -> None:
-    """Refuse a run whose processes here pin more than this machine has available; raises as
-    `refuse_on_nodes` does.  No process may have begun to take its part."""
-    if config.gpu.optimizer_offload:
-        here, own = (int(os.environ.get(name, default)) for name, default in (
-            ("LOCAL_WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
-        first = int(os.environ.get("RANK", "0")) - own
-        _refuse(config, num_ranks(None), range(first, first + here), psutil.virtual_memory().available,
-                "has available", gpu)
+def refuse_on_this_node(config: RunConfig, nproc: int | None, gpu: Gpu | None) -> None:
+    """Refuse a run whose processes on this machine pin more host memory than is available, as
+    `refuse_on_nodes` does. No process of the run may have pinned memory yet."""
+    if not config.gpu.optimizer_offload:
+        return
+    count = num_ranks(nproc)
+    ranks = range(count)
+    if has_launcher():
+        first = int(os.environ.get("RANK", "0")) - int(os.environ.get("LOCAL_RANK", "0"))
+        ranks = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    _refuse(config, count, ranks, psutil.virtual_memory().available, "has available", gpu)
 
 
 def refuse_on_this_machine(config: RunConfig, nproc: int | None) -> None:
@@ -228,9 +238,11 @@ def refuse_on_this_machine(config: RunConfig, nproc: int | None) -> None:
     """
     if has_launcher():
         return
-    count, gpus = num_ranks(nproc), list_visible_gpus()
-    for gpu in gpus[:count]:
-        refuse_too_large(config, count, Gpu(gpu.name, gpu.memory_bytes))
+    count = num_ranks(nproc)
+    gpus = [Gpu(gpu.name, gpu.memory_bytes) for gpu in list_visible_gpus()[:count]]
+    for gpu in gpus:
+        refuse_too_large(config, count, gpu)
+    refuse_on_this_node(config, nproc, gpus[0] if gpus else None)
     if gpus or os.path.exists(DRIVER_FILE):
         return
     pp, total_bytes = config.parallel.pp, psutil.virtual_memory().total

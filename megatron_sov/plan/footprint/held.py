@@ -18,6 +18,7 @@ from megatron_sov.model.config import LoraConfig, ModelConfig, ParallelConfig, R
 from megatron_sov.model.families.adapters import PREFIX, AdaptedModule, find_adapted_modules
 from megatron_sov.model.families.count import EMBEDDING, HEAD, layer_weights
 from megatron_sov.model.families.encoders import encoder_shapes
+from megatron_sov.model.process_memory import StageParams
 
 ITEM_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 """Bytes of a weight or an activation, by `train.precision`."""
@@ -226,18 +227,6 @@ def _factors(of: AdaptedModule, lora: LoraConfig, p: ParallelConfig, rows: int =
 
 def is_adapter(key: str) -> bool:
     return key.startswith(PREFIX)
-
-
-@dataclass(frozen=True)
-class StageParams:
-    """Parameters that one process of a pipeline stage holds, adapters included."""
-
-    dense: int
-    """Those that every data-parallel process has: attention, norms, routers, shared experts, embeddings."""
-    experts: int
-    """Those of its routed experts."""
-    layers: int
-    """Layers of the trunk on it, and multi-token prediction layers."""
 
 
 def stage_params(config: RunConfig) -> list[StageParams]:

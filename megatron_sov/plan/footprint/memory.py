@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from megatron_sov.model.config import DistillationConfig, RunConfig
 from megatron_sov.model.config.lora import HEAD
+from megatron_sov.model.process_memory import States
 from megatron_sov.plan.footprint.activations import head_keeps, kinds, saved, stored
 from megatron_sov.plan.footprint.held import FLOAT32_BYTES, ITEM_BYTES, quantized_weight_bytes, without_bf16
-from megatron_sov.plan.footprint.states import States, states_of
+from megatron_sov.plan.footprint.states import states_of
 
 # What a process's GPU holds beside a model, its training and its activations: estimates, each by a
 # formula with its source.

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from megatron_sov.model.config import ModelConfig, RunConfig
 from megatron_sov.model.families.count import TABLES
 from megatron_sov.model.families.encoders import encoder_buffer_bytes, is_frozen, is_position_table
+from megatron_sov.model.process_memory import StatePlace, States
 from megatron_sov.plan.footprint.held import (
     BF16_BYTES, FLOAT32_BYTES, ITEM_BYTES, Held, chunk_layers, held, is_adapter, rounded_up)
 
@@ -175,35 +176,6 @@ def _within(run: PlacedParameter, start: int, end: int) -> Iterator[StatePiece]:
     for place, number in [(first, 1), *between, *([(last, 1)] if last > first else [])]:
         if elements := part(place):
             yield StatePiece(elements, number, mark)
-
-
-@dataclass(frozen=True)
-class States:
-    weights: int
-    """Bytes, ZeRO-1's gaps included."""
-    gradients: int
-    """Bytes of the buffers in which they are summed."""
-    optimizer: int
-    """Bytes of master weights and moments on the device."""
-    on_host: int
-    """Bytes of the host's memory, under `gpu.optimizer_offload`."""
-    counters: int
-    """Bytes of the model's buffers, which nobody trains: routers' counters and selection biases, YaRN's
-    angles."""
-    updated: int
-    """Elements whose master weights are on the device and that this process updates."""
-    elements: int
-    """Elements of all parameters, without gaps."""
-
-
-@dataclass(frozen=True)
-class StatePlace:
-    """Which of the data-parallel processes one is."""
-
-    dense: int = 0
-    """Rank in the data- and context-parallel group."""
-    experts: int = 0
-    """Rank in the expert data-parallel group."""
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Learning from a teacher: its states, the loss, what the student writes."""
+"""Distillation: teacher outputs on disk, and losses between student and teacher."""

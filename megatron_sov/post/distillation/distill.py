@@ -1,7 +1,7 @@
 """Distillation: the student learns a teacher's distribution of the next token at the learned labels; its
 divergence on held-out documents is measured before the first and after the last step.
 
-A `KeptTeacher` reads outputs that the teacher's job wrote (`teacher`), so that memory holds only its output
+A `StoredTeacher` reads outputs that the teacher's job wrote (`teacher`), so that memory holds only its output
 head, on the last pipeline stage. A `LiveTeacher` reads responses that the student itself generated.
 """
 
@@ -75,12 +75,12 @@ class RunTeacher(Protocol):
         ...
 
     def heard(self, batch: MicroBatch, split: str = "train") -> torch.Tensor:
-        """Return the weight of each label of whole rows, [n]: 0 for labels without teacher outputs."""
+        """Return the weight per label in whole rows, [n]: 0 for labels without teacher outputs."""
         ...
 
 
 class StoredTeacher:
-    """Teacher outputs on disk, of one teacher for each source."""
+    """Teacher outputs on disk; each source has one teacher."""
 
     def __init__(self, folders: Sequence[StateFiles], asked: DistillationConfig, sources: Sequence[Source],
                  vocab_size: int) -> None:
@@ -99,7 +99,7 @@ class StoredTeacher:
             self.teacher = ", ".join(f"{name}: {digest}" for name, digest in digests.items())
         self.divergence = Divergence(asked.beta, asked.temperature)
         self._asked = asked
-        # Folders of one teacher share its head; the dtype of its states may differ.
+        # Folders by one teacher share its head; the dtype of states may differ.
         self._kinds = list({(f.teacher, f.dtype): f for f in folders}.values())
         kinds = [(f.teacher, f.dtype) for f in self._kinds]
         self._kind_of = {index: kinds.index((f.teacher, f.dtype)) for index, f in self._by_source.items()}
@@ -110,9 +110,9 @@ class StoredTeacher:
         folders = sorted({files.folder for files in self._by_source.values()})
         files = [(folder / name, record) for folder in folders
                  for name, record in read_manifest(folder).files.items()]
-        # Checksums read whole files, so each process verifies its share; all raise the same error.
-        own = range(world.rank, len(files), world.size)
-        damaged = next((i + 1 for i in own if find_file_damage(*files[i])), 0)
+        # Checksums read whole files, so each process verifies its share; all processes raise the same error.
+        local_files = range(world.rank, len(files), world.size)
+        damaged = next((i + 1 for i in local_files if find_file_damage(*files[i])), 0)
         for number in collectives.gather_numbers(float(damaged)):
             if number:
                 raise UserError(f"{find_file_damage(*files[int(number) - 1])}; make the states again with "
@@ -126,8 +126,7 @@ class StoredTeacher:
         pieces = context.get_local_pieces(len(batch.labels))
         if self._asked.top_k:
             ids, logprobs = unpack_rows(self._read_rows(batch.origins, pieces, split))
-            # A positive log-probability marks a missing output: `heard` gives it no weight, and 0 stays
-            # finite.
+            # A positive log-probability marks a missing output: `heard` returns weight 0, and 0 stays finite.
             return TeacherTopK(ids, logprobs.where(logprobs[:, :1] <= 0, 0.0), self._asked.keep_remainder)
         kinds = sorted({self._kind_of[source] for _, source, _ in batch.origins}) or [0]
         teachers = [TeacherStates(self._read_rows(batch.origins, pieces, split, kind),
@@ -135,10 +134,10 @@ class StoredTeacher:
                     for kind in kinds]
         if len(kinds) == 1:
             return teachers[0]
-        # Padding has no weight, so any teacher may own it.
+        # Padding has no weight, so any teacher may own padding.
         owners = torch.zeros(sum(end - first for first, end in pieces), dtype=torch.int64)
-        for here, source, _, _, _ in _iter_overlaps(batch.origins, pieces):
-            owners[here] = kinds.index(self._kind_of[source])
+        for local_slice, source, _, _, _ in _iter_overlaps(batch.origins, pieces):
+            owners[local_slice] = kinds.index(self._kind_of[source])
         return TeachersByToken(owners, teachers)
 
     def heard(self, batch: MicroBatch, split: str = "train") -> torch.Tensor:
@@ -151,27 +150,27 @@ class StoredTeacher:
 
     def _read_rows(self, origins: tuple[RowOrigin, ...], pieces: Sequence[tuple[int, int]], split: str,
               kind: int = 0) -> torch.Tensor:
-        """Return the outputs at the n tokens of pieces of a row, [n, width]; finite placeholders for padding
-        and for tokens of other teachers, which have no weight."""
+        """Return the outputs at n tokens of a row, [n, width]; finite placeholders for padding and for tokens
+        with other teachers, which have no weight."""
         files, top_k = self._kinds[kind], self._asked.top_k
         rows = torch.zeros(sum(end - first for first, end in pieces), files.width, dtype=files.dtype)
         if top_k:
-            rows[:, :top_k] = torch.arange(top_k)  # distinct ids of log-probability 0
-        for here, source, document, start, count in _iter_overlaps(origins, pieces):
-            # Most probable tokens have one shape for all teachers.
+            rows[:, :top_k] = torch.arange(top_k)  # distinct ids with log-probability 0
+        for local_slice, source, document, start, count in _iter_overlaps(origins, pieces):
+            # Most probable tokens have equal shapes for all teachers.
             if top_k or self._kind_of[source] == kind:
-                rows[here] = self._by_source[source].states(source, split, document, start, count)
+                rows[local_slice] = self._by_source[source].states(source, split, document, start, count)
         return rows
 
     def _load_head(self, kind: int, head: Head) -> torch.Tensor:
-        """Return the teacher's head for the vocabulary shard of the student's head, [V / tp, H'], in its
-        dtype; read once, on the last pipeline stage."""
+        """Return the teacher's head for the student's vocabulary shard, [V / tp, H'], in its dtype; read
+        once, on the last pipeline stage."""
         if kind not in self._heads:
             token_ids, files = head.token_ids, self._kinds[kind]
             weight = head.weight.new_zeros(len(head.weight), files.hidden_size)
             if token_ids:
                 with safe_open(files.head, "pt") as file:
-                    # Only the shard is read; padding rows of the student's head stay 0.
+                    # Only the shard is read; padding rows in the student's head stay 0.
                     shard = file.get_slice(HEAD_WEIGHT)[token_ids.start:token_ids.stop]
                     weight[:len(token_ids)] = shard.to(weight)
             self._heads[kind] = weight
@@ -207,24 +206,24 @@ class LiveTeacher:
             UserError: the teacher has another vocabulary size, reads shorter rows, or does not fit the
                 layout.
         """
-        asked, theirs = config.distillation, read_checkpoint_settings(checkpoint)
+        distillation, theirs = config.distillation, read_checkpoint_settings(checkpoint)
         self.teacher = hash_weights(Target(checkpoint, False))
-        self.divergence = Divergence(asked.beta, asked.temperature)
-        self._path, self._asked = checkpoint, asked
+        self.divergence = Divergence(distillation.beta, distillation.temperature)
+        self._path, self._asked = checkpoint, distillation
         # Expert parallelism and the pipeline layout fit the student's layers alone.
         overrides: dict[str, Any] = {} if theirs.model.num_experts else {"ep": 1, "etp": 1}
         if theirs.model.num_layers != config.model.num_layers:
             overrides["pipeline_layout"] = ()
         self._config = dataclasses.replace(config, model=theirs.model, lora=theirs.lora,
                                            parallel=dataclasses.replace(config.parallel, **overrides))
-        if asked.other_tokenizer:
+        if distillation.other_tokenizer:
             raise UserError("distillation.other_tokenizer = True: a teacher of another tokenizer reads whole "
                             "documents; have `megatron-sov distill` learn from it, or choose one of the same")
         if theirs.model.vocab_size != config.model.vocab_size:
             raise UserError(f"--teacher {checkpoint}: has {theirs.model.vocab_size} token ids, the student "
                             f"model.vocab_size = {config.model.vocab_size}; choose a teacher with as many")
-        if asked.top_k >= theirs.model.vocab_size:
-            raise UserError(f"distillation.top_k = {asked.top_k}: must be below the "
+        if distillation.top_k >= theirs.model.vocab_size:
+            raise UserError(f"distillation.top_k = {distillation.top_k}: must be below the "
                             f"{theirs.model.vocab_size} token ids; set it to less, or to 0")
         if config.data.max_seq_len() > theirs.model.max_position_tokens:
             raise UserError(f"--teacher {checkpoint}: reads {theirs.model.max_position_tokens} tokens, and a "
@@ -271,22 +270,22 @@ class LiveTeacher:
 
 
 def check_outputs(files: StateFiles, asked: DistillationConfig, vocab_size: int) -> None:
-    """Raise `UserError` if the artifact has other outputs than the settings ask for, or another
+    """Raise `UserError` if the artifact has other outputs than `distillation` requires, or another
     vocabulary."""
-    kept = files.kept
-    if kept.top_k != asked.top_k:
-        raise UserError(f"{files.folder}: holds {_describe_outputs(kept.top_k)} of the teacher, and "
+    stored = files.kept
+    if stored.top_k != asked.top_k:
+        raise UserError(f"{files.folder}: holds {_describe_outputs(stored.top_k)} of the teacher, and "
                         f"distillation.top_k = {asked.top_k} asks for {_describe_outputs(asked.top_k)}; set "
-                        f"it to {kept.top_k}, or name another folder")
-    if kept.translated != asked.other_tokenizer:
-        raise UserError(f"{files.folder}: holds {'the student' if kept.translated else 'the teacher'}'s own "
-                        f"tokens, and distillation.other_tokenizer = {asked.other_tokenizer}; set it to "
-                        f"{kept.translated}, or name another folder")
-    if kept.top_k and kept.temperature != asked.temperature:
-        raise UserError(f"{files.folder}: its log-probabilities are those at temperature {kept.temperature}, "
-                        f"and distillation.temperature = {asked.temperature}; set it to that, or name "
-                        "another folder")
-    if kept.translated:
+                        f"it to {stored.top_k}, or name another folder")
+    if stored.translated != asked.other_tokenizer:
+        raise UserError(f"{files.folder}: holds {'the student' if stored.translated else 'the teacher'}'s "
+                        f"own tokens, and distillation.other_tokenizer = {asked.other_tokenizer}; set it to "
+                        f"{stored.translated}, or name another folder")
+    if stored.top_k and stored.temperature != asked.temperature:
+        raise UserError(f"{files.folder}: its log-probabilities are those at temperature "
+                        f"{stored.temperature}, and distillation.temperature = {asked.temperature}; set "
+                        "it to that, or name another folder")
+    if stored.translated:
         if files.vocab_size > vocab_size:
             raise UserError(f"{files.folder}: its tokens are those of a tokenizer of {files.vocab_size} ids, "
                             f"the student has model.vocab_size = {vocab_size}; set it, or read other data")
@@ -317,12 +316,12 @@ class Distillation(DataObjective):
         self.coefficients |= self._mtp_coefficient
 
     def collect(self, policy: Any, step: int) -> GlobalBatch:
-        """Return the next batch of the data order, with the teacher's outputs."""
+        """Return the next batch in the data order, with teacher outputs."""
         batch = super().collect(policy, step)
         return dataclasses.replace(batch, micro_batches=self._teacher.read(batch.micro_batches))
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
-        """Count the learned tokens of the global batch."""
+        """Count the learned tokens in the global batch."""
         hosts = [m.host for m in batch.micro_batches]
         # Two denominators: labels without teacher outputs still count for cross-entropy.
         targets = {DIVERGENCE: sum(float(self._teacher.heard(m).double().sum()) for m in hosts)}
@@ -331,8 +330,7 @@ class Distillation(DataObjective):
         return with_denominators(batch, targets | self._mtp_targets(hosts))
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
-        """Return the summed divergence of the learned labels, and their cross-entropy with ce_coeff above
-        0."""
+        """Return the summed divergence over learned labels, and cross-entropy if `ce_coeff` is above 0."""
         weights = self._teacher.heard(batch)
         terms, measured = head.divergence(hidden[0], self._teacher.at(batch, head), {DIVERGENCE: weights},
                                           self._teacher.divergence)
@@ -363,7 +361,7 @@ class OnPolicyDistillation(Distillation):
 
 @dataclasses.dataclass(frozen=True)
 class TeacherFactory:
-    """Factory of an objective with a teacher in its context."""
+    """Factory for an objective with a teacher in its context."""
 
     made: Callable[[ObjectiveContext], Any]
     teachers: Sequence[RunTeacher]
@@ -403,8 +401,7 @@ def measure_heldout(view: GateView, sources: Sequence[Source],
 
 
 def measure_teacher(view: GateView, sources: Sequence[Source], teacher: RunTeacher | None) -> dict[str, Any]:
-    """Return the digest of the teacher and `measure_heldout` for the completion manifest; {} without a
-    teacher."""
+    """Return the teacher's digest and `measure_heldout` for the completion manifest; {} without a teacher."""
     if teacher is None:
         return {}
     return {"teacher": teacher.teacher, "heldout_divergence": measure_heldout(view, sources, teacher)}
@@ -417,7 +414,7 @@ def _sum_teacher_divergences(view: GateView, index: int, source: Source, teacher
     samples = build_heldout_samples(shard, index, seq_len, config.data.heldout_tokens)
     # Empty rows, so that all processes run equally many batches: they may share experts.
     samples += [OrderedSample(index, ())] * (-len(samples) % (size * world.dp_size))
-    own = [build_micro_batch(join_rows([build_row(s, shard, seq_len) for s in samples[i:i + size]]))
+    local_batches = [build_micro_batch(join_rows([build_row(s, shard, seq_len) for s in samples[i:i + size]]))
            for i in range(world.dp_rank * size, len(samples), size * world.dp_size)]
 
     def sums(hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
@@ -426,6 +423,6 @@ def _sum_teacher_divergences(view: GateView, index: int, source: Source, teacher
         return torch.stack([learned.sum(), (measured.divergence * learned).sum(),
                             (measured.kl * learned).sum()])
 
-    parts = view.policy.map(teacher.read(own), sums)
+    parts = view.policy.map(teacher.read(local_batches), sums)
     local = torch.stack(parts).sum(0).cpu() if parts else torch.zeros(3, dtype=torch.float64)
     return collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local))

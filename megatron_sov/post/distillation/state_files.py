@@ -26,15 +26,15 @@ KIND = "teacher_states"
 HEAD, HEAD_WEIGHT = "head.safetensors", "weight"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 OPEN_PARTS = 32
-"""Limit of concurrently mapped files; a corpus has thousands."""
+"""Limit for concurrently mapped files; a corpus has thousands."""
 
 
 @dataclass(frozen=True)
 class StatesPart:
-    """A range of documents whose states are in one file."""
+    """A document range whose states are in one file."""
 
     source: int
-    """Index among the sources of the data."""
+    """Index among the data's sources."""
     split: str
     first_document: int
     num_documents: int
@@ -46,7 +46,7 @@ class StatesPart:
 
 
 def read_lengths(source: Source, split: str) -> np.ndarray:
-    """Return the length of each document of a split, [documents] int64; the split may be empty."""
+    """Return the document lengths in a split, [documents] int64; may be empty."""
     if not source.num_tokens.get(split):
         return np.zeros(0, np.int64)
     stored = source.open_split(split).lengths
@@ -54,8 +54,8 @@ def read_lengths(source: Source, split: str) -> np.ndarray:
 
 
 def plan_parts(sources: list[Source], splits: tuple[str, ...], part_tokens: int) -> list[StatesPart]:
-    """Return the parts of all documents, in shard order. A document belongs to the part of its first token,
-    so no document is split."""
+    """Return the parts for all documents, in shard order. A document belongs to the part with its first
+    token, so no document is split."""
     parts = []
     for index, source in enumerate(sources):
         for split in splits:
@@ -73,14 +73,14 @@ def plan_parts(sources: list[Source], splits: tuple[str, ...], part_tokens: int)
 
 @dataclass(frozen=True)
 class StateFormat:
-    """Outputs of each token that are kept."""
+    """Outputs to keep per token."""
 
     dtype: str = "bfloat16"
     """Dtype of states: bfloat16 or float32."""
     top_k: int = 0
-    """Number of most probable tokens kept instead of a state; 0: states."""
+    """Number of most probable tokens to keep instead of a state; 0: states."""
     temperature: float = 1.0
-    """Divisor of the logits before the softmax of the log-probabilities."""
+    """Divisor of logits before the softmax."""
     translated: bool = False
     """Whether the tokens were translated to the student's tokenizer (`distillation.translation`)."""
 
@@ -98,13 +98,13 @@ def pack_rows(token: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split rows of `packed` into token ids [n, K] int64 and log-probabilities [n, K] float32."""
+    """Split rows from `pack_rows` into token ids [n, K] int64 and log-probabilities [n, K] float32."""
     token, bits = rows.chunk(2, dim=1)
     return token.long(), bits.contiguous().view(torch.float32)
 
 
 class StateFiles:
-    """Memory-mapped outputs of a teacher for token artifacts."""
+    """Memory-mapped teacher outputs for token artifacts."""
 
     def __init__(self, folder: Path, sources: list[Source]) -> None:
         """Open an artifact.
@@ -118,7 +118,7 @@ class StateFiles:
         self.folder, content = folder, manifest.content
         self.hidden_size, self.vocab_size = int(content["hidden_size"]), int(content["vocab_size"])
         self.logits_softcap: float | None = content.get("logits_softcap")
-        """Soft cap of the logits of the head."""
+        """Soft cap for the head's logits."""
         self.teacher = str(manifest.settings["teacher"])
         """Digest of the teacher's weights, configuration and adapter base."""
         self.kept = StateFormat(content["dtype"], content.get("top_k", 0), content.get("temperature", 1.0),
@@ -127,14 +127,14 @@ class StateFiles:
         self.width = 2 * self.kept.top_k or self.hidden_size
         indices = self._find_sources(sources, [i for i in manifest.inputs if i["kind"] == "tokens"])
         self.sources = {index: own for own, index in enumerate(indices)}
-        """Index of a source in the run -> its index in the artifact."""
+        """Source index in the run -> source index in the artifact."""
         self._sources = [sources[index] for index in indices]
         self._parts: dict[tuple[int, str], list[StatesPart]] = {}
         for raw in content["parts"]:
             part = StatesPart(**raw)
             self._parts.setdefault((part.source, part.split), []).append(part)
         self._firsts = {of: np.array([p.first_document for p in parts]) for of, parts in self._parts.items()}
-        # Caches of the object: a cache of the class would keep the files of closed objects open.
+        # Caches on the object: a cache on the class would keep the files of closed objects open.
         self._open = lru_cache(maxsize=OPEN_PARTS)(self._map_part)
         self._lengths = lru_cache(maxsize=None)(self._read_lengths)
 
@@ -143,21 +143,22 @@ class StateFiles:
 
     @property
     def head(self) -> Path:
-        """File of the teacher's output head, a tensor [vocabulary, hidden size] named `HEAD_WEIGHT`."""
+        """File with the teacher's output head, a tensor [vocabulary, hidden size] named `HEAD_WEIGHT`."""
         return self.folder / HEAD
 
     def states(self, source: int, split: str, document: int, start: int, count: int) -> torch.Tensor:
         """Return the rows of `count` tokens of a document, [count, width], as a view. The row of a token
         predicts the next token."""
-        own = self.sources[source]
-        parts = self._parts.get((own, split), [])
-        index_of_part = int(np.searchsorted(self._firsts.get((own, split), ()), document, side="right")) - 1
+        source_index = self.sources[source]
+        parts = self._parts.get((source_index, split), [])
+        part_index = int(np.searchsorted(self._firsts.get((source_index, split), ()), document,
+                                         side="right")) - 1
         # Parts are ordered by documents and may have gaps.
-        if index_of_part < 0 or document >= (parts[index_of_part].first_document
-                                             + parts[index_of_part].num_documents):
+        if part_index < 0 or document >= (parts[part_index].first_document
+                                             + parts[part_index].num_documents):
             raise UserError(f"{self.folder}: has no states of document {document} of source "
-                            f"{self._sources[own].name!r} ({split}); make them again from this data")
-        part = parts[index_of_part]
+                            f"{self._sources[source_index].name!r} ({split}); make them again from this data")
+        part = parts[part_index]
         starts, states = self._open(part)
         index = document - part.first_document
         first = int(starts[index]) + start
@@ -175,7 +176,7 @@ class StateFiles:
         if size_bytes != expected_bytes or lengths.sum() != part.num_tokens:
             raise UserError(f"{file}: has {size_bytes} bytes, its {part.num_tokens} tokens need "
                             f"{expected_bytes}; make the states again")
-        # A private mapping: changes of the tensor never reach the disk.
+        # A private mapping: changes to the tensor never reach the disk.
         rows = torch.from_file(str(file), size=part.num_tokens * self.width, dtype=self.dtype)
         return np.concatenate([[0], lengths.cumsum()]), rows.view(-1, self.width)
 

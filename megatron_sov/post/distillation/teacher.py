@@ -129,15 +129,15 @@ def build_artifact_on_ranks(world: ParallelWorld,
                       ) -> Iterator[ArtifactOnRanks]:
     """Yield an artifact that the first rank opens; called by all ranks together."""
     with contextlib.ExitStack() as stack:
-        own: list[ResumableArtifact] = []
+        artifacts: list[ResumableArtifact] = []
 
         def begin() -> tuple[str, list[str]]:
-            own.append(stack.enter_context(opened()))
-            return str(own[0].path), list(own[0].finished)
+            artifacts.append(stack.enter_context(opened()))
+            return str(artifacts[0].path), list(artifacts[0].finished)
 
         folder, finished = run_on_main(world, begin)
         yield ArtifactOnRanks(Path(folder), frozenset(finished),
-                              lambda do: run_on_main(world, lambda: do(own[0])))
+                              lambda do: run_on_main(world, lambda: do(artifacts[0])))
 
 
 def hash_weights(target: Target) -> str:
@@ -187,17 +187,17 @@ def _record_finished(parts: list[StatesPart], artifact: ResumableArtifact) -> No
 
 
 def _check_format(reading: TeacherReading) -> None:
-    kept, vocab_size = reading.kept, reading.target.vocab_size
-    if kept.dtype not in DTYPES:
-        raise UserError(f"dtype {kept.dtype!r}: must be one of {', '.join(DTYPES)}")
-    if not 0 <= kept.top_k < vocab_size:
-        raise UserError(f"--top-k {kept.top_k}: must lie in [0, {vocab_size}), the token ids of the teacher "
-                        f"{reading.target.path}")
-    if kept.translated and not kept.top_k:
+    outputs, vocab_size = reading.kept, reading.target.vocab_size
+    if outputs.dtype not in DTYPES:
+        raise UserError(f"dtype {outputs.dtype!r}: must be one of {', '.join(DTYPES)}")
+    if not 0 <= outputs.top_k < vocab_size:
+        raise UserError(f"--top-k {outputs.top_k}: must lie in [0, {vocab_size}), the token ids of the "
+                        f"teacher {reading.target.path}")
+    if outputs.translated and not outputs.top_k:
         raise UserError("--top-k 0: a teacher of another tokenizer is kept by its most probable tokens; "
                         "pass e.g. --top-k 64")
-    if not 0 < kept.temperature < math.inf:
-        raise UserError(f"--temperature {kept.temperature}: must be a number greater than 0")
+    if not 0 < outputs.temperature < math.inf:
+        raise UserError(f"--temperature {outputs.temperature}: must be a number greater than 0")
 
 
 def _refuse_too_long(reading: TeacherReading, sources: list[Source]) -> None:
@@ -275,7 +275,7 @@ def _read_parts(loaded: LoadedModel, documents: _Documents, parts: Sequence[Stat
     Data-parallel ranks that share experts must run equal batches, so each rank gets as many rows as the
     largest part, the last ones of padding alone.
     """
-    device, own, kept = get_local_device(), loaded.world.dp_rank, documents.reading.kept
+    device, dp_rank, kept = get_local_device(), loaded.world.dp_rank, documents.reading.kept
     read = [documents.read_part(part) for part in parts]
     lengths = [[len(ids) for ids in part_ids] for part_ids, _ in read]
     rows = [group_into_rows(part_lengths, ROW_TOKENS) for part_lengths in lengths]
@@ -283,12 +283,12 @@ def _read_parts(loaded: LoadedModel, documents: _Documents, parts: Sequence[Stat
     longest = 0
     for part_lengths, part_rows in zip(lengths, rows, strict=True):
         longest = max(longest, *(sum(part_lengths[i] for i in row) for row in part_rows))
-    part = parts[own] if own < len(parts) else None
-    own_rows = rows[own] if part else []
+    part = parts[dp_rank] if dp_rank < len(parts) else None
+    local_rows = rows[dp_rank] if part else []
     micro_batches = [] if part is None else [
-        DocumentBatch([read[own][0][i] for i in row], device, longest) for row in own_rows]
+        DocumentBatch([read[dp_rank][0][i] for i in row], device, longest) for row in local_rows]
     # Padding up to the rank with the most rows, and for ranks without a part.
-    micro_batches += [DocumentBatch([[0]], device, longest)] * (max(map(len, rows)) - len(own_rows))
+    micro_batches += [DocumentBatch([[0]], device, longest)] * (max(map(len, rows)) - len(local_rows))
     # With translation more tokens are kept, since several of them may become one token of the student.
     num_tokens = min(2 * kept.top_k, documents.reading.target.vocab_size) if kept.translated else kept.top_k
 
@@ -306,14 +306,14 @@ def _read_parts(loaded: LoadedModel, documents: _Documents, parts: Sequence[Stat
     computed = loaded.policy.map(micro_batches, compute_outputs)
     # One process of each row has all of its tokens and writes them.
     if part is not None and loaded.world.last_stage and collectives.is_first_of_row():
-        row_lengths = [[lengths[own][i] for i in row] for row in own_rows]
+        row_lengths = [[lengths[dp_rank][i] for i in row] for row in local_rows]
         # Without the padding inside rows and without rows of padding alone.
         outputs = [output[:sum(row)] for output, row in zip(computed, row_lengths, strict=False)]
         if kept.translated:
             by_document = []
             for output, row in zip(outputs, row_lengths, strict=True):
                 by_document += output.split(row)
-            outputs = documents.translate(part, read[own][1], by_document)
+            outputs = documents.translate(part, read[dp_rank][1], by_document)
         _write_states(folder / part.file, outputs)
 
 

@@ -96,11 +96,11 @@ class TokenTranslation:
         first = np.full(len(self._theirs), -1, np.int64)
         texts = {token: text for token, text in enumerate(self._theirs) if text}
         spelled = {token: _decode_bytes(text) for token, text in texts.items()}
-        whole = [token for token, text in spelled.items() if text is not None]
-        encoded = self._student.encode_batch([spelled[token] for token in whole], add_special_tokens=False)
-        for token, encoding in zip(whole, encoded, strict=True):
+        complete = [token for token, text in spelled.items() if text is not None]
+        encoded = self._student.encode_batch([spelled[token] for token in complete], add_special_tokens=False)
+        for token, encoding in zip(complete, encoded, strict=True):
             first[token] = encoding.ids[0] if encoding.ids else -1
-        for token in texts.keys() - set(whole):  # a part of a character
+        for token in texts.keys() - set(complete):  # a part of a character
             first[token] = self._longest_prefix(texts[token])
         for ours, theirs in self._specials.items():
             if theirs < len(first):
@@ -155,28 +155,29 @@ class TokenTranslation:
         """
         theirs: list[int] = []
         lengths: list[int] = []
-        own: list[int] = []
+        student_lengths: list[int] = []
         text: list[int] = []
         for is_special, run in _find_runs(ids, self._specials):
             if is_special:
                 theirs.append(self._specials[run[0]])
                 lengths.append(1)
-                own.append(1)
+                student_lengths.append(1)
                 text.append(self._symbol[run[0]])
                 continue
             # A special token that the teacher has not is read as its text.
             spelled = [self._ours[token] or (self._student.id_to_token(token) or "").encode()
                        for token in run]
-            own += map(len, spelled)
+            student_lengths += map(len, spelled)
             text += b"".join(spelled)
-            made = self._encode_text(b"".join(spelled))
-            theirs += [token for token, _ in made]
-            lengths += [length for _, length in made]
-        ends, own_ends = np.cumsum(lengths, dtype=np.int64), np.cumsum(own, dtype=np.int64)
+            encoded = self._encode_text(b"".join(spelled))
+            theirs += [token for token, _ in encoded]
+            lengths += [length for _, length in encoded]
+        ends, student_ends = np.cumsum(lengths, dtype=np.int64), np.cumsum(student_lengths, dtype=np.int64)
         # The teacher's last token that ends no later than each of the student's.
-        place = np.searchsorted(ends, own_ends, side="right") - 1
-        same = (place >= 0) & (ends[np.maximum(place, 0)] == own_ends) if len(ends) else place >= 0
-        return TranslatedStates(theirs, np.where(same, place, -1), np.asarray(text, np.int64), ends, own_ends)
+        place = np.searchsorted(ends, student_ends, side="right") - 1
+        same = (place >= 0) & (ends[np.maximum(place, 0)] == student_ends) if len(ends) else place >= 0
+        return TranslatedStates(theirs, np.where(same, place, -1), np.asarray(text, np.int64), ends,
+                                student_ends)
 
     def _encode_text(self, text: bytes) -> list[tuple[int, int]]:
         decoded = _decode_bytes(text)
@@ -213,28 +214,28 @@ class TokenTranslation:
         # float64: sums of small probabilities are divided by one another.
         chain = self._build_chain(document, token.numpy(), np.exp(logprobs.double().numpy()),
                             of_next.double().numpy())
-        found = chain.find_prefixes(document.student_ends, self._hidden[np.asarray(ids)])
-        whole = found.whole
-        clear = (found.goes_on <= MAX_HIDDEN) & (found.unknown <= MAX_HIDDEN)  # NaN is neither
+        prefixes = chain.find_prefixes(document.student_ends, self._hidden[np.asarray(ids)])
+        complete = prefixes.whole
+        clear = (prefixes.goes_on <= MAX_HIDDEN) & (prefixes.unknown <= MAX_HIDDEN)  # NaN is neither
         # p(next token) is the text with it over the text without it.
-        own = np.append(np.exp(whole[1:] - whole[:-1]), np.nan)
+        next_masses = np.append(np.exp(complete[1:] - complete[:-1]), np.nan)
         # Both ends of the next token must be clear, since its probability is a ratio of both.
-        heard = np.flatnonzero(clear & np.append(clear[1:], False) & np.isfinite(own))
+        heard = np.flatnonzero(clear & np.append(clear[1:], False) & np.isfinite(next_masses))
         ends = heard[document.at[heard] >= 0]
         rows, place = np.repeat(ends, token.shape[1]), document.at[ends]
         # of the ways to write the text so far, that in which one of the teacher's tokens ends here
-        ending = np.exp(chain.cumulative[place] - whole[ends])
+        ending = np.exp(chain.cumulative[place] - complete[ends])
         masses = (ending[:, None] * chain.masses[place][:, :token.shape[1]]).ravel()
-        tokens, behind = token.numpy()[place].ravel(), np.append(np.asarray(ids)[1:], -1)
+        tokens, next_ids = token.numpy()[place].ravel(), np.append(np.asarray(ids)[1:], -1)
         # The text's own next token is left to the ratio, which counts every way to write it.
-        others = (self.same[tokens] >= 0) & (self.same[tokens] != behind[rows])
-        keys = np.concatenate([heard * vocab_size + behind[heard],
-                               rows[others] * vocab_size + self.same[tokens[others]]])
+        differs = (self.same[tokens] >= 0) & (self.same[tokens] != next_ids[rows])
+        keys = np.concatenate([heard * vocab_size + next_ids[heard],
+                               rows[differs] * vocab_size + self.same[tokens[differs]]])
         # Together they are at most 1: what the others have, the own one cannot have.
-        left = 1 - np.bincount(rows[others], masses[others], n)[heard]
+        remaining = 1 - np.bincount(rows[differs], masses[differs], n)[heard]
         return _read_vocabulary((n, vocab_size, k), keys,
-                                np.concatenate([own[heard].clip(max=left.clip(min=0.0)),
-                                                                masses[others]]),
+                                np.concatenate([next_masses[heard].clip(max=remaining.clip(min=0.0)),
+                                                                masses[differs]]),
                       np.arange(len(keys)) < len(heard), heard)
 
     def _build_chain(self, document: TranslatedStates, token: np.ndarray, masses: np.ndarray,
@@ -243,10 +244,10 @@ class TokenTranslation:
         """Return what the teacher says beside a document's bytes, its own next token among the others."""
         longest = int(np.diff(document.ends, prepend=0).max()) + 1
         following = np.append(np.asarray(document.ids[1:], np.int64), 0)
-        held = (token == following[:, None]).any(1)
+        contains_next = (token == following[:, None]).any(1)
         # Nothing follows the last token, so nothing is missing there.
-        held[-1:] = True
-        missing = np.where(held, 0.0, np.exp(of_next))
+        contains_next[-1:] = True
+        missing = np.where(contains_next, 0.0, np.exp(of_next))
         return SpellingTree.build(document.text, document.ends, tokens=np.column_stack([token, following]),
                         masses=np.column_stack([masses, missing]), of_next=of_next,
                         table=self._table[:, :longest])
@@ -263,13 +264,13 @@ def _read_vocabulary(sizes: tuple[int, int, int], keys: np.ndarray, mass: np.nda
     order = np.lexsort((-mass, ~is_own, rows))
     starts = np.searchsorted(rows[order], np.arange(n))
     rank = np.arange(len(order)) - starts[rows[order]]
-    kept = order[rank < k]
-    counts = np.bincount(rows[kept], minlength=n)
-    place = np.arange(len(kept)) - np.concatenate([[0], counts.cumsum()])[rows[kept]]
+    selected = order[rank < k]
+    counts = np.bincount(rows[selected], minlength=n)
+    place = np.arange(len(selected)) - np.concatenate([[0], counts.cumsum()])[rows[selected]]
     with np.errstate(divide="ignore"):
-        logprobs[rows[kept], place] = np.log(mass[kept]).clip(min=NOTHING)
-    chosen = keys[kept] % vocab_size
-    ids[rows[kept], place] = chosen
+        logprobs[rows[selected], place] = np.log(mass[selected]).clip(min=NOTHING)
+    chosen = keys[selected] % vocab_size
+    ids[rows[selected], place] = chosen
     for row in np.flatnonzero((counts > 0) & (counts < k)).tolist():
         taken = set(ids[row, :counts[row]].tolist())
         # Ids of a row must be distinct: a student's logit counts once.
@@ -369,11 +370,11 @@ class SpellingTree:
         """
         length = table.shape[1]
         # Beyond the text stands a number that is no symbol and no filling either, so nothing agrees there.
-        behind = np.concatenate([text, np.full(length, NO_SYMBOL - 1)])
+        padded = np.concatenate([text, np.full(length, NO_SYMBOL - 1)])
         agrees = np.empty(tokens.shape, np.int64)
         for first in range(0, len(ends), CHUNK_ROWS):
             rows = slice(first, first + CHUNK_ROWS)
-            window = behind[ends[rows, None] + np.arange(length)]
+            window = padded[ends[rows, None] + np.arange(length)]
             agrees[rows] = np.logical_and.accumulate(table[tokens[rows]] == window[:, None], axis=2).sum(2)
         sizes = (table != NO_SYMBOL).sum(1)[tokens]
         cumulative = np.concatenate([[0.0], np.cumsum(of_next[:-1])])
@@ -388,10 +389,10 @@ class SpellingTree:
             asked: [n, symbols] bool: which symbols are asked for behind each; of those beyond, the last
                 column says.
         """
-        found = [self._select_spellings(stops[first:first + CHUNK_ROWS], asked[first:first + CHUNK_ROWS])
+        chunks = [self._select_spellings(stops[first:first + CHUNK_ROWS], asked[first:first + CHUNK_ROWS])
                  for first in range(0, len(stops), CHUNK_ROWS)]
-        whole, goes_on, unknown = (np.concatenate(part) for part in zip(*found, strict=True))
-        return SpellingPrefixes(whole, goes_on, unknown)
+        complete, goes_on, unknown = (np.concatenate(part) for part in zip(*chunks, strict=True))
+        return SpellingPrefixes(complete, goes_on, unknown)
 
     def _select_spellings(self, stops: Array, asked: Array) -> tuple[Array, Array, Array]:
         stop, token = self._match_pairs(stops)

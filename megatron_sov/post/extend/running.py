@@ -22,6 +22,7 @@ from megatron_sov.infer.decoder.generator import MegatronEngine
 from megatron_sov.infer.engines.load import LoadedModel, run_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.model.config import GateConfig, RunConfig
+from megatron_sov.model.process_memory import MemoryEstimate
 from megatron_sov.post.extend.stages import (
     Decontamination, PlannedStage, refuse_contaminated, search_contamination)
 from megatron_sov.runs.checkpoints import find_checkpoint, find_tokenizer_folder, latest_checkpoint
@@ -302,7 +303,8 @@ def decide_verdict(cells: Sequence[Cell], loss: float, start_loss: float, gate: 
 
 def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFactory, nproc: int | None,
                resume: bool, faults: tuple[Fault, ...] = (),
-               end_gate: EndGate | None = None, *, dry_run: bool = False) -> None:
+               end_gate: EndGate | None = None, *, dry_run: bool = False,
+               memory: Sequence[MemoryEstimate] = ()) -> None:
     """Run all stages. If a stage is not complete, return under a launcher and raise otherwise.
 
     Args:
@@ -314,6 +316,7 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
         faults: injected faults, once in each stage.
         end_gate: gate of the last checkpoint.
         dry_run: check and describe each stage without running it or searching its data.
+        memory: predicted memory per stage; empty: unknown.
 
     Raises:
         UserError: settings, data or a folder do not allow a stage.
@@ -328,11 +331,13 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
     begins = len(stages) > 1 and stages[0].folder.completion() is None and not dry_run
     if end_gate is not None and begins:
         end_gate.begin()  # its mistakes show before the first stage
-    for planned, needles in zip(stages, prepared, strict=True):
+    estimates: Sequence[MemoryEstimate | None] = memory or [None] * len(stages)
+    for planned, needles, estimate in zip(stages, prepared, estimates, strict=True):
         judge = end_gate if planned is stages[-1] else None
         stage = Stage(add_needles_to_blends(planned.config), planned.folder, objective, start, resume,
                       sources=needles.data, extra_sources=needles.sources, before=needles.before,
-                      after=needles.after, end_gate=judge, faults=faults, dry_run=dry_run)
+                      after=needles.after, end_gate=judge, faults=faults, dry_run=dry_run,
+                      memory=estimate)
         if planned.config.extend.gate.every_steps and not dry_run:
             fresh = latest_checkpoint(planned.folder.checkpoints) is None
             if fresh and start_loss is None:
@@ -344,7 +349,7 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
                 planned.config, Target(first, False).trained_tokens, formats), start_loss)
             stage = Stage(stage.config, stage.folder, stage.objective, start, resume, sources=needles.data,
                           extra_sources=needles.sources, after=gate.completion, gate=gate,
-                          end_gate=judge, faults=faults)
+                          end_gate=judge, faults=faults, memory=estimate)
         was_complete = stage.folder.completion() is not None
         if not run_stage(stage, nproc, stage_start_s):
             return
@@ -367,9 +372,9 @@ def _run_gate(planned: PlannedStage, needles: Needles, short: HeldoutData, start
 
 def describe_small_suite(config: RunConfig) -> str | None:
     """Return a warning if settings make the gate's needles shorter than its stage, otherwise None."""
-    longest, wanted = max(config.needle.lengths_tokens), max(phase.seq_len for phase in config.data.phases)
-    if longest >= wanted:
+    longest, seq_len = max(config.needle.lengths_tokens), max(phase.seq_len for phase in config.data.phases)
+    if longest >= seq_len:
         return None
     return (f"needle.lengths_tokens = {list(config.needle.lengths_tokens)}: "
-            f"the gate asks at most {longest:,} tokens, and the stage has {wanted:,}; "
+            f"the gate asks at most {longest:,} tokens, and the stage has {seq_len:,}; "
             "leave the setting out, and it asks at the old and the new length")

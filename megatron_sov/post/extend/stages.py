@@ -77,7 +77,7 @@ def search_contamination(questions: list[list[int]], sources: list[Source], scan
         question_hashes[length] = np.unique(np.concatenate([
             hash_windows(np.array(q), length) for q in questions if len(q) == length]))
     windows = _hash_heldout_windows(sources, scan_tokens)
-    is_found = np.zeros(len(windows), bool)
+    is_contaminated = np.zeros(len(windows), bool)
     questions_found, scanned = 0, {}
     for source in sources:
         scanned[source.name] = 0
@@ -86,15 +86,15 @@ def search_contamination(questions: list[list[int]], sources: list[Source], scan
             limit = min(scan_tokens, MADE_DOCUMENTS * int(source.train_documents.lengths[0]))
         for text in _iter_texts(source.open_split("train"), limit):
             scanned[source.name] += int((text >= 0).sum())
-            for length, known in question_hashes.items():
-                questions_found += int(np.isin(hash_windows(text, length), known).sum())
+            for length, hashes in question_hashes.items():
+                questions_found += int(np.isin(hash_windows(text, length), hashes).sum())
             # Documents made on the fly consist of training text, which is searched in its own source.
             if source.train_documents is None:
-                is_found |= np.isin(windows, hash_windows(text, WINDOW_TOKENS))
+                is_contaminated |= np.isin(windows, hash_windows(text, WINDOW_TOKENS))
     return Decontamination(
         scanned_tokens=scanned, train_tokens={s.name: s.num_tokens["train"] for s in sources},
         questions=len(questions), questions_found=questions_found, windows=len(windows),
-        windows_found=int(is_found.sum()))
+        windows_found=int(is_contaminated.sum()))
 
 
 def _hash_heldout_windows(sources: list[Source], scan_tokens: int) -> np.ndarray:
@@ -195,9 +195,9 @@ def plan_stages(request: RecipeRequest, start_from: Path, run: Path, nproc: int 
 def _refuse_shorter(where: str, new_tokens: int, start: Target, trained_tokens: int) -> None:
     """Raise `UserError` if an extension is shorter than the trained length of the start; imported models do
     not record it."""
-    own_tokens = min(start.trained_tokens, trained_tokens)
-    if start.config is not None and new_tokens < own_tokens:
-        raise UserError(f"{where}: seq_len = {new_tokens} is shorter than the {own_tokens} tokens "
+    start_tokens = min(start.trained_tokens, trained_tokens)
+    if start.config is not None and new_tokens < start_tokens:
+        raise UserError(f"{where}: seq_len = {new_tokens} is shorter than the {start_tokens} tokens "
                         f"that {start.path} was trained on; extend to at least that length, or continue at "
                         "that length with `megatron-sov pretrain --from`")
 
@@ -219,15 +219,15 @@ def _resolve_stage(request: RecipeRequest, stage: ExtendStageConfig, model: Mode
                    ) -> tuple[RunConfig, int]:
     """Return the settings of a stage, and its steps before the gate may end it. Settings of the stage win
     over --set."""
-    own = [phase_setting(stage.seq_len, stage.name or PHASE, blend)]
+    phases = [phase_setting(stage.seq_len, stage.name or PHASE, blend)]
     if stage.global_batch_size:
-        own.append(f"train.global_batch_size={stage.global_batch_size}")
+        phases.append(f"train.global_batch_size={stage.global_batch_size}")
     if stage.lr:
-        own += [f"optim.lr={stage.lr}"]
-    first = request.config(own=own)
+        phases += [f"optim.lr={stage.lr}"]
+    first = request.config(own=phases)
     longer = length_settings(request.base, model, trained_tokens, stage.seq_len,
                              _samples_per_rank(first, nproc))
-    config = request.config(longer, own)
+    config = request.config(longer, phases)
     size = config.train.global_batch_size
     # In this order: steps of the stage, its tokens, steps of the run.
     min_steps = stage.steps or math.ceil(stage.tokens / (size * stage.seq_len)) or config.num_steps()

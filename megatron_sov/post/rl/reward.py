@@ -149,9 +149,9 @@ class JudgingJob:
         published = self.store.read_rewards(self.version, part.name, part)
         # The first published rewards stay. A difference means that the reward depends on more than the row.
         published_rewards = {(row.key, row.attempt): row.reward for row in published}
-        num_others = sum(published_rewards.get((row.key, row.attempt)) != row.reward for row in rewards)
-        if num_others:
-            warn(f"{part.name}: {num_others:,} of {len(rewards):,} responses have another reward under "
+        num_different = sum(published_rewards.get((row.key, row.attempt)) != row.reward for row in rewards)
+        if num_different:
+            warn(f"{part.name}: {num_different:,} of {len(rewards):,} responses have another reward under "
                  f"the same version {self.version}, given by another job, which stays: the reward depends on "
                  "something else than the row")
 

@@ -59,8 +59,8 @@ class RolloutCycle:
     def bring(self, view: FeedView, asked_to_stop: Callable[[], bool]) -> str | None:
         """Write, judge and publish the next step's round, and open it for training; see `Feed.bring`."""
         self._announce_store(view)
-        rounds_done, step = divmod(view.step, self.rollout.steps_per_round)
-        number, is_first = rounds_done + 1, step == 0
+        num_completed, step = divmod(view.step, self.rollout.steps_per_round)
+        number, is_first = num_completed + 1, step == 0
         if self.loader.is_open(number):
             return None
         if is_first:

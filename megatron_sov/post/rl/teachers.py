@@ -58,8 +58,8 @@ class ScoringTeacher:
 
 def find_teacher(domain: str, teachers: Sequence[ScoringTeacher]) -> int | None:
     """Return the index of a domain's teacher, or None."""
-    index_of_domain = {teacher.domain: index for index, teacher in enumerate(teachers)}
-    return index_of_domain.get(domain, index_of_domain.get(""))
+    domain_indices = {teacher.domain: index for index, teacher in enumerate(teachers)}
+    return domain_indices.get(domain, domain_indices.get(""))
 
 
 def describe_teachers(teachers: Sequence[ScoringTeacher]) -> dict[str, str]:
@@ -88,20 +88,20 @@ str
             full.
     """
     assert opened.documents is not None, f"{opened.path} has no documents"
-    teacher_of_document = _assign_teachers(opened, teachers)
+    document_teachers = _assign_teachers(opened, teachers)
     parts: list[tuple[np.ndarray, Path]] = []
     for index, teacher in enumerate(teachers):
-        chosen = np.flatnonzero(teacher_of_document == index)
+        chosen = np.flatnonzero(document_teachers == index)
         if not len(chosen):
             continue
         part, part_identity = file.with_suffix(f".{index}{file.suffix}"), f"{identity} {teacher.domain}"
         if run_on_main(view.world, partial(find_seal_damage, part, part_identity)):
-            own = _SelectedDocuments(opened.documents, chosen)
+            selected = _SelectedDocuments(opened.documents, chosen)
             if teacher.checkpoint is None:
-                _score_by_servers(view, teacher, own, part, part_identity)
+                _score_by_servers(view, teacher, selected, part, part_identity)
             else:
                 run_with_weights(teacher.checkpoint, view, partial(
-                    write_logprobs, view, own, part, part_identity,
+                    write_logprobs, view, selected, part, part_identity,
                     seq_len=view.config.data.phases[0].seq_len,
                     rows_per_batch=view.config.train.micro_batch_size))
         parts.append((chosen, part))
@@ -110,15 +110,15 @@ str
 
 def _assign_teachers(opened: PublishedRound, teachers: Sequence[ScoringTeacher]) -> np.ndarray:
     """Return [documents] int64: index of the teacher of each document."""
-    index_of_domain: dict[str, int] = {}
+    domain_indices: dict[str, int] = {}
     domains = read_document_domains(opened)
     for domain in set(domains):
         index = find_teacher(domain, teachers)
         if index is None:
             raise UserError(f"{opened.path}: has responses of domain {domain!r}, and no teacher scores it; "
                             f"pass --teacher or --teacher-url {domain}=...")
-        index_of_domain[domain] = index
-    return np.array([index_of_domain[domain] for domain in domains], np.int64)
+        domain_indices[domain] = index
+    return np.array([domain_indices[domain] for domain in domains], np.int64)
 
 
 def _join_parts(starts: np.ndarray, parts: Sequence[tuple[np.ndarray, Path]], file: Path, identity: str

@@ -34,29 +34,29 @@ from megatron_sov.runs.rounds import Policy
 from megatron_sov.train.feed import FeedView
 
 MAX_TABLES = 100
-"""Limit of the rounds, and of the validations, whose samples are recorded."""
+"""Limit for rounds, and for validations, whose samples are recorded."""
 MAX_SAMPLE_CHARACTERS = 2000
-"""Length limit of a prompt, and of a response, in a sample."""
+"""Length limit for a prompt, and for a response, in a sample."""
 _COLUMNS = ("record", "tokens", "versions", "finish_reason", "response")
 
 
 @dataclass(kw_only=True)
 class Validation:
-    """Validates the policies of a run; an object on each process, called by all together."""
+    """Validates a run's policies; each process has an object, and all processes call it together."""
 
     run: Path
     rollouts: LiveRollouts
     """Generates and judges the validation store."""
     rollout: RolloutConfig
     num_responses: int
-    """Responses of a complete validation."""
+    """Responses in a complete validation."""
     right_from: float
-    """Smallest reward of a right response."""
+    """Smallest reward for a right response."""
     samples: SampledRounds
     measured_by: Mapping[str, str]
-    """Digests of prompts, reward and sampling: figures of other digests belong to another curve."""
+    """Digests of prompts, reward and sampling: figures with other digests belong to another curve."""
     _recorded_steps: set[int] | None = None
-    """Steps whose policies are validated; on the first process."""
+    """Steps with a validated policy; on the first process."""
     _has_read_events: bool = False
 
     def validate(self, view: FeedView, number: int, policy: Policy, asked_to_stop: Callable[[], bool]

@@ -1,8 +1,7 @@
-"""The ledger: from which step on which sources were mixed, at which length and batch size.
+"""The ledger: blend, sample length and batch size of each step, as an append-only list in the checkpoint.
 
-It is append-only and lives in the checkpoint.  The order of all samples is a function of (seed, ledger,
-documents): what has happened is never reinterpreted, and a changed setting or an added source is one more
-entry from the step on which the run resumed with it.
+The order of all samples is a function of (seed, ledger, documents). Past steps are never reinterpreted: a
+changed setting or an added source becomes a new entry from the step at which the run resumed.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from megatron_sov.train.data.token_shards import ChainedLengths, Lengths, Source
 
 @dataclass(frozen=True)
 class LedgerEntry:
-    """What holds from one step on, until the next entry."""
+    """Blend, sample length and batch size from `first_step` to the next entry."""
 
     first_step: int
     """First optimizer step (0-based)."""
@@ -32,49 +31,56 @@ class LedgerEntry:
     global_batch_size: int
     """Samples of a step."""
     weights: dict[str, float]
-    """Source -> share of the samples, summing to 1; sources without a share are left out.  A round has as
-    many rows as its documents need; `global_batch_size` stands for them, and text beside comes on top."""
+    """Source -> share of the samples, with sum 1; sources without a share are left out. In rounds, the number
+    of rows depends on their documents: `global_batch_size` stands for these rows, without added text."""
     skip: bool = False
-    """Whether the steps' samples are passed over: drawn, and not learned."""
+    """Whether the samples are drawn but not learned."""
 
     @property
     def is_round(self) -> bool:
-        """Whether the samples of its steps are those of a published round (`data.rounds`)."""
+        """Whether its samples come from published rounds (`data.rounds`)."""
         return ROUNDS_SOURCE in self.weights
 
     def continues(self, other: LedgerEntry) -> bool:
-        """Return whether this entry says the same as `other`, apart from the step."""
+        """Return whether this entry equals `other` except for the first step."""
         return dataclasses.replace(self, first_step=other.first_step) == other
 
 
 def plan_ledger(config: RunConfig, sources: list[Source]) -> list[LedgerEntry]:
-    """Return the entries that the settings ask for, over the whole run; phases too short
-    for a step have none.
+    """Compute the ledger of the whole run from its settings; phases shorter than a step have no entry.
 
     Raises:
-        UserError: a blend names a source that the data does not have or that has no training
-            tokens, or leaves none.
+        UserError: a blend names a source that does not exist or has no training tokens, or a phase has none.
     """
     starts = [*config.phase_starts(), config.num_steps()]
-    # steps of `skip_steps` count from 1 and are inclusive, entries count from 0: an entry begins at first -
-    # 1, and the next one behind last
-    skips = [s for first, last in config.data.skip_steps for s in (first - 1, last)]
+    # `skip_steps` counts from 1 and includes `last`, entries count from 0: they begin at first - 1 and at
+    # last
+    skip_changes: list[int] = []
+    for first, last in config.data.skip_steps:
+        skip_changes += [first - 1, last]
     rounds = find_round_documents(sources) is not None
     entries: list[LedgerEntry] = []
     for i, (phase, start, end) in enumerate(zip(config.data.phases, starts, starts[1:], strict=False)):
-        weights = _round_weights(config, sources) if rounds else _weights(i, phase, sources)
-        changes = [start, *data.find_ramp_changes(config.train, phase), *skips]
+        weights = _compute_round_weights(config, sources) if rounds else _compute_weights(i, phase, sources)
+        changes = [start, *data.find_ramp_changes(config.train, phase), *skip_changes]
         for step in sorted({s for s in changes if start <= s < end}):
             skip = any(first - 1 <= step < last for first, last in config.data.skip_steps)
             size = data.batch_size_at(config.train, phase, step)
             entries.append(LedgerEntry(step, phase.name, phase.seq_len, size, weights, skip))
-    # a skip or a ramp may change nothing at its step; equal neighbours would make two ledgers of one order
-    return [e for e, before in zip(entries, [None, *entries], strict=False)
-            if before is None or not e.continues(before)]
+    return _merge_equal_entries(entries)
 
 
-def _weights(index: int, phase: PhaseConfig, sources: list[Source]) -> dict[str, float]:
-    """Return the phase's shares: its blend's, or those that the sources have by themselves."""
+def _merge_equal_entries(entries: Sequence[LedgerEntry]) -> list[LedgerEntry]:
+    """Drop entries that continue the previous entry, so that equal sample orders have equal ledgers."""
+    merged: list[LedgerEntry] = []
+    for entry in entries:
+        if not (merged and entry.continues(merged[-1])):
+            merged.append(entry)
+    return merged
+
+
+def _compute_weights(index: int, phase: PhaseConfig, sources: list[Source]) -> dict[str, float]:
+    """Return source -> share of a phase: from its blend, or from the shares of the sources."""
     tokens = {s.name: s.num_tokens["train"] for s in sources}
     for name, weight in phase.blend.items():
         if name not in tokens:
@@ -90,20 +96,24 @@ def _weights(index: int, phase: PhaseConfig, sources: list[Source]) -> dict[str,
     return {s.name: raw[s.name] / total for s in sources if raw.get(s.name, 0) > 0}
 
 
-def _round_weights(config: RunConfig, sources: list[Source]) -> dict[str, float]:
-    """Return the shares of a round's rows, and of the data that are learned beside them (InK-GRPO) or in
-    their place (GKD), which is what it is on average over the steps."""
+def _compute_round_weights(config: RunConfig, sources: list[Source]) -> dict[str, float]:
+    """Return the mean shares of rows of rounds, and of text learned with them (InK-GRPO) or instead (GKD)."""
     policy, parts = config.policy, config.policy.parts
-    rows = (parts.knowledge_share * parts.knowledge_batch_size / config.train.global_batch_size
-            if policy.has_text else 1 - policy.on_policy_share)
+    if policy.has_text:
+        rows = parts.knowledge_share * parts.knowledge_batch_size / config.train.global_batch_size
+    else:
+        rows = 1 - policy.on_policy_share
+    shares = {ROUNDS_SOURCE: policy.on_policy_share}
     text = {s.name: s.share for s in sources if s.num_tokens["train"] and rows}
     total = sum(text.values())
-    return {ROUNDS_SOURCE: policy.on_policy_share} | {
-        name: rows * share / total for name, share in text.items() if share > 0}
+    for name, share in text.items():
+        if share > 0:
+            shares[name] = rows * share / total
+    return shares
 
 
 class Ledger:
-    """History up to the current step, and the plan from there on."""
+    """Past entries up to the current step, and planned entries from there on."""
 
     def __init__(self, planned: Sequence[LedgerEntry], history: Sequence[LedgerEntry] = (),
                  step: int = 0) -> None:
@@ -118,88 +128,77 @@ class Ledger:
         return next(e for e in reversed(self.entries) if e.first_step <= step)
 
     def skip_steps(self, first: int, end: int) -> None:
-        """Mark the steps from `first` to before `end` (0-based): their samples were drawn,
-        and are not learned."""
+        """Mark the samples of the steps from `first` to `end` - 1 (from 0) as not learned."""
         entries: list[LedgerEntry] = []
         for step in sorted({first, end, *(e.first_step for e in self.entries)}):
             at = self.at(step)
-            entry = dataclasses.replace(at, first_step=step, skip=at.skip or first <= step < end)
-            if not (entries and entry.continues(entries[-1])):
-                entries.append(entry)
-        self.entries = entries  # at once: the batches of later steps are prepared in another thread
+            entries.append(dataclasses.replace(at, first_step=step, skip=at.skip or first <= step < end))
+        # one assignment: the batches of later steps are prepared in another thread
+        self.entries = _merge_equal_entries(entries)
 
     def history(self, step: int) -> list[LedgerEntry]:
-        """Return the entries that the steps before `step` followed."""
+        """Return the entries of the steps before `step`."""
         return [e for e in self.entries if e.first_step < step]
 
     def max_seq_len(self) -> int:
         return max(e.seq_len for e in self.entries)
 
 
-# Conversations (and pairs of them) that are longer than a sample, counted before a run begins.
-
 @dataclass(frozen=True)
 class OverLongUnits:
-    """What is too long of one source, at the shortest sample that it is read at."""
+    """Units of a source that are longer than its shortest sample."""
 
     source: str
-    """Name."""
+    """Name of the source."""
     seq_len: int
-    """Tokens of that sample."""
+    """Tokens of the shortest sample."""
     count: int
-    """Units (a conversation, or a pair) that do not fit, of one pass over the source."""
+    """Units longer than the sample, in one epoch."""
     total: int
-    """Units in all."""
+    """Conversations or pairs in one epoch."""
     longest_tokens: int
-    """Of the longest unit."""
+    """Tokens of the longest unit."""
 
 
 def count_over_long(sources: Sequence[Source], entries: Sequence[LedgerEntry]) -> list[OverLongUnits]:
-    """Return what does not fit of each source whose documents stay whole; sources that fit are left out.
+    """Count the units of each chat source that are longer than a sample; sources that fit are left out.
 
     Args:
-        sources: what is read.
+        sources: training data.
         entries: the ledger.
     """
-    found = []
+    counts = []
     for source in sources:
-        # what a round holds is seen when it is opened
+        # `RoundDocuments.read` checks rounds
         stays_whole = source.is_chat and not isinstance(source.train_documents, RoundDocuments)
         lengths = [e.seq_len for e in entries if stays_whole and e.weights.get(source.name)]
         if lengths:
             tokens = count_unit_tokens(source.open_split("train").lengths, source.group)
             too_long = int((tokens > min(lengths)).sum())
             if too_long:
-                found.append(OverLongUnits(source.name, min(lengths), too_long, len(tokens),
-                                           int(tokens.max())))
-    return found
+                counts.append(OverLongUnits(source.name, min(lengths), too_long, len(tokens),
+                                            int(tokens.max())))
+    return counts
 
 
-def check_units_fit(found: Sequence[OverLongUnits]) -> None:
-    """Refuse data of which something does not fit, for `data.over_long=refuse`.
-
-    Raises:
-        UserError: there is such data.
-    """
-    if found:
-        told = "; ".join(f"source {f.source!r}: {f.count:,} of {f.total:,} are longer than a sample of "
-                         f"{f.seq_len} tokens, the longest has {f.longest_tokens}" for f in found)
-        raise UserError(f"data.over_long = refuse, and {told}; make samples longer "
-                        f"(seq_len={max(f.longest_tokens for f in found)}), or set data.over_long to drop or "
+def check_units_fit(over_long: Sequence[OverLongUnits]) -> None:
+    """Raise `UserError` if units are longer than a sample, for `data.over_long=refuse`."""
+    if over_long:
+        counts = "; ".join(f"source {units.source!r}: {units.count:,} of {units.total:,} are longer than a "
+                           f"sample of {units.seq_len} tokens, the longest has {units.longest_tokens}"
+                           for units in over_long)
+        longest_tokens = max(units.longest_tokens for units in over_long)
+        raise UserError(f"data.over_long = refuse, and {counts}; make samples longer "
+                        f"(seq_len={longest_tokens}), or set data.over_long to drop or "
                         "cut")
 
 
-def check_pairs_fit(found: Sequence[OverLongUnits]) -> None:
-    """Refuse pairs of which not one fits: cut to half a sample each, most would be the same text twice, and
-    a run would learn nothing without a word.
+def check_pairs_fit(over_long: Sequence[OverLongUnits]) -> None:
+    """Raise `UserError` if every pair of a source is longer than a sample.
 
-    Args:
-        found: what is too long of sources of pairs.
-
-    Raises:
-        UserError: there are such pairs.
+    Cut to half a sample each, most pairs would hold the same text twice, and the run would learn nothing.
     """
-    for f in found:
+    for f in over_long:
         if f.count == f.total:
             raise UserError(f"source {f.source!r}: each of its {f.total:,} pairs is longer than a sample of "
                             f"{f.seq_len} tokens, and cut they may not differ any more; make samples longer "
@@ -207,7 +206,7 @@ def check_pairs_fit(found: Sequence[OverLongUnits]) -> None:
 
 
 def count_unit_tokens(lengths: Lengths, group: int) -> np.ndarray:
-    """Return [units] int64: the tokens of each; a unit never lies in two shards."""
+    """Return [units] int64: tokens of each unit of `group` documents; no unit spans two shards."""
     parts = lengths.parts if isinstance(lengths, ChainedLengths) else [np.asarray(lengths)]
     return np.concatenate([np.zeros(0, np.int64), *(
         part[:len(part) // group * group].reshape(-1, group).sum(axis=1, dtype=np.int64) for part in parts)])

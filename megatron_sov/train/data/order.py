@@ -1,8 +1,7 @@
-"""Which document a model sees, when: the order of samples as a function of (seed, ledger),
-with resumable cursors.
+"""The order of training samples: a function of (seed, ledger) with resumable cursors.
 
-All state is a few integers per source and the ledger's entries, the same on every process and at any
-data-parallel size, and belongs into the checkpoint.
+The state is a few integers per source and the ledger's entries. It is equal on all ranks and for every
+data-parallel size, and part of each checkpoint.
 """
 
 from __future__ import annotations
@@ -22,44 +21,41 @@ from megatron_sov.train.data.token_shards import Documents, Source
 
 @dataclass(frozen=True)
 class OrderedSample:
-    """What one row of a batch holds; padding fills the rest."""
+    """Content of one row of a batch; padding fills the rest of the row."""
 
     source: int
     """Index of the source."""
     segments: Row
     """Parts of documents, in order."""
     contexts: tuple[int, ...] = ()
-    """For each segment, how many labels at its beginning do not count, because an earlier sample has them;
-    (): all labels count."""
+    """Labels at the beginning of each segment that belong to an earlier sample and do not count; (): none."""
 
 
 def choose_source(weights: dict[str, float], taken: dict[str, int]) -> str:
-    """Return the source of the next sample, so that after n samples each source has more than n w - 1 and
-    less than n w + 1.
+    """Return the source of the next sample.
 
-    Of the sources that would not run ahead, the one whose next sample is due first (Tijdeman, "The chairman
-    assignment problem", 1980).  Taking the source that is furthest behind would not do: with many sources
-    some fall further back.
+    After n samples, a source of weight w has more than n w - 1 and less than n w + 1 samples: among the
+    sources below their share, the next sample of the chosen source is due first (Tijdeman, "The chairman
+    assignment problem", 1980). The source furthest below its share would not keep this bound.
     """
     due = sum(taken.values()) + 1
-    # a source that is at its share already would be ahead after one more; there is always one below, since
-    # shares sum to 1
-    behind = [name for name, weight in weights.items() if taken.get(name, 0) < weight * due]
-    return min(behind, key=lambda name: ((taken.get(name, 0) + 1) / weights[name], name))
+    # shares sum to 1, so that at least one source is below its share
+    below_share = [name for name, weight in weights.items() if taken.get(name, 0) < weight * due]
+    return min(below_share, key=lambda name: ((taken.get(name, 0) + 1) / weights[name], name))
 
 
 @dataclass
 class OrderState:
-    """The resumable state of the order; plain values."""
+    """Resumable state of the sample order; plain values."""
 
     cursors: dict[str, Cursor] = field(default_factory=dict)
     """Source name -> cursor."""
     history: list[LedgerEntry] = field(default_factory=list)
-    """The ledger up to now."""
+    """Ledger entries of past steps."""
     step: int = 0
-    """Steps whose batches were given."""
+    """Steps whose batches were returned."""
     taken: dict[str, int] = field(default_factory=dict)
-    """Source name -> samples given since the weights last changed."""
+    """Source name -> samples returned since the weights last changed."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -71,16 +67,16 @@ class OrderState:
 
 
 class SampleOrder:
-    """Gives the samples of each global batch, in order of steps."""
+    """Returns the samples of each global batch, step by step."""
 
     def __init__(self, config: RunConfig, sources: list[Source], state: OrderState | None = None,
                  planned: Sequence[LedgerEntry] | None = None) -> None:
-        """Go on behind a state.
+        """Continue after `state`.
 
         Args:
-            config: the run's settings.
-            sources: what is read.
-            state: where an earlier order stood; None: the beginning.
+            config: settings of the run.
+            sources: training data.
+            state: of an earlier order; None: the beginning.
             planned: the ledger as `plan` gives it for these settings and sources; None: it is planned here.
         """
         self.sources = sources
@@ -89,7 +85,7 @@ class SampleOrder:
                              self.state.step)
         self._seed = config.train.seed
         self._packing: Packing = config.data.packing
-        self._of_chats: Packing = "drop" if config.data.over_long == "drop" else "truncate"
+        self._chat_packing: Packing = "drop" if config.data.over_long == "drop" else "truncate"
         self._index = {s.name: i for i, s in enumerate(sources)}
         self._rounds, self._steps_per_round = find_round_documents(sources), config.rollout.steps_per_round
         self._policy, self._round_seed = config.policy, config.rollout.seed
@@ -99,81 +95,80 @@ class SampleOrder:
         self._streams: dict[str, DocumentStream] = {}
 
     def next_batch(self) -> tuple[LedgerEntry, list[OrderedSample]]:
-        """Return the ledger's entry and the samples of the next global batch,
-        and move all cursors behind them."""
+        """Return ledger entry and samples of the next global batch, and advance all cursors."""
         s = self.state
         entry = self.ledger.at(s.step)
-        # counts belong to one set of weights: under new ones a source would catch up for its old share
+        # counts belong to one set of weights: with new weights, a source would catch up on its old share
         if s.step and entry.weights != self.ledger.at(s.step - 1).weights:
             s.taken = {}
-        if self._rounds is not None and entry.is_round:  # any source may have the name
-            # a round's rows do not follow the ledger's weights: all of its documents are learned, whatever
-            # their number
-            samples = (self._of_round(entry, self._rounds) if self._is_on_policy(s.step)
-                       else self._of_texts(entry, entry.global_batch_size))
+        if self._rounds is not None and entry.is_round:  # a source of any run may have the name
+            # rounds ignore the ledger's weights: all their documents are learned
+            samples = (self._build_round_samples(entry, self._rounds) if self._is_on_policy(s.step)
+                       else self._take_text_samples(entry, entry.global_batch_size))
         else:
-            samples = [self._next_sample(entry.weights, entry.seq_len)
+            samples = [self._take_sample(entry.weights, entry.seq_len)
                        for _ in range(entry.global_batch_size)]
         s.step += 1
-        # after the step: a checkpoint holds what the steps so far followed, and not what was planned behind
-        # them
+        # after the step: a checkpoint stores the entries of past steps, not planned ones
         s.history = self.ledger.history(s.step)
         return entry, samples
 
     def is_ready(self, step: int) -> bool:
-        """Return whether a step's documents are there: those of a round are once it is open."""
+        """Return whether the documents of a step exist; those of a round do once it is open."""
         return (self._rounds is None or not self.ledger.at(step).is_round or not self._is_on_policy(step)
                 or self._rounds.is_open(step // self._steps_per_round + 1))
 
     def _is_on_policy(self, step: int) -> bool:
         return self._policy.is_on_policy(self._round_seed, step // self._steps_per_round + 1)
 
-    def _of_round(self, entry: LedgerEntry, rounds: RoundDocuments) -> list[OrderedSample]:
-        """Return the rows of a round's step: all of its documents, none of them cut, and the text that is
-        learned beside them."""
+    def _build_round_samples(self, entry: LedgerEntry, rounds: RoundDocuments) -> list[OrderedSample]:
+        """Return the rows of a round's step: all its documents, whole, and text that is learned with them."""
         number, step = divmod(self.state.step, self._steps_per_round)
         segments = rounds.step_segments(number + 1, step)
         cursor = self.state.cursors.setdefault(ROUNDS_SOURCE, Cursor())
-        # the two of a pair share a row
+        # the documents of a pair share a row
         units = [tuple(segments[i:i + self._unit]) for i in range(0, len(segments), self._unit)]
-        # Responses to one prompt follow one another, and share it where they are in one micro-batch.
-        rows = (pack_units_nearby(units, entry.seq_len, self._shared_rows) if self._shared_rows > 1
-                else pack_units(units, entry.seq_len))
+        if self._shared_rows > 1:
+            # responses to one prompt are consecutive, and share it if they are in one micro-batch
+            rows = pack_units_nearby(units, entry.seq_len, self._shared_rows)
+        else:
+            rows = pack_units(units, entry.seq_len)
         cursor.tokens += sum(s.count for s in segments)
         cursor.samples += len(rows)
-        return [*(OrderedSample(self._index[ROUNDS_SOURCE], row) for row in rows), *self._text_beside(entry)]
+        samples = [OrderedSample(self._index[ROUNDS_SOURCE], row) for row in rows]
+        return samples + self._take_knowledge_samples(entry)
 
-    def _text_beside(self, entry: LedgerEntry) -> list[OrderedSample]:
+    def _take_knowledge_samples(self, entry: LedgerEntry) -> list[OrderedSample]:
         if not self._policy.has_text_at(self._round_seed, self.state.step + 1):
             return []
-        return self._of_texts(entry, self._policy.parts.knowledge_batch_size)
+        return self._take_text_samples(entry, self._policy.parts.knowledge_batch_size)
 
-    def _of_texts(self, entry: LedgerEntry, count: int) -> list[OrderedSample]:
-        """Return samples of the sources beside the rounds."""
+    def _take_text_samples(self, entry: LedgerEntry, count: int) -> list[OrderedSample]:
+        """Take samples from all sources but the rounds."""
         text = {name: weight for name, weight in entry.weights.items() if name != ROUNDS_SOURCE}
         shares = {name: weight / sum(text.values()) for name, weight in text.items()}
-        return [self._next_sample(shares, entry.seq_len) for _ in range(count)]
+        return [self._take_sample(shares, entry.seq_len) for _ in range(count)]
 
-    def _next_sample(self, weights: dict[str, float], seq_len: int) -> OrderedSample:
+    def _take_sample(self, weights: dict[str, float], seq_len: int) -> OrderedSample:
         name = choose_source(weights, self.state.taken)
         self.state.taken[name] = self.state.taken.get(name, 0) + 1
-        return OrderedSample(self._index[name], self._stream(name).next_sample(seq_len))
+        return OrderedSample(self._index[name], self._get_stream(name).next_sample(seq_len))
 
     def documents(self, source: int) -> Documents:
         if source not in self._documents:
             self._documents[source] = self.sources[source].open_split("train")
         return self._documents[source]
 
-    def _stream(self, name: str) -> DocumentStream:
+    def _get_stream(self, name: str) -> DocumentStream:
         if name not in self._streams:
             index = self._index[name]
             cursor = self.state.cursors.setdefault(name, Cursor())
             source = self.sources[index]
+            packing = self._chat_packing if source.is_chat else self._packing
             self._streams[name] = DocumentStream(name, self.documents(index), self._seed,
-                                                 self._of_chats if source.is_chat else self._packing, cursor,
-                                                 source.group)
+                                                 packing, cursor, source.group)
         return self._streams[name]
 
     def epochs(self) -> dict[str, float]:
-        """Return how often each source that is in use was gone through so far."""
+        """Return source -> passes over it so far, for sources in use."""
         return {name: stream.epochs() for name, stream in self._streams.items()}

@@ -1,5 +1,4 @@
-"""What a run asks of its sources before it reads them: columns of the objective, routes and encoders of the
-model.  Sources without it are refused."""
+"""Checks of sources before a run reads them: columns of the objective, routes and encoders of the model."""
 
 from __future__ import annotations
 
@@ -17,44 +16,42 @@ from megatron_sov.train.data.token_shards import Source
 class NeededColumn:
     """A column that an objective reads.
 
-    An objective of your own that reads the column `weight` says so by a class attribute:
+    An objective of your own that reads the column `weight` declares it by a class attribute:
 
     >>> columns = {"weight": NeededColumn("sov-data pack --column weight", formats=("chat",))}
     """
 
     made_by: str
-    """What to type to get data with it, for the refusal of data without."""
+    """Command that makes data with the column, for error messages."""
     formats: tuple[str, ...] = ()
-    """Formats whose documents must have it (those of others that have none count as 0); (): of all."""
+    """Formats whose documents must have the column; (): all formats. In other formats a missing column is
+    0."""
 
 
 def check_columns(sources: Sequence[Source], needed: Mapping[str, NeededColumn]) -> None:
-    """Refuse data without what its objective reads.
+    """Raise `UserError` if a source lacks a column of the objective.
 
     Args:
-        sources: what is read.
-        needed: column -> what is asked of it.
-
-    Raises:
-        UserError: a source does not have a column.
+        sources: training data.
+        needed: name -> column that the objective reads.
     """
     for name, column in needed.items():
         for source in sources:
-            held = source.columns if source.train_documents is None else source.train_documents.columns
-            if name not in held and (not column.formats or source.format in column.formats):
+            columns = source.columns
+            if source.train_documents is not None:
+                columns = source.train_documents.columns
+            if name not in columns and (not column.formats or source.format in column.formats):
                 raise UserError(
                     f"{source.artifact or 'a source made on the fly'}: source {source.name!r} has no column "
-                    f"{name!r} ({', '.join(held) or 'it has none'}), and the objective reads it; "
+                    f"{name!r} ({', '.join(columns) or 'it has none'}), and the objective reads it; "
                     f"{column.made_by} makes it")
 
-
-# Routes of sources: the model's own shape of them, and the refusal of those of another model.
 
 def build_route_shape(model: ModelConfig) -> RouteShape:
     """Return the shape of a model's routes.
 
     Raises:
-        UserError: it has no experts.
+        UserError: no layer of the model has experts.
     """
     if not model.num_moe_layers():
         raise UserError(f"model.num_experts = {model.num_experts} and model.num_dense_layers = "
@@ -64,27 +61,23 @@ def build_route_shape(model: ModelConfig) -> RouteShape:
 
 
 def build_replay_shape(config: RunConfig) -> RouteShape | None:
-    """Return the shape of the routes that a run replays; None: it replays none.
+    """Return the shape of the routes that the run replays; None if `policy.router_replay` is off.
 
     Raises:
-        UserError: its model has none.
+        UserError: no layer of the model has experts.
     """
     return build_route_shape(config.model) if config.policy.router_replay else None
 
 
 def check_route_shapes(sources: Sequence[Source], model: ModelConfig) -> None:
-    """Refuse sources whose routes are not the model's.
-
-    Raises:
-        UserError: a number of one differs.
-    """
+    """Raise `UserError` if the routes of a source have another shape than the model's."""
     for source in sources:
         if source.routes is None:
             continue
-        where, own = source.artifact or "a source made on the fly", build_route_shape(model)
+        where, shape = source.artifact or "a source made on the fly", build_route_shape(model)
         for name, setting in (("layers", "layers with experts"), ("top_k", "num_experts_per_token"),
                               ("num_experts", "num_experts")):
-            theirs, ours = getattr(source.routes, name), getattr(own, name)
+            theirs, ours = getattr(source.routes, name), getattr(shape, name)
             if theirs != ours:
                 raise UserError(f"{where}: source {source.name!r} has routes with {name} = {theirs}, and the "
                                 f"model's {setting} are {ours}; replay routes of the same model, or write "
@@ -92,10 +85,6 @@ def check_route_shapes(sources: Sequence[Source], model: ModelConfig) -> None:
 
 
 def check_routes_and_encoders(sources: Sequence[Source], model: ModelConfig) -> None:
-    """Refuse sources whose routes, pictures or sounds are not the model's.
-
-    Raises:
-        UserError: they are those of another one.
-    """
+    """Raise `UserError` if routes, pictures or sounds of a source do not fit the model."""
     check_route_shapes(sources, model)
     check_encoders(model, sources)

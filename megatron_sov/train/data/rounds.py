@@ -1,7 +1,7 @@
-"""Published rounds of reinforcement learning, as the documents of one source that is opened round by round.
+"""Published rounds of reinforcement learning: the documents of one source that is opened round by round.
 
-A round is a token artifact RUN/rounds/0001 whose manifest says which documents are each step's.  Whoever
-trains opens a round before its first step; what is not open does not exist yet.
+A round is a token artifact RUN/rounds/0001 whose manifest lists the documents of each step. The trainer opens
+a round before its first step.
 """
 
 from __future__ import annotations
@@ -24,20 +24,15 @@ from megatron_sov.train.data.token_shards import Documents, DocumentView, Source
 ROUNDS_SOURCE = "rollouts"
 """Name of the source."""
 BEHAVIOUR, ADVANTAGE, GROUP_SHARE = "behaviour_logprobs", "advantage", "group_share"
-"""Columns of published rounds, the last of those that learn by groups alone: 1 / responses of the group."""
+"""Columns of published rounds. `GROUP_SHARE` is 1 / responses of the group, for objectives over groups."""
 DOCUMENT_DOMAINS = "document_domains"
-"""In the manifest of a round that teachers read: [domain, how many documents] after each other."""
+"""Manifest field of a round that teachers read: [domain, number of documents] of consecutive documents."""
 _ROUND_BITS = 32
-"""A document's number: that of its round, and in the lower bits its place in it."""
+"""Lower bits of a document number: its index in the round; the upper bits are the round."""
 
 
 def round_folder(rounds: Path, number: int) -> Path:
-    """Return where a round is published.
-
-    Args:
-        rounds: RUN/rounds.
-        number: of the round, from 1.
-    """
+    """Return the folder of round `number` (from 1) in RUN/rounds."""
     return rounds / f"{number:04d}"
 
 
@@ -47,39 +42,39 @@ def first_document(number: int) -> int:
 
 @dataclass(frozen=True)
 class PublishedRound:
-    """A round that is open."""
+    """A published round."""
 
     path: Path
-    """Its artifact."""
+    """Folder of its token artifact."""
     documents: Documents | None
-    """None: nothing of it is learned, so that it has none."""
+    """None: nothing of the round is learned."""
     steps: tuple[range, ...]
-    """Documents of each of its optimizer steps, by their place in it."""
+    """Indices of the documents of each optimizer step."""
     trainer_columns: dict[str, np.ndarray]
-    """Column -> a number for each token, made after it was published."""
+    """Column -> number for each token, computed by the trainer after publication."""
     starts: np.ndarray
-    """[documents + 1] int64: where each begins in these columns."""
+    """[documents + 1] int64: first index of each document in `trainer_columns`."""
     idle: frozenset[int] = frozenset()
-    """Indices of the steps that are passed over, because they would change no weight."""
+    """Indices of skipped steps: they would change no weight."""
 
 
 class RoundDocuments(DocumentView):
-    """The documents of all rounds that are open.
+    """Documents of all open rounds.
 
-    Batches are prepared in another thread: a round is there whole or not at all.
+    Another thread prepares batches: a round is open completely or not at all.
     """
 
     is_plain = False
 
     def __init__(self, rounds: Path, vocab_size: int = sys.maxsize, columns: Sequence[str] = (),
                  published: Sequence[str] = (BEHAVIOUR, ADVANTAGE)) -> None:
-        """Open none yet.
+        """Start without an open round.
 
         Args:
             rounds: RUN/rounds.
-            vocab_size: what token ids must lie below.
-            columns: those made by the trainer, beside the published ones (`open` is given them).
-            published: those that a round has itself.
+            vocab_size: limit of token ids.
+            columns: columns that the trainer computes, see `open`.
+            published: columns of the published artifact.
         """
         self.folder, self._vocab_size = rounds, vocab_size
         self.trainer_columns = tuple(columns)
@@ -91,34 +86,34 @@ class RoundDocuments(DocumentView):
         return number in self._rounds
 
     def verify(self, number: int, rank: int = 0, size: int = 1) -> None:
-        """Look at every file of a published round, as often as a run opens it.
+        """Check the hashes of a published round's files; done each time a run opens the round.
 
         Args:
             number: of the round.
-            rank: which of those that look at it together looks here, at every `size`-th file.
-            size: their number.
+            rank: this process checks every `size`-th file, from this index on.
+            size: processes that check files.
 
         Raises:
-            UserError: one is missing or is not what was published.
+            UserError: a file is missing or changed.
         """
         path = round_folder(self.folder, number)
         if damage := find_damaged_files(path, sorted(read_manifest(path).files)[rank::size]):
             raise UserError(f"{damage[0]}; delete {path}, and the round is published anew from the store")
 
     def read(self, number: int, seq_len: int, num_steps: int) -> PublishedRound:
-        """Return a published round, which is not open by that.
+        """Read a published round without opening it.
 
         Args:
             number: of the round.
-            seq_len: tokens of a row, into which each of its documents must fit.
-            num_steps: optimizer steps that it must have.
+            seq_len: tokens of a row; no document may be longer.
+            num_steps: required number of optimizer steps.
 
         Raises:
-            UserError: it cannot be read, has another number of steps, or a longer document.
+            UserError: the artifact cannot be read, has another number of steps, or a longer document.
         """
         path = round_folder(self.folder, number)
         content = read_manifest(path, "tokens").content
-        steps = _steps(path, content)
+        steps = _parse_steps(path, content)
         if content.get("round") != number or len(steps) != num_steps:
             raise UserError(f"{path}: is round {content.get('round')} with {len(steps)} steps, must be round "
                             f"{number} with rollout.steps_per_round = {num_steps}; delete the folder, and "
@@ -131,7 +126,7 @@ class RoundDocuments(DocumentView):
         if steps[-1].stop != len(lengths):
             raise UserError(f"{path}: has {len(lengths)} documents, and its steps {steps[-1].stop}; delete "
                             "the folder, and the round is published anew")
-        # when the round is read: later a thread would meet it, in the middle of a step
+        # checked here: later the thread that prepares batches would fail in the middle of a step
         if lengths.max() > seq_len:
             raise UserError(f"{path}: document {int(lengths.argmax())} has {lengths.max()} tokens, and a row "
                             f"data.phases.0.seq_len = {seq_len}; a response is never cut: make rows longer, "
@@ -139,27 +134,21 @@ class RoundDocuments(DocumentView):
         return PublishedRound(path, documents, steps, {}, np.concatenate([[0], np.cumsum(lengths)]))
 
     def open(self, number: int, opened: PublishedRound) -> None:
-        """Make a round's documents available; those before the one before it are closed, since their batches
-        have been given.
+        """Open a round, and close all rounds before its predecessor.
 
         Args:
             number: of the round.
-            opened: as `read` gives it, with all of `made_columns` in `trainer_columns`.
+            opened: result of `read`, with a value for each of `self.trainer_columns`.
         """
         missing = [name for name in self.trainer_columns if name not in opened.trainer_columns]
         if missing and opened.documents is not None:
             raise ValueError(f"round {number} lacks the columns {missing}")
-        # one assignment: the thread that prepares batches sees the old table or the new one; the round before
-        # stays, since its last batches may be under way
+        # one assignment: the thread that prepares batches sees the old table or the new one. The previous
+        # round stays open, because its last batches may be under way
         self._rounds = {n: r for n, r in self._rounds.items() if n >= number - 1} | {number: opened}
 
     def step_segments(self, number: int, step: int) -> list[PackedSegment]:
-        """Return a step's documents, whole, in order.
-
-        Args:
-            number: of the round.
-            step: of the round, from 0.
-        """
+        """Return the whole documents of a step (from 0 in its round), in order."""
         first = first_document(number)
         return [PackedSegment(first + i, 0, self.lengths[first + i])
                 for i in self._rounds[number].steps[step]]
@@ -180,7 +169,7 @@ class RoundDocuments(DocumentView):
 
 
 class _Lengths:
-    """Tokens of each document that is open."""
+    """Tokens of each open document."""
 
     def __init__(self, rounds: RoundDocuments) -> None:
         self._rounds = rounds
@@ -202,14 +191,14 @@ class _Lengths:
 def build_rounds_source(run_rounds: Path, vocab_size: int, tokenizer: Path | None,
                   columns: Sequence[str] = (), routes: RouteShape | None = None,
                   published: Sequence[str] = (BEHAVIOUR, ADVANTAGE)) -> Source:
-    """Return the source of a run's rounds.
+    """Build the source of a run's rounds.
 
     Args:
         run_rounds: RUN/rounds.
-        vocab_size: the model's.
-        tokenizer: folder of the tokenizer that the responses are written in; None: nobody knows.
+        vocab_size: of the model.
+        tokenizer: folder of the responses' tokenizer; None: unknown.
         columns: see `RoundDocuments`.
-        routes: shape of the routes that are published and replayed; None: there are none.
+        routes: shape of the published routes; None: no routes.
         published: see `RoundDocuments`.
     """
     return Source(ROUNDS_SOURCE, None, ROLLOUTS, {}, {"train": 0}, 0.0,
@@ -219,12 +208,12 @@ def build_rounds_source(run_rounds: Path, vocab_size: int, tokenizer: Path | Non
 
 
 def find_round_documents(sources: Sequence[Source]) -> RoundDocuments | None:
-    """Return the rounds among sources; None: there are none."""
+    """Return the documents of the rounds among sources; None without rounds."""
     return next((s.train_documents for s in sources if isinstance(s.train_documents, RoundDocuments)), None)
 
 
-def _steps(path: Path, content: dict[str, Any]) -> tuple[range, ...]:
-    """Return the documents of each step, as the manifest says it."""
+def _parse_steps(path: Path, content: dict[str, Any]) -> tuple[range, ...]:
+    """Return the indices of the documents of each step from the manifest."""
     try:
         steps = tuple(range(int(first), int(first) + int(count)) for first, count in content["steps"])
     except (KeyError, TypeError, ValueError) as e:

@@ -1,4 +1,4 @@
-"""What bytes of text each token stands for, and how many: what turns nats per token into bits per byte."""
+"""Bytes of text of each token, which convert nats per token to bits per byte."""
 
 from __future__ import annotations
 
@@ -25,45 +25,49 @@ def count_token_bytes(tokenizer: Path, vocab_size: int) -> np.ndarray:
 
 
 def read_token_bytes(tokenizer: Path, vocab_size: int) -> list[bytes]:
-    """Return the bytes of text that each token stands for; none for special and unused ids.
+    """Return the bytes of text of each token; b"" for special and unused ids.
 
-    In a byte-level vocabulary every character of a token's name stands for one byte.  In one of sentencepiece
-    a mark stands for a space and ``<0x0A>`` for a byte; the space that it puts before a text counts too.
-    Added tokens are spelled as they are.
+    In a byte-level vocabulary, every character of a token's name is one byte. In a sentencepiece vocabulary,
+    a mark is a space and ``<0x0A>`` a byte; the space that it inserts before a text counts, too. Added tokens
+    are literal text.
 
     Raises:
         UserError: the tokenizer.json cannot be read.
     """
     file = read_tokenizer(tokenizer)
-    spelled = _spelling(file.parts)
-    found = [b""] * vocab_size
+    to_bytes = _build_name_decoder(file.parts)
+    texts = [b""] * vocab_size
     for token, name in file.ordinary.items():
         if 0 <= token < vocab_size:
-            found[token] = spelled(name)
+            texts[token] = to_bytes(name)
     for token, added in file.added.items():
         if 0 <= token < vocab_size and not added.get("special"):
-            found[token] = added["content"].encode()
-    return found
+            texts[token] = added["content"].encode()
+    return texts
 
 
-def _spelling(parts: list[dict[str, Any]]) -> Callable[[str], bytes]:
-    """Return what gives the bytes that a token's name stands for."""
+def _build_name_decoder(parts: list[dict[str, Any]]) -> Callable[[str], bytes]:
+    """Return a function from a token's name to its bytes."""
     kinds = {part.get("type") for part in parts}
     if "ByteLevel" in kinds:
         byte_of = byte_alphabet()
-        # a character that is none of the 256 is a damaged name, whose length still is what it takes up
+        # a character outside the 256 is damage: it becomes 0 and keeps its length of one byte
         return lambda name: bytes(byte_of.get(character, 0) for character in name)
-    spaces = {part.get("replacement") for part in parts if part.get("type") == "Metaspace"} | {
-        part["pattern"].get("String") for part in parts
-        if part.get("type") == "Replace" and part.get("content") == " " and isinstance(part["pattern"], dict)}
+    spaces = set()
+    for part in parts:
+        if part.get("type") == "Metaspace":
+            spaces.add(part.get("replacement"))
+        elif (part.get("type") == "Replace" and part.get("content") == " "
+              and isinstance(part["pattern"], dict)):
+            spaces.add(part["pattern"].get("String"))
     marks = [mark for mark in spaces if isinstance(mark, str) and mark]
 
-    def spelled(name: str) -> bytes:
-        # before the marks: the name of a byte holds none, and must not be read as text
+    def decode_name(name: str) -> bytes:
+        # before the marks: the name of a byte has no mark and is not text
         if "ByteFallback" in kinds and (byte := _BYTE.fullmatch(name)):
             return bytes([int(byte[1], 16)])
         for mark in marks:
             name = name.replace(mark, " ")
         return name.encode()
 
-    return spelled
+    return decode_name

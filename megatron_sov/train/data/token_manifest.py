@@ -1,5 +1,4 @@
-"""What the manifest of a token artifact says of its sources: of one that models have written (answers to a
-teacher's prompts, a round's responses), and whether it says all that is read of any."""
+"""Manifests of token artifacts: the record of a source, and the check for required fields."""
 
 from __future__ import annotations
 
@@ -8,22 +7,22 @@ from typing import Any
 
 from megatron_sov.base.errors import UserError
 
-OF_ARTIFACT = ("tokenizer_sha256", "vocab_size", "sources")
-OF_SOURCE = ("name", "format", "splits")
-OF_SPLIT = ("num_tokens", "shards")
+ARTIFACT_FIELDS = ("tokenizer_sha256", "vocab_size", "sources")
+SOURCE_FIELDS = ("name", "format", "splits")
+SPLIT_FIELDS = ("num_tokens", "shards")
 COUNTS = ("num_documents", "num_tokens", "num_bytes")
-"""Of a shard, and of a split over its shards."""
+"""Counts of a shard, summed over the shards of a split."""
 
 
 def build_source_record(name: str, format: str, sidecars: Iterable[str], shards: Sequence[Mapping[str, Any]]
                   ) -> dict[str, Any]:
-    """Return the record of a source all of which is trained.
+    """Build the manifest's record of a source without held-out documents.
 
     Args:
         name: of the source.
-        format: of its documents ("chat", `documents.ROLLOUTS`), each of which stands alone.
-        sidecars: endings of the files beside the tokens.
-        shards: `prefix` and `COUNTS` of each.
+        format: of its documents ("chat", `documents.ROLLOUTS`); each document is a unit.
+        sidecars: suffixes of the files next to the tokens.
+        shards: `prefix` and `COUNTS` of each shard.
     """
     counts = {count: sum(shard[count] for shard in shards) for count in COUNTS}
     return {"name": name, "format": format, "group_documents": 1, "sidecars": list(sidecars), "num_bad": {},
@@ -32,17 +31,14 @@ def build_source_record(name: str, format: str, sidecars: Iterable[str], shards:
 
 
 def check_token_manifest(path: str, content: dict[str, Any]) -> None:
-    """Refuse a manifest that another program, or a slip in an editor, has left without a part.
+    """Raise `UserError` if the manifest lacks fields; the message names all of them.
 
     Args:
         path: of the artifact.
         content: of its manifest.
-
-    Raises:
-        UserError: parts are missing; all of them are named.
     """
     try:
-        lacking = list(_lacking(content))
+        lacking = list(_iter_missing_fields(content))
     except (TypeError, AttributeError, KeyError) as e:
         lacking = [f"readable sources ({e})"]
     if lacking:
@@ -50,13 +46,13 @@ def check_token_manifest(path: str, content: dict[str, Any]) -> None:
                         "it from a copy")
 
 
-def _lacking(content: dict[str, Any]) -> Iterator[str]:
-    yield from (name for name in OF_ARTIFACT if name not in content)
+def _iter_missing_fields(content: dict[str, Any]) -> Iterator[str]:
+    yield from (name for name in ARTIFACT_FIELDS if name not in content)
     for i, source in enumerate(content.get("sources", ())):
         where = f"sources[{i}]"
-        yield from (f"{where}.{name}" for name in OF_SOURCE if name not in source)
+        yield from (f"{where}.{name}" for name in SOURCE_FIELDS if name not in source)
         splits = source.get("splits", {})
         for split in sorted({"train", *splits} if splits else ()):
-            for name in OF_SPLIT:
+            for name in SPLIT_FIELDS:
                 if name not in splits.get(split, {}):
                     yield f"{where}.splits.{split}.{name}"

@@ -1,5 +1,5 @@
-"""Reading token shards: Megatron-Core's `.bin`/`.idx` by numpy memory maps,
-with optional sidecars of the same geometry."""
+"""Token shards (Megatron-Core's `.bin` and `.idx`, with sidecars) by memory maps, and the sources of token
+artifacts."""
 
 from __future__ import annotations
 
@@ -29,8 +29,6 @@ from megatron_sov.model.modality import (
 from megatron_sov.runs.launch_environment import is_first_rank
 from megatron_sov.train.data.token_manifest import check_token_manifest
 
-# Files of a token shard by memory maps: Megatron-Core's index, and flat files of numbers beside it.
-
 IDX_MAGIC = b"MMIDIDX\x00\x00"
 IDX_DTYPES: dict[int, type[np.generic]] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64,
                                            6: np.float64, 7: np.float32, 8: np.uint16}
@@ -40,14 +38,14 @@ _HEADER_BYTES = len(IDX_MAGIC) + 8 + 1 + 8 + 8
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What an `.idx` file says."""
+    """Content of an `.idx` file."""
 
     dtype: np.dtype
-    """Of token ids."""
+    """Dtype of token ids."""
     lengths: np.ndarray
-    """[documents] int32: their tokens."""
+    """[documents] int32: tokens of each document."""
     pointers: np.ndarray
-    """[documents] int64: the byte of `.bin` at which each begins."""
+    """[documents] int64: first byte of each document in `.bin`."""
 
     @property
     def num_tokens(self) -> int:
@@ -57,11 +55,11 @@ class ShardIndex:
 
 
 def read_index(file: Path) -> ShardIndex:
-    """Open an index.
+    """Open an `.idx` file.
 
     Raises:
-        UserError: it is none.
-        IndexError, KeyError, ValueError: it is damaged.
+        UserError: the file is not a Megatron index.
+        IndexError, KeyError, ValueError: the file is damaged.
     """
     content = map_file(file)
     if content[:9] != IDX_MAGIC:
@@ -74,10 +72,10 @@ def read_index(file: Path) -> ShardIndex:
 
 
 def map_numbers(file: Path, dtype: np.dtype, count: int) -> np.ndarray:
-    """Return the numbers of a flat file.
+    """Map a flat file of numbers.
 
     Raises:
-        UserError: they are not `count`.
+        UserError: the file does not hold `count` numbers.
     """
     size_bytes, expected_bytes = file.stat().st_size, count * dtype.itemsize
     if size_bytes != expected_bytes:  # a slice beyond the end would silently be short
@@ -87,41 +85,38 @@ def map_numbers(file: Path, dtype: np.dtype, count: int) -> np.ndarray:
 
 
 def map_file(file: Path) -> mmap.mmap | bytes:
-    """Return a file's bytes by a memory map."""
+    """Map a file's bytes; b"" for an empty file."""
     with open(file, "rb") as f:
         return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if file.stat().st_size else b""
 
 
 def raise_open_file_limit() -> None:
-    """Raise this process's limit on open files as far as it may: a mapped file keeps its
-    descriptor (CPython's mmap)."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    """Raise this process's limit on open files to the hard limit: each CPython mmap keeps a descriptor."""
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
 
-
-# The tokens of each document of a source, without reading those of all.
 
 class Lengths(Protocol):
-    """Tokens of each document: an array, or what stands for one."""
+    """Tokens of each document: an array or a class like it."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, documents: Any, /) -> Any:
-        """Return the tokens of one document, or of an array of documents."""
+        """Return the tokens of a document, or of an array of documents."""
         ...
 
     def __iter__(self) -> Iterator[Any]: ...
 
 
 class ChainedLengths:
-    """The lengths of several shards as one sequence, without reading them."""
+    """The lengths of several shards as one sequence, read on access."""
 
     def __init__(self, parts: list[np.ndarray]) -> None:
         self.parts = parts
         self._ends = np.cumsum([len(p) for p in parts], dtype=np.int64).tolist()
 
     def find(self, document: int) -> tuple[int, int]:
-        """Return the part that holds a document, and its index there."""
+        """Return the part that holds a document, and the document's index there."""
         if not 0 <= document < self._ends[-1]:
             raise IndexError(f"document {document} of {self._ends[-1]}")
         part = bisect_right(self._ends, document)
@@ -137,13 +132,13 @@ class ChainedLengths:
         # by shard and ascending, so that each map is read once and forwards
         order = np.argsort(documents)
         ascending = np.asarray(documents)[order]
-        found = np.empty(len(order), np.int64)
+        lengths = np.empty(len(order), np.int64)
         stops = np.searchsorted(ascending, self._ends)
         for part in np.flatnonzero(np.diff(stops, prepend=0)).tolist():
-            here = slice(stops[part - 1] if part else 0, stops[part])
-            found[order[here]] = self.parts[part][
-                ascending[here] - (self._ends[part] - len(self.parts[part]))]
-        return found
+            chunk = slice(stops[part - 1] if part else 0, stops[part])
+            first = self._ends[part] - len(self.parts[part])
+            lengths[order[chunk]] = self.parts[part][ascending[chunk] - first]
+        return lengths
 
     def __iter__(self) -> Iterator[int]:
         for part in self.parts:
@@ -151,33 +146,30 @@ class ChainedLengths:
 
 
 TEXTS = ("text", "chat")
-"""Formats that are learned from token by token."""
+"""Formats with a loss on single tokens."""
 COMMANDS_BY_FORMAT = {"text": "`megatron-sov pretrain` learns from text",
                       "chat": "`megatron-sov sft` learns from chats",
                       "preference": "`megatron-sov prefer` learns from pairs of responses",
                       "prompt": "`megatron-sov rl run` takes a file of prompts, unpacked, as --prompts"}
-"""Format of a source -> the command that learns from it."""
+"""Format of a source -> sentence about the command that learns from it."""
 NO_COLUMNS = ("loss", "type", WRITTEN, ROUTES, FEATURES)
-"""Sidecars that are not columns of one number for each token as a label."""
+"""Sidecars that are not columns with a number per label."""
 COLUMN_DTYPES = {KIND: np.dtype(np.uint8)}
-"""Of the columns that are not float32."""
+"""Column -> dtype, if it is not float32."""
 
 
 def list_column_names(endings: Iterable[str]) -> tuple[str, ...]:
-    """Return what the columns are called whose files have some endings."""
+    """Return the names of columns from the suffixes of their files."""
     return tuple(ending.removesuffix(PER_DOCUMENT) for ending in endings)
 
 
 CONTENT_VERSION = 2
-"""Layout of a token manifest's content that is read: each split is a list of shards."""
-
-
-# Whether artifacts that are read together hold out the same documents.
+"""Supported layout of a token manifest's content."""
 
 
 def warn_about_heldout_rules(contents: dict[str, dict[str, Any]]) -> None:
-    """Warn of artifacts with documents of one kind that were not split into training and held-out
-    documents by one rule: the same document may be on both sides."""
+    """Warn if artifacts with documents of one format used different rules to hold out documents: a document
+    may be in the training split of one artifact and held out in another."""
     for kind in sorted({s["format"] for content in contents.values() for s in content["sources"]}):
         rules = {path: content.get("heldout") for path, content in contents.items()
                  if any(s["format"] == kind for s in content["sources"])}
@@ -187,7 +179,7 @@ def warn_about_heldout_rules(contents: dict[str, dict[str, Any]]) -> None:
 
 
 class Documents(Protocol):
-    """What samples are made of: the token shards of a split, or documents made on the fly."""
+    """Documents of a source: token shards of a split, or documents built in memory."""
 
     @property
     def lengths(self) -> Lengths:
@@ -196,7 +188,7 @@ class Documents(Protocol):
 
     @property
     def is_plain(self) -> bool:
-        """Whether every token weighs 1 and is of type 0, so that neither needs to be read."""
+        """Whether every token has weight 1 and type 0, so that neither is read."""
         ...
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
@@ -213,7 +205,7 @@ class Documents(Protocol):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of the columns that stand beside weights and types."""
+        """Names of columns in addition to weights and types."""
         ...
 
     def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
@@ -221,8 +213,8 @@ class Documents(Protocol):
         ...
 
     def routes(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return where each of these tokens went, [count, layers, top_k] (`documents.shard_files`); asked of
-        sources that have `routes` alone."""
+        """Return the experts of each token, [count, layers, top_k] (`documents.shard_files`); called only for
+        sources with `routes`."""
         ...
 
 
@@ -259,21 +251,21 @@ class DocumentView:
 
 
 class TokenShard:
-    """The documents of one source and split; opening it costs the same for any size."""
+    """Documents of a shard; the time to open it does not depend on its size."""
 
     def __init__(self, prefix: Path, vocab_size: int = sys.maxsize, columns: tuple[str, ...] = (),
                  routes: RouteShape | None = None, banks: Banks = NO_BANKS) -> None:
         """Open the files.
 
         Args:
-            prefix: their path, without `.bin` and so on.
-            vocab_size: what token ids must lie below.
-            columns: those that it has, each a file of that ending (`OF_DOCUMENTS`).
-            routes: shape of its routes, a file `.routes`; None: it has none.
-            banks: kind -> its bank of pictures or sounds, files of these endings beside the sidecar.
+            prefix: path of the files without suffix.
+            vocab_size: limit of token ids.
+            columns: suffixes of column files (`PER_DOCUMENT`: a number per document).
+            routes: shape of the routes in `.routes`; None: no such file.
+            banks: kind -> bank of pictures or sounds next to the feature sidecar.
 
         Raises:
-            UserError: a file is damaged, or too many are open.
+            UserError: a file is damaged, or this process has too many open files.
         """
         self.prefix, self._vocab_size = prefix, vocab_size
         self._opened_by = prefix, vocab_size, columns, routes, banks
@@ -310,7 +302,7 @@ class TokenShard:
         except (IndexError, KeyError, ValueError) as e:
             raise UserError(f"{prefix}: cannot be read as a token shard ({e}); pack the data again") from None
 
-    def __reduce__(self) -> tuple[Any, ...]:  # in another process its files are mapped again
+    def __reduce__(self) -> tuple[Any, ...]:  # another process maps the files again
         return TokenShard, self._opened_by
 
     def _file(self, suffix: str) -> Path:
@@ -330,11 +322,10 @@ class TokenShard:
         """Return `count` token ids of a document from `start`, int64.
 
         Raises:
-            UserError: one lies outside of the vocabulary. A model whose embedding is split over processes
-                would take it for no token at all, and train on.
+            UserError: an id is outside the vocabulary, which a vocabulary-parallel embedding would ignore.
         """
         found: np.ndarray = self._tokens[self._range(document, start, count)].astype(np.int64)
-        # a negative number is a large one here
+        # as uint64, a negative number is a large one
         if count and found.view(np.uint64).max() >= self._vocab_size:
             wrong = next(int(i) for i in found if not 0 <= i < self._vocab_size)
             raise UserError(f"{self._file('.bin')}: document {document} has token id {wrong}, and its "
@@ -343,8 +334,7 @@ class TokenShard:
         return found
 
     def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return the loss weight of each of these tokens as a target,
-        float32 (1 where there is no sidecar)."""
+        """Return the loss weight of each token as a target, float32; 1 without a sidecar."""
         if self._written is not None:
             return self._flags(document, start, count).astype(np.float32)
         if self._loss is None:
@@ -352,7 +342,7 @@ class TokenShard:
         return self._loss[self._range(document, start, count)]
 
     def types(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return the type of each of these tokens, uint8: 0 text, 1 prompt, 2 response."""
+        """Return the type of each token, uint8: 0 text, 1 prompt, 2 response."""
         if self._written is not None:
             return np.where(self._flags(document, start, count), np.uint8(TYPE_RESPONSE),
                             np.uint8(TYPE_PROMPT))
@@ -361,10 +351,10 @@ class TokenShard:
         return self._type[self._range(document, start, count)]
 
     def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
-        """Return the number of each of these tokens in a column, as a target, float32.
+        """Return the number of each token in a column, as a target, float32.
 
         Raises:
-            UserError: one is not finite; a loss that it enters would tell neither the file nor the column.
+            UserError: a number is not finite. The loss would name neither the file nor the column.
         """
         ending = name
         if name in self._of_documents:
@@ -379,10 +369,10 @@ class TokenShard:
         return found
 
     def routes(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return where each of these tokens went, [count, layers, top_k].
+        """Return the experts of each token, [count, layers, top_k].
 
         Raises:
-            UserError: one went where no token can.
+            UserError: a route is invalid, see `RouteShape.problem`.
         """
         found = self._routes[self._range(document, start, count)]
         assert self._route_shape is not None
@@ -392,17 +382,17 @@ class TokenShard:
         return found
 
     def encoder_inputs(self, document: int, start: int, count: int) -> EncoderInputs:
-        """Return what these tokens have for encoders, placed from the first of them.
+        """Return encoder inputs of the tokens, with positions relative to `start`.
 
         Raises:
-            UserError: the bank has no such feature, or a placeholder stands for none.
+            UserError: the bank lacks a feature, or a placeholder has no feature.
         """
         features = self._features[self._range(document, start, count)]
         return self._bank_reader.inputs(self.tokens(document, start, count), features,
                                         f"{self._file(f'.{FEATURES}')}: document {document}")
 
     def _flags(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return whether a policy wrote each of these tokens, uint8."""
+        """Return whether a policy generated each token, uint8."""
         if self._written is None:
             return np.ones(count, np.uint8)
         return unpack_flags(self._written, self._range(document, start, count).start, count)
@@ -417,8 +407,7 @@ class TokenShard:
 
 
 class ShardChain(DocumentView):
-    """The documents of several shards one after the other; opening it costs the same for
-    shards of any size."""
+    """Documents of several shards in sequence; the time to open them does not depend on their size."""
 
     def __init__(self, prefixes: list[Path], vocab_size: int = sys.maxsize,
                  columns: tuple[str, ...] = (), routes: RouteShape | None = None,
@@ -440,39 +429,39 @@ class ShardChain(DocumentView):
 
 @dataclass(frozen=True)
 class Source:
-    """One named source of a token artifact."""
+    """A named source of a token artifact."""
 
     name: str
-    """Name used in blends, events and the report."""
+    """Name in blends, events and the report."""
     artifact: Path | None
-    """Folder of the token artifact; None for a source made on the fly."""
+    """Folder of the token artifact; None: `train_documents` are built in memory."""
     format: str
-    """What its documents are: "text", "chat", "prompt", "rollouts" (`data.rounds`), or "preference", of which
-    documents 2i and 2i + 1 are the chosen and the rejected response to one prompt."""
+    """Format of its documents: "text", "chat", "prompt", "rollouts" (`data.rounds`), or "preference", in
+    which documents 2i and 2i + 1 are the chosen and the rejected response to a prompt."""
     prefixes: dict[str, tuple[str, ...]]
-    """Split ("train", "heldout") -> prefixes of its shards inside the artifact."""
+    """Split ("train", "heldout") -> prefixes of shards inside the artifact."""
     num_tokens: dict[str, int]
     """Split -> tokens."""
     share: float
-    """Weight that an empty blend gives it; those of the sources of all artifacts sum to 1."""
+    """Share in an empty blend; the shares of all sources have sum 1."""
     train_documents: Documents | None = None
-    """Training documents made on the fly, in the place of the artifact's."""
+    """Training documents that replace those of the artifact."""
     vocab_size: int = sys.maxsize
-    """Token ids of the tokenizer that packed it."""
+    """Number of token ids of its tokenizer."""
     columns: tuple[str, ...] = ()
-    """Columns that its shards have beside weights and types."""
+    """Columns of its shards in addition to weights and types."""
     group: int = 1
-    """Documents in a row that are one unit, never parted: 2 of a preference."""
+    """Consecutive documents of a unit: 2 for preference pairs, else 1."""
     tokenizer: Path | None = None
-    """Folder of the tokenizer; None: that in the artifact."""
+    """Folder of the tokenizer; None: the one in the artifact."""
     routes: RouteShape | None = None
-    """Shape of the routes that its documents have, which are replayed; None: they have none."""
+    """Shape of its documents' routes; None: no routes."""
     banks: Banks = field(default_factory=dict)
-    """Kind -> bank of pictures or sounds whose features stand over placeholders."""
+    """Kind -> bank of pictures or sounds whose features replace placeholder tokens."""
 
     @property
     def is_chat(self) -> bool:
-        """Whether its documents are conversations with loss weights (never cut in two)."""
+        """Whether its documents have loss weights and are never split over rows."""
         return self.format != "text"
 
     def open_split(self, split: str) -> Documents:
@@ -487,14 +476,14 @@ class Source:
 def open_sources(paths: dict[str, float], vocab_size: int,
                  formats: tuple[str, ...] | None = TEXTS, *, warns: bool = True, is_fixed: bool = False
                  ) -> list[Source]:
-    """Open the sources of all token artifacts, checking that they fit together and fit the model.
+    """Open the sources of token artifacts, and check that they fit each other and the model.
 
     Args:
         paths: [NAME=]folder -> weight; with a name a single source is called NAME, several NAME-SOURCE.
-        vocab_size: the model's.
-        formats: what the caller can learn from, see `Source.format`; None: another call refuses others.
-        warns: False: another call warns of what is unusual.
-        is_fixed: the model is there already, and its vocabulary cannot be set.
+        vocab_size: of the model.
+        formats: formats that the caller supports, see `Source.format`; None: any.
+        warns: False: another call warns about held-out rules.
+        is_fixed: the model exists, and its vocabulary cannot be set.
 
     Raises:
         UserError: no data, artifacts of different tokenizers, two sources of one name,
@@ -525,27 +514,31 @@ def open_sources(paths: dict[str, float], vocab_size: int,
     sources: list[Source] = []
     for path, manifest in manifests.items():
         if manifest.content["vocab_size"] > vocab_size:
-            way_out = "pack with the model's own tokenizer" if is_fixed else (
+            fix = "pack with the model's own tokenizer" if is_fixed else (
                 "set model.vocab_size or pack with another tokenizer")
             raise UserError(f"{path}: its tokenizer has {manifest.content['vocab_size']} ids, the model only "
-                            f"model.vocab_size = {vocab_size}; {way_out}")
-        sources += _of_artifact(path, manifest.content, paths[path] / total_weight, formats)
-    folder_of: dict[str, Path | None] = {}
+                            f"model.vocab_size = {vocab_size}; {fix}")
+        sources += _build_sources(path, manifest.content, paths[path] / total_weight, formats)
+    artifacts: dict[str, Path | None] = {}
     for source in sources:
-        if source.name in folder_of:
-            raise UserError(f"source {source.name!r}: is in --data {folder_of[source.name]} and in "
+        if source.name in artifacts:
+            raise UserError(f"source {source.name!r}: is in --data {artifacts[source.name]} and in "
                             f"{source.artifact}; name one of the folders, as --data NAME={source.artifact}")
-        folder_of[source.name] = source.artifact
+        artifacts[source.name] = source.artifact
     return sources
 
 
 def name_sources(path: str, content: dict[str, Any]) -> dict[str, str]:
-    """Return how each source of an artifact is called in this run."""
+    """Return name in the artifact -> name in this run."""
     name, names = split_source_name(path)[0], [source["name"] for source in content.get("sources", [])]
-    return {own: own if not name else name if len(names) == 1 else f"{name}-{own}" for own in names}
+    if not name:
+        return {own: own for own in names}
+    if len(names) == 1:
+        return {names[0]: name}
+    return {own: f"{name}-{own}" for own in names}
 
 
-def _of_artifact(typed: str, content: dict[str, Any], share: float, formats: tuple[str, ...] | None
+def _build_sources(typed: str, content: dict[str, Any], share: float, formats: tuple[str, ...] | None
                  ) -> list[Source]:
     described, path = content["sources"], Path(split_source_name(typed)[1])
     names = name_sources(typed, content)
@@ -575,17 +568,17 @@ def _of_artifact(typed: str, content: dict[str, Any], share: float, formats: tup
 
 
 def tokenizer_folder(sources: list[Source]) -> Path | None:
-    """Return the tokenizer of the data, if it is there."""
+    """Return the tokenizer folder of the data; None without one."""
     folders = (s.tokenizer or (s.artifact and s.artifact / "tokenizer") for s in sources)
     return next((f for f in folders if f is not None and (f / "tokenizer.json").is_file()), None)
 
 
 def describe_inputs(sources: list[Source]) -> list[dict[str, str]]:
-    """Return kind, path and manifest hash of each artifact that the sources come from."""
+    """Return kind, path and manifest hash of each artifact of the sources, for records."""
     folders = dict.fromkeys(s.artifact for s in sources if s.artifact is not None)
     return [describe_input("tokens", folder) for folder in folders]
 
 
 def describe_input(kind: str, folder: Path) -> dict[str, str]:
-    """Return how records name an artifact that something is made from."""
+    """Return kind, path and manifest hash of an artifact, for records."""
     return {"kind": kind, "path": str(folder), "manifest_sha256": manifest_sha256(folder)}

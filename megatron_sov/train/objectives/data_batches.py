@@ -1,4 +1,4 @@
-"""The data order's batches as objectives take them, and what the loop has to know about the last one."""
+"""Batches of the data order for objectives, and the position in the data for checkpoints and records."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from megatron_sov.train.objectives.objective import GlobalBatch
 
 
 class DataBatches:
-    """This rank's batches, one for each optimizer step."""
+    """This rank's batches, one per optimizer step."""
 
     def __init__(self, config: RunConfig, sources: list[Source], world: ParallelWorld,
                  planned: Sequence[LedgerEntry] | None = None, columns: Iterable[str] = ()) -> None:
-        """Begin before the first step.
+        """Start before the first step.
 
         Args:
-            config: the run's settings.
-            sources: what is read.
-            world: this rank's place.
-            planned: the ledger as `data.ledger.plan` gives it; None: it is planned here.
-            columns: those that the objective reads.
+            config: settings of the run.
+            sources: training data.
+            world: rank and groups of this process.
+            planned: entries of `plan_ledger`; None: they are computed here.
+            columns: names of the columns that the objective reads.
         """
         self._columns = tuple(columns)
         self._config, self._sources, self._world, self._planned = config, sources, world, planned
         self.num_sources = len(sources)
-        self._begin(OrderState())
+        self._start_stream(OrderState())
 
-    def _begin(self, state: OrderState) -> None:
-        """Give the batches from a state on; what was prepared ahead of another one is forgotten."""
+    def _start_stream(self, state: OrderState) -> None:
+        """Start a stream at `state`."""
         order = SampleOrder(self._config, self._sources, state, self._planned)
         self.ledger = order.ledger
         self._step = order.state.step
@@ -48,7 +48,7 @@ class DataBatches:
                                    self._config.num_steps(), self._columns,
                                    [source.routes for source in self._sources])
         self.epochs: dict[str, float] = {}
-        """How often each source was gone through, up to the last batch that was given."""
+        """Source -> passes over it, up to the last returned batch."""
 
     def next(self) -> GlobalBatch:
         batch = self._advance()
@@ -62,43 +62,41 @@ class DataBatches:
         return self.ledger.at(self._step)
 
     def state(self) -> dict[str, Any]:
-        """Return the order's state behind the last batch that was given: what a checkpoint must hold.
+        """Return the state of the sample order after the last returned batch, for a checkpoint.
 
-        What became of the steps since the batch was prepared stands in the ledger.
+        The ledger's history includes steps that were skipped or rejected after their batch was prepared.
         """
         return {**self._state, "history": [dataclasses.asdict(e) for e in self.ledger.history(self._step)]}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.close()
-        self._begin(OrderState.from_dict(state))
+        self._start_stream(OrderState.from_dict(state))
 
     def consumed_tokens(self) -> dict[str, int]:
         return {name: cursor["tokens"] for name, cursor in self._state["cursors"].items()}
 
     def over_long(self) -> dict[str, int]:
-        """Return the conversations (or pairs) met so far of each source that were longer than a sample, where
-        there were any."""
+        """Return source -> conversations (or pairs) read so far that were longer than a sample."""
         return {name: cursor["over_long"] for name, cursor in self._state["cursors"].items()
                 if cursor.get("over_long")}
 
     def planned_tokens(self) -> dict[str, int]:
-        """Return the tokens of each source that the ledger asks for so far;
-        a source that was taken away keeps its own."""
+        """Return source -> tokens that the ledger plans up to this step, removed sources included."""
         planned = dict.fromkeys((s.name for s in self._sources), 0.0)
         entries = self.ledger.entries
-        for entry, after in zip(entries, [*(e.first_step for e in entries[1:]), self._config.num_steps()],
-                                strict=True):
-            steps = max(0, min(self._step, after) - entry.first_step)
+        ends = [*(entry.first_step for entry in entries[1:]), self._config.num_steps()]
+        for entry, end in zip(entries, ends, strict=True):
+            steps = max(0, min(self._step, end) - entry.first_step)
+            tokens = steps * entry.global_batch_size * entry.seq_len
             for name, weight in entry.weights.items():
-                planned[name] = (planned.get(name, 0.0)
-                                 + steps * entry.global_batch_size * entry.seq_len * weight)
+                planned[name] = planned.get(name, 0.0) + tokens * weight
         return {name: round(tokens) for name, tokens in planned.items()}
 
     def close(self) -> None:
         self._stream.close()
 
     def _advance(self) -> RankBatch:
-        # the batch carries its state: the order itself is ahead by the batches that are prepared
+        # the batch stores its own state: the order is ahead by the prepared batches
         batch = self._stream.next()
         self._step, self._state, self.epochs = self._step + 1, batch.order_state, batch.epochs
         return batch
@@ -106,21 +104,20 @@ class DataBatches:
 
 @dataclass(frozen=True)
 class ObjectiveContext:
-    """The run around an objective, on one process."""
+    """The run of an objective, on one process."""
 
     config: RunConfig
     """Resolved settings."""
     batches: DataBatches
-    """Those of the data order."""
+    """Batches of the data order."""
     world: ParallelWorld
-    """This process's place."""
+    """Rank and groups of this process."""
     folder: Path
-    """The run's folder."""
+    """Folder of the run."""
     write_event: Callable[..., None]
-    """`write_event(name, **fields)` adds an event to the run's; dropped on all processes but rank 0, and
-    before the run has begun."""
+    """`write_event(name, **fields)` writes an event of the run; only rank 0 of a started run writes it."""
     waiting: Callable[[], AbstractContextManager[None]]
-    """`with waiting(): ...` around what may take longer than `guards.hang_timeout_s`, such as rollouts: the
-    watch over the step begins anew behind it."""
+    """`with waiting(): ...` pauses the watchdog, for work longer than `guards.hang_timeout_s` such as
+    rollouts."""
     teacher: Any = None
-    """distill and gkd: whose distributions are learned (`post.distillation.distill.RunTeacher`)."""
+    """`post.distillation.distill.RunTeacher` of distill and gkd, whose distributions are learned."""

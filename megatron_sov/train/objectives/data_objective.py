@@ -1,8 +1,7 @@
-"""What objectives have in common that learn from the data order: its batches,
-and the term of multi-token prediction.
+"""Objectives over the data order: next-token prediction, with a term for multi-token prediction (MTP).
 
-That term is the one of DeepSeek-V3 (arXiv 2412.19437, eq. 24-25): each further depth's cross-entropy, summed
-over depths and divided by all their targets.  Without prediction layers there is no such term.
+The MTP term follows DeepSeek-V3 (arXiv 2412.19437, eq. 24-25): the cross-entropy of each further depth,
+summed over depths and divided by all their targets. Models without prediction layers have no such term.
 """
 
 from __future__ import annotations
@@ -20,15 +19,14 @@ from megatron_sov.train.objectives.microbatch import MicroBatch, shift_labels
 from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, per_source, with_denominators
 
 TEXT, AUDIO, IMAGE = "text_loss", "audio_loss", "image_loss"
-"""Meters: mean loss of the labels of a type that are learned."""
+"""Meters: mean loss of the learned labels of a type."""
 MTP = "mtp"
 
 
-# Losses by what a label is: text, or a discrete token of a sound or a picture. Its id tells.
-
 
 class TypedLosses:
-    """The blocks of a model's vocabulary with the weights of their labels."""
+    """Loss weights and meters of label types: text, or discrete tokens of sounds and pictures by their id
+    block."""
 
     def __init__(self, config: RunConfig) -> None:
         blocks = ((AUDIO, config.model.audio_tokens, config.objective.audio_weight),
@@ -37,72 +35,70 @@ class TypedLosses:
         self._scales = any(weight != 1 for _, _, weight in self._blocks)
         self.meters = (TEXT, *(name for name, _, _ in self._blocks)) if self._blocks else ()
 
-    def weighted(self, batch: MicroBatch) -> MicroBatch:
-        """Return a micro-batch whose labels weigh what their types do besides, on the host and on the
-        device."""
+    def scale_weights(self, batch: MicroBatch) -> MicroBatch:
+        """Multiply the label weights of a micro-batch by the weights of their types, on host and device."""
         if not self._scales:
             return batch
-        found = self._scaled(batch)
-        return found if batch.on_host is None else dataclasses.replace(
-            found, on_host=self._scaled(batch.on_host))
+        scaled = self._scale_copy(batch)
+        if batch.on_host is None:
+            return scaled
+        return dataclasses.replace(scaled, on_host=self._scale_copy(batch.on_host))
 
-    def _scaled(self, batch: MicroBatch) -> MicroBatch:
+    def _scale_copy(self, batch: MicroBatch) -> MicroBatch:
         weights = batch.weights
         for _, block, weight in self._blocks:
             inside = (batch.labels >= block.first) & (batch.labels < block.end)
             weights = torch.where(inside, weights * weight, weights)
         return dataclasses.replace(batch, weights=weights)
 
-    def measured(self, losses: torch.Tensor,
+    def compute_meters(self, losses: torch.Tensor,
                  batch: MicroBatch) -> Mapping[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Return meter -> sum and count of the losses [n] of labels that weigh anything; the weight itself
-        is no
-        part of it."""
+        """Return meter -> sum and count of the unweighted losses [n] of labels with a positive weight."""
         if not self._blocks:
             return {}
         learned = batch.weights > 0
-        of = {name: (batch.labels >= block.first) & (batch.labels < block.end)
-              for name, block, _ in self._blocks}
-        of[TEXT] = ~torch.stack(list(of.values())).any(0)
-        return {name: ((losses.detach().double() * (of[name] & learned)).sum(), (of[name] & learned).sum())
-                for name in self.meters}
+        masks = {name: (batch.labels >= block.first) & (batch.labels < block.end)
+                 for name, block, _ in self._blocks}
+        masks[TEXT] = ~torch.stack(list(masks.values())).any(0)
+        meters = {}
+        for name in self.meters:
+            mask = masks[name] & learned
+            meters[name] = (losses.detach().double() * mask).sum(), mask.sum()
+        return meters
 
 
 class DataObjective:
-    """The beginning of an `Objective` over the data order."""
+    """Base of objectives over the data order."""
 
     def __init__(self, context: ObjectiveContext) -> None:
         config = context.config
         self._batches, self._num_sources = context.batches, context.batches.num_sources
         self._depths = range(1, config.model.num_predictions + 1)
         self._mtp_coefficient = {MTP: config.model.mtp_loss_coeff} if self._depths else {}
-        """Part of an objective's `coefficients`."""
+        """The MTP entry of `coefficients`."""
         self._typed = TypedLosses(config)
 
     def collect(self, policy: Any, step: int) -> GlobalBatch:
         return self._batches.next()
 
     def _with_types(self, batch: GlobalBatch) -> GlobalBatch:
-        """Return a batch whose labels weigh what the objective says of their types."""
-        return dataclasses.replace(batch, micro_batches=tuple(map(self._typed.weighted, batch.micro_batches)))
+        """Scale the label weights of a batch by the weights of their types."""
+        micro_batches = tuple(map(self._typed.scale_weights, batch.micro_batches))
+        return dataclasses.replace(batch, micro_batches=micro_batches)
 
     def _mtp_targets(self, micro_batches: Iterable[MicroBatch]) -> dict[str, float]:
-        """Return this process's targets of the prediction term; weights of labels say which count.
-
-        Args:
-            micro_batches: on the host.
-        """
+        """Return the sum of label weights of the MTP term over host micro-batches of this rank."""
         if not self._depths:
             return {}
         return {MTP: sum(float(shift_labels(m, depth).weights.double().sum()) for m in micro_batches
                          for depth in self._depths)}
 
     def _mtp_sum(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> dict[str, torch.Tensor]:
-        """Return the prediction term's sum over a micro-batch, see `Objective.loss`."""
+        """Return the sum of the MTP term over a micro-batch, see `Objective.loss`."""
         total = torch.zeros((), device=batch.weights.device)
         for depth in self._depths:
-            there = shift_labels(batch, depth)
-            total = total + head.cross_entropy(hidden[depth], there.labels, {MTP: there.weights})[0][MTP]
+            shifted = shift_labels(batch, depth)
+            total = total + head.cross_entropy(hidden[depth], shifted.labels, {MTP: shifted.weights})[0][MTP]
         return {MTP: total} if self._depths else {}
 
 
@@ -112,7 +108,8 @@ LM = "lm"
 class LanguageModelling(DataObjective):
     """Cross-entropy on every token, plus multi-token prediction.
 
-    Derive from it to change one thing, and name it by `--set objective.name=my_objective.py:Halved`:
+    Derive a class to change a part of it, and select the class by `--set
+    objective.name=my_objective.py:Halved`:
 
     >>> class Halved(LanguageModelling):
     ...     def __init__(self, context):
@@ -126,8 +123,7 @@ class LanguageModelling(DataObjective):
         self.meters = self._typed.meters
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
-        """Count targets: every weighted label for the trunk, and those of all depths for
-        multi-token prediction."""
+        """Count targets: label weights of the trunk, and of all depths for the MTP term."""
         batch = self._with_types(batch)
         hosts = [m.host for m in batch.micro_batches]
         targets = {LM: sum(float(m.weights.double().sum()) for m in hosts)}
@@ -138,4 +134,4 @@ class LanguageModelling(DataObjective):
         terms, losses = head.cross_entropy(hidden[0], batch.labels, {LM: batch.weights})
         terms |= self._mtp_sum(hidden, head, batch)
         return LossSums(terms, per_source(losses, batch.weights, batch.sources, self._num_sources),
-                        self._typed.measured(losses, batch))
+                        self._typed.compute_meters(losses, batch))

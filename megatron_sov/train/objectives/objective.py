@@ -1,4 +1,4 @@
-"""What is learned, behind one interface: the loop knows steps, an objective knows batches and losses."""
+"""The interface of objectives: an objective provides batches and losses, the training loop runs steps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOKENS = "all tokens"
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """This data-parallel rank's part of one optimizer step's batch.
+    """This data-parallel rank's part of the batch of one optimizer step.
 
     >>> batch = GlobalBatch(micro_batches=(), seq_len=64, num_sequences=8, phase="main")
     >>> dataclasses.replace(batch, num_tokens=512, targets={"lm": 504.0}).targets["lm"]
@@ -32,7 +32,7 @@ class GlobalBatch:
     """
 
     micro_batches: tuple[MicroBatch, ...]
-    """In order; every rank has the same number."""
+    """Micro-batches in order; all ranks have the same number."""
     seq_len: int
     """Tokens of one sequence."""
     num_sequences: int
@@ -40,14 +40,14 @@ class GlobalBatch:
     phase: str
     """Phase of the curriculum."""
     num_tokens: int = 0
-    """Tokens over all ranks, padding not counted; set by `prepare`."""
+    """Tokens over all ranks, without padding; set by `prepare`."""
     targets: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """Term -> its denominator over all ranks; set by `prepare`."""
 
 
 @dataclass(frozen=True)
 class LossSums:
-    """One micro-batch's contribution: sums, never means.
+    """Loss sums of one micro-batch, never means.
 
     >>> losses = torch.tensor([2.0, 1.0, 3.0])
     >>> sums = LossSums({"lm": losses.sum()}, by_source=torch.tensor([[6.0, 3.0]], dtype=torch.float64),
@@ -62,15 +62,15 @@ class LossSums:
     """[sources, 2] float64: sum of losses and number of targets per source, for the log."""
     meters: Mapping[str, tuple[torch.Tensor | float, torch.Tensor | float]] = dataclasses.field(
         default_factory=dict)
-    """Meter -> sum and count over the micro-batch, no more than a log's; the names of `meters_of`."""
+    """Meter -> sum and count over the micro-batch, for the log; names as in `get_meters`."""
 
 
 class Objective(Protocol):
-    """Three steps; each may be as simple as reading data or as large as generating rollouts.
+    """Batches and losses of a training stage, built with an `ObjectiveContext`.
 
-    An objective is made with an `ObjectiveContext`.  What else it may have is optional, and stands at the
-    functions `formats_of` and `columns_of` (of its class, since data are checked before it is made),
-    `meters_of`, `headline_of`, `is_comparable`, `doubt_of` and `parts_of`.
+    Optional attributes are documented at the functions that read them: `get_formats` and `get_columns` (class
+    attributes, because data are checked before the objective is built), `get_meters`, `get_headline`,
+    `has_comparable_loss`, `get_doubt` and `get_checkpoint_parts`.
     """
 
     @property
@@ -79,75 +79,73 @@ class Objective(Protocol):
         ...
 
     def collect(self, policy: Any, step: int) -> GlobalBatch:
-        """Return the batch of a step: from the data order, or by rollouts of `policy`."""
+        """Return the batch of a step, from the data order or from rollouts of `policy`."""
         ...
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
-        """Count every term's denominator over the whole global batch and all ranks,
-        before the first forward pass."""
+        """Count the denominator of each term over the global batch, before the first forward pass."""
         ...
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
-        """Return the terms' sums, on the last pipeline stage.
+        """Return the sum of each term, on the last pipeline stage.
 
         Args:
-            hidden: hidden states [tokens / sequence-parallel size, 1, hidden] of the trunk,
-                then of each prediction depth.
+            hidden: hidden states [tokens / sequence-parallel size, 1, hidden] of the trunk, then of each
+                prediction depth.
             head: applies the output head in chunks.
+            batch: with labels, weights and denominators.
         """
         ...
 
 
-def get_formats(made_by: Any) -> tuple[str, ...]:
-    """Return the formats of data that an objective learns from (`data.token_shards.Source.format`), as its
-    class (or what makes it) says in `formats`, a class attribute; without one, text and chats."""
-    return tuple(getattr(made_by, "formats", TEXTS))
+def get_formats(factory: Any) -> tuple[str, ...]:
+    """Return the data formats of an objective (`Source.format`): class attribute `formats`, by default text
+    and chats."""
+    return tuple(getattr(factory, "formats", TEXTS))
 
 
-def get_columns(made_by: Any) -> Mapping[str, NeededColumn]:
-    """Return what an objective reads beside weights and types, as its class (or what makes it) says in
-    `columns`, a class attribute; without one, nothing."""
-    found: Mapping[str, NeededColumn] = getattr(made_by, "columns", {})
-    return found
+def get_columns(factory: Any) -> Mapping[str, NeededColumn]:
+    """Return the columns that an objective reads: class attribute `columns`, by default none."""
+    columns: Mapping[str, NeededColumn] = getattr(factory, "columns", {})
+    return columns
 
 
 def get_meters(objective: Any) -> tuple[str, ...]:
-    """Return the meters of an objective, as its attribute `meters` says; without one, none.
+    """Return the meters of an objective: attribute `meters`, by default none.
 
-    A meter is a mean that is watched and not learned, such as a share of clipped tokens.
+    A meter is a mean that is logged but not learned, such as the share of clipped tokens.
     """
     return tuple(getattr(objective, "meters", ()))
 
 
 def get_headline(objective: Any) -> tuple[Meter, ...]:
-    """Return the meters by which a run is judged, as the attribute `headline` says; without one, the loss."""
+    """Return the meters by which a run is judged: attribute `headline`, by default the loss."""
     return tuple(getattr(objective, "headline", (LOSS,)))
 
 
 def has_comparable_loss(objective: Any) -> bool:
-    """Return whether a loss far above those of the steps before says that something is wrong, as the
-    attribute `comparable_loss` says; without one it does.
+    """Return whether a loss far above earlier losses indicates an error: attribute `comparable_loss`, by
+    default True.
 
-    That of a policy does not: it is near 0, of either sign, and its size is that of the advantages.
+    The loss of a policy does not: it is near 0, of either sign, and scales with the advantages.
     """
     return bool(getattr(objective, "comparable_loss", True))
 
 
 def get_doubt(objective: Any, step: int, meters: Mapping[str, float]) -> str:
-    """Return what a user should know of a step's meters, in a sentence, as the method `doubt` says; without
-    one, or without a doubt, "".
+    """Return a warning about a step's meters from the method `doubt`; "" without a warning or the method.
 
     Args:
-        objective: which was computed.
-        step: its number, from 1.
-        meters: their means over the step.
+        objective: of the run.
+        step: from 1.
+        meters: means over the step.
     """
-    found: str = objective.doubt(step, meters) if hasattr(objective, "doubt") else ""
-    return found
+    doubt: str = objective.doubt(step, meters) if hasattr(objective, "doubt") else ""
+    return doubt
 
 
 class ObjectiveState:
-    """What an objective knows, as a part of a checkpoint."""
+    """State of an objective, as a part of a checkpoint."""
 
     def __init__(self, objective: Any) -> None:
         self._objective = objective
@@ -156,49 +154,52 @@ class ObjectiveState:
         """Return plain values for the checkpoint.
 
         Raises:
-            UserError: the objective's are none.
+            UserError: the values of the objective do not survive JSON.
         """
-        found: dict[str, Any] = self._objective.state()
+        state: dict[str, Any] = self._objective.state()
         try:
-            json.dumps(found)
+            json.dumps(state)
         except (TypeError, ValueError) as e:
-            raise self._refusal(f"what JSON does not hold ({e})") from None
-        if (changed := _changed_by_json(found, "state()")) is not None:
-            raise self._refusal(f"what JSON changes ({changed})")
-        return found
+            raise self._build_error(f"what JSON does not hold ({e})") from None
+        if (changed := _find_json_change(state, "state()")) is not None:
+            raise self._build_error(f"what JSON changes ({changed})")
+        return state
 
-    def _refusal(self, what: str) -> UserError:
-        return UserError(f"objective {type(self._objective).__name__}: state() returned {what}; return "
+    def _build_error(self, value: str) -> UserError:
+        return UserError(f"objective {type(self._objective).__name__}: state() returned {value}; return "
                          "dicts with strings as keys, lists, strings and numbers")
 
     def restore(self, state: dict[str, Any]) -> None:
         self._objective.restore(state)
 
 
-def _changed_by_json(value: Any, where: str) -> str | None:
-    """Return what of a value would come back as something else; None: nothing."""
+def _find_json_change(value: Any, where: str) -> str | None:
+    """Return a sentence about a part of `value` that JSON changes; None if JSON changes nothing."""
     if isinstance(value, tuple):
         return f"{where} is a tuple, which comes back as a list"
     if isinstance(value, dict):
         wrong = next((key for key in value if not isinstance(key, str)), None)
         if wrong is not None:
             return f"{where} has the key {wrong!r}, which comes back as a string"
-        inside = [(f"{where}[{key!r}]", item) for key, item in value.items()]
+        items = list(value.items())
     else:
-        inside = [(f"{where}[{i}]", item) for i, item in enumerate(value)] if isinstance(value, list) else []
-    found = (_changed_by_json(item, place) for place, item in inside)
-    return next((text for text in found if text is not None), None)
+        items = list(enumerate(value)) if isinstance(value, list) else []
+    for key, item in items:
+        change = _find_json_change(item, f"{where}[{key!r}]")
+        if change is not None:
+            return change
+    return None
 
 
 def get_checkpoint_parts(objective: Any) -> dict[str, ObjectiveState]:
-    """Return ``{"objective": its memory}`` for the checkpoint where an objective has one: a method `state()`
-    that returns plain JSON values, equal on all processes, and `restore(state)`; else nothing."""
+    """Return ``{"objective": ObjectiveState}`` if the objective has the methods `state`, which returns plain
+    JSON values that are equal on all ranks, and `restore`; else {}."""
     return {"objective": ObjectiveState(objective)} if hasattr(objective, "state") else {}
 
 
 def with_denominators(batch: GlobalBatch, local_targets: Mapping[str, float]) -> GlobalBatch:
-    """Sum each term's local target weight (and the token count) over data-parallel ranks and hand them to
-    every micro-batch."""
+    """Sum each term's local target weight, and the tokens, over data-parallel ranks; the sums become the
+    denominators of every micro-batch."""
     tokens = sum(int((~m.host.inputs.padding).sum()) for m in batch.micro_batches)
     counts = {**{name: local_targets[name] for name in sorted(local_targets)}, TOKENS: tokens}
     targets = sum_dict(counts, collectives.all_reduce_dp)
@@ -208,14 +209,11 @@ def with_denominators(batch: GlobalBatch, local_targets: Mapping[str, float]) ->
 
 
 def check_has_targets(batch: GlobalBatch, step: int) -> None:
-    """Refuse a prepared batch without a single target: its loss of 0 would look like a perfect one.
+    """Raise `UserError` on all ranks if no term has a target: a loss of 0 would look perfect.
 
     Args:
-        batch: as `prepare` gives it.
+        batch: result of `prepare`.
         step: from 1, for the message.
-
-    Raises:
-        UserError: no term has a target; every process says the same.
     """
     if not any(count > 0 for count in batch.targets.values()):
         raise UserError(f"step {step}: none of its {batch.num_tokens} tokens is learned "
@@ -227,18 +225,17 @@ def check_has_targets(batch: GlobalBatch, step: int) -> None:
 
 def compute_total_loss(sums: LossSums, coefficients: Mapping[str, float],
                denominators: Mapping[str, float]) -> torch.Tensor:
-    """Return ``sum over terms of coefficient * sum / denominator``;
-    a term without targets anywhere adds nothing."""
+    """Return the sum of coefficient * sum / denominator over terms; a term without targets adds 0."""
     total = torch.zeros((), dtype=torch.float32, device=next(iter(sums.terms.values())).device)
     for name, value in sums.terms.items():
         # `+ value * 0` keeps every parameter in the graph: each rank must run the same backward pass
-        total = total + (coefficients[name] * value / denominators[name] if denominators[name] > 0
-                         else value * 0.0)
+        has_targets = denominators[name] > 0
+        total = total + (coefficients[name] * value / denominators[name] if has_targets else value * 0.0)
     return total
 
 
 def per_source(losses: torch.Tensor, weights: torch.Tensor, sources: torch.Tensor,
                num_sources: int) -> torch.Tensor:
-    """Return [num_sources, 2] float64: sum of weighted losses and of weights per source."""
+    """Return [num_sources, 2] float64: sum of weighted losses and sum of weights of each source."""
     both = torch.stack([losses.detach().double() * weights, weights.double()], dim=1)
     return torch.zeros(num_sources, 2, dtype=torch.float64, device=losses.device).index_add_(0, sources, both)

@@ -1,5 +1,4 @@
-"""What a run says to the one who started it: before the first step what is about to happen, and behind the
-last one what came of it."""
+"""Texts that a run prints: its plan before the first step, and its results after the last step."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from megatron_sov.base.figures import format_count, format_memory, format_share,
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families.adapters import count_adapter_params
 from megatron_sov.model.families.count import count_params
-from megatron_sov.plan.footprint.memory import Account, account
+from megatron_sov.model.process_memory import MemoryEstimate
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.runs.obs.meters import HeldoutFigures, Meter, format_recent_means
 from megatron_sov.train.checkpointer import TrainState
@@ -21,26 +20,12 @@ from megatron_sov.train.data.token_shards import Source
 
 
 def format_banner(config: RunConfig, num_ranks: int, run: Path, steps: range, entries: Sequence[LedgerEntry],
-           sources: Sequence[Source], memory: Account, num_threads: int = 0) -> str:
-    """Return what a run is about to do, a few lines.
-
-    Args:
-        config: its settings.
-        num_ranks: processes.
-        run: its folder.
-        steps: those to come, 0-based.
-        entries: the ledger over the whole run.
-        sources: what is read.
-        memory: of this process.
-        num_threads: CPU threads of a process; 0: it is not known yet.
-    """
+           sources: Sequence[Source], memory: MemoryEstimate | None = None, num_threads: int = 0) -> str:
+    """Describe the rest of a run: model, layout, memory (if estimated) and data of `steps` (0-based)."""
     count, p, rollout = count_params(config.model), config.parallel, config.rollout
     dp_size = num_ranks // (p.tp * p.pp * p.cp)
     planned = planned_tokens(entries, steps)
-    states = format_memory(memory.states)
-    activations = f", {format_memory(memory.total)} with activations" if config.train.recompute else ""
-    if memory.on_host:
-        activations += f", {format_memory(memory.on_host)} of the host's memory"
+    needs = "" if memory is None else f", {_format_estimate(config, memory)}"
     layout = ", ".join(f"{name} {size}" for name, size in (
         ("tp", p.tp), ("pp", p.pp), ("cp", p.cp), ("ep", p.ep), ("dp", dp_size)) if size > 1)
     tokens = {s.name: s.num_tokens.get("train", 0) for s in sources}
@@ -48,7 +33,7 @@ def format_banner(config: RunConfig, num_ranks: int, run: Path, steps: range, en
     read = ", ".join(f"{name} {format_count(n)} tokens{_share_read(n, tokens.get(name, 0), name in padded)}"
                      for name, n in planned.items() if n)
     length = f", {format_count(sum(planned.values()))} tokens"
-    if rollout.rounds:  # how long responses are, and how often text is drawn, nobody knows yet
+    if rollout.rounds:  # the lengths of responses are unknown
         length, read = "", (f"{rollout.rounds:,} rounds of {rollout.prompts_per_round:,} prompts, each with "
                             f"{rollout.samples_per_prompt:,} responses")
     fate = {"cut": "their tails are left out", "drop": "they are left out"}.get(config.data.over_long)
@@ -58,12 +43,20 @@ def format_banner(config: RunConfig, num_ranks: int, run: Path, steps: range, en
             f"{f', {format_count(count.encoders)} of encoders' if count.encoders else ''}, steps "
             f"{steps.start + 1} to {steps.stop}{length}\n"
             f"  processes  {num_ranks}{f': {layout}' if layout else ''}; "
-            f"{f'threads {num_threads}; ' if num_threads else ''}{config.train.precision}, "
-            f"{states} of weights, gradients and optimizer each{activations}\n"
+            f"{f'threads {num_threads}; ' if num_threads else ''}{config.train.precision}{needs}\n"
             f"{_adapter(config, count.total)}"
             f"  data       {read}{too_long}\n"
             f"  run        {run}, a checkpoint {'at least ' if rollout.rounds else ''}every "
             f"{config.train.checkpoint_every_steps} steps")
+
+
+def _format_estimate(config: RunConfig, memory: MemoryEstimate) -> str:
+    text = f"{format_memory(memory.states)} of weights, gradients and optimizer each"
+    if config.train.recompute:
+        text += f", {format_memory(memory.peak)} with activations"
+    if memory.on_host:
+        text += f", {format_memory(memory.on_host)} of the host's memory"
+    return text
 
 
 def _share_read(num_tokens: float, available_tokens: int, is_padded: bool) -> str:
@@ -84,7 +77,7 @@ def _adapter(config: RunConfig, total: int) -> str:
 
 
 def planned_tokens(entries: Sequence[LedgerEntry], steps: range) -> dict[str, float]:
-    """Return the tokens of each source that the ledger asks for in some steps (0-based)."""
+    """Return source -> tokens that the ledger plans for `steps` (0-based)."""
     planned: dict[str, float] = {}
     ends = [*(e.first_step for e in entries[1:]), steps.stop]
     for entry, end in zip(entries, ends, strict=True):
@@ -94,26 +87,10 @@ def planned_tokens(entries: Sequence[LedgerEntry], steps: range) -> dict[str, fl
     return planned
 
 
-def memory_of(config: RunConfig, num_ranks: int) -> Account:
-    """Return the account of a process of the first pipeline stage, at the longest samples."""
-    return account(config, num_ranks, 0, max(phase.seq_len for phase in config.data.phases))
-
-
 def format_summary(run: Path, checkpoint: Path, done: TrainState, wall_s: float, config: RunConfig,
             headline: Sequence[Meter], sources: Sequence[Source]) -> str:
-    """Return what came of a complete run, and what to type next.
-
-    Args:
-        run: its folder.
-        checkpoint: the last one.
-        done: how far it went.
-        wall_s: seconds that it took.
-        config: its settings.
-        headline: by which meters it is judged.
-        sources: what it has read.
-    """
+    """Describe a complete run by its last checkpoint and `headline` meters, and propose the next commands."""
     words = shlex.quote(str(run))
-    # what has learned from chats is asked in that form
     ask = f"chat {words}" if any(source.is_chat for source in sources) else f"generate {words} --prompt TEXT"
     heldout = HeldoutFigures()
 
@@ -126,7 +103,7 @@ def format_summary(run: Path, checkpoint: Path, done: TrainState, wall_s: float,
     then = "\n              megatron-sov "
     adapter = f"{then}convert to-peft {words} PEFT_DIR" if config.lora.on else ""
     minutes, seconds = divmod(round(wall_s), 60)
-    # of responses that are compared the loss says nothing
+    # the loss of compared responses says nothing
     compared = {source.name for source in sources if source.group > 1 or source.train_documents is not None}
     figures = (heldout.text(headline, lambda source: source not in compared), means)
     return (f"complete: step {done.step}, {format_count(done.tokens)} tokens in {minutes}:{seconds:02d} min"

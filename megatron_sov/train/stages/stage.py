@@ -1,4 +1,4 @@
-"""Runs one training stage: checks all that can be checked cheaply, starts the ranks, says how it ended."""
+"""Runs a training stage: checks folder, data and start, starts the ranks, and reports the end."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_sov.base.artifacts import manifest_sha256
@@ -27,8 +28,7 @@ from megatron_sov.engine.parallel.world import run_on_main
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.pretrained import is_hf_folder
-from megatron_sov.plan.calibration.fitting import (
-    fullest, refuse_on_this_machine, refuse_on_this_node, refuse_too_large)
+from megatron_sov.model.process_memory import MemoryEstimate
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import STAGES, RunEvents, RunFolder
 from megatron_sov.runs.launch_environment import get_command_start, has_launcher, is_first_rank, num_ranks
@@ -43,12 +43,12 @@ from megatron_sov.train.data.token_shards import Source, open_sources, tokenizer
 from megatron_sov.train.data.views import add_source_views
 from megatron_sov.train.feed import Feed
 from megatron_sov.train.guards.fault_injection import Fault, FaultInjector, list_pending_faults
-from megatron_sov.train.guards.gate import EndGate, Gate, GateView, conclude
+from megatron_sov.train.guards.gate import EndGate, Gate, GateView
 from megatron_sov.train.loop import train
 from megatron_sov.train.objectives.objective import get_columns, get_formats
 from megatron_sov.train.side_jobs.evaluations import check_eval_tasks
 from megatron_sov.train.side_jobs.side_jobs import SideJobs
-from megatron_sov.train.stages.announcement import format_banner, format_summary, memory_of
+from megatron_sov.train.stages.announcement import format_banner, format_summary
 from megatron_sov.train.stages.shared_copies import SHARED, find_copy
 from megatron_sov.train.trainer import ObjectiveFactory, Trainer
 from megatron_sov.work.processes.stop_signals import StopFlag
@@ -56,62 +56,59 @@ from megatron_sov.work.processes.stop_signals import StopFlag
 
 @dataclass(frozen=True)
 class Stage:
-    """One training stage, ready to run."""
+    """Inputs and hooks of a training stage."""
 
     config: RunConfig
-    """Resolved settings."""
     folder: RunFolder
-    """Where the run lives."""
     objective: ObjectiveFactory
-    """What is learned."""
     start_from: Path | None = None
-    """Checkpoint whose weights the run starts from, or, in a dry run, the Hugging Face folder that would
-    become one; None: initial weights."""
+    """Checkpoint of the start (in a dry run: Hugging Face folder to convert); None: initial weights."""
     resume: bool = False
     """Continue a run that is already in the folder."""
     sources: tuple[Source, ...] | None = None
-    """Those of `config.data.paths`, where they are open already; None: they are opened here."""
+    """Open sources of `config.data.paths`; None: `run_stage` opens them."""
     extra_sources: tuple[Source, ...] = ()
-    """Sources made on the fly, beside those of `config.data.paths`."""
+    """Sources that are made on the fly."""
     besides: tuple[dict[str, str], ...] = ()
-    """Artifacts that are learned from beside data and start, as `provenance` has them, for the records: what
-    a teacher said, another model's log-probabilities."""
+    """Artifacts in addition to data and start, as `provenance` describes them, for the records."""
     before: Callable[[GateView], object] | None = None
-    """Called on every rank before the first step of a new run; what it returns does not matter."""
+    """Called on every rank before the first step of a new run."""
     after: Callable[[GateView], dict[str, Any]] | None = None
-    """Called on every rank after the last step; what it returns joins the completion manifest."""
+    """Called on every rank after the last step; returns fields of the completion manifest."""
     gate: Gate | None = None
-    """What must pass for the stage to be complete."""
+    """Must pass for the stage to be complete."""
     end_gate: EndGate | None = None
-    """What judges the last checkpoint; the stage is complete when it has passed."""
+    """Judges the last checkpoint; must pass for the stage to be complete."""
     feed: Feed | None = None
-    """What brings data that are not there yet when the run begins."""
+    """Makes data available during the run."""
     faults: tuple[Fault, ...] = ()
-    """Faults that are to come on purpose."""
+    """Faults to inject."""
     until: int | None = None
-    """Step behind which it ends as if asked to stop; None: its last one."""
+    """Stop after this step and save; None: after the last step."""
     dry_run: bool = False
-    """Whether it is checked and told of, and not run."""
+    """Check and describe the stage without running it."""
     notes: tuple[str, ...] = ()
-    """Defaults that were taken, and why, in words."""
+    """Defaults that were chosen, with reasons."""
+    memory: MemoryEstimate | None = None
+    """Predicted memory of the processes, for the announcement and the check of each GPU's free memory."""
 
 
 def run_stage(stage: Stage, nproc: int | None, start_s: float | None = None) -> bool:
     """Run a stage to its end.
 
     Args:
-        stage: what to run.
+        stage: inputs and hooks.
         nproc: local processes.
         start_s: Unix time at which the work on the stage began; None: the start of the command.
 
     Returns:
-        Whether it is complete, or a dry run; False only under a launcher, whose ranks leave in peace however
-        a run ended.
+        Whether the stage is complete, or a dry run. False only under a launcher, whose ranks exit normally
+        however the run ended.
 
     Raises:
-        UserError: settings, data or folder do not allow it; nothing was changed.
-        StopRequested: it was asked to stop, and everything is saved.
-        GateFailed: its gate has not passed within its steps, and everything is saved.
+        UserError: settings, data or folder do not allow the stage; nothing was changed.
+        StopRequested: the run was asked to stop, and everything is saved.
+        GateFailed: the gate has not passed within the steps, and everything is saved.
     """
     begin = _Begin(get_command_start() if start_s is None else start_s, stage.resume)
     stage.config.check(num_ranks(nproc))
@@ -123,9 +120,8 @@ def run_stage(stage: Stage, nproc: int | None, start_s: float | None = None) -> 
     completion = stage.folder.completion()
     if completion is not None:
         gate = None if stage.end_gate is None else stage.end_gate.name
-        tell_complete(stage.folder, stage.config, completion, gate, dry_run=stage.dry_run)
+        report_completion(stage.folder, stage.config, completion, gate, dry_run=stage.dry_run)
         return True
-    refuse_on_this_machine(stage.config, nproc)
     data = _open_data(stage)
     _check_start(stage, data)
     if stage.dry_run:
@@ -137,7 +133,7 @@ def run_stage(stage: Stage, nproc: int | None, start_s: float | None = None) -> 
 
 
 def _run_ranks(stage: Stage, data: _Data, begin: _Begin, nproc: int | None) -> bool:
-    """Start the processes of a stage and wait for their end; returns and raises what `run_stage` does."""
+    """Start the ranks and wait for their end; return and raise as `run_stage`."""
     stage.folder.clear_gate_failure()
     if stage.end_gate is not None:
         stage.end_gate.begin()
@@ -156,7 +152,7 @@ def _run_ranks(stage: Stage, data: _Data, begin: _Begin, nproc: int | None) -> b
         if code == ExitCode.USER_ERROR and begin.declared[0] and not begin.goes_on:
             stage.folder.remove_unstarted()
         raise SystemExit(code)  # the rank that failed has said why
-    conclude(stage.folder, stage.end_gate)
+    _conclude_end_gate(stage.folder, stage.end_gate)
     if stage.folder.completion() is not None:
         for fault in list_pending_faults(stage.faults, stage.folder.path):
             warn(f"--inject {fault.name}: never came")
@@ -172,20 +168,37 @@ def _run_ranks(stage: Stage, data: _Data, begin: _Begin, nproc: int | None) -> b
     raise StopRequested(f"everything is saved; {_way_on(stage.folder)}")
 
 
+def _conclude_end_gate(folder: RunFolder, gate: EndGate | None) -> None:
+    """Have the gate judge the last checkpoint if it waits for a verdict, and complete or fail the stage."""
+    held = folder.held()
+    if gate is None or held is None:
+        return
+    verdict = gate.judge(folder.path / held["checkpoint"])
+    if verdict is None or not is_first_rank():
+        return
+    if verdict.failure is None:
+        folder.complete({**held, **verdict.completion})
+    else:
+        RunEvents(folder.path).add("gate_failed", step=held["step"], text=verdict.failure)
+        folder.mark_gate_failed(verdict.failure)
+    # last: a crash before this line has the checkpoint judged again, or finds the verdict on the disk
+    folder.release()
+
+
 def _way_on(folder: RunFolder) -> str:
-    """Return the step of a run's last checkpoint and the command that continues the run."""
+    """Format the step of the last checkpoint and the command that continues the run."""
     newest = checkpoints.latest_checkpoint(folder.checkpoints)
     step = "no checkpoint yet"
     if newest is not None:
         step = f"last checkpoint: step {checkpoints.checkpoint_step(newest)}"
-    # A stage of an extension is continued with the whole run.
+    # a stage of an extension continues with the whole run
     run = folder.path.parents[1] if folder.path.parent.name == STAGES else folder.path
     return f"{step}; continue with: megatron-sov resume {shlex.quote(str(run))}"
 
 
-def tell_complete(folder: RunFolder, config: RunConfig, completion: dict[str, Any], gate: str | None, *,
+def report_completion(folder: RunFolder, config: RunConfig, completion: dict[str, Any], gate: str | None, *,
                   dry_run: bool) -> None:
-    """Say that a run is complete, and, but in a dry run, make what it has begun beside its steps."""
+    """Print that a run is complete, and finish its side jobs unless in a dry run."""
     if is_first_rank():
         print(f"{folder.path}: is complete at step {completion['step']}")
         if gate is not None and gate not in completion:
@@ -195,7 +208,7 @@ def tell_complete(folder: RunFolder, config: RunConfig, completion: dict[str, An
 
 
 def _tell(stage: Stage, data: _Data, count: int) -> None:
-    """Print what `count` processes would do."""
+    """Print the plan of `count` processes."""
     if not is_first_rank():
         return
     newest = checkpoints.latest_checkpoint(stage.folder.checkpoints)
@@ -203,7 +216,7 @@ def _tell(stage: Stage, data: _Data, count: int) -> None:
     if stage.notes:
         print(_defaults(stage))
     print(format_banner(stage.config, count, stage.folder.path, steps, data.planned, data.sources,
-                 memory_of(stage.config, count)))
+                        stage.memory))
     told = newest or stage.start_from or f"initial weights, train.seed = {stage.config.train.seed}"
     print(f"  start      {told}")
     start, run = stage.start_from, stage.folder.path
@@ -217,7 +230,7 @@ def _defaults(stage: Stage) -> str:
 
 
 def _check_start(stage: Stage, data: _Data) -> None:
-    """Raise `UserError` where a run cannot start from what it is to start from."""
+    """Raise `UserError` if the start does not fit data or settings, or is after --until."""
     newest = checkpoints.latest_checkpoint(stage.folder.checkpoints)
     if stage.until is not None and newest is not None and checkpoints.checkpoint_step(newest) >= stage.until:
         raise UserError(f"--until {stage.until}: the run is at step {checkpoints.checkpoint_step(newest)} "
@@ -231,12 +244,12 @@ def _check_start(stage: Stage, data: _Data) -> None:
 
 @dataclass(frozen=True)
 class _Data:
-    """What the ranks read, opened and planned before they start: those that are forked inherit it."""
+    """Data of all ranks, opened once: forked ranks inherit it."""
 
     sources: list[Source]
-    """All sources, views and those made on the fly included."""
+    """All sources, including views and sources made on the fly."""
     planned: list[LedgerEntry]
-    """The ledger that the settings ask for."""
+    """Ledger of the settings."""
 
 
 def _open_data(stage: Stage) -> _Data:
@@ -251,7 +264,7 @@ def _open_data(stage: Stage) -> _Data:
              "`megatron-sov sft` is made for them")
     tokenizer = tokenizer_folder(list(packed))
     if tokenizer is not None:
-        read_tokenizer(tokenizer)  # what is damaged would else be met at the first evaluation, steps later
+        read_tokenizer(tokenizer)  # damage would otherwise show at the first evaluation, steps later
     for source in packed:
         if source.num_tokens.get("heldout"):
             source.open_split("heldout")
@@ -267,26 +280,25 @@ def _open_data(stage: Stage) -> _Data:
 
 
 def _finish_side_jobs(folder: RunFolder, config: RunConfig) -> None:
-    """Make the exports that a complete run has begun, and judge them; no rank waits in a
-    collective any more."""
+    """Finish exports and their evaluations on the first rank; no other rank waits in a collective."""
     if is_first_rank():
         SideJobs(folder.path, config, RunEvents(folder.path).add).wait()
 
 
 @dataclass
 class _Begin:
-    """The beginning of the work of the ranks that are started next."""
+    """State of the launcher when it starts the ranks."""
 
     time_s: float
     """Unix time."""
     goes_on: bool
     """Whether the folder may hold the run already."""
     restarts: list[dict[str, Any]] = field(default_factory=list)
-    """Events of those that came before the folder held the run; whoever opens its records writes them."""
-    shared: int = field(default_factory=lambda: _byte_for_ranks())
-    """File descriptor of `declared`; -1: forked ranks alone share it."""
+    """`restart` events from before the folder held the run, to be written when its records open."""
+    shared: int = field(default_factory=lambda: _create_shared_byte())
+    """File descriptor of `declared`; -1: only forked ranks share it."""
     declared: mmap.mmap = field(init=False)
-    """One byte that the ranks share with this process: 1 once the folder holds this run."""
+    """One byte shared with the ranks: 1 once the folder holds this run."""
 
     def __post_init__(self) -> None:
         self.declared = mmap.mmap(self.shared, 1)
@@ -295,8 +307,8 @@ class _Begin:
         return _Begin, (self.time_s, self.goes_on, self.restarts, self.shared)
 
 
-def _byte_for_ranks() -> int:
-    """Return a file of one byte in memory, which new processes inherit; -1 where the system has none."""
+def _create_shared_byte() -> int:
+    """Create a file of one byte in memory, which new processes inherit; -1: not supported."""
     if not hasattr(os, "memfd_create"):
         return -1
     file = os.memfd_create("declared", 0)
@@ -305,7 +317,7 @@ def _byte_for_ranks() -> int:
 
 
 def _note_restart(folder: RunFolder, begin: _Begin, code: int, cause: str) -> None:
-    """Say that the processes are started again; they hold no records at that moment."""
+    """Report that the processes start again; none of them holds the records now."""
     begin.time_s, begin.goes_on = time.time(), True
     newest = checkpoints.latest_checkpoint(folder.checkpoints)
     text = f"{cause}; all processes are started again, from {newest.name if newest else 'the beginning'}"
@@ -319,7 +331,7 @@ def _note_restart(folder: RunFolder, begin: _Begin, code: int, cause: str) -> No
 
 
 def _note_giving_up(stage: Stage, code: int, cause: str) -> None:
-    """Say that the processes are not started again."""
+    """Report that the processes do not start again."""
     limit, newest = stage.config.train.max_restarts, checkpoints.latest_checkpoint(stage.folder.checkpoints)
     text = (f"{cause}, and train.max_restarts = {limit} " + ("starts in a row have left no new checkpoint"
                                                              if limit else "lets no process start again")
@@ -339,7 +351,8 @@ def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
     latest = checkpoints.latest_checkpoint(stage.folder.checkpoints)
     faults = FaultInjector(stage.faults, stage.folder.path, int(os.environ["RANK"]))
     faults.trigger("start", checkpoints.checkpoint_step(latest) if latest else 0)
-    place = world.join_world(stage.config.parallel, _bytes_of_own_gpu(stage.config))
+    needs_bytes = stage.memory.fullest if stage.memory is not None and on_gpu() else 0
+    place = world.join_world(stage.config.parallel, needs_bytes)
     lock = RunLock(stage.folder.path) if place.is_main else None
     trainer: Trainer | None = None
     try:
@@ -358,6 +371,8 @@ def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
                 stage.before(trainer)
             if stage.gate is not None and not resumed:
                 stage.gate.begin(trainer)
+            if place.is_main:
+                _announce(stage, trainer)
             is_complete = train(trainer, stop, stage.until)
         if is_complete:
             _finish(stage, trainer)
@@ -376,36 +391,29 @@ def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
         if lock is not None:
             lock.release()
             stage.folder.remove_if_empty()
-    # nobody leaves while rank 0 still works: the end of a process breaks the connections of all
+    # a process that ends breaks the connections of all, so every rank waits for rank 0
     dist.barrier()
     world.leave_world()
     return 0
 
 
-def _bytes_of_own_gpu(config: RunConfig) -> int:
-    """Return what a rank takes at least of its GPU's memory; 0 on CPUs.
-
-    Raises:
-        UserError: no such GPU has so much, or the host too little for all of its ranks.
-    """
-    gpu = device.get_gpu() if on_gpu() else None
-    refuse_on_this_node(config, gpu)
-    if gpu is None:
-        return 0
-    refuse_too_large(config, num_ranks(None), gpu)
-    return fullest(config, num_ranks(None))[1].total
+def _announce(stage: Stage, trainer: Trainer) -> None:
+    text = format_banner(stage.config, trainer.world.size, stage.folder.path,
+                         range(trainer.step, trainer.num_steps), trainer.batches.ledger.entries,
+                         trainer.sources, stage.memory, torch.get_num_threads())
+    print(f"{text}\n", end="", file=sys.stderr, flush=True)
 
 
 def _lock(stage: Stage, lock: RunLock | None, begin: _Begin) -> None:
     stage.folder.create()
     if lock is not None:
         lock.acquire()
-    # another run may have come and gone since the folder was looked at, without a lock
+    # checked again under the lock: another run may have used the folder since
     stage.folder.enter(stage.config, begin.goes_on)
 
 
 def _own_checkpoint(stage: Stage, place: world.ParallelWorld) -> Path | None:
-    """Return the newest sound checkpoint of the run, from which it goes on; None: it has none yet."""
+    """Return the newest sound checkpoint of the run; None: the run has none yet."""
     folder = stage.folder.checkpoints
     run_on_main(place, lambda: checkpoints.delete_leftovers(folder))
     newest = find_sound_checkpoint(stage.folder, place)
@@ -415,7 +423,7 @@ def _own_checkpoint(stage: Stage, place: world.ParallelWorld) -> Path | None:
 
 
 def _restore(stage: Stage, trainer: Trainer, newest: Path | None) -> bool:
-    """Load what the run starts from; returns whether it goes on from a checkpoint of its own."""
+    """Load the start; return whether the run resumes from its own checkpoint."""
     start = newest or stage.start_from
     if stage.config.lora.on and start is not None:  # before it is read: its run may be pruning
         run_on_main(trainer.world, lambda: checkpoints.protect_adapter_base(
@@ -433,7 +441,7 @@ def _restore(stage: Stage, trainer: Trainer, newest: Path | None) -> bool:
 
 
 def _tell_changes(stage: Stage, trainer: Trainer) -> None:
-    """Say that a run goes on with another learning rate than it would have had."""
+    """Warn if the resumed run has another learning rate schedule than before."""
     earlier = stage.folder.config()
     told = describe_schedule_change(earlier, stage.config, trainer.step) if earlier is not None else None
     if told is not None and trainer.world.is_main:

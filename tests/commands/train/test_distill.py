@@ -101,7 +101,7 @@ def test_each_teacher_reads_the_data_of_its_name(packed_data: Any, teacher: Path
     for given, told in (
             ([f"talk={first}"], f"--data {text}: no --teacher reads it; name one without a NAME for all"),
             ([f"talk={first}", f"talk={teacher}"], "another one reads the data talk; give each a NAME of"),
-            ([str(teacher), str(first)], "another one reads what is left; give each a NAME of --data"),
+            ([str(teacher), str(first)], "another one reads the remaining data; give each a NAME of --data"),
             ([str(teacher), f"code={first}"], "there are no data for it among --data talk="),
             (["talk=gone"], "--teacher gone: does not exist")):
         assert told in run(*(word for one in given for word in ("--teacher", one)))

@@ -13,7 +13,8 @@ from megatron_sov import recipes
 from megatron_sov.base.errors import StopRequested, UserError
 from megatron_sov.commands.train import forgetting_gate
 from megatron_sov.commands.train.forgetting_gate import ForgettingGate
-from megatron_sov.commands.train.gate_options import GateOptions, gate_of, refuse_unknown_benchmarks
+from megatron_sov.commands.train.setup.gates import build_gate, check_benchmarks
+from megatron_sov.commands.train.setup.stage_options import GateOptions
 from megatron_sov.model.config import apply_settings
 from megatron_sov.runs.obs.events import EventLog, read_events
 from tests.typed_words import typed
@@ -48,7 +49,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def gate_for(run: Path, *words: str) -> ForgettingGate | None:
-    return gate_of(asked(run, *words), recipes.get("tiny-solar-open"), Path("base/checkpoints/step-9"))
+    return build_gate(asked(run, *words), recipes.get("tiny-solar-open"), Path("base/checkpoints/step-9"))
 
 
 def test_the_start_is_evaluated_first_and_both_share_their_answers(
@@ -116,13 +117,13 @@ def test_a_mistake_is_one_sentence_before_anything_runs(run: Path, words: list[s
 def test_without_a_start_there_is_nothing_to_compare_with(run: Path) -> None:
     assert gate_for(run) is None
     with pytest.raises(UserError, match="name it by --from"):
-        gate_of(asked(run, "--gate", "quiz"), recipes.get("tiny-solar-open"), None)
+        build_gate(asked(run, "--gate", "quiz"), recipes.get("tiny-solar-open"), None)
 
 
 def refuse(*changes: str) -> None:
     pytest.importorskip("megatron_sov.bench.lm.tasks")
     asked = ('evaluate.background.tasks=["lm"]', 'evaluate.lm.tasks=["capitals"]')
-    refuse_unknown_benchmarks(apply_settings(recipes.get("tiny-solar-open"), [*asked, *changes]))
+    check_benchmarks(apply_settings(recipes.get("tiny-solar-open"), [*asked, *changes]))
 
 
 def test_what_is_not_there_is_named_before_the_first_step(tmp_path: Path) -> None:

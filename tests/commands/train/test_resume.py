@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_sov import cli, recipes
-from megatron_sov.commands.train import lm
+from megatron_sov.base.settings import DeclaredCommand
+from megatron_sov.commands.train.kinds import PRETRAIN
 from megatron_sov.model.config import apply_settings
 from megatron_sov.runs import launch_environment
 from megatron_sov.runs.folder import COMMAND, RunFolder, read_command
@@ -44,7 +45,15 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Begin:
 def given(monkeypatch: pytest.MonkeyPatch) -> list[argparse.Namespace]:
     """Return what `pretrain` is given."""
     found: list[argparse.Namespace] = []
-    monkeypatch.setattr(lm.PRETRAIN, "run", lambda args: found.append(args) or 0)
+    run = DeclaredCommand.run
+
+    def run_or_record(self: DeclaredCommand, args: argparse.Namespace) -> int:
+        if self is not PRETRAIN:
+            return run(self, args)
+        found.append(args)
+        return 0
+
+    monkeypatch.setattr(DeclaredCommand, "run", run_or_record)
     return found
 
 

@@ -255,11 +255,11 @@ def test_a_start_goes_by_what_the_machine_has_available(monkeypatch: pytest.Monk
     needs = node_bytes(config, 512, range(8, 16))
     available = SimpleNamespace(available=2 * needs)
     monkeypatch.setattr(fitting.psutil, "virtual_memory", lambda: available)
-    refuse_on_this_node(config, None)
+    refuse_on_this_node(config, None, None)
     available.available = int(0.55 * needs)
     with pytest.raises(UserError, match=r"that it has available; the nearest share that fits: "
                                         r"--set gpu\.optimizer_offload=0\.46$"):
-        refuse_on_this_node(config, None)
+        refuse_on_this_node(config, None, None)
 
 
 @pytest.mark.parametrize("memory, num_bytes", [

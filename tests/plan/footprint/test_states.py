@@ -14,7 +14,8 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.model.config import apply_settings
-from megatron_sov.plan.footprint.states import StageBuffers, StatePlace, states_of
+from megatron_sov.model.process_memory import StatePlace
+from megatron_sov.plan.footprint.states import StageBuffers, states_of
 from megatron_sov.plan.search.space import layouts, space_of
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))

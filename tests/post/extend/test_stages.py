@@ -16,7 +16,8 @@ from hypothesis import given, strategies as st
 from megatron_sov.base.documents.overlap import hash_windows
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
-from megatron_sov.commands.train.setup.stage_options import TunedStageOptions, stage_request
+from megatron_sov.commands.train.setup.stage_options import ExtendOptions
+from megatron_sov.commands.train.setup.training import stage_request
 from megatron_sov.model.config import ExtendStageConfig, PartConfig, YarnConfig
 from megatron_sov.post.extend.stages import (
     WINDOW_TOKENS, build_stage_blend, plan_stages, refuse_contaminated, search_contamination)
@@ -241,7 +242,7 @@ def test_the_stages_of_a_recipe_are_its_own(short_run: Path, token_shards: Path,
     """The published stages of Solar Open, tiny: long documents and rehearsal in both, YaRN in the second."""
     shorter = words({"extend.stages.0.seq_len": 80, "extend.stages.1.seq_len": 96,
                      "extend.stages.1.yarn_original_tokens": 48, "train.micro_batch_size": 1})
-    args = typed(TunedStageOptions, ["tiny-solar-open-extend", "--from", str(short_run), "--data",
+    args = typed(ExtendOptions, ["tiny-solar-open-extend", "--from", str(short_run), "--data",
                                      str(token_shards), "--run", str(tmp_path / "long"), *shorter])
     request = stage_request(args, "lm", lengthens=True)
     planned = plan_stages(request, find_checkpoint(short_run), args.run, 1)

@@ -12,7 +12,7 @@ import torch
 
 from megatron_sov.model.config import GpuConfig
 from megatron_sov.train.side_jobs import side_jobs
-from megatron_sov.train.side_jobs.side_jobs import FOLDER, StepProfiler
+from megatron_sov.train.side_jobs.side_jobs import PROFILE_FOLDER, StepProfiler
 
 STEPS_2_AND_3 = GpuConfig(profile_first_step=2, profile_last_step=3)
 
@@ -27,7 +27,7 @@ def traced(run: Path, steps: range, is_main: bool = True) -> dict[str, list[str]
         profiling.after_step(step)
     profiling.close(step)
     found = {}
-    for file in sorted(run.glob(f"{FOLDER}/*")):
+    for file in sorted(run.glob(f"{PROFILE_FOLDER}/*")):
         events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
         found[file.name] = [str(e["args"]["Input Dims"][0]) for e in events if e.get("name") == "aten::mm"]
     return found
@@ -60,4 +60,4 @@ def test_nvidias_profiler_is_told_on_every_process(steps: range, expected: list[
         profiling.after_step(step)
     profiling.close(step)
     assert told == expected
-    assert not (tmp_path / FOLDER).exists()
+    assert not (tmp_path / PROFILE_FOLDER).exists()

@@ -15,12 +15,13 @@ from megatron_sov.base.figures import format_count, format_share
 from megatron_sov.model.config import apply_settings
 from megatron_sov.model.families.adapters import find_adapted_modules
 from megatron_sov.model.families.count import count_params
-from megatron_sov.plan.footprint.memory import Account
+from megatron_sov.model.process_memory import MemoryEstimate
+from megatron_sov.plan.calibration.fitting import estimate_memory
 from megatron_sov.runs.obs.meters import Meter
 from megatron_sov.train.checkpointer import TrainState
 from megatron_sov.train.data.ledger import LedgerEntry
 from megatron_sov.train.data.token_shards import Source
-from megatron_sov.train.stages.announcement import format_banner, format_summary, memory_of, planned_tokens
+from megatron_sov.train.stages.announcement import format_banner, format_summary, planned_tokens
 
 CONFIG = apply_settings(recipes.get("tiny-solar-open"), ["train.steps=4"])
 ENTRIES = (LedgerEntry(0, "one", 100, 2, {"web": 1.0}),
@@ -32,8 +33,8 @@ def test_a_run_says_what_it_is_about_to_do(monkeypatch: pytest.MonkeyPatch) -> N
     sources = [Source(name, None, "text", {}, {"train": tokens}, 0.5)
                for name, tokens in (("web", 500), ("code", 600))]
     gib = 2**30
-    told = format_banner(config, 2, Path("runs/a"), range(2, 6), ENTRIES, sources,
-                  Account(gib, gib, 4 * gib, gib, gib // 2, gib // 2, on_host=130 * gib)).splitlines()
+    memory = MemoryEstimate(states=6 * gib, peak=15 * gib // 2, on_host=130 * gib, fullest=8 * gib)
+    told = format_banner(config, 2, Path("runs/a"), range(2, 6), ENTRIES, sources, memory).splitlines()
     assert told[0] == "tiny-solar-open: 2.5 M parameters (1.32 M active), steps 3 to 6, 1.2 K tokens"
     assert told[1] == ("  processes  2: ep 2, dp 2; fp32, 6 GiB of weights, gradients and optimizer each, "
                        "7.5 GiB with activations, 130 GiB of the host's memory")
@@ -42,7 +43,7 @@ def test_a_run_says_what_it_is_about_to_do(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("megatron_sov.train.stages.announcement.count_over_long", lambda *_: [])
     chats = [dataclasses.replace(source, format="chat") for source in sources[:1]]
     told = format_banner(config, 2, Path("runs/a"), range(2, 6), ENTRIES[:1], chats,
-                  memory_of(config, 2)).splitlines()
+                  estimate_memory(config, 2)).splitlines()
     assert told[2] == "  data       web 800 tokens with padding"
 
 
@@ -102,7 +103,7 @@ def test_an_adapter_says_how_much_learns() -> None:
     learn = sum(math.prod(shape) for of in find_adapted_modules(config.model, config.lora)
                 for shape in of.shapes(config.lora).values())
     total = count_params(config.model).total + learn
-    told = format_banner(config, 1, Path("r"), range(4), ENTRIES, [], memory_of(config, 1)).splitlines()
+    told = format_banner(config, 1, Path("r"), range(4), ENTRIES, [], estimate_memory(config, 1)).splitlines()
     learning = f"{format_count(learn)} of {format_count(total)} parameters learn"
     assert told[2] == (f"  adapter    of rank 4: {learning} "
                        f"({format_share(learn / total)}); `megatron-sov convert to-peft` writes it for PEFT")

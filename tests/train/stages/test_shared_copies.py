@@ -14,10 +14,11 @@ import pytest
 from megatron_sov import convert
 from megatron_sov.base.artifacts import MANIFEST, create_artifact
 from megatron_sov.base.errors import UserError
-from megatron_sov.commands.train.setup.stage_options import refuse_many_converters
+from megatron_sov.commands.train.setup.starts import refuse_many_converters
+from megatron_sov.commands.train.training_run import convert_start
 from megatron_sov.engine.parallel import launcher
 from megatron_sov.runs.checkpoints import CHECKPOINT_KIND
-from megatron_sov.train.stages.shared_copies import convert_start, find_copy
+from megatron_sov.train.stages.shared_copies import find_copy
 
 FILES = {"config.json": "{}", "model.safetensors": "weights", "tokenizer.json": "{}", "README.md": "a model"}
 

@@ -18,10 +18,7 @@ from megatron_sov import recipes
 from megatron_sov.base.errors import GateFailed, StopRequested, UserError
 from megatron_sov.engine.parallel.launcher import RestartPolicy
 from megatron_sov.model.config import RunConfig, apply_settings
-from megatron_sov.plan.calibration import fitting
-from megatron_sov.plan.calibration.fitting import USABLE_SHARE, fullest
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.runs.gpu_driver import VisibleGpu
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.train.data.ledger import plan_ledger
 from megatron_sov.train.data.token_shards import open_sources
@@ -30,7 +27,6 @@ from megatron_sov.train.guards.gate import EndVerdict
 from megatron_sov.train.objectives.data_objective import LanguageModelling
 from megatron_sov.train.stages import stage as stage_module
 from megatron_sov.train.stages.stage import Stage, run_stage
-from megatron_sov.work.clusters.chips import Gpu
 
 SMALL = ("model.vocab_size=368", 'data.phases=[{"name": "main", "seq_len": 32}]', "train.steps=4",
          "train.global_batch_size=8", "train.micro_batch_size=2", "train.max_restarts=2")
@@ -89,37 +85,6 @@ def test_what_cannot_be_is_refused_before_anything_is_started_or_written(
     with pytest.raises(UserError, match=says):
         run_stage(stage(*settings), 1)
     assert launcher.calls == 0 and not stage().folder.path.exists()
-
-
-def test_what_the_gpus_have_no_room_for_is_refused_before_anything_is_started(
-        stage: Callable[..., Stage], launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the launcher, from what the driver says; it starts no CUDA."""
-    lacks_zero1 = int(fullest(stage().config, 2)[1].total / USABLE_SHARE) - 1
-    seen = [VisibleGpu(i, f"GPU-{i}", "NVIDIA Tiny", size, 0) for i,
-            size in enumerate((40 << 30, lacks_zero1))]
-    monkeypatch.setattr(fitting, "list_visible_gpus", lambda: seen)
-    with pytest.raises(UserError, match=r"fits: --set parallel\.zero1=true$"):
-        run_stage(stage(), 2)
-    assert launcher.calls == 0 and not stage().folder.path.exists()
-    with pytest.raises(StopRequested):
-        run_stage(stage(), 1)  # on the large one alone
-    assert launcher.calls == 1
-
-
-def test_a_rank_refuses_what_its_own_gpu_has_no_room_for(
-        stage: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch) -> None:
-    config = stage().config
-    assert stage_module._bytes_of_own_gpu(config) == 0
-    offloaded = apply_settings(config, ["gpu.optimizer_offload=1", "parallel.zero1=true"])
-    with monkeypatch.context() as patched, pytest.raises(UserError, match="that it has available"):
-        patched.setattr(fitting.psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 20))
-        stage_module._bytes_of_own_gpu(offloaded)
-    monkeypatch.setattr(stage_module, "on_gpu", lambda: True)
-    monkeypatch.setattr(stage_module.device, "get_gpu", lambda: Gpu("Tiny", 20 << 20))
-    with pytest.raises(UserError, match="of a Tiny with"):
-        stage_module._bytes_of_own_gpu(config)
-    monkeypatch.setattr(stage_module.device, "get_gpu", lambda: Gpu("Large", 40 << 30))
-    assert stage_module._bytes_of_own_gpu(config) == fullest(config, 1)[1].total > 0
 
 
 def test_weights_that_know_other_tokens_are_refused(

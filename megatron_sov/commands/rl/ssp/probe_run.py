@@ -37,7 +37,7 @@ def probe_checkpoints(request: ProbeRequest) -> int:
     options = request.options
     events, candidates = RunEvents(options.run), find_candidates(options.checkpoints)
     record_or_check_settings(options.output, options.output / CONDITIONS, _describe_conditions(request),
-                             "--output", "answers", {options.output / PROBLEMS})
+                             option="--output", noun="answers", rewritten_files={options.output / PROBLEMS})
     # The table also contains the checkpoints of earlier commands in this folder.
     checkpoints = read_candidates(options.output, candidates)
     with translate_disk_errors(options.output):

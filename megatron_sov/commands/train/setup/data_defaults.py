@@ -1,5 +1,4 @@
-"""Completes the settings of a stage of post-training from its data, its model and the table of defaults.
-Numpy, and no torch."""
+"""Completes the settings of a stage from its data and model. Numpy, no torch."""
 
 from __future__ import annotations
 
@@ -20,14 +19,14 @@ from megatron_sov.train.data.streams import Cursor, DocumentStream
 from megatron_sov.train.data.token_shards import Source, open_sources
 
 LEAST_SEQ_LEN, MOST_SEQ_LEN, TEXT_SEQ_LEN = 256, 8192, 2048
-"""Tokens of a sample that are chosen: at least, at most, and of text, which may be cut anywhere."""
+"""Limits of the default sample length in tokens, and the default length for text."""
 STEPS_OF_AN_EPOCH = 16
-"""Steps that a pass over small data has at least: its batches are made smaller for that."""
+"""Minimum steps of an epoch; default batches of small data are made smaller to reach it."""
 MOST_WINDOWS = 8
-"""Windows of documents that are packed to count samples; the rest of a large source is taken to be alike."""
+"""Windows of documents that are packed to count samples; larger sources are extrapolated."""
 LEAST_ACTIVATION_BYTES = 2 << 30
-"""Activations of a micro-batch of responses on any machine; or as many bytes as weights, gradients and
-optimizer take on one process, if those are more."""
+"""Allowed activation memory of a micro-batch of responses, unless weights, gradients and optimizer of one
+process take more."""
 PROMPTS_PER_ROUND = 64
 CHECKPOINT_ROUNDS = 10
 """Rounds between checkpoints, at most."""
@@ -35,41 +34,35 @@ CHECKPOINT_ROUNDS = 10
 
 @dataclass(frozen=True)
 class CompletedSettings:
-    """Settings of a stage with those that follow from its data."""
+    """Settings of a stage, with settings that follow from its data."""
 
     config: RunConfig
     notes: tuple[str, ...] = ()
-    """What was chosen and why, in words."""
+    """Chosen values with reasons."""
 
 
-def complete_stage(asked: RecipeRequest, config: RunConfig, stage: Stage | None, nproc: int | None,
+def complete_stage(request: RecipeRequest, config: RunConfig, stage: Stage | None, nproc: int | None,
                    num_prompts: int = 0) -> CompletedSettings:
-    """Return the settings with all that follows from data, model and the table of defaults.
+    """Return the settings completed from data, model and the defaults of the stage.
 
     Args:
-        asked: what the command was asked for.
-        config: the settings so far.
-        stage: of post-training; None: another one, of which only `train.epochs` is completed.
-        nproc: local processes.
+        stage: stage of post-training; None: complete `train.epochs` alone.
         num_prompts: prompts of reinforcement learning.
-
-    Raises:
-        UserError: the data cannot be read.
     """
-    said = said_settings(asked)
+    said = list_requested_settings(request)
     # a default that counts for nothing must not stand in the run's settings, from which it is resumed
     if "train.epochs" not in said and said & {"train.steps", "train.tokens", "rollout.rounds"}:
         config = _with_train(config, epochs=0.0)
     if stage == "policy":
-        return _complete_rounds(asked, config, nproc, num_prompts, said)
-    if not asked.is_model_only or stage is None:
+        return _complete_rounds(request, config, nproc, num_prompts, said)
+    if not request.is_model_only or stage is None:
         return _with_steps(config, said) if config.train.epochs else CompletedSettings(config)
     return _complete_model(config, stage, nproc, said)
 
 
-def said_settings(asked: RecipeRequest) -> frozenset[str]:
-    """Return the keys that --set and files of --config set."""
-    return asked.said | {"data.phases" for key in asked.said if key.startswith("data.phases.")}
+def list_requested_settings(request: RecipeRequest) -> frozenset[str]:
+    """Return the keys in --set and --config files; phases count as `data.phases`."""
+    return request.said | {"data.phases" for key in request.said if key.startswith("data.phases.")}
 
 
 def _with_train(config: RunConfig, **changes: object) -> RunConfig:
@@ -78,20 +71,20 @@ def _with_train(config: RunConfig, **changes: object) -> RunConfig:
 
 def _complete_model(config: RunConfig, stage: Stage, nproc: int | None, said: Collection[str]
                     ) -> CompletedSettings:
-    """Complete a stage that has the architecture of --from, and no recipe."""
+    """Complete a stage without recipe, for the model of --from."""
     total, name = count_params(config.model).total, COMMANDS[stage]
     config = apply_settings(config, list(find_rate_settings(config, stage, total, said)))
     sources = open_all_sources(config)
-    notes = [f"learning rate {config.optim.lr:g}" + _why(said, "optim.lr", f"default of {name}")]
+    notes = [f"learning rate {config.optim.lr:g}" + _format_reason(said, "optim.lr", f"default of {name}")]
     if "data.phases" not in said:
-        seq_len, why = _seq_len(config, sources)
+        seq_len, why = _choose_seq_len(config, sources)
         [phase] = config.data.phases
         config = dataclasses.replace(config, data=dataclasses.replace(
             config.data, phases=(dataclasses.replace(phase, seq_len=seq_len),)))
         notes.append(f"samples of {seq_len:,} tokens ({why})")
-    samples = epoch_samples(config, sources)
+    samples = count_epoch_samples(config, sources)
     if "train.global_batch_size" not in said:
-        size = _batch_size(config, nproc, find_stage_defaults(config, stage).batch_size, samples)
+        size = _choose_batch_size(config, nproc, find_stage_defaults(config, stage).batch_size, samples)
         config = _with_train(config, global_batch_size=size)
         notes.append(f"batches of {size:,} (from {samples:,} samples an epoch)")
     completed = _with_steps(config, said, samples)
@@ -106,28 +99,28 @@ def _complete_model(config: RunConfig, stage: Stage, nproc: int | None, said: Co
     return CompletedSettings(config, tuple(notes))
 
 
-def _why(said: Collection[str], key: str, why: str) -> str:
+def _format_reason(said: Collection[str], key: str, why: str) -> str:
     return "" if key in said else f" ({why})"
 
 
 def _with_steps(config: RunConfig, said: Collection[str], samples: int | None = None) -> CompletedSettings:
-    """Return the settings with the steps that `train.epochs` makes, which may be 0."""
+    """Set the steps that `train.epochs` takes, if it is not 0."""
     epochs = config.train.epochs
     if not epochs:
         return CompletedSettings(config)
-    samples = epoch_samples(config, open_all_sources(config)) if samples is None else samples
+    samples = count_epoch_samples(config, open_all_sources(config)) if samples is None else samples
     steps = max(1, math.ceil(samples * epochs / config.train.global_batch_size - 1e-9))
     words = f"{epochs:g} epoch{'' if epochs == 1 else 's'} = {steps:,} step{'' if steps == 1 else 's'}"
     return CompletedSettings(_with_train(config, steps=steps), (words,))
 
 
 def open_all_sources(config: RunConfig) -> list[Source]:
-    # of any format: a command refuses those that it does not learn from in its own words
+    # all formats: each command refuses formats in its own words
     return open_sources(config.data.paths, config.model.vocab_size, FORMATS, warns=False)
 
 
-def _seq_len(config: RunConfig, sources: Sequence[Source]) -> tuple[int, str]:
-    """Return the tokens of a sample that the data ask for, and why."""
+def _choose_seq_len(config: RunConfig, sources: Sequence[Source]) -> tuple[int, str]:
+    """Return the sample length that holds the longest document, and the reason."""
     most = min(MOST_SEQ_LEN, config.model.max_position_tokens)
     most -= most % config.parallel.row_multiple
     whole = [s for s in sources if s.is_chat and s.num_tokens["train"]]
@@ -142,8 +135,9 @@ def _seq_len(config: RunConfig, sources: Sequence[Source]) -> tuple[int, str]:
                   if most < MOST_SEQ_LEN else f"at most; the longest {what} has {longest:,}")
 
 
-def _batch_size(config: RunConfig, nproc: int | None, most: int, samples: int) -> int:
-    """Return the samples of a step: a power of two times what the processes take at once."""
+def _choose_batch_size(config: RunConfig, nproc: int | None, most: int, samples: int) -> int:
+    """Return a batch size up to `most`: the samples that all processes compute at once, times a power of two.
+    """
     size = config.train.micro_batch_size * max(1, num_ranks(nproc) // config.parallel.ranks_per_replica)
     size *= config.parallel.pp if config.parallel.vpp > 1 else 1
     while 2 * size <= min(most, samples // STEPS_OF_AN_EPOCH):
@@ -151,15 +145,14 @@ def _batch_size(config: RunConfig, nproc: int | None, most: int, samples: int) -
     return size
 
 
-def epoch_samples(config: RunConfig, sources: Sequence[Source]) -> int:
-    """Return how many samples of the first phase's length one pass over all data makes."""
-    return sum(_samples_of(config, s) for s in sources if s.num_tokens["train"] and s.share > 0) or 1
+def count_epoch_samples(config: RunConfig, sources: Sequence[Source]) -> int:
+    """Count the samples of an epoch over all data, at the length of the first phase."""
+    return sum(_count_samples(config, s) for s in sources if s.num_tokens["train"] and s.share > 0) or 1
 
 
-def _samples_of(config: RunConfig, source: Source) -> int:
+def _count_samples(config: RunConfig, source: Source) -> int:
     packing = config.data.packing if not source.is_chat else (
         "drop" if config.data.over_long == "drop" else "truncate")
-    # the order's own streams: what they give until a source has been gone through is an epoch
     stream = DocumentStream(source.name, source.open_split("train"), config.train.seed, packing, Cursor(),
                             source.group)
     windows = max(1, min(MOST_WINDOWS, stream.num_windows))
@@ -167,18 +160,18 @@ def _samples_of(config: RunConfig, source: Source) -> int:
     return math.ceil(counted * stream.num_windows / windows)
 
 
-def _complete_rounds(asked: RecipeRequest, config: RunConfig, nproc: int | None, num_prompts: int,
+def _complete_rounds(request: RecipeRequest, config: RunConfig, nproc: int | None, num_prompts: int,
                      said: Collection[str]) -> CompletedSettings:
     """Complete rounds of reinforcement learning."""
     notes: list[str] = []
-    if asked.is_model_only:
+    if request.is_model_only:
         total = count_params(config.model).total
         config = apply_settings(config, list(find_rate_settings(config, "policy", total, said)))
-        notes.append(f"learning rate {config.optim.lr:g}" + _why(said, "optim.lr", "default of rl"))
+        notes.append(f"learning rate {config.optim.lr:g}" + _format_reason(said, "optim.lr", "default of rl"))
         config, lengths = _with_lengths(config, said)
         notes += lengths
-    config = _with_micro_batches(asked, _with_row_length(asked, config, said), nproc, said)
-    if asked.is_model_only:
+    config = _with_micro_batches(request, _with_row_length(request, config, said), nproc, said)
+    if request.is_model_only:
         rows = config.train.micro_batch_size
         notes.append(f"rows of {config.data.phases[0].seq_len:,} tokens, up to {rows:,} in a micro-batch")
         if "rollout.prompts_per_round" not in said and num_prompts:
@@ -198,7 +191,7 @@ def _complete_rounds(asked: RecipeRequest, config: RunConfig, nproc: int | None,
 
 
 def _with_lengths(config: RunConfig, said: Collection[str]) -> tuple[RunConfig, list[str]]:
-    """Return the settings with lengths of prompts and responses that the model holds, and what was chosen."""
+    """Limit the lengths of prompts and responses to the model's context; return settings and notes."""
     most = config.model.max_position_tokens
     if "data.phases" in said:
         most = min(most, config.data.phases[0].seq_len)
@@ -207,14 +200,14 @@ def _with_lengths(config: RunConfig, said: Collection[str]) -> tuple[RunConfig, 
               for name in ("max_prompt_tokens", "max_new_tokens")}
     config = apply_settings(config, [f"{key}={value}" for key, value in chosen.items() if key not in said])
     return config, [f"responses of up to {config.rollout.max_new_tokens:,} tokens"
-                    + _why(said, "rollout.max_new_tokens", "rollout.max_new_tokens")]
+                    + _format_reason(said, "rollout.max_new_tokens", "rollout.max_new_tokens")]
 
 
-def _with_row_length(asked: RecipeRequest, config: RunConfig, said: Collection[str]) -> RunConfig:
-    """Return the settings with rows that hold the longest prompt and response, or both of a pair; rows that
-    were set, and rows of a recipe that are long enough, stay as they are."""
+def _with_row_length(request: RecipeRequest, config: RunConfig, said: Collection[str]) -> RunConfig:
+    """Make rows hold the longest prompt and response, or both of a pair, unless their length was set or the
+    recipe's rows are long enough."""
     longest = config.documents_per_unit * (config.rollout.max_prompt_tokens + config.rollout.max_new_tokens)
-    if "data.phases" in said or (not asked.is_model_only and config.data.phases[0].seq_len >= longest):
+    if "data.phases" in said or (not request.is_model_only and config.data.phases[0].seq_len >= longest):
         return config
     seq_len = max(LEAST_SEQ_LEN, 1 << (longest - 1).bit_length())
     if seq_len > MOST_SEQ_LEN:
@@ -224,13 +217,15 @@ def _with_row_length(asked: RecipeRequest, config: RunConfig, said: Collection[s
         f"data.phases.0.seq_len={min(seq_len, most - most % config.parallel.row_multiple)}"])
 
 
-def _with_micro_batches(asked: RecipeRequest, config: RunConfig, nproc: int | None, said: Collection[str]
+def _with_micro_batches(request: RecipeRequest, config: RunConfig, nproc: int | None, said: Collection[str]
                         ) -> RunConfig:
-    """Return the settings with micro-batches that hold the responses to one prompt, which is then computed
-    once, as far as memory and batch size allow."""
-    is_open = asked.is_model_only and "train.global_batch_size" not in said
-    chosen = (_with_train(config, global_batch_size=_batch_size(config, nproc, 0, 0)) if is_open else config)
-    is_said = "train.micro_batch_size" in said or asked.from_file or bool(asked.base.code)
+    """Make micro-batches hold all responses to a prompt, which is then computed once, within the limits of
+    memory and batch size."""
+    is_open = request.is_model_only and "train.global_batch_size" not in said
+    chosen = config
+    if is_open:
+        chosen = _with_train(config, global_batch_size=_choose_batch_size(config, nproc, 0, 0))
+    is_said = "train.micro_batch_size" in said or request.from_file or bool(request.base.code)
     has_own_batches = config.policy.on_policy_share < 1 or config.train.ramp_from_batch_size > 0
     if is_said or has_own_batches or not config.may_share_prompts:
         return chosen
@@ -239,16 +234,16 @@ def _with_micro_batches(asked: RecipeRequest, config: RunConfig, nproc: int | No
     rows = -(-responses * (rollout.max_prompt_tokens + rollout.max_new_tokens) // seq_len)
     for size in range(min(rows, MOST_SEQ_LEN // seq_len), config.train.micro_batch_size, -1):
         larger = _with_train(config, micro_batch_size=size)
-        at_once = _batch_size(larger, nproc, 0, 0)
+        at_once = _choose_batch_size(larger, nproc, 0, 0)
         if is_open:
             larger = _with_train(larger, global_batch_size=at_once)
-        if larger.train.global_batch_size % at_once == 0 and _fits(larger, seq_len):
+        if larger.train.global_batch_size % at_once == 0 and _fits_activations(larger, seq_len):
             return larger
     return chosen
 
 
-def _fits(config: RunConfig, seq_len: int) -> bool:
-    """Return whether the activations of a micro-batch take no more memory than `LEAST_ACTIVATION_BYTES`."""
+def _fits_activations(config: RunConfig, seq_len: int) -> bool:
+    """Return whether the activations of a micro-batch stay within `LEAST_ACTIVATION_BYTES`."""
     alone = dataclasses.replace(config, parallel=ParallelConfig(), train=dataclasses.replace(
         config.train, global_batch_size=config.train.micro_batch_size))
     found = account(alone, 1, 0, seq_len)

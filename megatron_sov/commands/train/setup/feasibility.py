@@ -1,15 +1,15 @@
-"""Refuses runs that their data, the machine or the hours of a run do not allow, before anything is opened or
-started: vocabulary, epochs, memory, time.  Numpy, and no torch."""
+"""Checks that data, memory and hours of a run are reasonable, before torch is imported."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.base.figures import format_count, format_value
-from megatron_sov.commands.train.setup.data_defaults import epoch_samples, open_all_sources, said_settings
+from megatron_sov.commands.train.setup.data_defaults import (
+    count_epoch_samples, list_requested_settings, open_all_sources)
 from megatron_sov.model import recipes
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families.count import compute_train_flops_per_token, count_params
@@ -23,69 +23,57 @@ from megatron_sov.work.clusters.chips import find_device_chip
 from megatron_sov.work.clusters.units import SECONDS_PER_HOUR
 
 CONSENTS = ("train.steps", "train.epochs")
-"""Settings by which a user agrees to many epochs; a budget of tokens is none, since it names no data."""
+"""Settings that consent to many epochs; a budget of tokens does not, since it names no data."""
 LEAST_VOCABULARY_SHARE = 0.5
-"""Share of `model.vocab_size` that the tokenizer of the data fills at least.  In the recipes padding and
-reserved ids take some percent; a smaller vocabulary is that of another tokenizer."""
+"""Minimum share of `model.vocab_size` that the tokenizer of the data fills. Padding and reserved ids of the
+recipes take some percent; a smaller vocabulary belongs to another tokenizer."""
 CPU_FLOPS_PER_S, GPU_SHARE = 2e10, 0.5
-"""What a core, and which share of a GPU's peak a run reaches at best: a bound, not a prediction."""
+"""Upper bounds of a core's speed and of a run's share of the GPU peak; not predictions."""
 
 
-def refuse_unfit(asked: RecipeRequest, config: RunConfig, stage: Stage | None, nproc: int | None, *,
+def refuse_unfit(request: RecipeRequest, config: RunConfig, stage: Stage | None, nproc: int | None, *,
                  is_initial: bool, dry_run: bool, num_prompts: int = 0) -> None:
     """Refuse a training command that does not fit its data or this machine.
 
     Args:
-        asked: the command line.
-        config: its settings, completed.
-        stage: of post-training; None: pretraining or a context extension.
-        nproc: local processes.
+        stage: stage of post-training; None: pretraining or a context extension.
         is_initial: whether the run starts from initial weights, so that the vocabulary can be set.
-        dry_run: whether the time of this machine does not matter.
+        dry_run: do not limit the hours of work.
         num_prompts: prompts of reinforcement learning.
 
     Raises:
         UserError: the learning rate of a pretraining recipe in post-training, another vocabulary, too many
             epochs, too little memory, or days of work; the message names the setting that allows it.
     """
-    is_recipe = not asked.from_file and not asked.is_model_only and not asked.base.code
-    if stage is not None and is_recipe and "optim.lr" not in said_settings(asked) and (
+    is_recipe = not request.from_file and not request.is_model_only and not request.base.code
+    if stage is not None and is_recipe and "optim.lr" not in list_requested_settings(request) and (
             recipes.get(config.recipe).objective.name == "lm"):
         refuse_pretraining_rate(config, stage, count_params(config.model).total)
     if config.rollout.rounds and num_prompts and is_recipe:
-        _refuse_many_passes(config, num_prompts, said_settings(asked))
+        _refuse_many_passes(config, num_prompts, list_requested_settings(request))
     if config.data.paths:
-        refuse_unfit_data(asked, config, open_all_sources(config), is_initial=is_initial)
+        refuse_unfit_data(request, config, open_all_sources(config), is_initial=is_initial)
     refuse_on_this_machine(config, nproc)
     if stage not in (None, "policy") and not has_launcher() and not dry_run:
         _refuse_days(config, num_ranks(nproc))
 
 
-def refuse_unfit_data(asked: RecipeRequest, config: RunConfig, sources: Sequence[Source], *,
+def refuse_unfit_data(request: RecipeRequest, config: RunConfig, sources: Sequence[Source], *,
                       is_initial: bool) -> None:
-    """Refuse data of another tokenizer than the recipe's, or so few that they are read very often.
+    """Refuse data of another tokenizer than the recipe's, or data that would be read in very many epochs.
 
-    A setting of the user is consent: `model.vocab_size` for the tokenizer; for epochs those in `CONSENTS`,
-    `data.phases`, `extend.stages` and `data.max_epochs`.
-
-    Args:
-        asked: the command line.
-        config: its settings.
-        sources: the data.
-        is_initial: whether the run starts from initial weights, so that the vocabulary can be set.
-
-    Raises:
-        UserError: the vocabulary is too small, or the epochs are too many.
+    A setting of the user is consent: `model.vocab_size` for the tokenizer; `CONSENTS`, `data.phases`,
+    `extend.stages` and `data.max_epochs` for epochs. `is_initial` as in `refuse_unfit`.
     """
-    said = said_settings(asked)
-    is_recipe = not asked.from_file and not asked.is_model_only and not asked.base.code
+    said = list_requested_settings(request)
+    is_recipe = not request.from_file and not request.is_model_only and not request.base.code
     if is_initial and is_recipe and "model.vocab_size" not in said:
         _refuse_small_vocabulary(config, sources)
     if config.rollout.rounds:  # prompts are drawn, not read in epochs
         return
     is_length_set = any(key in (*CONSENTS, "data.phases") or key.startswith("extend.stages") for key in said)
-    if (is_recipe and not is_length_set) or (asked.is_model_only and "train.epochs" not in said):
-        lengths = [one for one in asked.settings if one.startswith(("train.steps=", "train.tokens="))]
+    if (is_recipe and not is_length_set) or (request.is_model_only and "train.epochs" not in said):
+        lengths = [one for one in request.settings if one.startswith(("train.steps=", "train.tokens="))]
         _refuse_many_epochs(config, sources, lengths)
 
 
@@ -106,8 +94,8 @@ def count_tokens(config: RunConfig) -> float:
 
 
 def count_epochs(config: RunConfig, sources: Sequence[Source]) -> float:
-    """Return how often a run reads its data on average, padding of conversations counted in."""
-    return count_tokens(config) / (epoch_samples(config, sources) * config.data.phases[0].seq_len)
+    """Return the mean number of epochs of a run, padding of conversations included."""
+    return count_tokens(config) / (count_epoch_samples(config, sources) * config.data.phases[0].seq_len)
 
 
 def _refuse_many_epochs(config: RunConfig, sources: Sequence[Source], lengths: Sequence[str]) -> None:
@@ -126,7 +114,7 @@ def _refuse_many_epochs(config: RunConfig, sources: Sequence[Source], lengths: S
 
 
 def _refuse_many_passes(config: RunConfig, num_prompts: int, said: Collection[str]) -> None:
-    """Refuse rounds that a recipe brings if they draw each of few prompts very often."""
+    """Refuse the rounds of a recipe if they draw each prompt very often."""
     rollout, limit = config.rollout, max(MAX_DEFAULT_EPOCHS, config.data.max_epochs)
     passes = rollout.rounds * rollout.prompts_per_round / num_prompts
     if config.data.max_epochs and passes > limit and not {"rollout.rounds", "train.epochs"} & set(said):
@@ -146,7 +134,7 @@ def _refuse_days(config: RunConfig, count: int) -> None:
 
 
 def least_hours(config: RunConfig, count: int) -> float:
-    """Return the hours that a run's arithmetic takes at least on `count` processes of this machine."""
+    """Return a lower bound of the hours of a run on `count` processes of this machine."""
     gpus = list_visible_gpus()
     chip = find_device_chip(gpus[0].name) if gpus else None
     if gpus and chip is None:
@@ -159,15 +147,11 @@ def least_hours(config: RunConfig, count: int) -> float:
 
 
 def _tokens_by_length(config: RunConfig) -> Mapping[int, float]:
-    """Return length of samples -> tokens of the run."""
-    found: dict[int, float] = {}
-    for seq_len, tokens in _tokens(config):
-        found[seq_len] = found.get(seq_len, 0.0) + tokens
-    return found
-
-
-def _tokens(config: RunConfig) -> Iterator[tuple[int, int]]:
+    """Return sample length -> tokens of the run."""
+    tokens: dict[int, float] = {}
     ends = [*config.phase_starts()[1:], config.num_steps()]
     for phase, start, end in zip(config.data.phases, config.phase_starts(), ends, strict=True):
-        size = phase.global_batch_size or config.train.global_batch_size
-        yield phase.seq_len, (end - start) * size * phase.seq_len
+        batch_size = phase.global_batch_size or config.train.global_batch_size
+        tokens.setdefault(phase.seq_len, 0.0)
+        tokens[phase.seq_len] += (end - start) * batch_size * phase.seq_len
+    return tokens

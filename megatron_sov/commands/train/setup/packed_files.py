@@ -1,5 +1,4 @@
-"""Token shards of the files that --data names, made in the run's folder before the run's processes start, by
-the commands that a user would type:
+"""Packs the files that --data names into the run's folder, by the commands that a user would type:
 
     RUN/tokenizer/         `sov-tokenizer import` of the tokenizer of --from
     RUN/data/NAME/         `sov-data pack` of a file
@@ -42,7 +41,7 @@ LEARNED_BY = {"a preference": ("prefer", "is a pair of responses; `megatron-sov 
                                 "`megatron-sov sft` learns from chats"),
               "plain text": ("pretrain", "is plain text, which has no responses; `megatron-sov pretrain` "
                                          "learns from text")}
-"""What a record is, as `sov-data pack` calls it -> the command that learns from it, and what it is."""
+"""Record type in messages of `sov-data pack` -> the command that learns from it, and a message."""
 OTHER_FILES = {
     ".csv .tsv .xlsx": "is a table; save its rows as JSON lines, e.g. pandas.read_csv(FILE).to_json(OUT, "
                        "orient='records', lines=True)",
@@ -51,11 +50,11 @@ OTHER_FILES = {
     ".bin .idx": "is one file of token shards or of Megatron-LM; pass the folder of shards, or make one by "
                  "`sov-data adopt FILE.bin --tokenizer DIR --output DIR`",
     ".arrow": "is an Arrow file of datasets; save it by to_json or to_parquet"}
-"""Suffixes of files that --data does not take -> what they are and the way to data that it takes."""
+"""Suffixes of files that --data refuses -> message with the fix."""
 RESERVED_NAME = "tokenizer"
-"""Name that `sov-data pack` refuses for a source: its folder of the tokenizer has it."""
+"""Name that `sov-data pack` refuses for a source: the tokenizer's folder has it."""
 BEGUN = {"tokenizer": ""}
-"""Record of a folder that is being made: whatever is there is the run's, and is not complete."""
+"""Record of an incomplete folder of the run."""
 PROGRAMS = {"sov-tokenizer": "tokenizer.cli", "sov-data": "data_prep.cli"}
 """Program -> its module."""
 
@@ -66,14 +65,14 @@ class DataFile:
 
     argument: str
     name: str
-    """Of its source, and of its folder in RUN/data."""
+    """Name of its source and of its folder in RUN/data."""
     file: Path
     is_renamed: bool
-    """NAME was typed."""
+    """Whether NAME was typed."""
     weight: str
-    """As it was typed, with its colon; "": it was not."""
+    """As typed, with its colon; "": not typed."""
     format: str = ""
-    """Of its records; "": the file was deleted after it was packed."""
+    """Format of its records; "": the file was deleted after packing."""
 
     def shards(self, run: Path) -> Path:
         """Return the folder of the packed file."""
@@ -81,10 +80,11 @@ class DataFile:
 
     def packed_argument(self, run: Path) -> str:
         """Return the argument of --data that names the packed file."""
-        return f"{self.name}=" * self.is_renamed + f"{self.shards(run)}{self.weight}"
+        prefix = f"{self.name}=" if self.is_renamed else ""
+        return f"{prefix}{self.shards(run)}{self.weight}"
 
     def recorded(self, run: Path) -> dict[str, str]:
-        """Return what the file was packed from into `run`; empty: it was not packed completely."""
+        """Return the record of the packed file; empty: not packed completely."""
         shards = self.shards(run)
         return _read_record(shards) if (shards / MANIFEST).is_file() else {}
 
@@ -98,17 +98,13 @@ def list_packable_formats(objective: str) -> list[str]:
 
 def find_files(data: Sequence[str], run: Path, formats: Sequence[str],
                tokenizer: Path | None = None) -> list[DataFile]:
-    """Return the arguments of --data that name a file, or a file, deleted since, that `run` has packed.
+    """Return the arguments of --data that name a file, or a deleted file that `run` has packed.
 
-    Args:
-        data: arguments of --data.
-        run: folder of the run.
-        formats: that the command learns from.
-        tokenizer: folder of the model's tokenizer, for proposed commands; None: not known.
+    `formats` are those that the command learns from; proposed commands name `tokenizer`.
 
     Raises:
-        UserError: two of them have the same name, a weight is not a number, or the first record of a file has
-            none of the formats.
+        UserError: two files have the same name, a weight is not a number, or the first record of a file has
+            another format.
     """
     found: dict[str, DataFile] = {}
     for argument in data:
@@ -130,19 +126,18 @@ def find_files(data: Sequence[str], run: Path, formats: Sequence[str],
                             f"{found[named.name].argument}; name one of them, e.g. --data "
                             f"{shlex.quote(f'{named.name}2={typed}')}")
         found[named.name] = dataclasses.replace(
-            named, format=_format_of(named.file, formats, tokenizer) if named.file.exists() else "")
+            named, format=_detect_format(named.file, formats, tokenizer) if named.file.exists() else "")
     return list(found.values())
 
 
 @dataclasses.dataclass(frozen=True)
 class FilePacking:
-    """How the files of --data become token shards."""
+    """Packing of the files in --data into token shards."""
 
     run: Path
-    """Folder of the run."""
     files: Sequence[DataFile]
     tokenizer: Path
-    """Folder with the model's tokenizer."""
+    """Folder of the model's tokenizer."""
     dry_run: bool
     """Pack into a temporary folder, which is deleted when this process ends."""
 
@@ -192,7 +187,7 @@ class FilePacking:
         return packed | {named.argument: named.packed_argument(target) for named in stale}
 
     def _record_of(self, named: DataFile) -> dict[str, str]:
-        """Return all that the shards of a file depend on."""
+        """Return the inputs of a file's shards: digests and format."""
         if not named.file.exists():
             return named.recorded(self.run)
         return {"file": str(named.file.absolute()), "digest": hash_file(named.file),
@@ -233,7 +228,7 @@ class FilePacking:
 
 
 def warn_of_changed_files(run: Path, folders: Iterable[str]) -> None:
-    """Warn of files that have changed since `run` packed them; `folders`: [NAME=]DIR that it reads."""
+    """Warn of files that changed after `run` packed them into `folders` ([NAME=]DIR)."""
     for path in folders:
         shards = Path(split_source_name(path)[1])
         record = _read_record(shards) if shards.absolute().parent == (run / DATA).absolute() else {}
@@ -251,7 +246,7 @@ def _run(command: Sequence[str], output: Path) -> None:
 
 
 def _refuse_foreign(folder: Path, run: Path) -> None:
-    """Raise `UserError` where a folder that would be written, or its record, is there and not the run's."""
+    """Raise `UserError` if an output folder or its record exists and is not the run's."""
     record = _record_file(folder)
     if (folder.exists() or record.exists()) and not _read_record(folder):
         found = folder if folder.exists() else record
@@ -260,13 +255,13 @@ def _refuse_foreign(folder: Path, run: Path) -> None:
 
 
 def _record_file(folder: Path) -> Path:
-    """Return the record of shards, or of the tokenizer, which no source can be named like."""
+    """Return the record's path for a folder of shards or the tokenizer's folder."""
     return folder.parent / DATA / f"{TOKENIZER}.json" if folder.name == TOKENIZER else (
         folder.with_name(f"{folder.name}.json"))
 
 
 def _read_record(folder: Path) -> dict[str, str]:
-    """Return the record of a folder; empty: there is none, or it is no record of ours."""
+    """Return the record of a folder; empty: no record of ours."""
     try:
         record = json.loads(_record_file(folder).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -277,7 +272,7 @@ def _read_record(folder: Path) -> dict[str, str]:
 
 
 def _fix_table(file: Path) -> Fix | None:
-    """Return the fix for a table of text: a command that writes it as Parquet; None: it is no such table."""
+    """Return a command that writes a text table as Parquet; None for other files."""
     separator = {".csv": ",", ".tsv": "\t"}.get(file.suffix.lower())
     if separator is None:
         return None
@@ -289,8 +284,7 @@ def _fix_table(file: Path) -> Fix | None:
 
 
 def fix_by_packing(file: Path, tokenizer: Path, options: Sequence[str]) -> Fix:
-    """Return the commands that pack a file of --data, with options of `sov-data pack`, and the folder that
-    they write."""
+    """Return the commands that pack a file, with options of `sov-data pack`."""
     commands = []
     if not (tokenizer / MANIFEST).is_file() or read_manifest(tokenizer).kind != TOKENIZER:
         imported = Path(f"{tokenizer.name}-tokenizer")
@@ -302,12 +296,8 @@ def fix_by_packing(file: Path, tokenizer: Path, options: Sequence[str]) -> Fix:
     return Fix(words={str(file): shards}, before=tuple(map(shlex.join, commands)))
 
 
-def _format_of(file: Path, formats: Sequence[str], tokenizer: Path | None) -> str:
-    """Return the first of `formats` by which the first record of a file can be read.
-
-    Raises:
-        UserError: there is none.
-    """
+def _detect_format(file: Path, formats: Sequence[str], tokenizer: Path | None) -> str:
+    """Return the first of `formats` that the first record of a file has; `UserError` if none."""
     spans = next(iter(plan_units([file])), ())[:1]
     faults: list[BadRecord] = []
     for kind in formats:

@@ -232,8 +232,9 @@ class ServerEpisodePlayer:
 
     def _play(self, running: _RunningEpisode) -> Episode:
         with self._borrow_host() as host:
-            known = EpisodeLines(running.lines).episodes({running.number: running.task}).get(running.number)
-            episode = take_up(host, running.number, running.task, known, lambda opening: begun(
+            episodes = EpisodeLines(running.lines).episodes({running.number: running.task})
+            recorded = episodes.get(running.number)
+            episode = take_up(host, running.number, running.task, recorded, lambda opening: begun(
                 running.number, running.task, opening, self._table.encoder, self._table.limits))
             while not episode.end:
                 answer = self._request_turn(running, episode)
@@ -278,8 +279,8 @@ class ServerEpisodePlayer:
             routes = self._engine.extract_routes(answer, len(episode.ids) + len(ids) - 1)
         turn = episode.grow(GeneratedTurn(ids, answer.logprobs[:len(ids)],
                                           answer.token_versions(len(ids), running.version), routes))
-        is_whole = answer.reason != ABORTED or bool(set(turn.ids[-1:]) & set(self._end_ids))
-        if not is_whole and len(turn.ids) < left_of(episode, self._table.limits):
+        is_complete = answer.reason != ABORTED or bool(set(turn.ids[-1:]) & set(self._end_ids))
+        if not is_complete and len(turn.ids) < left_of(episode, self._table.limits):
             episode.begun = turn if turn.ids else None
             return False
         episode.turns.append(take_turn(episode, turn, host, self._table.encoder, self._table.limits))

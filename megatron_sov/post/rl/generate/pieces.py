@@ -242,9 +242,10 @@ class PendingPieces:
             names = self._continued & pieces.keys()
             for piece in sorted((pieces[name] for name in names), key=lambda piece: piece.number):
                 continued.append((self._rank_piece(piece, policy), piece, policy))
-        for wanted in (NEWER, FRESH, SAME, STUCK):
-            yield from ((wanted, piece, policy) for rank, piece, policy in continued if rank == wanted)
-            if wanted == FRESH:  # most pieces are fresh, and the caller takes the first few
+        for wanted_rank in (NEWER, FRESH, SAME, STUCK):
+            yield from ((wanted_rank, piece, policy) for rank, piece, policy in continued
+                        if rank == wanted_rank)
+            if wanted_rank == FRESH:  # most pieces are fresh, and the caller takes the first few
                 yield from ((FRESH, piece, policy) for number, policy in ready
                             for piece in self._open.get(number, {}).values()
                             if self._rank_piece(piece, policy) == FRESH)
@@ -252,13 +253,13 @@ class PendingPieces:
     def _update_round(self, number: int, *, reads_all: bool) -> None:
         """Look up a round's pieces in the store: all pieces, or the pieces that this job claimed."""
         more, is_final = self._further(number)
-        pieces, own = self._open[number], self.plan.pieces
+        pieces, num_planned = self._open[number], self.plan.pieces
         fresh: list[PromptPiece] = []
-        if number not in self._num_listed or own + more > self._num_listed[number]:
+        if number not in self._num_listed or num_planned + more > self._num_listed[number]:
             planned = plan_round_pieces(self._prompts, self._rollout, number, more)
             fresh = planned[self._num_listed.get(number, 0):]
-            self.num_pieces += len(planned) - self._num_listed.get(number, own)
-            self._num_listed[number] = own + more
+            self.num_pieces += len(planned) - self._num_listed.get(number, num_planned)
+            self._num_listed[number] = num_planned + more
         claimed = {*self._claimed_pieces.values()}
         looked_up = [piece for name, piece in pieces.items() if reads_all or name in claimed]
         pieces |= {piece.part(): piece for piece in fresh}
@@ -381,8 +382,8 @@ class PieceQueue:
         return self.pending.should_yield(self._policy)
 
     def publish(self, attempts: Sequence[SampleAttempt], rows: Sequence[list[Rollout]]) -> None:
-        for attempt, rows_of_attempt in zip(attempts, rows, strict=True):
-            self._publish_piece(attempt, rows_of_attempt)
+        for attempt, attempt_rows in zip(attempts, rows, strict=True):
+            self._publish_piece(attempt, attempt_rows)
         self.pending.release(attempts)
 
     def _publish_piece(self, attempt: SampleAttempt, rows: list[Rollout]) -> None:

@@ -107,8 +107,8 @@ class LiveServers:
         """
         text = list(prompt[:COMPARED_TOKENS])
         if len(text) > 1:
-            [[own]] = compute_answer_logprobs(view.policy, [AnswerChoice(text[:1], [text[1:]])])
-            run_on_main(view.world, lambda: self._compare_logprobs(text, own, policy))
+            [[logprobs]] = compute_answer_logprobs(view.policy, [AnswerChoice(text[:1], [text[1:]])])
+            run_on_main(view.world, lambda: self._compare_logprobs(text, logprobs, policy))
 
     def close(self) -> None:
         self._closed.set()  # a client of a remote server waits up to half an hour

@@ -1,7 +1,5 @@
-"""Advantages of responses: rewards relative to the group of a prompt, with length rewards and penalties.
-
-Computed in float64 by numpy, when a round is published. Shapes: n responses of a group.
-"""
+"""Advantages of responses: rewards relative to a prompt's group, with length rewards and penalties, in
+float64 by numpy. Shapes: n responses per group."""
 
 from __future__ import annotations
 
@@ -17,16 +15,16 @@ from megatron_sov.model.config.post_training import PolicyConfig
 EPSILON = 1e-4
 """Added to standard deviations in denominators, as in TRL."""
 LEARNS, TOO_FEW, ALL_RIGHT, ALL_WRONG = "", "too_few", "all_right", "all_wrong"
-"""Why a group does not learn ("": it does): too few responses for its advantages; equal rewards that are
-right; equal rewards that are wrong."""
+"""Reasons why a group does not learn ("": it learns): too few responses; equal rewards that are right; equal
+rewards that are wrong."""
 LOW_PERCENT, HIGH_PERCENT = 30, 70
-"""Percentiles of the lengths of right responses that bound the full length reward (LAPO, arXiv 2507.15758, by
-the authors' code, ZJU-REAL/LAPO on GitHub)."""
+"""Percentiles for the lengths of right responses that bound the full length reward (LAPO, arXiv 2507.15758,
+by the authors' code, ZJU-REAL/LAPO on GitHub)."""
 
 
 @dataclass(frozen=True)
 class GroupAdvantages:
-    """Advantages of the responses to one prompt."""
+    """Advantages for the responses to one prompt."""
 
     advantages: np.ndarray
     """[n] float64; 0 if the group does not learn."""
@@ -37,7 +35,7 @@ class GroupAdvantages:
 def compute_advantages(rewards: Sequence[np.ndarray], lengths: Sequence[np.ndarray], policy: PolicyConfig,
                      max_new_tokens: int, budgets: Sequence[np.ndarray] | None = None
                      ) -> list[GroupAdvantages]:
-    """Return the advantages of each group by itself, before `step_advantages` compares the groups of a step.
+    """Return advantages group by group, before `compute_step_advantages` compares the groups in a step.
 
     Args:
         rewards: for each group [n], responses without a reward left out.
@@ -66,7 +64,7 @@ def has_advantage(advantages: np.ndarray) -> bool:
 
 
 def compute_step_advantages(groups: Sequence[GroupAdvantages], policy: PolicyConfig) -> list[GroupAdvantages]:
-    """Return the groups of an optimizer step, normalised over all of them if the settings ask for it."""
+    """Return the groups in an optimizer step, normalized together if `policy` requires it."""
     if not policy.parts.normalise_over_batch:
         return list(groups)
     normalised = _normalize_advantages([group.advantages for group in groups],
@@ -75,7 +73,7 @@ def compute_step_advantages(groups: Sequence[GroupAdvantages], policy: PolicyCon
 
 
 def find_exclusion(rewards: np.ndarray, policy: PolicyConfig) -> str:
-    """Return why a group with these rewards [n] does not learn, or `LEARNS`."""
+    """Return why a group with `rewards` [n] does not learn, or `LEARNS`."""
     parts = policy.parts
     if parts.advantage == "none":
         return LEARNS if len(rewards) else TOO_FEW
@@ -85,14 +83,14 @@ def find_exclusion(rewards: np.ndarray, policy: PolicyConfig) -> str:
         return TOO_FEW
     if not are_equal(rewards.tolist()):
         return LEARNS
-    # All rewards are equal, so the first one decides.
+    # All rewards are equal, so the first reward decides.
     if rewards[0] >= policy.right_from:
         return LEARNS if parts.all_right == "keep" else ALL_RIGHT
     return LEARNS if parts.all_wrong == "keep" else ALL_WRONG
 
 
 def compute_overlong_penalty(lengths: np.ndarray, policy: PolicyConfig, max_new_tokens: int) -> np.ndarray:
-    """Return the penalty of each length [n] in tokens: DAPO's soft overlong punishment (arXiv 2503.14476,
+    """Return the penalty for each length [n] in tokens: DAPO's soft overlong punishment (arXiv 2503.14476,
     equation 13), times `policy.overlong_penalty`."""
     buffer = policy.overlong_buffer(max_new_tokens)
     if not buffer:
@@ -112,7 +110,7 @@ def center_rewards(rewards: np.ndarray) -> np.ndarray:
 
 
 def subtract_leave_out_mean(rewards: np.ndarray) -> np.ndarray:
-    """Return rewards minus the mean reward of the other responses (RLOO, arXiv 2402.14740)."""
+    """Return rewards minus the mean reward over the other responses (RLOO, arXiv 2402.14740)."""
     advantages: np.ndarray = rewards - (rewards.sum() - rewards) / (len(rewards) - 1)
     return advantages
 
@@ -127,7 +125,7 @@ def pass_at_k(rewards: np.ndarray, k: int) -> np.ndarray:
     n = len(rewards)
     if k == 1:
         return subtract_leave_out_mean(rewards)
-    # Probability that the best of k - 1 drawn from the n - 1 others has this rank, counted from the worst.
+    # Probability that the best of k - 1 responses, drawn from n - 1, has this rank, counted from the worst.
     odds = np.array([math.comb(rank, k - 2) / math.comb(n - 1, k - 1) for rank in range(n - 1)])
     order = np.argsort(rewards, kind="stable")
     ranked, advantages = rewards[order], np.empty(n)
@@ -145,15 +143,15 @@ def scale_to_range(rewards: np.ndarray) -> np.ndarray:
 
 
 def compute_mgpo_weight(share_right: float, strength: float) -> float:
-    """Return MGPO's factor of a group's advantages (arXiv 2511.06221): exp(-lambda D), with D the
-    Kullback-Leibler divergence of the share of right responses from one half."""
+    """Return MGPO's factor for a group's advantages (arXiv 2511.06221): exp(-lambda D), with D the
+    Kullback-Leibler divergence between the share of right responses and one half."""
     shares = (share_right, 1.0 - share_right)
     return math.exp(-strength * sum(p * math.log(p / 0.5) for p in shares if p > 0))
 
 
 def _add_length_reward(rewards: np.ndarray, lengths: np.ndarray, budgets: np.ndarray, policy: PolicyConfig,
                        max_new_tokens: int) -> np.ndarray:
-    """Return the rewards [n] with the length reward of right responses."""
+    """Return the rewards [n] plus the length reward for right responses."""
     parts, right = policy.parts, rewards >= policy.right_from
     if parts.length_reward == "budget":
         return reward_length_budget(lengths, right, budgets, max_new_tokens, parts.length_reward_coeff)
@@ -168,17 +166,17 @@ def _add_length_reward(rewards: np.ndarray, lengths: np.ndarray, budgets: np.nda
 
 def _compare_responses(rewards: np.ndarray, lengths: np.ndarray, budgets: np.ndarray, policy: PolicyConfig,
                        max_new_tokens: int) -> np.ndarray:
-    """Return the advantages of a group, [n] float64."""
+    """Return a group's advantages, [n] float64."""
     parts = policy.parts
     if parts.advantage == "none":
         return np.zeros(len(rewards))
     length_rewards = _add_length_reward(rewards, lengths, budgets, policy, max_new_tokens)
-    # The penalty is subtracted before the baseline, so that the group comparison includes it.
+    # The penalty is subtracted before the baseline, so the group comparison includes the penalty.
     shaped = length_rewards - compute_overlong_penalty(lengths, policy, max_new_tokens)
     compare = {"group": compute_group_relative, "group_no_std": center_rewards,
                "leave_one_out": subtract_leave_out_mean,
                "pass_at_k": lambda r: pass_at_k(r, parts.pkpo_k), "range": scale_to_range}[parts.advantage]
-    # The mean of equal rewards may differ from them by rounding, which AdamW would scale to full updates.
+    # The mean of equal rewards may differ by rounding, which AdamW would scale to full updates.
     advantages = np.zeros(len(shaped)) if are_equal(shaped.tolist()) else compare(shaped)
     if parts.length_reward == "budget":
         advantages = advantages + compute_budget_advantages(length_rewards, budgets, max_new_tokens,
@@ -191,7 +189,7 @@ def _compare_responses(rewards: np.ndarray, lengths: np.ndarray, budgets: np.nda
 
 
 def _normalize_advantages(advantages: list[np.ndarray], learns: list[bool]) -> list[np.ndarray]:
-    """Return the advantages of learning groups with mean 0 and standard deviation 1 over all of them."""
+    """Return the learning groups' advantages with mean 0 and standard deviation 1 over all groups."""
     # Excluded groups stay at 0: shifted by the mean they would learn.
     learning = [values for values, is_learning in zip(advantages, learns, strict=True) if is_learning]
     joined = np.concatenate(learning or [np.zeros(0)])
@@ -215,8 +213,8 @@ def center_on_threshold(lengths: np.ndarray, right: np.ndarray, width_tokens: fl
         return np.zeros(len(lengths))
     low, high = np.percentile(lengths[right], (LOW_PERCENT, HIGH_PERCENT))
     # Tokens outside the window, 0 inside.
-    away = np.maximum(np.maximum(low - lengths, lengths - high), 0.0)
-    return np.where(right, np.maximum(0.0, 1.0 - away / width_tokens), 0.0)
+    distances = np.maximum(np.maximum(low - lengths, lengths - high), 0.0)
+    return np.where(right, np.maximum(0.0, 1.0 - distances / width_tokens), 0.0)
 
 
 def reward_target_length(lengths: np.ndarray, right: np.ndarray, targets: np.ndarray, width_tokens: float
@@ -232,23 +230,22 @@ def reward_target_length(lengths: np.ndarray, right: np.ndarray, targets: np.nda
     """
     if not right.any():
         return np.zeros(len(lengths))
-    away = lengths - np.where(np.isnan(targets), np.median(lengths[right]), targets)
-    return np.where(right, np.exp(-away ** 2 / (2.0 * width_tokens ** 2)), 0.0)
+    distances = lengths - np.where(np.isnan(targets), np.median(lengths[right]), targets)
+    return np.where(right, np.exp(-distances ** 2 / (2.0 * width_tokens ** 2)), 0.0)
 
 
 def compute_budget_reward(budgets: np.ndarray, longest: int, scale: float) -> np.ndarray:
-    """Return HBPO's reward of right responses within their budget, [n] (arXiv 2507.15844, f_2 of section
+    """Return HBPO's reward for right responses within their budget, [n] (arXiv 2507.15844, f_2 in section
     3.2): scale cos(pi budget / (2 longest))."""
     rewards: np.ndarray = scale * np.cos(np.pi * budgets / (2.0 * longest))
     return rewards
 
 
 def reward_length_budget(lengths: np.ndarray, right: np.ndarray, budgets: np.ndarray, longest: int,
-                         scale: float
-                  ) -> np.ndarray:
+                         scale: float) -> np.ndarray:
     """Return HBPO's rewards, [n] (arXiv 2507.15844, R of section 3.2), instead of the verifier's: for right
-    responses `budget_reward` within the budget, and beyond it f_1: the reward of a budget of their length,
-    minus |length - budget| / longest.
+    responses `compute_budget_reward` within the budget, and beyond it f_1: the reward for a budget of their
+    length, minus |length - budget| / longest.
 
     Args:
         lengths: [n] tokens of the responses to one prompt.
@@ -265,13 +262,13 @@ def reward_length_budget(lengths: np.ndarray, right: np.ndarray, budgets: np.nda
 def compute_budget_advantages(rewards: np.ndarray, budgets: np.ndarray, longest: int, scale: float
                               ) -> np.ndarray:
     """Return HBPO's advantage among responses of one budget, [n] (arXiv 2507.15844, section 3.3): their mean
-    reward minus `budget_reward`.
+    reward minus `compute_budget_reward`.
 
     Args:
-        rewards: [n] from `within_budget`.
+        rewards: [n] from `reward_length_budget`.
         budgets: [n] requested tokens.
-        longest: see `within_budget`.
-        scale: see `within_budget`.
+        longest: see `reward_length_budget`.
+        scale: see `reward_length_budget`.
     """
     means = {budget: rewards[budgets == budget].mean() for budget in np.unique(budgets)}
     return np.array([means[budget] for budget in budgets]) - compute_budget_reward(budgets, longest, scale)

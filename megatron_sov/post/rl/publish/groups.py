@@ -1,4 +1,4 @@
-"""Groups of judged responses in the store: the last attempt at each response of a round, with its reward."""
+"""Groups of judged responses in the store: the last attempt at each response, with its reward."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from megatron_sov.rollouts.store import RewardsByRow, RolloutStore, read_keys, r
 from megatron_sov.work.tables.parquet import read_strings
 
 FACT_COLUMNS = ("versions", "finish_reason")
-"""Columns of `RolloutFacts`."""
+"""Columns read for `RolloutFacts`."""
 INVALID = "kept_out"
-"""Status of a response whose last attempt breaks a rule of the store."""
+"""Status for a response whose last attempt breaks a rule in `Rollout.problems`."""
 ROW = np.dtype([
     ("part", np.int32), ("row", np.int32), ("tokens", np.int32), ("written", np.int32),
     ("versions", np.int64), ("reward", np.float64), ("advantage", np.float64), ("is_cut", np.bool_),
@@ -40,11 +40,11 @@ class RolloutFacts:
     num_written: int
     """Tokens that a policy generated."""
     first_version: int
-    """Optimizer step of the policy of the first generated token; 0 without tokens."""
+    """Policy step for the first generated token; 0 without tokens."""
     sum_versions: int
     part: str
     row: int
-    """Index in that part, from 0."""
+    """Index within `part`, from 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,50 +58,50 @@ class JudgedResponse:
 
 @dataclass(frozen=True)
 class JudgedGroup:
-    """Responses to one prompt, before the other groups of their step are compared."""
+    """Responses to one prompt, before `compute_step_advantages`."""
 
     advantages: np.ndarray
     """[responses] float64."""
     learned: list[int]
-    """Indices of the responses to train on, in the order of their documents."""
+    """Indices of the responses to train on, in document order."""
     reason: str
     """Why the group does not learn, or `advantages.LEARNS`."""
 
 
 JudgeGroups = Callable[[Sequence[Sequence[JudgedResponse]]], Sequence[JudgedGroup]]
-"""Groups of responses -> their advantages."""
+"""Groups -> advantages."""
 
 
 @dataclass(frozen=True)
 class JudgedPiece:
-    """A piece of a round, in the form that one process sends to the process that plans the round."""
+    """A piece, in the form that a process sends to the process that plans the round."""
 
     number: int
     rows: np.ndarray
     """[judged responses] `ROW`, ordered by prompt and sample."""
     counts: list[int]
-    """Judged responses of each prompt; may be 0."""
+    """Judged responses per prompt; may be 0."""
     reasons: list[str]
-    """For each prompt why its group does not learn, or `advantages.LEARNS`."""
+    """For each prompt: why the group does not learn, or `advantages.LEARNS`."""
     domains: list[str]
     components: dict[str, np.ndarray]
-    """Component of the reward -> [responses that have it] float64."""
+    """Reward component -> [responses with this component] float64."""
     unfinished: set[str]
     """Prompts with an unfinished response."""
     unjudged: Counter[str]
     """Status -> responses without a reward, which are not trained on."""
     begun: set[tuple[int, str]]
-    """Step and digest of the policies of first attempts."""
+    """Step and digest of the policies behind first attempts."""
     policies: set[str]
 
 
 @dataclass(frozen=True)
 class JudgedRound:
-    """The pieces of a round, joined."""
+    """The judged pieces, joined."""
 
     number: int
     parts: tuple[RolloutPart, ...]
-    """Parts of the store that contain the responses."""
+    """Parts in the store with the responses."""
     pieces: tuple[JudgedPiece, ...]
 
     @cached_property
@@ -110,7 +110,7 @@ class JudgedRound:
 
     @cached_property
     def groups(self) -> list[slice]:
-        """Rows of each prompt of the round."""
+        """Rows per prompt."""
         ends = np.cumsum([0, *(count for piece in self.pieces for count in piece.counts)]).tolist()
         return list(starmap(slice, pairwise(ends)))
 
@@ -147,14 +147,14 @@ class JudgedRound:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredRound:
-    """The responses of a round in a store."""
+    """A round's responses in a store."""
 
     store: RolloutStore
     number: int
     pieces: Sequence[PromptPiece]
     """All pieces that the round may have."""
     num_pieces: int
-    """Pieces in use, the first ones; the store may contain further pieces of another run."""
+    """Pieces in use, the first ones; the store may contain further pieces from another run."""
     samples_per_prompt: int
     reward_version: str
 
@@ -164,7 +164,7 @@ class StoredRound:
         return [prompt for piece in self.pieces[:self.num_pieces] for prompt in piece.prompts.ids]
 
     def parts(self) -> list[RolloutPart] | str:
-        """Return the parts of the round, or a description of the missing ones."""
+        """Return the parts, or a description of missing parts."""
         parts = self.store.parts(self.number)
         self._check_pieces(parts)
         used = [part for part in parts if part.piece < self.num_pieces]
@@ -172,7 +172,7 @@ class StoredRound:
 
     def judge_piece(self, number: int, parts: Mapping[int, RolloutPart], judge: JudgeGroups,
                domain: Callable[[str], str]) -> JudgedPiece:
-        """Read a piece of the round.
+        """Read a piece and judge its groups.
 
         Args:
             number: of the piece, from 0.
@@ -182,8 +182,8 @@ class StoredRound:
         """
         rows, num_invalid = self._read_last_attempts(list(parts.values()))
         unjudged = Counter({INVALID: num_invalid} if num_invalid else {})
-        # Every prompt has an entry: a prompt without responses still counts as a group of its step.
-        responses_of: dict[str, list[JudgedResponse]] = {
+        # Every prompt has an entry: a prompt without responses still counts as a group in its step.
+        prompt_responses: dict[str, list[JudgedResponse]] = {
             prompt: [] for prompt in self.pieces[number].prompts.ids}
         finished = defaultdict[str, list[RolloutFacts]](list)
         for row in rows:
@@ -192,21 +192,21 @@ class StoredRound:
         for part in parts.values():
             judgements = self.store.read_judgements(self.reward_version, [part])
             for response in _join_rewards(finished[part.name], judgements, unjudged):
-                responses_of[response.rollout.key.prompt].append(response)
-        groups = [sorted(group, key=lambda r: r.rollout.key.sample) for group in responses_of.values()]
+                prompt_responses[response.rollout.key.prompt].append(response)
+        groups = [sorted(group, key=lambda r: r.rollout.key.sample) for group in prompt_responses.values()]
         judged = judge(groups)
         responses = [response for group in groups for response in group]
         first_attempts = [r.rollout for r in responses if not r.rollout.attempt]
         return JudgedPiece(
             number=number, rows=_build_rows(responses, judged, parts), counts=list(map(len, groups)),
-            reasons=[group.reason for group in judged], domains=list(map(domain, responses_of)),
+            reasons=[group.reason for group in judged], domains=list(map(domain, prompt_responses)),
             components=_collect_components(responses), unjudged=unjudged,
             unfinished={row.key.prompt for row in rows if row.finish_reason == UNFINISHED},
             begun={(rollout.first_version, rollout.key.policy) for rollout in first_attempts},
             policies={r.rollout.key.policy for r in responses})
 
     def describe_wait(self, gathered: JudgedRound) -> str:
-        """Return which responses the round waits for, or ""."""
+        """Return a description of the responses that the round waits for, or ""."""
         # Unfinished responses alone: responses whose reward failed would fail again.
         waiting = sum(len(piece.unfinished) for piece in gathered.pieces)
         if not waiting:
@@ -215,7 +215,7 @@ class StoredRound:
 
     def _describe_missing(self, parts: Sequence[RolloutPart]) -> str:
         count = self.num_pieces
-        # Attempt 0 has a row for every response of a piece, finished or not.
+        # Attempt 0 has a row for every response in a piece, finished or not.
         written = {part.piece for part in parts if part.attempt == 0}
         unwritten = [piece for piece in range(count) if piece not in written]
         if unwritten:
@@ -227,9 +227,8 @@ class StoredRound:
         return ""
 
     def _read_last_attempts(self, parts: Sequence[RolloutPart]) -> tuple[list[RolloutFacts], int]:
-        """Return the last attempt at each response, without invalid ones, and the number of invalid ones. An
-        attempt replaces the unfinished row before it even if it is invalid: no job continues that row
-        again."""
+        """Return the last valid attempts, and the number of invalid last attempts. An invalid attempt also
+        replaces the unfinished row before it: no job continues that row again."""
         rows: list[RolloutFacts] = []
         invalid: set[tuple[Key, int]] = set()
         for part in parts:
@@ -256,22 +255,21 @@ class StoredRound:
                                 "--store")
 
     def _check_prompts(self, part: RolloutPart, rows: Sequence[RolloutFacts]) -> None:
-        others = {row.key.prompt for row in rows}.difference(self._prompts_of_piece(part.piece))
-        if others:
+        foreign = {row.key.prompt for row in rows}.difference(self._prompts_of_piece(part.piece))
+        if foreign:
             raise UserError(f"{self.store.path}: round {self.number} holds responses to prompt "
-                            f"{min(others)}, which is not in piece {part.piece} now; pass the --prompts and "
+                            f"{min(foreign)}, which is not in piece {part.piece} now; pass the --prompts and "
                             "rollout settings that they were generated with, or another --store")
 
 
 def read_facts(store: RolloutStore, part: RolloutPart) -> tuple[list[RolloutFacts], list[str]]:
-    """Return the rows of a part, and the problem of each row ("" without one).
-    """
+    """Return the rows in a part, and a problem per row ("" for sound rows)."""
     table = store.read_columns(part, FACT_COLUMNS)
     column = table["versions"].combine_chunks()
     versions, num_tokens = column.flatten().to_numpy().astype(np.int64), column.value_lengths().to_numpy()
     ends = np.cumsum(num_tokens, dtype=np.int64)
     is_written = versions != NOT_WRITTEN
-    # Prefix sums over all tokens: figures of a row are differences of two entries.
+    # Prefix sums over all tokens: figures for a row are differences between two entries.
     written_before = np.concatenate([[0], np.cumsum(is_written)])
     version_sums = np.concatenate([[0], np.cumsum(np.where(is_written, versions, 0))])
     starts = ends - num_tokens
@@ -292,7 +290,7 @@ def read_facts(store: RolloutStore, part: RolloutPart) -> tuple[list[RolloutFact
 
 def _join_rewards(rows: Sequence[RolloutFacts], judgements: RewardsByRow, unjudged: Counter[str]
                   ) -> list[JudgedResponse]:
-    """Return the rows that have a reward, and count the others in `unjudged` by status."""
+    """Return the rows with a reward, and count rows without one in `unjudged` by status."""
     responses = []
     for row in rows:
         judgement = judgements.get((row.key, row.attempt))
@@ -307,14 +305,14 @@ def _join_rewards(rows: Sequence[RolloutFacts], judgements: RewardsByRow, unjudg
 
 def _build_rows(responses: Sequence[JudgedResponse], groups: Sequence[JudgedGroup],
                 parts: Mapping[int, RolloutPart]) -> np.ndarray:
-    index_of_part = {part.name: index for index, part in parts.items()}
+    part_indices = {part.name: index for index, part in parts.items()}
     advantages: list[float] = []
     orders: list[int] = []
     for group in groups:
         order = {response: index for index, response in enumerate(group.learned)}
         advantages += group.advantages.tolist()
         orders += [order.get(response, -1) for response in range(len(group.advantages))]
-    values = ((index_of_part[facts.part], facts.row, facts.num_tokens, facts.num_written, facts.sum_versions,
+    values = ((part_indices[facts.part], facts.row, facts.num_tokens, facts.num_written, facts.sum_versions,
                response.reward, advantage, facts.finish_reason == LENGTH, order)
               for response, advantage, order in zip(responses, advantages, orders, strict=True)
               for facts in [response.rollout])

@@ -1,4 +1,4 @@
-"""Figures of a round: means over its responses, headline meters, and a warning if few groups learn."""
+"""Figures for a round: means over responses, headline meters, and a warning if few groups learn."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from megatron_sov.post.rl.publish.groups import JudgedRound
 from megatron_sov.runs.rounds import TRAINED_GROUPS
 
 PASS_RATE = "pass_rate"
-"""Mean of a round: share of responses whose reward is at least `policy.right_from`."""
+"""Name of a mean: share of responses whose reward is at least `policy.right_from`."""
 MIN_LEARNING, MIN_LEARNING_EXTREME = 0.1, 0.5
-"""Shares of learning groups below which a round warns; the second holds for the first round if its pass rate
-is extreme."""
+"""Shares of learning groups below which a round warns; `MIN_LEARNING_EXTREME` is for a first round with an
+extreme pass rate."""
 EXTREME_RATES = (0.05, 0.95)
 """Pass rates outside these bounds mean that most groups have equal rewards."""
 
 
 def compute_means(gathered: JudgedRound, rollout: RolloutConfig, right_from: float | None) -> dict[str, Any]:
-    """Return means over the responses of a round that have a reward, trained or not.
+    """Return means over the judged responses in a round, trained or not.
 
     Args:
         gathered: the round.
@@ -36,7 +36,7 @@ def compute_means(gathered: JudgedRound, rollout: RolloutConfig, right_from: flo
         return {"responses": 0}
     num_written = int(rows["written"].sum())
     trained_steps = (gathered.number - 1) * rollout.steps_per_round
-    # Steps between the policy that generated a token and the policy that begins to train on it.
+    # Steps between the policy that generated a token and the policy that begins to train on the token.
     stale_steps = trained_steps * num_written - int(rows["versions"].sum())
     rewards = defaultdict[str, list[float]](list)
     for domain, reward in zip(gathered.row_domains, rows["reward"].tolist(), strict=True):
@@ -57,7 +57,7 @@ def _compute_mean(values: np.ndarray | Sequence[float]) -> float:
 
 
 def compute_round_meters(content: Mapping[str, Any]) -> dict[str, float]:
-    """Return the headline meters of a round from the content of its manifest."""
+    """Return a round's headline meters from its manifest."""
     means, groups = content.get("means") or {}, content.get("groups") or {}
     meters = {REWARD: means.get("reward"), RESPONSE_TOKENS: means.get("response_tokens")}
     count = sum(groups.values())
@@ -67,12 +67,12 @@ def compute_round_meters(content: Mapping[str, Any]) -> dict[str, float]:
 
 
 def describe_groups(groups: Mapping[str, int]) -> str:
-    """Format the groups of a round: "3 learns, 2 no advantage"."""
+    """Format the groups in a round: "3 learns, 2 no advantage"."""
     return ", ".join(f"{number:,} {reason.replace('_', ' ')}" for reason, number in groups.items())
 
 
 def find_round_problem(content: Mapping[str, Any], *, is_first: bool) -> str:
-    """Return a warning with a fix if few groups of a round learn, otherwise "".
+    """Return a warning with a fix if few groups in a round learn, otherwise "".
 
     Args:
         content: content of the round's manifest.

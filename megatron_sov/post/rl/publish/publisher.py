@@ -1,7 +1,6 @@
-"""Publishes rounds: judged groups in the store get advantages, and their responses become training documents.
-
-A round is published once, by a rename, and never changes, so a resumed run trains on the same documents.
-"""
+"""Publishes rounds: judged groups in the store get advantages, and their responses become training
+documents. `publish` renames a round's folder once and never changes it, so a resumed run trains on the
+same documents."""
 
 from __future__ import annotations
 
@@ -51,17 +50,17 @@ from megatron_sov.train.data.token_manifest import build_source_record
 from megatron_sov.train.data.token_shards import CONTENT_VERSION
 
 NO_PAIR = "no_pair"
-"""Reason: no finished response of the group is better than its worst response."""
+"""Reason: no finished response in the group is better than the worst response."""
 SURPLUS = "surplus"
 """Reason: the group would learn, and the round is full."""
 NO_ADVANTAGE = "no_advantage"
-"""Reason: the advantages of the group's trained responses are all 0."""
+"""Reason: all trained responses in the group have advantage 0."""
 PROMPTS = "prompts"
-"""Manifest field: digest of the prompts of all rounds, in order."""
+"""Manifest field: digest of the prompts for all rounds, in order."""
 CHOSEN_BY = "chosen_by"
 """Manifest field: see `RolloutSource.chosen_by`."""
 TRUNCATED = (LENGTH, "tokens", "unended")
-"""Finish reasons of responses and episodes that a token limit cut off."""
+"""Finish reasons for responses and episodes that a token limit cut off."""
 
 
 @dataclass(kw_only=True)
@@ -100,21 +99,21 @@ class Publisher:
             if isinstance(plan, str):
                 return plan
             writer = self._shard_writer
-            written_of_rank = run_on_each_rank(lambda rank, size: [writer.write(plan.folder, shard)
+            written_by_rank = run_on_each_rank(lambda rank, size: [writer.write(plan.folder, shard)
                                                           for shard in plan.shards[rank::size]])
             # Rank r wrote the shards r, r + size, ...
-            num_ranks = len(written_of_rank)
-            written = [written_of_rank[i % num_ranks][i // num_ranks] for i in range(len(plan.shards))]
+            num_ranks = len(written_by_rank)
+            written = [written_by_rank[i % num_ranks][i // num_ranks] for i in range(len(plan.shards))]
             run_on_first(partial(self._complete_round, plan, written, building))
         return ""
 
     def check_store(self) -> None:
-        """Check that the store folder is missing, empty, or a store of this model's tokenizer."""
+        """Check that `store` is missing, empty, or a rollout store with the model's tokenizer."""
         if self._store_exists():
             _ = self._opened_store
 
     def _find_inputs(self, number: int) -> str | _RoundInputs:
-        """Return the parts of a round; or a description of missing ones, "" if the round is published."""
+        """Return the parts for a round; or a description of missing parts, "" if the round is published."""
         # The manifest is written last, and a published round never changes.
         if is_published(self.rounds, number):
             return ""
@@ -122,12 +121,12 @@ class Publisher:
             return f"nobody has written to {self.store} yet"
         self._compare_with_previous(number)
         rollout, policy = self.config.rollout, self.config.policy
-        own = math.ceil(rollout.prompts_per_round / rollout.piece_prompts)
+        num_pieces = math.ceil(rollout.prompts_per_round / rollout.piece_prompts)
         requested = read_further_pieces(self.rounds, number)
-        # Another run may have requested more pieces of the same store.
-        stored = max((part.piece + 1 - own for part in self._opened_store.parts(number)), default=0)
-        most = max(requested, stored, (policy.parts.max_gen_batches - 1) * own)
-        inputs = _RoundInputs(most, own + requested)
+        # Another run may have requested more pieces in the same store.
+        stored = max((part.piece + 1 - num_pieces for part in self._opened_store.parts(number)), default=0)
+        most = max(requested, stored, (policy.parts.max_gen_batches - 1) * num_pieces)
+        inputs = _RoundInputs(most, num_pieces + requested)
         parts = self._open_round(number, inputs).parts()
         return parts if isinstance(parts, str) else replace(inputs, parts=tuple(parts))
 
@@ -152,7 +151,7 @@ class Publisher:
         self._compare_sampling(folder, previous.get(CHOSEN_BY, {}))
 
     def _compare_sampling(self, folder: Path, previous: Mapping[str, Any]) -> None:
-        # Rounds of other jobs record no settings.
+        # Rounds by other jobs record no settings.
         current = self.chosen_by if previous else {}
         then, now = ({name: value for name, value in iter_leaves(settings) if value != {}}
                      for settings in (previous, current))
@@ -179,8 +178,8 @@ class Publisher:
 
     def _judge_round(self, source: StoredRound, inputs: _RoundInputs, rank: int, size: int
                 ) -> list[JudgedPiece]:
-        """Return the pieces rank, rank + size, ... of the round."""
-        # All attempts at a response are in parts of its own piece.
+        """Return pieces rank, rank + size, ... of a round, judged."""
+        # All attempts at a response are in parts with the same piece number.
         parts = defaultdict[int, dict[int, RolloutPart]](dict)
         for i, part in enumerate(inputs.parts):
             parts[part.piece][i] = part
@@ -194,8 +193,8 @@ class Publisher:
 
     def _plan_round(self, source: StoredRound, inputs: _RoundInputs, shares: Sequence[Sequence[JudgedPiece]],
               building: contextlib.ExitStack) -> str | RoundPlan:
-        """Return the plan of the round's files in a folder that `building` renames; or a description of
-        missing responses."""
+        """Return the files to write in a folder that `building` renames, or a description of missing
+        responses."""
         number, out = source.number, round_folder(self.rounds, source.number)
         pieces = sorted((piece for share in shares for piece in share), key=lambda piece: piece.number)
         gathered = JudgedRound(number, inputs.parts, tuple(pieces))
@@ -215,7 +214,7 @@ class Publisher:
 
     def _prune_rounds(self, number: int) -> None:
         """Delete tokens and columns of old rounds that no resume needs; the store can rebuild them. The
-        manifests remain, as the record of each round."""
+        manifests remain as records."""
         folder = self.rounds.parent / checkpoints.CHECKPOINTS_FOLDER
         oldest = min(map(checkpoints.checkpoint_step, checkpoints.list_complete(folder)), default=0)
         rollout = self.config.rollout
@@ -232,7 +231,7 @@ class Publisher:
                 shutil.rmtree(round_ / ROUNDS_SOURCE)
 
     def _request_further(self, source: StoredRound, gathered: JudgedRound) -> str:
-        """Request further prompts if too few groups of a round learn; return the reason to wait, or ""."""
+        """Request further prompts if too few groups in a round learn; return the reason to wait, or ""."""
         rollout, policy = self.config.rollout, self.config.policy
         if policy.parts.max_gen_batches == 1:
             return ""
@@ -240,22 +239,23 @@ class Publisher:
         lacking, num_prompts = rollout.prompts_per_round - num_learn, len(source.prompts)
         if lacking <= 0:
             return ""
-        # Enough to fill the round at the share of groups that has learned so far.
-        wanted = min(lacking * num_prompts / num_learn if num_learn else math.inf, rollout.prompts_per_round)
-        own = math.ceil(rollout.prompts_per_round / rollout.piece_prompts)
-        most = min(len(source.pieces), policy.parts.max_gen_batches * own)
-        more = min(math.ceil(wanted / rollout.piece_prompts), most - source.num_pieces)
+        # Enough to fill the round, given the share of groups that learned so far.
+        num_requested = min(lacking * num_prompts / num_learn if num_learn else math.inf,
+                            rollout.prompts_per_round)
+        num_pieces = math.ceil(rollout.prompts_per_round / rollout.piece_prompts)
+        most = min(len(source.pieces), policy.parts.max_gen_batches * num_pieces)
+        more = min(math.ceil(num_requested / rollout.piece_prompts), most - source.num_pieces)
         state = (f"{num_learn} of {num_prompts} groups of round {source.number} learn, and it is to have "
                  f"{rollout.prompts_per_round}")
         if more <= 0:
             why = f"policy.max_gen_batches = {policy.parts.max_gen_batches}"
-            if most < policy.parts.max_gen_batches * own:
+            if most < policy.parts.max_gen_batches * num_pieces:
                 why = "there are no more prompts"
             warn(f"{state}; {why}: it is trained with these")
             return ""
         file = _further_file(self.rounds, source.number)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_sealed_json(file, {"pieces": source.num_pieces - own + more}, file.name)
+        write_sealed_json(file, {"pieces": source.num_pieces - num_pieces + more}, file.name)
         count = sum(len(piece.prompts) for piece in source.pieces[source.num_pieces:][:more])
         return f"{state}: {count} further prompts are asked"
 
@@ -264,7 +264,7 @@ class Publisher:
 
     @cached_property
     def _opened_store(self) -> RolloutStore:
-        """The store, opened once, so that it warns of invalid rows once."""
+        """The store, opened once, so that warnings about invalid rows appear once."""
         store = RolloutStore.open(self.store)
         if store.vocab_size > self.config.model.vocab_size:
             raise UserError(f"{self.store}: its tokenizer has {store.vocab_size} ids, the model only "
@@ -278,7 +278,7 @@ class Publisher:
         return store
 
     def _check_rewards(self, gathered: JudgedRound) -> None:
-        """Raise `UserError` if no response has a reward: the run would skip one round after the other."""
+        """Raise `UserError` if no response has a reward: the run would skip round after round."""
         if len(gathered.rows) or not gathered.unjudged:
             return
         counts = ", ".join(f"{count:,} {status}" for status, count in gathered.unjudged.items())
@@ -295,8 +295,8 @@ class Publisher:
                         f"; {fix}")
 
     def _warn_about_foreign_policies(self, gathered: JudgedRound) -> None:
-        """Warn if another policy than this run began responses: a store returns its rows to every run with
-        the same settings."""
+        """Warn if a policy outside this run began responses: a store returns its rows to every run with equal
+        settings."""
         begun = set[tuple[int, str]]().union(*(piece.begun for piece in gathered.pieces))
         for step, sha256 in sorted(begun):
             if not self.is_own(step, sha256):
@@ -306,7 +306,7 @@ class Publisher:
 
     def _build_content(self, source: StoredRound, gathered: JudgedRound, selection: _Selection
                        ) -> dict[str, Any]:
-        """Return the content of the manifest except its sources."""
+        """Return the manifest's content except `sources`."""
         right_from = None if self.reward_version == NO_REWARD else self.config.policy.right_from
         parts = [{"name": part.name, "rollouts": part.manifest_sha256, "rewards": manifest_sha256(
             source.store.part_path(part.name, source.reward_version))} for part in gathered.parts]
@@ -329,7 +329,7 @@ class Publisher:
 
     def _complete_round(self, plan: RoundPlan, written: Sequence[WrittenShard],
                   building: contextlib.ExitStack) -> None:
-        """Write the manifest of a round whose files are on disk, and rename its folder."""
+        """Write a round's manifest after its files, and rename the folder."""
         artifact = self._artifact
         assert artifact is not None, "no round is under construction"
         shards = [{"prefix": shard.prefix, **files.counts}
@@ -345,17 +345,17 @@ class Publisher:
 
     @cached_property
     def _used_prompts(self) -> PromptList:
-        """Prompts of the rounds: the generating jobs have set aside the others."""
+        """Prompts for the rounds, without the prompts that generating jobs have set aside."""
         return self.prompts.exclude(read_too_long(self.store))
 
     @cached_property
     def _read_record(self) -> Callable[[str], Mapping[str, Any]]:
-        """Prompt id -> record; consecutive calls mostly ask for prompts of one group."""
+        """Prompt id -> record; consecutive calls mostly ask for prompts in one group."""
         return lru_cache(maxsize=64)(self.prompts.read_record)
 
     @cached_property
     def _read_tokens(self) -> Any:
-        """Part name -> its column of tokens; consecutive calls mostly ask for one part."""
+        """Part name -> column of tokens; consecutive calls mostly ask for one part."""
         return lru_cache(maxsize=2)(
             lambda part: self._opened_store.read_columns(self._opened_store.part(part),
                                                          ("tokens",))["tokens"])
@@ -373,7 +373,7 @@ class Publisher:
             numbers=list_number_columns(self.config))
 
     def _select_responses(self, gathered: JudgedRound) -> _Selection:
-        """Distribute the groups of a round over its steps, and compute the advantages of each step."""
+        """Distribute a round's groups over the steps, and compute the advantages step by step."""
         num_steps, reasons, rows = self.config.rollout.steps_per_round, Counter[str](), gathered.rows
         groups = [GroupAdvantages(rows["advantage"][place], reason)
                   for place, reason in zip(gathered.groups, gathered.reasons, strict=True)]
@@ -400,8 +400,8 @@ class Publisher:
         return _Selection(advantages, is_trained, steps, dict(reasons))
 
     def _choose_groups(self, gathered: JudgedRound, reasons: Counter[str]) -> Sequence[int]:
-        """Return the groups of the round. With further prompts: the first groups that learn, and count in
-        `reasons` why the others are excluded."""
+        """Return the groups to use. With further prompts: the first groups that learn; `reasons` counts why
+        the others are excluded."""
         if self.config.policy.parts.max_gen_batches == 1:
             return range(len(gathered.groups))
         learning = [i for i, reason in enumerate(gathered.reasons) if reason == GROUP_LEARNS]
@@ -424,8 +424,8 @@ class Publisher:
 
     def _choose_responses(self, group: Sequence[JudgedResponse], advantages: GroupAdvantages
                           ) -> tuple[list[int], str]:
-        """Return the indices of a group's responses to train on, in the order of their documents, and the
-        reason if there are none."""
+        """Return the indices of a group's responses to train on, in document order, and the reason if there
+        are none."""
         if advantages.reason:
             return [], advantages.reason
         policy = self.config.policy
@@ -450,14 +450,14 @@ class Publisher:
         return bool(first == second)
 
     def _find_budget(self, key: Key) -> float:
-        """Return the requested length of a response in tokens; NaN without a request."""
+        """Return the requested response length in tokens; NaN without a request."""
         budget = find_budget(self.config.rollout, key.prompt, self._read_record(key.prompt), key.sample)
         return np.nan if budget is None else budget
 
 
 @dataclass(frozen=True)
 class _RoundInputs:
-    """Parts of the store for a round, as the first process found them."""
+    """Parts in the store for a round, as the first process found them."""
 
     num_further: int
     num_pieces: int
@@ -466,30 +466,30 @@ class _RoundInputs:
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """Files of a round, for all processes that write them."""
+    """Files to write for a round."""
 
     folder: Path
     shards: tuple[RoundShard, ...]
     content: dict[str, Any]
-    """Content of the manifest except its sources."""
+    """Content of the manifest except `sources`."""
 
 
 @dataclass(frozen=True)
 class _Selection:
-    """Responses of a round to train on."""
+    """Responses to train on."""
 
     advantages: np.ndarray
-    """[rows of the round] float32."""
+    """[rows in the round] float32."""
     is_trained: np.ndarray
-    """[rows of the round] bool."""
+    """[rows in the round] bool."""
     steps: list[list[int]]
-    """First document and number of documents of each optimizer step."""
+    """First document and number of documents per optimizer step."""
     reasons: dict[str, int]
-    """`LEARNS`, or a reason -> number of groups."""
+    """`LEARNS`, or a reason -> groups."""
 
 
 def read_further_pieces(rounds: Path, number: int) -> int:
-    """Return the requested pieces of further prompts of a round (`policy.max_gen_batches`)."""
+    """Return the requested pieces of further prompts for a round (`policy.max_gen_batches`)."""
     file = _further_file(rounds, number)
     if not file.is_file():
         return 0
@@ -502,7 +502,7 @@ def _further_file(rounds: Path, number: int) -> Path:
 
 
 def list_number_columns(config: RunConfig) -> tuple[str, ...]:
-    """Return the columns of a run's rounds with one number per response."""
+    """Return the columns with one number per response."""
     groups = config.policy.learns_preferences and config.documents_per_unit == 1
     return (ADVANTAGE, GROUP_SHARE) if groups else (ADVANTAGE,)
 
@@ -512,27 +512,27 @@ def is_published(rounds: Path, number: int) -> bool:
 
 
 def _list_domains(gathered: JudgedRound, selection: _Selection) -> list[tuple[str, int]]:
-    """Return the domains of a round's documents, run-length encoded."""
-    # In the order of `_iter_pieces`.
+    """Return the domains of the documents, run-length encoded."""
+    # In the order in which `_iter_pieces` yields.
     domains = compress(gathered.row_domains, selection.is_trained.tolist())
     return [(domain, len(list(repeats))) for domain, repeats in groupby(domains)]
 
 
 def _iter_pieces(gathered: JudgedRound, selection: _Selection) -> Iterator[RoundPiece]:
-    """Yield the documents of a round, piece by piece."""
+    """Yield a round's documents, piece by piece."""
     counts = np.array([place.stop - place.start for place in gathered.groups])
     ends = np.cumsum([0, *(len(piece.rows) for piece in gathered.pieces)]).tolist()
     for first, end in pairwise(ends):
         trained = first + np.flatnonzero(selection.is_trained[first:end])
         if not len(trained):
             continue
-        # The better response of a pair comes first.
+        # The better response in a pair comes first.
         trained = trained[np.lexsort((gathered.rows["order"][trained], gathered.row_groups[trained]))]
         rows = gathered.rows[trained]
-        parts, part_of_row = np.unique(rows["part"], return_inverse=True)
+        parts, row_parts = np.unique(rows["part"], return_inverse=True)
         yield RoundPiece(
             parts=tuple(gathered.parts[i].name for i in parts.tolist()),
-            places=np.stack([part_of_row, rows["row"]], 1).astype(np.int32),
+            places=np.stack([row_parts, rows["row"]], 1).astype(np.int32),
             numbers={ADVANTAGE: selection.advantages[trained],
                      GROUP_SHARE: (1 / counts[gathered.row_groups[trained]]).astype(np.float32)},
             num_tokens=int(rows["tokens"].sum()))

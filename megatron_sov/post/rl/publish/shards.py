@@ -30,12 +30,12 @@ DTYPE = "int32"
 
 @dataclass(frozen=True)
 class RoundPiece:
-    """Documents of one piece of the store, which are read together."""
+    """Documents from one piece in the store, which are read together."""
 
     parts: tuple[str, ...]
-    """Names of the parts that contain the responses."""
+    """Names of the parts with the responses."""
     places: np.ndarray
-    """[documents, 2] int32: index in `parts`, and row in that part."""
+    """[documents, 2] int32: index in `parts`, and row in the part."""
     numbers: Mapping[str, np.ndarray]
     """Column -> [documents] float32."""
     num_tokens: int
@@ -63,24 +63,24 @@ def split_into_shards(pieces: Iterable[RoundPiece]) -> list[RoundShard]:
 
 @dataclass(frozen=True)
 class WrittenShard:
-    """Counts and files of a shard, for the manifest."""
+    """Counts and files for the manifest."""
 
     counts: Mapping[str, int]
     files: Mapping[str, FileRecord]
-    """Path in the round -> digest and size of the file."""
+    """Path in the round -> digest and size."""
 
 
 @dataclass(frozen=True)
 class ShardWriter:
     store: RolloutStore
     temperature: float
-    """Required sampling temperature of the responses."""
+    """Required sampling temperature."""
     seq_len: int
-    """Tokens of a training row, the limit of a document."""
+    """Tokens in a training row, the limit for a document."""
     routes: RouteShape | None
     """Shape of replayed expert routes; None: no replay."""
     bytes_of_token: np.ndarray
-    """[vocabulary]: bytes of the text of each token."""
+    """[vocabulary]: bytes of text per token."""
     numbers: tuple[str, ...] = (ADVANTAGE,)
     """Columns with one number per document."""
 
@@ -91,7 +91,7 @@ class ShardWriter:
 
     @property
     def _column_dtypes(self) -> dict[str, str]:
-        """Suffix -> dtype of the files that `IndexedWriter` writes next to the tokens."""
+        """Suffix -> dtype for the files that `IndexedWriter` writes next to the tokens."""
         dtypes = {BEHAVIOUR: "float32"} | {name + PER_DOCUMENT: "float32" for name in self.numbers}
         if self.routes is not None:
             dtypes[ROUTES] = self.routes.dtype
@@ -123,30 +123,30 @@ class ShardWriter:
         return WrittenShard(counts, files)
 
     def _read_documents(self, piece: RoundPiece) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
-        """Return the lengths of a piece's documents, their columns, and which tokens a policy generated."""
+        """Return lengths and columns of a piece's documents, and which tokens a policy generated."""
         fields = (*RULES, ROUTES) if self.routes is not None else RULES
         tables = [self._read_part(name, fields) for name in piece.parts]
         starts = np.cumsum([0, *(table.num_rows for table in tables)])
         index = starts[piece.places[:, 0]] + piece.places[:, 1]
-        whole = pa.concat_tables(tables)
-        table = whole.drop_columns([ROUTES] if self.routes is not None else []).take(index)
+        joined = pa.concat_tables(tables)
+        table = joined.drop_columns([ROUTES] if self.routes is not None else []).take(index)
         prompts, prompt_lengths = _flatten_arrays(table, "prompt_tokens")
         tokens, token_lengths = _flatten_arrays(table, "tokens")
         lengths = prompt_lengths + token_lengths
         self._check_responses(table, lengths)
-        # Tokens of all documents in a row: True after the prompt of each.
+        # Tokens of all documents in a row: True after each prompt.
         is_response = np.repeat(np.tile([False, True], len(lengths)),
                            np.stack([prompt_lengths, token_lengths], 1).reshape(-1))
         ids, logprobs = np.empty(len(is_response), np.int32), np.zeros(len(is_response), np.float32)
         ids[~is_response], ids[is_response] = prompts, tokens
         logprobs[is_response] = _flatten_arrays(table, "logprobs")[0]
-        # Tokens of tools and prompts are part of the document but not labels.
+        # Tokens from tools and prompts are in the document but are not labels.
         written = np.zeros(len(is_response), bool)
         written[is_response] = _flatten_arrays(table, "versions")[0] != NOT_WRITTEN
         columns = {"bin": ids, BEHAVIOUR: logprobs,
                    **{name + PER_DOCUMENT: piece.numbers[name] for name in self.numbers}}
         if self.routes is not None:
-            routes = read_routes(whole)
+            routes = read_routes(joined)
             columns[ROUTES] = _join_routes(self.routes, table, [routes[i] for i in index.tolist()], lengths)
         return lengths.astype(np.int32), columns, written
 
@@ -173,7 +173,7 @@ class ShardWriter:
 
 def _join_routes(shape: RouteShape, table: pa.Table, routes_of_row: Sequence[np.ndarray | None],
                  lengths: np.ndarray) -> np.ndarray:
-    """Return the expert routes of all tokens, [tokens, layers, K]; the last token of a document has none."""
+    """Return the expert routes for all tokens, [tokens, layers, K]; the last token in a document has none."""
     joined = shape.absent(int(lengths.sum()))
     for i, (routes, end) in enumerate(zip(routes_of_row, np.cumsum(lengths).tolist(), strict=True)):
         if routes is None:
@@ -189,7 +189,7 @@ def _join_routes(shape: RouteShape, table: pa.Table, routes_of_row: Sequence[np.
 
 
 def _flatten_arrays(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the values of a column of lists, and the length of each list."""
+    """Return the values in a column of lists, and each list's length."""
     column = table[name].combine_chunks()
     return column.flatten().to_numpy(), column.value_lengths().to_numpy().astype(np.int64)
 

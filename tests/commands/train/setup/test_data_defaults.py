@@ -12,7 +12,7 @@ import pytest
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.commands.train.setup import data_defaults as stage_defaults
-from megatron_sov.commands.train.setup.data_defaults import complete_stage, epoch_samples
+from megatron_sov.commands.train.setup.data_defaults import complete_stage, count_epoch_samples
 from megatron_sov.model.config import PhaseConfig, RunConfig, apply_settings
 from megatron_sov.model.config.run import add_rounds
 from megatron_sov.model.recipes.requested import RecipeRequest
@@ -39,7 +39,7 @@ def completed(asked: RecipeRequest, stage: Stage = "sft", **more: Any) -> tuple[
 
 def test_a_stage_without_a_recipe_follows_from_data_and_table(packed_data: Any) -> None:
     config, notes = completed(request([packed_data.chats]))
-    samples = epoch_samples(config, open_sources(config.data.paths, 368))
+    samples = count_epoch_samples(config, open_sources(config.data.paths, 368))
     assert (config.optim.lr, config.optim.schedule, config.optim.min_lr) == (2e-5, "cosine", 0.0)
     assert config.data.phases[0].seq_len == 256 and config.train.global_batch_size == max(
         1, 2 ** int(math.log2(max(1, samples // 16))))
@@ -89,7 +89,7 @@ def test_every_default_has_a_source_and_rates_fall_with_size() -> None:
 def test_epochs_are_a_setting_of_any_recipe(packed_data: Any) -> None:
     asked = request([packed_data.chats], "train.epochs=2", "train.global_batch_size=2", recipe="tiny-qwen3")
     config, notes = completed(asked)
-    samples = epoch_samples(config, open_sources(config.data.paths, 368))
+    samples = count_epoch_samples(config, open_sources(config.data.paths, 368))
     assert config.num_steps() == math.ceil(2 * samples / 2) and config.optim.lr == 4e-3
     assert notes == f"2 epochs = {config.num_steps()} step{'' if config.num_steps() == 1 else 's'}"
     with pytest.raises(UserError, match=r"train.epochs = 2.0: both"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import pytest
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import format_json
 from megatron_sov.base.errors import UserError
-from megatron_sov.commands.train.setup.stage_options import (
-    StageOptions, find_start, parse_stage, stage_request)
+from megatron_sov.commands.train.setup.stage_options import PretrainOptions, SftOptions
+from megatron_sov.commands.train.setup.starts import find_start
+from megatron_sov.commands.train.setup.training import check_stage, stage_request
+from megatron_sov.commands.train.training_run import convert_request_start
 from megatron_sov.engine.parallel import launcher
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.model.recipes.requested import request_training
@@ -19,12 +22,12 @@ from tests.packing import Packed
 from tests.typed_words import typed
 
 
-def parsed(*argv: str) -> StageOptions:
-    return typed(StageOptions, [*argv, "--run", "r"])
+def parsed(*argv: str) -> PretrainOptions:
+    return typed(PretrainOptions, [*argv, "--run", "r"])
 
 
 def config_of(*argv: str) -> RunConfig:
-    return parse_stage(parsed(*argv), "lm").config
+    return check_stage(parsed(*argv)).config
 
 
 @pytest.fixture
@@ -64,8 +67,8 @@ def test_a_config_of_pretraining_serves_for_fine_tuning_and_not_the_other_way_ro
     for name, config in {"lm": lm, "sft": apply_settings(lm, ["objective.name=sft"])}.items():
         (data / f"{name}.json").write_text(format_json(config.to_dict()))
     arguments = ("--data", str(packed_data.chats))
-    assert parse_stage(parsed("--config", str(data / "lm.json"), *arguments),
-                       "sft").config.objective.name == "sft"
+    options = typed(SftOptions, ["--config", str(data / "lm.json"), *arguments, "--run", "r", "--from", "s"])
+    assert check_stage(dataclasses.replace(options, start_from=None)).config.objective.name == "sft"
     with pytest.raises(UserError, match=r"objective.name = sft:"):
         config_of("--config", str(data / "sft.json"), *arguments)
 
@@ -123,10 +126,10 @@ def test_mistakes_are_found_before_a_hugging_face_folder_is_converted(
     }.items():
         with pytest.raises(UserError, match=message):
             config_of(*arguments)
-    stage = parse_stage(parsed("tiny-solar-open", *start), "lm")
-    assert stage.start == hf_models["solar_open"]
+    request = check_stage(parsed("tiny-solar-open", *start))
+    assert request.start == hf_models["solar_open"]
     with pytest.raises(AssertionError, match="converted"):
-        stage.with_checkpoint(data / "run")
+        convert_request_start(request)
 
 
 def test_from_must_be_something_to_start_from(data: Path) -> None:

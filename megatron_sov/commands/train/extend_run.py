@@ -1,0 +1,51 @@
+"""Runs `megatron-sov extend`: a sequence of stages at growing contexts."""
+
+from __future__ import annotations
+
+import contextlib
+
+from megatron_sov.commands.train.kinds import STAGE_KINDS
+from megatron_sov.commands.train.setup.feasibility import refuse_unfit
+from megatron_sov.commands.train.setup.gates import build_gate, check_benchmarks
+from megatron_sov.commands.train.setup.starts import find_start, refuse_many_converters
+from megatron_sov.commands.train.setup.training import ExtensionRequest
+from megatron_sov.commands.train.training_run import check_rank_memory, convert_start, load_objective
+from megatron_sov.model.objectives import get_factory
+from megatron_sov.plan.calibration.fitting import estimate_memory
+from megatron_sov.post.extend.running import run_stages
+from megatron_sov.post.extend.stages import plan_stages
+from megatron_sov.runs.folder import STAGES
+from megatron_sov.runs.launch_environment import num_ranks
+from megatron_sov.train.objectives.objective import get_formats
+
+
+def run_extension(request: ExtensionRequest) -> None:
+    """Train all stages. Settings, data and folder of every stage are checked before a Hugging Face folder is
+    converted and before the first stage starts."""
+    options, kind = request.options, STAGE_KINDS[request.options.stage]
+    stages = plan_stages(
+        request.request, options.start_from, options.run, options.nproc,
+        lambda config: get_formats(get_factory(config, load_objective(kind, config))))
+    last = stages[-1].config
+    check_benchmarks(last)
+    for stage in stages:
+        stage.config.check(num_ranks(options.nproc))
+        refuse_unfit(request.request, stage.config, None, options.nproc, is_initial=False,
+                     dry_run=options.dry_run)
+        check_rank_memory(stage.config)
+        stage.folder.enter(stage.config, options.resume)
+    start = find_start(options.start_from)
+    refuse_many_converters(start, options.run)
+    gate = build_gate(options, last, start)
+    if not options.dry_run:
+        start = convert_start(start, options.run)
+        gate = build_gate(options, last, start)
+    try:
+        objective = get_factory(last, load_objective(kind, last))
+        run_stages(stages, start, objective, options.nproc, options.resume, request.faults, gate,
+                   dry_run=options.dry_run,
+                   memory=[estimate_memory(stage.config, num_ranks(options.nproc)) for stage in stages])
+    finally:
+        for folder in () if options.dry_run else (options.run / STAGES, options.run):
+            with contextlib.suppress(OSError):  # not empty: a stage has begun
+                folder.rmdir()

@@ -1,0 +1,70 @@
+"""The kinds of training stages: one row per command that trains a model.
+
+A command is three steps: options (a subclass of `StageOptions`), checks without torch
+(`setup.training.check_training`), and the run (`training_run.run_training`). A row names the parts in which
+kinds differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_sov.base.command_line import import_reference
+from megatron_sov.base.settings import DeclaredCommand
+from megatron_sov.commands.train.setup.stage_options import (
+    ExtendOptions, PreferOptions, PretrainOptions, SftOptions, StageOptions)
+from megatron_sov.model.recipes.requested import BuiltIn
+
+CHECKS = "megatron_sov.commands.train.setup.training"
+"""Module of the checks, which imports numpy: help does without."""
+RUN = "megatron_sov.commands.train.training_run:run_training"
+
+
+@dataclass(frozen=True)
+class StageKind:
+    """Differences between training commands."""
+
+    name: BuiltIn
+    """`objective.name` of the run; its data formats are in `model.objectives.COMMAND_FORMATS`."""
+    objective: str
+    """`module:NAME` of the objective class, or of a function of the settings that returns the class."""
+    is_chosen_by_settings: bool = False
+    """Whether `objective` is a function of the settings."""
+    fill_stage: str = ""
+    """`module:function` that adds data, inputs and hooks of this kind to a `Stage`. "": nothing to add."""
+    needs_data: bool = True
+    """Whether --data is required."""
+
+
+LANGUAGE_MODELLING = "megatron_sov.train.objectives.data_objective:LanguageModelling"
+STAGE_KINDS: dict[str, StageKind] = {
+    "pretrain": StageKind("lm", LANGUAGE_MODELLING),
+    # a sequence of stages, which `extend_run` plans and runs
+    "extend": StageKind("lm", LANGUAGE_MODELLING),
+    "sft": StageKind("sft", "megatron_sov.post.sft:SupervisedFineTuning"),
+    "prefer": StageKind("preference", "megatron_sov.post.preference:select_objective",
+                        is_chosen_by_settings=True,
+                        fill_stage="megatron_sov.commands.train.prefer_run:add_reference"),
+    "distill": StageKind("distill", "megatron_sov.post.distillation.distill:Distillation",
+                         fill_stage="megatron_sov.commands.train.distill_run:add_teacher"),
+    # filled by `commands.rl`, which passes the store, and for `rl run` the engine, to `run_training`
+    "rl": StageKind("policy", "megatron_sov.post.policy:build_policy_objective", is_chosen_by_settings=True,
+                    needs_data=False),
+}
+"""`StageOptions.stage` -> kind."""
+
+
+def check_training(options: StageOptions) -> Any:
+    return import_reference(f"{CHECKS}:check_training")(options)
+
+
+def check_extension(options: ExtendOptions) -> Any:
+    return import_reference(f"{CHECKS}:check_extension")(options)
+
+
+PRETRAIN = DeclaredCommand(PretrainOptions, check_training, RUN)
+SFT = DeclaredCommand(SftOptions, check_training, RUN)
+PREFER = DeclaredCommand(PreferOptions, check_training, RUN)
+EXTEND = DeclaredCommand(ExtendOptions, check_extension,
+                         "megatron_sov.commands.train.extend_run:run_extension")

@@ -1,0 +1,79 @@
+"""Runs `megatron-sov prefer`: the reference model and its log-probabilities, and held-out pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.base.documents.records import DESIRABLE
+from megatron_sov.base.errors import UserError
+from megatron_sov.chat.vocabulary import check_same_tokens
+from megatron_sov.commands.train.setup.stage_options import PreferOptions
+from megatron_sov.commands.train.setup.training import TrainingRequest
+from megatron_sov.model.config import RunConfig
+from megatron_sov.post.preference import HELDOUT_PAIRS, find_heldout_documents, measure_heldout_pairs
+from megatron_sov.post.reference import COLUMN, Reference
+from megatron_sov.runs.checkpoints import find_checkpoint, latest_checkpoint
+from megatron_sov.runs.folder import REFERENCE, RunFolder
+from megatron_sov.train.data.token_shards import Source, describe_input, open_sources, tokenizer_folder
+from megatron_sov.train.guards.gate import GateView
+from megatron_sov.train.objectives.objective import get_columns, get_formats
+from megatron_sov.train.stages.stage import Stage
+
+
+def add_reference(request: TrainingRequest, stage: Stage) -> Stage:
+    """Open judged responses, and score them by the reference if the method compares with one."""
+    config, options = request.config, request.options
+    assert isinstance(options, PreferOptions)
+    sources = tuple(open_sources(config.data.paths, config.model.vocab_size, get_formats(stage.objective)))
+    needed_columns = get_columns(stage.objective)
+    if DESIRABLE not in needed_columns:
+        _refuse_other_judgements(config, sources)
+    # single judged responses (kto) have no pairs that could be ranked
+    pairs = [s for s in sources if s.format == "preference" and DESIRABLE not in needed_columns]
+    other_model = None if options.reference is None else find_checkpoint(options.reference)
+    reference = None
+    if COLUMN in needed_columns:
+        reference = _open_reference(request, sources, pairs, other_model)
+    compute_logprobs = None if reference is None else reference.heldout_logprobs
+
+    def before(view: GateView) -> None:
+        if reference is not None:
+            reference.score_heldout(view)
+        measure_heldout_pairs(view, pairs, compute_logprobs)
+
+    def after(view: GateView) -> dict[str, Any]:
+        return {HELDOUT_PAIRS: measure_heldout_pairs(view, pairs, compute_logprobs)}
+
+    inputs = () if other_model is None else (describe_input(REFERENCE, other_model),)
+    return replace(stage, sources=sources if reference is None else reference.sources, before=before,
+                   after=after, besides=inputs)
+def _refuse_other_judgements(config: RunConfig, sources: Sequence[Source]) -> None:
+    """Raise `UserError` where pairs of a response and a mismatched one would be learned as preferences."""
+    method = config.preference.method
+    for source in sources:
+        if DESIRABLE in source.columns:
+            raise UserError(f"{source.artifact}: source {source.name!r} has single responses with the column "
+                            f"{DESIRABLE!r}, no pairs, and preference.method = {method} compares pairs; pass "
+                            "--method kto, or make pairs (`sov-data pairs`)")
+
+
+def _open_reference(request: TrainingRequest, sources: tuple[Source, ...], pairs: Sequence[Source],
+                    other_model: Path | None) -> Reference:
+    """Return the run's reference; if it is not the start of the run, with its log-probabilities."""
+    config, options = request.config, request.options
+    assert request.start is not None, f"--from is required, it is {options.start_from}"
+    folder = RunFolder(options.run)
+    reference = Reference(options.run, other_model or request.start, sources, config.data.max_seq_len(),
+                          {source.name: find_heldout_documents(source) for source in pairs})
+    if other_model is not None:
+        check_same_tokens(tokenizer_folder(list(sources)), other_model / "tokenizer")
+        folder.enter(config, options.resume)
+        if not options.dry_run:
+            reference.score_in_processes(other_model, config, options.nproc)
+    # a resumed run must compare with the same reference as before
+    elif latest_checkpoint(folder.checkpoints) is not None:
+        reference.refuse_changed()
+    return reference

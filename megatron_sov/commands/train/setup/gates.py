@@ -1,0 +1,86 @@
+"""Evaluations that a training command asks for: the forgetting gate, and benchmarks of exports.
+
+The evaluations are the optional part `bench`, which is imported only if a command asks for one.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.commands.shared_options import parse_task_names
+from megatron_sov.commands.train.setup.stage_options import GateOptions
+from megatron_sov.model.config import RunConfig, layout_settings
+
+if TYPE_CHECKING:
+    from megatron_sov.commands.train.forgetting_gate import ForgettingGate
+
+DEFAULT_TOLERANCE = 0.03
+
+
+def build_gate(options: GateOptions, config: RunConfig, start: Path | None) -> ForgettingGate | None:
+    """Return the gate of --gate, or None.
+
+    Args:
+        options: parsed options.
+        config: resolved settings, whose layout evaluates both models.
+        start: checkpoint or Hugging Face folder of the start.
+
+    Raises:
+        UserError: a mistake in the options of the gate.
+    """
+    if options.gate is None:
+        for option, value in (("--tolerance", options.tolerance), ("--gate-with", options.gate_with)):
+            if value is not None:
+                raise UserError(f"{option} {value}: is for --gate TASKS; add it, or leave this out")
+        return None
+    tasks = parse_task_names(options.gate)
+    if not tasks:
+        raise UserError(f"--gate {options.gate!r}: names no task; name some, separated by commas")
+    # a run from scratch has nothing to forget
+    if start is None:
+        raise UserError(f"--gate {options.gate}: compares with what the stage starts from; name it by --from")
+    try:
+        arguments = shlex.split(options.gate_with or "")
+    except ValueError as e:
+        raise UserError(f"--gate-with {options.gate_with}: is not a command line ({e}); close every "
+                        "quote") from None
+    from megatron_sov.commands.train.forgetting_gate import OWN, ForgettingGate  # optional: `bench`
+
+    if own := [word for word in arguments if word.partition("=")[0] in OWN]:
+        raise UserError(f"--gate-with {options.gate_with}: {own[0]} is the gate's own; leave it out")
+    tolerance = DEFAULT_TOLERANCE if options.tolerance is None else options.tolerance
+    layout = [word for setting in layout_settings(config) for word in ("--set", setting)]
+    ranks = [] if options.nproc is None else ["--nproc", str(options.nproc)]
+    gate = ForgettingGate(options.run, start, tuple(tasks), tolerance, (*layout, *ranks, *arguments))
+    # checked now: the gate's own command begins only when the run has ended
+    gate.check_arguments()
+    return gate
+
+
+def check_benchmarks(config: RunConfig) -> None:
+    """Check that the benchmarks of exports (`evaluate.background.tasks`) can be measured.
+
+    Raises:
+        UserError: lm-eval is not installed, a folder is missing, or no folder has a task.
+    """
+    if "lm" not in config.evaluate.background.tasks:
+        return
+    from megatron_sov.bench.lm.harness import require_harness  # optional: `bench` and lm-eval
+    from megatron_sov.bench.lm.settings import TaskSources
+    from megatron_sov.bench.lm.tasks import refuse_unknown
+
+    require_harness()
+    lm = config.evaluate.lm
+    for name, folders in (("task_dirs", lm.task_dirs), ("data_dir", (lm.data_dir,) if lm.data_dir else ())):
+        if missing := [folder for folder in folders if not Path(folder).is_dir()]:
+            raise UserError(f"evaluate.lm.{name} = {missing[0]}: is no folder; name one that is there before "
+                            "the run begins")
+    try:
+        refuse_unknown(lm.tasks, TaskSources(folders=tuple(map(Path, lm.task_dirs)),
+                                             allow_code=lm.allow_task_code,
+                                             allow_download=lm.allow_download))
+    except UserError as e:
+        raise UserError(f"evaluate.lm.tasks = {list(lm.tasks)}: {e}") from None

@@ -1,0 +1,259 @@
+"""Checks the arguments of a training command and resolves its settings, before torch is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_sov.base.errors import DryRun, Fix, UserError
+from megatron_sov.base.hints.lines import is_check
+from megatron_sov.base.settings import SettingsError
+from megatron_sov.commands.train.kinds import STAGE_KINDS
+from megatron_sov.commands.train.setup.data_defaults import complete_stage
+from megatron_sov.commands.train.setup.feasibility import refuse_unfit
+from megatron_sov.commands.train.setup.gates import build_gate, check_benchmarks
+from megatron_sov.commands.train.setup.packed_files import (
+    DataFile, FilePacking, find_files, fix_by_packing, list_packable_formats, warn_of_changed_files)
+from megatron_sov.commands.train.setup.stage_options import ExtendOptions, GateOptions, StageOptions
+from megatron_sov.commands.train.setup.starts import (
+    find_start, find_start_tokenizer, propose_recipe, read_matching_model, refuse_many_converters)
+from megatron_sov.model import recipes
+from megatron_sov.model.config import RunConfig, apply_settings, parse_data_paths, split_weight
+from megatron_sov.model.config.data import split_source_name
+from megatron_sov.model.process_memory import MemoryEstimate
+from megatron_sov.model.recipes.requested import BuiltIn, RecipeRequest, request_training
+from megatron_sov.model.recipes.stage_defaults import Stage
+from megatron_sov.plan.calibration.fitting import estimate_memory
+from megatron_sov.runs.checkpoints import find_tokenizer_folder
+from megatron_sov.runs.folder import CONFIG, RunFolder, read_command, read_started_settings
+from megatron_sov.runs.launch_environment import num_ranks, typed_command
+from megatron_sov.train.data.token_shards import Source, open_sources
+from megatron_sov.train.data.views import apply_data_phases
+from megatron_sov.train.guards.fault_injection import Fault, parse_faults
+
+if TYPE_CHECKING:
+    from megatron_sov.commands.train.forgetting_gate import ForgettingGate
+
+Complete = Callable[[RunConfig], RunConfig]
+
+
+@dataclass(frozen=True)
+class TrainingRequest:
+    """A training command with checked arguments: input of `training_run.run_training`."""
+
+    options: StageOptions
+    config: RunConfig
+    """Resolved settings."""
+    start: Path | None = None
+    """Checkpoint or Hugging Face folder to start from; None: initial weights."""
+    faults: tuple[Fault, ...] = ()
+    """Faults to inject."""
+    notes: tuple[str, ...] = ()
+    """Defaults that were chosen, with reasons."""
+    gate: ForgettingGate | None = None
+    """Judge of the last checkpoint."""
+    memory: MemoryEstimate | None = None
+    """Predicted memory per process; None of a complete run."""
+    completion: dict[str, Any] | None = None
+    """Manifest of a run that is complete already: nothing is left to check or train."""
+
+
+def check_training(options: StageOptions) -> TrainingRequest:
+    """Check the arguments of a command of `STAGE_KINDS`; write nothing."""
+    options = options.with_implied_settings()
+    return find_completed_run(options) or check_stage(options)
+
+
+def check_stage(options: StageOptions, *, num_prompts: int = 0, complete: Complete = lambda config: config
+                ) -> TrainingRequest:
+    """Check the arguments of a run that is not complete; `complete` adds settings that follow from others."""
+    options.check_paths()
+    kind = STAGE_KINDS[options.stage]
+    request = stage_request(options, kind.name, needs_data=kind.needs_data)
+    stage: Stage | None = None if kind.name == "lm" else kind.name
+    mixed = apply_data_phases(request.config(), request.base)
+    deciding_options: dict[str, Any] = {}
+    if hasattr(options, "validation"):
+        deciding_options["validation"] = options.validation
+    if formats := _check_shards(options, mixed):
+        deciding_options["data"] = formats
+    request.refuse_inert(mixed, **deciding_options)
+    if is_check() and options.data and not mixed.data.paths:  # the files are not packed for a check
+        if "train.global_batch_size" not in request.said:  # it would follow from the data
+            size = mixed.train.micro_batch_size * num_ranks(options.nproc)
+            mixed = apply_settings(mixed, [f"train.global_batch_size={size}"])
+        mixed.check(num_ranks(options.nproc))
+        raise DryRun
+    completed = complete_stage(request, mixed, stage, options.nproc, num_prompts)
+    config = complete(completed.config)
+    config.check(num_ranks(options.nproc))
+    refuse_unfit(request, config, stage, options.nproc, is_initial=options.start_from is None,
+                 dry_run=options.dry_run, num_prompts=num_prompts)
+    faults = parse_faults(options.inject, num_ranks(options.nproc))
+    start = None
+    if options.start_from is not None:
+        start = find_start(options.start_from)
+        refuse_many_converters(start, options.run)
+    if is_check():
+        RunFolder(options.run).check_available(options.resume)
+    check_benchmarks(config)
+    gate = build_gate(options, config, start) if isinstance(options, GateOptions) else None
+    options.check_settings(config)
+    return TrainingRequest(options, config, start, faults, completed.notes, gate,
+                           estimate_memory(config, num_ranks(options.nproc)))
+
+
+@dataclass(frozen=True)
+class ExtensionRequest:
+    """`megatron-sov extend` with checked arguments: input of `extend_run.run_extension`."""
+
+    options: ExtendOptions
+    request: RecipeRequest
+    """Requested settings, from which the stages are planned."""
+    faults: tuple[Fault, ...]
+
+
+def check_extension(options: ExtendOptions) -> ExtensionRequest:
+    if options.until is not None:
+        raise UserError(f"--until {options.until}: each of the stages counts its own steps; leave it out, "
+                        "and stop the command by Ctrl-C or SIGTERM")
+    request = stage_request(options, STAGE_KINDS[options.stage].name, lengthens=True)
+    return ExtensionRequest(options, request, parse_faults(options.inject, num_ranks(options.nproc)))
+
+
+def find_completed_run(options: StageOptions) -> TrainingRequest | None:
+    """Return the request for a run that is complete, or None. Data and start of a complete run may be gone.
+
+    The command must be the command that began the run, or `megatron-sov resume`, without changed settings and
+    without user code. Any other command may ask for more, and is checked as if the run continued.
+    """
+    folder = RunFolder(options.run)
+    completion = folder.completion() if options.resume else None
+    config = folder.config() if completion is not None else None
+    if completion is None or config is None or config.code or options.plugins:
+        return None
+    if config.objective.name != STAGE_KINDS[options.stage].name:
+        return None
+    # `megatron-sov resume` passes the run's own settings
+    own_config = {(options.run / CONFIG).absolute()}
+    is_resumed = options.recipe is None and {file.absolute() for file in options.configs} == own_config
+    try:
+        is_first_command = not options.configs and (
+            _drop_resume(typed_command() or ()) == _drop_resume(read_command(options.run).words))
+        if not (is_first_command or is_resumed) or apply_settings(config, options.settings) != config:
+            return None
+    except UserError:
+        return None
+    return TrainingRequest(options, config, completion=completion)
+
+
+def _drop_resume(words: Sequence[str]) -> list[str]:
+    return [word for word in words if word != "--resume"]
+
+
+def _check_shards(options: StageOptions, config: RunConfig) -> list[str]:
+    """Check the manifests of token shards and return the formats of the sources."""
+    if not config.data.paths:
+        return []
+    sources = open_sources(config.data.paths, config.model.vocab_size, None, warns=False,
+                           is_fixed=options.start_from is not None)
+    if config.objective.name == "sft":
+        check_chats(config, sources)
+    return sorted({source.format for source in sources})
+
+
+def check_chats(config: RunConfig, sources: list[Source]) -> None:
+    """Check that each term of supervised fine-tuning has data, and that all data have a term."""
+    chats = [s.name for s in sources if s.is_chat]
+    texts = [s.name for s in sources if not s.is_chat]
+    if not chats:
+        raise UserError(f"--data: none of the sources ({', '.join(texts)}) holds conversations; "
+                        "pack some with `sov-data pack --format chat`")
+    if texts and config.objective.text_coeff <= 0:
+        raise UserError(f"objective.text_coeff = {config.objective.text_coeff}, but --data holds text "
+                        f"({', '.join(texts)}) that only the text term learns; "
+                        "set objective.text_coeff (e.g. 0.1) or leave that data out")
+    if not texts and config.objective.text_coeff > 0:
+        raise UserError(f"objective.text_coeff = {config.objective.text_coeff} needs text beside the "
+                        "conversations; add --data with packed text")
+
+
+def stage_request(options: StageOptions, objective: BuiltIn, *, needs_data: bool = True,
+                  lengthens: bool = False) -> RecipeRequest:
+    """Return the requested settings with the data of --data, whose files are packed, and the architecture of
+    --from instead of the recipe's; see `request_training`."""
+    # paths are checked before the model is opened, which takes seconds
+    if objective == "lm" and options.start_from is not None and options.recipe is None and (
+            not options.configs):
+        propose_recipe(options.start_from)
+    packing = _plan_packing(options, objective)
+    shards = parse_data_paths([text for text in options.data if text not in packing.arguments])
+    request = request_training(options, objective, needs_data=needs_data, lengthens=lengthens,
+                               resumed=read_started_settings(options.run) if options.resume else None,
+                               of_model=options.model_settings(None if lengthens else objective))
+    base = request.base
+    if packing.files:
+        config = request.config()  # mistakes in the settings are named before anything is packed
+        is_length_set = any(key.startswith("data.phases") for key in request.said)
+        if request.is_model_only and is_length_set and (problems := config.position_problems()):
+            raise SettingsError(f"recipe {config.recipe}", problems)
+        # packing takes seconds, and `find_files` has read the first record of each file
+        packed = {} if is_check() else packing.pack()
+        paths = parse_data_paths([packed.get(text, text) for text in options.data
+                                  if packed or text not in packing.arguments])
+    elif shards:
+        paths = shards
+    else:
+        paths = {path: base.data.paths[path] for path in parse_data_paths(list(base.data.paths))}
+        warn_of_changed_files(options.run, paths)
+    base = dataclasses.replace(base, data=dataclasses.replace(base.data, paths=paths))
+    if options.start_from is not None and not request.is_model_only:
+        request.config()  # reports mistakes in the settings before torch is imported for the checkpoint
+        base = dataclasses.replace(base, model=read_matching_model(options.start_from, request))
+    return dataclasses.replace(request, base=base)
+
+
+def _plan_packing(options: StageOptions, objective: BuiltIn) -> FilePacking:
+    """Plan the packing of files in --data with the tokenizer of --from, or of packed data in --data."""
+    formats = list_packable_formats(objective)
+    files = find_files(options.data, options.run, formats, find_start_tokenizer(options.start_from))
+    if objective == "sft" and len(files) == len(options.data) and {file.format for file in files} == {"text"}:
+        raise UserError(f"--data {files[0].argument}: is plain text, which has no responses; `megatron-sov "
+                        "pretrain` learns from text, and chats have 'messages' or 'prompt' and 'completion'",
+                        Fix(command="pretrain"))
+    tokenizer = Path()
+    if files:
+        tokenizer = _find_packing_tokenizer(options, files[0])
+        RunFolder(options.run).check_available(options.resume)
+    return FilePacking(options.run, files, tokenizer, options.dry_run)
+
+
+def _find_packing_tokenizer(options: StageOptions, first: DataFile) -> Path:
+    """Return the folder of the tokenizer that packs the files of --data; `UserError` if there is none."""
+    if options.start_from is not None:
+        return find_tokenizer_folder(find_start(options.start_from))
+    folders = [Path(split_source_name(split_weight(text, "--data")[0])[1]) for text in options.data]
+    for folder in folders:
+        if folder.is_dir():
+            return folder / "tokenizer"
+    raise UserError(f"--data {first.argument}: is a file, and no --from names a model whose tokenizer could "
+                    "pack it; make a tokenizer by `sov-tokenizer train`, pack by `sov-data pack --tokenizer "
+                    f"DIR --input {shlex.quote(str(first.file))} --output SHARDS`, and pass --data SHARDS",
+                    _fix_without_tokenizer(options.recipe, first))
+
+
+def _fix_without_tokenizer(recipe: str | None, first: DataFile) -> Fix | None:
+    """Return the commands that train a tokenizer of the recipe's size on a file of --data, and pack the file.
+    """
+    if recipe not in recipes.names():
+        return None
+    size, name = recipes.get(recipe).model.vocab_size, f"{first.file.stem}-tokenizer"
+    fix = fix_by_packing(first.file, Path(name), ["--format", first.format])
+    learn = ["sov-tokenizer", "train", "--preset", "solar-open", "--vocab-size", str(size), "--input",
+             str(first.file), "--output", name]
+    pack = next(line for line in fix.before if line.startswith("sov-data")).replace(f"{name}-tokenizer", name)
+    return Fix(words=fix.words, before=(shlex.join(learn), pack))

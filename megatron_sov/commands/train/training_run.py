@@ -1,0 +1,113 @@
+"""Runs a training stage of any kind: converts the start, builds objective and stage, and trains."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_sov import convert
+from megatron_sov.base.artifacts import MANIFEST, translate_disk_errors, write_atomically
+from megatron_sov.base.command_line import import_reference
+from megatron_sov.base.errors import UserError
+from megatron_sov.commands.train.kinds import STAGE_KINDS, StageKind
+from megatron_sov.commands.train.setup.stage_options import FORGETTING_GATE, GateOptions
+from megatron_sov.commands.train.setup.training import TrainingRequest
+from megatron_sov.engine.parallel import launcher
+from megatron_sov.engine.parallel.device import get_gpu, on_gpu
+from megatron_sov.model.config import RunConfig
+from megatron_sov.model.objectives import Factory, get_factory
+from megatron_sov.model.pretrained import find_hub_name, is_hf_folder
+from megatron_sov.plan.calibration.fitting import refuse_on_this_node, refuse_too_large
+from megatron_sov.runs.folder import RunFolder
+from megatron_sov.runs.launch_environment import has_launcher, num_ranks
+from megatron_sov.train.stages.shared_copies import (
+    SEEN, SHARED, digest_files, digest_stats, find_copy, list_model_files)
+from megatron_sov.train.stages.stage import Stage, report_completion, run_stage
+from megatron_sov.work.progress.locks import critical_section
+
+FillStage = Callable[[TrainingRequest, Stage], Stage]
+
+
+def run_training(request: TrainingRequest, fill_stage: FillStage | None = None) -> None:
+    """Train a stage to its end.
+
+    Args:
+        request: checked arguments.
+        fill_stage: adds data, inputs and hooks of the kind of stage; None: `StageKind.fill_stage`.
+
+    Raises:
+        UserError: settings, data or folder do not allow the run.
+        StopRequested: the run was asked to stop, and everything is saved.
+        GateFailed: the gate of the stage did not pass.
+    """
+    options, folder = request.options, RunFolder(request.options.run)
+    if request.completion is not None:
+        has_gate = isinstance(options, GateOptions) and options.gate is not None
+        report_completion(folder, request.config, request.completion,
+                          FORGETTING_GATE if has_gate else None, dry_run=options.dry_run)
+        return
+    check_rank_memory(request.config)
+    request = convert_request_start(request)
+    kind, config = STAGE_KINDS[options.stage], request.config
+    stage = Stage(
+        config=config, folder=folder, objective=get_factory(config, load_objective(kind, config)),
+        start_from=request.start, resume=options.resume, end_gate=request.gate, faults=request.faults,
+        until=options.until, dry_run=options.dry_run, notes=request.notes, memory=request.memory)
+    if fill_stage is None and kind.fill_stage:
+        fill_stage = import_reference(kind.fill_stage)
+    run_stage(stage if fill_stage is None else fill_stage(request, stage), options.nproc)
+
+
+def load_objective(kind: StageKind, config: RunConfig) -> Factory:
+    """Import the objective class of a kind of stage."""
+    loaded: Any = import_reference(kind.objective)
+    factory: Factory = loaded(config) if kind.is_chosen_by_settings else loaded
+    return factory
+
+
+def check_rank_memory(config: RunConfig) -> None:
+    """Refuse a run too large for this process, if it is a rank of torchrun or Slurm; otherwise
+    `setup.feasibility` has checked the machine."""
+    if not has_launcher():
+        return
+    gpu = get_gpu() if on_gpu() else None
+    refuse_on_this_node(config, None, gpu)
+    if gpu is not None:
+        refuse_too_large(config, num_ranks(None), gpu)
+
+
+def convert_request_start(request: TrainingRequest) -> TrainingRequest:
+    """Return the request with a checkpoint instead of a Hugging Face folder; a dry run converts nothing."""
+    options = request.options
+    if request.start is None or options.dry_run:
+        return request
+    start = convert_start(request.start, options.run)
+    gate = None if request.gate is None else dataclasses.replace(request.gate, start=start)
+    return dataclasses.replace(request, start=start, gate=gate)
+
+
+def convert_start(start: Path, run: Path) -> Path:
+    """Return the checkpoint that a run starts from. Convert a Hugging Face folder unless a run in the same
+    parent folder has done so; `UserError` if the folder changes meanwhile."""
+    if not is_hf_folder(start):
+        return start
+    if (found := find_copy(start, run)) is not None:
+        return found
+    stamp, name = digest_stats(start), find_hub_name(start).replace("/", "--")[:100]
+    copy = run.parent / SHARED / f"{name}-{digest_files(list_model_files(start))}"
+    seen = copy.parent / SEEN / copy.name
+    with translate_disk_errors(seen):
+        seen.mkdir(parents=True, exist_ok=True)
+        with critical_section(seen):  # of two runs that begin at once the second finds the copy of the first
+            if not (copy / MANIFEST).is_file():
+                if code := launcher.run_in_fork(lambda: convert.from_hf(start, copy, redo=True)):
+                    raise SystemExit(code)
+                if digest_stats(start) != stamp:
+                    shutil.rmtree(copy)
+                    raise UserError(f"--from {start}: its files changed while they were converted; begin "
+                                    "again when they are complete")
+            write_atomically(seen / stamp, "")
+    return copy
