@@ -67,7 +67,7 @@ def measured_of(trainer: Any, batch: Any) -> dict[str, float]:
     documents = Picked(with_reference, [origin.segment.document for origin in origins])
     numbers = np.concatenate([with_reference.column("reference_logprobs", o.segment.document, 0, n)
                               for o, n in zip(origins, documents.lengths.tolist(), strict=True)])
-    source: Any = SimpleNamespace(name="pairs", num_tokens={"heldout": 1}, shard=lambda split: documents)
+    source: Any = SimpleNamespace(name="pairs", num_tokens={"heldout": 1}, open_split=lambda split: documents)
     asked = trainer.config.preference
     (found,) = preference.measure_pairs(
         [source], lambda d, chosen: preference.score_documents(trainer, d, chosen, 128, 2), 128, asked,

@@ -72,7 +72,7 @@ class Model:
 
     def run(self) -> None:
         places: dict[int, list[int]] = {}
-        while not (orders := self.clerk.orders(SLOTS - len(places), not places)).ends:
+        while not (orders := self.clerk.choose_changes(SLOTS - len(places), not places)).ends:
             assert len(places) + len(orders.joining) <= SLOTS
             for number in orders.leaving:
                 places.pop(number, None)
@@ -85,7 +85,7 @@ class Model:
             self.rows.acquire()
             news = [TokenEvent(number, answer.pop(0), -0.5, None if answer else STOP)
                     for number, answer in places.items()]
-            self.clerk.tell(news)
+            self.clerk.report_tokens(news)
             places = {number: answer for number, answer in places.items() if answer}
 
     def answer(self, joining: NewSequence) -> list[int]:

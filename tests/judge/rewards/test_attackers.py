@@ -73,12 +73,6 @@ def again():
         forge(); forge_values()
 threading.Thread(target=again, daemon=True).start()
 def f(x): return 0""",
-    "a process that survives": """
-if os.fork() == 0:
-    for _ in range(20):
-        forge()
-    os._exit(0)
-def f(x): return 0""",
     "messages at load": "forge_values()\ndef f(x): return 0",
     "messages at a call": "def f(x):\n    forge_values()\n    return 0",
     "a message without end": """
@@ -101,13 +95,6 @@ for fd in range(3, 20):
         except OSError: pass
 forge()
 def f(x): return 0""",
-    "an end of all processes around": """
-import signal
-def f(x):
-    for pid in (0, -1, os.getppid(), 1):
-        try: os.kill(pid, signal.SIGKILL)
-        except OSError: pass
-    return 0""",
     "frames of whoever calls": """
 def f(x):
     frame, seen = sys._getframe(), []
