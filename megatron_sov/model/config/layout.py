@@ -144,6 +144,10 @@ class ParallelConfig:
         nearest = self._nearest_sizes(model)
         problems = [replace(problem, fix=f"{problem.key}={nearest[problem.key]}")
                     if problem.key in nearest and not problem.fix else problem for problem in problems]
+        return problems + self._rank_problems(num_ranks)
+
+    def _rank_problems(self, num_ranks: int) -> list[SettingsProblem]:
+        problems = []
         # Dense layers and experts are laid out separately over the same processes.
         for names in (("tp", "pp", "cp"), ("etp", "ep", "pp")):
             size = math.prod(getattr(self, name) for name in names)
