@@ -1,11 +1,14 @@
 """`megatron-sov eval lm`."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from megatron_sov.base.settings import DeclaredCommand, Flag
 from megatron_sov.bench.lm.settings import Settings
+from megatron_sov.bench.lm.tasks import check_names
 from megatron_sov.commands.shared_options import TARGET_HELP
+from megatron_sov.runs.checkpoints import check_model_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,5 +23,10 @@ class EvalLmOptions:
     """Print the figures as JSON."""
 
 
-LM = DeclaredCommand(EvalLmOptions, lambda options: options,
-                     "megatron_sov.commands.evaluate.eval_lm_run:evaluate_tasks")
+def check_lm(options: EvalLmOptions) -> EvalLmOptions:
+    check_model_path(Path(options.target))
+    check_names([name for name in options.tasks.split(",") if name], options.settings.sources)
+    return options
+
+
+LM = DeclaredCommand(EvalLmOptions, check_lm, "megatron_sov.commands.evaluate.eval_lm_run:evaluate_tasks")

@@ -45,7 +45,7 @@ def print_budget(options: PlanOptions, requests: dict[str, RecipeRequest]) -> No
     """Print the tokens that each recipe reaches within --days and --budget."""
     assert options.cluster is not None
     where = machines(options.cluster, options.nodes)
-    parameters = options.parameters and read_parameters(options.parameters)
+    parameters = None if options.parameters is None else read_parameters(options.parameters)
     rows = budget_rows(requests, where, options.days, options.budget, parameters)
     if options.json:
         print(format_json({"cluster": options.cluster, "nodes": where.nodes, "gpus": where.num_ranks,
@@ -72,7 +72,7 @@ def _print_schedule(options: PlanOptions, request: RecipeRequest) -> None:
 def _print_on_cluster(options: PlanOptions, cluster: str, request: RecipeRequest) -> None:
     """Print layout, memory, speed, days and cost on a cluster."""
     where = machines(cluster, options.nodes)
-    parameters = options.parameters and read_parameters(options.parameters)
+    parameters = None if options.parameters is None else read_parameters(options.parameters)
     plan = (searched(request, where, _list_recipe_words(options), parameters) if options.sweep
             else placed(request, where, parameters))
     data_lines = _describe_data(options, plan.config)
