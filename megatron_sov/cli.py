@@ -7,16 +7,17 @@ chosen command's module is imported, and none imports torch before its arguments
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from functools import partial
 from typing import Any
 
 from megatron_sov.base.command_line import (
-    HelpFormatter, Parser, append_examples, build_program_parser, find_check, format_command_list,
-    format_version, import_commands, run_to_exit_code)
-from megatron_sov.base.errors import ExitCode, UserError
-from megatron_sov.base.hints.commands import command_comes_first, unknown_command
+    HelpFormatter, Parser, append_examples, build_program_parser, check_arguments, find_check,
+    format_command_list, format_version, import_commands, run_to_exit_code)
+from megatron_sov.base.errors import ExitCode, Fix, UserError
+from megatron_sov.base.hints.commands import command_comes_first, unknown_command, unwrap_launcher
 from megatron_sov.base.hints.lines import propose_line
 from megatron_sov.base.hints.removed import check_command
 from megatron_sov.commands import COMMANDS
@@ -81,7 +82,7 @@ def run_command(argv: list[str], began_s: float) -> int:
     try:
         return _run_once(argv)
     except UserError as e:
-        if e.fix is None or has_launcher():
+        if has_launcher():
             raise
         check = partial(_run_once, only_checks=True)
         raise propose_line(PROGRAM, argv, e, check, find_check) from None
@@ -90,7 +91,7 @@ def run_command(argv: list[str], began_s: float) -> int:
 
 
 def _run_once(argv: list[str], only_checks: bool = False) -> int:
-    """Run a command line as it was typed; `only_checks`: by --dry-run, or only parse it."""
+    """Run a command line as it was typed; `only_checks`: see `check_arguments`."""
     if argv[:1] == ["help"] and len(argv) > 1:
         argv = [*argv[1:], "--help"]
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -98,6 +99,9 @@ def _run_once(argv: list[str], only_checks: bool = False) -> int:
         return ExitCode.OK if argv else ExitCode.USER_ERROR
     if argv[0].startswith("-") and argv[0] not in ("--version",):
         raise command_comes_first(PROGRAM, argv, COMMANDS)
+    if (meant := unwrap_launcher(argv)) is not None:
+        raise UserError(f"{PROGRAM} {argv[0]}: starts another program; {PROGRAM} starts its processes itself",
+                        Fix(f"{PROGRAM} {shlex.join(meant)}"))
     name, rest = split_command(argv)
     if name == "--version":
         print(format_version(PROGRAM))
@@ -117,11 +121,9 @@ def _run_once(argv: list[str], only_checks: bool = False) -> int:
         heading = f"{name} COMMAND, each with a --help of its own"
         listed = format_command_list(children, dict.fromkeys(children, heading))
         sub.epilog = "\n\n".join(filter(None, (listed, sub.epilog)))
-    sub.set_defaults(only_checks=only_checks)
-    if only_checks and "--dry-run" in sub._option_string_actions:
-        rest = [*(word for word in rest if word != "--dry-run"), "--dry-run"]
     args = sub.parse_args(rest)
-    if only_checks and "--dry-run" not in rest:
+    if only_checks:
+        check_arguments(args, module)
         return ExitCode.OK
     export_command(argv)
     return int(module.run(args))

@@ -147,7 +147,9 @@ def parse_part(argument: str) -> MixPart:
     except ValueError:
         weight = 0.0
     if not 0 < weight < float("inf"):
-        raise UserError(f"{argument!r}: the weight {tail!r} must be a positive number, e.g. {head}:0.5")
+        is_percent = tail[:-1].isdecimal() and tail.endswith("%")
+        raise UserError(f"{argument!r}: the weight {tail!r} must be a positive number, e.g. {head}:0.5",
+                        Fix(words={argument: f"{head}:{int(tail[:-1]) / 100:g}"}) if is_percent else None)
     return MixPart(Path(head), weight)
 
 

@@ -18,6 +18,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -182,6 +183,26 @@ def run(typed: argparse.Namespace) -> int:
     pack(args.tokenizer, parse_sources(args.input), args.output, settings, workers=args.workers,
          overwrite=args.overwrite)
     return 0
+
+
+def check_proposal(args: PackOptions) -> None:
+    """Check the options and the first record of each source, for proposed lines."""
+    tag_fields, _ = parse_tags(args.tags)
+    reading = RecordReading(args.format, args.text_field, args.max_document_bytes, args.columns,
+                            args.bucket_by or "", tag_fields, parse_renames(args.renames), args.lines)
+    for source in parse_sources(args.input):
+        units = _units_of(source.path, False)
+        items = (item for unit in islice(units, 1) for span in unit for item in read_span(span, reading))
+        first = next((item for item in items if getattr(item, "code", "") != "empty"), None)
+        if isinstance(first, BadRecord) and args.on_bad == "refuse":
+            raise UserError(f"{source.path}: {first.reason}", _fix_record(first, args.format))
+
+
+def _fix_record(fault: BadRecord | None, kind: str) -> Fix | None:
+    if fault is None or not fault.options:
+        return None
+    # --columns names fields of records of a format
+    return Fix(options=(*(("--format", kind) * (fault.options[0] == "--columns")), *fault.options))
 
 
 def parse_sources(arguments: Sequence[str]) -> list[PackSource]:
@@ -395,7 +416,9 @@ def _refusal(source: EncodedSource, work: Path, dtype: str, reading: RecordReadi
     place = row["file"] if row["line"] is None else f"{row['file']}:{row['line']}"
     items = (item for unit, _ in source.units for span in unit for item in read_span(span, reading))
     first = next((item for item in items if isinstance(item, BadRecord) and item.code != "empty"), None)
-    fix = Fix(options=first.options) if first is not None and first.options else None
+    fix = _fix_record(first, reading.kind or "text")
+    if fix is None and row["code"] == "json":  # the other lines can be packed
+        fix = Fix(options=("--on-bad", "quarantine"))
     return UserError(f"{place}: {row['reason']}; or list such records and go on: --on-bad quarantine", fix)
 
 

@@ -16,13 +16,14 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_sov.base.errors import (
     DryRun, ExitCode, Fix, GateFailed, StopRequested, UserError, escape_controls, to_exit_code)
-from megatron_sov.base.hints.commands import unknown_command
-from megatron_sov.base.hints.lines import is_placeholder, join_sentences, mend_line, propose_line
+from megatron_sov.base.hints.commands import find_action, unknown_command
+from megatron_sov.base.hints.lines import is_placeholder, propose_line
 from megatron_sov.base.hints.missing import missing_words, text_option
 from megatron_sov.base.hints.removed import check_command
 from megatron_sov.base.hints.words import check_words
@@ -30,8 +31,6 @@ from megatron_sov.version import __version__
 
 PROGRAMS = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
 """Program -> module with `build_parser` and `main`."""
-MAX_PROPOSALS = 4
-"""Rounds in which a command line is parsed and corrected before the proposal."""
 MAX_PATH_CHARS = 300
 """Maximum characters of a path in a message; file systems allow paths longer than a screen."""
 
@@ -80,10 +79,11 @@ class Parser(argparse.ArgumentParser):
         """Check a value against the choices, except settings, which `read_options` checks."""
         if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
             typed = list(self._typed)
-            if typed[0].startswith("-"):
+            if typed[0].startswith("-") and not find_action(self.prog, typed):
                 raise UserError(f"{self.prog}: an action comes before the options: "
                                 f"{', '.join(action.choices)} (`{self.prog} ACTION --help` shows more)")
-            raise unknown_command(self.prog, value, list(action.choices), typed[typed.index(value) + 1:])
+            start = 0 if typed[0].startswith("-") else typed.index(value)
+            raise unknown_command(self.prog, typed[start], list(action.choices), typed[start + 1:])
         if not getattr(action, "is_setting", False):
             super()._check_value(action, value)
 
@@ -101,38 +101,11 @@ class Parser(argparse.ArgumentParser):
         """Parse the command line.
 
         Raises:
-            UserError: lists unknown words (`check_words`) and further mistakes found by parsing the corrected
-                line, and proposes the corrected line.
+            UserError: the first mistake, with the corrected line; it names all unknown words
+                (`check_words`).
         """
-        typed = list(sys.argv[1:] if args is None else args)
-        sentences: list[str] = []
-        for _ in range(MAX_PROPOSALS):
-            try:
-                parsed = self._parse_once(typed, namespace)
-            except UserError as e:
-                sentences.append(e.sentence)
-                if e.fix is None and len(sentences) > 1:
-                    break  # keep the line as corrected by the earlier fixes
-                words = shlex.split(e.fix.line) if e.fix else []
-                program = self.prog.split()
-                is_same_command = words[:len(program)] == program and self._has_action(words[len(program):])
-                # no fix, several lines to choose from, or a line of another program or command
-                if not is_same_command or (e.fix and "\n" in e.fix.line):
-                    raise UserError(join_sentences(sentences), e.fix) from None
-                if words[len(program):] == typed:
-                    break
-                typed = words[len(program):]
-            else:
-                if not sentences:
-                    return parsed
-                if wrong := _find_wrong_values(parsed):
-                    sentences.append(wrong.sentence)
-                    typed = self._mend_values(typed, wrong)
-                break
-        raise UserError(join_sentences(sentences), Fix(f"{self.prog} {shlex.join(typed)}".rstrip()))
-
-    def _parse_once(self, typed: Sequence[str], namespace: Any) -> argparse.Namespace:
-        parsed, rest = self.parse_known_args(self._update_words(typed), namespace)
+        parsed, rest = self.parse_known_args(self._update_words(list(sys.argv[1:] if args is None else args)),
+                                             namespace)
         if not rest:
             return parsed
         # an unquoted `--set a.b=1 c.d=2`: the second word has no option
@@ -154,18 +127,6 @@ class Parser(argparse.ArgumentParser):
                             Fix(f"{self.prog} {shlex.join(remaining)}".rstrip()))
         self.error(f"{shlex.join(rest)}: nothing takes this")
 
-    def _has_action(self, typed: Sequence[str]) -> bool:
-        """Return whether the first word is an action; True for parsers without actions."""
-        actions = next((a for a in self._actions if isinstance(a, argparse._SubParsersAction)), None)
-        return actions is None or not typed or typed[0].startswith("-") or typed[0] in actions.choices
-
-    def _mend_values(self, typed: Sequence[str], error: UserError) -> list[str]:
-        """Return a proposed line's words after the fix for wrong values."""
-        program, *command = self.prog.split()
-        mended = mend_line(program, [*command, *typed], error.fix) if error.fix else None
-        is_same = mended is not None and mended[:len(command)] == command
-        return mended[len(command):] if mended is not None and is_same else list(typed)
-
     def _update_words(self, typed: Sequence[str]) -> Sequence[str]:
         """Replace outdated words; a program or a group of commands leaves them to the command's own
         parser."""
@@ -174,31 +135,50 @@ class Parser(argparse.ArgumentParser):
         return check_words(self, typed)
 
 
-def _find_wrong_values(parsed: argparse.Namespace) -> UserError | None:
-    """Return the error about rejected option values in a proposed line; placeholders for missing values are
-    not rejected."""
-    # not at the top: `base.settings` imports this module
-    from megatron_sov.base.settings import SettingsError, read_options
+def check_arguments(parsed: argparse.Namespace, command: Any) -> None:
+    """Check parsed arguments as far as it takes no work: by a dry run, or by the options' own rules and the
+    checks of a `DeclaredCommand` or of a command's `check_proposal(options)`.
+
+    Raises:
+        UserError: a fault; values that stand for what nobody typed have none.
+    """
+    from megatron_sov.base.settings import DeclaredCommand, SettingsError, read_options
 
     try:
-        if options_class := getattr(parsed, "options_class", None):
-            read_options(options_class, parsed)
+        options_class = getattr(parsed, "options_class", None)
+        if options_class is None:
+            return
+        options = read_options(options_class, parsed)
+        action = getattr(command, "ACTIONS", {}).get(getattr(parsed, "action", ""), command)
+        action = action.load() if isinstance(action, Command) else action
+        if isinstance(action, DeclaredCommand) and action.run_function:  # else the check does the work
+            action.check(options)
+        elif hasattr(options_class, "dry_run"):
+            parsed.dry_run = True
+            command.run(parsed)
+        elif check := getattr(action, "check_proposal", None):
+            check(options)
     except SettingsError as e:
-        problems = [problem for problem in e.problems if not is_placeholder(str(problem.value))]
-        return SettingsError(e.where, problems) if problems else None
-    except UserError as e:
-        return e
-    except DryRun:  # --dry-run: every value is right
-        return None
-    return None
+        # some commands take --dry-run with other options alone
+        problems = [problem for problem in e.problems
+                    if not is_placeholder(str(problem.value)) and problem.key != "--dry-run"]
+        if problems:
+            raise SettingsError(e.where, problems) from None
 
 
 def find_check(program: str) -> Callable[[list[str]], object] | None:
     """Return the function that parses command lines for a program; None: not in `PROGRAMS`."""
     if program not in PROGRAMS:
         return None
-    parser: Parser = importlib.import_module(PROGRAMS[program]).build_parser()
-    return parser.parse_args
+    module = importlib.import_module(PROGRAMS[program])
+    return partial(_check_line, module.build_parser(), module.COMMANDS)
+
+
+def _check_line(parser: Parser, commands: Mapping[str, Command], line: list[str]) -> None:
+    """Check a command line of `sov-data` or `sov-tokenizer`."""
+    check_command(parser.prog, line)
+    parsed = parser.parse_args(line)
+    check_arguments(parsed, commands[parsed.command].load())
 
 
 def _parse_path(text: str) -> Path:
@@ -356,14 +336,13 @@ def build_program_parser(program: str, description: str, commands: Mapping[str, 
 def run_program(parser: Parser, commands: Mapping[str, Command], argv: Sequence[str] | None) -> int:
     def action() -> int:
         typed = list(sys.argv[1:] if argv is None else argv)
-        check_command(parser.prog, typed)
         try:
+            check_command(parser.prog, typed)
             args = parser.parse_args(typed)
             return int(commands[args.command].load().run(args))
         except UserError as e:
-            if e.fix is None:
-                raise
-            raise propose_line(parser.prog, typed, e, parser.parse_args, find_check) from None
+            check = partial(_check_line, parser, commands)
+            raise propose_line(parser.prog, typed, e, check, find_check) from None
 
     return run_to_exit_code(action)
 

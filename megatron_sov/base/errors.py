@@ -10,13 +10,18 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 MIN_SIMILARITY = 0.65
 """Lowest `SequenceMatcher.ratio` for a suggestion; below, words are unrelated (days and data)."""
 MIN_MISSPELT = 3
-"""Minimum letters in a name that may be misspelt."""
+"""Letters of a name that may be a misspelt one."""
+MAX_ROW_PROBLEMS = 10
+"""Different problems of rows that a message lists."""
+MAX_PLACES = 3
+"""Rows that are named for each of them."""
 _PRINTED_CONTROLS = {"\n", "\t"}
 _ESCAPES = {code: repr(chr(code))[1:-1] for code in (
     *range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
@@ -97,11 +102,13 @@ class Fix:
     options: tuple[str, ...] = ()
     """Options and values to add or replace: `("--set", "train.epochs=3")`."""
     left_out: tuple[str, ...] = ()
-    """Typed words to remove."""
+    """Typed words to remove, and options with their values: `"--set a.b=1"`."""
     words: Mapping[str, str] = field(default_factory=dict)
     """Typed word, or path inside a word -> replacement."""
     before: tuple[str, ...] = ()
     """Commands to run first."""
+    stand_ins: Mapping[str, str] = field(default_factory=dict)
+    """Faulty word without a known replacement -> sound word with which checks find further faults."""
 
 
 class UserError(Exception):
@@ -118,10 +125,17 @@ class UserError(Exception):
     recipe 'tiny-qwen'
     """
 
-    def __init__(self, sentence: str = "", fix: Fix | None = None) -> None:
-        """Create the message: `sentence`, followed by `fix.line` if the fix is a whole line."""
+    def __init__(self, sentence: str = "", fix: Fix | None = None, left: str = "") -> None:
+        """Create the message.
+
+        Args:
+            sentence: begins the message.
+            fix: if it is a whole line, its line follows the sentence.
+            left: fault that the line still has.
+        """
         self.sentence, self.fix = sentence, fix
-        super().__init__(f"{sentence}; write\n  {fix.line}" if fix and fix.line else sentence)
+        line = f"; write\n  {fix.line}" if fix and fix.line else ""
+        super().__init__(f"{sentence}{line}" + (f"\nthis line still has a fault: {left}" if left else ""))
 
 
 class DryRun(Exception):
@@ -154,6 +168,26 @@ def format_problems(subject: str, problems: Sequence[str], remedy: str = "") -> 
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     return "\n".join([f"{subject}: {count}{remedy and f'; {remedy}'}",
                       *(f"  {problem}" for problem in problems)])
+
+
+class RowProblems(dict[str, list[str]]):
+    """Problem of rows -> the rows, e.g. "line 3"; rows with the same problem become one line."""
+
+    def add(self, place: str, problem: str) -> None:
+        self.setdefault(problem, []).append(place)
+
+    def format(self, subject: str, remedy: str) -> str:
+        """Format all problems as `format_problems` does."""
+        count = sum(map(len, self.values()))
+        lines = [f"{subject}: {count:,} bad row{'s' if count > 1 else ''}; {remedy}"]
+        for problem, places in islice(self.items(), MAX_ROW_PROBLEMS):
+            more = f" and {len(places) - MAX_PLACES:,} more" if len(places) > MAX_PLACES else ""
+            named = ", ".join(places[:MAX_PLACES])
+            if len(places) > 1:  # "line 1, line 2" is "lines 1, 2"
+                named = re.sub(r"\Aline ", "lines ", named).replace(", line ", ", ")
+            lines.append(f"  {named}{more}: {problem}")
+        left = len(self) - MAX_ROW_PROBLEMS
+        return "\n".join([*lines, *([f"  and {left:,} other problems"] if left > 0 else [])])
 
 
 def suggest_name(name: str, known: Iterable[str], prefix: str = "") -> str:
@@ -240,8 +274,10 @@ def fix_missing(path: str | os.PathLike[str], *, is_bare: bool = False, is_data:
     folder, name = os.path.split(text)
     is_long = len(name) >= MIN_MISSPELT
     names = os.listdir(folder or ".") if is_long and os.path.isdir(folder or ".") else []
-    neighbours = (other for other in names if other != name and not other.startswith("."))
-    if spelling := find_spelling(name, neighbours):
+    neighbours = [other for other in names if other != name and not other.startswith(".")]
+    # chats -> chats.jsonl
+    same_stem = [other for other in neighbours if is_data and other.partition(".")[0] == name]
+    if spelling := (same_stem[0] if len(same_stem) == 1 else find_spelling(name, neighbours)):
         return Fix(words={text: os.path.join(folder, spelling)})
     hint = suggest_dataset_download(text) if is_data else suggest_download(text, is_bare)
     if not hint:

@@ -19,11 +19,11 @@ from megatron_sov.base.digests import SHA256, Digest
 from megatron_sov.base.documents import BadRecord, Conversation
 from megatron_sov.base.documents.accounting import RecordAccount
 from megatron_sov.base.documents.files import ARROW_SUFFIXES, JSON_SUFFIX, PARQUET_SUFFIX
-from megatron_sov.base.documents.layouts import Renames, rename_fields
+from megatron_sov.base.documents.layouts import Renames, propose_field, rename_fields
 from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.documents.records import RecordReading, parse_record
 from megatron_sov.base.documents.rows import check_rows, read_rows
-from megatron_sov.base.errors import UserError, format_problems, warn
+from megatron_sov.base.errors import Fix, RowProblems, UserError, warn
 from megatron_sov.base.sealed import read_sealed_json, write_sealed_json
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.rollouts.rows import format_part_name
@@ -36,10 +36,8 @@ OPTION = "--prompts"
 TARGET = "target_tokens"
 """Field in a prompt's record with the requested response length in tokens."""
 HASH_DIGITS, STREAM_DIGITS = 16, 15
-"""Hexadecimal digits in ids of prompts and settings, and in random streams: 60 bits fit an engine's int64 and
-differ for all responses in a run."""
-MAX_LISTED = 10
-"""Bad prompts that a `UserError` names."""
+"""Hexadecimal digits of the ids of prompts and settings, and of random streams: 60 bits fit an engine's int64
+and differ for all responses of a run."""
 _FURTHER = 1
 """Entropy for the order of further prompts, in addition to seed and round."""
 
@@ -211,21 +209,23 @@ def read_prompts(path: Path, renames: Renames = (), option: str = OPTION, *, is_
     Raises:
         UserError: the file cannot be read, has no rows, or bad rows, of which the first are named.
     """
-    problems: list[str] = []
-    prompts = PromptList.from_prompts(_iter_prompts(path, renames, option, is_asked, problems), option)
+    problems, columns = RowProblems(), list[str]()
+    found = _iter_prompts(path, renames, option, is_asked, problems, columns)
+    prompts = PromptList.from_prompts(found, option)
     if problems:
-        more = [f"and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
-        raise UserError(format_problems(f"{option} {path}", [*problems[:MAX_LISTED], *more],
-                                      "correct or remove these rows"))
+        is_renamed = bool(columns) and not len(prompts)  # else other rows have the fields
+        remedy = f"pass --columns {columns[0]}" if is_renamed else "correct or remove these rows"
+        raise UserError(problems.format(f"{option} {path}", remedy),
+                        Fix(options=("--columns", columns[0])) if is_renamed else None)
     if not prompts:
         raise UserError(f"{option} {path}: has no rows")
     return prompts
 
 
-def _iter_prompts(path: Path, renames: Renames, option: str, is_asked: bool, problems: list[str]
-                  ) -> Iterator[RolloutPrompt]:
-    """Yield the valid rows in a file, repetitions included, and append problems of invalid rows to
-    `problems`."""
+def _iter_prompts(path: Path, renames: Renames, option: str, is_asked: bool, problems: RowProblems,
+                  columns: list[str]) -> Iterator[RolloutPrompt]:
+    """Yield the valid rows, repetitions included; append the others to `problems`, and values of
+    --columns with which a row may be a prompt to `columns`."""
     unread: dict[str, None] = {}
     for place, record in _iter_records(path, renames, option):
         try:
@@ -238,15 +238,26 @@ def _iter_prompts(path: Path, renames: Renames, option: str, is_asked: bool, pro
                 # Checked while the row is in memory, so that a million rows are parsed once.
                 unread |= dict.fromkeys(name for m in prompt.conversation().messages for name in m.unread)
         except UnicodeEncodeError:
-            problems.append(f"{place}: holds half of a surrogate pair, which is not valid text")
+            problems.add(place, "holds half of a surrogate pair, which is not valid text")
         except BadRecord as e:
-            problems.append(f"{place}: {e}")
-        except (TypeError, ValueError) as e:  # from a table: a date, bytes, NaN
-            problems.append(f"{place}: holds a value that JSON cannot hold ({e})")
+            problems.add(place, e.reason.partition("; name yours with")[0])
+            columns += _propose_columns(record, e, renames)
+        except (TypeError, ValueError) as e:  # of a table: a date, bytes, NaN
+            problems.add(place, f"holds a value that JSON cannot hold ({e})")
         else:
             yield prompt
     if unread:
         _warn_once(option, f"{path}: does not read {', '.join([*unread][:8])} (fields of messages)")
+
+
+def _propose_columns(record: Mapping[str, Any], fault: BadRecord, renames: Renames) -> list[str]:
+    """Return a value of --columns that names the prompt of a row and its answer, if the row shows them."""
+    proposed = fault.options[-1] if fault.options[:1] == ("--columns",) and not renames else ""
+    if not proposed or "FIELD" in proposed:
+        return []
+    others = {name: value for name, value in record.items() if name != proposed.partition("=")[2]}
+    answer = "" if "answer" in record else propose_field(others, "answer")
+    return [f"{proposed},answer={answer}" if answer else proposed]
 
 
 def _iter_records(path: Path, renames: Renames, option: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -26,12 +26,11 @@ from aiohttp.http_exceptions import HttpProcessingError
 from megatron_sov.base.artifacts import write_output
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.pages.page import render_chat
-from megatron_sov.infer.engine import PRECISION_KEY
 from megatron_sov.infer.engines.live_generation import generate_live
 from megatron_sov.infer.engines.load import LoadedModel, run_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.infer.engines.transformers_engine import check_cache_support, load_configured_hf
-from megatron_sov.runs.launch_environment import is_first_rank, num_ranks
+from megatron_sov.runs.launch_environment import is_first_rank
 from megatron_sov.serve.bodies import (
     BodyReader, RefusedRequest, ServedQuestion, chat_question, completion_question)
 from megatron_sov.serve.replies import DONE, ServedReply, event
@@ -282,8 +281,6 @@ def serve(target: Target, settings: ServeSettings, layout: Sequence[str], nproc:
         UserError: the model, its tokenizer or the address cannot be used.
         SystemExit: a process failed, after it has said why.
     """
-    if target.is_hf:
-        _refuse_layout(target, layout, nproc)
     parent = Parent(settings.parent_pid)
     longest = _longest(target, settings)
     reader = BodyReader(target, longest)
@@ -312,17 +309,6 @@ def serve(target: Target, settings: ServeSettings, layout: Sequence[str], nproc:
     check_cache_support(model.config, "serve a checkpoint that `megatron-sov convert from-hf` makes of it")
     with office() as clerk:
         continue_transformers(model, settings.batching, longest, clerk)
-
-
-def _refuse_layout(target: Target, layout: Sequence[str], nproc: int | None) -> None:
-    """Raise `UserError` for processes and settings of our own decoder, which does not run Hugging Face
-    folders."""
-    given = [f"--nproc {nproc}"] if nproc is not None else []
-    given += [f"--set {setting}" for setting in layout if setting.partition("=")[0] != PRECISION_KEY]
-    if given or num_ranks(nproc) > 1:
-        said = ", ".join(given) or "several processes"
-        raise UserError(f"{said}: {target.path} is a Hugging Face folder, which transformers runs in one "
-                        "process; serve a checkpoint that `megatron-sov convert from-hf` makes of it")
 
 
 @contextlib.contextmanager

@@ -117,7 +117,7 @@ def test_rows_of_which_none_has_a_reward_are_written_and_the_command_fails(
         "line 4: has no 'response'", "line 5: is not JSON"]),
     (b'{"response": "a", "x": NaN}\n', ["line 1: is not JSON (NaN is not JSON)"]),
     (b'{"response": "\xff"}\n', ["line 1: is not UTF-8"]), (b"[" * 100_000, ["line 1: is nested too deeply"]),
-    (b"x\n" * 12, ["line 10: is not JSON", "and 2 more"]), (b"\n\n", ["has no rows"]),
+    (b"x\n" * 12, ["lines 1, 2, 3 and 9 more: is not JSON"]), (b"\n\n", ["has no rows"]),
     (b'{"response": "a", "n": ' + b"9" * 5000 + b"}\n", ["line 1: is not JSON"]),
     (b'{"response": "a", "n": 1e999}\n', ["line 1: is not JSON (1e999 is more than a float holds)"]),
     (b'{"response": "a", "n": ' + b"[" * 900 + b"]" * 900 + b"}\n", ["line 1: is nested more than 64"]),

@@ -91,7 +91,7 @@ def test_what_json_does_not_hold_is_named_by_row(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table({"prompt": ["a", "b"], "raw": [b"\0", b"\1"]}), tmp_path / "bytes.parquet")
-    with pytest.raises(UserError, match=r"(?s)--prompts .*bytes.parquet:1: holds a value that .*:2: "):
+    with pytest.raises(UserError, match=r"(?s)--prompts .*bytes.parquet:1, .*:2: holds a value that "):
         read_prompts(tmp_path / "bytes.parquet")
     with pytest.raises(UserError, match=r"--prompts .*nowhere"):
         read_prompts(tmp_path / "nowhere")
@@ -153,7 +153,7 @@ def test_prompts_are_read_where_they_are_asked_for_and_go_to_other_processes() -
 def test_what_nobody_can_be_asked_is_named(tmp_path: Path) -> None:
     path = file_with(tmp_path / "p.jsonl", '{"prompt": "a"}', '{"task": "a"}', '{"prompt": 3}',
                      '{"prompt": "a", "messages": []}')
-    with pytest.raises(UserError, match=r"(?s)3 problems.*line 2: has no 'prompt'.*line 3: .*"
+    with pytest.raises(UserError, match=r"(?s)3 bad rows.*line 2: has no 'prompt'.*line 3: .*"
                                         r"line 4: has 'prompt' and 'messages'"):
         read_prompts(path, is_asked=True)
     assert len(read_prompts(path)) == 4  # as tasks of an environment

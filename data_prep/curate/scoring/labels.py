@@ -15,14 +15,13 @@ from typing import Any, Literal
 import numpy as np
 
 from data_prep.json_lines import read_objects
-from megatron_sov.base.errors import UserError, format_problems
+from megatron_sov.base.errors import RowProblems, UserError
 
 Kind = Literal["classifier", "regressor"]
 KINDS: tuple[Kind, ...] = ("classifier", "regressor")
 HIGHEST: dict[Kind, int] = {"classifier": 1, "regressor": 5}
 """Kind -> the highest label; the lowest one is 0."""
 MIN_LABELS, MIN_PER_CLASS = 50, 10
-MAX_PROBLEMS = 20
 _LANGUAGE = re.compile(r"[A-Za-z]{2,8}(?:[-_][A-Za-z0-9]{1,8}){0,3}")
 HELD_OUT, CALIBRATION = 0.1, 0.1
 """Shares of the labels of each class that judge the scorer, and that choose and calibrate it."""
@@ -63,16 +62,13 @@ def read_labels(file: Path, kind: Kind, max_chars: int, *, least: int = 1) -> tu
         least: labels that have to be there.
 
     Raises:
-        UserError: lines that are no labels (all of them, up to 20), or too few.
+        UserError: lines that are no labels, or too few.
     """
     found: dict[bytes, Label] = {}
-    problems: list[str] = []
-    num_again = 0
+    problems, num_again = RowProblems(), 0
     for where, record in read_objects(file):
         if problem := _problem(record, kind):
-            problems.append(f"{where}: {problem}")
-            if len(problems) == MAX_PROBLEMS:
-                break
+            problems.add(where, problem)
             continue
         text = record["text"][:max_chars]
         key = _key(text)
@@ -81,7 +77,7 @@ def read_labels(file: Path, kind: Kind, max_chars: int, *, least: int = 1) -> tu
         else:
             found[key] = Label(text, float(record["label"]), record.get("language") or "")
     if problems:
-        raise UserError(format_problems(str(file), problems, "mend these lines or remove them"))
+        raise UserError(problems.format(str(file), "correct or remove these lines"))
     labels = list(found.values())
     if len(labels) < least:
         raise UserError(f"{file}: has {len(labels)} labelled texts that differ; at least {least} are needed")
@@ -138,7 +134,8 @@ def _problem(record: dict[str, Any], kind: Kind) -> str:
     if "label" not in record:
         return "has no field 'label'"
     if isinstance(label, bool) or not isinstance(label, (int, float)) or label != label:
-        return f"label = {label!r:.40} must be a number"
+        scale = "0 (bad) or 1 (good)" if kind == "classifier" else f"from 0 to {HIGHEST[kind]}"
+        return f"label = {label!r:.40} must be a number, {scale}"
     if kind == "classifier" and label not in (0, 1):
         return f"label = {label!r:.40} must be 0 or 1 (a scale from 0 to 5 is for --kind regressor)"
     if not 0 <= label <= HIGHEST[kind]:

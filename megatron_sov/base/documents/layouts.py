@@ -279,12 +279,15 @@ def unread_fields(record: dict[str, Any], kind: str, renames: Renames, read: Col
 
 _FIELD_WORDS = {
     "messages": ("dialog", "dialogue", "chat", "conversation", "message", "turns"),
-    "chosen": ("chosen", "preferred", "better", "winner", "accepted", "positive"),
-    "rejected": ("rejected", "dispreferred", "worse", "loser", "negative"),
+    "chosen": ("chosen", "preferred", "better", "winner", "accepted", "positive", "good", "best",
+               "win", "pos"),
+    "rejected": ("rejected", "dispreferred", "worse", "loser", "negative", "bad", "worst", "lose",
+                 "neg"),
     "prompt": ("prompt", "question", "query", "instruction", "input", "problem", "user", "human", "request",
                "ask"),
     "response": ("response", "answer", "completion", "output", "reply", "solution", "target", "assistant",
-                 "gpt", "bot", "summary"),
+                 "gpt", "bot", "summary", "generation", "prediction", "generated"),
+    "answer": ("answer", "solution", "gold", "golden", "target", "reference", "truth", "expected", "label"),
     "text": ("text", "content", "body", "document", "article", "passage", "story", "markdown", "code"),
 }
 """Target field -> words in names of fields with the same content."""
@@ -292,18 +295,36 @@ _NEEDED = {"chat": ("prompt", "response"), "preference": ("chosen", "rejected", 
            "prompt": ("prompt",), "text": ("text",)}
 
 
+def propose_field(record: Mapping[str, Any], target: str) -> str:
+    """Return the field of a record whose name says that it holds a field of ours; "": none does."""
+    words = {*_FIELD_WORDS.get(target, ())}
+    names = [name for name in record
+             if words & {*re.findall("[a-z]+", re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower())}]
+    return min(names, key=len, default="")
+
+
+def describe_turns(record: Mapping[str, Any]) -> str:
+    """Return how a field with turns of foreign names has to be rewritten, which `--columns` cannot; "": there
+    is none."""
+    for name, value in record.items():
+        turn = value[0] if isinstance(value, list) and value else None
+        if isinstance(turn, Mapping) and not {"role", "from", "content", "value"} & turn.keys():
+            keys = " and ".join(map(repr, list(turn)[:2]))
+            return (f"{name!r} is a list of turns with {keys}, which --columns cannot name: write each turn "
+                    "as {'role': 'user' or 'assistant', 'content': TEXT}, and the list under 'messages'")
+    return ""
+
+
 def propose_columns(record: Mapping[str, Any], kind: str) -> str:
     """Suggest an option that maps a record of an unknown layout to our fields, guessing from field names."""
     guesses: dict[str, str] = {}
     values = {name: value for name, value in record.items() if isinstance(value, (str, list))}
     for target in ("messages", *_NEEDED[kind]) if kind == "chat" else _NEEDED[kind]:
-        words = _FIELD_WORDS[target]
-        candidates = [name for name, value in values.items() if name not in guesses.values()
-                # for a table only column names are known, and the values are empty
-                      and (target != "messages" or isinstance(value, list) or value == "")
-                and {*words} & {*re.findall("[a-z]+", re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower())}]
-        if candidates:
-            guesses[target] = min(candidates, key=lambda name: len(name))
+        # for a table only column names are known, and the values are empty
+        candidates = {name: value for name, value in values.items() if name not in guesses.values()
+                      and (target != "messages" or isinstance(value, list) or value == "")}
+        if near := propose_field(candidates, target):
+            guesses[target] = near
     if "messages" in guesses:
         guesses = {"messages": guesses["messages"]}
     elif not guesses.keys() >= {*_NEEDED[kind]}:

@@ -367,7 +367,7 @@ class CountedSpan:
 
 
 def _at_line(bad: BadRecord, line: int, raw: bytes) -> BadRecord:
-    return BadRecord(bad.code, bad.reason, line, raw[:MAX_REPORT_BYTES])
+    return BadRecord(bad.code, bad.reason, line, raw[:MAX_REPORT_BYTES], bad.options)
 
 
 def _open_span(span: FileSpan) -> IO[bytes]:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_sov.base.documents.files import refuse_tables
+from megatron_sov.base.documents.layouts import propose_field
 from megatron_sov.base.documents.messages import MAX_LEVELS, BadRecord, check_depth
-from megatron_sov.base.errors import UserError, format_problems
+from megatron_sov.base.errors import RowProblems, UserError
 
 
 def reject_constant(name: str) -> NoReturn:
@@ -54,9 +55,7 @@ def format_short_json(value: Any) -> str:
 Row = Mapping[str, Any]
 """A JSON object."""
 MAX_LINE_BYTES = 64 << 20
-"""Maximum bytes per row; longer lines mean that the file lost the line ends."""
-MAX_REPORTED = 10
-"""Bad rows named in a message."""
+"""Limit of a row; longer lines mean that the file lost its line ends."""
 
 
 ROW_FIELDS: dict[str, tuple[tuple[type, ...], str]] = {"response": ((str,), "text"),
@@ -75,20 +74,15 @@ def check_rows(path: Path, option: str = "--input", field: str = "response") -> 
     Raises:
         UserError: the file is unreadable, empty, or has bad rows; names the first ones by line.
     """
-    problems: list[str] = []
-    num_rows = num_bad = 0
+    problems = RowProblems()
+    num_rows = 0
     for line, raw in read_lines(path, option):
         row = parse_row(raw, field)
         num_rows += 1
         if isinstance(row, str):
-            num_bad += 1
-            # count every bad row, but name few: a file in another format would fill the screen
-            if len(problems) < MAX_REPORTED:
-                problems.append(f"line {line}: {row}")
-    if num_bad > MAX_REPORTED:
-        problems.append(f"and {num_bad - MAX_REPORTED} more")
+            problems.add(f"line {line}", row)
     if problems:
-        raise UserError(format_problems(f"{option} {path}", problems, "correct or remove these lines"))
+        raise UserError(problems.format(f"{option} {path}", "correct or remove these lines"))
     if not num_rows:
         needs = f" with a {ROW_FIELDS[field][1]} `{field}`" if field else ""
         raise UserError(f"{option} {path}: has no rows; each line is a JSON object{needs}")
@@ -143,7 +137,9 @@ def parse_row(raw: bytes, field: str) -> Row | str:
     if not isinstance(row, dict):
         return f"is not a JSON object, but a {type(row).__name__}"
     if field and field not in row:
-        return f"has no {field!r}"
+        near = propose_field(row, field)
+        hint = f"; rename {near!r} to {field!r}" if near else ""
+        return f"has no {field!r} (fields: {', '.join(list(row)[:8]) or 'none'}){hint}"
     types, type_name = ROW_FIELDS[field]
     if field and not isinstance(row[field], types):
         return f"{field} is of type {type(row[field]).__name__}, and must be {type_name}"

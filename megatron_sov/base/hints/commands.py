@@ -32,14 +32,17 @@ def unknown_command(program: str, word: str, choices: Sequence[str], typed: Sequ
     begin = f"{program} {word}: does not exist"
     if _names_model(typed):
         by_word |= {one: by_word[f"{one}+model"] for one in [*by_word] if f"{one}+model" in by_word}
+    if (stage := _find_stage(typed)) in by_word and word.lower() in by_word:
+        by_word[word.lower()] = by_word[stage]
     if (text := by_word.get(word.lower())) and kind_of_folder(Path(word)) == "other":
         return _fill_template(begin, text, typed)
-    options = table()["by_option"].get(program, {})
-    given = {normalize(one.partition("=")[0]) for one in (word, *typed) if one.startswith("--")}
-    meant = next((command for option, command in options.items() if normalize(option) in given), "")
+    meant = find_action(program, (word, *typed))
     if word.startswith("-") and meant:
         return UserError(f"{program}: a command comes before its options",
                          Fix(f"{program} {meant} {shlex.join([word, *typed])}"))
+    if typed and typed[0] in choices and word not in by_word:  # sov-tokenizer DIR report
+        return UserError(f"{program}: {typed[0]} comes before {word}",
+                         Fix(f"{program} {shlex.join([typed[0], word, *typed[1:]])}"))
     path = Path(word)
     paths = table()["paths"].get(program)
     if paths and (os.sep in word or path.exists()):
@@ -57,6 +60,37 @@ def unknown_command(program: str, word: str, choices: Sequence[str], typed: Sequ
     close = f"; did you mean '{nearest}'?" if nearest else ""
     fix = Fix(f"{program} {shlex.join([nearest, *typed])}") if nearest and typed else None
     return UserError(f"{begin}{close} (`{program} --help` lists what there is)", fix)
+
+
+def find_action(program: str, typed: Sequence[str]) -> str:
+    """Return the action of a command that takes one of the typed options; "": none is known."""
+    options = table()["by_option"].get(program, {})
+    given = {normalize(one.partition("=")[0]) for one in typed if one.startswith("--")}
+    return next((action for option, action in options.items() if normalize(option) in given), "")
+
+
+def unwrap_launcher(typed: Sequence[str]) -> list[str] | None:
+    """Return the command line that another program's command line starts, e.g. `axolotl train FILE` or
+    `torchrun --nproc_per_node 8 -m megatron_sov sft ...`; None: the first word is no launcher."""
+    word, rest = typed[0], list(typed[1:])
+    launchers = table()["launchers"]
+    if word in launchers["harnesses"].split():
+        return ["eval", "lm", *(rest[1:] if rest[:1] == ["run"] else rest)]
+    if word in launchers["programs"].split():
+        return rest if rest and not rest[0].startswith("-") else ["train", *rest]
+    if word not in launchers["starters"].split():
+        return None
+    at = next((n for n, one in enumerate(rest) if one.endswith(".py") or one in ("-m", "--module")),
+              len(rest))
+    ours = by_word("options")
+    words = [part for one in rest[:at] for part in one.split("=", 1)]
+    processes = next((value for name, value in pairwise(words) if value.isdigit() and (
+        "--nproc" in ours.get(normalize(name), ()) or name in ("-n", "-np"))), "")
+    script, *rest = rest[at + (rest[at:at + 1] in (["-m"], ["--module"])):] or ["train.py"]
+    name = script.removesuffix(".py").replace("/", ".").rpartition(".")[2].removeprefix("run_")
+    rest = rest if name == "megatron_sov" else [name, *rest]
+    rest = unwrap_launcher(rest) or rest if rest else ["--help"]
+    return [*rest, "--nproc", processes] if processes and "--nproc" not in rest else rest
 
 
 def _fill_template(begin: str, text: str, typed: Sequence[str]) -> UserError:
@@ -110,10 +144,22 @@ def _with_output(line: str, typed: Sequence[str]) -> str:
 def _names_model(typed: Sequence[str]) -> bool:
     """Return whether words, or another program's configuration file among them, name a model."""
     words = [normalize(one.partition("=")[0]) for one in typed if one.startswith("-")]
-    for path in map(Path, typed):
-        if path.suffix in (".yaml", ".yml", ".json") and path.is_file():
-            words += [key.lower() for key in read_foreign(path, lambda key: "." in key)]
+    words += [key.lower() for key in _read_configurations(typed)]
     return any(word == "from" or "--from" in by_word("options").get(word, ()) for word in words)
+
+
+def _find_stage(typed: Sequence[str]) -> str:
+    """Return what another program's configuration file among words trains by, e.g. "dpo"; "": unknown."""
+    stages = [values[0].lower() for key, values in _read_configurations(typed).items()
+              if key.lower() in ("stage", "rl", "rlhf", "algorithm") and values]
+    return {"pt": "train", "rm": "reward-model"}.get(stages[0], stages[0]) if stages else ""
+
+
+def _read_configurations(typed: Sequence[str]) -> dict[str, list[str]]:
+    """Return key -> values of other programs' configuration files among words."""
+    return {key: values for path in map(Path, typed)
+            if path.suffix in (".yaml", ".yml", ".json") and path.is_file()
+            for key, values in read_foreign(path, lambda key: "." in key).items()}
 
 
 def _names_output(option: str) -> bool:

@@ -24,17 +24,17 @@ def read_foreign(file: Path, exists: Callable[[str], Any]) -> dict[str, list[str
         exists: key with dots -> whether it is a setting of ours.
 
     Returns:
-        Key with dots -> its values, of scalars and lists of scalars; empty if the file is ours, cannot be
-        read, or has no key that the table of words has.
+        Key with dots -> its values, of scalars, lists of scalars and paths in lists of sections; empty if
+        the file is ours, cannot be read, or has no key that the table of words has.
     """
     try:
         visited = list(islice(_leaves(_parse(file), ""), MAX_KEYS))
     except RecursionError:  # aliases that hold themselves
         return {}
     leaves = {key: words for key, words in visited if words is not None}
-    theirs = {key: words for key, words in leaves.items() if not exists(key)}
+    theirs = [key for key in leaves if not exists(key)]
     is_known = any(settings_called(last_part(key)) for key in theirs)
-    return theirs if is_known and 2 * len(theirs) > len(leaves) and "recipe" not in leaves else {}
+    return leaves if is_known and 2 * len(theirs) > len(leaves) and "recipe" not in leaves else {}
 
 
 def recipe_of(run: Path) -> str:
@@ -88,7 +88,10 @@ def _leaves(value: Any, key: str) -> Iterator[tuple[str, list[str] | None]]:
         for name, inner in value.items():
             yield from _leaves(inner, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list):
-        yield key, [_text(one) for one in value[:MAX_KEYS] if not isinstance(one, (Mapping, list))]
+        # of datasets: [{path: FILE, type: ...}] the paths
+        items = [one.get("path", one.get("name")) if isinstance(one, Mapping) else one
+                 for one in value[:MAX_KEYS]]
+        yield key, [_text(one) for one in items if one is not None and not isinstance(one, (Mapping, list))]
     elif key:
         yield key, None if value is None else [_text(value)]
 

@@ -15,7 +15,7 @@ OPTIONS_OF_KIND = {
     "folder": ("--input", "--data", "--run"), "text": ("--prompt",),
     "code": (), "recipe": ()}
 """Kind of a word without an option -> the options that it may belong to, the likeliest first."""
-_DATA = (".jsonl", ".json", ".parquet", ".txt", ".csv", ".tsv", ".gz", ".zst", ".arrow", ".md")
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".csv", ".tsv", ".gz", ".zst", ".arrow", ".md")
 _HUB = re.compile(r"[A-Za-z][\w.-]*/[\w.-]*\d[\w.-]*")
 
 
@@ -32,7 +32,7 @@ def kind_of_word(word: str) -> str:
         return "code"
     if re.search(r"\s|[?!]$", word):
         return "text"
-    if path.suffix in _DATA:
+    if path.suffix in DATA_SUFFIXES:
         return "data"
     if _HUB.fullmatch(word) and not path.parent.exists():
         return "hub"

@@ -6,9 +6,9 @@ import argparse
 import re
 import shlex
 from collections.abc import Sequence
-from itertools import count
 from pathlib import Path
 
+from megatron_sov.base.hints.paths import name_free_path
 from megatron_sov.base.hints.table import table
 
 
@@ -52,7 +52,7 @@ def placeholder(action: argparse.Action) -> str:
     """Return the value of a missing option: a new folder, its first choice, or its name."""
     row = table()["missing"].get(action.option_strings[0], {})
     if new := row.get("new"):
-        return next(name for n in count(1) if not Path(name := f"{new}-{n}" if n > 1 else new).exists())
+        return name_free_path(new)
     choices = list(action.choices or ())
     return str(row.get("write") or (choices[0] if choices else action.metavar or action.dest.upper()))
 

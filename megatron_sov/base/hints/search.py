@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from megatron_sov.base.hints.table import by_word, last_part
+from megatron_sov.base.hints.table import by_word, last_part, table
 
 MIN_SHARE = 0.5
 """Least share of an unknown word's weight that a name with its text must hold."""
@@ -19,13 +19,6 @@ MIN_BEGIN = 4
 MAX_RESULTS = 3
 MAX_TEXT = 70
 _ENDINGS = re.compile(r"(izations?|ations?|ings?|ers?|ed|es|e|s)\Z")
-_STOP_WORDS = frozenset(("a", "an", "and", "as", "by", "for", "from", "in", "is", "it", "of", "on", "or",
-                         "per", "the", "to", "use", "with", "num", "number"))
-_ABBREVIATIONS = {"lr": "learn rate", "bsz": "batch siz", "bs": "batch siz", "seq": "sequenc",
-                  "len": "length", "iter": "step", "ckpt": "checkpoint", "attn": "attention",
-                  "ffn": "mlp", "tok": "token", "temp": "temperatur", "eval": "evaluat",
-                  "val": "evaluat", "wd": "weight decay", "ref": "referenc", "opt": "optim",
-                  "dir": "fold", "lb": "balanc"}
 
 
 def find_by_meaning(word: str, texts: Mapping[str, str]) -> list[str]:
@@ -72,8 +65,9 @@ def first_sentence(text: str) -> str:
 def stems_of(text: str) -> Sequence[str]:
     """Return the words of a name or text in lower case, without endings; abbreviations are written out."""
     words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", text)]
-    written = [part for word in words for part in _ABBREVIATIONS.get(word, word).split()]
-    written = [word for word in written if word not in _STOP_WORDS]
+    abbreviations = table()["abbreviations"]
+    written = [part for word in words for part in abbreviations.get(word, word).split()]
+    written = [word for word in written if word not in table()["stop_words"]]
     return [_ENDINGS.sub("", word) if len(word) > 4 else word for word in written]
 
 

@@ -12,7 +12,7 @@ from megatron_sov.base.hints.foreign import shards_of
 from megatron_sov.base.hints.table import last_part, settings_called, table
 
 SWITCHED = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False,
-            "off": False}
+            "off": False, "none": False, "full": False}
 GPUS_OF_A_NODE = 8
 FindSetting = Callable[[str], str]
 """Word or setting, without a value -> the setting that it means; "": it exists, or nothing is known."""
@@ -30,7 +30,9 @@ def setting_with_value(word: str, values: list[str], find: FindSetting, typed: S
     if not name:
         return ""
     fixed = next((one for one in settings_called(last) if one.startswith(f"{name}=")), "")
-    if fixed and given.lower() in {"", *SWITCHED} and SWITCHED.get(given.lower(), True):
+    # finetuning_type: lora; a number is a value of the setting itself
+    is_word = bool(re.fullmatch(r"[A-Za-z]*", given))
+    if fixed and (is_word or given == "1") and SWITCHED.get(given.lower(), True):
         return fixed
     if last in table()["computed"]:
         return f"{name}={_compute_value(last, given, typed)}"

@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.errors import Fix, UserError, find_nearest_name, suggest_name, warn
+from megatron_sov.base.errors import Fix, UserError, find_nearest_name, fix_missing, suggest_name, warn
 from megatron_sov.base.hints.foreign import blend_of, is_translated, read_foreign, recipe_of
 from megatron_sov.base.hints.kinds import OPTIONS_OF_KIND, kind_of_word, option_of_path
 from megatron_sov.base.hints.missing import placeholder, split_words
@@ -111,7 +111,13 @@ class _Rewrite:
         if not value or value.lower() in SWITCHED:
             holes["run"] = value_after(self.typed, "--run", "--output_dir", "--output-dir") or "RUN"
         holes["output"] = value_after(self.typed, "--output") or "DIR"
-        holes["folder"] = next((word for word in self.typed if Path(word).is_dir()), "DIR")
+        taken = {word for option, word in pairwise(self.typed) if option.startswith("-")}
+        folder = next((word for word in self.typed if word not in taken and not word.startswith("-")), "DIR")
+        fix = None if Path(folder).exists() else fix_missing(folder)
+        holes["folder"] = folder
+        if fix is not None and folder in fix.words:
+            holes["folder"] = fix.words[folder]
+            self.said.append(f"{folder}: does not exist; did you mean {holes['folder']}?")
         written = [word.format(**holes) for word in shlex.split(row.get("write", ""))]
         if value and value == value_after(self.typed, row.get("unless_value_of", "")):
             written = []  # prefer --ref_model MODEL --from MODEL
@@ -205,6 +211,7 @@ def check_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -> list[s
     find: FindSetting | None = getattr(parser.get_default("options_class"), "find_setting", None)
     positionals = [str(action.metavar or action.dest) for action in parser._actions
                    if not action.option_strings]
+    _propose_resume(parser, typed)
     made = _Rewrite([name for name in options if name != "--run" or name not in optional], positionals,
                     find if "--set" in options else None, typed, partial(texts_of, parser),
                     parser.prog.removeprefix("megatron-sov "),
@@ -215,6 +222,18 @@ def check_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -> list[s
     if made.said:
         raise _answer(parser, made)
     return list(typed)
+
+
+def _propose_resume(parser: argparse.ArgumentParser, typed: Sequence[str]) -> None:
+    """Raise `UserError` for `--resume RUN`: the option takes no value, and a command continues a run."""
+    if "--resume" not in parser._option_string_actions or "--run" in typed:
+        return
+    run = next((value for option, value in pairwise(typed) if option == "--resume"
+                and not value.startswith("-")), "")
+    if run:
+        sets = [part for pair in pairwise(typed) if pair[0] == "--set" for part in pair]
+        raise UserError(f"{parser.prog}: --resume takes no value; `megatron-sov resume RUN` continues a run",
+                        Fix(f"megatron-sov resume {shlex.join([run, *sets])}"))
 
 
 def _move_run(parser: argparse.ArgumentParser, typed: Sequence[str]) -> None:
@@ -299,18 +318,29 @@ def _read_words(parser: argparse.ArgumentParser, made: _Rewrite) -> None:
 def _add_foreign(made: _Rewrite, option: str, file: str, leaves: Mapping[str, list[str]]) -> None:
     """Add the settings of another program's configuration file that there are here."""
     said, lost = list(made.said), []
+    has_data = "--data" in made.typed  # else the file's own
     # values that follow from several, e.g. accumulated micro-batches, are computed from the file too
     made.typed = [*made.typed, *(word for key, values in leaves.items()
                                  for word in (f"--{last_part(key)}", *values[:1]))]
+    renamed = []  # of a file with sections of ours alone: the user's own, with keys in wrong places
+    is_own = made.exists is not None and all(made.exists(key.partition(".")[0]) for key in leaves)
     for key, values in leaves.items():
         num_words = len(made.words) + len(made.first)
-        if values and is_translated(key):
+        if values and "." in key and made.is_our_setting(key):
+            made.words += ["--set", f"{key}={values[0] if len(values) == 1 else json.dumps(values)}"]
+        elif values and is_translated(key):
             made.replace(f"--{last_part(key)}", values)
+            added = made.words[num_words - len(made.first):]
+            if has_data and added[:1] == ["--data"]:
+                del made.words[num_words - len(made.first):]
+            renamed.append(f"{key} is {' '.join(added).removeprefix('--set ')}")
         if len(made.words) + len(made.first) == num_words:
             lost.append(key)
     made.said, made.is_changed = said, True
     without = f", without {', '.join(lost[:12])}{' ...' if len(lost) > 12 else ''}" if lost else ""
-    made.said.append(f"{option} {file}: is another program's configuration; its settings follow{without}")
+    what = (f"has keys in wrong places: {', '.join(renamed)} here; correct the file, or pass its settings"
+            if is_own else "is another program's configuration; its settings follow")
+    made.said.append(f"{option} {file}: {what}{without}")
 
 
 def _is_row(row: Mapping[str, Any], command: str, option: str, value: str, is_known: bool) -> bool:
@@ -501,6 +531,9 @@ def _answer(parser: argparse.ArgumentParser, made: _Rewrite) -> UserError:
     written = [word.partition("=")[0] for word in words]
     missing = [f"{action.option_strings[0]} {placeholder(action)}" for action in parser._actions
                if action.required and action.option_strings and not set(action.option_strings) & set(written)]
+    if missing:
+        lacking = " and ".join(text.partition(" ")[0] for text in missing)
+        made.said.append(f"{lacking} {'is' if len(missing) == 1 else 'are'} missing")
     first = list(made.first)
     free, others = split_words(parser, words)
     if made.named and free and len(made.named) + len(free) == len(made.positionals):

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar, cast
 from megatron_sov.base.errors import (
     Fix, UserError, find_nearest_name, format_install_command, suggest_name, suggest_spelling)
 from megatron_sov.base.hints.removed import was_removed
+from megatron_sov.base.hints.table import table
 from megatron_sov.base.plugins.loading import (
     Kind, LoadedPlugin, PluginCode, is_reference, load_plugin, report_plugin_errors)
 from megatron_sov.base.settings import SettingsError, find_rule_problems, parse_arguments
@@ -139,8 +140,10 @@ class Registry(Generic[T]):
         if name in self._known:
             return self._known[name].value
         nearest = find_nearest_name(name, [*self._built_in, *self._known])
-        raise UserError(self._explain_unknown(name, recorded),
-                        Fix(words={name: nearest}) if nearest else None)
+        if meant := table()["values"].get(f"--{self.kind}", {}).get(name.lower()):
+            raise UserError(f"{self.kind} {name!r}: is {meant} here", Fix(words={name: meant}))
+        raise UserError(self._explain_unknown(name, recorded), Fix(words={name: nearest}) if nearest else
+                        Fix(stand_ins={name: next(iter(self._built_in), name)}))
 
     def code(self, name: str) -> PluginCode | None:
         """Return a registered plug-in's record; None for built-in code."""

@@ -14,6 +14,8 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from megatron_sov.base.errors import Fix, UserError, format_problems, suggest_name
 
+TOKENS_KEY = "train.tokens="
+"""Begin of a value to write that stands in place of its setting too."""
 UNSET: Any = object()
 """`SettingsProblem.value` if the problem has no value."""
 MAX_VALUE_CHARS = 80
@@ -165,6 +167,8 @@ class SettingsError(UserError):
 
 def _fix_value(problem: SettingsProblem) -> str | Fix:
     key, value = problem.key, problem.value_to_write
+    if value.startswith(TOKENS_KEY):  # the setting that was typed goes
+        return Fix(words={f"{key}={problem.value}": value})
     if not value or key.startswith("--"):
         return Fix(options=(key, value)) if value else ""
     return f"{key}={value}" if "." in key else ""

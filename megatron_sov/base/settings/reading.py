@@ -16,7 +16,7 @@ from megatron_sov.base.errors import find_nearest_name, suggest_name
 from megatron_sov.base.hints.removed import was_removed
 from megatron_sov.base.hints.table import note_on, table
 from megatron_sov.base.settings.problem import (
-    UNSET, ProblemCode, Relation, SettingsError, SettingsProblem, to_problem)
+    TOKENS_KEY, UNSET, ProblemCode, Relation, SettingsError, SettingsProblem, to_problem)
 
 S = TypeVar("S")
 KeyHint = Callable[[str], str]
@@ -29,7 +29,9 @@ _TYPES = {
     "frozen_set": "must be a list", "set": "must be a list", "dict": "must be an object of settings",
     "dataclass": "must be an object of settings", "mapping": "must be an object of settings",
     "none": "must be null"}
-"""Prefix of pydantic's error type -> rule in our sentence."""
+"""Prefix of pydantic's error type -> our rule."""
+MIN_TOKEN_DIGITS = 9
+"""Digits of a number of steps that must be one of tokens."""
 _BOUNDS = {"greater_than": "must be above {gt}", "greater_than_equal": "must be at least {ge}",
            "less_than": "must be below {lt}", "less_than_equal": "must be at most {le}",
            "finite_number": "must be a finite number",
@@ -247,8 +249,7 @@ def _convert_error(cls: Any, error: Any, instead: KeyHint) -> SettingsProblem:
             close = (was_removed(value) or _suggest_lower_case(value, choices)
                      or _suggest_equivalent(key, value) or suggest_name(value, choices))
             words = re.findall(r"[\w.-]+", value.lower())
-            ours = (value.lower(), table()["values"].get(key, {}).get(value.lower(), ""),
-                    find_nearest_name(value, choices))
+            ours = (value.lower(), _find_equivalent(key, value), find_nearest_name(value, choices))
             nearest = next((word for word in ours if words and word in choices), "")
         return SettingsProblem(ProblemCode.CHOICE, key, f"must be {ctx.get('expected', 'another word')}",
                                value, close.removeprefix("; "), value_to_write=nearest)
@@ -263,8 +264,11 @@ def _convert_error(cls: Any, error: Any, instead: KeyHint) -> SettingsProblem:
     for begin, rule in _TYPES.items():
         if kind.startswith(f"{begin}_"):
             numbers = _suggest_numbers(begin, value.strip(), key) if isinstance(value, str) else []
-            return SettingsProblem(ProblemCode.TYPE, key, rule, value, _suggest_value(begin, value, key),
-                                   value_to_write="".join(numbers[:1]))
+            way_out, written = _suggest_value(begin, value, key), "".join(numbers[:1])
+            if f"train.{key.rpartition('.')[2]}" == "train.steps" and len(written) >= MIN_TOKEN_DIGITS:
+                written = f"{TOKENS_KEY}{written}"
+                way_out = f"a step is a batch; the tokens of the whole run are {written}"
+            return SettingsProblem(ProblemCode.TYPE, key, rule, value, way_out, value_to_write=written)
     rule = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     code = ProblemCode.RULE if kind in ("value_error", "assertion_error") else ProblemCode.TYPE
     return SettingsProblem(code, key, rule, value)
@@ -278,12 +282,20 @@ def _suggest_lower_case(value: str, known: Collection[str]) -> str:
 def _suggest_equivalent(key: str, value: str) -> str:
     """Suggest our equivalent of another program's value: a value, a setting, a note or a command; "":
     unknown."""
-    if equivalent := table()["values"].get(key, {}).get(value.lower()):
-        return f"; {'pass --set' if '=' in str(equivalent) else 'it is'} {equivalent} here"
     command_notes = table()["commands"]["megatron-sov"] if key.rpartition(".")[2] == "method" else {}
     command = next((text for words, text in command_notes.items() if value.lower() in words.split()), "")
-    hint = note_on(value) or command
+    equivalent = _find_equivalent(key, value)
+    if equivalent and not command:
+        return f"; {'pass --set' if '=' in equivalent else 'it is'} {equivalent} here"
+    hint = command or note_on(value)
     return f"; {hint}" if hint else ""
+
+
+def _find_equivalent(key: str, value: str) -> str:
+    """Return what another program's value of a setting or option is here; "": unknown."""
+    values = table()["values"]
+    known = {**values.get(key.rpartition(".")[2], {}), **values.get(key, {})}
+    return str(known.get(value.lower(), ""))
 
 
 def _suggest_value(expected: str, value: Any, key: str) -> str:

@@ -10,6 +10,7 @@ with caches in a folder of our own.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -22,7 +23,7 @@ import yaml
 
 from megatron_sov.base.artifacts import sha256_file
 from megatron_sov.base.documents.bounded_yaml import BoundedLoader
-from megatron_sov.base.errors import Fix, UserError, format_error, suggest_name
+from megatron_sov.base.errors import Fix, UserError, find_nearest_name, format_error
 from megatron_sov.base.settings import parse_nested
 from megatron_sov.bench.lm.harness import cage_templates, quiet
 from megatron_sov.bench.lm.settings import Settings, TaskSources
@@ -392,6 +393,13 @@ def _find_named(names: Sequence[str], sources: TaskSources) -> tuple[FoundTasks,
                                                         else found.tags.get(given, [given]))]
 
 
+def check_names(names: Sequence[str], sources: TaskSources) -> None:
+    """Raise `UserError` for a task that is neither in folders of ours nor to be downloaded."""
+    found, named = _find_named(names, sources)
+    if not sources.allow_download:
+        _closure(named, found, {})
+
+
 def _load(manager: Any, name: str) -> Any:
     """Return lm-eval's tasks and groups of a name."""
     try:
@@ -444,9 +452,16 @@ def _unknown(name: str, found: FoundTasks) -> UserError:
         folder = Path(name).parent
         return UserError(f"task {name!r}: is a file, and tasks are named; write --task-dir {folder} "
                          "--tasks NAME, with the name that stands after `task:` in it")
-    return UserError(f"task {name!r}: does not exist in --task-dir and among our suites"
-                     f"{suggest_name(name, found.definitions)}; lm-eval's own tasks fetch their data, and "
-                     f"are there with --allow-download{more}", Fix(options=("--allow-download",)))
+    package = importlib.util.find_spec("lm_eval")
+    folders = [entry.parent.name for place in (package and package.submodule_search_locations) or ()
+               for entry in Path(place).glob("tasks/[a-z]*/*.yaml")]
+    # a folder of lm-eval has the name of its main task or group
+    nearest = "" if name in folders else find_nearest_name(name, [*found.definitions, *folders])
+    meant = f"; did you mean {nearest!r}?" if nearest else ""
+    return UserError(f"task {name!r}: does not exist in --task-dir and among our suites{meant}; lm-eval's "
+                     "own tasks fetch their data, and "
+                     f"are there with --allow-download{more}", Fix(words={name: nearest}) if nearest else
+                     Fix(options=("--allow-download",)))
 
 
 def _entry(definition: Definition, sources: TaskSources) -> tuple[Any, list[Path]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from megatron_sov.base.artifacts import format_json
@@ -10,6 +11,7 @@ from megatron_sov.base.errors import ExitCode
 from megatron_sov.base.settings import Flag, build_command, read_options
 from megatron_sov.bench.lm.settings import Settings
 from megatron_sov.commands.shared_options import TARGET_HELP
+from megatron_sov.runs.checkpoints import check_model_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,4 +42,13 @@ def run_lm(args: EvalLmOptions) -> int:
     return ExitCode.OK
 
 
+def check_lm(args: EvalLmOptions) -> None:
+    """Check the model's path and the names of tasks, for proposed lines."""
+    from megatron_sov.bench.lm.tasks import check_names
+
+    check_model_path(Path(args.target))
+    check_names([name for name in args.tasks.split(",") if name], args.settings.sources)
+
+
 LM = build_command(EvalLmOptions, lambda typed: run_lm(read_options(EvalLmOptions, typed)))
+LM.check_proposal = check_lm

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from megatron_sov.base.errors import UserError, format_install_command
+from megatron_sov.base.errors import Fix, UserError, format_install_command
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import DeclaredCommand, Flag, ProblemCode, SettingsProblem
 from megatron_sov.commands.shared_options import ModelPath
+from megatron_sov.infer.engine import PRECISION_KEY
 from megatron_sov.infer.request import RankOptions
+from megatron_sov.model.pretrained import is_hf_folder
 from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
 from megatron_sov.runs.checkpoints import check_model_folder, check_model_path
 from megatron_sov.runs.launch_environment import num_ranks
@@ -43,7 +45,7 @@ class ServeOptions(PluginOptions, RankOptions):
             found.append(SettingsProblem(
                 ProblemCode.RULE, "serving.host", "others than this machine reach it, and would need no key",
                 self.serving.host, "name an environment variable that holds one with --api-key-env, or take "
-                "127.0.0.1"))
+                "127.0.0.1", fix=Fix(options=("--host", "127.0.0.1"))))
         if not (name.strip() and name.isprintable() and len(name) <= 200):
             found.append(SettingsProblem(ProblemCode.BOUND, "name", "must be 1 to 200 printable characters",
                                          name))
@@ -68,11 +70,23 @@ def check_serve(options: ServeOptions) -> ServeRequest:
     num_ranks(options.nproc)
     check_model_path(options.target)
     check_model_folder(options.target)
+    _refuse_layout(options)
     check_output("--address-file", settings.address_file)
     if importlib.util.find_spec("aiohttp") is None:
         raise UserError("aiohttp, which speaks HTTP, is not installed for this Python; "
                         f"{format_install_command('serve')}")
     return ServeRequest(options.target, settings, options.settings, options.nproc)
+
+
+def _refuse_layout(options: ServeOptions) -> None:
+    """Raise `UserError` for processes and settings of our own decoder, which does not run Hugging Face
+    folders."""
+    given = [f"--nproc {options.nproc}"] if options.nproc is not None else []
+    given += [f"--set {one}" for one in options.settings if one.partition("=")[0] != PRECISION_KEY]
+    if is_hf_folder(options.target) and (given or num_ranks(options.nproc) > 1):
+        raise UserError(f"{', '.join(given) or 'several processes'}: {options.target} is a Hugging Face "
+                        "folder, which transformers runs in one process; leave it out, or serve a checkpoint "
+                        "that `megatron-sov convert from-hf` makes of it", Fix(left_out=tuple(given)))
 
 
 SERVE = DeclaredCommand(ServeOptions, check_serve, "megatron_sov.commands.models.serve_run:serve_target")

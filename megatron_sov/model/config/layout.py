@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import ClassVar, Literal
 
+from megatron_sov.base.errors import Fix
 from megatron_sov.base.settings import (
     AboveZero, ActsWhen, AtLeastOne, NotNegativeInt, ProblemCode, SettingsProblem, find_broken_rules, is_set)
 from megatron_sov.model.config.model import ModelConfig
@@ -140,6 +141,13 @@ class ParallelConfig:
             reject("vpp", f"must divide the {stage_layers} layers of each pipeline stage",
                    _divisors(stage_layers))
         problems += self._layer_problems(model) + self._expert_problems(model)
+        nearest = self._nearest_sizes(model)
+        problems = [replace(problem, fix=f"{problem.key}={nearest[problem.key]}")
+                    if problem.key in nearest and not problem.fix else problem for problem in problems]
+        return problems + self._rank_problems(num_ranks)
+
+    def _rank_problems(self, num_ranks: int) -> list[SettingsProblem]:
+        problems = []
         # Dense layers and experts are laid out separately over the same processes.
         for names in (("tp", "pp", "cp"), ("etp", "ep", "pp")):
             size = math.prod(getattr(self, name) for name in names)
@@ -147,8 +155,21 @@ class ParallelConfig:
                 product = " x ".join(f"{name} {getattr(self, name)}" for name in names)
                 problems.append(SettingsProblem(
                     ProblemCode.RULE, "parallel", f"{product} = {size} must divide the number of processes, "
-                    f"{num_ranks}", way_out=f"start a multiple of {size} (--nproc) or lower one of them"))
+                    f"{num_ranks}", way_out=f"start a multiple of {size} (--nproc) or lower one of them",
+                    fix=Fix(options=("--nproc", str(max(1, num_ranks // size) * size)))))
         return problems
+
+    def _nearest_sizes(self, model: ModelConfig) -> dict[str, int]:
+        """Return setting -> the largest size that divides the model below one that does not."""
+        widths = [model.num_heads, model.num_kv_heads, model.dense_ffn_dim if model.has_dense_layers() else 0]
+        if model.num_moe_layers():
+            widths.append(model.num_shared_experts * model.expert_ffn_dim)
+        divided = {"tp": widths, "pp": [model.num_layers],
+                   "ep": [model.num_experts if model.num_moe_layers() else 1]}
+        sizes = {f"parallel.{name}": max(size for size in range(1, getattr(self, name) + 1)
+                                         if not any(width % size for width in numbers))
+                 for name, numbers in divided.items()}
+        return {key: size for key, size in sizes.items() if size != getattr(self, key.partition(".")[2])}
 
     def _layer_problems(self, model: ModelConfig) -> list[SettingsProblem]:
         """Check linear attention, and prediction layers with tied embeddings."""

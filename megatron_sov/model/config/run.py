@@ -407,7 +407,9 @@ def correct_setting(word: str, groups: Sequence[str] = ()) -> str:
     means_other = "." not in word and settings_called(word)
     if is_setting(word) and not means_other:
         return ""
-    return next(iter(find_settings(word.rpartition(".")[2], groups)), "")
+    # checkpoint.every_steps may be train.checkpoint_every_steps
+    return next(iter(find_settings(word.replace(".", "_"), groups)
+                     or find_settings(word.rpartition(".")[2], groups)), "")
 
 
 def is_setting(word: str) -> bool:

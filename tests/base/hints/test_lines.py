@@ -11,10 +11,13 @@ from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.base.hints.lines import mend_line, propose_line
 from tests.base.hints.test_words import answer
 
+CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+
 
 def lines(said: str) -> list[str]:
     """Return the commands that a message proposes."""
-    return [line.strip() for line in said.partition("; write\n")[2].splitlines()]
+    proposed = said.partition("; write\n")[2].partition("\nthis line still has a fault")[0]
+    return [line.strip() for line in proposed.splitlines()]
 
 
 @pytest.mark.parametrize(("typed", "fix", "mended"), [
@@ -50,7 +53,7 @@ def test_a_fault_without_a_fix_is_in_the_message_too() -> None:
         raise UserError("d: is damaged")
 
     error = propose_line("sov-data", ["pack"], UserError("a", Fix(options=("--b", "1"))), check)
-    assert str(error) == "a; d: is damaged; write\n  sov-data pack --b 1"
+    assert str(error) == "a; write\n  sov-data pack --b 1\nthis line still has a fault: d: is damaged"
 
 
 @pytest.mark.parametrize(("typed", "write"), [
@@ -69,9 +72,9 @@ def test_a_fault_without_a_fix_is_in_the_message_too() -> None:
      ["megatron-sov sft --set lora.rank=8 --from hf --data t.jsonl --run o"]),
     ("megatron-sov export run --output o", ["megatron-sov convert to-hf run o"]),
     ("sov-data tokenize --input t.jsonl --tokenizer-model tok --output o",
-     ["sov-data pack --input t.jsonl --tokenizer tok --output o"]),
+     ["sov-data pack --input t.jsonl --tokenizer tok --output o --format chat"]),
     ("megatron-sov tokenize --input t.jsonl --tokenizer-model tok --output o",
-     ["sov-data pack --input t.jsonl --tokenizer tok --output o"]),
+     ["sov-data pack --input t.jsonl --tokenizer tok --output o --format chat"]),
     ("megatron-sov eval compare hf/config.json run/config.json --anything",
      ["megatron-sov eval difference hf/config.json run/config.json"]),
     ("sov-data blend tokens:1 tokens:2", ["sov-data mix tokens:1 tokens:2 --output new-output"]),
@@ -92,13 +95,13 @@ def test_a_fault_without_a_fix_is_in_the_message_too() -> None:
      ["hf download Org/Name-1B --local-dir Name-1B", "megatron-sov chat Name-1B --temperature 1"]),
     ("sov-data pack --tokenizer hf --input t.jsonl --output o",
      ["sov-tokenizer import hf --output hf-tokenizer",
-      "sov-data pack --tokenizer hf-tokenizer --input t.jsonl --output o"])])
+      "sov-data pack --tokenizer hf-tokenizer --input t.jsonl --output o --format chat"])])
 def test_the_proposed_line_has_all_that_was_typed(typed: str, write: list[str], tmp_path: Path,
                                                   monkeypatch: pytest.MonkeyPatch,
                                                   capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     for name, text in {"hf/model.safetensors": "", "hf/config.json": "{}", "hf/tokenizer.json": "{}",
-                       "t.jsonl": '{"messages": []}', "t.txt": "a", "run/events.jsonl": "",
+                       "t.jsonl": CHAT, "t.txt": "a", "run/events.jsonl": "",
                        "run/config.json": "{}",
                        "tokens/manifest.json": json.dumps({"kind": "tokens"})}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from megatron_sov.base.artifacts import find_damaged_files, read_manifest
-from megatron_sov.base.command_line import import_reference
 from megatron_sov.base.documents.rows import check_rows
-from megatron_sov.base.errors import ExitCode, UserError
-from megatron_sov.base.settings import (
-    AtLeastOne, DeclaredCommand, Flag, at_most_field, parse_nested, read_options)
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.settings import AtLeastOne, DeclaredCommand, Flag, at_most_field, parse_nested
 from megatron_sov.commands.evaluate.eval_passk import PROMPT, JudgedSamplingOptions
 from megatron_sov.infer.request import RankOptions
 from megatron_sov.judge.rewards.registry import make, order
@@ -49,17 +45,6 @@ class ProbeRequest:
     options: SspProbeOptions
     problems: dict[str, Path]
     """Domain -> file with problems."""
-    only_checks: bool = False
-    """Whether to write nothing. A user's --dry-run writes the problems that the printed commands read."""
-
-
-class ProbeCommand(DeclaredCommand):
-    """`ssp probe`, which the command line may also start for its checks alone."""
-
-    def run(self, typed: argparse.Namespace) -> int:
-        request = self.check(read_options(self.options, typed))
-        request = dataclasses.replace(request, only_checks=typed.only_checks)
-        return import_reference(self.run_function)(request) or ExitCode.OK
 
 
 def check_probe(options: SspProbeOptions) -> ProbeRequest:
@@ -80,7 +65,8 @@ def check_probe(options: SspProbeOptions) -> ProbeRequest:
     return ProbeRequest(options, problems)
 
 
-PROBE = ProbeCommand(SspProbeOptions, check_probe, "megatron_sov.commands.rl.ssp.probe_run:probe_checkpoints")
+PROBE = DeclaredCommand(SspProbeOptions, check_probe,
+                        "megatron_sov.commands.rl.ssp.probe_run:probe_checkpoints")
 
 
 def _parse_problem_set(text: str) -> dict[str, Path]:

@@ -36,8 +36,6 @@ def probe_checkpoints(request: ProbeRequest) -> int:
     `eval passk`."""
     options = request.options
     events, candidates = RunEvents(options.run), find_candidates(options.checkpoints)
-    if request.only_checks:
-        return ExitCode.OK
     record_or_check_settings(options.output, options.output / CONDITIONS, _describe_conditions(request),
                              option="--output", noun="answers", rewritten_files={options.output / PROBLEMS})
     # The table also contains the checkpoints of earlier commands in this folder.

@@ -73,7 +73,8 @@ def refuse_unfit_data(request: RecipeRequest, config: RunConfig, sources: Sequen
         return
     is_length_set = any(key in (*CONSENTS, "data.phases") or key.startswith("extend.stages") for key in said)
     if (is_recipe and not is_length_set) or (request.is_model_only and "train.epochs" not in said):
-        _refuse_many_epochs(config, sources)
+        lengths = [one for one in request.settings if one.startswith(("train.steps=", "train.tokens="))]
+        _refuse_many_epochs(config, sources, lengths)
 
 
 def _refuse_small_vocabulary(config: RunConfig, sources: Sequence[Source]) -> None:
@@ -97,7 +98,9 @@ def count_epochs(config: RunConfig, sources: Sequence[Source]) -> float:
     return count_tokens(config) / (count_epoch_samples(config, sources) * config.data.phases[0].seq_len)
 
 
-def _refuse_many_epochs(config: RunConfig, sources: Sequence[Source]) -> None:
+def _refuse_many_epochs(config: RunConfig, sources: Sequence[Source], lengths: Sequence[str]) -> None:
+    """Raise `UserError` for data that would be read very often; `lengths`: settings that say how long the run
+    is."""
     limit = max(MAX_DEFAULT_EPOCHS, config.data.max_epochs)
     if not config.data.max_epochs or (epochs := count_epochs(config, sources)) <= limit:
         return
@@ -105,7 +108,9 @@ def _refuse_many_epochs(config: RunConfig, sources: Sequence[Source]) -> None:
     raise UserError(f"train.steps = {config.num_steps():,}: reads the {format_count(tokens)} tokens of the "
                     f"data in {epochs:,.0f} epochs, and the limit is {limit:g}; set train.epochs to what you "
                     "want, add data, or allow the epochs by --set "
-                    f"data.max_epochs={math.ceil(epochs)}", Fix(options=("--set", "train.epochs=1")))
+                    f"data.max_epochs={math.ceil(epochs)}",
+                    Fix(options=("--set", "train.epochs=1"),
+                        left_out=tuple(f"--set {setting}" for setting in lengths)))
 
 
 def _refuse_many_passes(config: RunConfig, num_prompts: int, said: Collection[str]) -> None:

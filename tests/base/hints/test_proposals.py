@@ -1,0 +1,161 @@
+"""Lines with several faults: all are named, and the proposed line has none of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_sov.base.documents.layouts import describe_turns
+from megatron_sov.base.errors import Fix, RowProblems, UserError
+from megatron_sov.base.hints.commands import unwrap_launcher
+from megatron_sov.base.hints.lines import mend_line, propose_line
+from megatron_sov.base.hints.paths import find_path_faults
+from tests.base.hints.test_lines import CHAT, lines
+from tests.base.hints.test_words import answer
+
+
+def propose(typed: str, check: Callable[[list[str]], None], fault: UserError) -> str:
+    return str(propose_line("sov-data", typed.split(), fault, check))
+
+
+def test_a_fault_that_stays_is_named_after_the_line() -> None:
+    def check(line: list[str]) -> None:
+        raise UserError("d: is damaged")
+
+    assert propose("pack", check, UserError("a", Fix(options=("--b", "1")))) == (
+        "a; write\n  sov-data pack --b 1\nthis line still has a fault: d: is damaged")
+
+
+def test_a_line_with_the_same_fault_is_not_proposed() -> None:
+    def check(line: list[str]) -> None:
+        raise UserError("recipe x: tp = 3 must divide 4")
+
+    fault = UserError("recipe x: 2 problems\n  sp must be true\n  tp = 3 must divide 4",
+                      Fix(options=("--set", "sp=true")))
+    assert propose("pack", check, fault) == fault.sentence
+
+
+@pytest.mark.parametrize(("sentence", "write"), [
+    ("--samples 4: is of use with --temperature above 0; add --temperature 1",
+     "sov-data pack --temperature 1"),
+    ("x: set train.steps=5", "sov-data pack --set train.steps=5"),
+    ("x: pass --data DIR", ""), ("x: pass --data NAME=FILE", ""), ("x: is damaged", "")])
+def test_a_recommended_value_is_in_the_line(sentence: str, write: str) -> None:
+    error = propose_line("sov-data", ["pack"], UserError(sentence), lambda line: None)
+    assert lines(str(error)) == [write] * bool(write)
+
+
+def test_a_stand_in_lets_further_faults_be_found() -> None:
+    """A reward that nothing replaces, and a method that has an equivalent."""
+    def check(line: list[str]) -> None:
+        if "math" not in line:
+            raise UserError("reward 'mine': does not exist", Fix(stand_ins={"mine": "math"}))
+        if "m=ppo" in line:
+            raise UserError("m: is grpo here", Fix(words={"m=ppo": "m=grpo"}))
+
+    typed = ["run", "--reward", "mine", "--set", "m=ppo"]
+    with pytest.raises(UserError) as first:
+        check(typed)
+    assert str(propose_line("sov-data", typed, first.value, check)) == (
+        "m: is grpo here; write\n  sov-data run --reward mine --set m=grpo\n"
+        "this line still has a fault: reward 'mine': does not exist")
+
+
+def test_an_option_leaves_with_its_value() -> None:
+    line = ["serve", "hf", "--set", "a.b=1", "--set", "c.d=2", "--nproc", "2"]
+    assert mend_line("megatron-sov", line, Fix(left_out=("--set a.b=1", "--nproc 2"))) == [
+        "serve", "hf", "--set", "c.d=2"]
+
+
+@pytest.mark.parametrize(("line", "fixes"), [
+    ("sft --from Org/Name-1B --data Org/chats --run r", [
+        Fix(words={"Org/chats": "chats"},
+            before=("hf download Org/chats --repo-type dataset --local-dir chats",)),
+        Fix(words={"Org/Name-1B": "Name-1B"}, before=("hf download Org/Name-1B --local-dir Name-1B",))]),
+    ("pretrain x --data tokens/manifest.json --run r", [Fix(words={"tokens/manifest.json": "tokens"})]),
+    ("pretrain x --data tok --run tokens", [Fix(options=("--data", "tokens")),
+                                            Fix(options=("--run", "tokens-run"))]),
+    ("pretrain x --data texts --run r", [Fix(words={"texts": "texts-tokens"}, before=(
+        "sov-data pack --tokenizer tok --input texts --output texts-tokens",))]),
+    ("sft --from=hf --data DIR --run new", [])])
+def test_paths_are_judged_without_running_anything(line: str, fixes: list[Fix], tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, text in {"tokens/manifest.json": json.dumps({"kind": "tokens"}), "texts/a.txt": "a",
+                       "tok/manifest.json": json.dumps({"kind": "tokenizer"}),
+                       "hf/config.json": "{}"}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = [fault.fix for _, fault in find_path_faults("megatron-sov", line.split())]
+    assert sorted(map(repr, found)) == sorted(map(repr, fixes))
+
+
+@pytest.mark.parametrize(("typed", "meant"), [
+    ("axolotl train a.yml", "train a.yml"), ("trl sft --a b", "sft --a b"), ("vllm serve M", "serve M"),
+    ("lm_eval --model hf --tasks t", "eval lm --model hf --tasks t"), ("llamafactory-cli train", "train"),
+    ("torchrun --nproc_per_node=8 -m megatron_sov sft --data d", "sft --data d --nproc 8"),
+    ("accelerate launch --num_processes 4 sft.py --a b", "sft --a b --nproc 4"),
+    ("accelerate launch -m lm_eval --tasks t", "eval lm --tasks t"),
+    ("deepspeed --num_gpus 2 run_clm.py --a b", "clm --a b --nproc 2"),
+    ("accelerate launch -m axolotl.cli.train a.yml", "train a.yml"),
+    ("python -m megatron_sov sft", "sft"), ("megatron-sov sft", "sft")])
+def test_launchers_are_unwrapped(typed: str, meant: str) -> None:
+    assert unwrap_launcher(typed.split()) == meant.split()
+
+
+def test_a_command_of_ours_is_no_launcher() -> None:
+    assert unwrap_launcher(["serve", "hf"]) is None
+
+
+def test_turns_of_foreign_names_cannot_be_named() -> None:
+    record = {"id": 1, "utterances": [{"speaker": "a", "text": "b"}]}
+    assert describe_turns(record).startswith("'utterances' is a list of turns with 'speaker' and 'text'")
+    assert describe_turns({"messages": [{"role": "user", "content": "b"}]}) == ""
+
+
+def test_equal_problems_of_rows_are_one_line() -> None:
+    problems = RowProblems()
+    for number in range(1, 21):
+        problems.add(f"line {number}", "has no 'prompt'")
+    problems.add("line 30", "is not JSON")
+    assert problems.format("f.jsonl", "correct them") == (
+        "f.jsonl: 21 bad rows; correct them\n  lines 1, 2, 3 and 17 more: has no 'prompt'\n"
+        "  line 30: is not JSON")
+
+
+@pytest.mark.parametrize(("typed", "parts"), [
+    ("megatron-sov pretrain --resume run", ["write\n  megatron-sov resume run"]),
+    ("megatron-sov trl sft --model_name_or_path hf --dataset_name t.jsonl --output_dir r",
+     ["write\n  megatron-sov sft --from hf --data t.jsonl --run r"]),
+    ("megatron-sov sft --config axolotl.yml --run r", ["--from hf", "--data t.jsonl --run r"]),
+    ("megatron-sov pretrain tiny-llama --config own.yml --data d --run r",
+     ["train.lr is optim.lr=3e-4", "--set train.steps=2 --set optim.lr=3e-4"]),
+    ("sov-tokenizer export tokk --format hf --output o", ["tokk: does not exist", "cp -r tok o"]),
+    ("sov-tokenizer tok report --output r.html", ["sov-tokenizer report tok --output r.html"]),
+    ("megatron-sov recipes tiny-llama --set train.steps=1B", ["--set train.tokens=1000000000"]),
+    ("megatron-sov recipes tiny-llama --set checkpoint.every_steps=2",
+     ["--set train.checkpoint_every_steps=2"]),
+    ("sov-data sample d --n 2 --split validation", ["sov-data sample d --count 2 --split heldout"]),
+    ("sov-tokenizer train --files t.txt --vocab_size 9 --output o", ["--preset is missing"]),
+    ("sov-data pack --tokenizer tok2 --input c.jsonl --heldout 5% --output o",
+     ["--heldout 0.05 --text-field content"]),
+    ("megatron-sov serve hf --tensor-parallel-size 2 --max-model-len 9",
+     ["in one process", "write\n  megatron-sov serve hf --max-length 9"])])
+def test_the_answer_has_every_fault_and_the_line(typed: str, parts: list[str], tmp_path: Path,
+                                                 monkeypatch: pytest.MonkeyPatch,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, text in {"hf/model.safetensors": "", "hf/config.json": "{}", "t.jsonl": CHAT,
+                       "t.txt": "a", "tok/manifest.json": json.dumps({"kind": "tokenizer"}),
+                       "d/manifest.json": "{}", "c.jsonl": '{"content": "x"}',
+                       "run/events.jsonl": "", "run/config.json": "{}",
+                       "own.yml": "train: {steps: 2, lr: 3e-4, warmup: 3}\noptim: {learning_rate: 3e-4}",
+                       "axolotl.yml": "base_model: hf\nlora_r: 8\ndatasets: [{path: t.jsonl, type: x}]",
+                       }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    said = answer(typed, capsys)
+    assert [part for part in parts if part not in said] == [], said
