@@ -35,6 +35,8 @@ CODECS_IN = ("data_prep", "omni")
 """Package, and the hall behind its last one that it imports too: media become tokens where data are made."""
 LIGHT = {"publish": "plan", "operate": "engine", "api": "runs", "cli": "base"}
 """Hall -> the last hall that it may import, where that is less than its place allows, commands left out."""
+WITHOUT_PLAN = {"engine", "checkpoint", "convert", "train", "infer", "eval", "post"}
+"""Halls that run models: a run does not price itself, its command does."""
 MOST_AT_THE_TOP = 12
 """Files and folders of a hall."""
 
@@ -43,7 +45,7 @@ WINGS: dict[str, tuple[set[str], ...]] = {
     "megatron_sov/model": ({"config"}, {"families"}, {"recipes", "counterparts"}),
     "megatron_sov/omni": ({"media"}, {"codecs"}, {"generation"}, {""}),
     "megatron_sov/engine": ({"parallel"}, {"model"}, {"optimizer", "decode"}),
-    "megatron_sov/train": ({"data"}, {"guards", "side_jobs"}, {""}),
+    "megatron_sov/train": ({"data"}, {"objectives"}, {"guards", "side_jobs"}, {""}, {"stages"}),
     # steps know the contract of a pipeline, and a pipeline knows steps by name alone
     "data_prep/curate": ({"sources", "pipelines"}, {"pipeline"},
                          {"quality", "dedup", "scoring"}, {"decontamination"}),
@@ -219,6 +221,8 @@ def may_import(hall: str) -> set[str]:
         return below | {"runs", "commands"}
     if hall == "__main__":
         return {"cli"}
+    if hall in WITHOUT_PLAN:
+        below -= {"plan"}
     return below if hall == "commands" else below - LEAVES
 
 
@@ -476,6 +480,10 @@ BAD = [
     ("megatron_sov/train/data/order.py", "def f():\n    from megatron_sov.train.guards import watchdog",
      "wing 'data' of megatron_sov/train may not import 'guards'"),
     ("megatron_sov/convert/peft.py", "from ..train import loop", "hall 'convert' may not import 'train'"),
+    ("megatron_sov/train/loop.py", "from megatron_sov.plan import pricing",
+     "hall 'train' may not import 'plan'"),
+    ("megatron_sov/train/loop.py", "def f():\n    from megatron_sov.train.stages import stage",
+     "wing '' of megatron_sov/train may not import 'stages'"),
     ("tokenizer/train.py", "def f():\n    from megatron_sov.plan import pricing",
      "hall 'tokenizer' may not import 'plan'"),
     ("data_prep/shards/pack.py", "def f():\n    import tokenizer.train",
