@@ -77,7 +77,10 @@ def unwrap_launcher(typed: Sequence[str]) -> list[str] | None:
     if word in launchers["harnesses"].split():
         return ["eval", "lm", *(rest[1:] if rest[:1] == ["run"] else rest)]
     if word in launchers["programs"].split():
-        return rest if rest and not rest[0].startswith("-") else ["train", *rest]
+        if rest and not rest[0].startswith("-"):
+            return rest
+        has_own_answer = any(word in row.split() for row in table()["commands"]["megatron-sov"])
+        return None if has_own_answer else ["train", *rest]
     if word not in launchers["starters"].split():
         return None
     at = next((n for n, one in enumerate(rest) if one.endswith(".py") or one in ("-m", "--module")),

@@ -115,7 +115,9 @@ def test_a_path_in_the_place_of_an_action_names_the_action(
         capsys: pytest.CaptureFixture[str]) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    lines = answer(f"megatron-sov {command.format(tmp_path)}", capsys).splitlines()
+    said = answer(f"megatron-sov {command.format(tmp_path)}", capsys)
+    # the folder has no model in it, which the line's check says
+    lines = said.partition("\nthis line still has a fault")[0].splitlines()
     assert [line.strip() for line in lines[1:]] == [f"megatron-sov {line.format(tmp_path)}" for line in write]
 
 
