@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from megatron_sov.base.artifacts import (
     check_output_folder, create_artifact, find_damaged_files, format_json, read_manifest, sha256_file)
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
-    Flag, NotNegativeInt, ProblemCode, SettingsProblem, build_command, read_options, requires_field)
+    DeclaredCommand, Flag, NotNegativeInt, ProblemCode, SettingsProblem, requires_field)
 from megatron_sov.chat.media_tokens import (
     AUDIO, DIGITS, IMAGE, MARKS, MEDIA, VocabularyBlock, codebook_token, describe_blocks)
 from megatron_sov.model.pretrained import CONFIG, read_json
@@ -100,8 +99,7 @@ class TokenizerMediaOptions:
     """Replace what is already there."""
 
 
-def run_media(typed: argparse.Namespace) -> int:
-    args = read_options(TokenizerMediaOptions, typed)
+def run_media(args: TokenizerMediaOptions) -> int:
     if (args.tokenizer / CONFIG).is_file():
         raise UserError(f"{args.tokenizer}: is a model; pass the tokenizer that `sov-tokenizer import` makes "
                         "of it, and resize the model with transformers' `resize_token_embeddings`")
@@ -228,4 +226,4 @@ def _tell(extended: _ExtendedTokenizer, checked: str, output: Path) -> None:
     print(f"wrote {output}")
 
 
-COMMAND = build_command(TokenizerMediaOptions, run_media)
+COMMAND = DeclaredCommand(TokenizerMediaOptions, run_media)

@@ -3,7 +3,6 @@ ours, or one of ours theirs, with the same ids."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +13,7 @@ from megatron_sov.base.artifacts import (
     ArtifactWriter, check_output_folder, create_artifact, format_json, sha256_file, write_output)
 from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.base.outputs import check_output
-from megatron_sov.base.settings import Flag, build_command, read_options
+from megatron_sov.base.settings import DeclaredCommand, Flag
 
 PRESET = "imported"
 """What the manifest says where it names the preset of a trained tokenizer."""
@@ -46,8 +45,7 @@ class TokenizerImportOptions:
     """Special token for padding (default: eos), if the source names none."""
 
 
-def run_import(typed: argparse.Namespace) -> int:
-    args = read_options(TokenizerImportOptions, typed)
+def run_import(args: TokenizerImportOptions) -> int:
     named = {"bos_token": args.bos, "eos_token": args.eos, "pad_token": args.pad}
     import_tokenizer(args.path, args.output, rules=args.rules, named=named, texts=args.text,
                      overwrite=args.overwrite)
@@ -183,7 +181,7 @@ def _describe(artifact: ArtifactWriter, source: Any, special: dict[str, Any], ch
                          "library": source.library}
 
 
-IMPORT = build_command(TokenizerImportOptions, run_import)
+IMPORT = DeclaredCommand(TokenizerImportOptions, run_import)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,8 +203,7 @@ class TokenizerExportOptions:
     """Replace files that are already there."""
 
 
-def run_export(typed: argparse.Namespace) -> int:
-    args = read_options(TokenizerExportOptions, typed)
+def run_export(args: TokenizerExportOptions) -> int:
     export_tokenizer(args.path, args.format, args.output, texts=args.text,
                      overwrite=args.overwrite)
     return 0
@@ -287,4 +284,4 @@ def _sentencepiece(source: Any, name: str) -> Made:
     return [model], processor(model).encode
 
 
-EXPORT = build_command(TokenizerExportOptions, run_export)
+EXPORT = DeclaredCommand(TokenizerExportOptions, run_export)

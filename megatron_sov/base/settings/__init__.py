@@ -5,8 +5,8 @@ from megatron_sov.base.settings.conditions import (
     DECIDING_FACTS, ActsWhen, AllOf, AnyOf, Condition, When, find_inert_settings, get_setting, is_none_of,
     is_one_of, is_set, is_unset, iter_conditions)
 from megatron_sov.base.settings.options import (
-    NO_FLAG, Actions, DeclaredCommand, Flag, add_actions, add_options, build_command, count_cores,
-    read_command_options, read_options, run_action)
+    NO_FLAG, Actions, DeclaredCommand, Flag, add_actions, add_options, count_cores, read_command_options,
+    read_options, run_action)
 from megatron_sov.base.settings.problem import (
     ASCENDING_PAIR, UNIQUE_ITEMS, AboveZero, AtLeastOne, Bound, Finite, Fraction, NotBlank, NotNegative,
     NotNegativeInt, ProblemCode, Relation, SettingsError, SettingsProblem, Share, Violation, at_most_field,
@@ -24,7 +24,7 @@ __all__ = [
     "AllOf", "AnyOf", "AtLeastOne", "Bound", "Condition", "DeclaredCommand", "Finite", "Flag", "Fraction",
     "LocatedDocument", "NotBlank", "NotNegative", "NotNegativeInt", "Place", "ProblemCode", "Relation",
     "SettingsError", "SettingsProblem", "Share", "Violation", "When", "add_actions", "add_options",
-    "apply_changes", "assign_values", "at_most_field", "below_field", "build_command", "choice_from",
+    "apply_changes", "assign_values", "at_most_field", "below_field", "choice_from",
     "count_cores", "differs_from_field", "excludes_field", "find_all_problems", "find_broken_rules",
     "find_declaration_problems", "find_inert_settings", "find_rule_problems", "get_field_hints",
     "get_inner_hint", "get_setting", "is_none_of", "is_one_of", "is_set", "is_unset", "iter_conditions",

@@ -25,7 +25,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from types import NoneType, SimpleNamespace, UnionType
+from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from megatron_sov.base.command_line import Command, CommandParser, import_reference
@@ -216,11 +216,6 @@ class DeclaredCommand:
         function = self.run_function
         reference = function if isinstance(function, str) else function[type(request)]
         return import_reference(reference)(request) or ExitCode.OK
-
-
-def build_command(cls: type, run: Callable[[argparse.Namespace], int]) -> SimpleNamespace:
-    """Return a command object for `Command.module` in a file that holds several commands."""
-    return SimpleNamespace(add_arguments=partial(add_options, cls=cls), run=run)
 
 
 def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
