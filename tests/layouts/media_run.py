@@ -111,7 +111,7 @@ def one_batch(recipe: str, settings: list[str], out: str) -> dict[str, Any]:
     config, state = found.config, {"step": 0, "tokens": 0}
     load.save_checkpoint(Path(out) / "weights", found.model, None, state, config.to_dict(), None)
     batch = found.objective.prepare(found.objective.collect(found.policy, 0))
-    sums = found.computation.sums(batch, found.objective, 1)
+    sums = found.forward_backward.run(batch, found.objective, 1)
     trained_ids = {id(p) for chunk in found.optimizer.wrapped for p in chunk.param_to_bucket_group}
     frozen = [name for chunk in found.model.chunks for name, p in chunk.named_parameters()
               if id(p) not in trained_ids]
@@ -135,7 +135,7 @@ def one_batch(recipe: str, settings: list[str], out: str) -> dict[str, Any]:
 
 def _step(found: Trainer) -> dict[str, Any]:
     """Train a step; return its loss and a hash of weights and optimizer state."""
-    loss = found.update().loss
+    loss = found.train_step().loss
     digest = hashlib.sha256()
     for block in (*list_local_shards(found.model), *found.optimizer.state_shards()):
         digest.update(block.key.encode() + block.data.detach().contiguous().numpy().tobytes())

@@ -62,7 +62,7 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
     shards = name_free_path(f"{place.name}-tokens")
     form = {"sft": "--format chat ", "prefer": "--format preference "}.get(line[0], "")
     pack = f"sov-data pack --tokenizer {tokenizer} {form}" + shlex.join(["--input", path, "--output", shards])
-    return UserError(f"--data {path}: is a folder of text, which has to be packed first",
+    return UserError(f"--data {path}: is a folder of text; pack it first",
                      Fix(words={path: shards}, before=(*before, pack)))
 
 
@@ -88,5 +88,5 @@ def _find_output_fault(path: str) -> UserError | None:
     held = "a file" if place.is_file() else table()["kinds"].get(kind_of_folder(place), "")
     if held in ("", table()["kinds"]["run"]):
         return None
-    return UserError(f"--run {path}: is {held}, where a new folder is needed",
+    return UserError(f"--run {path}: is {held}; name a new folder",
                      Fix(options=("--run", name_free_path(f"{place.with_suffix('')}-run"))))

@@ -141,7 +141,7 @@ class Registry(Generic[T]):
             return self._known[name].value
         nearest = find_nearest_name(name, [*self._built_in, *self._known])
         if meant := table()["values"].get(f"--{self.kind}", {}).get(name.lower()):
-            raise UserError(f"{self.kind} {name!r}: is {meant} here", Fix(words={name: meant}))
+            raise UserError(f"{self.kind} {name!r}: is {meant} here; write {meant}", Fix(words={name: meant}))
         raise UserError(self._explain_unknown(name, recorded), Fix(words={name: nearest}) if nearest else
                         Fix(stand_ins={name: next(iter(self._built_in), name)}))
 

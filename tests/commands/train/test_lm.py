@@ -35,7 +35,7 @@ def test_missing_and_wrong_data(capsys: Any, packed_data: Any, tmp_path: Path) -
     run = tmp_path / "run"
     assert "--data none: does not exist" in refused(capsys, ["none"], run)
     assert "has no manifest.json, so it is not a 'tokens' artifact" in refused(capsys, [tmp_path], run)
-    assert "is a 'tokenizer' artifact where a 'tokens' artifact is needed" in refused(
+    assert "tokenizer: is a tokenizer; pass token shards" in refused(
         capsys, [packed_data.tokenizer], run)
     small = refused(capsys, [packed_data.text], run, settings=("model.vocab_size=100",))
     assert "its tokenizer has 368 ids, the model only model.vocab_size = 100" in small
@@ -58,7 +58,7 @@ def test_impossible_layouts_list_every_problem(capsys: Any, packed_data: Any, tm
 
 def test_folders_that_hold_something_else(capsys: Any, packed_data: Any, tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("mine")
-    assert "notes: is a file; --run needs a folder" in refused(capsys, [packed_data.text], tmp_path / "notes")
+    assert "notes: is a file; name a new folder" in refused(capsys, [packed_data.text], tmp_path / "notes")
     assert "notes: is a file; --run needs a folder" in refused(capsys, [packed_data.text],
                                                                tmp_path / "notes" / "run")
     (tmp_path / "full").mkdir()

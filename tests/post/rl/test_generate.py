@@ -224,7 +224,7 @@ def test_what_a_deadline_left_unread_goes_where_the_next_policy_sends_it(prompts
 
 def test_responses_that_are_told_their_length_begin_with_it_as_their_prompt(prompts: PromptList) -> None:
     class Telling(Numbers):
-        def encode(self, text: str) -> list[int]:
+        def encode_text(self, text: str) -> list[int]:
             begin, tokens, end = text.split()
             assert (begin, end) == ("in", "tokens")
             return [700, int(tokens)]
