@@ -85,6 +85,11 @@ class ParallelConfig:
         return self.etp * self.ep * self.pp
 
     @property
+    def min_ranks(self) -> int:
+        """Fewest processes that form whole replicas of the dense layers and of the routed experts."""
+        return math.lcm(self.ranks_per_replica, self.ranks_per_expert_replica)
+
+    @property
     def row_multiple(self) -> int:
         """Divisor for every row length in tokens. With context parallelism each process gets an early and a
         late piece of a row, so causal attention costs every process the same."""

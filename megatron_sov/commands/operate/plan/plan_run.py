@@ -1,7 +1,5 @@
 """Runs `megatron-sov plan` for recipes: the schedule, the price on a cluster, or tokens within a budget."""
 
-import math
-
 from megatron_sov.base.artifacts import format_json, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.figures import format_count, format_value
@@ -57,9 +55,7 @@ def print_budget(options: PlanOptions, requests: dict[str, RecipeRequest]) -> No
 
 def _print_schedule(options: PlanOptions, request: RecipeRequest) -> None:
     config = request.config()
-    # the fewest processes that form whole replicas of the dense layers and of the experts
-    num_ranks = options.nproc or math.lcm(config.parallel.ranks_per_replica,
-                                          config.parallel.ranks_per_expert_replica)
+    num_ranks = options.nproc or config.parallel.min_ranks
     config.check(num_ranks)
     data_lines = _describe_data(options, config)
     if options.json:

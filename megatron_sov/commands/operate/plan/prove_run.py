@@ -1,7 +1,5 @@
 """Runs `megatron-sov plan --prove`."""
 
-import math
-
 from megatron_sov.base.artifacts import format_json
 from megatron_sov.base.errors import ExitCode
 from megatron_sov.commands.operate.plan.plan import LayoutProof
@@ -25,8 +23,7 @@ def prove_layout(proof: LayoutProof) -> int:
         config, num_ranks = placed(request, where).config, where.num_ranks
     else:
         config = request.config()
-        parallel = config.parallel
-        num_ranks = options.nproc or math.lcm(parallel.ranks_per_replica, parallel.ranks_per_expert_replica)
+        num_ranks = options.nproc or config.parallel.min_ranks
     small, verdict = prove_run(config, num_ranks)
     print(format_json(as_json(small, verdict)) if options.json else as_text(small, verdict))
     return ExitCode.OK if verdict.outcome == EQUAL else ExitCode.GATE_FAILED
