@@ -193,7 +193,7 @@ class DeclaredCommand:
 
     options: type
     """Settings class; its docstring is the command's description."""
-    check: Callable[[Any], Any]
+    check: Callable[[Any], Any] = lambda options: options
     """Receives the options and runs the checks that need no heavy import. Returns the argument for
     `run_function`, or an exit code if no work remains."""
     run_function: str | Mapping[type, str] = ""

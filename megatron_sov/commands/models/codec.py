@@ -60,8 +60,8 @@ class CodecInspectOptions:
 
 RUN = "megatron_sov.commands.models.codec_run"
 ACTIONS: Actions = {
-    "import": DeclaredCommand(CodecImportOptions, lambda options: options, f"{RUN}:import_files"),
-    "inspect": DeclaredCommand(CodecInspectOptions, lambda options: options, f"{RUN}:inspect_codec"),
-    "reconstruct": DeclaredCommand(ReconstructOptions, lambda options: options, f"{RUN}:reconstruct_files")}
+    "import": DeclaredCommand(CodecImportOptions, run_function=f"{RUN}:import_files"),
+    "inspect": DeclaredCommand(CodecInspectOptions, run_function=f"{RUN}:inspect_codec"),
+    "reconstruct": DeclaredCommand(ReconstructOptions, run_function=f"{RUN}:reconstruct_files")}
 add_arguments = partial(add_actions, actions=ACTIONS)
 run = partial(run_action, ACTIONS)

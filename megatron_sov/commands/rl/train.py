@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from megatron_sov.base.errors import ExitCode
 from megatron_sov.base.settings import DeclaredCommand, Flag, NotNegative, ProblemCode, SettingsProblem
@@ -31,6 +31,9 @@ class RoundsOptions(TunedOptions, PromptOptions, StoreRewardOptions, ScoringTeac
     validation: Annotated[Path | None, Flag(VALIDATION_OPTION, "FILE|DIR")] = None
     """Held-out prompts, in the form of --prompts, that `rl run` asks its policies every
     rollout.validation_every_rounds."""
+
+    def deciding_options(self) -> dict[str, Any]:
+        return {"validation": self.validation}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,5 +13,5 @@ class DoctorOptions:
     """Print the checks as JSON."""
 
 
-DOCTOR = DeclaredCommand(DoctorOptions, lambda options: options,
-                         "megatron_sov.commands.operate.doctor.checks:show_checks")
+DOCTOR = DeclaredCommand(DoctorOptions,
+                         run_function="megatron_sov.commands.operate.doctor.checks:show_checks")

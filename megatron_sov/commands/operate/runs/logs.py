@@ -21,5 +21,4 @@ class LogsOptions:
     """Go on with new lines until the run has ended."""
 
 
-LOGS = DeclaredCommand(LogsOptions, lambda options: options,
-                       "megatron_sov.commands.operate.runs.logs_run:print_logs")
+LOGS = DeclaredCommand(LogsOptions, run_function="megatron_sov.commands.operate.runs.logs_run:print_logs")

@@ -19,5 +19,5 @@ class StatusOptions:
     """Print a line for each new step, evaluation, checkpoint and incident of one run until it ends."""
 
 
-STATUS = DeclaredCommand(StatusOptions, lambda options: options,
-                         "megatron_sov.commands.operate.runs.status_run:show_status")
+STATUS = DeclaredCommand(StatusOptions,
+                         run_function="megatron_sov.commands.operate.runs.status_run:show_status")

@@ -59,7 +59,7 @@ def check_gc(options: StoreGcOptions) -> StoreGcRequest:
 
 
 ACTIONS: Actions = {
-    "show": DeclaredCommand(StoreShowOptions, lambda options: options, f"{RUN_MODULE}:show_row"),
+    "show": DeclaredCommand(StoreShowOptions, run_function=f"{RUN_MODULE}:show_row"),
     "gc": DeclaredCommand(StoreGcOptions, check_gc, f"{RUN_MODULE}:clean_store")}
 add_arguments = partial(add_actions, actions=ACTIONS)
 run = partial(run_action, ACTIONS)

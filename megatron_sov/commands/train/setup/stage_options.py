@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AtLeastOne, Flag, NotNegative
@@ -67,6 +67,10 @@ class StageOptions(TrainingOptions):
 
     def check_settings(self, config: RunConfig) -> None:
         """Check options of the command against the resolved settings."""
+
+    def deciding_options(self) -> dict[str, Any]:
+        """Return the options, by name, that decide whether a setting acts."""
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)

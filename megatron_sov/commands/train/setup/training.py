@@ -76,9 +76,7 @@ def check_stage(options: StageOptions, *, num_prompts: int = 0, complete: Comple
     request = stage_request(options, kind.name, needs_data=kind.needs_data)
     stage: Stage | None = None if kind.name == "lm" else kind.name
     mixed = apply_data_phases(request.config(), request.base)
-    deciding_options: dict[str, Any] = {}
-    if hasattr(options, "validation"):
-        deciding_options["validation"] = options.validation
+    deciding_options = options.deciding_options()
     if formats := _check_shards(options, mixed):
         deciding_options["data"] = formats
     request.refuse_inert(mixed, **deciding_options)
