@@ -57,9 +57,6 @@ class _Proposal:
     """Paths that `before` writes."""
     stand_ins: dict[str, str] = field(default_factory=dict)
     """Faulty word that stays in the line -> sound word for the checks."""
-    results: dict[tuple[str, ...], UserError | None] = field(default_factory=dict)
-    """Checked words, after their program -> fault. A check takes seconds, and a recommended line is looked at
-    twice."""
 
     def find_fault(self) -> UserError | None:
         """Return the next fault of the line; None: its check passes, or ends at a value that nobody typed."""
@@ -82,18 +79,10 @@ class _Proposal:
         return next((UserError(said, fix) for fix in fixes if fix and not fix.before), None)
 
     def run_check(self) -> UserError | None:
-        """Return the fault that the check finds in the line; None: no fault."""
-        words = [self.stand_ins.get(word, word) for word in self.line]
-        key = (self.program, *words)
-        if key not in self.results:
-            self.results[key] = self._check_words(words)
-        return self.results[key]
-
-    def _check_words(self, words: list[str]) -> UserError | None:
         token = _is_check.set(True)
         try:
             with _without_output(), contextlib.suppress(DryRun):
-                self.check(words)
+                self.check([self.stand_ins.get(word, word) for word in self.line])
         except UserError as e:
             return e
         except SystemExit:  # of a command that the check started, and that printed why
