@@ -197,15 +197,13 @@ class DeclaredCommand:
     """Receives the options and runs the checks that need no heavy import. Returns the argument for
     `run_function`, or an exit code if no work remains."""
     run_function: str | Mapping[type, str] = ""
-    """`module:function`, imported after the checks, or class of `check`'s result -> `module:function`. The
-    module imports torch at the top; the function returns an exit code, or None for 0. "": `check` does the
-    whole work."""
+    """`module:function`, or class of `check`'s result -> `module:function`, imported after the checks. It
+    returns an exit code, or None for 0. "": `check` does the whole work."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         add_options(parser, self.options)
 
     def run(self, typed: argparse.Namespace) -> int:
-        """Run the command with parsed arguments and return the exit code."""
         return self.run_options(read_options(self.options, typed))
 
     def run_options(self, options: Any) -> int:
