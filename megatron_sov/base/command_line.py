@@ -142,15 +142,14 @@ def check_arguments(parsed: argparse.Namespace, command: Any) -> None:
     Raises:
         UserError: a fault; values that stand for what nobody typed have none.
     """
-    from megatron_sov.base.settings import DeclaredCommand, SettingsError, read_options
+    from megatron_sov.base.settings import ActionGroup, DeclaredCommand, SettingsError, read_options
 
     try:
         options_class = getattr(parsed, "options_class", None)
         if options_class is None:
             return
         options = read_options(options_class, parsed)
-        action = getattr(command, "ACTIONS", {}).get(getattr(parsed, "action", ""), command)
-        action = action.load() if isinstance(action, Command) else action
+        action = command.load_action(parsed) if isinstance(command, ActionGroup) else command
         if isinstance(action, DeclaredCommand) and action.run_function:  # else the check does the work
             action.check(options)
         elif hasattr(options_class, "dry_run"):

@@ -11,13 +11,13 @@ from megatron_sov.omni.generation.replies import Asking, MediaDecoders, replies
 
 
 def generate_media(request: MediaRequest) -> None:
-    """Answer each prompt, preceded by all media of the command line; print texts and paths of files.
+    """Answer every prompt, preceded by the media from the command line; print texts and file paths.
 
     Raises:
         UserError: a missing codec; see `replies`.
     """
     options = request.options
-    asking = Asking(build_shown_media(options, request.root), build_media_decoders(options),
+    asking = Asking(build_prompt_media(options, request.root), build_media_decoders(options),
                     request.output_folders, options.sampling, chat=options.chat,
                     max_audio_tokens=options.max_audio_tokens, batching=options.batching,
                     with_features=not options.no_features)
@@ -39,10 +39,10 @@ def generate_media(request: MediaRequest) -> None:
         for file in (*reply.made.pictures, *reply.made.sounds):
             print(f"wrote {file}")
         if reply.made.num_broken:
-            print(f"{reply.made.num_broken} pictures broke off; raise --max-new-tokens")
+            print(f"{reply.made.num_broken} pictures are incomplete; raise --max-new-tokens")
 
 
-def build_shown_media(options: CodecsOptions, root: Path) -> ShownMedia:
+def build_prompt_media(options: CodecsOptions, root: Path) -> ShownMedia:
     """Build the encoders of prompts' media below `root`."""
     codecs = {IMAGE: options.image_tokenizer, AUDIO: options.audio_tokenizer}
     return ShownMedia(root, {kind: folder for kind, folder in codecs.items() if folder is not None})
