@@ -108,7 +108,7 @@ def test_rows_of_which_none_has_a_reward_are_written_and_the_command_fails(
     write([{"response": "a"}, {"response": "b"}])
     assert score() == 3
     assert [row["status"] for row in read()] == ["refused", "refused"]
-    assert "out.jsonl: not one of its 2 rows has a reward; see why in" in capsys.readouterr().err
+    assert "out.jsonl: none of its 2 rows has a reward; see their" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("lines", "said"), [

@@ -304,7 +304,7 @@ def test_one_run_is_followed_and_not_as_json(tmp_path: Path, capsys: pytest.Capt
     for name in ("a", "b"):
         write_run(tmp_path / name, begin(100))
     assert cli.main(["status", str(tmp_path), "--follow"]) == 2
-    assert "--follow: follows one run, and there are 2" in capsys.readouterr().err
+    assert "--follow: follows one run, not 2 (" in capsys.readouterr().err
     assert cli.main(["status", str(tmp_path / "a"), "--follow", "--json"]) == 2
     assert "--json" in (told := capsys.readouterr().err) and "goes without --follow" in told
     assert cli.main(["status", str(tmp_path / "none"), "--follow"]) == 2
