@@ -46,7 +46,7 @@ class ForgettingGate:
 
     def check_arguments(self) -> None:
         """Raise `UserError` if `eval lm` would refuse the arguments."""
-        words = self._words(self.start, "start")
+        words = self._build_words(self.start, "start")
         try:
             options = _eval_options(words)
         except UserError as e:
@@ -66,12 +66,12 @@ class ForgettingGate:
         self._evaluate(checkpoint, "last", ["--run", str(self.run)])
         if not is_first_rank():
             return None
-        first, last = (read_scored(self._output(when)) for when in ("start", "last"))
+        first, last = (read_scored(self._get_output(when)) for when in ("start", "last"))
         forgetting = judge(first, last, self.tolerance)
         # before the verdict, so that a report also shows a failed gate
         RunEvents(self.run).add(self.name, step=last.results.model.step, start=str(self.start),
                                 **forgetting.fields())
-        self._tell(forgetting)
+        self._print_verdict(forgetting)
         lost = forgetting.lines(FORGOTTEN, NOT_KNOWN)
         failure = "\n".join([f"the forgetting gate did not pass: {len(lost)} of {len(forgetting.tasks)} "
                              "tasks; change the data (rehearse the lost tasks) or the learning rate in a new "
@@ -90,12 +90,12 @@ class ForgettingGate:
         return self.run / GATE / f"{when}.json"
 
     def _build_words(self, target: Path, when: str) -> list[str]:
-        return [str(target), "--tasks", ",".join(self.tasks), "--output", str(self._output(when)), "--cache",
-                str(self.run / GATE / "cache"), *self.words]
+        return [str(target), "--tasks", ",".join(self.tasks), "--output", str(self._get_output(when)),
+                "--cache", str(self.run / GATE / "cache"), *self.words]
 
     def _evaluate(self, target: Path, when: str, more: list[str]) -> None:
         # equal words for both models: figures from different modes or prompts are not comparable
-        words = [*self._words(target, when), *more]
+        words = [*self._build_words(target, when), *more]
         # the launcher has started the ranks; otherwise a new command starts them
         if has_launcher():
             code = LM.run_options(_eval_options(words))

@@ -156,7 +156,7 @@ class FilePacking:
             UserError: a file has changed since the run began, or many processes would pack.
             SystemExit: a command failed, and printed why; or it was stopped.
         """
-        records = {named: self._record_of(named) for named in self.files}
+        records = {named: self._build_record(named) for named in self.files}
         stale = [named for named in self.files if named.recorded(self.run) != records[named]]
         packed = {named.argument: named.packed_argument(self.run) for named in self.files}
         if not stale:
