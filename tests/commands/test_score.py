@@ -187,7 +187,7 @@ def test_a_killed_command_goes_on_where_it_was(capsys: pytest.CaptureFixture[str
     said = capsys.readouterr()
     assert 'reward was "Counts", and is "language"' in said.err
     assert "400 rows read: 400 scored, 0 set aside; mean reward 199.5000" in said.out
-    assert "256 rows were scored by an earlier command" in said.out
+    assert "256 rows were already scored" in said.out
     assert [row["reward"] for row in read()] == list(range(400))
     again = set(map(int, Path("judged").read_text().split()))
     assert again == set(range(256, 400))

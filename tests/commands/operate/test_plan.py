@@ -220,4 +220,4 @@ def test_epochs_of_data_are_the_length_of_a_stage(
     assert data.startswith("data: ") and " tokens (3 epochs of --data), 8 H100-80GB: " in headline
     assert "pass --set model.vocab_size" not in headline
     assert main(["plan", "sft", *command[2:]]) == 2
-    assert "holds conversations" in capsys.readouterr().err
+    assert "contains conversations" in capsys.readouterr().err

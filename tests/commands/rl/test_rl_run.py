@@ -130,7 +130,7 @@ def killed(folder: Path, command: Command, run_command: Any) -> Path:
                                     *validated(folder)))
     assert done.returncode == 0 and pids, done.stderr
     asked = f"--validation {folder / 'heldout.jsonl'}"
-    assert f"{asked}: 1 of 7 prompts are asked in training too (line 7); they are left out" in done.stderr
+    assert f"{asked}: 1 of 7 prompts are also training prompts (line 7); the validation" in done.stderr
     assert (f"{asked}: 7 prompts read: 5 asked, 2 set aside (1 asked in training too, 1 longer than "
             "rollout.max_prompt_tokens") in done.stderr
     assert "were begun by policy" not in done.stderr

@@ -129,7 +129,7 @@ def test_other_rounds_than_those_of_the_run_are_refused(asked: list[str], tmp_pa
     run.declare(recipes.get("tiny-solar-open"))  # one step in a round, at temperature 1
     assert main([*asked, "--set", "rollout.steps_per_round=2"]) == 2
     said = capsys.readouterr().err
-    assert f"rollout.steps_per_round = 2: --run {run.path} trains with 1; give the same" in said
+    assert f"rollout.steps_per_round = 2: --run {run.path} trains with 1; use equal" in said
     assert "rollout.temperature = 0.0001: --run" in said and "rollout.rounds" not in said
     assert not (tmp_path / "store").exists()
 

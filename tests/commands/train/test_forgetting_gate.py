@@ -116,7 +116,7 @@ def test_a_mistake_is_one_sentence_before_anything_runs(run: Path, words: list[s
 
 def test_without_a_start_there_is_nothing_to_compare_with(run: Path) -> None:
     assert gate_for(run) is None
-    with pytest.raises(UserError, match="name it by --from"):
+    with pytest.raises(UserError, match="add --from"):
         build_gate(asked(run, "--gate", "quiz"), recipes.get("tiny-solar-open"), None)
 
 
@@ -135,5 +135,5 @@ def test_what_is_not_there_is_named_before_the_first_step(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"evaluate.lm.tasks = \['capitels'\]: .* did you mean .*capitals"):
         refuse(here, 'evaluate.lm.tasks=["capitels"]')
     for name, value in (("task_dirs", '["no such"]'), ("data_dir", "no such")):
-        with pytest.raises(UserError, match=f"evaluate.lm.{name} = no such: is no folder"):
+        with pytest.raises(UserError, match=f"evaluate.lm.{name} = no such: is not a folder"):
             refuse(here, f"evaluate.lm.{name}={value}")

@@ -215,7 +215,7 @@ def test_programs_are_asked_for_their_version(tmp_path: Path, monkeypatch: pytes
 def test_what_encloses_programs_is_found_by_enclosing_one(monkeypatch: pytest.MonkeyPatch) -> None:
     check = only(doctor.iter_sandbox_checks())
     assert (check.status, check.detail.partition(":")[0]) in (
-        ("ok", "namespaces"), ("ok", "landlock"), ("missing", "this machine cannot enclose a program"))
+        ("ok", "namespaces"), ("ok", "landlock"), ("missing", "this machine cannot isolate a program"))
 
     def refuse() -> str:
         raise UserError("none: 2 problems\n  namespaces: not allowed\n  landlock: version 0")
