@@ -20,6 +20,7 @@ from megatron_sov.model.config import PolicyConfig
 from megatron_sov.model.recipes import get
 from megatron_sov.post.policy import check_sources, open_text_sources
 from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.loop import train_step
 
 TEMPERATURE, LOW, HIGH, CLIP = 0.7, 0.75, 1.35, 0.05
 SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 64}]', "model.num_experts=8",
@@ -112,7 +113,7 @@ def curve(settings: list[str], run: str, *, write_out: bool) -> list[dict[str, A
         results.append(_written_out(trainer.policy, first))
         trainer.objective.collect = lambda policy, step: collect(policy, step) if step else first
     for _ in range(STEPS):
-        found = trainer.train_step()
+        found = train_step(trainer)
         results.append({"loss": found.loss, "grad_norm": found.grad_norm, **found.losses, **found.meters})
     trainer.close()
     world.leave_world()

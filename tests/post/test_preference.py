@@ -104,6 +104,7 @@ def written_out(data: str, run: str, methods: list[str]) -> list[dict[str, Any]]
 
     from megatron_sov.engine.decode.forward_only import DocumentBatch
     from megatron_sov.engine.parallel import world
+    from megatron_sov.train.loop import train_step
 
     def sums(policy: Any, batch: Any) -> list[tuple[float, int]]:
         """Return each response's log-probability and tokens."""
@@ -129,7 +130,7 @@ def written_out(data: str, run: str, methods: list[str]) -> list[dict[str, Any]]
         objective = trainer.objective
         held = [*trainer.model.parameters(), *trainer.model.buffers()]  # routers' biases move as well
         initial = [tensor.detach().clone() for tensor in held]
-        trainer.train_step()
+        train_step(trainer)
         batch = objective.prepare(objective.collect(trainer.policy, 1))
         now = [s for m in batch.micro_batches for s in sums(trainer.policy, m)]
         measured = measured_of(trainer, batch)
@@ -211,6 +212,7 @@ def kto_written_out(policy: Any, batch: Any) -> tuple[float, float]:
 def kto_curve(data: str, run: str) -> list[dict[str, Any]]:
     """Train; return each step's losses, meters and gradient norm, and what they are by hand."""
     from megatron_sov.engine.parallel import world
+    from megatron_sov.train.loop import train_step
 
     trainer = _trainer(KTO, data, Path(run))
     collect, expected = trainer.objective.collect, list[tuple[float, float]]()
@@ -221,7 +223,7 @@ def kto_curve(data: str, run: str) -> list[dict[str, Any]]:
         return batch
 
     trainer.objective.collect = seen
-    results = [trainer.train_step() for _ in range(STEPS)]
+    results = [train_step(trainer) for _ in range(STEPS)]
     trainer.close()
     world.leave_world()
     return [{**r.losses, **r.meters, "by hand": found} for r, found in zip(results, expected, strict=True)]

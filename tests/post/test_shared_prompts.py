@@ -66,6 +66,7 @@ def curve(shares: bool, run: str) -> list[dict[str, Any]]:
     from megatron_sov.post.policy import build_policy_objective
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.data.token_shards import Source
+    from megatron_sov.train.loop import train_step
     from megatron_sov.train.trainer import Trainer
 
     config = small_config("tiny-solar-open", [*SETTINGS, f"policy.share_prompts={str(shares).lower()}"], [],
@@ -86,7 +87,7 @@ def curve(shares: bool, run: str) -> list[dict[str, Any]]:
     setattr(trainer.objective, "prepare", noted)  # noqa: B010
     results = []
     for _ in range(STEPS):
-        found = trainer.train_step()
+        found = train_step(trainer)
         assert found is not None
         results.append({"loss": found.loss, "grad_norm": found.grad_norm, "tokens": found.num_tokens,
                         **found.meters, "load": trainer.expert_load.gather().flatten().tolist(),

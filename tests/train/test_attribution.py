@@ -22,9 +22,10 @@ SETTINGS = ("model.num_layers=2", "model.head_dim=8", "model.expert_ffn_dim=16",
 
 def update(trainer: Any) -> Any:
     """Do a step as the loop does."""
+    from megatron_sov.train.loop import train_step
     from megatron_sov.train.recovery import attribute_rejected_step
 
-    result = trainer.train_step()
+    result = train_step(trainer)
     attribute_rejected_step(trainer)
     return result
 

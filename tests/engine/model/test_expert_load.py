@@ -16,6 +16,7 @@ def counted(data: str, run: str) -> dict[str, Any]:
 
     from megatron_sov.engine.decode.forward_only import DocumentBatch
     from megatron_sov.engine.parallel import world
+    from megatron_sov.train.loop import train_step
 
     trainer = tiny_trainer(data, "model.num_layers=2", "train.global_batch_size=8",
                            "train.micro_batch_size=2", "train.steps=9", "guards.hang_timeout_s=0",
@@ -23,7 +24,7 @@ def counted(data: str, run: str) -> dict[str, Any]:
     experts = trainer.expert_load
     seen, states = [], []
     for _ in range(2):
-        trainer.train_step()
+        train_step(trainer)
         seen.append(experts.gather().sum(dim=1).tolist())
         states.append([experts.biases(), *(p.detach().clone() for p in trainer.model.parameters())])
     documents = DocumentBatch([[1, 2, 3], [4, 5]], torch.device("cpu"), min_tokens=16)

@@ -19,6 +19,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.engine.parallel import device as own_gpu
 from megatron_sov.engine.parallel.device import DETERMINISM_VARIABLES, enable_determinism
 from megatron_sov.model.config import apply_settings
+from megatron_sov.train.loop import train_step
 from megatron_sov.work.clusters.units import GIB
 
 
@@ -97,7 +98,7 @@ def pieces(data: str, run: str, layout: dict[str, Any], dropout: float,
         return Trainer(config, place, folder, open_sources({data: 1.0}, 368), LanguageModelling)
 
     def steps(trainer: Any, count: int) -> list[tuple[float, float]]:
-        results = [trainer.train_step() for _ in range(count)]
+        results = [train_step(trainer) for _ in range(count)]
         return [(r.loss, r.grad_norm) for r in results]
 
     whole = trainer()

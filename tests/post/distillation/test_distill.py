@@ -75,6 +75,7 @@ def written_out(data: list[str], states: str) -> list[dict[str, float]]:
     from megatron_sov.engine.decode.forward_only import DocumentBatch
     from megatron_sov.engine.parallel import world
     from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFiles, unpack_rows
+    from megatron_sov.train.loop import train_step
 
     results = []
     for kind in KINDS:
@@ -83,7 +84,7 @@ def written_out(data: list[str], states: str) -> list[dict[str, float]]:
         said = StateFiles(Path(states) / FOLDERS.get(kind, ("top",))[0], sources)
         exact = {index: files for name in (FOLDERS["two"] if kind == "two" else FOLDERS["whole"])
                  for files in [StateFiles(Path(states) / name, sources)] for index in files.sources}
-        trainer.train_step()
+        train_step(trainer)
         objective = trainer.objective
         batch = objective.prepare(objective.collect(trainer.policy, 1))
         wanted = {"divergence": 0.0, "cross_entropy": 0.0, "kl": 0.0, "entropy": 0.0, "tokens": 0.0,
