@@ -155,5 +155,5 @@ class StepRejection:
 
 
 def _get_data_kind(ledger: Ledger, step: int) -> tuple[Any, ...]:
-    entry = ledger.at(step)
+    entry = ledger.get_entry(step)
     return entry.seq_len, entry.weights

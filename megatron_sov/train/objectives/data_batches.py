@@ -54,7 +54,7 @@ class DataBatches:
         self._take_batch()
 
     def next_entry(self) -> LedgerEntry:
-        return self.ledger.at(self._step)
+        return self.ledger.get_entry(self._step)
 
     def state(self) -> dict[str, Any]:
         """Return the state of `SampleOrder` after the last returned batch, for a checkpoint.

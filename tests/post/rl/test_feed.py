@@ -177,7 +177,7 @@ def test_a_step_is_passed_over_where_nothing_has_a_gradient(
     feed = feed_of(tmp_path, monkeypatch, lambda number: "")
     feed.rollout = replace(feed.rollout, steps_per_round=3)
     assert feed.prepare_data(view, lambda: False) is None
-    assert [step + 1 for step in range(3) if not view.batches.ledger.at(step).skip] == computed
+    assert [step + 1 for step in range(3) if not view.batches.ledger.get_entry(step).skip] == computed
 
 
 RATES = [
