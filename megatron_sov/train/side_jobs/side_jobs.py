@@ -40,8 +40,7 @@ class SideJobs:
         self._average = partial(average_checkpoints, run, config.train, record)
         self._evaluations = ExportEvaluations(run, config, record)
         self._exports = CheckpointExports(
-            run, config.train, record,
-            on_exported=lambda step: _warn_on_os_error(lambda: self._evaluations.offer(step)))
+            run, config.train, record, lambda step: _warn_on_os_error(lambda: self._evaluations.offer(step)))
 
     def offer(self, step: int, checkpoint: Path, last: bool) -> None:
         """Queue export and evaluation of a complete checkpoint if they are due, without waiting."""
