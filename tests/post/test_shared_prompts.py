@@ -17,6 +17,7 @@ from megatron_sov.engine.model import attention
 from megatron_sov.engine.model.chunk import ModelInputs
 from megatron_sov.engine.parallel import world
 from megatron_sov.model.config import ParallelConfig, apply_settings
+from megatron_sov.post import shared_prompts
 from megatron_sov.post.policy import build_policy_objective
 from megatron_sov.post.shared_prompts import find_sharing_problem, remove_repeated_prompts
 from megatron_sov.runs.folder import RunFolder
@@ -184,3 +185,9 @@ def test_where_it_would_change_something_each_has_its_own(settings: str) -> None
                                                                                        ["parallel.ep=2"]))
     (reason,) = find_sharing_problem(apply_settings(alone, settings.split()))
     assert settings.split()[-1].split("=")[0].split(".")[-1] in reason
+
+
+def test_attention_of_transformer_engine_shares_no_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_prompts, "uses_transformer_engine", lambda precision: True)
+    (reason,) = find_sharing_problem(apply_settings(recipes.get("tiny-solar-open"), ["gpu.attention=flash"]))
+    assert reason.startswith("gpu.attention = flash: ")
