@@ -183,8 +183,8 @@ def run_and_kill(data: str, folder: str) -> dict[str, Any]:
             "names": sorted(p.name for p in checkpoints.iterdir())}
 
 
+@pytest.mark.deep
 @pytest.mark.distributed
-@pytest.mark.essential
 def test_kills_at_every_state_change_nothing(ranks: Any, job: Any, packed_data: Any, tmp_path: Path) -> None:
     arguments = {"data": str(packed_data.text), "folder": str(tmp_path)}
     ((found,),) = ranks(job(__file__, "run_and_kill", 1, arguments))
