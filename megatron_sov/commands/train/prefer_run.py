@@ -49,7 +49,9 @@ def add_reference(request: TrainingRequest, stage: Stage) -> Stage:
 
     inputs = () if reference_path is None else (describe_input(REFERENCE, reference_path),)
     return replace(stage, sources=sources if reference is None else reference.sources, before=before,
-                   after=after, besides=inputs)
+                   after=after, extra_inputs=inputs)
+
+
 def _refuse_single_judgements(config: RunConfig, sources: Sequence[Source]) -> None:
     """Raise `UserError` if a method that compares pairs would get pairs of unrelated responses."""
     method = config.preference.method

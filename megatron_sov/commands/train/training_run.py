@@ -24,7 +24,7 @@ from megatron_sov.plan.calibration.fitting import refuse_on_this_node, refuse_to
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.launch_environment import has_launcher, num_ranks
 from megatron_sov.train.stages.shared_copies import (
-    SEEN, SHARED, digest_files, digest_stats, find_copy, list_model_files)
+    SHARED, STAMPS, digest_files, digest_stats, find_copy, list_model_files)
 from megatron_sov.train.stages.stage import Stage, report_completion, run_stage
 from megatron_sov.work.progress.locks import critical_section
 
@@ -98,10 +98,10 @@ def convert_start(start: Path, run: Path) -> Path:
         return copy_found
     stamp, name = digest_stats(start), find_hub_name(start).replace("/", "--")[:100]
     copy = run.parent / SHARED / f"{name}-{digest_files(list_model_files(start))}"
-    marks = copy.parent / SEEN / copy.name
-    with translate_disk_errors(marks):
-        marks.mkdir(parents=True, exist_ok=True)
-        with critical_section(marks):  # if two runs start together, the second finds the first run's copy
+    stamps = copy.parent / STAMPS / copy.name
+    with translate_disk_errors(stamps):
+        stamps.mkdir(parents=True, exist_ok=True)
+        with critical_section(stamps):  # if two runs start together, the second finds the first run's copy
             if not (copy / MANIFEST).is_file():
                 if code := launcher.run_in_fork(lambda: convert.from_hf(start, copy, redo=True)):
                     raise SystemExit(code)
@@ -109,5 +109,5 @@ def convert_start(start: Path, run: Path) -> Path:
                     shutil.rmtree(copy)
                     raise UserError(f"--from {start}: its files changed while they were converted; repeat "
                                     "the command after they are complete")
-            write_atomically(marks / stamp, "")
+            write_atomically(stamps / stamp, "")
     return copy
