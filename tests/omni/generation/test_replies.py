@@ -93,6 +93,7 @@ def test_pictures_are_complete_and_equal_at_other_layouts(
     assert {file.name: file.read_bytes() for file in Path(layout).iterdir()} == files
 
 
+@pytest.mark.deep
 def test_eval_media_scores_generated_pictures(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The judge always recognizes "seven"; texts are compared directly."""
     Path("judges.py").write_text("def seen(files, labels):\n    return ['seven' for _ in files]\n")
