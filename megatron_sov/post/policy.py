@@ -5,7 +5,9 @@ at the start of the round, a surrogate that bounds the step, the aggregation ove
 divergence from a reference model, a distillation signal from a teacher, and a correction for the difference
 between the log-probabilities of the generation engine and the trainer.
 
-Shapes: T labels in a row, R responses. Columns have shape [T].
+Shapes: T labels in a row, R responses. Arguments with the same meaning everywhere: `logprobs`, [T], log
+p(label) by the policy, differentiable and finite; `reference`, [T], log p(label) by the reference model;
+`ratios` and `advantages`, [T]; `responses`, the learned labels.
 """
 
 from __future__ import annotations
@@ -162,23 +164,19 @@ def exp_clamped(log_ratios: torch.Tensor) -> torch.Tensor:
 # directly. Alone, as in GRPO, k3 has the expected gradient of KL(reference || policy); times the
 # differentiable ratio (`kl_weighted`, as in DeepSeek-V3.2 and TRL), of KL(policy || reference).
 def k1(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Return ``log p - log q``, [T] float64, with the score-function gradient.
-
-    Args:
-        logprobs: [T] log p of the policy, differentiable and finite.
-        reference: [T] log q.
-    """
+    """Return ``logprobs - reference``, [T] float64, with the score-function gradient."""
     return _score_gradient(logprobs.double() - reference.double())
 
 
 def k3(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Return ``q / p - log(q / p) - 1``, [T] float64, never negative (arXiv 2402.03300, equation 4)."""
+    """Return ``q / p - log(q / p) - 1`` for p of the policy and q of the reference, [T] float64, never
+    negative (arXiv 2402.03300, equation 4)."""
     log_ratios = reference.double() - logprobs.double()
     return exp_clamped(log_ratios) - log_ratios - 1
 
 
 def sequence_kl(logprobs: torch.Tensor, reference: torch.Tensor, responses: ResponseSpans) -> torch.Tensor:
-    """Return ``log p - log q`` of whole responses, [R] float64, with the score-function gradient."""
+    """Return ``logprobs - reference`` of whole responses, [R] float64, with the score-function gradient."""
     return _score_gradient(responses.sum_labels(logprobs) - responses.sum_labels(reference))
 
 
@@ -192,12 +190,8 @@ def importance_ratios(logprobs: torch.Tensor, old: torch.Tensor, responses: Resp
                       ) -> torch.Tensor:
     """Return the importance ratio per label, [T] float64, differentiable; 1 for labels without learning.
 
-    Args:
-        logprobs: [T] log p by the policy, differentiable.
-        old: [T] log p by the policy that generated the responses.
-        responses: the learned labels.
-        kind: token: ratio per label (GRPO, arXiv 2402.03300, equation 3); sequence: geometric mean over the
-            response (GSPO, arXiv 2507.18071, equation 7).
+    `kind` token: ``exp(logprobs - old)`` per label (GRPO, arXiv 2402.03300, equation 3); sequence: the
+    geometric mean over the response (GSPO, arXiv 2507.18071, equation 7).
     """
     # `where` instead of a product: labels that are not learned may have log p = -inf.
     log_ratios = torch.where(responses.index < len(responses), logprobs.double() - old.double(), 0.0)
@@ -220,12 +214,9 @@ def compute_label_weights(responses: ResponseSpans, kind: Aggregation) -> torch.
 def count_denominator(responses: ResponseSpans, kind: Aggregation, max_new_tokens: int) -> float:
     """Count the share of `responses`, on the host, in the denominator of the step.
 
-    Args:
-        responses: the learned labels.
-        kind: token: tokens (DAPO, arXiv 2503.14476, equation 8); sequence: responses, with the mean over
-            the tokens of each (GRPO, arXiv 2402.03300, equation 3); constant: responses times
-            `max_new_tokens` (Dr. GRPO, arXiv 2503.20783, section 3.2).
-        max_new_tokens: length limit of responses.
+    `kind` token: tokens (DAPO, arXiv 2503.14476, equation 8); sequence: responses, with the mean over the
+    tokens of each (GRPO, arXiv 2402.03300, equation 3); constant: responses times `max_new_tokens`, the
+    length limit (Dr. GRPO, arXiv 2503.20783, section 3.2).
     """
     if kind == "token":
         return float(responses.lengths.sum())
@@ -237,16 +228,10 @@ def compute_surrogate(ratios: torch.Tensor, logprobs: torch.Tensor, advantages: 
                       parts: PolicyParts) -> torch.Tensor:
     """Return the surrogate objective per label, [T] float64, to be maximized.
 
-    At ratios of 1 every kind has the gradient of REINFORCE: advantage * grad log p.
-
-    Args:
-        ratios: [T] importance ratios, differentiable.
-        logprobs: [T] log p by the policy, differentiable and finite.
-        advantages: [T].
-        parts: `clip` selects the kind. two_sided: PPO (arXiv 1707.06347, equation 7) with separate bounds
-            (DAPO, arXiv 2503.14476, equation 8); cispo: the ratio is a weight with an upper bound (arXiv
-            2506.13585, equations 4 and 5, without the lower bound, which the authors leave out); none: plain
-            importance sampling.
+    `parts.clip` two_sided: PPO (arXiv 1707.06347, equation 7) with separate bounds (DAPO, arXiv 2503.14476,
+    equation 8); cispo: the ratio is a weight with an upper bound (arXiv 2506.13585, equations 4 and 5,
+    without the lower bound, which the authors leave out); none: plain importance sampling. At ratios of 1
+    every kind has the gradient of REINFORCE: advantage * grad log p.
     """
     advantages = advantages.double()
     if parts.clip == "cispo":
@@ -278,16 +263,13 @@ def find_clipped_tokens(ratios: torch.Tensor, advantages: torch.Tensor, parts: P
 
 def compute_engine_correction(old: torch.Tensor, behaviour: torch.Tensor, responses: ResponseSpans,
                       policy: PolicyConfig) -> torch.Tensor:
-    """Return the factor exp(old - behaviour), bounded or masked, [T] float64; 0 for masked labels.
+    """Return the factor ``exp(old - behaviour)``, bounded or masked, [T] float64; 0 for masked labels.
 
-    Args:
-        old: [T] log p by the trainer.
-        behaviour: [T] log p by the engine that sampled the tokens.
-        responses: the learned labels.
-        policy: `correction` and the bounds: truncate clamps the ratio ("Your efficient RL framework secretly
-            brings you off-policy RL training", Yao et al. 2025), mask drops labels outside of the bounds
-            (IcePop); token: ratio per label, sequence: the product over the response. `geo_bounds` add
-            geometric rejection ("When speed kills stability", Liu et al. 2025; `seq_mean_k1` in verl).
+    `old` and `behaviour`, [T], are log p(label) by the trainer and by the engine that sampled the tokens.
+    `policy.correction` truncate clamps the ratio ("Your efficient RL framework secretly brings you off-policy
+    RL training", Yao et al. 2025), mask drops labels outside of the bounds (IcePop); token: ratio per label,
+    sequence: the product over the response. `policy.geo_bounds` add geometric rejection ("When speed kills
+    stability", Liu et al. 2025; `seq_mean_k1` in verl).
     """
     is_learned = responses.index < len(responses)
     # Labels that are not learned get a ratio of 1, for arbitrary `old` and `behaviour`.

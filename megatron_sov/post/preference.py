@@ -1,10 +1,10 @@
 """Preference losses: pairs (DPO, IPO, SimPO, ORPO, SimPER), groups with rewards (GrouPER), and single
 responses (KTO).
 
-Losses are functions of log-probabilities of whole responses, in float64. P is the number of pairs. The margin
-of a pair is the log ratio log p(policy) - log p(reference) of the chosen response, minus the log ratio of the
-rejected response. Pairs and groups count equally at any length: denominators count the pairs, or groups, in
-the global batch.
+Losses are functions of log-probabilities of whole responses, in float64. P is the number of pairs. `chosen`
+and `rejected`, [P], are mean log-probabilities per token. The margin of a pair is the log ratio log p(policy)
+- log p(reference) of the chosen response, minus the log ratio of the rejected response. Pairs and groups
+count equally at any length: denominators count the pairs, or groups, in the global batch.
 
 For KTO (arXiv 2402.01306) a mismatched response follows each judged response: the same prompt with a response
 to another prompt. The log ratios of the mismatched responses estimate the divergence of the policy (z_0), one
@@ -104,12 +104,7 @@ def kto(ratios: torch.Tensor, desirable: torch.Tensor, distance: float, beta: fl
 
 def simper(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
     """Return SimPER losses, [P]: inverse perplexity of the rejected minus the chosen response (arXiv
-    2502.00883, eq. 6).
-
-    Args:
-        chosen: [P] mean log-probabilities of the chosen responses.
-        rejected: [P] mean log-probabilities of the rejected responses.
-    """
+    2502.00883, eq. 6)."""
     return rejected.exp() - chosen.exp()
 
 
@@ -119,8 +114,7 @@ def simpo(chosen: torch.Tensor, rejected: torch.Tensor, beta: float, gamma: floa
     eq. 6).
 
     Args:
-        chosen: [P] mean log-probabilities of the chosen responses.
-        rejected: [P] mean log-probabilities of the rejected responses.
+        chosen, rejected: see the module.
         beta: slope of the loss in the difference of the means.
         gamma: the target margin, in units of beta times log-probability, as in the paper.
         label_smoothing: see `dpo`.
@@ -130,12 +124,7 @@ def simpo(chosen: torch.Tensor, rejected: torch.Tensor, beta: float, gamma: floa
 
 def orpo(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
     """Return the odds ratio losses of ORPO, [P] (arXiv 2403.07691, eq. 7), without the weight and the
-    cross-entropy in eq. 6.
-
-    Args:
-        chosen: [P] mean log-probabilities of the chosen responses.
-        rejected: [P] mean log-probabilities of the rejected responses.
-    """
+    cross-entropy in eq. 6."""
     return -logsigmoid(_log_odds(chosen) - _log_odds(rejected))
 
 
@@ -147,12 +136,8 @@ def _log_odds(means: torch.Tensor) -> torch.Tensor:
 
 
 def grouper(means: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
-    """Return GrouPER losses, [R]: `simper` over groups (technical report of K-EXAONE).
-
-    Args:
-        means: [R] mean log-probabilities of the responses.
-        advantages: [R] from -1 for the worst response in a group to 1 for the best.
-    """
+    """Return GrouPER losses, [R]: `simper` over groups, with `advantages` from -1 for the worst response in a
+    group to 1 for the best (technical report of K-EXAONE)."""
     return -advantages * means.exp()
 
 
@@ -274,12 +259,8 @@ def _learned_tokens(documents: Documents, document: int, seq_len: int) -> np.nda
 
 
 def _learned_sums(logprobs: np.ndarray, learned: Sequence[np.ndarray]) -> torch.Tensor:
-    """Sum the log-probabilities of learned tokens per document, [documents] float64.
-
-    Args:
-        logprobs: [tokens of all documents].
-        learned: [tokens] bool per document.
-    """
+    """Sum `logprobs`, [tokens of all documents], over the learned tokens per document, [documents]
+    float64."""
     ends = np.cumsum([len(mask) for mask in learned])[:-1]
     return torch.tensor([float(numbers[mask].astype(np.float64).sum())
                          for numbers, mask in zip(np.split(logprobs, ends), learned, strict=True)],
@@ -349,13 +330,8 @@ class PairLearning(DataObjective):
 
     def _compute_losses(self, sums: torch.Tensor, batch: MicroBatch,
                         responses: ResponseSpans) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the losses [P] and `compare_values` [2 P] for pairs.
-
-        Args:
-            sums: [2 P] log-probabilities of chosen and rejected responses, alternating.
-            batch: the micro-batch.
-            responses: the learned labels.
-        """
+        """Return the losses [P] and `compare_values` [2 P] for pairs; `sums`, [2 P], are log-probabilities of
+        chosen and rejected responses, alternating."""
         preference = self._preference
         means = compare_values(preference, sums, responses.lengths)
         chosen, rejected = means[0::2], means[1::2]
