@@ -69,7 +69,7 @@ class RequestWriter:
         run_on_main(view.world, lambda: self._open_queue(rounds, asked_to_stop).begin(rounds, asked_to_stop))
         # Checked while the servers generate; no piece is published before.
         first_prompt = select_round_prompts(self.settings.prompts, self.settings.rollout, rounds[0])[0]
-        servers.check(view, policy, source.ids_of(first_prompt))
+        servers.check(view, policy, source.encode_prompt(first_prompt))
 
         def advance() -> bool:
             queue = self._open_queue(rounds, asked_to_stop)
@@ -219,7 +219,7 @@ class EpisodeRequests:
     def __init__(self, engine: ServerEngine, episodes: Episodes, room: int) -> None:
         self._episodes, self.rollout = episodes, episodes.rollout
         self._player = ServerEpisodePlayer(engine=engine, table=episodes.table,
-                                           sampling=episodes.build_turn_sampling,
+                                           sampling=episodes.turn_sampling,
                                      end_ids=episodes.end_ids, num_threads=max(room, episodes.table.parallel))
 
     def begin(self, attempt: SampleAttempt) -> list[PendingRow]:

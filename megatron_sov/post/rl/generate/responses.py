@@ -108,7 +108,7 @@ class ResponseSource:
                     for index, (attempt, row) in enumerate(pairs)]
         return [[row for its_attempt, row in finished if its_attempt is attempt] for attempt in attempts]
 
-    def ids_of(self, prompt: RolloutPrompt) -> list[int]:
+    def encode_prompt(self, prompt: RolloutPrompt) -> list[int]:
         return self._encode_prompts([prompt])[0]
 
     def begin(self, attempt: SampleAttempt) -> list[Rollout]:
