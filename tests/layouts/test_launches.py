@@ -11,6 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_sov.engine.parallel import world
+from tests.layouts.layout_run import _trainer, maker, small_config
 
 FETCHES = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
 SYNCING = ("aten.nonzero", "aten.masked_select", "aten.unique", "aten.bincount", "aten.repeat_interleave")
@@ -29,8 +35,6 @@ PER_STEP = {"values.py:sum_dict": 2, "trainer.py:train_step": 1, "forward_backwa
 
 
 def _counted(fetches: Counter[str], method: Callable[..., Any]) -> Callable[..., Any]:
-    from tests.layouts.layout_run import maker
-
     def count_fetch(self: Any, *args: Any, **kwargs: Any) -> Any:
         fetches[maker()] += 1
         return method(self, *args, **kwargs)
@@ -40,13 +44,6 @@ def _counted(fetches: Counter[str], method: Callable[..., Any]) -> Callable[...,
 
 def step(recipe: str, settings: list[str], data: str) -> dict[str, Any]:
     """Return launches and copies of the second training step."""
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-
-    from megatron_sov.engine.parallel import world
-    from tests.layouts.layout_run import _trainer, maker, small_config
-
     fetches: Counter[str] = Counter()
 
     class Operations(TorchDispatchMode):
@@ -75,6 +72,7 @@ def step(recipe: str, settings: list[str], data: str) -> dict[str, Any]:
             "micro_batches": config.train.global_batch_size // config.train.micro_batch_size}
 
 
+@pytest.mark.tier1_cases(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize("recipe", OPERATIONS)
 def test_a_step_starts_no_more_operations_and_fetches_no_more_numbers(

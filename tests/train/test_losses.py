@@ -36,8 +36,6 @@ class Logits:
 @pytest.fixture
 def batch() -> MicroBatch:
     """Documents of 3 and 4 tokens and one of padding; the last token of a document has no label."""
-    import numpy as np
-
     return build_micro_batch(PackedRow(
         tokens=np.array([1, 2, 3, 4, 5, 6, 7, 0]), labels=np.array([2, 3, 0, 5, 6, 7, 0, 0]),
         weights=np.array([1, 1, 0, 1, 1, 0.5, 0, 0], np.float32),

@@ -5,18 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
+from megatron_sov.engine.decode.forward_only import DocumentBatch
+from megatron_sov.engine.model.expert_load import ExpertLoad
+from megatron_sov.engine.parallel import world
 from tests.tiny import tiny_trainer
 
 
 def counted(data: str, run: str) -> dict[str, Any]:
     """Inside ranks: an accepted step, a rejected step, and a forward pass with counted tokens."""
-
-    import torch
-
-    from megatron_sov.engine.decode.forward_only import DocumentBatch
-    from megatron_sov.engine.parallel import world
-
     trainer = tiny_trainer(data, "model.num_layers=2", "train.global_batch_size=8",
                            "train.micro_batch_size=2", "train.steps=9", "guards.hang_timeout_s=0",
                            "parallel.ep=2", run=run, faults="nan@step=2,rank=1")
@@ -58,10 +56,6 @@ def test_tokens_are_counted_once_and_a_refused_step_moves_no_bias(ranks: Any, jo
 
 def test_all_layers_loads_are_fetched_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
-
-    import torch
-
-    from megatron_sov.engine.model.expert_load import ExpertLoad
 
     model: Any = SimpleNamespace(architecture=SimpleNamespace(
         num_layers=3, num_experts=2, num_mtp_moe_layers=lambda: 1))

@@ -15,6 +15,12 @@ from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import write_sealed
 from megatron_sov.model.config import PolicyConfig, RolloutConfig
+from megatron_sov.post.rl import logprob_columns, round_loader, run
+from megatron_sov.post.rl.logprob_columns import LogprobColumns
+from megatron_sov.post.rl.publish.metrics import find_round_problem
+from megatron_sov.post.rl.round_loader import RoundLoader
+from megatron_sov.post.rl.run import RolloutCycle
+from megatron_sov.post.rl.teachers import ScoringTeacher
 from megatron_sov.runs.rounds import Policy, RunPolicies
 from megatron_sov.train.data.ledger import Ledger, LedgerEntry
 from megatron_sov.train.data.rounds import PublishedRound, RoundDocuments
@@ -38,8 +44,6 @@ class Told:
 @pytest.fixture
 def view(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A run that stands before its first step, on one process."""
-    from megatron_sov.post.rl import logprob_columns, round_loader, run
-
     monkeypatch.setattr(run, "POLL_S", (0.01, 0.01))
     monkeypatch.setattr(run, "sum_dict", lambda values, over: values)
     for module in (logprob_columns, round_loader):
@@ -75,10 +79,6 @@ def view(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def feed_of(folder: Path, monkeypatch: pytest.MonkeyPatch, lacking: Any, names: tuple[str, ...] = (),
             wait_s: float = 0.0, reference: str = "") -> Any:
-    from megatron_sov.post.rl.logprob_columns import LogprobColumns
-    from megatron_sov.post.rl.round_loader import RoundLoader
-    from megatron_sov.post.rl.run import RolloutCycle
-
     rounds = RoundDocuments(folder, 10, names)
 
     def read(number: int, seq_len: int, num_steps: int) -> PublishedRound:
@@ -195,8 +195,6 @@ RATES = [
 @pytest.mark.parametrize(("learn", "count", "rate", "is_first", "words"), RATES)
 def test_a_round_of_which_few_groups_learn_is_warned_of_with_a_remedy(
         learn: int, count: int, rate: float | None, is_first: bool, words: str) -> None:
-    from megatron_sov.post.rl.publish.metrics import find_round_problem
-
     groups = {"learns": learn, "no_advantage": count - learn}
     means = {} if rate is None else {"pass_rate": rate}
     found = find_round_problem({"groups": groups, "means": means}, is_first=is_first)
@@ -205,11 +203,9 @@ def test_a_round_of_which_few_groups_learn_is_warned_of_with_a_remedy(
 
 def test_the_pass_rate_of_the_start_is_told_once_before_the_first_step(
         view: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    from megatron_sov.post.rl import round_loader as module
-
     content = {"groups": {"learns": 1, "no_advantage": 7},
                "means": {"responses": 64, "reward": 0.1, "pass_rate": 1 / 64}}
-    monkeypatch.setattr(module, "read_manifest", lambda path: SimpleNamespace(content=content))
+    monkeypatch.setattr(round_loader, "read_manifest", lambda path: SimpleNamespace(content=content))
     feed = feed_of(tmp_path, monkeypatch, lambda number: "")
     assert feed.bring(view, lambda: False) is None
     said = capsys.readouterr().err
@@ -280,9 +276,6 @@ def test_a_resumed_run_keeps_its_reference(view: Any, tmp_path: Path,
 
 
 def test_a_resumed_run_keeps_its_teachers(view: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_sov.post.rl import logprob_columns, round_loader
-    from megatron_sov.post.rl.teachers import ScoringTeacher
-
     def write(view: Any, teachers: Any, opened: PublishedRound, file: Path, identity: str) -> None:
         write_sealed(file, np.full(8, -float(len(teachers)), np.float32).tobytes(), identity)
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.model.config import GuardConfig
+from megatron_sov.engine.parallel import world
+from megatron_sov.model.config import GuardConfig, ParallelConfig
 from megatron_sov.train.data.ledger import Ledger, LedgerEntry
 from megatron_sov.train.guards import step_guard
 from megatron_sov.train.guards.step_guard import StepGuard
@@ -122,9 +123,6 @@ def test_switched_off_a_spike_is_learned_and_a_nan_still_refused() -> None:
 def disagree() -> list[Any]:
     """Runs inside ranks: only rank 1 sees a bad number; returns what each rank decides,
     and what it remembers."""
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.model.config import ParallelConfig
-
     place = world.join_world(ParallelConfig())
     guard = StepGuard(GuardConfig(), place.is_main)
     first = guard.accept_step(2.0 + 1e-9 * place.rank, 1.0)

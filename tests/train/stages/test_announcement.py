@@ -93,7 +93,6 @@ def test_the_commands_that_go_on_can_be_pasted(tmp_path: Path) -> None:
     assert [str(run) in shlex.split(line) for line in told[2:]] == [True] * 4
 
 
-
 def source(name: str, format: str, group: int = 1) -> Source:
     return Source(name, None, format, {}, {"train": 100}, 1.0, group=group)
 
