@@ -38,22 +38,22 @@ from megatron_sov.train.objectives.microbatch import MicroBatch
 from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, per_source, with_denominators
 
 REWARD, RESPONSE_TOKENS, GROUPS_LEARNING = "reward", "response_tokens", "groups_learning"
-"""Meters of a round, shown at every step."""
+"""Round meters, shown at every step."""
 REVERSE_KL = "reverse_kl"
 """Meter: KL(student || teacher), in nats per token."""
 MAX_LOG_RATIO = 20.0
-"""Bound for log-probability ratios, in nats, as in the losses of verl."""
+"""Bound for log-probability ratios, in nats, as in verl's losses."""
 POLICY, KL = "policy", "kl"
 """Loss terms: `surrogate_loss`, and the divergence from the reference model."""
 ADVANTAGE, BEHAVIOUR, OLD, REFERENCE, TEACHER = (
     "advantage", "behaviour_logprobs", "old_logprobs", "reference_logprobs", "teacher_logprobs")
-"""Columns: the advantage of the response, and log p(label) by four models: the generation engine, the trainer
-at the start of the round (NaN for labels of the first step), the initial model of the run, a teacher."""
+"""Columns: the response's advantage, and log p(label) by four models: the generation engine, the trainer
+at the round's start (NaN for labels in the first step), the run's initial model, a teacher."""
 KNOWLEDGE = "knowledge"
 """Loss term: cross-entropy on packed text."""
 MAX_CLIP_SHARE, MAX_ENGINE_KL = 0.05, 0.05
-"""Limits for `clip_share` and `engine_kl` in the first step of a round, beyond which `doubt` warns. Published
-engines differ from trainers by a KL of about 1e-3 nats per token (arXiv 2510.11370)."""
+"""Limits for `clip_share` and `engine_kl` in a round's first step, beyond which `doubt` warns. Published
+engines differ from trainers by a KL around 1e-3 nats per token (arXiv 2510.11370)."""
 Columns = Mapping[str, torch.Tensor]
 LabelLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(`ratios`, `logprobs`, `advantages`), [T] tensors, -> losses [T]."""
@@ -169,7 +169,7 @@ def k1(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 def k3(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Return ``q / p - log(q / p) - 1`` for p of the policy and q of the reference, [T] float64, never
+    """Return ``q / p - log(q / p) - 1`` with p by the policy and q by the reference, [T] float64, never
     negative (arXiv 2402.03300, equation 4)."""
     log_ratios = reference.double() - logprobs.double()
     return exp_clamped(log_ratios) - log_ratios - 1
@@ -212,7 +212,7 @@ def compute_label_weights(responses: ResponseSpans, kind: Aggregation) -> torch.
 
 
 def count_denominator(responses: ResponseSpans, kind: Aggregation, max_new_tokens: int) -> float:
-    """Count the share of `responses`, on the host, in the denominator of the step.
+    """Count the share of `responses`, on the host, in the step's denominator.
 
     `kind` token: tokens (DAPO, arXiv 2503.14476, equation 8); sequence: responses, with the mean over the
     tokens of each (GRPO, arXiv 2402.03300, equation 3); constant: responses times `max_new_tokens`, the
@@ -349,7 +349,7 @@ class PolicyLearning(DataObjective):
         return share_prompts(with_denominators(batch, targets | self._mtp_targets(hosts)), self._config)
 
     def doubt(self, step: int, meters: Mapping[str, float]) -> str:
-        """Return a warning if the first step of a round exceeds `MAX_CLIP_SHARE` or `MAX_ENGINE_KL`; see
+        """Return a warning if a round's first step exceeds `MAX_CLIP_SHARE` or `MAX_ENGINE_KL`; see
         `train.objectives.objective.get_doubt`."""
         # Later steps have moved the policy and may clip for good reasons.
         is_first = (step - 1) % self._rollout.steps_per_round == 0

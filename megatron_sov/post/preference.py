@@ -53,7 +53,7 @@ HELDOUT_PAIRS = "heldout_pairs"
 MAX_PAIRS = 2048
 """Limit for measured held-out pairs per source."""
 LogprobScorer = Callable[[Documents, range], np.ndarray]
-"""(documents, indices) -> log p per token of the documents at `indices`, see `score_documents`."""
+"""(documents, indices) -> log p per token in the documents at `indices`, see `score_documents`."""
 ReferenceReader = Callable[[Source], np.ndarray | None]
 """Source -> reference log p for the tokens of `find_heldout_documents`; None if unknown."""
 UNPAIRED_COMMANDS = "`sov-data unpaired`, and then `sov-data pack --format preference --column desirable`,"
@@ -103,7 +103,7 @@ def kto(ratios: torch.Tensor, desirable: torch.Tensor, distance: float, beta: fl
 
 
 def simper(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """Return SimPER losses, [P]: inverse perplexity of the rejected minus the chosen response (arXiv
+    """Return SimPER losses, [P]: the rejected minus the chosen response's inverse perplexity (arXiv
     2502.00883, eq. 6)."""
     return rejected.exp() - chosen.exp()
 
@@ -123,7 +123,7 @@ def simpo(chosen: torch.Tensor, rejected: torch.Tensor, beta: float, gamma: floa
 
 
 def orpo(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """Return the odds ratio losses of ORPO, [P] (arXiv 2403.07691, eq. 7), without the weight and the
+    """Return ORPO's odds ratio losses, [P] (arXiv 2403.07691, eq. 7), without the weight and the
     cross-entropy in eq. 6."""
     return -logsigmoid(_log_odds(chosen) - _log_odds(rejected))
 
@@ -137,7 +137,7 @@ def _log_odds(means: torch.Tensor) -> torch.Tensor:
 
 def grouper(means: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
     """Return GrouPER losses, [R]: `simper` over groups, with `advantages` from -1 for the worst response in a
-    group to 1 for the best (technical report of K-EXAONE)."""
+    group to 1 for the best (K-EXAONE's technical report)."""
     return -advantages * means.exp()
 
 
@@ -147,7 +147,7 @@ def compare_values(preference: PreferenceConfig, sums: torch.Tensor, lengths: to
 
     Args:
         preference: the settings of the method.
-        sums: [2 P] float64 log-probabilities of chosen and rejected responses, alternating.
+        sums: [2 P] float64 log-probabilities for chosen and rejected responses, alternating.
         lengths: [2 P] tokens of the responses.
         reference_sums: [2 P] log-probabilities by the reference; None: the method has no reference.
     """
@@ -181,7 +181,7 @@ def find_heldout_documents(source: Source) -> range:
 
 def measure_heldout_pairs(view: GateView, sources: Sequence[Source], read_reference: ReferenceReader | None
                           ) -> dict[str, dict[str, Any]]:
-    """Measure the held-out pairs of a run, and record events `HELDOUT_PAIRS`; called by all processes.
+    """Measure a run's held-out pairs, and record events `HELDOUT_PAIRS`; called by all processes.
 
     Args:
         view: the run.
@@ -244,7 +244,7 @@ def measure_pairs(sources: Sequence[Source], compute_logprobs: LogprobScorer, se
 
 
 def _share_above(differences: torch.Tensor) -> float:
-    """Return the share of positive numbers; 0 counts half."""
+    """Return the positive share; 0 counts half."""
     return float(((differences > 0).double() + (differences == 0).double() / 2).mean())
 
 
@@ -330,8 +330,7 @@ class PairLearning(DataObjective):
 
     def _compute_losses(self, sums: torch.Tensor, batch: MicroBatch,
                         responses: ResponseSpans) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the losses [P] and `compare_values` [2 P] for pairs; `sums`, [2 P], are log-probabilities of
-        chosen and rejected responses, alternating."""
+        """Return the losses [P] and `compare_values` [2 P] for pairs; `sums`, [2 P], are log-probabilities for chosen and rejected responses, alternating."""
         preference = self._preference
         means = compare_values(preference, sums, responses.lengths)
         chosen, rejected = means[0::2], means[1::2]
@@ -357,7 +356,7 @@ class PairLearningWithReference(PairLearning):
 
     def _reference_sums(self, sums: torch.Tensor, batch: MicroBatch, responses: ResponseSpans
                         ) -> torch.Tensor:
-        """Return the log-probabilities of the responses by the reference, [2 P]; `sums`: by the policy."""
+        """Return response log-probabilities by the reference, [2 P]; `sums`: by the policy."""
         return responses.sum_labels(batch.columns[reference.COLUMN])
 
     def pair_loss(self, margins: torch.Tensor) -> torch.Tensor:
@@ -512,8 +511,8 @@ def _is_desirable(responses: ResponseSpans, batch: MicroBatch) -> torch.Tensor:
 
 
 class RoundLearning(DataObjective):
-    """Mixin: preferences among responses of the policy (`policy.method = preference`), with shared prompts.
-    Rounds publish the better response of a pair first, like packed pairs."""
+    """Mixin: preferences among the policy's responses (`policy.method = preference`), with shared prompts.
+    Rounds publish a pair's better response first, like packed pairs."""
 
     formats = (ROLLOUTS,)
     comparable_loss = False
@@ -536,7 +535,7 @@ class RoundPairs(RoundLearning, PairLearning):
 
 
 class RoundPairsWithReference(RoundLearning, PairLearningWithReference):
-    """`PairLearningWithReference` on rounds; reference: the policy at the start of the round, or the run."""
+    """`PairLearningWithReference` on rounds; reference: the policy at the round's start, or the run."""
 
     headline = RoundPairs.headline
 

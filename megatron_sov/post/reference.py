@@ -1,4 +1,4 @@
-"""Log-probabilities of packed documents by a reference model, computed once before the first training step.
+"""Log-probabilities for packed documents by a reference model, computed once before the first training step.
 
 The reference is the initial model, or another checkpoint that computes the numbers before the run starts; no
 second model stays in memory. RUN/reference contains the log-probabilities in parts of `PART_DOCUMENTS`
@@ -50,7 +50,7 @@ from megatron_sov.train.objectives.microbatch import MicroBatch, build_micro_bat
 from megatron_sov.work.progress.progress_bar import create_bar
 
 MICRO_BATCHES = 8
-"""Micro-batches per process and call of the model."""
+"""Micro-batches per process and model call."""
 IDENTITY = "reference.json"
 """File in RUN/reference with digests of the reference and the data, and the sample length."""
 COLUMN = "reference_logprobs"
@@ -72,7 +72,7 @@ class RunningLogprobs(Protocol):
 
 
 class Reference:
-    """Computes the column `COLUMN` of a run before the first step."""
+    """Computes a run's column `COLUMN` before the first step."""
 
     def __init__(self, run: Path, start: Path, sources: Sequence[Source], max_tokens: int,
                  heldout: Mapping[str, range] = MappingProxyType({})) -> None:
@@ -100,7 +100,7 @@ class Reference:
         self._parts |= {f"{name}.heldout": parts for name, parts in self._heldout.items()}
 
     def heldout_logprobs(self, source: Source) -> np.ndarray | None:
-        """Return log p for the tokens of the measured held-out documents in a source, float32; None without
+        """Return log p for the tokens in measured held-out documents in a source, float32; None without
         held-out documents."""
         parts = self._heldout.get(source.name)
         return None if parts is None else parts.numbers()
@@ -157,7 +157,7 @@ class Reference:
         return missing
 
     def _compute_missing(self, model: RunningLogprobs, rows_per_batch: int) -> tuple[int, int]:
-        """Compute and write the missing parts; return the numbers of parts and tokens."""
+        """Compute and write the missing parts; return part and token counts."""
         # IDENTITY is written before the first part, because the checksum of a part covers IDENTITY.
         run_on_main(model.world, self._open_files)
         # Rank 0 decides: processes with different lists would wait in a collective forever.
@@ -246,12 +246,12 @@ class ReferenceFiles:
         return range(part * PART_DOCUMENTS, min((part + 1) * PART_DOCUMENTS, self._num_documents))
 
     def starts(self, part: int) -> np.ndarray:
-        """Return the token offsets of the documents in a part, [documents + 1] int64."""
+        """Return document offsets in a part, [documents + 1] int64."""
         lengths = self.documents.lengths[np.asarray(self.find_range(part))]
         return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
     def column(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return log p of `count` tokens of a document from `start`, float32.
+        """Return log p for `count` tokens in a document from `start`, float32.
 
         Raises:
             UserError: the file is missing or damaged.
@@ -262,15 +262,15 @@ class ReferenceFiles:
         return logprobs
 
     def numbers(self) -> np.ndarray:
-        """Return log p for the tokens of all documents, joined; errors as in `column`."""
+        """Return log p for all documents' tokens, joined; errors as in `column`."""
         return np.concatenate([self._open(part)[1] for part in range(len(self))])
 
     def damage(self, part: int) -> str | None:
-        """Return the problem if the file of a part is missing or damaged, otherwise None."""
+        """Return the problem if a part's file is missing or damaged, otherwise None."""
         return find_seal_damage(self.file(part), self.identify(part))
 
     def identify(self, part: int) -> str:
-        """Return the text that the checksum of a part covers: the content of `IDENTITY` and the file name."""
+        """Return the text that a part's checksum covers: `IDENTITY`'s content and the file name."""
         file = self._folder / IDENTITY
         identity = file.read_text(encoding="utf-8") if file.is_file() else ""
         return f"{identity}{self.file(part).name}"
@@ -311,7 +311,7 @@ class ReferencedDocuments(DocumentView):
 def score_documents(model: RunningLogprobs, documents: Documents, chosen: range, seq_len: int,
                     rows_per_batch: int, temperature: float = 1.0,
                     routes: RouteShape | None = None) -> np.ndarray:
-    """Return log p(token | previous tokens), [tokens of the documents] float32, on every process; 0 for the
+    """Return log p(token | previous tokens), [document tokens] float32, on every process; 0 for the
     first token in a document and for tokens beyond `seq_len`.
 
     Args:
@@ -344,9 +344,8 @@ def score_documents(model: RunningLogprobs, documents: Documents, chosen: range,
 def write_logprobs(model: RunningLogprobs, documents: Documents, file: Path, identity: str, *, seq_len: int,
                    rows_per_batch: int, num_skipped: int = 0, temperature: float = 1.0,
                    routes: RouteShape | None = None) -> None:
-    """Write log p(label) of documents to a sealed float32 file, a number per token.
-
-    Processes write the numbers of local rows in place, and no process holds the whole column.
+    """Write log p(label) for documents to a sealed float32 file, a number per token. Processes write local
+    rows in place, and no process holds the whole column.
 
     Args:
         model: the model; all processes call `write_logprobs` together.
@@ -421,7 +420,7 @@ def _seal_numbers(building: contextlib.ExitStack, temporary: Path, identity: str
 
 
 def score_documents_by_hf(model: Any, documents: Documents, chosen: range, seq_len: int) -> np.ndarray:
-    """Compute the log-probabilities of `score_documents` by a transformers model."""
+    """Compute `score_documents`' log-probabilities by a transformers model."""
     numbers = np.zeros(_compute_starts(documents, chosen)[-1], np.float32)
 
     def score_rows(rows: list[Row]) -> Iterator[np.ndarray]:
@@ -437,7 +436,7 @@ def _write_numbers(numbers: np.ndarray, first: int, values: np.ndarray) -> None:
 
 
 def _compute_starts(documents: Documents, chosen: range) -> np.ndarray:
-    """Return the token offsets of the `chosen` documents, joined, [documents + 1] int64."""
+    """Return the offsets for the joined `chosen` documents, [documents + 1] int64."""
     lengths = np.asarray(documents.lengths[np.asarray(chosen, np.int64)])
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
@@ -468,7 +467,7 @@ def _place_numbers(documents: Documents, chosen: range, seq_len: int, rows_per_c
 
 def _pad_rows(world: ParallelWorld, rows: list[Row], rows_per_batch: int) -> tuple[list[Row], int]:
     """Append empty rows until processes, which may share experts, have equally many micro-batches; return the
-    rows, and the number of rows per micro-batch."""
+    rows, and the rows per micro-batch."""
     size = compute_micro_batch_rows(len(rows), rows_per_batch, world.dp_size)
     return [*rows, *[()] * (-len(rows) % (size * world.dp_size))], size
 
@@ -493,7 +492,7 @@ def _compute_logprobs(temperature: float, hidden: list[torch.Tensor], head: Head
 
 @torch.no_grad()
 def run_with_weights(start: Path, view: FeedView, compute: Callable[[], None]) -> None:
-    """Call `compute` while the model has the weights of a checkpoint; called by all processes between two
+    """Call `compute` while the model has a checkpoint's weights; called by all processes between two
     steps.
 
     A second model would double the memory; `run_with_weights` holds only a copy of the weights meanwhile.

@@ -25,7 +25,7 @@ from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, per_s
 
 @dataclass(frozen=True)
 class ResponseSpans:
-    """Learned labels in the R documents of a micro-batch with T tokens, padding excluded."""
+    """Learned labels in a micro-batch's R documents with T tokens, padding excluded."""
 
     index: torch.Tensor
     """[T] int64: document index for learned labels, R for labels without learning."""
@@ -54,11 +54,11 @@ class ResponseSpans:
         return torch.cat([values.double(), zero])[self.index]
 
     def select_pairs(self) -> torch.Tensor:
-        """Return 1 for pairs of documents with learned labels in both, otherwise 0, [R / 2] float64."""
+        """Return 1 for document pairs with learned labels in both, otherwise 0, [R / 2] float64."""
         return (self.lengths.reshape(-1, 2) > 0).all(dim=1).double()
 
     def select_side(self, side: int) -> torch.Tensor:
-        """Return the learned labels in documents ``2 i + side`` of complete pairs, [T] bool."""
+        """Return the learned labels in documents ``2 i + side`` in complete pairs, [T] bool."""
         # Index R, for labels that are not learned, reads the zero at the end.
         complete = torch.cat([self.select_pairs().repeat_interleave(2, output_size=len(self)),
                               self.lengths.new_zeros(1)])
@@ -86,7 +86,7 @@ def find_responses(batch: MicroBatch) -> ResponseSpans:
 
 RESPONSE, TEXT = "response", "text"
 TYPE_OF = {TEXT: TYPE_TEXT, RESPONSE: TYPE_RESPONSE}
-"""Loss term -> token type of the learned labels, from the `.type` sidecar; no term learns prompts."""
+"""Loss term -> token type for the learned labels, from the `.type` sidecar; no term learns prompts."""
 
 
 class SupervisedFineTuning(DataObjective):
@@ -111,7 +111,7 @@ class SupervisedFineTuning(DataObjective):
         self.meters = self._typed.meters
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
-        """Count the denominators over the global batch, in units of `objective.loss_per`."""
+        """Count the denominators over the global batch, per `objective.loss_per`."""
         # Weights first: the denominators sum the weights in `loss`.
         batch = self._with_types(batch)
         micro_batches = tuple(map(self._weigh_responses, batch.micro_batches))
@@ -122,7 +122,7 @@ class SupervisedFineTuning(DataObjective):
         return with_denominators(batch, targets | self._mtp_targets(map(_restrict_to_responses, hosts)))
 
     def _weigh_responses(self, batch: MicroBatch) -> MicroBatch:
-        """Apply the weights of `objective.loss_per`, on the host and on the device."""
+        """Apply the `objective.loss_per` weights, on the host and on the device."""
         if self._loss_per == "token":
             return batch
         weighted = weigh_per_unit(batch, self._loss_per, self._dtype)
@@ -141,7 +141,7 @@ class SupervisedFineTuning(DataObjective):
 
 
 def _read_weights(batch: MicroBatch, term: str) -> torch.Tensor:
-    """Return `batch.weights` [T], 0 for labels of other terms than `term`."""
+    """Return `batch.weights` [T], 0 for labels outside `term`."""
     return batch.weights * (batch.types == TYPE_OF[term])
 
 
@@ -150,7 +150,7 @@ def _restrict_to_responses(batch: MicroBatch) -> MicroBatch:
 
 
 def weigh_per_unit(batch: MicroBatch, unit: Literal["turn", "sample"], dtype: torch.dtype) -> MicroBatch:
-    """Scale the weights of response labels to a sum of 1 per unit: `turn` (consecutive learned labels) or
+    """Scale response label weights to sum 1 per unit: `turn` (consecutive learned labels) or
     `sample` (the responses in a conversation); leave other weights unchanged."""
     is_learned, number = find_learned_labels(batch), compute_segments(batch)
     if unit == "turn":

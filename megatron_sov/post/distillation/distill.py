@@ -1,4 +1,4 @@
-"""Distillation: the student learns the next-token distribution of a teacher at the learned labels.
+"""Distillation: the student learns a teacher's next-token distribution at the learned labels.
 
 A `StoredTeacher` reads outputs that the job `distill states` wrote (teacher.py): memory holds only the output
 head of the teacher, on the last pipeline stage. A `LiveTeacher` runs on the processes of the student, and
@@ -54,15 +54,15 @@ class RunTeacher(Protocol):
     """Source of the distributions that a run learns."""
 
     teacher: str
-    """Digest of the weights, from `hash_weights`."""
+    """Weight digest from `hash_weights`."""
     divergence: Divergence
 
     def verify(self, world: ParallelWorld) -> None:
-        """Verify the files of the teacher, or load the model; called by all processes together first."""
+        """Verify the teacher's files, or load the model; called by all processes together first."""
         ...
 
     def attach_outputs(self, batches: Sequence[MicroBatch]) -> tuple[MicroBatch, ...]:
-        """Run the teacher on micro-batches before the step of the student; called by all processes
+        """Run the teacher on micro-batches before the student's step; called by all processes
         together."""
         ...
 
@@ -170,8 +170,7 @@ class StoredTeacher:
         return rows
 
     def _load_head(self, kind: int, head: Head) -> torch.Tensor:
-        """Return the output head of the teacher for the vocabulary shard of `head`, [V / tp, H'], in the
-        dtype of `head`; cached, on the last pipeline stage."""
+        """Return the teacher's output head for the vocabulary shard in `head`, [V / tp, H'], with the dtype in `head`; cached, on the last pipeline stage."""
         if kind not in self._heads:
             token_ids, files = head.token_ids, self._kinds[kind]
             weight = head.weight.new_zeros(len(head.weight), files.hidden_size)
@@ -186,8 +185,8 @@ class StoredTeacher:
 
 def _iter_overlaps(origins: tuple[RowOrigin, ...], pieces: Sequence[tuple[int, int]]
                    ) -> Iterator[tuple[slice, int, int, int, int]]:
-    """Yield the intersections of documents with the context-parallel `pieces` of a row: the slice among the
-    tokens in `pieces`, source, document, first token, number of tokens."""
+    """Yield the intersections of documents with a row's context-parallel `pieces`: the slice among the
+    tokens in `pieces`, source, document, first token, token count."""
     offset = 0
     for first, end in pieces:
         for begins, source, (document, start, count) in origins:
@@ -199,14 +198,14 @@ def _iter_overlaps(origins: tuple[RowOrigin, ...], pieces: Sequence[tuple[int, i
 
 
 class LiveTeacher:
-    """A teacher on the processes and layout of the student, which reads micro-batches just before the step.
+    """A teacher on the student's processes and layout, which reads micro-batches just before the step.
 
     Megatron-Core has one set of process groups per process, so a teacher with another layout runs as another
     job (teacher.py). Nothing is stored on disk: a resumed run computes the same outputs again.
     """
 
     def __init__(self, checkpoint: Path, config: RunConfig, num_ranks: int) -> None:
-        """Check the teacher against the settings of the run.
+        """Check the teacher against the run's settings.
 
         Raises:
             UserError: the teacher has another vocabulary size, reads shorter rows, or does not fit the
@@ -363,7 +362,7 @@ class Distillation(DataObjective):
 
 
 class OnPolicyDistillation(Distillation):
-    """`Distillation` on responses of the student, and on packed data in other rounds (GKD, arXiv 2306.13649,
+    """`Distillation` on the student's responses, and on packed data in other rounds (GKD, arXiv 2306.13649,
     algorithm 1)."""
 
     formats = (ROLLOUTS, *TEXTS)
@@ -411,7 +410,7 @@ def measure_heldout(view: GateView, sources: Sequence[Source],
 
 
 def measure_teacher(view: GateView, sources: Sequence[Source], teacher: RunTeacher | None) -> dict[str, Any]:
-    """Return the digest of the teacher and `measure_heldout` for the completion manifest; {} without one."""
+    """Return the teacher's digest and `measure_heldout` for the completion manifest; {} without one."""
     if teacher is None:
         return {}
     return {"teacher": teacher.teacher, "heldout_divergence": measure_heldout(view, sources, teacher)}

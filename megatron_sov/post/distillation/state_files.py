@@ -26,15 +26,15 @@ KIND = "teacher_states"
 HEAD, HEAD_WEIGHT = "head.safetensors", "weight"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 OPEN_PARTS = 32
-"""Limit for concurrently mapped files; a corpus has thousands of parts."""
+"""Limit for concurrently mapped files; a corpus has thousands."""
 
 
 @dataclass(frozen=True)
 class StatesPart:
-    """A range of documents with states in one `file`."""
+    """A document range with states in one `file`."""
 
     source: int
-    """Index in the list of sources."""
+    """Index among the sources."""
     split: str
     first_document: int
     num_documents: int
@@ -81,12 +81,12 @@ class StateFormat:
     temperature: float = 1.0
     """Divisor of logits before the softmax."""
     translated: bool = False
-    """Whether `TokenTranslation` translated the tokens to the tokenizer of the student."""
+    """Whether `TokenTranslation` translated the tokens to the student's tokenizer."""
 
 
 def build_content(parts: list[StatesPart], hidden_size: int, vocab_size: int, state_format: StateFormat,
                   logits_softcap: float | None = None) -> dict[str, Any]:
-    """Return the content of the manifest."""
+    """Return the manifest content."""
     return {"hidden_size": hidden_size, "vocab_size": vocab_size, "logits_softcap": logits_softcap,
             **asdict(state_format),
             "num_tokens": sum(p.num_tokens for p in parts), "parts": [asdict(p) for p in parts]}
@@ -121,9 +121,9 @@ class StateFiles:
         self.folder, content = folder, manifest.content
         self.hidden_size, self.vocab_size = int(content["hidden_size"]), int(content["vocab_size"])
         self.logits_softcap: float | None = content.get("logits_softcap")
-        """Soft cap for the logits of the head."""
+        """Soft cap for the head's logits."""
         self.teacher = str(manifest.settings["teacher"])
-        """Digest of the teacher, from `hash_weights`."""
+        """Teacher digest from `hash_weights`."""
         self.state_format = StateFormat(content["dtype"], content.get("top_k", 0),
                                         content.get("temperature", 1.0), content.get("translated", False))
         self.dtype = torch.int32 if self.state_format.top_k else DTYPES[self.state_format.dtype]
@@ -147,12 +147,11 @@ class StateFiles:
 
     @property
     def head(self) -> Path:
-        """File with the output head of the teacher: tensor `HEAD_WEIGHT`, [vocabulary, hidden size]."""
+        """File with the teacher's output head: tensor `HEAD_WEIGHT`, [vocabulary, hidden size]."""
         return self.folder / HEAD
 
     def read_states(self, source: int, split: str, document: int, start: int, count: int) -> torch.Tensor:
-        """Return the rows of `count` tokens in a document, [count, width], as a view. The row of a token
-        predicts the next token.
+        """Return the rows of `count` tokens in a document, [count, width], as a view. A token's row predicts the next token.
 
         Raises:
             UserError: the artifact has no states for the document, or a file has another size.

@@ -53,7 +53,7 @@ class TeacherReading:
     """Documents for a teacher to read, and the outputs to write."""
 
     target: Target
-    """Model of the teacher."""
+    """The teacher's model."""
     data: dict[str, float]
     """Token artifact -> weight, which is ignored."""
     splits: tuple[str, ...] = ("train", "heldout")
@@ -65,7 +65,7 @@ class TeacherReading:
 
 def write_outputs(reading: TeacherReading, out: Path, settings: Sequence[str], nproc: int | None, *,
                   overwrite: bool = False, redo: bool = False) -> None:
-    """Write the outputs of a teacher for all documents as an artifact.
+    """Write a teacher's outputs for all documents as an artifact.
 
     Args:
         reading: teacher and documents.
@@ -120,7 +120,7 @@ class ArtifactOnRanks:
 
     folder: Path
     finished: frozenset[str]
-    """Names of the finished files."""
+    """Finished file names."""
     on_main: Callable[[Callable[[ResumableArtifact], None]], None]
     """Calls a function with the artifact on rank 0; called by all ranks together."""
 
@@ -143,8 +143,7 @@ def build_artifact_on_ranks(world: ParallelWorld,
 
 
 def hash_weights(target: Target) -> str:
-    """Return the BLAKE3 digest of a model: names and contents of weight files, configuration, and the base of
-    an adapter."""
+    """Return a model's BLAKE3 digest over weight files, configuration and adapter base."""
     if target.is_hf:
         model: dict[str, Any] = {p.name: hash_file(p) for p in target.path.glob("*.safetensors")}
         model["config.json"] = hash_file(target.path / "config.json")
@@ -213,12 +212,12 @@ def _refuse_too_long(reading: TeacherReading, sources: list[Source]) -> None:
 
 @dataclass(frozen=True)
 class TeacherDocuments:
-    """Documents of the data, in teacher tokens."""
+    """Documents in the data, in teacher tokens."""
 
     sources: list[Source]
     reading: TeacherReading
     translation: TokenTranslation | None
-    """None: the data have the tokenizer of the teacher."""
+    """None: the data have the teacher's tokenizer."""
 
     def read_part(self, part: StatesPart) -> tuple[list[list[int]], list[TranslatedDocument]]:
         """Return the teacher token ids per document in a part, and with `translation` the translations.
@@ -319,7 +318,7 @@ def _read_parts(loaded: LoadedModel, documents: TeacherDocuments, parts: Sequenc
 
 
 def gather_states(hidden: torch.Tensor, model: ForwardModel) -> torch.Tensor:
-    """Return the inputs of the output head for all tokens in a row, [tokens, hidden]."""
+    """Return the output head's inputs for all tokens in a row, [tokens, hidden]."""
     return context.gather_row(prepare_head_input(hidden, model.config))
 
 

@@ -1,4 +1,4 @@
-"""Translation of teacher probabilities to the tokens of a student with another tokenizer, by bytes.
+"""Translates teacher probabilities to a student's tokens from another tokenizer, by bytes.
 
 The teacher assigns a probability to the text up to any byte, for any choice of tokens (`SpellingTree`). The
 next token of the student has the ratio of two prefix probabilities: of the text with and without the token.
@@ -42,15 +42,15 @@ from megatron_sov.chat.vocabulary import TOKENIZER_JSON, read_tokenizer
 from megatron_sov.train.data.token_bytes import read_token_bytes
 
 NO_OUTPUT = 1.0
-"""First log-probability of a row without teacher output; real log-probabilities are never positive."""
+"""First log-probability in a row without teacher output; real log-probabilities are never positive."""
 PADDING_LOGPROB = -1e4
-"""Log-probability of ids that pad a row."""
+"""Log-probability for ids that pad a row."""
 MAX_HIDDEN = 0.05
 """Limit for `PrefixProbabilities.extended` and `PrefixProbabilities.missing` at both ends of a token."""
 MAX_SYMBOLS = 64
 """Symbols per teacher token that are compared with the text."""
 NO_SYMBOL = -1
-"""Padding after the end of a spelling."""
+"""Padding after a spelling."""
 CHUNK_ROWS = 256
 """Teacher tokens, or stops, per numpy operation, to bound the memory."""
 Array = np.ndarray[Any, Any]
@@ -86,9 +86,9 @@ class TokenTranslation:
                              if text}
         self._longest = max(map(len, self._student_ids), default=0)
         self._specials = _match_specials(student, teacher, self._student, self._teacher)
-        """Student id -> teacher id of shared special tokens."""
+        """Student id -> teacher id, for shared special tokens."""
         self.first_tokens = self._find_first_tokens()
-        """[teacher ids] int64: first student token in the text of the teacher token; -1 for none."""
+        """[teacher ids] int64: first student token in the teacher token's text; -1 for none."""
         self.equal_tokens = self._find_equal_tokens()
         """[teacher ids] int64: student token with the same meaning; -1 for none."""
         self._symbols = {token: 256 + i for i, token in enumerate(sorted(self._specials))}
@@ -112,7 +112,7 @@ class TokenTranslation:
         return first
 
     def _find_equal_tokens(self) -> np.ndarray:
-        """Match special tokens, and tokens of equal bytes that begin no longer token of either side."""
+        """Match special tokens, and tokens with equal bytes that begin no longer token."""
         equal = np.full(len(self._teacher_bytes), -1, np.int64)
         decoded = {token: text for token, text in enumerate(map(_decode_bytes, self._student_bytes)) if text}
         encoded = self._teacher.encode_batch(list(decoded.values()), add_special_tokens=False)
@@ -132,7 +132,7 @@ class TokenTranslation:
         return equal
 
     def _build_spellings(self) -> np.ndarray:
-        """Return the symbols of the teacher tokens, [teacher ids, symbols] int32."""
+        """Return the teacher tokens' symbols, [teacher ids, symbols] int32."""
         texts: list[Sequence[int]] = [text or b"" for text in self._teacher_bytes]
         for student_id, teacher_id in self._specials.items():
             if teacher_id < len(texts):
@@ -140,7 +140,7 @@ class TokenTranslation:
         return build_spelling_table(texts, min(MAX_SYMBOLS, max(map(len, texts), default=1)))
 
     def _find_hiding_symbols(self) -> np.ndarray:
-        """Return whether a student token followed by a byte may be part of a longer token, [student ids, 257]
+        """Return whether a student token followed by a byte may belong to a longer token, [student ids, 257]
         bool; the last column, for special tokens, is False."""
         hiding = np.zeros((len(self._student_bytes), 257), bool)
         for text in self._student_ids:
@@ -156,7 +156,7 @@ class TokenTranslation:
         return -1
 
     def translate_document(self, ids: Sequence[int]) -> TranslatedDocument:
-        """Encode the text of student tokens by the teacher; special tokens of both sides stay, others become
+        """Encode the student tokens' text by the teacher; shared special tokens stay, others become
         text.
 
         Raises:
@@ -191,7 +191,7 @@ class TokenTranslation:
                                   ends, student_ends)
 
     def _encode_text(self, text: bytes) -> list[tuple[int, int]]:
-        """Return (teacher id, number of bytes) per token of `text`."""
+        """Return (teacher id, byte count) per token in `text`."""
         decoded = _decode_bytes(text)
         if decoded is None:
             raise UserError("a document is not UTF-8: the tokenizer of the teacher cannot read it; pack text")
@@ -208,7 +208,7 @@ class TokenTranslation:
     def translate_rows(self, document: TranslatedDocument, ids: Sequence[int], tokens: torch.Tensor,
                        logprobs: torch.Tensor, next_logprobs: torch.Tensor, k: int
                        ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the teacher distribution in student tokens, after every student token of a document.
+        """Return the teacher distribution in student tokens, after every student token in a document.
 
         Args:
             document: from `translate_document`.
@@ -251,7 +251,7 @@ class TokenTranslation:
 
     def _build_tree(self, document: TranslatedDocument, tokens: np.ndarray, masses: np.ndarray,
                     next_logprobs: np.ndarray) -> SpellingTree:
-        """Build the tree of the `tokens` and of the next token of the document."""
+        """Build the tree with `tokens` and the document's next token."""
         longest = int(np.diff(document.ends, prepend=0).max()) + 1
         following = np.append(np.asarray(document.ids[1:], np.int64), 0)
         contains_next = (tokens == following[:, None]).any(1)
@@ -264,7 +264,7 @@ class TokenTranslation:
 
 def _select_top_k(sizes: tuple[int, int, int], keys: np.ndarray, masses: np.ndarray, is_next: np.ndarray,
                   valid: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Select the next token and the k - 1 most probable ids per row, padded with ids of probability 0.
+    """Select the next token and the k - 1 most probable ids per row, padded with impossible ids.
 
     Args:
         sizes: (n, vocab_size, k).
@@ -311,7 +311,7 @@ def _decode_bytes(text: bytes) -> str | None:
 
 def _match_specials(student: Path, teacher: Path, student_tokenizer: Tokenizer, teacher_tokenizer: Tokenizer
                     ) -> dict[int, int]:
-    """Return student id -> teacher id of special tokens with equal text, and of the tokens that end a
+    """Return student id -> teacher id for special tokens with equal text, and for the tokens that end a
     document (`eos_token`)."""
     student_ids, teacher_ids = _read_specials(student_tokenizer), _read_specials(teacher_tokenizer)
     matches = {student_ids[text]: teacher_ids[text] for text in student_ids.keys() & teacher_ids.keys()}
@@ -349,10 +349,10 @@ def _split_at_specials(ids: Sequence[int], specials: dict[int, int]) -> list[tup
 
 @dataclass(frozen=True)
 class PrefixProbabilities:
-    """Probabilities of a text up to n stops (numbers of symbols)."""
+    """Text probabilities up to n stops (symbol counts)."""
 
     logprobs: Array
-    """[n] log-probability of the text up to the stop, given the first token; NaN before the first token
+    """[n] text log-probability up to the stop, given the first token; NaN before the first token
     ends."""
     extended: Array
     """[n] share of `logprobs` in which a requested symbol follows, or may follow."""
@@ -362,22 +362,22 @@ class PrefixProbabilities:
 
 @dataclass(frozen=True)
 class SpellingTree:
-    """Candidate next tokens after each of the m tokens of a text, compared with the text by symbols."""
+    """Candidate next tokens after the m tokens in a text, compared with the text by symbols."""
 
     ends: Array
     """[m] int64: symbols up to the end of the token."""
     cumulative: Array
     """[m] float64: log-probability of the tokens up to this one, given the first."""
     tokens: Array
-    """[m, M] int64: candidates, including the next token of the text."""
+    """[m, M] int64: candidates, including the text's next token."""
     masses: Array
-    """[m, M] float64: probabilities of the candidates."""
+    """[m, M] float64: candidate probabilities."""
     table: Array
     """[vocabulary, L] int32: symbols per token, padded with `NO_SYMBOL`."""
     sizes: Array
-    """[m, M] int64: symbols of the candidate, at most L."""
+    """[m, M] int64: symbols in the candidate, at most L."""
     agrees: Array
-    """[m, M] int64: first symbols of the candidate that agree with the text, at most L."""
+    """[m, M] int64: leading candidate symbols that agree with the text, at most L."""
 
     @classmethod
     def build(cls, text: Array, ends: Array, tokens: Array, masses: Array, next_logprobs: Array, table: Array
@@ -387,7 +387,7 @@ class SpellingTree:
         Args:
             text: [symbols] int64.
             ends, tokens, masses, table: as in the class.
-            next_logprobs: [m] log-probability of the next token of the text; the last is unused.
+            next_logprobs: [m] log-probability of the text's next token; the last is unused.
         """
         length = table.shape[1]
         # After the text a number that is neither a symbol nor NO_SYMBOL: no candidate agrees.
@@ -403,7 +403,7 @@ class SpellingTree:
                    agrees=agrees)
 
     def compute_prefixes(self, stops: Array, requested: Array) -> PrefixProbabilities:
-        """Compute the probability of the text up to each stop, and the share that a requested symbol extends.
+        """Compute the text probability up to each stop, and the share that a requested symbol extends.
 
         Args:
             stops: [n] numbers of symbols, increasing.
@@ -446,7 +446,7 @@ class SpellingTree:
                     sum_by_stop(mass * (has_ended & (sizes < length))) / total)
 
     def _match_stops(self, stops: Array) -> tuple[Array, Array]:
-        """Return pairs (stop, token): all tokens of the text after which one candidate may reach the stop."""
+        """Return pairs (stop, token): all text tokens after which one candidate may reach the stop."""
         # No candidate is longer than the table, so earlier tokens cannot reach.
         first = np.searchsorted(self.ends, stops - self.table.shape[1], side="left")
         last = np.searchsorted(self.ends, stops, side="right")

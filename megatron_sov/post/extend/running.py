@@ -1,4 +1,4 @@
-"""Runs the stages of a context extension; a stage starts from the checkpoint of the previous stage."""
+"""Runs the stages in a context extension; a stage starts from the previous stage's checkpoint."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Needles:
     """Needle documents for training; () if `needle.train_share` is 0 and no blend names `SOURCE_NAME`."""
 
     def before(self, run: GateView) -> None:
-        """Test the model before the first step, with the rotary embedding of the stage."""
+        """Test the model before the first step, with the stage's rotary embedding."""
         self.record(run, "before", self.measure_scores(run))
 
     def after(self, run: GateView) -> dict[str, Any]:
@@ -93,8 +93,7 @@ def build_needles(config: RunConfig, start: Path, formats: tuple[str, ...] = TEX
 
 
 def _document_lengths(config: RunConfig) -> dict[str, int]:
-    """Return source -> document length in tokens: `needle`, the length of the longest phase, and `needle/N`
-    of blends."""
+    """Return source -> document length in tokens: `needle`, as long as the longest phase, and `needle/N` in blends."""
     named = dict.fromkeys(name for phase in config.data.phases for name in phase.blend)
     lengths: dict[str, int] = {}
     if config.needle.train_share or SOURCE_NAME in named:
@@ -138,7 +137,7 @@ def compute_mean_loss(losses: dict[str, HeldoutLoss]) -> float:
 
 def measure_checkpoint_loss(start: Path, short: HeldoutData, config: RunConfig, nproc: int | None
                             ) -> float | None:
-    """Measure the loss of a checkpoint on the short context, with the rotary embedding of the checkpoint.
+    """Measure a checkpoint's loss on the short context, with the checkpoint's rotary embedding.
 
     Returns:
         Nats per token; None on processes of a torchrun or Slurm job other than the first.
@@ -152,7 +151,7 @@ def measure_checkpoint_loss(start: Path, short: HeldoutData, config: RunConfig, 
 
 
 class StageGate:
-    """Gate of an extension stage: needle retrieval at all lengths and depths, and no loss of short context.
+    """Gate for an extension stage: needle retrieval at all lengths and depths, and no loss on short context.
 
     Answers and held-out losses are equal on all processes, and hence the verdicts.
     """
@@ -235,7 +234,7 @@ class StageGate:
 
 @dataclass(frozen=True)
 class GateVerdict:
-    """Result of a gate check."""
+    """Gate check result."""
 
     failing_cells: list[Cell]
     """Cells with a confidence interval below `threshold`."""
@@ -359,7 +358,7 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
 
 def _build_gate(planned: PlannedStage, needles: Needles, short: HeldoutData, start_loss: float | None
                 ) -> StageGate:
-    """Search the data for contamination, and build the gate of a stage."""
+    """Search the data for contamination, and build a stage's gate."""
     config, settings = planned.config, planned.config.extend.gate
     if (text := describe_small_suite(config)) and is_first_rank():
         warn(f"{planned.folder.path.name}: {text}")

@@ -26,7 +26,7 @@ from megatron_sov.train.data.views import LONG_MARK, PIECES_MARK, LongDocuments
 
 WINDOW_TOKENS = 32
 """Tokens per window. Windows start at every `WINDOW_TOKENS`-th token in a held-out document: the search finds
-every shared range of twice the length. A chance hit of `hash_windows` among 10^8 places and 10^6 windows has
+every shared range twice as long. A chance hit by `hash_windows` among 10^8 places and 10^6 windows has
 probability 5e-6."""
 PIECE_TOKENS = 1 << 20
 """Tokens per call of `hash_windows`."""
@@ -48,7 +48,7 @@ class PlannedStage:
 def plan_stages(request: RecipeRequest, start_from: Path, run: Path, nproc: int | None,
                 formats: Callable[[RunConfig], tuple[str, ...]] = lambda config: TEXTS,
                 ) -> list[PlannedStage]:
-    """Resolve the settings of all stages in `extend.stages`, so that mistakes show before training.
+    """Resolve the settings for all stages in `extend.stages`, so that mistakes show before training.
 
     Args:
         request: the requested settings; the base has the architecture of `start_from`.
@@ -91,7 +91,7 @@ def plan_stages(request: RecipeRequest, start_from: Path, run: Path, nproc: int 
 
 
 def _check_longer(where: str, new_tokens: int, start: Target, trained_tokens: int) -> None:
-    """Raise `UserError` if an extension is shorter than the trained length of `start`, which imported models
+    """Raise `UserError` if an extension is shorter than the trained length in `start`, which imported models
     do not record."""
     start_tokens = min(start.trained_tokens, trained_tokens)
     if start.config is not None and new_tokens < start_tokens:
@@ -102,7 +102,7 @@ def _check_longer(where: str, new_tokens: int, start: Target, trained_tokens: in
 
 def _resolve_single_stage(request: RecipeRequest, trained_tokens: int, requested: RunConfig, nproc: int | None
                           ) -> RunConfig:
-    """Resolve the settings of a run with a single stage, defined by `data.phases` and `train.steps`."""
+    """Resolve the settings for a run with a single stage, defined by `data.phases` and `train.steps`."""
     new_tokens = requested.data.max_seq_len()
     longer = length_settings(request.base, extend_model(request.base.model, trained_tokens, new_tokens),
                              trained_tokens, new_tokens, _count_samples_per_rank(requested, nproc))
@@ -115,7 +115,7 @@ def _resolve_single_stage(request: RecipeRequest, trained_tokens: int, requested
 def _resolve_stage(request: RecipeRequest, stage: ExtendStageConfig, model: ModelConfig,
                    trained_tokens: int, *, blend: dict[str, float], nproc: int | None
                    ) -> tuple[RunConfig, int]:
-    """Resolve the settings of a stage, which override --set, and `PlannedStage.min_steps`."""
+    """Resolve a stage's settings, which override --set, and `PlannedStage.min_steps`."""
     phases = [phase_setting(stage.seq_len, stage.name or PHASE, blend)]
     if stage.global_batch_size:
         phases.append(f"train.global_batch_size={stage.global_batch_size}")
@@ -139,7 +139,7 @@ def _count_samples_per_rank(config: RunConfig, nproc: int | None) -> int:
 
 def build_stage_blend(stage: ExtendStageConfig, sources: list[Source], trained_tokens: int,
                       needle_share: float) -> dict[str, float]:
-    """Return source name -> share of samples, with sum 1; {} if the stage names no parts and no blend.
+    """Return source name -> sample share, with sum 1; {} if the stage names no parts and no blend.
 
     Args:
         stage: parts and blend.
@@ -170,7 +170,7 @@ def build_stage_blend(stage: ExtendStageConfig, sources: list[Source], trained_t
 
 def _default_blend(part: PartConfig, stage: ExtendStageConfig, sources: list[Source], trained_tokens: int,
                    needle_share: float) -> dict[str, float]:
-    """Return the default blend of a part: matching sources by share. `rehearsal` includes short needle
+    """Return a part's default blend: matching sources by share. `rehearsal` includes short needle
     documents, to retain retrieval at the earlier length."""
     available = [s for s in sources if s.num_tokens["train"]]
     if part.name == "trajectories":
@@ -206,7 +206,7 @@ class Decontamination:
     questions_found: int
     """Places in the training text with a question."""
     windows: int
-    """Windows of held-out text."""
+    """Windows in held-out text."""
     windows_found: int
     """Windows that occur in the training text."""
     window_tokens: int = WINDOW_TOKENS
@@ -221,7 +221,7 @@ class Decontamination:
 
 def search_contamination(questions: list[list[int]], sources: list[Source], scan_tokens: int
                          ) -> Decontamination:
-    """Search the training documents for questions of the needle test and windows of held-out text.
+    """Search the training documents for needle test questions and held-out windows.
 
     Args:
         questions: token ids of all possible questions: all pairs of test words, used or not.

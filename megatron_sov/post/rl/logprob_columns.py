@@ -1,4 +1,4 @@
-"""Log-probability columns of a round: by the policy at the start of the round (`OLD`), by a reference model
+"""Log-probability columns for a round: by the policy at the round's start (`OLD`), by a reference model
 (`REFERENCE`), and by teachers (`TEACHER`).
 
 A column is a file RUN/rounds/0001.COLUMN.f32: a float32 per token, and a checksum, verified when the file is
@@ -34,22 +34,22 @@ from megatron_sov.train.data.rounds import PublishedRound
 from megatron_sov.train.feed import FeedView
 
 REFERENCE_NOTE = "reference.json"
-"""File in RUN/rounds with the digest of the reference model."""
+"""File in RUN/rounds with the reference model's digest."""
 TEACHERS_NOTE = "teachers.json"
 """File in RUN/rounds with domain -> `describe_teachers`."""
 
 
 @dataclass(frozen=True)
 class LogprobColumns:
-    """The log-probability columns of a run."""
+    """A run's log-probability columns."""
 
     names: tuple[str, ...]
     """Columns to compute, among `OLD`, `REFERENCE`, `TEACHER`."""
     temperature: float
     routes: RouteShape | None
-    """Shape of the expert routes for replay in `OLD`; None: no replay. `REFERENCE` never replays routes."""
+    """Expert route shape for replay in `OLD`; None: no replay. `REFERENCE` never replays routes."""
     start: Path
-    """Checkpoint of the reference."""
+    """Reference checkpoint."""
     reference_sha256: str = ""
     teachers: tuple[ScoringTeacher, ...] = ()
 
@@ -119,14 +119,14 @@ class LogprobColumns:
             run_with_weights(self.start, view, write)
 
     def _identify_column(self, opened: PublishedRound, name: str) -> str:
-        """Return the text that the checksum covers: digests of documents, and of reference or teachers."""
+        """Return the text that the checksum covers: document digests, and reference or teacher digests."""
         models = {REFERENCE: self.reference_sha256,
                   TEACHER: json.dumps(describe_teachers(self.teachers), sort_keys=True)}
         return f"{hash_checkpoint_files(opened.path)} {name} {models.get(name, '')}"
 
 
 def _check_models(file: Path, current: Mapping[str, str], message: str) -> None:
-    """Record the digests of reference or teachers in `file`, and raise `UserError` if `file` has others."""
+    """Record the reference or teacher digests in `file`, and raise `UserError` if `file` has others."""
     if not file.is_file():
         write_atomically(file, format_json(dict(current)))
         return
@@ -159,7 +159,7 @@ def column_file(path: Path, name: str) -> Path:
 
 def select_columns(config: RunConfig, needed: Collection[str], start: Path,
                    teachers: Sequence[ScoringTeacher] = ()) -> LogprobColumns:
-    """Return the columns in `needed`; `start` is the checkpoint of the reference model."""
+    """Return the columns in `needed`; `start` is the reference model's checkpoint."""
     # Preferences compare distributions at temperature 1; policy gradients compare the sampled distribution.
     temperature = 1.0 if config.policy.learns_preferences else config.rollout.temperature
     return LogprobColumns(

@@ -1,4 +1,4 @@
-"""The judging job: computes the rewards of the responses in a rollout store, part by part, without torch.
+"""The judging job: computes rewards for the responses in a rollout store, part by part, without torch.
 
 A changed reward has another version and judges the same responses again, without generation.
 """
@@ -26,19 +26,18 @@ if TYPE_CHECKING:
     from megatron_sov.rollouts.store import RolloutStore
 
 ENVIRONMENT = "environment"
-"""Name and version of the reward that copies the outcome of an episode from the row; the keys of rows contain
-the version of the environment."""
+"""Name and version for the reward that copies an episode's outcome from the row; row keys contain the environment's version."""
 NO_REWARD = "none"
-"""Name and version of the reward 0 for every response, for runs that learn from teachers only."""
+"""Name and version for the reward 0 for every response, for runs that learn from teachers only."""
 COLUMNS = ("record", "tokens", "response", "finish_reason", "outcome")
-"""Columns of rollouts that `JudgingJob` reads."""
+"""Rollout columns that `JudgingJob` reads."""
 JudgeRows = Callable[[Sequence[Rollout]], Sequence[Result]]
 """Responses -> a `Result` per response."""
 
 
 @dataclass
 class RewardSummary:
-    """Counts of a judging job."""
+    """A judging job's counts."""
 
     parts: int = 0
     """Judged parts."""
@@ -48,7 +47,7 @@ class RewardSummary:
     left: int = 0
     """Parts claimed by other jobs."""
     waited_for: str = ""
-    """Description of responses that were not generated within `wait_s`."""
+    """Describes responses that were not generated within `wait_s`."""
 
 
 @dataclass
@@ -62,14 +61,13 @@ class JudgingJob:
     rounds: range | None
     """None: all rounds, including rounds that jobs generate later."""
     provenance: dict[str, Any]
-    """Fields of the manifest of every part."""
+    """Manifest fields for every part."""
     wait_s: float = 0.0
-    """Time to wait for more responses, unless `rounds` are complete and cannot grow. Claims of possibly dead
-    jobs always extend the wait."""
+    """Time to wait for more responses, unless `rounds` are complete and cannot grow. Possibly dead jobs' claims always extend the wait."""
     claimed_wait_s: float = 0.0
     """Minimum time to wait for parts claimed by other jobs."""
     progress: Callable[[int], object] = lambda count: None
-    """Called with the number of judged responses."""
+    """Called with the judged response count."""
     patience: IdleTimeout = field(default_factory=IdleTimeout)
     summary: RewardSummary = field(default_factory=RewardSummary)
     _parts: list[RolloutPart] = field(default_factory=list)
@@ -181,7 +179,7 @@ class RewardJudge:
 
 
 def resolve_reward_version(name: str, settings: Sequence[str]) -> str:
-    """Return the version of a reward, the name of its rewards in the store."""
+    """Return a reward's version, which names its rewards in the store."""
     if name in (ENVIRONMENT, NO_REWARD):
         if settings:
             action = "copies the rewards of the rows and" if name == ENVIRONMENT else "judges nothing and"
@@ -209,7 +207,7 @@ def check_reward_fields(name: str, settings: Sequence[str], prompts: Iterable[Ro
 
 @contextlib.contextmanager
 def start_judge(name: str, settings: Sequence[str], workers: int) -> Iterator[JudgeRows]:
-    """Start the worker processes of a reward, and yield a function that judges rows."""
+    """Start a reward's worker processes, and yield a function that judges rows."""
     if name == ENVIRONMENT:
         yield lambda rows: [_read_outcome(row) for row in rows]
         return
@@ -230,8 +228,8 @@ def start_judge(name: str, settings: Sequence[str], workers: int) -> Iterator[Ju
 
 
 def build_record(row: Rollout) -> dict[str, Any]:
-    """Convert a rollout to a record for rewards: the fields of the prompt, and `response`, `num_tokens`,
-    `finish_reason`. `response` of an episode is the text of the last turn."""
+    """Convert a rollout to a record for rewards: the prompt's fields, and `response`, `num_tokens`,
+    `finish_reason`. An episode's `response` is the last turn's text."""
     record = dict(row.record)
     if "messages" in record:
         record.setdefault("prompt", record["messages"])
@@ -242,7 +240,7 @@ def build_record(row: Rollout) -> dict[str, Any]:
 
 
 def flatten_components(components: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Yield the numeric components of a reward, nested components as `part.name`."""
+    """Yield a reward's numeric components, nested components as `part.name`."""
     for name, value in components.items():
         if isinstance(value, Mapping):
             yield from flatten_components(value, f"{prefix}{name}.")

@@ -31,17 +31,17 @@ EVENT_FIELDS = ("groups", "unjudged", "reward_version", "policies", "means")
 
 @dataclass(frozen=True)
 class OpenedRound:
-    """Identity and figures of a round opened for training."""
+    """Identity and figures for a round opened for training."""
 
     digest: str
-    """Digest of the files, from `hash_checkpoint_files`."""
+    """File digest from `hash_checkpoint_files`."""
     meters: Mapping[str, float]
     """Headline meters from `compute_round_meters`; {} on ranks other than 0."""
 
 
 @dataclass(kw_only=True)
 class RoundLoader:
-    """Opens the rounds of a run; every process has an object, and all processes call `open` together."""
+    """Opens a run's rounds; every process has an object, and all processes call `open` together."""
 
     documents: RoundDocuments
     rollout: RolloutConfig
@@ -94,7 +94,7 @@ class RoundLoader:
         return OpenedRound(digest, meters)
 
     def _report_rewards(self, view: FeedView, number: int, content: Mapping[str, Any]) -> None:
-        """Print the pass rate of the initial policy, and warn about the first of consecutive rounds in which
+        """Print the initial policy's pass rate, and warn about the first among consecutive rounds in which
         few groups learn (`find_round_problem`)."""
         means = content.get("means") or {}
         if not view.step and PASS_RATE in means:
@@ -111,7 +111,7 @@ class RoundLoader:
         self.samples.record(view, RolloutStore.open(store), number, version)
 
     def _find_idle_steps(self, view: FeedView, number: int, opened: PublishedRound) -> frozenset[int]:
-        """Find the steps in a round, from 0, without gradient: no documents, or only advantages of 0, no
+        """Find the steps in a round, from 0, without gradient: no documents, or only advantages 0, no
         text, and no other term with a gradient (`has_other_gradients`)."""
         policy, first = view.config.policy, (number - 1) * self.rollout.steps_per_round + 1
         learns_anyway = has_other_gradients(view.config)
@@ -137,7 +137,7 @@ class RoundLoader:
 
 
 def _has_advantages(opened: PublishedRound, documents: range) -> bool:
-    """Return whether a document of a step has a nonzero `ADVANTAGE`."""
+    """Return whether a document in a step has a nonzero `ADVANTAGE`."""
     source = opened.documents
     return source is not None and any(
         has_advantage(source.column(ADVANTAGE, document, 0, int(source.lengths[document])))

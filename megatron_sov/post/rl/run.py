@@ -31,18 +31,18 @@ from megatron_sov.runs.rounds import RunPolicies
 from megatron_sov.train.feed import FeedView
 
 NO_ROUND = "data"
-"""Digest of a round that learns from packed data instead of responses."""
+"""Digest for a round that learns from packed data."""
 POLL_S = (1.0, 10.0)
 """Bounds for the interval between two lookups in the store: a tenth of the time waited so far."""
 
 
 @dataclass(kw_only=True)
 class RolloutCycle:
-    """Provides the rounds of a run to the training loop: a `train.feed.Feed`."""
+    """Provides a run's rounds to the training loop: a `train.feed.Feed`."""
 
     rollout: RolloutConfig
     policies: RunPolicies
-    """Identities of the weights after each round."""
+    """Weight identities after each round."""
     rollouts: LiveRollouts | None
     """Generates and judges rounds; None: the jobs `rl generate` and `rl reward` do."""
     publisher: Publisher
@@ -53,11 +53,11 @@ class RolloutCycle:
     store: Path | None = None
     """Rollout store, for the event `store`, which gives viewers the path."""
     meters: Mapping[str, float] = field(default_factory=dict)
-    """Figures of the open round, see `train.feed.Feed`."""
+    """The open round's figures, see `train.feed.Feed`."""
     _has_announced: bool = False
 
     def bring(self, view: FeedView, asked_to_stop: Callable[[], bool]) -> str | None:
-        """Generate, judge and publish the round of the next step, and open it for training; see `Feed.bring`.
+        """Generate, judge and publish the next step's round, and open it for training; see `Feed.bring`.
 
         Returns:
             The reason to end the run, e.g. a round that is not complete within `wait_s`; None to train.
@@ -100,7 +100,7 @@ class RolloutCycle:
         return self._validate_policy(view, view.step // self.rollout.steps_per_round + 1, asked_to_stop)
 
     def needs_checkpoint(self, step: int) -> bool:
-        """Return whether the job `rl generate` needs the checkpoint of a step; see
+        """Return whether the job `rl generate` needs a step's checkpoint; see
         `Feed.needs_checkpoint`."""
         return self.rollouts is None and step % self.rollout.steps_per_round == 0
 
@@ -131,7 +131,7 @@ class RoundWait:
 
     view: FeedView
     number: int
-    """Number of the round, from 1."""
+    """Round number, from 1."""
     wait_s: float
     announces: bool
     """Whether to finish the checkpoint, the policy that other jobs need, and record an event before

@@ -1,4 +1,4 @@
-"""On-policy distillation: log-probabilities of responses by teachers, the column `policy.TEACHER`.
+"""On-policy distillation: response log-probabilities by teachers, the column `policy.TEACHER`.
 
 A teacher with the architecture of the student is a checkpoint, whose weights the model loads temporarily;
 engine servers run teachers with another architecture. With several teachers, each scores the responses to
@@ -44,18 +44,18 @@ SLICE_S = 5.0
 
 @dataclass(frozen=True)
 class ScoringTeacher:
-    """A model that scores responses of the student: a `checkpoint`, or servers at `urls`."""
+    """A model that scores the student's responses: a `checkpoint`, or servers at `urls`."""
 
     domain: str
-    """Domain of the scored prompts; "": prompts of domains without a teacher."""
+    """Domain with the scored prompts; "": all domains without a teacher."""
     checkpoint: Path | None = None
     sha256: str = ""
-    """Digest of the weights; "" for servers, which report no digest."""
+    """Weight digest; "" for servers, which report no digest."""
     urls: tuple[str, ...] = ()
 
 
 def find_teacher(domain: str, teachers: Sequence[ScoringTeacher]) -> int | None:
-    """Return the index of the teacher for a domain, or None."""
+    """Return the teacher's index for a domain, or None."""
     domain_indices = {teacher.domain: index for index, teacher in enumerate(teachers)}
     return domain_indices.get(domain, domain_indices.get(""))
 
@@ -119,7 +119,7 @@ def _assign_teachers(opened: PublishedRound, teachers: Sequence[ScoringTeacher])
 
 def _join_parts(starts: np.ndarray, parts: Sequence[tuple[np.ndarray, Path]], file: Path, identity: str
                 ) -> None:
-    """Join the `parts`, (document indices, file of a teacher), to the column `file`, and delete the parts."""
+    """Join the `parts`, (document indices, a teacher's file), to the column `file`, and delete the parts."""
     numbers = np.zeros(int(starts[-1]), np.float32)
     for chosen, part in parts:
         scores, offset = np.fromfile(part, np.float32, int((starts[chosen + 1] - starts[chosen]).sum())), 0
@@ -169,7 +169,7 @@ class _SelectedDocuments(DocumentView):
 
 def _score_by_servers(view: FeedView, teacher: ScoringTeacher, documents: Documents, file: Path, identity: str
                       ) -> None:
-    """Write log p(label) of documents, computed by the servers of a teacher, to a sealed file."""
+    """Write log p(label) for documents, computed by a teacher's servers, to a sealed file."""
     jobs: list[_ScoringRequests] = []
 
     def advance() -> bool:
@@ -188,7 +188,7 @@ def _score_by_servers(view: FeedView, teacher: ScoringTeacher, documents: Docume
 
 
 class _ScoringRequests:
-    """Requests to the servers of a teacher, a request per document; on rank 0."""
+    """Requests to a teacher's servers, a request per document; on rank 0."""
 
     def __init__(self, teacher: ScoringTeacher, documents: Documents) -> None:
         self._servers = [VllmServer(url) for url in teacher.urls]
@@ -219,7 +219,7 @@ class _ScoringRequests:
             self.numbers[begin + 1:end] = self._request_scores(document, ids)
 
     def _request_scores(self, document: int, ids: Sequence[int]) -> np.ndarray:
-        """Return log p of `ids[1:]` by the first server that answers.
+        """Return log p for `ids[1:]` by the first server that answers.
 
         Raises:
             UserError: a server rejects the tokens, or no server answers within `ATTEMPTS`.

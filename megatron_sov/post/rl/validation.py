@@ -1,4 +1,4 @@
-"""Validates the policies of a run on held-out prompts, and records sample responses.
+"""Validates a run's policies on held-out prompts, and records sample responses.
 
 A validation runs every `rollout.validation_every_rounds` rounds, before the first and after the last round.
 Responses and rewards have a separate store, RUN/validation; its round r has the responses of the policy that
@@ -42,7 +42,7 @@ _COLUMNS = ("record", "tokens", "versions", "finish_reason", "response")
 
 @dataclass(kw_only=True)
 class Validation:
-    """Validates the policies of a run; every process has an object, and all processes call `validate`
+    """Validates a run's policies; every process has an object, and all processes call `validate`
     together.
     """
 
@@ -53,7 +53,7 @@ class Validation:
     num_responses: int
     """Responses in a complete validation."""
     right_from: float
-    """`policy.right_from`, the smallest reward of a right response."""
+    """`policy.right_from`, a right response's smallest reward."""
     samples: SampledRounds
     measured_by: Mapping[str, str]
     """Digests from `digest_conditions`: figures with other digests belong to another curve."""
@@ -124,7 +124,7 @@ class Validation:
 
 def digest_conditions(*, prompts: PromptList, reward_version: str, rollout: RolloutConfig,
                       chosen_by: dict[str, Any], right_from: float) -> dict[str, str]:
-    """Return digests of `prompts`, `reward` and `sampling`, the conditions of a validation."""
+    """Return digests for `prompts`, `reward` and `sampling`, a validation's conditions."""
     sampling = {"samples": rollout.samples_per_prompt,
                 "tokens": compute_sampling_digest(rollout, 0, chosen_by)}
     return {"prompts": sampling_digest({"ids": sorted(prompts.ids)}),
@@ -133,7 +133,7 @@ def digest_conditions(*, prompts: PromptList, reward_version: str, rollout: Roll
 
 
 def compute_figures(store: RolloutStore, number: int, version: str, right_from: float) -> dict[str, Any]:
-    """Compute the figures of a validation, over all prompts and per domain."""
+    """Compute a validation's figures, over all prompts and per domain."""
     total, domains, is_judged = _Tally(), defaultdict[str, _Tally](_Tally), version != NO_REWARD
     for parts, rows, _ in store.iter_pieces(store.parts(number), _COLUMNS):
         judgements = store.read_judgements(version, parts)
@@ -152,7 +152,7 @@ def compute_figures(store: RolloutStore, number: int, version: str, right_from: 
 
 @dataclass
 class _Tally:
-    """Sums over the responses of a validation or a domain."""
+    """Sums over the responses in a validation or a domain."""
 
     judged: ScoredResponses = field(default_factory=ScoredResponses)
     tokens: list[int] = field(default_factory=list)
@@ -190,7 +190,7 @@ class SampledRounds:
 
     def record(self, view: FeedView, store: RolloutStore, number: int, version: str, kind: str = ROUND_SAMPLES
                ) -> None:
-        """Record the first responses to `num_rows` prompts of a round, if the round is due."""
+        """Record the first responses to `num_rows` prompts in a round, if the round is due."""
         every = -(-self.num_rounds // MAX_TABLES)
         if not self.num_rows or ((number - 1) % every and number != self.num_rounds):
             return

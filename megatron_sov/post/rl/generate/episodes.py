@@ -1,4 +1,4 @@
-"""Episodes with the tools of an environment, stored as rows, token for token.
+"""Episodes with an environment's tools, stored as rows, token for token.
 
 `Episodes` plays episodes on an engine in this process, all turn by turn, and stops between turns at a
 deadline. `ServerEpisodePlayer` requests turns from servers, every episode at a separate pace, and stops
@@ -39,7 +39,7 @@ from megatron_sov.rollouts.rows import LAST_TURN, NOT_WRITTEN, UNFINISHED, Key, 
 from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer
 
 CONTINUATION = "goes_on"
-"""Key in the outcome of an unfinished row: lines of `EpisodeLines`, as JSON."""
+"""Key in an unfinished row's outcome: `EpisodeLines` as JSON."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,13 @@ class PlannedEpisode:
 
 @dataclass(frozen=True)
 class Episodes:
-    """Plays the episodes of a `SampleAttempt`. All processes of an engine call `write` together; the first
+    """Plays the episodes in a `SampleAttempt`. All processes in an engine call `write` together; the first
     process gets the rows."""
 
     table: EpisodeTable
     """Environment, limits and tokenizer."""
     version: str
-    """Version of the environment and of the reward."""
+    """Environment and reward version."""
     decode: Callable[[list[int]], str]
     end_ids: tuple[int, ...]
     """Token ids that end a turn."""
@@ -109,7 +109,7 @@ class Episodes:
         return build_sampling(self.rollout, 1, with_routes=self.with_routes)
 
     def encode_prompt(self, prompt: RolloutPrompt) -> list[int]:
-        """Encode the task, without a call of the environment."""
+        """Encode the task, without calling the environment."""
         return self.table.encoder.encode(json.dumps(prompt.record, ensure_ascii=False))
 
     def plan_episodes(self, attempt: SampleAttempt) -> list[PlannedEpisode]:
@@ -120,7 +120,7 @@ class Episodes:
 
     def build_row(self, episode: Episode, planned: PlannedEpisode, attempt: SampleAttempt, began_s: float
                   ) -> Rollout:
-        """Return the row of a finished or cut-off episode."""
+        """Return the row for a finished or cut-off episode."""
         previous = planned.previous
         first, ids = len(episode.prompt), np.array(episode.ids, np.int32)
         versions = np.full(len(ids), NOT_WRITTEN, np.int32)
@@ -152,7 +152,7 @@ class Episodes:
 
 
 class _StreamsByKey:
-    """A policy with random streams by response and turn, instead of by index in a batch."""
+    """A policy with random streams by response and turn, not by index in a batch."""
 
     def __init__(self, policy: ToolPolicy, keys: Sequence[tuple[int, Key]]) -> None:
         self._policy, self._keys = policy, keys
@@ -250,7 +250,7 @@ class ServerEpisodePlayer:
 
     @contextlib.contextmanager
     def _borrow_host(self) -> Iterator[EnvironmentHost]:
-        """Yield an idle environment, or start one; the process of an environment serves many episodes."""
+        """Yield an idle environment, or start one; an environment's process serves many episodes."""
         try:
             host = self._free_hosts.pop()
         except IndexError:

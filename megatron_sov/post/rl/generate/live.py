@@ -26,7 +26,7 @@ class LiveRollouts:
 
     def write(self, view: FeedView, number: int, policy: Policy, asked_to_stop: Callable[[], bool]
               ) -> dict[str, float]:
-        """Generate the pending pieces of round `number`, and of later rounds within `rollout.max_staleness`.
+        """Generate the pending pieces in round `number`, and in later rounds within `rollout.max_staleness`.
 
         Args:
             view: the run, whose model is the policy.

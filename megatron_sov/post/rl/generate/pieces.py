@@ -1,4 +1,4 @@
-"""Pending pieces of rounds, and the claims of generating jobs on them.
+"""Pending pieces in rounds, and the claims that generating jobs have on them.
 
 A job can be killed at any moment: published pieces stay, and any job generates the remaining pieces.
 Responses that a deadline cut off wait for a newer policy, which continues them before fresh pieces; otherwise
@@ -27,21 +27,21 @@ from megatron_sov.work.tables.table import AlreadyPublished
 LOOKUPS_PER_CLAIM = 64
 """Open pieces per call of `claim_attempts` to look up in the store, on average."""
 NEWER, FRESH, SAME, STUCK = range(4)
-"""Ranks of attempts, best first: continued by a newer policy; a fresh piece; continued by the same policy;
+"""Attempt ranks, best first: continued by a newer policy; a fresh piece; continued by the same policy;
 continued although the previous attempt added no token."""
 WAIT = "wait"
-"""Result of `PieceQueue.next_attempts` without work at the moment: call again."""
+"""Returned by `PieceQueue.next_attempts` without work at the moment: call again."""
 FurtherPieces = Callable[[int], tuple[int, bool]]
-"""Round -> number of requested pieces of further prompts, and whether the number is final."""
+"""Round -> requested pieces with further prompts, and whether the count is final."""
 
 
 @dataclass(frozen=True)
 class SampleAttempt:
-    """An attempt at the responses of a piece."""
+    """An attempt at a piece's responses."""
 
     piece: PromptPiece
     number: int
-    """0: from the prompts; above 0, the attempt continues the unfinished rows of attempt `number - 1`."""
+    """0: from the prompts; above 0, the attempt continues the unfinished rows from attempt `number - 1`."""
     policy: Policy
     unfinished: tuple[Rollout, ...] = ()
 
@@ -56,7 +56,7 @@ def never_yield() -> bool:
 
 @dataclass
 class _PieceState:
-    """State of an incomplete piece, in the view of this job."""
+    """An incomplete piece's state, as this job sees it."""
 
     next_attempt: int = 0
     open_tokens: int = 0
@@ -64,14 +64,14 @@ class _PieceState:
     is_stuck: bool = False
     """Whether the previous attempt added no token."""
     previous_step: int | None = None
-    """Policy step of the previous attempt; after an attempt by another job, the policy step in which this job
+    """Policy step in the previous attempt; after an attempt by another job, the policy step in which this job
     first saw the piece."""
     claimed_step: int | None = None
-    """Policy step of the next attempt by this job."""
+    """Policy step in the next attempt by this job."""
 
 
 class PendingPieces:
-    """Pieces that the store lacks in `rounds`, and the claims of this job."""
+    """Pieces that the store lacks in `rounds`, and this job's claims."""
 
     def __init__(self, *, store: RolloutStore, claims: Claims, prompts: PromptList, rollout: RolloutConfig,
                  rounds: range, find_policy: Callable[[int], Policy | None],
@@ -148,8 +148,7 @@ class PendingPieces:
         return any(map(self._claims.may_be_dead, self._refused))
 
     def claim_attempts(self, num_rows: int = 0) -> tuple[SampleAttempt, ...]:
-        """Claim attempts to generate together by one policy: a fresh piece, or unfinished rows of several
-        pieces. () if there is no work at the moment; claims last until `release`.
+        """Claim attempts to generate together by one policy: a fresh piece, or unfinished rows in several pieces. () if there is no work at the moment; claims last until `release`.
 
         Args:
             num_rows: claim fresh and unfinished pieces up to `num_rows` responses; 0: the responses of one
@@ -205,13 +204,12 @@ class PendingPieces:
                 claim.close()
 
     def should_yield(self, policy: Policy) -> bool:
-        """Return whether a newer policy has appeared, and the last attempts were claimed for lack of better
-        work."""
+        """Return whether a newer policy has appeared, and no better work existed for the last attempts."""
         newest = self._find_policy(next(iter(self._open))) if self._is_idle and self._open else None
         return newest is not None and newest.step > policy.step
 
     def _rank_piece(self, piece: PromptPiece, policy: Policy) -> int | None:
-        """Return the rank of the next attempt at a piece; None: the piece waits."""
+        """Return the rank for a piece's next attempt; None: the piece waits."""
         state = self._states[piece.part()]
         if piece.part(state.next_attempt) in self._held:
             return None
@@ -232,7 +230,7 @@ class PendingPieces:
 
     def _iter_candidates(self, ready: Sequence[tuple[int, Policy]]
                          ) -> Iterator[tuple[int, PromptPiece, Policy]]:
-        """Yield rank, piece and policy of possible attempts, ordered by rank, round and piece."""
+        """Yield rank, piece and policy per possible attempt, ordered by rank, round and piece."""
         continued = []
         for number, policy in ready:
             pieces = self._open.get(number, {})
@@ -248,7 +246,7 @@ class PendingPieces:
                             if self._rank_piece(piece, policy) == FRESH)
 
     def _update_round(self, number: int, *, reads_all: bool) -> None:
-        """Look up the pieces of a round in the store: all pieces, or the pieces that this job claimed."""
+        """Look up a round's pieces in the store: all pieces, or the pieces that this job claimed."""
         more, is_final = self._further(number)
         pieces, num_planned = self._open[number], self.plan.pieces
         fresh: list[PromptPiece] = []
@@ -329,20 +327,20 @@ class PendingPieces:
 
 @dataclass(kw_only=True)
 class PieceQueue:
-    """Claims attempts, waits, and publishes rows, on the first process of a generating job."""
+    """Claims attempts, waits, and publishes rows, on a generating job's first process."""
 
     pending: PendingPieces
     store: RolloutStore
     wait_s: float
-    """Time to wait without work before the job ends. Claims of possibly dead jobs always extend the wait."""
+    """Time to wait without work before the job ends. Possibly dead jobs' claims always extend the wait."""
     provenance: Mapping[str, Any]
-    """Fields of the manifest of every part."""
+    """Manifest fields for every part."""
     patience: IdleTimeout = field(default_factory=IdleTimeout)
     asked_to_stop: Callable[[], bool] = lambda: False
     """Whether to begin no further attempt."""
     summary: dict[str, Any] = field(default_factory=lambda: {
         "parts": 0, "responses": 0, "unfinished": 0, "tokens": 0, "waits_for": ""})
-    """Counts of this job; `waits_for`: why the job ended before all pieces were complete."""
+    """This job's counts; `waits_for`: why the job ended before all pieces were complete."""
     clock_s: Callable[[], float] = time.monotonic
     _policy: Policy | None = None
     _checked_s: float = 0.0

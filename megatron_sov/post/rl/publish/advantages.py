@@ -1,4 +1,4 @@
-"""Advantages of responses: rewards relative to the group of a prompt, with length rewards and penalties.
+"""Advantages for responses: rewards relative to a prompt's group, with length rewards and penalties.
 
 Arrays have shape [n], n responses to a prompt, and dtype float64. `lengths`: generated tokens; `right`, bool:
 the reward is at least `policy.right_from`; `budgets`: requested tokens; `longest`: `rollout.max_new_tokens`.
@@ -20,13 +20,13 @@ EPSILON = 1e-4
 LEARNS, TOO_FEW, ALL_RIGHT, ALL_WRONG = "", "too_few", "all_right", "all_wrong"
 """Why a group does not learn, or `LEARNS`: too few responses; equal rewards, all right or all wrong."""
 LOW_PERCENT, HIGH_PERCENT = 30, 70
-"""Percentiles of the lengths of right responses, between which the length reward is 1 (LAPO, arXiv
+"""Length percentiles over right responses, between which the length reward is 1 (LAPO, arXiv
 2507.15758; code: ZJU-REAL/LAPO on GitHub)."""
 
 
 @dataclass(frozen=True)
 class GroupAdvantages:
-    """Advantages of the responses to a prompt, independent of other groups."""
+    """Advantages for a prompt's responses, before groups are compared."""
 
     advantages: np.ndarray
     """[n] float64; 0 if the group does not learn."""
@@ -118,8 +118,7 @@ def subtract_leave_out_mean(rewards: np.ndarray) -> np.ndarray:
 
 
 def compute_pass_at_k_advantages(rewards: np.ndarray, k: int) -> np.ndarray:
-    """Return k times the increase of the maximum reward by a response, [n], averaged over all sets of `k`
-    responses that contain it (PKPO, arXiv 2505.15201, equation 33, times n).
+    """Return k times the increase that a response brings to the maximum reward, [n], averaged over all sets with `k` responses that contain it (PKPO, arXiv 2505.15201, equation 33, times n).
 
     For k = 1 the increase is the reward itself, with the baseline of `subtract_leave_out_mean`.
     """
@@ -152,7 +151,7 @@ def compute_mgpo_weight(share_right: float, strength: float) -> float:
 
 def _add_length_reward(rewards: np.ndarray, lengths: np.ndarray, budgets: np.ndarray, policy: PolicyConfig,
                        max_new_tokens: int) -> np.ndarray:
-    """Add the length reward `policy.parts.length_reward` of right responses to `rewards`, [n]."""
+    """Add the length reward `policy.parts.length_reward` for right responses to `rewards`, [n]."""
     parts, right = policy.parts, rewards >= policy.right_from
     if parts.length_reward == "budget":
         return reward_length_budget(lengths, right, budgets, max_new_tokens, parts.length_reward_coeff)
@@ -190,7 +189,7 @@ def _compare_responses(rewards: np.ndarray, lengths: np.ndarray, budgets: np.nda
 
 
 def _normalize_advantages(advantages: list[np.ndarray], learns: list[bool]) -> list[np.ndarray]:
-    """Scale the advantages of learning groups to mean 0 and standard deviation 1 over all groups."""
+    """Scale the advantages in learning groups to mean 0 and standard deviation 1 over all groups."""
     # Excluded groups stay at 0, because a shift by the mean would make excluded groups learn.
     learning = [values for values, is_learning in zip(advantages, learns, strict=True) if is_learning]
     joined = np.concatenate(learning or [np.zeros(0)])
@@ -202,9 +201,8 @@ def _normalize_advantages(advantages: list[np.ndarray], learns: list[bool]) -> l
 
 
 def center_on_threshold(lengths: np.ndarray, right: np.ndarray, width_tokens: float) -> np.ndarray:
-    """Return the length reward for right responses, [n]: 1 between `LOW_PERCENT` and `HIGH_PERCENT` of the
-    lengths of right responses, falling linearly to 0 over `width_tokens` outside (LAPO, stage 1,
-    reward_func_stage1.py, with a width of 100)."""
+    """Return the length reward for right responses, [n]: 1 between the `LOW_PERCENT` and `HIGH_PERCENT` percentiles over right responses' lengths, falling linearly to 0 over `width_tokens` outside (LAPO, stage 1,
+    reward_func_stage1.py, width 100)."""
     if not right.any():
         return np.zeros(len(lengths))
     low, high = np.percentile(lengths[right], (LOW_PERCENT, HIGH_PERCENT))
@@ -216,8 +214,7 @@ def center_on_threshold(lengths: np.ndarray, right: np.ndarray, width_tokens: fl
 def reward_target_length(lengths: np.ndarray, right: np.ndarray, targets: np.ndarray, width_tokens: float
                          ) -> np.ndarray:
     """Return the length reward ``exp(-(length - target)^2 / (2 width_tokens^2))`` for right responses, [n]
-    (LAPO, stage 2, reward_func_stage2.py, with a width of 120). Targets of NaN become the median length of
-    the right responses."""
+    (LAPO, stage 2, reward_func_stage2.py, width 120). NaN targets become the right responses' median length."""
     if not right.any():
         return np.zeros(len(lengths))
     distances = lengths - np.where(np.isnan(targets), np.median(lengths[right]), targets)
@@ -233,7 +230,7 @@ def compute_budget_reward(budgets: np.ndarray, longest: int, scale: float) -> np
 
 def reward_length_budget(lengths: np.ndarray, right: np.ndarray, budgets: np.ndarray, longest: int,
                          scale: float) -> np.ndarray:
-    """Return the rewards that replace the rewards of the verifier, [n] (HBPO, arXiv 2507.15844, R in section
+    """Return the rewards that replace the verifier's rewards, [n] (HBPO, arXiv 2507.15844, R in section
     3.2).
 
     Right responses get `compute_budget_reward` within the budget. Beyond the budget they get f_1: the reward
@@ -247,7 +244,7 @@ def reward_length_budget(lengths: np.ndarray, right: np.ndarray, budgets: np.nda
 
 def compute_budget_advantages(rewards: np.ndarray, budgets: np.ndarray, longest: int, scale: float
                               ) -> np.ndarray:
-    """Return the mean of `rewards` from `reward_length_budget` over responses with the same budget, minus
+    """Return the mean over `rewards` from `reward_length_budget` over responses with the same budget, minus
     `compute_budget_reward`, [n] (HBPO, arXiv 2507.15844, section 3.3)."""
     means = {budget: rewards[budgets == budget].mean() for budget in np.unique(budgets)}
     return np.array([means[budget] for budget in budgets]) - compute_budget_reward(budgets, longest, scale)

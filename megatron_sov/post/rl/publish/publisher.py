@@ -58,16 +58,16 @@ SURPLUS = "surplus"
 NO_ADVANTAGE = "no_advantage"
 """Why a group does not learn: all trained responses have advantage 0."""
 PROMPTS = "prompts"
-"""Manifest field: digest of the prompts for all rounds, in order."""
+"""Manifest field: digest over the prompts for all rounds, in order."""
 CHOSEN_BY = "chosen_by"
 """Manifest field: see `RolloutSource.chosen_by`."""
 TRUNCATED = (LENGTH, "tokens", "unended")
-"""Finish reasons of responses and episodes that a token limit cut off."""
+"""Finish reasons for responses and episodes that a token limit cut off."""
 
 
 @dataclass(kw_only=True)
 class Publisher:
-    """Publishes the rounds of a run; every process has an object."""
+    """Publishes a run's rounds; every process has an object."""
 
     config: RunConfig
     rounds: Path
@@ -86,7 +86,7 @@ class Publisher:
     """The round under construction, on rank 0."""
 
     def publish(self, number: int) -> str:
-        """Publish a complete round, unless published; return a description of missing parts, or "".
+        """Publish a complete round, unless published; describe missing parts, or "".
 
         All processes call `publish` together; they share the pieces to judge and the shards to write.
 
@@ -113,12 +113,12 @@ class Publisher:
         return ""
 
     def check_store(self) -> None:
-        """Check that `store` is missing, empty, or a rollout store with the tokenizer of the model."""
+        """Check that `store` is missing, empty, or a rollout store with the model's tokenizer."""
         if self._store_exists():
             _ = self._opened_store
 
     def _find_inputs(self, number: int) -> str | _RoundInputs:
-        """Find the parts of a round, or describe missing parts; "" if the round is published."""
+        """Find a round's parts, or describe missing parts; "" if the round is published."""
         # The manifest is written last, and a published round never changes.
         if is_published(self.rounds, number):
             return ""
@@ -186,7 +186,7 @@ class Publisher:
 
     def _judge_round(self, source: StoredRound, inputs: _RoundInputs, rank: int, size: int
                 ) -> list[JudgedPiece]:
-        """Judge pieces rank, rank + size, ... of a round."""
+        """Judge pieces rank, rank + size, ... in a round."""
         # All attempts at a response are in parts with the same piece number.
         parts = defaultdict[int, dict[int, RolloutPart]](dict)
         for i, part in enumerate(inputs.parts):
@@ -220,7 +220,7 @@ class Publisher:
         return RoundPlan(self._artifact.path, tuple(shards), content)
 
     def _prune_rounds(self, number: int) -> None:
-        """Delete tokens and columns of old rounds that no resume needs and the store can rebuild. The
+        """Delete tokens and columns in old rounds that no resume needs and the store can rebuild. The
         manifests remain as records."""
         folder = self.rounds.parent / checkpoints.CHECKPOINTS_FOLDER
         oldest = min(map(checkpoints.checkpoint_step, checkpoints.list_complete(folder)), default=0)
@@ -313,7 +313,7 @@ class Publisher:
 
     def _build_content(self, source: StoredRound, gathered: JudgedRound, selection: _Selection
                        ) -> dict[str, Any]:
-        """Return the content of the manifest except `sources`."""
+        """Return the manifest content except `sources`."""
         right_from = None if self.reward_version == NO_REWARD else self.config.policy.right_from
         parts = [{"name": part.name, "rollouts": part.manifest_sha256, "rewards": manifest_sha256(
             source.store.part_path(part.name, source.reward_version))} for part in gathered.parts]
@@ -380,7 +380,7 @@ class Publisher:
             numbers=list_number_columns(self.config))
 
     def _select_responses(self, gathered: JudgedRound) -> _Selection:
-        """Distribute the groups of a round over the optimizer steps, and compute the advantages per step."""
+        """Distribute a round's groups over the optimizer steps, and compute the advantages per step."""
         num_steps, reasons, rows = self.config.rollout.steps_per_round, Counter[str](), gathered.rows
         groups = [GroupAdvantages(rows["advantage"][place], reason)
                   for place, reason in zip(gathered.groups, gathered.reasons, strict=True)]
@@ -407,7 +407,7 @@ class Publisher:
         return _Selection(advantages, is_trained, steps, dict(reasons))
 
     def _choose_groups(self, gathered: JudgedRound, reasons: Counter[str]) -> Sequence[int]:
-        """Return the indices of the groups to use: all, or with further prompts the first groups that learn.
+        """Return the group indices to use: all, or with further prompts the first groups that learn.
         `reasons` counts the excluded groups."""
         if self.config.policy.parts.max_gen_batches == 1:
             return range(len(gathered.groups))
@@ -431,7 +431,7 @@ class Publisher:
 
     def _choose_responses(self, group: Sequence[JudgedResponse], advantages: GroupAdvantages
                           ) -> tuple[list[int], str]:
-        """Return the indices of the responses in a group to train on, in document order, and the reason if
+        """Return the response indices in a group to train on, in document order, and the reason if
         the list is empty."""
         if advantages.reason:
             return [], advantages.reason
@@ -450,7 +450,7 @@ class Publisher:
         return (list(pair), "") if pair else ([], NO_PAIR)
 
     def _has_equal_tokens(self, first: RolloutFacts, second: RolloutFacts) -> bool:
-        """Return whether two responses have the same tokens: a pair of them would teach nothing."""
+        """Return whether two responses have the same tokens: such a pair would teach nothing."""
         if first.num_tokens != second.num_tokens:
             return False
         first_tokens, second_tokens = (self._read_tokens(row.part)[row.row] for row in (first, second))
@@ -481,7 +481,7 @@ class RoundPlan:
     """Temporary folder."""
     shards: tuple[RoundShard, ...]
     content: dict[str, Any]
-    """Content of the manifest except `sources`."""
+    """Manifest content except `sources`."""
 
 
 @dataclass(frozen=True)
@@ -493,13 +493,13 @@ class _Selection:
     is_trained: np.ndarray
     """[rows in the round] bool."""
     steps: list[list[int]]
-    """[first document, number of documents] per optimizer step."""
+    """[first document, document count] per optimizer step."""
     reasons: dict[str, int]
-    """`TRAINED_GROUPS`, or why groups do not learn -> number of groups."""
+    """`TRAINED_GROUPS`, or why groups do not learn -> group count."""
 
 
 def read_further_pieces(rounds: Path, number: int) -> int:
-    """Read the number of requested pieces of further prompts for a round (`policy.max_gen_batches`)."""
+    """Read a round's count of requested pieces with further prompts (`policy.max_gen_batches`)."""
     file = _further_file(rounds, number)
     if not file.is_file():
         return 0
@@ -512,7 +512,7 @@ def _further_file(rounds: Path, number: int) -> Path:
 
 
 def list_number_columns(config: RunConfig) -> tuple[str, ...]:
-    """Return the names of the columns with a number per response."""
+    """Return the column names with a number per response."""
     groups = config.policy.learns_preferences and config.documents_per_unit == 1
     return (ADVANTAGE, GROUP_SHARE) if groups else (ADVANTAGE,)
 
@@ -522,13 +522,13 @@ def is_published(rounds: Path, number: int) -> bool:
 
 
 def _list_domains(gathered: JudgedRound, selection: _Selection) -> list[tuple[str, int]]:
-    """Return the domains of documents as (domain, number of documents), in the order of `_iter_pieces`."""
+    """Return the documents' domains as (domain, document count), ordered like `_iter_pieces`."""
     domains = compress(gathered.row_domains, selection.is_trained.tolist())
     return [(domain, len(list(repeats))) for domain, repeats in groupby(domains)]
 
 
 def _iter_pieces(gathered: JudgedRound, selection: _Selection) -> Iterator[RoundPiece]:
-    """Yield the training documents of a round, piece by piece."""
+    """Yield a round's training documents, piece by piece."""
     counts = np.array([place.stop - place.start for place in gathered.groups])
     ends = np.cumsum([0, *(len(piece.rows) for piece in gathered.pieces)]).tolist()
     for first, end in pairwise(ends):

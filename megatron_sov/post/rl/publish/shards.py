@@ -1,4 +1,4 @@
-"""Shards of a round: a document per trained response, read from the rollout store by several processes.
+"""Round shards: a document per trained response, read from the rollout store by several processes.
 
 A shard consists of complete pieces in the store, so that the files do not depend on the number of processes.
 Columns with a number per response are stored once per document (`PER_DOCUMENT`), and generated tokens as a
@@ -33,7 +33,7 @@ class RoundPiece:
     """Training documents from a piece in the store, which are read together."""
 
     parts: tuple[str, ...]
-    """Names of the parts with the responses."""
+    """Part names with the responses."""
     places: np.ndarray
     """[documents, 2] int32: index in `parts`, and row in the part."""
     numbers: Mapping[str, np.ndarray]
@@ -44,10 +44,10 @@ class RoundPiece:
 
 @dataclass(frozen=True)
 class RoundShard:
-    """A shard of a round, written by a single process."""
+    """A round's shard, written by a single process."""
 
     prefix: str
-    """Path in the folder of the round, without suffix."""
+    """Path in the round's folder, without suffix."""
     pieces: tuple[RoundPiece, ...]
 
 
@@ -63,11 +63,11 @@ def split_into_shards(pieces: Iterable[RoundPiece]) -> list[RoundShard]:
 
 @dataclass(frozen=True)
 class WrittenShard:
-    """Counts and files of a shard, for the manifest."""
+    """A shard's counts and files, for the manifest."""
 
     counts: Mapping[str, int]
     files: Mapping[str, FileRecord]
-    """Path in the folder of the round -> digest and size."""
+    """Path in the round's folder -> digest and size."""
 
 
 @dataclass(frozen=True)
@@ -80,27 +80,27 @@ class ShardWriter:
     seq_len: int
     """Tokens per training row, the limit for a document."""
     routes: RouteShape | None
-    """Shape of replayed expert routes; None: no replay."""
+    """Replayed expert routes' shape; None: no replay."""
     bytes_of_token: np.ndarray
-    """[vocabulary]: bytes of text per token."""
+    """[vocabulary]: text bytes per token."""
     numbers: tuple[str, ...] = (ADVANTAGE,)
     """Columns with a number per document."""
 
     @property
     def sidecars(self) -> list[str]:
-        """Suffixes of the column files."""
+        """Column file suffixes."""
         return [*self._column_dtypes, WRITTEN]
 
     @property
     def _column_dtypes(self) -> dict[str, str]:
-        """Suffix -> dtype of the column files that `IndexedWriter` writes."""
+        """Suffix -> dtype for the column files that `IndexedWriter` writes."""
         dtypes = {BEHAVIOUR: "float32"} | {name + PER_DOCUMENT: "float32" for name in self.numbers}
         if self.routes is not None:
             dtypes[ROUTES] = self.routes.dtype
         return dtypes
 
     def write(self, folder: Path, shard: RoundShard) -> WrittenShard:
-        """Write a shard into the `folder` of the round, and sync the files to disk.
+        """Write a shard into the round's `folder`, and sync the files to disk.
 
         Raises:
             UserError: a response is longer than a row or has another temperature, lacks routes or has routes
@@ -125,7 +125,7 @@ class ShardWriter:
         return WrittenShard(counts, files)
 
     def _read_documents(self, piece: RoundPiece) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
-        """Read the documents of a piece: lengths, columns, and whether a policy generated the token, [tokens]
+        """Read a piece's documents: lengths, columns, and whether a policy generated the token, [tokens]
         bool."""
         fields = (*RULES, ROUTES) if self.routes is not None else RULES
         tables = [self._read_part(name, fields) for name in piece.parts]
@@ -177,7 +177,7 @@ class ShardWriter:
 
 def _join_routes(shape: RouteShape, table: pa.Table, routes_of_row: Sequence[np.ndarray | None],
                  lengths: np.ndarray) -> np.ndarray:
-    """Join the expert routes of all documents, [tokens, layers, K]; absent for the last token of a document.
+    """Join all documents' expert routes, [tokens, layers, K]; absent for a document's last token.
     """
     joined = shape.absent(int(lengths.sum()))
     for i, (routes, end) in enumerate(zip(routes_of_row, np.cumsum(lengths).tolist(), strict=True)):
@@ -194,7 +194,7 @@ def _join_routes(shape: RouteShape, table: pa.Table, routes_of_row: Sequence[np.
 
 
 def _flatten_arrays(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the values in a column of lists, flattened, and the lengths of the lists."""
+    """Return the values in a column of lists, flattened, and the list lengths."""
     column = table[name].combine_chunks()
     return column.flatten().to_numpy(), column.value_lengths().to_numpy().astype(np.int64)
 
