@@ -344,9 +344,8 @@ def score_documents(model: RunningLogprobs, documents: Documents, chosen: range,
 def write_logprobs(model: RunningLogprobs, documents: Documents, file: Path, identity: str, *, seq_len: int,
                    rows_per_batch: int, num_skipped: int = 0, temperature: float = 1.0,
                    routes: RouteShape | None = None) -> None:
-    """Write log p(label) of documents to a sealed float32 file, a number per token.
-
-    Processes write the numbers of local rows in place, and no process holds the whole column.
+    """Write log p(label) of documents to a sealed float32 file, a number per token. Processes write
+    local rows in place, and no process holds the whole column.
 
     Args:
         model: the model; all processes call `write_logprobs` together.
