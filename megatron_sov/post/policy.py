@@ -53,7 +53,7 @@ KNOWLEDGE = "knowledge"
 """Loss term: cross-entropy on packed text."""
 MAX_CLIP_SHARE, MAX_ENGINE_KL = 0.05, 0.05
 """Limits for `clip_share` and `engine_kl` in a round's first step, beyond which `doubt` warns. Published
-engines differ from trainers by a KL around 1e-3 nats per token (arXiv 2510.11370)."""
+engines differ from trainers by a KL of about 1e-3 nats per token (arXiv 2510.11370)."""
 Columns = Mapping[str, torch.Tensor]
 LabelLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(`ratios`, `logprobs`, `advantages`), [T] tensors, -> losses [T]."""

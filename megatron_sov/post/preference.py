@@ -330,7 +330,8 @@ class PairLearning(DataObjective):
 
     def _compute_losses(self, sums: torch.Tensor, batch: MicroBatch,
                         responses: ResponseSpans) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the losses [P] and `compare_values` [2 P] for pairs; `sums`, [2 P], are log-probabilities for chosen and rejected responses, alternating."""
+        """Return the losses [P] and `compare_values` [2 P] for pairs; `sums`, [2 P], are log-probabilities
+        for chosen and rejected responses, alternating."""
         preference = self._preference
         means = compare_values(preference, sums, responses.lengths)
         chosen, rejected = means[0::2], means[1::2]

@@ -270,7 +270,7 @@ class ReferenceFiles:
         return find_seal_damage(self.file(part), self.identify(part))
 
     def identify(self, part: int) -> str:
-        """Return the text that a part's checksum covers: `IDENTITY`'s content and the file name."""
+        """Return the text that a part's checksum covers: the content of `IDENTITY` and the file name."""
         file = self._folder / IDENTITY
         identity = file.read_text(encoding="utf-8") if file.is_file() else ""
         return f"{identity}{self.file(part).name}"
@@ -420,7 +420,7 @@ def _seal_numbers(building: contextlib.ExitStack, temporary: Path, identity: str
 
 
 def score_documents_by_hf(model: Any, documents: Documents, chosen: range, seq_len: int) -> np.ndarray:
-    """Compute `score_documents`' log-probabilities by a transformers model."""
+    """Compute the log-probabilities of `score_documents` by a transformers model."""
     numbers = np.zeros(_compute_starts(documents, chosen)[-1], np.float32)
 
     def score_rows(rows: list[Row]) -> Iterator[np.ndarray]:

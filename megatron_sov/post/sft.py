@@ -111,7 +111,7 @@ class SupervisedFineTuning(DataObjective):
         self.meters = self._typed.meters
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
-        """Count the denominators over the global batch, per `objective.loss_per`."""
+        """Count the denominators over the global batch, in units of `objective.loss_per`."""
         # Weights first: the denominators sum the weights in `loss`.
         batch = self._with_types(batch)
         micro_batches = tuple(map(self._weigh_responses, batch.micro_batches))
@@ -122,7 +122,7 @@ class SupervisedFineTuning(DataObjective):
         return with_denominators(batch, targets | self._mtp_targets(map(_restrict_to_responses, hosts)))
 
     def _weigh_responses(self, batch: MicroBatch) -> MicroBatch:
-        """Apply the `objective.loss_per` weights, on the host and on the device."""
+        """Apply the weights of `objective.loss_per`, on the host and on the device."""
         if self._loss_per == "token":
             return batch
         weighted = weigh_per_unit(batch, self._loss_per, self._dtype)
@@ -150,7 +150,7 @@ def _restrict_to_responses(batch: MicroBatch) -> MicroBatch:
 
 
 def weigh_per_unit(batch: MicroBatch, unit: Literal["turn", "sample"], dtype: torch.dtype) -> MicroBatch:
-    """Scale response label weights to sum 1 per unit: `turn` (consecutive learned labels) or
+    """Scale the weights of response labels to a sum of 1 per unit: `turn` (consecutive learned labels) or
     `sample` (the responses in a conversation); leave other weights unchanged."""
     is_learned, number = find_learned_labels(batch), compute_segments(batch)
     if unit == "turn":

@@ -170,7 +170,8 @@ class StoredTeacher:
         return rows
 
     def _load_head(self, kind: int, head: Head) -> torch.Tensor:
-        """Return the teacher's output head for the vocabulary shard in `head`, [V / tp, H'], with the dtype in `head`; cached, on the last pipeline stage."""
+        """Return the teacher's output head for the vocabulary shard of `head`, [V / tp, H'], in the dtype of
+        `head`; cached, on the last pipeline stage."""
         if kind not in self._heads:
             token_ids, files = head.token_ids, self._kinds[kind]
             weight = head.weight.new_zeros(len(head.weight), files.hidden_size)

@@ -26,7 +26,7 @@ KIND = "teacher_states"
 HEAD, HEAD_WEIGHT = "head.safetensors", "weight"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 OPEN_PARTS = 32
-"""Limit for concurrently mapped files; a corpus has thousands."""
+"""Limit for concurrently mapped files; a corpus has thousands of parts."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,8 @@ class StateFiles:
         return self.folder / HEAD
 
     def read_states(self, source: int, split: str, document: int, start: int, count: int) -> torch.Tensor:
-        """Return the rows of `count` tokens in a document, [count, width], as a view. A token's row predicts the next token.
+        """Return the rows of `count` tokens in a document, [count, width], as a view. A token's row predicts
+        the next token.
 
         Raises:
             UserError: the artifact has no states for the document, or a file has another size.

@@ -264,7 +264,7 @@ class TokenTranslation:
 
 def _select_top_k(sizes: tuple[int, int, int], keys: np.ndarray, masses: np.ndarray, is_next: np.ndarray,
                   valid: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Select the next token and the k - 1 most probable ids per row, padded with impossible ids.
+    """Select the next token and the k - 1 most probable ids per row, padded with ids of probability 0.
 
     Args:
         sizes: (n, vocab_size, k).

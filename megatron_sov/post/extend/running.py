@@ -93,7 +93,8 @@ def build_needles(config: RunConfig, start: Path, formats: tuple[str, ...] = TEX
 
 
 def _document_lengths(config: RunConfig) -> dict[str, int]:
-    """Return source -> document length in tokens: `needle`, as long as the longest phase, and `needle/N` in blends."""
+    """Return source -> document length in tokens: `needle`, as long as the longest phase, and `needle/N` in
+    blends."""
     named = dict.fromkeys(name for phase in config.data.phases for name in phase.blend)
     lengths: dict[str, int] = {}
     if config.needle.train_share or SOURCE_NAME in named:
@@ -234,7 +235,7 @@ class StageGate:
 
 @dataclass(frozen=True)
 class GateVerdict:
-    """Gate check result."""
+    """Result of a gate check."""
 
     failing_cells: list[Cell]
     """Cells with a confidence interval below `threshold`."""

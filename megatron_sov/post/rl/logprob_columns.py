@@ -47,7 +47,7 @@ class LogprobColumns:
     """Columns to compute, among `OLD`, `REFERENCE`, `TEACHER`."""
     temperature: float
     routes: RouteShape | None
-    """Expert route shape for replay in `OLD`; None: no replay. `REFERENCE` never replays routes."""
+    """Shape of the expert routes for replay in `OLD`; None: no replay. `REFERENCE` never replays routes."""
     start: Path
     """Reference checkpoint."""
     reference_sha256: str = ""

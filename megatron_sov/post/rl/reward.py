@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from megatron_sov.rollouts.store import RolloutStore
 
 ENVIRONMENT = "environment"
-"""Name and version for the reward that copies an episode's outcome from the row; row keys contain the environment's version."""
+"""Name and version for the reward that copies an episode's outcome from the row; row keys contain the
+environment's version."""
 NO_REWARD = "none"
 """Name and version for the reward 0 for every response, for runs that learn from teachers only."""
 COLUMNS = ("record", "tokens", "response", "finish_reason", "outcome")
@@ -37,7 +38,7 @@ JudgeRows = Callable[[Sequence[Rollout]], Sequence[Result]]
 
 @dataclass
 class RewardSummary:
-    """A judging job's counts."""
+    """Counts of a judging job."""
 
     parts: int = 0
     """Judged parts."""
@@ -63,11 +64,12 @@ class JudgingJob:
     provenance: dict[str, Any]
     """Manifest fields for every part."""
     wait_s: float = 0.0
-    """Time to wait for more responses, unless `rounds` are complete and cannot grow. Possibly dead jobs' claims always extend the wait."""
+    """Time to wait for more responses, unless `rounds` are complete and cannot grow. Possibly dead jobs'
+    claims always extend the wait."""
     claimed_wait_s: float = 0.0
     """Minimum time to wait for parts claimed by other jobs."""
     progress: Callable[[int], object] = lambda count: None
-    """Called with the judged response count."""
+    """Called with the number of judged responses."""
     patience: IdleTimeout = field(default_factory=IdleTimeout)
     summary: RewardSummary = field(default_factory=RewardSummary)
     _parts: list[RolloutPart] = field(default_factory=list)

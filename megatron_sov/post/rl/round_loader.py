@@ -94,7 +94,7 @@ class RoundLoader:
         return OpenedRound(digest, meters)
 
     def _report_rewards(self, view: FeedView, number: int, content: Mapping[str, Any]) -> None:
-        """Print the initial policy's pass rate, and warn about the first among consecutive rounds in which
+        """Print the initial policy's pass rate, and warn about the first of consecutive rounds in which
         few groups learn (`find_round_problem`)."""
         means = content.get("means") or {}
         if not view.step and PASS_RATE in means:

@@ -47,7 +47,7 @@ class ScoringTeacher:
     """A model that scores the student's responses: a `checkpoint`, or servers at `urls`."""
 
     domain: str
-    """Domain with the scored prompts; "": all domains without a teacher."""
+    """Domain of the scored prompts; "": domains without a teacher."""
     checkpoint: Path | None = None
     sha256: str = ""
     """Weight digest; "" for servers, which report no digest."""

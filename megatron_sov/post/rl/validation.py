@@ -53,7 +53,7 @@ class Validation:
     num_responses: int
     """Responses in a complete validation."""
     right_from: float
-    """`policy.right_from`, a right response's smallest reward."""
+    """`policy.right_from`, the smallest reward of a right response."""
     samples: SampledRounds
     measured_by: Mapping[str, str]
     """Digests from `digest_conditions`: figures with other digests belong to another curve."""
@@ -124,7 +124,7 @@ class Validation:
 
 def digest_conditions(*, prompts: PromptList, reward_version: str, rollout: RolloutConfig,
                       chosen_by: dict[str, Any], right_from: float) -> dict[str, str]:
-    """Return digests for `prompts`, `reward` and `sampling`, a validation's conditions."""
+    """Return digests for `prompts`, `reward` and `sampling`, the conditions of a validation."""
     sampling = {"samples": rollout.samples_per_prompt,
                 "tokens": compute_sampling_digest(rollout, 0, chosen_by)}
     return {"prompts": sampling_digest({"ids": sorted(prompts.ids)}),

@@ -318,8 +318,8 @@ def test_a_round_that_cannot_be_filled_is_trained_with_what_learns(
     assert filling.publish(1) == (
         "1 of 22 groups of round 1 learn, and the round needs 6: 8 further prompts are requested")
     assert filling.publish(1) == ""
-    assert ("1 of 30 groups of round 1 learn, and it is to have 6; policy.max_gen_batches = 4: it is trained "
-            "with these") in capsys.readouterr().err
+    assert ("1 of 30 groups of round 1 learn, and the round needs 6; policy.max_gen_batches = 4: the run "
+            "trains on these groups") in capsys.readouterr().err
     assert learned_places(filling) == [[], [3]]
     few = dataclasses.replace(filling, prompts=filling.prompts[:9], rounds=tmp_path / "few",
                               store=tmp_path / "other")
@@ -387,7 +387,7 @@ def test_a_run_goes_on_asking_as_it_began(publisher: Publisher, write_round: Any
     assert not capsys.readouterr().err
     write_round(store, publisher.prompts, ROLLOUT, 2, VERSION)
     assert dataclasses.replace(publisher, chosen_by=asked | {"environment": "2"}).publish(2) == ""
-    assert "environment = 1, and the next round would be with 2: the env" in capsys.readouterr().err
+    assert "environment = 1, and the next round would be with 2: the code" in capsys.readouterr().err
 
 
 def test_routes_lie_beside_the_tokens_that_are_replayed(publisher: Publisher, write_round: Any,

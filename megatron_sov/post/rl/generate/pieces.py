@@ -148,7 +148,8 @@ class PendingPieces:
         return any(map(self._claims.may_be_dead, self._refused))
 
     def claim_attempts(self, num_rows: int = 0) -> tuple[SampleAttempt, ...]:
-        """Claim attempts to generate together by one policy: a fresh piece, or unfinished rows in several pieces. () if there is no work at the moment; claims last until `release`.
+        """Claim attempts to generate together by one policy: a fresh piece, or unfinished rows in several
+        pieces. () if there is no work at the moment; claims last until `release`.
 
         Args:
             num_rows: claim fresh and unfinished pieces up to `num_rows` responses; 0: the responses of one
@@ -204,12 +205,13 @@ class PendingPieces:
                 claim.close()
 
     def should_yield(self, policy: Policy) -> bool:
-        """Return whether a newer policy has appeared, and no better work existed for the last attempts."""
+        """Return whether a newer policy has appeared, and the last attempts were claimed for lack of better
+        work."""
         newest = self._find_policy(next(iter(self._open))) if self._is_idle and self._open else None
         return newest is not None and newest.step > policy.step
 
     def _rank_piece(self, piece: PromptPiece, policy: Policy) -> int | None:
-        """Return the rank for a piece's next attempt; None: the piece waits."""
+        """Return the rank of a piece's next attempt; None: the piece waits."""
         state = self._states[piece.part()]
         if piece.part(state.next_attempt) in self._held:
             return None
@@ -340,7 +342,7 @@ class PieceQueue:
     """Whether to begin no further attempt."""
     summary: dict[str, Any] = field(default_factory=lambda: {
         "parts": 0, "responses": 0, "unfinished": 0, "tokens": 0, "waits_for": ""})
-    """This job's counts; `waits_for`: why the job ended before all pieces were complete."""
+    """Counts of this job; `waits_for`: why the job ended before all pieces were complete."""
     clock_s: Callable[[], float] = time.monotonic
     _policy: Policy | None = None
     _checked_s: float = 0.0

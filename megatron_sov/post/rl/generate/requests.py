@@ -1,4 +1,5 @@
-"""Generation by engine servers: a request per response, per group with short responses, or per turn in an episode.
+"""Generation by engine servers: a request per response, per group with short responses, or per turn in an
+episode.
 
 A queue over complete rounds keeps the servers full; a piece is published when its rows are finished. During
 the last responses of a round, servers already generate responses of later rounds (`rollout.max_staleness`),

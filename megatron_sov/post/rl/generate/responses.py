@@ -163,7 +163,7 @@ class ResponseSource:
         return ids
 
     def _encode_budget(self, prompt: RolloutPrompt, sample: int) -> list[int]:
-        """Encode `rollout.budget_text`, the prompt's end for a response with requested length."""
+        """Encode `rollout.budget_text`, the end of the prompt for a response with requested length."""
         budget = find_budget(self.rollout, prompt.id, prompt.record, sample)
         if budget is None or not self.rollout.budget_text:
             return []

@@ -26,7 +26,7 @@ LOW_PERCENT, HIGH_PERCENT = 30, 70
 
 @dataclass(frozen=True)
 class GroupAdvantages:
-    """Advantages for a prompt's responses, before groups are compared."""
+    """Advantages of the responses to a prompt, before groups are compared."""
 
     advantages: np.ndarray
     """[n] float64; 0 if the group does not learn."""
@@ -118,7 +118,8 @@ def subtract_leave_out_mean(rewards: np.ndarray) -> np.ndarray:
 
 
 def compute_pass_at_k_advantages(rewards: np.ndarray, k: int) -> np.ndarray:
-    """Return k times the increase that a response brings to the maximum reward, [n], averaged over all sets with `k` responses that contain it (PKPO, arXiv 2505.15201, equation 33, times n).
+    """Return k times the increase that a response brings to the maximum reward, [n], averaged over all sets
+    with `k` responses that contain it (PKPO, arXiv 2505.15201, equation 33, times n).
 
     For k = 1 the increase is the reward itself, with the baseline of `subtract_leave_out_mean`.
     """
@@ -201,8 +202,9 @@ def _normalize_advantages(advantages: list[np.ndarray], learns: list[bool]) -> l
 
 
 def center_on_threshold(lengths: np.ndarray, right: np.ndarray, width_tokens: float) -> np.ndarray:
-    """Return the length reward for right responses, [n]: 1 between the `LOW_PERCENT` and `HIGH_PERCENT` percentiles over right responses' lengths, falling linearly to 0 over `width_tokens` outside (LAPO, stage 1,
-    reward_func_stage1.py, width 100)."""
+    """Return the length reward for right responses, [n]: 1 between the `LOW_PERCENT` and `HIGH_PERCENT`
+    percentiles over right responses' lengths, falling linearly to 0 over `width_tokens` outside (LAPO, stage
+    1, reward_func_stage1.py, width 100)."""
     if not right.any():
         return np.zeros(len(lengths))
     low, high = np.percentile(lengths[right], (LOW_PERCENT, HIGH_PERCENT))
@@ -214,7 +216,8 @@ def center_on_threshold(lengths: np.ndarray, right: np.ndarray, width_tokens: fl
 def reward_target_length(lengths: np.ndarray, right: np.ndarray, targets: np.ndarray, width_tokens: float
                          ) -> np.ndarray:
     """Return the length reward ``exp(-(length - target)^2 / (2 width_tokens^2))`` for right responses, [n]
-    (LAPO, stage 2, reward_func_stage2.py, width 120). NaN targets become the right responses' median length."""
+    (LAPO, stage 2, reward_func_stage2.py, width 120). NaN targets become the right responses' median
+    length."""
     if not right.any():
         return np.zeros(len(lengths))
     distances = lengths - np.where(np.isnan(targets), np.median(lengths[right]), targets)

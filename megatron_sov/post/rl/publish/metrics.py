@@ -14,9 +14,9 @@ from megatron_sov.post.rl.publish.groups import JudgedRound
 from megatron_sov.runs.rounds import TRAINED_GROUPS
 
 PASS_RATE = "pass_rate"
-"""Name for a mean: share with a reward not below `policy.right_from`."""
+"""Name of a mean: share of responses with a reward of at least `policy.right_from`."""
 MIN_LEARNING, MIN_LEARNING_EXTREME = 0.1, 0.5
-"""Learning group shares below which a round warns; `MIN_LEARNING_EXTREME` is for a first round with an
+"""Shares of learning groups below which a round warns; `MIN_LEARNING_EXTREME` is for a first round with an
 extreme pass rate."""
 EXTREME_RATES = (0.05, 0.95)
 """Pass rates outside these bounds mean that most groups have equal rewards."""

@@ -450,7 +450,7 @@ class Publisher:
         return (list(pair), "") if pair else ([], NO_PAIR)
 
     def _has_equal_tokens(self, first: RolloutFacts, second: RolloutFacts) -> bool:
-        """Return whether two responses have the same tokens: such a pair would teach nothing."""
+        """Return whether two responses have the same tokens: a pair of them would teach nothing."""
         if first.num_tokens != second.num_tokens:
             return False
         first_tokens, second_tokens = (self._read_tokens(row.part)[row.row] for row in (first, second))
@@ -495,11 +495,11 @@ class _Selection:
     steps: list[list[int]]
     """[first document, document count] per optimizer step."""
     reasons: dict[str, int]
-    """`TRAINED_GROUPS`, or why groups do not learn -> group count."""
+    """`TRAINED_GROUPS`, or why groups do not learn -> number of groups."""
 
 
 def read_further_pieces(rounds: Path, number: int) -> int:
-    """Read a round's count of requested pieces with further prompts (`policy.max_gen_batches`)."""
+    """Read the number of requested pieces of further prompts for a round (`policy.max_gen_batches`)."""
     file = _further_file(rounds, number)
     if not file.is_file():
         return 0
@@ -512,7 +512,7 @@ def _further_file(rounds: Path, number: int) -> Path:
 
 
 def list_number_columns(config: RunConfig) -> tuple[str, ...]:
-    """Return the column names with a number per response."""
+    """Return the names of the columns with a number per response."""
     groups = config.policy.learns_preferences and config.documents_per_unit == 1
     return (ADVANTAGE, GROUP_SHARE) if groups else (ADVANTAGE,)
 
@@ -522,7 +522,7 @@ def is_published(rounds: Path, number: int) -> bool:
 
 
 def _list_domains(gathered: JudgedRound, selection: _Selection) -> list[tuple[str, int]]:
-    """Return the documents' domains as (domain, document count), ordered like `_iter_pieces`."""
+    """Return the documents' domains as (domain, number of documents), in the order of `_iter_pieces`."""
     domains = compress(gathered.row_domains, selection.is_trained.tolist())
     return [(domain, len(list(repeats))) for domain, repeats in groupby(domains)]
 

@@ -80,7 +80,7 @@ class ShardWriter:
     seq_len: int
     """Tokens per training row, the limit for a document."""
     routes: RouteShape | None
-    """Replayed expert routes' shape; None: no replay."""
+    """Shape of replayed expert routes; None: no replay."""
     bytes_of_token: np.ndarray
     """[vocabulary]: text bytes per token."""
     numbers: tuple[str, ...] = (ADVANTAGE,)
@@ -177,7 +177,7 @@ class ShardWriter:
 
 def _join_routes(shape: RouteShape, table: pa.Table, routes_of_row: Sequence[np.ndarray | None],
                  lengths: np.ndarray) -> np.ndarray:
-    """Join all documents' expert routes, [tokens, layers, K]; absent for a document's last token.
+    """Join all documents' expert routes, [tokens, layers, K]; absent for the last token of a document.
     """
     joined = shape.absent(int(lengths.sum()))
     for i, (routes, end) in enumerate(zip(routes_of_row, np.cumsum(lengths).tolist(), strict=True)):
