@@ -492,8 +492,7 @@ def _compute_logprobs(temperature: float, hidden: list[torch.Tensor], head: Head
 
 @torch.no_grad()
 def run_with_weights(start: Path, view: FeedView, compute: Callable[[], None]) -> None:
-    """Call `compute` while the model has a checkpoint's weights; called by all processes between two
-    steps.
+    """Call `compute` while the model has a checkpoint's weights; called by all processes between two steps.
 
     A second model would double the memory; `run_with_weights` holds only a copy of the weights meanwhile.
 

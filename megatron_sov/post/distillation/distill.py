@@ -62,8 +62,7 @@ class RunTeacher(Protocol):
         ...
 
     def attach_outputs(self, batches: Sequence[MicroBatch]) -> tuple[MicroBatch, ...]:
-        """Run the teacher on micro-batches before the student's step; called by all processes
-        together."""
+        """Run the teacher on micro-batches before the student's step; called by all processes together."""
         ...
 
     def get_outputs(self, batch: MicroBatch, head: Head, split: str = "train") -> Teacher:

@@ -156,8 +156,7 @@ class TokenTranslation:
         return -1
 
     def translate_document(self, ids: Sequence[int]) -> TranslatedDocument:
-        """Encode the student tokens' text by the teacher; shared special tokens stay, others become
-        text.
+        """Encode the student tokens' text by the teacher; shared special tokens stay, others become text.
 
         Raises:
             UserError: the bytes are not UTF-8, or the tokenizer of the teacher changes the text.
@@ -352,8 +351,7 @@ class PrefixProbabilities:
     """Text probabilities up to n stops (symbol counts)."""
 
     logprobs: Array
-    """[n] text log-probability up to the stop, given the first token; NaN before the first token
-    ends."""
+    """[n] text log-probability up to the stop, given the first token; NaN before the first token ends."""
     extended: Array
     """[n] share of `logprobs` in which a requested symbol follows, or may follow."""
     missing: Array

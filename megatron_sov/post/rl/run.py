@@ -100,8 +100,7 @@ class RolloutCycle:
         return self._validate_policy(view, view.step // self.rollout.steps_per_round + 1, asked_to_stop)
 
     def needs_checkpoint(self, step: int) -> bool:
-        """Return whether the job `rl generate` needs a step's checkpoint; see
-        `Feed.needs_checkpoint`."""
+        """Return whether the job `rl generate` needs a step's checkpoint; see `Feed.needs_checkpoint`."""
         return self.rollouts is None and step % self.rollout.steps_per_round == 0
 
     def close(self) -> None:

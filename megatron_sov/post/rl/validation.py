@@ -42,8 +42,7 @@ _COLUMNS = ("record", "tokens", "versions", "finish_reason", "response")
 
 @dataclass(kw_only=True)
 class Validation:
-    """Validates a run's policies; every process has an object, and all processes call `validate`
-    together.
+    """Validates a run's policies; every process has an object, and all processes call `validate` together.
     """
 
     run: Path

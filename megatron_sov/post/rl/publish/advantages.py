@@ -233,8 +233,7 @@ def compute_budget_reward(budgets: np.ndarray, longest: int, scale: float) -> np
 
 def reward_length_budget(lengths: np.ndarray, right: np.ndarray, budgets: np.ndarray, longest: int,
                          scale: float) -> np.ndarray:
-    """Return the rewards that replace the verifier's rewards, [n] (HBPO, arXiv 2507.15844, R in section
-    3.2).
+    """Return the rewards that replace the verifier's rewards, [n] (HBPO, arXiv 2507.15844, R in section 3.2).
 
     Right responses get `compute_budget_reward` within the budget. Beyond the budget they get f_1: the reward
     for a budget equal to the length, minus |length - budget| / longest. In the code of the authors, L_max is
