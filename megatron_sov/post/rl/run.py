@@ -5,9 +5,9 @@
     publish(round)          turn groups into training documents     publish/
     train(round)            steps_per_round optimizer steps         train/loop.py
 
-The training loop calls `RolloutCycle.bring` before each step. At the first step of a round no round is open,
-and `bring` runs the first three phases; then the loop trains. A phase with results on disk is skipped: a
-killed run repeats at most a piece of a phase, and rollbacks repeat nothing.
+The training loop calls `RolloutCycle.prepare_data` before each step. At the first step of a round no round is
+open, and `prepare_data` runs the first three phases; then the loop trains. A phase with results on disk is
+skipped: a killed run repeats at most a piece of a phase, and rollbacks repeat nothing.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class RolloutCycle:
     """The open round's figures, see `train.feed.Feed`."""
     _has_announced: bool = False
 
-    def bring(self, view: FeedView, asked_to_stop: Callable[[], bool]) -> str | None:
-        """Generate, judge and publish the next step's round, and open it for training; see `Feed.bring`.
+    def prepare_data(self, view: FeedView, asked_to_stop: Callable[[], bool]) -> str | None:
+        """Generate, judge and publish the next step's round, and open it for training.
 
         Returns:
             The reason to end the run, e.g. a round that is not complete within `wait_s`; None to train.
@@ -95,8 +95,8 @@ class RolloutCycle:
         self.meters = opened.meters
         return None
 
-    def conclude(self, view: FeedView, asked_to_stop: Callable[[], bool]) -> str | None:
-        """Validate the last policy, see `Feed.conclude`."""
+    def finish(self, view: FeedView, asked_to_stop: Callable[[], bool]) -> str | None:
+        """Validate the last policy, see `Feed.finish`."""
         return self._validate_policy(view, view.step // self.rollout.steps_per_round + 1, asked_to_stop)
 
     def needs_checkpoint(self, step: int) -> bool:

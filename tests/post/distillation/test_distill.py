@@ -18,6 +18,7 @@ from megatron_sov.post.distillation.distill import Distillation, StoredTeacher, 
 from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFiles, StateFormat, unpack_rows
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.loop import train_step
 from megatron_sov.train.trainer import Trainer
 from tests.layouts.layout_run import small_config
 
@@ -75,7 +76,7 @@ def written_out(data: list[str], states: str) -> list[dict[str, float]]:
         said = StateFiles(Path(states) / FOLDERS.get(kind, ("top",))[0], sources)
         exact = {index: files for name in (FOLDERS["two"] if kind == "two" else FOLDERS["whole"])
                  for files in [StateFiles(Path(states) / name, sources)] for index in files.sources}
-        trainer.train_step()
+        train_step(trainer)
         objective = trainer.objective
         batch = objective.prepare(objective.collect(trainer.policy, 1))
         wanted = {"divergence": 0.0, "cross_entropy": 0.0, "kl": 0.0, "entropy": 0.0, "tokens": 0.0,
