@@ -32,9 +32,10 @@ def save_states(options: DistillStatesOptions) -> None:
     """Run the teacher over the documents and print the artifact's size."""
     # states are exact; the most probable tokens are smaller
     state_format = StateFormat(options.dtype, options.top_k, options.temperature, options.other_tokenizer)
-    reading = TeacherReading(find_target(options.teacher), parse_data_paths(options.data), kept=state_format)
-    teacher_module.read_documents(reading, options.output, options.settings, options.nproc,
-                                  overwrite=options.overwrite, redo=options.redo)
+    reading = TeacherReading(find_target(options.teacher), parse_data_paths(options.data),
+                             state_format=state_format)
+    teacher_module.write_outputs(reading, options.output, options.settings, options.nproc,
+                                 overwrite=options.overwrite, redo=options.redo)
     if not is_first_rank():
         return
     manifest = read_manifest(options.output, TEACHER_STATES)
@@ -108,23 +109,24 @@ def _make_states(request: TrainingRequest, reader: DataReader, sources: list[Sou
     state_format = StateFormat(options.states_dtype)
     if distillation.top_k:
         state_format = StateFormat(top_k=distillation.top_k, temperature=distillation.temperature,
-                    translated=distillation.other_tokenizer)
+                                   translated=distillation.other_tokenizer)
     # checked above: existing folders have the teacher's digest
     digest = read_manifest(existing[0], TEACHER_STATES).settings["teacher"] if existing else ""
     if options.dry_run:
         print(f"{teacher} would read {', '.join(data)} first, into {missing[0]}")
         return
-    teacher_module.read_documents(TeacherReading(target, data, kept=state_format, digest=digest), missing[0],
-                                  options.teacher_settings, options.nproc, redo=True)
+    reading = TeacherReading(target, data, state_format=state_format, digest=digest)
+    teacher_module.write_outputs(reading, missing[0], options.teacher_settings, options.nproc, redo=True)
 
 
 def _check_same_form(options: DistillOptions, distillation: DistillationConfig, states: StateFiles,
                      vocab_size: int) -> None:
     """Raise `UserError` if existing states cannot be learned together with the states still to be made."""
     check_outputs(states, distillation, vocab_size)
-    if not distillation.top_k and states.kept.dtype != options.states_dtype:
-        raise UserError(f"--states-dtype {options.states_dtype}: {states.folder} is in {states.kept.dtype}, "
-                        f"and all folders of a run need one dtype; pass --states-dtype {states.kept.dtype}")
+    dtype = states.state_format.dtype
+    if not distillation.top_k and dtype != options.states_dtype:
+        raise UserError(f"--states-dtype {options.states_dtype}: {states.folder} is in {dtype}, and all "
+                        f"folders of a run need one dtype; pass --states-dtype {dtype}")
 
 
 def _check_teacher_digest(teacher: Path, target: Target, existing: list[Path]) -> None:
