@@ -19,7 +19,7 @@ from torch import nn
 
 from megatron_sov.base.artifacts import create_artifact, find_damaged_files, read_manifest
 from megatron_sov.base.errors import UserError, format_install_command
-from megatron_sov.base.hints.removed import was_removed
+from megatron_sov.base.hints.removed import suggest_successor
 from megatron_sov.base.outputs import refuse_outside_link
 from megatron_sov.base.settings import parse_settings, to_plain_values
 
@@ -80,7 +80,7 @@ def codec_class(kind: str, where: str) -> Any:
         UserError: there is no such kind, or a package that it needs is not installed.
     """
     if kind not in KNOWN:
-        raise UserError(f"{where}: {kind!r} is no kind of codec{was_removed(kind)}; there are "
+        raise UserError(f"{where}: {kind!r} is no kind of codec{suggest_successor(kind)}; there are "
                         f"{', '.join(KNOWN)}")
     module, _, name = KNOWN[kind].partition(":")
     try:
