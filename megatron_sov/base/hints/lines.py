@@ -90,20 +90,19 @@ class _Proposal:
             return None
         self.hidden += named
         other = self.run_check()
-        if other is None or is_repeated(other.sentence, [*self.fixed, *self.unfixed]):
-            return None
-        # the check may miss the hidden options themselves
-        is_caused = re.search("required|missing", other.sentence) or any(
-            _names_word(other.sentence, _get_key(pair)) for pair in self.hidden)
-        return None if is_caused else other
+        return other if other and not is_repeated(other.sentence, [*self.fixed, *self.unfixed]) else None
 
     def run_check(self) -> UserError | None:
-        """Return the fault that the check raises for the line; None: no fault."""
+        """Return the fault that the check raises for the line, apart from hidden options; None: no fault."""
         words = [self.stand_ins.get(word, word) for word in _leave_out(self.line, self.hidden)]
         key = (self.program, *words)
         if key not in self.results:
             self.results[key] = _run_check(self.check, words)
-        return self.results[key]
+        error = self.results[key]
+        # the check may miss the hidden options
+        is_caused = error and self.hidden and (re.search("required|missing", error.sentence) or any(
+            _names_word(error.sentence, _get_key(pair)) for pair in self.hidden))
+        return None if is_caused else error
 
     def build_error(self) -> UserError:
         """Build one error for all faults, with the line if it differs from the typed line."""
