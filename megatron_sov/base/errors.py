@@ -214,8 +214,12 @@ def suggest_name(name: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def find_nearest_name(name: str, known: Iterable[str]) -> str:
-    """Return the name in `known` closest to `name`, or an empty string."""
-    by_letters = {candidate.lstrip("-"): candidate for candidate in reversed(list(known))
+    """Return the name in `known` with the same words in another order, else the closest; "": none."""
+    names = list(known)
+    words = sorted(re.findall(r"[a-z0-9]+", name.lower()))
+    if reordered := [other for other in names if sorted(re.findall(r"[a-z0-9]+", other.lower())) == words]:
+        return reordered[0]
+    by_letters = {candidate.lstrip("-"): candidate for candidate in reversed(names)
                   if _has_same_number(name, candidate)}
     letters = name.lstrip("-")
     close = difflib.get_close_matches(letters, by_letters, n=1, cutoff=MIN_SIMILARITY)

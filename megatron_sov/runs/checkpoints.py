@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import secrets
+import shlex
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -157,6 +158,9 @@ def check_model_path(path: Path, option: str = "") -> None:
         if path.is_file() and is_hf_folder(path.parent):
             raise UserError(f"{option}{path}: {problem}; pass its folder, {path.parent}",
                             Fix(words={str(path): str(path.parent)}))
+        if (path.parent / EVENTS).is_file():
+            raise UserError(f"{option}{path}: {problem}; pass the run, {path.parent}",
+                            Fix(words={str(path): str(path.parent)}))
         raise UserError(f"{option}{path}: {problem}; pass a checkpoint, a run or a Hugging Face "
                         f"folder{suggest_download(path)}", fix_missing(path))
 
@@ -181,8 +185,11 @@ def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
     if kind in KIND_CONSUMERS and kind not in kinds:
         description, advice = KIND_CONSUMERS[kind]
         command = _TAKEN_BY_COMMAND.get((kind, tuple(kinds)), "")
+        fix = Fix(command=command) if command else None
+        if kind == PEFT_ADAPTER and {CHECKPOINT_KIND, RUN} <= {*kinds}:
+            fix = _fix_adapter(path)
         raise UserError(f"{path}: is {description}, not {wanted}; {advice.format(path=path, name=path.name)}",
-                        Fix(command=command) if command else None)
+                        fix)
     if not kind:
         check_folder(path)
     if not kind and RUN in kinds and (runs := find_runs(path)):
@@ -194,6 +201,22 @@ def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
         description, advice = contents
         expected = " or ".join(KIND_LOCATIONS[kind] for kind in kinds)
         raise UserError(f"{path}: {description}, so it is not {wanted}; {advice}pass {expected}")
+
+
+def _fix_adapter(path: Path) -> Fix:
+    """Return the commands that make checkpoints of an adapter and of the base model that it names."""
+    try:
+        config = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        base = str(config["base_model_name_or_path"] or "HF_DIR")
+    except (OSError, ValueError, KeyError, TypeError):
+        base = "HF_DIR"
+    folder, adapter = Path(base).name, f"{path.name}-checkpoint"
+    commands = [["convert", "from-hf", folder if suggest_download(base) else base, f"{folder}-checkpoint"],
+                ["convert", "from-peft", str(path), adapter, "--base", f"{folder}-checkpoint"]]
+    download = [] if Path(base).exists() or not suggest_download(base) else [
+        shlex.join(["hf", "download", base, "--local-dir", folder])]
+    return Fix(words={str(path): adapter},
+               before=(*download, *(f"megatron-sov {shlex.join(command)}" for command in commands)))
 
 
 def find_runs(path: Path) -> list[Path]:

@@ -73,6 +73,10 @@ def inspect_path(path: Path, options: InspectionOptions, kinds: Mapping[str, Art
     artifact = next((folder for folder in path.parents if (folder / MANIFEST).is_file()), None)
     if not facts and artifact is not None and path.exists():
         raise UserError(f"{path}: is part of {artifact}; pass {artifact}")
+    if not facts and path.suffix == ".parquet" and path.is_file():
+        problems = [row for row in _read_rows(path, 1) if isinstance(row, str)]
+        raise UserError(problems[0] if problems else f"{path}: is a Parquet file, which `sov-data pack --input` "
+                                                     "and --data of the training commands read")
     if not facts:
         raise UserError(f"{path}: " + ("is nothing that megatron-sov has made" if path.exists() else
                                        "does not exist, and no work on it is unfinished") +

@@ -62,7 +62,15 @@ def typed_command() -> list[str] | None:
 
 
 def num_ranks(nproc: int | None) -> int:
-    """Return the number of ranks: WORLD_SIZE under torchrun or Slurm, else `nproc` (default 1)."""
+    """Return the number of ranks: WORLD_SIZE under torchrun or Slurm, else `nproc` (default 1).
+
+    Raises:
+        UserError: `nproc` is out of range, or WORLD_SIZE is set without RANK.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size != "1" and "RANK" not in os.environ:
+        raise UserError(f"WORLD_SIZE={size}: is set without RANK; unset WORLD_SIZE (--nproc starts processes "
+                        "here), or set RANK and MASTER_ADDR, too, as torchrun does")
     if nproc is not None and nproc < 1:
         raise UserError(f"--nproc {nproc}: must be at least 1")
     if nproc is not None and nproc > MAX_LOCAL_RANKS:

@@ -118,8 +118,8 @@ class Rewrite:
         return True
 
     def _list_holes(self, value: str) -> dict[str, str]:
-        """Return the values of the placeholders in a row: {value}, {stem}, {cluster}, {run}, {output},
-        {folder}."""
+        """Return the values of the placeholders in a row: {value}, {stem}, {cluster}, {nodes}, {run},
+        {output}, {folder}."""
         thousands = re.fullmatch(r"(\d+)[kK]", value)
         value = str(1024 * int(thousands[1])) if thousands and self.command == "extend" else value
         run = re.sub(r"/checkpoints(/[^/]*)?/?$", "", value)
@@ -133,6 +133,7 @@ class Rewrite:
             self.messages.append(f"{folder}: does not exist; did you mean {fix.words[folder]}?")
             folder = fix.words[folder]
         return {"value": value, "stem": Path(value).stem, "cluster": parse_cluster(value), "run": run,
+                "nodes": translate_value("gpus", "--nodes", value),
                 "output": find_value(self.typed, "--output") or "DIR", "folder": folder}
 
     def replace_option(self, option: str, values: list[str]) -> None:

@@ -41,10 +41,12 @@ _BOUNDS = {"greater_than": "must be above {gt}", "greater_than_equal": "must be 
            "string_too_short": "must not be empty",
            "string_too_long": "must have at most {max_length} characters"}
 _SHORT_NUMBER = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmbtKMBT])")
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt])(i?)b?", re.IGNORECASE)
 _PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*%")
 _SPAN = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([hdw])")
 _HOURS = {"h": 1, "d": 24, "w": 168}
 _THOUSANDS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
+_SIZE_POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 
 
 def no_hint(key: str) -> str:
@@ -322,7 +324,9 @@ def _suggest_value(expected: str, value: Any, key: str) -> str:
 
 
 def _suggest_numbers(expected: str, text: str, key: str) -> list[str]:
-    """Return the plain numbers that 8k, 2B, $5, 10 %, 0,1 or 3d may mean, the likeliest first."""
+    """Return the plain numbers that 8k, 2B, 5GB, $5, 10 %, 0,1 or 3d may mean, the likeliest first."""
+    if expected == "int" and "bytes" in key and (match := _SIZE.fullmatch(text)):
+        return [f"{float(match[1]) * (1024 if match[3] else 1000) ** _SIZE_POWERS[match[2].lower()]:.0f}"]
     if expected == "int" and (match := _SHORT_NUMBER.fullmatch(text)):
         number = float(match[1]) * _THOUSANDS[match[2].lower()]
         return [f"{number:.0f}", *([f"{float(match[1]) * 1024:.0f}"] if match[2] in "kK" else ())]

@@ -160,7 +160,18 @@ def _check_shards(options: StageOptions, config: RunConfig) -> list[str]:
                            is_fixed=options.start_from is not None)
     if config.objective.name == "sft":
         check_chats(config, sources)
+    _refuse_only_chats(options, [(source.name, source.format) for source in sources])
     return sorted({source.format for source in sources})
+
+
+def _refuse_only_chats(options: StageOptions, sources: Sequence[tuple[str, str]]) -> None:
+    """Refuse pretraining on conversations alone, as (name, format); a typed `objective.name` consents."""
+    consents = any(setting.startswith("objective.name=") for setting in options.settings)
+    if options.stage != "pretrain" or options.resume or consents or {"chat"} != {kind for _, kind in sources}:
+        return
+    raise UserError(f"--data {sources[0][0]}: holds chats, of which pretraining learns only the answers; "
+                    "`megatron-sov sft` learns from chats; add packed text, or pass --set objective.name=lm "
+                    "to train on chats alone", Fix(command="sft"))
 
 
 def check_chats(config: RunConfig, sources: list[Source]) -> None:
@@ -222,6 +233,8 @@ def _plan_packing(options: StageOptions, objective: BuiltIn) -> FilePacking:
         raise UserError(f"--data {files[0].argument}: is plain text, which has no responses; `megatron-sov "
                         "pretrain` learns from text, and chats have 'messages' or 'prompt' and 'completion'",
                         Fix(command="pretrain"))
+    if len(files) == len(options.data):
+        _refuse_only_chats(options, [(file.argument, file.format) for file in files])
     tokenizer = Path()
     if files:
         tokenizer = _find_packing_tokenizer(options, files[0])
