@@ -15,7 +15,7 @@ from megatron_sov.base.command_line import Parser
 from megatron_sov.base.errors import ExitCode, StopRequested, UserError, warn
 from megatron_sov.base.settings import add_options, read_options
 from megatron_sov.bench.score_differences import (
-    FORGOTTEN, NOT_KNOWN, NOT_PROVEN, Forgetting, judge, read_scored)
+    FORGOTTEN, NOT_KNOWN, NOT_PROVEN, Forgetting, judge_forgetting, read_scored_results)
 from megatron_sov.commands.evaluate.eval_lm import LM, EvalLmOptions
 from megatron_sov.commands.train.setup.stage_options import FORGETTING_GATE
 from megatron_sov.runs.folder import GATE, RunEvents
@@ -67,23 +67,23 @@ class ForgettingGate:
         self._evaluate(checkpoint, "last", ["--run", str(self.run)])
         if not is_first_rank():
             return None
-        first, last = (read_scored(self._output(when)) for when in ("start", "last"))
-        found = judge(first, last, self.tolerance)
+        first, last = (read_scored_results(self._output(when)) for when in ("start", "last"))
+        found = judge_forgetting(first, last, self.tolerance)
         # before the verdict is told: a report shows a gate that did not pass as well
         RunEvents(self.run).add(self.name, step=last.results.model.step, start=str(self.start),
-                                **found.fields())
+                                **found.to_dict())
         self._tell(found)
-        lost = found.lines(FORGOTTEN, NOT_KNOWN)
+        lost = found.format_lines(FORGOTTEN, NOT_KNOWN)
         failure = "\n".join([f"the forgetting gate has not passed: {len(lost)} of {len(found.tasks)} tasks; "
                              "change the data (rehearsal of what is lost) or the learning rate in a new "
                              "--run, or allow more by --tolerance and --resume",
                              *(f"  {line}" for line in lost)])
-        return EndVerdict(None if found.passed else failure, {self.name: found.fields()})
+        return EndVerdict(None if found.passed else failure, {self.name: found.to_dict()})
 
     def _tell(self, found: Forgetting) -> None:
-        for line in found.lines():
+        for line in found.format_lines():
             print(f"forgetting gate: {line}", flush=True)
-        if found.passed and (open_ones := found.lines(NOT_PROVEN)):
+        if found.passed and (open_ones := found.format_lines(NOT_PROVEN)):
             warn(f"{self.run}: the forgetting gate passes, and {len(open_ones)} of {len(found.tasks)} tasks "
                  "have too few items to prove that no more than the tolerance is lost; give them more")
 

@@ -17,8 +17,8 @@ from lm_eval.tasks._yaml_loader import _load_module_with_cache, load_yaml
 from lm_eval.utils import apply_template
 from suite_items import CASES, PROX_ANSWERS, write
 
-from megatron_sov.bench.lm.tasks import SUITES, TaskFolder, find
-from megatron_sov.bench.suites.judging import AnswerJudge, judging_of
+from megatron_sov.bench.lm.task_files import SUITES, TaskFolder, find_tasks
+from megatron_sov.bench.suites.judging import AnswerJudge, parse_judging
 
 THEIRS = Path(lm_eval.tasks.__file__).parent
 Loaded = Callable[[str], Any]
@@ -39,15 +39,15 @@ def contexts(task: Any, num_fewshot: int) -> list[str]:
     return [task.fewshot_context(doc, num_fewshot) for doc in task.task_docs]
 
 
-TASKS = find([TaskFolder(SUITES, trusted=True)]).definitions
+TASKS = find_tasks([TaskFolder(SUITES, trusted=True)]).definitions
 
 
 def ours(name: str, doc: Any, answers: Sequence[str], metric: str) -> list[float]:
     """Return our scores of answers to one question."""
-    judging = judging_of(TASKS[name].config, allow_code=True)
+    judging = parse_judging(TASKS[name].config, allow_code=True)
     assert judging is not None
     judge = AnswerJudge(replace(judging, samples=1, k=(), metrics=("avg",)), 1)
-    return [judge.count(doc, [found])[metric] for found in judge.judge([[a] for a in answers],
+    return [judge.count_metrics(doc, [found])[metric] for found in judge.judge_answers([[a] for a in answers],
                                                                        [doc] * len(answers))]
 
 
