@@ -66,14 +66,7 @@ class ContaminationCheck:
 
 def search_training_data(scored: ScoredResults, data: Sequence[Path], reading: RecordReading, workers: int,
                          show_progress: bool = True) -> ContaminationCheck:
-    """Search training data for the items of all tasks.
-
-    Args:
-        scored: results with their items.
-        data: token shards, whose training split is searched, or text files and folders.
-        reading: format of the text files.
-        workers: number of processes.
-        show_progress: print a progress bar.
+    """Search the training split of token shards, and text files in the format `reading`, for items.
 
     Raises:
         UserError: items without text, or unreadable data.
@@ -105,11 +98,7 @@ def search_training_data(scored: ScoredResults, data: Sequence[Path], reading: R
 
 
 def list_item_texts(scored: ScoredResults) -> list[SearchItem]:
-    """Return the questions and answers to search for.
-
-    Raises:
-        UserError: a task whose items have no text.
-    """
+    """Return the questions and answers to search for; raise `UserError` for a task without texts."""
     texts = []
     for task, items in scored.items.items():
         task_texts = []

@@ -103,13 +103,7 @@ def read_scored_results(path: Path) -> ScoredResults:
 
 def compute_differences(before: ScoredResults, after: ScoredResults, tasks: Sequence[str] = (),
                         confidence: float = CONFIDENCE) -> list[Difference]:
-    """Compute the difference in every common metric.
-
-    Args:
-        before: first model.
-        after: second model.
-        tasks: names; empty for every common task.
-        confidence: level for the intervals.
+    """Compute the difference in each metric of `tasks`, or of every common task.
 
     Raises:
         UserError: a missing task, no common task, or different measurements.
@@ -283,16 +277,7 @@ class Forgetting:
 
 
 def judge_forgetting(start: ScoredResults, last: ScoredResults, tolerance: float) -> Forgetting:
-    """Judge whether training lost abilities.
-
-    Args:
-        start: results of the model before training.
-        last: results of the last checkpoint.
-        tolerance: largest accepted loss in a task's first metric.
-
-    Raises:
-        UserError: incomparable results.
-    """
+    """Compare the last checkpoint with the model before training; `UserError` for incomparable results."""
     # a group has no items; its tasks are judged
     names = [name for name, task in start.results.tasks.items()
              if not task.items or start.items[name] or last.items.get(name)]

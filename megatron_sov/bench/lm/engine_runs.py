@@ -80,13 +80,8 @@ def answer_requests(engine: AnswerEngine, requests: Sequence[Request], cache: Pa
                     flag: StopFlag) -> bool:
     """Answer requests without an answer in the cache; return whether a signal interrupted the work.
 
-    Collective in a torchrun or Slurm job: only the first rank has requests and `cache`.
-
-    Args:
-        engine: model and settings.
-        requests: requests, answered or not.
-        cache: from `get_answer_folder`.
-        flag: set by a signal.
+    Collective in a torchrun or Slurm job: only the first rank has requests and `cache`, the folder from
+    `get_answer_folder`.
     """
     if engine.engine == MEGATRON:
         def run_ranks(loaded: LoadedModel) -> bool:
@@ -110,11 +105,9 @@ def answer_requests(engine: AnswerEngine, requests: Sequence[Request], cache: Pa
         longest = max(len(request.prompt) + request.max_tokens for request in requests
                       if isinstance(request, GenerationRequest))
 
-        def run_server(server: Any) -> bool:
-            return _answer_chunks(_Model(server.generate, lambda groups: {}), engine, requests, cache, flag)
-
-        return bool(run_with_engine(engine.engine, engine.target, run_server, longest=longest,
-                                    batching=engine.batching))
+        return bool(run_with_engine(engine.engine, engine.target, lambda server: _answer_chunks(
+            _Model(server.generate, lambda groups: {}), engine, requests, cache, flag), longest=longest,
+            batching=engine.batching))
     hf_model = load_configured_hf(engine.target.path, engine.settings)
     model = _Model(HfEngine(hf_model, engine.batching).generate, partial(score_with_transformers, hf_model))
     return _answer_chunks(model, engine, requests, cache, flag)

@@ -43,12 +43,7 @@ class Subject:
 
 
 def resolve_subject(path: str, settings: LmEvalSettings, with_hash: bool = True) -> Subject:
-    """Resolve a target.
-
-    Args:
-        path: target as typed.
-        settings: engine, layout, batching and lengths.
-        with_hash: compute the content hash, which may read every weight file.
+    """Resolve a target as typed; `with_hash` computes the content hash, which may read every weight file.
 
     Raises:
         UserError: no model at `path`, or settings that the model does not support.

@@ -47,11 +47,7 @@ class TaskDefinition:
 
     @property
     def members(self) -> list[str]:
-        """Names of a group's tasks; [] for a task.
-
-        Raises:
-            UserError: an inline member, which could hide a task from the checks.
-        """
+        """Names of a group's tasks; [] for a task. An inline member raises `UserError`: no check reads it."""
         members = self.config.get("task")
         if "group" not in self.config or not isinstance(members, list):
             return []
@@ -79,15 +75,8 @@ class TaskCatalog:
         return expanded
 
     def list_required(self, names: Sequence[str], built_in: Mapping[str, Any]) -> list[str]:
-        """Return names with the members of groups.
-
-        Args:
-            names: tasks and groups.
-            built_in: lm-eval's own tasks.
-
-        Raises:
-            UserError: an unknown task.
-        """
+        """Return names with the members of groups; a name in neither the catalog nor lm-eval's `built_in`
+        raises `UserError`."""
         required: dict[str, None] = {}
         remaining = list(names)
         while remaining:
@@ -140,11 +129,7 @@ def find_source_tasks(sources: TaskSources) -> TaskCatalog:
 
 
 def check_task_names(names: Sequence[str], sources: TaskSources) -> None:
-    """Check that tasks exist; with `allow_download` accept every name, because lm-eval has further tasks.
-
-    Raises:
-        UserError: an unknown task.
-    """
+    """Raise `UserError` for an unknown task; with `allow_download` lm-eval may have further tasks."""
     catalog = find_source_tasks(sources)
     if not sources.allow_download:
         catalog.list_required(catalog.expand_tags(names), {})
@@ -253,11 +238,7 @@ def _list_texts(value: Any, setting: str) -> list[str]:
 
 
 def resolve_path(path: Path, subject: str) -> Path:
-    """Resolve a path from a task file.
-
-    Raises:
-        UserError: the path holds a NUL, is too long or not encodable.
-    """
+    """Resolve a path from a task file; raise `UserError` if it holds a NUL, is too long or not encodable."""
     try:
         resolved = path.resolve()
         resolved.is_file()

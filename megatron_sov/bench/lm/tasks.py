@@ -57,12 +57,7 @@ class LoadedTasks:
 
 def load_tasks(names: Sequence[str], sources: TaskSources, settings: LmEvalSettings | None = None
                ) -> LoadedTasks:
-    """Load tasks.
-
-    Args:
-        names: tasks, groups and tags.
-        sources: their folders.
-        settings: `samples`, `judge`, `mode` and `workers` override the tasks' own values.
+    """Load tasks, groups and tags; `samples`, `judge`, `mode` and `workers` override the tasks' own values.
 
     Raises:
         UserError: an unknown, incomplete or forbidden task.
@@ -110,13 +105,13 @@ def sandbox_templates() -> None:
 
 def _build_judge(config: Mapping[str, Any], definition: TaskDefinition, settings: LmEvalSettings | None
                  ) -> AnswerJudge | None:
-    if settings is None:
-        judging = parse_judging(config, allow_code=definition.folder.trusted)
-        return None if judging is None else AnswerJudge(judging)
-    judging = parse_judging(config, allow_code=definition.folder.trusted, samples=settings.samples,
-                            changes=parse_nested(settings.judge, "--judge"))
+    changes = parse_nested(settings.judge, "--judge") if settings else None
+    judging = parse_judging(config, allow_code=definition.folder.trusted,
+                            samples=settings.samples if settings else None, changes=changes)
     if judging is None:
         return None
+    if settings is None:
+        return AnswerJudge(judging)
     return AnswerJudge(replace(judging, mode=settings.mode or judging.mode), settings.workers)
 
 
@@ -157,12 +152,7 @@ def _build_entry(definition: TaskDefinition, sources: TaskSources) -> tuple[Entr
 
 def prepare_task(definition: TaskDefinition, data_dir: Path | None, *, may_download: bool
                  ) -> tuple[dict[str, Any], list[Path]]:
-    """Check a task's settings, make the paths of its data files absolute, and return both.
-
-    Args:
-        definition: the task.
-        data_dir: folder for `${DATA}`.
-        may_download: whether `dataset_path` may name data on the Hub.
+    """Return a task's checked settings, and the absolute paths of its data files.
 
     Raises:
         UserError: forbidden code or downloads, or a missing file.

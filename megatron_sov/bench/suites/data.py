@@ -70,12 +70,8 @@ def rename_fields(row: Mapping[str, Any], aliases: Mapping[str, Sequence[str]]) 
 
 
 def find_field_problem(name: str, rule: str, row: Mapping[str, Any]) -> str:
-    """Return a sentence if a field breaks its rule, or "".
-
-    Args:
-        name: the field.
-        rule: such as `text`, `texts 4`, `integer 0..3`, `letter A..D`, optionally with ` or null`.
-        row: a row.
+    """Return a sentence if a field breaks its rule, such as `text`, `texts 4`, `integer 0..3`, `letter A..D`
+    or `text or null`; else "".
     """
     match = _RULE.fullmatch(rule)
     assert match is not None, rule
