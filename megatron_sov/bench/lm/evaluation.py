@@ -144,8 +144,9 @@ def _set_num_fewshot(task: Any, option: int | None) -> int:
     task.set_config("num_fewshot", num_fewshot)
     task.set_fewshot_seed(FEWSHOT_SEED)
     examples = getattr(task, "fewshot_cfg", None)  # None for tasks with a `class`
-    has_own_examples = examples is None or (examples.split, examples.samples) != (None, None)
-    if num_fewshot and not has_own_examples and not (task.has_training_docs() or task.has_validation_docs()):
+    has_example_split = task.has_training_docs() or task.has_validation_docs()
+    if num_fewshot and examples is not None and not has_example_split and (
+            (examples.split, examples.samples) == (None, None)):
         examples.split = task.config.test_split  # makes lm-eval leave the item itself out
     # seed before each task: the examples must not depend on earlier tasks
     random.seed(PYTHON_SEED)
