@@ -94,6 +94,7 @@ def test_each_file_has_a_header_and_an_odd_model() -> None:
     assert [*FILES] == sorted(ODD)
 
 
+@pytest.mark.tier1_cases(2)
 @pytest.mark.distributed
 @pytest.mark.parametrize("family", ODD)
 def test_bits_and_logits_are_those_of_transformers(family: str, ranks: Any, job: Any, tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ def done(site: Path, run: Run, section: str) -> dict[str, Any]:
     return dict(json.loads((site / runs[-1] / "config.json").read_text())) if runs else {}
 
 
+@pytest.mark.deep
 def test_a_recipe_and_a_run_whose_code_has_changed_is_not_continued(site: Path, from_wheel: Run,
                                                                     typed: Run) -> None:
     """The refusal comes before the run is found complete, so the run of the page serves. That the installed
@@ -130,7 +131,7 @@ def test_an_objective(site: Path, typed: Run) -> None:
     assert 0 < losses[-1] < plain[-1]  # what the model knows already counts less
 
 
-@pytest.mark.essential
+@pytest.mark.deep
 def test_a_policy_or_a_pair(site: Path, typed: Run) -> None:
     if not (site / "runs/tiny/complete.json").is_file():
         done(site, typed, "A recipe")

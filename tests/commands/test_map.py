@@ -103,6 +103,7 @@ def test_a_killed_command_goes_on_behind_its_batches_with_the_same_bytes() -> No
     assert sorted(p.name for p in Path().glob(".*")) == []
 
 
+@pytest.mark.tier1_cases(1)
 @pytest.mark.parametrize(("more", "said"), [
     (["--set", "factor=9"], "line 10: "), (["--set", "factor=9"], "is not JSON serializable"),
     (["--set", "factor=10"], "it returns a int, must be a row"), (["--set", "factr=1"], "factr"),

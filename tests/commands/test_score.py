@@ -194,6 +194,7 @@ def test_a_killed_command_goes_on_where_it_was(capsys: pytest.CaptureFixture[str
     assert not work_folder(Path("out.jsonl")).exists()
 
 
+@pytest.mark.deep
 def test_what_the_page_shows_runs() -> None:
     for name, content in shown_files(PAGE).items():
         Path(name).write_text(content)

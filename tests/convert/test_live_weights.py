@@ -171,7 +171,7 @@ def taken_in(recipe: str, layout: dict[str, Any], precision: str) -> dict[str, A
     return result
 
 
-@pytest.mark.essential
+@pytest.mark.deep
 @pytest.mark.distributed
 def test_live_import_equals_live_export(ranks, job) -> None:
     found = ranks(*(job(__file__, "taken_in", n, {"recipe": recipe, "layout": x, "precision": precision})

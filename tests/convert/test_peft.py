@@ -289,6 +289,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.tier1_cases(3)
 @pytest.mark.parametrize("case", MERGES)
 def test_merge_rounds_once_to_the_written_dtype(case: str, tmp_path: Path,
                                                 capfd: pytest.CaptureFixture[str]) -> None:

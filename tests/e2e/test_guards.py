@@ -94,8 +94,8 @@ def last_checkpoint(run: Path) -> dict[str, Any]:
     return {**files, "state": {k: v for k, v in state.items() if k not in ("wall_s", "guard")}}
 
 
+@pytest.mark.deep
 @pytest.mark.distributed
-@pytest.mark.essential
 def test_whatever_comes_the_run_ends_as_one_from_which_the_same_samples_were_left_out(
         ranks: Any, job: Any, packed_data: Any, tmp_path: Path) -> None:
     """That a run gives up where nothing is left to go back to, test_interrupts.py shows."""

@@ -184,8 +184,8 @@ def run_and_kill(data: str, folder: str) -> dict[str, Any]:
             "names": sorted(p.name for p in checkpoints.iterdir())}
 
 
+@pytest.mark.deep
 @pytest.mark.distributed
-@pytest.mark.essential
 def test_kills_at_every_state_change_nothing(ranks: Any, job: Any, packed_data: Any, tmp_path: Path) -> None:
     from megatron_sov.base.artifacts import read_manifest
 

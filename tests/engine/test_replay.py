@@ -195,9 +195,8 @@ FIRST = {"TP2+SP, experts recomputed"}
 
 
 @pytest.mark.distributed
-@pytest.mark.essential
-@pytest.mark.parametrize("names", [FIRST, pytest.param(LAYOUTS.keys() - FIRST, marks=pytest.mark.deep)],
-                         ids=["tensors", "others"])
+@pytest.mark.deep
+@pytest.mark.parametrize("names", [FIRST, LAYOUTS.keys() - FIRST], ids=["tensors", "others"])
 def test_a_step_along_recorded_routes_is_the_step_itself_at_every_layout(
         names: set[str], ranks, job, tmp_path: Path) -> None:
     recorded = str(tmp_path / "routes.npy")

@@ -80,6 +80,7 @@ def test_checkpoint_and_export_have_equal_loss(family: str, one_rank: None, impo
         assert result["bits_per_byte"] == pytest.approx(theirs[name]["bits_per_byte"], abs=2e-6)
 
 
+@pytest.mark.tier1_cases(1)
 @pytest.mark.parametrize("seq_len", [512, 400, 60, 33])
 def test_loss_equals_documents_and_strided_windows(seq_len: int, one_rank: None, imported: dict[str, Path],
                                                    hf_models: dict[str, Path], token_shards: Path,

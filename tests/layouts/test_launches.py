@@ -75,6 +75,7 @@ def step(recipe: str, settings: list[str], data: str) -> dict[str, Any]:
             "micro_batches": config.train.global_batch_size // config.train.micro_batch_size}
 
 
+@pytest.mark.tier1_cases(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize("recipe", OPERATIONS)
 def test_a_step_starts_no_more_operations_and_fetches_no_more_numbers(

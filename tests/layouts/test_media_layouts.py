@@ -82,6 +82,7 @@ def test_layouts_agree_with_one_rank(ranks: Any, job: Any, tmp_path: Path, names
         assert float(gradients.read(key).abs().max()) > 1e-6, key
 
 
+@pytest.mark.deep
 @pytest.mark.distributed
 def test_gradients_reach_encoders_exactly_when_they_are_trained(ranks: Any, job: Any, tmp_path: Path) -> None:
     cases = {"both": (True, True), "adapters": (False, True), "none": (False, False)}
@@ -101,8 +102,8 @@ def test_gradients_reach_encoders_exactly_when_they_are_trained(ranks: Any, job:
         assert {key for key in all_tensors if float(gradients.read(key).abs().max()) == 0} == frozen, name
 
 
+@pytest.mark.deep
 @pytest.mark.distributed
-@pytest.mark.essential
 def test_a_run_goes_on_bit_for_bit_and_at_another_layout(ranks: Any, job: Any, tmp_path: Path) -> None:
     """Includes the encoders' optimizer moments, from a checkpoint of two processes with ZeRO-1."""
     fp64 = [*FP64, "optim.name=muon"]

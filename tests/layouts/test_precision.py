@@ -35,11 +35,10 @@ def test_bf16_keeps_master_weights_gradients_routing_and_loss_in_float32(ranks: 
     assert 1e-6 < abs(bf16["loss"] / fp64["loss"] - 1) < 2**-9
 
 
-@pytest.mark.essential
 @pytest.mark.distributed
+@pytest.mark.deep
 @pytest.mark.parametrize(("nproc", "threads", "settings"), [
-    (1, 2, []), pytest.param(2, 1, [*LAYOUT, "train.precision=bf16"], marks=pytest.mark.deep)],
-                         ids=["threads", "layouts"])
+    (1, 2, []), (2, 1, [*LAYOUT, "train.precision=bf16"])], ids=["threads", "layouts"])
 def test_deterministic_runs_repeat_their_bits(ranks: Any, job: Any, packed_data: Any, nproc: int,
                                               threads: int, settings: list[str]) -> None:
     once, repeated = ranks(*2 * [job(RUN, "repeatable", nproc, {

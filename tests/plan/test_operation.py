@@ -211,6 +211,7 @@ def written(folder: str, case: str) -> dict[str, Any]:
     return {"parts": parts, "tensors": sum(files.values()) - headers}
 
 
+@pytest.mark.deep
 def test_a_real_checkpoint_has_these_bytes_whatever_its_layout(ranks: Any, job: Any, tmp_path: Path) -> None:
     jobs = {case: job(__file__, "written", 2 if layout else 1, {"folder": str(tmp_path / case), "case": case})
             for case, (_, _, layout) in CASES.items()}

@@ -250,7 +250,7 @@ SLOWER = [
     ("tiny-qwen3-moe", (*STAGES, EXPERTS), 4, {"lm"})]
 
 
-@pytest.mark.tier1_cases(7)
+@pytest.mark.tier1_cases(3)
 @pytest.mark.parametrize(("recipe", "settings", "num_ranks", "terms"), [
     *BELOW_2_S, *(pytest.param(*row, marks=pytest.mark.deep) for row in SLOWER)])
 def test_losses_families_and_optimizers_are_equal(recipe: str, settings: tuple[str, ...], num_ranks: int,
@@ -272,7 +272,7 @@ def own_values(values: dict[str, float], over: Any) -> dict[str, float]:
     return values
 
 
-@pytest.mark.tier1_cases(3)
+@pytest.mark.tier1_cases(2)
 @pytest.mark.parametrize(("recipe", "settings", "module", "name", "wrong", "place"), [
     ("tiny-solar-open", ("parallel.pp=2",), "train.objectives.objective", "sum_dict", own_values,
      "final_layernorm"),

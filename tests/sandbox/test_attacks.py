@@ -392,7 +392,7 @@ def test_a_program_finds_nothing_of_the_programs_before_it(sandbox: Sandbox, mon
     assert secrets(outcome.stdout) == {"planted3own"}
 
 
-@pytest.mark.tier1_cases(3)
+@pytest.mark.tier1_cases(2)
 @pytest.mark.parametrize("tests", [
     [{"stdin": "", "stdout": "planted1expected"}] * 2,
     ["assert f(1, [2]) == 'planted1expected'", "assert f('planted2argument', []) == 'planted1expected'"],

@@ -77,6 +77,7 @@ def test_the_openai_client_gets_what_generate_writes(client: openai.OpenAI, writ
     assert chat.choices[0].message.content == greedy["text"]
 
 
+@pytest.mark.tier1_cases(1)
 def test_answers_do_not_depend_on_their_neighbours(client: openai.OpenAI) -> None:
     def ask(number: int) -> list[str]:
         found = client.completions.create(model="mine", prompt=PROMPTS[number % 4], max_tokens=4 + number % 9,

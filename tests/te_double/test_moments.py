@@ -18,8 +18,8 @@ CONTINUED = (("fp32", "bf16", "bfloat16"), ("bf16", "bf16", "bfloat16"), ("fp32"
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("names", "nproc"), [
-    (("bf16",), 1), pytest.param(tuple(SETTINGS), 2, marks=pytest.mark.deep)], ids=["bf16", "all"])
+@pytest.mark.deep
+@pytest.mark.parametrize(("names", "nproc"), [(("bf16",), 1), (tuple(SETTINGS), 2)], ids=["bf16", "all"])
 def test_moments_in_bf16_are_exact_over_checkpoints(te_ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
                                                     names: tuple[str, ...], nproc: int) -> None:
     """A resumed run has the bits of an uninterrupted one, a float32 run continues in bf16 or in host memory,

@@ -38,11 +38,11 @@ def test_losses_are_those_of_bf16_weights(te_ranks: Any, job: Any, packed_data: 
 
 
 @pytest.mark.distributed
-@pytest.mark.essential
+@pytest.mark.deep
 @pytest.mark.parametrize(("recipe", "nproc", "settings"), [
     ("tiny-k-exaone", 1, ["train.fp8=mxfp8", *OVERLAP, "model.num_layers=2",
                           "train.fp8_bf16_layers_at_end=1"]),
-    pytest.param("tiny-solar-open", 2, ["train.fp8=tensorwise", *OVERLAP], marks=pytest.mark.deep)])
+    ("tiny-solar-open", 2, ["train.fp8=tensorwise", *OVERLAP])])
 def test_what_is_saved_and_exported_is_that_of_bf16_weights(
         te_ranks: Any, job: Any, packed_data: Any, tmp_path: Path, recipe: str, nproc: int,
         settings: list[str]) -> None:

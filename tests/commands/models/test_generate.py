@@ -23,6 +23,7 @@ def texts(capsys: pytest.CaptureFixture, *arguments: str) -> list[dict]:
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.tier1_cases(1)
 @pytest.mark.parametrize("layout", [["parallel.ep=2"], ["parallel.tp=2", "parallel.sp=true"]],
                          ids=["ep", "tp"])
 def test_two_processes_sample_what_one_samples(layout: list[str], one_rank: None, imported: dict[str, Path],

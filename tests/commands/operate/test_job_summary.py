@@ -20,7 +20,7 @@ def submitted(capsys: Any, *words: str) -> tuple[int, str, str]:
     return code, shown.out, shown.err
 
 
-@pytest.mark.tier1_cases(3)
+@pytest.mark.tier1_cases(2)
 @pytest.mark.parametrize(("settings", "sentence", "added"), [
     ((), "its tokenizer has 368 ids, model.vocab_size = 151,936: recipe qwen3-8b is for another tokenizer",
      ("model.vocab_size=368", "train.epochs=1")),
@@ -59,7 +59,7 @@ def test_a_dry_run_ends_with_tokens_time_and_cost(packed_data: Any, tmp_path: Pa
     assert err.splitlines() == [line.removeprefix("# ") for line in (head, tokens, time, cost, jobs)]
 
 
-@pytest.mark.tier1_cases(2)
+@pytest.mark.tier1_cases(1)
 @pytest.mark.parametrize("limit", ["2:00:00", "12:00:00", "1-00:00:00", "7-00:00:00", "UNLIMITED"])
 def test_requeues_follow_from_days_and_time_limit(tmp_path: Path, capsys: Any, limit: str) -> None:
     """Data that are not packed yet are no obstacle: an earlier job may make them."""

@@ -57,6 +57,7 @@ def sft(folder: Path, tiny: list[str], run_command: Any) -> Path:
     return folder / "sft"
 
 
+@pytest.mark.deep
 def test_a_fine_tuned_folder_teaches_that_folder_and_uses_its_store(
         folder: Path, sft: Path, tiny: list[str], run_command: Any) -> None:
     store, parts = folder / "store", []

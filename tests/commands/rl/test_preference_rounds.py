@@ -164,6 +164,7 @@ def test_pairs_are_learned_against_the_weights_that_begin_the_round(whole: Path,
     assert rates == sorted(rates, reverse=True) and len(set(rates)) > 2
 
 
+@pytest.mark.deep
 def test_pairs_are_learned_against_the_start_of_the_run(whole: Path, folder: Path, teacher: Path,
                                                         command: Command, run_command: Any) -> None:
     done = run_command(*command("fixed", f"preference.beta={BETA}", "policy.reference=run",

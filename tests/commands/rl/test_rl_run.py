@@ -153,6 +153,7 @@ def same_to_the_bit(ours: Path, whole: Path) -> None:
     assert main(["inspect", str(stores[0]), "--verify"]) == 0
 
 
+@pytest.mark.deep
 @pytest.mark.distributed
 def test_kills_with_and_without_a_checkpoint_and_validations_change_no_bit(whole: Path, killed: Path) -> None:
     assert [e["step"] for e in events(whole, "checkpoint")] == [4, 6], "not one for each round"

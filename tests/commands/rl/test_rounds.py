@@ -36,7 +36,7 @@ def asked(teacher: Path, tiny: list[str], tmp_path: Path) -> list[str]:
             str(sorted((teacher / "checkpoints").glob("step-*"))[0]), "--run", str(tmp_path / "run")]
 
 
-@pytest.mark.essential
+@pytest.mark.deep
 @pytest.mark.distributed
 def test_two_policies_write_two_rounds_and_a_reward_judges_them(
         asked: list[str], teacher: Path, run_command: Any, tmp_path: Path,

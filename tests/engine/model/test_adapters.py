@@ -278,7 +278,7 @@ def test_the_same_adapter_under_zero1_and_recomputation(ranks: Any, job: Any) ->
     assert sharded["state"] < 0.7 * one["state"], "dense adapters' state is cut in two, experts' was"
 
 
-@pytest.mark.essential
+@pytest.mark.deep
 @pytest.mark.distributed
 @pytest.mark.parametrize(("recipe", "layout", "nproc", "settings"), [
     ("tiny-k-exaone", {**TP2, **EP2}, 2, ['lora.targets=["all-linear"]']),

@@ -44,7 +44,7 @@ def full_size(recipe: str) -> dict[str, Any]:
             "differing": [k for k in {**found, **expected} if found.get(k) != expected.get(k)]}
 
 
-@pytest.mark.essential
+@pytest.mark.deep
 @pytest.mark.distributed
 def test_full_size_models_have_the_tensors_that_their_families_map(ranks, job) -> None:
     sizes = {"solar-open-102b": LAYERS * 10 + 3, "k-exaone-236b": 8 + (LAYERS - 1) * 12 + 12 + 3,

@@ -95,7 +95,7 @@ def repeated(settings: list[str], data: str, run: str) -> list[Any]:
     return found
 
 
-@pytest.mark.essential
+@pytest.mark.deep
 @pytest.mark.distributed
 def test_a_process_that_computes_otherwise_the_second_time_is_named_and_probing_changes_nothing(
         ranks: Any, job: Any, packed_data: Any, tmp_path: Any) -> None:

@@ -106,6 +106,7 @@ def expected_of(what: str, tensors: dict[str, torch.Tensor], cap: float | None) 
     return {"values": values.detach(), "states": states.grad, "weight": weight.grad}
 
 
+@pytest.mark.tier1_cases(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize("cap", [None, CAP])
 def test_figures_and_gradients_are_those_of_whole_logits(ranks: Any, job: Any, cap: float | None) -> None:

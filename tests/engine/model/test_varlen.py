@@ -80,6 +80,7 @@ def attend(cp: int, signature: str) -> list[dict[str, Any]]:
     return [*test_attention.attend(cp, CASES), {"calls": calls}]
 
 
+@pytest.mark.tier1_cases(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize(("cp", "signature"), [(1, "torch_here"), (2, "torch_here"), (4, "torch_2_11")])
 def test_one_call_for_each_piece_is_a_dense_softmax(ranks: Any, job: Any, cp: int, signature: str) -> None:

@@ -21,8 +21,8 @@ REDUCE, GATHER, BUCKETS = ("parallel.overlap_grad_reduce=true", "parallel.overla
 LAYOUTS = {"plain": (2, []), "both": (2, [ZERO1, REDUCE, GATHER, BUCKETS])}
 
 
+@pytest.mark.deep
 @pytest.mark.distributed
-@pytest.mark.essential
 def test_overlap_is_overlap_and_evaluation_waits_for_the_weights(
         ranks: Any, job: Any, packed_data: Any) -> None:
     results = dict(zip(LAYOUTS, ranks(*(

@@ -73,6 +73,7 @@ def zero1_shards(precision: str) -> dict[str, Any]:
     return {"sizes": {names[id(p)]: p.numel() for p in model.parameters()}, "everyones": everyones}
 
 
+@pytest.mark.deep
 @pytest.mark.distributed
 def test_zero1_gives_every_process_its_part_of_the_parameters_and_no_other(ranks, job) -> None:
     cases = (("fp32", ["exp_avg", "exp_avg_sq"], "float32"),

@@ -110,6 +110,7 @@ def looks() -> list[dict[str, bool]]:
     return [before, after]
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("defect", ["norms", "split sizes"])
 def test_the_library_still_needs_the_patch(defect: str, looks: list[dict[str, bool]]) -> None:
     assert looks[0][defect], f"{defect}: the library is mended; its patch in library_patches.py can go"

@@ -117,6 +117,7 @@ def pieces(data: str, run: str, layout: dict[str, Any], dropout: float,
     return {"losses": expected, "same": expected == found, "differing": differing}
 
 
+@pytest.mark.deep
 @pytest.mark.distributed
 def test_dropout_resumes_to_the_bit(ranks: Any, job: Any, packed_data: Any, tmp_path: Path) -> None:
     runs = {"alone": (1, {}, 0.1), "recomputed": (1, {}, 0.1, True), "without": (1, {}, 0.0)}

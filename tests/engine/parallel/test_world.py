@@ -127,6 +127,7 @@ def unshared(num_ranks: int, layout: dict[str, int], places: list[int]) -> list[
     return found
 
 
+@pytest.mark.tier1_cases(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize(("num_ranks", "layout"), [
     (480, {"pp": 2, "ep": 8}), (1024, {"pp": 8, "ep": 64, "cp": 2})])

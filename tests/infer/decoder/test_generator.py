@@ -140,10 +140,9 @@ def check_ways(found: dict[str, Any]) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.essential
-@pytest.mark.parametrize("names", [
-    ["TP2+SP x CP2, EP4"], pytest.param(["PP2 VPP2", "EP2, experts by gathering"], marks=pytest.mark.deep)],
-    ids=["all kinds", "gathering"])
+@pytest.mark.deep
+@pytest.mark.parametrize("names", [["TP2+SP x CP2, EP4"], ["PP2 VPP2", "EP2, experts by gathering"]],
+                         ids=["all kinds", "gathering"])
 def test_generation_is_equal_at_every_layout(ranks, job, names: list[str]) -> None:
     alone, *others = ranks(
         job(__file__, "continuations", 1, {"layout": {}, "full": True, "pieces": True}),

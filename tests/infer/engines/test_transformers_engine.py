@@ -99,6 +99,7 @@ def test_code_in_a_folder_is_never_run(hf_models: dict[str, Path], tmp_path: Pat
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.tier1_cases(1)
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 def test_logprobs_are_of_the_sampled_distribution(temperature: float, hf_models: dict[str, Path]) -> None:
     """Against one plain forward pass over prompt and continuation."""

@@ -89,6 +89,7 @@ def line_of(worker: subprocess.Popen[str]) -> str:
     return worker.stdout.readline().strip()
 
 
+@pytest.mark.deep
 def test_each_update_uses_a_new_group_until_a_worker_dies(workers: list[subprocess.Popen[str]],
                                                           tmp_path: Path) -> None:
     first, second = dict(list(TENSORS.items())[:3]), dict(list(TENSORS.items())[3:])

@@ -65,6 +65,7 @@ SOLUTIONS = {
 }
 
 
+@pytest.mark.tier1_cases(4)
 @pytest.mark.parametrize("name", SOLUTIONS)
 def test_verdicts_are_those_of_a_plain_interpreter(enclosure: str, name: str) -> None:
     solution, tests = SOLUTIONS[name]

@@ -71,6 +71,7 @@ def _killed_at(round_: int) -> Callable[[ToolPolicy], ToolPolicy]:
     return Killing
 
 
+@pytest.mark.tier1_cases(1)
 @pytest.mark.parametrize("round_, torn", [(1, b"[0, 1"), (7, b"\0" * 40 + b"\n"), (15, b'[3, 9, 1]\n{"ep')])
 def test_killed_episodes_go_on_at_their_turn_to_the_same_end(fuzzed: dict[str, Any], tmp_path: Path,
                                                              round_: int, torn: bytes) -> None:

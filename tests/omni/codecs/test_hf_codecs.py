@@ -112,6 +112,7 @@ def test_weights_of_another_network_are_refused(tmp_path: Path, kind: str) -> No
         import_codec(kind, tmp_path / "hf", tmp_path / "codec")
 
 
+@pytest.mark.tier1_cases(4)
 @pytest.mark.parametrize(("config", "said"), [
     ({"auto_map": {"AutoModel": "evil.Model"}}, "config.auto_map: is no size of a codec"),
     ({"nested": [{"_target_": "os.system"}]}, "config.nested.0._target_"),

@@ -94,6 +94,7 @@ def test_pictures_are_whole_and_the_same_at_other_layouts(
     assert {file.name: file.read_bytes() for file in Path(layout).iterdir()} == files
 
 
+@pytest.mark.deep
 def test_what_it_makes_is_judged(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By a judge that hears nothing but "seven"; a text that it writes is compared as it is."""
     Path("judges.py").write_text("def seen(files, labels):\n    return ['seven' for _ in files]\n")

@@ -157,9 +157,9 @@ SMALL_RUNS = [(dataclasses.replace(recipes.get(name), parallel=layout), [(8, i) 
     ("tiny-qwen3-moe", ParallelConfig(ep=4, pp=2)))]
 
 
-@pytest.mark.essential
 @pytest.mark.distributed
-@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.deep)], ids=["some", "every"])
+@pytest.mark.deep
+@pytest.mark.parametrize("every", [False, True], ids=["some", "every"])
 def test_modules_at_size_hold_what_the_account_counts(ranks: Any, job: Any, every: bool) -> None:
     """Megatron-core's own modules in a fake group of all ranks, against formula and unsharded model."""
     (big,), (small,) = ranks(*(job(__file__, "built", 1, {"big": big, "every": every})

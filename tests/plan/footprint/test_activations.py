@@ -130,7 +130,7 @@ def trained(name: str) -> list[int]:
         return list(saved_bytes(case.config, Path(folder)))
 
 
-@pytest.mark.essential
+@pytest.mark.deep
 @pytest.mark.distributed
 def test_a_step_saves_what_is_said(ranks: Any, job: Any) -> None:
     cases = [case for case in CASES if case.name in (*ALONE, *TOGETHER)]

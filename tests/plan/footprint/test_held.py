@@ -44,7 +44,7 @@ def shapes_of_modules(precision: str) -> list[Any]:
     return found
 
 
-@pytest.mark.essential
+@pytest.mark.deep
 def test_parameters_are_the_modules_in_their_order(ranks: Any, te_ranks: Any, job: Any) -> None:
     """With Transformer Engine norms and experts stand elsewhere than without."""
     for run, precision in ((ranks, "fp32"), (te_ranks, "bf16")):

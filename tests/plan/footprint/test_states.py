@@ -59,7 +59,7 @@ def both(layouts: list[dict[str, Any]]) -> list[list[Any]]:
     return found
 
 
-@pytest.mark.essential
+@pytest.mark.deep
 def test_every_byte_is_what_training_makes(ranks: Any, te_ranks: Any, job: Any) -> None:
     layouts = [*(draw(number) for number in DRAWN), *BIG, *ENCODERS]
     for run, fused in ((te_ranks, True), (ranks, False)):

@@ -127,11 +127,10 @@ def read(model: str, data: str, out: str, settings: list[str], top_too: bool) ->
 
 
 @pytest.mark.distributed
-@pytest.mark.essential
+@pytest.mark.deep
 @pytest.mark.parametrize("split", [
     {"tp": ["parallel.tp=2", "parallel.sp=true"]},
-    pytest.param({"pp": ["parallel.pp=2", "parallel.pipeline_layout=[2,3]"], "ep": ["parallel.ep=2"]},
-                 marks=pytest.mark.deep)])
+    {"pp": ["parallel.pp=2", "parallel.pipeline_layout=[2,3]"], "ep": ["parallel.ep=2"]}])
 def test_every_layout_leaves_the_same_states(split: dict[str, list[str]], imported: dict[str, Path],
                                              data: Path, tmp_path: Path, ranks, job) -> None:
     layouts = {"one": [], **split}

@@ -77,6 +77,7 @@ def curves(ranks: Any, job: Any, folder: Path, layouts: dict[str, Layout], setti
 NOTHING_ELSE = ["model.seq_aux_loss_coeff=0", "model.router_bias_update_rate=0", "model.num_mtp_layers=0"]
 
 
+@pytest.mark.tier1_cases(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize(("settings", "computed"), [
     (NOTHING_ELSE, [False, False, True, True]),
@@ -100,8 +101,8 @@ ROWS: dict[str, Layout] = {
 
 
 @pytest.mark.distributed
-@pytest.mark.essential
-@pytest.mark.parametrize("method", ["grpo", pytest.param("dapo", marks=pytest.mark.deep)])
+@pytest.mark.deep
+@pytest.mark.parametrize("method", ["grpo", "dapo"])
 def test_rounds_are_the_same_steps_in_rows_of_any_length(method: PolicyMethod, ranks: Any, job: Any,
                                                          packed_data: Any, write_round: Any, tmp_path: Path
                                                          ) -> None:

@@ -241,6 +241,7 @@ def test_a_turn_that_a_deadline_cuts_off_goes_on_by_the_next_policy(job: Callabl
     assert not found
 
 
+@pytest.mark.deep
 def test_a_run_whose_deadline_is_too_short_for_a_token_ends(job: Callable[..., Job],
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     """The policy that could go on with them would learn from the round that waits for them."""

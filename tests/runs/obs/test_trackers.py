@@ -113,6 +113,7 @@ def read_wandb(file: Path) -> tuple[str, list[dict[str, float]]]:
     return run_id, history
 
 
+@pytest.mark.deep
 def test_wandb_offline_continues_run_with_repeated_steps(tmp_path: Path,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -65,6 +65,7 @@ def by_oniguruma(pattern: str, text: str) -> list[str]:
 LETTERS = "aabbccdx '’sStT019 \n\r\tſéÉ가나\u0301\u3000\U0001f600.,/"
 
 
+@pytest.mark.tier1_cases(3)
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 @given(text=st.text(alphabet=st.one_of(st.sampled_from(LETTERS), st.characters(codec="utf-8"))))
 def test_any_text_is_split_as_by_oniguruma(pattern: str, text: str) -> None:

@@ -143,7 +143,7 @@ def said_of(ids: Any, types: Any, inside: int, tokenizer: Any) -> str:
     return str(tokenizer.decode(ids[begin:end]))
 
 
-@pytest.mark.essential
+@pytest.mark.deep
 @pytest.mark.distributed
 def test_turns_of_conversations_and_what_they_say_are_told_apart(ranks: Any, job: Any, packed_data: Any,
                                                                  tmp_path: Path) -> None:

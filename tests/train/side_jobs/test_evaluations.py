@@ -223,7 +223,7 @@ def capitals(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.essential
+@pytest.mark.deep
 @pytest.mark.distributed
 def test_a_run_judges_its_exports_as_it_judges_itself(
         packed_data: Any, tmp_path: Path, run_command: Any, warm_python: str, monkeypatch: pytest.MonkeyPatch,

@@ -227,6 +227,7 @@ def test_an_episode_goes_on_in_another_process_and_its_library_ends_with_it(tmp_
             assert select.select([os.pidfd_open(pid)], [], [], 60)[0], "it lives on"
 
 
+@pytest.mark.tier1_cases(4)
 @pytest.mark.parametrize("task, how, match", [
     ({"task": 9}, {}, "there is no task 9: the taskset has 1"),
     ({"task": "0"}, {}, "has no number"),
