@@ -95,7 +95,7 @@ def test_task_of_the_page_runs(tmp_path: Path) -> None:
     judge = load_tasks(["capitals"], TaskSources((tmp_path / "tasks",), tmp_path)).judges["capitals"]
     judge.workers = 1
     answers = ["Answer: Seoul", "Answer: seoul.", "Answer: Busan", "I do not know where on earth it could be"]
-    [judged] = judge.judge([answers], [row])
+    [judged] = judge.judge_answers([answers], [row])
     scores = judge.count(row, [judged])
     assert (scores["avg@4"], scores["cons@4"]) == (0.5, 1.0)
     assert sorted(scores) == ["avg@4", "cons@1", "cons@4", "pass@1", "pass@4"]
