@@ -96,6 +96,6 @@ def test_task_of_the_page_runs(tmp_path: Path) -> None:
     judge.workers = 1
     answers = ["Answer: Seoul", "Answer: seoul.", "Answer: Busan", "I do not know where on earth it could be"]
     [judged] = judge.judge_answers([answers], [row])
-    scores = judge.count(row, [judged])
+    scores = judge.count_metrics(row, [judged])
     assert (scores["avg@4"], scores["cons@4"]) == (0.5, 1.0)
     assert sorted(scores) == ["avg@4", "cons@1", "cons@4", "pass@1", "pass@4"]

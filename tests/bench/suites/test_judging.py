@@ -56,8 +56,7 @@ def test_metrics_are_means_over_all_draws(answers: list[str | None], data: Any) 
     counts = Counter(answer for answer in answers if answer in ("a", "b"))
     assert compute_majority_at_k(answers.count("right"), counts, answers.count(None), k) == pytest.approx(won)
     assert compute_metrics(protocol, results_of(answers)) == pytest.approx(
-        {f"avg@{len(answers)}": answers.count("right") / len(answers), f"pass@{k}": passed, f"cons@{k}": won}
-    )
+        {f"avg@{len(answers)}": answers.count("right") / len(answers), f"pass@{k}": passed, f"cons@{k}": won})
 
 
 def scored(asked: Judging, answers: Sequence[Sequence[str]], gold: Any = "4", **more: Any
@@ -195,11 +194,8 @@ def test_a_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     ({"public_test_cases": json.dumps(CALLED), "metadata": "{}"}, "func_name"),
     ({"public_test_cases": json.dumps(CALLED), "metadata": "{"}, "metadata is no JSON"),
     ({"public_test_cases": json.dumps(CALLED), "metadata": "[]"}, "metadata"),
-    (
-        {"public_test_cases": json.dumps([CALLED[0] | {"input": "import os"}]),
-         "metadata": '{"func_name": "f"}'},
-        "no value",
-    ),
+    ({"public_test_cases": json.dumps([CALLED[0] | {"input": "import os"}]),
+      "metadata": '{"func_name": "f"}'}, "no value"),
 ])
 def test_a_problem_without_tests_that_can_be_run_is_refused(doc: dict[str, Any], said: str) -> None:
     with pytest.raises(Refused, match=said):
